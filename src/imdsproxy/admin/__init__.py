@@ -1,0 +1,1 @@
+"""What operators and monitoring see: admin API, health, metrics."""

@@ -1,0 +1,1 @@
+"""The composition root, the reconcile loop and supervision."""

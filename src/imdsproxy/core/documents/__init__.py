@@ -1,0 +1,1 @@
+"""What a guest reads: one module per dialect, and the tree that they share."""

@@ -1,0 +1,1 @@
+"""HAProxy's configuration as typed values, and their text."""

@@ -1,0 +1,180 @@
+"""The words of the design as values: networks, listeners, ports, instances.
+
+Everything here is frozen and hashable where it can be, so that two states compare by value. Parsing
+text into these values belongs to the edges (`imdsproxy.core.records`), acting on them to the shell.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
+from typing import Final, NewType, TypeAlias
+
+__all__ = [
+    "BridgeListener",
+    "Dialect",
+    "Instance",
+    "InstanceId",
+    "InterfaceListener",
+    "IpAddress",
+    "IpNetwork",
+    "Listener",
+    "METADATA_IPV4",
+    "METADATA_IPV6",
+    "METADATA_PORT",
+    "MacAddress",
+    "NamespaceListener",
+    "Network",
+    "NetworkId",
+    "Port",
+    "SshKey",
+    "Subnet",
+]
+
+NetworkId = NewType("NetworkId", str)
+"""1 to 64 of `A-Za-z0-9._-`, begins with a letter or digit: it is a bind's name and a map key."""
+
+InstanceId = NewType("InstanceId", str)
+"""1 to 64 of `A-Za-z0-9._-`, begins with a letter or digit: it is a Host value and a file name."""
+
+MacAddress = NewType("MacAddress", str)
+"""Six lower-case hexadecimal octets joined by colons."""
+
+IpAddress: TypeAlias = IPv4Address | IPv6Address
+IpNetwork: TypeAlias = IPv4Network | IPv6Network
+
+METADATA_IPV4: Final = IPv4Address("169.254.169.254")
+METADATA_IPV6: Final = IPv6Address("fe80::a9fe:a9fe")
+METADATA_PORT: Final = 80
+
+_UUID_NAMESPACE: Final = uuid.UUID("6a0f7a1e-52c5-5f0e-9d55-1f0b1a9fe169")
+
+
+class Dialect(StrEnum):
+    """A tree of documents that an instance can have on or off."""
+
+    EC2 = "ec2"
+    OPENSTACK = "openstack"
+    NOCLOUD = "nocloud"
+
+
+@dataclass(frozen=True, slots=True)
+class NamespaceListener:
+    """A network namespace that somebody else makes (`/run/netns/NAME`).
+
+    Attributes:
+        namespace: The name in `/run/netns`.
+        device: The interface inside that carries (or is to carry) the metadata addresses; without it
+            the addresses are looked for on every interface of the namespace.
+        manage_addresses: Put the metadata addresses on `device` and take them away again. Off: they
+            are the business of whoever made the namespace, and reported when missing.
+    """
+
+    namespace: str
+    device: str | None = None
+    manage_addresses: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class InterfaceListener:
+    """A host interface; the metadata addresses are added to it and removed by us."""
+
+    device: str
+
+
+@dataclass(frozen=True, slots=True)
+class BridgeListener:
+    """A Linux bridge of the host; we make the namespace, the veth pair and the addresses."""
+
+    bridge: str
+
+
+Listener: TypeAlias = NamespaceListener | InterfaceListener | BridgeListener
+
+
+@dataclass(frozen=True, slots=True)
+class Subnet:
+    """One address range of a network, told to guests in `network_data.json` and `network-config`."""
+
+    cidr: IpNetwork
+    gateway: IpAddress | None = None
+    dns: tuple[IpAddress, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Network:
+    """An isolated layer 2 or 3 domain and how it is reached."""
+
+    id: NetworkId
+    listener: Listener
+    name: str = ""
+    project: str | None = None
+    subnets: tuple[Subnet, ...] = ()
+    mtu: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Port:
+    """An instance's place in a network.
+
+    A guest is known by each of `addresses`, and by the link-local address made of `mac` (EUI-64).
+    """
+
+    network: NetworkId
+    mac: MacAddress | None = None
+    addresses: tuple[IpAddress, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class SshKey:
+    """A public key under a name, as `public-keys/` lists it."""
+
+    name: str
+    key: str
+
+
+@dataclass(frozen=True, slots=True)
+class Instance:
+    """Everything an instance's documents are made of.
+
+    Attributes:
+        id: The operator's id; a UUID is used as such (see `uuid`).
+        user_data: The bytes as stored, at most 16 MiB; `None` when there is none.
+        vendor_data: A YAML or JSON document as bytes for NoCloud's and OpenStack's vendor data;
+            `None` when there is none.
+        tags: Name and value pairs in name order.
+    """
+
+    id: InstanceId
+    name: str
+    hostname: str
+    project: str | None = None
+    ports: tuple[Port, ...] = ()
+    ssh_keys: tuple[SshKey, ...] = ()
+    tags: tuple[tuple[str, str], ...] = ()
+    user_data: bytes | None = None
+    vendor_data: bytes | None = None
+    availability_zone: str | None = None
+    instance_type: str | None = None
+    dialects: frozenset[Dialect] = field(default_factory=lambda: frozenset(Dialect))
+
+    @property
+    def uuid(self) -> str:
+        """The id where it is a UUID, else one derived from it that never changes (RFC 9562 §5.5)."""
+        try:
+            return str(uuid.UUID(self.id))
+        except ValueError:
+            return str(uuid.uuid5(_UUID_NAMESPACE, self.id))
+
+    @property
+    def ec2_id(self) -> str:
+        """EC2's form of the id: `i-` and 17 hexadecimal digits, derived from `uuid`."""
+        if self.id.startswith("i-"):
+            return self.id
+        return f"i-{uuid.UUID(self.uuid).hex[:17]}"
+
+
+Networks: TypeAlias = Mapping[NetworkId, Network]

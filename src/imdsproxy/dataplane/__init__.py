@@ -1,0 +1,1 @@
+"""Acting on HAProxy: its process, its sockets, its files."""

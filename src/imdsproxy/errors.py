@@ -1,0 +1,239 @@
+"""Every exception that leaves a module of imdsproxy, by who must act.
+
+    ImdsproxyError
+    ├── ConfigError            the operator must change a file        exit 78
+    │   ├── ConfigInvalid          all problems at once, each with path and hint
+    │   ├── ConfigUnreadable
+    │   └── SecretUnreadable
+    ├── SourceError            somebody must mend a source             exit 69
+    │   ├── SourceUnavailable      try again later
+    │   ├── SourceRefused          a record or a store was refused
+    │   └── SourceCorrupt          the store's file is damaged
+    ├── DataplaneError         HAProxy or the host refused             exit 70, 71 or 77
+    │   ├── HaproxyMissing         not installed, or older than 3.0
+    │   ├── ConfigRejected         haproxy's own words
+    │   ├── ReloadFailed
+    │   ├── CommandRefused         a Runtime API command
+    │   ├── RuntimeUnavailable     its socket does not answer
+    │   ├── HostRefused            a namespace, a link, an address, a file
+    │   └── PrivilegeMissing
+    └── AdminError             the caller of the admin API must act    exit 64, 66 or 69
+        ├── AdminUnavailable       the daemon does not answer
+        ├── NotFound
+        └── RequestRefused         carries the fields
+
+Each has a stable `code` (kebab-case: logs, metrics, admin API and the reference use it), says whether
+trying again can help, and may carry a hint. Library exceptions never leave their adapter; they are
+chained with `raise … from`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+__all__ = [
+    "AdminError",
+    "AdminUnavailable",
+    "CommandRefused",
+    "ConfigError",
+    "ConfigInvalid",
+    "ConfigRejected",
+    "ConfigUnreadable",
+    "DataplaneError",
+    "HaproxyMissing",
+    "HostRefused",
+    "ImdsproxyError",
+    "NotFound",
+    "PrivilegeMissing",
+    "Problem",
+    "ReloadFailed",
+    "RequestRefused",
+    "RuntimeUnavailable",
+    "SecretUnreadable",
+    "SourceCorrupt",
+    "SourceError",
+    "SourceRefused",
+    "SourceUnavailable",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One thing wrong with what somebody wrote.
+
+    Attributes:
+        field: Where in the document, as `ports[0].addresses[1]` or `haproxy.maxconn`.
+        reason: What is wrong, in one sentence.
+        hint: What would be right, if that can be said.
+        file: The file it came from, or `None` when it came another way.
+        line: 1-based, or `None`.
+    """
+
+    field: str
+    reason: str
+    hint: str = ""
+    file: str | None = None
+    line: int | None = None
+
+    def __str__(self) -> str:
+        place = "" if self.file is None else self.file
+        if self.line is not None:
+            place = f"{place}:{self.line}"
+        head = f"{place}: {self.field}" if place else self.field
+        tail = f" ({self.hint})" if self.hint else ""
+        return f"{head}: {self.reason}{tail}"
+
+
+class ImdsproxyError(Exception):
+    """Root of the tree; never raised itself."""
+
+    code: ClassVar[str] = "error"
+    exit_status: ClassVar[int] = 70
+    retryable: ClassVar[bool] = False
+
+    def __init__(self, message: str, *, hint: str = "", problems: Sequence[Problem] = ()) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+        self.problems = tuple(problems)
+
+    def __str__(self) -> str:
+        lines = [self.message, *(f"  {problem}" for problem in self.problems)]
+        if self.hint:
+            lines.append(f"hint: {self.hint}")
+        return "\n".join(lines)
+
+
+class ConfigError(ImdsproxyError):
+    """The operator must change a configuration file."""
+
+    code = "config"
+    exit_status = 78
+
+
+class ConfigInvalid(ConfigError):
+    """The configuration breaks the schema; `problems` has every breach."""
+
+    code = "config-invalid"
+
+
+class ConfigUnreadable(ConfigError):
+    """A configuration file is missing, unreadable or not YAML."""
+
+    code = "config-unreadable"
+
+
+class SecretUnreadable(ConfigError):
+    """A file that should hold a secret is missing, empty, or open to others."""
+
+    code = "secret-unreadable"
+
+
+class SourceError(ImdsproxyError):
+    """Somebody must mend a source."""
+
+    code = "source"
+    exit_status = 69
+
+
+class SourceUnavailable(SourceError):
+    """The source does not answer now."""
+
+    code = "source-unavailable"
+    retryable = True
+
+
+class SourceRefused(SourceError):
+    """The source refused what was asked of it; `problems` says which fields."""
+
+    code = "source-refused"
+
+
+class SourceCorrupt(SourceError):
+    """The source's store is damaged."""
+
+    code = "source-corrupt"
+
+
+class DataplaneError(ImdsproxyError):
+    """HAProxy or the host refused something."""
+
+    code = "dataplane"
+    exit_status = 70
+
+
+class HaproxyMissing(DataplaneError):
+    """HAProxy is not installed, cannot be run, or is too old."""
+
+    code = "haproxy-missing"
+    exit_status = 71
+
+
+class ConfigRejected(DataplaneError):
+    """HAProxy refuses the configuration; the message holds its own words."""
+
+    code = "config-rejected"
+
+
+class ReloadFailed(DataplaneError):
+    """The master could not start a new worker; the old one goes on."""
+
+    code = "reload-failed"
+    retryable = True
+
+
+class CommandRefused(DataplaneError):
+    """A Runtime API command was answered with an error."""
+
+    code = "command-refused"
+
+
+class RuntimeUnavailable(DataplaneError):
+    """HAProxy's master or worker socket does not answer."""
+
+    code = "runtime-unavailable"
+    retryable = True
+
+
+class HostRefused(DataplaneError):
+    """The operating system refused a namespace, link, address, process or file operation."""
+
+    code = "host-refused"
+    exit_status = 71
+
+
+class PrivilegeMissing(DataplaneError):
+    """Root, or a capability, is needed."""
+
+    code = "privilege-missing"
+    exit_status = 77
+
+
+class AdminError(ImdsproxyError):
+    """The caller of the admin API must act."""
+
+    code = "admin"
+    exit_status = 64
+
+
+class AdminUnavailable(AdminError):
+    """The daemon's admin socket does not answer."""
+
+    code = "admin-unavailable"
+    exit_status = 69
+    retryable = True
+
+
+class NotFound(AdminError):
+    """No network, instance or address of that name."""
+
+    code = "not-found"
+    exit_status = 66
+
+
+class RequestRefused(AdminError):
+    """The body of a request is not acceptable; `problems` says which fields."""
+
+    code = "request-refused"

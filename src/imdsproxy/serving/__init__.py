@@ -1,0 +1,1 @@
+"""Answering guests' requests in Python: the document server and the resolver."""
