@@ -1,0 +1,220 @@
+"""Settings from one YAML file, the `conf.d/` beside it, and the environment; all problems at once.
+
+Later wins: defaults, the file, `conf.d/*.yaml` in the order of their names, environment. Mappings
+are merged key by key, everything else is replaced.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, TypeAlias
+
+from pydantic import ValidationError
+
+from imdsproxy.config.schema import Settings
+from imdsproxy.config.words import explain_finding, iterate_settings
+from imdsproxy.config.yaml_document import YamlDocument, parse_yaml
+from imdsproxy.errors import ConfigError, ConfigInvalid, ConfigUnreadable, Problem
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
+
+__all__ = ["DEFAULT_CONFIG", "Loaded", "Origin", "load_settings"]
+
+DEFAULT_CONFIG: Final = Path("/etc/imdsproxy/imdsproxy.yaml")
+_PREFIX: Final = "IMDSPROXY_"
+
+_OriginOf: TypeAlias = "Callable[[str], Origin]"
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where a value was written: a file and line, or an environment variable as `file`."""
+
+    file: str
+    line: int | None = None
+
+    def __str__(self) -> str:
+        return self.file if self.line is None else f"{self.file}:{self.line}"
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """Settings, and where each came from; a path that is not in `origins` is the default."""
+
+    settings: Settings
+    origins: Mapping[str, Origin]
+    files: tuple[Path, ...] = ()
+
+
+@dataclass(slots=True)
+class _Merged:
+    values: dict[str, object] = field(default_factory=dict)
+    origins: dict[str, Origin] = field(default_factory=dict)
+
+
+def load_settings(
+    config: Path | None, environment: Mapping[str, str], *, default: Path = DEFAULT_CONFIG
+) -> Loaded:
+    """Read and check the settings.
+
+    Args:
+        config: The file that the operator named; `None` takes `default`.
+        default: The file that is read when none was named; it may be missing.
+        environment: The process's variables; only `IMDSPROXY_*` are looked at.
+
+    Raises:
+        ConfigUnreadable: A file is missing, unreadable or not YAML.
+        ConfigInvalid: `problems` has every breach of the schema and every unknown variable.
+    """
+    files = _files(config, default)
+    merged = _Merged()
+    for path, document in _read_all(files):
+        _merge_file(merged, path, document)
+    problems = _merge_environment(merged, environment)
+    try:
+        settings = Settings.model_validate(merged.values)
+    except ValidationError as error:
+        problems = [*_problems(error, merged.origins), *problems]
+        raise _invalid(problems) from error
+    if problems:
+        raise _invalid(problems)
+    leaves = {setting.path for setting in iterate_settings()}
+    origins = {path: origin for path, origin in merged.origins.items() if path in leaves}
+    return Loaded(settings, origins, tuple(files))
+
+
+def _invalid(problems: Sequence[Problem]) -> ConfigInvalid:
+    count = len(problems)
+    return ConfigInvalid(
+        f"the configuration has {count} problem{'s' if count != 1 else ''}",
+        problems=problems,
+        hint="`imdsproxy config sample` prints every setting with its default",
+    )
+
+
+def _files(config: Path | None, default: Path) -> list[Path]:
+    main = default if config is None else config
+    try:
+        mains = [main] if config is not None or main.exists() else []
+        extra = sorted(
+            path
+            for path in (main.parent / "conf.d").glob("*.yaml")
+            if not path.name.startswith(".")
+        )
+    except OSError as error:
+        raise _unreadable(main, error) from error
+    return [*mains, *extra]
+
+
+def _read_all(files: Sequence[Path]) -> list[tuple[Path, YamlDocument]]:
+    """Every file, or one error that names every file that cannot be read."""
+    documents: list[tuple[Path, YamlDocument]] = []
+    failures: list[ConfigError] = []
+    for path in files:
+        try:
+            documents.append((path, _read(path)))
+        except ConfigError as error:
+            failures.append(error)
+    if len(failures) == 1:
+        raise failures[0]
+    if failures:
+        problems = [
+            problem
+            for failure in failures
+            for problem in failure.problems or [Problem("configuration", failure.message)]
+        ]
+        raise ConfigUnreadable(f"{len(failures)} files cannot be used", problems=problems)
+    return documents
+
+
+def _read(path: Path) -> YamlDocument:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise _unreadable(path, error) from error
+    document = parse_yaml(text, str(path))
+    if document.data is None:
+        return YamlDocument({})
+    if not isinstance(document.data, dict):
+        raise ConfigUnreadable(
+            f"{path} holds no sections", hint="begin with `haproxy:` or another section's name"
+        )
+    return document
+
+
+def _unreadable(path: Path, error: OSError | UnicodeDecodeError) -> ConfigUnreadable:
+    reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+    hint = "give the right --config" if isinstance(error, FileNotFoundError) else ""
+    return ConfigUnreadable(f"cannot read {path}: {reason}", hint=hint)
+
+
+def _merge_file(merged: _Merged, path: Path, document: YamlDocument) -> None:
+    def origin_of(where: str) -> Origin:
+        return Origin(str(path), document.lines.get(where))
+
+    data = document.data if isinstance(document.data, Mapping) else {}
+    _merge(merged.values, data, "", merged.origins, origin_of)
+
+
+def _merge(
+    into: dict[str, object],
+    new: Mapping[str, object],
+    prefix: str,
+    origins: dict[str, Origin],
+    origin_of: _OriginOf,
+) -> None:
+    for key, value in new.items():
+        name = str(key)  # YAML has numbers as keys too; they are refused as unknown settings
+        here = f"{prefix}{name}"
+        old = into.get(name)
+        if not (isinstance(value, Mapping) and isinstance(old, Mapping)):
+            origins[here] = origin_of(here)
+        if isinstance(value, Mapping):
+            target = dict(old) if isinstance(old, dict) else {}
+            into[name] = target
+            _merge(target, value, f"{here}.", origins, origin_of)
+        else:
+            into[name] = value
+
+
+def _merge_environment(merged: _Merged, environment: Mapping[str, str]) -> list[Problem]:
+    if not any(name.upper().startswith(_PREFIX) for name in environment):
+        return []
+    # pydantic-settings costs memory and start-up time that most hosts need not pay.
+    from imdsproxy.config.environment import read_environment, unknown_variables  # noqa: PLC0415
+
+    variables = {setting.path: setting.variable for setting in iterate_settings()}
+
+    def origin_of(where: str) -> Origin:
+        return Origin(variables.get(where, "environment"))
+
+    _merge(merged.values, read_environment(environment), "", merged.origins, origin_of)
+    return unknown_variables(environment)
+
+
+def _problems(error: ValidationError, origins: Mapping[str, Origin]) -> list[Problem]:
+    return [_problem(detail, origins) for detail in error.errors()]
+
+
+def _problem(detail: ErrorDetails, origins: Mapping[str, Origin]) -> Problem:
+    finding = explain_finding(detail)
+    origin = _nearest(finding.field, origins)
+    return Problem(
+        field=finding.field,
+        reason=finding.reason,
+        hint=finding.hint,
+        file=None if origin is None else origin.file,
+        line=None if origin is None else origin.line,
+    )
+
+
+def _nearest(path: str, origins: Mapping[str, Origin]) -> Origin | None:
+    """Where `path`, or else the section around it, was written."""
+    while path:
+        if path in origins:
+            return origins[path]
+        path = path.rpartition(".")[0]
+    return None
