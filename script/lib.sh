@@ -1,0 +1,184 @@
+# shellcheck shell=bash disable=SC2034  # the arrays are read by the scripts beside this file
+# Set-up shared by the scripts beside this file: Debian packages, then .venv. Sourced, never run.
+# Whatever is already there is left alone, so that a second run starts in seconds.
+
+set -euo pipefail
+
+repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+script=script/$(basename "$0")
+cache=$repository/.cache
+setup_log=$cache/setup.log
+venv=$repository/.venv
+
+# command or file whose presence makes the Debian package unnecessary : package
+base_packages=(
+    haproxy:haproxy
+    ip:iproute2
+    nsenter:util-linux
+    curl:curl
+    /etc/ssl/certs/ca-certificates.crt:ca-certificates
+)
+test_packages=(
+    wrk:wrk
+)
+policy_mark='# laid by imdsproxy/script/lib.sh while it installs, and removed by it'
+
+say() {
+    printf '%s\n' "$*" >&2
+}
+
+die() {
+    say "$script $*"
+    exit 1
+}
+
+need_root() {
+    [[ $(id -u) -eq 0 ]] || die "needs root: run it with sudo"
+}
+
+need_system() {
+    local name like=" "
+    [[ $(uname -s) == Linux ]] || die "needs Linux with Debian's packages: this is $(uname -s)"
+    name=$(. /etc/os-release 2>/dev/null && printf '%s' "${PRETTY_NAME:-Linux}") || name="an unknown Linux"
+    like=$(. /etc/os-release 2>/dev/null && printf ' %s %s ' "${ID:-}" "${ID_LIKE:-}") || true
+    # shellcheck disable=SC2015  # a die after     [[ $like == *" debian "    [[ $like == *" debian " is what is meant
+    [[ $like == *" debian "* || $like == *" ubuntu "* ]] && command -v apt-get >/dev/null ||
+        die "needs Debian 13 or a relative with apt-get: this is $name"
+}
+
+# haproxy_at_least_3 "VERSION": true for 3.0 and later, an epoch or suffix may surround it
+haproxy_at_least_3() {
+    local major=${1#*:}
+    major=${major%%.*}
+    [[ $major =~ ^[0-9]+$ ]] && ((major >= 3))
+}
+
+need_haproxy_3() {
+    local version
+    version=$(haproxy -v 2>/dev/null | sed -n '1s/^HAProxy version \([^ ]*\).*/\1/p') || true
+    haproxy_at_least_3 "$version" ||
+        die "needs HAProxy 3.0 or later (Debian 13 has it): found ${version:-none that runs}"
+}
+
+is_there() {
+    if [[ $1 == /* ]]; then [[ -e $1 ]]; else command -v "$1" >/dev/null; fi
+}
+
+# missing_packages PRESENCE:PACKAGE...: the packages to install, one a line
+missing_packages() {
+    local entry
+    for entry in "$@"; do
+        is_there "${entry%%:*}" || printf '%s\n' "${entry#*:}"
+    done
+}
+
+logged() {
+    if ! "$@" >>"$setup_log" 2>&1 </dev/null; then
+        tail -n 15 "$setup_log" >&2
+        die "could not finish its set-up: '$*' failed (all of it in $setup_log)"
+    fi
+}
+
+remove_policy() {
+    if grep -qsF "$policy_mark" /usr/sbin/policy-rc.d; then
+        rm -f /usr/sbin/policy-rc.d
+    fi
+}
+
+# apt_install PACKAGE...: without starting or enabling any service that a package brings
+apt_install() {
+    local services_before policy=$cache/policy-rc.d
+    say "installing Debian packages: $*"
+    logged apt-get -q -o DPkg::Lock::Timeout=120 update
+    if [[ " $* " == *" haproxy "* ]]; then
+        local candidate
+        candidate=$(LC_ALL=C apt-cache policy haproxy | sed -n 's/^ *Candidate: *//p')
+        haproxy_at_least_3 "$candidate" ||
+            die "needs HAProxy 3.0 or later (Debian 13 has it): this system offers ${candidate:-none}"
+    fi
+    printf '#!/bin/sh\n%s\nexit 101\n' "$policy_mark" >"$policy"
+    chmod 755 "$policy"
+    services_before=$(enabled_haproxy)
+    local install=(env DEBIAN_FRONTEND=noninteractive apt-get -q -y -o DPkg::Lock::Timeout=120
+        install --no-install-recommends "$@")
+    remove_policy # of a run that was killed
+    if [[ -e /usr/sbin/policy-rc.d ]]; then
+        # The host has a policy of its own: ours lies over it for apt's eyes only.
+        # shellcheck disable=SC2016  # for the inner shell
+        logged unshare --mount sh -c 'mount --bind "$0" /usr/sbin/policy-rc.d && exec "$@"' \
+            "$policy" "${install[@]}"
+    else
+        trap remove_policy EXIT
+        cp "$policy" /usr/sbin/policy-rc.d
+        logged "${install[@]}"
+        remove_policy
+        trap - EXIT
+    fi
+    if [[ -z $services_before && -n $(enabled_haproxy) ]]; then
+        logged deb-systemd-helper disable haproxy.service
+    fi
+}
+
+enabled_haproxy() {
+    find /etc/systemd/system -name haproxy.service -path '*.wants/*' 2>/dev/null || true
+}
+
+# usable_python PYTHON: true when it is 3.11 or later and can make a virtual environment
+usable_python() {
+    "$1" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null
+}
+
+find_python() {
+    local candidate
+    for candidate in python3.13 python3.12 python3.11 python3 /usr/bin/python3; do
+        if command -v "$candidate" >/dev/null && usable_python "$candidate"; then
+            command -v "$candidate"
+            return
+        fi
+    done
+}
+
+install_missing() {
+    local missing
+    mapfile -t missing < <(missing_packages "$@")
+    [[ -x $venv/bin/python || -n $(find_python) ]] || missing+=(python3 python3-venv)
+    ((${#missing[@]} == 0)) && return
+    [[ $(id -u) -eq 0 ]] || die "needs root to install ${missing[*]}: run it with sudo"
+    apt_install "${missing[@]}"
+}
+
+venv_stamp() {
+    (cd "$repository" && sha256sum requirements/*.txt pyproject.toml && pwd) | sha256sum
+}
+
+build_venv() {
+    local python stamp=$venv/.set-up
+    if [[ -f $stamp && $(<"$stamp") == "$(venv_stamp)" ]]; then
+        return
+    fi
+    if ! { [[ -x $venv/bin/python ]] && usable_python "$venv/bin/python"; }; then
+        python=$(find_python)
+        [[ -n $python ]] || die "needs Python 3.11 or later with the venv module"
+        say "making a virtual environment with $("$python" --version)"
+        logged "$python" -m venv --clear "$venv"
+    fi
+    say "installing the pinned Python packages"
+    local pip=("$venv/bin/python" -m pip --quiet --disable-pip-version-check install)
+    logged "${pip[@]}" --require-hashes -r "$repository/requirements/build.txt"
+    logged "${pip[@]}" --require-hashes -r "$repository/requirements/dev.txt"
+    logged "${pip[@]}" --no-deps --no-build-isolation -e "$repository"
+    venv_stamp >"$stamp"
+}
+
+# set_up PRESENCE:PACKAGE...: one at a time in this work tree
+set_up() {
+    need_system
+    mkdir -p "$cache"
+    (
+        flock 9
+        : >"$setup_log"
+        install_missing "$@"
+        need_haproxy_3
+        build_venv
+    ) 9>"$cache/setup.lock"
+}
