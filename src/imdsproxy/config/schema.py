@@ -257,8 +257,7 @@ class ResolverSettings(Section):
     hold_s: float = _setting(
         5.0,
         "Seconds that a request of an unknown address is held while its record may still come (a "
-        "guest can be faster than its own announcement); 0 answers at once. cloud-init waits 50 "
-        "s.",
+        "guest can be faster than its own announcement); 0 answers at once.",
         Change.LIVE,
         ge=0,
         le=30,
