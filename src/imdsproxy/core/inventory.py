@@ -1,23 +1,61 @@
 """All networks and instances at one moment, and who claims which address.
 
-Sources report `Observation`s; `Inventory.observe` folds one in and says whose data-plane records may
-have changed. What is in force is a function of the sources' present records, never of the order in which
-they came: an address or an id that two sources give to different things is a conflict, not a race.
+Sources report `Observation`s; `Inventory.observe` folds one in and says whose data-plane records
+may have changed. What is in force is a function of the sources' present records, never of the order
+in which they came: an address or an id that two sources give to different things is a conflict, not
+a race.
+
+The rules, in the order in which they apply:
+
+- The same network or instance in two sources with the same content is one record.
+- A network that two sources describe differently is a conflict. Where they agree on the listener it
+  stays, bare (no name, subnets or MTU), so that guests are answered; where they do not it has none.
+- An instance that two sources describe differently is a conflict: it has no documents, and every
+  address that any of the versions claims is contested.
+- An address (or the link-local address of a MAC) that two instances claim in one network is
+  contested. Their other addresses are not.
+- A port of a network that nobody told of claims nothing until the network comes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from enum import StrEnum
+from types import MappingProxyType
+from typing import Generic, TypeAlias, TypeVar
 
-from imdsproxy.core.model import Instance, InstanceId, IpAddress, Network, NetworkId
+from imdsproxy.core.addresses import link_local_of
+from imdsproxy.core.model import (
+    Instance,
+    InstanceId,
+    IpAddress,
+    MacAddress,
+    Network,
+    NetworkId,
+)
 from imdsproxy.errors import Problem
 
-__all__ = ["AddressKey", "Observation", "SourceName"]
+__all__ = [
+    "AddressKey",
+    "Affected",
+    "Claimant",
+    "Conflict",
+    "ConflictKind",
+    "Inventory",
+    "Observation",
+    "SourceName",
+    "address_keys",
+]
 
 SourceName: TypeAlias = str
 AddressKey: TypeAlias = tuple[NetworkId, IpAddress]
+_MacKey: TypeAlias = tuple[NetworkId, MacAddress]
+
+_K = TypeVar("_K", bound=Hashable)
+_V = TypeVar("_V")
+_Id = TypeVar("_Id", NetworkId, InstanceId)
+_Record = TypeVar("_Record", Network, Instance)
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,10 +64,11 @@ class Observation:
 
     Attributes:
         source: Who saw it.
-        full: The mappings are everything that the source has: what is not in them is gone. Otherwise they
-            hold changes only, and `*_removed` what went.
-        in_sync: The source has told all that it knows; before that nothing may be swept, and an unknown
-            address is answered 503, not 404.
+        full: The mappings are everything that the source has: what is not in them is gone.
+            Otherwise they hold changes only, and `*_removed` what went (removals apply before
+            additions).
+        in_sync: The source has told all that it knows; before that nothing may be swept, and an
+            unknown address is answered 503, not 404.
         problems: Every record refused at this moment (the whole list, not the change).
     """
 
@@ -41,3 +80,430 @@ class Observation:
     instances_removed: Iterable[InstanceId] = ()
     in_sync: bool = True
     problems: tuple[Problem, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Affected:
+    """Whose state may have changed; what is not named here has not.
+
+    Attributes:
+        networks: Their listener, content or conflict.
+        instances: Their documents: the instance itself, or a network that it has a port in.
+        addresses: Who owns them, or the documents of who owns them.
+        in_sync: `Inventory.in_sync` changed.
+    """
+
+    networks: frozenset[NetworkId] = frozenset()
+    instances: frozenset[InstanceId] = frozenset()
+    addresses: frozenset[AddressKey] = frozenset()
+    in_sync: bool = False
+
+    def __bool__(self) -> bool:
+        return bool(self.networks or self.instances or self.addresses or self.in_sync)
+
+
+class ConflictKind(StrEnum):
+    """What two records cannot agree on."""
+
+    NETWORK = "network"
+    INSTANCE = "instance"
+    ADDRESS = "address"
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Claimant:
+    """Who says so: a source, by which instance's record (empty for a network's own record)."""
+
+    source: SourceName
+    instance: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Conflict:
+    """Records that contradict each other; nobody of them is in force where they do.
+
+    Attributes:
+        kind: What they contradict each other about.
+        subject: The network's id, the instance's id, or `NETWORK/ADDRESS`.
+        claimants: All of them, in order.
+    """
+
+    kind: ConflictKind
+    subject: str
+    claimants: tuple[Claimant, ...]
+
+    def __str__(self) -> str:
+        who = ", ".join(
+            f"{claimant.instance} ({claimant.source})" if claimant.instance else claimant.source
+            for claimant in self.claimants
+        )
+        return f"{self.kind} {self.subject} is claimed differently by {who}"
+
+
+def address_keys(instance: Instance) -> frozenset[AddressKey]:
+    """Every (network, address) that the instance is known by, its MACs' link-local ones too."""
+    keys: set[AddressKey] = set()
+    for port in instance.ports:
+        keys.update((port.network, address) for address in port.addresses)
+        if port.mac is not None:
+            keys.add((port.network, link_local_of(port.mac)))
+    return frozenset(keys)
+
+
+def _mac_keys(instance: Instance) -> frozenset[_MacKey]:
+    return frozenset((port.network, port.mac) for port in instance.ports if port.mac is not None)
+
+
+class _Claims(Generic[_K]):
+    """Who claims a key. One claimant is the rule and is stored bare: a set each is dear."""
+
+    __slots__ = ("_claimants", "contested")
+
+    def __init__(self) -> None:
+        self._claimants: dict[_K, InstanceId | frozenset[InstanceId]] = {}
+        self.contested: set[_K] = set()
+
+    def __iter__(self) -> Iterator[_K]:
+        return iter(self._claimants)
+
+    def of(self, key: _K) -> frozenset[InstanceId]:
+        found = self._claimants.get(key)
+        if found is None:
+            return frozenset()
+        return found if isinstance(found, frozenset) else frozenset((found,))
+
+    def replace(self, instance: InstanceId, before: frozenset[_K], after: frozenset[_K]) -> None:
+        for key in before - after:
+            self._store(key, self.of(key) - {instance})
+        for key in after - before:
+            self._store(key, self.of(key) | {instance})
+
+    def _store(self, key: _K, claimants: frozenset[InstanceId]) -> None:
+        if len(claimants) > 1:
+            self._claimants[key] = claimants
+            self.contested.add(key)
+            return
+        self.contested.discard(key)
+        if claimants:
+            (self._claimants[key],) = claimants
+        else:
+            self._claimants.pop(key, None)
+
+
+@dataclass(slots=True)
+class _Report:
+    """What one source says now."""
+
+    networks: dict[NetworkId, Network] = field(default_factory=dict)
+    instances: dict[InstanceId, Instance] = field(default_factory=dict)
+    problems: tuple[Problem, ...] = ()
+    in_sync: bool = False
+
+
+@dataclass(slots=True)
+class _Change:
+    """`Affected` while it is being found."""
+
+    networks: set[NetworkId] = field(default_factory=set)
+    instances: set[InstanceId] = field(default_factory=set)
+    addresses: set[AddressKey] = field(default_factory=set)
+
+
+class Inventory:
+    """The sources' records, merged and indexed.
+
+    Mutable: `observe` and `forget` are its only writers, and everything read from it is as of the
+        last of them. An observation costs time in proportion to what it changes (a full one: to
+        what the source has), not to what the inventory holds. The mappings given out are live
+        views: iterate over them only while nobody observes.
+
+    Args:
+        sources: Those expected to report; `in_sync` waits for each of them.
+    """
+
+    def __init__(self, sources: Iterable[SourceName] = ()) -> None:
+        self._reports: dict[SourceName, _Report] = {name: _Report() for name in sorted(sources)}
+        self._networks: dict[NetworkId, Network] = {}
+        self._network_conflicts: set[NetworkId] = set()
+        self._instances: dict[InstanceId, Instance] = {}
+        self._instance_conflicts: dict[InstanceId, tuple[Instance, ...]] = {}
+        self._addresses: _Claims[AddressKey] = _Claims()
+        self._macs: _Claims[_MacKey] = _Claims()
+        self._members: dict[NetworkId, set[InstanceId]] = {}
+
+    # What is in force
+
+    @property
+    def networks(self) -> Mapping[NetworkId, Network]:
+        """Those with a listener: told of by one source, or alike by several."""
+        return MappingProxyType(self._networks)
+
+    @property
+    def instances(self) -> Mapping[InstanceId, Instance]:
+        """Those with documents: told of by one source, or alike by several."""
+        return MappingProxyType(self._instances)
+
+    @property
+    def in_sync(self) -> bool:
+        """Every source has told all that it knows (and there is a source)."""
+        return bool(self._reports) and all(report.in_sync for report in self._reports.values())
+
+    def owner(self, key: AddressKey) -> InstanceId | Conflict | None:
+        """Whose address it is; a `Conflict` where that is contested, `None` if nobody claims it."""
+        network, address = key
+        claimants = self._addresses.of(key)
+        if not claimants or not self.knows(network):
+            return None
+        if network in self._network_conflicts:
+            return self._network_conflict(network)
+        if len(claimants) > 1:
+            return self._address_conflict(network, address)
+        (instance,) = claimants
+        if instance in self._instance_conflicts:
+            return self._instance_conflict(instance)
+        return instance
+
+    def addresses(self) -> Iterator[tuple[AddressKey, InstanceId | Conflict]]:
+        """Every address that somebody claims in a network that exists, and whose it is."""
+        for key in self._addresses:
+            owner = self.owner(key)
+            if owner is not None:
+                yield key, owner
+
+    def addresses_of(self, instance: InstanceId) -> frozenset[AddressKey]:
+        """Every address that the instance's record (each version of it) claims."""
+        return _union(address_keys(version) for version in self._versions(instance))
+
+    def instances_in(self, network: NetworkId) -> frozenset[InstanceId]:
+        """The instances with a port in the network, conflicting ones included."""
+        return frozenset(self._members.get(network, ()))
+
+    def instances_with_mac(self, network: NetworkId, mac: MacAddress) -> frozenset[InstanceId]:
+        """The instances with a port of that MAC in the network: more than one is a conflict."""
+        return self._macs.of((network, mac)) if self.knows(network) else frozenset()
+
+    def knows(self, network: NetworkId) -> bool:
+        """Some source tells of the network, be it in conflict."""
+        return network in self._networks or network in self._network_conflicts
+
+    # Where it comes from, and what is wrong with it
+
+    def sources_of_network(self, network: NetworkId) -> tuple[SourceName, ...]:
+        """The sources that tell of the network, in name order."""
+        return tuple(name for name, report in self._reports.items() if network in report.networks)
+
+    def sources_of_instance(self, instance: InstanceId) -> tuple[SourceName, ...]:
+        """The sources that tell of the instance, in name order."""
+        return tuple(name for name, report in self._reports.items() if instance in report.instances)
+
+    @property
+    def sources(self) -> Mapping[SourceName, bool]:
+        """Each source's name, and whether it is in sync."""
+        return {name: report.in_sync for name, report in self._reports.items()}
+
+    def conflicts(self) -> tuple[Conflict, ...]:
+        """All contradictions, by kind and subject."""
+        found = [self._network_conflict(network) for network in sorted(self._network_conflicts)]
+        found += [
+            self._instance_conflict(instance) for instance in sorted(self._instance_conflicts)
+        ]
+        contested = sorted(
+            self._addresses.contested, key=lambda key: (key[0], key[1].version, int(key[1]))
+        )
+        found += [self._address_conflict(*key) for key in contested if self.knows(key[0])]
+        return tuple(found)
+
+    def problems(self) -> tuple[Problem, ...]:
+        """Every refused record, every conflict, and every port of an unknown network."""
+        found = [problem for report in self._reports.values() for problem in report.problems]
+        found += [
+            Problem(
+                field=f"{conflict.kind}s.{conflict.subject}",
+                reason=str(conflict),
+                hint="leave it in one place only; until then the addresses concerned get 503",
+            )
+            for conflict in self.conflicts()
+        ]
+        for network in sorted(self._members):
+            if not self.knows(network):
+                found += self._unknown_network(network)
+        return tuple(found)
+
+    # What changes it
+
+    def observe(self, observation: Observation) -> Affected:
+        """Fold in what a source saw; say whose state may have changed."""
+        in_sync = self.in_sync
+        report = self._report(observation.source)
+        networks = _changes(
+            report.networks,
+            observation.networks,
+            set(report.networks) - set(observation.networks)
+            if observation.full
+            else observation.networks_removed,
+        )
+        instances = _changes(
+            report.instances,
+            observation.instances,
+            set(report.instances) - set(observation.instances)
+            if observation.full
+            else observation.instances_removed,
+        )
+        change = _Change()
+        for instance_id, instance in instances.items():
+            self._set_instance(report, instance_id, instance, change)
+        for network_id, network in networks.items():
+            self._set_network(report, network_id, network, change)
+        report.problems = observation.problems
+        report.in_sync = observation.in_sync
+        return self._affected(change, in_sync_before=in_sync)
+
+    def forget(self, source: SourceName) -> Affected:
+        """A source is no longer used: its records go, and nobody waits for it."""
+        in_sync = self.in_sync
+        affected = self.observe(Observation(source, full=True))
+        del self._reports[source]
+        return Affected(
+            affected.networks, affected.instances, affected.addresses, self.in_sync != in_sync
+        )
+
+    def _affected(self, change: _Change, *, in_sync_before: bool) -> Affected:
+        for network in change.networks:
+            change.instances |= self._members.get(network, set())
+        for instance in change.instances:
+            change.addresses |= self.addresses_of(instance)
+        return Affected(
+            frozenset(change.networks),
+            frozenset(change.instances),
+            frozenset(change.addresses),
+            self.in_sync != in_sync_before,
+        )
+
+    def _report(self, source: SourceName) -> _Report:
+        if source not in self._reports:
+            self._reports[source] = _Report()
+            self._reports = dict(sorted(self._reports.items()))
+        return self._reports[source]
+
+    def _set_network(
+        self, report: _Report, network_id: NetworkId, network: Network | None, change: _Change
+    ) -> None:
+        _put(report.networks, network_id, network)
+        versions = _distinct(r.networks.get(network_id) for r in self._reports.values())
+        conflicting = len(versions) > 1
+        in_force = _agreed(versions)
+        before = (self._networks.get(network_id), network_id in self._network_conflicts)
+        if before == (in_force, conflicting):
+            return
+        _put(self._networks, network_id, in_force)
+        (self._network_conflicts.add if conflicting else self._network_conflicts.discard)(
+            network_id
+        )
+        change.networks.add(network_id)
+
+    def _set_instance(
+        self, report: _Report, instance_id: InstanceId, instance: Instance | None, change: _Change
+    ) -> None:
+        before = self._versions(instance_id)
+        _put(report.instances, instance_id, instance)
+        after = _distinct(r.instances.get(instance_id) for r in self._reports.values())
+        if before == after:
+            return
+        _put(self._instances, instance_id, after[0] if len(after) == 1 else None)
+        _put(self._instance_conflicts, instance_id, after if len(after) > 1 else None)
+        self._index(instance_id, before, after)
+        change.instances.add(instance_id)
+        change.addresses |= _union(address_keys(version) for version in before)
+
+    def _index(
+        self, instance_id: InstanceId, before: tuple[Instance, ...], after: tuple[Instance, ...]
+    ) -> None:
+        self._addresses.replace(
+            instance_id, _union(map(address_keys, before)), _union(map(address_keys, after))
+        )
+        self._macs.replace(
+            instance_id, _union(map(_mac_keys, before)), _union(map(_mac_keys, after))
+        )
+        networks_before = {port.network for version in before for port in version.ports}
+        networks_after = {port.network for version in after for port in version.ports}
+        for network in networks_after - networks_before:
+            self._members.setdefault(network, set()).add(instance_id)
+        for network in networks_before - networks_after:
+            members = self._members[network]
+            members.discard(instance_id)
+            if not members:
+                del self._members[network]
+
+    def _versions(self, instance: InstanceId) -> tuple[Instance, ...]:
+        found = self._instances.get(instance)
+        return self._instance_conflicts.get(instance, ()) if found is None else (found,)
+
+    def _network_conflict(self, network: NetworkId) -> Conflict:
+        claimants = tuple(Claimant(source) for source in self.sources_of_network(network))
+        return Conflict(ConflictKind.NETWORK, network, claimants)
+
+    def _instance_conflict(self, instance: InstanceId) -> Conflict:
+        claimants = tuple(
+            Claimant(source, instance) for source in self.sources_of_instance(instance)
+        )
+        return Conflict(ConflictKind.INSTANCE, instance, claimants)
+
+    def _address_conflict(self, network: NetworkId, address: IpAddress) -> Conflict:
+        claimants = (
+            Claimant(source, instance)
+            for instance in self._addresses.of((network, address))
+            for source in self.sources_of_instance(instance)
+        )
+        return Conflict(ConflictKind.ADDRESS, f"{network}/{address}", tuple(sorted(claimants)))
+
+    def _unknown_network(self, network: NetworkId) -> Iterator[Problem]:
+        for instance in sorted(self._members[network]):
+            yield Problem(
+                field=f"instances.{instance}.ports",
+                reason=f"there is no network {network}",
+                hint="add the network, or mend the port; until then the port has no addresses",
+            )
+
+
+def _changes(
+    has: dict[_Id, _Record], sees: Mapping[_Id, _Record], removed: Iterable[_Id]
+) -> dict[_Id, _Record | None]:
+    """What a source's new word changes: the new record, or `None` for one that went."""
+    changes: dict[_Id, _Record | None] = {key: None for key in removed if key in has}
+    for key, record in sees.items():
+        known = has.get(key)
+        if known is record or known == record:
+            changes.pop(key, None)
+        else:
+            changes[key] = record
+    return changes
+
+
+def _put(mapping: dict[_K, _V], key: _K, value: _V | None) -> None:
+    if value is None:
+        mapping.pop(key, None)
+    else:
+        mapping[key] = value
+
+
+def _distinct(records: Iterable[_V | None]) -> tuple[_V, ...]:
+    """The different ones, in their order; a plain list search, for there are as many as sources."""
+    found: list[_V] = []
+    for record in records:
+        if record is not None and record not in found:
+            found.append(record)
+    return tuple(found)
+
+
+def _agreed(versions: tuple[Network, ...]) -> Network | None:
+    """What all versions of a network agree on, if that is enough for a listener."""
+    if len(versions) == 1:
+        return versions[0]
+    if len({version.listener for version in versions}) == 1:
+        return Network(id=versions[0].id, listener=versions[0].listener)
+    return None
+
+
+def _union(sets: Iterable[frozenset[_K]]) -> frozenset[_K]:
+    found = tuple(sets)
+    return found[0] if len(found) == 1 else frozenset().union(*found)

@@ -1,0 +1,52 @@
+"""Addresses of guests: one spelling for each, and the link-local one that a MAC gives."""
+
+from __future__ import annotations
+
+from ipaddress import IPv4Address, IPv6Address
+from typing import Final
+
+from imdsproxy.core.model import IpAddress, MacAddress
+
+__all__ = ["link_local_of", "mac_of", "normalise_address"]
+
+_LINK_LOCAL_PREFIX: Final = 0xFE80 << 112
+_UNIVERSAL_BIT: Final = 1 << 57
+_FILLER: Final = 0xFFFE
+
+
+def normalise_address(address: IpAddress) -> IpAddress:
+    """The one spelling of an address: IPv4 for an IPv4-mapped one, and no scope (zone).
+
+    A dual-stack socket reports an IPv4 peer as `::ffff:10.0.0.5`, and a link-local one as
+    `fe80::1%eth0`.
+    """
+    if isinstance(address, IPv4Address):
+        return address
+    mapped = address.ipv4_mapped
+    if mapped is not None:
+        return mapped
+    return address if address.scope_id is None else IPv6Address(int(address))
+
+
+def link_local_of(mac: MacAddress) -> IPv6Address:
+    """The link-local address made of a MAC by modified EUI-64 (RFC 4291 appendix A)."""
+    octets = int(mac.replace(":", ""), 16)
+    high, low = octets >> 24, octets & 0xFFFFFF
+    identifier = (high << 40 | _FILLER << 24 | low) ^ _UNIVERSAL_BIT
+    return IPv6Address(_LINK_LOCAL_PREFIX | identifier)
+
+
+def mac_of(address: IpAddress) -> MacAddress | None:
+    """The MAC inside a modified EUI-64 link-local address, or `None` for any other address.
+
+    A random link-local address has the filler `fffe` once in 65,536 times: the answer is a hint
+    where a MAC may be found, not proof that the interface has it.
+    """
+    if isinstance(address, IPv4Address) or int(address) >> 64 != _LINK_LOCAL_PREFIX >> 64:
+        return None
+    identifier = int(address) & 0xFFFF_FFFF_FFFF_FFFF
+    if identifier >> 24 & 0xFFFF != _FILLER:
+        return None
+    identifier ^= _UNIVERSAL_BIT
+    octets = (identifier >> 40 << 24 | identifier & 0xFFFFFF).to_bytes(6, "big")
+    return MacAddress(octets.hex(":"))
