@@ -17,9 +17,10 @@
     │   ├── RuntimeUnavailable     its socket does not answer
     │   ├── HostRefused            a namespace, a link, an address, a file
     │   └── PrivilegeMissing
-    └── AdminError             the caller of the admin API must act    exit 64, 66 or 69
+    └── AdminError             the caller of the admin API must act    exit 64, 66, 69 or 73
         ├── AdminUnavailable       the daemon does not answer
         ├── NotFound
+        ├── AlreadyExists          what `add` should make is there
         └── RequestRefused         carries the fields
 
 Each has a stable `code` (kebab-case: logs, metrics, admin API and the reference use it), says whether
@@ -36,6 +37,7 @@ from typing import ClassVar
 __all__ = [
     "AdminError",
     "AdminUnavailable",
+    "AlreadyExists",
     "CommandRefused",
     "ConfigError",
     "ConfigInvalid",
@@ -231,6 +233,13 @@ class NotFound(AdminError):
 
     code = "not-found"
     exit_status = 66
+
+
+class AlreadyExists(AdminError):
+    """A network or instance of that id is there, and only a new one was to be made."""
+
+    code = "already-exists"
+    exit_status = 73
 
 
 class RequestRefused(AdminError):

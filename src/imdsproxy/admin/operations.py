@@ -1,0 +1,368 @@
+"""What the admin API asks of the controller, and in which shapes it is answered.
+
+The controller implements `Operations`; the API, health and metrics know nothing else of it. All
+values are frozen and say what was true at one moment.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from imdsproxy.core.inventory import SourceName
+    from imdsproxy.core.model import Instance, InstanceId, IpAddress, Network, NetworkId
+    from imdsproxy.errors import Problem
+
+__all__ = [
+    "Claim",
+    "ConflictReport",
+    "DocumentAnswer",
+    "DocumentsReport",
+    "Explanation",
+    "HaproxyReport",
+    "InstanceReport",
+    "LeftOut",
+    "NetworkReport",
+    "Operations",
+    "PlanReport",
+    "Readiness",
+    "ReloadReport",
+    "SettingChange",
+    "SettingsReload",
+    "SourceReport",
+    "StatusReport",
+    "Written",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class SourceReport:
+    """One source of records.
+
+    Attributes:
+        in_sync: It has told all that it knows.
+        stale_s: Seconds for which it has not answered, 0 while it does; its last records stay.
+        problems: Every record that it refuses now.
+    """
+
+    name: SourceName
+    in_sync: bool
+    networks: int = 0
+    instances: int = 0
+    stale_s: float = 0.0
+    problems: tuple[Problem, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class LeftOut:
+    """A network whose listener cannot be served now.
+
+    Attributes:
+        code: Stable and kebab-case, as `namespace-missing`, `port-busy`, `foreign-listener`.
+        reason: What is wrong, with pid and program where another program is in the way.
+        hint: What the operator can do.
+    """
+
+    network: NetworkId
+    code: str
+    reason: str
+    hint: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """Who claims something that only one may have."""
+
+    source: SourceName
+    instance: InstanceId
+
+
+@dataclass(frozen=True, slots=True)
+class ConflictReport:
+    """An address, or an id, that more than one record claims: its guests get 503.
+
+    Attributes:
+        network: The network of a contested address; `None` for a contested id.
+        subject: The address, or the id.
+    """
+
+    subject: str
+    claims: tuple[Claim, ...]
+    network: NetworkId | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ReloadReport:
+    """A reload of HAProxy that has ended.
+
+    Attributes:
+        at: Unix time, in seconds.
+        reason: Why it was asked for, as `network-added`.
+        result: HAProxy's own words where it failed, else empty.
+    """
+
+    number: int
+    at: float
+    reason: str
+    ok: bool
+    result: str = ""
+    took_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class HaproxyReport:
+    """The data plane; `None` where it is not known (not started, or not answering)."""
+
+    version: str | None = None
+    master: int | None = None
+    worker: int | None = None
+    old_workers: tuple[int, ...] = ()
+    reloads: int = 0
+    last_reload: ReloadReport | None = None
+    problem: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class DocumentsReport:
+    """The document server's processes: the parent first."""
+
+    pids: tuple[int, ...] = ()
+    problem: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class PlanReport:
+    """The last plan: what it did, why, and what of it failed (and is tried again)."""
+
+    at: float
+    operations: int
+    reasons: tuple[str, ...] = ()
+    failed: tuple[str, ...] = ()
+    took_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Readiness:
+    """Whether guests get what the sources say; `reasons` says, a line each, why not."""
+
+    ready: bool
+    reasons: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class StatusReport:
+    """Everything at one moment.
+
+    Attributes:
+        started_at: Unix time of the controller's start, in seconds.
+        serving: Networks whose listener answers.
+        problems: What is wrong and belongs to no source, network or instance.
+    """
+
+    version: str
+    controller: int
+    started_at: float
+    uptime_s: float
+    readiness: Readiness
+    networks: int
+    serving: int
+    instances: int
+    addresses: int
+    left_out: tuple[LeftOut, ...] = ()
+    sources: tuple[SourceReport, ...] = ()
+    conflicts: tuple[ConflictReport, ...] = ()
+    problems: tuple[Problem, ...] = ()
+    haproxy: HaproxyReport = field(default_factory=HaproxyReport)
+    documents: DocumentsReport = field(default_factory=DocumentsReport)
+    last_plan: PlanReport | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class NetworkReport:
+    """A network, where it comes from, and whether it is served; `left_out` says why not."""
+
+    network: Network
+    source: SourceName
+    instances: int = 0
+    left_out: LeftOut | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class InstanceReport:
+    """An instance, where it comes from, and the revision that guests see.
+
+    Attributes:
+        revision: Hash of the compiled record; empty while it is not compiled.
+        conflicts: What others claim as well.
+    """
+
+    instance: Instance
+    source: SourceName
+    revision: str = ""
+    conflicts: tuple[ConflictReport, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """What a change did: acknowledged once no worker of HAProxy answers with the old state.
+
+    Attributes:
+        applied: HAProxy has it. Off: it is stored, and comes in force when `pending` is mended.
+        pending: Why it is not in force yet, as `namespace n1 is missing`.
+    """
+
+    networks: int = 0
+    instances: int = 0
+    applied: bool = True
+    pending: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """Who a guest is, why, and what it gets.
+
+    Attributes:
+        verdict: `found`, `unknown`, `conflict`, `no-network` or `left-out`.
+        answer: The HTTP status a document of an enabled dialect has: 200, 404 or 503.
+        why: The steps that led there, one sentence each, in order.
+        how: `address`, `eui64` or `neighbour` where an instance was found.
+        installed: The value in HAProxy's map, as its worker has it; `None` when it has none or
+            could not be asked.
+        policy: What applies to the guest's requests, as name and value (dialects, endpoint, hold).
+    """
+
+    network: NetworkId
+    address: IpAddress
+    verdict: str
+    answer: int
+    why: tuple[str, ...] = ()
+    instance: InstanceId | None = None
+    instance_name: str | None = None
+    source: SourceName | None = None
+    how: str | None = None
+    revision: str | None = None
+    installed: str | None = None
+    claims: tuple[Claim, ...] = ()
+    policy: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class DocumentAnswer:
+    """What a guest would be told."""
+
+    status: int
+    headers: tuple[tuple[str, str], ...]
+    body: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class SettingChange:
+    """One setting that a reload found changed; `change` is live, reload, restart or nothing."""
+
+    path: str
+    before: object
+    after: object
+    change: str
+
+
+@dataclass(frozen=True, slots=True)
+class SettingsReload:
+    """What `reload` did: which settings it took over, and for which a restart is needed."""
+
+    changes: tuple[SettingChange, ...] = ()
+    restart_needed: tuple[str, ...] = ()
+    haproxy_reloaded: bool = False
+
+
+class Operations(Protocol):
+    """What the controller does for the admin API.
+
+    Every method may raise `SourceUnavailable` where a store or the data plane does not answer. The
+    `put_*` and `remove_*` methods return once the change is stored and no worker of HAProxy answers
+    with the state before; they raise `SourceRefused` when no writable source is enabled, or when
+    the record belongs to another source.
+    """
+
+    async def status(self) -> StatusReport:
+        """Everything at one moment."""
+        ...
+
+    async def list_networks(self) -> Sequence[NetworkReport]:
+        """Every network, by id."""
+        ...
+
+    async def get_network(self, network: NetworkId) -> NetworkReport:
+        """One network; `NotFound` otherwise."""
+        ...
+
+    async def put_network(self, network: Network, *, create: bool = False) -> Written:
+        """Store a network, or replace it; with `create`, `AlreadyExists` when there is one."""
+        ...
+
+    async def remove_network(self, network: NetworkId) -> Written:
+        """Remove a network.
+
+        Raises:
+            NotFound: There is none.
+            SourceRefused: Instances still have ports in it (`problems` names them).
+        """
+        ...
+
+    async def list_instances(self, network: NetworkId | None = None) -> Sequence[InstanceReport]:
+        """Every instance, or those with a port in `network`, by id."""
+        ...
+
+    async def get_instance(self, instance: InstanceId) -> InstanceReport:
+        """One instance; `NotFound` otherwise."""
+        ...
+
+    async def put_instance(self, instance: Instance, *, create: bool = False) -> Written:
+        """Store an instance, or replace it.
+
+        Raises:
+            AlreadyExists: With `create`, when there is one of this id.
+            SourceRefused: A network is unknown, or an address taken (`problems` has the fields).
+        """
+        ...
+
+    async def remove_instance(self, instance: InstanceId) -> Written:
+        """Remove an instance; `NotFound` when there is none."""
+        ...
+
+    async def put_records(
+        self, networks: Sequence[Network], instances: Sequence[Instance], *, create: bool = False
+    ) -> Written:
+        """Store many at once: all of them, or none and `SourceRefused` (or `AlreadyExists`)."""
+        ...
+
+    async def explain(self, network: NetworkId, address: IpAddress) -> Explanation:
+        """Who has `address` in `network`, and why; never raises for an unknown one."""
+        ...
+
+    async def get(
+        self,
+        network: NetworkId,
+        address: IpAddress,
+        path: str,
+        headers: Sequence[tuple[str, str]] = (),
+    ) -> DocumentAnswer:
+        """What the guest at `address` would be told for `GET path` (with its query).
+
+        Nothing is remembered of it; an unknown guest is answered as one is, without being held.
+        """
+        ...
+
+    async def render(self) -> str:
+        """The HAProxy configuration as it would be written now; nothing is touched."""
+        ...
+
+    async def reload(self) -> SettingsReload:
+        """Read the settings again and take over what can be; `ConfigError` changes nothing."""
+        ...
+
+    async def stop(self, *, data_plane: bool) -> None:
+        """End the controller after this call is answered; with `data_plane`, all processes."""
+        ...
