@@ -12,13 +12,11 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from imdsproxy.core.inventory import SourceName
+    from imdsproxy.core.inventory import Claimant, Conflict, SourceName
     from imdsproxy.core.model import Instance, InstanceId, IpAddress, Network, NetworkId
     from imdsproxy.errors import Problem
 
 __all__ = [
-    "Claim",
-    "ConflictReport",
     "DocumentAnswer",
     "DocumentsReport",
     "Explanation",
@@ -48,7 +46,7 @@ class SourceReport:
         problems: Every record that it refuses now.
     """
 
-    name: SourceName
+    name: Claimant, Conflict, SourceName
     in_sync: bool
     networks: int = 0
     instances: int = 0
@@ -70,28 +68,6 @@ class LeftOut:
     code: str
     reason: str
     hint: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Claim:
-    """Who claims something that only one may have."""
-
-    source: SourceName
-    instance: InstanceId
-
-
-@dataclass(frozen=True, slots=True)
-class ConflictReport:
-    """An address, or an id, that more than one record claims: its guests get 503.
-
-    Attributes:
-        network: The network of a contested address; `None` for a contested id.
-        subject: The address, or the id.
-    """
-
-    subject: str
-    claims: tuple[Claim, ...]
-    network: NetworkId | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,7 +149,7 @@ class StatusReport:
     addresses: int
     left_out: tuple[LeftOut, ...] = ()
     sources: tuple[SourceReport, ...] = ()
-    conflicts: tuple[ConflictReport, ...] = ()
+    conflicts: tuple[Conflict, ...] = ()
     problems: tuple[Problem, ...] = ()
     haproxy: HaproxyReport = field(default_factory=HaproxyReport)
     documents: DocumentsReport = field(default_factory=DocumentsReport)
@@ -185,7 +161,7 @@ class NetworkReport:
     """A network, where it comes from, and whether it is served; `left_out` says why not."""
 
     network: Network
-    source: SourceName
+    source: Claimant, Conflict, SourceName
     instances: int = 0
     left_out: LeftOut | None = None
 
@@ -200,9 +176,9 @@ class InstanceReport:
     """
 
     instance: Instance
-    source: SourceName
+    source: Claimant, Conflict, SourceName
     revision: str = ""
-    conflicts: tuple[ConflictReport, ...] = ()
+    conflicts: tuple[Conflict, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,7 +221,7 @@ class Explanation:
     how: str | None = None
     revision: str | None = None
     installed: str | None = None
-    claims: tuple[Claim, ...] = ()
+    claimants: tuple[Claimant, ...] = ()
     policy: Mapping[str, str] = field(default_factory=dict)
 
 
