@@ -46,7 +46,7 @@ class SourceReport:
         problems: Every record that it refuses now.
     """
 
-    name: Claimant, Conflict, SourceName
+    name: SourceName
     in_sync: bool
     networks: int = 0
     instances: int = 0
@@ -161,7 +161,7 @@ class NetworkReport:
     """A network, where it comes from, and whether it is served; `left_out` says why not."""
 
     network: Network
-    source: Claimant, Conflict, SourceName
+    source: SourceName
     instances: int = 0
     left_out: LeftOut | None = None
 
@@ -176,7 +176,7 @@ class InstanceReport:
     """
 
     instance: Instance
-    source: Claimant, Conflict, SourceName
+    source: SourceName
     revision: str = ""
     conflicts: tuple[Conflict, ...] = ()
 
