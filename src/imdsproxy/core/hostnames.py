@@ -1,0 +1,83 @@
+"""How everything that we make on a host is named, so that a later process knows it for ours."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from dataclasses import dataclass
+
+from imdsproxy.core.model import NetworkId
+
+__all__ = ["DEFAULT_PREFIX", "Naming"]
+
+DEFAULT_PREFIX = "imds"
+
+_DIGITS = 10
+_PREFIX = re.compile(r"[a-z][a-z0-9]{0,4}\Z")  # 5 + 10 digits are the 15 bytes of a link's name
+
+
+@dataclass(frozen=True, slots=True)
+class Naming:
+    """Names made of a prefix and a short hash of the network's id.
+
+    Two daemons on one host with different prefixes never touch each other's objects.
+
+    Attributes:
+        prefix: 1 to 5 lower-case letters and digits, a letter first.
+
+    Raises:
+        ValueError: The prefix is not of that form.
+    """
+
+    prefix: str = DEFAULT_PREFIX
+
+    def __post_init__(self) -> None:
+        if not _PREFIX.match(self.prefix):
+            raise ValueError(f"not a prefix of 1 to 5 letters and digits: {self.prefix!r}")
+
+    @property
+    def inner_device(self) -> str:
+        """The veth end inside a namespace of ours; one name does, each is alone in there."""
+        return f"{self.prefix}0"
+
+    @property
+    def protocol(self) -> int:
+        """The IFA_PROTO (1 to 255) that marks an address as added by us: 128 to 255.
+
+        The kernel's own are 1 to 3, and what else is registered is below 32.
+        """
+        return 128 + _hash(self.prefix)[0] % 128
+
+    def namespace(self, network: NetworkId) -> str:
+        """The namespace that we make for a bridge's network."""
+        return f"{self.prefix}-{_hash(network).hex()[:_DIGITS]}"
+
+    def link(self, network: NetworkId) -> str:
+        """The veth end that is attached to the bridge, at most 15 bytes."""
+        return f"{self.prefix}{_hash(network).hex()[:_DIGITS]}"
+
+    def alias(self, network: NetworkId) -> str:
+        """The ifalias of what belongs to a network, for people and for `owner_of`."""
+        return f"imdsproxy:{self.prefix}:{network}"
+
+    def owner_of(self, alias: str) -> NetworkId | None:
+        """The network in an alias of ours; `None` when it is somebody else's."""
+        start = f"imdsproxy:{self.prefix}:"
+        return NetworkId(alias.removeprefix(start)) if alias.startswith(start) else None
+
+    def is_namespace(self, name: str) -> bool:
+        """Whether a name has the form of `namespace`."""
+        return _has_form(name, f"{self.prefix}-")
+
+    def is_link(self, name: str) -> bool:
+        """Whether a name has the form of `link`."""
+        return _has_form(name, self.prefix)
+
+
+def _hash(text: str) -> bytes:
+    return hashlib.sha256(text.encode()).digest()
+
+
+def _has_form(name: str, start: str) -> bool:
+    digits = name.removeprefix(start)
+    return name.startswith(start) and re.fullmatch(f"[0-9a-f]{{{_DIGITS}}}", digits) is not None

@@ -1,0 +1,282 @@
+"""What the host must have so that every network can be listened on: pure planning of host objects.
+
+`plan_listeners` compares the networks with what was observed of the host and says what HAProxy
+can bind now (`Endpoint`), what it cannot and why (`LeftOut`), who else listens there (`Foreign`) and
+what is to be done on the host (`HostOp`). It never waits: an endpoint whose namespace or address is
+still to be made is left out as pending and comes with the plan after the next observation.
+
+For every network and family there is at least one endpoint or exactly one `LeftOut`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Final, TypeAlias, assert_never
+
+from imdsproxy.core.bridges import plan_bridge, want_addresses
+from imdsproxy.core.endpoints import (
+    LOOPBACK,
+    Endpoint,
+    Foreign,
+    LeftOut,
+    LeftOutCode,
+    Part,
+    leave_out,
+    listen,
+)
+from imdsproxy.core.hostnames import Naming
+from imdsproxy.core.hostops import (
+    DeleteLink,
+    DeleteNamespace,
+    HostOp,
+    RemoveAddress,
+)
+from imdsproxy.core.hoststate import Family, NamespaceRef, ObservedHost, ObservedNamespace
+from imdsproxy.core.model import (
+    BridgeListener,
+    InterfaceListener,
+    Listener,
+    NamespaceListener,
+    Network,
+    NetworkId,
+)
+
+__all__ = [
+    "Endpoint",
+    "Foreign",
+    "LeftOut",
+    "LeftOutCode",
+    "ListenerPlan",
+    "NamespaceRef",
+    "plan_listeners",
+]
+
+_Place: TypeAlias = tuple[str, str | int]
+
+_ENSLAVING: Final = frozenset({"bridge", "bond", "team", "openvswitch"})
+
+
+@dataclass(frozen=True, slots=True)
+class ListenerPlan:
+    """Everything in the order of the networks' ids.
+
+    Attributes:
+        endpoints: What to bind.
+        left_out: What cannot be bound, with reasons; `PENDING` ones come right by `ops`.
+        foreign: Who else listens at those addresses and what that does.
+        ops: What to do on the host, in this order: removals first.
+    """
+
+    endpoints: tuple[Endpoint, ...] = ()
+    left_out: tuple[LeftOut, ...] = ()
+    foreign: tuple[Foreign, ...] = ()
+    ops: tuple[HostOp, ...] = ()
+
+
+def plan_listeners(
+    networks: Mapping[NetworkId, Network],
+    observed: ObservedHost,
+    naming: Naming | None = None,
+    *,
+    sweep: bool = True,
+) -> ListenerPlan:
+    """What to bind, what to leave out and what to do, for all networks at once.
+
+    Args:
+        networks: All of them: what is ours on the host and belongs to none is removed.
+        observed: The host. What was not looked at counts as not there.
+        naming: How our own objects are named.
+        sweep: Also plan removals; off while the sources have not told everything yet.
+    """
+    naming = naming or Naming()
+    shared = _shared(networks.values(), observed)
+    parts: list[Part] = []
+    for network_id in sorted(networks):
+        if network_id in shared:
+            parts.append(_left_out_as_shared(network_id, shared[network_id]))
+        else:
+            parts.append(_plan_one(networks[network_id], observed, naming))
+    served = [networks[network_id] for network_id in sorted(networks) if network_id not in shared]
+    removals = tuple(_sweep(served, observed, naming)) if sweep else ()
+    return ListenerPlan(
+        endpoints=tuple(one for part in parts for one in part.endpoints),
+        left_out=tuple(one for part in parts for one in part.left_out),
+        foreign=tuple(one for part in parts for one in part.foreign),
+        ops=removals + tuple(one for part in parts for one in part.ops),
+    )
+
+
+def _plan_one(network: Network, observed: ObservedHost, naming: Naming) -> Part:
+    listener = network.listener
+    if isinstance(listener, NamespaceListener):
+        return _plan_namespace(network.id, listener, observed, naming)
+    if isinstance(listener, InterfaceListener):
+        return _plan_interface(network.id, listener, observed, naming)
+    if isinstance(listener, BridgeListener):
+        return plan_bridge(network.id, listener, observed, naming)
+    assert_never(listener)
+
+
+def _plan_namespace(
+    network: NetworkId, listener: NamespaceListener, observed: ObservedHost, naming: Naming
+) -> Part:
+    seen = observed.namespaces.get(listener.namespace)
+    if seen is None:
+        return leave_out(
+            network,
+            LeftOutCode.NAMESPACE_MISSING,
+            f"there is no network namespace {listener.namespace}",
+            "it is noticed within a second once it is made",
+        )
+    if seen.problem:
+        return leave_out(network, LeftOutCode.NAMESPACE_UNUSABLE, seen.problem)
+    device = listener.device
+    if device is not None:
+        refused = _check_device(network, seen, device, f" in namespace {listener.namespace}")
+        if refused is not None:
+            return refused
+    managed = device is not None and listener.manage_addresses
+    part = Part()
+    if managed and device is not None:
+        ops = want_addresses(network, listener.namespace, seen, device, naming)
+        part = Part(ops=tuple(ops))
+    for family in Family:
+        part += listen(network, seen, family, device=device, managed=managed)
+    return part
+
+
+def _plan_interface(
+    network: NetworkId, listener: InterfaceListener, observed: ObservedHost, naming: Naming
+) -> Part:
+    root, device = observed.root, listener.device
+    refused = _check_device(network, root, device, "")
+    if refused is not None:
+        return refused
+    part = Part(ops=tuple(want_addresses(network, None, root, device, naming)))
+    seen = replace(root, addresses=tuple(a for a in root.addresses if a.device == device))
+    for family in Family:
+        part += listen(network, seen, family, device=device, managed=True)
+    return part
+
+
+def _check_device(
+    network: NetworkId, seen: ObservedNamespace, name: str, where: str
+) -> Part | None:
+    device = seen.devices.get(name)
+    if device is None:
+        return leave_out(
+            network,
+            LeftOutCode.DEVICE_MISSING,
+            f"there is no device {name}{where}",
+            "it is noticed within a second once it is there",
+        )
+    if not device.up:
+        reason = f"device {name}{where} is down"
+        return leave_out(network, LeftOutCode.DEVICE_DOWN, reason, f"ip link set {name} up")
+    masters = (one for one in seen.devices.values() if device.master and one.index == device.master)
+    master = next(masters, None)
+    if master is not None and master.kind in _ENSLAVING:
+        return leave_out(
+            network,
+            LeftOutCode.DEVICE_ENSLAVED,
+            f"device {name}{where} belongs to {master.kind} {master.name}, which takes its packets",
+            f"name {master.name} in its place",
+        )
+    return None
+
+
+def _shared(
+    networks: Iterable[Network], observed: ObservedHost
+) -> dict[NetworkId, tuple[NetworkId, ...]]:
+    """Networks whose listener is also another's, each with those others."""
+    places: dict[_Place, dict[str | None, list[NetworkId]]] = {}
+    for network in networks:
+        place, device = _place(network, observed)
+        places.setdefault(place, {}).setdefault(device, []).append(network.id)
+    shared: dict[NetworkId, tuple[NetworkId, ...]] = {}
+    for devices in places.values():
+        everywhere = devices.get(None, [])
+        for device, members in devices.items():
+            rivals = set(members) | set(everywhere)
+            if device is None:
+                rivals.update(one for others in devices.values() for one in others)
+            for member in members:
+                others = tuple(sorted(rivals - {member}))
+                if others:
+                    shared[member] = others
+    return shared
+
+
+def _place(network: Network, observed: ObservedHost) -> tuple[_Place, str | None]:
+    """Where a network listens and on which device there (`None`: on all)."""
+    listener: Listener = network.listener
+    if isinstance(listener, NamespaceListener):
+        seen = observed.namespaces.get(listener.namespace)
+        if seen is not None and seen.ref is not None:
+            # Two names may lead to one namespace (`ip netns attach`): the inode tells.
+            return ("inode", seen.ref.inode), listener.device
+        return ("namespace", listener.namespace), listener.device
+    if isinstance(listener, InterfaceListener):
+        return ("device", listener.device), None
+    if isinstance(listener, BridgeListener):
+        return ("device", listener.bridge), None
+    assert_never(listener)
+
+
+def _left_out_as_shared(network: NetworkId, others: tuple[NetworkId, ...]) -> Part:
+    return leave_out(
+        network,
+        LeftOutCode.LISTENER_SHARED,
+        f"its listener is also that of {', '.join(others)}: whose guest asks could not be told",
+        "give each network a listener of its own",
+    )
+
+
+def _sweep(served: Iterable[Network], observed: ObservedHost, naming: Naming) -> Iterator[HostOp]:
+    """Removals of what is marked as ours and belongs to no network any more."""
+    bridged = [one.id for one in served if isinstance(one.listener, BridgeListener)]
+    namespaces = {naming.namespace(network) for network in bridged}
+    links = {naming.link(network) for network in bridged}
+    for name in sorted(observed.half_made):
+        if naming.is_namespace(name) and name not in namespaces:
+            yield DeleteNamespace(name)
+    for name, seen in observed.namespaces.items():
+        if name not in namespaces and _is_our_namespace(name, seen, naming):
+            yield DeleteNamespace(name)
+    for name, device in observed.root.devices.items():
+        ours = naming.is_link(name) and naming.owner_of(device.alias) is not None
+        if ours and name not in links:
+            yield DeleteLink(name)
+    yield from _sweep_addresses(served, observed, naming)
+
+
+def _is_our_namespace(name: str, seen: ObservedNamespace, naming: Naming) -> bool:
+    if not naming.is_namespace(name) or seen.problem:
+        return False
+    loopback = seen.devices.get(LOOPBACK)
+    alias = loopback.alias if loopback is not None else ""
+    if not alias:  # made, but its maker was killed before it could mark it
+        return len(seen.devices) == 1
+    return naming.owner_of(alias) is not None
+
+
+def _sweep_addresses(
+    served: Iterable[Network], observed: ObservedHost, naming: Naming
+) -> Iterator[HostOp]:
+    wanted = {place for network in served if (place := _managed(network.listener)) is not None}
+    for name, seen in ((None, observed.root), *observed.namespaces.items()):
+        if name is not None and naming.is_namespace(name):
+            continue
+        for one in seen.addresses:
+            if one.protocol == naming.protocol and (name, one.device) not in wanted:
+                yield RemoveAddress(name, one.device, one.address, one.prefix)
+
+
+def _managed(listener: Listener) -> tuple[str | None, str] | None:
+    """Namespace and device on which the metadata addresses are our business."""
+    if isinstance(listener, InterfaceListener):
+        return None, listener.device
+    if isinstance(listener, NamespaceListener) and listener.manage_addresses and listener.device:
+        return listener.namespace, listener.device
+    return None

@@ -1,0 +1,159 @@
+"""Files that are whole or not there, and files that hold secrets."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import stat
+from pathlib import Path
+from typing import Final
+
+from imdsproxy.errors import SecretUnreadable
+from imdsproxy.host.refusal import host_refused
+
+__all__ = ["MAX_SECRET_BYTES", "ensure_directory", "read_secret", "sync_directory", "write_atomic"]
+
+MAX_SECRET_BYTES: Final = 64 * 1024
+"""A secret is a key or a password, never a document."""
+
+_OTHERS: Final = 0o007
+
+
+def write_atomic(
+    path: Path,
+    data: bytes,
+    *,
+    mode: int = 0o640,
+    owner: tuple[int, int] | None = None,
+    durable: bool = False,
+) -> None:
+    """Replace `path` by a file with exactly `data`: a reader sees the old bytes or the new ones.
+
+    The new file is written beside the old one, under a hidden name with this process's id, so that
+    the rename stays within one file system.
+
+    Args:
+        path: The file; its directory must exist.
+        data: All of its bytes.
+        mode: Permission bits, given whatever the umask is.
+        owner: User and group ids, or `None` to leave them.
+        durable: Also survive a power cut (fsync of the file and of its directory).
+
+    Raises:
+        HostRefused: The file system refused; `path` is as it was before.
+        PrivilegeMissing: This process may not write there.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        _write_new(temporary, data, mode=mode, owner=owner, durable=durable)
+        temporary.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise host_refused(f"write {path}", error) from error
+    if durable:
+        sync_directory(path.parent)
+
+
+def _write_new(
+    path: Path, data: bytes, *, mode: int, owner: tuple[int, int] | None, durable: bool
+) -> None:
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
+    descriptor = os.open(path, flags, 0o600)
+    try:
+        rest = memoryview(data)
+        while rest:
+            rest = rest[os.write(descriptor, rest) :]
+        if owner is not None:
+            os.fchown(descriptor, *owner)
+        os.fchmod(descriptor, mode)
+        if durable:
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_directory(path: Path) -> None:
+    """Make renames and removals within `path` survive a power cut.
+
+    Raises:
+        HostRefused: The file system refused.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise host_refused(f"sync {path}", error) from error
+
+
+def ensure_directory(
+    path: Path, *, mode: int = 0o755, owner: tuple[int, int] | None = None
+) -> None:
+    """Have a directory with exactly this mode (and owner), whatever the umask is; parents get 0755.
+
+    Raises:
+        HostRefused: Something else of that name is there, or the file system refused.
+        PrivilegeMissing: This process may not do that there.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            if owner is not None:
+                os.fchown(descriptor, *owner)
+            os.fchmod(descriptor, mode)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise host_refused(f"create the directory {path}", error) from error
+
+
+def read_secret(path: Path) -> bytes:
+    """The secret in `path`, without the newline at its end.
+
+    Raises:
+        SecretUnreadable: There is no such file, it is empty, too big, not a regular file, belongs
+            to somebody other than root or this process's user, or others may read or write it.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+    except OSError as error:
+        raise SecretUnreadable(
+            f"cannot read the secret {path}: {error.strerror}",
+            hint="create it with mode 0600, owned by the user that runs imdsproxy",
+        ) from error
+    try:
+        _check_secret(path, os.fstat(descriptor))
+        data = os.read(descriptor, MAX_SECRET_BYTES + 1)
+    except OSError as error:
+        raise SecretUnreadable(f"cannot read the secret {path}: {error.strerror}") from error
+    finally:
+        os.close(descriptor)
+    secret = data.removesuffix(b"\n").removesuffix(b"\r")
+    if not secret.strip():
+        raise SecretUnreadable(f"the secret {path} is empty", hint="put the secret in the file")
+    return secret
+
+
+def _check_secret(path: Path, status: os.stat_result) -> None:
+    if not stat.S_ISREG(status.st_mode):
+        raise SecretUnreadable(f"the secret {path} is not a regular file")
+    if status.st_mode & _OTHERS:
+        mode = stat.S_IMODE(status.st_mode)
+        raise SecretUnreadable(
+            f"the secret {path} has mode {mode:04o}: every user of this host can use it",
+            hint=f"chmod o-rwx {path}",
+        )
+    if status.st_uid not in (0, os.geteuid()):
+        raise SecretUnreadable(
+            f"the secret {path} belongs to user {status.st_uid}",
+            hint=f"chown root {path}",
+        )
+    if status.st_size > MAX_SECRET_BYTES:
+        raise SecretUnreadable(
+            f"the secret {path} has {status.st_size} bytes",
+            hint=f"a secret has at most {MAX_SECRET_BYTES}",
+        )
