@@ -1,0 +1,240 @@
+"""From `DataplaneSpec` to sections: the life of a request, in HAProxy's rules.
+
+Each rule that guards something says what it guards. The order inside a frontend is the order of
+evaluation; rules that cost time stand behind `cache-use`, where repeated reads never come.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from imdsproxy.core.haproxy.model import Bind, DataplaneSpec, Section, Words
+from imdsproxy.core.wire import (
+    HEADER_ADDRESS,
+    HEADER_INSTANCE,
+    HEADER_NETWORK,
+    HEADER_REVISION,
+    MAP_CONFLICT,
+    RETRY_AFTER_S,
+)
+
+__all__ = ["GUEST_HEADERS", "build_sections"]
+
+GUEST_HEADERS: Final = (
+    "accept",
+    "connection",
+    "content-length",
+    "content-type",
+    "host",
+    "if-[a-z-]+",
+    "range",
+    "transfer-encoding",
+    "user-agent",
+    "x-aws-ec2-metadata-token",
+    "x-aws-ec2-metadata-token-ttl-seconds",
+)
+"""What of a guest's headers goes on, as regular expressions on lower-case names; all else is deleted."""
+
+_METHODS: Final = ("GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH")
+
+
+def build_sections(spec: DataplaneSpec) -> tuple[Section, ...]:
+    """The whole configuration; the same spec always gives the same sections."""
+    sections = [_global(spec), _cache(spec), _defaults(spec)]
+    if spec.binds:
+        sections.append(_guests(spec))
+    sections += [_documents(spec), _resolver(spec), _conflict(), _probe(spec)]
+    if spec.exporter is not None:
+        sections.append(_exporter(spec.exporter))
+    return tuple(sections)
+
+
+def _global(spec: DataplaneSpec) -> Section:
+    lines: list[Words] = [
+        ("nbthread", str(spec.limits.nbthread)),
+        ("maxconn", str(spec.limits.maxconn)),
+        ("hard-stop-after", f"{spec.limits.hard_stop_after_s}s"),
+        ("mworker-max-reloads", "3"),
+        ("tune.maxrewrite", "1024"),
+    ]
+    if spec.user is not None:
+        lines.append(("user", spec.user))
+    if spec.group is not None:
+        lines.append(("group", spec.group))
+    if spec.paths.jail is not None:
+        lines.append(("chroot", spec.paths.jail))
+    return Section(("global",), tuple(lines))
+
+
+def _cache(spec: DataplaneSpec) -> Section:
+    # HAProxy refuses an object size above half of the cache.
+    largest = min(spec.limits.max_object_bytes, spec.limits.cache_mb * 1024 * 1024 // 2)
+    return Section(
+        ("cache", "documents"),
+        (
+            ("total-max-size", str(spec.limits.cache_mb)),
+            ("max-object-size", str(largest)),
+            ("max-age", "86400"),
+        ),
+    )
+
+
+def _defaults(spec: DataplaneSpec) -> Section:
+    return Section(
+        ("defaults",),
+        (
+            ("mode", "http"),
+            ("timeout", "connect", "2s"),
+            ("timeout", "client", "30s"),
+            ("timeout", "server", "30s"),
+            ("timeout", "queue", "2s"),
+            ("timeout", "http-request", "10s"),
+            ("timeout", "http-keep-alive", "15s"),
+            # Without it a reload cuts kept connections off between two requests.
+            ("option", "idle-close-on-response"),
+            # WSGI upstreams read X_Instance_ID as X-Instance-ID.
+            ("option", "http-restrict-req-hdr-names", "delete"),
+            ("option", "socket-stats"),
+            # A guest must never see 502 or 504: cloud-init's OpenStack source waits on 503 only.
+            *(("errorfile", code, spec.paths.unavailable) for code in ("502", "503", "504")),
+        ),
+    )
+
+
+def _bind(bind: Bind, maxconn: int) -> Words:
+    host = f"[{bind.address}]" if bind.address.version == 6 else str(bind.address)  # noqa: PLR2004 - IP version
+    words: list[str] = ["bind", f"{host}:{bind.port}", "name", bind.network]
+    if bind.device is not None:
+        words += ["interface", bind.device]
+    if bind.namespace is not None:
+        words += ["namespace", bind.namespace]
+    return (*words, "proto", "h1", "maxconn", str(maxconn))
+
+
+def _guests(spec: DataplaneSpec) -> Section:
+    return Section(
+        ("frontend", "guests"),
+        (
+            *(_bind(bind, spec.limits.maxconn_per_network) for bind in sorted(spec.binds, key=_bind_order)),
+            # Who asks is a property of the connection; what that means is looked up for each request.
+            ("tcp-request", "connection", "set-var(sess.address)", "src"),
+            ("tcp-request", "connection", "set-var(sess.key)", "so_name,concat(/,sess.address)"),
+            ("http-request", "return", "status", "405", "hdr", "Allow", ", ".join(_METHODS),
+             "if", "!{", "method", *_METHODS, "}"),
+            ("http-request", "set-var(txn.record)", f"var(sess.key),map_str({spec.paths.overlay_map})"),
+            ("http-request", "set-var(txn.record)", f"var(sess.key),map_str({spec.paths.base_map})",
+             "if", "!{", "var(txn.record)", "-m", "found", "}"),
+            ("use_backend", "documents", "if", "{", "var(txn.record)", "-m", "sub", "|", "}"),
+            ("use_backend", "conflict", "if", "{", "var(txn.record)", "-m", "str", MAP_CONFLICT, "}"),
+            ("default_backend", "resolver"),
+        ),
+    )  # fmt: skip
+
+
+def _bind_order(bind: Bind) -> tuple[str, int, str, int, str, str]:
+    return (
+        bind.network,
+        bind.address.version,
+        str(bind.address),
+        bind.port,
+        bind.device or "",
+        bind.namespace or "",
+    )
+
+
+def _delete_guest_headers() -> Words:
+    return ("http-request", "del-header", f"^(?!(?:{'|'.join(GUEST_HEADERS)})$)", "-m", "reg")
+
+
+def _identity_headers() -> tuple[Words, ...]:
+    return (
+        ("http-request", "set-header", HEADER_NETWORK, "%[so_name]"),
+        ("http-request", "set-header", HEADER_ADDRESS, "%[var(sess.address)]"),
+    )
+
+
+def _documents(spec: DataplaneSpec) -> Section:
+    return Section(
+        ("backend", "documents"),
+        (
+            ("http-request", "set-var(txn.uri)", "pathq"),
+            # The cache's key is the URI, and the Host only where the URI is in origin form: a guest's
+            # `GET http://anything/…` would share entries between instances. So the record goes into the URI.
+            ("http-request", "set-uri", "/%[var(txn.record)]%[path]"),
+            ("http-request", "set-header", "host", "imdsproxy"),
+            ("http-request", "cache-use", "documents"),
+            ("http-request", "set-uri", "%[var(txn.uri)]"),
+            _delete_guest_headers(),
+            *_identity_headers(),
+            ("http-request", "set-header", HEADER_INSTANCE, "%[var(txn.record),field(1,|)]"),
+            ("http-request", "set-header", HEADER_REVISION, "%[var(txn.record),field(2,|)]"),
+            ("http-request", "disable-l7-retry", "if", "!{", "method", "GET", "HEAD", "}"),
+            ("http-response", "cache-store", "documents"),
+            # The lifetime is between the document server and the cache; a guest must not keep documents.
+            ("http-after-response", "del-header", "cache-control"),
+            ("http-after-response", "del-header", "age"),
+            ("retries", "3"),
+            ("option", "redispatch", "1"),
+            ("retry-on", "conn-failure", "empty-response"),
+            ("option", "httpchk", "GET", "/livez"),
+            ("http-reuse", "always"),
+            *(
+                ("server", f"documents-{index}", f"unix@{path}", "check", "inter", "1s", "fall", "2", "rise", "1",
+                 "on-marked-down", "shutdown-sessions")
+                for index, path in enumerate(spec.paths.documents)
+            ),
+        ),
+    )  # fmt: skip
+
+
+def _resolver(spec: DataplaneSpec) -> Section:
+    wait_s = int(spec.limits.hold_s) + 3
+    return Section(
+        ("backend", "resolver"),
+        (
+            ("timeout", "server", f"{wait_s}s"),
+            # A guest that invents addresses may not keep Python busy.
+            ("stick-table", "type", "string", "len", "64", "size", "20k", "expire", "10s", "store", "gpc0_rate(1s)"),
+            ("http-request", "track-sc0", "so_name"),
+            ("http-request", "sc-inc-gpc0(0)"),
+            ("http-request", "return", "status", "503", "hdr", "Retry-After", str(RETRY_AFTER_S),
+             "if", "{", "sc0_gpc0_rate", "gt", str(spec.limits.misses_per_second), "}"),
+            _delete_guest_headers(),
+            *_identity_headers(),
+            ("http-after-response", "del-header", "cache-control"),
+            ("option", "httpchk", "GET", "/livez"),
+            ("http-reuse", "always"),
+            ("server", "resolver", f"unix@{spec.paths.resolver}", "check", "inter", "1s", "fall", "2", "rise", "1",
+             "on-marked-down", "shutdown-sessions"),
+        ),
+    )  # fmt: skip
+
+
+def _conflict() -> Section:
+    return Section(
+        ("backend", "conflict"),
+        (("http-request", "return", "status", "503", "hdr", "Retry-After", "5"),),
+    )
+
+
+def _probe(spec: DataplaneSpec) -> Section:
+    return Section(
+        ("frontend", "probe"),
+        (
+            ("bind", f"unix@{spec.paths.probe}", "name", "probe", "mode", "600", "proto", "h1"),
+            ("http-request", "return", "status", "200", "content-type", "text/plain", "string", "ok"),
+        ),
+    )
+
+
+def _exporter(listen: str) -> Section:
+    return Section(
+        ("frontend", "exporter"),
+        (
+            ("bind", listen, "name", "exporter", "proto", "h1", "maxconn", "16"),
+            # All listeners of 5,000 networks are 8 MB and 0.3 s of the only thread.
+            ("http-request", "set-query", "scope=global&scope=frontend&scope=backend"),
+            ("http-request", "use-service", "prometheus-exporter", "if", "{", "path", "/metrics", "}"),
+            ("http-request", "return", "status", "404"),
+        ),
+    )

@@ -1,0 +1,144 @@
+"""The records as HAProxy holds them: a large base map, and a small overlay that is looked up first.
+
+A change must be on disk before it is acknowledged, since a worker that starts by itself reads the files; and
+no single change may rewrite tens of megabytes. So changes go to the overlay (with a tombstone for what
+went), and when that has grown it is folded into a new base. Both carry a generation, which shows whether
+a worker's base is the one that our overlay belongs to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Final
+
+from imdsproxy.core.wire import MAP_TOMBSTONE
+
+__all__ = [
+    "COMPACT_ABOVE",
+    "GENERATION_KEY",
+    "MapChanges",
+    "MapState",
+    "parse_map",
+    "plan_changes",
+    "render_map",
+    "split_payload",
+]
+
+COMPACT_ABOVE: Final = 1024
+"""Entries of the overlay beyond which it is folded into the base."""
+
+GENERATION_KEY: Final = "@generation"
+"""No network id begins with `@`, so no record can have this key."""
+
+
+@dataclass(frozen=True, slots=True)
+class MapChanges:
+    """What to do to the entries of a map, in this order.
+
+    Removals and new values come before additions: when an address moves, there is a moment at which nobody
+    has it, and none at which two have it.
+    """
+
+    removed: tuple[str, ...] = ()
+    replaced: tuple[tuple[str, str], ...] = ()
+    added: tuple[tuple[str, str], ...] = ()
+
+    def __bool__(self) -> bool:
+        return bool(self.removed or self.replaced or self.added)
+
+
+@dataclass(slots=True)
+class MapState:
+    """The two maps' content, as it is on disk; every worker mirrors it."""
+
+    generation: str = "0"
+    base: dict[str, str] = field(default_factory=dict)
+    overlay: dict[str, str] = field(default_factory=dict)
+
+    def lookup(self, key: str) -> str | None:
+        """What a request with this key finds; `None` for nothing or a tombstone."""
+        value = self.overlay.get(key)
+        if value is None:
+            value = self.base.get(key)
+        return None if value == MAP_TOMBSTONE else value
+
+    def effective(self) -> dict[str, str]:
+        """Base and overlay folded into one, tombstones gone."""
+        merged = {**self.base, **self.overlay}
+        for key in [key for key, value in self.overlay.items() if value == MAP_TOMBSTONE]:
+            del merged[key]
+        return merged
+
+    def overlay_changes(self, wanted: Mapping[str, str | None]) -> MapChanges:
+        """What the overlay needs so that each key of `wanted` has its value (`None`: is gone)."""
+        target: dict[str, str | None] = {}
+        for key, value in wanted.items():
+            if self.lookup(key) == value:
+                continue
+            if value is None:
+                # Nothing in the base to hide: the overlay's entry itself goes.
+                target[key] = MAP_TOMBSTONE if key in self.base else None
+            else:
+                target[key] = value
+        return plan_changes(self.overlay, target)
+
+
+def plan_changes(present: Mapping[str, str], wanted: Mapping[str, str | None]) -> MapChanges:
+    """The changes that turn `present` into one that agrees with `wanted` on `wanted`'s keys."""
+    removed: list[str] = []
+    replaced: list[tuple[str, str]] = []
+    added: list[tuple[str, str]] = []
+    for key, value in sorted(wanted.items(), key=lambda item: item[0]):
+        before = present.get(key)
+        if before == value:
+            continue
+        if value is None:
+            removed.append(key)
+        elif before is None:
+            added.append((key, value))
+        else:
+            replaced.append((key, value))
+    # Tombstones count as removals: nobody may be added while somebody is still to go.
+    going = [(key, value) for key, value in added if value == MAP_TOMBSTONE]
+    coming = [(key, value) for key, value in added if value != MAP_TOMBSTONE]
+    return MapChanges(tuple(removed), tuple(replaced), (*going, *coming))
+
+
+def render_map(entries: Mapping[str, str], generation: str) -> str:
+    """A map file: the generation first, then one `KEY VALUE` a line, in the order given."""
+    lines = [f"{GENERATION_KEY} {generation}"]
+    lines += [f"{key} {value}" for key, value in entries.items()]
+    return "\n".join(lines) + "\n"
+
+
+def parse_map(text: str) -> tuple[str | None, dict[str, str]]:
+    """The generation (or `None` where the file has none) and the entries; lines without a value are left out."""
+    generation: str | None = None
+    entries: dict[str, str] = {}
+    for line in text.splitlines():
+        key, separator, value = line.partition(" ")
+        if not separator or line.startswith("#"):
+            continue
+        if key == GENERATION_KEY:
+            generation = value
+        else:
+            entries.setdefault(key, value)
+    return generation, entries
+
+
+def split_payload(entries: Iterable[tuple[str, str]], limit: int) -> list[str]:
+    """The entries as Runtime API payloads of at most `limit` bytes each (one entry is never split)."""
+    chunks: list[str] = []
+    lines: list[str] = []
+    size = 0
+    for key, value in entries:
+        line = f"{key} {value}\n"
+        if lines and size + len(line) > limit:
+            chunks.append("".join(lines))
+            lines, size = [], 0
+        lines.append(line)
+        size += len(line)
+    if lines:
+        chunks.append("".join(lines))
+    return chunks

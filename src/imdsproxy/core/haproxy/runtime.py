@@ -1,0 +1,122 @@
+"""HAProxy's answers on its sockets, read into values.
+
+Source: HAProxy management guide, sections 9.3 "Unix Socket commands" and 9.4 "Master CLI".
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Final
+
+__all__ = [
+    "Processes",
+    "ReloadOutcome",
+    "Version",
+    "parse_features",
+    "parse_processes",
+    "parse_reload",
+    "parse_stat",
+    "parse_version",
+]
+
+_VERSION: Final = re.compile(r"HAProxy version (\d+)\.(\d+)(?:[.-](\S+))?")
+
+
+@dataclass(frozen=True, slots=True)
+class Processes:
+    """What `show proc` names: the master, the worker that accepts, and those that drain."""
+
+    master: int
+    worker: int | None
+    draining: tuple[int, ...] = ()
+    reloads: int = 0
+
+    @property
+    def workers(self) -> tuple[int, ...]:
+        """Every process that may still answer a guest."""
+        return (*(() if self.worker is None else (self.worker,)), *self.draining)
+
+
+@dataclass(frozen=True, slots=True)
+class ReloadOutcome:
+    """What the master said of a `reload`: whether the new worker is up, and its words."""
+
+    success: bool
+    log: str
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Version:
+    """HAProxy's version; branches compare by number."""
+
+    major: int
+    minor: int
+    rest: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.major}.{self.minor}" + (f".{self.rest}" if self.rest else "")
+
+
+def parse_processes(text: str) -> Processes | None:
+    """The answer of `show proc`; `None` where no master is named in it.
+
+    The table has a header per kind (`# workers`, `# old workers`); a line is
+    `PID TYPE RELOADS UPTIME VERSION`. A worker in the first part that was reloaded away is drained too.
+    """
+    master: int | None = None
+    reloads = 0
+    current: list[int] = []
+    draining: list[int] = []
+    old = False
+    for line in text.splitlines():
+        if line.startswith("#"):
+            old = "old" in line
+            continue
+        words = line.split()
+        if len(words) < 3 or not words[0].isdigit():  # noqa: PLR2004 - PID, TYPE, RELOADS
+            continue
+        pid, kind = int(words[0]), words[1]
+        if kind == "master":
+            master, reloads = pid, int(words[2])
+        elif kind == "worker":
+            (draining if old else current).append(pid)
+    if master is None:
+        return None
+    return Processes(
+        master=master,
+        worker=current[-1] if current else None,
+        draining=(*current[:-1], *draining),
+        reloads=reloads,
+    )
+
+
+def parse_reload(text: str) -> ReloadOutcome:
+    """The answer of the master's `reload` command: `Success=0|1`, a ruler, the log."""
+    head, _, log = text.partition("\n--\n")
+    return ReloadOutcome(success=head.strip() == "Success=1", log=log.strip())
+
+
+def parse_version(text: str) -> Version | None:
+    """The first line of `haproxy -v`."""
+    match = _VERSION.search(text)
+    if match is None:
+        return None
+    return Version(int(match[1]), int(match[2]), match[3] or "")
+
+
+def parse_features(text: str) -> frozenset[str]:
+    """The features that `haproxy -vv` lists as built in (`+NS` gives `NS`)."""
+    for line in text.splitlines():
+        if line.startswith("Feature list"):
+            return frozenset(word[1:] for word in line.split() if word.startswith("+"))
+    return frozenset()
+
+
+def parse_stat(text: str) -> list[dict[str, str]]:
+    """The CSV of `show stat`: one mapping a line, by the header's names; cells hold no commas."""
+    lines = [line for line in text.splitlines() if line]
+    if not lines or not lines[0].startswith("#"):
+        return []
+    names = lines[0].lstrip("# ").rstrip(",").split(",")
+    return [dict(zip(names, line.split(","), strict=False)) for line in lines[1:]]

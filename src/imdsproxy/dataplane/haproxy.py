@@ -1,0 +1,192 @@
+"""The one HAProxy: its configuration brought into force, its life watched."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import subprocess
+from dataclasses import dataclass, field
+from typing import Literal
+
+from imdsproxy.core.haproxy.model import DataplaneSpec
+from imdsproxy.core.haproxy.render import render_config
+from imdsproxy.core.haproxy.runtime import Processes
+from imdsproxy.dataplane.launch import Launcher
+from imdsproxy.dataplane.layout import Layout
+from imdsproxy.dataplane.master import MasterClient
+from imdsproxy.dataplane.records import RecordApplier, Writer
+from imdsproxy.errors import ConfigRejected, HostRefused, ReloadFailed, RuntimeUnavailable
+
+__all__ = ["Haproxy", "LastReload"]
+
+_PROBE_DEADLINE_S = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class LastReload:
+    """What the last attempt to bring a configuration into force came to."""
+
+    number: int
+    reason: str
+    result: Literal["started", "reloaded", "rejected", "failed"]
+    message: str = ""
+    seconds: float = 0.0
+
+
+@dataclass(slots=True)
+class Haproxy:
+    """Brings configurations into force and says whether HAProxy lives.
+
+    Every start and reload happens under the records' lock, so that a new worker's maps are the files'.
+    """
+
+    program: str
+    layout: Layout
+    launcher: Launcher
+    master: MasterClient
+    records: RecordApplier
+    write: Writer
+    processes: Processes | None = None
+    last_reload: LastReload | None = None
+    _count: int = field(default=0)
+
+    async def adopt(self) -> bool:
+        """Take over a master that runs already; whether there is one.
+
+        Raises:
+            RuntimeUnavailable: It went away meanwhile.
+            CommandRefused: Its worker refused the records.
+        """
+        try:
+            self.processes = await self.master.read_processes()
+        except RuntimeUnavailable:
+            return False
+        await self.records.adopt()
+        return True
+
+    async def apply(self, spec: DataplaneSpec, checking: DataplaneSpec, reason: str) -> bool:
+        """Have HAProxy run with this configuration; whether anything had to be done.
+
+        Args:
+            spec: What is wanted.
+            checking: The same with an empty records map, for `haproxy -c`.
+            reason: Why, for the log and `status`.
+
+        Raises:
+            ConfigRejected: HAProxy refuses it; the one in force stays.
+            ReloadFailed: The check passed and the new worker did not come up; the old one goes on.
+            HostRefused: A file could not be written.
+            RuntimeUnavailable: The master does not answer.
+        """
+        text = render_config(spec)
+        if self.processes is not None and self._in_force() == text:
+            return False
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        await self._check(render_config(checking), text, reason)
+        async with self.records.lock:
+            self.write(self.layout.config, text.encode())
+            if self.processes is None:
+                await self._start(reason, began)
+            else:
+                await self._reload(reason, began)
+            self.write(self.layout.last_good, text.encode())
+        return True
+
+    async def restart(self, reason: str) -> None:
+        """Start HAProxy again with the configuration that is on disk.
+
+        Raises:
+            ConfigRejected: It does not start.
+            RuntimeUnavailable: It does not answer.
+        """
+        async with self.records.lock:
+            await self._start(reason, asyncio.get_running_loop().time())
+
+    async def probe(self) -> bool:
+        """Whether the worker answers a request within a second."""
+        writer: asyncio.StreamWriter | None = None
+        try:
+            async with asyncio.timeout(_PROBE_DEADLINE_S):
+                reader, writer = await asyncio.open_unix_connection(str(self.layout.probe_socket))
+                writer.write(b"GET / HTTP/1.1\r\nHost: probe\r\nConnection: close\r\n\r\n")
+                return (await reader.read(64)).startswith(b"HTTP/1.1 200")
+        except (TimeoutError, OSError):
+            return False
+        finally:
+            if writer is not None:
+                writer.close()
+                with contextlib.suppress(OSError):
+                    await writer.wait_closed()
+
+    async def kill(self) -> None:
+        """End a master and workers that do not answer, so that they can be started again."""
+        if self.processes is not None:
+            await self.launcher.kill(self.processes)
+
+    def _in_force(self) -> str | None:
+        try:
+            return self.layout.config.read_text()
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise HostRefused(f"cannot read {self.layout.config}: {error.strerror}") from error
+
+    async def _check(self, candidate: str, text: str, reason: str) -> None:
+        self.write(self.layout.candidate, candidate.encode())
+        process = await asyncio.create_subprocess_exec(
+            self.program,
+            "-c",
+            "-f",
+            str(self.layout.candidate),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        words = (await process.communicate())[0].decode("utf-8", "replace").strip()
+        if process.returncode == 0:
+            return
+        self.write(self.layout.rejected, text.encode())
+        alerts = [line for line in words.splitlines() if "ALERT" in line]
+        message = "; ".join(alerts) or words
+        self._note(reason, "rejected", message)
+        raise ConfigRejected(f"HAProxy refuses the configuration: {message}")
+
+    async def _start(self, reason: str, began: float) -> None:
+        try:
+            self.processes = await self.launcher.start()
+        except ConfigRejected as error:
+            self.processes = None
+            self._note(reason, "failed", error.message)
+            raise
+        self.records.known.clear()
+        await self.records.trust(self.processes)
+        self._note(reason, "started", seconds=asyncio.get_running_loop().time() - began)
+
+    async def _reload(self, reason: str, began: float) -> None:
+        outcome = await self.master.send_reload()
+        self.processes = await self.master.read_processes()
+        seconds = asyncio.get_running_loop().time() - began
+        if outcome.success:
+            await self.records.trust(self.processes)
+            self._note(reason, "reloaded", seconds=seconds)
+            return
+        # What the master reads at its next start must be what the worker in force runs with.
+        with contextlib.suppress(FileNotFoundError):
+            self.write(self.layout.rejected, self.layout.config.read_bytes())
+            self.write(self.layout.config, self.layout.last_good.read_bytes())
+        alerts = [line for line in outcome.log.splitlines() if "ALERT" in line]
+        message = "; ".join(alerts) or outcome.log
+        self._note(reason, "failed", message, seconds=seconds)
+        raise ReloadFailed(f"HAProxy could not reload: {message}")
+
+    def _note(
+        self,
+        reason: str,
+        result: Literal["started", "reloaded", "rejected", "failed"],
+        message: str = "",
+        *,
+        seconds: float = 0.0,
+    ) -> None:
+        self._count += 1
+        self.last_reload = LastReload(self._count, reason, result, message, seconds)

@@ -1,0 +1,271 @@
+"""Starting HAProxy's master, finding one that runs, ending it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import subprocess
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Protocol
+
+from imdsproxy.core.haproxy.runtime import Processes, Version, parse_features, parse_version
+from imdsproxy.dataplane.layout import Layout
+from imdsproxy.dataplane.master import MasterClient
+from imdsproxy.errors import ConfigRejected, HaproxyMissing, RuntimeUnavailable
+
+__all__ = ["HaproxyProgram", "Launcher", "SpawnLauncher", "SystemdLauncher", "read_program"]
+
+MINIMUM: Final = Version(3, 0)
+_START_DEADLINE_S: Final = 20.0
+_POLL_S: Final = 0.01
+
+
+@dataclass(frozen=True, slots=True)
+class HaproxyProgram:
+    """The HAProxy that is installed here."""
+
+    path: str
+    version: Version
+    features: frozenset[str]
+
+
+async def read_program(binary: str) -> HaproxyProgram:
+    """Ask the program what it is.
+
+    Raises:
+        HaproxyMissing: There is none, it is older than 3.0, or was built without namespaces.
+    """
+    try:
+        process = await asyncio.create_subprocess_exec(
+            binary, "-vv", stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, stdin=subprocess.DEVNULL
+        )
+    except OSError as error:
+        raise HaproxyMissing(
+            f"cannot run {binary}: {error.strerror}",
+            hint="install HAProxy 3.0 or newer (Debian 13: apt install haproxy)",
+        ) from error
+    text = (await process.communicate())[0].decode("utf-8", "replace")
+    version = parse_version(text)
+    if version is None:
+        raise HaproxyMissing(f"{binary} -vv does not look like HAProxy", hint="set haproxy.binary")
+    if Version(version.major, version.minor) < MINIMUM:
+        raise HaproxyMissing(f"HAProxy {version} is too old: imdsproxy needs 3.0 or newer")
+    features = parse_features(text)
+    if "NS" not in features:
+        raise HaproxyMissing(f"HAProxy {version} was built without network namespaces (USE_NS)")
+    return HaproxyProgram(binary, version, features)
+
+
+class Launcher(Protocol):
+    """How HAProxy's master comes up and goes down on this host."""
+
+    async def start(self) -> Processes:
+        """Start the master and wait until its worker accepts.
+
+        Raises:
+            ConfigRejected: It ends at once; the message has its own words.
+            HaproxyMissing: The program cannot be run.
+            RuntimeUnavailable: It runs and does not answer on its socket.
+        """
+        ...
+
+    async def kill(self, processes: Processes) -> None:
+        """End the master and its workers at once, whatever state they are in."""
+        ...
+
+    async def stop(self) -> None:
+        """End the master for good; nobody starts it again."""
+        ...
+
+
+async def _wait_for_worker(
+    master: MasterClient, ended: Callable[[], Awaitable[str | None]]
+) -> Processes:
+    """Poll the master socket until a worker is named; `ended` gives the last words of a dead master."""
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + _START_DEADLINE_S
+    while True:
+        last: RuntimeUnavailable | None = None
+        try:
+            processes = await master.read_processes()
+        except RuntimeUnavailable as error:
+            last = error
+        else:
+            if processes.worker is not None:
+                return processes
+        words = await ended()
+        if words is not None:
+            raise ConfigRejected(f"HAProxy did not start: {words}")
+        if loop.time() > deadline:
+            raise RuntimeUnavailable(
+                f"HAProxy did not come up within {_START_DEADLINE_S:g} s"
+            ) from last
+        await asyncio.sleep(_POLL_S)
+
+
+def _send_signal(pid: int, number: signal.Signals) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, number)
+
+
+async def _kill_all(processes: Processes) -> None:
+    # The master first: it would take a dead worker for a failure of its own and write about it.
+    for pid in (processes.master, *processes.workers):
+        _send_signal(pid, signal.SIGKILL)
+
+
+@dataclass(slots=True)
+class SpawnLauncher:
+    """HAProxy as a process of its own session: it outlives whoever started it."""
+
+    program: str
+    layout: Layout
+    master: MasterClient
+
+    def arguments(self) -> list[str]:
+        """The command line, which is also how a running master is recognised as ours."""
+        return [
+            self.program,
+            "-W",
+            "-S",
+            f"{self.layout.master_socket},mode,600",
+            "-p",
+            str(self.layout.pid_file),
+            "-f",
+            str(self.layout.config),
+        ]
+
+    async def start(self) -> Processes:
+        """See `Launcher.start`."""
+        log = self.layout.haproxy_log
+        offset = log.stat().st_size if log.exists() else 0
+        # Blocking for the fork only; a child watcher of asyncio would tie its life to ours.
+        with log.open("ab") as sink:
+            try:
+                child = subprocess.Popen(  # noqa: ASYNC220
+                    self.arguments(),
+                    stdin=subprocess.DEVNULL,
+                    stdout=sink,
+                    stderr=sink,
+                    start_new_session=True,
+                    cwd="/",
+                )
+            except OSError as error:
+                raise HaproxyMissing(f"cannot run {self.program}: {error.strerror}") from error
+
+        async def ended() -> str | None:
+            if child.poll() is None:
+                return None
+            return _tail(log, offset) or f"exit status {child.returncode}"
+
+        processes = await _wait_for_worker(self.master, ended)
+        _reap_later(child)
+        return processes
+
+    async def kill(self, processes: Processes) -> None:
+        """See `Launcher.kill`."""
+        await _kill_all(processes)
+
+    async def stop(self) -> None:
+        """See `Launcher.stop`."""
+        try:
+            processes = await self.master.read_processes()
+        except RuntimeUnavailable:
+            return
+        # The master passes SIGTERM on to its workers and ends when they have.
+        _send_signal(processes.master, signal.SIGTERM)
+        for pid in (*processes.workers, processes.master):
+            await _wait_gone(pid)
+
+
+@dataclass(slots=True)
+class SystemdLauncher:
+    """HAProxy as a unit; systemd starts it again by itself when it ends."""
+
+    unit: str
+    master: MasterClient
+
+    async def start(self) -> Processes:
+        """See `Launcher.start`."""
+        await self._systemctl("reset-failed", self.unit, check=False)
+        status, words = await self._systemctl("start", self.unit, check=False)
+        if status != 0:
+            raise ConfigRejected(f"systemctl start {self.unit}: {words}", hint=f"journalctl -u {self.unit}")
+
+        async def ended() -> str | None:
+            code, _ = await self._systemctl("is-failed", "--quiet", self.unit, check=False)
+            return f"{self.unit} has failed: journalctl -u {self.unit}" if code == 0 else None
+
+        return await _wait_for_worker(self.master, ended)
+
+    async def kill(self, processes: Processes) -> None:
+        """See `Launcher.kill`."""
+        await _kill_all(processes)
+
+    async def stop(self) -> None:
+        """See `Launcher.stop`."""
+        await self._systemctl("stop", self.unit, check=True)
+
+    async def _systemctl(self, *arguments: str, check: bool) -> tuple[int, str]:
+        try:
+            process = await asyncio.create_subprocess_exec(
+                "systemctl",
+                *arguments,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+            )
+        except OSError as error:
+            raise HaproxyMissing(f"cannot run systemctl: {error.strerror}") from error
+        words = (await process.communicate())[0].decode("utf-8", "replace").strip()
+        status = process.returncode if process.returncode is not None else -1
+        if check and status != 0:
+            raise RuntimeUnavailable(f"systemctl {' '.join(arguments)}: {words}")
+        return status, words
+
+
+def _tail(path: Path, offset: int) -> str:
+    """What HAProxy wrote since `offset`: its alerts, or all of it where there are none."""
+    lines = path.read_bytes()[offset:].decode("utf-8", "replace").splitlines()
+    alerts = [line for line in lines if "ALERT" in line]
+    return "; ".join(alerts or lines)[-2000:]
+
+
+def _reap_later(child: subprocess.Popen[bytes]) -> None:
+    """Collect the child's status when it ends, so that it leaves no zombie while we live."""
+    loop = asyncio.get_running_loop()
+    descriptor = os.pidfd_open(child.pid)
+
+    def reap() -> None:
+        loop.remove_reader(descriptor)
+        os.close(descriptor)
+        child.wait()
+
+    loop.add_reader(descriptor, reap)
+
+
+async def _wait_gone(pid: int, deadline_s: float = 10.0) -> None:
+    """Wait until a process has ended; after the deadline it is killed.
+
+    Raises:
+        OSError: Its pidfd cannot be had for another reason than that it is gone.
+    """
+    try:
+        descriptor = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
+    loop = asyncio.get_running_loop()
+    gone = asyncio.Event()
+    loop.add_reader(descriptor, gone.set)
+    try:
+        async with asyncio.timeout(deadline_s):
+            await gone.wait()
+    except TimeoutError:
+        _send_signal(pid, signal.SIGKILL)
+    finally:
+        loop.remove_reader(descriptor)
+        os.close(descriptor)

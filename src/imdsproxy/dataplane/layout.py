@@ -1,0 +1,131 @@
+"""Where the data plane's files and sockets are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from imdsproxy.core.haproxy.model import Paths
+
+__all__ = ["Layout"]
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Every path of the data plane below one runtime directory.
+
+    The worker is locked into `jail`, which holds nothing but the sockets it connects to.
+    """
+
+    runtime: Path
+    state: Path
+    documents_workers: int = 2
+    chroot: bool = True
+
+    @property
+    def config(self) -> Path:
+        """HAProxy's configuration: what its master reads at each start and reload."""
+        return self.runtime / "haproxy.cfg"
+
+    @property
+    def candidate(self) -> Path:
+        """A configuration that is still to be checked."""
+        return self.runtime / "haproxy.cfg.candidate"
+
+    @property
+    def rejected(self) -> Path:
+        """The last configuration that HAProxy refused."""
+        return self.runtime / "haproxy.cfg.rejected"
+
+    @property
+    def last_good(self) -> Path:
+        """The last configuration with which a worker came up."""
+        return self.runtime / "haproxy.cfg.last-good"
+
+    @property
+    def pid_file(self) -> Path:
+        """The pid of a master that we started ourselves."""
+        return self.runtime / "haproxy.pid"
+
+    @property
+    def haproxy_log(self) -> Path:
+        """What a master that we started ourselves says."""
+        return self.runtime / "haproxy.log"
+
+    @property
+    def documents_log(self) -> Path:
+        """What a document server that we started ourselves says."""
+        return self.runtime / "documents.log"
+
+    @property
+    def master_socket(self) -> Path:
+        """HAProxy's master CLI."""
+        return self.runtime / "master.sock"
+
+    @property
+    def probe_socket(self) -> Path:
+        """Answered by the worker itself: is it alive?"""
+        return self.runtime / "probe.sock"
+
+    @property
+    def base_map(self) -> Path:
+        """The records."""
+        return self.runtime / "base.map"
+
+    @property
+    def overlay_map(self) -> Path:
+        """What has changed since the base was written."""
+        return self.runtime / "overlay.map"
+
+    @property
+    def empty_map(self) -> Path:
+        """Stands in for the records when a candidate is checked: their content is not its business."""
+        return self.runtime / "empty.map"
+
+    @property
+    def unavailable(self) -> Path:
+        """The answer that guests get instead of HAProxy's 502, 503 and 504."""
+        return self.runtime / "unavailable.http"
+
+    @property
+    def jail(self) -> Path:
+        """The worker's root directory."""
+        return self.runtime / "jail"
+
+    @property
+    def resolver_socket(self) -> Path:
+        """The resolver, in the controller."""
+        return self.jail / "resolver.sock"
+
+    @property
+    def documents_sockets(self) -> tuple[Path, ...]:
+        """One socket a worker of the document server."""
+        return tuple(self.jail / f"documents-{index}.sock" for index in range(self.documents_workers))
+
+    @property
+    def namespace_links(self) -> Path:
+        """Symbolic links by name and inode, through which HAProxy opens namespaces."""
+        return self.runtime / "netns"
+
+    @property
+    def records(self) -> Path:
+        """Compiled records, one file an instance."""
+        return self.state / "documents"
+
+    @property
+    def passwords(self) -> Path:
+        """What guests posted."""
+        return self.state / "passwords"
+
+    def haproxy_paths(self, *, checking: bool = False) -> Paths:
+        """The paths as the configuration names them; `checking` puts an empty map in the records' place."""
+        inside = (lambda path: f"/{path.name}") if self.chroot else str
+        return Paths(
+            base_map=str(self.empty_map if checking else self.base_map),
+            overlay_map=str(self.overlay_map),
+            unavailable=str(self.unavailable),
+            probe=str(self.probe_socket),
+            jail=str(self.jail) if self.chroot else None,
+            documents=tuple(inside(path) for path in self.documents_sockets),
+            resolver=inside(self.resolver_socket),
+        )

@@ -1,0 +1,183 @@
+"""A client of HAProxy's master socket: one connection a command, every answer read to its end.
+
+A connection made before a reload stays with the process that drains, so none is kept.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from pathlib import Path
+from typing import Final
+
+from imdsproxy.core.haproxy.maps import split_payload
+from imdsproxy.core.haproxy.runtime import (
+    Processes,
+    ReloadOutcome,
+    parse_processes,
+    parse_reload,
+    parse_stat,
+)
+from imdsproxy.errors import CommandRefused, RuntimeUnavailable
+
+__all__ = ["MasterClient", "WorkerEnded"]
+
+_PAYLOAD_LIMIT: Final = 14_000
+"""Bytes of data in one command: HAProxy's buffer is 16 kB and holds the command line too."""
+
+
+class WorkerEnded(Exception):  # noqa: N818 - an outcome, caught at the call
+    """The worker that a command was for is gone: what it would have answered does not matter any more."""
+
+
+class MasterClient:
+    """Commands to the master and, through it, to each worker.
+
+    Args:
+        path: The master socket.
+        deadline_s: How long one command may take.
+        reload_deadline_s: How long a reload may take; 200,000 records load in half a second.
+    """
+
+    def __init__(self, path: Path, *, deadline_s: float = 3.0, reload_deadline_s: float = 30.0) -> None:
+        self._path = path
+        self._deadline_s = deadline_s
+        self._reload_deadline_s = reload_deadline_s
+
+    async def read_processes(self) -> Processes:
+        """The processes that run now.
+
+        Raises:
+            RuntimeUnavailable: The master does not answer.
+        """
+        answer = await self._send("show proc", self._deadline_s)
+        processes = parse_processes(answer)
+        if processes is None:
+            raise RuntimeUnavailable(f"HAProxy's master gave no process list but {answer[:200]!r}")
+        return processes
+
+    async def send_reload(self) -> ReloadOutcome:
+        """Have the master start a new worker from the file.
+
+        Raises:
+            RuntimeUnavailable: The master does not answer within the deadline.
+        """
+        return parse_reload(await self._send("reload", self._reload_deadline_s))
+
+    async def read_stat(self, worker: int) -> list[dict[str, str]]:
+        """`show stat` of one worker.
+
+        Raises:
+            RuntimeUnavailable: The master does not answer.
+            WorkerEnded: The worker is gone.
+        """
+        return parse_stat(await self.send(worker, "show stat"))
+
+    async def send(self, worker: int, command: str, payload: str | None = None) -> str:
+        """One command to one worker; its answer without the closing line break.
+
+        Raises:
+            RuntimeUnavailable: The master does not answer.
+            WorkerEnded: The worker is gone.
+        """
+        if ";" in command or "\n" in command:
+            raise ValueError(f"a command is one line without a semicolon: {command!r}")
+        line = f"@!{worker} {command}"
+        if payload is not None:
+            line = f"{line} <<\n{payload}"
+        answer = (await self._send(line, self._deadline_s)).strip("\n")
+        if answer.startswith("Can't find the target PID") or answer.startswith("Can't connect to the target"):
+            raise WorkerEnded(str(worker))
+        return answer
+
+    async def send_upsert(self, worker: int, path: str, key: str, value: str) -> None:
+        """Give a key its value, whether the map has it or not.
+
+        Raises:
+            CommandRefused: HAProxy says anything but yes.
+            RuntimeUnavailable: The master does not answer.
+            WorkerEnded: The worker is gone.
+        """
+        answer = await self.send(worker, f"set map {path} {key} {value}")
+        if answer == "":
+            return
+        if "not found" not in answer:
+            raise CommandRefused(f"set map {key}: {answer}")
+        await self.send_additions(worker, path, [(key, value)])
+
+    async def send_additions(self, worker: int, path: str, entries: list[tuple[str, str]]) -> None:
+        """Add entries that the map does not have.
+
+        Raises:
+            CommandRefused: HAProxy says anything but yes.
+            RuntimeUnavailable: The master does not answer.
+            WorkerEnded: The worker is gone.
+        """
+        for payload in split_payload(entries, _PAYLOAD_LIMIT):
+            await self._expect_silence(worker, f"add map {path}", payload)
+
+    async def send_removal(self, worker: int, path: str, key: str) -> None:
+        """Take a key out; that it is not there is as good.
+
+        Raises:
+            CommandRefused: HAProxy says anything but yes.
+            RuntimeUnavailable: The master does not answer.
+            WorkerEnded: The worker is gone.
+        """
+        answer = await self.send(worker, f"del map {path} {key}")
+        if answer and "not found" not in answer:
+            raise CommandRefused(f"del map {key}: {answer}")
+
+    async def send_swap(self, worker: int, path: str, entries: list[tuple[str, str]]) -> None:
+        """Replace a map's whole content at once (`prepare`, `add @version`, `commit`).
+
+        Raises:
+            CommandRefused: HAProxy says anything but yes.
+            RuntimeUnavailable: The master does not answer.
+            WorkerEnded: The worker is gone.
+        """
+        answer = await self.send(worker, f"prepare map {path}")
+        version = answer.rpartition(":")[2].strip()
+        if not version.isdigit():
+            raise CommandRefused(f"prepare map {path}: {answer}")
+        for payload in split_payload(entries, _PAYLOAD_LIMIT):
+            await self._expect_silence(worker, f"add map @{version} {path}", payload)
+        await self._expect_silence(worker, f"commit map @{version} {path}")
+
+    async def read_entry(self, worker: int, path: str, key: str) -> str | None:
+        """The value that a worker's map has for a key, `None` where it has none.
+
+        Raises:
+            RuntimeUnavailable: The master does not answer.
+            WorkerEnded: The worker is gone.
+        """
+        answer = await self.send(worker, f"get map {path} {key}")
+        _, found, rest = answer.partition('value="')
+        return rest.partition('"')[0] if found else None
+
+    async def _expect_silence(self, worker: int, command: str, payload: str | None = None) -> None:
+        answer = await self.send(worker, command, payload)
+        if answer:
+            raise CommandRefused(f"{command}: {answer[:500]}")
+
+    async def _send(self, line: str, deadline_s: float) -> str:
+        writer: asyncio.StreamWriter | None = None
+        try:
+            async with asyncio.timeout(deadline_s):
+                reader, writer = await asyncio.open_unix_connection(str(self._path))
+                writer.write(f"{line}\n".encode())
+                # The end of our side tells HAProxy that no other command follows.
+                writer.write_eof()
+                answer = await reader.read(-1)
+        except TimeoutError as error:
+            raise RuntimeUnavailable(
+                f"HAProxy's master at {self._path} gave no answer to {line.split(' <<')[0]!r} in {deadline_s:g} s"
+            ) from error
+        except OSError as error:
+            raise RuntimeUnavailable(f"HAProxy's master at {self._path} cannot be reached: {error}") from error
+        finally:
+            if writer is not None:
+                writer.close()
+                with contextlib.suppress(OSError):
+                    await writer.wait_closed()
+        return answer.decode("utf-8", "replace")

@@ -1,0 +1,233 @@
+"""The data plane's records: on disk first, then in every worker, then acknowledged."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from imdsproxy.core.haproxy.maps import (
+    COMPACT_ABOVE,
+    GENERATION_KEY,
+    MapChanges,
+    MapState,
+    parse_map,
+    plan_changes,
+    render_map,
+)
+from imdsproxy.core.haproxy.runtime import Processes
+from imdsproxy.core.wire import MAP_TOMBSTONE
+from imdsproxy.dataplane.master import MasterClient, WorkerEnded
+from imdsproxy.errors import HostRefused
+
+__all__ = ["RecordApplier", "Writer"]
+
+_SWAP_ABOVE = 256
+"""Changes beyond which replacing the overlay at once is cheaper than command after command."""
+
+
+class Writer(Protocol):
+    """Replaces a file by exactly these bytes, or leaves it and raises `HostRefused`."""
+
+    def __call__(self, path: Path, data: bytes) -> None: ...
+
+
+@dataclass(slots=True)
+class RecordApplier:
+    """Keeps the two map files and every worker's two maps equal to what is wanted.
+
+    `lock` is held by whoever changes records or reloads: a worker that starts reads the files at a
+    moment when nobody writes, so no change can fall between its files and its sockets.
+
+    Attributes:
+        known: Workers whose maps are known to mirror the files.
+        behind: A change reached the files and perhaps not every worker; the next one makes up for it.
+    """
+
+    master: MasterClient
+    base_path: Path
+    overlay_path: Path
+    write: Writer
+    state: MapState = field(default_factory=MapState)
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    known: set[int] = field(default_factory=set)
+    compact_above: int = COMPACT_ABOVE
+    behind: bool = False
+
+    def load(self) -> bool:
+        """Read the files that an earlier controller left; whether there were any that belong together.
+
+        Raises:
+            HostRefused: A file is there and cannot be read.
+        """
+        try:
+            generation, base = parse_map(self.base_path.read_text())
+            overlay_generation, overlay = parse_map(self.overlay_path.read_text())
+        except FileNotFoundError:
+            return False
+        except (OSError, UnicodeDecodeError) as error:
+            raise HostRefused(f"cannot read the record maps in {self.base_path.parent}: {error}") from error
+        if generation is None:
+            return False
+        # An overlay of an earlier generation was already folded into this base.
+        self.state = MapState(generation, base, overlay if overlay_generation == generation else {})
+        return True
+
+    def write_all(self, records: Mapping[str, str]) -> None:
+        """Make both files from nothing. Only while no HAProxy runs, or under the lock before a swap.
+
+        Raises:
+            HostRefused: A file cannot be written; the old ones are still there.
+        """
+        generation = str(int(self.state.generation) + 1)
+        self.write(self.base_path, render_map(records, generation).encode())
+        self.write(self.overlay_path, render_map({}, generation).encode())
+        self.state = MapState(generation, dict(records), {})
+
+    async def apply(self, wanted: Mapping[str, str | None]) -> int:
+        """Have each key's value be as wanted (`None`: gone) on disk and in all workers; how many changed.
+
+        Returns when every worker has confirmed or ended: from then on no guest gets an older answer.
+
+        Raises:
+            HostRefused: The overlay could not be written; nothing has changed anywhere.
+            RuntimeUnavailable: HAProxy's master does not answer; the files hold the new state.
+            CommandRefused: A worker refused; the files hold the new state.
+        """
+        async with self.lock:
+            changes = self.state.overlay_changes(wanted)
+            if not changes and not self.behind:
+                return 0
+            overlay = _changed(self.state.overlay, changes)
+            if self.behind:
+                self.known.clear()
+            # Whatever fails from here on, some worker may hold what the files no longer say.
+            self.behind = True
+            if len(overlay) > self.compact_above:
+                await self._compact(overlay)
+            else:
+                self.write(self.overlay_path, render_map(overlay, self.state.generation).encode())
+                self.state.overlay = overlay
+                await self._send_changes(changes)
+            self.behind = False
+            return len(changes.removed) + len(changes.replaced) + len(changes.added)
+
+    async def adopt(self) -> None:
+        """Make every running worker mirror the files, whatever it had.
+
+        Raises:
+            RuntimeUnavailable: HAProxy's master does not answer.
+            CommandRefused: A worker refused.
+        """
+        async with self.lock:
+            processes = await self.master.read_processes()
+            self.known &= set(processes.workers)
+            await self._greet(processes, skip=self.known)
+
+    async def trust(self, processes: Processes) -> None:
+        """The accepting worker was started under our lock: it read the files as they are."""
+        if processes.worker is not None:
+            self.known.add(processes.worker)
+        self.known &= set(processes.workers)
+
+    async def _send_changes(self, changes: MapChanges) -> None:
+        processes = await self.master.read_processes()
+        fresh = await self._greet(processes, skip=self.known)
+        workers = [pid for pid in processes.workers if pid in self.known and pid not in fresh]
+        path = str(self.overlay_path)
+        size = len(changes.removed) + len(changes.replaced) + len(changes.added)
+        if size > _SWAP_ABOVE:
+            for worker in workers:
+                await self._unless_ended(worker, self._swap_overlay(worker))
+            return
+        going, coming = _by_effect(changes)
+        for worker in workers:
+            await self._unless_ended(worker, self._send_going(worker, path, changes.removed, going))
+        for worker in workers:
+            if coming:
+                await self._unless_ended(worker, self.master.send_additions(worker, path, coming))
+
+    async def _send_going(
+        self, worker: int, path: str, removed: Iterable[str], going: Iterable[tuple[str, str]]
+    ) -> None:
+        for key, value in going:
+            await self.master.send_upsert(worker, path, key, value)
+        for key in removed:
+            await self.master.send_removal(worker, path, key)
+
+    async def _greet(self, processes: Processes, *, skip: Iterable[int]) -> set[int]:
+        """Bring workers that we know nothing of to the files' state: whose they were does not matter."""
+        fresh = set(processes.workers) - set(skip)
+        for worker in sorted(fresh):
+            await self._unless_ended(worker, self._synchronise(worker))
+        return fresh
+
+    async def _synchronise(self, worker: int) -> None:
+        base = str(self.base_path)
+        if await self.master.read_entry(worker, base, GENERATION_KEY) != self.state.generation:
+            entries = [(GENERATION_KEY, self.state.generation), *self.state.base.items()]
+            await self.master.send_swap(worker, base, entries)
+        await self._swap_overlay(worker)
+        self.known.add(worker)
+
+    async def _swap_overlay(self, worker: int) -> None:
+        entries = [(GENERATION_KEY, self.state.generation), *self.state.overlay.items()]
+        await self.master.send_swap(worker, str(self.overlay_path), entries)
+
+    async def _compact(self, overlay: dict[str, str]) -> None:
+        """Fold the overlay into a new base; guests see the old state or the new one, nothing between.
+
+        In a worker the overlay is completed first, so that it hides the base while that is changed entry
+        by entry, and emptied last.
+        """
+        before = self.state
+        merged = MapState(before.generation, before.base, overlay).effective()
+        wanted: dict[str, str | None] = {
+            key: None if value == MAP_TOMBSTONE else value for key, value in overlay.items()
+        }
+        base_changes = plan_changes(before.base, wanted)
+        overlay_first = MapState(before.generation, before.base, overlay)
+        self.write_all(merged)
+        processes = await self.master.read_processes()
+        for worker in processes.workers:
+            if worker in self.known:
+                await self._unless_ended(worker, self._compact_worker(worker, overlay_first, base_changes))
+        await self._greet(processes, skip=self.known)
+
+    async def _compact_worker(self, worker: int, full: MapState, changes: MapChanges) -> None:
+        base, overlay = str(self.base_path), str(self.overlay_path)
+        entries = [(GENERATION_KEY, full.generation), *full.overlay.items()]
+        await self.master.send_swap(worker, overlay, entries)
+        if len(changes.added) + len(changes.replaced) + len(changes.removed) > len(full.base) // 2:
+            await self.master.send_swap(
+                worker, base, [(GENERATION_KEY, self.state.generation), *self.state.base.items()]
+            )
+        else:
+            await self._send_going(worker, base, changes.removed, changes.replaced)
+            await self.master.send_additions(worker, base, list(changes.added))
+            await self.master.send_upsert(worker, base, GENERATION_KEY, self.state.generation)
+        await self._swap_overlay(worker)
+
+    async def _unless_ended(self, worker: int, step: Coroutine[object, object, None]) -> None:
+        try:
+            await step
+        except WorkerEnded:
+            self.known.discard(worker)
+
+
+def _changed(overlay: Mapping[str, str], changes: MapChanges) -> dict[str, str]:
+    after = dict(overlay)
+    for key in changes.removed:
+        after.pop(key, None)
+    after.update(changes.replaced)
+    after.update(changes.added)
+    return after
+
+
+def _by_effect(changes: MapChanges) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+    """Entries that take something away or change it, and entries that only give."""
+    tombstones = [entry for entry in changes.added if entry[1] == MAP_TOMBSTONE]
+    coming = [entry for entry in changes.added if entry[1] != MAP_TOMBSTONE]
+    return [*changes.replaced, *tombstones], coming
