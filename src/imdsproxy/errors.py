@@ -16,6 +16,7 @@
     │   ├── CommandRefused         a Runtime API command
     │   ├── RuntimeUnavailable     its socket does not answer
     │   ├── HostRefused            a namespace, a link, an address, a file
+    │   ├── RecordCorrupt          a compiled record is truncated or damaged
     │   └── PrivilegeMissing
     └── AdminError             the caller of the admin API must act    exit 64, 66, 69 or 73
         ├── AdminUnavailable       the daemon does not answer
@@ -50,6 +51,7 @@ __all__ = [
     "NotFound",
     "PrivilegeMissing",
     "Problem",
+    "RecordCorrupt",
     "ReloadFailed",
     "RequestRefused",
     "RuntimeUnavailable",
@@ -204,6 +206,13 @@ class HostRefused(DataplaneError):
 
     code = "host-refused"
     exit_status = 71
+
+
+class RecordCorrupt(DataplaneError):
+    """A compiled record is truncated, damaged, or of a format that this version does not read."""
+
+    code = "record-corrupt"
+    retryable = True
 
 
 class PrivilegeMissing(DataplaneError):

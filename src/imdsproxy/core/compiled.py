@@ -1,0 +1,307 @@
+"""The compiled record: all that the document server needs of one instance, as the bytes of one file.
+
+    {"revision":"<16 hex>","format":1,…,"vendor_data":[length,digest],"user_data":[length,digest]}\\n
+    <vendor_data><user_data>
+
+The first line is JSON in ASCII; the two pieces of data follow raw, byte for byte. `revision` is the
+BLAKE2b-8 of the rest of the line, which holds the digests of the data: it names the whole content, and it is
+the checksum that shows a damaged head. What a guest's documents need of its networks (subnet, gateway, name
+servers, MTU) is copied in, so that the document server never looks anything up.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import Final, TypedDict, cast
+
+from imdsproxy.core.model import (
+    Dialect,
+    Instance,
+    InstanceId,
+    IpAddress,
+    Network,
+    NetworkId,
+    Port,
+    SshKey,
+)
+from imdsproxy.errors import RecordCorrupt
+
+__all__ = [
+    "Blob",
+    "CompiledRecord",
+    "DocumentAddress",
+    "DocumentPort",
+    "DocumentRecord",
+    "compile_instance",
+    "compiled_path",
+    "parse_compiled",
+]
+
+_FORMAT: Final = 1
+"""Raise it when a document's text changes for the same instance: revisions, and with them what HAProxy has
+cached, then differ from those of the older version."""
+
+_HEAD_START: Final = b'{"revision":"'
+_REVISION_LENGTH: Final = 16
+_HEAD_REST: Final = len(_HEAD_START) + _REVISION_LENGTH
+
+
+@dataclass(frozen=True, slots=True)
+class CompiledRecord:
+    """An instance ready to be written.
+
+    Attributes:
+        revision: 16 hexadecimal digits that name `content`.
+        content: The bytes of the file.
+    """
+
+    revision: str
+    content: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Blob:
+    """Where a piece of data lies in the content: `offset` and `length` in bytes."""
+
+    offset: int
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class DocumentAddress:
+    """One address of a port as text, with what its subnet says.
+
+    Attributes:
+        ip: IPv4 or IPv6, never a link-local one.
+        cidr: The subnet that holds it; `None` when no subnet of the network does.
+    """
+
+    ip: str
+    cidr: str | None
+    gateway: str | None
+    dns: tuple[str, ...]
+
+    @property
+    def version(self) -> int:
+        """4 or 6."""
+        return 6 if ":" in self.ip else 4
+
+
+@dataclass(frozen=True, slots=True)
+class DocumentPort:
+    """A port with what its network says; `mtu` in bytes."""
+
+    network: str
+    mac: str | None
+    mtu: int | None
+    addresses: tuple[DocumentAddress, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class DocumentRecord:
+    """A compiled record, read again.
+
+    Attributes:
+        user_data: Where it lies in the content; `None` when there is none.
+        vendor_data: Its bytes; `None` when there is none.
+    """
+
+    revision: str
+    id: InstanceId
+    uuid: str
+    ec2_id: str
+    name: str
+    hostname: str
+    project: str | None
+    availability_zone: str | None
+    instance_type: str | None
+    dialects: frozenset[Dialect]
+    ssh_keys: tuple[SshKey, ...]
+    tags: tuple[tuple[str, str], ...]
+    ports: tuple[DocumentPort, ...]
+    user_data: Blob | None
+    vendor_data: bytes | None
+
+
+class _AddressHead(TypedDict):
+    ip: str
+    cidr: str | None
+    gateway: str | None
+    dns: list[str]
+
+
+class _PortHead(TypedDict):
+    network: str
+    mac: str | None
+    mtu: int | None
+    addresses: list[_AddressHead]
+
+
+class _Head(TypedDict):
+    revision: str
+    format: int
+    id: str
+    uuid: str
+    ec2_id: str
+    name: str
+    hostname: str
+    project: str | None
+    availability_zone: str | None
+    instance_type: str | None
+    dialects: list[str]
+    ssh_keys: list[list[str]]
+    tags: list[list[str]]
+    ports: list[_PortHead]
+    vendor_data: list[int | str] | None
+    user_data: list[int | str] | None
+
+
+def compile_instance(
+    instance: Instance, networks: Mapping[NetworkId, Network]
+) -> CompiledRecord:
+    """The instance's record; equal instances in equal networks give equal bytes.
+
+    A port in a network that is not in `networks` keeps its addresses and loses what the network would say.
+    """
+    head = {
+        "format": _FORMAT,
+        "id": instance.id,
+        "uuid": instance.uuid,
+        "ec2_id": instance.ec2_id,
+        "name": instance.name,
+        "hostname": instance.hostname,
+        "project": instance.project,
+        "availability_zone": instance.availability_zone,
+        "instance_type": instance.instance_type,
+        "dialects": sorted(instance.dialects),
+        "ssh_keys": [[key.name, key.key] for key in instance.ssh_keys],
+        "tags": instance.tags,
+        "ports": [_port_head(port, networks.get(port.network)) for port in instance.ports],
+        "vendor_data": _describe(instance.vendor_data),
+        "user_data": _describe(instance.user_data),
+    }
+    rest = b'",' + json.dumps(head, separators=(",", ":"))[1:].encode("ascii") + b"\n"
+    revision = blake2b(rest, digest_size=8).hexdigest()
+    parts = (
+        _HEAD_START,
+        revision.encode("ascii"),
+        rest,
+        instance.vendor_data or b"",
+        instance.user_data or b"",
+    )
+    return CompiledRecord(revision, b"".join(parts))
+
+
+def _describe(data: bytes | None) -> list[int | str] | None:
+    return None if data is None else [len(data), _digest(data)]
+
+
+def _digest(data: bytes | memoryview) -> str:
+    return blake2b(data, digest_size=8).hexdigest()
+
+
+def _port_head(port: Port, network: Network | None) -> _PortHead:
+    return {
+        "network": port.network,
+        "mac": port.mac,
+        "mtu": None if network is None else network.mtu,
+        "addresses": [
+            _address_head(address, network)
+            for address in port.addresses
+            if not address.is_link_local
+        ],
+    }
+
+
+def _address_head(address: IpAddress, network: Network | None) -> _AddressHead:
+    for subnet in () if network is None else network.subnets:
+        if address in subnet.cidr:
+            return {
+                "ip": str(address),
+                "cidr": str(subnet.cidr),
+                "gateway": None if subnet.gateway is None else str(subnet.gateway),
+                "dns": [str(server) for server in subnet.dns],
+            }
+    return {"ip": str(address), "cidr": None, "gateway": None, "dns": []}
+
+
+def compiled_path(instance_id: InstanceId) -> str:
+    """Where the record lies below the documents directory: `ab/<id>.rec`, spread over 256 directories."""
+    shard = blake2b(instance_id.encode("utf-8"), digest_size=1).hexdigest()
+    return f"{shard}/{instance_id}.rec"
+
+
+def parse_compiled(content: bytes) -> DocumentRecord:
+    """Read a record and verify every byte of it.
+
+    Raises:
+        RecordCorrupt: The content is cut short, has bytes too many, fails a checksum, or is of another
+            format.
+    """
+    head = _parse_head(content)
+    offset = content.index(b"\n") + 1
+    vendor = _locate(content, head["vendor_data"], offset)
+    user = _locate(content, head["user_data"], offset + (vendor.length if vendor else 0))
+    end = offset + sum(blob.length for blob in (vendor, user) if blob is not None)
+    if end != len(content):
+        raise RecordCorrupt(f"compiled record has {len(content)} bytes where {end} are due")
+    return DocumentRecord(
+        revision=head["revision"],
+        id=InstanceId(head["id"]),
+        uuid=head["uuid"],
+        ec2_id=head["ec2_id"],
+        name=head["name"],
+        hostname=head["hostname"],
+        project=head["project"],
+        availability_zone=head["availability_zone"],
+        instance_type=head["instance_type"],
+        dialects=frozenset(Dialect(word) for word in head["dialects"]),
+        ssh_keys=tuple(SshKey(name, key) for name, key in head["ssh_keys"]),
+        tags=tuple((name, value) for name, value in head["tags"]),
+        ports=tuple(_parse_port(port) for port in head["ports"]),
+        user_data=user,
+        vendor_data=(
+            None if vendor is None else content[vendor.offset : vendor.offset + vendor.length]
+        ),
+    )
+
+
+def _parse_head(content: bytes) -> _Head:
+    end = content.find(b"\n") + 1
+    if not end or not content.startswith(_HEAD_START):
+        raise RecordCorrupt("compiled record has no head")
+    revision = content[len(_HEAD_START) : _HEAD_REST]
+    if _digest(memoryview(content)[_HEAD_REST:end]).encode("ascii") != revision:
+        raise RecordCorrupt("compiled record's head fails its checksum")
+    # The checksum has just shown that `compile_instance` wrote this line.
+    head = cast("_Head", json.loads(content[:end]))
+    if head["format"] != _FORMAT:
+        raise RecordCorrupt(f"compiled record is of format {head['format']}, not {_FORMAT}")
+    return head
+
+
+def _locate(content: bytes, described: list[int | str] | None, offset: int) -> Blob | None:
+    if described is None:
+        return None
+    length, digest = described
+    blob = Blob(offset, int(length))
+    if _digest(memoryview(content)[offset : offset + blob.length]) != digest:
+        raise RecordCorrupt(f"compiled record's data at byte {offset} fails its checksum")
+    return blob
+
+
+def _parse_port(head: _PortHead) -> DocumentPort:
+    return DocumentPort(
+        network=head["network"],
+        mac=head["mac"],
+        mtu=head["mtu"],
+        addresses=tuple(
+            DocumentAddress(
+                address["ip"], address["cidr"], address["gateway"], tuple(address["dns"])
+            )
+            for address in head["addresses"]
+        ),
+    )
