@@ -1,0 +1,447 @@
+"""Every figure that the controller tells Prometheus: names, labels and meaning, in one place.
+
+The controller keeps plain numbers and hands them over as a `MetricsSnapshot`; nothing here counts.
+No label takes what guests or operators write freely, except `network`, whose number of series is
+bounded (see `NETWORK_SUM`). HAProxy's own exporter tells of connections, queues and bytes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Final, Literal, TypeAlias
+
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, SummaryMetricFamily
+from prometheus_client.process_collector import ProcessCollector
+from prometheus_client.registry import Collector, CollectorRegistry
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Mapping
+
+    from prometheus_client.metrics_core import Metric
+
+__all__ = [
+    "METRICS",
+    "NETWORK_SUM",
+    "MetricDescription",
+    "MetricsSnapshot",
+    "NetworkTraffic",
+    "SourceFigures",
+    "SnapshotCollector",
+    "Timing",
+    "bound_networks",
+    "metrics_registry",
+]
+
+NETWORK_SUM: Final = "*"
+"""The `network` label of the one sum that stands for all, where there are too many for each."""
+
+_Kind: TypeAlias = Literal["gauge", "counter", "summary"]
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """How often something was done, and how long it took in all, in seconds."""
+
+    count: int = 0
+    total_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class SourceFigures:
+    """One source's records; `failures` counts the times it did not answer or was refused."""
+
+    in_sync: bool
+    networks: int = 0
+    instances: int = 0
+    refused_records: int = 0
+    failures: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class NetworkTraffic:
+    """Guests' requests of one network since the controller knows it; only ever grows.
+
+    HAProxy's own counters begin at 0 with each reload: who fills this in adds them up.
+    """
+
+    requests: int = 0
+    denied: int = 0
+    errors: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class MetricsSnapshot:
+    """What `/metrics` shows, at one moment. Counters only ever grow while the controller lives.
+
+    Attributes:
+        left_out: Networks that are not served now, by the reason's code.
+        reloads: HAProxy's reloads by result, `ok` or `failed`.
+        restarts: Processes started again because they died or hung, by process.
+        operations: Operations of applied plans by result, `ok` or `failed`.
+        resolver: Requests of unknown addresses by outcome: `found`, `unknown`, `unavailable`,
+            `conflict`, `over-limit`, `gone` (the guest left).
+        commands: Runtime API commands by result, `ok` or `failed`.
+        convergence: From a source's observation to the acknowledgement by HAProxy.
+    """
+
+    version: str
+    ready: bool
+    started_at: float
+    networks_serving: int = 0
+    instances: int = 0
+    addresses: int = 0
+    conflicts: int = 0
+    left_out: Mapping[str, int] = field(default_factory=dict)
+    sources: Mapping[str, SourceFigures] = field(default_factory=dict)
+    haproxy_up: bool = False
+    haproxy_old_workers: int = 0
+    reloads: Mapping[str, int] = field(default_factory=dict)
+    reload: Timing = field(default_factory=Timing)
+    restarts: Mapping[str, int] = field(default_factory=dict)
+    documents_up: int = 0
+    plans: Timing = field(default_factory=Timing)
+    operations: Mapping[str, int] = field(default_factory=dict)
+    convergence: Timing = field(default_factory=Timing)
+    resolver: Mapping[str, int] = field(default_factory=dict)
+    resolver_held: int = 0
+    commands: Mapping[str, int] = field(default_factory=dict)
+    traffic: Mapping[str, NetworkTraffic] = field(default_factory=dict)
+
+
+_Sample: TypeAlias = tuple[tuple[str, ...], float]
+
+
+@dataclass(frozen=True, slots=True)
+class MetricDescription:
+    """One metric family: what it is called, what it says, and how it is read from a snapshot.
+
+    Attributes:
+        name: As exposed, but for `_total`, `_count` and `_sum`, which follow from `kind`.
+        read: Label values and the value of each series; a summary gives its count, then its sum.
+    """
+
+    name: str
+    kind: _Kind
+    help: str
+    labels: tuple[str, ...]
+    read: Callable[[MetricsSnapshot], Iterable[_Sample]]
+
+    @property
+    def exposed(self) -> str:
+        """The name that a query uses."""
+        if self.kind == "summary":
+            return f"{self.name}_count, {self.name}_sum"
+        return f"{self.name}_total" if self.kind == "counter" else self.name
+
+
+def _one(read: Callable[[MetricsSnapshot], float]) -> Callable[[MetricsSnapshot], list[_Sample]]:
+    return lambda snapshot: [((), float(read(snapshot)))]
+
+
+def _each(
+    read: Callable[[MetricsSnapshot], Mapping[str, int]],
+) -> Callable[[MetricsSnapshot], list[_Sample]]:
+    return lambda snapshot: [
+        ((key,), float(value)) for key, value in sorted(read(snapshot).items())
+    ]
+
+
+def _per_source(
+    read: Callable[[SourceFigures], float],
+) -> Callable[[MetricsSnapshot], list[_Sample]]:
+    return lambda snapshot: [
+        ((name,), float(read(figures))) for name, figures in sorted(snapshot.sources.items())
+    ]
+
+
+def _per_network(
+    read: Callable[[NetworkTraffic], int],
+) -> Callable[[MetricsSnapshot], list[_Sample]]:
+    return lambda snapshot: [
+        ((network,), float(read(traffic))) for network, traffic in sorted(snapshot.traffic.items())
+    ]
+
+
+def _timing(
+    read: Callable[[MetricsSnapshot], Timing],
+) -> Callable[[MetricsSnapshot], list[_Sample]]:
+    def samples(snapshot: MetricsSnapshot) -> list[_Sample]:
+        timing = read(snapshot)
+        return [((), float(timing.count)), ((), timing.total_s)]
+
+    return samples
+
+
+def _source_records(snapshot: MetricsSnapshot) -> list[_Sample]:
+    samples: list[_Sample] = []
+    for name, figures in sorted(snapshot.sources.items()):
+        samples.append(((name, "network"), float(figures.networks)))
+        samples.append(((name, "instance"), float(figures.instances)))
+    return samples
+
+
+METRICS: Final[tuple[MetricDescription, ...]] = (
+    MetricDescription(
+        "imdsproxy_build_info",
+        "gauge",
+        "Always 1; the label says which version runs.",
+        ("version",),
+        lambda snapshot: [((snapshot.version,), 1.0)],
+    ),
+    MetricDescription(
+        "imdsproxy_ready",
+        "gauge",
+        "1 while guests get what the sources say; /readyz has the reasons for a 0.",
+        (),
+        _one(lambda snapshot: snapshot.ready),
+    ),
+    MetricDescription(
+        "imdsproxy_start_time_seconds",
+        "gauge",
+        "Unix time of the controller's start.",
+        (),
+        _one(lambda snapshot: snapshot.started_at),
+    ),
+    MetricDescription(
+        "imdsproxy_networks_serving",
+        "gauge",
+        "Networks whose listener answers.",
+        (),
+        _one(lambda snapshot: snapshot.networks_serving),
+    ),
+    MetricDescription(
+        "imdsproxy_networks_left_out",
+        "gauge",
+        "Networks that are not served now, by the code of the reason.",
+        ("code",),
+        _each(lambda snapshot: snapshot.left_out),
+    ),
+    MetricDescription(
+        "imdsproxy_instances",
+        "gauge",
+        "Instances known.",
+        (),
+        _one(lambda snapshot: snapshot.instances),
+    ),
+    MetricDescription(
+        "imdsproxy_addresses",
+        "gauge",
+        "Addresses of guests known to HAProxy.",
+        (),
+        _one(lambda snapshot: snapshot.addresses),
+    ),
+    MetricDescription(
+        "imdsproxy_conflicts",
+        "gauge",
+        "Ids and addresses that several records claim; their guests get 503.",
+        (),
+        _one(lambda snapshot: snapshot.conflicts),
+    ),
+    MetricDescription(
+        "imdsproxy_source_in_sync",
+        "gauge",
+        "1 while the source has told all that it knows.",
+        ("source",),
+        _per_source(lambda figures: figures.in_sync),
+    ),
+    MetricDescription(
+        "imdsproxy_source_records",
+        "gauge",
+        "Records in force from the source, by kind: network or instance.",
+        ("source", "kind"),
+        _source_records,
+    ),
+    MetricDescription(
+        "imdsproxy_source_refused_records",
+        "gauge",
+        "Records of the source that are refused now.",
+        ("source",),
+        _per_source(lambda figures: figures.refused_records),
+    ),
+    MetricDescription(
+        "imdsproxy_source_failures",
+        "counter",
+        "Times that the source did not answer or its store was refused.",
+        ("source",),
+        _per_source(lambda figures: figures.failures),
+    ),
+    MetricDescription(
+        "imdsproxy_haproxy_up",
+        "gauge",
+        "1 while HAProxy's worker answers.",
+        (),
+        _one(lambda snapshot: snapshot.haproxy_up),
+    ),
+    MetricDescription(
+        "imdsproxy_haproxy_old_workers",
+        "gauge",
+        "Workers from before a reload that still have connections.",
+        (),
+        _one(lambda snapshot: snapshot.haproxy_old_workers),
+    ),
+    MetricDescription(
+        "imdsproxy_haproxy_reloads",
+        "counter",
+        "Reloads of HAProxy by result: ok or failed.",
+        ("result",),
+        _each(lambda snapshot: snapshot.reloads),
+    ),
+    MetricDescription(
+        "imdsproxy_haproxy_reload_seconds",
+        "summary",
+        "Time from ordering a reload until the new worker serves.",
+        (),
+        _timing(lambda snapshot: snapshot.reload),
+    ),
+    MetricDescription(
+        "imdsproxy_haproxy_commands",
+        "counter",
+        "Runtime API commands by result: ok or failed.",
+        ("result",),
+        _each(lambda snapshot: snapshot.commands),
+    ),
+    MetricDescription(
+        "imdsproxy_process_restarts",
+        "counter",
+        "Processes started again because they died or hung, by process: haproxy or documents.",
+        ("process",),
+        _each(lambda snapshot: snapshot.restarts),
+    ),
+    MetricDescription(
+        "imdsproxy_documents_processes",
+        "gauge",
+        "Processes of the document server that run.",
+        (),
+        _one(lambda snapshot: snapshot.documents_up),
+    ),
+    MetricDescription(
+        "imdsproxy_plan_seconds",
+        "summary",
+        "Time that applying a plan took.",
+        (),
+        _timing(lambda snapshot: snapshot.plans),
+    ),
+    MetricDescription(
+        "imdsproxy_plan_operations",
+        "counter",
+        "Operations of plans by result: ok or failed (failed ones are tried again).",
+        ("result",),
+        _each(lambda snapshot: snapshot.operations),
+    ),
+    MetricDescription(
+        "imdsproxy_convergence_seconds",
+        "summary",
+        "Time from a source's observation until every worker of HAProxy has confirmed it.",
+        (),
+        _timing(lambda snapshot: snapshot.convergence),
+    ),
+    MetricDescription(
+        "imdsproxy_resolver_requests",
+        "counter",
+        "Requests of unknown addresses by outcome: found, unknown, unavailable, conflict, "
+        "over-limit or gone (the guest left).",
+        ("outcome",),
+        _each(lambda snapshot: snapshot.resolver),
+    ),
+    MetricDescription(
+        "imdsproxy_resolver_held",
+        "gauge",
+        "Requests of unknown addresses that are held now.",
+        (),
+        _one(lambda snapshot: snapshot.resolver_held),
+    ),
+    MetricDescription(
+        "imdsproxy_network_requests",
+        "counter",
+        'Guests\' requests by network; one series "*" for all above metrics.network_series.',
+        ("network",),
+        _per_network(lambda traffic: traffic.requests),
+    ),
+    MetricDescription(
+        "imdsproxy_network_denied",
+        "counter",
+        "Guests' requests that were refused, by network as above.",
+        ("network",),
+        _per_network(lambda traffic: traffic.denied),
+    ),
+    MetricDescription(
+        "imdsproxy_network_errors",
+        "counter",
+        "Guests' requests that were answered 5xx, by network as above.",
+        ("network",),
+        _per_network(lambda traffic: traffic.errors),
+    ),
+)
+
+
+class SnapshotCollector(Collector):
+    """Turns a snapshot, taken at each scrape, into metric families.
+
+    Args:
+        take: Gives the figures of this moment; called on the event loop's thread.
+        network_series: Networks up to which each has its own series.
+    """
+
+    def __init__(
+        self, take: Callable[[], MetricsSnapshot], *, network_series: Callable[[], int]
+    ) -> None:
+        self._take = take
+        self._network_series = network_series
+
+    def describe(self) -> Iterable[Metric]:
+        """The families without samples: registering must not take a snapshot."""
+        return [_family(description) for description in METRICS]
+
+    def collect(self) -> Iterator[Metric]:
+        """The families with this moment's samples."""
+        snapshot = self._take()
+        bounded = bound_networks(snapshot.traffic, self._network_series())
+        snapshot = replace(snapshot, traffic=bounded)
+        for description in METRICS:
+            yield _filled(description, snapshot)
+
+
+def bound_networks(
+    traffic: Mapping[str, NetworkTraffic], limit: int
+) -> Mapping[str, NetworkTraffic]:
+    """Each network's own traffic, or with more than `limit` of them their sum as `NETWORK_SUM`."""
+    if len(traffic) <= limit:
+        return traffic
+    return {
+        NETWORK_SUM: NetworkTraffic(
+            requests=sum(one.requests for one in traffic.values()),
+            denied=sum(one.denied for one in traffic.values()),
+            errors=sum(one.errors for one in traffic.values()),
+        )
+    }
+
+
+def metrics_registry(
+    take: Callable[[], MetricsSnapshot], *, network_series: Callable[[], int]
+) -> CollectorRegistry:
+    """A registry of this controller's figures and its process's memory, time and descriptors."""
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(SnapshotCollector(take, network_series=network_series))
+    ProcessCollector(registry=registry)
+    return registry
+
+
+def _family(description: MetricDescription) -> Metric:
+    labels = list(description.labels)
+    if description.kind == "summary":
+        return SummaryMetricFamily(description.name, description.help, labels=labels)
+    if description.kind == "counter":
+        return CounterMetricFamily(description.name, description.help, labels=labels)
+    return GaugeMetricFamily(description.name, description.help, labels=labels)
+
+
+def _filled(description: MetricDescription, snapshot: MetricsSnapshot) -> Metric:
+    family = _family(description)
+    samples = list(description.read(snapshot))
+    if isinstance(family, SummaryMetricFamily):
+        (_, count), (_, total) = samples
+        family.add_metric([], count_value=int(count), sum_value=total)
+    elif isinstance(family, CounterMetricFamily | GaugeMetricFamily):
+        for labels, value in samples:
+            family.add_metric(list(labels), value)
+    return family
