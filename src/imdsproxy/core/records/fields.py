@@ -1,0 +1,219 @@
+"""Read a decoded document field by field, and gather everything that is wrong with it."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import Final, TypeAlias
+
+from imdsproxy.errors import Problem
+
+__all__ = ["Field", "Findings", "LineOf", "Path", "Refused", "quoted", "render_path", "root"]
+
+Path: TypeAlias = tuple[str | int, ...]
+"""Where in a document: keys of mappings and indexes of lists, from the document's root."""
+
+LineOf: TypeAlias = Callable[[Path], int | None]
+"""The 1-based line where a path's value stands, or that of its nearest known parent."""
+
+MAX_TEXT: Final = 255
+
+_SHOWN: Final = 60
+
+_PLAIN_KEY: Final = re.compile(r"[A-Za-z0-9_-]+")
+# Control characters, C1 included, the two Unicode line ends and lone surrogates: none may reach a
+# header, a map, a log line or a listing of names.
+_UNPRINTABLE: Final = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """A record that is not accepted.
+
+    Attributes:
+        problems: Everything wrong with it, in its own order.
+        id: Its id, as far as that could be read.
+    """
+
+    problems: tuple[Problem, ...]
+    id: str | None = None
+
+
+def render_path(path: Path) -> str:
+    """The path as operators read it: `instances[3].ports[0].addresses[1]`."""
+    text = ""
+    for step in path:
+        if isinstance(step, int):
+            text += f"[{step}]"
+        elif _PLAIN_KEY.fullmatch(step):
+            text += f".{step}" if text else step
+        else:
+            text += f"[{quoted(step)}]"
+    return text
+
+
+def quoted(value: str) -> str:
+    """The text in quotes on one line, cut where it is long."""
+    shown = value if len(value) <= _SHOWN else f"{value[:_SHOWN]}…"
+    return json.dumps(shown, ensure_ascii=not _is_clean(shown))
+
+
+def _is_clean(text: str) -> bool:
+    return _UNPRINTABLE.search(text) is None
+
+
+class Findings:
+    """The problems of one record, as they are found."""
+
+    __slots__ = ("_file", "_line_of", "problems")
+
+    def __init__(self, file: str | None, line_of: LineOf | None) -> None:
+        self._file = file
+        self._line_of = line_of
+        self.problems: list[Problem] = []
+
+    def add(self, path: Path, reason: str, hint: str) -> None:
+        """Note a problem; its line is looked up only now, for most records have none."""
+        line = None if self._line_of is None else self._line_of(path)
+        self.problems.append(Problem(render_path(path) or "record", reason, hint, self._file, line))
+
+
+@dataclass(frozen=True, slots=True)
+class Field:
+    """A value and where it stands. Every reader gives `None` (or nothing) once it has refused."""
+
+    value: object
+    path: Path
+    findings: Findings
+
+    def refuse(self, reason: str, hint: str = "") -> None:
+        """Note a problem of this field."""
+        self.findings.add(self.path, reason, hint)
+
+    def child(self, step: str | int, value: object) -> Field:
+        """A part of this field's value."""
+        return Field(value, (*self.path, step), self.findings)
+
+    def mapping(
+        self, known: Collection[str] | None = None, required: Collection[str] = ()
+    ) -> dict[str, Field] | None:
+        """The entries of a mapping, without those that are null; unknown keys are refused.
+
+        Args:
+            known: The keys that may be there; `None` for any text.
+            required: Those of them that must.
+        """
+        if not isinstance(self.value, Mapping):
+            self.refuse(f"expected a mapping (key: value), found {_kind(self.value)}")
+            return None
+        entries: dict[str, Field] = {}
+        for key, value in self.value.items():
+            if not isinstance(key, str):
+                self.refuse(f"the key {key!r} is {_kind(key)}, not text", "put it in quotes")
+            elif known is not None and key not in known:
+                self.child(key, value).refuse("unknown key", _nearest(key, known))
+            elif value is not None:
+                entries[key] = self.child(key, value)
+        for key in required:
+            if key not in entries:
+                self.child(key, None).refuse("is missing")
+        return entries
+
+    def items(self) -> list[Field]:
+        """The items of a list."""
+        if not isinstance(self.value, list | tuple):
+            self.refuse(f"expected a list, found {_kind(self.value)}", "write [a, b] or - a")
+            return []
+        return [self.child(index, item) for index, item in enumerate(self.value)]
+
+    def text(self, *, longest: int = MAX_TEXT) -> str | None:
+        """Text of one line, not empty, that a header, a log or a listing may carry."""
+        value = self.value
+        if not isinstance(value, str):
+            self._refuse_as_text(value)
+            return None
+        if not value:
+            self.refuse("is empty", "leave it out, or write something")
+        elif not _is_clean(value):
+            self.refuse(
+                f"{quoted(value)} holds a line break or another control character",
+                "one line of printable text",
+            )
+        elif len(value) > longest:
+            self.refuse(f"is {len(value)} characters long", f"at most {longest}")
+        elif value != value.strip():
+            self.refuse(f"{quoted(value)} begins or ends with a blank", "take it away")
+        else:
+            return value
+        return None
+
+    def matched(self, pattern: re.Pattern[str], wanted: str) -> str | None:
+        """Text that `pattern` matches as a whole; `wanted` says in words what that is."""
+        if not isinstance(self.value, str):
+            self._refuse_as_text(self.value)
+            return None
+        if pattern.fullmatch(self.value) is None:
+            self.refuse(f"{quoted(self.value)} is not acceptable", wanted)
+            return None
+        return self.value
+
+    def whole_number(self, lowest: int, highest: int) -> int | None:
+        """A whole number within bounds."""
+        value = self.value
+        if isinstance(value, bool) or not isinstance(value, int):
+            self.refuse(f"expected a whole number, found {_kind(value)}", f"{lowest} to {highest}")
+            return None
+        if not lowest <= value <= highest:
+            self.refuse(f"{_kind(value)} is out of range", f"{lowest} to {highest}")
+            return None
+        return value
+
+    def boolean(self) -> bool | None:
+        """True or false."""
+        if isinstance(self.value, bool):
+            return self.value
+        self.refuse(f"expected true or false, found {_kind(self.value)}", "write true or false")
+        return None
+
+    def _refuse_as_text(self, value: object) -> None:
+        hint = ""
+        if isinstance(value, bool | int | float):
+            hint = "put it in quotes"
+        elif isinstance(value, bytes):
+            hint = "only user_data may be binary"
+        self.refuse(f"expected text, found {_kind(value)}", hint)
+
+
+def root(
+    value: object, *, file: str | None, line_of: LineOf | None, path: Path
+) -> tuple[Field, Findings]:
+    """A record's own field, and where its problems gather."""
+    findings = Findings(file, line_of)
+    return Field(value, path, findings), findings
+
+
+def _kind(value: object) -> str:
+    if value is None:
+        return "nothing"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        return f"the text {quoted(value)}"
+    if isinstance(value, int | float):
+        # Python refuses to spell an integer of more than 4,300 digits.
+        huge = isinstance(value, int) and value.bit_length() > _SHOWN
+        return "a huge number" if huge else f"the number {value}"
+    names = ((bytes, "bytes"), (Mapping, "a mapping"), (list | tuple, "a list"))
+    return next(
+        (name for kind, name in names if isinstance(value, kind)), f"a {type(value).__name__}"
+    )
+
+
+def _nearest(key: str, known: Collection[str]) -> str:
+    near = difflib.get_close_matches(key, known, n=1)
+    if near:
+        return f"did you mean {near[0]}?"
+    return f"known: {', '.join(known)}"

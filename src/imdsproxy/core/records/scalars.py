@@ -1,0 +1,173 @@
+"""The small values of records: ids, addresses, MACs, names of devices."""
+
+from __future__ import annotations
+
+import re
+import sys
+from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
+from typing import TYPE_CHECKING, Final
+
+from imdsproxy.core.model import (
+    METADATA_IPV4,
+    METADATA_IPV6,
+    InstanceId,
+    IpAddress,
+    IpNetwork,
+    MacAddress,
+    NetworkId,
+)
+from imdsproxy.core.records.fields import quoted
+
+if TYPE_CHECKING:
+    from imdsproxy.core.records.fields import Field
+
+__all__ = [
+    "hostname_of",
+    "parse_address",
+    "parse_cidr",
+    "parse_device",
+    "parse_guest_address",
+    "parse_hostname",
+    "parse_instance_id",
+    "parse_mac",
+    "parse_namespace",
+    "parse_network_id",
+]
+
+_ID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_ID_WANTED: Final = "1 to 64 of A-Z a-z 0-9 . _ - that begin with a letter or digit"
+_NAMESPACE: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._@:+-]{0,127}")
+_DEVICE: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._@+=-]{0,14}")
+_OCTET: Final = "[0-9A-Fa-f]{2}"
+_MAC: Final = re.compile(f"{_OCTET}(?:(?::{_OCTET}){{5}}|(?:-{_OCTET}){{5}})")
+_LABEL: Final = r"[A-Za-z0-9_](?:[A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?"
+_HOSTNAME: Final = re.compile(rf"(?=.{{1,253}}\Z){_LABEL}(?:\.{_LABEL})*")
+_NOT_IN_HOSTNAME: Final = re.compile(r"[^A-Za-z0-9._-]+")
+_BROADCAST: Final = IPv4Address("255.255.255.255")
+
+
+def parse_network_id(field: Field) -> NetworkId | None:
+    """A network's id (`model.NetworkId`)."""
+    text = field.matched(_ID, _ID_WANTED)
+    # A network's id stands in each of its ports: one string for all of them.
+    return None if text is None else NetworkId(sys.intern(text))
+
+
+def parse_instance_id(field: Field) -> InstanceId | None:
+    """An instance's id (`model.InstanceId`)."""
+    text = field.matched(_ID, _ID_WANTED)
+    return None if text is None else InstanceId(text)
+
+
+def parse_namespace(field: Field) -> str | None:
+    """The name of a file in `/run/netns` that is a plain word of HAProxy's configuration."""
+    return field.matched(_NAMESPACE, "a name in /run/netns: 1 to 128 of A-Z a-z 0-9 . _ @ : + -")
+
+
+def parse_device(field: Field) -> str | None:
+    """A network device's name, at most 15 bytes (Linux IFNAMSIZ)."""
+    return field.matched(_DEVICE, "a device's name: 1 to 15 of A-Z a-z 0-9 . _ @ + = -")
+
+
+def parse_mac(field: Field) -> MacAddress | None:
+    """A unicast MAC, in either spelling (`:` or `-`, any case)."""
+    text = field.matched(_MAC, 'six hexadecimal octets: "52:54:00:12:34:56"')
+    if text is None:
+        return None
+    mac = text.lower().replace("-", ":")
+    if int(mac[:2], 16) & 1:
+        field.refuse(f"{mac} is a multicast address", "the first octet of a port's MAC is even")
+        return None
+    if mac == "00:00:00:00:00:00":
+        field.refuse("the all-zero MAC belongs to nobody")
+        return None
+    return MacAddress(mac)
+
+
+def parse_address(field: Field) -> IpAddress | None:
+    """A unicast IPv4 or IPv6 address without scope: a gateway, a name server."""
+    if not isinstance(field.value, str):
+        field.text()
+        return None
+    try:
+        address = ip_address(field.value)
+    except ValueError:
+        hint = "without the prefix length" if "/" in field.value else "10.0.0.5 or 2001:db8::5"
+        field.refuse(f"{quoted(field.value)} is not an IP address", hint)
+        return None
+    fault = _fault(address)
+    if fault is not None:
+        field.refuse(f"{quoted(field.value)} is {fault[0]}", fault[1])
+        return None
+    return address
+
+
+def parse_guest_address(field: Field) -> IpAddress | None:
+    """An address that a guest may have."""
+    address = parse_address(field)
+    if address in (METADATA_IPV4, METADATA_IPV6):
+        field.refuse(f"{address} is the metadata service's own address", "the guest's address")
+        return None
+    return address
+
+
+def _fault(address: IpAddress) -> tuple[str, str] | None:
+    if address.is_unspecified:
+        return "the unspecified address", ""
+    if address.is_loopback:
+        return "a loopback address", "no packet from it ever reaches a listener"
+    if address.is_multicast:
+        return "a multicast address", "no guest sends from it"
+    if isinstance(address, IPv6Address):
+        return _ipv6_fault(address)
+    if address == _BROADCAST or address.packed[0] == 0:
+        return "not a host's address", ""
+    return None
+
+
+def _ipv6_fault(address: IPv6Address) -> tuple[str, str] | None:
+    if address.scope_id is not None:
+        return "scoped", f"write {IPv6Address(int(address))}"
+    if address.ipv4_mapped is not None:
+        return "an IPv4-mapped address", f"write {address.ipv4_mapped}"
+    # HAProxy spells ::/96 with dots (inet_ntop) and Python with colons: the map would never match.
+    if int(address) >> 32 == 0:
+        return "an IPv4-compatible address (RFC 4291 retired them)", ""
+    return None
+
+
+def parse_cidr(field: Field) -> IpNetwork | None:
+    """A range of addresses with its prefix length and no host bits."""
+    if not isinstance(field.value, str):
+        field.text()
+        return None
+    text = field.value
+    _, slash, prefix = text.partition("/")
+    try:
+        network = ip_network(text, strict=False)
+    except ValueError:
+        field.refuse(f"{quoted(text)} is not a CIDR", "10.0.0.0/24 or 2001:db8::/64")
+        return None
+    if not slash or not prefix.isdecimal():
+        field.refuse(f"{quoted(text)} has no prefix length", f"for example {network}")
+        return None
+    if ip_address(text.partition("/")[0]) != network.network_address:
+        field.refuse(f"{quoted(text)} has host bits set", f"write {network}")
+        return None
+    if network.is_multicast or network.is_loopback:
+        field.refuse(f"{network} is no range for hosts")
+        return None
+    return network
+
+
+def parse_hostname(field: Field) -> str | None:
+    """A host name (RFC 1123, underscores let pass), at most 253 characters."""
+    return field.matched(_HOSTNAME, "labels of letters, digits and -, joined by dots")
+
+
+def hostname_of(name: str, otherwise: str) -> str:
+    """The host name that an instance without one gets: its name, other characters as `-`."""
+    words = _NOT_IN_HOSTNAME.sub("-", name)
+    labels = (label.strip("-")[:63].strip("-") for label in words.split("."))
+    hostname = ".".join(label for label in labels if label)
+    return hostname if _HOSTNAME.fullmatch(hostname) else otherwise
