@@ -1,0 +1,1 @@
+"""The demonstration: three networks with the same addresses, and what each guest in them reads."""

@@ -1,0 +1,149 @@
+"""script/demo: builds the lab, starts the daemon, shows what each guest reads, cleans up."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import secrets
+import signal
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+from rich.console import Console
+
+from demo.cloudinit import download, unpack
+from demo.daemon import Daemon
+from demo.lab import build, sweep
+from demo.place import alone, choose, prepare
+from demo.processes import CommandError
+from demo.reading import Dialect
+from demo.roster import Guest, guests, networks
+from demo.show import Steps, document, hints, table, write_json
+from demo.verdict import Verdict, observe
+
+_REPOSITORY = Path(__file__).resolve().parent.parent
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class InterruptError(Exception):
+    """A signal asked the demonstration to end."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """The command line."""
+
+    once: bool
+    json: Path | None
+    directory: Path | None
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs the demonstration; returns the exit status."""
+    options = _parse(argv)
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    for number in _SIGNALS:
+        signal.signal(number, _interrupt)
+    try:
+        with alone():
+            directory = choose(options.directory, _REPOSITORY)
+            return _demonstrate(options, directory, console)
+    except CommandError as failed:
+        console.print(f"script/demo: {failed}", style="red", markup=False, soft_wrap=True)
+        return 1
+    except InterruptError as interrupted:
+        return 128 + interrupted.number if options.once else 0
+
+
+def _parse(argv: Sequence[str]) -> Options:
+    parser = argparse.ArgumentParser(prog="script/demo", description=__doc__, allow_abbrev=False)
+    parser.add_argument("--once", action="store_true", help="leave after the table")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="tell programs what is up")
+    parser.add_argument(
+        "--directory", type=Path, metavar="DIR", help="where all files go (default: .demo)"
+    )
+    found = parser.parse_args(argv)
+    return Options(found.once, found.json, found.directory)
+
+
+def _interrupt(number: int, _frame: FrameType | None) -> None:
+    raise InterruptError(number)
+
+
+def _demonstrate(options: Options, directory: Path, console: Console) -> int:
+    steps = Steps(console)
+    if sweep():
+        steps.say("swept away what an interrupted run had left")
+    prepare(directory)
+    debs = download(_REPOSITORY / ".cache", say=steps.say)
+    unpack(debs, directory / "cloud-init")
+    daemon = Daemon(directory)
+    word = secrets.token_hex(8)
+    everyone = guests(word)
+    try:
+        steps.say(f"building {len(networks())} networks with {len(everyone)} guests")
+        build(networks(), everyone)
+        steps.say("starting imdsproxy and telling it of them")
+        daemon.start()
+        daemon.fill(word)
+        verdicts = _observe(everyone, directory, steps)
+        right = _tell(verdicts, console)
+        if options.json is not None:
+            write_json(options.json, document(everyone, daemon.pids(), daemon.cli))
+        if not options.once:
+            _stay(everyone, daemon, console)
+    finally:
+        for number in _SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+        steps.say("cleaning up")
+        daemon.stop()
+        sweep()
+    return 0 if right else 1
+
+
+def _observe(everyone: Sequence[Guest], directory: Path, steps: Steps) -> list[Verdict]:
+    total = len(everyone) * len(Dialect)
+    with steps.count(f"{total} guests' reads with curl and boots with cloud-init", total) as bar:
+        return observe(
+            everyone,
+            directory=directory,
+            unpacked=directory / "cloud-init",
+            at_once=(os.cpu_count() or 1) + 1,
+            done=lambda: bar.advance(bar.task_ids[0]),
+        )
+
+
+def _tell(verdicts: Sequence[Verdict], console: Console) -> bool:
+    console.print(table(verdicts))
+    console.print()
+    wrong = [
+        f"{verdict.guest.name}, {verdict.dialect}, {fault}"
+        for verdict in verdicts
+        for fault in verdict.faults
+    ]
+    for line in wrong:
+        console.print(line, style="red", markup=False, soft_wrap=True)
+    if wrong:
+        console.print("Not every guest saw its own metadata.", style="bold red")
+    else:
+        console.print("Every guest saw its own metadata and nothing else.", style="bold green")
+    return not wrong
+
+
+def _stay(everyone: Sequence[Guest], daemon: Daemon, console: Console) -> None:
+    console.print("\nUp until Ctrl-C. Be a guest, or the operator:", style="bold")
+    for line in hints(everyone, daemon.cli):
+        console.print(f"  {line}", markup=False, highlight=False, soft_wrap=True)
+    while True:
+        signal.pause()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
