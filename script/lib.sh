@@ -115,7 +115,8 @@ apt_install() {
         trap - EXIT
     fi
     if [[ -z $services_before && -n $(enabled_haproxy) ]]; then
-        logged deb-systemd-helper disable haproxy.service
+        logged env DPKG_MAINTSCRIPT_PACKAGE=haproxy deb-systemd-helper disable haproxy.service
+        logged update-rc.d haproxy disable
     fi
 }
 
