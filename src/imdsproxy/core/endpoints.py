@@ -279,13 +279,18 @@ def effect_of(other: ListeningSocket, family: Family, device: str | None) -> Eff
     those of one address prefers one bound to the device (inet_lhash2_lookup, compute_score).
     Whether it is bound with SO_REUSEPORT at all cannot be read: the trial bind says so.
     """
-    wildcard = other.address.is_unspecified
-    if not wildcard and other.address != family.metadata_address:
-        return None
-    if isinstance(other.address, IPv4Address) and family is Family.IPV6:
+    if not _covers(other, family):
         return None
     if device is not None and other.device not in (None, device):
         return None
-    if wildcard or (device is not None and other.device is None):
+    if other.address.is_unspecified or (device is not None and other.device is None):
         return Effect.YIELDS
     return Effect.SHARES
+
+
+def _covers(other: ListeningSocket, family: Family) -> bool:
+    if not other.address.is_unspecified:
+        return other.address == family.metadata_address
+    if isinstance(other.address, IPv4Address):
+        return family is Family.IPV4
+    return family is Family.IPV6 or not other.v6_only

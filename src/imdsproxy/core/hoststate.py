@@ -120,6 +120,7 @@ class ListeningSocket:
         address: As bound; `0.0.0.0` and `::` are the wildcards.
         device: The name of the device it is bound to, `None` for all.
         inode: The socket's inode, as `/proc/PID/fd` shows it.
+        v6_only: An IPv6 wildcard that does not also take IPv4.
         owners: Everybody who holds it; empty when that could not be found out.
         ours: One of the owners is a process of ours.
     """
@@ -129,6 +130,7 @@ class ListeningSocket:
     device: str | None
     inode: int
     uid: int
+    v6_only: bool = False
     owners: tuple[SocketOwner, ...] = ()
     ours: bool = False
 

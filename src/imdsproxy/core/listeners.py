@@ -1,9 +1,9 @@
 """What the host must have so that every network can be listened on: pure planning of host objects.
 
-`plan_listeners` compares the networks with what was observed of the host and says what HAProxy
-can bind now (`Endpoint`), what it cannot and why (`LeftOut`), who else listens there (`Foreign`) and
-what is to be done on the host (`HostOp`). It never waits: an endpoint whose namespace or address is
-still to be made is left out as pending and comes with the plan after the next observation.
+`plan_listeners` compares the networks with what was observed of the host and says what HAProxy can
+bind now (`Endpoint`), what it cannot and why (`LeftOut`), who else listens there (`Foreign`) and
+what is to be done on the host (`HostOp`). It never waits: an endpoint whose namespace or address
+is still to be made is left out as pending and comes with the plan after the next observation.
 
 For every network and family there is at least one endpoint or exactly one `LeftOut`.
 """

@@ -1,0 +1,362 @@
+"""Devices, addresses, routes and neighbours of the namespace that the calling thread is in.
+
+Every function takes a `NetlinkSocket`, which belongs to the namespace where it was made, and
+blocks for some µs. What the kernel refuses leaves as `NetlinkRefused` (an OSError): `host.apply`
+and `host.observe`, which know what it was for, make a `HostRefused` of it.
+"""
+
+from __future__ import annotations
+
+import errno
+import socket
+import struct
+from collections.abc import Iterable, Iterator
+from ipaddress import IPv4Address, IPv6Address
+from typing import Final
+
+from imdsproxy.core.hoststate import AddressState, Family, ObservedAddress, ObservedDevice
+from imdsproxy.core.model import METADATA_IPV4, METADATA_IPV6, IpAddress, MacAddress
+from imdsproxy.host.nlmessages import (
+    CREATE,
+    EXCL,
+    REPLACE,
+    Message,
+    NetlinkRefused,
+    NetlinkSocket,
+    attribute,
+    integer,
+    parse_attributes,
+    text,
+)
+
+__all__ = [
+    "add_address",
+    "add_default_route",
+    "assign_nsid",
+    "create_veth",
+    "default_routes",
+    "delete_link",
+    "find_link",
+    "list_links",
+    "metadata_addresses",
+    "neighbour_mac",
+    "parse_address",
+    "parse_link",
+    "remove_address",
+    "set_link",
+]
+
+RTM_NEWLINK: Final = 16
+RTM_DELLINK: Final = 17
+RTM_GETLINK: Final = 18
+RTM_NEWADDR: Final = 20
+RTM_DELADDR: Final = 21
+RTM_GETADDR: Final = 22
+RTM_NEWROUTE: Final = 24
+RTM_GETROUTE: Final = 26
+RTM_GETNEIGH: Final = 30
+RTM_NEWNSID: Final = 88
+RTM_GETNSID: Final = 90
+
+_IFINFO: Final = struct.Struct("=BxHiII")
+_IFADDR: Final = struct.Struct("=BBBBI")
+_RTMSG: Final = struct.Struct("=BBBBBBBBI")
+_NDMSG: Final = struct.Struct("=BxxxiHBB")
+
+_IFLA_ADDRESS: Final = 1
+_IFLA_IFNAME: Final = 3
+_IFLA_MTU: Final = 4
+_IFLA_MASTER: Final = 10
+_IFLA_LINKINFO: Final = 18
+_IFLA_IFALIAS: Final = 20
+_IFLA_NET_NS_FD: Final = 28
+_IFLA_EXT_MASK: Final = 29
+_INFO_KIND: Final = 1
+_INFO_DATA: Final = 2
+_VETH_PEER: Final = 1
+_SKIP_STATISTICS: Final = 8
+_NESTED: Final = 0x8000
+
+_IFA_ADDRESS: Final = 1
+_IFA_LOCAL: Final = 2
+_IFA_FLAGS: Final = 8
+_IFA_PROTO: Final = 11
+_IFA_F_NODAD: Final = 0x02
+_IFA_F_DADFAILED: Final = 0x08
+_IFA_F_TENTATIVE: Final = 0x40
+
+_RTA_DST: Final = 1
+_RTA_OIF: Final = 4
+_RTA_TABLE: Final = 15
+_TABLE_MAIN: Final = 254
+_PROTO_STATIC: Final = 4
+_SCOPE_UNIVERSE: Final = 0
+_SCOPE_LINK: Final = 253
+_UNICAST: Final = 1
+
+_NDA_DST: Final = 1
+_NDA_LLADDR: Final = 2
+_NUD_UNKNOWN: Final = 0x01 | 0x20  # INCOMPLETE and FAILED have no address to rely on
+
+_NETNSA_NSID: Final = 1
+_NETNSA_FD: Final = 3
+
+_IFF_UP: Final = 1
+_MAC_BYTES: Final = 6
+
+_METADATA: Final[dict[bytes, IpAddress]] = {
+    METADATA_IPV4.packed: METADATA_IPV4,
+    METADATA_IPV6.packed: METADATA_IPV6,
+}
+
+
+def _family_of(address: IpAddress) -> int:
+    return socket.AF_INET if isinstance(address, IPv4Address) else socket.AF_INET6
+
+
+def _number(value: bytes | None) -> int:
+    return int.from_bytes(value, "little" if _LITTLE else "big") if value else 0
+
+
+_LITTLE: Final = struct.pack("=H", 1) == b"\1\0"
+
+
+def _string(value: bytes | None) -> str:
+    return value.rstrip(b"\0").decode(errors="replace") if value else ""
+
+
+def _mac(value: bytes | None) -> str:
+    return value.hex(":") if value and len(value) == _MAC_BYTES else ""
+
+
+def parse_link(payload: bytes) -> ObservedDevice:
+    """The device in a RTM_NEWLINK or RTM_DELLINK message."""
+    _, _, index, flags, _ = _IFINFO.unpack_from(payload)
+    found = parse_attributes(payload, _IFINFO.size)
+    info = found.get(_IFLA_LINKINFO)
+    return ObservedDevice(
+        name=_string(found.get(_IFLA_IFNAME)),
+        index=index,
+        up=bool(flags & _IFF_UP),
+        mtu=_number(found.get(_IFLA_MTU)),
+        alias=_string(found.get(_IFLA_IFALIAS)),
+        master=_number(found.get(_IFLA_MASTER)),
+        kind=_string(parse_attributes(info).get(_INFO_KIND)) if info else "",
+        mac=_mac(found.get(_IFLA_ADDRESS)),
+    )
+
+
+def list_links(channel: NetlinkSocket) -> list[ObservedDevice]:
+    """Every device, in the order of their indexes."""
+    question = _IFINFO.pack(0, 0, 0, 0, 0) + integer(_IFLA_EXT_MASK, _SKIP_STATISTICS)
+    return [parse_link(one.payload) for one in channel.dump(RTM_GETLINK, question)]
+
+
+def find_link(channel: NetlinkSocket, name: str) -> ObservedDevice | None:
+    """The device of a name (up to 15 bytes); `None` when there is none."""
+    question = (
+        _IFINFO.pack(0, 0, 0, 0, 0)
+        + integer(_IFLA_EXT_MASK, _SKIP_STATISTICS)
+        + text(_IFLA_IFNAME, name)
+    )
+    try:
+        return parse_link(channel.get(RTM_GETLINK, question).payload)
+    except NetlinkRefused as error:
+        if error.errno in (errno.ENODEV, errno.ENOENT, errno.ERANGE):
+            return None
+        raise
+
+
+def parse_address(payload: bytes, names: dict[int, str]) -> ObservedAddress | None:
+    """The address in a RTM_NEWADDR or RTM_DELADDR message; `None` for any but the metadata ones."""
+    _, prefix, flags, _, index = _IFADDR.unpack_from(payload)
+    found = parse_attributes(payload, _IFADDR.size)
+    address = _METADATA.get(found.get(_IFA_LOCAL) or found.get(_IFA_ADDRESS) or b"")
+    if address is None:
+        return None
+    flags = _number(found.get(_IFA_FLAGS)) or flags
+    state = AddressState.USABLE
+    if flags & _IFA_F_DADFAILED:
+        state = AddressState.DUPLICATE
+    elif flags & _IFA_F_TENTATIVE:
+        state = AddressState.TENTATIVE
+    device = names.get(index, str(index))
+    return ObservedAddress(device, address, prefix, state, _number(found.get(_IFA_PROTO)))
+
+
+def metadata_addresses(
+    channel: NetlinkSocket, devices: Iterable[ObservedDevice], *, index: int = 0
+) -> list[ObservedAddress]:
+    """Where the metadata addresses are, on one device (by index) or on all."""
+    names = {one.index: one.name for one in devices}
+    question = _IFADDR.pack(0, 0, 0, 0, index)
+    answers = channel.dump(RTM_GETADDR, question)
+    parsed = (parse_address(one.payload, names) for one in answers)
+    return [one for one in parsed if one is not None]
+
+
+def default_routes(
+    channel: NetlinkSocket, devices: Iterable[ObservedDevice]
+) -> frozenset[tuple[Family, str]]:
+    """Family and device of each default route of the main table."""
+    names = {one.index: one.name for one in devices}
+    found: set[tuple[Family, str]] = set()
+    for family, number in ((Family.IPV4, socket.AF_INET), (Family.IPV6, socket.AF_INET6)):
+        question = _RTMSG.pack(number, 0, 0, 0, 0, 0, 0, 0, 0)
+        for message in channel.dump(RTM_GETROUTE, question):
+            device = _default_device(message)
+            if device in names:
+                found.add((family, names[device]))
+    return frozenset(found)
+
+
+def _default_device(message: Message) -> int:
+    fields = _RTMSG.unpack_from(message.payload)
+    prefix, table, kind = fields[1], fields[4], fields[7]
+    if prefix or table != _TABLE_MAIN or kind != _UNICAST:
+        return 0
+    return _number(parse_attributes(message.payload, _RTMSG.size).get(_RTA_OIF))
+
+
+def neighbour_mac(
+    channel: NetlinkSocket, address: IpAddress, *, index: int = 0
+) -> MacAddress | None:
+    """Whom the kernel last met under an address, on one device (by index) or on all.
+
+    `None` when it knows nobody, or knows several: two devices may each have a guest of one address.
+    """
+    question = _NDMSG.pack(_family_of(address), index, 0, 0, 0)
+    if index:
+        question += attribute(_NDA_DST, address.packed)
+        try:
+            answers = [channel.get(RTM_GETNEIGH, question)]
+        except NetlinkRefused as error:
+            if error.errno in (errno.ENOENT, errno.ENODEV):
+                return None
+            raise
+    else:
+        answers = channel.dump(RTM_GETNEIGH, question)
+    found = set(_neighbours(answers, address.packed))
+    return found.pop() if len(found) == 1 else None
+
+
+def _neighbours(answers: Iterable[Message], packed: bytes) -> Iterator[MacAddress]:
+    for message in answers:
+        state = _NDMSG.unpack_from(message.payload)[2]
+        found = parse_attributes(message.payload, _NDMSG.size)
+        mac = _mac(found.get(_NDA_LLADDR))
+        if found.get(_NDA_DST) == packed and mac and not state & _NUD_UNKNOWN:
+            yield MacAddress(mac)
+
+
+def create_veth(
+    channel: NetlinkSocket,
+    *,
+    link: str,
+    master: int,
+    mtu: int,
+    alias: str,
+    peer: str,
+    peer_namespace: int,
+) -> None:
+    """Make a veth pair, `link` here as an up port of `master`, `peer` in another namespace.
+
+    Args:
+        channel: Of the namespace where `link` is to be.
+        link: Name of this end.
+        master: Index of the bridge.
+        mtu: Of both ends, in bytes.
+        alias: Of this end.
+        peer: Name of the other end; it comes down, and is set up from inside.
+        peer_namespace: Open descriptor of its namespace.
+    """
+    other = (
+        _IFINFO.pack(0, 0, 0, 0, 0)
+        + text(_IFLA_IFNAME, peer)
+        + integer(_IFLA_MTU, mtu)
+        + integer(_IFLA_NET_NS_FD, peer_namespace)
+    )
+    data = attribute(_INFO_DATA | _NESTED, attribute(_VETH_PEER | _NESTED, other))
+    payload = (
+        _IFINFO.pack(0, 0, 0, _IFF_UP, _IFF_UP)
+        + text(_IFLA_IFNAME, link)
+        + integer(_IFLA_MTU, mtu)
+        + integer(_IFLA_MASTER, master)
+        + text(_IFLA_IFALIAS, alias)
+        + attribute(_IFLA_LINKINFO | _NESTED, text(_INFO_KIND, "veth") + data)
+    )
+    channel.change(RTM_NEWLINK, payload, CREATE | EXCL)
+
+
+def set_link(
+    channel: NetlinkSocket,
+    index: int,
+    *,
+    up: bool | None = None,
+    master: int | None = None,
+    mtu: int | None = None,
+    alias: str | None = None,
+) -> None:
+    """Change what is given and leave the rest."""
+    flags = _IFF_UP if up else 0
+    payload = _IFINFO.pack(0, 0, index, flags, 0 if up is None else _IFF_UP)
+    if master is not None:
+        payload += integer(_IFLA_MASTER, master)
+    if mtu is not None:
+        payload += integer(_IFLA_MTU, mtu)
+    if alias is not None:
+        payload += text(_IFLA_IFALIAS, alias)
+    channel.change(RTM_NEWLINK, payload)
+
+
+def delete_link(channel: NetlinkSocket, index: int) -> None:
+    """Remove a device (and a veth's other end with it)."""
+    channel.change(RTM_DELLINK, _IFINFO.pack(0, 0, index, 0, 0))
+
+
+def add_address(
+    channel: NetlinkSocket, index: int, address: IpAddress, prefix: int, *, protocol: int
+) -> None:
+    """Put an address on a device, usable at once (nodad), marked with IFA_PROTO `protocol`.
+
+    Kernels before 5.18 leave the mark out.
+    """
+    # The kernel derives an IPv6 address's scope from its bits.
+    flags = _IFA_F_NODAD if isinstance(address, IPv6Address) else 0
+    payload = (
+        _IFADDR.pack(_family_of(address), prefix, flags, _SCOPE_UNIVERSE, index)
+        + attribute(_IFA_LOCAL, address.packed)
+        + attribute(_IFA_ADDRESS, address.packed)
+        + attribute(_IFA_PROTO, bytes((protocol,)))
+    )
+    channel.change(RTM_NEWADDR, payload, CREATE | EXCL)
+
+
+def remove_address(channel: NetlinkSocket, index: int, address: IpAddress, prefix: int) -> None:
+    """Take an address from a device."""
+    payload = _IFADDR.pack(_family_of(address), prefix, 0, 0, index) + attribute(
+        _IFA_LOCAL, address.packed
+    )
+    channel.change(RTM_DELADDR, payload)
+
+
+def add_default_route(channel: NetlinkSocket, index: int, family: Family) -> None:
+    """Reach every address of a family directly on a device."""
+    number = socket.AF_INET if family is Family.IPV4 else socket.AF_INET6
+    scope = _SCOPE_LINK if family is Family.IPV4 else _SCOPE_UNIVERSE
+    payload = _RTMSG.pack(
+        number, 0, 0, 0, _TABLE_MAIN, _PROTO_STATIC, scope, _UNICAST, 0
+    ) + integer(_RTA_OIF, index)
+    channel.change(RTM_NEWROUTE, payload, CREATE | REPLACE)
+
+
+def assign_nsid(channel: NetlinkSocket, descriptor: int) -> int:
+    """The number by which `channel`'s namespace knows another; given to it if it has none yet."""
+    named = b"\0\0\0\0" + integer(_NETNSA_FD, descriptor)
+    try:
+        channel.change(RTM_NEWNSID, named + integer(_NETNSA_NSID, 0xFFFFFFFF))
+    except NetlinkRefused as error:
+        if error.errno != errno.EEXIST:
+            raise
+    answer = channel.get(RTM_GETNSID, named)
+    return _number(parse_attributes(answer.payload, 4).get(_NETNSA_NSID))

@@ -1,0 +1,73 @@
+"""Symbolic links by which HAProxy opens namespaces: one for each name *and* inode.
+
+HAProxy hands a listening socket over to its next worker by the namespace's name. When a namespace
+was deleted and made again under its name, that would be the dead one's socket; a link with another
+name makes it open a new one. HAProxy opens `/var/run/netns/NAME` and refuses no slash in NAME, so
+the links live in a directory of ours, out of sight of `ip netns`: `bind … namespace
+../imdsproxy/netns/blue.4026532317`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Final
+
+from imdsproxy.core.hoststate import NamespaceRef
+from imdsproxy.host.refusal import host_refused
+
+__all__ = ["HAPROXY_NETNS", "apply_links", "haproxy_name", "link_name"]
+
+HAPROXY_NETNS: Final = Path("/var/run/netns")
+"""Where HAProxy looks (compiled in: `src/namespace.c`)."""
+
+_TEMPORARY: Final = ".tmp-"
+
+
+def link_name(ref: NamespaceRef) -> str:
+    """The link's name in its directory: `NAME.INODE`."""
+    return f"{ref.name}.{ref.inode}"
+
+
+def haproxy_name(directory: Path, name: str) -> str:
+    """What to write after `namespace` in a bind line so that HAProxy opens `directory/name`."""
+    base = os.path.realpath(HAPROXY_NETNS)
+    return os.path.relpath(Path(os.path.realpath(directory)) / name, base)
+
+
+def apply_links(directory: Path, links: Mapping[str, Path]) -> bool:
+    """Make `directory` hold exactly these symbolic links; true when something was changed.
+
+    Each link is there whole or not at all; links that stay are not touched. The directory is made
+    when it is missing. Other kinds of files in it are left alone.
+
+    Raises:
+        HostRefused: The file system refused.
+        PrivilegeMissing: This process may not write there.
+    """
+    try:
+        directory.mkdir(mode=0o755, parents=True, exist_ok=True)
+        present = _present(directory)
+        for name in present.keys() - links.keys():
+            (directory / name).unlink()
+        missing = {n: str(t) for n, t in links.items() if present.get(n) != str(t)}
+        for name, target in missing.items():
+            _place(directory, name, target)
+    except OSError as error:
+        raise host_refused(f"link namespaces in {directory}", error) from error
+    return bool(missing) or bool(present.keys() - links.keys())
+
+
+def _present(directory: Path) -> dict[str, str]:
+    with os.scandir(directory) as entries:
+        return {one.name: str(Path(one.path).readlink()) for one in entries if one.is_symlink()}
+
+
+def _place(directory: Path, name: str, target: str) -> None:
+    temporary = directory / f"{_TEMPORARY}{name}"
+    with contextlib.suppress(FileNotFoundError):
+        temporary.unlink()
+    temporary.symlink_to(target)
+    temporary.replace(directory / name)

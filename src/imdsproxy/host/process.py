@@ -1,0 +1,265 @@
+"""Processes that outlive us: started detached, known again by /proc, waited for and ended by pidfd.
+
+A pid alone says nothing: it may have been given to somebody else since it was written down. A
+process is known by its pid *and* its start time, and acted on through a pidfd, which never changes
+its meaning.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import os
+import signal
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from imdsproxy.host.files import write_atomic
+from imdsproxy.host.refusal import host_refused
+
+__all__ = [
+    "ProcessIdentity",
+    "ProcessHandle",
+    "identify",
+    "open_process",
+    "pss_bytes",
+    "read_pid_file",
+    "remove_pid_file",
+    "spawn_detached",
+    "write_pid_file",
+]
+
+PROC: Final = Path("/proc")
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessIdentity:
+    """A process as `/proc` shows it.
+
+    Attributes:
+        started: Clock ticks after boot (field 22 of `/proc/PID/stat`): with the pid, its identity.
+        parent: Its parent's pid.
+        executable: Target of `/proc/PID/exe`; ` (deleted)` at its end after an upgrade of the file;
+            empty where we may not look.
+        arguments: Its command line.
+    """
+
+    pid: int
+    started: int
+    parent: int
+    executable: str
+    arguments: tuple[str, ...]
+
+
+def identify(pid: int) -> ProcessIdentity | None:
+    """Who has this pid now; `None` when nobody has, or a zombie that only waits to be reaped."""
+    place = PROC / str(pid)
+    try:
+        fields = (place / "stat").read_text(errors="replace").rpartition(")")[2].split()
+        command = (place / "cmdline").read_bytes()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    if fields[0] in ("Z", "X"):
+        return None
+    executable = ""
+    with contextlib.suppress(OSError):
+        executable = str((place / "exe").readlink())
+    arguments = tuple(os.fsdecode(one) for one in command.split(b"\0")[:-1])
+    return ProcessIdentity(pid, int(fields[19]), int(fields[1]), executable, arguments)
+
+
+class ProcessHandle:
+    """A process held by pidfd: whatever becomes of its pid, this is it or its end.
+
+    Attributes:
+        pid: Its pid.
+        identity: Who it was when the handle was made.
+    """
+
+    def __init__(self, identity: ProcessIdentity, descriptor: int) -> None:
+        self.pid = identity.pid
+        self.identity = identity
+        self._descriptor = descriptor
+
+    def alive(self) -> bool:
+        """Whether it has not ended yet; a zombie has."""
+        now = identify(self.pid)
+        return now is not None and now.started == self.identity.started
+
+    async def wait(self) -> int | None:
+        """Wait until it has ended, without polling.
+
+        Returns:
+            Its exit status, or the negative signal, when it is our child; else `None`.
+        """
+        loop = asyncio.get_running_loop()
+        ended: asyncio.Future[None] = loop.create_future()
+        # Its own descriptor: several tasks may wait, and a loop knows a descriptor only once.
+        watched = os.dup(self._descriptor)
+        loop.add_reader(watched, _settle, ended)
+        try:
+            await ended
+        finally:
+            loop.remove_reader(watched)
+            os.close(watched)
+        return self._reap()
+
+    def _reap(self) -> int | None:
+        try:
+            result = os.waitid(os.P_PIDFD, self._descriptor, os.WEXITED | os.WNOHANG)
+        except ChildProcessError:
+            return None
+        if result is None:
+            return None
+        return result.si_status if result.si_code == os.CLD_EXITED else -result.si_status
+
+    def kill(self, number: signal.Signals = signal.SIGTERM) -> bool:
+        """Send a signal; false when it has ended already.
+
+        Raises:
+            PrivilegeMissing: It belongs to somebody else.
+        """
+        try:
+            signal.pidfd_send_signal(self._descriptor, number)
+        except ProcessLookupError:
+            return False
+        except OSError as error:
+            raise host_refused(f"send {number.name} to process {self.pid}", error) from error
+        return True
+
+    async def stop(self, grace_s: float) -> bool:
+        """SIGTERM, then SIGKILL after `grace_s` seconds; returns when it has ended.
+
+        Returns:
+            Whether it ended within the grace.
+        """
+        self.kill(signal.SIGTERM)
+        try:
+            async with asyncio.timeout(grace_s):
+                await self.wait()
+        except TimeoutError:
+            self.kill(signal.SIGKILL)
+            await self.wait()
+            return False
+        return True
+
+    def close(self) -> None:
+        """Let go of the process, which goes on."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+
+def _settle(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)
+
+
+def open_process(pid: int, *, started: int | None = None) -> ProcessHandle | None:
+    """A handle on a running process; `None` if there is none, or it did not start at `started`."""
+    try:
+        descriptor = os.pidfd_open(pid)
+    except OSError as error:
+        if error.errno in (errno.ESRCH, errno.EINVAL, errno.ENOENT):
+            return None
+        raise host_refused(f"open process {pid}", error) from error
+    # Looked at after the pidfd is held: what is seen is who is held.
+    identity = identify(pid)
+    if identity is None or started not in (None, identity.started):
+        os.close(descriptor)
+        return None
+    return ProcessHandle(identity, descriptor)
+
+
+def spawn_detached(
+    arguments: Sequence[str],
+    *,
+    stdout: int,
+    stderr: int,
+    environment: Mapping[str, str],
+    directory: Path = Path("/"),
+    pass_fds: Sequence[int] = (),
+) -> ProcessHandle:
+    """Start a process in a session of its own, that our end and our terminal's do not touch.
+
+    Args:
+        arguments: The program's path and its arguments; no shell is involved.
+        stdout: Open descriptor for its standard output.
+        stderr: The same for its standard error.
+        environment: All of its environment.
+        directory: Its working directory.
+        pass_fds: Descriptors that it inherits beside the three standard ones.
+
+    Raises:
+        HostRefused: It could not be started.
+    """
+    try:
+        child = subprocess.Popen(
+            list(arguments),
+            stdin=subprocess.DEVNULL,
+            stdout=stdout,
+            stderr=stderr,
+            env=dict(environment),
+            cwd=directory,
+            close_fds=True,
+            pass_fds=tuple(pass_fds),
+            start_new_session=True,
+        )
+    except OSError as error:
+        raise host_refused(f"start {arguments[0]}", error) from error
+    descriptor = os.pidfd_open(child.pid)
+    identity = identify(child.pid) or ProcessIdentity(child.pid, 0, os.getpid(), "", ())
+    # It is ours to reap, by `ProcessHandle.wait`: Popen would warn of it when it is collected.
+    child.returncode = 0
+    return ProcessHandle(identity, descriptor)
+
+
+def write_pid_file(path: Path, identity: ProcessIdentity) -> None:
+    """Write down a process: pid and start time on one line.
+
+    Raises:
+        HostRefused: The file system refused.
+    """
+    write_atomic(path, f"{identity.pid} {identity.started}\n".encode(), mode=0o644)
+
+
+def read_pid_file(path: Path) -> ProcessHandle | None:
+    """The process that was written down, if it is the same and still runs.
+
+    A file with only a pid in it, as HAProxy and systemd write them, is believed.
+    """
+    try:
+        words = path.read_text(errors="replace").split()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise host_refused(f"read {path}", error) from error
+    if not words or not all(word.isdecimal() for word in words[:2]):
+        return None
+    return open_process(int(words[0]), started=int(words[1]) if len(words) > 1 else None)
+
+
+def remove_pid_file(path: Path) -> None:
+    """Remove it if it is there."""
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise host_refused(f"remove {path}", error) from error
+
+
+def pss_bytes(pid: int) -> int | None:
+    """Proportional set size in bytes (`/proc/PID/smaps_rollup`); `None` when it has ended."""
+    try:
+        lines = (PROC / str(pid) / "smaps_rollup").read_text().splitlines()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    except OSError as error:
+        raise host_refused(f"read the memory of process {pid}", error) from error
+    for line in lines:
+        if line.startswith("Pss:"):
+            return int(line.split()[1]) * 1024
+    return None
