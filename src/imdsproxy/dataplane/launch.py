@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import os
 import signal
 import subprocess
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Protocol
 
@@ -16,12 +14,21 @@ from imdsproxy.core.haproxy.runtime import Processes, Version, parse_features, p
 from imdsproxy.dataplane.layout import Layout
 from imdsproxy.dataplane.master import MasterClient
 from imdsproxy.errors import ConfigRejected, HaproxyMissing, RuntimeUnavailable
+from imdsproxy.host.process import ProcessHandle, open_process, spawn_detached
 
-__all__ = ["HaproxyProgram", "Launcher", "SpawnLauncher", "SystemdLauncher", "read_program"]
+__all__ = [
+    "HaproxyProgram",
+    "Launcher",
+    "SpawnLauncher",
+    "SystemdLauncher",
+    "read_program",
+    "wait_gone",
+]
 
 MINIMUM: Final = Version(3, 0)
 _START_DEADLINE_S: Final = 20.0
 _POLL_S: Final = 0.01
+_STOP_GRACE_S: Final = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +48,11 @@ async def read_program(binary: str) -> HaproxyProgram:
     """
     try:
         process = await asyncio.create_subprocess_exec(
-            binary, "-vv", stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, stdin=subprocess.DEVNULL
+            binary,
+            "-vv",
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            stdin=subprocess.DEVNULL,
         )
     except OSError as error:
         raise HaproxyMissing(
@@ -71,6 +82,10 @@ class Launcher(Protocol):
             HaproxyMissing: The program cannot be run.
             RuntimeUnavailable: It runs and does not answer on its socket.
         """
+        ...
+
+    async def wait(self, master: int) -> None:
+        """Return when this master has ended."""
         ...
 
     async def kill(self, processes: Processes) -> None:
@@ -107,15 +122,13 @@ async def _wait_for_worker(
         await asyncio.sleep(_POLL_S)
 
 
-def _send_signal(pid: int, number: signal.Signals) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(pid, number)
-
-
-async def _kill_all(processes: Processes) -> None:
+def _kill_all(processes: Processes) -> None:
     # The master first: it would take a dead worker for a failure of its own and write about it.
     for pid in (processes.master, *processes.workers):
-        _send_signal(pid, signal.SIGKILL)
+        handle = open_process(pid)
+        if handle is not None:
+            handle.kill(signal.SIGKILL)
+            handle.close()
 
 
 @dataclass(slots=True)
@@ -125,6 +138,7 @@ class SpawnLauncher:
     program: str
     layout: Layout
     master: MasterClient
+    children: set[ProcessHandle] = field(default_factory=set)
 
     def arguments(self) -> list[str]:
         """The command line, which is also how a running master is recognised as ours."""
@@ -143,32 +157,34 @@ class SpawnLauncher:
         """See `Launcher.start`."""
         log = self.layout.haproxy_log
         offset = log.stat().st_size if log.exists() else 0
-        # Blocking for the fork only; a child watcher of asyncio would tie its life to ours.
         with log.open("ab") as sink:
-            try:
-                child = subprocess.Popen(  # noqa: ASYNC220
-                    self.arguments(),
-                    stdin=subprocess.DEVNULL,
-                    stdout=sink,
-                    stderr=sink,
-                    start_new_session=True,
-                    cwd="/",
-                )
-            except OSError as error:
-                raise HaproxyMissing(f"cannot run {self.program}: {error.strerror}") from error
+            child = spawn_detached(
+                self.arguments(), stdout=sink.fileno(), stderr=sink.fileno(), environment={}
+            )
 
         async def ended() -> str | None:
-            if child.poll() is None:
+            if child.alive():
                 return None
-            return _tail(log, offset) or f"exit status {child.returncode}"
+            return _tail(log, offset) or "it said nothing"
 
-        processes = await _wait_for_worker(self.master, ended)
-        _reap_later(child)
-        return processes
+        try:
+            return await _wait_for_worker(self.master, ended)
+        finally:
+            self.children.add(child)
+
+    async def wait(self, master: int) -> None:
+        """See `Launcher.wait`."""
+        for child in [child for child in self.children if child.pid == master]:
+            # A child of ours leaves a zombie until it is waited for.
+            await child.wait()
+            child.close()
+            self.children.discard(child)
+            return
+        await wait_gone(master)
 
     async def kill(self, processes: Processes) -> None:
         """See `Launcher.kill`."""
-        await _kill_all(processes)
+        _kill_all(processes)
 
     async def stop(self) -> None:
         """See `Launcher.stop`."""
@@ -177,9 +193,11 @@ class SpawnLauncher:
         except RuntimeUnavailable:
             return
         # The master passes SIGTERM on to its workers and ends when they have.
-        _send_signal(processes.master, signal.SIGTERM)
-        for pid in (*processes.workers, processes.master):
-            await _wait_gone(pid)
+        for pid in (processes.master, *processes.workers):
+            handle = open_process(pid)
+            if handle is not None:
+                await handle.stop(_STOP_GRACE_S)
+                handle.close()
 
 
 @dataclass(slots=True)
@@ -194,7 +212,9 @@ class SystemdLauncher:
         await self._systemctl("reset-failed", self.unit, check=False)
         status, words = await self._systemctl("start", self.unit, check=False)
         if status != 0:
-            raise ConfigRejected(f"systemctl start {self.unit}: {words}", hint=f"journalctl -u {self.unit}")
+            raise ConfigRejected(
+                f"systemctl start {self.unit}: {words}", hint=f"journalctl -u {self.unit}"
+            )
 
         async def ended() -> str | None:
             code, _ = await self._systemctl("is-failed", "--quiet", self.unit, check=False)
@@ -202,9 +222,13 @@ class SystemdLauncher:
 
         return await _wait_for_worker(self.master, ended)
 
+    async def wait(self, master: int) -> None:
+        """See `Launcher.wait`."""
+        await wait_gone(master)
+
     async def kill(self, processes: Processes) -> None:
         """See `Launcher.kill`."""
-        await _kill_all(processes)
+        _kill_all(processes)
 
     async def stop(self) -> None:
         """See `Launcher.stop`."""
@@ -235,37 +259,12 @@ def _tail(path: Path, offset: int) -> str:
     return "; ".join(alerts or lines)[-2000:]
 
 
-def _reap_later(child: subprocess.Popen[bytes]) -> None:
-    """Collect the child's status when it ends, so that it leaves no zombie while we live."""
-    loop = asyncio.get_running_loop()
-    descriptor = os.pidfd_open(child.pid)
-
-    def reap() -> None:
-        loop.remove_reader(descriptor)
-        os.close(descriptor)
-        child.wait()
-
-    loop.add_reader(descriptor, reap)
-
-
-async def _wait_gone(pid: int, deadline_s: float = 10.0) -> None:
-    """Wait until a process has ended; after the deadline it is killed.
-
-    Raises:
-        OSError: Its pidfd cannot be had for another reason than that it is gone.
-    """
-    try:
-        descriptor = os.pidfd_open(pid)
-    except ProcessLookupError:
+async def wait_gone(pid: int) -> None:
+    """Return when the process has ended, at once when there is none."""
+    handle = open_process(pid)
+    if handle is None:
         return
-    loop = asyncio.get_running_loop()
-    gone = asyncio.Event()
-    loop.add_reader(descriptor, gone.set)
     try:
-        async with asyncio.timeout(deadline_s):
-            await gone.wait()
-    except TimeoutError:
-        _send_signal(pid, signal.SIGKILL)
+        await handle.wait()
     finally:
-        loop.remove_reader(descriptor)
-        os.close(descriptor)
+        handle.close()

@@ -100,7 +100,9 @@ class Layout:
     @property
     def documents_sockets(self) -> tuple[Path, ...]:
         """One socket a worker of the document server."""
-        return tuple(self.jail / f"documents-{index}.sock" for index in range(self.documents_workers))
+        return tuple(
+            self.jail / f"documents-{index}.sock" for index in range(self.documents_workers)
+        )
 
     @property
     def namespace_links(self) -> Path:

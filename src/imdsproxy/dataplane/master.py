@@ -39,7 +39,9 @@ class MasterClient:
         reload_deadline_s: How long a reload may take; 200,000 records load in half a second.
     """
 
-    def __init__(self, path: Path, *, deadline_s: float = 3.0, reload_deadline_s: float = 30.0) -> None:
+    def __init__(
+        self, path: Path, *, deadline_s: float = 3.0, reload_deadline_s: float = 30.0
+    ) -> None:
         self._path = path
         self._deadline_s = deadline_s
         self._reload_deadline_s = reload_deadline_s
@@ -86,7 +88,9 @@ class MasterClient:
         if payload is not None:
             line = f"{line} <<\n{payload}"
         answer = (await self._send(line, self._deadline_s)).strip("\n")
-        if answer.startswith("Can't find the target PID") or answer.startswith("Can't connect to the target"):
+        if answer.startswith("Can't find the target PID") or answer.startswith(
+            "Can't connect to the target"
+        ):
             raise WorkerEnded(str(worker))
         return answer
 
@@ -174,7 +178,9 @@ class MasterClient:
                 f"HAProxy's master at {self._path} gave no answer to {line.split(' <<')[0]!r} in {deadline_s:g} s"
             ) from error
         except OSError as error:
-            raise RuntimeUnavailable(f"HAProxy's master at {self._path} cannot be reached: {error}") from error
+            raise RuntimeUnavailable(
+                f"HAProxy's master at {self._path} cannot be reached: {error}"
+            ) from error
         finally:
             if writer is not None:
                 writer.close()

@@ -68,7 +68,9 @@ class RecordApplier:
         except FileNotFoundError:
             return False
         except (OSError, UnicodeDecodeError) as error:
-            raise HostRefused(f"cannot read the record maps in {self.base_path.parent}: {error}") from error
+            raise HostRefused(
+                f"cannot read the record maps in {self.base_path.parent}: {error}"
+            ) from error
         if generation is None:
             return False
         # An overlay of an earlier generation was already folded into this base.
@@ -193,7 +195,9 @@ class RecordApplier:
         processes = await self.master.read_processes()
         for worker in processes.workers:
             if worker in self.known:
-                await self._unless_ended(worker, self._compact_worker(worker, overlay_first, base_changes))
+                await self._unless_ended(
+                    worker, self._compact_worker(worker, overlay_first, base_changes)
+                )
         await self._greet(processes, skip=self.known)
 
     async def _compact_worker(self, worker: int, full: MapState, changes: MapChanges) -> None:

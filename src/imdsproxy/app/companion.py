@@ -1,0 +1,183 @@
+"""The document server's life beside the controller's: started when it is not there, adopted when it is."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Protocol
+
+import structlog
+
+from imdsproxy.dataplane.launch import wait_gone
+from imdsproxy.errors import DataplaneError, HostRefused, Problem
+from imdsproxy.host.process import ProcessHandle, open_process, spawn_detached
+
+__all__ = ["Companion", "CompanionLauncher", "SpawnCompanion", "UnitCompanion"]
+
+_RESTART_FIRST_S: Final = 0.1
+_RESTART_LAST_S: Final = 5.0
+_START_DEADLINE_S: Final = 15.0
+_POLL_S: Final = 0.02
+_STOP_GRACE_S: Final = 10.0
+
+
+class CompanionLauncher(Protocol):
+    """How the document server comes up and goes down on this host."""
+
+    async def start(self) -> None:
+        """Have it started; `HostRefused` says why not."""
+        ...
+
+    async def wait(self, pid: int) -> None:
+        """Return when this one has ended."""
+        ...
+
+    async def stop(self) -> None:
+        """Have it ended, for good."""
+        ...
+
+
+@dataclass(slots=True)
+class Companion:
+    """Watches the document server's parent process.
+
+    Args:
+        find: Its pid if it runs (the pid file's, verified), else `None`.
+        answering: Whether its sockets answer.
+    """
+
+    launcher: CompanionLauncher
+    find: Callable[[], int | None]
+    answering: Callable[[], bool]
+    failure: Problem | None = None
+    restarts: int = 0
+
+    async def ensure(self) -> int:
+        """Its pid, once it runs and answers.
+
+        Raises:
+            HostRefused: It does not start, or does not answer in time.
+        """
+        pid = self.find()
+        if pid is None:
+            await self.launcher.start()
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + _START_DEADLINE_S
+        while True:
+            pid = self.find()
+            if pid is not None and self.answering():
+                return pid
+            if loop.time() > deadline:
+                raise HostRefused(
+                    f"the document server did not answer within {_START_DEADLINE_S:g} s"
+                )
+            await asyncio.sleep(_POLL_S)
+
+    async def run(self) -> None:
+        """Keep it running until cancelled."""
+        delay = _RESTART_FIRST_S
+        first = True
+        while True:
+            try:
+                pid = await self.ensure()
+            except DataplaneError as error:
+                self.failure = Problem("documents", error.message, error.hint)
+                structlog.get_logger().error(
+                    "document server not started",
+                    code=error.code,
+                    error=error.message,
+                    retry_in_s=delay,
+                )
+                await asyncio.sleep(delay)
+                delay = min(delay * 2, _RESTART_LAST_S)
+                continue
+            self.failure = None
+            delay = _RESTART_FIRST_S
+            if not first:
+                self.restarts += 1
+            first = False
+            await self.launcher.wait(pid)
+            structlog.get_logger().error("document server ended", pid=pid)
+
+
+@dataclass(slots=True)
+class SpawnCompanion:
+    """A process of its own session, writing to its own log file."""
+
+    arguments: Sequence[str]
+    log: Path
+    find: Callable[[], int | None]
+    environment: Mapping[str, str]
+    child: ProcessHandle | None = None
+
+    async def start(self) -> None:
+        """See `CompanionLauncher.start`."""
+        offset = self.log.stat().st_size if self.log.exists() else 0
+        with self.log.open("ab") as sink:
+            child = spawn_detached(
+                self.arguments,
+                stdout=sink.fileno(),
+                stderr=sink.fileno(),
+                environment=self.environment,
+            )
+        self.child = child
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + _START_DEADLINE_S
+        while self.find() is None:
+            if not child.alive():
+                status = await child.wait()
+                words = self.log.read_bytes()[offset:].decode("utf-8", "replace").strip()[-1000:]
+                raise HostRefused(f"the document server ended with {status}: {words}")
+            if loop.time() > deadline:
+                raise HostRefused("the document server wrote no pid file")
+            await asyncio.sleep(_POLL_S)
+
+    async def wait(self, pid: int) -> None:
+        """See `CompanionLauncher.wait`."""
+        if self.child is not None and self.child.pid == pid:
+            # A child of ours leaves a zombie until it is waited for.
+            await self.child.wait()
+            self.child.close()
+            self.child = None
+            return
+        await wait_gone(pid)
+
+    async def stop(self) -> None:
+        """See `CompanionLauncher.stop`."""
+        pid = self.find()
+        handle = None if pid is None else open_process(pid)
+        if handle is not None:
+            await handle.stop(_STOP_GRACE_S)
+            handle.close()
+
+
+@dataclass(slots=True)
+class UnitCompanion:
+    """A systemd unit."""
+
+    unit: str
+
+    async def start(self) -> None:
+        """See `CompanionLauncher.start`."""
+        await self._systemctl("start")
+
+    async def wait(self, pid: int) -> None:
+        """See `CompanionLauncher.wait`."""
+        await wait_gone(pid)
+
+    async def stop(self) -> None:
+        """See `CompanionLauncher.stop`."""
+        await self._systemctl("stop")
+
+    async def _systemctl(self, verb: str) -> None:
+        process = await asyncio.create_subprocess_exec(
+            "systemctl", verb, self.unit, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+        words = (await process.communicate())[0].decode("utf-8", "replace").strip()
+        if process.returncode != 0:
+            raise HostRefused(
+                f"systemctl {verb} {self.unit}: {words}", hint=f"journalctl -u {self.unit}"
+            )

@@ -1,0 +1,248 @@
+"""From networks to listeners in force: observe the host, plan, act on the host, reload HAProxy.
+
+Every round looks at the host before it decides. A listener that cannot be bound is left out and told of,
+and never keeps another one from coming into force.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+import structlog
+
+from imdsproxy.app.tickets import Tickets
+from imdsproxy.core.endpoints import Endpoint, Foreign, LeftOut, LeftOutCode
+from imdsproxy.core.haproxy.model import DataplaneSpec, Limits
+from imdsproxy.core.hostnames import Naming
+from imdsproxy.core.hostops import HostOp
+from imdsproxy.core.hoststate import ObservedHost
+from imdsproxy.core.inventory import Inventory
+from imdsproxy.core.listeners import ListenerPlan, plan_listeners
+from imdsproxy.core.model import Network, NetworkId
+from imdsproxy.core.plan import compute_maxconn, networks_of, plan_binds, plan_links
+from imdsproxy.dataplane.haproxy import Haproxy
+from imdsproxy.dataplane.layout import Layout
+from imdsproxy.errors import ConfigRejected, DataplaneError, Problem, ReloadFailed
+from imdsproxy.host.clock import Clock
+
+__all__ = ["HostView", "ListenerLoop", "ListenerReport", "SpecSettings"]
+
+_HOST_ROUNDS = 4
+"""Namespace, link, address: each is planned when the one before it has been seen."""
+
+_RETRY_FIRST_S = 0.2
+_RETRY_LAST_S = 5.0
+_RECHECK_S = 0.5
+"""How long a listener that cannot be bound waits for the next look at the host, without any event."""
+
+
+class HostView(Protocol):
+    """The host, as far as listeners go."""
+
+    async def observe(self, networks: Iterable[Network]) -> ObservedHost:
+        """Look at everything that these networks' listeners need, and at all that is ours."""
+        ...
+
+    async def apply(self, ops: Iterable[HostOp]) -> tuple[Problem, ...]:
+        """Do these things; what the host refused, a problem each. The others are done all the same."""
+        ...
+
+    def apply_links(self, links: Mapping[str, str]) -> None:
+        """Have exactly these symbolic links for HAProxy to open namespaces by.
+
+        Raises:
+            HostRefused: The file system refused.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class SpecSettings:
+    """What of the settings shapes HAProxy's configuration."""
+
+    limits: Limits
+    maxconn: int
+    descriptors: int
+    user: str | None
+    group: str | None
+    exporter: str | None
+    links: str
+
+
+@dataclass(frozen=True, slots=True)
+class ListenerReport:
+    """What the last round came to; `at` is Unix time."""
+
+    at: float
+    endpoints: tuple[Endpoint, ...] = ()
+    left_out: tuple[LeftOut, ...] = ()
+    foreign: tuple[Foreign, ...] = ()
+    problems: tuple[Problem, ...] = ()
+    operations: int = 0
+    reasons: tuple[str, ...] = ()
+    seconds: float = 0.0
+
+
+@dataclass(slots=True)
+class ListenerLoop:
+    """Keeps HAProxy's binds equal to what the networks want and the host allows."""
+
+    inventory: Inventory
+    host: HostView
+    haproxy: Haproxy
+    layout: Layout
+    naming: Naming
+    clock: Clock
+    settings: Callable[[], SpecSettings]
+    tickets: Tickets = field(default_factory=Tickets)
+    report: ListenerReport = field(default_factory=lambda: ListenerReport(0.0))
+    failure: Problem | None = None
+    _reasons: set[str] = field(default_factory=set)
+    _wake: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def touch(self, reason: str) -> int:
+        """Look at the host again; the ticket says when what was found is in force."""
+        self._reasons.add(reason)
+        self._wake.set()
+        return self.tickets.take()
+
+    def spec(self, endpoints: Iterable[Endpoint], *, checking: bool = False) -> DataplaneSpec:
+        """The configuration for these endpoints, with the settings of now."""
+        settings = self.settings()
+        binds = plan_binds(endpoints, settings.links)
+        budget = compute_maxconn(settings.maxconn, len(binds), settings.descriptors)
+        return DataplaneSpec(
+            binds=binds,
+            paths=self.layout.haproxy_paths(checking=checking),
+            limits=replace(settings.limits, maxconn=budget.maxconn),
+            user=settings.user,
+            group=settings.group,
+            exporter=settings.exporter,
+        )
+
+    async def first_round(self) -> None:
+        """Bring HAProxy up, or its configuration up to date.
+
+        Raises:
+            DataplaneError: HAProxy or the host does not let us.
+        """
+        await self._round(("start",))
+
+    async def run(self) -> None:
+        """Work until cancelled; what fails is tried again, ever more slowly."""
+        log = structlog.get_logger()
+        delay = _RETRY_FIRST_S
+        while True:
+            await self._wait(delay)
+            self._wake.clear()
+            ticket = self.tickets.given
+            reasons, self._reasons = tuple(sorted(self._reasons)) or ("recheck",), set()
+            try:
+                await self._round(reasons)
+            except DataplaneError as error:
+                self.failure = Problem("listeners", error.message, error.hint)
+                log.error(
+                    "listeners not applied", code=error.code, error=error.message, retry_in_s=delay
+                )
+                delay = min(delay * 2, _RETRY_LAST_S)
+            else:
+                delay = _RETRY_FIRST_S
+                self.failure = None
+                await self.tickets.close(ticket)
+
+    async def _wait(self, delay: float) -> None:
+        """Until there is work: an event, a retry that is due, or a listener left out to look at again."""
+        if self.failure is not None:
+            patience: float | None = delay
+        elif self.report.left_out or self.report.problems:
+            patience = _RECHECK_S
+        else:
+            patience = None
+        try:
+            async with asyncio.timeout(patience):
+                await self._wake.wait()
+        except TimeoutError:
+            return
+
+    async def _round(self, reasons: tuple[str, ...]) -> None:
+        began = self.clock.monotonic()
+        networks = dict(self.inventory.networks)
+        plan, problems, operations = await self._settle_host(networks)
+        try:
+            await self._apply(plan.endpoints, reasons)
+        except (ConfigRejected, ReloadFailed):
+            # Something went away between looking and loading: look again, once, before giving up.
+            plan, problems, more = await self._settle_host(networks)
+            operations += more
+            await self._apply(plan.endpoints, reasons)
+        self._tell(plan, problems)
+        self.report = ListenerReport(
+            at=self.clock.now().timestamp(),
+            endpoints=plan.endpoints,
+            left_out=plan.left_out,
+            foreign=plan.foreign,
+            problems=problems,
+            operations=operations,
+            reasons=reasons,
+            seconds=self.clock.monotonic() - began,
+        )
+
+    async def _settle_host(
+        self, networks: Mapping[NetworkId, Network]
+    ) -> tuple[ListenerPlan, tuple[Problem, ...], int]:
+        """Observe and act until there is nothing more to do on the host."""
+        problems: tuple[Problem, ...] = ()
+        operations = 0
+        for _ in range(_HOST_ROUNDS):
+            observed = await self.host.observe(networks.values())
+            plan = plan_listeners(networks, observed, self.naming, sweep=self.inventory.in_sync)
+            if not plan.ops or problems:
+                break
+            operations += len(plan.ops)
+            problems = await self.host.apply(plan.ops)
+        return plan, problems, operations
+
+    async def _apply(self, endpoints: tuple[Endpoint, ...], reasons: tuple[str, ...]) -> None:
+        # The old worker does not look at the links any more, the next one needs all of its own.
+        self.host.apply_links(plan_links(endpoints))
+        changed = await self.haproxy.apply(
+            self.spec(endpoints), self.spec(endpoints, checking=True), ", ".join(reasons)
+        )
+        if changed and self.haproxy.last_reload is not None:
+            done = self.haproxy.last_reload
+            structlog.get_logger().info(
+                "configuration in force",
+                reason=done.reason,
+                result=done.result,
+                networks=len(networks_of(endpoints)),
+                took_ms=round(done.seconds * 1000),
+            )
+
+    def _tell(self, plan: ListenerPlan, problems: tuple[Problem, ...]) -> None:
+        """Log what is new since the last round, not what was known."""
+        log = structlog.get_logger()
+        for left in plan.left_out:
+            if left not in self.report.left_out and left.code is not LeftOutCode.PENDING:
+                log.warning(
+                    "listener left out",
+                    network=left.network,
+                    code=left.code.value,
+                    reason=left.reason,
+                    hint=left.hint,
+                )
+        for foreign in plan.foreign:
+            if foreign not in self.report.foreign:
+                log.warning(
+                    "foreign listener",
+                    network=foreign.network,
+                    effect=foreign.effect.value,
+                    pids=[owner.pid for owner in foreign.socket.owners],
+                )
+        for problem in problems:
+            if problem not in self.report.problems:
+                log.error(
+                    "host refused", field=problem.field, reason=problem.reason, hint=problem.hint
+                )

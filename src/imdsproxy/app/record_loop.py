@@ -1,0 +1,277 @@
+"""From observations to records in force: compile, write, tell HAProxy, acknowledge.
+
+One task does all of it, so what it reads of the inventory cannot change half-way. Observations that come while
+it works are taken together in the next round.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import structlog
+
+from imdsproxy.app.tickets import Tickets
+from imdsproxy.core.compiled import CompiledRecord, compile_instance
+from imdsproxy.core.inventory import AddressKey, Affected, Inventory, Observation
+from imdsproxy.core.model import InstanceId, NetworkId
+from imdsproxy.core.plan import plan_records
+from imdsproxy.dataplane.records import RecordApplier
+from imdsproxy.errors import DataplaneError, ImdsproxyError, Problem
+from imdsproxy.host.clock import Clock
+
+__all__ = ["CompiledFiles", "Learned", "RecordLoop", "RoundReport"]
+
+_RETRY_FIRST_S = 0.2
+_RETRY_LAST_S = 5.0
+
+
+class CompiledFiles(Protocol):
+    """Where the document server reads from."""
+
+    def apply(self, instance: InstanceId, record: CompiledRecord) -> None:
+        """Have exactly this record on disk; `HostRefused` leaves the one before."""
+        ...
+
+    def remove(self, instance: InstanceId) -> None:
+        """Have no record and no password of the instance."""
+        ...
+
+    def instances(self) -> Iterable[InstanceId]:
+        """Every instance that has a record on disk."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Learned:
+    """A link-local address that the neighbour table gave to an instance, believed until then."""
+
+    instance: InstanceId
+    until: float
+
+
+@dataclass(frozen=True, slots=True)
+class RoundReport:
+    """What the last round did; `at` is Unix time."""
+
+    at: float
+    changes: int
+    failed: tuple[Problem, ...]
+    seconds: float
+
+
+@dataclass(slots=True)
+class _Work:
+    """What is still to be done; merged from round to round until it is."""
+
+    instances: set[InstanceId] = field(default_factory=set)
+    addresses: set[AddressKey] = field(default_factory=set)
+    everything: bool = False
+
+    def add(self, affected: Affected) -> None:
+        self.instances |= affected.instances
+        self.addresses |= affected.addresses
+
+    def merge(self, other: _Work) -> None:
+        self.instances |= other.instances
+        self.addresses |= other.addresses
+        self.everything |= other.everything
+
+    def __bool__(self) -> bool:
+        return bool(self.instances or self.addresses or self.everything)
+
+
+@dataclass(slots=True)
+class RecordLoop:
+    """Keeps compiled records and HAProxy's maps equal to the inventory.
+
+    Args:
+        on_networks: Told of networks that came, changed or went.
+        on_applied: Told of addresses whose records are in force now; `None` stands for all of them.
+    """
+
+    inventory: Inventory
+    applier: RecordApplier
+    files: CompiledFiles
+    clock: Clock
+    on_networks: Callable[[frozenset[NetworkId]], None]
+    on_applied: Callable[[Iterable[AddressKey] | None], None]
+    revisions: dict[InstanceId, str] = field(default_factory=dict)
+    learned: dict[AddressKey, Learned] = field(default_factory=dict)
+    tickets: Tickets = field(default_factory=Tickets)
+    last: RoundReport | None = None
+    failures: dict[str, Problem] = field(default_factory=dict)
+    _work: _Work = field(default_factory=_Work)
+    _wake: asyncio.Event = field(default_factory=asyncio.Event)
+    _live: bool = False
+    _swept: bool = False
+
+    def observe(self, observation: Observation) -> int:
+        """Take in what a source saw; the ticket says when it is in force."""
+        affected = self.inventory.observe(observation)
+        self._work.add(affected)
+        if affected.networks:
+            self.on_networks(affected.networks)
+        if affected.in_sync:
+            self.on_applied(None)
+        ticket = self.tickets.take()
+        self._wake.set()
+        return ticket
+
+    def learn(self, key: AddressKey, learned: Learned) -> int:
+        """Have HAProxy know a link-local address by what the neighbour table says of it."""
+        self.learned[key] = learned
+        return self._touch(key)
+
+    def forget(self, key: AddressKey) -> int:
+        """The neighbour table says otherwise now, or its word is too old."""
+        self.learned.pop(key, None)
+        return self._touch(key)
+
+    def resync(self) -> int:
+        """Compare everything again, as after HAProxy came back."""
+        self._work.everything = True
+        self._wake.set()
+        return self.tickets.take()
+
+    def _touch(self, key: AddressKey) -> int:
+        self._work.addresses.add(key)
+        self._wake.set()
+        return self.tickets.take()
+
+    def compile_all(self) -> dict[str, str]:
+        """Compile every instance and give the whole map, for a HAProxy that is yet to start."""
+        for instance in self.inventory.instances:
+            self._compile(instance)
+        keys = [key for key, _ in self.inventory.addresses()]
+        wanted = plan_records(self.inventory, keys, self.revisions, self._learned_now())
+        return {key: value for key, value in wanted.items() if value is not None}
+
+    async def run(self) -> None:
+        """Work until cancelled; what fails is kept and tried again, ever more slowly."""
+        log = structlog.get_logger()
+        self._live = True
+        delay = _RETRY_FIRST_S
+        while True:
+            await self._wake.wait()
+            self._wake.clear()
+            work, self._work = self._work, _Work()
+            ticket = self.tickets.given
+            try:
+                await self._round(work)
+            except DataplaneError as error:
+                self._work.merge(work)
+                self.failures["records"] = Problem("records", error.message, error.hint)
+                log.error(
+                    "records not applied", code=error.code, error=error.message, retry_in_s=delay
+                )
+                await self._wait_for_retry(delay)
+                delay = min(delay * 2, _RETRY_LAST_S)
+                continue
+            delay = _RETRY_FIRST_S
+            self.failures.pop("records", None)
+            await self.tickets.close(ticket)
+            if any(name.startswith("instances.") for name in self.failures):
+                self._retry_failed_later()
+
+    async def _wait_for_retry(self, delay: float) -> None:
+        # New work may be just what helps, so it does not wait for the old.
+        try:
+            async with asyncio.timeout(delay):
+                await self._wake.wait()
+        except TimeoutError:
+            self._wake.set()
+
+    def _retry_failed_later(self) -> None:
+        def again() -> None:
+            for name in list(self.failures):
+                if name.startswith("instances."):
+                    self._work.instances.add(InstanceId(name.removeprefix("instances.")))
+            self._wake.set()
+
+        asyncio.get_running_loop().call_later(_RETRY_LAST_S, again)
+
+    async def _round(self, work: _Work) -> None:
+        began = self.clock.monotonic()
+        if work.everything or (self.inventory.in_sync and not self._swept):
+            work = self._all_work(work)
+        gone: list[InstanceId] = []
+        keys = set(work.addresses)
+        for instance in work.instances:
+            if instance in self.inventory.instances:
+                before = self.revisions.get(instance)
+                self._compile(instance)
+                if self.revisions.get(instance) != before:
+                    keys |= self.inventory.addresses_of(instance)
+                    keys |= {
+                        key for key, entry in self.learned.items() if entry.instance == instance
+                    }
+            elif not self.inventory.sources_of_instance(instance):
+                gone.append(instance)
+        keys |= self._orphans(gone)
+        wanted = plan_records(self.inventory, keys, self.revisions, self._learned_now())
+        # Nothing is swept before the sources have told everything.
+        if self.inventory.in_sync and (work.everything or not self._swept):
+            wanted = {**dict.fromkeys(self.applier.state.effective()), **wanted}
+        changed = await self.applier.apply(wanted)
+        # Only now can nobody be sent to the document server for these any more.
+        for instance in gone:
+            self._remove(instance)
+        if self.inventory.in_sync:
+            self._swept = True
+        self.on_applied(None if work.everything else keys)
+        self.last = RoundReport(
+            self.clock.now().timestamp(),
+            changed,
+            tuple(self.failures.values()),
+            self.clock.monotonic() - began,
+        )
+
+    def _all_work(self, work: _Work) -> _Work:
+        everything = _Work(everything=work.everything)
+        everything.instances = set(self.inventory.instances) | work.instances
+        everything.addresses = {key for key, _ in self.inventory.addresses()} | work.addresses
+        everything.addresses |= set(self.learned)
+        if self.inventory.in_sync:
+            # Left over from an earlier controller.
+            everything.instances |= set(self.files.instances())
+        return everything
+
+    def _orphans(self, gone: Iterable[InstanceId]) -> set[AddressKey]:
+        lost = set(gone)
+        orphans = {key for key, entry in self.learned.items() if entry.instance in lost}
+        for key in orphans:
+            del self.learned[key]
+        return orphans
+
+    def _learned_now(self) -> dict[AddressKey, InstanceId]:
+        return {key: entry.instance for key, entry in self.learned.items()}
+
+    def _compile(self, instance: InstanceId) -> None:
+        name = f"instances.{instance}"
+        record = compile_instance(self.inventory.instances[instance], self.inventory.networks)
+        if self.revisions.get(instance) == record.revision and name not in self.failures:
+            return
+        try:
+            self.files.apply(instance, record)
+        except ImdsproxyError as error:
+            # The record before stays on disk and in force; guests read on, the operator is told.
+            self.failures[name] = Problem(name, error.message, error.hint)
+            structlog.get_logger().error(
+                "record not written", instance=instance, code=error.code, error=error.message
+            )
+            return
+        self.failures.pop(name, None)
+        self.revisions[instance] = record.revision
+
+    def _remove(self, instance: InstanceId) -> None:
+        name = f"instances.{instance}"
+        try:
+            self.files.remove(instance)
+        except ImdsproxyError as error:
+            self.failures[name] = Problem(name, error.message, error.hint)
+            return
+        self.failures.pop(name, None)
+        self.revisions.pop(instance, None)

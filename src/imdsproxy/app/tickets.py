@@ -1,0 +1,43 @@
+"""Waiting until everything that was reported up to now is in force."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+
+__all__ = ["Tickets"]
+
+
+@dataclass(slots=True)
+class Tickets:
+    """Numbers handed out as work comes in, and the number up to which it is done."""
+
+    _given: int = 0
+    _done: int = 0
+    _changed: asyncio.Condition = field(default_factory=asyncio.Condition)
+
+    def take(self) -> int:
+        """A number for work that has just come in."""
+        self._given += 1
+        return self._given
+
+    @property
+    def given(self) -> int:
+        """The last number that was handed out."""
+        return self._given
+
+    @property
+    def settled(self) -> bool:
+        """Nothing is outstanding."""
+        return self._done >= self._given
+
+    async def close(self, number: int) -> None:
+        """All work up to this number is in force."""
+        async with self._changed:
+            self._done = max(self._done, number)
+            self._changed.notify_all()
+
+    async def wait(self, number: int) -> None:
+        """Return once all work up to this number is in force."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: self._done >= number)

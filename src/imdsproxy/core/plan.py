@@ -1,0 +1,138 @@
+"""From the inventory to what the data plane must hold: map entries, binds, sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from imdsproxy.core.endpoints import Endpoint
+from imdsproxy.core.haproxy.model import Bind
+from imdsproxy.core.hoststate import NamespaceRef
+from imdsproxy.core.inventory import AddressKey, Conflict, Inventory
+from imdsproxy.core.model import InstanceId, NetworkId
+from imdsproxy.core.wire import MAP_CONFLICT, MapValue, render_map_value
+
+__all__ = [
+    "DescriptorBudget",
+    "compute_maxconn",
+    "link_name",
+    "networks_of",
+    "plan_binds",
+    "plan_links",
+    "plan_record",
+    "plan_records",
+    "record_key",
+]
+
+_RESERVED_DESCRIPTORS = 256
+"""HAProxy's own: logs, pipes, the sockets of an old worker being taken over."""
+
+
+def record_key(key: AddressKey) -> str:
+    """The map key of one (network, address): the bind's name, a slash, the address as HAProxy prints it."""
+    network, address = key
+    return f"{network}/{address}"
+
+
+def plan_record(
+    inventory: Inventory,
+    key: AddressKey,
+    revisions: Mapping[InstanceId, str],
+    learned: Mapping[AddressKey, InstanceId],
+) -> str | None:
+    """The map value of one address, or `None` where the data plane must not know it.
+
+    Args:
+        inventory: Everything known.
+        key: The address.
+        revisions: The compiled record of each instance; one that has none cannot be served yet.
+        learned: Link-local addresses that the neighbour table gave to an instance.
+    """
+    owner = inventory.owner(key)
+    if isinstance(owner, Conflict):
+        return MAP_CONFLICT
+    instance = owner if owner is not None else learned.get(key)
+    if instance is None:
+        return None
+    revision = revisions.get(instance)
+    return None if revision is None else render_map_value(MapValue(instance, revision))
+
+
+def plan_records(
+    inventory: Inventory,
+    keys: Iterable[AddressKey],
+    revisions: Mapping[InstanceId, str],
+    learned: Mapping[AddressKey, InstanceId],
+) -> dict[str, str | None]:
+    """`plan_record` for many addresses, by map key."""
+    return {record_key(key): plan_record(inventory, key, revisions, learned) for key in keys}
+
+
+def link_name(namespace: NamespaceRef) -> str:
+    """A name that changes when the namespace is another one under the same name.
+
+    HAProxy hands listening sockets to its next worker by name, also those of a namespace that was
+    deleted and made again; the inode is what tells them apart.
+    """
+    return f"{namespace.name}@{namespace.inode}"
+
+
+def plan_links(endpoints: Iterable[Endpoint]) -> dict[str, str]:
+    """The symbolic links that HAProxy needs at every load: link name to namespace name."""
+    return {
+        link_name(endpoint.namespace): endpoint.namespace.name
+        for endpoint in endpoints
+        if endpoint.namespace is not None
+    }
+
+
+def plan_binds(endpoints: Iterable[Endpoint], links: str) -> tuple[Bind, ...]:
+    """One bind for each endpoint.
+
+    Args:
+        endpoints: What can be bound now.
+        links: The directory of `plan_links`, as seen from `/var/run/netns`.
+    """
+    return tuple(
+        Bind(
+            network=endpoint.network,
+            address=endpoint.address,
+            port=endpoint.port,
+            device=endpoint.device,
+            namespace=None
+            if endpoint.namespace is None
+            else f"{links}/{link_name(endpoint.namespace)}",
+        )
+        for endpoint in endpoints
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class DescriptorBudget:
+    """How many connections HAProxy may have, and what decided it."""
+
+    maxconn: int
+    limited_by_descriptors: bool
+
+
+def compute_maxconn(wanted: int, binds: int, hard_limit: int) -> DescriptorBudget:
+    """The largest `maxconn` that HAProxy starts with.
+
+    HAProxy refuses to start when `maxconn` needs more descriptors than the hard limit: a connection
+    takes two (the guest's and the server's), each bind one, and a reload holds the old ones as well.
+
+    Args:
+        wanted: The setting, 0 to have it computed.
+        binds: Listening sockets.
+        hard_limit: `RLIMIT_NOFILE`'s hard value, -1 for none.
+    """
+    preferred = wanted or min(65_536, max(4_096, binds * 8))
+    if hard_limit < 0:
+        return DescriptorBudget(preferred, limited_by_descriptors=False)
+    possible = max(64, (hard_limit - 2 * binds - _RESERVED_DESCRIPTORS) // 2)
+    return DescriptorBudget(min(preferred, possible), limited_by_descriptors=possible < preferred)
+
+
+def networks_of(endpoints: Iterable[Endpoint]) -> frozenset[NetworkId]:
+    """The networks that have at least one endpoint."""
+    return frozenset(endpoint.network for endpoint in endpoints)

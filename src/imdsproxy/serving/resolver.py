@@ -1,0 +1,179 @@
+"""The miss path: a request of an address that the data plane does not know.
+
+The address may be about to become known (a guest can be faster than its own announcement), so the request
+waits for it, within bounds: a guest that invents addresses fills its own network's share and nobody
+else's. What is found is answered here once; from then on HAProxy knows it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Protocol, TypeAlias, assert_never
+
+from imdsproxy.core.inventory import AddressKey
+from imdsproxy.core.model import InstanceId, NetworkId
+
+__all__ = [
+    "Contested",
+    "HoldLimits",
+    "Known",
+    "Missing",
+    "Outcome",
+    "Refused",
+    "Resolution",
+    "Resolver",
+    "ResolverCounts",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """The address is this instance's, and its documents can be served."""
+
+    instance: InstanceId
+
+
+@dataclass(frozen=True, slots=True)
+class Contested:
+    """Two instances claim it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Missing:
+    """Nobody has it; in a source that is not in sync it may only be late."""
+
+    in_sync: bool
+
+
+Resolution: TypeAlias = Known | Contested | Missing
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """What a request gets that no instance was found for."""
+
+    status: int
+    reason: str
+
+
+Outcome: TypeAlias = Known | Refused
+
+
+@dataclass(frozen=True, slots=True)
+class HoldLimits:
+    """How long, and how many at once."""
+
+    hold_s: float = 5.0
+    per_network: int = 32
+    in_all: int = 256
+
+
+@dataclass(slots=True)
+class ResolverCounts:
+    """What became of misses since the start."""
+
+    found: int = 0
+    held: int = 0
+    not_found: int = 0
+    not_in_sync: int = 0
+    contested: int = 0
+    over_limit: int = 0
+
+
+class Look(Protocol):
+    """Finds out whose an address is, now; may ask the kernel's neighbour table."""
+
+    def __call__(self, key: AddressKey, /) -> Awaitable[Resolution]: ...
+
+
+@dataclass(slots=True)
+class Resolver:
+    """Answers who an unknown address is, holding what may still come.
+
+    Args:
+        look: The look-up; called once at first and again whenever `wake` names the address.
+        limits: Asked at each request, so that a new setting counts at once.
+    """
+
+    look: Look
+    limits: Callable[[], HoldLimits]
+    counts: ResolverCounts = field(default_factory=ResolverCounts)
+    _waiting: dict[AddressKey, set[asyncio.Event]] = field(default_factory=dict)
+    _held: Counter[NetworkId] = field(default_factory=Counter)
+
+    @property
+    def held(self) -> int:
+        """Requests that wait now."""
+        return self._held.total()
+
+    def wake(self, keys: Iterable[AddressKey]) -> None:
+        """These addresses may have become known."""
+        if not self._waiting:
+            return
+        for key in keys:
+            for event in self._waiting.get(key, ()):
+                event.set()
+
+    def wake_all(self) -> None:
+        """Something changed for every address, as a source that came in sync."""
+        self.wake(tuple(self._waiting))
+
+    async def resolve(self, key: AddressKey) -> Outcome:
+        """Whose the address is, or what to answer where it stays unknown (design §6)."""
+        resolution = await self.look(key)
+        if not isinstance(resolution, Missing):
+            return self._outcome(resolution)
+        limits = self.limits()
+        if limits.hold_s <= 0:
+            return self._outcome(resolution)
+        if self._held[key[0]] >= limits.per_network or self.held >= limits.in_all:
+            self.counts.over_limit += 1
+            return Refused(503, "too many unknown addresses are waiting in this network")
+        return self._outcome(await self._hold(key, resolution, limits.hold_s))
+
+    async def _hold(self, key: AddressKey, resolution: Resolution, hold_s: float) -> Resolution:
+        self.counts.held += 1
+        event = asyncio.Event()
+        self._held[key[0]] += 1
+        self._waiting.setdefault(key, set()).add(event)
+        try:
+            async with asyncio.timeout(hold_s):
+                while isinstance(resolution, Missing):
+                    await event.wait()
+                    event.clear()
+                    resolution = await self.look(key)
+        except TimeoutError:
+            # The time is over, and what was last known of the source still holds.
+            return await self.look(key)
+        finally:
+            self._release(key, event)
+        return resolution
+
+    def _release(self, key: AddressKey, event: asyncio.Event) -> None:
+        waiting = self._waiting[key]
+        waiting.discard(event)
+        if not waiting:
+            del self._waiting[key]
+        self._held[key[0]] -= 1
+        if not self._held[key[0]]:
+            del self._held[key[0]]
+
+    def _outcome(self, resolution: Resolution) -> Outcome:
+        match resolution:
+            case Known():
+                self.counts.found += 1
+                return resolution
+            case Contested():
+                self.counts.contested += 1
+                return Refused(503, "more than one instance claims this address")
+            case Missing(in_sync=in_sync) if in_sync:
+                self.counts.not_found += 1
+                return Refused(404, "no instance has this address")
+            case Missing():
+                self.counts.not_in_sync += 1
+                return Refused(503, "the source of instances is not in sync yet")
+            case _ as never:
+                assert_never(never)
