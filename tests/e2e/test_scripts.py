@@ -1,0 +1,135 @@
+"""The scripts say in one line what is missing, and do nothing more."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from support.demonstration import REPOSITORY
+
+NEED_ROOT = ("demo", "test", "bench")
+
+
+def run(argv: list[str], **environment: str) -> tuple[int, str]:
+    done = subprocess.run(
+        argv,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        env={**os.environ, **environment},
+        cwd=REPOSITORY,
+    )
+    return done.returncode, done.stdout + done.stderr
+
+
+def library(call: str, *arguments: str) -> tuple[int, str]:
+    return run(["bash", "-c", f'. script/lib.sh; {call} "$@"', "script/x", *arguments])
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("name", NEED_ROOT)
+def test_without_root_a_script_says_so_in_one_line(name: str) -> None:
+    other = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
+    status, output = run([*other, "bash", f"script/{name}"])
+
+    assert status == 1
+    assert output == f"script/{name} needs root: run it with sudo\n"
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("name", [*NEED_ROOT, "setup", "check"])
+def test_on_an_unknown_system_a_script_says_so_in_one_line(name: str, tmp_path: Path) -> None:
+    release = tmp_path / "os-release"
+    release.write_text('ID=fedora\nPRETTY_NAME="Fedora Linux 41"\n')
+    inner = f'mount --bind {release} /etc/os-release && exec bash "$0"'
+    status, output = run(["unshare", "--mount", "sh", "-c", inner, f"script/{name}"])
+
+    assert status == 1
+    assert output == (
+        f"script/{name} needs Debian 13 or a relative with apt-get: this is Fedora Linux 41\n"
+    )
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("name", ["demo", "setup"])
+def test_an_old_haproxy_is_refused_in_one_line(name: str, tmp_path: Path) -> None:
+    old = tmp_path / "haproxy"
+    old.write_text("#!/bin/sh\necho 'HAProxy version 2.8.16-0 2024/12/31 - https://haproxy.org/'\n")
+    old.chmod(0o755)
+    status, output = run([f"script/{name}"], PATH=f"{tmp_path}:{os.environ['PATH']}")
+
+    assert status == 1
+    assert output == (
+        f"script/{name} needs HAProxy 3.0 or later (Debian 13 has it): found 2.8.16-0\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("version", "enough"),
+    [
+        ("3.0.11-1+deb13u5", True),
+        ("3.2-dev4", True),
+        ("1:10.1", True),
+        ("2.9.99", False),
+        ("2.6.12-1+deb12u1", False),
+        ("", False),
+        ("(none)", False),
+    ],
+)
+def test_only_haproxy_3_and_later_is_enough(version: str, *, enough: bool) -> None:
+    status, _output = library("haproxy_at_least_3", version)
+
+    assert (status == 0) is enough
+
+
+def test_only_what_is_missing_is_installed() -> None:
+    status, output = library(
+        "missing_packages", "sh:dash", "/etc/passwd:base-passwd", "no-such-thing:one", "/no:two"
+    )
+
+    assert status == 0
+    assert output.split() == ["one", "two"]
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("existing", [True, False])
+def test_a_package_is_installed_without_its_service(tmp_path: Path, *, existing: bool) -> None:
+    """With apt-get replaced by one that reports which policy it would find."""
+    (tmp_path / "bin").mkdir()
+    apt = tmp_path / "bin" / "apt-get"
+    apt.write_text(
+        '#!/bin/sh\ncase "$*" in *install*) /usr/sbin/policy-rc.d haproxy start; echo $? >"$SEEN";'
+        " esac\n"
+    )
+    apt.chmod(0o755)
+    folder = tmp_path / "sbin"
+    folder.mkdir()
+    own = folder / "policy-rc.d"
+    if existing:
+        own.write_text("#!/bin/sh\nexit 0\n")
+        own.chmod(0o755)
+    before = own.read_text() if existing else None
+    seen = tmp_path / "seen"
+    # /usr/sbin is seen as a folder of the test's own, with the tools of the real one behind it
+    inner = (
+        f"mount -t overlay -o lowerdir={folder}:/usr/sbin none /usr/sbin"
+        if existing
+        else f"mkdir {tmp_path}/u {tmp_path}/w && mount -t overlay"
+        f" -o lowerdir=/usr/sbin,upperdir={tmp_path}/u,workdir={tmp_path}/w none /usr/sbin"
+    )
+    script = f". script/lib.sh; cache={tmp_path}; setup_log={tmp_path}/log; apt_install nothing"
+    status, output = run(
+        ["unshare", "--mount", "sh", "-c", f'{inner} && exec bash -c "$0" script/x', script],
+        PATH=f"{tmp_path}/bin:{os.environ['PATH']}",
+        SEEN=str(seen),
+    )
+
+    assert status == 0, output
+    assert seen.read_text().strip() == "101"
+    assert (own.read_text() if existing else None) == before
+    if not existing:
+        assert not (tmp_path / "u" / "policy-rc.d").is_file()
