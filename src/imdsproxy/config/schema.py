@@ -184,7 +184,8 @@ class HaproxySettings(Section):
     )
     chroot: bool = _setting(
         True,
-        "Lock the worker into the runtime directory, so that a hole in it opens nothing else.",
+        "Lock the worker into a directory that holds nothing but the sockets it connects to, so that "
+        "a hole in it opens nothing else.",
         Change.RELOAD,
     )
     supervisor: Supervisor = _setting(

@@ -1,0 +1,266 @@
+"""Bodies of the admin API: how they are read, and how OpenAPI describes them.
+
+Records are read by `imdsproxy.core.records`, which tells every problem with its field; the models
+here only describe the same shapes to clients. A test keeps the two together.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import TYPE_CHECKING, Final, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from imdsproxy.admin.operations import LeftOut  # noqa: TC001 - pydantic reads the annotations
+from imdsproxy.core.inventory import Conflict  # noqa: TC001 - as above
+from imdsproxy.core.records import Records, Refused, parse_instance, parse_network, parse_records
+from imdsproxy.errors import Problem, RequestRefused
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from starlette.requests import Request
+
+    from imdsproxy.core.model import Instance, Network
+
+__all__ = [
+    "InstanceRecord",
+    "InstanceSummary",
+    "InstanceView",
+    "MAX_BODY",
+    "NetworkRecord",
+    "NetworkView",
+    "RecordsBody",
+    "merge_patch",
+    "read_instance",
+    "read_json",
+    "read_network",
+    "read_records",
+    "refuse_unlike",
+]
+
+MAX_BODY: Final = 64 * 1024 * 1024
+"""Bytes of a request: 16 MiB of user-data in base64, twice, or some 100,000 plain instances."""
+
+_INLINE: Final = 64 * 1024
+_T = TypeVar("_T")
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class NamespaceListenerRecord(_Record):
+    """An existing network namespace."""
+
+    namespace: str
+    device: str | None = None
+    manage_addresses: bool = False
+
+
+class InterfaceListenerRecord(_Record):
+    """A host interface."""
+
+    interface: str
+
+
+class BridgeListenerRecord(_Record):
+    """A bridge of the host."""
+
+    bridge: str
+
+
+class SubnetRecord(_Record):
+    """An address range of a network."""
+
+    cidr: str
+    gateway: str | None = None
+    dns: list[str] = Field(default_factory=list)
+
+
+class NetworkRecord(_Record):
+    """A network."""
+
+    id: str
+    name: str | None = None
+    project: str | None = None
+    listener: NamespaceListenerRecord | InterfaceListenerRecord | BridgeListenerRecord
+    subnets: list[SubnetRecord] = Field(default_factory=list)
+    mtu: int | None = None
+
+
+class PortRecord(_Record):
+    """An instance's place in a network."""
+
+    network: str
+    mac: str | None = None
+    addresses: list[str] = Field(default_factory=list)
+
+
+class SshKeyRecord(_Record):
+    """A public key under a name."""
+
+    name: str
+    key: str
+
+
+class Base64(_Record):
+    """Bytes that are no UTF-8 text."""
+
+    base64: str
+
+
+class DialectsRecord(_Record):
+    """Which trees of documents the instance has; all are on unless false."""
+
+    ec2: bool = True
+    openstack: bool = True
+    nocloud: bool = True
+
+
+class InstanceRecord(_Record):
+    """An instance."""
+
+    id: str
+    name: str
+    hostname: str | None = Field(default=None, description="Made of the name when left out.")
+    project: str | None = None
+    ports: list[PortRecord] = Field(default_factory=list)
+    ssh_keys: list[str | SshKeyRecord] = Field(default_factory=list)
+    tags: dict[str, str] = Field(default_factory=dict)
+    user_data: str | Base64 | None = Field(default=None, description="At most 16 MiB.")
+    vendor_data: str | dict[str, object] | None = None
+    availability_zone: str | None = None
+    instance_type: str | None = None
+    dialects: DialectsRecord | None = None
+
+
+class RecordsBody(_Record):
+    """Many records at once; all are stored, or none."""
+
+    networks: list[NetworkRecord] = Field(default_factory=list)
+    instances: list[InstanceRecord] = Field(default_factory=list)
+
+
+class NetworkView(_Record):
+    """A network, where it comes from, and whether it is served."""
+
+    record: NetworkRecord
+    source: str
+    instances: int
+    serving: bool
+    left_out: LeftOut | None
+
+
+class InstanceView(_Record):
+    """An instance, its ids, where it comes from, and what contests it."""
+
+    record: InstanceRecord
+    ec2_id: str
+    uuid: str
+    source: str
+    revision: str
+    conflicts: list[Conflict]
+
+
+class InstanceSummary(InstanceView):
+    """The same; the record is without payloads."""
+
+    user_data_bytes: int
+    vendor_data_bytes: int
+
+
+async def read_json(request: Request) -> object:
+    """The request's body.
+
+    Raises:
+        RequestRefused: It is too large, no JSON, or has a key twice.
+    """
+    chunks: list[bytes] = []
+    size = 0
+    async for chunk in request.stream():
+        size += len(chunk)
+        if size > MAX_BODY:
+            raise _refused("is too large", f"at most {MAX_BODY // 1024 // 1024} MiB")
+        chunks.append(chunk)
+    raw = b"".join(chunks)
+    # Large bodies are decoded in a thread: the loop has guests waiting in the resolver.
+    return _decode(raw) if size <= _INLINE else await asyncio.to_thread(_decode, raw)
+
+
+def read_network(body: object) -> Network:
+    """The network of a body; `RequestRefused` with every field that is wrong."""
+    return _good("network", parse_network(body))
+
+
+def read_instance(body: object) -> Instance:
+    """The instance of a body; `RequestRefused` with every field that is wrong."""
+    return _good("instance", parse_instance(body))
+
+
+async def read_records(body: object) -> Records:
+    """The records of a bulk body; `RequestRefused` with every field of every record."""
+    records = await asyncio.to_thread(parse_records, body)
+    if records.all_problems:
+        raise RequestRefused(
+            "nothing was stored: some records are not acceptable", problems=records.all_problems
+        )
+    return records
+
+
+def refuse_unlike(body: object, identity: str) -> dict[str, object]:
+    """The body with the id of its address in it; `RequestRefused` when it names another."""
+    if not isinstance(body, dict):
+        raise _refused("is no JSON object", "{…}")
+    if body.get("id", identity) != identity:
+        raise RequestRefused(
+            "the record's id differs from the one in the address",
+            problems=[Problem("id", f"is not {identity}", hint="leave it out")],
+        )
+    return {**body, "id": identity}
+
+
+def merge_patch(target: object, patch: object) -> object:
+    """RFC 7396: mappings are merged, null takes a key away, everything else replaces."""
+    if not isinstance(patch, dict):
+        return patch
+    merged = dict(target) if isinstance(target, dict) else {}
+    for key, value in patch.items():
+        if value is None:
+            merged.pop(key, None)
+        else:
+            merged[key] = merge_patch(merged.get(key), value)
+    return merged
+
+
+def _good(what: str, parsed: _T | Refused) -> _T:
+    if isinstance(parsed, Refused):
+        raise RequestRefused(f"the {what} is not acceptable", problems=parsed.problems)
+    return parsed
+
+
+def _decode(raw: bytes) -> object:
+    try:
+        return json.loads(raw, object_pairs_hook=_unique, parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
+        raise _refused(f"is not JSON: {error}", "UTF-8 JSON, each key once") from error
+
+
+def _unique(pairs: Sequence[tuple[str, object]]) -> dict[str, object]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for index, key in enumerate(keys) if key in keys[:index])
+        raise ValueError(f"the key {twice!r} stands twice")
+    return result
+
+
+def _no_constant(word: str) -> object:
+    raise ValueError(f"JSON has no {word}")
+
+
+def _refused(reason: str, hint: str) -> RequestRefused:
+    return RequestRefused(
+        f"the body {reason}", hint=hint, problems=[Problem("body", reason, hint=hint)]
+    )

@@ -1,0 +1,115 @@
+"""`/v1/status` and the rest that is about the daemon and its guests, not about records."""
+
+from __future__ import annotations
+
+from ipaddress import ip_address
+from typing import Annotated
+
+from fastapi import APIRouter, Query
+from pydantic import BaseModel, ConfigDict
+from starlette.responses import JSONResponse, PlainTextResponse
+
+from imdsproxy.admin.dependencies import Ops, answers
+from imdsproxy.admin.operations import Explanation, SettingsReload, StatusReport
+from imdsproxy.admin.shapes import to_json
+from imdsproxy.core.addresses import normalise_address
+from imdsproxy.core.model import IpAddress, NetworkId
+from imdsproxy.errors import Problem, RequestRefused
+
+__all__ = ["router"]
+
+router = APIRouter(prefix="/v1")
+
+_Network = Annotated[str, Query(description="The network that the guest sits in.")]
+_Address = Annotated[str, Query(description="The guest's address, as its packets carry it.")]
+
+
+class DocumentBody(BaseModel):
+    """A document's bytes: `text` where they are UTF-8, else `base64`."""
+
+    text: str | None = None
+    base64: str | None = None
+
+
+class DocumentView(BaseModel):
+    """What a guest would be told."""
+
+    status: int
+    headers: list[list[str]]
+    body: DocumentBody
+
+
+class StopBody(BaseModel):
+    """What is to end."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    data_plane: bool = False
+
+
+class Stopping(BaseModel):
+    """Said before it happens."""
+
+    stopping: list[str]
+
+
+@router.get("/status", responses=answers(StatusReport))
+async def show_status(operations: Ops) -> JSONResponse:
+    """Everything at one moment."""
+    return JSONResponse(to_json(await operations.status()))
+
+
+@router.get("/explain", responses=answers(Explanation))
+async def explain(network: _Network, address: _Address, operations: Ops) -> JSONResponse:
+    """Who has this address in this network, why, from which source, and what it gets."""
+    told = await operations.explain(NetworkId(network), _ip(address))
+    return JSONResponse(to_json(told))
+
+
+@router.get("/documents", responses=answers(DocumentView))
+async def get_document(
+    network: _Network,
+    address: _Address,
+    path: Annotated[str, Query(description="As the guest would write it, with its query.")],
+    operations: Ops,
+) -> JSONResponse:
+    """What this guest would be told for `GET path`."""
+    if not path.startswith("/"):
+        raise _refused("path", f"{path} does not begin with /", "/latest/meta-data/")
+    answer = await operations.get(NetworkId(network), _ip(address), path)
+    return JSONResponse(to_json(answer))
+
+
+@router.get(
+    "/haproxy-configuration",
+    response_class=PlainTextResponse,
+    responses=answers(None) | {200: {"content": {"text/plain": {}}}},
+)
+async def render(operations: Ops) -> PlainTextResponse:
+    """HAProxy's configuration as it would be written now; nothing is touched."""
+    return PlainTextResponse(await operations.render())
+
+
+@router.post("/reload", responses=answers(SettingsReload))
+async def reload(operations: Ops) -> JSONResponse:
+    """Read the settings again and take over what can be; a broken file changes nothing."""
+    return JSONResponse(to_json(await operations.reload()))
+
+
+@router.post("/stop", status_code=202, responses=answers(Stopping, status=202))
+async def stop(body: StopBody, operations: Ops) -> JSONResponse:
+    """End the controller, or with `data_plane` HAProxy and the document server too."""
+    await operations.stop(data_plane=body.data_plane)
+    ending = ["controller", *(["haproxy", "documents"] if body.data_plane else [])]
+    return JSONResponse({"stopping": ending}, 202)
+
+
+def _ip(text: str) -> IpAddress:
+    try:
+        return normalise_address(ip_address(text))
+    except ValueError as error:
+        raise _refused("address", f"{text} is no IP address", "10.0.0.5 or 2001:db8::5") from error
+
+
+def _refused(field: str, reason: str, hint: str) -> RequestRefused:
+    return RequestRefused(reason, problems=[Problem(field, reason, hint=hint)])

@@ -1,0 +1,154 @@
+"""`/v1/networks`, `/v1/instances` and `/v1/records`: read and change what is known."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from fastapi import APIRouter, Query, Request
+from starlette.responses import JSONResponse
+
+from imdsproxy.admin.bodies import (
+    InstanceRecord,
+    InstanceSummary,
+    InstanceView,
+    NetworkRecord,
+    NetworkView,
+    RecordsBody,
+    merge_patch,
+    read_instance,
+    read_json,
+    read_network,
+    read_records,
+    refuse_unlike,
+)
+from imdsproxy.admin.dependencies import Ops, Patching, answers, takes
+from imdsproxy.admin.operations import Written
+from imdsproxy.admin.shapes import instance_shape, instance_summary, network_shape, to_json
+from imdsproxy.core.model import InstanceId, NetworkId
+from imdsproxy.core.records import render_record
+
+__all__ = ["router"]
+
+router = APIRouter(prefix="/v1")
+
+
+@router.get("/networks", responses=answers(list[NetworkView]))
+async def list_networks(operations: Ops) -> JSONResponse:
+    """Every network, by id."""
+    return JSONResponse([network_shape(one) for one in await operations.list_networks()])
+
+
+@router.post(
+    "/networks",
+    status_code=201,
+    responses=answers(Written, status=201),
+    openapi_extra=takes(NetworkRecord),
+)
+async def add_network(request: Request, operations: Ops) -> JSONResponse:
+    """Add a network; refused when there is one of this id."""
+    network = read_network(await read_json(request))
+    return JSONResponse(to_json(await operations.put_network(network, create=True)), 201)
+
+
+@router.get("/networks/{network}", responses=answers(NetworkView))
+async def show_network(network: str, operations: Ops) -> JSONResponse:
+    """One network."""
+    return JSONResponse(network_shape(await operations.get_network(NetworkId(network))))
+
+
+@router.put("/networks/{network}", responses=answers(Written), openapi_extra=takes(NetworkRecord))
+async def put_network(network: str, request: Request, operations: Ops) -> JSONResponse:
+    """Add a network, or replace its whole record."""
+    body = refuse_unlike(await read_json(request), network)
+    return JSONResponse(to_json(await operations.put_network(read_network(body))))
+
+
+@router.patch("/networks/{network}", responses=answers(Written), openapi_extra=takes(NetworkRecord))
+async def patch_network(
+    network: str, request: Request, operations: Ops, patching: Patching
+) -> JSONResponse:
+    """Change some keys of a network (RFC 7396: null takes a key away)."""
+    patch = refuse_unlike(await read_json(request), network)
+    async with patching:
+        known = await operations.get_network(NetworkId(network))
+        body = merge_patch(render_record(known.network), patch)
+        return JSONResponse(to_json(await operations.put_network(read_network(body))))
+
+
+@router.delete("/networks/{network}", responses=answers(Written))
+async def remove_network(network: str, operations: Ops) -> JSONResponse:
+    """Remove a network; refused while instances have ports in it."""
+    return JSONResponse(to_json(await operations.remove_network(NetworkId(network))))
+
+
+@router.get("/instances", responses=answers(list[InstanceSummary]))
+async def list_instances(
+    operations: Ops,
+    network: Annotated[str | None, Query(description="Only those with a port in it.")] = None,
+) -> JSONResponse:
+    """Every instance, by id, without payloads."""
+    chosen = None if network is None else NetworkId(network)
+    return JSONResponse([instance_summary(one) for one in await operations.list_instances(chosen)])
+
+
+@router.post(
+    "/instances",
+    status_code=201,
+    responses=answers(Written, status=201),
+    openapi_extra=takes(InstanceRecord),
+)
+async def add_instance(request: Request, operations: Ops) -> JSONResponse:
+    """Add an instance; refused when there is one of this id."""
+    instance = read_instance(await read_json(request))
+    return JSONResponse(to_json(await operations.put_instance(instance, create=True)), 201)
+
+
+@router.get("/instances/{instance}", responses=answers(InstanceView))
+async def show_instance(instance: str, operations: Ops) -> JSONResponse:
+    """One instance, payloads included."""
+    return JSONResponse(instance_shape(await operations.get_instance(InstanceId(instance))))
+
+
+@router.put(
+    "/instances/{instance}", responses=answers(Written), openapi_extra=takes(InstanceRecord)
+)
+async def put_instance(instance: str, request: Request, operations: Ops) -> JSONResponse:
+    """Add an instance, or replace its whole record."""
+    body = refuse_unlike(await read_json(request), instance)
+    return JSONResponse(to_json(await operations.put_instance(read_instance(body))))
+
+
+@router.patch(
+    "/instances/{instance}", responses=answers(Written), openapi_extra=takes(InstanceRecord)
+)
+async def patch_instance(
+    instance: str, request: Request, operations: Ops, patching: Patching
+) -> JSONResponse:
+    """Change some keys of an instance (RFC 7396: null takes a key away, lists are replaced)."""
+    patch = refuse_unlike(await read_json(request), instance)
+    async with patching:
+        known = await operations.get_instance(InstanceId(instance))
+        body = merge_patch(render_record(known.instance), patch)
+        return JSONResponse(to_json(await operations.put_instance(read_instance(body))))
+
+
+@router.delete("/instances/{instance}", responses=answers(Written))
+async def remove_instance(instance: str, operations: Ops) -> JSONResponse:
+    """Remove an instance."""
+    return JSONResponse(to_json(await operations.remove_instance(InstanceId(instance))))
+
+
+@router.post("/records", responses=answers(Written), openapi_extra=takes(RecordsBody))
+async def put_records(
+    request: Request,
+    operations: Ops,
+    create: Annotated[bool, Query(description="Refuse ids that are there.")] = False,  # noqa: FBT002 - FastAPI passes it by name
+) -> JSONResponse:
+    """Add or replace many networks and instances: all of them, or none."""
+    records = await read_records(await read_json(request))
+    written = await operations.put_records(
+        [network for _, network in records.networks],
+        [instance for _, instance in records.instances],
+        create=create,
+    )
+    return JSONResponse(to_json(written))

@@ -1,0 +1,271 @@
+"""A controller in memory, for tests of the admin API and the command line."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from imdsproxy.admin.operations import (
+    DocumentAnswer,
+    DocumentsReport,
+    Explanation,
+    HaproxyReport,
+    InstanceReport,
+    LeftOut,
+    NetworkReport,
+    PlanReport,
+    Readiness,
+    ReloadReport,
+    SettingChange,
+    SettingsReload,
+    SourceReport,
+    StatusReport,
+    Written,
+)
+from imdsproxy.core.inventory import Claimant, Conflict, ConflictKind
+from imdsproxy.errors import (
+    AlreadyExists,
+    ImdsproxyError,
+    NotFound,
+    Problem,
+    SourceRefused,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from imdsproxy.core.model import Instance, InstanceId, IpAddress, Network, NetworkId
+
+
+@dataclass
+class FakeOperations:
+    """Keeps records, knows who has which address, and fails with `failure` while that is set."""
+
+    networks: dict[NetworkId, Network] = field(default_factory=dict)
+    instances: dict[InstanceId, Instance] = field(default_factory=dict)
+    left_out: dict[NetworkId, LeftOut] = field(default_factory=dict)
+    documents: dict[str, DocumentAnswer] = field(default_factory=dict)
+    conflicts: tuple[Conflict, ...] = ()
+    failure: ImdsproxyError | None = None
+    crash: Exception | None = None
+    reloads: int = 0
+    stopped: list[bool] = field(default_factory=list)
+
+    def _check(self) -> None:
+        if self.crash is not None:
+            raise self.crash
+        if self.failure is not None:
+            raise self.failure
+
+    async def status(self) -> StatusReport:
+        self._check()
+        reasons = tuple(f"network {name} is left out" for name in self.left_out)
+        return StatusReport(
+            version="1.2.3",
+            controller=4711,
+            started_at=1_760_000_000.0,
+            uptime_s=93_784.0,
+            readiness=Readiness(not reasons, reasons),
+            networks=len(self.networks),
+            serving=len(self.networks) - len(self.left_out),
+            instances=len(self.instances),
+            addresses=sum(
+                len(port.addresses) for one in self.instances.values() for port in one.ports
+            ),
+            left_out=tuple(self.left_out.values()),
+            sources=(
+                SourceReport(
+                    "sqlite",
+                    in_sync=True,
+                    networks=len(self.networks),
+                    instances=len(self.instances),
+                ),
+                SourceReport(
+                    "file",
+                    in_sync=False,
+                    stale_s=12.0,
+                    problems=(
+                        Problem(
+                            "instances[3].ports[0].mac",
+                            "52:54:00 is not acceptable",
+                            hint="six octets",
+                            file="/etc/imdsproxy/records/web.yaml",
+                            line=41,
+                        ),
+                    ),
+                ),
+            ),
+            conflicts=self.conflicts,
+            haproxy=HaproxyReport(
+                version="3.0.11",
+                master=100,
+                worker=102,
+                old_workers=(101,),
+                reloads=7,
+                last_reload=ReloadReport(
+                    7, 1_760_093_000.0, "network-added", ok=True, took_s=0.045
+                ),
+            ),
+            documents=DocumentsReport((200, 201, 202)),
+            last_plan=PlanReport(1_760_093_780.0, 3, ("instance web-1 changed",), took_s=0.002),
+        )
+
+    async def list_networks(self) -> Sequence[NetworkReport]:
+        self._check()
+        return [await self.get_network(name) for name in sorted(self.networks)]
+
+    async def get_network(self, network: NetworkId) -> NetworkReport:
+        self._check()
+        if network not in self.networks:
+            raise NotFound(f"there is no network {network}", hint="`imdsproxy network list`")
+        inside = sum(
+            any(port.network == network for port in one.ports) for one in self.instances.values()
+        )
+        return NetworkReport(self.networks[network], "sqlite", inside, self.left_out.get(network))
+
+    async def put_network(self, network: Network, *, create: bool = False) -> Written:
+        self._check()
+        if create and network.id in self.networks:
+            raise AlreadyExists(f"there is a network {network.id}", hint="`network set` changes it")
+        self.networks[network.id] = network
+        pending = self.left_out.get(network.id)
+        return Written(
+            networks=1,
+            applied=pending is None,
+            pending=() if pending is None else (pending.reason,),
+        )
+
+    async def remove_network(self, network: NetworkId) -> Written:
+        report = await self.get_network(network)
+        if report.instances:
+            raise SourceRefused(
+                f"network {network} is in use",
+                hint="remove the instances first",
+                problems=[
+                    Problem(f"instances.{one.id}", f"has a port in {network}")
+                    for one in self.instances.values()
+                    if any(port.network == network for port in one.ports)
+                ],
+            )
+        del self.networks[network]
+        return Written(networks=1)
+
+    async def list_instances(self, network: NetworkId | None = None) -> Sequence[InstanceReport]:
+        self._check()
+        return [
+            await self.get_instance(name)
+            for name, one in sorted(self.instances.items())
+            if network is None or any(port.network == network for port in one.ports)
+        ]
+
+    async def get_instance(self, instance: InstanceId) -> InstanceReport:
+        self._check()
+        if instance not in self.instances:
+            raise NotFound(f"there is no instance {instance}", hint="`imdsproxy instance list`")
+        return InstanceReport(self.instances[instance], "sqlite", "0f3a9c", self.conflicts)
+
+    async def put_instance(self, instance: Instance, *, create: bool = False) -> Written:
+        self._check()
+        if create and instance.id in self.instances:
+            raise AlreadyExists(
+                f"there is an instance {instance.id}", hint="`instance set` changes it"
+            )
+        problems = [
+            Problem(f"ports[{index}].network", f"there is no network {port.network}")
+            for index, port in enumerate(instance.ports)
+            if port.network not in self.networks
+        ]
+        if problems:
+            raise SourceRefused(f"instance {instance.id} is refused", problems=problems)
+        self.instances[instance.id] = instance
+        return Written(instances=1)
+
+    async def remove_instance(self, instance: InstanceId) -> Written:
+        await self.get_instance(instance)
+        del self.instances[instance]
+        return Written(instances=1)
+
+    async def put_records(
+        self, networks: Sequence[Network], instances: Sequence[Instance], *, create: bool = False
+    ) -> Written:
+        self._check()
+        taken = [one.id for one in networks if one.id in self.networks]
+        if create and taken:
+            raise AlreadyExists(f"there is a network {taken[0]}")
+        self.networks.update({one.id: one for one in networks})
+        self.instances.update({one.id: one for one in instances})
+        return Written(len(networks), len(instances))
+
+    def _holder(self, network: NetworkId, address: IpAddress) -> Instance | None:
+        for one in self.instances.values():
+            if any(port.network == network and address in port.addresses for port in one.ports):
+                return one
+        return None
+
+    async def explain(self, network: NetworkId, address: IpAddress) -> Explanation:
+        self._check()
+        if self.conflicts:
+            return Explanation(
+                network,
+                address,
+                "conflict",
+                503,
+                why=("two records claim the address",),
+                claimants=self.conflicts[0].claimants,
+            )
+        holder = self._holder(network, address)
+        if holder is None:
+            return Explanation(
+                network, address, "unknown", 404, why=("no port of the network has the address",)
+            )
+        return Explanation(
+            network,
+            address,
+            "found",
+            200,
+            why=("the address is one of the port's addresses",),
+            instance=holder.id,
+            instance_name=holder.name,
+            source="sqlite",
+            how="address",
+            revision="0f3a9c",
+            installed=f"{holder.id}|0f3a9c",
+            policy={"dialects": "ec2, nocloud, openstack"},
+        )
+
+    async def get(
+        self,
+        network: NetworkId,
+        address: IpAddress,
+        path: str,
+        headers: Sequence[tuple[str, str]] = (),
+    ) -> DocumentAnswer:
+        self._check()
+        del headers
+        if self._holder(network, address) is None or path not in self.documents:
+            return DocumentAnswer(404, (("content-type", "text/plain"),), b"")
+        return self.documents[path]
+
+    async def render(self) -> str:
+        self._check()
+        return "global\n  maxconn 200\n"
+
+    async def reload(self) -> SettingsReload:
+        self._check()
+        self.reloads += 1
+        return SettingsReload(
+            changes=(
+                SettingChange("resolver.hold_s", 5.0, 2.0, "live"),
+                SettingChange("admin.mode", "0660", "0600", "restart"),
+            ),
+            restart_needed=("admin.mode",),
+        )
+
+    async def stop(self, *, data_plane: bool) -> None:
+        self._check()
+        self.stopped.append(data_plane)
+
+
+CONFLICT = Conflict(
+    ConflictKind.ADDRESS, "blue/10.0.0.5", (Claimant("file", "web-1"), Claimant("sqlite", "web-2"))
+)
