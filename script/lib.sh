@@ -88,7 +88,6 @@ remove_policy() {
 # apt_install PACKAGE...: without starting or enabling any service that a package brings
 apt_install() {
     local services_before policy=$cache/policy-rc.d
-    say "installing Debian packages: $*"
     logged apt-get -q -o DPkg::Lock::Timeout=120 update
     if [[ " $* " == *" haproxy "* ]]; then
         local candidate
@@ -96,6 +95,7 @@ apt_install() {
         haproxy_at_least_3 "$candidate" ||
             die "needs HAProxy 3.0 or later (Debian 13 has it): this system offers ${candidate:-none}"
     fi
+    say "installing Debian packages: $*"
     printf '#!/bin/sh\n%s\nexit 101\n' "$policy_mark" >"$policy"
     chmod 755 "$policy"
     services_before=$(enabled_haproxy)
