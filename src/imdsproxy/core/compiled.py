@@ -159,9 +159,7 @@ class _Head(TypedDict):
     user_data: list[int | str] | None
 
 
-def compile_instance(
-    instance: Instance, networks: Mapping[NetworkId, Network]
-) -> CompiledRecord:
+def compile_instance(instance: Instance, networks: Mapping[NetworkId, Network]) -> CompiledRecord:
     """The instance's record; equal instances in equal networks give equal bytes.
 
     A port in a network that is not in `networks` keeps its addresses and loses what the network would say.

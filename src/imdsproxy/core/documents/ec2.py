@@ -1,0 +1,272 @@
+"""The EC2 dialect: `/`, `/VERSION/meta-data/…`, `/VERSION/user-data`, `/VERSION/dynamic/…`.
+
+Categories and the version that brought each are those of AWS's "Instance metadata categories" page; a dated
+version has what it had there. What this service cannot say truthfully is neither listed nor served: public
+addresses, block devices, IAM, services, and the identity document, which nobody here signs and which would make
+agents report that they run at Amazon. `dynamic/instance-identity` is there, empty, because cloud-init on a guest
+with Amazon's DMI asks for it and spends minutes on its absence.
+"""
+
+from __future__ import annotations
+
+import re
+import uuid
+from collections.abc import Callable, Iterable
+from typing import Final
+
+from imdsproxy.core.compiled import DocumentPort, DocumentRecord
+from imdsproxy.core.documents.tree import Data, Directory, Leaf, Node, directory, listing
+
+__all__ = [
+    "EC2_VERSIONS",
+    "LATEST",
+    "ec2_directory",
+    "ec2_generation",
+    "permitted_tags",
+    "unique_names",
+]
+
+LATEST: Final = "latest"
+
+EC2_VERSIONS: Final = (
+    "1.0",
+    "2007-01-19",
+    "2007-03-01",
+    "2007-08-29",
+    "2007-10-10",
+    "2007-12-15",
+    "2008-02-01",
+    "2008-09-01",
+    "2009-04-04",
+    "2011-01-01",
+    "2011-05-01",
+    "2012-01-12",
+    "2014-02-25",
+    "2014-11-05",
+    "2015-10-20",
+    "2016-04-19",
+    "2016-06-30",
+    "2016-09-02",
+    "2018-03-28",
+    "2018-08-17",
+    "2018-09-24",
+    "2019-10-01",
+    "2020-10-27",
+    "2021-01-03",
+    "2021-03-23",
+    "2021-07-15",
+    "2022-07-09",
+    "2022-09-24",
+)
+"""As real EC2 lists them, oldest first; `latest` comes after."""
+
+_NO_IMAGE: Final = "ami-00000000"
+"""No record knows of images, and every EC2 client expects an `ami-id`."""
+
+_AWS_ZONE: Final = re.compile(r"([a-z]{2,}(?:-[a-z]+)+-\d+)[a-z]")
+_TAG_KEY: Final = re.compile(r"[A-Za-z0-9+\-=.,_:@]+")
+_RESERVED_TAG_KEYS: Final = frozenset({".", "..", "_index"})
+_LOOKS_LIKE_KEY_ENTRY: Final = re.compile(r"[+-]?[0-9_]+=")
+_UNLISTABLE: Final = re.compile(r"[=/\s\x00-\x1f\x7f]+")
+
+
+def ec2_generation(version: str) -> str | None:
+    """The oldest version with the same documents; `None` for a version that there is not."""
+    if version == LATEST:
+        return _GENERATIONS[EC2_VERSIONS[-1]]
+    return _GENERATIONS.get(version)
+
+
+def ec2_directory(record: DocumentRecord, version: str) -> Directory:
+    """Everything below `/VERSION` (one of `EC2_VERSIONS`)."""
+    meta_data: dict[str, Node] = {}
+    for since, name, make in _CATEGORIES:
+        if since <= version and (node := make(record)) is not None:
+            meta_data[name] = node
+    children: dict[str, Node] = {"meta-data": directory(meta_data)}
+    if record.user_data is not None:
+        children["user-data"] = Data(record.user_data)
+    names = listing(children)
+    if version >= _DYNAMIC_SINCE:
+        children["dynamic"] = directory({"instance-identity": directory({})})
+    return Directory(children, names)
+
+
+def permitted_tags(tags: Iterable[tuple[str, str]]) -> dict[str, str]:
+    """The tags that may be listed under `tags/instance`.
+
+    EC2 permits letters, digits and `+-=.,_:@` in such a key, and not `.`, `..` or `_index`. A key like
+    `0=x` is left out too: cloud-init takes it for an entry of `public-keys`, asks for `0/openssh-key`, and on
+    the 404 drops all of its meta-data.
+    """
+    return {
+        name: value
+        for name, value in tags
+        if _TAG_KEY.fullmatch(name)
+        and name not in _RESERVED_TAG_KEYS
+        and not _LOOKS_LIKE_KEY_ENTRY.match(name)
+    }
+
+
+def unique_names(names: Iterable[str]) -> tuple[str, ...]:
+    """Names of ssh keys fit for a listing, each once and in the order given.
+
+    Afterburn and cloudbase-init split `0=name` at every `=`, and a slash at the end makes a directory of it;
+    of two keys with one name cloud-init keeps the last.
+    """
+    taken: set[str] = set()
+    result: list[str] = []
+    for index, name in enumerate(names):
+        clean = _UNLISTABLE.sub("-", name).strip("-") or f"key-{index}"
+        candidate, number = clean, 1
+        while candidate in taken:
+            number += 1
+            candidate = f"{clean}-{number}"
+        taken.add(candidate)
+        result.append(candidate)
+    return tuple(result)
+
+
+def _text(value: str | None) -> Leaf | None:
+    return Leaf(value.encode("utf-8", "surrogateescape")) if value else None
+
+
+def _addresses(record: DocumentRecord, version: int) -> list[str]:
+    return [a.ip for port in record.ports for a in port.addresses if a.version == version]
+
+
+def _first(values: Iterable[str | None]) -> Leaf | None:
+    return _text(next((value for value in values if value), None))
+
+
+def _local_ipv4(record: DocumentRecord) -> Leaf | None:
+    return _first(_addresses(record, 4))
+
+
+def _ipv6(record: DocumentRecord) -> Leaf | None:
+    return _first(_addresses(record, 6))
+
+
+def _mac(record: DocumentRecord) -> Leaf | None:
+    return _first(port.mac for port in record.ports)
+
+
+def _hostname(record: DocumentRecord) -> Leaf | None:
+    return _text(record.hostname)
+
+
+def _reservation(record: DocumentRecord) -> Leaf | None:
+    return _text(f"r-{uuid.UUID(record.uuid).hex[:17]}")
+
+
+def _public_keys(record: DocumentRecord) -> Directory | None:
+    if not record.ssh_keys:
+        return None
+    names = unique_names(key.name for key in record.ssh_keys)
+    return Directory(
+        {
+            str(index): directory({"openssh-key": Leaf(key.key.strip().encode())})
+            for index, key in enumerate(record.ssh_keys)
+        },
+        listing(f"{index}={name}" for index, name in enumerate(names)),
+    )
+
+
+def _placement(record: DocumentRecord) -> Directory | None:
+    return _some({"availability-zone": _text(record.availability_zone)})
+
+
+def _placement_with_region(record: DocumentRecord) -> Directory | None:
+    zone = record.availability_zone
+    match = None if zone is None else _AWS_ZONE.fullmatch(zone)
+    return _some(
+        {
+            "availability-zone": _text(zone),
+            "region": None if match is None else _text(match[1]),
+        }
+    )
+
+
+def _tags(record: DocumentRecord) -> Directory | None:
+    tags = permitted_tags(record.tags)
+    if not tags:
+        return None
+    leaves = {name: Leaf(value.encode("utf-8", "surrogateescape")) for name, value in tags.items()}
+    return directory({"instance": directory(leaves)})
+
+
+def _network(record: DocumentRecord) -> Directory | None:
+    macs: dict[str, Node] = {}
+    for number, port in enumerate(record.ports):
+        if port.mac is not None and port.mac not in macs:
+            macs[port.mac] = _interface(record, port, number)
+    if not macs:
+        return None
+    return directory({"interfaces": directory({"macs": directory(macs)})})
+
+
+def _interface(record: DocumentRecord, port: DocumentPort, number: int) -> Directory:
+    v4 = [address for address in port.addresses if address.version == 4]
+    v6 = [address for address in port.addresses if address.version == 6]
+    v4_subnets = dict.fromkeys(address.cidr for address in v4 if address.cidr)
+    v6_subnets = dict.fromkeys(address.cidr for address in v6 if address.cidr)
+    found = _some(
+        {
+            "device-number": _text(str(number)),
+            "ipv6s": _lines(address.ip for address in v6),
+            "local-hostname": _hostname(record),
+            "local-ipv4s": _lines(address.ip for address in v4),
+            "mac": _text(port.mac),
+            "owner-id": _text(record.project),
+            "subnet-ipv4-cidr-block": _first(v4_subnets),
+            "subnet-ipv6-cidr-blocks": _lines(v6_subnets),
+        }
+    )
+    return directory({}) if found is None else found
+
+
+def _lines(values: Iterable[str]) -> Leaf | None:
+    return _text("\n".join(values))
+
+
+def _some(children: dict[str, Leaf | None]) -> Directory | None:
+    present = {name: node for name, node in children.items() if node is not None}
+    return directory(present) if present else None
+
+
+_DYNAMIC_SINCE: Final = "2009-04-04"
+
+_CATEGORIES: Final[tuple[tuple[str, str, Callable[[DocumentRecord], Node | None]], ...]] = (
+    ("1.0", "ami-id", lambda _: _text(_NO_IMAGE)),
+    ("1.0", "ami-launch-index", lambda _: _text("0")),
+    ("1.0", "ami-manifest-path", lambda _: _text("(unknown)")),
+    ("1.0", "hostname", _hostname),
+    ("1.0", "instance-id", lambda record: _text(record.ec2_id)),
+    ("1.0", "local-ipv4", _local_ipv4),
+    ("1.0", "public-keys", _public_keys),
+    ("1.0", "reservation-id", _reservation),
+    ("1.0", "security-groups", lambda _: _text("default")),
+    ("2007-01-19", "local-hostname", _hostname),
+    ("2007-08-29", "instance-type", lambda record: _text(record.instance_type)),
+    ("2008-02-01", "placement", _placement),
+    ("2008-09-01", "instance-action", lambda _: _text("none")),
+    ("2011-01-01", "mac", _mac),
+    ("2011-01-01", "network", _network),
+    ("2020-10-27", "placement", _placement_with_region),
+    ("2021-01-03", "ipv6", _ipv6),
+    ("2021-03-23", "tags", _tags),
+)
+
+
+def _generations() -> dict[str, str]:
+    starts = {since for since, _, _ in _CATEGORIES} | {_DYNAMIC_SINCE}
+    generations: dict[str, str] = {}
+    start = EC2_VERSIONS[0]
+    for version in EC2_VERSIONS:
+        if version in starts:
+            start = version
+        generations[version] = start
+    return generations
+
+
+_GENERATIONS: Final = _generations()

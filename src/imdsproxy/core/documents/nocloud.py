@@ -1,0 +1,80 @@
+"""The NoCloud dialect: the four files that cloud-init reads below `http://169.254.169.254/nocloud/`.
+
+All four are always there, if need be empty: a 404 on an optional one costs a boot ten seconds.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Final
+
+from imdsproxy.core.compiled import DocumentRecord
+from imdsproxy.core.documents.ec2 import unique_names
+from imdsproxy.core.documents.network import JsonValue, render_network_config
+from imdsproxy.core.documents.tree import Data, Directory, Leaf, Node, listing
+from imdsproxy.core.documents.vendor import vendor_text
+
+__all__ = ["NOCLOUD_ROOT", "nocloud_directory", "render_yaml"]
+
+NOCLOUD_ROOT: Final = "nocloud"
+"""The first name of the tree's paths."""
+
+_YAML: Final = b"text/yaml; charset=utf-8"
+_PLAIN: Final = re.compile(r"[a-z][a-z-]*")
+_UNPRINTABLE: Final = re.compile(
+    r"[^\t\x20-\x7e\xa0-\u2027\u202a-\ud7ff\ue000-\ufefe\uff00-\ufffd\U00010000-\U0010ffff]"
+)
+"""All but YAML 1.2 §5.1's printable characters less the line ends and the byte order mark."""
+
+
+def nocloud_directory(record: DocumentRecord) -> Directory:
+    """Everything below `/nocloud`."""
+    network = render_network_config(record)
+    children: dict[str, Node] = {
+        "meta-data": Leaf(_meta_data(record), _YAML),
+        "user-data": Leaf(b"") if record.user_data is None else Data(record.user_data),
+        "vendor-data": Leaf(vendor_text(record.vendor_data)),
+        "network-config": Leaf(b"" if network is None else render_yaml(network), _YAML),
+    }
+    return Directory(children, listing(children))
+
+
+def _meta_data(record: DocumentRecord) -> bytes:
+    document: dict[str, JsonValue] = {
+        "instance-id": record.uuid,
+        "local-hostname": record.hostname,
+    }
+    if record.availability_zone:
+        document["availability-zone"] = record.availability_zone
+    if record.instance_type:
+        document["instance-type"] = record.instance_type
+    if record.ssh_keys:
+        names = unique_names(key.name for key in record.ssh_keys)
+        keys = [key.key.strip() for key in record.ssh_keys]
+        document["public-keys"] = dict(zip(names, keys, strict=True))
+    if record.tags:
+        document["tags"] = dict(record.tags)
+    return render_yaml(document)
+
+
+def render_yaml(document: dict[str, JsonValue]) -> bytes:
+    """A mapping as YAML, one line for each member, no newline at the end.
+
+    Values are JSON (which YAML includes), with the characters escaped that YAML does not allow as they are.
+    """
+    return "\n".join(
+        f"{key if _PLAIN.fullmatch(key) else _flow(key)}: {_flow(value)}"
+        for key, value in document.items()
+    ).encode("utf-8")
+
+
+def _flow(value: JsonValue) -> str:
+    return _UNPRINTABLE.sub(_escape, json.dumps(value, ensure_ascii=False))
+
+
+def _escape(match: re.Match[str]) -> str:
+    code = ord(match[0])
+    if 0xD800 <= code <= 0xDFFF:  # noqa: PLR2004 - a lone surrogate has no form in YAML
+        return "\\uFFFD"
+    return f"\\u{code:04X}"

@@ -1,0 +1,131 @@
+"""The tree that every dialect's documents hang in, and how a path finds its way through it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Final, TypeAlias
+from urllib.parse import unquote_to_bytes
+
+from imdsproxy.core.compiled import Blob
+
+__all__ = [
+    "BINARY",
+    "JSON",
+    "TEXT",
+    "BadPath",
+    "Data",
+    "Directory",
+    "Leaf",
+    "Node",
+    "Password",
+    "Seeded",
+    "directory",
+    "find_node",
+    "listing",
+    "parse_path",
+]
+
+TEXT: Final = b"text/plain; charset=utf-8"
+JSON: Final = b"application/json"
+BINARY: Final = b"application/octet-stream"
+
+_BROKEN_ESCAPE: Final = re.compile(rb"%(?![0-9A-Fa-f]{2})")
+
+
+@dataclass(frozen=True, slots=True)
+class Leaf:
+    """A document whose bytes are known."""
+
+    body: bytes
+    content_type: bytes = TEXT
+
+
+@dataclass(frozen=True, slots=True)
+class Data:
+    """A document that is a piece of the record's content, sent as it is."""
+
+    blob: Blob
+
+
+@dataclass(frozen=True, slots=True)
+class Seeded:
+    """A JSON document that has fresh base64 between `before` and `after` in every answer."""
+
+    before: bytes
+    after: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Password:
+    """The place where a guest leaves its encrypted password and reads it again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Directory:
+    """Children by the name a path gives them, and the text that lists them.
+
+    The two differ: `public-keys` lists `0=name` for the child `0`.
+    """
+
+    children: Mapping[str, Node]
+    listing: bytes
+
+
+Node: TypeAlias = Directory | Leaf | Data | Seeded | Password
+
+
+@dataclass(frozen=True, slots=True)
+class BadPath:
+    """A path with a percent sign that begins no escape (RFC 3986 §2.1)."""
+
+
+def listing(names: Iterable[str]) -> bytes:
+    """Names as EC2 lists them: joined by LF, none after the last (clients take it for a name)."""
+    return "\n".join(names).encode("utf-8", "surrogateescape")
+
+
+def directory(children: Mapping[str, Node]) -> Directory:
+    """A directory that lists its children in name order, directories among them with a slash."""
+    return Directory(
+        children,
+        listing(
+            f"{name}/" if isinstance(child, Directory) else name
+            for name, child in sorted(children.items())
+        ),
+    )
+
+
+def parse_path(path: bytes) -> tuple[str, ...] | BadPath | None:
+    """A request's path as names; `None` when it leads nowhere.
+
+    Slashes collapse, also at the end, and escapes are undone. Dot segments are resolved (RFC 3986 §5.2.4)
+    as far as the first name, which they never take away: it says whose tree this is, and rules are made for it.
+    """
+    if b"%" not in path and b"/." not in path:
+        return tuple(filter(None, path.decode("utf-8", "surrogateescape").split("/")))
+    if _BROKEN_ESCAPE.search(path):
+        return BadPath()
+    names: list[str] = []
+    for raw in path.split(b"/"):
+        name = unquote_to_bytes(raw).decode("utf-8", "surrogateescape")
+        if name in {"", "."}:
+            continue
+        if name != "..":
+            names.append(name)
+        elif len(names) > 1:
+            names.pop()
+        else:
+            return None
+    return tuple(names)
+
+
+def find_node(root: Node, names: Iterable[str]) -> Node | None:
+    """What lies at the end of the names below `root`; `None` when nothing does."""
+    node: Node | None = root
+    for name in names:
+        if not isinstance(node, Directory):
+            return None
+        node = node.children.get(name)
+    return node

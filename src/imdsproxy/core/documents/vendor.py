@@ -1,0 +1,51 @@
+"""An operator's vendor data as each dialect wants it.
+
+A JSON object is OpenStack's `vendor_data.json` as it is; what cloud-init is to run is its `cloud-init` member.
+Anything else is text for cloud-init itself (`#cloud-config`, a script, …). So the same is run in every dialect, once.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import cast
+
+from imdsproxy.core.documents.network import JsonValue
+
+__all__ = ["vendor_object", "vendor_text"]
+
+_MEMBER = "cloud-init"
+
+
+def vendor_object(data: bytes | None) -> dict[str, JsonValue]:
+    """What `vendor_data.json` says; an empty object when there is none, as Nova has it.
+
+    Data that is not text (a compressed archive) has no form in JSON that cloud-init reads, and is left out.
+    """
+    if not data:
+        return {}
+    parsed = _parse_object(data)
+    if parsed is not None:
+        return parsed
+    try:
+        return {_MEMBER: data.decode("utf-8")}
+    except UnicodeDecodeError:
+        return {}
+
+
+def vendor_text(data: bytes | None) -> bytes:
+    """What NoCloud's `vendor-data` says; empty when there is nothing to run."""
+    if not data:
+        return b""
+    parsed = _parse_object(data)
+    if parsed is None:
+        return data
+    text = parsed.get(_MEMBER)
+    return text.encode("utf-8", "surrogateescape") if isinstance(text, str) else b""
+
+
+def _parse_object(data: bytes) -> dict[str, JsonValue] | None:
+    try:
+        parsed = json.loads(data)
+    except (ValueError, RecursionError):
+        return None
+    return cast("dict[str, JsonValue]", parsed) if isinstance(parsed, dict) else None

@@ -1,0 +1,91 @@
+"""How a document server becomes its own successor: same process, same sockets, new program.
+
+The parent writes what it holds into a file and executes its own command line again. The next program finds
+the file with its own pid in it, forks new workers on the same sockets, and ends the old ones when the new
+ones answer. No connection is refused meanwhile, and the process that a supervisor watches stays.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypedDict, cast
+
+from imdsproxy.host.files import write_atomic
+from imdsproxy.serving.worker import Place
+
+__all__ = ["Handover", "accept_handover", "write_handover"]
+
+
+@dataclass(frozen=True, slots=True)
+class Handover:
+    """What the predecessor held: the pid file's lock, its sockets, and workers that still serve."""
+
+    lock: int
+    places: tuple[Place, ...]
+    workers: tuple[int, ...]
+
+
+class _Socket(TypedDict):
+    path: str
+    descriptor: int
+    identity: list[int]
+
+
+class _Text(TypedDict):
+    pid: int
+    lock: int
+    sockets: list[_Socket]
+    workers: list[int]
+
+
+def write_handover(
+    path: Path, *, lock: int, places: Sequence[Place], workers: Sequence[int]
+) -> None:
+    """Write the file and make the descriptors survive the execution.
+
+    Raises:
+        HostRefused: The file cannot be written.
+        PrivilegeMissing: This process may not write there.
+    """
+    text: _Text = {
+        "pid": os.getpid(),
+        "lock": lock,
+        "sockets": [
+            {
+                "path": str(place.path),
+                "descriptor": place.listener.fileno(),
+                "identity": list(place.identity),
+            }
+            for place in places
+        ],
+        "workers": list(workers),
+    }
+    write_atomic(path, json.dumps(text).encode("ascii"), mode=0o600)
+    for descriptor in (lock, *(place.listener.fileno() for place in places)):
+        os.set_inheritable(descriptor, True)
+
+
+def accept_handover(path: Path) -> Handover | None:
+    """What this process's former program left, once; `None` when it was started anew."""
+    try:
+        text = cast("_Text", json.loads(path.read_bytes()))
+    except (OSError, ValueError):
+        # Whatever is there was not written for this process in this moment.
+        return None
+    if text["pid"] != os.getpid():
+        return None
+    path.unlink(missing_ok=True)
+    os.set_inheritable(text["lock"], False)
+    return Handover(text["lock"], tuple(map(_accept, text["sockets"])), tuple(text["workers"]))
+
+
+def _accept(text: _Socket) -> Place:
+    listener = socket.socket(fileno=text["descriptor"])
+    listener.set_inheritable(False)
+    device, inode = text["identity"]
+    return Place(Path(text["path"]), listener, (device, inode))

@@ -1,0 +1,111 @@
+"""The passwords that guests post, one file an instance, written once.
+
+A guest encrypts its password with its ssh key and posts it (`/openstack/…/password`); the owner reads it. It is
+posted once in an instance's life, so it is synced to the disk before the guest is told that it is kept.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Container
+from pathlib import Path
+from typing import Final
+
+from imdsproxy.core.model import InstanceId
+from imdsproxy.errors import HostRefused, PrivilegeMissing
+from imdsproxy.host.files import sync_directory, write_atomic
+from imdsproxy.host.refusal import host_refused
+
+__all__ = ["PasswordStore"]
+
+_FILE_MODE: Final = 0o640
+_PERMISSION_HINT: Final = "the document server's account must be able to write the directory"
+
+
+class PasswordStore:
+    """A directory of passwords; several processes may use it at once.
+
+    Args:
+        directory: Must exist, and be writable for this process to keep anything.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+
+    def read(self, instance_id: InstanceId) -> bytes | None:
+        """The instance's password; `None` when it has posted none.
+
+        Raises:
+            HostRefused: It cannot be read.
+            PrivilegeMissing: This process may not read it.
+        """
+        try:
+            return self._path(instance_id).read_bytes()
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise _refused(f"read the password of {instance_id}", error) from error
+
+    def keep(self, instance_id: InstanceId, password: bytes) -> bool:
+        """Keep a password for good; `False` when the instance has one already, which stays.
+
+        Of two that come at once, one is kept, and nobody ever reads a part of it.
+
+        Raises:
+            HostRefused: The file system is full or read-only; nothing is kept.
+            PrivilegeMissing: This process may not write there.
+        """
+        path = self._path(instance_id)
+        new = path.with_name(f".{path.name}.{os.getpid()}.new")
+        write_atomic(new, password, mode=_FILE_MODE, durable=True)
+        try:
+            # A link fails where the name exists, as O_EXCL does, but brings the whole file with it.
+            path.hardlink_to(new)
+        except FileExistsError:
+            return False
+        except OSError as error:
+            raise _refused(f"keep the password of {instance_id}", error) from error
+        finally:
+            new.unlink(missing_ok=True)
+        sync_directory(self._directory)
+        return True
+
+    def remove(self, instance_id: InstanceId) -> bool:
+        """Forget the instance's password; `False` when it has none.
+
+        Raises:
+            HostRefused: The file system is read-only.
+            PrivilegeMissing: This process may not write there.
+        """
+        try:
+            self._path(instance_id).unlink()
+        except FileNotFoundError:
+            return False
+        except OSError as error:
+            raise _refused(f"remove the password of {instance_id}", error) from error
+        return True
+
+    def sweep(self, keep: Container[InstanceId]) -> tuple[InstanceId, ...]:
+        """Forget the passwords of all instances that are not in `keep`; says whose went.
+
+        Raises:
+            HostRefused: The file system is read-only, or the directory cannot be read.
+            PrivilegeMissing: This process may not read or write it.
+        """
+        try:
+            names = [path.name for path in self._directory.iterdir()]
+        except FileNotFoundError:
+            return ()
+        except OSError as error:
+            raise _refused(f"list the passwords in {self._directory}", error) from error
+        present = [InstanceId(name) for name in names if not name.startswith(".")]
+        gone = [instance_id for instance_id in present if instance_id not in keep]
+        return tuple(instance_id for instance_id in gone if self.remove(instance_id))
+
+    def _path(self, instance_id: InstanceId) -> Path:
+        return self._directory / instance_id
+
+
+def _refused(action: str, error: OSError) -> HostRefused | PrivilegeMissing:
+    hint = _PERMISSION_HINT if isinstance(error, PermissionError) else ""
+    return host_refused(action, error, hint=hint)

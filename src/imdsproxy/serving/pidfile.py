@@ -1,0 +1,143 @@
+"""The document server's pid file: who runs, and that it is the only one.
+
+The parent holds a lock on the file (flock(2)) as long as it lives, whatever kills it. Each line is `PID START`,
+the parent's first, then its workers'; START is the process's start time in the kernel's ticks
+(proc_pid_stat(5), field 22), so that a number given to somebody else since is not taken for ours.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import signal
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from imdsproxy.errors import HostRefused
+from imdsproxy.host.refusal import host_refused
+
+__all__ = ["DocumentProcesses", "PidFile", "read_pids", "stop_documents"]
+
+_START_FIELD: Final = 22
+_POLL_S: Final = 0.02
+
+
+@dataclass(frozen=True, slots=True)
+class DocumentProcesses:
+    """The processes that live, of those that the file names; `parent` is `None` when it was killed."""
+
+    parent: int | None
+    workers: tuple[int, ...]
+
+    @property
+    def pids(self) -> tuple[int, ...]:
+        """All of them, the parent first."""
+        return self.workers if self.parent is None else (self.parent, *self.workers)
+
+
+class PidFile:
+    """The locked file; made by `claim`, or taken over with an inherited descriptor."""
+
+    def __init__(self, descriptor: int) -> None:
+        self.descriptor = descriptor
+
+    @classmethod
+    def claim(cls, path: Path) -> PidFile:
+        """Take the lock.
+
+        Raises:
+            HostRefused: Another document server has it, or the file cannot be made.
+            PrivilegeMissing: This process may not write there.
+        """
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        except OSError as error:
+            raise host_refused(f"open {path}", error) from error
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(descriptor)
+            lines = _lines(path)
+            who = f" (pid {lines[0].split()[0]})" if lines else ""
+            raise HostRefused(
+                f"a document server runs here already{who}", hint=f"its pid file is {path}"
+            ) from error
+        return cls(descriptor)
+
+    def write(self, pids: Sequence[int]) -> None:
+        """Say who runs: the parent, then the workers."""
+        text = "".join(f"{pid} {start}\n" for pid in pids if (start := _start_time(pid)))
+        data = text.encode("ascii")
+        os.pwrite(self.descriptor, data, 0)
+        os.ftruncate(self.descriptor, len(data))
+
+    def release(self) -> None:
+        """Let another one start; the file stays, empty."""
+        os.ftruncate(self.descriptor, 0)
+        os.close(self.descriptor)
+
+
+def read_pids(path: Path) -> DocumentProcesses:
+    """Which of the document server's processes live now."""
+    alive: list[int | None] = []
+    for line in _lines(path):
+        pid, _, start = line.partition(" ")
+        alive.append(int(pid) if pid.isdigit() and _start_time(int(pid)) == start else None)
+    workers = tuple(pid for pid in alive[1:] if pid is not None)
+    return DocumentProcesses(alive[0] if alive else None, workers)
+
+
+def stop_documents(
+    path: Path,
+    *,
+    timeout_s: float = 10.0,
+    monotonic: Callable[[], float] = time.monotonic,
+    sleep: Callable[[float], None] = time.sleep,
+) -> bool:
+    """Stop the document server, and workers whose parent was killed; `False` when nothing runs.
+
+    Raises:
+        HostRefused: A process is still there after `timeout_s` seconds.
+        PrivilegeMissing: They belong to somebody else.
+    """
+    running = read_pids(path)
+    if not running.pids:
+        return False
+    for pid in running.workers if running.parent is None else (running.parent,):
+        try:
+            os.kill(pid, signal.SIGTERM)
+        except ProcessLookupError:
+            continue
+        except OSError as error:
+            raise host_refused(f"stop the document server's process {pid}", error) from error
+    deadline = monotonic() + timeout_s
+    while left := read_pids(path).pids:
+        if monotonic() >= deadline:
+            raise HostRefused(
+                f"the document server's processes {', '.join(map(str, left))} do not end",
+                hint="see what they say in the log, or kill them",
+            )
+        sleep(_POLL_S)
+    return True
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="ascii", errors="replace").splitlines()
+    except OSError:
+        # Without the file nobody is known to run.
+        return []
+
+
+def _start_time(pid: int) -> str | None:
+    """The process's start; `None` when there is none, or only its remains (a zombie)."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
+    fields = stat.rpartition(")")[2].split()
+    state, start = fields[0], fields[_START_FIELD - 3]
+    return None if state in {"Z", "X"} else start

@@ -1,0 +1,259 @@
+"""Compiled records on disk: written by the controller, read by the document server.
+
+A record is replaced by a rename, so a reader sees the old file or the new one, whole. Nothing is synced to
+the disk: after a power cut a record may be damaged, which its checksums show, and the controller writes it anew
+from its source when it starts.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import OrderedDict
+from collections.abc import Container, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, Final, TypeAlias
+
+from imdsproxy.core.compiled import CompiledRecord, compiled_path, parse_compiled
+from imdsproxy.core.documents import DocumentTree
+from imdsproxy.core.model import InstanceId
+from imdsproxy.errors import HostRefused, PrivilegeMissing
+from imdsproxy.host.files import ensure_directory, write_atomic
+from imdsproxy.host.refusal import host_refused
+
+__all__ = [
+    "LoadedRecord",
+    "RecordReader",
+    "apply_record",
+    "list_records",
+    "remove_record",
+    "sweep_records",
+]
+
+_SUFFIX: Final = ".rec"
+_FILE_MODE: Final = 0o640
+_DIRECTORY_MODE: Final = 0o750
+_KEPT_CONTENT: Final = 256 * 1024
+"""Bytes of content that are kept in memory with a record; from longer ones user-data is read when asked for."""
+
+_TREE_COST: Final = 32 * 1024
+"""What a parsed record with its documents is reckoned at, in bytes; measured: 10 to 30 kB."""
+
+_Signature: TypeAlias = tuple[int, int, int]
+
+
+def apply_record(
+    directory: Path, instance_id: InstanceId, record: CompiledRecord, *, group: int | None = None
+) -> bool:
+    """Have the instance's record on disk; `True` when it had to be written.
+
+    Args:
+        directory: The documents directory; made if need be.
+        instance_id: Whose record it is.
+        record: What is to be there.
+        group: The group id that may read it (the document server's); `None` leaves it.
+
+    Raises:
+        HostRefused: The file system is full or read-only; what was there before still is.
+        PrivilegeMissing: This process may not write there.
+    """
+    path = directory / compiled_path(instance_id)
+    if _has_content(path, record.content):
+        return False
+    owner = None if group is None else (-1, group)
+    try:
+        write_atomic(path, record.content, mode=_FILE_MODE, owner=owner)
+    except HostRefused:
+        if path.parent.is_dir():
+            raise
+        ensure_directory(directory, mode=_DIRECTORY_MODE, owner=owner)
+        ensure_directory(path.parent, mode=_DIRECTORY_MODE, owner=owner)
+        write_atomic(path, record.content, mode=_FILE_MODE, owner=owner)
+    return True
+
+
+def _has_content(path: Path, content: bytes) -> bool:
+    try:
+        return path.stat().st_size == len(content) and path.read_bytes() == content
+    except OSError:
+        # Whatever keeps it from being read, writing it anew mends or reports it.
+        return False
+
+
+def remove_record(directory: Path, instance_id: InstanceId) -> bool:
+    """Take the instance's record away; `False` when there was none.
+
+    Raises:
+        HostRefused: The file system is read-only.
+        PrivilegeMissing: This process may not write there.
+    """
+    path = directory / compiled_path(instance_id)
+    try:
+        path.unlink()
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        raise _refused(f"remove the compiled record {path}", error) from error
+    return True
+
+
+def list_records(directory: Path) -> Iterator[InstanceId]:
+    """The instances that have a record, in no order.
+
+    Raises:
+        HostRefused: The directory cannot be read.
+        PrivilegeMissing: This process may not read it.
+    """
+    for path in _files(directory):
+        if path.suffix == _SUFFIX and not path.name.startswith("."):
+            yield InstanceId(path.name.removesuffix(_SUFFIX))
+
+
+def sweep_records(directory: Path, keep: Container[InstanceId]) -> tuple[InstanceId, ...]:
+    """Remove the records of all instances that are not in `keep`, and what a killed writer left.
+
+    Returns:
+        Whose records went.
+
+    Raises:
+        HostRefused: The file system is read-only, or the directory cannot be read.
+        PrivilegeMissing: This process may not read or write it.
+    """
+    for path in _files(directory):
+        if path.name.startswith(".") and path.suffix == ".tmp":
+            try:
+                path.unlink(missing_ok=True)
+            except OSError as error:
+                raise _refused(f"remove {path}", error) from error
+    gone = [instance_id for instance_id in list_records(directory) if instance_id not in keep]
+    return tuple(instance_id for instance_id in gone if remove_record(directory, instance_id))
+
+
+def _files(directory: Path) -> list[Path]:
+    try:
+        shards = [entry.path for entry in os.scandir(directory) if entry.is_dir()]
+        return [Path(entry.path) for shard in shards for entry in os.scandir(shard)]
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise _refused(f"list the compiled records in {directory}", error) from error
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedRecord:
+    """A record in memory.
+
+    Attributes:
+        content: The file's bytes, or `None` where they are too many to be kept.
+    """
+
+    path: Path
+    tree: DocumentTree
+    content: bytes | None
+    signature: _Signature
+
+    @property
+    def cost(self) -> int:
+        """Roughly the bytes of memory that it takes."""
+        vendor_data = self.tree.record.vendor_data or b""
+        return _TREE_COST + len(vendor_data) + len(self.content or b"")
+
+
+class RecordReader:
+    """Gives records, parsed; keeps those that were asked for last, and looks each time whether they still hold.
+
+    Args:
+        directory: The documents directory.
+        capacity: Bytes of memory to spend on records; one record is always kept.
+    """
+
+    def __init__(self, directory: Path, *, capacity: int) -> None:
+        self._directory = directory
+        self._capacity = capacity
+        self._loaded: OrderedDict[InstanceId, LoadedRecord] = OrderedDict()
+        self._spent = 0
+
+    def load(self, instance_id: InstanceId, *, fresh: bool = False) -> LoadedRecord | None:
+        """The instance's record as it is on disk now; `None` when it has none.
+
+        Args:
+            instance_id: Whose record.
+            fresh: Read the file even if it looks the same as before.
+
+        Raises:
+            RecordCorrupt: It fails a checksum.
+            HostRefused: It cannot be read.
+            PrivilegeMissing: This process may not read it.
+        """
+        held = self._loaded.get(instance_id)
+        if held is not None and not fresh and self._still_holds(held):
+            self._loaded.move_to_end(instance_id)
+            return held
+        self._drop(instance_id)
+        read = self._read(instance_id)
+        if read is not None:
+            self._keep(instance_id, read)
+        return read
+
+    def open_content(self, loaded: LoadedRecord) -> BinaryIO | None:
+        """The record's file, to read pieces of; `None` when it has been replaced since it was loaded.
+
+        Raises:
+            HostRefused: It cannot be read.
+            PrivilegeMissing: This process may not read it.
+        """
+        try:
+            file = loaded.path.open("rb")
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise _refused(f"read the compiled record {loaded.path}", error) from error
+        if _signature(os.fstat(file.fileno())) != loaded.signature:
+            file.close()
+            return None
+        return file
+
+    @staticmethod
+    def _still_holds(loaded: LoadedRecord) -> bool:
+        try:
+            return _signature(os.stat(loaded.path)) == loaded.signature  # noqa: PTH116 - half the cost of Path.stat, on every request
+        except OSError:
+            return False
+
+    def _read(self, instance_id: InstanceId) -> LoadedRecord | None:
+        path = self._directory / compiled_path(instance_id)
+        try:
+            with path.open("rb", buffering=0) as file:
+                signature = _signature(os.fstat(file.fileno()))
+                content = file.readall()
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise _refused(f"read the compiled record {path}", error) from error
+        record = parse_compiled(content)
+        kept = content if len(content) <= _KEPT_CONTENT else None
+        return LoadedRecord(path, DocumentTree(record), kept, signature)
+
+    def _keep(self, instance_id: InstanceId, loaded: LoadedRecord) -> None:
+        self._loaded[instance_id] = loaded
+        self._spent += loaded.cost
+        while self._spent > self._capacity and len(self._loaded) > 1:
+            _, oldest = self._loaded.popitem(last=False)
+            self._spent -= oldest.cost
+
+    def _drop(self, instance_id: InstanceId) -> None:
+        held = self._loaded.pop(instance_id, None)
+        if held is not None:
+            self._spent -= held.cost
+
+
+def _signature(status: os.stat_result) -> _Signature:
+    return status.st_mtime_ns, status.st_ino, status.st_size
+
+
+def _refused(action: str, error: OSError) -> HostRefused | PrivilegeMissing:
+    return host_refused(
+        action,
+        error,
+        hint="" if not isinstance(error, PermissionError) else "check the owner and mode of it",
+    )

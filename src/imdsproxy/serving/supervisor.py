@@ -1,0 +1,329 @@
+"""Keeps worker processes alive: one for each socket, a new one at once when one dies."""
+
+from __future__ import annotations
+
+import gc
+import os
+import resource
+import select
+import signal
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from types import FrameType
+from typing import Final
+
+import structlog
+
+from imdsproxy.errors import HostRefused
+from imdsproxy.host.refusal import host_refused
+from imdsproxy.serving.account import Account
+from imdsproxy.serving.pidfile import PidFile
+from imdsproxy.serving.worker import Place, WorkerTask, run_worker
+
+__all__ = ["HANDLED_SIGNALS", "Ending", "Supervisor"]
+
+_START_WITHIN_S: Final = 15.0
+_STOP_WITHIN_S: Final = 8.0
+_HEALTHY_AFTER_S: Final = 5.0
+_FIRST_DELAY_S: Final = 0.1
+_LONGEST_DELAY_S: Final = 5.0
+_ATTEMPTS: Final = 3
+_DESCRIPTORS: Final = 65_536
+HANDLED_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD)
+
+
+class Ending(Enum):
+    """Why the supervisor came back."""
+
+    STOP = "stop"
+    REPLACE = "replace"
+
+
+@dataclass(slots=True)
+class _Worker:
+    """One place and its process.
+
+    Attributes:
+        pid: `None` between two processes.
+        ready: The reading end of the pipe in which the process announces itself, until it has.
+        failures: Processes in a row that died young.
+        due: When the next one is to start, while there is none.
+    """
+
+    place: Place
+    pid: int | None = None
+    ready: int | None = None
+    started: float = 0.0
+    failures: int = 0
+    due: float = 0.0
+
+    @property
+    def answers(self) -> bool:
+        """Whether its process has announced itself."""
+        return self.pid is not None and self.ready is None
+
+
+class Supervisor:
+    """The parent's part.
+
+    Args:
+        places: The sockets, one for each worker.
+        records: The directory of compiled records.
+        passwords: The directory of guests' passwords.
+        cache_bytes: Memory that each worker may spend on records.
+        account: What the workers become; `None` leaves them as they are.
+        pid_file: Kept current.
+        monotonic: The clock.
+    """
+
+    def __init__(
+        self,
+        places: Sequence[Place],
+        *,
+        records: Path,
+        passwords: Path,
+        cache_bytes: int,
+        account: Account | None,
+        pid_file: PidFile,
+        monotonic: Callable[[], float],
+    ) -> None:
+        self._workers = [_Worker(place) for place in places]
+        self._records = records
+        self._passwords = passwords
+        self._cache_bytes = cache_bytes
+        self._account = account
+        self._pid_file = pid_file
+        self._monotonic = monotonic
+        self._ending: Ending | None = None
+        self._predecessors: set[int] = set()
+        self._alive, self._alive_writer = os.pipe()
+        self._wakeup, self._wakeup_writer = os.pipe()
+        self._log = structlog.get_logger()
+
+    @property
+    def pids(self) -> tuple[int, ...]:
+        """Every worker process, predecessors that have not ended yet included."""
+        workers = (worker.pid for worker in self._workers if worker.pid is not None)
+        return (*workers, *self._predecessors)
+
+    def start(self, predecessors: Iterable[int] = ()) -> None:
+        """Start all workers and wait until they answer; then end the predecessors.
+
+        Raises:
+            HostRefused: A worker does not come up; none is left running.
+        """
+        self._predecessors = set(predecessors)
+        self._catch_signals()
+        _raise_descriptor_limit()
+        gc.collect()
+        gc.freeze()
+        deadline = self._monotonic() + _START_WITHIN_S
+        while self._ending is None and not all(worker.answers for worker in self._workers):
+            failed = max(worker.failures for worker in self._workers) >= _ATTEMPTS
+            if failed or self._monotonic() > deadline:
+                self._end(worker.pid for worker in self._workers if worker.pid is not None)
+                raise HostRefused(
+                    "the document server's workers do not come up", hint="see what they said before"
+                )
+            self._step()
+        for pid in self._predecessors:
+            _signal(pid, signal.SIGTERM)
+
+    def run(self) -> Ending:
+        """Keep the workers alive until a signal says what is next."""
+        while self._ending is None:
+            self._step()
+        ending, self._ending = self._ending, None
+        return ending
+
+    def stop(self) -> None:
+        """End all workers: ask, wait while they finish their requests, then kill what is left."""
+        self._end(self.pids)
+
+    def _end(self, pids: Iterable[int]) -> None:
+        left = set(pids)
+        for pid in left:
+            _signal(pid, signal.SIGTERM)
+        deadline = self._monotonic() + _STOP_WITHIN_S
+        while left:
+            if self._monotonic() > deadline:
+                self._log.warning("workers do not end; killing them", pids=sorted(left))
+                for pid in left:
+                    _signal(pid, signal.SIGKILL)
+                deadline = float("inf")
+            self._wait(0.1)
+            self._reap(stopping=True)
+            left.intersection_update(self.pids)
+
+    def _step(self) -> None:
+        now = self._monotonic()
+        for worker in self._workers:
+            if worker.pid is None and worker.due <= now:
+                self._fork(worker)
+        due = [worker.due for worker in self._workers if worker.pid is None]
+        self._wait(max(0.0, min(due) - now) if due else None)
+        self._reap(stopping=False)
+        self._hear()
+
+    def _wait(self, timeout_s: float | None) -> None:
+        pipes = [worker.ready for worker in self._workers if worker.ready is not None]
+        if timeout_s is None and pipes:
+            timeout_s = _START_WITHIN_S
+        readable, _, _ = select.select([self._wakeup, *pipes], [], [], timeout_s)
+        if self._wakeup in readable:
+            os.read(self._wakeup, 4096)
+
+    def _hear(self) -> None:
+        for worker in self._workers:
+            if worker.ready is None or not select.select([worker.ready], [], [], 0)[0]:
+                continue
+            if os.read(worker.ready, 1):
+                os.close(worker.ready)
+                worker.ready = None
+                self._log.info("a worker answers", pid=worker.pid, socket=str(worker.place.path))
+
+    def _reap(self, *, stopping: bool) -> None:
+        for pid in list(self._predecessors):
+            if _ended(pid) is not None:
+                self._predecessors.discard(pid)
+        for worker in self._workers:
+            if worker.pid is None:
+                continue
+            status = _ended(worker.pid)
+            if status is None:
+                continue
+            if not stopping:
+                self._log.error(
+                    "a worker ended; starting another",
+                    pid=worker.pid,
+                    how=_describe(status),
+                    socket=str(worker.place.path),
+                )
+            self._bury(worker)
+
+    def _bury(self, worker: _Worker) -> None:
+        now = self._monotonic()
+        worker.failures = 0 if now - worker.started >= _HEALTHY_AFTER_S else worker.failures + 1
+        exponent = worker.failures - 2
+        delay = 0.0 if exponent < 0 else min(_FIRST_DELAY_S * 2.0**exponent, _LONGEST_DELAY_S)
+        worker.due = now + delay
+        worker.pid = None
+        if worker.ready is not None:
+            os.close(worker.ready)
+            worker.ready = None
+
+    def _fork(self, worker: _Worker) -> None:
+        ready, announce = os.pipe()
+        # A signal between fork and the child's own dispositions would run the parent's handlers there.
+        signal.pthread_sigmask(signal.SIG_BLOCK, HANDLED_SIGNALS)
+        try:
+            pid = os.fork()
+            if pid == 0:
+                self._child(worker, ready, announce)
+        except OSError as error:
+            os.close(ready)
+            raise host_refused("start a worker", error) from error
+        finally:
+            os.close(announce)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, HANDLED_SIGNALS)
+        worker.pid, worker.ready, worker.started = pid, ready, self._monotonic()
+        self._pid_file.write((os.getpid(), *self.pids))
+
+    def _child(self, worker: _Worker, ready: int, announce: int) -> None:
+        """Never returns: nothing of the parent's may run twice."""
+        status = 1
+        try:
+            self._leave_parent(worker, ready)
+            task = WorkerTask(
+                place=worker.place,
+                records=self._records,
+                passwords=self._passwords,
+                cache_bytes=self._cache_bytes,
+                parent=self._alive,
+                announce=lambda: _announce(announce),
+            )
+            run_worker(task)
+            status = 0
+        except BaseException:
+            self._log.exception("a worker failed", socket=str(worker.place.path))
+        finally:
+            with suppress(OSError, ValueError):
+                sys.stderr.flush()
+            os._exit(status)
+
+    def _leave_parent(self, worker: _Worker, ready: int) -> None:
+        signal.set_wakeup_fd(-1)
+        for number in HANDLED_SIGNALS:
+            signal.signal(number, signal.SIG_DFL)
+        # A terminal sends these to everybody; what is to happen the parent says.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, HANDLED_SIGNALS)
+        for other in self._workers:
+            if other is not worker:
+                other.place.listener.close()
+                if other.ready is not None:
+                    os.close(other.ready)
+        for descriptor in (
+            ready,
+            self._alive_writer,
+            self._wakeup,
+            self._wakeup_writer,
+            self._pid_file.descriptor,
+        ):
+            os.close(descriptor)
+        if self._account is not None:
+            self._account.assume()
+
+    def _catch_signals(self) -> None:
+        for descriptor in (self._wakeup, self._wakeup_writer):
+            os.set_blocking(descriptor, False)
+        signal.set_wakeup_fd(self._wakeup_writer, warn_on_full_buffer=False)
+        signal.signal(signal.SIGTERM, self._note_stop)
+        signal.signal(signal.SIGINT, self._note_stop)
+        signal.signal(signal.SIGHUP, self._note_replace)
+        signal.signal(signal.SIGCHLD, lambda _number, _frame: None)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, HANDLED_SIGNALS)
+
+    def _note_stop(self, _number: int, _frame: FrameType | None) -> None:
+        self._ending = Ending.STOP
+
+    def _note_replace(self, _number: int, _frame: FrameType | None) -> None:
+        if self._ending is None:
+            self._ending = Ending.REPLACE
+
+
+def _announce(descriptor: int) -> None:
+    os.write(descriptor, b"1")
+    os.close(descriptor)
+
+
+def _signal(pid: int, number: signal.Signals) -> None:
+    with suppress(ProcessLookupError):
+        os.kill(pid, number)
+
+
+def _ended(pid: int) -> int | None:
+    """The wait status of a child that has ended; `None` while it has not."""
+    try:
+        found, status = os.waitpid(pid, os.WNOHANG)
+    except ChildProcessError:
+        return 0
+    return status if found == pid else None
+
+
+def _describe(status: int) -> str:
+    if os.WIFSIGNALED(status):
+        return signal.Signals(os.WTERMSIG(status)).name
+    return f"exit status {os.waitstatus_to_exitcode(status)}"
+
+
+def _raise_descriptor_limit() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, _DESCRIPTORS)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
