@@ -93,6 +93,7 @@ def _demonstrate(options: Options, directory: Path, console: Console) -> int:
         steps.say("starting imdsproxy and telling it of them")
         daemon.start()
         daemon.fill(word)
+        daemon.wait_serving()
         verdicts = _observe(everyone, directory, steps)
         right = _tell(verdicts, console)
         if options.json is not None:

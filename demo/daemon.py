@@ -9,12 +9,12 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Final
+from typing import IO, Any, Final
 
 import yaml
 
 from demo.processes import CommandError, inside, run
-from demo.roster import DAEMON_PREFIX, HOST_NAMESPACE, records
+from demo.roster import DAEMON_PREFIX, HOST_NAMESPACE, networks, records
 
 __all__ = ["Daemon", "Pids", "render_config"]
 
@@ -98,24 +98,41 @@ class Daemon:
             file.write_text(yaml.safe_dump(part, sort_keys=False))
             run([*self.cli, kind, "add", "--file", str(file)])
 
+    def wait_serving(self) -> None:
+        """Waits until every network of the lab is listened on.
+
+        Raises:
+            CommandError: Not in time; the message says which are left out and why.
+        """
+        wanted = len(networks())
+        deadline = time.monotonic() + _START_S
+        while (status := self._status())["serving"] != wanted or not status["haproxy"]["worker"]:
+            if time.monotonic() > deadline:
+                reasons = [f"{entry['network']}: {entry['reason']}" for entry in status["left_out"]]
+                raise CommandError(f"not all networks are served: {'; '.join(reasons)}")
+            time.sleep(_POLL_S)
+
     def pids(self) -> Pids:
         """Asks the daemon for its processes.
 
         Raises:
             CommandError: It does not answer, or not all of them run.
         """
-        output = run([*self.cli, "status", "--json"])
+        status = self._status()
         try:
-            status = json.loads(output.out)
             return Pids(
                 master=int(status["haproxy"]["master"]),
                 worker=int(status["haproxy"]["worker"]),
-                documents=tuple(int(pid) for pid in status["documents"]),
+                documents=tuple(int(pid) for pid in status["documents"]["pids"]),
                 controller=int(status["controller"]),
             )
         except (KeyError, TypeError, ValueError) as error:
-            text = output.out.decode(errors="replace")
-            raise CommandError(f"status is not understood: {error!r} in {text}") from error
+            raise CommandError(f"status is not understood: {error!r} in {status}") from error
+
+    def _status(self) -> dict[str, Any]:
+        output = run([*self.cli, "status", "--json"])
+        found: dict[str, Any] = json.loads(output.out)
+        return found
 
     def stop(self) -> None:
         """Stops all of it. The caller ends by force, with the lab, what does not stop."""

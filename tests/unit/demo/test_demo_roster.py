@@ -7,6 +7,7 @@ import yaml
 
 from demo.lab import plan_links, plan_namespaces
 from demo.roster import PREFIX, PROOF, guests, networks, records
+from imdsproxy.core.records import parse_records
 
 
 def test_each_network_has_the_same_addresses_and_macs() -> None:
@@ -56,6 +57,17 @@ def test_the_records_survive_yaml_with_their_bytes() -> None:
 
     stored = {entry["id"]: entry["user_data"] for entry in written["instances"]}
     assert stored == {guest.uuid: guest.user_data for guest in guests("w")}
+
+
+def test_the_records_are_acceptable_and_give_the_expected_ids() -> None:
+    parsed = parse_records(yaml.safe_load(yaml.safe_dump(records("w"))))
+
+    assert parsed.all_problems == ()
+    instances = [instance for _where, instance in parsed.instances]
+    assert [instance.uuid for instance in instances] == [guest.uuid for guest in guests("w")]
+    assert [instance.ec2_id for instance in instances] == [
+        guest.instance_id for guest in guests("w")
+    ]
 
 
 def test_every_link_is_made_in_a_namespace_of_the_lab() -> None:
