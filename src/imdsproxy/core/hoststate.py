@@ -11,6 +11,7 @@ from imdsproxy.core.model import METADATA_IPV4, METADATA_IPV6, IpAddress
 __all__ = [
     "AddressState",
     "BindTrial",
+    "ChangedPlaces",
     "Effect",
     "Family",
     "ListeningSocket",
@@ -20,6 +21,7 @@ __all__ = [
     "ObservedHost",
     "ObservedNamespace",
     "SocketOwner",
+    "changed_places",
     "merge_observed",
 ]
 
@@ -200,6 +202,61 @@ def merge_observed(before: ObservedHost, part: ObservedHost) -> ObservedHost:
     )
 
 
+@dataclass(frozen=True, slots=True)
+class ChangedPlaces:
+    """Where a part shows something else than what was known.
+
+    Attributes:
+        namespaces: Names.
+        devices: Of the host's own namespace.
+        sockets: Who listens in the host's own namespace has changed.
+    """
+
+    namespaces: frozenset[str] = frozenset()
+    devices: frozenset[str] = frozenset()
+    sockets: bool = False
+
+    def __bool__(self) -> bool:
+        return bool(self.namespaces or self.devices or self.sockets)
+
+
+def changed_places(before: ObservedHost, part: ObservedHost) -> ChangedPlaces:
+    """Compare what a part asked for with what was known; our own sockets may come and go."""
+    asked = part.asked_namespaces
+    if asked is None:
+        asked = frozenset(before.namespaces) | frozenset(part.namespaces)
+    namespaces = (
+        name
+        for name in asked
+        if _telling(before.namespaces.get(name)) != _telling(part.namespaces.get(name))
+    )
+    devices = part.asked_devices
+    if devices is None:
+        devices = frozenset(before.root.devices) | frozenset(part.root.devices)
+    changed = frozenset(
+        name for name in devices if _of_device(before.root, name) != _of_device(part.root, name)
+    )
+    sockets = bool(devices) and _foreign_in(before.root) != _foreign_in(part.root)
+    return ChangedPlaces(frozenset(namespaces), changed, sockets)
+
+
+def _foreign_in(seen: ObservedNamespace) -> frozenset[ListeningSocket]:
+    return frozenset(one for one in seen.sockets if not one.ours)
+
+
+def _telling(seen: ObservedNamespace | None) -> object:
+    if seen is None:
+        return None
+    rest = (seen.ref, seen.devices, seen.addresses, seen.default_routes, seen.trials, seen.problem)
+    return (*rest, _foreign_in(seen))
+
+
+def _of_device(seen: ObservedNamespace, name: str) -> object:
+    addresses = tuple(one for one in seen.addresses if one.device == name)
+    trials = tuple(one for one in seen.trials if one.device == name)
+    return seen.devices.get(name), addresses, trials
+
+
 def _widest(one: frozenset[str] | None, other: frozenset[str] | None) -> frozenset[str] | None:
     return None if one is None or other is None else one | other
 
@@ -217,6 +274,8 @@ def _merge_root(before: ObservedHost, part: ObservedHost) -> ObservedNamespace:
     asked = part.asked_devices
     if asked is None:
         return part.root
+    if not asked:
+        return before.root
     old, new = before.root, part.root
     devices = {name: device for name, device in old.devices.items() if name not in asked}
     return ObservedNamespace(

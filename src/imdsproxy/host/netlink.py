@@ -30,13 +30,19 @@ from imdsproxy.host.nlmessages import (
 )
 
 __all__ = [
+    "RTM_DELADDR",
+    "RTM_DELLINK",
+    "RTM_NEWADDR",
+    "RTM_NEWLINK",
     "add_address",
     "add_default_route",
+    "address_index",
     "assign_nsid",
     "create_veth",
     "default_routes",
     "delete_link",
     "find_link",
+    "find_link_by_index",
     "list_links",
     "metadata_addresses",
     "neighbour_mac",
@@ -167,6 +173,17 @@ def find_link(channel: NetlinkSocket, name: str) -> ObservedDevice | None:
         raise
 
 
+def find_link_by_index(channel: NetlinkSocket, index: int) -> ObservedDevice | None:
+    """The device of an index; `None` when there is none."""
+    question = _IFINFO.pack(0, 0, index, 0, 0) + integer(_IFLA_EXT_MASK, _SKIP_STATISTICS)
+    try:
+        return parse_link(channel.get(RTM_GETLINK, question).payload)
+    except NetlinkRefused as error:
+        if error.errno == errno.ENODEV:
+            return None
+        raise
+
+
 def parse_address(payload: bytes, names: dict[int, str]) -> ObservedAddress | None:
     """The address in a RTM_NEWADDR or RTM_DELADDR message; `None` for any but the metadata ones."""
     _, prefix, flags, _, index = _IFADDR.unpack_from(payload)
@@ -182,6 +199,11 @@ def parse_address(payload: bytes, names: dict[int, str]) -> ObservedAddress | No
         state = AddressState.TENTATIVE
     device = names.get(index, str(index))
     return ObservedAddress(device, address, prefix, state, _number(found.get(_IFA_PROTO)))
+
+
+def address_index(payload: bytes) -> int:
+    """The index of the device in a RTM_NEWADDR or RTM_DELADDR message."""
+    return int(_IFADDR.unpack_from(payload)[4])
 
 
 def metadata_addresses(

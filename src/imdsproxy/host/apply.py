@@ -1,0 +1,262 @@
+"""Does to the host what `core.listeners` planned, one idempotent step after the other."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Final, assert_never
+
+from imdsproxy.core.endpoints import LOOPBACK
+from imdsproxy.core.hostops import (
+    AddAddress,
+    AddDefaultRoute,
+    AttachLink,
+    CreateNamespace,
+    CreateVeth,
+    DeleteLink,
+    DeleteNamespace,
+    HostOp,
+    LinkUp,
+    RemoveAddress,
+    SetMtu,
+)
+from imdsproxy.core.model import NetworkId
+from imdsproxy.errors import DataplaneError
+from imdsproxy.host.namespaces import NamespaceThread
+from imdsproxy.host.netlink import (
+    add_address,
+    add_default_route,
+    create_veth,
+    delete_link,
+    find_link,
+    remove_address,
+    set_link,
+)
+from imdsproxy.host.nlmessages import NetlinkRefused, NetlinkSocket
+from imdsproxy.host.refusal import host_refused
+
+__all__ = ["HostApplier", "OpOutcome", "OpResult"]
+
+_IPV6_CONF: Final = Path("/proc/sys/net/ipv6/conf")
+
+
+class OpOutcome(StrEnum):
+    """What became of an op."""
+
+    DONE = "done"
+    FAILED = "failed"
+    SKIPPED = "skipped"
+    """Not tried: what it builds upon failed."""
+
+
+@dataclass(frozen=True, slots=True)
+class OpResult:
+    """An op and what became of it; `error` says why it failed."""
+
+    op: HostOp
+    outcome: OpOutcome
+    error: DataplaneError | None = None
+
+
+class HostApplier:
+    """Carries out host ops.
+
+    Args:
+        thread: Where namespaces are entered.
+    """
+
+    def __init__(self, thread: NamespaceThread) -> None:
+        self._thread = thread
+
+    async def apply(self, ops: Iterable[HostOp]) -> tuple[OpResult, ...]:
+        """Carry out ops in order; one that fails never stops those of other networks."""
+        given = tuple(ops)
+        if not given:
+            return ()
+        return await self._thread.run(lambda: self._apply(given))
+
+    def _apply(self, ops: tuple[HostOp, ...]) -> tuple[OpResult, ...]:
+        results: list[OpResult] = []
+        broken: set[NetworkId] = set()
+        for op in ops:
+            network = _network_of(op)
+            if network in broken:
+                results.append(OpResult(op, OpOutcome.SKIPPED))
+                continue
+            error = self._try(op)
+            if error is None:
+                results.append(OpResult(op, OpOutcome.DONE))
+                continue
+            results.append(OpResult(op, OpOutcome.FAILED, error))
+            if network is not None and isinstance(op, CreateNamespace | CreateVeth):
+                broken.add(network)
+        return tuple(results)
+
+    def _try(self, op: HostOp) -> DataplaneError | None:
+        try:
+            self._do(op)
+        except DataplaneError as error:
+            return error
+        except OSError as error:
+            refused = host_refused(_action(op), error, hint=_hint(op, error))
+            refused.__cause__ = error
+            return refused
+        return None
+
+    def _do(self, op: HostOp) -> None:  # noqa: C901 - a flat choice among ten
+        if isinstance(op, CreateNamespace):
+            self._thread.create_now(op.namespace)
+            self._at(op.namespace, lambda channel: _prepare(channel, op.alias))
+        elif isinstance(op, DeleteNamespace):
+            self._thread.directory.delete(op.namespace)
+        elif isinstance(op, CreateVeth):
+            self._create_veth(op)
+        elif isinstance(op, DeleteLink):
+            self._at(None, lambda channel: _delete_link(channel, op.link))
+        elif isinstance(op, AttachLink):
+            self._at(None, lambda channel: _attach(channel, op.link, op.bridge))
+        elif isinstance(op, SetMtu):
+            self._at(
+                op.namespace,
+                lambda channel: set_link(channel, _index(channel, op.device), mtu=op.mtu),
+            )
+        elif isinstance(op, LinkUp):
+            self._at(
+                op.namespace,
+                lambda channel: set_link(channel, _index(channel, op.device), up=True),
+            )
+        elif isinstance(op, AddAddress):
+            self._at(op.namespace, lambda channel: _add_address(channel, op))
+        elif isinstance(op, RemoveAddress):
+            self._at(op.namespace, lambda channel: _remove_address(channel, op), must_exist=False)
+        elif isinstance(op, AddDefaultRoute):
+            self._at(
+                op.namespace,
+                lambda channel: add_default_route(channel, _index(channel, op.device), op.family),
+            )
+        else:
+            assert_never(op)
+
+    def _at(
+        self,
+        namespace: str | None,
+        work: Callable[[NetlinkSocket], None],
+        *,
+        must_exist: bool = True,
+    ) -> None:
+        def with_channel() -> bool:
+            with NetlinkSocket() as channel:
+                work(channel)
+            return True
+
+        if namespace is None:
+            with_channel()
+        elif self._thread.enter(namespace, lambda _: with_channel()) is None and must_exist:
+            raise NetlinkRefused(errno.ENOENT, f"no namespace {namespace}")
+
+    def _create_veth(self, op: CreateVeth) -> None:
+        opened = self._thread.directory.open(op.namespace)
+        if opened is None:
+            raise NetlinkRefused(errno.ENOENT, f"no namespace {op.namespace}")
+        try:
+            with NetlinkSocket() as channel:
+                if find_link(channel, op.link) is None:
+                    create_veth(
+                        channel,
+                        link=op.link,
+                        master=_index(channel, op.bridge),
+                        mtu=op.mtu,
+                        alias=op.alias,
+                        peer=op.inner,
+                        peer_namespace=opened.descriptor,
+                    )
+        finally:
+            opened.close()
+        self._at(
+            op.namespace,
+            lambda channel: set_link(channel, _index(channel, op.inner), up=True, alias=op.alias),
+        )
+
+
+def _network_of(op: HostOp) -> NetworkId | None:
+    if isinstance(op, DeleteNamespace | DeleteLink | RemoveAddress):
+        return None
+    return op.network
+
+
+def _index(channel: NetlinkSocket, device: str) -> int:
+    found = find_link(channel, device)
+    if found is None:
+        raise NetlinkRefused(errno.ENODEV, device)
+    return found.index
+
+
+def _prepare(channel: NetlinkSocket, alias: str) -> None:
+    # A guest that sends router advertisements would give us routes and addresses of its choice. The
+    # files are those of the namespace that the calling thread is in.
+    for which in ("all", "default"):
+        path = _IPV6_CONF / which / "accept_ra"
+        if path.exists():  # not on a host that was started without IPv6
+            path.write_text("0")
+    # The alias comes last: a namespace that has it is complete.
+    set_link(channel, _index(channel, LOOPBACK), up=True, alias=alias)
+
+
+def _delete_link(channel: NetlinkSocket, name: str) -> None:
+    found = find_link(channel, name)
+    if found is not None:
+        delete_link(channel, found.index)
+
+
+def _attach(channel: NetlinkSocket, link: str, bridge: str) -> None:
+    set_link(channel, _index(channel, link), master=_index(channel, bridge), up=True)
+
+
+def _add_address(channel: NetlinkSocket, op: AddAddress) -> None:
+    try:
+        add_address(
+            channel, _index(channel, op.device), op.address, op.prefix, protocol=op.protocol
+        )
+    except NetlinkRefused as error:
+        if error.errno != errno.EEXIST:
+            raise
+
+
+def _remove_address(channel: NetlinkSocket, op: RemoveAddress) -> None:
+    found = find_link(channel, op.device)
+    if found is None:
+        return
+    try:
+        remove_address(channel, found.index, op.address, op.prefix)
+    except NetlinkRefused as error:
+        if error.errno not in (errno.EADDRNOTAVAIL, errno.ENODEV):
+            raise
+
+
+def _action(op: HostOp) -> str:
+    """What an op does, for an error's message."""
+    if isinstance(op, CreateNamespace | DeleteNamespace):
+        verb = "create" if isinstance(op, CreateNamespace) else "delete"
+        return f"{verb} namespace {op.namespace}"
+    if isinstance(op, CreateVeth | AttachLink):
+        return f"attach {op.link} to bridge {op.bridge}"
+    if isinstance(op, DeleteLink):
+        return f"delete link {op.link}"
+    place = f" in namespace {op.namespace}" if op.namespace is not None else ""
+    if isinstance(op, SetMtu | LinkUp):
+        return f"set up device {op.device}{place}"
+    if isinstance(op, AddDefaultRoute):
+        return f"add a route to device {op.device}{place}"
+    verb = "add" if isinstance(op, AddAddress) else "remove"
+    return f"{verb} {op.address} on device {op.device}{place}"
+
+
+def _hint(op: HostOp, error: OSError) -> str:
+    if isinstance(op, AddAddress) and op.address.version == 6 and error.errno == errno.EACCES:  # noqa: PLR2004 - the version of IPv6
+        return f"IPv6 is switched off there: sysctl net.ipv6.conf.{op.device}.disable_ipv6=0"
+    if isinstance(op, CreateNamespace) and error.errno == errno.EROFS:
+        return "/proc/sys must be writable (ProtectKernelTunables=no in the unit)"
+    return ""

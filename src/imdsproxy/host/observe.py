@@ -1,0 +1,247 @@
+"""Looks at the host for `core.listeners`: namespaces, devices, addresses, who listens, what can be bound.
+
+One look at a namespace costs about 0.2 ms, in the namespace thread. A look at some networks only
+is a part that `core.hoststate.merge_observed` lays over what was known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import assert_never
+
+from imdsproxy.core.endpoints import LOOPBACK
+from imdsproxy.core.hostnames import Naming
+from imdsproxy.core.hoststate import (
+    AddressState,
+    BindTrial,
+    Family,
+    NamespaceRef,
+    ObservedAddress,
+    ObservedDevice,
+    ObservedHost,
+    ObservedNamespace,
+)
+from imdsproxy.core.model import (
+    BridgeListener,
+    InterfaceListener,
+    NamespaceListener,
+    Network,
+)
+from imdsproxy.errors import DataplaneError
+from imdsproxy.host.namespaces import NamespaceThread
+from imdsproxy.host.netlink import (
+    default_routes,
+    find_link,
+    find_link_by_index,
+    list_links,
+    metadata_addresses,
+)
+from imdsproxy.host.nlmessages import NetlinkSocket
+from imdsproxy.host.refusal import host_refused
+from imdsproxy.host.sockets import SOCK_DIAG, SocketOwners, listening_sockets, try_bind
+
+__all__ = ["HostObserver"]
+
+_FEW_DEVICES = 32
+"""Up to so many devices are asked for one by one; all are listed when more are of interest."""
+
+
+@dataclass(slots=True)
+class _Interest:
+    """What to look at: which devices are listened on in which namespace (`None`: on any)."""
+
+    namespaces: dict[str, set[str | None]] = field(default_factory=dict)
+    interfaces: set[str] = field(default_factory=set)
+    root_devices: set[str] = field(default_factory=set)
+
+
+class HostObserver:
+    """Looks at the host.
+
+    Args:
+        thread: Where namespaces are entered.
+        naming: How our own objects are named.
+        owners: Finds who holds a socket; handed in by tests.
+    """
+
+    def __init__(
+        self, thread: NamespaceThread, naming: Naming, owners: SocketOwners | None = None
+    ) -> None:
+        self._thread = thread
+        self._naming = naming
+        self._owners = owners or SocketOwners()
+
+    async def observe(
+        self,
+        networks: Iterable[Network],
+        our_pids: Collection[int] = (),
+        *,
+        everything: bool = False,
+    ) -> ObservedHost:
+        """What is there for these networks.
+
+        Args:
+            networks: Those of interest; for a part, also those that have just gone.
+            our_pids: HAProxy's master and workers: whose listening sockets are ours.
+            everything: Look at all namespaces and all devices of the host, for what earlier
+                processes may have left there.
+
+        Raises:
+            HostRefused: The host's own namespace cannot be looked at. (Trouble in another one is
+                told as its `problem`.)
+        """
+        given = list(networks)
+        pids = frozenset(our_pids)
+        return await self._thread.run(lambda: self._observe(given, pids, everything=everything))
+
+    def _observe(
+        self, networks: list[Network], our_pids: frozenset[int], *, everything: bool
+    ) -> ObservedHost:
+        interest = _interest(networks, self._naming)
+        namespaces: dict[str, ObservedNamespace] = {}
+        for name, devices in sorted(interest.namespaces.items()):
+            seen = self._namespace(name, devices, our_pids)
+            if seen is not None:
+                namespaces[name] = seen
+        present = self._thread.directory.names() if everything else sorted(interest.namespaces)
+        for name in present if everything else ():
+            seen = None if name in namespaces else self._namespace(name, set(), our_pids)
+            if seen is not None:
+                namespaces[name] = seen
+        return ObservedHost(
+            root=self._root(interest, our_pids, everything=everything),
+            namespaces=namespaces,
+            half_made=frozenset(self._half_made(present, namespaces)),
+            asked_namespaces=None if everything else frozenset(interest.namespaces),
+            asked_devices=None if everything else frozenset(interest.root_devices),
+        )
+
+    def _half_made(self, names: Iterable[str], usable: Collection[str]) -> Iterator[str]:
+        for name in names:
+            if name in usable or not self._naming.is_namespace(name):
+                continue
+            if (self._thread.directory.path / name).exists():
+                yield name
+
+    def _namespace(
+        self, name: str, devices: set[str | None], our_pids: frozenset[int]
+    ) -> ObservedNamespace | None:
+        """Look at a namespace; with no devices of interest, only at what may be ours in there."""
+
+        def work(ref: NamespaceRef) -> ObservedNamespace:
+            return self._inside(ref, devices, our_pids)
+
+        try:
+            return self._thread.enter(name, work)
+        except DataplaneError as error:
+            return ObservedNamespace(self._thread.directory.identity(name), problem=error.message)
+        except OSError as error:
+            problem = host_refused(f"look into namespace {name}", error).message
+            return ObservedNamespace(self._thread.directory.identity(name), problem=problem)
+
+    def _inside(
+        self, ref: NamespaceRef, wanted: set[str | None], our_pids: frozenset[int]
+    ) -> ObservedNamespace:
+        with NetlinkSocket() as channel:
+            devices = {one.name: one for one in list_links(channel)}
+            addresses = tuple(metadata_addresses(channel, devices.values()))
+            own = self._naming.is_namespace(ref.name)
+            routes = default_routes(channel, devices.values()) if own else frozenset()
+        if not wanted:
+            return ObservedNamespace(ref, devices, addresses, routes)
+        names = {one.index: one.name for one in devices.values()}
+        with NetlinkSocket(SOCK_DIAG) as channel:
+            sockets = listening_sockets(channel, names)
+        return ObservedNamespace(
+            ref=ref,
+            devices=devices,
+            addresses=addresses,
+            default_routes=routes,
+            sockets=self._owners.resolve(sockets, our_pids, ref.inode),
+            trials=tuple(_trials(wanted, addresses, devices)),
+        )
+
+    def _root(
+        self, interest: _Interest, our_pids: frozenset[int], *, everything: bool
+    ) -> ObservedNamespace:
+        if not everything and not interest.root_devices:
+            return ObservedNamespace(None)
+        try:
+            with NetlinkSocket() as channel:
+                if everything or len(interest.root_devices) > _FEW_DEVICES:
+                    devices = {one.name: one for one in list_links(channel)}
+                    addresses = tuple(metadata_addresses(channel, devices.values()))
+                else:
+                    devices = _some_devices(channel, interest.root_devices)
+                    addresses = tuple(_addresses_on(channel, devices))
+            names = {one.index: one.name for one in devices.values()}
+            with NetlinkSocket(SOCK_DIAG) as channel:
+                sockets = listening_sockets(channel, names) if interest.interfaces else []
+        except OSError as error:
+            raise host_refused("look at the host's devices", error) from error
+        wanted: set[str | None] = set(interest.interfaces)
+        return ObservedNamespace(
+            ref=None,
+            devices=devices,
+            addresses=addresses,
+            sockets=self._owners.resolve(sockets, our_pids),
+            trials=tuple(_trials(wanted, addresses, devices)),
+        )
+
+
+def _interest(networks: Iterable[Network], naming: Naming) -> _Interest:
+    found = _Interest()
+    for network in networks:
+        listener = network.listener
+        if isinstance(listener, NamespaceListener):
+            found.namespaces.setdefault(listener.namespace, set()).add(listener.device)
+        elif isinstance(listener, InterfaceListener):
+            found.interfaces.add(listener.device)
+            found.root_devices.add(listener.device)
+        elif isinstance(listener, BridgeListener):
+            name = naming.namespace(network.id)
+            found.namespaces.setdefault(name, set()).add(naming.inner_device)
+            found.root_devices.update((listener.bridge, naming.link(network.id)))
+        else:
+            assert_never(listener)
+    return found
+
+
+def _some_devices(channel: NetlinkSocket, names: Iterable[str]) -> dict[str, ObservedDevice]:
+    found: dict[str, ObservedDevice] = {}
+    for name in sorted(names):
+        device = find_link(channel, name)
+        if device is None:
+            continue
+        found[name] = device
+        # Whether it is a port of a bridge takes a look at its master.
+        master = find_link_by_index(channel, device.master) if device.master else None
+        if master is not None:
+            found[master.name] = master
+    return found
+
+
+def _addresses_on(
+    channel: NetlinkSocket, devices: dict[str, ObservedDevice]
+) -> Iterator[ObservedAddress]:
+    for device in devices.values():
+        yield from metadata_addresses(channel, (device,), index=device.index)
+
+
+def _trials(
+    wanted: set[str | None],
+    addresses: tuple[ObservedAddress, ...],
+    devices: dict[str, ObservedDevice],
+) -> Iterator[BindTrial]:
+    usable = [one for one in addresses if one.state is AddressState.USABLE]
+    if any(one.address == Family.IPV4.metadata_address for one in usable):
+        for device in sorted(wanted, key=str):
+            if device is None or device in devices:
+                yield BindTrial(Family.IPV4, device, try_bind(Family.IPV4, device))
+    for one in usable:
+        carries = one.address == Family.IPV6.metadata_address and one.device != LOOPBACK
+        if carries and (None in wanted or one.device in wanted):
+            index = devices[one.device].index
+            error = try_bind(Family.IPV6, one.device, index)
+            yield BindTrial(Family.IPV6, one.device, error)

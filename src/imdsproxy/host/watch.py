@@ -1,0 +1,344 @@
+"""Everything on the host that may change what can be listened on, as one stream of events.
+
+Three kinds of notice: namespaces that come and go, devices and addresses (in the host's own
+namespace and in those that are listened in), and what no event tells of, above all who else
+listens. For the last a paced audit looks at one network after the other, and at those that are
+left out every second.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from types import TracebackType
+from typing import Final, Self, TypeAlias, TypeVar, assert_never
+
+from imdsproxy.core.hostnames import Naming
+from imdsproxy.core.hoststate import NamespaceRef, ObservedHost, changed_places
+from imdsproxy.core.model import (
+    BridgeListener,
+    InterfaceListener,
+    NamespaceListener,
+    Network,
+    NetworkId,
+)
+from imdsproxy.host.linkwatch import LinkChange, LinkWatch
+from imdsproxy.host.namespaces import NamespaceThread
+from imdsproxy.host.netlink import assign_nsid
+from imdsproxy.host.nlmessages import NetlinkSocket
+from imdsproxy.host.nswatch import NamespaceCame, NamespaceWatch, NamespaceWent
+from imdsproxy.host.observe import HostObserver
+
+__all__ = ["EventKind", "HostEvent", "HostWatch", "WatchPace"]
+
+T = TypeVar("T")
+
+_AT_ONCE: Final = 64
+"""Namespaces looked at in one go: the thread is free for others every 20 ms."""
+
+
+class EventKind(StrEnum):
+    """What was noticed."""
+
+    NAMESPACE_CAME = "namespace-came"
+    NAMESPACE_WENT = "namespace-went"
+    LINK = "link"
+    """A device or a metadata address has changed."""
+
+    AUDIT = "audit"
+    """A look without an event found something changed."""
+
+    OVERFLOW = "overflow"
+    """Events were lost: look at everything."""
+
+
+@dataclass(frozen=True, slots=True)
+class HostEvent:
+    """Something that may change what can be listened on.
+
+    Attributes:
+        networks: Those whose listener it concerns; never empty.
+        namespace: The one that came or went.
+        part: For an audit, what was seen: to be merged into what was known.
+    """
+
+    kind: EventKind
+    networks: frozenset[NetworkId]
+    namespace: NamespaceRef | None = None
+    part: ObservedHost | None = None
+
+
+_EventKey: TypeAlias = tuple[EventKind, frozenset[NetworkId], NamespaceRef | None]
+
+
+@dataclass(frozen=True, slots=True)
+class WatchPace:
+    """How often what no event tells of is looked at.
+
+    Attributes:
+        audits_per_s: Networks looked at in turn each second; one takes 0.3 ms.
+        recheck_s: Seconds between two looks at everything that is left out.
+        rechecks: At most so many left-out networks are looked at each time, in turn.
+    """
+
+    audits_per_s: float = 8.0
+    recheck_s: float = 0.8
+    rechecks: int = 500
+
+    def __post_init__(self) -> None:
+        if self.audits_per_s <= 0 or self.recheck_s <= 0 or self.rechecks <= 0:
+            raise ValueError(f"every pace is above zero: {self}")
+
+
+@dataclass(slots=True)
+class _Places:
+    """Which networks listen where."""
+
+    namespaces: dict[str, set[NetworkId]] = field(default_factory=dict)
+    devices: dict[str, set[NetworkId]] = field(default_factory=dict)
+    interfaces: set[NetworkId] = field(default_factory=set)
+
+
+class HostWatch:
+    """One asynchronous iterator of `HostEvent`. An asynchronous context manager.
+
+    It says nothing until `expect` has said which networks matter and what is known of the host.
+    Events that say the same are one until they are taken.
+
+    Args:
+        thread: Where namespaces are entered.
+        observer: Looks, for the audit.
+        naming: How our own objects are named.
+        pace: How often to look.
+    """
+
+    def __init__(
+        self,
+        thread: NamespaceThread,
+        observer: HostObserver,
+        naming: Naming,
+        pace: WatchPace | None = None,
+    ) -> None:
+        self._thread = thread
+        self._observer = observer
+        self._naming = naming
+        self._pace = pace or WatchPace()
+        self._networks: dict[NetworkId, Network] = {}
+        self._places = _Places()
+        self._observed = ObservedHost()
+        self._left_out: tuple[NetworkId, ...] = ()
+        self._our_pids: frozenset[int] = frozenset()
+        self._nsids: dict[int, NamespaceRef] = {}
+        self._wanted_ids = asyncio.Event()
+        self._events: dict[_EventKey, HostEvent] = {}
+        self._some = asyncio.Event()
+        self._tasks: list[asyncio.Task[None]] = []
+        self._closing = contextlib.AsyncExitStack()
+        self._turn = 0
+        self._recheck_turn = 0
+
+    @property
+    def namespaces(self) -> Mapping[str, NamespaceRef]:
+        """Every usable namespace by name, as of now."""
+        return self._namespace_watch.current
+
+    def expect(
+        self,
+        networks: Mapping[NetworkId, Network],
+        observed: ObservedHost,
+        *,
+        left_out: Iterable[NetworkId] = (),
+        our_pids: Collection[int] = (),
+    ) -> None:
+        """Say what matters and what is known: an audit tells only of what differs from that.
+
+        Args:
+            networks: All of them.
+            observed: The host as it is known.
+            left_out: Networks that are to be looked at every second.
+            our_pids: HAProxy's master and workers.
+        """
+        if networks != self._networks:
+            self._networks = dict(networks)
+            self._places = _places(networks.values(), self._naming)
+            self._wanted_ids.set()
+        self._observed = observed
+        self._left_out = tuple(sorted(set(left_out)))
+        self._our_pids = frozenset(our_pids)
+
+    async def __aenter__(self) -> Self:
+        self._namespace_watch = await self._closing.enter_async_context(
+            NamespaceWatch(self._thread.directory)
+        )
+        self._link_watch = await self._closing.enter_async_context(LinkWatch())
+        for work in (
+            self._follow_namespaces(),
+            self._follow_links(),
+            self._give_ids(),
+            self._audit(),
+            self._recheck(),
+        ):
+            task = asyncio.create_task(work)
+            task.add_done_callback(lambda _: self._some.set())
+            self._tasks.append(task)
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._closing.aclose()
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> HostEvent:
+        while not self._events:
+            self._raise_failure()
+            self._some.clear()
+            await self._some.wait()
+        return self._events.pop(next(iter(self._events)))
+
+    def _raise_failure(self) -> None:
+        # None of them ever ends by itself: one that has ended has failed, and so has the watch.
+        for task in self._tasks:
+            if task.done():
+                task.result()
+
+    def _tell(self, event: HostEvent) -> None:
+        if event.networks:
+            key = (event.kind, event.networks, event.namespace)
+            # The latest wins: an audit's part is what was seen last.
+            self._events[key] = event
+            self._some.set()
+
+    async def _follow_namespaces(self) -> None:
+        async for change in self._namespace_watch:
+            networks = frozenset(self._places.namespaces.get(change.ref.name, ()))
+            if isinstance(change, NamespaceCame):
+                if networks:
+                    self._wanted_ids.set()
+                self._tell(HostEvent(EventKind.NAMESPACE_CAME, networks, change.ref))
+            elif isinstance(change, NamespaceWent):
+                self._nsids = {i: ref for i, ref in self._nsids.items() if ref != change.ref}
+                self._tell(HostEvent(EventKind.NAMESPACE_WENT, networks, change.ref))
+            else:
+                assert_never(change)
+
+    async def _follow_links(self) -> None:
+        async for change in self._link_watch:
+            if change.overflow:
+                self._tell(HostEvent(EventKind.OVERFLOW, frozenset(self._networks)))
+            else:
+                self._tell(HostEvent(EventKind.LINK, self._concerned(change)))
+
+    def _concerned(self, change: LinkChange) -> frozenset[NetworkId]:
+        if change.nsid is None:
+            return frozenset(self._places.devices.get(change.device, ()))
+        ref = self._nsids.get(change.nsid)
+        if ref is None:
+            return frozenset()
+        return frozenset(self._places.namespaces.get(ref.name, ()))
+
+    async def _give_ids(self) -> None:
+        """Give an id to each namespace that is listened in, so that its events are heard."""
+        while True:
+            await self._wanted_ids.wait()
+            self._wanted_ids.clear()
+            if not self._link_watch.hears_all:
+                continue
+            have = set(self._nsids.values())
+            current = self.namespaces
+            missing = [
+                ref
+                for name in self._places.namespaces
+                if (ref := current.get(name)) and ref not in have
+            ]
+            for some in _batches(missing, _AT_ONCE):
+                given = await self._thread.run(functools.partial(self._assign, some))
+                self._nsids.update(given)
+                # What happened before the id was given was not heard.
+                await self._look(self._listening_in(ref.name for ref in given.values()))
+
+    def _assign(self, refs: Iterable[NamespaceRef]) -> dict[int, NamespaceRef]:
+        given: dict[int, NamespaceRef] = {}
+        with NetlinkSocket() as channel:
+            for ref in refs:
+                opened = self._thread.directory.open(ref.name)
+                if opened is None:
+                    continue
+                try:
+                    given[assign_nsid(channel, opened.descriptor)] = opened.ref
+                finally:
+                    opened.close()
+        return given
+
+    async def _audit(self) -> None:
+        """Look at one network after the other, for ever."""
+        while True:
+            await asyncio.sleep(1 / self._pace.audits_per_s)
+            ids = list(self._networks)
+            if ids:
+                self._turn = (self._turn + 1) % len(ids)
+                await self._look([self._networks[ids[self._turn]]])
+
+    async def _recheck(self) -> None:
+        """Look at those that are left out, every time."""
+        while True:
+            await asyncio.sleep(self._pace.recheck_s)
+            ids = [one for one in self._left_out if one in self._networks]
+            start = self._recheck_turn % max(len(ids), 1)
+            turn = (ids[start:] + ids[:start])[: self._pace.rechecks]
+            self._recheck_turn = start + len(turn)
+            for some in _batches([self._networks[one] for one in turn], _AT_ONCE):
+                await self._look(some)
+
+    async def _look(self, networks: list[Network]) -> None:
+        part = await self._observer.observe(networks, self._our_pids)
+        changed = changed_places(self._observed, part)
+        if not changed:
+            return
+        concerned: set[NetworkId] = set()
+        for name in changed.namespaces:
+            concerned |= self._places.namespaces.get(name, set())
+        for name in changed.devices:
+            concerned |= self._places.devices.get(name, set())
+        if changed.sockets:
+            concerned |= self._places.interfaces
+        self._tell(HostEvent(EventKind.AUDIT, frozenset(concerned), part=part))
+
+    def _listening_in(self, names: Iterable[str]) -> list[Network]:
+        ids = sorted({one for name in names for one in self._places.namespaces.get(name, ())})
+        return [self._networks[one] for one in ids]
+
+
+def _batches(things: list[T], size: int) -> Iterator[list[T]]:
+    for start in range(0, len(things), size):
+        yield things[start : start + size]
+
+
+def _places(networks: Iterable[Network], naming: Naming) -> _Places:
+    places = _Places()
+    for network in networks:
+        listener = network.listener
+        if isinstance(listener, NamespaceListener):
+            places.namespaces.setdefault(listener.namespace, set()).add(network.id)
+        elif isinstance(listener, InterfaceListener):
+            places.devices.setdefault(listener.device, set()).add(network.id)
+            places.interfaces.add(network.id)
+        elif isinstance(listener, BridgeListener):
+            places.namespaces.setdefault(naming.namespace(network.id), set()).add(network.id)
+            for device in (listener.bridge, naming.link(network.id)):
+                places.devices.setdefault(device, set()).add(network.id)
+        else:
+            assert_never(listener)
+    return places
