@@ -1,6 +1,6 @@
-"""The compiled record: all that the document server needs of one instance, as the bytes of one file.
+r"""The compiled record: all that the document server needs of one instance, as the bytes of one file.
 
-    {"revision":"<16 hex>","format":1,…,"vendor_data":[length,digest],"user_data":[length,digest]}\\n
+    {"revision":"<16 hex>","format":1,…,"vendor_data":[length,digest],"user_data":[length,digest]}\n
     <vendor_data><user_data>
 
 The first line is JSON in ASCII; the two pieces of data follow raw, byte for byte. `revision` is the
@@ -12,10 +12,9 @@ servers, MTU) is copied in, so that the document server never looks anything up.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from hashlib import blake2b
-from typing import Final, TypedDict, cast
+from typing import TYPE_CHECKING, Final, TypedDict, cast
 
 from imdsproxy.core.model import (
     Dialect,
@@ -28,6 +27,9 @@ from imdsproxy.core.model import (
     SshKey,
 )
 from imdsproxy.errors import RecordCorrupt
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 __all__ = [
     "Blob",
@@ -85,9 +87,9 @@ class DocumentAddress:
     dns: tuple[str, ...]
 
     @property
-    def version(self) -> int:
-        """4 or 6."""
-        return 6 if ":" in self.ip else 4
+    def is_ipv6(self) -> bool:
+        """Of the two families."""
+        return ":" in self.ip
 
 
 @dataclass(frozen=True, slots=True)

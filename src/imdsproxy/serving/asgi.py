@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Awaitable, Callable, Iterable, Mapping, MutableMapping
-from typing import Final, TypeAlias, cast
+from typing import TYPE_CHECKING, Final, TypeAlias, cast
 
 import structlog
 
 from imdsproxy.core.documents import DocumentRequest
-from imdsproxy.core.documents.respond import Header
 from imdsproxy.core.model import InstanceId
 from imdsproxy.core.wire import HEADER_INSTANCE, HEADER_REVISION
 from imdsproxy.serving.documents import Answer, DocumentService, refusal, retry_later
+
+if TYPE_CHECKING:
+    from imdsproxy.core.documents.respond import Header
 
 __all__ = [
     "BODY_LIMIT",
@@ -63,8 +65,8 @@ def documents_app(service: DocumentService) -> AsgiApp:
             raise ValueError(f"the document server does not speak {scope['type']}")
         try:
             answer = await _answer(service, scope, receive)
-        except Exception:
-            # Our own fault must look like one that goes away, not like an answer (a 500 ends boots).
+        except Exception:  # noqa: BLE001 - logged; a fault of ours is answered like one that goes away
+            # A 500 ends boots: cloud-init's OpenStack source comes again only on 503.
             structlog.get_logger().exception("a request failed", path=repr(scope["raw_path"]))
             answer = retry_later()
         if answer is not None:

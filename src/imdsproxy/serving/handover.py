@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import socket
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypedDict, cast
@@ -23,9 +22,17 @@ __all__ = ["Handover", "accept_handover", "write_handover"]
 
 @dataclass(frozen=True, slots=True)
 class Handover:
-    """What the predecessor held: the pid file's lock, its sockets, and workers that still serve."""
+    """What the predecessor held.
+
+    Attributes:
+        lock: The pid file's descriptor.
+        alive: The writing end of the pipe by which its workers know that their parent lives.
+        places: Its sockets.
+        workers: Its workers, which still serve.
+    """
 
     lock: int
+    alive: int
     places: tuple[Place, ...]
     workers: tuple[int, ...]
 
@@ -39,13 +46,12 @@ class _Socket(TypedDict):
 class _Text(TypedDict):
     pid: int
     lock: int
+    alive: int
     sockets: list[_Socket]
     workers: list[int]
 
 
-def write_handover(
-    path: Path, *, lock: int, places: Sequence[Place], workers: Sequence[int]
-) -> None:
+def write_handover(path: Path, handover: Handover) -> None:
     """Write the file and make the descriptors survive the execution.
 
     Raises:
@@ -54,19 +60,21 @@ def write_handover(
     """
     text: _Text = {
         "pid": os.getpid(),
-        "lock": lock,
+        "lock": handover.lock,
+        "alive": handover.alive,
         "sockets": [
             {
                 "path": str(place.path),
                 "descriptor": place.listener.fileno(),
                 "identity": list(place.identity),
             }
-            for place in places
+            for place in handover.places
         ],
-        "workers": list(workers),
+        "workers": list(handover.workers),
     }
     write_atomic(path, json.dumps(text).encode("ascii"), mode=0o600)
-    for descriptor in (lock, *(place.listener.fileno() for place in places)):
+    listeners = (place.listener.fileno() for place in handover.places)
+    for descriptor in (handover.lock, handover.alive, *listeners):
         os.set_inheritable(descriptor, True)
 
 
@@ -80,8 +88,10 @@ def accept_handover(path: Path) -> Handover | None:
     if text["pid"] != os.getpid():
         return None
     path.unlink(missing_ok=True)
-    os.set_inheritable(text["lock"], False)
-    return Handover(text["lock"], tuple(map(_accept, text["sockets"])), tuple(text["workers"]))
+    for descriptor in (text["lock"], text["alive"]):
+        os.set_inheritable(descriptor, False)
+    places = tuple(map(_accept, text["sockets"]))
+    return Handover(text["lock"], text["alive"], places, tuple(text["workers"]))
 
 
 def _accept(text: _Socket) -> Place:

@@ -9,8 +9,7 @@ import asyncio
 import os
 import socket
 from contextlib import suppress
-from pathlib import Path
-from typing import Final, cast
+from typing import TYPE_CHECKING, Final, cast
 
 from uvicorn import Config
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
@@ -18,7 +17,11 @@ from uvicorn.server import ServerState
 
 from imdsproxy.errors import HostRefused
 from imdsproxy.host.refusal import host_refused
-from imdsproxy.serving.asgi import AsgiApp
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from imdsproxy.serving.asgi import AsgiApp
 
 __all__ = ["HttpListener", "open_unix_socket"]
 
@@ -107,7 +110,7 @@ class HttpListener:
             connection.shutdown()
         loop = asyncio.get_running_loop()
         deadline = loop.time() + grace_s
-        while self._state.connections and loop.time() < deadline:
+        while self._state.connections and loop.time() < deadline:  # noqa: ASYNC110 - uvicorn's protocol tells nobody that it is done
             await asyncio.sleep(_DRAIN_POLL_S)
         for task in list(self._state.tasks):
             task.cancel()

@@ -13,9 +13,8 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import structlog
 
@@ -28,6 +27,10 @@ from imdsproxy.serving.listen import open_unix_socket
 from imdsproxy.serving.pidfile import PidFile
 from imdsproxy.serving.supervisor import HANDLED_SIGNALS, Ending, Supervisor
 from imdsproxy.serving.worker import Place
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
 
 __all__ = ["DocumentServerOptions", "run_documents"]
 
@@ -90,11 +93,14 @@ def run_documents(
         monotonic=monotonic,
     )
     supervisor.start(predecessors=() if handover is None else handover.workers)
+    if handover is not None:
+        os.close(handover.alive)
     notifier = notifier or ServiceNotifier()
     notifier.ready(f"{len(places)} workers answer")
     while supervisor.run() is Ending.REPLACE:
         notifier.reloading(int(monotonic() * 1_000_000))
-        _become_successor(handover_file, pid_file, places, supervisor.pids)
+        left = Handover(pid_file.descriptor, supervisor.alive, places, supervisor.pids)
+        _become_successor(handover_file, left)
         notifier.ready("could not be replaced; see the log")
     supervisor.stop()
     for place in places:
@@ -134,13 +140,11 @@ def _bind(path: Path, account: Account | None) -> Place:
     return Place(path, listener, (status.st_dev, status.st_ino))
 
 
-def _become_successor(
-    handover_file: Path, pid_file: PidFile, places: tuple[Place, ...], workers: tuple[int, ...]
-) -> None:
+def _become_successor(handover_file: Path, handover: Handover) -> None:
     """Execute our own command line again; comes back only when that failed."""
     log = structlog.get_logger()
     try:
-        write_handover(handover_file, lock=pid_file.descriptor, places=places, workers=workers)
+        write_handover(handover_file, handover)
         log.info("taking up new code and settings", command=sys.orig_argv)
         # Blocked, a signal waits for the next program's handlers instead of ending it before it has any.
         signal.pthread_sigmask(signal.SIG_BLOCK, HANDLED_SIGNALS)

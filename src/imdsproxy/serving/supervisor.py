@@ -8,21 +8,24 @@ import resource
 import select
 import signal
 import sys
-from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
-from pathlib import Path
-from types import FrameType
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import structlog
 
 from imdsproxy.errors import HostRefused
 from imdsproxy.host.refusal import host_refused
-from imdsproxy.serving.account import Account
-from imdsproxy.serving.pidfile import PidFile
 from imdsproxy.serving.worker import Place, WorkerTask, run_worker
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+    from pathlib import Path
+    from types import FrameType
+
+    from imdsproxy.serving.account import Account
+    from imdsproxy.serving.pidfile import PidFile
 
 __all__ = ["HANDLED_SIGNALS", "Ending", "Supervisor"]
 
@@ -78,6 +81,9 @@ class Supervisor:
         account: What the workers become; `None` leaves them as they are.
         pid_file: Kept current.
         monotonic: The clock.
+
+    Attributes:
+        alive: The writing end of a pipe that ends, for the workers, when this process does.
     """
 
     def __init__(
@@ -100,7 +106,7 @@ class Supervisor:
         self._monotonic = monotonic
         self._ending: Ending | None = None
         self._predecessors: set[int] = set()
-        self._alive, self._alive_writer = os.pipe()
+        self._alive, self.alive = os.pipe()
         self._wakeup, self._wakeup_writer = os.pipe()
         self._log = structlog.get_logger()
 
@@ -187,9 +193,10 @@ class Supervisor:
                 self._log.info("a worker answers", pid=worker.pid, socket=str(worker.place.path))
 
     def _reap(self, *, stopping: bool) -> None:
-        for pid in list(self._predecessors):
-            if _ended(pid) is not None:
-                self._predecessors.discard(pid)
+        ended = {pid for pid in self._predecessors if _ended(pid) is not None}
+        if ended:
+            self._predecessors -= ended
+            self._pid_file.write((os.getpid(), *self.pids))
         for worker in self._workers:
             if worker.pid is None:
                 continue
@@ -248,7 +255,7 @@ class Supervisor:
             )
             run_worker(task)
             status = 0
-        except BaseException:
+        except BaseException:  # noqa: BLE001 - logged, and the process ends
             self._log.exception("a worker failed", socket=str(worker.place.path))
         finally:
             with suppress(OSError, ValueError):
@@ -270,7 +277,7 @@ class Supervisor:
                     os.close(other.ready)
         for descriptor in (
             ready,
-            self._alive_writer,
+            self.alive,
             self._wakeup,
             self._wakeup_writer,
             self._pid_file.descriptor,

@@ -5,11 +5,8 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import socket
-from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import structlog
 
@@ -18,6 +15,11 @@ from imdsproxy.serving.documents import DocumentService
 from imdsproxy.serving.listen import HttpListener
 from imdsproxy.serving.passwords import PasswordStore
 from imdsproxy.serving.store import RecordReader
+
+if TYPE_CHECKING:
+    import socket
+    from collections.abc import Callable
+    from pathlib import Path
 
 __all__ = ["Place", "WorkerTask", "run_worker"]
 
@@ -95,7 +97,7 @@ async def _end_when_replaced(place: Place, orphaned: asyncio.Event, over: asynci
     await orphaned.wait()
     log = structlog.get_logger()
     log.warning("the document server's parent is gone; serving on", socket=str(place.path))
-    while place.is_ours():
+    while place.is_ours():  # noqa: ASYNC110 - the file system is what changes
         await asyncio.sleep(_ORPHAN_POLL_S)
     log.info("another document server has taken over", socket=str(place.path))
     over.set()

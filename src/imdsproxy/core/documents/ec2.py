@@ -11,11 +11,14 @@ from __future__ import annotations
 
 import re
 import uuid
-from collections.abc import Callable, Iterable
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
-from imdsproxy.core.compiled import DocumentPort, DocumentRecord
 from imdsproxy.core.documents.tree import Data, Directory, Leaf, Node, directory, listing
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from imdsproxy.core.compiled import DocumentPort, DocumentRecord
 
 __all__ = [
     "EC2_VERSIONS",
@@ -131,8 +134,8 @@ def _text(value: str | None) -> Leaf | None:
     return Leaf(value.encode("utf-8", "surrogateescape")) if value else None
 
 
-def _addresses(record: DocumentRecord, version: int) -> list[str]:
-    return [a.ip for port in record.ports for a in port.addresses if a.version == version]
+def _addresses(record: DocumentRecord, *, ipv6: bool) -> list[str]:
+    return [a.ip for port in record.ports for a in port.addresses if a.is_ipv6 is ipv6]
 
 
 def _first(values: Iterable[str | None]) -> Leaf | None:
@@ -140,11 +143,11 @@ def _first(values: Iterable[str | None]) -> Leaf | None:
 
 
 def _local_ipv4(record: DocumentRecord) -> Leaf | None:
-    return _first(_addresses(record, 4))
+    return _first(_addresses(record, ipv6=False))
 
 
 def _ipv6(record: DocumentRecord) -> Leaf | None:
-    return _first(_addresses(record, 6))
+    return _first(_addresses(record, ipv6=True))
 
 
 def _mac(record: DocumentRecord) -> Leaf | None:
@@ -206,8 +209,8 @@ def _network(record: DocumentRecord) -> Directory | None:
 
 
 def _interface(record: DocumentRecord, port: DocumentPort, number: int) -> Directory:
-    v4 = [address for address in port.addresses if address.version == 4]
-    v6 = [address for address in port.addresses if address.version == 6]
+    v4 = [address for address in port.addresses if not address.is_ipv6]
+    v6 = [address for address in port.addresses if address.is_ipv6]
     v4_subnets = dict.fromkeys(address.cidr for address in v4 if address.cidr)
     v6_subnets = dict.fromkeys(address.cidr for address in v6 if address.cidr)
     found = _some(

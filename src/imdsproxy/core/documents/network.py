@@ -8,18 +8,21 @@ it (DHCP, or the router's advertisements): without a prefix length it cannot be 
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterator
 from functools import lru_cache
 from ipaddress import ip_network
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
-from imdsproxy.core.compiled import DocumentAddress, DocumentPort, DocumentRecord
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from imdsproxy.core.compiled import DocumentAddress, DocumentPort, DocumentRecord
 
 __all__ = ["JsonValue", "render_network_config", "render_network_data"]
 
-JsonValue: TypeAlias = "str | int | bool | None | list[JsonValue] | dict[str, JsonValue]"
+JsonValue: TypeAlias = "str | int | bool | list[JsonValue] | dict[str, JsonValue] | None"
 
-_ANYWHERE = {4: "0.0.0.0", 6: "::"}  # noqa: S104 - a route's destination, not a bind
+_ANYWHERE: Final = ("0.0.0.0", "::")  # noqa: S104 - a route's destination, not a bind
+"""By `is_ipv6`."""
 
 
 def _ports(record: DocumentRecord) -> Iterator[tuple[int, DocumentPort, str]]:
@@ -65,24 +68,24 @@ def render_network_data(record: DocumentRecord) -> dict[str, JsonValue] | None:
 
 
 def _networks(port: DocumentPort) -> Iterator[dict[str, JsonValue]]:
-    asked: set[int] = set()
-    routed: set[int] = set()
+    asked: set[bool] = set()
+    routed: set[bool] = set()
     for address in port.addresses:
-        version = address.version
+        ipv6 = address.is_ipv6
         if address.cidr is None:
-            if version not in asked:
-                yield {"type": "ipv4_dhcp" if version == 4 else "ipv6_slaac"}
-            asked.add(version)
+            if ipv6 not in asked:
+                yield {"type": "ipv6_slaac" if ipv6 else "ipv4_dhcp"}
+            asked.add(ipv6)
             continue
         routes: list[JsonValue] = []
-        if address.gateway is not None and version not in routed:
-            routed.add(version)
-            everything = _ANYWHERE[version]
+        if address.gateway is not None and ipv6 not in routed:
+            routed.add(ipv6)
+            everything = _ANYWHERE[ipv6]
             routes.append(
                 {"network": everything, "netmask": everything, "gateway": address.gateway}
             )
         yield {
-            "type": f"ipv{version}",
+            "type": "ipv6" if ipv6 else "ipv4",
             "ip_address": address.ip,
             "netmask": _netmask(address.cidr),
             "routes": routes,
@@ -117,19 +120,19 @@ def render_network_config(record: DocumentRecord) -> dict[str, JsonValue] | None
 
 def _ethernet(port: DocumentPort, mac: str, *, metric: int) -> dict[str, JsonValue]:
     known = [address for address in port.addresses if address.cidr is not None]
-    unknown = {address.version for address in port.addresses if address.cidr is None}
+    unknown = {address.is_ipv6 for address in port.addresses if address.cidr is None}
     result: dict[str, JsonValue] = {"match": {"macaddress": mac}}
     if port.mtu is not None:
         result["mtu"] = port.mtu
-    result["dhcp4"] = 4 in unknown or not port.addresses
-    result["dhcp6"] = 6 in unknown
+    result["dhcp4"] = False in unknown or not port.addresses
+    result["dhcp6"] = True in unknown
     if known:
         result["addresses"] = [f"{a.ip}/{str(a.cidr).rpartition('/')[2]}" for a in known]
-    gateways = {a.version: a.gateway for a in reversed(known) if a.gateway is not None}
+    gateways = {a.is_ipv6: a.gateway for a in reversed(known) if a.gateway is not None}
     if gateways:
         result["routes"] = [
-            {"to": f"{_ANYWHERE[version]}/0", "via": gateway, "metric": metric}
-            for version, gateway in sorted(gateways.items())
+            {"to": f"{_ANYWHERE[ipv6]}/0", "via": gateway, "metric": metric}
+            for ipv6, gateway in sorted(gateways.items())
         ]
     if servers := dict.fromkeys(server for a in known for server in a.dns):
         result["nameservers"] = {"addresses": list(servers)}

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Final, TypeAlias
+from typing import TYPE_CHECKING, Final, TypeAlias
 from urllib.parse import unquote_to_bytes
 
-from imdsproxy.core.compiled import Blob
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from imdsproxy.core.compiled import Blob
 
 __all__ = [
     "BINARY",

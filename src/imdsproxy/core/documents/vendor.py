@@ -1,15 +1,17 @@
 """An operator's vendor data as each dialect wants it.
 
-A JSON object is OpenStack's `vendor_data.json` as it is; what cloud-init is to run is its `cloud-init` member.
-Anything else is text for cloud-init itself (`#cloud-config`, a script, …). So the same is run in every dialect, once.
+A JSON object is OpenStack's `vendor_data.json` as it is; what cloud-init is to run is its
+`cloud-init` member (a text, or a list of them). Anything else is text for cloud-init itself
+(`#cloud-config`, a script, …). So the same is run in every dialect, once.
 """
 
 from __future__ import annotations
 
 import json
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
-from imdsproxy.core.documents.network import JsonValue
+if TYPE_CHECKING:
+    from imdsproxy.core.documents.network import JsonValue
 
 __all__ = ["vendor_object", "vendor_text"]
 
@@ -19,7 +21,8 @@ _MEMBER = "cloud-init"
 def vendor_object(data: bytes | None) -> dict[str, JsonValue]:
     """What `vendor_data.json` says; an empty object when there is none, as Nova has it.
 
-    Data that is not text (a compressed archive) has no form in JSON that cloud-init reads, and is left out.
+    Data that is not text (a compressed archive) has no form in JSON that cloud-init reads, and is
+    left out.
     """
     if not data:
         return {}
@@ -39,8 +42,10 @@ def vendor_text(data: bytes | None) -> bytes:
     parsed = _parse_object(data)
     if parsed is None:
         return data
-    text = parsed.get(_MEMBER)
-    return text.encode("utf-8", "surrogateescape") if isinstance(text, str) else b""
+    wanted = parsed.get(_MEMBER)
+    if isinstance(wanted, list):
+        return b"#cloud-config-archive\n" + json.dumps(wanted).encode("ascii")
+    return wanted.encode("utf-8", "surrogateescape") if isinstance(wanted, str) else b""
 
 
 def _parse_object(data: bytes) -> dict[str, JsonValue] | None:
