@@ -12,9 +12,10 @@ servers, MTU) is copied in, so that the document server never looks anything up.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from hashlib import blake2b
-from typing import TYPE_CHECKING, Final, TypedDict, cast
+from typing import Final, TypedDict, cast
 
 from imdsproxy.core.model import (
     Dialect,
@@ -27,9 +28,6 @@ from imdsproxy.core.model import (
     SshKey,
 )
 from imdsproxy.errors import RecordCorrupt
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
 
 __all__ = [
     "Blob",

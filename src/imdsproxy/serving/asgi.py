@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Awaitable, Callable, Iterable, Mapping, MutableMapping
-from typing import TYPE_CHECKING, Final, TypeAlias, cast
+from typing import Final, TypeAlias, cast
 
 import structlog
 
 from imdsproxy.core.documents import DocumentRequest
+from imdsproxy.core.documents.respond import Header
 from imdsproxy.core.model import InstanceId
 from imdsproxy.core.wire import HEADER_INSTANCE, HEADER_REVISION
 from imdsproxy.serving.documents import Answer, DocumentService, refusal, retry_later
-
-if TYPE_CHECKING:
-    from imdsproxy.core.documents.respond import Header
 
 __all__ = [
     "BODY_LIMIT",

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, BinaryIO, Final
+from typing import BinaryIO, Final
 
 import structlog
 
@@ -17,16 +18,12 @@ from imdsproxy.core.documents import (
     DocumentResponse,
     respond,
 )
+from imdsproxy.core.documents.respond import Header
+from imdsproxy.core.model import InstanceId
 from imdsproxy.core.wire import RETRY_AFTER_S
 from imdsproxy.errors import HostRefused, PrivilegeMissing, RecordCorrupt
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from imdsproxy.core.documents.respond import Header
-    from imdsproxy.core.model import InstanceId
-    from imdsproxy.serving.passwords import PasswordStore
-    from imdsproxy.serving.store import LoadedRecord, RecordReader
+from imdsproxy.serving.passwords import PasswordStore
+from imdsproxy.serving.store import LoadedRecord, RecordReader
 
 __all__ = ["Answer", "DocumentService", "FilePart", "refusal", "retry_later"]
 

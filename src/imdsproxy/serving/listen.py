@@ -9,7 +9,8 @@ import asyncio
 import os
 import socket
 from contextlib import suppress
-from typing import TYPE_CHECKING, Final, cast
+from pathlib import Path
+from typing import Final, cast
 
 from uvicorn import Config
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
@@ -17,11 +18,7 @@ from uvicorn.server import ServerState
 
 from imdsproxy.errors import HostRefused
 from imdsproxy.host.refusal import host_refused
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from imdsproxy.serving.asgi import AsgiApp
+from imdsproxy.serving.asgi import AsgiApp
 
 __all__ = ["HttpListener", "open_unix_socket"]
 

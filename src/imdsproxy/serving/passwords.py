@@ -7,17 +7,14 @@ posted once in an instance's life, so it is synced to the disk before the guest 
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Final
+from collections.abc import Container
+from pathlib import Path
+from typing import Final
 
 from imdsproxy.core.model import InstanceId
+from imdsproxy.errors import HostRefused, PrivilegeMissing
 from imdsproxy.host.files import sync_directory, write_atomic
 from imdsproxy.host.refusal import host_refused
-
-if TYPE_CHECKING:
-    from collections.abc import Container
-    from pathlib import Path
-
-    from imdsproxy.errors import HostRefused, PrivilegeMissing
 
 __all__ = ["PasswordStore"]
 

@@ -11,15 +11,13 @@ import fcntl
 import os
 import signal
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from imdsproxy.errors import HostRefused
 from imdsproxy.host.refusal import host_refused
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
 
 __all__ = ["DocumentProcesses", "PidFile", "read_pids", "stop_documents"]
 

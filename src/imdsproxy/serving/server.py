@@ -13,8 +13,9 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import structlog
 
@@ -27,10 +28,6 @@ from imdsproxy.serving.listen import open_unix_socket
 from imdsproxy.serving.pidfile import PidFile
 from imdsproxy.serving.supervisor import HANDLED_SIGNALS, Ending, Supervisor
 from imdsproxy.serving.worker import Place
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from pathlib import Path
 
 __all__ = ["DocumentServerOptions", "run_documents"]
 

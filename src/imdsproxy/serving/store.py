@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import os
 from collections import OrderedDict
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, Final, TypeAlias
+from typing import BinaryIO, Final, TypeAlias
 
 from imdsproxy.core.compiled import CompiledRecord, compiled_path, parse_compiled
 from imdsproxy.core.documents import DocumentTree
@@ -19,9 +20,6 @@ from imdsproxy.core.model import InstanceId
 from imdsproxy.errors import HostRefused, PrivilegeMissing
 from imdsproxy.host.files import ensure_directory, write_atomic
 from imdsproxy.host.refusal import host_refused
-
-if TYPE_CHECKING:
-    from collections.abc import Container, Iterator
 
 __all__ = [
     "LoadedRecord",

@@ -8,24 +8,21 @@ import resource
 import select
 import signal
 import sys
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
-from typing import TYPE_CHECKING, Final
+from pathlib import Path
+from types import FrameType
+from typing import Final
 
 import structlog
 
 from imdsproxy.errors import HostRefused
 from imdsproxy.host.refusal import host_refused
+from imdsproxy.serving.account import Account
+from imdsproxy.serving.pidfile import PidFile
 from imdsproxy.serving.worker import Place, WorkerTask, run_worker
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
-    from pathlib import Path
-    from types import FrameType
-
-    from imdsproxy.serving.account import Account
-    from imdsproxy.serving.pidfile import PidFile
 
 __all__ = ["HANDLED_SIGNALS", "Ending", "Supervisor"]
 

@@ -5,8 +5,11 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import socket
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from pathlib import Path
+from typing import Final
 
 import structlog
 
@@ -15,11 +18,6 @@ from imdsproxy.serving.documents import DocumentService
 from imdsproxy.serving.listen import HttpListener
 from imdsproxy.serving.passwords import PasswordStore
 from imdsproxy.serving.store import RecordReader
-
-if TYPE_CHECKING:
-    import socket
-    from collections.abc import Callable
-    from pathlib import Path
 
 __all__ = ["Place", "WorkerTask", "run_worker"]
 

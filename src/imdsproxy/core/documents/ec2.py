@@ -11,14 +11,11 @@ from __future__ import annotations
 
 import re
 import uuid
-from typing import TYPE_CHECKING, Final
+from collections.abc import Callable, Iterable
+from typing import Final
 
+from imdsproxy.core.compiled import DocumentPort, DocumentRecord
 from imdsproxy.core.documents.tree import Data, Directory, Leaf, Node, directory, listing
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
-
-    from imdsproxy.core.compiled import DocumentPort, DocumentRecord
 
 __all__ = [
     "EC2_VERSIONS",

@@ -8,14 +8,12 @@ it (DHCP, or the router's advertisements): without a prefix length it cannot be 
 from __future__ import annotations
 
 import uuid
+from collections.abc import Iterator
 from functools import lru_cache
 from ipaddress import ip_network
-from typing import TYPE_CHECKING, TypeAlias
+from typing import Final, TypeAlias
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from imdsproxy.core.compiled import DocumentAddress, DocumentPort, DocumentRecord
+from imdsproxy.core.compiled import DocumentAddress, DocumentPort, DocumentRecord
 
 __all__ = ["JsonValue", "render_network_config", "render_network_data"]
 

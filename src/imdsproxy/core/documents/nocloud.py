@@ -7,15 +7,13 @@ from __future__ import annotations
 
 import json
 import re
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
+from imdsproxy.core.compiled import DocumentRecord
 from imdsproxy.core.documents.ec2 import unique_names
 from imdsproxy.core.documents.network import JsonValue, render_network_config
 from imdsproxy.core.documents.tree import Data, Directory, Leaf, Node, listing
 from imdsproxy.core.documents.vendor import vendor_text
-
-if TYPE_CHECKING:
-    from imdsproxy.core.compiled import DocumentRecord
 
 __all__ = ["NOCLOUD_ROOT", "nocloud_directory", "render_yaml"]
 

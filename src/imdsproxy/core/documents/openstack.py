@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
+from imdsproxy.core.compiled import DocumentRecord
 from imdsproxy.core.documents.ec2 import LATEST, unique_names
 from imdsproxy.core.documents.network import JsonValue, render_network_data
 from imdsproxy.core.documents.tree import (
@@ -18,9 +19,6 @@ from imdsproxy.core.documents.tree import (
     listing,
 )
 from imdsproxy.core.documents.vendor import vendor_object
-
-if TYPE_CHECKING:
-    from imdsproxy.core.compiled import DocumentRecord
 
 __all__ = ["OPENSTACK_VERSIONS", "openstack_directory", "openstack_listing", "openstack_version"]
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from base64 import b64encode
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, TypeAlias, assert_never
+from typing import Final, TypeAlias, assert_never
 
+from imdsproxy.core.compiled import Blob, DocumentRecord
 from imdsproxy.core.documents.ec2 import EC2_VERSIONS, LATEST, ec2_directory, ec2_generation
 from imdsproxy.core.documents.nocloud import NOCLOUD_ROOT, nocloud_directory
 from imdsproxy.core.documents.openstack import (
@@ -29,11 +31,6 @@ from imdsproxy.core.documents.tree import (
     parse_path,
 )
 from imdsproxy.core.model import Dialect
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from imdsproxy.core.compiled import Blob, DocumentRecord
 
 __all__ = [
     "PASSWORD_LIMIT",

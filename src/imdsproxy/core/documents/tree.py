@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, TypeAlias
+from typing import Final, TypeAlias
 from urllib.parse import unquote_to_bytes
 
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
-
-    from imdsproxy.core.compiled import Blob
+from imdsproxy.core.compiled import Blob
 
 __all__ = [
     "BINARY",

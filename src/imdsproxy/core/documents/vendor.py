@@ -8,10 +8,9 @@ A JSON object is OpenStack's `vendor_data.json` as it is; what cloud-init is to 
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
-if TYPE_CHECKING:
-    from imdsproxy.core.documents.network import JsonValue
+from imdsproxy.core.documents.network import JsonValue
 
 __all__ = ["vendor_object", "vendor_text"]
 
