@@ -13,7 +13,8 @@ __all__ = ["DEFAULT_PREFIX", "Naming"]
 DEFAULT_PREFIX = "imds"
 
 _DIGITS = 10
-_PREFIX = re.compile(r"[a-z][a-z0-9]{0,4}\Z")  # 5 + 10 digits are the 15 bytes of a link's name
+_LINK_BYTES = 15  # what the kernel allows (IFNAMSIZ without its NUL)
+_PREFIX = re.compile(r"[a-z][a-z0-9]{0,6}\Z")
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +24,7 @@ class Naming:
     Two daemons on one host with different prefixes never touch each other's objects.
 
     Attributes:
-        prefix: 1 to 5 lower-case letters and digits, a letter first.
+        prefix: 1 to 7 lower-case letters and digits, a letter first.
 
     Raises:
         ValueError: The prefix is not of that form.
@@ -33,7 +34,7 @@ class Naming:
 
     def __post_init__(self) -> None:
         if not _PREFIX.match(self.prefix):
-            raise ValueError(f"not a prefix of 1 to 5 letters and digits: {self.prefix!r}")
+            raise ValueError(f"not a prefix of 1 to 7 letters and digits: {self.prefix!r}")
 
     @property
     def inner_device(self) -> str:
@@ -50,11 +51,11 @@ class Naming:
 
     def namespace(self, network: NetworkId) -> str:
         """The namespace that we make for a bridge's network."""
-        return f"{self.prefix}-{_hash(network).hex()[:_DIGITS]}"
+        return f"{self.prefix}-{self._digest(network)}"
 
     def link(self, network: NetworkId) -> str:
         """The veth end that is attached to the bridge, at most 15 bytes."""
-        return f"{self.prefix}{_hash(network).hex()[:_DIGITS]}"
+        return f"{self.prefix}{self._digest(network)}"
 
     def alias(self, network: NetworkId) -> str:
         """The ifalias of what belongs to a network, for people and for `owner_of`."""
@@ -67,17 +68,24 @@ class Naming:
 
     def is_namespace(self, name: str) -> bool:
         """Whether a name has the form of `namespace`."""
-        return _has_form(name, f"{self.prefix}-")
+        return self._has_form(name, f"{self.prefix}-")
 
     def is_link(self, name: str) -> bool:
         """Whether a name has the form of `link`."""
-        return _has_form(name, self.prefix)
+        return self._has_form(name, self.prefix)
+
+    @property
+    def _digits(self) -> int:
+        return min(_DIGITS, _LINK_BYTES - len(self.prefix))
+
+    def _digest(self, network: NetworkId) -> str:
+        return _hash(network).hex()[: self._digits]
+
+    def _has_form(self, name: str, start: str) -> bool:
+        digits = name.removeprefix(start)
+        form = f"[0-9a-f]{{{self._digits}}}"
+        return name.startswith(start) and re.fullmatch(form, digits) is not None
 
 
 def _hash(text: str) -> bytes:
     return hashlib.sha256(text.encode()).digest()
-
-
-def _has_form(name: str, start: str) -> bool:
-    digits = name.removeprefix(start)
-    return name.startswith(start) and re.fullmatch(f"[0-9a-f]{{{_DIGITS}}}", digits) is not None

@@ -7,7 +7,7 @@ is a part that `core.hoststate.merge_observed` lays over what was known.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import assert_never
 
 from imdsproxy.core.endpoints import LOOPBACK
@@ -16,6 +16,7 @@ from imdsproxy.core.hoststate import (
     AddressState,
     BindTrial,
     Family,
+    ListeningSocket,
     NamespaceRef,
     ObservedAddress,
     ObservedDevice,
@@ -101,21 +102,31 @@ class HostObserver:
         interest = _interest(networks, self._naming)
         namespaces: dict[str, ObservedNamespace] = {}
         for name, devices in sorted(interest.namespaces.items()):
-            seen = self._namespace(name, devices, our_pids)
+            seen = self._namespace(name, devices)
             if seen is not None:
                 namespaces[name] = seen
         present = self._thread.directory.names() if everything else sorted(interest.namespaces)
         for name in present if everything else ():
-            seen = None if name in namespaces else self._namespace(name, set(), our_pids)
+            seen = None if name in namespaces else self._namespace(name, set())
             if seen is not None:
                 namespaces[name] = seen
+        root = self._root(interest, everything=everything)
+        owned = self._find_owners((root, *namespaces.values()), our_pids)
         return ObservedHost(
-            root=self._root(interest, our_pids, everything=everything),
-            namespaces=namespaces,
+            root=_with_owners(root, owned),
+            namespaces={name: _with_owners(seen, owned) for name, seen in namespaces.items()},
             half_made=frozenset(self._half_made(present, namespaces)),
             asked_namespaces=None if everything else frozenset(interest.namespaces),
             asked_devices=None if everything else frozenset(interest.root_devices),
         )
+
+    def _find_owners(
+        self, places: Iterable[ObservedNamespace], our_pids: frozenset[int]
+    ) -> dict[int, ListeningSocket]:
+        listening = [place for place in places if place.sockets]
+        sockets = [one for place in listening for one in place.sockets]
+        inodes = {place.ref.inode for place in listening if place.ref is not None}
+        return self._owners.resolve(sockets, our_pids, inodes)
 
     def _half_made(self, names: Iterable[str], usable: Collection[str]) -> Iterator[str]:
         for name in names:
@@ -124,13 +135,11 @@ class HostObserver:
             if (self._thread.directory.path / name).exists():
                 yield name
 
-    def _namespace(
-        self, name: str, devices: set[str | None], our_pids: frozenset[int]
-    ) -> ObservedNamespace | None:
+    def _namespace(self, name: str, devices: set[str | None]) -> ObservedNamespace | None:
         """Look at a namespace; with no devices of interest, only at what may be ours in there."""
 
         def work(ref: NamespaceRef) -> ObservedNamespace:
-            return self._inside(ref, devices, our_pids)
+            return self._inside(ref, devices)
 
         try:
             return self._thread.enter(name, work)
@@ -140,9 +149,7 @@ class HostObserver:
             problem = host_refused(f"look into namespace {name}", error).message
             return ObservedNamespace(self._thread.directory.identity(name), problem=problem)
 
-    def _inside(
-        self, ref: NamespaceRef, wanted: set[str | None], our_pids: frozenset[int]
-    ) -> ObservedNamespace:
+    def _inside(self, ref: NamespaceRef, wanted: set[str | None]) -> ObservedNamespace:
         with NetlinkSocket() as channel:
             devices = {one.name: one for one in list_links(channel)}
             addresses = tuple(metadata_addresses(channel, devices.values()))
@@ -158,13 +165,11 @@ class HostObserver:
             devices=devices,
             addresses=addresses,
             default_routes=routes,
-            sockets=self._owners.resolve(sockets, our_pids, ref.inode),
+            sockets=tuple(sockets),
             trials=tuple(_trials(wanted, addresses, devices)),
         )
 
-    def _root(
-        self, interest: _Interest, our_pids: frozenset[int], *, everything: bool
-    ) -> ObservedNamespace:
+    def _root(self, interest: _Interest, *, everything: bool) -> ObservedNamespace:
         if not everything and not interest.root_devices:
             return ObservedNamespace(None)
         try:
@@ -185,9 +190,15 @@ class HostObserver:
             ref=None,
             devices=devices,
             addresses=addresses,
-            sockets=self._owners.resolve(sockets, our_pids),
+            sockets=tuple(sockets),
             trials=tuple(_trials(wanted, addresses, devices)),
         )
+
+
+def _with_owners(seen: ObservedNamespace, owned: dict[int, ListeningSocket]) -> ObservedNamespace:
+    if not seen.sockets:
+        return seen
+    return replace(seen, sockets=tuple(owned[one.inode] for one in seen.sockets))
 
 
 def _interest(networks: Iterable[Network], naming: Naming) -> _Interest:

@@ -134,35 +134,40 @@ class SocketOwners:
         self,
         sockets: Iterable[ListeningSocket],
         our_pids: Collection[int],
-        namespace: int | None = None,
-    ) -> tuple[ListeningSocket, ...]:
-        """The same sockets with their owners.
+        namespaces: Collection[int] = (),
+    ) -> dict[int, ListeningSocket]:
+        """The same sockets with their owners, by inode.
 
         Args:
-            sockets: As `listening_sockets` gave them.
+            sockets: As `listening_sockets` gave them; one call for those of many namespaces is much
+                cheaper than many calls.
             our_pids: HAProxy's master and workers; their children count as ours too, so that a
                 worker which has just been started is never taken for a stranger.
-            namespace: Inode of the namespace they are in; its own processes are looked at first.
+            namespaces: Inodes of the namespaces they are in; whose processes are looked at first.
         """
-        given = list(sockets)
+        given = {one.inode: one for one in sockets}
         if not given:
-            return ()
+            return {}
         self._ours = {inode: pid for inode, pid in self._ours.items() if pid in our_pids}
-        if any(one.inode not in self._ours for one in given):
-            self._read_ours(our_pids, {one.inode for one in given})
-        unknown = {one.inode for one in given if one.inode not in self._ours}
+        self._read_ours(our_pids, set(given))
+        unknown = given.keys() - self._ours.keys()
         if unknown:
-            self._find_foreign(unknown, namespace)
-        return tuple(self._owned(one, our_pids) for one in given)
+            self._find_foreign(unknown, namespaces)
+        commands: dict[int, str] = {}
+        return {inode: self._owned(one, our_pids, commands) for inode, one in given.items()}
 
-    def _owned(self, one: ListeningSocket, our_pids: Collection[int]) -> ListeningSocket:
+    def _owned(
+        self, one: ListeningSocket, our_pids: Collection[int], commands: dict[int, str]
+    ) -> ListeningSocket:
         pid = self._ours.get(one.inode)
-        if pid is not None:
-            return replace(one, owners=(SocketOwner(pid, self._command(pid)),), ours=True)
-        holders = sorted(self._foreign.get(one.inode, ()))
-        ours = any(self._is_ours(pid, our_pids) for pid in holders)
-        owners = tuple(SocketOwner(pid, self._command(pid)) for pid in holders)
-        return replace(one, owners=owners, ours=ours)
+        holders = sorted(self._foreign.get(one.inode, ())) if pid is None else [pid]
+        owners: list[SocketOwner] = []
+        for holder in holders:
+            if holder not in commands:
+                commands[holder] = self._command(holder)
+            owners.append(SocketOwner(holder, commands[holder]))
+        ours = pid is not None or any(self._is_ours(holder, our_pids) for holder in holders)
+        return replace(one, owners=tuple(owners), ours=ours)
 
     def _read_ours(self, our_pids: Collection[int], wanted: set[int]) -> None:
         if wanted <= self._ours.keys():
@@ -176,13 +181,13 @@ class SocketOwners:
             return True
         return bool(our_pids) and self._parent(pid) in our_pids
 
-    def _find_foreign(self, wanted: set[int], namespace: int | None) -> None:
+    def _find_foreign(self, wanted: Collection[int], namespaces: Collection[int]) -> None:
         missing = {inode for inode in wanted if not self._still_held(inode)}
         missing = {i for i in missing if self._fruitless.get(i, 0) < _WORTH_SEARCHING}
         if not missing:
             return
         found: dict[int, dict[int, str]] = {}
-        inside, outside = self._split(namespace)
+        inside, outside = self._split(namespaces)
         for pids in (inside, outside):
             for pid in pids:
                 for inode, path in self._sockets_of(pid):
@@ -206,12 +211,10 @@ class SocketOwners:
         del self._foreign[inode]
         return False
 
-    def _split(self, namespace: int | None) -> tuple[list[int], list[int]]:
+    def _split(self, namespaces: Collection[int]) -> tuple[list[int], list[int]]:
         pids = [int(one.name) for one in self._proc.iterdir() if one.name.isdigit()]
-        if namespace is None:
-            return pids, []
-        link = f"net:[{namespace}]"
-        inside = [pid for pid in pids if _link(f"{self._proc}/{pid}/ns/net") == link]
+        links = {f"net:[{namespace}]" for namespace in namespaces}
+        inside = [pid for pid in pids if _link(f"{self._proc}/{pid}/ns/net") in links]
         return inside, sorted(set(pids) - set(inside))
 
     def _sockets_of(self, pid: int) -> Iterator[tuple[int, str]]:

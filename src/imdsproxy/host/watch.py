@@ -80,7 +80,7 @@ class WatchPace:
     """How often what no event tells of is looked at.
 
     Attributes:
-        audits_per_s: Networks looked at in turn each second; one takes 0.3 ms.
+        audits_per_s: Networks looked at in turn each second; one takes 0.5 ms. 0 for none.
         recheck_s: Seconds between two looks at everything that is left out.
         rechecks: At most so many left-out networks are looked at each time, in turn.
     """
@@ -90,8 +90,8 @@ class WatchPace:
     rechecks: int = 500
 
     def __post_init__(self) -> None:
-        if self.audits_per_s <= 0 or self.recheck_s <= 0 or self.rechecks <= 0:
-            raise ValueError(f"every pace is above zero: {self}")
+        if self.audits_per_s < 0 or self.recheck_s <= 0 or self.rechecks <= 0:
+            raise ValueError(f"a pace cannot be below zero: {self}")
 
 
 @dataclass(slots=True)
@@ -209,7 +209,7 @@ class HostWatch:
         return self._events.pop(next(iter(self._events)))
 
     def _raise_failure(self) -> None:
-        # None of them ever ends by itself: one that has ended has failed, and so has the watch.
+        # One that has ended by itself has failed, and so has the watch.
         for task in self._tasks:
             if task.done():
                 task.result()
@@ -284,7 +284,7 @@ class HostWatch:
 
     async def _audit(self) -> None:
         """Look at one network after the other, for ever."""
-        while True:
+        while self._pace.audits_per_s > 0:
             await asyncio.sleep(1 / self._pace.audits_per_s)
             ids = list(self._networks)
             if ids:
