@@ -7,7 +7,7 @@ and never keeps another one from coming into force.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -18,7 +18,7 @@ from imdsproxy.core.endpoints import Endpoint, Foreign, LeftOut, LeftOutCode
 from imdsproxy.core.haproxy.model import DataplaneSpec, Limits
 from imdsproxy.core.hostnames import Naming
 from imdsproxy.core.hostops import HostOp
-from imdsproxy.core.hoststate import ObservedHost
+from imdsproxy.core.hoststate import ObservedHost, merge_observed
 from imdsproxy.core.inventory import Inventory
 from imdsproxy.core.listeners import ListenerPlan, plan_listeners
 from imdsproxy.core.model import Network, NetworkId
@@ -42,8 +42,14 @@ _RECHECK_S = 0.5
 class HostView(Protocol):
     """The host, as far as listeners go."""
 
-    async def observe(self, networks: Iterable[Network]) -> ObservedHost:
-        """Look at everything that these networks' listeners need, and at all that is ours."""
+    async def observe(
+        self, networks: Iterable[Network], our_pids: Collection[int], *, everything: bool
+    ) -> ObservedHost:
+        """Look at what these networks' listeners need; with `everything`, at the whole host.
+
+        Raises:
+            HostRefused: The host's own namespace cannot be looked at.
+        """
         ...
 
     async def apply(self, ops: Iterable[HostOp]) -> tuple[Problem, ...]:
@@ -57,6 +63,19 @@ class HostView(Protocol):
             HostRefused: The file system refused.
         """
         ...
+
+
+class Expect(Protocol):
+    """Told after each round what matters from now on, so that changes of it are noticed."""
+
+    def __call__(
+        self,
+        networks: Mapping[NetworkId, Network],
+        observed: ObservedHost,
+        left_out: Iterable[NetworkId],
+        our_pids: Collection[int],
+        /,
+    ) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,14 +116,27 @@ class ListenerLoop:
     naming: Naming
     clock: Clock
     settings: Callable[[], SpecSettings]
+    expect: Expect
     tickets: Tickets = field(default_factory=Tickets)
     report: ListenerReport = field(default_factory=lambda: ListenerReport(0.0))
     failure: Problem | None = None
+    _observed: ObservedHost | None = None
+    _known: dict[NetworkId, Network] = field(default_factory=dict)
+    _dirty: set[NetworkId] = field(default_factory=set)
     _reasons: set[str] = field(default_factory=set)
     _wake: asyncio.Event = field(default_factory=asyncio.Event)
 
-    def touch(self, reason: str) -> int:
-        """Look at the host again; the ticket says when what was found is in force."""
+    def touch(self, reason: str, networks: Iterable[NetworkId] | None = None) -> int:
+        """Look at the host again; the ticket says when what was found is in force.
+
+        Args:
+            reason: For the log and `status`.
+            networks: Whose listeners to look at; `None` looks at the whole host.
+        """
+        if networks is None:
+            self._observed = None
+        else:
+            self._dirty.update(networks)
         self._reasons.add(reason)
         self._wake.set()
         return self.tickets.take()
@@ -144,7 +176,7 @@ class ListenerLoop:
                 await self._round(reasons)
             except DataplaneError as error:
                 self.failure = Problem("listeners", error.message, error.hint)
-                log.error(
+                log.error(  # noqa: TRY400 - expected, and told in full
                     "listeners not applied", code=error.code, error=error.message, retry_in_s=delay
                 )
                 delay = min(delay * 2, _RETRY_LAST_S)
@@ -165,7 +197,7 @@ class ListenerLoop:
             async with asyncio.timeout(patience):
                 await self._wake.wait()
         except TimeoutError:
-            return
+            self._dirty.update(one.network for one in self.report.left_out)
 
     async def _round(self, reasons: tuple[str, ...]) -> None:
         began = self.clock.monotonic()
@@ -175,10 +207,14 @@ class ListenerLoop:
             await self._apply(plan.endpoints, reasons)
         except (ConfigRejected, ReloadFailed):
             # Something went away between looking and loading: look again, once, before giving up.
+            self._observed = None
             plan, problems, more = await self._settle_host(networks)
             operations += more
             await self._apply(plan.endpoints, reasons)
         self._tell(plan, problems)
+        if self._observed is not None:
+            left_out = {one.network for one in plan.left_out}
+            self.expect(networks, self._observed, left_out, self._pids())
         self.report = ListenerReport(
             at=self.clock.now().timestamp(),
             endpoints=plan.endpoints,
@@ -197,13 +233,39 @@ class ListenerLoop:
         problems: tuple[Problem, ...] = ()
         operations = 0
         for _ in range(_HOST_ROUNDS):
-            observed = await self.host.observe(networks.values())
+            observed = await self._observe(networks)
             plan = plan_listeners(networks, observed, self.naming, sweep=self.inventory.in_sync)
             if not plan.ops or problems:
                 break
             operations += len(plan.ops)
+            self._dirty.update(one.network for one in plan.left_out)
             problems = await self.host.apply(plan.ops)
         return plan, problems, operations
+
+    async def _observe(self, networks: Mapping[NetworkId, Network]) -> ObservedHost:
+        """Look at all of the host, or at what may have changed and lay it over what was known."""
+        pids = self._pids()
+        dirty, self._dirty = self._dirty, set()
+        known = self._observed
+        if known is None:
+            # In place while we look: who asks for all of it meanwhile takes it away again.
+            known = self._observed = ObservedHost()
+            seen = await self.host.observe(networks.values(), pids, everything=True)
+        elif dirty:
+            both = (networks.get(one) for one in dirty), (self._known.get(one) for one in dirty)
+            some = {network for group in both for network in group if network is not None}
+            part = await self.host.observe(some, pids, everything=False)
+            seen = merge_observed(known, part)
+        else:
+            return known
+        if self._observed is known:
+            self._observed = seen
+        self._known = dict(networks)
+        return seen
+
+    def _pids(self) -> tuple[int, ...]:
+        processes = self.haproxy.processes
+        return () if processes is None else (processes.master, *processes.workers)
 
     async def _apply(self, endpoints: tuple[Endpoint, ...], reasons: tuple[str, ...]) -> None:
         # The old worker does not look at the links any more, the next one needs all of its own.

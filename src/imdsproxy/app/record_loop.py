@@ -103,6 +103,7 @@ class RecordLoop:
     tickets: Tickets = field(default_factory=Tickets)
     last: RoundReport | None = None
     failures: dict[str, Problem] = field(default_factory=dict)
+    in_sync: asyncio.Event = field(default_factory=asyncio.Event)
     _work: _Work = field(default_factory=_Work)
     _wake: asyncio.Event = field(default_factory=asyncio.Event)
     _live: bool = False
@@ -114,6 +115,10 @@ class RecordLoop:
         self._work.add(affected)
         if affected.networks:
             self.on_networks(affected.networks)
+        if self.inventory.in_sync:
+            self.in_sync.set()
+        else:
+            self.in_sync.clear()
         if affected.in_sync:
             self.on_applied(None)
         ticket = self.tickets.take()
@@ -164,7 +169,7 @@ class RecordLoop:
             except DataplaneError as error:
                 self._work.merge(work)
                 self.failures["records"] = Problem("records", error.message, error.hint)
-                log.error(
+                log.error(  # noqa: TRY400 - expected, and told in full
                     "records not applied", code=error.code, error=error.message, retry_in_s=delay
                 )
                 await self._wait_for_retry(delay)

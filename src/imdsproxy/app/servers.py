@@ -6,16 +6,13 @@ import contextlib
 import os
 import socket
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import uvicorn
 
 from imdsproxy.errors import HostRefused
-
-if TYPE_CHECKING:
-    from uvicorn._types import ASGIApplication
 
 __all__ = ["open_tcp_socket", "open_unix_socket", "serve"]
 
@@ -98,7 +95,7 @@ def open_tcp_socket(host: str, port: int) -> socket.socket:
     return listener
 
 
-async def serve(app: ASGIApplication, listener: socket.socket) -> None:
+async def serve(app: Callable[..., Any], listener: socket.socket) -> None:
     """Serve until cancelled."""
     config = uvicorn.Config(
         app,

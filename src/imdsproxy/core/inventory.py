@@ -166,6 +166,9 @@ class _Claims(Generic[_K]):
     def __iter__(self) -> Iterator[_K]:
         return iter(self._claimants)
 
+    def __len__(self) -> int:
+        return len(self._claimants)
+
     def of(self, key: _K) -> frozenset[InstanceId]:
         found = self._claimants.get(key)
         if found is None:
@@ -300,6 +303,26 @@ class Inventory:
     def sources(self) -> Mapping[SourceName, bool]:
         """Each source's name, and whether it is in sync."""
         return {name: report.in_sync for name, report in self._reports.items()}
+
+    @property
+    def address_count(self) -> int:
+        """How many addresses somebody claims, in networks that exist or not."""
+        return len(self._addresses)
+
+    @property
+    def conflict_count(self) -> int:
+        """How many contradictions there are, without telling them."""
+        contested = len(self._addresses.contested)
+        return contested + len(self._network_conflicts) + len(self._instance_conflicts)
+
+    def record_counts(self, source: SourceName) -> tuple[int, int]:
+        """How many networks and instances a source tells of."""
+        report = self._reports[source]
+        return len(report.networks), len(report.instances)
+
+    def problems_of(self, source: SourceName) -> tuple[Problem, ...]:
+        """The records that a source refuses now."""
+        return self._reports[source].problems
 
     def conflicts(self) -> tuple[Conflict, ...]:
         """All contradictions, by kind and subject."""

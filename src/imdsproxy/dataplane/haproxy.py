@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import subprocess
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -16,6 +17,7 @@ from imdsproxy.dataplane.layout import Layout
 from imdsproxy.dataplane.master import MasterClient
 from imdsproxy.dataplane.records import RecordApplier, Writer
 from imdsproxy.errors import ConfigRejected, HostRefused, ReloadFailed, RuntimeUnavailable
+from imdsproxy.host.clock import Clock
 
 __all__ = ["Haproxy", "LastReload"]
 
@@ -24,9 +26,10 @@ _PROBE_DEADLINE_S = 1.0
 
 @dataclass(frozen=True, slots=True)
 class LastReload:
-    """What the last attempt to bring a configuration into force came to."""
+    """What the last attempt to bring a configuration into force came to; `at` is Unix time."""
 
     number: int
+    at: float
     reason: str
     result: Literal["started", "reloaded", "rejected", "failed"]
     message: str = ""
@@ -46,9 +49,11 @@ class Haproxy:
     master: MasterClient
     records: RecordApplier
     write: Writer
+    clock: Clock
     processes: Processes | None = None
     last_reload: LastReload | None = None
-    _count: int = field(default=0)
+    reload_counts: Counter[str] = field(default_factory=Counter)
+    seconds_spent: float = 0.0
 
     async def adopt(self) -> bool:
         """Take over a master that runs already; whether there is one.
@@ -124,6 +129,15 @@ class Haproxy:
         if self.processes is not None:
             await self.launcher.kill(self.processes)
 
+    async def end_stray(self) -> None:
+        """End a master of ours whose records are lost: nobody could say what its workers answer."""
+        try:
+            processes = await self.master.read_processes()
+        except RuntimeUnavailable:
+            return
+        await self.launcher.kill(processes)
+        await self.launcher.wait(processes.master)
+
     def _in_force(self) -> str | None:
         try:
             return self.layout.config.read_text()
@@ -188,5 +202,13 @@ class Haproxy:
         *,
         seconds: float = 0.0,
     ) -> None:
-        self._count += 1
-        self.last_reload = LastReload(self._count, reason, result, message, seconds)
+        self.reload_counts["ok" if result in {"started", "reloaded"} else "failed"] += 1
+        self.seconds_spent += seconds
+        self.last_reload = LastReload(
+            self.reload_counts.total(),
+            self.clock.now().timestamp(),
+            reason,
+            result,
+            message,
+            seconds,
+        )

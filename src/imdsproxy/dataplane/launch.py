@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 import signal
 import subprocess
 from collections.abc import Awaitable, Callable
@@ -28,12 +29,13 @@ __all__ = [
 MINIMUM: Final = Version(3, 0)
 _START_DEADLINE_S: Final = 20.0
 _POLL_S: Final = 0.01
+_SEARCH_PATH: Final = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _STOP_GRACE_S: Final = 10.0
 
 
 @dataclass(frozen=True, slots=True)
 class HaproxyProgram:
-    """The HAProxy that is installed here."""
+    """The HAProxy that is installed here; `path` is absolute."""
 
     path: str
     version: Version
@@ -46,9 +48,10 @@ async def read_program(binary: str) -> HaproxyProgram:
     Raises:
         HaproxyMissing: There is none, it is older than 3.0, or was built without namespaces.
     """
+    path = shutil.which(binary, path=_SEARCH_PATH) or binary
     try:
         process = await asyncio.create_subprocess_exec(
-            binary,
+            path,
             "-vv",
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -68,7 +71,7 @@ async def read_program(binary: str) -> HaproxyProgram:
     features = parse_features(text)
     if "NS" not in features:
         raise HaproxyMissing(f"HAProxy {version} was built without network namespaces (USE_NS)")
-    return HaproxyProgram(binary, version, features)
+    return HaproxyProgram(path, version, features)
 
 
 class Launcher(Protocol):

@@ -58,6 +58,11 @@ class Layout:
         return self.runtime / "documents.log"
 
     @property
+    def documents_pid(self) -> Path:
+        """The document server's own file: its parent's pid, then its workers'."""
+        return self.runtime / "documents.pid"
+
+    @property
     def master_socket(self) -> Path:
         """HAProxy's master CLI."""
         return self.runtime / "master.sock"

@@ -26,7 +26,7 @@ _PAYLOAD_LIMIT: Final = 14_000
 """Bytes of data in one command: HAProxy's buffer is 16 kB and holds the command line too."""
 
 
-class WorkerEnded(Exception):  # noqa: N818 - an outcome, caught at the call
+class WorkerEnded(Exception):
     """The worker that a command was for is gone: what it would have answered does not matter any more."""
 
 
@@ -88,9 +88,7 @@ class MasterClient:
         if payload is not None:
             line = f"{line} <<\n{payload}"
         answer = (await self._send(line, self._deadline_s)).strip("\n")
-        if answer.startswith("Can't find the target PID") or answer.startswith(
-            "Can't connect to the target"
-        ):
+        if answer.startswith(("Can't find the target PID", "Can't connect to the target")):
             raise WorkerEnded(str(worker))
         return answer
 
@@ -175,7 +173,7 @@ class MasterClient:
                 answer = await reader.read(-1)
         except TimeoutError as error:
             raise RuntimeUnavailable(
-                f"HAProxy's master at {self._path} gave no answer to {line.split(' <<')[0]!r} in {deadline_s:g} s"
+                f"HAProxy's master at {self._path} gave no answer to {line.partition(' <<')[0]!r} in {deadline_s:g} s"
             ) from error
         except OSError as error:
             raise RuntimeUnavailable(

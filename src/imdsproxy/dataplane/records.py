@@ -31,7 +31,9 @@ _SWAP_ABOVE = 256
 class Writer(Protocol):
     """Replaces a file by exactly these bytes, or leaves it and raises `HostRefused`."""
 
-    def __call__(self, path: Path, data: bytes) -> None: ...
+    def __call__(self, path: Path, data: bytes) -> None:
+        """Replace `path`."""
+        ...
 
 
 @dataclass(slots=True)

@@ -1,0 +1,214 @@
+"""The composition root: every part of the controller made from the settings, and handed to the others."""
+
+from __future__ import annotations
+
+import os
+import resource
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+from imdsproxy.app.account import group_id
+from imdsproxy.app.companion import Companion, CompanionLauncher, SpawnCompanion, UnitCompanion
+from imdsproxy.app.compiled_files import DiskFiles
+from imdsproxy.app.host_view import SystemHost
+from imdsproxy.app.listener_loop import SpecSettings
+from imdsproxy.config.schema import Settings, Supervisor
+from imdsproxy.core.haproxy.model import Limits
+from imdsproxy.core.hostnames import Naming
+from imdsproxy.core.wire import RETRY_AFTER_S
+from imdsproxy.dataplane.haproxy import Haproxy
+from imdsproxy.dataplane.launch import HaproxyProgram, Launcher, SpawnLauncher, SystemdLauncher
+from imdsproxy.dataplane.layout import Layout
+from imdsproxy.dataplane.master import MasterClient
+from imdsproxy.dataplane.records import RecordApplier, Writer
+from imdsproxy.host.apply import HostApplier
+from imdsproxy.host.clock import Clock
+from imdsproxy.host.files import ensure_directory, write_atomic
+from imdsproxy.host.namespaces import NamespaceDirectory, NamespaceThread
+from imdsproxy.host.nslinks import haproxy_name
+from imdsproxy.host.observe import HostObserver
+from imdsproxy.serving.passwords import PasswordStore
+from imdsproxy.sources.api import Source, WritableSource
+from imdsproxy.sources.file import FileSource
+from imdsproxy.sources.sqlite import SqliteSource
+
+__all__ = [
+    "Sources",
+    "build_companion",
+    "build_files",
+    "build_haproxy",
+    "build_host",
+    "build_layout",
+    "build_sources",
+    "build_spec_settings",
+    "prepare_directories",
+    "under_systemd",
+]
+
+_SYSTEMD = Path("/run/systemd/system")
+_UNIT_DIRECTORIES = (
+    Path("/etc/systemd/system"),
+    Path("/usr/lib/systemd/system"),
+    Path("/lib/systemd/system"),
+)
+_LINKS_PROBE = "x"
+
+
+def build_layout(settings: Settings) -> Layout:
+    """Where everything is."""
+    return Layout(
+        runtime=settings.paths.runtime_dir,
+        state=settings.paths.state_dir,
+        documents_workers=settings.documents.workers,
+        chroot=settings.haproxy.chroot,
+    )
+
+
+def under_systemd(choice: Supervisor, unit: str) -> bool:
+    """Whether a unit of systemd supervises; `auto` takes it where it runs and knows the unit."""
+    if choice != "auto":
+        return choice == "systemd"
+    return _SYSTEMD.is_dir() and any((place / unit).exists() for place in _UNIT_DIRECTORIES)
+
+
+def prepare_directories(settings: Settings, layout: Layout) -> None:
+    """Make our directories, and the files that HAProxy's configuration names.
+
+    Raises:
+        HostRefused: The file system refuses.
+        PrivilegeMissing: We may not write there.
+        HostRefused: An account of the settings does not exist.
+    """
+    documents = settings.documents.group or settings.haproxy.group
+    readable = (-1, group_id(documents))
+    ensure_directory(layout.runtime, mode=0o755)
+    ensure_directory(layout.jail, mode=0o755)
+    ensure_directory(layout.namespace_links, mode=0o755)
+    # HAProxy looks for namespaces below it, through a path that must exist.
+    ensure_directory(settings.paths.netns_dir, mode=0o755)
+    ensure_directory(layout.state, mode=0o750, owner=readable)
+    ensure_directory(layout.records, mode=0o750, owner=readable)
+    answer = (
+        "HTTP/1.1 503 Service Unavailable\r\n"
+        f"Retry-After: {RETRY_AFTER_S}\r\n"
+        "Content-Length: 0\r\n"
+        "Cache-Control: no-store\r\n\r\n"
+    )
+    write_atomic(layout.unavailable, answer.encode(), mode=0o644)
+    write_atomic(layout.empty_map, b"", mode=0o644)
+
+
+def build_haproxy(
+    settings: Settings, layout: Layout, program: HaproxyProgram, clock: Clock
+) -> tuple[Haproxy, RecordApplier]:
+    """HAProxy and its records."""
+    write: Writer = partial(write_atomic, mode=0o640)
+    master = MasterClient(layout.master_socket)
+    applier = RecordApplier(master, layout.base_map, layout.overlay_map, write)
+    launcher: Launcher
+    if under_systemd(settings.haproxy.supervisor, settings.haproxy.unit):
+        launcher = SystemdLauncher(settings.haproxy.unit, master)
+    else:
+        launcher = SpawnLauncher(program.path, layout, master)
+    return Haproxy(program.path, layout, launcher, master, applier, write, clock), applier
+
+
+def build_host(
+    settings: Settings, layout: Layout, naming: Naming
+) -> tuple[SystemHost, NamespaceThread]:
+    """The host, and the thread that enters namespaces."""
+    thread = NamespaceThread(NamespaceDirectory(settings.paths.netns_dir))
+    host = SystemHost(
+        thread,
+        HostObserver(thread, naming),
+        HostApplier(thread),
+        naming,
+        layout.namespace_links,
+        settings.paths.netns_dir,
+    )
+    return host, thread
+
+
+def build_files(settings: Settings, layout: Layout) -> DiskFiles:
+    """Compiled records, readable by the document server's group."""
+    group = settings.documents.group
+    return DiskFiles(
+        layout.records, PasswordStore(layout.passwords), None if group is None else group_id(group)
+    )
+
+
+def build_spec_settings(settings: Settings, layout: Layout) -> SpecSettings:
+    """What of the settings shapes HAProxy's configuration."""
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    listen = settings.metrics.haproxy_listen
+    return SpecSettings(
+        limits=Limits(
+            nbthread=settings.haproxy.nbthread,
+            maxconn_per_network=settings.haproxy.maxconn_per_network,
+            cache_mb=settings.haproxy.cache_mb,
+            max_object_bytes=settings.haproxy.max_object_kib * 1024,
+            hold_s=settings.resolver.hold_s,
+            hard_stop_after_s=settings.haproxy.hard_stop_after_s,
+        ),
+        maxconn=settings.haproxy.maxconn,
+        descriptors=-1 if hard == resource.RLIM_INFINITY else hard,
+        user=settings.haproxy.user,
+        group=settings.haproxy.group,
+        exporter=None if listen is None else str(listen),
+        links=str(Path(haproxy_name(layout.namespace_links, _LINKS_PROBE)).parent),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Sources:
+    """All that are enabled; `writable` is the one that the admin API writes to."""
+
+    all: tuple[Source, ...]
+    writable: WritableSource | None = field(default=None)
+
+
+def build_sources(settings: Settings) -> Sources:
+    """The sources that the settings enable."""
+    found: list[Source] = []
+    writable: WritableSource | None = None
+    if settings.sources.sqlite.enabled:
+        writable = SqliteSource(settings.store_path)
+        found.append(writable)
+    if settings.sources.file.enabled:
+        found.append(FileSource(settings.sources.file.directory))
+    return Sources(tuple(found), writable)
+
+
+def build_companion(
+    settings: Settings,
+    layout: Layout,
+    *,
+    config: Path | None,
+    find: Callable[[], int | None],
+    answering: Callable[[], bool],
+    environment: Mapping[str, str],
+) -> Companion:
+    """The document server's keeper."""
+    launcher: CompanionLauncher
+    if under_systemd(settings.documents.supervisor, settings.documents.unit):
+        launcher = UnitCompanion(settings.documents.unit)
+    else:
+        launcher = SpawnCompanion(
+            documents_arguments(config), layout.documents_log, find, _own_environment(environment)
+        )
+    return Companion(launcher, find, answering)
+
+
+def documents_arguments(config: Path | None) -> Sequence[str]:
+    """The command line of a document server with the same settings."""
+    option = () if config is None else ("--config", str(config.resolve()))
+    return (sys.executable, "-m", "imdsproxy", *option, "documents")
+
+
+def _own_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """What a process of ours is to know of our environment: the settings in it, and where programs are."""
+    kept = {name: value for name, value in environment.items() if name.startswith("IMDSPROXY_")}
+    return {**kept, "PATH": os.defpath, "LANG": "C.UTF-8"}

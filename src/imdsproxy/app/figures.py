@@ -1,0 +1,119 @@
+"""The controller's figures for Prometheus, gathered when they are asked for."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+from imdsproxy.admin.metrics import MetricsSnapshot, NetworkTraffic, SourceFigures, Timing
+from imdsproxy.app.operations import ControllerOperations
+from imdsproxy.core.plan import networks_of
+from imdsproxy.dataplane.master import WorkerEnded
+from imdsproxy.errors import DataplaneError
+from imdsproxy.serving.resolver import Resolver
+
+__all__ = ["Figures", "TrafficCounter"]
+
+
+@dataclass(slots=True)
+class TrafficCounter:
+    """Adds up HAProxy's counters, which begin at 0 with each worker."""
+
+    totals: dict[str, NetworkTraffic] = field(default_factory=dict)
+    _worker: int | None = None
+    _base: dict[str, NetworkTraffic] = field(default_factory=dict)
+
+    def add(self, worker: int, rows: list[dict[str, str]]) -> None:
+        """Take in one worker's `show stat`."""
+        if worker != self._worker:
+            self._base = dict(self.totals)
+            self._worker = worker
+        now: dict[str, NetworkTraffic] = {}
+        for row in rows:
+            if row.get("pxname") == "guests" and row.get("type") == "3":
+                name = row["svname"]
+                before = now.get(name, NetworkTraffic())
+                now[name] = NetworkTraffic(
+                    before.requests + _number(row, "stot"),
+                    before.denied + _number(row, "dreq"),
+                    before.errors + _number(row, "ereq"),
+                )
+        for name, traffic in now.items():
+            base = self._base.get(name, NetworkTraffic())
+            self.totals[name] = NetworkTraffic(
+                base.requests + traffic.requests,
+                base.denied + traffic.denied,
+                base.errors + traffic.errors,
+            )
+
+
+def _number(row: dict[str, str], name: str) -> int:
+    text = row.get(name, "")
+    return int(text) if text.isdigit() else 0
+
+
+@dataclass(slots=True)
+class Figures:
+    """Everything that `/metrics` shows."""
+
+    operations: ControllerOperations
+    resolver: Resolver
+    traffic: TrafficCounter = field(default_factory=TrafficCounter)
+
+    async def refresh(self) -> None:
+        """Read HAProxy's counters once."""
+        haproxy = self.operations.haproxy
+        processes = haproxy.processes
+        if processes is None or processes.worker is None:
+            return
+        try:
+            self.traffic.add(processes.worker, await haproxy.master.read_stat(processes.worker))
+        except (DataplaneError, WorkerEnded):
+            # The guard watches over it; these figures come back with it.
+            return
+
+    def take(self) -> MetricsSnapshot:
+        """What is so now."""
+        operations = self.operations
+        inventory = operations.inventory
+        counts = self.resolver.counts
+        report = operations.listeners.report
+        processes = operations.haproxy.processes
+        return MetricsSnapshot(
+            version=operations.version,
+            ready=operations.readiness().ready,
+            started_at=operations.started_at,
+            networks_serving=len(networks_of(report.endpoints)),
+            instances=len(inventory.instances),
+            addresses=inventory.address_count,
+            conflicts=inventory.conflict_count,
+            left_out=Counter(one.code.value for one in report.left_out),
+            sources={
+                name: SourceFigures(
+                    in_sync,
+                    *inventory.record_counts(name),
+                    refused_records=len(inventory.problems_of(name)),
+                )
+                for name, in_sync in inventory.sources.items()
+            },
+            haproxy_up=operations.guard.answering and processes is not None,
+            haproxy_old_workers=0 if processes is None else len(processes.draining),
+            reloads=operations.haproxy.reload_counts,
+            reload=Timing(
+                operations.haproxy.reload_counts.total(), operations.haproxy.seconds_spent
+            ),
+            restarts={
+                "haproxy": operations.guard.restarts,
+                "documents": operations.documents_restarts(),
+            },
+            documents_up=max(0, len(operations.documents_pids()) - 1),
+            resolver={
+                "found": counts.found,
+                "unknown": counts.not_found,
+                "unavailable": counts.not_in_sync,
+                "conflict": counts.contested,
+                "over-limit": counts.over_limit,
+            },
+            resolver_held=self.resolver.held,
+            traffic=self.traffic.totals,
+        )

@@ -1,0 +1,48 @@
+"""`imdsproxy run`: the controller as a process."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from imdsproxy.app.controller import run_controller
+from imdsproxy.app.settings_reload import SettingsHolder
+from imdsproxy.config.schema import Settings
+from imdsproxy.errors import ImdsproxyError
+from imdsproxy.host.clock import SystemClock
+from imdsproxy.host.notify import ServiceNotifier
+
+__all__ = ["run"]
+
+
+def run(
+    load: Callable[[], Settings], *, config: Path | None, environment: Mapping[str, str]
+) -> None:
+    """Be the controller until told to stop.
+
+    Args:
+        load: Reads the settings; called again at each reload.
+        config: The file that was named on the command line, handed on to the document server.
+        environment: The process's variables, for the settings in it and the service manager's.
+
+    Raises:
+        ImdsproxyError: It cannot start; says who must act.
+    """
+    holder = SettingsHolder(load(), load)
+    try:
+        asyncio.run(
+            run_controller(
+                holder,
+                config=config,
+                environment=environment,
+                clock=SystemClock(),
+                notifier=ServiceNotifier(environment.get("NOTIFY_SOCKET", "")),
+            )
+        )
+    except* ImdsproxyError as group:
+        # Tasks fail together; the first failure is the reason of the others.
+        first: BaseException = group
+        while isinstance(first, BaseExceptionGroup):
+            first = first.exceptions[0]
+        raise first from None

@@ -1,0 +1,377 @@
+"""What the admin API asks of the controller, done."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import assert_never
+
+from imdsproxy.admin.operations import (
+    DocumentAnswer,
+    DocumentsReport,
+    Explanation,
+    HaproxyReport,
+    InstanceReport,
+    LeftOut,
+    NetworkReport,
+    PlanReport,
+    Readiness,
+    ReloadReport,
+    SettingsReload,
+    SourceReport,
+    StatusReport,
+    Written,
+)
+from imdsproxy.app.explain import Explainer
+from imdsproxy.app.guard import HaproxyGuard
+from imdsproxy.app.listener_loop import ListenerLoop
+from imdsproxy.app.lookup import Lookup
+from imdsproxy.app.record_loop import RecordLoop
+from imdsproxy.core import endpoints
+from imdsproxy.core.documents.respond import DocumentRequest
+from imdsproxy.core.haproxy.render import render_config
+from imdsproxy.core.hoststate import ListeningSocket
+from imdsproxy.core.identity import Ambiguous, Found, Unknown
+from imdsproxy.core.inventory import Conflict, Inventory
+from imdsproxy.core.model import Instance, InstanceId, IpAddress, Network, NetworkId
+from imdsproxy.core.plan import networks_of
+from imdsproxy.dataplane.haproxy import Haproxy
+from imdsproxy.errors import (
+    AlreadyExists,
+    NotFound,
+    Problem,
+    SourceRefused,
+)
+from imdsproxy.host.clock import Clock
+from imdsproxy.serving.documents import Answer, DocumentService, FilePart
+from imdsproxy.sources.api import WritableSource
+
+__all__ = ["ControllerOperations"]
+
+_APPLY_DEADLINE_S = 10.0
+
+
+@dataclass(slots=True)
+class ControllerOperations:
+    """`imdsproxy.admin.operations.Operations` over the controller's parts."""
+
+    version: str
+    pid: int
+    clock: Clock
+    started_at: float
+    started: float
+    inventory: Inventory
+    records: RecordLoop
+    listeners: ListenerLoop
+    haproxy: Haproxy
+    haproxy_version: str
+    guard: HaproxyGuard
+    lookup: Lookup
+    explainer: Explainer
+    service: DocumentService
+    store: WritableSource | None
+    documents_pids: Callable[[], tuple[int, ...]]
+    documents_problem: Callable[[], Problem | None]
+    documents_restarts: Callable[[], int]
+    reload_settings: Callable[[], SettingsReload]
+    end: Callable[[bool], None]
+
+    # Reading
+
+    def readiness(self) -> Readiness:
+        """In sync, last plan applied, a probe through HAProxy answered; else why not."""
+        reasons = [
+            f"source {name} is not in sync"
+            for name, in_sync in self.inventory.sources.items()
+            if not in_sync
+        ]
+        if self.haproxy.processes is None:
+            reasons.append("HAProxy does not run")
+        elif not self.guard.answering:
+            reasons.append("HAProxy does not answer a probe")
+        reasons += [problem.reason for problem in self._own_problems()]
+        return Readiness(ready=not reasons, reasons=tuple(reasons))
+
+    async def status(self) -> StatusReport:
+        """See `Operations.status`."""
+        report = self.listeners.report
+        return StatusReport(
+            version=self.version,
+            controller=self.pid,
+            started_at=self.started_at,
+            uptime_s=self.clock.monotonic() - self.started,
+            readiness=self.readiness(),
+            networks=len(self.inventory.networks),
+            serving=len(networks_of(report.endpoints)),
+            instances=len(self.inventory.instances),
+            addresses=self.inventory.address_count,
+            left_out=tuple(_left_out(one) for one in report.left_out) + self._foreign(),
+            sources=tuple(
+                SourceReport(
+                    name,
+                    in_sync,
+                    *self.inventory.record_counts(name),
+                    problems=self.inventory.problems_of(name),
+                )
+                for name, in_sync in self.inventory.sources.items()
+            ),
+            conflicts=self.inventory.conflicts(),
+            problems=self._own_problems(),
+            haproxy=self._haproxy(),
+            documents=DocumentsReport(
+                self.documents_pids(),
+                "" if (problem := self.documents_problem()) is None else problem.reason,
+            ),
+            last_plan=PlanReport(
+                at=report.at,
+                operations=report.operations,
+                reasons=report.reasons,
+                failed=tuple(str(problem) for problem in report.problems),
+                took_s=report.seconds,
+            ),
+        )
+
+    def _own_problems(self) -> tuple[Problem, ...]:
+        found = list(self.records.failures.values())
+        parts = (self.listeners.failure, self.guard.failure, self.documents_problem())
+        found += [problem for problem in parts if problem is not None]
+        return tuple(found)
+
+    def _foreign(self) -> tuple[LeftOut, ...]:
+        """Somebody else at the same address and port: served, perhaps, but not by us alone."""
+        return tuple(
+            LeftOut(
+                one.network,
+                "foreign-listener",
+                f"{_who(one.socket)} also listens on {one.socket.address} port {one.socket.port} "
+                f"({one.effect.value})",
+                "stop it: guests reach it instead of imdsproxy",
+            )
+            for one in self.listeners.report.foreign
+            if one.effect.value == "shares"
+        )
+
+    def _haproxy(self) -> HaproxyReport:
+        processes = self.haproxy.processes
+        last = self.haproxy.last_reload
+        return HaproxyReport(
+            version=self.haproxy_version,
+            master=None if processes is None else processes.master,
+            worker=None if processes is None else processes.worker,
+            old_workers=() if processes is None else processes.draining,
+            reloads=0 if processes is None else processes.reloads,
+            last_reload=None
+            if last is None
+            else ReloadReport(
+                number=last.number,
+                at=last.at,
+                reason=last.reason,
+                ok=last.result in {"started", "reloaded"},
+                result=last.message,
+                took_s=last.seconds,
+            ),
+            problem="" if self.guard.failure is None else self.guard.failure.reason,
+        )
+
+    async def list_networks(self) -> Sequence[NetworkReport]:
+        """See `Operations.list_networks`."""
+        return [
+            self._network(self.inventory.networks[one]) for one in sorted(self.inventory.networks)
+        ]
+
+    async def get_network(self, network: NetworkId) -> NetworkReport:
+        """See `Operations.get_network`."""
+        found = self.inventory.networks.get(network)
+        if found is None:
+            raise NotFound(f"there is no network {network}", hint="imdsproxy network list")
+        return self._network(found)
+
+    def _network(self, network: Network) -> NetworkReport:
+        left = [one for one in self.listeners.report.left_out if one.network == network.id]
+        return NetworkReport(
+            network,
+            ", ".join(self.inventory.sources_of_network(network.id)),
+            len(self.inventory.instances_in(network.id)),
+            _left_out(left[0]) if left else None,
+        )
+
+    async def list_instances(self, network: NetworkId | None = None) -> Sequence[InstanceReport]:
+        """See `Operations.list_instances`."""
+        ids = set(self.inventory.instances)
+        if network is not None:
+            ids &= self.inventory.instances_in(network)
+        conflicts = self.inventory.conflicts()
+        return [self._instance(self.inventory.instances[one], conflicts) for one in sorted(ids)]
+
+    async def get_instance(self, instance: InstanceId) -> InstanceReport:
+        """See `Operations.get_instance`."""
+        found = self.inventory.instances.get(instance)
+        if found is None:
+            raise NotFound(f"there is no instance {instance}", hint="imdsproxy instance list")
+        return self._instance(found, self.inventory.conflicts())
+
+    def _instance(self, instance: Instance, conflicts: Sequence[Conflict]) -> InstanceReport:
+        return InstanceReport(
+            instance,
+            ", ".join(self.inventory.sources_of_instance(instance.id)),
+            self.records.revisions.get(instance.id, ""),
+            tuple(
+                conflict
+                for conflict in conflicts
+                if any(claimant.instance == instance.id for claimant in conflict.claimants)
+            ),
+        )
+
+    # Writing
+
+    async def put_network(self, network: Network, *, create: bool = False) -> Written:
+        """See `Operations.put_network`."""
+        return await self.put_records([network], [], create=create)
+
+    async def put_instance(self, instance: Instance, *, create: bool = False) -> Written:
+        """See `Operations.put_instance`."""
+        return await self.put_records([], [instance], create=create)
+
+    async def put_records(
+        self, networks: Sequence[Network], instances: Sequence[Instance], *, create: bool = False
+    ) -> Written:
+        """See `Operations.put_records`."""
+        store = self._store()
+        for network in networks:
+            self._refuse_foreign(
+                store, "network", network.id, self.inventory.sources_of_network(network.id)
+            )
+            if create and self.inventory.knows(network.id):
+                raise AlreadyExists(
+                    f"there is a network {network.id} already", hint="use set to change it"
+                )
+        for instance in instances:
+            sources = self.inventory.sources_of_instance(instance.id)
+            self._refuse_foreign(store, "instance", instance.id, sources)
+            if create and sources:
+                raise AlreadyExists(
+                    f"there is an instance {instance.id} already", hint="use set to change it"
+                )
+        await store.put_records(networks, instances)
+        return await self._in_force(networks=len(networks), instances=len(instances))
+
+    async def remove_network(self, network: NetworkId) -> Written:
+        """See `Operations.remove_network`."""
+        store = self._store()
+        sources = self.inventory.sources_of_network(network)
+        if not sources:
+            raise NotFound(f"there is no network {network}", hint="imdsproxy network list")
+        self._refuse_foreign(store, "network", network, sources)
+        await store.remove_network(network)
+        return await self._in_force(networks=1)
+
+    async def remove_instance(self, instance: InstanceId) -> Written:
+        """See `Operations.remove_instance`."""
+        store = self._store()
+        sources = self.inventory.sources_of_instance(instance)
+        if not sources:
+            raise NotFound(f"there is no instance {instance}", hint="imdsproxy instance list")
+        self._refuse_foreign(store, "instance", instance, sources)
+        await store.remove_instance(instance)
+        return await self._in_force(instances=1)
+
+    def _store(self) -> WritableSource:
+        if self.store is None:
+            raise SourceRefused(
+                "no source can be written to", hint="set sources.sqlite.enabled: true"
+            )
+        return self.store
+
+    @staticmethod
+    def _refuse_foreign(
+        store: WritableSource, kind: str, subject: str, sources: Sequence[str]
+    ) -> None:
+        if sources and store.name not in sources:
+            raise SourceRefused(
+                f"{kind} {subject} belongs to source {', '.join(sources)}", hint="change it there"
+            )
+
+    async def _in_force(self, *, networks: int = 0, instances: int = 0) -> Written:
+        pending: list[str] = []
+        waits = [self.records.tickets.wait(self.records.tickets.given)]
+        if networks:
+            waits.append(self.listeners.tickets.wait(self.listeners.tickets.given))
+        try:
+            async with asyncio.timeout(_APPLY_DEADLINE_S):
+                await asyncio.gather(*waits)
+        except TimeoutError:
+            pending.append("the data plane has not confirmed it yet")
+        pending += [problem.reason for problem in self._own_problems()]
+        if networks:
+            pending += [one.reason for one in self.listeners.report.left_out]
+        return Written(
+            networks, instances, applied=not pending, pending=tuple(dict.fromkeys(pending))
+        )
+
+    # Asking about guests
+
+    async def explain(self, network: NetworkId, address: IpAddress) -> Explanation:
+        """See `Operations.explain`."""
+        return await self.explainer.explain(network, address)
+
+    async def get(
+        self,
+        network: NetworkId,
+        address: IpAddress,
+        path: str,
+        headers: Sequence[tuple[str, str]] = (),
+    ) -> DocumentAnswer:
+        """See `Operations.get`."""
+        del headers  # no document looks at them yet
+        if not self.inventory.knows(network):
+            raise NotFound(f"there is no network {network}", hint="imdsproxy network list")
+        identity = await self.lookup.identify((network, address))
+        match identity:
+            case Found(instance=instance):
+                plain = path.partition("?")[0].encode("utf-8")
+                answer = await self.service.answer(instance.id, DocumentRequest("GET", plain))
+                return _document(answer)
+            case Ambiguous():
+                return DocumentAnswer(503, (("retry-after", "5"),), b"")
+            case Unknown():
+                return DocumentAnswer(404 if self.inventory.in_sync else 503, (), b"")
+            case _ as never:
+                assert_never(never)
+
+    async def render(self) -> str:
+        """See `Operations.render`."""
+        return render_config(self.listeners.spec(self.listeners.report.endpoints))
+
+    async def reload(self) -> SettingsReload:
+        """See `Operations.reload`."""
+        return self.reload_settings()
+
+    async def stop(self, *, data_plane: bool) -> None:
+        """See `Operations.stop`."""
+        self.end(data_plane)
+
+
+def _left_out(one: endpoints.LeftOut) -> LeftOut:
+    family = "" if one.family is None else f"IPv{one.family.value}: "
+    return LeftOut(one.network, one.code.value, f"{family}{one.reason}", one.hint)
+
+
+def _who(socket: ListeningSocket) -> str:
+    return (
+        " and ".join(f"{owner.command} (pid {owner.pid})" for owner in socket.owners) or "somebody"
+    )
+
+
+def _document(answer: Answer) -> DocumentAnswer:
+    headers = tuple(
+        (name.decode("latin-1"), value.decode("latin-1"))
+        for name, value in answer.headers
+        if name != b"cache-control"
+    )
+    body = answer.body
+    if isinstance(body, FilePart):
+        with body.file as file:
+            file.seek(body.offset)
+            return DocumentAnswer(answer.status, headers, file.read(body.length))
+    return DocumentAnswer(answer.status, headers, body)

@@ -1,0 +1,41 @@
+"""The settings in force, and taking over new ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from imdsproxy.admin.operations import SettingChange, SettingsReload
+from imdsproxy.config.change import Change
+from imdsproxy.config.diff import diff_settings
+from imdsproxy.config.schema import Settings
+
+__all__ = ["SettingsHolder"]
+
+
+@dataclass(slots=True)
+class SettingsHolder:
+    """What every part asks for settings that may change while it runs.
+
+    Settings that need a restart are reported and change nothing until then: parts read them once.
+    """
+
+    settings: Settings
+    load: Callable[[], Settings]
+
+    def reload(self) -> SettingsReload:
+        """Read the files again.
+
+        Raises:
+            ConfigError: They are not acceptable; the settings in force stay.
+        """
+        after = self.load()
+        changed = diff_settings(self.settings, after)
+        self.settings = after
+        return SettingsReload(
+            changes=tuple(
+                SettingChange(one.path, one.before, one.after, one.change.value) for one in changed
+            ),
+            restart_needed=tuple(one.path for one in changed if one.change is Change.RESTART),
+            haproxy_reloaded=any(one.change is Change.RELOAD for one in changed),
+        )
