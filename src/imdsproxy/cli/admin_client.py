@@ -1,0 +1,134 @@
+"""The command line's side of the admin API: HTTP over the unix socket, errors as the daemon has them."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import socket
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+from urllib.parse import quote, urlencode
+
+from imdsproxy import errors
+from imdsproxy.errors import (
+    AdminError,
+    AdminUnavailable,
+    ImdsproxyError,
+    PrivilegeMissing,
+    Problem,
+)
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+__all__ = ["AdminClient", "path_to"]
+
+_TIMEOUT_S: Final = 60.0
+_FIRST_ERROR: Final = 400
+
+
+class _UnixConnection(http.client.HTTPConnection):
+    """HTTP/1.1 over a unix socket."""
+
+    def __init__(self, path: Path, timeout_s: float) -> None:
+        super().__init__("imdsproxy", timeout=timeout_s)
+        self._path = path
+
+    def connect(self) -> None:
+        """Connect to the socket in place of a host."""
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sock.settimeout(self.timeout)
+        self.sock.connect(str(self._path))
+
+
+def path_to(*steps: str) -> str:
+    """A route, each step quoted: `path_to("networks", "blue")` is `/v1/networks/blue`."""
+    return "/v1/" + "/".join(quote(step, safe="") for step in steps)
+
+
+@dataclass(frozen=True, slots=True)
+class AdminClient:
+    """Talks to one daemon. Each request has its own connection; nothing is tried twice."""
+
+    socket: Path
+    timeout_s: float = _TIMEOUT_S
+
+    def get(self, path: str, query: Mapping[str, str] | None = None) -> object:
+        """What the daemon says, decoded."""
+        return self.request("GET", path, query=query)
+
+    def request(
+        self,
+        method: str,
+        path: str,
+        *,
+        query: Mapping[str, str] | None = None,
+        body: object = None,
+    ) -> object:
+        """One request and its decoded answer; text where the answer is no JSON.
+
+        Raises:
+            AdminUnavailable: Nobody answers on the socket, or not in time.
+            PrivilegeMissing: The socket is not for this account.
+            ImdsproxyError: What the daemon refused, as the class that it raised.
+        """
+        target = f"{path}?{urlencode(query)}" if query else path
+        raw = None if body is None else json.dumps(body).encode()
+        headers = {} if raw is None else {"content-type": "application/json"}
+        connection = _UnixConnection(self.socket, self.timeout_s)
+        try:
+            connection.request(method, target, raw, headers)
+            response = connection.getresponse()
+            answer = response.read()
+        except (OSError, http.client.HTTPException) as error:
+            raise self._unanswered(error) from error
+        finally:
+            connection.close()
+        kind = response.headers.get_content_type()
+        decoded = json.loads(answer) if kind.endswith("json") else answer.decode()
+        if response.status >= _FIRST_ERROR:
+            raise _error(response.status, decoded)
+        return decoded
+
+    def _unanswered(self, error: Exception) -> ImdsproxyError:
+        if isinstance(error, PermissionError):
+            return PrivilegeMissing(
+                f"{self.socket} is not open to this account",
+                hint="run as root, or as a member of the socket's group (admin.group)",
+            )
+        if isinstance(error, FileNotFoundError | ConnectionRefusedError):
+            return AdminUnavailable(
+                f"no daemon answers on {self.socket}",
+                hint="start it with `imdsproxy run`, or name its socket with --socket or --config",
+            )
+        if isinstance(error, TimeoutError):
+            return AdminUnavailable(
+                f"the daemon did not answer on {self.socket} within {self.timeout_s:.0f} s",
+                hint="its log says what it is busy with",
+            )
+        return AdminUnavailable(
+            f"the daemon's answer on {self.socket} broke off: {str(error) or type(error).__name__}",
+            hint="its log says why",
+        )
+
+
+def _error(status: int, body: object) -> ImdsproxyError:
+    """The daemon's error as the class that it raised, so that it has the same exit status."""
+    if not isinstance(body, dict) or "code" not in body:
+        return AdminError(f"the daemon answered {status}", hint="is it the same version?")
+    kind = next((one for one in _classes() if one.code == body["code"]), AdminError)
+    if body["code"] == "internal":
+        kind = ImdsproxyError
+    problems = [
+        Problem(one["field"], one["reason"], one["hint"], one["file"], one["line"])
+        for one in body.get("problems", ())
+    ]
+    return kind(str(body["message"]), hint=str(body.get("hint", "")), problems=problems)
+
+
+def _classes() -> Iterator[type[ImdsproxyError]]:
+    for name in errors.__all__:
+        kind = getattr(errors, name)
+        if isinstance(kind, type) and issubclass(kind, ImdsproxyError):
+            yield kind

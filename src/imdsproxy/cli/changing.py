@@ -1,0 +1,84 @@
+"""What `add`, `set` and `remove` of networks and of instances have in common."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal, TypeAlias, cast
+
+from imdsproxy.errors import RequestRefused
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
+    from imdsproxy.cli.options import Invocation
+    from imdsproxy.core.records import Json
+
+__all__ = ["Kind", "change_one", "change_from_file", "remove_each"]
+
+Kind: TypeAlias = Literal["network", "instance"]
+
+
+def change_one(
+    run: Invocation,
+    kind: Kind,
+    name: str | None,
+    keys: Mapping[str, Json],
+    *,
+    create: bool,
+    clear: Sequence[str] = (),
+) -> None:
+    """Add a record, or change those of its keys that are given or cleared."""
+    from imdsproxy.cli.admin_client import path_to  # noqa: PLC0415 - `--help` need not load it
+    from imdsproxy.cli.record_output import say_written  # noqa: PLC0415 - as above
+
+    if name is None:
+        raise _usage("", f"the {kind}'s id is missing", f"imdsproxy {kind} … ID, or --file FILE")
+    body = {**dict.fromkeys(clear), **keys}
+    if create:
+        route = path_to(f"{kind}s")
+        answer = run.daemon().request("POST", route, body={"id": name, **body})
+    elif body:
+        answer = run.daemon().request("PATCH", path_to(f"{kind}s", name), body=body)
+    else:
+        raise _usage("", "nothing to change was given", f"see `imdsproxy {kind} set --help`")
+    done = "added" if create else "changed"
+    say_written(run.output, f"{kind} {name} {done}", cast("Mapping[str, object]", answer))
+
+
+def change_from_file(
+    run: Invocation, file: Path, *, name: str | None, keys: Mapping[str, Json], create: bool
+) -> None:
+    """Add the records of a file, or add and replace them: all, or none."""
+    from imdsproxy.cli.admin_client import path_to  # noqa: PLC0415 - `--help` need not load it
+    from imdsproxy.cli.record_files import read_record_file  # noqa: PLC0415 - as above
+    from imdsproxy.cli.record_output import say_written  # noqa: PLC0415 - as above
+
+    if name is not None or keys:
+        raise _usage("--file", "goes with no id and no other flag of a record", "one or the other")
+    body = read_record_file(file)
+    query = {"create": "true"} if create else {}
+    answer = run.daemon().request("POST", path_to("records"), query=query, body=body)
+    written = cast("Mapping[str, object]", answer)
+    counts = f"{written['networks']} networks, {written['instances']} instances"
+    say_written(run.output, f"{counts} {'added' if create else 'stored'}", written)
+
+
+def remove_each(run: Invocation, kind: Kind, names: Sequence[str]) -> None:
+    """Remove records one after the other; the first that cannot be ends it."""
+    from imdsproxy.cli.admin_client import path_to  # noqa: PLC0415 - `--help` need not load it
+    from imdsproxy.cli.record_output import say_written  # noqa: PLC0415 - as above
+
+    daemon = run.daemon()
+    answers: list[object] = []
+    for name in names:
+        answer = daemon.request("DELETE", path_to(f"{kind}s", name))
+        answers.append(answer)
+        if not run.output.as_json:
+            written = cast("Mapping[str, object]", answer)
+            say_written(run.output, f"{kind} {name} removed", written)
+    if run.output.as_json:
+        run.output.json(answers)
+
+
+def _usage(subject: str, reason: str, hint: str) -> RequestRefused:
+    return RequestRefused(f"{subject}: {reason}" if subject else reason, hint=hint)

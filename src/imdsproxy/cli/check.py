@@ -1,0 +1,177 @@
+"""`imdsproxy check`: everything that is wrong before it runs, at once."""
+
+from __future__ import annotations
+
+import asyncio
+import grp
+import pwd
+import socket as sockets
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+import typer
+
+from imdsproxy.cli import options
+from imdsproxy.cli.output import Column, Output, clean
+from imdsproxy.errors import AdminUnavailable, ConfigError, HaproxyMissing, ImdsproxyError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from imdsproxy.cli.preflight import Finding
+    from imdsproxy.config.endpoint import Endpoint
+    from imdsproxy.config.schema import Settings
+    from imdsproxy.dataplane.launch import HaproxyProgram
+
+__all__ = ["check"]
+
+
+def check(
+    context: typer.Context,
+    *,
+    as_json: options.Json = False,
+    socket: options.Socket = None,
+    config: options.Config = None,
+) -> None:
+    """Settings, HAProxy, privileges, namespaces, directories, ports, records: all problems at once.
+
+    The exit status is that of the first problem.
+    """
+    run = options.invocation(context, as_json=as_json, socket=socket, config=config)
+    findings = _ask(run)
+    if run.output.as_json:
+        run.output.json(
+            {
+                "ok": all(finding.ok for finding in findings),
+                "findings": [
+                    {
+                        "area": finding.area,
+                        "ok": finding.ok,
+                        "text": finding.text,
+                        "hint": finding.hint,
+                    }
+                    for finding in findings
+                ],
+            }
+        )
+    else:
+        show_findings(run.output, findings)
+    worst = next((finding.exit_status for finding in findings if not finding.ok), 0)
+    if worst:
+        raise typer.Exit(worst)
+
+
+def show_findings(output: Output, findings: Sequence[Finding]) -> None:
+    """A line each: what is wrong first in colour, and what helps."""
+    columns = (Column("AREA", keep=True), Column("", keep=True), Column("FINDING"))
+    rows = [
+        (
+            finding.area,
+            "[green]ok[/]" if finding.ok else "[red]wrong[/]",
+            clean(finding.text) + (f"\n[dim]{clean(finding.hint)}[/]" if finding.hint else ""),
+        )
+        for finding in findings
+    ]
+    output.table(columns, rows, empty="")
+    wrong = sum(not finding.ok for finding in findings)
+    if wrong:
+        output.styled(f"[bold red]{wrong} problem{'s' if wrong > 1 else ''}[/]")
+
+
+def _ask(run: options.Invocation) -> list[Finding]:
+    from imdsproxy.cli import preflight  # noqa: PLC0415 - `--help` need not load it
+    from imdsproxy.config.schema import Settings  # noqa: PLC0415 - as above
+
+    findings: list[Finding] = []
+    try:
+        loaded = run.load()
+        settings = loaded.settings
+        files = ", ".join(str(path) for path in loaded.files) or "no file: all defaults"
+        findings.append(preflight.Finding("settings", files))
+    except ConfigError as error:
+        # The rest is asked with the defaults: one run shows as much as can be shown.
+        findings += preflight.findings_of("settings", error)
+        settings = Settings()
+    status = _daemon_status(run, settings)
+    findings += preflight.check_accounts(_accounts(settings), _account_exists)
+    findings += preflight.check_haproxy(
+        _program(settings.haproxy.binary),
+        exporter_wanted=settings.metrics.haproxy_listen is not None,
+    )
+    own = Path("/proc/self/status").read_text(encoding="utf-8")
+    findings += preflight.check_privileges(preflight.read_capabilities(own))
+    findings += preflight.check_namespaces(settings.paths.netns_dir)
+    findings += preflight.check_directories(
+        {
+            "paths.runtime_dir": settings.paths.runtime_dir,
+            "paths.state_dir": settings.paths.state_dir,
+        }
+    )
+    findings += preflight.check_records(settings)
+    if status is None:
+        findings += preflight.check_ports(
+            {
+                "metrics.listen": settings.metrics.listen,
+                "metrics.haproxy_listen": settings.metrics.haproxy_listen,
+            },
+            _bind_refused,
+        )
+    else:
+        findings += preflight.check_daemon(status)
+    return findings
+
+
+def _daemon_status(run: options.Invocation, settings: Settings) -> Mapping[str, object] | None:
+    """What the running daemon says; `None` when none answers."""
+    from imdsproxy.cli.admin_client import AdminClient  # noqa: PLC0415 - `--help` need not load it
+
+    daemon = AdminClient(run.socket or settings.admin_socket, timeout_s=5)
+    try:
+        return cast("Mapping[str, object]", daemon.get("/v1/status"))
+    except AdminUnavailable:
+        return None
+    except ImdsproxyError:
+        return None
+
+
+def _program(binary: str) -> HaproxyProgram | HaproxyMissing:
+    from imdsproxy.dataplane.launch import read_program  # noqa: PLC0415 - as above
+
+    try:
+        return asyncio.run(read_program(binary))
+    except HaproxyMissing as error:
+        return error
+
+
+def _accounts(settings: Settings) -> list[tuple[str, str]]:
+    wanted = {
+        "haproxy.user": settings.haproxy.user,
+        "haproxy.group": settings.haproxy.group,
+        "documents.user": settings.documents.user,
+        "documents.group": settings.documents.group,
+        "admin.user": settings.admin.user,
+        "admin.group": settings.admin.group,
+    }
+    return [(setting, name) for setting, name in wanted.items() if name is not None]
+
+
+def _account_exists(kind: str, name: str) -> bool:
+    try:
+        if kind == "user":
+            pwd.getpwnam(name)
+        else:
+            grp.getgrnam(name)
+    except KeyError:
+        return False
+    return True
+
+
+def _bind_refused(endpoint: Endpoint) -> str | None:
+    family = sockets.AF_INET6 if ":" in endpoint.host else sockets.AF_INET
+    with sockets.socket(family, sockets.SOCK_STREAM) as listener:
+        listener.setsockopt(sockets.SOL_SOCKET, sockets.SO_REUSEADDR, 1)
+        try:
+            listener.bind((endpoint.host, endpoint.port))
+        except OSError as error:
+            return error.strerror or str(error)
+    return None

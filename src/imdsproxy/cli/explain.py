@@ -1,0 +1,73 @@
+"""`imdsproxy explain`: who is this guest, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Final, TypeAlias, cast
+
+import typer
+
+from imdsproxy.cli import options
+from imdsproxy.cli.exitcodes import NO
+from imdsproxy.cli.output import Output, clean
+
+__all__ = ["explain"]
+
+_Shape: TypeAlias = Mapping[str, object]
+_FOUND: Final = "found"
+_HOW: Final[Mapping[str, str]] = {
+    "address": "by one of its port's addresses",
+    "eui64": "by the link-local address of its port's MAC",
+    "neighbour": "by its port's MAC, from the neighbour table",
+}
+
+
+def explain(
+    context: typer.Context,
+    network: options.Network,
+    address: options.Address,
+    *,
+    as_json: options.Json = False,
+    socket: options.Socket = None,
+    config: options.Config = None,
+) -> None:
+    """Who has this address in this network, why, from which source, and what it gets."""
+    run = options.invocation(context, as_json=as_json, socket=socket, config=config)
+    told = cast("_Shape", run.daemon().get("/v1/explain", {"network": network, "address": address}))
+    if run.output.as_json:
+        run.output.json(told)
+    else:
+        show_explanation(run.output, told)
+    if told["verdict"] != _FOUND:
+        raise typer.Exit(NO)
+
+
+def show_explanation(output: Output, told: _Shape) -> None:
+    """The explanation for people."""
+    colour = "green" if told["verdict"] == _FOUND else "red"
+    facts = {
+        "guest": f"{clean(told['address'])} in network {clean(told['network'])}",
+        "verdict": f"[{colour}]{clean(told['verdict'])}[/], its documents are answered "
+        f"{told['answer']}",
+    }
+    if told["instance"] is not None:
+        facts["instance"] = f"{clean(told['instance'])} ({clean(told['instance_name'])})"
+        facts["known"] = f"{_how(told['how'])}, from source {clean(told['source'])}"
+        facts["revision"] = clean(told["revision"] or "not compiled yet")
+        facts["in HAProxy"] = clean(told["installed"] or "not there")
+    claimants = [
+        f"{clean(one['instance'])} (source {clean(one['source'])})"
+        for one in cast("Sequence[_Shape]", told["claimants"])
+    ]
+    if claimants:
+        facts["claimed by"] = "\n".join(claimants)
+    policy = cast("Mapping[str, str]", told["policy"])
+    facts |= {clean(name): clean(value) for name, value in policy.items()}
+    why = cast("Sequence[str]", told["why"])
+    if why:
+        facts["why"] = "\n".join(f"{number}. {clean(step)}" for number, step in enumerate(why, 1))
+    output.facts(facts)
+
+
+def _how(how: object) -> str:
+    return _HOW.get(str(how), clean(how))

@@ -1,0 +1,34 @@
+"""Small makers of typer options whose help needs no default."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, TypeAlias
+
+import typer
+
+if TYPE_CHECKING:
+    from typer.models import OptionInfo
+
+__all__ = ["Clear", "RecordFile", "flag"]
+
+
+def flag(name: str, metavar: str, help_text: str) -> OptionInfo:
+    """An option with a value; without it the record's key stays as it is."""
+    option: OptionInfo = typer.Option(name, metavar=metavar, help=help_text, show_default=False)
+    return option
+
+
+RecordFile: TypeAlias = Annotated[
+    Path | None,
+    typer.Option(
+        "--file",
+        "-f",
+        metavar="FILE",
+        help="Records in YAML or JSON (`networks:` and `instances:`); - is standard input.",
+        show_default=False,
+    ),
+]
+Clear: TypeAlias = Annotated[
+    list[str] | None, flag("--clear", "KEY", "Take a key away, as user_data; may be repeated.")
+]

@@ -1,0 +1,62 @@
+"""`imdsproxy get`: what a guest would be told, byte for byte."""
+
+from __future__ import annotations
+
+import base64
+import sys
+from collections.abc import Mapping, Sequence
+from http import HTTPStatus
+from typing import Annotated, TypeAlias, cast
+
+import typer
+
+from imdsproxy.cli import options
+from imdsproxy.cli.exitcodes import NO
+
+__all__ = ["get"]
+
+Path: TypeAlias = Annotated[
+    str, typer.Argument(metavar="PATH", help="As the guest asks: /latest/meta-data/.")
+]
+Include: TypeAlias = Annotated[
+    bool, typer.Option("--include", "-i", help="Status and headers first.", show_default=False)
+]
+
+
+def get(
+    context: typer.Context,
+    path: Path,
+    network: options.Network,
+    address: options.Address,
+    *,
+    include: Include = False,
+    as_json: options.Json = False,
+    socket: options.Socket = None,
+    config: options.Config = None,
+) -> None:
+    """What the guest at this address would be told; exit 1 from status 400 up."""
+    run = options.invocation(context, as_json=as_json, socket=socket, config=config)
+    query = {"network": network, "address": address, "path": path}
+    answer = cast("Mapping[str, object]", run.daemon().get("/v1/documents", query))
+    status = int(str(answer["status"]))
+    if run.output.as_json:
+        run.output.json(answer)
+    else:
+        if include:
+            headers = cast("Sequence[Sequence[str]]", answer["headers"])
+            lines = [f"HTTP/1.1 {status} {_phrase(status)}"]
+            run.output.text("\n".join([*lines, *(f"{name}: {value}" for name, value in headers)]))
+            run.output.text("")
+        run.output.raw(_body(cast("Mapping[str, str]", answer["body"])))
+    if status >= HTTPStatus.BAD_REQUEST:
+        if not (include or run.output.as_json):
+            sys.stderr.write(f"imdsproxy: the guest is answered {status} {_phrase(status)}\n")
+        raise typer.Exit(NO)
+
+
+def _body(body: Mapping[str, str]) -> bytes:
+    return base64.b64decode(body["base64"]) if "base64" in body else body["text"].encode()
+
+
+def _phrase(status: int) -> str:
+    return HTTPStatus(status).phrase if status in set(HTTPStatus) else ""

@@ -1,0 +1,200 @@
+"""`imdsproxy instance add|list|show|set|remove`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, TypeAlias, cast
+
+import typer
+
+from imdsproxy.cli import flags, options
+from imdsproxy.cli.changing import change_from_file, change_one, remove_each
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+__all__ = ["app"]
+
+app = typer.Typer(help="Instances: add, list, show, set, remove.", no_args_is_help=True)
+
+Id: TypeAlias = Annotated[str, typer.Argument(metavar="ID", help="The instance's id.")]
+MaybeId: TypeAlias = Annotated[
+    str | None, typer.Argument(metavar="[ID]", help="The instance's id.", show_default=False)
+]
+Ids: TypeAlias = Annotated[list[str], typer.Argument(metavar="ID...", help="Their ids.")]
+Name: TypeAlias = Annotated[
+    str | None, flags.flag("--name", "NAME", "Its name; the id without it.")
+]
+Hostname: TypeAlias = Annotated[
+    str | None, flags.flag("--hostname", "NAME", "Its host name; made of the name without it.")
+]
+Project: TypeAlias = Annotated[str | None, flags.flag("--project", "ID", "Whose it is.")]
+Network: TypeAlias = Annotated[
+    str | None, flags.flag("--network", "NET", "The network that its port is in.")
+]
+Mac: TypeAlias = Annotated[str | None, flags.flag("--mac", "MAC", "The port's MAC.")]
+Addresses: TypeAlias = Annotated[
+    list[str] | None,
+    flags.flag("--address", "ADDRESS", "An address of the port; may be repeated."),
+]
+Ports: TypeAlias = Annotated[
+    list[str] | None,
+    flags.flag("--port", "network=NET[,mac=M][,address=A]...", "A further port; may be repeated."),
+]
+SshKeys: TypeAlias = Annotated[
+    list[str] | None,
+    flags.flag("--ssh-key", "FILE|KEY", "Public key, or a file of them; may be repeated."),
+]
+Tags: TypeAlias = Annotated[
+    list[str] | None, flags.flag("--tag", "NAME=VALUE", "A tag; may be repeated.")
+]
+UserData: TypeAlias = Annotated[
+    Path | None, flags.flag("--user-data", "FILE", "Its bytes as they are; - is standard input.")
+]
+VendorData: TypeAlias = Annotated[
+    Path | None, flags.flag("--vendor-data", "FILE", "Text; - is standard input.")
+]
+Zone: TypeAlias = Annotated[
+    str | None, flags.flag("--availability-zone", "ZONE", "Where it says that it runs.")
+]
+Type: TypeAlias = Annotated[
+    str | None, flags.flag("--instance-type", "TYPE", "What it says that it is.")
+]
+
+
+def _switch(name: str, documents: str) -> object:
+    return typer.Option(
+        f"--{name}/--no-{name}", help=f"Serve the {documents} documents.", show_default=False
+    )
+
+
+Ec2: TypeAlias = Annotated[bool | None, _switch("ec2", "EC2")]
+Openstack: TypeAlias = Annotated[bool | None, _switch("openstack", "OpenStack")]
+Nocloud: TypeAlias = Annotated[bool | None, _switch("nocloud", "NoCloud")]
+
+
+def _register(command: str, help_text: str, *, create: bool) -> None:
+    """`add` and `set` have the same flags."""
+
+    def change(
+        context: typer.Context,
+        instance: MaybeId = None,
+        *,
+        file: flags.RecordFile = None,
+        name: Name = None,
+        hostname: Hostname = None,
+        project: Project = None,
+        network: Network = None,
+        mac: Mac = None,
+        address: Addresses = None,
+        port: Ports = None,
+        ssh_key: SshKeys = None,
+        tag: Tags = None,
+        user_data: UserData = None,
+        vendor_data: VendorData = None,
+        availability_zone: Zone = None,
+        instance_type: Type = None,
+        ec2: Ec2 = None,
+        openstack: Openstack = None,
+        nocloud: Nocloud = None,
+        clear: flags.Clear = None,
+        as_json: options.Json = False,
+        socket: options.Socket = None,
+        config: options.Config = None,
+    ) -> None:
+        from imdsproxy.cli import record_flags  # noqa: PLC0415 - `--help` need not load it
+
+        run = options.invocation(context, as_json=as_json, socket=socket, config=config)
+        dialects = {"ec2": ec2, "openstack": openstack, "nocloud": nocloud}
+        keys = record_flags.without_missing(
+            {
+                "name": name,
+                "hostname": hostname,
+                "project": project,
+                "ports": record_flags.ports_of(
+                    network=network, mac=mac, addresses=address or (), more=port or ()
+                ),
+                "ssh_keys": record_flags.ssh_keys_of(ssh_key or ()),
+                "tags": record_flags.tags_of(tag or ()),
+                "user_data": record_flags.payload_of(user_data),
+                "vendor_data": record_flags.text_of(vendor_data),
+                "availability_zone": availability_zone,
+                "instance_type": instance_type,
+                "dialects": record_flags.dialects_of(dialects),
+            }
+        )
+        if file is not None:
+            change_from_file(run, file, name=instance, keys=keys, create=create)
+            return
+        if create and instance is not None:
+            keys.setdefault("name", instance)
+        change_one(run, "instance", instance, keys, create=create, clear=clear or ())
+
+    app.command(command, help=help_text)(change)
+
+
+_register(
+    "add", "Add an instance; with --file many instances and networks, all or none.", create=True
+)
+_register(
+    "set",
+    "Change what is given of an instance (ports, keys as a whole); with --file add and replace "
+    "many.",
+    create=False,
+)
+
+
+@app.command("list")
+def list_(
+    context: typer.Context,
+    *,
+    network: Network = None,
+    as_json: options.Json = False,
+    socket: options.Socket = None,
+    config: options.Config = None,
+) -> None:
+    """Every instance, or those with a port in --network."""
+    from imdsproxy.cli.record_output import show_instances  # noqa: PLC0415 - `--help` need not
+
+    run = options.invocation(context, as_json=as_json, socket=socket, config=config)
+    query = {} if network is None else {"network": network}
+    shapes = cast("Sequence[Mapping[str, object]]", run.daemon().get("/v1/instances", query))
+    if run.output.as_json:
+        run.output.json(shapes)
+    else:
+        show_instances(run.output, shapes)
+
+
+@app.command("show")
+def show(
+    context: typer.Context,
+    instance: Id,
+    *,
+    as_json: options.Json = False,
+    socket: options.Socket = None,
+    config: options.Config = None,
+) -> None:
+    """One instance as a record that --file takes back."""
+    from imdsproxy.cli.admin_client import path_to  # noqa: PLC0415 - `--help` need not load it
+    from imdsproxy.cli.record_output import show_instance  # noqa: PLC0415 - as above
+
+    run = options.invocation(context, as_json=as_json, socket=socket, config=config)
+    shape = cast("Mapping[str, object]", run.daemon().get(path_to("instances", instance)))
+    if run.output.as_json:
+        run.output.json(shape)
+    else:
+        show_instance(run.output, shape)
+
+
+@app.command("remove")
+def remove(
+    context: typer.Context,
+    instances: Ids,
+    *,
+    as_json: options.Json = False,
+    socket: options.Socket = None,
+    config: options.Config = None,
+) -> None:
+    """Remove instances; their guests are told nothing more."""
+    run = options.invocation(context, as_json=as_json, socket=socket, config=config)
+    remove_each(run, "instance", instances)

@@ -1,0 +1,153 @@
+"""What commands say: tables for people, JSON for programs, errors as one line and a hint.
+
+Colour and cutting to the width happen only on a terminal; rich honours NO_COLOR. Elsewhere lines
+are as long as they are, so that `grep` and `awk` see everything.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final, TextIO
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from imdsproxy.errors import ImdsproxyError
+
+__all__ = ["Column", "Output", "clean"]
+
+_UNCUT: Final = 4000
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """A column of a table; `keep` ones are never cut, `right` ones are numbers."""
+
+    title: str
+    keep: bool = False
+    right: bool = False
+
+
+@dataclass(slots=True)
+class Output:
+    """Standard output and error of one command."""
+
+    as_json: bool = False
+
+    def json(self, value: object) -> None:
+        """A value for programs."""
+        sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+    def text(self, text: str) -> None:
+        """Text as it is."""
+        sys.stdout.write(text if text.endswith("\n") else f"{text}\n")
+
+    def raw(self, body: bytes) -> None:
+        """Bytes as they are."""
+        sys.stdout.flush()
+        sys.stdout.buffer.write(body)
+        sys.stdout.buffer.flush()
+
+    def styled(self, *lines: str) -> None:
+        """Lines with rich's markup; what is foreign in them goes through `clean` first."""
+        console = _console(sys.stdout)
+        for line in lines:
+            console.print(line, soft_wrap=not sys.stdout.isatty())
+
+    def facts(self, facts: Mapping[str, str]) -> None:
+        """Names and values, a line each; the values may hold markup."""
+        from rich.table import Table  # noqa: PLC0415 - `--help` need not load it
+
+        grid = Table.grid(padding=(0, 2, 0, 0))
+        grid.add_column(style="bold", no_wrap=True)
+        grid.add_column(overflow="fold")
+        for name, value in facts.items():
+            grid.add_row(name, value)
+        _print_table(grid)
+
+    def table(
+        self, columns: Sequence[Column], rows: Iterable[Sequence[str]], *, empty: str
+    ) -> None:
+        """Rows under headings; the cells may hold markup. Without rows, what `empty` says."""
+        from rich import box  # noqa: PLC0415 - `--help` need not load it
+        from rich.table import Table  # noqa: PLC0415 - as above
+
+        filled = list(rows)
+        if not filled:
+            self.styled(f"[dim]{empty}[/]")
+            return
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="bold")
+        for column in columns:
+            table.add_column(
+                column.title,
+                justify="right" if column.right else "left",
+                no_wrap=column.keep,
+                overflow="fold",
+            )
+        for row in filled:
+            table.add_row(*row)
+        _print_table(table)
+
+    def error(self, error: ImdsproxyError) -> None:
+        """One line, the problems, and the hint; a JSON object where the command was given --json."""
+        if self.as_json:
+            body = {
+                "code": error.code,
+                "message": error.message,
+                "hint": error.hint,
+                "problems": [
+                    {
+                        "field": one.field,
+                        "reason": one.reason,
+                        "hint": one.hint,
+                        "file": one.file,
+                        "line": one.line,
+                    }
+                    for one in error.problems
+                ],
+            }
+            sys.stderr.write(json.dumps(body, indent=2, ensure_ascii=False) + "\n")
+            return
+        console = _console(sys.stderr)
+        console.print(f"[bold red]imdsproxy:[/] {clean(error.message)}", soft_wrap=True)
+        for problem in error.problems:
+            console.print(f"  {clean(str(problem))}", soft_wrap=True)
+        if error.hint:
+            console.print(f"[dim]hint:[/] {clean(error.hint)}", soft_wrap=True)
+
+
+def clean(text: object) -> str:
+    """Foreign text, fit for markup and a terminal: no markup, no control characters of its own."""
+    from rich.markup import escape  # noqa: PLC0415 - `--help` need not load it
+
+    shown = "".join(
+        letter if letter.isprintable() or letter == "\n" else f"\\x{ord(letter):02x}"
+        for letter in str(text)
+    )
+    return escape(shown)
+
+
+def _print_table(table: object) -> None:
+    if sys.stdout.isatty():
+        _console(sys.stdout).print(table)
+        return
+    console = _console(sys.stdout)
+    with console.capture() as captured:
+        console.print(table)
+    lines = captured.get().splitlines()
+    sys.stdout.write("".join(f"{line.rstrip()}\n" for line in lines))
+
+
+def _console(stream: TextIO) -> Console:
+    from rich.console import Console  # noqa: PLC0415 - `--help` need not load it
+
+    return Console(
+        file=stream,
+        highlight=False,
+        emoji=False,
+        width=None if stream.isatty() else _UNCUT,
+        force_terminal=None if stream.isatty() else False,
+    )

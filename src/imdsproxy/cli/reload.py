@@ -1,0 +1,56 @@
+"""`imdsproxy reload`: take over changed settings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TypeAlias, cast
+
+import typer
+
+from imdsproxy.cli import options
+from imdsproxy.cli.output import Column, Output, clean
+
+__all__ = ["reload"]
+
+_Shape: TypeAlias = Mapping[str, object]
+
+
+def reload(
+    context: typer.Context,
+    *,
+    as_json: options.Json = False,
+    socket: options.Socket = None,
+    config: options.Config = None,
+) -> None:
+    """Have the daemon read its settings again; a broken file changes nothing and says why."""
+    run = options.invocation(context, as_json=as_json, socket=socket, config=config)
+    done = cast("_Shape", run.daemon().request("POST", "/v1/reload"))
+    if run.output.as_json:
+        run.output.json(done)
+    else:
+        show_reload(run.output, done)
+
+
+def show_reload(output: Output, done: _Shape) -> None:
+    """What changed, and what still needs a restart."""
+    columns = (
+        Column("SETTING", keep=True),
+        Column("BEFORE"),
+        Column("NOW"),
+        Column("TAKEN OVER"),
+    )
+    waiting = set(cast("Sequence[str]", done["restart_needed"]))
+    rows = [
+        (
+            clean(change["path"]),
+            clean(change["before"]),
+            clean(change["after"]),
+            "[yellow]at the next restart[/]"
+            if change["path"] in waiting
+            else f"[green]{'by a reload' if change['change'] == 'reload' else 'at once'}[/]",
+        )
+        for change in cast("Sequence[_Shape]", done["changes"])
+    ]
+    output.table(columns, rows, empty="no setting has changed")
+    if done["haproxy_reloaded"]:
+        output.styled("HAProxy was reloaded.")

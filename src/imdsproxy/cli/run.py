@@ -1,0 +1,19 @@
+"""`imdsproxy run`: be the controller."""
+
+from __future__ import annotations
+
+import os
+
+import typer
+
+from imdsproxy.cli import options
+
+__all__ = ["run"]
+
+
+def run(context: typer.Context, *, config: options.Config = None) -> None:
+    """Be the controller: keep HAProxy and the documents as the sources say, until told to stop."""
+    from imdsproxy.app import main  # noqa: PLC0415 - the other commands need not load it
+
+    invocation = options.invocation(context, config=config)
+    main.run(lambda: invocation.settings, config=invocation.config, environment=dict(os.environ))

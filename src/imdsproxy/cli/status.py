@@ -1,0 +1,200 @@
+"""`imdsproxy status`: everything at one moment."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Final, TypeAlias, cast
+
+import typer
+
+from imdsproxy.cli import options
+from imdsproxy.cli.exitcodes import NO
+from imdsproxy.cli.output import Column, Output, clean
+
+__all__ = ["status"]
+
+_Shape: TypeAlias = Mapping[str, object]
+_DAY_S: Final = 86_400
+_HOUR_S: Final = 3600
+_MINUTE_S: Final = 60
+
+Check: TypeAlias = Annotated[
+    bool, typer.Option("--check", help="Exit 1 while the daemon is not ready.", show_default=False)
+]
+
+
+def status(
+    context: typer.Context,
+    *,
+    check: Check = False,
+    as_json: options.Json = False,
+    socket: options.Socket = None,
+    config: options.Config = None,
+) -> None:
+    """Networks, instances, sources, HAProxy, and everything that is wrong."""
+    run = options.invocation(context, as_json=as_json, socket=socket, config=config)
+    report = cast("_Shape", run.daemon().get("/v1/status"))
+    if run.output.as_json:
+        run.output.json(report)
+    else:
+        show_status(run.output, report)
+    if check and not _shape(report, "readiness")["ready"]:
+        raise typer.Exit(NO)
+
+
+def show_status(output: Output, report: _Shape) -> None:
+    """The report for people."""
+    output.facts(_facts(report))
+    _show_sources(output, report)
+    _show_left_out(output, report)
+    _show_problems(output, report)
+
+
+def _facts(report: _Shape) -> dict[str, str]:
+    readiness = _shape(report, "readiness")
+    reasons = [clean(reason) for reason in cast("Sequence[str]", readiness["reasons"])]
+    state = "[green]ready[/]" if readiness["ready"] else "[red]not ready[/]"
+    networks, serving = report["networks"], report["serving"]
+    colour = "green" if networks == serving else "red"
+    return {
+        "imdsproxy": f"{clean(report['version'])}, up {_duration(report['uptime_s'])}, "
+        f"pid {report['controller']}",
+        "state": "\n".join([state, *reasons]),
+        "networks": f"{networks}, [{colour}]{serving} serving[/]",
+        "instances": f"{report['instances']} with {report['addresses']} addresses",
+        "haproxy": _haproxy(_shape(report, "haproxy")),
+        "documents": _documents(_shape(report, "documents")),
+    } | _plan(report["last_plan"])
+
+
+def _haproxy(haproxy: _Shape) -> str:
+    if haproxy["master"] is None:
+        return f"[red]not running[/] {clean(haproxy['problem'])}".rstrip()
+    pids = f"master {haproxy['master']}, worker {haproxy['worker'] or '[red]none[/]'}"
+    old = cast("Sequence[int]", haproxy["old_workers"])
+    draining = f", draining {' '.join(str(pid) for pid in old)}" if old else ""
+    lines = [f"{clean(haproxy['version'])}, {pids}{draining}"]
+    reload = haproxy["last_reload"]
+    if isinstance(reload, dict):
+        told = "[green]ok[/]" if reload["ok"] else f"[red]{clean(reload['result'])}[/]"
+        took = f"{float(reload['took_s']) * 1000:.0f} ms"
+        lines.append(f"reload {reload['number']} ({clean(reload['reason'])}): {told}, {took}")
+    if haproxy["problem"]:
+        lines.append(f"[red]{clean(haproxy['problem'])}[/]")
+    return "\n".join(lines)
+
+
+def _documents(documents: _Shape) -> str:
+    pids = cast("Sequence[int]", documents["pids"])
+    if not pids:
+        return f"[red]not running[/] {clean(documents['problem'])}".rstrip()
+    workers = " ".join(str(pid) for pid in pids[1:])
+    problem = f"\n[red]{clean(documents['problem'])}[/]" if documents["problem"] else ""
+    return f"parent {pids[0]}, workers {workers or '[red]none[/]'}{problem}"
+
+
+def _plan(plan: object) -> dict[str, str]:
+    if not isinstance(plan, dict):
+        return {}
+    failed = [f"[red]{clean(one)}[/]" for one in plan["failed"]]
+    reasons = ", ".join(clean(reason) for reason in plan["reasons"])
+    head = f"{plan['operations']} operations in {float(plan['took_s']) * 1000:.0f} ms"
+    return {"last plan": "\n".join([f"{head}: {reasons}" if reasons else head, *failed])}
+
+
+def _show_sources(output: Output, report: _Shape) -> None:
+    columns = (
+        Column("SOURCE", keep=True),
+        Column("STATE"),
+        Column("NETWORKS", right=True),
+        Column("INSTANCES", right=True),
+        Column("REFUSED", right=True),
+    )
+    rows = [
+        (
+            clean(source["name"]),
+            _source_state(source),
+            str(source["networks"]),
+            str(source["instances"]),
+            _count(len(cast("Sequence[object]", source["problems"]))),
+        )
+        for source in _shapes(report, "sources")
+    ]
+    output.text("")
+    output.table(columns, rows, empty="no sources")
+
+
+def _show_left_out(output: Output, report: _Shape) -> None:
+    left_out = _shapes(report, "left_out")
+    if not left_out:
+        return
+    columns = (Column("NOT SERVED", keep=True), Column("CODE", keep=True), Column("REASON"))
+    rows = [
+        (clean(one["network"]), f"[red]{clean(one['code'])}[/]", _with_hint(one))
+        for one in left_out
+    ]
+    output.text("")
+    output.table(columns, rows, empty="")
+
+
+def _show_problems(output: Output, report: _Shape) -> None:
+    lines = [_problem(one) for one in _shapes(report, "problems")]
+    for source in _shapes(report, "sources"):
+        lines += [_problem(one) for one in cast("Sequence[_Shape]", source["problems"])]
+    for conflict in _shapes(report, "conflicts"):
+        claimants = ", ".join(
+            f"{one['instance']} ({one['source']})" if one["instance"] else str(one["source"])
+            for one in cast("Sequence[_Shape]", conflict["claimants"])
+        )
+        lines.append(
+            f"{conflict['kind']} {conflict['subject']}: claimed by {claimants}; guests get 503"
+        )
+    if lines:
+        output.text("")
+        output.styled(
+            f"[bold red]{len(lines)} problem{'s' if len(lines) > 1 else ''}[/]",
+            *(f"  {clean(line)}" for line in lines),
+        )
+
+
+def _source_state(source: _Shape) -> str:
+    stale = float(str(source["stale_s"]))
+    if stale:
+        return f"[red]silent for {_duration(stale)}[/]"
+    return "[green]in sync[/]" if source["in_sync"] else "[yellow]not in sync[/]"
+
+
+def _with_hint(shape: _Shape) -> str:
+    reason = clean(shape["reason"])
+    return f"{reason}\n[dim]{clean(shape['hint'])}[/]" if shape["hint"] else reason
+
+
+def _problem(problem: _Shape) -> str:
+    place = "" if problem["file"] is None else f"{problem['file']}"
+    if problem["line"] is not None:
+        place = f"{place}:{problem['line']}"
+    hint = f" ({problem['hint']})" if problem["hint"] else ""
+    return f"{place}: {problem['field']}: {problem['reason']}{hint}".removeprefix(": ")
+
+
+def _count(number: int) -> str:
+    return f"[red]{number}[/]" if number else "0"
+
+
+def _duration(seconds: object) -> str:
+    whole = int(float(str(seconds)))
+    if whole >= _DAY_S:
+        return f"{whole // _DAY_S} d {whole % _DAY_S // _HOUR_S} h"
+    if whole >= _HOUR_S:
+        return f"{whole // _HOUR_S} h {whole % _HOUR_S // _MINUTE_S} min"
+    if whole >= _MINUTE_S:
+        return f"{whole // _MINUTE_S} min {whole % _MINUTE_S} s"
+    return f"{whole} s"
+
+
+def _shape(shape: _Shape, key: str) -> _Shape:
+    return cast("_Shape", shape[key])
+
+
+def _shapes(shape: _Shape, key: str) -> Sequence[_Shape]:
+    return cast("Sequence[_Shape]", shape[key])
