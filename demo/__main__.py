@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import secrets
 import signal
@@ -59,7 +60,7 @@ def main(argv: Sequence[str]) -> int:
         console.print(f"script/demo: {failed}", style="red", markup=False, soft_wrap=True)
         return 1
     except InterruptError as interrupted:
-        return 128 + interrupted.number if options.once else 0
+        return 128 + interrupted.number
 
 
 def _parse(argv: Sequence[str]) -> Options:
@@ -74,10 +75,14 @@ def _parse(argv: Sequence[str]) -> Options:
 
 
 def _interrupt(number: int, _frame: FrameType | None) -> None:
+    for other in _SIGNALS:
+        signal.signal(other, signal.SIG_IGN)  # once is enough: cleaning up is not interrupted
     raise InterruptError(number)
 
 
 def _demonstrate(options: Options, directory: Path, console: Console) -> int:
+    if options.json is not None and not options.json.absolute().parent.is_dir():
+        raise CommandError(f"{options.json.absolute().parent} is no directory")
     steps = Steps(console)
     if sweep():
         steps.say("swept away what an interrupted run had left")
@@ -142,8 +147,9 @@ def _stay(everyone: Sequence[Guest], daemon: Daemon, console: Console) -> None:
     console.print("\nUp until Ctrl-C. Be a guest, or the operator:", style="bold")
     for line in hints(everyone, daemon.cli):
         console.print(f"  {line}", markup=False, highlight=False, soft_wrap=True)
-    while True:
-        signal.pause()
+    with contextlib.suppress(InterruptError):
+        while True:
+            signal.pause()
 
 
 if __name__ == "__main__":

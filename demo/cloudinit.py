@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -43,7 +42,7 @@ def download(cache: Path, *, say: Callable[[str], None]) -> Path:
     if target.is_dir():
         return target
     say("downloading cloud-init's packages (to be unpacked here, not installed)")
-    building = cache / f"cloud-init-debs.{os.getpid()}"
+    building = cache / "cloud-init-debs.part"
     shutil.rmtree(building, ignore_errors=True)
     building.mkdir(parents=True)
     try:

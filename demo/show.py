@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
-import os
 import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -127,7 +126,8 @@ def document(guests: Sequence[Guest], pids: Pids, cli: Sequence[str]) -> dict[st
 
 def write_json(file: Path, content: dict[str, object]) -> None:
     """Writes the file whole or not at all."""
-    building = file.with_name(f".{file.name}.{os.getpid()}")
+    # One name for every run, so that what a killed one left is written over.
+    building = file.with_name(f".{file.name}.imdsdemo")
     try:
         building.write_text(json.dumps(content, indent=2) + "\n")
         building.replace(file)

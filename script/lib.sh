@@ -21,7 +21,7 @@ base_packages=(
 test_packages=(
     wrk:wrk
 )
-policy_mark='# laid by imdsproxy/script/lib.sh while it installs, and removed by it'
+policy_mark='# laid by script/lib.sh of imdsproxy while it installs, in process'
 
 say() {
     printf '%s\n' "$*" >&2
@@ -80,8 +80,11 @@ logged() {
 }
 
 remove_policy() {
-    if grep -qsF "$policy_mark" /usr/sbin/policy-rc.d; then
-        rm -f /usr/sbin/policy-rc.d
+    local owner
+    owner=$(sed -n "s|^$policy_mark ||p" /usr/sbin/policy-rc.d 2>/dev/null) || return 0
+    # Another work tree's set-up may be installing just now: only a dead or the own one's goes.
+    if [[ -n $owner ]] && { [[ $owner == "$$" ]] || ! kill -0 "$owner" 2>/dev/null; }; then
+        rm -f /usr/sbin/policy-rc.d || true
     fi
 }
 
@@ -96,12 +99,11 @@ apt_install() {
             die "needs HAProxy 3.0 or later (Debian 13 has it): this system offers ${candidate:-none}"
     fi
     say "installing Debian packages: $*"
-    printf '#!/bin/sh\n%s\nexit 101\n' "$policy_mark" >"$policy"
+    printf '#!/bin/sh\n%s %s\nexit 101\n' "$policy_mark" "$$" >"$policy"
     chmod 755 "$policy"
     services_before=$(enabled_haproxy)
     local install=(env DEBIAN_FRONTEND=noninteractive apt-get -q -y -o DPkg::Lock::Timeout=120
         install --no-install-recommends "$@")
-    remove_policy # of a run that was killed
     if [[ -e /usr/sbin/policy-rc.d ]]; then
         # The host has a policy of its own: ours lies over it for apt's eyes only.
         # shellcheck disable=SC2016  # for the inner shell
@@ -178,6 +180,7 @@ set_up() {
     (
         flock 9
         : >"$setup_log"
+        remove_policy # of a run that was killed
         install_missing "$@"
         need_haproxy_3
         build_venv

@@ -133,3 +133,27 @@ def test_a_package_is_installed_without_its_service(tmp_path: Path, *, existing:
     assert (own.read_text() if existing else None) == before
     if not existing:
         assert not (tmp_path / "u" / "policy-rc.d").is_file()
+
+
+@pytest.mark.root
+@pytest.mark.parametrize(
+    ("owner", "stays"), [("2147483646", False), ("1", True), (None, True)], ids=str
+)
+def test_only_a_policy_that_a_killed_set_up_left_is_removed(
+    tmp_path: Path, owner: str | None, *, stays: bool
+) -> None:
+    folder = tmp_path / "sbin"
+    folder.mkdir()
+    mark = ". script/lib.sh; printf '%s' \"$policy_mark\""
+    _status, words = run(["bash", "-c", mark, "script/x"])
+    line = "# the host's own" if owner is None else f"{words} {owner}"
+    (folder / "policy-rc.d").write_text(f"#!/bin/sh\n{line}\nexit 101\n")
+    inner = (
+        f"mkdir {tmp_path}/u {tmp_path}/w && mount -t overlay -o"
+        f" lowerdir={folder}:/usr/sbin,upperdir={tmp_path}/u,workdir={tmp_path}/w none /usr/sbin"
+    )
+    check = ". script/lib.sh; remove_policy; test -e /usr/sbin/policy-rc.d"
+    script = f'{inner} && exec bash -c "$0" script/x'
+    status, output = run(["unshare", "--mount", "sh", "-c", script, check])
+
+    assert (status == 0) is stays, output
