@@ -23,13 +23,14 @@ Keys (`?` may be left out or be null):
 from __future__ import annotations
 
 from imdsproxy.core.records.document import Records, parse_records
-from imdsproxy.core.records.fields import LineOf, Path, Refused, render_path
+from imdsproxy.core.records.fields import Fault, LineOf, Path, Refused, render_path
 from imdsproxy.core.records.instance import parse_instance
 from imdsproxy.core.records.network import parse_network
 from imdsproxy.core.records.payload import MAX_PAYLOAD, ReadFile, Unreadable
 from imdsproxy.core.records.render import Json, render_instance, render_network, render_record
 
 __all__ = [
+    "Fault",
     "Json",
     "LineOf",
     "MAX_PAYLOAD",

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TypeVar
 
-from imdsproxy.core.records.fields import LineOf, Path, Refused, root
+from imdsproxy.core.records.fields import Fault, Field, LineOf, Path, Refused, root
 from imdsproxy.core.records.instance import parse_instance
 from imdsproxy.core.records.network import parse_network
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
     from imdsproxy.core.model import Instance, Network
     from imdsproxy.core.records.payload import ReadFile
     from imdsproxy.errors import Problem
@@ -17,6 +19,8 @@ if TYPE_CHECKING:
 __all__ = ["Records", "parse_records"]
 
 _KEYS: Final = ("networks", "instances")
+
+_Record = TypeVar("_Record", bound="Network | Instance")
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,39 +54,61 @@ def parse_records(
     read_file: ReadFile | None = None,
     file: str | None = None,
     line_of: LineOf | None = None,
+    faults: Iterable[Fault] = (),
 ) -> Records:
     """Every record of a document `{networks: [...], instances: [...]}`; an empty one is fine.
 
     Ids and addresses that stand twice are not looked for: what is in force is the caller's to know.
+
+    Args:
+        document: The mapping, as YAML or JSON gives it; `None` for an empty file.
+        read_file: Reads what `user_data_file` names; without it the key is refused.
+        file: The file it comes from, for the problems.
+        line_of: Where its parts stand in that file.
+        faults: What the decoder found; one inside a record refuses that record, another the
+            document.
     """
-    if document is None:
-        return Records()
     field, findings = root(document, file=file, line_of=line_of, path=())
-    entries = field.mapping(_KEYS)
-    if entries is None:
-        return Records(problems=tuple(findings.problems))
-    networks: list[tuple[Path, Network]] = []
-    instances: list[tuple[Path, Instance]] = []
-    refused_networks: list[Refused] = []
-    refused_instances: list[Refused] = []
-    for item in entries["networks"].items() if "networks" in entries else ():
-        network = parse_network(item.value, file=file, line_of=line_of, path=item.path)
-        if isinstance(network, Refused):
-            refused_networks.append(network)
-        else:
-            networks.append((item.path, network))
-    for item in entries["instances"].items() if "instances" in entries else ():
-        instance = parse_instance(
-            item.value, read_file=read_file, file=file, line_of=line_of, path=item.path
-        )
-        if isinstance(instance, Refused):
-            refused_instances.append(instance)
-        else:
-            instances.append((item.path, instance))
-    return Records(
-        tuple(networks),
-        tuple(instances),
-        tuple(refused_networks),
-        tuple(refused_instances),
-        tuple(findings.problems),
+    by_record: dict[Path, list[Fault]] = {}
+    for fault in faults:
+        by_record.setdefault(fault.path[:2], []).append(fault)
+    entries: dict[str, Field] = {}
+    if document is not None:
+        entries = field.mapping(_KEYS) or {}
+    networks, refused_networks = _sort(
+        entries.get("networks"),
+        by_record,
+        lambda item: parse_network(item.value, file=file, line_of=line_of, path=item.path),
     )
+    instances, refused_instances = _sort(
+        entries.get("instances"),
+        by_record,
+        lambda item: parse_instance(
+            item.value, read_file=read_file, file=file, line_of=line_of, path=item.path
+        ),
+    )
+    for fault in (fault for left in by_record.values() for fault in left):
+        findings.add(fault)
+    if findings.problems:
+        return Records(problems=tuple(findings.problems))
+    return Records(networks, instances, refused_networks, refused_instances)
+
+
+def _sort(
+    listed: Field | None,
+    faults: dict[Path, list[Fault]],
+    parse: Callable[[Field], _Record | Refused],
+) -> tuple[tuple[tuple[Path, _Record], ...], tuple[Refused, ...]]:
+    """The good and the bad records of a list; takes those of `faults` that lie inside a record."""
+    good: list[tuple[Path, _Record]] = []
+    bad: list[Refused] = []
+    for item in () if listed is None else listed.items():
+        record = parse(item)
+        found = faults.pop(item.path, [])
+        if not found and not isinstance(record, Refused):
+            good.append((item.path, record))
+            continue
+        told = tuple(item.findings.describe(fault) for fault in found)
+        known = record.problems if isinstance(record, Refused) else ()
+        bad.append(Refused((*told, *known), record.id))
+    return tuple(good), tuple(bad)

@@ -11,7 +11,17 @@ from typing import Final, TypeAlias
 
 from imdsproxy.errors import Problem
 
-__all__ = ["Field", "Findings", "LineOf", "Path", "Refused", "quoted", "render_path", "root"]
+__all__ = [
+    "Fault",
+    "Field",
+    "Findings",
+    "LineOf",
+    "Path",
+    "Refused",
+    "quoted",
+    "render_path",
+    "root",
+]
 
 Path: TypeAlias = tuple[str | int, ...]
 """Where in a document: keys of mappings and indexes of lists, from the document's root."""
@@ -27,6 +37,23 @@ _PLAIN_KEY: Final = re.compile(r"[A-Za-z0-9_-]+")
 # Control characters, C1 included, the two Unicode line ends and lone surrogates: none may reach a
 # header, a map, a log line or a listing of names.
 _UNPRINTABLE: Final = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """Something wrong at a path; decoders report so what their values do not show any more.
+
+    Attributes:
+        path: Where.
+        reason: What, in one sentence.
+        hint: What would be right.
+        line: Where exactly, if not where `path` begins.
+    """
+
+    path: Path
+    reason: str
+    hint: str = ""
+    line: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,13 +102,20 @@ class Findings:
         self._line_of = line_of
         self.problems: list[Problem] = []
 
-    def add(self, path: Path, reason: str, hint: str) -> None:
-        """Note a problem; its line is looked up only now, for most records have none."""
-        line = None if self._line_of is None else self._line_of(path)
-        self.problems.append(Problem(render_path(path) or "record", reason, hint, self._file, line))
+    def add(self, fault: Fault) -> None:
+        """Note a problem."""
+        self.problems.append(self.describe(fault))
+
+    def describe(self, fault: Fault) -> Problem:
+        """The fault with file and line, which is looked up only now: most records have none."""
+        line = fault.line
+        if line is None and self._line_of is not None:
+            line = self._line_of(fault.path)
+        field = render_path(fault.path) or "record"
+        return Problem(field, fault.reason, fault.hint, self._file, line)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen: that triples the time to make one, and they never leave here
 class Field:
     """A value and where it stands. Every reader gives `None` (or nothing) once it has refused."""
 
@@ -91,7 +125,7 @@ class Field:
 
     def refuse(self, reason: str, hint: str = "") -> None:
         """Note a problem of this field."""
-        self.findings.add(self.path, reason, hint)
+        self.findings.add(Fault(self.path, reason, hint))
 
     def child(self, step: str | int, value: object) -> Field:
         """A part of this field's value."""

@@ -1,0 +1,89 @@
+"""What a source of records is, seen from who consumes it.
+
+A source is made by the composition root, runs as one task, and reports by calling `publish` in the
+event loop's thread. Its first observation is full: everything that it has, in sync, once it has read all of
+it. Later ones may hold only changes. Where it cannot read its records, it reports itself out of sync with
+the reason among the problems, keeps trying, and what it told before stays; it never ends by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import TYPE_CHECKING, Protocol, TypeAlias
+
+if TYPE_CHECKING:
+    from imdsproxy.core.inventory import Observation, SourceName
+    from imdsproxy.core.model import Instance, InstanceId, Network, NetworkId
+
+__all__ = ["Publish", "Source", "WritableSource", "Written"]
+
+Publish: TypeAlias = "Callable[[Observation], None]"
+
+
+class Source(Protocol):
+    """Where networks, ports and instances come from."""
+
+    @property
+    def name(self) -> SourceName:
+        """Its name in settings, status and conflicts."""
+
+    async def run(self, publish: Publish) -> None:
+        """Report until cancelled; everything opened is closed again when that is over."""
+
+
+class Written(StrEnum):
+    """What a write did."""
+
+    ADDED = "added"
+    CHANGED = "changed"
+    UNCHANGED = "unchanged"
+
+
+@dataclass(frozen=True, slots=True)
+class Tally:
+    """What a write of many records did: how many were added, changed, and there already."""
+
+    added: int = 0
+    changed: int = 0
+    unchanged: int = 0
+
+
+class WritableSource(Source, Protocol):
+    """A source that the admin API can write to.
+
+    A write is on disk, and its observation published, when it returns. It is refused as a whole
+    (`SourceRefused` with the fields) or done as a whole. While the source is not running or its store
+    cannot be used, writes raise `SourceUnavailable` or `SourceCorrupt`.
+    """
+
+    async def put_network(self, network: Network) -> Written:
+        """Add a network, or change the one with its id."""
+
+    async def put_instance(self, instance: Instance) -> Written:
+        """Add an instance, or change the one with its id.
+
+        Raises:
+            SourceRefused: Another instance of the store has one of its addresses or MACs.
+        """
+
+    async def put_records(
+        self, networks: Iterable[Network], instances: Iterable[Instance]
+    ) -> Tally:
+        """Add or change many at once; all or none.
+
+        Raises:
+            SourceRefused: As above; a problem's field begins with `networks[i]` or `instances[i]`.
+        """
+
+    async def remove_network(self, network: NetworkId, *, force: bool = False) -> bool:
+        """Remove a network; `False` when there is none of that id.
+
+        Raises:
+            SourceRefused: Instances of the store have ports in it, unless `force`: then these claim
+                nothing until the network comes again.
+        """
+
+    async def remove_instance(self, instance: InstanceId) -> bool:
+        """Remove an instance; `False` when there is none of that id."""

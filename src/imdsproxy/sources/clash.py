@@ -1,0 +1,80 @@
+"""Tell people which part of a record clashes with which other record."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from imdsproxy.core.addresses import link_local_of
+from imdsproxy.core.records import Path, render_path
+from imdsproxy.errors import Problem
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from imdsproxy.core.inventory import AddressKey
+    from imdsproxy.core.model import Instance
+
+__all__ = ["claim_places", "taken_address", "taken_id"]
+
+
+def claim_places(instance: Instance) -> Iterator[tuple[AddressKey, Path]]:
+    """Each address that the record claims, and the part of the record that does so."""
+    for number, port in enumerate(instance.ports):
+        if port.mac is not None:
+            yield (port.network, link_local_of(port.mac)), ("ports", number, "mac")
+        for index, address in enumerate(port.addresses):
+            yield (port.network, address), ("ports", number, "addresses", index)
+
+
+def taken_address(
+    instance: Instance,
+    address: AddressKey,
+    holder: str,
+    *,
+    path: Path = (),
+    place: str = "",
+    file: str | None = None,
+    lines: tuple[int | None, ...] = (),
+) -> Problem:
+    """Why an instance is refused that claims an address of another.
+
+    Args:
+        instance: The refused one.
+        address: What both claim.
+        holder: The id of the instance that has it.
+        path: Where the refused record stands in its document.
+        place: Where the other record stands, if that can be said.
+        file: The file of the refused record.
+        lines: The lines of its claims, in the order of `claim_places`.
+    """
+    network, shown = address
+    part, line = _claim(instance, address, lines)
+    what = f"{shown} in network {network}"
+    if part and part[-1] == "mac":
+        what = f"the MAC's link-local address {what}"
+    where = f" ({place})" if place else ""
+    return Problem(
+        render_path((*path, *part)),
+        f"{what} belongs to instance {holder}{where}",
+        "give one of the two another, or remove one",
+        file,
+        line,
+    )
+
+
+def _claim(
+    instance: Instance, address: AddressKey, lines: tuple[int | None, ...]
+) -> tuple[Path, int | None]:
+    for number, (claimed, part) in enumerate(claim_places(instance)):
+        if claimed == address:
+            return part, lines[number] if number < len(lines) else None
+    return (), None
+
+
+def taken_id(
+    key: str, *, path: Path, place: str, file: str | None = None, line: int | None = None
+) -> Problem:
+    """Why a record is refused whose id another record has, at `place`."""
+    return Problem(
+        render_path((*path, "id")), f"{key} is also in {place}", "keep one of the two", file, line
+    )

@@ -1,0 +1,297 @@
+"""Read a directory of record files again and again, and say what has changed in force."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final, TypeAlias
+
+from imdsproxy.core.inventory import address_keys
+from imdsproxy.core.model import Instance, Network
+from imdsproxy.core.records import LineOf, Records, Refused, Unreadable
+from imdsproxy.errors import Problem
+from imdsproxy.sources.clash import claim_places, taken_address, taken_id
+from imdsproxy.sources.in_force import Clash, Entry, InForce
+from imdsproxy.sources.record_file import SUFFIXES, decode_records, payload_reader
+from imdsproxy.sources.watch import Place, place_of
+
+__all__ = ["Directory", "Reading"]
+
+_Signature: TypeAlias = "tuple[int, ...] | None"
+
+_GONE_S: Final = 0.05
+"""Some editors move the old file away before they write the new one."""
+
+_EMPTY_S: Final = 0.5
+"""A writer that does not rename truncates the file first."""
+
+_LARGEST: Final = 512 * 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What has changed in force, and how to learn of the next change.
+
+    Attributes:
+        networks: New records, `None` for those that are gone.
+        instances: The same.
+        problems: Everything wrong in the directory now.
+        readable: The directory could be listed; if not, all stays as it was.
+        places: The directories to watch.
+        relevant: The paths in them that matter, beside everything in the directory itself.
+        again_s: Look again after so many seconds, even if nothing is told to have changed.
+    """
+
+    networks: Mapping[str, Network | None]
+    instances: Mapping[str, Instance | None]
+    problems: tuple[Problem, ...]
+    readable: bool
+    places: frozenset[Place]
+    relevant: frozenset[Path]
+    again_s: float | None
+
+
+@dataclass(slots=True)
+class _File:
+    """What is known of a record file.
+
+    Attributes:
+        signature: Its state when it was last read.
+        payloads: The files that its records name, with their state when they were read.
+        problems: What is wrong with it as a whole, or with records whose id cannot be read.
+        doubtful_since: When it was first seen gone or empty, until that is believed.
+    """
+
+    signature: _Signature = None
+    payloads: dict[Path, _Signature] = field(default_factory=dict)
+    problems: tuple[Problem, ...] = ()
+    doubtful_since: float | None = None
+
+
+class Directory:
+    """A directory of `*.yaml`, `*.yml` and `*.json` (hidden ones are not looked at).
+
+    Args:
+        path: The directory; it need not exist.
+        clock: Monotonic seconds.
+    """
+
+    def __init__(self, path: Path, *, clock: Callable[[], float]) -> None:
+        self._path = path
+        self._clock = clock
+        self._files: dict[str, _File] = {}
+        self._networks: InForce[Network] = InForce(lambda _network: (), self._explain_network)
+        self._instances: InForce[Instance] = InForce(address_keys, self._explain_instance)
+
+    @property
+    def networks(self) -> dict[str, Network]:
+        """All in force."""
+        return self._networks.records
+
+    @property
+    def instances(self) -> dict[str, Instance]:
+        """All in force."""
+        return self._instances.records
+
+    def read(self, changed: Collection[Path] = ()) -> Reading:
+        """Read what has changed since the last time; blocks for as long as that takes.
+
+        Args:
+            changed: Files that are read again though they look the same: two writes within one tick of
+                the file system's clock do.
+        """
+        try:
+            found = dict(self._list())
+        except OSError as error:
+            return self._reading(self._unreadable(error))
+        for name in sorted(self._files.keys() | found.keys()):
+            self._look(name, found.get(name), changed)
+        return self._reading(None)
+
+    def _list(self) -> Iterator[tuple[str, Path]]:
+        with os.scandir(self._path) as entries:
+            for entry in entries:
+                if entry.name.endswith(SUFFIXES) and not entry.name.startswith("."):
+                    yield entry.name, Path(entry.path)
+
+    def _look(self, name: str, path: Path | None, changed: Collection[Path]) -> None:
+        file = self._files.setdefault(name, _File())
+        signature = None if path is None else _signature(path)
+        if path is None or signature is None:
+            if self._believe(file, _GONE_S):
+                del self._files[name]
+                self._replace(name, Records(), lambda _path: None)
+            return
+        if (
+            signature == file.signature
+            and path not in changed
+            and not file.payloads.keys() & set(changed)
+            and all(_signature(each) == state for each, state in file.payloads.items())
+        ):
+            file.doubtful_since = None
+            return
+        if signature[1] == 0 and file.signature and not self._believe(file, _EMPTY_S):
+            return
+        file.doubtful_since = None
+        file.signature = signature
+        self._read_file(name, path, file)
+
+    def _believe(self, file: _File, after_s: float) -> bool:
+        """Whether a file that had records has been gone or empty for long enough."""
+        if file.signature is None:
+            return True
+        if file.doubtful_since is None:
+            file.doubtful_since = self._clock()
+        return self._clock() - file.doubtful_since >= after_s
+
+    def _read_file(self, name: str, path: Path, file: _File) -> None:
+        payloads: dict[Path, _Signature] = {}
+        read = payload_reader(path.parent)
+
+        def read_payload(payload: str) -> bytes | Unreadable:
+            payloads[path.parent / payload] = _signature(path.parent / payload)
+            return read(payload)
+
+        try:
+            data = _read_regular(path)
+        except OSError as error:
+            reason = f"cannot be read: {error.strerror or error}"
+            file.problems = (Problem("file", reason, "mend or remove it", str(path)),)
+            return
+        records, line_of = decode_records(data, file=str(path), read_file=read_payload)
+        file.payloads = payloads
+        file.problems = records.problems
+        if not records.problems:
+            file.problems = self._replace(name, records, line_of)
+
+    def _replace(self, name: str, records: Records, line_of: LineOf) -> tuple[Problem, ...]:
+        """Hand on what a file holds now; gives the problems of records without a readable id."""
+        networks: list[Entry[Network]] = [
+            Entry(network.id, name, _position(path), line_of(path), network)
+            for path, network in records.networks
+        ]
+        instances: list[Entry[Instance]] = [
+            Entry(
+                instance.id,
+                name,
+                _position(path),
+                line_of(path),
+                instance,
+                lines=tuple(line_of((*path, *part)) for _, part in claim_places(instance)),
+            )
+            for path, instance in records.instances
+        ]
+        nameless_networks = _add_refused(networks, name, records.refused_networks)
+        nameless_instances = _add_refused(instances, name, records.refused_instances)
+        self._networks.replace_file(name, networks, unclear=bool(nameless_networks))
+        self._instances.replace_file(name, instances, unclear=bool(nameless_instances))
+        return (*nameless_networks, *nameless_instances)
+
+    def _reading(self, unreadable: Problem | None) -> Reading:
+        networks = self._networks.settle()
+        instances = self._instances.settle()
+        problems = [] if unreadable is None else [unreadable]
+        for name in sorted(self._files):
+            problems += self._files[name].problems
+        problems += self._networks.problems()
+        problems += self._instances.problems()
+        payloads = {path for file in self._files.values() for path in file.payloads}
+        doubtful = any(file.doubtful_since is not None for file in self._files.values())
+        return Reading(
+            networks,
+            instances,
+            tuple(problems),
+            readable=unreadable is None,
+            places=self._places(payloads),
+            relevant=_with_parents({self._path, *payloads}),
+            again_s=_GONE_S if doubtful else None,
+        )
+
+    def _places(self, payloads: set[Path]) -> frozenset[Place]:
+        # The parent tells when the directory itself is made, removed or replaced.
+        wanted = {self._path, self._path.parent, *(path.parent for path in payloads)}
+        for name in self._files:
+            path = self._path / name
+            if path.is_symlink():
+                wanted.add(path.resolve().parent)
+        return frozenset(place_of(path) for path in wanted)
+
+    def _unreadable(self, error: OSError) -> Problem:
+        return Problem(
+            "directory",
+            f"cannot be listed: {error.strerror}",
+            "make it, or correct the setting; it is read as soon as it is there",
+            str(self._path),
+        )
+
+    def _explain_network(self, clash: Clash[Network]) -> Problem:
+        return self._explain_id("networks", clash)
+
+    def _explain_instance(self, clash: Clash[Instance]) -> Problem:
+        record = clash.entry.record
+        if clash.address is None or record is None:
+            return self._explain_id("instances", clash)
+        return taken_address(
+            record,
+            clash.address,
+            clash.other.id,
+            path=("instances", clash.entry.position),
+            place=self._place(clash.other),
+            file=str(self._path / clash.entry.file),
+            lines=clash.entry.lines,
+        )
+
+    def _explain_id(self, kind: str, clash: Clash[Network] | Clash[Instance]) -> Problem:
+        return taken_id(
+            clash.entry.id,
+            path=(kind, clash.entry.position),
+            place=self._place(clash.other),
+            file=str(self._path / clash.entry.file),
+            line=clash.entry.line,
+        )
+
+    def _place(self, entry: Entry[Network] | Entry[Instance]) -> str:
+        return f"{self._path / entry.file}:{entry.line}"
+
+
+def _add_refused(
+    entries: list[Entry[Network]] | list[Entry[Instance]], name: str, refused: tuple[Refused, ...]
+) -> tuple[Problem, ...]:
+    nameless: list[Problem] = []
+    for each in refused:
+        if each.id is None:
+            nameless += each.problems
+        else:
+            entries.append(Entry(each.id, name, len(entries), problems=each.problems))
+    return tuple(nameless)
+
+
+def _position(path: tuple[str | int, ...]) -> int:
+    return path[1] if len(path) > 1 and isinstance(path[1], int) else 0
+
+
+def _signature(path: Path) -> _Signature:
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return (status.st_mtime_ns, status.st_size, status.st_ino, status.st_ctime_ns, status.st_dev)
+
+
+def _read_regular(path: Path) -> bytes:
+    # Not blocking: opening a FIFO would wait for a writer for ever.
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    with os.fdopen(descriptor, "rb") as stream:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError("it is no regular file")
+        if status.st_size > _LARGEST:
+            raise OSError(f"it is larger than {_LARGEST} bytes")
+        return stream.read()
+
+
+def _with_parents(paths: set[Path]) -> frozenset[Path]:
+    return frozenset(each for path in paths for each in (path, *path.parents))

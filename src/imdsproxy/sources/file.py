@@ -1,0 +1,138 @@
+"""The file source: a directory of YAML and JSON records, in force as soon as they are written."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import TYPE_CHECKING, Final
+
+from imdsproxy.core.inventory import Observation
+from imdsproxy.core.model import InstanceId, NetworkId
+from imdsproxy.errors import Problem
+from imdsproxy.sources.directory import Directory, Reading
+from imdsproxy.sources.watch import Watch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from imdsproxy.sources.api import Publish
+
+__all__ = ["FileSource"]
+
+_UNWATCHED_S: Final = 1.0
+"""How often to look where the kernel does not tell."""
+
+
+class FileSource:
+    """A directory of record files, watched. Bad records are refused one by one; see `in_force`.
+
+    Args:
+        directory: Where the files are; it need not exist yet.
+        name: The source's name.
+        clock: Monotonic seconds.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        name: str = "file",
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._path = directory.absolute()
+        self._name = name
+        self._clock = clock
+
+    @property
+    def name(self) -> str:
+        """The source's name."""
+        return self._name
+
+    async def run(self, publish: Publish) -> None:
+        """Report the directory's records, and every change of them, until cancelled.
+
+        While the directory cannot be listed the source is out of sync, and what it told stays.
+        """
+        directory = Directory(self._path, clock=self._clock)
+        reporter = _Reporter(self._name, directory, publish)
+        watch: Watch | None = None
+        changed: frozenset[Path] = frozenset()
+        try:
+            while True:
+                # In a thread: ten thousand records take seconds, and guests are waiting.
+                reading = await asyncio.to_thread(directory.read, changed)
+                unwatched = None
+                if watch is None or watch.places != reading.places:
+                    if watch is not None:
+                        watch.close()
+                    watch, unwatched = _watch(reading)
+                    reporter.report(reading, unwatched)
+                    if watch is not None:
+                        # What changed before it began to watch is seen now.
+                        changed = frozenset()
+                        continue
+                else:
+                    reporter.report(reading, None)
+                changed = await self._wait(watch, reading)
+        finally:
+            if watch is not None:
+                watch.close()
+
+    async def _wait(self, watch: Watch | None, reading: Reading) -> frozenset[Path]:
+        if watch is None:
+            await asyncio.sleep(_UNWATCHED_S if reading.again_s is None else reading.again_s)
+            return frozenset()
+        while True:
+            changed = await watch.changes(reading.again_s)
+            if not changed or any(
+                path.parent == self._path or path in reading.relevant for path in changed
+            ):
+                return changed
+
+
+class _Reporter:
+    """Publishes what differs from what was published."""
+
+    def __init__(self, name: str, directory: Directory, publish: Publish) -> None:
+        self._name = name
+        self._directory = directory
+        self._publish = publish
+        self._told: tuple[bool, tuple[Problem, ...]] | None = None
+        self._complete = False
+
+    def report(self, reading: Reading, unwatched: Problem | None) -> None:
+        problems = reading.problems if unwatched is None else (unwatched, *reading.problems)
+        told = (reading.readable, problems)
+        full = reading.readable and not self._complete
+        if not full and not reading.networks and not reading.instances and told == self._told:
+            return
+        self._told = told
+        self._complete = self._complete or full
+        networks = self._directory.networks if full else reading.networks
+        instances = self._directory.instances if full else reading.instances
+        self._publish(
+            Observation(
+                source=self._name,
+                full=full,
+                networks={NetworkId(key): value for key, value in networks.items() if value},
+                instances={InstanceId(key): value for key, value in instances.items() if value},
+                networks_removed=[NetworkId(key) for key, value in networks.items() if not value],
+                instances_removed=[
+                    InstanceId(key) for key, value in instances.items() if not value
+                ],
+                in_sync=reading.readable,
+                problems=problems,
+            )
+        )
+
+
+def _watch(reading: Reading) -> tuple[Watch | None, Problem | None]:
+    try:
+        return Watch(reading.places), None
+    except OSError as error:
+        return None, Problem(
+            "directory",
+            f"cannot be watched ({error}); it is looked at every {_UNWATCHED_S:.0f} s",
+            "raise fs.inotify.max_user_watches and fs.inotify.max_user_instances",
+        )

@@ -1,0 +1,309 @@
+"""Which of a directory's records are in force, while files come, change, break and go.
+
+What was good stays in force: a record whose new version is bad keeps the old one, and a record that
+claims an id or an address in force is refused, wherever its file stands in the order. Where nothing is
+in force yet (a fresh start), the order of the files' names and of the records in them decides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Generic, TypeVar
+
+from imdsproxy.core.inventory import AddressKey
+from imdsproxy.core.model import Instance, Network
+from imdsproxy.errors import Problem
+
+__all__ = ["Clash", "Entry", "InForce"]
+
+_Record = TypeVar("_Record", bound=Network | Instance)
+
+
+@dataclass(frozen=True, slots=True)
+class Entry(Generic[_Record]):
+    """A record as it stands in a file.
+
+    Attributes:
+        id: Its id.
+        file: The file's name.
+        position: Its place among the file's records.
+        line: Where it begins, 1-based.
+        record: `None` when it was refused.
+        problems: Why.
+        lines: Where its claims stand, in the order of `clash.claim_places`.
+    """
+
+    id: str
+    file: str
+    position: int
+    line: int | None = None
+    record: _Record | None = None
+    problems: tuple[Problem, ...] = ()
+    lines: tuple[int | None, ...] = ()
+
+    @property
+    def order(self) -> tuple[str, int]:
+        """What decides where nothing is in force yet."""
+        return self.file, self.position
+
+
+@dataclass(frozen=True, slots=True)
+class Clash(Generic[_Record]):
+    """An entry that is refused for the sake of another.
+
+    Attributes:
+        entry: The refused one.
+        other: The one that it would displace.
+        address: What both claim; `None` when it is the id.
+    """
+
+    entry: Entry[_Record]
+    other: Entry[_Record]
+    address: AddressKey | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Wish(Generic[_Record]):
+    """What an id has in force if no address stands against it, and the entries that repeat the id."""
+
+    entry: Entry[_Record]
+    rivals: tuple[Entry[_Record], ...] = ()
+
+
+class InForce(Generic[_Record]):
+    """The entries of all files of one kind, and those in force.
+
+    `replace_file` says what a file holds now; `settle` works out what that changes. The time of both
+    goes with what changed, not with what there is.
+
+    Args:
+        claims: The addresses that a record claims; no two records in force have one in common.
+        explain: A clash as a problem with its file, line and field.
+    """
+
+    def __init__(
+        self,
+        claims: Callable[[_Record], Iterable[AddressKey]],
+        explain: Callable[[Clash[_Record]], Problem],
+    ) -> None:
+        self._claims = claims
+        self._explain = explain
+        self._files: dict[str, tuple[Entry[_Record], ...]] = {}
+        self._bad: dict[str, tuple[Entry[_Record], ...]] = {}
+        self._entries: dict[str, tuple[Entry[_Record], ...]] = {}
+        self._held: dict[str, Entry[_Record]] = {}
+        self._held_by_file: dict[str, set[str]] = {}
+        self._holders: dict[AddressKey, str] = {}
+        self._touched: set[str] = set()
+        self._clashes: dict[str, tuple[Clash[_Record], ...]] = {}
+        self._unclear: set[str] = set()
+
+    @property
+    def records(self) -> dict[str, _Record]:
+        """Everything in force."""
+        return {key: held.record for key, held in self._held.items() if held.record is not None}
+
+    def replace_file(
+        self, file: str, entries: Sequence[Entry[_Record]], *, unclear: bool = False
+    ) -> None:
+        """What the file holds now: nothing, when it is gone.
+
+        Args:
+            file: Its name.
+            entries: All of them, in order.
+            unclear: It also has records whose id cannot be read. They may be any of those that it had,
+                so none of these goes.
+        """
+        before = {entry.id for entry in self._files.get(file, ())}
+        for key in before:
+            self._put(key, [entry for entry in self._entries[key] if entry.file != file])
+        for entry in entries:
+            self._put(entry.id, [*self._entries.get(entry.id, ()), entry])
+        (self._unclear.add if unclear else self._unclear.discard)(file)
+        self._touched |= before
+        self._touched.update(entry.id for entry in entries)
+        # Also those held without an entry, while it was unclear.
+        self._touched |= self._held_by_file.get(file, set())
+        _store(self._files, file, tuple(entries))
+        _store(self._bad, file, tuple(entry for entry in entries if entry.problems))
+
+    def settle(self) -> dict[str, _Record | None]:
+        """What has changed since the last time: the new record, or `None` for one that is gone."""
+        before = {key: self._held.get(key) for key in self._touched | self._clashes.keys()}
+        self._touched.clear()
+        self._decide(set(before))
+        while self._give_second_chance():
+            pass
+        changes: dict[str, _Record | None] = {}
+        for key, old in before.items():
+            new = self._held.get(key)
+            old_record = None if old is None else old.record
+            new_record = None if new is None else new.record
+            if old_record is not new_record and old_record != new_record:
+                changes[key] = new_record
+        return changes
+
+    def problems(self) -> Iterator[Problem]:
+        """Every entry that is refused, with the reasons."""
+        for file in sorted(self._bad):
+            for entry in self._bad[file]:
+                for problem in entry.problems:
+                    yield self._noted(problem, entry)
+        for key in sorted(self._clashes):
+            for clash in self._clashes[key]:
+                yield self._noted(self._explain(clash), clash.entry)
+
+    def _noted(self, problem: Problem, entry: Entry[_Record]) -> Problem:
+        held = self._held.get(entry.id)
+        if held is None or held.file != entry.file:
+            return problem
+        note = "the version before it stays in force"
+        return replace(problem, hint=f"{problem.hint}; {note}" if problem.hint else note)
+
+    def _put(self, key: str, entries: list[Entry[_Record]]) -> None:
+        _store(self._entries, key, tuple(sorted(entries, key=lambda entry: entry.order)))
+
+    def _wish(self, key: str) -> _Wish[_Record] | None:
+        entries = self._entries.get(key, ())
+        good = tuple(entry for entry in entries if entry.record is not None)
+        held = self._held.get(key)
+        if held is None:
+            return _Wish(good[0], good[1:]) if good else None
+        own = [entry for entry in entries if entry.file == held.file]
+        if not own:
+            if good:
+                return _Wish(good[0], good[1:])
+            return _Wish(held) if entries or held.file in self._unclear else None
+        same = next((entry for entry in own if entry.record == held.record), None)
+        chosen = same or next((entry for entry in own if entry.record is not None), None)
+        rivals = tuple(entry for entry in good if entry is not chosen)
+        if chosen is None:
+            return _Wish(held, rivals)
+        # The record in force is kept, not its equal: others have it already.
+        return _Wish(replace(chosen, record=held.record) if same else chosen, rivals)
+
+    def _decide(self, keys: set[str]) -> None:
+        """Put in force what `keys` wish for, all together, as far as addresses allow."""
+        wishes = {key: self._wish(key) for key in keys}
+        fallen: dict[str, Clash[_Record]] = {}
+        while True:
+            clashes = self._contest(wishes, fallen)
+            # Who falls back claims its old addresses again, which another may have taken meanwhile.
+            fall = {key: clash for key, clash in clashes.items() if key in self._held}
+            if not fall:
+                break
+            fallen.update(fall)
+        refused = {**clashes, **fallen}
+        after: dict[str, Entry[_Record]] = {}
+        for key, wish in wishes.items():
+            held = self._held.get(key)
+            if key in refused:
+                if held is not None:
+                    after[key] = held
+            elif wish is not None:
+                after[key] = wish.entry
+            self._note(key, wish, refused.get(key))
+        for key in keys:
+            self._release(key)
+        for key, entry in after.items():
+            self._hold(key, entry)
+
+    def _contest(
+        self, wishes: Mapping[str, _Wish[_Record] | None], fallen: Mapping[str, Clash[_Record]]
+    ) -> dict[str, Clash[_Record]]:
+        """Who loses an address, going through the changed records by their order."""
+        taken: dict[AddressKey, Entry[_Record]] = {}
+        changed: list[Entry[_Record]] = []
+        for key, wish in wishes.items():
+            held = self._held.get(key)
+            if key in fallen and held is not None:
+                taken.update((address, held) for address in self._claimed(held))
+            elif wish is not None and (held is None or wish.entry.record is not held.record):
+                changed.append(wish.entry)
+            elif wish is not None:
+                taken.update((address, wish.entry) for address in self._claimed(wish.entry))
+        for entry in changed:
+            held = self._held.get(entry.id)
+            if held is not None:
+                kept = set(self._claimed(held)).intersection(self._claimed(entry))
+                taken.update((address, entry) for address in kept)
+        clashes: dict[str, Clash[_Record]] = {}
+        for entry in sorted(changed, key=lambda each: each.order):
+            clash = self._clash(entry, taken, wishes)
+            if clash is None:
+                taken.update((address, entry) for address in self._claimed(entry))
+            else:
+                clashes[entry.id] = clash
+        return clashes
+
+    def _clash(
+        self,
+        entry: Entry[_Record],
+        taken: Mapping[AddressKey, Entry[_Record]],
+        moving: Mapping[str, object],
+    ) -> Clash[_Record] | None:
+        """What stands against an entry: `taken`, and what is held by those that are not `moving`."""
+        for address in self._claimed(entry):
+            other = taken.get(address)
+            if other is None:
+                holder = self._holders.get(address)
+                if holder is not None and holder not in moving:
+                    other = self._held[holder]
+            if other is not None and other.id != entry.id:
+                return Clash(entry, other, address)
+        return None
+
+    def _give_second_chance(self) -> bool:
+        """Put in force who was refused for the sake of one that fell back itself; say if any."""
+        waiting = [
+            clash.entry
+            for clashes in self._clashes.values()
+            for clash in clashes
+            if clash.address is not None
+        ]
+        moved = False
+        for entry in sorted(waiting, key=lambda each: each.order):
+            if self._clash(entry, {}, {}) is None:
+                self._release(entry.id)
+                self._hold(entry.id, entry)
+                self._note(entry.id, self._wish(entry.id), None)
+                moved = True
+        return moved
+
+    def _note(self, key: str, wish: _Wish[_Record] | None, refused: Clash[_Record] | None) -> None:
+        found = [] if refused is None else [refused]
+        if wish is not None:
+            found += [Clash(rival, wish.entry, None) for rival in wish.rivals]
+        _store(self._clashes, key, tuple(found))
+
+    def _claimed(self, entry: Entry[_Record]) -> Iterable[AddressKey]:
+        return () if entry.record is None else self._claims(entry.record)
+
+    def _release(self, key: str) -> None:
+        held = self._held.pop(key, None)
+        if held is None:
+            return
+        beside = self._held_by_file[held.file]
+        beside.discard(key)
+        if not beside:
+            del self._held_by_file[held.file]
+        for address in self._claimed(held):
+            self._holders.pop(address, None)
+
+    def _hold(self, key: str, entry: Entry[_Record]) -> None:
+        self._held[key] = entry
+        self._held_by_file.setdefault(entry.file, set()).add(key)
+        for address in self._claimed(entry):
+            self._holders[address] = key
+
+
+_Key = TypeVar("_Key")
+_Item = TypeVar("_Item")
+
+
+def _store(mapping: dict[_Key, tuple[_Item, ...]], key: _Key, items: tuple[_Item, ...]) -> None:
+    if items:
+        mapping[key] = items
+    else:
+        mapping.pop(key, None)

@@ -1,0 +1,82 @@
+"""Record files: bytes in, records out, and every problem with its file and line.
+
+The file source, the command line's `--file` and the tests read them all through here.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from imdsproxy.core.records import MAX_PAYLOAD, LineOf, ReadFile, Records, Unreadable, parse_records
+from imdsproxy.errors import Problem
+from imdsproxy.sources.strict_json import decode_json
+from imdsproxy.sources.strict_yaml import Decoded, Undecodable, decode_yaml
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+__all__ = ["SUFFIXES", "decode_records", "payload_reader"]
+
+SUFFIXES = (".yaml", ".yml", ".json")
+"""How the names of record files end."""
+
+
+def decode_records(
+    data: bytes, *, file: str, read_file: ReadFile | None = None
+) -> tuple[Records, LineOf]:
+    """The records of a file, and where each part of it stands.
+
+    Args:
+        data: The file's bytes: UTF-8, JSON where `file` ends so, else YAML.
+        file: Its name, for the problems.
+        read_file: Reads what `user_data_file` names (`payload_reader`); without it the key is refused.
+    """
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        reason = f"is not UTF-8: byte {data[error.start]:#04x}"
+        return _undecodable(
+            Undecodable(reason, "save it as UTF-8; binary goes as !!binary", line), file
+        )
+    decoded = decode_json(text) if file.endswith(".json") else decode_yaml(text)
+    if isinstance(decoded, Undecodable):
+        return _undecodable(decoded, file)
+    return _parse(decoded, file, read_file), decoded.line_of
+
+
+def _parse(decoded: Decoded, file: str, read_file: ReadFile | None) -> Records:
+    return parse_records(
+        decoded.value,
+        read_file=read_file,
+        file=file,
+        line_of=decoded.line_of,
+        faults=decoded.faults,
+    )
+
+
+def _undecodable(fault: Undecodable, file: str) -> tuple[Records, LineOf]:
+    problem = Problem("file", fault.reason, fault.hint, file, fault.line)
+    return Records(problems=(problem,)), lambda _path: None
+
+
+def payload_reader(directory: Path) -> ReadFile:
+    """Reads files named by records; a relative name is looked up in `directory`."""
+
+    def read(name: str) -> bytes | Unreadable:
+        path = directory / name
+        try:
+            # Asked first: opening a FIFO would wait for ever, and reading a device would never end.
+            if not path.is_file():
+                return Unreadable(_missing(path), "an absolute path, or one beside the record file")
+            if path.stat().st_size > MAX_PAYLOAD:
+                return Unreadable(f"{path} is larger than {MAX_PAYLOAD} bytes", "at most 16 MiB")
+            return path.read_bytes()
+        except OSError as error:
+            return Unreadable(f"{path} cannot be read: {error.strerror}", "mend its permissions")
+
+    return read
+
+
+def _missing(path: Path) -> str:
+    return f"{path} is no regular file" if path.exists() else f"there is no file {path}"

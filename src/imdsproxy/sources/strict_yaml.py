@@ -1,0 +1,239 @@
+"""YAML without surprises: YAML 1.2's core schema, no duplicate keys, and the line of everything.
+
+Plain words mean what they look like: `no` is text, `52:54:00:12:34:56` is text, `0123` is text.
+Only `true` and `false` are booleans, and only decimal, `0o` and `0x` numbers are numbers.
+`!!binary` gives bytes; other tags, and merge keys, are refused.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Final
+
+import yaml
+from yaml.composer import Composer
+from yaml.parser import Parser
+from yaml.reader import Reader
+from yaml.resolver import BaseResolver
+from yaml.scanner import Scanner
+
+from imdsproxy.core.records import Fault, Path
+
+__all__ = ["Decoded", "Undecodable", "decode_yaml"]
+
+_DEEPEST: Final = 100
+_TAG: Final = "tag:yaml.org,2002:"
+
+
+@dataclass(frozen=True, slots=True)
+class Undecodable:
+    """Text that is not YAML or JSON at all, and where that shows (1-based line)."""
+
+    reason: str
+    hint: str = ""
+    line: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Decoded:
+    """Plain values, and what the decoder knows beside them.
+
+    Attributes:
+        value: Mappings, lists, text, numbers, booleans, bytes, `None`.
+        line_of: The 1-based line of a path, or of its nearest parent that exists.
+        faults: Keys that stood twice, tags that are not supported.
+    """
+
+    value: object
+    line_of: Callable[[Path], int | None]
+    faults: tuple[Fault, ...] = ()
+
+
+class _CoreSchema(BaseResolver):
+    """What a plain word is (YAML 1.2.2 §10.3.2), leading zeros apart: `0123` stays text."""
+
+
+for _name, _pattern, _first in (
+    ("null", r"(?:~|null|Null|NULL|)$", ["~", "n", "N", ""]),
+    ("bool", r"(?:true|True|TRUE|false|False|FALSE)$", list("tTfF")),
+    ("int", r"(?:[-+]?(?:0|[1-9][0-9]{0,100})|0o[0-7]{1,100}|0x[0-9a-fA-F]{1,100})$", None),
+    (
+        "float",
+        r"(?:[-+]?(?:(?:\.[0-9]+|[0-9]+\.[0-9]*)(?:[eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+|\.inf)|\.nan)$",
+        None,
+    ),
+):
+    _CoreSchema.add_implicit_resolver(
+        _TAG + _name, re.compile(_pattern), _first or list("-+.0123456789")
+    )
+
+if yaml.__with_libyaml__:
+    from yaml.cyaml import CParser  # type: ignore[attr-defined]  # the stubs do not export it
+
+    class _Loader(CParser, _CoreSchema):
+        """libyaml's parser, ten times as fast as the one in Python."""
+
+        def __init__(self, text: str) -> None:
+            CParser.__init__(self, text)
+            _CoreSchema.__init__(self)
+
+else:
+
+    class _Loader(  # type: ignore[no-redef]  # the same class by another way
+        Reader, Scanner, Parser, Composer, _CoreSchema
+    ):
+        """PyYAML's own parser, where it was built without libyaml."""
+
+        def __init__(self, text: str) -> None:
+            Reader.__init__(self, text)
+            Scanner.__init__(self)
+            Parser.__init__(self)
+            Composer.__init__(self)
+            _CoreSchema.__init__(self)
+
+
+def decode_yaml(text: str) -> Decoded | Undecodable:
+    """The one YAML document in `text`; an empty one is `None`."""
+    try:
+        node = _Loader(text).get_single_node()
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        reason = " ".join(part for part in (error.context, error.problem) if part)
+        return Undecodable(f"is not YAML: {reason}", line=None if mark is None else mark.line + 1)
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        return Undecodable(f"is not YAML: {error.reason}", line=line)
+    if node is None:
+        return Decoded(None, lambda _path: None)
+    decoder = _Decoder(budget=2 * len(text) + 1000)
+    try:
+        value = decoder.decode(node, ())
+    except _TooMuchError as error:
+        return Undecodable(str(error), line=error.line)
+    return Decoded(value, lambda path: _line_of(node, path), tuple(decoder.faults))
+
+
+def _line_of(node: yaml.Node, path: Path) -> int | None:
+    line = node.start_mark.line + 1
+    for step in path:
+        if isinstance(node, yaml.SequenceNode) and isinstance(step, int) and step < len(node.value):
+            node = node.value[step]
+            line = node.start_mark.line + 1
+        elif isinstance(node, yaml.MappingNode):
+            pair = next((pair for pair in node.value if pair[0].value == step), None)
+            if pair is None:
+                break
+            line = pair[0].start_mark.line + 1
+            node = pair[1]
+        else:
+            break
+    return line
+
+
+class _TooMuchError(Exception):
+    """The text unfolds to more than anybody writes: nesting, or aliases of aliases."""
+
+    def __init__(self, reason: str, node: yaml.Node) -> None:
+        super().__init__(reason)
+        self.line = node.start_mark.line + 1
+
+
+@dataclass(slots=True)
+class _Decoder:
+    """Values out of nodes.
+
+    Attributes:
+        budget: How many nodes may still come. A text without aliases has fewer nodes than
+            characters; one whose aliases multiply (the billion laughs) runs out of it.
+        faults: What was wrong and went on.
+    """
+
+    budget: int
+    faults: list[Fault] = field(default_factory=list)
+
+    def decode(self, node: yaml.Node, path: Path) -> object:
+        self.budget -= 1
+        if self.budget < 0:
+            raise _TooMuchError("its aliases unfold to too much", node)
+        if isinstance(node, yaml.ScalarNode):
+            return node.value if node.tag == _STR else self._scalar(node, path)
+        if len(path) > _DEEPEST:
+            raise _TooMuchError(f"is nested deeper than {_DEEPEST} levels", node)
+        if isinstance(node, yaml.SequenceNode):
+            self._expect(node, path, "seq")
+            return [self.decode(item, (*path, index)) for index, item in enumerate(node.value)]
+        self._expect(node, path, "map")
+        return self._mapping(node, path)
+
+    def _mapping(self, node: yaml.Node, path: Path) -> dict[object, object]:
+        mapping: dict[object, object] = {}
+        for key_node, value_node in node.value:
+            if not isinstance(key_node, yaml.ScalarNode):
+                self.faults.append(Fault(path, "has a key that is a list or a mapping"))
+                continue
+            key = self.decode(key_node, path)
+            step = key if isinstance(key, str) else str(key_node.value)
+            here = (*path, step)
+            if key == "<<":
+                self.faults.append(
+                    Fault(here, "merge keys are not supported", "write the keys out")
+                )
+            elif key in mapping:
+                line = key_node.start_mark.line + 1
+                self.faults.append(Fault(here, "is there twice", "keep one of the two", line))
+            else:
+                mapping[key] = self.decode(value_node, here)
+        return mapping
+
+    def _scalar(self, node: yaml.Node, path: Path) -> object:
+        construct = _SCALARS.get(node.tag)
+        if construct is None:
+            self.faults.append(Fault(path, f"the tag {node.tag!r} is not supported"))
+            return None
+        try:
+            return construct(node.value)
+        except ValueError:
+            self.faults.append(Fault(path, f"is no {node.tag.removeprefix(_TAG)}"))
+            return None
+
+    def _expect(self, node: yaml.Node, path: Path, kind: str) -> None:
+        if node.tag != _TAG + kind:
+            self.faults.append(Fault(path, f"the tag {node.tag!r} is not supported"))
+
+
+_STR: Final = f"{_TAG}str"
+
+
+def _bool(text: str) -> bool:
+    if text.lower() not in {"true", "false"}:
+        raise ValueError(text)
+    return text.lower() == "true"
+
+
+def _int(text: str) -> int:
+    return int(text, 0) if text.startswith(("0o", "0x")) else int(text)
+
+
+def _float(text: str) -> float:
+    return float(text.replace(".inf", "inf").replace(".nan", "nan"))
+
+
+def _binary(text: str) -> bytes:
+    try:
+        return base64.b64decode("".join(text.split()), validate=True)
+    except binascii.Error as error:
+        raise ValueError(text) from error
+
+
+_SCALARS: Final[dict[str, Callable[[str], object]]] = {
+    _STR: str,
+    f"{_TAG}null": lambda _text: None,
+    f"{_TAG}bool": _bool,
+    f"{_TAG}int": _int,
+    f"{_TAG}float": _float,
+    f"{_TAG}binary": _binary,
+}
