@@ -275,17 +275,16 @@ def _foreign(
 def effect_of(other: ListeningSocket, family: Family, device: str | None) -> Effect | None:
     """What a foreign socket that was bound with SO_REUSEPORT by root does to ours; `None`: nothing.
 
-    The kernel looks for listeners of the exact address before it looks at wildcards, and among
-    those of one address prefers one bound to the device (inet_lhash2_lookup, compute_score).
-    Whether it is bound with SO_REUSEPORT at all cannot be read: the trial bind says so.
+    The kernel looks for listeners of the exact address before it looks at wildcards. Among those of
+    one address it takes the first that it finds, however precisely that is bound to a device
+    (inet_lhash2_lookup leaves its scores alone for SO_REUSEPORT). Whether a socket has SO_REUSEPORT
+    at all cannot be read: the trial bind says so.
     """
     if not _covers(other, family):
         return None
     if device is not None and other.device not in (None, device):
         return None
-    if other.address.is_unspecified or (device is not None and other.device is None):
-        return Effect.YIELDS
-    return Effect.SHARES
+    return Effect.YIELDS if other.address.is_unspecified else Effect.SHARES
 
 
 def _covers(other: ListeningSocket, family: Family) -> bool:

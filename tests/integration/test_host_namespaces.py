@@ -1,0 +1,187 @@
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from imdsproxy.core.hoststate import NamespaceRef
+from imdsproxy.errors import HostRefused
+from imdsproxy.host.namespaces import NamespaceDirectory, NamespaceThread
+from support.hostlab import HostLab, host_lab
+
+pytestmark = pytest.mark.root
+
+
+@pytest.fixture
+def lab() -> Iterator[HostLab]:
+    with host_lab() as made:
+        yield made
+
+
+@pytest.fixture
+def thread() -> Iterator[NamespaceThread]:
+    made = NamespaceThread(NamespaceDirectory())
+    yield made
+    made.close()
+
+
+def _inode(path: str) -> int:
+    return Path(path).stat().st_ino
+
+
+async def test_a_created_namespace_is_one_for_ip_netns_too(
+    lab: HostLab, thread: NamespaceThread
+) -> None:
+    name = lab.own_namespace("blue")
+    ref = await thread.create(name)
+
+    assert name in lab.ip("netns", "list")
+    assert lab.ip("netns", "exec", name, "/usr/bin/stat", "-Lc", "%i", "/proc/self/ns/net") == (
+        f"{ref.inode}\n"
+    )
+
+
+async def test_creating_a_namespace_that_exists_takes_it_as_it_is(
+    lab: HostLab, thread: NamespaceThread
+) -> None:
+    name = lab.own_namespace("blue")
+    assert await thread.create(name) == await thread.create(name)
+
+
+async def test_a_namespace_whose_maker_was_killed_half_way_is_made_whole(
+    lab: HostLab, thread: NamespaceThread
+) -> None:
+    name = lab.own_namespace("blue")
+    await thread.run(thread.directory.prepare)
+    (thread.directory.path / name).touch()
+    assert thread.directory.identity(name) is None
+    assert name in thread.directory.names()
+    assert name not in thread.directory.namespaces()
+
+    ref = await thread.create(name)
+
+    assert thread.directory.identity(name) == ref
+
+
+async def test_a_deleted_namespace_is_gone_and_deleting_it_again_is_no_error(
+    lab: HostLab, thread: NamespaceThread
+) -> None:
+    name = lab.own_namespace("blue")
+    await thread.create(name)
+
+    assert thread.directory.delete(name)
+
+    assert name not in lab.ip("netns", "list")
+    assert thread.directory.identity(name) is None
+    assert not thread.directory.delete(name)
+
+
+async def test_a_namespace_made_again_under_its_name_has_another_identity(
+    lab: HostLab, thread: NamespaceThread
+) -> None:
+    name = lab.namespace("blue")
+    first = thread.directory.open(name)
+    assert first is not None
+    lab.delete_namespace(name)
+    lab.namespace("blue")
+    second = thread.directory.identity(name)
+
+    # While the first is held its inode cannot be used again: different for certain.
+    assert second is not None
+    assert second.name == first.ref.name
+    assert second.inode != first.ref.inode
+    first.close()
+
+
+async def test_work_inside_sees_the_namespace_and_the_process_stays_outside(
+    lab: HostLab, thread: NamespaceThread
+) -> None:
+    name = lab.namespace("blue")
+    outside = _inode("/proc/self/ns/net")
+
+    inside = await thread.inside(name, lambda ref: (ref, _inode("/proc/thread-self/ns/net")))
+
+    assert inside is not None
+    assert inside[0].inode == inside[1] != outside
+    assert await thread.run(lambda: _inode("/proc/thread-self/ns/net")) == outside
+    assert _inode("/proc/self/ns/net") == outside
+
+
+async def test_the_thread_comes_home_from_work_that_fails(
+    lab: HostLab, thread: NamespaceThread
+) -> None:
+    name = lab.namespace("blue")
+
+    def fail(ref: NamespaceRef) -> None:
+        raise ValueError(ref.name)
+
+    with pytest.raises(ValueError, match=name):
+        await thread.inside(name, fail)
+    assert await thread.run(lambda: _inode("/proc/thread-self/ns/net")) == _inode(
+        "/proc/self/ns/net"
+    )
+
+
+async def test_a_missing_namespace_is_no_namespace(thread: NamespaceThread) -> None:
+    assert await thread.inside("imdst-nowhere", lambda _: 1) is None
+    assert thread.directory.open("imdst-nowhere") is None
+
+
+async def test_entering_what_is_not_a_namespace_of_networks_is_refused_in_words(
+    tmp_path: Path,
+) -> None:
+    # A file of nsfs, but of another kind of namespace: only the kernel's answer tells.
+    os.symlink("/proc/self/ns/uts", tmp_path / "odd")  # noqa: PTH211 - the target is no path of ours
+    thread = NamespaceThread(NamespaceDirectory(tmp_path))
+    with pytest.raises(HostRefused, match="enter namespace odd"):
+        await thread.inside("odd", lambda _: 1)
+    assert await thread.run(lambda: _inode("/proc/thread-self/ns/net")) == _inode(
+        "/proc/self/ns/net"
+    )
+    thread.close()
+
+
+async def test_a_directory_of_ones_own_is_made_shared_so_that_others_see_its_namespaces(
+    tmp_path: Path,
+) -> None:
+    place = tmp_path / "netns"
+    thread = NamespaceThread(NamespaceDirectory(place))
+    try:
+        await thread.create("first")
+        # Somebody in a mount namespace of his own, as every unit with a private /tmp is.
+        other = subprocess.Popen(  # noqa: ASYNC220 - it ends when its input does
+            ("/usr/bin/unshare", "--mount", "--propagation", "slave", "/bin/cat"),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+        assert other.stdin is not None
+        assert other.stdout is not None
+        other.stdin.write(b"up\n")
+        other.stdin.flush()
+        await asyncio.to_thread(other.stdout.readline)
+
+        second = await thread.create("second")
+
+        assert _inode(f"/proc/{other.pid}/root{place}/second") == second.inode
+        other.communicate()
+    finally:
+        for name in ("first", "second"):
+            thread.directory.delete(name)
+        thread.close()
+        subprocess.run(("/usr/bin/umount", str(place)), check=True)  # noqa: ASYNC221 - short
+
+
+async def test_work_is_done_in_the_order_it_was_asked_for(thread: NamespaceThread) -> None:
+    done: list[int] = []
+    await asyncio.gather(*(thread.run(lambda n=n: done.append(n)) for n in range(50)))  # type: ignore[misc]  # mypy infers no lambda with a default
+    assert done == list(range(50))
+
+
+def test_closing_twice_is_no_error() -> None:
+    thread = NamespaceThread(NamespaceDirectory())
+    thread.close()
+    thread.close()

@@ -1,0 +1,137 @@
+from __future__ import annotations
+
+import asyncio
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from imdsproxy.core.hoststate import NamespaceRef
+from imdsproxy.host.namespaces import NamespaceDirectory, NamespaceThread
+from imdsproxy.host.nswatch import NamespaceCame, NamespaceChange, NamespaceWatch, NamespaceWent
+from support.hostlab import HostLab, host_lab
+
+pytestmark = pytest.mark.root
+
+
+@pytest.fixture
+def lab() -> Iterator[HostLab]:
+    with host_lab() as made:
+        yield made
+
+
+async def _next(watch: NamespaceWatch, *names: str, within_s: float = 1.0) -> NamespaceChange:
+    """The next change of these names (others on this host come and go too)."""
+    async with asyncio.timeout(within_s):
+        async for change in watch:
+            if change.ref.name in names:
+                return change
+    raise AssertionError("the watch ended")
+
+
+async def test_what_is_there_already_is_known_at_once(lab: HostLab) -> None:
+    name = lab.namespace("blue")
+    async with NamespaceWatch(NamespaceDirectory()) as watch:
+        assert watch.current[name] == NamespaceDirectory().identity(name)
+
+
+async def test_a_namespace_that_comes_late_is_told_of_when_it_can_be_entered(
+    lab: HostLab,
+) -> None:
+    thread = NamespaceThread(NamespaceDirectory())
+    async with NamespaceWatch(thread.directory) as watch:
+        name = await asyncio.to_thread(lab.namespace, "blue")
+        change = await _next(watch, name)
+        assert isinstance(change, NamespaceCame)
+        assert await thread.inside(name, lambda ref: ref) == change.ref
+    thread.close()
+
+
+async def test_a_namespace_that_goes_is_told_of(lab: HostLab) -> None:
+    name = lab.namespace("blue")
+    async with NamespaceWatch(NamespaceDirectory()) as watch:
+        ref = watch.current[name]
+        await asyncio.to_thread(lab.delete_namespace, name)
+        assert await _next(watch, name) == NamespaceWent(ref)
+        assert name not in watch.current
+
+
+async def test_a_namespace_made_again_under_its_name_goes_and_comes(lab: HostLab) -> None:
+    name = lab.namespace("blue")
+    # Held, so that its inode is not used again at once.
+    held = NamespaceDirectory().open(name)
+    assert held is not None
+    async with NamespaceWatch(NamespaceDirectory()) as watch:
+
+        def again() -> None:
+            lab.delete_namespace(name)
+            lab.namespace("blue")
+
+        await asyncio.to_thread(again)
+        assert await _next(watch, name) == NamespaceWent(held.ref)
+        came = await _next(watch, name)
+        assert isinstance(came, NamespaceCame)
+        assert came.ref.inode != held.ref.inode
+        assert watch.current[name] == came.ref
+    held.close()
+
+
+async def test_a_hundred_at_once_are_all_told_of_within_a_second(lab: HostLab) -> None:
+    thread = NamespaceThread(NamespaceDirectory())
+    names = {lab.own_namespace(str(number)) for number in range(100)}
+    async with NamespaceWatch(thread.directory) as watch:
+        made = [await thread.create(name) for name in sorted(names)]
+        came: set[NamespaceRef] = set()
+        async with asyncio.timeout(1):
+            while len(came) < len(made):
+                came.add((await _next(watch, *names)).ref)
+    assert came == set(made)
+    thread.close()
+
+
+async def test_a_directory_that_comes_late_and_goes_and_comes_again_is_followed(
+    tmp_path: Path,
+) -> None:
+    place = tmp_path / "deep" / "netns"
+    thread = NamespaceThread(NamespaceDirectory(place))
+    async with NamespaceWatch(thread.directory) as watch:
+        assert watch.current == {}
+        for _ in range(2):
+            ref = await thread.create("blue")
+            assert await _next(watch, "blue") == NamespaceCame(ref)
+            thread.directory.delete("blue")
+            assert await _next(watch, "blue") == NamespaceWent(ref)
+            subprocess.run(("/usr/bin/umount", str(place)), check=True)  # noqa: ASYNC221 - short
+            place.rmdir()
+            place.parent.rmdir()
+    thread.close()
+
+
+async def test_a_namespace_unmounted_from_a_name_that_stays_has_gone(lab: HostLab) -> None:
+    name = lab.namespace("blue")
+    async with NamespaceWatch(NamespaceDirectory()) as watch:
+        ref = watch.current[name]
+        await asyncio.to_thread(lab.run, "/usr/bin/umount", f"/run/netns/{name}")
+        assert await _next(watch, name) == NamespaceWent(ref)
+        assert (NamespaceDirectory().path / name).exists()
+
+
+async def test_a_namespace_mounted_upon_a_name_that_was_empty_has_come(lab: HostLab) -> None:
+    name = lab.namespace("blue")
+    await asyncio.to_thread(lab.run, "/usr/bin/umount", f"/run/netns/{name}")
+    async with NamespaceWatch(NamespaceDirectory()) as watch:
+        assert name not in watch.current
+        mount = ("/usr/bin/mount", "--bind", "/proc/self/ns/net", f"/run/netns/{name}")
+        await asyncio.to_thread(lab.run, "/usr/bin/unshare", "--net", *mount)
+        assert isinstance(await _next(watch, name), NamespaceCame)
+
+
+async def test_events_that_were_lost_are_made_up_for_by_a_look_at_the_directory(
+    lab: HostLab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with NamespaceWatch(NamespaceDirectory()) as watch:
+        # inotify says IN_Q_OVERFLOW with no watch and no name, in place of everything it dropped.
+        monkeypatch.setattr(watch, "_read", lambda: iter([(-1, 0x4000, "")]))
+        name = await asyncio.to_thread(lab.namespace, "blue")
+        assert isinstance(await _next(watch, name), NamespaceCame)
