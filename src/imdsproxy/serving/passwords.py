@@ -6,7 +6,7 @@ posted once in an instance's life, so it is synced to the disk before the guest 
 
 from __future__ import annotations
 
-import os
+import threading
 from collections.abc import Container
 from pathlib import Path
 from typing import Final
@@ -56,7 +56,7 @@ class PasswordStore:
             PrivilegeMissing: This process may not write there.
         """
         path = self._path(instance_id)
-        new = path.with_name(f".{path.name}.{os.getpid()}.new")
+        new = path.with_name(f".{path.name}.{threading.get_native_id()}.new")
         write_atomic(new, password, mode=_FILE_MODE, durable=True)
         try:
             # A link fails where the name exists, as O_EXCL does, but brings the whole file with it.

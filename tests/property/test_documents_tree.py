@@ -1,0 +1,216 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from ipaddress import ip_address
+from urllib.parse import quote
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from imdsproxy.core.documents.ec2 import EC2_VERSIONS
+from imdsproxy.core.documents.openstack import OPENSTACK_VERSIONS
+from imdsproxy.core.model import Dialect, Instance, InstanceId, MacAddress, Port, SshKey
+from support.guest_records import BARE, BLUE, Guest
+
+TEXT = st.text(alphabet=st.characters(exclude_categories=["Cs"]), max_size=30)
+MACS = st.integers(0, 3).map(lambda number: MacAddress(f"fa:16:3e:00:00:0{number}"))
+ADDRESSES = st.sampled_from(
+    ["10.0.0.7", "10.0.0.8", "192.0.2.1", "2001:db8::7", "2001:db8:9::1", "fe80::7"]
+)
+PORTS = st.builds(
+    Port,
+    network=st.sampled_from([BLUE.id, BARE.id]),
+    mac=st.none() | MACS,
+    addresses=st.lists(ADDRESSES, max_size=3, unique=True).map(
+        lambda texts: tuple(map(ip_address, texts))
+    ),
+)
+INSTANCES = st.builds(
+    Instance,
+    id=st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,20}", fullmatch=True).map(InstanceId),
+    name=TEXT.filter(bool),
+    hostname=TEXT.filter(bool),
+    project=st.none() | TEXT,
+    ports=st.lists(PORTS, max_size=3).map(tuple),
+    ssh_keys=st.lists(st.builds(SshKey, TEXT, TEXT), max_size=3).map(tuple),
+    tags=st.dictionaries(TEXT | st.sampled_from(["0=x", "..", "a/b"]), TEXT, max_size=4).map(
+        lambda tags: tuple(sorted(tags.items()))
+    ),
+    user_data=st.none() | st.binary(max_size=50),
+    vendor_data=st.none() | st.binary(max_size=50) | st.just(b'{"cloud-init": ["a"]}'),
+    availability_zone=st.none() | TEXT | st.just("us-east-1a"),
+    instance_type=st.none() | TEXT,
+    dialects=st.frozensets(st.sampled_from(Dialect)),
+)
+
+
+def listed(asked: Guest, path: str) -> Iterator[str]:
+    """The paths below `path` that its listing names, as a client reads it."""
+    for line in asked.lines(path):
+        name = line
+        if path.rstrip("/").endswith("/public-keys"):
+            name = line.split("=", 1)[0]
+        yield f"{path.rstrip('/')}/{quote(name)}"
+
+
+def is_directory(asked: Guest, path: str) -> bool:
+    parts = [part for part in path.split("/") if part]
+    if path.endswith("/") or not parts:
+        return True
+    if len(parts) <= 2 and parts[-1] in {
+        *EC2_VERSIONS,
+        "latest",
+        "openstack",
+        "nocloud",
+        "meta-data",
+        "dynamic",
+    }:
+        return parts[0] != "nocloud" or len(parts) == 1
+    return len(parts) > 1 and parts[-2] == "public-keys" and "openssh-key" in asked.text(path)
+
+
+def walk(asked: Guest, path: str) -> Iterator[str]:
+    """`path` and everything that is listed below it."""
+    assert asked.status(path) == 200, path
+    yield path
+    if is_directory(asked, path):
+        for child in listed(asked, path):
+            yield from walk(asked, child)
+
+
+def roots(instance: Instance) -> list[str]:
+    found = []
+    if Dialect.EC2 in instance.dialects:
+        found += [f"/{version}" for version in (*EC2_VERSIONS[::5], "latest")]
+    if Dialect.OPENSTACK in instance.dialects:
+        found += ["/openstack", *(f"/openstack/{version}/" for version in OPENSTACK_VERSIONS[::3])]
+    if Dialect.NOCLOUD in instance.dialects:
+        found.append("/nocloud/")
+    return found
+
+
+@settings(max_examples=150, deadline=None)
+@given(INSTANCES)
+def test_whatever_is_listed_is_served(instance: Instance) -> None:
+    asked = Guest(instance)
+    for root in roots(instance):
+        assert len(list(walk(asked, root))) > 1 or root == "/openstack"
+    if instance.dialects:
+        list(walk(asked, "/"))
+
+
+@settings(max_examples=60, deadline=None)
+@given(INSTANCES)
+def test_listings_have_no_empty_names_and_no_newline_at_the_end(instance: Instance) -> None:
+    asked = Guest(instance)
+    for root in roots(instance):
+        for path in walk(asked, root):
+            if not is_directory(asked, path):
+                continue
+            text = asked.text(path)
+            assert not text.endswith("\n")
+            assert all(asked.lines(path)), path
+            assert len(set(asked.lines(path))) == len(asked.lines(path))
+
+
+@settings(max_examples=60, deadline=None)
+@given(INSTANCES)
+def test_no_value_of_ours_ends_in_a_newline(instance: Instance) -> None:
+    asked = Guest(instance)
+    own = {
+        "instance-id",
+        "ami-id",
+        "mac",
+        "local-ipv4",
+        "reservation-id",
+        "openssh-key",
+        "local-ipv4s",
+    }
+    for root in roots(instance):
+        for path in walk(asked, root):
+            if path.rsplit("/", 1)[-1] in own:
+                assert not asked.text(path).endswith("\n")
+
+
+@settings(max_examples=60, deadline=None)
+@given(INSTANCES, st.data())
+def test_slashes_never_change_an_answer(instance: Instance, data: st.DataObject) -> None:
+    asked = Guest(instance)
+    paths = [path for root in roots(instance) for path in walk(asked, root)] or ["/", "/latest"]
+    path = data.draw(st.sampled_from(paths))
+    plain = asked.ask(path)
+    for other in (
+        f"{path}/",
+        path.rstrip("/"),
+        path.replace("/", "//"),
+        f"{path}//",
+        f"/.{path}/.",
+    ):
+        if other:
+            assert asked.ask(other) == plain
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    INSTANCES,
+    st.lists(
+        st.sampled_from(
+            [
+                b"..",
+                b".",
+                b"latest",
+                b"openstack",
+                b"nocloud",
+                b"meta-data",
+                b"%2e%2e",
+                b"",
+                b"user-data",
+            ]
+        ),
+        max_size=7,
+    ),
+)
+def test_dots_reach_nothing_but_their_own_tree(instance: Instance, parts: list[bytes]) -> None:
+    asked = Guest(instance)
+    response = asked.ask(b"/" + b"/".join(parts))
+    assert response.status in {200, 404}
+    first = next((part for part in parts if part not in {b"", b"."}), b"")
+    off = {
+        b"latest": Dialect.EC2,
+        b"openstack": Dialect.OPENSTACK,
+        b"nocloud": Dialect.NOCLOUD,
+    }
+    if first in off and off[first] not in instance.dialects:
+        assert response.status == 404
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    INSTANCES,
+    st.binary(max_size=60),
+    st.sampled_from(["GET", "HEAD", "PUT", "POST", "x"]),
+    st.binary(max_size=20),
+)
+def test_any_request_gets_an_answer_that_is_no_redirect(
+    instance: Instance, path: bytes, method: str, body: bytes
+) -> None:
+    response = Guest(instance).ask(path, method, body)
+    assert response.status in {200, 400, 404, 405}
+    if response.status != 200:
+        assert response.body == b""
+        assert not response.cacheable
+
+
+@settings(max_examples=60, deadline=None)
+@given(INSTANCES)
+def test_an_off_dialect_is_unlisted_and_404(instance: Instance) -> None:
+    asked = Guest(instance)
+    root = asked.lines("/") if instance.dialects else []
+    for dialect, path, names in (
+        (Dialect.EC2, "/latest", {*EC2_VERSIONS, "latest"}),
+        (Dialect.OPENSTACK, "/openstack", {"openstack/"}),
+        (Dialect.NOCLOUD, "/nocloud", {"nocloud/"}),
+    ):
+        if dialect not in instance.dialects:
+            assert asked.status(path) == 404
+            assert not names & set(root)

@@ -1,0 +1,152 @@
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from hashlib import blake2b
+
+import pytest
+
+from imdsproxy.core.compiled import Blob, compile_instance, compiled_path, parse_compiled
+from imdsproxy.core.model import Dialect, InstanceId, NetworkId, Port
+from imdsproxy.errors import RecordCorrupt
+from support.guest_records import BLUE, GUEST, NETWORKS, compiled, guest, port
+
+
+def test_a_record_comes_back_as_it_went_in() -> None:
+    instance = guest(vendor_data=b"#cloud-config\n{}", dialects=frozenset({Dialect.NOCLOUD}))
+    record = parse_compiled(compiled(instance).content)
+    assert record.id == instance.id
+    assert record.uuid == instance.uuid
+    assert record.ec2_id == instance.ec2_id
+    assert record.name == "web"
+    assert record.hostname == "web.example.org"
+    assert record.project == "p1"
+    assert record.availability_zone == "eu-north-1b"
+    assert record.instance_type == "m1.small"
+    assert record.ssh_keys == instance.ssh_keys
+    assert record.tags == instance.tags
+    assert record.dialects == {Dialect.NOCLOUD}
+    assert record.vendor_data == b"#cloud-config\n{}"
+
+
+def test_user_data_lies_raw_in_the_content() -> None:
+    data = bytes(range(256)) * 3
+    content = compiled(guest(user_data=data, vendor_data=b"{}\n\n")).content
+    blob = parse_compiled(content).user_data
+    assert blob == Blob(len(content) - len(data), len(data))
+    assert content.endswith(data)
+
+
+def test_no_user_data_is_not_empty_user_data() -> None:
+    assert parse_compiled(compiled(guest(user_data=None)).content).user_data is None
+    empty = parse_compiled(compiled(guest(user_data=b"")).content).user_data
+    assert empty is not None
+    assert empty.length == 0
+
+
+def test_what_the_network_says_is_copied_in() -> None:
+    record = parse_compiled(compiled(GUEST).content)
+    (found,) = record.ports
+    assert found.mtu == 1450
+    four, six = found.addresses
+    assert (four.ip, four.cidr, four.gateway, four.dns) == (
+        "10.0.0.5",
+        "10.0.0.0/24",
+        "10.0.0.1",
+        ("10.0.0.2",),
+    )
+    assert (six.ip, six.cidr, six.gateway, six.dns) == (
+        "2001:db8::5",
+        "2001:db8::/64",
+        "2001:db8::1",
+        (),
+    )
+
+
+def test_an_address_outside_every_subnet_has_no_subnet() -> None:
+    record = parse_compiled(compiled(guest(ports=(port(addresses=["192.0.2.9"]),))).content)
+    assert record.ports[0].addresses[0].cidr is None
+
+
+def test_a_link_local_address_is_no_business_of_documents() -> None:
+    record = parse_compiled(compiled(guest(ports=(port(addresses=["fe80::1"]),))).content)
+    assert record.ports[0].addresses == ()
+
+
+def test_a_port_of_an_unknown_network_keeps_its_addresses() -> None:
+    lost = Port(NetworkId("gone"), None, port().addresses)
+    record = parse_compiled(compile_instance(guest(ports=(lost,)), NETWORKS).content)
+    assert [address.ip for address in record.ports[0].addresses] == ["10.0.0.5", "2001:db8::5"]
+    assert record.ports[0].mtu is None
+
+
+def test_equal_instances_give_equal_bytes() -> None:
+    assert compiled(guest()) == compiled(guest())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"hostname": "other"},
+        {"user_data": b"#!/bin/sh\necho hellp\n"},
+        {"vendor_data": b"{}"},
+        {"tags": ()},
+        {"dialects": frozenset({Dialect.EC2})},
+    ],
+)
+def test_every_change_of_the_instance_changes_the_revision(change: dict[str, object]) -> None:
+    assert compiled(guest(**change)).revision != compiled(GUEST).revision
+
+
+def test_a_change_of_the_network_changes_the_revision() -> None:
+    other = compile_instance(GUEST, {BLUE.id: replace(BLUE, mtu=9000)})
+    assert other.revision != compiled(GUEST).revision
+
+
+def test_the_record_says_its_own_revision() -> None:
+    record = compiled(GUEST)
+    assert parse_compiled(record.content).revision == record.revision
+    assert len(record.revision) == 16
+    assert int(record.revision, 16) >= 0
+
+
+@pytest.mark.parametrize("position", range(0, 900, 7))
+def test_a_flipped_bit_is_found(position: int) -> None:
+    content = bytearray(compiled(guest(vendor_data=b"#!/bin/sh\n", user_data=b"x" * 300)).content)
+    content[position % len(content)] ^= 0x10
+    with pytest.raises(RecordCorrupt):
+        parse_compiled(bytes(content))
+
+
+@pytest.mark.parametrize("missing", [1, 10, 21, 300, 10_000])
+def test_a_cut_record_is_found(missing: int) -> None:
+    with pytest.raises(RecordCorrupt):
+        parse_compiled(compiled(GUEST).content[:-missing])
+
+
+@pytest.mark.parametrize("instance", [GUEST, guest(user_data=None), guest(user_data=b"")])
+def test_bytes_too_many_are_found(instance: object) -> None:
+    with pytest.raises(RecordCorrupt, match="bytes where"):
+        parse_compiled(compiled(instance).content + b"\n")  # type: ignore[arg-type] # instances all
+
+
+def test_another_format_is_refused_by_its_number() -> None:
+    rest = compiled(GUEST).content.partition(b'","')[2].replace(b'format":1,', b'format":99,')
+    line = b'","' + rest[: rest.index(b"\n") + 1]
+    revision = blake2b(line, digest_size=8).hexdigest().encode()
+    with pytest.raises(RecordCorrupt, match="format 99"):
+        parse_compiled(b'{"revision":"' + revision + b'","' + rest)
+
+
+def test_paths_spread_over_directories_and_never_move() -> None:
+    paths = [compiled_path(InstanceId(f"vm-{number}")) for number in range(4000)]
+    assert len(set(paths)) == 4000
+    assert len({path.split("/")[0] for path in paths}) == 256
+    assert compiled_path(InstanceId("vm-1")) == "14/vm-1.rec"
+
+
+def test_ten_thousand_instances_compile_in_about_a_second() -> None:
+    started = time.process_time()
+    for _ in range(1000):
+        compiled(GUEST)
+    assert time.process_time() - started < 0.3
