@@ -59,7 +59,7 @@ def change_from_file(
     query = {"create": "true"} if create else {}
     answer = run.daemon().request("POST", path_to("records"), query=query, body=body)
     written = cast("Mapping[str, object]", answer)
-    counts = f"{written['networks']} networks, {written['instances']} instances"
+    counts = f"{_counted(written, 'network')}, {_counted(written, 'instance')}"
     say_written(run.output, f"{counts} {'added' if create else 'stored'}", written)
 
 
@@ -78,6 +78,11 @@ def remove_each(run: Invocation, kind: Kind, names: Sequence[str]) -> None:
             say_written(run.output, f"{kind} {name} removed", written)
     if run.output.as_json:
         run.output.json(answers)
+
+
+def _counted(written: Mapping[str, object], kind: Kind) -> str:
+    number = written[f"{kind}s"]
+    return f"{number} {kind}" if number == 1 else f"{number} {kind}s"
 
 
 def _usage(subject: str, reason: str, hint: str) -> RequestRefused:

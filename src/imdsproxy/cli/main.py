@@ -41,7 +41,7 @@ app = typer.Typer(
 )
 
 
-@app.callback()
+@app.callback(no_args_is_help=True)
 def _root(
     context: typer.Context,
     *,

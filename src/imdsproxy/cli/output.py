@@ -111,12 +111,16 @@ class Output:
             }
             sys.stderr.write(json.dumps(body, indent=2, ensure_ascii=False) + "\n")
             return
+        problems, hint = list(error.problems), error.hint
+        if len(problems) == 1 and problems[0].reason in error.message:
+            hint = hint or problems.pop().hint
+        lines = [f"[bold red]imdsproxy:[/] {clean(error.message)}"]
+        lines += [f"  {clean(problem)}" for problem in problems]
+        if hint:
+            lines.append(f"[dim]hint:[/] {clean(hint)}")
         console = _console(sys.stderr)
-        console.print(f"[bold red]imdsproxy:[/] {clean(error.message)}", soft_wrap=True)
-        for problem in error.problems:
-            console.print(f"  {clean(str(problem))}", soft_wrap=True)
-        if error.hint:
-            console.print(f"[dim]hint:[/] {clean(error.hint)}", soft_wrap=True)
+        for line in lines:
+            console.print(line, soft_wrap=not sys.stderr.isatty())
 
 
 def clean(text: object) -> str:

@@ -162,4 +162,5 @@ def _pairs(texts: Iterable[str], flag: str, known: Sequence[str]) -> Iterable[tu
 
 
 def _usage(field: str, reason: str, hint: str) -> RequestRefused:
-    return RequestRefused(f"{field}: {reason}", hint=hint, problems=[Problem(field, reason)])
+    problem = Problem(field, reason, hint=hint)
+    return RequestRefused(f"{field}: {reason}", hint=hint, problems=[problem])

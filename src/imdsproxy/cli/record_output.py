@@ -24,7 +24,7 @@ def show_networks(output: Output, shapes: Sequence[_Shape]) -> None:
         Column("LISTENER"),
         Column("INSTANCES", right=True),
         Column("SOURCE"),
-        Column("STATE"),
+        Column("STATE", keep=True),
     )
     rows = [
         (
@@ -48,7 +48,7 @@ def show_instances(output: Output, shapes: Sequence[_Shape]) -> None:
         Column("PORTS"),
         Column("USER DATA", right=True),
         Column("SOURCE"),
-        Column("STATE"),
+        Column("STATE", keep=True),
     )
     rows = [
         (

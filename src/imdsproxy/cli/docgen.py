@@ -1,0 +1,325 @@
+"""`python -m imdsproxy.cli.docgen [DIRECTORY]`: write docs/reference out of the code.
+
+A test fails while the pages there differ from what this gives.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import typer.main
+
+from imdsproxy import errors
+from imdsproxy.admin.api import admin_app
+from imdsproxy.admin.metrics import METRICS, NETWORK_SUM
+from imdsproxy.admin.refusals import status_of
+from imdsproxy.cli.exitcodes import EXIT_STATUSES, errors_by_status
+from imdsproxy.cli.main import app
+from imdsproxy.config.schema import Settings
+from imdsproxy.config.words import iterate_settings, render_value
+from imdsproxy.errors import ImdsproxyError
+
+__all__ = ["PAGES", "write_pages"]
+
+_MADE: Final = "<!-- Made by `python -m imdsproxy.cli.docgen`; edit the code instead. -->"
+
+
+def render_settings_page() -> str:
+    """docs/reference/settings.md."""
+    lines = [
+        *_head("Settings"),
+        (
+            "One YAML file, `/etc/imdsproxy/imdsproxy.yaml` or the one of `--config`; the `*.yaml` "
+            "files of"
+        ),
+        "`conf.d/` beside it are merged over it in the order of their names, and over both the",
+        (
+            "environment: `IMDSPROXY_SECTION__FIELD` (`null` for null). No other variable is a "
+            "setting."
+        ),
+        (
+            "Unknown keys, keys that stand twice, and values of the wrong type are refused, all at "
+            "once, each"
+        ),
+        (
+            "with its file and line. `imdsproxy config sample` prints a file with every default, "
+            "`config"
+        ),
+        "show --origin` where each value in force was written, `config schema` a JSON Schema.",
+        "",
+        (
+            "A change of a setting takes nothing, is taken over live, reloads HAProxy (without "
+            "losing a"
+        ),
+        (
+            "request), or takes a restart of the process concerned. `imdsproxy reload` (or SIGHUP) "
+            "says which."
+        ),
+    ]
+    for name, field in Settings.model_fields.items():
+        lines += ["", f"## {name}", "", field.description or "", ""]
+        rows = [
+            (
+                f"`{setting.path}`",
+                f"`{render_value(setting.default)}`",
+                setting.takes,
+                setting.change.value,
+                setting.description,
+            )
+            for setting in iterate_settings()
+            if setting.path.startswith(f"{name}.")
+        ]
+        lines += _table(("setting", "default", "takes", "a change takes", "what it is"), rows)
+    return _page(lines)
+
+
+def render_cli_page() -> str:
+    """docs/reference/cli.md."""
+    root = typer.main.get_command(app)
+    lines = [
+        *_head("Command line"),
+        (
+            "`--config`, `--socket` and `--json` may stand before the command's name or after it. "
+            "Output"
+        ),
+        (
+            "is a table for people or, with `--json`, JSON of a stable shape; errors go to standard "
+            "error as"
+        ),
+        (
+            "one line with a hint (with `--json` as an object `{code, message, hint, problems}`). "
+            "Colour is"
+        ),
+        "used on a terminal only, and not with `NO_COLOR`.",
+        "",
+        "## Exit statuses",
+        "",
+        *_table(("status", "meaning"), [(str(key), value) for key, value in EXIT_STATUSES.items()]),
+    ]
+    for path, command in _commands(root, "imdsproxy"):
+        lines += ["", f"## {path}", "", _one_line(command.help)]
+        rows = [
+            (f"`{_spelled(parameter)}`", _one_line(getattr(parameter, "help", "")))
+            for parameter in command.params
+            if parameter.name != "help"
+        ]
+        if rows:
+            lines += ["", *_table(("option or argument", "meaning"), rows)]
+    return _page(lines)
+
+
+def render_metrics_page() -> str:
+    """docs/reference/metrics.md."""
+    rows = [
+        (
+            f"`{metric.exposed}`",
+            metric.kind,
+            ", ".join(f"`{label}`" for label in metric.labels) or "-",
+            metric.help,
+        )
+        for metric in METRICS
+    ]
+    return _page(
+        [
+            *_head("Metrics"),
+            (
+                "The controller's `/metrics` is on `metrics.listen`, beside `/livez` (503 when only "
+                "a restart"
+            ),
+            (
+                "helps) and `/readyz` (503 with the reasons while guests may not get what the "
+                "sources say)."
+            ),
+            (
+                "HAProxy's own exporter is on `metrics.haproxy_listen`. Neither is ever on a guest's "
+                "network."
+            ),
+            "",
+            (
+                "The number of series does not grow with guests. Series with the label `network` are "
+                "there"
+            ),
+            f'for up to `metrics.network_series` networks; with more there is one, `network="{NETWORK_SUM}"`,',
+            "the sum over all. The process's own figures (`process_resident_memory_bytes`,",
+            (
+                "`process_cpu_seconds_total`, `process_open_fds` …) are as prometheus-client names "
+                "them."
+            ),
+            "",
+            *_table(("metric", "type", "labels", "meaning"), rows),
+        ]
+    )
+
+
+def render_errors_page() -> str:
+    """docs/reference/errors.md."""
+    kinds = [kind for name in errors.__all__ if _is_error(kind := getattr(errors, name))]
+    leaves = [kind for kind in kinds if kind is not ImdsproxyError]
+    rows = [
+        (
+            f"`{kind.code}`",
+            str(kind.exit_status),
+            str(status_of(kind)),
+            "yes" if kind.retryable else "no",
+            _one_line(kind.__doc__),
+        )
+        for kind in sorted(leaves, key=lambda kind: kind.code)
+    ]
+    by_status = [
+        (str(status), meaning, ", ".join(f"`{kind.code}`" for kind in errors_by_status(status)))
+        for status, meaning in EXIT_STATUSES.items()
+    ]
+    return _page(
+        [
+            *_head("Error codes"),
+            (
+                "Logs, metrics, the admin API (`code`) and the command line (`--json`) use the same "
+                "codes."
+            ),
+            "“Again” says whether trying again can help without anybody acting.",
+            "",
+            *_table(("code", "exit status", "HTTP status", "again", "meaning"), rows),
+            "",
+            "## Exit statuses",
+            "",
+            *_table(("status", "meaning", "codes"), by_status),
+        ]
+    )
+
+
+def render_admin_api_page() -> str:
+    """docs/reference/admin-api.md."""
+    document = admin_app(_NoOperations(), version="0").openapi()  # type: ignore[arg-type] # never called
+    lines = [
+        *_head("Admin API"),
+        "HTTP over the unix socket `admin.socket`, whose mode and owner say who may use it;",
+        (
+            "`/openapi.json` describes it for programs. Bodies are JSON of at most 64 MiB, each key "
+            "once."
+        ),
+        "Every answer from 400 up is `application/problem+json` of the shape `ProblemBody`.",
+        "",
+        (
+            "A change is answered once it is stored and no worker of HAProxy answers with the state "
+            "before;"
+        ),
+        (
+            "`applied` is false, and `pending` says why, where it is stored and cannot be in force "
+            "yet."
+        ),
+        "`PATCH` follows RFC 7396: null takes a key away, lists are replaced.",
+        "",
+        "    curl --unix-socket /run/imdsproxy/admin.sock http://imdsproxy/v1/status",
+    ]
+    for path, operations in document["paths"].items():
+        for method, operation in operations.items():
+            lines += ["", f"## {method.upper()} {path}", "", _one_line(operation["description"])]
+            lines += ["", *_table(("part", "shape", "meaning"), list(_parts(operation)))]
+    lines += ["", "# Shapes"]
+    for name, schema in sorted(document["components"]["schemas"].items()):
+        lines += ["", f"## {name}", "", _one_line(schema.get("description", "").split("\n\n")[0])]
+        required = schema.get("required", ())
+        rows = [
+            (f"`{key}`", _shape(value), "yes" if key in required else "no", _described(value))
+            for key, value in schema.get("properties", {}).items()
+        ]
+        if rows:
+            lines += ["", *_table(("key", "shape", "always", "meaning"), rows)]
+    return _page(lines)
+
+
+PAGES: Final[Mapping[str, Callable[[], str]]] = {
+    "settings.md": render_settings_page,
+    "cli.md": render_cli_page,
+    "metrics.md": render_metrics_page,
+    "errors.md": render_errors_page,
+    "admin-api.md": render_admin_api_page,
+}
+
+
+def write_pages(directory: Path) -> None:
+    """Write every page."""
+    directory.mkdir(parents=True, exist_ok=True)
+    for name, render in PAGES.items():
+        (directory / name).write_text(render(), encoding="utf-8")
+
+
+class _NoOperations:
+    """Stands where the controller would; describing the API asks nothing of it."""
+
+
+def _head(title: str) -> list[str]:
+    return [_MADE, "", f"# {title}", ""]
+
+
+def _page(lines: Iterable[str]) -> str:
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    def line(cells: Sequence[str]) -> str:
+        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+    return [line(titles), line(["---"] * len(titles)), *(line(row) for row in rows)]
+
+
+def _one_line(text: str | None) -> str:
+    return " ".join(inspect.cleandoc(text or "").split())
+
+
+def _is_error(kind: object) -> bool:
+    return isinstance(kind, type) and issubclass(kind, ImdsproxyError)
+
+
+def _commands(command: Any, path: str) -> Iterator[tuple[str, Any]]:  # noqa: ANN401 - typer keeps its command classes private
+    yield path, command
+    for name, inner in getattr(command, "commands", {}).items():
+        yield from _commands(inner, f"{path} {name}")
+
+
+def _spelled(parameter: Any) -> str:  # noqa: ANN401 - as above
+    names = [name for name in parameter.opts if name.startswith("-")]
+    if not names:
+        return str(parameter.metavar or parameter.name)
+    spelled = ", ".join([*names, *parameter.secondary_opts])
+    return f"{spelled} {parameter.metavar}" if parameter.metavar else spelled
+
+
+def _parts(operation: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
+    for parameter in operation.get("parameters", ()):
+        where = f"{parameter['in']} `{parameter['name']}`"
+        yield where, _shape(parameter["schema"]), parameter.get("description", "")
+    for content in operation.get("requestBody", {}).get("content", {}).values():
+        schema = content["schema"]
+        yield "body", f"`{schema['title']}`" if "title" in schema else _shape(schema), ""
+    for status, answer in operation["responses"].items():
+        if status.isdecimal():
+            kind, content = next(iter(answer["content"].items()))
+            shape = kind if kind == "text/plain" else _shape(content["schema"])
+            yield f"answer {status}", shape, ""
+
+
+def _shape(schema: Mapping[str, Any]) -> str:
+    if "$ref" in schema:
+        return f"`{schema['$ref'].rpartition('/')[2]}`"
+    if "anyOf" in schema:
+        return " or ".join(dict.fromkeys(_shape(one) for one in schema["anyOf"]))
+    if schema.get("type") == "array":
+        return f"list of {_shape(schema['items'])}" if "items" in schema else "list"
+    if "enum" in schema:
+        return " or ".join(f"`{one}`" for one in schema["enum"])
+    if schema.get("type") == "object" and isinstance(schema.get("additionalProperties"), dict):
+        return f"mapping to {_shape(schema['additionalProperties'])}"
+    return str(schema.get("type", "any"))
+
+
+def _described(schema: Mapping[str, Any]) -> str:
+    return _one_line(schema.get("description", ""))
+
+
+if __name__ == "__main__":
+    write_pages(Path(sys.argv[1] if len(sys.argv) > 1 else "docs/reference"))
