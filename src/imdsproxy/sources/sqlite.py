@@ -1,0 +1,250 @@
+"""The embedded source: records in one SQLite file, written through the admin API."""
+
+from __future__ import annotations
+
+import asyncio
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, TypeVar
+
+from imdsproxy.core.inventory import Observation
+from imdsproxy.errors import Problem, SourceError, SourceUnavailable
+from imdsproxy.sources.api import Tally, Written
+from imdsproxy.sources.sqlite_store import Contents, Store
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine, Iterable
+    from pathlib import Path
+
+    from imdsproxy.core.model import Instance, InstanceId, Network, NetworkId
+    from imdsproxy.sources.api import Publish
+
+__all__ = ["SqliteSource"]
+
+_T = TypeVar("_T")
+
+
+class SqliteSource:
+    """The store at `path`; see `api.WritableSource` for what its methods promise.
+
+    SQLite works in a thread of its own: a write waits for the disk (synchronous=FULL).
+
+    Args:
+        path: The file; made when it is not there.
+        name: The source's name.
+        retry_s: How long to wait before a store that cannot be used is tried again.
+    """
+
+    def __init__(self, path: Path, *, name: str = "sqlite", retry_s: float = 1.0) -> None:
+        self._path = path
+        self._name = name
+        self._retry_s = retry_s
+        self._running: _Running | None = None
+        self._failure: SourceError | None = None
+
+    @property
+    def name(self) -> str:
+        """The source's name."""
+        return self._name
+
+    async def run(self, publish: Publish) -> None:
+        """Report everything in the store, and every write, until cancelled.
+
+        While the store cannot be used the source is out of sync, and writes raise the reason.
+        """
+        thread = ThreadPoolExecutor(1, thread_name_prefix="imdsproxy-store")
+        running = _Running(self._name, self._path, thread, publish)
+        told = ""
+        try:
+            while True:
+                try:
+                    await running.open()
+                except SourceError as error:
+                    self._failure = error
+                    if told != str(error):
+                        told = str(error)
+                        publish(self._unusable(error))
+                    await asyncio.sleep(self._retry_s)
+                    continue
+                self._failure = None
+                self._running = running
+                await asyncio.Event().wait()
+        finally:
+            self._running = None
+            await running.close()
+
+    def _unusable(self, error: SourceError) -> Observation:
+        problem = Problem("store", error.message, error.hint, str(self._path))
+        return Observation(self._name, in_sync=False, problems=(problem,))
+
+    async def put_network(self, network: Network) -> Written:
+        """Add a network, or change the one with its id."""
+        return _one(await self._usable().put([network], [], bulk=False))
+
+    async def put_instance(self, instance: Instance) -> Written:
+        """Add an instance, or change the one with its id."""
+        return _one(await self._usable().put([], [instance], bulk=False))
+
+    async def put_records(
+        self, networks: Iterable[Network], instances: Iterable[Instance]
+    ) -> Tally:
+        """Add or change many at once; all or none."""
+        return await self._usable().put(networks, instances, bulk=True)
+
+    async def remove_network(self, network: NetworkId, *, force: bool = False) -> bool:
+        """Remove a network; `False` when there is none of that id."""
+        return await self._usable().remove_network(network, force=force)
+
+    async def remove_instance(self, instance: InstanceId) -> bool:
+        """Remove an instance; `False` when there is none of that id."""
+        return await self._usable().remove_instance(instance)
+
+    async def get_network(self, network: NetworkId) -> Network | None:
+        """The store's record, whatever other sources say."""
+        return await self._usable().ask(lambda store: store.get_network(network))
+
+    async def get_instance(self, instance: InstanceId) -> Instance | None:
+        """The store's record, whatever other sources say."""
+        return await self._usable().ask(lambda store: store.get_instance(instance))
+
+    async def list_records(self) -> Contents:
+        """Everything in the store, with the rows that are no good records."""
+        return await self._usable().ask(lambda store: store.load())
+
+    def _usable(self) -> _Running:
+        if self._running is not None:
+            return self._running
+        if self._failure is not None:
+            raise self._failure
+        raise SourceUnavailable(f"the store {self._path} is not open yet", hint="try again")
+
+
+class _Running:
+    """The store while its source runs: its thread, and what it has refused."""
+
+    def __init__(self, name: str, path: Path, thread: ThreadPoolExecutor, publish: Publish) -> None:
+        self._name = name
+        self._path = path
+        self._thread = thread
+        self._publish = publish
+        self._store: Store | None = None
+        self._problems: dict[tuple[str, str], tuple[Problem, ...]] = {}
+        self._writes: set[asyncio.Task[object]] = set()
+
+    async def open(self) -> None:
+        """Open the store, read all of it, and publish that."""
+        contents = await self._in_thread(self._open)
+        self._problems = contents.problems
+        self._publish(
+            Observation(
+                self._name,
+                full=True,
+                networks=contents.networks,
+                instances=contents.instances,
+                problems=self._all_problems(),
+            )
+        )
+
+    async def close(self) -> None:
+        """Wait for what is being written, and close the store."""
+        if self._writes:
+            await asyncio.wait(self._writes)
+        # After whatever the thread still does: it works in order.
+        await self._in_thread(self._close)
+        self._thread.shutdown(wait=False)
+
+    async def ask(self, question: Callable[[Store], _T]) -> _T:
+        """Read from the store."""
+        store = self._store
+        if store is None:
+            raise SourceUnavailable(f"the store {self._path} is closed")
+        return await self._in_thread(lambda: question(store))
+
+    async def put(
+        self, networks: Iterable[Network], instances: Iterable[Instance], *, bulk: bool
+    ) -> Tally:
+        """See `Store.put`."""
+
+        async def write() -> Tally:
+            written = await self.ask(lambda store: store.put(networks, instances, bulk=bulk))
+            for kind, records in (("networks", written.networks), ("instances", written.instances)):
+                for key in records:
+                    self._problems.pop((kind, key), None)
+            if written.networks or written.instances:
+                self._tell(
+                    Observation(
+                        self._name,
+                        networks=written.networks,
+                        instances=written.instances,
+                        problems=self._all_problems(),
+                    )
+                )
+            return written.tally
+
+        return await self._finish(write())
+
+    async def remove_network(self, network: NetworkId, *, force: bool) -> bool:
+        """See `Store.remove_network`."""
+
+        async def write() -> bool:
+            found = await self.ask(lambda store: store.remove_network(network, force=force))
+            self._problems.pop(("networks", network), None)
+            if found:
+                problems = self._all_problems()
+                self._tell(Observation(self._name, networks_removed=(network,), problems=problems))
+            return found
+
+        return await self._finish(write())
+
+    async def remove_instance(self, instance: InstanceId) -> bool:
+        """See `Store.remove_instance`."""
+
+        async def write() -> bool:
+            found = await self.ask(lambda store: store.remove_instance(instance))
+            self._problems.pop(("instances", instance), None)
+            if found:
+                problems = self._all_problems()
+                self._tell(
+                    Observation(self._name, instances_removed=(instance,), problems=problems)
+                )
+            return found
+
+        return await self._finish(write())
+
+    async def _finish(self, write: Coroutine[object, object, _T]) -> _T:
+        """Do a write and publish it even if whoever asked for it goes away meanwhile."""
+        task = asyncio.ensure_future(write)
+        self._writes.add(task)
+        task.add_done_callback(self._writes.discard)
+        # Looked at here too, for nobody may be left to: a task complains of an exception unseen.
+        task.add_done_callback(lambda done: done.cancelled() or done.exception())
+        return await asyncio.shield(task)
+
+    def _tell(self, observation: Observation) -> None:
+        self._publish(observation)
+
+    def _all_problems(self) -> tuple[Problem, ...]:
+        return tuple(problem for key in sorted(self._problems) for problem in self._problems[key])
+
+    async def _in_thread(self, work: Callable[[], _T]) -> _T:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+
+    def _open(self) -> Contents:
+        store = Store(self._path)
+        try:
+            contents = store.load()
+        except BaseException:
+            store.close()
+            raise
+        self._store = store
+        return contents
+
+    def _close(self) -> None:
+        if self._store is not None:
+            self._store.close()
+            self._store = None
+
+
+def _one(tally: Tally) -> Written:
+    if tally.added:
+        return Written.ADDED
+    return Written.CHANGED if tally.changed else Written.UNCHANGED

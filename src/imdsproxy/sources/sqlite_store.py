@@ -1,0 +1,364 @@
+"""The embedded store, one call at a time: records as rows, refused as a whole or written as a whole.
+
+Everything here blocks and belongs to one thread; `imdsproxy.sources.sqlite` brings it into the event loop.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Final
+
+from imdsproxy.core.inventory import AddressKey, address_keys
+from imdsproxy.core.model import Instance, InstanceId, Network, NetworkId
+from imdsproxy.core.records import (
+    Path as RecordPath,
+)
+from imdsproxy.core.records import (
+    Refused,
+    parse_instance,
+    parse_network,
+    render_instance,
+    render_network,
+)
+from imdsproxy.errors import Problem, SourceRefused
+from imdsproxy.sources.api import Tally
+from imdsproxy.sources.clash import taken_address, taken_id
+from imdsproxy.sources.sqlite_failure import store_failures
+from imdsproxy.sources.sqlite_schema import lock_store, open_store
+
+__all__ = ["Contents", "Store", "Written"]
+
+_NAMED: Final = 20
+"""How many instances a refusal names."""
+
+
+@dataclass(frozen=True, slots=True)
+class Contents:
+    """Everything in the store.
+
+    Attributes:
+        problems: Of rows that are no good records, by table and id; they stay in the file, but are not
+            in force.
+    """
+
+    networks: dict[NetworkId, Network] = field(default_factory=dict)
+    instances: dict[InstanceId, Instance] = field(default_factory=dict)
+    problems: dict[tuple[str, str], tuple[Problem, ...]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """What a write has done: the records that differ from those before, and how many of each kind."""
+
+    networks: dict[NetworkId, Network]
+    instances: dict[InstanceId, Instance]
+    tally: Tally
+
+
+class Store:
+    """The store at `path`, open and locked until `close`.
+
+    Raises:
+        SourceUnavailable: Another process has it, or the file system refuses.
+        SourceRefused: It is newer than this program, or not ours.
+        SourceCorrupt: It is damaged.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        with store_failures(path):
+            path.parent.mkdir(mode=0o750, parents=True, exist_ok=True)
+            self._lock = lock_store(path)
+            try:
+                self._connection = open_store(path)
+            except BaseException:
+                os.close(self._lock)
+                raise
+
+    def close(self) -> None:
+        """Close the file and let others have it."""
+        try:
+            self._connection.close()
+        finally:
+            os.close(self._lock)
+
+    # Reading
+
+    def load(self) -> Contents:
+        """Everything; rows that hold no good record are told and left alone."""
+        contents = Contents()
+        with store_failures(self._path), self._transaction():
+            # Programs other than this one do not keep references unless they are told to.
+            for table in ("addresses", "ports"):
+                self._connection.execute(
+                    f"DELETE FROM {table} WHERE instance NOT IN (SELECT id FROM instances)"  # noqa: S608 - a constant
+                )
+            rows = self._connection.execute("SELECT id, record FROM networks ORDER BY id")
+            for key, text in rows.fetchall():
+                network = self._read_network(key, text)
+                if isinstance(network, Network):
+                    contents.networks[network.id] = network
+                else:
+                    contents.problems["networks", str(key)] = network
+            rows = self._connection.execute(
+                "SELECT id, record, user_data FROM instances ORDER BY id"
+            )
+            for key, text, user_data in rows:
+                instance = self._read_instance(key, text, user_data)
+                if isinstance(instance, Instance):
+                    instance = self._reclaim(instance)
+                if isinstance(instance, Instance):
+                    contents.instances[instance.id] = instance
+                else:
+                    contents.problems["instances", str(key)] = instance
+        return contents
+
+    def get_network(self, network: NetworkId) -> Network | None:
+        """One network, `None` when there is no good record of that id."""
+        with store_failures(self._path):
+            row = self._connection.execute(
+                "SELECT id, record FROM networks WHERE id = ?", (network,)
+            ).fetchone()
+        found = None if row is None else self._read_network(*row)
+        return found if isinstance(found, Network) else None
+
+    def get_instance(self, instance: InstanceId) -> Instance | None:
+        """One instance, `None` when there is no good record of that id."""
+        with store_failures(self._path):
+            row = self._connection.execute(
+                "SELECT id, record, user_data FROM instances WHERE id = ?", (instance,)
+            ).fetchone()
+        found = None if row is None else self._read_instance(*row)
+        return found if isinstance(found, Instance) else None
+
+    # Writing
+
+    def put(
+        self, networks: Iterable[Network], instances: Iterable[Instance], *, bulk: bool = True
+    ) -> Written:
+        """Write all of them or none.
+
+        Args:
+            networks: To add or change.
+            instances: The same.
+            bulk: Problems name the record: `instances[3].ports[0].mac`, not `ports[0].mac`.
+
+        Raises:
+            SourceRefused: An id stands twice, or an address belongs to another instance.
+        """
+        networks, instances = tuple(networks), tuple(instances)
+        problems = [
+            *_repeated("networks", [network.id for network in networks]),
+            *_repeated("instances", [instance.id for instance in instances]),
+        ]
+        tally = {"added": 0, "changed": 0, "unchanged": 0}
+        changed_networks: dict[NetworkId, Network] = {}
+        changed_instances: list[tuple[RecordPath, Instance]] = []
+        with store_failures(self._path), self._transaction():
+            for network in networks:
+                done = self._put_row("networks", network.id, render_network(network))
+                tally[done] += 1
+                if done != "unchanged":
+                    changed_networks[network.id] = network
+            for number, instance in enumerate(instances):
+                done = self._put_instance_row(instance)
+                tally[done] += 1
+                if done != "unchanged":
+                    path: RecordPath = ("instances", number) if bulk else ()
+                    changed_instances.append((path, instance))
+            # First let go, then take: addresses may move among the records of one write.
+            for _path, instance in changed_instances:
+                self._release(instance.id)
+            for path, instance in changed_instances:
+                problems += self._claim(instance, path)
+            if problems:
+                raise SourceRefused("the store refuses the records", problems=problems)
+        return Written(
+            changed_networks,
+            {instance.id: instance for _path, instance in changed_instances},
+            Tally(**tally),
+        )
+
+    def remove_network(self, network: NetworkId, *, force: bool) -> bool:
+        """Remove a network; `False` when there is none.
+
+        Raises:
+            SourceRefused: Instances have ports in it, and it is not forced.
+        """
+        with store_failures(self._path), self._transaction():
+            users = self._connection.execute(
+                "SELECT instance FROM ports WHERE network = ? ORDER BY instance", (network,)
+            ).fetchall()
+            if users and not force:
+                raise _in_use(network, [str(row[0]) for row in users])
+            cursor = self._connection.execute("DELETE FROM networks WHERE id = ?", (network,))
+            return cursor.rowcount > 0
+
+    def remove_instance(self, instance: InstanceId) -> bool:
+        """Remove an instance; `False` when there is none."""
+        with store_failures(self._path), self._transaction():
+            cursor = self._connection.execute("DELETE FROM instances WHERE id = ?", (instance,))
+            return cursor.rowcount > 0
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        self._connection.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+            self._connection.execute("COMMIT")
+        except BaseException:
+            # SQLite has rolled back by itself after some errors, a full disk among them.
+            if self._connection.in_transaction:
+                self._connection.execute("ROLLBACK")
+            raise
+
+    def _put_row(self, table: str, key: str, record: object) -> str:
+        text = _dump(record)
+        row = self._connection.execute(
+            f"SELECT record FROM {table} WHERE id = ?",  # noqa: S608 - a constant
+            (key,),
+        ).fetchone()
+        if row is not None and row[0] == text:
+            return "unchanged"
+        self._connection.execute(
+            f"INSERT INTO {table} (id, record) VALUES (?, ?)"  # noqa: S608 - a constant
+            " ON CONFLICT (id) DO UPDATE SET record = excluded.record",
+            (key, text),
+        )
+        return "added" if row is None else "changed"
+
+    def _put_instance_row(self, instance: Instance) -> str:
+        done = self._put_row("instances", instance.id, render_instance(_without_payload(instance)))
+        cursor = self._connection.execute(
+            "UPDATE instances SET user_data = ? WHERE id = ? AND user_data IS NOT ?",
+            (instance.user_data, instance.id, instance.user_data),
+        )
+        return "changed" if done == "unchanged" and cursor.rowcount else done
+
+    # Who claims what
+
+    def _release(self, instance: InstanceId) -> None:
+        self._connection.execute("DELETE FROM addresses WHERE instance = ?", (instance,))
+        self._connection.execute("DELETE FROM ports WHERE instance = ?", (instance,))
+
+    def _claim(self, instance: Instance, path: RecordPath) -> tuple[Problem, ...]:
+        self._connection.executemany(
+            "INSERT OR IGNORE INTO ports (network, instance) VALUES (?, ?)",
+            {(port.network, instance.id) for port in instance.ports},
+        )
+        problems = []
+        for key in sorted(address_keys(instance), key=_sortable):
+            holder = self._holder(key)
+            if holder is None:
+                self._connection.execute(
+                    "INSERT INTO addresses (network, address, instance) VALUES (?, ?, ?)",
+                    (key[0], str(key[1]), instance.id),
+                )
+            elif holder != instance.id:
+                problems.append(taken_address(instance, key, holder, path=path))
+        return tuple(problems)
+
+    def _holder(self, key: AddressKey) -> str | None:
+        row = self._connection.execute(
+            "SELECT instance FROM addresses WHERE network = ? AND address = ?",
+            (key[0], str(key[1])),
+        ).fetchone()
+        return None if row is None else str(row[0])
+
+    def _reclaim(self, instance: Instance) -> Instance | tuple[Problem, ...]:
+        """Mend the claims of a record that another program has written, if nobody else has them."""
+        stored = self._connection.execute(
+            "SELECT network, address FROM addresses WHERE instance = ?", (instance.id,)
+        ).fetchall()
+        wanted = {(network, str(address)) for network, address in address_keys(instance)}
+        ports = self._connection.execute(
+            "SELECT network FROM ports WHERE instance = ?", (instance.id,)
+        ).fetchall()
+        if set(stored) == wanted and {row[0] for row in ports} == {
+            port.network for port in instance.ports
+        }:
+            return instance
+        self._release(instance.id)
+        problems = self._claim(instance, ("instances", instance.id))
+        if not problems:
+            return instance
+        self._release(instance.id)
+        return tuple(self._quarantined(problem, "instance", instance.id) for problem in problems)
+
+    # Rows into records
+
+    def _read_network(self, key: object, text: object) -> Network | tuple[Problem, ...]:
+        record = _load(text)
+        network = parse_network(record, path=("networks", str(key)), file=str(self._path))
+        if isinstance(network, Network) and network.id == key:
+            return network
+        return self._garbage("network", key, network)
+
+    def _read_instance(
+        self, key: object, text: object, user_data: object
+    ) -> Instance | tuple[Problem, ...]:
+        record = _load(text)
+        if isinstance(record, dict) and user_data is not None:
+            record["user_data"] = user_data
+        instance = parse_instance(record, path=("instances", str(key)), file=str(self._path))
+        if isinstance(instance, Instance) and instance.id == key:
+            return instance
+        return self._garbage("instance", key, instance)
+
+    def _garbage(
+        self, kind: str, key: object, found: Network | Instance | Refused
+    ) -> tuple[Problem, ...]:
+        problems = (
+            found.problems
+            if isinstance(found, Refused)
+            else (Problem("id", f"the row of {key} holds the record of {found.id}"),)
+        )
+        return tuple(self._quarantined(problem, kind, str(key)) for problem in problems)
+
+    def _quarantined(self, problem: Problem, kind: str, key: str) -> Problem:
+        hint = f"it is not in force; write it again with `imdsproxy {kind} set {key}`, or remove it"
+        return replace(problem, hint=hint, file=str(self._path))
+
+
+def _in_use(network: NetworkId, users: Sequence[str]) -> SourceRefused:
+    more = "" if len(users) <= _NAMED else f" and {len(users) - _NAMED} more"
+    return SourceRefused(
+        f"network {network} has ports of {len(users)} instances",
+        hint="remove or change these first",
+        problems=[
+            Problem("id", f"instance {', '.join(users[:_NAMED])}{more}: a port is in {network}")
+        ],
+    )
+
+
+def _repeated(kind: str, ids: Sequence[str]) -> Iterator[Problem]:
+    first: dict[str, int] = {}
+    for number, key in enumerate(ids):
+        if key in first:
+            yield taken_id(key, path=(kind, number), place=f"{kind}[{first[key]}]")
+        first.setdefault(key, number)
+
+
+def _without_payload(instance: Instance) -> Instance:
+    return instance if instance.user_data is None else replace(instance, user_data=None)
+
+
+def _dump(record: object) -> str:
+    return json.dumps(record, ensure_ascii=False, separators=(",", ":"))
+
+
+def _load(text: object) -> object:
+    try:
+        return json.loads(text) if isinstance(text, str) else text
+    except (ValueError, RecursionError):
+        return text
+
+
+def _sortable(key: AddressKey) -> tuple[str, int, int]:
+    network, address = key
+    return network, address.version, int(address)
