@@ -27,7 +27,7 @@ from imdsproxy.core.hostops import (
 from imdsproxy.core.hoststate import Family, ObservedDevice, ObservedHost, ObservedNamespace
 from imdsproxy.core.model import BridgeListener, NetworkId
 
-__all__ = ["PREFIXES", "plan_bridge", "want_addresses"]
+__all__ = ["PREFIXES", "is_unmarked_veth", "plan_bridge", "want_addresses"]
 
 PREFIXES = {Family.IPV4: 32, Family.IPV6: 64}
 """The prefix lengths with which metadata addresses are added."""
@@ -83,7 +83,7 @@ def _taken(
     network: NetworkId, seen: ObservedNamespace | None, link: ObservedDevice | None, naming: Naming
 ) -> Part | None:
     alias = naming.alias(network)
-    if link is not None and link.alias != alias:
+    if link is not None and link.alias != alias and not is_unmarked_veth(link):
         reason = f"a link {link.name} that is not ours is there"
         return leave_out(network, LeftOutCode.NAME_TAKEN, reason, f"ip link del {link.name}")
     if seen is None:
@@ -96,6 +96,11 @@ def _taken(
         reason = f"a namespace {name} that is not ours is there"
         return leave_out(network, LeftOutCode.NAME_TAKEN, reason, f"ip netns del {name}")
     return None
+
+
+def is_unmarked_veth(link: ObservedDevice) -> bool:
+    """Whether a link in our form of name is ours though it has no mark: its maker was killed."""
+    return link.kind == "veth" and not link.alias
 
 
 def _alias_of(seen: ObservedNamespace) -> str:
@@ -128,8 +133,8 @@ def _build(
     if loopback is None or not loopback.up or not loopback.alias:
         yield CreateNamespace(network, name, naming.alias(network))
     inside = seen.devices.get(inner) if seen is not None else None
-    if link is None or inside is None:
-        if link is not None:
+    if link is None or inside is None or not link.alias:
+        if link is not None and inside is None:
             yield DeleteLink(link.name)
         yield _veth(network, bridge, naming)
     else:

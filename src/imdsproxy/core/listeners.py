@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Final, TypeAlias, assert_never
 
-from imdsproxy.core.bridges import plan_bridge, want_addresses
+from imdsproxy.core.bridges import is_unmarked_veth, plan_bridge, want_addresses
 from imdsproxy.core.endpoints import (
     LOOPBACK,
     Endpoint,
@@ -245,8 +245,8 @@ def _sweep(served: Iterable[Network], observed: ObservedHost, naming: Naming) ->
         if name not in namespaces and _is_our_namespace(name, seen, naming):
             yield DeleteNamespace(name)
     for name, device in observed.root.devices.items():
-        ours = naming.is_link(name) and naming.owner_of(device.alias) is not None
-        if ours and name not in links:
+        marked = naming.owner_of(device.alias) is not None or is_unmarked_veth(device)
+        if naming.is_link(name) and marked and name not in links:
             yield DeleteLink(name)
     yield from _sweep_addresses(served, observed, naming)
 

@@ -163,16 +163,18 @@ class HostApplier:
             raise NetlinkRefused(errno.ENOENT, f"no namespace {op.namespace}")
         try:
             with NetlinkSocket() as channel:
+                bridge = _index(channel, op.bridge)
                 if find_link(channel, op.link) is None:
                     create_veth(
                         channel,
                         link=op.link,
-                        master=_index(channel, op.bridge),
+                        master=bridge,
                         mtu=op.mtu,
-                        alias=op.alias,
                         peer=op.inner,
                         peer_namespace=opened.descriptor,
                     )
+                # The kernel takes no alias for a link that is being made.
+                set_link(channel, _index(channel, op.link), up=True, master=bridge, alias=op.alias)
         finally:
             opened.close()
         self._at(

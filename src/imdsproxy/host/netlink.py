@@ -277,7 +277,6 @@ def create_veth(
     link: str,
     master: int,
     mtu: int,
-    alias: str,
     peer: str,
     peer_namespace: int,
 ) -> None:
@@ -288,7 +287,6 @@ def create_veth(
         link: Name of this end.
         master: Index of the bridge.
         mtu: Of both ends, in bytes.
-        alias: Of this end.
         peer: Name of the other end; it comes down, and is set up from inside.
         peer_namespace: Open descriptor of its namespace.
     """
@@ -304,7 +302,6 @@ def create_veth(
         + text(_IFLA_IFNAME, link)
         + integer(_IFLA_MTU, mtu)
         + integer(_IFLA_MASTER, master)
-        + text(_IFLA_IFALIAS, alias)
         + attribute(_IFLA_LINKINFO | _NESTED, text(_INFO_KIND, "veth") + data)
     )
     channel.change(RTM_NEWLINK, payload, CREATE | EXCL)

@@ -1,0 +1,275 @@
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from imdsproxy.core.endpoints import LeftOutCode
+from imdsproxy.core.hostops import CreateVeth, DeleteLink, DeleteNamespace
+from imdsproxy.core.listeners import ListenerPlan, plan_listeners
+from imdsproxy.core.model import BridgeListener, Network, NetworkId
+from imdsproxy.host.apply import HostApplier, OpOutcome
+from imdsproxy.host.namespaces import NamespaceDirectory, NamespaceThread
+from imdsproxy.host.observe import HostObserver
+from support.hostlab import HostLab, eventually, host_lab
+
+pytestmark = pytest.mark.root
+
+BLUE = NetworkId("blue")
+
+
+@pytest.fixture
+def lab() -> Iterator[HostLab]:
+    with host_lab() as made:
+        yield made
+
+
+@dataclass(slots=True)
+class _Daemon:
+    """What a process of ours would do; a second one has no memory of the first."""
+
+    lab: HostLab
+    thread: NamespaceThread = field(default_factory=lambda: NamespaceThread(NamespaceDirectory()))
+
+    async def plan(self, networks: Mapping[NetworkId, Network]) -> ListenerPlan:
+        observer = HostObserver(self.thread, self.lab.naming)
+        seen = await observer.observe(networks.values(), everything=True)
+        return plan_listeners(networks, seen, self.lab.naming)
+
+    async def settle(self, networks: Mapping[NetworkId, Network]) -> ListenerPlan:
+        plan = await self.plan(networks)
+        for _ in range(4):
+            if not plan.ops:
+                return plan
+            results = await HostApplier(self.thread).apply(plan.ops)
+            assert [one for one in results if one.outcome is not OpOutcome.DONE] == []
+            plan = await self.plan(networks)
+        raise AssertionError(f"never settles: {plan.ops}")
+
+
+@pytest.fixture
+def daemon(lab: HostLab) -> Iterator[_Daemon]:
+    made = _Daemon(lab)
+    yield made
+    made.thread.close()
+
+
+def _links() -> set[str]:
+    return {path.name for path in Path("/sys/class/net").iterdir()}
+
+
+def _networks(**bridges: str) -> dict[NetworkId, Network]:
+    return {
+        NetworkId(name): Network(NetworkId(name), BridgeListener(bridge))
+        for name, bridge in bridges.items()
+    }
+
+
+def _serve(lab: HostLab, network: str, word: str) -> None:
+    """Stand in for HAProxy at both addresses."""
+    name = lab.own_namespace(network)
+    inner = lab.naming.inner_device
+    lab.serve(name, "169.254.169.254", device=inner, reuse_port=True, word=word)
+    lab.serve(name, "fe80::a9fe:a9fe", device=inner, reuse_port=True, word=word)
+
+
+async def test_guests_of_a_bridge_reach_what_listens_there_over_both_families(
+    lab: HostLab, daemon: _Daemon
+) -> None:
+    bridge = lab.bridge("b")
+    guest = lab.guest("g", bridge, "10.0.0.5/24")
+    stray = lab.guest("h", bridge, "192.0.2.77/32")
+
+    plan = await daemon.settle(_networks(blue=bridge))
+
+    assert len(plan.endpoints) == 2
+    assert plan.left_out == ()
+    assert {one.namespace and one.namespace.name for one in plan.endpoints} == {
+        lab.own_namespace("blue")
+    }
+    _serve(lab, "blue", "hello")
+    assert lab.ask(guest, "169.254.169.254") == "hello 10.0.0.5"
+    # A guest outside of every subnet that we know is answered too: all are on the link.
+    assert lab.ask(stray, "169.254.169.254") == "hello 192.0.2.77"
+    await eventually(lambda: "tentative" not in lab.ip("-n", guest, "-6", "addr", "show", "eth0"))
+    answer = lab.ask(guest, "fe80::a9fe:a9fe")
+    assert answer.startswith("hello fe80::")
+    assert answer.split("::")[1] in lab.ip("-n", guest, "-6", "addr", "show", "eth0")
+
+
+async def test_two_bridges_with_the_same_addresses_are_kept_apart(
+    lab: HostLab, daemon: _Daemon
+) -> None:
+    bridges = {name: lab.bridge(name[0]) for name in ("blue", "red")}
+    guests = {name: lab.guest(f"{name[0]}g", bridges[name], "10.0.0.5/24") for name in bridges}
+    await daemon.settle(_networks(**bridges))
+    for name in bridges:
+        _serve(lab, name, name)
+    answers = {name: lab.ask(guest, "169.254.169.254") for name, guest in guests.items()}
+    assert answers == {"blue": "blue 10.0.0.5", "red": "red 10.0.0.5"}
+
+
+async def test_what_we_make_is_marked_and_has_the_bridges_mtu(
+    lab: HostLab, daemon: _Daemon
+) -> None:
+    bridge = lab.bridge("b", mtu=1400)
+    await daemon.settle(_networks(blue=bridge))
+    alias = lab.naming.alias(BLUE)
+
+    outer = lab.ip("link", "show", lab.naming.link(BLUE))
+    assert f"master {bridge}" in outer
+    assert "mtu 1400" in outer
+    assert alias in outer
+    name = lab.own_namespace("blue")
+    inner = lab.ip("-n", name, "link", "show", lab.naming.inner_device)
+    assert "mtu 1400" in inner
+    assert alias in lab.ip("-n", name, "link", "show", "lo")
+    accepts = ("netns", "exec", name, "/usr/sbin/sysctl", "-n")
+    key = f"net.ipv6.conf.{lab.naming.inner_device}.accept_ra"
+    assert lab.ip(*accepts, key) == "0\n"
+
+
+async def test_a_changed_mtu_a_detached_and_a_downed_link_are_mended(
+    lab: HostLab, daemon: _Daemon
+) -> None:
+    bridge = lab.bridge("b")
+    await daemon.settle(_networks(blue=bridge))
+    link, name = lab.naming.link(BLUE), lab.own_namespace("blue")
+    lab.ip("link", "set", link, "nomaster", "down")
+    lab.ip("link", "set", bridge, "mtu", "1300")
+    lab.ip("-n", name, "route", "del", "default")
+    lab.ip("-n", name, "addr", "flush", "dev", lab.naming.inner_device)
+
+    plan = await daemon.settle(_networks(blue=bridge))
+
+    assert len(plan.endpoints) == 2
+    shown = lab.ip("link", "show", link)
+    assert f"master {bridge}" in shown
+    assert "mtu 1300" in shown
+    assert ",UP" in shown
+
+
+async def test_a_network_that_moves_to_another_bridge_takes_its_link_along(
+    lab: HostLab, daemon: _Daemon
+) -> None:
+    first, second = lab.bridge("b"), lab.bridge("c")
+    await daemon.settle(_networks(blue=first))
+    await daemon.settle(_networks(blue=second))
+    assert f"master {second}" in lab.ip("link", "show", lab.naming.link(BLUE))
+
+
+@pytest.mark.parametrize("lost", ["namespace", "link", "inner"])
+async def test_what_somebody_deleted_is_made_again(
+    lab: HostLab, daemon: _Daemon, lost: str
+) -> None:
+    bridge = lab.bridge("b")
+    await daemon.settle(_networks(blue=bridge))
+    name = lab.own_namespace("blue")
+    match lost:
+        case "namespace":
+            lab.delete_namespace(name)
+            # The kernel takes the veth away a moment later: until then it is in the way.
+            await eventually(lambda: lab.naming.link(BLUE) not in _links())
+        case "link":
+            lab.ip("link", "del", lab.naming.link(BLUE))
+        case _:
+            lab.ip("-n", name, "link", "del", lab.naming.inner_device)
+    plan = await daemon.settle(_networks(blue=bridge))
+    assert len(plan.endpoints) == 2
+
+
+async def test_a_bridge_that_is_missing_is_left_out_until_it_comes(
+    lab: HostLab, daemon: _Daemon
+) -> None:
+    name = lab.link_name("b")
+    plan = await daemon.settle(_networks(blue=name))
+    assert [(one.family, one.code) for one in plan.left_out] == [(None, LeftOutCode.DEVICE_MISSING)]
+    lab.bridge("b")
+    assert len((await daemon.settle(_networks(blue=name))).endpoints) == 2
+
+
+async def test_a_device_that_is_no_bridge_is_left_out(lab: HostLab, daemon: _Daemon) -> None:
+    plan = await daemon.settle(_networks(blue=lab.device("d")))
+    assert [one.code for one in plan.left_out] == [LeftOutCode.NOT_A_BRIDGE]
+
+
+async def test_a_later_process_sweeps_ours_and_nothing_else(lab: HostLab, daemon: _Daemon) -> None:
+    bridge = lab.bridge("b")
+    stranger = lab.namespace("stranger")
+    device = lab.device("d")
+    lab.ip("link", "set", device, "alias", "somebody's")
+    # The form of ours, but marked by somebody else, and unmarked but in use.
+    look_alike = lab.own_namespace("look-alike")
+    used = lab.own_namespace("used")
+    for name in (look_alike, used):
+        lab.ip("netns", "add", name)
+    lab.ip("-n", look_alike, "link", "set", "lo", "alias", "somebody's")
+    lab.ip("-n", used, "link", "add", "v", "type", "veth", "peer", "name", "w")
+    await daemon.settle(_networks(blue=bridge))
+    ours = lab.own_namespace("blue")
+    assert ours in lab.ip("netns")
+    # Ours, unmarked and half made: their maker was killed.
+    unmarked, half = lab.own_namespace("unmarked"), lab.own_namespace("half")
+    lab.ip("netns", "add", unmarked)
+    (NamespaceDirectory().path / half).touch()
+
+    later = _Daemon(lab)
+    plan = await later.plan({})
+    assert {one for one in plan.ops if not isinstance(one, DeleteLink)} == {
+        DeleteNamespace(name) for name in (ours, unmarked, half)
+    }
+    assert {one for one in plan.ops if isinstance(one, DeleteLink)} == {
+        DeleteLink(lab.naming.link(BLUE))
+    }
+    assert (await later.settle({})).ops == ()
+    later.thread.close()
+
+    present, links = set(NamespaceDirectory().names()), _links()
+    assert {stranger, look_alike, used} <= present
+    assert present.isdisjoint({ours, unmarked, half})
+    assert {bridge, device} <= links
+    assert lab.naming.link(BLUE) not in links
+
+
+async def test_a_name_that_somebody_else_has_is_never_taken_from_him(
+    lab: HostLab, daemon: _Daemon
+) -> None:
+    bridge = lab.bridge("b")
+    taken = lab.own_namespace("blue")
+    lab.ip("netns", "add", taken)
+    lab.ip("-n", taken, "link", "set", "lo", "alias", "somebody's")
+    plan = await daemon.settle(_networks(blue=bridge))
+    assert [one.code for one in plan.left_out] == [LeftOutCode.NAME_TAKEN]
+    assert taken in lab.ip("netns")
+
+
+async def test_what_builds_on_a_failure_is_skipped_and_other_networks_are_not(
+    lab: HostLab, daemon: _Daemon
+) -> None:
+    bridge = lab.bridge("b")
+    plan = await daemon.plan(_networks(blue=lab.bridge("c"), red=bridge))
+    lab.ip("link", "del", lab.link_name("c"))  # goes between the plan and its application
+
+    results = await HostApplier(daemon.thread).apply(plan.ops)
+
+    outcomes = {
+        network: [one.outcome for one in results if getattr(one.op, "network", None) == network]
+        for network in ("blue", "red")
+    }
+    assert OpOutcome.FAILED in outcomes["blue"]
+    assert OpOutcome.SKIPPED in outcomes["blue"]
+    assert set(outcomes["red"]) == {OpOutcome.DONE}
+    (failed,) = (one for one in results if one.outcome is OpOutcome.FAILED)
+    assert isinstance(failed.op, CreateVeth)
+    assert failed.error is not None
+    assert "bridge" in failed.error.message
+
+
+async def test_applying_twice_changes_nothing(lab: HostLab, daemon: _Daemon) -> None:
+    plan = await daemon.plan(_networks(blue=lab.bridge("b")))
+    applier = HostApplier(daemon.thread)
+    for _ in range(2):
+        results = await applier.apply(plan.ops)
+        assert {one.outcome for one in results} == {OpOutcome.DONE}

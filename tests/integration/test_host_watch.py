@@ -1,0 +1,241 @@
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+import pytest
+
+from imdsproxy.core.hoststate import ObservedHost, merge_observed
+from imdsproxy.core.model import (
+    BridgeListener,
+    InterfaceListener,
+    Listener,
+    NamespaceListener,
+    Network,
+    NetworkId,
+)
+from imdsproxy.host.namespaces import NamespaceDirectory, NamespaceThread
+from imdsproxy.host.observe import HostObserver
+from imdsproxy.host.watch import EventKind, HostEvent, HostWatch, WatchPace
+from support.hostlab import HostLab, host_lab
+
+pytestmark = pytest.mark.root
+
+BLUE = NetworkId("blue")
+SLOW = WatchPace(audits_per_s=0, recheck_s=1000)
+"""Nothing but events."""
+
+
+@pytest.fixture
+def lab() -> Iterator[HostLab]:
+    with host_lab() as made:
+        yield made
+
+
+@dataclass(slots=True)
+class _Watched:
+    watch: HostWatch
+    observer: HostObserver
+    networks: Mapping[NetworkId, Network]
+    observed: ObservedHost
+
+    async def expect(self, *left_out: NetworkId) -> None:
+        self.observed = await self.observer.observe(self.networks.values())
+        self.watch.expect(self.networks, self.observed, left_out=left_out)
+
+    async def quiet(self) -> None:
+        """Take what is told until nothing has been for a while."""
+        try:
+            while True:
+                async with asyncio.timeout(0.3):
+                    await anext(self.watch)
+                await self.expect()
+        except TimeoutError:
+            return
+
+    async def next(self, *kinds: EventKind, within_s: float = 1.0) -> HostEvent:
+        async with asyncio.timeout(within_s):
+            async for event in self.watch:
+                if event.kind in kinds:
+                    return event
+        raise AssertionError("the watch ended")
+
+
+@asynccontextmanager
+async def _watching(
+    lab: HostLab, listeners: Mapping[str, Listener], pace: WatchPace = SLOW
+) -> AsyncIterator[_Watched]:
+    thread = NamespaceThread(NamespaceDirectory())
+    observer = HostObserver(thread, lab.naming)
+    networks = {NetworkId(k): Network(NetworkId(k), one) for k, one in listeners.items()}
+    try:
+        async with HostWatch(thread, observer, lab.naming, pace) as watch:
+            watched = _Watched(watch, observer, networks, ObservedHost())
+            await watched.expect()
+            yield watched
+    finally:
+        thread.close()
+
+
+async def test_a_networks_namespace_that_comes_and_goes_is_told_of(lab: HostLab) -> None:
+    name = lab.name("blue")
+    async with _watching(lab, {"blue": NamespaceListener(name)}) as watched:
+        await asyncio.to_thread(lab.namespace, "blue")
+        came = await watched.next(EventKind.NAMESPACE_CAME)
+        assert came.networks == {BLUE}
+        assert came.namespace == NamespaceDirectory().identity(name)
+
+        await asyncio.to_thread(lab.delete_namespace, name)
+        went = await watched.next(EventKind.NAMESPACE_WENT)
+        assert went.networks == {BLUE}
+        assert went.namespace == came.namespace
+
+
+async def test_what_concerns_no_network_is_not_told_of(lab: HostLab) -> None:
+    name = lab.namespace("blue")
+    async with _watching(lab, {"blue": NamespaceListener(name)}) as watched:
+        await watched.quiet()
+        await asyncio.to_thread(lab.namespace, "other")
+        await asyncio.to_thread(lab.device, "d")
+        await asyncio.to_thread(lab.delete_namespace, name)
+        event = await watched.next(*EventKind)
+        assert event.kind is EventKind.NAMESPACE_WENT
+        assert event.networks == {BLUE}
+
+
+async def test_an_address_that_comes_late_in_a_namespace_is_an_event(lab: HostLab) -> None:
+    name = lab.namespace("blue")
+    async with _watching(lab, {"blue": NamespaceListener(name)}) as watched:
+        await watched.quiet()
+        await asyncio.to_thread(lab.address, name, "169.254.169.254/32", "lo")
+        assert (await watched.next(EventKind.LINK)).networks == {BLUE}
+
+
+async def test_an_address_in_a_namespace_made_later_is_an_event_too(lab: HostLab) -> None:
+    name = lab.name("blue")
+    async with _watching(lab, {"blue": NamespaceListener(name)}) as watched:
+        await asyncio.to_thread(lab.namespace, "blue")
+        await watched.next(EventKind.NAMESPACE_CAME)
+        await watched.expect()
+        await watched.quiet()
+        await asyncio.to_thread(lab.address, name, "169.254.169.254/32", "lo")
+        assert (await watched.next(EventKind.LINK)).networks == {BLUE}
+
+
+async def test_a_device_and_an_address_of_the_host_are_events_of_their_network(
+    lab: HostLab,
+) -> None:
+    name = lab.link_name("d")
+    async with _watching(lab, {"blue": InterfaceListener(name)}) as watched:
+        await asyncio.to_thread(lab.device, "d")
+        assert (await watched.next(EventKind.LINK)).networks == {BLUE}
+        await watched.quiet()
+        await asyncio.to_thread(lab.address, None, "169.254.169.254/32", name)
+        assert (await watched.next(EventKind.LINK)).networks == {BLUE}
+
+
+async def test_a_bridge_that_comes_is_an_event_of_its_network(lab: HostLab) -> None:
+    async with _watching(lab, {"blue": BridgeListener(lab.link_name("b"))}) as watched:
+        await asyncio.to_thread(lab.bridge, "b")
+        assert (await watched.next(EventKind.LINK)).networks == {BLUE}
+
+
+async def test_the_audit_finds_a_foreign_listener_that_no_event_told_of(lab: HostLab) -> None:
+    name = lab.namespace("blue")
+    lab.address(name, "169.254.169.254/32", "lo")
+    pace = WatchPace(audits_per_s=20, recheck_s=1000)
+    async with _watching(lab, {"blue": NamespaceListener(name)}, pace) as watched:
+        await watched.quiet()
+        server = await asyncio.to_thread(lab.serve, name, "169.254.169.254", reuse_port=True)
+
+        event = await watched.next(EventKind.AUDIT)
+
+        assert event.networks == {BLUE}
+        assert event.part is not None
+        (found,) = event.part.namespaces[name].sockets
+        assert [owner.pid for owner in found.owners] == [server.pid]
+        # What is known is not told of again; that it ends is.
+        watched.observed = merge_observed(watched.observed, event.part)
+        watched.watch.expect(watched.networks, watched.observed)
+        await watched.quiet()
+        server.stop()
+        assert (await watched.next(EventKind.AUDIT)).networks == {BLUE}
+
+
+async def test_the_audit_finds_a_foreign_listener_on_the_hosts_own_interface(
+    lab: HostLab,
+) -> None:
+    device = lab.device("d")
+    lab.address(None, "fe80::a9fe:a9fe/64", device, "nodad")
+    pace = WatchPace(audits_per_s=20, recheck_s=1000)
+    async with _watching(lab, {"blue": InterfaceListener(device)}, pace) as watched:
+        await watched.quiet()
+        await asyncio.to_thread(lab.serve, None, "fe80::a9fe:a9fe", device=device)
+        assert (await watched.next(EventKind.AUDIT)).networks == {BLUE}
+
+
+async def test_a_network_that_is_left_out_is_looked_at_every_second(lab: HostLab) -> None:
+    name = lab.namespace("blue")
+    lab.address(name, "169.254.169.254/32", "lo")
+    server = lab.serve(name, "169.254.169.254")
+    pace = WatchPace(audits_per_s=0)
+    async with _watching(lab, {"blue": NamespaceListener(name)}, pace) as watched:
+        await watched.expect(BLUE)
+        server.stop()
+        event = await watched.next(EventKind.AUDIT, within_s=1.0)
+        assert event.networks == {BLUE}
+
+
+async def test_more_left_out_networks_than_fit_are_looked_at_in_turn(lab: HostLab) -> None:
+    names = [lab.namespace(f"n{number}") for number in range(5)]
+    listeners = {name: NamespaceListener(name) for name in names}
+    pace = WatchPace(audits_per_s=0, recheck_s=0.05, rechecks=2)
+    async with _watching(lab, listeners, pace) as watched:
+        await watched.quiet()
+        # As if it were known that there are none of them.
+        watched.watch.expect(watched.networks, ObservedHost(), left_out=watched.networks)
+        told: set[NetworkId] = set()
+        while told != set(watched.networks):
+            told |= (await watched.next(EventKind.AUDIT)).networks
+
+
+async def test_same_events_are_one_until_they_are_taken(lab: HostLab) -> None:
+    device = lab.device("d")
+    async with _watching(lab, {"blue": InterfaceListener(device)}) as watched:
+        await watched.quiet()
+        for mtu in ("1400", "1300", "1200"):
+            await asyncio.to_thread(lab.ip, "link", "set", device, "mtu", mtu)
+        await watched.next(EventKind.LINK)
+        with pytest.raises(TimeoutError):
+            await watched.next(*EventKind, within_s=0.3)
+
+
+async def test_a_watch_whose_look_fails_says_so_instead_of_falling_silent(
+    lab: HostLab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = lab.namespace("blue")
+    pace = WatchPace(audits_per_s=50)
+    async with _watching(lab, {"blue": NamespaceListener(name)}, pace) as watched:
+        monkeypatch.setattr(watched.observer, "observe", None)
+        with pytest.raises(TypeError):
+            await watched.next(EventKind.OVERFLOW)
+
+
+async def test_an_idle_watch_costs_next_to_nothing(lab: HostLab) -> None:
+    names = [lab.namespace(f"n{number}") for number in range(5)]
+    listeners = {name: NamespaceListener(name) for name in names}
+    async with _watching(lab, listeners, WatchPace()) as watched:
+        await watched.quiet()
+        before = time.process_time()
+        with pytest.raises(TimeoutError):
+            await watched.next(*EventKind, within_s=2.0)
+        assert (time.process_time() - before) / 2.0 < 0.03
+
+
+@pytest.mark.parametrize("pace", [{"audits_per_s": -1.0}, {"recheck_s": 0.0}, {"rechecks": 0}])
+def test_a_pace_below_zero_is_refused(pace: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match="below zero"):
+        WatchPace(**pace)  # type: ignore[arg-type]  # one keyword at a time
