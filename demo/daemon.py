@@ -148,8 +148,10 @@ class Daemon:
             self._process.wait()
 
     def _last_words(self) -> str:
-        text = self.log.read_text(errors="replace").strip()
-        return text.splitlines()[-1] if text else f"nothing in {self.log}"
+        lines = self.log.read_text(errors="replace").split("\n")
+        told = [line.strip() for line in lines if line.strip(" |+-^~")]
+        reasons = [line for line in told if "Error" in line or "error" in line]
+        return f"{(reasons or told or ['it said nothing'])[-1]} (all of it in {self.log})"
 
 
 def _spawn(argv: list[str], log: IO[bytes]) -> subprocess.Popen[bytes]:
