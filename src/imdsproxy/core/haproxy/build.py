@@ -22,7 +22,6 @@ __all__ = ["GUEST_HEADERS", "build_sections"]
 
 GUEST_HEADERS: Final = (
     "accept",
-    "connection",
     "content-length",
     "content-type",
     "host",
@@ -38,9 +37,14 @@ GUEST_HEADERS: Final = (
 _METHODS: Final = ("GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH")
 
 
+_ODD: Final = ("{", "var(txn.odd)", "-m", "bool", "}")
+
+
 def build_sections(spec: DataplaneSpec) -> tuple[Section, ...]:
     """The whole configuration; the same spec always gives the same sections."""
-    sections = [_global(spec), _cache(spec), _defaults(spec)]
+    sections = [_global(spec), _defaults(spec)]
+    if spec.limits.cache_mb:
+        sections.append(_cache(spec))
     if spec.binds:
         sections.append(_guests(spec))
     sections += [_documents(spec), _resolver(spec), _conflict(), _probe(spec)]
@@ -119,8 +123,6 @@ def _guests(spec: DataplaneSpec) -> Section:
             # Who asks is a property of the connection; what that means is looked up for each request.
             ("tcp-request", "connection", "set-var(sess.address)", "src"),
             ("tcp-request", "connection", "set-var(sess.key)", "so_name,concat(/,sess.address)"),
-            ("http-request", "return", "status", "405", "hdr", "Allow", ", ".join(_METHODS),
-             "if", "!{", "method", *_METHODS, "}"),
             ("http-request", "set-var(txn.record)", f"var(sess.key),map_str({spec.paths.overlay_map})"),
             ("http-request", "set-var(txn.record)", f"var(sess.key),map_str({spec.paths.base_map})",
              "if", "!{", "var(txn.record)", "-m", "found", "}"),
@@ -146,6 +148,12 @@ def _delete_guest_headers() -> Words:
     return ("http-request", "del-header", f"^(?!(?:{'|'.join(GUEST_HEADERS)})$)", "-m", "reg")
 
 
+def _allow_methods() -> Words:
+    # CONNECT came back 200 from HAProxy itself.
+    return ("http-request", "return", "status", "405", "hdr", "Allow", ", ".join(_METHODS),
+            "if", "!{", "method", *_METHODS, "}")  # fmt: skip
+
+
 def _identity_headers() -> tuple[Words, ...]:
     return (
         ("http-request", "set-header", HEADER_NETWORK, "%[so_name]"),
@@ -153,23 +161,30 @@ def _identity_headers() -> tuple[Words, ...]:
     )
 
 
+def _cached(spec: DataplaneSpec, rule: Words) -> tuple[Words, ...]:
+    return (rule,) if spec.limits.cache_mb else ()
+
+
 def _documents(spec: DataplaneSpec) -> Section:
     return Section(
         ("backend", "documents"),
         (
-            ("http-request", "set-var(txn.uri)", "pathq"),
-            # The cache's key is the URI, and the Host only where the URI is in origin form: a guest's
-            # `GET http://anything/…` would share entries between instances. So the record goes into the URI.
-            ("http-request", "set-uri", "/%[var(txn.record)]%[path]"),
-            ("http-request", "set-header", "host", "imdsproxy"),
-            ("http-request", "cache-use", "documents"),
-            ("http-request", "set-uri", "%[var(txn.uri)]"),
+            # The cache's key is the Host and the URI, so the record makes the Host. Of a URI in absolute form
+            # it is the URI alone: a guest's `GET http://anything/…` would share entries between instances, so
+            # there the record goes into the URI; and a query, which no document looks at, goes.
+            ("http-request", "set-header", "host", "%[var(txn.record)]"),
+            ("http-request", "set-var(txn.odd)", "bool(true)", "unless", "{", "url_beg", "/", "}",
+             "!{", "url_sub", "?", "}"),
+            ("http-request", "set-uri", "/%[var(txn.record)]%[path]", "if", *_ODD),
+            *_cached(spec, ("http-request", "cache-use", "documents")),
+            _allow_methods(),
+            ("http-request", "set-uri", r"%[path,regsub(^/[^/]*/?,/)]", "if", *_ODD),
             _delete_guest_headers(),
             *_identity_headers(),
             ("http-request", "set-header", HEADER_INSTANCE, "%[var(txn.record),field(1,|)]"),
             ("http-request", "set-header", HEADER_REVISION, "%[var(txn.record),field(2,|)]"),
             ("http-request", "disable-l7-retry", "if", "!{", "method", "GET", "HEAD", "}"),
-            ("http-response", "cache-store", "documents"),
+            *_cached(spec, ("http-response", "cache-store", "documents")),
             # The lifetime is between the document server and the cache; a guest must not keep documents.
             ("http-after-response", "del-header", "cache-control"),
             ("http-after-response", "del-header", "age"),
@@ -193,6 +208,7 @@ def _resolver(spec: DataplaneSpec) -> Section:
         ("backend", "resolver"),
         (
             ("timeout", "server", f"{wait_s}s"),
+            _allow_methods(),
             # A guest that invents addresses may not keep Python busy.
             ("stick-table", "type", "string", "len", "64", "size", "20k", "expire", "10s", "store", "gpc0_rate(1s)"),
             ("http-request", "track-sc0", "so_name"),

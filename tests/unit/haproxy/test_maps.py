@@ -1,0 +1,116 @@
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from imdsproxy.core.haproxy.maps import (
+    MapChanges,
+    MapState,
+    parse_map,
+    plan_changes,
+    render_map,
+    split_payload,
+)
+from imdsproxy.core.wire import MAP_TOMBSTONE
+
+_KEYS = st.sampled_from([f"n/{number}" for number in range(6)])
+_VALUES = st.sampled_from(["a|1", "a|2", "b|1", "!"])
+_ENTRIES = st.dictionaries(_KEYS, _VALUES)
+_WANTED = st.dictionaries(_KEYS, st.none() | _VALUES)
+
+
+def _follow(present: dict[str, str], changes: MapChanges) -> dict[str, str]:
+    after = dict(present)
+    for key in changes.removed:
+        del after[key]
+    for key, value in changes.replaced:
+        assert key in after
+        after[key] = value
+    for key, value in changes.added:
+        assert key not in after
+        after[key] = value
+    return after
+
+
+def test_a_new_address_is_added_and_a_known_one_replaced() -> None:
+    changes = plan_changes({"n/1": "a|1"}, {"n/1": "a|2", "n/2": "b|1"})
+    assert changes == MapChanges(replaced=(("n/1", "a|2"),), added=(("n/2", "b|1"),))
+
+
+def test_what_is_as_wanted_already_is_left_alone() -> None:
+    assert not plan_changes({"n/1": "a|1"}, {"n/1": "a|1", "n/2": None})
+
+
+def test_a_removal_from_the_base_is_a_tombstone_in_the_overlay() -> None:
+    state = MapState("1", base={"n/1": "a|1"})
+    assert state.overlay_changes({"n/1": None}) == MapChanges(added=(("n/1", MAP_TOMBSTONE),))
+
+
+def test_a_removal_of_what_only_the_overlay_has_leaves_no_tombstone() -> None:
+    state = MapState("1", overlay={"n/1": "a|1"})
+    assert state.overlay_changes({"n/1": None}) == MapChanges(removed=("n/1",))
+
+
+def test_tombstones_come_before_additions() -> None:
+    state = MapState("1", base={"n/9": "a|1"})
+    changes = state.overlay_changes({"n/1": "a|1", "n/9": None})
+    assert changes.added == (("n/9", MAP_TOMBSTONE), ("n/1", "a|1"))
+
+
+def test_a_tombstone_hides_the_base() -> None:
+    state = MapState("1", base={"n/1": "a|1"}, overlay={"n/1": MAP_TOMBSTONE})
+    assert state.lookup("n/1") is None
+    assert state.effective() == {}
+
+
+@given(_ENTRIES, _WANTED)
+def test_following_a_plan_gives_what_was_wanted(
+    present: dict[str, str], wanted: dict[str, str | None]
+) -> None:
+    after = _follow(present, plan_changes(present, wanted))
+    for key, value in wanted.items():
+        assert after.get(key) == value
+    assert {key: after[key] for key in after if key not in wanted} == {
+        key: present[key] for key in present if key not in wanted
+    }
+
+
+@given(_ENTRIES, _WANTED, _WANTED)
+def test_overlay_changes_lead_every_request_to_the_wanted_record(
+    base: dict[str, str], first: dict[str, str | None], second: dict[str, str | None]
+) -> None:
+    state = MapState("1", base=base)
+    for wanted in (first, second):
+        before = {key: state.lookup(key) for key in base}
+        state.overlay = _follow(state.overlay, state.overlay_changes(wanted))
+        for key, value in wanted.items():
+            assert state.lookup(key) == value
+        for key in base.keys() - wanted.keys():
+            assert state.lookup(key) == before[key]
+        assert state.effective() == {
+            key: value
+            for key in {*base, *state.overlay}
+            if (value := state.lookup(key)) is not None
+        }
+
+
+@given(_ENTRIES)
+def test_a_map_file_is_read_as_it_was_written(entries: dict[str, str]) -> None:
+    assert parse_map(render_map(entries, "7")) == ("7", entries)
+
+
+def test_a_file_without_a_generation_is_told_apart() -> None:
+    assert parse_map("n/1 a|1\n# a remark\nbroken\n") == (None, {"n/1": "a|1"})
+
+
+def test_of_a_key_that_is_there_twice_the_first_counts_as_in_haproxy() -> None:
+    assert parse_map("n/1 a|1\nn/1 b|1\n") == (None, {"n/1": "a|1"})
+
+
+@given(st.lists(st.tuples(_KEYS, _VALUES)), st.integers(10, 60))
+def test_payloads_hold_all_entries_in_order_within_the_limit(
+    entries: list[tuple[str, str]], limit: int
+) -> None:
+    payloads = split_payload(entries, limit)
+    assert "".join(payloads) == "".join(f"{key} {value}\n" for key, value in entries)
+    assert all(len(payload) <= limit or payload.count("\n") == 1 for payload in payloads)

@@ -1,0 +1,176 @@
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import replace
+from ipaddress import IPv4Address, IPv6Address
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from imdsproxy.core.haproxy.build import GUEST_HEADERS, build_sections
+from imdsproxy.core.haproxy.model import Bind, DataplaneSpec, Limits, Paths, Section
+from imdsproxy.core.haproxy.render import BANNER, render_config
+from imdsproxy.core.model import METADATA_IPV4, METADATA_IPV6, NetworkId
+from imdsproxy.core.wire import HEADER_ADDRESS, HEADER_INSTANCE, HEADER_NETWORK, HEADER_REVISION
+
+_GOLDEN = Path(__file__).parents[2] / "golden" / "haproxy"
+
+_PATHS = Paths(
+    base_map="/run/imdsproxy/base.map",
+    overlay_map="/run/imdsproxy/overlay.map",
+    unavailable="/run/imdsproxy/unavailable.http",
+    probe="/run/imdsproxy/probe.sock",
+    jail="/run/imdsproxy/jail",
+    documents=("/documents-0.sock", "/documents-1.sock"),
+    resolver="/resolver.sock",
+)
+
+_CASES = {
+    "empty": DataplaneSpec((), _PATHS, user="haproxy", group="haproxy"),
+    "three-networks": DataplaneSpec(
+        (
+            Bind(NetworkId("blue"), METADATA_IPV4, 80, "virbr0"),
+            Bind(NetworkId("green"), METADATA_IPV6, 80, "imds0", "../imdsproxy/netns/imds-1@42"),
+            Bind(NetworkId("green"), METADATA_IPV4, 80, "imds0", "../imdsproxy/netns/imds-1@42"),
+            Bind(NetworkId("red"), METADATA_IPV4, 80, None, "../imdsproxy/netns/qrouter-1@43"),
+        ),
+        _PATHS,
+        Limits(nbthread=2, maxconn=1000, maxconn_per_network=50, cache_mb=8, hold_s=2.5),
+        user="haproxy",
+        group="haproxy",
+        exporter="127.0.0.1:9466",
+    ),
+    "without-chroot": DataplaneSpec(
+        (Bind(NetworkId("red"), METADATA_IPV4, 80, "eth0"),),
+        replace(_PATHS, jail=None, documents=("/tmp/a b.sock",), resolver="/tmp/r.sock"),  # noqa: S108 - a name only
+        Limits(cache_mb=0),
+    ),
+}
+
+_NETWORKS = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,20}", fullmatch=True).map(NetworkId)
+_BINDS = st.builds(
+    Bind,
+    network=_NETWORKS,
+    address=st.sampled_from([METADATA_IPV4, METADATA_IPV6]),
+    port=st.just(80),
+    device=st.none() | st.sampled_from(["eth0", "virbr0"]),
+    namespace=st.none() | st.sampled_from(["../imdsproxy/netns/a@1", "../imdsproxy/netns/b@2"]),
+)
+_SPECS = st.builds(
+    DataplaneSpec,
+    binds=st.lists(_BINDS, max_size=4, unique=True).map(tuple),
+    paths=st.just(_PATHS),
+    limits=st.builds(Limits, maxconn=st.integers(64, 9999), cache_mb=st.integers(0, 64)),
+    exporter=st.none() | st.just("127.0.0.1:9466"),
+)
+
+
+def _section(spec: DataplaneSpec, *header: str) -> Section:
+    return next(one for one in build_sections(spec) if one.header == header)
+
+
+@pytest.mark.parametrize("name", sorted(_CASES))
+def test_the_configuration_is_the_golden_one(name: str) -> None:
+    path = _GOLDEN / f"{name}.cfg"
+    text = render_config(_CASES[name])
+    if os.environ.get("GOLDEN") == "write":
+        path.write_text(text)
+    assert path.read_text() == text
+
+
+@given(_SPECS)
+def test_the_same_spec_gives_the_same_text_whatever_the_order_of_binds(spec: DataplaneSpec) -> None:
+    assert render_config(spec) == render_config(replace(spec, binds=tuple(reversed(spec.binds))))
+
+
+@given(_SPECS, _SPECS)
+def test_different_specs_never_give_the_same_text(one: DataplaneSpec, other: DataplaneSpec) -> None:
+    same = replace(one, binds=frozenset(one.binds)) == replace(other, binds=frozenset(other.binds))  # type: ignore[arg-type]  # compared as sets
+    assert (render_config(one) == render_config(other)) == same
+
+
+@given(_SPECS)
+def test_every_bind_speaks_http_1_only_and_has_its_own_limit(spec: DataplaneSpec) -> None:
+    for section in build_sections(spec):
+        for line in section.lines:
+            if line[0] == "bind":
+                assert line[line.index("proto") + 1] == "h1"
+                assert "maxconn" in line or section.header[1] == "probe"
+
+
+@pytest.mark.parametrize("backend", ["documents", "resolver"])
+def test_identity_headers_are_set_after_everything_of_the_guest_is_deleted(backend: str) -> None:
+    lines = _section(_CASES["three-networks"], "backend", backend).lines
+    deletion = next(index for index, line in enumerate(lines) if line[1] == "del-header")
+    ours = [HEADER_NETWORK, HEADER_ADDRESS]
+    if backend == "documents":
+        ours += [HEADER_INSTANCE, HEADER_REVISION]
+    for header in ours:
+        setting = next(
+            index
+            for index, line in enumerate(lines)
+            if line[1] == "set-header" and line[2] == header
+        )
+        assert setting > deletion
+
+
+def test_the_allow_list_lets_no_identity_header_through() -> None:
+    lines = _section(_CASES["three-networks"], "backend", "documents").lines
+    pattern = next(line[2] for line in lines if line[1] == "del-header")
+    for header in (
+        HEADER_INSTANCE,
+        HEADER_NETWORK,
+        "x-forwarded-for",
+        "x_instance_id",
+        "x-metadata-provider",
+        "connection",
+        "accepted",
+        "xaccept",
+    ):
+        assert re.search(pattern, header), header
+    for header in ("accept", "content-length", "if-none-match", "user-agent"):
+        assert not re.search(pattern, header), header
+    assert "x-aws-ec2-metadata-token" in GUEST_HEADERS
+
+
+def test_the_record_is_in_the_cache_key_before_the_cache_is_asked() -> None:
+    lines = _section(_CASES["three-networks"], "backend", "documents").lines
+    words = [" ".join(line) for line in lines]
+    asked = words.index("http-request cache-use documents")
+    assert words.index("http-request set-header host %[var(txn.record)]") < asked
+    assert any(
+        word.startswith("http-request set-uri /%[var(txn.record)]") for word in words[:asked]
+    )
+
+
+def test_the_banner_names_the_content() -> None:
+    first, _, rest = render_config(_CASES["empty"]).partition("\n")
+    assert first.startswith(f"{BANNER} ")
+    assert rest
+    other = render_config(replace(_CASES["empty"], user="nobody")).partition("\n")[0]
+    assert first != other
+
+
+def test_without_networks_there_is_no_frontend_for_guests() -> None:
+    headers = [section.header for section in build_sections(_CASES["empty"])]
+    assert ("frontend", "guests") not in headers
+
+
+def test_an_address_family_decides_the_brackets() -> None:
+    spec = DataplaneSpec(
+        (
+            Bind(NetworkId("a"), IPv6Address("fe80::a9fe:a9fe"), 80, "eth0"),
+            Bind(NetworkId("b"), IPv4Address("169.254.169.254"), 80),
+        ),
+        _PATHS,
+    )
+    lines = _section(spec, "frontend", "guests").lines
+    assert lines[0][1] == "[fe80::a9fe:a9fe]:80"
+    assert lines[1][1] == "169.254.169.254:80"
+
+
+def test_without_a_cache_nothing_names_one() -> None:
+    assert "cache" not in render_config(_CASES["without-chroot"]).replace("cache-control", "")

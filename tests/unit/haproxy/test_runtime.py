@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+import pytest
+
+from imdsproxy.core.haproxy.runtime import (
+    Processes,
+    ReloadOutcome,
+    Version,
+    parse_features,
+    parse_processes,
+    parse_reload,
+    parse_stat,
+    parse_version,
+)
+
+# As HAProxy 3.0.11 prints it, with an old worker that still drains.
+_SHOW_PROC = """\
+#<PID>          <type>          <reloads>       <uptime>        <version>
+4031            master          2 [failed: 1]   0d00h03m12s     3.0.11-1+deb13u5
+# workers
+4077            worker          0               0d00h00m02s     3.0.11-1+deb13u5
+# old workers
+4050            worker          1               0d00h01m02s     3.0.11-1+deb13u5
+# programs
+
+"""
+
+
+def test_the_accepting_worker_is_told_from_those_that_drain() -> None:
+    found = parse_processes(_SHOW_PROC)
+    assert found == Processes(master=4031, worker=4077, draining=(4050,), reloads=2)
+    assert found.workers == (4077, 4050)
+
+
+def test_a_master_without_a_worker_has_none() -> None:
+    found = parse_processes("#<PID> ...\n12 master 0 [failed: 0] 0d 3.0\n# workers\n# programs\n")
+    assert found == Processes(master=12, worker=None)
+    assert found.workers == ()
+
+
+@pytest.mark.parametrize("text", ["", "Unknown command\n", "# workers\n4077 worker 0 0d 3.0\n"])
+def test_without_a_master_there_is_nothing(text: str) -> None:
+    assert parse_processes(text) is None
+
+
+def test_a_reload_tells_success_and_its_log() -> None:
+    assert parse_reload("Success=1\n--\n[NOTICE] up\n\n") == ReloadOutcome(True, "[NOTICE] up")
+    assert parse_reload("Success=0\n--\n[ALERT] no\n") == ReloadOutcome(False, "[ALERT] no")
+
+
+def test_an_answer_that_is_no_reload_counts_as_failed() -> None:
+    assert not parse_reload("Permission denied\n").success
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("HAProxy version 3.0.11-1+deb13u5 2026/11/18 - https://haproxy.org/", (3, 0)),
+        ("HAProxy version 2.6.12-1 2023/12/16", (2, 6)),
+        ("HAProxy version 3.3-dev2-abc 2026/01/01", (3, 3)),
+    ],
+)
+def test_versions_compare_by_number(text: str, expected: tuple[int, int]) -> None:
+    version = parse_version(text)
+    assert version is not None
+    assert (version.major, version.minor) == expected
+    assert (version >= Version(3, 0)) == (expected >= (3, 0))
+
+
+def test_something_else_has_no_version() -> None:
+    assert parse_version("nginx version: nginx/1.26") is None
+
+
+def test_features_are_those_with_a_plus() -> None:
+    assert parse_features("x\nFeature list : -51DEGREES +NS +PROMEX -WURFL\ny") == {"NS", "PROMEX"}
+    assert parse_features("") == frozenset()
+
+
+def test_stat_rows_are_by_name() -> None:
+    rows = parse_stat("# pxname,svname,stot,\nguests,red,5,\nguests,FRONTEND,6,\n\n")
+    assert rows == [
+        {"pxname": "guests", "svname": "red", "stot": "5"},
+        {"pxname": "guests", "svname": "FRONTEND", "stot": "6"},
+    ]
+    assert parse_stat("Permission denied\n") == []
