@@ -1,0 +1,133 @@
+from __future__ import annotations
+
+import re
+
+import pytest
+from prometheus_client.exposition import generate_latest
+from prometheus_client.parser import text_string_to_metric_families
+
+from imdsproxy.admin.metrics import (
+    METRICS,
+    MetricDescription,
+    MetricsSnapshot,
+    NetworkTraffic,
+    SourceFigures,
+    Timing,
+    bound_networks,
+    metrics_registry,
+)
+
+FULL = MetricsSnapshot(
+    version="1.2.3",
+    ready=True,
+    started_at=1_760_000_000.0,
+    networks_serving=2,
+    instances=3,
+    addresses=4,
+    conflicts=1,
+    left_out={"port-busy": 1},
+    sources={"sqlite": SourceFigures(True, 2, 3, 1, 5)},
+    haproxy_up=True,
+    haproxy_old_workers=1,
+    reloads={"ok": 7, "failed": 1},
+    reload=Timing(8, 0.5),
+    restarts={"haproxy": 1},
+    documents_up=3,
+    plans=Timing(9, 0.25),
+    operations={"ok": 20},
+    convergence=Timing(10, 0.125),
+    resolver={"found": 1, "unknown": 2},
+    resolver_held=2,
+    commands={"ok": 30},
+    traffic={"blue": NetworkTraffic(100, 3, 1), "red": NetworkTraffic(10, 0, 0)},
+)
+
+
+def _samples(
+    snapshot: MetricsSnapshot, *, network_series: int = 100
+) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
+    registry = metrics_registry(lambda: snapshot, network_series=lambda: network_series)
+    families = text_string_to_metric_families(generate_latest(registry).decode())
+    return {
+        (sample.name, frozenset(sample.labels.items())): sample.value
+        for family in families
+        for sample in family.samples
+    }
+
+
+def _value(snapshot: MetricsSnapshot, name: str, **labels: str) -> float:
+    return _samples(snapshot)[name, frozenset(labels.items())]
+
+
+@pytest.mark.parametrize(
+    ("name", "labels", "value"),
+    [
+        ("imdsproxy_build_info", {"version": "1.2.3"}, 1),
+        ("imdsproxy_ready", {}, 1),
+        ("imdsproxy_networks_left_out", {"code": "port-busy"}, 1),
+        ("imdsproxy_source_in_sync", {"source": "sqlite"}, 1),
+        ("imdsproxy_source_records", {"source": "sqlite", "kind": "instance"}, 3),
+        ("imdsproxy_source_failures_total", {"source": "sqlite"}, 5),
+        ("imdsproxy_haproxy_reloads_total", {"result": "failed"}, 1),
+        ("imdsproxy_haproxy_reload_seconds_count", {}, 8),
+        ("imdsproxy_haproxy_reload_seconds_sum", {}, 0.5),
+        ("imdsproxy_convergence_seconds_sum", {}, 0.125),
+        ("imdsproxy_resolver_requests_total", {"outcome": "unknown"}, 2),
+        ("imdsproxy_network_requests_total", {"network": "blue"}, 100),
+        ("imdsproxy_network_denied_total", {"network": "blue"}, 3),
+    ],
+)
+def test_a_figure_is_told_under_its_name(name: str, labels: dict[str, str], value: float) -> None:
+    assert _value(FULL, name, **labels) == value
+
+
+def test_every_described_metric_is_exposed_and_no_other_of_ours() -> None:
+    exposed = {name for name, _ in _samples(FULL) if name.startswith("imdsproxy_")}
+
+    described = {name for metric in METRICS for name in metric.exposed.split(", ")}
+    assert exposed == described
+
+
+def test_with_more_networks_than_wanted_there_is_one_sum() -> None:
+    samples = _samples(FULL, network_series=1)
+
+    networks = {
+        dict(labels)["network"]: value
+        for (name, labels), value in samples.items()
+        if name == "imdsproxy_network_requests_total"
+    }
+    assert networks == {"*": 110}
+
+
+def test_the_number_of_series_is_bounded_at_a_thousand_networks() -> None:
+    traffic = {f"net-{number}": NetworkTraffic(1, 1, 1) for number in range(1000)}
+    snapshot = MetricsSnapshot("1", ready=True, started_at=0.0, traffic=traffic)
+
+    assert len(_samples(snapshot)) < 100
+
+
+def test_the_sum_is_the_sum_of_each_part() -> None:
+    bounded = bound_networks({"a": NetworkTraffic(1, 2, 3), "b": NetworkTraffic(10, 20, 30)}, 1)
+
+    assert bounded == {"*": NetworkTraffic(11, 22, 33)}
+    assert bound_networks({"a": NetworkTraffic(1, 2, 3)}, 1) == {"a": NetworkTraffic(1, 2, 3)}
+    assert bound_networks({}, 0) == {}
+
+
+@pytest.mark.parametrize("metric", METRICS, ids=lambda metric: metric.name)
+def test_names_follow_the_conventions(metric: MetricDescription) -> None:
+    assert re.fullmatch(r"imdsproxy(_[a-z]+)+", metric.name)
+    assert not metric.name.endswith(("_total", "_count", "_sum"))
+    assert (metric.kind == "summary") <= metric.name.endswith("_seconds")
+    assert metric.help.endswith(".")
+
+
+def test_the_process_tells_of_itself() -> None:
+    assert _value(FULL, "process_resident_memory_bytes") > 0
+
+
+def test_registering_takes_no_snapshot() -> None:
+    def take() -> MetricsSnapshot:
+        raise AssertionError("asked too early")
+
+    metrics_registry(take, network_series=lambda: 100)

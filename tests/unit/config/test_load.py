@@ -1,0 +1,208 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from imdsproxy.config.endpoint import Endpoint
+from imdsproxy.config.load import load_settings
+from imdsproxy.config.schema import Settings
+from imdsproxy.config.words import iterate_settings
+from imdsproxy.errors import ConfigInvalid, ConfigUnreadable, Problem
+
+
+def _write(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def _problems(config: Path | None, environment: dict[str, str] | None = None) -> list[Problem]:
+    with pytest.raises(ConfigInvalid) as caught:
+        load_settings(config, environment or {}, default=Path("/nonexistent/x.yaml"))
+    return list(caught.value.problems)
+
+
+def test_without_any_file_all_is_default(tmp_path: Path) -> None:
+    loaded = load_settings(None, {"PATH": "/bin"}, default=tmp_path / "none.yaml")
+
+    assert loaded.settings == Settings()
+    assert loaded.origins == {}
+
+
+def test_a_file_that_was_named_must_be_there(tmp_path: Path) -> None:
+    with pytest.raises(ConfigUnreadable, match="No such file"):
+        load_settings(tmp_path / "none.yaml", {})
+
+
+def test_an_empty_file_is_all_defaults(tmp_path: Path) -> None:
+    config = _write(tmp_path / "c.yaml", "# nothing\n")
+
+    assert load_settings(config, {}).settings == Settings()
+
+
+def test_later_files_and_the_environment_win(tmp_path: Path) -> None:
+    config = _write(
+        tmp_path / "c.yaml", "haproxy: {nbthread: 2, cache_mb: 8}\nlog: {level: error}\n"
+    )
+    _write(tmp_path / "conf.d" / "20.yaml", "haproxy:\n  nbthread: 4\n")
+    _write(tmp_path / "conf.d" / "10.yaml", "haproxy:\n  nbthread: 3\n  maxconn: 9\n")
+    _write(tmp_path / "conf.d" / ".hidden.yaml", "haproxy: {nbthread: 9}\n")
+    _write(tmp_path / "conf.d" / "readme.txt", "not read")
+
+    loaded = load_settings(config, {"IMDSPROXY_LOG__LEVEL": "debug"})
+
+    assert loaded.settings.haproxy.nbthread == 4
+    assert loaded.settings.haproxy.maxconn == 9
+    assert loaded.settings.haproxy.cache_mb == 8
+    assert loaded.settings.log.level == "debug"
+    assert {path: str(origin) for path, origin in loaded.origins.items()} == {
+        "haproxy.nbthread": f"{tmp_path}/conf.d/20.yaml:2",
+        "haproxy.cache_mb": f"{config}:1",
+        "haproxy.maxconn": f"{tmp_path}/conf.d/10.yaml:3",
+        "log.level": "IMDSPROXY_LOG__LEVEL",
+    }
+
+
+def test_every_setting_can_be_overridden_by_its_variable(tmp_path: Path) -> None:
+    values = {
+        setting.variable: "null" if setting.default is None else str(setting.default)
+        for setting in iterate_settings()
+    }
+
+    loaded = load_settings(None, values, default=tmp_path / "none.yaml")
+
+    assert loaded.settings == Settings()
+    assert set(loaded.origins) == {setting.path for setting in iterate_settings()}
+
+
+def test_a_variable_is_converted_to_what_the_setting_takes(tmp_path: Path) -> None:
+    settings = load_settings(
+        None,
+        {
+            "IMDSPROXY_METRICS__LISTEN": "[::1]:99",
+            "IMDSPROXY_METRICS__HAPROXY_LISTEN": "null",
+            "IMDSPROXY_RESOLVER__HOLD_S": "0.5",
+            "IMDSPROXY_HAPROXY__CHROOT": "false",
+            "IMDSPROXY_SOURCES__FILE__ENABLED": "true",
+            "IMDSPROXY_PATHS__STATE_DIR": "/srv/x",
+            "IMDSPROXY_ADMIN__MODE": "0600",
+        },
+        default=tmp_path / "none.yaml",
+    ).settings
+
+    assert settings.metrics.listen == Endpoint("::1", 99)
+    assert settings.metrics.haproxy_listen is None
+    assert settings.resolver.hold_s == 0.5
+    assert settings.haproxy.chroot is False
+    assert settings.sources.file.enabled is True
+    assert settings.store_path == Path("/srv/x/store.sqlite")
+    assert settings.admin.mode == "0600"
+
+
+def test_all_problems_come_at_once_each_with_its_place(tmp_path: Path) -> None:
+    config = _write(
+        tmp_path / "c.yaml",
+        "haproxy:\n"
+        '  nbthread: "5"\n'
+        "  max_object_kib: 60000\n"
+        "  maxcon: 5\n"
+        "resolver: {max_held: 3}\n"
+        "admin: {mode: 0660}\n"
+        "log: loud\n"
+        "paths:\n"
+        "  state_dir: relative\n"
+        "metrics: {listen: '169.254.169.254:80'}\n"
+        "5: x\n",
+    )
+
+    problems = _problems(
+        config, {"IMDSPROXY_HAPROXY__CACHE_MB": "much", "IMDSPROXY_HAPROXY__CACHE": "1"}
+    )
+
+    assert {(one.field, one.file, one.line) for one in problems} == {
+        ("haproxy.nbthread", str(config), 2),
+        ("haproxy.cache_mb", "IMDSPROXY_HAPROXY__CACHE_MB", None),
+        ("haproxy.maxcon", str(config), 4),
+        ("resolver.max_held_per_network", str(config), 5),
+        ("admin.mode", str(config), 6),
+        ("log", str(config), 7),
+        ("paths.state_dir", str(config), 9),
+        ("metrics.listen", str(config), 10),
+        ("5", str(config), 11),
+        ("IMDSPROXY_HAPROXY__CACHE", None, None),
+    }
+    assert all(one.hint for one in problems)
+
+
+@pytest.mark.parametrize(
+    ("text", "field", "hint"),
+    [
+        ("haproxy: {maxcon: 1}", "haproxy.maxcon", "did you mean maxconn?"),
+        ("haproxy: {nbthread: 65}", "haproxy.nbthread", "takes an integer from 1 to 64"),
+        ("haproxy: {nbthread: true}", "haproxy.nbthread", "takes an integer from 1 to 64"),
+        ("haproxy: {chroot: 1}", "haproxy.chroot", "takes true or false"),
+        ("haproxy: {chroot: yes}", "haproxy.chroot", "takes true or false"),
+        ("log: {level: loud}", "log.level", "takes one of debug, info, warning, error"),
+        ("admin: {user: 'a b'}", "admin.user", "takes an account name, or null"),
+        (
+            "haproxy: {cache_mb: 1, max_object_kib: 1000}",
+            "haproxy.max_object_kib",
+            "at most 512, or a larger cache_mb",
+        ),
+        (
+            "metrics: {listen: '127.0.0.1:1', haproxy_listen: '127.0.0.1:1'}",
+            "metrics.haproxy_listen",
+            "another port",
+        ),
+        (
+            "sources: {sqlite: {enabled: false}}",
+            "sources",
+            "sources.file.enabled: true or sources.sqlite.enabled: true",
+        ),
+        ("host: {name_prefix: toolong}", "host.name_prefix", "takes 2 to 6 lower-case letters"),
+        ("paths: null", "paths", "a mapping of runtime_dir, state_dir, netns_dir"),
+    ],
+)
+def test_a_problem_says_what_would_be_right(
+    tmp_path: Path, text: str, field: str, hint: str
+) -> None:
+    (problem,) = _problems(_write(tmp_path / "c.yaml", text))
+
+    assert problem.field == field
+    assert problem.hint.startswith(hint)
+    assert problem.line == 1
+
+
+def test_an_unknown_variable_of_ours_is_a_problem_and_a_foreign_one_is_not() -> None:
+    (problem,) = _problems(None, {"IMDSPROXY_LOG__LEVL": "debug", "LANG": "C"})
+
+    assert problem.field == "IMDSPROXY_LOG__LEVL"
+    assert problem.hint == "did you mean IMDSPROXY_LOG__LEVEL?"
+
+
+def test_a_whole_section_in_one_variable_is_unknown() -> None:
+    (problem,) = _problems(None, {"IMDSPROXY_LOG": '{"level": "debug"}'})
+
+    assert problem.field == "IMDSPROXY_LOG"
+
+
+def test_several_unreadable_files_are_told_together(tmp_path: Path) -> None:
+    config = _write(tmp_path / "c.yaml", "a: [")
+    _write(tmp_path / "conf.d" / "1.yaml", "log: {level: info, level: info}")
+    (tmp_path / "conf.d" / "2.yaml").write_bytes(b"\xff")
+
+    with pytest.raises(ConfigUnreadable) as caught:
+        load_settings(config, {})
+
+    text = str(caught.value)
+    assert "3 files" in text
+    assert "c.yaml" in text
+    assert "stands twice" in text
+    assert "not UTF-8" in text
+
+
+@pytest.mark.parametrize("text", ["- 1", "word", "5"])
+def test_a_file_without_sections_is_unreadable(tmp_path: Path, text: str) -> None:
+    with pytest.raises(ConfigUnreadable, match="no sections"):
+        load_settings(_write(tmp_path / "c.yaml", text), {})
