@@ -45,8 +45,7 @@ def build_sections(spec: DataplaneSpec) -> tuple[Section, ...]:
     sections = [_global(spec), _defaults(spec)]
     if spec.limits.cache_mb:
         sections.append(_cache(spec))
-    if spec.binds:
-        sections.append(_guests(spec))
+    sections.append(_guests(spec) if spec.binds else _records(spec))
     sections += [_documents(spec), _resolver(spec), _conflict(), _probe(spec)]
     if spec.exporter is not None:
         sections.append(_exporter(spec.exporter))
@@ -123,14 +122,26 @@ def _guests(spec: DataplaneSpec) -> Section:
             # Who asks is a property of the connection; what that means is looked up for each request.
             ("tcp-request", "connection", "set-var(sess.address)", "src"),
             ("tcp-request", "connection", "set-var(sess.key)", "so_name,concat(/,sess.address)"),
-            ("http-request", "set-var(txn.record)", f"var(sess.key),map_str({spec.paths.overlay_map})"),
-            ("http-request", "set-var(txn.record)", f"var(sess.key),map_str({spec.paths.base_map})",
-             "if", "!{", "var(txn.record)", "-m", "found", "}"),
+            *_look_up(spec),
             ("use_backend", "documents", "if", "{", "var(txn.record)", "-m", "sub", "|", "}"),
             ("use_backend", "conflict", "if", "{", "var(txn.record)", "-m", "str", MAP_CONFLICT, "}"),
             ("default_backend", "resolver"),
         ),
     )  # fmt: skip
+
+
+def _look_up(spec: DataplaneSpec) -> tuple[Words, ...]:
+    return (
+        ("http-request", "set-var(txn.record)", f"var(sess.key),map_str({spec.paths.overlay_map})"),
+        ("http-request", "set-var(txn.record)", f"var(sess.key),map_str({spec.paths.base_map})",
+         "if", "!{", "var(txn.record)", "-m", "found", "}"),
+    )  # fmt: skip
+
+
+def _records(spec: DataplaneSpec) -> Section:
+    # Nobody can be listened to yet. HAProxy knows a map only by a rule that uses it, and records come before
+    # listeners: without this, none could be taken in.
+    return Section(("backend", "records"), _look_up(spec))
 
 
 def _bind_order(bind: Bind) -> tuple[str, int, str, int, str, str]:
