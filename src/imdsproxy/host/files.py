@@ -4,19 +4,29 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import stat
+import threading
 from pathlib import Path
 from typing import Final
 
 from imdsproxy.errors import SecretUnreadable
 from imdsproxy.host.refusal import host_refused
 
-__all__ = ["MAX_SECRET_BYTES", "ensure_directory", "read_secret", "sync_directory", "write_atomic"]
+__all__ = [
+    "MAX_SECRET_BYTES",
+    "ensure_directory",
+    "read_secret",
+    "sweep_unfinished",
+    "sync_directory",
+    "write_atomic",
+]
 
 MAX_SECRET_BYTES: Final = 64 * 1024
 """A secret is a key or a password, never a document."""
 
 _OTHERS: Final = 0o007
+_UNFINISHED: Final = re.compile(r"\..+\.(\d+)-\d+\.tmp")
 
 
 def write_atomic(
@@ -29,8 +39,8 @@ def write_atomic(
 ) -> None:
     """Replace `path` by a file with exactly `data`: a reader sees the old bytes or the new ones.
 
-    The new file is written beside the old one, under a hidden name with this process's id, so that
-    the rename stays within one file system.
+    The new file is written beside the old one, so that the rename stays within one file system,
+    under a hidden name with the ids of this process and thread; see `sweep_unfinished`.
 
     Args:
         path: The file; its directory must exist.
@@ -43,7 +53,7 @@ def write_atomic(
         HostRefused: The file system refused; `path` is as it was before.
         PrivilegeMissing: This process may not write there.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
     try:
         _write_new(temporary, data, mode=mode, owner=owner, durable=durable)
         temporary.replace(path)
@@ -53,6 +63,28 @@ def write_atomic(
         raise host_refused(f"write {path}", error) from error
     if durable:
         sync_directory(path.parent)
+
+
+def sweep_unfinished(directory: Path) -> int:
+    """Remove what writers that were killed half-way have left in a directory; how many files.
+
+    Files of processes that still run, ours included, are left alone.
+
+    Raises:
+        HostRefused: The file system refused.
+    """
+    removed = 0
+    try:
+        for path in directory.iterdir():
+            match = _UNFINISHED.fullmatch(path.name)
+            if match is not None and not Path(f"/proc/{match[1]}").exists():
+                path.unlink(missing_ok=True)
+                removed += 1
+    except FileNotFoundError:
+        return removed
+    except OSError as error:
+        raise host_refused(f"sweep {directory}", error) from error
+    return removed
 
 
 def _write_new(

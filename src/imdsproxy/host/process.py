@@ -84,6 +84,7 @@ class ProcessHandle:
         self.pid = identity.pid
         self.identity = identity
         self._descriptor = descriptor
+        self._status: int | None = None
 
     def alive(self) -> bool:
         """Whether it has not ended yet; a zombie has."""
@@ -109,13 +110,13 @@ class ProcessHandle:
         return self._reap()
 
     def _reap(self) -> int | None:
-        try:
+        # A child can be reaped once, but several tasks may want to know how it ended.
+        with contextlib.suppress(ChildProcessError):
             result = os.waitid(os.P_PIDFD, self._descriptor, os.WEXITED | os.WNOHANG)
-        except ChildProcessError:
-            return None
-        if result is None:
-            return None
-        return result.si_status if result.si_code == os.CLD_EXITED else -result.si_status
+            if result is not None:
+                exited = result.si_code == os.CLD_EXITED
+                self._status = result.si_status if exited else -result.si_status
+        return self._status
 
     def kill(self, number: signal.Signals = signal.SIGTERM) -> bool:
         """Send a signal; false when it has ended already.
@@ -163,6 +164,8 @@ def open_process(pid: int, *, started: int | None = None) -> ProcessHandle | Non
     """A handle on a running process; `None` if there is none, or it did not start at `started`."""
     try:
         descriptor = os.pidfd_open(pid)
+    except OverflowError:
+        return None
     except OSError as error:
         if error.errno in (errno.ESRCH, errno.EINVAL, errno.ENOENT):
             return None

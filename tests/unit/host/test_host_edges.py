@@ -1,0 +1,133 @@
+"""The small ones: clock, notifier, refusals, links for HAProxy."""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+
+from imdsproxy.core.hoststate import NamespaceRef
+from imdsproxy.errors import HostRefused, PrivilegeMissing
+from imdsproxy.host.clock import SystemClock
+from imdsproxy.host.notify import ServiceNotifier
+from imdsproxy.host.nslinks import apply_links, haproxy_name, link_name
+from imdsproxy.host.refusal import host_refused
+
+
+def test_the_clock_goes_forward_and_knows_utc() -> None:
+    clock = SystemClock()
+    first = clock.monotonic()
+    assert clock.monotonic() >= first
+    assert clock.now().tzinfo is UTC
+    assert abs((clock.now() - datetime.now(UTC)).total_seconds()) < 5
+
+
+@pytest.fixture(params=["path", "abstract"])
+def manager(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[socket.socket, str]]:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listening:
+        listening.settimeout(5)
+        if request.param == "path":
+            address = str(tmp_path / "notify")
+            listening.bind(address)
+        else:
+            address = f"@imdst-notify-{os.getpid()}"
+            listening.bind(f"\0{address[1:]}")
+        yield listening, address
+
+
+def test_the_manager_hears_every_state(manager: tuple[socket.socket, str]) -> None:
+    listening, address = manager
+    notifier = ServiceNotifier(address)
+    notifier.ready("3 networks\nand more")
+    notifier.reloading(12)
+    notifier.status("busy")
+    notifier.watchdog()
+    notifier.stopping()
+    assert [listening.recv(1000) for _ in range(5)] == [
+        b"READY=1\nSTATUS=3 networks and more",
+        b"RELOADING=1\nMONOTONIC_USEC=12",
+        b"STATUS=busy",
+        b"WATCHDOG=1",
+        b"STOPPING=1",
+    ]
+
+
+def test_without_a_manager_nothing_is_sent() -> None:
+    ServiceNotifier().ready("up")
+
+
+def test_a_manager_that_is_gone_is_told_of(tmp_path: Path) -> None:
+    with pytest.raises(HostRefused, match="notify the service manager"):
+        ServiceNotifier(str(tmp_path / "gone")).ready()
+
+
+def test_a_refusal_carries_the_errno_and_a_hint() -> None:
+    refused = host_refused("create namespace blue", OSError(errno.ENOSPC, "x"))
+    assert isinstance(refused, HostRefused)
+    assert refused.message == "cannot create namespace blue: No space left on device (ENOSPC)"
+    assert "free some space" in refused.hint
+
+
+@pytest.mark.parametrize("number", [errno.EPERM, errno.EACCES])
+def test_a_missing_privilege_is_an_error_of_its_own(number: int) -> None:
+    refused = host_refused("create namespace blue", OSError(number, "x"))
+    assert isinstance(refused, PrivilegeMissing)
+    assert "CAP_NET_ADMIN" in refused.hint
+
+
+def test_an_error_without_errno_keeps_its_words() -> None:
+    refused = host_refused("do it", OSError("odd"), hint="look")
+    assert "odd" in refused.message
+    assert refused.hint == "look"
+
+
+def _links(place: Path) -> dict[str, str]:
+    return {path.name: str(path.readlink()) for path in place.iterdir() if path.is_symlink()}
+
+
+def test_links_are_made_changed_and_removed_and_left_alone_when_right(tmp_path: Path) -> None:
+    place = tmp_path / "links"
+    first = {"blue.1": Path("/run/netns/blue"), "red.2": Path("/run/netns/red")}
+    assert apply_links(place, first)
+    assert _links(place) == {name: str(target) for name, target in first.items()}
+    made = {path.name: path.lstat().st_ino for path in place.iterdir()}
+
+    assert not apply_links(place, first)
+    assert {path.name: path.lstat().st_ino for path in place.iterdir()} == made
+
+    (place / "readme").touch()
+    second = {"blue.1": Path("/run/netns/blue"), "red.2": Path("/elsewhere/red")}
+    assert apply_links(place, second)
+    assert _links(place) == {name: str(target) for name, target in second.items()}
+    assert (place / "blue.1").lstat().st_ino == made["blue.1"]
+
+    assert apply_links(place, {})
+    assert [path.name for path in place.iterdir()] == ["readme"]
+
+
+def test_what_a_killed_process_left_half_made_does_not_stay(tmp_path: Path) -> None:
+    (tmp_path / ".tmp-blue.1").symlink_to("/run/netns/old")
+    assert apply_links(tmp_path, {"blue.1": Path("/run/netns/blue")})
+    assert _links(tmp_path) == {"blue.1": "/run/netns/blue"}
+
+
+def test_links_that_cannot_be_made_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(HostRefused, match="link namespaces"):
+        apply_links(tmp_path / "file", {})
+
+
+def test_haproxy_finds_a_link_by_a_name_relative_to_run_netns() -> None:
+    name = link_name(NamespaceRef("blue", 4026532317))
+    assert name == "blue.4026532317"
+    assert haproxy_name(Path("/run/imdsproxy/netns"), name) == (
+        "../imdsproxy/netns/blue.4026532317"
+    )
+    # /var/run leads to /run on every system that HAProxy's compiled-in path is for.
+    assert haproxy_name(Path("/var/run/imdsproxy/netns"), name).startswith("../imdsproxy/")
+    assert haproxy_name(Path("/tmp/demo"), name) == f"../../tmp/demo/{name}"  # noqa: S108 - a name only

@@ -1,0 +1,582 @@
+from __future__ import annotations
+
+import errno
+from collections.abc import Mapping
+from dataclasses import replace
+from ipaddress import ip_address
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from imdsproxy.core.endpoints import Endpoint, LeftOutCode
+from imdsproxy.core.hostnames import Naming
+from imdsproxy.core.hostops import (
+    AddAddress,
+    AddDefaultRoute,
+    CreateNamespace,
+    CreateVeth,
+    DeleteLink,
+    DeleteNamespace,
+    RemoveAddress,
+)
+from imdsproxy.core.hoststate import (
+    AddressState,
+    BindTrial,
+    Effect,
+    Family,
+    ListeningSocket,
+    NamespaceRef,
+    ObservedAddress,
+    ObservedDevice,
+    ObservedHost,
+    ObservedNamespace,
+    SocketOwner,
+    changed_places,
+    merge_observed,
+)
+from imdsproxy.core.listeners import ListenerPlan, plan_listeners
+from imdsproxy.core.model import (
+    METADATA_IPV4,
+    METADATA_IPV6,
+    BridgeListener,
+    InterfaceListener,
+    Listener,
+    NamespaceListener,
+    Network,
+    NetworkId,
+)
+
+NAMING = Naming()
+BLUE = NetworkId("blue")
+REF = NamespaceRef("ns-blue", 77)
+LO = ObservedDevice("lo", 1, up=True, mtu=65536)
+TAP = ObservedDevice("tap0", 2, up=True, mtu=1500)
+V4 = ObservedAddress("tap0", METADATA_IPV4, 32)
+V6 = ObservedAddress("tap0", METADATA_IPV6, 64)
+FULL = ObservedNamespace(REF, {"lo": LO, "tap0": TAP}, (V4, V6))
+
+
+def _networks(listeners: Mapping[str, Listener]) -> dict[NetworkId, Network]:
+    return {NetworkId(name): Network(NetworkId(name), one) for name, one in listeners.items()}
+
+
+def _host(*namespaces: ObservedNamespace, root: ObservedNamespace | None = None) -> ObservedHost:
+    named = {one.ref.name: one for one in namespaces if one.ref is not None}
+    return ObservedHost(root or ObservedNamespace(None), named)
+
+
+def _plan(listener: Listener, *seen: ObservedNamespace) -> ListenerPlan:
+    return plan_listeners(_networks({"blue": listener}), _host(*seen))
+
+
+def _root(*devices: ObservedDevice, addresses: tuple[ObservedAddress, ...] = ()) -> ObservedHost:
+    seen = ObservedNamespace(None, {one.name: one for one in devices}, addresses)
+    return _host(root=seen)
+
+
+def _codes(plan: ListenerPlan) -> list[tuple[Family | None, LeftOutCode]]:
+    return [(one.family, one.code) for one in plan.left_out]
+
+
+def test_both_addresses_of_a_namespace_are_bound_ipv6_to_its_device() -> None:
+    plan = _plan(NamespaceListener("ns-blue"), FULL)
+    assert plan == ListenerPlan(
+        (
+            Endpoint(BLUE, METADATA_IPV4, 80, None, REF),
+            Endpoint(BLUE, METADATA_IPV6, 80, "tap0", REF),
+        )
+    )
+
+
+def test_a_device_that_is_named_is_bound_to_in_both_families() -> None:
+    plan = _plan(NamespaceListener("ns-blue", "tap0"), FULL)
+    assert [one.device for one in plan.endpoints] == ["tap0", "tap0"]
+
+
+def test_ipv4_may_be_on_lo_though_another_device_is_named() -> None:
+    seen = replace(FULL, addresses=(ObservedAddress("lo", METADATA_IPV4, 32), V6))
+    plan = _plan(NamespaceListener("ns-blue", "tap0"), seen)
+    assert [one.device for one in plan.endpoints] == ["tap0", "tap0"]
+
+
+def test_ipv6_on_two_devices_is_bound_on_both() -> None:
+    other = ObservedDevice("tap1", 3, up=True, mtu=1500)
+    seen = replace(
+        FULL,
+        devices={**FULL.devices, "tap1": other},
+        addresses=(V4, V6, ObservedAddress("tap1", METADATA_IPV6, 64)),
+    )
+    plan = _plan(NamespaceListener("ns-blue"), seen)
+    assert [one.device for one in plan.endpoints] == [None, "tap0", "tap1"]
+
+
+def test_one_of_two_devices_that_is_blocked_does_not_leave_the_family_out() -> None:
+    other = ObservedDevice("tap1", 3, up=True, mtu=1500)
+    seen = replace(
+        FULL,
+        devices={**FULL.devices, "tap1": other},
+        addresses=(V4, V6, ObservedAddress("tap1", METADATA_IPV6, 64)),
+        trials=(BindTrial(Family.IPV6, "tap0", errno.EADDRINUSE),),
+    )
+    plan = _plan(NamespaceListener("ns-blue"), seen)
+    assert [one.device for one in plan.endpoints] == [None, "tap1"]
+    assert plan.left_out == ()
+
+
+def test_a_namespace_that_is_missing_leaves_both_families_out() -> None:
+    assert _codes(_plan(NamespaceListener("ns-blue"))) == [(None, LeftOutCode.NAMESPACE_MISSING)]
+
+
+def test_a_namespace_that_cannot_be_looked_at_is_left_out_in_the_kernels_words() -> None:
+    plan = _plan(NamespaceListener("ns-blue"), ObservedNamespace(REF, problem="cannot enter"))
+    assert _codes(plan) == [(None, LeftOutCode.NAMESPACE_UNUSABLE)]
+    assert plan.left_out[0].reason == "cannot enter"
+
+
+@pytest.mark.parametrize(
+    ("seen", "code"),
+    [
+        (replace(FULL, devices={"lo": LO}), LeftOutCode.DEVICE_MISSING),
+        (
+            replace(FULL, devices={"lo": LO, "tap0": replace(TAP, up=False)}),
+            LeftOutCode.DEVICE_DOWN,
+        ),
+    ],
+)
+def test_a_device_that_is_missing_or_down_is_left_out(
+    seen: ObservedNamespace, code: LeftOutCode
+) -> None:
+    assert _codes(_plan(NamespaceListener("ns-blue", "tap0"), seen)) == [(None, code)]
+
+
+@pytest.mark.parametrize(
+    ("addresses", "code"),
+    [
+        ((V4,), LeftOutCode.ADDRESS_MISSING),
+        ((V4, replace(V6, device="lo")), LeftOutCode.ADDRESS_ON_LOOPBACK),
+        ((V4, replace(V6, state=AddressState.TENTATIVE)), LeftOutCode.ADDRESS_TENTATIVE),
+        ((V4, replace(V6, state=AddressState.DUPLICATE)), LeftOutCode.ADDRESS_DUPLICATE),
+    ],
+)
+def test_an_ipv6_address_that_cannot_be_bound_leaves_only_ipv6_out(
+    addresses: tuple[ObservedAddress, ...], code: LeftOutCode
+) -> None:
+    plan = _plan(NamespaceListener("ns-blue"), replace(FULL, addresses=addresses))
+    assert [one.address for one in plan.endpoints] == [METADATA_IPV4]
+    assert _codes(plan) == [(Family.IPV6, code)]
+
+
+def test_an_ipv4_address_that_is_missing_leaves_only_ipv4_out() -> None:
+    plan = _plan(NamespaceListener("ns-blue"), replace(FULL, addresses=(V6,)))
+    assert [one.address for one in plan.endpoints] == [METADATA_IPV6]
+    assert _codes(plan) == [(Family.IPV4, LeftOutCode.ADDRESS_MISSING)]
+
+
+def test_managed_addresses_are_added_and_pending_meanwhile() -> None:
+    bare = replace(FULL, addresses=())
+    plan = _plan(NamespaceListener("ns-blue", "tap0", manage_addresses=True), bare)
+    assert plan.ops == (
+        AddAddress(BLUE, "ns-blue", "tap0", METADATA_IPV4, 32, NAMING.protocol),
+        AddAddress(BLUE, "ns-blue", "tap0", METADATA_IPV6, 64, NAMING.protocol),
+    )
+    assert _codes(plan) == [
+        (Family.IPV4, LeftOutCode.PENDING),
+        (Family.IPV6, LeftOutCode.PENDING),
+    ]
+    assert _plan(NamespaceListener("ns-blue", "tap0", manage_addresses=True), FULL).ops == ()
+
+
+def test_unmanaged_addresses_are_never_added() -> None:
+    bare = replace(FULL, addresses=())
+    assert _plan(NamespaceListener("ns-blue", "tap0"), bare).ops == ()
+
+
+MARKED = tuple(replace(one, protocol=NAMING.protocol) for one in (V4, V6))
+
+
+def test_our_addresses_go_with_their_network_and_not_before() -> None:
+    host = _host(replace(FULL, addresses=MARKED))
+    listener = NamespaceListener("ns-blue", "tap0", manage_addresses=True)
+    assert plan_listeners(_networks({"blue": listener}), host).ops == ()
+    assert plan_listeners({}, host).ops == (
+        RemoveAddress("ns-blue", "tap0", METADATA_IPV4, 32),
+        RemoveAddress("ns-blue", "tap0", METADATA_IPV6, 64),
+    )
+    assert plan_listeners({}, host, sweep=False).ops == ()
+    assert plan_listeners({}, _host(FULL)).ops == ()
+
+
+def test_our_addresses_go_when_their_management_is_switched_off_or_the_device_changes() -> None:
+    host = _host(replace(FULL, addresses=MARKED))
+    for listener in (
+        NamespaceListener("ns-blue", "tap0"),
+        NamespaceListener("ns-blue", "lo", manage_addresses=True),
+        InterfaceListener("tap0"),
+    ):
+        ops = plan_listeners(_networks({"blue": listener}), host).ops
+        assert sum(isinstance(one, RemoveAddress) for one in ops) == 2
+
+
+def test_another_daemons_addresses_are_not_ours() -> None:
+    other = Naming("other")
+    assert other.protocol != NAMING.protocol
+    assert plan_listeners({}, _host(replace(FULL, addresses=MARKED)), other).ops == ()
+
+
+def test_an_interface_gets_addresses_and_is_bound_to() -> None:
+    networks = _networks({"blue": InterfaceListener("tap0")})
+    plan = plan_listeners(networks, _root(TAP))
+    assert [one.namespace for one in plan.ops if isinstance(one, AddAddress)] == [None, None]
+    plan = plan_listeners(networks, _root(TAP, addresses=MARKED))
+    assert [(one.device, one.namespace) for one in plan.endpoints] == [("tap0", None)] * 2
+    assert not plan.ops
+    assert not plan.left_out
+
+
+def test_an_address_on_another_interface_is_not_this_ones() -> None:
+    other = ObservedAddress("eth0", METADATA_IPV4, 32)
+    plan = plan_listeners(
+        _networks({"blue": InterfaceListener("tap0")}), _root(TAP, addresses=(other, V6))
+    )
+    assert [one.address for one in plan.endpoints] == [METADATA_IPV6]
+    assert _codes(plan) == [(Family.IPV4, LeftOutCode.PENDING)]
+
+
+@pytest.mark.parametrize("kind", ["bridge", "bond", "team", "openvswitch"])
+def test_an_interface_whose_packets_go_to_its_master_is_left_out(kind: str) -> None:
+    master = ObservedDevice("m0", 9, up=True, mtu=1500, kind=kind)
+    plan = plan_listeners(
+        _networks({"blue": InterfaceListener("tap0")}), _root(replace(TAP, master=9), master)
+    )
+    assert _codes(plan) == [(None, LeftOutCode.DEVICE_ENSLAVED)]
+    assert plan.ops == ()
+
+
+def test_an_interface_in_a_vrf_is_served() -> None:
+    vrf = ObservedDevice("vrf0", 9, up=True, mtu=1500, kind="vrf")
+    host = _root(replace(TAP, master=9), vrf, addresses=(V4, V6))
+    plan = plan_listeners(_networks({"blue": InterfaceListener("tap0")}), host)
+    assert len(plan.endpoints) == 2
+
+
+def _socket(address: str, device: str | None = None, *, ours: bool = False) -> ListeningSocket:
+    owner = SocketOwner(41, "nginx")
+    return ListeningSocket(ip_address(address), 80, device, 5, 0, owners=(owner,), ours=ours)
+
+
+def test_a_port_in_use_leaves_the_family_out_and_names_the_process() -> None:
+    seen = replace(
+        FULL,
+        sockets=(_socket("0.0.0.0"),),
+        trials=(BindTrial(Family.IPV4, None, errno.EADDRINUSE), BindTrial(Family.IPV6, "tap0", 0)),
+    )
+    plan = _plan(NamespaceListener("ns-blue"), seen)
+    assert _codes(plan) == [(Family.IPV4, LeftOutCode.PORT_BUSY)]
+    assert "nginx (pid 41)" in plan.left_out[0].reason
+    assert plan.left_out[0].sockets == seen.sockets
+    assert [one.effect for one in plan.foreign] == [Effect.BLOCKS]
+    assert [one.address for one in plan.endpoints] == [METADATA_IPV6]
+
+
+def test_a_port_in_use_by_nobody_that_is_seen_says_so() -> None:
+    seen = replace(FULL, trials=(BindTrial(Family.IPV4, None, errno.EADDRINUSE),))
+    plan = _plan(NamespaceListener("ns-blue"), seen)
+    assert "cannot be seen" in plan.left_out[0].reason
+
+
+def test_any_other_refusal_of_the_bind_is_told_by_its_name() -> None:
+    seen = replace(FULL, trials=(BindTrial(Family.IPV4, None, errno.EADDRNOTAVAIL),))
+    plan = _plan(NamespaceListener("ns-blue"), seen)
+    assert _codes(plan) == [(Family.IPV4, LeftOutCode.BIND_REFUSED)]
+    assert "EADDRNOTAVAIL" in plan.left_out[0].reason
+
+
+@pytest.mark.parametrize(
+    ("address", "device", "expected"),
+    [
+        ("169.254.169.254", None, {Family.IPV4: Effect.SHARES}),
+        ("169.254.169.254", "tap0", {Family.IPV4: Effect.SHARES}),
+        ("0.0.0.0", None, {Family.IPV4: Effect.YIELDS}),
+        ("::", None, {Family.IPV4: Effect.YIELDS, Family.IPV6: Effect.YIELDS}),
+        ("fe80::a9fe:a9fe", "tap0", {Family.IPV6: Effect.SHARES}),
+        ("fe80::a9fe:a9fe", "tap9", {}),
+        ("10.0.0.1", None, {}),
+    ],
+)
+def test_a_foreign_listener_beside_ours_is_told_with_what_it_does(
+    address: str, device: str | None, expected: dict[Family, Effect]
+) -> None:
+    plan = _plan(NamespaceListener("ns-blue"), replace(FULL, sockets=(_socket(address, device),)))
+    assert {one.family: one.effect for one in plan.foreign} == expected
+    assert len(plan.endpoints) == 2
+
+
+def test_a_v6_only_wildcard_is_no_matter_of_ipv4() -> None:
+    only = replace(_socket("::"), v6_only=True)
+    plan = _plan(NamespaceListener("ns-blue"), replace(FULL, sockets=(only,)))
+    assert [one.family for one in plan.foreign] == [Family.IPV6]
+
+
+def test_our_own_sockets_are_not_foreign() -> None:
+    ours = _socket("169.254.169.254", ours=True)
+    plan = _plan(NamespaceListener("ns-blue"), replace(FULL, sockets=(ours,)))
+    assert plan.foreign == ()
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (NamespaceListener("ns-blue"), NamespaceListener("ns-blue")),
+        (NamespaceListener("ns-blue"), NamespaceListener("ns-blue", "tap0")),
+        (NamespaceListener("ns-blue", "tap0"), NamespaceListener("ns-blue", "tap0")),
+        (NamespaceListener("gone"), NamespaceListener("gone")),
+        (NamespaceListener("ns-blue"), NamespaceListener("same-by-another-name")),
+        (InterfaceListener("br0"), InterfaceListener("br0")),
+        (InterfaceListener("br0"), BridgeListener("br0")),
+        (BridgeListener("br0"), BridgeListener("br0")),
+    ],
+)
+def test_two_networks_with_one_listener_are_both_left_out(one: Listener, other: Listener) -> None:
+    bridge = ObservedDevice("br0", 5, up=True, mtu=1500, kind="bridge")
+    again = replace(FULL, ref=NamespaceRef("same-by-another-name", REF.inode))
+    root = ObservedNamespace(None, {"br0": bridge})
+    free = InterfaceListener("eth9")
+
+    plan = plan_listeners(
+        _networks({"a": one, "b": other, "c": free}), _host(FULL, again, root=root)
+    )
+
+    codes = {left.network: left.code for left in plan.left_out}
+    assert codes == {
+        "a": LeftOutCode.LISTENER_SHARED,
+        "b": LeftOutCode.LISTENER_SHARED,
+        "c": LeftOutCode.DEVICE_MISSING,
+    }
+    assert "of b" in plan.left_out[0].reason
+    assert not plan.endpoints
+    assert not plan.ops
+
+
+def test_two_devices_of_one_namespace_are_two_listeners() -> None:
+    other = ObservedDevice("tap1", 3, up=True, mtu=1500)
+    seen = replace(FULL, devices={**FULL.devices, "tap1": other})
+    networks = _networks(
+        {"a": NamespaceListener("ns-blue", "tap0"), "b": NamespaceListener("ns-blue", "tap1")}
+    )
+    plan = plan_listeners(networks, _host(seen))
+    assert [(one.network, one.device) for one in plan.endpoints] == [
+        ("a", "tap0"),
+        ("a", "tap0"),
+        ("b", "tap1"),
+    ]
+
+
+BRIDGE = ObservedDevice("br0", 5, up=True, mtu=1400, kind="bridge")
+OUR_NS, OUR_LINK, ALIAS = NAMING.namespace(BLUE), NAMING.link(BLUE), NAMING.alias(BLUE)
+INNER = NAMING.inner_device
+
+
+def _bridged(**changes: object) -> ObservedHost:
+    """Everything as it should be for a bridge listener, but for `changes` of the inside."""
+    link = ObservedDevice(OUR_LINK, 6, True, 1400, ALIAS, master=5, kind="veth")
+    inner = ObservedDevice(INNER, 2, True, 1400, ALIAS, kind="veth")
+    inside = ObservedNamespace(
+        NamespaceRef(OUR_NS, 99),
+        {"lo": replace(LO, alias=ALIAS), INNER: inner},
+        tuple(replace(one, device=INNER, protocol=NAMING.protocol) for one in (V4, V6)),
+        frozenset((family, INNER) for family in Family),
+    )
+    root = ObservedNamespace(None, {"br0": BRIDGE, OUR_LINK: link})
+    return _host(replace(inside, **changes), root=root)  # type: ignore[arg-type]  # one field at a time
+
+
+NETWORKS = _networks({"blue": BridgeListener("br0")})
+
+
+def test_a_bridge_gets_a_namespace_a_veth_addresses_and_routes() -> None:
+    plan = plan_listeners(NETWORKS, _root(BRIDGE))
+    assert plan.ops == (
+        CreateNamespace(BLUE, OUR_NS, ALIAS),
+        CreateVeth(BLUE, OUR_LINK, "br0", OUR_NS, INNER, 1400, ALIAS),
+        AddAddress(BLUE, OUR_NS, INNER, METADATA_IPV4, 32, NAMING.protocol),
+        AddAddress(BLUE, OUR_NS, INNER, METADATA_IPV6, 64, NAMING.protocol),
+        AddDefaultRoute(BLUE, OUR_NS, INNER, Family.IPV4),
+        AddDefaultRoute(BLUE, OUR_NS, INNER, Family.IPV6),
+    )
+    assert _codes(plan) == [(None, LeftOutCode.PENDING)]
+
+
+def test_a_bridge_that_has_everything_is_served_and_left_alone() -> None:
+    plan = plan_listeners(NETWORKS, _bridged())
+    assert [(one.device, one.namespace) for one in plan.endpoints] == [
+        (INNER, NamespaceRef(OUR_NS, 99))
+    ] * 2
+    assert not plan.ops
+    assert not plan.left_out
+
+
+def test_everything_of_a_bridge_goes_with_its_network() -> None:
+    assert plan_listeners({}, _bridged()).ops == (DeleteNamespace(OUR_NS), DeleteLink(OUR_LINK))
+    assert plan_listeners({}, _bridged(), sweep=False).ops == ()
+    assert plan_listeners({}, _bridged(), Naming("other")).ops == ()
+
+
+def test_what_was_half_made_goes_unless_it_is_wanted() -> None:
+    host = replace(_root(BRIDGE), half_made=frozenset((OUR_NS, "somebody-s")))
+    assert plan_listeners({}, host).ops == (DeleteNamespace(OUR_NS),)
+    ops = plan_listeners(NETWORKS, host).ops
+    assert not any(isinstance(one, DeleteNamespace) for one in ops)
+
+
+def test_an_unmarked_veth_of_ours_is_marked_if_wanted_and_swept_if_not() -> None:
+    host = _bridged()
+    link = replace(host.root.devices[OUR_LINK], alias="")
+    root = replace(host.root, devices={"br0": BRIDGE, OUR_LINK: link})
+    host = replace(host, root=root)
+    assert [type(one) for one in plan_listeners(NETWORKS, host).ops] == [CreateVeth]
+    assert DeleteLink(OUR_LINK) in plan_listeners({}, host).ops
+
+
+@pytest.mark.parametrize("kind", ["", "bridge", "tun"])
+def test_an_unmarked_link_of_another_kind_is_somebody_elses(kind: str) -> None:
+    link = ObservedDevice(OUR_LINK, 6, up=True, mtu=1400, kind=kind)
+    assert plan_listeners({}, _root(BRIDGE, link)).ops == ()
+    assert _codes(plan_listeners(NETWORKS, _root(BRIDGE, link))) == [(None, LeftOutCode.NAME_TAKEN)]
+
+
+@given(
+    st.dictionaries(
+        st.sampled_from(["a", "b", "c", "d"]),
+        st.one_of(
+            st.builds(
+                NamespaceListener,
+                st.sampled_from(["ns-blue", "gone"]),
+                st.sampled_from([None, "tap0", "lo", "tap9"]),
+                st.booleans(),
+            ),
+            st.builds(InterfaceListener, st.sampled_from(["tap0", "br0", "gone"])),
+            st.builds(BridgeListener, st.sampled_from(["br0", "tap0", "gone"])),
+        ),
+    ),
+    st.lists(
+        st.builds(
+            ObservedAddress,
+            st.sampled_from(["lo", "tap0"]),
+            st.sampled_from([METADATA_IPV4, METADATA_IPV6]),
+            st.just(64),
+            st.sampled_from(AddressState),
+            st.sampled_from([0, NAMING.protocol]),
+        )
+    ),
+    st.lists(
+        st.builds(
+            BindTrial,
+            st.sampled_from(Family),
+            st.sampled_from([None, "tap0"]),
+            st.sampled_from([0, errno.EADDRINUSE, errno.EINVAL]),
+        )
+    ),
+)
+def test_every_network_and_family_is_either_bound_or_left_out_for_one_reason(
+    listeners: dict[str, Listener],
+    addresses: list[ObservedAddress],
+    trials: list[BindTrial],
+) -> None:
+    seen = replace(FULL, addresses=tuple(addresses), trials=tuple(trials))
+    root = ObservedNamespace(None, {"tap0": TAP, "br0": BRIDGE}, tuple(addresses), trials=())
+    networks = _networks(listeners)
+    plan = plan_listeners(networks, _host(seen, root=root))
+    for network in networks:
+        for family in Family:
+            bound = [
+                one
+                for one in plan.endpoints
+                if one.network == network and one.address == family.metadata_address
+            ]
+            left = [
+                one
+                for one in plan.left_out
+                if one.network == network and one.family in (None, family)
+            ]
+            assert bool(bound) != bool(left)
+            assert len(left) <= 1
+    # No two networks are ever bound to the same place.
+    places = [(one.address, one.device, one.namespace) for one in plan.endpoints]
+    assert len(places) == len(set(places))
+
+
+@given(st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", fullmatch=True))
+def test_names_fit_the_kernel_and_are_known_again(network: str) -> None:
+    for naming in (Naming(), Naming("x"), Naming("imdstab")):
+        link, namespace = naming.link(NetworkId(network)), naming.namespace(NetworkId(network))
+        assert len(link) <= 15
+        assert naming.is_link(link)
+        assert naming.is_namespace(namespace)
+        assert not naming.is_link(namespace)
+        assert not naming.is_namespace(link)
+        assert naming.owner_of(naming.alias(NetworkId(network))) == network
+        assert len(naming.alias(NetworkId(network))) < 256
+        assert 128 <= naming.protocol <= 255
+        assert len(naming.inner_device) <= 15
+
+
+def test_one_daemons_names_are_not_anothers() -> None:
+    mine, other = Naming("imds"), Naming("imdst")
+    assert not mine.is_namespace(other.namespace(BLUE))
+    assert not mine.is_link(other.link(BLUE))
+    assert mine.owner_of(other.alias(BLUE)) is None
+    assert mine.owner_of("") is None
+
+
+@pytest.mark.parametrize("prefix", ["", "Imds", "1mds", "im-ds", "imdstabc", "imds\n"])
+def test_a_prefix_that_would_not_fit_is_refused(prefix: str) -> None:
+    with pytest.raises(ValueError, match="not a prefix"):
+        Naming(prefix)
+
+
+def _part(
+    *namespaces: ObservedNamespace, asked: set[str], devices: set[str] | None = None
+) -> ObservedHost:
+    return replace(
+        _host(*namespaces),
+        asked_namespaces=frozenset(asked),
+        asked_devices=frozenset(devices or ()),
+    )
+
+
+def test_a_part_replaces_what_it_asked_for_and_leaves_the_rest() -> None:
+    red = replace(FULL, ref=NamespaceRef("ns-red", 78))
+    before = _host(FULL, red, root=ObservedNamespace(None, {"tap0": TAP}, (V4,)))
+    remade = replace(FULL, ref=NamespaceRef("ns-blue", 79))
+    after = merge_observed(before, _part(remade, asked={"ns-blue"}))
+    assert after.namespaces == {"ns-blue": remade, "ns-red": red}
+    assert after.root == before.root
+
+    after = merge_observed(after, _part(asked={"ns-blue"}, devices={"tap0"}))
+    assert after.namespaces == {"ns-red": red}
+    assert after.root.devices == {}
+    assert after.root.addresses == ()
+
+
+def test_a_complete_look_replaces_everything() -> None:
+    before = replace(_host(FULL), half_made=frozenset(("x",)))
+    assert merge_observed(before, ObservedHost()) == ObservedHost()
+
+
+def test_a_part_says_where_something_has_changed() -> None:
+    before = _host(FULL)
+    assert not changed_places(before, _part(FULL, asked={"ns-blue"}))
+    busy = replace(FULL, sockets=(_socket("0.0.0.0"),))
+    assert changed_places(before, _part(busy, asked={"ns-blue"})).namespaces == {"ns-blue"}
+    assert changed_places(before, _part(asked={"ns-blue"})).namespaces == {"ns-blue"}
+    assert not changed_places(before, _part(asked=set()))
+    with_tap = replace(
+        _part(asked=set(), devices={"tap0"}), root=ObservedNamespace(None, {"tap0": TAP})
+    )
+    assert changed_places(before, with_tap).devices == {"tap0"}
+
+
+def test_our_own_sockets_that_come_and_go_are_no_change() -> None:
+    ours = replace(FULL, sockets=(_socket("169.254.169.254", ours=True),))
+    assert not changed_places(_host(FULL), _part(ours, asked={"ns-blue"}))

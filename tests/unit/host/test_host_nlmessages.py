@@ -1,0 +1,150 @@
+from __future__ import annotations
+
+import errno
+import socket
+import struct
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from imdsproxy.core.hoststate import AddressState, Family, ObservedAddress, ObservedDevice
+from imdsproxy.core.model import METADATA_IPV4, METADATA_IPV6
+from imdsproxy.host.netlink import (
+    address_index,
+    find_link,
+    find_link_by_index,
+    list_links,
+    parse_address,
+    parse_link,
+)
+from imdsproxy.host.nlmessages import (
+    NetlinkRefused,
+    NetlinkSocket,
+    attribute,
+    integer,
+    iter_messages,
+    parse_attributes,
+    text,
+)
+
+_HEADER = struct.Struct("=IHHII")
+
+
+@given(st.dictionaries(st.integers(0, 0x3FFF), st.binary(max_size=300), max_size=20))
+def test_attributes_come_back_as_they_were_put_in(values: dict[int, bytes]) -> None:
+    data = b"".join(attribute(kind, value) for kind, value in values.items())
+    assert len(data) % 4 == 0
+    assert parse_attributes(data) == values
+    assert parse_attributes(b"head" + data, 4) == values
+
+
+@given(st.binary(max_size=200))
+def test_nonsense_is_neither_an_error_nor_endless(data: bytes) -> None:
+    parse_attributes(data)
+    list(iter_messages(data))
+
+
+@given(st.binary(max_size=200), st.integers(0, 199))
+def test_an_attribute_that_is_cut_short_ends_the_list(value: bytes, length: int) -> None:
+    data = integer(1, 7) + attribute(2, value)
+    found = parse_attributes(data[: min(8 + length, len(data) - 1)])
+    assert found.pop(1) == struct.pack("=I", 7)
+    # A cut in the padding loses nothing of the value.
+    assert set(found.values()) <= {value}
+
+
+def test_flags_in_an_attributes_type_are_not_part_of_it() -> None:
+    assert parse_attributes(attribute(0x8000 | 0x12, b"x")) == {0x12: b"x"}
+
+
+def test_messages_are_told_apart() -> None:
+    first = _HEADER.pack(17, 16, 2, 5, 0) + b"a" + b"\0\0\0"
+    second = _HEADER.pack(20, 3, 0, 5, 0) + b"done"
+    assert list(iter_messages(first + second)) == [(16, 2, 5, b"a"), (3, 0, 5, b"done")]
+    assert list(iter_messages(first + second[:-1])) == [(16, 2, 5, b"a")]
+
+
+def test_a_link_is_parsed_from_its_attributes() -> None:
+    info = attribute(0x8012, text(1, "veth") + attribute(2, b"...."))
+    payload = (
+        struct.pack("=BxHiII", 0, 1, 42, 0x1043, 0)
+        + text(3, "imds0")
+        + integer(4, 1400)
+        + integer(10, 7)
+        + text(20, "imdsproxy:imds:blue")
+        + attribute(1, bytes.fromhex("020000000001"))
+        + info
+    )
+    assert parse_link(payload) == ObservedDevice(
+        "imds0", 42, True, 1400, "imdsproxy:imds:blue", 7, "veth", "02:00:00:00:00:01"
+    )
+
+
+def _address(family: int, packed: bytes, flags: int = 0, *more: bytes) -> bytes:
+    head = struct.pack("=BBBBI", family, 64, flags & 0xFF, 0, 3)
+    return head + attribute(1, packed) + b"".join(more)
+
+
+@pytest.mark.parametrize(
+    ("flags", "state"),
+    [
+        (0x80, AddressState.USABLE),
+        (0x40 | 0x80, AddressState.TENTATIVE),
+        (0x08 | 0x40, AddressState.DUPLICATE),
+        # Beyond the eight bits of the header: only the attribute has these.
+        (0x240, AddressState.TENTATIVE),
+    ],
+)
+def test_an_address_says_whether_it_can_be_bound(flags: int, state: AddressState) -> None:
+    payload = _address(socket.AF_INET6, METADATA_IPV6.packed, flags, integer(8, flags))
+    assert parse_address(payload, {3: "eth0"}) == ObservedAddress(
+        "eth0", METADATA_IPV6, 64, state, 0
+    )
+    assert address_index(payload) == 3
+
+
+def test_an_address_says_who_added_it() -> None:
+    payload = _address(socket.AF_INET, METADATA_IPV4.packed, 0, attribute(11, b"\xa9"))
+    seen = parse_address(payload, {})
+    assert seen is not None
+    assert (seen.protocol, seen.device) == (0xA9, "3")
+
+
+def test_a_local_address_counts_and_its_peer_does_not() -> None:
+    own = attribute(2, METADATA_IPV4.packed)
+    assert parse_address(_address(socket.AF_INET, bytes(4), 0, own), {}) is not None
+    other = attribute(2, bytes(4))
+    peer = METADATA_IPV4.packed
+    assert parse_address(_address(socket.AF_INET, peer, 0, other), {}) is None
+
+
+def test_any_other_address_is_of_no_interest() -> None:
+    assert parse_address(_address(socket.AF_INET, b"\x0a\0\0\1"), {}) is None
+
+
+def test_the_kernel_is_asked_for_links() -> None:
+    with NetlinkSocket() as channel:
+        links = list_links(channel)
+        loopback = next(one for one in links if one.name == "lo")
+        assert loopback.index == 1
+        assert find_link(channel, "lo") == loopback
+        assert find_link_by_index(channel, 1) == loopback
+        assert find_link(channel, "imdst-nowhere") is None
+        assert find_link_by_index(channel, 2**31 - 1) is None
+
+
+def test_the_kernels_own_words_are_kept() -> None:
+    with NetlinkSocket() as channel, pytest.raises(NetlinkRefused) as refused:
+        # A link that is nobody's: neither an index nor a name.
+        channel.change(16, struct.pack("=BxHiII", 0, 0, 0, 0, 0))
+    assert refused.value.errno in (errno.EINVAL, errno.ENODEV, errno.EPERM)
+    with NetlinkSocket() as channel, pytest.raises(NetlinkRefused) as refused:
+        channel.change(20, struct.pack("=BBBBI", socket.AF_INET, 32, 0, 0, 1))
+    assert refused.value.errno is not None
+    assert str(refused.value)
+
+
+def test_families_know_their_metadata_address() -> None:
+    assert Family.IPV4.metadata_address == METADATA_IPV4
+    assert Family.IPV6.metadata_address == METADATA_IPV6

@@ -1,0 +1,188 @@
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from imdsproxy.errors import HostRefused
+from imdsproxy.host.process import (
+    ProcessHandle,
+    ProcessIdentity,
+    identify,
+    open_process,
+    pss_bytes,
+    read_pid_file,
+    remove_pid_file,
+    spawn_detached,
+    write_pid_file,
+)
+
+_SLEEP = "import time; print('up', flush=True); time.sleep(600)"
+_STUBBORN = (
+    "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+    "print('up', flush=True); time.sleep(600)"
+)
+
+
+class _Spawner:
+    def __init__(self) -> None:
+        self.handles: list[ProcessHandle] = []
+
+    def __call__(self, code: str, *arguments: str) -> tuple[ProcessHandle, bytes]:
+        """Start Python code; its handle and the first line of what it printed."""
+        reading, writing = os.pipe()
+        try:
+            handle = spawn_detached(
+                (sys.executable, "-c", code, *arguments),
+                stdout=writing,
+                stderr=writing,
+                environment={"WORD": "one"},
+            )
+        finally:
+            os.close(writing)
+        self.handles.append(handle)
+        with os.fdopen(reading, "rb") as output:
+            return handle, output.readline()
+
+
+@pytest.fixture
+def spawn() -> Iterator[_Spawner]:
+    spawner = _Spawner()
+    yield spawner
+    for handle in spawner.handles:
+        if handle._descriptor >= 0:
+            handle.kill(signal.SIGKILL)
+            os.waitid(os.P_PID, handle.pid, os.WEXITED) if handle.alive() else None
+            handle.close()
+
+
+def test_a_process_is_known_by_what_proc_says() -> None:
+    me = identify(os.getpid())
+    assert me is not None
+    assert me.pid == os.getpid()
+    assert me.parent == os.getppid()
+    assert Path(me.executable).samefile(sys.executable)
+    assert me.arguments[0] == sys.orig_argv[0]
+    assert me == identify(os.getpid())
+
+
+def test_nobody_has_a_pid_that_is_free(spawn: _Spawner) -> None:
+    handle, _ = spawn(_SLEEP)
+    handle.kill(signal.SIGKILL)
+    os.waitid(os.P_PID, handle.pid, os.WEXITED)
+    assert identify(handle.pid) is None
+    assert open_process(handle.pid) is None
+    assert not handle.alive()
+    assert not handle.kill()
+
+
+def test_a_detached_process_has_a_session_and_an_environment_of_its_own(spawn: _Spawner) -> None:
+    code = "import os; print(os.getsid(0) == os.getpid(), os.environ['WORD'], os.getcwd())"
+    _, line = spawn(code + "; import sys; sys.stdout.flush()")
+    assert line == b"True one /\n"
+
+
+def test_a_program_that_is_missing_is_refused_by_name() -> None:
+    with pytest.raises(HostRefused, match=r"cannot start /no/such: .*ENOENT"):
+        spawn_detached(("/no/such",), stdout=1, stderr=2, environment={})
+
+
+async def test_waiting_gives_the_exit_status_to_everybody_who_waits(spawn: _Spawner) -> None:
+    handle, _ = spawn("print('up', flush=True); raise SystemExit(7)")
+    async with asyncio.timeout(10):
+        assert list(await asyncio.gather(handle.wait(), handle.wait())) == [7, 7]
+    assert await handle.wait() == 7
+    assert not handle.alive()
+
+
+async def test_waiting_for_a_signal_gives_its_number_negative(spawn: _Spawner) -> None:
+    handle, _ = spawn(_SLEEP)
+    assert handle.alive()
+    assert handle.kill(signal.SIGKILL)
+    async with asyncio.timeout(10):
+        assert await handle.wait() == -signal.SIGKILL
+
+
+async def test_waiting_can_be_given_up(spawn: _Spawner) -> None:
+    handle, _ = spawn(_SLEEP)
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.05):
+            await handle.wait()
+    assert handle.alive()
+    assert await handle.stop(10)
+
+
+async def test_the_end_of_a_process_that_is_not_our_child_is_noticed_too(spawn: _Spawner) -> None:
+    code = (
+        "import subprocess, sys\n"
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
+        "print(child.pid, flush=True); child.wait()"
+    )
+    _, line = spawn(code)
+    handle = open_process(int(line))
+    assert handle is not None
+    handle.kill(signal.SIGKILL)
+    async with asyncio.timeout(10):
+        assert await handle.wait() is None
+    handle.close()
+
+
+async def test_stopping_kills_what_does_not_end_by_itself(spawn: _Spawner) -> None:
+    handle, _ = spawn(_STUBBORN)
+    async with asyncio.timeout(10):
+        assert not await handle.stop(0.05)
+    assert not handle.alive()
+
+
+def test_a_pid_file_leads_back_to_its_process_and_to_no_other(
+    tmp_path: Path, spawn: _Spawner
+) -> None:
+    path = tmp_path / "pid"
+    assert read_pid_file(path) is None
+    handle, _ = spawn(_SLEEP)
+    write_pid_file(path, handle.identity)
+    again = read_pid_file(path)
+    assert again is not None
+    assert again.identity.started == handle.identity.started
+    assert "import time" in again.identity.arguments[2]
+    again.close()
+
+    # The same pid, but a process that started at another time: somebody else by now.
+    other = ProcessIdentity(handle.pid, handle.identity.started + 1, 1, "", ())
+    write_pid_file(path, other)
+    assert read_pid_file(path) is None
+    remove_pid_file(path)
+    remove_pid_file(path)
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("text", ["", "x\n", "12x 4\n", "-1\n", "0\n", "99999999999\n"])
+def test_a_pid_file_of_nonsense_leads_nowhere(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "pid"
+    path.write_text(text)
+    assert read_pid_file(path) is None
+
+
+def test_a_pid_file_with_only_a_pid_is_believed(tmp_path: Path) -> None:
+    path = tmp_path / "pid"
+    path.write_text(f"{os.getpid()}\n")
+    handle = read_pid_file(path)
+    assert handle is not None
+    assert handle.pid == os.getpid()
+    handle.close()
+    handle.close()
+
+
+def test_a_process_has_memory_until_it_ends(spawn: _Spawner) -> None:
+    handle, _ = spawn(_SLEEP)
+    used = pss_bytes(handle.pid)
+    assert used is not None
+    assert 100_000 < used < 100_000_000
+    handle.kill(signal.SIGKILL)
+    os.waitid(os.P_PID, handle.pid, os.WEXITED)
+    assert pss_bytes(handle.pid) is None
