@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from imdsproxy.app.settings_reload import SettingsHolder
 from imdsproxy.config.schema import Settings
 from imdsproxy.errors import ImdsproxyError
 from imdsproxy.host.clock import SystemClock
+from imdsproxy.host.logs import open_logging
 from imdsproxy.host.notify import ServiceNotifier
 
 __all__ = ["run"]
@@ -29,14 +31,21 @@ def run(
     Raises:
         ImdsproxyError: It cannot start; says who must act.
     """
-    holder = SettingsHolder(load(), load)
+    clock = SystemClock()
+
+    def load_and_log() -> Settings:
+        settings = load()
+        open_logging(settings.log.level, settings.log.format, sys.stderr, clock=clock)
+        return settings
+
+    holder = SettingsHolder(load_and_log(), load_and_log)
     try:
         asyncio.run(
             run_controller(
                 holder,
                 config=config,
                 environment=environment,
-                clock=SystemClock(),
+                clock=clock,
                 notifier=ServiceNotifier(environment.get("NOTIFY_SOCKET", "")),
             )
         )
