@@ -81,12 +81,13 @@ def write_handover(path: Path, handover: Handover) -> None:
 def accept_handover(path: Path) -> Handover | None:
     """What this process's former program left, once; `None` when it was started anew."""
     try:
-        text = cast("_Text", json.loads(path.read_bytes()))
+        parsed = json.loads(path.read_bytes())
     except (OSError, ValueError):
         # Whatever is there was not written for this process in this moment.
         return None
-    if text["pid"] != os.getpid():
+    if not isinstance(parsed, dict) or parsed.get("pid") != os.getpid():
         return None
+    text = cast("_Text", parsed)
     path.unlink(missing_ok=True)
     for descriptor in (text["lock"], text["alive"]):
         os.set_inheritable(descriptor, False)

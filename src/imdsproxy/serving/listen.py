@@ -26,6 +26,7 @@ _BACKLOG: Final = 2048
 _KEEP_ALIVE_S: Final = 300
 """Longer than HAProxy keeps an idle connection to a server, so that it is HAProxy who closes."""
 
+_LINGER_S: Final = 0.3
 _DRAIN_POLL_S: Final = 0.02
 
 
@@ -99,15 +100,27 @@ class HttpListener:
         return HttpToolsProtocol(config=self._config, server_state=self._state, app_state={})
 
     async def close(self, *, grace_s: float) -> None:
-        """Accept no more, let requests finish for so long, then end what is left."""
+        """Accept no more, let requests finish for so long, then end what is left.
+
+        A connection on which nothing is asked just now may have a request on its way: for a moment it gets its
+        answer, which also asks the client to close, before idle ones are closed from here.
+        """
         for server in self._servers:
             server.close()
         self._servers.clear()
-        for connection in list(self._state.connections):
-            connection.shutdown()
+        self._state.default_headers = [(b"connection", b"close")]
         loop = asyncio.get_running_loop()
         deadline = loop.time() + grace_s
-        while self._state.connections and loop.time() < deadline:  # noqa: ASYNC110 - uvicorn's protocol tells nobody that it is done
-            await asyncio.sleep(_DRAIN_POLL_S)
+        # A connection that has just been accepted is among those known only after a turn of the loop.
+        await asyncio.sleep(_DRAIN_POLL_S)
+        await self._drain(min(loop.time() + _LINGER_S, deadline))
+        for connection in list(self._state.connections):
+            connection.shutdown()
+        await self._drain(deadline)
         for task in list(self._state.tasks):
             task.cancel()
+
+    async def _drain(self, deadline: float) -> None:
+        loop = asyncio.get_running_loop()
+        while self._state.connections and loop.time() < deadline:  # noqa: ASYNC110 - uvicorn tells nobody
+            await asyncio.sleep(_DRAIN_POLL_S)

@@ -99,10 +99,12 @@ def run_documents(
         left = Handover(pid_file.descriptor, supervisor.alive, places, supervisor.pids)
         _become_successor(handover_file, left)
         notifier.ready("could not be replaced; see the log")
-    supervisor.stop()
+    # First, so that nobody connects to what will not be served.
     for place in places:
         if place.is_ours():
             place.path.unlink(missing_ok=True)
+        place.listener.close()
+    supervisor.stop()
     pid_file.release()
 
 
@@ -142,7 +144,7 @@ def _become_successor(handover_file: Path, handover: Handover) -> None:
     log = structlog.get_logger()
     try:
         write_handover(handover_file, handover)
-        log.info("taking up new code and settings", command=sys.orig_argv)
+        log.info("taking up new code and settings")
         # Blocked, a signal waits for the next program's handlers instead of ending it before it has any.
         signal.pthread_sigmask(signal.SIG_BLOCK, HANDLED_SIGNALS)
         os.execv(sys.executable, sys.orig_argv)  # noqa: S606 - our own command line, no shell

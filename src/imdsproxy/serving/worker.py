@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures.thread  # noqa: F401 - see below
 import os
 import signal
 import socket
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Final
 
 import structlog
+import uvicorn.lifespan.off  # noqa: F401 - see below
 
 from imdsproxy.serving.asgi import documents_app
 from imdsproxy.serving.documents import DocumentService
@@ -20,6 +22,9 @@ from imdsproxy.serving.passwords import PasswordStore
 from imdsproxy.serving.store import RecordReader
 
 __all__ = ["Place", "WorkerTask", "run_worker"]
+
+# Libraries import the modules marked above when they first need them. Here that is too late: an unprivileged
+# worker may not be able to read them, and after an upgrade they would not fit the rest.
 
 _GRACE_S: Final = 5.0
 _ORPHAN_POLL_S: Final = 0.2

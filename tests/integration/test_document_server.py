@@ -1,0 +1,421 @@
+from __future__ import annotations
+
+import os
+import pwd
+import signal
+import socket
+import stat
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from http.client import HTTPException
+from pathlib import Path
+from typing import Self
+
+import pytest
+
+from imdsproxy.core.compiled import compiled_path
+from imdsproxy.serving.pidfile import stop_documents
+from imdsproxy.serving.store import apply_record
+from support.document_server import Server, UnixConnection, ask, pss_kib, wait_for
+from support.guest_records import GUEST, compiled, guest
+
+PASSWORD = "/openstack/latest/password"
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Iterator[Callable[..., Server]]:
+    servers: list[Server] = []
+
+    def build(**keywords: object) -> Server:
+        servers.append(Server(tmp_path, **keywords))  # type: ignore[arg-type] # each test names real options
+        apply_record(servers[-1].records, GUEST.id, compiled(GUEST))
+        return servers[-1]
+
+    yield build
+    for server in servers:
+        server.close()
+
+
+@pytest.fixture
+def server(make: Callable[..., Server]) -> Server:
+    made = make()
+    made.start()
+    return made
+
+
+class Load:
+    """Asks one socket again and again, each time on a new connection, and counts what was lost."""
+
+    def __init__(self, path: Path) -> None:
+        self.answered = 0
+        self.lost: list[str] = []
+        self._path = path
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._run)
+
+    def _run(self) -> None:
+        while not self._over.is_set():
+            try:
+                reply = ask(self._path, "/latest/meta-data/instance-id")
+            except (OSError, HTTPException) as error:
+                self.lost.append(repr(error))
+                continue
+            if reply.body == GUEST.ec2_id.encode():
+                self.answered += 1
+            else:
+                self.lost.append(repr(reply))
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def goes_on(self, more: int = 50) -> None:
+        wanted = self.answered + more
+        wait_for(f"{more} more answers", lambda: self.answered >= wanted)
+
+
+def test_every_worker_answers_on_its_own_socket(server: Server) -> None:
+    for path in server.sockets:
+        reply = ask(path, "/latest/meta-data/instance-id")
+        assert (reply.status, reply.body) == (200, GUEST.ec2_id.encode())
+    assert len(server.running.pids) == 3
+    assert len(set(server.running.pids)) == 3
+
+
+def test_an_answer_has_a_length_and_says_nothing_about_the_server(server: Server) -> None:
+    reply = ask(server.sockets[0], "/latest/meta-data/instance-id")
+    assert reply.headers == {"content-type": "text/plain; charset=utf-8", "content-length": "19"}
+    head = ask(server.sockets[0], "/latest/meta-data/instance-id", "HEAD")
+    assert (head.headers, head.body) == (reply.headers, b"")
+
+
+def test_one_connection_carries_many_requests(server: Server) -> None:
+    connection = UnixConnection(server.sockets[0])
+    try:
+        for _ in range(100):
+            connection.request("GET", "/latest", headers={"X-Imdsproxy-Instance": GUEST.id})
+            assert connection.getresponse().read() == b"meta-data\nuser-data"
+    finally:
+        connection.close()
+
+
+@pytest.mark.parametrize(
+    "request_bytes",
+    [
+        b"garbage\r\n\r\n",
+        b"GET / HTTP/9.9\r\n\r\n",
+        b"GET  \r\n\r\n",
+        b"\x16\x03\x01\x00\xa5\r\n\r\n",
+    ],
+)
+def test_a_malformed_request_is_answered_400(server: Server, request_bytes: bytes) -> None:
+    with socket.socket(socket.AF_UNIX) as client:
+        client.connect(str(server.sockets[0]))
+        client.sendall(request_bytes)
+        assert client.recv(4096).startswith(b"HTTP/1.1 400 ")
+    assert ask(server.sockets[0], "/latest").status == 200
+
+
+def test_the_token_route_is_404_also_without_a_length(server: Server) -> None:
+    with socket.socket(socket.AF_UNIX) as client:
+        client.connect(str(server.sockets[0]))
+        client.sendall(
+            b"PUT /latest/api/token HTTP/1.1\r\nHost: x\r\nx-imdsproxy-instance: "
+            + GUEST.id.encode()
+            + b"\r\n\r\n"
+        )
+        assert client.recv(4096) == b"HTTP/1.1 404 Not Found\r\ncontent-length: 0\r\n\r\n"
+
+
+def test_a_chunked_password_is_kept_and_read_by_the_other_worker(server: Server) -> None:
+    first, second = server.sockets
+    assert ask(first, PASSWORD).body == b""
+    assert ask(first, PASSWORD, "POST", body=iter([b"c2Vj", b"cmV0"])).status == 200
+    assert ask(second, PASSWORD).body == b"c2VjcmV0"
+    assert ask(second, PASSWORD, "POST", body=b"other").status == 409
+    assert ask(first, PASSWORD, "POST", body=iter([b"x" * 1021])).status == 409
+    assert ask(first, PASSWORD, "POST", body=b"x" * 100_000).status == 413
+
+
+def test_16_mib_of_binary_user_data_are_exact_and_not_held(server: Server) -> None:
+    data = os.urandom(16 << 20)
+    apply_record(server.records, GUEST.id, compiled(guest(user_data=data)))
+    assert ask(server.sockets[0], "/latest/user-data").body == data
+    worker = server.running.workers[0]
+    before = pss_kib(worker)
+    for target in ("/openstack/latest/user_data", "/nocloud/user-data", "/latest/user-data/"):
+        assert ask(server.sockets[0], target).body == data
+    assert ask(server.sockets[0], "/latest/meta-data/instance-id").status == 200
+    assert pss_kib(worker) - before < 8 * 1024
+
+
+def test_a_client_that_reads_slowly_or_leaves_holds_up_nobody(server: Server) -> None:
+    data = os.urandom(16 << 20)
+    apply_record(server.records, GUEST.id, compiled(guest(user_data=data)))
+    slow = [UnixConnection(server.sockets[0]) for _ in range(8)]
+    worker = server.running.workers[0]
+    ask(server.sockets[0], "/latest/user-data")
+    before = pss_kib(worker)
+    for connection in slow:
+        connection.request("GET", "/latest/user-data", headers={"X-Imdsproxy-Instance": GUEST.id})
+    assert ask(server.sockets[0], "/latest/meta-data/instance-id").status == 200
+    assert pss_kib(worker) - before < 16 * 1024
+    for connection in slow[1:]:
+        connection.close()
+    assert slow[0].getresponse().read() == data
+    slow[0].close()
+    wait_for("the files are closed", lambda: not open_records(server, worker))
+
+
+def open_records(server: Server, pid: int) -> list[Path]:
+    found = []
+    for entry in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(FileNotFoundError):
+            found.append(entry.readlink())
+    return [path for path in found if path.is_relative_to(server.records)]
+
+
+def test_a_killed_worker_comes_back_and_no_connection_is_refused(server: Server) -> None:
+    with Load(server.sockets[0]) as killed, Load(server.sockets[1]) as other:
+        killed.goes_on()
+        victim = server.running.workers[0]
+        os.kill(victim, signal.SIGKILL)
+        wait_for(
+            "a new worker",
+            lambda: len(server.running.workers) == 2 and victim not in server.running.workers,
+        )
+        killed.goes_on()
+        other.goes_on()
+    assert other.lost == []
+    # What the dead worker had accepted is lost; whoever comes after it waits for the next one.
+    assert len(killed.lost) <= 1
+    assert "SIGKILL" in server.text()
+
+
+def test_a_worker_that_dies_again_and_again_is_started_less_often(server: Server) -> None:
+    seen: set[int] = set()
+    while len(seen) < 6:
+        for pid in server.running.workers:
+            if pid in seen or ask_quietly(server.sockets[0]) != 200:
+                continue
+            if pid == server.running.workers[0]:
+                os.kill(pid, signal.SIGKILL)
+                seen.add(pid)
+    assert ask(server.sockets[1], "/latest").status == 200
+    wait_for("it comes back all the same", lambda: ask_quietly(server.sockets[0]) == 200)
+
+
+def ask_quietly(path: Path) -> int:
+    try:
+        return ask(path, "/livez", instance=None).status
+    except OSError:
+        return 0
+
+
+def test_sigterm_ends_it_cleanly_and_removes_the_sockets(make: Callable[..., Server]) -> None:
+    server = make()
+    parent = server.start()
+    workers = server.running.workers
+    parent.terminate()
+    assert parent.wait(timeout=20) == 0
+    assert not any(map(is_alive, workers))
+    assert not any(path.exists() for path in server.sockets)
+    assert server.running.pids == ()
+
+
+def test_a_request_that_has_begun_is_finished_after_sigterm(make: Callable[..., Server]) -> None:
+    server = make()
+    parent = server.start()
+    data = os.urandom(16 << 20)
+    apply_record(server.records, GUEST.id, compiled(guest(user_data=data)))
+    connection = UnixConnection(server.sockets[0])
+    connection.request("GET", "/latest/user-data", headers={"X-Imdsproxy-Instance": GUEST.id})
+    response = connection.getresponse()
+    parent.terminate()
+    wait_for("it listens no more", lambda: ask_quietly(server.sockets[0]) == 0)
+    assert response.read() == data
+    connection.close()
+    assert parent.wait(timeout=20) == 0
+
+
+def test_a_second_one_is_refused_in_one_line_and_harms_nothing(server: Server) -> None:
+    before = server.text()
+    second = server.spawn()
+    assert second.wait(timeout=20) == 71
+    line = server.text().removeprefix(before)
+    assert line == f"error: a document server runs here already (pid {server.running.parent})\n"
+    assert ask(server.sockets[0], "/latest").status == 200
+
+
+def test_what_cannot_be_bound_is_told_in_one_line(make: Callable[..., Server]) -> None:
+    server = make()
+    server.sockets[0] = server.directory / ("x" * 120)
+    assert server.spawn().wait(timeout=20) == 71
+    assert server.text().count("\n") == 1
+    assert "cannot listen on" in server.text()
+    assert server.running.pids == ()
+
+
+def test_workers_that_never_come_up_are_an_error_with_their_reason(
+    make: Callable[..., Server],
+) -> None:
+    server = make()
+    assert server.spawn(fault="no such luck").wait(timeout=20) == 71
+    assert "no such luck" in server.text()
+    assert server.text().endswith("error: the document server's workers do not come up\n")
+    assert server.running.pids == ()
+
+
+def test_stale_sockets_are_replaced(make: Callable[..., Server]) -> None:
+    server = make()
+    parent = server.start()
+    for pid in server.running.pids:
+        os.kill(pid, signal.SIGKILL)
+    parent.wait()
+    assert all(path.exists() for path in server.sockets)
+    server.start()
+    assert ask(server.sockets[0], "/latest").status == 200
+
+
+def test_workers_outlive_a_killed_parent_until_the_next_one_takes_over(
+    make: Callable[..., Server],
+) -> None:
+    server = make()
+    first = server.start()
+    orphans = server.running.workers
+    with Load(server.sockets[0]) as one, Load(server.sockets[1]) as two:
+        one.goes_on()
+        first.kill()
+        first.wait()
+        one.goes_on()
+        assert server.running.parent is None
+        assert server.running.workers == orphans
+        server.start()
+        wait_for("the orphans end", lambda: not any(map(is_alive, orphans)))
+        one.goes_on()
+        two.goes_on()
+    assert one.lost == []
+    assert two.lost == []
+
+
+def test_orphans_are_stopped_by_the_pid_file(make: Callable[..., Server]) -> None:
+    server = make()
+    parent = server.start()
+    parent.kill()
+    parent.wait()
+    assert len(server.running.workers) == 2
+    assert stop_documents(server.pid_file)
+    assert server.running.pids == ()
+    assert ask_quietly(server.sockets[0]) == 0
+
+
+def test_sighup_takes_up_new_code_without_losing_a_request(make: Callable[..., Server]) -> None:
+    server = make()
+    parent = server.start()
+    with Load(server.sockets[0]) as one, Load(server.sockets[1]) as two:
+        for _ in range(3):
+            one.goes_on()
+            old = set(server.running.workers)
+            parent.send_signal(signal.SIGHUP)
+            wait_for("new workers, and no old ones", lambda old=old: renewed(server, old))  # type: ignore[misc] # mypy cannot see the default's type
+        two.goes_on()
+    assert one.lost == []
+    assert two.lost == []
+    assert server.running.parent == parent.pid
+    assert "parent is gone" not in server.text()
+
+
+def is_alive(pid: int) -> bool:
+    """Whether there is more of it than what its new parent has not collected yet."""
+    try:
+        stat_line = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return False
+    return stat_line.rpartition(")")[2].split()[0] != "Z"
+
+
+def renewed(server: Server, old: set[int]) -> bool:
+    workers = set(server.running.workers)
+    return len(workers) == 2 and not workers & old
+
+
+def test_the_service_manager_is_told_when_all_workers_answer(
+    make: Callable[..., Server], tmp_path: Path
+) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(str(tmp_path / "notify"))
+        manager.settimeout(20)
+        server = make(notify=str(tmp_path / "notify"))
+        server.spawn()
+        assert manager.recv(4096).startswith(b"READY=1\n")
+        assert all(ask_quietly(path) == 200 for path in server.sockets)
+
+
+def test_a_record_written_after_the_start_is_served_and_a_damaged_one_is_503(
+    server: Server,
+) -> None:
+    apply_record(server.records, GUEST.id, compiled(guest(hostname="later")))
+    for path in server.sockets:
+        assert ask(path, "/latest/meta-data/hostname").body == b"later"
+    (server.records / compiled_path(GUEST.id)).write_bytes(b"{")
+    reply = ask(server.sockets[0], "/latest/meta-data/hostname")
+    assert (reply.status, reply.headers["retry-after"]) == (503, "1")
+
+
+def test_an_idle_server_sleeps(server: Server) -> None:
+    def ticks() -> int:
+        total = 0
+        for pid in server.running.pids:
+            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+            total += int(fields[11]) + int(fields[12])
+        return total
+
+    def switches() -> int:
+        total = 0
+        for pid in server.running.pids:
+            for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+                if line.startswith("voluntary_ctxt_switches"):
+                    total += int(line.split()[1])
+        return total
+
+    before, woken = ticks(), switches()
+    assert not threading.Event().wait(1.0)
+    assert ticks() - before <= 1
+    assert switches() - woken <= 6
+
+
+@pytest.mark.root
+def test_as_root_the_workers_are_unprivileged_and_can_keep_passwords(
+    make: Callable[..., Server],
+) -> None:
+    server = make(user="nobody")
+    for directory in (server.directory, *list(server.directory.parents)[:2]):
+        directory.chmod(0o755)
+    nobody = pwd.getpwnam("nobody")
+    apply_record(server.records, GUEST.id, compiled(guest(hostname="x")), group=nobody.pw_gid)
+    server.start()
+    for pid in server.running.workers:
+        status = Path(f"/proc/{pid}/status").read_text()
+        assert (
+            f"Uid:\t{nobody.pw_uid}\t{nobody.pw_uid}\t{nobody.pw_uid}\t{nobody.pw_uid}\n" in status
+        )
+        assert "Groups:\t \n" in status
+        assert "CapEff:\t0000000000000000" in status
+    os.chown((server.records / compiled_path(GUEST.id)).parent, -1, nobody.pw_gid)
+    assert ask(server.sockets[0], "/latest/meta-data/hostname").body == b"x"
+    assert ask(server.sockets[0], PASSWORD, "POST", body=b"c2VjcmV0").status == 200
+    socket_status = server.sockets[0].stat()
+    assert stat.S_IMODE(socket_status.st_mode) == 0o660
+    assert socket_status.st_gid == nobody.pw_gid
+
+
+@pytest.mark.root
+def test_an_account_that_there_is_not_is_told(make: Callable[..., Server]) -> None:
+    server = make(user="imdsproxy-nobody-has-this")
+    assert server.spawn().wait(timeout=20) == 71
+    assert "there is no user 'imdsproxy-nobody-has-this'" in server.text()

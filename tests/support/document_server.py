@@ -1,0 +1,176 @@
+"""Runs a document server in a process of its own, and talks to it."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from imdsproxy.core.model import InstanceId
+from imdsproxy.serving.pidfile import DocumentProcesses, read_pids
+from support.guest_records import GUEST
+
+DEADLINE_S: Final = 20.0
+
+_PROGRAM: Final = """
+import json, os, pathlib, sys
+from imdsproxy.errors import ImdsproxyError
+from imdsproxy.host.notify import ServiceNotifier
+from imdsproxy.serving import server, supervisor
+options = json.loads(sys.argv[1])
+notifier = ServiceNotifier(options.pop("notify"))
+fault = options.pop("fault")
+run_worker = supervisor.run_worker
+def watch(event, arguments):
+    if event == "import":
+        os.write(2, f"late import of {arguments[0]}\\n".encode())
+def run_watched(task):
+    if fault:
+        raise RuntimeError(fault)
+    sys.addaudithook(watch)
+    run_worker(task)
+supervisor.run_worker = run_watched
+for name in ("records", "passwords", "pid_file"):
+    options[name] = pathlib.Path(options[name])
+options["sockets"] = tuple(map(pathlib.Path, options["sockets"]))
+try:
+    server.run_documents(server.DocumentServerOptions(**options), notifier=notifier)
+except ImdsproxyError as error:
+    print("error:", error.message, file=sys.stderr)
+    sys.exit(error.exit_status)
+"""
+
+
+def wait_for(what: str, condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + DEADLINE_S
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {DEADLINE_S} s: {what}"
+        time.sleep(0.01)
+
+
+class UnixConnection(http.client.HTTPConnection):
+    """HTTP over a unix socket."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__("documents", timeout=DEADLINE_S)
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.settimeout(DEADLINE_S)
+        self.sock.connect(str(self._path))
+
+
+@dataclass(frozen=True)
+class Reply:
+    status: int
+    headers: dict[str, str]
+    body: bytes
+
+
+def ask(
+    path: Path,
+    target: str,
+    method: str = "GET",
+    *,
+    body: bytes | Iterable[bytes] | None = None,
+    instance: InstanceId | None = GUEST.id,
+) -> Reply:
+    """One request on a connection of its own; an iterable body goes out chunked."""
+    connection = UnixConnection(path)
+    try:
+        headers = {} if instance is None else {"X-Imdsproxy-Instance": str(instance)}
+        chunked = body is not None and not isinstance(body, bytes)
+        if chunked:
+            headers["Transfer-Encoding"] = "chunked"
+        connection.request(method, target, body=body, headers=headers, encode_chunked=chunked)
+        response = connection.getresponse()
+        return Reply(
+            response.status, {k.lower(): v for k, v in response.getheaders()}, response.read()
+        )
+    finally:
+        connection.close()
+
+
+class Server:
+    """A document server below a directory."""
+
+    def __init__(
+        self, directory: Path, *, workers: int = 2, user: str | None = None, notify: str = ""
+    ) -> None:
+        self.directory = directory
+        self.sockets = [directory / f"s{number}.sock" for number in range(workers)]
+        self.records = directory / "documents"
+        self.passwords = directory / "passwords"
+        self.pid_file = directory / "documents.pid"
+        self.log = directory / "documents.log"
+        self._user = user
+        self._notify = notify
+        self._processes: list[subprocess.Popen[bytes]] = []
+
+    def spawn(self, *, fault: str = "") -> subprocess.Popen[bytes]:
+        options = {
+            "sockets": [str(path) for path in self.sockets],
+            "records": str(self.records),
+            "passwords": str(self.passwords),
+            "pid_file": str(self.pid_file),
+            "user": self._user,
+            "notify": self._notify,
+            "fault": fault,
+        }
+        with self.log.open("ab") as log:
+            process = subprocess.Popen(
+                [sys.executable, "-c", _PROGRAM, json.dumps(options)], stdout=log, stderr=log
+            )
+        self._processes.append(process)
+        return process
+
+    def start(self) -> subprocess.Popen[bytes]:
+        process = self.spawn()
+        wait_for("the workers answer", lambda: self.is_up(process.pid))
+        return process
+
+    def is_up(self, parent: int) -> bool:
+        running = self.running
+        if running.parent != parent or len(running.workers) != len(self.sockets):
+            return False
+        try:
+            return all(ask(path, "/livez", instance=None).status == 200 for path in self.sockets)
+        except OSError:
+            return False
+
+    @property
+    def running(self) -> DocumentProcesses:
+        return read_pids(self.pid_file)
+
+    def text(self) -> str:
+        return self.log.read_text()
+
+    def close(self) -> None:
+        for process in self._processes:
+            process.kill()
+        left = {*self.running.workers, *(process.pid for process in self._processes)}
+        for pid in self.running.workers:
+            os.kill(pid, signal.SIGKILL)
+        for process in self._processes:
+            process.wait()
+        wait_for(f"{left} end", lambda: not self.running.pids)
+        # An unprivileged worker may not be able to read what it has not loaded before.
+        assert "late import" not in self.text()
+
+
+def pss_kib(pid: int) -> int:
+    """The process's proportional share of memory, in KiB (proc_pid_smaps(5))."""
+    for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+        if line.startswith("Pss:"):
+            return int(line.split()[1])
+    raise AssertionError("no Pss in smaps_rollup")

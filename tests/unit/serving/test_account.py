@@ -1,0 +1,45 @@
+from __future__ import annotations
+
+import grp
+import os
+import pwd
+
+import pytest
+
+from imdsproxy.errors import HostRefused
+from imdsproxy.serving.account import Account, find_account
+
+
+def test_nothing_named_changes_nothing() -> None:
+    assert find_account(None, None) is None
+
+
+def test_without_root_nothing_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    assert find_account("nobody", "nogroup") is None
+
+
+@pytest.fixture
+def as_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+
+
+@pytest.mark.usefixtures("as_root")
+def test_a_user_brings_its_group() -> None:
+    nobody = pwd.getpwnam("nobody")
+    assert find_account("nobody", None) == Account(nobody.pw_uid, nobody.pw_gid)
+
+
+@pytest.mark.usefixtures("as_root")
+def test_a_group_may_be_named_with_or_without_a_user() -> None:
+    nobody, root = pwd.getpwnam("nobody"), grp.getgrnam("root")
+    assert find_account("nobody", "root") == Account(nobody.pw_uid, root.gr_gid)
+    assert find_account(None, "root") == Account(0, root.gr_gid)
+
+
+@pytest.mark.usefixtures("as_root")
+@pytest.mark.parametrize(("user", "group"), [("imdsproxy-none", None), (None, "imdsproxy-none")])
+def test_a_name_that_there_is_not_is_told(user: str | None, group: str | None) -> None:
+    with pytest.raises(HostRefused, match="imdsproxy-none") as refused:
+        find_account(user, group)
+    assert "create it" in refused.value.hint

@@ -1,0 +1,112 @@
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import stat
+from pathlib import Path
+
+import pytest
+
+from imdsproxy.errors import HostRefused
+from imdsproxy.serving.asgi import AsgiApp, Receive, Scope, Send
+from imdsproxy.serving.listen import HttpListener, open_unix_socket
+
+ASK = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
+
+
+def answering(begun: asyncio.Event | None = None, gate: asyncio.Event | None = None) -> AsgiApp:
+    async def app(_scope: Scope, _receive: Receive, send: Send) -> None:
+        if begun is not None:
+            begun.set()
+        if gate is not None:
+            await gate.wait()
+        await send(
+            {"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]}
+        )
+        await send({"type": "http.response.body", "body": b"ok"})
+
+    return app
+
+
+def test_a_socket_has_its_mode_and_group_and_leaves_no_other_name(tmp_path: Path) -> None:
+    path = tmp_path / "x.sock"
+    with open_unix_socket(path, mode=0o620, group=os.getegid()):
+        assert stat.S_IMODE(path.stat().st_mode) == 0o620
+        assert path.stat().st_gid == os.getegid()
+        assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_new_socket_takes_the_old_ones_place(tmp_path: Path) -> None:
+    path = tmp_path / "x.sock"
+    with open_unix_socket(path, mode=0o600) as old, open_unix_socket(path, mode=0o600) as new:
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(str(path))
+            accepted, _ = new.accept()
+            accepted.close()
+        with pytest.raises(BlockingIOError):
+            old.accept()
+
+
+def test_a_long_path_is_refused_with_a_hint_and_nothing_is_left(tmp_path: Path) -> None:
+    with pytest.raises(HostRefused, match="cannot listen on") as refused:
+        open_unix_socket(tmp_path / ("x" * 120), mode=0o600)
+    assert "shorter" in refused.value.hint
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_missing_directory_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(HostRefused, match="ENOENT"):
+        open_unix_socket(tmp_path / "nothing" / "x.sock", mode=0o600)
+
+
+async def connect(path: Path) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    return await asyncio.open_unix_connection(path)
+
+
+async def test_a_request_that_has_begun_is_finished_before_the_end(tmp_path: Path) -> None:
+    begun, gate = asyncio.Event(), asyncio.Event()
+    listener = HttpListener(answering(begun, gate))
+    await listener.open(open_unix_socket(tmp_path / "x.sock", mode=0o600))
+    reader, writer = await connect(tmp_path / "x.sock")
+    writer.write(ASK)
+    await begun.wait()
+    closing = asyncio.create_task(listener.close(grace_s=20))
+    await asyncio.sleep(0)
+    gate.set()
+    assert (await reader.read()).endswith(b"\r\n\r\nok")
+    await closing
+    writer.close()
+
+
+async def test_a_request_on_its_way_at_the_end_is_answered_and_the_connection_closed(
+    tmp_path: Path,
+) -> None:
+    listener = HttpListener(answering())
+    await listener.open(open_unix_socket(tmp_path / "x.sock", mode=0o600))
+    reader, writer = await connect(tmp_path / "x.sock")
+    closing = asyncio.create_task(listener.close(grace_s=20))
+    await asyncio.sleep(0)
+    writer.write(ASK)
+    answer = await reader.read()
+    assert b"connection: close" in answer
+    assert answer.endswith(b"ok")
+    await closing
+    writer.close()
+
+
+async def test_idle_connections_and_endless_requests_do_not_hold_up_the_end(tmp_path: Path) -> None:
+    begun = asyncio.Event()
+    listener = HttpListener(answering(begun, asyncio.Event()))
+    await listener.open(open_unix_socket(tmp_path / "x.sock", mode=0o600))
+    idle_reader, idle = await connect(tmp_path / "x.sock")
+    _, endless = await connect(tmp_path / "x.sock")
+    endless.write(ASK)
+    await begun.wait()
+    async with asyncio.timeout(10):
+        await listener.close(grace_s=0.5)
+        assert await idle_reader.read() == b""
+    idle.close()
+    endless.close()
+    tasks = list(listener._state.tasks)
+    assert await asyncio.gather(*tasks, return_exceptions=True) is not None
