@@ -41,6 +41,7 @@ __all__ = [
     "build_files",
     "build_haproxy",
     "build_host",
+    "build_launcher",
     "build_layout",
     "build_sources",
     "build_spec_settings",
@@ -108,12 +109,16 @@ def build_haproxy(
     write: Writer = partial(write_atomic, mode=0o640)
     master = MasterClient(layout.master_socket)
     applier = RecordApplier(master, layout.base_map, layout.overlay_map, write)
-    launcher: Launcher
-    if under_systemd(settings.haproxy.supervisor, settings.haproxy.unit):
-        launcher = SystemdLauncher(settings.haproxy.unit, master)
-    else:
-        launcher = SpawnLauncher(program.path, layout, master)
+    launcher = build_launcher(settings, layout, program.path)
     return Haproxy(program.path, layout, launcher, master, applier, write, clock), applier
+
+
+def build_launcher(settings: Settings, layout: Layout, program: str) -> Launcher:
+    """How HAProxy's master comes up and goes down here."""
+    master = MasterClient(layout.master_socket)
+    if under_systemd(settings.haproxy.supervisor, settings.haproxy.unit):
+        return SystemdLauncher(settings.haproxy.unit, master)
+    return SpawnLauncher(program, layout, master)
 
 
 def build_host(

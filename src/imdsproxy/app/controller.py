@@ -43,10 +43,10 @@ from imdsproxy.app.operations import ControllerOperations
 from imdsproxy.app.record_loop import RecordLoop
 from imdsproxy.app.servers import open_tcp_socket, open_unix_socket, serve
 from imdsproxy.app.settings_reload import SettingsHolder
+from imdsproxy.app.stop import end_data_plane
 from imdsproxy.config.schema import Settings
 from imdsproxy.core.hostnames import Naming
 from imdsproxy.core.inventory import AddressKey, Inventory, Observation
-from imdsproxy.core.listeners import plan_listeners
 from imdsproxy.core.model import NetworkId
 from imdsproxy.dataplane.haproxy import Haproxy
 from imdsproxy.dataplane.launch import read_program
@@ -272,7 +272,10 @@ async def run_controller(
             watch=watch,
             sources=sources.all,
         )
-        await _live(controller, admin)
+        try:
+            await _live(controller, admin)
+        finally:
+            settings.admin_socket.unlink(missing_ok=True)
 
 
 def _hold_limits(settings: Settings) -> HoldLimits:
@@ -371,17 +374,11 @@ async def _wait_for_sources(controller: _Controller) -> None:
 
 
 async def _stop_data_plane(controller: _Controller) -> None:
-    """End HAProxy and the document server, and take away what we made on the host."""
-    await controller.haproxy.launcher.stop()
-    await controller.companion.launcher.stop()
-    await sweep_host(controller.listeners)
-
-
-async def sweep_host(listeners: ListenerLoop) -> None:
-    """Remove every namespace, link and address of ours from the host."""
-    networks = listeners.inventory.networks.values()
-    observed = await listeners.host.observe(networks, (), everything=True)
-    plan = plan_listeners({}, observed, listeners.naming)
-    for problem in await listeners.host.apply(plan.ops):
-        structlog.get_logger().error("host refused", reason=problem.reason, hint=problem.hint)
-    listeners.host.apply_links({})
+    listeners = controller.listeners
+    await end_data_plane(
+        controller.haproxy.launcher,
+        controller.companion.launcher,
+        listeners.host,
+        listeners.naming,
+        listeners.inventory.networks.values(),
+    )

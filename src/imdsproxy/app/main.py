@@ -49,9 +49,18 @@ def run(
                 notifier=ServiceNotifier(environment.get("NOTIFY_SOCKET", "")),
             )
         )
-    except* ImdsproxyError as group:
-        # Tasks fail together; the first failure is the reason of the others.
-        first: BaseException = group
-        while isinstance(first, BaseExceptionGroup):
-            first = first.exceptions[0]
-        raise first from None
+    except BaseExceptionGroup as group:
+        expected = group.subgroup(ImdsproxyError)
+        if expected is None or group.split(ImdsproxyError)[1] is not None:
+            raise
+        raise _first(expected) from group
+
+
+def _first(group: BaseExceptionGroup[ImdsproxyError]) -> ImdsproxyError:
+    """The first failure of tasks that failed together: it is the reason of the others."""
+    first: BaseException = group
+    while isinstance(first, BaseExceptionGroup):
+        first = first.exceptions[0]
+    if not isinstance(first, ImdsproxyError):
+        raise TypeError("a group of our errors holds another one") from first
+    return first
