@@ -1,0 +1,79 @@
+"""Ending the data plane, with a controller or after one: HAProxy, the document server, what we made on the host."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import structlog
+
+from imdsproxy.app.build import build_companion, build_host, build_launcher, build_layout
+from imdsproxy.app.companion import CompanionLauncher
+from imdsproxy.app.listener_loop import HostView
+from imdsproxy.config.schema import Settings
+from imdsproxy.core.hostnames import Naming
+from imdsproxy.core.listeners import plan_listeners
+from imdsproxy.core.model import Network
+from imdsproxy.dataplane.launch import Launcher
+from imdsproxy.errors import HostRefused
+from imdsproxy.serving.pidfile import read_pids
+
+__all__ = ["end_data_plane", "stop_data_plane"]
+
+
+async def end_data_plane(
+    haproxy: Launcher,
+    documents: CompanionLauncher,
+    host: HostView,
+    naming: Naming,
+    networks: Iterable[Network] = (),
+) -> None:
+    """End both processes, then take away every namespace, link and address of ours.
+
+    Raises:
+        DataplaneError: A process does not end, or the host refuses.
+    """
+    await haproxy.stop()
+    await documents.stop()
+    observed = await host.observe(networks, (), everything=True)
+    problems = await host.apply(plan_listeners({}, observed, naming).ops)
+    host.apply_links({})
+    if problems:
+        raise HostRefused("not everything of ours could be taken away", problems=problems)
+
+
+async def stop_data_plane(settings: Settings, environment: Mapping[str, str]) -> None:
+    """The same without a controller, which may be dead.
+
+    Raises:
+        DataplaneError: A process does not end, or the host refuses.
+    """
+    layout = build_layout(settings)
+    naming = Naming(settings.host.name_prefix)
+    host, thread = build_host(settings, layout, naming)
+    companion = build_companion(
+        settings,
+        layout,
+        config=None,
+        find=lambda: read_pids(layout.documents_pid).parent,
+        answering=lambda: True,
+        environment=environment,
+    )
+    try:
+        launcher = build_launcher(settings, layout, settings.haproxy.binary)
+        await end_data_plane(launcher, companion.launcher, host, naming)
+    finally:
+        thread.close()
+    _remove(
+        layout.master_socket, layout.probe_socket, layout.resolver_socket, settings.admin_socket
+    )
+    structlog.get_logger().info("data plane stopped")
+
+
+def _remove(*paths: Path) -> None:
+    """Sockets of processes that have ended: nobody answers on them any more."""
+    for path in paths:
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            raise HostRefused(f"cannot remove {path}: {error.strerror}") from error
