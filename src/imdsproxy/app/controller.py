@@ -51,7 +51,7 @@ from imdsproxy.core.model import NetworkId
 from imdsproxy.dataplane.haproxy import Haproxy
 from imdsproxy.dataplane.launch import read_program
 from imdsproxy.dataplane.layout import Layout
-from imdsproxy.errors import ConfigError
+from imdsproxy.errors import ConfigError, DataplaneError
 from imdsproxy.host.clock import Clock
 from imdsproxy.host.notify import ServiceNotifier
 from imdsproxy.host.watch import EventKind, HostWatch, WatchPace
@@ -352,14 +352,26 @@ async def _start_data_plane(controller: _Controller) -> None:
     if applier.load():
         adopted = await controller.haproxy.adopt()
     await _wait_for_sources(controller)
+    found = controller.companion.find()
     await controller.companion.ensure()
-    if adopted:
-        log.info("haproxy adopted", master=controller.haproxy.processes)
-        controller.records.resync()
-    else:
-        await controller.haproxy.end_stray()
-        applier.write_all(controller.records.compile_all())
-    await controller.listeners.first_round()
+    try:
+        if adopted:
+            log.info("haproxy adopted", master=_master(controller))
+            controller.records.resync()
+        else:
+            await controller.haproxy.end_stray()
+            applier.write_all(controller.records.compile_all())
+        await controller.listeners.first_round()
+    except DataplaneError:
+        if found is None:
+            # A document server that nobody can reach is not left behind.
+            await controller.companion.launcher.stop()
+        raise
+
+
+def _master(controller: _Controller) -> int | None:
+    processes = controller.haproxy.processes
+    return None if processes is None else processes.master
 
 
 async def _wait_for_sources(controller: _Controller) -> None:
