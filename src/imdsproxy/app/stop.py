@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-import structlog
-
 from imdsproxy.app.build import build_companion, build_host, build_launcher, build_layout
 from imdsproxy.app.companion import CompanionLauncher
 from imdsproxy.app.listener_loop import HostView
@@ -67,7 +65,6 @@ async def stop_data_plane(settings: Settings, environment: Mapping[str, str]) ->
     _remove(
         layout.master_socket, layout.probe_socket, layout.resolver_socket, settings.admin_socket
     )
-    structlog.get_logger().info("data plane stopped")
 
 
 def _remove(*paths: Path) -> None:

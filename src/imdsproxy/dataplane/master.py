@@ -184,4 +184,9 @@ class MasterClient:
                 writer.close()
                 with contextlib.suppress(OSError):
                     await writer.wait_closed()
+        if not answer:
+            # Even "done" is a line break: an end without one is a process that went away.
+            raise RuntimeUnavailable(
+                f"HAProxy's master at {self._path} hung up on {line.partition(' <<')[0]!r}"
+            )
         return answer.decode("utf-8", "replace")

@@ -1,0 +1,173 @@
+"""What the master socket answers: the real HAProxy, and the fake that unit tests use instead."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import subprocess
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from imdsproxy.core.haproxy.maps import GENERATION_KEY, render_map
+from imdsproxy.dataplane.master import MasterClient, WorkerEnded
+from imdsproxy.errors import CommandRefused, RuntimeUnavailable
+from support.fake_haproxy import FakeHaproxy
+
+
+@dataclass(frozen=True)
+class Subject:
+    master: MasterClient
+    map: str
+
+
+_CONFIG = """\
+global
+  maxconn 50
+defaults
+  mode http
+  timeout connect 1s
+  timeout client 1s
+  timeout server 1s
+frontend f
+  bind unix@{directory}/f.sock
+  http-request set-header x %[src,map_str({directory}/a.map)]
+  http-request return status 200
+"""
+
+
+@pytest.fixture(params=["fake", pytest.param("real", marks=pytest.mark.root)])
+async def subject(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Subject]:
+    path = tmp_path / "a.map"
+    path.write_text(render_map({"n/1": "a|1", "n/2": "b|1"}, "5"))
+    socket = tmp_path / "master.sock"
+    master = MasterClient(socket, deadline_s=5)
+    if request.param == "fake":
+        fake = FakeHaproxy(socket, (path,))
+        await fake.start()
+        yield Subject(master, str(path))
+        await fake.close()
+        return
+    (tmp_path / "h.cfg").write_text(_CONFIG.format(directory=tmp_path))
+    program = shutil.which("haproxy", path="/usr/sbin:/usr/bin:/usr/local/sbin")
+    assert program is not None
+    process = await asyncio.create_subprocess_exec(
+        program, "-W", "-S", str(socket), "-f", str(tmp_path / "h.cfg"), stderr=subprocess.DEVNULL
+    )
+    try:
+        await _until_answering(master)
+        yield Subject(master, str(path))
+    finally:
+        process.terminate()
+        await process.wait()
+
+
+async def _until_answering(master: MasterClient) -> None:
+    async with asyncio.timeout(10):
+        while True:
+            try:
+                if (await master.read_processes()).worker is not None:
+                    return
+            except RuntimeUnavailable:
+                await asyncio.sleep(0.01)
+
+
+async def _worker(subject: Subject) -> int:
+    worker = (await subject.master.read_processes()).worker
+    assert worker is not None
+    return worker
+
+
+async def test_a_worker_has_what_the_file_has(subject: Subject) -> None:
+    worker = await _worker(subject)
+    assert await subject.master.read_entry(worker, subject.map, "n/1") == "a|1"
+    assert await subject.master.read_entry(worker, subject.map, GENERATION_KEY) == "5"
+    assert await subject.master.read_entry(worker, subject.map, "n/9") is None
+
+
+async def test_an_upsert_changes_what_is_there_and_adds_what_is_not(subject: Subject) -> None:
+    worker = await _worker(subject)
+    await subject.master.send_upsert(worker, subject.map, "n/1", "c|2")
+    await subject.master.send_upsert(worker, subject.map, "n/3", "d|1")
+    assert await subject.master.read_entry(worker, subject.map, "n/1") == "c|2"
+    assert await subject.master.read_entry(worker, subject.map, "n/3") == "d|1"
+
+
+async def test_a_removal_may_find_nothing(subject: Subject) -> None:
+    worker = await _worker(subject)
+    await subject.master.send_removal(worker, subject.map, "n/1")
+    await subject.master.send_removal(worker, subject.map, "n/1")
+    assert await subject.master.read_entry(worker, subject.map, "n/1") is None
+
+
+async def test_many_additions_go_in_pieces(subject: Subject) -> None:
+    worker = await _worker(subject)
+    entries = [(f"many/{number}", f"i{number}|{'0' * 16}") for number in range(1500)]
+    await subject.master.send_additions(worker, subject.map, entries)
+    assert await subject.master.read_entry(worker, subject.map, "many/0") == entries[0][1]
+    assert await subject.master.read_entry(worker, subject.map, "many/1499") == entries[-1][1]
+
+
+async def test_a_swap_replaces_everything(subject: Subject) -> None:
+    worker = await _worker(subject)
+    entries = [(GENERATION_KEY, "6"), *((f"x/{number}", "z|1") for number in range(900))]
+    await subject.master.send_swap(worker, subject.map, entries)
+    assert await subject.master.read_entry(worker, subject.map, GENERATION_KEY) == "6"
+    assert await subject.master.read_entry(worker, subject.map, "x/899") == "z|1"
+    assert await subject.master.read_entry(worker, subject.map, "n/1") is None
+
+
+async def test_a_swap_to_nothing_leaves_nothing(subject: Subject) -> None:
+    worker = await _worker(subject)
+    await subject.master.send_swap(worker, subject.map, [])
+    assert await subject.master.read_entry(worker, subject.map, "n/1") is None
+
+
+async def test_a_worker_that_is_gone_is_told_apart(subject: Subject) -> None:
+    with pytest.raises(WorkerEnded):
+        await subject.master.send_upsert(999_999, subject.map, "n/1", "x|1")
+
+
+async def test_an_unknown_command_is_refused(subject: Subject) -> None:
+    worker = await _worker(subject)
+    with pytest.raises(CommandRefused):
+        await subject.master._expect_silence(worker, "frobnicate")
+
+
+@pytest.mark.parametrize("command", ["show map; show info", "show map\nshow info"])
+async def test_a_second_command_cannot_be_smuggled_in(subject: Subject, command: str) -> None:
+    with pytest.raises(ValueError, match="one line"):
+        await subject.master.send(1, command)
+
+
+async def test_after_a_reload_another_worker_accepts(subject: Subject) -> None:
+    before = await _worker(subject)
+    outcome = await subject.master.send_reload()
+    assert outcome.success, outcome.log
+    after = await subject.master.read_processes()
+    assert after.worker not in (None, before)
+    assert after.reloads == 1
+
+
+async def test_nobody_at_the_socket_is_unavailable(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeUnavailable, match="cannot be reached"):
+        await MasterClient(tmp_path / "none.sock").read_processes()
+
+
+async def test_silence_is_unavailable_after_the_deadline(tmp_path: Path) -> None:
+    held: list[asyncio.StreamWriter] = []
+    served = asyncio.Event()
+
+    async def hold(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        held.append(writer)
+        await served.wait()
+        writer.close()
+
+    server = await asyncio.start_unix_server(hold, str(tmp_path / "m.sock"))
+    with pytest.raises(RuntimeUnavailable, match="no answer"):
+        await MasterClient(tmp_path / "m.sock", deadline_s=0.05).read_processes()
+    served.set()
+    server.close()
+    await server.wait_closed()

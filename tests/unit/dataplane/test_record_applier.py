@@ -1,0 +1,265 @@
+"""Records reach the disk, then every worker; whatever breaks half-way, nobody gets somebody else's."""
+
+from __future__ import annotations
+
+import asyncio
+import tempfile
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from imdsproxy.core.haproxy.maps import parse_map, render_map
+from imdsproxy.dataplane.master import MasterClient
+from imdsproxy.dataplane.records import RecordApplier
+from imdsproxy.errors import HostRefused, RuntimeUnavailable
+from support.fake_haproxy import FakeHaproxy
+
+_KEYS = [f"n/{number}" for number in range(8)]
+_VALUES = ["a|1", "a|2", "b|1", "!"]
+_WANTED = st.dictionaries(st.sampled_from(_KEYS), st.none() | st.sampled_from(_VALUES), min_size=1)
+
+
+class Rig:
+    """An applier, a fake HAProxy and the files between them."""
+
+    def __init__(self, directory: Path, *, compact_above: int = 1024) -> None:
+        self.base = directory / "base.map"
+        self.overlay = directory / "overlay.map"
+        self.socket = directory / "m.sock"
+        self.full = False
+        self.applier = self.applier_now(compact_above)
+        self.haproxy = FakeHaproxy(self.socket, (self.base, self.overlay))
+
+    def applier_now(self, compact_above: int = 1024) -> RecordApplier:
+        master = MasterClient(self.socket, deadline_s=2)
+        return RecordApplier(
+            master, self.base, self.overlay, self.write, compact_above=compact_above
+        )
+
+    def write(self, path: Path, data: bytes) -> None:
+        if self.full:
+            raise HostRefused("the disk is full")
+        path.write_bytes(data)
+
+    async def start(self, records: dict[str, str]) -> None:
+        self.applier.write_all(records)
+        await self.haproxy.start()
+        await self.applier.trust(await self.applier.master.read_processes())
+
+    def told(self, key: str) -> set[str | None]:
+        """What the workers would answer with, draining ones included."""
+        return {worker.lookup(self.overlay, self.base, key) for worker in self.haproxy.all()}
+
+    def on_disk(self, key: str) -> str | None:
+        """What a worker that starts now would answer with."""
+        return self.haproxy.fork().lookup(self.overlay, self.base, key)
+
+
+def _in_rig(
+    work: Callable[[Rig], Coroutine[object, object, None]], *, compact_above: int = 1024
+) -> None:
+    async def run() -> None:
+        with tempfile.TemporaryDirectory() as name:
+            rig = Rig(Path(name), compact_above=compact_above)
+            try:
+                await work(rig)
+            finally:
+                await rig.haproxy.close()
+
+    asyncio.run(run())
+
+
+def test_a_change_is_on_disk_and_in_every_worker_when_it_is_acknowledged() -> None:
+    async def work(rig: Rig) -> None:
+        await rig.start({"n/1": "a|1"})
+        await rig.applier.master.send_reload()
+        await rig.applier.trust(await rig.applier.master.read_processes())
+        assert len(rig.haproxy.all()) == 2
+        assert await rig.applier.apply({"n/1": "b|1", "n/2": "a|1"}) == 2
+        for key, value in (("n/1", "b|1"), ("n/2", "a|1")):
+            assert rig.told(key) == {value}
+            assert rig.on_disk(key) == value
+
+    _in_rig(work)
+
+
+def test_what_is_so_already_sends_no_command() -> None:
+    async def work(rig: Rig) -> None:
+        await rig.start({"n/1": "a|1"})
+        assert await rig.applier.apply({"n/1": "a|1", "n/2": None}) == 0
+        assert rig.haproxy.commands == []
+
+    _in_rig(work)
+
+
+def test_when_an_address_moves_nobody_has_it_twice_at_any_moment() -> None:
+    async def work(rig: Rig) -> None:
+        await rig.start({"n/1": "a|1"})
+        await rig.applier.apply({"n/1": None, "n/2": "a|1"})
+        names = [command.split(" ")[0] for _, command in rig.haproxy.commands]
+        taken = next(
+            i
+            for i, (_, line) in enumerate(rig.haproxy.commands)
+            if " - " in line or line.endswith(" -")
+        )
+        given_at = next(
+            i
+            for i, (_, line) in enumerate(rig.haproxy.commands)
+            if line.startswith("add") and i > taken
+        )
+        assert names[taken] in {"set", "add"}
+        assert given_at > taken
+        assert rig.told("n/1") == {None}
+        assert rig.told("n/2") == {"a|1"}
+
+    _in_rig(work)
+
+
+def test_a_worker_that_nobody_ordered_is_made_equal_before_the_change_is_acknowledged() -> None:
+    async def work(rig: Rig) -> None:
+        await rig.start({"n/1": "a|1"})
+        stale = rig.haproxy.fork()
+        await rig.applier.apply({"n/1": "b|1"})
+        rig.haproxy.workers = [stale]
+        await rig.applier.apply({"n/2": "a|1"})
+        assert rig.told("n/1") == {"b|1"}
+        assert rig.told("n/2") == {"a|1"}
+
+    _in_rig(work)
+
+
+def test_a_worker_with_an_older_base_gets_the_whole_base() -> None:
+    async def work(rig: Rig) -> None:
+        await rig.start({"n/1": "a|1"})
+        stale = rig.haproxy.fork()
+        rig.applier.write_all({"n/2": "b|1"})
+        rig.haproxy.workers = [stale]
+        await rig.applier.adopt()
+        assert rig.told("n/1") == {None}
+        assert rig.told("n/2") == {"b|1"}
+
+    _in_rig(work)
+
+
+def test_a_full_disk_changes_nothing_anywhere() -> None:
+    async def work(rig: Rig) -> None:
+        await rig.start({"n/1": "a|1"})
+        rig.full = True
+        with pytest.raises(HostRefused):
+            await rig.applier.apply({"n/1": None, "n/2": "b|1"})
+        assert rig.told("n/1") == {"a|1"}
+        assert rig.told("n/2") == {None}
+        rig.full = False
+        await rig.applier.apply({"n/1": None, "n/2": "b|1"})
+        assert rig.told("n/1") == {None}
+        assert rig.told("n/2") == {"b|1"}
+
+    _in_rig(work)
+
+
+@pytest.mark.parametrize("answered", range(4))
+def test_a_master_that_falls_silent_half_way_is_made_up_for(answered: int) -> None:
+    async def work(rig: Rig) -> None:
+        await rig.start({"n/1": "a|1", "n/3": "a|1"})
+        rig.haproxy.stop_answering_after = answered
+        wanted: dict[str, str | None] = {"n/1": None, "n/2": "b|1", "n/3": "b|2"}
+        try:
+            await rig.applier.apply(wanted)
+        except RuntimeUnavailable:
+            assert rig.applier.behind
+        rig.haproxy.stop_answering_after = None
+        await rig.applier.apply(wanted)
+        for key, value in wanted.items():
+            assert rig.told(key) == {value}
+            assert rig.on_disk(key) == value
+
+    _in_rig(work)
+
+
+def test_files_of_an_earlier_controller_are_taken_over() -> None:
+    async def work(rig: Rig) -> None:
+        await rig.start({"n/1": "a|1"})
+        await rig.applier.apply({"n/2": "b|1", "n/1": None})
+        successor = rig.applier_now()
+        assert successor.load()
+        assert successor.state.effective() == {"n/2": "b|1"}
+
+    _in_rig(work)
+
+
+def test_without_files_there_is_nothing_to_take_over() -> None:
+    async def work(rig: Rig) -> None:
+        assert not rig.applier.load()
+        rig.base.write_text("n/1 a|1\n")
+        rig.overlay.write_text("")
+        assert not rig.applier.load()
+        await asyncio.sleep(0)
+
+    _in_rig(work)
+
+
+def test_an_overlay_of_an_earlier_base_is_in_that_base_already() -> None:
+    async def work(rig: Rig) -> None:
+        rig.base.write_text(render_map({"n/1": "b|1"}, "8"))
+        rig.overlay.write_text(render_map({"n/1": "b|1", "n/2": "-"}, "7"))
+        assert rig.applier.load()
+        assert rig.applier.state.effective() == {"n/1": "b|1"}
+        await asyncio.sleep(0)
+
+    _in_rig(work)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.dictionaries(st.sampled_from(_KEYS), st.sampled_from(_VALUES)),
+    st.lists(st.tuples(_WANTED, st.sampled_from(["", "reload", "stranger", "silent"])), max_size=6),
+    st.integers(0, 4),
+)
+def test_after_any_history_all_workers_and_the_disk_say_what_was_wanted_last(
+    first: dict[str, str],
+    steps: list[tuple[dict[str, str | None], str]],
+    compact_above: int,
+) -> None:
+    async def work(rig: Rig) -> None:
+        await rig.start(first)
+        expected: dict[str, str | None] = dict(first)
+        for number, (wanted, event) in enumerate(steps):
+            if event == "reload":
+                await rig.applier.master.send_reload()
+                await rig.applier.trust(await rig.applier.master.read_processes())
+            elif event == "stranger":
+                rig.haproxy.workers = [rig.haproxy.fork()]
+            elif event == "silent":
+                rig.haproxy.stop_answering_after = number
+            expected.update(wanted)
+            try:
+                await rig.applier.apply(wanted)
+            except RuntimeUnavailable:
+                assert event == "silent"
+            if event == "silent":
+                rig.haproxy.stop_answering_after = None
+                await rig.applier.apply(wanted)
+            for key in _KEYS:
+                assert rig.told(key) == {expected.get(key)}, (key, event)
+                assert rig.on_disk(key) == expected.get(key)
+
+    _in_rig(work, compact_above=compact_above)
+
+
+def test_a_grown_overlay_is_folded_into_the_base() -> None:
+    async def work(rig: Rig) -> None:
+        await rig.start({f"n/{number}": "a|1" for number in range(40)})
+        for number in range(12):
+            await rig.applier.apply({f"n/{number}": None if number % 3 else "b|1"})
+        generation, base = parse_map(rig.base.read_text())
+        assert generation != "1"
+        assert len(rig.applier.state.overlay) <= 5
+        assert base["n/0"] == "b|1"
+        assert rig.told("n/0") == {"b|1"}
+        assert rig.told("n/1") == {None}
+        assert rig.told("n/20") == {"a|1"}
+
+    _in_rig(work, compact_above=5)
