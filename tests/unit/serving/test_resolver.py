@@ -1,0 +1,159 @@
+from __future__ import annotations
+
+import asyncio
+from ipaddress import IPv4Address
+
+import pytest
+
+from imdsproxy.core.inventory import AddressKey
+from imdsproxy.core.model import InstanceId, NetworkId
+from imdsproxy.serving.resolver import (
+    Contested,
+    HoldLimits,
+    Known,
+    Missing,
+    Refused,
+    Resolution,
+    Resolver,
+)
+
+_WEB = Known(InstanceId("web"))
+
+
+def _key(network: str = "red", last: int = 5) -> AddressKey:
+    return NetworkId(network), IPv4Address(f"10.0.0.{last}")
+
+
+class World:
+    """What the look-up finds; it may change while requests wait."""
+
+    def __init__(self) -> None:
+        self.found: dict[AddressKey, Resolution] = {}
+        self.otherwise: Resolution = Missing(in_sync=True)
+        self.looks = 0
+
+    async def look(self, key: AddressKey, /) -> Resolution:
+        self.looks += 1
+        return self.found.get(key, self.otherwise)
+
+
+def _resolver(world: World, hold_s: float = 5, per_network: int = 32, in_all: int = 64) -> Resolver:
+    return Resolver(world.look, lambda: HoldLimits(hold_s, per_network, in_all))
+
+
+async def _held(resolver: Resolver, count: int) -> None:
+    async with asyncio.timeout(5):
+        while resolver.held < count:
+            await asyncio.sleep(0)
+
+
+async def test_a_known_address_is_answered_at_once() -> None:
+    world = World()
+    world.found[_key()] = _WEB
+    resolver = _resolver(world)
+    assert await resolver.resolve(_key()) == _WEB
+    assert resolver.counts.found == 1
+    assert resolver.counts.held == 0
+
+
+async def test_a_contested_address_is_never_a_guess() -> None:
+    world = World()
+    world.found[_key()] = Contested()
+    outcome = await _resolver(world).resolve(_key())
+    assert isinstance(outcome, Refused)
+    assert outcome.status == 503
+
+
+async def test_a_request_waits_for_its_record_and_gets_it() -> None:
+    world = World()
+    resolver = _resolver(world)
+    request = asyncio.create_task(resolver.resolve(_key()))
+    await _held(resolver, 1)
+    world.found[_key()] = _WEB
+    resolver.wake([_key(last=9)])
+    await asyncio.sleep(0)
+    assert not request.done()
+    resolver.wake([_key()])
+    assert await request == _WEB
+    assert resolver.held == 0
+
+
+async def test_a_wake_for_nothing_keeps_the_request_waiting() -> None:
+    world = World()
+    resolver = _resolver(world)
+    request = asyncio.create_task(resolver.resolve(_key()))
+    await _held(resolver, 1)
+    looks = world.looks
+    resolver.wake([_key()])
+    async with asyncio.timeout(5):
+        while world.looks == looks:
+            await asyncio.sleep(0)
+    assert not request.done()
+    world.found[_key()] = Contested()
+    resolver.wake_all()
+    assert isinstance(await request, Refused)
+
+
+@pytest.mark.parametrize(("in_sync", "status"), [(True, 404), (False, 503)])
+async def test_what_stays_unknown_is_404_only_when_the_sources_have_told_everything(
+    in_sync: bool,  # noqa: FBT001 - a parameter of the test
+    status: int,
+) -> None:
+    world = World()
+    world.otherwise = Missing(in_sync=in_sync)
+    outcome = await _resolver(world, hold_s=0.01).resolve(_key())
+    assert isinstance(outcome, Refused)
+    assert outcome.status == status
+
+
+async def test_without_a_hold_nobody_waits() -> None:
+    world = World()
+    resolver = _resolver(world, hold_s=0)
+    outcome = await resolver.resolve(_key())
+    assert isinstance(outcome, Refused)
+    assert resolver.counts.held == 0
+    assert world.looks == 1
+
+
+async def test_one_network_s_share_is_bounded_and_leaves_the_others_theirs() -> None:
+    world = World()
+    resolver = _resolver(world, per_network=3)
+    waiting = [asyncio.create_task(resolver.resolve(_key(last=n))) for n in range(1, 4)]
+    await _held(resolver, 3)
+    outcome = await resolver.resolve(_key(last=100))
+    assert outcome == Refused(503, "too many unknown addresses are waiting in this network")
+    assert resolver.counts.over_limit == 1
+    other = asyncio.create_task(resolver.resolve(_key("blue")))
+    await _held(resolver, 4)
+    for request in (*waiting, other):
+        request.cancel()
+    await asyncio.gather(*waiting, other, return_exceptions=True)
+    assert resolver.held == 0
+
+
+async def test_all_networks_together_are_bounded_too() -> None:
+    world = World()
+    resolver = _resolver(world, per_network=2, in_all=2)
+    waiting = [asyncio.create_task(resolver.resolve(_key(f"n{n}"))) for n in range(2)]
+    await _held(resolver, 2)
+    outcome = await resolver.resolve(_key("n9"))
+    assert isinstance(outcome, Refused)
+    assert outcome.status == 503
+    for request in waiting:
+        request.cancel()
+    await asyncio.gather(*waiting, return_exceptions=True)
+
+
+async def test_a_guest_that_leaves_frees_its_place() -> None:
+    world = World()
+    resolver = _resolver(world, per_network=1)
+    request = asyncio.create_task(resolver.resolve(_key()))
+    await _held(resolver, 1)
+    request.cancel()
+    await asyncio.gather(request, return_exceptions=True)
+    assert resolver.held == 0
+    again = asyncio.create_task(resolver.resolve(_key()))
+    await _held(resolver, 1)
+    world.found[_key()] = _WEB
+    resolver.wake_all()
+    assert await again == _WEB
