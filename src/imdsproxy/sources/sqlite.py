@@ -26,7 +26,9 @@ _T = TypeVar("_T")
 class SqliteSource:
     """The store at `path`; see `api.WritableSource` for what its methods promise.
 
-    SQLite works in a thread of its own: a write waits for the disk (synchronous=FULL).
+    SQLite works in a thread of its own. A write is published as soon as it is committed, so that
+    guests do not wait for the disk, and acknowledged when the disk has it; writes at the same time
+    share one wait.
 
     Args:
         path: The file; made when it is not there.
@@ -51,8 +53,7 @@ class SqliteSource:
 
         While the store cannot be used the source is out of sync, and writes raise the reason.
         """
-        thread = ThreadPoolExecutor(1, thread_name_prefix="imdsproxy-store")
-        running = _Running(self._name, self._path, thread, publish)
+        running = _Running(self._name, self._path, publish)
         told = ""
         try:
             while True:
@@ -119,14 +120,18 @@ class SqliteSource:
 
 
 class _Running:
-    """The store while its source runs: its thread, and what it has refused."""
+    """The store while its source runs: its threads, and what it has refused."""
 
-    def __init__(self, name: str, path: Path, thread: ThreadPoolExecutor, publish: Publish) -> None:
+    def __init__(self, name: str, path: Path, publish: Publish) -> None:
         self._name = name
         self._path = path
-        self._thread = thread
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="imdsproxy-store")
+        self._sync_thread = ThreadPoolExecutor(1, thread_name_prefix="imdsproxy-store-sync")
         self._publish = publish
         self._store: Store | None = None
+        self._committed = 0
+        self._synced = 0
+        self._syncing: asyncio.Task[None] | None = None
         self._problems: dict[tuple[str, str], tuple[Problem, ...]] = {}
         self._writes: set[asyncio.Task[object]] = set()
 
@@ -151,6 +156,7 @@ class _Running:
         # After whatever the thread still does: it works in order.
         await self._in_thread(self._close)
         self._thread.shutdown(wait=False)
+        self._sync_thread.shutdown(wait=False)
 
     async def ask(self, question: Callable[[Store], _T]) -> _T:
         """Read from the store."""
@@ -170,7 +176,7 @@ class _Running:
                 for key in records:
                     self._problems.pop((kind, key), None)
             if written.networks or written.instances:
-                self._tell(
+                await self._tell(
                     Observation(
                         self._name,
                         networks=written.networks,
@@ -190,7 +196,9 @@ class _Running:
             self._problems.pop(("networks", network), None)
             if found:
                 problems = self._all_problems()
-                self._tell(Observation(self._name, networks_removed=(network,), problems=problems))
+                await self._tell(
+                    Observation(self._name, networks_removed=(network,), problems=problems)
+                )
             return found
 
         return await self._finish(write())
@@ -203,7 +211,7 @@ class _Running:
             self._problems.pop(("instances", instance), None)
             if found:
                 problems = self._all_problems()
-                self._tell(
+                await self._tell(
                     Observation(self._name, instances_removed=(instance,), problems=problems)
                 )
             return found
@@ -219,8 +227,24 @@ class _Running:
         task.add_done_callback(lambda done: done.cancelled() or done.exception())
         return await asyncio.shield(task)
 
-    def _tell(self, observation: Observation) -> None:
+    async def _tell(self, observation: Observation) -> None:
+        """Publish what is committed, then wait for the disk."""
         self._publish(observation)
+        self._committed += 1
+        mine = self._committed
+        while self._synced < mine:
+            if self._syncing is None:
+                self._syncing = asyncio.ensure_future(self._sync(self._committed))
+            await asyncio.shield(self._syncing)
+
+    async def _sync(self, committed: int) -> None:
+        store = self._store
+        try:
+            if store is not None:
+                await asyncio.get_running_loop().run_in_executor(self._sync_thread, store.sync)
+            self._synced = committed
+        finally:
+            self._syncing = None
 
     def _all_problems(self) -> tuple[Problem, ...]:
         return tuple(problem for key in sorted(self._problems) for problem in self._problems[key])

@@ -1,6 +1,7 @@
-"""The embedded store, one call at a time: records as rows, refused as a whole or written as a whole.
+"""The embedded store, one call at a time: records as rows, written as a whole or not at all.
 
-Everything here blocks and belongs to one thread; `imdsproxy.sources.sqlite` brings it into the event loop.
+Everything here blocks and, `sync` apart, belongs to one thread; `imdsproxy.sources.sqlite` brings
+it into the event loop.
 """
 
 from __future__ import annotations
@@ -42,8 +43,8 @@ class Contents:
     """Everything in the store.
 
     Attributes:
-        problems: Of rows that are no good records, by table and id; they stay in the file, but are not
-            in force.
+        problems: Of rows that are no good records, by table and id; they stay in the file, but are
+            not in force.
     """
 
     networks: dict[NetworkId, Network] = field(default_factory=dict)
@@ -71,6 +72,7 @@ class Store:
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        self._log: int | None = None
         with store_failures(path):
             path.parent.mkdir(mode=0o750, parents=True, exist_ok=True)
             self._lock = lock_store(path)
@@ -86,6 +88,22 @@ class Store:
             self._connection.close()
         finally:
             os.close(self._lock)
+            if self._log is not None:
+                os.close(self._log)
+
+    def sync(self) -> None:
+        """Have the disk keep all that is committed; from any one thread.
+
+        Committed records are in SQLite's write-ahead log until a checkpoint takes them over, which
+        SQLite itself syncs (https://www.sqlite.org/pragma.html#pragma_synchronous).
+        """
+        with store_failures(self._path):
+            if self._log is None:
+                # Never the database itself: closing any descriptor of it drops SQLite's locks on
+                # it.
+                log = self._path.with_name(f"{self._path.name}-wal")
+                self._log = os.open(log, os.O_RDONLY | os.O_CLOEXEC)
+            os.fdatasync(self._log)
 
     # Reading
 
