@@ -107,6 +107,10 @@ class Figures:
                 "documents": operations.documents_restarts(),
             },
             documents_up=max(0, len(operations.documents_pids()) - 1),
+            plans=Timing(operations.listeners.rounds, operations.listeners.seconds),
+            operations=operations.listeners.operations,
+            convergence=Timing(operations.records.rounds, operations.records.seconds),
+            commands=operations.haproxy.master.commands,
             resolver={
                 "found": counts.found,
                 "unknown": counts.not_found,

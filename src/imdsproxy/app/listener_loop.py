@@ -7,6 +7,7 @@ and never keeps another one from coming into force.
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Protocol
@@ -120,6 +121,9 @@ class ListenerLoop:
     tickets: Tickets = field(default_factory=Tickets)
     report: ListenerReport = field(default_factory=lambda: ListenerReport(0.0))
     failure: Problem | None = None
+    rounds: int = 0
+    seconds: float = 0.0
+    operations: Counter[str] = field(default_factory=Counter)
     _observed: ObservedHost | None = None
     _known: dict[NetworkId, Network] = field(default_factory=dict)
     _dirty: set[NetworkId] = field(default_factory=set)
@@ -215,6 +219,8 @@ class ListenerLoop:
         if self._observed is not None:
             left_out = {one.network for one in plan.left_out}
             self.expect(networks, self._observed, left_out, self._pids())
+        self.rounds += 1
+        self.seconds += self.clock.monotonic() - began
         self.report = ListenerReport(
             at=self.clock.now().timestamp(),
             endpoints=plan.endpoints,
@@ -240,6 +246,8 @@ class ListenerLoop:
             operations += len(plan.ops)
             self._dirty.update(one.network for one in plan.left_out)
             problems = await self.host.apply(plan.ops)
+            self.operations["failed"] += len(problems)
+            self.operations["ok"] += len(plan.ops) - len(problems)
         return plan, problems, operations
 
     async def _observe(self, networks: Mapping[NetworkId, Network]) -> ObservedHost:

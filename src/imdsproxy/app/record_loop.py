@@ -90,6 +90,10 @@ class RecordLoop:
     Args:
         on_networks: Told of networks that came, changed or went.
         on_applied: Told of addresses whose records are in force now; `None` stands for all of them.
+
+    Attributes:
+        rounds: Rounds that put observations in force.
+        seconds: From the first observation of each of them to the acknowledgement, added up.
     """
 
     inventory: Inventory
@@ -104,6 +108,9 @@ class RecordLoop:
     last: RoundReport | None = None
     failures: dict[str, Problem] = field(default_factory=dict)
     in_sync: asyncio.Event = field(default_factory=asyncio.Event)
+    rounds: int = 0
+    seconds: float = 0.0
+    _since: float | None = None
     _work: _Work = field(default_factory=_Work)
     _wake: asyncio.Event = field(default_factory=asyncio.Event)
     _live: bool = False
@@ -121,6 +128,8 @@ class RecordLoop:
             self.in_sync.clear()
         if affected.in_sync:
             self.on_applied(None)
+        if self._since is None:
+            self._since = self.clock.monotonic()
         ticket = self.tickets.take()
         self._wake.set()
         return ticket
@@ -164,10 +173,12 @@ class RecordLoop:
             self._wake.clear()
             work, self._work = self._work, _Work()
             ticket = self.tickets.given
+            since, self._since = self._since, None
             try:
                 await self._round(work)
             except DataplaneError as error:
                 self._work.merge(work)
+                self._since = since
                 self.failures["records"] = Problem("records", error.message, error.hint)
                 log.error(  # noqa: TRY400 - expected, and told in full
                     "records not applied", code=error.code, error=error.message, retry_in_s=delay
@@ -177,6 +188,9 @@ class RecordLoop:
                 continue
             delay = _RETRY_FIRST_S
             self.failures.pop("records", None)
+            if since is not None:
+                self.rounds += 1
+                self.seconds += self.clock.monotonic() - since
             await self.tickets.close(ticket)
             if any(name.startswith("instances.") for name in self.failures):
                 self._retry_failed_later()

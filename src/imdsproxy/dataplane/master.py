@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections import Counter
 from pathlib import Path
 from typing import Final
 
@@ -33,6 +34,9 @@ class WorkerEnded(Exception):
 class MasterClient:
     """Commands to the master and, through it, to each worker.
 
+    Attributes:
+        commands: How many were answered (`ok`) and how many were not (`failed`).
+
     Args:
         path: The master socket.
         deadline_s: How long one command may take.
@@ -45,6 +49,7 @@ class MasterClient:
         self._path = path
         self._deadline_s = deadline_s
         self._reload_deadline_s = reload_deadline_s
+        self.commands: Counter[str] = Counter()
 
     async def read_processes(self) -> Processes:
         """The processes that run now.
@@ -172,10 +177,12 @@ class MasterClient:
                 writer.write_eof()
                 answer = await reader.read(-1)
         except TimeoutError as error:
+            self.commands["failed"] += 1
             raise RuntimeUnavailable(
                 f"HAProxy's master at {self._path} gave no answer to {line.partition(' <<')[0]!r} in {deadline_s:g} s"
             ) from error
         except OSError as error:
+            self.commands["failed"] += 1
             raise RuntimeUnavailable(
                 f"HAProxy's master at {self._path} cannot be reached: {error}"
             ) from error
@@ -184,6 +191,7 @@ class MasterClient:
                 writer.close()
                 with contextlib.suppress(OSError):
                     await writer.wait_closed()
+        self.commands["ok" if answer else "failed"] += 1
         if not answer:
             # Even "done" is a line break: an end without one is a process that went away.
             raise RuntimeUnavailable(
