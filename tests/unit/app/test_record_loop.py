@@ -1,0 +1,257 @@
+"""From what sources say to what every worker answers, with the disk and HAProxy as they may be."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager
+from ipaddress import IPv4Address, IPv6Address
+from pathlib import Path
+
+import pytest
+
+from imdsproxy.app.record_loop import Learned, RecordLoop
+from imdsproxy.core.compiled import CompiledRecord, compile_instance
+from imdsproxy.core.inventory import AddressKey, Inventory, Observation
+from imdsproxy.core.model import (
+    Instance,
+    InstanceId,
+    NamespaceListener,
+    Network,
+    NetworkId,
+    Port,
+)
+from imdsproxy.dataplane.master import MasterClient
+from imdsproxy.dataplane.records import RecordApplier
+from imdsproxy.errors import HostRefused
+from imdsproxy.host.clock import SystemClock
+from support.fake_haproxy import FakeHaproxy
+
+_RED = NetworkId("red")
+_NETWORK = Network(_RED, NamespaceListener("red"))
+
+
+class MemoryFiles:
+    """Compiled records in memory; some instances' records cannot be written."""
+
+    def __init__(self) -> None:
+        self.records: dict[InstanceId, CompiledRecord] = {}
+        self.refuse: set[InstanceId] = set()
+        self.log: list[str] = []
+
+    def apply(self, instance: InstanceId, record: CompiledRecord) -> None:
+        if instance in self.refuse:
+            raise HostRefused("the disk is full", hint="make room")
+        self.log.append(f"write {instance}")
+        self.records[instance] = record
+
+    def remove(self, instance: InstanceId) -> None:
+        self.log.append(f"remove {instance}")
+        self.records.pop(instance, None)
+
+    def instances(self) -> Iterable[InstanceId]:
+        return tuple(self.records)
+
+
+class Rig:
+    def __init__(self, directory: Path) -> None:
+        self.base = directory / "base.map"
+        self.overlay = directory / "overlay.map"
+        self.haproxy = FakeHaproxy(directory / "m.sock", (self.base, self.overlay))
+        self.files = MemoryFiles()
+        self.applied: list[set[AddressKey] | None] = []
+        self.networks: list[frozenset[NetworkId]] = []
+        self.inventory = Inventory(["a", "b"])
+        master = MasterClient(directory / "m.sock", deadline_s=2)
+        self.applier = RecordApplier(master, self.base, self.overlay, self._write)
+        self.loop = RecordLoop(
+            self.inventory,
+            self.applier,
+            self.files,
+            SystemClock(),
+            self.networks.append,
+            lambda keys: self.applied.append(None if keys is None else set(keys)),
+        )
+
+    @staticmethod
+    def _write(path: Path, data: bytes) -> None:
+        path.write_bytes(data)
+
+    async def say(self, *instances: Instance, source: str = "a", in_sync: bool = True) -> None:
+        """A source tells all that it has, and that is in force."""
+        ticket = self.loop.observe(
+            Observation(
+                source,
+                full=True,
+                networks={_RED: _NETWORK},
+                instances={one.id: one for one in instances},
+                in_sync=in_sync,
+            )
+        )
+        async with asyncio.timeout(5):
+            await self.loop.tickets.wait(ticket)
+
+    def told(self, address: str) -> str | None:
+        (worker,) = self.haproxy.workers
+        return worker.lookup(self.overlay, self.base, f"red/{address}")
+
+
+@asynccontextmanager
+async def _rig(directory: Path, records: dict[str, str] | None = None) -> AsyncIterator[Rig]:
+    rig = Rig(directory)
+    rig.applier.write_all(records or {})
+    await rig.haproxy.start()
+    await rig.applier.trust(await rig.applier.master.read_processes())
+    task = asyncio.create_task(rig.loop.run())
+    try:
+        yield rig
+    finally:
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+        await rig.haproxy.close()
+
+
+def _instance(name: str, *addresses: str, hostname: str = "h") -> Instance:
+    ports = (Port(_RED, None, tuple(IPv4Address(one) for one in addresses)),)
+    return Instance(InstanceId(name), name, hostname, ports=ports)
+
+
+def _value(instance: Instance) -> str:
+    return f"{instance.id}|{compile_instance(instance, {_RED: _NETWORK}).revision}"
+
+
+async def test_an_acknowledged_instance_is_on_disk_and_in_haproxy(tmp_path: Path) -> None:
+    async with _rig(tmp_path) as rig:
+        web = _instance("web", "10.0.0.5")
+        await rig.say(web)
+        assert rig.told("10.0.0.5") == _value(web)
+        assert rig.files.records[web.id] == compile_instance(web, {_RED: _NETWORK})
+        assert {(_RED, IPv4Address("10.0.0.5"))} in rig.applied
+        assert rig.networks == [frozenset({_RED})]
+        assert rig.loop.rounds == 1
+
+
+async def test_a_changed_document_is_another_revision_at_every_address(tmp_path: Path) -> None:
+    async with _rig(tmp_path) as rig:
+        await rig.say(_instance("web", "10.0.0.5", "10.0.0.6"))
+        after = _instance("web", "10.0.0.5", "10.0.0.6", hostname="new")
+        await rig.say(after)
+        assert rig.told("10.0.0.5") == rig.told("10.0.0.6") == _value(after)
+
+
+async def test_nobody_is_led_to_a_removed_record(tmp_path: Path) -> None:
+    async with _rig(tmp_path) as rig:
+        await rig.say(_instance("web", "10.0.0.5"))
+        rig.files.log.clear()
+        await rig.say()
+        assert rig.told("10.0.0.5") is None
+        assert rig.files.log == ["remove web"]
+        assert rig.loop.revisions == {}
+
+
+async def test_two_sources_that_disagree_are_a_conflict_and_the_record_stays(
+    tmp_path: Path,
+) -> None:
+    async with _rig(tmp_path) as rig:
+        await rig.say(_instance("web", "10.0.0.5"))
+        await rig.say(_instance("db", "10.0.0.5", "10.0.0.6"), source="b")
+        assert rig.told("10.0.0.5") == "!"
+        assert rig.told("10.0.0.6") == _value(_instance("db", "10.0.0.5", "10.0.0.6"))
+        await rig.say(source="b")
+        assert rig.told("10.0.0.5") == _value(_instance("web", "10.0.0.5"))
+
+
+async def test_nothing_is_swept_before_every_source_has_told_all(tmp_path: Path) -> None:
+    async with _rig(tmp_path, {"red/10.0.0.9": "old|1"}) as rig:
+        rig.files.records[InstanceId("old")] = CompiledRecord("1", b"")
+        await rig.say(_instance("web", "10.0.0.5"))
+        assert rig.told("10.0.0.9") == "old|1"
+        assert InstanceId("old") in rig.files.records
+        await rig.say(source="b")
+        assert rig.told("10.0.0.9") is None
+        assert InstanceId("old") not in rig.files.records
+        assert rig.told("10.0.0.5") is not None
+
+
+async def test_a_full_disk_leaves_the_record_in_force_and_says_whose(tmp_path: Path) -> None:
+    async with _rig(tmp_path) as rig:
+        before = _instance("web", "10.0.0.5")
+        await rig.say(before)
+        rig.files.refuse = {before.id}
+        await rig.say(_instance("web", "10.0.0.5", hostname="new"), _instance("db", "10.0.0.6"))
+        assert rig.told("10.0.0.5") == _value(before)
+        assert rig.told("10.0.0.6") is not None
+        assert rig.loop.failures["instances.web"].hint == "make room"
+        rig.files.refuse = set()
+        await rig.say(_instance("web", "10.0.0.5", hostname="newer"), _instance("db", "10.0.0.6"))
+        assert rig.loop.failures == {}
+        assert rig.told("10.0.0.5") == _value(_instance("web", "10.0.0.5", hostname="newer"))
+
+
+async def test_a_silent_master_is_tried_again_until_it_has_everything(tmp_path: Path) -> None:
+    async with _rig(tmp_path) as rig:
+        await rig.say(_instance("web", "10.0.0.5"))
+        rig.haproxy.stop_answering_after = 0
+        rig.loop.observe(
+            Observation("a", instances={InstanceId("db"): _instance("db", "10.0.0.6")})
+        )
+        async with asyncio.timeout(5):
+            while "records" not in rig.loop.failures:
+                await asyncio.sleep(0)
+        assert not rig.loop.tickets.settled
+        rig.haproxy.stop_answering_after = None
+        async with asyncio.timeout(5):
+            await rig.loop.tickets.wait(rig.loop.tickets.given)
+        assert rig.told("10.0.0.6") is not None
+        assert "records" not in rig.loop.failures
+
+
+async def test_a_learned_address_follows_its_instance_and_goes_with_it(tmp_path: Path) -> None:
+    async with _rig(tmp_path) as rig:
+        await rig.say(_instance("web", "10.0.0.5"))
+        key = (_RED, IPv6Address("fe80::1234"))
+        ticket = rig.loop.learn(key, Learned(InstanceId("web"), 0))
+        await rig.loop.tickets.wait(ticket)
+        assert rig.told("fe80::1234") == _value(_instance("web", "10.0.0.5"))
+        after = _instance("web", "10.0.0.5", hostname="new")
+        await rig.say(after)
+        assert rig.told("fe80::1234") == _value(after)
+        await rig.say()
+        assert rig.told("fe80::1234") is None
+        assert rig.loop.learned == {}
+
+
+async def test_what_is_forgotten_is_unknown_again(tmp_path: Path) -> None:
+    async with _rig(tmp_path) as rig:
+        await rig.say(_instance("web", "10.0.0.5"))
+        key = (_RED, IPv6Address("fe80::1234"))
+        await rig.loop.tickets.wait(rig.loop.learn(key, Learned(InstanceId("web"), 0)))
+        await rig.loop.tickets.wait(rig.loop.forget(key))
+        assert rig.told("fe80::1234") is None
+
+
+async def test_a_fresh_start_compiles_everything_into_one_map(tmp_path: Path) -> None:
+    rig = Rig(tmp_path)
+    web, db = _instance("web", "10.0.0.5"), _instance("db", "10.0.0.6")
+    rig.inventory.observe(
+        Observation("a", full=True, networks={_RED: _NETWORK}, instances={web.id: web, db.id: db})
+    )
+    assert rig.loop.compile_all() == {"red/10.0.0.5": _value(web), "red/10.0.0.6": _value(db)}
+
+
+@pytest.mark.parametrize("reload", [False, True])
+async def test_a_resync_mends_what_somebody_changed_behind_our_back(
+    tmp_path: Path,
+    reload: bool,  # noqa: FBT001 - a parameter of the test
+) -> None:
+    async with _rig(tmp_path) as rig:
+        await rig.say(_instance("web", "10.0.0.5"))
+        await rig.say(source="b")
+        if reload:
+            rig.haproxy.workers = [rig.haproxy.fork()]
+        rig.applier.state.overlay["red/10.0.0.77"] = "ghost|1"
+        await rig.loop.tickets.wait(rig.loop.resync())
+        assert rig.applier.state.lookup("red/10.0.0.77") is None
+        assert rig.told("10.0.0.5") is not None
