@@ -220,6 +220,11 @@ class NamespaceThread:
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="namespaces")
         self._closed = False
 
+    def is_home(self, name: str) -> bool:
+        """Whether a name leads to the namespace that the process started in."""
+        ref = self.directory.identity(name)
+        return ref is not None and ref.inode == os.fstat(self._home).st_ino
+
     async def run(self, work: Callable[[], T]) -> T:
         """Do blocking work in the thread, in the process's own namespace."""
         return await asyncio.get_running_loop().run_in_executor(self._pool, work)

@@ -107,7 +107,9 @@ class HostObserver:
                 namespaces[name] = seen
         present = self._thread.directory.names() if everything else sorted(interest.namespaces)
         for name in present if everything else ():
-            seen = None if name in namespaces else self._namespace(name, set())
+            # A name for the host's own namespace shows what `root` shows: nothing there is left over.
+            known = name in namespaces or self._thread.is_home(name)
+            seen = None if known else self._namespace(name, set())
             if seen is not None:
                 namespaces[name] = seen
         root = self._root(interest, everything=everything)
