@@ -126,9 +126,20 @@ async def test_what_we_make_is_marked_and_has_the_bridges_mtu(
     inner = lab.ip("-n", name, "link", "show", lab.naming.inner_device)
     assert "mtu 1400" in inner
     assert alias in lab.ip("-n", name, "link", "show", "lo")
-    accepts = ("netns", "exec", name, "/usr/sbin/sysctl", "-n")
-    key = f"net.ipv6.conf.{lab.naming.inner_device}.accept_ra"
-    assert lab.ip(*accepts, key) == "0\n"
+
+
+async def test_a_guest_gives_our_namespace_neither_routes_nor_packets_to_forward(
+    lab: HostLab, daemon: _Daemon
+) -> None:
+    await daemon.settle(_networks(blue=lab.bridge("b")))
+    inner, name = lab.naming.inner_device, lab.own_namespace("blue")
+    keys = [f"net.ipv4.conf.{inner}.{key}" for key in ("forwarding", "accept_redirects")]
+    keys += [f"net.ipv4.conf.{inner}.{key}" for key in ("rp_filter", "arp_ignore", "arp_filter")]
+    six = ("accept_ra", "forwarding", "accept_redirects")
+    keys += [f"net.ipv6.conf.{inner}.{key}" for key in six]
+    keys += [key.replace(inner, "all") for key in keys]
+    shown = lab.ip("netns", "exec", name, "/usr/sbin/sysctl", "-n", *keys)
+    assert shown.split() == ["0"] * len(keys)
 
 
 async def test_a_changed_mtu_a_detached_and_a_downed_link_are_mended(

@@ -175,6 +175,14 @@ async def test_a_directory_of_ones_own_is_made_shared_so_that_others_see_its_nam
         subprocess.run(("/usr/bin/umount", str(place)), check=True)  # noqa: ASYNC221 - short
 
 
+@pytest.mark.parametrize("name", ["../../proc/1/ns/net", "/proc/1/ns/net", "..", "", "a\0b"])
+def test_a_name_that_leads_out_of_the_directory_is_refused(name: str) -> None:
+    directory = NamespaceDirectory()
+    for work in (directory.identity, directory.open, directory.delete):
+        with pytest.raises(HostRefused, match="not the name"):
+            work(name)
+
+
 async def test_work_is_done_in_the_order_it_was_asked_for(thread: NamespaceThread) -> None:
     done: list[int] = []
     await asyncio.gather(*(thread.run(lambda n=n: done.append(n)) for n in range(50)))  # type: ignore[misc]  # mypy infers no lambda with a default

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from imdsproxy.core.hoststate import NamespaceRef
+from imdsproxy.errors import HostRefused
 from imdsproxy.host.namespaces import NamespaceDirectory, NamespaceThread
 from imdsproxy.host.nswatch import NamespaceCame, NamespaceChange, NamespaceWatch, NamespaceWent
 from support.hostlab import HostLab, host_lab
@@ -125,6 +126,21 @@ async def test_a_namespace_mounted_upon_a_name_that_was_empty_has_come(lab: Host
         mount = ("/usr/bin/mount", "--bind", "/proc/self/ns/net", f"/run/netns/{name}")
         await asyncio.to_thread(lab.run, "/usr/bin/unshare", "--net", *mount)
         assert isinstance(await _next(watch, name), NamespaceCame)
+
+
+async def test_a_watch_that_cannot_look_says_so_instead_of_falling_silent(
+    lab: HostLab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = NamespaceDirectory()
+
+    def refuse(name: str) -> NamespaceRef | None:
+        raise HostRefused(f"cannot look at namespace {name}")
+
+    async with NamespaceWatch(directory) as watch:
+        monkeypatch.setattr(directory, "identity", refuse)
+        name = await asyncio.to_thread(lab.namespace, "blue")
+        with pytest.raises(HostRefused, match="cannot look at"):
+            await _next(watch, name)
 
 
 async def test_events_that_were_lost_are_made_up_for_by_a_look_at_the_directory(

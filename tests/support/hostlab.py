@@ -19,7 +19,7 @@ from typing import Final
 
 from imdsproxy.core.hostnames import Naming
 from imdsproxy.core.model import NetworkId
-from imdsproxy.host.namespaces import DEFAULT_DIRECTORY
+from imdsproxy.host.namespaces import DEFAULT_DIRECTORY, NamespaceDirectory
 
 __all__ = ["DEADLINE_S", "HostLab", "Server", "eventually", "host_lab"]
 
@@ -197,6 +197,11 @@ class HostLab:
         arguments = (sys.executable, "-c", _CLIENT, family, address, device)
         return self.run(*self._inside(namespace), *arguments).strip()
 
+    def fetch(self, namespace: str) -> str:
+        """The body of what a web server at 169.254.169.254 answers within a namespace."""
+        curl = ("/usr/bin/curl", "-sS", "--max-time", "5", "http://169.254.169.254/")
+        return self.run(*self._inside(namespace), *curl)
+
     def _inside(self, namespace: str | None) -> Sequence[str]:
         if namespace is None:
             return ()
@@ -217,14 +222,10 @@ class HostLab:
         """Take everything away, what the code under test made under our `naming` included."""
         for server in self._servers:
             server.stop()
-        present = (
-            {path.name for path in DEFAULT_DIRECTORY.iterdir()}
-            if DEFAULT_DIRECTORY.is_dir()
-            else set()
-        )
-        ours = {name for name in present if self.naming.is_namespace(name)}
-        for name in present & {*self._namespaces} | ours:
-            self.ip("netns", "del", name)
+        directory = NamespaceDirectory()
+        for name in directory.names():
+            if name in self._namespaces or self.naming.is_namespace(name):
+                directory.delete(name)
         links = {path.name for path in Path("/sys/class/net").iterdir()}
         for name in links & {*self._links} | {one for one in links if self.naming.is_link(one)}:
             # A veth may go by itself while its namespace does.

@@ -69,6 +69,7 @@ class LeftOutCode(StrEnum):
     PORT_BUSY = "port-busy"
     BIND_REFUSED = "bind-refused"
     LISTENER_SHARED = "listener-shared"
+    HOST_REFUSED = "host-refused"
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,8 +161,8 @@ def listen(
     if family is Family.IPV4:
         return _bind(network, seen, family, device)
     part = Part()
-    for one in usable:
-        part += _bind(network, seen, family, one.device)
+    for carrier in dict.fromkeys(one.device for one in usable):
+        part += _bind(network, seen, family, carrier)
     # One device that serves is a listener that serves: sockets on the others are still reported.
     if part.endpoints:
         return Part(part.endpoints, foreign=part.foreign)

@@ -152,7 +152,7 @@ class BindTrial:
 
 @dataclass(frozen=True, slots=True)
 class ObservedNamespace:
-    """What matters of one namespace; the host's own when `ref` is `None`.
+    """What matters of one namespace; the host's own when `ref` is `None` and there is no problem.
 
     Attributes:
         devices: By name. In the host's own namespace perhaps only those that were asked for.

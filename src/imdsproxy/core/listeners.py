@@ -27,6 +27,8 @@ from imdsproxy.core.endpoints import (
 )
 from imdsproxy.core.hostnames import Naming
 from imdsproxy.core.hostops import (
+    AddAddress,
+    AddDefaultRoute,
     DeleteLink,
     DeleteNamespace,
     HostOp,
@@ -49,6 +51,8 @@ __all__ = [
     "LeftOutCode",
     "ListenerPlan",
     "NamespaceRef",
+    "OpFailure",
+    "explain_pending",
     "plan_listeners",
 ]
 
@@ -105,6 +109,44 @@ def plan_listeners(
         foreign=tuple(one for part in parts for one in part.foreign),
         ops=removals + tuple(one for part in parts for one in part.ops),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class OpFailure:
+    """An op that the host refused, in words for the operator."""
+
+    op: HostOp
+    reason: str
+    hint: str = ""
+
+
+def explain_pending(plan: ListenerPlan, failures: Iterable[OpFailure]) -> ListenerPlan:
+    """The same plan, with what is pending only because of a failed op told by its failure.
+
+    Args:
+        plan: Made from what was observed after the ops were tried.
+        failures: Of the ops that were tried.
+    """
+    given = tuple(failures)
+    return replace(plan, left_out=tuple(_explain(one, given) for one in plan.left_out))
+
+
+def _explain(left: LeftOut, failures: Iterable[OpFailure]) -> LeftOut:
+    if left.code is not LeftOutCode.PENDING:
+        return left
+    for failure in failures:
+        if _concerns(failure.op, left):
+            code = LeftOutCode.HOST_REFUSED
+            return replace(left, code=code, reason=failure.reason, hint=failure.hint)
+    return left
+
+
+def _concerns(op: HostOp, left: LeftOut) -> bool:
+    if isinstance(op, DeleteNamespace | DeleteLink | RemoveAddress) or op.network != left.network:
+        return False
+    if isinstance(op, AddAddress) and left.family is not None:
+        return op.address == left.family.metadata_address
+    return not isinstance(op, AddDefaultRoute) or left.family in (None, op.family)
 
 
 def _plan_one(network: Network, observed: ObservedHost, naming: Naming) -> Part:

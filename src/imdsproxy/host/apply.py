@@ -40,7 +40,19 @@ from imdsproxy.host.refusal import host_refused
 
 __all__ = ["HostApplier", "OpOutcome", "OpResult"]
 
-_IPV6_CONF: Final = Path("/proc/sys/net/ipv6/conf")
+_CONF: Final = Path("/proc/sys/net")
+_SETTINGS: Final = {
+    # What a guest sends must not give us routes or addresses, nor make a router of us.
+    "ipv4/conf/{}/accept_redirects": "0",
+    "ipv4/conf/{}/forwarding": "0",
+    "ipv6/conf/{}/accept_ra": "0",
+    "ipv6/conf/{}/accept_redirects": "0",
+    "ipv6/conf/{}/forwarding": "0",
+    # A new namespace takes these from the host. Every guest is to be answered, whatever its subnet.
+    "ipv4/conf/{}/rp_filter": "0",
+    "ipv4/conf/{}/arp_filter": "0",
+    "ipv4/conf/{}/arp_ignore": "0",
+}
 
 
 class OpOutcome(StrEnum):
@@ -197,12 +209,12 @@ def _index(channel: NetlinkSocket, device: str) -> int:
 
 
 def _prepare(channel: NetlinkSocket, alias: str) -> None:
-    # A guest that sends router advertisements would give us routes and addresses of its choice. The
-    # files are those of the namespace that the calling thread is in.
-    for which in ("all", "default"):
-        path = _IPV6_CONF / which / "accept_ra"
-        if path.exists():  # not on a host that was started without IPv6
-            path.write_text("0")
+    # These files are those of the namespace that the calling thread is in.
+    for setting, value in _SETTINGS.items():
+        for which in ("all", "default"):
+            path = _CONF / setting.format(which)
+            if path.exists():  # not on a host that was started without IPv6
+                path.write_text(value)
     # The alias comes last: a namespace that has it is complete.
     set_link(channel, _index(channel, LOOPBACK), up=True, alias=alias)
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Final, Self
 
+from imdsproxy.errors import DataplaneError
 from imdsproxy.host.netlink import (
     RTM_DELADDR,
     RTM_DELLINK,
@@ -62,7 +63,7 @@ class LinkWatch:
     """
 
     def __init__(self) -> None:
-        self._changes: asyncio.Queue[LinkChange] = asyncio.Queue()
+        self._changes: asyncio.Queue[LinkChange | DataplaneError] = asyncio.Queue()
         self.hears_all = False
 
     async def __aenter__(self) -> Self:
@@ -94,9 +95,21 @@ class LinkWatch:
         return self
 
     async def __anext__(self) -> LinkChange:
-        return await self._changes.get()
+        change = await self._changes.get()
+        if isinstance(change, DataplaneError):
+            raise change
+        return change
 
     def _ready(self) -> None:
+        # What fails in here would only reach the event loop's log: the iterator raises it.
+        try:
+            self._take()
+        except DataplaneError as error:
+            self._changes.put_nowait(error)
+        except OSError as error:
+            self._changes.put_nowait(host_refused("hear of the host's devices", error))
+
+    def _take(self) -> None:
         while True:
             try:
                 data, ancillary, _, _ = self._socket.recvmsg(_RECEIVE_BYTES, _ANCILLARY_BYTES)

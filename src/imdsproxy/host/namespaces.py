@@ -104,10 +104,20 @@ class NamespaceDirectory:
         self.path = path
         self._device = _nsfs_device()
 
+    def place(self, name: str) -> Path:
+        """The file of a name.
+
+        Raises:
+            HostRefused: It is no name of a file, but a way to another directory.
+        """
+        if name in ("", ".", "..") or "/" in name or "\0" in name:
+            raise HostRefused(f"not the name of a network namespace: {name!r}")
+        return self.path / name
+
     def identity(self, name: str) -> NamespaceRef | None:
         """Name and inode of a namespace; `None` when there is none, or its mount is to come."""
         try:
-            status = (self.path / name).stat()
+            status = self.place(name).stat()
         except (FileNotFoundError, NotADirectoryError):
             return None
         except OSError as error:
@@ -133,7 +143,7 @@ class NamespaceDirectory:
     def open(self, name: str) -> OpenNamespace | None:
         """Hold a namespace open; `None` when there is none of that name."""
         try:
-            descriptor = os.open(self.path / name, os.O_RDONLY | os.O_CLOEXEC)
+            descriptor = os.open(self.place(name), os.O_RDONLY | os.O_CLOEXEC)
         except (FileNotFoundError, NotADirectoryError):
             return None
         except OSError as error:
@@ -153,7 +163,7 @@ class NamespaceDirectory:
             HostRefused: The kernel refused.
             PrivilegeMissing: CAP_SYS_ADMIN is needed.
         """
-        path = self.path / name
+        path = self.place(name)
         try:
             _unmount(path)
         except FileNotFoundError:
@@ -196,7 +206,7 @@ class NamespaceDirectory:
 
     def _create_here(self, name: str) -> NamespaceRef:
         """Make and mount a namespace; the calling thread is inside of it afterwards."""
-        path = self.path / name
+        path = self.place(name)
         os.close(os.open(path, os.O_RDONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0))
         try:
             _unshare()

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
+import errno
 import os
 import select
 import struct
@@ -21,6 +22,7 @@ from types import TracebackType
 from typing import Final, Self, TypeAlias
 
 from imdsproxy.core.hoststate import NamespaceRef
+from imdsproxy.errors import DataplaneError
 from imdsproxy.host.namespaces import NamespaceDirectory
 from imdsproxy.host.refusal import host_refused
 
@@ -79,7 +81,7 @@ class NamespaceWatch:
         self._rescan_delay_s = rescan_delay_s
         self._current: dict[str, NamespaceRef] = {}
         self._pending: set[str] = set()
-        self._changes: asyncio.Queue[NamespaceChange] = asyncio.Queue()
+        self._changes: asyncio.Queue[NamespaceChange | DataplaneError] = asyncio.Queue()
         self._rescan: asyncio.TimerHandle | None = None
         self._watched: tuple[int, int] | None = None
         self._watch = -1
@@ -99,7 +101,9 @@ class NamespaceWatch:
             self._epoll.register(self._inotify, select.EPOLLIN)
             self._epoll.register(self._mounts, select.EPOLLPRI | select.EPOLLERR)
         except OSError as error:
-            raise host_refused("watch the network namespaces", error) from error
+            # EMFILE of inotify_init is about its instances, not about descriptors.
+            hint = "raise fs.inotify.max_user_instances" if error.errno == errno.EMFILE else ""
+            raise host_refused("watch the network namespaces", error, hint=hint) from error
         self._follow()
         self._current = self._directory.namespaces()
         self._pending = set(self._directory.names()) - self._current.keys()
@@ -123,9 +127,19 @@ class NamespaceWatch:
         return self
 
     async def __anext__(self) -> NamespaceChange:
-        return await self._changes.get()
+        change = await self._changes.get()
+        if isinstance(change, DataplaneError):
+            raise change
+        return change
 
     def _ready(self) -> None:
+        # What fails in here would only reach the event loop's log: the iterator raises it.
+        try:
+            self._take()
+        except DataplaneError as error:
+            self._changes.put_nowait(error)
+
+    def _take(self) -> None:
         # asyncio's own epoll has looked at ours to learn that it is ready, and with that the mount
         # event is used up: being called at all is the event.
         self._epoll.poll(0)
@@ -172,7 +186,10 @@ class NamespaceWatch:
 
     def _look_later(self) -> None:
         self._rescan = None
-        self._look()
+        try:
+            self._look()
+        except DataplaneError as error:
+            self._changes.put_nowait(error)
 
     def _look(self) -> None:
         """Look at the whole directory."""

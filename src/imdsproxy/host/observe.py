@@ -146,10 +146,10 @@ class HostObserver:
         try:
             return self._thread.enter(name, work)
         except DataplaneError as error:
-            return ObservedNamespace(self._thread.directory.identity(name), problem=error.message)
+            return ObservedNamespace(None, problem=error.message)
         except OSError as error:
             problem = host_refused(f"look into namespace {name}", error).message
-            return ObservedNamespace(self._thread.directory.identity(name), problem=problem)
+            return ObservedNamespace(None, problem=problem)
 
     def _inside(self, ref: NamespaceRef, wanted: set[str | None]) -> ObservedNamespace:
         with NetlinkSocket() as channel:

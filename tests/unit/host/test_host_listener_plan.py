@@ -35,7 +35,7 @@ from imdsproxy.core.hoststate import (
     changed_places,
     merge_observed,
 )
-from imdsproxy.core.listeners import ListenerPlan, plan_listeners
+from imdsproxy.core.listeners import ListenerPlan, OpFailure, explain_pending, plan_listeners
 from imdsproxy.core.model import (
     METADATA_IPV4,
     METADATA_IPV6,
@@ -443,6 +443,38 @@ def test_an_unmarked_link_of_another_kind_is_somebody_elses(kind: str) -> None:
     link = ObservedDevice(OUR_LINK, 6, up=True, mtu=1400, kind=kind)
     assert plan_listeners({}, _root(BRIDGE, link)).ops == ()
     assert _codes(plan_listeners(NETWORKS, _root(BRIDGE, link))) == [(None, LeftOutCode.NAME_TAKEN)]
+
+
+def test_what_is_pending_because_of_a_failure_is_told_by_the_failure() -> None:
+    listeners = {"blue": InterfaceListener("tap0"), "red": InterfaceListener("tap1")}
+    other = replace(TAP, name="tap1", index=3)
+    plan = plan_listeners(_networks(listeners), _root(TAP, other))
+    (failed,) = (
+        one
+        for one in plan.ops
+        if isinstance(one, AddAddress) and (one.network, one.address) == (BLUE, METADATA_IPV6)
+    )
+
+    told = explain_pending(plan, [OpFailure(failed, "IPv6 is off", "switch it on")])
+
+    assert [(one.network, one.family, one.code) for one in told.left_out] == [
+        ("blue", Family.IPV4, LeftOutCode.PENDING),
+        ("blue", Family.IPV6, LeftOutCode.HOST_REFUSED),
+        ("red", Family.IPV4, LeftOutCode.PENDING),
+        ("red", Family.IPV6, LeftOutCode.PENDING),
+    ]
+    assert (told.left_out[1].reason, told.left_out[1].hint) == ("IPv6 is off", "switch it on")
+    assert replace(told, left_out=plan.left_out) == plan
+
+
+def test_a_namespace_that_cannot_be_made_is_told_of_for_both_families() -> None:
+    plan = plan_listeners(NETWORKS, _root(BRIDGE))
+    failures = [OpFailure(RemoveAddress(None, "x", METADATA_IPV4, 32), "not this")]
+    assert explain_pending(plan, failures) == plan
+    failures.append(OpFailure(plan.ops[0], "no space left"))
+    (left,) = explain_pending(plan, failures).left_out
+    assert (left.family, left.code) == (None, LeftOutCode.HOST_REFUSED)
+    assert left.reason == "no space left"
 
 
 @given(
