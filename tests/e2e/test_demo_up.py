@@ -1,10 +1,9 @@
-"""The demonstration from outside: a subprocess, the machine before and after, real clients."""
+"""The demonstration while it is up: real clients play with it, a program reads its JSON file."""
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -150,53 +149,3 @@ def test_the_last_cloud_init_boot_left_the_host_alone(up: Demonstration) -> None
     for root in roots:
         assert (root / "proof" / "written").is_file()
         assert not list((root / "usr").iterdir()), "the overlay ended with its namespace"
-
-
-def test_once_leaves_nothing_behind(directory: Path) -> None:
-    before = HostView.now(directory)
-    demonstration = start(directory, "--once")
-    output, _ = demonstration.process.communicate(timeout=UP_S)
-
-    assert demonstration.process.returncode == 0, output
-    assert "WRONG" not in output
-    assert len(demonstration.told["guests"]) == 6
-    assert HostView.now(directory) == before
-
-
-@pytest.mark.parametrize("progress", ["imdsdemo-blue-b", "roots/red-a.ec2", "roots/blue-a.nocloud"])
-def test_after_a_kill_half_way_a_rerun_leaves_nothing_behind(
-    directory: Path, progress: str
-) -> None:
-    before = HostView.now(directory)
-    shutil.rmtree(directory, ignore_errors=True)
-    killed = start(directory)
-    mark = directory / progress if "/" in progress else Path("/run/netns", progress)
-    wait_until(progress, lambda: mark.exists() or killed.process.poll() is not None, UP_S)
-    assert killed.process.poll() is None, killed.process.communicate()[0]
-    os.kill(killed.process.pid, signal.SIGKILL)
-    killed.process.wait()
-
-    rerun = start(directory, "--once")
-    output, _ = rerun.process.communicate(timeout=UP_S)
-
-    assert rerun.process.returncode == 0, output
-    assert "swept away" in output
-    assert HostView.now(directory) == before
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_half_way_cleans_up(directory: Path, number: signal.Signals) -> None:
-    before = HostView.now(directory)
-    shutil.rmtree(directory, ignore_errors=True)
-    demonstration = start(directory, "--once")
-    wait_until(
-        "the boots begin",
-        lambda: (directory / "roots").exists() or demonstration.process.poll() is not None,
-        UP_S,
-    )
-
-    status, output = demonstration.end(number)
-
-    assert status == 128 + number, output
-    assert not demonstration.json_file.exists()
-    assert HostView.now(directory) == before
