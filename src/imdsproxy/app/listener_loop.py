@@ -36,8 +36,8 @@ _HOST_ROUNDS = 4
 
 _RETRY_FIRST_S = 0.2
 _RETRY_LAST_S = 5.0
-_RECHECK_S = 0.5
-"""How long a listener that cannot be bound waits for the next look at the host, without any event."""
+_RECHECK_S = 1.0
+"""How long what the host refused waits to be tried again, without any event."""
 
 
 class HostView(Protocol):
@@ -190,10 +190,10 @@ class ListenerLoop:
                 await self.tickets.close(ticket)
 
     async def _wait(self, delay: float) -> None:
-        """Until there is work: an event, a retry that is due, or a listener left out to look at again."""
+        """Until there is work: an event, or a retry that is due."""
         if self.failure is not None:
             patience: float | None = delay
-        elif self.report.left_out or self.report.problems:
+        elif self.report.problems:
             patience = _RECHECK_S
         else:
             patience = None

@@ -38,7 +38,7 @@ _CASES = {
             Bind(NetworkId("red"), METADATA_IPV4, 80, None, "../imdsproxy/netns/qrouter-1@43"),
         ),
         _PATHS,
-        Limits(nbthread=2, maxconn=1000, maxconn_per_network=50, cache_mb=8, hold_s=2.5),
+        Limits(nbthread=2, maxconn=1000, maxconn_per_network=50, cache_mb=8),
         user="haproxy",
         group="haproxy",
         exporter="127.0.0.1:9466",

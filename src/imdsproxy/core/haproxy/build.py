@@ -37,6 +37,10 @@ GUEST_HEADERS: Final = (
 _METHODS: Final = ("GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH")
 
 
+_RESOLVER_TIMEOUT: Final = "35s"
+"""Above the longest hold that can be set, so that a new hold counts without a reload. A resolver that hangs is
+found out by its check within three seconds, and what waits for it is answered then."""
+
 _ODD: Final = ("{", "var(txn.odd)", "-m", "bool", "}")
 
 
@@ -214,11 +218,10 @@ def _documents(spec: DataplaneSpec) -> Section:
 
 
 def _resolver(spec: DataplaneSpec) -> Section:
-    wait_s = int(spec.limits.hold_s) + 3
     return Section(
         ("backend", "resolver"),
         (
-            ("timeout", "server", f"{wait_s}s"),
+            ("timeout", "server", _RESOLVER_TIMEOUT),
             _allow_methods(),
             # A guest that invents addresses may not keep Python busy.
             ("stick-table", "type", "string", "len", "64", "size", "20k", "expire", "10s", "store", "gpc0_rate(1s)"),
