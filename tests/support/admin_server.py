@@ -32,6 +32,7 @@ def admin_server(directory: Path) -> Iterator[AdminServer]:
     """Serve a fresh fake until the context ends; nothing is left behind."""
     operations = FakeOperations()
     path = directory / "admin.sock"
+    operations.on_stop = lambda: path.unlink(missing_ok=True)
     listener = open_unix_socket(path, mode=0o600)
     loop = asyncio.new_event_loop()
     started = threading.Event()

@@ -32,7 +32,7 @@ from imdsproxy.errors import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from imdsproxy.core.model import Instance, InstanceId, IpAddress, Network, NetworkId
 
@@ -50,6 +50,7 @@ class FakeOperations:
     crash: Exception | None = None
     reloads: int = 0
     stopped: list[bool] = field(default_factory=list)
+    on_stop: Callable[[], None] = lambda: None
 
     def _check(self) -> None:
         if self.crash is not None:
@@ -264,6 +265,7 @@ class FakeOperations:
     async def stop(self, *, data_plane: bool) -> None:
         self._check()
         self.stopped.append(data_plane)
+        self.on_stop()
 
 
 CONFLICT = Conflict(

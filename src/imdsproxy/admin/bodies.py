@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Final, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from imdsproxy.admin.operations import LeftOut  # noqa: TC001 - pydantic reads the annotations
-from imdsproxy.core.inventory import Conflict  # noqa: TC001 - as above
+from imdsproxy.admin.operations import LeftOut
+from imdsproxy.core.inventory import Conflict
 from imdsproxy.core.records import Records, Refused, parse_instance, parse_network, parse_records
 from imdsproxy.errors import Problem, RequestRefused
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from ipaddress import ip_address
 from typing import Annotated
 
@@ -48,9 +49,10 @@ class StopBody(BaseModel):
 
 
 class Stopping(BaseModel):
-    """Said before it happens."""
+    """Said before it happens; `controller` is the pid to wait for."""
 
     stopping: list[str]
+    controller: int
 
 
 @router.get("/status", responses=answers(StatusReport))
@@ -101,7 +103,7 @@ async def stop(body: StopBody, operations: Ops) -> JSONResponse:
     """End the controller, or with `data_plane` HAProxy and the document server too."""
     await operations.stop(data_plane=body.data_plane)
     ending = ["controller", *(["haproxy", "documents"] if body.data_plane else [])]
-    return JSONResponse({"stopping": ending}, 202)
+    return JSONResponse({"stopping": ending, "controller": os.getpid()}, 202)
 
 
 def _ip(text: str) -> IpAddress:

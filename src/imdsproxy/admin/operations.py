@@ -6,20 +6,20 @@ values are frozen and say what was true at one moment.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence  # noqa: TC003 - as said below
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 # The OpenAPI document is made from these annotations, so they are imported for real.
-from imdsproxy.core.inventory import Claimant, Conflict, SourceName  # noqa: TC001 - as said above
-from imdsproxy.core.model import (  # noqa: TC001 - as said above
+from imdsproxy.core.inventory import Claimant, Conflict, SourceName
+from imdsproxy.core.model import (
     Instance,
     InstanceId,
     IpAddress,
     Network,
     NetworkId,
 )
-from imdsproxy.errors import Problem  # noqa: TC001 - as said above
+from imdsproxy.errors import Problem
 
 __all__ = [
     "DocumentAnswer",

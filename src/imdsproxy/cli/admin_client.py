@@ -1,4 +1,4 @@
-"""The command line's side of the admin API: HTTP over the unix socket, errors as the daemon has them."""
+"""The command line's side of the admin API: HTTP over a unix socket, errors as the daemon's."""
 
 from __future__ import annotations
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import grp
+import os
 import pwd
 import socket as sockets
 from pathlib import Path
@@ -105,7 +105,8 @@ def _ask(run: options.Invocation) -> list[Finding]:
         {
             "paths.runtime_dir": settings.paths.runtime_dir,
             "paths.state_dir": settings.paths.state_dir,
-        }
+        },
+        lambda path: os.access(path, os.W_OK | os.X_OK),
     )
     findings += preflight.check_records(settings)
     if status is None:
@@ -135,6 +136,8 @@ def _daemon_status(run: options.Invocation, settings: Settings) -> Mapping[str, 
 
 
 def _program(binary: str) -> HaproxyProgram | HaproxyMissing:
+    import asyncio  # noqa: PLC0415 - `--help` need not load it
+
     from imdsproxy.dataplane.launch import read_program  # noqa: PLC0415 - as above
 
     try:

@@ -28,38 +28,52 @@ __all__ = ["PAGES", "write_pages"]
 _MADE: Final = "<!-- Made by `python -m imdsproxy.cli.docgen`; edit the code instead. -->"
 
 
+_SETTINGS: Final = """\
+One YAML file, `/etc/imdsproxy/imdsproxy.yaml` or the one of `--config`; the `*.yaml` files of
+`conf.d/` beside it are merged over it in the order of their names, and over both the environment:
+`IMDSPROXY_SECTION__FIELD` (`null` for null). No other variable is a setting. Unknown keys, keys
+that stand twice, and values of the wrong type are refused, all at once, each with its file and
+line. `imdsproxy config sample` prints a file with every default, `config show --origin` where each
+value in force was written, `config schema` a JSON Schema.
+
+A change of a setting takes nothing, is taken over live, reloads HAProxy (without losing a request),
+or takes a restart of the process concerned. `imdsproxy reload` (or SIGHUP) says which."""
+
+_CLI: Final = """\
+`--config`, `--socket` and `--json` may stand before the command's name or after it. Output is a
+table for people or, with `--json`, JSON of a stable shape; errors go to standard error as one line
+with a hint (with `--json` as an object `{code, message, hint, problems}`). Colour is used on a
+terminal only, and not with `NO_COLOR`."""
+
+_METRICS: Final = f"""\
+The controller's `/metrics` is on `metrics.listen`, beside `/livez` (503 when only a restart helps)
+and `/readyz` (503 with the reasons while guests may not get what the sources say). HAProxy's own
+exporter is on `metrics.haproxy_listen`. Neither is ever on a guest's network.
+
+The number of series does not grow with guests. Series with the label `network` are there for up to
+`metrics.network_series` networks; with more there is one, `network="{NETWORK_SUM}"`, the sum over
+all. The process's own figures (`process_resident_memory_bytes`, `process_cpu_seconds_total`,
+`process_open_fds` …) are as prometheus-client names them."""
+
+_ERRORS: Final = """\
+Logs, metrics, the admin API (`code`) and the command line (`--json`) use the same codes. “Again”
+says whether trying again can help without anybody acting."""
+
+_ADMIN_API: Final = """\
+HTTP over the unix socket `admin.socket`, whose mode and owner say who may use it; `/openapi.json`
+describes it for programs. Bodies are JSON of at most 64 MiB, each key once. Every answer from 400
+up is `application/problem+json` of the shape `ProblemBody`.
+
+A change is answered once it is stored and no worker of HAProxy answers with the state before;
+`applied` is false, and `pending` says why, where it is stored and cannot be in force yet. `PATCH`
+follows RFC 7396: null takes a key away, lists are replaced.
+
+    curl --unix-socket /run/imdsproxy/admin.sock http://imdsproxy/v1/status"""
+
+
 def render_settings_page() -> str:
     """docs/reference/settings.md."""
-    lines = [
-        *_head("Settings"),
-        (
-            "One YAML file, `/etc/imdsproxy/imdsproxy.yaml` or the one of `--config`; the `*.yaml` "
-            "files of"
-        ),
-        "`conf.d/` beside it are merged over it in the order of their names, and over both the",
-        (
-            "environment: `IMDSPROXY_SECTION__FIELD` (`null` for null). No other variable is a "
-            "setting."
-        ),
-        (
-            "Unknown keys, keys that stand twice, and values of the wrong type are refused, all at "
-            "once, each"
-        ),
-        (
-            "with its file and line. `imdsproxy config sample` prints a file with every default, "
-            "`config"
-        ),
-        "show --origin` where each value in force was written, `config schema` a JSON Schema.",
-        "",
-        (
-            "A change of a setting takes nothing, is taken over live, reloads HAProxy (without "
-            "losing a"
-        ),
-        (
-            "request), or takes a restart of the process concerned. `imdsproxy reload` (or SIGHUP) "
-            "says which."
-        ),
-    ]
+    lines = _head("Settings", _SETTINGS)
     for name, field in Settings.model_fields.items():
         lines += ["", f"## {name}", "", field.description or "", ""]
         rows = [
@@ -80,26 +94,9 @@ def render_settings_page() -> str:
 def render_cli_page() -> str:
     """docs/reference/cli.md."""
     root = typer.main.get_command(app)
-    lines = [
-        *_head("Command line"),
-        (
-            "`--config`, `--socket` and `--json` may stand before the command's name or after it. "
-            "Output"
-        ),
-        (
-            "is a table for people or, with `--json`, JSON of a stable shape; errors go to standard "
-            "error as"
-        ),
-        (
-            "one line with a hint (with `--json` as an object `{code, message, hint, problems}`). "
-            "Colour is"
-        ),
-        "used on a terminal only, and not with `NO_COLOR`.",
-        "",
-        "## Exit statuses",
-        "",
-        *_table(("status", "meaning"), [(str(key), value) for key, value in EXIT_STATUSES.items()]),
-    ]
+    statuses = [(str(key), value) for key, value in EXIT_STATUSES.items()]
+    lines = [*_head("Command line", _CLI), "", "## Exit statuses", ""]
+    lines += _table(("status", "meaning"), statuses)
     for path, command in _commands(root, "imdsproxy"):
         lines += ["", f"## {path}", "", _one_line(command.help)]
         rows = [
@@ -123,42 +120,13 @@ def render_metrics_page() -> str:
         )
         for metric in METRICS
     ]
-    return _page(
-        [
-            *_head("Metrics"),
-            (
-                "The controller's `/metrics` is on `metrics.listen`, beside `/livez` (503 when only "
-                "a restart"
-            ),
-            (
-                "helps) and `/readyz` (503 with the reasons while guests may not get what the "
-                "sources say)."
-            ),
-            (
-                "HAProxy's own exporter is on `metrics.haproxy_listen`. Neither is ever on a guest's "
-                "network."
-            ),
-            "",
-            (
-                "The number of series does not grow with guests. Series with the label `network` are "
-                "there"
-            ),
-            f'for up to `metrics.network_series` networks; with more there is one, `network="{NETWORK_SUM}"`,',
-            "the sum over all. The process's own figures (`process_resident_memory_bytes`,",
-            (
-                "`process_cpu_seconds_total`, `process_open_fds` …) are as prometheus-client names "
-                "them."
-            ),
-            "",
-            *_table(("metric", "type", "labels", "meaning"), rows),
-        ]
-    )
+    table = _table(("metric", "type", "labels", "meaning"), rows)
+    return _page([*_head("Metrics", _METRICS), "", *table])
 
 
 def render_errors_page() -> str:
     """docs/reference/errors.md."""
     kinds = [kind for name in errors.__all__ if _is_error(kind := getattr(errors, name))]
-    leaves = [kind for kind in kinds if kind is not ImdsproxyError]
     rows = [
         (
             f"`{kind.code}`",
@@ -167,54 +135,23 @@ def render_errors_page() -> str:
             "yes" if kind.retryable else "no",
             _one_line(kind.__doc__),
         )
-        for kind in sorted(leaves, key=lambda kind: kind.code)
+        for kind in sorted(kinds, key=lambda kind: kind.code)
+        if kind is not ImdsproxyError
     ]
     by_status = [
         (str(status), meaning, ", ".join(f"`{kind.code}`" for kind in errors_by_status(status)))
         for status, meaning in EXIT_STATUSES.items()
     ]
-    return _page(
-        [
-            *_head("Error codes"),
-            (
-                "Logs, metrics, the admin API (`code`) and the command line (`--json`) use the same "
-                "codes."
-            ),
-            "“Again” says whether trying again can help without anybody acting.",
-            "",
-            *_table(("code", "exit status", "HTTP status", "again", "meaning"), rows),
-            "",
-            "## Exit statuses",
-            "",
-            *_table(("status", "meaning", "codes"), by_status),
-        ]
-    )
+    lines = [*_head("Error codes", _ERRORS), ""]
+    lines += _table(("code", "exit status", "HTTP status", "again", "meaning"), rows)
+    lines += ["", "## Exit statuses", ""]
+    return _page([*lines, *_table(("status", "meaning", "codes"), by_status)])
 
 
 def render_admin_api_page() -> str:
     """docs/reference/admin-api.md."""
     document = admin_app(_NoOperations(), version="0").openapi()  # type: ignore[arg-type] # never called
-    lines = [
-        *_head("Admin API"),
-        "HTTP over the unix socket `admin.socket`, whose mode and owner say who may use it;",
-        (
-            "`/openapi.json` describes it for programs. Bodies are JSON of at most 64 MiB, each key "
-            "once."
-        ),
-        "Every answer from 400 up is `application/problem+json` of the shape `ProblemBody`.",
-        "",
-        (
-            "A change is answered once it is stored and no worker of HAProxy answers with the state "
-            "before;"
-        ),
-        (
-            "`applied` is false, and `pending` says why, where it is stored and cannot be in force "
-            "yet."
-        ),
-        "`PATCH` follows RFC 7396: null takes a key away, lists are replaced.",
-        "",
-        "    curl --unix-socket /run/imdsproxy/admin.sock http://imdsproxy/v1/status",
-    ]
+    lines = _head("Admin API", _ADMIN_API)
     for path, operations in document["paths"].items():
         for method, operation in operations.items():
             lines += ["", f"## {method.upper()} {path}", "", _one_line(operation["description"])]
@@ -252,8 +189,8 @@ class _NoOperations:
     """Stands where the controller would; describing the API asks nothing of it."""
 
 
-def _head(title: str) -> list[str]:
-    return [_MADE, "", f"# {title}", ""]
+def _head(title: str, introduction: str) -> list[str]:
+    return [_MADE, "", f"# {title}", "", introduction]
 
 
 def _page(lines: Iterable[str]) -> str:

@@ -83,7 +83,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return error.exit_status
     except KeyboardInterrupt:
         return exitcodes.INTERRUPTED
-    except BrokenPipeError:
+    except (BrokenPipeError, SystemExit):
+        # typer makes a SystemExit of a closed pipe, and of nothing else when it is not standalone.
         # Python flushes standard output once more at its end, and would complain.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return exitcodes.PIPE_CLOSED

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Final, TextIO
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
     from imdsproxy.errors import ImdsproxyError
 
@@ -24,11 +25,18 @@ _UNCUT: Final = 4000
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """A column of a table; `keep` ones are never cut, `right` ones are numbers."""
+    """A column of a table.
+
+    Attributes:
+        keep: Its cells are never broken.
+        right: Its cells are numbers.
+        spare: It is left out where the terminal is too narrow for all.
+    """
 
     title: str
     keep: bool = False
     right: bool = False
+    spare: bool = False
 
 
 @dataclass(slots=True)
@@ -72,23 +80,19 @@ class Output:
         self, columns: Sequence[Column], rows: Iterable[Sequence[str]], *, empty: str
     ) -> None:
         """Rows under headings; the cells may hold markup. Without rows, what `empty` says."""
-        from rich import box  # noqa: PLC0415 - `--help` need not load it
-        from rich.table import Table  # noqa: PLC0415 - as above
-
         filled = list(rows)
         if not filled:
             self.styled(f"[dim]{empty}[/]")
             return
-        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="bold")
-        for column in columns:
-            table.add_column(
-                column.title,
-                justify="right" if column.right else "left",
-                no_wrap=column.keep,
-                overflow="fold",
-            )
-        for row in filled:
-            table.add_row(*row)
+        console = _console(sys.stdout)
+        shown = list(range(len(columns)))
+        table = _table(columns, filled, shown)
+        # Without the last spare column, then without the one before it, as long as it is too wide.
+        for index in [number for number in reversed(shown) if columns[number].spare]:
+            if console.measure(table).maximum < console.width:
+                break
+            shown.remove(index)
+            table = _table(columns, filled, shown)
         _print_table(table)
 
     def error(self, error: ImdsproxyError) -> None:
@@ -134,7 +138,24 @@ def clean(text: object) -> str:
     return escape(shown)
 
 
-def _print_table(table: object) -> None:
+def _table(columns: Sequence[Column], rows: Sequence[Sequence[str]], shown: Sequence[int]) -> Table:
+    from rich import box  # noqa: PLC0415 - `--help` need not load it
+    from rich.table import Table  # noqa: PLC0415 - as above
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="bold")
+    for column in (columns[index] for index in shown):
+        table.add_column(
+            column.title,
+            justify="right" if column.right else "left",
+            no_wrap=column.keep,
+            overflow="fold",
+        )
+    for row in rows:
+        table.add_row(*(row[index] for index in shown))
+    return table
+
+
+def _print_table(table: Table) -> None:
     if sys.stdout.isatty():
         _console(sys.stdout).print(table)
         return

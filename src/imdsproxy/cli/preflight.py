@@ -6,7 +6,6 @@ of the error that `run` would end with). Nothing is changed by asking.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -166,24 +165,27 @@ def check_namespaces(directory: Path, own: Path = Path("/proc/self/ns/net")) -> 
     return [Finding("namespaces", f"{count} named namespace{'' if count == 1 else 's'}")]
 
 
-def check_directories(wanted: Mapping[str, Path]) -> list[Finding]:
+def check_directories(
+    wanted: Mapping[str, Path], writable: Callable[[Path], bool]
+) -> list[Finding]:
     """That each can be made or written to, and that not everybody can write there.
 
     Args:
         wanted: Path by setting.
+        writable: Whether this process may make files in a directory.
     """
-    found = [fault for name, path in wanted.items() for fault in _directory(name, path)]
+    found = [fault for name, path in wanted.items() for fault in _directory(name, path, writable)]
     return found or [Finding("directories", "can be used")]
 
 
-def _directory(setting: str, path: Path) -> Iterator[Finding]:
+def _directory(setting: str, path: Path, writable: Callable[[Path], bool]) -> Iterator[Finding]:
     there = path
     while not there.exists() and there != there.parent:
         there = there.parent
     status = HostRefused.exit_status
     if not there.is_dir():
         yield Finding("directories", f"{setting}: {there} is no directory", "move it away", status)
-    elif not os.access(there, os.W_OK | os.X_OK):
+    elif not writable(there):
         yield Finding(
             "directories",
             f"{setting}: {there} cannot be written to",

@@ -20,10 +20,10 @@ def show_networks(output: Output, shapes: Sequence[_Shape]) -> None:
     """A row each, and why a network is not served."""
     columns = (
         Column("NETWORK", keep=True),
-        Column("NAME"),
+        Column("NAME", spare=True),
         Column("LISTENER"),
-        Column("INSTANCES", right=True),
-        Column("SOURCE"),
+        Column("INSTANCES", right=True, keep=True, spare=True),
+        Column("SOURCE", keep=True, spare=True),
         Column("STATE", keep=True),
     )
     rows = [
@@ -44,10 +44,10 @@ def show_instances(output: Output, shapes: Sequence[_Shape]) -> None:
     """A row each; further ports and addresses are counted."""
     columns = (
         Column("INSTANCE", keep=True),
-        Column("NAME"),
+        Column("NAME", spare=True),
         Column("PORTS"),
-        Column("USER DATA", right=True),
-        Column("SOURCE"),
+        Column("USER DATA", right=True, keep=True, spare=True),
+        Column("SOURCE", keep=True, spare=True),
         Column("STATE", keep=True),
     )
     rows = [

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -12,7 +11,7 @@ from typing import Annotated, Final, TypeAlias, cast
 import typer
 
 from imdsproxy.cli import options
-from imdsproxy.errors import AdminUnavailable
+from imdsproxy.errors import AdminUnavailable, HostRefused
 
 __all__ = ["stop"]
 
@@ -39,30 +38,50 @@ def stop(
 ) -> None:
     """End the controller; known guests are served on. With --data-plane, end everything."""
     run = options.invocation(context, as_json=as_json, socket=socket, config=config)
+    daemon = run.daemon()
     try:
-        body = {"data_plane": data_plane}
         answer = cast(
-            "Mapping[str, Sequence[str]]", run.daemon().request("POST", "/v1/stop", body=body)
+            "Mapping[str, object]",
+            daemon.request("POST", "/v1/stop", body={"data_plane": data_plane}),
         )
-        stopped = list(answer["stopping"])
-        _wait_until_gone(run.daemon().socket)
+        stopped = list(cast("Sequence[str]", answer["stopping"]))
+        _wait_until_gone(daemon.socket, int(str(answer["controller"])))
     except AdminUnavailable:
         # A dead controller is no reason to leave what it left running.
         if not data_plane:
             raise
+        _stop_orphaned_data_plane(run, daemon.socket)
         stopped = []
-    if data_plane:
-        from imdsproxy.app.stop import stop_data_plane  # noqa: PLC0415 - the others need not load it
-
-        asyncio.run(stop_data_plane(run.settings, os.environ))
     if run.output.as_json:
         run.output.json({"stopped": stopped, "data_plane": data_plane})
     else:
         run.output.text(f"stopped: {', '.join(stopped) or 'the data plane; no controller ran'}")
 
 
-def _wait_until_gone(path: Path) -> None:
-    """Until the daemon has taken its socket away, or for as long as its end may take."""
+def _stop_orphaned_data_plane(run: options.Invocation, asked: Path) -> None:
+    import asyncio  # noqa: PLC0415 - `--help` need not load it
+
+    from imdsproxy.app.stop import stop_data_plane  # noqa: PLC0415 - as above
+
+    settings = run.settings
+    if settings.admin_socket != asked:
+        # The settings are another daemon's: its data plane must not be taken for the dead one's.
+        raise AdminUnavailable(
+            f"no daemon answers on {asked}, and the settings are of another one",
+            hint="name its settings with --config, to end the data plane that it left",
+        )
+    asyncio.run(stop_data_plane(settings, os.environ))
+
+
+def _wait_until_gone(path: Path, pid: int) -> None:
+    """Until the controller has taken its socket away, which it does last, or has died."""
+    from imdsproxy.host.process import identify  # noqa: PLC0415 - `--help` need not load it
+
     deadline = time.monotonic() + _END_DEADLINE_S
-    while path.exists() and time.monotonic() < deadline:
+    while path.exists() and identify(pid) is not None:
+        if time.monotonic() > deadline:
+            raise HostRefused(
+                f"the controller (pid {pid}) has not ended within {_END_DEADLINE_S:.0f} s",
+                hint="its log says what it waits for",
+            )
         time.sleep(_POLL_S)

@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal, get_args, get_origin
 
-from annotated_types import Ge, Le, MinLen
-
 from imdsproxy.config.change import Change
 from imdsproxy.config.endpoint import Endpoint
 from imdsproxy.config.schema import Section, Settings
@@ -200,10 +198,14 @@ def _kind_words(kind: object, limits: Sequence[object]) -> str:
         pattern = getattr(limit, "pattern", None)
         if pattern is not None:
             return _PATTERNS[pattern]
-    return "a text" if not any(isinstance(item, MinLen) for item in limits) else "a text, not empty"
+    return "a text, not empty" if _limit(limits, "min_length") is not None else "a text"
 
 
 def _range_words(limits: Sequence[object]) -> str:
-    low = next((item.ge for item in limits if isinstance(item, Ge)), None)
-    high = next((item.le for item in limits if isinstance(item, Le)), None)
+    low, high = _limit(limits, "ge"), _limit(limits, "le")
     return "" if low is None or high is None else f" from {low} to {high}"
+
+
+def _limit(limits: Sequence[object], name: str) -> object:
+    """One of pydantic's limits (`annotated_types` has a class with one field for each)."""
+    return next((getattr(item, name) for item in limits if hasattr(item, name)), None)

@@ -1,0 +1,571 @@
+"""The command line end to end, against the admin API on a real unix socket."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from imdsproxy.admin.operations import DocumentAnswer, LeftOut
+from imdsproxy.cli.main import main
+from imdsproxy.core.model import BridgeListener, Dialect, InstanceId, NamespaceListener, NetworkId
+from imdsproxy.errors import ConfigInvalid, Problem, ReloadFailed, SourceUnavailable
+from support.admin_server import AdminServer, admin_server
+from support.fake_operations import CONFLICT, FakeOperations
+
+KEY = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIGnJ root@host"
+
+
+@dataclass
+class Ran:
+    status: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> dict[str, object]:
+        decoded: dict[str, object] = json.loads(self.out)
+        return decoded
+
+
+@dataclass
+class Cli:
+    server: AdminServer
+    capture: pytest.CaptureFixture[str]
+
+    @property
+    def operations(self) -> FakeOperations:
+        return self.server.operations
+
+    def __call__(self, *arguments: str) -> Ran:
+        status = main(["--socket", str(self.server.socket), *arguments])
+        captured = self.capture.readouterr()
+        return Ran(status, captured.out, captured.err)
+
+
+@pytest.fixture
+def cli(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Iterator[Cli]:
+    with admin_server(tmp_path) as server:
+        yield Cli(server, capsys)
+
+
+@pytest.fixture
+def filled(cli: Cli) -> Cli:
+    assert cli("network", "add", "blue", "--namespace", "blue").status == 0
+    added = cli("instance", "add", "web-1", "--network", "blue", "--address", "10.0.0.5")
+    assert added.status == 0
+    return cli
+
+
+def test_a_network_is_added_with_flags(cli: Cli) -> None:
+    ran = cli(
+        *("network", "add", "blue", "--namespace", "ns-blue", "--device", "tap0"),
+        *("--manage-addresses", "--name", "Blue", "--project", "p1", "--mtu", "1400"),
+        *("--subnet", "10.0.0.0/24,gateway=10.0.0.1,dns=10.0.0.2,dns=10.0.0.3"),
+        *("--subnet", "2001:db8::/64"),
+    )
+
+    assert (ran.status, ran.out) == (0, "done: network blue added\n")
+    network = cli.operations.networks[NetworkId("blue")]
+    assert network.listener == NamespaceListener("ns-blue", "tap0", manage_addresses=True)
+    assert (network.name, network.project, network.mtu) == ("Blue", "p1", 1400)
+    first, second = network.subnets
+    assert (str(first.gateway), [str(one) for one in first.dns]) == (
+        "10.0.0.1",
+        ["10.0.0.2", "10.0.0.3"],
+    )
+    assert str(second.cidr) == "2001:db8::/64"
+
+
+def test_an_instance_is_added_with_flags(cli: Cli, tmp_path: Path) -> None:
+    cli("network", "add", "blue", "--bridge", "br0")
+    cli("network", "add", "red", "--interface", "eth1")
+    keys = tmp_path / "keys.pub"
+    keys.write_text(f"# mine\n\n{KEY}\n{KEY}2\n")
+    data = tmp_path / "user-data"
+    data.write_bytes(b"\x1f\x8b\x00\xff")
+    vendor = tmp_path / "vendor"
+    vendor.write_text("#cloud-config\n")
+
+    ran = cli(
+        *("instance", "add", "web-1", "--name", "Web 1", "--hostname", "web-1.example"),
+        *("--network", "blue", "--mac", "52:54:00:12:34:56", "--address", "10.0.0.5"),
+        *(
+            "--address",
+            "2001:db8::5",
+            "--port",
+            "network=red,mac=52:54:00:12:34:57,address=10.1.0.5",
+        ),
+        *("--ssh-key", str(keys), "--ssh-key", f"{KEY}3", "--tag", "role=web", "--tag", "a=b=c"),
+        *("--user-data", str(data), "--vendor-data", str(vendor)),
+        *("--availability-zone", "az1", "--instance-type", "m1", "--no-nocloud"),
+    )
+
+    assert ran.status == 0, ran.err
+    instance = cli.operations.instances[InstanceId("web-1")]
+    assert (instance.name, instance.hostname) == ("Web 1", "web-1.example")
+    assert [(port.network, port.mac, len(port.addresses)) for port in instance.ports] == [
+        ("blue", "52:54:00:12:34:56", 2),
+        ("red", "52:54:00:12:34:57", 1),
+    ]
+    assert [key.key for key in instance.ssh_keys] == [KEY, f"{KEY}2", f"{KEY}3"]
+    assert instance.tags == (("a", "b=c"), ("role", "web"))
+    assert (instance.user_data, instance.vendor_data) == (b"\x1f\x8b\x00\xff", b"#cloud-config\n")
+    assert (instance.availability_zone, instance.instance_type) == ("az1", "m1")
+    assert instance.dialects == {Dialect.EC2, Dialect.OPENSTACK}
+
+
+def test_an_instance_without_a_name_is_named_by_its_id(filled: Cli) -> None:
+    assert filled.operations.instances[InstanceId("web-1")].name == "web-1"
+
+
+def test_user_data_comes_from_standard_input(filled: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"#!/bin/sh\r\n")))
+
+    assert filled("instance", "set", "web-1", "--user-data", "-").status == 0
+
+    assert filled.operations.instances[InstanceId("web-1")].user_data == b"#!/bin/sh\r\n"
+
+
+def test_set_changes_only_what_is_given(filled: Cli) -> None:
+    filled("instance", "set", "web-1", "--tag", "a=1", "--project", "p")
+    filled("instance", "set", "web-1", "--tag", "b=2", "--clear", "project", "--no-ec2")
+    filled("instance", "set", "web-1", "--ec2")
+
+    instance = filled.operations.instances[InstanceId("web-1")]
+    assert instance.tags == (("a", "1"), ("b", "2"))
+    assert instance.project is None
+    assert instance.dialects == frozenset(Dialect)
+    assert len(instance.ports) == 1
+
+
+def test_set_replaces_a_listener_as_a_whole(filled: Cli) -> None:
+    filled("network", "set", "blue", "--device", "tap0", "--manage-addresses")
+    network = filled.operations.networks[NetworkId("blue")]
+    assert network.listener == NamespaceListener("blue", "tap0", manage_addresses=True)
+
+    filled("network", "set", "blue", "--bridge", "br0")
+    assert filled.operations.networks[NetworkId("blue")].listener == BridgeListener("br0")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["network", "set", "blue"], "nothing to change"),
+        (["network", "add"], "id is missing"),
+        (["instance", "add", "--name", "x"], "id is missing"),
+        (["network", "add", "x", "--bridge", "a", "--interface", "b"], "exactly one kind"),
+        (["network", "add", "x", "--device", "tap0"], "exactly one kind"),
+        (["network", "add", "x", "--bridge", "a", "--device", "b"], "exactly one kind"),
+        (["network", "add", "x"], "listener: is missing"),
+        (["network", "add", "x", "--bridge", "a", "--subnet", "10.0.0.0/24,gw=1"], "gw=1"),
+        (["network", "add", "x", "--bridge", "a", "--subnet", "10.0.0.1/24"], "subnets[0].cidr"),
+        (["instance", "add", "x", "--address", "10.0.0.1"], "need a --network"),
+        (["instance", "add", "x", "--port", "mac=52:54:00:00:00:01"], "has no network"),
+        (["instance", "add", "x", "--tag", "novalue"], "has no value"),
+        (["instance", "add", "x", "--ssh-key", "/nonexistent"], "cannot read /nonexistent"),
+        (["instance", "add", "x", "--user-data", "/nonexistent"], "cannot read /nonexistent"),
+        (["instance", "add", "x", "--network", "blue", "--mac", "zz"], "ports[0].mac"),
+        (["network", "add", "x", "--file", "y"], "no other flag"),
+        (["explain", "--network", "blue", "--from", "10.0.0"], "is no IP address"),
+        (["explain", "--network", "blue"], "--from"),
+        (["network", "add", "x", "--mtu", "wide"], "--mtu"),
+        (["nonsense"], "nonsense"),
+        (["status", "--nonsense"], "--nonsense"),
+        (["network", "remove"], "ID..."),
+    ],
+)
+def test_what_is_wrong_with_a_command_line_is_said_in_one_line(
+    filled: Cli, arguments: list[str], words: str
+) -> None:
+    ran = filled(*arguments)
+
+    assert ran.status == 64
+    assert ran.out == ""
+    assert ran.err.startswith("imdsproxy: ")
+    assert words in ran.err
+    assert "Traceback" not in ran.err
+
+
+def test_without_a_command_there_is_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 64
+
+    assert "Usage: imdsproxy" in capsys.readouterr().out
+
+
+def test_what_is_there_is_73_and_what_is_not_there_66(filled: Cli) -> None:
+    again = filled("network", "add", "blue", "--bridge", "br0")
+    assert (again.status, again.err.splitlines()[0]) == (73, "imdsproxy: there is a network blue")
+
+    missing = filled("instance", "show", "nobody")
+    assert missing.status == 66
+    assert missing.err.splitlines() == [
+        "imdsproxy: there is no instance nobody",
+        "hint: `imdsproxy instance list`",
+    ]
+
+
+def test_a_daemon_that_is_not_there_is_69(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["status", "--socket", str(tmp_path / "none.sock")]) == 69
+
+    assert "no daemon answers" in capsys.readouterr().err
+
+
+def test_an_error_is_json_where_json_was_asked_for(filled: Cli) -> None:
+    ran = filled("instance", "show", "nobody", "--json")
+
+    assert ran.out == ""
+    assert json.loads(ran.err) == {
+        "code": "not-found",
+        "message": "there is no instance nobody",
+        "hint": "`imdsproxy instance list`",
+        "problems": [],
+    }
+
+
+def test_every_problem_that_the_daemon_has_is_shown(filled: Cli) -> None:
+    filled.operations.failure = ConfigInvalid(
+        "the configuration has 2 problems",
+        problems=[
+            Problem("haproxy.maxcon", "there is no such setting", hint="?", file="/c", line=3),
+            Problem("log.level", "loud is not acceptable"),
+        ],
+    )
+
+    ran = filled("reload")
+
+    assert ran.status == 78
+    assert ran.err.splitlines() == [
+        "imdsproxy: the configuration has 2 problems",
+        "  /c:3: haproxy.maxcon: there is no such setting (?)",
+        "  log.level: loud is not acceptable",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("failure", "status"), [(SourceUnavailable("locked"), 69), (ReloadFailed("no"), 70)]
+)
+def test_a_failure_keeps_its_exit_status(
+    cli: Cli, failure: SourceUnavailable | ReloadFailed, status: int
+) -> None:
+    cli.operations.failure = failure
+
+    assert cli("status").status == status
+
+
+def test_a_fault_of_the_daemon_is_70(cli: Cli) -> None:
+    cli.operations.crash = RuntimeError("x")
+
+    ran = cli("status")
+
+    assert ran.status == 70
+    assert "fault" in ran.err
+
+
+def test_tables_of_records(filled: Cli) -> None:
+    filled.operations.left_out[NetworkId("blue")] = LeftOut(
+        NetworkId("blue"), "port-busy", "pid 7 has the port"
+    )
+
+    networks, instances = filled("network", "list").out, filled("instance", "list").out
+
+    assert networks.splitlines()[0].split() == [
+        *("NETWORK", "NAME", "LISTENER", "INSTANCES", "SOURCE", "STATE")
+    ]
+    assert networks.splitlines()[2].split() == [
+        "blue",
+        "namespace",
+        "blue",
+        "1",
+        "sqlite",
+        "port-busy",
+    ]
+    assert "web-1" in instances
+    assert "blue 10.0.0.5" in instances
+    assert "\x1b" not in networks + instances
+
+
+def test_instances_are_listed_by_network(filled: Cli) -> None:
+    assert "no instances" in filled("instance", "list", "--network", "red").out
+    assert json.loads(filled("instance", "list", "--network", "red", "--json").out) == []
+
+
+def test_no_line_is_cut_where_there_is_no_terminal(filled: Cli) -> None:
+    name = "n" * 200
+    filled("network", "set", "blue", "--name", name)
+
+    assert name in filled("network", "list").out
+
+
+def test_what_show_prints_can_be_stored_again(filled: Cli, tmp_path: Path) -> None:
+    data = "#cloud-config\nusers:\n  - name: a\n\n# ü: 'x'\n"
+    (tmp_path / "data").write_text(data)
+    filled("instance", "set", "web-1", "--user-data", str(tmp_path / "data"), "--tag", "n=0123")
+    before = dict(filled.operations.instances), dict(filled.operations.networks)
+    for kind, name in (("network", "blue"), ("instance", "web-1")):
+        (tmp_path / f"{kind}.yaml").write_text(filled(kind, "show", name).out)
+    filled("instance", "remove", "web-1")
+    filled("network", "remove", "blue")
+
+    assert filled("network", "add", "--file", str(tmp_path / "network.yaml")).status == 0
+    assert filled("instance", "add", "--file", str(tmp_path / "instance.yaml")).status == 0
+
+    assert (filled.operations.instances, filled.operations.networks) == before
+
+
+def test_several_are_removed_until_one_cannot_be(filled: Cli) -> None:
+    filled("instance", "add", "web-2", "--network", "blue")
+
+    ran = filled("instance", "remove", "web-1", "nobody", "web-2")
+
+    assert ran.status == 66
+    assert ran.out == "done: instance web-1 removed\n"
+    assert list(filled.operations.instances) == ["web-2"]
+
+
+def test_a_change_that_is_not_in_force_yet_says_why(filled: Cli) -> None:
+    filled.operations.left_out[NetworkId("blue")] = LeftOut(
+        NetworkId("blue"), "namespace-missing", "namespace blue is missing"
+    )
+
+    ran = filled("network", "set", "blue", "--mtu", "1400")
+
+    assert ran.status == 0
+    assert ran.out.splitlines() == [
+        "stored: network blue changed; not in force yet:",
+        "  namespace blue is missing",
+    ]
+
+
+FILE = """\
+networks:
+- {id: green, listener: {bridge: br0}}
+instances:
+- id: db-1
+  name: db-1
+  user_data_file: data
+  ports: [{network: green, mac: 52:54:00:00:00:01}]
+- id: db-2
+  name: db-2
+  user_data: !!binary /w==
+"""
+
+
+def test_many_records_are_added_from_a_file(cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "data").write_bytes(b"beside the file")
+    (tmp_path / "records.yaml").write_text(FILE)
+
+    ran = cli("instance", "add", "--file", str(tmp_path / "records.yaml"))
+
+    assert ran.out == "done: 1 network, 2 instances added\n"
+    stored = cli.operations.instances
+    assert stored[InstanceId("db-1")].user_data == b"beside the file"
+    assert stored[InstanceId("db-2")].user_data == b"\xff"
+    assert cli("network", "add", "--file", str(tmp_path / "records.yaml")).status == 73
+    assert cli("network", "set", "--file", str(tmp_path / "records.yaml")).status == 0
+
+
+@pytest.mark.parametrize(
+    "text",
+    ['{"networks": [{"id": "n", "listener": {"bridge": "b"}}]}', FILE.split("inst", maxsplit=1)[0]],
+)
+def test_records_come_from_standard_input_in_both_languages(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
+
+    assert cli("network", "add", "--file", "-", "--json").json["networks"] == 1
+
+
+def test_every_bad_record_of_a_file_is_told_with_its_line(cli: Cli, tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text(
+        "networks:\n- id: a\n- id: b\n  listener: {bridge: b}\n  mtu: x\ninstances:\n- id: c\n"
+    )
+
+    ran = cli("network", "add", "--file", str(path))
+
+    assert ran.status == 64
+    assert f"{path}:2: networks[0].listener: is missing" in ran.err
+    assert f"{path}:5: networks[1].mtu" in ran.err
+    assert f"{path}:7: instances[0].name: is missing" in ran.err
+    assert cli.operations.networks == {}
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [("", "holds no records"), ("a: [", "is not YAML"), ("networks: []", "holds no records")],
+)
+def test_a_file_without_records_is_refused(cli: Cli, tmp_path: Path, text: str, words: str) -> None:
+    (tmp_path / "r.yaml").write_text(text)
+
+    ran = cli("network", "add", "--file", str(tmp_path / "r.yaml"))
+
+    assert ran.status == 64
+    assert words in ran.err
+
+
+def test_status_shows_what_is_wrong(filled: Cli) -> None:
+    filled.operations.left_out[NetworkId("blue")] = LeftOut(
+        NetworkId("blue"), "port-busy", "nginx (pid 7) has port 80", "stop it"
+    )
+    filled.operations.conflicts = (CONFLICT,)
+
+    ran = filled("status")
+
+    assert ran.status == 0
+    for words in (
+        "not ready",
+        "1, 0 serving",
+        "master 100, worker 102, draining 101",
+        "parent 200, workers 201 202",
+        "up 1 d 2 h",
+        "silent for 12 s",
+        "nginx (pid 7) has port 80",
+        "stop it",
+        "web.yaml:41: instances[3].ports[0].mac",
+        "address blue/10.0.0.5: claimed by web-1 (file), web-2 (sqlite)",
+        "2 problems",
+    ):
+        assert words in ran.out
+
+
+def test_status_in_json_is_the_daemons_own(filled: Cli) -> None:
+    told = filled("status", "--json").json
+
+    assert told["controller"] == 4711
+    assert told["haproxy"] == filled.server.client.get("/v1/status")["haproxy"]  # type: ignore[index] # an object
+
+
+def test_status_check_says_by_its_exit_status_whether_it_is_ready(filled: Cli) -> None:
+    assert filled("status", "--check").status == 0
+    filled.operations.left_out[NetworkId("blue")] = LeftOut(NetworkId("blue"), "x", "y")
+    assert filled("status", "--check").status == 1
+
+
+def test_explain_says_who_why_and_from_where(filled: Cli) -> None:
+    ran = filled("explain", "--network", "blue", "--from", "10.0.0.5")
+
+    assert ran.status == 0
+    for words in ("web-1 (web-1)", "source sqlite", "web-1|0f3a9c", "ec2, nocloud, openstack"):
+        assert words in ran.out
+
+
+def test_explain_of_nobody_is_1(filled: Cli) -> None:
+    ran = filled("explain", "--network", "blue", "--from", "10.0.0.9")
+    assert (ran.status, "unknown" in ran.out) == (1, True)
+
+    filled.operations.conflicts = (CONFLICT,)
+    ran = filled("explain", "--network", "blue", "--from", "10.0.0.5", "--json")
+    assert (ran.status, ran.json["verdict"], ran.json["answer"]) == (1, "conflict", 503)
+
+
+@pytest.fixture
+def documented(filled: Cli) -> Cli:
+    filled.operations.documents["/latest/user-data"] = DocumentAnswer(
+        200, (("content-type", "text/plain"),), b"\xff\x00\n"
+    )
+    return filled
+
+
+GUEST = ("--network", "blue", "--from", "10.0.0.5")
+
+
+def test_get_gives_the_bytes_and_nothing_else(documented: Cli) -> None:
+    argv = [sys.executable, "-m", "imdsproxy", "--socket", str(documented.server.socket)]
+    ran = subprocess.run(
+        [*argv, "get", "/latest/user-data", *GUEST], capture_output=True, check=True
+    )
+
+    assert (ran.stdout, ran.stderr) == (b"\xff\x00\n", b"")
+
+
+def test_get_shows_the_headers_when_asked(documented: Cli) -> None:
+    documented.operations.documents["/x"] = DocumentAnswer(200, (("a", "b"),), b"body")
+
+    assert documented("get", "/x", *GUEST, "-i").out == "HTTP/1.1 200 OK\na: b\n\nbody"
+
+
+def test_get_of_what_the_guest_is_not_given_is_1(documented: Cli) -> None:
+    ran = documented("get", "/none", *GUEST)
+
+    assert (ran.status, ran.out) == (1, "")
+    assert ran.err == "imdsproxy: the guest is answered 404 Not Found\n"
+
+
+def test_get_in_json(documented: Cli) -> None:
+    assert documented("get", "/latest/user-data", *GUEST, "--json").json == {
+        "status": 200,
+        "headers": [["content-type", "text/plain"]],
+        "body": {"base64": "/wAK"},
+    }
+
+
+def test_reload_shows_what_was_taken_over(cli: Cli) -> None:
+    lines = cli("reload").out.splitlines()
+
+    assert lines[2].split() == ["resolver.hold_s", "5.0", "2.0", "at", "once"]
+    assert lines[3].split() == ["admin.mode", "0660", "0600", "at", "the", "next", "restart"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "data_plane", "ended"),
+    [
+        ([], False, ["controller"]),
+        (["--data-plane"], True, ["controller", "haproxy", "documents"]),
+    ],
+)
+def test_stop_ends_the_data_plane_only_when_told_to(
+    cli: Cli, flags: list[str], *, data_plane: bool, ended: list[str]
+) -> None:
+    ran = cli("stop", "--json", *flags)
+
+    assert (ran.status, ran.json) == (0, {"stopped": ended, "data_plane": data_plane})
+    assert cli.operations.stopped == [data_plane]
+    assert not cli.server.socket.exists()
+
+
+def test_stop_says_what_has_ended(cli: Cli) -> None:
+    assert cli("stop").out == "stopped: controller\n"
+
+
+def test_without_a_daemon_there_is_nothing_to_stop(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["stop", "--socket", str(tmp_path / "none.sock")]) == 69
+    assert "no daemon answers" in capsys.readouterr().err
+
+
+def test_another_daemons_data_plane_is_not_ended_for_a_dead_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["stop", "--data-plane", "--socket", str(tmp_path / "none.sock")]) == 69
+    assert "the settings are of another one" in capsys.readouterr().err
+
+
+def test_render_prints_the_configuration(cli: Cli) -> None:
+    assert cli("render").out == "global\n  maxconn 200\n"
+    assert cli("render", "--json").json == {"haproxy_configuration": "global\n  maxconn 200\n"}
+
+
+def test_foreign_text_cannot_steer_the_terminal(filled: Cli) -> None:
+    filled.operations.left_out[NetworkId("blue")] = LeftOut(
+        NetworkId("blue"), "port-busy", "evil\x1b[2J [red]program[/red]"
+    )
+
+    ran = filled("status")
+
+    assert "\x1b" not in ran.out
+    assert "[red]program[/red]" in ran.out
+
+
+def test_options_may_stand_before_the_command(filled: Cli) -> None:
+    assert filled("--json", "network", "list").out.startswith("[")
