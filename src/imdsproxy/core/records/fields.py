@@ -85,7 +85,7 @@ def render_path(path: Path) -> str:
 def quoted(value: str) -> str:
     """The text in quotes on one line, cut where it is long."""
     shown = value if len(value) <= _SHOWN else f"{value[:_SHOWN]}…"
-    return json.dumps(shown, ensure_ascii=not _is_clean(shown))
+    return json.dumps(shown, ensure_ascii=not shown.isprintable())
 
 
 def _is_clean(text: str) -> bool:

@@ -6,6 +6,7 @@ import re
 from typing import TYPE_CHECKING, Final
 
 from imdsproxy.core.model import SshKey
+from imdsproxy.core.records.fields import quoted
 
 if TYPE_CHECKING:
     from imdsproxy.core.records.fields import Field
@@ -60,7 +61,7 @@ def _parse_named(field: Field, named: set[str]) -> tuple[str | None, str | None]
     if name is None:
         return None, None
     if name in named:
-        entries["name"].refuse(f"the name {name} is there twice")
+        entries["name"].refuse(f"the name {quoted(name)} is there twice")
     named.add(name)
     return name, key
 

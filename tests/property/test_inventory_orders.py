@@ -1,0 +1,179 @@
+"""What is in force is a function of what the sources say now, never of how they came to say it."""
+
+from __future__ import annotations
+
+from ipaddress import ip_address
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+from imdsproxy.core.inventory import AddressKey, Affected, Conflict, Inventory, Observation
+from imdsproxy.core.model import (
+    BridgeListener,
+    Instance,
+    InstanceId,
+    MacAddress,
+    Network,
+    NetworkId,
+    Port,
+)
+
+SOURCES = ("file", "sqlite")
+_addresses = st.sampled_from(
+    [ip_address(text) for text in ("10.0.0.1", "10.0.0.2", "10.0.0.3", "fe80::5054:ff:fe00:1")]
+)
+_macs = st.sampled_from([MacAddress("52:54:00:00:00:01"), MacAddress("52:54:00:00:00:02")])
+_network_ids = st.sampled_from([NetworkId("a"), NetworkId("b"), NetworkId("c")])
+_networks = st.builds(
+    Network,
+    _network_ids,
+    st.sampled_from([BridgeListener("br0"), BridgeListener("br1")]),
+    mtu=st.sampled_from([None, 1400]),
+)
+_ports = st.builds(
+    Port,
+    _network_ids,
+    st.none() | _macs,
+    st.lists(_addresses, max_size=2, unique=True).map(tuple),
+)
+_instances = st.builds(
+    Instance,
+    id=st.sampled_from([InstanceId(f"i{number}") for number in range(4)]),
+    name=st.just("name"),
+    hostname=st.just("name"),
+    ports=st.lists(_ports, max_size=2).map(tuple),
+    user_data=st.sampled_from([None, b"x"]),
+)
+
+
+def _visible(inventory: Inventory) -> dict[str, object]:
+    """Everything that somebody outside can see."""
+    return {
+        "networks": dict(inventory.networks),
+        "instances": dict(inventory.instances),
+        "addresses": dict(inventory.addresses()),
+        "members": {name: inventory.instances_in(NetworkId(name)) for name in "abc"},
+        "macs": {
+            (name, octet): inventory.instances_with_mac(
+                NetworkId(name), MacAddress(f"52:54:00:00:00:0{octet}")
+            )
+            for name in "abc"
+            for octet in (1, 2)
+        },
+        "conflicts": inventory.conflicts(),
+        "problems": inventory.problems(),
+        "in_sync": inventory.in_sync,
+    }
+
+
+def _served(inventory: Inventory) -> dict[AddressKey, object]:
+    """What the guest at each address gets: the documents of an instance, or 503."""
+    return {
+        key: "conflict"
+        if isinstance(owner, Conflict)
+        else (
+            inventory.instances[owner],
+            tuple(
+                inventory.networks.get(port.network) for port in inventory.instances[owner].ports
+            ),
+        )
+        for key, owner in inventory.addresses()
+    }
+
+
+def _documents(inventory: Inventory) -> dict[InstanceId, object]:
+    return {
+        key: (instance, tuple(inventory.networks.get(port.network) for port in instance.ports))
+        for key, instance in inventory.instances.items()
+    }
+
+
+def _differs(before: dict[AddressKey, object], after: dict[AddressKey, object]) -> set[AddressKey]:
+    return {key for key in before.keys() | after.keys() if before.get(key) != after.get(key)}
+
+
+class Sources(RuleBasedStateMachine):
+    """Two sources that report anything, and one inventory that follows change by change."""
+
+    @initialize()
+    def begin(self) -> None:
+        self.inventory = Inventory(SOURCES)
+        self.networks: dict[str, dict[NetworkId, Network]] = {name: {} for name in SOURCES}
+        self.instances: dict[str, dict[InstanceId, Instance]] = {name: {} for name in SOURCES}
+        self.heard: set[str] = set()
+
+    def observe(self, observation: Observation) -> None:
+        served, documents = _served(self.inventory), _documents(self.inventory)
+        networks, in_sync = dict(self.inventory.networks), self.inventory.in_sync
+        affected: Affected = self.inventory.observe(observation)
+        self.heard.add(observation.source)
+        assert _differs(served, _served(self.inventory)) <= affected.addresses
+        now = _documents(self.inventory)
+        changed = {
+            key for key in now.keys() | documents.keys() if now.get(key) != documents.get(key)
+        }
+        assert changed <= affected.instances
+        present = dict(self.inventory.networks)
+        moved = {key for key in present.keys() | networks if present.get(key) != networks.get(key)}
+        assert moved <= affected.networks
+        assert affected.in_sync == (self.inventory.in_sync != in_sync)
+
+    @rule(source=st.sampled_from(SOURCES), instance=_instances, again=st.booleans())
+    def put_instance(self, source: str, instance: Instance, *, again: bool) -> None:
+        self.instances[source][instance.id] = instance
+        for _ in range(2 if again else 1):
+            self.observe(Observation(source, instances={instance.id: instance}))
+
+    @rule(source=st.sampled_from(SOURCES), network=_networks)
+    def put_network(self, source: str, network: Network) -> None:
+        self.networks[source][network.id] = network
+        self.observe(Observation(source, networks={network.id: network}))
+
+    @rule(source=st.sampled_from(SOURCES), number=st.integers(0, 3))
+    def remove_instance(self, source: str, number: int) -> None:
+        gone = InstanceId(f"i{number}")
+        self.instances[source].pop(gone, None)
+        self.observe(Observation(source, instances_removed=[gone]))
+
+    @rule(source=st.sampled_from(SOURCES), network=_network_ids)
+    def remove_network(self, source: str, network: NetworkId) -> None:
+        self.networks[source].pop(network, None)
+        self.observe(Observation(source, networks_removed=[network]))
+
+    @rule(
+        source=st.sampled_from(SOURCES),
+        networks=st.lists(_networks, max_size=3),
+        instances=st.lists(_instances, max_size=4),
+    )
+    def replace_all(self, source: str, networks: list[Network], instances: list[Instance]) -> None:
+        self.networks[source] = {network.id: network for network in networks}
+        self.instances[source] = {instance.id: instance for instance in instances}
+        self.observe(
+            Observation(
+                source,
+                full=True,
+                networks=self.networks[source],
+                instances=self.instances[source],
+            )
+        )
+
+    @invariant()
+    def equals_a_fresh_full_load(self) -> None:
+        for order in (SOURCES, SOURCES[::-1]):
+            fresh = Inventory(SOURCES)
+            for name in order:
+                if name in self.heard:
+                    fresh.observe(
+                        Observation(
+                            name,
+                            full=True,
+                            networks=self.networks[name],
+                            instances=self.instances[name],
+                        )
+                    )
+            assert _visible(fresh) == _visible(self.inventory)
+
+
+TestSources = Sources.TestCase
+TestSources.settings = settings(max_examples=60, stateful_step_count=25, deadline=None)

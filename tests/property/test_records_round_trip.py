@@ -1,0 +1,115 @@
+from __future__ import annotations
+
+import json
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from imdsproxy.core.model import Instance, Network
+from imdsproxy.core.records import (
+    Refused,
+    parse_instance,
+    parse_network,
+    parse_records,
+    render_record,
+)
+from imdsproxy.sources.strict_json import decode_json
+from imdsproxy.sources.strict_yaml import Decoded, decode_yaml
+from support.record_strategies import instances, networks
+
+
+@given(networks)
+def test_a_network_comes_back_from_json_as_it_was(network: Network) -> None:
+    assert parse_network(json.loads(json.dumps(render_record(network)))) == network
+
+
+@given(instances)
+def test_an_instance_comes_back_from_json_as_it_was(instance: Instance) -> None:
+    assert parse_instance(json.loads(json.dumps(render_record(instance)))) == instance
+
+
+@given(instances, networks)
+def test_a_rendered_document_is_read_by_the_file_source(
+    instance: Instance, network: Network
+) -> None:
+    document = {"networks": [render_record(network)], "instances": [render_record(instance)]}
+    text = json.dumps(document)
+    decoded = decode_json(text)
+    assert isinstance(decoded, Decoded)
+    assert decoded.value == json.loads(text)
+    records = parse_records(decoded.value)
+    assert [each for _path, each in records.instances] == [instance]
+    assert [each for _path, each in records.networks] == [network]
+
+
+_values = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text()
+    | st.text(st.characters())
+    | st.binary(),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text() | st.integers(), inner, max_size=3)
+    ),
+    max_leaves=10,
+)
+_keys = st.sampled_from(
+    [
+        *("id", "name", "hostname", "ports", "ssh_keys", "tags", "user_data", "user_data_file"),
+        *("vendor_data", "dialects", "listener", "subnets", "mtu", "extra"),
+    ]
+)
+_records = st.dictionaries(_keys, _values, max_size=6) | _values
+
+
+@given(_records)
+def test_whatever_is_written_is_a_record_or_told_problems(record: object) -> None:
+    for found in (
+        parse_instance(record, read_file=lambda _name: b"x"),
+        parse_network(record),
+    ):
+        if isinstance(found, Refused):
+            assert found.problems
+            for problem in found.problems:
+                assert str(problem).encode()
+                assert str(problem).isprintable()
+        else:
+            assert json.dumps(render_record(found))
+
+
+@given(st.text())
+def test_whatever_text_there_is_yaml_and_json_are_told_apart_from_garbage(text: str) -> None:
+    for decoded in (decode_yaml(text), decode_json(text)):
+        if isinstance(decoded, Decoded):
+            parse_records(decoded.value, line_of=decoded.line_of, faults=decoded.faults)
+
+
+_json_values = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
+    max_leaves=20,
+)
+
+
+@given(_json_values, st.sampled_from([None, 1, "\t"]), st.sampled_from(["ascii", "utf-8"]))
+def test_json_is_decoded_as_the_standard_library_does(
+    value: object, indent: int | str | None, codec: str
+) -> None:
+    text = json.dumps(value, indent=indent, ensure_ascii=codec == "ascii")
+    decoded = decode_json(text)
+    assert isinstance(decoded, Decoded)
+    assert decoded.value == json.loads(text)
+    assert not decoded.faults
+
+
+@given(_json_values)
+def test_json_is_yaml_too(value: object) -> None:
+    decoded = decode_yaml(json.dumps(value, ensure_ascii=False))
+    if isinstance(decoded, Decoded) and not decoded.faults:
+        assert decoded.value == value

@@ -1,0 +1,119 @@
+"""Hypothesis strategies for valid networks and instances."""
+
+from __future__ import annotations
+
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
+
+from hypothesis import strategies as st
+
+from imdsproxy.core.model import (
+    METADATA_IPV6,
+    BridgeListener,
+    Dialect,
+    Instance,
+    InstanceId,
+    InterfaceListener,
+    MacAddress,
+    NamespaceListener,
+    Network,
+    NetworkId,
+    Port,
+    SshKey,
+    Subnet,
+)
+
+__all__ = ["instances", "ipv4", "ipv6", "macs", "networks"]
+
+ids = st.from_regex(r"\A[A-Za-z0-9][A-Za-z0-9._-]{0,63}\Z")
+devices = st.from_regex(r"\A[A-Za-z0-9_][A-Za-z0-9._@+=-]{0,14}\Z")
+namespaces = st.from_regex(r"\A[A-Za-z0-9_][A-Za-z0-9._@:+-]{0,127}\Z")
+macs = st.integers(0, 2**48 - 1).map(
+    lambda number: MacAddress(((number & ~(1 << 40)) or 1).to_bytes(6, "big").hex(":"))
+)
+ipv4 = st.integers(0x0A000000, 0x0AFFFFFF).map(IPv4Address)
+ipv6 = st.one_of(
+    st.integers(0x20010DB8 << 96, (0x20010DB9 << 96) - 1).map(IPv6Address),
+    st.integers(0xFE80 << 112, (0xFE80 << 112) + 2**64 - 1)
+    .map(IPv6Address)
+    .filter(lambda address: address != METADATA_IPV6),
+)
+printable = st.characters(exclude_categories=("Cc", "Cs", "Zl", "Zp"))
+texts = st.text(printable, min_size=1, max_size=40).filter(lambda text: text == text.strip())
+maybe_texts = st.none() | texts
+names = st.text(st.characters(exclude_categories=("Cc", "Cs", "Zl", "Zp"), exclude_characters="=/"))
+
+_subnets_v4 = st.builds(
+    Subnet,
+    st.integers(0, 0xFFFF).map(lambda number: IPv4Network((0x0A000000 | number << 8, 24))),
+    st.none() | ipv4,
+    st.lists(ipv4 | ipv6, max_size=2).map(tuple),
+)
+_subnets_v6 = st.builds(
+    Subnet,
+    st.integers(0, 0xFFFF).map(lambda number: IPv6Network((0x20010DB8 << 96 | number << 64, 64))),
+    st.none() | ipv6,
+    st.lists(ipv4 | ipv6, max_size=2).map(tuple),
+)
+_listeners = st.one_of(
+    st.builds(BridgeListener, devices),
+    st.builds(InterfaceListener, devices),
+    st.builds(NamespaceListener, namespaces, st.none() | devices),
+    st.builds(NamespaceListener, namespaces, devices, st.booleans()),
+)
+networks = st.builds(
+    Network,
+    ids.map(NetworkId),
+    _listeners,
+    st.just("") | texts,
+    maybe_texts,
+    st.lists(_subnets_v4 | _subnets_v6, max_size=3, unique_by=lambda one: one.cidr).map(tuple),
+    st.none() | st.integers(68, 65535),
+)
+
+
+@st.composite
+def _ports(draw: st.DrawFn) -> tuple[Port, ...]:
+    addresses = draw(st.lists(ipv4 | ipv6, max_size=6, unique=True))
+    mac_list = draw(st.lists(macs, max_size=3, unique=True))
+    ports = []
+    while addresses or mac_list:
+        count = draw(st.integers(0, len(addresses)))
+        taken, addresses = addresses[:count], addresses[count:]
+        mac = mac_list.pop() if mac_list else None
+        ports.append(Port(NetworkId(draw(ids)), mac, tuple(taken)))
+        if not count and mac is None:
+            break
+    return tuple(ports)
+
+
+@st.composite
+def _ssh_keys(draw: st.DrawFn) -> tuple[SshKey, ...]:
+    chosen = draw(st.lists(names.filter(lambda name: 0 < len(name) < 40), max_size=3, unique=True))
+    return tuple(
+        SshKey(
+            name,
+            "ssh-ed25519 "
+            + draw(st.from_regex(r"\A[A-Za-z0-9+/]{1,40}={0,2}\Z"))
+            + draw(st.just("") | texts.map(lambda comment: f" {comment}")),
+        )
+        for name in chosen
+    )
+
+
+instances = st.builds(
+    Instance,
+    id=ids.map(InstanceId),
+    name=texts,
+    hostname=st.from_regex(r"\A[a-z]([a-z0-9-]{0,10}[a-z0-9])?(\.[a-z]{1,10}){0,2}\Z"),
+    project=maybe_texts,
+    ports=_ports(),
+    ssh_keys=_ssh_keys(),
+    tags=st.dictionaries(texts, st.text(printable, max_size=20), max_size=3).map(
+        lambda tags: tuple(sorted(tags.items()))
+    ),
+    user_data=st.none() | st.binary(max_size=60) | texts.map(str.encode),
+    vendor_data=st.none() | st.text(st.characters(codec="utf-8")).map(str.encode),
+    availability_zone=maybe_texts,
+    instance_type=maybe_texts,
+    dialects=st.frozensets(st.sampled_from(Dialect)),
+)
