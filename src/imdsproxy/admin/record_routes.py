@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import asyncio
+from collections.abc import Callable, Sequence
+from typing import Annotated, TypeVar
 
 from fastapi import APIRouter, Query, Request
 from starlette.responses import JSONResponse
@@ -23,11 +25,19 @@ from imdsproxy.admin.bodies import (
 )
 from imdsproxy.admin.dependencies import Ops, Patching, answers, takes
 from imdsproxy.admin.operations import Written
-from imdsproxy.admin.shapes import instance_shape, instance_summary, network_shape, to_json
+from imdsproxy.admin.shapes import (
+    JsonObject,
+    instance_shape,
+    instance_summary,
+    network_shape,
+    to_json,
+)
 from imdsproxy.core.model import InstanceId, NetworkId
 from imdsproxy.core.records import render_record
 
 __all__ = ["router"]
+
+_Report = TypeVar("_Report")
 
 router = APIRouter(prefix="/v1")
 
@@ -35,7 +45,7 @@ router = APIRouter(prefix="/v1")
 @router.get("/networks", responses=answers(list[NetworkView]))
 async def list_networks(operations: Ops) -> JSONResponse:
     """Every network, by id."""
-    return JSONResponse([network_shape(one) for one in await operations.list_networks()])
+    return await _listed(await operations.list_networks(), network_shape)
 
 
 @router.post(
@@ -88,7 +98,7 @@ async def list_instances(
 ) -> JSONResponse:
     """Every instance, by id, without payloads."""
     chosen = None if network is None else NetworkId(network)
-    return JSONResponse([instance_summary(one) for one in await operations.list_instances(chosen)])
+    return await _listed(await operations.list_instances(chosen), instance_summary)
 
 
 @router.post(
@@ -152,3 +162,10 @@ async def put_records(
         create=create,
     )
     return JSONResponse(to_json(written))
+
+
+async def _listed(
+    reports: Sequence[_Report], shape: Callable[[_Report], JsonObject]
+) -> JSONResponse:
+    """A list rendered in a thread: the loop has guests waiting in the resolver."""
+    return await asyncio.to_thread(lambda: JSONResponse([shape(report) for report in reports]))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Mapping
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from typing import TYPE_CHECKING, TypeAlias
 
 from imdsproxy.core.model import Instance, Network
@@ -79,13 +79,11 @@ def instance_shape(report: InstanceReport) -> JsonObject:
 
 def instance_summary(report: InstanceReport) -> JsonObject:
     """The same without its payloads, of which a list says only the size in bytes."""
-    shape = instance_shape(report)
-    record = shape["record"]
-    if isinstance(record, dict):
-        record.pop("user_data", None)
-        record.pop("vendor_data", None)
-    shape["user_data_bytes"] = _size(report.instance.user_data)
-    shape["vendor_data_bytes"] = _size(report.instance.vendor_data)
+    instance = report.instance
+    bare = replace(instance, user_data=None, vendor_data=None)
+    shape = instance_shape(replace(report, instance=bare))
+    shape["user_data_bytes"] = _size(instance.user_data)
+    shape["vendor_data_bytes"] = _size(instance.vendor_data)
     return shape
 
 
