@@ -1,0 +1,243 @@
+"""script/bench: measures imdsproxy, each figure beside a bare HAProxy or as a count."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Final
+
+from rich.console import Console
+
+from bench.context import HAPROXY, Bench, Scale
+from bench.daemon import Daemon
+from bench.figures import Row, Verdict
+from bench.lab import Lab
+from bench.place import BenchError, alone, choose, clear, prepare, sweep
+from bench.rows.additions import measure_additions
+from bench.rows.flooding import measure_flood
+from bench.rows.growth import measure_growth
+from bench.rows.losses import measure_losses, measure_recovery
+from bench.rows.moves import measure_moves
+from bench.rows.reads import measure_reads
+from bench.rows.scale import measure_scale
+from bench.show import document, table, write_json
+
+_REPOSITORY: Final = Path(__file__).resolve().parent.parent
+_READS: Final = ("reads-leaf", "reads-user-data", "first-reads", "meta-data")
+_GROWTH: Final = ("memory", "start")
+_FLEET: Final = (
+    "add-instance",
+    "add-network",
+    "stale",
+    "lost-reloads",
+    "lost-kill",
+    "lost-upgrade",
+    "recovery",
+    "flood",
+    "controller",
+    "reload",
+)
+ROWS: Final = (*_READS, *_GROWTH, *_FLEET)
+_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_EXIT_SHORT: Final = 1
+_EXIT_MISSING: Final = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """The command line."""
+
+    quick: bool
+    strict: bool
+    only: frozenset[str]
+    json: Path | None
+    keep: bool
+
+
+def parse_options(argv: Sequence[str]) -> Options:
+    """Read the command line; ends the process with 2 where it is wrong."""
+    parser = argparse.ArgumentParser(prog="script/bench", description=__doc__, allow_abbrev=False)
+    parser.add_argument("--quick", action="store_true", help="fewer of everything, in two minutes")
+    parser.add_argument(
+        "--only", metavar="ROW,…", default="", help=f"only these rows: {', '.join(ROWS)}"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every number there")
+    parser.add_argument("--strict", action="store_true", help="exit 1 when a bar is missed")
+    parser.add_argument("--keep", action="store_true", help="leave logs and files in .bench")
+    found = parser.parse_args(argv)
+    only = frozenset(word.strip() for word in found.only.split(",") if word.strip())
+    if unknown := only - set(ROWS):
+        parser.error(f"no such row: {', '.join(sorted(unknown))}")
+    return Options(found.quick, found.strict, only or frozenset(ROWS), found.json, found.keep)
+
+
+def exit_status(rows: Sequence[Row], wanted: frozenset[str], *, strict: bool) -> int:
+    """0 when all rows are there; 2 when one is not; with `strict`, 1 when a bar is missed."""
+    there = {row.key for row in rows if row.verdict not in {Verdict.MISSING, Verdict.INVALID}}
+    if wanted - there:
+        return _EXIT_MISSING
+    short = any(row.verdict is Verdict.SHORT for row in rows)
+    return _EXIT_SHORT if strict and short else 0
+
+
+class InterruptError(Exception):
+    """A signal asked for the end."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+def _interrupt(number: int, _frame: FrameType | None) -> None:
+    for other in _SIGNALS:
+        signal.signal(other, signal.SIG_IGN)  # once is enough: cleaning up is not interrupted
+    raise InterruptError(number)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Measure; the exit status."""
+    options = parse_options(argv)
+    console = Console(width=None if sys.stdout.isatty() else 150)
+    for number in _SIGNALS:
+        signal.signal(number, _interrupt)
+    try:
+        with alone():
+            rows = _measure(options, console)
+    except BenchError as failed:
+        console.print(f"script/bench: {failed}", style="red", markup=False, soft_wrap=True)
+        return _EXIT_MISSING
+    except InterruptError as interrupted:
+        return 128 + interrupted.number
+    console.print(table(rows))
+    _print_baseline(rows, console)
+    if options.json is not None:
+        write_json(options.json, document(rows, _machine()))
+    return exit_status(rows, options.only, strict=options.strict)
+
+
+def _measure(options: Options, console: Console) -> list[Row]:
+    directory = choose(_REPOSITORY)
+    lab = Lab()
+    began = time.monotonic()
+
+    def say(text: str) -> None:
+        console.print(f"{time.monotonic() - began:5.0f} s  {text}", markup=False, highlight=False)
+
+    sweep(directory, lab)
+    prepare(directory)
+    bench = Bench(directory, lab, Scale.of(quick=options.quick), say)
+    rows: list[Row] = []
+    try:
+        for keys, stage in _stages(bench, options.only):
+            if options.only & set(keys):
+                rows += _run_stage(stage, [key for key in keys if key in options.only], say)
+    finally:
+        for number in _SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+        say("cleaning up")
+        sweep(directory, lab)
+        lab.close()
+        if not options.keep:
+            clear(directory)
+    return rows
+
+
+_Stage = Callable[[], Iterator[Row]]
+
+
+def _stages(bench: Bench, only: frozenset[str]) -> list[tuple[tuple[str, ...], _Stage]]:
+    wanted = only.__contains__
+    return [
+        (_READS, lambda: measure_reads(bench, wanted)),
+        (_GROWTH, lambda: measure_growth(bench, wanted)),
+        (_FLEET, lambda: _measure_fleet(bench, only)),
+    ]
+
+
+def _run_stage(stage: _Stage, keys: list[str], say: Callable[[str], None]) -> list[Row]:
+    """The rows of a stage; those that it did not come to are told as not measured."""
+    rows: list[Row] = []
+    reason = "the stage gave no such row"
+    try:
+        for row in stage():
+            say(f"{row.key}: {row.figure} [{row.verdict.value}]")
+            rows.append(row)
+    except (BenchError, OSError, subprocess.SubprocessError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        say(f"failed: {reason}")
+    there = {row.key for row in rows}
+    return rows + [
+        Row(key=key, what="", figure=reason, verdict=Verdict.MISSING)
+        for key in keys
+        if key not in there
+    ]
+
+
+def _measure_fleet(bench: Bench, only: frozenset[str]) -> Iterator[Row]:
+    bench.say(f"a daemon with {bench.scale.networks:,} networks")
+    bench.lab.grow(bench.scale.networks)
+    daemon = Daemon(bench.directory / "fleet")
+    try:
+        daemon.start()
+        bench.fleet(daemon, bench.scale.networks)
+        daemon.wait_settled()
+        for step in _fleet_steps(bench, daemon, only):
+            yield from _guarded(step, daemon, bench.say)
+    finally:
+        daemon.stop()
+
+
+def _fleet_steps(bench: Bench, daemon: Daemon, only: frozenset[str]) -> Iterator[_Stage]:
+    wanted = only.__contains__
+    singles = {
+        "stale": lambda: iter([measure_moves(bench, daemon)]),
+        "recovery": lambda: iter([measure_recovery(bench, daemon)]),
+        "flood": lambda: iter([measure_flood(bench, daemon)]),
+    }
+    yield lambda: measure_additions(bench, daemon, wanted)
+    if wanted("stale"):
+        yield singles["stale"]
+    yield lambda: measure_losses(bench, daemon, wanted)
+    for key in ("recovery", "flood"):
+        if wanted(key):
+            yield singles[key]
+    if wanted("controller") or wanted("reload"):
+        yield lambda: measure_scale(bench, daemon, wanted)
+
+
+def _guarded(step: _Stage, daemon: Daemon, say: Callable[[str], None]) -> Iterator[Row]:
+    """One row that fails does not take the others with it."""
+    try:
+        yield from step()
+    except (BenchError, OSError, subprocess.SubprocessError) as error:
+        say(f"failed: {type(error).__name__}: {error}; the daemon says: {daemon.last_words()}")
+
+
+def _machine() -> dict[str, object]:
+    haproxy = subprocess.run([HAPROXY, "-v"], capture_output=True, text=True, check=False)
+    return {
+        "processors": len(os.sched_getaffinity(0)),
+        "kernel": platform.release(),
+        "python": platform.python_version(),
+        "haproxy": haproxy.stdout.partition("\n")[0],
+    }
+
+
+def _print_baseline(rows: Sequence[Row], console: Console) -> None:
+    for row in rows:
+        if "bare_config" in row.data:
+            console.print(f"The bare HAProxy of {row.key}:", style="bold")
+            console.print(str(row.data["bare_config"]), markup=False, highlight=False)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,101 @@
+"""What rows share: the directory, the networks, the daemon, how much is to be measured."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from bench.daemon import Daemon
+from bench.lab import Lab, network_name
+from bench.records import first_guest, network
+
+__all__ = ["HAPROXY", "Bench", "Scale"]
+
+HAPROXY: Final = "/usr/sbin/haproxy"
+
+
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """How much is measured; the quick one shows that all rows work and roughly where they are."""
+
+    networks: int
+    rounds: int
+    seconds: float
+    adds: int
+    network_adds: int
+    moves: int
+    reloads: int
+    kills: int
+    instances: int
+    records: int
+    idle_s: float
+    starts: int
+    processes: int
+
+    @staticmethod
+    def of(*, quick: bool) -> Scale:
+        """The whole or the quick one."""
+        if quick:
+            return Scale(
+                networks=200,
+                rounds=2,
+                seconds=1,
+                adds=50,
+                network_adds=10,
+                moves=100,
+                reloads=10,
+                kills=3,
+                instances=2_000,
+                records=20_000,
+                idle_s=5,
+                starts=1,
+                processes=10,
+            )
+        return Scale(
+            networks=1_000,
+            rounds=5,
+            seconds=2,
+            adds=300,
+            network_adds=40,
+            moves=1_000,
+            reloads=100,
+            kills=5,
+            instances=10_000,
+            records=200_000,
+            idle_s=30,
+            starts=3,
+            processes=50,
+        )
+
+
+@dataclass(slots=True)
+class Bench:
+    """Handed to every row."""
+
+    directory: Path
+    lab: Lab
+    scale: Scale
+    say: Callable[[str], None]
+    binary: str = HAPROXY
+
+    @property
+    def cpus(self) -> tuple[int, int]:
+        """The processor for HAProxy and the one for the load."""
+        usable = sorted(os.sched_getaffinity(0))
+        return usable[0], usable[-1]
+
+    def network(self, name: str) -> dict[str, object]:
+        """The record of a network of the lab."""
+        return network(name)
+
+    def fleet(self, daemon: Daemon, count: int) -> None:
+        """Have a daemon serve the first `count` networks, each with its first guest."""
+        names = [network_name(number) for number in range(count)]
+        daemon.put(
+            [self.network(name) for name in names],
+            [first_guest(name, with_user_data=False) for name in names],
+        )
+        daemon.wait_serving(count)

@@ -1,0 +1,119 @@
+"""The networks: a namespace each, the metadata address and its guests' addresses on its loopback device.
+
+Guest and metadata service sit in one namespace, so nothing but HAProxy and the kernel's loopback is measured.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import struct
+from ipaddress import IPv4Address, IPv4Interface, IPv6Address
+from pathlib import Path
+from typing import Final
+
+from imdsproxy.core.model import METADATA_IPV4, METADATA_IPV6
+from imdsproxy.host.namespaces import DEFAULT_DIRECTORY, NamespaceDirectory, NamespaceThread
+from imdsproxy.host.netlink import add_address, find_link, set_link
+from imdsproxy.host.nlmessages import CREATE, REPLACE, NetlinkSocket, attribute, integer, text
+
+__all__ = ["DEVICE", "GUESTS", "PREFIX", "Lab", "guest", "network_name"]
+
+PREFIX: Final = "imdsb-"
+DEVICE: Final = "imdsb0"
+GUESTS: Final = IPv4Interface("10.0.0.0/16")
+"""All of it is local in every network, so a client can take any of its addresses."""
+
+_RTM_NEWLINK: Final = 16
+_RTM_NEWROUTE: Final = 24
+_RTMSG: Final = struct.Struct("=BBBBBBBBI")
+_IFINFO: Final = struct.Struct("=BxHiII")
+_RTA_DST, _RTA_OIF, _RTA_PREFSRC = 1, 4, 7
+_LOCAL: Final = 255
+_KERNEL: Final = 2
+_HOST: Final = 254
+_LOOPBACK: Final = 1
+
+
+def network_name(number: int) -> str:
+    """The name of a network, which is its namespace's too."""
+    return f"{PREFIX}{number}"
+
+
+def guest(number: int) -> str:
+    """The address of a guest; every network has the same ones."""
+    return str(GUESTS.network[5 + number])
+
+
+class Lab:
+    """Makes the namespaces, opens sockets in them, and takes them away.
+
+    Attributes:
+        names: The namespaces that there are.
+    """
+
+    def __init__(self, directory: Path = DEFAULT_DIRECTORY) -> None:
+        self._directory = NamespaceDirectory(directory)
+        self._thread = NamespaceThread(self._directory)
+        self.names: list[str] = []
+
+    def sweep(self) -> int:
+        """Remove every namespace of this prefix; how many there were."""
+        left = [name for name in self._directory.names() if name.startswith(PREFIX)]
+        for name in left:
+            self._directory.delete(name)
+        self.names.clear()
+        return len(left)
+
+    def grow(self, count: int) -> None:
+        """Have `count` networks, the ones that are there included."""
+        for number in range(len(self.names), count):
+            self.add(network_name(number))
+
+    def add(self, name: str) -> None:
+        """One more network, of any name with the prefix."""
+        self._thread.create_now(name)
+        self._thread.enter(name, lambda _: _furnish())
+        self.names.append(name)
+
+    def socket(self, name: str, kind: int = socket.SOCK_STREAM) -> socket.socket:
+        """An unconnected IPv4 socket of a network."""
+        opened = self._thread.enter(name, lambda _: socket.socket(socket.AF_INET, kind))
+        if opened is None:
+            raise FileNotFoundError(f"network namespace {name}")
+        return opened
+
+    def close(self) -> None:
+        """Remove all networks."""
+        self.sweep()
+        self._thread.close()
+
+
+def _furnish() -> None:
+    with contextlib.closing(NetlinkSocket()) as channel:
+        set_link(channel, _LOOPBACK, up=True)
+        add_address(channel, _LOOPBACK, METADATA_IPV4, 32, protocol=0)
+        add_address(channel, _LOOPBACK, IPv4Address(guest(0)), GUESTS.network.prefixlen, protocol=0)
+        _prefer_source(channel, IPv4Address(guest(0)))
+        _add_device(channel)
+
+
+def _prefer_source(channel: NetlinkSocket, source: IPv4Address) -> None:
+    """Whoever asks the metadata address without choosing a source is the first guest."""
+    payload = (
+        _RTMSG.pack(socket.AF_INET, 32, 0, 0, _LOCAL, _KERNEL, _HOST, 2, 0)
+        + attribute(_RTA_DST, METADATA_IPV4.packed)
+        + integer(_RTA_OIF, _LOOPBACK)
+        + attribute(_RTA_PREFSRC, source.packed)
+    )
+    channel.change(_RTM_NEWROUTE, payload, CREATE | REPLACE)
+
+
+def _add_device(channel: NetlinkSocket) -> None:
+    """A veth pair, both ends here: the kernel's smallest device that takes a link-local address."""
+    kind = attribute(18, text(1, "veth"))
+    channel.change(_RTM_NEWLINK, _IFINFO.pack(0, 0, 0, 1, 1) + text(3, DEVICE) + kind, CREATE)
+    link = find_link(channel, DEVICE)
+    if link is not None:
+        address: IPv6Address = METADATA_IPV6
+        add_address(channel, link.index, address, 64, protocol=0)

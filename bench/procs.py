@@ -1,0 +1,105 @@
+"""Processes from outside: memory, processor time, where they run, and finding those of a directory."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+__all__ = [
+    "Memory",
+    "cpu_seconds",
+    "end_all",
+    "find_by_argument",
+    "memory",
+    "pin",
+    "wait_until",
+]
+
+_PROC: Final = Path("/proc")
+_TICKS_PER_S: Final = os.sysconf("SC_CLK_TCK")
+_POLL_S: Final = 0.005
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Bytes: proportional set size (shared pages shared out), and resident set size."""
+
+    pss: int
+    rss: int
+
+
+def memory(pids: Iterable[int]) -> Memory:
+    """The sums over these processes; one that has ended counts nothing."""
+    pss = rss = 0
+    for pid in pids:
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            for line in (_PROC / str(pid) / "smaps_rollup").read_text().splitlines():
+                if line.startswith("Pss:"):
+                    pss += int(line.split()[1]) * 1024
+                elif line.startswith("Rss:"):
+                    rss += int(line.split()[1]) * 1024
+    return Memory(pss, rss)
+
+
+def cpu_seconds(pid: int) -> float:
+    """Processor time that a process has used, user and system; resolution is a clock tick (10 ms)."""
+    fields = (_PROC / str(pid) / "stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / _TICKS_PER_S
+
+
+def pin(pid: int, cpus: Iterable[int]) -> None:
+    """Have all threads of a process run on these processors only."""
+    chosen = set(cpus) & os.sched_getaffinity(0)
+    if not chosen:
+        return
+    for task in (_PROC / str(pid) / "task").iterdir():
+        os.sched_setaffinity(int(task.name), chosen)
+
+
+def find_by_argument(path: Path) -> set[int]:
+    """The pids of processes whose command line names the directory or a file in it; never our own."""
+    wanted = os.fsencode(path)
+    found = set()
+    for entry in _PROC.iterdir():
+        if not entry.name.isdecimal() or int(entry.name) == os.getpid():
+            continue
+        with contextlib.suppress(OSError):
+            arguments = (entry / "cmdline").read_bytes().split(b"\0")
+            if any(one == wanted or wanted + b"/" in one for one in arguments):
+                found.add(int(entry.name))
+    return found
+
+
+def end_all(pids: Iterable[int], *, patience_s: float = 5.0) -> None:
+    """SIGKILL, and wait until they are gone."""
+    left = set(pids)
+    for pid in left:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    wait_until(lambda: not any(_alive(pid) for pid in left), patience_s)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        state = (_PROC / str(pid) / "stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return state not in {"Z", "X"}
+
+
+def wait_until(
+    condition: Callable[[], bool], patience_s: float, *, every_s: float = _POLL_S
+) -> bool:
+    """Ask again and again; whether the condition came true in time."""
+    deadline = time.monotonic() + patience_s
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(every_s)
+    return True

@@ -1,0 +1,1 @@
+"""One module for each group of rows that share a set-up."""

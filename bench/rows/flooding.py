@@ -1,0 +1,89 @@
+"""One network flooded with requests of addresses that nobody has, and a known guest in another one."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from bench.context import Bench
+from bench.daemon import Daemon
+from bench.figures import Row, Verdict, median, percentile
+from bench.guest import Guest, measure_latency
+from bench.lab import network_name
+from bench.place import BenchError
+from bench.procs import cpu_seconds
+
+__all__ = ["measure_flood"]
+
+_PATH = "/latest/meta-data/instance-id"
+_FACTOR = 2.0
+_ENOUGH_MS = 2.0
+_CONNECTIONS_PER_S = 2000
+_AT_ONCE = 180
+_REPOSITORY = Path(__file__).resolve().parent.parent.parent
+
+
+def measure_flood(bench: Bench, daemon: Daemon) -> Row:
+    """The row `flood`."""
+    seconds = max(3.0, bench.scale.seconds * 3)
+    known = Guest(bench.lab, network_name(1))
+    alone = _milliseconds(known, seconds)
+    controller = daemon.processes().controller
+    before = cpu_seconds(controller)
+    flood = subprocess.Popen(
+        [
+            sys.executable,
+            "-m",
+            "bench.flood",
+            network_name(0),
+            str(seconds + 4),
+            str(_CONNECTIONS_PER_S),
+            str(_AT_ONCE),
+        ],
+        cwd=_REPOSITORY,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        time.sleep(1.5)
+        during = _milliseconds(known, seconds)
+        told, _ = flood.communicate(timeout=60)
+    finally:
+        flood.kill()
+        flood.wait()
+    python_s = cpu_seconds(controller) - before
+    number, _, answers = told.partition(" ")
+    if not number.isdecimal() or int(number) < _CONNECTIONS_PER_S:
+        raise BenchError(f"the flood did not come about: {told}")
+    again = _milliseconds(known, seconds)
+    p99_alone, p99_during = percentile(alone + again, 99), percentile(during, 99)
+    good = p99_during < _ENOUGH_MS or p99_during < _FACTOR * p99_alone
+    return Row(
+        key="flood",
+        what="one network flooded with misses: a known guest of another network",
+        figure=(
+            f"p99 {p99_during:.2f} ms, alone {p99_alone:.2f} ms ({p99_during / p99_alone:.1f} x); "
+            f"p50 {median(during):.2f} ms, alone {median(alone + again):.2f} ms"
+        ),
+        verdict=Verdict.PASS if good else Verdict.SHORT,
+        bar="p99 < 2 x alone, or < 2 ms",
+        value=p99_during,
+        how=(
+            f"{int(number):,} connections from invented addresses in {seconds + 4:g} s, at most {_AT_ONCE} at "
+            "once, from a program on the same processors; the known guest reads on a kept connection every ms, "
+            f"{seconds:g} s before, during and after; answers: {answers.strip()}"
+        ),
+        data={
+            "alone_ms": {"p50": median(alone + again), "p99": p99_alone},
+            "during_ms": {"p50": median(during), "p99": p99_during},
+            "connections": int(number),
+            "answers": answers.strip(),
+            "controller_cpu_s": python_s,
+        },
+    )
+
+
+def _milliseconds(one: Guest, seconds: float) -> list[float]:
+    return [sample * 1000 for sample in measure_latency(one, _PATH, seconds)]

@@ -1,0 +1,226 @@
+"""Documents read over kept connections: repeated ones, first ones, and one that is never cached."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+from bench.bare import Bare, Limits, answering, forwarding, render_bare, run_bare, worker_limits
+from bench.context import Bench
+from bench.daemon import Daemon
+from bench.figures import Bar, Row, judge, median
+from bench.guest import Broken, Guest
+from bench.lab import network_name
+from bench.place import BenchError
+from bench.procs import cpu_seconds, pin
+from bench.records import USER_DATA_BYTES, first_guest
+from bench.wrk import Load, run_wrk
+
+__all__ = ["measure_reads"]
+
+_LEAF = "/latest/meta-data/instance-id"
+_USER_DATA = "/latest/user-data"
+_META_DATA = "/openstack/latest/meta_data.json"
+_BARE_PORT = 8080
+_STUB_PORT = 8081
+_FORWARD_PORT = 8082
+_READS_BAR = Bar("≥ 0.85 x", at_least=0.85)
+_STUB_FACTOR = 2
+_NOT_CACHED = ("Cache-Control: no-cache",)
+
+
+@dataclass(slots=True)
+class _Side:
+    """One of the sides that are loaded in turn."""
+
+    url: str
+    pid: int | None
+    headers: tuple[str, ...] = ()
+    rates: list[float] = field(default_factory=list)
+    costs: list[float] = field(default_factory=list)
+    errors: int = 0
+
+    @property
+    def rate(self) -> float:
+        """Median requests a second."""
+        return median(self.rates)
+
+    @property
+    def cost_us(self) -> float:
+        """Least processor time of HAProxy for a request, in µs: what else the machine does adds to it."""
+        return min(self.costs)
+
+    def numbers(self) -> dict[str, object]:
+        """For the JSON."""
+        return {
+            "url": self.url,
+            "requests_per_s": [round(one) for one in self.rates],
+            "median_requests_per_s": round(self.rate),
+            "haproxy_cpu_us_per_request": [round(one, 2) for one in self.costs],
+            "errors": self.errors,
+        }
+
+
+def _load_in_turn(bench: Bench, sides: Sequence[_Side]) -> None:
+    haproxy_cpu, load_cpu = bench.cpus
+    for one in sides:
+        if one.pid is not None:
+            pin(one.pid, {haproxy_cpu})
+    for number in range(bench.scale.rounds + 1):
+        warm_up = number == 0
+        for one in sides:
+            load = Load(
+                seconds=1 if warm_up else bench.scale.seconds, cpu=load_cpu, headers=one.headers
+            )
+            before = cpu_seconds(one.pid) if one.pid is not None else 0.0
+            report = run_wrk(network_name(0), one.url, load)
+            spent = cpu_seconds(one.pid) - before if one.pid is not None else 0.0
+            one.errors += report.errors
+            if not warm_up:
+                one.rates.append(report.rate)
+                one.costs.append(spent / max(1, report.requests) * 1e6)
+
+
+@dataclass(slots=True)
+class _Stage:
+    """One network, one guest, the daemon and what it is held against."""
+
+    bench: Bench
+    daemon: Daemon
+    worker: int
+    limits: Limits
+
+    def url(self, path: str, port: int = 80) -> str:
+        """Of the metadata address."""
+        return f"http://169.254.169.254:{port}{path}"
+
+    @contextlib.contextmanager
+    def bare(self, name: str, port: int, rules: Sequence[str]) -> Iterator[Bare]:
+        """A bare HAProxy in the network."""
+        bind = f"169.254.169.254:{port} namespace {network_name(0)}"
+        config = render_bare(self.limits, [bind], rules)
+        with run_bare(self.bench.binary, self.bench.directory, name, config) as running:
+            yield running
+
+
+def measure_reads(bench: Bench, wanted: Callable[[str], bool]) -> Iterator[Row]:
+    """The rows `reads-leaf`, `reads-user-data`, `first-reads` and `meta-data`."""
+    name = network_name(0)
+    bench.lab.grow(1)
+    daemon = Daemon(bench.directory / "reads")
+    try:
+        daemon.start()
+        daemon.put([bench.network(name)], [first_guest(name)])
+        daemon.wait_serving(1)
+        worker = daemon.wait_settled().worker
+        config = (daemon.runtime / "haproxy.cfg").read_text()
+        stage = _Stage(bench, daemon, worker, worker_limits(config))
+        sizes = _sizes(bench, name)
+        if wanted("reads-leaf"):
+            yield _repeated(stage, "reads-leaf", _LEAF, sizes[_LEAF])
+        if wanted("reads-user-data"):
+            yield _repeated(stage, "reads-user-data", _USER_DATA, sizes[_USER_DATA])
+        if wanted("first-reads"):
+            headers = _NOT_CACHED
+            yield _through(stage, "first-reads", _LEAF, sizes[_LEAF], headers)
+        if wanted("meta-data"):
+            yield _through(stage, "meta-data", _META_DATA, sizes[_META_DATA], ())
+    finally:
+        daemon.stop()
+
+
+def _sizes(bench: Bench, name: str) -> dict[str, int]:
+    one = Guest(bench.lab, name)
+    sizes = {}
+    for path in (_LEAF, _USER_DATA, _META_DATA):
+        try:
+            answer = one.get(path)
+        except Broken as broken:
+            raise BenchError(f"{path}: {broken}") from broken
+        if answer.status != 200:  # noqa: PLR2004 - HTTP's OK
+            raise BenchError(f"{path}: {answer.status}")
+        sizes[path] = len(answer.body)
+    one.close()
+    if sizes[_USER_DATA] != USER_DATA_BYTES:
+        raise BenchError(f"user-data of {sizes[_USER_DATA]} bytes")
+    return sizes
+
+
+def _repeated(stage: _Stage, key: str, path: str, size: int) -> Row:
+    with stage.bare(key, _BARE_PORT, answering(size)) as bare:
+        ours = _Side(stage.url(path), stage.worker)
+        other = _Side(stage.url("/", _BARE_PORT), bare.pid)
+        _load_in_turn(stage.bench, [other, ours])
+    ratio = ours.rate / other.rate
+    cpu_ratio = other.cost_us / ours.cost_us
+    return Row(
+        key=key,
+        what=f"repeated reads of {path} ({size} bytes), keep-alive, 64 connections",
+        figure=(
+            f"{ratio:.2f} x ({ours.rate:,.0f} to {other.rate:,.0f} requests/s); by HAProxy's processor "
+            f"time {cpu_ratio:.2f} x ({ours.cost_us:.1f} to {other.cost_us:.1f} µs a request)"
+        ),
+        verdict=judge(ratio, _READS_BAR, valid=not (ours.errors or other.errors)),
+        bar=_READS_BAR.text,
+        value=ratio,
+        how=(
+            f"median of {len(ours.rates)} runs of {stage.bench.scale.seconds:g} s, in turn with a bare HAProxy "
+            "that answers with `http-request return`; HAProxy on one processor, wrk on the other"
+        ),
+        data={
+            "ours": ours.numbers(),
+            "bare": other.numbers(),
+            "ratio": ratio,
+            "cpu_ratio": cpu_ratio,
+            "bare_config": bare.config,
+        },
+    )
+
+
+def _through(stage: _Stage, key: str, path: str, size: int, headers: tuple[str, ...]) -> Row:
+    """Reads that go to the document server, beside a bare forwarding HAProxy before a stub."""
+    with (
+        stage.bare(f"{key}-stub", _STUB_PORT, answering(size)) as stub,
+        stage.bare(
+            f"{key}-forward",
+            _FORWARD_PORT,
+            forwarding(f"169.254.169.254:{_STUB_PORT} namespace {network_name(0)}"),
+        ) as bare,
+    ):
+        pin(stub.pid, {stage.bench.cpus[1]})
+        ours = _Side(stage.url(path), stage.worker, headers)
+        other = _Side(stage.url("/", _FORWARD_PORT), bare.pid, headers)
+        direct = _Side(stage.url("/", _STUB_PORT), None, headers)
+        _load_in_turn(stage.bench, [direct, other, ours])
+    ratio = ours.rate / other.rate
+    valid = direct.rate >= _STUB_FACTOR * other.rate
+    what = "never-read documents" if headers else "meta_data.json, never cached"
+    return Row(
+        key=key,
+        what=f"{what}, through the document server ({size} bytes), keep-alive, 64 connections",
+        figure=(
+            f"{ours.rate:,.0f} requests/s, {ratio:.2f} x a bare HAProxy that forwards to a stub "
+            f"({other.rate:,.0f}; the stub alone {direct.rate:,.0f})"
+        ),
+        verdict=judge(ratio, None, valid=valid and not (ours.errors or other.errors)),
+        value=ratio,
+        how=(
+            f"median of {len(ours.rates)} runs of {stage.bench.scale.seconds:g} s in turn; the stub is another "
+            "bare HAProxy"
+            + (
+                ", every read is forced past the cache by `Cache-Control: no-cache`"
+                if headers
+                else ""
+            )
+            + ("" if valid else "; invalid because the stub alone is under twice the baseline")
+        ),
+        data={
+            "ours": ours.numbers(),
+            "bare": other.numbers(),
+            "stub_direct": direct.numbers(),
+            "ratio": ratio,
+            "valid": valid,
+            "bare_config": bare.config,
+        },
+    )
