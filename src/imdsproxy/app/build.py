@@ -133,6 +133,7 @@ def build_host(
         naming,
         layout.namespace_links,
         settings.paths.netns_dir,
+        layout.managed_journal,
     )
     return host, thread
 

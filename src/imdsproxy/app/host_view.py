@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from imdsproxy.core.hostnames import Naming
-from imdsproxy.core.hostops import HostOp
+from imdsproxy.core.hostops import AddAddress, HostOp, RemoveAddress
 from imdsproxy.core.hoststate import ObservedHost
+from imdsproxy.core.listeners import ManagedPlace
 from imdsproxy.core.model import (
     BridgeListener,
     InterfaceListener,
@@ -17,8 +19,9 @@ from imdsproxy.core.model import (
     NamespaceListener,
     Network,
 )
-from imdsproxy.errors import Problem
+from imdsproxy.errors import HostRefused, Problem
 from imdsproxy.host.apply import HostApplier, OpOutcome
+from imdsproxy.host.files import write_atomic
 from imdsproxy.host.namespaces import NamespaceThread
 from imdsproxy.host.netlink import find_link, neighbour_mac
 from imdsproxy.host.nlmessages import NetlinkSocket
@@ -38,6 +41,7 @@ class SystemHost:
     naming: Naming
     links: Path
     namespaces: Path
+    journal: Path
 
     async def observe(
         self, networks: Iterable[Network], our_pids: Collection[int], *, everything: bool
@@ -47,12 +51,49 @@ class SystemHost:
 
     async def apply(self, ops: Iterable[HostOp]) -> tuple[Problem, ...]:
         """See `HostView.apply`."""
-        results = await self.applier.apply(ops)
+        given = tuple(ops)
+        # Before anything is done: what a killed process has added is known to the next one.
+        self._note({(one.namespace, one.device) for one in given if isinstance(one, AddAddress)})
+        results = await self.applier.apply(given)
+        self._strike_out(
+            {
+                (one.op.namespace, one.op.device)
+                for one in results
+                if isinstance(one.op, RemoveAddress) and one.outcome is OpOutcome.DONE
+            }
+        )
         return tuple(
             Problem("host", result.error.message, result.error.hint)
             for result in results
             if result.outcome is OpOutcome.FAILED and result.error is not None
         )
+
+    def managed(self) -> frozenset[ManagedPlace]:
+        """See `HostView.managed`."""
+        try:
+            places = json.loads(self.journal.read_bytes())
+        except FileNotFoundError:
+            return frozenset()
+        except (OSError, ValueError) as error:
+            raise HostRefused(
+                f"cannot read {self.journal}: {error}",
+                hint="remove it; addresses that nobody needs any more are then yours to remove",
+            ) from error
+        return frozenset((place[0], place[1]) for place in places)
+
+    def _note(self, places: set[ManagedPlace]) -> None:
+        known = self.managed() if places else frozenset()
+        if places - known:
+            self._write(known | places)
+
+    def _strike_out(self, places: set[ManagedPlace]) -> None:
+        known = self.managed() if places else frozenset()
+        if places & known:
+            self._write(known - places)
+
+    def _write(self, places: frozenset[ManagedPlace]) -> None:
+        listed = sorted(places, key=lambda place: (place[0] or "", place[1]))
+        write_atomic(self.journal, json.dumps(listed).encode(), mode=0o600)
 
     def apply_links(self, links: Mapping[str, str]) -> None:
         """See `HostView.apply_links`."""

@@ -21,7 +21,7 @@ from imdsproxy.core.hostnames import Naming
 from imdsproxy.core.hostops import HostOp
 from imdsproxy.core.hoststate import ObservedHost, merge_observed
 from imdsproxy.core.inventory import Inventory
-from imdsproxy.core.listeners import ListenerPlan, plan_listeners
+from imdsproxy.core.listeners import ListenerPlan, ManagedPlace, plan_listeners
 from imdsproxy.core.model import Network, NetworkId
 from imdsproxy.core.plan import compute_maxconn, networks_of, plan_binds, plan_links
 from imdsproxy.dataplane.haproxy import Haproxy
@@ -55,6 +55,14 @@ class HostView(Protocol):
 
     async def apply(self, ops: Iterable[HostOp]) -> tuple[Problem, ...]:
         """Do these things; what the host refused, a problem each. The others are done all the same."""
+        ...
+
+    def managed(self) -> frozenset[ManagedPlace]:
+        """Where we have put addresses, in this life or an earlier one.
+
+        Raises:
+            HostRefused: Our journal of it cannot be read.
+        """
         ...
 
     def apply_links(self, links: Mapping[str, str]) -> None:
@@ -240,7 +248,13 @@ class ListenerLoop:
         operations = 0
         for _ in range(_HOST_ROUNDS):
             observed = await self._observe(networks)
-            plan = plan_listeners(networks, observed, self.naming, sweep=self.inventory.in_sync)
+            plan = plan_listeners(
+                networks,
+                observed,
+                self.naming,
+                sweep=self.inventory.in_sync,
+                managed=self.host.managed(),
+            )
             if not plan.ops or problems:
                 break
             operations += len(plan.ops)

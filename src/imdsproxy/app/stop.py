@@ -34,7 +34,8 @@ async def end_data_plane(
     await haproxy.stop()
     await documents.stop()
     observed = await host.observe(networks, (), everything=True)
-    problems = await host.apply(plan_listeners({}, observed, naming).ops)
+    plan = plan_listeners({}, observed, naming, managed=host.managed())
+    problems = await host.apply(plan.ops)
     host.apply_links({})
     if problems:
         raise HostRefused("not everything of ours could be taken away", problems=problems)

@@ -10,7 +10,7 @@ For every network and family there is at least one endpoint or exactly one `Left
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Final, TypeAlias, assert_never
 
@@ -50,6 +50,7 @@ __all__ = [
     "LeftOut",
     "LeftOutCode",
     "ListenerPlan",
+    "ManagedPlace",
     "NamespaceRef",
     "OpFailure",
     "explain_pending",
@@ -59,6 +60,10 @@ __all__ = [
 _Place: TypeAlias = tuple[str, str | int]
 
 _ENSLAVING: Final = frozenset({"bridge", "bond", "team", "openvswitch"})
+
+
+ManagedPlace: TypeAlias = tuple[str | None, str]
+"""Namespace (`None`: the host's own) and device that we put the metadata addresses on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +89,7 @@ def plan_listeners(
     naming: Naming | None = None,
     *,
     sweep: bool = True,
+    managed: Collection[ManagedPlace] | None = None,
 ) -> ListenerPlan:
     """What to bind, what to leave out and what to do, for all networks at once.
 
@@ -92,6 +98,8 @@ def plan_listeners(
         observed: The host. What was not looked at counts as not there.
         naming: How our own objects are named.
         sweep: Also plan removals; off while the sources have not told everything yet.
+        managed: Where we have put addresses, by our own journal; only there are they removed again. The
+            mark on an address is one of 128 and may be another daemon's too. `None`: anywhere.
     """
     naming = naming or Naming()
     shared = _shared(networks.values(), observed)
@@ -102,7 +110,7 @@ def plan_listeners(
         else:
             parts.append(_plan_one(networks[network_id], observed, naming))
     served = [networks[network_id] for network_id in sorted(networks) if network_id not in shared]
-    removals = tuple(_sweep(served, observed, naming)) if sweep else ()
+    removals = tuple(_sweep(served, observed, naming, managed)) if sweep else ()
     return ListenerPlan(
         endpoints=tuple(one for part in parts for one in part.endpoints),
         left_out=tuple(one for part in parts for one in part.left_out),
@@ -275,7 +283,12 @@ def _left_out_as_shared(network: NetworkId, others: tuple[NetworkId, ...]) -> Pa
     )
 
 
-def _sweep(served: Iterable[Network], observed: ObservedHost, naming: Naming) -> Iterator[HostOp]:
+def _sweep(
+    served: Iterable[Network],
+    observed: ObservedHost,
+    naming: Naming,
+    managed: Collection[ManagedPlace] | None,
+) -> Iterator[HostOp]:
     """Removals of what is marked as ours and belongs to no network any more."""
     bridged = [one.id for one in served if isinstance(one.listener, BridgeListener)]
     namespaces = {naming.namespace(network) for network in bridged}
@@ -290,7 +303,7 @@ def _sweep(served: Iterable[Network], observed: ObservedHost, naming: Naming) ->
         marked = naming.owner_of(device.alias) is not None or is_unmarked_veth(device)
         if naming.is_link(name) and marked and name not in links:
             yield DeleteLink(name)
-    yield from _sweep_addresses(served, observed, naming)
+    yield from _sweep_addresses(served, observed, naming, managed)
 
 
 def _is_our_namespace(name: str, seen: ObservedNamespace, naming: Naming) -> bool:
@@ -304,18 +317,23 @@ def _is_our_namespace(name: str, seen: ObservedNamespace, naming: Naming) -> boo
 
 
 def _sweep_addresses(
-    served: Iterable[Network], observed: ObservedHost, naming: Naming
+    served: Iterable[Network],
+    observed: ObservedHost,
+    naming: Naming,
+    managed: Collection[ManagedPlace] | None,
 ) -> Iterator[HostOp]:
     wanted = {place for network in served if (place := _managed(network.listener)) is not None}
     for name, seen in ((None, observed.root), *observed.namespaces.items()):
         if name is not None and naming.is_namespace(name):
             continue
         for one in seen.addresses:
-            if one.protocol == naming.protocol and (name, one.device) not in wanted:
+            place = (name, one.device)
+            ours = one.protocol == naming.protocol and (managed is None or place in managed)
+            if ours and place not in wanted:
                 yield RemoveAddress(name, one.device, one.address, one.prefix)
 
 
-def _managed(listener: Listener) -> tuple[str | None, str] | None:
+def _managed(listener: Listener) -> ManagedPlace | None:
     """Namespace and device on which the metadata addresses are our business."""
     if isinstance(listener, InterfaceListener):
         return None, listener.device

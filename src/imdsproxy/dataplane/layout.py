@@ -115,6 +115,11 @@ class Layout:
         return self.runtime / "netns"
 
     @property
+    def managed_journal(self) -> Path:
+        """Devices that we have put the metadata addresses on."""
+        return self.runtime / "managed.json"
+
+    @property
     def records(self) -> Path:
         """Compiled records, one file an instance."""
         return self.state / "documents"

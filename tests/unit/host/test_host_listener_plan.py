@@ -204,6 +204,8 @@ def test_our_addresses_go_with_their_network_and_not_before() -> None:
         RemoveAddress("ns-blue", "tap0", METADATA_IPV6, 64),
     )
     assert plan_listeners({}, host, sweep=False).ops == ()
+    elsewhere = frozenset({("other", "eth0")})
+    assert plan_listeners({}, host, managed=elsewhere).ops == ()
     assert plan_listeners({}, _host(FULL)).ops == ()
 
 
