@@ -92,7 +92,7 @@ def _ask(run: options.Invocation) -> list[Finding]:
         # The rest is asked with the defaults: one run shows as much as can be shown.
         findings += preflight.findings_of("settings", error)
         settings = Settings()
-    status = _daemon_status(run, settings)
+    status, told = _daemon(run, settings)
     findings += preflight.check_accounts(_accounts(settings), _account_exists)
     findings += preflight.check_haproxy(
         _program(settings.haproxy.binary),
@@ -101,6 +101,7 @@ def _ask(run: options.Invocation) -> list[Finding]:
     own = Path("/proc/self/status").read_text(encoding="utf-8")
     findings += preflight.check_privileges(preflight.read_capabilities(own))
     findings += preflight.check_namespaces(settings.paths.netns_dir)
+    findings += told
     findings += preflight.check_directories(
         {
             "paths.runtime_dir": settings.paths.runtime_dir,
@@ -117,22 +118,24 @@ def _ask(run: options.Invocation) -> list[Finding]:
             },
             _bind_refused,
         )
-    else:
-        findings += preflight.check_daemon(status)
     return findings
 
 
-def _daemon_status(run: options.Invocation, settings: Settings) -> Mapping[str, object] | None:
-    """What the running daemon says; `None` when none answers."""
-    from imdsproxy.cli.admin_client import AdminClient  # noqa: PLC0415 - `--help` need not load it
+def _daemon(
+    run: options.Invocation, settings: Settings
+) -> tuple[Mapping[str, object] | None, list[Finding]]:
+    """The running daemon's status, or none, and what that says."""
+    from imdsproxy.cli import preflight  # noqa: PLC0415 - `--help` need not load it
+    from imdsproxy.cli.admin_client import AdminClient  # noqa: PLC0415 - as above
 
     daemon = AdminClient(run.socket or settings.admin_socket, timeout_s=5)
     try:
-        return cast("Mapping[str, object]", daemon.get("/v1/status"))
+        status = cast("Mapping[str, object]", daemon.get("/v1/status"))
     except AdminUnavailable:
-        return None
-    except ImdsproxyError:
-        return None
+        return None, []
+    except ImdsproxyError as error:
+        return None, preflight.findings_of("daemon", error)
+    return status, preflight.check_daemon(status)
 
 
 def _program(binary: str) -> HaproxyProgram | HaproxyMissing:

@@ -47,7 +47,10 @@ def get(
             lines = [f"HTTP/1.1 {status} {_phrase(status)}"]
             run.output.text("\n".join([*lines, *(f"{name}: {value}" for name, value in headers)]))
             run.output.text("")
-        run.output.raw(_body(cast("Mapping[str, str]", answer["body"])))
+        body = _body(cast("Mapping[str, str]", answer["body"]))
+        run.output.raw(body)
+        if sys.stdout.isatty() and body[-1:] not in {b"", b"\n"}:
+            run.output.text("")  # only so that the prompt has a line of its own
     if status >= HTTPStatus.BAD_REQUEST:
         if not (include or run.output.as_json):
             sys.stderr.write(f"imdsproxy: the guest is answered {status} {_phrase(status)}\n")

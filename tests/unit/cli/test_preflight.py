@@ -5,13 +5,22 @@ from pathlib import Path
 
 import pytest
 
+from imdsproxy.admin.operations import LeftOut
 from imdsproxy.cli import preflight
 from imdsproxy.cli.preflight import Finding
 from imdsproxy.config.endpoint import Endpoint
 from imdsproxy.config.schema import FileSourceSettings, Settings, SourcesSettings
 from imdsproxy.core.haproxy.runtime import Version
+from imdsproxy.core.model import NetworkId
 from imdsproxy.dataplane.launch import HaproxyProgram
-from imdsproxy.errors import ConfigInvalid, ConfigUnreadable, HaproxyMissing, Problem
+from imdsproxy.errors import (
+    ConfigInvalid,
+    ConfigUnreadable,
+    HaproxyMissing,
+    Problem,
+    SourceUnavailable,
+)
+from support.admin_server import admin_server
 
 ALL = (1 << 41) - 1
 
@@ -215,3 +224,19 @@ def test_check_goes_on_with_defaults_when_the_settings_are_broken(
     out = capsys.readouterr().out
     assert "log.level" in out
     assert '"area": "privileges"' in out
+
+
+def test_check_tells_what_the_running_daemon_leaves_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from imdsproxy.cli.main import main  # noqa: PLC0415 - only here
+
+    with admin_server(tmp_path) as server:
+        network = NetworkId("blue")
+        server.operations.left_out[network] = LeftOut(network, "port-busy", "pid 7 has the port")
+        main(["check", "--socket", str(server.socket)])
+        assert "network blue is not served: pid 7 has the port" in capsys.readouterr().out
+
+        server.operations.failure = SourceUnavailable("the store is locked")
+        main(["check", "--socket", str(server.socket)])
+        assert "the store is locked" in capsys.readouterr().out
