@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Final
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
 from demo.daemon import Pids
 from demo.reading import Transport
@@ -27,6 +29,7 @@ _HEADINGS: Final = (
     *("network", "guest", "dialect", "instance id", "hostname", "user-data"),
     *("IPv4", "IPv6", "cloud-init"),
 )
+_VERDICTS: Final = frozenset(_HEADINGS[-3:])
 
 
 class Steps:
@@ -61,12 +64,15 @@ def table(verdicts: Sequence[Verdict]) -> Table:
     kinds = {network.id: network.kind for network in networks()}
     shown = Table(box=None, header_style="bold", pad_edge=False)
     for heading in _HEADINGS:
-        shown.add_column(heading, no_wrap=True, overflow="ellipsis")
+        # A narrow terminal cuts names and ids, never verdicts.
+        kept = len(heading) if heading in _VERDICTS else None
+        shown.add_column(heading, no_wrap=True, overflow="ellipsis", min_width=kept)
     for guest, rows in itertools.groupby(verdicts, key=lambda verdict: verdict.guest):
         places = iter([guest.network, f"({kinds[guest.network]})"])
         names = iter([guest.name, guest.ipv4, guest.ipv6])
         for verdict in rows:
-            shown.add_row(next(places, ""), next(names, ""), *_seen(verdict), style=guest.network)
+            place = Text(next(places, ""), style=guest.network)
+            shown.add_row(place, next(names, ""), *_seen(verdict))
         shown.add_row()
     return shown
 
@@ -74,8 +80,9 @@ def table(verdicts: Sequence[Verdict]) -> Table:
 def _seen(verdict: Verdict) -> Iterator[str]:
     ipv4 = verdict.readings[Transport.IPV4]
     yield str(verdict.dialect)
-    yield ipv4.instance_id if len(ipv4.instance_id) <= _ID else f"{ipv4.instance_id[: _ID - 1]}…"
-    yield ipv4.hostname
+    seen = ipv4.instance_id
+    yield escape(seen if len(seen) <= _ID else f"{seen[: _ID - 1]}…")
+    yield escape(ipv4.hostname)
     yield ipv4.user_data_sha256[:_DIGITS]
     for transport in Transport:
         yield _mark(bad=bool(verdict.readings[transport].faults))
@@ -93,7 +100,7 @@ def hints(guests: Sequence[Guest], cli: Sequence[str]) -> Iterator[str]:
     yield shlex.join(
         [*last.enter, "curl", "http://169.254.169.254/openstack/latest/meta_data.json"]
     )
-    yield shlex.join([*last.enter, "curl", "http://[fe80::a9fe:a9fe%25eth0]/nocloud/user-data"])
+    yield shlex.join([*last.enter, "curl", "http://[fe80::a9fe:a9fe%25eth0]/nocloud/meta-data"])
     yield shlex.join([*cli, "status"])
     yield shlex.join([*cli, "explain", "--network", last.network, "--from", last.ipv4])
 
