@@ -12,15 +12,50 @@ import structlog
 from imdsproxy.core.haproxy.runtime import Processes
 from imdsproxy.dataplane.haproxy import Haproxy
 from imdsproxy.errors import DataplaneError, Problem, RuntimeUnavailable
+from imdsproxy.host.vitals import Vitals, read_vitals
 
-__all__ = ["HaproxyGuard"]
+__all__ = ["Doubt", "HaproxyGuard"]
 
 _PROBE_EVERY_S: Final = 1.0
-_PROBES: Final = 2
-"""Probes that fail one after the other before a worker counts as hung: noticed within four seconds."""
+_SILENT_PROBES: Final = 2
+"""Unanswered probes after which a worker that does nothing counts as hung: within four seconds."""
+
+_BUSY_PROBES: Final = 8
+"""The same for one that works all the while: on a host that is out of processor time it is only slow."""
 
 _RESTART_FIRST_S: Final = 0.05
 _RESTART_LAST_S: Final = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Doubt:
+    """What unanswered probes, one after the other, say of a worker.
+
+    Attributes:
+        worker: Whom they were for.
+        silent: How many there were.
+        ticks: Processor time that it had used at the first one.
+        vitals: How it was at the last one.
+    """
+
+    worker: int = 0
+    silent: int = 0
+    ticks: int = 0
+    vitals: Vitals | None = None
+
+    def after_silence(self, worker: int, vitals: Vitals | None) -> Doubt:
+        """One more probe was not answered."""
+        if worker != self.worker or not self.silent:
+            return Doubt(worker, 1, 0 if vitals is None else vitals.ticks, vitals)
+        return Doubt(worker, self.silent + 1, self.ticks, vitals)
+
+    @property
+    def hung(self) -> bool:
+        """Waiting longer helps nobody. (One that has ended is its master's business.)"""
+        if self.vitals is None or self.silent < _SILENT_PROBES:
+            return False
+        idle = self.vitals.stopped or self.vitals.ticks == self.ticks
+        return idle or self.silent >= _BUSY_PROBES
 
 
 @dataclass(slots=True)
@@ -35,6 +70,7 @@ class HaproxyGuard:
     haproxy: Haproxy
     on_return: Callable[[str], object]
     on_trouble: Callable[[str], object]
+    read_vitals: Callable[[int], Vitals | None] = read_vitals
     failure: Problem | None = None
     restarts: int = 0
     hangs: int = 0
@@ -89,22 +125,25 @@ class HaproxyGuard:
         return None if self.haproxy.processes is None else self.haproxy.processes.master
 
     async def _watch_worker(self) -> None:
-        failed = 0
+        doubt = Doubt()
         while True:
             await asyncio.sleep(_PROBE_EVERY_S)
             before = self.haproxy.processes
-            if before is None:
-                failed = 0
+            if before is None or self.haproxy.records.lock.locked():
+                # It is being started or reloaded; whoever does that has a deadline of its own.
                 continue
             self._answering = await self.haproxy.probe()
             if self._answering:
-                failed = 0
+                doubt = Doubt()
                 await self._look_for_strangers(before)
                 continue
-            failed += 1
-            if failed < _PROBES or self.haproxy.processes is not before:
+            if self.haproxy.processes is not before or before.worker is None:
+                doubt = Doubt()
                 continue
-            failed = 0
+            doubt = doubt.after_silence(before.worker, self.read_vitals(before.worker))
+            if not doubt.hung:
+                continue
+            doubt = Doubt()
             self.hangs += 1
             structlog.get_logger().error(
                 "haproxy does not answer: ending it", master=before.master, worker=before.worker

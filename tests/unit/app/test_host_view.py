@@ -72,5 +72,5 @@ async def test_a_removal_that_failed_is_still_to_be_done(tmp_path: Path) -> None
 
 def test_a_damaged_journal_says_who_must_act(tmp_path: Path) -> None:
     (tmp_path / "managed.json").write_text("{")
-    with pytest.raises(HostRefused, match="managed.json"):
+    with pytest.raises(HostRefused, match=r"managed\.json"):
         _host(tmp_path, _Applier(tmp_path / "managed.json")).managed()
