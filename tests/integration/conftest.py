@@ -1,0 +1,22 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from support.world import World, open_world
+
+
+@pytest.fixture(scope="module")
+def shared_world() -> Iterator[World]:
+    """One lab and daemon for a module; use `world`, which mends what a test has done to it."""
+    # Unknown addresses need not be held for as long as guests need.
+    with open_world({"resolver": {"hold_s": 1.0}}) as world:
+        yield world
+
+
+@pytest.fixture
+def world(shared_world: World) -> Iterator[World]:
+    """A lab with a daemon, as it was at first."""
+    yield shared_world
+    shared_world.heal()

@@ -1,0 +1,268 @@
+"""Listeners that cannot be bound, foreign ones beside ours, and namespaces that come, go and come again."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Final
+
+import pytest
+
+from support.daemon import instance
+from support.guest import IPV4, IPV6, Guest, Load, Lost
+from support.holders import holders
+from support.lab import NETNS, Lab, RecordMapping, ip, patience, until
+from support.world import RIGHT_WITHIN_S, World, own
+
+pytestmark = pytest.mark.root
+
+_FOREIGN_WITHIN_S: Final = 2.0
+"""The kernel tells nobody of a new socket; the audit comes round to this few networks in less."""
+
+
+def _reported(world: World, network: str, code: str, *, within_s: float = RIGHT_WITHIN_S) -> str:
+    """Wait until a network is reported as left out; the reason."""
+
+    def there() -> bool:
+        found = world.daemon.left_out().get(network)
+        return found is not None and found["code"] == code
+
+    until(there, within_s=within_s, what=f"{network} reported as {code}")
+    return str(world.daemon.left_out()[network]["reason"])
+
+
+def _served(
+    world: World, guest: Guest, *, to: str = IPV4, within_s: float = RIGHT_WITHIN_S
+) -> None:
+    """Wait until a guest reads its own and nothing of its network is reported."""
+    until(lambda: _reads_own(guest, to), within_s=within_s, what=f"{guest.name}'s own documents")
+    until(lambda: guest.network not in world.daemon.left_out(), within_s=within_s)
+
+
+def _reads_own(guest: Guest, to: str) -> bool:
+    try:
+        return own(guest, guest.ask("/latest/user-data", to=to, timeout_s=0.3)) is None
+    except Lost:
+        return False
+
+
+def _missing_namespace(lab: Lab) -> RecordMapping:
+    return {"id": "bad", "listener": {"namespace": lab.name("nowhere")}}
+
+
+def _missing_device(lab: Lab) -> RecordMapping:
+    lab.namespace_network("bad")
+    return {"id": "bad", "listener": {"namespace": lab.name("bad"), "device": "eth7"}}
+
+
+def _missing_interface(lab: Lab) -> RecordMapping:
+    del lab
+    return {"id": "bad", "listener": {"interface": "eth7"}}
+
+
+def _missing_bridge(lab: Lab) -> RecordMapping:
+    del lab
+    return {"id": "bad", "listener": {"bridge": "br7"}}
+
+
+def _missing_address(lab: Lab) -> RecordMapping:
+    return lab.namespace_network("bad", addresses=False)
+
+
+def _busy_port(lab: Lab) -> RecordMapping:
+    network = lab.namespace_network("bad")
+    lab.intrude(lab.name("bad"), IPV4, reuse_port=False)
+    return network
+
+
+@pytest.mark.parametrize(
+    ("make", "code"),
+    [
+        (_missing_namespace, "namespace-missing"),
+        (_missing_device, "device-missing"),
+        (_missing_interface, "device-missing"),
+        (_missing_bridge, "device-missing"),
+        (_missing_address, "address-missing"),
+        (_busy_port, "port-busy"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value.__name__.removeprefix("_"),
+)
+def test_a_listener_that_cannot_bind_is_reported_and_blocks_no_other_change(
+    world: World, make: Callable[[Lab], RecordMapping], code: str
+) -> None:
+    bad = make(world.lab)
+    good = world.lab.namespace_network("good")
+    guest = world.lab.guest("good", 5)
+    started = time.monotonic()
+    answer = world.daemon.put([bad, good], [instance("good-5", "good")])
+    assert own(guest, guest.ask("/latest/user-data")) is None
+    assert time.monotonic() - started < RIGHT_WITHIN_S * patience()
+    assert not answer["applied"]
+    assert answer["pending"]
+    _reported(world, "bad", code, within_s=RIGHT_WITHIN_S)
+    # And a later change comes through while it stays so.
+    later = world.lab.namespace_network("later")
+    late = world.lab.guest("later", 5)
+    world.daemon.put([later], [instance("later-5", "later")])
+    assert own(late, late.ask("/latest/user-data")) is None
+    assert "bad" in world.daemon.left_out()
+    world.all_right()
+
+
+def test_a_busy_port_is_reported_with_its_owners_pid_and_taken_when_it_is_free(
+    world: World,
+) -> None:
+    network = world.lab.namespace_network("busy")
+    guest = world.lab.guest("busy", 5)
+    intruder = world.lab.intrude(world.lab.name("busy"), IPV4, reuse_port=False)
+    world.daemon.put([network], [instance("busy-5", "busy")])
+    assert f"pid {intruder.pid}" in _reported(world, "busy", "port-busy")
+    # The other family is not concerned.
+    assert own(guest, guest.ask("/latest/user-data", to=IPV6)) is None
+    intruder.stop()
+    _served(world, guest)
+
+
+@pytest.mark.parametrize("to", [IPV4, IPV6])
+def test_a_foreign_listener_that_shares_the_port_is_named_by_pid(world: World, to: str) -> None:
+    device = "br0" if to == IPV6 else ""
+    intruder = world.lab.intrude(world.lab.name("red"), to, device=device, reuse_port=True)
+    # HAProxy takes no notice; the audit does.
+    reason = _reported(world, "red", "foreign-listener", within_s=_FOREIGN_WITHIN_S)
+    assert f"pid {intruder.pid}" in reason
+    logged = [one for one in world.daemon.log_entries() if one["message"] == "foreign listener"]
+    assert [intruder.pid] in [one["pids"] for one in logged]
+    intruder.stop()
+    until(lambda: "red" not in world.daemon.left_out(), within_s=_FOREIGN_WITHIN_S)
+    world.all_right()
+
+
+def test_a_foreign_listener_that_was_there_first_is_named_by_pid(world: World) -> None:
+    network = world.lab.namespace_network("shared")
+    intruder = world.lab.intrude(world.lab.name("shared"), IPV4, reuse_port=True)
+    world.daemon.put([network])
+    reason = _reported(world, "shared", "foreign-listener")
+    assert f"pid {intruder.pid}" in reason
+    intruder.stop()
+
+
+def test_our_own_old_workers_are_no_foreign_listeners(world: World) -> None:
+    with world.red.connect() as held:
+        held.request("/latest/user-data")
+        for _ in range(3):
+            world.reload()
+            assert world.daemon.left_out() == {}
+
+
+def test_a_namespace_that_comes_late_is_served_within_a_second(world: World) -> None:
+    name = world.lab.name("tardy")
+    world.daemon.put(
+        [{"id": "tardy", "listener": {"namespace": name}}], [instance("tardy-5", "tardy")]
+    )
+    _reported(world, "tardy", "namespace-missing")
+    world.lab.furnish("tardy")
+    guest = world.lab.guest("tardy", 5)
+    _served(world, guest)
+    _served(world, guest, to=IPV6)
+
+
+def test_a_namespace_that_goes_is_reported_and_freed_within_a_second(world: World) -> None:
+    inode = (NETNS / world.lab.name("green")).stat().st_ino
+    assert holders({inode})
+    with Load([world.red], "/latest/user-data", own) as load:
+        load.wait_answers(20)
+        world.lab.delete_namespace("green")
+        started = time.monotonic()
+        _reported(world, "green", "namespace-missing")
+        world.lab.freed(inode, within_s=RIGHT_WITHIN_S - (time.monotonic() - started))
+        load.wait_answers(20)
+    assert load.report.lost == []
+    world.lab.furnish("green")
+    world.lab.replug(world.guests["green"])
+    _served(world, world.guests["green"])
+
+
+def test_a_namespace_made_again_under_its_name_is_served_and_the_old_one_freed(
+    world: World,
+) -> None:
+    name = world.lab.name("green")
+    for _ in range(3):
+        inode = (NETNS / name).stat().st_ino
+        world.lab.delete_namespace("green")
+        world.lab.furnish("green")
+        started = time.monotonic()
+        world.lab.replug(world.guests["green"])
+        _served(world, world.guests["green"])
+        _served(world, world.guests["green"], to=IPV6)
+        world.lab.freed(inode, within_s=max(0.1, RIGHT_WITHIN_S - (time.monotonic() - started)))
+    world.all_right()
+
+
+def test_a_namespace_made_again_while_the_controller_is_gone_is_served_by_the_next(
+    world: World,
+) -> None:
+    inode = (NETNS / world.lab.name("green")).stat().st_ino
+    world.daemon.kill_controller()
+    world.lab.delete_namespace("green")
+    world.lab.furnish("green")
+    world.lab.replug(world.guests["green"])
+    world.daemon.start()
+    _served(world, world.guests["green"])
+    world.lab.freed(inode)
+
+
+def test_a_device_made_again_under_its_name_is_served(world: World) -> None:
+    network = world.lab.namespace_network("device", addresses=False)
+    name = world.lab.name("device")
+    listener = {"namespace": name, "device": "br0", "manage_addresses": True}
+    world.daemon.put([{**network, "listener": listener}], [instance("device-5", "device")])
+    guest = world.lab.guest("device", 5)
+    _served(world, guest)
+    ip("-n", name, "link", "del", "br0")
+    _reported(world, "device", "device-missing")
+    world.lab.remake_bridge("device", addresses=False)
+    world.lab.replug(guest)
+    _served(world, guest)
+    _served(world, guest, to=IPV6)
+    # And at once, so that nobody sees it missing.
+    world.lab.remake_bridge("device", addresses=False)
+    world.lab.replug(guest)
+    _served(world, guest)
+    _served(world, guest, to=IPV6)
+
+
+@pytest.mark.parametrize("network", ["blue", "grey"])
+def test_a_bridge_or_interface_made_again_under_its_name_is_served(
+    world: World, network: str
+) -> None:
+    guest = world.guests[network]
+    for pause in (True, False):
+        ip("-n", world.lab.host, "link", "del", network)
+        if pause:
+            _reported(world, network, "device-missing")
+        world.lab.remake_bridge(network, addresses=False)
+        world.lab.replug(guest)
+        _served(world, guest)
+        _served(world, guest, to=IPV6)
+
+
+def test_an_address_that_goes_is_reported_and_served_again_when_it_is_back(world: World) -> None:
+    name = world.lab.name("red")
+    ip("-n", name, "address", "del", f"{IPV4}/32", "dev", "br0")
+    _reported(world, "red", "address-missing")
+    assert own(world.red, world.red.ask("/latest/user-data", to=IPV6)) is None
+    ip("-n", name, "address", "add", f"{IPV4}/32", "dev", "br0")
+    _served(world, world.red)
+
+
+def test_many_namespaces_that_come_and_go_disturb_nobody(world: World) -> None:
+    with Load([world.red, world.guests["blue"]], "/latest/user-data", own) as load:
+        load.wait_answers(20)
+        for number in range(6):
+            name = f"come{number}"
+            world.daemon.put([world.lab.namespace_network(name)])
+        for number in range(6):
+            world.lab.delete_namespace(f"come{number}")
+        until(lambda: len(world.daemon.left_out()) == 6, within_s=RIGHT_WITHIN_S)
+        load.wait_answers(20)
+    assert load.report.lost == []

@@ -1,0 +1,193 @@
+"""Listeners of every kind, both families, and how a guest is known."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Final
+
+import pytest
+
+from support.daemon import instance, user_data_of
+from support.guest import IPV4, IPV6, Guest, inside
+from support.lab import NETNS, ip, until
+from support.world import RIGHT_WITHIN_S, World, own
+
+pytestmark = pytest.mark.root
+
+_KINDS: Final = ("red", "green", "blue", "grey")
+_TARGETS: Final = (
+    "/",
+    "/latest/",
+    "/latest/meta-data/",
+    "/latest/meta-data/instance-id",
+    "/latest/user-data",
+    "/openstack",
+    "/openstack/latest/user_data",
+    "/openstack/latest/network_data.json",
+    "/nocloud/meta-data",
+    "/latest/there-is-no-such-thing",
+)
+
+
+@pytest.mark.parametrize("network", _KINDS)
+def test_both_families_are_answered_alike_by_every_kind_of_listener(
+    world: World, network: str
+) -> None:
+    guest = world.guests[network]
+    for target in _TARGETS:
+        for method in ("GET", "HEAD"):
+            four = guest.ask(target, method=method, to=IPV4)
+            six = guest.ask(target, method=method, to=IPV6, host=f"[{IPV6}]")
+            assert four.head == six.head, target
+            assert four.body == six.body, target
+            assert four.status == (404 if "no-such" in target else 200)
+    for to in (IPV4, IPV6):
+        assert own(guest, guest.ask("/latest/user-data", to=to)) is None
+
+
+def test_guests_with_equal_addresses_read_each_their_own(world: World) -> None:
+    assert len({guest.addresses for guest in world.everybody}) == 1
+    bodies = {
+        guest.ask("/openstack/latest/user_data", to=to).body
+        for guest in world.everybody
+        for to in (IPV4, IPV6)
+    }
+    assert bodies == {user_data_of(f"{network}-5") for network in _KINDS}
+
+
+def test_one_haproxy_serves_all_networks(world: World) -> None:
+    pids = world.settled()
+    haproxy = {pid for pid, words in world.daemon.processes().items() if "haproxy" in words[:40]}
+    assert haproxy == {pids.master, pids.worker}
+    for namespace in (world.lab.name("red"), world.lab.name("green"), world.lab.host):
+        sockets = inside(namespace, lambda: Path("/proc/thread-self/net/tcp").read_text())
+        inodes = {line.split()[9] for line in sockets.splitlines()[1:] if ":0050 " in line[:20]}
+        assert inodes
+        assert inodes <= _sockets_of(pids.worker)
+
+
+def _sockets_of(pid: int) -> set[str]:
+    links = (str(entry.readlink()) for entry in Path(f"/proc/{pid}/fd").iterdir())
+    return {link[8:-1] for link in links if link.startswith("socket:")}
+
+
+def test_a_guest_is_known_by_each_of_its_addresses(world: World) -> None:
+    guest = world.lab.guest("red", 40)
+    record = instance("red-40", "red", 40)
+    ports = [
+        {
+            "network": "red",
+            "mac": guest.mac,
+            "addresses": ["10.0.0.40", "10.0.0.41", "2001:db8::28"],
+        }
+    ]
+    ip("-n", guest.namespace, "address", "add", "10.0.0.41/24", "dev", "eth0")
+    world.daemon.put(instances=[{**record, "ports": ports}])
+    for source in ("10.0.0.40", "10.0.0.41"):
+        assert own(guest, guest.ask("/latest/user-data", source=source)) is None, source
+    for source in ("2001:db8::28", guest.link_local):
+        assert own(guest, guest.ask("/latest/user-data", to=IPV6, source=source)) is None, source
+
+
+def test_a_link_local_address_is_known_by_the_mac_that_makes_it(world: World) -> None:
+    guest = world.red
+    assert world.daemon.explain("red", guest.link_local)["how"] == "eui64"
+    reply = guest.ask("/latest/user-data", to=IPV6, source=guest.link_local)
+    assert own(guest, reply) is None
+
+
+def test_a_private_link_local_address_is_known_by_the_neighbour_table(world: World) -> None:
+    guests = [
+        world.lab.guest(network, 50, privacy="fe80::5eed:1") for network in ("red", "blue", "grey")
+    ]
+    world.daemon.put(
+        instances=[instance(f"{guest.network}-50", guest.network, 50) for guest in guests]
+    )
+    for guest in guests:
+        reply = guest.ask("/latest/user-data", to=IPV6, source="fe80::5eed:1")
+        assert own(guest, reply) is None, guest.network
+        assert world.daemon.explain(guest.network, "fe80::5eed:1")["how"] == "neighbour"
+        # What was learned is HAProxy's: Python is not asked again.
+        assert world.daemon.explain(guest.network, "fe80::5eed:1")["installed"] is not None
+
+
+def test_a_private_link_local_address_of_an_unknown_mac_is_nobodys(world: World) -> None:
+    stranger = world.lab.guest("red", 51, mac="fa:16:3e:ff:ff:51", privacy="fe80::5eed:2")
+    world.daemon.put(instances=[instance("red-51", "red", 51)])
+    reply = stranger.ask("/latest/user-data", to=IPV6, source="fe80::5eed:2", timeout_s=10)
+    assert reply.status == 404
+
+
+def _metadata_addresses(namespace: str, device: str | None = None) -> dict[str, set[str]]:
+    found: dict[str, set[str]] = {}
+    for link in json.loads(ip("-n", namespace, "-json", "address", "show")):
+        for one in link["addr_info"]:
+            if one["local"] in (IPV4, IPV6) and device in (None, link["ifname"]):
+                found.setdefault(link["ifname"], set()).add(one["local"])
+    return found
+
+
+def test_an_interface_carries_the_addresses_as_long_as_its_network_is_there(world: World) -> None:
+    network = world.lab.interface_network("if1")
+    ip("-n", world.lab.host, "address", "add", "10.0.0.1/24", "dev", "if1")
+    world.daemon.put([network])
+    assert _metadata_addresses(world.lab.host, "if1") == {"if1": {IPV4, IPV6}}
+    world.daemon.remove_network("if1")
+    until(lambda: not _metadata_addresses(world.lab.host, "if1"), within_s=RIGHT_WITHIN_S)
+    assert "10.0.0.1" in ip("-n", world.lab.host, "address", "show", "dev", "if1")
+
+
+def test_an_interface_answers_only_on_its_own_device(world: World) -> None:
+    world.lab.interface_network("if2")  # a bridge of the host that becomes no network's
+    guest = world.lab.guest("if2", 5)
+    ip("-n", world.lab.host, "address", "add", "10.0.0.1/24", "dev", "if2")
+    assert not guest.reaches()
+
+
+def test_a_bridge_gets_namespace_and_cable_and_loses_them_with_its_network(world: World) -> None:
+    before = (set(world.lab.made_by_daemon()), set(world.lab.host_links()))
+    network = world.lab.bridge_network("br1")
+    guest = world.lab.guest("br1", 5)
+    world.daemon.put([network], [instance("br1-5", "br1")])
+    assert own(guest, guest.ask("/latest/user-data")) is None
+    made = set(world.lab.made_by_daemon()) - before[0]
+    assert len(made) == 1
+    name = made.pop()
+    inode = (NETNS / name).stat().st_ino
+    assert _metadata_addresses(name)
+    world.daemon.remove_instance("br1-5")
+    world.daemon.remove_network("br1")
+    until(lambda: set(world.lab.made_by_daemon()) == before[0], within_s=RIGHT_WITHIN_S)
+    links = [name for name in world.lab.host_links() if name.startswith(world.lab.prefix)]
+    assert set(links) == {name for name in before[1] if name.startswith(world.lab.prefix)}
+    world.lab.freed(inode)
+
+
+def test_a_namespace_with_managed_addresses_gets_them_and_loses_them(world: World) -> None:
+    network = world.lab.namespace_network("managed", addresses=False)
+    guest = world.lab.guest("managed", 5)
+    listener = {"namespace": world.lab.name("managed"), "device": "br0", "manage_addresses": True}
+    world.daemon.put([{**network, "listener": listener}], [instance("managed-5", "managed")])
+    for to in (IPV4, IPV6):
+        assert own(guest, guest.ask("/latest/user-data", to=to)) is None
+    world.daemon.remove_instance("managed-5")
+    world.daemon.remove_network("managed")
+    name = world.lab.name("managed")
+    until(lambda: not _metadata_addresses(name), within_s=RIGHT_WITHIN_S)
+    assert "10.0.0.1/24" in ip("-n", name, "address", "show", "dev", "br0")
+
+
+def test_a_network_that_comes_is_answered_and_one_that_goes_is_refused(world: World) -> None:
+    network = world.lab.namespace_network("late")
+    guest = world.lab.guest("late", 5)
+    assert not guest.reaches()
+    assert world.daemon.put([network], [instance("late-5", "late")])["applied"]
+    assert own(guest, guest.ask("/latest/user-data")) is None
+    world.daemon.remove_instance("late-5")
+    world.daemon.remove_network("late")
+    until(lambda: _refused(guest), within_s=RIGHT_WITHIN_S)
+
+
+def _refused(guest: Guest) -> bool:
+    return not guest.reaches()

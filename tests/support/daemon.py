@@ -1,0 +1,299 @@
+"""A whole imdsproxy as an operator runs it, in a directory of its own, on a lab's host.
+
+The three lives are started, killed and adopted through real signals and the real command line.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final, cast
+
+import yaml
+
+from imdsproxy.cli.admin_client import AdminClient
+from imdsproxy.core.haproxy.maps import MapState, parse_map
+from imdsproxy.errors import AdminUnavailable
+from support.lab import Lab, RecordMapping, until, within
+
+__all__ = ["Command", "Daemon", "Pids", "alive", "instance", "user_data_of"]
+
+Shape = Mapping[str, Any]
+
+_START_S: Final = 20.0
+_STOP_S: Final = 15.0
+
+
+@dataclass(frozen=True, slots=True)
+class Pids:
+    """The processes of the three lives."""
+
+    controller: int
+    master: int
+    worker: int
+    documents: int
+    document_workers: tuple[int, ...]
+
+    @property
+    def data_plane(self) -> tuple[int, ...]:
+        return (self.master, self.worker, self.documents, *self.document_workers)
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """How a command of the command line ended."""
+
+    status: int
+    out: str
+    err: str
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs; a zombie does not."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return stat.rpartition(")")[2].split()[0] not in ("Z", "X")
+
+
+def instance(
+    name: str, network: str, number: int = 5, *, mac: str | None = None, **fields: object
+) -> RecordMapping:
+    """The record of a guest that `Lab.guest` plugs in under the same number."""
+    return {
+        "id": name,
+        "name": name,
+        "ports": [
+            {
+                "network": network,
+                "mac": mac or f"fa:16:3e:00:{number >> 8:02x}:{number & 255:02x}",
+                "addresses": [f"10.0.0.{number}", f"2001:db8::{number:x}"],
+            }
+        ],
+        "user_data": user_data_of(name).decode(),
+        **fields,
+    }
+
+
+def user_data_of(name: str) -> bytes:
+    """What no other instance has."""
+    return f"#!/bin/sh\necho {name}\n".encode()
+
+
+@dataclass(slots=True)
+class Daemon:
+    """One daemon: its directory, its settings, its processes.
+
+    Args:
+        lab: Whose host it runs on.
+        settings: Laid over the settings that every test has.
+        program: The words that start it, without options.
+        environment: Added to a bare environment.
+    """
+
+    lab: Lab
+    settings: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
+    program: Sequence[str] = (sys.executable, "-m", "imdsproxy")
+    environment: Mapping[str, str] = field(default_factory=dict)
+    directory: Path = field(default_factory=lambda: Path(tempfile.mkdtemp(prefix="imdst-")))
+    process: subprocess.Popen[bytes] | None = None
+
+    def __post_init__(self) -> None:
+        # The workers of HAProxy and of the document server are other users.
+        self.directory.chmod(0o755)
+        self.configure(self.settings)
+
+    def configure(self, settings: Mapping[str, Mapping[str, object]]) -> None:
+        """Write the settings file anew."""
+        self.settings = settings
+        base: dict[str, dict[str, object]] = {
+            "paths": {"runtime_dir": str(self.runtime), "state_dir": str(self.state)},
+            "haproxy": {"supervisor": "spawn", "hard_stop_after_s": 5},
+            "documents": {"supervisor": "spawn"},
+            "metrics": {"listen": None, "haproxy_listen": None},
+            "host": {"name_prefix": self.lab.prefix},
+            "log": {"format": "json"},
+        }
+        for section, values in settings.items():
+            base[section] = {**base.get(section, {}), **values}
+        self.config.write_text(yaml.safe_dump(base, sort_keys=False))
+
+    # Places
+
+    @property
+    def config(self) -> Path:
+        return self.directory / "imdsproxy.yaml"
+
+    @property
+    def runtime(self) -> Path:
+        return self.directory / "run"
+
+    @property
+    def state(self) -> Path:
+        return self.directory / "state"
+
+    @property
+    def log(self) -> Path:
+        """What the controllers said, all of them."""
+        return self.directory / "controller.log"
+
+    @property
+    def admin(self) -> AdminClient:
+        return AdminClient(self.runtime / "admin.sock")
+
+    def log_entries(self) -> list[Shape]:
+        """The controllers' log, entry by entry."""
+        lines = self.log.read_text(errors="replace").splitlines()
+        return [json.loads(line) for line in lines if line.startswith("{")]
+
+    def map_on_disk(self) -> MapState:
+        """The records as a HAProxy that starts now would read them."""
+        generation, base = parse_map((self.runtime / "base.map").read_text())
+        overlay_generation, overlay = parse_map((self.runtime / "overlay.map").read_text())
+        assert generation is not None
+        return MapState(generation, base, overlay if overlay_generation == generation else {})
+
+    # Life
+
+    def start(self, *, ready: bool = True) -> Daemon:
+        """Start a controller and wait until it says that all is in force."""
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                (*within(self.lab.host), *self.program, "--config", str(self.config), "run"),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=self._environment(),
+                start_new_session=True,
+            )
+        until(self._answers, within_s=_START_S, what="the daemon's answer")
+        if ready:
+            self.wait_ready()
+        return self
+
+    def _environment(self) -> dict[str, str]:
+        kept = {name: os.environ[name] for name in ("PATH", "PYTHONPATH") if name in os.environ}
+        return {**kept, "LANG": "C.UTF-8", **self.environment}
+
+    def _answers(self) -> bool:
+        assert self.process is not None
+        assert self.process.poll() is None, f"it ended: {self.log.read_text()[-3000:]}"
+        try:
+            self.admin.get("/v1/status")
+        except AdminUnavailable:
+            return False
+        return True
+
+    def wait_ready(self, *, within_s: float = 10.0) -> None:
+        until(lambda: self.status()["readiness"]["ready"], within_s=within_s, what="being ready")
+
+    def kill_controller(self, number: signal.Signals = signal.SIGKILL) -> None:
+        """End the controller, and only it."""
+        assert self.process is not None
+        self.process.send_signal(number)
+        self.process.wait(_STOP_S)
+
+    def stop(self) -> None:
+        """End everything, as `imdsproxy stop --data-plane` does, whether a controller runs or not."""
+        if self.process is not None and self.process.poll() is None:
+            self.process.send_signal(signal.SIGCONT)
+            self.command("stop", "--data-plane")
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(_STOP_S)
+
+    def close(self) -> None:
+        """End everything and take the directory away; nothing may be left."""
+        try:
+            self.stop()
+            left = self.processes()
+        finally:
+            self._kill_all()
+            for line in Path("/proc/self/mounts").read_text().splitlines():
+                if line.split()[1].startswith(f"{self.directory}/"):
+                    subprocess.run(["/usr/bin/umount", line.split()[1]], check=True)
+            shutil.rmtree(self.directory)
+        assert not left, f"still running after stop --data-plane: {left}"
+
+    def _kill_all(self) -> None:
+        for pid in self.processes():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        until(lambda: not self.processes(), what="the end of all processes")
+        if self.process is not None:
+            self.process.wait()
+
+    def processes(self) -> dict[int, str]:
+        """Every process that has this directory on its command line."""
+        found: dict[int, str] = {}
+        for entry in Path("/proc").iterdir():
+            if entry.name.isdecimal():
+                with contextlib.suppress(OSError):
+                    words = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+                    if f"{self.directory}/" in words and alive(int(entry.name)):
+                        found[int(entry.name)] = words
+        return found
+
+    # Asking and telling
+
+    def command(self, *arguments: str, stdin: str = "") -> Command:
+        """Run the command line."""
+        done = subprocess.run(
+            (*self.program, "--config", str(self.config), *arguments),
+            input=stdin,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=60,
+            env=self._environment(),
+        )
+        return Command(done.returncode, done.stdout, done.stderr)
+
+    def status(self) -> Shape:
+        return cast("Shape", self.admin.get("/v1/status"))
+
+    def pids(self) -> Pids:
+        """The processes of now."""
+        status = self.status()
+        documents = status["documents"]["pids"]
+        return Pids(
+            controller=status["controller"],
+            master=status["haproxy"]["master"],
+            worker=status["haproxy"]["worker"],
+            documents=documents[0],
+            document_workers=tuple(documents[1:]),
+        )
+
+    def left_out(self) -> dict[str, Shape]:
+        """What is reported of listeners, by network; the first entry of each."""
+        found: dict[str, Shape] = {}
+        for one in self.status()["left_out"]:
+            found.setdefault(one["network"], one)
+        return found
+
+    def put(
+        self, networks: Sequence[RecordMapping] = (), instances: Sequence[RecordMapping] = ()
+    ) -> Shape:
+        """Add or replace records; returns once the data plane has them."""
+        body = {"networks": list(networks), "instances": list(instances)}
+        kept = {key: value for key, value in body.items() if value}
+        return cast("Shape", self.admin.request("POST", "/v1/records", body=kept))
+
+    def remove_instance(self, name: str) -> Shape:
+        return cast("Shape", self.admin.request("DELETE", f"/v1/instances/{name}"))
+
+    def remove_network(self, name: str) -> Shape:
+        return cast("Shape", self.admin.request("DELETE", f"/v1/networks/{name}"))
+
+    def explain(self, network: str, address: str) -> Shape:
+        query = {"network": network, "address": address}
+        return cast("Shape", self.admin.get("/v1/explain", query))

@@ -1,0 +1,361 @@
+"""Guests: HTTP from inside a network namespace, byte for byte, and load that counts what it loses.
+
+A socket belongs to the namespace in which it was made, whoever uses it afterwards. So a thread enters the
+namespace, makes the socket and ends; a request costs no process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from ipaddress import IPv6Address, ip_address
+from typing import Final, Self, TypeVar
+
+from imdsproxy.host.namespaces import NamespaceDirectory, NamespaceThread
+
+__all__ = [
+    "IPV4",
+    "IPV6",
+    "Connection",
+    "Guest",
+    "Load",
+    "LoadReport",
+    "Lost",
+    "Reply",
+    "eui64",
+    "inside",
+]
+
+T = TypeVar("T")
+
+IPV4: Final = "169.254.169.254"
+IPV6: Final = "fe80::a9fe:a9fe"
+_PORT: Final = 80
+_TIMEOUT_S: Final = 10.0
+_DIRECTORY: Final = NamespaceDirectory()
+
+
+class Lost(Exception):
+    """A request that got no complete answer: refused, cut off, or not in time."""
+
+
+def inside(namespace: str, work: Callable[[], T]) -> T:
+    """Do something in a namespace, in a thread of its own."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(_enter, namespace, work).result()
+
+
+def _enter(namespace: str, work: Callable[[], T]) -> T:
+    with contextlib.closing(NamespaceThread(_DIRECTORY)) as thread:
+        found = thread.enter(namespace, lambda _: (work(),))
+        assert found is not None, f"there is no namespace {namespace}"
+        return found[0]
+
+
+def eui64(mac: str) -> str:
+    """The link-local address that a MAC address makes (RFC 4291, appendix A)."""
+    octets = bytes(int(octet, 16) for octet in mac.split(":"))
+    tail = bytes((octets[0] ^ 2, *octets[1:3], 0xFF, 0xFE, *octets[3:]))
+    return str(IPv6Address(bytes.fromhex("fe80000000000000") + tail))
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """An answer as it came; names of headers in lower case, the last of equal ones counts."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+    head: bytes
+
+    @property
+    def closes(self) -> bool:
+        """Whether the server closes the connection after it."""
+        return self.headers.get("connection", "").lower() == "close"
+
+    @property
+    def text(self) -> str:
+        return self.body.decode()
+
+
+class Connection:
+    """One TCP connection; requests follow one another on it."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.socket = sock
+        self._read = b""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self.socket.close()
+
+    def request(
+        self,
+        target: str,
+        *,
+        method: str = "GET",
+        host: str | None = IPV4,
+        headers: Sequence[str] = (),
+        body: bytes = b"",
+    ) -> Reply:
+        """Send a request and read its answer; `headers` are whole lines."""
+        lines = [f"{method} {target} HTTP/1.1"]
+        if host is not None:
+            lines.append(f"Host: {host}")
+        lines += headers
+        if body:
+            lines.append(f"Content-Length: {len(body)}")
+        self.send("\r\n".join(lines).encode("latin-1") + b"\r\n\r\n" + body)
+        return self.read(method)
+
+    def send(self, data: bytes) -> None:
+        try:
+            self.socket.sendall(data)
+        except OSError as error:
+            raise Lost(f"sending: {error}") from error
+
+    def read(self, method: str = "GET") -> Reply:
+        """Read one whole answer."""
+        head, _, self._read = self._until(b"\r\n\r\n").partition(b"\r\n\r\n")
+        lines = head.decode("latin-1").split("\r\n")
+        status = int(lines[0].split()[1])
+        pairs = (line.partition(":") for line in lines[1:])
+        headers = {name.lower(): value.strip() for name, _, value in pairs}
+        if method == "HEAD" or status in (204, 304):
+            return Reply(status, headers, b"", head)
+        return Reply(status, headers, self._body(headers), head)
+
+    def _body(self, headers: Mapping[str, str]) -> bytes:
+        if headers.get("transfer-encoding", "").lower() == "chunked":
+            return self._chunks()
+        if "content-length" in headers:
+            return self._exactly(int(headers["content-length"]))
+        while more := self._more():
+            self._read += more
+        body, self._read = self._read, b""
+        return body
+
+    def _chunks(self) -> bytes:
+        body = b""
+        while True:
+            line, _, self._read = self._until(b"\r\n").partition(b"\r\n")
+            size = int(line.partition(b";")[0], 16)
+            chunk = self._exactly(size + 2)[:-2]
+            if not size:
+                return body
+            body += chunk
+
+    def _until(self, mark: bytes) -> bytes:
+        while mark not in self._read:
+            more = self._more()
+            if not more:
+                raise Lost(f"the connection ended after {self._read[:80]!r}")
+            self._read += more
+        return self._read
+
+    def _exactly(self, length: int) -> bytes:
+        parts, got = [self._read], len(self._read)
+        while got < length:
+            more = self._more()
+            if not more:
+                raise Lost(f"the connection ended after {got} of {length} bytes")
+            parts.append(more)
+            got += len(more)
+        whole = b"".join(parts)
+        self._read = whole[length:]
+        return whole[:length]
+
+    def _more(self) -> bytes:
+        try:
+            return self.socket.recv(262_144)
+        except OSError as error:
+            raise Lost(f"reading: {error}") from error
+
+
+@dataclass(frozen=True, slots=True)
+class Guest:
+    """A machine behind a network: a namespace with `eth0`.
+
+    Attributes:
+        network: The id of its network, as the records have it.
+        addresses: Its own, the first IPv4 and the first global IPv6 one.
+    """
+
+    name: str
+    namespace: str
+    network: str
+    mac: str
+    addresses: tuple[str, ...]
+    device: str = "eth0"
+
+    @property
+    def link_local(self) -> str:
+        return eui64(self.mac)
+
+    def connect(
+        self, *, to: str = IPV4, source: str | None = None, timeout_s: float = _TIMEOUT_S
+    ) -> Connection:
+        """Open a connection, from `source` where it matters.
+
+        Raises:
+            Lost: Nobody takes it.
+        """
+        sock, scope = inside(self.namespace, lambda: self._socket(to))
+        sock.settimeout(timeout_s)
+        try:
+            if source is not None:
+                sock.bind(_target(source, 0, scope))
+            sock.connect(_target(to, _PORT, scope))
+        except OSError as error:
+            sock.close()
+            raise Lost(f"connecting to {to}: {error}") from error
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return Connection(sock)
+
+    def _socket(self, to: str) -> tuple[socket.socket, int]:
+        family = socket.AF_INET6 if ":" in to else socket.AF_INET
+        return socket.socket(family, socket.SOCK_STREAM), socket.if_nametoindex(self.device)
+
+    def ask(
+        self,
+        target: str,
+        *,
+        to: str = IPV4,
+        source: str | None = None,
+        timeout_s: float = _TIMEOUT_S,
+        method: str = "GET",
+        host: str | None = IPV4,
+        headers: Sequence[str] = (),
+        body: bytes = b"",
+    ) -> Reply:
+        """One request on a connection of its own."""
+        with self.connect(to=to, source=source, timeout_s=timeout_s) as connection:
+            return connection.request(target, method=method, host=host, headers=headers, body=body)
+
+    def raw(self, data: bytes, *, method: str = "GET", timeout_s: float = _TIMEOUT_S) -> Reply:
+        """Exactly these bytes on a connection of their own."""
+        with self.connect(timeout_s=timeout_s) as connection:
+            connection.send(data)
+            return connection.read(method)
+
+    def reaches(self, *, to: str = IPV4, timeout_s: float = 0.5) -> bool:
+        """Whether somebody takes a connection."""
+        try:
+            self.connect(to=to, timeout_s=timeout_s).close()
+        except Lost:
+            return False
+        return True
+
+
+def _target(address: str, port: int, scope: int) -> tuple[str, int] | tuple[str, int, int, int]:
+    found = ip_address(address)
+    if isinstance(found, IPv6Address):
+        return (address, port, 0, scope if found.is_link_local else 0)
+    return (address, port)
+
+
+@dataclass(slots=True)
+class LoadReport:
+    """What became of all requests.
+
+    Attributes:
+        lost: Every request without an answer or with a wrong one, in words.
+        longest_s: From a request to its answer, the longest.
+    """
+
+    answered: int = 0
+    lost: list[str] = field(default_factory=list)
+    longest_s: float = 0.0
+
+
+class Load:
+    """Requests without a pause worth mentioning, until the end of the `with` block.
+
+    Args:
+        guests: Who asks; each has `connections` connections.
+        target: What for.
+        expect: What is wrong with an answer, or `None` if it is right.
+        keep_alive: Many requests on a connection, or each on one of its own.
+    """
+
+    def __init__(
+        self,
+        guests: Sequence[Guest],
+        target: str,
+        expect: Callable[[Guest, Reply], str | None],
+        *,
+        keep_alive: bool = True,
+        connections: int = 1,
+        pause_s: float = 0.001,
+    ) -> None:
+        self.report = LoadReport()
+        self._target = target
+        self._expect = expect
+        self._keep_alive = keep_alive
+        self._pause_s = pause_s
+        self._stop = threading.Event()
+        self._lock = threading.Lock()
+        self._threads = [
+            threading.Thread(target=self._run, args=(guest,), name=f"load-{guest.name}")
+            for guest in guests
+            for _ in range(connections)
+        ]
+
+    def __enter__(self) -> Self:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        for thread in self._threads:
+            thread.join()
+
+    def wait_answers(self, number: int, *, within_s: float = 10.0) -> None:
+        """Wait until so many more requests were answered."""
+        target = self.report.answered + number
+        deadline = time.monotonic() + within_s
+        while self.report.answered < target:
+            assert time.monotonic() < deadline, f"no {number} answers within {within_s} s"
+            time.sleep(0.005)
+
+    def _run(self, guest: Guest) -> None:
+        connection: Connection | None = None
+        try:
+            while not self._stop.is_set():
+                connection = self._once(guest, connection)
+                time.sleep(self._pause_s)
+        finally:
+            if connection is not None:
+                connection.close()
+
+    def _once(self, guest: Guest, connection: Connection | None) -> Connection | None:
+        began = time.monotonic()
+        try:
+            connection = connection or guest.connect()
+            reply = connection.request(self._target)
+            wrong = self._expect(guest, reply)
+        except Lost as error:
+            wrong, reply = f"{guest.name}: {error}", None
+        took = time.monotonic() - began
+        with self._lock:
+            self.report.answered += 1
+            self.report.longest_s = max(self.report.longest_s, took)
+            if wrong is not None:
+                self.report.lost.append(f"after {took:.3f} s: {wrong}")
+        if connection is None:
+            return None
+        if reply is None or reply.closes or not self._keep_alive:
+            connection.close()
+            return None
+        return connection

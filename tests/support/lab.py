@@ -1,0 +1,389 @@
+"""A host with networks of every kind and guests behind them, all with the same addresses.
+
+The daemon's "host" is a namespace of its own, so that bridges, interfaces and metrics ports of a lab touch
+neither the machine nor another lab. Every name begins with `imdst-` and a token.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+from support.guest import Guest, inside
+from support.holders import holders
+
+__all__ = [
+    "GUEST_CIDR4",
+    "GUEST_CIDR6",
+    "NETNS",
+    "Intruder",
+    "Lab",
+    "LabState",
+    "RecordMapping",
+    "ip",
+    "patience",
+    "processes_in",
+    "until",
+    "within",
+]
+
+RecordMapping = dict[str, object]
+
+GUEST_CIDR4: Final = "10.0.0.0/24"
+GUEST_CIDR6: Final = "2001:db8::/64"
+NETNS: Final = Path("/run/netns")
+
+_SETTINGS: Final = {
+    # Else a host with two bridges answers ARP on one for an address that is on the other.
+    "ipv4/conf/all/arp_ignore": "1",
+    "ipv6/conf/all/disable_ipv6": "0",
+    "ipv6/conf/default/disable_ipv6": "0",
+    "ipv6/conf/all/accept_dad": "0",
+    "ipv6/conf/default/accept_dad": "0",
+    "ipv6/conf/default/addr_gen_mode": "0",
+    "ipv6/conf/default/accept_ra": "0",
+}
+_METADATA: Final = (("169.254.169.254/32",), ("fe80::a9fe:a9fe/64", "nodad"))
+
+_INTRUDER: Final = """
+import socket, sys
+address, device, reuse = sys.argv[1:4]
+v6 = ":" in address
+listener = socket.socket(socket.AF_INET6 if v6 else socket.AF_INET)
+listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+if reuse == "1":
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+scope = socket.if_nametoindex(device) if v6 else 0
+listener.bind((address, 80, 0, scope) if v6 else (address, 80))
+listener.listen()
+print("ready", flush=True)
+while True:
+    connection, _ = listener.accept()
+    connection.sendall(b"HTTP/1.1 200 OK\\r\\nContent-Length: 7\\r\\nConnection: close\\r\\n\\r\\nforeign")
+    connection.close()
+"""
+
+
+def patience() -> float:
+    """By how much longer things may take because this machine has more to do than it has processors."""
+    words = Path("/proc/loadavg").read_text().split()
+    busy = max(float(words[0]), float(words[3].partition("/")[0]))
+    return max(1.0, busy / (os.cpu_count() or 1))
+
+
+def until(
+    holds: Callable[[], object], *, within_s: float = 10.0, what: str = "", pause_s: float = 0.01
+) -> float:
+    """Poll until something holds; how many seconds that took. Fails when it takes too long.
+
+    Args:
+        within_s: On a machine that is not busy with other things (see `patience`).
+        what: It, in words.
+    """
+    start = time.monotonic()
+    while not holds():
+        passed = time.monotonic() - start
+        assert passed < within_s * patience(), f"{what or 'it'} does not hold after {passed:.2f} s"
+        time.sleep(pause_s)
+    return time.monotonic() - start
+
+
+@dataclass(slots=True)
+class Intruder:
+    """A foreign program that listens at a metadata address."""
+
+    process: subprocess.Popen[bytes]
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    def stop(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        if self.process.stdout is not None and not self.process.stdout.closed:
+            self.process.stdout.close()
+
+
+@dataclass(frozen=True, slots=True)
+class LabState:
+    """What a lab consists of at one moment."""
+
+    namespaces: frozenset[str]
+    links: frozenset[str]
+    places: Mapping[str, tuple[str, str]]
+
+
+@dataclass(slots=True)
+class Lab:
+    """Makes networks and guests, and takes all of it away."""
+
+    token: str = field(default_factory=lambda: secrets.token_hex(2))
+    _namespaces: list[str] = field(default_factory=list)
+    _intruders: list[Intruder] = field(default_factory=list)
+    _places: dict[str, tuple[str, str]] = field(default_factory=dict)
+    _guests: int = 0
+
+    def __post_init__(self) -> None:
+        self.namespace("host")
+
+    @property
+    def host(self) -> str:
+        """The namespace that is the daemon's host."""
+        return self.name("host")
+
+    @property
+    def prefix(self) -> str:
+        """What the daemon's own namespaces and links begin with (six characters at most)."""
+        return f"td{self.token}"
+
+    def name(self, what: str) -> str:
+        return f"imdst-{self.token}-{what}"
+
+    def namespace(self, what: str) -> str:
+        """Make a namespace as somebody else would: `ip netns add`."""
+        name = self.name(what)
+        if name not in self._namespaces:
+            self._namespaces.append(name)
+        ip("netns", "add", name)
+        inside(name, _write_settings)
+        ip("-n", name, "link", "set", "lo", "up")
+        return name
+
+    def delete_namespace(self, what: str) -> None:
+        ip("netns", "del", self.name(what))
+
+    def namespace_network(self, network: str, *, addresses: bool = True) -> RecordMapping:
+        """A network whose namespace somebody else has made, with the metadata addresses in it."""
+        self.furnish(network, addresses=addresses)
+        return record(network, {"namespace": self.name(network)})
+
+    def furnish(self, network: str, *, addresses: bool = True) -> None:
+        """Make a network's namespace and the bridge in it."""
+        name = self.namespace(network)
+        lines = _bridge("br0")
+        # The way back to the guests is the business of whoever made the namespace.
+        lines += ["address add 10.0.0.1/24 dev br0", "address add 2001:db8::1/64 dev br0 nodad"]
+        if addresses:
+            lines += [f"address add {' '.join(words)} dev br0" for words in _METADATA]
+        batch(name, lines)
+        self._places[network] = (name, "br0")
+
+    def remake_bridge(self, network: str, *, addresses: bool = True) -> None:
+        """Make the bridge that a network's guests are on anew, whether it is there or not."""
+        place, bridge = self._places[network]
+        lines = [*_bridge(bridge)]
+        if bridge == "br0":
+            lines += ["address add 10.0.0.1/24 dev br0", "address add 2001:db8::1/64 dev br0 nodad"]
+        if addresses:
+            lines += [f"address add {' '.join(words)} dev {bridge}" for words in _METADATA]
+        if bridge in _links(place):
+            lines.insert(0, f"link del {bridge}")
+        batch(place, lines)
+
+    def bridge_network(self, network: str) -> RecordMapping:
+        """A network that is a bridge of the host."""
+        batch(self.host, _bridge(network))
+        self._places[network] = (self.host, network)
+        return record(network, {"bridge": network})
+
+    def interface_network(self, network: str) -> RecordMapping:
+        """A network behind an interface of the host."""
+        batch(self.host, _bridge(network))
+        self._places[network] = (self.host, network)
+        return record(network, {"interface": network})
+
+    def guest(
+        self,
+        network: str,
+        number: int = 5,
+        *,
+        mac: str | None = None,
+        name: str | None = None,
+        privacy: str | None = None,
+    ) -> Guest:
+        """Plug a guest in: 10.0.0.`number` and 2001:db8::`number`, as in every other network.
+
+        Args:
+            privacy: A link-local address to have in place of the one that its MAC makes.
+        """
+        self._guests += 1
+        name = name or f"{network}-g{number}"
+        mac = mac or f"fa:16:3e:00:{number >> 8:02x}:{number & 255:02x}"
+        namespace = self.namespace(name)
+        place, bridge = self._places[network]
+        outer = f"v{self._guests}"
+        ip(
+            *("-n", place, "link", "add", outer, "master", bridge, "type", "veth"),
+            *("peer", "name", "eth0", "address", mac, "netns", namespace),
+        )
+        ip("-n", place, "link", "set", outer, "up")
+        lines = []
+        if privacy is not None:
+            lines.append("link set eth0 addrgenmode none")
+        lines += [
+            "link set eth0 up",
+            f"address add 10.0.0.{number}/24 dev eth0",
+            f"address add 2001:db8::{number:x}/64 dev eth0 nodad",
+            "route add 169.254.169.254/32 dev eth0",
+        ]
+        if privacy is not None:
+            lines.append(f"address add {privacy}/64 dev eth0 nodad")
+        batch(namespace, lines)
+        return Guest(name, namespace, network, mac, (f"10.0.0.{number}", f"2001:db8::{number:x}"))
+
+    def replug(self, guest: Guest) -> None:
+        """Plug a guest into its network's namespace again, which was made anew."""
+        if (NETNS / guest.namespace).exists():
+            ip("netns", "del", guest.namespace)
+        number = int(guest.addresses[0].rpartition(".")[2])
+        self.guest(guest.network, number, mac=guest.mac, name=guest.name)
+
+    def remove_guest(self, guest: Guest) -> None:
+        """Unplug a guest for good: its addresses and its MAC are free again."""
+        ip("netns", "del", guest.namespace)
+
+    def freed(self, inode: int, *, within_s: float = 1.0) -> None:
+        """Wait until nobody holds a namespace any more."""
+        start = time.monotonic()
+        while held := holders({inode}):
+            passed = time.monotonic() - start
+            assert passed < within_s * patience(), f"after {passed:.2f} s: {held}"
+            time.sleep(0.01)
+
+    def intrude(
+        self, namespace: str, address: str, *, device: str = "", reuse_port: bool
+    ) -> Intruder:
+        """Start a foreign program at port 80 of an address."""
+        arguments = (sys.executable, "-c", _INTRUDER, address, device, "1" if reuse_port else "0")
+        process = subprocess.Popen(
+            (*within(namespace), *arguments), stdout=subprocess.PIPE, stdin=subprocess.DEVNULL
+        )
+        intruder = Intruder(process)
+        self._intruders.append(intruder)
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"ready\n"
+        return intruder
+
+    def state(self) -> LabState:
+        """What there is now, to come back to with `restore`."""
+        return LabState(frozenset(self._own()), frozenset(self.host_links()), dict(self._places))
+
+    def restore(self, state: LabState, guests: Iterable[Guest]) -> None:
+        """Have again what there was at `state`, and nothing else."""
+        for intruder in self._intruders:
+            intruder.stop()
+        self._intruders.clear()
+        for name in set(self._own()) - state.namespaces:
+            ip("netns", "del", name)
+        for name in set(self.host_links()) - state.links:
+            if name in self._places:
+                ip("-n", self.host, "link", "del", name)
+        self._places = dict(state.places)
+        for network, (place, bridge) in self._places.items():
+            if not (NETNS / place).exists():
+                self.furnish(network)
+            elif bridge not in _links(place):
+                self.remake_bridge(network, addresses=place != self.host)
+        for guest in guests:
+            if not (NETNS / guest.namespace).exists() or guest.device not in _links(
+                guest.namespace
+            ):
+                self.replug(guest)
+
+    def _own(self) -> list[str]:
+        return [name for name in self.leftovers() if not name.startswith(self.prefix)]
+
+    def close(self) -> None:
+        """Take everything away; what the daemon made and left too, so that tests can see it first."""
+        for intruder in self._intruders:
+            intruder.stop()
+        for name in self.leftovers():
+            for pid in processes_in(name):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            ip("netns", "del", name)
+
+    def leftovers(self) -> list[str]:
+        """Namespaces of this lab and its daemon that exist."""
+        if not NETNS.is_dir():
+            return []
+        ours = (f"imdst-{self.token}-", self.prefix)
+        return sorted(entry.name for entry in NETNS.iterdir() if entry.name.startswith(ours))
+
+    def made_by_daemon(self) -> list[str]:
+        """Namespaces that the daemon made and has not taken away."""
+        return [name for name in self.leftovers() if name.startswith(self.prefix)]
+
+    def host_links(self) -> list[str]:
+        """Links of the daemon's host, without the kernel's own."""
+        return sorted(_links(self.host) - {"lo"})
+
+
+def record(network: str, listener: Mapping[str, object]) -> RecordMapping:
+    """A network's record, with the addresses that all of them share."""
+    return {
+        "id": network,
+        "listener": dict(listener),
+        "subnets": [
+            {"cidr": GUEST_CIDR4, "gateway": "10.0.0.1", "dns": ["10.0.0.2"]},
+            {"cidr": GUEST_CIDR6},
+        ],
+    }
+
+
+def within(namespace: str) -> tuple[str, ...]:
+    """The words before a command that is to run in a namespace.
+
+    Not `ip netns exec`: it would keep a copy of every mount of /run/netns alive.
+    """
+    return ("/usr/bin/nsenter", f"--net={NETNS / namespace}", "--")
+
+
+def processes_in(namespace: str) -> Iterator[int]:
+    """The pids in a namespace."""
+    text = run("/usr/sbin/ip", "netns", "pids", namespace)
+    return (int(word) for word in text.split())
+
+
+def ip(*arguments: str) -> str:
+    """Run ip(8)."""
+    return run("/usr/sbin/ip", *arguments)
+
+
+def batch(namespace: str, lines: Iterable[str]) -> None:
+    """Run several lines of ip(8) in a namespace."""
+    run("/usr/sbin/ip", "-n", namespace, "-batch", "-", stdin="\n".join(lines) + "\n")
+
+
+def run(*arguments: str, stdin: str = "") -> str:
+    """Run a command to its end and give back what it printed."""
+    done = subprocess.run(arguments, input=stdin, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{' '.join(arguments)}\n{stdin}{done.stderr}"
+    return done.stdout
+
+
+def _links(namespace: str) -> set[str]:
+    text = inside(namespace, Path("/proc/thread-self/net/dev").read_text)
+    return {line.partition(":")[0].strip() for line in text.splitlines()[2:]}
+
+
+def _bridge(name: str) -> list[str]:
+    return [
+        f"link add {name} type bridge forward_delay 0 stp_state 0 mcast_snooping 0",
+        f"link set {name} up",
+    ]
+
+
+def _write_settings() -> None:
+    for key, value in _SETTINGS.items():
+        Path("/proc/sys/net", key).write_text(value)

@@ -1,0 +1,160 @@
+"""A lab with a running daemon: four networks of three kinds, whose guests have the same addresses."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final, cast
+
+from support.daemon import Daemon, Pids, alive, instance, user_data_of
+from support.guest import Guest, Reply
+from support.holders import holders
+from support.lab import NETNS, Lab, LabState, RecordMapping, until
+
+__all__ = ["RIGHT_WITHIN_S", "World", "open_world", "own", "own_name"]
+
+RIGHT_WITHIN_S: Final = 1.0
+"""How long what changed on the host may take to be right, or to be reported."""
+
+_DEFAULTS: Final = (Path("/run/imdsproxy"), Path("/var/lib/imdsproxy"), Path("/etc/imdsproxy"))
+
+
+def own_name(guest: Guest) -> str:
+    """The id of the instance that a guest is."""
+    return f"{guest.network}-{guest.addresses[0].rpartition('.')[2]}"
+
+
+def own(guest: Guest, reply: Reply) -> str | None:
+    """What is wrong with an answer to `/latest/user-data`; `None` when it is the guest's own."""
+    if reply.status == 200 and reply.body == user_data_of(own_name(guest)):
+        return None
+    return f"{guest.name} got {reply.status} {reply.body[:80]!r}"
+
+
+@dataclass(slots=True)
+class World:
+    """What most tests of the data plane begin with.
+
+    Attributes:
+        guests: One in each network, by network: `red` and `green` are namespaces, `blue` is a bridge,
+            `grey` an interface.
+    """
+
+    lab: Lab
+    daemon: Daemon
+    guests: dict[str, Guest]
+    networks: list[RecordMapping]
+    instances: list[RecordMapping]
+    state: LabState
+    _flipped: bool = field(default=False)
+    _spare: RecordMapping | None = field(default=None)
+
+    @property
+    def red(self) -> Guest:
+        return self.guests["red"]
+
+    @property
+    def everybody(self) -> list[Guest]:
+        return list(self.guests.values())
+
+    def all_right(self) -> None:
+        """Every guest reads its own."""
+        for guest in self.everybody:
+            assert own(guest, guest.ask("/latest/user-data")) is None
+
+    def reload(self) -> None:
+        """Have HAProxy reload: a network comes, or goes."""
+        if self._spare is None:
+            self._spare = self.lab.namespace_network("spare")
+        if self._flipped:
+            self.daemon.remove_network("spare")
+        else:
+            self.daemon.put([self._spare])
+        self._flipped = not self._flipped
+
+    def heal(self) -> None:
+        """Have everything as it was at first, whatever a test did."""
+        for pid in self.daemon.processes():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
+        process = self.daemon.process
+        if process is None or process.poll() is not None:
+            self.daemon.start(ready=False)
+        self._restore_records()
+        self._flipped, self._spare = False, None
+        self.lab.restore(self.state, self.everybody)
+        self.daemon.wait_ready()
+        serving = len(self.networks)
+        until(lambda: self.daemon.status()["serving"] == serving, what="all networks' service")
+        until(lambda: not self.daemon.left_out(), what="no left-out listener")
+
+    def _restore_records(self) -> None:
+        instances = cast("list[Mapping[str, Any]]", self.daemon.admin.get("/v1/instances"))
+        networks = cast("list[Mapping[str, Any]]", self.daemon.admin.get("/v1/networks"))
+        for name in _extra(instances, self.instances):
+            self.daemon.remove_instance(name)
+        for name in _extra(networks, self.networks):
+            self.daemon.remove_network(name)
+        self.daemon.put(self.networks, self.instances)
+
+    def pids(self) -> Pids:
+        return self.daemon.pids()
+
+    def settled(self) -> Pids:
+        """The processes, once no old worker drains any more."""
+        until(lambda: not self.daemon.status()["haproxy"]["old_workers"], what="old workers' end")
+        return self.daemon.pids()
+
+
+def _extra(present: Iterable[Mapping[str, Any]], wanted: Iterable[RecordMapping]) -> list[str]:
+    ids = {one["id"] for one in wanted}
+    return [one["record"]["id"] for one in present if one["record"]["id"] not in ids]
+
+
+@contextlib.contextmanager
+def open_world(settings: Mapping[str, Mapping[str, object]] | None = None) -> Iterator[World]:
+    """A world that is gone without a trace at the end."""
+    before = {path for path in _DEFAULTS if path.exists()}
+    lab = Lab()
+    try:
+        daemon = Daemon(lab, settings or {})
+        try:
+            world = _fill(lab, daemon)
+            yield world
+        finally:
+            pids = list(daemon.processes())
+            inodes = _own_namespaces(lab)
+            daemon.close()
+            made = lab.made_by_daemon()
+            links = [name for name in lab.host_links() if name.startswith(lab.prefix)]
+        assert not made, f"namespaces that the daemon left: {made}"
+        assert not links, f"links that the daemon left: {links}"
+        assert not [pid for pid in pids if alive(pid)]
+    finally:
+        lab.close()
+    assert not lab.leftovers()
+    assert not holders(inodes)
+    assert {path for path in _DEFAULTS if path.exists()} <= before, "files outside its directory"
+
+
+def _own_namespaces(lab: Lab) -> set[int]:
+    return {(NETNS / name).stat().st_ino for name in lab.leftovers()}
+
+
+def _fill(lab: Lab, daemon: Daemon) -> World:
+    networks = [
+        lab.namespace_network("red"),
+        lab.namespace_network("green"),
+        lab.bridge_network("blue"),
+        lab.interface_network("grey"),
+    ]
+    guests = {str(one["id"]): lab.guest(str(one["id"])) for one in networks}
+    instances = [instance(own_name(guest), guest.network) for guest in guests.values()]
+    daemon.start()
+    daemon.put(networks, instances)
+    until(lambda: daemon.status()["serving"] == len(networks), what="all networks' service")
+    return World(lab, daemon, guests, networks, instances, lab.state())
