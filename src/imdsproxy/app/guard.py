@@ -51,7 +51,7 @@ class Doubt:
 
     @property
     def hung(self) -> bool:
-        """Waiting longer helps nobody. (One that has ended is its master's business.)"""
+        """Waiting longer helps nobody; one that has ended is its master's business."""
         if self.vitals is None or self.silent < _SILENT_PROBES:
             return False
         idle = self.vitals.stopped or self.vitals.ticks == self.ticks
