@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from imdsproxy.errors import HostRefused
-from imdsproxy.serving.asgi import AsgiApp, Receive, Scope, Send
-from imdsproxy.serving.listen import HttpListener, open_unix_socket
+from imdsproxy.serving.asgi import AsgiApp, Receive, Scope, Send, read_body
+from imdsproxy.serving.listen import HttpListener, _WholeAnswers, open_unix_socket
 
 ASK = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
 
@@ -110,3 +110,65 @@ async def test_idle_connections_and_endless_requests_do_not_hold_up_the_end(tmp_
     endless.close()
     tasks = list(listener._state.tasks)
     assert await asyncio.gather(*tasks, return_exceptions=True) is not None
+
+
+class Sink(asyncio.Transport):
+    def __init__(self) -> None:
+        super().__init__()
+        self.sent: list[bytes] = []
+        self.closed = False
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        assert not self.closed
+        self.sent.append(bytes(data))
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def test_an_answers_parts_are_sent_in_one_piece() -> None:
+    sink = Sink()
+    whole = _WholeAnswers(sink)
+    whole.write(b"HTTP/1.1 200 OK\r\n\r\n")
+    whole.write(b"body")
+    assert sink.sent == []
+    whole.flush()
+    whole.flush()
+    assert sink.sent == [b"HTTP/1.1 200 OK\r\n\r\nbody"]
+
+
+def test_closing_sends_what_is_left() -> None:
+    sink = Sink()
+    whole = _WholeAnswers(sink)
+    whole.write(b"end")
+    whole.close()
+    assert (sink.sent, sink.closed) == ([b"end"], True)
+
+
+def test_long_parts_and_interim_answers_do_not_wait() -> None:
+    sink = Sink()
+    whole = _WholeAnswers(sink)
+    whole.write(b"head")
+    whole.write(b"x" * 70_000)
+    whole.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+    assert sink.sent == [b"head" + b"x" * 70_000, b"HTTP/1.1 100 Continue\r\n\r\n"]
+
+
+async def test_a_client_that_waits_for_100_continue_gets_it(tmp_path: Path) -> None:
+    async def app(_scope: Scope, receive: Receive, send: Send) -> None:
+        body = await read_body(receive)
+        assert isinstance(body, bytes)
+        await send(
+            {"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"3")]}
+        )
+        await send({"type": "http.response.body", "body": body})
+
+    listener = HttpListener(app)
+    await listener.open(open_unix_socket(tmp_path / "x.sock", mode=0o600))
+    reader, writer = await connect(tmp_path / "x.sock")
+    writer.write(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r\nExpect: 100-continue\r\n\r\n")
+    assert await reader.readuntil(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
+    writer.write(b"abc")
+    assert (await reader.readuntil(b"abc")).startswith(b"HTTP/1.1 200 OK")
+    writer.close()
+    await listener.close(grace_s=5)
