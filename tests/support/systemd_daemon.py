@@ -1,0 +1,156 @@
+"""imdsproxy installed as its units in a machine of its own, two networks with equal addresses, a guest in each."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, cast
+
+import yaml
+
+from support.demonstration import REPOSITORY
+from support.guest import Guest, Reply
+from support.systemd_machine import Machine, until
+
+__all__ = ["CONTROLLER", "DOCUMENTS", "HAPROXY", "UNITS", "UnitDaemon", "own_user_data"]
+
+CONTROLLER: Final = "imdsproxy.service"
+HAPROXY: Final = "imdsproxy-haproxy.service"
+DOCUMENTS: Final = "imdsproxy-documents.service"
+UNITS: Final = (CONTROLLER, HAPROXY, DOCUMENTS)
+
+_PROGRAM: Final = "/usr/local/bin/imdsproxy"
+_GUESTS: Final = {"blue": "fa:16:3e:00:00:01", "red": "fa:16:3e:00:00:02"}
+_SETTINGS: Final = (
+    *("ipv6/conf/all/accept_dad=0", "ipv6/conf/default/accept_dad=0"),
+    *("ipv6/conf/default/addr_gen_mode=0", "ipv6/conf/default/accept_ra=0"),
+)
+
+
+def own_user_data(guest: Guest, reply: Reply) -> str | None:
+    """What is wrong with a guest's answer for its user-data."""
+    if reply.status == 200 and reply.text == f"#!/bin/sh\necho {guest.name}\n":
+        return None
+    return f"{guest.name}: {reply.status} {reply.body[:80]!r}"
+
+
+@dataclass(slots=True)
+class UnitDaemon:
+    """The installed daemon."""
+
+    machine: Machine
+    guests: tuple[Guest, ...] = ()
+
+    def install(self) -> None:
+        """Install it as docs/install.md says, with the program of this repository."""
+        # The machine has what this host has, which may be an imdsproxy that is installed.
+        self.machine.run("ln", "-sf", f"{Path(sys.executable).parent}/imdsproxy", _PROGRAM)
+        if Path(sys.base_prefix).parts[1] in ("root", "home"):
+            # A Python that lies where a service must not look; an installed one does not.
+            drop_in = f"/etc/systemd/system/{DOCUMENTS}.d/python.conf"
+            self.machine.write(drop_in, "[Service]\nProtectHome=read-only\n")
+        self.machine.run(f"{REPOSITORY}/packaging/install")
+
+    def plug_in(self) -> None:
+        """Make the networks and their guests."""
+        self.guests = tuple(self._plug_in(name, mac) for name, mac in _GUESTS.items())
+
+    def _plug_in(self, name: str, mac: str) -> Guest:
+        self.machine.run("ip", "netns", "add", f"net-{name}")
+        self.machine.run("ip", "netns", "add", f"guest-{name}")
+        for namespace in (f"net-{name}", f"guest-{name}"):
+            for setting in _SETTINGS:
+                key, _, value = setting.partition("=")
+                self.inside(namespace, "sh", "-c", f"echo {value} >/proc/sys/net/{key}")
+            self.machine.run("ip", "-n", namespace, "link", "set", "lo", "up")
+        batch = f"""
+link add eth0 type veth peer name eth0 address {mac} netns guest-{name}
+address add 169.254.169.254/32 dev eth0
+address add fe80::a9fe:a9fe/64 dev eth0 nodad
+link set eth0 up
+route add 10.0.0.0/24 dev eth0
+"""
+        self.machine.run("ip", "-n", f"net-{name}", "-batch", "-", text=batch)
+        return self._guest(name, mac)
+
+    def _guest(self, name: str, mac: str) -> Guest:
+        batch = """
+address add 10.0.0.11/24 dev eth0
+link set eth0 up
+route add 169.254.169.254/32 dev eth0
+"""
+        self.machine.run("ip", "-n", f"guest-{name}", "-batch", "-", text=batch)
+        # By its whole path: among this host's namespaces it is not.
+        place = self.machine.root / f"run/netns/guest-{name}"
+        return Guest(name, str(place), name, mac, ("10.0.0.11",))
+
+    def plug_in_behind_a_bridge(self, name: str, mac: str) -> Guest:
+        """A guest on a bridge of the machine, which has no namespace for the network."""
+        self.machine.run("ip", "netns", "add", f"guest-{name}")
+        batch = f"""
+link add br-{name} type bridge forward_delay 0
+link set br-{name} up
+link add port-{name} master br-{name} up type veth peer name eth0 address {mac} netns guest-{name}
+"""
+        self.machine.run("ip", "-batch", "-", text=batch)
+        return self._guest(name, mac)
+
+    def start(self) -> None:
+        """Start the controller, and tell it of the networks and guests."""
+        self.machine.run("systemctl", "start", CONTROLLER)
+        listeners = {one.network: {"namespace": f"net-{one.name}"} for one in self.guests}
+        self.put(listeners, self.guests)
+
+    def put(self, listeners: Mapping[str, Mapping[str, str]], guests: Iterable[Guest]) -> None:
+        """Add networks and guests by the command line: a file may hold both."""
+        cidr = "10.0.0.0/24"
+        networks = [
+            {"id": name, "listener": dict(how), "subnets": [{"cidr": cidr}]}
+            for name, how in listeners.items()
+        ]
+        instances = [
+            {
+                "id": one.name,
+                "name": one.name,
+                "ports": [
+                    {"network": one.network, "mac": one.mac, "addresses": list(one.addresses)}
+                ],
+                "user_data": f"#!/bin/sh\necho {one.name}\n",
+            }
+            for one in guests
+        ]
+        text = yaml.safe_dump({"networks": networks, "instances": instances})
+        self.machine.write("/root/records.yaml", text)
+        self.command("network", "add", "--file", "/root/records.yaml")
+
+    def command(self, *arguments: str) -> str:
+        """Run the command line, which must succeed."""
+        return self.machine.run(_PROGRAM, *arguments)
+
+    def status(self) -> Mapping[str, Any]:
+        """What `imdsproxy status --json` says."""
+        return cast("Mapping[str, Any]", json.loads(self.command("status", "--json")))
+
+    def inside(self, namespace: str, *command: str) -> str:
+        """Run a command in a network namespace of the machine."""
+        return self.machine.run("nsenter", f"--net=/run/netns/{namespace}", *command)
+
+    def pids(self) -> tuple[int, int, int]:
+        """The main processes of the three units."""
+        controller, haproxy, documents = (self.machine.main_pid(unit) for unit in UNITS)
+        return controller, haproxy, documents
+
+    def active(self) -> dict[str, str]:
+        """Each unit's state."""
+        return {unit: self.machine.unit(unit, "ActiveState") for unit in UNITS}
+
+    def wait_active(self, unit: str = CONTROLLER, *, within_s: float = 20.0) -> float:
+        """Wait until systemd calls a unit active."""
+        return until(
+            lambda: self.machine.unit(unit, "ActiveState") == "active",
+            within_s=within_s,
+            what=f"{unit} active; {self.active()}",
+        )
