@@ -127,7 +127,7 @@ def _observe(everyone: Sequence[Guest], directory: Path, steps: Steps) -> list[V
 
 
 def _tell(verdicts: Sequence[Verdict], console: Console) -> bool:
-    console.print(table(verdicts))
+    console.print(table(verdicts, width=console.width))
     console.print()
     wrong = [
         f"{verdict.guest.name}, {verdict.dialect}, {fault}"

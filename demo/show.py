@@ -21,15 +21,17 @@ from demo.reading import Transport
 from demo.roster import Guest, networks
 from demo.verdict import Verdict
 
-__all__ = ["Steps", "document", "hints", "table", "write_json"]
+__all__ = ["WIDE", "Steps", "document", "hints", "table", "write_json"]
 
 _DIGITS: Final = 8
-_ID: Final = 19  # as long as EC2's form
 _HEADINGS: Final = (
     *("network", "guest", "dialect", "instance id", "hostname", "user-data"),
     *("IPv4", "IPv6", "cloud-init"),
 )
-_VERDICTS: Final = frozenset(_HEADINGS[-3:])
+_ONLY_WIDE: Final = frozenset({"hostname", "user-data"})
+
+WIDE: Final = 108
+"""The characters that the whole table takes."""
 
 
 class Steps:
@@ -59,34 +61,41 @@ class Steps:
             yield progress
 
 
-def table(verdicts: Sequence[Verdict]) -> Table:
-    """What each guest saw: by curl over both address families, and by cloud-init's boot."""
+def table(verdicts: Sequence[Verdict], *, width: int) -> Table:
+    """What each guest saw: by curl over both address families, and by cloud-init's boot.
+
+    In less than `WIDE` characters it says less, but every verdict.
+    """
     kinds = {network.id: network.kind for network in networks()}
+    hidden = frozenset() if width >= WIDE else _ONLY_WIDE
     shown = Table(box=None, header_style="bold", pad_edge=False)
     for heading in _HEADINGS:
-        # A narrow terminal cuts names and ids, never verdicts.
-        kept = len(heading) if heading in _VERDICTS else None
-        shown.add_column(heading, no_wrap=True, overflow="ellipsis", min_width=kept)
+        if heading not in hidden:
+            shown.add_column(heading, no_wrap=True)
     for guest, rows in itertools.groupby(verdicts, key=lambda verdict: verdict.guest):
         places = iter([guest.network, f"({kinds[guest.network]})"])
         names = iter([guest.name, guest.ipv4, guest.ipv6])
         for verdict in rows:
             place = Text(next(places, ""), style=guest.network)
-            shown.add_row(place, next(names, ""), *_seen(verdict))
+            cells = zip(_HEADINGS, (place, next(names, ""), *_seen(verdict, width)), strict=True)
+            shown.add_row(*(cell for heading, cell in cells if heading not in hidden))
         shown.add_row()
     return shown
 
 
-def _seen(verdict: Verdict) -> Iterator[str]:
+def _seen(verdict: Verdict, width: int) -> Iterator[str]:
     ipv4 = verdict.readings[Transport.IPV4]
     yield str(verdict.dialect)
-    seen = ipv4.instance_id
-    yield escape(seen if len(seen) <= _ID else f"{seen[: _ID - 1]}…")
-    yield escape(ipv4.hostname)
+    yield _cut(ipv4.instance_id, 19 if width >= WIDE else 12)
+    yield _cut(ipv4.hostname, 19)
     yield ipv4.user_data_sha256[:_DIGITS]
     for transport in Transport:
         yield _mark(bad=bool(verdict.readings[transport].faults))
     yield _mark(bad=bool(verdict.boot_faults), good=f"own, {verdict.boot.seconds:.1f} s")
+
+
+def _cut(text: str, length: int) -> str:
+    return escape(text if len(text) <= length else f"{text[: length - 1]}…")
 
 
 def _mark(*, bad: bool, good: str = "own") -> str:

@@ -119,9 +119,9 @@ def verdicts(*, wrong: bool = False) -> list[Verdict]:
     ]
 
 
-def shown(rows: list[Verdict]) -> str:
-    console = Console(file=io.StringIO(), width=120)
-    console.print(table(rows))
+def shown(rows: list[Verdict], width: int = 120) -> str:
+    console = Console(file=io.StringIO(), width=width)
+    console.print(table(rows, width=width))
     file = console.file
     assert isinstance(file, io.StringIO)
     return file.getvalue()
@@ -135,6 +135,14 @@ def test_the_table_shows_every_guest_in_every_dialect() -> None:
         assert guest.user_data_sha256[:8] in text
     assert "WRONG" not in text
     assert "\x1b" not in text
+
+
+def test_a_narrow_terminal_shows_every_verdict() -> None:
+    text = shown(verdicts(), width=80)
+
+    assert text.count("own, 3.2 s") == 18
+    assert max(map(len, text.splitlines())) <= 80
+    assert shown(verdicts(wrong=True), width=80).count("WRONG") == 36
 
 
 def test_the_table_shows_what_is_wrong() -> None:
