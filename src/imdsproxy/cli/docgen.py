@@ -21,6 +21,7 @@ from imdsproxy.cli.exitcodes import EXIT_STATUSES, errors_by_status
 from imdsproxy.cli.main import app
 from imdsproxy.config.schema import Settings
 from imdsproxy.config.words import iterate_settings, render_value
+from imdsproxy.core.endpoints import LeftOutCode
 from imdsproxy.errors import ImdsproxyError
 
 __all__ = ["PAGES", "write_pages"]
@@ -58,6 +59,10 @@ all. The process's own figures (`process_resident_memory_bytes`, `process_cpu_se
 _ERRORS: Final = """\
 Logs, metrics, the admin API (`code`) and the command line (`--json`) use the same codes. “Again”
 says whether trying again can help without anybody acting."""
+
+_LEFT_OUT: Final = """\
+A network whose listener cannot be served is left out and never holds up another one; `status`, `network
+list` and `imdsproxy_networks_left_out` say which and why:"""
 
 _ADMIN_API: Final = """\
 HTTP over the unix socket `admin.socket`, whose mode and owner say who may use it; `/openapi.json`
@@ -145,7 +150,8 @@ def render_errors_page() -> str:
     lines = [*_head("Error codes", _ERRORS), ""]
     lines += _table(("code", "exit status", "HTTP status", "again", "meaning"), rows)
     lines += ["", "## Exit statuses", ""]
-    return _page([*lines, *_table(("status", "meaning", "codes"), by_status)])
+    lines += _table(("status", "meaning", "codes"), by_status)
+    return _page([*lines, "", "## Networks that are not served", "", _LEFT_OUT, "", *_codes()])
 
 
 def render_admin_api_page() -> str:
@@ -206,6 +212,10 @@ def _table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
 
 def _one_line(text: str | None) -> str:
     return " ".join(inspect.cleandoc(text or "").split())
+
+
+def _codes() -> list[str]:
+    return [f"- `{code.value}`" for code in LeftOutCode]
 
 
 def _is_error(kind: object) -> bool:
