@@ -20,10 +20,10 @@ __all__ = ["claim_places", "taken_address", "taken_id"]
 def claim_places(instance: Instance) -> Iterator[tuple[AddressKey, Path]]:
     """Each address that the record claims, and the part of the record that does so."""
     for number, port in enumerate(instance.ports):
-        if port.mac is not None:
-            yield (port.network, link_local_of(port.mac)), ("ports", number, "mac")
         for index, address in enumerate(port.addresses):
             yield (port.network, address), ("ports", number, "addresses", index)
+        if port.mac is not None:
+            yield (port.network, link_local_of(port.mac)), ("ports", number, "mac")
 
 
 def taken_address(

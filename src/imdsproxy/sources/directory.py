@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, TypeAlias
 
-from imdsproxy.core.inventory import address_keys
+from imdsproxy.core.inventory import AddressKey
 from imdsproxy.core.model import Instance, Network
 from imdsproxy.core.records import LineOf, Records, Refused, Unreadable
 from imdsproxy.errors import Problem
@@ -84,7 +84,7 @@ class Directory:
         self._clock = clock
         self._files: dict[str, _File] = {}
         self._networks: InForce[Network] = InForce(lambda _network: (), self._explain_network)
-        self._instances: InForce[Instance] = InForce(address_keys, self._explain_instance)
+        self._instances: InForce[Instance] = InForce(_claims, self._explain_instance)
 
     @property
     def networks(self) -> dict[str, Network]:
@@ -227,22 +227,24 @@ class Directory:
             str(self._path),
         )
 
-    def _explain_network(self, clash: Clash[Network]) -> Problem:
-        return self._explain_id("networks", clash)
+    def _explain_network(self, clash: Clash[Network]) -> Iterator[Problem]:
+        yield self._explain_id("networks", clash)
 
-    def _explain_instance(self, clash: Clash[Instance]) -> Problem:
+    def _explain_instance(self, clash: Clash[Instance]) -> Iterator[Problem]:
         record = clash.entry.record
-        if clash.address is None or record is None:
-            return self._explain_id("instances", clash)
-        return taken_address(
-            record,
-            clash.address,
-            clash.other.id,
-            path=("instances", clash.entry.position),
-            place=self._place(clash.other),
-            file=str(self._path / clash.entry.file),
-            lines=clash.entry.lines,
-        )
+        if record is None or not clash.addresses:
+            yield self._explain_id("instances", clash)
+            return
+        for address in clash.addresses:
+            yield taken_address(
+                record,
+                address,
+                clash.other.id,
+                path=("instances", clash.entry.position),
+                place=self._place(clash.other),
+                file=str(self._path / clash.entry.file),
+                lines=clash.entry.lines,
+            )
 
     def _explain_id(self, kind: str, clash: Clash[Network] | Clash[Instance]) -> Problem:
         return taken_id(
@@ -267,6 +269,10 @@ def _add_refused(
         else:
             entries.append(Entry(each.id, name, len(entries), problems=each.problems))
     return tuple(nameless)
+
+
+def _claims(instance: Instance) -> list[AddressKey]:
+    return [address for address, _part in claim_places(instance)]
 
 
 def _position(path: tuple[str | int, ...]) -> int:

@@ -55,12 +55,12 @@ class Clash(Generic[_Record]):
     Attributes:
         entry: The refused one.
         other: The one that it would displace.
-        address: What both claim; `None` when it is the id.
+        addresses: What both claim; none when it is the id.
     """
 
     entry: Entry[_Record]
     other: Entry[_Record]
-    address: AddressKey | None
+    addresses: tuple[AddressKey, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,13 +79,13 @@ class InForce(Generic[_Record]):
 
     Args:
         claims: The addresses that a record claims; no two records in force have one in common.
-        explain: A clash as a problem with its file, line and field.
+        explain: A clash as problems with file, line and field.
     """
 
     def __init__(
         self,
         claims: Callable[[_Record], Iterable[AddressKey]],
-        explain: Callable[[Clash[_Record]], Problem],
+        explain: Callable[[Clash[_Record]], Iterable[Problem]],
     ) -> None:
         self._claims = claims
         self._explain = explain
@@ -152,7 +152,8 @@ class InForce(Generic[_Record]):
                     yield self._noted(problem, entry)
         for key in sorted(self._clashes):
             for clash in self._clashes[key]:
-                yield self._noted(self._explain(clash), clash.entry)
+                for problem in self._explain(clash):
+                    yield self._noted(problem, clash.entry)
 
     def _noted(self, problem: Problem, entry: Entry[_Record]) -> Problem:
         held = self._held.get(entry.id)
@@ -244,6 +245,7 @@ class InForce(Generic[_Record]):
         moving: Mapping[str, object],
     ) -> Clash[_Record] | None:
         """What stands against an entry: `taken`, and what is held by those that are not `moving`."""
+        against: dict[str, tuple[Entry[_Record], list[AddressKey]]] = {}
         for address in self._claimed(entry):
             other = taken.get(address)
             if other is None:
@@ -251,8 +253,9 @@ class InForce(Generic[_Record]):
                 if holder is not None and holder not in moving:
                     other = self._held[holder]
             if other is not None and other.id != entry.id:
-                return Clash(entry, other, address)
-        return None
+                against.setdefault(other.id, (other, []))[1].append(address)
+        first = next(iter(against.values()), None)
+        return None if first is None else Clash(entry, first[0], tuple(first[1]))
 
     def _give_second_chance(self) -> bool:
         """Put in force who was refused for the sake of one that fell back itself; say if any."""
@@ -260,7 +263,7 @@ class InForce(Generic[_Record]):
             clash.entry
             for clashes in self._clashes.values()
             for clash in clashes
-            if clash.address is not None
+            if clash.addresses
         ]
         moved = False
         for entry in sorted(waiting, key=lambda each: each.order):
@@ -274,7 +277,7 @@ class InForce(Generic[_Record]):
     def _note(self, key: str, wish: _Wish[_Record] | None, refused: Clash[_Record] | None) -> None:
         found = [] if refused is None else [refused]
         if wish is not None:
-            found += [Clash(rival, wish.entry, None) for rival in wish.rivals]
+            found += [Clash(rival, wish.entry) for rival in wish.rivals]
         _store(self._clashes, key, tuple(found))
 
     def _claimed(self, entry: Entry[_Record]) -> Iterable[AddressKey]:

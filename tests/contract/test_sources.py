@@ -1,0 +1,369 @@
+"""What every source of records promises, whatever it reads.
+
+A source joins by adding a `Backing` of its own to `BACKINGS`: how a test writes what the source reads.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sqlite3
+import threading
+from collections.abc import Callable, Iterable
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import Final, Protocol
+
+import pytest
+
+from imdsproxy.core.model import Instance, InstanceId, Network, NetworkId
+from imdsproxy.core.records import render_instance, render_network
+from imdsproxy.errors import Problem, SourceRefused
+from imdsproxy.sources.api import Source
+from imdsproxy.sources.file import FileSource
+from imdsproxy.sources.sqlite import SqliteSource
+from support.record_builders import instance, network, port
+from support.source_runs import Heard, running
+
+A: Final = instance("a", "10.0.0.5", mac="52:54:00:00:00:05")
+B: Final = instance("b", "10.0.0.6")
+N1: Final = network("n1")
+N2: Final = network("n2", bridge="br2")
+
+
+class Backing(Protocol):
+    """What a source reads, as a test writes it."""
+
+    def source(self) -> Source:
+        """A new source that reads this backing; one runs at a time."""
+
+    async def put(
+        self, networks: Iterable[Network] = (), instances: Iterable[Instance] = ()
+    ) -> tuple[Problem, ...]:
+        """Write records while the source runs, all at once; what refused them at the door."""
+
+    async def remove_network(self, network_id: str) -> None:
+        """Remove a network while the source runs."""
+
+    async def remove_instance(self, instance_id: str) -> None:
+        """Remove an instance while the source runs."""
+
+    def spoil(self, instance_id: str) -> None:
+        """Make an instance's record one that is refused, while no source runs."""
+
+    def claim_twice(self, victim: Instance, thief_id: str) -> None:
+        """Write a second instance with all of `victim`'s addresses, while no source runs."""
+
+
+class FileBacking:
+    """Two files in a directory, written as editors do: beside, then renamed."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory / "records"
+        self._directory.mkdir()
+        self._records: dict[str, dict[str, object]] = {"networks": {}, "instances": {}}
+
+    def source(self) -> Source:
+        return FileSource(self._directory)
+
+    async def put(
+        self, networks: Iterable[Network] = (), instances: Iterable[Instance] = ()
+    ) -> tuple[Problem, ...]:
+        self._records["networks"].update({each.id: render_network(each) for each in networks})
+        self._records["instances"].update({each.id: render_instance(each) for each in instances})
+        self._write()
+        return ()
+
+    async def remove_network(self, network_id: str) -> None:
+        del self._records["networks"][network_id]
+        self._write()
+
+    async def remove_instance(self, instance_id: str) -> None:
+        del self._records["instances"][instance_id]
+        self._write()
+
+    def spoil(self, instance_id: str) -> None:
+        self._records["instances"][instance_id] = {"id": instance_id, "name": 7}
+        self._write()
+
+    def claim_twice(self, victim: Instance, thief_id: str) -> None:
+        thief = replace(victim, id=InstanceId(thief_id))
+        self._records["instances"][thief_id] = render_instance(thief)
+        self._write()
+
+    def _write(self) -> None:
+        for kind, records in self._records.items():
+            path = self._directory / f"{kind}.json"
+            beside = path.with_suffix(".json~")
+            beside.write_text(json.dumps({kind: list(records.values())}))
+            beside.rename(path)
+
+
+class SqliteBacking:
+    """The embedded store, written through the source itself; garbage goes in behind its back."""
+
+    def __init__(self, directory: Path) -> None:
+        self._path = directory / "store.sqlite"
+        self._source = SqliteSource(self._path)
+
+    def source(self) -> Source:
+        self._source = SqliteSource(self._path)
+        return self._source
+
+    async def put(
+        self, networks: Iterable[Network] = (), instances: Iterable[Instance] = ()
+    ) -> tuple[Problem, ...]:
+        try:
+            await self._source.put_records(networks, instances)
+        except SourceRefused as refusal:
+            return refusal.problems
+        return ()
+
+    async def remove_network(self, network_id: str) -> None:
+        assert await self._source.remove_network(NetworkId(network_id), force=True)
+
+    async def remove_instance(self, instance_id: str) -> None:
+        assert await self._source.remove_instance(InstanceId(instance_id))
+
+    def spoil(self, instance_id: str) -> None:
+        self._execute(
+            "INSERT OR REPLACE INTO instances (id, record) VALUES (?, ?)",
+            (instance_id, '{"id": "'),
+        )
+
+    def claim_twice(self, victim: Instance, thief_id: str) -> None:
+        record = render_instance(replace(victim, id=InstanceId(thief_id)))
+        self._execute(
+            "INSERT OR REPLACE INTO instances (id, record) VALUES (?, ?)",
+            (thief_id, json.dumps(record)),
+        )
+
+    def _execute(self, statement: str, values: tuple[str, ...]) -> None:
+        with closing(sqlite3.connect(self._path)) as connection, connection:
+            connection.execute(statement, values)
+
+
+BACKINGS: Final[dict[str, Callable[[Path], Backing]]] = {
+    "file": FileBacking,
+    "sqlite": SqliteBacking,
+}
+
+
+@pytest.fixture(params=BACKINGS)
+def backing(request: pytest.FixtureRequest, tmp_path: Path) -> Backing:
+    return BACKINGS[str(request.param)](tmp_path)
+
+
+def has(instances: dict[str, Instance]) -> Callable[[Heard], bool]:
+    return lambda heard: dict(heard.inventory.instances) == instances
+
+
+async def fill(backing: Backing, *instances: Instance) -> None:
+    async with running(backing.source()) as heard:
+        assert not await backing.put([N1], instances)
+        await heard.until(has({each.id: each for each in instances}))
+
+
+async def test_an_empty_source_is_in_sync_with_nothing(backing: Backing) -> None:
+    async with running(backing.source()) as heard:
+        (first,) = heard.observations
+        assert first.full
+        assert first.in_sync
+        assert not first.networks
+        assert not first.instances
+        assert not first.problems
+
+
+async def test_the_first_report_is_everything_and_in_sync(backing: Backing) -> None:
+    await fill(backing, A, B)
+    async with running(backing.source()) as heard:
+        first = heard.observations[0]
+        assert first.full
+        assert first.in_sync
+        assert dict(first.networks) == {"n1": N1}
+        assert dict(first.instances) == {"a": A, "b": B}
+        assert first.source == backing.source().name
+
+
+async def test_after_the_first_report_only_changes_are_told(backing: Backing) -> None:
+    await fill(backing, A, B)
+    async with running(backing.source()) as heard:
+        changed = replace(B, user_data=b"new")
+        await backing.put([], [changed])
+        await heard.until(has({"a": A, "b": changed}))
+        assert [each.full for each in heard.observations].count(True) == 1
+        assert all(InstanceId("a") not in each.instances for each in heard.observations[1:])
+
+
+async def test_an_added_record_is_told(backing: Backing) -> None:
+    async with running(backing.source()) as heard:
+        await backing.put([N1], [A])
+        await heard.until(lambda each: each.owners.get("n1/10.0.0.5") == "a")
+        assert heard.owners["n1/fe80::5054:ff:fe00:5"] == "a"
+
+
+async def test_a_changed_network_is_told(backing: Backing) -> None:
+    await fill(backing, A)
+    async with running(backing.source()) as heard:
+        changed = replace(N1, mtu=1400)
+        await backing.put([changed])
+        await heard.until(lambda each: dict(each.inventory.networks) == {"n1": changed})
+
+
+async def test_a_removed_record_is_told(backing: Backing) -> None:
+    await fill(backing, A, B)
+    async with running(backing.source()) as heard:
+        await backing.remove_instance("a")
+        await heard.until(has({"b": B}))
+        await backing.remove_network("n1")
+        await heard.until(lambda each: not each.inventory.networks)
+
+
+async def test_what_is_written_again_unchanged_is_not_told(backing: Backing) -> None:
+    await fill(backing, A)
+    async with running(backing.source()) as heard:
+        await backing.put([N1], [A])
+        await backing.put([], [B])
+        await heard.until(has({"a": A, "b": B}))
+        assert all(InstanceId("a") not in each.instances for each in heard.observations[1:])
+
+
+async def test_a_restart_reports_what_the_run_before_ended_with(backing: Backing) -> None:
+    await fill(backing, A, B)
+    async with running(backing.source()) as heard:
+        await backing.put([N2], [replace(A, ports=(port("n2", "10.0.0.5"),))])
+        await backing.remove_instance("b")
+        await heard.until(lambda each: each.owners == {"n2/10.0.0.5": "a"})
+        networks, instances = dict(heard.inventory.networks), dict(heard.inventory.instances)
+    async with running(backing.source()) as again:
+        assert dict(again.last.networks) == networks
+        assert dict(again.last.instances) == instances
+
+
+async def test_a_record_that_is_garbage_is_refused_alone_and_told(backing: Backing) -> None:
+    await fill(backing, A, B)
+    backing.spoil("b")
+    async with running(backing.source()) as heard:
+        assert heard.observations[0].in_sync
+        assert dict(heard.inventory.instances) == {"a": A}
+        assert heard.last.problems
+        for problem in heard.last.problems:
+            assert problem.file
+            assert problem.field.startswith("instances")
+            assert problem.hint or problem.reason
+
+
+async def test_a_garbage_record_is_told_until_it_is_mended(backing: Backing) -> None:
+    await fill(backing, A)
+    backing.spoil("b")
+    async with running(backing.source()) as heard:
+        await backing.put([], [replace(A, name="other")])
+        await heard.until(lambda each: len(each.observations) > 1)
+        assert heard.last.problems
+        await backing.put([], [B])
+        await heard.until(lambda each: not each.last.problems)
+        assert heard.inventory.instances[InstanceId("b")] == B
+
+
+async def test_a_garbage_record_can_be_removed(backing: Backing) -> None:
+    await fill(backing, A)
+    backing.spoil("b")
+    async with running(backing.source()) as heard:
+        assert heard.last.problems
+        await backing.remove_instance("b")
+        await heard.until(lambda each: not each.last.problems)
+        assert dict(heard.inventory.instances) == {"a": A}
+
+
+async def test_a_newcomer_with_an_address_in_force_is_refused(backing: Backing) -> None:
+    await fill(backing, B)
+    async with running(backing.source()) as heard:
+        thief = replace(A, ports=(port("n1", "10.0.0.7", "10.0.0.6"),))
+        refused = await backing.put([], [thief])
+        await heard.until(lambda each: refused or each.last.problems)
+        (problem,) = refused or heard.last.problems
+        assert problem.field == "instances[0].ports[0].addresses[1]" or problem.field.endswith(
+            ".ports[0].addresses[1]"
+        )
+        assert "10.0.0.6" in problem.reason
+        assert "b" in problem.reason
+        assert heard.owners == {"n1/10.0.0.6": "b"}
+
+
+async def test_two_records_with_one_address_from_the_start_leave_it_to_the_first(
+    backing: Backing,
+) -> None:
+    await fill(backing, A)
+    backing.claim_twice(A, "b")
+    async with running(backing.source()) as heard:
+        assert dict(heard.inventory.instances) == {"a": A}
+        assert any("10.0.0.5" in problem.reason for problem in heard.last.problems)
+
+
+async def test_an_instance_that_moves_to_a_taken_address_keeps_its_own(backing: Backing) -> None:
+    await fill(backing, A, B)
+    async with running(backing.source()) as heard:
+        refused = await backing.put([], [replace(B, ports=A.ports)])
+        await heard.until(lambda each: refused or each.last.problems)
+        assert dict(heard.inventory.instances) == {"a": A, "b": B}
+
+
+async def test_two_instances_that_swap_addresses_at_once_are_in_force_swapped(
+    backing: Backing,
+) -> None:
+    await fill(backing, A, B)
+    swapped = {"a": replace(A, ports=B.ports), "b": replace(B, ports=A.ports)}
+    async with running(backing.source()) as heard:
+        assert not await backing.put([], swapped.values())
+        await heard.until(has(swapped))
+        assert not heard.last.problems
+
+
+async def test_an_address_is_free_again_when_its_instance_goes(backing: Backing) -> None:
+    await fill(backing, A)
+    async with running(backing.source()) as heard:
+        await backing.remove_instance("a")
+        await backing.put([], [replace(A, id=InstanceId("c"))])
+        await heard.until(lambda each: each.owners.get("n1/10.0.0.5") == "c")
+
+
+async def test_user_data_comes_back_byte_for_byte(backing: Backing) -> None:
+    payload = bytes(range(256)) * 100
+    binary, text = replace(A, user_data=payload), replace(B, user_data=b"#cloud-config\r\n\xc3\xa4")
+    await fill(backing, binary, text)
+    async with running(backing.source()) as heard:
+        assert heard.inventory.instances[binary.id].user_data == payload
+        assert heard.inventory.instances[text.id].user_data == text.user_data
+
+
+async def test_a_port_may_be_in_a_network_that_the_source_does_not_have(backing: Backing) -> None:
+    async with running(backing.source()) as heard:
+        assert not await backing.put([], [A])
+        await heard.until(has({"a": A}))
+        assert not heard.owners
+
+
+async def test_a_cancelled_source_leaves_no_thread_and_can_be_run_again(backing: Backing) -> None:
+    await fill(backing, A)
+    # The event loop's own pool stays until it closes; a source's threads are named.
+    async with asyncio.timeout(10):
+        while any(each.name.startswith("imdsproxy") for each in threading.enumerate()):
+            await asyncio.sleep(0.01)
+    await fill(backing, A)
+
+
+async def test_reports_come_in_the_thread_of_the_event_loop(backing: Backing) -> None:
+    threads = set()
+    source = backing.source()
+    done = asyncio.Event()
+
+    def publish(_observation: object) -> None:
+        threads.add(threading.current_thread())
+        done.set()
+
+    task = asyncio.create_task(source.run(publish))
+    await asyncio.wait_for(done.wait(), 10)
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    assert threads == {threading.main_thread()}

@@ -1,0 +1,68 @@
+"""Run a source, and wait for what it reports."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable
+from typing import Final
+
+from imdsproxy.core.inventory import Inventory, Observation
+from imdsproxy.sources.api import Source
+
+__all__ = ["Heard", "running"]
+
+DEADLINE_S: Final = 20.0
+"""Far beyond what anything takes: a test that waits so long has failed."""
+
+
+class Heard:
+    """Everything that a source has reported, folded into an inventory."""
+
+    def __init__(self, source: Source) -> None:
+        self.observations: list[Observation] = []
+        self.inventory = Inventory([source.name])
+        self._news = asyncio.Event()
+
+    def publish(self, observation: Observation) -> None:
+        self.observations.append(observation)
+        self.inventory.observe(observation)
+        self._news.set()
+
+    async def until(self, holds: Callable[[Heard], object]) -> None:
+        """Wait until something holds of what was heard."""
+        async with asyncio.timeout(DEADLINE_S):
+            while not holds(self):
+                self._news.clear()
+                await self._news.wait()
+
+    @property
+    def last(self) -> Observation:
+        return self.observations[-1]
+
+    @property
+    def owners(self) -> dict[str, str]:
+        """Whose each address is: `n1/10.0.0.5`."""
+        return {
+            f"{network}/{address}": str(owner)
+            for (network, address), owner in self.inventory.addresses()
+        }
+
+
+@contextlib.asynccontextmanager
+async def running(source: Source) -> AsyncIterator[Heard]:
+    """The source, running until the block ends, from when it has reported for the first time."""
+    heard = Heard(source)
+    task = asyncio.create_task(source.run(heard.publish))
+    try:
+        waiting = asyncio.create_task(heard.until(lambda each: each.observations))
+        await asyncio.wait((task, waiting), return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            waiting.cancel()
+            task.result()
+        await waiting
+        yield heard
+    finally:
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task

@@ -1,0 +1,128 @@
+from __future__ import annotations
+
+from ipaddress import IPv4Address, IPv6Address, ip_address
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from imdsproxy.core.identity import (
+    Ambiguous,
+    Found,
+    How,
+    Unknown,
+    UnknownReason,
+    identify,
+    link_local_of,
+    mac_of,
+    normalise_address,
+)
+from imdsproxy.core.inventory import Claimant, Inventory
+from imdsproxy.core.model import MacAddress, NetworkId
+from support.record_builders import full, instance, network, port
+from support.record_strategies import ipv4, macs
+
+N1 = NetworkId("n1")
+MAC = MacAddress("52:54:00:12:34:56")
+A = instance("a", "10.0.0.5", mac=MAC, ports=[port("n1", "10.0.0.9")])
+
+
+@pytest.fixture
+def inventory() -> Inventory:
+    made = Inventory()
+    made.observe(full("file", [network("n1"), network("n2", bridge="br1")], [A]))
+    return made
+
+
+@pytest.mark.parametrize(
+    ("address", "number", "how"),
+    [
+        ("10.0.0.5", 0, How.ADDRESS),
+        ("::ffff:10.0.0.5", 0, How.ADDRESS),
+        ("10.0.0.9", 1, How.ADDRESS),
+        ("fe80::5054:ff:fe12:3456", 0, How.EUI64),
+        ("fe80::5054:ff:fe12:3456%eth0", 0, How.EUI64),
+    ],
+)
+def test_a_guest_is_known_by_each_of_its_addresses(
+    inventory: Inventory, address: str, number: int, how: How
+) -> None:
+    assert identify(inventory, N1, ip_address(address)) == Found(A, A.ports[number], how)
+
+
+def test_a_random_link_local_address_is_known_by_the_neighbour_table(inventory: Inventory) -> None:
+    address = ip_address("fe80::1234:5678:9abc:def0")
+    assert identify(inventory, N1, address) == Unknown(UnknownReason.ADDRESS)
+    found = identify(inventory, N1, address, neighbour_mac=MAC)
+    assert found == Found(A, A.ports[0], How.NEIGHBOUR)
+
+
+def test_an_ipv4_link_local_address_is_known_by_the_neighbour_table(inventory: Inventory) -> None:
+    found = identify(inventory, N1, ip_address("169.254.7.7"), neighbour_mac=MAC)
+    assert isinstance(found, Found)
+
+
+def test_an_address_that_may_be_behind_a_router_is_not_known_by_a_mac(
+    inventory: Inventory,
+) -> None:
+    found = identify(inventory, N1, ip_address("10.0.0.77"), neighbour_mac=MAC)
+    assert found == Unknown(UnknownReason.ADDRESS)
+
+
+def test_an_unknown_mac_is_nobody(inventory: Inventory) -> None:
+    found = identify(
+        inventory, N1, ip_address("fe80::1"), neighbour_mac=MacAddress("52:54:00:00:00:01")
+    )
+    assert found == Unknown(UnknownReason.MAC)
+
+
+def test_the_same_address_in_another_network_is_nobody(inventory: Inventory) -> None:
+    assert identify(inventory, NetworkId("n2"), ip_address("10.0.0.5")) == Unknown(
+        UnknownReason.ADDRESS
+    )
+
+
+def test_a_network_nobody_told_of_is_unknown(inventory: Inventory) -> None:
+    assert identify(inventory, NetworkId("n9"), ip_address("10.0.0.5")) == Unknown(
+        UnknownReason.NETWORK
+    )
+
+
+@pytest.mark.parametrize("address", ["10.0.0.5", "fe80::5054:ff:fe12:3456", "fe80::99"])
+def test_two_claimants_are_never_guessed_between(inventory: Inventory, address: str) -> None:
+    inventory.observe(full("sqlite", [], [instance("b", "10.0.0.5", mac=MAC)]))
+    found = identify(inventory, N1, ip_address(address), neighbour_mac=MAC)
+    assert found == Ambiguous((Claimant("file", "a"), Claimant("sqlite", "b")))
+
+
+@given(macs)
+def test_a_mac_comes_back_from_its_link_local_address(mac: MacAddress) -> None:
+    address = link_local_of(mac)
+    assert address.is_link_local
+    assert mac_of(address) == mac
+
+
+@given(st.integers(0, 2**128 - 1).map(IPv6Address))
+def test_no_mac_is_seen_where_there_is_none(address: IPv6Address) -> None:
+    mac = mac_of(address)
+    assert mac is None or link_local_of(mac) == address
+
+
+def test_the_example_of_rfc_4291_appendix_a() -> None:
+    # 34-56-78-9A-BC-DE gives the interface identifier 3656:78FF:FE9A:BCDE.
+    assert link_local_of(MacAddress("34:56:78:9a:bc:de")) == ip_address("fe80::3656:78ff:fe9a:bcde")
+
+
+def test_an_ipv4_address_has_no_mac() -> None:
+    assert mac_of(ip_address("10.0.0.5")) is None
+
+
+@given(ipv4)
+def test_a_mapped_address_is_the_ipv4_one(address: IPv4Address) -> None:
+    assert normalise_address(IPv6Address(f"::ffff:{address}")) == address
+    assert normalise_address(address) == address
+
+
+def test_an_ordinary_ipv6_address_stays() -> None:
+    address = IPv6Address("2001:db8::5")
+    assert normalise_address(address) is address

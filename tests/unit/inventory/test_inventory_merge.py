@@ -1,0 +1,223 @@
+from __future__ import annotations
+
+import time
+
+from imdsproxy.core.inventory import Claimant, Conflict, ConflictKind, Inventory, Observation
+from imdsproxy.core.model import BridgeListener, InstanceId, MacAddress, Network, NetworkId
+from imdsproxy.errors import Problem
+from support.record_builders import full, instance, key, network, port
+
+N1 = NetworkId("n1")
+MAC = "52:54:00:12:34:56"
+LINK_LOCAL = "fe80::5054:ff:fe12:3456"
+
+
+def loaded(*observations: Observation) -> Inventory:
+    inventory = Inventory()
+    for observation in observations:
+        inventory.observe(observation)
+    return inventory
+
+
+def test_an_instance_owns_its_addresses_and_the_link_local_one_of_its_mac() -> None:
+    inventory = loaded(full("file", [network("n1")], [instance("a", "10.0.0.5", mac=MAC)]))
+    assert dict(inventory.addresses()) == {
+        key("n1", "10.0.0.5"): "a",
+        key("n1", LINK_LOCAL): "a",
+    }
+    assert inventory.instances_with_mac(N1, MacAddress(MAC)) == {"a"}
+    assert inventory.instances_in(N1) == {"a"}
+
+
+def test_the_same_address_in_two_networks_has_two_owners() -> None:
+    a, b = instance("a", "10.0.0.5"), instance("b", ports=[port("n2", "10.0.0.5")])
+    inventory = loaded(full("file", [network("n1"), network("n2", bridge="br1")], [a, b]))
+    assert inventory.owner(key("n1", "10.0.0.5")) == "a"
+    assert inventory.owner(key("n2", "10.0.0.5")) == "b"
+    assert not inventory.conflicts()
+
+
+def test_the_same_record_in_two_sources_is_no_conflict() -> None:
+    one = full("file", [network("n1")], [instance("a", "10.0.0.5")])
+    inventory = loaded(one, full("sqlite", one.networks.values(), one.instances.values()))
+    assert not inventory.conflicts()
+    assert inventory.owner(key("n1", "10.0.0.5")) == "a"
+    assert inventory.sources_of_instance(InstanceId("a")) == ("file", "sqlite")
+
+
+def test_two_versions_of_an_instance_contest_every_address_of_either() -> None:
+    inventory = loaded(
+        full("file", [network("n1")], [instance("a", "10.0.0.5")]),
+        full("sqlite", [], [instance("a", "10.0.0.6")]),
+    )
+    wanted = Conflict(ConflictKind.INSTANCE, "a", (Claimant("file", "a"), Claimant("sqlite", "a")))
+    assert inventory.owner(key("n1", "10.0.0.5")) == wanted
+    assert inventory.owner(key("n1", "10.0.0.6")) == wanted
+    assert inventory.conflicts() == (wanted,)
+    assert InstanceId("a") not in inventory.instances
+
+
+def test_a_conflict_ends_when_one_source_gives_way() -> None:
+    inventory = loaded(
+        full("file", [network("n1")], [instance("a", "10.0.0.5")]),
+        full("sqlite", [], [instance("a", "10.0.0.6")]),
+    )
+    affected = inventory.observe(Observation("sqlite", instances_removed=[InstanceId("a")]))
+    assert affected.addresses == {key("n1", "10.0.0.5"), key("n1", "10.0.0.6")}
+    assert dict(inventory.addresses()) == {key("n1", "10.0.0.5"): "a"}
+    assert not inventory.problems()
+
+
+def test_an_address_of_two_instances_is_contested_and_their_others_are_not() -> None:
+    a = instance("a", "10.0.0.5", "10.0.0.6")
+    b = instance("b", "10.0.0.5", "10.0.0.7")
+    inventory = loaded(full("file", [network("n1")], [a]), full("sqlite", [], [b]))
+    wanted = Conflict(
+        ConflictKind.ADDRESS, "n1/10.0.0.5", (Claimant("file", "a"), Claimant("sqlite", "b"))
+    )
+    assert dict(inventory.addresses()) == {
+        key("n1", "10.0.0.5"): wanted,
+        key("n1", "10.0.0.6"): "a",
+        key("n1", "10.0.0.7"): "b",
+    }
+    assert inventory.instances.keys() == {"a", "b"}
+
+
+def test_one_mac_on_two_instances_contests_its_link_local_address() -> None:
+    inventory = loaded(
+        full(
+            "file",
+            [network("n1")],
+            [instance("a", "10.0.0.5", mac=MAC), instance("b", "10.0.0.6", mac=MAC)],
+        )
+    )
+    assert isinstance(inventory.owner(key("n1", LINK_LOCAL)), Conflict)
+    assert inventory.owner(key("n1", "10.0.0.5")) == "a"
+    assert inventory.instances_with_mac(N1, MacAddress(MAC)) == {"a", "b"}
+
+
+def test_a_port_of_an_unknown_network_claims_nothing_until_the_network_comes() -> None:
+    inventory = loaded(full("file", [], [instance("a", "10.0.0.5", mac=MAC)]))
+    assert not dict(inventory.addresses())
+    assert not inventory.instances_with_mac(N1, MacAddress(MAC))
+    assert [problem.field for problem in inventory.problems()] == ["instances.a.ports"]
+    affected = inventory.observe(Observation("sqlite", networks={N1: network("n1")}))
+    assert affected.networks == {"n1"}
+    assert affected.instances == {"a"}
+    assert affected.addresses == {key("n1", "10.0.0.5"), key("n1", LINK_LOCAL)}
+    assert inventory.owner(key("n1", "10.0.0.5")) == "a"
+    assert not inventory.problems()
+
+
+def test_sources_that_differ_on_a_network_but_not_its_listener_keep_it_bare() -> None:
+    inventory = loaded(
+        full("file", [network("n1", mtu=1400)], [instance("a", "10.0.0.5")]),
+        full("sqlite", [network("n1", mtu=1500)]),
+    )
+    assert inventory.networks[N1] == Network(N1, BridgeListener("br0"))
+    owner = inventory.owner(key("n1", "10.0.0.5"))
+    assert isinstance(owner, Conflict)
+    assert owner.kind is ConflictKind.NETWORK
+
+
+def test_sources_that_differ_on_a_listener_leave_the_network_without_one() -> None:
+    inventory = loaded(
+        full("file", [network("n1")], [instance("a", "10.0.0.5")]),
+        full("sqlite", [network("n1", bridge="br1")]),
+    )
+    assert N1 not in inventory.networks
+    assert inventory.knows(N1)
+    assert isinstance(inventory.owner(key("n1", "10.0.0.5")), Conflict)
+
+
+def test_conflicts_and_refused_records_are_problems() -> None:
+    refused = Problem("instances[0].id", "is empty", file="x.yaml", line=3)
+    inventory = loaded(
+        full("file", [network("n1")], [instance("a", "10.0.0.5")]),
+        full("sqlite", [], [instance("b", "10.0.0.5")]),
+        Observation("file", problems=(refused,)),
+    )
+    problems = inventory.problems()
+    assert refused in problems
+    assert any("a (file), b (sqlite)" in problem.reason for problem in problems)
+
+
+def test_a_changed_instance_affects_its_old_and_its_new_addresses() -> None:
+    inventory = loaded(full("file", [network("n1")], [instance("a", "10.0.0.5")]))
+    affected = inventory.observe(
+        Observation("file", instances={InstanceId("a"): instance("a", "10.0.0.6")})
+    )
+    assert affected.addresses == {key("n1", "10.0.0.5"), key("n1", "10.0.0.6")}
+    assert affected.instances == {"a"}
+    assert not affected.networks
+
+
+def test_a_changed_network_affects_the_documents_of_all_in_it_wherever_else_they_are() -> None:
+    both = instance("a", "10.0.0.5", ports=[port("n2", "10.9.0.5")])
+    inventory = loaded(
+        full("file", [network("n1"), network("n2", bridge="br1")], [both, instance("b")])
+    )
+    affected = inventory.observe(Observation("file", networks={N1: network("n1", mtu=1400)}))
+    assert affected.networks == {"n1"}
+    assert affected.instances == {"a"}
+    assert affected.addresses == {key("n1", "10.0.0.5"), key("n2", "10.9.0.5")}
+
+
+def test_what_says_nothing_new_affects_nothing() -> None:
+    observation = full("file", [network("n1")], [instance("a", "10.0.0.5")])
+    inventory = loaded(observation)
+    assert not inventory.observe(full("file", [network("n1")], [instance("a", "10.0.0.5")]))
+
+
+def test_a_full_observation_removes_what_it_does_not_name() -> None:
+    inventory = loaded(
+        full("file", [network("n1")], [instance("a", "10.0.0.5"), instance("b", "10.0.0.6")])
+    )
+    affected = inventory.observe(full("file", [network("n1")], [instance("b", "10.0.0.6")]))
+    assert affected.instances == {"a"}
+    assert dict(inventory.addresses()) == {key("n1", "10.0.0.6"): "b"}
+
+
+def test_it_is_in_sync_when_every_expected_source_is() -> None:
+    inventory = Inventory(["file", "sqlite"])
+    steps = [full("file"), full("sqlite"), Observation("file", in_sync=False)]
+    told = [(inventory.observe(step).in_sync, inventory.in_sync) for step in steps]
+    assert told == [(False, False), (True, True), (True, False)]
+    assert inventory.sources == {"file": False, "sqlite": True}
+
+
+def test_without_any_source_it_is_not_in_sync() -> None:
+    assert not Inventory().in_sync
+
+
+def test_a_forgotten_source_takes_its_records_along_and_is_not_waited_for() -> None:
+    inventory = Inventory(["file", "sqlite"])
+    inventory.observe(full("file", [network("n1")]))
+    inventory.observe(
+        Observation("sqlite", instances={InstanceId("a"): instance("a", "10.0.0.5")}, in_sync=False)
+    )
+    affected = inventory.forget("sqlite")
+    assert affected.addresses == {key("n1", "10.0.0.5")}
+    assert affected.in_sync
+    assert not dict(inventory.addresses())
+    assert inventory.in_sync
+
+
+def _seconds_of_a_change(inventory: Inventory, size: int) -> float:
+    best = 1.0
+    for turn in range(20):
+        moved = instance("i0", f"10.200.0.{turn + 1}")
+        begin = time.perf_counter()
+        affected = inventory.observe(Observation("file", instances={moved.id: moved}))
+        best = min(best, time.perf_counter() - begin)
+        assert len(affected.addresses) <= 2, size
+    return best
+
+
+def test_a_change_costs_the_same_in_a_large_inventory_as_in_a_small_one() -> None:
+    best = {}
+    for size in (10, 20_000):
+        every = [instance(f"i{n}", f"10.{n >> 16}.{n >> 8 & 255}.{n & 255}") for n in range(size)]
+        best[size] = _seconds_of_a_change(loaded(full("file", [network("n1")], every)), size)
+    # A scan of 20,000 would take some thousand times as long as one of 10.
+    assert best[20_000] < 20 * best[10] + 0.0005

@@ -1,0 +1,174 @@
+from __future__ import annotations
+
+import pytest
+
+from imdsproxy.core.records import render_path
+from imdsproxy.sources.strict_json import decode_json
+from imdsproxy.sources.strict_yaml import Decoded, Undecodable, decode_yaml
+
+
+def decoded(text: str) -> Decoded:
+    found = decode_yaml(text)
+    assert isinstance(found, Decoded), found
+    return found
+
+
+def refused(text: str) -> Undecodable:
+    found = decode_yaml(text)
+    assert isinstance(found, Undecodable), found
+    return found
+
+
+@pytest.mark.parametrize(
+    ("plain", "value"),
+    [
+        ("52:54:00:12:34:56", "52:54:00:12:34:56"),
+        ("10:20:30:40:50:51", "10:20:30:40:50:51"),
+        ("no", "no"),
+        ("on", "on"),
+        ("Yes", "Yes"),
+        ("true", True),
+        ("False", False),
+        ("0123", "0123"),
+        ("1_000", "1_000"),
+        ("0", 0),
+        ("-7", -7),
+        ("0x10", 16),
+        ("0o17", 15),
+        ("1.10", 1.1),
+        ("1e3", 1000.0),
+        ("1.", 1.0),
+        (".5", 0.5),
+        ("2024-01-01", "2024-01-01"),
+        ("~", None),
+        ("null", None),
+        ("", None),
+        ("'7'", "7"),
+        ("!!str 7", "7"),
+        ("!!binary H4sA/w==", b"\x1f\x8b\x00\xff"),
+        ("=", "="),
+        ("9" * 400, "9" * 400),
+    ],
+)
+def test_a_plain_word_is_what_it_looks_like(plain: str, value: object) -> None:
+    found = decoded(f"a: {plain}")
+    assert found.value == {"a": value}
+    assert not found.faults
+
+
+def test_infinity_and_nan_are_numbers() -> None:
+    assert decoded("[.inf, -.inf]").value == [float("inf"), float("-inf")]
+    assert str(decoded(".nan").value) == "nan"
+
+
+@pytest.mark.parametrize("decode", [decode_yaml, decode_json])
+def test_a_duplicate_key_is_told_with_its_path_and_line(decode: object) -> None:
+    assert callable(decode)
+    text = '{"a": 1,\n "b": [0, {"c": 1,\n"c": 2}]}'
+    found = decode(text)
+    assert isinstance(found, Decoded)
+    assert found.value == {"a": 1, "b": [0, {"c": 1}]}
+    assert [(render_path(fault.path), fault.line) for fault in found.faults] == [("b[1].c", 3)]
+
+
+@pytest.mark.parametrize("decode", [decode_yaml, decode_json])
+def test_every_part_knows_its_line(decode: object) -> None:
+    assert callable(decode)
+    found = decode('{"a":\n {"b": [1,\n2]},\n\n"c": 3}')
+    assert isinstance(found, Decoded)
+    lines = {
+        path: found.line_of(path)
+        for path in [(), ("a",), ("a", "b"), ("a", "b", 0), ("a", "b", 1), ("c",)]
+    }
+    assert lines == {(): 1, ("a",): 1, ("a", "b"): 2, ("a", "b", 0): 2, ("a", "b", 1): 3, ("c",): 5}
+    assert found.line_of(("a", "b", 7)) == 2
+    assert found.line_of(("a", "missing", "x")) == 1
+    assert found.line_of(("c", "x", 0)) == 5
+
+
+def test_a_merge_key_is_refused_and_an_alias_is_not() -> None:
+    found = decoded("x: &x {a: 1}\ny:\n  <<: *x\nz: *x\n")
+    assert [render_path(fault.path) for fault in found.faults] == ['y["<<"]']
+    assert found.value == {"x": {"a": 1}, "y": {}, "z": {"a": 1}}
+
+
+@pytest.mark.parametrize("tag", ["!!python/object:os.system", "!!set", "!mine", "!!timestamp"])
+def test_an_unknown_tag_is_told(tag: str) -> None:
+    assert decoded(f"a: {tag} {{}}").faults or decoded(f"a: {tag} x").faults
+
+
+@pytest.mark.parametrize("text", ["!!int x", "!!bool no", "!!float x", "!!binary H4s"])
+def test_a_tag_that_its_word_does_not_fit_is_told(text: str) -> None:
+    assert decoded(f"a: {text}").faults
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("a: 1\nb: [1, 2\nc: 3\n", 3),
+        ("a: 1\n\tb: 2\n", 2),
+        ("a: 1\n---\nb: 2\n", 2),
+        ("a: *nobody\n", 1),
+        ("a: 1\nb: \x01\n", 2),
+        ("a: 'x\n", 2),
+    ],
+)
+def test_what_is_no_yaml_is_told_with_its_line(text: str, line: int) -> None:
+    found = refused(text)
+    assert found.line is not None
+    assert abs(found.line - line) <= 1
+    assert "not YAML" in found.reason
+
+
+def test_an_alias_inside_itself_is_refused() -> None:
+    refused("a: &a [*a]\n")
+
+
+def test_aliases_of_aliases_are_refused_before_they_fill_the_memory() -> None:
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 12)]
+    assert "aliases" in refused("\n".join(lines)).reason
+
+
+@pytest.mark.parametrize("depth", [200, 5000])
+def test_nesting_without_end_is_refused(depth: int) -> None:
+    refused("[" * depth + "]" * depth)
+    refused("- " * depth + "x")
+    assert isinstance(decode_json("[" * depth + "]" * depth), Undecodable)
+    assert isinstance(decode_json('{"a":' * depth + "1" + "}" * depth), Undecodable)
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ('{"a": 1,\n}', 2),
+        ("[1,\n2", 2),
+        ('{"a" 1}', 1),
+        ("{a: 1}", 1),
+        ("[1 2]", 1),
+        ('["\n"]', 1),
+        ('["\\ud8"]', 1),
+        ("tru", 1),
+        ("01", 1),
+        ("1\n2", 2),
+        ("NaN", 1),
+        ("{", 1),
+        ("[", 1),
+        ('"a', 1),
+    ],
+)
+def test_what_is_no_json_is_told_with_its_line(text: str, line: int) -> None:
+    found = decode_json(text)
+    assert isinstance(found, Undecodable)
+    assert found.line == line
+    assert "not JSON" in found.reason
+
+
+@pytest.mark.parametrize("decode", [decode_yaml, decode_json])
+@pytest.mark.parametrize("text", ["", " \n\n"])
+def test_an_empty_text_is_nothing(decode: object, text: str) -> None:
+    assert callable(decode)
+    found = decode(text)
+    assert isinstance(found, Decoded)
+    assert found.value is None
+    assert found.line_of(("a",)) is None
