@@ -14,9 +14,10 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from ipaddress import IPv6Address, ip_address
+from pathlib import Path
 from typing import Final, Self, TypeVar
 
-from imdsproxy.host.namespaces import NamespaceDirectory, NamespaceThread
+from imdsproxy.host.namespaces import DEFAULT_DIRECTORY, NamespaceDirectory, NamespaceThread
 
 __all__ = [
     "IPV4",
@@ -37,21 +38,20 @@ IPV4: Final = "169.254.169.254"
 IPV6: Final = "fe80::a9fe:a9fe"
 _PORT: Final = 80
 _TIMEOUT_S: Final = 10.0
-_DIRECTORY: Final = NamespaceDirectory()
 
 
 class Lost(Exception):
     """A request that got no complete answer: refused, cut off, or not in time."""
 
 
-def inside(namespace: str, work: Callable[[], T]) -> T:
+def inside(namespace: str, work: Callable[[], T], *, directory: Path = DEFAULT_DIRECTORY) -> T:
     """Do something in a namespace, in a thread of its own."""
     with ThreadPoolExecutor(1) as pool:
-        return pool.submit(_enter, namespace, work).result()
+        return pool.submit(_enter, directory, namespace, work).result()
 
 
-def _enter(namespace: str, work: Callable[[], T]) -> T:
-    with contextlib.closing(NamespaceThread(_DIRECTORY)) as thread:
+def _enter(directory: Path, namespace: str, work: Callable[[], T]) -> T:
+    with contextlib.closing(NamespaceThread(NamespaceDirectory(directory))) as thread:
         found = thread.enter(namespace, lambda _: (work(),))
         assert found is not None, f"there is no namespace {namespace}"
         return found[0]
@@ -189,6 +189,7 @@ class Guest:
     Attributes:
         network: The id of its network, as the records have it.
         addresses: Its own, the first IPv4 and the first global IPv6 one.
+        directory: Where its namespace is; another place than this host's for a guest of a machine.
     """
 
     name: str
@@ -197,6 +198,7 @@ class Guest:
     mac: str
     addresses: tuple[str, ...]
     device: str = "eth0"
+    directory: Path = DEFAULT_DIRECTORY
 
     @property
     def link_local(self) -> str:
@@ -210,7 +212,7 @@ class Guest:
         Raises:
             Lost: Nobody takes it.
         """
-        sock, scope = inside(self.namespace, lambda: self._socket(to))
+        sock, scope = inside(self.namespace, lambda: self._socket(to), directory=self.directory)
         sock.settimeout(timeout_s)
         try:
             if source is not None:

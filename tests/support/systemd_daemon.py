@@ -83,9 +83,8 @@ link set eth0 up
 route add 169.254.169.254/32 dev eth0
 """
         self.machine.run("ip", "-n", f"guest-{name}", "-batch", "-", text=batch)
-        # By its whole path: among this host's namespaces it is not.
-        place = self.machine.root / f"run/netns/guest-{name}"
-        return Guest(name, str(place), name, mac, ("10.0.0.11",))
+        place = self.machine.root / "run/netns"
+        return Guest(name, f"guest-{name}", name, mac, ("10.0.0.11",), directory=place)
 
     def plug_in_behind_a_bridge(self, name: str, mac: str) -> Guest:
         """A guest on a bridge of the machine, which has no namespace for the network."""

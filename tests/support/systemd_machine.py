@@ -110,7 +110,12 @@ class Machine:
     def arguments(self, *command: str) -> list[str]:
         """The command line that runs a command inside."""
         enter = f"--target={self.init}"
-        environment = ("env", "-i", "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin", "LANG=C.UTF-8")
+        environment = (
+            "env",
+            "-i",
+            "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin",
+            "LANG=C.UTF-8",
+        )
         kinds = ("--mount", "--uts", "--ipc", "--net", "--pid", "--cgroup", "--root", "--wdns=/")
         return ["/usr/bin/nsenter", enter, *kinds, "--", *environment, *command]
 
@@ -185,8 +190,10 @@ def systemd_machine(work: Path) -> Iterator[Machine]:
     namespaces = ("--pid", "--mount", "--uts", "--ipc", "--net", "--fork", "--kill-child")
     with output.open("wb") as sink:
         outer = subprocess.Popen(
-            ["/usr/bin/unshare", *namespaces, "/bin/sh", "-c", _SET_UP, "sh"]
-            + [str(work), sys.base_prefix, str(REPOSITORY), group],
+            [
+                *("/usr/bin/unshare", *namespaces, "/bin/sh", "-c", _SET_UP, "sh"),
+                *(str(work), sys.base_prefix, str(REPOSITORY), group),
+            ],
             stdin=subprocess.DEVNULL,
             stdout=sink,
             stderr=sink,
@@ -196,7 +203,9 @@ def systemd_machine(work: Path) -> Iterator[Machine]:
         init = _wait_for_init(outer, output)
         machine = Machine(init)
         until(
-            lambda: _settled(machine, outer, output), within_s=BOOT_DEADLINE_S, what="systemd's boot"
+            lambda: _settled(machine, outer, output),
+            within_s=BOOT_DEADLINE_S,
+            what="systemd's boot",
         )
         yield machine
     finally:
@@ -216,7 +225,9 @@ def _wait_for_init(outer: subprocess.Popen[bytes], output: Path) -> int:
     def executed() -> bool:
         assert outer.poll() is None, f"no machine: {output.read_text(errors='replace')}"
         children = Path(f"/proc/{outer.pid}/task/{outer.pid}/children").read_text().split()
-        found[:] = [int(pid) for pid in children if Path(f"/proc/{pid}/exe").readlink() == Path(_INIT)]
+        found[:] = [
+            int(pid) for pid in children if Path(f"/proc/{pid}/exe").readlink() == Path(_INIT)
+        ]
         return bool(found)
 
     until(executed, within_s=BOOT_DEADLINE_S, what="systemd's start")

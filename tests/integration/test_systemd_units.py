@@ -1,0 +1,295 @@
+"""The three units under a real systemd: who brings up whom, and what survives what."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+import pytest
+
+from support.guest import Guest, Load, Lost, Reply
+from support.systemd_daemon import CONTROLLER, DOCUMENTS, HAPROXY, UNITS, UnitDaemon, own_user_data
+from support.systemd_machine import systemd_machine, until
+
+pytestmark = [pytest.mark.root, pytest.mark.slow]
+
+_USER_DATA: Final = "/latest/user-data"
+_STRANGER: Final = "10.0.0.99"
+
+
+@pytest.fixture
+def daemon(tmp_path: Path) -> Iterator[UnitDaemon]:
+    """Installed and started, every guest served."""
+    work = tmp_path / "machine"
+    work.mkdir()
+    with systemd_machine(work) as machine:
+        daemon = UnitDaemon(machine)
+        try:
+            daemon.install()
+            daemon.plug_in()
+            daemon.start()
+            yield daemon
+        except BaseException:
+            print(machine.journal())  # noqa: T201 - pytest shows it of a test that failed
+            raise
+
+
+def load(daemon: UnitDaemon) -> Load:
+    return Load(daemon.guests, _USER_DATA, own_user_data, connections=2)
+
+
+def serves(guest: Guest) -> bool:
+    try:
+        return own_user_data(guest, guest.ask(_USER_DATA, timeout_s=1)) is None
+    except Lost:
+        return False
+
+
+def read_everything(guest: Guest) -> dict[str, Reply]:
+    """Every document that the listings lead to, of all dialects."""
+    found: dict[str, Reply] = {}
+    waiting = ["/latest/", "/openstack/latest/", "/nocloud/"]
+    while waiting:
+        path = waiting.pop()
+        reply = guest.ask(path)
+        found[path] = reply
+        if path.endswith("/") and reply.status == 200:
+            names = [line.partition("=")[0] for line in reply.text.splitlines()]
+            waiting += [path + name for name in names if name and path + name not in found]
+    found["/nocloud/meta-data"] = guest.ask("/nocloud/meta-data")
+    found["/nocloud/user-data"] = guest.ask("/nocloud/user-data")
+    return found
+
+
+def test_starting_the_controller_brings_up_all_three_units(daemon: UnitDaemon) -> None:
+    assert daemon.active() == dict.fromkeys(UNITS, "active")
+    assert all(serves(guest) for guest in daemon.guests)
+    controller, haproxy, documents = daemon.pids()
+    status = daemon.status()
+    assert status["controller"] == controller
+    assert status["haproxy"]["master"] == haproxy
+    assert status["documents"]["pids"][0] == documents
+    assert [daemon.machine.unit(unit, "NRestarts") for unit in UNITS] == ["0", "0", "0"]
+    assert daemon.machine.run("systemctl", "--failed", "--quiet") == ""
+
+
+def test_restarting_the_controller_loses_no_request(daemon: UnitDaemon) -> None:
+    before = daemon.pids()
+    with load(daemon) as running:
+        running.wait_answers(200)
+        daemon.machine.run("systemctl", "restart", CONTROLLER)
+        running.wait_answers(200)
+    after = daemon.pids()
+    assert running.report.lost == []
+    assert after[0] != before[0]
+    assert after[1:] == before[1:]
+
+
+def test_killing_the_controllers_whole_control_group_loses_no_request(daemon: UnitDaemon) -> None:
+    before = daemon.pids()
+    with load(daemon) as running:
+        running.wait_answers(200)
+        daemon.machine.run("systemctl", "kill", "--signal=KILL", CONTROLLER)
+        until(
+            lambda: daemon.machine.main_pid(CONTROLLER) not in (0, before[0]),
+            within_s=20,
+            what="another controller",
+        )
+        daemon.wait_active()
+        running.wait_answers(200)
+    assert running.report.lost == []
+    assert daemon.pids()[1:] == before[1:]
+    assert daemon.status()["readiness"]["ready"] is True
+
+
+def test_without_a_controller_guests_read_every_document(daemon: UnitDaemon) -> None:
+    _, haproxy, _ = daemon.pids()
+    with load(daemon) as running:
+        running.wait_answers(50)
+        daemon.machine.run("systemctl", "stop", CONTROLLER)
+        running.wait_answers(200)
+        documents = read_everything(daemon.guests[0])
+    assert running.report.lost == []
+    assert daemon.active() == {CONTROLLER: "inactive", HAPROXY: "active", DOCUMENTS: "active"}
+    assert daemon.machine.main_pid(HAPROXY) == haproxy
+    assert {path: reply.status for path, reply in documents.items() if reply.status != 200} == {}
+    assert "/latest/meta-data/instance-id" in documents
+    assert daemon.guests[0].name in documents["/openstack/latest/meta_data.json"].text
+
+
+def test_without_a_controller_a_stranger_is_told_to_try_again(daemon: UnitDaemon) -> None:
+    guest = daemon.guests[0]
+    daemon.inside(guest.namespace, "ip", "addr", "add", f"{_STRANGER}/24", "dev", "eth0")
+    daemon.machine.run("systemctl", "stop", CONTROLLER)
+
+    reply = guest.ask(_USER_DATA, source=_STRANGER)
+
+    assert reply.status == 503
+    assert reply.headers["retry-after"] == "1"
+
+
+def test_haproxy_comes_back_by_itself_while_the_controller_is_stopped(daemon: UnitDaemon) -> None:
+    daemon.machine.run("systemctl", "stop", CONTROLLER)
+    before = daemon.machine.main_pid(HAPROXY)
+
+    daemon.machine.run("kill", "-KILL", str(before))
+    until(
+        lambda: daemon.machine.main_pid(HAPROXY) not in (0, before),
+        within_s=5,
+        what="another HAProxy",
+    )
+    for guest in daemon.guests:
+        until(lambda guest=guest: serves(guest), within_s=5, what="documents")  # type: ignore[misc] # bound now
+
+    daemon.machine.run("systemctl", "start", CONTROLLER)
+    assert daemon.status()["haproxy"]["master"] == daemon.machine.main_pid(HAPROXY)
+    assert all(serves(guest) for guest in daemon.guests)
+
+
+def test_killed_haproxy_serves_again_within_a_second(daemon: UnitDaemon) -> None:
+    guest = daemon.guests[0]
+    _, haproxy, _ = daemon.pids()
+
+    began = time.monotonic()
+    daemon.machine.run("kill", "-KILL", str(haproxy))
+    until(
+        lambda: serves(guest) and daemon.machine.main_pid(HAPROXY) != haproxy,
+        within_s=5,
+        what="an answer",
+    )
+
+    assert time.monotonic() - began < 1.0
+    assert daemon.active() == dict.fromkeys(UNITS, "active")
+
+
+def test_the_document_server_comes_back_by_itself_while_the_controller_is_stopped(
+    daemon: UnitDaemon,
+) -> None:
+    daemon.machine.run("systemctl", "stop", CONTROLLER)
+    before = daemon.machine.main_pid(DOCUMENTS)
+
+    daemon.machine.run("systemctl", "kill", "--signal=KILL", DOCUMENTS)
+    until(
+        lambda: daemon.machine.main_pid(DOCUMENTS) not in (0, before),
+        within_s=10,
+        what="another document server",
+    )
+    daemon.wait_active(DOCUMENTS)
+
+    guest = daemon.guests[0]
+    # Never read before, so not from HAProxy's cache.
+    until(lambda: guest.ask("/nocloud/meta-data").status == 200, within_s=10, what="a document")
+
+
+def test_reloading_the_document_server_keeps_its_process_and_every_request(
+    daemon: UnitDaemon,
+) -> None:
+    before, workers = daemon.pids(), daemon.status()["documents"]["pids"][1:]
+    # random_seed is fresh in every answer, so each of these is answered by a worker.
+    with Load(daemon.guests, "/openstack/latest/meta_data.json", _named, connections=2) as running:
+        running.wait_answers(100)
+        daemon.machine.run("systemctl", "reload", DOCUMENTS)
+        running.wait_answers(100)
+    assert running.report.lost == []
+    assert daemon.pids() == before
+    assert set(daemon.status()["documents"]["pids"][1:]).isdisjoint(workers)
+
+
+def _named(guest: Guest, reply: Reply) -> str | None:
+    right = reply.status == 200 and f'"{guest.name}"' in reply.text
+    return None if right else f"{guest.name}: {reply.status} {reply.body[:80]!r}"
+
+
+def test_reload_takes_over_settings_and_keeps_haproxys_master(daemon: UnitDaemon) -> None:
+    before = daemon.pids()
+    with load(daemon) as running:
+        running.wait_answers(50)
+        settings = "haproxy: {maxconn_per_network: 77}\n"
+        daemon.machine.write("/etc/imdsproxy/conf.d/test.yaml", settings)
+        daemon.machine.run("systemctl", "reload", CONTROLLER)
+        until(
+            lambda: "maxconn 77" in daemon.machine.run("cat", "/run/imdsproxy/haproxy.cfg"),
+            within_s=5,
+            what="the new limit in HAProxy's configuration",
+        )
+        running.wait_answers(50)
+    assert running.report.lost == []
+    assert daemon.pids() == before
+
+
+def test_a_broken_file_fails_the_reload_and_changes_nothing(daemon: UnitDaemon) -> None:
+    before, config = daemon.pids(), daemon.machine.run("cat", "/run/imdsproxy/haproxy.cfg")
+    daemon.machine.write("/etc/imdsproxy/conf.d/test.yaml", "haproxy: {maxcon: 77}\n")
+
+    status, _ = daemon.machine.attempt("systemctl", "reload", CONTROLLER)
+
+    assert status != 0
+    assert "haproxy.maxcon" in daemon.machine.journal(CONTROLLER)
+    assert daemon.active() == dict.fromkeys(UNITS, "active")
+    assert daemon.pids() == before
+    assert daemon.machine.run("cat", "/run/imdsproxy/haproxy.cfg") == config
+
+
+def test_settings_that_are_wrong_at_the_start_leave_a_failed_unit_and_no_loop(
+    daemon: UnitDaemon,
+) -> None:
+    daemon.machine.run("systemctl", "stop", CONTROLLER)
+    daemon.machine.write("/etc/imdsproxy/conf.d/test.yaml", "haproxy: {maxcon: 77}\n")
+
+    status, _ = daemon.machine.attempt("systemctl", "start", CONTROLLER)
+
+    assert status != 0
+    assert daemon.active()[CONTROLLER] == "failed"
+    assert daemon.machine.unit(CONTROLLER, "ExecMainStatus") == "78"
+    assert all(serves(guest) for guest in daemon.guests)
+
+
+def test_reloading_haproxys_unit_by_hand_keeps_its_master_and_the_controller_notices(
+    daemon: UnitDaemon,
+) -> None:
+    before, worker = daemon.pids(), daemon.status()["haproxy"]["worker"]
+    with load(daemon) as running:
+        running.wait_answers(50)
+        daemon.machine.run("systemctl", "reload", HAPROXY)
+        until(
+            lambda: daemon.status()["haproxy"]["worker"] != worker, within_s=10, what="a new worker"
+        )
+        running.wait_answers(50)
+    assert running.report.lost == []
+    assert daemon.pids() == before
+
+
+def test_stop_ends_the_controller_for_good_and_keeps_the_data_plane(daemon: UnitDaemon) -> None:
+    before = daemon.pids()
+    daemon.command("stop")
+    until(lambda: daemon.active()[CONTROLLER] == "inactive", within_s=10, what="its end")
+    assert daemon.active() == {CONTROLLER: "inactive", HAPROXY: "active", DOCUMENTS: "active"}
+    assert daemon.pids() == (0, *before[1:])
+    assert all(serves(guest) for guest in daemon.guests)
+
+
+def test_stop_data_plane_ends_all_three_units_for_good(daemon: UnitDaemon) -> None:
+    daemon.command("stop", "--data-plane")
+    until(
+        lambda: set(daemon.active().values()) == {"inactive"},
+        within_s=20,
+        what=f"the end of all units; {daemon.active()}",
+    )
+    assert daemon.pids() == (0, 0, 0)
+    assert not any(guest.reaches() for guest in daemon.guests)
+    left = daemon.machine.run("ps", "-eo", "args").splitlines()
+    assert [line for line in left if "haproxy" in line or "imdsproxy" in line] == []
+    assert daemon.machine.run("ls", "/run/imdsproxy/netns") == ""
+
+
+def test_all_of_it_starts_again_after_stop_data_plane(daemon: UnitDaemon) -> None:
+    daemon.command("stop", "--data-plane")
+    until(lambda: set(daemon.active().values()) == {"inactive"}, within_s=20, what="the end")
+
+    daemon.machine.run("systemctl", "start", CONTROLLER)
+
+    assert daemon.active() == dict.fromkeys(UNITS, "active")
+    for guest in daemon.guests:
+        until(lambda guest=guest: serves(guest), within_s=5, what="documents")  # type: ignore[misc] # bound now
