@@ -10,10 +10,10 @@ import contextlib
 import os
 import signal
 import socket
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import structlog
 
@@ -41,7 +41,7 @@ from imdsproxy.app.listener_loop import ListenerLoop
 from imdsproxy.app.lookup import Lookup
 from imdsproxy.app.operations import ControllerOperations
 from imdsproxy.app.record_loop import RecordLoop
-from imdsproxy.app.servers import open_tcp_socket, open_unix_socket, serve
+from imdsproxy.app.servers import open_sole_socket, open_tcp_socket, serve
 from imdsproxy.app.settings_reload import SettingsHolder
 from imdsproxy.app.stop import end_data_plane
 from imdsproxy.config.schema import Settings
@@ -55,6 +55,7 @@ from imdsproxy.errors import ConfigError, DataplaneError
 from imdsproxy.host.clock import Clock
 from imdsproxy.host.notify import ServiceNotifier
 from imdsproxy.host.watch import EventKind, HostWatch, WatchPace
+from imdsproxy.serving.asgi import AsgiApp
 from imdsproxy.serving.documents import DocumentService
 from imdsproxy.serving.passwords import PasswordStore
 from imdsproxy.serving.pidfile import read_pids
@@ -168,7 +169,7 @@ async def run_controller(
     layout = build_layout(settings)
     prepare_directories(settings, layout)
     # First of all: two controllers over one data plane would undo each other's work.
-    admin = open_unix_socket(
+    admin = open_sole_socket(
         settings.admin_socket,
         mode=int(settings.admin.mode, 8),
         owner=owner_of(settings.admin.user, settings.admin.group),
@@ -287,7 +288,7 @@ async def _live(controller: _Controller, admin: socket.socket) -> None:
     """Start in order, serve until the end is asked for, and stop what is ours."""
     settings = controller.holder.settings
     loop = asyncio.get_running_loop()
-    resolver_socket = open_unix_socket(
+    resolver_socket = open_sole_socket(
         controller.layout.resolver_socket, mode=0o660, owner=owner_of(None, settings.haproxy.group)
     )
     listen = settings.metrics.listen
@@ -304,9 +305,9 @@ async def _live(controller: _Controller, admin: socket.socket) -> None:
             for source in controller.sources
         ]
         await _start_data_plane(controller)
-        apps: list[tuple[Callable[..., Any], socket.socket]] = [
+        apps: list[tuple[AsgiApp, socket.socket]] = [
             (resolver_app(controller.resolver, controller.service), resolver_socket),
-            (admin_app(controller.operations, version=__version__), admin),
+            (cast("AsgiApp", admin_app(controller.operations, version=__version__)), admin),
         ]
         if health_socket is not None:
             registry = metrics_registry(
@@ -316,7 +317,7 @@ async def _live(controller: _Controller, admin: socket.socket) -> None:
             health = health_app(
                 alive=lambda: True, readiness=controller.operations.readiness, registry=registry
             )
-            apps.append((health, health_socket))
+            apps.append((cast("AsgiApp", health), health_socket))
         tasks += [group.create_task(serve(app, listener)) for app, listener in apps]
         tasks += [
             group.create_task(work(), name=work.__qualname__)

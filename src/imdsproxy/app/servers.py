@@ -2,62 +2,45 @@
 
 from __future__ import annotations
 
-import contextlib
+import asyncio
 import os
 import socket
 import stat
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
-
-import uvicorn
+from typing import TYPE_CHECKING, Final
 
 from imdsproxy.errors import HostRefused
+from imdsproxy.host.refusal import host_refused
+from imdsproxy.serving.listen import HttpListener, open_unix_socket
 
-__all__ = ["open_tcp_socket", "open_unix_socket", "serve"]
+if TYPE_CHECKING:
+    from imdsproxy.serving.asgi import AsgiApp
 
-_BACKLOG = 1024
+__all__ = ["open_sole_socket", "open_tcp_socket", "serve"]
 
-
-class _Server(uvicorn.Server):
-    """uvicorn without its signal handlers: the controller has its own."""
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
+_BACKLOG: Final = 128
+_GRACE_S: Final = 1.0
 
 
-def open_unix_socket(
-    path: Path, *, mode: int, owner: tuple[int, int] | None = None
-) -> socket.socket:
-    """A listening socket at `path`, in place at once and with its mode from the start.
+def open_sole_socket(path: Path, *, mode: int, owner: tuple[int, int]) -> socket.socket:
+    """A listening unix socket that is not taken away from a living process.
 
-    A socket that somebody still listens on is not taken away.
+    Args:
+        path: Where clients find it.
+        mode: Permission bits.
+        owner: User and group ids, -1 to leave one.
 
     Raises:
-        HostRefused: The path is in use, too long, or the file system refuses.
+        HostRefused: Somebody listens there, or it cannot be bound.
+        PrivilegeMissing: This process may not do that there.
     """
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    _refuse_living(path)
+    listener = open_unix_socket(path, mode=mode)
     try:
-        _refuse_living(path)
-        with contextlib.suppress(FileNotFoundError):
-            temporary.unlink()
-        listener.bind(str(temporary))
-        temporary.chmod(mode)
-        if owner is not None:
-            os.chown(temporary, *owner)
-        listener.listen(_BACKLOG)
-        temporary.rename(path)
+        os.chown(path, *owner)
     except OSError as error:
         listener.close()
-        raise HostRefused(
-            f"cannot listen on {path}: {error.strerror or error}",
-            hint="a socket's path has at most 107 bytes" if len(str(path)) > 100 else "",  # noqa: PLR2004 - sun_path
-        ) from error
-    except HostRefused:
-        listener.close()
-        raise
+        raise host_refused(f"give {path} to its owner", error) from error
     return listener
 
 
@@ -72,6 +55,8 @@ def _refuse_living(path: Path) -> None:
             probe.connect(str(path))
         except ConnectionRefusedError:
             return
+        except OSError as error:
+            raise host_refused(f"find out who listens on {path}", error) from error
     raise HostRefused(
         f"another process listens on {path}", hint="is another controller running? imdsproxy status"
     )
@@ -89,26 +74,18 @@ def open_tcp_socket(host: str, port: int) -> socket.socket:
     try:
         listener.bind((host, port))
         listener.listen(_BACKLOG)
+        listener.setblocking(False)
     except OSError as error:
         listener.close()
-        raise HostRefused(f"cannot listen on {host} port {port}: {error.strerror}") from error
+        raise host_refused(f"listen on {host} port {port}", error) from error
     return listener
 
 
-async def serve(app: Callable[..., Any], listener: socket.socket) -> None:
-    """Serve until cancelled."""
-    config = uvicorn.Config(
-        app,
-        access_log=False,
-        log_config=None,
-        lifespan="off",
-        http="httptools",
-        ws="none",
-        server_header=False,
-        date_header=False,
-        timeout_keep_alive=90,
-        timeout_graceful_shutdown=1,
-        backlog=_BACKLOG,
-    )
-    server = _Server(config)
-    await server.serve(sockets=[listener])
+async def serve(app: AsgiApp, listener: socket.socket) -> None:
+    """Serve until cancelled, then let what has begun come to its end."""
+    server = HttpListener(app)
+    await server.open(listener)
+    try:
+        await asyncio.Event().wait()
+    finally:
+        await server.close(grace_s=_GRACE_S)
