@@ -116,7 +116,7 @@ def _demonstrate(options: Options, directory: Path, console: Console) -> int:
 
 def _observe(everyone: Sequence[Guest], directory: Path, steps: Steps) -> list[Verdict]:
     total = len(everyone) * len(Dialect)
-    with steps.count(f"{total} guests' reads with curl and boots with cloud-init", total) as bar:
+    with steps.count("every guest reads with curl and boots with cloud-init, in every dialect", total) as bar:
         return observe(
             everyone,
             directory=directory,
