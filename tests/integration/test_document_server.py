@@ -419,3 +419,13 @@ def test_an_account_that_there_is_not_is_told(make: Callable[..., Server]) -> No
     server = make(user="imdsproxy-nobody-has-this")
     assert server.spawn().wait(timeout=20) == 71
     assert "there is no user 'imdsproxy-nobody-has-this'" in server.text()
+
+
+def test_a_socket_that_somebody_removed_is_made_again(server: Server) -> None:
+    old = set(server.running.workers)
+    for path in server.sockets:
+        path.unlink()
+    wait_for("both answer again", lambda: all(ask_quietly(path) == 200 for path in server.sockets))
+    wait_for("the old workers end", lambda: renewed(server, old))
+    assert server.text().count("was taken away") == 2
+    assert "a worker ended; starting another" in server.text()

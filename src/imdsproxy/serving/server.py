@@ -87,6 +87,7 @@ def run_documents(
         cache_bytes=options.cache_bytes,
         account=account,
         pid_file=pid_file,
+        bind=lambda path: _bind(path, account),
         monotonic=monotonic,
     )
     supervisor.start(predecessors=() if handover is None else handover.workers)
@@ -96,14 +97,9 @@ def run_documents(
     notifier.ready(f"{len(places)} workers answer")
     while supervisor.run() is Ending.REPLACE:
         notifier.reloading(int(monotonic() * 1_000_000))
-        left = Handover(pid_file.descriptor, supervisor.alive, places, supervisor.pids)
+        left = Handover(pid_file.descriptor, supervisor.alive, supervisor.places, supervisor.pids)
         _become_successor(handover_file, left)
         notifier.ready("could not be replaced; see the log")
-    # First, so that nobody connects to what will not be served.
-    for place in places:
-        if place.is_ours():
-            place.path.unlink(missing_ok=True)
-        place.listener.close()
     supervisor.stop()
     pid_file.release()
 

@@ -18,7 +18,7 @@ from typing import Final
 
 import structlog
 
-from imdsproxy.errors import HostRefused
+from imdsproxy.errors import HostRefused, ImdsproxyError
 from imdsproxy.host.refusal import host_refused
 from imdsproxy.serving.account import Account
 from imdsproxy.serving.pidfile import PidFile
@@ -27,6 +27,7 @@ from imdsproxy.serving.worker import Place, WorkerTask, run_worker
 __all__ = ["HANDLED_SIGNALS", "Ending", "Supervisor"]
 
 _START_WITHIN_S: Final = 15.0
+_LOOK_EVERY_S: Final = 1.0
 _STOP_WITHIN_S: Final = 8.0
 _HEALTHY_AFTER_S: Final = 5.0
 _FIRST_DELAY_S: Final = 0.1
@@ -77,6 +78,7 @@ class Supervisor:
         cache_bytes: Memory that each worker may spend on records.
         account: What the workers become; `None` leaves them as they are.
         pid_file: Kept current.
+        bind: Makes a socket anew where somebody has taken its file away.
         monotonic: The clock.
 
     Attributes:
@@ -92,6 +94,7 @@ class Supervisor:
         cache_bytes: int,
         account: Account | None,
         pid_file: PidFile,
+        bind: Callable[[Path], Place],
         monotonic: Callable[[], float],
     ) -> None:
         self._workers = [_Worker(place) for place in places]
@@ -100,12 +103,19 @@ class Supervisor:
         self._cache_bytes = cache_bytes
         self._account = account
         self._pid_file = pid_file
+        self._bind = bind
         self._monotonic = monotonic
         self._ending: Ending | None = None
+        self._complaint = ""
         self._predecessors: set[int] = set()
         self._alive, self.alive = os.pipe()
         self._wakeup, self._wakeup_writer = os.pipe()
         self._log = structlog.get_logger()
+
+    @property
+    def places(self) -> tuple[Place, ...]:
+        """The sockets, as they are now."""
+        return tuple(worker.place for worker in self._workers)
 
     @property
     def pids(self) -> tuple[int, ...]:
@@ -144,7 +154,14 @@ class Supervisor:
         return ending
 
     def stop(self) -> None:
-        """End all workers: ask, wait while they finish their requests, then kill what is left."""
+        """End all workers: ask, wait while they finish their requests, then kill what is left.
+
+        The sockets go first, so that nobody connects to what will not be served.
+        """
+        for place in self.places:
+            if place.is_ours():
+                place.path.unlink(missing_ok=True)
+            place.listener.close()
         self._end(self.pids)
 
     def _end(self, pids: Iterable[int]) -> None:
@@ -163,19 +180,41 @@ class Supervisor:
             left.intersection_update(self.pids)
 
     def _step(self) -> None:
+        self._restore_places()
         now = self._monotonic()
         for worker in self._workers:
             if worker.pid is None and worker.due <= now:
                 self._fork(worker)
         due = [worker.due for worker in self._workers if worker.pid is None]
-        self._wait(max(0.0, min(due) - now) if due else None)
+        self._wait(min([_LOOK_EVERY_S, *(max(0.0, moment - now) for moment in due)]))
         self._reap(stopping=False)
         self._hear()
 
-    def _wait(self, timeout_s: float | None) -> None:
+    def _restore_places(self) -> None:
+        """Listen again where a socket's file is gone: nobody finds a worker without it."""
+        for worker in self._workers:
+            if worker.place.is_ours():
+                continue
+            try:
+                place = self._bind(worker.place.path)
+            except ImdsproxyError as error:
+                self._complain(worker.place.path, error)
+                continue
+            self._log.warning("a socket was taken away; listening anew", socket=str(place.path))
+            worker.place.listener.close()
+            worker.place = place
+            if worker.pid is not None:
+                _signal(worker.pid, signal.SIGTERM)
+
+    def _complain(self, path: Path, error: ImdsproxyError) -> None:
+        if self._complaint != str(error):
+            self._complaint = str(error)
+            self._log.error(
+                "a socket is gone and cannot be made", socket=str(path), reason=str(error)
+            )
+
+    def _wait(self, timeout_s: float) -> None:
         pipes = [worker.ready for worker in self._workers if worker.ready is not None]
-        if timeout_s is None and pipes:
-            timeout_s = _START_WITHIN_S
         readable, _, _ = select.select([self._wakeup, *pipes], [], [], timeout_s)
         if self._wakeup in readable:
             os.read(self._wakeup, 4096)

@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from imdsproxy.core.model import Dialect
+from imdsproxy.core.model import Dialect, SshKey
 from support.guest_records import Guest, guest, header
 
 PASSWORD = "/openstack/2013-04-04/password"
@@ -150,3 +150,25 @@ def test_a_leaf_takes_well_under_100_microseconds() -> None:
 def test_meta_data_takes_under_300_microseconds() -> None:
     many = tuple((f"tag-{number}", "x" * 200) for number in range(128))
     assert seconds_per_call(Guest(guest(tags=many)), "/openstack/latest/meta_data.json") < 300e-6
+
+
+def test_half_a_surrogate_pair_spoils_no_document() -> None:
+    odd = "x\ud800y"
+    asked = Guest(
+        guest(
+            name=odd,
+            hostname=odd,
+            project=odd,
+            availability_zone=odd,
+            instance_type=odd,
+            tags=((odd, odd), ("role", odd)),
+            ssh_keys=(SshKey(odd, odd),),
+            vendor_data=b'{"cloud-init": "\\ud800"}',
+        )
+    )
+    assert asked.read("/latest/meta-data/hostname") == b"x?y"
+    assert asked.read("/latest/meta-data/tags/instance/role") == b"x?y"
+    assert asked.read("/latest/meta-data/public-keys") == b"0=x?y"
+    assert asked.read("/latest/meta-data/public-keys/0/openssh-key") == b"x?y"
+    for path in ("/nocloud/meta-data", "/nocloud/vendor-data", "/openstack/latest/meta_data.json"):
+        assert asked.read(path)

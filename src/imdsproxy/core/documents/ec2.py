@@ -15,7 +15,15 @@ from collections.abc import Callable, Iterable
 from typing import Final
 
 from imdsproxy.core.compiled import DocumentPort, DocumentRecord
-from imdsproxy.core.documents.tree import Data, Directory, Leaf, Node, directory, listing
+from imdsproxy.core.documents.tree import (
+    Data,
+    Directory,
+    Leaf,
+    Node,
+    directory,
+    encode_text,
+    listing,
+)
 
 __all__ = [
     "EC2_VERSIONS",
@@ -128,7 +136,7 @@ def unique_names(names: Iterable[str]) -> tuple[str, ...]:
 
 
 def _text(value: str | None) -> Leaf | None:
-    return Leaf(value.encode("utf-8", "surrogateescape")) if value else None
+    return Leaf(encode_text(value)) if value else None
 
 
 def _addresses(record: DocumentRecord, *, ipv6: bool) -> list[str]:
@@ -165,7 +173,7 @@ def _public_keys(record: DocumentRecord) -> Directory | None:
     names = unique_names(key.name for key in record.ssh_keys)
     return Directory(
         {
-            str(index): directory({"openssh-key": Leaf(key.key.strip().encode())})
+            str(index): directory({"openssh-key": Leaf(encode_text(key.key.strip()))})
             for index, key in enumerate(record.ssh_keys)
         },
         listing(f"{index}={name}" for index, name in enumerate(names)),
@@ -191,7 +199,7 @@ def _tags(record: DocumentRecord) -> Directory | None:
     tags = permitted_tags(record.tags)
     if not tags:
         return None
-    leaves = {name: Leaf(value.encode("utf-8", "surrogateescape")) for name, value in tags.items()}
+    leaves = {name: Leaf(encode_text(value)) for name, value in tags.items()}
     return directory({"instance": directory(leaves)})
 
 

@@ -12,7 +12,7 @@ from typing import Final
 from imdsproxy.core.compiled import DocumentRecord
 from imdsproxy.core.documents.ec2 import unique_names
 from imdsproxy.core.documents.network import JsonValue, render_network_config
-from imdsproxy.core.documents.tree import Data, Directory, Leaf, Node, listing
+from imdsproxy.core.documents.tree import BINARY, Data, Directory, Leaf, Node, listing
 from imdsproxy.core.documents.vendor import vendor_text
 
 __all__ = ["NOCLOUD_ROOT", "nocloud_directory", "render_yaml"]
@@ -33,8 +33,8 @@ def nocloud_directory(record: DocumentRecord) -> Directory:
     network = render_network_config(record)
     children: dict[str, Node] = {
         "meta-data": Leaf(_meta_data(record), _YAML),
-        "user-data": Leaf(b"") if record.user_data is None else Data(record.user_data),
-        "vendor-data": Leaf(vendor_text(record.vendor_data)),
+        "user-data": Leaf(b"", BINARY) if record.user_data is None else Data(record.user_data),
+        "vendor-data": Leaf(vendor_text(record.vendor_data), BINARY),
         "network-config": Leaf(b"" if network is None else render_yaml(network), _YAML),
     }
     return Directory(children, listing(children))

@@ -22,6 +22,7 @@ __all__ = [
     "Password",
     "Seeded",
     "directory",
+    "encode_text",
     "find_node",
     "listing",
     "parse_path",
@@ -81,9 +82,14 @@ class BadPath:
     """A path with a percent sign that begins no escape (RFC 3986 §2.1)."""
 
 
+def encode_text(text: str) -> bytes:
+    """UTF-8, with a question mark for half a surrogate pair, which has no form in it."""
+    return text.encode("utf-8", "replace")
+
+
 def listing(names: Iterable[str]) -> bytes:
     """Names as EC2 lists them: joined by LF, none after the last (clients take it for a name)."""
-    return "\n".join(names).encode("utf-8", "surrogateescape")
+    return encode_text("\n".join(names))
 
 
 def directory(children: Mapping[str, Node]) -> Directory:

@@ -11,6 +11,7 @@ import json
 from typing import cast
 
 from imdsproxy.core.documents.network import JsonValue
+from imdsproxy.core.documents.tree import encode_text
 
 __all__ = ["vendor_object", "vendor_text"]
 
@@ -44,7 +45,7 @@ def vendor_text(data: bytes | None) -> bytes:
     wanted = parsed.get(_MEMBER)
     if isinstance(wanted, list):
         return b"#cloud-config-archive\n" + json.dumps(wanted).encode("ascii")
-    return wanted.encode("utf-8", "surrogateescape") if isinstance(wanted, str) else b""
+    return encode_text(wanted) if isinstance(wanted, str) else b""
 
 
 def _parse_object(data: bytes) -> dict[str, JsonValue] | None:
