@@ -37,6 +37,7 @@ class FakeHaproxy:
     Attributes:
         commands: Every line that was sent to a worker, with its pid.
         stop_answering_after: Commands to workers that are still answered; `None` for all.
+        refuse_reload: What the master says of a reload that fails; empty for one that succeeds.
     """
 
     socket: Path
@@ -45,6 +46,7 @@ class FakeHaproxy:
     old: list[FakeWorker] = field(default_factory=list)
     commands: list[tuple[int, str]] = field(default_factory=list)
     stop_answering_after: int | None = None
+    refuse_reload: str = ""
     reloads: int = 0
     next_pid: int = 1001
     server: asyncio.Server | None = None
@@ -83,6 +85,8 @@ class FakeHaproxy:
         line, _, payload = text.partition("\n")
         if line == "show proc":
             return self._show_proc()
+        if line == "reload" and self.refuse_reload:
+            return f"Success=0\n--\n{self.refuse_reload}\n"
         if line == "reload":
             self.reloads += 1
             self.old = [*self.workers, *self.old]

@@ -45,9 +45,11 @@ class Explainer:
         ]
         found = await self._identity(network, address)
         served = network in networks_of(report.endpoints)
+        if not served:
+            # Nobody listens there: the guest gets no answer, whatever it would be.
+            found = replace(found, verdict="left-out", answer=503)
         return replace(
             found,
-            verdict=found.verdict if served or found.verdict != "found" else "left-out",
             why=(*steps, *found.why),
             installed=await self._installed(network, address),
         )

@@ -254,7 +254,7 @@ class ControllerOperations:
                     f"there is an instance {instance.id} already", hint="use set to change it"
                 )
         await store.put_records(networks, instances)
-        return await self._in_force(networks=len(networks), instances=len(instances))
+        return await self._in_force([one.id for one in networks], instances=len(instances))
 
     async def remove_network(self, network: NetworkId) -> Written:
         """See `Operations.remove_network`."""
@@ -264,7 +264,7 @@ class ControllerOperations:
             raise NotFound(f"there is no network {network}", hint="imdsproxy network list")
         self._refuse_foreign(store, "network", network, sources)
         await store.remove_network(network)
-        return await self._in_force(networks=1)
+        return await self._in_force([network])
 
     async def remove_instance(self, instance: InstanceId) -> Written:
         """See `Operations.remove_instance`."""
@@ -274,7 +274,7 @@ class ControllerOperations:
             raise NotFound(f"there is no instance {instance}", hint="imdsproxy instance list")
         self._refuse_foreign(store, "instance", instance, sources)
         await store.remove_instance(instance)
-        return await self._in_force(instances=1)
+        return await self._in_force([], instances=1)
 
     def _store(self) -> WritableSource:
         if self.store is None:
@@ -292,7 +292,7 @@ class ControllerOperations:
                 f"{kind} {subject} belongs to source {', '.join(sources)}", hint="change it there"
             )
 
-    async def _in_force(self, *, networks: int = 0, instances: int = 0) -> Written:
+    async def _in_force(self, networks: Sequence[NetworkId], *, instances: int = 0) -> Written:
         pending: list[str] = []
         waits = [self.records.tickets.wait(self.records.tickets.given)]
         if networks:
@@ -304,9 +304,10 @@ class ControllerOperations:
             pending.append("the data plane has not confirmed it yet")
         pending += [problem.reason for problem in self._own_problems()]
         if networks:
-            pending += [one.reason for one in self.listeners.report.left_out]
+            left_out = self.listeners.report.left_out
+            pending += [one.reason for one in left_out if one.network in networks]
         return Written(
-            networks, instances, applied=not pending, pending=tuple(dict.fromkeys(pending))
+            len(networks), instances, applied=not pending, pending=tuple(dict.fromkeys(pending))
         )
 
     # Asking about guests

@@ -212,9 +212,9 @@ class Store:
             users = self._connection.execute(
                 "SELECT instance FROM ports WHERE network = ? ORDER BY instance", (network,)
             ).fetchall()
-            if users and not force:
-                raise _in_use(network, [str(row[0]) for row in users])
             cursor = self._connection.execute("DELETE FROM networks WHERE id = ?", (network,))
+            if cursor.rowcount and users and not force:
+                raise _in_use(network, [str(row[0]) for row in users])
             return cursor.rowcount > 0
 
     def remove_instance(self, instance: InstanceId) -> bool:
@@ -346,7 +346,7 @@ class Store:
 def _in_use(network: NetworkId, users: Sequence[str]) -> SourceRefused:
     more = "" if len(users) <= _NAMED else f" and {len(users) - _NAMED} more"
     return SourceRefused(
-        f"network {network} has ports of {len(users)} instances",
+        f"{len(users)} instance{'s have ports' if len(users) > 1 else ' has a port'} in network {network}",
         hint="remove or change these first",
         problems=[
             Problem("id", f"instance {', '.join(users[:_NAMED])}{more}: a port is in {network}")
