@@ -31,11 +31,14 @@ from imdsproxy.host.namespaces import NamespaceThread
 from imdsproxy.host.netlink import assign_nsid
 from imdsproxy.host.nlmessages import NetlinkSocket
 from imdsproxy.host.nswatch import NamespaceCame, NamespaceWatch, NamespaceWent
-from imdsproxy.host.observe import HostObserver
+from imdsproxy.host.observe import HostObserver, Peek, place_of
 
 __all__ = ["EventKind", "HostEvent", "HostWatch", "WatchPace"]
 
 T = TypeVar("T")
+
+_AUDIT_INTERVAL_S: Final = 0.5
+"""The audit looks at as many networks as are due, so often."""
 
 _AT_ONCE: Final = 64
 """Namespaces looked at in one go: the thread is free for others every 20 ms."""
@@ -80,12 +83,13 @@ class WatchPace:
     """How often what no event tells of is looked at.
 
     Attributes:
-        audits_per_s: Networks looked at in turn each second; one takes 0.5 ms. 0 for none.
+        audits_per_s: Networks looked at in turn each second, none of them more often than every
+            half second; one takes 0.1 ms. 0 for none.
         recheck_s: Seconds between two looks at everything that is left out.
         rechecks: At most so many left-out networks are looked at each time, in turn.
     """
 
-    audits_per_s: float = 8.0
+    audits_per_s: float = 20.0
     recheck_s: float = 0.8
     rechecks: int = 500
 
@@ -138,6 +142,7 @@ class HostWatch:
         self._some = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
         self._closing = contextlib.AsyncExitStack()
+        self._peeked: dict[str | None, Peek | None] = {}
         self._turn = 0
         self._recheck_turn = 0
 
@@ -165,6 +170,9 @@ class HostWatch:
         if networks != self._networks:
             self._networks = dict(networks)
             self._places = _places(networks.values(), self._naming)
+            self._peeked = {
+                name: one for name, one in self._peeked.items() if name in self._places.namespaces
+            }
             self._wanted_ids.set()
         self._observed = observed
         self._left_out = tuple(sorted(set(left_out)))
@@ -283,13 +291,31 @@ class HostWatch:
         return given
 
     async def _audit(self) -> None:
-        """Look at one network after the other, for ever."""
-        while self._pace.audits_per_s > 0:
-            await asyncio.sleep(1 / self._pace.audits_per_s)
+        """Look at some networks after the others, for ever."""
+        pace = self._pace.audits_per_s
+        while pace > 0:
+            interval = max(_AUDIT_INTERVAL_S, 1 / pace)
+            await asyncio.sleep(interval)
             ids = list(self._networks)
-            if ids:
-                self._turn = (self._turn + 1) % len(ids)
-                await self._look([self._networks[ids[self._turn]]])
+            count = min(len(ids), round(pace * interval))
+            turn = [ids[(self._turn + number) % len(ids)] for number in range(count)]
+            self._turn += count
+            await self._audit_some([self._networks[one] for one in turn])
+
+    async def _audit_some(self, networks: list[Network]) -> None:
+        if not self._link_watch.hears_all:
+            await self._look(networks)
+            return
+        # Devices and addresses are heard of. Which sockets listen is not: where others do than at
+        # the last proper look, it is time for another one.
+        places = {one.id: place_of(one, self._naming) for one in networks}
+        seen = await self._observer.peek(set(places.values()))
+        stale = [
+            one for one in networks if seen[places[one.id]] != self._peeked.get(places[one.id])
+        ]
+        if stale:
+            await self._look(stale)
+            self._peeked.update({places[one.id]: seen[places[one.id]] for one in stale})
 
     async def _recheck(self) -> None:
         """Look at those that are left out, every time."""
