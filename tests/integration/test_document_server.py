@@ -197,7 +197,7 @@ def test_a_killed_worker_comes_back_and_no_connection_is_refused(server: Server)
     assert "SIGKILL" in server.text()
 
 
-def test_a_worker_that_dies_again_and_again_is_started_less_often(server: Server) -> None:
+def test_a_worker_that_dies_again_and_again_comes_back_and_spares_the_other(server: Server) -> None:
     seen: set[int] = set()
     while len(seen) < 6:
         for pid in server.running.workers:
@@ -328,6 +328,21 @@ def test_sighup_takes_up_new_code_without_losing_a_request(make: Callable[..., S
     assert two.lost == []
     assert server.running.parent == parent.pid
     assert "parent is gone" not in server.text()
+
+
+def test_a_program_that_cannot_be_executed_leaves_everything_as_it_is(
+    make: Callable[..., Server],
+) -> None:
+    server = make()
+    parent = server.start(fault="no program")
+    workers = server.running.workers
+    parent.send_signal(signal.SIGHUP)
+    wait_for("it says so", lambda: "cannot be replaced" in server.text())
+    assert server.running.workers == workers
+    assert all(ask_quietly(path) == 200 for path in server.sockets)
+    assert not server.pid_file.with_suffix(".handover").exists()
+    parent.terminate()
+    assert parent.wait(timeout=20) == 0
 
 
 def is_alive(pid: int) -> bool:

@@ -33,8 +33,10 @@ run_worker = supervisor.run_worker
 def watch(event, arguments):
     if event == "import":
         os.write(2, f"late import of {arguments[0]}\\n".encode())
+if fault == "no program":
+    sys.executable = "/nonexistent/python"
 def run_watched(task):
-    if fault:
+    if fault and fault != "no program":
         raise RuntimeError(fault)
     sys.addaudithook(watch)
     run_worker(task)
@@ -134,8 +136,8 @@ class Server:
         self._processes.append(process)
         return process
 
-    def start(self) -> subprocess.Popen[bytes]:
-        process = self.spawn()
+    def start(self, *, fault: str = "") -> subprocess.Popen[bytes]:
+        process = self.spawn(fault=fault)
         wait_for("the workers answer", lambda: self.is_up(process.pid))
         return process
 

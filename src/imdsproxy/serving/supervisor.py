@@ -24,7 +24,7 @@ from imdsproxy.serving.account import Account
 from imdsproxy.serving.pidfile import PidFile
 from imdsproxy.serving.worker import Place, WorkerTask, run_worker
 
-__all__ = ["HANDLED_SIGNALS", "Ending", "Supervisor"]
+__all__ = ["HANDLED_SIGNALS", "Ending", "Supervisor", "restart_delay"]
 
 _START_WITHIN_S: Final = 15.0
 _LOOK_EVERY_S: Final = 1.0
@@ -35,6 +35,16 @@ _LONGEST_DELAY_S: Final = 5.0
 _ATTEMPTS: Final = 3
 _DESCRIPTORS: Final = 65_536
 HANDLED_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD)
+
+
+def restart_delay(failures: int) -> float:
+    """Seconds until the next process starts after so many in a row that died young.
+
+    The first time at once, as after a `kill`; then ever later, so that a fault does not keep the host busy.
+    """
+    if failures <= 1:
+        return 0.0
+    return min(_FIRST_DELAY_S * 2.0 ** min(failures - 2, 16), _LONGEST_DELAY_S)
 
 
 class Ending(Enum):
@@ -251,9 +261,7 @@ class Supervisor:
     def _bury(self, worker: _Worker) -> None:
         now = self._monotonic()
         worker.failures = 0 if now - worker.started >= _HEALTHY_AFTER_S else worker.failures + 1
-        exponent = worker.failures - 2
-        delay = 0.0 if exponent < 0 else min(_FIRST_DELAY_S * 2.0**exponent, _LONGEST_DELAY_S)
-        worker.due = now + delay
+        worker.due = now + restart_delay(worker.failures)
         worker.pid = None
         if worker.ready is not None:
             os.close(worker.ready)
