@@ -1,0 +1,310 @@
+"""A directory read step by step, with a clock of the test's own."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from imdsproxy.sources.directory import Directory, Reading
+
+NETWORK = "networks:\n- id: n\n  listener: {bridge: br0}\n"
+
+
+def record(name: str, address: str, **more: object) -> dict[str, object]:
+    ports = [{"network": "n", "addresses": [address]}]
+    return {"id": name, "name": name, "ports": ports, **more}
+
+
+def instances(*records: object) -> str:
+    return json.dumps({"instances": records}, indent=1)
+
+
+class Bench:
+    """The directory, its reader, and the time."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.now = 100.0
+        self.directory = Directory(path, clock=lambda: self.now)
+
+    def write(self, name: str, text: str | bytes) -> Path:
+        path = self.path / name
+        beside = self.path / f".{name}.tmp"
+        beside.write_bytes(text.encode() if isinstance(text, str) else text)
+        beside.rename(path)
+        return path
+
+    def read(self, *changed: Path) -> Reading:
+        return self.directory.read(changed)
+
+    def settled(self) -> Reading:
+        """Read until it does not ask to look again; what was found on the way is in force."""
+        reading = self.read()
+        while reading.again_s is not None:
+            self.now += reading.again_s
+            reading = self.read()
+        return reading
+
+    @property
+    def names(self) -> set[str]:
+        return set(self.directory.instances)
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Bench:
+    (tmp_path / "records").mkdir()
+    return Bench(tmp_path / "records")
+
+
+def told(reading: Reading) -> list[str]:
+    return [str(problem) for problem in reading.problems]
+
+
+def test_yaml_and_json_files_are_read_and_others_are_not(bench: Bench) -> None:
+    bench.write("1.yaml", NETWORK)
+    bench.write("2.yml", "instances:\n- {id: a, name: a}\n")
+    bench.write("3.json", instances(record("b", "10.0.0.2")))
+    for name in ("4.yaml~", ".5.yaml", ".#6.yaml", "#7.yaml#", "8.txt", "9.yaml.swp", "4913"):
+        bench.write(name, "no: [record")
+    (bench.path / "directory.d").mkdir()
+    reading = bench.read()
+    assert not reading.problems
+    assert bench.names == {"a", "b"}
+    assert bench.directory.networks.keys() == {"n"}
+
+
+def test_only_a_file_that_changed_is_read_again(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(5):
+        bench.write(f"{number}.json", instances(record(f"i{number}", f"10.0.0.{number + 1}")))
+    bench.read()
+    opened: list[str] = []
+    real = os.open
+
+    def noted(path: Path, flags: int, mode: int = 0o777) -> int:
+        opened.append(Path(path).name)
+        return real(path, flags, mode)
+
+    monkeypatch.setattr(os, "open", noted)
+    bench.write("3.json", instances(record("i3", "10.0.0.33")))
+    reading = bench.read()
+    assert [name for name in opened if name.endswith(".json")] == ["3.json"]
+    assert reading.instances.keys() == {"i3"}
+
+
+def test_a_file_told_to_have_changed_is_read_though_it_looks_the_same(bench: Bench) -> None:
+    path = bench.write("x.json", instances(record("a", "10.0.0.5")))
+    before = path.stat()
+    bench.read()
+    path.write_text(instances(record("a", "10.0.0.6")))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    reading = bench.read(path)
+    assert reading.instances.keys() == {"a"}
+
+
+@pytest.mark.parametrize(
+    ("text", "place"),
+    [
+        ("instances:\n- id: a\n  name: [x\n", ":4: file: is not YAML"),
+        (b"instances:\n# \xff\n", ":2: file: is not UTF-8"),
+        ("instances: []\ninstances: []\n", ":2: instances: is there twice"),
+        ("instance: []\n", ":1: instance: unknown key"),
+        ("- id: a\n", ":1: record: expected a mapping"),
+    ],
+)
+def test_a_file_that_cannot_be_read_keeps_all_its_records(
+    bench: Bench, text: str | bytes, place: str
+) -> None:
+    bench.write("x.yaml", instances(record("a", "10.0.0.5"), record("b", "10.0.0.6")))
+    bench.read()
+    path = bench.write("x.yaml", text)
+    reading = bench.read()
+    assert bench.names == {"a", "b"}
+    assert not reading.instances
+    assert any(line.startswith(f"{path}{place}") for line in told(reading)), told(reading)
+    bench.write("x.yaml", instances(record("b", "10.0.0.6")))
+    assert bench.read().instances == {"a": None}
+    assert not bench.read().problems
+
+
+def test_bad_records_are_refused_one_by_one_with_file_line_and_field(bench: Bench) -> None:
+    path = bench.write(
+        "x.yaml",
+        """\
+networks:
+- id: n
+  listener: {bridge: br0}
+- id: m
+  listener: {bridge: br1}
+  subnets:
+  - cidr: 10.0.0.1/24
+instances:
+- id: good
+  name: good
+- id: twice
+  name: x
+  name: y
+- id: file
+  name: x
+  user_data_file: missing.sh
+- id: address
+  name: x
+  ports:
+  - network: n
+    addresses:
+    - 10.0.0.5
+    - 10.0.0.999
+- id: mac
+  name: x
+  ports:
+  - network: n
+    mac: 52:54:00:12:34
+- {id: good, name: again}
+""",
+    )
+    reading = bench.read()
+    assert bench.names == {"good"}
+    assert bench.directory.networks.keys() == {"n"}
+    lines = told(reading)
+    for wanted in (
+        f"{path}:7: networks[1].subnets[0].cidr: ",
+        f"{path}:13: instances[1].name: is there twice",
+        f"{path}:16: instances[2].user_data_file: there is no file ",
+        f"{path}:23: instances[3].ports[0].addresses[1]: ",
+        f"{path}:28: instances[4].ports[0].mac: ",
+        f"{path}:29: instances[5].id: good is also in {path}:9",
+    ):
+        assert any(line.startswith(wanted) for line in lines), (wanted, lines)
+    assert len(lines) == 6
+
+
+def test_a_newcomer_is_told_the_file_line_and_field_of_both(bench: Bench) -> None:
+    holder = bench.write(
+        "z.yaml", "instances:\n- id: a\n  name: a\n  ports: [{network: n, addresses: [10.0.0.5]}]\n"
+    )
+    bench.read()
+    path = bench.write(
+        "a.yaml",
+        "instances:\n- id: b\n  name: b\n  ports:\n  - network: n\n    addresses:\n"
+        "    - 10.0.0.4\n    - 10.0.0.5\n",
+    )
+    (line,) = told(bench.read())
+    assert line.startswith(
+        f"{path}:8: instances[0].ports[0].addresses[1]: 10.0.0.5 in network n belongs to instance a"
+        f" ({holder}:2)"
+    )
+    assert bench.names == {"a"}
+
+
+def test_a_payload_file_is_followed(bench: Bench, tmp_path: Path) -> None:
+    payload = tmp_path / "user-data"
+    bench.write("x.json", instances(record("a", "10.0.0.5", user_data_file="../user-data")))
+    assert "there is no file" in told(bench.read())[0]
+    payload.write_bytes(b"\x1f\x8b")
+    bench.read()
+    assert bench.directory.instances["a"].user_data == b"\x1f\x8b"
+    payload.unlink()
+    reading = bench.read()
+    assert "there is no file" in told(reading)[0]
+    assert bench.directory.instances["a"].user_data == b"\x1f\x8b"
+    payload.write_bytes(b"new")
+    assert bench.read().instances.keys() == {"a"}
+    assert bench.directory.instances["a"].user_data == b"new"
+
+
+def test_a_file_that_is_gone_for_a_moment_only_keeps_its_records(bench: Bench) -> None:
+    path = bench.write("x.json", instances(record("a", "10.0.0.5")))
+    bench.read()
+    path.rename(path.with_name("x.json~"))
+    reading = bench.read()
+    assert reading.again_s is not None
+    assert bench.names == {"a"}
+    bench.write("x.json", instances(record("a", "10.0.0.5"), record("b", "10.0.0.6")))
+    assert bench.read().instances.keys() == {"b"}
+
+
+def test_a_file_that_stays_away_takes_its_records_along(bench: Bench) -> None:
+    path = bench.write("x.json", instances(record("a", "10.0.0.5")))
+    bench.read()
+    path.unlink()
+    bench.settled()
+    assert not bench.names
+
+
+def test_a_file_cut_to_nothing_by_its_writer_keeps_its_records_for_a_while(bench: Bench) -> None:
+    path = bench.write("x.json", instances(record("a", "10.0.0.5")))
+    bench.read()
+    path.write_bytes(b"")
+    assert bench.read().again_s is not None
+    assert bench.names == {"a"}
+    path.write_text(instances(record("a", "10.0.0.6")))
+    assert bench.read().instances.keys() == {"a"}
+    path.write_bytes(b"")
+    bench.settled()
+    assert not bench.names
+
+
+def test_a_directory_that_cannot_be_listed_changes_nothing(bench: Bench) -> None:
+    bench.write("x.json", instances(record("a", "10.0.0.5")))
+    assert bench.read().readable
+    away = bench.path.rename(bench.path.with_name("away"))
+    reading = bench.read()
+    assert not reading.readable
+    assert "cannot be listed" in told(reading)[0]
+    assert bench.names == {"a"}
+    away.rename(bench.path)
+    assert bench.read().readable
+
+
+def test_what_is_no_regular_file_is_told_and_never_waited_for(bench: Bench) -> None:
+    os.mkfifo(bench.path / "pipe.yaml")
+    (bench.path / "directory.yaml").mkdir()
+    (bench.path / "dangling.yaml").symlink_to(bench.path / "nowhere")
+    bench.write("x.json", instances(record("a", "10.0.0.5")))
+    lines = told(bench.settled())
+    assert bench.names == {"a"}
+    assert len(lines) == 2
+    assert all("cannot be read" in line for line in lines)
+
+
+def test_watched_are_the_directory_its_parent_and_where_payloads_and_links_lead(
+    bench: Bench, tmp_path: Path
+) -> None:
+    for name in ("data", "linked"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "linked" / "real.json").write_text(
+        instances(record("a", "10.0.0.5", user_data_file=str(tmp_path / "data" / "x")))
+    )
+    (bench.path / "x.json").symlink_to(tmp_path / "linked" / "real.json")
+    reading = bench.read()
+    assert {place.path for place in reading.places} == {
+        bench.path,
+        tmp_path,
+        tmp_path / "data",
+        tmp_path / "linked",
+    }
+    assert tmp_path / "data" / "x" in reading.relevant
+
+
+def test_a_missing_directory_is_waited_for_at_the_nearest_one_above(tmp_path: Path) -> None:
+    reading = Bench(tmp_path / "a" / "b" / "c").read()
+    assert {place.path for place in reading.places} == {tmp_path}
+    assert tmp_path / "a" in reading.relevant
+
+
+@pytest.mark.parametrize("split", [lambda _n: "all", str])
+def test_ten_thousand_instances_are_read_in_seconds(
+    bench: Bench, split: Callable[[int], str]
+) -> None:
+    files: dict[str, list[object]] = {}
+    for number in range(10_000):
+        address = f"10.{number >> 8}.{number & 255}.5"
+        files.setdefault(split(number), []).append(record(f"i{number}", address))
+    for name, records in files.items():
+        (bench.path / f"{name}.json").write_text(instances(*records))
+    assert len(bench.read().instances) == 10_000

@@ -1,0 +1,258 @@
+"""The file source on a real directory, watched."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+
+from imdsproxy.sources import file as file_source
+from imdsproxy.sources.file import FileSource
+from imdsproxy.sources.watch import Watch
+from support.source_runs import Heard, running
+
+
+def record(name: str, text: str = "", **more: object) -> dict[str, object]:
+    return {"id": name, "name": name, "user_data": text, **more}
+
+
+def write(path: Path, *records: object) -> None:
+    """As careful writers do: beside, then renamed."""
+    beside = path.with_name(f".{path.name}.new")
+    beside.write_text(json.dumps({"instances": records}))
+    beside.rename(path)
+
+
+def overwrite(path: Path, *records: object) -> None:
+    """As shells do: cut to nothing, then filled in several writes."""
+    text = json.dumps({"instances": records}, indent=1)
+    with path.open("w") as stream:
+        for begin in range(0, len(text), 50):
+            stream.write(text[begin : begin + 50])
+            stream.flush()
+
+
+def data_of(heard: Heard) -> dict[str, bytes | None]:
+    return {key: each.user_data for key, each in heard.inventory.instances.items()}
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    path = tmp_path / "etc" / "records"
+    path.mkdir(parents=True)
+    return path
+
+
+async def test_files_that_come_change_and_go_are_told(directory: Path) -> None:
+    async with running(FileSource(directory)) as heard:
+        write(directory / "x.json", record("a", "1"))
+        await heard.until(lambda each: data_of(each) == {"a": b"1"})
+        write(directory / "x.json", record("a", "2"), record("b", "1"))
+        await heard.until(lambda each: data_of(each) == {"a": b"2", "b": b"1"})
+        overwrite(directory / "x.json", record("b", "3"))
+        await heard.until(lambda each: data_of(each) == {"b": b"3"})
+        _remove(directory / "x.json")
+        await heard.until(lambda each: not data_of(each))
+        assert all(each.in_sync for each in heard.observations)
+
+
+def _remove(path: Path) -> None:
+    path.unlink()
+
+
+async def test_a_file_overwritten_in_place_a_hundred_times_never_loses_its_records(
+    directory: Path,
+) -> None:
+    path = directory / "x.json"
+    write(path, record("a", "0"), *(record(f"i{n}") for n in range(50)))
+    async with running(FileSource(directory)) as heard:
+        for turn in range(100):
+            overwrite(path, record("a", str(turn)), *(record(f"i{n}") for n in range(50)))
+            await asyncio.sleep(0)
+        await heard.until(lambda each: data_of(each).get("a") == b"99")
+        assert not any(each.instances_removed for each in heard.observations)
+
+
+async def test_a_change_is_told_within_a_tenth_of_a_second(directory: Path) -> None:
+    took = []
+    async with running(FileSource(directory)) as heard:
+        for turn in range(9):
+            text = str(turn)
+            begin = time.monotonic()
+            write(directory / "x.json", record("a", text))
+            await _until_data_is(heard, text)
+            took.append(time.monotonic() - begin)
+    assert sorted(took)[len(took) // 2] < 0.1, took
+
+
+async def _until_data_is(heard: Heard, text: str) -> None:
+    await heard.until(lambda each: data_of(each) == {"a": text.encode()})
+
+
+async def test_a_payload_in_another_directory_is_watched(directory: Path, tmp_path: Path) -> None:
+    payload = tmp_path / "payloads" / "web.sh"
+    payload.parent.mkdir()
+    write(directory / "x.json", {"id": "a", "name": "a", "user_data_file": str(payload)})
+    async with running(FileSource(directory)) as heard:
+        assert "there is no file" in heard.last.problems[0].reason
+        payload.write_bytes(b"one")
+        await heard.until(lambda each: data_of(each) == {"a": b"one"})
+        assert not heard.last.problems
+        _replace(payload, b"two")
+        await heard.until(lambda each: data_of(each) == {"a": b"two"})
+
+
+def _replace(path: Path, data: bytes) -> None:
+    beside = path.with_suffix(".new")
+    beside.write_bytes(data)
+    beside.rename(path)
+
+
+async def test_a_payload_whose_directory_does_not_exist_is_waited_for(
+    directory: Path, tmp_path: Path
+) -> None:
+    payload = tmp_path / "later" / "still" / "web.sh"
+    write(directory / "x.json", {"id": "a", "name": "a", "user_data_file": str(payload)})
+    async with running(FileSource(directory)) as heard:
+        payload.parent.mkdir(parents=True)
+        payload.write_bytes(b"here")
+        await heard.until(lambda each: data_of(each) == {"a": b"here"})
+
+
+async def test_a_directory_that_comes_late_is_read(tmp_path: Path) -> None:
+    directory = tmp_path / "not" / "yet"
+    async with running(FileSource(directory)) as heard:
+        (first,) = heard.observations
+        assert (first.full, first.in_sync) == (False, False)
+        assert "cannot be listed" in first.problems[0].reason
+        directory.mkdir(parents=True)
+        write(directory / "x.json", record("a", "1"))
+        await heard.until(lambda each: data_of(each) == {"a": b"1"})
+        assert heard.last.in_sync
+        assert not heard.last.problems
+        assert [each.full for each in heard.observations].count(True) == 1
+
+
+async def test_a_directory_that_goes_leaves_its_records_and_is_followed_when_made_again(
+    directory: Path,
+) -> None:
+    write(directory / "x.json", record("a", "1"))
+    async with running(FileSource(directory)) as heard:
+        shutil.rmtree(directory)
+        await heard.until(lambda each: not each.last.in_sync)
+        assert data_of(heard) == {"a": b"1"}
+        _make_with(directory, record("b", "2"))
+        await heard.until(lambda each: data_of(each) == {"b": b"2"})
+        assert heard.last.in_sync
+        write(directory / "x.json", record("b", "3"))
+        await heard.until(lambda each: data_of(each) == {"b": b"3"})
+
+
+def _make_with(directory: Path, *records: object) -> None:
+    directory.mkdir()
+    write(directory / "x.json", *records)
+
+
+async def test_a_directory_replaced_by_another_is_followed(directory: Path) -> None:
+    other = directory.with_name("other")
+    other.mkdir()
+    write(directory / "x.json", record("a", "1"))
+    write(other / "x.json", record("a", "2"))
+    async with running(FileSource(directory)) as heard:
+        _swap(directory, other)
+        await heard.until(lambda each: data_of(each) == {"a": b"2"})
+        write(directory / "x.json", record("a", "3"))
+        await heard.until(lambda each: data_of(each) == {"a": b"3"})
+
+
+def _swap(directory: Path, other: Path) -> None:
+    directory.rename(directory.with_name("old"))
+    other.rename(directory)
+
+
+async def test_files_behind_a_symbolic_link_that_is_turned_are_read_again(directory: Path) -> None:
+    # How Kubernetes updates a mounted ConfigMap: one link to a directory, replaced as a whole.
+    for version in ("1", "2"):
+        (directory / f"..{version}").mkdir()
+        write(directory / f"..{version}" / "x.json", record("a", version))
+    (directory / "..data").symlink_to("..1")
+    (directory / "x.json").symlink_to("..data/x.json")
+    async with running(FileSource(directory)) as heard:
+        assert data_of(heard) == {"a": b"1"}
+        (directory / "..data.new").symlink_to("..2")
+        _rename(directory / "..data.new", directory / "..data")
+        await heard.until(lambda each: data_of(each) == {"a": b"2"})
+
+
+def _rename(path: Path, target: Path) -> None:
+    path.rename(target)
+
+
+async def test_a_problem_is_told_when_it_comes_and_when_it_goes(directory: Path) -> None:
+    write(directory / "x.json", record("a", "1"))
+    async with running(FileSource(directory)) as heard:
+        write(directory / "x.json", record("a", "1", mtu=7))
+        await heard.until(lambda each: each.last.problems)
+        assert data_of(heard) == {"a": b"1"}
+        assert "stays in force" in heard.last.problems[0].hint
+        write(directory / "x.json", record("a", "1"))
+        await heard.until(lambda each: not each.last.problems)
+
+
+async def test_what_changes_nothing_in_force_is_not_told(directory: Path) -> None:
+    write(directory / "x.json", record("a", "1"))
+    async with running(FileSource(directory)) as heard:
+        write(directory / "x.json", record("a", "1"))
+        (directory / "notes.txt").write_text("hello")
+        write(directory / "y.json", record("b", "1"))
+        await heard.until(lambda each: len(data_of(each)) == 2)
+        assert [list(each.instances) for each in heard.observations] == [["a"], ["b"]]
+
+
+async def test_without_inotify_the_directory_is_looked_at_from_time_to_time(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_self: Watch, _places: object) -> None:
+        raise OSError("no inotify instances left")
+
+    monkeypatch.setattr(Watch, "__init__", refuse)
+    monkeypatch.setattr(file_source, "_UNWATCHED_S", 0.05)
+    async with running(FileSource(directory)) as heard:
+        assert "inotify" in heard.last.problems[0].hint
+        assert heard.last.in_sync
+        write(directory / "x.json", record("a", "1"))
+        await heard.until(lambda each: data_of(each) == {"a": b"1"})
+
+
+async def test_an_idle_source_uses_next_to_no_time(directory: Path) -> None:
+    for number in range(200):
+        write(directory / f"{number}.json", record(f"i{number}"))
+    async with running(FileSource(directory)) as heard:
+        used, begin = time.process_time(), time.monotonic()
+        await asyncio.sleep(1.0)  # what is measured is that nothing happens for a while
+        used, passed = time.process_time() - used, time.monotonic() - begin
+        assert used / passed < 0.05
+        assert len(heard.observations) == 1
+
+
+def _descriptors() -> set[str]:
+    names = set()
+    for entry in Path("/proc/self/fd").iterdir():
+        try:
+            names.add(f"{entry.name}:{entry.readlink()}")
+        except OSError:
+            continue
+    return {name for name in names if "inotify" in name}
+
+
+async def test_a_cancelled_source_leaves_no_inotify_behind(directory: Path) -> None:
+    before = _descriptors()
+    async with running(FileSource(directory)):
+        assert _descriptors() != before
+    async with asyncio.timeout(10):
+        while _descriptors() - before:
+            await asyncio.sleep(0.01)
