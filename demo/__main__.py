@@ -17,7 +17,7 @@ from rich.console import Console
 
 from demo.cloudinit import download, unpack
 from demo.daemon import Daemon
-from demo.lab import build, sweep
+from demo.lab import build, forget_folder, remember_folder, sweep
 from demo.place import alone, choose, prepare
 from demo.processes import CommandError
 from demo.reading import Dialect
@@ -90,9 +90,11 @@ def _demonstrate(options: Options, directory: Path, console: Console) -> int:
     debs = download(_REPOSITORY / ".cache", say=steps.say)
     unpack(debs, directory / "cloud-init")
     daemon = Daemon(directory)
+    folder_mark = directory / ".made-run-netns"
     word = secrets.token_hex(8)
     everyone = guests(word)
     try:
+        remember_folder(folder_mark)
         steps.say(f"building {len(networks())} networks with {len(everyone)} guests")
         build(networks(), everyone)
         steps.say("starting imdsproxy and telling it of them")
@@ -111,12 +113,15 @@ def _demonstrate(options: Options, directory: Path, console: Console) -> int:
         steps.say("cleaning up")
         daemon.stop()
         sweep()
+        forget_folder(folder_mark)
     return 0 if right else 1
 
 
 def _observe(everyone: Sequence[Guest], directory: Path, steps: Steps) -> list[Verdict]:
     total = len(everyone) * len(Dialect)
-    with steps.count("every guest reads with curl and boots with cloud-init, in every dialect", total) as bar:
+    with steps.count(
+        "every guest reads with curl and boots with cloud-init, in every dialect", total
+    ) as bar:
         return observe(
             everyone,
             directory=directory,

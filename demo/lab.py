@@ -6,6 +6,7 @@ All links live inside namespaces whose names begin with `imdsdemo-`, so that rem
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -24,7 +25,15 @@ from demo.roster import (
     LabNetwork,
 )
 
-__all__ = ["build", "leftovers", "plan_links", "plan_namespaces", "sweep"]
+__all__ = [
+    "build",
+    "forget_folder",
+    "leftovers",
+    "plan_links",
+    "plan_namespaces",
+    "remember_folder",
+    "sweep",
+]
 
 _NETNS: Final = Path("/run/netns")
 _SETTINGS: Final = {
@@ -104,6 +113,23 @@ def build(networks: Sequence[LabNetwork], guests: Sequence[Guest]) -> None:
 def _write_settings(namespace: str) -> None:
     script = "\n".join(f"echo {value} >/proc/sys/net/{key}" for key, value in _SETTINGS.items())
     run(inside(namespace, ["sh", "-eu"]), stdin=script)
+
+
+def remember_folder(mark: Path) -> None:
+    """Notes in `mark`, before `ip netns` makes it, that the machine had no `/run/netns`."""
+    if not _NETNS.exists():
+        mark.touch()
+
+
+def forget_folder(mark: Path) -> None:
+    """Takes `/run/netns` away where `mark` says that it is the lab's, and nobody else uses it."""
+    if not mark.exists():
+        return
+    if _NETNS.is_dir() and not any(_NETNS.iterdir()):
+        run(["umount", str(_NETNS)], must_succeed=False)  # iproute2 binds it to itself
+        with contextlib.suppress(OSError):  # somebody was faster, and uses it
+            _NETNS.rmdir()
+    mark.unlink()
 
 
 def leftovers() -> list[str]:

@@ -20,6 +20,7 @@ base_packages=(
 )
 test_packages=(
     wrk:wrk
+    ps:procps
     /usr/lib/systemd/systemd:systemd
 )
 policy_mark='# laid by script/lib.sh of imdsproxy while it installs, in process'

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -157,3 +158,18 @@ def test_only_a_policy_that_a_killed_set_up_left_is_removed(
     status, output = run(["unshare", "--mount", "sh", "-c", script, check])
 
     assert (status == 0) is stays, output
+
+
+@pytest.mark.root
+def test_a_second_set_up_is_quick_and_two_at_once_do_not_collide() -> None:
+    assert run(["script/setup"])[0] == 0
+
+    begin = time.monotonic()
+    both = [
+        subprocess.Popen(
+            ["script/setup"], cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        for _ in range(2)
+    ]
+    assert [process.wait(60) for process in both] == [0, 0]
+    assert time.monotonic() - begin < 10
