@@ -62,7 +62,8 @@ def apply_links(directory: Path, links: Mapping[str, Path]) -> bool:
 
 def _present(directory: Path) -> dict[str, str]:
     with os.scandir(directory) as entries:
-        return {one.name: str(Path(one.path).readlink()) for one in entries if one.is_symlink()}
+        # At each reload, for every network: a Path for each costs more than the kernel's part.
+        return {one.name: os.readlink(one.path) for one in entries if one.is_symlink()}  # noqa: PTH115 - as said
 
 
 def _place(directory: Path, name: str, target: str) -> None:
