@@ -10,6 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from imdsproxy.core.haproxy.maps import GENERATION_KEY, parse_map
+from imdsproxy.core.haproxy.runtime import Processes
+from imdsproxy.dataplane.master import MasterClient
+from imdsproxy.errors import ConfigRejected
 
 
 @dataclass(slots=True)
@@ -115,6 +118,33 @@ class FakeHaproxy:
             lines.append("# old workers")
             lines += [f"{worker.pid} worker 1 0d00h00m01s 3.0.11" for worker in self.old]
         return "\n".join([*lines, "# programs", ""])
+
+
+@dataclass(slots=True)
+class FakeLauncher:
+    """Starts the fake instead of a program."""
+
+    fake: FakeHaproxy
+    master: MasterClient
+    refuse: str = ""
+    started: int = 0
+    killed: list[Processes] = field(default_factory=list)
+
+    async def start(self) -> Processes:
+        if self.refuse:
+            raise ConfigRejected(f"HAProxy did not start: {self.refuse}")
+        self.started += 1
+        await self.fake.start()
+        return await self.master.read_processes()
+
+    async def wait(self, master: int) -> None:
+        del master
+
+    async def kill(self, processes: Processes) -> None:
+        self.killed.append(processes)
+
+    async def stop(self) -> None:
+        await self.fake.close()
 
 
 def _run(worker: FakeWorker, command: str, payload: str) -> str:  # noqa: PLR0911 - a flat choice of commands

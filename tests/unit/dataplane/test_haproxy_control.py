@@ -5,14 +5,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from ipaddress import IPv4Address
 from pathlib import Path
 
 import pytest
 
 from imdsproxy.core.haproxy.model import Bind, DataplaneSpec
-from imdsproxy.core.haproxy.runtime import Processes
 from imdsproxy.core.model import NetworkId
 from imdsproxy.dataplane.haproxy import Haproxy
 from imdsproxy.dataplane.layout import Layout
@@ -20,37 +19,10 @@ from imdsproxy.dataplane.master import MasterClient
 from imdsproxy.dataplane.records import RecordApplier
 from imdsproxy.errors import ConfigRejected, HostRefused, ReloadFailed
 from imdsproxy.host.clock import SystemClock
-from support.fake_haproxy import FakeHaproxy
+from support.fake_haproxy import FakeHaproxy, FakeLauncher
 
 _ACCEPTS = "#!/bin/sh\nexit 0\n"
 _REFUSES = "#!/bin/sh\necho '[NOTICE] hello' >&2\necho '[ALERT] unknown keyword' >&2\nexit 1\n"
-
-
-@dataclass
-class FakeLauncher:
-    """Starts the fake instead of a program."""
-
-    fake: FakeHaproxy
-    master: MasterClient
-    refuse: str = ""
-    started: int = 0
-    killed: list[Processes] = field(default_factory=list)
-
-    async def start(self) -> Processes:
-        if self.refuse:
-            raise ConfigRejected(f"HAProxy did not start: {self.refuse}")
-        self.started += 1
-        await self.fake.start()
-        return await self.master.read_processes()
-
-    async def wait(self, master: int) -> None:
-        del master
-
-    async def kill(self, processes: Processes) -> None:
-        self.killed.append(processes)
-
-    async def stop(self) -> None:
-        await self.fake.close()
 
 
 @dataclass

@@ -1,0 +1,266 @@
+"""From networks and the host as it is to HAProxy's binds; what cannot be bound keeps nobody back."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Collection, Iterable, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from imdsproxy.app.listener_loop import ListenerLoop, SpecSettings
+from imdsproxy.core.endpoints import LeftOutCode
+from imdsproxy.core.haproxy.model import Limits
+from imdsproxy.core.hostnames import Naming
+from imdsproxy.core.hostops import HostOp
+from imdsproxy.core.hoststate import (
+    NamespaceRef,
+    ObservedAddress,
+    ObservedDevice,
+    ObservedHost,
+    ObservedNamespace,
+)
+from imdsproxy.core.inventory import Inventory, Observation
+from imdsproxy.core.listeners import ManagedPlace
+from imdsproxy.core.model import METADATA_IPV4, NamespaceListener, Network, NetworkId
+from imdsproxy.dataplane.haproxy import Haproxy
+from imdsproxy.dataplane.layout import Layout
+from imdsproxy.dataplane.master import MasterClient
+from imdsproxy.dataplane.records import RecordApplier
+from imdsproxy.errors import Problem
+from imdsproxy.host.clock import SystemClock
+from support.fake_haproxy import FakeHaproxy, FakeLauncher
+
+
+@dataclass
+class FakeHost:
+    """Namespaces by name; looked at as the real one is, whole or in part."""
+
+    namespaces: dict[str, ObservedNamespace] = field(default_factory=dict)
+    asked: list[tuple[bool, frozenset[NetworkId]]] = field(default_factory=list)
+    links: dict[str, str] = field(default_factory=dict)
+    problems: tuple[Problem, ...] = ()
+    done: list[HostOp] = field(default_factory=list)
+
+    def make(self, name: str, inode: int) -> None:
+        self.namespaces[name] = ObservedNamespace(
+            NamespaceRef(name, inode),
+            {"eth0": ObservedDevice("eth0", 2, up=True, mtu=1500)},
+            (ObservedAddress("eth0", METADATA_IPV4, 32),),
+        )
+
+    async def observe(
+        self, networks: Iterable[Network], our_pids: Collection[int], *, everything: bool
+    ) -> ObservedHost:
+        del our_pids
+        given = list(networks)
+        self.asked.append((everything, frozenset(one.id for one in given)))
+        names = {
+            one.listener.namespace for one in given if isinstance(one.listener, NamespaceListener)
+        }
+        seen = {name: self.namespaces[name] for name in sorted(names) if name in self.namespaces}
+        return ObservedHost(
+            namespaces=seen,
+            asked_namespaces=None if everything else frozenset(names),
+            asked_devices=None if everything else frozenset(),
+        )
+
+    async def apply(self, ops: Iterable[HostOp]) -> tuple[Problem, ...]:
+        self.done += ops
+        return self.problems
+
+    def managed(self) -> frozenset[ManagedPlace]:
+        return frozenset()
+
+    def apply_links(self, links: Mapping[str, str]) -> None:
+        self.links = dict(links)
+
+
+@dataclass
+class Rig:
+    host: FakeHost
+    inventory: Inventory
+    loop: ListenerLoop
+    layout: Layout
+    fake: FakeHaproxy
+    expected: list[frozenset[NetworkId]]
+
+    def say(self, *names: str, in_sync: bool = True) -> None:
+        networks = {
+            NetworkId(name): Network(NetworkId(name), NamespaceListener(name)) for name in names
+        }
+        self.inventory.observe(Observation("a", full=True, networks=networks, in_sync=in_sync))
+
+    async def settle(self, reason: str, *networks: str) -> None:
+        ticket = self.loop.touch(reason, [NetworkId(one) for one in networks])
+        async with asyncio.timeout(5):
+            await self.loop.tickets.wait(ticket)
+
+    def bound(self) -> set[str]:
+        lines = self.layout.config.read_text().splitlines()
+        return {
+            line.split(" name ")[1].split(" ")[0]
+            for line in lines
+            if line.startswith("  bind 169.254.169.254:80")
+        }
+
+    def left_out(self) -> dict[str, LeftOutCode]:
+        return {
+            one.network: one.code
+            for one in self.loop.report.left_out
+            if one.family is None or one.family.value == 4
+        }
+
+
+@asynccontextmanager
+async def _rig(directory: Path) -> AsyncIterator[Rig]:
+    layout = Layout(directory, directory, chroot=False)
+    master = MasterClient(layout.master_socket, deadline_s=2)
+
+    def write(path: Path, data: bytes) -> None:
+        path.write_bytes(data)
+
+    fake = FakeHaproxy(layout.master_socket, (layout.base_map, layout.overlay_map))
+    records = RecordApplier(master, layout.base_map, layout.overlay_map, write)
+    records.write_all({})
+    program = directory / "haproxy"
+    program.write_text('#!/bin/sh\n! grep -q POISON "$3"\n')
+    program.chmod(0o755)
+    haproxy = Haproxy(
+        str(program), layout, FakeLauncher(fake, master), master, records, write, SystemClock()
+    )
+    host = FakeHost()
+    inventory = Inventory(["a"])
+    expected: list[frozenset[NetworkId]] = []
+    settings = SpecSettings(Limits(), 0, -1, None, None, None, "../x/netns")
+    loop = ListenerLoop(
+        inventory,
+        host,
+        haproxy,
+        layout,
+        Naming(),
+        SystemClock(),
+        lambda: settings,
+        lambda networks, _observed, _left_out, _pids: expected.append(frozenset(networks)),
+    )
+    await loop.first_round()
+    task = asyncio.create_task(loop.run())
+    try:
+        yield Rig(host, inventory, loop, layout, fake, expected)
+    finally:
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+        await fake.close()
+
+
+async def test_a_network_whose_namespace_is_there_is_bound(tmp_path: Path) -> None:
+    async with _rig(tmp_path) as rig:
+        rig.host.make("red", 7)
+        rig.say("red")
+        await rig.settle("networks changed", "red")
+        assert rig.bound() == {"red"}
+        assert rig.host.links == {"red@7": "red"}
+        assert rig.expected[-1] == {"red"}
+
+
+async def test_a_missing_namespace_leaves_out_its_network_and_no_other(tmp_path: Path) -> None:
+    async with _rig(tmp_path) as rig:
+        rig.host.make("red", 7)
+        rig.say("red", "blue")
+        await rig.settle("networks changed", "red", "blue")
+        assert rig.bound() == {"red"}
+        assert rig.left_out() == {"blue": LeftOutCode.NAMESPACE_MISSING}
+        rig.host.make("blue", 8)
+        await rig.settle("namespace-came", "blue")
+        assert rig.bound() == {"red", "blue"}
+        assert rig.left_out() == {}
+
+
+async def test_a_namespace_made_again_gets_another_link(tmp_path: Path) -> None:
+    async with _rig(tmp_path) as rig:
+        rig.host.make("red", 7)
+        rig.say("red")
+        await rig.settle("networks changed", "red")
+        before = rig.layout.config.read_text()
+        rig.host.make("red", 9)
+        await rig.settle("namespace-came", "red")
+        assert rig.host.links == {"red@9": "red"}
+        assert "red@9" in rig.layout.config.read_text()
+        assert rig.layout.config.read_text() != before
+
+
+async def test_only_what_may_have_changed_is_looked_at(tmp_path: Path) -> None:
+    async with _rig(tmp_path) as rig:
+        for number, name in enumerate(("red", "blue", "green")):
+            rig.host.make(name, number)
+        rig.say("red", "blue", "green")
+        await rig.settle("networks changed", "red", "blue", "green")
+        rig.host.asked.clear()
+        await rig.settle("link", "blue")
+        assert rig.host.asked == [(False, frozenset({"blue"}))]
+        assert rig.bound() == {"red", "blue", "green"}
+        rig.loop.touch("overflow")
+        async with asyncio.timeout(5):
+            await rig.loop.tickets.wait(rig.loop.tickets.given)
+        assert rig.host.asked[-1] == (True, frozenset({"red", "blue", "green"}))
+
+
+async def test_a_removed_network_is_unbound_with_its_link(tmp_path: Path) -> None:
+    async with _rig(tmp_path) as rig:
+        rig.host.make("red", 7)
+        rig.say("red")
+        await rig.settle("networks changed", "red")
+        rig.say()
+        await rig.settle("networks changed", "red")
+        assert "frontend guests" not in rig.layout.config.read_text()
+        assert rig.host.links == {}
+
+
+async def test_a_change_that_changes_nothing_reloads_nothing(tmp_path: Path) -> None:
+    async with _rig(tmp_path) as rig:
+        rig.host.make("red", 7)
+        rig.say("red")
+        await rig.settle("networks changed", "red")
+        reloads = rig.fake.reloads
+        await rig.settle("audit", "red")
+        assert rig.fake.reloads == reloads
+
+
+async def test_after_a_refusal_the_whole_host_is_looked_at_again_once(tmp_path: Path) -> None:
+    async with _rig(tmp_path) as rig:
+        rig.host.make("red", 7)
+        rig.host.make("POISON", 8)
+        rig.say("red", "POISON")
+        rig.host.asked.clear()
+        rig.loop.touch("networks changed", [NetworkId("red"), NetworkId("POISON")])
+        async with asyncio.timeout(5):
+            while rig.loop.failure is None:
+                await asyncio.sleep(0.01)
+        assert [everything for everything, _ in rig.host.asked][:2] == [False, True]
+        assert "POISON" not in rig.layout.config.read_text()
+        del rig.host.namespaces["POISON"]
+        async with asyncio.timeout(10):
+            await rig.loop.tickets.wait(rig.loop.tickets.given)
+        assert rig.bound() == {"red"}
+        assert rig.loop.failure is None
+
+
+async def test_what_the_host_refuses_is_told_and_tried_again(tmp_path: Path) -> None:
+    async with _rig(tmp_path) as rig:
+        rig.host.make("red", 7)
+        seen = rig.host.namespaces["red"]
+        rig.host.namespaces["red"] = replace(seen, addresses=())
+        listener = NamespaceListener("red", "eth0", manage_addresses=True)
+        network = Network(NetworkId("red"), listener)
+        rig.inventory.observe(Observation("a", full=True, networks={network.id: network}))
+        rig.host.problems = (Problem("host", "no permission"),)
+        await rig.settle("networks changed", "red")
+        assert rig.loop.report.problems == rig.host.problems
+        assert rig.loop.operations["failed"] >= 1
+        tried = len(rig.host.done)
+        rig.host.problems = ()
+        async with asyncio.timeout(10):
+            while len(rig.host.done) == tried:
+                await asyncio.sleep(0.01)
