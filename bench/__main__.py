@@ -109,6 +109,7 @@ def main(argv: Sequence[str]) -> int:
     console = Console(width=None if sys.stdout.isatty() else 150)
     for number in _SIGNALS:
         signal.signal(number, _interrupt)
+    load = os.getloadavg()[0]
     try:
         with alone():
             rows = _measure(options, console)
@@ -120,7 +121,7 @@ def main(argv: Sequence[str]) -> int:
     console.print(table(rows))
     _print_baseline(rows, console)
     if options.json is not None:
-        write_json(options.json, document(rows, _machine()))
+        write_json(options.json, document(rows, _machine(load)))
     return exit_status(rows, options.only, strict=options.strict)
 
 
@@ -222,13 +223,15 @@ def _guarded(step: _Stage, daemon: Daemon, say: Callable[[str], None]) -> Iterat
         say(f"failed: {type(error).__name__}: {error}; the daemon says: {daemon.last_words()}")
 
 
-def _machine() -> dict[str, object]:
+def _machine(load_at_start: float) -> dict[str, object]:
     haproxy = subprocess.run([HAPROXY, "-v"], capture_output=True, text=True, check=False)
     return {
         "processors": len(os.sched_getaffinity(0)),
         "kernel": platform.release(),
         "python": platform.python_version(),
         "haproxy": haproxy.stdout.partition("\n")[0],
+        "load_average_at_start": load_at_start,
+        "load_average_at_end": os.getloadavg()[0],
     }
 
 

@@ -18,7 +18,7 @@ from typing import Final
 
 import yaml
 
-from bench.place import BenchError
+from bench.place import BenchError, put_in_memory
 from bench.procs import end_all, find_by_argument, wait_until
 
 __all__ = ["AdminConnection", "Daemon", "Processes", "render_settings"]
@@ -102,7 +102,7 @@ class AdminConnection:
 
 
 class Daemon:
-    """One imdsproxy in a directory of its own.
+    """One imdsproxy in a directory of its own, its runtime directory in memory as /run is.
 
     Args:
         directory: Made if need be.
@@ -114,6 +114,7 @@ class Daemon:
     ) -> None:
         self.directory = directory
         directory.mkdir(exist_ok=True)
+        put_in_memory(directory / "run")
         self.config = directory / "imdsproxy.yaml"
         self.config.write_text(render_settings(directory, overrides or {}))
         self.cli = [str(Path(sys.executable).parent / "imdsproxy"), "--config", str(self.config)]

@@ -6,6 +6,7 @@ import contextlib
 import shutil
 import socket
 import stat
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
@@ -13,7 +14,17 @@ from typing import Final
 from bench.lab import Lab
 from bench.procs import end_all, find_by_argument
 
-__all__ = ["ALTERNATIVE", "BenchError", "alone", "choose", "clear", "prepare", "sweep"]
+__all__ = [
+    "ALTERNATIVE",
+    "BenchError",
+    "alone",
+    "choose",
+    "clear",
+    "mounts_below",
+    "prepare",
+    "put_in_memory",
+    "sweep",
+]
 
 ALTERNATIVE: Final = Path("/var/tmp/imdsbench")  # noqa: S108 - checked for its mark before use
 _MARK: Final = ".imdsbench"
@@ -49,9 +60,12 @@ def prepare(directory: Path) -> None:
 
 
 def sweep(directory: Path, lab: Lab) -> tuple[int, int]:
-    """End processes that run on the directory, and remove the networks; how many of both there were.
+    """End processes that run on the directory, remove its mounts and the networks.
 
-    A controller goes first: it would start again what it watches.
+    A controller starts again what it watches, so processes are looked for more than once.
+
+    Returns:
+        How many processes and networks there were.
     """
     ended: set[int] = set()
     for _ in range(5):
@@ -60,7 +74,32 @@ def sweep(directory: Path, lab: Lab) -> tuple[int, int]:
             break
         ended |= left
         end_all(left)
+    for mount in mounts_below(directory, Path("/proc/self/mountinfo").read_text()):
+        subprocess.run(["/usr/bin/umount", "--lazy", str(mount)], check=False)
     return len(ended), lab.sweep()
+
+
+def put_in_memory(directory: Path) -> None:
+    """Have a directory, made if need be, on a tmpfs of its own: what /run is on a host with an init.
+
+    Raises:
+        BenchError: It cannot be mounted.
+    """
+    directory.mkdir(exist_ok=True)
+    done = subprocess.run(
+        ["/usr/bin/mount", "-t", "tmpfs", "-o", "mode=755,size=512m", "imdsbench", str(directory)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode != 0:
+        raise BenchError(f"cannot mount a tmpfs on {directory}: {done.stderr.strip()}")
+
+
+def mounts_below(directory: Path, mountinfo: str) -> list[Path]:
+    """The mount points inside a directory, the innermost first (proc(5), /proc/PID/mountinfo)."""
+    points = [Path(line.split()[4].replace("\\040", " ")) for line in mountinfo.splitlines()]
+    return [point for point in reversed(points) if point.is_relative_to(directory)]
 
 
 def clear(directory: Path) -> None:
