@@ -167,7 +167,9 @@ def test_a_second_set_up_is_quick_and_two_at_once_do_not_collide() -> None:
     begin = time.monotonic()
     both = [
         subprocess.Popen(
-            ["script/setup"], cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            [str(REPOSITORY / "script" / "setup")],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
         )
         for _ in range(2)
     ]
