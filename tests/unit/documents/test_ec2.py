@@ -224,9 +224,18 @@ def test_only_tags_that_ec2_permits_are_listed() -> None:
     assert permitted_tags(tags.items()) == {"Name": "a", "a+b-c=d.e,f_g:h@i": "h", "empty": ""}
 
 
-@pytest.mark.parametrize("name", ["0=x", "-1=y", "+2=", "1_0=z"])
-def test_a_tag_that_looks_like_a_public_key_is_left_out(name: str) -> None:
-    assert permitted_tags([(name, "v"), ("a=b", "w"), ("v1=x", "y")]) == {"a=b": "w", "v1=x": "y"}
+@pytest.mark.parametrize("name", ["0=x", "-1=y", "a=b", "="])
+def test_a_tag_that_looks_like_a_public_key_is_served_and_not_listed(name: str) -> None:
+    asked = Guest(guest(tags=((name, "v"), ("plain", "w"))))
+    assert asked.text(f"{META}/tags/instance/") == "plain"
+    assert asked.text(f"{META}/tags/instance/{name}") == "v"
+    assert asked.text(f"{META}/tags/instance/{name.replace('=', '%3D')}") == "v"
+
+
+def test_without_a_tag_to_list_there_is_no_empty_directory() -> None:
+    asked = Guest(guest(tags=(("0=x", "v"), ("with space", "w"))))
+    assert asked.status(f"{META}/tags") == 404
+    assert "tags/" not in asked.lines(META)
 
 
 def test_tag_values_are_raw() -> None:

@@ -74,7 +74,6 @@ _NO_IMAGE: Final = "ami-00000000"
 _AWS_ZONE: Final = re.compile(r"([a-z]{2,}(?:-[a-z]+)+-\d+)[a-z]")
 _TAG_KEY: Final = re.compile(r"[A-Za-z0-9+\-=.,_:@]+")
 _RESERVED_TAG_KEYS: Final = frozenset({".", "..", "_index"})
-_LOOKS_LIKE_KEY_ENTRY: Final = re.compile(r"[+-]?[0-9_]+=")
 _UNLISTABLE: Final = re.compile(r"[=/\s\x00-\x1f\x7f]+")
 
 
@@ -101,18 +100,14 @@ def ec2_directory(record: DocumentRecord, version: str) -> Directory:
 
 
 def permitted_tags(tags: Iterable[tuple[str, str]]) -> dict[str, str]:
-    """The tags that may be listed under `tags/instance`.
+    """The tags that are served under `tags/instance`.
 
-    EC2 permits letters, digits and `+-=.,_:@` in such a key, and not `.`, `..` or `_index`. A key like
-    `0=x` is left out too: cloud-init takes it for an entry of `public-keys`, asks for `0/openssh-key`, and on
-    the 404 drops all of its meta-data.
+    EC2 permits letters, digits and `+-=.,_:@` in such a key, and not `.`, `..` or `_index`.
     """
     return {
         name: value
         for name, value in tags
-        if _TAG_KEY.fullmatch(name)
-        and name not in _RESERVED_TAG_KEYS
-        and not _LOOKS_LIKE_KEY_ENTRY.match(name)
+        if _TAG_KEY.fullmatch(name) and name not in _RESERVED_TAG_KEYS
     }
 
 
@@ -196,11 +191,17 @@ def _placement_with_region(record: DocumentRecord) -> Directory | None:
 
 
 def _tags(record: DocumentRecord) -> Directory | None:
+    """A tag with `=` in its key can be read and is not listed.
+
+    In any listing crawlers take `a=b` for an entry of `public-keys`: os-collect-config asks for `a/`, cloud-init
+    (where `a` is a number) for `a/openssh-key`, and on the 404 both drop everything that they have read.
+    """
     tags = permitted_tags(record.tags)
-    if not tags:
+    listed = sorted(name for name in tags if "=" not in name)
+    if not listed:
         return None
     leaves = {name: Leaf(encode_text(value)) for name, value in tags.items()}
-    return directory({"instance": directory(leaves)})
+    return directory({"instance": Directory(leaves, listing(listed))})
 
 
 def _network(record: DocumentRecord) -> Directory | None:
