@@ -82,9 +82,10 @@ class Naming:
         return _hash(network).hex()[: self._digits]
 
     def _has_form(self, name: str, start: str) -> bool:
-        digits = name.removeprefix(start)
+        if not name.startswith(start):
+            return False
         form = f"[0-9a-f]{{{self._digits}}}"
-        return name.startswith(start) and re.fullmatch(form, digits) is not None
+        return re.fullmatch(form, name.removeprefix(start)) is not None
 
 
 def _hash(text: str) -> bytes:

@@ -53,6 +53,7 @@ __all__ = [
     "ManagedPlace",
     "NamespaceRef",
     "OpFailure",
+    "PlanMemo",
     "explain_pending",
     "plan_listeners",
 ]
@@ -64,6 +65,10 @@ _ENSLAVING: Final = frozenset({"bridge", "bond", "team", "openvswitch"})
 
 ManagedPlace: TypeAlias = tuple[str | None, str]
 """Namespace (`None`: the host's own) and device that we put the metadata addresses on."""
+
+
+PlanMemo: TypeAlias = dict[NetworkId, tuple[Network, ObservedNamespace | None, Part]]
+"""Plans of networks in namespaces, with what each was made of. For one `Naming` only."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +95,7 @@ def plan_listeners(
     *,
     sweep: bool = True,
     managed: Collection[ManagedPlace] | None = None,
+    memo: PlanMemo | None = None,
 ) -> ListenerPlan:
     """What to bind, what to leave out and what to do, for all networks at once.
 
@@ -100,15 +106,19 @@ def plan_listeners(
         sweep: Also plan removals; off while the sources have not told everything yet.
         managed: Where we have put addresses, by our own journal; only there are they removed again. The
             mark on an address is one of 128 and may be another daemon's too. `None`: anywhere.
+        memo: Empty at first and then the same one again: most of a plan is that of before.
     """
     naming = naming or Naming()
+    memo = {} if memo is None else memo
     shared = _shared(networks.values(), observed)
     parts: list[Part] = []
     for network_id in sorted(networks):
         if network_id in shared:
             parts.append(_left_out_as_shared(network_id, shared[network_id]))
         else:
-            parts.append(_plan_one(networks[network_id], observed, naming))
+            parts.append(_plan_again(networks[network_id], observed, naming, memo))
+    for gone in memo.keys() - networks.keys():
+        del memo[gone]
     served = [networks[network_id] for network_id in sorted(networks) if network_id not in shared]
     removals = tuple(_sweep(served, observed, naming, managed)) if sweep else ()
     return ListenerPlan(
@@ -155,6 +165,20 @@ def _concerns(op: HostOp, left: LeftOut) -> bool:
     if isinstance(op, AddAddress) and left.family is not None:
         return op.address == left.family.metadata_address
     return not isinstance(op, AddDefaultRoute) or left.family in (None, op.family)
+
+
+def _plan_again(network: Network, observed: ObservedHost, naming: Naming, memo: PlanMemo) -> Part:
+    """Plan a network, or remember the plan where it is made of the same things as before."""
+    if not isinstance(network.listener, NamespaceListener):
+        return _plan_one(network, observed, naming)
+    seen = observed.namespaces.get(network.listener.namespace)
+    before = memo.get(network.id)
+    # `merge_observed` keeps what was not looked at anew: the same object is the same observation.
+    if before is not None and before[0] == network and before[1] is seen:
+        return before[2]
+    part = _plan_one(network, observed, naming)
+    memo[network.id] = (network, seen, part)
+    return part
 
 
 def _plan_one(network: Network, observed: ObservedHost, naming: Naming) -> Part:
@@ -323,13 +347,15 @@ def _sweep_addresses(
     managed: Collection[ManagedPlace] | None,
 ) -> Iterator[HostOp]:
     wanted = {place for network in served if (place := _managed(network.listener)) is not None}
+    protocol = naming.protocol
     for name, seen in ((None, observed.root), *observed.namespaces.items()):
-        if name is not None and naming.is_namespace(name):
-            continue
         for one in seen.addresses:
             place = (name, one.device)
-            ours = one.protocol == naming.protocol and (managed is None or place in managed)
-            if ours and place not in wanted:
+            if one.protocol != protocol or place in wanted:
+                continue
+            # What is in a namespace of ours goes with it.
+            in_ours = name is not None and naming.is_namespace(name)
+            if not in_ours and (managed is None or place in managed):
                 yield RemoveAddress(name, one.device, one.address, one.prefix)
 
 

@@ -35,7 +35,13 @@ from imdsproxy.core.hoststate import (
     changed_places,
     merge_observed,
 )
-from imdsproxy.core.listeners import ListenerPlan, OpFailure, explain_pending, plan_listeners
+from imdsproxy.core.listeners import (
+    ListenerPlan,
+    OpFailure,
+    PlanMemo,
+    explain_pending,
+    plan_listeners,
+)
 from imdsproxy.core.model import (
     METADATA_IPV4,
     METADATA_IPV6,
@@ -374,6 +380,7 @@ def test_two_devices_of_one_namespace_are_two_listeners() -> None:
     ]
 
 
+BR_LISTENER = BridgeListener("br0")
 BRIDGE = ObservedDevice("br0", 5, up=True, mtu=1400, kind="bridge")
 OUR_NS, OUR_LINK, ALIAS = NAMING.namespace(BLUE), NAMING.link(BLUE), NAMING.alias(BLUE)
 INNER = NAMING.inner_device
@@ -591,6 +598,27 @@ def test_a_part_replaces_what_it_asked_for_and_leaves_the_rest() -> None:
     assert after.namespaces == {"ns-red": red}
     assert after.root.devices == {}
     assert after.root.addresses == ()
+
+
+def test_a_plan_with_a_memo_is_the_plan_without_it() -> None:
+    networks = _networks(
+        {"a": NamespaceListener("ns-blue"), "b": NamespaceListener("ns-red"), "c": BR_LISTENER}
+    )
+    red = replace(FULL, ref=NamespaceRef("ns-red", 78))
+    memo: PlanMemo = {}
+    host = _host(FULL, red)
+    assert plan_listeners(networks, host, memo=memo) == plan_listeners(networks, host)
+    busy = replace(red, trials=(BindTrial(Family.IPV4, None, errno.EADDRINUSE),))
+    steps = [
+        (networks, merge_observed(host, _part(busy, asked={"ns-red"}))),
+        (networks, merge_observed(host, _part(asked={"ns-blue"}))),
+        (networks | _networks({"a": NamespaceListener("ns-blue", "tap0")}), host),
+        (networks | _networks({"d": NamespaceListener("ns-blue")}), host),
+        (_networks({"b": NamespaceListener("ns-red")}), host),
+    ]
+    for some, seen in steps:
+        assert plan_listeners(some, seen, memo=memo) == plan_listeners(some, seen)
+    assert memo.keys() == {"b"}
 
 
 def test_a_complete_look_replaces_everything() -> None:
