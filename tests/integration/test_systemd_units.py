@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -47,10 +48,15 @@ def serves(guest: Guest) -> bool:
         return False
 
 
+def wait_served(*guests: Guest) -> None:
+    for guest in guests:
+        until(partial(serves, guest), within_s=10, what=f"documents for {guest.name}")
+
+
 def read_everything(guest: Guest) -> dict[str, Reply]:
     """Every document that the listings lead to, of all dialects."""
     found: dict[str, Reply] = {}
-    waiting = ["/latest/", "/openstack/latest/", "/nocloud/"]
+    waiting = ["/latest/meta-data/", "/latest/dynamic/", "/openstack/latest/", "/nocloud/"]
     while waiting:
         path = waiting.pop()
         reply = guest.ask(path)
@@ -58,9 +64,8 @@ def read_everything(guest: Guest) -> dict[str, Reply]:
         if path.endswith("/") and reply.status == 200:
             names = [line.partition("=")[0] for line in reply.text.splitlines()]
             waiting += [path + name for name in names if name and path + name not in found]
-    found["/nocloud/meta-data"] = guest.ask("/nocloud/meta-data")
-    found["/nocloud/user-data"] = guest.ask("/nocloud/user-data")
-    return found
+    # The top has no slash behind what is a directory.
+    return {path: guest.ask(path) for path in ("/", "/latest/", _USER_DATA)} | found
 
 
 def test_starting_the_controller_brings_up_all_three_units(daemon: UnitDaemon) -> None:
@@ -140,8 +145,7 @@ def test_haproxy_comes_back_by_itself_while_the_controller_is_stopped(daemon: Un
         within_s=5,
         what="another HAProxy",
     )
-    for guest in daemon.guests:
-        until(lambda guest=guest: serves(guest), within_s=5, what="documents")  # type: ignore[misc] # bound now
+    wait_served(*daemon.guests)
 
     daemon.machine.run("systemctl", "start", CONTROLLER)
     assert daemon.status()["haproxy"]["master"] == daemon.machine.main_pid(HAPROXY)
@@ -291,5 +295,130 @@ def test_all_of_it_starts_again_after_stop_data_plane(daemon: UnitDaemon) -> Non
     daemon.machine.run("systemctl", "start", CONTROLLER)
 
     assert daemon.active() == dict.fromkeys(UNITS, "active")
-    for guest in daemon.guests:
-        until(lambda guest=guest: serves(guest), within_s=5, what="documents")  # type: ignore[misc] # bound now
+    wait_served(*daemon.guests)
+
+
+def test_a_hung_worker_is_replaced_within_five_seconds(daemon: UnitDaemon) -> None:
+    worker = daemon.status()["haproxy"]["worker"]
+
+    began = time.monotonic()
+    daemon.machine.run("kill", "-STOP", str(worker))
+    until(
+        lambda: daemon.status()["haproxy"]["worker"] not in (None, worker),
+        within_s=15,
+        what="another",
+    )
+    wait_served(*daemon.guests)
+
+    assert time.monotonic() - began < 8.0
+    assert daemon.active() == dict.fromkeys(UNITS, "active")
+
+
+def test_after_a_reboot_guests_are_served_from_the_store(daemon: UnitDaemon) -> None:
+    daemon.machine.run("systemctl", "stop", *UNITS)
+    # What a reboot leaves of /run.
+    daemon.machine.run("rm", "-r", "/run/imdsproxy")
+
+    daemon.machine.run("systemctl", "start", CONTROLLER)
+
+    assert daemon.active() == dict.fromkeys(UNITS, "active")
+    wait_served(*daemon.guests)
+
+
+def test_a_namespace_of_ours_is_seen_by_haproxy_and_really_freed(daemon: UnitDaemon) -> None:
+    guest = daemon.plug_in_behind_a_bridge("green", "fa:16:3e:00:00:03")
+    before = namespaces(daemon)
+
+    daemon.put({"green": {"bridge": "br-green"}}, [guest])
+    wait_served(guest)
+    assert namespaces(daemon) - before
+
+    daemon.command("instance", "remove", "green")
+    daemon.command("network", "remove", "green")
+    until(lambda: namespaces(daemon) <= before, within_s=5, what="the end of the namespace")
+
+
+def namespaces(daemon: UnitDaemon) -> set[str]:
+    """The network namespaces that exist, seen from inside: each gives its own number to its neighbours."""
+    listed = daemon.machine.run("lsns", "--type=net", "--noheadings", "--output=NS", "--persistent")
+    held = daemon.machine.run("lsns", "--type=net", "--noheadings", "--output=NS")
+    return {*listed.split(), *held.split()}
+
+
+def test_a_namespace_made_later_is_served_and_freed_when_it_goes(daemon: UnitDaemon) -> None:
+    daemon.command("network", "add", "late", "--namespace", "net-late")
+    guest = daemon.plug_in_one("late", "fa:16:3e:00:00:04")
+    daemon.put({}, [guest])
+    wait_served(guest)
+
+    daemon.machine.run("ip", "netns", "delete", "net-late")
+
+    # The guest's cable ends in that namespace and goes with it, once nobody holds it any more.
+    until(
+        lambda: "eth0" not in daemon.machine.run("ip", "-n", guest.namespace, "-o", "link"),
+        within_s=5,
+        what="the end of the namespace",
+    )
+    assert all(serves(other) for other in daemon.guests)
+
+
+def test_nobody_who_answers_guests_has_privileges(daemon: UnitDaemon) -> None:
+    worker = daemon.status()["haproxy"]["worker"]
+    answering = [worker, *daemon.status()["documents"]["pids"][1:]]
+    haproxy = daemon.machine.run("id", "--user", "haproxy")
+
+    for pid in answering:
+        status = dict(
+            line.split(":", 1)
+            for line in daemon.machine.run("cat", f"/proc/{pid}/status").splitlines()
+        )
+        assert status["Uid"].split() == [haproxy] * 4
+        assert int(status["CapEff"], 16) == 0
+        assert status["NoNewPrivs"].strip() == "1"
+    assert daemon.machine.run("readlink", f"/proc/{worker}/root") == "/run/imdsproxy/jail"
+
+
+def test_the_controller_shares_the_hosts_mounts(daemon: UnitDaemon) -> None:
+    controller = daemon.machine.main_pid(CONTROLLER)
+    own, host = (daemon.machine.run("readlink", f"/proc/{pid}/ns/mnt") for pid in (controller, 1))
+    assert own == host
+
+
+def test_the_group_may_use_the_admin_socket_and_others_may_not(daemon: UnitDaemon) -> None:
+    ask = (
+        "curl",
+        "--silent",
+        "--fail",
+        "--unix-socket",
+        "/run/imdsproxy/admin.sock",
+        "http://imdsproxy/v1/status",
+    )
+    nobody = ("setpriv", "--reuid=65534", "--clear-groups")
+    inside, _ = daemon.machine.attempt(*nobody, "--regid=imdsproxy", *ask)
+    outside, _ = daemon.machine.attempt(*nobody, "--regid=65534", *ask)
+    assert (inside == 0, outside == 0) == (True, False)
+
+
+def test_what_keeps_haproxy_from_starting_is_told_in_its_own_words(daemon: UnitDaemon) -> None:
+    daemon.machine.run("systemctl", "stop", *UNITS)
+    program = "import socket; s = socket.create_server(('127.0.0.1', 9466)); print('ready', flush=True); input()"
+    daemon.machine.run(
+        "systemd-run", "--unit=thief", "python3", "-c", program.replace("input()", "s.accept()")
+    )
+    until(lambda: "ready" in daemon.machine.journal("thief.service"), within_s=10, what="the thief")
+
+    status, _ = daemon.machine.attempt("systemctl", "start", CONTROLLER)
+
+    assert status != 0
+    told = daemon.machine.journal(CONTROLLER)
+    assert "HAProxy did not start: Binding" in told
+    assert "cannot bind socket (Address already in use) for [127.0.0.1:9466]" in told
+
+    daemon.machine.run("systemctl", "stop", "thief.service")
+    until(lambda: daemon.active() == dict.fromkeys(UNITS, "active"), within_s=20, what="all units")
+    wait_served(*daemon.guests)
+
+
+def test_systemd_finds_nothing_wrong_with_the_units(daemon: UnitDaemon) -> None:
+    status, words = daemon.machine.attempt("systemd-analyze", "verify", *UNITS)
+    assert (status, [line for line in words.splitlines() if "imdsproxy" in line]) == (0, [])

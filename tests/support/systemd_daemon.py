@@ -56,9 +56,10 @@ class UnitDaemon:
 
     def plug_in(self) -> None:
         """Make the networks and their guests."""
-        self.guests = tuple(self._plug_in(name, mac) for name, mac in _GUESTS.items())
+        self.guests = tuple(self.plug_in_one(name, mac) for name, mac in _GUESTS.items())
 
-    def _plug_in(self, name: str, mac: str) -> Guest:
+    def plug_in_one(self, name: str, mac: str) -> Guest:
+        """Make the namespace of a network, and a guest in it."""
         self.machine.run("ip", "netns", "add", f"net-{name}")
         self.machine.run("ip", "netns", "add", f"guest-{name}")
         for namespace in (f"net-{name}", f"guest-{name}"):
@@ -100,7 +101,7 @@ link add port-{name} master br-{name} up type veth peer name eth0 address {mac} 
     def start(self) -> None:
         """Start the controller, and tell it of the networks and guests."""
         self.machine.run("systemctl", "start", CONTROLLER)
-        listeners = {one.network: {"namespace": f"net-{one.name}"} for one in self.guests}
+        listeners = {one.network: {"namespace": f"net-{one.network}"} for one in self.guests}
         self.put(listeners, self.guests)
 
     def put(self, listeners: Mapping[str, Mapping[str, str]], guests: Iterable[Guest]) -> None:
@@ -121,7 +122,8 @@ link add port-{name} master br-{name} up type veth peer name eth0 address {mac} 
             }
             for one in guests
         ]
-        text = yaml.safe_dump({"networks": networks, "instances": instances})
+        records = {"networks": networks, "instances": instances}
+        text = yaml.safe_dump({name: value for name, value in records.items() if value})
         self.machine.write("/root/records.yaml", text)
         self.command("network", "add", "--file", "/root/records.yaml")
 

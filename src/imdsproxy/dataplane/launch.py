@@ -22,6 +22,7 @@ __all__ = [
     "Launcher",
     "SpawnLauncher",
     "SystemdLauncher",
+    "find_alerts",
     "read_program",
     "wait_gone",
 ]
@@ -212,16 +213,15 @@ class SystemdLauncher:
 
     async def start(self) -> Processes:
         """See `Launcher.start`."""
-        await self._systemctl("reset-failed", self.unit, check=False)
-        status, words = await self._systemctl("start", self.unit, check=False)
+        # Without it, each restart since the unit's last rest would make systemd wait longer.
+        await self._run("systemctl", "reset-failed", self.unit)
+        status, words = await self._run("systemctl", "start", self.unit)
         if status != 0:
-            raise ConfigRejected(
-                f"systemctl start {self.unit}: {words}", hint=f"journalctl -u {self.unit}"
-            )
+            raise await self._failure(words)
 
         async def ended() -> str | None:
-            code, _ = await self._systemctl("is-failed", "--quiet", self.unit, check=False)
-            return f"{self.unit} has failed: journalctl -u {self.unit}" if code == 0 else None
+            code, _ = await self._run("systemctl", "is-failed", "--quiet", self.unit)
+            return await self._last_words() or f"{self.unit} has failed" if code == 0 else None
 
         return await _wait_for_worker(self.master, ended)
 
@@ -235,24 +235,52 @@ class SystemdLauncher:
 
     async def stop(self) -> None:
         """See `Launcher.stop`."""
-        await self._systemctl("stop", self.unit, check=True)
+        status, words = await self._run("systemctl", "stop", self.unit)
+        if status != 0:
+            raise RuntimeUnavailable(f"systemctl stop {self.unit}: {words}")
 
-    async def _systemctl(self, *arguments: str, check: bool) -> tuple[int, str]:
+    async def _failure(self, words: str) -> ConfigRejected:
+        hint = f"journalctl -u {self.unit}"
+        alerts = await self._last_words()
+        if alerts:
+            return ConfigRejected(f"HAProxy did not start: {alerts}", hint=hint)
+        return ConfigRejected(f"systemctl start {self.unit}: {words}", hint=hint)
+
+    async def _last_words(self) -> str:
+        """What HAProxy wrote into the journal before it ended; empty where that cannot be read."""
+        await self._run("journalctl", "--sync")
+        options = ("--unit", self.unit, "--output=cat", "--no-pager", "--lines=40")
+        status, words = await self._run("journalctl", *options)
+        return find_alerts(words, self.unit) if status == 0 else ""
+
+    async def _run(self, *arguments: str) -> tuple[int, str]:
+        """Run a command of systemd's: its exit status and what it said."""
         try:
             process = await asyncio.create_subprocess_exec(
-                "systemctl",
                 *arguments,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
             )
         except OSError as error:
-            raise HaproxyMissing(f"cannot run systemctl: {error.strerror}") from error
+            raise HaproxyMissing(f"cannot run {arguments[0]}: {error.strerror}") from error
         words = (await process.communicate())[0].decode("utf-8", "replace").strip()
-        status = process.returncode if process.returncode is not None else -1
-        if check and status != 0:
-            raise RuntimeUnavailable(f"systemctl {' '.join(arguments)}: {words}")
-        return status, words
+        return process.returncode if process.returncode is not None else -1, words
+
+
+def find_alerts(journal: str, unit: str) -> str:
+    """HAProxy's alerts of its last start that had any, each once.
+
+    Args:
+        journal: The unit's messages, systemd's own among them, which part one start from the next.
+        unit: The unit's name.
+    """
+    for start in reversed(journal.split(f"Starting {unit}")):
+        alerts = [line for line in start.splitlines() if "[ALERT]" in line]
+        if alerts:
+            # Master and worker say the same under two pids.
+            return "; ".join(dict.fromkeys(line.partition(") : ")[2] or line for line in alerts))
+    return ""
 
 
 def _tail(path: Path, offset: int) -> str:
