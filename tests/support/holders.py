@@ -47,7 +47,7 @@ def _held_by(pid: int, entry: Path, inodes: set[int]) -> Iterator[str]:
                 yield f"process {pid} ({who}) has it open"
             elif target.startswith("socket:"):
                 sockets.append(int(link.name))
-    if any(inode in inodes for inode in _namespaces_of_sockets(pid, sockets)):
+    if inodes & _namespaces_of_sockets(pid, sockets):
         yield f"process {pid} ({who}) has a socket in it"
 
 
@@ -55,9 +55,10 @@ def _inode_of(text: str) -> int | None:
     return int(text[5:-1]) if text.startswith("net:[") else None
 
 
-def _namespaces_of_sockets(pid: int, descriptors: list[int]) -> Iterator[int]:
+def _namespaces_of_sockets(pid: int, descriptors: list[int]) -> set[int]:
+    found: set[int] = set()
     if not descriptors or pid == os.getpid():
-        return
+        return found
     handle = os.pidfd_open(pid)
     try:
         for descriptor in descriptors:
@@ -66,8 +67,9 @@ def _namespaces_of_sockets(pid: int, descriptors: list[int]) -> Iterator[int]:
                 continue
             with contextlib.suppress(OSError):
                 namespace = fcntl.ioctl(copy, _SIOCGSKNS)
-                yield os.fstat(namespace).st_ino
+                found.add(os.fstat(namespace).st_ino)
                 os.close(namespace)
             os.close(copy)
     finally:
         os.close(handle)
+    return found

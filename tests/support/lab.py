@@ -379,7 +379,9 @@ def _links(namespace: str) -> set[str]:
 
 def _bridge(name: str) -> list[str]:
     return [
-        f"link add {name} type bridge forward_delay 0 stp_state 0 mcast_snooping 0",
+        # A bridge that has no address of its own changes it with its ports: guests would not find it.
+        f"link add {name} address 02:fe:a9:fe:a9:fe type bridge"
+        " forward_delay 0 stp_state 0 mcast_snooping 0",
         f"link set {name} up",
     ]
 

@@ -1,0 +1,254 @@
+"""Records: acknowledged means in force, on disk and in every worker, whatever happens next."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import threading
+import time
+from pathlib import Path
+from typing import Final
+
+import pytest
+
+from imdsproxy.core.haproxy.maps import COMPACT_ABOVE
+from support.daemon import alive, instance, user_data_of
+from support.guest import Connection, Guest, Load, Lost
+from support.lab import ip, until, within
+from support.world import World, open_world, own
+
+pytestmark = pytest.mark.root
+
+_KEY: Final = "red/10.0.0.5"
+
+
+def _without_ports(name: str) -> dict[str, object]:
+    return {**instance(name, "red"), "ports": []}
+
+
+def _move(world: World, number: int) -> str:
+    """Give red's address to the other of two instances; whose it is now."""
+    owner, other = ("move-a", "move-b") if number % 2 else ("move-b", "move-a")
+    world.daemon.put(instances=[_without_ports(other), instance(owner, "red")])
+    return owner
+
+
+@pytest.fixture
+def movable(world: World) -> World:
+    """Red's address belongs to nobody but what `_move` says."""
+    world.daemon.remove_instance("red-5")
+    return world
+
+
+class _Reloads:
+    """HAProxy reloads again and again until the end of the `with` block."""
+
+    def __init__(self, world: World, pause_s: float) -> None:
+        self._world = world
+        self._pause_s = pause_s
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="reloads")
+        self.number = 0
+
+    def __enter__(self) -> _Reloads:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._stop.wait(self._pause_s):
+            self._world.reload()
+            self.number += 1
+
+
+class _KeptConnections:
+    """Connections that stay open as long as the server leaves them; each asks when told to."""
+
+    def __init__(self, guest: Guest, number: int) -> None:
+        self._guest = guest
+        self._open: list[Connection | None] = [None] * number
+        self.kept = 0
+
+    def ask_all(self) -> list[bytes]:
+        return [self._ask(index) for index in range(len(self._open))]
+
+    def _ask(self, index: int) -> bytes:
+        connection = self._open[index]
+        if connection is None:
+            connection = self._guest.connect()
+        else:
+            self.kept += 1
+        try:
+            reply = connection.request("/latest/user-data")
+        except Lost:
+            # A server may close an idle connection at any time; a client asks again.
+            connection.close()
+            self._open[index] = None
+            return self._ask(index)
+        self._open[index] = None if reply.closes else connection
+        if reply.closes:
+            connection.close()
+        return reply.body if reply.status == 200 else b"status %d" % reply.status
+
+    def close(self) -> None:
+        for connection in self._open:
+            if connection is not None:
+                connection.close()
+
+
+@pytest.mark.slow
+def test_no_answer_is_stale_after_an_acknowledged_move_also_while_haproxy_reloads(
+    movable: World,
+) -> None:
+    kept = _KeptConnections(movable.red, 4)
+    stale: list[str] = []
+    with _Reloads(movable, pause_s=0.2) as reloads:
+        for number in range(200):
+            expected = user_data_of(_move(movable, number))
+            stale += [f"{number}: {one!r}" for one in kept.ask_all() if one != expected]
+    kept.close()
+    assert stale == []
+    assert reloads.number >= 5
+    assert kept.kept >= 200
+
+
+def test_a_kept_connection_is_somebody_elses_right_after_a_move(movable: World) -> None:
+    kept = _KeptConnections(movable.red, 2)
+    for number in range(20):
+        expected = user_data_of(_move(movable, number))
+        assert kept.ask_all() == [expected] * 2
+    kept.close()
+    assert kept.kept >= 38
+
+
+def test_a_removed_instance_is_unknown_right_after_it_was_acknowledged(world: World) -> None:
+    with world.red.connect() as connection:
+        for _ in range(2):
+            world.daemon.put(instances=[instance("red-5", "red")])
+            assert own(world.red, connection.request("/latest/user-data")) is None
+            world.daemon.remove_instance("red-5")
+            assert connection.request("/latest/user-data").status == 404
+
+
+def test_what_was_acknowledged_is_on_disk(movable: World) -> None:
+    for number in range(10):
+        owner = _move(movable, number)
+        found = movable.daemon.map_on_disk().lookup(_KEY)
+        assert found is not None
+        assert found.partition("|")[0] == owner
+    movable.daemon.remove_instance(owner)
+    assert movable.daemon.map_on_disk().lookup(_KEY) is None
+
+
+def _start_again_from_disk(world: World, master: int) -> subprocess.Popen[bytes]:
+    """End HAProxy and start it as a service manager would: the same words, nothing else."""
+    words = Path(f"/proc/{master}/cmdline").read_bytes().decode().split("\0")[:-1]
+    worker = world.pids().worker
+    os.kill(world.pids().controller, signal.SIGSTOP)
+    for pid in (master, worker):
+        os.kill(pid, signal.SIGKILL)
+    until(lambda: not alive(master) and not alive(worker), what="HAProxy's end")
+    return subprocess.Popen(
+        (*within(world.lab.host), *words), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+
+
+def test_a_haproxy_that_starts_by_itself_knows_what_was_acknowledged(movable: World) -> None:
+    for number in (0, 1):
+        owner = _move(movable, number)
+        kept = movable.settled()
+        other = _start_again_from_disk(movable, kept.master)
+        until(movable.red.reaches, what="HAProxy's return")
+        reply = movable.red.ask("/latest/user-data")
+        assert reply.body == user_data_of(owner)
+        assert (
+            own(movable.guests["green"], movable.guests["green"].ask("/latest/user-data")) is None
+        )
+        other.terminate()
+        other.wait()
+        os.kill(kept.controller, signal.SIGCONT)
+        movable.daemon.wait_ready()
+
+
+def test_a_worker_that_somebody_else_reloaded_is_kept_up_to_date(movable: World) -> None:
+    for number in range(6):
+        master = movable.pids().master
+        os.kill(master, signal.SIGUSR2)
+        until(lambda before=master: movable.pids().master == before)
+        owner = _move(movable, number)
+        assert movable.red.ask("/latest/user-data").body == user_data_of(owner)
+
+
+def _many(first: int, number: int) -> list[dict[str, object]]:
+    return [
+        {
+            "id": f"many-{index}",
+            "name": f"many-{index}",
+            "ports": [{"network": "red", "addresses": [_address(index)]}],
+            "user_data": user_data_of(f"many-{index}").decode(),
+        }
+        for index in range(first, first + number)
+    ]
+
+
+def _address(index: int) -> str:
+    return f"10.0.{16 + index // 250}.{1 + index % 250}"
+
+
+@pytest.mark.slow
+def test_every_answer_stays_right_while_the_overlay_is_folded_into_the_base() -> None:
+    # A world of its own: it would take long to take so many instances away one by one.
+    with open_world() as world:
+        _fold(world)
+
+
+def _fold(world: World) -> None:
+    total = COMPACT_ABOVE + 300
+    sample = [0, 1, 250, COMPACT_ABOVE - 1, COMPACT_ABOVE, total - 1]
+    for index in sample:
+        ip("-n", world.red.namespace, "address", "add", f"{_address(index)}/32", "dev", "eth0")
+    ip("-n", world.lab.name("red"), "route", "add", "10.0.16.0/20", "dev", "br0")
+    generation = int(world.daemon.map_on_disk().generation)
+    with Load(world.everybody, "/latest/user-data", own) as load:
+        for first in range(0, total, 100):
+            world.daemon.put(instances=_many(first, min(100, total - first)))
+            for index in sample:
+                reply = (
+                    world.red.ask("/latest/user-data", source=_address(index))
+                    if index < first + 100
+                    else None
+                )
+                assert reply is None or reply.body == user_data_of(f"many-{index}")
+        assert int(world.daemon.map_on_disk().generation) > generation
+        # What went is gone from the base too, and others may take its place.
+        world.daemon.remove_instance("many-0")
+        taken = {**_many(1, 1)[0], "ports": [{"network": "red", "addresses": [_address(0)]}]}
+        world.daemon.put(instances=[taken])
+        reply = world.red.ask("/latest/user-data", source=_address(0))
+        assert reply.body == user_data_of("many-1")
+        assert world.red.ask("/latest/user-data", source=_address(1)).status == 404
+    assert load.report.lost == []
+
+
+def test_changes_of_one_network_leave_another_networks_equal_addresses_alone(world: World) -> None:
+    world.daemon.put(instances=[{**instance("red-5", "red"), "user_data": "other"}])
+    assert world.red.ask("/latest/user-data").text == "other"
+    world.daemon.remove_instance("red-5")
+    for name in ("green", "blue", "grey"):
+        guest = world.guests[name]
+        assert own(guest, guest.ask("/latest/user-data")) is None
+
+
+def test_an_acknowledged_change_takes_milliseconds(world: World) -> None:
+    took = []
+    for number in range(20):
+        text = f"{number}"
+        started = time.monotonic()
+        world.daemon.put(instances=[{**instance("red-5", "red"), "user_data": text}])
+        took.append(time.monotonic() - started)
+        assert world.red.ask("/latest/user-data").text == text
+    assert sorted(took)[10] < 0.2
