@@ -10,13 +10,12 @@ For every network and family there is at least one endpoint or exactly one `Left
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Final, TypeAlias, assert_never
 
-from imdsproxy.core.bridges import is_unmarked_veth, plan_bridge, want_addresses
+from imdsproxy.core.bridges import plan_bridge, want_addresses
 from imdsproxy.core.endpoints import (
-    LOOPBACK,
     Endpoint,
     Foreign,
     LeftOut,
@@ -35,6 +34,7 @@ from imdsproxy.core.hostops import (
     RemoveAddress,
 )
 from imdsproxy.core.hoststate import Family, NamespaceRef, ObservedHost, ObservedNamespace
+from imdsproxy.core.leftovers import ManagedPlace, plan_sweep
 from imdsproxy.core.model import (
     BridgeListener,
     InterfaceListener,
@@ -61,10 +61,6 @@ __all__ = [
 _Place: TypeAlias = tuple[str, str | int]
 
 _ENSLAVING: Final = frozenset({"bridge", "bond", "team", "openvswitch"})
-
-
-ManagedPlace: TypeAlias = tuple[str | None, str]
-"""Namespace (`None`: the host's own) and device that we put the metadata addresses on."""
 
 
 PlanMemo: TypeAlias = dict[NetworkId, tuple[Network, ObservedNamespace | None, Part]]
@@ -120,7 +116,7 @@ def plan_listeners(
     for gone in memo.keys() - networks.keys():
         del memo[gone]
     served = [networks[network_id] for network_id in sorted(networks) if network_id not in shared]
-    removals = tuple(_sweep(served, observed, naming, managed)) if sweep else ()
+    removals = tuple(plan_sweep(served, observed, naming, managed)) if sweep else ()
     return ListenerPlan(
         endpoints=tuple(one for part in parts for one in part.endpoints),
         left_out=tuple(one for part in parts for one in part.left_out),
@@ -305,64 +301,3 @@ def _left_out_as_shared(network: NetworkId, others: tuple[NetworkId, ...]) -> Pa
         f"its listener is also that of {', '.join(others)}: whose guest asks could not be told",
         "give each network a listener of its own",
     )
-
-
-def _sweep(
-    served: Iterable[Network],
-    observed: ObservedHost,
-    naming: Naming,
-    managed: Collection[ManagedPlace] | None,
-) -> Iterator[HostOp]:
-    """Removals of what is marked as ours and belongs to no network any more."""
-    bridged = [one.id for one in served if isinstance(one.listener, BridgeListener)]
-    namespaces = {naming.namespace(network) for network in bridged}
-    links = {naming.link(network) for network in bridged}
-    for name in sorted(observed.half_made):
-        if naming.is_namespace(name) and name not in namespaces:
-            yield DeleteNamespace(name)
-    for name, seen in observed.namespaces.items():
-        if name not in namespaces and _is_our_namespace(name, seen, naming):
-            yield DeleteNamespace(name)
-    for name, device in observed.root.devices.items():
-        marked = naming.owner_of(device.alias) is not None or is_unmarked_veth(device)
-        if naming.is_link(name) and marked and name not in links:
-            yield DeleteLink(name)
-    yield from _sweep_addresses(served, observed, naming, managed)
-
-
-def _is_our_namespace(name: str, seen: ObservedNamespace, naming: Naming) -> bool:
-    if not naming.is_namespace(name) or seen.problem:
-        return False
-    loopback = seen.devices.get(LOOPBACK)
-    alias = loopback.alias if loopback is not None else ""
-    if not alias:  # made, but its maker was killed before it could mark it
-        return len(seen.devices) == 1
-    return naming.owner_of(alias) is not None
-
-
-def _sweep_addresses(
-    served: Iterable[Network],
-    observed: ObservedHost,
-    naming: Naming,
-    managed: Collection[ManagedPlace] | None,
-) -> Iterator[HostOp]:
-    wanted = {place for network in served if (place := _managed(network.listener)) is not None}
-    protocol = naming.protocol
-    for name, seen in ((None, observed.root), *observed.namespaces.items()):
-        for one in seen.addresses:
-            place = (name, one.device)
-            if one.protocol != protocol or place in wanted:
-                continue
-            # What is in a namespace of ours goes with it.
-            in_ours = name is not None and naming.is_namespace(name)
-            if not in_ours and (managed is None or place in managed):
-                yield RemoveAddress(name, one.device, one.address, one.prefix)
-
-
-def _managed(listener: Listener) -> ManagedPlace | None:
-    """Namespace and device on which the metadata addresses are our business."""
-    if isinstance(listener, InterfaceListener):
-        return None, listener.device
-    if isinstance(listener, NamespaceListener) and listener.manage_addresses and listener.device:
-        return listener.namespace, listener.device
-    return None

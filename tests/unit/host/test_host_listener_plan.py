@@ -35,6 +35,7 @@ from imdsproxy.core.hoststate import (
     changed_places,
     merge_observed,
 )
+from imdsproxy.core.leftovers import without_removed
 from imdsproxy.core.listeners import (
     ListenerPlan,
     OpFailure,
@@ -598,6 +599,32 @@ def test_a_part_replaces_what_it_asked_for_and_leaves_the_rest() -> None:
     assert after.namespaces == {"ns-red": red}
     assert after.root.devices == {}
     assert after.root.addresses == ()
+
+
+@pytest.mark.parametrize(
+    "host",
+    [
+        _bridged(),
+        _host(replace(FULL, addresses=MARKED)),
+        _root(TAP, addresses=MARKED),
+        replace(_root(BRIDGE), half_made=frozenset((OUR_NS,))),
+    ],
+)
+def test_what_has_been_removed_is_not_removed_again(host: ObservedHost) -> None:
+    ops = plan_listeners({}, host).ops
+    assert ops
+    after = without_removed(host, ops)
+    assert plan_listeners({}, after).ops == ()
+    assert without_removed(after, ops) == after
+
+
+def test_what_is_not_removed_stays_as_it_was_known() -> None:
+    red = replace(FULL, ref=NamespaceRef("ns-red", 78), addresses=MARKED)
+    host = _host(FULL, red)
+    after = without_removed(host, [RemoveAddress("ns-red", "tap0", METADATA_IPV4, 32)])
+    assert after.namespaces["ns-blue"] is FULL
+    assert [one.address for one in after.namespaces["ns-red"].addresses] == [METADATA_IPV6]
+    assert without_removed(host, [AddAddress(BLUE, None, "x", METADATA_IPV4, 32, 1)]) is host
 
 
 def test_a_plan_with_a_memo_is_the_plan_without_it() -> None:
