@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -18,6 +19,12 @@ pytestmark = [pytest.mark.root, pytest.mark.slow]
 
 _USER_DATA: Final = "/latest/user-data"
 _STRANGER: Final = "10.0.0.99"
+_THIEF: Final = """
+import socket
+listener = socket.create_server(("127.0.0.1", 9466))
+print("ready", flush=True)
+listener.accept()
+"""
 
 
 @pytest.fixture
@@ -401,10 +408,7 @@ def test_the_group_may_use_the_admin_socket_and_others_may_not(daemon: UnitDaemo
 
 def test_what_keeps_haproxy_from_starting_is_told_in_its_own_words(daemon: UnitDaemon) -> None:
     daemon.machine.run("systemctl", "stop", *UNITS)
-    program = "import socket; s = socket.create_server(('127.0.0.1', 9466)); print('ready', flush=True); input()"
-    daemon.machine.run(
-        "systemd-run", "--unit=thief", "python3", "-c", program.replace("input()", "s.accept()")
-    )
+    daemon.machine.run("systemd-run", "--unit=thief", sys.executable, "-c", _THIEF)
     until(lambda: "ready" in daemon.machine.journal("thief.service"), within_s=10, what="the thief")
 
     status, _ = daemon.machine.attempt("systemctl", "start", CONTROLLER)

@@ -1,0 +1,194 @@
+"""What the documents say is there: links, paths, commands, settings, metrics, codes."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+import pytest
+from pydantic import BaseModel
+
+from imdsproxy.cli.main import main
+from imdsproxy.config.schema import Settings
+from imdsproxy.core.endpoints import LeftOutCode
+from imdsproxy.dataplane.layout import Layout
+from imdsproxy.errors import __all__ as error_names
+from support.demonstration import REPOSITORY
+
+_PAGES: Final = (
+    *sorted(REPOSITORY.glob("*.md")),
+    *sorted((REPOSITORY / "docs").glob("*.md")),
+    *sorted((REPOSITORY / "docs/adr").glob("*.md")),
+)
+_ADR: Final = REPOSITORY / "docs/adr"
+_LINK: Final = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
+_CODE: Final = re.compile(r"`([^`\n]+)`")
+_PLACES: Final = ("src/", "tests/", "docs/", "packaging/", "script/", "demo/", "bench/")
+_ARCHITECTURE_LINES: Final = 300
+
+pages = pytest.mark.parametrize(
+    "page", _PAGES, ids=[str(page.relative_to(REPOSITORY)) for page in _PAGES]
+)
+
+
+def headings(page: Path) -> set[str]:
+    """The anchors that GitHub makes of a page's headings."""
+    found = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", one.lower()).replace(" ", "-") for one in found}
+
+
+def words_in_code(page: Path) -> Iterator[str]:
+    """Every piece of inline code."""
+    yield from _CODE.findall(page.read_text())
+
+
+def commands(page: Path) -> Iterator[str]:
+    """Every command line of imdsproxy, from blocks and from inline code."""
+    for line in page.read_text().splitlines():
+        if line.startswith("    imdsproxy "):
+            yield line.strip()
+    for code in words_in_code(page):
+        if re.match(r"imdsproxy [a-z]", code):
+            yield code
+
+
+@pages
+def test_every_link_leads_somewhere(page: Path) -> None:
+    broken = []
+    for link in _LINK.findall(page.read_text()):
+        if link.startswith(("http://", "https://")):
+            continue
+        name, _, anchor = link.partition("#")
+        target = (page.parent / name).resolve() if name else page
+        if not target.exists() or (anchor and anchor not in headings(target)):
+            broken.append(link)
+    assert broken == []
+
+
+@pages
+def test_every_path_of_the_repository_that_is_named_exists(page: Path) -> None:
+    named = [
+        code.split()[0].rstrip("/") for code in words_in_code(page) if code.startswith(_PLACES)
+    ]
+    lines = page.read_text().splitlines()
+    named += [line.split()[0] for line in lines if line.startswith("    script/")]
+    assert [name for name in named if not (REPOSITORY / name).exists()] == []
+
+
+@pages
+def test_every_command_of_imdsproxy_is_one_that_it_takes(
+    page: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    refused = {}
+    for line in commands(page):
+        words = shlex.split(re.split(r"[>|…]", line)[0], comments=True)
+        status = main([*words[1:], "--help"])
+        told = capsys.readouterr()
+        if status != 0 or not told.out:
+            refused[line] = told.err
+    assert refused == {}
+
+
+@pages
+def test_every_setting_that_is_named_exists(page: Path) -> None:
+    sections = tuple(f"{name}." for name in Settings.model_fields)
+    named = [code for code in words_in_code(page) if code.startswith(sections)]
+    named = [name for name in named if re.fullmatch(r"[a-z_]+(\.[a-z_]+)+", name)]
+    # `haproxy.cfg` is a file, `haproxy.service` a unit, and look the same.
+    others = {*files_of_the_daemon(), Settings().admin_socket.name, "haproxy.service"}
+    assert [one for one in named if one not in others and not has_setting(one)] == []
+
+
+def has_setting(name: str) -> bool:
+    model: type[BaseModel] = Settings
+    *path, last = name.split(".")
+    for part in path:
+        found = model.model_fields[part].annotation if part in model.model_fields else None
+        if not (isinstance(found, type) and issubclass(found, BaseModel)):
+            return False
+        model = found
+    return last in model.model_fields
+
+
+@pages
+def test_every_metric_that_is_named_exists(page: Path) -> None:
+    known = set(
+        re.findall(r"imdsproxy_\w+", (REPOSITORY / "docs/reference/metrics.md").read_text())
+    )
+    assert set(re.findall(r"imdsproxy_\w+", page.read_text())) - known == set()
+
+
+def test_every_decision_is_in_the_index_once_and_in_order() -> None:
+    index = _LINK.findall((_ADR / "README.md").read_text())
+    present = sorted(page.name for page in _ADR.glob("[0-9]*.md"))
+    assert index == present
+    assert [name[:4] for name in present] == [f"{one:04}" for one in range(1, len(present) + 1)]
+
+
+@pytest.mark.parametrize("page", sorted(_ADR.glob("[0-9]*.md")), ids=lambda page: page.stem)
+def test_a_decision_says_what_was_decided_and_why(page: Path) -> None:
+    text = page.read_text()
+    index = (_ADR / "README.md").read_text()
+    title = text.splitlines()[0]
+    assert title.startswith(f"# {page.name[:4]}: ")
+    assert f"| {title.partition(': ')[2]} |" in index
+    if "deliberately-not" not in page.name:
+        parts = ["The case", "The decision", "What follows"]
+        assert re.findall(r"^## (.+)$", text, re.MULTILINE) == parts
+
+
+def test_the_runbook_knows_every_reason_for_which_a_listener_is_left_out() -> None:
+    table = (REPOSITORY / "docs/operating.md").read_text()
+    section = table.partition("### A listener is left out")[2].partition("\n### ")[0]
+    told = {
+        code
+        for line in section.splitlines()
+        if line.startswith("| `")
+        for code in _CODE.findall(line.split("|")[1])
+    }
+    assert told == {code.value for code in LeftOutCode} | {"foreign-listener"}
+
+
+def test_the_error_codes_of_the_runbook_exist() -> None:
+    errors = importlib.import_module("imdsproxy.errors")
+    codes = {getattr(getattr(errors, name), "code", "") for name in error_names}
+    text = (REPOSITORY / "docs/operating.md").read_text()
+    assert {"config-rejected", "reload-failed", "host-refused", "source-corrupt"} <= codes
+    assert all(
+        f"`{code}`" in text for code in ("config-rejected", "reload-failed", "source-corrupt")
+    )
+
+
+def test_the_architecture_names_every_file_and_socket_and_stays_short() -> None:
+    text = (REPOSITORY / "ARCHITECTURE.md").read_text()
+    # What belongs to one file stands in its row without the file's name before it.
+    named = [name.removeprefix("haproxy.cfg") or name for name in files_of_the_daemon()]
+    assert [name for name in named if name not in text] == []
+    assert len(text.splitlines()) <= _ARCHITECTURE_LINES
+
+
+def files_of_the_daemon() -> Iterator[str]:
+    """The name of every file, socket and directory that has its place in the layout."""
+    layout = Layout(Path("/run/imdsproxy"), Path("/var/lib/imdsproxy"))
+    for attribute in dir(Layout):
+        value = None if attribute.startswith("_") else getattr(layout, attribute)
+        for path in value if isinstance(value, tuple) else (value,):
+            if isinstance(path, Path):
+                yield path.name
+
+
+def test_the_units_name_the_places_that_the_daemon_uses() -> None:
+    unit = (REPOSITORY / "packaging/systemd/imdsproxy-haproxy.service").read_text()
+    defaults = Settings()
+    layout = Layout(defaults.paths.runtime_dir, defaults.paths.state_dir)
+    start = re.search(r"^ExecStart=(.+)$", unit, re.MULTILINE)
+    assert start is not None
+    words = start[1].split()
+    assert words[1:] == ["-Ws", "-S", f"{layout.master_socket},mode,600", "-f", str(layout.config)]
+    assert f"ConditionPathExists={layout.config}" in unit
+    names = {defaults.haproxy.unit, defaults.documents.unit, "imdsproxy.service"}
+    assert {path.name for path in (REPOSITORY / "packaging/systemd").iterdir()} == names
