@@ -6,13 +6,14 @@ import asyncio
 import json
 import shutil
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 
 from imdsproxy.sources import file as file_source
 from imdsproxy.sources.file import FileSource
-from imdsproxy.sources.watch import Watch
+from imdsproxy.sources.watch import Place, Watch
 from support.source_runs import Heard, running
 
 
@@ -237,6 +238,20 @@ async def test_an_idle_source_uses_next_to_no_time(directory: Path) -> None:
         used, passed = time.process_time() - used, time.monotonic() - begin
         assert used / passed < 0.05
         assert len(heard.observations) == 1
+
+
+async def test_a_change_just_before_watching_begins_is_seen(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin = Watch.__init__
+
+    def late(self: Watch, places: Iterable[Place]) -> None:
+        write(directory / "x.json", record("a", "1"))
+        begin(self, places)
+
+    monkeypatch.setattr(Watch, "__init__", late)
+    async with running(FileSource(directory)) as heard:
+        await heard.until(lambda each: data_of(each) == {"a": b"1"})
 
 
 def _descriptors() -> set[str]:

@@ -177,6 +177,14 @@ def test_who_lost_to_one_that_fell_back_is_in_force_after_all() -> None:
     assert files.records == by_id(made("a", 1), made("b", 2), made("c", 9), made("d", 3))
 
 
+def test_who_lost_to_one_that_had_to_fall_back_later_is_in_force_after_all() -> None:
+    files = Files()
+    files.write("x", made("z", 7), made("a", 1), made("b", 2), made("c", 3))
+    # a takes 9 before c does, and 2 from b; but b may not have 7, so that a has to go back too.
+    files.write("x", made("z", 7), made("a", 2, 9), made("b", 7), made("c", 9))
+    assert files.records == by_id(made("z", 7), made("a", 1), made("b", 2), made("c", 9))
+
+
 def test_an_id_twice_is_in_force_once_and_stays_with_who_had_it() -> None:
     files = Files()
     files.write("z", made("a", 1))
