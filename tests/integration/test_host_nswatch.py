@@ -78,6 +78,27 @@ async def test_a_namespace_made_again_under_its_name_goes_and_comes(lab: HostLab
     held.close()
 
 
+async def test_a_namespace_made_again_with_the_inode_of_the_old_one_is_told_of_too(
+    lab: HostLab,
+) -> None:
+    name = lab.namespace("blue")
+    async with NamespaceWatch(NamespaceDirectory()) as watch:
+        ref = watch.current[name]
+
+        def again() -> None:
+            # Nobody holds the old one, so its inode is soon free; the loop sees nothing meanwhile.
+            for _ in range(200):
+                lab.delete_namespace(name)
+                lab.namespace("blue")
+                if NamespaceDirectory().identity(name) == ref:
+                    return
+            raise AssertionError("the kernel never uses the inode again")
+
+        again()
+        assert await _next(watch, name) == NamespaceWent(ref)
+        assert await _next(watch, name) == NamespaceCame(ref)
+
+
 async def test_a_hundred_at_once_are_all_told_of_within_a_second(lab: HostLab) -> None:
     thread = NamespaceThread(NamespaceDirectory())
     names = {lab.own_namespace(str(number)) for number in range(100)}

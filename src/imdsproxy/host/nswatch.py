@@ -150,7 +150,7 @@ class NamespaceWatch:
                 self._watched = None
                 self._look()
             else:
-                self._entry(name)
+                self._entry(name, replaced=bool(mask & (_IN_DELETE | _IN_MOVED_FROM)))
         for name in sorted(self._pending):
             self._entry(name)
         if self._rescan is None:
@@ -168,14 +168,20 @@ class NamespaceWatch:
                     offset += length
                     yield watch, mask, os.fsdecode(name)
 
-    def _entry(self, name: str) -> None:
-        """See what a name leads to now, and tell when that is something else than before."""
+    def _entry(self, name: str, *, replaced: bool = False) -> None:
+        """See what a name leads to now, and tell when that is something else than before.
+
+        Args:
+            name: In the directory.
+            replaced: It has been removed since it was last looked at. When it leads to a namespace
+                all the same, that is another one, though the kernel may have used the inode again.
+        """
         before, now = self._current.get(name), self._directory.identity(name)
         if now is None and os.path.lexists(self._directory.path / name):
             self._pending.add(name)
         else:
             self._pending.discard(name)
-        if before == now:
+        if before == now and not (replaced and now is not None):
             return
         if before is not None:
             del self._current[name]
