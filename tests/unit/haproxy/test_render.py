@@ -137,9 +137,9 @@ def test_the_allow_list_lets_no_identity_header_through() -> None:
 
 
 def test_the_record_is_in_the_cache_key_before_the_cache_is_asked() -> None:
-    lines = _section(_CASES["three-networks"], "backend", "documents").lines
+    lines = _section(_CASES["three-networks"], "frontend", "guests").lines
     words = [" ".join(line) for line in lines]
-    asked = words.index("http-request cache-use documents")
+    asked = words.index("http-request cache-use documents if { var(txn.record) -m sub | }")
     assert words.index("http-request set-header host %[var(txn.record)]") < asked
     assert any(
         word.startswith("http-request set-uri /%[var(txn.record)]") for word in words[:asked]
