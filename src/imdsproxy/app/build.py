@@ -202,7 +202,11 @@ def build_companion(
         launcher = UnitCompanion(settings.documents.unit)
     else:
         launcher = SpawnCompanion(
-            documents_arguments(config), layout.documents_log, find, _own_environment(environment)
+            documents_arguments(config),
+            layout.documents_log,
+            find,
+            layout.documents_pid,
+            _own_environment(environment),
         )
     return Companion(launcher, find, answering)
 

@@ -13,7 +13,8 @@ import structlog
 
 from imdsproxy.dataplane.launch import wait_gone
 from imdsproxy.errors import DataplaneError, HostRefused, Problem
-from imdsproxy.host.process import ProcessHandle, open_process, spawn_detached
+from imdsproxy.host.process import ProcessHandle, spawn_detached
+from imdsproxy.serving.pidfile import stop_documents
 
 __all__ = ["Companion", "CompanionLauncher", "SpawnCompanion", "UnitCompanion"]
 
@@ -110,6 +111,7 @@ class SpawnCompanion:
     arguments: Sequence[str]
     log: Path
     find: Callable[[], int | None]
+    pid_file: Path
     environment: Mapping[str, str]
     child: ProcessHandle | None = None
 
@@ -147,11 +149,8 @@ class SpawnCompanion:
 
     async def stop(self) -> None:
         """See `CompanionLauncher.stop`."""
-        pid = self.find()
-        handle = None if pid is None else open_process(pid)
-        if handle is not None:
-            await handle.stop(_STOP_GRACE_S)
-            handle.close()
+        # In a thread: it waits, and workers whose parent was killed are its business too.
+        await asyncio.to_thread(stop_documents, self.pid_file, timeout_s=_STOP_GRACE_S)
 
 
 @dataclass(slots=True)
