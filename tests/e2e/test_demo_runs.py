@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from demo.roster import guests
 from support.demonstration import HostView, demo_directory, start, wait_until
 
 pytestmark = [pytest.mark.root, pytest.mark.slow, pytest.mark.timeout(300)]
@@ -32,6 +35,30 @@ def test_once_leaves_nothing_behind(directory: Path) -> None:
     assert "WRONG" not in output
     assert len(demonstration.told["guests"]) == 6
     assert HostView.now(directory) == before
+
+
+def test_once_fails_when_a_guest_sees_anything_but_its_own(directory: Path) -> None:
+    last = guests("any word")[-1]
+    shutil.rmtree(directory, ignore_errors=True)
+    demonstration = start(directory, "--once")
+    program = str(Path(sys.executable).parent / "imdsproxy")
+    cli = [program, "--config", f"{directory}/imdsproxy.yaml"]
+    change = [*cli, "instance", "set", last.uuid, "--hostname", "somebody-else.test"]
+    wait_until(
+        "the record of the last guest is changed under way",
+        lambda: (
+            subprocess.run(change, capture_output=True, check=False).returncode == 0
+            or demonstration.process.poll() is not None
+        ),
+        UP_S,
+    )
+
+    output, _ = demonstration.process.communicate(timeout=UP_S)
+
+    assert demonstration.process.returncode == 1, output
+    assert f"{last.name}, ec2, IPV4: hostname is 'somebody-else.test'" in output
+    assert "cloud-init set the hostname somebody-else" in output
+    assert "Not every guest saw its own metadata." in output
 
 
 @pytest.mark.parametrize("progress", ["imdsdemo-blue-b", "roots/red-b.ec2"])
