@@ -392,9 +392,9 @@ class Inventory:
 
     def _affected(self, change: _Change, *, in_sync_before: bool) -> Affected:
         for network in change.networks:
-            change.instances |= self._members.get(network, set())
-        for instance in change.instances:
-            change.addresses |= self.addresses_of(instance)
+            for instance in self._members.get(network, set()) - change.instances:
+                change.instances.add(instance)
+                change.addresses |= self.addresses_of(instance)
         return Affected(
             frozenset(change.networks),
             frozenset(change.instances),
@@ -434,16 +434,15 @@ class Inventory:
             return
         _put(self._instances, instance_id, after[0] if len(after) == 1 else None)
         _put(self._instance_conflicts, instance_id, after if len(after) > 1 else None)
+        keys = _union(map(address_keys, before)), _union(map(address_keys, after))
+        self._addresses.replace(instance_id, *keys)
         self._index(instance_id, before, after)
         change.instances.add(instance_id)
-        change.addresses |= _union(address_keys(version) for version in before)
+        change.addresses.update(*keys)
 
     def _index(
         self, instance_id: InstanceId, before: tuple[Instance, ...], after: tuple[Instance, ...]
     ) -> None:
-        self._addresses.replace(
-            instance_id, _union(map(address_keys, before)), _union(map(address_keys, after))
-        )
         self._macs.replace(
             instance_id, _union(map(_mac_keys, before)), _union(map(_mac_keys, after))
         )
