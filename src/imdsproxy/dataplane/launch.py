@@ -29,6 +29,7 @@ __all__ = [
 
 MINIMUM: Final = Version(3, 0)
 _START_DEADLINE_S: Final = 20.0
+_MAXCONN: Final = 4096
 _POLL_S: Final = 0.01
 _SEARCH_PATH: Final = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _STOP_GRACE_S: Final = 10.0
@@ -135,6 +136,18 @@ def _kill_all(processes: Processes) -> None:
             handle.close()
 
 
+def _maxconn(config: Path) -> int:
+    """The configuration's own `maxconn`, to be said again on the command line.
+
+    The master, which reads no configuration once it waits, would take 100. It keeps a socket whose number is
+    above those of the namespaces that were open when it was made, and ends at its start when that is more than
+    100 connections could need: from some 220 namespaces on (HAProxy 3.0, `MASTER_MAXCONN`).
+    """
+    lines = config.read_text().splitlines() if config.exists() else []
+    found = [line.split()[1] for line in lines if line.split()[:1] == ["maxconn"]]
+    return int(found[0]) if found else _MAXCONN
+
+
 @dataclass(slots=True)
 class SpawnLauncher:
     """HAProxy as a process of its own session: it outlives whoever started it."""
@@ -153,6 +166,8 @@ class SpawnLauncher:
             f"{self.layout.master_socket},mode,600",
             "-p",
             str(self.layout.pid_file),
+            "-n",
+            str(_maxconn(self.layout.config)),
             "-f",
             str(self.layout.config),
         ]
