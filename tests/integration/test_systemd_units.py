@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal
 
 import pytest
 
@@ -27,21 +28,30 @@ listener.accept()
 """
 
 
-@pytest.fixture
-def daemon(tmp_path: Path) -> Iterator[UnitDaemon]:
-    """Installed and started, every guest served."""
+@contextlib.contextmanager
+def installed(
+    tmp_path: Path, propagation: Literal["shared", "private"] = "shared"
+) -> Iterator[UnitDaemon]:
+    """A machine with imdsproxy on it, not started."""
     work = tmp_path / "machine"
     work.mkdir()
-    with systemd_machine(work) as machine:
+    with systemd_machine(work, propagation=propagation) as machine:
         daemon = UnitDaemon(machine)
         try:
             daemon.install()
-            daemon.plug_in()
-            daemon.start()
             yield daemon
         except BaseException:
             print(machine.journal())  # noqa: T201 - pytest shows it of a test that failed
             raise
+
+
+@pytest.fixture
+def daemon(tmp_path: Path) -> Iterator[UnitDaemon]:
+    """Started, every guest served."""
+    with installed(tmp_path) as daemon:
+        daemon.plug_in()
+        daemon.start()
+        yield daemon
 
 
 def load(daemon: UnitDaemon) -> Load:
@@ -367,6 +377,23 @@ def test_a_namespace_made_later_is_served_and_freed_when_it_goes(daemon: UnitDae
         what="the end of the namespace",
     )
     assert all(serves(other) for other in daemon.guests)
+
+
+@pytest.mark.parametrize("propagation", ["shared", "private"])
+def test_the_first_namespace_of_a_host_is_served_though_haproxy_runs_already(
+    tmp_path: Path, propagation: Literal["shared", "private"]
+) -> None:
+    with installed(tmp_path, propagation) as daemon:
+        daemon.machine.run("systemctl", "start", CONTROLLER)
+        haproxy = daemon.machine.main_pid(HAPROXY)
+        assert daemon.machine.run("ls", "/run/netns") == ""
+
+        daemon.plug_in()
+        listeners = {one.network: {"namespace": f"net-{one.network}"} for one in daemon.guests}
+        daemon.put(listeners, daemon.guests)
+
+        wait_served(*daemon.guests)
+        assert daemon.machine.main_pid(HAPROXY) == haproxy
 
 
 def test_nobody_who_answers_guests_has_privileges(daemon: UnitDaemon) -> None:

@@ -99,7 +99,7 @@ link add port-{name} master br-{name} up type veth peer name eth0 address {mac} 
         return self._guest(name, mac)
 
     def start(self) -> None:
-        """Start the controller, and tell it of the networks and guests."""
+        """Start the controller, and tell it of the networks and guests that are plugged in."""
         self.machine.run("systemctl", "start", CONTROLLER)
         listeners = {one.network: {"namespace": f"net-{one.network}"} for one in self.guests}
         self.put(listeners, self.guests)

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal
 
 from support.demonstration import REPOSITORY
 
@@ -28,7 +28,7 @@ _INIT: Final = "/usr/lib/systemd/systemd"
 # Runs as process 1 of the new namespaces; everything it mounts goes with them.
 _SET_UP: Final = r"""
 set -eu
-work=$1 python=$2 repository=$3 group=$4
+work=$1 python=$2 repository=$3 propagation=$4 group=$5
 # The control group named here becomes the root of the machine's own hierarchy.
 mount --make-rprivate /
 mkdir "$work/groups"
@@ -36,7 +36,7 @@ mount -t cgroup2 none "$work/groups"
 mkdir "$work/groups/$group"
 echo $$ >"$work/groups/$group/cgroup.procs"
 exec unshare --cgroup sh -eu -c '
-work=$1 python=$2 repository=$3
+work=$1 python=$2 repository=$3 propagation=$4
 mount -t tmpfs none "$work"
 mkdir "$work/upper" "$work/work" "$work/root" "$work/proc"
 root=$work/root
@@ -76,9 +76,10 @@ cd "$root"
 mkdir .host
 pivot_root . .host
 umount -l /.host
+mount "--make-r$propagation" /
 exec env -i container=imdst PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin \
     LANG=C.UTF-8 INIT --system --unit=imdst.target --show-status=no --log-target=journal
-' sh "$work" "$python" "$repository"
+' sh "$work" "$python" "$repository" "$propagation"
 """.replace("INIT", _INIT)
 
 
@@ -179,11 +180,15 @@ class Machine:
 
 
 @contextlib.contextmanager
-def systemd_machine(work: Path) -> Iterator[Machine]:
+def systemd_machine(
+    work: Path, *, propagation: Literal["shared", "private"] = "shared"
+) -> Iterator[Machine]:
     """Boot it; it is gone at the end.
 
     Args:
         work: An empty directory; stays empty on this host.
+        propagation: How its mounts are: `shared`, as systemd makes them on a host, or `private`, as
+            they may be in a container, where it leaves them as they are.
     """
     group = f"imdst-{secrets.token_hex(4)}"
     output = work.parent / f"{group}.out"
@@ -192,7 +197,7 @@ def systemd_machine(work: Path) -> Iterator[Machine]:
         outer = subprocess.Popen(
             [
                 *("/usr/bin/unshare", *namespaces, "/bin/sh", "-c", _SET_UP, "sh"),
-                *(str(work), sys.base_prefix, str(REPOSITORY), group),
+                *(str(work), sys.base_prefix, str(REPOSITORY), propagation, group),
             ],
             stdin=subprocess.DEVNULL,
             stdout=sink,

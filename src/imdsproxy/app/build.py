@@ -90,6 +90,9 @@ def prepare_directories(settings: Settings, layout: Layout) -> None:
     ensure_directory(layout.namespace_links, mode=0o755)
     # HAProxy looks for namespaces below it, through a path that must exist.
     ensure_directory(settings.paths.netns_dir, mode=0o755)
+    if under_systemd(settings.haproxy.supervisor, settings.haproxy.unit):
+        # Its unit has mounts of its own: of those made later only what is on a shared one comes in.
+        NamespaceDirectory(settings.paths.netns_dir).prepare()
     ensure_directory(layout.state, mode=0o750, owner=readable)
     ensure_directory(layout.records, mode=0o750, owner=readable)
     answer = (

@@ -184,16 +184,26 @@ class NamespaceDirectory:
 
         The same steps as `ip netns add`: MS_SHARED, and where it is not a mount point yet, a bind
         mount upon itself before. The directory is locked meanwhile, as iproute2 does it.
+
+        Raises:
+            HostRefused: The kernel refused.
+            PrivilegeMissing: CAP_SYS_ADMIN is needed.
         """
-        self.path.mkdir(mode=0o755, parents=True, exist_ok=True)
-        with self._locked():
-            try:
-                _mount("", self.path, _MS_SHARED | _MS_REC)
-            except OSError as error:
-                if error.errno != errno.EINVAL:
-                    raise
-                _mount(str(self.path), self.path, _MS_BIND | _MS_REC)
-                _mount("", self.path, _MS_SHARED | _MS_REC)
+        try:
+            self.path.mkdir(mode=0o755, parents=True, exist_ok=True)
+            with self._locked():
+                self._share()
+        except OSError as error:
+            raise host_refused(f"make {self.path} a shared mount", error) from error
+
+    def _share(self) -> None:
+        try:
+            _mount("", self.path, _MS_SHARED | _MS_REC)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            _mount(str(self.path), self.path, _MS_BIND | _MS_REC)
+            _mount("", self.path, _MS_SHARED | _MS_REC)
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
