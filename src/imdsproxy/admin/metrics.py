@@ -59,14 +59,14 @@ class SourceFigures:
 
 @dataclass(frozen=True, slots=True)
 class NetworkTraffic:
-    """Guests' requests of one network since the controller knows it; only ever grows.
+    """What HAProxy counts for each listener of a network, since the controller knows it; only ever grows.
 
     HAProxy's own counters begin at 0 with each reload: who fills this in adds them up.
     """
 
-    requests: int = 0
+    connections: int = 0
     denied: int = 0
-    errors: int = 0
+    malformed: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -351,11 +351,11 @@ METRICS: Final[tuple[MetricDescription, ...]] = (
         _one(lambda snapshot: snapshot.resolver_held),
     ),
     MetricDescription(
-        "imdsproxy_network_requests",
+        "imdsproxy_network_connections",
         "counter",
-        'Guests\' requests by network; one series "*" for all above metrics.network_series.',
+        'Guests\' connections by network; one series "*" for all above metrics.network_series.',
         ("network",),
-        _per_network(lambda traffic: traffic.requests),
+        _per_network(lambda traffic: traffic.connections),
     ),
     MetricDescription(
         "imdsproxy_network_denied",
@@ -365,11 +365,11 @@ METRICS: Final[tuple[MetricDescription, ...]] = (
         _per_network(lambda traffic: traffic.denied),
     ),
     MetricDescription(
-        "imdsproxy_network_errors",
+        "imdsproxy_network_malformed",
         "counter",
-        "Guests' requests that were answered 5xx, by network as above.",
+        "Guests' requests that were no proper HTTP, by network as above.",
         ("network",),
-        _per_network(lambda traffic: traffic.errors),
+        _per_network(lambda traffic: traffic.malformed),
     ),
 )
 
@@ -409,9 +409,9 @@ def bound_networks(
         return traffic
     return {
         NETWORK_SUM: NetworkTraffic(
-            requests=sum(one.requests for one in traffic.values()),
+            connections=sum(one.connections for one in traffic.values()),
             denied=sum(one.denied for one in traffic.values()),
-            errors=sum(one.errors for one in traffic.values()),
+            malformed=sum(one.malformed for one in traffic.values()),
         )
     }
 

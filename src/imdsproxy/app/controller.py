@@ -13,7 +13,6 @@ import socket
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import cast
 
 import structlog
 
@@ -41,7 +40,7 @@ from imdsproxy.app.listener_loop import ListenerLoop
 from imdsproxy.app.lookup import Lookup
 from imdsproxy.app.operations import ControllerOperations
 from imdsproxy.app.record_loop import RecordLoop
-from imdsproxy.app.servers import open_sole_socket, open_tcp_socket, serve
+from imdsproxy.app.servers import AnyAsgiApp, open_sole_socket, open_tcp_socket, serve
 from imdsproxy.app.settings_reload import SettingsHolder
 from imdsproxy.app.stop import end_data_plane
 from imdsproxy.config.schema import Settings
@@ -55,7 +54,6 @@ from imdsproxy.errors import ConfigError, DataplaneError
 from imdsproxy.host.clock import Clock
 from imdsproxy.host.notify import ServiceNotifier
 from imdsproxy.host.watch import EventKind, HostWatch, WatchPace
-from imdsproxy.serving.asgi import AsgiApp
 from imdsproxy.serving.documents import DocumentService
 from imdsproxy.serving.passwords import PasswordStore
 from imdsproxy.serving.pidfile import read_pids
@@ -305,9 +303,9 @@ async def _live(controller: _Controller, admin: socket.socket) -> None:
             for source in controller.sources
         ]
         await _start_data_plane(controller)
-        apps: list[tuple[AsgiApp, socket.socket]] = [
+        apps: list[tuple[AnyAsgiApp, socket.socket]] = [
             (resolver_app(controller.resolver, controller.service), resolver_socket),
-            (cast("AsgiApp", admin_app(controller.operations, version=__version__)), admin),
+            (admin_app(controller.operations, version=__version__), admin),
         ]
         if health_socket is not None:
             registry = metrics_registry(
@@ -317,7 +315,7 @@ async def _live(controller: _Controller, admin: socket.socket) -> None:
             health = health_app(
                 alive=lambda: True, readiness=controller.operations.readiness, registry=registry
             )
-            apps.append((cast("AsgiApp", health), health_socket))
+            apps.append((health, health_socket))
         tasks += [group.create_task(serve(app, listener)) for app, listener in apps]
         tasks += [
             group.create_task(work(), name=work.__qualname__)

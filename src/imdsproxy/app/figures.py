@@ -34,16 +34,16 @@ class TrafficCounter:
                 name = row["svname"]
                 before = now.get(name, NetworkTraffic())
                 now[name] = NetworkTraffic(
-                    before.requests + _number(row, "stot"),
+                    before.connections + _number(row, "stot"),
                     before.denied + _number(row, "dreq"),
-                    before.errors + _number(row, "ereq"),
+                    before.malformed + _number(row, "ereq"),
                 )
         for name, traffic in now.items():
             base = self._base.get(name, NetworkTraffic())
             self.totals[name] = NetworkTraffic(
-                base.requests + traffic.requests,
+                base.connections + traffic.connections,
                 base.denied + traffic.denied,
-                base.errors + traffic.errors,
+                base.malformed + traffic.malformed,
             )
 
 

@@ -6,8 +6,9 @@ import asyncio
 import os
 import socket
 import stat
+from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TypeAlias, cast
 
 from imdsproxy.errors import HostRefused
 from imdsproxy.host.refusal import host_refused
@@ -16,7 +17,10 @@ from imdsproxy.serving.listen import HttpListener, open_unix_socket
 if TYPE_CHECKING:
     from imdsproxy.serving.asgi import AsgiApp
 
-__all__ = ["open_sole_socket", "open_tcp_socket", "serve"]
+AnyAsgiApp: TypeAlias = Callable[..., Awaitable[None]]
+"""FastAPI's, Starlette's and our own spell the three arguments each in their way."""
+
+__all__ = ["AnyAsgiApp", "open_sole_socket", "open_tcp_socket", "serve"]
 
 _BACKLOG: Final = 128
 _GRACE_S: Final = 1.0
@@ -81,9 +85,9 @@ def open_tcp_socket(host: str, port: int) -> socket.socket:
     return listener
 
 
-async def serve(app: AsgiApp, listener: socket.socket) -> None:
+async def serve(app: AnyAsgiApp, listener: socket.socket) -> None:
     """Serve until cancelled, then let what has begun come to its end."""
-    server = HttpListener(app)
+    server = HttpListener(cast("AsgiApp", app))
     await server.open(listener)
     try:
         await asyncio.Event().wait()

@@ -73,7 +73,7 @@ def _value(snapshot: MetricsSnapshot, name: str, **labels: str) -> float:
         ("imdsproxy_haproxy_reload_seconds_sum", {}, 0.5),
         ("imdsproxy_convergence_seconds_sum", {}, 0.125),
         ("imdsproxy_resolver_requests_total", {"outcome": "unknown"}, 2),
-        ("imdsproxy_network_requests_total", {"network": "blue"}, 100),
+        ("imdsproxy_network_connections_total", {"network": "blue"}, 100),
         ("imdsproxy_network_denied_total", {"network": "blue"}, 3),
     ],
 )
@@ -94,7 +94,7 @@ def test_with_more_networks_than_wanted_there_is_one_sum() -> None:
     networks = {
         dict(labels)["network"]: value
         for (name, labels), value in samples.items()
-        if name == "imdsproxy_network_requests_total"
+        if name == "imdsproxy_network_connections_total"
     }
     assert networks == {"*": 110}
 
