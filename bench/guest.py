@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Final, Self
 
 from bench.lab import Lab, guest
+from bench.place import BenchError
 
 __all__ = ["Answer", "Broken", "Guest", "LoadCount", "SteadyLoad", "parse_head"]
 
@@ -19,7 +20,7 @@ _RECEIVE: Final = 65536
 _HEAD_END: Final = b"\r\n\r\n"
 
 
-class Broken(Exception):
+class Broken(BenchError):
     """No whole answer came; the message says how it ended."""
 
 

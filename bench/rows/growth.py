@@ -86,7 +86,7 @@ def _step(bench: Bench, daemon: Daemon, count: int) -> _Step:
     daemon.start()
     bench.fleet(daemon, count)
     times = []
-    for _ in range(bench.scale.starts):
+    for _ in range(bench.scale.starts if count == bench.scale.networks else 1):
         daemon.stop()
         times.append(_timed_start(bench, daemon, count))
         daemon.wait_ready()

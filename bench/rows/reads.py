@@ -62,7 +62,7 @@ class _Side:
         }
 
 
-def _load_in_turn(bench: Bench, sides: Sequence[_Side]) -> None:
+def _load_in_turn(bench: Bench, sides: Sequence[_Side], seconds: float) -> None:
     haproxy_cpu, load_cpu = bench.cpus
     for one in sides:
         if one.pid is not None:
@@ -70,9 +70,7 @@ def _load_in_turn(bench: Bench, sides: Sequence[_Side]) -> None:
     for number in range(bench.scale.rounds + 1):
         warm_up = number == 0
         for one in sides:
-            load = Load(
-                seconds=1 if warm_up else bench.scale.seconds, cpu=load_cpu, headers=one.headers
-            )
+            load = Load(seconds=1 if warm_up else seconds, cpu=load_cpu, headers=one.headers)
             before = cpu_seconds(one.pid) if one.pid is not None else 0.0
             report = run_wrk(network_name(0), one.url, load)
             spent = cpu_seconds(one.pid) - before if one.pid is not None else 0.0
@@ -156,7 +154,7 @@ def _repeated(stage: _Stage, key: str, path: str, size: int) -> Row:
     with stage.bare(key, _BARE_PORT, answering(size)) as bare:
         ours = _Side(stage.url(path), stage.worker)
         other = _Side(stage.url("/", _BARE_PORT), bare.pid)
-        _load_in_turn(stage.bench, [other, ours])
+        _load_in_turn(stage.bench, [other, ours], stage.bench.scale.seconds)
     ratio = _ratio(ours, other)
     cpu_ratio = other.cost_us / ours.cost_us
     return Row(
@@ -197,7 +195,7 @@ def _through(stage: _Stage, key: str, path: str, size: int, headers: tuple[str, 
         ours = _Side(stage.url(path), stage.worker, headers)
         other = _Side(stage.url("/", _FORWARD_PORT), bare.pid, headers)
         direct = _Side(stage.url("/", _STUB_PORT), None, headers)
-        _load_in_turn(stage.bench, [direct, other, ours])
+        _load_in_turn(stage.bench, [direct, other, ours], 1)
     ratio = _ratio(ours, other)
     valid = direct.rate >= _STUB_FACTOR * other.rate
     what = "never-read documents" if headers else "meta_data.json, never cached"
@@ -211,7 +209,7 @@ def _through(stage: _Stage, key: str, path: str, size: int, headers: tuple[str, 
         verdict=judge(ratio, None, valid=valid and not (ours.errors or other.errors)),
         value=ratio,
         how=(
-            f"median of {len(ours.rates)} runs of {stage.bench.scale.seconds:g} s in turn; the stub is another "
+            f"median of {len(ours.rates)} runs of 1 s in turn; the stub is another "
             "bare HAProxy"
             + (
                 ", every read is forced past the cache by `Cache-Control: no-cache`"
