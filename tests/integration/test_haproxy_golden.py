@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import subprocess
 from pathlib import Path
 
@@ -15,14 +16,14 @@ _GOLDEN = sorted((Path(__file__).parents[1] / "golden" / "haproxy").glob("*.cfg"
 
 @pytest.mark.root
 @pytest.mark.parametrize("golden", _GOLDEN, ids=lambda path: path.stem)
-async def test_haproxy_accepts_the_golden_file(golden: Path, tmp_path: Path) -> None:
+def test_haproxy_accepts_the_golden_file(golden: Path, tmp_path: Path) -> None:
     directory = NamespaceDirectory()
     thread = NamespaceThread(directory)
     (tmp_path / "jail").mkdir()
     (tmp_path / "netns").mkdir()
     for name in ("base.map", "overlay.map", "unavailable.http"):
         (tmp_path / name).write_text("HTTP/1.1 503 No\r\n\r\n" if name.endswith("http") else "")
-    await thread.create("imdst-golden")
+    asyncio.run(thread.create("imdst-golden"))
     try:
         for link in ("imds-1@42", "qrouter-1@43"):
             (tmp_path / "netns" / link).symlink_to(directory.path / "imdst-golden")
