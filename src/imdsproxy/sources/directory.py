@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final, TypeAlias
 
@@ -15,6 +15,7 @@ from imdsproxy.core.records import LineOf, Records, Refused, Unreadable
 from imdsproxy.errors import Problem
 from imdsproxy.sources.clash import claim_places, taken_address, taken_id
 from imdsproxy.sources.in_force import Clash, Entry, InForce
+from imdsproxy.sources.last_good import Kept, LastGood
 from imdsproxy.sources.record_file import SUFFIXES, decode_records, payload_reader
 from imdsproxy.sources.watch import Place, place_of
 
@@ -53,6 +54,10 @@ class Reading:
     relevant: frozenset[Path]
     again_s: float | None
 
+    def without_changes(self) -> Reading:
+        """The same once its changes are told."""
+        return replace(self, networks={}, instances={})
+
 
 @dataclass(slots=True)
 class _File:
@@ -77,14 +82,19 @@ class Directory:
     Args:
         path: The directory; it need not exist.
         clock: Monotonic seconds.
+        last_good: What was in force before a restart, where that is kept.
     """
 
-    def __init__(self, path: Path, *, clock: Callable[[], float]) -> None:
+    def __init__(
+        self, path: Path, *, clock: Callable[[], float], last_good: LastGood | None = None
+    ) -> None:
         self._path = path
         self._clock = clock
         self._files: dict[str, _File] = {}
         self._networks: InForce[Network] = InForce(lambda _network: (), self._explain_network)
         self._instances: InForce[Instance] = InForce(_claims, self._explain_instance)
+        self._last_good = last_good
+        self._begun = False
 
     @property
     def networks(self) -> dict[str, Network]:
@@ -103,6 +113,9 @@ class Directory:
             changed: Files that are read again though they look the same: two writes within one tick of
                 the file system's clock do.
         """
+        if not self._begun:
+            self._begun = True
+            self._begin()
         try:
             found = dict(self._list())
         except OSError as error:
@@ -110,6 +123,27 @@ class Directory:
         for name in sorted(self._files.keys() | found.keys()):
             self._look(name, found.get(name), changed)
         return self._reading(None)
+
+    def keep(self) -> Problem | None:
+        """Keep what is in force for after a restart; why that cannot be, if so. Blocks."""
+        if self._last_good is None:
+            return None
+        self._last_good.save()
+        return self._last_good.problem
+
+    def _begin(self) -> None:
+        kept = () if self._last_good is None else self._last_good.load()
+        networks: list[Entry[Network]] = []
+        instances: list[Entry[Instance]] = []
+        for each in kept:
+            if isinstance(each.record, Network):
+                networks.append(Entry(each.record.id, each.file, 0, record=each.record))
+            else:
+                instances.append(Entry(each.record.id, each.file, 0, record=each.record))
+            # So that it is looked for, and what is from it goes if it is not there.
+            self._files.setdefault(each.file, _File())
+        self._networks.prime(networks)
+        self._instances.prime(instances)
 
     def _list(self) -> Iterator[tuple[str, Path]]:
         with os.scandir(self._path) as entries:
@@ -193,6 +227,9 @@ class Directory:
     def _reading(self, unreadable: Problem | None) -> Reading:
         networks = self._networks.settle()
         instances = self._instances.settle()
+        if self._last_good is not None:
+            self._last_good.keep("networks", _kept(networks, self._networks.file_of))
+            self._last_good.keep("instances", _kept(instances, self._instances.file_of))
         problems = [] if unreadable is None else [unreadable]
         for name in sorted(self._files):
             problems += self._files[name].problems
@@ -256,7 +293,8 @@ class Directory:
         )
 
     def _place(self, entry: Entry[Network] | Entry[Instance]) -> str:
-        return f"{self._path / entry.file}:{entry.line}"
+        line = "" if entry.line is None else f":{entry.line}"
+        return f"{self._path / entry.file}{line}"
 
 
 def _add_refused(
@@ -269,6 +307,16 @@ def _add_refused(
         else:
             entries.append(Entry(each.id, name, len(entries), problems=each.problems))
     return tuple(nameless)
+
+
+def _kept(
+    changes: Mapping[str, Network | None] | Mapping[str, Instance | None],
+    file_of: Callable[[str], str | None],
+) -> dict[str, Kept | None]:
+    return {
+        key: None if record is None else Kept(file_of(key) or "", record)
+        for key, record in changes.items()
+    }
 
 
 def _claims(instance: Instance) -> list[AddressKey]:

@@ -10,6 +10,7 @@ from imdsproxy.core.inventory import Observation
 from imdsproxy.core.model import InstanceId, NetworkId
 from imdsproxy.errors import Problem
 from imdsproxy.sources.directory import Directory, Reading
+from imdsproxy.sources.last_good import LastGood
 from imdsproxy.sources.watch import Watch
 
 if TYPE_CHECKING:
@@ -29,6 +30,8 @@ class FileSource:
 
     Args:
         directory: Where the files are; it need not exist yet.
+        last_good: A file of ours that keeps what is in force over a restart, for the case that a record
+            file is broken then; `None` to do without.
         name: The source's name.
         clock: Monotonic seconds.
     """
@@ -37,10 +40,12 @@ class FileSource:
         self,
         directory: Path,
         *,
+        last_good: Path | None = None,
         name: str = "file",
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._path = directory.absolute()
+        self._last_good = last_good
         self._name = name
         self._clock = clock
 
@@ -54,7 +59,8 @@ class FileSource:
 
         While the directory cannot be listed the source is out of sync, and what it told stays.
         """
-        directory = Directory(self._path, clock=self._clock)
+        last_good = None if self._last_good is None else LastGood(self._last_good)
+        directory = Directory(self._path, clock=self._clock, last_good=last_good)
         reporter = _Reporter(self._name, directory, publish)
         watch: Watch | None = None
         changed: frozenset[Path] = frozenset()
@@ -74,6 +80,9 @@ class FileSource:
                         continue
                 else:
                     reporter.report(reading, None)
+                # Afterwards: guests do not wait for what only a restart needs.
+                reporter.unkept = await asyncio.to_thread(directory.keep)
+                reporter.report(reading.without_changes(), unwatched)
                 changed = await self._wait(watch, reading)
         finally:
             if watch is not None:
@@ -100,17 +109,21 @@ class _Reporter:
         self._publish = publish
         self._told: tuple[bool, tuple[Problem, ...]] | None = None
         self._complete = False
+        self.unkept: Problem | None = None
 
     def report(self, reading: Reading, unwatched: Problem | None) -> None:
-        problems = reading.problems if unwatched is None else (unwatched, *reading.problems)
+        own = tuple(problem for problem in (unwatched, self.unkept) if problem is not None)
+        problems = (*own, *reading.problems)
         told = (reading.readable, problems)
         full = reading.readable and not self._complete
         if not full and not reading.networks and not reading.instances and told == self._told:
             return
+        # The first time also what was in force before a restart, though the directory be gone.
+        everything = full or self._told is None
         self._told = told
         self._complete = self._complete or full
-        networks = self._directory.networks if full else reading.networks
-        instances = self._directory.instances if full else reading.instances
+        networks = self._directory.networks if everything else reading.networks
+        instances = self._directory.instances if everything else reading.instances
         self._publish(
             Observation(
                 source=self._name,

@@ -104,6 +104,17 @@ class InForce(Generic[_Record]):
         """Everything in force."""
         return {key: held.record for key, held in self._held.items() if held.record is not None}
 
+    def prime(self, entries: Iterable[Entry[_Record]]) -> None:
+        """Take as in force what a process before had, until `replace_file` tells of its files."""
+        for entry in entries:
+            if entry.id not in self._held and self._clash(entry, {}, {}) is None:
+                self._hold(entry.id, entry)
+
+    def file_of(self, key: str) -> str | None:
+        """The file that the record in force is from."""
+        held = self._held.get(key)
+        return None if held is None else held.file
+
     def replace_file(
         self, file: str, entries: Sequence[Entry[_Record]], *, unclear: bool = False
     ) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from imdsproxy.sources.directory import Directory, Reading
+from imdsproxy.sources.last_good import LastGood
 
 NETWORK = "networks:\n- id: n\n  listener: {bridge: br0}\n"
 
@@ -29,7 +30,13 @@ class Bench:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.now = 100.0
-        self.directory = Directory(path, clock=lambda: self.now)
+        self.kept = path.parent / "last-good.sqlite"
+        self.restart()
+
+    def restart(self) -> None:
+        """A new process reads the directory."""
+        last_good = LastGood(self.kept)
+        self.directory = Directory(self.path, clock=lambda: self.now, last_good=last_good)
 
     def write(self, name: str, text: str | bytes) -> Path:
         path = self.path / name
@@ -308,3 +315,82 @@ def test_ten_thousand_instances_are_read_in_seconds(
     for name, records in files.items():
         (bench.path / f"{name}.json").write_text(instances(*records))
     assert len(bench.read().instances) == 10_000
+
+
+def test_what_was_in_force_stays_over_a_restart_with_broken_files(bench: Bench) -> None:
+    payload = {"base64": "H4sA/w=="}
+    bench.write("n.yaml", NETWORK)
+    bench.write("x.json", instances(record("a", "10.0.0.5", user_data=payload)))
+    bench.write("y.json", instances(record("b", "10.0.0.6"), record("c", "10.0.0.7")))
+    bench.read()
+    assert bench.directory.keep() is None
+    before = bench.directory.instances
+    bench.write("n.yaml", "networks: [")
+    bench.write("x.json", b"\xff")
+    bench.write("y.json", instances(record("b", "10.0.0.999"), record("c", "10.0.0.8")))
+    bench.restart()
+    reading = bench.read()
+    assert len(told(reading)) == 3
+    assert bench.directory.networks.keys() == {"n"}
+    assert bench.directory.instances["a"] == before["a"]
+    assert bench.directory.instances["b"] == before["b"]
+    assert bench.directory.instances["c"] != before["c"]
+    assert reading.instances.keys() == {"c"}
+
+
+def test_what_was_taken_out_while_nobody_looked_is_gone_after_a_restart(bench: Bench) -> None:
+    gone = bench.write("x.json", instances(record("a", "10.0.0.5")))
+    bench.write("y.json", instances(record("b", "10.0.0.6"), record("c", "10.0.0.7")))
+    bench.read()
+    bench.directory.keep()
+    gone.unlink()
+    bench.write("y.json", instances(record("c", "10.0.0.7")))
+    bench.restart()
+    assert bench.read().instances == {"a": None, "b": None}
+    assert bench.names == {"c"}
+
+
+def test_who_had_an_address_has_it_after_a_restart_too(bench: Bench) -> None:
+    bench.write("z.json", instances(record("a", "10.0.0.5")))
+    bench.read()
+    bench.directory.keep()
+    bench.write("a.json", instances(record("b", "10.0.0.5")))
+    bench.restart()
+    bench.read()
+    assert bench.names == {"a"}
+
+
+def test_a_directory_that_is_gone_at_a_restart_leaves_what_was_in_force(bench: Bench) -> None:
+    bench.write("x.json", instances(record("a", "10.0.0.5")))
+    bench.read()
+    bench.directory.keep()
+    bench.path.rename(bench.path.with_name("away"))
+    bench.restart()
+    assert not bench.read().readable
+    assert bench.names == {"a"}
+
+
+def test_a_memory_that_is_damaged_is_told_and_does_without(bench: Bench) -> None:
+    bench.kept.write_bytes(b"no database " * 1000)
+    bench.write("x.json", instances(record("a", "10.0.0.5")))
+    bench.read()
+    problem = bench.directory.keep()
+    assert bench.names == {"a"}
+    assert problem is not None
+    assert "not kept over a restart" in problem.reason
+    bench.kept.unlink()
+    assert bench.directory.keep() is None
+    bench.write("x.json", "[")
+    bench.restart()
+    bench.read()
+    assert bench.names == {"a"}
+
+
+def test_a_memory_that_cannot_be_written_is_told_and_written_later(bench: Bench) -> None:
+    bench.kept.mkdir()
+    bench.write("x.json", instances(record("a", "10.0.0.5")))
+    bench.read()
+    assert bench.directory.keep() is not None
+    bench.kept.rmdir()
+    assert bench.directory.keep() is None
+    assert len(LastGood(bench.kept).load()) == 1

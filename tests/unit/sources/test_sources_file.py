@@ -158,6 +158,36 @@ def _make_with(directory: Path, *records: object) -> None:
     write(directory / "x.json", *records)
 
 
+async def test_a_restart_with_a_broken_file_tells_of_what_was_in_force(
+    directory: Path, tmp_path: Path
+) -> None:
+    kept = tmp_path / "state" / "last-good.sqlite"
+    write(directory / "x.json", record("a", "1"))
+    async with running(FileSource(directory, last_good=kept)) as heard:
+        write(directory / "x.json", record("a", "2"))
+        await heard.until(lambda each: data_of(each) == {"a": b"2"})
+        (directory / "x.json").write_text("[")
+        await heard.until(lambda each: each.last.problems)
+    async with running(FileSource(directory, last_good=kept)) as again:
+        assert again.last.full
+        assert data_of(again) == {"a": b"2"}
+        assert again.last.problems
+    shutil.rmtree(directory)
+    async with running(FileSource(directory, last_good=kept)) as third:
+        assert not third.last.in_sync
+        assert data_of(third) == {"a": b"2"}
+
+
+async def test_a_memory_that_cannot_be_kept_is_told(directory: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    write(directory / "x.json", record("a", "1"))
+    source = FileSource(directory, last_good=tmp_path / "file" / "last-good.sqlite")
+    async with running(source) as heard:
+        await heard.until(lambda each: each.last.problems)
+        assert heard.last.problems[0].field == "last-good"
+        assert data_of(heard) == {"a": b"1"}
+
+
 async def test_a_directory_replaced_by_another_is_followed(directory: Path) -> None:
     other = directory.with_name("other")
     other.mkdir()
