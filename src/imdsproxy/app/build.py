@@ -186,7 +186,9 @@ def build_sources(settings: Settings) -> Sources:
         writable = SqliteSource(settings.store_path)
         found.append(writable)
     if settings.sources.file.enabled:
-        found.append(FileSource(settings.sources.file.directory))
+        # Guests keep their documents over a restart that finds a record file broken.
+        kept = settings.paths.state_dir / "last-good.sqlite"
+        found.append(FileSource(settings.sources.file.directory, last_good=kept))
     return Sources(tuple(found), writable)
 
 
