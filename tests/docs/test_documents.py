@@ -188,7 +188,9 @@ def test_the_units_name_the_places_that_the_daemon_uses() -> None:
     start = re.search(r"^ExecStart=(.+)$", unit, re.MULTILINE)
     assert start is not None
     words = start[1].split()
-    assert words[1:] == ["-Ws", "-S", f"{layout.master_socket},mode,600", "-f", str(layout.config)]
+    master = ["-S", f"{layout.master_socket},mode,600"]
+    assert words[1:] == ["-Ws", *master, "-n", "$MAXCONN", "-f", str(layout.config)]
+    assert f"EnvironmentFile=-{layout.environment}" in unit
     assert f"ConditionPathExists={layout.config}" in unit
     names = {defaults.haproxy.unit, defaults.documents.unit, "imdsproxy.service"}
     assert {path.name for path in (REPOSITORY / "packaging/systemd").iterdir()} == names

@@ -20,6 +20,15 @@ pytestmark = [pytest.mark.root, pytest.mark.slow]
 
 _USER_DATA: Final = "/latest/user-data"
 _STRANGER: Final = "10.0.0.99"
+_MANY: Final = """
+set -eu
+for number in $(seq 0 299); do
+    ip netns add "many-$number"
+    ip -n "many-$number" link add eth0 type bridge
+    ip -n "many-$number" address add 169.254.169.254/32 dev eth0
+    ip -n "many-$number" link set eth0 up
+done
+"""
 _THIEF: Final = """
 import socket
 listener = socket.create_server(("127.0.0.1", 9466))
@@ -394,6 +403,31 @@ def test_the_first_namespace_of_a_host_is_served_though_haproxy_runs_already(
 
         wait_served(*daemon.guests)
         assert daemon.machine.main_pid(HAPROXY) == haproxy
+
+
+def test_haproxys_unit_starts_cold_with_three_hundred_namespaces(tmp_path: Path) -> None:
+    with installed(tmp_path) as daemon:
+        daemon.plug_in()
+        daemon.machine.run("sh", "-c", _MANY)
+        listeners = {f"many-{one}": {"namespace": f"many-{one}"} for one in range(300)}
+        daemon.start()
+        daemon.put(listeners, [])
+        daemon.machine.run("systemctl", "stop", CONTROLLER)
+        before = daemon.machine.main_pid(HAPROXY)
+
+        daemon.machine.run("kill", "-KILL", str(before))
+
+        until(
+            lambda: daemon.machine.main_pid(HAPROXY) not in (0, before),
+            within_s=10,
+            what="another HAProxy",
+        )
+        daemon.wait_active(HAPROXY)
+        wait_served(*daemon.guests)
+        after = daemon.machine.main_pid(HAPROXY)
+        daemon.machine.run("systemctl", "start", CONTROLLER)
+        assert daemon.status()["serving"] == 302
+        assert daemon.machine.main_pid(HAPROXY) == after
 
 
 def test_nobody_who_answers_guests_has_privileges(daemon: UnitDaemon) -> None:

@@ -120,7 +120,7 @@ def build_launcher(settings: Settings, layout: Layout, program: str) -> Launcher
     """How HAProxy's master comes up and goes down here."""
     master = MasterClient(layout.master_socket)
     if under_systemd(settings.haproxy.supervisor, settings.haproxy.unit):
-        return SystemdLauncher(settings.haproxy.unit, master)
+        return SystemdLauncher(settings.haproxy.unit, layout, master)
     return SpawnLauncher(program, layout, master)
 
 

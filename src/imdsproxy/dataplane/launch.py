@@ -15,6 +15,7 @@ from imdsproxy.core.haproxy.runtime import Processes, Version, parse_features, p
 from imdsproxy.dataplane.layout import Layout
 from imdsproxy.dataplane.master import MasterClient
 from imdsproxy.errors import ConfigRejected, HaproxyMissing, RuntimeUnavailable
+from imdsproxy.host.files import write_atomic
 from imdsproxy.host.process import ProcessHandle, open_process, spawn_detached
 
 __all__ = [
@@ -224,10 +225,14 @@ class SystemdLauncher:
     """HAProxy as a unit; systemd starts it again by itself when it ends."""
 
     unit: str
+    layout: Layout
     master: MasterClient
 
     async def start(self) -> Processes:
         """See `Launcher.start`."""
+        # Stays there for the times that systemd starts it without us.
+        options = f"MAXCONN={_maxconn(self.layout.config)}\n"
+        write_atomic(self.layout.environment, options.encode(), mode=0o644)
         # Without it, each restart since the unit's last rest would make systemd wait longer.
         await self._run("systemctl", "reset-failed", self.unit)
         status, words = await self._run("systemctl", "start", self.unit)

@@ -43,6 +43,11 @@ class Layout:
         return self.runtime / "haproxy.cfg.last-good"
 
     @property
+    def environment(self) -> Path:
+        """What HAProxy's unit puts on its command line beside what never changes."""
+        return self.runtime / "haproxy.env"
+
+    @property
     def pid_file(self) -> Path:
         """The pid of a master that we started ourselves."""
         return self.runtime / "haproxy.pid"
