@@ -161,7 +161,10 @@ class UnitCompanion:
 
     async def start(self) -> None:
         """See `CompanionLauncher.start`."""
-        await self._systemctl("start")
+        # Without it, each restart since the unit's last rest would make systemd wait longer. A unit that was
+        # never started has nothing to forget, and systemd refuses.
+        await self._systemctl("reset-failed")
+        await self._expect("start")
 
     async def wait(self, pid: int) -> None:
         """See `CompanionLauncher.wait`."""
@@ -169,14 +172,18 @@ class UnitCompanion:
 
     async def stop(self) -> None:
         """See `CompanionLauncher.stop`."""
-        await self._systemctl("stop")
+        await self._expect("stop")
 
-    async def _systemctl(self, verb: str) -> None:
+    async def _expect(self, verb: str) -> None:
+        status, words = await self._systemctl(verb)
+        if status != 0:
+            raise HostRefused(
+                f"systemctl {verb} {self.unit}: {words}", hint=f"journalctl -u {self.unit}"
+            )
+
+    async def _systemctl(self, verb: str) -> tuple[int | None, str]:
         process = await asyncio.create_subprocess_exec(
             "systemctl", verb, self.unit, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
         )
         words = (await process.communicate())[0].decode("utf-8", "replace").strip()
-        if process.returncode != 0:
-            raise HostRefused(
-                f"systemctl {verb} {self.unit}: {words}", hint=f"journalctl -u {self.unit}"
-            )
+        return process.returncode, words
