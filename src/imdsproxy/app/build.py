@@ -159,6 +159,7 @@ def build_spec_settings(settings: Settings, layout: Layout) -> SpecSettings:
             maxconn_per_network=settings.haproxy.maxconn_per_network,
             cache_mb=settings.haproxy.cache_mb,
             max_object_bytes=settings.haproxy.max_object_kib * 1024,
+            hold_s=settings.resolver.hold_s,
             hard_stop_after_s=settings.haproxy.hard_stop_after_s,
         ),
         maxconn=settings.haproxy.maxconn,

@@ -259,7 +259,7 @@ class ResolverSettings(Section):
         5.0,
         "Seconds that a request of an unknown address is held while its record may still come (a "
         "guest can be faster than its own announcement); 0 answers at once.",
-        Change.LIVE,
+        Change.RELOAD,
         ge=0,
         le=30,
     )

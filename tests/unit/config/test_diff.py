@@ -55,7 +55,6 @@ OTHER: dict[str, object] = {
 # The contract with operators: changing this table changes what SIGHUP does.
 TAKES: dict[Change, set[str]] = {
     Change.LIVE: {
-        "resolver.hold_s",
         "resolver.max_held_per_network",
         "resolver.max_held",
         "resolver.learned_ttl_s",
@@ -65,6 +64,7 @@ TAKES: dict[Change, set[str]] = {
         "log.format",
     },
     Change.RELOAD: {
+        "resolver.hold_s",
         "haproxy.user",
         "haproxy.group",
         "haproxy.nbthread",

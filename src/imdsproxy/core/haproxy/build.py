@@ -6,6 +6,7 @@ evaluation; rules that cost time stand behind `cache-use`, where repeated reads 
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 from typing import Final
 
@@ -39,9 +40,8 @@ GUEST_HEADERS: Final = (
 _METHODS: Final = ("GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH")
 
 
-_RESOLVER_TIMEOUT: Final = "35s"
-"""Above the longest hold that can be set, so that a new hold counts without a reload. A resolver that hangs is
-found out by its check within three seconds, and what waits for it is answered then."""
+_BEYOND_HOLD_S: Final = 3
+"""How much longer than a request may be held HAProxy waits for the resolver."""
 
 _KNOWN: Final = ("{", "var(txn.record)", "-m", "sub", "|", "}")
 _ODD: Final = ("{", "var(txn.odd)", "-m", "bool", "}")
@@ -248,7 +248,7 @@ def _resolver(spec: DataplaneSpec) -> Section:
     return Section(
         ("backend", "resolver"),
         (
-            ("timeout", "server", _RESOLVER_TIMEOUT),
+            ("timeout", "server", f"{math.ceil(spec.limits.hold_s) + _BEYOND_HOLD_S}s"),
             # A guest that invents addresses may not keep Python busy.
             ("stick-table", "type", "string", "len", "64", "size", "20k", "expire", "10s", "store", "gpc0_rate(1s)"),
             ("http-request", "track-sc0", "so_name"),
@@ -257,9 +257,11 @@ def _resolver(spec: DataplaneSpec) -> Section:
              "if", "{", "sc0_gpc0_rate", "gt", str(spec.limits.misses_per_second), "}"),
             *_plain_request(),
             ("option", "httpchk", "GET", "/livez"),
-            ("http-reuse", "always"),
-            ("server", "resolver", f"unix@{spec.paths.resolver}", "check", "inter", "1s", "fall", "2", "rise", "1",
-             "on-marked-down", "shutdown-sessions"),
+            # A connection that was used before and ends without an answer makes HAProxy close the guest's
+            # without a word, and so does `shutdown-sessions`. On one of its own each request gets its 503, of a
+            # resolver that hangs by the time-out.
+            ("option", "http-server-close"),
+            ("server", "resolver", f"unix@{spec.paths.resolver}", "check", "inter", "1s", "fall", "2", "rise", "1"),
         ),
     )  # fmt: skip
 

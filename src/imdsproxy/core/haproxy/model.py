@@ -69,6 +69,7 @@ class Limits:
         maxconn_per_network: Connections of each bind, so that one network cannot use up the others'.
         cache_mb: Size of the document cache in MiB (at most 4095).
         max_object_bytes: Largest document that is cached.
+        hold_s: How long the resolver may hold a request, in seconds.
         misses_per_second: Unknown addresses per network and second that may reach Python.
         hard_stop_after_s: How long an old worker may go on serving open connections.
     """
@@ -78,6 +79,7 @@ class Limits:
     maxconn_per_network: int = 256
     cache_mb: int = 64
     max_object_bytes: int = 17 * 1024 * 1024
+    hold_s: float = 5.0
     misses_per_second: int = 200
     hard_stop_after_s: int = 30
 
