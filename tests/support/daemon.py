@@ -5,6 +5,7 @@ The three lives are started, killed and adopted through real signals and the rea
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import os
@@ -22,6 +23,7 @@ import yaml
 
 from imdsproxy.cli.admin_client import AdminClient
 from imdsproxy.core.haproxy.maps import MapState, parse_map
+from imdsproxy.dataplane.master import MasterClient
 from imdsproxy.errors import AdminUnavailable
 from support.lab import Lab, RecordMapping, until, within
 
@@ -196,6 +198,17 @@ class Daemon:
 
     def wait_ready(self, *, within_s: float = 10.0) -> None:
         until(lambda: self.status()["readiness"]["ready"], within_s=within_s, what="being ready")
+
+    def resolver_up(self) -> bool:
+        """Whether HAProxy has seen that the controller takes unknown guests' requests."""
+        client = MasterClient(self.runtime / "master.sock")
+
+        async def read() -> list[dict[str, str]]:
+            worker = (await client.read_processes()).worker
+            return [] if worker is None else await client.read_stat(worker)
+
+        rows = asyncio.run(read())
+        return any(row["svname"] == "resolver" and row["status"] == "UP" for row in rows)
 
     def kill_controller(self, number: signal.Signals = signal.SIGKILL) -> None:
         """End the controller, and only it."""

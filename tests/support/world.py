@@ -91,6 +91,7 @@ class World:
         serving = len(self.networks)
         until(lambda: self.daemon.status()["serving"] == serving, what="all networks' service")
         until(lambda: not self.daemon.left_out(), what="no left-out listener")
+        until(self.daemon.resolver_up, what="the resolver's return")
 
     def _restore_records(self) -> None:
         instances = cast("list[Mapping[str, Any]]", self.daemon.admin.get("/v1/instances"))

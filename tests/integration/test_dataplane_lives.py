@@ -1,0 +1,288 @@
+"""Three processes, three lives: what guests notice when one of them ends, hangs or is replaced."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from typing import Final
+
+import pytest
+
+from support.daemon import Daemon, alive, instance, user_data_of
+from support.guest import Guest, Load, Reply
+from support.lab import patience, until
+from support.world import World, open_world, own, own_name
+
+pytestmark = pytest.mark.root
+
+_CACHED: Final = "/latest/user-data"
+_FRESH: Final = "/openstack/latest/meta_data.json"
+"""Never cached, so each answer is the document server's."""
+
+
+def _own_name(guest: Guest, reply: Reply) -> str | None:
+    """What is wrong with an answer to `_FRESH`."""
+    if reply.status == 200 and json.loads(reply.body)["name"] == own_name(guest):
+        return None
+    return f"{guest.name} got {reply.status} {reply.body[:80]!r}"
+
+
+class _Loads:
+    """Guests that read cached and fresh documents, on kept connections and on new ones."""
+
+    def __init__(self, world: World) -> None:
+        guests = [world.red, world.guests["blue"]]
+        self.loads = [
+            Load(guests, _CACHED, own),
+            Load(guests, _CACHED, own, keep_alive=False, pause_s=0.005),
+            Load(guests, _FRESH, _own_name, pause_s=0.005),
+        ]
+
+    def __enter__(self) -> _Loads:
+        for load in self.loads:
+            load.__enter__()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for load in self.loads:
+            load.__exit__()
+
+    def go_on(self) -> None:
+        """Wait until each of them has had some more answers."""
+        for load in self.loads:
+            load.wait_answers(20)
+
+    @property
+    def lost(self) -> list[str]:
+        return [one for load in self.loads for one in load.report.lost]
+
+
+def _documents_below(guest: Guest, directory: str) -> Iterator[tuple[str, Reply]]:
+    """Every document that a listing leads to."""
+    listing = guest.ask(directory)
+    assert listing.status == 200, directory
+    for line in listing.text.splitlines():
+        name = line.partition("=")[0] + "/" if "=" in line else line
+        path = directory + name
+        if name.endswith("/"):
+            yield from _documents_below(guest, path)
+        else:
+            yield path, guest.ask(path)
+
+
+_OPENSTACK: Final = (
+    "meta_data.json",
+    "network_data.json",
+    "user_data",
+    "vendor_data.json",
+    "vendor_data2.json",
+)
+
+
+def _every_document(guest: Guest) -> dict[str, Reply]:
+    found = dict(_documents_below(guest, "/latest/meta-data/"))
+    targets = [_CACHED, "/latest/dynamic/", "/"]
+    targets += [f"/openstack/latest/{name}" for name in _OPENSTACK]
+    targets += [f"/openstack/2018-08-27/{name}" for name in _OPENSTACK]
+    targets += [
+        f"/nocloud/{name}" for name in ("meta-data", "user-data", "vendor-data", "network-config")
+    ]
+    return found | {target: guest.ask(target) for target in targets}
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGSTOP])
+def test_without_a_controller_a_known_instance_reads_every_document_for_the_first_time(
+    world: World, number: signal.Signals
+) -> None:
+    guest = world.lab.guest("red", 70)
+    other = world.lab.guest("red", 71)
+    fields: dict[str, object] = {
+        "tags": {"role": "web"},
+        "ssh_keys": [
+            "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIJ0000000000000000000000000000000000000000000 a@b"
+        ],
+        "availability_zone": "z",
+        "instance_type": "m1",
+        "vendor_data": {"a": "b"},
+    }
+    records = [instance(f"red-{one}", "red", one, **fields) for one in (70, 71)]
+    world.daemon.put(instances=records)
+    before = _every_document(other)
+    if number == signal.SIGSTOP:
+        os.kill(world.pids().controller, number)
+    else:
+        world.daemon.kill_controller(number)
+    after = _every_document(guest)
+    macs = (guest.mac, other.mac)
+    assert {target.replace(*macs) for target in after} == set(before)
+    assert len(after) > 30
+    assert {reply.status for reply in after.values()} == {200}
+    assert after[_CACHED].body == user_data_of("red-70")
+    assert json.loads(after[_FRESH].body)["name"] == "red-70"
+    world.all_right()
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_a_controller_that_ends_and_the_next_lose_no_request_and_keep_haproxy(
+    world: World, number: signal.Signals
+) -> None:
+    before = world.settled()
+    with _Loads(world) as loads:
+        loads.go_on()
+        world.daemon.kill_controller(number)
+        loads.go_on()
+        world.daemon.start()
+        loads.go_on()
+        # The next one is in charge: what it is told is in force.
+        world.daemon.put(instances=[{**instance("green-5", "green"), "user_data": "next"}])
+        assert world.guests["green"].ask(_CACHED).text == "next"
+        loads.go_on()
+    assert loads.lost == []
+    after = world.settled()
+    assert after.controller != before.controller
+    assert after.master == before.master
+    assert (after.documents, set(after.document_workers)) == (
+        before.documents,
+        set(before.document_workers),
+    )
+
+
+def test_the_end_of_the_controllers_process_group_ends_nothing_else(world: World) -> None:
+    before = world.pids()
+    sessions = {pid: os.getsid(pid) for pid in before.data_plane}
+    assert os.getsid(before.controller) not in sessions.values()
+    with _Loads(world) as loads:
+        os.killpg(before.controller, signal.SIGKILL)
+        assert world.daemon.process is not None
+        world.daemon.process.wait()
+        loads.go_on()
+    assert loads.lost == []
+    assert all(alive(pid) for pid in before.data_plane)
+
+
+def test_what_was_acknowledged_survives_a_kill_at_any_moment(world: World) -> None:
+    acknowledged = 0
+    for round_number in range(3):
+        stop = threading.Event()
+
+        def change(stop: threading.Event = stop, base: int = round_number * 1000) -> None:
+            nonlocal acknowledged
+            number = base
+            while not stop.is_set():
+                number += 1
+                try:
+                    world.daemon.put(
+                        instances=[{**instance("red-5", "red"), "user_data": f"{number}"}]
+                    )
+                except Exception:  # noqa: BLE001 - the controller is gone, as it should be
+                    return
+                acknowledged = number
+
+        thread = threading.Thread(target=change)
+        thread.start()
+        until(lambda base=round_number * 1000: acknowledged > base + 3, what="some changes")
+        world.daemon.kill_controller()
+        stop.set()
+        thread.join()
+        assert int(world.red.ask(_CACHED).text) >= acknowledged
+        world.daemon.start()
+        found = int(world.red.ask(_CACHED).text)
+        assert acknowledged <= found <= acknowledged + 1
+        assert world.daemon.explain("red", "10.0.0.5")["instance"] == "red-5"
+
+
+def test_a_second_controller_refuses_to_start(world: World) -> None:
+    done = world.daemon.command("run")
+    assert done.status != 0
+    assert "another" in done.err
+    world.all_right()
+    assert world.pids().controller == world.daemon.pids().controller
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_the_end_of_one_document_worker_loses_no_request(world: World, which: int) -> None:
+    before = world.settled()
+    with _Loads(world) as loads:
+        loads.go_on()
+        for _ in range(3):
+            workers = world.pids().document_workers
+            os.kill(workers[min(which, len(workers) - 1)], signal.SIGKILL)
+            loads.go_on()
+            until(lambda: len(world.pids().document_workers) == 2, what="another worker")
+    assert loads.lost == []
+    assert world.pids().documents == before.documents
+
+
+def test_a_document_worker_that_hangs_loses_no_request(world: World) -> None:
+    worker = world.settled().document_workers[0]
+    with _Loads(world) as loads:
+        loads.go_on()
+        os.kill(worker, signal.SIGSTOP)
+        loads.go_on()
+        loads.go_on()
+        os.kill(worker, signal.SIGCONT)
+        loads.go_on()
+    assert loads.lost == []
+
+
+def test_a_killed_document_server_is_started_again(world: World) -> None:
+    before = world.settled()
+    os.kill(before.documents, signal.SIGKILL)
+
+    def other_is_there() -> bool:
+        pids = world.daemon.status()["documents"]["pids"]
+        return len(pids) == 3 and before.documents not in pids
+
+    until(other_is_there, within_s=5, what="another document server")
+    until(lambda: world.red.ask(_FRESH).status == 200, within_s=5)
+    assert world.settled().master == before.master
+
+
+def test_replacing_the_document_server_loses_no_request(world: World) -> None:
+    before = world.settled()
+    with _Loads(world) as loads:
+        loads.go_on()
+        os.kill(before.documents, signal.SIGHUP)
+        until(
+            lambda: not set(world.pids().document_workers) & set(before.document_workers),
+            what="other workers",
+        )
+        loads.go_on()
+    assert loads.lost == []
+
+
+@pytest.mark.parametrize("how", ["running", "killed"])
+def test_stop_with_the_data_plane_ends_everything(how: str) -> None:
+    with open_world() as world:
+        pids = world.pids()
+        if how == "killed":
+            world.daemon.kill_controller()
+        done = world.daemon.command("stop", "--data-plane")
+        assert done.status == 0, done.err
+        until(lambda: not world.daemon.processes(), what="the end of everything")
+        assert not any(alive(pid) for pid in pids.data_plane)
+        assert not world.lab.made_by_daemon()
+        assert not [name for name in world.lab.host_links() if name.startswith(world.lab.prefix)]
+        assert not world.red.reaches()
+
+
+def test_stop_without_the_data_plane_ends_only_the_controller(world: World) -> None:
+    before = world.pids()
+    assert world.daemon.command("stop").status == 0
+    assert world.daemon.process is not None
+    world.daemon.process.wait(10 * patience())
+    assert all(alive(pid) for pid in before.data_plane)
+    world.all_right()
+
+
+def test_a_start_from_nothing_serves_what_the_store_holds() -> None:
+    with open_world() as world:
+        daemon: Daemon = world.daemon
+        daemon.stop()
+        assert not world.red.reaches()
+        daemon.start()
+        until(lambda: daemon.status()["serving"] == 4)
+        world.all_right()

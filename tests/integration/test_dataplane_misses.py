@@ -1,0 +1,253 @@
+"""The miss path: addresses that nobody knows, or not yet."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Final
+
+import pytest
+
+from imdsproxy.config.schema import ResolverSettings
+from support.daemon import Daemon, instance, user_data_of
+from support.guest import IPV6, Guest, Load, Lost, Reply
+from support.lab import Lab, batch, patience, until
+from support.world import World, open_world, own
+
+pytestmark = pytest.mark.root
+
+_HOLD_S: Final = 2.0
+_HELD: Final = 32
+_AT_ONCE_S: Final = 0.5
+_TARGET: Final = "/latest/user-data"
+
+
+@pytest.fixture(scope="module")
+def shared_world() -> Iterator[World]:
+    with open_world({"resolver": {"hold_s": _HOLD_S}}) as world:
+        yield world
+
+
+def _timed(ask: Callable[[], Reply]) -> tuple[Reply, float]:
+    started = time.monotonic()
+    return ask(), time.monotonic() - started
+
+
+def test_five_seconds_and_32_requests_are_held_unless_the_operator_says_otherwise() -> None:
+    settings = ResolverSettings()
+    assert (settings.hold_s, settings.max_held_per_network) == (5.0, _HELD)
+
+
+@pytest.mark.parametrize("network", ["red", "blue", "grey"])
+def test_a_request_is_held_until_its_record_comes(world: World, network: str) -> None:
+    guest = world.lab.guest(network, 60)
+    with ThreadPoolExecutor(2) as pool:
+        asked = [
+            pool.submit(_timed, lambda to=to: guest.ask(_TARGET, to=to))
+            for to in ("169.254.169.254", IPV6)
+        ]
+        time.sleep(1)
+        assert not any(one.done() for one in asked)
+        world.daemon.put(instances=[instance(f"{network}-60", network, 60)])
+        added = time.monotonic()
+        for one in asked:
+            reply, took = one.result()
+            assert own(guest, reply) is None
+            assert took >= 1
+        assert time.monotonic() - added < _AT_ONCE_S * patience()
+
+
+def test_an_unknown_address_is_404_after_the_hold_when_all_is_known(world: World) -> None:
+    stranger = world.lab.guest("red", 61)
+    reply, took = _timed(lambda: stranger.ask(_TARGET))
+    assert reply.status == 404
+    assert reply.body == b""
+    assert _HOLD_S <= took < _HOLD_S + 1 * patience()
+
+
+def test_no_more_than_32_requests_of_a_network_are_held(world: World) -> None:
+    strangers = world.lab.guest("red", 62)
+    addresses = _invent(strangers, 40)
+    green = world.lab.guest("green", 62)
+    with ThreadPoolExecutor(len(addresses) + 1) as pool:
+        asked = [
+            pool.submit(_timed, lambda source=source: strangers.ask(_TARGET, source=source))
+            for source in addresses
+        ]
+        until(lambda: sum(one.done() for one in asked) == len(addresses) - _HELD, within_s=1)
+        # Another network has its own share, and the known guests of this one are not concerned.
+        other = pool.submit(_timed, lambda: green.ask(_TARGET))
+        for _ in range(10):
+            reply, took = _timed(lambda: world.red.ask(_TARGET))
+            assert own(world.red, reply) is None
+            assert took < _AT_ONCE_S * patience()
+        assert not other.done()
+        results = [one.result() for one in asked]
+        assert other.result()[0].status == 404
+    refused = [reply for reply, took in results if reply.status == 503]
+    assert len(refused) == len(addresses) - _HELD
+    assert all(reply.headers["retry-after"] for reply in refused)
+    held = [took for reply, took in results if reply.status == 404]
+    assert len(held) == _HELD
+    assert min(held) >= _HOLD_S
+
+
+def _invent(guest: Guest, number: int) -> list[str]:
+    addresses = [f"10.0.0.{100 + index}" for index in range(number)]
+    batch(guest.namespace, [f"address add {one}/24 dev eth0" for one in addresses])
+    return addresses
+
+
+def _flooded_network(world: World) -> tuple[Guest, Guest]:
+    """Two guests of a network of their own, whose share stays used up for a while: one is known."""
+    network = world.lab.namespace_network("flood")
+    known = world.lab.guest("flood", 5)
+    world.daemon.put([network], [instance("flood-5", "flood")])
+    return world.lab.guest("flood", 63), known
+
+
+class _Flood:
+    """A guest that asks from one invented address after the other, as fast as it can."""
+
+    def __init__(self, guest: Guest, addresses: list[str]) -> None:
+        self._guest = guest
+        self._addresses = addresses
+        self._stop = threading.Event()
+        self._threads = [threading.Thread(target=self._run, args=(n,)) for n in range(8)]
+        self.statuses: list[int] = []
+
+    def __enter__(self) -> _Flood:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        for thread in self._threads:
+            thread.join()
+
+    def _run(self, number: int) -> None:
+        while not self._stop.is_set():
+            number += 1
+            source = self._addresses[number % len(self._addresses)]
+            try:
+                with self._guest.connect(source=source, timeout_s=0.25) as connection:
+                    self.statuses.append(connection.request("/flood").status)
+            except Lost:
+                # It has no patience: the request is held, or no connection is left for it.
+                self.statuses.append(0)
+
+
+def test_a_guest_that_invents_addresses_slows_no_known_one(world: World) -> None:
+    flooder, neighbour = _flooded_network(world)
+    addresses = _invent(flooder, 100)
+    known = [neighbour, world.guests["green"]]
+    alone = _slowest(known)
+    with _Flood(flooder, addresses) as flood:
+        until(lambda: len(flood.statuses) > 100, what="a flood")
+        flooded = _slowest(known)
+    assert flood.statuses.count(503) > 0
+    assert flooded < max(3 * alone, 0.05 * patience())
+
+
+def _slowest(guests: list[Guest]) -> float:
+    """The 99th of 100 answers of guests that are known, from the cache and not."""
+    took = []
+    for target in (_TARGET, "/openstack/latest/meta_data.json"):
+        for guest in guests:
+            with guest.connect() as connection:
+                for _ in range(100):
+                    reply, seconds = _timed(lambda one=connection: one.request(target))
+                    assert reply.status == 200
+                    took.append(seconds)
+    return sorted(took)[-len(took) // 100]
+
+
+def test_a_held_request_survives_reloads(world: World) -> None:
+    guest = world.lab.guest("red", 64)
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(lambda: guest.ask(_TARGET))
+        for _ in range(2):
+            world.reload()
+        world.daemon.put(instances=[instance("red-64", "red", 64)])
+        assert own(guest, asked.result()) is None
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGSTOP])
+def test_without_a_controller_an_unknown_address_is_told_to_come_again(
+    world: World, number: signal.Signals
+) -> None:
+    stranger = world.lab.guest("red", 65)
+    if number == signal.SIGSTOP:
+        os.kill(world.pids().controller, number)
+    else:
+        world.daemon.kill_controller(number)
+    for _ in range(3):
+        reply = stranger.ask(_TARGET, timeout_s=15)
+        assert reply.status == 503
+        assert reply.headers["retry-after"]
+        assert reply.headers.get("content-length") == "0"
+    # HAProxy has seen meanwhile that nobody is there: the answer comes at once.
+    reply, took = _timed(lambda: stranger.ask(_TARGET, timeout_s=15))
+    assert reply.status == 503
+    assert took < _AT_ONCE_S * patience()
+    world.all_right()
+
+
+def test_a_request_that_is_held_when_the_controller_dies_gets_an_answer(world: World) -> None:
+    stranger = world.lab.guest("red", 68)
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(lambda: stranger.ask(_TARGET))
+        time.sleep(0.5)
+        assert not asked.done()
+        world.daemon.kill_controller()
+        reply = asked.result()
+    assert reply.status == 503
+    assert reply.headers["retry-after"]
+
+
+@pytest.mark.slow
+def test_an_unknown_address_is_503_while_a_source_has_not_told_all_it_knows() -> None:
+    lab = Lab()
+    try:
+        network = lab.namespace_network("red")
+        guest = lab.guest("red", 5)
+        stranger = lab.guest("red", 6)
+        daemon = Daemon(
+            lab,
+            {
+                "sources": {"file": {"enabled": True, "directory": "/nowhere/at/all"}},
+                "resolver": {"hold_s": 0.5},
+            },
+        )
+        try:
+            daemon.start(ready=False)
+            daemon.put([network], [instance("red-5", "red")])
+            assert guest.ask(_TARGET).body == user_data_of("red-5")
+            reply, took = _timed(lambda: stranger.ask(_TARGET))
+            assert reply.status == 503
+            assert reply.headers["retry-after"]
+            assert took >= 0.5
+            reasons = " ".join(daemon.status()["readiness"]["reasons"])
+            assert "file" in reasons
+        finally:
+            daemon.close()
+    finally:
+        lab.close()
+
+
+def test_a_load_of_misses_leaves_the_controller_answering(world: World) -> None:
+    flooder, neighbour = _flooded_network(world)
+    with _Flood(flooder, _invent(flooder, 50)), Load([neighbour], _TARGET, own) as load:
+        load.wait_answers(50)
+        text = "changed while flooded"
+        started = time.monotonic()
+        world.daemon.put(instances=[{**instance("green-5", "green"), "user_data": text}])
+        assert time.monotonic() - started < 1 * patience()
+        assert world.guests["green"].ask(_TARGET).text == text
+        load.wait_answers(50)
+    assert load.report.lost == []
