@@ -15,9 +15,10 @@ import pytest
 
 from imdsproxy.core.endpoints import Endpoint
 from imdsproxy.core.listeners import ListenerPlan, plan_listeners
-from imdsproxy.core.model import NamespaceListener, Network, NetworkId
+from imdsproxy.core.model import InterfaceListener, Listener, NamespaceListener, Network, NetworkId
+from imdsproxy.core.plan import plan_binds, plan_links
 from imdsproxy.host.namespaces import NamespaceDirectory, NamespaceThread
-from imdsproxy.host.nslinks import apply_links, haproxy_name, link_name
+from imdsproxy.host.nslinks import apply_links, haproxy_name
 from imdsproxy.host.observe import HostObserver
 from support.hostlab import DEADLINE_S, HostLab, eventually, host_lab
 
@@ -55,24 +56,23 @@ def place(lab: HostLab) -> Iterator[Path]:
 
 def _write(place: Path, endpoints: tuple[Endpoint, ...], word: str) -> Path:
     """A configuration that binds these endpoints through links named by name and inode."""
-    links, binds = {}, []
-    for one in endpoints:
-        assert one.namespace is not None
-        name = link_name(one.namespace)
-        links[name] = NamespaceDirectory().path / one.namespace.name
+    links = plan_links(endpoints)
+    apply_links(place / "links", {n: NamespaceDirectory().path / t for n, t in links.items()})
+    binds = []
+    for one in plan_binds(endpoints, str(Path(haproxy_name(place / "links", "x")).parent)):
         address = f"[{one.address}]" if one.address.version == 6 else str(one.address)
         device = f" interface {one.device}" if one.device else ""
-        namespace = haproxy_name(place / "links", name)
-        binds.append(f"    bind {address}:80{device} namespace {namespace} name blue")
-    apply_links(place / "links", links)
+        binds.append(f"    bind {address}:80{device} namespace {one.namespace} name blue")
     path = place / "haproxy.cfg"
     path.write_text(_CONFIGURATION.format(place=place, binds="\n".join(binds), word=word))
     return path
 
 
-async def _plan(lab: HostLab, name: str) -> ListenerPlan:
+async def _plan(lab: HostLab, listener: Listener | str) -> ListenerPlan:
     thread = NamespaceThread(NamespaceDirectory())
-    network = Network(BLUE, NamespaceListener(name))
+    if isinstance(listener, str):
+        listener = NamespaceListener(listener)
+    network = Network(BLUE, listener)
     seen = await HostObserver(thread, lab.naming).observe([network])
     thread.close()
     return plan_listeners({BLUE: network}, seen, lab.naming)
@@ -167,9 +167,49 @@ async def test_a_namespace_made_again_is_served_after_a_reload_and_the_old_one_i
             lambda: str(first.inode) not in lab.run("/usr/bin/lsns", "-nt", "net")
         )
         assert freed < 1
-        assert [one.name for one in (place / "links").iterdir()] == [
-            link_name(one) for one in [NamespaceDirectory().identity(name)] if one is not None
-        ]
+    finally:
+        master.send_signal(signal.SIGTERM)
+        master.wait()
+
+
+@pytest.mark.parametrize("own", [True, False])
+async def test_a_device_made_again_between_two_looks_is_served_after_a_reload(
+    lab: HostLab, place: Path, *, own: bool
+) -> None:
+    # On a device of the host itself, or on one of a namespace.
+    where = None if own else lab.namespace("blue")
+    guest = lab.namespace("guest")
+    listener = InterfaceListener(lab.link_name("d"))
+
+    def plug() -> None:
+        device = lab.device("d", namespace=where)
+        lab.address(where, "169.254.169.254/32", device)
+        lab.address(where, "fe80::a9fe:a9fe/64", device, "nodad")
+        inside = ("-n", where) if where else ()
+        lab.ip(*inside, "link", "set", f"{device}p", "netns", guest)
+        lab.ip("-n", guest, "link", "set", f"{device}p", "name", "eth0", "up")
+        lab.ip("-n", guest, "addr", "add", "10.99.0.5/24", "dev", "eth0")
+        lab.ip("-n", guest, "route", "add", "169.254.169.254/32", "dev", "eth0")
+        lab.ip(*inside, "route", "add", "10.99.0.5/32", "dev", device)
+
+    plug()
+    chosen = listener if where is None else NamespaceListener(where, listener.device)
+    first = (await _plan(lab, chosen)).endpoints
+    path = _write(place, first, "first")
+    master = subprocess.Popen(  # noqa: ASYNC220 - reloaded and ended below
+        (_HAPROXY, "-W", "-S", f"{place}/master", "-f", str(path)), stderr=subprocess.DEVNULL
+    )
+    try:
+        assert _has_bound(master, place)
+        assert "first" in lab.fetch(guest)
+        lab.ip(*(("-n", where) if where else ()), "link", "del", listener.device)
+        plug()
+        second = (await _plan(lab, chosen)).endpoints
+        assert len(second) == 2
+        assert second != first
+        _write(place, second, "second")
+        assert _say(place / "master", "reload").startswith("Success=1")
+        assert "second" in lab.fetch(guest)
     finally:
         master.send_signal(signal.SIGTERM)
         master.wait()

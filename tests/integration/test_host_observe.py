@@ -86,6 +86,10 @@ def _with_addresses(lab: HostLab) -> tuple[str, str]:
     return name, device
 
 
+def _index(lab: HostLab, namespace: str, device: str) -> int:
+    return int(lab.ip("-n", namespace, "-o", "link", "show", device).partition(":")[0])
+
+
 async def test_addresses_of_somebody_elses_namespace_become_endpoints(
     lab: HostLab, host: _Host
 ) -> None:
@@ -97,7 +101,7 @@ async def test_addresses_of_somebody_elses_namespace_become_endpoints(
     assert plan == ListenerPlan(
         endpoints=(
             Endpoint(BLUE, METADATA_IPV4, 80, None, ref),
-            Endpoint(BLUE, METADATA_IPV6, 80, device, ref),
+            Endpoint(BLUE, METADATA_IPV6, 80, device, ref, _index(lab, name, device)),
         )
     )
 

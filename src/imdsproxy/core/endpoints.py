@@ -42,6 +42,8 @@ class Endpoint:
     Attributes:
         device: Bind to it (`interface DEV`); always set for IPv6, whose address is link-local.
         namespace: Where; `None` is the host's own.
+        device_index: The device's index, 0 without one: another device may have the name next time,
+            and a socket that is bound to the old one hears nothing any more.
     """
 
     network: NetworkId
@@ -49,6 +51,7 @@ class Endpoint:
     port: int
     device: str | None
     namespace: NamespaceRef | None
+    device_index: int = 0
 
 
 class LeftOutCode(StrEnum):
@@ -236,7 +239,15 @@ def _bind(network: NetworkId, seen: ObservedNamespace, family: Family, device: s
         reason = f"the kernel refuses to bind {family.metadata_address}: {name}"
         left = leave_out(network, LeftOutCode.BIND_REFUSED, reason, family=family)
         return Part(left_out=left.left_out, foreign=foreign)
-    endpoint = Endpoint(network, family.metadata_address, METADATA_PORT, device, seen.ref)
+    bound_to = seen.devices.get(device) if device is not None else None
+    endpoint = Endpoint(
+        network=network,
+        address=family.metadata_address,
+        port=METADATA_PORT,
+        device=device,
+        namespace=seen.ref,
+        device_index=0 if bound_to is None else bound_to.index,
+    )
     return Part(endpoints=(endpoint,), foreign=tuple(_not_blocking(foreign)))
 
 

@@ -1,10 +1,10 @@
-"""Symbolic links by which HAProxy opens namespaces: one for each name *and* inode.
+"""Symbolic links by which HAProxy opens namespaces.
 
-HAProxy hands a listening socket over to its next worker by the namespace's name. When a namespace
-was deleted and made again under its name, that would be the dead one's socket; a link with another
-name makes it open a new one. HAProxy opens `/var/run/netns/NAME` and refuses no slash in NAME, so
-the links live in a directory of ours, out of sight of `ip netns`: `bind … namespace
-../imdsproxy/netns/blue.4026532317`.
+HAProxy hands a listening socket over to its next worker by the names of its namespace and device. When
+one of them was deleted and made again under its name, that would be the dead one's socket; a link with
+another name (`core.plan.link_name`) makes it open a new one. HAProxy opens `/var/run/netns/NAME` and
+refuses no slash in NAME, so the links live in a directory of ours, out of sight of `ip netns`:
+`bind … namespace ../imdsproxy/netns/blue@4026532317`.
 """
 
 from __future__ import annotations
@@ -15,20 +15,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
-from imdsproxy.core.hoststate import NamespaceRef
 from imdsproxy.host.refusal import host_refused
 
-__all__ = ["HAPROXY_NETNS", "apply_links", "haproxy_name", "link_name"]
+__all__ = ["HAPROXY_NETNS", "apply_links", "haproxy_name"]
 
 HAPROXY_NETNS: Final = Path("/var/run/netns")
 """Where HAProxy looks (compiled in: `src/namespace.c`)."""
 
 _TEMPORARY: Final = ".tmp-"
-
-
-def link_name(ref: NamespaceRef) -> str:
-    """The link's name in its directory: `NAME.INODE`."""
-    return f"{ref.name}.{ref.inode}"
 
 
 def haproxy_name(directory: Path, name: str) -> str:

@@ -11,11 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from imdsproxy.core.hoststate import NamespaceRef
 from imdsproxy.errors import HostRefused, PrivilegeMissing
 from imdsproxy.host.clock import SystemClock
 from imdsproxy.host.notify import ServiceNotifier
-from imdsproxy.host.nslinks import apply_links, haproxy_name, link_name
+from imdsproxy.host.nslinks import apply_links, haproxy_name
 from imdsproxy.host.refusal import host_refused
 
 
@@ -123,10 +122,9 @@ def test_links_that_cannot_be_made_are_refused(tmp_path: Path) -> None:
 
 
 def test_haproxy_finds_a_link_by_a_name_relative_to_run_netns() -> None:
-    name = link_name(NamespaceRef("blue", 4026532317))
-    assert name == "blue.4026532317"
+    name = "blue@4026532317"
     assert haproxy_name(Path("/run/imdsproxy/netns"), name) == (
-        "../imdsproxy/netns/blue.4026532317"
+        "../imdsproxy/netns/blue@4026532317"
     )
     # /var/run leads to /run on every system that HAProxy's compiled-in path is for.
     assert haproxy_name(Path("/var/run/imdsproxy/netns"), name).startswith("../imdsproxy/")

@@ -91,9 +91,17 @@ def test_both_addresses_of_a_namespace_are_bound_ipv6_to_its_device() -> None:
     assert plan == ListenerPlan(
         (
             Endpoint(BLUE, METADATA_IPV4, 80, None, REF),
-            Endpoint(BLUE, METADATA_IPV6, 80, "tap0", REF),
+            Endpoint(BLUE, METADATA_IPV6, 80, "tap0", REF, device_index=2),
         )
     )
+
+
+def test_a_device_made_again_under_its_name_is_another_endpoint() -> None:
+    again = replace(FULL, devices={"lo": LO, "tap0": replace(TAP, index=9)})
+    for listener in (NamespaceListener("ns-blue"), NamespaceListener("ns-blue", "tap0")):
+        before, after = _plan(listener, FULL).endpoints, _plan(listener, again).endpoints
+        assert before[1] != after[1]
+        assert replace(before[1], device_index=9) == after[1]
 
 
 def test_a_device_that_is_named_is_bound_to_in_both_families() -> None:
