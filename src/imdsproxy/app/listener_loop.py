@@ -21,7 +21,8 @@ from imdsproxy.core.hostnames import Naming
 from imdsproxy.core.hostops import HostOp
 from imdsproxy.core.hoststate import ObservedHost, merge_observed
 from imdsproxy.core.inventory import Inventory
-from imdsproxy.core.listeners import ListenerPlan, ManagedPlace, plan_listeners
+from imdsproxy.core.leftovers import without_removed
+from imdsproxy.core.listeners import ListenerPlan, ManagedPlace, PlanMemo, plan_listeners
 from imdsproxy.core.model import Network, NetworkId
 from imdsproxy.core.plan import compute_maxconn, networks_of, plan_binds, plan_links
 from imdsproxy.dataplane.haproxy import Haproxy
@@ -133,6 +134,7 @@ class ListenerLoop:
     seconds: float = 0.0
     operations: Counter[str] = field(default_factory=Counter)
     _observed: ObservedHost | None = None
+    _memo: PlanMemo = field(default_factory=dict)
     _known: dict[NetworkId, Network] = field(default_factory=dict)
     _dirty: set[NetworkId] = field(default_factory=set)
     _reasons: set[str] = field(default_factory=set)
@@ -254,12 +256,16 @@ class ListenerLoop:
                 self.naming,
                 sweep=self.inventory.in_sync,
                 managed=self.host.managed(),
+                memo=self._memo,
             )
             if not plan.ops or problems:
                 break
             operations += len(plan.ops)
             self._dirty.update(one.network for one in plan.left_out)
             problems = await self.host.apply(plan.ops)
+            if not problems and self._observed is observed:
+                # Nobody looks again at the place of a network that is gone.
+                self._observed = without_removed(observed, plan.ops)
             self.operations["failed"] += len(problems)
             self.operations["ok"] += len(plan.ops) - len(problems)
         return plan, problems, operations

@@ -68,21 +68,36 @@ def plan_records(
     return {record_key(key): plan_record(inventory, key, revisions, learned) for key in keys}
 
 
-def link_name(namespace: NamespaceRef) -> str:
-    """A name that changes when the namespace is another one under the same name.
+_OWN_NAMESPACE = "/proc/self/ns/net"
+"""Where a link leads for what is bound in the host's own namespace."""
 
-    HAProxy hands listening sockets to its next worker by name, also those of a namespace that was
-    deleted and made again; the inode is what tells them apart.
+
+def link_name(namespace: NamespaceRef | None, device_index: int = 0) -> str:
+    """A name that changes when the namespace or the device is another one under the same name.
+
+    HAProxy hands listening sockets to its next worker by name, also those of a namespace or device that
+    was deleted and made again; inode and index are what tells them apart.
+
+    Args:
+        namespace: `None` for the host's own.
+        device_index: Of the device that is bound to, 0 without one.
     """
-    return f"{namespace.name}@{namespace.inode}"
+    place = "host@0" if namespace is None else f"{namespace.name}@{namespace.inode}"
+    return f"{place}.{device_index}" if device_index else place
+
+
+def _needs_link(endpoint: Endpoint) -> bool:
+    return endpoint.namespace is not None or endpoint.device_index != 0
 
 
 def plan_links(endpoints: Iterable[Endpoint]) -> dict[str, str]:
-    """The symbolic links that HAProxy needs at every load: link name to namespace name."""
+    """The symbolic links that HAProxy needs at every load: link name to namespace name or path."""
     return {
-        link_name(endpoint.namespace): endpoint.namespace.name
+        link_name(endpoint.namespace, endpoint.device_index): _OWN_NAMESPACE
+        if endpoint.namespace is None
+        else endpoint.namespace.name
         for endpoint in endpoints
-        if endpoint.namespace is not None
+        if _needs_link(endpoint)
     }
 
 
@@ -99,9 +114,9 @@ def plan_binds(endpoints: Iterable[Endpoint], links: str) -> tuple[Bind, ...]:
             address=endpoint.address,
             port=endpoint.port,
             device=endpoint.device,
-            namespace=None
-            if endpoint.namespace is None
-            else f"{links}/{link_name(endpoint.namespace)}",
+            namespace=f"{links}/{link_name(endpoint.namespace, endpoint.device_index)}"
+            if _needs_link(endpoint)
+            else None,
         )
         for endpoint in endpoints
     )

@@ -94,7 +94,16 @@ def test_a_namespace_made_again_has_another_link() -> None:
     )
 
 
-def test_a_host_interface_needs_no_link() -> None:
+def test_a_device_made_again_has_another_link_in_a_namespace_and_on_the_host() -> None:
+    for place, target in ((NamespaceRef("red", 4), "red"), (None, "/proc/self/ns/net")):
+        one, other = (Endpoint(_RED, METADATA_IPV4, 80, "br0", place, index) for index in (7, 9))
+        assert plan_links([one]).keys().isdisjoint(plan_links([other]))
+        (link,) = plan_links([one])
+        assert plan_links([one]) == {link: target}
+        assert plan_binds([one], "../x") == (Bind(_RED, METADATA_IPV4, 80, "br0", f"../x/{link}"),)
+
+
+def test_an_interface_of_unknown_index_needs_no_link() -> None:
     endpoints = [Endpoint(_RED, METADATA_IPV4, 80, "virbr0", None)]
     assert plan_links(endpoints) == {}
     assert plan_binds(endpoints, "../x") == (Bind(_RED, METADATA_IPV4, 80, "virbr0"),)
