@@ -68,6 +68,16 @@ def load(daemon: UnitDaemon) -> Load:
     return Load(daemon.guests, _USER_DATA, own_user_data, connections=2)
 
 
+def seeded(daemon: UnitDaemon) -> Load:
+    """Requests for what has fresh bytes in every answer: a worker has to give each of them."""
+    return Load(daemon.guests, "/openstack/latest/meta_data.json", _named, connections=2)
+
+
+def _named(guest: Guest, reply: Reply) -> str | None:
+    right = reply.status == 200 and f'"{guest.name}"' in reply.text
+    return None if right else f"{guest.name}: {reply.status} {reply.body[:80]!r}"
+
+
 def serves(guest: Guest) -> bool:
     try:
         return own_user_data(guest, guest.ask(_USER_DATA, timeout_s=1)) is None
@@ -218,8 +228,7 @@ def test_reloading_the_document_server_keeps_its_process_and_every_request(
     daemon: UnitDaemon,
 ) -> None:
     before, workers = daemon.pids(), daemon.status()["documents"]["pids"][1:]
-    # random_seed is fresh in every answer, so each of these is answered by a worker.
-    with Load(daemon.guests, "/openstack/latest/meta_data.json", _named, connections=2) as running:
+    with seeded(daemon) as running:
         running.wait_answers(100)
         daemon.machine.run("systemctl", "reload", DOCUMENTS)
         running.wait_answers(100)
@@ -228,9 +237,21 @@ def test_reloading_the_document_server_keeps_its_process_and_every_request(
     assert set(daemon.status()["documents"]["pids"][1:]).isdisjoint(workers)
 
 
-def _named(guest: Guest, reply: Reply) -> str | None:
-    right = reply.status == 200 and f'"{guest.name}"' in reply.text
-    return None if right else f"{guest.name}: {reply.status} {reply.body[:80]!r}"
+def test_an_upgrade_loses_no_request_and_keeps_haproxy(daemon: UnitDaemon) -> None:
+    daemon.use_a_copy_of_the_program()
+    daemon.machine.run("systemctl", "restart", CONTROLLER, DOCUMENTS)
+    before = daemon.pids()
+    with load(daemon) as cached, seeded(daemon) as rendered:
+        cached.wait_answers(50)
+        daemon.upgrade_the_copy("9.9.9")
+        # As docs/operating.md says.
+        daemon.machine.run("systemctl", "restart", CONTROLLER)
+        daemon.machine.run("systemctl", "reload", DOCUMENTS)
+        cached.wait_answers(50)
+        rendered.wait_answers(50)
+    assert (cached.report.lost, rendered.report.lost) == ([], [])
+    assert daemon.status()["version"] == "9.9.9"
+    assert daemon.pids()[1:] == before[1:]
 
 
 def test_reload_takes_over_settings_and_keeps_haproxys_master(daemon: UnitDaemon) -> None:
