@@ -43,6 +43,7 @@ from imdsproxy.app.record_loop import RecordLoop
 from imdsproxy.app.servers import AnyAsgiApp, open_sole_socket, open_tcp_socket, serve
 from imdsproxy.app.settings_reload import SettingsHolder
 from imdsproxy.app.stop import end_data_plane
+from imdsproxy.app.writes import Writes
 from imdsproxy.config.schema import Settings
 from imdsproxy.core.hostnames import Naming
 from imdsproxy.core.inventory import AddressKey, Inventory, Observation
@@ -239,7 +240,14 @@ async def run_controller(
             lookup=lookup,
             explainer=Explainer(inventory, records, listeners, haproxy, lookup),
             service=service,
-            store=sources.writable,
+            sources=sources.all,
+            writes=Writes(
+                inventory,
+                records,
+                listeners,
+                sources.writable,
+                lambda: controller.operations.own_problems(),  # noqa: PLW0108 - made below
+            ),
             documents_pids=lambda: read_pids(layout.documents_pid).pids,
             documents_problem=lambda: companion.failure,
             documents_restarts=lambda: companion.restarts,

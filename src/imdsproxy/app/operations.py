@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import assert_never
@@ -28,6 +27,7 @@ from imdsproxy.app.guard import HaproxyGuard
 from imdsproxy.app.listener_loop import ListenerLoop
 from imdsproxy.app.lookup import Lookup
 from imdsproxy.app.record_loop import RecordLoop
+from imdsproxy.app.writes import Writes
 from imdsproxy.core import endpoints
 from imdsproxy.core.documents.respond import DocumentRequest
 from imdsproxy.core.haproxy.render import render_config
@@ -38,14 +38,12 @@ from imdsproxy.core.model import Instance, InstanceId, IpAddress, Network, Netwo
 from imdsproxy.core.plan import networks_of
 from imdsproxy.dataplane.haproxy import Haproxy
 from imdsproxy.errors import (
-    AlreadyExists,
     NotFound,
     Problem,
-    SourceRefused,
 )
 from imdsproxy.host.clock import Clock
 from imdsproxy.serving.documents import Answer, DocumentService, FilePart
-from imdsproxy.sources.api import WritableSource
+from imdsproxy.sources.api import Source
 
 __all__ = ["ControllerOperations"]
 
@@ -70,7 +68,8 @@ class ControllerOperations:
     lookup: Lookup
     explainer: Explainer
     service: DocumentService
-    store: WritableSource | None
+    sources: Sequence[Source]
+    writes: Writes
     documents_pids: Callable[[], tuple[int, ...]]
     documents_problem: Callable[[], Problem | None]
     documents_restarts: Callable[[], int]
@@ -90,7 +89,7 @@ class ControllerOperations:
             reasons.append("HAProxy does not run")
         elif not self.guard.answering:
             reasons.append("HAProxy does not answer a probe")
-        reasons += [problem.reason for problem in self._own_problems()]
+        reasons += [problem.reason for problem in self.own_problems()]
         return Readiness(ready=not reasons, reasons=tuple(reasons))
 
     async def status(self) -> StatusReport:
@@ -112,12 +111,12 @@ class ControllerOperations:
                     name,
                     in_sync,
                     *self.inventory.record_counts(name),
-                    problems=self.inventory.problems_of(name),
+                    problems=self._source_problems(name),
                 )
                 for name, in_sync in self.inventory.sources.items()
             ),
             conflicts=self.inventory.conflicts(),
-            problems=self._own_problems(),
+            problems=self.own_problems(),
             haproxy=self._haproxy(),
             documents=DocumentsReport(
                 self.documents_pids(),
@@ -132,7 +131,23 @@ class ControllerOperations:
             ),
         )
 
-    def _own_problems(self) -> tuple[Problem, ...]:
+    def _source_problems(self, name: str) -> tuple[Problem, ...]:
+        """The records that a source refuses, and its ports in networks that nobody tells of."""
+        found = list(self.inventory.problems_of(name))
+        source = next(one for one in self.sources if one.name == name)
+        for stranded in self.inventory.stranded():
+            if stranded.source != name:
+                continue
+            origin = source.origin_of_port(stranded.instance, stranded.number)
+            found.append(
+                stranded.problem()
+                if origin is None
+                else stranded.problem(field=origin.field, file=origin.file, line=origin.line)
+            )
+        return tuple(found)
+
+    def own_problems(self) -> tuple[Problem, ...]:
+        """What is wrong and belongs to no source, network or instance."""
         found = list(self.records.failures.values())
         parts = (self.listeners.failure, self.guard.failure, self.documents_problem())
         found += [problem for problem in parts if problem is not None]
@@ -227,88 +242,25 @@ class ControllerOperations:
 
     async def put_network(self, network: Network, *, create: bool = False) -> Written:
         """See `Operations.put_network`."""
-        return await self.put_records([network], [], create=create)
+        return await self.writes.put_network(network, create=create)
 
     async def put_instance(self, instance: Instance, *, create: bool = False) -> Written:
         """See `Operations.put_instance`."""
-        return await self.put_records([], [instance], create=create)
+        return await self.writes.put_instance(instance, create=create)
 
     async def put_records(
         self, networks: Sequence[Network], instances: Sequence[Instance], *, create: bool = False
     ) -> Written:
         """See `Operations.put_records`."""
-        store = self._store()
-        for network in networks:
-            self._refuse_foreign(
-                store, "network", network.id, self.inventory.sources_of_network(network.id)
-            )
-            if create and self.inventory.knows(network.id):
-                raise AlreadyExists(
-                    f"there is a network {network.id} already", hint="use set to change it"
-                )
-        for instance in instances:
-            sources = self.inventory.sources_of_instance(instance.id)
-            self._refuse_foreign(store, "instance", instance.id, sources)
-            if create and sources:
-                raise AlreadyExists(
-                    f"there is an instance {instance.id} already", hint="use set to change it"
-                )
-        await store.put_records(networks, instances)
-        return await self._in_force([one.id for one in networks], instances=len(instances))
+        return await self.writes.put_records(networks, instances, create=create)
 
     async def remove_network(self, network: NetworkId) -> Written:
         """See `Operations.remove_network`."""
-        store = self._store()
-        sources = self.inventory.sources_of_network(network)
-        if not sources:
-            raise NotFound(f"there is no network {network}", hint="imdsproxy network list")
-        self._refuse_foreign(store, "network", network, sources)
-        await store.remove_network(network)
-        return await self._in_force([network])
+        return await self.writes.remove_network(network)
 
     async def remove_instance(self, instance: InstanceId) -> Written:
         """See `Operations.remove_instance`."""
-        store = self._store()
-        sources = self.inventory.sources_of_instance(instance)
-        if not sources:
-            raise NotFound(f"there is no instance {instance}", hint="imdsproxy instance list")
-        self._refuse_foreign(store, "instance", instance, sources)
-        await store.remove_instance(instance)
-        return await self._in_force([], instances=1)
-
-    def _store(self) -> WritableSource:
-        if self.store is None:
-            raise SourceRefused(
-                "no source can be written to", hint="set sources.sqlite.enabled: true"
-            )
-        return self.store
-
-    @staticmethod
-    def _refuse_foreign(
-        store: WritableSource, kind: str, subject: str, sources: Sequence[str]
-    ) -> None:
-        if sources and store.name not in sources:
-            raise SourceRefused(
-                f"{kind} {subject} belongs to source {', '.join(sources)}", hint="change it there"
-            )
-
-    async def _in_force(self, networks: Sequence[NetworkId], *, instances: int = 0) -> Written:
-        pending: list[str] = []
-        waits = [self.records.tickets.wait(self.records.tickets.given)]
-        if networks:
-            waits.append(self.listeners.tickets.wait(self.listeners.tickets.given))
-        try:
-            async with asyncio.timeout(_APPLY_DEADLINE_S):
-                await asyncio.gather(*waits)
-        except TimeoutError:
-            pending.append("the data plane has not confirmed it yet")
-        pending += [problem.reason for problem in self._own_problems()]
-        if networks:
-            left_out = self.listeners.report.left_out
-            pending += [one.reason for one in left_out if one.network in networks]
-        return Written(
-            len(networks), instances, applied=not pending, pending=tuple(dict.fromkeys(pending))
-        )
+        return await self.writes.remove_instance(instance)
 
     # Asking about guests
 

@@ -45,6 +45,7 @@ __all__ = [
     "Inventory",
     "Observation",
     "SourceName",
+    "StrandedPort",
     "address_keys",
 ]
 
@@ -138,6 +139,32 @@ class Conflict:
             for claimant in self.claimants
         )
         return f"{self.kind} {self.subject} is claimed differently by {who}"
+
+
+@dataclass(frozen=True, slots=True)
+class StrandedPort:
+    """A port in a network that no source tells of: it claims nothing until the network comes.
+
+    Attributes:
+        number: The port's place in the instance's record, from 0.
+    """
+
+    source: SourceName
+    instance: InstanceId
+    number: int
+    network: NetworkId
+
+    def problem(
+        self, *, field: str = "", file: str | None = None, line: int | None = None
+    ) -> Problem:
+        """What is wrong, told at the place in its source where that is known."""
+        return Problem(
+            field or f"instances.{self.instance}.ports[{self.number}].network",
+            f"there is no network {self.network}",
+            "add the network, or mend the port; until then the port has no addresses",
+            file,
+            line,
+        )
 
 
 def address_keys(instance: Instance) -> frozenset[AddressKey]:
@@ -347,10 +374,20 @@ class Inventory:
             )
             for conflict in self.conflicts()
         ]
-        for network in sorted(self._members):
-            if not self.knows(network):
-                found += self._unknown_network(network)
+        found += [stranded.problem() for stranded in self.stranded()]
         return tuple(found)
+
+    def stranded(self) -> Iterator[StrandedPort]:
+        """Every port in a network that no source tells of, by network and instance."""
+        for network in sorted(self._members):
+            if self.knows(network):
+                continue
+            for instance in sorted(self._members[network]):
+                for source, report in self._reports.items():
+                    record = report.instances.get(instance)
+                    for number, port in enumerate(() if record is None else record.ports):
+                        if port.network == network:
+                            yield StrandedPort(source, instance, number, network)
 
     # What changes it
 
@@ -477,14 +514,6 @@ class Inventory:
             for source in self.sources_of_instance(instance)
         )
         return Conflict(ConflictKind.ADDRESS, f"{network}/{address}", tuple(sorted(claimants)))
-
-    def _unknown_network(self, network: NetworkId) -> Iterator[Problem]:
-        for instance in sorted(self._members[network]):
-            yield Problem(
-                field=f"instances.{instance}.ports",
-                reason=f"there is no network {network}",
-                hint="add the network, or mend the port; until then the port has no addresses",
-            )
 
 
 def _changes(

@@ -17,9 +17,18 @@ if TYPE_CHECKING:
     from imdsproxy.core.inventory import Observation, SourceName
     from imdsproxy.core.model import Instance, InstanceId, Network, NetworkId
 
-__all__ = ["Publish", "Source", "WritableSource", "Written"]
+__all__ = ["Origin", "Publish", "Source", "WritableSource", "Written"]
 
 Publish: TypeAlias = "Callable[[Observation], None]"
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where a part of a record was written: the field, and the file and line where there are any."""
+
+    field: str
+    file: str | None = None
+    line: int | None = None
 
 
 class Source(Protocol):
@@ -31,6 +40,9 @@ class Source(Protocol):
 
     async def run(self, publish: Publish) -> None:
         """Report until cancelled; everything opened is closed again when that is over."""
+
+    def origin_of_port(self, instance: InstanceId, number: int) -> Origin | None:
+        """Where an instance's port (from 0) was written; `None` when the source has no such port."""
 
 
 class Written(StrEnum):

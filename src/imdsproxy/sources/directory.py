@@ -13,6 +13,7 @@ from imdsproxy.core.inventory import AddressKey
 from imdsproxy.core.model import Instance, Network
 from imdsproxy.core.records import LineOf, Records, Refused, Unreadable
 from imdsproxy.errors import Problem
+from imdsproxy.sources.api import Origin
 from imdsproxy.sources.clash import claim_places, taken_address, taken_id
 from imdsproxy.sources.in_force import Clash, Entry, InForce
 from imdsproxy.sources.last_good import Kept, LastGood
@@ -105,6 +106,19 @@ class Directory:
     def instances(self) -> dict[str, Instance]:
         """All in force."""
         return self._instances.records
+
+    def origin_of_port(self, instance: str, number: int) -> Origin | None:
+        """Where a port of a record in force was written; the line is that of the port's first claim."""
+        entry = self._instances.entry_of(instance)
+        if entry is None or entry.record is None or number >= len(entry.record.ports):
+            return None
+        field = f"instances[{entry.position}].ports[{number}].network"
+        line = entry.line
+        for index, (_, part) in enumerate(claim_places(entry.record)):
+            if part[1] == number and index < len(entry.lines):
+                line = entry.lines[index]
+                break
+        return Origin(field, str(self._path / entry.file), line)
 
     def read(self, changed: Collection[Path] = ()) -> Reading:
         """Read what has changed since the last time; blocks for as long as that takes.

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from imdsproxy.sources.api import Publish
+    from imdsproxy.sources.api import Origin, Publish
 
 __all__ = ["FileSource"]
 
@@ -48,11 +48,16 @@ class FileSource:
         self._last_good = last_good
         self._name = name
         self._clock = clock
+        self._directory: Directory | None = None
 
     @property
     def name(self) -> str:
         """The source's name."""
         return self._name
+
+    def origin_of_port(self, instance: InstanceId, number: int) -> Origin | None:
+        """Where an instance's port was written."""
+        return None if self._directory is None else self._directory.origin_of_port(instance, number)
 
     async def run(self, publish: Publish) -> None:
         """Report the directory's records, and every change of them, until cancelled.
@@ -61,6 +66,7 @@ class FileSource:
         """
         last_good = None if self._last_good is None else LastGood(self._last_good)
         directory = Directory(self._path, clock=self._clock, last_good=last_good)
+        self._directory = directory
         reporter = _Reporter(self._name, directory, publish)
         watch: Watch | None = None
         changed: frozenset[Path] = frozenset()

@@ -115,6 +115,10 @@ class InForce(Generic[_Record]):
         held = self._held.get(key)
         return None if held is None else held.file
 
+    def entry_of(self, key: str) -> Entry[_Record] | None:
+        """The entry in force."""
+        return self._held.get(key)
+
     def replace_file(
         self, file: str, entries: Sequence[Entry[_Record]], *, unclear: bool = False
     ) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from imdsproxy.core.inventory import Observation
 from imdsproxy.errors import Problem, SourceError, SourceUnavailable
-from imdsproxy.sources.api import Tally, Written
+from imdsproxy.sources.api import Origin, Tally, Written
 from imdsproxy.sources.sqlite_store import Contents, Store
 
 if TYPE_CHECKING:
@@ -47,6 +47,10 @@ class SqliteSource:
     def name(self) -> str:
         """The source's name."""
         return self._name
+
+    def origin_of_port(self, instance: InstanceId, number: int) -> Origin | None:
+        """The record's own field: nobody reads the store's file."""
+        return Origin(f"instances.{instance}.ports[{number}].network")
 
     async def run(self, publish: Publish) -> None:
         """Report everything in the store, and every write, until cancelled.

@@ -100,7 +100,7 @@ def test_a_port_of_an_unknown_network_claims_nothing_until_the_network_comes() -
     inventory = loaded(full("file", [], [instance("a", "10.0.0.5", mac=MAC)]))
     assert not dict(inventory.addresses())
     assert not inventory.instances_with_mac(N1, MacAddress(MAC))
-    assert [problem.field for problem in inventory.problems()] == ["instances.a.ports"]
+    assert [problem.field for problem in inventory.problems()] == ["instances.a.ports[0].network"]
     affected = inventory.observe(Observation("sqlite", networks={N1: network("n1")}))
     assert affected.networks == {"n1"}
     assert affected.instances == {"a"}

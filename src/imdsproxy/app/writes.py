@@ -1,0 +1,154 @@
+"""Writing records: into the store, and back only when no worker of HAProxy answers with the state before."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from imdsproxy.admin.operations import Written
+from imdsproxy.app.listener_loop import ListenerLoop
+from imdsproxy.app.record_loop import RecordLoop
+from imdsproxy.core.inventory import Inventory
+from imdsproxy.core.model import Instance, InstanceId, Network, NetworkId
+from imdsproxy.errors import AlreadyExists, NotFound, Problem, SourceRefused
+from imdsproxy.sources.api import WritableSource
+
+__all__ = ["Writes"]
+
+_APPLY_DEADLINE_S = 10.0
+
+
+@dataclass(slots=True)
+class Writes:
+    """The writing half of `imdsproxy.admin.operations.Operations`.
+
+    Args:
+        store: Where records are written to; `None` when no enabled source takes any.
+        problems: What keeps the data plane from being as it should.
+    """
+
+    inventory: Inventory
+    records: RecordLoop
+    listeners: ListenerLoop
+    store: WritableSource | None
+    problems: Callable[[], tuple[Problem, ...]]
+
+    async def put_network(self, network: Network, *, create: bool = False) -> Written:
+        """See `Operations.put_network`."""
+        store = self._store_for([network], [], create=create)
+        await store.put_network(network)
+        return await self._in_force([network.id])
+
+    async def put_instance(self, instance: Instance, *, create: bool = False) -> Written:
+        """See `Operations.put_instance`."""
+        store = self._store_for([], [instance], create=create)
+        self._refuse_strangers(set(), [instance], lambda _: "")
+        await store.put_instance(instance)
+        return await self._in_force([], instances=1)
+
+    async def put_records(
+        self, networks: Sequence[Network], instances: Sequence[Instance], *, create: bool = False
+    ) -> Written:
+        """See `Operations.put_records`."""
+        store = self._store_for(networks, instances, create=create)
+        self._refuse_strangers(
+            {one.id for one in networks}, instances, lambda number: f"instances[{number}]."
+        )
+        await store.put_records(networks, instances)
+        return await self._in_force([one.id for one in networks], instances=len(instances))
+
+    def _store_for(
+        self, networks: Sequence[Network], instances: Sequence[Instance], *, create: bool
+    ) -> WritableSource:
+        """The store that these records may be written to."""
+        store = self._store()
+        for network in networks:
+            sources = self.inventory.sources_of_network(network.id)
+            self._refuse_foreign(store, "network", network.id, sources)
+            if create and sources:
+                raise AlreadyExists(
+                    f"there is a network {network.id} already", hint="use set to change it"
+                )
+        for instance in instances:
+            sources = self.inventory.sources_of_instance(instance.id)
+            self._refuse_foreign(store, "instance", instance.id, sources)
+            if create and sources:
+                raise AlreadyExists(
+                    f"there is an instance {instance.id} already", hint="use set to change it"
+                )
+        return store
+
+    def _refuse_strangers(
+        self,
+        coming: set[NetworkId],
+        instances: Sequence[Instance],
+        prefix: Callable[[int], str],
+    ) -> None:
+        """Refuse ports in networks that nobody tells of, each with its field."""
+        problems = [
+            Problem(
+                f"{prefix(place)}ports[{number}].network",
+                f"there is no network {port.network}",
+                "imdsproxy network list",
+            )
+            for place, instance in enumerate(instances)
+            for number, port in enumerate(instance.ports)
+            if port.network not in coming and not self.inventory.knows(port.network)
+        ]
+        if problems:
+            raise SourceRefused("a port is in a network that does not exist", problems=problems)
+
+    async def remove_network(self, network: NetworkId) -> Written:
+        """See `Operations.remove_network`."""
+        store = self._store()
+        sources = self.inventory.sources_of_network(network)
+        if not sources:
+            raise NotFound(f"there is no network {network}", hint="imdsproxy network list")
+        self._refuse_foreign(store, "network", network, sources)
+        await store.remove_network(network)
+        return await self._in_force([network])
+
+    async def remove_instance(self, instance: InstanceId) -> Written:
+        """See `Operations.remove_instance`."""
+        store = self._store()
+        sources = self.inventory.sources_of_instance(instance)
+        if not sources:
+            raise NotFound(f"there is no instance {instance}", hint="imdsproxy instance list")
+        self._refuse_foreign(store, "instance", instance, sources)
+        await store.remove_instance(instance)
+        return await self._in_force([], instances=1)
+
+    def _store(self) -> WritableSource:
+        if self.store is None:
+            raise SourceRefused(
+                "no source can be written to", hint="set sources.sqlite.enabled: true"
+            )
+        return self.store
+
+    @staticmethod
+    def _refuse_foreign(
+        store: WritableSource, kind: str, subject: str, sources: Sequence[str]
+    ) -> None:
+        if sources and store.name not in sources:
+            raise SourceRefused(
+                f"{kind} {subject} belongs to source {', '.join(sources)}", hint="change it there"
+            )
+
+    async def _in_force(self, networks: Sequence[NetworkId], *, instances: int = 0) -> Written:
+        pending: list[str] = []
+        waits = [self.records.tickets.wait(self.records.tickets.given)]
+        if networks:
+            waits.append(self.listeners.tickets.wait(self.listeners.tickets.given))
+        try:
+            async with asyncio.timeout(_APPLY_DEADLINE_S):
+                await asyncio.gather(*waits)
+        except TimeoutError:
+            pending.append("the data plane has not confirmed it yet")
+        pending += [problem.reason for problem in self.problems()]
+        if networks:
+            left_out = self.listeners.report.left_out
+            pending += [one.reason for one in left_out if one.network in networks]
+        return Written(
+            len(networks), instances, applied=not pending, pending=tuple(dict.fromkeys(pending))
+        )

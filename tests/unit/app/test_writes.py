@@ -1,0 +1,166 @@
+"""Writing through the admin API: refused with the fields, or in force when it returns."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from ipaddress import IPv4Address
+from pathlib import Path
+
+import pytest
+
+from imdsproxy.app.listener_loop import ListenerReport
+from imdsproxy.app.tickets import Tickets
+from imdsproxy.app.writes import Writes
+from imdsproxy.core.endpoints import LeftOut, LeftOutCode
+from imdsproxy.core.inventory import Inventory, Observation
+from imdsproxy.core.model import (
+    Instance,
+    InstanceId,
+    NamespaceListener,
+    Network,
+    NetworkId,
+    Port,
+)
+from imdsproxy.errors import AlreadyExists, NotFound, SourceRefused
+from imdsproxy.sources.sqlite import SqliteSource
+
+_RED = Network(NetworkId("red"), NamespaceListener("red"))
+_BLUE = Network(NetworkId("blue"), NamespaceListener("blue"))
+
+
+@dataclass
+class _Loop:
+    """A loop whose work is done at once; `report` is what its last round came to."""
+
+    tickets: Tickets = field(default_factory=Tickets)
+    report: ListenerReport = field(default_factory=lambda: ListenerReport(0.0))
+
+
+@dataclass
+class Rig:
+    inventory: Inventory
+    writes: Writes
+    listeners: _Loop
+
+
+def _web(network: str = "red", address: str = "10.0.0.5") -> Instance:
+    port = Port(NetworkId(network), None, (IPv4Address(address),))
+    return Instance(InstanceId("web"), "web", "web", ports=(port,))
+
+
+@asynccontextmanager
+async def _rig(directory: Path) -> AsyncIterator[Rig]:
+    store = SqliteSource(directory / "store.sqlite")
+    inventory = Inventory(["sqlite", "file"])
+    known = asyncio.Event()
+
+    def publish(observation: Observation) -> None:
+        inventory.observe(observation)
+        known.set()
+
+    task = asyncio.create_task(store.run(publish))
+    try:
+        async with asyncio.timeout(10):
+            await known.wait()
+        listeners = _Loop()
+        writes = Writes(
+            inventory,
+            _Loop(),  # type: ignore[arg-type]  # the part that is used
+            listeners,  # type: ignore[arg-type]  # as above
+            store,
+            lambda: (),
+        )
+        yield Rig(inventory, writes, listeners)
+    finally:
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+
+
+async def test_what_is_written_is_known(tmp_path: Path) -> None:
+    async with _rig(tmp_path) as rig:
+        assert (await rig.writes.put_records([_RED], [_web()])).applied
+        assert rig.inventory.instances[InstanceId("web")] == _web()
+        written = await rig.writes.remove_instance(InstanceId("web"))
+        assert (written.instances, written.applied) == (1, True)
+        assert not rig.inventory.instances
+        await rig.writes.remove_network(_RED.id)
+        assert not rig.inventory.networks
+
+
+async def test_a_port_in_an_unknown_network_is_refused_with_its_field(tmp_path: Path) -> None:
+    async with _rig(tmp_path) as rig:
+        with pytest.raises(SourceRefused) as one:
+            await rig.writes.put_instance(_web("nowhere"))
+        assert [problem.field for problem in one.value.problems] == ["ports[0].network"]
+        with pytest.raises(SourceRefused) as many:
+            await rig.writes.put_records([_RED], [_web(), _web("nowhere")])
+        assert [p.field for p in many.value.problems] == ["instances[1].ports[0].network"]
+        assert not rig.inventory.networks
+
+
+async def test_another_source_s_network_is_a_network(tmp_path: Path) -> None:
+    async with _rig(tmp_path) as rig:
+        rig.inventory.observe(Observation("file", full=True, networks={_BLUE.id: _BLUE}))
+        await rig.writes.put_instance(_web("blue"))
+        assert InstanceId("web") in rig.inventory.instances
+
+
+async def test_another_source_s_record_is_changed_there(tmp_path: Path) -> None:
+    async with _rig(tmp_path) as rig:
+        rig.inventory.observe(
+            Observation(
+                "file", full=True, networks={_BLUE.id: _BLUE}, instances={_web().id: _web()}
+            )
+        )
+        with pytest.raises(SourceRefused, match="belongs to source file"):
+            await rig.writes.put_network(_BLUE)
+        with pytest.raises(SourceRefused, match="belongs to source file"):
+            await rig.writes.remove_instance(_web().id)
+
+
+async def test_add_refuses_what_is_there_and_set_changes_it(tmp_path: Path) -> None:
+    async with _rig(tmp_path) as rig:
+        await rig.writes.put_network(_RED, create=True)
+        with pytest.raises(AlreadyExists):
+            await rig.writes.put_network(_RED, create=True)
+        await rig.writes.put_instance(_web(), create=True)
+        with pytest.raises(AlreadyExists):
+            await rig.writes.put_instance(_web(), create=True)
+        await rig.writes.put_instance(_web(address="10.0.0.6"))
+        assert rig.inventory.instances[InstanceId("web")] == _web(address="10.0.0.6")
+
+
+async def test_what_is_not_there_cannot_be_removed(tmp_path: Path) -> None:
+    async with _rig(tmp_path) as rig:
+        with pytest.raises(NotFound):
+            await rig.writes.remove_network(NetworkId("red"))
+        with pytest.raises(NotFound):
+            await rig.writes.remove_instance(InstanceId("web"))
+
+
+async def test_a_change_tells_only_of_its_own_networks_why_they_are_not_served(
+    tmp_path: Path,
+) -> None:
+    async with _rig(tmp_path) as rig:
+        rig.listeners.report = ListenerReport(
+            0.0,
+            left_out=tuple(
+                LeftOut(one.id, None, LeftOutCode.NAMESPACE_MISSING, f"no namespace {one.id}")
+                for one in (_RED, _BLUE)
+            ),
+        )
+        written = await rig.writes.put_network(_RED)
+        assert not written.applied
+        assert written.pending == ("no namespace red",)
+
+
+async def test_without_a_writable_source_nothing_can_be_written(tmp_path: Path) -> None:
+    async with _rig(tmp_path) as rig:
+        rig.writes.store = None
+        with pytest.raises(SourceRefused, match="no source can be written to"):
+            await rig.writes.put_network(_RED)
