@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import Final
 
 from imdsproxy.admin.metrics import MetricsSnapshot, NetworkTraffic, SourceFigures, Timing
 from imdsproxy.app.operations import ControllerOperations
@@ -12,7 +13,10 @@ from imdsproxy.dataplane.master import WorkerEnded
 from imdsproxy.errors import DataplaneError
 from imdsproxy.serving.resolver import Resolver
 
-__all__ = ["Figures", "TrafficCounter"]
+__all__ = ["TRAFFIC_COLUMNS", "Figures", "TrafficCounter"]
+
+TRAFFIC_COLUMNS: Final = frozenset({"pxname", "svname", "type", "stot", "dreq", "ereq"})
+"""What `TrafficCounter` reads of `show stat`."""
 
 
 @dataclass(slots=True)
@@ -67,7 +71,8 @@ class Figures:
         if processes is None or processes.worker is None:
             return
         try:
-            self.traffic.add(processes.worker, await haproxy.master.read_stat(processes.worker))
+            rows = await haproxy.master.read_stat(processes.worker, TRAFFIC_COLUMNS)
+            self.traffic.add(processes.worker, rows)
         except (DataplaneError, WorkerEnded):
             # The guard watches over it; these figures come back with it.
             return

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import Counter
+from collections.abc import Collection
 from pathlib import Path
 from typing import Final
 
@@ -71,14 +72,16 @@ class MasterClient:
         """
         return parse_reload(await self._send("reload", self._reload_deadline_s))
 
-    async def read_stat(self, worker: int) -> list[dict[str, str]]:
-        """`show stat` of one worker.
+    async def read_stat(
+        self, worker: int, columns: Collection[str] | None = None
+    ) -> list[dict[str, str]]:
+        """`show stat` of one worker; only these columns of it, or all.
 
         Raises:
             RuntimeUnavailable: The master does not answer.
             WorkerEnded: The worker is gone.
         """
-        return parse_stat(await self.send(worker, "show stat"))
+        return parse_stat(await self.send(worker, "show stat"), columns)
 
     async def send(self, worker: int, command: str, payload: str | None = None) -> str:
         """One command to one worker; its answer without the closing line break.

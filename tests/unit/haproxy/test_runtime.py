@@ -83,3 +83,11 @@ def test_stat_rows_are_by_name() -> None:
         {"pxname": "guests", "svname": "FRONTEND", "stot": "6"},
     ]
     assert parse_stat("Permission denied\n") == []
+
+
+def test_of_statistics_only_the_columns_that_are_wanted_and_there_are_taken() -> None:
+    text = "# pxname,svname,stot,dreq,\nguests,red,5,1,\nguests,cut\n"
+    assert parse_stat(text, {"svname", "dreq", "nonsense"}) == [
+        {"svname": "red", "dreq": "1"},
+        {"svname": "cut"},
+    ]

@@ -6,6 +6,7 @@ Source: HAProxy management guide, sections 9.3 "Unix Socket commands" and 9.4 "M
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Final
 
@@ -113,10 +114,20 @@ def parse_features(text: str) -> frozenset[str]:
     return frozenset()
 
 
-def parse_stat(text: str) -> list[dict[str, str]]:
-    """The CSV of `show stat`: one mapping a line, by the header's names; cells hold no commas."""
+def parse_stat(text: str, columns: Collection[str] | None = None) -> list[dict[str, str]]:
+    """The CSV of `show stat`: one mapping a line, by the header's names; cells hold no commas.
+
+    Args:
+        text: HAProxy's answer.
+        columns: The only ones to take, where they are there: a line has a hundred, and a thousand networks
+            have two thousand lines. `None`: all.
+    """
     lines = [line for line in text.splitlines() if line]
     if not lines or not lines[0].startswith("#"):
         return []
     names = lines[0].lstrip("# ").rstrip(",").split(",")
-    return [dict(zip(names, line.split(","), strict=False)) for line in lines[1:]]
+    if columns is None:
+        return [dict(zip(names, line.split(","), strict=False)) for line in lines[1:]]
+    wanted = [(name, index) for index, name in enumerate(names) if name in columns]
+    rows = (line.split(",") for line in lines[1:])
+    return [{name: row[index] for name, index in wanted if index < len(row)} for row in rows]
