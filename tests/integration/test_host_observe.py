@@ -11,7 +11,7 @@ from ipaddress import ip_address
 import pytest
 
 from imdsproxy.core.endpoints import Endpoint, LeftOutCode
-from imdsproxy.core.hoststate import Effect, Family, ObservedHost, merge_observed
+from imdsproxy.core.hoststate import Effect, Family, ObservedDevice, ObservedHost, merge_observed
 from imdsproxy.core.listeners import ListenerPlan, plan_listeners
 from imdsproxy.core.model import (
     METADATA_IPV4,
@@ -25,7 +25,7 @@ from imdsproxy.core.model import (
 )
 from imdsproxy.host.apply import HostApplier, OpOutcome
 from imdsproxy.host.namespaces import NamespaceDirectory, NamespaceThread
-from imdsproxy.host.netlink import find_link, neighbour_mac
+from imdsproxy.host.netlink import find_link, list_links, neighbour_mac
 from imdsproxy.host.nlmessages import NetlinkSocket
 from imdsproxy.host.observe import HostObserver
 from support.hostlab import HostLab, host_lab
@@ -331,6 +331,28 @@ async def test_a_bind_that_is_not_listening_yet_is_noticed_all_the_same(
     assert (Family.IPV4, errno.EADDRINUSE) in trials
     assert held is not None
     held.close()
+
+
+@pytest.mark.parametrize("misses", [1, 1000])
+async def test_a_device_that_comes_while_it_is_looked_at_is_no_trouble(
+    lab: HostLab, host: _Host, monkeypatch: pytest.MonkeyPatch, misses: int
+) -> None:
+    name, device = _with_addresses(lab)
+    left = [misses]
+
+    def too_early(channel: NetlinkSocket) -> list[ObservedDevice]:
+        left[0] -= 1
+        found = list_links(channel)
+        return [one for one in found if one.name != device or left[0] < 0]
+
+    monkeypatch.setattr("imdsproxy.host.observe.list_links", too_early)
+    seen = (await host.observe(NamespaceListener(name))).namespaces[name]
+
+    # It is seen with the next question, or not at all: never half.
+    expected = {device} if misses == 1 else set()
+    assert {one.device for one in seen.addresses} == expected
+    assert {device} & seen.devices.keys() == expected
+    assert seen.problem == ""
 
 
 async def test_a_neighbour_is_known_by_its_address_on_one_device_or_on_all(

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager
@@ -17,7 +18,9 @@ from imdsproxy.core.model import (
     Network,
     NetworkId,
 )
+from imdsproxy.errors import HostRefused
 from imdsproxy.host.namespaces import NamespaceDirectory, NamespaceThread
+from imdsproxy.host.nlmessages import NetlinkRefused, NetlinkSocket
 from imdsproxy.host.observe import HostObserver
 from imdsproxy.host.watch import EventKind, HostEvent, HostWatch, WatchPace
 from support.hostlab import HostLab, host_lab
@@ -222,6 +225,39 @@ async def test_a_watch_whose_look_fails_says_so_instead_of_falling_silent(
         monkeypatch.setattr(watched.observer, "observe", None)
         with pytest.raises(TypeError):
             await watched.next(EventKind.OVERFLOW)
+
+
+async def test_a_look_that_the_host_refuses_is_an_event_for_whoever_can_tell_of_it(
+    lab: HostLab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = lab.namespace("blue")
+    pace = WatchPace(audits_per_s=50)
+    async with _watching(lab, {"blue": NamespaceListener(name)}, pace) as watched:
+        await watched.quiet()
+
+        async def refuse(*_given: object) -> ObservedHost:
+            raise HostRefused("cannot look")
+
+        with monkeypatch.context() as patched:
+            patched.setattr(watched.observer, "observe", refuse)
+            await asyncio.to_thread(lab.serve, name, "0.0.0.0")
+            assert (await watched.next(EventKind.OVERFLOW)).networks == {BLUE}
+        # The watch goes on.
+        assert (await watched.next(EventKind.AUDIT)).networks == {BLUE}
+
+
+async def test_a_namespace_that_is_not_heard_is_looked_at_properly(
+    lab: HostLab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_channel: NetlinkSocket, _descriptor: int) -> int:
+        raise NetlinkRefused(errno.ENOSPC)
+
+    monkeypatch.setattr("imdsproxy.host.watch.assign_nsid", refuse)
+    name = lab.namespace("blue")
+    async with _watching(lab, {"blue": NamespaceListener(name)}, WatchPace()) as watched:
+        await watched.quiet()
+        await asyncio.to_thread(lab.address, name, "169.254.169.254/32", "lo")
+        assert (await watched.next(EventKind.AUDIT)).networks == {BLUE}
 
 
 async def test_an_idle_watch_costs_next_to_nothing(lab: HostLab) -> None:

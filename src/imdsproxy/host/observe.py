@@ -6,6 +6,7 @@ is a part that `core.hoststate.merge_observed` lays over what was known.
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import TypeAlias, assert_never
@@ -38,7 +39,7 @@ from imdsproxy.host.netlink import (
     list_links,
     metadata_addresses,
 )
-from imdsproxy.host.nlmessages import NetlinkSocket
+from imdsproxy.host.nlmessages import NetlinkRefused, NetlinkSocket
 from imdsproxy.host.refusal import host_refused
 from imdsproxy.host.sockets import SOCK_DIAG, SocketOwners, listening_sockets, try_bind
 
@@ -46,6 +47,8 @@ __all__ = ["HostObserver", "Peek", "place_of"]
 
 Peek: TypeAlias = tuple[int, frozenset[int]]
 """A namespace's inode and those of the sockets that listen in it."""
+
+_TRIES = 3
 
 _FEW_DEVICES = 32
 """Up to so many devices are asked for one by one; all are listed when more are of interest."""
@@ -108,9 +111,9 @@ class HostObserver:
         return await self._thread.run(lambda: {name: self._peek(name) for name in given})
 
     def _peek(self, place: str | None) -> Peek | None:
-        if place is None:
-            return 0, _listening_inodes()
         try:
+            if place is None:
+                return 0, _listening_inodes()
             return self._thread.enter(place, lambda ref: (ref.inode, _listening_inodes()))
         except (DataplaneError, OSError):
             # The proper look, due as soon as this differs from the last one, says why.
@@ -173,8 +176,7 @@ class HostObserver:
 
     def _inside(self, ref: NamespaceRef, wanted: set[str | None]) -> ObservedNamespace:
         with NetlinkSocket() as channel:
-            devices = {one.name: one for one in list_links(channel)}
-            addresses = tuple(metadata_addresses(channel, devices.values()))
+            devices, addresses = _devices_and_addresses(channel)
             own = self._naming.is_namespace(ref.name)
             routes = default_routes(channel, devices.values()) if own else frozenset()
         if not wanted:
@@ -197,8 +199,7 @@ class HostObserver:
         try:
             with NetlinkSocket() as channel:
                 if everything or len(interest.root_devices) > _FEW_DEVICES:
-                    devices = {one.name: one for one in list_links(channel)}
-                    addresses = tuple(metadata_addresses(channel, devices.values()))
+                    devices, addresses = _devices_and_addresses(channel)
                 else:
                     devices = _some_devices(channel, interest.root_devices)
                     addresses = tuple(_addresses_on(channel, devices))
@@ -258,6 +259,20 @@ def _interest(networks: Iterable[Network], naming: Naming) -> _Interest:
     return found
 
 
+def _devices_and_addresses(
+    channel: NetlinkSocket,
+) -> tuple[dict[str, ObservedDevice], tuple[ObservedAddress, ...]]:
+    """Both of one moment, or nearly: every address is on one of the devices."""
+    for _ in range(_TRIES):
+        devices = {one.name: one for one in list_links(channel)}
+        addresses = tuple(metadata_addresses(channel, devices.values()))
+        known = tuple(one for one in addresses if one.device in devices)
+        if len(known) == len(addresses):
+            break
+        # A device was made between the two questions: ask again.
+    return devices, known
+
+
 def _some_devices(channel: NetlinkSocket, names: Iterable[str]) -> dict[str, ObservedDevice]:
     found: dict[str, ObservedDevice] = {}
     for name in sorted(names):
@@ -276,7 +291,11 @@ def _addresses_on(
     channel: NetlinkSocket, devices: dict[str, ObservedDevice]
 ) -> Iterator[ObservedAddress]:
     for device in devices.values():
-        yield from metadata_addresses(channel, (device,), index=device.index)
+        try:
+            yield from metadata_addresses(channel, (device,), index=device.index)
+        except NetlinkRefused as error:
+            if error.errno != errno.ENODEV:  # it has gone since it was looked for
+                raise
 
 
 def _trials(

@@ -26,10 +26,11 @@ from imdsproxy.core.model import (
     Network,
     NetworkId,
 )
+from imdsproxy.errors import DataplaneError
 from imdsproxy.host.linkwatch import LinkChange, LinkWatch
 from imdsproxy.host.namespaces import NamespaceThread
 from imdsproxy.host.netlink import assign_nsid
-from imdsproxy.host.nlmessages import NetlinkSocket
+from imdsproxy.host.nlmessages import NetlinkRefused, NetlinkSocket
 from imdsproxy.host.nswatch import NamespaceCame, NamespaceWatch, NamespaceWent
 from imdsproxy.host.observe import HostObserver, Peek, place_of
 
@@ -56,7 +57,7 @@ class EventKind(StrEnum):
     """A look without an event found something changed."""
 
     OVERFLOW = "overflow"
-    """Events were lost: look at everything."""
+    """Events were lost, or a look failed: look at everything."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -286,6 +287,9 @@ class HostWatch:
                     continue
                 try:
                     given[assign_nsid(channel, opened.descriptor)] = opened.ref
+                except NetlinkRefused:
+                    # It is not heard then, and the audit looks at it properly every time.
+                    continue
                 finally:
                     opened.close()
         return given
@@ -303,18 +307,17 @@ class HostWatch:
             await self._audit_some([self._networks[one] for one in turn])
 
     async def _audit_some(self, networks: list[Network]) -> None:
-        if not self._link_watch.hears_all:
-            await self._look(networks)
-            return
-        # Devices and addresses are heard of. Which sockets listen is not: where others do than at
-        # the last proper look, it is time for another one.
+        # Devices and addresses are heard of where a namespace has an id. Which sockets listen is not:
+        # where others do than at the last proper look, it is time for another one.
+        heard = {None, *(ref.name for ref in self._nsids.values())}
         places = {one.id: place_of(one, self._naming) for one in networks}
         seen = await self._observer.peek(set(places.values()))
         stale = [
-            one for one in networks if seen[places[one.id]] != self._peeked.get(places[one.id])
+            one
+            for one in networks
+            if (place := places[one.id]) not in heard or seen[place] != self._peeked.get(place)
         ]
-        if stale:
-            await self._look(stale)
+        if stale and await self._look(stale):
             self._peeked.update({places[one.id]: seen[places[one.id]] for one in stale})
 
     async def _recheck(self) -> None:
@@ -328,11 +331,17 @@ class HostWatch:
             for some in _batches([self._networks[one] for one in turn], _AT_ONCE):
                 await self._look(some)
 
-    async def _look(self, networks: list[Network]) -> None:
-        part = await self._observer.observe(networks, self._our_pids)
+    async def _look(self, networks: list[Network]) -> bool:
+        """Look properly, and tell what is not as it is known; false when that was not possible."""
+        try:
+            part = await self._observer.observe(networks, self._our_pids)
+        except DataplaneError:
+            # Whoever acts on the event looks too, and has a way to tell of it and to try again.
+            self._tell(HostEvent(EventKind.OVERFLOW, frozenset(self._networks)))
+            return False
         changed = changed_places(self._observed, part)
         if not changed:
-            return
+            return True
         concerned: set[NetworkId] = set()
         for name in changed.namespaces:
             concerned |= self._places.namespaces.get(name, set())
@@ -341,6 +350,7 @@ class HostWatch:
         if changed.sockets:
             concerned |= self._places.interfaces
         self._tell(HostEvent(EventKind.AUDIT, frozenset(concerned), part=part))
+        return True
 
     def _listening_in(self, names: Iterable[str]) -> list[Network]:
         ids = sorted({one for name in names for one in self._places.namespaces.get(name, ())})
