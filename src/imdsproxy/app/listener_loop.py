@@ -155,14 +155,14 @@ class ListenerLoop:
         self._wake.set()
         return self.tickets.take()
 
-    def spec(self, endpoints: Iterable[Endpoint], *, checking: bool = False) -> DataplaneSpec:
+    def spec(self, endpoints: Iterable[Endpoint]) -> DataplaneSpec:
         """The configuration for these endpoints, with the settings of now."""
         settings = self.settings()
         binds = plan_binds(endpoints, settings.links)
         budget = compute_maxconn(settings.maxconn, len(binds), settings.descriptors)
         return DataplaneSpec(
             binds=binds,
-            paths=self.layout.haproxy_paths(checking=checking),
+            paths=self.layout.haproxy_paths(),
             limits=replace(settings.limits, maxconn=budget.maxconn),
             user=settings.user,
             group=settings.group,
@@ -298,9 +298,9 @@ class ListenerLoop:
     async def _apply(self, endpoints: tuple[Endpoint, ...], reasons: tuple[str, ...]) -> None:
         # The old worker does not look at the links any more, the next one needs all of its own.
         self.host.apply_links(plan_links(endpoints))
-        changed = await self.haproxy.apply(
-            self.spec(endpoints), self.spec(endpoints, checking=True), ", ".join(reasons)
-        )
+        spec = self.spec(endpoints)
+        checking = replace(spec, paths=self.layout.haproxy_paths(checking=True))
+        changed = await self.haproxy.apply(spec, checking, ", ".join(reasons))
         if changed and self.haproxy.last_reload is not None:
             done = self.haproxy.last_reload
             structlog.get_logger().info(

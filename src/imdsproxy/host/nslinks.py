@@ -31,7 +31,7 @@ def haproxy_name(directory: Path, name: str) -> str:
     return os.path.relpath(Path(os.path.realpath(directory)) / name, base)
 
 
-def apply_links(directory: Path, links: Mapping[str, Path]) -> bool:
+def apply_links(directory: Path, links: Mapping[str, Path | str]) -> bool:
     """Make `directory` hold exactly these symbolic links; true when something was changed.
 
     Each link is there whole or not at all; links that stay are not touched. The directory is made
@@ -46,7 +46,7 @@ def apply_links(directory: Path, links: Mapping[str, Path]) -> bool:
         present = _present(directory)
         for name in present.keys() - links.keys():
             (directory / name).unlink()
-        missing = {n: str(t) for n, t in links.items() if present.get(n) != str(t)}
+        missing = {n: text for n, t in links.items() if present.get(n) != (text := str(t))}
         for name, target in missing.items():
             _place(directory, name, target)
     except OSError as error:
