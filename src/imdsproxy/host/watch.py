@@ -315,7 +315,8 @@ class HostWatch:
         stale = [
             one
             for one in networks
-            if (place := places[one.id]) not in heard or seen[place] != self._peeked.get(place)
+            if (place := places[one.id]) not in heard
+            or seen[place] not in (_known_sockets(self._observed, place), self._peeked.get(place))
         ]
         if stale and await self._look(stale):
             self._peeked.update({places[one.id]: seen[places[one.id]] for one in stale})
@@ -355,6 +356,14 @@ class HostWatch:
     def _listening_in(self, names: Iterable[str]) -> list[Network]:
         ids = sorted({one for name in names for one in self._places.namespaces.get(name, ())})
         return [self._networks[one] for one in ids]
+
+
+def _known_sockets(observed: ObservedHost, place: str | None) -> Peek | None:
+    """What a peek shows when nothing has changed since the last proper look."""
+    seen = observed.root if place is None else observed.namespaces.get(place)
+    if seen is None or seen.problem:
+        return None
+    return 0 if seen.ref is None else seen.ref.inode, frozenset(one.inode for one in seen.sockets)
 
 
 def _batches(things: list[T], size: int) -> Iterator[list[T]]:
