@@ -12,6 +12,7 @@ import signal
 import socket
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import structlog
@@ -36,6 +37,7 @@ from imdsproxy.app.companion import Companion
 from imdsproxy.app.explain import Explainer
 from imdsproxy.app.figures import Figures
 from imdsproxy.app.guard import HaproxyGuard
+from imdsproxy.app.kept_networks import KeptNetworks
 from imdsproxy.app.listener_loop import ListenerLoop
 from imdsproxy.app.lookup import Lookup
 from imdsproxy.app.operations import ControllerOperations
@@ -53,6 +55,7 @@ from imdsproxy.dataplane.launch import read_program
 from imdsproxy.dataplane.layout import Layout
 from imdsproxy.errors import ConfigError, DataplaneError
 from imdsproxy.host.clock import Clock
+from imdsproxy.host.files import write_atomic
 from imdsproxy.host.notify import ServiceNotifier
 from imdsproxy.host.watch import EventKind, HostWatch, WatchPace
 from imdsproxy.serving.documents import DocumentService
@@ -208,6 +211,7 @@ async def run_controller(
             lambda networks, observed, left_out, pids: controller.watch.expect(
                 networks, observed, left_out=left_out, our_pids=pids
             ),
+            kept=KeptNetworks(layout.networks, partial(write_atomic, mode=0o640)),
         )
         guard = HaproxyGuard(haproxy, on_return, listeners.touch)
         companion = build_companion(
@@ -367,7 +371,11 @@ async def _start_data_plane(controller: _Controller) -> None:
             controller.records.resync()
         else:
             await controller.haproxy.end_stray()
-            applier.write_all(controller.records.compile_all())
+            records = controller.records.compile_all()
+            if not controller.inventory.in_sync:
+                # What an untold source knew is served on, by what it told before.
+                records = {**applier.state.effective(), **records}
+            applier.write_all(records)
         await controller.listeners.first_round()
     except DataplaneError:
         if found is None:

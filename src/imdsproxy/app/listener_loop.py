@@ -14,6 +14,7 @@ from typing import Protocol
 
 import structlog
 
+from imdsproxy.app.kept_networks import KeptNetworks
 from imdsproxy.app.tickets import Tickets
 from imdsproxy.core.endpoints import Endpoint, Foreign, LeftOut, LeftOutCode
 from imdsproxy.core.haproxy.model import DataplaneSpec, Limits
@@ -127,6 +128,7 @@ class ListenerLoop:
     clock: Clock
     settings: Callable[[], SpecSettings]
     expect: Expect
+    kept: KeptNetworks | None = None
     tickets: Tickets = field(default_factory=Tickets)
     report: ListenerReport = field(default_factory=lambda: ListenerReport(0.0))
     failure: Problem | None = None
@@ -215,7 +217,7 @@ class ListenerLoop:
 
     async def _round(self, reasons: tuple[str, ...]) -> None:
         began = self.clock.monotonic()
-        networks = dict(self.inventory.networks)
+        networks = self._networks()
         plan, problems, operations = await self._settle_host(networks)
         try:
             await self._apply(plan.endpoints, reasons)
@@ -225,6 +227,8 @@ class ListenerLoop:
             plan, problems, more = await self._settle_host(networks)
             operations += more
             await self._apply(plan.endpoints, reasons)
+        if self.kept is not None:
+            self.kept.keep(networks)
         self._tell(plan, problems)
         if self._observed is not None:
             left_out = {one.network for one in plan.left_out}
@@ -241,6 +245,13 @@ class ListenerLoop:
             reasons=reasons,
             seconds=self.clock.monotonic() - began,
         )
+
+    def _networks(self) -> dict[NetworkId, Network]:
+        """What to listen for; nothing is given up before the sources have told everything."""
+        told = self.inventory.networks
+        if self.kept is None:
+            return dict(told)
+        return self.kept.beside(told, in_sync=self.inventory.in_sync)
 
     async def _settle_host(
         self, networks: Mapping[NetworkId, Network]

@@ -120,7 +120,7 @@ class RecordLoop:
         """Take in what a source saw; the ticket says when it is in force."""
         affected = self.inventory.observe(observation)
         self._work.add(affected)
-        if affected.networks:
+        if affected.networks or affected.in_sync:
             self.on_networks(affected.networks)
         if self.inventory.in_sync:
             self.in_sync.set()

@@ -93,6 +93,11 @@ class Layout:
         return self.runtime / "empty.map"
 
     @property
+    def networks(self) -> Path:
+        """The networks that the configuration in force was made for."""
+        return self.runtime / "networks.json"
+
+    @property
     def unavailable(self) -> Path:
         """The answer that guests get instead of HAProxy's 502, 503 and 504."""
         return self.runtime / "unavailable.http"

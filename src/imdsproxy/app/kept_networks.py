@@ -1,0 +1,73 @@
+"""The networks that HAProxy was last configured for, kept beside its configuration.
+
+A controller that starts while a source cannot tell what it knows (a damaged store, a directory that is
+missing) would otherwise take every network for removed, and its guests would find nobody listening.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import structlog
+
+from imdsproxy.core.model import Network, NetworkId
+from imdsproxy.core.records import Refused, parse_network, render_network
+from imdsproxy.errors import HostRefused
+
+__all__ = ["KeptNetworks"]
+
+
+@dataclass(slots=True)
+class KeptNetworks:
+    """The file, and what it held when this process first asked."""
+
+    path: Path
+    write: Callable[[Path, bytes], None]
+    _networks: Mapping[NetworkId, Network] | None = None
+    _written: Mapping[NetworkId, Network] = field(default_factory=dict)
+
+    def beside(
+        self, told: Mapping[NetworkId, Network], *, in_sync: bool
+    ) -> dict[NetworkId, Network]:
+        """The networks to listen for: what sources tell, and until all have told, what was kept."""
+        if in_sync:
+            return dict(told)
+        return {**self._load(), **told}
+
+    def keep(self, networks: Mapping[NetworkId, Network]) -> None:
+        """Note what HAProxy is configured for now.
+
+        That it cannot be noted costs nothing as long as this process lives, so it is only logged.
+        """
+        if networks == self._written:
+            return
+        text = json.dumps([render_network(networks[one]) for one in sorted(networks)])
+        try:
+            self.write(self.path, text.encode())
+        except HostRefused as error:
+            structlog.get_logger().warning(
+                "networks not kept", code=error.code, error=error.message, hint=error.hint
+            )
+            return
+        self._written = dict(networks)
+        self._networks = self._written
+
+    def _load(self) -> Mapping[NetworkId, Network]:
+        if self._networks is None:
+            self._networks = _read(self.path)
+        return self._networks
+
+
+def _read(path: Path) -> dict[NetworkId, Network]:
+    try:
+        records = json.loads(path.read_text())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        structlog.get_logger().warning("kept networks not read", path=str(path), error=str(error))
+        return {}
+    parsed = [parse_network(one) for one in records] if isinstance(records, list) else []
+    return {one.id: one for one in parsed if not isinstance(one, Refused)}
