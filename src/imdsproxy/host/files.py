@@ -134,13 +134,23 @@ def ensure_directory(
         path.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            if owner is not None:
-                os.fchown(descriptor, *owner)
-            os.fchmod(descriptor, mode)
+            _have_owner_and_mode(descriptor, mode, owner)
         finally:
             os.close(descriptor)
     except OSError as error:
         raise host_refused(f"create the directory {path}", error) from error
+
+
+def _have_owner_and_mode(descriptor: int, mode: int, owner: tuple[int, int] | None) -> None:
+    """Change only what is not so: a file system that is read-only refuses even what would change nothing."""
+    status = os.fstat(descriptor)
+    is_so = (status.st_uid, status.st_gid)
+    if owner is not None and any(
+        wanted not in (-1, now) for wanted, now in zip(owner, is_so, strict=True)
+    ):
+        os.fchown(descriptor, *owner)
+    if stat.S_IMODE(os.fstat(descriptor).st_mode) != mode:
+        os.fchmod(descriptor, mode)
 
 
 def read_secret(path: Path) -> bytes:
