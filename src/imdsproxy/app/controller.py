@@ -10,7 +10,7 @@ import contextlib
 import os
 import signal
 import socket
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,6 @@ from pathlib import Path
 import structlog
 
 from imdsproxy import __version__
-from imdsproxy.admin.api import admin_app
 from imdsproxy.admin.health import health_app
 from imdsproxy.admin.metrics import metrics_registry
 from imdsproxy.admin.operations import SettingsReload
@@ -35,6 +34,7 @@ from imdsproxy.app.build import (
 )
 from imdsproxy.app.companion import Companion
 from imdsproxy.app.explain import Explainer
+from imdsproxy.app.exporter_port import ExporterPort
 from imdsproxy.app.figures import Figures
 from imdsproxy.app.guard import HaproxyGuard
 from imdsproxy.app.kept_networks import KeptNetworks
@@ -57,6 +57,7 @@ from imdsproxy.errors import ConfigError, DataplaneError
 from imdsproxy.host.clock import Clock
 from imdsproxy.host.files import write_atomic
 from imdsproxy.host.notify import ServiceNotifier
+from imdsproxy.host.sockets import try_tcp_listen
 from imdsproxy.host.watch import EventKind, HostWatch, WatchPace
 from imdsproxy.serving.documents import DocumentService
 from imdsproxy.serving.passwords import PasswordStore
@@ -211,6 +212,7 @@ async def run_controller(
             lambda networks, observed, left_out, pids: controller.watch.expect(
                 networks, observed, left_out=left_out, our_pids=pids
             ),
+            ExporterPort(try_tcp_listen),
             kept=KeptNetworks(layout.networks, partial(write_atomic, mode=0o640)),
         )
         guard = HaproxyGuard(haproxy, on_return, listeners.touch)
@@ -315,20 +317,8 @@ async def _live(controller: _Controller, admin: socket.socket) -> None:
             for source in controller.sources
         ]
         await _start_data_plane(controller)
-        apps: list[tuple[AnyAsgiApp, socket.socket]] = [
-            (resolver_app(controller.resolver, controller.service), resolver_socket),
-            (admin_app(controller.operations, version=__version__), admin),
-        ]
-        if health_socket is not None:
-            registry = metrics_registry(
-                controller.figures.take,
-                network_series=lambda: controller.holder.settings.metrics.network_series,
-            )
-            health = health_app(
-                alive=lambda: True, readiness=controller.operations.readiness, registry=registry
-            )
-            apps.append((health, health_socket))
-        tasks += [group.create_task(serve(app, listener)) for app, listener in apps]
+        resolver = resolver_app(controller.resolver, controller.service)
+        tasks.append(group.create_task(serve(resolver, resolver_socket)))
         tasks += [
             group.create_task(work(), name=work.__qualname__)
             for work in (
@@ -341,6 +331,20 @@ async def _live(controller: _Controller, admin: socket.socket) -> None:
                 controller.refresh_figures,
             )
         ]
+        admin_app = await asyncio.to_thread(_load_admin_api)
+        apps: list[tuple[AnyAsgiApp, socket.socket]] = [
+            (admin_app(controller.operations, version=__version__), admin)
+        ]
+        if health_socket is not None:
+            registry = metrics_registry(
+                controller.figures.take,
+                network_series=lambda: controller.holder.settings.metrics.network_series,
+            )
+            health = health_app(
+                alive=lambda: True, readiness=controller.operations.readiness, registry=registry
+            )
+            apps.append((health, health_socket))
+        tasks += [group.create_task(serve(app, listener)) for app, listener in apps]
         controller.notifier.ready(f"{len(controller.inventory.networks)} networks")
         structlog.get_logger().info(
             "ready",
@@ -355,6 +359,13 @@ async def _live(controller: _Controller, admin: socket.socket) -> None:
         await _stop_data_plane(controller)
 
 
+def _load_admin_api() -> Callable[..., AnyAsgiApp]:
+    """What it is made of takes as long to import as HAProxy to start: guests do not wait for it."""
+    from imdsproxy.admin.api import admin_app  # noqa: PLC0415 - as said above
+
+    return admin_app
+
+
 async def _start_data_plane(controller: _Controller) -> None:
     """Adopt what runs; start what does not, with everything that the sources know by now."""
     log = structlog.get_logger()
@@ -362,10 +373,10 @@ async def _start_data_plane(controller: _Controller) -> None:
     adopted = False
     if applier.load():
         adopted = await controller.haproxy.adopt()
-    await _wait_for_sources(controller)
     found = controller.companion.find()
-    await controller.companion.ensure()
     try:
+        # The document server takes its time to start; so does a look at a thousand namespaces.
+        await asyncio.gather(controller.companion.ensure(), _look(controller))
         if adopted:
             log.info("haproxy adopted", master=_master(controller))
             controller.records.resync()
@@ -387,6 +398,11 @@ async def _start_data_plane(controller: _Controller) -> None:
 def _master(controller: _Controller) -> int | None:
     processes = controller.haproxy.processes
     return None if processes is None else processes.master
+
+
+async def _look(controller: _Controller) -> None:
+    await _wait_for_sources(controller)
+    await controller.listeners.first_look()
 
 
 async def _wait_for_sources(controller: _Controller) -> None:

@@ -14,6 +14,7 @@ from typing import Protocol
 
 import structlog
 
+from imdsproxy.app.exporter_port import ExporterPort
 from imdsproxy.app.kept_networks import KeptNetworks
 from imdsproxy.app.tickets import Tickets
 from imdsproxy.core.endpoints import Endpoint, Foreign, LeftOut, LeftOutCode
@@ -128,10 +129,12 @@ class ListenerLoop:
     clock: Clock
     settings: Callable[[], SpecSettings]
     expect: Expect
+    exporter: ExporterPort
     kept: KeptNetworks | None = None
     tickets: Tickets = field(default_factory=Tickets)
     report: ListenerReport = field(default_factory=lambda: ListenerReport(0.0))
     failure: Problem | None = None
+    unexported: Problem | None = None
     rounds: int = 0
     seconds: float = 0.0
     operations: Counter[str] = field(default_factory=Counter)
@@ -160,6 +163,7 @@ class ListenerLoop:
     def spec(self, endpoints: Iterable[Endpoint]) -> DataplaneSpec:
         """The configuration for these endpoints, with the settings of now."""
         settings = self.settings()
+        exporter, self.unexported = self.exporter.choose(settings.exporter)
         binds = plan_binds(endpoints, settings.links)
         budget = compute_maxconn(settings.maxconn, len(binds), settings.descriptors)
         return DataplaneSpec(
@@ -168,8 +172,16 @@ class ListenerLoop:
             limits=replace(settings.limits, maxconn=budget.maxconn),
             user=settings.user,
             group=settings.group,
-            exporter=settings.exporter,
+            exporter=exporter,
         )
+
+    async def first_look(self) -> None:
+        """Do what is to be done on the host, before the first round, which then finds it done.
+
+        Raises:
+            HostRefused: The host's own namespace cannot be looked at.
+        """
+        await self._settle_host(self._networks())
 
     async def first_round(self) -> None:
         """Bring HAProxy up, or its configuration up to date.
@@ -177,6 +189,8 @@ class ListenerLoop:
         Raises:
             DataplaneError: HAProxy or the host does not let us.
         """
+        if self.haproxy.processes is not None:
+            self.exporter.adopt(self.haproxy.in_force() or "")
         await self._round(("start",))
 
     async def run(self) -> None:
@@ -229,6 +243,8 @@ class ListenerLoop:
             await self._apply(plan.endpoints, reasons)
         if self.kept is not None:
             self.kept.keep(networks)
+        if self.unexported is not None:
+            problems = (*problems, self.unexported)
         self._tell(plan, problems)
         if self._observed is not None:
             left_out = {one.network for one in plan.left_out}
@@ -309,9 +325,13 @@ class ListenerLoop:
     async def _apply(self, endpoints: tuple[Endpoint, ...], reasons: tuple[str, ...]) -> None:
         # The old worker does not look at the links any more, the next one needs all of its own.
         self.host.apply_links(plan_links(endpoints))
+        if self.haproxy.processes is None:
+            # Nothing of ours has the exporter's port any more; somebody else may.
+            self.exporter.in_force = None
         spec = self.spec(endpoints)
         checking = replace(spec, paths=self.layout.haproxy_paths(checking=True))
         changed = await self.haproxy.apply(spec, checking, ", ".join(reasons))
+        self.exporter.in_force = spec.exporter
         if changed and self.haproxy.last_reload is not None:
             done = self.haproxy.last_reload
             structlog.get_logger().info(

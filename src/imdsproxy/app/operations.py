@@ -151,6 +151,7 @@ class ControllerOperations:
         found = list(self.records.failures.values())
         parts = (self.listeners.failure, self.guard.failure, self.documents_problem())
         found += [problem for problem in parts if problem is not None]
+        found += self.listeners.report.problems
         return tuple(found)
 
     def _foreign(self) -> tuple[LeftOut, ...]:

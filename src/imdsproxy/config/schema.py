@@ -169,8 +169,9 @@ class HaproxySettings(Section):
     maxconn: int = _setting(
         0,
         "Connections in all; 0 computes it from the number of networks and the limit on open "
-        "files.",
-        Change.RELOAD,
+        "files. HAProxy takes it when its master starts, so a new value waits for that: "
+        "`imdsproxy stop --data-plane`, then start again.",
+        Change.RESTART,
         ge=0,
         le=1_000_000,
     )

@@ -84,7 +84,7 @@ class Haproxy:
             RuntimeUnavailable: The master does not answer.
         """
         text = render_config(spec)
-        if self.processes is not None and self._in_force() == text:
+        if self.processes is not None and self.in_force() == text:
             return False
         loop = asyncio.get_running_loop()
         began = loop.time()
@@ -138,7 +138,12 @@ class Haproxy:
         await self.launcher.kill(processes)
         await self.launcher.wait(processes.master)
 
-    def _in_force(self) -> str | None:
+    def in_force(self) -> str | None:
+        """The configuration that was last brought into force, by us or an earlier controller.
+
+        Raises:
+            HostRefused: The file cannot be read.
+        """
         try:
             return self.layout.config.read_text()
         except FileNotFoundError:

@@ -23,7 +23,7 @@ from imdsproxy.core.hoststate import Family, ListeningSocket, SocketOwner
 from imdsproxy.core.model import METADATA_IPV4, METADATA_IPV6, METADATA_PORT, IpAddress
 from imdsproxy.host.nlmessages import NetlinkSocket, parse_attributes
 
-__all__ = ["SOCK_DIAG", "SocketOwners", "listening_sockets", "try_bind"]
+__all__ = ["SOCK_DIAG", "SocketOwners", "listening_sockets", "try_bind", "try_tcp_listen"]
 
 SOCK_DIAG: Final = 4
 """The netlink protocol whose channel `listening_sockets` needs."""
@@ -245,3 +245,19 @@ def _link(path: str) -> str:
         return os.readlink(path)  # noqa: PTH115 - called for every descriptor of a host
     except OSError:
         return ""
+
+
+def try_tcp_listen(host: str, port: int) -> str | None:
+    """Why nobody can listen at an address of the host now; `None` when one can.
+
+    Without SO_REUSEPORT: a port that somebody shares is not free.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as trial:
+        trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            trial.bind((host, port))
+            trial.listen(1)
+        except OSError as error:
+            return f"{host} port {port}: {error.strerror}"
+    return None

@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from imdsproxy.app.exporter_port import ExporterPort
 from imdsproxy.app.listener_loop import ListenerLoop, SpecSettings
 from imdsproxy.core.endpoints import LeftOutCode
 from imdsproxy.core.haproxy.model import Limits
@@ -85,6 +86,7 @@ class Rig:
     layout: Layout
     fake: FakeHaproxy
     expected: list[frozenset[NetworkId]]
+    taken: list[str | None]
 
     def say(self, *names: str, in_sync: bool = True) -> None:
         networks = {
@@ -133,7 +135,8 @@ async def _rig(directory: Path) -> AsyncIterator[Rig]:
     host = FakeHost()
     inventory = Inventory(["a"])
     expected: list[frozenset[NetworkId]] = []
-    settings = SpecSettings(Limits(), 0, -1, None, None, None, "../x/netns")
+    taken: list[str | None] = [None]
+    settings = SpecSettings(Limits(), 0, -1, None, None, "127.0.0.1:9", "../x/netns")
     loop = ListenerLoop(
         inventory,
         host,
@@ -143,11 +146,12 @@ async def _rig(directory: Path) -> AsyncIterator[Rig]:
         SystemClock(),
         lambda: settings,
         lambda networks, _observed, _left_out, _pids: expected.append(frozenset(networks)),
+        ExporterPort(lambda _host, _port: taken[0]),
     )
     await loop.first_round()
     task = asyncio.create_task(loop.run())
     try:
-        yield Rig(host, inventory, loop, layout, fake, expected)
+        yield Rig(host, inventory, loop, layout, fake, expected, taken)
     finally:
         task.cancel()
         with contextlib.suppress(asyncio.CancelledError):
@@ -264,3 +268,36 @@ async def test_what_the_host_refuses_is_told_and_tried_again(tmp_path: Path) -> 
         async with asyncio.timeout(10):
             while len(rig.host.done) == tried:
                 await asyncio.sleep(0.01)
+
+
+async def test_an_exporter_whose_port_is_taken_costs_no_guest_anything(tmp_path: Path) -> None:
+    async with _rig(tmp_path) as rig:
+        assert "name exporter" in rig.layout.config.read_text()
+        rig.taken[0] = "127.0.0.1 port 9: Address already in use"
+        rig.host.make("red", 7)
+        rig.say("red")
+        await rig.settle("networks changed", "red")
+        assert "name exporter" in rig.layout.config.read_text()
+        rig.loop.haproxy.processes = None
+        await rig.fake.close()
+        await rig.settle("haproxy did not start", "red")
+        assert rig.bound() == {"red"}
+        assert "name exporter" not in rig.layout.config.read_text()
+        assert [problem.field for problem in rig.loop.report.problems] == ["metrics.haproxy_listen"]
+        rig.taken[0] = None
+        async with asyncio.timeout(10):
+            while "name exporter" not in rig.layout.config.read_text():
+                await asyncio.sleep(0.01)
+
+
+def test_what_a_running_haproxy_has_bound_is_not_tried() -> None:
+    port = ExporterPort(lambda host, number: f"{host} {number} is taken")
+    assert port.choose(None) == (None, None)
+    assert port.choose("127.0.0.1:9466")[0] is None
+    port.adopt("frontend exporter\n  bind [::1]:9466 name exporter proto h1\n")
+    assert port.choose("[::1]:9466") == ("[::1]:9466", None)
+    problem = port.choose("[::1]:9467")[1]
+    assert problem is not None
+    assert "::1 9467 is taken" in problem.reason
+    port.adopt("")
+    assert port.in_force is None

@@ -69,7 +69,6 @@ TAKES: dict[Change, set[str]] = {
         "haproxy.group",
         "haproxy.nbthread",
         "haproxy.maxconn_per_network",
-        "haproxy.maxconn",
         "haproxy.hard_stop_after_s",
         "haproxy.chroot",
         "haproxy.cache_mb",
