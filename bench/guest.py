@@ -79,12 +79,33 @@ class Guest:
         Raises:
             Broken: The connection was refused, or ended before the answer did.
         """
+        self.send(path)
+        return self.receive()
+
+    def send(self, path: str) -> None:
+        """Send a request; its answer is to be received before the next one.
+
+        Raises:
+            Broken: The connection was refused, or is not there any more.
+        """
+        request = f"GET {path} HTTP/1.1\r\nHost: 169.254.169.254\r\n\r\n".encode()
         try:
             if self._socket is None:
                 self._socket = self._open()
-            self._socket.sendall(
-                b"GET %s HTTP/1.1\r\nHost: 169.254.169.254\r\n\r\n" % path.encode()
-            )
+            self._socket.sendall(request)
+        except OSError as error:
+            self.close()
+            raise Broken(str(error)) from error
+
+    def receive(self) -> Answer:
+        """The answer to what was sent.
+
+        Raises:
+            Broken: The connection ended before the answer did.
+        """
+        if self._socket is None:
+            raise Broken("nothing was sent")
+        try:
             answer = self._read(self._socket)
         except OSError as error:
             self.close()
@@ -95,6 +116,21 @@ class Guest:
         if answer.closes:
             self.close()
         return answer
+
+    def try_send(self, path: str) -> bool:
+        """Send a request; whether that went well."""
+        try:
+            self.send(path)
+        except Broken:
+            return False
+        return True
+
+    def try_receive(self) -> Answer | None:
+        """The answer to what was sent; `None` instead of `Broken`."""
+        try:
+            return self.receive()
+        except Broken:
+            return None
 
     def try_get(self, path: str) -> Answer | None:
         """The same; `None` instead of `Broken`."""
