@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import threading
 from collections.abc import Iterator
-from typing import Final
+from functools import partial
+from typing import Final, Self
 
 import pytest
 
-from support.daemon import Daemon, alive, instance, user_data_of
+from imdsproxy.errors import ImdsproxyError
+from support.daemon import alive, instance, user_data_of
 from support.guest import Guest, Load, Reply
 from support.lab import patience, until
 from support.world import World, open_world, own, own_name
@@ -41,7 +44,7 @@ class _Loads:
             Load(guests, _FRESH, _own_name, pause_s=0.005),
         ]
 
-    def __enter__(self) -> _Loads:
+    def __enter__(self) -> Self:
         for load in self.loads:
             load.__enter__()
         return self
@@ -108,7 +111,7 @@ def test_without_a_controller_a_known_instance_reads_every_document_for_the_firs
         "instance_type": "m1",
         "vendor_data": {"a": "b"},
     }
-    records = [instance(f"red-{one}", "red", one, **fields) for one in (70, 71)]
+    records = [instance(f"red-{one}", "red", one, fields=fields) for one in (70, 71)]
     world.daemon.put(instances=records)
     before = _every_document(other)
     if number == signal.SIGSTOP:
@@ -163,35 +166,43 @@ def test_the_end_of_the_controllers_process_group_ends_nothing_else(world: World
     assert all(alive(pid) for pid in before.data_plane)
 
 
+class _Changes:
+    """Changes red's user-data to ever greater numbers until the controller is gone."""
+
+    def __init__(self, world: World, first: int) -> None:
+        self._world = world
+        self.acknowledged = first
+        self._thread = threading.Thread(target=self._run, name="changes")
+        self._thread.start()
+
+    def _run(self) -> None:
+        with contextlib.suppress(ImdsproxyError):
+            while True:
+                text = str(self.acknowledged + 1)
+                record = {**instance("red-5", "red"), "user_data": text}
+                if self._world.daemon.put(instances=[record])["applied"]:
+                    self.acknowledged += 1
+
+    def join(self) -> None:
+        self._thread.join()
+
+
 def test_what_was_acknowledged_survives_a_kill_at_any_moment(world: World) -> None:
-    acknowledged = 0
-    for round_number in range(3):
-        stop = threading.Event()
-
-        def change(stop: threading.Event = stop, base: int = round_number * 1000) -> None:
-            nonlocal acknowledged
-            number = base
-            while not stop.is_set():
-                number += 1
-                try:
-                    world.daemon.put(
-                        instances=[{**instance("red-5", "red"), "user_data": f"{number}"}]
-                    )
-                except Exception:  # noqa: BLE001 - the controller is gone, as it should be
-                    return
-                acknowledged = number
-
-        thread = threading.Thread(target=change)
-        thread.start()
-        until(lambda base=round_number * 1000: acknowledged > base + 3, what="some changes")
+    for first in (1000, 2000, 3000):
+        changes = _Changes(world, first)
+        until(partial(_has_more_than, changes, first + 3), what="some changes")
         world.daemon.kill_controller()
-        stop.set()
-        thread.join()
-        assert int(world.red.ask(_CACHED).text) >= acknowledged
+        changes.join()
+        known = changes.acknowledged
+        assert known <= int(world.red.ask(_CACHED).text) <= known + 1
         world.daemon.start()
-        found = int(world.red.ask(_CACHED).text)
-        assert acknowledged <= found <= acknowledged + 1
+        until(lambda: world.daemon.status()["instances"] == len(world.instances))
+        assert known <= int(world.red.ask(_CACHED).text) <= known + 1
         assert world.daemon.explain("red", "10.0.0.5")["instance"] == "red-5"
+
+
+def _has_more_than(changes: _Changes, number: int) -> bool:
+    return changes.acknowledged > number
 
 
 def test_a_second_controller_refuses_to_start(world: World) -> None:
@@ -280,7 +291,7 @@ def test_stop_without_the_data_plane_ends_only_the_controller(world: World) -> N
 
 def test_a_start_from_nothing_serves_what_the_store_holds() -> None:
     with open_world() as world:
-        daemon: Daemon = world.daemon
+        daemon = world.daemon
         daemon.stop()
         assert not world.red.reaches()
         daemon.start()

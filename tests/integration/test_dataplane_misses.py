@@ -8,7 +8,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Final
+from functools import partial
+from typing import Final, Self
 
 import pytest
 
@@ -47,7 +48,7 @@ def test_a_request_is_held_until_its_record_comes(world: World, network: str) ->
     guest = world.lab.guest(network, 60)
     with ThreadPoolExecutor(2) as pool:
         asked = [
-            pool.submit(_timed, lambda to=to: guest.ask(_TARGET, to=to))
+            pool.submit(_timed, partial(guest.ask, _TARGET, to=to))
             for to in ("169.254.169.254", IPV6)
         ]
         time.sleep(1)
@@ -75,7 +76,7 @@ def test_no_more_than_32_requests_of_a_network_are_held(world: World) -> None:
     green = world.lab.guest("green", 62)
     with ThreadPoolExecutor(len(addresses) + 1) as pool:
         asked = [
-            pool.submit(_timed, lambda source=source: strangers.ask(_TARGET, source=source))
+            pool.submit(_timed, partial(strangers.ask, _TARGET, source=source))
             for source in addresses
         ]
         until(lambda: sum(one.done() for one in asked) == len(addresses) - _HELD, within_s=1)
@@ -120,7 +121,7 @@ class _Flood:
         self._threads = [threading.Thread(target=self._run, args=(n,)) for n in range(8)]
         self.statuses: list[int] = []
 
-    def __enter__(self) -> _Flood:
+    def __enter__(self) -> Self:
         for thread in self._threads:
             thread.start()
         return self
@@ -161,7 +162,7 @@ def _slowest(guests: list[Guest]) -> float:
         for guest in guests:
             with guest.connect() as connection:
                 for _ in range(100):
-                    reply, seconds = _timed(lambda one=connection: one.request(target))
+                    reply, seconds = _timed(partial(connection.request, target))
                     assert reply.status == 200
                     took.append(seconds)
     return sorted(took)[-len(took) // 100]

@@ -69,7 +69,12 @@ def alive(pid: int) -> bool:
 
 
 def instance(
-    name: str, network: str, number: int = 5, *, mac: str | None = None, **fields: object
+    name: str,
+    network: str,
+    number: int = 5,
+    *,
+    mac: str | None = None,
+    fields: Mapping[str, object] | None = None,
 ) -> RecordMapping:
     """The record of a guest that `Lab.guest` plugs in under the same number."""
     return {
@@ -83,7 +88,7 @@ def instance(
             }
         ],
         "user_data": user_data_of(name).decode(),
-        **fields,
+        **(fields or {}),
     }
 
 
@@ -128,7 +133,8 @@ class Daemon:
         }
         for section, values in settings.items():
             base[section] = {**base.get(section, {}), **values}
-        self.config.write_text(yaml.safe_dump(base, sort_keys=False))
+        text = yaml.safe_dump(base, sort_keys=False)
+        self.config.write_text(text.replace("{directory}", str(self.directory)))
 
     # Places
 
@@ -220,7 +226,9 @@ class Daemon:
         """End everything, as `imdsproxy stop --data-plane` does, whether a controller runs or not."""
         if self.process is not None and self.process.poll() is None:
             self.process.send_signal(signal.SIGCONT)
+        if self.processes():
             self.command("stop", "--data-plane")
+        if self.process is not None:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(_STOP_S)
 

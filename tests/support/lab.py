@@ -52,6 +52,8 @@ _SETTINGS: Final = {
     "ipv6/conf/default/addr_gen_mode": "0",
     "ipv6/conf/default/accept_ra": "0",
 }
+_BRIDGE_MAC: Final = "02:fe:a9:fe:a9:fe"
+_PLAIN: Final = "forward_delay 0 stp_state 0 mcast_snooping 0"
 _METADATA: Final = (("169.254.169.254/32",), ("fe80::a9fe:a9fe/64", "nodad"))
 
 _INTRUDER: Final = """
@@ -380,8 +382,7 @@ def _links(namespace: str) -> set[str]:
 def _bridge(name: str) -> list[str]:
     return [
         # A bridge that has no address of its own changes it with its ports: guests would not find it.
-        f"link add {name} address 02:fe:a9:fe:a9:fe type bridge"
-        " forward_delay 0 stp_state 0 mcast_snooping 0",
+        f"link add {name} address {_BRIDGE_MAC} type bridge {_PLAIN}",
         f"link set {name} up",
     ]
 

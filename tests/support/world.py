@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, cast
@@ -90,7 +90,12 @@ class World:
         self.daemon.wait_ready()
         serving = len(self.networks)
         until(lambda: self.daemon.status()["serving"] == serving, what="all networks' service")
-        until(lambda: not self.daemon.left_out(), what="no left-out listener")
+        try:
+            until(lambda: not self.daemon.left_out(), what="no left-out listener")
+        except AssertionError as error:
+            error.add_note(f"left out: {self.daemon.left_out()}")
+            error.add_note(self.daemon.log.read_text()[-4000:])
+            raise
         until(self.daemon.resolver_up, what="the resolver's return")
 
     def _restore_records(self) -> None:
@@ -101,6 +106,10 @@ class World:
         for name in _extra(networks, self.networks):
             self.daemon.remove_network(name)
         self.daemon.put(self.networks, self.instances)
+
+    def has_other_master(self, than: int) -> bool:
+        """Whether HAProxy was started anew, and the controller knows it."""
+        return self.daemon.status()["haproxy"]["master"] not in (None, than)
 
     def pids(self) -> Pids:
         return self.daemon.pids()
@@ -117,13 +126,23 @@ def _extra(present: Iterable[Mapping[str, Any]], wanted: Iterable[RecordMapping]
 
 
 @contextlib.contextmanager
-def open_world(settings: Mapping[str, Mapping[str, object]] | None = None) -> Iterator[World]:
-    """A world that is gone without a trace at the end."""
+def open_world(
+    settings: Mapping[str, Mapping[str, object]] | None = None,
+    *,
+    prepare: Callable[[Daemon], None] = lambda _: None,
+) -> Iterator[World]:
+    """A world that is gone without a trace at the end.
+
+    Args:
+        settings: Laid over those that every test has; `{directory}` in a text is the daemon's own.
+        prepare: Called before the daemon is started.
+    """
     before = {path for path in _DEFAULTS if path.exists()}
     lab = Lab()
     try:
         daemon = Daemon(lab, settings or {})
         try:
+            prepare(daemon)
             world = _fill(lab, daemon)
             yield world
         finally:
@@ -138,7 +157,7 @@ def open_world(settings: Mapping[str, Mapping[str, object]] | None = None) -> It
     finally:
         lab.close()
     assert not lab.leftovers()
-    assert not holders(inodes)
+    until(lambda: not holders(inodes), what="the namespaces' end")
     assert {path for path in _DEFAULTS if path.exists()} <= before, "files outside its directory"
 
 

@@ -1,0 +1,255 @@
+"""HAProxy's own life: unprivileged, supervised, reloaded, and never run with what it refuses."""
+
+from __future__ import annotations
+
+import os
+import pwd
+import signal
+import time
+from collections.abc import Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Final
+
+import pytest
+
+from support.daemon import alive, instance
+from support.guest import Guest, Load, Lost
+from support.lab import batch, patience, until
+from support.world import World, open_world, own
+
+pytestmark = pytest.mark.root
+
+_TARGET: Final = "/latest/user-data"
+_HOLD: Final[Mapping[str, Mapping[str, object]]] = {"resolver": {"hold_s": 1.0}}
+_NOTICED_WITHIN_S: Final = 5.0
+
+
+def _status_of(pid: int) -> dict[str, str]:
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return {line.partition(":")[0]: line.partition(":")[2].strip() for line in lines}
+
+
+def test_the_worker_has_no_privileges_and_is_locked_in(world: World) -> None:
+    world.reload()
+    worker = world.settled().worker
+    status = _status_of(worker)
+    account = pwd.getpwnam("haproxy")
+    assert set(status["Uid"].split()) == {str(account.pw_uid)}
+    assert set(status["Gid"].split()) == {str(account.pw_gid)}
+    assert int(status["CapEff"], 16) == 0
+    assert int(status["CapPrm"], 16) == 0
+    assert Path(f"/proc/{worker}/root").readlink() == world.daemon.runtime / "jail"
+    # Nothing in there but the sockets that it connects to.
+    for entry in (world.daemon.runtime / "jail").iterdir():
+        assert entry.is_socket(), entry
+
+
+def test_the_document_workers_have_no_privileges(world: World) -> None:
+    for pid in world.pids().document_workers:
+        status = _status_of(pid)
+        assert "0" not in status["Uid"].split()
+        assert int(status["CapEff"], 16) == 0
+
+
+def test_twenty_reloads_lose_no_request(world: World) -> None:
+    guests = [world.red, world.guests["blue"]]
+    kept = Load(guests, _TARGET, own, connections=2)
+    new = Load(guests, _TARGET, own, keep_alive=False)
+    master = world.pids().master
+    before = world.daemon.status()["haproxy"]["reloads"]
+    with kept, new:
+        kept.wait_answers(20)
+        for _ in range(20):
+            world.reload()
+        kept.wait_answers(20)
+    assert kept.report.lost == []
+    assert new.report.lost == []
+    assert min(kept.report.answered, new.report.answered) > 200
+    assert world.pids().master == master
+    assert world.daemon.status()["haproxy"]["reloads"] == before + 20
+
+
+def test_a_change_that_haproxy_need_not_know_reloads_nothing(world: World) -> None:
+    before = world.daemon.status()["haproxy"]["reloads"]
+    world.daemon.put(instances=[{**instance("red-5", "red"), "user_data": "x"}])
+    world.daemon.put(world.networks)
+    world.daemon.remove_instance("red-5")
+    assert world.daemon.status()["haproxy"]["reloads"] == before
+
+
+def _ended(pid: int) -> bool:
+    return not alive(pid)
+
+
+def _back_within(world: World, seconds: float) -> float:
+    return until(lambda: _everybody_reads(world), within_s=seconds, what="service again")
+
+
+def _everybody_reads(world: World) -> bool:
+    try:
+        return all(
+            own(guest, guest.ask(_TARGET, timeout_s=0.3)) is None for guest in world.everybody
+        )
+    except Lost:
+        return False
+
+
+@pytest.mark.parametrize("which", ["master", "worker", "both"])
+def test_a_killed_haproxy_is_started_again(world: World, which: str) -> None:
+    before = world.settled()
+    for pid in {"master": [before.master], "worker": [before.worker]}.get(
+        which, [before.worker, before.master]
+    ):
+        os.kill(pid, signal.SIGKILL)
+    until(lambda: not alive(before.worker) and not alive(before.master), what="its end")
+    _back_within(world, 2)
+    until(lambda: world.has_other_master(before.master), within_s=2)
+    # And it knows what is told from now on.
+    world.daemon.put(instances=[{**instance("red-5", "red"), "user_data": "after"}])
+    assert world.red.ask(_TARGET).text == "after"
+
+
+def test_a_haproxy_killed_again_and_again_comes_back_each_time(world: World) -> None:
+    for _ in range(3):
+        master = world.settled().master
+        os.kill(master, signal.SIGKILL)
+        until(partial(_ended, master), what="its end")
+        _back_within(world, 3)
+        until(partial(world.has_other_master, master), within_s=2)
+
+
+def test_a_worker_that_hangs_is_noticed_and_replaced(world: World) -> None:
+    before = world.settled()
+    started = time.monotonic()
+    os.kill(before.worker, signal.SIGSTOP)
+    until(
+        lambda: (
+            any("does not answer" in one for one in _reasons(world))
+            or world.daemon.status()["haproxy"]["master"] != before.master
+        ),
+        within_s=_NOTICED_WITHIN_S,
+        what="the notice",
+    )
+    _back_within(world, 2 + _NOTICED_WITHIN_S)
+    assert time.monotonic() - started < (2 + _NOTICED_WITHIN_S) * patience()
+    assert not alive(before.worker)
+
+
+def _reasons(world: World) -> list[str]:
+    return list(world.daemon.status()["readiness"]["reasons"])
+
+
+def test_a_master_that_hangs_leaves_the_guests_alone(world: World) -> None:
+    before = world.settled()
+    os.kill(before.master, signal.SIGSTOP)
+    with Load(world.everybody, _TARGET, own) as load:
+        load.wait_answers(100)
+        os.kill(before.master, signal.SIGCONT)
+        load.wait_answers(100)
+    assert load.report.lost == []
+
+
+def test_haproxy_comes_back_with_what_is_on_disk_when_the_host_has_changed_meanwhile(
+    world: World,
+) -> None:
+    before = world.settled()
+    os.kill(before.controller, signal.SIGSTOP)
+    os.kill(before.master, signal.SIGKILL)
+    # One missing namespace makes HAProxy refuse the whole file that is on disk.
+    world.lab.delete_namespace("green")
+    os.kill(before.controller, signal.SIGCONT)
+    until(lambda: _reads(world.red) and _reads(world.guests["blue"]), within_s=3)
+    until(lambda: "green" in world.daemon.left_out(), within_s=1)
+    assert world.daemon.left_out()["green"]["code"] == "namespace-missing"
+
+
+def _reads(guest: Guest) -> bool:
+    try:
+        return own(guest, guest.ask(_TARGET, timeout_s=0.3)) is None
+    except Lost:
+        return False
+
+
+@pytest.fixture
+def settings_restored(world: World) -> Iterator[World]:
+    yield world
+    world.daemon.configure(_HOLD)
+    assert world.daemon.command("reload").status == 0
+
+
+def test_a_configuration_that_haproxy_refuses_never_replaces_a_good_one(
+    settings_restored: World,
+) -> None:
+    world = settings_restored
+    before = world.settled()
+    config = world.daemon.runtime / "haproxy.cfg"
+    good = config.read_text()
+    with Load(world.everybody, _TARGET, own) as load:
+        load.wait_answers(20)
+        world.daemon.configure({**_HOLD, "haproxy": {"user": "nobody-of-that-name"}})
+        world.daemon.command("reload")
+        until(lambda: any("cannot find user" in one for one in _reasons(world)), within_s=3)
+        assert config.read_text() == good
+        load.wait_answers(20)
+        # HAProxy by itself, from what is on disk, comes up as well.
+        os.kill(before.master, signal.SIGUSR2)
+        load.wait_answers(50)
+    assert load.report.lost == []
+    assert world.pids().master == before.master
+    rejected = (world.daemon.runtime / "haproxy.cfg.rejected").read_text()
+    assert "nobody-of-that-name" in rejected
+    # Records go on, and a mended file is taken over.
+    world.daemon.put(instances=[{**instance("red-5", "red"), "user_data": "meanwhile"}])
+    assert world.red.ask(_TARGET).text == "meanwhile"
+    world.daemon.configure(_HOLD)
+    assert world.daemon.command("reload").status == 0
+    until(lambda: world.daemon.status()["readiness"]["ready"], within_s=8)
+
+
+def test_a_configuration_with_which_no_worker_comes_up_never_replaces_a_good_one(
+    settings_restored: World,
+) -> None:
+    """`haproxy -c` binds nothing: that a port is taken shows only when the worker comes up."""
+    world = settings_restored
+    batch(world.lab.host, ["address add 127.0.0.9/32 dev lo"])
+    config = world.daemon.runtime / "haproxy.cfg"
+    good = config.read_text()
+    intruder = world.lab.intrude(world.lab.host, "127.0.0.9", reuse_port=False)
+    with Load(world.everybody, _TARGET, own) as load:
+        load.wait_answers(20)
+        world.daemon.configure({**_HOLD, "metrics": {"haproxy_listen": "127.0.0.9:80"}})
+        world.daemon.command("reload")
+        until(lambda: any("cannot bind" in one for one in _reasons(world)), within_s=4)
+        assert config.read_text() == good
+        load.wait_answers(20)
+        intruder.stop()
+        until(lambda: world.daemon.status()["readiness"]["ready"], within_s=8)
+        assert "127.0.0.9:80" in config.read_text()
+        load.wait_answers(20)
+    assert load.report.lost == []
+
+
+def test_settings_that_are_broken_change_nothing_and_say_why(settings_restored: World) -> None:
+    world = settings_restored
+    before = world.settled()
+    world.daemon.configure({**_HOLD, "haproxy": {"nbthread": "many"}})
+    done = world.daemon.command("reload")
+    assert done.status != 0
+    assert "nbthread" in done.err
+    assert world.daemon.process is not None
+    world.daemon.process.send_signal(signal.SIGHUP)
+    until(lambda: any("nbthread" in str(one) for one in world.daemon.log_entries()))
+    world.all_right()
+    assert world.pids() == before
+
+
+def test_nothing_of_an_old_worker_is_left_after_its_connections_are_done() -> None:
+    with open_world(_HOLD) as world:
+        with world.red.connect() as held:
+            assert own(world.red, held.request(_TARGET)) is None
+            world.reload()
+            world.reload()
+        until(lambda: not world.daemon.status()["haproxy"]["old_workers"], within_s=7)
+        workers = [one for one in world.daemon.processes().values() if "haproxy" in one[:40]]
+        assert len(workers) == 2
