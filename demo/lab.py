@@ -37,9 +37,6 @@ __all__ = [
 
 _NETNS: Final = Path("/run/netns")
 _SETTINGS: Final = {
-    # A host with two bridges would else answer ARP on one for an address that is on the other, and
-    # so draw the guests of `green` to the address that is on `blue`.
-    "ipv4/conf/all/arp_ignore": 1,
     "ipv6/conf/all/disable_ipv6": 0,
     "ipv6/conf/default/disable_ipv6": 0,
     # Link-local addresses are usable at once and made of the MAC address, whatever the default.

@@ -14,6 +14,7 @@ venv=$repository/.venv
 base_packages=(
     haproxy:haproxy
     ip:iproute2
+    nft:nftables
     nsenter:util-linux
     curl:curl
     /etc/ssl/certs/ca-certificates.crt:ca-certificates

@@ -43,8 +43,6 @@ GUEST_CIDR6: Final = "2001:db8::/64"
 NETNS: Final = Path("/run/netns")
 
 _SETTINGS: Final = {
-    # Else a host with two bridges answers ARP on one for an address that is on the other.
-    "ipv4/conf/all/arp_ignore": "1",
     "ipv6/conf/all/disable_ipv6": "0",
     "ipv6/conf/default/disable_ipv6": "0",
     "ipv6/conf/all/accept_dad": "0",

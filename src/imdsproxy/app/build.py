@@ -25,6 +25,7 @@ from imdsproxy.dataplane.layout import Layout
 from imdsproxy.dataplane.master import MasterClient
 from imdsproxy.dataplane.records import RecordApplier, Writer
 from imdsproxy.host.apply import HostApplier
+from imdsproxy.host.arpguard import ArpGuard
 from imdsproxy.host.clock import Clock
 from imdsproxy.host.files import ensure_directory, write_atomic
 from imdsproxy.host.namespaces import NamespaceDirectory, NamespaceThread
@@ -137,6 +138,7 @@ def build_host(
         layout.namespace_links,
         settings.paths.netns_dir,
         layout.managed_journal,
+        ArpGuard(naming.prefix),
     )
     return host, thread
 

@@ -22,6 +22,7 @@ from imdsproxy.core.model import (
 )
 from imdsproxy.errors import HostRefused, Problem
 from imdsproxy.host.apply import HostApplier, OpOutcome
+from imdsproxy.host.arpguard import ArpGuard
 from imdsproxy.host.files import write_atomic
 from imdsproxy.host.namespaces import NamespaceThread
 from imdsproxy.host.netlink import find_link, neighbour_mac
@@ -43,6 +44,7 @@ class SystemHost:
     links: Path
     namespaces: Path
     journal: Path
+    arp_guard: ArpGuard
 
     async def observe(
         self, networks: Iterable[Network], our_pids: Collection[int], *, everything: bool
@@ -103,6 +105,10 @@ class SystemHost:
             self.links,
             {name: os.path.join(base, target) for name, target in links.items()},  # noqa: PTH118 - a Path for each network takes ten times as long
         )
+
+    async def apply_arp_guard(self, devices: frozenset[str]) -> None:
+        """See `HostView.apply_arp_guard`."""
+        await self.arp_guard.apply(devices)
 
     async def neighbour(self, network: Network, address: IpAddress) -> MacAddress | None:
         """See `Neighbours.neighbour`."""

@@ -17,6 +17,7 @@ import structlog
 from imdsproxy.app.exporter_port import ExporterPort
 from imdsproxy.app.kept_networks import KeptNetworks
 from imdsproxy.app.tickets import Tickets
+from imdsproxy.core.arp import answering_devices
 from imdsproxy.core.endpoints import Endpoint, Foreign, LeftOut, LeftOutCode
 from imdsproxy.core.haproxy.model import DataplaneSpec, Limits
 from imdsproxy.core.hostnames import Naming
@@ -29,7 +30,7 @@ from imdsproxy.core.model import Network, NetworkId
 from imdsproxy.core.plan import compute_maxconn, networks_of, plan_binds, plan_links
 from imdsproxy.dataplane.haproxy import Haproxy
 from imdsproxy.dataplane.layout import Layout
-from imdsproxy.errors import ConfigRejected, DataplaneError, Problem, ReloadFailed
+from imdsproxy.errors import ConfigRejected, DataplaneError, HostRefused, Problem, ReloadFailed
 from imdsproxy.host.clock import Clock
 
 __all__ = ["HostView", "ListenerLoop", "ListenerReport", "SpecSettings"]
@@ -65,6 +66,14 @@ class HostView(Protocol):
 
         Raises:
             HostRefused: Our journal of it cannot be read.
+        """
+        ...
+
+    async def apply_arp_guard(self, devices: frozenset[str]) -> None:
+        """Have the host answer ARP for the metadata address on these devices only.
+
+        Raises:
+            HostRefused: It cannot be kept from answering elsewhere.
         """
         ...
 
@@ -273,6 +282,7 @@ class ListenerLoop:
         self, networks: Mapping[NetworkId, Network]
     ) -> tuple[ListenerPlan, tuple[Problem, ...], int]:
         """Observe and act until there is nothing more to do on the host."""
+        unguarded = await self._guard_arp(networks)
         problems: tuple[Problem, ...] = ()
         operations = 0
         for _ in range(_HOST_ROUNDS):
@@ -295,7 +305,15 @@ class ListenerLoop:
                 self._observed = without_removed(observed, plan.ops)
             self.operations["failed"] += len(problems)
             self.operations["ok"] += len(plan.ops) - len(problems)
-        return plan, problems, operations
+        return plan, problems + unguarded, operations
+
+    async def _guard_arp(self, networks: Mapping[NetworkId, Network]) -> tuple[Problem, ...]:
+        # First of all: from the moment that an address is there, the host answers for it.
+        try:
+            await self.host.apply_arp_guard(answering_devices(networks.values()))
+        except HostRefused as error:
+            return (Problem("host", error.message, error.hint),)
+        return ()
 
     async def _observe(self, networks: Mapping[NetworkId, Network]) -> ObservedHost:
         """Look at all of the host, or at what may have changed and lay it over what was known."""

@@ -37,6 +37,7 @@ async def end_data_plane(
     plan = plan_listeners({}, observed, naming, managed=host.managed())
     problems = await host.apply(plan.ops)
     host.apply_links({})
+    await host.apply_arp_guard(frozenset())
     if problems:
         raise HostRefused("not everything of ours could be taken away", problems=problems)
 

@@ -24,12 +24,18 @@ from imdsproxy.core.hoststate import (
 )
 from imdsproxy.core.inventory import Inventory, Observation
 from imdsproxy.core.listeners import ManagedPlace
-from imdsproxy.core.model import METADATA_IPV4, NamespaceListener, Network, NetworkId
+from imdsproxy.core.model import (
+    METADATA_IPV4,
+    InterfaceListener,
+    NamespaceListener,
+    Network,
+    NetworkId,
+)
 from imdsproxy.dataplane.haproxy import Haproxy
 from imdsproxy.dataplane.layout import Layout
 from imdsproxy.dataplane.master import MasterClient
 from imdsproxy.dataplane.records import RecordApplier
-from imdsproxy.errors import Problem
+from imdsproxy.errors import HostRefused, Problem
 from imdsproxy.host.clock import SystemClock
 from support.fake_haproxy import FakeHaproxy, FakeLauncher
 
@@ -43,6 +49,8 @@ class FakeHost:
     links: dict[str, str] = field(default_factory=dict)
     problems: tuple[Problem, ...] = ()
     done: list[HostOp] = field(default_factory=list)
+    answering: frozenset[str] | None = None
+    unguarded: str = ""
 
     def make(self, name: str, inode: int) -> None:
         self.namespaces[name] = ObservedNamespace(
@@ -73,6 +81,11 @@ class FakeHost:
 
     def managed(self) -> frozenset[ManagedPlace]:
         return frozenset()
+
+    async def apply_arp_guard(self, devices: frozenset[str]) -> None:
+        self.answering = devices
+        if self.unguarded:
+            raise HostRefused(self.unguarded)
 
     def apply_links(self, links: Mapping[str, str]) -> None:
         self.links = dict(links)
@@ -301,3 +314,24 @@ def test_what_a_running_haproxy_has_bound_is_not_tried() -> None:
     assert "::1 9467 is taken" in problem.reason
     port.adopt("")
     assert port.in_force is None
+
+
+async def test_the_host_answers_arp_only_where_a_network_listens_on_its_device(
+    tmp_path: Path,
+) -> None:
+    async with _rig(tmp_path) as rig:
+        assert rig.host.answering == frozenset()
+        network = Network(NetworkId("blue"), InterfaceListener("virbr0"))
+        rig.inventory.observe(Observation("a", full=True, networks={network.id: network}))
+        await rig.settle("networks changed", "blue")
+        assert rig.host.answering == {"virbr0"}
+
+
+async def test_a_host_that_cannot_be_kept_from_answering_is_told(tmp_path: Path) -> None:
+    async with _rig(tmp_path) as rig:
+        rig.host.unguarded = "no nft"
+        rig.host.make("red", 7)
+        rig.say("red")
+        await rig.settle("networks changed", "red")
+        assert [problem.reason for problem in rig.loop.report.problems] == ["no nft"]
+        assert rig.bound() == {"red"}
