@@ -36,7 +36,8 @@ class _Daemon:
     async def plan(self, networks: Mapping[NetworkId, Network]) -> ListenerPlan:
         observer = HostObserver(self.thread, self.lab.naming)
         seen = await observer.observe(networks.values(), everything=True)
-        return plan_listeners(networks, seen, self.lab.naming)
+        # No address anywhere is ours: the mark may be that of another daemon on this machine.
+        return plan_listeners(networks, seen, self.lab.naming, managed=())
 
     async def settle(self, networks: Mapping[NetworkId, Network]) -> ListenerPlan:
         plan = await self.plan(networks)

@@ -140,7 +140,7 @@ async def test_managed_addresses_are_put_on_the_device_and_taken_away_when_the_n
     assert plan.left_out == ()
     # A fresh process that has never heard of the network knows the addresses for ours.
     seen = await host.observe(listener, everything=True)
-    gone = plan_listeners({}, seen, lab.naming)
+    gone = plan_listeners({}, seen, lab.naming, managed=[(name, device)])
     assert len(gone.ops) == 2
     results = await host.applier.apply(gone.ops)
     assert {one.outcome for one in results} == {OpOutcome.DONE}
@@ -155,7 +155,7 @@ async def test_addresses_that_somebody_else_added_are_never_taken_away(
     listener = NamespaceListener(name, device, manage_addresses=True)
     assert len((await host.plan(listener)).endpoints) == 2
     seen = await host.observe(listener, everything=True)
-    assert plan_listeners({}, seen, lab.naming).ops == ()
+    assert plan_listeners({}, seen, lab.naming, managed=[(name, device)]).ops == ()
 
 
 async def test_an_interface_of_the_host_gets_the_addresses_and_is_bound_to(
