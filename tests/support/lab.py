@@ -24,6 +24,7 @@ from support.holders import holders
 __all__ = [
     "GUEST_CIDR4",
     "GUEST_CIDR6",
+    "INTRUDER",
     "NETNS",
     "Intruder",
     "Lab",
@@ -54,7 +55,7 @@ _BRIDGE_MAC: Final = "02:fe:a9:fe:a9:fe"
 _PLAIN: Final = "forward_delay 0 stp_state 0 mcast_snooping 0"
 _METADATA: Final = (("169.254.169.254/32",), ("fe80::a9fe:a9fe/64", "nodad"))
 
-_INTRUDER: Final = """
+INTRUDER: Final = """
 import socket, sys
 address, device, reuse = sys.argv[1:4]
 v6 = ":" in address
@@ -264,7 +265,7 @@ class Lab:
         self, namespace: str, address: str, *, device: str = "", reuse_port: bool
     ) -> Intruder:
         """Start a foreign program at port 80 of an address."""
-        arguments = (sys.executable, "-c", _INTRUDER, address, device, "1" if reuse_port else "0")
+        arguments = (sys.executable, "-c", INTRUDER, address, device, "1" if reuse_port else "0")
         process = subprocess.Popen(
             (*within(namespace), *arguments), stdout=subprocess.PIPE, stdin=subprocess.DEVNULL
         )
