@@ -491,20 +491,36 @@ def test_the_group_may_use_the_admin_socket_and_others_may_not(daemon: UnitDaemo
 
 def test_what_keeps_haproxy_from_starting_is_told_in_its_own_words(daemon: UnitDaemon) -> None:
     daemon.machine.run("systemctl", "stop", *UNITS)
-    thief = daemon.machine.start(sys.executable, "-c", _THIEF)
-    assert thief.stdout is not None
-    assert thief.stdout.readline() == "ready\n"
+    # HAProxy makes its socket beside this and cannot move it into place.
+    daemon.machine.run("rm", "-f", "/run/imdsproxy/probe.sock")
+    daemon.machine.run("mkdir", "/run/imdsproxy/probe.sock")
 
     status, _ = daemon.machine.attempt("systemctl", "start", CONTROLLER)
 
     assert status != 0
     told = daemon.machine.journal(CONTROLLER)
-    assert "HAProxy did not start: Binding" in told
-    assert "cannot bind socket (Address already in use) for [127.0.0.1:9466]" in told
+    assert "HAProxy did not start" in told
+    assert "/run/imdsproxy/probe.sock" in told
 
-    # It ends with the first connection.
-    daemon.machine.attempt("curl", "--silent", "--max-time", "5", "http://127.0.0.1:9466/")
+    daemon.machine.run("rmdir", "/run/imdsproxy/probe.sock")
     until(lambda: daemon.active() == dict.fromkeys(UNITS, "active"), within_s=20, what="all units")
+    wait_served(*daemon.guests)
+
+
+def test_an_exporter_whose_port_is_taken_costs_no_guest_its_answers(daemon: UnitDaemon) -> None:
+    daemon.machine.run("systemctl", "stop", *UNITS)
+    thief = daemon.machine.start(sys.executable, "-c", _THIEF)
+    assert thief.stdout is not None
+    assert thief.stdout.readline() == "ready\n"
+
+    daemon.machine.run("systemctl", "start", CONTROLLER)
+
+    wait_served(*daemon.guests)
+    assert "exporter is left out" in daemon.machine.run("imdsproxy", "status")
+    # It ends with the first connection, and the exporter comes back.
+    daemon.machine.attempt("curl", "--silent", "--max-time", "5", "http://127.0.0.1:9466/")
+    fetch = ("curl", "--silent", "--fail", "--max-time", "5", "http://127.0.0.1:9466/metrics")
+    until(lambda: daemon.machine.attempt(*fetch)[0] == 0, within_s=20, what="the exporter")
     wait_served(*daemon.guests)
 
 
