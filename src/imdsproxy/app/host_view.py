@@ -11,7 +11,7 @@ from pathlib import Path
 from imdsproxy.core.hostnames import Naming
 from imdsproxy.core.hostops import AddAddress, HostOp, RemoveAddress
 from imdsproxy.core.hoststate import ObservedHost
-from imdsproxy.core.listeners import ManagedPlace
+from imdsproxy.core.listeners import ManagedPlace, OpFailure
 from imdsproxy.core.model import (
     BridgeListener,
     InterfaceListener,
@@ -20,7 +20,7 @@ from imdsproxy.core.model import (
     NamespaceListener,
     Network,
 )
-from imdsproxy.errors import HostRefused, Problem
+from imdsproxy.errors import HostRefused
 from imdsproxy.host.apply import HostApplier, OpOutcome
 from imdsproxy.host.arpguard import ArpGuard
 from imdsproxy.host.files import write_atomic
@@ -52,7 +52,7 @@ class SystemHost:
         """See `HostView.observe`."""
         return await self.observer.observe(networks, our_pids, everything=everything)
 
-    async def apply(self, ops: Iterable[HostOp]) -> tuple[Problem, ...]:
+    async def apply(self, ops: Iterable[HostOp]) -> tuple[OpFailure, ...]:
         """See `HostView.apply`."""
         given = tuple(ops)
         # Before anything is done: what a killed process has added is known to the next one.
@@ -66,7 +66,7 @@ class SystemHost:
             }
         )
         return tuple(
-            Problem("host", result.error.message, result.error.hint)
+            OpFailure(result.op, result.error.message, result.error.hint)
             for result in results
             if result.outcome is OpOutcome.FAILED and result.error is not None
         )

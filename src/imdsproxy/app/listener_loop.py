@@ -25,7 +25,14 @@ from imdsproxy.core.hostops import HostOp
 from imdsproxy.core.hoststate import ObservedHost, merge_observed
 from imdsproxy.core.inventory import Inventory
 from imdsproxy.core.leftovers import without_removed
-from imdsproxy.core.listeners import ListenerPlan, ManagedPlace, PlanMemo, plan_listeners
+from imdsproxy.core.listeners import (
+    ListenerPlan,
+    ManagedPlace,
+    OpFailure,
+    PlanMemo,
+    explain_pending,
+    plan_listeners,
+)
 from imdsproxy.core.model import Network, NetworkId
 from imdsproxy.core.plan import compute_maxconn, networks_of, plan_binds, plan_links
 from imdsproxy.dataplane.haproxy import Haproxy
@@ -57,8 +64,8 @@ class HostView(Protocol):
         """
         ...
 
-    async def apply(self, ops: Iterable[HostOp]) -> tuple[Problem, ...]:
-        """Do these things; what the host refused, a problem each. The others are done all the same."""
+    async def apply(self, ops: Iterable[HostOp]) -> tuple[OpFailure, ...]:
+        """Do these things; what the host refused is told, and the others are done all the same."""
         ...
 
     def managed(self) -> frozenset[ManagedPlace]:
@@ -282,8 +289,8 @@ class ListenerLoop:
         self, networks: Mapping[NetworkId, Network]
     ) -> tuple[ListenerPlan, tuple[Problem, ...], int]:
         """Observe and act until there is nothing more to do on the host."""
-        unguarded = await self._guard_arp(networks)
-        problems: tuple[Problem, ...] = ()
+        problems = await self._guard_arp(networks)
+        failures: tuple[OpFailure, ...] = ()
         operations = 0
         for _ in range(_HOST_ROUNDS):
             observed = await self._observe(networks)
@@ -295,17 +302,18 @@ class ListenerLoop:
                 managed=self.host.managed(),
                 memo=self._memo,
             )
-            if not plan.ops or problems:
+            if not plan.ops or failures:
                 break
             operations += len(plan.ops)
             self._dirty.update(one.network for one in plan.left_out)
-            problems = await self.host.apply(plan.ops)
-            if not problems and self._observed is observed:
+            failures = await self.host.apply(plan.ops)
+            if not failures and self._observed is observed:
                 # Nobody looks again at the place of a network that is gone.
                 self._observed = without_removed(observed, plan.ops)
-            self.operations["failed"] += len(problems)
-            self.operations["ok"] += len(plan.ops) - len(problems)
-        return plan, problems + unguarded, operations
+            self.operations["failed"] += len(failures)
+            self.operations["ok"] += len(plan.ops) - len(failures)
+        problems += tuple(Problem("host", one.reason, one.hint) for one in failures)
+        return explain_pending(plan, failures), problems, operations
 
     async def _guard_arp(self, networks: Mapping[NetworkId, Network]) -> tuple[Problem, ...]:
         # First of all: from the moment that an address is there, the host answers for it.

@@ -13,7 +13,7 @@ from imdsproxy.core.hostnames import Naming
 from imdsproxy.core.listeners import plan_listeners
 from imdsproxy.core.model import Network
 from imdsproxy.dataplane.launch import Launcher
-from imdsproxy.errors import HostRefused
+from imdsproxy.errors import HostRefused, Problem
 from imdsproxy.serving.pidfile import read_pids
 
 __all__ = ["end_data_plane", "stop_data_plane"]
@@ -35,10 +35,11 @@ async def end_data_plane(
     await documents.stop()
     observed = await host.observe(networks, (), everything=True)
     plan = plan_listeners({}, observed, naming, managed=host.managed())
-    problems = await host.apply(plan.ops)
+    failures = await host.apply(plan.ops)
     host.apply_links({})
     await host.apply_arp_guard(frozenset())
-    if problems:
+    if failures:
+        problems = [Problem("host", one.reason, one.hint) for one in failures]
         raise HostRefused("not everything of ours could be taken away", problems=problems)
 
 

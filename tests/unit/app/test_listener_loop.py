@@ -23,7 +23,7 @@ from imdsproxy.core.hoststate import (
     ObservedNamespace,
 )
 from imdsproxy.core.inventory import Inventory, Observation
-from imdsproxy.core.listeners import ManagedPlace
+from imdsproxy.core.listeners import ManagedPlace, OpFailure
 from imdsproxy.core.model import (
     METADATA_IPV4,
     InterfaceListener,
@@ -35,7 +35,7 @@ from imdsproxy.dataplane.haproxy import Haproxy
 from imdsproxy.dataplane.layout import Layout
 from imdsproxy.dataplane.master import MasterClient
 from imdsproxy.dataplane.records import RecordApplier
-from imdsproxy.errors import HostRefused, Problem
+from imdsproxy.errors import HostRefused
 from imdsproxy.host.clock import SystemClock
 from support.fake_haproxy import FakeHaproxy, FakeLauncher
 
@@ -47,7 +47,7 @@ class FakeHost:
     namespaces: dict[str, ObservedNamespace] = field(default_factory=dict)
     asked: list[tuple[bool, frozenset[NetworkId]]] = field(default_factory=list)
     links: dict[str, str] = field(default_factory=dict)
-    problems: tuple[Problem, ...] = ()
+    refusal: str = ""
     done: list[HostOp] = field(default_factory=list)
     answering: frozenset[str] | None = None
     unguarded: str = ""
@@ -75,9 +75,10 @@ class FakeHost:
             asked_devices=None if everything else frozenset(),
         )
 
-    async def apply(self, ops: Iterable[HostOp]) -> tuple[Problem, ...]:
-        self.done += ops
-        return self.problems
+    async def apply(self, ops: Iterable[HostOp]) -> tuple[OpFailure, ...]:
+        given = tuple(ops)
+        self.done += given
+        return tuple(OpFailure(one, self.refusal) for one in given) if self.refusal else ()
 
     def managed(self) -> frozenset[ManagedPlace]:
         return frozenset()
@@ -272,12 +273,13 @@ async def test_what_the_host_refuses_is_told_and_tried_again(tmp_path: Path) -> 
         listener = NamespaceListener("red", "eth0", manage_addresses=True)
         network = Network(NetworkId("red"), listener)
         rig.inventory.observe(Observation("a", full=True, networks={network.id: network}))
-        rig.host.problems = (Problem("host", "no permission"),)
+        rig.host.refusal = "no permission"
         await rig.settle("networks changed", "red")
-        assert rig.loop.report.problems == rig.host.problems
+        assert {problem.reason for problem in rig.loop.report.problems} == {"no permission"}
+        assert rig.left_out() == {"red": LeftOutCode.HOST_REFUSED}
         assert rig.loop.operations["failed"] >= 1
         tried = len(rig.host.done)
-        rig.host.problems = ()
+        rig.host.refusal = ""
         async with asyncio.timeout(10):
             while len(rig.host.done) == tried:
                 await asyncio.sleep(0.01)
