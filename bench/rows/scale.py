@@ -90,7 +90,7 @@ def _controller(bench: Bench, daemon: Daemon, stored_s: float) -> Row:
         value=value,
         how=(
             f"added through the admin API, {_BATCH:,} a request ({stored_s:.0f} s in all); processor time over "
-            f"{bench.scale.idle_s:g} s without any request or change, resolution 10 ms"
+            f"{bench.scale.idle_s:g} s without any request or change"
         ),
         data={
             "rss_bytes_grown": grown.rss,
