@@ -64,7 +64,8 @@ def _global(spec: DataplaneSpec) -> Section:
         ("nbthread", str(spec.limits.nbthread)),
         ("maxconn", str(spec.limits.maxconn)),
         ("hard-stop-after", f"{spec.limits.hard_stop_after_s}s"),
-        ("mworker-max-reloads", "3"),
+        # Whoever is older is ended at once, requests that it still works on included (ADR 0022).
+        ("mworker-max-reloads", "20"),
         ("tune.maxrewrite", "1024"),
     ]
     if spec.user is not None:
