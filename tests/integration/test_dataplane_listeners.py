@@ -161,7 +161,7 @@ def test_a_bridge_gets_namespace_and_cable_and_loses_them_with_its_network(world
     until(lambda: set(world.lab.made_by_daemon()) == before[0], within_s=RIGHT_WITHIN_S)
     links = [name for name in world.lab.host_links() if name.startswith(world.lab.prefix)]
     assert set(links) == {name for name in before[1] if name.startswith(world.lab.prefix)}
-    world.lab.freed(inode)
+    world.freed(inode)
 
 
 def test_a_namespace_with_managed_addresses_gets_them_and_loses_them(world: World) -> None:

@@ -178,6 +178,15 @@ def test_a_held_request_survives_reloads(world: World) -> None:
         assert own(guest, asked.result()) is None
 
 
+def test_a_held_request_is_answered_however_often_haproxy_reloads_meanwhile(world: World) -> None:
+    stranger = world.lab.guest("red", 70)
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(lambda: stranger.ask(_TARGET))
+        for _ in range(6):
+            world.reload()
+        assert asked.result().status == 404
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGSTOP])
 def test_without_a_controller_an_unknown_address_is_told_to_come_again(
     world: World, number: signal.Signals

@@ -1,7 +1,7 @@
-"""Who keeps a network namespace alive: processes in it, descriptors of it, sockets in it, names for it.
+"""Which processes keep a network namespace alive: those in it, with it open, or with a socket in it.
 
 `lsns` would also count what the mount namespaces of strangers (a container that was started meanwhile) have
-copied, which is nobody's fault here.
+copied; and the number of a namespace that is gone is given to the next one that anybody makes.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import contextlib
 import ctypes
 import fcntl
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Final
 
@@ -21,17 +21,12 @@ _SIOCGSKNS: Final = 0x894C
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-def holders(inodes: set[int]) -> list[str]:
-    """What holds any of these namespaces, in words; empty when the kernel has let go of them."""
-    found = [
-        f"a name: {line.split()[4]}"
-        for line in Path("/proc/self/mountinfo").read_text().splitlines()
-        if _inode_of(line.split()[3]) in inodes
-    ]
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdecimal():
-            with contextlib.suppress(OSError):
-                found += _held_by(int(entry.name), entry, inodes)
+def holders(inodes: set[int], pids: Iterable[int]) -> list[str]:
+    """What of these processes holds any of these namespaces, in words."""
+    found: list[str] = []
+    for pid in pids:
+        with contextlib.suppress(OSError):
+            found += _held_by(pid, Path(f"/proc/{pid}"), inodes)
     return found
 
 
@@ -57,7 +52,7 @@ def _inode_of(text: str) -> int | None:
 
 def _namespaces_of_sockets(pid: int, descriptors: list[int]) -> set[int]:
     found: set[int] = set()
-    if not descriptors or pid == os.getpid():
+    if not descriptors:
         return found
     handle = os.pidfd_open(pid)
     try:

@@ -253,10 +253,12 @@ class Lab:
         """Unplug a guest for good: its addresses and its MAC are free again."""
         ip("netns", "del", guest.namespace)
 
-    def freed(self, inode: int, *, within_s: float = 1.0) -> None:
-        """Wait until nobody holds a namespace any more."""
+    def freed(
+        self, inode: int, pids: Callable[[], Iterable[int]], *, within_s: float = 1.0
+    ) -> None:
+        """Wait until none of these processes holds a namespace any more."""
         start = time.monotonic()
-        while held := holders({inode}):
+        while held := holders({inode}, pids()):
             passed = time.monotonic() - start
             assert passed < within_s * patience(), f"after {passed:.2f} s: {held}"
             time.sleep(0.01)

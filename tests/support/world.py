@@ -12,8 +12,7 @@ from typing import Any, Final, cast
 
 from support.daemon import Daemon, Pids, alive, instance, user_data_of
 from support.guest import Guest, Reply
-from support.holders import holders
-from support.lab import NETNS, Lab, LabState, RecordMapping, until
+from support.lab import Lab, LabState, RecordMapping, until
 
 __all__ = ["RIGHT_WITHIN_S", "World", "open_world", "own", "own_name"]
 
@@ -107,6 +106,20 @@ class World:
             self.daemon.remove_network(name)
         self.daemon.put(self.networks, self.instances)
 
+    @contextlib.contextmanager
+    def looking_away(self) -> Iterator[None]:
+        """The controller sees nothing of what happens in here, only what has become of it."""
+        controller = self.pids().controller
+        os.kill(controller, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            os.kill(controller, signal.SIGCONT)
+
+    def freed(self, inode: int, *, within_s: float = RIGHT_WITHIN_S) -> None:
+        """Wait until the daemon has let go of a namespace."""
+        self.lab.freed(inode, self.daemon.processes, within_s=within_s)
+
     def has_other_master(self, than: int) -> bool:
         """Whether HAProxy was started anew, and the controller knows it."""
         return self.daemon.status()["haproxy"]["master"] not in (None, than)
@@ -147,7 +160,6 @@ def open_world(
             yield world
         finally:
             pids = list(daemon.processes())
-            inodes = _own_namespaces(lab)
             daemon.close()
             made = lab.made_by_daemon()
             links = [name for name in lab.host_links() if name.startswith(lab.prefix)]
@@ -157,12 +169,7 @@ def open_world(
     finally:
         lab.close()
     assert not lab.leftovers()
-    until(lambda: not holders(inodes), what="the namespaces' end")
     assert {path for path in _DEFAULTS if path.exists()} <= before, "files outside its directory"
-
-
-def _own_namespaces(lab: Lab) -> set[int]:
-    return {(NETNS / name).stat().st_ino for name in lab.leftovers()}
 
 
 def _fill(lab: Lab, daemon: Daemon) -> World:
