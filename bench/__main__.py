@@ -82,7 +82,7 @@ def parse_options(argv: Sequence[str]) -> Options:
 
 def exit_status(rows: Sequence[Row], wanted: frozenset[str], *, strict: bool) -> int:
     """0 when all rows are there; 2 when one is not; with `strict`, 1 when a bar is missed."""
-    there = {row.key for row in rows if row.verdict not in {Verdict.MISSING, Verdict.INVALID}}
+    there = {row.key for row in rows if row.verdict is not Verdict.MISSING}
     if wanted - there:
         return _EXIT_MISSING
     short = any(row.verdict is Verdict.SHORT for row in rows)

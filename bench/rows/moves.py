@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from bench.context import Bench
 from bench.daemon import AdminConnection, Daemon
-from bench.figures import Bar, Row, Verdict, judge, median, percentile
+from bench.figures import Bar, Row, judge, median, percentile
 from bench.guest import Guest
 from bench.lab import guest, network_name
 from bench.place import BenchError
@@ -24,7 +24,7 @@ _ADDRESSES = 10
 _OWNERS = 25
 _ADDRESS = 900
 _RELOAD_EVERY_S = 1.0
-_LIMIT_S = 90.0
+_LIMIT_S = 150.0
 _OK = 200
 
 
@@ -143,7 +143,9 @@ def _row(bench: Bench, moving: list[_Moving], reloads: int) -> Row:
     stale = [text for one in moving for text in one.stale]
     other = [text for one in moving for text in one.other]
     took = [sample for one in moving for sample in one.took_ms]
-    valid = moves >= _ADDRESSES * (bench.scale.moves // _ADDRESSES)
+    planned = _ADDRESSES * (bench.scale.moves // _ADDRESSES)
+    if moves < planned or not reloads:
+        raise BenchError(f"only {moves} of {planned} moves, {reloads} reloads; {other[:1]}")
     return Row(
         key="stale",
         what=f"stale answers over {moves:,} moves of an address, {reloads} reloads meanwhile",
@@ -151,7 +153,7 @@ def _row(bench: Bench, moving: list[_Moving], reloads: int) -> Row:
             f"{len(stale)} of {answers:,} answers; {len(other)} were not 200; "
             f"a move p50 {median(took):.0f} ms, p99 {percentile(took, 99):.0f} ms"
         ),
-        verdict=judge(len(stale), _BAR, valid=valid and reloads > 0) if moves else Verdict.INVALID,
+        verdict=judge(len(stale), _BAR),
         bar=_BAR.text,
         value=len(stale),
         how=(

@@ -145,6 +145,12 @@ def _sizes(bench: Bench, name: str) -> dict[str, int]:
     return sizes
 
 
+def _without_errors(*sides: _Side) -> None:
+    for one in sides:
+        if one.errors:
+            raise BenchError(f"{one.errors} requests to {one.url} failed")
+
+
 def _ratio(ours: _Side, other: _Side) -> float:
     """Median over the rounds: what else the machine did in one of them touched both sides alike."""
     return median([one / two for one, two in zip(ours.rates, other.rates, strict=True)])
@@ -155,6 +161,7 @@ def _repeated(stage: _Stage, key: str, path: str, size: int) -> Row:
         ours = _Side(stage.url(path), stage.worker)
         other = _Side(stage.url("/", _BARE_PORT), bare.pid)
         _load_in_turn(stage.bench, [other, ours], stage.bench.scale.seconds)
+        _without_errors(ours, other)
     ratio = _ratio(ours, other)
     cpu_ratio = other.cost_us / ours.cost_us
     return Row(
@@ -164,7 +171,7 @@ def _repeated(stage: _Stage, key: str, path: str, size: int) -> Row:
             f"{ratio:.2f} x ({ours.rate:,.0f} to {other.rate:,.0f} requests/s); by HAProxy's processor "
             f"time {cpu_ratio:.2f} x ({ours.cost_us:.1f} to {other.cost_us:.1f} µs a request)"
         ),
-        verdict=judge(ratio, _READS_BAR, valid=not (ours.errors or other.errors)),
+        verdict=judge(ratio, _READS_BAR),
         bar=_READS_BAR.text,
         value=ratio,
         how=(
@@ -196,6 +203,7 @@ def _through(stage: _Stage, key: str, path: str, size: int, headers: tuple[str, 
         other = _Side(stage.url("/", _FORWARD_PORT), bare.pid, headers)
         direct = _Side(stage.url("/", _STUB_PORT), None, headers)
         _load_in_turn(stage.bench, [direct, other, ours], 1)
+        _without_errors(ours, other, direct)
     ratio = _ratio(ours, other)
     valid = direct.rate >= _STUB_FACTOR * other.rate
     what = "never-read documents" if headers else "meta_data.json, never cached"
@@ -206,7 +214,7 @@ def _through(stage: _Stage, key: str, path: str, size: int, headers: tuple[str, 
             f"{ours.rate:,.0f} requests/s, {ratio:.2f} x a bare HAProxy that forwards to a stub "
             f"({other.rate:,.0f}; the stub alone {direct.rate:,.0f})"
         ),
-        verdict=judge(ratio, None, valid=valid and not (ours.errors or other.errors)),
+        verdict=judge(ratio, None, valid=valid),
         value=ratio,
         how=(
             f"median of {len(ours.rates)} runs of 1 s in turn; the stub is another "
