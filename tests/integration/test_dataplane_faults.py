@@ -85,6 +85,7 @@ def _refused_words(world: World, text: str) -> str:
     return " ".join([*answer["pending"], *reasons])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", ["state", "runtime"])
 def test_a_full_disk_stops_changes_and_no_guest(small_world: World, place: str) -> None:
     world = small_world
@@ -134,6 +135,7 @@ def test_a_full_disk_at_start_leaves_what_runs_alone(small_world: World) -> None
     world.daemon.wait_ready()
 
 
+@pytest.mark.slow
 def test_a_read_only_state_directory_stops_changes_and_no_guest(small_world: World) -> None:
     world = small_world
     with Load(world.everybody, _TARGET, own) as load:
@@ -159,6 +161,7 @@ def _damage(store: Path) -> None:
     store.write_bytes(b"SQLite format 3\0" + b"\xa5" * 20_000)
 
 
+@pytest.mark.slow
 def test_a_damaged_store_at_start_leaves_what_runs_alone_and_says_who_must_act() -> None:
     with open_world(_SETTINGS) as world:
         before = world.pids()
@@ -221,6 +224,7 @@ def _jumping(daemon: Daemon) -> None:
     }
 
 
+@pytest.mark.slow
 def test_a_clock_that_jumps_changes_no_answer_and_no_wait() -> None:
     with open_world({"resolver": {"hold_s": 1.0, "learned_ttl_s": 1}}, prepare=_jumping) as world:
         stranger = world.lab.guest("red", 81)

@@ -237,6 +237,7 @@ def _race(daemon: Daemon) -> None:
     program.chmod(0o755)
 
 
+@pytest.mark.slow
 def test_a_port_that_is_taken_between_check_and_load_leaves_only_its_own_network_out() -> None:
     """No worker comes up with that file: the old one goes on, and the host is looked at again."""
     settings = {**_HOLD, "haproxy": {"binary": "{directory}/haproxy"}}

@@ -187,6 +187,7 @@ def test_a_held_request_is_answered_however_often_haproxy_reloads_meanwhile(worl
         assert asked.result().status == 404
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGSTOP])
 def test_without_a_controller_an_unknown_address_is_told_to_come_again(
     world: World, number: signal.Signals
