@@ -59,7 +59,7 @@ class Scale:
             rounds=5,
             seconds=2,
             adds=300,
-            network_adds=40,
+            network_adds=100,
             moves=1_000,
             reloads=100,
             kills=5,
