@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -150,8 +151,10 @@ def _start_again_from_disk(world: World, master: int) -> subprocess.Popen[bytes]
     words = Path(f"/proc/{master}/cmdline").read_bytes().decode().split("\0")[:-1]
     worker = world.pids().worker
     os.kill(world.pids().controller, signal.SIGSTOP)
-    for pid in (master, worker):
-        os.kill(pid, signal.SIGKILL)
+    for pid in (worker, master):
+        # Each takes the other with it.
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
     until(lambda: not alive(master) and not alive(worker), what="HAProxy's end")
     return subprocess.Popen(
         (*within(world.lab.host), *words), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
