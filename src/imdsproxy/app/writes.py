@@ -11,6 +11,7 @@ from imdsproxy.app.listener_loop import ListenerLoop
 from imdsproxy.app.record_loop import RecordLoop
 from imdsproxy.core.inventory import Inventory
 from imdsproxy.core.model import Instance, InstanceId, Network, NetworkId
+from imdsproxy.core.plan import networks_of
 from imdsproxy.errors import AlreadyExists, NotFound, Problem, SourceRefused
 from imdsproxy.sources.api import WritableSource
 
@@ -147,8 +148,10 @@ class Writes:
             pending.append("the data plane has not confirmed it yet")
         pending += [problem.reason for problem in self.problems()]
         if networks:
-            left_out = self.listeners.report.left_out
-            pending += [one.reason for one in left_out if one.network in networks]
+            report = self.listeners.report
+            # A network that is served over one family is served; `status` tells of the other.
+            unserved = set(networks) - networks_of(report.endpoints)
+            pending += [one.reason for one in report.left_out if one.network in unserved]
         return Written(
             len(networks), instances, applied=not pending, pending=tuple(dict.fromkeys(pending))
         )

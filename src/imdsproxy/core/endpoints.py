@@ -72,6 +72,21 @@ class LeftOutCode(StrEnum):
     PORT_BUSY = "port-busy"
     BIND_REFUSED = "bind-refused"
     LISTENER_SHARED = "listener-shared"
+
+    @property
+    def silent(self) -> bool:
+        """No event tells that it has come right: one has to look again and again.
+
+        Namespaces, devices and addresses tell when they come; sockets and refusals do not.
+        """
+        return self in {
+            LeftOutCode.PORT_BUSY,
+            LeftOutCode.BIND_REFUSED,
+            LeftOutCode.NAMESPACE_UNUSABLE,
+            LeftOutCode.NAME_TAKEN,
+            LeftOutCode.HOST_REFUSED,
+        }
+
     HOST_REFUSED = "host-refused"
 
 

@@ -15,9 +15,11 @@ import pytest
 from imdsproxy.app.listener_loop import ListenerReport
 from imdsproxy.app.tickets import Tickets
 from imdsproxy.app.writes import Writes
-from imdsproxy.core.endpoints import LeftOut, LeftOutCode
+from imdsproxy.core.endpoints import Endpoint, LeftOut, LeftOutCode
+from imdsproxy.core.hoststate import Family, NamespaceRef
 from imdsproxy.core.inventory import Inventory, Observation
 from imdsproxy.core.model import (
+    METADATA_IPV4,
     Instance,
     InstanceId,
     NamespaceListener,
@@ -157,6 +159,14 @@ async def test_a_change_tells_only_of_its_own_networks_why_they_are_not_served(
         written = await rig.writes.put_network(_RED)
         assert not written.applied
         assert written.pending == ("no namespace red",)
+
+
+async def test_a_network_that_is_served_over_one_family_is_served(tmp_path: Path) -> None:
+    async with _rig(tmp_path) as rig:
+        endpoint = Endpoint(_RED.id, METADATA_IPV4, 80, None, NamespaceRef("red", 1))
+        missing = LeftOut(_RED.id, Family.IPV6, LeftOutCode.ADDRESS_MISSING, "no fe80::a9fe:a9fe")
+        rig.listeners.report = ListenerReport(0.0, endpoints=(endpoint,), left_out=(missing,))
+        assert (await rig.writes.put_network(_RED)).applied
 
 
 async def test_without_a_writable_source_nothing_can_be_written(tmp_path: Path) -> None:

@@ -677,3 +677,9 @@ def test_a_part_says_where_something_has_changed() -> None:
 def test_our_own_sockets_that_come_and_go_are_no_change() -> None:
     ours = replace(FULL, sockets=(_socket("169.254.169.254", ours=True),))
     assert not changed_places(_host(FULL), _part(ours, asked={"ns-blue"}))
+
+
+def test_only_what_no_event_tells_of_is_looked_at_again_and_again() -> None:
+    silent = {code.value for code in LeftOutCode if code.silent}
+    assert "port-busy" in silent
+    assert not silent & {"address-missing", "namespace-missing", "device-missing", "pending"}
