@@ -53,8 +53,8 @@ def prepare(directory: Path) -> None:
     """
     if directory.exists() and not (directory / _MARK).exists() and any(directory.iterdir()):
         raise BenchError(f"{directory} is not empty and not of these measurements")
-    shutil.rmtree(directory, ignore_errors=True)
-    directory.mkdir(parents=True)
+    clear(directory)
+    directory.mkdir(parents=True, exist_ok=True)
     directory.chmod(0o755)
     (directory / _MARK).touch()
 
@@ -103,7 +103,12 @@ def mounts_below(directory: Path, mountinfo: str) -> list[Path]:
 
 
 def clear(directory: Path) -> None:
-    """Remove the directory and everything in it."""
+    """Remove the directory and everything in it; its mark last, so that a next run may go on with it."""
+    for one in directory.iterdir() if directory.exists() else ():
+        if one.is_dir():
+            shutil.rmtree(one, ignore_errors=True)
+        elif one.name != _MARK:
+            one.unlink()
     shutil.rmtree(directory, ignore_errors=True)
 
 
