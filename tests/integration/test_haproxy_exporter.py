@@ -1,0 +1,81 @@
+"""HAProxy's exporter says as much at many networks as at one."""
+
+from __future__ import annotations
+
+import re
+import socket
+import subprocess
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from ipaddress import IPv4Address
+from pathlib import Path
+
+import pytest
+
+from imdsproxy.core.haproxy.model import Bind, DataplaneSpec, Paths
+from imdsproxy.core.haproxy.render import render_config
+from imdsproxy.core.model import NetworkId
+
+pytestmark = pytest.mark.root
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return int(listener.getsockname()[1])
+
+
+@contextmanager
+def _haproxy(directory: Path, networks: int) -> Iterator[str]:
+    """HAProxy with that many networks on loopback addresses; where its figures are."""
+    directory.mkdir()
+    for name in ("base.map", "overlay.map", "503.http"):
+        (directory / name).write_text("HTTP/1.1 503 No\r\n\r\n" if name.endswith("http") else "")
+    paths = Paths(
+        base_map=str(directory / "base.map"),
+        overlay_map=str(directory / "overlay.map"),
+        unavailable=str(directory / "503.http"),
+        probe=str(directory / "p.sock"),
+        jail=None,
+        documents=(str(directory / "d.sock"),),
+        resolver=str(directory / "r.sock"),
+    )
+    guests = _free_port()
+    binds = tuple(
+        Bind(NetworkId(f"net-{number}"), IPv4Address("127.9.0.1") + number, guests)
+        for number in range(networks)
+    )
+    listen = f"127.0.0.1:{_free_port()}"
+    config = directory / "h.cfg"
+    config.write_text(render_config(DataplaneSpec(binds, paths, exporter=listen)))
+    process = subprocess.Popen(["haproxy", "-f", str(config)], stderr=subprocess.DEVNULL)  # noqa: S607 - Debian's
+    try:
+        yield f"http://{listen}/metrics"
+    finally:
+        process.terminate()
+        process.wait(timeout=10)
+
+
+def _series(url: str) -> list[str]:
+    deadline = time.monotonic() + 10
+    while True:
+        try:
+            # A guest of the exporter cannot widen what it says.
+            with urllib.request.urlopen(f"{url}?scope=listener", timeout=5) as answer:  # noqa: S310 - ours
+                text = answer.read().decode()
+        except OSError:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+            continue
+        return [line for line in text.splitlines() if line and not line.startswith("#")]
+
+
+def test_the_number_of_series_does_not_grow_with_the_networks(tmp_path: Path) -> None:
+    with _haproxy(tmp_path / "one", 1) as url:
+        few = _series(url)
+    with _haproxy(tmp_path / "many", 300) as url:
+        many = _series(url)
+    assert any(line.startswith("haproxy_frontend_http_requests_total") for line in few)
+    assert len(many) == len(few)
+    assert not [line for line in many if re.search(r"haproxy_listener_|net-\d", line)]
