@@ -73,6 +73,7 @@ def _missing_address(lab: Lab) -> RecordMapping:
 def _busy_port(lab: Lab) -> RecordMapping:
     network = lab.namespace_network("bad")
     lab.intrude(lab.name("bad"), IPV4, reuse_port=False)
+    lab.intrude(lab.name("bad"), IPV6, device="br0", reuse_port=False)
     return network
 
 
