@@ -351,10 +351,6 @@ async def _live(controller: _Controller, admin: socket.socket) -> None:
         # each time at 1,000 networks, and guests wait meanwhile.
         gc.collect()
         gc.freeze()
-        # What the sources have told mostly stays. To look through it for garbage again and again takes 70 ms
-        # each time at 1,000 networks, and guests wait meanwhile.
-        gc.collect()
-        gc.freeze()
         controller.notifier.ready(f"{len(controller.inventory.networks)} networks")
         structlog.get_logger().info(
             "ready",
