@@ -41,7 +41,11 @@ mount -t tmpfs none "$work"
 mkdir "$work/upper" "$work/work" "$work/root" "$work/proc"
 root=$work/root
 mount -t overlay none -o "lowerdir=/,upperdir=$work/upper,workdir=$work/work" "$root"
+mount -t tmpfs -o mode=755 none "$root/run"
+mount -t tmpfs -o mode=1777 none "$root/tmp"
 for path in "$repository" "$python"; do
+    # The system'"'"'s own Python is in the overlay, which must stay writable there.
+    case $path in /usr | /usr/local) continue ;; esac
     # As they are now: a file that changes below an overlay need not show in it.
     mkdir -p "$root$path"
     mount --bind "$path" "$root$path"
@@ -60,8 +64,6 @@ for device in null zero full random urandom tty; do cp -a "/dev/$device" "$root/
 mkdir "$root/dev/pts" "$root/dev/shm"
 mount -t devpts -o newinstance,ptmxmode=0666,mode=620 none "$root/dev/pts"
 ln -s pts/ptmx "$root/dev/ptmx"
-mount -t tmpfs -o mode=755 none "$root/run"
-mount -t tmpfs -o mode=1777 none "$root/tmp"
 for unit in systemd-sysctl systemd-udevd systemd-random-seed systemd-timesyncd systemd-modules-load \
     systemd-journal-catalog-update systemd-journal-flush systemd-update-done ldconfig networking; do
     ln -sf /dev/null "$root/etc/systemd/system/$unit.service"
