@@ -49,10 +49,15 @@ class UnitDaemon:
         """Install it as docs/install.md says, with the program of this repository."""
         # The machine has what this host has, which may be an imdsproxy that is installed.
         self.machine.run("ln", "-sf", f"{Path(sys.executable).parent}/imdsproxy", _PROGRAM)
-        if Path(sys.base_prefix).parts[1] in ("root", "home"):
-            # A Python that lies where a service must not look; an installed one does not.
-            drop_in = f"/etc/systemd/system/{DOCUMENTS}.d/python.conf"
-            self.machine.write(drop_in, "[Service]\nProtectHome=read-only\n")
+        # What is installed lies where a service may look; this Python and this checkout may not.
+        places = {Path(sys.base_prefix).parts[1], REPOSITORY.parts[1]}
+        lines = [
+            *(["ProtectHome=read-only"] if places & {"root", "home"} else []),
+            *(["PrivateTmp=no"] if places & {"tmp", "var"} else []),
+        ]
+        if lines:
+            drop_in = f"/etc/systemd/system/{DOCUMENTS}.d/places.conf"
+            self.machine.write(drop_in, "\n".join(["[Service]", *lines, ""]))
         self.machine.run(f"{REPOSITORY}/packaging/install")
 
     def use_a_copy_of_the_program(self) -> None:
