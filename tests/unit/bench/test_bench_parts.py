@@ -87,9 +87,9 @@ def test_the_forwarding_baseline_sets_headers_and_reuses_connections() -> None:
 
 
 def test_the_settings_of_the_daemon_are_valid_and_its_own() -> None:
-    text = render_settings(Path("/work/.bench/x"), {"haproxy": {"cache_mb": 8}})
+    text = render_settings(Path("/srv/.bench/x"), {"haproxy": {"cache_mb": 8}})
     settings = Settings.model_validate(yaml.safe_load(text), strict=False)
-    assert settings.paths.runtime_dir == Path("/work/.bench/x/run")
+    assert settings.paths.runtime_dir == Path("/srv/.bench/x/run")
     assert settings.haproxy.cache_mb == 8
     assert settings.haproxy.supervisor == "spawn"
     assert settings.host.name_prefix == "imdsb"
