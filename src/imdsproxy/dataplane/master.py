@@ -178,7 +178,7 @@ class MasterClient:
                 writer.write(f"{line}\n".encode())
                 # The end of our side tells HAProxy that no other command follows.
                 writer.write_eof()
-                answer = await reader.read(-1)
+                answer = await _read_answer(reader)
         except TimeoutError as error:
             self.commands["failed"] += 1
             raise RuntimeUnavailable(
@@ -201,3 +201,17 @@ class MasterClient:
                 f"HAProxy's master at {self._path} hung up on {line.partition(' <<')[0]!r}"
             )
         return answer.decode("utf-8", "replace")
+
+
+async def _read_answer(reader: asyncio.StreamReader) -> bytes:
+    """All that is said until the end of the connection.
+
+    After a refusal of the target's pid the master may miss that our side has ended, and would keep the connection
+    open until somebody's time is over.
+    """
+    answer = b""
+    while chunk := await reader.read(65_536):
+        answer += chunk
+        if answer.startswith(b"Can't ") and answer.endswith(b"\n"):
+            break
+    return answer
