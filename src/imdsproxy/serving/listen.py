@@ -30,7 +30,7 @@ _TOGETHER: Final = 64 * 1024
 _READ_SIZE: Final = 16 * 1024
 _INTERIM: Final = b"HTTP/1.1 100 "
 _INTERIM_LENGTH: Final = len(_INTERIM)
-_LINGER_S: Final = 0.3
+_LINGER_S: Final = 1.0
 _DRAIN_POLL_S: Final = 0.02
 
 
