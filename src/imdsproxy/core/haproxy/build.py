@@ -262,7 +262,9 @@ def _resolver(spec: DataplaneSpec) -> Section:
             # without a word, and so does `shutdown-sessions`. On one of its own each request gets its 503, of a
             # resolver that hangs by the time-out.
             ("option", "http-server-close"),
-            ("server", "resolver", f"unix@{spec.paths.resolver}", "check", "inter", "1s", "fall", "2", "rise", "1"),
+            # Looked for ten times a second while it is away: until it counts as back, misses get 503.
+            ("server", "resolver", f"unix@{spec.paths.resolver}", "check", "inter", "1s",
+             "downinter", "100ms", "fall", "2", "rise", "1"),
         ),
     )  # fmt: skip
 
