@@ -18,8 +18,10 @@ from imdsproxy.core.model import (
     Network,
     NetworkId,
     Port,
+    Scope,
     SshKey,
     Subnet,
+    Upstream,
 )
 
 __all__ = ["instances", "ipv4", "ipv6", "macs", "networks"]
@@ -68,6 +70,7 @@ networks = st.builds(
     maybe_texts,
     st.lists(_subnets_v4 | _subnets_v6, max_size=3, unique_by=lambda one: one.cidr).map(tuple),
     st.none() | st.integers(68, 65535),
+    st.sampled_from(Scope),
 )
 
 
@@ -80,7 +83,8 @@ def _ports(draw: st.DrawFn) -> tuple[Port, ...]:
         count = draw(st.integers(0, len(addresses)))
         taken, addresses = addresses[:count], addresses[count:]
         mac = mac_list.pop() if mac_list else None
-        ports.append(Port(NetworkId(draw(ids)), mac, tuple(taken)))
+        project = draw(st.none() | ids)
+        ports.append(Port(NetworkId(draw(ids)), mac, tuple(taken), project))
         if not count and mac is None:
             break
     return tuple(ports)
@@ -100,7 +104,16 @@ def _ssh_keys(draw: st.DrawFn) -> tuple[SshKey, ...]:
     )
 
 
-instances = st.builds(
+_nova_instances = st.builds(
+    Instance,
+    id=ids.map(InstanceId),
+    name=texts,
+    hostname=st.just("host"),
+    project=ids,
+    ports=_ports(),
+    upstream=st.just(Upstream.NOVA),
+)
+_embedded_instances = st.builds(
     Instance,
     id=ids.map(InstanceId),
     name=texts,
@@ -117,3 +130,4 @@ instances = st.builds(
     instance_type=maybe_texts,
     dialects=st.frozensets(st.sampled_from(Dialect)),
 )
+instances = _embedded_instances | _nova_instances

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from typing import TYPE_CHECKING, Final, TypeVar
+from typing import TYPE_CHECKING, Final, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -88,6 +88,9 @@ class NetworkRecord(_Record):
     listener: NamespaceListenerRecord | InterfaceListenerRecord | BridgeListenerRecord
     subnets: list[SubnetRecord] = Field(default_factory=list)
     mtu: int | None = None
+    scope: Literal["network", "router"] = Field(
+        default="network", description="`router` where the id is a router's."
+    )
 
 
 class PortRecord(_Record):
@@ -96,6 +99,9 @@ class PortRecord(_Record):
     network: str
     mac: str | None = None
     addresses: list[str] = Field(default_factory=list)
+    project: str | None = Field(
+        default=None, description="The port's own, where it is another one than the instance's."
+    )
 
 
 class SshKeyRecord(_Record):
@@ -134,6 +140,9 @@ class InstanceRecord(_Record):
     availability_zone: str | None = None
     instance_type: str | None = None
     dialects: DialectsRecord | None = None
+    upstream: Literal["embedded", "nova"] = Field(
+        default="embedded", description="Who has its documents; `nova` needs `project`."
+    )
 
 
 class RecordsBody(_Record):

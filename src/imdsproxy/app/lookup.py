@@ -8,8 +8,8 @@ from typing import Protocol
 
 import structlog
 
-from imdsproxy.app.record_loop import Learned, RecordLoop
-from imdsproxy.core.identity import Ambiguous, Found, How, Identity, Unknown, identify
+from imdsproxy.app.record_loop import RecordLoop
+from imdsproxy.core.identity import Ambiguous, Found, How, Identity, Learned, Unknown, identify
 from imdsproxy.core.inventory import AddressKey, Inventory
 from imdsproxy.core.model import IpAddress, MacAddress, Network
 from imdsproxy.errors import DataplaneError

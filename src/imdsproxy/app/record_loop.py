@@ -15,14 +15,16 @@ import structlog
 
 from imdsproxy.app.tickets import Tickets
 from imdsproxy.core.compiled import CompiledRecord, compile_instance
+from imdsproxy.core.identity import Learned
 from imdsproxy.core.inventory import AddressKey, Affected, Inventory, Observation
-from imdsproxy.core.model import InstanceId, NetworkId
+from imdsproxy.core.model import InstanceId, NetworkId, Upstream
 from imdsproxy.core.plan import plan_records
+from imdsproxy.core.upstream import NovaRouting
 from imdsproxy.dataplane.records import RecordApplier
 from imdsproxy.errors import DataplaneError, ImdsproxyError, Problem
 from imdsproxy.host.clock import Clock
 
-__all__ = ["CompiledFiles", "Learned", "RecordLoop", "RoundReport"]
+__all__ = ["CompiledFiles", "RecordLoop", "RoundReport"]
 
 _RETRY_FIRST_S = 0.2
 _RETRY_LAST_S = 5.0
@@ -42,14 +44,6 @@ class CompiledFiles(Protocol):
     def instances(self) -> Iterable[InstanceId]:
         """Every instance that has a record on disk."""
         ...
-
-
-@dataclass(frozen=True, slots=True)
-class Learned:
-    """A link-local address that the neighbour table gave to an instance, believed until then."""
-
-    instance: InstanceId
-    until: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +84,7 @@ class RecordLoop:
     Args:
         on_networks: Told of networks that came, changed or went.
         on_applied: Told of addresses whose records are in force now; `None` stands for all of them.
+        routing: Where requests go whose documents Nova has, as of now; `resync` after it changed.
 
     Attributes:
         rounds: Rounds that put observations in force.
@@ -102,6 +97,7 @@ class RecordLoop:
     clock: Clock
     on_networks: Callable[[frozenset[NetworkId]], None]
     on_applied: Callable[[Iterable[AddressKey] | None], None]
+    routing: Callable[[], NovaRouting] = NovaRouting
     revisions: dict[InstanceId, str] = field(default_factory=dict)
     learned: dict[AddressKey, Learned] = field(default_factory=dict)
     tickets: Tickets = field(default_factory=Tickets)
@@ -135,14 +131,14 @@ class RecordLoop:
         return ticket
 
     def learn(self, key: AddressKey, learned: Learned) -> int:
-        """Have HAProxy know a link-local address by what the neighbour table says of it."""
+        """Have HAProxy know an address that no record claims."""
         self.learned[key] = learned
-        return self._touch(key)
+        return self.touch(key)
 
     def forget(self, key: AddressKey) -> int:
-        """The neighbour table says otherwise now, or its word is too old."""
+        """Who told of it says otherwise now, or its word is too old."""
         self.learned.pop(key, None)
-        return self._touch(key)
+        return self.touch(key)
 
     def resync(self) -> int:
         """Compare everything again, as after HAProxy came back."""
@@ -150,17 +146,19 @@ class RecordLoop:
         self._wake.set()
         return self.tickets.take()
 
-    def _touch(self, key: AddressKey) -> int:
+    def touch(self, key: AddressKey) -> int:
+        """Look at the address again; the ticket says when its record is in force."""
         self._work.addresses.add(key)
         self._wake.set()
         return self.tickets.take()
 
     def compile_all(self) -> dict[str, str]:
         """Compile every instance and give the whole map, for a HAProxy that is yet to start."""
-        for instance in self.inventory.instances:
-            self._compile(instance)
+        for instance, known in self.inventory.instances.items():
+            if known.upstream is Upstream.EMBEDDED:
+                self._compile(instance)
         keys = [key for key, _ in self.inventory.addresses()]
-        wanted = plan_records(self.inventory, keys, self.revisions, self._learned_now())
+        wanted = self._plan(keys)
         return {key: value for key, value in wanted.items() if value is not None}
 
     async def run(self) -> None:
@@ -216,21 +214,11 @@ class RecordLoop:
         began = self.clock.monotonic()
         if work.everything or (self.inventory.in_sync and not self._swept):
             work = self._all_work(work)
-        gone: list[InstanceId] = []
-        keys = set(work.addresses)
-        for instance in work.instances:
-            if instance in self.inventory.instances:
-                before = self.revisions.get(instance)
-                self._compile(instance)
-                if self.revisions.get(instance) != before:
-                    keys |= self.inventory.addresses_of(instance)
-                    keys |= {
-                        key for key, entry in self.learned.items() if entry.instance == instance
-                    }
-            elif not self.inventory.sources_of_instance(instance):
-                gone.append(instance)
-        keys |= self._orphans(gone)
-        wanted = plan_records(self.inventory, keys, self.revisions, self._learned_now())
+        gone, keys = self._compile_all_of(work.instances)
+        keys |= work.addresses
+        # An address behind a router stands and falls with the one in its network.
+        keys |= {key for key, entry in self.learned.items() if entry.via in keys}
+        wanted = self._plan(keys)
         # Nothing is swept before the sources have told everything.
         if self.inventory.in_sync and (work.everything or not self._swept):
             wanted = {**dict.fromkeys(self.applier.state.effective()), **wanted}
@@ -248,6 +236,33 @@ class RecordLoop:
             self.clock.monotonic() - began,
         )
 
+    def _compile_all_of(
+        self, instances: Iterable[InstanceId]
+    ) -> tuple[list[InstanceId], set[AddressKey]]:
+        """Compile what is to be; say whose records are not needed any more, and what has changed."""
+        unneeded: list[InstanceId] = []
+        lost: set[InstanceId] = set()
+        keys: set[AddressKey] = set()
+        for instance in instances:
+            known = self.inventory.instances.get(instance)
+            if known is None:
+                if not self.inventory.sources_of_instance(instance):
+                    unneeded.append(instance)
+                    lost.add(instance)
+            elif known.upstream is Upstream.NOVA:
+                if instance in self.revisions or not self._swept:
+                    unneeded.append(instance)
+            else:
+                before = self.revisions.get(instance)
+                self._compile(instance)
+                if self.revisions.get(instance) != before:
+                    keys |= self.inventory.addresses_of(instance)
+        touched = set(instances)
+        keys |= {key for key, entry in self.learned.items() if entry.instance in touched}
+        for key in [key for key, entry in self.learned.items() if entry.instance in lost]:
+            del self.learned[key]
+        return unneeded, keys
+
     def _all_work(self, work: _Work) -> _Work:
         everything = _Work(everything=work.everything)
         everything.instances = set(self.inventory.instances) | work.instances
@@ -258,15 +273,8 @@ class RecordLoop:
             everything.instances |= set(self.files.instances())
         return everything
 
-    def _orphans(self, gone: Iterable[InstanceId]) -> set[AddressKey]:
-        lost = set(gone)
-        orphans = {key for key, entry in self.learned.items() if entry.instance in lost}
-        for key in orphans:
-            del self.learned[key]
-        return orphans
-
-    def _learned_now(self) -> dict[AddressKey, InstanceId]:
-        return {key: entry.instance for key, entry in self.learned.items()}
+    def _plan(self, keys: Iterable[AddressKey]) -> dict[str, str | None]:
+        return plan_records(self.inventory, keys, self.revisions, self.learned, self.routing())
 
     def _compile(self, instance: InstanceId) -> None:
         name = f"instances.{instance}"

@@ -61,6 +61,10 @@ Type: TypeAlias = Annotated[
     str | None, flags.flag("--instance-type", "TYPE", "What it says that it is.")
 ]
 
+Upstream: TypeAlias = Annotated[
+    str | None, flags.flag("--upstream", "embedded|nova", "Who has its documents.")
+]
+
 
 def _switch(name: str, documents: str) -> object:
     return typer.Option(
@@ -97,6 +101,7 @@ def _register(command: str, help_text: str, *, create: bool) -> None:
         ec2: Ec2 = None,
         openstack: Openstack = None,
         nocloud: Nocloud = None,
+        upstream: Upstream = None,
         clear: flags.Clear = None,
         as_json: options.Json = False,
         socket: options.Socket = None,
@@ -121,6 +126,7 @@ def _register(command: str, help_text: str, *, create: bool) -> None:
                 "availability_zone": availability_zone,
                 "instance_type": instance_type,
                 "dialects": record_flags.dialects_of(dialects),
+                "upstream": upstream,
             }
         )
         if file is not None:

@@ -50,6 +50,9 @@ Subnets: TypeAlias = Annotated[
     ),
 ]
 Mtu: TypeAlias = Annotated[int | None, flags.flag("--mtu", "BYTES", "What guests are told.")]
+Scope: TypeAlias = Annotated[
+    str | None, flags.flag("--scope", "network|router", "What the id stands for.")
+]
 
 
 def _register(command: str, help_text: str, *, create: bool) -> None:
@@ -69,6 +72,7 @@ def _register(command: str, help_text: str, *, create: bool) -> None:
         project: Project = None,
         subnet: Subnets = None,
         mtu: Mtu = None,
+        scope: Scope = None,
         clear: flags.Clear = None,
         as_json: options.Json = False,
         socket: options.Socket = None,
@@ -92,6 +96,7 @@ def _register(command: str, help_text: str, *, create: bool) -> None:
                 "listener": listener,
                 "subnets": record_flags.subnets_of(subnet or ()),
                 "mtu": mtu,
+                "scope": scope,
             }
         )
         if file is not None:

@@ -12,7 +12,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, TypeAlias
 
 from imdsproxy.core.addresses import link_local_of, mac_of, normalise_address
-from imdsproxy.core.inventory import Claimant, Conflict, Inventory
+from imdsproxy.core.inventory import AddressKey, Claimant, Conflict, Inventory
 
 if TYPE_CHECKING:
     from imdsproxy.core.model import (
@@ -29,6 +29,7 @@ __all__ = [
     "Found",
     "How",
     "Identity",
+    "Learned",
     "Unknown",
     "UnknownReason",
     "identify",
@@ -44,6 +45,7 @@ class How(StrEnum):
     ADDRESS = "address"
     EUI64 = "eui64"
     NEIGHBOUR = "neighbour"
+    ROUTER = "router"
 
 
 class UnknownReason(StrEnum):
@@ -78,6 +80,21 @@ class Ambiguous:
 
 
 Identity: TypeAlias = Found | Unknown | Ambiguous
+
+
+@dataclass(frozen=True, slots=True)
+class Learned:
+    """An address that no record claims, given to an instance until somebody looks again.
+
+    Attributes:
+        until: When, by the monotonic clock in seconds.
+        via: For an address behind a router: the address in its own network by which the instance is known;
+            the two stand and fall together. `None` where the neighbour table told.
+    """
+
+    instance: InstanceId
+    until: float
+    via: AddressKey | None = None
 
 
 def identify(

@@ -71,6 +71,8 @@ class Observation:
         in_sync: The source has told all that it knows; before that nothing may be swept, and an
             unknown address is answered 503, not 404.
         problems: Every record refused at this moment (the whole list, not the change).
+        implied_networks: Networks that the source vouches for without knowing how they are reached (the
+            whole set, not the change): ports in them are not stranded.
     """
 
     source: SourceName
@@ -81,6 +83,7 @@ class Observation:
     instances_removed: Iterable[InstanceId] = ()
     in_sync: bool = True
     problems: tuple[Problem, ...] = ()
+    implied_networks: frozenset[NetworkId] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,6 +231,7 @@ class _Report:
     instances: dict[InstanceId, Instance] = field(default_factory=dict)
     problems: tuple[Problem, ...] = ()
     in_sync: bool = False
+    implied: frozenset[NetworkId] = frozenset()
 
 
 @dataclass(slots=True)
@@ -313,8 +317,12 @@ class Inventory:
         return self._macs.of((network, mac)) if self.knows(network) else frozenset()
 
     def knows(self, network: NetworkId) -> bool:
-        """Some source tells of the network, be it in conflict."""
-        return network in self._networks or network in self._network_conflicts
+        """Some source tells of the network, be it in conflict, or vouches for it."""
+        return (
+            network in self._networks
+            or network in self._network_conflicts
+            or any(network in report.implied for report in self._reports.values())
+        )
 
     # Where it comes from, and what is wrong with it
 
@@ -414,6 +422,7 @@ class Inventory:
             self._set_instance(report, instance_id, instance, change)
         for network_id, network in networks.items():
             self._set_network(report, network_id, network, change)
+        self._imply(report, observation.implied_networks, change)
         report.problems = observation.problems
         report.in_sync = observation.in_sync
         return self._affected(change, in_sync_before=in_sync)
@@ -444,6 +453,17 @@ class Inventory:
             self._reports[source] = _Report()
             self._reports = dict(sorted(self._reports.items()))
         return self._reports[source]
+
+    def _imply(self, report: _Report, implied: frozenset[NetworkId], change: _Change) -> None:
+        if report.implied == implied:
+            return
+        differing = report.implied ^ implied
+        before = {network for network in differing if self.knows(network)}
+        report.implied = implied
+        for network in differing:
+            if self.knows(network) != (network in before):
+                for instance in self._members.get(network, ()):
+                    change.addresses |= self.addresses_of(instance)
 
     def _set_network(
         self, report: _Report, network_id: NetworkId, network: Network | None, change: _Change

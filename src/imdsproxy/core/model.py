@@ -31,7 +31,9 @@ __all__ = [
     "NetworkId",
     "Port",
     "SshKey",
+    "Scope",
     "Subnet",
+    "Upstream",
 ]
 
 NetworkId = NewType("NetworkId", str)
@@ -59,6 +61,24 @@ class Dialect(StrEnum):
     EC2 = "ec2"
     OPENSTACK = "openstack"
     NOCLOUD = "nocloud"
+
+
+class Upstream(StrEnum):
+    """Where an instance's documents come from."""
+
+    EMBEDDED = "embedded"
+    """Our own document server, out of the record."""
+
+    NOVA = "nova"
+    """Nova's metadata API, asked with a signed request."""
+
+
+class Scope(StrEnum):
+    """What an id that is reached through one listener stands for."""
+
+    NETWORK = "network"
+    ROUTER = "router"
+    """A group of networks reached through one namespace; no two of them share an address."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +126,11 @@ class Subnet:
 
 @dataclass(frozen=True, slots=True)
 class Network:
-    """An isolated layer 2 or 3 domain and how it is reached."""
+    """An isolated layer 2 or 3 domain and how it is reached.
+
+    Attributes:
+        scope: `ROUTER` where the id is a router's: its guests are those of the networks behind it.
+    """
 
     id: NetworkId
     listener: Listener
@@ -114,6 +138,7 @@ class Network:
     project: str | None = None
     subnets: tuple[Subnet, ...] = ()
     mtu: int | None = None
+    scope: Scope = Scope.NETWORK
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,11 +146,17 @@ class Port:
     """An instance's place in a network.
 
     A guest is known by each of `addresses`, and by the link-local address made of `mac` (EUI-64).
+
+    Attributes:
+        project: The port's own where it is another one than the instance's. Nova is told the port's, and
+            says 404 where the instance is not that project's (OSSA-2013-033: whoever names another's
+            instance on a port of his own must get nothing).
     """
 
     network: NetworkId
     mac: MacAddress | None = None
     addresses: tuple[IpAddress, ...] = ()
+    project: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +177,8 @@ class Instance:
         vendor_data: A YAML or JSON document as bytes for NoCloud's and OpenStack's vendor data;
             `None` when there is none.
         tags: Name and value pairs in name order.
+        upstream: Who has its documents. With `NOVA` all that counts of the record is `id`, `project` and
+            `ports`.
     """
 
     id: InstanceId
@@ -160,6 +193,7 @@ class Instance:
     availability_zone: str | None = None
     instance_type: str | None = None
     dialects: frozenset[Dialect] = field(default_factory=lambda: frozenset(Dialect))
+    upstream: Upstream = Upstream.EMBEDDED
 
     @property
     def uuid(self) -> str:

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from imdsproxy.core.addresses import link_local_of
 from imdsproxy.core.endpoints import Endpoint
 from imdsproxy.core.haproxy.model import Bind
 from imdsproxy.core.hoststate import NamespaceRef
+from imdsproxy.core.identity import Learned
 from imdsproxy.core.inventory import AddressKey, Conflict, Inventory
-from imdsproxy.core.model import InstanceId, NetworkId
-from imdsproxy.core.wire import MAP_CONFLICT, MapValue, render_map_value
+from imdsproxy.core.model import Instance, InstanceId, NetworkId, Upstream
+from imdsproxy.core.upstream import NovaRouting
+from imdsproxy.core.wire import MAP_CONFLICT, EmbeddedRecord, MapRecord, render_map_value
 
 __all__ = [
     "DescriptorBudget",
@@ -38,34 +41,69 @@ def plan_record(
     inventory: Inventory,
     key: AddressKey,
     revisions: Mapping[InstanceId, str],
-    learned: Mapping[AddressKey, InstanceId],
-) -> str | None:
-    """The map value of one address, or `None` where the data plane must not know it.
+    learned: Mapping[AddressKey, Learned],
+    routing: NovaRouting,
+) -> MapRecord | Conflict | None:
+    """The record of one address, or `None` where the data plane must not know it.
 
     Args:
         inventory: Everything known.
         key: The address.
-        revisions: The compiled record of each instance; one that has none cannot be served yet.
-        learned: Link-local addresses that the neighbour table gave to an instance.
+        revisions: The compiled record of each instance whose documents are ours; one that has none cannot be
+            served yet.
+        learned: Addresses that something else than a record gave to an instance.
+        routing: Where requests go whose documents Nova has.
     """
     owner = inventory.owner(key)
     if isinstance(owner, Conflict):
-        return MAP_CONFLICT
-    instance = owner if owner is not None else learned.get(key)
+        return owner
+    place = key
+    if owner is None:
+        entry = learned.get(key)
+        if entry is None:
+            return None
+        owner, place = entry.instance, entry.via or key
+        if entry.via is not None and inventory.owner(entry.via) != owner:
+            return None
+    instance = inventory.instances.get(owner)
     if instance is None:
         return None
-    revision = revisions.get(instance)
-    return None if revision is None else render_map_value(MapValue(instance, revision))
+    if instance.upstream is Upstream.NOVA:
+        project = _project_at(instance, place)
+        return None if project is None else routing.record(key[0], owner, project)
+    revision = revisions.get(owner)
+    return None if revision is None else EmbeddedRecord(owner, revision)
+
+
+def _project_at(instance: Instance, place: AddressKey) -> str | None:
+    """The project of the port that has the address; one learned of a neighbour table has no port's."""
+    network, address = place
+    ports = [port for port in instance.ports if port.network == network]
+    for port in ports:
+        if address in port.addresses or (
+            port.mac is not None and address == link_local_of(port.mac)
+        ):
+            return port.project or instance.project
+    projects = {port.project or instance.project for port in ports}
+    return projects.pop() if len(projects) == 1 else None
 
 
 def plan_records(
     inventory: Inventory,
     keys: Iterable[AddressKey],
     revisions: Mapping[InstanceId, str],
-    learned: Mapping[AddressKey, InstanceId],
+    learned: Mapping[AddressKey, Learned],
+    routing: NovaRouting,
 ) -> dict[str, str | None]:
-    """`plan_record` for many addresses, by map key."""
-    return {record_key(key): plan_record(inventory, key, revisions, learned) for key in keys}
+    """`plan_record` for many addresses: map values by map key."""
+    wanted: dict[str, str | None] = {}
+    for key in keys:
+        record = plan_record(inventory, key, revisions, learned, routing)
+        if isinstance(record, Conflict):
+            wanted[record_key(key)] = MAP_CONFLICT
+        else:
+            wanted[record_key(key)] = None if record is None else render_map_value(record)
+    return wanted
 
 
 _OWN_NAMESPACE = "/proc/self/ns/net"

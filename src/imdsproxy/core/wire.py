@@ -6,19 +6,26 @@ everything the guest sent under any other name than the allow-list has been dele
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, TypeAlias
 
 from imdsproxy.core.model import InstanceId
 
 __all__ = [
+    "EmbeddedRecord",
     "HEADER_ADDRESS",
     "HEADER_INSTANCE",
     "HEADER_NETWORK",
+    "HEADER_RECORD",
     "HEADER_REVISION",
+    "HEADER_SCOPE",
+    "HEADER_TARGET",
     "MAP_CONFLICT",
+    "MAP_NOVA",
     "MAP_TOMBSTONE",
-    "MapValue",
+    "MapRecord",
+    "NovaRecord",
     "RETRY_AFTER_S",
     "parse_map_value",
     "render_map_value",
@@ -29,6 +36,15 @@ HEADER_ADDRESS: Final = "x-imdsproxy-address"
 HEADER_INSTANCE: Final = "x-imdsproxy-instance"
 HEADER_REVISION: Final = "x-imdsproxy-revision"
 
+HEADER_SCOPE: Final = "x-imdsproxy-scope"
+"""To the resolver: `router` where the id in `HEADER_NETWORK` came as a router's, else not there."""
+
+HEADER_TARGET: Final = "x-imdsproxy-target"
+"""To the resolver: path and query as the guest sent them, which no HTTP library changes in a header."""
+
+HEADER_RECORD: Final = "x-imdsproxy-record"
+"""From the resolver back to HAProxy: the record by which a request goes to Nova."""
+
 RETRY_AFTER_S: Final = 1
 """What every 503 tells a client to wait, in seconds: cloud-init's own pace."""
 
@@ -38,23 +54,66 @@ MAP_TOMBSTONE: Final = "-"
 MAP_CONFLICT: Final = "!"
 """Two instances claim the address."""
 
+MAP_NOVA: Final = "@"
+"""How the record of an instance begins whose documents Nova has; no instance's id begins so."""
+
 
 @dataclass(frozen=True, slots=True)
-class MapValue:
-    """What the data plane knows of one (network, address): whose it is, and in which revision."""
+class EmbeddedRecord:
+    """Of one (network, address) whose documents are ours: whose it is, and in which revision."""
 
     instance: InstanceId
     revision: str
 
 
-def render_map_value(value: MapValue) -> str:
-    """The value's one word in a map: `INSTANCE|REVISION`."""
-    return f"{value.instance}|{value.revision}"
+@dataclass(frozen=True, slots=True)
+class NovaRecord:
+    """Of one (network, address) whose documents Nova has: all that a request to Nova is made of.
+
+    Attributes:
+        endpoint_set: Which Nova metadata APIs are asked.
+        project: The port's.
+        signatures: By the secret in force, then, while it is being replaced, by the next one.
+    """
+
+    endpoint_set: str
+    instance: InstanceId
+    project: str
+    signatures: tuple[str, ...]
 
 
-def parse_map_value(text: str) -> MapValue | None:
+MapRecord: TypeAlias = EmbeddedRecord | NovaRecord
+"""What the data plane knows of one (network, address)."""
+
+_NOVA: Final = re.compile(
+    r"@(?P<set>[a-z0-9-]+)\|(?P<instance>[^|]+)\|(?P<project>[^|]+)\|(?P<signatures>[0-9a-f]{64}(?:\|[0-9a-f]{64})?)"
+)
+
+
+def render_map_value(record: MapRecord) -> str:
+    """The record's one word in a map.
+
+    `INSTANCE|REVISION`, or `@ENDPOINT-SET|INSTANCE|PROJECT|SIGNATURE` and perhaps `|NEXT-SIGNATURE`.
+    """
+    if isinstance(record, EmbeddedRecord):
+        return f"{record.instance}|{record.revision}"
+    signatures = "|".join(record.signatures)
+    return f"{MAP_NOVA}{record.endpoint_set}|{record.instance}|{record.project}|{signatures}"
+
+
+def parse_map_value(text: str) -> MapRecord | None:
     """The reverse of `render_map_value`; `None` for a tombstone, a conflict or a foreign word."""
+    if text.startswith(MAP_NOVA):
+        found = _NOVA.fullmatch(text)
+        if found is None:
+            return None
+        return NovaRecord(
+            endpoint_set=found["set"],
+            instance=InstanceId(found["instance"]),
+            project=found["project"],
+            signatures=tuple(found["signatures"].split("|")),
+        )
     instance, separator, revision = text.partition("|")
     if not separator or not instance or not revision:
         return None
-    return MapValue(InstanceId(instance), revision)
+    return EmbeddedRecord(InstanceId(instance), revision)

@@ -9,8 +9,8 @@ from ipaddress import IPv4Address, IPv6Address
 import pytest
 
 from imdsproxy.app.lookup import Lookup
-from imdsproxy.app.record_loop import Learned
 from imdsproxy.app.tickets import Tickets
+from imdsproxy.core.identity import Learned
 from imdsproxy.core.inventory import AddressKey, Inventory, Observation
 from imdsproxy.core.model import (
     Instance,

@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from ipaddress import IPv4Address, IPv6Address
 
 import pytest
 
+from imdsproxy.core.addresses import link_local_of
 from imdsproxy.core.endpoints import Endpoint
 from imdsproxy.core.haproxy.model import Bind
 from imdsproxy.core.hoststate import NamespaceRef
+from imdsproxy.core.identity import Learned
 from imdsproxy.core.inventory import AddressKey, Inventory, Observation
 from imdsproxy.core.model import (
     METADATA_IPV4,
@@ -17,6 +20,7 @@ from imdsproxy.core.model import (
     Network,
     NetworkId,
     Port,
+    Upstream,
 )
 from imdsproxy.core.plan import (
     compute_maxconn,
@@ -28,6 +32,9 @@ from imdsproxy.core.plan import (
     plan_records,
     record_key,
 )
+from imdsproxy.core.signing import sign_instance
+from imdsproxy.core.upstream import EndpointSet, NovaRouting
+from imdsproxy.core.wire import EmbeddedRecord, NovaRecord
 
 _RED = NetworkId("red")
 _ADDRESS = IPv4Address("10.0.0.5")
@@ -48,28 +55,33 @@ def _inventory(*sources: tuple[str, Instance]) -> Inventory:
 
 
 def test_an_address_leads_to_its_instance_in_its_revision() -> None:
-    value = plan_record(_inventory(("a", _instance("web"))), _KEY, {InstanceId("web"): "r1"}, {})
-    assert value == "web|r1"
+    inventory = _inventory(("a", _instance("web")))
+    record = plan_record(inventory, _KEY, {InstanceId("web"): "r1"}, {}, NovaRouting())
+    assert record == EmbeddedRecord(InstanceId("web"), "r1")
 
 
 def test_an_instance_that_is_not_compiled_is_not_known_yet() -> None:
-    assert plan_record(_inventory(("a", _instance("web"))), _KEY, {}, {}) is None
+    inventory = _inventory(("a", _instance("web")))
+    assert plan_record(inventory, _KEY, {}, {}, NovaRouting()) is None
 
 
 def test_an_address_of_two_instances_is_a_conflict_whatever_is_compiled() -> None:
     inventory = _inventory(("a", _instance("web")), ("b", _instance("db")))
     revisions = {InstanceId("web"): "r1", InstanceId("db"): "r2"}
-    assert plan_record(inventory, _KEY, revisions, {}) == "!"
+    assert plan_records(inventory, [_KEY], revisions, {}, NovaRouting()) == {"red/10.0.0.5": "!"}
 
 
 def test_a_learned_address_counts_only_where_no_record_claims_it() -> None:
     inventory = _inventory(("a", _instance("web")))
     revisions = {InstanceId("web"): "r1", InstanceId("db"): "r2"}
-    learned: dict[AddressKey, InstanceId] = {
-        _KEY: InstanceId("db"),
-        (_RED, IPv6Address("fe80::1")): InstanceId("db"),
+    inventory.observe(
+        Observation("a", instances={InstanceId("db"): Instance(InstanceId("db"), "db", "db")})
+    )
+    learned: dict[AddressKey, Learned] = {
+        _KEY: Learned(InstanceId("db"), 1.0),
+        (_RED, IPv6Address("fe80::1")): Learned(InstanceId("db"), 1.0),
     }
-    assert plan_records(inventory, learned, revisions, learned) == {
+    assert plan_records(inventory, learned, revisions, learned, NovaRouting()) == {
         "red/10.0.0.5": "web|r1",
         "red/fe80::1": "db|r2",
     }
@@ -77,7 +89,92 @@ def test_a_learned_address_counts_only_where_no_record_claims_it() -> None:
 
 def test_nobody_s_address_is_to_be_unknown() -> None:
     inventory = _inventory(("a", _instance("web")))
-    assert plan_record(inventory, (_RED, IPv4Address("10.0.0.9")), {}, {}) is None
+    key = (_RED, IPv4Address("10.0.0.9"))
+    assert plan_record(inventory, key, {}, {}, NovaRouting()) is None
+
+
+_ROUTER = NetworkId("router-1")
+_SECRETS = (b"one", b"two")
+_ROUTING = NovaRouting(
+    (
+        EndpointSet("default", _SECRETS[0]),
+        EndpointSet("cell2", _SECRETS[1], b"next", projects=frozenset({"p2"})),
+        EndpointSet(
+            "edge", _SECRETS[1], networks=frozenset({"router-1"}), projects=frozenset({"p3"})
+        ),
+    )
+)
+
+
+def _nova(project: str | None = "p1", port_project: str | None = None) -> Instance:
+    port = Port(_RED, MacAddress("02:00:00:00:00:05"), (_ADDRESS,), port_project)
+    return replace(_instance("vm"), project=project, ports=(port,), upstream=Upstream.NOVA)
+
+
+def test_an_instance_of_nova_needs_no_compiled_record_but_project_and_signature() -> None:
+    record = plan_record(_inventory(("a", _nova())), _KEY, {}, {}, _ROUTING)
+    signature = sign_instance(_SECRETS[0], InstanceId("vm"))
+    assert record == NovaRecord("default", InstanceId("vm"), "p1", (signature,))
+
+
+def test_a_project_s_endpoint_set_is_asked_with_both_secrets_while_they_change() -> None:
+    record = plan_record(_inventory(("a", _nova("p2"))), _KEY, {}, {}, _ROUTING)
+    assert record == NovaRecord(
+        "cell2",
+        InstanceId("vm"),
+        "p2",
+        (sign_instance(b"two", InstanceId("vm")), sign_instance(b"next", InstanceId("vm"))),
+    )
+
+
+def test_the_network_s_endpoint_set_wins_over_the_project_s() -> None:
+    assert _ROUTING.choose(_ROUTER, "p2") == _ROUTING.sets[2]
+    assert _ROUTING.choose(_RED, "p3") == _ROUTING.sets[2]
+    assert _ROUTING.choose(_RED, "p1") == _ROUTING.sets[0]
+
+
+def test_nova_is_told_the_port_s_project_and_not_the_instance_s() -> None:
+    record = plan_record(_inventory(("a", _nova("p1", "p2"))), _KEY, {}, {}, _ROUTING)
+    assert isinstance(record, NovaRecord)
+    assert record.project == "p2"
+    # The link-local address of the port's MAC is the port's too.
+    key = (_RED, link_local_of(MacAddress("02:00:00:00:00:05")))
+    by_mac = plan_record(_inventory(("a", _nova("p1", "p2"))), key, {}, {}, _ROUTING)
+    assert by_mac == record
+
+
+@pytest.mark.parametrize(
+    ("instance", "routing"), [(_nova(None), _ROUTING), (_nova("p1"), NovaRouting())]
+)
+def test_without_project_or_nova_there_is_nothing_to_ask_with(
+    instance: Instance, routing: NovaRouting
+) -> None:
+    assert plan_record(_inventory(("a", instance)), _KEY, {}, {}, routing) is None
+
+
+def test_an_address_behind_a_router_lasts_as_long_as_the_one_in_its_network() -> None:
+    behind: AddressKey = (_ROUTER, _ADDRESS)
+    learned = {behind: Learned(InstanceId("vm"), 1.0, via=_KEY)}
+    inventory = _inventory(("a", _nova("p2")))
+    record = plan_record(inventory, behind, {}, learned, _ROUTING)
+    assert isinstance(record, NovaRecord)
+    # The router's endpoint set, and the project of the port behind it.
+    assert (record.endpoint_set, record.project) == ("edge", "p2")
+    moved = replace(_nova("p2"), ports=(Port(_RED, None, (IPv4Address("10.0.0.6"),)),))
+    inventory.observe(Observation("a", instances={moved.id: moved}))
+    assert plan_record(inventory, behind, {}, learned, _ROUTING) is None
+
+
+def test_a_network_that_a_source_vouches_for_strands_no_port() -> None:
+    inventory = Inventory(["a"])
+    inventory.observe(Observation("a", instances={InstanceId("vm"): _nova()}))
+    assert plan_record(inventory, _KEY, {}, {}, _ROUTING) is None
+    affected = inventory.observe(Observation("a", implied_networks=frozenset({_RED})))
+    assert _KEY in affected.addresses
+    assert isinstance(plan_record(inventory, _KEY, {}, {}, _ROUTING), NovaRecord)
+    gone = inventory.observe(Observation("a"))
+    assert _KEY in gone.addresses
+    assert inventory.owner(_KEY) is None
 
 
 def test_the_key_is_what_haproxy_makes_of_bind_and_source() -> None:

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from imdsproxy.app.record_loop import Learned, RecordLoop
+from imdsproxy.app.record_loop import RecordLoop
 from imdsproxy.core.compiled import CompiledRecord, compile_instance
+from imdsproxy.core.identity import Learned
 from imdsproxy.core.inventory import AddressKey, Inventory, Observation
 from imdsproxy.core.model import (
     Instance,

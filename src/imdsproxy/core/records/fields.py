@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, TypeAlias
 
@@ -193,6 +193,12 @@ class Field:
             self.refuse(f"{quoted(self.value)} is not acceptable", wanted)
             return None
         return self.value
+
+    def one_of(self, words: Sequence[str]) -> str | None:
+        """One of these words."""
+        return self.matched(
+            re.compile("|".join(map(re.escape, words))), f"one of {', '.join(words)}"
+        )
 
     def whole_number(self, lowest: int, highest: int) -> int | None:
         """A whole number within bounds."""

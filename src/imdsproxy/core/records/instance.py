@@ -5,7 +5,15 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Final
 
-from imdsproxy.core.model import Dialect, Instance, IpAddress, MacAddress, NetworkId, Port
+from imdsproxy.core.model import (
+    Dialect,
+    Instance,
+    IpAddress,
+    MacAddress,
+    NetworkId,
+    Port,
+    Upstream,
+)
 from imdsproxy.core.records.fields import Field, LineOf, Path, Refused, root
 from imdsproxy.core.records.network import optional
 from imdsproxy.core.records.payload import ReadFile, parse_user_data, parse_vendor_data
@@ -16,6 +24,7 @@ from imdsproxy.core.records.scalars import (
     parse_instance_id,
     parse_mac,
     parse_network_id,
+    parse_project_id,
 )
 from imdsproxy.core.records.ssh_keys import parse_ssh_keys
 
@@ -38,7 +47,19 @@ _KEYS: Final = (
     "availability_zone",
     "instance_type",
     "dialects",
+    "upstream",
 )
+_DOCUMENTS: Final = (
+    "ssh_keys",
+    "tags",
+    "user_data",
+    "user_data_file",
+    "vendor_data",
+    "availability_zone",
+    "instance_type",
+    "dialects",
+)
+"""What Nova has of its instances itself."""
 _TAG_VALUE: Final = re.compile("[^\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]{0,4096}")
 
 
@@ -66,7 +87,9 @@ def parse_instance(
     instance_id = optional(entries, "id", parse_instance_id)
     name = optional(entries, "name", Field.text)
     hostname = optional(entries, "hostname", parse_hostname)
-    project = optional(entries, "project", Field.text)
+    upstream = _parse_upstream(entries)
+    of_nova = upstream is Upstream.NOVA
+    project = optional(entries, "project", parse_project_id if of_nova else Field.text)
     ports = _parse_ports(entries["ports"]) if "ports" in entries else ()
     ssh_keys = parse_ssh_keys(entries["ssh_keys"]) if "ssh_keys" in entries else ()
     tags = _parse_tags(entries["tags"]) if "tags" in entries else ()
@@ -90,7 +113,21 @@ def parse_instance(
         availability_zone=availability_zone,
         instance_type=instance_type,
         dialects=dialects,
+        upstream=upstream,
     )
+
+
+def _parse_upstream(entries: Mapping[str, Field]) -> Upstream:
+    field = entries.get("upstream")
+    word = None if field is None else field.one_of([upstream.value for upstream in Upstream])
+    upstream = Upstream.EMBEDDED if word is None else Upstream(word)
+    if field is not None and upstream is Upstream.NOVA:
+        if "project" not in entries:
+            field.refuse("needs project", "Nova is told whose instance it is")
+        for key in _DOCUMENTS:
+            if key in entries:
+                entries[key].refuse("does not go with upstream: nova", "Nova has it")
+    return upstream
 
 
 def _parse_ports(field: Field) -> tuple[Port, ...]:
@@ -98,11 +135,12 @@ def _parse_ports(field: Field) -> tuple[Port, ...]:
     addresses: set[tuple[NetworkId, IpAddress]] = set()
     macs: set[tuple[NetworkId, MacAddress]] = set()
     for item in field.items():
-        entries = item.mapping(("network", "mac", "addresses"), required=("network",))
+        entries = item.mapping(("network", "mac", "addresses", "project"), required=("network",))
         if entries is None:
             continue
         network = optional(entries, "network", parse_network_id)
         mac = optional(entries, "mac", parse_mac)
+        project = optional(entries, "project", parse_project_id)
         listed = entries["addresses"].items() if "addresses" in entries else []
         found = [(each, parse_guest_address(each)) for each in listed]
         if network is None:
@@ -116,7 +154,7 @@ def _parse_ports(field: Field) -> tuple[Port, ...]:
                 each.refuse(f"{address} is there twice in network {network}")
             elif address is not None:
                 addresses.add((network, address))
-        ports.append(Port(network, mac, tuple(a for _, a in found if a is not None)))
+        ports.append(Port(network, mac, tuple(a for _, a in found if a is not None), project))
     return tuple(ports)
 
 

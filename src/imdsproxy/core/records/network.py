@@ -10,6 +10,7 @@ from imdsproxy.core.model import (
     Listener,
     NamespaceListener,
     Network,
+    Scope,
     Subnet,
 )
 from imdsproxy.core.records.fields import Field, LineOf, Path, Refused, root
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = ["optional", "parse_network"]
 
-_KEYS: Final = ("id", "name", "project", "listener", "subnets", "mtu")
+_KEYS: Final = ("id", "name", "project", "listener", "subnets", "mtu", "scope")
 _KINDS: Final = ("namespace", "interface", "bridge")
 _LISTENER_KEYS: Final = (*_KINDS, "device", "manage_addresses")
 _LEAST_MTU: Final = 68
@@ -56,9 +57,15 @@ def parse_network(
     project = optional(entries, "project", Field.text)
     subnets = _parse_subnets(entries["subnets"]) if "subnets" in entries else ()
     mtu = optional(entries, "mtu", lambda mtu: mtu.whole_number(_LEAST_MTU, _MOST_MTU))
+    scope = optional(entries, "scope", _parse_scope)
     if findings.problems or network_id is None or listener is None:
         return Refused(tuple(findings.problems), network_id)
-    return Network(network_id, listener, name or "", project, subnets, mtu)
+    return Network(network_id, listener, name or "", project, subnets, mtu, scope or Scope.NETWORK)
+
+
+def _parse_scope(field: Field) -> Scope | None:
+    word = field.one_of([scope.value for scope in Scope])
+    return None if word is None else Scope(word)
 
 
 def optional(entries: Mapping[str, Field], key: str, parse: Callable[[Field], _T]) -> _T | None:

@@ -14,7 +14,9 @@ from imdsproxy.core.model import (
     NamespaceListener,
     Network,
     Port,
+    Scope,
     Subnet,
+    Upstream,
 )
 
 __all__ = ["Json", "render_instance", "render_network", "render_record"]
@@ -40,6 +42,8 @@ def render_network(network: Network) -> dict[str, Json]:
         mapping["subnets"] = [_render_subnet(subnet) for subnet in network.subnets]
     if network.mtu is not None:
         mapping["mtu"] = network.mtu
+    if network.scope is not Scope.NETWORK:
+        mapping["scope"] = network.scope.value
     return mapping
 
 
@@ -69,6 +73,8 @@ def render_instance(instance: Instance) -> dict[str, Json]:
     off = [dialect for dialect in Dialect if dialect not in instance.dialects]
     if off:
         mapping["dialects"] = {dialect.value: False for dialect in off}
+    if instance.upstream is not Upstream.EMBEDDED:
+        mapping["upstream"] = instance.upstream.value
     return mapping
 
 
@@ -103,6 +109,8 @@ def _render_port(port: Port) -> dict[str, Json]:
         mapping["mac"] = port.mac
     if port.addresses:
         mapping["addresses"] = [str(address) for address in port.addresses]
+    if port.project is not None:
+        mapping["project"] = port.project
     return mapping
 
 

@@ -32,6 +32,7 @@ __all__ = [
     "parse_mac",
     "parse_namespace",
     "parse_network_id",
+    "parse_project_id",
 ]
 
 _ID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -57,6 +58,12 @@ def parse_instance_id(field: Field) -> InstanceId | None:
     """An instance's id (`model.InstanceId`)."""
     text = field.matched(_ID, _ID_WANTED)
     return None if text is None else InstanceId(text)
+
+
+def parse_project_id(field: Field) -> str | None:
+    """A project's id as Keystone makes it: it is a header's value and a part of a map's."""
+    text = field.matched(_ID, _ID_WANTED)
+    return None if text is None else sys.intern(text)
 
 
 def parse_namespace(field: Field) -> str | None:
