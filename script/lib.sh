@@ -22,6 +22,7 @@ base_packages=(
 test_packages=(
     wrk:wrk
     ps:procps
+    openssl:openssl
     /usr/lib/systemd/systemd:systemd
 )
 policy_mark='# laid by script/lib.sh of imdsproxy while it installs, in process'

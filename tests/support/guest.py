@@ -131,19 +131,23 @@ class Connection:
         status = int(lines[0].split()[1])
         pairs = (line.partition(":") for line in lines[1:])
         headers = {name.lower(): value.strip() for name, _, value in pairs}
-        if method == "HEAD" or status in (204, 304):
+        if method == "HEAD" or status in (204, 304) or status < 200:
             return Reply(status, headers, b"", head)
         return Reply(status, headers, self._body(headers), head)
+
+    def everything(self) -> bytes:
+        """All bytes until the server closes the connection, exactly as they come."""
+        while more := self._more():
+            self._read += more
+        whole, self._read = self._read, b""
+        return whole
 
     def _body(self, headers: Mapping[str, str]) -> bytes:
         if headers.get("transfer-encoding", "").lower() == "chunked":
             return self._chunks()
         if "content-length" in headers:
             return self._exactly(int(headers["content-length"]))
-        while more := self._more():
-            self._read += more
-        body, self._read = self._read, b""
-        return body
+        return self.everything()
 
     def _chunks(self) -> bytes:
         body = b""

@@ -1,0 +1,476 @@
+"""What guests may send to be taken for somebody else, or to reach another document, and what Nova may see of it.
+
+Each case is the bytes that a guest sends, and the requests that Nova must receive: exactly these, with the
+identity headers that the proxy sets by itself, and nothing else. Where Nova must receive nothing, the proxy
+answers by itself. Sources: RFC 9110, RFC 9112, RFC 3986; OSSA-2013-033, CVE-2013-6419, LP#1865036, and the
+ways in which Neutron's agents and Nova's `nova/api/metadata/handler.py` read these headers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Final
+
+__all__ = [
+    "ENCODED_PATHS",
+    "FORGERIES",
+    "IDENTITY_HEADERS",
+    "OTHER_ADDRESS",
+    "OTHER_INSTANCE",
+    "OTHER_NETWORK",
+    "OTHER_PROJECT",
+    "SPELLINGS",
+    "EncodedPath",
+    "Forgery",
+    "Seen",
+]
+
+OTHER_INSTANCE: Final = "bbbbbbbb-0000-4000-8000-00000000000b"
+OTHER_PROJECT: Final = "22222222222222222222222222222222"
+OTHER_NETWORK: Final = "green"
+OTHER_ADDRESS: Final = "10.0.0.6"
+
+HOST: Final = b"169.254.169.254"
+TARGET: Final = b"/openstack/latest/meta_data.json"
+PASSWORD: Final = b"/openstack/2013-04-04/password"
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """A request that Nova receives.
+
+    Attributes:
+        headers: Those of the guest that are among it, names in lower case; length and coding of a body
+            are not: how it is framed is the proxy's business.
+    """
+
+    method: str = "GET"
+    target: bytes = TARGET
+    headers: tuple[tuple[bytes, bytes], ...] = ()
+    body: bytes = b""
+
+
+@dataclass(frozen=True, slots=True)
+class Forgery:
+    """Something that a guest sends.
+
+    Attributes:
+        data: All of it.
+        seen: What Nova receives of it; nothing where the proxy answers by itself, with 4xx.
+    """
+
+    name: str
+    data: bytes
+    seen: tuple[Seen, ...] = (Seen(),)
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedPath:
+    """A request target.
+
+    Attributes:
+        arrives: As Nova receives it; `None` where the proxy answers by itself, with 4xx.
+    """
+
+    name: str
+    target: bytes
+    arrives: bytes | None
+    method: str = "GET"
+    host: bytes = HOST
+
+    @property
+    def data(self) -> bytes:
+        return b"%s %s HTTP/1.1\r\nHost: %s\r\n\r\n" % (
+            self.method.encode(),
+            self.target,
+            self.host,
+        )
+
+
+IDENTITY_HEADERS: Final[Mapping[str, str]] = {
+    "X-Instance-ID": OTHER_INSTANCE,
+    "X-Instance-ID-Signature": "ab" * 32,
+    "X-Tenant-ID": OTHER_PROJECT,
+    "X-Forwarded-For": OTHER_ADDRESS,
+    "X-Metadata-Provider": "provider",
+    "X-Metadata-Provider-Signature": "cd" * 32,
+    "X-Neutron-Network-ID": OTHER_NETWORK,
+    "X-Neutron-Router-ID": "cccccccc-0000-4000-8000-00000000000c",
+    "X-OVN-Network-ID": OTHER_NETWORK,
+    "X-Imdsproxy-Network": OTHER_NETWORK,
+    "X-Imdsproxy-Address": OTHER_ADDRESS,
+    "X-Imdsproxy-Instance": OTHER_INSTANCE,
+    "X-Imdsproxy-Revision": "0123456789abcdef",
+    "X-Imdsproxy-Record": f"{OTHER_INSTANCE}|0123456789abcdef",
+    "X-Imdsproxy-Scope": "router",
+    "X-Imdsproxy-Target": "http://127.0.0.1:1/",
+    "Forwarded": f"for={OTHER_ADDRESS};host=nova;proto=https",
+    "Via": "1.1 nova",
+    "X-Real-IP": OTHER_ADDRESS,
+    "X-Client-IP": OTHER_ADDRESS,
+    "X-Forwarded-Host": "nova",
+    "X-Forwarded-Proto": "https",
+    "X-Forwarded-Prefix": "/prefix",
+    "X-Original-URL": "/latest/user-data",
+    "X-Rewrite-URL": "/latest/user-data",
+    "X-HTTP-Method-Override": "DELETE",
+    "X-aws-ec2-metadata-token": "AQAEAMfoo==",
+    "X-aws-ec2-metadata-token-ttl-seconds": "21600",
+    "X-Auth-Token": "gAAAAABfoo",
+    "X-Roles": "admin",
+    "X-Identity-Status": "Confirmed",
+    "Authorization": "Basic YTpi",
+    "Cookie": "a=b",
+    "Accept-Encoding": "gzip",
+    "Max-Forwards": "0",
+    "Metadata-Flavor": "Google",
+}
+"""What says who somebody is, or is believed by somebody on the way; Nova may see none of them from a guest."""
+
+
+def _spelled(name: bytes, value: bytes) -> dict[str, tuple[bytes, ...]]:
+    """Ways to write a header down, in each of which some program on the way might know it again."""
+    plain = name + b": " + value
+    one_underscore = name.replace(b"-", b"_", 1)
+    return {
+        "as documented": (plain,),
+        "in lower case": (plain.lower(),),
+        "in upper case": (name.upper() + b": " + value,),
+        "with underscores": (name.replace(b"-", b"_") + b": " + value,),
+        "with one underscore": (one_underscore + b": " + value,),
+        "with underscores beside it": (plain, name.upper().replace(b"-", b"_") + b": " + value),
+        "twice": (plain, plain),
+        "twice with other values": (plain, name + b": x", name.upper() + b": y"),
+        "comma-joined": (name + b": " + value + b", " + value,),
+        "empty": (name + b":",),
+        "empty, then with a value": (name + b":", plain),
+        "without a blank": (name + b":" + value,),
+        "after a tab": (name + b":\t" + value,),
+        "with blanks after it": (plain + b" \t ",),
+        "in quotes": (name + b': "' + value + b'"',),
+        "folded": (name + b":", b" " + value),
+        "folded behind an allowed one": (plain, b"\t" + value),
+        "with bytes above ASCII": (plain + b"\xff\xfe",),
+        "listed in Connection": (plain, b"Connection: keep-alive, " + name),
+        "only listed in Connection": (b"Connection: " + name.lower(),),
+        "listed in Connection first": (b"Connection: close, " + name, plain),
+        "listed in Proxy-Connection": (b"Proxy-Connection: " + name, plain),
+    }
+
+
+_UNDERSCORED: Final = ("with underscores", "with one underscore")
+
+SPELLINGS: Final = tuple(_spelled(b"X", b"y"))
+
+
+def request(
+    *lines: bytes, method: bytes = b"GET", target: bytes = TARGET, body: bytes = b""
+) -> bytes:
+    """A request with a Host and these lines."""
+    head = (method + b" " + target + b" HTTP/1.1", b"Host: " + HOST, *lines)
+    return b"\r\n".join(head) + b"\r\n\r\n" + body
+
+
+def _post(*lines: bytes, body: bytes) -> bytes:
+    return request(*lines, method=b"POST", target=PASSWORD, body=body)
+
+
+def _spellings() -> Iterator[Forgery]:
+    for name, value in IDENTITY_HEADERS.items():
+        for spelling, lines in _spelled(name.encode(), value.encode()).items():
+            if "-" in name or spelling not in _UNDERSCORED:
+                yield Forgery(f"{name} {spelling}", request(*lines))
+
+
+_MALFORMED: Final = {
+    "a blank before the colon": (b"X-Instance-ID : " + OTHER_INSTANCE.encode(),),
+    "a tab before the colon": (b"X-Instance-ID\t: " + OTHER_INSTANCE.encode(),),
+    "a blank before the name": (b"X: y", b"a X-Instance-ID: " + OTHER_INSTANCE.encode()),
+    "no name": (b": " + OTHER_INSTANCE.encode(),),
+    "no colon": (b"X-Instance-ID",),
+    "a NUL in the name": (b"X-Instance-ID\0: x",),
+    "a NUL in the value": (b"X-Instance-ID: \0x",),
+    "bytes above ASCII in the name": (b"X-Instance-\xe9D: x",),
+    "a return in the value": (b"Accept: a\rX-Instance-ID: " + OTHER_INSTANCE.encode(),),
+    "two hosts": (b"Host: nova",),
+    "two lengths": (b"Content-Length: 0", b"Content-Length: 5"),
+    "lengths in a list": (b"Content-Length: 0, 5",),
+    "a signed length": (b"Content-Length: +0",),
+    "a negative length": (b"Content-Length: -1",),
+    "a hexadecimal length": (b"Content-Length: 0x0",),
+    "an empty length": (b"Content-Length:",),
+    "a coding nobody knows": (b"Transfer-Encoding: xchunked",),
+    "chunked twice": (b"Transfer-Encoding: chunked, chunked",),
+    "chunked, then something else": (b"Transfer-Encoding: chunked, identity",),
+    "chunked after a blank before the colon": (b"Transfer-Encoding : chunked",),
+}
+
+_OTHERS: Final = (
+    f"X-Instance-ID: {OTHER_INSTANCE}".encode(),
+    f"X-Tenant-ID: {OTHER_PROJECT}".encode(),
+)
+_BODY: Final = b"a password"
+_CHUNKED: Final = b"a\r\na password\r\n0\r\n"
+_SMUGGLED: Final = request(*_OTHERS, target=b"/smuggled")
+_SENT: Final = Seen("POST", PASSWORD, body=_BODY)
+
+
+def _framing() -> Iterator[Forgery]:
+    """Bodies whose length two programs might read differently."""
+    chunked = b"Transfer-Encoding: chunked"
+    length = b"Content-Length: 10"
+    yield Forgery("a body", _post(length, *_OTHERS, body=_BODY), (_SENT,))
+    yield Forgery("a body in chunks", _post(chunked, *_OTHERS, body=_CHUNKED + b"\r\n"), (_SENT,))
+    yield Forgery(
+        "trailers",
+        _post(chunked, b"Trailer: X-Instance-ID, X-Tenant-ID", b"TE: trailers",
+              body=_CHUNKED + b"\r\n".join(_OTHERS) + b"\r\n\r\n"),
+        (_SENT,),
+    )  # fmt: skip
+    yield Forgery(
+        "trailers that nobody announced",
+        _post(chunked, body=_CHUNKED + b"\r\n".join(_OTHERS) + b"\r\nX_Instance_ID: x\r\n\r\n"),
+        (_SENT,),
+    )
+    yield Forgery(
+        "trailers of a GET",
+        request(chunked, body=_CHUNKED + b"\r\n".join(_OTHERS) + b"\r\n\r\n"),
+        (Seen(body=_BODY),),
+    )
+    yield Forgery(
+        "trailers of nothing",
+        request(chunked, body=b"0\r\n" + b"\r\n".join(_OTHERS) + b"\r\n\r\n"),
+    )
+    yield Forgery(
+        "chunk extensions",
+        _post(chunked, body=b"a;x-instance-id=" + b"b" * 36 + b"\r\na password\r\n0;a=b\r\n\r\n"),
+        (_SENT,),
+    )
+    yield Forgery("chunks in upper case", _post(chunked.upper(), body=_CHUNKED + b"\r\n"), (_SENT,))
+    yield Forgery("a length that is said twice", _post(length, length, body=_BODY), (_SENT,))
+    yield Forgery("a length with zeros", _post(b"Content-Length: 0010", body=_BODY), (_SENT,))
+    yield Forgery(
+        "an underscored coding", _post(length, b"Transfer_Encoding: chunked", body=_BODY), (_SENT,)
+    )
+    yield Forgery(
+        "an underscored length",
+        request(b"Content_Length: %d" % len(_SMUGGLED), body=_SMUGGLED),
+        (Seen(), Seen(target=b"/smuggled")),
+    )
+    yield Forgery(
+        "a request within a body",
+        _post(b"Content-Length: %d" % len(_SMUGGLED), body=_SMUGGLED),
+        (Seen("POST", PASSWORD, body=_SMUGGLED),),
+    )
+    yield Forgery(
+        "a request behind another",
+        request() + _SMUGGLED,
+        (Seen(), Seen(target=b"/smuggled")),
+    )
+    yield Forgery(
+        "a body of a GET",
+        request(b"Content-Length: %d" % len(_SMUGGLED), body=_SMUGGLED),
+        (Seen(body=_SMUGGLED),),
+    )
+    yield Forgery(
+        "a length and chunks",
+        _post(b"Content-Length: 4", chunked, body=_CHUNKED + b"\r\n" + _SMUGGLED),
+        (_SENT,),
+    )
+    yield Forgery(
+        "chunks and a length",
+        _post(chunked, b"Content-Length: %d" % (len(_SMUGGLED) + 22), body=_CHUNKED + b"\r\n" + _SMUGGLED),
+        (_SENT,),
+    )  # fmt: skip
+    for name, size in {"a size of words": b"zz", "a negative size": b"-1", "a size with a sign": b"+a",
+                       "a hexadecimal size": b"0xa", "an endless size": b"f" * 17}.items():  # fmt: skip
+        yield Forgery(
+            f"{name} of a chunk", _post(chunked, body=size + b"\r\na password\r\n0\r\n\r\n"), ()
+        )
+
+
+def _switches() -> Iterator[Forgery]:
+    """Requests to speak another protocol, or to wait."""
+    yield Forgery(
+        "an upgrade to h2c",
+        request(b"Connection: Upgrade, HTTP2-Settings", b"Upgrade: h2c", b"HTTP2-Settings: AAMAAABkAAQAAP__"),
+    )  # fmt: skip
+    yield Forgery(
+        "an upgrade to WebSocket",
+        request(b"Connection: Upgrade", b"Upgrade: websocket", b"Sec-WebSocket-Version: 13",
+                b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ=="),
+    )  # fmt: skip
+    yield Forgery("an upgrade to TLS", request(b"Connection: Upgrade", b"Upgrade: TLS/1.2"))
+    yield Forgery("TE", request(b"TE: trailers, deflate", b"Connection: TE"))
+    yield Forgery("keep-alive", request(b"Keep-Alive: timeout=1000", b"Connection: keep-alive"))
+    yield Forgery(
+        "an expectation with its body",
+        _post(b"Expect: 100-continue", b"Content-Length: 10", body=_BODY),
+        (_SENT,),
+    )
+    yield Forgery("an expectation without a body", request(b"Expect: 100-continue"))
+    yield Forgery("an unknown expectation", request(b"Expect: x-instance-id"))
+    yield Forgery(
+        "the preface of HTTP/2", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\4\0\0\0\0\0", ()
+    )
+    yield Forgery("CONNECT", b"CONNECT 127.0.0.1:80 HTTP/1.1\r\nHost: 127.0.0.1:80\r\n\r\n", ())
+    yield Forgery("TRACE", request(*_OTHERS, method=b"TRACE"), ())
+    yield Forgery("a method in lower case", request(method=b"get"), ())
+    yield Forgery("HTTP/0.9", b"GET " + TARGET + b"\r\n\r\n", ())
+    # HAProxy speaks to a server as old as the guest does, and says itself that it keeps connections.
+    kept = (Seen(headers=((b"connection", b"keep-alive"),)),)
+    yield Forgery("HTTP/1.0", b"GET " + TARGET + b" HTTP/1.0\r\n\r\n", kept)
+    yield Forgery(
+        "HTTP/1.0 with a Host", b"GET " + TARGET + b" HTTP/1.0\r\nHost: nova:8775\r\n\r\n", kept
+    )
+    yield Forgery("HTTP/1.2", b"GET " + TARGET + b" HTTP/1.2\r\nHost: x\r\n\r\n")
+
+
+def _hosts() -> Iterator[Forgery]:
+    """Hosts: Nova must never be told the guest's word."""
+    for name, host in {
+        "Nova's own host": b"127.0.0.1:8775",
+        "another host": b"nova.internal",
+        "a host in brackets": b"[fe80::a9fe:a9fe]",
+        "an empty host": b"",
+        "a host in upper case": b"METADATA.GOOGLE.INTERNAL",
+    }.items():
+        data = b"GET %s HTTP/1.1\r\nHost: %s\r\n\r\n" % (TARGET, host)
+        yield Forgery(name, data)
+    yield Forgery("no host", b"GET " + TARGET + b" HTTP/1.1\r\nAccept: a/b\r\n\r\n",
+                  (Seen(headers=((b"accept", b"a/b"),)),))  # fmt: skip
+
+
+_ALLOWED: Final = (
+    (b"Accept", b"text/plain, */*;q=0.1"),
+    (b"User-Agent", b"Cloud-Init/25.1 \xe4\xff"),
+    (b"If-None-Match", b'"abc", W/"d"'),
+    (b"If-Modified-Since", b"Thu, 01 Jan 1970 00:00:00 GMT"),
+    (b"If-Range", b'"abc"'),
+    (b"Range", b"bytes=0-1,5-"),
+    (b"Content-Type", b"application/x-www-form-urlencoded; charset=utf-8"),
+)
+
+
+def _allowed() -> Iterator[Forgery]:
+    """What passes, so that nothing else rides on it."""
+    lines = tuple(name + b": " + value for name, value in _ALLOWED)
+    pairs = tuple((name.lower(), value) for name, value in _ALLOWED)
+    yield Forgery("all that is allowed", request(*lines), (Seen(headers=pairs),))
+    for name, value in _ALLOWED:
+        seen = Seen(headers=((name.lower(), value),))
+        yield Forgery(f"{name.decode()} alone", request(name + b": " + value), (seen,))
+        yield Forgery(
+            f"{name.decode()} in upper case", request(name.upper() + b":" + value), (seen,)
+        )
+        underscored = name.replace(b"-", b"_")
+        if underscored != name:
+            yield Forgery(f"{name.decode()} with underscores", request(underscored + b": " + value))
+    yield Forgery(
+        "Acceptance", request(b"Acceptance: x", b"X-Accept: y", b"If: x", b"If-: y", b"Ranges: z")
+    )
+    yield Forgery(
+        "a forgery folded into what is allowed",
+        request(b"Accept: a/b", b" X-Instance-ID: " + OTHER_INSTANCE.encode()),
+        (Seen(headers=((b"accept", b"a/b   X-Instance-ID: " + OTHER_INSTANCE.encode()),)),),
+    )
+
+
+def _forgeries() -> Iterator[Forgery]:
+    yield Forgery("nothing", request())
+    yield from _spellings()
+    yield Forgery(
+        "all at once",
+        request(*(f"{name}: {value}".encode() for name, value in IDENTITY_HEADERS.items())),
+    )
+    for name, lines in _MALFORMED.items():
+        yield Forgery(name, request(*lines), ())
+    yield from _framing()
+    yield from _switches()
+    yield from _hosts()
+    yield from _allowed()
+
+
+FORGERIES: Final = tuple(_forgeries())
+"""Every one of them, for a guest whose own request is for `TARGET` or `PASSWORD`."""
+
+
+def _same(name: str, target: bytes) -> EncodedPath:
+    return EncodedPath(name, target, target)
+
+
+ENCODED_PATHS: Final = (
+    _same("an encoded slash", b"/openstack%2Flatest%2fmeta_data.json"),
+    _same("an encoded question mark", b"/openstack/latest/a%3Fb%3f=c"),
+    _same("an encoded percent sign", b"/openstack/%252Flatest/%25"),
+    _same("encoded dots", b"/openstack/latest/%2e%2e/%2E%2e/user_data"),
+    _same("half-encoded dots", b"/openstack/latest/.%2e/%2e./user_data"),
+    _same("encoded letters", b"/%6Fpenstack/l%61test/meta_data.json"),
+    _same("an encoded NUL", b"/openstack/latest/a%00b"),
+    _same("an encoded line end", b"/openstack/latest/a%0d%0aX-Instance-ID:%20b"),
+    _same("bytes that are not UTF-8", b"/openstack/latest/%ff%FE%c3%28"),
+    _same("UTF-8", b"/openstack/latest/%c3%a4%E2%82%AC"),
+    _same("an encoded blank", b"/openstack/latest/a%20b+c"),
+    _same("an encoded hash", b"/openstack/latest/a%23b"),
+    _same("an encoded backslash", b"/openstack/latest/..%5C..%5cuser_data"),
+    _same("a percent sign at the end", b"/openstack/latest/a%"),
+    _same("half an escape", b"/openstack/latest/a%2"),
+    _same("no escape", b"/openstack/latest/a%zz%%"),
+    _same("two slashes", b"/openstack//latest///meta_data.json"),
+    _same("two slashes at the beginning", b"//openstack/latest/meta_data.json"),
+    _same("another host behind two slashes", b"//elsewhere.example/latest/user-data"),
+    _same("a dot", b"/openstack/./latest/./meta_data.json"),
+    _same("two dots", b"/openstack/latest/../../latest/user-data"),
+    _same("two dots at the end", b"/openstack/latest/.."),
+    _same("three dots", b"/openstack/.../latest"),
+    _same("a slash at the end", b"/openstack/latest/"),
+    _same("the root", b"/"),
+    _same("parameters", b"/openstack;a=b/latest;c/meta_data.json;d=e;f"),
+    _same("a plus sign", b"/openstack/latest/a+b"),
+    _same("other marks", b"/openstack/latest/!$&'()*,:@=~-._"),
+    _same("marks that should be encoded", b'/openstack/latest/"<>[]^`{|}\\'),
+    _same("an empty query", b"/openstack/latest/meta_data.json?"),
+    _same("a query", b"/openstack/latest/meta_data.json?a=b&c=d;e&&=&f"),
+    _same("a query with escapes", b"/latest/user-data?a=%2f%3F%00%ff%&b=%zz+c"),
+    _same("a query with question marks", b"/latest/user-data??a=?b??"),
+    _same("a query with slashes", b"/latest?/../../openstack//latest/./"),
+    _same("a query with a URL", b"/latest?u=http://elsewhere.example/a?b"),
+    _same("a query with odd marks", b'/latest?"<>[]^`{|}\\'),
+    _same("the map's own marks", b"/openstack/%7C|!-/latest?a|b"),
+    _same("a long path", b"/openstack/" + b"a" * 7000),
+    _same("a long query", b"/openstack/latest?" + b"b%2F" * 1700),
+    _same("another version", b"/openstack/2999-01-01/meta_data.json"),
+    _same("our own health", b"/livez"),
+    EncodedPath("absolute form", b"http://169.254.169.254/openstack/a%2Fb?x", b"/openstack/a%2Fb?x"),
+    EncodedPath("absolute form of another host", b"http://other/path?x", b"/path?x", host=b"other"),
+    EncodedPath("absolute form with a port", b"http://other:80/a//b", b"/a//b", host=b"other:80"),
+    EncodedPath("absolute form over TLS", b"https://other/latest/..", b"/latest/..", host=b"other"),
+    EncodedPath("absolute form in upper case", b"HTTP://other/latest/%2e", b"/latest/%2e", host=b"other"),
+    EncodedPath("absolute form without a path", b"http://other", b"/", host=b"other"),
+    EncodedPath("absolute form with only a query", b"http://other?x=/y", None, host=b"other"),
+    EncodedPath("absolute form with an empty query", b"http://other/latest?", b"/latest?", host=b"other"),
+    EncodedPath("absolute form with two slashes", b"http://other//latest//a", b"//latest//a", host=b"other"),
+    EncodedPath(
+        "absolute form in absolute form", b"http://other/http://third/a?b", b"/http://third/a?b", host=b"other"
+    ),
+    EncodedPath(
+        "absolute form of an IPv6 address", b"http://[fe80::a9fe:a9fe]/latest", b"/latest", host=b"[fe80::a9fe:a9fe]"
+    ),
+    EncodedPath("another host in target and Host", b"http://other/latest", None, host=b"third"),
+    EncodedPath("an asterisk", b"*", b"*", method="OPTIONS"),
+    EncodedPath("an asterisk that is no option", b"*", None),
+    EncodedPath("a relative path", b"openstack/latest", None),
+    EncodedPath("a query alone", b"?a=b", None),
+    EncodedPath("a fragment", b"/openstack/latest#user-data", None),
+    EncodedPath("bytes above ASCII", b"/openstack/\xc3\xa4\xff", None),
+    EncodedPath("bytes above ASCII in the query", b"/openstack?\xff", None),
+    EncodedPath("a NUL", b"/openstack/\0", None),
+    EncodedPath("a blank", b"/openstack/a b", None),
+    EncodedPath("a tab", b"/openstack/a\tb", None),
+    EncodedPath("a line end", b"/openstack/a\nb", None),
+    EncodedPath("a return", b"/openstack/a\rb", None),
+    EncodedPath("a delete", b"/openstack/a\x7fb", None),
+    EncodedPath("a target that is too long", b"/" + b"a" * 20_000, None),
+)  # fmt: skip
+"""Targets that programs on the way decode, collapse or cut, and what Nova must receive of them."""
