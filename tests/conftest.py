@@ -1,0 +1,34 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from support.openstack.lab import OpenStack, open_openstack
+
+# The first test that uses it pays for its start, and once in a checkout for its installation.
+_OPENSTACK_S = 300
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        uses = "openstack" in getattr(item, "fixturenames", ())
+        if uses and item.get_closest_marker("timeout") is None:
+            item.add_marker(pytest.mark.timeout(_OPENSTACK_S))
+
+
+@pytest.fixture(scope="session")
+def openstack() -> Iterator[OpenStack]:
+    """Genuine Nova and Neutron, one of each for all tests; both run at the beginning of each test."""
+    with open_openstack() as lab:
+        yield lab
+
+
+@pytest.fixture(autouse=True)
+def _openstack_mended(request: pytest.FixtureRequest) -> Iterator[None]:
+    if "openstack" not in request.fixturenames:
+        yield
+        return
+    lab: OpenStack = request.getfixturevalue("openstack")
+    yield
+    lab.heal()

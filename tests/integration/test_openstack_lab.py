@@ -1,0 +1,210 @@
+"""The lab is what it is taken for: genuine Nova and Neutron, with everybody of the table in them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from support.openstack.lab import FrontKind, OpenStack
+from support.openstack.neutron_rest import ask
+from support.openstack.table import BLUE, INSTANCES, LOOKUP_NAMES, PORTS, RED, Instance
+
+by_name = pytest.mark.parametrize("one", INSTANCES, ids=lambda one: one.name)
+
+
+@pytest.mark.parametrize("name", LOOKUP_NAMES)
+def test_nova_says_of_each_row_what_the_table_says(openstack: OpenStack, name: str) -> None:
+    row = openstack.lookup(name)
+    if row.nova_status is None:
+        assert (row.instance, row.device_id) == (None, "")
+        return
+    target = "/openstack/latest/meta_data.json"
+    answer = openstack.ask_nova(row.device_id, row.project_id, target, address=row.address)
+
+    assert answer.status == row.nova_status
+    if row.instance is not None:
+        said = json.loads(answer.body)
+        wanted = row.instance
+        assert (said["uuid"], said["project_id"]) == (wanted.uuid, wanted.project_id)
+        assert said["hostname"] == f"{wanted.name}.novalocal"
+
+
+@by_name
+def test_nova_has_the_user_data_byte_for_byte(openstack: OpenStack, one: Instance) -> None:
+    answer = openstack.ask_nova(one, path="/latest/user-data")
+
+    if one.user_data is None:
+        assert answer.status == 404
+    else:
+        assert (answer.status, answer.body) == (200, one.user_data)
+
+
+@by_name
+def test_nova_has_keys_metadata_and_addresses(openstack: OpenStack, one: Instance) -> None:
+    said = json.loads(openstack.ask_nova(one, path="/openstack/latest/meta_data.json").body)
+    first = openstack.ask_nova(one, path="/latest/meta-data/local-ipv4")
+
+    assert list(said.get("public_keys", {})) == ([f"key-{one.name}"] if one.keyed else [])
+    assert said.get("meta", {}) == one.metadata
+    assert bool(said["devices"]) is one.tagged
+    assert first.body.decode() in [port.plan.addresses[0] for port in openstack.ports_of(one)]
+
+
+def test_nova_knows_the_floating_address(openstack: OpenStack) -> None:
+    answer = openstack.ask_nova(INSTANCES[0], path="/latest/meta-data/public-ipv4")
+
+    assert answer.body.decode() == openstack.seed.floating_address
+
+
+def test_nova_refuses_a_wrong_secret(openstack: OpenStack) -> None:
+    answer = openstack.ask_nova(INSTANCES[0], secret="another")
+
+    assert (answer.status, b"Invalid proxy request signature" in answer.body) == (403, True)
+
+
+def test_nova_does_not_know_an_instance_in_another_project(openstack: OpenStack) -> None:
+    assert openstack.ask_nova(INSTANCES[0], RED).status == 404
+
+
+def test_two_novas_want_different_secrets(openstack: OpenStack) -> None:
+    with openstack.another_nova(secret="another") as other:
+        new = openstack.ask_nova(INSTANCES[0], secret="another", url=other.url)
+        old = openstack.ask_nova(INSTANCES[0], url=other.url)
+
+    assert (new.status, old.status) == (200, 403)
+    assert not other.server.running
+
+
+def test_neutron_lists_the_ports_of_the_table(openstack: OpenStack) -> None:
+    listed = {one["id"]: one for one in openstack.rest.list("port")}
+
+    assert len(openstack.seed.ports) == len(PORTS)
+    for port in openstack.seed.ports:
+        one = listed[port.id]
+        addresses = tuple(fixed["ip_address"] for fixed in one["fixed_ips"])
+        assert set(addresses) == set(port.plan.addresses)
+        assert (one["device_id"], one["project_id"]) == (port.device_id, port.plan.project_id)
+        assert one["mac_address"] == port.plan.mac
+
+
+def test_a_port_is_made_moved_and_taken_away(openstack: OpenStack) -> None:
+    uuid = INSTANCES[0].uuid
+    made = openstack.create_port("net-green", "10.0.0.90", device_id=uuid, project_id=BLUE)
+    moved = openstack.update_port(made["id"], fixed_ips=[{"ip_address": "10.0.0.91"}])
+
+    assert [one["ip_address"] for one in moved["fixed_ips"]] == ["10.0.0.91"]
+    assert moved["binding:vif_type"] == "ovs"
+    found = openstack.rest.list("port", network_id=made["network_id"], device_id=uuid)
+    assert [one["id"] for one in found] == [made["id"]]
+    openstack.delete_port(made["id"])
+    assert openstack.rest.list("port", id=made["id"]) == ()
+
+
+def test_what_a_test_has_made_and_ended_is_mended(openstack: OpenStack) -> None:
+    made = openstack.create_port("net-green", device_id="x", project_id=BLUE)
+    openstack.nova.server.kill()
+    openstack.neutron.pause()
+    openstack.heal()
+
+    assert openstack.rest.list("port", id=made["id"]) == ()
+    assert openstack.ask_nova(INSTANCES[0]).status == 200
+
+
+def test_a_killed_nova_refuses_connections_and_comes_back_at_its_port(openstack: OpenStack) -> None:
+    url = openstack.nova_url
+    openstack.nova.server.kill()
+    with pytest.raises(ConnectionRefusedError):
+        ask(url, "GET", "/")
+    openstack.nova.server.start()
+
+    assert (openstack.ask_nova(INSTANCES[0]).status, openstack.nova_url) == (200, url)
+
+
+def test_a_paused_nova_takes_connections_and_does_not_answer(openstack: OpenStack) -> None:
+    openstack.nova.server.pause()
+    with pytest.raises(TimeoutError):
+        ask(openstack.nova_url, "GET", "/", timeout_s=0.5)
+    openstack.nova.server.resume()
+
+    assert openstack.ask_nova(INSTANCES[0]).status == 200
+
+
+def test_a_restarted_neutron_has_the_same_ports(openstack: OpenStack) -> None:
+    before = {one["id"] for one in openstack.rest.list("port")}
+    pid = openstack.neutron.pid
+    openstack.neutron.restart()
+
+    assert {one["id"] for one in openstack.rest.list("port")} == before
+    assert openstack.neutron.pid != pid
+
+
+@pytest.mark.parametrize("name", LOOKUP_NAMES)
+def test_neutrons_own_agent_agrees_with_the_table(openstack: OpenStack, name: str) -> None:
+    row = openstack.lookup(name)
+    headers = (row.scope_header, ("X-Forwarded-For", row.address))
+    path = "/latest/meta-data/hostname"
+    answer = openstack.ask_agent(path, headers=headers)
+
+    if row.instance is None:
+        assert answer.status == 404
+    else:
+        assert (answer.status, answer.body.decode()) == (200, f"{row.instance.name}.novalocal")
+
+
+@pytest.mark.parametrize(
+    ("kind", "rules"),
+    [
+        (
+            "network",
+            ["del-header X-Neutron-Router-ID", "set-header X-Neutron-Network-ID {ident}"],
+        ),
+        (
+            "router",
+            ["del-header X-Neutron-Network-ID", "set-header X-Neutron-Router-ID {ident}"],
+        ),
+        ("ovn", ["add-header X-OVN-Network-ID {ident}"]),
+    ],
+)
+def test_neutrons_code_writes_a_front_that_haproxy_takes(
+    openstack: OpenStack, kind: FrontKind, rules: list[str], tmp_path: Path
+) -> None:
+    ids = openstack.seed.routers if kind == "router" else openstack.seed.networks
+    ident = ids["r-blue" if kind == "router" else "net-blue"]
+    text = openstack.neutron_front_config(
+        kind, ident, socket=tmp_path / "metadata_proxy", bind_address="127.0.0.1", port=9697
+    )
+    file = tmp_path / "front.conf"
+    file.write_text(text)
+    done = subprocess.run(
+        ["/usr/bin/env", "haproxy", "-c", "-f", str(file)],
+        capture_output=True,
+        check=False,
+        timeout=20,
+    )
+
+    lines = [line.strip() for line in text.splitlines()]
+    assert [line for line in lines if line.startswith("http-request")] == [
+        f"http-request {rule.format(ident=ident)}" for rule in rules
+    ]
+    assert "bind 127.0.0.1:9697" in lines
+    assert done.returncode == 0, done.stderr.decode()
+
+
+def test_the_lab_can_be_used_by_openstacksdk(openstack: OpenStack) -> None:
+    assert openstack.neutron_url in openstack.clouds_yaml.read_text()
+    versions = json.loads(ask(openstack.neutron_url, "GET", "/").body)
+
+    assert [one["id"] for one in versions["versions"]] == ["v2.0"]
+
+
+def test_nobody_listens_where_a_lab_was(openstack: OpenStack) -> None:
+    with openstack.another_nova() as other:
+        pid, url = other.server.pid, other.url
+        assert Path(f"/proc/{pid}").exists()
+    with pytest.raises(ConnectionRefusedError):
+        ask(url, "GET", "/")
+
+    assert not Path(f"/proc/{pid}").exists()

@@ -1,0 +1,158 @@
+"""Neutron's REST API, as far as tests and the seed need it; and plain HTTP/1.1 for asking anyone anything."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import socket
+import urllib.parse
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+__all__ = ["Answer", "NeutronRest", "Refused", "ask"]
+
+Shape = dict[str, Any]
+
+_TIMEOUT_S: Final = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """An HTTP answer, its body complete and as it was on the wire apart from chunks."""
+
+    status: int
+    reason: str
+    headers: tuple[tuple[str, str], ...]
+    body: bytes
+
+    def header(self, name: str) -> str | None:
+        """The first header of that name, in any case."""
+        return next((value for key, value in self.headers if key.lower() == name.lower()), None)
+
+
+class Refused(Exception):
+    """Neutron did not do what it was asked."""
+
+    def __init__(self, method: str, path: str, answer: Answer) -> None:
+        super().__init__(f"{method} {path}: {answer.status} {answer.body.decode(errors='replace')}")
+        self.answer = answer
+
+
+def ask(
+    url: str,
+    method: str,
+    target: str,
+    *,
+    headers: Iterable[tuple[str, str]] = (),
+    body: bytes | None = None,
+    timeout_s: float = _TIMEOUT_S,
+) -> Answer:
+    """One request on a connection of its own, the target as it is given.
+
+    Args:
+        url: `http://HOST:PORT`, or `unix:PATH`.
+        target: Path and query, neither decoded nor encoded.
+        headers: Beside Host, and Content-Length where there is a body.
+
+    Raises:
+        OSError: It cannot be reached, or does not answer in time.
+        http.client.HTTPException: The answer is none, or is not complete.
+    """
+    connection = _connection(url, timeout_s)
+    try:
+        connection.putrequest(method, target, skip_accept_encoding=True)
+        for name, value in headers:
+            connection.putheader(name, value.encode())
+        if body is not None:
+            connection.putheader("Content-Length", str(len(body)))
+        connection.endheaders(body)
+        answer = connection.getresponse()
+        return Answer(answer.status, answer.reason, tuple(answer.getheaders()), answer.read())
+    finally:
+        connection.close()
+
+
+def _connection(url: str, timeout_s: float) -> http.client.HTTPConnection:
+    if url.startswith("unix:"):
+        return _UnixConnection(url.removeprefix("unix:"), timeout_s)
+    place = urllib.parse.urlsplit(url)
+    return http.client.HTTPConnection(place.hostname or "", place.port, timeout=timeout_s)
+
+
+class _UnixConnection(http.client.HTTPConnection):
+    def __init__(self, path: str, timeout_s: float) -> None:
+        super().__init__("metadata", timeout=timeout_s)
+        self._path = path
+        self._timeout_s = timeout_s
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.settimeout(self._timeout_s)
+        self.sock.connect(self._path)
+
+
+class NeutronRest:
+    """The lab's Neutron; every caller is an administrator.
+
+    Args:
+        url: The root, without `/v2.0`.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+
+    def create(self, kind: str, **attributes: object) -> Shape:
+        """Makes one.
+
+        Args:
+            kind: In the singular, as in a body: `network`, `port`, `security_group`.
+            attributes: As in the API reference; `__` stands for the colon (`binding__host_id`).
+
+        Raises:
+            Refused: Neutron says no.
+        """
+        made = self.send("POST", _path(kind), {kind: _named(attributes)})[kind]
+        assert isinstance(made, dict)
+        return made
+
+    def update(self, kind: str, ident: str, **attributes: object) -> Shape:
+        made = self.send("PUT", f"{_path(kind)}/{ident}", {kind: _named(attributes)})[kind]
+        assert isinstance(made, dict)
+        return made
+
+    def delete(self, kind: str, ident: str) -> None:
+        self.send("DELETE", f"{_path(kind)}/{ident}")
+
+    def list(self, kind: str, **filters: str) -> tuple[Shape, ...]:
+        """All of a kind that the filters let through, each as Neutron shows it."""
+        query = urllib.parse.urlencode(filters)
+        found = self.send("GET", _path(kind) + (f"?{query}" if query else ""))
+        return tuple(found[_plural(kind)])
+
+    def send(self, method: str, path: str, body: Mapping[str, object] | None = None) -> Shape:
+        """One request below `/v2.0`; the answer's JSON, empty if it has none."""
+        answer = ask(
+            self.url,
+            method,
+            f"/v2.0{path}",
+            headers=(("Content-Type", "application/json"),),
+            body=None if body is None else json.dumps(body).encode(),
+        )
+        if answer.status >= 300:
+            raise Refused(method, path, answer)
+        shape = json.loads(answer.body) if answer.body else {}
+        assert isinstance(shape, dict)
+        return shape
+
+
+def _plural(kind: str) -> str:
+    return f"{kind}s"
+
+
+def _path(kind: str) -> str:
+    return "/" + _plural(kind).replace("_", "-")
+
+
+def _named(attributes: Mapping[str, object]) -> Shape:
+    return {name.replace("__", ":"): value for name, value in attributes.items()}

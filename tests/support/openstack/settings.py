@@ -1,0 +1,122 @@
+"""The configuration files of the lab's Nova, Neutron and metadata agent. Pure.
+
+Databases are named relative to the directory in which the servers run: what was made in one directory works in
+another, also the cells' connections, which Nova keeps in its database.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+__all__ = ["render_agent", "render_clouds", "render_neutron", "render_nova"]
+
+VENDOR_DATA = '{"lab": {"vendor": "static vendor data"}}'
+
+
+def render_neutron(*, paste: Path) -> str:
+    """neutron.conf: REST API alone; every caller is admin, and ports bind although no agent runs."""
+    return f"""\
+[DEFAULT]
+host = lab
+auth_strategy = noauth
+core_plugin = ml2
+service_plugins = router
+transport_url = fake://
+api_paste_config = {paste}
+state_path = .
+dns_domain = lab.example.
+notify_nova_on_port_status_changes = false
+notify_nova_on_port_data_changes = false
+dhcp_agent_notification = false
+# The one Open vSwitch agent is a row whose heartbeat lies in the future: it stays alive, so that ports bind.
+agent_down_time = 2147483
+use_stderr = true
+[database]
+connection = sqlite:///db/neutron.sqlite
+sqlite_synchronous = false
+[oslo_concurrency]
+lock_path = lock
+[oslo_messaging_notifications]
+driver = noop
+[quotas]
+default_quota = -1
+quota_network = -1
+quota_subnet = -1
+quota_port = -1
+quota_router = -1
+quota_security_group = -1
+quota_security_group_rule = -1
+[ml2]
+type_drivers = local,flat,vlan,vxlan
+tenant_network_types = vxlan
+mechanism_drivers = openvswitch
+extension_drivers = port_security,dns
+[ml2_type_vxlan]
+vni_ranges = 1:1000
+[securitygroup]
+enable_security_group = true
+"""
+
+
+def render_nova(*, neutron_port: int, secret: str, cache_s: int) -> str:
+    """nova.conf of one metadata API.
+
+    Args:
+        neutron_port: Where Neutron listens on loopback; Nova asks it for security groups on every request.
+        cache_s: For how long Nova keeps an instance's documents; its own default is 15, 0 is not at all.
+    """
+    return f"""\
+[DEFAULT]
+host = lab
+my_ip = 127.0.0.1
+transport_url = fake://
+state_path = .
+use_stderr = true
+[api]
+metadata_cache_expiration = {cache_s}
+dhcp_domain = novalocal
+vendordata_providers = StaticJSON
+vendordata_jsonfile_path = etc/vendor_data.json
+[api_database]
+connection = sqlite:///db/nova_api.sqlite
+sqlite_synchronous = false
+[database]
+connection = sqlite:///db/nova_cell1.sqlite
+sqlite_synchronous = false
+[neutron]
+auth_type = none
+endpoint_override = http://127.0.0.1:{neutron_port}
+service_metadata_proxy = true
+metadata_proxy_shared_secret = {secret}
+[oslo_concurrency]
+lock_path = lock
+[oslo_messaging_notifications]
+driver = noop
+"""
+
+
+def render_agent(*, socket: Path, nova_port: int, secret: str) -> str:
+    """metadata_agent.ini of Neutron's own agent."""
+    return f"""\
+[DEFAULT]
+metadata_proxy_socket = {socket}
+nova_metadata_host = 127.0.0.1
+nova_metadata_port = {nova_port}
+metadata_proxy_shared_secret = {secret}
+metadata_workers = 2
+[AGENT]
+report_interval = 0
+"""
+
+
+def render_clouds(*, neutron_url: str) -> str:
+    """clouds.yaml for openstacksdk, cloud `lab`.
+
+    The override is the root: with `/v2.0` openstacksdk's version discovery finds nothing.
+    """
+    return f"""\
+clouds:
+  lab:
+    auth_type: none
+    network_endpoint_override: {neutron_url}
+"""

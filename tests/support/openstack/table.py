@@ -1,0 +1,367 @@
+"""Who lives where in the lab: what is sown in Neutron and Nova, and what an agent must find there.
+
+Pure. Neutron chooses the ids of networks, routers and ports, so they are in a `Seed`; everything else is known
+beforehand, so that tests can be parametrized with `LOOKUP_NAMES`.
+"""
+
+from __future__ import annotations
+
+import gzip
+import ipaddress
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Final
+
+__all__ = [
+    "BLUE",
+    "INSTANCES",
+    "LOOKUP_NAMES",
+    "NETWORKS",
+    "PORTS",
+    "PUBLIC_KEY",
+    "RED",
+    "ROUTERS",
+    "Instance",
+    "Lookup",
+    "NetworkPlan",
+    "Port",
+    "PortPlan",
+    "RouterPlan",
+    "Seed",
+    "link_local",
+    "lookups_of",
+]
+
+BLUE: Final = "b1000000000040008000000000000001"
+RED: Final = "b2000000000040008000000000000002"
+PUBLIC_KEY: Final = (
+    "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIMetadataMetadataMetadataMetadataMetadata00 lab@example"
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Instance:
+    """An instance that Nova knows.
+
+    Attributes:
+        user_data: Exactly what the guest must read; None is a 404.
+        metadata: Key and value, as `openstack server set --property` would.
+        keyed: With an SSH key.
+        tagged: Its first network device has a tag, so that it is in `devices`.
+    """
+
+    name: str
+    uuid: str
+    project_id: str
+    user_data: bytes | None = None
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    keyed: bool = False
+    tagged: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NetworkPlan:
+    name: str
+    project_id: str
+    cidr4: str
+    cidr6: str | None = None
+    external: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RouterPlan:
+    name: str
+    project_id: str
+    networks: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PortPlan:
+    """A port as it is sown.
+
+    Attributes:
+        device_id: The instance's uuid, or what stands there instead; `{network_id}` is filled in.
+        groups: Names of security groups; None for the project's default group.
+    """
+
+    network: str
+    addresses: tuple[str, ...]
+    mac: str
+    project_id: str
+    device_id: str = ""
+    device_owner: str = ""
+    groups: tuple[str, ...] | None = None
+
+    @property
+    def link_local(self) -> str:
+        return link_local(self.mac)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Port:
+    """A port as Neutron has it."""
+
+    id: str
+    network_id: str
+    device_id: str
+    plan: PortPlan
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Seed:
+    """What Neutron has made of the plans.
+
+    Attributes:
+        networks, routers: Name to id.
+        subnets: `<network>-v4` and `<network>-v6` to id.
+        floating_address: Of blue-1.
+    """
+
+    networks: Mapping[str, str]
+    routers: Mapping[str, str]
+    subnets: Mapping[str, str]
+    ports: tuple[Port, ...]
+    floating_address: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lookup:
+    """One row of the table of truth: who asks from this address, in this network or behind this router.
+
+    Attributes:
+        scope: Name of the network or router.
+        network_id, router_id: Exactly one is set.
+        instance: Who it is; None where nobody must get anything.
+        device_id, project_id: Of the port, if there is one.
+        nova_status: What Nova answers for device and project; None where there is nothing to ask Nova.
+    """
+
+    scope: str
+    network_id: str | None
+    router_id: str | None
+    address: str
+    instance: Instance | None
+    device_id: str
+    project_id: str
+    nova_status: int | None
+
+    @property
+    def name(self) -> str:
+        return f"{self.scope} {self.address}"
+
+    @property
+    def scope_header(self) -> tuple[str, str]:
+        """What Neutron's proxies say of where a request comes from."""
+        if self.network_id is not None:
+            return ("X-Neutron-Network-ID", self.network_id)
+        return ("X-Neutron-Router-ID", self.router_id or "")
+
+
+def link_local(mac: str) -> str:
+    """The EUI-64 address of a MAC (RFC 4291, appendix A); an agent finds such a port by its MAC."""
+    octets = bytearray.fromhex(mac.replace(":", ""))
+    octets[0] ^= 2
+    packed = b"\xfe\x80" + bytes(6) + bytes(octets[:3]) + b"\xff\xfe" + bytes(octets[3:])
+    return str(ipaddress.IPv6Address(packed))
+
+
+NETWORKS: Final = (
+    NetworkPlan(name="net-ext", project_id=BLUE, cidr4="203.0.113.0/24", external=True),
+    NetworkPlan(name="net-blue", project_id=BLUE, cidr4="10.0.0.0/24", cidr6="fd00:1::/64"),
+    NetworkPlan(name="net-blue2", project_id=BLUE, cidr4="10.0.1.0/24"),
+    # The same range as net-blue in the same project, and no router.
+    NetworkPlan(name="net-green", project_id=BLUE, cidr4="10.0.0.0/24"),
+    NetworkPlan(name="net-red", project_id=RED, cidr4="10.0.0.0/24", cidr6="fd00:1::/64"),
+)
+
+ROUTERS: Final = (
+    RouterPlan(name="r-blue", project_id=BLUE, networks=("net-blue", "net-blue2")),
+    RouterPlan(name="r-red", project_id=RED, networks=("net-red",)),
+)
+
+_BLUE_1: Final = Instance(
+    name="blue-1",
+    uuid="aaaaaaaa-0001-4000-8000-000000000001",
+    project_id=BLUE,
+    user_data=b'#cloud-config\nhostname: blue-1\nruncmd:\n  - [echo, "blue one"]\n',
+    metadata={"role": "db", "colour": "blue"},
+    keyed=True,
+)
+_BLUE_2: Final = Instance(
+    name="blue-2",
+    uuid="aaaaaaaa-0002-4000-8000-000000000002",
+    project_id=BLUE,
+    user_data=bytes(range(256)) * 8,
+    tagged=True,
+)
+_BLUE_3: Final = Instance(
+    name="blue-3", uuid="aaaaaaaa-0003-4000-8000-000000000003", project_id=BLUE
+)
+_GREEN_1: Final = Instance(
+    name="green-1",
+    uuid="cccccccc-0001-4000-8000-000000000001",
+    project_id=BLUE,
+    user_data="#cloud-config\n# gr\u00fcn \u2603\n".encode(),
+    metadata={"colour": "green"},
+    keyed=True,
+)
+_RED_1: Final = Instance(
+    name="red-1",
+    uuid="bbbbbbbb-0001-4000-8000-000000000001",
+    project_id=RED,
+    # Nova takes 65,535 characters of base64.
+    user_data=b"#!/bin/sh\n# " + b"0123456789abcdef" * 3070,
+    metadata={"role": "web", "colour": "red", "unicode": "r\u00f6d \u2603"},
+    keyed=True,
+)
+_RED_2: Final = Instance(
+    name="red-2",
+    uuid="bbbbbbbb-0002-4000-8000-000000000002",
+    project_id=RED,
+    user_data=gzip.compress(b"#!/bin/sh\necho red two\n", mtime=0),
+)
+INSTANCES: Final = (_BLUE_1, _BLUE_2, _BLUE_3, _GREEN_1, _RED_1, _RED_2)
+
+_GHOST: Final = "dddddddd-0001-4000-8000-000000000001"
+# One MAC in three networks: their link-local addresses overlap, too.
+_SHARED_MAC: Final = "fa:16:3e:00:00:05"
+
+
+def _of(
+    instance: Instance,
+    network: str,
+    *addresses: str,
+    mac: str,
+    groups: tuple[str, ...] | None = None,
+) -> PortPlan:
+    return PortPlan(
+        network=network,
+        addresses=addresses,
+        mac=mac,
+        project_id=instance.project_id,
+        device_id=instance.uuid,
+        device_owner="compute:nova",
+        groups=groups,
+    )
+
+
+_GUEST_PORTS: Final = (
+    _of(_BLUE_1, "net-blue", "10.0.0.5", "fd00:1::5", mac=_SHARED_MAC),
+    _of(_BLUE_2, "net-blue", "10.0.0.6", mac="fa:16:3e:00:00:06", groups=("web",)),
+    _of(_BLUE_2, "net-blue2", "10.0.1.6", mac="fa:16:3e:00:01:06", groups=("web",)),
+    _of(_BLUE_3, "net-blue2", "10.0.1.7", "10.0.1.8", mac="fa:16:3e:00:01:07"),
+    _of(_GREEN_1, "net-green", "10.0.0.5", mac=_SHARED_MAC),
+    _of(_RED_1, "net-red", "10.0.0.5", "fd00:1::5", mac=_SHARED_MAC),
+    _of(_RED_2, "net-red", "10.0.0.6", mac="fa:16:3e:00:00:06"),
+)
+
+_BARE_PORTS: Final = (
+    # A device that Nova does not know.
+    PortPlan(
+        network="net-blue",
+        addresses=("10.0.0.66",),
+        mac="fa:16:3e:00:00:66",
+        project_id=BLUE,
+        device_id=_GHOST,
+        device_owner="compute:nova",
+    ),
+    # No device at all.
+    PortPlan(
+        network="net-blue", addresses=("10.0.0.77",), mac="fa:16:3e:00:00:77", project_id=BLUE
+    ),
+    # OVN's own port for metadata.
+    PortPlan(
+        network="net-blue",
+        addresses=("10.0.0.2",),
+        mac="fa:16:3e:00:00:02",
+        project_id=BLUE,
+        device_id="ovnmeta-{network_id}",
+        device_owner="network:distributed",
+    ),
+    # Another project's instance on a port of this project: Nova must refuse.
+    PortPlan(
+        network="net-blue",
+        addresses=("10.0.0.88",),
+        mac="fa:16:3e:00:00:88",
+        project_id=BLUE,
+        device_id=_RED_2.uuid,
+        device_owner="compute:nova",
+        groups=(),
+    ),
+)
+PORTS: Final = (*_GUEST_PORTS, *_BARE_PORTS)
+
+# Addresses that no port has, though another network may have them.
+_NOBODY: Final = (
+    ("net-blue", "10.0.0.250"),
+    ("net-green", "10.0.0.6"),
+    ("net-green", "fd00:1::5"),
+    ("net-red", "10.0.0.66"),
+)
+_NOBODY_BEHIND: Final = (
+    ("r-blue", "10.0.0.250"),
+    ("r-red", "10.0.1.7"),
+    ("r-red", "10.0.0.66"),
+)
+
+
+def lookups_of(seed: Seed) -> tuple[Lookup, ...]:
+    """Every row, with the ids that Neutron chose."""
+    return tuple(_rows(seed))
+
+
+def _rows(seed: Seed) -> Iterator[Lookup]:
+    for plan in PORTS:
+        network_id = seed.networks[plan.network]
+        for address in _addresses(plan):
+            yield _row(plan.network, network_id, None, address, plan)
+    for name, address in _NOBODY:
+        yield _row(name, seed.networks[name], None, address, None)
+    for router in ROUTERS:
+        for plan in PORTS:
+            if plan.network in router.networks:
+                network_id = seed.networks[plan.network]
+                for address in _addresses(plan):
+                    yield _row(router.name, network_id, seed.routers[router.name], address, plan)
+    for name, address in _NOBODY_BEHIND:
+        yield _row(name, "", seed.routers[name], address, None)
+
+
+def _addresses(plan: PortPlan) -> tuple[str, ...]:
+    return (*plan.addresses, plan.link_local)
+
+
+def _row(
+    scope: str, network_id: str, router_id: str | None, address: str, plan: PortPlan | None
+) -> Lookup:
+    instance = None
+    if plan is not None:
+        instance = next(
+            (
+                one
+                for one in INSTANCES
+                if (one.uuid, one.project_id) == (plan.device_id, plan.project_id)
+            ),
+            None,
+        )
+    device_id = "" if plan is None else plan.device_id.format(network_id=network_id)
+    return Lookup(
+        scope=scope,
+        network_id=network_id if router_id is None else None,
+        router_id=router_id,
+        address=address,
+        instance=instance,
+        device_id=device_id,
+        project_id="" if plan is None else plan.project_id,
+        nova_status=None if not device_id else 404 if instance is None else 200,
+    )
+
+
+_ANY: Final = Seed(
+    networks={plan.name: "" for plan in NETWORKS},
+    routers={plan.name: "" for plan in ROUTERS},
+    subnets={},
+    ports=(),
+    floating_address="",
+)
+LOOKUP_NAMES: Final = tuple(row.name for row in lookups_of(_ANY))
