@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Final
 
 import pytest
-from pydantic import BaseModel
 
 from imdsproxy.cli.main import main
 from imdsproxy.config.schema import Settings
+from imdsproxy.config.shape import spot_at
 from imdsproxy.core.endpoints import LeftOutCode
 from imdsproxy.dataplane.layout import Layout
 from imdsproxy.errors import __all__ as error_names
@@ -104,14 +104,7 @@ def test_every_setting_that_is_named_exists(page: Path) -> None:
 
 
 def has_setting(name: str) -> bool:
-    model: type[BaseModel] = Settings
-    *path, last = name.split(".")
-    for part in path:
-        found = model.model_fields[part].annotation if part in model.model_fields else None
-        if not (isinstance(found, type) and issubclass(found, BaseModel)):
-            return False
-        model = found
-    return last in model.model_fields
+    return spot_at(name.split(".")) is not None
 
 
 @pages

@@ -20,7 +20,8 @@ from imdsproxy.admin.refusals import status_of
 from imdsproxy.cli.exitcodes import EXIT_STATUSES, errors_by_status
 from imdsproxy.cli.main import app
 from imdsproxy.config.schema import Settings
-from imdsproxy.config.words import iterate_settings, render_value
+from imdsproxy.config.takes import render_value
+from imdsproxy.config.words import Setting, iterate_inner_settings, iterate_settings
 from imdsproxy.core.endpoints import LeftOutCode
 from imdsproxy.errors import ImdsproxyError
 
@@ -32,13 +33,18 @@ _MADE: Final = "<!-- Made by `python -m imdsproxy.cli.docgen`; edit the code ins
 _SETTINGS: Final = """\
 One YAML file, `/etc/imdsproxy/imdsproxy.yaml` or the one of `--config`; the `*.yaml` files of
 `conf.d/` beside it are merged over it in the order of their names, and over both the environment:
-`IMDSPROXY_SECTION__FIELD` (`null` for null). No other variable is a setting. Unknown keys, keys
-that stand twice, and values of the wrong type are refused, all at once, each with its file and
-line. `imdsproxy config sample` prints a file with every default, `config show --origin` where each
-value in force was written, `config schema` a JSON Schema.
+`IMDSPROXY_SECTION__FIELD` (`null` for null; JSON for a mapping, as
+`IMDSPROXY_NOVA__ENDPOINT_SETS`). No other variable is a setting. Mappings are merged key by key,
+lists are replaced. Unknown keys, keys that stand twice, and values of the wrong type are refused,
+all at once, each with its file and line. `imdsproxy config sample` prints a file with every
+default, `config show --origin` where each value in force was written, `config schema` a JSON
+Schema.
 
 A change of a setting takes nothing, is taken over live, reloads HAProxy (without losing a request),
 or takes a restart of the process concerned. `imdsproxy reload` (or SIGHUP) says which."""
+
+_INNER: Final = """\
+Inside it, `NAME` stands for a name that you choose and `[N]` for one item of a list:"""
 
 _CLI: Final = """\
 `--config`, `--socket` and `--json` may stand before the command's name or after it. Output is a
@@ -81,19 +87,27 @@ def render_settings_page() -> str:
     lines = _head("Settings", _SETTINGS)
     for name, field in Settings.model_fields.items():
         lines += ["", f"## {name}", "", field.description or "", ""]
-        rows = [
-            (
-                f"`{setting.path}`",
-                f"`{render_value(setting.default)}`",
-                setting.takes,
-                setting.change.value,
-                setting.description,
-            )
-            for setting in iterate_settings()
-            if setting.path.startswith(f"{name}.")
-        ]
-        lines += _table(("setting", "default", "takes", "a change takes", "what it is"), rows)
+        lines += _settings_table(iterate_settings(), name)
+        inner = _settings_table(iterate_inner_settings(), name)
+        if inner:
+            lines += ["", _INNER, "", *inner]
     return _page(lines)
+
+
+def _settings_table(settings: Iterable[Setting], section: str) -> list[str]:
+    rows = [
+        (
+            f"`{setting.path}`",
+            "required" if setting.required else f"`{render_value(setting.default)}`",
+            setting.takes,
+            setting.change.value,
+            setting.description,
+        )
+        for setting in settings
+        if setting.path.startswith(f"{section}.")
+    ]
+    titles = ("setting", "default", "takes", "a change takes", "what it is")
+    return _table(titles, rows) if rows else []
 
 
 def render_cli_page() -> str:

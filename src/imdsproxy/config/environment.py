@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import difflib
-from typing import TYPE_CHECKING, Final
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Final
 
 from pydantic_settings import BaseSettings, EnvSettingsSource, SettingsConfigDict
 from pydantic_settings.sources.utils import parse_env_vars
 
 from imdsproxy.config.schema import Settings
-from imdsproxy.config.words import iterate_settings
-from imdsproxy.errors import Problem
+from imdsproxy.config.words import Setting, iterate_settings
+from imdsproxy.config.yaml_document import parse_yaml
+from imdsproxy.errors import ConfigError, Problem
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -44,11 +46,45 @@ class _GivenEnvironment(EnvSettingsSource):
         )
 
 
-def read_environment(environment: Mapping[str, str]) -> Mapping[str, object]:
-    """The settings that `environment` overrides, by section, converted where possible."""
-    known = {setting.variable for setting in iterate_settings()}
-    given = {name: value for name, value in environment.items() if name in known}
-    return _GivenEnvironment(given)() if given else {}
+def read_environment(
+    environment: Mapping[str, str],
+) -> tuple[Mapping[str, object], list[Problem]]:
+    """The settings that `environment` overrides, by section, converted where possible.
+
+    A mapping is written as JSON, or as the YAML that a file would have; one that is neither is a
+    problem, and left out.
+    """
+    settings = {setting.variable: setting for setting in iterate_settings()}
+    mappings = {name for name, setting in settings.items() if isinstance(setting.default, dict)}
+    given = {name: value for name, value in environment.items() if name in settings}
+    plain = {name: value for name, value in given.items() if name not in mappings}
+    values = dict(_GivenEnvironment(plain)()) if plain else {}
+    problems: list[Problem] = []
+    for name in sorted(given.keys() & mappings):
+        try:
+            # Not pydantic's reading: it takes the last of two equal keys, and NaN.
+            _put(values, settings[name].path, parse_yaml(given[name], name).data)
+        except ConfigError as error:
+            problems.extend(_problems(settings[name], error))
+    return values, problems
+
+
+def _problems(setting: Setting, error: ConfigError) -> list[Problem]:
+    """Why a mapping's variable is refused; it is one line, so its lines say nothing."""
+    if not error.problems:
+        hint = f"takes {setting.takes}, as JSON"
+        return [Problem(setting.path, error.message, hint, setting.variable)]
+    return [
+        replace(problem, field=f"{setting.path}.{problem.field}", line=None)
+        for problem in error.problems
+    ]
+
+
+def _put(values: dict[str, Any], path: str, value: object) -> None:
+    *sections, last = path.split(".")
+    for name in sections:
+        values = values.setdefault(name, {})
+    values[last] = value
 
 
 def unknown_variables(environment: Mapping[str, str]) -> list[Problem]:

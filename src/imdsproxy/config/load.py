@@ -1,7 +1,7 @@
 """Settings from one YAML file, the `conf.d/` beside it, and the environment; all problems at once.
 
 Later wins: defaults, the file, `conf.d/*.yaml` in the order of their names, environment. Mappings
-are merged key by key, everything else is replaced.
+are merged key by key, everything else (lists too) is replaced.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Final, TypeAlias
 from pydantic import ValidationError
 
 from imdsproxy.config.schema import Settings
+from imdsproxy.config.tree import walk_values
 from imdsproxy.config.words import explain_finding, iterate_settings
 from imdsproxy.config.yaml_document import YamlDocument, parse_yaml
 from imdsproxy.errors import ConfigError, ConfigInvalid, ConfigUnreadable, Problem
@@ -81,7 +82,8 @@ def load_settings(
         raise _invalid(problems) from error
     if problems:
         raise _invalid(problems)
-    leaves = {setting.path for setting in iterate_settings()}
+    nodes = walk_values(settings.model_dump(mode="json"))
+    leaves = {node.path for node in nodes if node.setting is not None}
     origins = {path: origin for path, origin in merged.origins.items() if path in leaves}
     return Loaded(settings, origins, tuple(files))
 
@@ -171,13 +173,29 @@ def _merge(
         here = f"{prefix}{name}"
         old = into.get(name)
         if not (isinstance(value, Mapping) and isinstance(old, Mapping)):
-            origins[here] = origin_of(here)
+            _forget(origins, here)
+            _remember(origins, here, value, origin_of)
         if isinstance(value, Mapping):
             target = dict(old) if isinstance(old, dict) else {}
             into[name] = target
             _merge(target, value, f"{here}.", origins, origin_of)
         else:
             into[name] = value
+
+
+def _forget(origins: dict[str, Origin], here: str) -> None:
+    """What is replaced takes along the origins of its parts."""
+    for path in [path for path in origins if path.startswith((f"{here}.", f"{here}["))]:
+        del origins[path]
+
+
+def _remember(origins: dict[str, Origin], here: str, value: object, origin_of: _OriginOf) -> None:
+    """Where `value` is written, and each part of a list; a mapping's parts are merged one by one."""
+    origins[here] = origin_of(here)
+    for index, item in enumerate(value if isinstance(value, list) else ()):
+        _remember(origins, f"{here}[{index}]", item, origin_of)
+        for name, part in item.items() if isinstance(item, Mapping) else ():
+            _remember(origins, f"{here}[{index}].{name}", part, origin_of)
 
 
 def _merge_environment(merged: _Merged, environment: Mapping[str, str]) -> list[Problem]:
@@ -189,14 +207,24 @@ def _merge_environment(merged: _Merged, environment: Mapping[str, str]) -> list[
     variables = {setting.path: setting.variable for setting in iterate_settings()}
 
     def origin_of(where: str) -> Origin:
+        while where and where not in variables:
+            where = _outside(where)
         return Origin(variables.get(where, "environment"))
 
-    _merge(merged.values, read_environment(environment), "", merged.origins, origin_of)
-    return unknown_variables(environment)
+    values, problems = read_environment(environment)
+    _merge(merged.values, values, "", merged.origins, origin_of)
+    return [*problems, *unknown_variables(environment)]
 
 
 def _problems(error: ValidationError, origins: Mapping[str, Origin]) -> list[Problem]:
-    return [_problem(detail, origins) for detail in error.errors()]
+    details = error.errors()
+    # pydantic counts the items that it took: a list whose items are refused is not too short.
+    refused = {loc[:depth] for loc in (one["loc"] for one in details) for depth in range(len(loc))}
+    return [
+        _problem(detail, origins)
+        for detail in details
+        if not (detail["type"] == "too_short" and detail["loc"] in refused)
+    ]
 
 
 def _problem(detail: ErrorDetails, origins: Mapping[str, Origin]) -> Problem:
@@ -216,5 +244,10 @@ def _nearest(path: str, origins: Mapping[str, Origin]) -> Origin | None:
     while path:
         if path in origins:
             return origins[path]
-        path = path.rpartition(".")[0]
+        path = _outside(path)
     return None
+
+
+def _outside(path: str) -> str:
+    """The path of what `path` is a part of; empty at the root."""
+    return path[: max(path.rfind("."), path.rfind("["), 0)]

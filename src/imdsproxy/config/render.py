@@ -7,11 +7,12 @@ import textwrap
 from typing import TYPE_CHECKING, Final
 
 from imdsproxy.config.change import Change
-from imdsproxy.config.schema import Section, Settings
-from imdsproxy.config.words import Setting, iterate_settings, render_value, subsection
+from imdsproxy.config.schema import Settings
+from imdsproxy.config.takes import render_value
+from imdsproxy.config.tree import Node, walk_values
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
     from imdsproxy.config.load import Loaded
 
@@ -30,30 +31,25 @@ _CHANGE: Final[Mapping[Change, str]] = {
 
 def render_settings(loaded: Loaded, *, with_origin: bool = False) -> str:
     """The settings in force as YAML that loads back equal; with the origin of each as a comment."""
-    values = loaded.settings.model_dump(mode="json")
-
-    def comment(setting: Setting) -> str:
-        origin = loaded.origins.get(setting.path)
-        return "default" if origin is None else str(origin)
-
     lines = []
-    for line, setting in _tree(values):
-        if with_origin and setting is not None:
-            lines.append(f"{line.ljust(_ORIGIN_COLUMN)} # {comment(setting)}")
+    for node, line in _lines(walk_values(loaded.settings.model_dump(mode="json"))):
+        if with_origin and not node.opens:
+            origin = loaded.origins.get(node.path, "default")
+            lines.append(f"{line.ljust(_ORIGIN_COLUMN)} # {origin}")
         else:
             lines.append(line)
     return "\n".join(lines) + "\n"
 
 
 def settings_by_origin(loaded: Loaded) -> dict[str, dict[str, object]]:
-    """`{path: {"value": …, "origin": …}}`, for programs."""
-    values = loaded.settings.model_dump(mode="json")
+    """`{path: {"value": …, "origin": …}}`, for programs; of mappings and lists also each part's."""
     return {
-        setting.path: {
-            "value": _at(values, setting.path),
-            "origin": str(loaded.origins.get(setting.path, "default")),
+        node.path: {
+            "value": node.value,
+            "origin": str(loaded.origins.get(node.path, "default")),
         }
-        for setting in iterate_settings()
+        for node in walk_values(loaded.settings.model_dump(mode="json"))
+        if node.setting is not None
     }
 
 
@@ -70,50 +66,63 @@ def render_sample() -> str:
         "# IMDSPROXY_SECTION__FIELD in the environment over both.",
     )
     lines = [*head]
-    for line, setting in _tree(Settings().model_dump(mode="json")):
+    for node, line in _lines(walk_values(Settings().model_dump(mode="json"))):
         indent = " " * (len(line) - len(line.lstrip()))
-        if setting is None:
-            lines.extend(["", f"{indent}# {_section_words(line.strip(' :'))}", line])
-            continue
-        for words in (setting.description, f"Takes {setting.takes}. {_CHANGE[setting.change]}"):
-            lines.extend(
-                textwrap.wrap(
-                    words, _WIDTH, initial_indent=f"{indent}# ", subsequent_indent=f"{indent}# "
-                )
-            )
+        if node.opens:
+            lines.extend(["", f"{indent}# {node.description}"])
+        lines.extend(_words(node, indent))
         lines.append(line)
+        lines.extend(_example(node, indent))
     return "\n".join(lines) + "\n"
 
 
-def _tree(values: Mapping[str, object]) -> Iterator[tuple[str, Setting | None]]:
-    """The settings as YAML lines, each with what it sets; `None` with a section's line."""
-    opened: list[str] = []
-    for setting in iterate_settings():
-        *sections, name = setting.path.split(".")
-        common = 0
-        while common < min(len(opened), len(sections)) and opened[common] == sections[common]:
-            common += 1
-        for depth in range(common, len(sections)):
-            yield f"{'  ' * depth}{sections[depth]}:", None
-        opened = sections
-        value = render_value(_at(values, setting.path))
-        yield f"{'  ' * len(sections)}{name}: {value}", setting
+def _lines(nodes: Iterable[Node]) -> Iterator[tuple[Node, str]]:
+    """Each node that has a line in YAML, with it."""
+    begins = False
+    for node in nodes:
+        last = node.place[-1]
+        if isinstance(last, int):
+            begins = True  # an item has no line of its own: its first setting has the dash
+            continue
+        indent = 2 * (len(node.place) - 1)
+        lead = " " * indent if not begins else " " * (indent - 2) + "- "
+        begins = False
+        value = "" if node.opens else f" {render_value(node.value)}"
+        yield node, f"{lead}{render_value(last)}:{value}"
 
 
-def _section_words(name: str) -> str:
-    waiting: list[type[Section]] = [Settings]
-    while waiting:
-        section = waiting.pop()
-        for field_name, field in section.model_fields.items():
-            inner = subsection(field)
-            if inner is not None and field_name == name:
-                return field.description or ""
-            if inner is not None:
-                waiting.append(inner)
-    return ""
+def _words(node: Node, indent: str) -> list[str]:
+    """What a setting is for, as comments."""
+    setting = node.setting
+    if setting is None:
+        return []
+    takes = f"Takes {setting.takes}. {_CHANGE[setting.change]}"
+    return [
+        line
+        for words in (setting.description, takes)
+        for line in textwrap.wrap(
+            words, _WIDTH, initial_indent=f"{indent}# ", subsequent_indent=f"{indent}# "
+        )
+    ]
 
 
-def _at(tree: object, path: str) -> object:
-    for name in path.split("."):
-        tree = tree[name] if isinstance(tree, dict) else None
-    return tree
+def _example(node: Node, indent: str) -> list[str]:
+    """The schema's example of a mapping that is empty by default, as comments."""
+    setting = node.setting
+    if setting is None or setting.example is None:
+        return []
+    section, name = node.path.split(".")
+    filled = Settings.model_validate({section: {name: setting.example}}, strict=False)
+    inside = [
+        one
+        for one in walk_values(filled.model_dump(mode="json"))
+        if one.place[: len(node.place)] == node.place
+    ]
+    lines = [f"{indent}# For example, with every setting that it can have:"]
+    for one, line in _lines(inside):
+        bare = line[len(indent) :]
+        depth = " " * (len(bare) - len(bare.lstrip()))
+        if one.place != node.place:
+            lines.extend(_words(one, f"{indent}# {depth}"))
+        lines.append(f"{indent}# {bare}")
+    return [*lines, ""]  # or it would run into the next setting's words

@@ -8,23 +8,25 @@ from this file, so what is said here is what operators read.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    PlainSerializer,
-    Strict,
-    WithJsonSchema,
-    model_validator,
-)
-from pydantic_core import PydanticCustomError
+from pydantic import model_validator
 
 from imdsproxy.config.change import Change
-from imdsproxy.config.endpoint import Endpoint, parse_endpoint
+from imdsproxy.config.endpoint import Endpoint
+from imdsproxy.config.neutron import NeutronSourceSettings
+from imdsproxy.config.nova import NovaSettings
+from imdsproxy.config.section import (
+    AbsolutePath,
+    AccountName,
+    HostEndpoint,
+    Section,
+    UnitName,
+    cross,
+    section,
+    setting,
+)
+from imdsproxy.config.unix_listener import UnixListenerSettings
 
 __all__ = [
     "AdminSettings",
@@ -52,82 +54,22 @@ _SUPERVISOR_WORDS = (
 )
 
 
-def _absolute(path: Path) -> Path:
-    if not path.is_absolute():
-        raise PydanticCustomError("path", "{path} is not an absolute path", {"path": str(path)})
-    return path
-
-
-def _endpoint(value: object) -> object:
-    if not isinstance(value, str):
-        return value
-    try:
-        return parse_endpoint(value)
-    except ValueError as error:
-        raise PydanticCustomError("endpoint", "{why}", {"why": str(error)}) from None
-
-
-AbsolutePath = Annotated[Path, Strict(strict=False), AfterValidator(_absolute)]
-HostEndpoint = Annotated[
-    Endpoint,
-    BeforeValidator(_endpoint),
-    PlainSerializer(str, return_type=str),
-    WithJsonSchema({"type": "string", "examples": ["127.0.0.1:9465", "[::1]:9465"]}),
-]
-AccountName = Annotated[str, Field(pattern=r"^[a-z_][a-z0-9_-]{0,30}\$?$")]
-UnitName = Annotated[str, Field(pattern=r"^[A-Za-z0-9:_.@-]{1,200}\.service$")]
-
-
-def _setting(
-    default: object,
-    description: str,
-    change: Change,
-    *,
-    ge: float | None = None,
-    le: float | None = None,
-    pattern: str | None = None,
-    min_length: int | None = None,
-) -> Any:  # noqa: ANN401 - as pydantic's Field: it takes the type it stands beside
-    """One documented field; the limits are pydantic's own."""
-    return Field(
-        default=default,
-        description=description,
-        json_schema_extra={"change": change.value},
-        ge=ge,
-        le=le,
-        pattern=pattern,
-        min_length=min_length,
-    )
-
-
-def _section(description: str, model: type[Section]) -> Any:  # noqa: ANN401 - as above
-    return Field(default_factory=model, description=description)
-
-
-class Section(BaseModel):
-    """What all sections share: frozen, no unknown keys, no silent conversions."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=True, validate_default=True, allow_inf_nan=False
-    )
-
-
 class PathsSettings(Section):
     """Where imdsproxy keeps its files."""
 
-    runtime_dir: AbsolutePath = _setting(
+    runtime_dir: AbsolutePath = setting(
         Path("/run/imdsproxy"),
         "Directory of HAProxy's configuration, maps and all sockets. On tmpfs, because all of it "
         "is made again from the sources after a boot.",
         Change.RESTART,
     )
-    state_dir: AbsolutePath = _setting(
+    state_dir: AbsolutePath = setting(
         Path("/var/lib/imdsproxy"),
         "Directory of what has to outlive a boot: the SQLite store, compiled records, guests' "
         "passwords.",
         Change.RESTART,
     )
-    netns_dir: AbsolutePath = _setting(
+    netns_dir: AbsolutePath = setting(
         Path("/run/netns"),
         "Directory of the named network namespaces. iproute2 and HAProxy have this one built in; "
         "change it only for tests.",
@@ -138,19 +80,19 @@ class PathsSettings(Section):
 class HaproxySettings(Section):
     """The one HAProxy that answers every guest."""
 
-    binary: str = _setting(
+    binary: str = setting(
         "haproxy",
         "Program to run, 3.0 or later: a name looked up in PATH, or an absolute path.",
         Change.RESTART,
         min_length=1,
     )
-    user: AccountName = _setting(
+    user: AccountName = setting(
         "haproxy",
         "Account of the worker once its sockets are bound. Debian's package makes this one.",
         Change.RELOAD,
     )
-    group: AccountName = _setting("haproxy", "Group of the worker.", Change.RELOAD)
-    nbthread: int = _setting(
+    group: AccountName = setting("haproxy", "Group of the worker.", Change.RELOAD)
+    nbthread: int = setting(
         1,
         "Threads of the worker. One answers more than 10,000 requests/s, was faster than two on "
         "two shared cores, and leaves the others to guests.",
@@ -158,7 +100,7 @@ class HaproxySettings(Section):
         ge=1,
         le=64,
     )
-    maxconn_per_network: int = _setting(
+    maxconn_per_network: int = setting(
         200,
         "Connections that one network may have open at once, so that no network can take all. "
         "Guests open few: cloud-init uses one at a time.",
@@ -166,7 +108,7 @@ class HaproxySettings(Section):
         ge=1,
         le=100_000,
     )
-    maxconn: int = _setting(
+    maxconn: int = setting(
         0,
         "Connections in all; 0 computes it from the number of networks and the limit on open "
         "files. HAProxy takes it when its master starts, so a new value waits for that: "
@@ -175,7 +117,7 @@ class HaproxySettings(Section):
         ge=0,
         le=1_000_000,
     )
-    hard_stop_after_s: int = _setting(
+    hard_stop_after_s: int = setting(
         30,
         "Seconds that an old worker may go on with its connections after a reload. HAProxy "
         "itself has no limit, and old workers would pile up.",
@@ -183,19 +125,19 @@ class HaproxySettings(Section):
         ge=1,
         le=3600,
     )
-    chroot: bool = _setting(
+    chroot: bool = setting(
         True,
         "Lock the worker into a directory that holds nothing but the sockets it connects to, so that "
         "a hole in it opens nothing else.",
         Change.RELOAD,
     )
-    supervisor: Supervisor = _setting(
+    supervisor: Supervisor = setting(
         "auto", f"Who starts HAProxy and starts it again. {_SUPERVISOR_WORDS}", Change.RESTART
     )
-    unit: UnitName = _setting(
+    unit: UnitName = setting(
         "imdsproxy-haproxy.service", "The systemd unit of HAProxy's master.", Change.RESTART
     )
-    cache_mb: int = _setting(
+    cache_mb: int = setting(
         64,
         "Megabytes of documents kept in HAProxy's memory; 0 switches the cache off. Enough for "
         "the boot documents of some thousand instances; HAProxy takes at most 4095.",
@@ -203,7 +145,7 @@ class HaproxySettings(Section):
         ge=0,
         le=4095,
     )
-    max_object_kib: int = _setting(
+    max_object_kib: int = setting(
         1024,
         "KiB of the largest document that is cached, at most half the cache. Larger user-data is "
         "read once a boot and would push everything else out.",
@@ -215,7 +157,7 @@ class HaproxySettings(Section):
     @model_validator(mode="after")
     def _object_fits_the_cache(self) -> HaproxySettings:
         if self.cache_mb and self.max_object_kib * 2 > self.cache_mb * 1024:
-            raise _cross(
+            raise cross(
                 "max_object_kib",
                 f"{self.max_object_kib} KiB is more than half of cache_mb ({self.cache_mb})",
                 f"at most {self.cache_mb * 512}, or a larger cache_mb",
@@ -226,29 +168,29 @@ class HaproxySettings(Section):
 class DocumentsSettings(Section):
     """The document server: renders documents from compiled records, needs nobody else."""
 
-    workers: int = _setting(
+    workers: int = setting(
         2,
         "Processes. With two, one can die or be replaced without a guest noticing.",
         Change.RESTART,
         ge=1,
         le=32,
     )
-    user: AccountName | None = _setting(
+    user: AccountName | None = setting(
         "haproxy",
         "Account of the workers; null keeps the account of whoever starts them (a systemd unit "
         "names it itself). HAProxy's own, because it has to open their sockets and sees all they "
         "say anyway.",
         Change.RESTART,
     )
-    group: AccountName | None = _setting(
+    group: AccountName | None = setting(
         "haproxy", "Group of the workers and of their sockets; null as for `user`.", Change.RESTART
     )
-    supervisor: Supervisor = _setting(
+    supervisor: Supervisor = setting(
         "auto",
         f"Who starts the document server and starts it again. {_SUPERVISOR_WORDS}",
         Change.RESTART,
     )
-    unit: UnitName = _setting(
+    unit: UnitName = setting(
         "imdsproxy-documents.service", "The systemd unit of the document server.", Change.RESTART
     )
 
@@ -256,7 +198,7 @@ class DocumentsSettings(Section):
 class ResolverSettings(Section):
     """Requests of addresses that nobody knows yet."""
 
-    hold_s: float = _setting(
+    hold_s: float = setting(
         5.0,
         "Seconds that a request of an unknown address is held while its record may still come (a "
         "guest can be faster than its own announcement); 0 answers at once.",
@@ -264,7 +206,7 @@ class ResolverSettings(Section):
         ge=0,
         le=30,
     )
-    max_held_per_network: int = _setting(
+    max_held_per_network: int = setting(
         32,
         "Requests held at once for one network; further ones get 503 at once. A guest that invents "
         "source addresses fills only its own network's share.",
@@ -272,14 +214,14 @@ class ResolverSettings(Section):
         ge=1,
         le=10_000,
     )
-    max_held: int = _setting(
+    max_held: int = setting(
         256,
         "Requests held at once in all; each keeps a connection and some memory.",
         Change.LIVE,
         ge=1,
         le=10_000,
     )
-    learned_ttl_s: int = _setting(
+    learned_ttl_s: int = setting(
         30,
         "Seconds that an address learned from a network's neighbour table is believed. Short, "
         "because the next guest may take it over.",
@@ -291,7 +233,7 @@ class ResolverSettings(Section):
     @model_validator(mode="after")
     def _a_network_share_fits(self) -> ResolverSettings:
         if self.max_held_per_network > self.max_held:
-            raise _cross(
+            raise cross(
                 "max_held_per_network",
                 f"{self.max_held_per_network} is more than max_held ({self.max_held})",
                 f"at most {self.max_held}, or a larger max_held",
@@ -302,13 +244,13 @@ class ResolverSettings(Section):
 class FileSourceSettings(Section):
     """Records from a directory of YAML and JSON files."""
 
-    enabled: bool = _setting(
+    enabled: bool = setting(
         False,
         "Read and watch the directory. Off, because an empty or missing directory is no empty "
         "inventory.",
         Change.RESTART,
     )
-    directory: AbsolutePath = _setting(
+    directory: AbsolutePath = setting(
         Path("/etc/imdsproxy/records"),
         "Directory of `*.yaml`, `*.yml` and `*.json` files with `networks:` and `instances:` "
         "lists.",
@@ -319,26 +261,27 @@ class FileSourceSettings(Section):
 class SqliteSourceSettings(Section):
     """Records in the embedded store, written by the command line and the admin API."""
 
-    enabled: bool = _setting(
+    enabled: bool = setting(
         True,
         "Use the store. On, because it is what `network add` and `instance add` write to.",
         Change.RESTART,
     )
-    path: AbsolutePath | None = _setting(
+    path: AbsolutePath | None = setting(
         None, "The database file; null is `store.sqlite` in `paths.state_dir`.", Change.RESTART
     )
 
 
 class SourcesSettings(Section):
-    """Where networks, ports and instances come from. Both at once is allowed."""
+    """Where networks, ports and instances come from. Several at once are allowed."""
 
-    file: FileSourceSettings = _section("Files in a directory.", FileSourceSettings)
-    sqlite: SqliteSourceSettings = _section("The embedded store.", SqliteSourceSettings)
+    file: FileSourceSettings = section("Files in a directory.", FileSourceSettings)
+    sqlite: SqliteSourceSettings = section("The embedded store.", SqliteSourceSettings)
+    neutron: NeutronSourceSettings = section("OpenStack's Neutron.", NeutronSourceSettings)
 
     @model_validator(mode="after")
     def _one_is_enabled(self) -> SourcesSettings:
-        if not (self.file.enabled or self.sqlite.enabled):
-            raise _cross(
+        if not (self.file.enabled or self.sqlite.enabled or self.neutron.enabled):
+            raise cross(
                 "",
                 "no source is enabled, so no instance could ever be known",
                 "sources.file.enabled: true or sources.sqlite.enabled: true",
@@ -349,22 +292,22 @@ class SourcesSettings(Section):
 class AdminSettings(Section):
     """The admin API, whose first client is the command line."""
 
-    socket: AbsolutePath | None = _setting(
+    socket: AbsolutePath | None = setting(
         None,
         "Path of the unix socket; null is `admin.sock` in `paths.runtime_dir`.",
         Change.RESTART,
     )
-    mode: str = _setting(
+    mode: str = setting(
         "0660",
         "Permissions of the socket, in octal and quoted. Whoever can write to it can read and "
         "change every instance's documents.",
         Change.RESTART,
         pattern=r"^0?[0-7]{3}$",
     )
-    user: AccountName | None = _setting(
+    user: AccountName | None = setting(
         None, "Owner of the socket; null is the controller's own account.", Change.RESTART
     )
-    group: AccountName | None = _setting(
+    group: AccountName | None = setting(
         None, "Group of the socket; null is the controller's own group.", Change.RESTART
     )
 
@@ -372,18 +315,18 @@ class AdminSettings(Section):
 class MetricsSettings(Section):
     """Health and figures, on addresses of the host that no guest reaches."""
 
-    listen: HostEndpoint | None = _setting(
+    listen: HostEndpoint | None = setting(
         Endpoint("127.0.0.1", 9465),
         "Address and port of `/livez`, `/readyz` and the controller's `/metrics`; null for none. "
         "Link-local and wildcard addresses are refused: guests could read them.",
         Change.RESTART,
     )
-    haproxy_listen: HostEndpoint | None = _setting(
+    haproxy_listen: HostEndpoint | None = setting(
         Endpoint("127.0.0.1", 9466),
         "Address and port of HAProxy's own exporter; null for none. Same rule.",
         Change.RELOAD,
     )
-    network_series: int = _setting(
+    network_series: int = setting(
         100,
         "Networks up to which the controller's `/metrics` has series for each one; with more "
         "there is one sum over all. 1,000 networks would be several thousand series for every "
@@ -396,7 +339,7 @@ class MetricsSettings(Section):
     @model_validator(mode="after")
     def _two_ports(self) -> MetricsSettings:
         if self.listen is not None and self.listen == self.haproxy_listen:
-            raise _cross(
+            raise cross(
                 "haproxy_listen", f"{self.listen} is taken by metrics.listen", "another port"
             )
         return self
@@ -405,7 +348,7 @@ class MetricsSettings(Section):
 class HostSettings(Section):
     """What imdsproxy makes and watches on the host."""
 
-    name_prefix: str = _setting(
+    name_prefix: str = setting(
         "imds",
         "Begin of the names of the namespaces and links that imdsproxy makes, and may sweep "
         "away. Two daemons on one host need two. Short, because Linux allows a link 15 "
@@ -413,7 +356,7 @@ class HostSettings(Section):
         Change.RESTART,
         pattern=r"^[a-z][a-z0-9]{1,5}$",
     )
-    audit_per_second: int = _setting(
+    audit_per_second: int = setting(
         20,
         "Listeners a second that are compared with the kernel although no event asked for it; 0 "
         "for none. At 20, a thousand are seen within a minute.",
@@ -426,10 +369,10 @@ class HostSettings(Section):
 class LogSettings(Section):
     """What the controller and the document server say on standard error."""
 
-    level: Literal["debug", "info", "warning", "error"] = _setting(
+    level: Literal["debug", "info", "warning", "error"] = setting(
         "info", "Least important message that is written.", Change.LIVE
     )
-    format: Literal["auto", "json", "text"] = _setting(
+    format: Literal["auto", "json", "text"] = setting(
         "auto", "`auto` is text on a terminal and JSON lines elsewhere.", Change.LIVE
     )
 
@@ -437,15 +380,29 @@ class LogSettings(Section):
 class Settings(Section):
     """All settings of one host."""
 
-    paths: PathsSettings = _section("Where files are kept.", PathsSettings)
-    haproxy: HaproxySettings = _section("The data plane.", HaproxySettings)
-    documents: DocumentsSettings = _section("The document server.", DocumentsSettings)
-    resolver: ResolverSettings = _section("Unknown addresses.", ResolverSettings)
-    sources: SourcesSettings = _section("Where records come from.", SourcesSettings)
-    admin: AdminSettings = _section("The admin API.", AdminSettings)
-    metrics: MetricsSettings = _section("Health and figures.", MetricsSettings)
-    host: HostSettings = _section("What is made on the host.", HostSettings)
-    log: LogSettings = _section("Messages.", LogSettings)
+    paths: PathsSettings = section("Where files are kept.", PathsSettings)
+    haproxy: HaproxySettings = section("The data plane.", HaproxySettings)
+    documents: DocumentsSettings = section("The document server.", DocumentsSettings)
+    resolver: ResolverSettings = section("Unknown addresses.", ResolverSettings)
+    sources: SourcesSettings = section("Where records come from.", SourcesSettings)
+    nova: NovaSettings = section("The upstream `nova`.", NovaSettings)
+    unix_listener: UnixListenerSettings = section(
+        "Neutron's agent protocol on a unix socket.", UnixListenerSettings
+    )
+    admin: AdminSettings = section("The admin API.", AdminSettings)
+    metrics: MetricsSettings = section("Health and figures.", MetricsSettings)
+    host: HostSettings = section("What is made on the host.", HostSettings)
+    log: LogSettings = section("Messages.", LogSettings)
+
+    @model_validator(mode="after")
+    def _neutron_needs_nova(self) -> Settings:
+        if self.sources.neutron.enabled and not self.nova.endpoint_sets:
+            raise cross(
+                "sources.neutron.enabled",
+                "Neutron's ports are served by Nova, and `nova.endpoint_sets` is empty",
+                "name Nova's metadata API",
+            )
+        return self
 
     @property
     def admin_socket(self) -> Path:
@@ -456,10 +413,3 @@ class Settings(Section):
     def store_path(self) -> Path:
         """The SQLite store's path, default filled in."""
         return self.sources.sqlite.path or self.paths.state_dir / "store.sqlite"
-
-
-def _cross(field: str, reason: str, hint: str) -> PydanticCustomError:
-    """Two settings that do not go together, told at the one that `field` names."""
-    return PydanticCustomError(
-        "cross", "{reason}", {"field": field, "reason": reason, "hint": hint}
-    )

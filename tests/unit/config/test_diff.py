@@ -1,13 +1,39 @@
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import pytest
 
 from imdsproxy.config.change import Change
 from imdsproxy.config.diff import Changed, diff_settings, needed
 from imdsproxy.config.schema import Settings
-from imdsproxy.config.words import Setting, iterate_settings
+from imdsproxy.config.words import Setting, iterate_inner_settings, iterate_settings
 
 SETTINGS = {setting.path: setting for setting in iterate_settings()}
+INNER = {setting.path: setting for setting in iterate_inner_settings()}
+
+SETS = {
+    "default": {
+        "endpoints": [{"url": "http://192.0.2.10:8775", "secret": "current"}],
+        "secret_file": "/x.secret",
+        "next_secret_file": None,
+        "networks": [],
+        "projects": [],
+        "ca_file": None,
+        "verify": True,
+        "server_name": None,
+        "client_cert_file": None,
+        "client_key_file": None,
+        "host": None,
+    }
+}
+
+# What another setting must say first, for some to be allowed.
+BEFORE: dict[str, dict[str, object]] = {
+    "sources.sqlite.enabled": {"sources.file.enabled": True},
+    "sources.neutron.enabled": {"nova.endpoint_sets": SETS, "sources.neutron.cloud": "x"},
+    "sources.neutron.clouds_file": {"sources.neutron.cloud": "x"},
+}
 
 # One other value for each setting; a new setting without one fails the test below.
 OTHER: dict[str, object] = {
@@ -39,6 +65,32 @@ OTHER: dict[str, object] = {
     "sources.file.directory": "/x",
     "sources.sqlite.enabled": False,
     "sources.sqlite.path": "/x/y.sqlite",
+    "sources.neutron.enabled": True,
+    "sources.neutron.cloud": "other",
+    "sources.neutron.clouds_file": "/x/clouds.yaml",
+    "sources.neutron.endpoint": "http://192.0.2.1:9696",
+    "sources.neutron.timeout_s": 6.0,
+    "sources.neutron.max_queries": 9,
+    "sources.neutron.negative_ttl_s": 4.0,
+    "sources.neutron.refresh_s": 11.0,
+    "sources.neutron.lifetime_s": 3601.0,
+    "sources.neutron.list_every_s": 60.0,
+    "sources.neutron.list_host": "compute-1",
+    "sources.neutron.page_size": 501,
+    "nova.endpoint_sets": SETS,
+    "nova.connect_timeout_s": 3.0,
+    "nova.response_timeout_s": 31.0,
+    "nova.health_check": "http",
+    "nova.health_check_interval_s": 3.0,
+    "unix_listener.enabled": True,
+    "unix_listener.path": "/x.sock",
+    "unix_listener.mode": "group",
+    "unix_listener.user": "other",
+    "unix_listener.group": "other",
+    "unix_listener.directory_mode": "0750",
+    "unix_listener.proxy_user": "1000",
+    "unix_listener.proxy_group": "other",
+    "unix_listener.maxconn": 1025,
     "admin.socket": "/x.sock",
     "admin.mode": "0600",
     "admin.user": "other",
@@ -74,30 +126,56 @@ TAKES: dict[Change, set[str]] = {
         "haproxy.cache_mb",
         "haproxy.max_object_kib",
         "metrics.haproxy_listen",
+        *(path for path in OTHER if path.startswith(("nova.", "unix_listener."))),
     },
 }
 
 
-def _with(path: str, value: object) -> Settings:
+def _with(values: Mapping[str, object]) -> Settings:
     tree = Settings().model_dump(mode="json")
-    if path == "sources.sqlite.enabled":
-        tree["sources"]["file"]["enabled"] = True
-    *sections, name = path.split(".")
-    inner = tree
-    for section in sections:
-        inner = inner[section]
-    inner[name] = value
+    for path, value in values.items():
+        *sections, name = path.split(".")
+        inner = tree
+        for section in sections:
+            inner = inner[section]
+        inner[name] = value
     return Settings.model_validate(tree)
 
 
-@pytest.mark.parametrize("path", SETTINGS)
+@pytest.mark.parametrize("path", [path for path in SETTINGS if path != "nova.endpoint_sets"])
 def test_each_setting_says_what_its_change_takes(path: str) -> None:
-    base = _with("sources.file.enabled", True) if path == "sources.sqlite.enabled" else Settings()
+    before = BEFORE.get(path, {})
 
-    (changed,) = diff_settings(base, _with(path, OTHER[path]))
+    (changed,) = diff_settings(_with(before), _with({**before, path: OTHER[path]}))
 
     expected = next((change for change, paths in TAKES.items() if path in paths), Change.RESTART)
     assert changed == Changed(path, SETTINGS[path].default, OTHER[path], expected)
+
+
+def test_an_endpoint_set_that_comes_or_goes_is_one_change() -> None:
+    none, one = Settings(), _with({"nova.endpoint_sets": SETS})
+    path, value = "nova.endpoint_sets.default", SETS["default"]
+
+    assert diff_settings(none, one) == (Changed(path, None, value, Change.RELOAD),)
+    assert diff_settings(one, none) == (Changed(path, value, None, Change.RELOAD),)
+
+
+def test_a_change_within_an_endpoint_set_is_told_by_its_settings() -> None:
+    before = _with({"nova.endpoint_sets": SETS})
+    endpoints = [{"url": "https://nova:1", "secret": "current"}]
+    other = {**SETS["default"], "verify": False, "endpoints": endpoints}
+
+    changes = diff_settings(before, _with({"nova.endpoint_sets": {"default": other}}))
+
+    assert changes == (
+        Changed(
+            "nova.endpoint_sets.default.endpoints",
+            SETS["default"]["endpoints"],
+            endpoints,
+            Change.RELOAD,
+        ),
+        Changed("nova.endpoint_sets.default.verify", True, False, Change.RELOAD),
+    )
 
 
 def test_the_table_names_only_settings_there_are() -> None:
@@ -119,8 +197,9 @@ def test_the_most_that_any_change_takes_counts() -> None:
     assert needed([reload, Changed("c", 1, 2, Change.RESTART)]) is Change.RESTART
 
 
-@pytest.mark.parametrize("setting", SETTINGS.values(), ids=SETTINGS)
+@pytest.mark.parametrize("setting", [*SETTINGS.values(), *INNER.values()], ids=[*SETTINGS, *INNER])
 def test_each_setting_is_documented(setting: Setting) -> None:
     assert len(setting.description) > 15
     assert setting.description.endswith(".")
     assert setting.takes
+    assert "^" not in setting.takes, "a pattern says nothing to most people"

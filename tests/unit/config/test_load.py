@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -185,6 +186,242 @@ def test_a_whole_section_in_one_variable_is_unknown() -> None:
     (problem,) = _problems(None, {"IMDSPROXY_LOG": '{"level": "debug"}'})
 
     assert problem.field == "IMDSPROXY_LOG"
+
+
+_SETS = """\
+nova:
+  endpoint_sets:
+    default:
+      endpoints:
+        - url: http://192.0.2.10
+        - {url: "http://[2001:db8::5]", secret: next}
+      secret_file: /etc/current
+      next_secret_file: /etc/next
+"""
+
+
+def test_a_later_file_adds_an_endpoint_set_and_changes_one(tmp_path: Path) -> None:
+    config = _write(tmp_path / "c.yaml", _SETS)
+    later = _write(
+        tmp_path / "conf.d" / "1.yaml",
+        "nova:\n"
+        "  endpoint_sets:\n"
+        "    default: {verify: false}\n"
+        "    cell1:\n"
+        "      endpoints: [{url: http://nova-1}]\n"
+        "      secret_file: /etc/cell1\n"
+        "      networks: [a, b]\n",
+    )
+
+    loaded = load_settings(config, {})
+
+    default = loaded.settings.nova.endpoint_sets["default"]
+    assert [str(one.url) for one in default.endpoints] == [
+        "http://192.0.2.10:8775",
+        "http://[2001:db8::5]:8775",
+    ]
+    assert [one.secret for one in default.endpoints] == ["current", "next"]
+    assert default.verify is False
+    assert loaded.settings.nova.endpoint_sets["cell1"].networks == ("a", "b")
+    prefix = "nova.endpoint_sets"
+    assert {path: str(origin) for path, origin in loaded.origins.items()} == {
+        prefix: f"{config}:2",
+        f"{prefix}.default.endpoints": f"{config}:4",
+        f"{prefix}.default.endpoints[0].url": f"{config}:5",
+        f"{prefix}.default.endpoints[1].url": f"{config}:6",
+        f"{prefix}.default.endpoints[1].secret": f"{config}:6",
+        f"{prefix}.default.secret_file": f"{config}:7",
+        f"{prefix}.default.next_secret_file": f"{config}:8",
+        f"{prefix}.default.verify": f"{later}:3",
+        f"{prefix}.cell1.endpoints": f"{later}:5",
+        f"{prefix}.cell1.endpoints[0].url": f"{later}:5",
+        f"{prefix}.cell1.secret_file": f"{later}:6",
+        f"{prefix}.cell1.networks": f"{later}:7",
+    }
+
+
+def test_a_list_that_is_replaced_takes_its_lines_along(tmp_path: Path) -> None:
+    config = _write(tmp_path / "c.yaml", _SETS)
+    later = _write(
+        tmp_path / "conf.d" / "1.yaml",
+        "nova: {endpoint_sets: {default: {endpoints: [{url: http://nova}]}}}\n",
+    )
+
+    loaded = load_settings(config, {})
+
+    (endpoint,) = loaded.settings.nova.endpoint_sets["default"].endpoints
+    assert endpoint.secret == "current"
+    told = {path for path in loaded.origins if ".endpoints[" in path}
+    assert told == {"nova.endpoint_sets.default.endpoints[0].url"}
+    origin = loaded.origins["nova.endpoint_sets.default.endpoints[0].url"]
+    assert str(origin) == f"{later}:1"
+
+
+def test_endpoint_sets_in_the_environment_are_merged_over_the_files(tmp_path: Path) -> None:
+    config = _write(tmp_path / "c.yaml", _SETS)
+    sets = {
+        "default": {"endpoints": [{"url": "http://192.0.2.99:1"}], "next_secret_file": None},
+        "cell1": {
+            "endpoints": [{"url": "https://nova"}],
+            "secret_file": "/etc/é",
+            "verify": False,
+            "projects": ["p1"],
+        },
+    }
+
+    loaded = load_settings(config, {"IMDSPROXY_NOVA__ENDPOINT_SETS": json.dumps(sets)})
+
+    read = loaded.settings.nova.endpoint_sets
+    assert [str(one.url) for one in read["default"].endpoints] == ["http://192.0.2.99:1"]
+    assert read["default"].secret_file == Path("/etc/current")
+    assert read["cell1"].secret_file == Path("/etc/é")
+    assert read["cell1"].verify is False
+    variable = "IMDSPROXY_NOVA__ENDPOINT_SETS"
+    assert str(loaded.origins["nova.endpoint_sets.cell1.projects"]) == variable
+    assert str(loaded.origins["nova.endpoint_sets.default.endpoints[0].url"]) == variable
+    assert str(loaded.origins["nova.endpoint_sets.default.secret_file"]) == f"{config}:7"
+
+
+@pytest.mark.parametrize(
+    ("value", "field", "reason"),
+    [
+        ('{"default": {', "nova.endpoint_sets", "is not YAML"),
+        ("[" * 5000, "nova.endpoint_sets", "is not YAML"),
+        ("null", "nova.endpoint_sets", "null is not acceptable"),
+        ("", "nova.endpoint_sets", "null is not acceptable"),
+        ("[]", "nova.endpoint_sets", "a list is not acceptable"),
+        ('{"default": {}, "default": {}}', "nova.endpoint_sets.default", "stands twice"),
+        (
+            '{"default": {"endpoints": [{"url": "nova"}], "secret_file": "/x"}}',
+            "nova.endpoint_sets.default.endpoints[0].url",
+            "has to begin with",
+        ),
+    ],
+)
+def test_endpoint_sets_of_the_environment_that_cannot_be_used_are_told_with_their_variable(
+    value: str, field: str, reason: str
+) -> None:
+    variable = "IMDSPROXY_NOVA__ENDPOINT_SETS"
+
+    (problem,) = _problems(None, {variable: value})
+
+    assert problem.field == field
+    assert reason in problem.reason
+    assert (problem.file, problem.line) == (variable, None)
+
+
+def test_an_inner_setting_has_no_variable_of_its_own() -> None:
+    (problem,) = _problems(None, {"IMDSPROXY_NOVA__ENDPOINT_SETS__DEFAULT__SECRET_FILE": "/x"})
+
+    assert problem.hint == "did you mean IMDSPROXY_NOVA__ENDPOINT_SETS?"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "field", "line", "reason", "hint"),
+    [
+        (
+            "url: http://192.0.2.10",
+            "uri: http://192.0.2.10",
+            "default.endpoints[0].uri",
+            5,
+            "there is no such setting",
+            "did you mean url?",
+        ),
+        (
+            "secret: next",
+            "secret: last",
+            "default.endpoints[1].secret",
+            6,
+            "last is not acceptable",
+            "takes one of current, next",
+        ),
+        (
+            "secret_file: /etc/current",
+            "secretfile: /etc/current",
+            "default.secretfile",
+            7,
+            "there is no such setting",
+            "did you mean secret_file?",
+        ),
+        (
+            "      secret_file: /etc/current\n",
+            "",
+            "default.secret_file",
+            3,
+            "is missing",
+            "takes an absolute path",
+        ),
+        (
+            "- url: http://192.0.2.10",
+            "- http://192.0.2.10",
+            "default.endpoints[0]",
+            5,
+            "is a section, not a value",
+            "a mapping of url, secret",
+        ),
+        (
+            "secret_file: /etc/current",
+            "secret_file: /etc/current\n      networks: [a, b c]",
+            "default.networks[1]",
+            8,
+            '"b c" is not acceptable',
+            "takes an id: 1 to 64 letters",
+        ),
+        (
+            "secret_file: /etc/current",
+            "secret_file: /etc/current\n      projects: p",
+            "default.projects",
+            8,
+            "p is not acceptable",
+            "takes a list, each an id",
+        ),
+        (
+            "secret_file: /etc/current",
+            "secret_file: /etc/current\n      host: a b",
+            "default.host",
+            8,
+            '"a b" is not acceptable',
+            "takes a host as in a Host header",
+        ),
+        (
+            "nova:\n  endpoint_sets:\n",
+            "nova:\n  endpoint_sets:\n    Cell_1: {endpoints: [{url: http://x}], secret_file: /x}\n",
+            "Cell_1",
+            3,
+            "Cell_1 is not acceptable as a name",
+            "takes 1 to 32 lower-case letters, digits and hyphens",
+        ),
+        (
+            "nova:\n  endpoint_sets:\n",
+            "nova:\n  endpoint_sets:\n    cell1: off\n",
+            "cell1",
+            3,
+            "is a section, not a value",
+            "a mapping of endpoints, secret_file",
+        ),
+        (
+            "nova:\n  endpoint_sets:\n",
+            "nova:\n  endpoint_sets:\n    cell1: {endpoints: [], secret_file: /x}\n",
+            "cell1.endpoints",
+            3,
+            "has 0 items",
+            "takes a list of 1 to 32 sections",
+        ),
+    ],
+)
+def test_a_problem_inside_an_endpoint_set_is_told_at_its_line(  # noqa: PLR0917 - one row a case
+    tmp_path: Path, old: str, new: str, field: str, line: int, reason: str, hint: str
+) -> None:
+    assert _SETS.count(old) == 1
+    config = _write(tmp_path / "c.yaml", _SETS.replace(old, new))
+
+    problems = {one.field: one for one in _problems(config)}
+
+    problem = problems[f"nova.endpoint_sets.{field}"]
+    assert (problem.file, problem.line) == (str(config), line)
+    assert problem.reason.startswith(reason)
+    assert problem.hint.startswith(hint)
+    assert not any("has 1 items" in one.reason for one in problems.values())
 
 
 def test_several_unreadable_files_are_told_together(tmp_path: Path) -> None:

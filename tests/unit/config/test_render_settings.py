@@ -3,6 +3,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from hypothesis import given
+from hypothesis import strategies as st
+
 from imdsproxy.config.load import load_settings
 from imdsproxy.config.render import (
     render_sample,
@@ -11,7 +14,9 @@ from imdsproxy.config.render import (
     settings_by_origin,
 )
 from imdsproxy.config.schema import Settings
-from imdsproxy.config.words import iterate_settings, render_value
+from imdsproxy.config.takes import render_value
+from imdsproxy.config.words import iterate_inner_settings, iterate_settings
+from imdsproxy.config.yaml_document import parse_yaml
 
 
 def test_the_sample_loads_back_as_the_defaults(tmp_path: Path) -> None:
@@ -27,8 +32,27 @@ def test_the_sample_loads_back_as_the_defaults(tmp_path: Path) -> None:
 def test_the_sample_says_what_each_setting_is_for() -> None:
     sample = " ".join(line.strip(" #") for line in render_sample().splitlines())
 
-    for setting in iterate_settings():
+    for setting in (*iterate_settings(), *iterate_inner_settings()):
         assert setting.description in sample
+        assert f"Takes {setting.takes}." in sample
+
+
+def test_the_sample_shows_an_endpoint_set_that_can_be_taken_over(tmp_path: Path) -> None:
+    head, marker, rest = render_sample().partition(
+        "  # For example, with every setting that it can have:\n"
+    )
+    commented, _, tail = rest.partition("\n\n")
+    assert marker
+    assert head.endswith("  endpoint_sets: {}\n")
+    example = [line.replace("# ", "", 1) for line in commented.splitlines()]
+    config = tmp_path / "c.yaml"
+    config.write_text(head.removesuffix("  endpoint_sets: {}\n") + "\n".join(example) + "\n" + tail)
+
+    sets = load_settings(config, {}).settings.nova.endpoint_sets
+
+    assert [str(one.url) for one in sets["default"].endpoints] == ["http://192.0.2.10:8775"]
+    given = {path.rpartition(".")[2] for path in load_settings(config, {}).origins}
+    assert {setting.path.rpartition(".")[2] for setting in iterate_inner_settings()} <= given
 
 
 def test_no_line_of_the_sample_is_wider_than_a_page() -> None:
@@ -55,6 +79,35 @@ def test_what_show_prints_loads_back_equal(tmp_path: Path) -> None:
         assert load_settings(config, {}).settings == loaded.settings
 
 
+def test_endpoint_sets_are_shown_as_they_load(tmp_path: Path) -> None:
+    config = tmp_path / "c.yaml"
+    config.write_text(
+        "nova:\n"
+        "  endpoint_sets:\n"
+        "    default:\n"
+        "      endpoints:\n"
+        "        - url: http://192.0.2.10\n"
+        "        - {url: 'http://[2001:db8::5]', secret: next}\n"
+        "      secret_file: '/with blank/#: x'\n"
+        "      next_secret_file: /next\n"
+        "      networks: ['null', '12', a-b]\n"
+        "    'true': {endpoints: [{url: http://nova}], secret_file: /x}\n"
+        "    '12': {endpoints: [{url: http://nova}], secret_file: /x}\n"
+    )
+    loaded = load_settings(config, {})
+    again = tmp_path / "again.yaml"
+
+    for with_origin in (False, True):
+        again.write_text(render_settings(loaded, with_origin=with_origin))
+        assert load_settings(again, {}).settings == loaded.settings
+    lines = render_settings(loaded, with_origin=True).splitlines()
+    assert '        - url: "http://192.0.2.10:8775"' in "\n".join(lines)
+    assert next(line for line in lines if "secret: next" in line).endswith(f"# {config}:6")
+    assert next(line for line in lines if "networks: [" in line).endswith(f"# {config}:9")
+    told = settings_by_origin(loaded)["nova.endpoint_sets.default.endpoints[1].secret"]
+    assert told == {"value": "next", "origin": f"{config}:6"}
+
+
 def test_show_says_where_a_value_was_written(tmp_path: Path) -> None:
     config = tmp_path / "c.yaml"
     config.write_text("log:\n  level: debug\n")
@@ -73,6 +126,10 @@ def test_the_schema_describes_every_section() -> None:
 
     assert set(schema["properties"]) == set(Settings.model_fields)
     assert schema["additionalProperties"] is False
+    sets = schema["$defs"]["NovaSettings"]["properties"]["endpoint_sets"]
+    (inner,) = sets["patternProperties"].values()
+    assert inner == {"$ref": "#/$defs/EndpointSetSettings"}
+    assert schema["$defs"]["EndpointSetSettings"]["required"] == ["endpoints", "secret_file"]
 
 
 def test_texts_that_yaml_would_misread_are_quoted() -> None:
@@ -81,3 +138,23 @@ def test_texts_that_yaml_would_misread_are_quoted() -> None:
     assert render_value("0660") == '"0660"'
     assert render_value("a: b") == '"a: b"'
     assert render_value("/run/imdsproxy") == "/run/imdsproxy"
+
+
+TEXTS = st.text(st.characters(codec="utf-8"))
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-(10**12), 10**12) | TEXTS,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(TEXTS, inner, max_size=4),
+    max_leaves=20,
+)
+
+
+@given(VALUES)
+def test_a_value_is_read_as_it_was_written(value: object) -> None:
+    assert parse_yaml(f"key: {render_value(value)}", "f").data == {"key": value}
+
+
+def test_lists_and_mappings_stand_on_one_line() -> None:
+    assert render_value({}) == "{}"
+    assert render_value([]) == "[]"
+    assert render_value(("a", 1, None)) == '["a", 1, null]'
+    assert render_value({"a b": ["x"], "c": {"d": True}}) == '{"a b": ["x"], c: {d: true}}'

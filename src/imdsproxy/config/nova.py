@@ -1,0 +1,218 @@
+"""The upstream `nova`: which metadata APIs there are, and how they are asked."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import (
+    BeforeValidator,
+    Field,
+    PlainSerializer,
+    Strict,
+    StringConstraints,
+    WithJsonSchema,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
+
+from imdsproxy.config.change import Change
+from imdsproxy.config.nova_url import NovaUrl, parse_nova_url
+from imdsproxy.config.section import AbsolutePath, Section, cross, setting
+
+__all__ = ["DEFAULT_SET", "EndpointSetSettings", "NovaEndpointSettings", "NovaSettings"]
+
+DEFAULT_SET = "default"
+"""The endpoint set of every instance that no other set names."""
+
+
+def _nova_url(value: object) -> object:
+    if not isinstance(value, str):
+        return value
+    try:
+        return parse_nova_url(value)
+    except ValueError as error:
+        raise PydanticCustomError("endpoint", "{why}", {"why": str(error)}) from None
+
+
+Url = Annotated[
+    NovaUrl,
+    BeforeValidator(_nova_url),
+    PlainSerializer(str, return_type=str),
+    WithJsonSchema({"type": "string", "examples": ["http://192.0.2.10:8775"]}),
+]
+SetName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9-]{0,31}$")]
+Identifier = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+HostHeader = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9.:\[\]-]{1,255}$")]
+ServerName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9.-]{1,253}$")]
+
+
+class NovaEndpointSettings(Section):
+    """One Nova metadata API."""
+
+    url: Url = Field(
+        description="`http://HOST:PORT` or `https://HOST:PORT`; HOST is a name, an IPv4 address or an IPv6 "
+        "address in brackets, PORT is 8775 when left out. A name is looked up again every half minute, and "
+        "each of its addresses is one endpoint.",
+        json_schema_extra={"change": Change.RELOAD.value},
+    )
+    secret: Literal["current", "next"] = setting(
+        "current",
+        "Which of the set's two secrets this Nova has. While secrets are changed, Nova hosts take the "
+        "next one after another, and this says who has.",
+        Change.RELOAD,
+    )
+
+
+class EndpointSetSettings(Section):
+    """Nova metadata APIs that know the same instances: one cell's, or all of them."""
+
+    endpoints: Annotated[tuple[NovaEndpointSettings, ...], Strict(strict=False)] = Field(
+        min_length=1,
+        max_length=32,
+        description="The metadata APIs; requests are spread over those that answer.",
+        json_schema_extra={"change": Change.RELOAD.value},
+    )
+    secret_file: AbsolutePath = Field(
+        description="File of the secret that signs requests: Nova's `[neutron] "
+        "metadata_proxy_shared_secret`. Blanks around it do not count; an empty file is refused. Read at "
+        "start and at each reload.",
+        json_schema_extra={"change": Change.RELOAD.value},
+    )
+    next_secret_file: AbsolutePath | None = setting(
+        None,
+        "File of the secret that is to replace it. While there is one, records carry both signatures.",
+        Change.RELOAD,
+    )
+    networks: Annotated[tuple[Identifier, ...], Strict(strict=False)] = setting(
+        (),
+        "Networks and routers whose guests are sent to this set, before any project's.",
+        Change.RELOAD,
+    )
+    projects: Annotated[tuple[Identifier, ...], Strict(strict=False)] = setting(
+        (), "Projects whose instances are sent to this set.", Change.RELOAD
+    )
+    ca_file: AbsolutePath | None = setting(
+        None,
+        "PEM file of the authorities that may have signed https endpoints; null takes the system's.",
+        Change.RELOAD,
+    )
+    verify: bool = setting(
+        True,
+        "Check https endpoints' certificate and name. Off, anybody in between can read and change what "
+        "guests get.",
+        Change.RELOAD,
+    )
+    server_name: ServerName | None = setting(
+        None,
+        "The name that https endpoints' certificates are for; null takes the first URL's. Needed where that "
+        "is an address, since HAProxy compares names only.",
+        Change.RELOAD,
+    )
+    client_cert_file: AbsolutePath | None = setting(
+        None,
+        "PEM file of the certificate shown to https endpoints; its key may be in it.",
+        Change.RELOAD,
+    )
+    client_key_file: AbsolutePath | None = setting(
+        None, "PEM file of that certificate's key; null when it is in the same file.", Change.RELOAD
+    )
+    host: HostHeader | None = setting(
+        None,
+        "The Host header that Nova gets; null takes host and port of the set's first endpoint. What the "
+        "guest sent never goes there.",
+        Change.RELOAD,
+    )
+
+    @model_validator(mode="after")
+    def _go_together(self) -> EndpointSetSettings:
+        if self.client_key_file is not None and self.client_cert_file is None:
+            raise cross(
+                "client_key_file", "is of no use without client_cert_file", "give both or neither"
+            )
+        if self.next_secret_file is None and any(one.secret == "next" for one in self.endpoints):  # noqa: S105 - which one, not what
+            raise cross(
+                "next_secret_file",
+                "is missing, and an endpoint has the next secret",
+                "name the file, or `secret: current` at every endpoint",
+            )
+        if self.next_secret_file == self.secret_file:
+            raise cross(
+                "next_secret_file", "is the same file as secret_file", "a file of its own, or null"
+            )
+        if len({one.url for one in self.endpoints}) < len(self.endpoints):
+            raise cross("endpoints", "one URL stands twice", "name each URL once")
+        if len({one.url.scheme for one in self.endpoints}) > 1:
+            raise cross("endpoints", "http and https are mixed", "one of them for the whole set")
+        first = self.endpoints[0].url
+        if first.scheme == "https" and first.is_address and self.verify and not self.server_name:
+            raise cross(
+                "server_name",
+                f"is missing: certificates are compared with names, and {first.host} is none",
+                "the name in the endpoints' certificates",
+            )
+        return self
+
+
+class NovaSettings(Section):
+    """Nova's metadata APIs, for instances whose documents Nova has."""
+
+    endpoint_sets: dict[SetName, EndpointSetSettings] = setting(
+        {},
+        "Endpoint sets by name; none where there is no Nova. `default` takes every instance that no other "
+        "one names. Several are for cells that have metadata APIs of their own.",
+        Change.RELOAD,
+        examples=[
+            {
+                DEFAULT_SET: {
+                    "endpoints": [{"url": "http://192.0.2.10:8775"}],
+                    "secret_file": "/etc/imdsproxy/nova.secret",
+                }
+            }
+        ],
+    )
+    connect_timeout_s: float = setting(
+        2.0,
+        "Seconds to wait for a connection before another endpoint is tried.",
+        Change.RELOAD,
+        ge=0.1,
+        le=30,
+    )
+    response_timeout_s: float = setting(
+        30.0,
+        "Seconds to wait for Nova's answer; then the guest gets 503 and Retry-After. Shorter than the 32 s "
+        "of a Neutron proxy in front, long enough for dynamic vendor data.",
+        Change.RELOAD,
+        ge=1,
+        le=600,
+    )
+    health_check: Literal["tcp", "http", "off"] = setting(
+        "tcp",
+        "How an endpoint is found to be up. `tcp` connects and leaves no line in Nova's log; `http` asks "
+        "for `/`, which Nova answers unsigned, and so finds one that hangs too; `off` learns from failed "
+        "requests only.",
+        Change.RELOAD,
+    )
+    health_check_interval_s: float = setting(
+        2.0, "Seconds between two checks of one endpoint.", Change.RELOAD, ge=0.1, le=300
+    )
+
+    @model_validator(mode="after")
+    def _every_instance_has_one_set(self) -> NovaSettings:
+        if self.endpoint_sets and DEFAULT_SET not in self.endpoint_sets:
+            raise cross(
+                "endpoint_sets",
+                "there is no set `default`, so instances that no set names could not be served",
+                "name one of them default",
+            )
+        seen: dict[tuple[str, str], str] = {}
+        for name, one in self.endpoint_sets.items():
+            for kind, ids in (("network", one.networks), ("project", one.projects)):
+                for each in ids:
+                    other = seen.setdefault((kind, each), name)
+                    if other != name:
+                        raise cross(
+                            f"endpoint_sets.{name}.{kind}s",
+                            f"{kind} {each} is in {other} too",
+                            "keep it in one of them",
+                        )
+        return self

@@ -1,0 +1,112 @@
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from imdsproxy.config.nova_url import NovaUrl, parse_nova_url
+
+
+@pytest.mark.parametrize(
+    ("text", "url"),
+    [
+        ("http://192.0.2.10", NovaUrl("http", "192.0.2.10", 8775)),
+        ("http://192.0.2.10/", NovaUrl("http", "192.0.2.10", 8775)),
+        ("https://nova.example.org:443", NovaUrl("https", "nova.example.org", 443)),
+        ("http://Nova:1", NovaUrl("http", "nova", 1)),
+        ("HTTP://nova-1.", NovaUrl("http", "nova-1.", 8775)),
+        ("http://[2001:DB8:0::5]:65535", NovaUrl("http", "2001:db8::5", 65535)),
+        ("http://1and1", NovaUrl("http", "1and1", 8775)),
+    ],
+)
+def test_a_url_is_scheme_host_and_port(text: str, url: NovaUrl) -> None:
+    assert parse_nova_url(text) == url
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("", "has to begin with"),
+        ("nova:8775", "has to begin with"),
+        ("ftp://nova", "has to begin with"),
+        ("//nova", "has to begin with"),
+        ("http://user@nova", "user or password"),
+        ("http://user:pw@nova", "user or password"),
+        ("http://:pw@nova", "user or password"),
+        ("http://nova/latest", "end after the port"),
+        ("http://nova//", "end after the port"),
+        ("http://nova?", "end after the port"),
+        ("http://nova/?a=b", "end after the port"),
+        ("http://nova#", "end after the port"),
+        ("http://nova:0", "no TCP port"),
+        ("http://nova:", "no TCP port"),
+        ("http://nova:65536", "is no URL"),
+        ("http://nova:-1", "is no URL"),
+        ("http://nova:x", "is no URL"),
+        ("http://[::1", "is no URL"),
+        ("http://[nova]", "is no URL|not an IPv6 address"),
+        ("http://[192.0.2.1]", "is no URL|not an IPv6 address"),
+        ("http://[fe80::1%eth0]", "must not name a device"),
+        ("http://", "neither a name nor an address"),
+        ("http://:80", "neither a name nor an address"),
+        ("http://a_b", "neither a name nor an address"),
+        ("http://-a", "neither a name nor an address"),
+        ("http://a..b", "neither a name nor an address"),
+        ("http://a%20b", "neither a name nor an address"),
+        ("http://2001:db8::5", "neither a name nor an address|is no URL"),
+        (f"http://{'a' * 64}", "neither a name nor an address"),
+        (f"http://{'a.' * 127}", "neither a name nor an address"),
+        ("http://192.0.2", "not an IPv4 address"),
+        ("http://192.0.2.256", "not an IPv4 address"),
+        ("http://010.0.0.1", "not an IPv4 address"),
+        ("http://1234", "not an IPv4 address"),
+        ("http://no va", "blanks"),
+        ("http://nova\n", "blanks"),
+        ("ht\ttp://nova", "blanks"),
+        ("http://növa", "not ASCII"),
+        ("http://169.254.169.254", "would come back here"),
+        ("http://[fe80::a9fe:a9fe]", "would come back here"),
+        ("http://0.0.0.0", "no address that can be connected to"),
+        ("http://[::]", "no address that can be connected to"),
+    ],
+)
+def test_what_is_no_place_of_an_api_is_refused_with_the_reason(text: str, why: str) -> None:
+    with pytest.raises(ValueError, match=why):
+        parse_nova_url(text)
+
+
+def test_a_host_is_an_address_or_a_name() -> None:
+    told = {
+        host: parse_nova_url(f"http://{host}").is_address for host in ("[::1]", "1.2.3.4", "a.4")
+    }
+    assert told == {"[::1]": True, "1.2.3.4": True, "a.4": False}
+
+
+def test_an_ipv6_address_is_in_brackets_in_the_host_header() -> None:
+    assert parse_nova_url("http://[::1]:80").authority == "[::1]:80"
+    assert parse_nova_url("http://nova").authority == "nova:8775"
+
+
+@given(
+    st.sampled_from(["http", "https"]),
+    st.ip_addresses().map(lambda one: f"[{one}]" if one.version == 6 else str(one))
+    | st.from_regex(r"[a-z][a-z0-9]{0,10}(\.[a-z0-9]{1,10}){0,3}", fullmatch=True),
+    st.integers(1, 65535),
+)
+def test_a_url_is_written_as_it_is_read(scheme: str, host: str, port: int) -> None:
+    try:
+        url = parse_nova_url(f"{scheme}://{host}:{port}")
+    except ValueError:
+        return
+    assert parse_nova_url(str(url)) == url
+
+
+@given(st.text(max_size=40).map(lambda rest: f"http://{rest}") | st.text(max_size=20))
+def test_any_text_is_a_url_or_refused_in_words(text: str) -> None:
+    try:
+        url = parse_nova_url(text)
+    except ValueError as error:
+        assert str(error)  # noqa: PT017 - either way is right, and only this one has words
+        return
+    assert 1 <= url.port <= 65535
+    assert url.host
