@@ -40,6 +40,10 @@ def _haproxy(directory: Path, networks: int) -> Iterator[str]:
         jail=None,
         documents=(str(directory / "d.sock"),),
         resolver=str(directory / "r.sock"),
+        signed=str(directory / "s.sock"),
+        silence=str(directory / "none.http"),
+        hops=str(directory),
+        hops_inside=str(directory),
     )
     guests = _free_port()
     binds = tuple(

@@ -15,6 +15,8 @@ from imdsproxy.app.companion import Companion, CompanionLauncher, SpawnCompanion
 from imdsproxy.app.compiled_files import DiskFiles
 from imdsproxy.app.host_view import SystemHost
 from imdsproxy.app.listener_loop import SpecSettings
+from imdsproxy.app.nova_upstream import NovaUpstream
+from imdsproxy.app.unix_listener import apply_unix_directory, plan_unix_bind
 from imdsproxy.config.schema import Settings, Supervisor
 from imdsproxy.core.haproxy.model import Limits
 from imdsproxy.core.hostnames import Naming
@@ -94,6 +96,7 @@ def prepare_directories(settings: Settings, layout: Layout) -> None:
     if under_systemd(settings.haproxy.supervisor, settings.haproxy.unit):
         # Its unit has mounts of its own: of those made later only what is on a shared one comes in.
         NamespaceDirectory(settings.paths.netns_dir).prepare()
+    apply_unix_directory(settings.unix_listener)
     ensure_directory(layout.state, mode=0o750, owner=readable)
     ensure_directory(layout.records, mode=0o750, owner=readable)
     answer = (
@@ -104,6 +107,7 @@ def prepare_directories(settings: Settings, layout: Layout) -> None:
     )
     write_atomic(layout.unavailable, answer.encode(), mode=0o644)
     write_atomic(layout.empty_map, b"", mode=0o644)
+    write_atomic(layout.silence, b"", mode=0o644)
 
 
 def build_haproxy(
@@ -151,7 +155,7 @@ def build_files(settings: Settings, layout: Layout) -> DiskFiles:
     )
 
 
-def build_spec_settings(settings: Settings, layout: Layout) -> SpecSettings:
+def build_spec_settings(settings: Settings, layout: Layout, nova: NovaUpstream) -> SpecSettings:
     """What of the settings shapes HAProxy's configuration."""
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     listen = settings.metrics.haproxy_listen
@@ -170,6 +174,9 @@ def build_spec_settings(settings: Settings, layout: Layout) -> SpecSettings:
         group=settings.haproxy.group,
         exporter=None if listen is None else str(listen),
         links=str(Path(haproxy_name(layout.namespace_links, _LINKS_PROBE)).parent),
+        nova=nova.backends(),
+        nova_times=nova.times,
+        unix=plan_unix_bind(settings.unix_listener),
     )
 
 

@@ -11,7 +11,7 @@ import gc
 import os
 import signal
 import socket
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -41,6 +41,7 @@ from imdsproxy.app.guard import HaproxyGuard
 from imdsproxy.app.kept_networks import KeptNetworks
 from imdsproxy.app.listener_loop import ListenerLoop
 from imdsproxy.app.lookup import Lookup
+from imdsproxy.app.nova_upstream import NovaUpstream
 from imdsproxy.app.operations import ControllerOperations
 from imdsproxy.app.record_loop import RecordLoop
 from imdsproxy.app.servers import AnyAsgiApp, open_sole_socket, open_tcp_socket, serve
@@ -61,6 +62,7 @@ from imdsproxy.host.notify import ServiceNotifier
 from imdsproxy.host.sockets import try_tcp_listen
 from imdsproxy.host.watch import EventKind, HostWatch, WatchPace
 from imdsproxy.serving.documents import DocumentService
+from imdsproxy.serving.forward import Forwarder, SignedForwarder
 from imdsproxy.serving.passwords import PasswordStore
 from imdsproxy.serving.pidfile import read_pids
 from imdsproxy.serving.resolver import HoldLimits, Resolver
@@ -75,6 +77,9 @@ _FIRST_SYNC_S = 5.0
 
 _REVIEW_EVERY_S = 1.0
 _FIGURES_EVERY_S = 10.0
+_FORWARD_S = 900.0
+"""HAProxy's own deadlines end a forwarded request; this is for a HAProxy that hangs."""
+
 _RESOLVER_CACHE = 8 * 1024 * 1024
 
 
@@ -98,9 +103,12 @@ class _Controller:
     operations: ControllerOperations
     figures: Figures
     watch: HostWatch
+    nova: NovaUpstream
+    forwarder: Forwarder
     sources: tuple[Source, ...]
     ended: asyncio.Event = field(default_factory=asyncio.Event)
     with_data_plane: bool = False
+    _tasks: set[asyncio.Task[None]] = field(default_factory=set)
 
     def end(self, data_plane: bool) -> None:  # noqa: FBT001 - the shape of Operations.stop
         """Ask for the end; the answer to who asked goes out first."""
@@ -134,11 +142,30 @@ class _Controller:
         self.notifier.reloading(int(self.clock.monotonic() * 1e6))
         try:
             result = self.holder.reload()
-            if result.haproxy_reloaded:
-                self.listeners.touch("settings changed")
+            if self.nova.read(self.holder.settings.nova):
+                ticket = self.records.resync()
+                self._later(self._reload_after(ticket))
+            elif result.haproxy_reloaded:
+                self._later(self._reload_after(None))
             return result
         finally:
             self.notifier.ready()
+
+    async def _reload_after(self, ticket: int | None) -> None:
+        # Rules that take another signature, or another set, find it in the records already.
+        if ticket is not None:
+            await self.records.tickets.wait(ticket)
+        await self.nova.resolve()
+        self.listeners.touch("settings changed")
+
+    def _later(self, work: Coroutine[object, object, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def follow_nova(self) -> None:
+        """Reload when a name of Nova's leads to other addresses."""
+        await self.nova.follow(lambda: self.listeners.touch("nova's addresses changed"))
 
     def hang_up(self) -> None:
         """SIGHUP: as `imdsproxy reload`, but nobody waits for the answer."""
@@ -172,6 +199,8 @@ async def run_controller(
     program = await read_program(settings.haproxy.binary)
     layout = build_layout(settings)
     prepare_directories(settings, layout)
+    nova = NovaUpstream(layout.runtime)
+    nova.read(settings.nova)
     # First of all: two controllers over one data plane would undo each other's work.
     admin = open_sole_socket(
         settings.admin_socket,
@@ -201,7 +230,13 @@ async def run_controller(
             controller.listeners.touch(reason)
 
         records = RecordLoop(
-            inventory, applier, build_files(settings, layout), clock, on_networks, on_applied
+            inventory,
+            applier,
+            build_files(settings, layout),
+            clock,
+            on_networks,
+            on_applied,
+            lambda: nova.routing,
         )
         listeners = ListenerLoop(
             inventory,
@@ -210,7 +245,7 @@ async def run_controller(
             layout,
             naming,
             clock,
-            lambda: build_spec_settings(holder.settings, layout),
+            lambda: build_spec_settings(holder.settings, layout, nova),
             lambda networks, observed, left_out, pids: controller.watch.expect(
                 networks, observed, left_out=left_out, our_pids=pids
             ),
@@ -285,6 +320,8 @@ async def run_controller(
             operations=operations,
             figures=Figures(operations, resolver),
             watch=watch,
+            nova=nova,
+            forwarder=SignedForwarder(str(layout.signed_socket), _FORWARD_S),
             sources=sources.all,
         )
         try:
@@ -319,7 +356,7 @@ async def _live(controller: _Controller, admin: socket.socket) -> None:
             for source in controller.sources
         ]
         await _start_data_plane(controller)
-        resolver = resolver_app(controller.resolver, controller.service)
+        resolver = resolver_app(controller.resolver, controller.service, controller.forwarder)
         tasks.append(group.create_task(serve(resolver, resolver_socket)))
         tasks += [
             group.create_task(work(), name=work.__qualname__)
@@ -331,6 +368,7 @@ async def _live(controller: _Controller, admin: socket.socket) -> None:
                 controller.follow_host,
                 controller.review,
                 controller.refresh_figures,
+                controller.follow_nova,
             )
         ]
         admin_app = await asyncio.to_thread(_load_admin_api)
@@ -407,6 +445,7 @@ def _master(controller: _Controller) -> int | None:
 
 
 async def _look(controller: _Controller) -> None:
+    await controller.nova.resolve()
     await _wait_for_sources(controller)
     await controller.listeners.first_look()
 

@@ -19,7 +19,13 @@ from imdsproxy.app.kept_networks import KeptNetworks
 from imdsproxy.app.tickets import Tickets
 from imdsproxy.core.arp import answering_devices
 from imdsproxy.core.endpoints import Endpoint, Foreign, LeftOut, LeftOutCode
-from imdsproxy.core.haproxy.model import DataplaneSpec, Limits
+from imdsproxy.core.haproxy.model import (
+    DataplaneSpec,
+    Limits,
+    NovaBackend,
+    NovaTimes,
+    UnixBind,
+)
 from imdsproxy.core.hostnames import Naming
 from imdsproxy.core.hostops import HostOp
 from imdsproxy.core.hoststate import ObservedHost, merge_observed
@@ -117,6 +123,9 @@ class SpecSettings:
     group: str | None
     exporter: str | None
     links: str
+    nova: tuple[NovaBackend, ...] = ()
+    nova_times: NovaTimes = field(default_factory=NovaTimes)
+    unix: UnixBind | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,6 +198,9 @@ class ListenerLoop:
             user=settings.user,
             group=settings.group,
             exporter=exporter,
+            nova=settings.nova,
+            nova_times=settings.nova_times,
+            unix=settings.unix,
         )
 
     async def first_look(self) -> None:

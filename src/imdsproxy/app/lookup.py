@@ -11,7 +11,8 @@ import structlog
 from imdsproxy.app.record_loop import RecordLoop
 from imdsproxy.core.identity import Ambiguous, Found, How, Identity, Learned, Unknown, identify
 from imdsproxy.core.inventory import AddressKey, Inventory
-from imdsproxy.core.model import IpAddress, MacAddress, Network
+from imdsproxy.core.model import Instance, IpAddress, MacAddress, Network, Scope, Upstream
+from imdsproxy.core.wire import NovaRecord, render_map_value
 from imdsproxy.errors import DataplaneError
 from imdsproxy.host.clock import Clock
 from imdsproxy.serving.resolver import Contested, Known, Missing, Resolution
@@ -55,7 +56,7 @@ class Lookup:
             return identity
         return identify(self.inventory, network_id, address, neighbour_mac=mac)
 
-    async def look(self, key: AddressKey) -> Resolution:
+    async def look(self, key: AddressKey, scope: Scope | None = None) -> Resolution:
         """What the resolver is to do with a request from this address."""
         identity = await self.identify(key)
         match identity:
@@ -64,11 +65,20 @@ class Lookup:
                     until = self.clock.monotonic() + self.learned_ttl_s()
                     ticket = self.records.learn(key, Learned(instance.id, until))
                     await self.records.tickets.wait(ticket)
-                return Known(instance.id)
+                return self._known(instance, key)
             case Ambiguous():
                 return Contested()
             case Unknown():
                 return Missing(in_sync=self.inventory.in_sync)
+
+    def _known(self, instance: Instance, key: AddressKey) -> Resolution:
+        if instance.upstream is Upstream.EMBEDDED:
+            return Known(instance.id)
+        record = self.records.planned(key)
+        if isinstance(record, NovaRecord):
+            return Known(instance.id, render_map_value(record))
+        # No endpoint set takes it: the operator has to say where Nova is.
+        return Missing(in_sync=False)
 
     async def review(self) -> None:
         """Ask again for every learned address whose time is over; forget what is no longer so."""

@@ -16,10 +16,11 @@ import structlog
 from imdsproxy.app.tickets import Tickets
 from imdsproxy.core.compiled import CompiledRecord, compile_instance
 from imdsproxy.core.identity import Learned
-from imdsproxy.core.inventory import AddressKey, Affected, Inventory, Observation
+from imdsproxy.core.inventory import AddressKey, Affected, Conflict, Inventory, Observation
 from imdsproxy.core.model import InstanceId, NetworkId, Upstream
-from imdsproxy.core.plan import plan_records
+from imdsproxy.core.plan import plan_record, plan_records
 from imdsproxy.core.upstream import NovaRouting
+from imdsproxy.core.wire import MapRecord
 from imdsproxy.dataplane.records import RecordApplier
 from imdsproxy.errors import DataplaneError, ImdsproxyError, Problem
 from imdsproxy.host.clock import Clock
@@ -272,6 +273,10 @@ class RecordLoop:
             # Left over from an earlier controller.
             everything.instances |= set(self.files.instances())
         return everything
+
+    def planned(self, key: AddressKey) -> MapRecord | Conflict | None:
+        """What the data plane is to know of an address now."""
+        return plan_record(self.inventory, key, self.revisions, self.learned, self.routing())
 
     def _plan(self, keys: Iterable[AddressKey]) -> dict[str, str | None]:
         return plan_records(self.inventory, keys, self.revisions, self.learned, self.routing())

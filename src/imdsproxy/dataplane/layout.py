@@ -113,6 +113,16 @@ class Layout:
         return self.jail / "resolver.sock"
 
     @property
+    def signed_socket(self) -> Path:
+        """Where the resolver hands in requests that go to Nova, mode 600."""
+        return self.runtime / "signed.sock"
+
+    @property
+    def silence(self) -> Path:
+        """An empty file: what HAProxy answers itself when an endpoint behind a hop gives no answer."""
+        return self.runtime / "silence.http"
+
+    @property
     def documents_sockets(self) -> tuple[Path, ...]:
         """One socket a worker of the document server."""
         return tuple(
@@ -150,4 +160,8 @@ class Layout:
             jail=str(self.jail) if self.chroot else None,
             documents=tuple(inside(path) for path in self.documents_sockets),
             resolver=inside(self.resolver_socket),
+            signed=str(self.signed_socket),
+            silence=str(self.silence),
+            hops=str(self.jail),
+            hops_inside="" if self.chroot else str(self.jail),
         )

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Protocol, TypeAlias, assert_never
 
 from imdsproxy.core.inventory import AddressKey
-from imdsproxy.core.model import InstanceId, NetworkId
+from imdsproxy.core.model import InstanceId, NetworkId, Scope
 
 __all__ = [
     "Contested",
@@ -31,9 +31,14 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class Known:
-    """The address is this instance's, and its documents can be served."""
+    """The address is this instance's, and its documents can be served.
+
+    Attributes:
+        nova: The map value by which Nova is asked, where Nova has the documents.
+    """
 
     instance: InstanceId
+    nova: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,9 +89,13 @@ class ResolverCounts:
 
 
 class Look(Protocol):
-    """Finds out whose an address is, now; may ask the kernel's neighbour table."""
+    """Finds out whose an address is, now; may ask the kernel's neighbour table, or Neutron.
 
-    def __call__(self, key: AddressKey, /) -> Awaitable[Resolution]: ...
+    Args:
+        scope: What the request said that the id is, where it did.
+    """
+
+    def __call__(self, key: AddressKey, scope: Scope | None, /) -> Awaitable[Resolution]: ...
 
 
 @dataclass(slots=True)
@@ -121,9 +130,9 @@ class Resolver:
         """Something changed for every address, as a source that came in sync."""
         self.wake(tuple(self._waiting))
 
-    async def resolve(self, key: AddressKey) -> Outcome:
+    async def resolve(self, key: AddressKey, scope: Scope | None = None) -> Outcome:
         """Whose the address is, or what to answer where it stays unknown (design §6)."""
-        resolution = await self.look(key)
+        resolution = await self.look(key, scope)
         if not isinstance(resolution, Missing):
             return self._outcome(resolution)
         limits = self.limits()
@@ -132,9 +141,11 @@ class Resolver:
         if self._held[key[0]] >= limits.per_network or self.held >= limits.in_all:
             self.counts.over_limit += 1
             return Refused(503, "too many unknown addresses are waiting in this network")
-        return self._outcome(await self._hold(key, resolution, limits.hold_s))
+        return self._outcome(await self._hold(key, scope, resolution, limits.hold_s))
 
-    async def _hold(self, key: AddressKey, resolution: Resolution, hold_s: float) -> Resolution:
+    async def _hold(
+        self, key: AddressKey, scope: Scope | None, resolution: Resolution, hold_s: float
+    ) -> Resolution:
         self.counts.held += 1
         event = asyncio.Event()
         self._held[key[0]] += 1
@@ -144,10 +155,10 @@ class Resolver:
                 while isinstance(resolution, Missing):
                     await event.wait()
                     event.clear()
-                    resolution = await self.look(key)
+                    resolution = await self.look(key, scope)
         except TimeoutError:
             # The time is over, and what was last known of the source still holds.
-            return await self.look(key)
+            return await self.look(key, scope)
         finally:
             self._release(key, event)
         return resolution

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from ipaddress import ip_address
 from typing import cast
 
 from imdsproxy.core.documents.respond import DocumentRequest, Header
 from imdsproxy.core.inventory import AddressKey
 from imdsproxy.core.model import NetworkId
-from imdsproxy.core.wire import HEADER_ADDRESS, HEADER_NETWORK
+from imdsproxy.core.model import Scope as IdScope
+from imdsproxy.core.wire import HEADER_ADDRESS, HEADER_NETWORK, HEADER_SCOPE, HEADER_TARGET
 from imdsproxy.serving.asgi import (
     LIVENESS_PATH,
     AsgiApp,
@@ -22,23 +24,29 @@ from imdsproxy.serving.asgi import (
     send_answer,
 )
 from imdsproxy.serving.documents import Answer, DocumentService, refusal, retry_later
+from imdsproxy.serving.forward import Forwarder, NovaRequest
 from imdsproxy.serving.resolver import Refused, Resolver
 
 __all__ = ["resolver_app"]
 
 _NETWORK = HEADER_NETWORK.encode("ascii")
 _ADDRESS = HEADER_ADDRESS.encode("ascii")
+_SCOPE = HEADER_SCOPE.encode("ascii")
+_TARGET = HEADER_TARGET.encode("ascii")
+_OURS = b"x-imdsproxy-"
 _UNAVAILABLE = 503
 
 
-def resolver_app(resolver: Resolver, service: DocumentService) -> AsgiApp:
+def resolver_app(resolver: Resolver, service: DocumentService, forwarder: Forwarder) -> AsgiApp:
     """The application behind HAProxy's backend `resolver`."""
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             raise ValueError(f"the resolver does not speak {scope['type']}")
         answer = await _answer(resolver, service, scope, receive)
-        if answer is not None:
+        if isinstance(answer, NovaRequest):
+            await forwarder.forward(answer, send)
+        elif answer is not None:
             await send_answer(answer, send)
 
     return app
@@ -46,10 +54,11 @@ def resolver_app(resolver: Resolver, service: DocumentService) -> AsgiApp:
 
 async def _answer(
     resolver: Resolver, service: DocumentService, scope: Scope, receive: Receive
-) -> Answer | None:
-    key = _key(cast("Iterable[Header]", scope["headers"]))
+) -> Answer | NovaRequest | None:
+    headers = tuple(cast("Iterable[Header]", scope["headers"]))
+    told = _told(headers)
     path = cast("bytes", scope["raw_path"])
-    if key is None:
+    if told is None:
         # Only HAProxy can reach this socket; without an identity it is HAProxy's own check.
         return refusal(200) if path == LIVENESS_PATH else refusal(400)
     method = cast("str", scope["method"])
@@ -58,23 +67,32 @@ async def _answer(
         return refusal(413)
     if isinstance(body, Unfinished):
         return None
-    outcome = await resolver.resolve(key)
+    outcome = await resolver.resolve(told.key, told.scope)
     if isinstance(outcome, Refused):
         return retry_later() if outcome.status == _UNAVAILABLE else refusal(outcome.status)
+    if outcome.nova is not None:
+        address = str(told.key[1])
+        return NovaRequest(outcome.nova, address, method, told.target or path, headers, body)
     return await service.answer(outcome.instance, DocumentRequest(method, path, body))
 
 
-def _key(headers: Iterable[Header]) -> AddressKey | None:
-    network: str | None = None
-    address: str | None = None
-    for name, value in headers:
-        if name == _NETWORK:
-            network = value.decode("latin-1")
-        elif name == _ADDRESS:
-            address = value.decode("latin-1")
+@dataclass(frozen=True, slots=True)
+class _Told:
+    """What HAProxy says of a request."""
+
+    key: AddressKey
+    scope: IdScope | None
+    target: bytes | None
+
+
+def _told(headers: Iterable[Header]) -> _Told | None:
+    ours = {name: value for name, value in headers if name.startswith(_OURS)}
+    network, address = ours.get(_NETWORK), ours.get(_ADDRESS)
     if network is None or address is None:
         return None
     try:
-        return NetworkId(network), ip_address(address)
+        key = NetworkId(network.decode("latin-1")), ip_address(address.decode("latin-1"))
     except ValueError:
         return None
+    word = ours.get(_SCOPE)
+    return _Told(key, None if word is None else IdScope(word.decode("latin-1")), ours.get(_TARGET))

@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from imdsproxy.core.haproxy.build import GUEST_HEADERS, build_sections
+from imdsproxy.core.haproxy.build import build_sections
 from imdsproxy.core.haproxy.model import Bind, DataplaneSpec, Limits, Paths, Section
 from imdsproxy.core.haproxy.render import BANNER, render_config
+from imdsproxy.core.haproxy.rules import TOKEN_HEADERS
 from imdsproxy.core.model import METADATA_IPV4, METADATA_IPV6, NetworkId
 from imdsproxy.core.wire import HEADER_ADDRESS, HEADER_INSTANCE, HEADER_NETWORK, HEADER_REVISION
 
@@ -26,6 +27,10 @@ _PATHS = Paths(
     jail="/run/imdsproxy/jail",
     documents=("/documents-0.sock", "/documents-1.sock"),
     resolver="/resolver.sock",
+    signed="/run/imdsproxy/signed.sock",
+    silence="/run/imdsproxy/silence.http",
+    hops="/run/imdsproxy/jail",
+    hops_inside="",
 )
 
 _CASES = {
@@ -133,7 +138,7 @@ def test_the_allow_list_lets_no_identity_header_through() -> None:
         assert re.search(pattern, header), header
     for header in ("accept", "content-length", "if-none-match", "user-agent"):
         assert not re.search(pattern, header), header
-    assert "x-aws-ec2-metadata-token" in GUEST_HEADERS
+    assert "x-aws-ec2-metadata-token" in TOKEN_HEADERS
 
 
 def test_the_record_is_in_the_cache_key_before_the_cache_is_asked() -> None:

@@ -6,7 +6,7 @@ from ipaddress import IPv4Address
 import pytest
 
 from imdsproxy.core.inventory import AddressKey
-from imdsproxy.core.model import InstanceId, NetworkId
+from imdsproxy.core.model import InstanceId, NetworkId, Scope
 from imdsproxy.serving.resolver import (
     Contested,
     HoldLimits,
@@ -31,9 +31,11 @@ class World:
         self.found: dict[AddressKey, Resolution] = {}
         self.otherwise: Resolution = Missing(in_sync=True)
         self.looks = 0
+        self.scopes: list[Scope | None] = []
 
-    async def look(self, key: AddressKey, /) -> Resolution:
+    async def look(self, key: AddressKey, scope: Scope | None, /) -> Resolution:
         self.looks += 1
+        self.scopes.append(scope)
         return self.found.get(key, self.otherwise)
 
 

@@ -11,40 +11,37 @@ from functools import lru_cache
 from typing import Final
 
 from imdsproxy.core.haproxy.model import Bind, DataplaneSpec, Section, Words
+from imdsproxy.core.haproxy.nova import nova_backends, signed_frontend, use_nova
+from imdsproxy.core.haproxy.rules import (
+    CONFLICT,
+    GUEST_HEADERS,
+    KNOWN,
+    NOVA,
+    TOKEN_HEADERS,
+    allow_methods,
+    delete_guest_headers,
+    retry_later,
+    tell_to_continue,
+    unless,
+)
+from imdsproxy.core.haproxy.unix_listener import agent_rules, unix_bind
 from imdsproxy.core.model import IpAddress
 from imdsproxy.core.wire import (
     HEADER_ADDRESS,
     HEADER_INSTANCE,
     HEADER_NETWORK,
     HEADER_REVISION,
-    MAP_CONFLICT,
-    RETRY_AFTER_S,
+    HEADER_SCOPE,
+    HEADER_TARGET,
 )
 
-__all__ = ["GUEST_HEADERS", "build_sections"]
-
-GUEST_HEADERS: Final = (
-    "accept",
-    "content-length",
-    "content-type",
-    "host",
-    "if-[a-z-]+",
-    "range",
-    "transfer-encoding",
-    "user-agent",
-    "x-aws-ec2-metadata-token",
-    "x-aws-ec2-metadata-token-ttl-seconds",
-)
-"""What of a guest's headers goes on, as regular expressions on lower-case names; all else is deleted."""
-
-_METHODS: Final = ("GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH")
+__all__ = ["build_sections"]
 
 
 _BEYOND_HOLD_S: Final = 3
 """How much longer than a request may be held HAProxy waits for the resolver."""
 
-_KNOWN: Final = ("{", "var(txn.record)", "-m", "sub", "|", "}")
-_ODD: Final = ("{", "var(txn.odd)", "-m", "bool", "}")
+_ODD: Final = ("{", "var(txn.target)", "-m", "found", "}")
 
 
 def build_sections(spec: DataplaneSpec) -> tuple[Section, ...]:
@@ -52,8 +49,15 @@ def build_sections(spec: DataplaneSpec) -> tuple[Section, ...]:
     sections = [_global(spec), _defaults(spec)]
     if spec.limits.cache_mb:
         sections.append(_cache(spec))
-    sections.append(_guests(spec) if spec.binds else _records(spec))
+    if spec.binds:
+        sections.append(_guests(spec))
+    if spec.unix is not None:
+        sections.append(_agents(spec))
+    if not spec.binds and spec.unix is None:
+        sections.append(_records(spec))
     sections += [_documents(spec), _resolver(spec), _conflict(), _probe(spec)]
+    if spec.nova:
+        sections += [signed_frontend(spec), *nova_backends(spec)]
     if spec.exporter is not None:
         sections.append(_exporter(spec.exporter))
     return tuple(sections)
@@ -136,16 +140,41 @@ def _guests(spec: DataplaneSpec) -> Section:
             *(_bind(bind, spec.limits.maxconn_per_network) for bind in sorted(spec.binds, key=_bind_order)),
             # Who asks is a property of the connection; what that means is looked up for each request.
             ("tcp-request", "connection", "set-var(sess.address)", "src"),
+            ("tcp-request", "connection", "set-var(sess.network)", "so_name"),
             ("tcp-request", "connection", "set-var(sess.key)", "so_name,concat(/,sess.address)"),
-            *_look_up(spec),
-            *_cached(spec, *_ask_the_cache()),
-            # The lifetime is between the document server and the cache; a guest must not keep documents.
-            ("http-after-response", "del-header", "cache-control"),
-            ("http-after-response", "del-header", "age"),
-            ("use_backend", "documents", "if", *_KNOWN),
-            ("use_backend", "conflict", "if", "{", "var(txn.record)", "-m", "str", MAP_CONFLICT, "}"),
-            ("default_backend", "resolver"),
+            *_answer(spec),
         ),
+    )  # fmt: skip
+
+
+def _agents(spec: DataplaneSpec) -> Section:
+    assert spec.unix is not None  # noqa: S101 - for the type checker; the caller has looked
+    return Section(("frontend", "agents"), (unix_bind(spec.unix), *agent_rules(), *_answer(spec)))
+
+
+def _answer(spec: DataplaneSpec) -> tuple[Words, ...]:
+    """From `sess.key` to whoever answers."""
+    ours = ("unless", *NOVA) if spec.nova else ()
+    return (
+        *_look_up(spec),
+        *_cached(spec, *_ask_the_cache(ours)),
+        # The lifetime is between the document server and the cache; a guest must not keep documents.
+        ("http-after-response", "del-header", "cache-control", *ours),
+        ("http-after-response", "del-header", "age", *ours),
+        *(_choose_nova(spec) if spec.nova else ()),
+        ("use_backend", "documents", "if", *KNOWN),
+        ("use_backend", "conflict", "if", *CONFLICT),
+        ("default_backend", "resolver"),
+    )
+
+
+def _choose_nova(spec: DataplaneSpec) -> tuple[Words, ...]:
+    return (
+        # Nova reads a body by its Content-Length, and HAProxy cannot add one.
+        ("use_backend", "resolver", "if", *NOVA, "{", "req.fhdr(transfer-encoding)", "-m", "found", "}"),
+        *use_nova(spec),
+        # An endpoint set that is not in this configuration yet, or not any more.
+        ("use_backend", "resolver", "if", *NOVA),
     )  # fmt: skip
 
 
@@ -174,19 +203,9 @@ def _bind_order(bind: Bind) -> tuple[str, int, str, int, str, str]:
     )
 
 
-def _delete_guest_headers() -> Words:
-    return ("http-request", "del-header", f"^(?!(?:{'|'.join(GUEST_HEADERS)})$)", "-m", "reg")
-
-
-def _allow_methods() -> Words:
-    # CONNECT came back 200 from HAProxy itself.
-    return ("http-request", "return", "status", "405", "hdr", "Allow", ", ".join(_METHODS),
-            "if", "!{", "method", *_METHODS, "}")  # fmt: skip
-
-
 def _identity_headers() -> tuple[Words, ...]:
     return (
-        ("http-request", "set-header", HEADER_NETWORK, "%[so_name]"),
+        ("http-request", "set-header", HEADER_NETWORK, "%[var(sess.network)]"),
         ("http-request", "set-header", HEADER_ADDRESS, "%[var(sess.address)]"),
     )
 
@@ -194,9 +213,10 @@ def _identity_headers() -> tuple[Words, ...]:
 def _plain_request() -> tuple[Words, ...]:
     """What the document server and the resolver get: an allowed method, the path, our word on who asks."""
     return (
-        _allow_methods(),
+        allow_methods(),
         ("http-request", "set-uri", r"%[path,regsub(^/[^/]*/?,/)]", "if", *_ODD),
-        _delete_guest_headers(),
+        tell_to_continue(),
+        delete_guest_headers((*GUEST_HEADERS, *TOKEN_HEADERS)),
         *_identity_headers(),
     )
 
@@ -205,19 +225,23 @@ def _cached(spec: DataplaneSpec, *rules: Words) -> tuple[Words, ...]:
     return rules if spec.limits.cache_mb else ()
 
 
-def _ask_the_cache() -> tuple[Words, ...]:
+def _ask_the_cache(ours: Words) -> tuple[Words, ...]:
     """Look a document up, in the frontend: a hit that first chose a backend takes a third more instructions.
 
     The cache's key is the Host and the URI, so the record makes the Host. Of a URI in absolute form it is the URI
     alone: a guest's `GET http://anything/…` would share entries between instances, so there the record goes into
     the URI as well; and a query, which no document looks at, goes.
+
+    Args:
+        ours: The condition that leaves requests alone which go to Nova.
     """
+    plain = ("{", "url_beg", "/", "}", "!{", "url_sub", "?", "}")
+    known = (*KNOWN, *unless(NOVA)) if ours else KNOWN
     return (
-        ("http-request", "set-header", "host", "%[var(txn.record)]"),
-        ("http-request", "set-var(txn.odd)", "bool(true)", "unless", "{", "url_beg", "/", "}",
-         "!{", "url_sub", "?", "}"),
+        ("http-request", "set-header", "host", "%[var(txn.record)]", *ours),
+        ("http-request", "set-var(txn.target)", "pathq", "unless", *plain, *(("or", *NOVA) if ours else ())),
         ("http-request", "set-uri", "/%[var(txn.record)]%[path]", "if", *_ODD),
-        ("http-request", "cache-use", "documents", "if", *_KNOWN),
+        ("http-request", "cache-use", "documents", "if", *known),
     )  # fmt: skip
 
 
@@ -252,11 +276,14 @@ def _resolver(spec: DataplaneSpec) -> Section:
             ("timeout", "server", f"{math.ceil(spec.limits.hold_s) + _BEYOND_HOLD_S}s"),
             # A guest that invents addresses may not keep Python busy.
             ("stick-table", "type", "string", "len", "64", "size", "20k", "expire", "10s", "store", "gpc0_rate(1s)"),
-            ("http-request", "track-sc0", "so_name"),
+            ("http-request", "track-sc0", "var(sess.network)"),
             ("http-request", "sc-inc-gpc0(0)"),
-            ("http-request", "return", "status", "503", "hdr", "Retry-After", str(RETRY_AFTER_S),
-             "if", "{", "sc0_gpc0_rate", "gt", str(spec.limits.misses_per_second), "}"),
+            (*retry_later(), "if", "{", "sc0_gpc0_rate", "gt", str(spec.limits.misses_per_second), "}"),
             *_plain_request(),
+            ("http-request", "set-header", HEADER_TARGET, "%[pathq]"),
+            ("http-request", "set-header", HEADER_TARGET, "%[var(txn.target)]",
+             "if", *_ODD),
+            ("http-request", "set-header", HEADER_SCOPE, "router", "if", "{", "var(sess.router)", "-m", "bool", "}"),
             ("option", "httpchk", "GET", "/livez"),
             # A connection that was used before and ends without an answer makes HAProxy close the guest's
             # without a word, and so does `shutdown-sessions`. On one of its own each request gets its 503, of a
@@ -272,7 +299,7 @@ def _resolver(spec: DataplaneSpec) -> Section:
 def _conflict() -> Section:
     return Section(
         ("backend", "conflict"),
-        (("http-request", "return", "status", "503", "hdr", "Retry-After", "5"),),
+        (retry_later(5),),
     )
 
 

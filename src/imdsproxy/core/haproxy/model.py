@@ -7,10 +7,24 @@ behind, how large things may grow. Records are not in it: they live in maps and 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal, TypeAlias
 
 from imdsproxy.core.model import IpAddress, NetworkId
 
-__all__ = ["Bind", "DataplaneSpec", "Limits", "Paths", "Section", "Words"]
+__all__ = [
+    "Bind",
+    "DataplaneSpec",
+    "HealthCheck",
+    "Limits",
+    "NovaBackend",
+    "NovaServer",
+    "NovaTimes",
+    "NovaTls",
+    "Paths",
+    "Section",
+    "UnixBind",
+    "Words",
+]
 
 Words = tuple[str, ...]
 """One configuration line as unquoted words."""
@@ -47,8 +61,14 @@ class Bind:
 class Paths:
     """Files and sockets that the configuration names, as the reading process sees them.
 
-    `documents` and `resolver` are looked up by the worker inside `jail`, everything else before it
-    enters.
+    `documents`, `resolver` and `hops_inside` are looked up by the worker inside `jail`, everything else before
+    it enters.
+
+    Attributes:
+        signed: The socket by which the resolver has requests sent to Nova.
+        silence: An empty file: the answer that is none.
+        hops: Directory of HAProxy's sockets to itself, as whoever binds them sees it.
+        hops_inside: The same directory as the worker sees it.
     """
 
     base_map: str
@@ -58,6 +78,10 @@ class Paths:
     jail: str | None
     documents: tuple[str, ...]
     resolver: str
+    signed: str
+    silence: str
+    hops: str
+    hops_inside: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +108,88 @@ class Limits:
     hard_stop_after_s: int = 30
 
 
+HealthCheck: TypeAlias = Literal["tcp", "http", "off"]
+"""How an endpoint of Nova is found to be up: by a connection, by `GET /`, or by failed requests only."""
+
+
+@dataclass(frozen=True, slots=True)
+class NovaServer:
+    """One address of one of Nova's metadata APIs.
+
+    Attributes:
+        slot: Which of a record's signatures it takes: 0 for the secret in force, 1 for the next one.
+    """
+
+    address: IpAddress
+    port: int
+    slot: int = 0
+
+    @property
+    def name(self) -> str:
+        """As HAProxy's counters name it: `10.0.0.5:8775`, `[2001:db8::5]:8775`."""
+        host = f"[{self.address}]" if self.address.version == 6 else str(self.address)  # noqa: PLR2004 - IP version
+        return f"{host}:{self.port}"
+
+
+@dataclass(frozen=True, slots=True)
+class NovaTls:
+    """How https endpoints are spoken to.
+
+    Attributes:
+        name: For SNI, and what their certificate must be for.
+        ca: File of the authorities, or `@system-ca`.
+        client: File of our certificate and its key.
+    """
+
+    name: str
+    ca: str = "@system-ca"
+    verify: bool = True
+    client: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class NovaBackend:
+    """An endpoint set as HAProxy knows it.
+
+    Attributes:
+        name: The set's; it begins the records that are sent there.
+        servers: None while no endpoint's name can be resolved: guests get 503.
+        host: The Host header that Nova gets.
+    """
+
+    name: str
+    servers: tuple[NovaServer, ...]
+    host: str
+    tls: NovaTls | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class NovaTimes:
+    """Deadlines of requests to Nova, in seconds."""
+
+    connect_s: float = 2.0
+    response_s: float = 30.0
+    check: HealthCheck = "tcp"
+    check_interval_s: float = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class UnixBind:
+    """The listener `unix`: Neutron's agent protocol on a socket.
+
+    Attributes:
+        mode: Of the socket, as `0644`.
+        user: Its owner's uid.
+        group: Its group's gid.
+    """
+
+    path: str
+    mode: str
+    user: int
+    group: int
+    maxconn: int = 1024
+
+
 @dataclass(frozen=True, slots=True)
 class DataplaneSpec:
     """Everything that the configuration file is a function of."""
@@ -94,3 +200,6 @@ class DataplaneSpec:
     user: str | None = None
     group: str | None = None
     exporter: str | None = None
+    nova: tuple[NovaBackend, ...] = ()
+    nova_times: NovaTimes = NovaTimes()
+    unix: UnixBind | None = None

@@ -1,0 +1,214 @@
+"""Nova as the settings name it: secrets read, names looked up, all as values for the planner."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Final, TypeAlias
+
+import structlog
+
+from imdsproxy.config.nova import EndpointSetSettings, NovaSettings
+from imdsproxy.core.haproxy.model import NovaBackend, NovaServer, NovaTimes, NovaTls
+from imdsproxy.core.model import IpAddress
+from imdsproxy.core.upstream import EndpointSet, NovaRouting
+from imdsproxy.errors import ConfigUnreadable, Problem
+from imdsproxy.host.files import read_secret, write_atomic
+
+__all__ = ["NovaUpstream", "Resolve", "resolve_name"]
+
+Resolve: TypeAlias = Callable[[str], Awaitable[tuple[IpAddress, ...]]]
+"""A host's name to its addresses; none when it has none, `OSError` when nobody can say."""
+
+RESOLVE_EVERY_S: Final = 30.0
+_MAX_ADDRESSES: Final = 8
+"""Of one name: each becomes a server with checks of its own."""
+
+
+async def resolve_name(name: str) -> tuple[IpAddress, ...]:
+    """The addresses of a name, as this host looks names up (/etc/hosts, DNS).
+
+    Raises:
+        OSError: It cannot be looked up now.
+    """
+    loop = asyncio.get_running_loop()
+    try:
+        found = await loop.getaddrinfo(name, None, type=socket.SOCK_STREAM)
+    except socket.gaierror as error:
+        raise OSError(error.strerror) from error
+    return tuple(dict.fromkeys(ip_address(entry[4][0]) for entry in found))
+
+
+@dataclass(slots=True)
+class NovaUpstream:
+    """What of Nova is in force: changed by `read`, and by `resolve` when a name leads elsewhere.
+
+    Attributes:
+        directory: For the files that HAProxy reads and that are made of others.
+        routing: Where requests go and with what they are signed.
+        problems: Names that cannot be looked up.
+    """
+
+    directory: Path
+    resolver: Resolve = resolve_name
+    routing: NovaRouting = field(default_factory=NovaRouting)
+    problems: tuple[Problem, ...] = ()
+    _settings: NovaSettings = field(default_factory=NovaSettings)
+    _addresses: dict[str, tuple[IpAddress, ...]] = field(default_factory=dict)
+
+    def read(self, settings: NovaSettings) -> bool:
+        """Take over settings and the secrets that they name; whether records have to be made anew.
+
+        Raises:
+            SecretUnreadable: A secret is missing or empty; what was in force stays.
+            ConfigUnreadable: Another file is missing.
+        """
+        routing = NovaRouting(
+            tuple(_endpoint_set(name, one) for name, one in settings.endpoint_sets.items())
+        )
+        for name, one in settings.endpoint_sets.items():
+            self._prepare_files(name, one)
+        changed = routing != self.routing
+        self.routing, self._settings = routing, settings
+        return changed
+
+    @property
+    def times(self) -> NovaTimes:
+        """Deadlines and checks, for HAProxy."""
+        settings = self._settings
+        return NovaTimes(
+            settings.connect_timeout_s,
+            settings.response_timeout_s,
+            settings.health_check,
+            settings.health_check_interval_s,
+        )
+
+    def backends(self) -> tuple[NovaBackend, ...]:
+        """The endpoint sets as HAProxy is to know them."""
+        return tuple(
+            self._backend(name, one) for name, one in sorted(self._settings.endpoint_sets.items())
+        )
+
+    async def resolve(self) -> bool:
+        """Look every name up; whether any leads elsewhere than before.
+
+        A name that cannot be looked up keeps the addresses that it had.
+        """
+        before = dict(self._addresses)
+        problems: list[Problem] = []
+        for name, one in self._settings.endpoint_sets.items():
+            for number, endpoint in enumerate(one.endpoints):
+                where = f"nova.endpoint_sets.{name}.endpoints[{number}].url"
+                problem = await self._look_up(endpoint.url.host, where)
+                problems += [] if problem is None else [problem]
+        for problem in problems:
+            if problem not in self.problems:
+                structlog.get_logger().warning(
+                    "nova endpoint not found", field=problem.field, reason=problem.reason
+                )
+        self.problems = tuple(problems)
+        return before != self._addresses
+
+    async def follow(self, on_change: Callable[[], object]) -> None:
+        """Look names up again and again, until cancelled."""
+        while True:
+            await asyncio.sleep(RESOLVE_EVERY_S)
+            if await self.resolve():
+                on_change()
+
+    async def _look_up(self, host: str, where: str) -> Problem | None:
+        if _literal(host) is not None:
+            return None
+        known = self._addresses.get(host, ())
+        kept = "its last addresses are used" if known else "no request can be sent there"
+        try:
+            found = await self.resolver(host)
+        except OSError as error:
+            return Problem(where, f"{host} cannot be looked up: {error}", kept)
+        if not found:
+            return Problem(where, f"{host} has no address", kept)
+        # In the order of the addresses: one that only shuffles is no change.
+        self._addresses[host] = tuple(
+            sorted(found[:_MAX_ADDRESSES], key=lambda a: (a.version, int(a)))
+        )
+        return None
+
+    def _backend(self, name: str, one: EndpointSetSettings) -> NovaBackend:
+        servers: dict[tuple[IpAddress, int], NovaServer] = {}
+        for endpoint in one.endpoints:
+            literal = _literal(endpoint.url.host)
+            addresses = (literal,) if literal else self._addresses.get(endpoint.url.host, ())
+            for address in addresses:
+                server = NovaServer(address, endpoint.url.port, int(endpoint.secret == "next"))  # noqa: S105 - which one, not what
+                servers.setdefault((address, endpoint.url.port), server)
+        first = one.endpoints[0].url
+        tls = None
+        if first.scheme == "https":
+            tls = NovaTls(
+                one.server_name or first.host,
+                "@system-ca" if one.ca_file is None else str(one.ca_file),
+                one.verify,
+                self._client(name, one),
+            )
+        return NovaBackend(name, tuple(servers.values()), one.host or first.authority, tls)
+
+    def _client(self, name: str, one: EndpointSetSettings) -> str | None:
+        if one.client_cert_file is None:
+            return None
+        if one.client_key_file is None:
+            return str(one.client_cert_file)
+        return str(self._joined(name))
+
+    def _joined(self, name: str) -> Path:
+        return self.directory / f"nova-{name}.pem"
+
+    def _prepare_files(self, name: str, one: EndpointSetSettings) -> None:
+        """See that HAProxy can read what it is given: one missing file would fail its whole configuration."""
+        where = f"nova.endpoint_sets.{name}"
+        if one.ca_file is not None:
+            _read_file(one.ca_file, f"{where}.ca_file")
+        if one.client_cert_file is None:
+            return
+        certificate = _read_file(one.client_cert_file, f"{where}.client_cert_file")
+        if one.client_key_file is None:
+            return
+        key = read_secret(one.client_key_file)
+        # HAProxy takes certificate and key out of one file.
+        joined = b"\n".join((certificate.rstrip(), key.strip(), b""))
+        write_atomic(self._joined(name), joined, mode=0o600)
+
+
+def _endpoint_set(name: str, one: EndpointSetSettings) -> EndpointSet:
+    following = None if one.next_secret_file is None else _secret(one.next_secret_file)
+    return EndpointSet(
+        name,
+        _secret(one.secret_file),
+        following,
+        frozenset(one.networks),
+        frozenset(one.projects),
+    )
+
+
+def _secret(path: Path) -> bytes:
+    # Nova's own configuration file drops blanks around a value, too.
+    return read_secret(path).strip()
+
+
+def _read_file(path: Path, where: str) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ConfigUnreadable(
+            f"cannot read {path}: {error.strerror}", problems=[Problem(where, "cannot be read")]
+        ) from error
+
+
+def _literal(host: str) -> IpAddress | None:
+    try:
+        return ip_address(host)
+    except ValueError:
+        return None

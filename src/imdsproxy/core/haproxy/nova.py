@@ -1,0 +1,224 @@
+"""The upstream `nova` in HAProxy's rules: sections that send a signed request and nothing else.
+
+Of a guest's request Nova gets method, path, query, body and the allow-listed headers, each as it was, and four
+headers that we set out of the record. Two backends stand for each endpoint set: what may be asked twice is asked
+again when an endpoint fails; everything else is sent once, over a connection of its own, since a kept one may
+close just then and nobody could say whether it had arrived.
+
+Endpoints of one set that have different secrets, as while these are replaced, are reached by a hop through
+HAProxy itself: which signature is right depends on the endpoint, and rules run before one is chosen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Final
+
+from imdsproxy.core.haproxy.model import (
+    DataplaneSpec,
+    NovaBackend,
+    NovaServer,
+    NovaTimes,
+    NovaTls,
+    Section,
+    Words,
+)
+from imdsproxy.core.haproxy.rules import (
+    allow_methods,
+    delete_guest_headers,
+    milliseconds,
+    tell_to_continue,
+)
+from imdsproxy.core.wire import HEADER_ADDRESS, HEADER_RECORD, MAP_NOVA
+
+__all__ = ["nova_backends", "signed_frontend", "use_nova"]
+
+_NEXT: Final = "x-imdsproxy-next-signature"
+"""Between HAProxy and itself only."""
+
+_REPEATABLE: Final = ("{", "method", "GET", "HEAD", "OPTIONS", "}")
+_BEYOND_HOP_S: Final = 1.0
+"""How much longer a request may take that goes through a hop: the hop's own time is over first."""
+
+
+def use_nova(spec: DataplaneSpec) -> tuple[Words, ...]:
+    """Which backend takes a request whose record is of Nova."""
+    rules: list[Words] = []
+    for backend in spec.nova:
+        mine = ("{", "var(txn.record)", "-m", "beg", f"{MAP_NOVA}{backend.name}|", "}")
+        rules.append(("use_backend", _name(backend), "if", *mine, *_REPEATABLE))
+        rules.append(("use_backend", _once(backend), "if", *mine))
+    return tuple(rules)
+
+
+def signed_frontend(spec: DataplaneSpec) -> Section:
+    """Where the resolver hands in requests of guests that it has just found; only we can open it."""
+    return Section(
+        ("frontend", "signed"),
+        (
+            ("bind", f"unix@{spec.paths.signed}", "name", "signed", "mode", "600", "proto", "h1"),
+            ("http-request", "set-var(txn.record)", f"req.fhdr({HEADER_RECORD})"),
+            ("http-request", "set-var(sess.address)", f"req.fhdr({HEADER_ADDRESS})"),
+            *use_nova(spec),
+            # A set that a reload took away meanwhile.
+            ("default_backend", "conflict"),
+        ),
+    )
+
+
+def nova_backends(spec: DataplaneSpec) -> Iterator[Section]:
+    """Two backends for each endpoint set, and the hops of a set with two secrets."""
+    for backend in spec.nova:
+        mixed = len({server.slot for server in backend.servers}) > 1
+        for once in (False, True):
+            yield _backend(spec, backend, once=once, mixed=mixed)
+        if mixed:
+            for server in backend.servers:
+                yield _hop(spec, backend, server)
+
+
+def _name(backend: NovaBackend) -> str:
+    return f"nova.{backend.name}"
+
+
+def _once(backend: NovaBackend) -> str:
+    return f"{_name(backend)}.once"
+
+
+def _hop_name(backend: NovaBackend, server: NovaServer) -> str:
+    return f"{_name(backend)}.hop.{server.name}"
+
+
+def _hop_socket(directory: str, backend: NovaBackend, server: NovaServer) -> str:
+    # A socket's path has at most 107 characters, and a colon begins a port.
+    return f"unix@{directory}/hop-{backend.name}-{int(server.address):x}-{server.port}.sock"
+
+
+def _backend(spec: DataplaneSpec, backend: NovaBackend, *, once: bool, mixed: bool) -> Section:
+    times = spec.nova_times
+    response_s = times.response_s + (_BEYOND_HOP_S if mixed else 0.0)
+    if mixed:
+        servers = tuple(_to_hop(spec, backend, server) for server in backend.servers)
+    else:
+        servers = tuple(
+            _server(backend.tls, server, times, tracked=_name(backend) if once else None)
+            for server in backend.servers
+        )
+    signatures = _signatures(backend, mixed=mixed)
+    return Section(
+        ("backend", _once(backend) if once else _name(backend)),
+        (
+            *_plain_request(),
+            ("http-request", "set-header", "host", backend.host),
+            ("http-request", "set-header", "x-instance-id", "%[var(txn.record),field(2,|)]"),
+            ("http-request", "set-header", "x-tenant-id", "%[var(txn.record),field(3,|)]"),
+            *signatures,
+            ("http-request", "set-header", "x-forwarded-for", "%[var(sess.address)]"),
+            ("timeout", "connect", milliseconds(times.connect_s)),
+            ("timeout", "server", milliseconds(response_s)),
+            *_again(once=once),
+            *(() if once or mixed else _check(times)),
+            *servers,
+        ),
+    )
+
+
+def _plain_request() -> tuple[Words, ...]:
+    return (
+        allow_methods(),
+        # The absolute form becomes the origin form; nothing else of the target is touched.
+        ("http-request", "set-uri", "%[pathq]", "unless", "{", "url_beg", "/", "}",
+         "or", "{", "url", "-m", "str", "*", "}"),
+        tell_to_continue(),
+        delete_guest_headers(),
+    )  # fmt: skip
+
+
+def _signatures(backend: NovaBackend, *, mixed: bool) -> tuple[Words, ...]:
+    first: Words = ("http-request", "set-header", "x-instance-id-signature")
+    if mixed:
+        return (
+            (*first, "%[var(txn.record),field(4,|)]"),
+            ("http-request", "set-header", _NEXT, "%[var(txn.record),field(5,|)]"),
+        )
+    if backend.servers and backend.servers[0].slot:
+        # After the last step of a replacement there is one signature again before these rules are.
+        return (
+            (*first, "%[var(txn.record),field(4,|)]"),
+            (*first, "%[var(txn.record),field(5,|)]",
+             "if", "{", "var(txn.record),field(5,|)", "-m", "found", "}"),
+        )  # fmt: skip
+    return ((*first, "%[var(txn.record),field(4,|)]"),)
+
+
+def _again(*, once: bool) -> tuple[Words, ...]:
+    tries: tuple[Words, ...] = (("retries", "2"), ("option", "redispatch", "1"))
+    if once:
+        return (*tries, ("retry-on", "conn-failure"), ("http-reuse", "never"))
+    return (
+        *tries,
+        # Slow answers are not asked for again: whoever is slow has enough to do.
+        ("retry-on", "conn-failure", "empty-response", "junk-response"),
+        ("http-reuse", "always"),
+    )
+
+
+def _check(times: NovaTimes) -> tuple[Words, ...]:
+    return (("option", "httpchk", "GET", "/"),) if times.check == "http" else ()
+
+
+def _server(
+    tls: NovaTls | None, server: NovaServer, times: NovaTimes, *, tracked: str | None
+) -> Words:
+    words: list[str] = ["server", server.name, server.name]
+    if tls is not None:
+        words += ["ssl", "sni", f"str({tls.name})", "alpn", "http/1.1"]
+        if tls.verify:
+            words += ["verify", "required", "ca-file", tls.ca, "verifyhost", tls.name]
+        else:
+            words += ["verify", "none"]
+        if tls.client is not None:
+            words += ["crt", tls.client]
+    if times.check == "off":
+        return tuple(words)
+    if tracked is not None:
+        return (*words, "track", f"{tracked}/{server.name}")
+    pace = milliseconds(times.check_interval_s)
+    soon = milliseconds(min(times.check_interval_s, 0.5))
+    return (*words, "check", "inter", pace, "fastinter", soon, "downinter", pace,
+            "fall", "2", "rise", "1", "observe", "layer4", "on-error", "fastinter")  # fmt: skip
+
+
+def _to_hop(spec: DataplaneSpec, backend: NovaBackend, server: NovaServer) -> Words:
+    words = ("server", server.name, _hop_socket(spec.paths.hops_inside, backend, server))
+    if spec.nova_times.check == "off":
+        return words
+    return (*words, "track", f"{_hop_name(backend, server)}/{server.name}")
+
+
+def _hop(spec: DataplaneSpec, backend: NovaBackend, server: NovaServer) -> Section:
+    """One endpoint behind a socket of our own, which takes the signature that it wants."""
+    times = spec.nova_times
+    if server.slot:
+        choose: tuple[Words, ...] = (
+            ("http-request", "set-header", "x-instance-id-signature", f"%[req.fhdr({_NEXT})]",
+             "if", "{", f"req.fhdr({_NEXT})", "-m", "found", "}"),
+        )  # fmt: skip
+    else:
+        choose = ()
+    return Section(
+        ("listen", _hop_name(backend, server)),
+        (
+            ("bind", _hop_socket(spec.paths.hops, backend, server), "mode", "600", "proto", "h1"),
+            *choose,
+            ("http-request", "del-header", _NEXT),
+            ("timeout", "connect", milliseconds(times.connect_s)),
+            ("timeout", "server", milliseconds(times.response_s)),
+            ("retries", "0"),
+            # Who is before the hop tries another endpoint when this one gives no answer.
+            *(("errorfile", code, spec.paths.silence) for code in ("502", "503", "504")),
+            ("http-reuse", "safe"),
+            *_check(times),
+            _server(backend.tls, server, times, tracked=None),
+        ),
+    )

@@ -1,0 +1,80 @@
+"""Rules that more than one section needs: what of a guest's request goes on, and who asks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Final
+
+from imdsproxy.core.haproxy.model import Words
+from imdsproxy.core.wire import MAP_CONFLICT, MAP_NOVA, RETRY_AFTER_S
+
+__all__ = [
+    "CONFLICT",
+    "GUEST_HEADERS",
+    "KNOWN",
+    "NOVA",
+    "TOKEN_HEADERS",
+    "allow_methods",
+    "delete_guest_headers",
+    "milliseconds",
+    "retry_later",
+    "tell_to_continue",
+    "unless",
+]
+
+GUEST_HEADERS: Final = (
+    "accept",
+    "content-length",
+    "content-type",
+    "host",
+    "if-[a-z-]+",
+    "range",
+    "transfer-encoding",
+    "user-agent",
+)
+"""What of a guest's headers goes on, as regular expressions on lower-case names; all else is deleted."""
+
+TOKEN_HEADERS: Final = ("x-aws-ec2-metadata-token", "x-aws-ec2-metadata-token-ttl-seconds")
+"""What goes on to our own processes beside; Nova has nothing to do with tokens."""
+
+_METHODS: Final = ("GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH")
+
+KNOWN: Final[Words] = ("{", "var(txn.record)", "-m", "sub", "|", "}")
+"""The record is an instance's."""
+
+NOVA: Final[Words] = ("{", "var(txn.record)", "-m", "beg", MAP_NOVA, "}")
+"""The record is of an instance whose documents Nova has."""
+
+CONFLICT: Final[Words] = ("{", "var(txn.record)", "-m", "str", MAP_CONFLICT, "}")
+
+
+def unless(condition: Words) -> Words:
+    """The opposite of a condition in braces."""
+    return (f"!{condition[0]}", *condition[1:])
+
+
+def allow_methods() -> Words:
+    """Refuse methods that nothing here knows: CONNECT came back 200 from HAProxy itself."""
+    return ("http-request", "return", "status", "405", "hdr", "Allow", ", ".join(_METHODS),
+            "if", "!{", "method", *_METHODS, "}")  # fmt: skip
+
+
+def tell_to_continue() -> Words:
+    """Ask for the body that a guest holds back (RFC 9110 §10.1.1): `Expect` does not go on, so nobody else would."""
+    return ("http-request", "wait-for-body", "time", "10s",
+            "if", "{", "req.fhdr(expect)", "-m", "found", "}")  # fmt: skip
+
+
+def delete_guest_headers(kept: Iterable[str] = GUEST_HEADERS) -> Words:
+    """Delete every header whose lower-case name matches none of `kept`."""
+    return ("http-request", "del-header", f"^(?!(?:{'|'.join(kept)})$)", "-m", "reg")
+
+
+def retry_later(seconds: int = RETRY_AFTER_S) -> Words:
+    """Answer 503: clients come again."""
+    return ("http-request", "return", "status", "503", "hdr", "Retry-After", str(seconds))
+
+
+def milliseconds(seconds: float) -> str:
+    """A time as HAProxy takes it."""
+    return f"{round(seconds * 1000)}ms"

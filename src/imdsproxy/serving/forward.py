@@ -1,0 +1,117 @@
+"""Requests that go to Nova by way of the resolver: a guest's first one, and what has no Content-Length.
+
+They are handed to HAProxy's frontend `signed` with the record that its maps do not have yet, so that endpoints,
+health, TLS, deadlines and retries are HAProxy's alone. What comes back goes to the guest byte for byte.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Final, Protocol
+
+import httpcore
+import structlog
+
+from imdsproxy.core.documents.respond import Header
+from imdsproxy.core.wire import HEADER_ADDRESS, HEADER_RECORD
+from imdsproxy.serving.asgi import Send, send_answer
+from imdsproxy.serving.documents import retry_later
+
+__all__ = ["Forwarder", "NovaRequest", "SignedForwarder"]
+
+_OURS: Final = b"x-imdsproxy-"
+_HOP_BY_HOP: Final = frozenset(
+    {b"connection", b"keep-alive", b"transfer-encoding", b"content-length"}
+)
+_BODILESS: Final = frozenset({"GET", "HEAD", "OPTIONS"})
+
+
+@dataclass(frozen=True, slots=True)
+class NovaRequest:
+    """A guest's request and the record that says where it goes.
+
+    Attributes:
+        record: The map value (`core.wire.NovaRecord`).
+        address: The guest's, as text.
+        target: Path and query as the guest sent them.
+        headers: What HAProxy let through of the guest's.
+    """
+
+    record: str
+    address: str
+    method: str
+    target: bytes
+    headers: tuple[Header, ...]
+    body: bytes
+
+
+class Forwarder(Protocol):
+    """Sends a request to Nova and the answer to the guest."""
+
+    async def forward(self, request: NovaRequest, send: Send) -> None:
+        """Always answers: 503 where Nova's answer cannot be had."""
+        ...
+
+
+@dataclass(slots=True)
+class SignedForwarder:
+    """By HAProxy's frontend `signed`.
+
+    Args:
+        socket: Its path.
+        timeout_s: The longest that HAProxy may take; it has deadlines of its own, which are shorter.
+    """
+
+    socket: str
+    timeout_s: float
+    _pool: httpcore.AsyncConnectionPool = field(init=False)
+
+    def __post_init__(self) -> None:
+        # Kept connections would stay with a worker that drains after a reload; a miss is rare.
+        self._pool = httpcore.AsyncConnectionPool(
+            uds=self.socket, max_connections=256, max_keepalive_connections=0, retries=0
+        )
+
+    async def forward(self, request: NovaRequest, send: Send) -> None:
+        """Send the request; then pass head and body on as they come."""
+        started = False
+        limits = dict.fromkeys(("connect", "read", "write", "pool"), self.timeout_s)
+        try:
+            async with self._pool.stream(
+                request.method,
+                httpcore.URL(scheme=b"http", host=b"nova", port=80, target=request.target),
+                headers=list(_headers(request)),
+                content=request.body or None,
+                extensions={"timeout": limits},
+            ) as response:
+                headers = [
+                    (name.lower(), value)
+                    for name, value in response.headers
+                    if name.lower() not in {b"connection", b"keep-alive", b"transfer-encoding"}
+                ]
+                started = True
+                await send(
+                    {"type": "http.response.start", "status": response.status, "headers": headers}
+                )
+                async for chunk in response.aiter_stream():
+                    await send({"type": "http.response.body", "body": chunk, "more_body": True})
+                await send({"type": "http.response.body", "body": b""})
+        except (httpcore.NetworkError, httpcore.TimeoutException, httpcore.ProtocolError) as error:
+            structlog.get_logger().warning(
+                "request not forwarded to nova", error=f"{type(error).__name__}: {error}"
+            )
+            if started:
+                # The guest must see that the answer is not whole: the server closes its connection.
+                raise
+            await send_answer(retry_later(), send)
+
+
+def _headers(request: NovaRequest) -> Iterable[Header]:
+    for name, value in request.headers:
+        if not name.startswith(_OURS) and name not in _HOP_BY_HOP:
+            yield name, value
+    yield HEADER_RECORD.encode(), request.record.encode()
+    yield HEADER_ADDRESS.encode(), request.address.encode()
+    if request.body or request.method not in _BODILESS:
+        yield b"content-length", b"%d" % len(request.body)
