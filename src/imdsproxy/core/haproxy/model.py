@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
+from imdsproxy.core.haproxy.section import Section, Words
 from imdsproxy.core.model import IpAddress, NetworkId
 
 __all__ = [
@@ -25,17 +26,6 @@ __all__ = [
     "UnixBind",
     "Words",
 ]
-
-Words = tuple[str, ...]
-"""One configuration line as unquoted words."""
-
-
-@dataclass(frozen=True, slots=True)
-class Section:
-    """A section of the file: its header line and the lines below it."""
-
-    header: Words
-    lines: tuple[Words, ...]
 
 
 @dataclass(frozen=True, slots=True, order=True)

@@ -1,17 +1,12 @@
-"""Sections to text: deterministic, sorted where order means nothing, no time stamps."""
+"""What imdsproxy wants of HAProxy to text: sorted where order means nothing, the same text for the same spec."""
 
 from __future__ import annotations
 
-import hashlib
-from typing import Final
-
 from imdsproxy.core.haproxy.build import build_sections
-from imdsproxy.core.haproxy.model import DataplaneSpec, Section, Words
-from imdsproxy.core.haproxy.quoting import render_word
+from imdsproxy.core.haproxy.model import DataplaneSpec
+from imdsproxy.core.haproxy.section import BANNER, render_section, render_sections
 
 __all__ = ["BANNER", "render_config", "render_section"]
-
-BANNER: Final = "# made by imdsproxy; changes are overwritten; content"
 
 
 def render_config(spec: DataplaneSpec) -> str:
@@ -20,16 +15,4 @@ def render_config(spec: DataplaneSpec) -> str:
     Raises:
         UnquotableWord: A name or path holds a control character.
     """
-    body = "\n".join(render_section(section) for section in build_sections(spec))
-    digest = hashlib.blake2b(body.encode(), digest_size=8).hexdigest()
-    return f"{BANNER} {digest}\n\n{body}"
-
-
-def render_section(section: Section) -> str:
-    """One section, its lines indented, a newline at its end."""
-    lines = [_render_line(section.header), *(f"  {_render_line(line)}" for line in section.lines)]
-    return "\n".join(lines) + "\n"
-
-
-def _render_line(words: Words) -> str:
-    return " ".join(render_word(word) for word in words)
+    return render_sections(build_sections(spec))
