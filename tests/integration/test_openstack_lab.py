@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import subprocess
+import threading
 from pathlib import Path
 
 import pytest
 
-from support.openstack.lab import FrontKind, OpenStack
+from support.openstack.front import FrontKind, FrontRefused
+from support.openstack.lab import OpenStack
 from support.openstack.neutron_rest import ask
 from support.openstack.table import BLUE, INSTANCES, LOOKUP_NAMES, PORTS, RED, Instance
 
@@ -173,7 +176,7 @@ def test_neutrons_code_writes_a_front_that_haproxy_takes(
 ) -> None:
     ids = openstack.seed.routers if kind == "router" else openstack.seed.networks
     ident = ids["r-blue" if kind == "router" else "net-blue"]
-    text = openstack.neutron_front_config(
+    text = openstack.front.config(
         kind, ident, socket=tmp_path / "metadata_proxy", bind_address="127.0.0.1", port=9697
     )
     file = tmp_path / "front.conf"
@@ -191,6 +194,50 @@ def test_neutrons_code_writes_a_front_that_haproxy_takes(
     ]
     assert "bind 127.0.0.1:9697" in lines
     assert done.returncode == 0, done.stderr.decode()
+
+
+def test_what_neutron_refuses_to_write_is_told(openstack: OpenStack, tmp_path: Path) -> None:
+    with pytest.raises(FrontRefused, match="nobody-at-all"):
+        openstack.front.config("network", "x", socket=tmp_path / "socket", user="nobody-at-all")
+
+    limited = {"rate_limit_enabled": True}
+    text = openstack.front.config("ovn", "x", socket=tmp_path / "s", rate_limits=limited)
+    assert "http-request deny deny_status 429" in text
+    assert "429" not in openstack.front.config("ovn", "x", socket=tmp_path / "s")
+
+
+def test_a_nova_may_keep_its_connections(openstack: OpenStack) -> None:
+    with openstack.another_nova(keep_alive=True) as other:
+        connection = http.client.HTTPConnection(other.url.removeprefix("http://"), timeout=10)
+        connection.connect()
+        used = connection.sock
+        for _ in range(3):
+            connection.request("GET", "/")
+            answer = connection.getresponse()
+            assert (answer.status, answer.read()[:4]) == (200, b"1.0\n")
+            assert connection.sock is used
+        connection.close()
+
+
+def test_a_password_can_be_posted_again_once_it_is_forgotten(openstack: OpenStack) -> None:
+    one, path = INSTANCES[3], "/openstack/latest/password"
+    with openstack.another_nova(cache_s=0) as other:
+        first = openstack.ask_nova(one, path=path, method="POST", body=b"sealed", url=other.url)
+        second = openstack.ask_nova(one, path=path, method="POST", body=b"again", url=other.url)
+        kept = openstack.ask_nova(one, path=path, url=other.url)
+        openstack.forget_password(one)
+        gone = openstack.ask_nova(one, path=path, url=other.url)
+
+    assert (first.status, second.status, kept.body, gone.body) == (200, 409, b"sealed", b"")
+
+
+def test_a_server_outlives_the_thread_that_started_it(openstack: OpenStack) -> None:
+    thread = threading.Thread(target=openstack.nova.server.restart)
+    thread.start()
+    thread.join()
+
+    assert openstack.ask_nova(INSTANCES[0]).status == 200
+    assert openstack.nova.server.running
 
 
 def test_the_lab_can_be_used_by_openstacksdk(openstack: OpenStack) -> None:

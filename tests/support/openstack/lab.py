@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import hashlib
 import hmac
-import json
 import secrets
+import sqlite3
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final
 
+from support.openstack.front import FrontWriter
 from support.openstack.install import environments
 from support.openstack.neutron_rest import Answer, NeutronRest, ask
 from support.openstack.processes import Place, agent_server, neutron_server, nova_server
@@ -22,9 +22,7 @@ from support.openstack.settings import render_clouds
 from support.openstack.table import INSTANCES, Instance, Lookup, Port, Seed, lookups_of
 from support.openstack.template import copy_template, template
 
-__all__ = ["FrontKind", "Nova", "OpenStack", "open_openstack"]
-
-FrontKind = Literal["network", "router", "ovn"]
+__all__ = ["Nova", "OpenStack", "open_openstack"]
 
 _NOVA_CACHE_S: Final = 15
 
@@ -46,6 +44,9 @@ class OpenStack:
         nova, neutron: The servers; `stop`, `kill`, `pause`, `resume`, `restart` are theirs.
         rest: Neutron's REST API.
         lookups: The table of truth.
+        secret_file: The secret alone, as imdsproxy reads it.
+        clouds_yaml: For openstacksdk; the cloud is named `lab`.
+        front: Writes the HAProxy configurations of Neutron's agents.
     """
 
     place: Place
@@ -56,7 +57,9 @@ class OpenStack:
     rest: NeutronRest
     lookups: tuple[Lookup, ...]
     agent: Server
+    secret_file: Path
     clouds_yaml: Path
+    front: FrontWriter
     created: list[str] = field(default_factory=list, init=False)
     instances: Mapping[str, Instance] = field(
         default_factory=lambda: {one.name: one for one in INSTANCES}
@@ -165,6 +168,17 @@ class OpenStack:
         if ident in self.created:
             self.created.remove(ident)
 
+    def forget_password(self, instance: Instance) -> None:
+        """Takes away what the instance has posted as its password; Nova notices when its cache is over."""
+        with contextlib.closing(
+            sqlite3.connect(self.place.path / "db" / "nova_cell1.sqlite")
+        ) as base:
+            base.execute(
+                "DELETE FROM instance_system_metadata WHERE instance_uuid = ? AND key LIKE 'password%'",
+                (instance.uuid,),
+            )
+            base.commit()
+
     def start_agent(self) -> Path:
         """Starts Neutron's own metadata agent, if it does not run; its unix socket."""
         if not self.agent.running:
@@ -174,9 +188,19 @@ class OpenStack:
 
     @contextlib.contextmanager
     def another_nova(
-        self, *, secret: str | None = None, cache_s: int = _NOVA_CACHE_S
+        self,
+        *,
+        secret: str | None = None,
+        cache_s: int = _NOVA_CACHE_S,
+        keep_alive: bool = False,
     ) -> Iterator[Nova]:
-        """One more metadata API on the same databases, with the same or another secret."""
+        """One more metadata API on the same databases.
+
+        Args:
+            secret: Another than the first one's.
+            cache_s: For how long it keeps an instance's documents; 0 is not at all.
+            keep_alive: Its connections serve more than one request.
+        """
         with contextlib.ExitStack() as stack:
             nova = _nova(
                 self.place,
@@ -185,6 +209,7 @@ class OpenStack:
                 neutron_url=self.neutron_url,
                 secret=self.secret if secret is None else secret,
                 cache_s=cache_s,
+                keep_alive=keep_alive,
             )
             nova.server.start()
             yield nova
@@ -198,51 +223,6 @@ class OpenStack:
                 server.start()
         for ident in tuple(self.created):
             self.delete_port(ident)
-
-    def neutron_front_config(
-        self,
-        kind: FrontKind,
-        resource_id: str,
-        *,
-        socket: Path,
-        bind_address: str = "169.254.169.254",
-        port: int = 80,
-        bind_address_v6: str | None = None,
-        bind_interface: str | None = None,
-        user: str = "root",
-        group: str = "root",
-        state_path: Path | None = None,
-        pid_file: Path | None = None,
-        rate_limits: Mapping[str, object] | None = None,
-    ) -> str:
-        """The HAProxy configuration that Neutron's agents write for a namespace, as Neutron's code makes it.
-
-        Args:
-            kind: `network` as the DHCP agent, `router` as the L3 agent, `ovn` as OVN's metadata agent.
-            socket: The metadata agent's.
-            bind_address: `::` for routers, where the L3 agent sees IPv6 (then with its port, 9697).
-            rate_limits: Options of [metadata_rate_limiting].
-        """
-        wanted = {
-            "kind": kind,
-            "resource_id": resource_id,
-            "socket": str(socket),
-            "bind_address": bind_address,
-            "port": port,
-            "bind_address_v6": bind_address_v6,
-            "bind_interface": bind_interface,
-            "user": user,
-            "group": group,
-            "state_path": str(state_path or self.place.path),
-            "pid_file": str(pid_file or self.place.path / f"{resource_id}.pid"),
-            "rate_limits": dict(rate_limits or {}),
-        }
-        return _front_config(self.place, json.dumps(wanted, sort_keys=True))
-
-
-@functools.cache
-def _front_config(place: Place, wanted: str) -> str:
-    return place.run_inside("neutron", "front_config.py", stdin=wanted)
 
 
 @contextlib.contextmanager
@@ -281,6 +261,10 @@ def start_openstack(
     nova.server.wait_up()
     agent = agent_server(place, nova_port=int(nova.url.rpartition(":")[2]), secret=secret)
     stack.callback(agent.stop)
+    secret_file = place.path / "secret"
+    secret_file.write_text(secret)
+    front = FrontWriter(place)
+    stack.callback(front.close)
     clouds = place.path / "clouds.yaml"
     clouds.write_text(render_clouds(neutron_url=neutron_url))
     return OpenStack(
@@ -292,7 +276,9 @@ def start_openstack(
         rest=NeutronRest(neutron_url),
         lookups=lookups_of(seed),
         agent=agent,
+        secret_file=secret_file,
         clouds_yaml=clouds,
+        front=front,
     )
 
 
@@ -313,11 +299,12 @@ def _nova(
     neutron_url: str,
     secret: str,
     cache_s: int,
+    keep_alive: bool = False,
 ) -> Nova:
     holder = stack.enter_context(free_port())
     port = holder.getsockname()[1]
     neutron_port = int(neutron_url.rpartition(":")[2])
     place.write_nova(name, neutron_port=neutron_port, secret=secret, cache_s=cache_s)
-    server = nova_server(place, name, port=port)
+    server = nova_server(place, name, port=port, keep_alive=keep_alive)
     stack.callback(server.stop)
     return Nova(server, f"http://127.0.0.1:{port}", secret)

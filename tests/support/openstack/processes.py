@@ -70,15 +70,21 @@ class Place:
         return run(argv, cwd=self.path, environment=_ON_THREADS, stdin=stdin)
 
 
-def nova_server(place: Place, name: str, *, port: int) -> Server:
-    """The metadata API whose settings `write_nova` has written under the same name."""
+def nova_server(place: Place, name: str, *, port: int, keep_alive: bool = False) -> Server:
+    """The metadata API whose settings `write_nova` has written under the same name.
+
+    Args:
+        keep_alive: Its connections serve more than one request; as devstack runs it, they don't.
+    """
     environment = {
         "OS_NOVA_CONFIG_DIR": str(place.etc),
         # The first must be the one for paste.
         "OS_NOVA_CONFIG_FILES": f"api-paste.ini;{name}.conf",
     }
     module = "nova.wsgi.metadata:application"
-    return _wsgi(place, name, "nova", module, environment, port=port, ready="/")
+    return _wsgi(
+        place, name, "nova", module, environment, port=port, ready="/", keep_alive=keep_alive
+    )
 
 
 def neutron_server(place: Place, *, port: int) -> Server:
@@ -119,16 +125,22 @@ def _wsgi(
     *,
     port: int,
     ready: str,
+    keep_alive: bool = False,
 ) -> Server:
+    # As devstack runs them, unless connections are to be kept.
+    protocol = (
+        ("--http11-socket", f"127.0.0.1:{port}", "--add-header", "Connection: Keep-Alive")
+        if keep_alive
+        else ("--http-socket", f"127.0.0.1:{port}", "--add-header", "Connection: close")
+    )
     argv: Sequence[str] = (
         *place.prefix,
         str(place.environments.uwsgi(package)),
-        *("--http-socket", f"127.0.0.1:{port}", "--reuse-port"),
+        *protocol,
         *("--virtualenv", str(place.environments.python(package).parents[1])),
         *("--module", module, "--need-app"),
         *("--processes", "1", "--threads", str(_THREADS), "--buffer-size", "65535"),
-        # As devstack runs them.
-        *("--add-header", "Connection: close", "--die-on-term"),
+        *("--reuse-port", "--die-on-term"),
     )
     url = f"http://127.0.0.1:{port}"
     return Server(

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -22,6 +23,10 @@ _PAUSE_S: Final = 0.05
 
 class NotUp(Exception):
     """A server of the lab did not come up, or ended."""
+
+
+# The kernel takes a thread that ends for a parent that ends: whatever thread asks, this one starts the servers.
+_STARTER: Final = ThreadPoolExecutor(max_workers=1, thread_name_prefix="openstack-servers")
 
 
 def free_port() -> socket.socket:
@@ -75,19 +80,8 @@ class Server:
 
     def launch(self) -> None:
         """Starts it and does not wait; nothing if it runs."""
-        if self.running:
-            return
-        with self.log.open("ab") as log:
-            self.process = subprocess.Popen(
-                self.argv,
-                cwd=self.cwd,
-                env={**os.environ, **self.environment},
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-                pass_fds=self.keep,
-            )
+        if not self.running:
+            self.process = _STARTER.submit(self._open).result()
 
     def wait_up(self) -> None:
         """Waits until it answers.
@@ -136,6 +130,19 @@ class Server:
 
     def resume(self) -> None:
         self._signal(signal.SIGCONT)
+
+    def _open(self) -> subprocess.Popen[bytes]:
+        with self.log.open("ab") as log:
+            return subprocess.Popen(
+                self.argv,
+                cwd=self.cwd,
+                env={**os.environ, **self.environment},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                pass_fds=self.keep,
+            )
 
     def _signal(self, number: signal.Signals) -> None:
         if self.process is not None and self.process.poll() is None:

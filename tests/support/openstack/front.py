@@ -1,0 +1,106 @@
+"""What Neutron's agents write for the HAProxy of a namespace, as Neutron's own code makes it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final, Literal
+
+from support.openstack.install import INSIDE
+from support.openstack.processes import Place
+
+__all__ = ["FrontKind", "FrontRefused", "FrontWriter"]
+
+FrontKind = Literal["network", "router", "ovn"]
+
+_END_S: Final = 10.0
+
+
+class FrontRefused(Exception):
+    """Neutron does not write such a configuration."""
+
+
+@dataclass(slots=True)
+class FrontWriter:
+    """A process with Neutron's code in it: importing that takes seconds, a configuration does not."""
+
+    place: Place
+    process: subprocess.Popen[str] | None = field(default=None, init=False)
+
+    def config(
+        self,
+        kind: FrontKind,
+        resource_id: str,
+        *,
+        socket: Path,
+        bind_address: str = "169.254.169.254",
+        port: int = 80,
+        bind_address_v6: str | None = None,
+        bind_interface: str | None = None,
+        user: str = "root",
+        group: str = "root",
+        state_path: Path | None = None,
+        pid_file: Path | None = None,
+        rate_limits: Mapping[str, object] | None = None,
+    ) -> str:
+        """The text of a configuration file, unmodified.
+
+        Args:
+            kind: `network` as the DHCP agent, `router` as the L3 agent, `ovn` as OVN's metadata agent.
+            socket: Where the metadata agent is.
+            bind_address, port: 169.254.169.254 and 80 in networks. The L3 agent takes `::` (or 0.0.0.0 without
+                IPv6) and 9697.
+            user, group: As whom HAProxy runs; names or numbers.
+            state_path, pid_file: The lab's directory, and a file in it, if not given.
+            rate_limits: Options of [metadata_rate_limiting].
+
+        Raises:
+            FrontRefused: Neutron does not know the user or group.
+        """
+        wanted = {
+            "kind": kind,
+            "resource_id": resource_id,
+            "socket": str(socket),
+            "bind_address": bind_address,
+            "port": port,
+            "bind_address_v6": bind_address_v6,
+            "bind_interface": bind_interface,
+            "user": user,
+            "group": group,
+            "state_path": str(state_path or self.place.path),
+            "pid_file": str(pid_file or self.place.path / f"{resource_id}.pid"),
+            "rate_limits": dict(rate_limits or {}),
+        }
+        said = self._ask(json.dumps(wanted))
+        if not isinstance(said, str):
+            raise FrontRefused(said)
+        return said
+
+    def close(self) -> None:
+        if self.process is not None:
+            with self.process as process:
+                if process.stdin is not None:
+                    process.stdin.close()
+                process.wait(_END_S)
+            self.process = None
+
+    def _ask(self, line: str) -> object:
+        if self.process is None:
+            python = str(self.place.environments.python("neutron"))
+            self.process = subprocess.Popen(
+                [python, "-W", "ignore", str(INSIDE / "front_config.py")],
+                cwd=self.place.path,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+        stdin, stdout = self.process.stdin, self.process.stdout
+        assert stdin is not None
+        assert stdout is not None
+        stdin.write(line + "\n")
+        stdin.flush()
+        said: object = json.loads(stdout.readline())
+        return said
