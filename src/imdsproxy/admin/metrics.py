@@ -106,6 +106,8 @@ class MetricsSnapshot:
     resolver_held: int = 0
     commands: Mapping[str, int] = field(default_factory=dict)
     traffic: Mapping[str, NetworkTraffic] = field(default_factory=dict)
+    nova_up: Mapping[tuple[str, str], bool] = field(default_factory=dict)
+    nova_refused: Mapping[str, int] = field(default_factory=dict)
 
 
 _Sample: TypeAlias = tuple[tuple[str, ...], float]
@@ -370,6 +372,20 @@ METRICS: Final[tuple[MetricDescription, ...]] = (
         "Guests' requests that were no proper HTTP, by network as above.",
         ("network",),
         _per_network(lambda traffic: traffic.malformed),
+    ),
+    MetricDescription(
+        "imdsproxy_nova_endpoint_up",
+        "gauge",
+        "1 while HAProxy takes the endpoint of Nova for one that answers.",
+        ("endpoint_set", "endpoint"),
+        lambda snapshot: [(key, float(up)) for key, up in sorted(snapshot.nova_up.items())],
+    ),
+    MetricDescription(
+        "imdsproxy_nova_refused",
+        "counter",
+        "Answers 403 of Nova, by endpoint set: it refuses our signature, most likely for another secret.",
+        ("endpoint_set",),
+        _each(lambda snapshot: snapshot.nova_refused),
     ),
 )
 

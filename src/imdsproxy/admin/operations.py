@@ -29,6 +29,7 @@ __all__ = [
     "InstanceReport",
     "LeftOut",
     "NetworkReport",
+    "NovaEndpointReport",
     "Operations",
     "PlanReport",
     "Readiness",
@@ -115,6 +116,25 @@ class DocumentsReport:
 
 
 @dataclass(frozen=True, slots=True)
+class NovaEndpointReport:
+    """One address of one of Nova's metadata APIs, as HAProxy sees it.
+
+    Attributes:
+        endpoint: `ADDRESS:PORT`.
+        reason: Why it is not up.
+        requests: Sent there by the worker that runs now.
+        failures: Of these, without an answer.
+    """
+
+    endpoint_set: str
+    endpoint: str
+    up: bool
+    reason: str = ""
+    requests: int = 0
+    failures: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class PlanReport:
     """The last plan: what it did, why, and what of it failed (and is tried again)."""
 
@@ -159,6 +179,7 @@ class StatusReport:
     haproxy: HaproxyReport = field(default_factory=HaproxyReport)
     documents: DocumentsReport = field(default_factory=DocumentsReport)
     last_plan: PlanReport | None = None
+    nova: tuple[NovaEndpointReport, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

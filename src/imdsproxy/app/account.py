@@ -7,7 +7,7 @@ import pwd
 
 from imdsproxy.errors import HostRefused
 
-__all__ = ["group_id", "owner_of", "user_id"]
+__all__ = ["group_id", "group_name", "owner_of", "user_id", "user_name"]
 
 
 def user_id(name: str) -> int:
@@ -33,3 +33,23 @@ def group_id(name: str) -> int:
 def owner_of(user: str | None, group: str | None) -> tuple[int, int]:
     """Ids for `chown`, -1 for what is to stay."""
     return (-1 if user is None else user_id(user), -1 if group is None else group_id(group))
+
+
+def user_name(word: str) -> str:
+    """The name of an account, given by name or by uid; `HostRefused` when there is none."""
+    try:
+        return pwd.getpwuid(int(word)).pw_name if word.isdecimal() else pwd.getpwnam(word).pw_name
+    except (KeyError, OverflowError) as error:
+        raise HostRefused(
+            f"there is no user {word}", hint="create it, or name another one"
+        ) from error
+
+
+def group_name(word: str) -> str:
+    """The name of a group, given by name or by gid; `HostRefused` when there is none."""
+    try:
+        return grp.getgrgid(int(word)).gr_name if word.isdecimal() else grp.getgrnam(word).gr_name
+    except (KeyError, OverflowError) as error:
+        raise HostRefused(
+            f"there is no group {word}", hint="create it, or name another one"
+        ) from error

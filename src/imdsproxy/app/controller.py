@@ -42,6 +42,7 @@ from imdsproxy.app.kept_networks import KeptNetworks
 from imdsproxy.app.listener_loop import ListenerLoop
 from imdsproxy.app.lookup import Lookup
 from imdsproxy.app.nova_upstream import NovaUpstream
+from imdsproxy.app.nova_watch import NovaWatch
 from imdsproxy.app.operations import ControllerOperations
 from imdsproxy.app.record_loop import RecordLoop
 from imdsproxy.app.servers import AnyAsgiApp, open_sole_socket, open_tcp_socket, serve
@@ -268,6 +269,7 @@ async def run_controller(
         service = DocumentService(
             RecordReader(layout.records, capacity=_RESOLVER_CACHE), PasswordStore(layout.passwords)
         )
+        forwarder = SignedForwarder(str(layout.signed_socket), _FORWARD_S)
         operations = ControllerOperations(
             version=__version__,
             pid=os.getpid(),
@@ -281,8 +283,11 @@ async def run_controller(
             haproxy_version=str(program.version),
             guard=guard,
             lookup=lookup,
+            nova=nova,
+            nova_watch=NovaWatch(haproxy, lambda: (one.name for one in nova.routing.sets)),
             explainer=Explainer(inventory, records, listeners, haproxy, lookup),
             service=service,
+            forwarder=forwarder,
             sources=sources.all,
             writes=Writes(
                 inventory,
@@ -321,7 +326,7 @@ async def run_controller(
             figures=Figures(operations, resolver),
             watch=watch,
             nova=nova,
-            forwarder=SignedForwarder(str(layout.signed_socket), _FORWARD_S),
+            forwarder=forwarder,
             sources=sources.all,
         )
         try:

@@ -66,6 +66,7 @@ class Figures:
 
     async def refresh(self) -> None:
         """Read HAProxy's counters once."""
+        await self.operations.nova_watch.refresh()
         haproxy = self.operations.haproxy
         processes = haproxy.processes
         if processes is None or processes.worker is None:
@@ -125,4 +126,8 @@ class Figures:
             },
             resolver_held=self.resolver.held,
             traffic=self.traffic.totals,
+            nova_up={
+                (one.endpoint_set, one.endpoint): one.up for one in operations.nova_watch.endpoints
+            },
+            nova_refused=operations.nova_watch.refused.totals,
         )

@@ -26,6 +26,8 @@ from imdsproxy.app.explain import Explainer
 from imdsproxy.app.guard import HaproxyGuard
 from imdsproxy.app.listener_loop import ListenerLoop
 from imdsproxy.app.lookup import Lookup
+from imdsproxy.app.nova_upstream import NovaUpstream
+from imdsproxy.app.nova_watch import NovaWatch
 from imdsproxy.app.record_loop import RecordLoop
 from imdsproxy.app.writes import Writes
 from imdsproxy.core import endpoints
@@ -33,9 +35,10 @@ from imdsproxy.core.documents.respond import DocumentRequest
 from imdsproxy.core.haproxy.render import render_config
 from imdsproxy.core.hoststate import ListeningSocket
 from imdsproxy.core.identity import Ambiguous, Found, Unknown
-from imdsproxy.core.inventory import Conflict, Inventory
-from imdsproxy.core.model import Instance, InstanceId, IpAddress, Network, NetworkId
+from imdsproxy.core.inventory import AddressKey, Conflict, Inventory
+from imdsproxy.core.model import Instance, InstanceId, IpAddress, Network, NetworkId, Upstream
 from imdsproxy.core.plan import networks_of
+from imdsproxy.core.wire import NovaRecord, render_map_value
 from imdsproxy.dataplane.haproxy import Haproxy
 from imdsproxy.errors import (
     NotFound,
@@ -43,6 +46,7 @@ from imdsproxy.errors import (
 )
 from imdsproxy.host.clock import Clock
 from imdsproxy.serving.documents import Answer, DocumentService, FilePart
+from imdsproxy.serving.forward import CollectedAnswer, Forwarder, NovaRequest
 from imdsproxy.sources.api import Source
 
 __all__ = ["ControllerOperations"]
@@ -67,7 +71,10 @@ class ControllerOperations:
     guard: HaproxyGuard
     lookup: Lookup
     explainer: Explainer
+    nova: NovaUpstream
+    nova_watch: NovaWatch
     service: DocumentService
+    forwarder: Forwarder
     sources: Sequence[Source]
     writes: Writes
     documents_pids: Callable[[], tuple[int, ...]]
@@ -95,6 +102,7 @@ class ControllerOperations:
     async def status(self) -> StatusReport:
         """See `Operations.status`."""
         report = self.listeners.report
+        await self.nova_watch.refresh()
         return StatusReport(
             version=self.version,
             controller=self.pid,
@@ -129,6 +137,7 @@ class ControllerOperations:
                 failed=tuple(str(problem) for problem in report.problems),
                 took_s=report.seconds,
             ),
+            nova=self.nova_watch.endpoints,
         )
 
     def _source_problems(self, name: str) -> tuple[Problem, ...]:
@@ -152,6 +161,8 @@ class ControllerOperations:
         parts = (self.listeners.failure, self.guard.failure, self.documents_problem())
         found += [problem for problem in parts if problem is not None]
         found += self.listeners.report.problems
+        found += self.nova.problems
+        found += self.nova_watch.problems
         return tuple(found)
 
     def _foreign(self) -> tuple[LeftOut, ...]:
@@ -282,6 +293,8 @@ class ControllerOperations:
             raise NotFound(f"there is no network {network}", hint="imdsproxy network list")
         identity = await self.lookup.identify((network, address))
         match identity:
+            case Found(instance=instance) if instance.upstream is Upstream.NOVA:
+                return await self._get_of_nova((network, address), path)
             case Found(instance=instance):
                 plain = path.partition("?")[0].encode("utf-8")
                 answer = await self.service.answer(instance.id, DocumentRequest("GET", plain))
@@ -292,6 +305,19 @@ class ControllerOperations:
                 return DocumentAnswer(404 if self.inventory.in_sync else 503, (), b"")
             case _ as never:
                 assert_never(never)
+
+    async def _get_of_nova(self, key: AddressKey, path: str) -> DocumentAnswer:
+        record = self.records.planned(key)
+        if not isinstance(record, NovaRecord):
+            return DocumentAnswer(503, (), b"")
+        target, address = path.encode("utf-8"), str(key[1])
+        request = NovaRequest(render_map_value(record), address, "GET", target, (), b"")
+        answer = CollectedAnswer()
+        await self.forwarder.forward(request, answer.take)
+        headers = tuple(
+            (name.decode("latin-1"), value.decode("latin-1")) for name, value in answer.headers
+        )
+        return DocumentAnswer(answer.status, headers, bytes(answer.body))
 
     async def render(self) -> str:
         """See `Operations.render`."""

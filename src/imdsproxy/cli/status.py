@@ -46,6 +46,7 @@ def show_status(output: Output, report: _Shape) -> None:
     """The report for people."""
     output.facts(_facts(report))
     _show_sources(output, report)
+    _show_nova(output, report)
     _show_left_out(output, report)
     _show_problems(output, report)
 
@@ -122,6 +123,31 @@ def _show_sources(output: Output, report: _Shape) -> None:
     ]
     output.text("")
     output.table(columns, rows, empty="no sources")
+
+
+def _show_nova(output: Output, report: _Shape) -> None:
+    endpoints = _shapes(report, "nova")
+    if not endpoints:
+        return
+    columns = (
+        Column("NOVA", keep=True),
+        Column("SET"),
+        Column("STATE"),
+        Column("REQUESTS", right=True),
+        Column("FAILED", right=True),
+    )
+    rows = [
+        (
+            clean(one["endpoint"]),
+            clean(one["endpoint_set"]),
+            "[green]up[/]" if one["up"] else f"[red]down[/] {clean(one['reason'])}".rstrip(),
+            str(one["requests"]),
+            _count(int(str(one["failures"]))),
+        )
+        for one in endpoints
+    ]
+    output.text("")
+    output.table(columns, rows, empty="")
 
 
 def _show_left_out(output: Output, report: _Shape) -> None:

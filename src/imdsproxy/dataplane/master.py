@@ -83,6 +83,17 @@ class MasterClient:
         """
         return parse_stat(await self.send(worker, "show stat"), columns)
 
+    async def read_number(self, worker: int, variable: str) -> int | None:
+        """An integer that a worker's rules keep in a variable; `None` where they keep none.
+
+        Raises:
+            RuntimeUnavailable: The master does not answer.
+            WorkerEnded: The worker is gone.
+        """
+        _, _, rest = (await self.send(worker, f"get var {variable}")).partition("value=<")
+        text = rest.partition(">")[0]
+        return int(text) if text.isdigit() else None
+
     async def send(self, worker: int, command: str, payload: str | None = None) -> str:
         """One command to one worker; its answer without the closing line break.
 

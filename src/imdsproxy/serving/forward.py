@@ -6,9 +6,9 @@ health, TLS, deadlines and retries are HAProxy's alone. What comes back goes to 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, MutableMapping
 from dataclasses import dataclass, field
-from typing import Final, Protocol
+from typing import Final, Protocol, cast
 
 import httpcore
 import structlog
@@ -18,7 +18,7 @@ from imdsproxy.core.wire import HEADER_ADDRESS, HEADER_RECORD
 from imdsproxy.serving.asgi import Send, send_answer
 from imdsproxy.serving.documents import retry_later
 
-__all__ = ["Forwarder", "NovaRequest", "SignedForwarder"]
+__all__ = ["CollectedAnswer", "Forwarder", "NovaRequest", "SignedForwarder"]
 
 _OURS: Final = b"x-imdsproxy-"
 _HOP_BY_HOP: Final = frozenset(
@@ -52,6 +52,23 @@ class Forwarder(Protocol):
     async def forward(self, request: NovaRequest, send: Send) -> None:
         """Always answers: 503 where Nova's answer cannot be had."""
         ...
+
+
+@dataclass(slots=True)
+class CollectedAnswer:
+    """An answer that is looked at instead of sent on; `take` is its `send`."""
+
+    status: int = 0
+    headers: tuple[Header, ...] = ()
+    body: bytearray = field(default_factory=bytearray)
+
+    async def take(self, message: MutableMapping[str, object]) -> None:
+        """One of ASGI's messages."""
+        if message["type"] == "http.response.start":
+            self.status = cast("int", message["status"])
+            self.headers = tuple(cast("Iterable[Header]", message["headers"]))
+        else:
+            self.body += cast("bytes", message["body"])
 
 
 @dataclass(slots=True)

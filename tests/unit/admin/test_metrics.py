@@ -40,6 +40,8 @@ FULL = MetricsSnapshot(
     resolver_held=2,
     commands={"ok": 30},
     traffic={"blue": NetworkTraffic(100, 3, 1), "red": NetworkTraffic(10, 0, 0)},
+    nova_up={("default", "192.0.2.1:8775"): True, ("default", "192.0.2.2:8775"): False},
+    nova_refused={"default": 6},
 )
 
 
@@ -75,6 +77,12 @@ def _value(snapshot: MetricsSnapshot, name: str, **labels: str) -> float:
         ("imdsproxy_resolver_requests_total", {"outcome": "unknown"}, 2),
         ("imdsproxy_network_connections_total", {"network": "blue"}, 100),
         ("imdsproxy_network_denied_total", {"network": "blue"}, 3),
+        (
+            "imdsproxy_nova_endpoint_up",
+            {"endpoint_set": "default", "endpoint": "192.0.2.2:8775"},
+            0,
+        ),
+        ("imdsproxy_nova_refused_total", {"endpoint_set": "default"}, 6),
     ],
 )
 def test_a_figure_is_told_under_its_name(name: str, labels: dict[str, str], value: float) -> None:

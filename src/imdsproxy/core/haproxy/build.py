@@ -11,7 +11,7 @@ from functools import lru_cache
 from typing import Final
 
 from imdsproxy.core.haproxy.model import Bind, DataplaneSpec, Section, Words
-from imdsproxy.core.haproxy.nova import nova_backends, signed_frontend, use_nova
+from imdsproxy.core.haproxy.nova import nova_backends, nova_counters, signed_frontend, use_nova
 from imdsproxy.core.haproxy.rules import (
     CONFLICT,
     GUEST_HEADERS,
@@ -71,6 +71,7 @@ def _global(spec: DataplaneSpec) -> Section:
         # Whoever is older is ended at once, requests that it still works on included (ADR 0022).
         ("mworker-max-reloads", "20"),
         ("tune.maxrewrite", "1024"),
+        *nova_counters(spec),
     ]
     if spec.user is not None:
         lines.append(("user", spec.user))

@@ -31,7 +31,14 @@ from imdsproxy.core.haproxy.rules import (
 )
 from imdsproxy.core.wire import HEADER_ADDRESS, HEADER_RECORD, MAP_NOVA
 
-__all__ = ["nova_backends", "signed_frontend", "use_nova"]
+__all__ = [
+    "set_of_backend",
+    "nova_backends",
+    "nova_counters",
+    "refused_counter",
+    "signed_frontend",
+    "use_nova",
+]
 
 _NEXT: Final = "x-imdsproxy-next-signature"
 """Between HAProxy and itself only."""
@@ -39,6 +46,22 @@ _NEXT: Final = "x-imdsproxy-next-signature"
 _REPEATABLE: Final = ("{", "method", "GET", "HEAD", "OPTIONS", "}")
 _BEYOND_HOP_S: Final = 1.0
 """How much longer a request may take that goes through a hop: the hop's own time is over first."""
+
+
+def refused_counter(endpoint_set: str) -> str:
+    """The variable of HAProxy that counts how often the set's Nova said 403: it refuses our signature."""
+    return f"proc.nova_refused_{endpoint_set.replace('-', '_')}"
+
+
+def set_of_backend(backend: str) -> str | None:
+    """The endpoint set that a backend of HAProxy's counters stands for; `None` for any other proxy."""
+    name = backend.removeprefix("nova.").removesuffix(".once")
+    return None if name == backend or "." in name else name
+
+
+def nova_counters(spec: DataplaneSpec) -> tuple[Words, ...]:
+    """Lines of `global`: every counter begins at 0, so that it can be read before anything was counted."""
+    return tuple(("set-var", refused_counter(one.name), "int(0)") for one in spec.nova)
 
 
 def use_nova(spec: DataplaneSpec) -> tuple[Words, ...]:
@@ -105,6 +128,7 @@ def _backend(spec: DataplaneSpec, backend: NovaBackend, *, once: bool, mixed: bo
             for server in backend.servers
         )
     signatures = _signatures(backend, mixed=mixed)
+    counter = refused_counter(backend.name)
     return Section(
         ("backend", _once(backend) if once else _name(backend)),
         (
@@ -116,6 +140,16 @@ def _backend(spec: DataplaneSpec, backend: NovaBackend, *, once: bool, mixed: bo
             ("http-request", "set-header", "x-forwarded-for", "%[var(sess.address)]"),
             ("timeout", "connect", milliseconds(times.connect_s)),
             ("timeout", "server", milliseconds(response_s)),
+            (
+                "http-response",
+                f"set-var({counter})",
+                f"var({counter}),add(1)",
+                "if",
+                "{",
+                "status",
+                "403",
+                "}",
+            ),
             *_again(once=once),
             *(() if once or mixed else _check(times)),
             *servers,
@@ -159,7 +193,7 @@ def _again(*, once: bool) -> tuple[Words, ...]:
         *tries,
         # Slow answers are not asked for again: whoever is slow has enough to do.
         ("retry-on", "conn-failure", "empty-response", "junk-response"),
-        ("http-reuse", "always"),
+        ("http-reuse", "safe"),
     )
 
 
@@ -170,7 +204,7 @@ def _check(times: NovaTimes) -> tuple[Words, ...]:
 def _server(
     tls: NovaTls | None, server: NovaServer, times: NovaTimes, *, tracked: str | None
 ) -> Words:
-    words: list[str] = ["server", server.name, server.name]
+    words: list[str] = ["server", server.name, server.authority]
     if tls is not None:
         words += ["ssl", "sni", f"str({tls.name})", "alpn", "http/1.1"]
         if tls.verify:
@@ -206,10 +240,12 @@ def _hop(spec: DataplaneSpec, backend: NovaBackend, server: NovaServer) -> Secti
         )  # fmt: skip
     else:
         choose = ()
+    # The master binds the socket, as root; the worker that connects to it is another user.
+    owner = () if spec.user is None else ("user", spec.user)
     return Section(
         ("listen", _hop_name(backend, server)),
         (
-            ("bind", _hop_socket(spec.paths.hops, backend, server), "mode", "600", "proto", "h1"),
+            ("bind", _hop_socket(spec.paths.hops, backend, server), *owner, "mode", "600", "proto", "h1"),
             *choose,
             ("http-request", "del-header", _NEXT),
             ("timeout", "connect", milliseconds(times.connect_s)),

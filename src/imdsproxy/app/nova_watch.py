@@ -1,0 +1,190 @@
+"""What HAProxy sees of Nova: which endpoints answer, and whether Nova takes our signature."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Final
+
+import structlog
+
+from imdsproxy.admin.operations import NovaEndpointReport
+from imdsproxy.core.haproxy.nova import refused_counter, set_of_backend
+from imdsproxy.dataplane.haproxy import Haproxy
+from imdsproxy.dataplane.master import WorkerEnded
+from imdsproxy.errors import DataplaneError, Problem
+
+__all__ = ["NovaWatch", "WorkerTotals"]
+
+_COLUMNS: Final = frozenset(
+    {
+        "pxname",
+        "svname",
+        "type",
+        "status",
+        "last_chk",
+        "check_status",
+        "stot",
+        "hrsp_2xx",
+        "econ",
+        "eresp",
+        "hrsp_5xx",
+    }
+)
+_SERVER: Final = "2"
+
+
+@dataclass(slots=True)
+class WorkerTotals:
+    """Adds up counters that begin at 0 with each worker of HAProxy."""
+
+    totals: Counter[str] = field(default_factory=Counter)
+    _worker: int | None = None
+    _base: Counter[str] = field(default_factory=Counter)
+
+    def add(self, worker: int, now: Mapping[str, int]) -> None:
+        """Take in one worker's counters."""
+        if worker != self._worker:
+            self._base, self._worker = Counter(self.totals), worker
+        for name, count in now.items():
+            self.totals[name] = self._base[name] + count
+
+
+@dataclass(slots=True)
+class NovaWatch:
+    """Looks at HAProxy's counters now and then.
+
+    A Nova that refuses our signature answers 403 to everything that its guests ask: that is told once, and
+    again only after it had been well in between.
+
+    Args:
+        sets: The names of the endpoint sets in force.
+
+    Attributes:
+        endpoints: As of the last look.
+        refused: Answers 403 of each endpoint set, since the controller knows it.
+    """
+
+    haproxy: Haproxy
+    sets: Callable[[], Iterable[str]]
+    endpoints: tuple[NovaEndpointReport, ...] = ()
+    refused: WorkerTotals = field(default_factory=WorkerTotals)
+    _good: WorkerTotals = field(default_factory=WorkerTotals)
+    _refusing: set[str] = field(default_factory=set)
+
+    @property
+    def problems(self) -> tuple[Problem, ...]:
+        """The sets whose Nova refuses our signature now, and those of which no endpoint answers."""
+        return (
+            *(_refused(name) for name in sorted(self._refusing)),
+            *(_silent(name) for name in sorted(self._silent())),
+        )
+
+    async def refresh(self) -> None:
+        """Look once; while HAProxy does not answer, what was seen last stays."""
+        names = sorted(self.sets())
+        processes = self.haproxy.processes
+        if not names or processes is None or processes.worker is None:
+            self.endpoints = ()
+            return
+        worker, master = processes.worker, self.haproxy.master
+        try:
+            rows = await master.read_stat(worker, _COLUMNS)
+            refused = {
+                name: await master.read_number(worker, refused_counter(name)) for name in names
+            }
+        except (DataplaneError, WorkerEnded):
+            return
+        self.take(worker, names, rows, refused)
+
+    def take(
+        self,
+        worker: int,
+        names: Iterable[str],
+        rows: Iterable[Mapping[str, str]],
+        refused: Mapping[str, int | None],
+    ) -> None:
+        """Take in one worker's rows of `show stat` and its counts of 403."""
+        before, well = Counter(self.refused.totals), Counter(self._good.totals)
+        self.refused.add(
+            worker, {one: count for one, count in refused.items() if count is not None}
+        )
+        found: list[NovaEndpointReport] = []
+        good: Counter[str] = Counter()
+        for row in rows:
+            name = set_of_backend(row["pxname"])
+            if name is None or row["type"] != _SERVER:
+                continue
+            good[name] += _number(row, "hrsp_2xx")
+            report = _endpoint(name, row)
+            if row["pxname"].endswith(".once"):
+                found = [_sum(one, report) for one in found]
+            else:
+                found.append(report)
+        self.endpoints = tuple(found)
+        self._good.add(worker, good)
+        for name in names:
+            more = self.refused.totals[name] - before[name]
+            self._note(name, refuses=more > 0, well=self._good.totals[name] > well[name])
+
+    def _note(self, name: str, *, refuses: bool, well: bool) -> None:
+        log = structlog.get_logger()
+        if refuses and name not in self._refusing:
+            self._refusing.add(name)
+            problem = _refused(name)
+            log.warning("nova refuses our signature", endpoint_set=name, hint=problem.hint)
+        elif well and not refuses and name in self._refusing:
+            self._refusing.discard(name)
+            log.info("nova takes our signature again", endpoint_set=name)
+
+    def _silent(self) -> set[str]:
+        answering = {one.endpoint_set for one in self.endpoints if one.up}
+        return {one.endpoint_set for one in self.endpoints} - answering
+
+
+def _endpoint(name: str, row: Mapping[str, str]) -> NovaEndpointReport:
+    status = row["status"]
+    reason = " ".join(word for word in (row["check_status"].lstrip("* "), row["last_chk"]) if word)
+    return NovaEndpointReport(
+        endpoint_set=name,
+        endpoint=row["svname"],
+        up=status.startswith(("UP", "no check")),
+        reason="" if status.startswith("UP") else reason,
+        requests=_number(row, "stot"),
+        failures=_number(row, "econ") + _number(row, "eresp"),
+    )
+
+
+def _sum(one: NovaEndpointReport, other: NovaEndpointReport) -> NovaEndpointReport:
+    if (one.endpoint_set, one.endpoint) != (other.endpoint_set, other.endpoint):
+        return one
+    return NovaEndpointReport(
+        one.endpoint_set,
+        one.endpoint,
+        one.up,
+        one.reason,
+        one.requests + other.requests,
+        one.failures + other.failures,
+    )
+
+
+def _refused(name: str) -> Problem:
+    return Problem(
+        f"nova.endpoint_sets.{name}.secret_file",
+        "Nova refuses our signature (403): its guests get no metadata",
+        "have the secret of Nova's `[neutron] metadata_proxy_shared_secret` in the file, then `imdsproxy reload`",
+    )
+
+
+def _silent(name: str) -> Problem:
+    return Problem(
+        f"nova.endpoint_sets.{name}.endpoints",
+        "no endpoint answers: its guests get 503",
+        "start nova-api-metadata, or mend the URLs",
+    )
+
+
+def _number(row: Mapping[str, str], name: str) -> int:
+    text = row.get(name, "")
+    return int(text) if text.isdigit() else 0

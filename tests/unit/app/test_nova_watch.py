@@ -1,0 +1,126 @@
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import cast
+
+import pytest
+from structlog.testing import capture_logs
+
+from imdsproxy.admin.operations import NovaEndpointReport
+from imdsproxy.app.nova_watch import NovaWatch
+from imdsproxy.dataplane.haproxy import Haproxy
+
+_ONE = "192.0.2.1:8775"
+_TWO = "192.0.2.2:8775"
+
+
+def _row(
+    proxy: str,
+    server: str = _ONE,
+    status: str = "UP",
+    *,
+    good: int = 0,
+    requests: int = 0,
+    failed: int = 0,
+    kind: str = "2",
+) -> dict[str, str]:
+    return {
+        "pxname": proxy,
+        "svname": server,
+        "type": kind,
+        "status": status,
+        "check_status": "L4CON",
+        "last_chk": "Connection refused",
+        "stot": str(requests),
+        "hrsp_2xx": str(good),
+        "econ": str(failed),
+        "eresp": "",
+    }
+
+
+def _watch(names: Iterable[str] = ("default",)) -> NovaWatch:
+    return NovaWatch(cast("Haproxy", None), lambda: names)
+
+
+def _look(
+    watch: NovaWatch,
+    rows: Iterable[Mapping[str, str]],
+    *,
+    refused: int = 0,
+    worker: int = 7,
+) -> list[str]:
+    with capture_logs() as logs:
+        watch.take(worker, ["default"], list(rows), {"default": refused})
+    return [entry["event"] for entry in logs]
+
+
+def test_each_endpoint_is_told_once_with_both_its_backends_added_up() -> None:
+    watch = _watch()
+    _look(
+        watch,
+        [
+            _row("documents", "documents-0"),
+            _row("nova.default", "BACKEND", kind="1"),
+            _row("nova.default", requests=5),
+            _row("nova.default", _TWO, "DOWN", failed=2),
+            _row("nova.default.once", requests=3),
+            _row("nova.default.once", _TWO, "DOWN"),
+            _row("nova.default.hop.192.0.2.1:8775"),
+        ],
+    )
+    assert watch.endpoints == (
+        NovaEndpointReport("default", _ONE, True, "", 8, 0),
+        NovaEndpointReport("default", _TWO, False, "L4CON Connection refused", 0, 2),
+    )
+    assert watch.problems == ()
+
+
+def test_no_endpoint_that_answers_is_a_problem() -> None:
+    watch = _watch()
+    _look(watch, [_row("nova.default", status="DOWN"), _row("nova.default", _TWO, "DOWN 1/2")])
+    assert [problem.field for problem in watch.problems] == ["nova.endpoint_sets.default.endpoints"]
+
+
+@pytest.mark.parametrize("status", ["UP", "UP 1/2", "no check"])
+def test_an_endpoint_without_checks_counts_as_up(status: str) -> None:
+    watch = _watch()
+    _look(watch, [_row("nova.default", status=status)])
+    assert watch.endpoints[0].up
+
+
+def test_a_refused_signature_is_told_once_and_not_for_each_request() -> None:
+    watch = _watch()
+    rows = [_row("nova.default")]
+    assert _look(watch, rows) == []
+    assert _look(watch, rows, refused=3) == ["nova refuses our signature"]
+    assert _look(watch, rows, refused=500) == []
+    assert _look(watch, rows, refused=500) == []
+    (problem,) = watch.problems
+    assert problem.field == "nova.endpoint_sets.default.secret_file"
+    assert watch.refused.totals == {"default": 500}
+
+
+def test_it_is_over_when_nova_has_answered_well_and_may_come_again() -> None:
+    watch = _watch()
+    _look(watch, [_row("nova.default")], refused=3)
+    assert _look(watch, [_row("nova.default", good=4)], refused=3) == [
+        "nova takes our signature again"
+    ]
+    assert watch.problems == ()
+    assert _look(watch, [_row("nova.default", good=4)], refused=4) == ["nova refuses our signature"]
+
+
+def test_of_two_novas_one_that_refuses_is_enough() -> None:
+    watch = _watch()
+    _look(watch, [_row("nova.default")], refused=3)
+    assert _look(watch, [_row("nova.default", good=4)], refused=5) == []
+    assert watch.problems
+
+
+def test_counters_that_begin_again_with_a_new_worker_are_added_up() -> None:
+    watch = _watch()
+    rows = [_row("nova.default")]
+    _look(watch, rows, refused=3)
+    _look(watch, rows, refused=1, worker=8)
+    _look(watch, rows, refused=2, worker=8)
+    assert watch.refused.totals == {"default": 5}

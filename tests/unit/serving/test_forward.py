@@ -1,0 +1,128 @@
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import httpcore
+import pytest
+from structlog.testing import capture_logs
+
+from imdsproxy.serving.forward import CollectedAnswer, NovaRequest, SignedForwarder
+
+_RECORD = "@default|i|p|" + "0" * 64
+
+
+class Peer:
+    """What stands behind the socket: takes one request a connection and says what it is told to say."""
+
+    def __init__(self) -> None:
+        self.seen = b""
+        self.answer = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = await reader.readuntil(b"\r\n\r\n")
+        length = 0
+        for line in head.split(b"\r\n"):
+            if line.lower().startswith(b"content-length:"):
+                length = int(line.partition(b":")[2])
+        self.seen = head + await reader.readexactly(length)
+        writer.write(self.answer)
+        writer.close()
+        await writer.wait_closed()
+
+
+@contextlib.asynccontextmanager
+async def _peer(directory: Path) -> AsyncIterator[tuple[Peer, SignedForwarder]]:
+    peer = Peer()
+    path = directory / "signed.sock"
+    server = await asyncio.start_unix_server(peer.serve, str(path))
+    async with server:
+        yield peer, SignedForwarder(str(path), 5.0)
+
+
+def _request(method: str = "GET", target: bytes = b"/a", body: bytes = b"") -> NovaRequest:
+    headers = (
+        (b"host", b"169.254.169.254"),
+        (b"accept", b"*/*"),
+        (b"content-length", b"999"),
+        (b"transfer-encoding", b"chunked"),
+        (b"x-imdsproxy-record", b"forged"),
+        (b"x-imdsproxy-network", b"n"),
+    )
+    return NovaRequest(_RECORD, "10.0.0.5", method, target, headers, body)
+
+
+@pytest.mark.parametrize("target", [b"/a?", b"/a%2fb/../c//d?x=%3F", b"/?a#", b"*"])
+async def test_the_target_is_sent_byte_for_byte(tmp_path: Path, target: bytes) -> None:
+    async with _peer(tmp_path) as (peer, forwarder):
+        await forwarder.forward(_request(target=target), CollectedAnswer().take)
+        assert peer.seen.split(b"\r\n")[0] == b"GET " + target + b" HTTP/1.1"
+
+
+async def test_our_headers_are_ours_and_the_body_has_its_length(tmp_path: Path) -> None:
+    async with _peer(tmp_path) as (peer, forwarder):
+        await forwarder.forward(_request("POST", body=b"pass"), CollectedAnswer().take)
+        head, _, body = peer.seen.partition(b"\r\n\r\n")
+        lines = sorted(line.lower() for line in head.split(b"\r\n")[1:])
+        assert lines == sorted(
+            [
+                b"host: 169.254.169.254",
+                b"accept: */*",
+                b"x-imdsproxy-record: " + _RECORD.encode(),
+                b"x-imdsproxy-address: 10.0.0.5",
+                b"content-length: 4",
+            ]
+        )
+        assert body == b"pass"
+
+
+async def test_a_post_without_a_body_says_so(tmp_path: Path) -> None:
+    async with _peer(tmp_path) as (peer, forwarder):
+        await forwarder.forward(_request("POST"), CollectedAnswer().take)
+        assert b"content-length: 0" in peer.seen.lower()
+
+
+async def test_the_answer_is_passed_on_as_it_is(tmp_path: Path) -> None:
+    async with _peer(tmp_path) as (peer, forwarder):
+        peer.answer = (
+            b"HTTP/1.1 409 Conflict\r\nContent-Encoding: gzip\r\nX-A: 1\r\nX-A: 2\r\n"
+            b"Content-Length: 3\r\nConnection: close\r\n\r\n\x1f\x8b\xff"
+        )
+        answer = CollectedAnswer()
+        await forwarder.forward(_request(), answer.take)
+        assert answer.status == 409
+        assert answer.headers == (
+            (b"content-encoding", b"gzip"),
+            (b"x-a", b"1"),
+            (b"x-a", b"2"),
+            (b"content-length", b"3"),
+        )
+        assert answer.body == b"\x1f\x8b\xff"
+
+
+@pytest.mark.parametrize("answer", [b"", b"nonsense\r\n\r\n"])
+async def test_no_answer_or_none_that_can_be_read_is_503(tmp_path: Path, answer: bytes) -> None:
+    async with _peer(tmp_path) as (peer, forwarder):
+        peer.answer = answer
+        got = CollectedAnswer()
+        with capture_logs() as logs:
+            await forwarder.forward(_request(), got.take)
+        assert got.status == 503
+        assert (b"retry-after", b"1") in got.headers
+        assert [entry["event"] for entry in logs] == ["request not forwarded to nova"]
+
+
+async def test_nobody_behind_the_socket_is_503(tmp_path: Path) -> None:
+    got = CollectedAnswer()
+    with capture_logs():
+        await SignedForwarder(str(tmp_path / "none"), 1.0).forward(_request(), got.take)
+    assert got.status == 503
+
+
+async def test_an_answer_that_breaks_off_is_not_made_to_look_whole(tmp_path: Path) -> None:
+    async with _peer(tmp_path) as (peer, forwarder):
+        peer.answer = b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\nhalf"
+        with capture_logs(), pytest.raises(httpcore.RemoteProtocolError):
+            await forwarder.forward(_request(), CollectedAnswer().take)
