@@ -10,9 +10,10 @@ from imdsproxy.app.listener_loop import ListenerLoop
 from imdsproxy.app.lookup import Lookup
 from imdsproxy.app.record_loop import RecordLoop
 from imdsproxy.core.identity import Ambiguous, Found, Unknown
-from imdsproxy.core.inventory import Inventory
-from imdsproxy.core.model import IpAddress, NetworkId
+from imdsproxy.core.inventory import AddressKey, Inventory
+from imdsproxy.core.model import Instance, IpAddress, NetworkId, Upstream
 from imdsproxy.core.plan import networks_of, record_key
+from imdsproxy.core.wire import NovaRecord, hide_signatures
 from imdsproxy.dataplane.haproxy import Haproxy
 from imdsproxy.dataplane.master import WorkerEnded
 from imdsproxy.errors import RuntimeUnavailable
@@ -69,7 +70,7 @@ class Explainer:
                     source=", ".join(self.inventory.sources_of_instance(instance.id)),
                     how=how.value,
                     revision=self.records.revisions.get(instance.id),
-                    policy={"dialects": ", ".join(sorted(instance.dialects)) or "none"},
+                    policy=self._policy(instance, (network, address)),
                 )
             case Ambiguous(claimants=claimants):
                 why = ("more than one record claims the address, and none is preferred",)
@@ -85,6 +86,14 @@ class Explainer:
                 return Explanation(network, address, "unknown", answer, (reason.value, then))
         assert_never(identity)
 
+    def _policy(self, instance: Instance, key: AddressKey) -> dict[str, str]:
+        if instance.upstream is Upstream.EMBEDDED:
+            return {"dialects": ", ".join(sorted(instance.dialects)) or "none"}
+        record = self.records.planned(key)
+        if not isinstance(record, NovaRecord):
+            return {"upstream": "nova", "endpoint set": "none: guests get 503"}
+        return {"upstream": "nova", "endpoint set": record.endpoint_set, "project": record.project}
+
     async def _installed(self, network: NetworkId, address: IpAddress) -> str | None:
         """What the accepting worker's maps have for the address."""
         processes = self.haproxy.processes
@@ -96,7 +105,7 @@ class Explainer:
             for path in (applier.overlay_path, applier.base_path):
                 value = await self.haproxy.master.read_entry(processes.worker, str(path), key)
                 if value is not None:
-                    return value
+                    return hide_signatures(value)
         except (WorkerEnded, RuntimeUnavailable):
             return None
         return None

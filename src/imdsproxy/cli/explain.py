@@ -19,6 +19,7 @@ _HOW: Final[Mapping[str, str]] = {
     "address": "by one of its port's addresses",
     "eui64": "by the link-local address of its port's MAC",
     "neighbour": "by its port's MAC, from the neighbour table",
+    "router": "by its address behind the router",
 }
 
 
@@ -53,7 +54,8 @@ def show_explanation(output: Output, told: _Shape) -> None:
     if told["instance"] is not None:
         facts["instance"] = f"{clean(told['instance'])} ({clean(told['instance_name'])})"
         facts["known"] = f"{_how(told['how'])}, from source {clean(told['source'])}"
-        facts["revision"] = clean(told["revision"] or "not compiled yet")
+        if "upstream" not in cast("Mapping[str, str]", told["policy"]):
+            facts["revision"] = clean(told["revision"] or "not compiled yet")
         facts["in HAProxy"] = clean(told["installed"] or "not there")
     claimants = [
         f"{clean(one['instance'])} (source {clean(one['source'])})"

@@ -27,6 +27,7 @@ __all__ = [
     "MapRecord",
     "NovaRecord",
     "RETRY_AFTER_S",
+    "hide_signatures",
     "parse_map_value",
     "render_map_value",
 ]
@@ -99,6 +100,14 @@ def render_map_value(record: MapRecord) -> str:
         return f"{record.instance}|{record.revision}"
     signatures = "|".join(record.signatures)
     return f"{MAP_NOVA}{record.endpoint_set}|{record.instance}|{record.project}|{signatures}"
+
+
+def hide_signatures(text: str) -> str:
+    """A map value fit to be shown: who has a signature can ask Nova as that instance."""
+    record = parse_map_value(text)
+    if not isinstance(record, NovaRecord):
+        return text
+    return f"{MAP_NOVA}{record.endpoint_set}|{record.instance}|{record.project}|signed"
 
 
 def parse_map_value(text: str) -> MapRecord | None:

@@ -15,6 +15,7 @@ from imdsproxy.core.wire import (
     MAP_TOMBSTONE,
     EmbeddedRecord,
     NovaRecord,
+    hide_signatures,
     parse_map_value,
     render_map_value,
 )
@@ -49,6 +50,14 @@ def test_the_signature_is_nova_s() -> None:
     instance = InstanceId("aaaaaaaa-0001-4000-8000-000000000001")
     expected = hmac.new(b"s3cret", instance.encode(), hashlib.sha256).hexdigest()
     assert sign_instance(b"s3cret", instance) == expected
+
+
+@given(_nova | _embedded)
+def test_what_is_shown_of_a_record_has_no_signature(record: NovaRecord | EmbeddedRecord) -> None:
+    shown = hide_signatures(render_map_value(record))
+    assert record.instance in shown
+    if isinstance(record, NovaRecord):
+        assert not any(signature in shown for signature in record.signatures)
 
 
 def test_an_empty_secret_signs_nothing() -> None:
