@@ -115,10 +115,15 @@ class NovaServer:
     slot: int = 0
 
     @property
-    def name(self) -> str:
-        """As HAProxy's counters name it: `10.0.0.5:8775`, `[2001:db8::5]:8775`."""
+    def authority(self) -> str:
+        """Where it listens: `10.0.0.5:8775`, `[2001:db8::5]:8775`."""
         host = f"[{self.address}]" if self.address.version == 6 else str(self.address)  # noqa: PLR2004 - IP version
         return f"{host}:{self.port}"
+
+    @property
+    def name(self) -> str:
+        """As HAProxy's counters name it: `10.0.0.5:8775`, `2001:db8::5-8775`; a name may hold no bracket."""
+        return f"{self.address}{'-' if self.address.version == 6 else ':'}{self.port}"  # noqa: PLR2004 - IP version
 
 
 @dataclass(frozen=True, slots=True)

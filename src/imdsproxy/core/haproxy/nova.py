@@ -193,6 +193,8 @@ def _again(*, once: bool) -> tuple[Words, ...]:
         *tries,
         # Slow answers are not asked for again: whoever is slow has enough to do.
         ("retry-on", "conn-failure", "empty-response", "junk-response"),
+        # A request over a connection that others have used gets no answer, not even 503, when its last try fails:
+        # HAProxy closes the guest's and leaves the rest to the guest. So a guest's first request has its own.
         ("http-reuse", "safe"),
     )
 
@@ -257,4 +259,4 @@ def _hop(spec: DataplaneSpec, backend: NovaBackend, server: NovaServer) -> Secti
             *_check(times),
             _server(backend.tls, server, times, tracked=None),
         ),
-    )
+    )  # fmt: skip
