@@ -21,8 +21,9 @@ def test_haproxy_accepts_the_golden_file(golden: Path, tmp_path: Path) -> None:
     thread = NamespaceThread(directory)
     (tmp_path / "jail").mkdir()
     (tmp_path / "netns").mkdir()
-    for name in ("base.map", "overlay.map", "unavailable.http"):
-        (tmp_path / name).write_text("HTTP/1.1 503 No\r\n\r\n" if name.endswith("http") else "")
+    for name in ("base.map", "overlay.map", "silence.http"):
+        (tmp_path / name).touch()
+    (tmp_path / "unavailable.http").write_text("HTTP/1.1 503 No\r\n\r\n")
     asyncio.run(thread.create("imdst-golden"))
     try:
         for link in ("imds-1@42", "qrouter-1@43"):

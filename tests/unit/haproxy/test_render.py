@@ -11,7 +11,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from imdsproxy.core.haproxy.build import build_sections
-from imdsproxy.core.haproxy.model import Bind, DataplaneSpec, Limits, Paths, Section
+from imdsproxy.core.haproxy.model import (
+    Bind,
+    DataplaneSpec,
+    Limits,
+    NovaBackend,
+    NovaServer,
+    NovaTimes,
+    NovaTls,
+    Paths,
+    Section,
+    UnixBind,
+)
 from imdsproxy.core.haproxy.render import BANNER, render_config
 from imdsproxy.core.haproxy.rules import TOKEN_HEADERS
 from imdsproxy.core.model import METADATA_IPV4, METADATA_IPV6, NetworkId
@@ -31,6 +42,11 @@ _PATHS = Paths(
     silence="/run/imdsproxy/silence.http",
     hops="/run/imdsproxy/jail",
     hops_inside="",
+)
+
+_NOVA = (
+    NovaServer(IPv4Address("192.0.2.1"), 8775),
+    NovaServer(IPv6Address("2001:db8::1"), 8775),
 )
 
 _CASES = {
@@ -53,6 +69,31 @@ _CASES = {
         replace(_PATHS, jail=None, documents=("/tmp/a b.sock",), resolver="/tmp/r.sock"),  # noqa: S108 - a name only
         Limits(cache_mb=0),
     ),
+    "in-front-of-nova": DataplaneSpec(
+        (Bind(NetworkId("blue"), METADATA_IPV4, 80, "virbr0"),),
+        _PATHS,
+        user="haproxy",
+        group="haproxy",
+        nova=(
+            NovaBackend("cell-2", (), "cell2.example:8775"),
+            NovaBackend("default", _NOVA, "nova.example:8775"),
+        ),
+        unix=UnixBind("/run/imdsproxy/metadata_proxy", "0664", 0, 0),
+    ),
+    "while-a-secret-is-replaced": DataplaneSpec(
+        (Bind(NetworkId("blue"), METADATA_IPV4, 80, "virbr0"),),
+        _PATHS,
+        nova=(
+            NovaBackend(
+                "default",
+                (_NOVA[0], replace(_NOVA[1], slot=1)),
+                "nova.example:8775",
+                NovaTls("n.example"),
+            ),
+            NovaBackend("done", (replace(_NOVA[0], slot=1),), "nova.example:8775"),
+        ),
+        nova_times=NovaTimes(check="http"),
+    ),
 }
 
 _NETWORKS = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,20}", fullmatch=True).map(NetworkId)
@@ -70,6 +111,18 @@ _SPECS = st.builds(
     paths=st.just(_PATHS),
     limits=st.builds(Limits, maxconn=st.integers(64, 9999), cache_mb=st.integers(0, 64)),
     exporter=st.none() | st.just("127.0.0.1:9466"),
+    nova=st.sampled_from(
+        [
+            (),
+            (NovaBackend("default", _NOVA, "nova"),),
+            (NovaBackend("default", _NOVA[:1], "nova"),),
+            (NovaBackend("default", (_NOVA[0], replace(_NOVA[1], slot=1)), "nova"),),
+        ]
+    ),
+    unix=st.none()
+    | st.builds(
+        UnixBind, st.just("/run/a"), st.sampled_from(["0644", "0666"]), st.just(0), st.just(0)
+    ),
 )
 
 
@@ -103,7 +156,52 @@ def test_every_bind_speaks_http_1_only_and_has_its_own_limit(spec: DataplaneSpec
         for line in section.lines:
             if line[0] == "bind":
                 assert line[line.index("proto") + 1] == "h1"
-                assert "maxconn" in line or section.header[1] == "probe"
+                assert "maxconn" in line or _is_ours_alone(section)
+
+
+def _is_ours_alone(section: Section) -> bool:
+    """Nobody but ourselves can connect there."""
+    return section.header[1] in {"probe", "signed"} or ".hop." in section.header[1]
+
+
+def test_nova_gets_its_four_headers_after_everything_of_the_guest_is_deleted() -> None:
+    spec = _CASES["in-front-of-nova"]
+    for backend in ("nova.default", "nova.default.once"):
+        lines = _section(spec, "backend", backend).lines
+        deletion = next(index for index, line in enumerate(lines) if line[1] == "del-header")
+        set_after = [line[2] for line in lines[deletion:] if line[1] == "set-header"]
+        assert sorted(set_after) == [
+            "host",
+            "x-forwarded-for",
+            "x-instance-id",
+            "x-instance-id-signature",
+            "x-tenant-id",
+        ]
+        assert not [line for line in lines[:deletion] if line[1] == "set-header"]
+        assert "x-aws" not in lines[deletion][2]
+
+
+def test_what_must_not_be_repeated_is_sent_over_a_connection_of_its_own() -> None:
+    once = _section(_CASES["in-front-of-nova"], "backend", "nova.default.once").lines
+    assert ("retry-on", "conn-failure") in once
+    assert ("http-reuse", "never") in once
+
+
+def test_no_request_of_nova_s_is_looked_up_in_the_cache_or_kept_in_it() -> None:
+    spec = _CASES["in-front-of-nova"]
+    lines = [" ".join(line) for line in _section(spec, "frontend", "guests").lines]
+    (use,) = [line for line in lines if "cache-use" in line]
+    assert use.endswith("!{ var(txn.record) -m beg @ }")
+    for backend in ("nova.default", "nova.default.once", "nova.cell-2"):
+        stored = [
+            line for line in _section(spec, "backend", backend).lines if "cache-store" in line
+        ]
+        assert stored == []
+
+
+@pytest.mark.parametrize("name", sorted(_CASES))
+def test_no_secret_is_in_a_configuration(name: str) -> None:
+    assert "secret" not in render_config(_CASES[name])
 
 
 @pytest.mark.parametrize("backend", ["documents", "resolver"])
