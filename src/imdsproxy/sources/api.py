@@ -8,16 +8,29 @@ the reason among the problems, keeps trying, and what it told before stays; it n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 if TYPE_CHECKING:
-    from imdsproxy.core.inventory import Observation, SourceName
-    from imdsproxy.core.model import Instance, InstanceId, Network, NetworkId
+    from imdsproxy.core.inventory import AddressKey, Observation, SourceName
+    from imdsproxy.core.model import Instance, InstanceId, IpAddress, Network, NetworkId, Scope
 
-__all__ = ["Origin", "Publish", "Source", "WritableSource", "Written"]
+__all__ = [
+    "Confirmation",
+    "LookUp",
+    "LookUpSource",
+    "LookUpUnavailable",
+    "Origin",
+    "PortAmbiguous",
+    "PortFound",
+    "PortMissing",
+    "Publish",
+    "Source",
+    "WritableSource",
+    "Written",
+]
 
 Publish: TypeAlias = "Callable[[Observation], None]"
 
@@ -99,3 +112,74 @@ class WritableSource(Source, Protocol):
 
     async def remove_instance(self, instance: InstanceId) -> bool:
         """Remove an instance; `False` when there is none of that id."""
+
+
+@dataclass(frozen=True, slots=True)
+class PortFound:
+    """One port has the address; its instance was published before this is told.
+
+    Attributes:
+        network: The port's own: behind a router it is not the id that was asked for.
+    """
+
+    network: NetworkId
+    instance: InstanceId
+
+
+@dataclass(frozen=True, slots=True)
+class PortMissing:
+    """Nobody who may be told anything has the address."""
+
+
+@dataclass(frozen=True, slots=True)
+class PortAmbiguous:
+    """So many ports have it; whose guest asks is not guessed."""
+
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class LookUpUnavailable:
+    """It cannot be found out now, and nothing is known of the address."""
+
+    reason: str
+
+
+LookUp: TypeAlias = PortFound | PortMissing | PortAmbiguous | LookUpUnavailable
+
+
+@dataclass(frozen=True, slots=True)
+class Confirmation:
+    """How fresh it is what is known of an address.
+
+    Attributes:
+        port: The port's id.
+        age_s: Seconds since it was asked for and confirmed.
+        stale: It should have been confirmed since, and cannot be now.
+    """
+
+    port: str
+    age_s: float
+    stale: bool
+
+
+class LookUpSource(Source, Protocol):
+    """A source that does not tell everything by itself, but can be asked for an address."""
+
+    async def look_up(self, scope: Scope, network: NetworkId, address: IpAddress) -> LookUp:
+        """Whose the address is, for a guest that asks; never raises.
+
+        Args:
+            scope: What `network` stands for.
+            network: A network's id, or a router's.
+            address: The guest's.
+        """
+
+    def routes(self) -> Mapping[AddressKey, PortFound]:
+        """Every address behind a router (the router's id in the key) that was looked up and holds now."""
+
+    def confirmation(self, network: NetworkId, address: IpAddress) -> Confirmation | None:
+        """How fresh it is what is known of an address in its own network; `None` if nothing is."""
+
+    def staleness(self, instance: InstanceId) -> float | None:
+        """Seconds since an instance was last confirmed while the source cannot be asked; `None` when it can."""

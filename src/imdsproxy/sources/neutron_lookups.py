@@ -1,0 +1,196 @@
+"""Look-ups of guests that nobody knows: by what is known, else by one query, however many ask."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Final, Literal, TypeAlias, assert_never
+
+from imdsproxy.core.model import IpAddress, NetworkId, Scope
+from imdsproxy.errors import SourceUnavailable
+from imdsproxy.sources.api import (
+    LookUp,
+    LookUpUnavailable,
+    PortAmbiguous,
+    PortFound,
+    PortMissing,
+)
+from imdsproxy.sources.neutron_finding import Finder
+from imdsproxy.sources.neutron_known import Known, KnownPorts
+from imdsproxy.sources.neutron_routes import Route, Routes
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from imdsproxy.host.clock import Clock
+    from imdsproxy.sources.neutron_api import NeutronPort
+
+__all__ = ["LookUpResult", "LookUpTimes", "LookUps"]
+
+LookUpResult: TypeAlias = Literal[
+    "known", "found", "missing", "ambiguous", "unavailable", "negative-cached", "coalesced"
+]
+_Key: TypeAlias = tuple[Scope, NetworkId, IpAddress]
+
+_MAX_NEGATIVE: Final = 10_000
+"""Answers “nobody” that are kept: an inventive guest must not fill the memory."""
+_SPREAD: Final = 0.1
+"""By how much of itself a lifetime is shortened at random, so that what came together does not end together."""
+
+
+@dataclass(frozen=True, slots=True)
+class LookUpTimes:
+    """How long answers are believed, in seconds."""
+
+    negative_s: float
+    lifetime_s: float
+
+
+class LookUps:
+    """Answers look-ups; what was found is in force, and told, before it is answered.
+
+    Args:
+        random: Numbers from 0 to 1.
+        tell: Publishes what has changed.
+
+    Attributes:
+        results: What came of each look-up.
+    """
+
+    def __init__(
+        self,
+        known: KnownPorts,
+        routes: Routes,
+        finder: Finder,
+        times: LookUpTimes,
+        *,
+        clock: Clock,
+        random: Callable[[], float],
+        tell: Callable[[], None],
+    ) -> None:
+        self._known = known
+        self._routes = routes
+        self._finder = finder
+        self._times = times
+        self._clock = clock
+        self._random = random
+        self._tell = tell
+        self._negative: dict[_Key, tuple[LookUp, float]] = {}
+        self._pending: dict[_Key, asyncio.Task[LookUp]] = {}
+        self.results: Counter[LookUpResult] = Counter()
+
+    async def look_up(self, key: _Key) -> LookUp:
+        """Whose the address is; it must be of the one spelling."""
+        found = self._recall(key)
+        if found is not None:
+            self.results["known"] += 1
+            return found
+        negative = self._negative.get(key)
+        if negative is not None and negative[1] > self._clock.monotonic():
+            self.results["negative-cached"] += 1
+            return negative[0]
+        task = self._pending.get(key)
+        if task is not None:
+            self.results["coalesced"] += 1
+        else:
+            task = asyncio.create_task(self._ask(key))
+            self._pending[key] = task
+            task.add_done_callback(partial(self._asked, key))
+        try:
+            # Who gives up does not take the answer from the others.
+            return await asyncio.shield(task)
+        except asyncio.CancelledError:
+            asker = asyncio.current_task()
+            if task.cancelled() and (asker is None or not asker.cancelling()):
+                return LookUpUnavailable("imdsproxy is about to end")
+            raise
+
+    def forget_old(self) -> None:
+        """Let go of answers “nobody” that are not believed any more."""
+        now = self._clock.monotonic()
+        for key in [key for key, (_, until) in self._negative.items() if until <= now]:
+            del self._negative[key]
+
+    async def close(self) -> None:
+        """Give up what is being asked."""
+        pending = tuple(self._pending.values())
+        for task in pending:
+            task.cancel()
+        await asyncio.gather(*pending, return_exceptions=True)
+
+    def _asked(self, key: _Key, task: asyncio.Task[LookUp]) -> None:
+        del task
+        self._pending.pop(key, None)
+
+    def _recall(self, key: _Key) -> PortFound | None:
+        scope, network, address = key
+        known = (
+            self._known.at(network, address)
+            if scope is Scope.NETWORK
+            else self._routes.port_behind((network, address))
+        )
+        return None if known is None else self._found(known)
+
+    def _found(self, known: Known) -> PortFound:
+        lifetime = self._times.lifetime_s * (1 - _SPREAD * self._random())
+        self._known.keep(known, self._clock.monotonic() + lifetime)
+        self._tell()
+        return PortFound(known.port.network, known.port.instance)
+
+    async def _ask(self, key: _Key) -> LookUp:
+        scope, network, address = key
+        try:
+            networks = await self._networks(scope, network)
+            found = await self._finder.find(networks, (address,), share=network)
+        except SourceUnavailable as error:
+            self.results["unavailable"] += 1
+            return LookUpUnavailable(error.message)
+        answer = self._judge(key, found.ports[address], found.asked)
+        self._negative.pop(key, None)
+        match answer:
+            case PortFound():
+                self.results["found"] += 1
+            case PortMissing():
+                self.results["missing"] += 1
+                self._deny(key, answer)
+            case PortAmbiguous():
+                self.results["ambiguous"] += 1
+                self._deny(key, answer)
+            case _ as never:
+                assert_never(never)
+        return answer
+
+    async def _networks(self, scope: Scope, network: NetworkId) -> tuple[NetworkId, ...]:
+        match scope:
+            case Scope.NETWORK:
+                return (network,)
+            case Scope.ROUTER:
+                return (await self._finder.networks_of(network, share=network)).networks
+        assert_never(scope)
+
+    def _judge(
+        self, key: _Key, ports: Sequence[NeutronPort], asked: float
+    ) -> PortFound | PortMissing | PortAmbiguous:
+        scope, router, address = key
+        if not ports:
+            return PortMissing()
+        if len(ports) > 1:
+            return PortAmbiguous(len(ports))
+        port = ports[0]
+        self._known.put(port, asked)
+        if scope is Scope.ROUTER and port.serves:
+            self._routes.put(Route(router, (port.network, address), port.id, asked))
+        found = self._recall(key)
+        if found is None:
+            self._tell()
+            return PortMissing()
+        return found
+
+    def _deny(self, key: _Key, answer: LookUp) -> None:
+        while len(self._negative) >= _MAX_NEGATIVE:
+            del self._negative[next(iter(self._negative))]
+        if self._times.negative_s > 0:
+            self._negative[key] = (answer, self._clock.monotonic() + self._times.negative_s)

@@ -1,0 +1,240 @@
+"""Neutron's REST API by keystoneauth and openstacksdk: the only place that imports them.
+
+They are imported when the first query is made, in its thread: 12 MB and 80 ms without Keystone, 27 MB and
+140 ms with it (openstacksdk reads `clouds.yaml` and finds Neutron by Keystone's catalogue). Hosts without this
+source pay nothing. Ports are read as JSON: openstacksdk's resource objects would say nothing more.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import time
+from concurrent.futures import ThreadPoolExecutor
+from http import HTTPStatus
+from typing import TYPE_CHECKING, Final, Protocol
+
+from imdsproxy.errors import SourceUnavailable
+from imdsproxy.sources.neutron_api import (
+    NeutronPort,
+    PortQuery,
+    QueryTimedOut,
+    parse_ports,
+    render_query,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+    from typing import Any
+
+__all__ = ["NeutronRest", "connect_cloud", "connect_endpoint"]
+
+_VERSION: Final = "/v2.0"
+_CHUNK: Final = 65_536
+_MAX_ANSWER: Final = 32 * 1024 * 1024
+"""Bytes of one answer: a page of 10,000 ports with three addresses each has 6 MiB."""
+
+_SHOWN: Final = 300
+_PLACE: Final = re.compile(r"https?://[^/\s?]+")
+_QUERY: Final = re.compile(r"\?\S+")
+
+_HINTS: Final = {
+    400: "see Neutron's own words",
+    401: "correct the account's name or password in the clouds.yaml",
+    403: "give the account the role `admin`, or a policy that lets it read every project's ports",
+    404: "correct where Neutron is: `sources.neutron.endpoint`, or the cloud's `network_endpoint_override`",
+    414: "Neutron's web server takes short requests only: raise its limit (uWSGI: buffer-size)",
+    429: "Neutron limits our requests: raise its limit, or sources.neutron.refresh_s",
+}
+
+
+class _Session(Protocol):
+    """As much of a `keystoneauth1.adapter.Adapter` as is used."""
+
+    def get(self, url: str, **options: Any) -> Any:  # noqa: ANN401 - a `requests.Response`
+        """One request; a token is added, and fetched where it is missing, too old or refused."""
+
+    def get_endpoint(self) -> str | None:
+        """Where Neutron is, by settings or by Keystone's catalogue."""
+
+
+def connect_endpoint(endpoint: str, timeout_s: float) -> _Session:
+    """A way to a Neutron that takes requests without a token."""
+    from keystoneauth1.adapter import Adapter  # noqa: PLC0415 - see above
+    from keystoneauth1.noauth import NoAuth  # noqa: PLC0415 - as above
+    from keystoneauth1.session import Session  # noqa: PLC0415 - as above
+
+    session = Session(auth=NoAuth(endpoint=endpoint), timeout=timeout_s, app_name="imdsproxy")
+    return Adapter(session)
+
+
+def connect_cloud(cloud: str, clouds_file: Path, timeout_s: float) -> _Session:
+    """A way to the Neutron of a cloud in a `clouds.yaml`.
+
+    Only that file and a `secure.yaml` beside it are read, whatever the environment or the working directory hold.
+
+    Raises:
+        SourceUnavailable: The file or the cloud cannot be used.
+    """
+    from keystoneauth1.adapter import Adapter  # noqa: PLC0415 - see above
+    from keystoneauth1.exceptions import ClientException  # noqa: PLC0415 - as above
+    from openstack.config import OpenStackConfig  # noqa: PLC0415 - as above
+    from openstack.exceptions import SDKException  # noqa: PLC0415 - as above
+
+    try:
+        # openstacksdk takes a file that it cannot read for one that is not there.
+        clouds_file.read_bytes()
+        settings = OpenStackConfig(
+            config_files=[str(clouds_file)],
+            secure_files=[str(clouds_file.with_name("secure.yaml"))],
+            vendor_files=[],
+            load_envvars=False,
+            app_name="imdsproxy",
+        ).get_one(cloud=cloud, api_timeout=timeout_s)
+        return Adapter(
+            settings.get_session(),
+            service_type="network",
+            interface=settings.get_interface("network"),
+            region_name=settings.get_region_name("network"),
+            endpoint_override=settings.get_endpoint("network"),
+        )
+    except (SDKException, ClientException, OSError, ValueError, TypeError) as error:
+        raise SourceUnavailable(
+            f"the cloud {cloud} of {clouds_file} cannot be used: {_words(error)}",
+            hint="correct sources.neutron.cloud, or the file",
+        ) from error
+
+
+class NeutronRest:
+    """Neutron over HTTP, each query in a thread of a small pool of its own.
+
+    Args:
+        connect: Makes the connection, in such a thread; see above.
+        timeout_s: What one query may take, in seconds.
+        max_queries: Threads.
+    """
+
+    def __init__(
+        self, connect: Callable[[], _Session], *, timeout_s: float, max_queries: int
+    ) -> None:
+        self._connect = connect
+        self._timeout_s = timeout_s
+        self._pool = ThreadPoolExecutor(max_queries, "imdsproxy-neutron")
+        self._session: _Session | None = None
+
+    async def ports(self, query: PortQuery) -> tuple[NeutronPort, ...]:
+        """See `neutron_api.NeutronClient`."""
+        loop = asyncio.get_running_loop()
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                return await loop.run_in_executor(self._pool, self._ports, query)
+        except TimeoutError as error:
+            raise self._too_long() from error
+
+    async def close(self) -> None:
+        """Wait for nobody: a thread ends with its query, and that with its timeout."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _ports(self, query: PortQuery) -> tuple[NeutronPort, ...]:
+        ends = time.monotonic() + self._timeout_s
+        # Two threads may both make one at first; the last one stays.
+        session = self._session or self._connect()
+        self._session = session
+        body = self._get(session, f"{_VERSION}/ports?{render_query(query)}", ends)
+        try:
+            return parse_ports(json.loads(body))
+        except (ValueError, RecursionError) as error:
+            raise SourceUnavailable(
+                f"Neutron's answer cannot be understood: {_words(error)}",
+                hint="look at what answers there: it may be another service",
+            ) from error
+
+    def _get(self, session: _Session, path: str, ends: float) -> bytes:
+        from keystoneauth1 import exceptions  # noqa: PLC0415 - see above
+        from urllib3 import exceptions as body_exceptions  # noqa: PLC0415 - as above
+
+        try:
+            root = session.get_endpoint()
+            if root is None:
+                raise SourceUnavailable(
+                    "Keystone's catalogue has no Neutron (service type `network`)",
+                    hint="correct the cloud's region_name or interface, or its network_endpoint_override",
+                )
+            answer = session.get(
+                root.rstrip("/").removesuffix(_VERSION) + path,
+                # What is to be tried again, and when, is decided in one place: `neutron_asking`.
+                connect_retries=0,
+                status_code_retries=0,
+                raise_exc=False,
+                log=False,
+                stream=True,
+                timeout=self._timeout_s,
+            )
+            with answer:
+                body = self._read(answer, ends)
+        except (exceptions.ConnectTimeout, body_exceptions.TimeoutError) as error:
+            raise self._too_long() from error
+        except exceptions.Unauthorized as error:
+            raise _refused(401, _words(error)) from error
+        except (
+            exceptions.ClientException,
+            body_exceptions.HTTPError,
+            OSError,
+            ValueError,
+        ) as error:
+            raise SourceUnavailable(
+                f"Neutron cannot be asked: {_cause(error)}",
+                hint="start Neutron, or correct where it is: sources.neutron",
+            ) from error
+        if answer.status_code != HTTPStatus.OK:
+            raise _refused(answer.status_code, body.decode("utf-8", "backslashreplace"))
+        return body
+
+    def _read(self, answer: Any, ends: float) -> bytes:  # noqa: ANN401 - a `requests.Response`
+        parts: list[bytes] = []
+        size = 0
+        # What comes at a time, so that an answer of a byte a second has its end too.
+        while part := answer.raw.read1(_CHUNK, decode_content=True):
+            parts.append(part)
+            size += len(part)
+            if size > _MAX_ANSWER:
+                raise SourceUnavailable(
+                    f"Neutron's answer is longer than {_MAX_ANSWER >> 20} MiB",
+                    hint="it may not know our filters; for the list, lower sources.neutron.page_size",
+                )
+            if time.monotonic() > ends:
+                raise self._too_long()
+        return b"".join(parts)
+
+    def _too_long(self) -> QueryTimedOut:
+        return QueryTimedOut(
+            f"Neutron did not answer within {self._timeout_s:g} s",
+            hint="look at Neutron's load and database, or raise sources.neutron.timeout_s",
+        )
+
+
+def _refused(status: int, text: str) -> SourceUnavailable:
+    said = f": {_words(text)}" if text else ""
+    return SourceUnavailable(
+        f"Neutron answers {status}{said}", hint=_HINTS.get(status, "look at Neutron's log")
+    )
+
+
+def _cause(error: BaseException) -> str:
+    """What went wrong at the bottom, and with whom: without our query, which is different each time."""
+    place = _PLACE.search(str(error))
+    bottom: BaseException | None = error
+    system = ""
+    while bottom is not None:
+        if isinstance(bottom, OSError) and bottom.strerror:
+            system = bottom.strerror
+        bottom = bottom.__cause__ or bottom.__context__
+    if not system:
+        return _QUERY.sub("?…", _words(error))
+    return system if place is None else f"{place[0]}: {system}"
+
+
+def _words(error: object) -> str:
+    return " ".join(str(error).split())[:_SHOWN] or type(error).__name__

@@ -1,0 +1,876 @@
+"""The source `neutron` against a Neutron in memory, on a clock that stands still."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field, replace
+from ipaddress import ip_address
+from pathlib import Path
+
+import pytest
+
+from imdsproxy.core.addresses import link_local_of
+from imdsproxy.core.inventory import Conflict
+from imdsproxy.core.model import (
+    InstanceId,
+    MacAddress,
+    NetworkId,
+    Scope,
+    Upstream,
+)
+from imdsproxy.sources.api import (
+    LookUp,
+    LookUpUnavailable,
+    PortAmbiguous,
+    PortFound,
+    PortMissing,
+)
+from imdsproxy.sources.neutron import NeutronSource
+from imdsproxy.sources.neutron_running import NeutronPace
+from support.fake_neutron import (
+    DOWN,
+    LATE,
+    FakeNeutron,
+    FakeTime,
+    neutron_port,
+    router_port,
+)
+from support.source_runs import Heard, running
+
+_MAC = "fa:16:3e:00:00:05"
+_ELSEWHERE = "fa:16:3e:00:00:06"
+_A = neutron_port("p-a", "n1", "10.0.0.5", "fd00::5", device="i-a", mac=_MAC)
+_B = neutron_port("p-b", "n1", "10.0.0.6", device="i-b")
+_FOUND_A = PortFound(NetworkId("n1"), InstanceId("i-a"))
+_NOBODY = PortMissing()
+
+
+@dataclass
+class Rig:
+    """A source that runs, and what it is made of."""
+
+    neutron: FakeNeutron
+    time: FakeTime
+    source: NeutronSource
+    heard: Heard
+    random: list[float] = field(default_factory=lambda: [1.0])
+    sleepers: int = 1
+
+    async def look(self, network: str, address: str, *, router: bool = False) -> LookUp:
+        scope = Scope.ROUTER if router else Scope.NETWORK
+        return await self.source.look_up(scope, NetworkId(network), ip_address(address))
+
+    async def pass_time(self, seconds: float, step: float = 1.0) -> None:
+        await self.time.advance(seconds, step=step, sleepers=self.sleepers)
+
+    @property
+    def asked(self) -> int:
+        """Queries since the last time that this was read."""
+        number = len(self.neutron.queries)
+        self.neutron.queries.clear()
+        return number
+
+    @property
+    def owners(self) -> dict[str, str]:
+        return self.heard.owners
+
+    def in_sync(self) -> bool:
+        return self.heard.last.in_sync
+
+
+@pytest.fixture
+def kept(tmp_path: Path) -> Path:
+    return tmp_path / "neutron.sqlite"
+
+
+@contextlib.asynccontextmanager
+async def rig(
+    kept: Path,
+    *ports: object,
+    pace: NeutronPace | None = None,
+    neutron: FakeNeutron | None = None,
+    time: FakeTime | None = None,
+) -> AsyncIterator[Rig]:
+    pace = NeutronPace() if pace is None else pace
+    neutron = FakeNeutron() if neutron is None else neutron
+    neutron.put(*ports)  # type: ignore[arg-type]
+    time = FakeTime() if time is None else time
+    chances = [1.0]
+    source = NeutronSource(
+        lambda: neutron,
+        kept,
+        pace,
+        clock=time,
+        random=lambda: chances[0],
+        sleep=time.sleep,
+    )
+    async with running(source) as heard:
+        sleepers = 2 if pace.list_every_s else 1
+        made = Rig(neutron, time, source, heard, chances, sleepers)
+        await time.settle(sleepers)
+        neutron.queries.clear()
+        yield made
+
+
+async def test_a_source_that_knows_nothing_is_in_sync_and_finds_out_whether_neutron_answers(
+    kept: Path,
+) -> None:
+    neutron = FakeNeutron()
+    async with rig(kept, neutron=neutron) as one:
+        (first,) = one.heard.observations
+        assert first.full
+        assert first.in_sync
+        assert not first.instances
+        assert one.source.figures.queries == {"ok": 1}
+        await one.pass_time(30)
+        assert one.asked == 0
+
+
+async def test_an_address_is_found_and_in_force_before_it_is_answered(kept: Path) -> None:
+    async with rig(kept, _A, _B) as one:
+        assert await one.look("n1", "10.0.0.5") == _FOUND_A
+        (found,) = one.heard.inventory.instances.values()
+        assert (found.id, found.project, found.upstream) == ("i-a", "blue", Upstream.NOVA)
+        assert one.owners == {
+            "n1/10.0.0.5": "i-a",
+            "n1/fd00::5": "i-a",
+            f"n1/{link_local_of(MacAddress(_MAC))}": "i-a",
+        }
+        assert one.heard.last.implied_networks == {"n1"}
+        (query,) = one.neutron.queries
+        assert query.networks == ("n1",)
+        assert query.addresses == (ip_address("10.0.0.5"),)
+
+
+@pytest.mark.parametrize("address", ["::ffff:10.0.0.5", "fd00:0:0::5", "fe80::f816:3eff:fe00:5"])
+async def test_any_address_of_a_port_finds_it(kept: Path, address: str) -> None:
+    async with rig(kept, _A) as one:
+        assert await one.look("n1", address) == _FOUND_A
+        assert one.asked == 1
+        assert await one.look("n1", "10.0.0.5") == _FOUND_A
+        assert one.asked == 0
+
+
+async def test_the_same_address_in_another_network_is_somebody_else(kept: Path) -> None:
+    other = neutron_port("p-c", "n2", "10.0.0.5", device="i-c", project="red")
+    async with rig(kept, _A, other) as one:
+        assert await one.look("n1", "10.0.0.5") == _FOUND_A
+        assert await one.look("n2", "10.0.0.5") == PortFound(NetworkId("n2"), InstanceId("i-c"))
+        assert await one.look("n3", "10.0.0.5") == _NOBODY
+
+
+@pytest.mark.parametrize(
+    "port",
+    [
+        neutron_port("p", "n1", "10.0.0.5", device=""),
+        neutron_port("p", "n1", "10.0.0.5", owner="network:dhcp"),
+        neutron_port("p", "n1", "10.0.0.5", owner="network:distributed", device="ovnmeta-n1"),
+        neutron_port("p", "n1", "10.0.0.5", owner="network:router_interface"),
+        neutron_port("p", "n1", "10.0.0.5", owner="network:floatingip"),
+    ],
+    ids=lambda port: str(port.owner or port.device or "no-device"),
+)
+async def test_a_port_of_no_instance_gets_nothing(kept: Path, port: object) -> None:
+    async with rig(kept, port) as one:
+        assert await one.look("n1", "10.0.0.5") == _NOBODY
+        assert not one.owners
+        assert not one.heard.last.problems
+
+
+@pytest.mark.parametrize(
+    ("change", "field_name"),
+    [
+        ({"device": "a|b"}, "device_id"),
+        ({"device": "a\n"}, "device_id"),
+        ({"device": "x" * 65}, "device_id"),
+        ({"device": "-a"}, "device_id"),
+        ({"project": "a b"}, "project_id"),
+        ({"project": ""}, "project_id"),
+    ],
+)
+async def test_an_id_that_is_none_is_refused_and_told_of(
+    kept: Path, change: dict[str, str], field_name: str
+) -> None:
+    async with rig(kept, replace(_A, **change)) as one:  # type: ignore[arg-type]
+        assert await one.look("n1", "10.0.0.5") == _NOBODY
+        (problem,) = one.heard.last.problems
+        assert problem.field == f"ports.p-a.{field_name}"
+        one.neutron.put(_A)
+        await one.pass_time(4)
+        assert await one.look("n1", "10.0.0.5") == _FOUND_A
+        assert not one.heard.last.problems
+
+
+async def test_refused_ports_are_told_of_for_a_while_only(kept: Path) -> None:
+    async with rig(kept, replace(_A, device="a|b")) as one:
+        await one.look("n1", "10.0.0.5")
+        assert one.heard.last.problems
+        await one.pass_time(301, step=60)
+        assert not one.heard.last.problems
+
+
+async def test_each_port_is_signed_for_with_its_own_project(kept: Path) -> None:
+    stolen = neutron_port("p-z", "n9", "10.9.0.1", device="i-a", project="red")
+    async with rig(kept, _A, stolen) as one:
+        assert await one.look("n9", "10.9.0.1") == PortFound(NetworkId("n9"), InstanceId("i-a"))
+        assert await one.look("n1", "10.0.0.5") == _FOUND_A
+        (instance,) = one.heard.inventory.instances.values()
+        projects = {port.network: port.project or instance.project for port in instance.ports}
+        assert projects == {"n1": "blue", "n9": "red"}
+        assert not one.heard.last.problems
+
+
+async def test_neutrons_word_on_what_it_was_asked_for_is_not_believed_blindly(kept: Path) -> None:
+    async with rig(kept, _A, _B) as one:
+        one.neutron.ignored = frozenset({"addresses", "networks", "macs"})
+        assert await one.look("n1", "10.0.0.5") == _FOUND_A
+        assert await one.look("n1", "10.0.0.77") == _NOBODY
+        assert await one.look("n2", "10.0.0.5") == _NOBODY
+        assert await one.look("n1", "fe80::f816:3eff:fe00:77") == _NOBODY
+        assert set(one.heard.inventory.instances) == {"i-a"}
+
+
+async def test_a_private_link_local_address_is_nobodys_and_costs_no_query(kept: Path) -> None:
+    async with rig(kept, _A) as one:
+        assert await one.look("n1", "fe80::1234") == _NOBODY
+        assert one.asked == 0
+
+
+# Routers
+
+
+@pytest.mark.parametrize(
+    "owner",
+    [
+        "network:router_interface",
+        "network:ha_router_replicated_interface",
+        "network:router_interface_distributed",
+    ],
+)
+async def test_behind_a_router_all_its_networks_are_looked_at(kept: Path, owner: str) -> None:
+    joined = [router_port("r-1", "n1", "r", owner), router_port("r-2", "n2", "r", owner)]
+    async with rig(kept, *joined, _A) as one:
+        assert await one.look("r", "10.0.0.5", router=True) == _FOUND_A
+        assert one.asked == 2
+        assert one.owners["n1/10.0.0.5"] == "i-a"
+        assert one.source.routes() == {(NetworkId("r"), ip_address("10.0.0.5")): _FOUND_A}
+        assert await one.look("r", "10.0.0.5", router=True) == _FOUND_A
+        assert one.asked == 0
+        assert await one.look("r", "fe80::f816:3eff:fe00:5", router=True) == _FOUND_A
+
+
+async def test_a_routers_gateway_network_is_none_of_its_networks(kept: Path) -> None:
+    gateway = router_port("r-1", "n1", "r", "network:router_gateway")
+    async with rig(kept, gateway, _A) as one:
+        assert await one.look("r", "10.0.0.5", router=True) == _NOBODY
+        one.neutron.ignored = frozenset({"owners", "devices"})
+        assert await one.look("other", "10.0.0.5", router=True) == _NOBODY
+
+
+async def test_an_address_in_two_of_a_routers_networks_is_refused(kept: Path) -> None:
+    twin = neutron_port("p-t", "n2", "10.0.0.5", device="i-t")
+    joined = [router_port("r-1", "n1", "r"), router_port("r-2", "n2", "r")]
+    async with rig(kept, *joined, _A, twin) as one:
+        assert await one.look("r", "10.0.0.5", router=True) == PortAmbiguous(2)
+        assert await one.look("r", "10.0.0.5", router=True) == PortAmbiguous(2)
+        assert one.asked == 2
+        assert not one.owners
+
+
+async def test_a_second_port_without_an_instance_makes_it_ambiguous_too(kept: Path) -> None:
+    twin = neutron_port("p-t", "n2", "10.0.0.5", device="")
+    joined = [router_port("r-1", "n1", "r"), router_port("r-2", "n2", "r")]
+    async with rig(kept, *joined, _A, twin) as one:
+        assert await one.look("r", "10.0.0.5", router=True) == PortAmbiguous(2)
+
+
+async def test_a_router_of_many_networks_is_asked_in_parts(kept: Path) -> None:
+    joined = [router_port(f"r-{number}", f"n{number:02}", "r") for number in range(40)]
+    guest = neutron_port("p-a", "n39", "10.0.0.5", device="i-a")
+    async with rig(kept, *joined, guest) as one:
+        assert await one.look("r", "10.0.0.5", router=True) == PortFound(
+            NetworkId("n39"), InstanceId("i-a")
+        )
+        assert max(len(query.networks) for query in one.neutron.queries) <= 32
+
+
+@pytest.mark.parametrize("change", ["second port", "leaves", "moves"])
+async def test_what_is_behind_a_router_is_looked_at_again(kept: Path, change: str) -> None:
+    joined = [router_port("r-1", "n1", "r"), router_port("r-2", "n2", "r")]
+    async with rig(kept, *joined, _A) as one:
+        await one.look("r", "10.0.0.5", router=True)
+        await one.pass_time(20)
+        assert one.source.routes()
+        if change == "second port":
+            one.neutron.put(neutron_port("p-t", "n2", "10.0.0.5", device="i-t"))
+        elif change == "leaves":
+            one.neutron.remove("r-1")
+        else:
+            one.neutron.put(replace(_A, addresses=()))
+            one.neutron.put(neutron_port("p-t", "n2", "10.0.0.5", device="i-t"))
+        await one.pass_time(16)
+        assert not one.source.routes()
+
+
+async def test_many_addresses_behind_a_router_are_asked_for_with_few_queries(kept: Path) -> None:
+    guests = [
+        neutron_port(f"p-{number:03}", "n1", f"10.0.1.{number}", device=f"i-{number}")
+        for number in range(64)
+    ]
+    async with rig(kept, router_port("r-1", "n1", "r"), *guests) as one:
+        for number in range(64):
+            assert isinstance(await one.look("r", f"10.0.1.{number}", router=True), PortFound)
+        assert one.asked == 65
+        await one.pass_time(10)
+        assert one.asked <= 8
+        assert len(one.source.routes()) == 64
+
+
+# Many at once, and nobody
+
+
+async def test_a_hundred_misses_of_one_address_are_one_query(kept: Path) -> None:
+    async with rig(kept, _A) as one:
+        one.neutron.open.clear()
+        looks = [asyncio.create_task(one.look("n1", "10.0.0.5")) for _ in range(100)]
+        await asyncio.sleep(0.01)
+        looks[0].cancel()
+        one.neutron.open.set()
+        assert await asyncio.gather(*looks[1:]) == [_FOUND_A] * 99
+        assert one.asked == 1
+        assert one.source.figures.look_ups["coalesced"] == 99
+
+
+async def test_who_gives_up_first_does_not_take_the_answer_from_the_others(kept: Path) -> None:
+    async with rig(kept, _A) as one:
+        one.neutron.open.clear()
+        first = asyncio.create_task(one.look("n1", "10.0.0.5"))
+        await asyncio.sleep(0.01)
+        first.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await first
+        one.neutron.open.set()
+        assert await one.look("n1", "10.0.0.5") == _FOUND_A
+        assert one.asked == 1
+
+
+async def test_nobody_is_believed_for_seconds(kept: Path) -> None:
+    async with rig(kept) as one:
+        assert await one.look("n1", "10.0.0.5") == _NOBODY
+        one.neutron.put(_A)
+        await one.pass_time(2)
+        assert await one.look("n1", "10.0.0.5") == _NOBODY
+        assert one.asked == 1
+        await one.pass_time(1)
+        assert await one.look("n1", "10.0.0.5") == _FOUND_A
+        assert one.source.figures.look_ups == {"missing": 1, "negative-cached": 1, "found": 1}
+
+
+async def test_with_no_time_for_it_nobody_is_asked_for_each_time(kept: Path) -> None:
+    async with rig(kept, pace=NeutronPace(negative_ttl_s=0)) as one:
+        await one.look("n1", "10.0.0.5")
+        await one.look("n1", "10.0.0.5")
+        assert one.asked == 2
+
+
+async def test_no_more_queries_at_once_than_the_settings_say(kept: Path) -> None:
+    guests = [
+        neutron_port(f"p-{number:03}", f"n{number}", "10.0.0.5", device=f"i-{number}")
+        for number in range(50)
+    ]
+    async with rig(kept, *guests, pace=NeutronPace(max_queries=5)) as one:
+        one.neutron.open.clear()
+        looks = [asyncio.create_task(one.look(f"n{number}", "10.0.0.5")) for number in range(50)]
+        await asyncio.sleep(0.01)
+        one.neutron.open.set()
+        assert all(isinstance(each, PortFound) for each in await asyncio.gather(*looks))
+        assert one.neutron.most_at_once == 5
+
+
+async def test_a_network_that_invents_addresses_leaves_room_for_the_others(kept: Path) -> None:
+    other = neutron_port("p-c", "n2", "10.0.0.5", device="i-c")
+    async with rig(kept, other, pace=NeutronPace(max_queries=4)) as one:
+        one.neutron.open.clear()
+        invented = [
+            asyncio.create_task(one.look("n1", f"10.{number >> 8}.{number & 255}.9"))
+            for number in range(1000)
+        ]
+        await asyncio.sleep(0.05)
+        honest = asyncio.create_task(one.look("n2", "10.0.0.5"))
+        await asyncio.sleep(0.01)
+        asked = [str(query.networks[0]) for query in one.neutron.queries]
+        assert asked == ["n1", "n1", "n2"]
+        one.neutron.open.set()
+        assert await honest == PortFound(NetworkId("n2"), InstanceId("i-c"))
+        answers = await asyncio.gather(*invented)
+        assert {type(each) for each in answers} == {PortMissing, LookUpUnavailable}
+        assert one.source.figures.stale_s == 0
+
+
+# Kept up to date
+
+
+async def test_ports_in_use_are_asked_for_again_many_with_one_query(kept: Path) -> None:
+    guests = [
+        neutron_port(f"p-{number:03}", "n1", f"10.0.1.{number}", device=f"i-{number}")
+        for number in range(64)
+    ]
+    async with rig(kept, *guests) as one:
+        for number in range(64):
+            await one.look("n1", f"10.0.1.{number}")
+        told = len(one.heard.observations)
+        assert one.asked == 64
+        await one.pass_time(10)
+        assert one.asked == 2
+        assert len(one.heard.observations) == told
+
+
+async def test_a_port_that_is_gone_is_withdrawn(kept: Path) -> None:
+    async with rig(kept, _A, _B) as one:
+        await one.look("n1", "10.0.0.5")
+        await one.look("n1", "10.0.0.6")
+        one.neutron.remove("p-a")
+        await one.pass_time(10)
+        assert one.owners == {"n1/10.0.0.6": "i-b"}
+        assert not one.heard.last.full
+        assert await one.look("n1", "10.0.0.5") == _NOBODY
+
+
+async def test_an_address_that_moved_is_its_new_ports(kept: Path) -> None:
+    async with rig(kept, _A, _B) as one:
+        await one.look("n1", "10.0.0.5")
+        await one.look("n1", "10.0.0.6")
+        one.neutron.put(replace(_A, addresses=()), replace(_B, addresses=_A.addresses))
+        await one.pass_time(10)
+        assert one.owners["n1/10.0.0.5"] == "i-b"
+        assert "n1/10.0.0.6" not in one.owners
+
+
+async def test_the_newer_word_on_an_address_wins_at_once(kept: Path) -> None:
+    async with rig(kept, _A) as one:
+        await one.look("n1", "10.0.0.5")
+        await one.pass_time(1)
+        one.neutron.put(
+            replace(_A, addresses=()),
+            replace(_B, addresses=(ip_address("10.0.0.5"), ip_address("10.0.0.6"))),
+        )
+        assert await one.look("n1", "10.0.0.6") == PortFound(NetworkId("n1"), InstanceId("i-b"))
+        assert one.owners["n1/10.0.0.5"] == "i-b"
+        assert not any(isinstance(owner, Conflict) for _, owner in one.heard.inventory.addresses())
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"device": "i-z"}, {"n1/10.0.0.5": "i-z"}),
+        ({"device": ""}, {}),
+        ({"owner": "network:dhcp"}, {}),
+        ({"network": NetworkId("n7")}, {"n7/10.0.0.5": "i-a"}),
+    ],
+)
+async def test_what_changes_of_a_port_is_told(
+    kept: Path, change: dict[str, str], expected: dict[str, str]
+) -> None:
+    port = replace(_A, mac=None, addresses=_A.addresses[:1])
+    async with rig(kept, port) as one:
+        await one.look("n1", "10.0.0.5")
+        one.neutron.put(replace(port, **change))  # type: ignore[arg-type]
+        await one.pass_time(10)
+        assert one.owners == expected
+
+
+async def test_a_port_given_to_another_project_is_signed_for_with_that(kept: Path) -> None:
+    async with rig(kept, _A) as one:
+        await one.look("n1", "10.0.0.5")
+        one.neutron.put(replace(_A, project="red"))
+        await one.pass_time(10)
+        assert one.heard.inventory.instances[InstanceId("i-a")].project == "red"
+
+
+async def test_an_answer_that_is_late_does_not_undo_a_newer_one(kept: Path) -> None:
+    """Of two queries on their way, the one that was asked first is answered last."""
+    async with rig(kept, _A) as one:
+        await one.look("n1", "10.0.0.5")
+        await one.pass_time(8)
+        one.neutron.open.clear()
+        late = asyncio.create_task(one.pass_time(2))  # refreshes
+        await asyncio.sleep(0.02)
+        assert one.neutron.queries[-1].ids == ("p-a",)
+        late.cancel()
+        one.neutron.open.set()
+        await one.time.settle()
+        assert one.owners["n1/10.0.0.5"] == "i-a"
+
+
+# Lifetimes
+
+
+_SHORT = NeutronPace(lifetime_s=100, refresh_s=5)
+
+
+async def test_who_does_not_ask_again_is_withdrawn_and_later_forgotten(kept: Path) -> None:
+    async with rig(kept, _A, pace=_SHORT) as one:
+        one.random[0] = 0.0
+        await one.look("n1", "10.0.0.5")
+        await one.pass_time(99)
+        assert one.owners
+        await one.pass_time(1)
+        assert not one.owners
+        assert one.source.figures.ports == 1
+        await one.pass_time(_SHORT.aside_s)
+        assert one.source.figures.ports == 0
+
+
+async def test_who_asks_again_in_time_is_found_without_a_query(kept: Path) -> None:
+    async with rig(kept, _A, pace=_SHORT) as one:
+        one.random[0] = 0.0
+        await one.look("n1", "10.0.0.5")
+        await one.pass_time(110)
+        assert not one.owners
+        assert one.asked
+        assert await one.look("n1", "10.0.0.5") == _FOUND_A
+        assert one.asked == 0
+        assert one.owners["n1/10.0.0.5"] == "i-a"
+
+
+async def test_what_is_put_aside_is_still_kept_up_to_date(kept: Path) -> None:
+    async with rig(kept, _A, pace=_SHORT) as one:
+        one.random[0] = 0.0
+        await one.look("n1", "10.0.0.5")
+        await one.pass_time(101)
+        one.neutron.remove("p-a")
+        await one.pass_time(6)
+        assert await one.look("n1", "10.0.0.5") == _NOBODY
+
+
+async def test_lifetimes_that_began_together_do_not_end_together(kept: Path) -> None:
+    async with rig(kept, _A, _B, pace=_SHORT) as one:
+        one.random[0] = 0.0
+        await one.look("n1", "10.0.0.5")
+        one.random[0] = 1.0
+        await one.look("n1", "10.0.0.6")
+        await one.pass_time(91)
+        assert set(one.owners.values()) == {"i-a"}
+
+
+# Neutron does not answer
+
+
+@pytest.mark.parametrize("failure", [DOWN, LATE])
+async def test_what_is_known_is_served_on_and_said_to_be_stale(
+    kept: Path, failure: Exception
+) -> None:
+    async with rig(kept, _A, pace=_SHORT) as one:
+        await one.look("n1", "10.0.0.5")
+        assert one.source.staleness(InstanceId("i-a")) is None
+        one.neutron.failure = failure  # type: ignore[assignment]
+        await one.pass_time(2000, step=10)
+        assert one.owners["n1/10.0.0.5"] == "i-a"
+        assert await one.look("n1", "10.0.0.5") == _FOUND_A
+        stale = one.source.staleness(InstanceId("i-a"))
+        assert stale is not None
+        assert stale >= 2000
+        confirmation = one.source.confirmation(NetworkId("n1"), ip_address("10.0.0.5"))
+        assert confirmation is not None
+        assert (confirmation.port, confirmation.age_s, confirmation.stale) == ("p-a", stale, True)
+        assert one.source.figures.stale_s >= 1990
+        assert not one.in_sync()
+        (problem,) = one.heard.last.problems
+        assert problem.field == "neutron"
+        assert problem.reason == str(failure).splitlines()[0]
+        one.neutron.failure = None
+        await one.pass_time(40)
+        assert one.source.staleness(InstanceId("i-a")) is None
+        assert one.source.figures.stale_s == 0
+        assert one.in_sync()
+        assert not one.heard.last.problems
+
+
+async def test_the_unknown_are_told_at_once_that_neutron_cannot_be_asked(kept: Path) -> None:
+    async with rig(kept, _A) as one:
+        one.neutron.failure = DOWN
+        assert await one.look("n1", "10.0.0.5") == LookUpUnavailable("connection refused")
+        assert one.asked == 1
+        for number in range(20):
+            assert isinstance(await one.look("n1", f"10.0.0.{number}"), LookUpUnavailable)
+        assert one.asked == 0
+        assert one.source.figures.backoff_s > 0
+
+
+async def test_it_is_in_sync_again_as_soon_as_neutron_answers(kept: Path) -> None:
+    async with rig(kept, _A) as one:
+        one.neutron.failure = DOWN
+        await one.look("n1", "10.0.0.5")
+        assert not one.in_sync()
+        one.neutron.failure = None
+        await one.pass_time(2)
+        assert one.in_sync()
+        assert one.source.figures.backoff_s == 0
+        assert await one.look("n1", "10.0.0.5") == _FOUND_A
+
+
+async def test_the_pauses_grow_to_half_a_minute_and_are_of_random_length(kept: Path) -> None:
+    async with rig(kept) as one:
+        one.neutron.failure = DOWN
+        pauses = []
+        await one.look("n1", "10.0.0.5")
+        for _ in range(8):
+            pauses.append(one.source.figures.backoff_s)
+            await one.pass_time(pauses[-1])
+        assert pauses == [2, 4, 8, 16, 30, 30, 30, 30]
+        one.random[0] = 0.25
+        await one.pass_time(30)
+        assert one.source.figures.backoff_s == 7.5
+
+
+async def test_when_a_pause_is_over_one_query_finds_out(kept: Path) -> None:
+    async with rig(kept, _A) as one:
+        one.neutron.failure = DOWN
+        await one.look("n1", "10.0.0.5")
+        one.neutron.failure = None
+        one.neutron.open.clear()
+        one.time.time += 2.5
+        looks = [asyncio.create_task(one.look(f"n{number}", "10.0.0.5")) for number in range(50)]
+        await asyncio.sleep(0.01)
+        assert one.neutron.at_once == 1
+        one.neutron.open.set()
+        answers = await asyncio.gather(*looks)
+        assert sum(isinstance(each, LookUpUnavailable) for each in answers) == 49
+
+
+async def test_failures_on_their_way_together_are_one(kept: Path) -> None:
+    async with rig(kept) as one:
+        one.neutron.failure = DOWN
+        one.neutron.open.clear()
+        looks = [asyncio.create_task(one.look(f"n{number}", "10.0.0.5")) for number in range(8)]
+        await asyncio.sleep(0.01)
+        one.neutron.open.set()
+        await asyncio.gather(*looks)
+        assert one.source.figures.backoff_s == 2
+        assert one.source.figures.queries == {"ok": 1, "failed": 8}
+
+
+async def test_queries_that_take_too_long_are_counted_apart(kept: Path) -> None:
+    async with rig(kept) as one:
+        one.neutron.failure = LATE
+        await one.look("n1", "10.0.0.5")
+        assert one.source.figures.queries == {"ok": 1, "timeout": 1}
+        assert one.source.figures.look_ups == {"unavailable": 1}
+
+
+async def test_a_neutron_that_is_down_from_the_start_is_told_of(kept: Path) -> None:
+    neutron = FakeNeutron(failure=DOWN)
+    async with rig(kept, neutron=neutron) as one:
+        assert one.heard.observations[0].in_sync
+        assert not one.in_sync()
+        assert one.heard.last.problems
+
+
+# Over a restart
+
+
+async def test_what_is_known_is_kept_over_a_restart_without_neutron(kept: Path) -> None:
+    neutron, time = FakeNeutron(), FakeTime()
+    joined = router_port("r-1", "n1", "r")
+    async with rig(kept, _A, _B, joined, neutron=neutron, time=time) as one:
+        await one.look("r", "10.0.0.5", router=True)
+        await one.look("n1", "10.0.0.6")
+        before, routes = one.owners, one.source.routes()
+        assert routes
+    neutron.failure = DOWN
+    time.time += 50
+    async with rig(kept, neutron=neutron, time=time) as one:
+        first = one.heard.observations[0]
+        assert first.full
+        assert first.in_sync
+        assert first.implied_networks == {"n1"}
+        assert one.owners == before
+        assert one.source.routes() == routes
+        assert await one.look("r", "10.0.0.5", router=True) == _FOUND_A
+        assert isinstance(await one.look("n1", "10.0.0.7"), LookUpUnavailable)
+        stale = one.source.staleness(InstanceId("i-a"))
+        assert stale is not None
+        assert 50 <= stale < 60
+
+
+async def test_what_is_kept_is_asked_for_again_at_once(kept: Path) -> None:
+    neutron = FakeNeutron()
+    async with rig(kept, _A, _B, neutron=neutron) as one:
+        await one.look("n1", "10.0.0.5")
+        await one.look("n1", "10.0.0.6")
+    neutron.remove("p-a")
+    async with rig(kept, neutron=neutron) as one:
+        assert set(one.heard.observations[0].instances) == {"i-a", "i-b"}
+        assert one.owners == {"n1/10.0.0.6": "i-b"}
+
+
+async def test_what_was_forgotten_is_not_kept(kept: Path) -> None:
+    neutron = FakeNeutron()
+    async with rig(kept, _A, neutron=neutron, pace=_SHORT) as one:
+        await one.look("n1", "10.0.0.5")
+        await one.pass_time(5)
+        neutron.remove("p-a")
+        await one.pass_time(5)
+    neutron.failure = DOWN
+    async with rig(kept, neutron=neutron) as one:
+        assert not one.heard.observations[0].instances
+
+
+async def test_a_killed_process_has_kept_what_it_knew_a_second_ago(kept: Path) -> None:
+    async with rig(kept, _A) as one:
+        await one.look("n1", "10.0.0.5")
+        await one.pass_time(1)
+        copy = kept.with_name("copy.sqlite")
+        for suffix in ("", "-wal"):
+            part = kept.with_name(kept.name + suffix)
+            if part.exists():
+                copy.with_name(copy.name + suffix).write_bytes(part.read_bytes())
+    async with rig(copy, neutron=FakeNeutron(failure=DOWN)) as other:
+        assert other.owners["n1/10.0.0.5"] == "i-a"
+
+
+async def test_a_file_of_garbage_costs_what_was_kept_and_nothing_else(kept: Path) -> None:
+    await asyncio.to_thread(kept.write_bytes, b"no database" * 500)
+    async with rig(kept, _A) as one:
+        assert await one.look("n1", "10.0.0.5") == _FOUND_A
+        (problem,) = one.heard.last.problems
+        assert problem.file == str(kept)
+        await asyncio.to_thread(kept.unlink)
+        await one.pass_time(1)
+        assert not one.heard.last.problems
+
+
+# The list
+
+
+_LISTED = NeutronPace(list_every_s=60, page_size=10)
+
+
+def _many(count: int, host: str | None = None) -> list[object]:
+    return [
+        neutron_port(f"p-{number:03}", "n1", f"10.0.1.{number}", device=f"i-{number:03}", host=host)
+        for number in range(count)
+    ]
+
+
+@pytest.mark.parametrize("count", [0, 9, 10, 25, 30])
+async def test_a_list_of_all_ports_is_read_page_by_page(kept: Path, count: int) -> None:
+    async with rig(kept, *_many(count), pace=_LISTED) as one:
+        (first,) = one.heard.observations
+        assert first.full
+        assert first.in_sync
+        assert len(first.instances) == count
+
+
+async def test_a_neutron_that_knows_no_pages_is_understood(kept: Path) -> None:
+    neutron = FakeNeutron(ignored=frozenset({"limit", "after"}))
+    async with rig(kept, *_many(25), pace=_LISTED, neutron=neutron) as one:
+        assert len(one.owners) == 25
+        assert one.source.figures.queries["ok"] == 2
+
+
+async def test_a_neutron_that_begins_each_page_anew_is_not_asked_for_ever(kept: Path) -> None:
+    neutron = FakeNeutron(ignored=frozenset({"after"}))
+    async with rig(kept, *_many(25), pace=_LISTED, neutron=neutron) as one:
+        assert len(one.owners) == 10
+
+
+async def test_the_list_is_read_again_and_only_changes_are_told(kept: Path) -> None:
+    async with rig(kept, *_many(25), pace=_LISTED) as one:
+        one.neutron.remove("p-003")
+        one.neutron.put(_A)
+        await one.pass_time(61)
+        assert "n1/10.0.1.3" not in one.owners
+        assert one.owners["n1/10.0.0.5"] == "i-a"
+        assert [each.full for each in one.heard.observations].count(True) == 1
+        assert set(one.heard.last.instances) == {"i-a"}
+
+
+async def test_only_ports_of_one_host_are_listed_and_others_are_found_by_look_up(
+    kept: Path,
+) -> None:
+    pace = replace(_LISTED, list_host="here")
+    mine = neutron_port("p-h", "n1", "10.0.0.7", device="i-h", host="here")
+    far = replace(_A, host="there")
+    for ignored in (frozenset[str](), frozenset({"host"})):
+        neutron = FakeNeutron(ignored=ignored)
+        path = kept.with_name(f"{len(ignored)}.sqlite")
+        async with rig(path, mine, far, pace=pace, neutron=neutron) as one:
+            assert one.owners == {"n1/10.0.0.7": "i-h"}
+            assert await one.look("n1", "10.0.0.5") == _FOUND_A
+            await one.pass_time(130)
+            assert one.owners["n1/10.0.0.5"] == "i-a"
+
+
+async def test_before_the_first_list_a_source_without_memory_is_not_in_sync(kept: Path) -> None:
+    neutron, time = FakeNeutron(failure=DOWN), FakeTime()
+    neutron.put(*_many(3))  # type: ignore[arg-type]
+    async with rig(kept, pace=_LISTED, neutron=neutron, time=time) as one:
+        assert not any(each.full or each.in_sync for each in one.heard.observations)
+        neutron.failure = None
+        await one.pass_time(40)
+        assert one.in_sync()
+        assert [each.full for each in one.heard.observations].count(True) == 1
+        assert len(one.owners) == 3
+    neutron.failure = DOWN
+    async with rig(kept, pace=_LISTED, neutron=neutron, time=time) as one:
+        assert one.heard.observations[0].in_sync
+        assert len(one.owners) == 3
+
+
+async def test_a_list_that_cannot_be_read_to_its_end_takes_nothing_away(kept: Path) -> None:
+    async with rig(kept, *_many(25), pace=_LISTED) as one:
+        one.neutron.failure = LATE
+        await one.pass_time(70)
+        assert len(one.owners) == 25
+        assert one.heard.last.problems[0].field == "list"
+        assert one.source.figures.backoff_s == 0  # one long query says nothing of short ones
+        one.neutron.failure = None
+        await one.pass_time(20)
+        assert not one.heard.last.problems
+
+
+async def test_listed_ports_are_not_asked_for_in_between(kept: Path) -> None:
+    async with rig(kept, *_many(5), pace=_LISTED) as one:
+        await one.pass_time(50)
+        assert one.asked == 0
+
+
+# Life and death
+
+
+async def test_before_it_runs_and_after_it_nothing_can_be_looked_up(kept: Path) -> None:
+    async with rig(kept, _A) as one:
+        source, neutron = one.source, one.neutron
+    assert neutron.closed
+    answer = await source.look_up(Scope.NETWORK, NetworkId("n1"), ip_address("10.0.0.5"))
+    assert isinstance(answer, LookUpUnavailable)
+    assert source.routes() == {}
+    assert source.staleness(InstanceId("i-a")) is None
+    assert source.confirmation(NetworkId("n1"), ip_address("10.0.0.5")) is None
+    assert source.origin_of_port(InstanceId("i-a"), 0) is None
+
+
+async def test_a_look_up_on_its_way_when_the_source_ends_is_answered(kept: Path) -> None:
+    async with rig(kept, _A) as one:
+        one.neutron.open.clear()
+        look = asyncio.create_task(one.look("n1", "10.0.0.5"))
+        routed = asyncio.create_task(one.look("r", "10.0.0.5", router=True))
+        await asyncio.sleep(0.01)
+    assert isinstance(await look, LookUpUnavailable)
+    assert isinstance(await routed, LookUpUnavailable)
+
+
+async def test_a_ports_origin_is_its_id(kept: Path) -> None:
+    second = neutron_port("p-0", "n2", "10.0.2.5", device="i-a")
+    async with rig(kept, _A, second) as one:
+        await one.look("n1", "10.0.0.5")
+        await one.look("n2", "10.0.2.5")
+        instance = one.heard.inventory.instances[InstanceId("i-a")]
+        for number, port in enumerate(instance.ports):
+            origin = one.source.origin_of_port(InstanceId("i-a"), number)
+            assert origin is not None
+            assert origin.field == ("ports.p-0" if port.network == "n2" else "ports.p-a")
+        assert one.source.origin_of_port(InstanceId("i-a"), 2) is None
