@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import http.client
 import json
+import os
 import subprocess
+import sys
 import threading
 from pathlib import Path
 
 import pytest
 
+from support.daemon import alive
+from support.lab import until
 from support.openstack.front import FrontKind, FrontRefused
+from support.openstack.install import REPOSITORY
 from support.openstack.lab import OpenStack
 from support.openstack.neutron_rest import ask
+from support.openstack.servers import NotUp, Server
 from support.openstack.table import BLUE, INSTANCES, LOOKUP_NAMES, PORTS, RED, Instance
 
 by_name = pytest.mark.parametrize("one", INSTANCES, ids=lambda one: one.name)
@@ -72,13 +78,14 @@ def test_nova_does_not_know_an_instance_in_another_project(openstack: OpenStack)
     assert openstack.ask_nova(INSTANCES[0], RED).status == 404
 
 
-def test_two_novas_want_different_secrets(openstack: OpenStack) -> None:
+def test_two_novas_want_different_secrets_and_the_second_ends(openstack: OpenStack) -> None:
     with openstack.another_nova(secret="another") as other:
         new = openstack.ask_nova(INSTANCES[0], secret="another", url=other.url)
         old = openstack.ask_nova(INSTANCES[0], url=other.url)
+    with pytest.raises(ConnectionRefusedError):
+        ask(other.url, "GET", "/")
 
-    assert (new.status, old.status) == (200, 403)
-    assert not other.server.running
+    assert (new.status, old.status, other.server.running) == (200, 403, False)
 
 
 def test_neutron_lists_the_ports_of_the_table(openstack: OpenStack) -> None:
@@ -247,11 +254,85 @@ def test_the_lab_can_be_used_by_openstacksdk(openstack: OpenStack) -> None:
     assert [one["id"] for one in versions["versions"]] == ["v2.0"]
 
 
-def test_nobody_listens_where_a_lab_was(openstack: OpenStack) -> None:
-    with openstack.another_nova() as other:
-        pid, url = other.server.pid, other.url
-        assert Path(f"/proc/{pid}").exists()
-    with pytest.raises(ConnectionRefusedError):
-        ask(url, "GET", "/")
+def test_a_server_that_does_not_come_up_is_told_with_its_last_words(tmp_path: Path) -> None:
+    server = server_of(["sh", "-c", "echo out of paste; exit 1"], tmp_path)
+    with pytest.raises(NotUp, match="out of paste"):
+        server.start()
 
-    assert not Path(f"/proc/{pid}").exists()
+
+def test_servers_end_with_a_run_that_is_killed(tmp_path: Path) -> None:
+    text = (
+        "import sys, time; from pathlib import Path; from support.openstack.servers import *\n"
+        "from integration.test_openstack_lab import server_of\n"
+        "server = server_of([*ends_with_us(), 'sleep', '60'], Path(sys.argv[1]))\n"
+        "server.launch(); print(server.pid, flush=True); time.sleep(60)\n"
+    )
+    path = {"PYTHONPATH": f"{REPOSITORY}/tests"}
+    with subprocess.Popen(
+        [sys.executable, "-c", text, str(tmp_path)], env=path, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        pid = int(process.stdout.readline())
+        until(lambda: b"sleep" in Path(f"/proc/{pid}/cmdline").read_bytes())
+        process.kill()
+
+    until(lambda: not alive(pid), what="the end of the server")
+
+
+def server_of(argv: list[str], directory: Path) -> Server:
+    return Server(
+        name="a server",
+        argv=argv,
+        cwd=directory,
+        environment={},
+        log=directory / "log",
+        is_up=lambda: False,
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_people_bring_a_lab_up_stop_a_server_and_bring_all_down(tmp_path: Path) -> None:
+    directory = tmp_path / "up"
+    told = lab_command(directory, "up")
+    try:
+        shape = json.loads(lab_command(directory, "status", "--json"))
+        pids = [one["pid"] for one in shape["servers"].values()]
+        nova = shape["servers"]["nova"]["at"]
+        agent = shape["servers"]["agent"]["at"]
+        row = next(one for one in shape["lookups"] if one["instance"] == "red-1")
+        scope = ("X-Neutron-Network-ID", row["network_id"])
+        asked = ask(
+            agent,
+            "GET",
+            "/latest/meta-data/hostname",
+            headers=(scope, ("X-Forwarded-For", row["address"])),
+        )
+        lab_command(directory, "stop", "nova")
+        with pytest.raises(ConnectionRefusedError):
+            ask(nova, "GET", "/")
+        again = json.loads(lab_command(directory, "status", "--json"))["servers"]["nova"]["pid"]
+        lab_command(directory, "start", "nova")
+        back = ask(nova, "GET", "/")
+        front = lab_command(directory, "front", "router", "r-red", "--port", "9697")
+    finally:
+        lab_command(directory, "down")
+
+    assert shape["secret"] in told
+    assert (asked.body, again, back.status) == (b"red-1.novalocal", None, 200)
+    assert f"set-header X-Neutron-Router-ID {shape['routers']['r-red']}" in front
+    assert not any(alive(pid) for pid in pids)
+    assert not directory.exists()
+
+
+def lab_command(directory: Path, *words: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", "support.openstack", "--directory", str(directory), *words],
+        env={**os.environ, "PYTHONPATH": f"{REPOSITORY}/tests"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout

@@ -20,7 +20,7 @@ from support.openstack.processes import Place, agent_server, neutron_server, nov
 from support.openstack.servers import Server, ends_with_us, free_port
 from support.openstack.settings import render_clouds
 from support.openstack.table import INSTANCES, Instance, Lookup, Port, Seed, lookups_of
-from support.openstack.template import copy_template, template
+from support.openstack.template import fill
 
 __all__ = ["Nova", "OpenStack", "open_openstack"]
 
@@ -248,7 +248,7 @@ def start_openstack(
     place: Place, stack: contextlib.ExitStack, *, secret: str, cache_s: int
 ) -> OpenStack:
     """Starts a lab in its directory; the stack ends it."""
-    seed = _fill(place)
+    seed = fill(place)
     holder = stack.enter_context(free_port())
     port = holder.getsockname()[1]
     neutron_url = f"http://127.0.0.1:{port}"
@@ -280,15 +280,6 @@ def start_openstack(
         clouds_yaml=clouds,
         front=front,
     )
-
-
-def _fill(place: Place) -> Seed:
-    place.prepare()
-    made = template(place.environments)
-    try:
-        return copy_template(made, place)
-    finally:
-        made.release()
 
 
 def _nova(

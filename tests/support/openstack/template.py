@@ -26,12 +26,12 @@ from support.openstack.table import (
     Seed,
 )
 
-__all__ = ["copy_template", "template"]
+__all__ = ["fill", "read_seed"]
 
 _SEED: Final = "seed.json"
 
 
-def template(environments: Environments) -> Made:
+def _template(environments: Environments) -> Made:
     """The directory with the databases and the seed, for these environments and this table."""
     here = Path(__file__)
     files = (
@@ -42,7 +42,17 @@ def template(environments: Environments) -> Made:
     return made_once("template", stamp, lambda path: _make(path, environments))
 
 
-def copy_template(made: Made, place: Place) -> Seed:
+def fill(place: Place) -> Seed:
+    """Makes a lab's directory what a lab begins with."""
+    place.prepare()
+    made = _template(place.environments)
+    try:
+        return _copy(made, place)
+    finally:
+        made.release()
+
+
+def _copy(made: Made, place: Place) -> Seed:
     """Puts the databases into a lab's directory.
 
     Returns:
@@ -50,7 +60,13 @@ def copy_template(made: Made, place: Place) -> Seed:
     """
     shutil.rmtree(place.path / "db", ignore_errors=True)
     shutil.copytree(made.path / "db", place.path / "db")
-    return _parse(json.loads((made.path / _SEED).read_text()))
+    shutil.copy(made.path / _SEED, place.path)
+    return read_seed(place)
+
+
+def read_seed(place: Place) -> Seed:
+    """What was sown in the databases of a lab's directory."""
+    return _parse(json.loads((place.path / _SEED).read_text()))
 
 
 def _make(path: Path, environments: Environments) -> None:
