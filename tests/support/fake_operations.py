@@ -49,6 +49,7 @@ class FakeOperations:
     failure: ImdsproxyError | None = None
     crash: Exception | None = None
     reloads: int = 0
+    pending: tuple[str, ...] = ()
     stopped: list[bool] = field(default_factory=list)
     on_stop: Callable[[], None] = lambda: None
 
@@ -260,6 +261,7 @@ class FakeOperations:
                 SettingChange("admin.mode", "0660", "0600", "restart"),
             ),
             restart_needed=("admin.mode",),
+            pending=self.pending,
         )
 
     async def stop(self, *, data_plane: bool) -> None:

@@ -272,11 +272,17 @@ class SettingChange:
 
 @dataclass(frozen=True, slots=True)
 class SettingsReload:
-    """What `reload` did: which settings it took over, and for which a restart is needed."""
+    """What `reload` did: which settings it took over, and for which a restart is needed.
+
+    Attributes:
+        haproxy_reloaded: HAProxy answers by them.
+        pending: Why it does not yet, although it should.
+    """
 
     changes: tuple[SettingChange, ...] = ()
     restart_needed: tuple[str, ...] = ()
     haproxy_reloaded: bool = False
+    pending: tuple[str, ...] = ()
 
 
 class Operations(Protocol):
@@ -362,7 +368,10 @@ class Operations(Protocol):
         ...
 
     async def reload(self) -> SettingsReload:
-        """Read the settings again and take over what can be; `ConfigError` changes nothing."""
+        """Read the settings again and take over what can be; `ConfigError` changes nothing.
+
+        Returns once guests are answered by them, or says in `pending` why they are not yet.
+        """
         ...
 
     async def stop(self, *, data_plane: bool) -> None:

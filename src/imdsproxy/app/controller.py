@@ -12,7 +12,7 @@ import os
 import signal
 import socket
 from collections.abc import Callable, Coroutine, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -78,6 +78,7 @@ _FIRST_SYNC_S = 5.0
 
 _REVIEW_EVERY_S = 1.0
 _FIGURES_EVERY_S = 10.0
+_TAKE_OVER_S = 10.0
 _FORWARD_S = 900.0
 """HAProxy's own deadlines end a forwarded request; this is for a HAProxy that hangs."""
 
@@ -138,31 +139,47 @@ class _Controller:
             await self.figures.refresh()
             await asyncio.sleep(_FIGURES_EVERY_S)
 
-    def reload(self) -> SettingsReload:
-        """Read the settings again; what can be taken over live or by a reload is."""
-        self.notifier.reloading(int(self.clock.monotonic() * 1e6))
-        try:
-            result = self.holder.reload()
-            if self.nova.read(self.holder.settings.nova):
-                ticket = self.records.resync()
-                self._later(self._reload_after(ticket))
-            elif result.haproxy_reloaded:
-                self._later(self._reload_after(None))
+    async def reload(self) -> SettingsReload:
+        """Read the settings again; what can be taken over live or by a reload is.
+
+        Returns once guests are answered by them: whoever gives a Nova its next secret must know when.
+        """
+        result, taken_over = self._begin_reload()
+        if taken_over is None or (await asyncio.wait([taken_over], timeout=_TAKE_OVER_S))[0]:
             return result
+        problems = dict.fromkeys(problem.reason for problem in self.operations.own_problems())
+        pending = ("the data plane has not confirmed it yet", *problems)
+        return replace(result, haproxy_reloaded=False, pending=pending)
+
+    def _begin_reload(self) -> tuple[SettingsReload, asyncio.Task[None] | None]:
+        self.notifier.reloading(int(self.clock.monotonic() * 1e6))
+        resigned = False
+
+        def accept(after: Settings) -> None:
+            nonlocal resigned
+            resigned = self.nova.read(after.nova)
+
+        try:
+            result = self.holder.reload(accept)
         finally:
             self.notifier.ready()
+        if not (resigned or result.haproxy_reloaded):
+            return result, None
+        ticket = self.records.resync() if resigned else None
+        return result, self._later(self._take_over(ticket))
 
-    async def _reload_after(self, ticket: int | None) -> None:
+    async def _take_over(self, ticket: int | None) -> None:
         # Rules that take another signature, or another set, find it in the records already.
         if ticket is not None:
             await self.records.tickets.wait(ticket)
         await self.nova.resolve()
-        self.listeners.touch("settings changed")
+        await self.listeners.tickets.wait(self.listeners.touch("settings changed"))
 
-    def _later(self, work: Coroutine[object, object, None]) -> None:
+    def _later(self, work: Coroutine[object, object, None]) -> asyncio.Task[None]:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
 
     async def follow_nova(self) -> None:
         """Reload when a name of Nova's leads to other addresses."""
@@ -171,7 +188,7 @@ class _Controller:
     def hang_up(self) -> None:
         """SIGHUP: as `imdsproxy reload`, but nobody waits for the answer."""
         try:
-            result = self.reload()
+            result, _ = self._begin_reload()
         except ConfigError as error:
             structlog.get_logger().error("settings not reloaded", code=error.code, error=str(error))
             return

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import assert_never
 
@@ -80,7 +80,7 @@ class ControllerOperations:
     documents_pids: Callable[[], tuple[int, ...]]
     documents_problem: Callable[[], Problem | None]
     documents_restarts: Callable[[], int]
-    reload_settings: Callable[[], SettingsReload]
+    reload_settings: Callable[[], Awaitable[SettingsReload]]
     end: Callable[[bool], None]
 
     # Reading
@@ -325,7 +325,7 @@ class ControllerOperations:
 
     async def reload(self) -> SettingsReload:
         """See `Operations.reload`."""
-        return self.reload_settings()
+        return await self.reload_settings()
 
     async def stop(self, *, data_plane: bool) -> None:
         """See `Operations.stop`."""

@@ -23,13 +23,17 @@ class SettingsHolder:
     settings: Settings
     load: Callable[[], Settings]
 
-    def reload(self) -> SettingsReload:
+    def reload(self, accept: Callable[[Settings], None]) -> SettingsReload:
         """Read the files again.
 
+        Args:
+            accept: Reads what the settings name, and takes it over, before they are in force themselves.
+
         Raises:
-            ConfigError: They are not acceptable; the settings in force stay.
+            ConfigError: They, or what they name, are not acceptable; the settings in force stay.
         """
         after = self.load()
+        accept(after)
         changed = diff_settings(self.settings, after)
         self.settings = after
         return SettingsReload(

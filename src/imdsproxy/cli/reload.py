@@ -54,3 +54,8 @@ def show_reload(output: Output, done: _Shape) -> None:
     output.table(columns, rows, empty="no setting has changed")
     if done["haproxy_reloaded"]:
         output.styled("HAProxy was reloaded.")
+    pending = cast("Sequence[str]", done["pending"])
+    if pending:
+        output.styled("[yellow]HAProxy has not taken it over:[/]")
+    for reason in pending:
+        output.styled(f"  {clean(reason)}")

@@ -516,6 +516,17 @@ def test_reload_shows_what_was_taken_over(cli: Cli) -> None:
     assert lines[3].split() == ["admin.mode", "0660", "0600", "at", "the", "next", "restart"]
 
 
+def test_reload_says_what_is_not_in_force_yet(cli: Cli) -> None:
+    cli.operations.pending = ("the data plane has not confirmed it yet",)
+
+    lines = cli("reload").out.splitlines()
+
+    assert lines[-2:] == [
+        "HAProxy has not taken it over:",
+        "  the data plane has not confirmed it yet",
+    ]
+
+
 @pytest.mark.parametrize(
     ("flags", "data_plane", "ended"),
     [
