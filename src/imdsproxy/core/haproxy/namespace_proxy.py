@@ -1,0 +1,294 @@
+"""The configuration of one network's own proxy, in its namespace: what an agent of Neutron spawns for each.
+
+Its guests' requests go to one unix socket, with the network's or the router's id and the guest's address as
+headers, which is all that whoever listens there knows of them. Where nothing else is said it is as Neutron's own
+(`neutron/agent/metadata/driver_base.py`): a transparent proxy with the same times, limits and log.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Final, Literal, TypeAlias
+
+from imdsproxy.core.haproxy.section import Section, Words, render_sections
+from imdsproxy.core.wire import RETRY_AFTER_S
+from imdsproxy.errors import RequestRefused
+
+__all__ = [
+    "FACILITIES",
+    "MAX_PORT",
+    "NamespaceProxySpec",
+    "Resource",
+    "ResourceKind",
+    "Syslog",
+    "build_namespace_proxy",
+    "parse_facility",
+    "parse_port",
+    "parse_resource",
+    "parse_uuid",
+    "parse_words",
+    "render_namespace_proxy",
+]
+
+ResourceKind: TypeAlias = Literal["network", "router"]
+
+MAX_PORT: Final = 65535
+
+_HEADERS: Final = {"network": "X-Neutron-Network-ID", "router": "X-Neutron-Router-ID"}
+_UUID: Final = re.compile(r"[0-9a-f]{8}-(?:[0-9a-f]{4}-){3}[0-9a-f]{12}", re.IGNORECASE | re.ASCII)
+_PORT: Final = re.compile(r"[0-9]{1,5}", re.ASCII)
+_ALERT: Final = re.compile(r"\[ALERT\]\s+(?:\S+\s+)?\(\d+\) : (.*)")
+
+_FORGEABLE: Final = (
+    # What a receiver that obeys RFC 9110 section 7.6.1 would take out of the request again: ours, for one.
+    "connection",
+    # An answer 101 makes a tunnel, in which a guest would speak to the socket without these rules.
+    "upgrade",
+    "x-forwarded-for",
+    # What imdsproxy's own processes say to each other.
+    "x-imdsproxy-.*",
+    "x-instance-id.*",
+    "x-metadata-provider.*",
+    "x-neutron-.*",
+    "x-ovn-network-id",
+    "x-tenant-id",
+)
+"""What a guest may not say, as regular expressions on lower-case names."""
+
+_MAXCONN: Final = 1024
+_UNANSWERED: Final = ("502", "503", "504")
+
+FACILITIES: Final = frozenset(
+    [
+        "kern",
+        "user",
+        "mail",
+        "daemon",
+        "auth",
+        "syslog",
+        "lpr",
+        "news",
+        "uucp",
+        "cron",
+        "auth2",
+        "ftp",
+        "ntp",
+        "audit",
+        "alert",
+        "cron2",
+    ]
+    + [f"local{number}" for number in range(8)]
+)
+"""The names that HAProxy has for the facilities of syslog (configuration manual, `log`)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Resource:
+    """What the guests of one proxy have in common: their network, or a router that their networks are on."""
+
+    kind: ResourceKind
+    uuid: str
+
+    @property
+    def header(self) -> str:
+        """The header that names it, as the agent behind the socket knows it."""
+        return _HEADERS[self.kind]
+
+
+@dataclass(frozen=True, slots=True)
+class Syslog:
+    """Where requests are logged."""
+
+    socket: str = "/dev/log"
+    facility: str = "local0"
+    level: Literal["info", "debug"] = "info"
+
+
+@dataclass(frozen=True, slots=True)
+class NamespaceProxySpec:
+    """Everything that the file is a function of.
+
+    Attributes:
+        upstream: Absolute path of the unix socket that requests go to.
+        port: TCP port, at every address of the namespace.
+        dual_stack: Listen for IPv6 too.
+        user: Name of the account that HAProxy takes once it listens; `None` keeps the one it is started by.
+        group: The same of the group.
+        syslog: `None` for no log.
+    """
+
+    resource: Resource
+    upstream: str
+    port: int
+    dual_stack: bool
+    user: str | None = None
+    group: str | None = None
+    syslog: Syslog | None = None
+
+
+def render_namespace_proxy(spec: NamespaceProxySpec) -> str:
+    """The file's text.
+
+    Raises:
+        UnquotableWord: A path or name holds a control character.
+    """
+    return render_sections(build_namespace_proxy(spec))
+
+
+def build_namespace_proxy(spec: NamespaceProxySpec) -> tuple[Section, ...]:
+    """The whole configuration; the same spec always gives the same sections."""
+    return (_global(spec), _defaults(spec), _listen(spec))
+
+
+def _global(spec: NamespaceProxySpec) -> Section:
+    lines: list[Words] = []
+    if spec.syslog is not None:
+        lines += [
+            ("log", spec.syslog.socket, spec.syslog.facility, spec.syslog.level),
+            # The prefix by which Debian's rsyslog files it in /var/log/haproxy.log.
+            ("log-tag", f"haproxy-metadata-proxy-{spec.resource.uuid}"),
+        ]
+    if spec.user is not None:
+        lines.append(("user", spec.user))
+    if spec.group is not None:
+        lines.append(("group", spec.group))
+    lines += [
+        ("maxconn", str(_MAXCONN)),
+        ("nbthread", "1"),
+        # Two that share a port would each get some of the requests. The second shall say that it is in use.
+        ("noreuseport",),
+    ]
+    return Section(("global",), tuple(lines))
+
+
+def _defaults(spec: NamespaceProxySpec) -> Section:
+    log: tuple[Words, ...] = (("log", "global"), ("option", "httplog"), ("option", "dontlognull"))
+    return Section(
+        ("defaults",),
+        (
+            ("mode", "http"),
+            *(() if spec.syslog is None else log),
+            # A kept connection that ends under a request would cost the guest its own.
+            ("option", "http-server-close"),
+            # WSGI upstreams read X_Instance_ID as X-Instance-ID.
+            ("option", "http-restrict-req-hdr-names", "delete"),
+            ("retries", "3"),
+            ("timeout", "http-request", "30s"),
+            ("timeout", "connect", "30s"),
+            ("timeout", "client", "32s"),
+            ("timeout", "server", "32s"),
+            ("timeout", "http-keep-alive", "30s"),
+            *_unavailable(),
+        ),
+    )
+
+
+def _unavailable() -> tuple[Words, ...]:
+    return tuple(
+        ("http-error", "status", code, "hdr", "Retry-After", str(RETRY_AFTER_S),
+         "hdr", "Cache-Control", "no-store")
+        for code in _UNANSWERED
+    )  # fmt: skip
+
+
+def _listen(spec: NamespaceProxySpec) -> Section:
+    address = ":::{}" if spec.dual_stack else "0.0.0.0:{}"
+    family = ("v4v6",) if spec.dual_stack else ()
+    return Section(
+        ("listen", "metadata"),
+        (
+            ("bind", address.format(spec.port), *family, "proto", "h1"),
+            # A tunnel, as that of an upgrade.
+            ("http-request", "return", "status", "405", "if", "METH_CONNECT"),
+            ("http-request", "del-header", f"^(?:{'|'.join(_FORGEABLE)})$", "-m", "reg"),
+            ("http-request", "set-header", spec.resource.header, spec.resource.uuid),
+            ("http-request", "set-header", "X-Forwarded-For", "%[src]"),
+            # On a socket for both families the kernel has IPv4 peers as ::ffff:a.b.c.d.
+            ("http-request", "set-header", "X-Forwarded-For", "%[src,regsub(^::ffff:,)]",
+             "if", "{", "src", "::ffff:0:0/96", "}"),
+            ("http-response", "deny", "deny_status", "502", "if", "{", "status", "101", "}"),
+            ("http-response", "set-var(txn.answered)", "bool(true)"),
+            # What the upstream itself says is passed on. Of the rest a guest sees 503 only, which cloud-init's
+            # OpenStack source waits on.
+            ("http-after-response", "set-status", "503",
+             "if", "{", "status", "502", "504", "}", "!{", "var(txn.answered)", "-m", "bool", "}"),
+            ("server", "metadata", f"unix@{spec.upstream}"),
+        ),
+    )  # fmt: skip
+
+
+def parse_resource(network_id: str | None, router_id: str | None) -> Resource:
+    """Whose proxy it is.
+
+    Raises:
+        RequestRefused: Both ids are there, or none, or the one is no UUID.
+    """
+    if network_id is not None and router_id is not None:
+        raise RequestRefused(
+            "a network's id and a router's id are given: a proxy is for one of them",
+            hint="start it with --network-id or with --router-id",
+        )
+    if network_id is not None:
+        return Resource("network", parse_uuid(network_id))
+    if router_id is not None:
+        return Resource("router", parse_uuid(router_id))
+    raise RequestRefused(
+        "the id of a network or of a router is needed",
+        hint="give --network-id UUID or --router-id UUID",
+    )
+
+
+def parse_uuid(text: str) -> str:
+    """The id as it is written: agents look for exactly that in the command line.
+
+    Raises:
+        RequestRefused: It is no UUID in its usual form, and so may hold what a path or a header must not.
+    """
+    if _UUID.fullmatch(text) is None:
+        raise RequestRefused(
+            f"{text!r} is no UUID", hint="it is written as 8f6a1e0c-3b52-4c1d-9a57-0d2f4b6c8e10"
+        )
+    return text
+
+
+def parse_port(text: str | int) -> int:
+    """A TCP port.
+
+    Raises:
+        RequestRefused: It is none.
+    """
+    digits = str(text)
+    if _PORT.fullmatch(digits) is None or not 0 < int(digits) <= MAX_PORT:
+        raise RequestRefused(
+            f"{digits!r} is no port to listen on", hint=f"a port is a number from 1 to {MAX_PORT}"
+        )
+    return int(digits)
+
+
+def parse_facility(text: str) -> str:
+    """HAProxy's name of a syslog facility; `LOG_LOCAL3`, as Neutron has it, is `local3`.
+
+    Raises:
+        RequestRefused: HAProxy has none of that name.
+    """
+    name = text.lower().removeprefix("log_")
+    # POSIX has a second name for one of them, which HAProxy has not.
+    name = {"authpriv": "auth2"}.get(name, name)
+    if name not in FACILITIES:
+        raise RequestRefused(
+            f"{text!r} is no facility of syslog",
+            hint="they are called LOG_USER, LOG_LOCAL0 and so on",
+        )
+    return name
+
+
+def parse_words(said: str) -> str:
+    """What HAProxy says of its failure, in one line: its alerts, or all of it where there are none.
+
+    Args:
+        said: Its standard error.
+    """
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    alerts = [found[1] for line in lines if (found := _ALERT.fullmatch(line)) is not None]
+    return "; ".join(dict.fromkeys(alerts or lines))
