@@ -16,6 +16,7 @@ from imdsproxy.cli import (
     explain,
     get,
     instance,
+    namespace_proxy,
     network,
     options,
     reload,
@@ -65,6 +66,9 @@ app.add_typer(config.app, name="config", rich_help_panel=_DAEMON)
 app.command("version", rich_help_panel=_DAEMON)(version.version)
 app.add_typer(network.app, name="network", rich_help_panel=_RECORDS)
 app.add_typer(instance.app, name="instance", rich_help_panel=_RECORDS)
+app.command("namespace-proxy", context_settings=namespace_proxy.SETTINGS, rich_help_panel=_DAEMON)(
+    namespace_proxy.namespace_proxy
+)
 app.command("get", rich_help_panel=_GUESTS)(get.get)
 app.command("explain", rich_help_panel=_GUESTS)(explain.explain)
 

@@ -1,0 +1,264 @@
+"""The configuration of one proxy, written and locked, and HAProxy in this process's place."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, NoReturn
+
+from imdsproxy.app.namespace_proxy.claim import claim_file, make_directories, remove_unclaimed
+from imdsproxy.app.namespace_proxy.surroundings import (
+    Ended,
+    Surroundings,
+    check_directory,
+)
+from imdsproxy.core.haproxy.namespace_proxy import (
+    NamespaceProxySpec,
+    Resource,
+    Syslog,
+    parse_port,
+    parse_resource,
+    parse_uuid,
+    parse_words,
+    render_namespace_proxy,
+)
+from imdsproxy.core.haproxy.quoting import UnquotableWord
+from imdsproxy.errors import (
+    ConfigRejected,
+    HaproxyMissing,
+    HostRefused,
+    PrivilegeMissing,
+    RequestRefused,
+)
+
+__all__ = [
+    "DEFAULT_PORT",
+    "DEFAULT_STATE_PATH",
+    "Launch",
+    "NetworkMetadataProxyHandler",
+    "cleanup_config_file",
+    "start_failure",
+]
+
+DEFAULT_PORT: Final = 9697
+DEFAULT_STATE_PATH: Final = "/var/lib/neutron"
+
+_DIRECTORY: Final = "ns-metadata-proxy"
+_SOCKET: Final = "metadata_proxy"
+_MAX_SOCKET_PATH: Final = 107
+"""`sun_path` of unix(7), without the NUL at its end."""
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """All that is needed to run HAProxy.
+
+    Attributes:
+        program: HAProxy's path.
+        config: The configuration file, on disk.
+        lock: The same file, open and locked; HAProxy inherits it.
+        alone: HAProxy is to have none of this process's supplementary groups.
+    """
+
+    program: str
+    config: Path
+    lock: int
+    alone: bool
+
+    def arguments(self, *more: str) -> list[str]:
+        """The command line. The uuid in it is how agents know their proxies."""
+        return [self.program, "-f", str(self.config), *more]
+
+
+class NetworkMetadataProxyHandler:
+    """One network's or router's proxy; exactly one of the ids is given.
+
+    Args:
+        network_id: The network that all guests are on.
+        router_id: The router that their networks are on.
+        unix_socket_path: Where requests go; `metadata_proxy` in the state path for `None`.
+        port: TCP port, at every address of the namespace that this process is in.
+        user: Account that HAProxy takes once it listens, by name or id; this process's own for `None`.
+        group: Group, likewise.
+        state_path: Where the configuration's directory is; /var/lib/neutron for `None`.
+        use_syslog: Log requests to /dev/log; `None` where there is one.
+        facility: Syslog's, by HAProxy's name.
+        debug: Log everything.
+        surroundings: The host.
+
+    Raises:
+        RequestRefused: Both ids or none, no UUID, no port, or a path that HAProxy cannot be told.
+    """
+
+    def __init__(  # noqa: PLR0917 - the order that its callers know
+        self,
+        network_id: str | None,
+        router_id: str | None,
+        unix_socket_path: str | os.PathLike[str] | None = None,
+        port: int | str = DEFAULT_PORT,
+        user: str | None = None,
+        group: str | None = None,
+        state_path: str | os.PathLike[str] | None = None,
+        *,
+        use_syslog: bool | None = None,
+        facility: str = "local0",
+        debug: bool = False,
+        surroundings: Surroundings | None = None,
+    ) -> None:
+        self.resource: Resource = parse_resource(network_id, router_id)
+        self.port = parse_port(port)
+        self.state_path = Path(state_path or DEFAULT_STATE_PATH)
+        self.unix_socket_path = Path(unix_socket_path or self.state_path / _SOCKET)
+        self.user = user or None
+        self.group = group or None
+        self._syslog = Syslog(facility=facility, level="debug" if debug else "info")
+        self._use_syslog = use_syslog
+        self._host = surroundings or Surroundings()
+        for path in (self.state_path, self.unix_socket_path):
+            if not path.is_absolute():
+                raise RequestRefused(
+                    f"{str(path)!r} is no absolute path", hint="HAProxy is started in another directory"
+                )  # fmt: skip
+        if len(os.fsencode(self.unix_socket_path)) > _MAX_SOCKET_PATH:
+            raise RequestRefused(
+                f"the socket's path {self.unix_socket_path} is too long",
+                hint=f"the kernel takes {_MAX_SOCKET_PATH} bytes (unix(7))",
+            )
+
+    @staticmethod
+    def get_config_path(state_path: str | os.PathLike[str] | None = None) -> Path:
+        """The directory of the configuration files below a state path."""
+        return Path(state_path or DEFAULT_STATE_PATH) / _DIRECTORY
+
+    @property
+    def config_file(self) -> Path:
+        """This proxy's configuration file."""
+        return self.get_config_path(self.state_path) / f"{self.resource.uuid}.conf"
+
+    def spec(self) -> NamespaceProxySpec:
+        """What the configuration is made of.
+
+        Raises:
+            HostRefused: There is no such user or group.
+            PrivilegeMissing: This process cannot take that user or group.
+        """
+        log = self._use_syslog if self._use_syslog is not None else self._host.has_syslog()
+        return NamespaceProxySpec(
+            resource=self.resource,
+            upstream=str(self.unix_socket_path),
+            port=self.port,
+            dual_stack=self._host.has_ipv6(),
+            user=None if self.user is None else self._taken("user", self._host.user_name(self.user)),
+            group=None if self.group is None else self._taken("group", self._host.group_name(self.group)),
+            syslog=self._syslog if log else None,
+        )  # fmt: skip
+
+    def _taken(self, kind: str, name: str) -> str | None:
+        """The name, if it is another than this process has; only root can take one."""
+        user, group = self._host.ids()
+        if user == 0:
+            return name
+        own = (
+            self._host.user_name(str(user)) if kind == "user" else self._host.group_name(str(group))
+        )
+        if own != name:
+            raise PrivilegeMissing(
+                f"cannot become {kind} {name}: this process is not root's",
+                hint=f"run as root, or without --metadata-proxy-{kind}",
+            )
+        return None
+
+    def prepare(self) -> Launch:
+        """Find HAProxy, write and lock the configuration.
+
+        Raises:
+            HaproxyMissing: There is none.
+            HostRefused: An account or a directory is missing, the file cannot be written, or is in use.
+            PrivilegeMissing: This process may not.
+            RequestRefused: A path has a character that HAProxy cannot be told.
+        """
+        program = self._host.find_program()
+        if program is None:
+            raise HaproxyMissing(
+                "there is no haproxy on PATH", hint="install HAProxy 3.0 or newer (apt install haproxy)"
+            )  # fmt: skip
+        spec = self.spec()
+        try:
+            text = render_namespace_proxy(spec)
+        except UnquotableWord as error:
+            raise RequestRefused(f"HAProxy cannot be told a path: {error}") from error
+        check_directory(
+            self.unix_socket_path.parent,
+            "metadata socket",
+            hint="start who listens there first, or name another with --metadata-proxy-socket",
+        )
+        make_directories(self.config_file.parent)
+        lock = claim_file(self.config_file, text.encode())
+        dropped = spec.user is not None or spec.group is not None
+        return Launch(program, self.config_file, lock, alone=dropped)
+
+    def run_proxy(self, launch: Launch | None = None) -> NoReturn:
+        """Become HAProxy, which keeps this process's pid and has the uuid in its command line.
+
+        Whatever HAProxy would refuse at its start is found out before, as long as it can be told in one line.
+
+        Args:
+            launch: What `prepare` gave; `None` prepares.
+
+        Raises:
+            HaproxyMissing: There is none, or it cannot be run.
+            ConfigRejected: It refuses the configuration.
+            HostRefused: See `prepare`; or the port is in use.
+            PrivilegeMissing: See `prepare`; or the port takes root.
+        """
+        ready = launch or self.prepare()
+        try:
+            self._check(ready)
+            if ready.alone:
+                self._host.drop_groups()
+            os.set_inheritable(ready.lock, True)
+            self._execute(ready)
+        except BaseException:
+            os.close(ready.lock)
+            raise
+        raise AssertionError("a process that has become another went on")  # pragma: no cover
+
+    def _check(self, launch: Launch) -> None:
+        self._host.try_to_bind(self.port, dual_stack=self._host.has_ipv6())
+        # As it is: once this process is HAProxy nobody can put its words into one line.
+        check = [launch.program, "-c", "-f", str(launch.config)]
+        checked = self._host.run(check, launch.lock, alone=False)
+        if checked.status != 0:
+            raise start_failure(checked, launch, self.port)
+
+    def _execute(self, launch: Launch) -> None:
+        try:
+            self._host.execute(launch.program, launch.arguments())
+        except OSError as error:
+            raise HaproxyMissing(f"cannot run {launch.program}: {error.strerror}") from error
+
+
+def start_failure(
+    ended: Ended, launch: Launch, port: int
+) -> ConfigRejected | HostRefused | PrivilegeMissing:
+    """The exception for a HAProxy that did not start, with its own words."""
+    words = parse_words(ended.said) or f"it said nothing and ended with {ended.status}"
+    message = f"HAProxy did not start: {words}"
+    if "Address already in use" in words:
+        return HostRefused(message, hint=f"see who listens: ss -ltnp 'sport = :{port}'")
+    if "Permission denied" in words:
+        return PrivilegeMissing(message, hint="run as root")
+    return ConfigRejected(message, hint=f"see for yourself: {' '.join(launch.arguments('-c'))}")
+
+
+def cleanup_config_file(uuid: str, state_path: str | os.PathLike[str] | None = None) -> bool:
+    """Remove the configuration of a proxy that has ended; whether there was one.
+
+    Raises:
+        RequestRefused: It is no UUID.
+        HostRefused: The proxy runs, or the file system refused.
+        PrivilegeMissing: This process may not remove it.
+    """
+    directory = NetworkMetadataProxyHandler.get_config_path(state_path)
+    return remove_unclaimed(directory / f"{parse_uuid(uuid)}.conf")

@@ -1,0 +1,314 @@
+"""The program's command line: today's options, and every spelling that agents and their wrappers have used."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, NoReturn
+
+from imdsproxy.app.namespace_proxy.handler import DEFAULT_PORT, DEFAULT_STATE_PATH
+from imdsproxy.core.haproxy.namespace_proxy import parse_facility
+from imdsproxy.errors import ConfigInvalid, ConfigUnreadable, Problem, RequestRefused
+
+if TYPE_CHECKING:
+    from imdsproxy.core.neutron_ini import IniOption
+
+__all__ = ["CleanUp", "Run", "parse_command_line"]
+
+_DESCRIPTION: Final = """\
+Be the metadata proxy of one network or router: HAProxy, in the network namespace that this is started in, which
+sends what guests ask to a unix socket, and says there whose they are."""
+
+_EPILOG: Final = """\
+`%(prog)s cleanup ID` removes what a proxy that has ended left; `cleanup --help` says more.
+
+The spellings of old are taken too: underscores for dashes, --nodaemonize, --nodebug. So are options of oslo.log that
+have no meaning here, since HAProxy has no log file and writes nothing to the terminal once it runs: --log-file,
+--log-dir, --log-config-append, --log-date-format, --use-stderr, --use-journal, --use-json, --watch-log-file,
+--verbose; and --metadata-proxy-watch-log, since nothing needs to be watched when HAProxy gives up its privileges.
+
+Exit statuses: 0 HAProxy runs and has bound the port (or was ended, with --no-daemonize); 64 the command line is not
+acceptable; 70 HAProxy refuses; 71 the host refuses: no HAProxy, no such user, group or directory, the port is in use,
+the proxy runs already; 77 privileges are missing; 78 a --config-file must be changed."""
+
+_IGNORED_VALUES: Final = (
+    "log-file",
+    "logfile",
+    "log-dir",
+    "logdir",
+    "log-config",
+    "log-config-append",
+    "log-date-format",
+)
+_IGNORED_FLAGS: Final = (
+    "metadata-proxy-watch-log",
+    "use-stderr",
+    "use-journal",
+    "use-json",
+    "watch-log-file",
+    "verbose",
+)
+_TRUE: Final = frozenset(("1", "t", "true", "on", "y", "yes"))
+_FALSE: Final = frozenset(("0", "f", "false", "off", "n", "no"))
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What a proxy is to be; see `ProxyDaemon`."""
+
+    network_id: str | None
+    router_id: str | None
+    port: str
+    socket: str | None
+    user: str | None
+    group: str | None
+    pid_file: str | None
+    daemonize: bool
+    state_path: str
+    use_syslog: bool | None
+    facility: str
+    debug: bool
+
+
+@dataclass(frozen=True, slots=True)
+class CleanUp:
+    """What a proxy has left."""
+
+    uuid: str
+    pid_file: str | None
+    state_path: str
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse, whose refusals are ours."""
+
+    def error(self, message: str) -> NoReturn:
+        raise RequestRefused(message, hint=f"`{self.prog} --help` says what it takes")
+
+
+def parse_command_line(arguments: Sequence[str], *, program: str) -> Run | CleanUp:
+    """What is asked for.
+
+    Args:
+        arguments: Without the program's name.
+        program: Its name, for the help.
+
+    Raises:
+        RequestRefused: An option is unknown or wrong.
+        ConfigUnreadable: A file of --config-file or --config-dir is not there.
+        ConfigInvalid: One makes no sense.
+        SystemExit: --help was asked for, and given.
+    """
+    if list(arguments[:1]) == ["cleanup"]:
+        return _clean_up(arguments[1:], program)
+    found = _run_parser(program).parse_args(list(arguments))
+    return _run(found, _Written(found.config_file, found.config_dir))
+
+
+def _clean_up(arguments: Sequence[str], program: str) -> CleanUp:
+    parser = _Parser(
+        prog=f"{program} cleanup",
+        description="Remove the configuration, and the pid file, of a proxy that has ended. One that runs is left "
+        "alone: end it first, with SIGTERM.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("id", metavar="ID", help="UUID of its network or router")
+    _value(parser, "pid-file", "FILE", "its pid file, to be removed too")
+    _value(parser, "state-path", "DIR", f"as it was started with (default: {DEFAULT_STATE_PATH})")
+    found = parser.parse_args(list(arguments))
+    return CleanUp(found.id, found.pid_file or None, found.state_path or DEFAULT_STATE_PATH)
+
+
+def _run_parser(program: str) -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog=program,
+        usage="%(prog)s (--network-id UUID | --router-id UUID) [option ...]\n       %(prog)s cleanup ID [option ...]",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    _value(parser, "network-id", "UUID", "the network that all guests are on")
+    _value(parser, "router-id", "UUID", "the router that the guests' networks are on")
+    _value(
+        parser,
+        "metadata-port",
+        "PORT",
+        f"TCP port to listen on, at every address (default: {DEFAULT_PORT})",
+    )
+    _value(parser, "metadata-proxy-socket", "PATH",
+           "unix socket that requests go to (default: metadata_proxy in the state path)")  # fmt: skip
+    _value(parser, "metadata-proxy-user", "USER",
+           "name or id of the account that HAProxy takes once it listens (default: the present one)")  # fmt: skip
+    _value(
+        parser,
+        "metadata-proxy-group",
+        "GROUP",
+        "name or id of its group (default: the present one)",
+    )
+    _value(parser, "pid-file", "FILE", "where HAProxy's pid goes (default: nowhere)")
+    _flag(parser, "daemonize", "put HAProxy in the background, and end once it listens (the default)",
+          "become HAProxy, with the same pid")  # fmt: skip
+    _value(parser, "state-path", "DIR",
+           f"HAProxy's configuration goes to ns-metadata-proxy in it (default: {DEFAULT_STATE_PATH})")  # fmt: skip
+    _flag(parser, "debug", "have HAProxy log at the level debug instead of info", None)
+    _flag(parser, "use-syslog", "log requests to /dev/log (default: if it is there)", "log nothing")
+    _value(parser, "syslog-log-facility", "NAME", "as LOG_USER (default: LOG_LOCAL0)")
+    _value(parser, "config-file", "FILE",
+           "read the options above, but ids, pid file and daemonize, from [DEFAULT] of an ini file of Neutron's; may "
+           "be repeated. The command line wins. Without it no file is read.", action="append")  # fmt: skip
+    _value(parser, "config-dir", "DIR", "the same, of every *.conf in it", action="append")
+    for name in _IGNORED_VALUES:
+        _value(parser, name, "IGNORED", argparse.SUPPRESS)
+    for name in _IGNORED_FLAGS:
+        _flag(parser, name, argparse.SUPPRESS, None)
+    return parser
+
+
+def _value(
+    parser: argparse.ArgumentParser,
+    name: str,
+    metavar: str,
+    help_text: str,
+    *,
+    action: str = "store",
+) -> None:
+    destination = name.replace("-", "_")
+    parser.add_argument(
+        f"--{name}", dest=destination, metavar=metavar, help=help_text, action=action
+    )
+    if "-" in name:
+        parser.add_argument(
+            f"--{destination}", dest=destination, help=argparse.SUPPRESS, action=action
+        )
+
+
+def _flag(parser: argparse.ArgumentParser, name: str, on: str, off: str | None) -> None:
+    """`--NAME`, and its opposite as it is spelled today, as oslo.config spells it, and with underscores."""
+    destination = name.replace("-", "_")
+    words = {"dest": destination, "default": None}
+    parser.add_argument(f"--{name}", action="store_true", help=on, **words)  # type: ignore[arg-type]  # of both types
+    parser.add_argument(
+        f"--no-{name}", action="store_false", help=off or argparse.SUPPRESS, **words  # type: ignore[arg-type]  # as above
+    )  # fmt: skip
+    old = {
+        f"--{destination}",
+        f"--no-{destination}",
+        f"--no_{destination}",
+        f"--no{name}",
+        f"--no{destination}",
+    }
+    for spelling in sorted(old - {f"--{name}", f"--no-{name}"}):
+        action = "store_false" if spelling.startswith("--no") else "store_true"
+        parser.add_argument(spelling, action=action, help=argparse.SUPPRESS, **words)  # type: ignore[arg-type]  # as above
+
+
+class _Written:
+    """The options of all files, a later one's over an earlier one's.
+
+    Args:
+        files: Their names.
+        directories: Of each the files `*.conf`.
+
+    Raises:
+        ConfigUnreadable: One is not there, or no text.
+        ConfigInvalid: One is no ini file.
+    """
+
+    def __init__(self, files: Sequence[str] | None, directories: Sequence[str] | None) -> None:
+        self._files: list[Sequence[IniOption]] = []
+        paths = [Path(name) for name in files or ()]
+        try:
+            for name in directories or ():
+                # A pattern would take a directory that is not there for an empty one.
+                paths += sorted(path for path in Path(name).iterdir() if path.suffix == ".conf")
+            for path in paths:
+                self._files.append(_read(path))
+        except OSError as error:
+            raise ConfigUnreadable(f"cannot read {error.filename}: {error.strerror}") from error
+
+    def find(self, name: str) -> IniOption | None:
+        """The option of [DEFAULT] that is in force."""
+        if not self._files:
+            return None
+        from imdsproxy.core.neutron_ini import DEFAULT_SECTION, find_option  # noqa: PLC0415 - seldom
+
+        return find_option(self._files, [(DEFAULT_SECTION, name)])
+
+    def value(self, name: str, state_path: str | None = None) -> str | None:
+        """Its value, with what it refers to in its place.
+
+        Args:
+            name: The option's.
+            state_path: What `$state_path` is, where the command line or this program says it.
+
+        Raises:
+            ConfigInvalid: It refers to what is not there.
+        """
+        found = self.find(name)
+        if found is None:
+            return None
+        from imdsproxy.core.neutron_ini import expand_value  # noqa: PLC0415 - seldom
+
+        def look_up(other: str) -> str | None:
+            if other == "state_path" and state_path is not None:
+                return state_path.replace("$", "$$")
+            referred = self.find(other)
+            return None if referred is None else referred.value
+
+        try:
+            return expand_value(found.value, look_up)
+        except ValueError as error:
+            raise _nonsense(found, str(error)) from error
+
+    def decision(self, name: str) -> bool | None:
+        """Its value, of an option that is true or false.
+
+        Raises:
+            ConfigInvalid: It is neither.
+        """
+        found, word = self.find(name), (self.value(name) or "").lower()
+        if found is None:
+            return None
+        if word not in _TRUE | _FALSE:
+            raise _nonsense(found, f"{found.value!r} is neither true nor false")
+        return word in _TRUE
+
+
+def _read(path: Path) -> Sequence[IniOption]:
+    from imdsproxy.core.neutron_ini import decode_ini, parse_ini  # noqa: PLC0415 - seldom
+
+    return parse_ini(decode_ini(path.read_bytes(), str(path)), str(path))
+
+
+def _nonsense(option: IniOption, reason: str) -> ConfigInvalid:
+    problem = Problem(option.name, reason, file=option.file, line=option.line)
+    return ConfigInvalid("a configuration file makes no sense", problems=(problem,))
+
+
+def _run(found: argparse.Namespace, written: _Written) -> Run:
+    def take(name: str, state_path: str | None = None) -> str | None:
+        told: str | None = getattr(found, name)
+        return told if told is not None else written.value(name, state_path)
+
+    def decide(name: str) -> bool | None:
+        told: bool | None = getattr(found, name)
+        return told if told is not None else written.decision(name)
+
+    state_path = take("state_path") or DEFAULT_STATE_PATH
+    return Run(
+        network_id=found.network_id,
+        router_id=found.router_id,
+        port=take("metadata_port") or str(DEFAULT_PORT),
+        socket=take("metadata_proxy_socket", state_path) or None,
+        user=take("metadata_proxy_user") or None,
+        group=take("metadata_proxy_group") or None,
+        pid_file=found.pid_file or None,
+        daemonize=found.daemonize is not False,
+        state_path=state_path,
+        use_syslog=decide("use_syslog"),
+        facility=parse_facility(take("syslog_log_facility") or "local0"),
+        debug=decide("debug") is True,
+    )
