@@ -1,0 +1,468 @@
+"""Proxies from their start to their end, as agents start and end them; and every way not to start."""
+
+from __future__ import annotations
+
+import grp
+import os
+import pwd
+import shutil
+import signal
+import socket
+import stat
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from support.guest import inside
+from support.lab import until
+from support.namespace_proxy import (
+    NETWORK,
+    OTHER,
+    PROGRAM,
+    Place,
+    Started,
+    command_line,
+    open_place,
+    process_status,
+)
+
+pytestmark = pytest.mark.root
+
+_MODES = ("--daemonize", "--nodaemonize")
+_NOBODY = pwd.getpwnam("nobody")
+_NOGROUP = grp.getgrnam("nogroup")
+
+
+@pytest.fixture(scope="module")
+def shared() -> Iterator[Place]:
+    with open_place() as place:
+        yield place
+
+
+@pytest.fixture
+def place(shared: Place) -> Iterator[Place]:
+    """A network without a proxy."""
+    yield shared
+    shared.clear()
+
+
+def ended(pid: int) -> bool:
+    return command_line(pid) == [""]
+
+
+# In the background
+
+
+def test_when_the_program_has_ended_haproxy_listens_and_its_pid_is_in_the_file(
+    place: Place,
+) -> None:
+    pid = place.start()
+    assert place.guest.ask("/a").body == b"/a"
+    assert place.proxies() == [pid]
+    assert Path(command_line(pid)[0]).name == "haproxy"
+    assert command_line(pid)[1:3] == ["-f", str(place.config)]
+    assert NETWORK in " ".join(command_line(pid))
+
+
+def test_haproxy_is_a_daemon_that_holds_nothing_of_who_started_it(place: Place) -> None:
+    read, write = os.pipe()
+    pipe = f"pipe:[{os.fstat(write).st_ino}]"
+    os.set_inheritable(write, True)
+    try:
+        done = subprocess.run(
+            place.inside(PROGRAM, *place.words()), check=True, pass_fds=(write,), timeout=30
+        )
+    finally:
+        os.close(read)
+        os.close(write)
+    assert done.returncode == 0
+    pid = place.pid()
+    links = {int(path.name): str(path.readlink()) for path in Path(f"/proc/{pid}/fd").iterdir()}
+    assert {links[number] for number in range(3)} == {"/dev/null"}
+    assert pipe not in links.values()
+    assert str(Path(f"/proc/{pid}/cwd").readlink()) == "/"
+    status = process_status(pid)
+    assert status["Umask"] == ["0027"]
+    # What was its session ended with its first process.
+    assert os.getsid(pid) != os.getsid(0)
+    assert int(status["PPid"][0]) != os.getpid()
+
+
+@pytest.mark.parametrize("by", ["name", "number"])
+@pytest.mark.parametrize("mode", _MODES)
+def test_the_account_is_taken_with_none_of_roots_groups(place: Place, by: str, mode: str) -> None:
+    user = "nobody" if by == "name" else str(_NOBODY.pw_uid)
+    group = "nogroup" if by == "name" else str(_NOGROUP.gr_gid)
+    words = (f"--metadata_proxy_user={user}", f"--metadata_proxy_group={group}")
+    if mode == "--daemonize":
+        place.start(*words)
+    else:
+        place.open(*words)
+    status = process_status(place.pid())
+    assert status["Uid"] == [str(_NOBODY.pw_uid)] * 4
+    assert status["Gid"] == [str(_NOGROUP.gr_gid)] * 4
+    assert status["Groups"] == []
+    assert status["CapEff"] == ["0" * 16]
+    # A port below 1024 was bound before.
+    assert place.guest.ask("/").status == 200
+
+
+def test_what_an_agent_puts_into_the_environment_stays(place: Place) -> None:
+    tag = {"PROCESS_TAG": f"haproxy-{NETWORK}"}
+    assert place.run(*place.words(), environment=tag).status == 0
+    environment = Path(f"/proc/{place.pid()}/environ").read_text()
+    assert f"PROCESS_TAG=haproxy-{NETWORK}\0" in environment
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL, signal.SIGUSR1])
+def test_a_signal_to_the_pid_in_the_file_ends_it_and_frees_the_port(
+    place: Place, number: signal.Signals
+) -> None:
+    pid = place.start()
+    os.kill(pid, number)
+    until(lambda: ended(pid), what="HAProxy ends")
+    assert place.proxies() == []
+    assert not place.guest.reaches()
+    # The pid file of a process that is gone keeps nobody from starting.
+    assert place.start() != pid
+
+
+def test_the_other_command_is_the_same_program(place: Place) -> None:
+    command = str(Path(PROGRAM).with_name("imdsproxy"))
+    started = place.run(*place.words(), program=[command, "namespace-proxy"])
+    assert (started.status, started.said) == (0, "")
+    assert place.guest.ask("/a").body == b"/a"
+    os.kill(place.pid(), signal.SIGTERM)
+    until(lambda: place.proxies() == [])
+    cleaned = place.run(
+        *("cleanup", NETWORK, "--state-path", str(place.state), "--pid-file", str(place.pid_file)),
+        program=[command, "namespace-proxy"],
+    )
+    assert cleaned.status == 0
+    assert not place.config.exists()
+
+
+# In the foreground
+
+
+def test_in_the_foreground_the_program_becomes_haproxy_with_its_pid(place: Place) -> None:
+    process = place.open()
+    # `ip netns exec` becomes what it runs, and so does that.
+    assert place.proxies() == [process.pid]
+    assert place.pid() == process.pid
+    assert command_line(process.pid)[1:] == ["-f", str(place.config)]
+    assert place.guest.ask("/a").body == b"/a"
+
+
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGTERM, -signal.SIGTERM), (signal.SIGUSR1, 0)]
+)
+def test_in_the_foreground_a_signal_ends_it(
+    place: Place, number: signal.Signals, status: int
+) -> None:
+    process = place.open()
+    process.send_signal(number)
+    assert process.wait(10) == status
+
+
+# Files
+
+
+@pytest.mark.parametrize("umask", [0, 0o077])
+@pytest.mark.parametrize("mode", _MODES)
+def test_the_configuration_is_0640_in_a_directory_nobody_else_writes_to(
+    place: Place, umask: int, mode: str
+) -> None:
+    before = os.umask(umask)
+    try:
+        if mode == "--daemonize":
+            place.start(umask=umask)
+        else:
+            place.open()
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(place.config.stat().st_mode) == 0o640
+    assert stat.S_IMODE(place.config.parent.stat().st_mode) & ~0o755 == 0
+    assert stat.S_IMODE(place.pid_file.stat().st_mode) == 0o644
+    assert [path.name for path in place.config.parent.iterdir()] == [place.config.name]
+
+
+def test_a_directory_that_the_program_of_old_left_open_is_closed(place: Place) -> None:
+    place.config.parent.mkdir()
+    place.config.parent.chmod(0o777)
+    place.config.write_text("global\n")
+    place.config.chmod(0o666)
+    place.start()
+    assert stat.S_IMODE(place.config.parent.stat().st_mode) == 0o755
+    assert stat.S_IMODE(place.config.stat().st_mode) == 0o640
+
+
+# One at a time
+
+
+@pytest.mark.parametrize("mode", _MODES)
+@pytest.mark.parametrize("with_pid_file", [True, False])
+def test_a_second_start_is_refused_and_changes_nothing(
+    place: Place, mode: str, *, with_pid_file: bool
+) -> None:
+    pid = place.start()
+    before = place.config.read_bytes()
+    words = place.words(mode, "--debug", "--use-syslog", port=8080)
+    started = place.run(*words) if with_pid_file else place.run(*words, "--pid-file=")
+    assert started.status == 71
+    told = f"runs already (pid {pid})" if with_pid_file else "is in use: its proxy runs"
+    assert told in started.lines[0]
+    assert place.pid() == pid
+    assert place.config.read_bytes() == before
+    assert place.proxies() == [pid]
+
+
+def test_of_starts_at_once_one_succeeds(place: Place) -> None:
+    with ThreadPoolExecutor(6) as pool:
+        found = list(pool.map(lambda _: place.run(*place.words()), range(6)))
+    assert sorted(one.status for one in found) == [0] + [71] * 5
+    assert place.proxies() == [place.pid()]
+    assert place.guest.ask("/a").body == b"/a"
+
+
+def test_a_pid_file_that_names_another_program_is_replaced(place: Place) -> None:
+    place.pid_file.write_text(f"{os.getpid()}\n")
+    assert place.start() != os.getpid()
+
+
+def test_a_pid_file_that_names_another_networks_proxy_is_replaced(place: Place) -> None:
+    other = place.run(*place.words(uuid=OTHER, port=8080))
+    assert other.status == 0
+    shutil.copy(place.state / f"{OTHER}.pid", place.pid_file)
+    pid = place.start()
+    assert sorted(place.proxies()) == sorted([pid, int((place.state / f"{OTHER}.pid").read_text())])
+
+
+# Cleaning up
+
+
+def clean(place: Place, *words: str) -> Started:
+    return place.run("cleanup", NETWORK, "--state-path", str(place.state), *words)
+
+
+@pytest.mark.parametrize("mode", _MODES)
+def test_a_proxy_that_runs_is_not_cleaned_up(place: Place, mode: str) -> None:
+    if mode == "--daemonize":
+        place.start()
+    else:
+        place.open()
+    for words in ((), ("--pid-file", str(place.pid_file))):
+        cleaned = clean(place, *words)
+        assert cleaned.status == 71
+        assert "in use" in cleaned.lines[0]
+    assert place.config.exists()
+    assert place.guest.ask("/").status == 200
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_what_a_proxy_left_is_cleaned_up(place: Place, number: signal.Signals) -> None:
+    pid = place.start()
+    os.kill(pid, number)
+    until(lambda: ended(pid), what="HAProxy ends")
+    assert place.config.exists()
+    cleaned = clean(place, "--pid-file", str(place.pid_file))
+    assert (cleaned.status, cleaned.said) == (0, "")
+    assert list(place.config.parent.iterdir()) == []
+    assert not place.pid_file.exists()
+    assert clean(place, "--pid-file", str(place.pid_file)).status == 0
+
+
+# Not to start
+
+
+def refused(place: Place, started: Started, status: int, line: str) -> None:
+    """A failure is a status, one line and a hint, and nothing runs or is said to run."""
+    assert (started.status, started.output) == (status, ""), started.said
+    assert line in started.lines[0], started.said
+    assert started.lines[0].startswith("imdsproxy: ")
+    assert [one.partition(":")[0] for one in started.lines[1:]] in ([], ["hint"])
+    assert place.proxies() == []
+    assert not place.pid_file.exists()
+
+
+@pytest.mark.parametrize("mode", _MODES)
+@pytest.mark.parametrize(
+    ("words", "status", "line"),
+    [
+        (["--metadata_proxy_user=nobody-there"], 71, "there is no user nobody-there"),
+        (["--metadata_proxy_user=4294967200"], 71, "there is no user 4294967200"),
+        (["--metadata_proxy_group=nobody-there"], 71, "there is no group nobody-there"),
+        (["--metadata_proxy_group=4294967200"], 71, "there is no group 4294967200"),
+        (["--metadata_port=0"], 64, "'0' is no port to listen on"),
+        (["--metadata_port=70000"], 64, "'70000' is no port to listen on"),
+        (["--metadata_proxy_socket=/nonexistent/d/s"], 71, "no directory /nonexistent/d for the"),
+        (["--pid_file=/nonexistent/d/p"], 71, "there is no directory /nonexistent/d for the pid"),
+        ([f"--router_id={OTHER}"], 64, "a network's id and a router's id are given"),
+        (["--network_id=blue"], 64, "'blue' is no UUID"),
+        (["--network_id=../../../etc/passwd"], 64, "is no UUID"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_what_cannot_be_is_refused(
+    place: Place, mode: str, words: Sequence[str], status: int, line: str
+) -> None:
+    refused(place, place.run(*place.words(mode), *words), status, line)
+
+
+@pytest.mark.parametrize("mode", _MODES)
+def test_no_id_is_refused(place: Place, mode: str) -> None:
+    refused(
+        place, place.run(mode, "--state-path", str(place.state)), 64, "a network or of a router"
+    )
+
+
+@pytest.mark.parametrize("mode", _MODES)
+@pytest.mark.parametrize("who", ["a program", "a sharing program", "another proxy"])
+def test_a_port_in_use_is_refused(place: Place, mode: str, who: str) -> None:
+    if who == "another proxy":
+        words = place.words(uuid=OTHER)
+        assert place.run(*words).status == 0
+        started = place.run(*place.words(mode))
+        os.kill(int((place.state / f"{OTHER}.pid").read_text()), signal.SIGTERM)
+        until(lambda: place.proxies() == [])
+    else:
+        intruder = place.lab.intrude(
+            place.network, "169.254.169.254", reuse_port=who == "a sharing program"
+        )
+        started = place.run(*place.words(mode))
+        intruder.stop()
+    refused(place, started, 71, "Address already in use")
+    assert "sport = :80" in started.lines[1]
+    # It was no reason to stay away.
+    assert place.start()
+
+
+@pytest.mark.parametrize("mode", _MODES)
+def test_a_configuration_that_haproxy_refuses_is_told_in_its_own_words(
+    place: Place, mode: str, tmp_path: Path
+) -> None:
+    (tmp_path / "bad.cfg").write_text("global\n  nonsense here\n")
+    wrapper = tmp_path / "haproxy"
+    wrapper.write_text(f'#!/bin/sh\nexec /usr/sbin/haproxy -f {tmp_path}/bad.cfg "$@"\n')
+    wrapper.chmod(0o755)
+    path = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    started = place.run(*place.words(mode), environment=path)
+    refused(place, started, 70, "unknown keyword 'nonsense' in 'global' section")
+
+
+@pytest.mark.parametrize("mode", _MODES)
+def test_a_host_without_haproxy_is_told_so(place: Place, mode: str) -> None:
+    hide = 'mount --bind /dev/null /usr/sbin/haproxy && exec "$@"'
+    program = ["/usr/bin/unshare", "--mount", "/bin/sh", "-c", hide, "sh", PROGRAM]
+    started = place.run(*place.words(mode), program=program, environment={"PATH": "/usr/bin:/bin"})
+    refused(place, started, 71, "there is no haproxy on PATH")
+
+
+def file_in_the_way(place: Place) -> Sequence[str]:
+    (place.state / "ns-metadata-proxy").touch()
+    return [PROGRAM]
+
+
+def read_only(place: Place) -> Sequence[str]:
+    script = f'mount --bind {place.state} {place.state} && mount -o remount,bind,ro {place.state} && exec "$@"'
+    return ["/usr/bin/unshare", "--mount", "/bin/sh", "-c", script, "sh", PROGRAM]
+
+
+@pytest.mark.parametrize("mode", _MODES)
+@pytest.mark.parametrize("way", [file_in_the_way, read_only])
+def test_a_state_path_that_cannot_be_written_is_refused(
+    place: Place, mode: str, way: Callable[[Place], Sequence[str]]
+) -> None:
+    started = place.run(*place.words(mode), program=way(place))
+    refused(place, started, 71, f"cannot create the directory {place.state}/ns-metadata-proxy")
+
+
+@pytest.mark.parametrize("mode", _MODES)
+def test_who_is_not_root_cannot_write_roots_state_path(place: Place, mode: str) -> None:
+    program = [
+        "/usr/bin/setpriv",
+        "--reuid=nobody",
+        "--regid=nogroup",
+        "--clear-groups",
+        *_python(),
+    ]
+    started = place.run(*place.words(mode), program=program)
+    refused(place, started, 77, f"cannot create the directory {place.state}/ns-metadata-proxy")
+
+
+def test_who_is_not_root_is_served_where_it_may(place: Place) -> None:
+    place.state.chmod(0o777)
+    program = [
+        "/usr/bin/setpriv",
+        "--reuid=nobody",
+        "--regid=nogroup",
+        "--clear-groups",
+        *_python(),
+    ]
+    words = place.words("--metadata_proxy_user=nobody", port=8080)
+    started = place.run(*words, program=program)
+    place.state.chmod(0o755)
+    assert (started.status, started.said) == (0, "")
+    assert process_status(place.pid())["Uid"] == [str(_NOBODY.pw_uid)] * 4
+
+
+def _python() -> list[str]:
+    """The program for an account that cannot read the script's shebang line's place."""
+    return [
+        sys.executable,
+        "-c",
+        "import sys; from imdsproxy.app.namespace_proxy import main; sys.exit(main())",
+    ]
+
+
+# The log
+
+
+def test_a_request_is_logged_with_the_uuid_in_the_tag(place: Place) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as log:
+        path = place.state / "log"
+        log.bind(str(path))
+        path.chmod(0o666)
+        log.settimeout(10)
+        # A /dev of its own: the machine's is not ours to change.
+        script = (
+            "mount -t tmpfs none /dev && mknod -m 666 /dev/null c 1 3 && ln -s /proc/self/fd /dev/fd && "
+            f'mkdir /dev/shm && ln -s {path} /dev/log && exec "$@"'
+        )
+        program = ["/usr/bin/unshare", "--mount", "/bin/sh", "-c", script, "sh", PROGRAM]
+        words = place.words("--metadata_proxy_user=nobody", "--syslog-log-facility=LOG_LOCAL3")
+        assert place.run(*words, program=program) == Started(0, "", "")
+        place.guest.ask("/latest/meta-data/")
+        line = ""
+        while "GET" not in line:
+            line = log.recv(4096).decode()
+    # Facility 19, severity 6.
+    assert line.startswith("<158>")
+    assert f"haproxy-metadata-proxy-{NETWORK}[" in line
+    assert "GET /latest/meta-data/ HTTP/1.1" in line
+    assert "10.0.0.5" in line
+
+
+def test_a_missing_log_costs_nothing(place: Place) -> None:
+    place.start("--use-syslog")
+    assert place.guest.ask("/a").body == b"/a"
+
+
+# What listens
+
+
+def test_the_proxy_listens_in_the_namespace_that_it_was_started_in_and_nowhere_else(
+    place: Place,
+) -> None:
+    place.start("--metadata_proxy_user=nobody", port=9697)
+
+    def reaches() -> bool:
+        with socket.socket() as probe:
+            return probe.connect_ex(("127.0.0.1", 9697)) == 0
+
+    assert inside(place.network, reaches)
+    assert not inside(place.lab.host, reaches)

@@ -1,0 +1,210 @@
+"""Namespaces in which per-network proxies are started as Neutron's agents start them, and who listens behind them."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Final
+
+from support.guest import Guest
+from support.lab import Lab, processes_in, until
+from support.recorder import Recorder
+
+__all__ = [
+    "NETWORK",
+    "OTHER",
+    "PROGRAM",
+    "Place",
+    "Started",
+    "UnixRecorder",
+    "command_line",
+    "open_place",
+    "process_status",
+]
+
+PROGRAM: Final = str(Path(sys.executable).with_name("neutron-ns-metadata-proxy"))
+NETWORK: Final = "8f6a1e0c-3b52-4c1d-9a57-0d2f4b6c8e10"
+OTHER: Final = "11111111-2222-3333-4444-555555555555"
+
+
+@dataclass(slots=True)
+class UnixRecorder(Recorder):
+    """A recorder at the agent's socket, open to all."""
+
+    path: Path = Path()
+
+    def _socket(self) -> socket.socket:
+        self.path.unlink(missing_ok=True)
+        sock = socket.socket(socket.AF_UNIX)
+        sock.bind(str(self.path))
+        self.path.chmod(0o666)
+        sock.listen()
+        sock.setblocking(False)
+        return sock
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """What came of a start."""
+
+    status: int
+    output: str
+    said: str
+
+    @property
+    def lines(self) -> list[str]:
+        return self.said.splitlines()
+
+
+@dataclass(slots=True)
+class Place:
+    """A network's namespace with a guest, and a host for the proxy in it.
+
+    Attributes:
+        lab: Makes namespaces.
+        state: Neutron's state path.
+        network: The name of the network's namespace.
+        guest: Behind it.
+        recorder: At the socket in the state path.
+    """
+
+    lab: Lab
+    state: Path
+    network: str
+    guest: Guest
+    recorder: UnixRecorder
+    _foreground: list[subprocess.Popen[str]] = field(default_factory=list)
+
+    @property
+    def pid_file(self) -> Path:
+        return self.state / f"{NETWORK}.pid"
+
+    @property
+    def config(self) -> Path:
+        return self.state / "ns-metadata-proxy" / f"{NETWORK}.conf"
+
+    def words(self, *more: str, uuid: str = NETWORK, port: int = 80) -> list[str]:
+        """What a DHCP agent says of a network."""
+        return [
+            f"--network_id={uuid}",
+            f"--state_path={self.state}",
+            f"--metadata_port={port}",
+            f"--pid_file={self.state / uuid}.pid",
+            *more,
+        ]
+
+    def inside(self, *command: str, namespace: str | None = None) -> list[str]:
+        """A command in the namespace, as an agent has it run."""
+        return ["/usr/sbin/ip", "netns", "exec", namespace or self.network, *command]
+
+    def run(
+        self,
+        *words: str,
+        namespace: str | None = None,
+        program: Sequence[str] = (PROGRAM,),
+        umask: int = 0o022,
+        environment: Mapping[str, str] | None = None,
+    ) -> Started:
+        """Run the program to its end."""
+        done = subprocess.run(
+            self.inside(*program, *words, namespace=namespace),
+            capture_output=True,
+            text=True,
+            check=False,
+            umask=umask,
+            timeout=60,
+            env={**os.environ, **(environment or {})},
+        )
+        return Started(done.returncode, done.stdout, done.stderr)
+
+    def start(self, *more: str, umask: int = 0o022, port: int = 80) -> int:
+        """Have a proxy in the background; its pid."""
+        started = self.run(*self.words(*more, port=port), umask=umask)
+        assert (started.status, started.output, started.said) == (0, "", "")
+        return self.pid()
+
+    def open(self, *more: str) -> subprocess.Popen[str]:
+        """Have a proxy in the foreground that listens."""
+        process = subprocess.Popen(
+            self.inside(PROGRAM, *self.words("--nodaemonize", *more)),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        self._foreground.append(process)
+        until(lambda: process.poll() is not None or self.guest.reaches(), what="the proxy listens")
+        return process
+
+    def pid(self) -> int:
+        return int(self.pid_file.read_text())
+
+    def proxies(self, namespace: str | None = None) -> list[int]:
+        """The pids of all HAProxies in the namespace."""
+        found = processes_in(namespace or self.network)
+        return [pid for pid in found if "haproxy" in command_line(pid)[0]]
+
+    def _without(self, namespace: str) -> bool:
+        return self.proxies(namespace) == []
+
+    def clear(self) -> None:
+        """End every proxy and remove what they left."""
+        for namespace in self.lab.leftovers():
+            for pid in self.proxies(namespace):
+                os.kill(pid, 9)
+            until(partial(self._without, namespace), what="the proxies end")
+        for process in self._foreground:
+            process.communicate()
+        self._foreground.clear()
+        for path in self.state.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif not path.is_socket():
+                path.unlink()
+        self.recorder.forget()
+
+
+@contextmanager
+def open_place() -> Iterator[Place]:
+    """A place, gone afterwards."""
+    lab = Lab()
+    # Not pytest's: an account that HAProxy takes must reach the socket.
+    state = Path(tempfile.mkdtemp(prefix="imdst-"))
+    state.chmod(0o755)
+    try:
+        lab.namespace_network("blue")
+        guest = lab.guest("blue")
+        with UnixRecorder(path=state / "metadata_proxy") as recorder:
+            place = Place(lab, state, lab.name("blue"), guest, recorder)
+            try:
+                yield place
+            finally:
+                place.clear()
+    finally:
+        lab.close()
+        shutil.rmtree(state)
+
+
+def command_line(pid: int) -> list[str]:
+    """A process's words; one empty word for a process that has none, or has ended."""
+    try:
+        words = Path(f"/proc/{pid}/cmdline").read_text().split("\0")
+    except (FileNotFoundError, ProcessLookupError):
+        return [""]
+    return words[:-1] or [""]
+
+
+def process_status(pid: int) -> dict[str, list[str]]:
+    """The lines of `/proc/PID/status`, each name's values."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    pairs = (line.partition(":") for line in lines)
+    return {name: value.split() for name, _, value in pairs}
