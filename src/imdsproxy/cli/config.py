@@ -1,4 +1,4 @@
-"""`imdsproxy config show|schema|sample`."""
+"""`imdsproxy config show|schema|sample|import`."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Annotated, TypeAlias
 
 import typer
 
-from imdsproxy.cli import options
+from imdsproxy.cli import config_import, options
 
 __all__ = ["app"]
 
-app = typer.Typer(help="Settings: show, schema, sample.", no_args_is_help=True)
+app = typer.Typer(help="Settings: show, schema, sample, import.", no_args_is_help=True)
 
 Origin: TypeAlias = Annotated[
     bool,
@@ -62,3 +62,6 @@ def sample(context: typer.Context, *, as_json: options.Json = False) -> None:
         run.output.text(json.dumps(Settings().model_dump(mode="json"), indent=2))
     else:
         run.output.text(render_sample())
+
+
+app.command("import")(config_import.import_settings)

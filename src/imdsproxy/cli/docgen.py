@@ -19,6 +19,7 @@ from imdsproxy.admin.metrics import METRICS, NETWORK_SUM
 from imdsproxy.admin.refusals import status_of
 from imdsproxy.cli.exitcodes import EXIT_STATUSES, errors_by_status
 from imdsproxy.cli.main import app
+from imdsproxy.config.neutron_options import NEUTRON_OPTIONS
 from imdsproxy.config.schema import Settings
 from imdsproxy.config.takes import render_value
 from imdsproxy.config.words import Setting, iterate_inner_settings, iterate_settings
@@ -51,6 +52,17 @@ _CLI: Final = """\
 table for people or, with `--json`, JSON of a stable shape; errors go to standard error as one line
 with a hint (with `--json` as an object `{code, message, hint, problems}`). Colour is used on a
 terminal only, and not with `NO_COLOR`."""
+
+_NEUTRON: Final = """\
+What `imdsproxy config import --neutron FILE...` makes of each option on the way of metadata in OpenStack: of the agents
+of Neutron, of Nova, and of releases gone by. Files are read as oslo.config reads them; give them in the order in which
+the agent is given them. All other options of these files are of no concern to imdsproxy.
+
+- *taken over*: it becomes a setting.
+- *by hand*: it says something that is needed and cannot be translated; the import says so.
+- *no equivalent*: imdsproxy needs none, or whoever reads it goes on reading it.
+
+No file says where Neutron's API is, since the agents asked by RPC: `sources.neutron` has to be added by hand."""
 
 _METRICS: Final = f"""\
 The controller's `/metrics` is on `metrics.listen`, beside `/livez` (503 when only a restart helps)
@@ -189,9 +201,27 @@ def render_admin_api_page() -> str:
     return _page(lines)
 
 
+def render_neutron_page() -> str:
+    """docs/reference/neutron-options.md."""
+    rows = [
+        (
+            option.whose,
+            ", of old ".join(f"`[{section}] {name}`" for section, name in option.all_names),
+            f"`{option.default}`" if option.default else "-",
+            option.fate.value,
+            f"`{option.becomes}`" if option.becomes else "-",
+            option.why,
+        )
+        for option in NEUTRON_OPTIONS
+    ]
+    titles = ("whose", "option", "default", "what becomes of it", "setting", "how, or why not")
+    return _page([*_head("Neutron's options", _NEUTRON), "", *_table(titles, rows)])
+
+
 PAGES: Final[Mapping[str, Callable[[], str]]] = {
     "settings.md": render_settings_page,
     "cli.md": render_cli_page,
+    "neutron-options.md": render_neutron_page,
     "metrics.md": render_metrics_page,
     "errors.md": render_errors_page,
     "admin-api.md": render_admin_api_page,

@@ -1,0 +1,264 @@
+"""`imdsproxy config import`: settings out of what a host already has."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Final, TypeAlias
+
+import typer
+
+from imdsproxy.cli import options
+from imdsproxy.config.neutron_option import Fate
+from imdsproxy.errors import (
+    AlreadyExists,
+    ConfigError,
+    ConfigUnreadable,
+    Problem,
+    RequestRefused,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterator, Mapping, Sequence
+
+    from imdsproxy.config.neutron_import import Imported
+    from imdsproxy.core.neutron_ini import IniOption
+
+__all__ = ["import_settings"]
+
+_SECRET_NAME: Final = "nova.secret"  # noqa: S105 - a file's name
+_SECRET_MODE: Final = 0o600
+_SETTINGS_MODE: Final = 0o640
+_DIRECTORY: Final = Path("/etc/imdsproxy")
+
+Files: TypeAlias = Annotated[
+    list[Path],
+    typer.Argument(
+        metavar="FILE",
+        help="Neutron's files in the order in which its agent is given them: later ones win. Nova's nova.conf may be "
+        "among them.",
+        show_default=False,
+    ),
+]
+Neutron: TypeAlias = Annotated[
+    bool,
+    typer.Option("--neutron", help="The files are those of Neutron's agents.", show_default=False),
+]
+OutputFile: TypeAlias = Annotated[
+    Path | None,
+    typer.Option(
+        "--output",
+        "-o",
+        metavar="FILE",
+        help="Write the settings there (0640) and not to standard output.",
+        show_default=False,
+    ),
+]
+SecretFile: TypeAlias = Annotated[
+    Path | None,
+    typer.Option(
+        "--secret-file",
+        metavar="FILE",
+        help="Write the secret there (0600); nova.secret beside --output without it. It is shown nowhere.",
+        show_default=False,
+    ),
+]
+AgentUser: TypeAlias = Annotated[
+    str,
+    typer.Option(
+        "--agent-user",
+        metavar="NAME",
+        help="Account, and group, that Neutron's agents run as; neutron without it.",
+        show_default=False,
+    ),
+]
+ServerName: TypeAlias = Annotated[
+    str | None,
+    typer.Option(
+        "--server-name",
+        metavar="NAME",
+        help="The name in Nova's certificate, where Nova is given by address.",
+        show_default=False,
+    ),
+]
+Force: TypeAlias = Annotated[
+    bool, typer.Option("--force", help="Replace files that are there.", show_default=False)
+]
+
+
+def import_settings(
+    context: typer.Context,
+    files: Files,
+    *,
+    neutron: Neutron = False,
+    output: OutputFile = None,
+    secret_file: SecretFile = None,
+    agent_user: AgentUser = "neutron",
+    server_name: ServerName = None,
+    force: Force = False,
+    as_json: options.Json = False,
+) -> None:
+    """Make settings out of the ini files of Neutron's agents, and say what becomes of each option.
+
+    The settings go to standard output and what is to be said to standard error, or, with --output, to standard output.
+    """
+    from imdsproxy.config.neutron_import import (  # noqa: PLC0415 - `--help` need not load it
+        Given,
+        plan_import,
+    )
+    from imdsproxy.config.neutron_yaml import render_imported  # noqa: PLC0415 - as above
+
+    run = options.invocation(context, as_json=as_json)
+    if not neutron:
+        raise RequestRefused("whose files are these?", hint="say --neutron")
+    beside = _DIRECTORY if output is None else output.absolute().parent
+    secret = (secret_file or beside / _SECRET_NAME).absolute()
+    imported = plan_import(_read_all(files), Given(secret, agent_user, server_name))
+    text = render_imported(imported)
+    wanted: dict[Path, tuple[bytes, int]] = {}
+    if output is not None or secret_file is not None:
+        wanted[secret] = (imported.secret.encode(), _SECRET_MODE)
+    if output is not None:
+        wanted[output.absolute()] = (text.encode(), _SETTINGS_MODE)
+    _write(wanted, force=force)
+    if run.output.as_json:
+        run.output.json({**_shape(imported), "yaml": text, "written": list(map(str, wanted))})
+        return
+    report = "\n".join(_report(imported, wanted)) + "\n"
+    if output is None:
+        run.output.text(text)
+        sys.stderr.write(report)
+    else:
+        run.output.text(report)
+
+
+def _read_all(files: Sequence[Path]) -> list[tuple[IniOption, ...]]:
+    """What each file holds, or one error that says of every file what is wrong with it."""
+    read: list[tuple[IniOption, ...]] = []
+    failures: list[ConfigError] = []
+    for file in files:
+        try:
+            read.append(_read(file))
+        except ConfigError as error:
+            failures.append(error)
+    if len(failures) == 1:
+        raise failures[0]
+    if failures:
+        problems = [
+            problem
+            for failure in failures
+            for problem in failure.problems or [Problem("file", failure.message)]
+        ]
+        raise ConfigUnreadable(f"{len(failures)} files cannot be used", problems=problems)
+    return read
+
+
+def _read(file: Path) -> tuple[IniOption, ...]:
+    from imdsproxy.core.neutron_ini import (  # noqa: PLC0415 - `--help` need not load it
+        decode_ini,
+        parse_ini,
+    )
+
+    try:
+        data = file.read_bytes()
+    except OSError as error:
+        raise ConfigUnreadable(f"cannot read {file}: {error.strerror}") from error
+    return parse_ini(decode_ini(data, str(file)), str(file))
+
+
+def _write(files: Mapping[Path, tuple[bytes, int]], *, force: bool) -> None:
+    """Write each file with its mode, or none where one is there already."""
+    from imdsproxy.host.files import write_atomic  # noqa: PLC0415 - `--help` need not load it
+
+    there = [path for path, (data, _) in files.items() if not force and _is_other(path, data)]
+    if there:
+        raise AlreadyExists(
+            f"{' and '.join(map(str, there))} would be replaced",
+            hint="give another name, or --force",
+        )
+    for path, (data, mode) in files.items():
+        write_atomic(path, data, mode=mode, durable=True)
+
+
+def _is_other(path: Path, data: bytes) -> bool:
+    """Whether there is something at the path that is not this already."""
+    try:
+        return path.is_symlink() or path.read_bytes() != data
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+
+
+def _report(imported: Imported, written: Collection[Path]) -> Iterator[str]:
+    yield from _group("taken over", imported, Fate.TAKEN)
+    yield "to be done by hand"
+    yield "  sources.neutron: add where Neutron's API is; the last lines of the settings say how"
+    if imported.secret_file not in written:
+        at = imported.secret_from
+        expanded = "" if imported.secret == at.value else ", with what $ stands for in its place"
+        yield (
+            f"  {imported.secret_file}: put the value of {at.name} ({at.file}:{at.line}) there"
+            f"{expanded}, with mode 0600; --secret-file writes it"
+        )
+    yield from _told(imported, Fate.BY_HAND)
+    yield from _group("no equivalent", imported, Fate.NONE)
+    if imported.overridden:
+        yield "counts for nothing"
+    for lost in imported.overridden:
+        yield f"  {_place(lost.written)}: {lost.by.file}:{lost.by.line} wins"
+    if imported.doubtful:
+        yield "not heeded by Neutron either"
+    for doubtful in imported.doubtful:
+        yield f"  {_place(doubtful.written)}: there is no such option; did you mean {doubtful.near}?"
+    yield f"{imported.others} other options are of no concern to imdsproxy"
+    for path in written:
+        yield f"written: {path}"
+
+
+def _group(title: str, imported: Imported, fate: Fate) -> Iterator[str]:
+    lines = list(_told(imported, fate))
+    if lines:
+        yield title
+    yield from lines
+
+
+def _told(imported: Imported, fate: Fate) -> Iterator[str]:
+    for told in imported.told:
+        if told.fate is fate:
+            becomes = f"{told.becomes}. " if told.becomes else ""
+            yield f"  {_place(told.written)}: {becomes}{told.why}"
+
+
+def _place(written: IniOption) -> str:
+    return f"[{written.section}] {written.name} ({written.file}:{written.line})"
+
+
+def _shape(imported: Imported) -> dict[str, object]:
+    return {
+        "settings": imported.settings,
+        "options": [
+            {
+                **_where(told.written),
+                "fate": told.fate.value,
+                "setting": told.becomes or None,
+                "why": told.why,
+            }
+            for told in imported.told
+        ],
+        "overridden": [
+            {**_where(lost.written), "by": _where(lost.by)} for lost in imported.overridden
+        ],
+        "doubtful": [{**_where(one.written), "near": one.near} for one in imported.doubtful],
+        "others": imported.others,
+        "secret_file": str(imported.secret_file),
+    }
+
+
+def _where(written: IniOption) -> dict[str, object]:
+    return {
+        "section": written.section,
+        "option": written.name,
+        "file": written.file,
+        "line": written.line,
+    }
