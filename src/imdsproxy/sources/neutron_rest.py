@@ -13,6 +13,7 @@ import re
 import time
 from concurrent.futures import ThreadPoolExecutor
 from http import HTTPStatus
+from threading import Lock
 from typing import TYPE_CHECKING, Final, Protocol
 
 from imdsproxy.errors import SourceUnavailable
@@ -122,6 +123,7 @@ class NeutronRest:
         self._connect = connect
         self._timeout_s = timeout_s
         self._pool = ThreadPoolExecutor(max_queries, "imdsproxy-neutron")
+        self._connecting = Lock()
         self._session: _Session | None = None
 
     async def ports(self, query: PortQuery) -> tuple[NeutronPort, ...]:
@@ -139,9 +141,10 @@ class NeutronRest:
 
     def _ports(self, query: PortQuery) -> tuple[NeutronPort, ...]:
         ends = time.monotonic() + self._timeout_s
-        # Two threads may both make one at first; the last one stays.
-        session = self._session or self._connect()
-        self._session = session
+        with self._connecting:
+            if self._session is None:
+                self._session = self._connect()
+            session = self._session
         body = self._get(session, f"{_VERSION}/ports?{render_query(query)}", ends)
         try:
             return parse_ports(json.loads(body))
@@ -158,10 +161,7 @@ class NeutronRest:
         try:
             root = session.get_endpoint()
             if root is None:
-                raise SourceUnavailable(
-                    "Keystone's catalogue has no Neutron (service type `network`)",
-                    hint="correct the cloud's region_name or interface, or its network_endpoint_override",
-                )
+                raise _unfindable("no endpoint")
             answer = session.get(
                 root.rstrip("/").removesuffix(_VERSION) + path,
                 # What is to be tried again, and when, is decided in one place: `neutron_asking`.
@@ -176,6 +176,8 @@ class NeutronRest:
                 body = self._read(answer, ends)
         except (exceptions.ConnectTimeout, body_exceptions.TimeoutError) as error:
             raise self._too_long() from error
+        except exceptions.CatalogException as error:
+            raise _unfindable(error) from error
         except exceptions.Unauthorized as error:
             raise _refused(401, _words(error)) from error
         except (
@@ -213,6 +215,13 @@ class NeutronRest:
             f"Neutron did not answer within {self._timeout_s:g} s",
             hint="look at Neutron's load and database, or raise sources.neutron.timeout_s",
         )
+
+
+def _unfindable(why: object) -> SourceUnavailable:
+    return SourceUnavailable(
+        f"Keystone's catalogue has no Neutron for us: {_words(why)}",
+        hint="correct the cloud's region_name or interface, or give it a network_endpoint_override",
+    )
 
 
 def _refused(status: int, text: str) -> SourceUnavailable:

@@ -1,0 +1,162 @@
+"""What a client of Neutron promises the source: Neutron's own by REST, and the one in memory that tests use."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
+from ipaddress import ip_address
+from typing import Final
+
+import pytest
+
+from imdsproxy.core.model import MacAddress, NetworkId
+from imdsproxy.errors import SourceUnavailable
+from imdsproxy.sources.neutron_api import ROUTER_OWNERS, NeutronClient, NeutronPort, PortQuery
+from imdsproxy.sources.neutron_rest import NeutronRest, connect_cloud, connect_endpoint
+from support.fake_neutron import FakeNeutron, neutron_port
+from support.openstack.lab import OpenStack
+from support.openstack.table import Port
+
+# openstacksdk warns of a setting that nobody has made (its defaults for InfluxDB are not empty).
+pytestmark = pytest.mark.filterwarnings("ignore:Support for InfluxDB:PendingDeprecationWarning")
+
+KINDS: Final = ("fake", "endpoint", "cloud")
+
+
+@pytest.fixture(params=KINDS)
+async def client(
+    request: pytest.FixtureRequest, openstack: OpenStack
+) -> AsyncIterator[NeutronClient]:
+    """A client with the lab's ports; the fake has been filled from Neutron's list."""
+    made: NeutronClient
+    match request.param:
+        case "endpoint":
+            url = f"{openstack.neutron_url}/v2.0/"
+            made = _rest(lambda: connect_endpoint(url, 10))
+        case "cloud":
+            made = _rest(lambda: connect_cloud("lab", openstack.clouds_yaml, 10))
+        case _:
+            made = FakeNeutron()
+            rows = openstack.rest.list("port")
+            made.put(*(_port(row) for row in rows))
+    yield made
+    await made.close()
+
+
+def _rest(connect: Callable[[], object]) -> NeutronRest:
+    return NeutronRest(connect, timeout_s=10, max_queries=2)  # type: ignore[arg-type]
+
+
+def _port(row: dict[str, object]) -> NeutronPort:
+    fixed = row["fixed_ips"]
+    assert isinstance(fixed, list)
+    return neutron_port(
+        str(row["id"]),
+        str(row["network_id"]),
+        *(str(each["ip_address"]) for each in fixed),
+        device=str(row["device_id"]),
+        project=str(row["project_id"]),
+        mac=str(row["mac_address"]),
+        owner=str(row["device_owner"]),
+        host=str(row["binding:host_id"]),
+    )
+
+
+def _seeded(openstack: OpenStack, network: str, address: str) -> Port:
+    return next(
+        one
+        for one in openstack.seed.ports
+        if one.plan.network == network and address in one.plan.addresses
+    )
+
+
+async def test_a_port_is_told_with_all_that_counts_of_it(
+    client: NeutronClient, openstack: OpenStack
+) -> None:
+    seeded = _seeded(openstack, "net-blue2", "10.0.1.7")
+    (found,) = await client.ports(PortQuery(ids=(seeded.id,)))
+    assert found == NeutronPort(
+        id=seeded.id,
+        network=NetworkId(seeded.network_id),
+        mac=MacAddress(seeded.plan.mac),
+        addresses=(ip_address("10.0.1.7"), ip_address("10.0.1.8")),
+        device=seeded.device_id,
+        owner="compute:nova",
+        project=seeded.plan.project_id,
+    )
+
+
+async def test_filters_hold_all_together_each_by_one_of_its_values(
+    client: NeutronClient, openstack: OpenStack
+) -> None:
+    blue, red = (NetworkId(openstack.seed.networks[name]) for name in ("net-blue", "net-red"))
+    addresses = (ip_address("10.0.0.5"), ip_address("10.0.0.6"))
+    found = await client.ports(PortQuery(networks=(blue, red), addresses=addresses))
+    assert len(found) == 4
+    found = await client.ports(PortQuery(networks=(blue,), addresses=addresses))
+    assert {each.addresses[0] for each in found} == set(addresses)
+    (one,) = await client.ports(PortQuery(networks=(blue,), addresses=(ip_address("fd00:1::5"),)))
+    assert one.id == _seeded(openstack, "net-blue", "fd00:1::5").id
+    (same,) = await client.ports(PortQuery(networks=(blue,), macs=(MacAddress(str(one.mac)),)))
+    assert same == one
+    (twin,) = await client.ports(PortQuery(networks=(red,), macs=(MacAddress(str(one.mac)),)))
+    assert twin.network == red
+
+
+async def test_a_routers_interfaces_are_found_by_owner(
+    client: NeutronClient, openstack: OpenStack
+) -> None:
+    router = openstack.seed.routers["r-blue"]
+    found = await client.ports(PortQuery(devices=(router,), owners=ROUTER_OWNERS))
+    wanted = {openstack.seed.networks[name] for name in ("net-blue", "net-blue2")}
+    assert {each.network for each in found} == wanted
+
+
+async def test_what_is_not_there_is_no_failure(client: NeutronClient) -> None:
+    for query in (
+        PortQuery(ids=("nothing",)),
+        PortQuery(networks=(NetworkId("nothing"),), addresses=(ip_address("10.0.0.5"),)),
+        PortQuery(devices=("nothing",), owners=ROUTER_OWNERS),
+        PortQuery(host="nowhere", limit=5),
+    ):
+        assert await client.ports(query) == ()
+
+
+async def test_as_many_values_as_are_asked_for_at_once_are_answered(
+    client: NeutronClient, openstack: OpenStack
+) -> None:
+    seeded = [one.id for one in openstack.seed.ports]
+    missing = [
+        f"00000000-0000-4000-8000-0000000000{number:02}" for number in range(32 - len(seeded))
+    ]
+    found = await client.ports(PortQuery(ids=(*seeded, *missing)[:32]))
+    assert {each.id for each in found} == set(seeded)
+
+
+async def test_pages_follow_each_other_to_the_end(client: NeutronClient) -> None:
+    everything = {each.id for each in await client.ports(PortQuery())}
+    seen: list[str] = []
+    after: str | None = None
+    while page := await client.ports(PortQuery(limit=4, after=after)):
+        assert len(page) <= 4
+        seen += [each.id for each in page]
+        after = page[-1].id
+    assert len(seen) == len(everything)
+    assert set(seen) == everything
+
+
+async def test_a_page_after_a_port_that_is_gone_is_refused(client: NeutronClient) -> None:
+    with pytest.raises(SourceUnavailable):
+        await client.ports(PortQuery(limit=4, after="00000000-0000-4000-8000-000000000000"))
+
+
+async def test_where_a_port_is_bound_is_told_when_it_is_asked_for(
+    client: NeutronClient, openstack: OpenStack
+) -> None:
+    found = await client.ports(PortQuery(host="lab", limit=100))
+    assert found
+    assert {each.host for each in found} == {"lab"}
+    blue = _seeded(openstack, "net-blue", "10.0.0.5")
+    assert blue.id in {each.id for each in found}
+    (unasked,) = await client.ports(PortQuery(ids=(blue.id,)))
+    assert unasked == replace(unasked, host=None)

@@ -1,0 +1,417 @@
+"""Neutron's client against servers that answer badly, late, or not at all; and with Keystone in front."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Final
+
+import pytest
+
+from imdsproxy.errors import SourceUnavailable
+from imdsproxy.sources.neutron_api import PortQuery, QueryTimedOut
+from imdsproxy.sources.neutron_rest import NeutronRest, connect_cloud, connect_endpoint
+
+# openstacksdk warns of a setting that nobody has made (its defaults for InfluxDB are not empty).
+pytestmark = pytest.mark.filterwarnings("ignore:Support for InfluxDB:PendingDeprecationWarning")
+
+_TIMEOUT_S: Final = 0.7
+_PORT: Final = {
+    "id": "p",
+    "network_id": "n",
+    "mac_address": "FA:16:3E:00:00:05",
+    "fixed_ips": [{"subnet_id": "s", "ip_address": "10.0.0.5"}],
+    "device_id": "i",
+    "device_owner": "compute:nova",
+    "project_id": "b",
+}
+
+Serve = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
+
+
+@contextlib.asynccontextmanager
+async def serving(serve: Serve) -> AsyncIterator[str]:
+    """A server on loopback; its URL."""
+    tasks: set[asyncio.Task[None]] = set()
+
+    async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        tasks.add(task)
+        with contextlib.suppress(ConnectionError, asyncio.CancelledError):
+            await serve(reader, writer)
+        writer.close()
+        tasks.discard(task)
+
+    server = await asyncio.start_server(connected, "127.0.0.1", 0)
+    try:
+        yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    finally:
+        server.close()
+        for task in tuple(tasks):
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+@contextlib.asynccontextmanager
+async def client_of(url: str, *, timeout_s: float = _TIMEOUT_S) -> AsyncIterator[NeutronRest]:
+    client = NeutronRest(
+        lambda: connect_endpoint(url, timeout_s), timeout_s=timeout_s, max_queries=2
+    )
+    try:
+        yield client
+    finally:
+        await client.close()
+        async with asyncio.timeout(10):
+            while any(each.name.startswith("imdsproxy-neutron") for each in threading.enumerate()):
+                await asyncio.sleep(0.01)
+
+
+def answer(body: bytes, status: str = "200 OK", *, length: int | None = None) -> bytes:
+    size = len(body) if length is None else length
+    head = f"HTTP/1.1 {status}\r\nContent-Type: application/json\r\nContent-Length: {size}\r\n\r\n"
+    return head.encode() + body
+
+
+def always(data: bytes) -> Serve:
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while await reader.readuntil(b"\r\n\r\n"):
+            writer.write(data)
+            await writer.drain()
+
+    return _until_gone(serve)
+
+
+def once(data: bytes) -> Serve:
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(data)
+        await writer.drain()
+
+    return serve
+
+
+def _until_gone(serve: Serve) -> Serve:
+    async def wrapped(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(asyncio.IncompleteReadError):
+            await serve(reader, writer)
+
+    return wrapped
+
+
+_GOOD: Final = answer(json.dumps({"ports": [_PORT]}).encode())
+
+
+async def test_connections_are_kept() -> None:
+    connections = 0
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal connections
+        connections += 1
+        await always(_GOOD)(reader, writer)
+
+    async with serving(serve) as url, client_of(url) as client:
+        for _ in range(5):
+            (port,) = await client.ports(PortQuery(limit=1))
+            assert port.mac == "fa:16:3e:00:00:05"
+        assert connections == 1
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (answer(b"<html>"), "understood"),
+        (answer(b"[" * 200_000), "understood"),
+        (answer(b'{"networks": []}'), "no list of ports"),
+        (answer(b'{"ports": [7]}'), "no object"),
+        (answer(b'{"ports": [{}]}'), "no id"),
+        (answer(b'{"ports": [{"id": 7}]}'), "id is no text"),
+        (
+            answer(json.dumps({"ports": [{**_PORT, "fixed_ips": [{"ip_address": "x"}]}]}).encode()),
+            "'x'",
+        ),
+        (answer(json.dumps({"ports": [{**_PORT, "fixed_ips": ["x"]}]}).encode()), "no ip_address"),
+        (answer(b"\xff\xfe"), "understood"),
+        (answer(b'{"ports": []}', length=100), ""),
+        (answer(b"no", "500 Internal Server Error"), "500"),
+        (answer(b"no", "503 Service Unavailable"), "503"),
+        (answer(b"no", "403 Forbidden"), "403"),
+        (answer(b"no", "404 Not Found"), "404"),
+        (answer(b"no", "401 Unauthorized"), "401"),
+        (answer(b"", "204 No Content"), "204"),
+        (b"", ""),
+        (b"SSH-2.0-OpenSSH\r\n", ""),
+        (b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: 3\r\n\r\nabc", ""),
+    ],
+)
+async def test_what_is_no_good_answer_is_a_failure_in_words(data: bytes, words: str) -> None:
+    async with serving(once(data)) as url, client_of(url) as client:
+        with pytest.raises(SourceUnavailable) as caught:
+            await client.ports(PortQuery(limit=1))
+        assert words in caught.value.message
+        assert caught.value.hint
+        assert len(caught.value.message) < 400
+        assert not isinstance(caught.value, QueryTimedOut)
+
+
+async def test_the_same_failure_is_told_in_the_same_words_whatever_was_asked() -> None:
+    async with serving(once(_GOOD)) as url:
+        pass
+    async with client_of(url) as client:
+        said = set()
+        for number in range(2):
+            with pytest.raises(SourceUnavailable) as caught:
+                await client.ports(PortQuery(ids=(f"p-{number}",)))
+            said.add(caught.value.message)
+        assert said == {f"Neutron cannot be asked: {url}: Connection refused"}
+
+
+async def _silent(reader: asyncio.StreamReader, _writer: asyncio.StreamWriter) -> None:
+    await reader.read(-1)
+
+
+async def _slow(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    await reader.readuntil(b"\r\n\r\n")
+    writer.write(answer(b"", length=1_000_000))
+    while True:
+        writer.write(b" ")
+        await writer.drain()
+        await asyncio.sleep(0.05)
+
+
+@pytest.mark.parametrize("serve", [_silent, _slow])
+async def test_an_answer_that_does_not_come_in_time_is_given_up(serve: Serve) -> None:
+    async with serving(serve) as url, client_of(url) as client:
+        began = time.monotonic()
+        with pytest.raises(QueryTimedOut):
+            await client.ports(PortQuery(limit=1))
+        assert time.monotonic() - began < _TIMEOUT_S + 1
+        # `client_of` has seen to it that its threads end as well.
+
+
+async def test_an_endless_answer_is_cut_off() -> None:
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(answer(b"", length=10**12))
+        while True:
+            writer.write(b" " * 1_000_000)
+            await writer.drain()
+
+    async with serving(serve) as url, client_of(url, timeout_s=20) as client:
+        with pytest.raises(SourceUnavailable, match="longer than 32 MiB"):
+            await client.ports(PortQuery(limit=1))
+
+
+async def test_nothing_is_imported_before_the_first_query() -> None:
+    code = (
+        "import sys; import imdsproxy.sources.neutron_rest, imdsproxy.sources.neutron;"
+        "print([m for m in ('openstack', 'keystoneauth1', 'requests', 'urllib3') if m in sys.modules])"
+    )
+    done = await asyncio.to_thread(
+        subprocess.run, [sys.executable, "-c", code], capture_output=True, check=True
+    )
+    assert done.stdout.strip() == b"[]"
+
+
+async def test_without_keystone_openstacksdk_is_not_imported() -> None:
+    code = (
+        "import sys; from imdsproxy.sources.neutron_rest import connect_endpoint;"
+        "connect_endpoint('http://127.0.0.1:9', 1);"
+        "print([m for m in ('openstack', 'cryptography') if m in sys.modules])"
+    )
+    done = await asyncio.to_thread(
+        subprocess.run, [sys.executable, "-c", code], capture_output=True, check=True
+    )
+    assert done.stdout.strip() == b"[]"
+
+
+# Keystone
+
+
+@dataclass
+class Keystone:
+    """A Keystone and a Neutron behind one server; tokens are good until `forget`.
+
+    Attributes:
+        neutron: Path of Neutron's endpoint in the catalogue; `None` for none.
+        lifetime_s: Of tokens.
+    """
+
+    url: str = ""
+    neutron: str | None = ""
+    lifetime_s: float = 3600
+    password: str = "right"
+    tokens: list[str] = field(default_factory=list)
+    valid: set[str] = field(default_factory=set)
+    asked: list[str] = field(default_factory=list)
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(asyncio.IncompleteReadError):
+            while True:
+                head = (await reader.readuntil(b"\r\n\r\n")).decode()
+                lines = head.split("\r\n")
+                headers = {
+                    name.lower(): value
+                    for name, _, value in (line.partition(": ") for line in lines[1:])
+                }
+                body = await reader.readexactly(int(headers.get("content-length", "0")))
+                method, path, _ = lines[0].split()
+                writer.write(self._answer(method, path, headers, body))
+                await writer.drain()
+
+    def _answer(self, method: str, path: str, headers: dict[str, str], body: bytes) -> bytes:
+        if path.rstrip("/") == "/v3":
+            version = {
+                "id": "v3.14",
+                "status": "stable",
+                "links": [{"rel": "self", "href": f"{self.url}/v3/"}],
+            }
+            return answer(json.dumps({"version": version}).encode())
+        if (method, path) == ("POST", "/v3/auth/tokens"):
+            return self._token(json.loads(body))
+        self.asked.append(path.partition("?")[0])
+        if headers.get("x-auth-token") not in self.valid:
+            return answer(b"{}", "401 Unauthorized")
+        return _GOOD
+
+    def _token(self, wanted: dict[str, dict[str, dict[str, dict[str, dict[str, str]]]]]) -> bytes:
+        if wanted["auth"]["identity"]["password"]["user"]["password"] != self.password:
+            return answer(b'{"error": {"message": "no", "code": 401}}', "401 Unauthorized")
+        token = f"token-{len(self.tokens)}"
+        self.tokens.append(token)
+        self.valid = {token}
+        now = datetime.now(UTC)
+        endpoints = [
+            {
+                "interface": "public",
+                "region": "one",
+                "region_id": "one",
+                "url": f"{self.url}{self.neutron}",
+                "id": "e",
+            }
+        ]
+        catalogue = [
+            {"type": kind, "name": kind, "id": kind, "endpoints": endpoints}
+            for kind in ("identity", "network")
+            if kind != "network" or self.neutron is not None
+        ]
+        text = {
+            "token": {
+                "methods": ["password"],
+                "issued_at": now.isoformat().replace("+00:00", "Z"),
+                "expires_at": (now + timedelta(seconds=self.lifetime_s))
+                .isoformat()
+                .replace("+00:00", "Z"),
+                "user": {"id": "u", "name": "imds", "domain": {"id": "default", "name": "Default"}},
+                "project": {
+                    "id": "p",
+                    "name": "service",
+                    "domain": {"id": "default", "name": "Default"},
+                },
+                "catalog": catalogue,
+                "roles": [{"id": "r", "name": "admin"}],
+            }
+        }
+        head, _, body = answer(json.dumps(text).encode(), "201 Created").partition(b"\r\n\r\n")
+        return head + f"\r\nX-Subject-Token: {token}\r\n\r\n".encode() + body
+
+
+@contextlib.asynccontextmanager
+async def keystone(
+    tmp_path: Path, **options: object
+) -> AsyncIterator[tuple[Keystone, NeutronRest]]:
+    made = Keystone(**options)  # type: ignore[arg-type]
+    async with serving(made.serve) as url:
+        made.url = url
+        clouds = tmp_path / "clouds.yaml"
+        auth = {
+            "auth_url": f"{url}/v3",
+            "username": "imds",
+            "project_name": "service",
+            "user_domain_name": "Default",
+            "project_domain_name": "Default",
+        }
+        cloud = {"auth": auth, "region_name": "one"}
+        await asyncio.to_thread(clouds.write_text, json.dumps({"clouds": {"here": cloud}}))
+        secure = {"clouds": {"here": {"auth": {"password": "right"}}}}
+        await asyncio.to_thread(tmp_path.joinpath("secure.yaml").write_text, json.dumps(secure))
+        client = NeutronRest(lambda: connect_cloud("here", clouds, 10), timeout_s=10, max_queries=2)
+        try:
+            yield made, client
+        finally:
+            await client.close()
+
+
+@pytest.mark.parametrize("place", ["", "/", "/v2.0", "/v2.0/", "/networking", "/networking/v2.0"])
+async def test_neutron_is_found_by_keystones_catalogue(tmp_path: Path, place: str) -> None:
+    async with keystone(tmp_path, neutron=place) as (one, client):
+        for _ in range(3):
+            assert len(await client.ports(PortQuery(limit=1))) == 1
+        assert len(one.tokens) == 1
+        prefix = "/networking" if "networking" in place else ""
+        assert set(one.asked) == {f"{prefix}/v2.0/ports"}
+
+
+async def test_a_token_that_is_refused_is_fetched_again(tmp_path: Path) -> None:
+    async with keystone(tmp_path) as (one, client):
+        await client.ports(PortQuery(limit=1))
+        one.valid.clear()
+        assert len(await client.ports(PortQuery(limit=1))) == 1
+        assert len(one.tokens) == 2
+
+
+async def test_a_token_that_is_about_to_end_is_fetched_again(tmp_path: Path) -> None:
+    async with keystone(tmp_path, lifetime_s=10) as (one, client):
+        await client.ports(PortQuery(limit=1))
+        before, one.lifetime_s = len(one.tokens), 3600
+        for _ in range(3):
+            await client.ports(PortQuery(limit=1))
+        assert len(one.tokens) == before + 1
+
+
+async def test_a_wrong_password_is_told_of_without_telling_it(tmp_path: Path) -> None:
+    async with keystone(tmp_path, password="another") as (_, client):
+        with pytest.raises(SourceUnavailable) as caught:
+            await client.ports(PortQuery(limit=1))
+        assert "401" in caught.value.message
+        assert "password" in caught.value.hint
+        assert "right" not in str(caught.value)
+
+
+async def test_a_catalogue_without_neutron_is_told_of(tmp_path: Path) -> None:
+    async with keystone(tmp_path, neutron=None) as (_, client):
+        with pytest.raises(SourceUnavailable, match="catalogue has no Neutron"):
+            await client.ports(PortQuery(limit=1))
+
+
+@pytest.mark.parametrize("text", [None, "", "clouds: {}", "clouds: [", "clouds: {here: {auth: 7}}"])
+async def test_a_clouds_file_that_cannot_be_used_is_told_of(
+    tmp_path: Path, text: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    elsewhere.joinpath("clouds.yaml").write_text(
+        "clouds: {here: {auth_type: none, network_endpoint_override: 'http://127.0.0.1:9'}}"
+    )
+    monkeypatch.chdir(elsewhere)
+    monkeypatch.setenv("OS_CLIENT_CONFIG_FILE", str(elsewhere / "clouds.yaml"))
+    clouds = tmp_path / "clouds.yaml"
+    if text is not None:
+        clouds.write_text(text)
+    client = NeutronRest(lambda: connect_cloud("here", clouds, 1), timeout_s=5, max_queries=1)
+    try:
+        with pytest.raises(SourceUnavailable) as caught:
+            await client.ports(PortQuery(limit=1))
+        assert str(clouds) in caught.value.message
+        assert "sources.neutron.cloud" in caught.value.hint
+    finally:
+        await client.close()
