@@ -11,6 +11,7 @@ HAProxy itself: which signature is right depends on the endpoint, and rules run 
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from typing import Final
 
@@ -113,8 +114,9 @@ def _hop_name(backend: NovaBackend, server: NovaServer) -> str:
 
 
 def _hop_socket(directory: str, backend: NovaBackend, server: NovaServer) -> str:
-    # A socket's path has at most 107 characters, and a colon begins a port.
-    return f"unix@{directory}/hop-{backend.name}-{int(server.address):x}-{server.port}.sock"
+    # HAProxy takes paths of 97 characters, and set and address alone may have 65.
+    name = hashlib.sha256(f"{backend.name} {server.name}".encode()).hexdigest()[:16]
+    return f"unix@{directory}/hop-{name}.sock"
 
 
 def _backend(spec: DataplaneSpec, backend: NovaBackend, *, once: bool, mixed: bool) -> Section:
