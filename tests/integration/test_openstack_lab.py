@@ -100,6 +100,21 @@ def test_neutron_lists_the_ports_of_the_table(openstack: OpenStack) -> None:
         assert one["mac_address"] == port.plan.mac
 
 
+def test_neutron_lists_the_ports_of_a_host_in_pages(openstack: OpenStack) -> None:
+    # Every port of the table that has a device is bound to the one host.
+    bound = {port.id for port in openstack.seed.ports if port.device_id}
+    path: str | None = "/ports?binding:host_id=lab&limit=4&sort_key=id&sort_dir=asc"
+    pages = []
+    while path is not None:
+        page = openstack.rest.send("GET", path)
+        pages.append([one["id"] for one in page["ports"]])
+        following = [one for one in page.get("ports_links", ()) if one["rel"] == "next"]
+        path = following[0]["href"].partition("/v2.0")[2] if following else None
+
+    assert {ident for page in pages for ident in page} == bound
+    assert [len(page) for page in pages[:2]] == [4, 4]
+
+
 def test_a_port_is_made_moved_and_taken_away(openstack: OpenStack) -> None:
     uuid = INSTANCES[0].uuid
     made = openstack.create_port("net-green", "10.0.0.90", device_id=uuid, project_id=BLUE)
@@ -115,6 +130,8 @@ def test_a_port_is_made_moved_and_taken_away(openstack: OpenStack) -> None:
 
 def test_what_a_test_has_made_and_ended_is_mended(openstack: OpenStack) -> None:
     made = openstack.create_port("net-green", device_id="x", project_id=BLUE)
+    gone = openstack.create_port("net-green", device_id="y", project_id=BLUE)
+    openstack.rest.delete("port", gone["id"])
     openstack.nova.server.kill()
     openstack.neutron.pause()
     openstack.heal()

@@ -10,12 +10,13 @@ import sqlite3
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any, Final
 
 from support.openstack.front import FrontWriter
 from support.openstack.install import environments
-from support.openstack.neutron_rest import Answer, NeutronRest, ask
+from support.openstack.neutron_rest import Answer, NeutronRest, Refused, ask
 from support.openstack.processes import Place, agent_server, neutron_server, nova_server
 from support.openstack.servers import Server, ends_with_us, free_port
 from support.openstack.settings import render_clouds
@@ -50,19 +51,19 @@ class OpenStack:
     """
 
     place: Place
-    seed: Seed
+    seed: Seed = field(repr=False)
     nova: Nova
     neutron: Server
     neutron_url: str
     rest: NeutronRest
-    lookups: tuple[Lookup, ...]
+    lookups: tuple[Lookup, ...] = field(repr=False)
     agent: Server
     secret_file: Path
     clouds_yaml: Path
     front: FrontWriter
     created: list[str] = field(default_factory=list, init=False)
     instances: Mapping[str, Instance] = field(
-        default_factory=lambda: {one.name: one for one in INSTANCES}
+        default_factory=lambda: {one.name: one for one in INSTANCES}, repr=False
     )
 
     @property
@@ -222,7 +223,13 @@ class OpenStack:
             if not server.running:
                 server.start()
         for ident in tuple(self.created):
-            self.delete_port(ident)
+            try:
+                self.delete_port(ident)
+            except Refused as refused:
+                # The test has deleted it by other means.
+                if refused.answer.status != HTTPStatus.NOT_FOUND:
+                    raise
+                self.created.remove(ident)
 
 
 @contextlib.contextmanager

@@ -53,7 +53,7 @@ class Instance:
     name: str
     uuid: str
     project_id: str
-    user_data: bytes | None = None
+    user_data: bytes | None = field(default=None, repr=False)
     metadata: Mapping[str, str] = field(default_factory=dict)
     keyed: bool = False
     tagged: bool = False
