@@ -146,6 +146,18 @@ def test_the_other_command_is_the_same_program(place: Place) -> None:
     assert not place.config.exists()
 
 
+@pytest.mark.parametrize("mode", _MODES)
+def test_closed_standard_files_cost_nothing(place: Place, mode: str) -> None:
+    script = f'exec "$@" {mode} 0<&- 1>&- 2>&-'
+    if mode == "--nodaemonize":
+        script += " &"
+    started = place.run(*place.words(), program=["/bin/sh", "-c", script, "sh", PROGRAM])
+    assert started.status == 0
+    until(place.guest.reaches, what="the proxy listens")
+    # Its lock is there as well.
+    assert place.run(*place.words("--pid-file=", port=8080)).status == 71
+
+
 # In the foreground
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from imdsproxy.app.namespace_proxy.daemon import ProxyDaemon, cleanup_pid_file
 from imdsproxy.app.namespace_proxy.handler import cleanup_config_file
@@ -18,7 +19,8 @@ if TYPE_CHECKING:
 
 __all__ = ["main"]
 
-_INTERRUPTED = 130
+_INTERRUPTED: Final = 130
+_STANDARD_ERROR: Final = 2
 
 
 def main(
@@ -26,7 +28,7 @@ def main(
     *,
     program: str = "neutron-ns-metadata-proxy",
     surroundings: Surroundings | None = None,
-    say: Callable[[str], object] = sys.stderr.write,
+    say: Callable[[str], object] | None = None,
 ) -> int:
     """Be the program, and give its exit status (`imdsproxy.cli.exitcodes`).
 
@@ -34,8 +36,9 @@ def main(
         arguments: Without the program's name; `None` takes this process's own.
         program: Its name, for the help.
         surroundings: The host.
-        say: Takes an error's text.
+        say: Takes an error's text; `None` for standard error.
     """
+    _open_standard_files()
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
         match parse_command_line(words, program=program):
@@ -46,7 +49,7 @@ def main(
     except (ImdsproxyError, OSError) as error:
         # Whatever nobody has thought of is a line too, not a traceback in an agent's log.
         told = error if isinstance(error, ImdsproxyError) else host_refused("be the proxy", error)
-        say(_told(told))
+        (say or _say)(_told(told))
         return told.exit_status
     except KeyboardInterrupt:
         return _INTERRUPTED
@@ -81,6 +84,22 @@ def _clean_up(asked: CleanUp) -> None:
     cleanup_config_file(asked.uuid, asked.state_path)
     if asked.pid_file is not None:
         cleanup_pid_file(Path(asked.pid_file), f"{asked.uuid}.conf")
+
+
+def _say(text: str) -> None:
+    # There is none where whoever started us has closed it.
+    if sys.stderr is not None:
+        sys.stderr.write(text)
+
+
+def _open_standard_files() -> None:
+    """Have something open at 0, 1 and 2: a lock of that number would be replaced by HAProxy's."""
+    while True:
+        descriptor = os.open(os.devnull, os.O_RDWR)
+        if descriptor > _STANDARD_ERROR:
+            os.close(descriptor)
+            return
+        os.set_inheritable(descriptor, True)
 
 
 def _told(error: ImdsproxyError) -> str:

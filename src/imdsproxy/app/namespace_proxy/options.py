@@ -5,15 +5,12 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Final, NoReturn
+from typing import Final, NoReturn
 
 from imdsproxy.app.namespace_proxy.handler import DEFAULT_PORT, DEFAULT_STATE_PATH
+from imdsproxy.app.namespace_proxy.option_files import OptionFiles
 from imdsproxy.core.haproxy.namespace_proxy import parse_facility
-from imdsproxy.errors import ConfigInvalid, ConfigUnreadable, Problem, RequestRefused
-
-if TYPE_CHECKING:
-    from imdsproxy.core.neutron_ini import IniOption
+from imdsproxy.errors import RequestRefused
 
 __all__ = ["CleanUp", "Run", "parse_command_line"]
 
@@ -50,8 +47,6 @@ _IGNORED_FLAGS: Final = (
     "watch-log-file",
     "verbose",
 )
-_TRUE: Final = frozenset(("1", "t", "true", "on", "y", "yes"))
-_FALSE: Final = frozenset(("0", "f", "false", "off", "n", "no"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +99,7 @@ def parse_command_line(arguments: Sequence[str], *, program: str) -> Run | Clean
     if list(arguments[:1]) == ["cleanup"]:
         return _clean_up(arguments[1:], program)
     found = _run_parser(program).parse_args(list(arguments))
-    return _run(found, _Written(found.config_file, found.config_dir))
+    return _run(found, OptionFiles(found.config_file, found.config_dir))
 
 
 def _clean_up(arguments: Sequence[str], program: str) -> CleanUp:
@@ -205,90 +200,7 @@ def _flag(parser: argparse.ArgumentParser, name: str, on: str, off: str | None) 
         parser.add_argument(spelling, action=action, help=argparse.SUPPRESS, **words)  # type: ignore[arg-type]  # as above
 
 
-class _Written:
-    """The options of all files, a later one's over an earlier one's.
-
-    Args:
-        files: Their names.
-        directories: Of each the files `*.conf`.
-
-    Raises:
-        ConfigUnreadable: One is not there, or no text.
-        ConfigInvalid: One is no ini file.
-    """
-
-    def __init__(self, files: Sequence[str] | None, directories: Sequence[str] | None) -> None:
-        self._files: list[Sequence[IniOption]] = []
-        paths = [Path(name) for name in files or ()]
-        try:
-            for name in directories or ():
-                # A pattern would take a directory that is not there for an empty one.
-                paths += sorted(path for path in Path(name).iterdir() if path.suffix == ".conf")
-            for path in paths:
-                self._files.append(_read(path))
-        except OSError as error:
-            raise ConfigUnreadable(f"cannot read {error.filename}: {error.strerror}") from error
-
-    def find(self, name: str) -> IniOption | None:
-        """The option of [DEFAULT] that is in force."""
-        if not self._files:
-            return None
-        from imdsproxy.core.neutron_ini import DEFAULT_SECTION, find_option  # noqa: PLC0415 - seldom
-
-        return find_option(self._files, [(DEFAULT_SECTION, name)])
-
-    def value(self, name: str, state_path: str | None = None) -> str | None:
-        """Its value, with what it refers to in its place.
-
-        Args:
-            name: The option's.
-            state_path: What `$state_path` is, where the command line or this program says it.
-
-        Raises:
-            ConfigInvalid: It refers to what is not there.
-        """
-        found = self.find(name)
-        if found is None:
-            return None
-        from imdsproxy.core.neutron_ini import expand_value  # noqa: PLC0415 - seldom
-
-        def look_up(other: str) -> str | None:
-            if other == "state_path" and state_path is not None:
-                return state_path.replace("$", "$$")
-            referred = self.find(other)
-            return None if referred is None else referred.value
-
-        try:
-            return expand_value(found.value, look_up)
-        except ValueError as error:
-            raise _nonsense(found, str(error)) from error
-
-    def decision(self, name: str) -> bool | None:
-        """Its value, of an option that is true or false.
-
-        Raises:
-            ConfigInvalid: It is neither.
-        """
-        found, word = self.find(name), (self.value(name) or "").lower()
-        if found is None:
-            return None
-        if word not in _TRUE | _FALSE:
-            raise _nonsense(found, f"{found.value!r} is neither true nor false")
-        return word in _TRUE
-
-
-def _read(path: Path) -> Sequence[IniOption]:
-    from imdsproxy.core.neutron_ini import decode_ini, parse_ini  # noqa: PLC0415 - seldom
-
-    return parse_ini(decode_ini(path.read_bytes(), str(path)), str(path))
-
-
-def _nonsense(option: IniOption, reason: str) -> ConfigInvalid:
-    problem = Problem(option.name, reason, file=option.file, line=option.line)
-    return ConfigInvalid("a configuration file makes no sense", problems=(problem,))
-
-
-def _run(found: argparse.Namespace, written: _Written) -> Run:
+def _run(found: argparse.Namespace, written: OptionFiles) -> Run:
     def take(name: str, state_path: str | None = None) -> str | None:
         told: str | None = getattr(found, name)
         return told if told is not None else written.value(name, state_path)
