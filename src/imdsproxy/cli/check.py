@@ -16,10 +16,12 @@ from imdsproxy.cli.output import Column, Output, clean
 from imdsproxy.errors import AdminUnavailable, ConfigError, HaproxyMissing, ImdsproxyError
 
 if TYPE_CHECKING:
+    import ssl
     from collections.abc import Mapping, Sequence
 
     from imdsproxy.cli.preflight import Finding
     from imdsproxy.config.endpoint import Endpoint
+    from imdsproxy.config.nova_url import NovaUrl
     from imdsproxy.config.schema import Settings
     from imdsproxy.dataplane.launch import HaproxyProgram
 
@@ -33,9 +35,9 @@ def check(
     socket: options.Socket = None,
     config: options.Config = None,
 ) -> None:
-    """Settings, HAProxy, privileges, namespaces, directories, ports, records: all problems at once.
+    """Settings, HAProxy, privileges, namespaces, directories, ports, records, the ways to Nova: all problems at once.
 
-    The exit status is that of the first problem.
+    The exit status is that of the first problem; a warning is none.
     """
     run = options.invocation(context, as_json=as_json, socket=socket, config=config)
     findings = _ask(run)
@@ -47,6 +49,7 @@ def check(
                     {
                         "area": finding.area,
                         "ok": finding.ok,
+                        "warning": finding.warning,
                         "text": finding.text,
                         "hint": finding.hint,
                     }
@@ -67,7 +70,7 @@ def show_findings(output: Output, findings: Sequence[Finding]) -> None:
     rows = [
         (
             finding.area,
-            "[green]ok[/]" if finding.ok else "[red]wrong[/]",
+            _word(finding),
             clean(finding.text) + (f"\n[dim]{clean(finding.hint)}[/]" if finding.hint else ""),
         )
         for finding in findings
@@ -76,6 +79,12 @@ def show_findings(output: Output, findings: Sequence[Finding]) -> None:
     wrong = sum(not finding.ok for finding in findings)
     if wrong:
         output.styled(f"[bold red]{wrong} problem{'s' if wrong > 1 else ''}[/]")
+
+
+def _word(finding: Finding) -> str:
+    if not finding.ok:
+        return "[red]wrong[/]"
+    return "[yellow]warning[/]" if finding.warning else "[green]ok[/]"
 
 
 def _ask(run: options.Invocation) -> list[Finding]:
@@ -106,10 +115,12 @@ def _ask(run: options.Invocation) -> list[Finding]:
         {
             "paths.runtime_dir": settings.paths.runtime_dir,
             "paths.state_dir": settings.paths.state_dir,
+            **_socket_directory(settings),
         },
         lambda path: os.access(path, os.W_OK | os.X_OK),
     )
     findings += preflight.check_records(settings)
+    findings += _openstack(settings)
     if status is None:
         findings += preflight.check_ports(
             {
@@ -119,6 +130,47 @@ def _ask(run: options.Invocation) -> list[Finding]:
             _bind_refused,
         )
     return findings
+
+
+def _openstack(settings: Settings) -> list[Finding]:
+    from imdsproxy.cli import preflight_openstack  # noqa: PLC0415 - `--help` need not load it
+    from imdsproxy.dataplane.layout import Layout  # noqa: PLC0415 - as above
+    from imdsproxy.host.unixsockets import find_unix_listener  # noqa: PLC0415 - as above
+
+    layout = Layout(settings.paths.runtime_dir, settings.paths.state_dir)
+    return [
+        *preflight_openstack.check_secrets(settings),
+        *preflight_openstack.check_certificates(settings),
+        *preflight_openstack.check_clouds(settings),
+        *preflight_openstack.check_endpoints(
+            settings,
+            lambda url, context, name: _unreachable(
+                url, context, name, settings.nova.connect_timeout_s
+            ),
+        ),
+        *preflight_openstack.check_unix_listener(settings, find_unix_listener, layout.config),
+    ]
+
+
+def _unreachable(
+    url: NovaUrl, context: ssl.SSLContext | None, name: str, timeout_s: float
+) -> str | None:
+    """Why there is no connection; for https with all that a request would need."""
+    try:
+        with sockets.create_connection((url.host, url.port), timeout_s) as plain:
+            if context is not None:
+                with context.wrap_socket(plain, server_hostname=name):
+                    pass
+    except TimeoutError:
+        return f"no answer within {timeout_s:g} s"
+    except OSError as error:
+        return getattr(error, "verify_message", "") or error.strerror or str(error)
+    return None
+
+
+def _socket_directory(settings: Settings) -> dict[str, Path]:
+    listener = settings.unix_listener
+    return {"unix_listener.path": listener.path.parent} if listener.enabled else {}
 
 
 def _daemon(
@@ -158,7 +210,15 @@ def _accounts(settings: Settings) -> list[tuple[str, str]]:
         "admin.user": settings.admin.user,
         "admin.group": settings.admin.group,
     }
-    return [(setting, name) for setting, name in wanted.items() if name is not None]
+    if settings.unix_listener.enabled:
+        wanted |= {
+            f"unix_listener.{name}": getattr(settings.unix_listener, name)
+            for name in ("user", "group", "proxy_user", "proxy_group")
+        }
+    # A number is an id, for which there need be no account.
+    return [
+        (key, name) for key, name in wanted.items() if name is not None and not name.isdecimal()
+    ]
 
 
 def _account_exists(kind: str, name: str) -> bool:

@@ -57,15 +57,17 @@ class Finding:
     """One answer.
 
     Attributes:
-        area: `settings`, `haproxy`, `privileges`, `namespaces`, `directories`, `ports`, `records`
-            or `daemon`.
+        area: `settings`, `haproxy`, `privileges`, `namespaces`, `directories`, `ports`, `records`,
+            `nova`, `neutron`, `unix listener` or `daemon`.
         exit_status: 0 when it is fine.
+        warning: It is fine to start so, and somebody should look.
     """
 
     area: str
     text: str
     hint: str = ""
     exit_status: int = 0
+    warning: bool = False
 
     @property
     def ok(self) -> bool:
@@ -111,14 +113,18 @@ def check_accounts(
     missing = [
         Finding(
             "settings",
-            f"{setting}: this host has no {setting.rpartition('.')[2]} {name}",
+            f"{setting}: this host has no {_kind(setting)} {name}",
             "create it, or change the setting",
             ConfigError.exit_status,
         )
         for setting, name in wanted
-        if not exists(setting.rpartition(".")[2], name)
+        if not exists(_kind(setting), name)
     ]
     return missing or [Finding("settings", "all accounts exist")]
+
+
+def _kind(setting: str) -> str:
+    return "group" if setting.endswith("group") else "user"
 
 
 def read_capabilities(status: str) -> int:

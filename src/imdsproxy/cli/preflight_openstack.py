@@ -1,0 +1,257 @@
+"""What a host must have before imdsproxy stands in front of Nova: secrets, certificates, ways, the socket.
+
+What another host can mend, or only time, is a warning: `run` starts without it and serves as soon as it is there.
+"""
+
+from __future__ import annotations
+
+import ssl
+import stat
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from imdsproxy.cli.preflight import Finding, findings_of
+from imdsproxy.errors import (
+    ConfigError,
+    ConfigUnreadable,
+    HostRefused,
+    ImdsproxyError,
+    SecretUnreadable,
+)
+
+if TYPE_CHECKING:
+    from imdsproxy.config.nova import EndpointSetSettings
+    from imdsproxy.config.nova_url import NovaUrl
+    from imdsproxy.config.schema import Settings
+    from imdsproxy.host.unixsockets import UnixListener
+
+__all__ = [
+    "check_certificates",
+    "check_clouds",
+    "check_endpoints",
+    "check_secrets",
+    "check_unix_listener",
+    "tls_context",
+]
+
+_SHORT: Final = 16
+"""Bytes; a guest that guesses the secret can forge every instance."""
+
+_AT_ONCE: Final = 8
+_UNREACHED: Final = "until it can be reached, guests are answered by the set's others, or with 503"
+_CLOUDS: Final = Path("/etc/openstack/clouds.yaml")
+_AGENTS: Final = ("neutron-metadata-agent", "neutron-ovn-metadata-agent", "neutron-ovn-agent")
+_SETS: Final = "nova.endpoint_sets"
+
+
+def check_secrets(settings: Settings) -> list[Finding]:
+    """Each set's secrets: readable, not empty, not open to others, and not easily guessed."""
+    found: list[Finding] = []
+    for name, one in settings.nova.endpoint_sets.items():
+        secrets: dict[str, bytes] = {}
+        for setting, path in (
+            ("secret_file", one.secret_file),
+            ("next_secret_file", one.next_secret_file),
+        ):
+            if path is None:
+                continue
+            try:
+                secrets[setting] = _secret(path)
+            except SecretUnreadable as error:
+                found += _named(f"{_SETS}.{name}.{setting}", error)
+        found += _weak(name, secrets)
+    return found or _fine(settings, "secrets can be read")
+
+
+def check_certificates(settings: Settings) -> list[Finding]:
+    """Each set's files of authorities, certificate and key: readable PEM, and a key that belongs to its certificate."""
+    found = [
+        finding
+        for name, one in settings.nova.endpoint_sets.items()
+        for finding in _certificates(name, one)
+    ]
+    return found or _fine(settings, "certificates can be used")
+
+
+def check_clouds(settings: Settings) -> list[Finding]:
+    """The cloud that the source `neutron` names."""
+    source = settings.sources.neutron
+    if not source.enabled or source.cloud is None:
+        return []
+    from imdsproxy.config.yaml_document import parse_yaml  # noqa: PLC0415 - rarely needed
+
+    path = source.clouds_file or _CLOUDS
+    try:
+        data = parse_yaml(_read(path).decode("utf-8"), str(path)).data
+    except UnicodeDecodeError:
+        error = ConfigUnreadable(f"cannot read {path}: it is not UTF-8 text")
+        return findings_of("neutron", error)
+    except ConfigError as error:
+        return _named("sources.neutron.clouds_file", error, "neutron")
+    clouds = data.get("clouds") if isinstance(data, dict) else None
+    if not isinstance(clouds, dict) or source.cloud not in clouds:
+        text = f"sources.neutron.cloud: {path} has no cloud {source.cloud}"
+        return [Finding("neutron", text, "add it under `clouds:`", ConfigError.exit_status)]
+    if path.stat().st_mode & stat.S_IRWXO:
+        text = f"every user of this host can read {path}, which holds a password"
+        return [Finding("neutron", text, f"chmod o-rwx {path}", warning=True)]
+    return [Finding("neutron", f"cloud {source.cloud} of {path}")]
+
+
+def check_endpoints(
+    settings: Settings, reach: Callable[[NovaUrl, ssl.SSLContext | None, str], str | None]
+) -> list[Finding]:
+    """Whether each endpoint can be reached, as far as its certificate.
+
+    Args:
+        settings: All of them.
+        reach: Tries, with TLS where there is a context, and the name for it; the reason why not, or `None`.
+    """
+    places: list[str] = []
+    ways: list[tuple[NovaUrl, ssl.SSLContext | None, str]] = []
+    for name, one in settings.nova.endpoint_sets.items():
+        try:
+            context = tls_context(one)
+        except OSError:
+            continue  # told by check_certificates
+        for number, endpoint in enumerate(one.endpoints):
+            places.append(f"{_SETS}.{name}.endpoints[{number}]")
+            ways.append((endpoint.url, context, one.server_name or endpoint.url.host))
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        reasons = list(pool.map(lambda way: reach(*way), ways))
+    found = [
+        Finding("nova", f"{place}: {url}: {reason}", _UNREACHED, warning=True)
+        for place, (url, _, _), reason in zip(places, ways, reasons, strict=True)
+        if reason is not None
+    ]
+    count = len(ways)
+    return found or (
+        [Finding("nova", f"{count} endpoint{'' if count == 1 else 's'} can be reached")]
+        if count
+        else []
+    )
+
+
+def check_unix_listener(
+    settings: Settings, find: Callable[[Path], UnixListener | None], haproxy_config: Path
+) -> list[Finding]:
+    """That nobody else listens at the path of the listener `unix`.
+
+    Args:
+        settings: All of them.
+        find: Who listens at a path.
+        haproxy_config: Our HAProxy's; it stands in that one's command line.
+    """
+    if not settings.unix_listener.enabled:
+        return []
+    path = settings.unix_listener.path
+    listener = find(path)
+    if listener is None:
+        return [Finding("unix listener", f"nobody listens at {path}")]
+    if str(haproxy_config) in listener.command:
+        return [
+            Finding("unix listener", f"imdsproxy's HAProxy listens at {path} (pid {listener.pid})")
+        ]
+    agent = next((one for one in _AGENTS if any(one in word for word in listener.command)), None)
+    who = agent or " ".join(listener.command)[:80] or "a process that cannot be seen"
+    number = "" if listener.pid is None else f" (pid {listener.pid})"
+    hint = (
+        f"stop {agent}: both cannot be there" if agent else "stop it, or change unix_listener.path"
+    )
+    text = f"unix_listener.path: {who}{number} listens at {path}"
+    return [Finding("unix listener", text, hint, HostRefused.exit_status)]
+
+
+def tls_context(one: EndpointSetSettings) -> ssl.SSLContext | None:
+    """How the set's https endpoints are to be reached; `None` for http.
+
+    Raises:
+        OSError: A file of it cannot be read, or is no PEM file (`ssl.SSLError` is one).
+    """
+    if one.endpoints[0].url.scheme == "http":
+        return None
+    context = ssl.create_default_context(cafile=None if one.ca_file is None else str(one.ca_file))
+    if not one.verify:
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+    if one.client_cert_file is not None:
+        context.load_cert_chain(one.client_cert_file, one.client_key_file, _no_password)
+    return context
+
+
+def _certificates(name: str, one: EndpointSetSettings) -> Iterator[Finding]:
+    where = f"{_SETS}.{name}"
+    if one.ca_file is not None:
+        yield from _tried(f"{where}.ca_file", one.ca_file, _load_authorities)
+    if one.client_key_file is not None:
+        try:
+            _secret(one.client_key_file)
+        except SecretUnreadable as error:
+            yield from _named(f"{where}.client_key_file", error)
+            return
+    if one.client_cert_file is not None:
+        yield from _tried(
+            f"{where}.client_cert_file",
+            one.client_cert_file,
+            lambda path: ssl.create_default_context().load_cert_chain(
+                path, one.client_key_file, _no_password
+            ),
+        )
+
+
+def _load_authorities(path: Path) -> None:
+    ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(path)
+
+
+def _tried(setting: str, path: Path, load: Callable[[Path], None]) -> Iterator[Finding]:
+    status = ConfigError.exit_status
+    try:
+        _read(path)
+        load(path)
+    except ConfigUnreadable as error:
+        yield from _named(setting, error)
+    except ssl.SSLError as error:
+        words = (error.reason or str(error)).lower().replace("_", " ")
+        text = f"{setting}: {path} cannot be used: {words}"
+        yield Finding("nova", text, "a PEM file is needed, and a key that belongs to it", status)
+
+
+def _no_password() -> str:
+    """HAProxy cannot be asked for one, and the terminal must not be."""
+    return ""
+
+
+def _weak(name: str, secrets: Mapping[str, bytes]) -> Iterator[Finding]:
+    for setting, secret in secrets.items():
+        if len(secret) < _SHORT:
+            text = f"{_SETS}.{name}.{setting}: the secret has only {len(secret)} bytes"
+            hint = (
+                "a guest that guesses it can read every instance's metadata: `openssl rand -hex 32`"
+            )
+            yield Finding("nova", text, hint, warning=True)
+    if len(secrets) > 1 and len(set(secrets.values())) == 1:
+        text = f"{_SETS}.{name}: the next secret is the same as the current one"
+        yield Finding("nova", text, "put the new one into next_secret_file", warning=True)
+
+
+def _secret(path: Path) -> bytes:
+    from imdsproxy.host.files import read_secret  # noqa: PLC0415 - `--help` need not load it
+
+    return read_secret(path).strip()
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ConfigUnreadable(f"cannot read {path}: {error.strerror}") from error
+
+
+def _named(setting: str, error: ImdsproxyError, area: str = "nova") -> list[Finding]:
+    return [Finding(area, f"{setting}: {error.message}", error.hint, error.exit_status)]
+
+
+def _fine(settings: Settings, text: str) -> list[Finding]:
+    return [Finding("nova", text)] if settings.nova.endpoint_sets else []

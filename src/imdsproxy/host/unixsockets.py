@@ -1,0 +1,70 @@
+"""Who listens on a unix socket, asked without connecting: a connection would be a request to somebody."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+__all__ = ["UnixListener", "find_unix_listener"]
+
+_ACCEPTS: Final = 0x10000
+"""`__SO_ACCEPTCON` in the flags of `/proc/net/unix` (proc_net(5))."""
+
+
+@dataclass(frozen=True, slots=True)
+class UnixListener:
+    """The process that has a listening socket open; `pid` is `None` where none can be seen."""
+
+    pid: int | None = None
+    command: tuple[str, ...] = ()
+
+
+def find_unix_listener(path: Path, proc: Path = Path("/proc")) -> UnixListener | None:
+    """Who listens at the path; `None` when nobody does, whether or not there is a file.
+
+    Args:
+        path: The socket's absolute path, as it was bound.
+        proc: Where the kernel shows processes.
+    """
+    inodes = set(_listening(path, proc))
+    if not inodes:
+        return None
+    for process in sorted(proc.glob("[0-9]*"), key=lambda one: int(one.name)):
+        if inodes & set(_sockets(process / "fd")):
+            return UnixListener(int(process.name), _command(process / "cmdline"))
+    return UnixListener()
+
+
+def _listening(path: Path, proc: Path) -> Iterator[str]:
+    try:
+        lines = (proc / "net" / "unix").read_text(errors="surrogateescape").splitlines()
+    except OSError:
+        return
+    for line in lines[1:]:
+        # Num RefCount Protocol Flags Type St Inode Path
+        fields = line.split(maxsplit=7)
+        if len(fields) == 8 and fields[7] == str(path) and int(fields[3], 16) & _ACCEPTS:  # noqa: PLR2004 - as above
+            yield fields[6]
+
+
+def _sockets(directory: Path) -> Iterator[str]:
+    try:
+        links = list(directory.iterdir())
+    except OSError:  # not ours to see, or just gone
+        return
+    for link in links:
+        try:
+            target = str(link.readlink())
+        except OSError:
+            continue
+        if target.startswith("socket:["):
+            yield target[len("socket:[") : -1]
+
+
+def _command(file: Path) -> tuple[str, ...]:
+    try:
+        return tuple(file.read_text(errors="replace").rstrip("\0").split("\0"))
+    except OSError:
+        return ()

@@ -1,0 +1,45 @@
+from __future__ import annotations
+
+import os
+import socket
+import sys
+from pathlib import Path
+
+from imdsproxy.host.unixsockets import UnixListener, find_unix_listener
+
+
+def test_who_listens_is_found_without_connecting(tmp_path: Path) -> None:
+    path = tmp_path / "with blank.sock"
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        assert find_unix_listener(path) is None, "bound and not listening yet"
+        listener.listen()
+
+        found = find_unix_listener(path)
+
+        assert found is not None
+        assert found.pid == os.getpid()
+        assert found.command[0] == sys.orig_argv[0]
+        listener.settimeout(0)
+        try:
+            listener.accept()
+        except BlockingIOError:
+            pass
+        else:
+            raise AssertionError("somebody connected")
+    assert path.exists()
+    assert find_unix_listener(path) is None, "only the file is left"
+
+
+def test_a_listener_of_a_process_that_cannot_be_seen_is_one_too(tmp_path: Path) -> None:
+    (tmp_path / "net").mkdir()
+    (tmp_path / "net/unix").write_text(
+        "Num RefCount Protocol Flags Type St Inode Path\n"
+        "0: 00000002 00000000 00010000 0001 01 77 /run/a.sock\n"
+        "0: 00000002 00000000 00000000 0001 03 78 /run/b.sock\n"
+        "0: 00000002 00000000 00010000 0001 01 79\n"
+    )
+
+    assert find_unix_listener(Path("/run/a.sock"), tmp_path) == UnixListener()
+    assert find_unix_listener(Path("/run/b.sock"), tmp_path) is None
+    assert find_unix_listener(Path("/run/a.sock"), tmp_path / "none") is None
