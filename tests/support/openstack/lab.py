@@ -270,6 +270,7 @@ def start_openstack(
     stack.callback(agent.stop)
     secret_file = place.path / "secret"
     secret_file.write_text(secret)
+    secret_file.chmod(0o600)
     front = FrontWriter(place)
     stack.callback(front.close)
     clouds = place.path / "clouds.yaml"

@@ -145,7 +145,9 @@ def bring_up(directory: Path) -> Standing:
     place.write_nova("nova", neutron_port=neutron_port, secret=secret, cache_s=_CACHE_S)
     lab = Standing(place, secret, nova_port, neutron_port, seed)
     (directory / "clouds.yaml").write_text(render_clouds(neutron_url=lab.where("neutron")))
-    (directory / "secret").write_text(secret)
+    secret_file = directory / "secret"
+    secret_file.write_text(secret)
+    secret_file.chmod(0o600)
     state = {"secret": secret, "nova_port": nova_port, "neutron_port": neutron_port}
     (directory / _STATE).write_text(json.dumps(state))
     return _start(lab)
