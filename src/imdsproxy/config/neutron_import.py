@@ -31,6 +31,12 @@ _BEFORE_THE_FRONT_S: Final = 2
 _RESPONSE_S: Final = (1, 600)
 """What `nova.response_timeout_s` takes."""
 
+_NOTHING_TO_DO: Final[Mapping[str, bool]] = {
+    "service_metadata_proxy": True,
+    "local_metadata_per_cell": False,
+}
+"""Options of Nova's with the value at which nobody has to do anything."""
+
 _LIKE: Final = 0.85
 _OPTIONS: Final[Mapping[tuple[str, str], NeutronOption]] = {
     name: option for option in NEUTRON_OPTIONS for name in option.names
@@ -370,6 +376,9 @@ def _told(reading: _Reading) -> Iterator[Told]:
                 fate, why = Fate.NONE, "Neutron uses neither of the two where one is empty."
         elif written.name != option.name:
             why = f"Of old, for `{option.name}`. {why}"
+        elif option.name in _NOTHING_TO_DO:
+            is_true = (reading.value(*option.names[0]) or "").lower() in TRUE_WORDS
+            fate = Fate.NONE if is_true is _NOTHING_TO_DO[option.name] else fate
         yield Told(option, written, fate, why)
 
 

@@ -148,6 +148,18 @@ def test_novas_own_options_are_not_taken_for_neutrons(tmp_path: Path) -> None:
     assert "metadata_workers" not in {told.option.name for told in imported.told}
 
 
+@pytest.mark.parametrize(
+    ("value", "fates"),
+    [("true", (Fate.NONE, Fate.BY_HAND)), ("false", (Fate.BY_HAND, Fate.NONE))],
+)
+def test_what_nova_has_right_already_is_nothing_to_do(value: str, fates: tuple[Fate, Fate]) -> None:
+    nova = f"[neutron]\nservice_metadata_proxy = {value}\n[api]\nlocal_metadata_per_cell = {value}"
+    imported = _import(_SECRET, nova)
+
+    told = {one.option.name: one.fate for one in imported.told}
+    assert (told["service_metadata_proxy"], told["local_metadata_per_cell"]) == fates
+
+
 def test_novas_secret_stands_in_where_neutron_has_none() -> None:
     assert _import("state_path = /x\n", _NOVA.format("a$$b")).secret == "a$b"
 
