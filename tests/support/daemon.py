@@ -103,6 +103,7 @@ class Daemon:
 
     Args:
         lab: Whose host it runs on.
+        in_lab: It does; else it runs in the machine's own namespace, where it is to listen to nobody.
         settings: Laid over the settings that every test has.
         program: The words that start it, without options.
         environment: Added to a bare environment.
@@ -113,6 +114,7 @@ class Daemon:
     program: Sequence[str] = (sys.executable, "-m", "imdsproxy")
     environment: Mapping[str, str] = field(default_factory=dict)
     directory: Path = field(default_factory=lambda: Path(tempfile.mkdtemp(prefix="imdst-")))
+    in_lab: bool = True
     process: subprocess.Popen[bytes] | None = None
 
     def __post_init__(self) -> None:
@@ -175,9 +177,10 @@ class Daemon:
 
     def start(self, *, ready: bool = True) -> Daemon:
         """Start a controller and wait until it says that all is in force."""
+        where = within(self.lab.host) if self.in_lab else ()
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                (*within(self.lab.host), *self.program, "--config", str(self.config), "run"),
+                (*where, *self.program, "--config", str(self.config), "run"),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,

@@ -194,6 +194,8 @@ class Guest:
         network: The id of its network, as the records have it.
         addresses: Its own, the first IPv4 and the first global IPv6 one.
         directory: Where its namespace is; another place than this host's for a guest of a machine.
+        port: Where it asks; another than 80 where what leads from there to a proxy is left out.
+        source: The address that it asks from unless another is said; without one, the kernel's choice.
     """
 
     name: str
@@ -203,6 +205,8 @@ class Guest:
     addresses: tuple[str, ...]
     device: str = "eth0"
     directory: Path = DEFAULT_DIRECTORY
+    port: int = _PORT
+    source: str | None = None
 
     @property
     def link_local(self) -> str:
@@ -219,9 +223,9 @@ class Guest:
         sock, scope = inside(self.namespace, lambda: self._socket(to), directory=self.directory)
         sock.settimeout(timeout_s)
         try:
-            if source is not None:
-                sock.bind(_target(source, 0, scope))
-            sock.connect(_target(to, _PORT, scope))
+            if source or self.source:
+                sock.bind(_target(source or self.source or "", 0, scope))
+            sock.connect(_target(to, self.port, scope))
         except OSError as error:
             sock.close()
             raise Lost(f"connecting to {to}: {error}") from error

@@ -1,0 +1,217 @@
+"""Every instance of genuine Nova and Neutron, by every way, gets byte for byte what Nova says when asked directly.
+
+The table of truth (`support.openstack.table`) says who has which address in which network and behind which router:
+the same addresses in several networks, two addresses on one port, an instance with ports in two networks, IPv6 and
+link-local addresses, and ports that must get nothing. What a guest is told is compared with what Nova tells an
+agent that signs rightly: status, headers, bytes. Only `random_seed` is left out, which is new in every answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Final
+
+import pytest
+
+from support.guest import Connection
+from support.openstack.lab import OpenStack
+from support.openstack.oracle import Oracle, Request, Said, crawl, said_by_nova, said_to_guest
+from support.openstack.table import (
+    INSTANCES,
+    LOOKUP_NAMES,
+    PORTS,
+    Instance,
+    Lookup,
+)
+from support.openstack.ways import WAYS, Way, Ways, goes, open_ways
+
+pytestmark = [pytest.mark.root, pytest.mark.timeout(300)]
+
+SOURCE: Final = "records"
+
+ROWS: Final = [
+    pytest.param(way, name, id=f"{way}: {name}")
+    for way in WAYS
+    for name in LOOKUP_NAMES
+    if goes(way, name.partition(" ")[0])
+]
+LATEST: Final = ("/latest/", "/2009-04-04/", "/openstack/latest/")
+FORBIDDEN: Final = (
+    "/latest/user-data",
+    "/latest/meta-data/hostname",
+    "/openstack/latest/meta_data.json",
+)
+ASKED: Final = frozenset(one.device_id for one in PORTS if one.device_owner == "compute:nova")
+ODD: Final = (
+    Request("/latest"),
+    Request("/latest/meta-data"),
+    Request("/openstack"),
+    Request("/ec2/latest/meta-data/hostname"),
+    Request("/latest/user-data/"),
+    Request("//latest//meta-data/"),
+    Request("/%6catest/meta-data/"),
+    Request("/latest/meta-data/hostname?query=kept&query=twice"),
+    Request("/latest/nonsense"),
+    Request("/nonsense"),
+    Request("/openstack/2010-01-01/meta_data.json"),
+    Request("/latest/user-data", "HEAD"),
+    Request("/openstack/latest/meta_data.json", "HEAD"),
+    Request("/latest/nonsense", "HEAD"),
+    Request("/latest/meta-data/", "OPTIONS"),
+    Request("/latest/user-data", headers=("Range: bytes=0-3",)),
+    Request("/latest/user-data", headers=("Range: bytes=99999999-",)),
+    Request("/latest/user-data", headers=("If-None-Match: *",)),
+    Request("/latest/user-data", headers=("If-Modified-Since: Fri, 01 Jan 2100 00:00:00 GMT",)),
+    Request("/latest/meta-data/", headers=("Accept: application/json", "Accept-Encoding: gzip")),
+    Request("/latest/api/token", "PUT", headers=("X-aws-ec2-metadata-token-ttl-seconds: 60",)),
+    Request("/latest/meta-data/hostname", "POST", body=b"nobody wants this"),
+    Request("/latest/meta-data/hostname", "DELETE"),
+)
+
+_PATH: Final = "/openstack/latest/password"
+PASSWORD: Final = (
+    Request(_PATH),
+    Request(_PATH, "POST", body=b"x" * 1_021),
+    Request(_PATH, "POST", body=b"c2VhbGVk" * 20),
+    Request(_PATH),
+    Request(_PATH, "POST", body=b"again"),
+    Request("/openstack/2013-04-04/password"),
+)
+LET_THROUGH: Final = {
+    "agent-proxy": ("X-Forwarded-For", "X-OVN-"),
+    "ovn-proxy": ("X-Forwarded-For", "X-OVN-", "X-Neutron-"),
+}
+
+
+@pytest.fixture(scope="module")
+def ways(openstack: OpenStack) -> Iterator[Ways]:
+    with open_ways(openstack, source=SOURCE) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def oracle(openstack: OpenStack) -> Oracle:
+    return Oracle(openstack)
+
+
+@pytest.mark.parametrize(("way", "name"), ROWS)
+def test_each_address_gets_what_nova_says_of_its_instance_and_nobody_elses(
+    ways: Ways, oracle: Oracle, way: Way, name: str
+) -> None:
+    row = ways.openstack.lookup(name)
+    if row.instance is None:
+        nothing(ways, oracle, way, row)
+        return
+    paths = oracle.documents(row.instance)
+    requests = [Request(path) for path in paths if path.startswith(LATEST)]
+    who = (row.instance.uuid, row.instance.project_id)
+
+    assert len(requests) > 40
+    assert not crawl(oracle, lambda: ways.connect(way, row.scope, row.address), who, requests)
+
+
+def nothing(ways: Ways, oracle: Oracle, way: Way, row: Lookup) -> None:
+    """Nobody's documents: 404, where a port names what could be an instance Nova's own."""
+    for path in FORBIDDEN:
+        with ways.connect(way, row.scope, row.address) as connection:
+            got = said_to_guest(connection.request(path))
+        assert got.status == 404, path
+        if row.device_id in ASKED:
+            assert got == oracle.says(row.device_id, row.project_id, Request(path))
+        assert not [one for one in INSTANCES if one.name.encode() in got.body]
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("one", INSTANCES, ids=lambda one: one.name)
+def test_each_instance_gets_every_document_of_every_version_as_nova_says_it(
+    ways: Ways, oracle: Oracle, way: Way, one: Instance
+) -> None:
+    row = next(row for row in ways.openstack.lookups if row.instance is one and row.network_id)
+    requests = [*(Request(path) for path in oracle.documents(one)), *ODD]
+    who = (one.uuid, one.project_id)
+
+    assert len(requests) > 200
+    assert not crawl(oracle, lambda: ways.connect(way, row.scope, row.address), who, requests)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_nobody_becomes_another_by_what_he_says(ways: Ways, way: Way) -> None:
+    """Blue-1 and red-1 have the same address; each names the other's network, address and instance."""
+    red = ways.openstack.instances["red-1"]
+    with ways.connect(way, "net-blue", "10.0.0.5") as connection:
+        own = connection.request("/latest/meta-data/hostname").body
+    for line in (
+        "X-Forwarded-For: 10.0.0.6",
+        f"X-Neutron-Network-ID: {ways.ids['net-red']}",
+        f"X-OVN-Network-ID: {ways.ids['net-red']}",
+        f"X-Neutron-Router-ID: {ways.ids['r-red']}",
+        f"X-Instance-ID: {red.uuid}",
+        f"X_Instance_ID: {red.uuid}",
+        f"X-Tenant-ID: {red.project_id}",
+        f"X-Metadata-Provider: {ways.ids['net-red']}",
+    ):
+        with ways.connect(way, "net-blue", "10.0.0.5") as connection:
+            reply = connection.request("/latest/meta-data/hostname", headers=[line])
+        # An unmodified proxy of Neutron's lets some through; then two are there, and none is believed.
+        through = line.startswith(LET_THROUGH.get(way, ("-",)))
+        assert (reply.status, reply.body == own) == ((400, False) if through else (200, True)), line
+
+
+def test_all_guests_by_all_ways_at_once_get_their_own(ways: Ways) -> None:
+    rows = [row for row in ways.openstack.lookups if row.instance is not None]
+    asked = [(way, row) for way in WAYS for row in rows if goes(way, row.scope)]
+
+    def is_right(one: tuple[Way, Lookup]) -> bool:
+        way, row = one
+        assert row.instance is not None
+        with ways.connect(way, row.scope, row.address) as connection:
+            reply = connection.request("/latest/meta-data/hostname")
+        return (reply.status, reply.text) == (200, f"{row.instance.name}.novalocal")
+
+    with ThreadPoolExecutor(32) as pool:
+        assert all(pool.map(is_right, asked * 3))
+
+
+def test_a_password_arrives_once_by_each_way_and_is_kept_as_nova_keeps_it(ways: Ways) -> None:
+    openstack = ways.openstack
+    one = openstack.instances["green-1"]
+
+    def directly(request: Request) -> Said:
+        answer = openstack.ask_nova(
+            one, None, request.target, request.method, body=request.body or None, url=fresh.url
+        )
+        return said_by_nova(answer)
+
+    # The other Nova would not notice for some seconds that a password is there.
+    with openstack.another_nova(cache_s=0) as fresh:
+        ways.take_over(ways.settings(nova={"endpoints": [{"url": fresh.url}]}))
+        try:
+            openstack.forget_password(one)
+            wanted = [directly(request) for request in PASSWORD]
+            assert [said.status for said in wanted] == [200, 400, 200, 200, 409, 200]
+            for way in WAYS:
+                openstack.forget_password(one)
+                with ways.connect(way, "net-green", "10.0.0.5") as connection:
+                    got = [ask(connection, request) for request in PASSWORD]
+                assert got == wanted, way
+                openstack.forget_password(one)
+                with ways.connect(way, "net-green", "10.0.0.5") as connection:
+                    posted = ask_in_chunks(connection, PASSWORD[2])
+                    kept = ask(connection, PASSWORD[3])
+                assert [posted, kept] == wanted[2:4], way
+        finally:
+            openstack.forget_password(one)
+            ways.take_over(ways.settings())
+
+
+def ask(connection: Connection, request: Request) -> Said:
+    reply = connection.request(request.target, method=request.method, body=request.body)
+    return said_to_guest(reply)
+
+
+def ask_in_chunks(connection: Connection, request: Request) -> Said:
+    head = f"{request.method} {request.target} HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+    chunks = (request.body[:3], request.body[3:], b"")
+    connection.send(head.encode() + b"".join(b"%x\r\n%s\r\n" % (len(one), one) for one in chunks))
+    return said_to_guest(connection.read())
