@@ -25,6 +25,7 @@ __all__ = [
     "MetricDescription",
     "MetricsSnapshot",
     "NetworkTraffic",
+    "NeutronCounts",
     "SourceFigures",
     "SnapshotCollector",
     "Timing",
@@ -70,6 +71,26 @@ class NetworkTraffic:
 
 
 @dataclass(frozen=True, slots=True)
+class NeutronCounts:
+    """The source `neutron`.
+
+    Attributes:
+        queries: By result: `ok`, `failed`, `timeout`.
+        look_ups: Of addresses that HAProxy did not know, by result: `known` (a moment ago, or before it was
+            withdrawn), `found`, `missing`, `ambiguous`, `unavailable`, `negative-cached`, `coalesced`.
+        ports: Known now.
+        stale_s: Seconds since Neutron answered last, while it does not; else 0.
+        backoff_s: Seconds until it is asked again, while it does not; else 0.
+    """
+
+    queries: Mapping[str, int] = field(default_factory=dict)
+    look_ups: Mapping[str, int] = field(default_factory=dict)
+    ports: int = 0
+    stale_s: float = 0.0
+    backoff_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
 class MetricsSnapshot:
     """What `/metrics` shows, at one moment. Counters only ever grow while the controller lives.
 
@@ -108,6 +129,7 @@ class MetricsSnapshot:
     traffic: Mapping[str, NetworkTraffic] = field(default_factory=dict)
     nova_up: Mapping[tuple[str, str], bool] = field(default_factory=dict)
     nova_refused: Mapping[str, int] = field(default_factory=dict)
+    neutron: NeutronCounts | None = None
 
 
 _Sample: TypeAlias = tuple[tuple[str, ...], float]
@@ -162,6 +184,24 @@ def _per_network(
     return lambda snapshot: [
         ((network,), float(read(traffic))) for network, traffic in sorted(snapshot.traffic.items())
     ]
+
+
+def _neutron(
+    read: Callable[[NeutronCounts], float],
+) -> Callable[[MetricsSnapshot], list[_Sample]]:
+    return lambda snapshot: (
+        [] if snapshot.neutron is None else [((), float(read(snapshot.neutron)))]
+    )
+
+
+def _neutron_each(
+    read: Callable[[NeutronCounts], Mapping[str, int]],
+) -> Callable[[MetricsSnapshot], list[_Sample]]:
+    return lambda snapshot: (
+        []
+        if snapshot.neutron is None
+        else [((key,), float(value)) for key, value in sorted(read(snapshot.neutron).items())]
+    )
 
 
 def _timing(
@@ -386,6 +426,43 @@ METRICS: Final[tuple[MetricDescription, ...]] = (
         "Answers 403 of Nova, by endpoint set: it refuses our signature, most likely for another secret.",
         ("endpoint_set",),
         _each(lambda snapshot: snapshot.nova_refused),
+    ),
+    MetricDescription(
+        "imdsproxy_neutron_queries",
+        "counter",
+        "Queries to Neutron by result: ok, failed or timeout.",
+        ("result",),
+        _neutron_each(lambda neutron: neutron.queries),
+    ),
+    MetricDescription(
+        "imdsproxy_neutron_look_ups",
+        "counter",
+        "Look-ups of guests that HAProxy did not know, by result: found, known (without a query), missing, "
+        "negative-cached (missing, without a query), coalesced (waited for another's query), ambiguous or "
+        "unavailable.",
+        ("result",),
+        _neutron_each(lambda neutron: neutron.look_ups),
+    ),
+    MetricDescription(
+        "imdsproxy_neutron_ports",
+        "gauge",
+        "Neutron's ports that are known and kept up to date.",
+        (),
+        _neutron(lambda neutron: neutron.ports),
+    ),
+    MetricDescription(
+        "imdsproxy_neutron_stale_seconds",
+        "gauge",
+        "Seconds since Neutron answered last, while it does not; else 0. What is known is served on.",
+        (),
+        _neutron(lambda neutron: neutron.stale_s),
+    ),
+    MetricDescription(
+        "imdsproxy_neutron_backoff_seconds",
+        "gauge",
+        "Seconds until Neutron is asked again, while it does not answer; else 0.",
+        (),
+        _neutron(lambda neutron: neutron.backoff_s),
     ),
 )
 

@@ -230,7 +230,7 @@ class Explanation:
         verdict: `found`, `unknown`, `conflict`, `no-network` or `left-out`.
         answer: The HTTP status a document of an enabled dialect has: 200, 404 or 503.
         why: The steps that led there, one sentence each, in order.
-        how: `address`, `eui64` or `neighbour` where an instance was found.
+        how: `address`, `eui64`, `neighbour` or `router` where an instance was found.
         installed: The value in HAProxy's map, as its worker has it; `None` when it has none or
             could not be asked.
         policy: What applies to the guest's requests, as name and value (dialects, endpoint, hold).

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from random import SystemRandom
 
 from imdsproxy.app.account import group_id
 from imdsproxy.app.companion import Companion, CompanionLauncher, SpawnCompanion, UnitCompanion
@@ -36,6 +37,9 @@ from imdsproxy.host.observe import HostObserver
 from imdsproxy.serving.passwords import PasswordStore
 from imdsproxy.sources.api import Source, WritableSource
 from imdsproxy.sources.file import FileSource
+from imdsproxy.sources.neutron import NeutronSource
+from imdsproxy.sources.neutron_rest import NeutronRest, connect_cloud, connect_endpoint
+from imdsproxy.sources.neutron_running import NeutronPace
 from imdsproxy.sources.sqlite import SqliteSource
 
 __all__ = [
@@ -59,6 +63,7 @@ _UNIT_DIRECTORIES = (
     Path("/lib/systemd/system"),
 )
 _LINKS_PROBE = "x"
+_CLOUDS_FILE = Path("/etc/openstack/clouds.yaml")
 
 
 def build_layout(settings: Settings) -> Layout:
@@ -182,13 +187,19 @@ def build_spec_settings(settings: Settings, layout: Layout, nova: NovaUpstream) 
 
 @dataclass(frozen=True, slots=True)
 class Sources:
-    """All that are enabled; `writable` is the one that the admin API writes to."""
+    """All that are enabled.
+
+    Attributes:
+        writable: The one that the admin API writes to.
+        look_up: The one that is asked for addresses which nobody told of.
+    """
 
     all: tuple[Source, ...]
     writable: WritableSource | None = field(default=None)
+    look_up: NeutronSource | None = field(default=None)
 
 
-def build_sources(settings: Settings) -> Sources:
+def build_sources(settings: Settings, clock: Clock) -> Sources:
     """The sources that the settings enable."""
     found: list[Source] = []
     writable: WritableSource | None = None
@@ -199,7 +210,37 @@ def build_sources(settings: Settings) -> Sources:
         # Guests keep their documents over a restart that finds a record file broken.
         kept = settings.paths.state_dir / "last-good.sqlite"
         found.append(FileSource(settings.sources.file.directory, last_good=kept))
-    return Sources(tuple(found), writable)
+    neutron: NeutronSource | None = None
+    if settings.sources.neutron.enabled:
+        neutron = _build_neutron(settings, clock)
+        found.append(neutron)
+    return Sources(tuple(found), writable, neutron)
+
+
+def _build_neutron(settings: Settings, clock: Clock) -> NeutronSource:
+    neutron = settings.sources.neutron
+    timeout_s = neutron.timeout_s
+    if neutron.cloud is not None:
+        clouds = neutron.clouds_file or _CLOUDS_FILE
+        connect = partial(connect_cloud, neutron.cloud, clouds, timeout_s)
+    else:
+        # The settings have one of the two.
+        connect = partial(connect_endpoint, neutron.endpoint or "", timeout_s)
+    return NeutronSource(
+        lambda: NeutronRest(connect, timeout_s=timeout_s, max_queries=neutron.max_queries),
+        settings.paths.state_dir / "neutron.sqlite",
+        NeutronPace(
+            max_queries=neutron.max_queries,
+            negative_ttl_s=neutron.negative_ttl_s,
+            refresh_s=neutron.refresh_s,
+            lifetime_s=neutron.lifetime_s,
+            list_every_s=neutron.list_every_s,
+            list_host=neutron.list_host,
+            page_size=neutron.page_size,
+        ),
+        clock=clock,
+        random=SystemRandom().random,
+    )
 
 
 def build_companion(

@@ -228,7 +228,7 @@ async def run_controller(
     host, thread = build_host(settings, layout, naming := Naming(settings.host.name_prefix))
     with contextlib.closing(admin), contextlib.closing(thread):
         haproxy, applier = build_haproxy(settings, layout, program, clock)
-        sources = build_sources(settings)
+        sources = build_sources(settings, clock)
         inventory = Inventory(source.name for source in sources.all)
         controller: _Controller
 
@@ -280,7 +280,12 @@ async def run_controller(
             environment=environment,
         )
         lookup = Lookup(
-            inventory, records, host, clock, lambda: holder.settings.resolver.learned_ttl_s
+            inventory,
+            records,
+            host,
+            clock,
+            lambda: holder.settings.resolver.learned_ttl_s,
+            sources.look_up,
         )
         resolver = Resolver(lookup.look, lambda: _hold_limits(holder.settings))
         service = DocumentService(
@@ -340,7 +345,7 @@ async def run_controller(
             resolver=resolver,
             service=service,
             operations=operations,
-            figures=Figures(operations, resolver),
+            figures=Figures(operations, resolver, sources.look_up),
             watch=watch,
             nova=nova,
             forwarder=forwarder,
@@ -469,6 +474,8 @@ def _master(controller: _Controller) -> int | None:
 async def _look(controller: _Controller) -> None:
     await controller.nova.resolve()
     await _wait_for_sources(controller)
+    # Before anything is swept: guests behind routers are known on, as they were before a restart.
+    controller.lookup.follow_routes()
     await controller.listeners.first_look()
 
 

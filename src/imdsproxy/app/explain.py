@@ -9,14 +9,20 @@ from imdsproxy.admin.operations import Explanation
 from imdsproxy.app.listener_loop import ListenerLoop
 from imdsproxy.app.lookup import Lookup
 from imdsproxy.app.record_loop import RecordLoop
-from imdsproxy.core.identity import Ambiguous, Found, Unknown
+from imdsproxy.core.identity import Ambiguous, Found, How, Identity, Unknown, identify
 from imdsproxy.core.inventory import AddressKey, Inventory
-from imdsproxy.core.model import Instance, IpAddress, NetworkId, Upstream
+from imdsproxy.core.model import Instance, IpAddress, NetworkId, Scope, Upstream
 from imdsproxy.core.plan import networks_of, record_key
 from imdsproxy.core.wire import NovaRecord, hide_signatures
 from imdsproxy.dataplane.haproxy import Haproxy
 from imdsproxy.dataplane.master import WorkerEnded
 from imdsproxy.errors import RuntimeUnavailable
+from imdsproxy.sources.api import (
+    LookUpUnavailable,
+    PortAmbiguous,
+    PortFound,
+    PortMissing,
+)
 
 __all__ = ["Explainer"]
 
@@ -33,20 +39,19 @@ class Explainer:
 
     async def explain(self, network: NetworkId, address: IpAddress) -> Explanation:
         """Who has `address` in `network`, and why; never raises for an unknown one."""
-        if not self.inventory.knows(network):
+        key = (network, address)
+        if not self.inventory.knows(network) and self.lookup.source is None:
             why = (f"no source tells of network {network}",)
             return Explanation(network, address, "no-network", 404, why)
-        sources = ", ".join(self.inventory.sources_of_network(network))
+        found = await self._identity(key)
         report = self.listeners.report
-        steps = [f"network {network} comes from {sources}"]
+        steps = [self._origin(network)]
         steps += [
             f"its listener is left out: {one.reason}"
             for one in report.left_out
             if one.network == network
         ]
-        found = await self._identity(network, address)
-        served = network in networks_of(report.endpoints)
-        if not served:
+        if network in self.inventory.networks and network not in networks_of(report.endpoints):
             # Nobody listens there: the guest gets no answer, whatever it would be.
             found = replace(found, verdict="left-out", answer=503)
         return replace(
@@ -55,36 +60,102 @@ class Explainer:
             installed=await self._installed(network, address),
         )
 
-    async def _identity(self, network: NetworkId, address: IpAddress) -> Explanation:
-        identity = await self.lookup.identify((network, address))
+    def _origin(self, network: NetworkId) -> str:
+        sources = self.inventory.sources_of_network(network)
+        if sources:
+            return f"network {network} comes from {', '.join(sources)}"
+        return (
+            f"no source tells how {network} is reached: its guests come through the unix listener"
+        )
+
+    async def _identity(self, key: AddressKey) -> Explanation:
+        identity = await self.lookup.identify(key)
+        if not isinstance(identity, Unknown):
+            return self._known(key, identity)
+        unknown = self._unknown(key, identity.reason.value)
+        if self.lookup.source is None:
+            return unknown
+        told = self.inventory.networks.get(key[0])
+        # Of an id that no record has, only a request says whether it is a router's.
+        scopes = (Scope.NETWORK, Scope.ROUTER) if told is None else (told.scope,)
+        for scope in scopes:
+            answer = await self.lookup.ask(key, scope)
+            match answer:
+                case PortFound():
+                    return await self._found(key, scope, answer)
+                case PortAmbiguous(count=count):
+                    why = (
+                        f"{count} ports of {self.lookup.source.name} have it there; whose guest asks is not "
+                        "guessed"
+                    )
+                    return replace(unknown, why=(why, *unknown.why[1:]))
+                case LookUpUnavailable(reason=reason):
+                    why = f"nothing is known of it, and {self.lookup.source.name} cannot be asked: {reason}"
+                    return replace(unknown, answer=503, why=(why,))
+                case PortMissing() | None:
+                    continue
+                case _ as never:
+                    assert_never(never)
+        why = f"{self.lookup.source.name} was asked and has no port that may be told anything"
+        return replace(unknown, why=(why, *unknown.why[1:]))
+
+    async def _found(self, key: AddressKey, scope: Scope, found: PortFound) -> Explanation:
+        if scope is Scope.NETWORK:
+            return self._known(key, await self.lookup.identify(key))
+        # Puts it in force, as a request would.
+        await self.lookup.look(key, scope)
+        identity = identify(self.inventory, found.network, key[1])
+        known = self._known((found.network, key[1]), identity)
+        if isinstance(identity, Found):
+            known = replace(
+                known, how=How.ROUTER.value, policy=self._policy(identity.instance, key)
+            )
+        behind = f"router {key[0]} leads to network {found.network}"
+        return replace(known, network=key[0], why=(behind, *known.why))
+
+    def _known(self, key: AddressKey, identity: Identity) -> Explanation:
+        network, address = key
         match identity:
             case Found(instance=instance, how=how):
+                known = f"instance {instance.id} has {address}, known by {how.value}"
                 return Explanation(
                     network,
                     address,
                     "found",
                     200,
-                    (f"instance {instance.id} has {address}, known by {how.value}",),
+                    (known, *self._freshness(network, address)),
                     instance=instance.id,
                     instance_name=instance.name,
                     source=", ".join(self.inventory.sources_of_instance(instance.id)),
                     how=how.value,
                     revision=self.records.revisions.get(instance.id),
-                    policy=self._policy(instance, (network, address)),
+                    policy=self._policy(instance, key),
                 )
             case Ambiguous(claimants=claimants):
                 why = ("more than one record claims the address, and none is preferred",)
                 return Explanation(network, address, "conflict", 503, why, claimants=claimants)
             case Unknown(reason=reason):
-                in_sync = self.inventory.in_sync
-                then = (
-                    "requests are held for a while, then answered 404"
-                    if in_sync
-                    else "a source is not in sync: it may still come"
-                )
-                answer = 404 if in_sync else 503
-                return Explanation(network, address, "unknown", answer, (reason.value, then))
+                return self._unknown(key, reason.value)
         assert_never(identity)
+
+    def _unknown(self, key: AddressKey, reason: str) -> Explanation:
+        in_sync = self.inventory.in_sync
+        then = (
+            "requests are held for a while, then answered 404"
+            if in_sync
+            else "a source is not in sync: it may still come"
+        )
+        return Explanation(*key, "unknown", 404 if in_sync else 503, (reason, then))
+
+    def _freshness(self, network: NetworkId, address: IpAddress) -> tuple[str, ...]:
+        source = self.lookup.source
+        confirmation = None if source is None else source.confirmation(network, address)
+        if source is None or confirmation is None:
+            return ()
+        step = f"it is port {confirmation.port} of {source.name}, confirmed {confirmation.age_s:.0f} s ago"
+        if confirmation.stale:
+            step += f"; stale since, because {source.name} does not answer"
+        return (step,)
 
     def _policy(self, instance: Instance, key: AddressKey) -> dict[str, str]:
         if instance.upstream is Upstream.EMBEDDED:

@@ -4,19 +4,32 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, get_args
 
-from imdsproxy.admin.metrics import MetricsSnapshot, NetworkTraffic, SourceFigures, Timing
+from imdsproxy.admin.metrics import (
+    MetricsSnapshot,
+    NetworkTraffic,
+    NeutronCounts,
+    SourceFigures,
+    Timing,
+)
 from imdsproxy.app.operations import ControllerOperations
 from imdsproxy.core.plan import networks_of
 from imdsproxy.dataplane.master import WorkerEnded
 from imdsproxy.errors import DataplaneError
 from imdsproxy.serving.resolver import Resolver
+from imdsproxy.sources.neutron import NeutronFigures, NeutronSource
+from imdsproxy.sources.neutron_asking import QueryResult
+from imdsproxy.sources.neutron_lookups import LookUpResult
 
 __all__ = ["TRAFFIC_COLUMNS", "Figures", "TrafficCounter"]
 
 TRAFFIC_COLUMNS: Final = frozenset({"pxname", "svname", "type", "stot", "dreq", "ereq"})
 """What `TrafficCounter` reads of `show stat`."""
+
+# Series that begin at 0 let a rate be told from the first failure on.
+_QUERY_RESULTS: Final[tuple[QueryResult, ...]] = get_args(QueryResult)
+_LOOK_UP_RESULTS: Final[tuple[LookUpResult, ...]] = get_args(LookUpResult)
 
 
 @dataclass(slots=True)
@@ -62,7 +75,14 @@ class Figures:
 
     operations: ControllerOperations
     resolver: Resolver
+    neutron: NeutronSource | None = None
     traffic: TrafficCounter = field(default_factory=TrafficCounter)
+
+    def _failures(self, source: str) -> int:
+        if self.neutron is None or source != self.neutron.name:
+            return 0
+        queries = self.neutron.figures.queries
+        return sum(number for result, number in queries.items() if result != "ok")
 
     async def refresh(self) -> None:
         """Read HAProxy's counters once."""
@@ -99,6 +119,7 @@ class Figures:
                     in_sync,
                     *inventory.record_counts(name),
                     refused_records=len(inventory.problems_of(name)),
+                    failures=self._failures(name),
                 )
                 for name, in_sync in inventory.sources.items()
             },
@@ -130,4 +151,15 @@ class Figures:
                 (one.endpoint_set, one.endpoint): one.up for one in operations.nova_watch.endpoints
             },
             nova_refused=operations.nova_watch.refused.totals,
+            neutron=None if self.neutron is None else _neutron(self.neutron.figures),
         )
+
+
+def _neutron(figures: NeutronFigures) -> NeutronCounts:
+    return NeutronCounts(
+        queries={result: figures.queries.get(result, 0) for result in _QUERY_RESULTS},
+        look_ups={result: figures.look_ups.get(result, 0) for result in _LOOK_UP_RESULTS},
+        ports=figures.ports,
+        stale_s=figures.stale_s,
+        backoff_s=figures.backoff_s,
+    )

@@ -159,7 +159,7 @@ class RecordLoop:
             if known.upstream is Upstream.EMBEDDED:
                 self._compile(instance)
         keys = [key for key, _ in self.inventory.addresses()]
-        wanted = self._plan(keys)
+        wanted = self._plan([*keys, *self.learned])
         return {key: value for key, value in wanted.items() if value is not None}
 
     async def run(self) -> None:

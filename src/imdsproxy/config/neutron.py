@@ -76,7 +76,8 @@ class NeutronSourceSettings(Section):
     list_every_s: float = setting(
         0.0,
         "Seconds between two readings of all ports, so that no guest's first request waits for Neutron; 0 for "
-        "none: ports are looked up when a guest asks.",
+        "none: ports are looked up when a guest asks. What is on the list is as old as the list, unless its guest "
+        "asked.",
         Change.RESTART,
         ge=0,
         le=86_400,

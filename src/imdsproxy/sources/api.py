@@ -164,7 +164,10 @@ class Confirmation:
 
 
 class LookUpSource(Source, Protocol):
-    """A source that does not tell everything by itself, but can be asked for an address."""
+    """A source that does not tell everything by itself, but can be asked for an address.
+
+    It is in sync also while it cannot be asked: who is not known is then told so by `LookUpUnavailable`.
+    """
 
     async def look_up(self, scope: Scope, network: NetworkId, address: IpAddress) -> LookUp:
         """Whose the address is, for a guest that asks; never raises.

@@ -97,7 +97,8 @@ class NeutronSource:
     async def run(self, publish: Publish) -> None:
         """Report what is known, and keep it up to date, until cancelled.
 
-        While Neutron does not answer the source is out of sync, and what it told stays.
+        While Neutron does not answer what was told stays, and the source tells of that as a problem. It stays in
+        sync: to know more than it does it needs a guest's question, not time.
         """
         running = Running(
             self._name,

@@ -80,6 +80,7 @@ class Running:
         self._complete = False
         self._full = False
         self._probed = False
+        self._down = False
         self._told: tuple[bool, tuple[Problem, ...]] | None = None
         self._list_failure: SourceUnavailable | None = None
         self._saved = clock.monotonic()
@@ -188,14 +189,16 @@ class Running:
         outage = self.asking.outage
         if outage is None:
             log.info("neutron answers again")
-        elif self._told is None or self._told[0]:
+        elif not self._down:
             log.warning("neutron does not answer", error=outage.failure.message)
+        self._down = outage is not None
         self._tell()
 
     def _tell(self) -> None:
         """Publish what has changed; the first time everything, once everything is known."""
         changes = self.known.changes()
-        in_sync = self._complete and self.asking.outage is None
+        # Not a word of Neutron's being there: what is known is told, and who is not known is asked for.
+        in_sync = self._complete
         problems = tuple(self._problems())
         full = self._complete and not self._full
         # Before the list was read there is nothing to say, unless it cannot be read.

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import pytest
 from prometheus_client.exposition import generate_latest
@@ -11,6 +12,7 @@ from imdsproxy.admin.metrics import (
     MetricDescription,
     MetricsSnapshot,
     NetworkTraffic,
+    NeutronCounts,
     SourceFigures,
     Timing,
     bound_networks,
@@ -40,6 +42,13 @@ FULL = MetricsSnapshot(
     resolver_held=2,
     commands={"ok": 30},
     traffic={"blue": NetworkTraffic(100, 3, 1), "red": NetworkTraffic(10, 0, 0)},
+    neutron=NeutronCounts(
+        queries={"ok": 9, "failed": 2, "timeout": 1},
+        look_ups={"found": 5, "negative-cached": 3},
+        ports=7,
+        stale_s=12.5,
+        backoff_s=0.75,
+    ),
     nova_up={("default", "192.0.2.1:8775"): True, ("default", "192.0.2.2:8775"): False},
     nova_refused={"default": 6},
 )
@@ -83,10 +92,20 @@ def _value(snapshot: MetricsSnapshot, name: str, **labels: str) -> float:
             0,
         ),
         ("imdsproxy_nova_refused_total", {"endpoint_set": "default"}, 6),
+        ("imdsproxy_neutron_queries_total", {"result": "timeout"}, 1),
+        ("imdsproxy_neutron_look_ups_total", {"result": "negative-cached"}, 3),
+        ("imdsproxy_neutron_ports", {}, 7),
+        ("imdsproxy_neutron_stale_seconds", {}, 12.5),
+        ("imdsproxy_neutron_backoff_seconds", {}, 0.75),
     ],
 )
 def test_a_figure_is_told_under_its_name(name: str, labels: dict[str, str], value: float) -> None:
     assert _value(FULL, name, **labels) == value
+
+
+def test_without_the_source_neutron_nothing_is_told_of_it() -> None:
+    snapshot = replace(FULL, neutron=None)
+    assert not any("neutron" in name for name, _ in _samples(snapshot))
 
 
 def test_every_described_metric_is_exposed_and_no_other_of_ours() -> None:

@@ -1,0 +1,376 @@
+"""Who an unknown address is, where there is somebody to ask; and how that is explained."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from ipaddress import IPv4Address, IPv6Address
+from types import SimpleNamespace
+from typing import Final
+
+import pytest
+
+from imdsproxy.app.explain import Explainer
+from imdsproxy.app.lookup import Lookup
+from imdsproxy.app.tickets import Tickets
+from imdsproxy.core.identity import Learned
+from imdsproxy.core.inventory import AddressKey, Conflict, Inventory, Observation
+from imdsproxy.core.model import (
+    Instance,
+    InstanceId,
+    IpAddress,
+    MacAddress,
+    NamespaceListener,
+    Network,
+    NetworkId,
+    Port,
+    Scope,
+    Upstream,
+)
+from imdsproxy.core.plan import plan_record
+from imdsproxy.core.upstream import EndpointSet, NovaRouting
+from imdsproxy.core.wire import MapRecord, NovaRecord, parse_map_value
+from imdsproxy.serving.resolver import Contested, Known, Missing, Resolution
+from imdsproxy.sources.api import (
+    Confirmation,
+    LookUp,
+    LookUpUnavailable,
+    PortAmbiguous,
+    PortFound,
+    PortMissing,
+)
+from support.fake_look_ups import FakeLookUps
+
+_NET: Final = NetworkId("net")
+_ROUTER: Final = NetworkId("router")
+_ADDRESS: Final = IPv4Address("10.0.0.5")
+_MAC: Final = MacAddress("fa:16:3e:00:00:05")
+_EUI64: Final = IPv6Address("fe80::f816:3eff:fe00:5")
+_PRIVATE: Final = IPv6Address("fe80::1234")
+_FOUND: Final = PortFound(_NET, InstanceId("web"))
+_WEB: Final = Instance(
+    InstanceId("web"),
+    "web",
+    "web",
+    project="blue",
+    ports=(Port(_NET, _MAC, (_ADDRESS,)),),
+    upstream=Upstream.NOVA,
+)
+_NOVA: Final = NovaRouting((EndpointSet("default", b"secret"),))
+
+
+class _Clock:
+    def monotonic(self) -> float:
+        return 100.0
+
+    def now(self) -> datetime:
+        return datetime.fromtimestamp(100, UTC)
+
+
+class _Neighbours:
+    mac: MacAddress | None = None
+
+    async def neighbour(self, network: Network, address: IpAddress) -> MacAddress | None:
+        del network, address
+        return self.mac
+
+
+@dataclass
+class _Records:
+    """As much of the record loop as a look-up uses; everything is in force at once."""
+
+    inventory: Inventory
+    routing: NovaRouting = _NOVA
+    learned: dict[AddressKey, Learned] = field(default_factory=dict)
+    touched: list[AddressKey] = field(default_factory=list)
+    tickets: Tickets = field(default_factory=Tickets)
+    revisions: dict[InstanceId, str] = field(default_factory=dict)
+
+    def learn(self, key: AddressKey, learned: Learned) -> int:
+        self.learned[key] = learned
+        return 0
+
+    def forget(self, key: AddressKey) -> int:
+        del self.learned[key]
+        return 0
+
+    def touch(self, key: AddressKey) -> int:
+        self.touched.append(key)
+        return 0
+
+    def planned(self, key: AddressKey) -> MapRecord | Conflict | None:
+        return plan_record(self.inventory, key, self.revisions, self.learned, self.routing)
+
+
+class Rig:
+    """A look-up whose source has published `web` before anybody asks, as it does when it finds it."""
+
+    def __init__(self, *, told: bool = True, listed: Scope | None = None) -> None:
+        self.inventory = Inventory(["neutron", "file"])
+        self.source = FakeLookUps()
+        self.records = _Records(self.inventory)
+        self.neighbours = _Neighbours()
+        self.lookup = Lookup(
+            self.inventory,
+            self.records,  # type: ignore[arg-type]  # the part that is used
+            self.neighbours,
+            _Clock(),
+            lambda: 30.0,
+            self.source,
+        )
+        networks = {}
+        if listed is not None:
+            network = _NET if listed is Scope.NETWORK else _ROUTER
+            networks = {network: Network(network, NamespaceListener("ns"), scope=listed)}
+        self.inventory.observe(Observation("file", full=True, networks=networks))
+        self.inventory.observe(Observation("neutron", full=True))
+        self.told = told
+
+    def answer(
+        self, answer: object, address: IpAddress = _ADDRESS, scope: Scope = Scope.NETWORK
+    ) -> None:
+        network = _NET if scope is Scope.NETWORK else _ROUTER
+        self.source.answers[scope, network, address] = answer  # type: ignore[assignment]
+
+    def publish(self, *instances: Instance, source: str = "neutron") -> None:
+        self.inventory.observe(
+            Observation(
+                source,
+                full=True,
+                instances={each.id: each for each in instances},
+                implied_networks=frozenset({_NET}),
+            )
+        )
+
+    async def look(self, key: AddressKey, scope: Scope | None = None) -> Resolution:
+        return await self.lookup.look(key, scope)
+
+    @property
+    def explainer(self) -> Explainer:
+        listeners = SimpleNamespace(report=SimpleNamespace(left_out=(), endpoints=()))
+        haproxy = SimpleNamespace(processes=None)
+        return Explainer(
+            self.inventory,
+            self.records,  # type: ignore[arg-type]  # the part that is used
+            listeners,  # type: ignore[arg-type]  # as above
+            haproxy,  # type: ignore[arg-type]  # as above
+            self.lookup,
+        )
+
+
+class _PublishingLookUps(FakeLookUps):
+    """Publishes what it finds before it says so."""
+
+    def __init__(self, rig: Rig) -> None:
+        super().__init__(rig.source.answers)
+        self._rig = rig
+
+    async def look_up(self, scope: Scope, network: NetworkId, address: IpAddress) -> LookUp:
+        answer = await super().look_up(scope, network, address)
+        if isinstance(answer, PortFound):
+            self._rig.publish(_WEB)
+        return answer
+
+
+def _rig(listed: Scope | None = None) -> Rig:
+    rig = Rig(listed=listed)
+    rig.source = _PublishingLookUps(rig)
+    rig.lookup.source = rig.source
+    return rig
+
+
+def _record(resolution: Resolution) -> NovaRecord:
+    assert isinstance(resolution, Known)
+    assert resolution.nova is not None
+    record = parse_map_value(resolution.nova)
+    assert isinstance(record, NovaRecord)
+    return record
+
+
+async def test_an_address_that_nobody_told_of_is_asked_for() -> None:
+    rig = _rig()
+    rig.answer(_FOUND)
+    record = _record(await rig.look((_NET, _ADDRESS)))
+    assert (record.instance, record.project) == ("web", "blue")
+    assert rig.records.touched == [(_NET, _ADDRESS)]
+    assert rig.records.learned == {}
+
+
+async def test_an_address_that_is_known_is_not_asked_for() -> None:
+    rig = _rig()
+    rig.publish(_WEB)
+    assert isinstance(await rig.look((_NET, _ADDRESS)), Known)
+    assert rig.source.asked == []
+
+
+async def test_without_an_endpoint_set_nobody_is_asked_again() -> None:
+    rig = _rig()
+    rig.publish(_WEB)
+    rig.records.routing = NovaRouting()
+    assert await rig.look((_NET, _ADDRESS)) == Missing(in_sync=False)
+    assert rig.source.asked == []
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        (PortMissing(), Missing(in_sync=True)),
+        (PortAmbiguous(2), Missing(in_sync=True)),
+        (LookUpUnavailable("down"), Missing(in_sync=False)),
+    ],
+)
+async def test_what_is_not_found_is_404_and_what_cannot_be_asked_for_503(
+    answer: object, expected: Missing
+) -> None:
+    rig = _rig()
+    rig.answer(answer)
+    assert await rig.look((_NET, _ADDRESS)) == expected
+
+
+async def test_nobody_is_404_only_when_all_other_sources_have_told_everything() -> None:
+    rig = _rig()
+    rig.inventory.observe(Observation("file", in_sync=False))
+    assert await rig.look((_NET, _ADDRESS)) == Missing(in_sync=False)
+
+
+async def test_what_is_found_and_gone_again_is_to_be_asked_for_once_more() -> None:
+    rig = Rig()
+    rig.answer(_FOUND)
+    assert await rig.look((_NET, _ADDRESS)) == Missing(in_sync=False)
+
+
+async def test_an_address_that_another_source_claims_for_somebody_else_is_contested() -> None:
+    rig = _rig()
+    rig.answer(_FOUND)
+    other = replace(_WEB, id=InstanceId("other"), upstream=Upstream.EMBEDDED)
+    rig.answer(_FOUND, scope=Scope.ROUTER)
+    rig.inventory.observe(Observation("file", full=True, instances={other.id: other}))
+    assert await rig.look((_NET, _ADDRESS)) == Contested()
+    # So it is behind a router.
+    rig.publish(_WEB)
+    assert await rig.look((_ROUTER, _ADDRESS), Scope.ROUTER) == Contested()
+
+
+@pytest.mark.parametrize("listed", [None, Scope.ROUTER])
+async def test_behind_a_router_the_address_is_learned_by_way_of_its_own_network(
+    listed: Scope | None,
+) -> None:
+    rig = _rig(listed)
+    rig.answer(_FOUND, scope=Scope.ROUTER)
+    said = Scope.ROUTER if listed is None else None
+    record = _record(await rig.look((_ROUTER, _ADDRESS), said))
+    assert (record.instance, record.project) == ("web", "blue")
+    assert rig.records.learned == {
+        (_ROUTER, _ADDRESS): Learned(InstanceId("web"), math.inf, via=(_NET, _ADDRESS))
+    }
+    await rig.lookup.review()
+    assert rig.records.learned
+
+
+async def test_a_networks_record_says_what_it_is_not_the_request() -> None:
+    rig = _rig(Scope.NETWORK)
+    rig.answer(_FOUND)
+    assert isinstance(await rig.look((_NET, _ADDRESS), Scope.ROUTER), Known)
+    assert rig.source.asked == [(Scope.NETWORK, _NET, _ADDRESS)]
+
+
+async def test_what_holds_no_more_behind_a_router_is_forgotten() -> None:
+    rig = _rig()
+    rig.answer(_FOUND, scope=Scope.ROUTER)
+    await rig.look((_ROUTER, _ADDRESS), Scope.ROUTER)
+    rig.source.routed.clear()
+    await rig.lookup.review()
+    assert rig.records.learned == {}
+
+
+async def test_what_was_known_behind_routers_before_a_restart_is_known_again() -> None:
+    rig = _rig()
+    rig.source.routed[_ROUTER, _ADDRESS] = _FOUND
+    rig.lookup.follow_routes()
+    assert rig.records.learned[_ROUTER, _ADDRESS].via == (_NET, _ADDRESS)
+    rig.source.routed[_ROUTER, _ADDRESS] = PortFound(_NET, InstanceId("db"))
+    rig.lookup.follow_routes()
+    assert rig.records.learned[_ROUTER, _ADDRESS].instance == "db"
+
+
+async def test_a_private_link_local_address_is_asked_for_by_the_mac_of_the_neighbour_table() -> (
+    None
+):
+    rig = _rig(Scope.NETWORK)
+    rig.answer(_FOUND, _EUI64)
+    assert await rig.look((_NET, _PRIVATE)) == Missing(in_sync=True)
+    assert rig.source.asked == []
+    rig.neighbours.mac = _MAC
+    assert isinstance(await rig.look((_NET, _PRIVATE)), Known)
+    assert rig.source.asked == [(Scope.NETWORK, _NET, _EUI64)]
+    assert rig.records.learned == {(_NET, _PRIVATE): Learned(InstanceId("web"), 130.0)}
+
+
+# Explained
+
+
+async def test_a_guest_that_is_found_is_explained_with_the_age_of_its_confirmation() -> None:
+    rig = _rig()
+    rig.answer(_FOUND)
+    rig.source.confirmed = Confirmation("p-1", 3.4, stale=False)
+    told = await rig.explainer.explain(_NET, _ADDRESS)
+    assert (told.verdict, told.answer, told.instance, told.source) == (
+        "found",
+        200,
+        "web",
+        "neutron",
+    )
+    assert told.why == (
+        "no source tells how net is reached: its guests come through the unix listener",
+        "instance web has 10.0.0.5, known by address",
+        "it is port p-1 of neutron, confirmed 3 s ago",
+    )
+    assert told.policy == {"upstream": "nova", "endpoint set": "default", "project": "blue"}
+
+
+async def test_one_that_neutron_cannot_confirm_is_said_to_be_stale() -> None:
+    rig = _rig()
+    rig.publish(_WEB)
+    rig.source.confirmed = Confirmation("p-1", 90, stale=True)
+    told = await rig.explainer.explain(_NET, _ADDRESS)
+    assert told.verdict == "found"
+    assert told.why[-1] == (
+        "it is port p-1 of neutron, confirmed 90 s ago; stale since, because neutron does not answer"
+    )
+
+
+async def test_a_guest_behind_a_router_is_explained_by_the_router() -> None:
+    rig = _rig()
+    rig.answer(_FOUND, scope=Scope.ROUTER)
+    told = await rig.explainer.explain(_ROUTER, _ADDRESS)
+    assert (told.verdict, told.network, told.how) == ("found", "router", "router")
+    assert "router router leads to network net" in told.why
+    assert told.policy["project"] == "blue"
+
+
+@pytest.mark.parametrize(
+    ("answer", "status", "words"),
+    [
+        (PortMissing(), 404, "has no port that may be told anything"),
+        (
+            PortAmbiguous(2),
+            404,
+            "2 ports of neutron have it there; whose guest asks is not guessed",
+        ),
+        (LookUpUnavailable("refused"), 503, "neutron cannot be asked: refused"),
+    ],
+)
+async def test_who_is_not_found_is_explained(answer: object, status: int, words: str) -> None:
+    rig = _rig()
+    rig.answer(answer)
+    told = await rig.explainer.explain(_NET, _ADDRESS)
+    assert (told.verdict, told.answer) == ("unknown", status)
+    assert any(words in step for step in told.why)
+
+
+async def test_without_anybody_to_ask_an_unknown_network_is_none() -> None:
+    rig = Rig()
+    rig.lookup.source = None
+    told = await rig.explainer.explain(_NET, _ADDRESS)
+    assert (told.verdict, told.answer) == ("no-network", 404)
