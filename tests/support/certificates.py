@@ -87,7 +87,6 @@ def _make(directory: Path, name: str, extensions: Sequence[str], *options: str) 
         capture_output=True,
     )  # fmt: skip
     bundle.write_bytes(certificate.read_bytes() + key.read_bytes())
-    # HAProxy's worker and this test are different users.
     for file in (key, bundle):
-        file.chmod(0o644)
+        file.chmod(0o600)
     return Certificate(certificate, key, bundle)

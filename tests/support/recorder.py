@@ -379,6 +379,8 @@ class Recorder:
 
     async def _kill(self) -> None:
         await self._refuse()
+        # A task that has not begun would not close its socket.
+        await asyncio.sleep(0)
         for task in self._open:
             task.cancel()
         await asyncio.gather(*self._open, return_exceptions=True)

@@ -1,0 +1,334 @@
+"""How Nova is reached: over TLS, by IPv6 or a name, and with a secret that is being replaced."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import pytest
+
+from support.certificates import Authority, Certificate, make_authority, server_context
+from support.lab import until
+from support.nova_world import SECRET, NovaWorld, open_nova_world
+from support.recorder import Recorder, close_without_a_byte, hang, reply, reset
+
+pytestmark = pytest.mark.root
+
+_PASSWORD: Final = "/openstack/2013-04-04/password"
+_NEXT_SECRET: Final = "the secret of tomorrow"
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NovaWorld]:
+    hosts = tmp_path_factory.mktemp("etc") / "hosts"
+    hosts.write_text("127.0.0.1 localhost nova.test\n::1 nova.test\n")
+    with open_nova_world(novas=2, hosts=hosts) as one:
+        yield one
+
+
+@dataclass(frozen=True, slots=True)
+class _Authorities:
+    right: Authority
+    wrong: Authority
+    server: Certificate
+    client: Certificate
+    stranger: Certificate
+
+
+@pytest.fixture(scope="module")
+def authorities(tmp_path_factory: pytest.TempPathFactory) -> _Authorities:
+    directory: Path = tmp_path_factory.mktemp("certificates")
+    right, wrong = (make_authority(directory, name) for name in ("right", "wrong"))
+    return _Authorities(
+        right,
+        wrong,
+        server=right.issue("server", names=["DNS:localhost", "IP:127.0.0.1"]),
+        client=right.issue("client"),
+        stranger=wrong.issue("stranger"),
+    )
+
+
+def _use(
+    world: NovaWorld,
+    novas: Sequence[Recorder],
+    fields: Mapping[str, object] | None = None,
+    *,
+    name: str | None = None,
+    secrets: Sequence[str] = ("current", "current"),
+) -> None:
+    """Have the daemon ask these.
+
+    Args:
+        fields: More of the endpoint set's settings.
+        name: What they are called, in place of their address.
+        secrets: Which secret each of them has.
+    """
+    endpoints: list[Mapping[str, object]] = []
+    for nova, secret in zip(novas, secrets, strict=False):
+        scheme = nova.url.partition(":")[0]
+        url = nova.url if name is None else f"{scheme}://{name}:{nova.port}"
+        endpoints.append({"url": url, "secret": secret})
+    written = {
+        key: str(value) if isinstance(value, Path) else value
+        for key, value in (fields or {}).items()
+    }
+    world.take_over(world.settings(endpoints, fields=written))
+
+
+def _answered(world: NovaWorld, by: Recorder | None = None) -> bool:
+    """Whether a guest gets an answer, and this Nova gave one since it was told to forget."""
+    return world.red.ask("/openstack").status == 200 and (by is None or bool(by.requests))
+
+
+def _never_answered(world: NovaWorld, nova: Recorder) -> None:
+    for _ in range(3):
+        answer = world.red.ask("/openstack")
+        assert answer.status == 503
+        assert answer.headers["retry-after"]
+    # Its handshakes fail: connections come, and nothing else.
+    until(lambda: nova.connections > 0, what="a try")
+    assert not nova.heads
+
+
+def test_https_is_checked_against_the_named_authority(
+    world: NovaWorld, authorities: _Authorities
+) -> None:
+    context = server_context(authorities.server)
+    ours = {"ca_file": authorities.right.ca_file}
+    with Recorder(namespace=world.lab.host, secret=SECRET, tls=context) as nova:
+        for name, fields in (("localhost", ours), (None, {**ours, "server_name": "localhost"})):
+            _use(world, [nova], fields, name=name)
+            until(lambda: _answered(world, nova), what="an answer over TLS")
+            nova.forget()
+            assert _answered(world)
+            expected = {
+                b"host": f"{name or '127.0.0.1'}:{nova.port}".encode(),
+                **world.identity("red"),
+            }
+            assert dict(nova.only().headers) == expected
+        nova.answer(reply(b"\xff" * 1_000_000))
+        assert world.red.ask("/openstack").body == b"\xff" * 1_000_000
+
+
+def test_a_certificate_of_another_authority_or_for_another_name_is_refused(
+    world: NovaWorld, authorities: _Authorities
+) -> None:
+    foreign = authorities.right.issue("foreign", names=["DNS:elsewhere.example"])
+    right, wrong = authorities.right.ca_file, authorities.wrong.ca_file
+    for certificate, fields in (
+        (authorities.server, {"ca_file": wrong, "server_name": "localhost"}),
+        (authorities.server, {"server_name": "localhost"}),
+        (authorities.server, {"ca_file": right, "server_name": "elsewhere.example"}),
+        (foreign, {"ca_file": right, "server_name": "localhost"}),
+    ):
+        context = server_context(certificate)
+        with Recorder(namespace=world.lab.host, secret=SECRET, tls=context) as nova:
+            _use(world, [nova], fields)
+            _never_answered(world, nova)
+
+
+def test_no_certificate_is_checked_where_the_operator_says_so(
+    world: NovaWorld, authorities: _Authorities
+) -> None:
+    context = server_context(authorities.wrong.issue("any", names=["DNS:elsewhere.example"]))
+    with Recorder(namespace=world.lab.host, secret=SECRET, tls=context) as nova:
+        _use(world, [nova], {"verify": False})
+        until(lambda: _answered(world, nova), what="an answer over TLS")
+
+
+def test_a_nova_that_wants_a_certificate_gets_the_right_one(
+    world: NovaWorld, authorities: _Authorities
+) -> None:
+    context = server_context(authorities.server, clients=authorities.right)
+    ours = {"ca_file": authorities.right.ca_file, "server_name": "localhost"}
+    with Recorder(namespace=world.lab.host, secret=SECRET, tls=context) as nova:
+        _use(world, [nova], ours)
+        _never_answered(world, nova)
+        nova.forget()
+        _use(world, [nova], {**ours, "client_cert_file": authorities.stranger.bundle})
+        _never_answered(world, nova)
+        client = authorities.client
+        for shown in (
+            {"client_cert_file": client.bundle},
+            {"client_cert_file": client.certificate, "client_key_file": client.key},
+        ):
+            _use(world, [nova], {**ours, **shown})
+            until(lambda: _answered(world, nova), what="an answer over TLS")
+
+
+def test_nova_is_reached_by_ipv6(world: NovaWorld) -> None:
+    with Recorder(namespace=world.lab.host, address="::1", secret=SECRET) as nova:
+        _use(world, [nova])
+        until(lambda: _answered(world, nova), what="an answer over IPv6")
+        nova.forget()
+        assert _answered(world)
+        assert nova.only().values("host") == (f"[::1]:{nova.port}".encode(),)
+
+
+def _until_asked(world: NovaWorld, nova: Recorder) -> None:
+    nova.forget()
+    until(lambda: _answered(world, nova), what="its being up again")
+
+
+def test_a_name_is_each_of_its_addresses(world: NovaWorld) -> None:
+    with (
+        Recorder(namespace=world.lab.host, address="127.0.0.1", secret=SECRET) as v4,
+        Recorder(namespace=world.lab.host, address="::1", secret=SECRET, port=v4.port) as v6,
+    ):
+        _use(world, [v4], name="nova.test")
+        assert all(_answered(world) for _ in range(6))
+        for nova in (v4, v6):
+            assert len(nova.requests) == 3
+            hosts = {one.values("host") for one in nova.requests}
+            assert hosts == {(f"nova.test:{v4.port}".encode(),)}
+        for victim, heir in ((v4, v6), (v6, v4)):
+            heir.forget()
+            victim.kill()
+            assert all(_answered(world, heir) for _ in range(4))
+            victim.listen()
+            _until_asked(world, victim)
+
+
+def test_the_host_that_nova_gets_can_be_set(world: NovaWorld) -> None:
+    _use(world, world.novas, {"host": "nova.example"})
+
+    world.forget()
+    assert all(_answered(world) for _ in range(4))
+    assert {one.values("host") for one in world.requests()} == {(b"nova.example",)}
+
+
+def test_settings_are_in_force_when_the_reload_says_so(world: NovaWorld) -> None:
+    first, second = world.novas
+    for number in range(8):
+        now, before = (first, second) if number % 2 else (second, first)
+        _use(world, [now])
+        world.forget()
+        assert world.red.ask("/openstack", method="POST", body=b"abc").status == 200
+        assert _answered(world)
+        assert len(now.requests) == 2
+        assert not before.requests
+
+
+def test_a_file_that_is_missing_changes_nothing_until_it_is_there(
+    world: NovaWorld, authorities: _Authorities
+) -> None:
+    _use(world, world.novas)
+    context = server_context(authorities.server)
+    with Recorder(namespace=world.lab.host, secret=SECRET, tls=context) as nova:
+        later = world.daemon.directory / "later.pem"
+        fields = {"ca_file": str(later), "server_name": "localhost"}
+        world.daemon.configure(world.settings([{"url": nova.url}], fields=fields))
+        refused = world.daemon.command("reload")
+        assert refused.status != 0
+        assert str(later) in refused.err
+        assert all(_answered(world) for _ in range(3))
+        assert not nova.connections
+        later.write_bytes(authorities.right.ca_file.read_bytes())
+        assert world.daemon.command("reload").status == 0
+        until(lambda: _answered(world, nova), what="an answer over TLS")
+
+
+# A secret that is being replaced
+
+
+@pytest.fixture
+def rotating(world: NovaWorld) -> Iterator[NovaWorld]:
+    """The second Nova has the next secret already, and both answer."""
+    world.novas[1].secret = _NEXT_SECRET
+    _use(world, world.novas, _next(world), secrets=("current", "next"))
+    until(lambda: _statuses(world) == {200}, what="both signatures")
+    world.forget()
+    yield world
+    world.forget()
+    for nova in world.novas:
+        nova.secret = SECRET
+        nova.kill()
+        nova.listen()
+
+
+def _next(world: NovaWorld) -> Mapping[str, object]:
+    return {"next_secret_file": world.secret_file("next", _NEXT_SECRET)}
+
+
+def _statuses(world: NovaWorld) -> set[int]:
+    """What GETs and POSTs get, enough of them that each Nova has some of both."""
+    asked = [("GET", b""), ("GET", b""), ("POST", b"abc"), ("POST", b"abc")] * 2
+    return {world.red.ask(_PASSWORD, method=method, body=body).status for method, body in asked}
+
+
+def test_each_nova_gets_the_signature_of_its_own_secret(rotating: NovaWorld) -> None:
+    assert _statuses(rotating) == {200}
+    first, second = rotating.novas
+    for nova, secret in ((first, SECRET), (second, _NEXT_SECRET)):
+        assert {one.method for one in nova.requests} == {"GET", "POST"}
+        for one in nova.requests:
+            expected = {
+                b"host": first.authority.encode(),
+                **rotating.identity("red", secret),
+                **({b"content-length": b"3"} if one.body else {}),
+            }
+            assert sorted(one.headers) == sorted(expected.items())
+
+
+def test_requests_go_over_to_the_nova_with_the_other_secret_when_one_dies(
+    rotating: NovaWorld,
+) -> None:
+    first, second = rotating.novas
+    for victim, heir in ((first, second), (second, first)):
+        until(lambda: _both_asked(rotating), what="both Novas' being up")
+        rotating.forget()
+        victim.kill()
+        assert {rotating.red.ask("/openstack").status for _ in range(8)} == {200}
+        assert len(heir.requests) == 8
+        victim.listen()
+
+
+def _both_asked(world: NovaWorld) -> bool:
+    assert _answered(world)
+    return all(nova.requests for nova in world.novas)
+
+
+def test_a_get_that_one_nova_resets_is_signed_anew_for_the_other(rotating: NovaWorld) -> None:
+    for ill, well in (rotating.novas, reversed(rotating.novas)):
+        rotating.forget()
+        ill.always(reset())
+        assert {rotating.red.ask("/openstack").status for _ in range(6)} == {200}
+        assert len(well.requests) == 6
+        assert ill.requests
+
+
+def test_a_post_is_sent_once_between_two_secrets_too(rotating: NovaWorld) -> None:
+    for fault in (hang(), reset(), close_without_a_byte()):
+        rotating.forget()
+        for nova in rotating.novas:
+            nova.always(fault)
+        answer = rotating.red.ask(_PASSWORD, method="POST", body=b"abc")
+        assert answer.status == 503
+        assert answer.headers["retry-after"]
+        assert sum(len(nova.heads) for nova in rotating.novas) == 1
+
+
+def test_a_secret_is_replaced_without_a_guest_noticing(world: NovaWorld) -> None:
+    first, second = world.novas
+    _use(world, world.novas)
+    until(lambda: _statuses(world) == {200}, what="the secret of now")
+    try:
+        for nova, secrets in ((first, ("next", "current")), (second, ("next", "next"))):
+            # An operator takes a Nova out, gives it the next secret, tells the daemon, and takes it in again.
+            nova.kill()
+            nova.secret = _NEXT_SECRET
+            _use(world, world.novas, _next(world), secrets=secrets)
+            assert all(_answered(world) for _ in range(8))
+            # A POST that meets the one that is away, before a check has said so, is told to come again.
+            until(lambda: _statuses(world) == {200}, what="its being known to be down")
+            world.forget()
+            nova.listen()
+            until(lambda: _both_asked(world), what="both Novas' being up")
+            assert _statuses(world) == {200}
+        _use(world, world.novas, {"secret_file": world.secret_file("next", _NEXT_SECRET)})
+        assert _statuses(world) == {200}
+        assert _statuses(world) == {200}
+    finally:
+        first.secret = second.secret = SECRET

@@ -1,0 +1,303 @@
+"""What Nova receives of a request, and what a guest gets of Nova's answer: byte for byte."""
+
+from __future__ import annotations
+
+import asyncio
+import gzip
+import hashlib
+import time
+from collections.abc import Iterator
+from typing import Final
+
+import pytest
+
+from imdsproxy.dataplane.master import MasterClient
+from support.guest import IPV6, Reply
+from support.lab import patience, until
+from support.nova_world import SECRET, NovaWorld, open_nova_world
+from support.recorder import Answer, End, Received, hang, reply
+
+pytestmark = pytest.mark.root
+
+_PASSWORD: Final = "/openstack/2013-04-04/password"
+_ALLOWED: Final = (
+    "Accept: application/json, */*;q=0.1",
+    "Content-Type: application/x-www-form-urlencoded",
+    "User-Agent: Cloud-Init/25.1",
+    'If-None-Match: "a"',
+    "If-Modified-Since: Thu, 01 Jan 1970 00:00:00 GMT",
+    "Range: bytes=0-9",
+)
+_BODIES: Final = {
+    "text": "#cloud-config\nhostname: ä\n".encode(),
+    "gzip": gzip.compress(b"#!/bin/sh\necho hello\n" * 100, mtime=0),
+    "every byte": bytes(range(256)) * 40,
+    "a mebibyte": hashlib.shake_256(b"x").digest(1024 * 1024),
+}
+
+
+@pytest.fixture(scope="module")
+def shared() -> Iterator[NovaWorld]:
+    with open_nova_world() as one:
+        yield one
+
+
+@pytest.fixture
+def world(shared: NovaWorld) -> NovaWorld:
+    shared.forget()
+    return shared
+
+
+def _lower(lines: tuple[str, ...]) -> dict[bytes, bytes]:
+    pairs = (line.encode().split(b": ", 1) for line in lines)
+    return {name.lower(): value for name, value in pairs}
+
+
+def _headers(request: Received) -> list[tuple[bytes, bytes]]:
+    return sorted(request.headers)
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH"])
+def test_nova_receives_what_was_asked_who_asks_and_nothing_else(
+    world: NovaWorld, method: str
+) -> None:
+    for network in ("red", "green"):
+        world.forget()
+        target = "/openstack/latest/a%2Fb//c?d=e%3F&&f"
+        refused = ("Cookie: a=b", "Accept-Encoding: gzip", "X-Metadata-Provider: x", "Via: 1.1 x")
+        body = b"p\0\xff" if method in ("POST", "PUT", "PATCH") else b""
+        answer = world.guests[network].ask(
+            target, method=method, headers=(*_ALLOWED, *refused), body=body
+        )
+        assert answer.status == 200
+        seen = world.nova.only()
+        assert (seen.method, seen.target) == (method, target.encode())
+        assert seen.body == seen.raw_body == body
+        assert seen.request_line.endswith(b" HTTP/1.1")
+        expected = {
+            b"host": world.nova.authority.encode(),
+            **world.identity(network),
+            **_lower(_ALLOWED),
+            **({b"content-length": b"3"} if body else {}),
+        }
+        assert _headers(seen) == sorted(expected.items())
+
+
+def test_a_guest_that_asks_over_ipv6_is_the_same_instance(world: NovaWorld) -> None:
+    for source, seen_as in (
+        ("2001:db8::5", b"2001:db8::5"),
+        (world.red.link_local, world.red.link_local.encode()),
+    ):
+        world.forget()
+        assert world.red.ask("/openstack", to=IPV6, source=source).status == 200
+        expected = {**world.identity("red"), b"x-forwarded-for": seen_as}
+        expected[b"host"] = world.nova.authority.encode()
+        assert _headers(world.nova.only()) == sorted(expected.items())
+
+
+@pytest.mark.parametrize("name", sorted(_BODIES))
+def test_a_body_arrives_byte_for_byte(world: NovaWorld, name: str) -> None:
+    body = _BODIES[name]
+    assert world.red.ask(_PASSWORD, method="POST", body=body).status == 200
+    seen = world.nova.only()
+    assert seen.body == seen.raw_body == body
+    assert seen.values("content-length") == (str(len(body)).encode(),)
+
+
+@pytest.mark.parametrize("sizes", [(10,), (1, 2, 3), (344,), (5000, 5000, 7)])
+def test_a_password_in_chunks_arrives_with_its_length(
+    world: NovaWorld, sizes: tuple[int, ...]
+) -> None:
+    parts = [bytes([65 + number]) * size for number, size in enumerate(sizes)]
+    body = b"".join(parts)
+    chunks = b"".join(b"%x\r\n%s\r\n" % (len(part), part) for part in parts) + b"0\r\n\r\n"
+    head = f"POST {_PASSWORD}?a=%2F HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n"
+    head += "Content-Type: text/plain\r\nX-Instance-ID: x\r\n\r\n"
+    assert world.red.raw(head.encode() + chunks, method="POST").status == 200
+    seen = world.nova.only()
+    assert (seen.method, seen.target) == ("POST", f"{_PASSWORD}?a=%2F".encode())
+    assert seen.body == seen.raw_body == body
+    expected = {
+        b"host": world.nova.authority.encode(),
+        **world.identity("red"),
+        b"content-type": b"text/plain",
+        b"content-length": str(len(body)).encode(),
+    }
+    assert _headers(seen) == sorted(expected.items())
+
+
+def test_chunks_that_come_slowly_arrive_as_one_password(world: NovaWorld) -> None:
+    head = f"POST {_PASSWORD} HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+    with world.red.connect() as connection:
+        connection.send(head.encode())
+        for data in (b"3\r\nab", b"c\r\n", b"2\r\nde\r\n0\r", b"\n\r\n"):
+            assert not world.nova.requests
+            connection.send(data)
+        assert connection.read().status == 200
+    assert world.nova.only().body == b"abcde"
+
+
+# Answers
+
+
+def _lines(answer: Reply) -> list[str]:
+    return answer.head.decode("latin-1").split("\r\n")
+
+
+def _sent(world: NovaWorld, answer: Answer, *, method: str = "GET") -> Reply:
+    world.forget()
+    world.nova.answer(answer)
+    return world.red.ask("/latest/user-data", method=method)
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+@pytest.mark.parametrize("name", sorted(_BODIES))
+def test_an_answer_comes_byte_for_byte(world: NovaWorld, name: str, *, chunked: bool) -> None:
+    body = _BODIES[name]
+    headers = ["Content-Type: text/html; charset=UTF-8", "Content-Encoding: gzip"]
+    got = _sent(world, reply(body, headers=headers, chunked=chunked))
+    assert (got.status, got.body) == (200, body)
+    assert got.headers["content-encoding"] == "gzip"
+    if not chunked:
+        assert got.headers["content-length"] == str(len(body))
+
+
+def test_an_answer_that_ends_with_its_connection_comes_whole(world: NovaWorld) -> None:
+    for body in _BODIES.values():
+        got = _sent(world, reply(body, with_length=False, then=End.CLOSE))
+        assert (got.status, got.body) == (200, body)
+
+
+_HEADERS: Final = (
+    "Content-Type: application/octet-stream; charset=x",
+    "Cache-Control: no-cache",
+    "Age: 7",
+    "Date: Thu, 01 Jan 1970 00:00:00 GMT",
+    'ETag: "a"',
+    "Server: Apache/2.4",
+    "Set-Cookie: a=b",
+    "Set-Cookie: c=d",
+    "Vary: Accept-Encoding",
+    "X-Compute-Request-Id: req-1",
+    "X-Odd: \xe4\xff",
+    "X-Empty:",
+    "Retry-After: 30",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("status", [200, 201, 206, 400, 403, 404, 405, 409, 500, 502, 503, 504])
+def test_novas_status_headers_and_body_pass(world: NovaWorld, status: int) -> None:
+    body = b"<html>\xff\xfe</html>"
+    answer = reply(body, status=status, headers=_HEADERS)
+    got = _sent(world, answer)
+    assert (got.status, got.body) == (status, body)
+    first, *lines = _lines(got)
+    assert first == answer.data.partition(b"\r\n")[0].decode()
+    names = [(line.partition(":")[0].lower(), line.partition(":")[2].strip()) for line in lines]
+    expected = [
+        (line.partition(":")[0].lower(), line.partition(":")[2].strip()) for line in _HEADERS
+    ]
+    assert sorted(names) == sorted([*expected, ("content-length", str(len(body)))])
+    assert len(world.nova.requests) == 1
+
+
+@pytest.mark.parametrize("status", [204, 304])
+def test_an_answer_without_a_body_ends_with_its_head(world: NovaWorld, status: int) -> None:
+    world.nova.answer(reply(status=status, headers=('ETag: "a"',), with_length=False))
+    with world.red.connect() as connection:
+        got = connection.request("/latest/user-data")
+        assert (got.status, got.headers) == (status, {"etag": '"a"'})
+        assert connection.request("/openstack").status == 200
+
+
+def test_an_answer_to_head_has_a_length_and_no_body(world: NovaWorld) -> None:
+    world.nova.answer(reply(b"a" * 100, with_body=False))
+    with world.red.connect() as connection:
+        got = connection.request("/latest/user-data", method="HEAD")
+        assert (got.status, got.headers["content-length"]) == (200, "100")
+        assert connection.request("/openstack").status == 200
+    assert [one.method for one in world.nova.requests] == ["HEAD", "GET"]
+
+
+def test_novas_word_on_its_connection_is_not_the_guests(world: NovaWorld) -> None:
+    world.nova.answer(reply(b"a", then=End.CLOSE))
+    with world.red.connect() as connection:
+        assert not connection.request("/openstack").closes
+        assert connection.request("/openstack").status == 200
+
+
+def test_an_answer_is_asked_for_each_time(world: NovaWorld) -> None:
+    for number in range(3):
+        body = b"%d" % number
+        got = _sent(world, reply(body, headers=["Cache-Control: max-age=3600"]))
+        assert got.body == body
+
+
+def test_a_wrong_signature_brings_novas_own_refusal(world: NovaWorld) -> None:
+    world.nova.secret = "another"
+    try:
+        got = world.red.ask("/openstack", headers=["Accept: */*"])
+    finally:
+        world.nova.secret = SECRET
+    assert (got.status, len(got.body)) == (403, 154)
+    assert b"Invalid proxy request signature." in got.body
+    assert len(world.nova.requests) == 1
+
+
+# Connections
+
+
+def test_connections_to_nova_are_kept_and_shared(world: NovaWorld) -> None:
+    with world.red.connect() as red, world.green.connect() as green:
+        for _ in range(20):
+            for connection in (red, green):
+                assert connection.request("/openstack").status == 200
+    assert len(world.nova.requests) == 40
+    # The first request of each guest's connection has one of its own.
+    assert len({one.connection for one in world.nova.requests}) <= 2
+
+
+def _row(world: NovaWorld) -> dict[str, str]:
+    """What HAProxy knows of the one endpoint."""
+    client = MasterClient(world.daemon.runtime / "master.sock")
+
+    async def read() -> list[dict[str, str]]:
+        worker = (await client.read_processes()).worker
+        return [] if worker is None else await client.read_stat(worker)
+
+    rows = asyncio.run(read())
+    name = world.nova.authority
+    return next(row for row in rows if (row["pxname"], row["svname"]) == ("nova.default", name))
+
+
+def test_health_checks_see_nova_go_and_come_and_leave_nothing_there(world: NovaWorld) -> None:
+    world.nova.kill()
+    until(lambda: _row(world)["status"] == "DOWN", what="its being known to be down")
+    world.nova.listen()
+    until(lambda: _row(world)["status"] == "UP", what="its being known to be up")
+    assert _row(world)["check_status"] == "L4OK"
+    assert not world.nova.heads
+    assert not world.nova.fragments
+
+
+def test_a_check_by_http_asks_for_the_versions_that_nova_gives_to_anybody(
+    world: NovaWorld,
+) -> None:
+    endpoints = [{"url": world.nova.url}]
+    world.nova.secret = None
+    world.take_over(world.settings(endpoints, times={"health_check": "http"}))
+    until(lambda: len(world.nova.requests) >= 2, what="two checks")
+    assert {(one.method, one.target) for one in world.nova.requests} == {("GET", b"/")}
+    assert not {name for one in world.nova.requests for name, _ in one.headers} - {
+        b"host",
+        b"connection",
+    }
+    world.nova.always(hang())
+    until(lambda: _row(world)["status"] == "DOWN", what="its hanging to be known")
+    start = time.monotonic()
+    assert world.red.ask("/openstack").status == 503
+    assert time.monotonic() - start < 0.5 * patience()
+    world.forget()
+    until(lambda: _row(world)["status"] == "UP", what="its being known to be well")
+    world.take_over(world.settings(endpoints))
+    world.nova.secret = SECRET
