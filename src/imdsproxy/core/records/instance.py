@@ -33,22 +33,6 @@ if TYPE_CHECKING:
 
 __all__ = ["parse_instance"]
 
-_KEYS: Final = (
-    "id",
-    "name",
-    "hostname",
-    "project",
-    "ports",
-    "ssh_keys",
-    "tags",
-    "user_data",
-    "user_data_file",
-    "vendor_data",
-    "availability_zone",
-    "instance_type",
-    "dialects",
-    "upstream",
-)
 _DOCUMENTS: Final = (
     "ssh_keys",
     "tags",
@@ -60,6 +44,8 @@ _DOCUMENTS: Final = (
     "dialects",
 )
 """What Nova has of its instances itself."""
+
+_KEYS: Final = ("id", "name", "hostname", "project", "ports", "upstream", *_DOCUMENTS)
 _TAG_VALUE: Final = re.compile("[^\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]{0,4096}")
 
 
