@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+from support.daemon import alive
 from support.guest import inside
 from support.lab import until
 from support.namespace_proxy import (
@@ -48,10 +49,6 @@ def place(shared: Place) -> Iterator[Place]:
     """A network without a proxy."""
     yield shared
     shared.clear()
-
-
-def ended(pid: int) -> bool:
-    return command_line(pid) == [""]
 
 
 # In the background
@@ -98,10 +95,11 @@ def test_the_account_is_taken_with_none_of_roots_groups(place: Place, by: str, m
     user = "nobody" if by == "name" else str(_NOBODY.pw_uid)
     group = "nogroup" if by == "name" else str(_NOGROUP.gr_gid)
     words = (f"--metadata_proxy_user={user}", f"--metadata_proxy_group={group}")
+    who = ("/usr/bin/setpriv", "--groups", f"0,{_NOGROUP.gr_gid},4", PROGRAM)
     if mode == "--daemonize":
-        place.start(*words)
+        assert place.run(*place.words(*words), program=who).status == 0
     else:
-        place.open(*words)
+        place.open(*words, program=who)
     status = process_status(place.pid())
     assert status["Uid"] == [str(_NOBODY.pw_uid)] * 4
     assert status["Gid"] == [str(_NOGROUP.gr_gid)] * 4
@@ -109,6 +107,19 @@ def test_the_account_is_taken_with_none_of_roots_groups(place: Place, by: str, m
     assert status["CapEff"] == ["0" * 16]
     # A port below 1024 was bound before.
     assert place.guest.ask("/").status == 200
+
+
+@pytest.mark.parametrize("mode", _MODES)
+def test_an_account_without_a_group_keeps_the_agents_and_no_other(place: Place, mode: str) -> None:
+    who = ("/usr/bin/setpriv", "--regid", "4", "--groups", "0,12", PROGRAM)
+    if mode == "--daemonize":
+        assert place.run(*place.words("--metadata_proxy_user=nobody"), program=who).status == 0
+    else:
+        place.open("--metadata_proxy_user=nobody", program=who)
+    status = process_status(place.pid())
+    assert status["Uid"] == [str(_NOBODY.pw_uid)] * 4
+    assert status["Gid"] == ["4"] * 4
+    assert status["Groups"] == []
 
 
 def test_what_an_agent_puts_into_the_environment_stays(place: Place) -> None:
@@ -124,7 +135,7 @@ def test_a_signal_to_the_pid_in_the_file_ends_it_and_frees_the_port(
 ) -> None:
     pid = place.start()
     os.kill(pid, number)
-    until(lambda: ended(pid), what="HAProxy ends")
+    until(lambda: not alive(pid), what="HAProxy ends")
     assert place.proxies() == []
     assert not place.guest.reaches()
     # The pid file of a process that is gone keeps nobody from starting.
@@ -279,7 +290,7 @@ def test_a_proxy_that_runs_is_not_cleaned_up(place: Place, mode: str) -> None:
 def test_what_a_proxy_left_is_cleaned_up(place: Place, number: signal.Signals) -> None:
     pid = place.start()
     os.kill(pid, number)
-    until(lambda: ended(pid), what="HAProxy ends")
+    until(lambda: not alive(pid), what="HAProxy ends")
     assert place.config.exists()
     cleaned = clean(place, "--pid-file", str(place.pid_file))
     assert (cleaned.status, cleaned.said) == (0, "")

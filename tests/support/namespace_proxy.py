@@ -132,10 +132,10 @@ class Place:
         assert (started.status, started.output, started.said) == (0, "", "")
         return self.pid()
 
-    def open(self, *more: str) -> subprocess.Popen[str]:
+    def open(self, *more: str, program: Sequence[str] = (PROGRAM,)) -> subprocess.Popen[str]:
         """Have a proxy in the foreground that listens."""
         process = subprocess.Popen(
-            self.inside(PROGRAM, *self.words("--nodaemonize", *more)),
+            self.inside(*program, *self.words("--nodaemonize", *more)),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import fcntl
 import os
 import stat
 from collections.abc import Iterator
@@ -74,6 +75,28 @@ def test_of_many_that_want_a_file_one_gets_it(tmp_path: Path) -> None:
         assert len(got) == 1
         assert path.read_bytes() == b"%d" % got[0][0]
         os.close(got[0][1])
+
+
+def test_a_file_that_is_replaced_while_it_is_locked_is_looked_at_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.conf"
+    path.write_bytes(b"old")
+    others: list[int] = []
+    lock = fcntl.flock
+
+    def late(descriptor: int, operation: int) -> None:
+        if not others:
+            # Somebody else was faster between our opening and our locking.
+            others.append(-1)
+            others.append(claim_file(path, b"theirs"))
+        lock(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with pytest.raises(HostRefused, match="in use"):
+        claim_file(path, b"ours")
+    assert path.read_bytes() == b"theirs"
+    os.close(others[1])
 
 
 def test_removing_takes_what_killed_writers_left_and_says_whether_the_file_was_there(

@@ -387,6 +387,18 @@ def test_what_haproxy_refuses_is_told_in_its_words_and_no_pid_is_written(
     assert not (tmp_path / "p").exists()
 
 
+def test_what_a_start_that_was_killed_left_is_not_taken_for_success(
+    tmp_path: Path, host: Host
+) -> None:
+    own = tmp_path / "ns-metadata-proxy" / f"{UUID}.pid"
+    own.parent.mkdir()
+    own.write_text(host.pid)
+    host.ended = Ended(1, "", _ALERT.format("x"))
+    with pytest.raises(ConfigRejected):
+        daemon(host, tmp_path).start()
+    assert not own.exists()
+
+
 def test_a_haproxy_that_ends_at_once_is_a_failure(tmp_path: Path, host: Host) -> None:
     host.living = set()
     host.ended = Ended(0, "", "[ALERT]    (1) : Cannot set uid 65534.\n")
