@@ -87,19 +87,21 @@ MapRecord: TypeAlias = EmbeddedRecord | NovaRecord
 """What the data plane knows of one (network, address)."""
 
 _NOVA: Final = re.compile(
-    r"@(?P<set>[a-z0-9-]+)\|(?P<instance>[^|]+)\|(?P<project>[^|]+)\|(?P<signatures>[0-9a-f]{64}(?:\|[0-9a-f]{64})?)"
+    r"@(?P<set>[a-z0-9-]+)\|(?P<signature>[0-9a-f]{64})\|(?P<instance>[^|]+)\|(?P<project>[^|]+)(?:\|(?P<next>[0-9a-f]{64}))?"
 )
 
 
 def render_map_value(record: MapRecord) -> str:
     """The record's one word in a map.
 
-    `INSTANCE|REVISION`, or `@ENDPOINT-SET|INSTANCE|PROJECT|SIGNATURE` and perhaps `|NEXT-SIGNATURE`.
+    `INSTANCE|REVISION`, or `@ENDPOINT-SET|SIGNATURE|INSTANCE|PROJECT` and perhaps `|NEXT-SIGNATURE`. HAProxy looks
+    for a field character by character, so what has a length of its own comes first: it is cut out instead.
     """
     if isinstance(record, EmbeddedRecord):
         return f"{record.instance}|{record.revision}"
-    signatures = "|".join(record.signatures)
-    return f"{MAP_NOVA}{record.endpoint_set}|{record.instance}|{record.project}|{signatures}"
+    first, *later = record.signatures
+    fields = (record.endpoint_set, first, record.instance, record.project, *later)
+    return MAP_NOVA + "|".join(fields)
 
 
 def hide_signatures(text: str) -> str:
@@ -107,7 +109,7 @@ def hide_signatures(text: str) -> str:
     record = parse_map_value(text)
     if not isinstance(record, NovaRecord):
         return text
-    return f"{MAP_NOVA}{record.endpoint_set}|{record.instance}|{record.project}|signed"
+    return f"{MAP_NOVA}{record.endpoint_set}|signed|{record.instance}|{record.project}"
 
 
 def parse_map_value(text: str) -> MapRecord | None:
@@ -120,7 +122,7 @@ def parse_map_value(text: str) -> MapRecord | None:
             endpoint_set=found["set"],
             instance=InstanceId(found["instance"]),
             project=found["project"],
-            signatures=tuple(found["signatures"].split("|")),
+            signatures=tuple(one for one in found.group("signature", "next") if one is not None),
         )
     instance, separator, revision = text.partition("|")
     if not separator or not instance or not revision:

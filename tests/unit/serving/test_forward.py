@@ -11,7 +11,7 @@ from structlog.testing import capture_logs
 
 from imdsproxy.serving.forward import CollectedAnswer, NovaRequest, SignedForwarder
 
-_RECORD = "@default|i|p|" + "0" * 64
+_RECORD = "@default|" + "0" * 64 + "|i|p"
 
 
 class Peer:

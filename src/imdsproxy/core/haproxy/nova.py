@@ -28,6 +28,7 @@ from imdsproxy.core.haproxy.rules import (
     allow_methods,
     delete_guest_headers,
     milliseconds,
+    originate,
     tell_to_continue,
 )
 from imdsproxy.core.wire import HEADER_ADDRESS, HEADER_RECORD, MAP_NOVA
@@ -45,6 +46,9 @@ _NEXT: Final = "x-imdsproxy-next-signature"
 """Between HAProxy and itself only."""
 
 _REPEATABLE: Final = ("{", "method", "GET", "HEAD", "OPTIONS", "}")
+_SIGNATURE: Final = 64
+"""Characters of a signature."""
+
 _BEYOND_HOP_S: Final = 1.0
 """How much longer a request may take that goes through a hop: the hop's own time is over first."""
 
@@ -129,16 +133,13 @@ def _backend(spec: DataplaneSpec, backend: NovaBackend, *, once: bool, mixed: bo
             _server(backend.tls, server, times, tracked=_name(backend) if once else None)
             for server in backend.servers
         )
-    signatures = _signatures(backend, mixed=mixed)
     counter = refused_counter(backend.name)
     return Section(
         ("backend", _once(backend) if once else _name(backend)),
         (
-            *_plain_request(),
+            *_plain_request(once=once),
             ("http-request", "set-header", "host", backend.host),
-            ("http-request", "set-header", "x-instance-id", "%[var(txn.record),field(2,|)]"),
-            ("http-request", "set-header", "x-tenant-id", "%[var(txn.record),field(3,|)]"),
-            *signatures,
+            *_identity(backend, mixed=mixed),
             ("http-request", "set-header", "x-forwarded-for", "%[var(sess.address)]"),
             ("timeout", "connect", milliseconds(times.connect_s)),
             ("timeout", "server", milliseconds(response_s)),
@@ -159,32 +160,33 @@ def _backend(spec: DataplaneSpec, backend: NovaBackend, *, once: bool, mixed: bo
     )
 
 
-def _plain_request() -> tuple[Words, ...]:
+def _plain_request(*, once: bool) -> tuple[Words, ...]:
     return (
-        allow_methods(),
-        # The absolute form becomes the origin form; nothing else of the target is touched.
-        ("http-request", "set-uri", "%[pathq]", "unless", "{", "url_beg", "/", "}",
-         "or", "{", "url", "-m", "str", "*", "}"),
+        # What may be repeated came here by its method.
+        *((allow_methods(),) if once else ()),
+        originate(),
         tell_to_continue(),
         delete_guest_headers(),
-    )  # fmt: skip
+    )
 
 
-def _signatures(backend: NovaBackend, *, mixed: bool) -> tuple[Words, ...]:
-    first: Words = ("http-request", "set-header", "x-instance-id-signature")
+def _identity(backend: NovaBackend, *, mixed: bool) -> tuple[Words, ...]:
+    """Who asks, out of the record: `@SET|SIGNATURE|INSTANCE|PROJECT`, perhaps `|NEXT-SIGNATURE`."""
+    begin = len(f"{MAP_NOVA}{backend.name}|")
+    rest = f"var(txn.record),bytes({begin + _SIGNATURE + 1})"
+    following = f"{rest},field(3,|)"
+    signature: Words = ("http-request", "set-header", "x-instance-id-signature")
+    rules: list[Words] = [
+        ("http-request", "set-header", "x-instance-id", f"%[{rest},field(1,|)]"),
+        ("http-request", "set-header", "x-tenant-id", f"%[{rest},field(2,|)]"),
+        (*signature, f"%[var(txn.record),bytes({begin},{_SIGNATURE})]"),
+    ]
     if mixed:
-        return (
-            (*first, "%[var(txn.record),field(4,|)]"),
-            ("http-request", "set-header", _NEXT, "%[var(txn.record),field(5,|)]"),
-        )
-    if backend.servers and backend.servers[0].slot:
+        rules.append(("http-request", "set-header", _NEXT, f"%[{following}]"))
+    elif backend.servers and backend.servers[0].slot:
         # After the last step of a replacement there is one signature again before these rules are.
-        return (
-            (*first, "%[var(txn.record),field(4,|)]"),
-            (*first, "%[var(txn.record),field(5,|)]",
-             "if", "{", "var(txn.record),field(5,|)", "-m", "found", "}"),
-        )  # fmt: skip
-    return ((*first, "%[var(txn.record),field(4,|)]"),)
+        rules.append((*signature, f"%[{following}]", "if", "{", following, "-m", "found", "}"))
+    return tuple(rules)
 
 
 def _again(*, once: bool) -> tuple[Words, ...]:

@@ -17,9 +17,9 @@ __all__ = [
     "allow_methods",
     "delete_guest_headers",
     "milliseconds",
+    "originate",
     "retry_later",
     "tell_to_continue",
-    "unless",
 ]
 
 GUEST_HEADERS: Final = (
@@ -48,15 +48,16 @@ NOVA: Final[Words] = ("{", "var(txn.record)", "-m", "beg", MAP_NOVA, "}")
 CONFLICT: Final[Words] = ("{", "var(txn.record)", "-m", "str", MAP_CONFLICT, "}")
 
 
-def unless(condition: Words) -> Words:
-    """The opposite of a condition in braces."""
-    return (f"!{condition[0]}", *condition[1:])
-
-
 def allow_methods() -> Words:
     """Refuse methods that nothing here knows: CONNECT came back 200 from HAProxy itself."""
     return ("http-request", "return", "status", "405", "hdr", "Allow", ", ".join(_METHODS),
             "if", "!{", "method", *_METHODS, "}")  # fmt: skip
+
+
+def originate() -> Words:
+    """The absolute form of a target becomes the origin form (RFC 9112 §3.2); nothing else of it is touched."""
+    return ("http-request", "set-uri", "%[pathq]", "unless", "{", "url_beg", "/", "}",
+            "or", "{", "url", "-m", "str", "*", "}")  # fmt: skip
 
 
 def tell_to_continue() -> Words:
