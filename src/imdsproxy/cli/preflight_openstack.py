@@ -42,7 +42,14 @@ _SHORT: Final = 16
 _AT_ONCE: Final = 8
 _UNREACHED: Final = "until it can be reached, guests are answered by the set's others, or with 503"
 _CLOUDS: Final = Path("/etc/openstack/clouds.yaml")
-_AGENTS: Final = ("neutron-metadata-agent", "neutron-ovn-metadata-agent", "neutron-ovn-agent")
+_AGENTS: Final[Mapping[str, str]] = {
+    "neutron-metadata-agent": "neutron-metadata-agent",
+    "neutron-ovn-metadata-agent": "neutron-ovn-metadata-agent",
+    "neutron-ovn-agent": "neutron-ovn-agent",
+    # Its module, and its file of options, however it is started.
+    "metadata_agent": "neutron-metadata-agent",
+}
+"""What stands in the command line of an agent of Neutron's, and what it is called."""
 _SETS: Final = "nova.endpoint_sets"
 
 
@@ -137,7 +144,7 @@ def check_endpoints(
 def check_unix_listener(
     settings: Settings, find: Callable[[Path], UnixListener | None], haproxy_config: Path
 ) -> list[Finding]:
-    """That nobody else listens at the path of the listener `unix`.
+    """That nobody else listens at the path of the listener `unix`; an agent that still does is a warning.
 
     Args:
         settings: All of them.
@@ -154,14 +161,23 @@ def check_unix_listener(
         return [
             Finding("unix listener", f"imdsproxy's HAProxy listens at {path} (pid {listener.pid})")
         ]
-    agent = next((one for one in _AGENTS if any(one in word for word in listener.command)), None)
-    who = agent or " ".join(listener.command)[:80] or "a process that cannot be seen"
+    words = " ".join(listener.command)
+    agent = next((name for mark, name in _AGENTS.items() if mark in words), None)
+    who = agent or words[:80] or "a process that cannot be seen"
     number = "" if listener.pid is None else f" (pid {listener.pid})"
-    hint = (
-        f"stop {agent}: both cannot be there" if agent else "stop it, or change unix_listener.path"
-    )
     text = f"unix_listener.path: {who}{number} listens at {path}"
-    return [Finding("unix listener", text, hint, HostRefused.exit_status)]
+    if agent is not None:
+        # As it is on the day of the move: both run for a moment, and going back is starting it again.
+        hint = f"guests are its own until you stop {agent}; imdsproxy takes its place within a second then"
+        return [Finding("unix listener", text, hint, warning=True)]
+    return [
+        Finding(
+            "unix listener",
+            text,
+            "stop it, or change unix_listener.path",
+            HostRefused.exit_status,
+        )
+    ]
 
 
 def tls_context(one: EndpointSetSettings) -> ssl.SSLContext | None:

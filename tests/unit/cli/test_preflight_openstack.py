@@ -292,9 +292,15 @@ _LISTENING = Settings.model_validate({"unix_listener": {"enabled": True, "path":
             UnixListener(
                 8, ("/usr/bin/python3", "/usr/bin/neutron-metadata-agent", "--config-file")
             ),
-            71,
+            0,
             "neutron-metadata-agent (pid 8) listens at /var/s",
-            "stop neutron-metadata-agent",
+            "guests are its own until you stop neutron-metadata-agent",
+        ),
+        (
+            UnixListener(8, ("python3", "-m", "neutron.agent.metadata_agent")),
+            0,
+            "neutron-metadata-agent (pid 8) listens at /var/s",
+            "guests are its own until you stop neutron-metadata-agent",
         ),
         (UnixListener(9, ("socat", "x")), 71, "socat x (pid 9) listens", "stop it, or change"),
         (UnixListener(), 71, "a process that cannot be seen listens", "stop it, or change"),
@@ -308,6 +314,7 @@ def test_who_is_in_the_sockets_place_is_told(
     )
 
     assert finding.exit_status == status
+    assert finding.warning is ("agent" in words)
     assert words in finding.text
     assert finding.hint.startswith(hint)
 
