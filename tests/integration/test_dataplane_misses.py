@@ -66,8 +66,20 @@ def test_an_unknown_address_is_404_after_the_hold_when_all_is_known(world: World
     stranger = world.lab.guest("red", 61)
     reply, took = _timed(lambda: stranger.ask(_TARGET))
     assert reply.status == 404
-    assert reply.body == b""
     assert _HOLD_S <= took < _HOLD_S + 1 * patience()
+
+
+def test_who_is_unknown_is_told_so_in_one_line_but_not_where_a_token_is_awaited(
+    world: World,
+) -> None:
+    stranger = world.lab.guest("red", 59)
+    told = stranger.ask(_TARGET)
+    head = stranger.ask(_TARGET, method="HEAD")
+    token = stranger.ask("/latest/api/token", method="PUT")
+    assert told.body == b"no instance has this address in this network"
+    assert told.headers["content-type"] == "text/plain"
+    assert (head.status, head.body, head.headers["content-length"]) == (404, b"", "44")
+    assert (token.status, token.body, token.headers["content-length"]) == (404, b"", "0")
 
 
 def test_no_more_than_32_requests_of_a_network_are_held(world: World) -> None:

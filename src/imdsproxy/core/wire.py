@@ -27,6 +27,7 @@ __all__ = [
     "MapRecord",
     "NovaRecord",
     "RETRY_AFTER_S",
+    "UNKNOWN_TEXT",
     "hide_signatures",
     "parse_map_value",
     "render_map_value",
@@ -48,6 +49,12 @@ HEADER_RECORD: Final = "x-imdsproxy-record"
 
 RETRY_AFTER_S: Final = 1
 """What every 503 tells a client to wait, in seconds: cloud-init's own pace."""
+
+UNKNOWN_TEXT: Final = "no instance has this address in this network"
+"""What a guest that nobody knows is told with its 404, for whoever looks into it with curl.
+
+One line without its end: some clients take an error's body for the value that they asked for.
+"""
 
 MAP_TOMBSTONE: Final = "-"
 """An overlay's word for "not in the base any more": the address is unknown."""

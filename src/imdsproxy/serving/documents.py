@@ -52,9 +52,17 @@ class Answer:
     body: bytes | FilePart = b""
 
 
-def refusal(status: int, *headers: Header) -> Answer:
-    """An answer without a body."""
-    return Answer(status, (*headers, (b"content-length", b"0")))
+def refusal(status: int, *headers: Header, text: str = "") -> Answer:
+    """An answer without a document.
+
+    Args:
+        status: Its status.
+        headers: Beside those of the body.
+        text: One line for people; without it there is no body.
+    """
+    kind = ((b"content-type", b"text/plain"),) if text else ()
+    body = text.encode("ascii")
+    return Answer(status, (*headers, *kind, (b"content-length", b"%d" % len(body))), body)
 
 
 def retry_later() -> Answer:

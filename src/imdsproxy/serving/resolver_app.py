@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from ipaddress import ip_address
 from typing import cast
 
@@ -11,7 +11,13 @@ from imdsproxy.core.documents.respond import DocumentRequest, Header
 from imdsproxy.core.inventory import AddressKey
 from imdsproxy.core.model import NetworkId
 from imdsproxy.core.model import Scope as IdScope
-from imdsproxy.core.wire import HEADER_ADDRESS, HEADER_NETWORK, HEADER_SCOPE, HEADER_TARGET
+from imdsproxy.core.wire import (
+    HEADER_ADDRESS,
+    HEADER_NETWORK,
+    HEADER_SCOPE,
+    HEADER_TARGET,
+    UNKNOWN_TEXT,
+)
 from imdsproxy.serving.asgi import (
     LIVENESS_PATH,
     AsgiApp,
@@ -69,11 +75,19 @@ async def _answer(
         return None
     outcome = await resolver.resolve(told.key, told.scope)
     if isinstance(outcome, Refused):
-        return retry_later() if outcome.status == _UNAVAILABLE else refusal(outcome.status)
+        return retry_later() if outcome.status == _UNAVAILABLE else _unknown(method)
     if outcome.nova is not None:
         address = str(told.key[1])
         return NovaRequest(outcome.nova, address, method, told.target or path, headers, body)
     return await service.answer(outcome.instance, DocumentRequest(method, path, body))
+
+
+def _unknown(method: str) -> Answer:
+    # PUT is how tokens are asked for, and some clients take any body for one.
+    if method == "PUT":
+        return refusal(404)
+    answer = refusal(404, text=UNKNOWN_TEXT)
+    return replace(answer, body=b"") if method == "HEAD" else answer
 
 
 @dataclass(frozen=True, slots=True)
