@@ -125,8 +125,14 @@ class Server:
         self.start()
 
     def pause(self) -> None:
-        """SIGSTOP: it takes connections and answers nobody."""
+        """SIGSTOP: from now on it takes connections and answers nobody."""
         self._signal(signal.SIGSTOP)
+        deadline = time.monotonic() + _END_S
+        # On a busy machine a thread of it may answer before the one that gets the signal has run.
+        while not all(_is_stopped(thread) for thread in Path(f"/proc/{self.pid}/task").iterdir()):
+            if time.monotonic() > deadline:
+                raise NotUp(f"{self.name} does not stop")
+            time.sleep(_PAUSE_S)
 
     def resume(self) -> None:
         self._signal(signal.SIGCONT)
@@ -148,3 +154,7 @@ class Server:
         if self.process is not None and self.process.poll() is None:
             with contextlib.suppress(ProcessLookupError):
                 self.process.send_signal(number)
+
+
+def _is_stopped(thread: Path) -> bool:
+    return (thread / "stat").read_text().rpartition(")")[2].split()[0] == "T"

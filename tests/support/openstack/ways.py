@@ -11,6 +11,7 @@ is in namespaces of the lab.
 from __future__ import annotations
 
 import contextlib
+import secrets
 import shutil
 import subprocess
 import sys
@@ -28,7 +29,7 @@ from support.lab import Lab, RecordMapping, batch, until, within
 from support.openstack.lab import OpenStack
 from support.openstack.table import BLUE, NETWORKS, ROUTERS, Lookup
 
-__all__ = ["WAYS", "Source", "Way", "Ways", "goes", "open_ways"]
+__all__ = ["WAYS", "RESPONSE_TIMEOUT_S", "Source", "Way", "Ways", "goes", "open_ways"]
 
 Way: TypeAlias = Literal["listener", "agent-proxy", "ovn-proxy", "namespace-proxy"]
 Source: TypeAlias = Literal["neutron", "records"]
@@ -36,6 +37,9 @@ Source: TypeAlias = Literal["neutron", "records"]
 WAYS: Final[tuple[Way, ...]] = ("listener", "agent-proxy", "ovn-proxy", "namespace-proxy")
 """imdsproxy's own listener in the namespace; or, behind the unix socket: a HAProxy with the configuration that
 Neutron's DHCP and L3 agents write, one with that of OVN's agent, and `imdsproxy namespace-proxy`."""
+
+RESPONSE_TIMEOUT_S: Final = 3.0
+"""How long the daemon waits for Nova."""
 
 _DEVICE: Final = "br0"
 _L3_PORT: Final = 9697
@@ -45,6 +49,11 @@ _SCOPES: Final = (
     *(one.name for one in ROUTERS),
 )
 _NAMESPACE_PROXY: Final = str(Path(sys.executable).with_name("neutron-ns-metadata-proxy"))
+
+
+def _own_loopback() -> str:
+    # Whole tests run beside each other on one machine; nobody else has this address.
+    return f"127.{secrets.randbelow(254) + 1}.{secrets.randbelow(255)}.{secrets.randbelow(254) + 1}:9465"
 
 
 def goes(way: Way, scope: str) -> bool:
@@ -58,6 +67,9 @@ class Ways:
 
     Attributes:
         state: Neutron's state path.
+        neutron: Of the settings `sources.neutron`, beside where it is.
+        nova: Of the one endpoint set, beside where the lab's first Nova is, and its secret.
+        metrics: Where the daemon tells its figures.
     """
 
     openstack: OpenStack
@@ -65,6 +77,9 @@ class Ways:
     daemon: Daemon
     state: Path
     source: Source
+    neutron: Mapping[str, object]
+    nova: Mapping[str, object]
+    metrics: str = field(default_factory=_own_loopback)
     sites: dict[tuple[Way, str], str] = field(default_factory=dict)
 
     def guest(self, way: Way, scope: str, address: str = "") -> Guest:
@@ -100,36 +115,35 @@ class Ways:
         return self.state / "metadata_proxy"
 
     def settings(
-        self,
-        *,
-        neutron: Mapping[str, object] | None = None,
-        nova: Mapping[str, object] | None = None,
+        self, *, nova: Mapping[str, object] | None = None
     ) -> Mapping[str, Mapping[str, object]]:
         """The daemon's settings.
 
         Args:
-            neutron: More of `sources.neutron`.
             nova: More of the one endpoint set, as another secret or other endpoints.
         """
         chosen = {
             "endpoints": [{"url": self.openstack.nova_url}],
             "secret_file": str(self.openstack.secret_file),
+            **self.nova,
             **(nova or {}),
         }
         sources: dict[str, object] = {}
         if self.source == "neutron":
             asked = {"enabled": True, "endpoint": self.openstack.neutron_url}
-            sources["neutron"] = {**asked, **(neutron or {})}
+            sources["neutron"] = {**asked, **self.neutron}
         return {
             "sources": sources,
             "nova": {
-                "response_timeout_s": 3.0,
+                "response_timeout_s": RESPONSE_TIMEOUT_S,
                 "health_check_interval_s": 0.2,
                 "endpoint_sets": {"default": chosen},
             },
             "unix_listener": {"enabled": True, "path": str(self.socket)},
-            "resolver": {"hold_s": 0.1},
-            "haproxy": {"maxconn_per_network": 500},
+            # Nobody here is announced late; half of the table's rows would wait in vain.
+            "resolver": {"hold_s": 0.0},
+            "haproxy": {"hard_stop_after_s": 1},
+            "metrics": {"listen": self.metrics},
         }
 
     def networks(self) -> list[RecordMapping]:
@@ -175,9 +189,9 @@ class Ways:
             for uuid, told in ports.items()
         ]
 
-    def start(self, settings: Mapping[str, Mapping[str, object]] | None = None) -> None:
+    def start(self) -> None:
         """Start the daemon and tell it of its networks."""
-        self.daemon.configure(settings or self.settings())
+        self.daemon.configure(self.settings())
         self.daemon.start()
         self.daemon.put(self.networks(), self.instances() if self.source == "records" else ())
         until(lambda: self.daemon.status()["serving"] == len(_SCOPES), what="all networks' service")
@@ -283,6 +297,7 @@ def open_ways(
     source: Source = "neutron",
     ways: Sequence[Way] = WAYS,
     neutron: Mapping[str, object] | None = None,
+    nova: Mapping[str, object] | None = None,
     more: Mapping[str, Sequence[str]] | None = None,
 ) -> Iterator[Ways]:
     """The ways, all of them gone without a trace at the end.
@@ -290,7 +305,7 @@ def open_ways(
     Args:
         source: Where the daemon knows the guests from.
         ways: Those that are needed; `listener` always is there.
-        neutron: More of the settings `sources.neutron`.
+        neutron, nova: See `Ways`.
         more: Addresses beside those of the table, by network or router.
     """
     with ExitStack() as stack:
@@ -302,12 +317,12 @@ def open_ways(
         state.chmod(0o755)
         daemon = Daemon(lab, in_lab=False)
         stack.callback(daemon.close)
-        opened = Ways(openstack, lab, daemon, state, source)
+        opened = Ways(openstack, lab, daemon, state, source, neutron or {}, nova or {})
         for way in WAYS:
             if way == "listener" or way in ways:
                 for scope in (one for one in _SCOPES if goes(way, one)):
                     opened.furnish(way, scope, (more or {}).get(scope, ()))
-        opened.start(opened.settings(neutron=neutron))
+        opened.start()
         # They end with their namespaces.
         opened.start_proxies()
         yield opened
