@@ -24,11 +24,9 @@ from support.openstack.table import (
     Instance,
     Lookup,
 )
-from support.openstack.ways import WAYS, Source, Way, Ways, goes, open_ways
+from support.openstack.ways import WAYS, Way, Ways, goes, open_ways
 
 pytestmark = [pytest.mark.root, pytest.mark.timeout(300)]
-
-SOURCE: Final[Source] = "neutron"
 
 ROWS: Final = [
     pytest.param(way, name, id=f"{way}: {name}")
@@ -86,7 +84,7 @@ LET_THROUGH: Final = {
 
 @pytest.fixture(scope="module")
 def ways(openstack: OpenStack) -> Iterator[Ways]:
-    with open_ways(openstack, source=SOURCE) as opened:
+    with open_ways(openstack) as opened:
         yield opened
 
 
@@ -171,6 +169,21 @@ def test_all_guests_by_all_ways_at_once_get_their_own(ways: Ways) -> None:
 
     with ThreadPoolExecutor(32) as pool:
         assert all(pool.map(is_right, asked * 3))
+
+
+def test_records_that_name_nova_tell_the_same_guests_apart_without_neutron(
+    openstack: OpenStack,
+) -> None:
+    with open_ways(openstack, source="records", ways=("agent-proxy",)) as ways:
+        for way in ("listener", "agent-proxy"):
+            for row in openstack.lookups:
+                with ways.connect(way, row.scope, row.address) as connection:
+                    reply = connection.request("/latest/meta-data/hostname")
+                if row.instance is None:
+                    assert reply.status == 404, (way, row)
+                else:
+                    wanted = (200, f"{row.instance.name}.novalocal")
+                    assert (reply.status, reply.text) == wanted, (way, row)
 
 
 def test_a_password_arrives_once_by_each_way_and_is_kept_as_nova_keeps_it(ways: Ways) -> None:
