@@ -103,6 +103,7 @@ class MetricsSnapshot:
             `conflict`, `over-limit`, `gone` (the guest left).
         commands: Runtime API commands by result, `ok` or `failed`.
         convergence: From a source's observation to the acknowledgement by HAProxy.
+        unix_serving: `None` where the unix listener is off.
     """
 
     version: str
@@ -128,6 +129,8 @@ class MetricsSnapshot:
     commands: Mapping[str, int] = field(default_factory=dict)
     traffic: Mapping[str, NetworkTraffic] = field(default_factory=dict)
     nova_up: Mapping[tuple[str, str], bool] = field(default_factory=dict)
+    unix_serving: bool | None = None
+    unix_traffic: NetworkTraffic = field(default_factory=NetworkTraffic)
     nova_refused: Mapping[str, int] = field(default_factory=dict)
     neutron: NeutronCounts | None = None
 
@@ -202,6 +205,10 @@ def _neutron_each(
         if snapshot.neutron is None
         else [((key,), float(value)) for key, value in sorted(read(snapshot.neutron).items())]
     )
+
+
+def _unix_serving(snapshot: MetricsSnapshot) -> list[_Sample]:
+    return [] if snapshot.unix_serving is None else [((), float(snapshot.unix_serving))]
 
 
 def _timing(
@@ -412,6 +419,34 @@ METRICS: Final[tuple[MetricDescription, ...]] = (
         "Guests' requests that were no proper HTTP, by network as above.",
         ("network",),
         _per_network(lambda traffic: traffic.malformed),
+    ),
+    MetricDescription(
+        "imdsproxy_unix_listener_serving",
+        "gauge",
+        "1 while HAProxy's socket is at unix_listener.path; no series where that is off.",
+        (),
+        _unix_serving,
+    ),
+    MetricDescription(
+        "imdsproxy_unix_listener_connections",
+        "counter",
+        "Connections of Neutron's proxies, all networks together.",
+        (),
+        _one(lambda snapshot: snapshot.unix_traffic.connections),
+    ),
+    MetricDescription(
+        "imdsproxy_unix_listener_denied",
+        "counter",
+        "Requests of theirs that were refused: without exactly one network or router and one address.",
+        (),
+        _one(lambda snapshot: snapshot.unix_traffic.denied),
+    ),
+    MetricDescription(
+        "imdsproxy_unix_listener_malformed",
+        "counter",
+        "Requests of theirs that were no proper HTTP.",
+        (),
+        _one(lambda snapshot: snapshot.unix_traffic.malformed),
     ),
     MetricDescription(
         "imdsproxy_nova_endpoint_up",

@@ -38,6 +38,7 @@ __all__ = [
     "SettingsReload",
     "SourceReport",
     "StatusReport",
+    "UnixListenerReport",
     "Written",
 ]
 
@@ -135,6 +136,26 @@ class NovaEndpointReport:
 
 
 @dataclass(frozen=True, slots=True)
+class UnixListenerReport:
+    """The socket for Neutron's proxies, where it is enabled.
+
+    Attributes:
+        serving: HAProxy's socket is at the path.
+        mode: Of the socket, as `0644`; empty where it is left out.
+        user: Its owner's uid.
+        group: Its group's gid.
+        problem: Why it is left out.
+    """
+
+    path: str
+    serving: bool
+    mode: str = ""
+    user: int | None = None
+    group: int | None = None
+    problem: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class PlanReport:
     """The last plan: what it did, why, and what of it failed (and is tried again)."""
 
@@ -161,6 +182,7 @@ class StatusReport:
         started_at: Unix time of the controller's start, in seconds.
         serving: Networks whose listener answers.
         problems: What is wrong and belongs to no source, network or instance.
+        unix_listener: `None` where it is off.
     """
 
     version: str
@@ -180,6 +202,7 @@ class StatusReport:
     documents: DocumentsReport = field(default_factory=DocumentsReport)
     last_plan: PlanReport | None = None
     nova: tuple[NovaEndpointReport, ...] = ()
+    unix_listener: UnixListenerReport | None = None
 
 
 @dataclass(frozen=True, slots=True)

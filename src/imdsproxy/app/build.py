@@ -17,7 +17,6 @@ from imdsproxy.app.compiled_files import DiskFiles
 from imdsproxy.app.host_view import SystemHost
 from imdsproxy.app.listener_loop import SpecSettings
 from imdsproxy.app.nova_upstream import NovaUpstream
-from imdsproxy.app.unix_listener import apply_unix_directory, plan_unix_bind
 from imdsproxy.config.schema import Settings, Supervisor
 from imdsproxy.core.haproxy.model import Limits
 from imdsproxy.core.hostnames import Naming
@@ -101,7 +100,6 @@ def prepare_directories(settings: Settings, layout: Layout) -> None:
     if under_systemd(settings.haproxy.supervisor, settings.haproxy.unit):
         # Its unit has mounts of its own: of those made later only what is on a shared one comes in.
         NamespaceDirectory(settings.paths.netns_dir).prepare()
-    apply_unix_directory(settings.unix_listener)
     ensure_directory(layout.state, mode=0o750, owner=readable)
     ensure_directory(layout.records, mode=0o750, owner=readable)
     answer = (
@@ -181,7 +179,6 @@ def build_spec_settings(settings: Settings, layout: Layout, nova: NovaUpstream) 
         links=str(Path(haproxy_name(layout.namespace_links, _LINKS_PROBE)).parent),
         nova=nova.backends(),
         nova_times=nova.times,
-        unix=plan_unix_bind(settings.unix_listener),
     )
 
 

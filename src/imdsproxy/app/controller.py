@@ -48,6 +48,7 @@ from imdsproxy.app.record_loop import RecordLoop
 from imdsproxy.app.servers import AnyAsgiApp, open_sole_socket, open_tcp_socket, serve
 from imdsproxy.app.settings_reload import SettingsHolder
 from imdsproxy.app.stop import end_data_plane
+from imdsproxy.app.unix_listener import UnixListener, sweep_unix_socket
 from imdsproxy.app.writes import Writes
 from imdsproxy.config.schema import Settings
 from imdsproxy.core.hostnames import Naming
@@ -60,6 +61,7 @@ from imdsproxy.errors import ConfigError, DataplaneError
 from imdsproxy.host.clock import Clock
 from imdsproxy.host.files import write_atomic
 from imdsproxy.host.notify import ServiceNotifier
+from imdsproxy.host.socket_file import SocketFiles
 from imdsproxy.host.sockets import try_tcp_listen
 from imdsproxy.host.watch import EventKind, HostWatch, WatchPace
 from imdsproxy.serving.documents import DocumentService
@@ -185,6 +187,14 @@ class _Controller:
         """Reload when a name of Nova's leads to other addresses."""
         await self.nova.follow(lambda: self.listeners.touch("nova's addresses changed"))
 
+    async def follow_unix(self) -> None:
+        """Look after the unix listener's socket: the kernel tells nobody that a path leads elsewhere."""
+        while True:
+            await asyncio.sleep(_REVIEW_EVERY_S)
+            unix = self.listeners.unix
+            if unix is not None and unix.changed():
+                self.listeners.touch("unix socket changed", ())
+
     def hang_up(self) -> None:
         """SIGHUP: as `imdsproxy reload`, but nobody waits for the answer."""
         try:
@@ -269,6 +279,9 @@ async def run_controller(
             ),
             ExporterPort(try_tcp_listen),
             kept=KeptNetworks(layout.networks, partial(write_atomic, mode=0o640)),
+            unix=UnixListener(
+                lambda: holder.settings.unix_listener, haproxy, SocketFiles().observe, clock
+            ),
         )
         guard = HaproxyGuard(haproxy, on_return, listeners.touch)
         companion = build_companion(
@@ -396,6 +409,7 @@ async def _live(controller: _Controller, admin: socket.socket) -> None:
                 controller.review,
                 controller.refresh_figures,
                 controller.follow_nova,
+                controller.follow_unix,
             )
         ]
         admin_app = await asyncio.to_thread(_load_admin_api)
@@ -499,3 +513,4 @@ async def _stop_data_plane(controller: _Controller) -> None:
         listeners.naming,
         listeners.inventory.networks.values(),
     )
+    sweep_unix_socket(controller.layout.config, SocketFiles().observe)

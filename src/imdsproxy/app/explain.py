@@ -51,7 +51,8 @@ class Explainer:
             for one in report.left_out
             if one.network == network
         ]
-        if network in self.inventory.networks and network not in networks_of(report.endpoints):
+        declared = network in self.inventory.networks
+        if not (network in networks_of(report.endpoints) if declared else self._agents_served()):
             # Nobody listens there: the guest gets no answer, whatever it would be.
             found = replace(found, verdict="left-out", answer=503)
         return replace(
@@ -64,9 +65,18 @@ class Explainer:
         sources = self.inventory.sources_of_network(network)
         if sources:
             return f"network {network} comes from {', '.join(sources)}"
-        return (
+        said = (
             f"no source tells how {network} is reached: its guests come through the unix listener"
         )
+        if self._agents_served():
+            return said
+        unix = self.listeners.unix
+        why = "off" if unix is None or unix.problem is None else f"left out: {unix.problem.reason}"
+        return f"{said}, which is {why}"
+
+    def _agents_served(self) -> bool:
+        unix = self.listeners.unix
+        return unix is not None and unix.serving
 
     async def _identity(self, key: AddressKey) -> Explanation:
         identity = await self.lookup.identify(key)

@@ -14,6 +14,7 @@ from imdsproxy.admin.metrics import (
     Timing,
 )
 from imdsproxy.app.operations import ControllerOperations
+from imdsproxy.core.haproxy.unix_listener import AGENTS
 from imdsproxy.core.plan import networks_of
 from imdsproxy.dataplane.master import WorkerEnded
 from imdsproxy.errors import DataplaneError
@@ -34,8 +35,13 @@ _LOOK_UP_RESULTS: Final[tuple[LookUpResult, ...]] = get_args(LookUpResult)
 
 @dataclass(slots=True)
 class TrafficCounter:
-    """Adds up HAProxy's counters, which begin at 0 with each worker."""
+    """Adds up the counters of a frontend's binds, which begin at 0 with each worker.
 
+    Attributes:
+        totals: By the bind's name.
+    """
+
+    frontend: str = "guests"
     totals: dict[str, NetworkTraffic] = field(default_factory=dict)
     _worker: int | None = None
     _base: dict[str, NetworkTraffic] = field(default_factory=dict)
@@ -47,7 +53,7 @@ class TrafficCounter:
             self._worker = worker
         now: dict[str, NetworkTraffic] = {}
         for row in rows:
-            if row.get("pxname") == "guests" and row.get("type") == "3":
+            if row.get("pxname") == self.frontend and row.get("type") == "3":
                 name = row["svname"]
                 before = now.get(name, NetworkTraffic())
                 now[name] = NetworkTraffic(
@@ -77,6 +83,7 @@ class Figures:
     resolver: Resolver
     neutron: NeutronSource | None = None
     traffic: TrafficCounter = field(default_factory=TrafficCounter)
+    agents: TrafficCounter = field(default_factory=lambda: TrafficCounter(AGENTS))
 
     def _failures(self, source: str) -> int:
         if self.neutron is None or source != self.neutron.name:
@@ -94,6 +101,7 @@ class Figures:
         try:
             rows = await haproxy.master.read_stat(processes.worker, TRAFFIC_COLUMNS)
             self.traffic.add(processes.worker, rows)
+            self.agents.add(processes.worker, rows)
         except (DataplaneError, WorkerEnded):
             # The guard watches over it; these figures come back with it.
             return
@@ -105,6 +113,7 @@ class Figures:
         counts = self.resolver.counts
         report = operations.listeners.report
         processes = operations.haproxy.processes
+        unix = operations.unix_listener()
         return MetricsSnapshot(
             version=operations.version,
             ready=operations.readiness().ready,
@@ -147,6 +156,8 @@ class Figures:
             },
             resolver_held=self.resolver.held,
             traffic=self.traffic.totals,
+            unix_serving=None if unix is None else unix.serving,
+            unix_traffic=self.agents.totals.get(AGENTS, NetworkTraffic()),
             nova_up={
                 (one.endpoint_set, one.endpoint): one.up for one in operations.nova_watch.endpoints
             },

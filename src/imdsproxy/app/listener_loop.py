@@ -17,6 +17,7 @@ import structlog
 from imdsproxy.app.exporter_port import ExporterPort
 from imdsproxy.app.kept_networks import KeptNetworks
 from imdsproxy.app.tickets import Tickets
+from imdsproxy.app.unix_listener import UnixListener, bound_path
 from imdsproxy.core.arp import answering_devices
 from imdsproxy.core.endpoints import Endpoint, Foreign, LeftOut, LeftOutCode
 from imdsproxy.core.haproxy.model import (
@@ -24,7 +25,6 @@ from imdsproxy.core.haproxy.model import (
     Limits,
     NovaBackend,
     NovaTimes,
-    UnixBind,
 )
 from imdsproxy.core.hostnames import Naming
 from imdsproxy.core.hostops import HostOp
@@ -125,7 +125,6 @@ class SpecSettings:
     links: str
     nova: tuple[NovaBackend, ...] = ()
     nova_times: NovaTimes = field(default_factory=NovaTimes)
-    unix: UnixBind | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,6 +155,7 @@ class ListenerLoop:
     expect: Expect
     exporter: ExporterPort
     kept: KeptNetworks | None = None
+    unix: UnixListener | None = None
     tickets: Tickets = field(default_factory=Tickets)
     report: ListenerReport = field(default_factory=lambda: ListenerReport(0.0))
     failure: Problem | None = None
@@ -200,7 +200,7 @@ class ListenerLoop:
             exporter=exporter,
             nova=settings.nova,
             nova_times=settings.nova_times,
-            unix=settings.unix,
+            unix=None if self.unix is None else self.unix.bind,
         )
 
     async def first_look(self) -> None:
@@ -261,6 +261,7 @@ class ListenerLoop:
         began = self.clock.monotonic()
         networks = self._networks()
         plan, problems, operations = await self._settle_host(networks)
+        await self._choose_unix()
         try:
             await self._apply(plan.endpoints, reasons)
         except (ConfigRejected, ReloadFailed):
@@ -268,11 +269,14 @@ class ListenerLoop:
             self._observed = None
             plan, problems, more = await self._settle_host(networks)
             operations += more
-            await self._apply(plan.endpoints, reasons)
+            await self._choose_unix()
+            await self._apply_again(plan.endpoints, reasons)
         if self.kept is not None:
             self.kept.keep(networks)
         if self.unexported is not None:
             problems = (*problems, self.unexported)
+        if self.unix is not None and self.unix.problem is not None:
+            problems = (*problems, self.unix.problem)
         self._tell(plan, problems)
         if self._observed is not None:
             left_out = {one.network for one in plan.left_out if one.code.silent}
@@ -360,16 +364,32 @@ class ListenerLoop:
         processes = self.haproxy.processes
         return () if processes is None else (processes.master, *processes.workers)
 
+    async def _choose_unix(self) -> None:
+        if self.unix is not None:
+            await self.unix.choose()
+
+    async def _apply_again(self, endpoints: tuple[Endpoint, ...], reasons: tuple[str, ...]) -> None:
+        try:
+            await self._apply(endpoints, reasons)
+        except (ConfigRejected, ReloadFailed) as error:
+            if self.unix is None or not self.unix.blame(error):
+                raise
+            await self._apply(endpoints, reasons)
+
     async def _apply(self, endpoints: tuple[Endpoint, ...], reasons: tuple[str, ...]) -> None:
         # The old worker does not look at the links any more, the next one needs all of its own.
         self.host.apply_links(plan_links(endpoints))
         if self.haproxy.processes is None:
             # Nothing of ours has the exporter's port any more; somebody else may.
             self.exporter.in_force = None
+        before = bound_path(self.haproxy.in_force() or "")
         spec = self.spec(endpoints)
-        checking = replace(spec, paths=self.layout.haproxy_paths(checking=True))
-        changed = await self.haproxy.apply(spec, checking, ", ".join(reasons))
+        if self.unix is not None and self.unix.rebind:
+            await self._bring(replace(spec, unix=None), reasons)
+        changed = await self._bring(spec, reasons)
         self.exporter.in_force = spec.exporter
+        if self.unix is not None:
+            await self.unix.settle(before)
         if changed and self.haproxy.last_reload is not None:
             done = self.haproxy.last_reload
             structlog.get_logger().info(
@@ -379,6 +399,10 @@ class ListenerLoop:
                 networks=len(networks_of(endpoints)),
                 took_ms=round(done.seconds * 1000),
             )
+
+    async def _bring(self, spec: DataplaneSpec, reasons: tuple[str, ...]) -> bool:
+        checking = replace(spec, paths=self.layout.haproxy_paths(checking=True))
+        return await self.haproxy.apply(spec, checking, ", ".join(reasons))
 
     def _tell(self, plan: ListenerPlan, problems: tuple[Problem, ...]) -> None:
         """Log what is new since the last round, not what was known."""

@@ -20,6 +20,7 @@ from imdsproxy.admin.operations import (
     SettingsReload,
     SourceReport,
     StatusReport,
+    UnixListenerReport,
     Written,
 )
 from imdsproxy.app.explain import Explainer
@@ -138,6 +139,7 @@ class ControllerOperations:
                 took_s=report.seconds,
             ),
             nova=self.nova_watch.endpoints,
+            unix_listener=self.unix_listener(),
         )
 
     def _source_problems(self, name: str) -> tuple[Problem, ...]:
@@ -177,6 +179,21 @@ class ControllerOperations:
             )
             for one in self.listeners.report.foreign
             if one.effect.value == "shares"
+        )
+
+    def unix_listener(self) -> UnixListenerReport | None:
+        """The socket for Neutron's proxies; `None` where it is off."""
+        unix = self.listeners.unix
+        if unix is None or not unix.settings().enabled:
+            return None
+        bind = unix.bind
+        return UnixListenerReport(
+            path=str(unix.settings().path),
+            serving=unix.serving,
+            mode="" if bind is None else bind.mode,
+            user=None if bind is None else bind.user,
+            group=None if bind is None else bind.group,
+            problem="" if unix.problem is None else unix.problem.reason,
         )
 
     def _haproxy(self) -> HaproxyReport:

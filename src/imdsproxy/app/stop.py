@@ -8,12 +8,14 @@ from pathlib import Path
 from imdsproxy.app.build import build_companion, build_host, build_launcher, build_layout
 from imdsproxy.app.companion import CompanionLauncher
 from imdsproxy.app.listener_loop import HostView
+from imdsproxy.app.unix_listener import sweep_unix_socket
 from imdsproxy.config.schema import Settings
 from imdsproxy.core.hostnames import Naming
 from imdsproxy.core.listeners import plan_listeners
 from imdsproxy.core.model import Network
 from imdsproxy.dataplane.launch import Launcher
 from imdsproxy.errors import HostRefused, Problem
+from imdsproxy.host.socket_file import SocketFiles
 from imdsproxy.serving.pidfile import read_pids
 
 __all__ = ["end_data_plane", "stop_data_plane"]
@@ -68,6 +70,7 @@ async def stop_data_plane(settings: Settings, environment: Mapping[str, str]) ->
     _remove(
         layout.master_socket, layout.probe_socket, layout.resolver_socket, settings.admin_socket
     )
+    sweep_unix_socket(layout.config, SocketFiles().observe)
 
 
 def _remove(*paths: Path) -> None:

@@ -1,26 +1,181 @@
-"""The listener `unix` made of the settings: whose the socket and its directory are."""
+"""The listener `unix`: whether its socket can be bound, whose it is, and that it stays so.
+
+It never keeps another listener from coming into force: what is wrong with it leaves out it alone.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final, TypeAlias
 
 from imdsproxy.app.account import group_id, user_id
 from imdsproxy.config.unix_listener import UnixListenerSettings
 from imdsproxy.core.haproxy.model import UnixBind
+from imdsproxy.core.haproxy.unix_listener import AGENTS
 from imdsproxy.core.socket_mode import deduce_socket_mode
+from imdsproxy.core.unix_socket import SeenSocket, SocketState, judge_socket
+from imdsproxy.dataplane.haproxy import Haproxy
+from imdsproxy.errors import DataplaneError, HostRefused, Problem, RuntimeUnavailable
+from imdsproxy.host.clock import Clock
 from imdsproxy.host.files import ensure_directory
+from imdsproxy.host.refusal import host_refused
+from imdsproxy.host.socket_file import give_socket
 
-__all__ = ["apply_unix_directory", "plan_unix_bind"]
+__all__ = ["SocketLook", "UnixListener", "bound_path", "plan_unix_bind", "sweep_unix_socket"]
+
+_BIND: Final = re.compile(rf"^\s*bind unix@(\S+) name {AGENTS}\b", re.MULTILINE)
+_LARGEST_ID: Final = 2**32 - 2
+_FIRST_AGAIN_S: Final = 5.0
+_LAST_AGAIN_S: Final = 60.0
+
+_Signature: TypeAlias = tuple[int, int, int, int, int]
 
 
-def plan_unix_bind(settings: UnixListenerSettings) -> UnixBind | None:
-    """The socket that HAProxy is to bind; `None` when it is off.
+SocketLook: TypeAlias = Callable[[Path, Collection[int]], SeenSocket]
+"""What is at a path; see `SocketFiles.observe`."""
+
+
+@dataclass(slots=True)
+class UnixListener:
+    """Chooses what HAProxy binds, before each change of its configuration, and looks at it afterwards.
+
+    Attributes:
+        bind: What the configuration is to have; `None` where it is off or left out.
+        problem: Why it is left out.
+        serving: The socket at the path is HAProxy's.
+        rebind: HAProxy would hand on a socket that nobody can reach: it must let go of it first.
+    """
+
+    settings: Callable[[], UnixListenerSettings]
+    haproxy: Haproxy
+    look: SocketLook
+    clock: Clock
+    bind: UnixBind | None = None
+    problem: Problem | None = None
+    serving: bool = False
+    rebind: bool = False
+    _signature: _Signature | None = None
+    _refused: tuple[UnixBind, Problem] | None = None
+    _again_s: float = _FIRST_AGAIN_S
+    _again_at: float = field(default=0.0)
+
+    async def choose(self) -> None:
+        """Look at the host and decide; `bind`, `problem` and `rebind` are as of now afterwards."""
+        settings = self.settings()
+        self.rebind = False
+        if not settings.enabled:
+            self._decide(None, None)
+            return
+        try:
+            _apply_directory(settings)
+            wanted = plan_unix_bind(settings)
+            if self._waits(wanted):
+                return
+            seen = await self._look(settings.path)
+        except DataplaneError as error:
+            reason = f"{error.message}: the unix listener is left out"
+            self._decide(None, Problem("unix_listener", reason, error.hint))
+            return
+        if seen is None:
+            # HAProxy is just being started: nobody can say whose the socket is. As it was, then.
+            bound = bound_path(self.haproxy.in_force() or "")
+            self._decide(wanted if bound == wanted.path else None, self.problem)
+            return
+        problem = judge_socket(wanted.path, seen)
+        self._decide(wanted if problem is None else None, problem)
+        self.rebind = problem is None and seen.orphaned
+
+    def blame(self, error: DataplaneError) -> bool:
+        """Leave it out when HAProxy refused a configuration because of it; whether that was so."""
+        bind = self.bind
+        if bind is None or not any(
+            word in error.message for word in (f"[{bind.path}]", f"frontend {AGENTS}")
+        ):
+            return False
+        reason = f"{error.message}: the unix listener is left out"
+        problem = Problem("unix_listener.path", reason, "see which user and unit HAProxy runs as")
+        same = self._refused is not None and self._refused[0] == bind
+        self._again_s = min(self._again_s * 2, _LAST_AGAIN_S) if same else _FIRST_AGAIN_S
+        self._again_at = self.clock.monotonic() + self._again_s
+        self._refused = (bind, problem)
+        self._decide(None, problem)
+        self.rebind = False
+        return True
+
+    async def settle(self, before: str | None) -> None:
+        """After a configuration has come into force: mode and owner, and no file that nobody listens on.
+
+        Args:
+            before: The path that the configuration of before had bound.
+        """
+        bind = self.bind
+        try:
+            if before is not None and (bind is None or before != bind.path):
+                await self._withdraw(Path(before))
+            if bind is not None and self.changed():
+                await self._confirm(bind)
+        except DataplaneError as error:
+            self.problem = Problem("unix_listener", error.message, error.hint)
+
+    def changed(self) -> bool:
+        """Whether the file is not the one any more that was HAProxy's."""
+        if self.bind is None:
+            return False
+        return not self.serving or _signature(Path(self.bind.path)) != self._signature
+
+    def _decide(self, bind: UnixBind | None, problem: Problem | None) -> None:
+        if bind is None or bind != self.bind:
+            self.serving, self._signature = False, None
+        self.bind, self.problem = bind, problem
+
+    def _waits(self, wanted: UnixBind) -> bool:
+        """What HAProxy refused is not tried again at once: each trial costs a worker."""
+        if self._refused is None or self._refused[0] != wanted:
+            self._refused = None
+            return False
+        if self.clock.monotonic() >= self._again_at:
+            return False
+        self._decide(None, self._refused[1])
+        return True
+
+    async def _look(self, path: Path) -> SeenSocket | None:
+        processes = self.haproxy.processes
+        seen = self.look(path, () if processes is None else (processes.master, *processes.workers))
+        if seen.state is not SocketState.FOREIGN or processes is None:
+            return seen
+        # A HAProxy that was started a moment ago, by us or by systemd, is no stranger.
+        async with self.haproxy.records.lock:
+            try:
+                processes = await self.haproxy.master.read_processes()
+            except RuntimeUnavailable:
+                return None
+        return self.look(path, (processes.master, *processes.workers))
+
+    async def _confirm(self, bind: UnixBind) -> None:
+        path = Path(bind.path)
+        seen = await self._look(path)
+        self.serving = seen is not None and seen.state is SocketState.OURS
+        if self.serving:
+            self._refused = None
+            # HAProxy gives both to a socket that it makes, not to one that it was handed.
+            give_socket(path, mode=int(bind.mode, 8), owner=(bind.user, bind.group))
+            self._signature = _signature(path)
+
+    async def _withdraw(self, path: Path) -> None:
+        seen = await self._look(path)
+        if seen is not None and seen.state in {SocketState.OURS, SocketState.STALE}:
+            _unlink(path)
+
+
+def plan_unix_bind(settings: UnixListenerSettings) -> UnixBind:
+    """The socket that HAProxy is to bind.
 
     Raises:
-        HostRefused: An account of the settings does not exist.
+        HostRefused: An account of the settings does not exist, or there is no directory.
     """
-    if not settings.enabled:
-        return None
     owner, group = _owner(settings)
     mode = deduce_socket_mode(
         settings.mode,
@@ -32,24 +187,75 @@ def plan_unix_bind(settings: UnixListenerSettings) -> UnixBind | None:
     return UnixBind(str(settings.path), f"{mode:04o}", owner, group, settings.maxconn)
 
 
-def apply_unix_directory(settings: UnixListenerSettings) -> None:
-    """Make the socket's directory where it is missing; one that is there is Neutron's and left alone.
+def bound_path(config: str) -> str | None:
+    """The path that a configuration binds, if it has the listener."""
+    found = _BIND.search(config)
+    return None if found is None else found[1]
+
+
+def sweep_unix_socket(config: Path, look: SocketLook) -> None:
+    """Remove the socket of a HAProxy that has ended, if nobody listens on it.
+
+    Args:
+        config: The configuration that it ran with.
+        look: What is at a path.
 
     Raises:
-        HostRefused: The file system refuses, or an account does not exist.
-        PrivilegeMissing: We may not write there.
+        HostRefused: The file system refuses.
+        PrivilegeMissing: We may not do that.
     """
-    if settings.enabled and not settings.path.parent.is_dir():
-        mode = int(settings.directory_mode, 8)
-        ensure_directory(settings.path.parent, mode=mode, owner=_owner(settings))
+    try:
+        bound = bound_path(config.read_text())
+    except OSError:
+        return
+    if bound is not None and look(Path(bound), ()).state is SocketState.STALE:
+        _unlink(Path(bound))
+
+
+def _apply_directory(settings: UnixListenerSettings) -> None:
+    """Make the socket's directory where it is missing; one that is there is Neutron's and left alone."""
+    directory = settings.path.parent
+    if not directory.is_dir():
+        owner = (_named(settings.user, user_id, 0), _named(settings.group, group_id, 0))
+        ensure_directory(directory, mode=int(settings.directory_mode, 8), owner=owner)
 
 
 def _owner(settings: UnixListenerSettings) -> tuple[int, int]:
-    user, group = settings.user, settings.group
-    return (0 if user is None else user_id(user), 0 if group is None else group_id(group))
+    directory = settings.path.parent
+    try:
+        status = directory.stat()
+    except OSError as error:
+        raise host_refused(f"look at {directory}", error) from error
+    return (
+        _named(settings.user, user_id, status.st_uid),
+        _named(settings.group, group_id, status.st_gid),
+    )
+
+
+def _named(account: str | None, look_up: Callable[[str], int], default: int) -> int:
+    return default if account is None else look_up(account)
 
 
 def _id(account: str | None, look_up: Callable[[str], int]) -> int | None:
     if account is None:
         return None
-    return int(account) if account.isdecimal() else look_up(account)
+    if not account.isdecimal():
+        return look_up(account)
+    if int(account) > _LARGEST_ID:
+        raise HostRefused(f"there is no id {account}", hint=f"the largest is {_LARGEST_ID}")
+    return int(account)
+
+
+def _signature(path: Path) -> _Signature | None:
+    try:
+        status = path.lstat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino, status.st_mode, status.st_uid, status.st_gid
+
+
+def _unlink(path: Path) -> None:
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise host_refused(f"remove {path}", error) from error

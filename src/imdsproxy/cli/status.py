@@ -65,7 +65,9 @@ def _facts(report: _Shape) -> dict[str, str]:
         "instances": f"{report['instances']} with {report['addresses']} addresses",
         "haproxy": _haproxy(_shape(report, "haproxy")),
         "documents": _documents(_shape(report, "documents")),
-    } | _plan(report["last_plan"])
+        **_unix_listener(report["unix_listener"]),
+        **_plan(report["last_plan"]),
+    }
 
 
 def _haproxy(haproxy: _Shape) -> str:
@@ -92,6 +94,16 @@ def _documents(documents: _Shape) -> str:
     workers = " ".join(str(pid) for pid in pids[1:])
     problem = f"\n[red]{clean(documents['problem'])}[/]" if documents["problem"] else ""
     return f"parent {pids[0]}, workers {workers or '[red]none[/]'}{problem}"
+
+
+def _unix_listener(unix: object) -> dict[str, str]:
+    if not isinstance(unix, dict):
+        return {}
+    path = clean(unix["path"])
+    if not unix["serving"]:
+        return {"unix listener": f"{path}, [red]left out[/] {clean(unix['problem'])}".rstrip()}
+    owner = f"{unix['user']}:{unix['group']}"
+    return {"unix listener": f"{path}, mode {clean(unix['mode'])} {owner}, [green]serving[/]"}
 
 
 def _plan(plan: object) -> dict[str, str]:

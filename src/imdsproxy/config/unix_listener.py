@@ -2,15 +2,37 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Final, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
+from pydantic_core import PydanticCustomError
 
 from imdsproxy.config.change import Change
 from imdsproxy.config.section import AbsolutePath, AccountName, Section, setting
 
 __all__ = ["UnixListenerSettings"]
+
+_LONGEST: Final = 97
+"""HAProxy binds beside the path and renames: of the kernel's 107 bytes ten are for that."""
+
+_PLAIN: Final = re.compile(r"/[A-Za-z0-9._/@+-]+")
+
+
+def _bindable(path: Path) -> Path:
+    if not _PLAIN.fullmatch(str(path)):
+        raise PydanticCustomError(
+            "path", "{path} has characters other than A-Za-z0-9._/@+-", {"path": str(path)}
+        )
+    if len(str(path)) > _LONGEST:
+        raise PydanticCustomError(
+            "path",
+            "{path} has {length} characters, HAProxy takes {most}",
+            {"path": str(path), "length": len(str(path)), "most": _LONGEST},
+        )
+    return path
+
 
 AccountNameOrId = Annotated[str, Field(pattern=r"^([a-z_][a-z0-9_-]{0,30}\$?|[0-9]{1,10})$")]
 
@@ -23,7 +45,7 @@ class UnixListenerSettings(Section):
         "Listen on it. Off, because only hosts with Neutron's L3, DHCP or OVN agents have who connects.",
         Change.RELOAD,
     )
-    path: AbsolutePath = setting(
+    path: Annotated[AbsolutePath, AfterValidator(_bindable)] = setting(
         Path("/var/lib/neutron/metadata_proxy"),
         "The socket; the agents' `metadata_proxy_socket` is the same.",
         Change.RELOAD,
@@ -36,12 +58,13 @@ class UnixListenerSettings(Section):
     )
     user: AccountName | None = setting(
         None,
-        "Owner of the socket and of its directory when that is made; null is root.",
+        "Owner of the socket, and of its directory when that is made. Null is the directory's owner, who is the "
+        "agents' account already; root when the directory is made.",
         Change.RELOAD,
     )
     group: AccountName | None = setting(
         None,
-        "Group of the socket and of its directory when that is made; null is root.",
+        "Group of the socket, and of its directory when that is made; null is the directory's.",
         Change.RELOAD,
     )
     directory_mode: str = setting(

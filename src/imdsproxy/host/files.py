@@ -131,7 +131,10 @@ def ensure_directory(
         PrivilegeMissing: This process may not do that there.
     """
     try:
+        missing = [one for one in path.parents if not one.exists()]
         path.mkdir(parents=True, exist_ok=True)
+        for parent in missing:
+            parent.chmod(0o755)
         descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             _have_owner_and_mode(descriptor, mode, owner)

@@ -49,6 +49,8 @@ FULL = MetricsSnapshot(
         stale_s=12.5,
         backoff_s=0.75,
     ),
+    unix_serving=True,
+    unix_traffic=NetworkTraffic(3, 2, 1),
     nova_up={("default", "192.0.2.1:8775"): True, ("default", "192.0.2.2:8775"): False},
     nova_refused={"default": 6},
 )

@@ -41,3 +41,12 @@ def test_other_proxies_and_lines_are_left_alone() -> None:
     frontend = {**_row("FRONTEND", 9), "type": "0"}
     counter.add(1, [frontend, {**_row("x", 9), "pxname": "probe"}, {**_row("red", 0), "stot": ""}])
     assert counter.totals == {"red": NetworkTraffic(0)}
+
+
+def test_neutrons_proxies_are_counted_apart_from_a_network_of_that_name() -> None:
+    rows = [_row("agents", 5), {**_row("agents", 7, 2, 1), "pxname": "agents"}]
+    guests, agents = TrafficCounter(), TrafficCounter("agents")
+    for counter in (guests, agents):
+        counter.add(1, rows)
+    assert guests.totals == {"agents": NetworkTraffic(5)}
+    assert agents.totals == {"agents": NetworkTraffic(7, 2, 1)}

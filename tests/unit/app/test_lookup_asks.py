@@ -31,6 +31,7 @@ from imdsproxy.core.model import (
 from imdsproxy.core.plan import plan_record
 from imdsproxy.core.upstream import EndpointSet, NovaRouting
 from imdsproxy.core.wire import MapRecord, NovaRecord, parse_map_value
+from imdsproxy.errors import Problem
 from imdsproxy.serving.resolver import Contested, Known, Missing, Resolution
 from imdsproxy.sources.api import (
     Confirmation,
@@ -126,6 +127,7 @@ class Rig:
         self.inventory.observe(Observation("file", full=True, networks=networks))
         self.inventory.observe(Observation("neutron", full=True))
         self.told = told
+        self.unix = SimpleNamespace(serving=True, problem=None)
 
     def answer(
         self, answer: object, address: IpAddress = _ADDRESS, scope: Scope = Scope.NETWORK
@@ -148,7 +150,9 @@ class Rig:
 
     @property
     def explainer(self) -> Explainer:
-        listeners = SimpleNamespace(report=SimpleNamespace(left_out=(), endpoints=()))
+        listeners = SimpleNamespace(
+            report=SimpleNamespace(left_out=(), endpoints=()), unix=self.unix
+        )
         haproxy = SimpleNamespace(processes=None)
         return Explainer(
             self.inventory,
@@ -308,6 +312,18 @@ async def test_a_private_link_local_address_is_asked_for_by_the_mac_of_the_neigh
 
 
 # Explained
+
+
+async def test_a_guest_whom_no_listener_reaches_is_told_of_as_left_out() -> None:
+    rig = _rig()
+    rig.answer(_FOUND)
+    rig.unix.serving = False
+    told = await rig.explainer.explain(_NET, _ADDRESS)
+    assert (told.verdict, told.answer, told.instance) == ("left-out", 503, "web")
+    assert told.why[0].endswith("through the unix listener, which is off")
+    rig.unix.problem = Problem("unix_listener.path", "an agent listens there")
+    told = await rig.explainer.explain(_NET, _ADDRESS)
+    assert told.why[0].endswith(", which is left out: an agent listens there")
 
 
 async def test_a_guest_that_is_found_is_explained_with_the_age_of_its_confirmation() -> None:

@@ -119,6 +119,20 @@ def test_a_directory_gets_exactly_its_mode_and_may_exist(tmp_path: Path) -> None
         assert _mode(place) == mode
 
 
+def test_directories_above_one_that_is_made_can_be_entered_whatever_the_umask_is(
+    tmp_path: Path,
+) -> None:
+    tmp_path.chmod(0o700)
+    before = os.umask(0o077)
+    try:
+        ensure_directory(tmp_path / "a" / "b" / "c", mode=0o710)
+    finally:
+        os.umask(before)
+    assert [_mode(tmp_path / one) for one in ("", "a", "a/b", "a/b/c")] == [
+        *(0o700, 0o755, 0o755, 0o710)
+    ]
+
+
 def test_a_file_in_the_place_of_a_directory_is_refused(tmp_path: Path) -> None:
     (tmp_path / "f").touch()
     with pytest.raises(HostRefused, match="EEXIST"):

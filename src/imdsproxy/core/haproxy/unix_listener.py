@@ -11,17 +11,30 @@ from typing import Final
 
 from imdsproxy.core.haproxy.model import UnixBind, Words
 
-__all__ = ["agent_rules", "unix_bind"]
+__all__ = ["AGENTS", "agent_rules", "unix_bind"]
+
+AGENTS: Final = "agents"
+"""The frontend's name and the bind's."""
+
 
 _NETWORKS: Final = ("x-neutron-network-id", "x-ovn-network-id")
 _ROUTER: Final = "x-neutron-router-id"
+_PEER: Final = "x-forwarded-for"
 _ID: Final = "^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
-_REFUSE: Final[Words] = ("http-request", "return", "status", "400")
+
+_OCTET: Final = "(?:25[0-5]|2[0-4][0-9]|1[0-9][0-9]|[1-9]?[0-9])"
+_QUAD: Final = rf"(?:{_OCTET}\.){{3}}{_OCTET}"
+_MAPPED: Final = (
+    "(?:(?:0{1,4}:){5}|(?:::|(?:0{1,4}:)+:)(?:0{1,4}:)*)[Ff]{4}:"
+    f"(?:{_QUAD}|[0-9A-Fa-f]{{1,4}}:[0-9A-Fa-f]{{1,4}})"
+)
+_IPV4: Final = f"^(?:{_QUAD}|{_MAPPED})$"
+_IPV6: Final = f"^[0-9A-Fa-f:]+(?:{_QUAD})?$"
 
 
 def unix_bind(bind: UnixBind) -> Words:
     """The socket."""
-    return ("bind", f"unix@{bind.path}", "name", "agents", "mode", bind.mode,
+    return ("bind", f"unix@{bind.path}", "name", AGENTS, "mode", bind.mode,
             "uid", str(bind.user), "gid", str(bind.group), "proto", "h1", "maxconn", str(bind.maxconn))  # fmt: skip
 
 
@@ -35,21 +48,33 @@ def agent_rules() -> tuple[Words, ...]:
         ("http-request", "set-var(txn.networks)", f"req.fhdr_cnt({first})"),
         ("http-request", "set-var(txn.ovn)", f"req.fhdr_cnt({second})"),
         ("http-request", "set-var(txn.routers)", f"req.fhdr_cnt({_ROUTER})"),
-        (*_REFUSE, "unless", "{", "var(txn.networks),add(txn.ovn),add(txn.routers)", "-m", "int", "1", "}",
-         "{", "req.fhdr_cnt(x-forwarded-for)", "1", "}"),
         ("http-request", "set-var(sess.network)", f"req.fhdr({first})", "if", *_found("txn.networks")),
         ("http-request", "set-var(sess.network)", f"req.fhdr({second})", "if", *_found("txn.ovn")),
         ("http-request", "set-var(sess.network)", f"req.fhdr({_ROUTER})", "if", *_found("txn.routers")),
+        (*_refuse("exactly one of X-Neutron-Network-ID, X-Neutron-Router-ID and X-OVN-Network-ID is needed"), "unless",
+         "{", "var(txn.networks),add(txn.ovn),add(txn.routers)", "-m", "int", "1", "}",
+         "{", "var(sess.network)", "-m", "reg", _ID, "}"),
         ("http-request", "set-var(sess.router)", "bool(false)"),
         ("http-request", "set-var(sess.router)", "bool(true)", "if", *_found("txn.routers")),
-        # As an address and back: however it was spelled, the map knows one spelling. A dual-stack socket's
-        # IPv4 peers come as ::ffff:a.b.c.d.
-        ("http-request", "set-var(sess.address)", "req.fhdr(x-forwarded-for),ipmask(32,128),regsub(^::ffff:,)"),
-        (*_REFUSE, "unless", "{", "var(sess.network)", "-m", "reg", _ID, "}",
-         "{", "var(sess.address)", "-m", "found", "}"),
+        ("http-request", "set-var(txn.peer)", f"req.fhdr({_PEER})", "if", "{", f"req.fhdr_cnt({_PEER})", "1", "}"),
+        # As an address and back: however it was spelled, the map knows one spelling. HAProxy alone would take
+        # `10.0.0.5, 10.0.0.6` for the first of the two, and the IPv6 address `::10.0.0.5` for the IPv4 one. Only
+        # `::ffff:10.0.0.5` is that: a dual-stack socket's IPv4 peers come so.
+        ("http-request", "set-var(sess.address)", "var(txn.peer),ipmask(32,128)",
+         "if", "{", "var(txn.peer)", "-m", "reg", _IPV4, "}"),
+        ("http-request", "set-var(txn.ipv6)", "var(txn.peer),ipmask(32,128)",
+         "if", "!{", "var(sess.address)", "-m", "found", "}", "{", "var(txn.peer)", "-m", "reg", _IPV6, "}"),
+        ("http-request", "set-var(sess.address)", "var(txn.ipv6)", "if", "{", "var(txn.ipv6)", "-m", "sub", ":", "}"),
+        (*_refuse("exactly one X-Forwarded-For with one address is needed"),
+         "unless", "{", "var(sess.address)", "-m", "found", "}"),
         ("http-request", "set-var(sess.key)", "var(sess.network),concat(/,sess.address)"),
     )  # fmt: skip
 
 
 def _found(variable: str) -> Words:
     return ("{", f"var({variable})", "-m", "int", "1", "}")
+
+
+def _refuse(why: str) -> Words:
+    # `deny` and not `return`: it is counted.
+    return ("http-request", "deny", "status", "400", "content-type", "text/plain", "string", why)

@@ -1,0 +1,69 @@
+"""The socket file of the listener `unix`: what is at its path, and what that means for the listener.
+
+HAProxy moves its socket to the path by rename: it would take the place of whatever is there, a living agent's
+socket or a file, without a word. And it hands a socket over to its next worker although the file is gone. So
+somebody else has to look.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import assert_never
+
+from imdsproxy.core.hoststate import SocketOwner
+from imdsproxy.errors import Problem
+
+__all__ = ["SeenSocket", "SocketState", "judge_socket"]
+
+
+class SocketState(StrEnum):
+    """What is at the path."""
+
+    MISSING = "missing"
+    STALE = "stale"
+    """A socket that nobody listens on any more."""
+
+    OURS = "ours"
+    FOREIGN = "foreign"
+    """Somebody else's, who lives."""
+
+    OCCUPIED = "occupied"
+    """Something that is no socket."""
+
+
+@dataclass(frozen=True, slots=True)
+class SeenSocket:
+    """What was seen at one moment.
+
+    Attributes:
+        owners: Who listens, for `FOREIGN`, as far as that can be seen.
+        orphaned: HAProxy listens on a socket that was at the path, and is not any more: nobody can connect to it,
+            and the next worker would be handed the same one.
+    """
+
+    state: SocketState
+    owners: tuple[SocketOwner, ...] = ()
+    orphaned: bool = False
+
+
+def judge_socket(path: str, seen: SeenSocket) -> Problem | None:
+    """Why HAProxy may not bind at the path; `None` when it may."""
+    match seen.state:
+        case SocketState.MISSING | SocketState.STALE | SocketState.OURS:
+            return None
+        case SocketState.FOREIGN:
+            who = " and ".join(f"{one.command} (pid {one.pid})" for one in seen.owners)
+            return Problem(
+                "unix_listener.path",
+                f"{who or 'another process'} listens on {path}: the unix listener is left out",
+                "end it (neutron-metadata-agent? OVN's agent?); the socket is taken within a second then",
+            )
+        case SocketState.OCCUPIED:
+            return Problem(
+                "unix_listener.path",
+                f"{path} is there and is no socket: the unix listener is left out",
+                "move it away, or choose another path",
+            )
+        case _ as never:
+            assert_never(never)

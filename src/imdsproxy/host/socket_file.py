@@ -1,0 +1,202 @@
+"""Whose socket is at a path: sock_diag(7) for unix sockets, /proc, and a connection where these do not tell.
+
+A process that binds elsewhere and renames, as HAProxy does, is not listed under the path; the kernel tells the
+socket file's inode instead. It lists the sockets of one network namespace only, while a path leads to sockets of
+any: only to what is not listed does somebody have to connect.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import stat
+import struct
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from imdsproxy.core.hoststate import SocketOwner
+from imdsproxy.core.unix_socket import SeenSocket, SocketState
+from imdsproxy.errors import HostRefused
+from imdsproxy.host.nlmessages import NetlinkRefused, NetlinkSocket, parse_attributes
+from imdsproxy.host.refusal import host_refused
+from imdsproxy.host.sockets import SOCK_DIAG
+
+__all__ = ["SocketFiles", "give_socket"]
+
+_BY_FAMILY: Final = 20
+_QUESTION: Final = struct.Struct("=BBHIII8s")
+_ANSWER: Final = struct.Struct("=BBBBI8s")
+_FILE: Final = struct.Struct("=II")
+_LISTENING: Final = 1 << 10
+_SHOW_NAME: Final = 0x1
+_SHOW_FILE: Final = 0x2
+_NAME: Final = 0
+_VFS: Final = 1
+_CREDENTIALS: Final = struct.Struct("=iII")
+_PATIENCE_S: Final = 1.0
+_MINOR_BITS: Final = 20
+
+
+@dataclass(frozen=True, slots=True)
+class _Listening:
+    """A listening socket: its own inode, the name it was bound under, its file's inode and device."""
+
+    inode: int
+    name: bytes
+    file: int
+    device: int
+
+
+class SocketFiles:
+    """Looks at socket files, remembering which sockets are our own processes'.
+
+    Args:
+        proc: Where the kernel shows processes.
+    """
+
+    def __init__(self, proc: Path = Path("/proc")) -> None:
+        self._proc = proc
+        self._ours: dict[int, int] = {}
+
+    def observe(self, path: Path, our_pids: Collection[int]) -> SeenSocket:
+        """What is at the path.
+
+        Args:
+            path: Where the socket is, or is to be.
+            our_pids: HAProxy's master and workers.
+
+        Raises:
+            HostRefused: It cannot be looked at.
+            PrivilegeMissing: We may not look there.
+        """
+        listening = _listening()
+        held = self._held(path, listening, our_pids)
+        try:
+            status = path.lstat()
+        except (FileNotFoundError, NotADirectoryError):
+            return SeenSocket(SocketState.MISSING, orphaned=bool(held))
+        except OSError as error:
+            raise host_refused(f"look at {path}", error) from error
+        if not stat.S_ISSOCK(status.st_mode):
+            return SeenSocket(SocketState.OCCUPIED, orphaned=bool(held))
+        # Not the device: btrfs shows one in its files and another one in its sockets.
+        if any(one.file == status.st_ino for one in held):
+            return SeenSocket(SocketState.OURS)
+        for one in listening:
+            if (one.file, one.device) == (status.st_ino, status.st_dev):
+                owners = tuple(self._owners(one.inode))
+                return SeenSocket(SocketState.FOREIGN, owners, orphaned=bool(held))
+        return self._ask(path, our_pids, held=bool(held))
+
+    def _held(
+        self, path: Path, listening: Iterable[_Listening], our_pids: Collection[int]
+    ) -> list[_Listening]:
+        """What our processes listen on and bound under this path, or beside it to be renamed."""
+        name = os.fsencode(path)
+        named = [one for one in listening if one.name == name or one.name.startswith(name + b".")]
+        self._ours = {inode: pid for inode, pid in self._ours.items() if pid in our_pids}
+        if any(one.inode not in self._ours for one in named):
+            for pid in our_pids:
+                self._ours.update(dict.fromkeys(self._sockets(pid), pid))
+        return [one for one in named if one.inode in self._ours]
+
+    def _ask(self, path: Path, our_pids: Collection[int], *, held: bool) -> SeenSocket:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as probe:
+            probe.settimeout(_PATIENCE_S)
+            try:
+                probe.connect(str(path))
+            except (ConnectionRefusedError, FileNotFoundError):
+                return SeenSocket(SocketState.STALE, orphaned=held)
+            except (TimeoutError, BlockingIOError):
+                # Its queue is full: it lives.
+                return SeenSocket(SocketState.FOREIGN, orphaned=held)
+            except OSError as error:
+                raise host_refused(f"find out who listens on {path}", error) from error
+            data = probe.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+        pid = _CREDENTIALS.unpack(data)[0]
+        # Whoever began to listen may have handed the socket to another worker and ended.
+        if pid in our_pids or (held and not (self._proc / str(pid)).exists()):
+            return SeenSocket(SocketState.OURS)
+        owners = (SocketOwner(pid, self._command(pid)),) if pid else ()
+        return SeenSocket(SocketState.FOREIGN, owners, orphaned=held)
+
+    def _owners(self, inode: int) -> Iterator[SocketOwner]:
+        pids = sorted(int(one.name) for one in self._proc.iterdir() if one.name.isdigit())
+        for pid in pids:
+            if inode in self._sockets(pid):
+                yield SocketOwner(pid, self._command(pid))
+
+    def _sockets(self, pid: int) -> Iterator[int]:
+        # A process that ends while it is looked at holds nothing any more.
+        with contextlib.suppress(OSError), os.scandir(self._proc / str(pid) / "fd") as entries:
+            for entry in entries:
+                target = _link(entry.path)
+                if target.startswith("socket:["):
+                    yield int(target[8:-1])
+
+    def _command(self, pid: int) -> str:
+        try:
+            return (self._proc / str(pid) / "comm").read_text(errors="replace").rstrip("\n")
+        except OSError:
+            return "?"
+
+
+def give_socket(path: Path, *, mode: int, owner: tuple[int, int]) -> None:
+    """Have a socket file with this mode and owner.
+
+    Its directory may be another account's, who could put a link to any file in its place meanwhile: both are given
+    to the file that was looked at.
+
+    Raises:
+        HostRefused: There is no socket, or the file system refuses.
+        PrivilegeMissing: We may not do that.
+    """
+    try:
+        descriptor = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            status = os.fstat(descriptor)
+            if not stat.S_ISSOCK(status.st_mode):
+                raise HostRefused(f"{path} is no socket any more")
+            itself = f"/proc/self/fd/{descriptor}"
+            if (status.st_uid, status.st_gid) != owner:
+                os.chown(itself, *owner)
+            if stat.S_IMODE(os.fstat(descriptor).st_mode) != mode:
+                os.chmod(itself, mode)  # noqa: PTH101 - of a descriptor that only names it
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise host_refused(f"give {path} its mode and owner", error) from error
+
+
+def _listening() -> list[_Listening]:
+    """Every unix socket with a file that listens in the calling thread's network namespace."""
+    question = _QUESTION.pack(
+        socket.AF_UNIX, 0, 0, _LISTENING, 0, _SHOW_NAME | _SHOW_FILE, b"\xff" * 8
+    )
+    try:
+        with NetlinkSocket(SOCK_DIAG) as channel:
+            messages = channel.dump(_BY_FAMILY, question)
+    except (NetlinkRefused, OSError):
+        # A kernel without unix_diag: a connection tells then.
+        return []
+    found: list[_Listening] = []
+    for message in messages:
+        inode = _ANSWER.unpack_from(message.payload)[4]
+        attributes = parse_attributes(message.payload, _ANSWER.size)
+        if _VFS in attributes:
+            file, device = _FILE.unpack(attributes[_VFS])
+            name = attributes.get(_NAME, b"").rstrip(b"\0")
+            # The kernel's own number of a device, not the one that stat(2) has.
+            major, minor = device >> _MINOR_BITS, device & ((1 << _MINOR_BITS) - 1)
+            found.append(_Listening(inode, name, file, os.makedev(major, minor)))
+    return found
+
+
+def _link(path: str) -> str:
+    try:
+        return os.readlink(path)  # noqa: PTH115 - called for every descriptor of a process
+    except OSError:
+        return ""

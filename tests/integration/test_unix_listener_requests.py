@@ -1,0 +1,372 @@
+"""What is said on the socket of the listener `unix`, and by whom it is taken to be said."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from typing import Final
+
+import pytest
+
+from support.agent_socket import NETWORK, OVN, ROUTER, AgentWorld, open_agents
+from support.daemon import user_data_of
+from support.guest import Reply
+from support.lab import until
+from support.nova_world import INSTANCES
+
+pytestmark = pytest.mark.root
+
+_FROM: Final = "X-Forwarded-For: 10.0.0.5"
+_RED: Final = f"{NETWORK}: red"
+_WHO: Final = (
+    b"exactly one of X-Neutron-Network-ID, X-Neutron-Router-ID and X-OVN-Network-ID is needed"
+)
+_WHENCE: Final = b"exactly one X-Forwarded-For with one address is needed"
+
+
+@pytest.fixture(scope="module")
+def shared() -> Iterator[AgentWorld]:
+    with open_agents() as one:
+        yield one
+
+
+@pytest.fixture
+def world(shared: AgentWorld) -> AgentWorld:
+    shared.heal()
+    return shared
+
+
+def _seen(world: AgentWorld) -> dict[bytes, bytes]:
+    return dict(world.nova.only().headers)
+
+
+def _refused(world: AgentWorld, answer: Reply, why: bytes) -> None:
+    assert (answer.status, answer.body) == (400, why)
+    assert answer.headers["content-type"] == "text/plain"
+    assert not answer.closes
+    assert world.nova.requests == []
+
+
+# Whose network
+
+
+@pytest.mark.parametrize("kind", [NETWORK, ROUTER, OVN, NETWORK.lower(), OVN.upper()])
+@pytest.mark.parametrize("network", sorted(INSTANCES))
+def test_each_of_the_three_ids_says_where_the_guest_is(
+    world: AgentWorld, network: str, kind: str
+) -> None:
+    assert world.socket.ask("/openstack?a=%2F", network=network, kind=kind).status == 200
+    assert _seen(world) == {
+        b"host": world.nova.authority.encode(),
+        b"x-forwarded-for": b"10.0.0.5",
+        **world.seen_of(network),
+    }
+    assert world.nova.only().target == b"/openstack?a=%2F"
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        (),
+        (_RED, _RED),
+        (_RED, f"{NETWORK}: green"),
+        (_RED, f"{ROUTER}: red"),
+        (_RED, f"{OVN}: red"),
+        (f"{OVN}: green", f"{OVN}: red"),
+        (f"{ROUTER}: green", f"{OVN}: red"),
+        (_RED, f"{ROUTER}: red", f"{OVN}: red"),
+        (f"{NETWORK}:",),
+        (f"{NETWORK}:", _RED),
+        (f"{NETWORK}: red, green",),
+        (f"{NETWORK}: red,",),
+        (f"{NETWORK}: red green",),
+        (f"{NETWORK}: ../red",),
+        (f"{NETWORK}: red/10.0.0.5",),
+        (f"{NETWORK}: .red",),
+        (f"{NETWORK}: r\xe4d",),
+        (f"{NETWORK}: red%00",),
+        (f"{NETWORK}: {'a' * 65}",),
+        (f"{NETWORK}: {'a' * 8000}",),
+        (f"{NETWORK.replace('-', '_')}: red",),
+        ("X-Instance-ID: red",),
+    ],
+    ids=repr,
+)
+def test_anything_but_exactly_one_id_is_400(world: AgentWorld, lines: tuple[str, ...]) -> None:
+    _refused(world, world.socket.lines(*lines, _FROM), _WHO)
+
+
+def test_a_spelling_with_underscores_is_deleted_and_counts_for_nothing(world: AgentWorld) -> None:
+    forged = ("X_Neutron_Network_ID: green", "X_OVN_Network_ID: green", "X_Forwarded_For: 10.0.0.6")
+    assert world.socket.ask(headers=forged).status == 200
+    assert _seen(world)[b"x-instance-id"] == INSTANCES["red"].encode()
+
+
+def test_an_id_of_64_characters_is_one_that_nobody_has(world: AgentWorld) -> None:
+    assert world.socket.ask(network="a" * 64).status == 404
+
+
+# Whose address
+
+
+@pytest.mark.parametrize(
+    "spelled",
+    [
+        "10.0.0.5",
+        " \t10.0.0.5 ",
+        "::ffff:10.0.0.5",
+        "::FFFF:10.0.0.5",
+        "::FFFF:a00:5",
+        "::ffff:0a00:0005",
+        "0:0:0:0:0:ffff:a00:5",
+        "0:0::0:ffff:a00:5",
+        "0000:0000:0000:0000:0000:FFFF:0A00:0005",
+        "0::ffff:10.0.0.5",
+    ],
+)
+def test_a_dual_stack_proxy_spells_ipv4_in_many_ways(world: AgentWorld, spelled: str) -> None:
+    assert world.socket.ask(address=spelled).status == 200
+    seen = _seen(world)
+    assert (seen[b"x-instance-id"], seen[b"x-forwarded-for"]) == (
+        INSTANCES["red"].encode(),
+        b"10.0.0.5",
+    )
+
+
+@pytest.mark.parametrize(
+    ("spelled", "address"),
+    [
+        ("2001:db8::5", "2001:db8::5"),
+        ("2001:DB8::5", "2001:db8::5"),
+        ("2001:0db8:0000:0000:0000:0000:0000:0005", "2001:db8::5"),
+        ("2001:db8:0:0::0.0.0.5", "2001:db8::5"),
+        ("FE80:0:0:0:F816:3EFF:FE00:5", "fe80::f816:3eff:fe00:5"),
+    ],
+)
+def test_an_ipv6_address_is_one_however_it_is_spelled(
+    world: AgentWorld, spelled: str, address: str
+) -> None:
+    assert world.socket.ask(address=spelled).status == 200
+    seen = _seen(world)
+    assert (seen[b"x-instance-id"], seen[b"x-forwarded-for"]) == (
+        INSTANCES["red"].encode(),
+        address.encode(),
+    )
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        (),
+        (_FROM, _FROM),
+        (_FROM, "X-Forwarded-For: 10.0.0.6"),
+        ("X-Forwarded-For:", _FROM),
+        ("X-Forwarded-For:",),
+        *(
+            (f"X-Forwarded-For: {value}",)
+            for value in (
+                *("10.0.0.5, 10.0.0.6", "10.0.0.5,10.0.0.6", "10.0.0.5,", ",10.0.0.5", "10.0.0.5;"),
+                *("10.0.0.5 x", "10.0.0.5:80", "10.0.0.5/32", '"10.0.0.5"', "[10.0.0.5]"),
+                *("10.0.0", "10.0.0.5.", "10.0.0.5.6", "010.0.0.5", "10.0.0.05", "10.0.0.256"),
+                *("0x0a.0.0.5", "167772165", "10..0.5", "-10.0.0.5", "+10.0.0.5", "*", "-"),
+                *("localhost", "unknown", "_hidden", "for=10.0.0.5", "10.0.0.5%eth0", "\xb9"),
+                *("[2001:db8::5]", "[2001:db8::5]:80", "2001:db8::5%eth0", "2001:db8::5%25eth0"),
+                *("2001:db8::5:", "2001:db8::5/128", "2001:db8::5, 10.0.0.5", "2001:db8:::5"),
+                *("2001:db8::5::", "2001:db8::10.0.0.256", "fe80::1%2", "12345::", "1:2:3:4:5:6:7"),
+                # These are addresses of IPv6, and HAProxy would take them for IPv4's.
+                *("::10.0.0.5", "::a00:5", "0:0:0:0:0:0:a00:5", "::", "::1"),
+                *("::ffff:10.0.0.05", "::ffff:10.0.0.256", "::ffff:10.0.0.5:80", "a" * 4000),
+            )
+        ),
+    ],
+    ids=repr,
+)  # fmt: skip
+def test_anything_but_exactly_one_address_is_400(world: AgentWorld, lines: tuple[str, ...]) -> None:
+    _refused(world, world.socket.lines(_RED, *lines), _WHENCE)
+
+
+@pytest.mark.parametrize(
+    "spelled", ["::ffff:0:10.0.0.5", "64:ff9b::10.0.0.5", "1::ffff:10.0.0.5", "::fffe:10.0.0.5"]
+)
+def test_an_ipv6_address_that_ends_like_an_ipv4_one_is_another_one(
+    world: AgentWorld, spelled: str
+) -> None:
+    assert world.socket.ask(address=spelled).status == 404
+    assert world.nova.requests == []
+
+
+# Connections
+
+
+def test_a_connection_carries_requests_of_many_guests_and_keeps_nothing_of_the_one_before(
+    world: AgentWorld,
+) -> None:
+    asked = [
+        ((_RED, _FROM), INSTANCES["red"]),
+        ((f"{OVN}: green", _FROM), INSTANCES["green"]),
+        ((_FROM,), None),
+        ((f"{ROUTER}: red", "X-Forwarded-For: 2001:db8::5"), INSTANCES["red"]),
+        ((_RED,), None),
+        ((f"{NETWORK}: green", "X-Forwarded-For: ::ffff:10.0.0.5"), INSTANCES["green"]),
+        ((f"{NETWORK}:", _FROM), None),
+        ((_RED, "X-Forwarded-For: x"), None),
+        ((_RED, _FROM), INSTANCES["red"]),
+    ]
+    with world.socket.connect() as connection:
+        for lines, owner in asked:
+            world.nova.forget()
+            answer = connection.request("/openstack", headers=lines)
+            assert answer.status == (400 if owner is None else 200), lines
+            found = [one.values("x-instance-id") for one in world.nova.requests]
+            assert found == ([] if owner is None else [(owner.encode(),)])
+
+
+def test_requests_sent_without_waiting_are_each_their_own(world: AgentWorld) -> None:
+    with world.socket.connect() as connection:
+        for lines in ((_RED, _FROM), (_FROM,), (f"{NETWORK}: green", _FROM), (_RED,)):
+            head = "\r\n".join(("GET /openstack HTTP/1.1", "Host: x", *lines))
+            connection.send(f"{head}\r\n\r\n".encode())
+        assert [connection.read().status for _ in range(4)] == [200, 400, 200, 400]
+    found = [one.values("x-instance-id")[0].decode() for one in world.nova.requests]
+    assert found == [INSTANCES["red"], INSTANCES["green"]]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"Content-Length: 5\r\n\r\nhello",
+        b"Content-Length: 200000\r\n\r\n" + b"x" * 200_000,
+        b"Transfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n",
+    ],
+    ids=["short", "long", "chunked"],
+)
+def test_a_body_that_is_refused_is_read_to_its_end(world: AgentWorld, body: bytes) -> None:
+    with world.socket.connect() as connection:
+        connection.send(f"POST /openstack HTTP/1.1\r\nHost: x\r\n{_FROM}\r\n".encode() + body)
+        _refused(world, connection.read(), _WHO)
+        assert connection.request("/openstack", headers=(_RED, _FROM)).status == 200
+
+
+def test_a_refused_head_request_has_a_length_and_no_body(world: AgentWorld) -> None:
+    with world.socket.connect() as connection:
+        answer = connection.request("/openstack", method="HEAD", headers=(_FROM,))
+        assert (answer.status, answer.headers["content-length"]) == (400, str(len(_WHO)))
+        assert connection.request("/openstack", headers=(_RED, _FROM)).status == 200
+
+
+@pytest.mark.parametrize("lines", [(_FROM,), (_RED, _FROM)])
+def test_who_wants_the_connection_closed_has_it_closed(
+    world: AgentWorld, lines: tuple[str, ...]
+) -> None:
+    for version, extra in (("1.1", "Connection: close"), ("1.0", "Accept: */*")):
+        with world.socket.connect() as connection:
+            head = "\r\n".join((f"GET /openstack HTTP/{version}", "Host: x", extra, *lines))
+            connection.send(f"{head}\r\n\r\n".encode())
+            answer = connection.read()
+            assert (answer.status, answer.closes) == (200 if len(lines) == 2 else 400, True)
+            assert connection.everything() == b""
+
+
+def test_what_is_no_http_is_400_and_closed(world: AgentWorld) -> None:
+    for data in (b"GARBAGE\r\n\r\n", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"):
+        with world.socket.connect() as connection:
+            connection.send(data)
+            answer = connection.read()
+            assert (answer.status, answer.closes) == (400, True)
+
+
+# The same as on a network's own listener
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH"])
+def test_nova_receives_what_the_guest_asked(world: AgentWorld, method: str) -> None:
+    body = b"p\0\xff" if method in ("POST", "PUT", "PATCH") else b""
+    target = "/openstack/latest/a%2Fb//c?d=e%3F&&f"
+    headers = ("X-aws-ec2-metadata-token: t", "X-Metadata-Provider: x", "User-Agent: curl/8")
+    answer = world.socket.ask(target, method=method, headers=headers, body=body)
+    assert answer.status == 200
+    seen = world.nova.only()
+    assert (seen.method, seen.target, seen.body) == (method, target.encode(), body)
+    assert dict(seen.headers) == {
+        b"host": world.nova.authority.encode(),
+        b"x-forwarded-for": b"10.0.0.5",
+        b"user-agent": b"curl/8",
+        **world.seen_of("red"),
+        **({b"content-length": b"3"} if body else {}),
+    }
+
+
+def test_a_password_in_chunks_arrives_with_its_length(world: AgentWorld) -> None:
+    with world.socket.connect() as connection:
+        head = f"POST /openstack/2013-04-04/password HTTP/1.1\r\nHost: x\r\n{_RED}\r\n{_FROM}\r\n"
+        chunks = b"Transfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n2\r\nde\r\n0\r\n\r\n"
+        connection.send(head.encode() + chunks)
+        assert connection.read().status == 200
+    seen = world.nova.only()
+    assert (seen.body, seen.values("content-length")) == (b"abcde", (b"5",))
+    assert seen.values("x-instance-id") == (INSTANCES["red"].encode(),)
+
+
+def test_the_absolute_form_is_the_path(world: AgentWorld) -> None:
+    with world.socket.connect() as connection:
+        answer = connection.request(
+            "http://169.254.169.254/openstack?a", headers=(f"{OVN}: green", _FROM)
+        )
+        assert answer.status == 200
+    assert world.nova.only().target == b"/openstack?a"
+
+
+def test_a_method_that_nothing_knows_is_405(world: AgentWorld) -> None:
+    answer = world.socket.ask(method="BREW")
+    assert (answer.status, world.nova.requests) == (405, [])
+
+
+@pytest.mark.parametrize("target", ["/latest/user-data", "http://169.254.169.254/latest/user-data"])
+def test_documents_of_ours_are_each_instances_own_also_out_of_the_cache(
+    world: AgentWorld, target: str
+) -> None:
+    with world.socket.connect() as connection:
+        for _ in range(3):
+            for network in sorted(INSTANCES):
+                answer = connection.request(
+                    target, headers=(f"{NETWORK}: {network}", "X-Forwarded-For: 10.0.0.6")
+                )
+                assert (answer.status, answer.body) == (200, user_data_of(f"own-{network}"))
+                assert "cache-control" not in answer.headers
+                assert "age" not in answer.headers
+    assert world.nova.requests == []
+
+
+def test_a_token_of_the_guests_is_for_our_own_documents_only(world: AgentWorld) -> None:
+    headers = ("X-aws-ec2-metadata-token: forged",)
+    assert world.socket.ask("/latest/user-data", address="10.0.0.6", headers=headers).status == 200
+
+
+def test_a_guest_that_is_known_never_reaches_python(world: AgentWorld) -> None:
+    for address in ("10.0.0.5", "10.0.0.6"):
+        assert world.socket.ask("/latest/user-data", address=address).status == 200
+    controller = world.daemon.pids().controller
+    os.kill(controller, signal.SIGSTOP)
+    try:
+        for network in sorted(INSTANCES):
+            for kind in (NETWORK, ROUTER, OVN):
+                assert world.socket.ask(network=network, kind=kind).status == 200
+                mine = world.socket.ask(
+                    "/latest/user-data", network=network, kind=kind, address="::ffff:10.0.0.6"
+                )
+                assert mine.body == user_data_of(f"own-{network}")
+        assert world.socket.lines(_FROM).status == 400
+    finally:
+        os.kill(controller, signal.SIGCONT)
+    until(world.daemon.resolver_up, what="the resolver's return")
+
+
+def test_refused_requests_are_counted(world: AgentWorld) -> None:
+    name = "imdsproxy_unix_listener_denied_total"
+    before = world.metric(name)
+    assert before is not None
+    for _ in range(3):
+        world.socket.lines(_FROM)
+    # HAProxy's counters are read every ten seconds.
+    until(lambda: (world.metric(name) or 0) >= before + 3, within_s=25, what="the count")

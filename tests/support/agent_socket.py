@@ -1,0 +1,243 @@
+"""The listener `unix` as Neutron's proxies see it: requests on the socket, byte for byte."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from support.daemon import Command, Daemon, instance
+from support.guest import Connection, Lost, Reply, inside
+from support.lab import Lab, record, until, within
+from support.nova_world import INSTANCES, PROJECTS, SECRET, nova_instance
+from support.recorder import Recorder, signature_of
+
+__all__ = [
+    "NETWORK",
+    "OVN",
+    "ROUTER",
+    "AgentSocket",
+    "AgentWorld",
+    "Squatter",
+    "open_agents",
+    "squat",
+]
+
+NETWORK: Final = "X-Neutron-Network-ID"
+ROUTER: Final = "X-Neutron-Router-ID"
+OVN: Final = "X-OVN-Network-ID"
+
+_METRICS: Final = ("127.0.0.1", 9465)
+_TIMEOUT_S: Final = 10.0
+_SQUATTER: Final = """
+import os, socket, sys
+path = sys.argv[1]
+if os.path.lexists(path):
+    os.unlink(path)
+listener = socket.socket(socket.AF_UNIX)
+listener.bind(path)
+listener.listen(16)
+print("ready", flush=True)
+while True:
+    connection, _ = listener.accept()
+    connection.sendall(b"HTTP/1.1 200 OK\\r\\nContent-Length: 7\\r\\nConnection: close\\r\\n\\r\\nforeign")
+    connection.close()
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class AgentSocket:
+    """Who connects to the socket; in front of which network or router is said in each request."""
+
+    path: Path
+
+    def connect(self, *, timeout_s: float = _TIMEOUT_S) -> Connection:
+        """Open a connection.
+
+        Raises:
+            Lost: Nobody takes it.
+        """
+        sock = socket.socket(socket.AF_UNIX)
+        sock.settimeout(timeout_s)
+        try:
+            sock.connect(str(self.path))
+        except OSError as error:
+            sock.close()
+            raise Lost(f"connecting to {self.path}: {error}") from error
+        return Connection(sock)
+
+    def ask(
+        self,
+        target: str = "/openstack",
+        *,
+        network: str = "red",
+        address: str = "10.0.0.5",
+        kind: str = NETWORK,
+        method: str = "GET",
+        headers: Sequence[str] = (),
+        body: bytes = b"",
+    ) -> Reply:
+        """One request as a proxy of a network forwards it."""
+        lines = (*headers, f"{kind}: {network}", f"X-Forwarded-For: {address}")
+        return self.lines(*lines, target=target, method=method, body=body)
+
+    def lines(
+        self, *lines: str, target: str = "/openstack", method: str = "GET", body: bytes = b""
+    ) -> Reply:
+        """One request with exactly these header lines and `Host`."""
+        with self.connect() as connection:
+            return connection.request(target, method=method, headers=lines, body=body)
+
+    def serves(self) -> bool:
+        """Whether HAProxy answers here."""
+        with contextlib.suppress(Lost):
+            # Nobody else says it like this.
+            return b"exactly one of X-Neutron" in self.lines().body
+        return False
+
+
+@dataclass(slots=True)
+class Squatter:
+    """A program that listens at the path as neutron-metadata-agent does, after removing what is there."""
+
+    process: subprocess.Popen[bytes]
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    def stop(self) -> None:
+        """End it; its socket stays behind."""
+        self.process.kill()
+        self.process.wait()
+        if self.process.stdout is not None:
+            self.process.stdout.close()
+
+
+@contextlib.contextmanager
+def squat(path: Path, *, namespace: str | None = None) -> Iterator[Squatter]:
+    """Take a path.
+
+    Args:
+        namespace: In which network namespace it runs; this process's own if not given.
+    """
+    before = () if namespace is None else within(namespace)
+    process = subprocess.Popen(
+        (*before, sys.executable, "-c", _SQUATTER, str(path)),
+        stdout=subprocess.PIPE,
+        stdin=subprocess.DEVNULL,
+    )
+    squatter = Squatter(process)
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"ready\n"
+        yield squatter
+    finally:
+        squatter.stop()
+
+
+@dataclass(slots=True)
+class AgentWorld:
+    """A daemon with the listener `unix` in front of a recorder, and two networks whose addresses are the same.
+
+    10.0.0.5 and 2001:db8::5 are instances whose documents Nova has, 10.0.0.6 and 2001:db8::6 some of ours.
+    """
+
+    lab: Lab
+    daemon: Daemon
+    nova: Recorder
+    path: Path
+    settings: Mapping[str, Mapping[str, object]]
+
+    @property
+    def socket(self) -> AgentSocket:
+        return AgentSocket(self.path)
+
+    def choose(self, **fields: object) -> Mapping[str, Mapping[str, object]]:
+        """The settings of the beginning with others of the unix listener; `None` leaves one out."""
+        unix = {**self.settings["unix_listener"], **fields}
+        kept = {name: value for name, value in unix.items() if value is not None}
+        return {**self.settings, "unix_listener": kept}
+
+    def take_over(self, **fields: object) -> Command:
+        """Change settings of the unix listener while the daemon runs."""
+        self.daemon.configure(self.choose(**fields))
+        return self.daemon.command("reload")
+
+    def report(self) -> Mapping[str, object]:
+        """What `status` says of the unix listener."""
+        found: Mapping[str, object] = self.daemon.status()["unix_listener"]
+        return found
+
+    def problem(self) -> str:
+        """Why it is left out; empty while it is not."""
+        return str(self.report()["problem"])
+
+    def wait_serving(self) -> None:
+        until(lambda: self.report()["serving"], within_s=5, what="the unix listener's service")
+        assert self.socket.serves()
+
+    def seen_of(self, network: str) -> dict[bytes, bytes]:
+        """What tells Nova whose guest has asked."""
+        return {
+            b"x-instance-id": INSTANCES[network].encode(),
+            b"x-tenant-id": PROJECTS[network].encode(),
+            b"x-instance-id-signature": signature_of(SECRET, INSTANCES[network]).encode(),
+        }
+
+    def metric(self, name: str) -> int | None:
+        """A figure of the controller's, if it tells of it."""
+        sock = inside(self.lab.host, lambda: socket.socket(socket.AF_INET))
+        sock.settimeout(_TIMEOUT_S)
+        sock.connect(_METRICS)
+        with Connection(sock) as connection:
+            lines = connection.request("/metrics").text.splitlines()
+        found = [line.split()[1] for line in lines if line.startswith(f"{name} ")]
+        return int(float(found[0])) if found else None
+
+    def heal(self) -> None:
+        """Have the settings of the beginning again, and service."""
+        self.nova.forget()
+        if self.daemon.settings is not self.settings:
+            self.daemon.configure(self.settings)
+            assert self.daemon.command("reload").status == 0
+        self.wait_serving()
+        self.daemon.wait_ready()
+
+
+@contextlib.contextmanager
+def open_agents(**fields: object) -> Iterator[AgentWorld]:
+    """Such a daemon; all of it is gone at the end.
+
+    Args:
+        fields: Settings of the unix listener.
+    """
+    with contextlib.ExitStack() as stack:
+        lab = Lab()
+        stack.callback(lab.close)
+        nova = stack.enter_context(Recorder(namespace=lab.host, secret=SECRET))
+        daemon = Daemon(lab)
+        stack.callback(daemon.close)
+        path = daemon.directory / "agents" / "metadata_proxy"
+        secret = daemon.directory / "secret"
+        secret.write_text(SECRET)
+        secret.chmod(0o600)
+        chosen = {"endpoints": [{"url": nova.url}], "secret_file": str(secret)}
+        settings: Mapping[str, Mapping[str, object]] = {
+            "resolver": {"hold_s": 0.2},
+            "metrics": {"listen": f"{_METRICS[0]}:{_METRICS[1]}", "haproxy_listen": None},
+            "nova": {"endpoint_sets": {"default": chosen}},
+            "unix_listener": {"enabled": True, "path": str(path), **fields},
+        }
+        daemon.configure(settings)
+        world = AgentWorld(lab, daemon, nova, path, settings)
+        daemon.start(ready=False)
+        networks = [record(name, {"namespace": lab.name(f"nowhere-{name}")}) for name in INSTANCES]
+        ours = [instance(f"own-{name}", name, 6) for name in INSTANCES]
+        daemon.put(networks, [*(nova_instance(name) for name in INSTANCES), *ours])
+        yield world
