@@ -247,14 +247,26 @@ def test_a_wrong_signature_brings_novas_own_refusal(world: NovaWorld) -> None:
 # Connections
 
 
-def test_connections_to_nova_are_kept_and_shared(world: NovaWorld) -> None:
+def test_connections_to_nova_are_kept(world: NovaWorld) -> None:
     with world.red.connect() as red, world.green.connect() as green:
         for _ in range(20):
             for connection in (red, green):
                 assert connection.request("/openstack").status == 200
     assert len(world.nova.requests) == 40
-    # The first request of each guest's connection has one of its own.
-    assert len({one.connection for one in world.nova.requests}) <= 2
+    # The first request of each guest's connection has one of its own; the others share.
+    assert len({one.connection for one in world.nova.requests}) <= 4
+
+
+def test_a_connection_to_nova_outlives_its_guest_and_serves_another(world: NovaWorld) -> None:
+    with world.red.connect() as red:
+        for _ in range(3):
+            assert red.request("/openstack").status == 200
+    with world.green.connect() as green:
+        world.nova.answer(reply(b"", then=End.CLOSE))
+        for _ in range(3):
+            assert green.request("/openstack").status == 200
+    used = [one.connection for one in world.nova.requests]
+    assert set(used[4:]) <= set(used[:3])
 
 
 def _row(world: NovaWorld) -> dict[str, str]:

@@ -78,7 +78,7 @@ class Received:
     """A request as it came.
 
     Attributes:
-        connection: Which connection it came on; the first is 1.
+        connection: Which connection it came on; the recorder's first is 1.
         head: Request line and header lines, each with its line end, without the empty line.
         raw_body: What followed on the wire, chunk sizes and trailers included.
         body: The payload in it.
@@ -265,7 +265,7 @@ class Recorder:
         requests: Whole requests, in the order in which their ends came.
         heads: Every head that came, also of requests whose body never did.
         fragments: What came of heads that were never finished.
-        connections: How many were opened; health checks too.
+        connections: How many were opened since it was told to forget; health checks too.
         default: Answers what no script is left for.
     """
 
@@ -279,6 +279,7 @@ class Recorder:
     fragments: list[bytes] = field(default_factory=list)
     connections: int = 0
     port: int = 0
+    _number: int = 0
     _scripts: deque[Answer] = field(default_factory=deque)
     _loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.new_event_loop)
     _thread: threading.Thread | None = None
@@ -367,7 +368,8 @@ class Recorder:
             while True:
                 sock, _ = await self._loop.sock_accept(listener)
                 self.connections += 1
-                task = asyncio.create_task(self._serve(self.connections, sock))
+                self._number += 1
+                task = asyncio.create_task(self._serve(self._number, sock))
                 self._open.add(task)
                 task.add_done_callback(self._open.discard)
 

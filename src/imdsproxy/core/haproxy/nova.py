@@ -192,7 +192,15 @@ def _identity(backend: NovaBackend, *, mixed: bool) -> tuple[Words, ...]:
 def _again(*, once: bool) -> tuple[Words, ...]:
     tries: tuple[Words, ...] = (("retries", "2"), ("option", "redispatch", "1"))
     if once:
-        return (*tries, ("retry-on", "conn-failure"), ("http-reuse", "never"))
+        return (
+            *tries,
+            ("retry-on", "conn-failure"),
+            # `http-reuse never` alone would let a guest's next request have the connection of its last one.
+            # Pretending keeps `connection: close` from Nova.
+            ("http-reuse", "never"),
+            ("option", "http-server-close"),
+            ("option", "http-pretend-keepalive"),
+        )
     return (
         *tries,
         # Slow answers are not asked for again: whoever is slow has enough to do.
