@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
@@ -38,6 +38,7 @@ class Known:
         until: Until when its guest's last request keeps it in force.
         listed: It is on the list of all ports: that keeps it in force, whoever asks.
         aside: Its time is over. Kept up to date for a while, in case its guest asks again.
+        doubted: To be asked for at once: it was on the list and is not now.
     """
 
     port: NeutronPort
@@ -45,6 +46,7 @@ class Known:
     until: float
     listed: bool = False
     aside: bool = False
+    doubted: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +122,7 @@ class KnownPorts:
             self._ports[port.id] = known
         else:
             known.confirmed = asked
+            known.doubted = False
             if known.port == port:
                 return known
             self._unindex(known)
@@ -138,6 +141,12 @@ class KnownPorts:
     def problems(self) -> tuple[Problem, ...]:
         """Why ports seen lately get nothing, in order of their ids; at most a hundred."""
         return tuple(problem for _, (problem, _) in sorted(self._refused.items()))
+
+    def refused_only(self, port_ids: Container[str], asked: float) -> None:
+        """There were no other ports than these when Neutron was asked then."""
+        for port_id, (_, seen) in tuple(self._refused.items()):
+            if port_id not in port_ids and seen <= asked:
+                del self._refused[port_id]
 
     def _note(self, port: NeutronPort, asked: float) -> None:
         problem = port.problem()
@@ -175,8 +184,9 @@ class KnownPorts:
             self._touched.add(known.port.instance)
 
     def unlist(self, known: Known, now: float) -> None:
-        """It is not on the list any more; a guest that asked for it keeps it."""
+        """It is not on the list any more: gone, or elsewhere and kept for the guest that asked for it."""
         known.listed = False
+        known.doubted = True
         if known.until <= now:
             self._drop(known.port.id)
 

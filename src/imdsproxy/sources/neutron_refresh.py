@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final, TypeVar
 from imdsproxy.errors import SourceUnavailable
 from imdsproxy.sources.neutron_api import MAX_VALUES, NeutronPort, PortQuery
 from imdsproxy.sources.neutron_finding import Finder, chunks
-from imdsproxy.sources.neutron_known import KnownPorts
+from imdsproxy.sources.neutron_known import Known, KnownPorts
 from imdsproxy.sources.neutron_routes import Route, Routes
 
 if TYPE_CHECKING:
@@ -79,12 +79,7 @@ class Refresher:
         What cannot be asked for now stays as it is.
         """
         before = self._clock.monotonic() - self._refresh_s
-        # Listed ports are as fresh as the list: whether they are in use nobody knows.
-        ids = [
-            known.port.id
-            for known in self._known
-            if known.confirmed <= before and (not known.listed or known.until > known.confirmed)
-        ]
+        ids = [known.port.id for known in self._known if _is_due(known, before)]
         await self._each(chunks(ids, MAX_VALUES), self._refresh_ports)
         routes = [
             some
@@ -181,6 +176,15 @@ class Refresher:
             if known is not None:
                 self._known.enlist(known)
                 listed.add(port.id)
+        self._known.refused_only(seen, began)
         for known in self._known:
             if known.listed and known.port.id not in listed and known.confirmed <= began:
                 self._known.unlist(known, self._clock.monotonic())
+
+
+def _is_due(known: Known, before: float) -> bool:
+    if known.doubted:
+        return True
+    # Listed ports are as fresh as the list: whether they are in use nobody knows.
+    in_use = not known.listed or known.until > known.confirmed
+    return in_use and known.confirmed <= before

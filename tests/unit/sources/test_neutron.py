@@ -787,6 +787,30 @@ async def test_the_list_is_read_again_and_only_changes_are_told(kept: Path) -> N
         assert set(one.heard.last.instances) == {"i-a"}
 
 
+async def test_a_refused_port_is_told_of_until_it_is_not_on_the_list(kept: Path) -> None:
+    async with rig(kept, *_many(3), replace(_A, device="a|b"), pace=_LISTED) as one:
+        assert len(one.owners) == 3
+        await one.pass_time(600, step=30)
+        assert one.heard.last.problems
+        one.neutron.remove("p-a")
+        await one.pass_time(61)
+        assert not one.heard.last.problems
+
+
+async def test_a_port_that_left_the_list_is_asked_for_at_once_if_its_guest_had_asked(
+    kept: Path,
+) -> None:
+    pace = replace(_LISTED, list_host="here", refresh_s=1000)
+    gone, moved = _many(2, "here")
+    async with rig(kept, gone, moved, pace=pace) as one:
+        await one.look("n1", "10.0.1.0")
+        await one.look("n1", "10.0.1.1")
+        one.neutron.remove("p-000")
+        one.neutron.put(neutron_port("p-001", "n1", "10.0.1.1", device="i-001", host="there"))
+        await one.pass_time(62)
+        assert one.owners == {"n1/10.0.1.1": "i-001"}
+
+
 async def test_only_ports_of_one_host_are_listed_and_others_are_found_by_look_up(
     kept: Path,
 ) -> None:
