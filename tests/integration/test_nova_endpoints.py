@@ -201,7 +201,7 @@ def test_the_host_that_nova_gets_can_be_set(world: NovaWorld) -> None:
 
 def test_settings_are_in_force_when_the_reload_says_so(world: NovaWorld) -> None:
     first, second = world.novas
-    for number in range(8):
+    for number in range(4):
         now, before = (first, second) if number % 2 else (second, first)
         _use(world, [now])
         world.forget()

@@ -11,6 +11,7 @@ import pytest
 
 from support.forgeries import ENCODED_PATHS, FORGERIES, IDENTITY_HEADERS, EncodedPath, Forgery, Seen
 from support.guest import Connection, Guest, Lost
+from support.lab import until
 from support.nova_world import NovaWorld, open_nova_world
 from support.recorder import Received
 
@@ -135,3 +136,60 @@ def test_a_guest_that_waits_to_be_told_to_go_on_is_told_so_or_answered(world: No
         connection.send(b"abcd")
         assert connection.read().status == 200
     assert world.nova.only().body == b"abcd"
+
+
+# By way of the resolver: what comes in chunks, as a guest's first request does
+
+
+def _in_chunks(data: bytes) -> bytes:
+    """The same request with a body in no chunks at all."""
+    return (
+        data.replace(b" HTTP/1.1\r\n", b" HTTP/1.1\r\nTransfer-Encoding: chunked\r\n", 1)
+        + b"0\r\n\r\n"
+    )
+
+
+def _resolved(world: NovaWorld, case: Forgery | EncodedPath, method: str = "GET") -> list[int]:
+    """What the guest gets; asked again where the resolver has enough to do (it takes 200 a second)."""
+    statuses: list[int] = []
+
+    def taken() -> bool:
+        world.forget()
+        statuses[:] = _statuses(world.red, _in_chunks(case.data), 1, method)
+        return statuses != [503]
+
+    until(taken, what="the resolver's having time")
+    return statuses
+
+
+def test_no_forgery_reaches_nova_by_way_of_the_resolver(world: NovaWorld) -> None:
+    chosen = [
+        one
+        for one in FORGERIES
+        if one.seen == (Seen(),)
+        and (one.name.endswith(" as documented") or one.name.startswith("X-Instance-ID "))
+    ]
+    assert len(chosen) > len(IDENTITY_HEADERS)
+    found: dict[str, object] = {}
+    for forgery in chosen:
+        statuses = _resolved(world, forgery)
+        received = list(world.nova.requests)
+        wrong = [f"answers {statuses}"] if statuses != [200] else []
+        wrong += [words for one in received for words in _wrong(world, one, forgery.seen[0])]
+        if wrong or len(received) != 1:
+            found[forgery.name] = (wrong, len(received))
+    assert not found
+
+
+def test_every_target_arrives_by_way_of_the_resolver_too(world: NovaWorld) -> None:
+    found: dict[str, object] = {}
+    for path in ENCODED_PATHS:
+        statuses = _resolved(world, path, path.method)
+        targets = [one.target for one in world.nova.requests]
+        if path.arrives is None:
+            right = not world.nova.heads and 400 <= statuses[0] < 500
+        else:
+            right = targets == [path.arrives] and statuses == [200]
+        if not right:
+            found[path.name] = (statuses, targets)
+    assert not found
