@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,9 @@ __all__ = ["UnixListener", "find_unix_listener"]
 
 _ACCEPTS: Final = 0x10000
 """`__SO_ACCEPTCON` in the flags of `/proc/net/unix` (proc_net(5))."""
+
+_HAPROXYS: Final = re.compile(r"\.[0-9]+\.tmp")
+"""What HAProxy has after a path when it binds; the socket is then renamed, and the kernel keeps the first name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +32,9 @@ def find_unix_listener(path: Path, proc: Path = Path("/proc")) -> UnixListener |
         path: The socket's absolute path, as it was bound.
         proc: Where the kernel shows processes.
     """
-    inodes = set(_listening(path, proc))
+    listening = list(_listening(path, proc))
+    # A HAProxy whose socket somebody else has replaced listens still, but nobody reaches it.
+    inodes = {inode for inode, exact in listening if exact} or {inode for inode, _ in listening}
     if not inodes:
         return None
     for process in sorted(proc.glob("[0-9]*"), key=lambda one: int(one.name)):
@@ -37,7 +43,8 @@ def find_unix_listener(path: Path, proc: Path = Path("/proc")) -> UnixListener |
     return UnixListener()
 
 
-def _listening(path: Path, proc: Path) -> Iterator[str]:
+def _listening(path: Path, proc: Path) -> Iterator[tuple[str, bool]]:
+    """Inodes of what listens there, and whether it was bound under exactly this name."""
     try:
         lines = (proc / "net" / "unix").read_text(errors="surrogateescape").splitlines()
     except OSError:
@@ -45,8 +52,12 @@ def _listening(path: Path, proc: Path) -> Iterator[str]:
     for line in lines[1:]:
         # Num RefCount Protocol Flags Type St Inode Path
         fields = line.split(maxsplit=7)
-        if len(fields) == 8 and fields[7] == str(path) and int(fields[3], 16) & _ACCEPTS:  # noqa: PLR2004 - as above
-            yield fields[6]
+        if len(fields) < 8 or not int(fields[3], 16) & _ACCEPTS:  # noqa: PLR2004 - as above
+            continue
+        rest = fields[7].removeprefix(str(path))
+        exact = fields[7] == str(path)
+        if exact or (rest != fields[7] and _HAPROXYS.fullmatch(rest)):
+            yield fields[6], exact
 
 
 def _sockets(directory: Path) -> Iterator[str]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from imdsproxy.host.unixsockets import find_unix_listener
 from support.openstack.install import INSIDE, Environments, run
 from support.openstack.neutron_rest import ask
 from support.openstack.servers import Server
@@ -16,6 +17,7 @@ from support.openstack.settings import VENDOR_DATA, render_agent, render_neutron
 
 __all__ = ["Place", "agent_server", "neutron_server", "nova_server"]
 
+_AGENT: Final = "metadata_agent.py"
 _THREADS: Final = 4
 # Nova's programs run on threads, as its WSGI applications do; without this nova-manage's parts patch for eventlet.
 _ON_THREADS: Final = {"OS_NOVA_DISABLE_EVENTLET_PATCHING": "1"}
@@ -102,7 +104,7 @@ def agent_server(place: Place, *, nova_port: int, secret: str) -> Server:
     """Neutron's own metadata agent, on the place's unix socket."""
     settings = place.etc / "metadata_agent.ini"
     settings.write_text(render_agent(socket=place.agent_socket, nova_port=nova_port, secret=secret))
-    script = INSIDE / "metadata_agent.py"
+    script = INSIDE / _AGENT
     python = place.environments.python("neutron")
     words = (python, script, place.etc / "neutron.conf", settings)
     return Server(
@@ -111,9 +113,15 @@ def agent_server(place: Place, *, nova_port: int, secret: str) -> Server:
         cwd=place.path,
         environment={},
         log=place.log / "agent.log",
-        is_up=place.agent_socket.is_socket,
+        is_up=lambda: _agent_listens(place.agent_socket),
         keep=place.keep,
     )
+
+
+def _agent_listens(path: Path) -> bool:
+    # Somebody else may have the place until the agent takes it.
+    found = find_unix_listener(path)
+    return found is not None and any(_AGENT in word for word in found.command)
 
 
 def _wsgi(

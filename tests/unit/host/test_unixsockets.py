@@ -43,3 +43,31 @@ def test_a_listener_of_a_process_that_cannot_be_seen_is_one_too(tmp_path: Path) 
     assert find_unix_listener(Path("/run/a.sock"), tmp_path) == UnixListener()
     assert find_unix_listener(Path("/run/b.sock"), tmp_path) is None
     assert find_unix_listener(Path("/run/a.sock"), tmp_path / "none") is None
+
+
+def test_a_haproxy_is_found_by_the_name_that_it_bound_unless_another_has_taken_the_place(
+    tmp_path: Path,
+) -> None:
+    path, bound = tmp_path / "a.sock", tmp_path / "a.sock.7.tmp"
+    with (
+        socket.socket(socket.AF_UNIX) as haproxys,
+        socket.socket(socket.AF_UNIX) as agents,
+        socket.socket(socket.AF_UNIX) as others,
+    ):
+        haproxys.bind(str(bound))
+        haproxys.listen()
+        bound.rename(path)
+        found = find_unix_listener(path)
+        assert found is not None
+        assert found.pid == os.getpid()
+
+        path.unlink()
+        agents.bind(str(path))
+        agents.listen()
+        haproxys.close()
+        assert find_unix_listener(path) is not None
+        agents.close()
+
+        others.bind(str(tmp_path / "a.sock.7.tmpx"))
+        others.listen()
+        assert find_unix_listener(path) is None
