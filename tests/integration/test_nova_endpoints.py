@@ -230,6 +230,22 @@ def test_a_file_that_is_missing_changes_nothing_until_it_is_there(
         until(lambda: _answered(world, nova), what="an answer over TLS")
 
 
+def test_a_renewed_certificate_is_taken_over_though_no_setting_has_changed(
+    world: NovaWorld, authorities: _Authorities
+) -> None:
+    context = server_context(authorities.server)
+    with Recorder(namespace=world.lab.host, secret=SECRET, tls=context) as nova:
+        file = world.daemon.directory / "authorities.pem"
+        file.write_bytes(authorities.wrong.ca_file.read_bytes())
+        _use(world, [nova], {"ca_file": file, "server_name": "localhost"})
+        _never_answered(world, nova)
+        file.write_bytes(authorities.right.ca_file.read_bytes())
+        done = world.daemon.command("reload")
+        assert done.status == 0
+        assert "HAProxy was reloaded." in done.out
+        until(lambda: _answered(world, nova), what="an answer over TLS")
+
+
 # A secret that is being replaced
 
 

@@ -155,7 +155,7 @@ class _Controller:
 
     def _begin_reload(self) -> tuple[SettingsReload, asyncio.Task[None] | None]:
         self.notifier.reloading(int(self.clock.monotonic() * 1e6))
-        resigned = False
+        before, resigned = self.nova.backends(), False
 
         def accept(after: Settings) -> None:
             nonlocal resigned
@@ -165,6 +165,9 @@ class _Controller:
             result = self.holder.reload(accept)
         finally:
             self.notifier.ready()
+        if self.nova.backends() != before:
+            # Also where the settings are the same, and a file that they name is not.
+            result = replace(result, haproxy_reloaded=True)
         if not (resigned or result.haproxy_reloaded):
             return result, None
         ticket = self.records.resync() if resigned else None
@@ -334,6 +337,7 @@ async def run_controller(
             documents_pids=lambda: read_pids(layout.documents_pid).pids,
             documents_problem=lambda: companion.failure,
             documents_restarts=lambda: companion.restarts,
+            documents_needed=companion.needed,
             reload_settings=lambda: controller.reload(),  # noqa: PLW0108 - made below
             end=lambda data_plane: controller.end(data_plane),  # noqa: PLW0108 - made below
         )

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import socket
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from ipaddress import ip_address
 from pathlib import Path
@@ -58,6 +59,7 @@ class NovaUpstream:
     routing: NovaRouting = field(default_factory=NovaRouting)
     problems: tuple[Problem, ...] = ()
     _settings: NovaSettings = field(default_factory=NovaSettings)
+    _contents: Mapping[str, str] = field(default_factory=dict)
     _addresses: dict[str, tuple[IpAddress, ...]] = field(default_factory=dict)
 
     def read(self, settings: NovaSettings) -> bool:
@@ -70,8 +72,11 @@ class NovaUpstream:
         routing = NovaRouting(
             tuple(_endpoint_set(name, one) for name, one in settings.endpoint_sets.items())
         )
-        for name, one in settings.endpoint_sets.items():
-            self._prepare_files(name, one)
+        files = {name: _read_files(name, one) for name, one in settings.endpoint_sets.items()}
+        for name, read in files.items():
+            if read.joined is not None:
+                write_atomic(self._joined(name), read.joined, mode=0o600)
+        self._contents = {name: read.contents for name, read in files.items()}
         changed = routing != self.routing
         self.routing, self._settings = routing, settings
         return changed
@@ -153,6 +158,7 @@ class NovaUpstream:
                 "@system-ca" if one.ca_file is None else str(one.ca_file),
                 one.verify,
                 self._client(name, one),
+                self._contents[name],
             )
         return NovaBackend(name, tuple(servers.values()), one.host or first.authority, tls)
 
@@ -166,20 +172,35 @@ class NovaUpstream:
     def _joined(self, name: str) -> Path:
         return self.directory / f"nova-{name}.pem"
 
-    def _prepare_files(self, name: str, one: EndpointSetSettings) -> None:
-        """See that HAProxy can read what it is given: one missing file would fail its whole configuration."""
-        where = f"nova.endpoint_sets.{name}"
-        if one.ca_file is not None:
-            _read_file(one.ca_file, f"{where}.ca_file")
-        if one.client_cert_file is None:
-            return
-        certificate = _read_file(one.client_cert_file, f"{where}.client_cert_file")
-        if one.client_key_file is None:
-            return
-        key = read_secret(one.client_key_file)
-        # HAProxy takes certificate and key out of one file.
-        joined = b"\n".join((certificate.rstrip(), key.strip(), b""))
-        write_atomic(self._joined(name), joined, mode=0o600)
+
+@dataclass(frozen=True, slots=True)
+class _Files:
+    """What an endpoint set's certificate files hold.
+
+    Attributes:
+        contents: Stands for all of it; empty where there are none.
+        joined: Our certificate and its key, where they are in two files: HAProxy takes them out of one.
+    """
+
+    contents: str
+    joined: bytes | None = field(default=None, repr=False)
+
+
+def _read_files(name: str, one: EndpointSetSettings) -> _Files:
+    """See that HAProxy can read what it is given: one missing file would fail its whole configuration."""
+    where = f"nova.endpoint_sets.{name}"
+    certificates = [
+        b"" if path is None else _read_file(path, f"{where}.{key}")
+        for key, path in (("ca_file", one.ca_file), ("client_cert_file", one.client_cert_file))
+    ]
+    contents = ""
+    if any(certificates):
+        digests = b"".join(hashlib.sha256(each).digest() for each in certificates)
+        contents = hashlib.sha256(digests).hexdigest()[:16]
+    if one.client_key_file is None:
+        return _Files(contents)
+    key = read_secret(one.client_key_file)
+    return _Files(contents, b"\n".join((certificates[1].rstrip(), key.strip(), b"")))
 
 
 def _endpoint_set(name: str, one: EndpointSetSettings) -> EndpointSet:

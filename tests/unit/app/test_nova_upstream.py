@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from ipaddress import ip_address
 from pathlib import Path
 
@@ -134,9 +135,29 @@ def test_certificate_and_key_are_joined_for_haproxy_and_nobody_else(tmp_path: Pa
     )
     (backend,) = nova.backends()
     joined = tmp_path / "run" / "nova-default.pem"
-    assert backend.tls == NovaTls("nova.example", "@system-ca", True, str(joined))
+    assert backend.tls is not None
+    assert replace(backend.tls, contents="") == NovaTls(
+        "nova.example", "@system-ca", True, str(joined)
+    )
     assert joined.read_bytes() == b"CERT\nKEY\n"
     assert joined.stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize("name", ["ca_file", "client_cert_file"])
+def test_a_renewed_certificate_is_another_configuration_and_no_other_record(
+    tmp_path: Path, name: str
+) -> None:
+    file = tmp_path / "certificate"
+    file.write_bytes(b"OLD")
+    settings = _settings(tmp_path, "https://nova.example", **{name: str(file)})
+    nova = NovaUpstream(tmp_path)
+    nova.read(settings)
+    before = nova.backends()
+    assert not nova.read(settings)
+    assert nova.backends() == before
+    file.write_bytes(b"NEW")
+    assert not nova.read(settings)
+    assert nova.backends() != before
 
 
 @pytest.mark.parametrize("name", ["ca_file", "client_cert_file"])

@@ -134,12 +134,15 @@ class NovaTls:
         name: For SNI, and what their certificate must be for.
         ca: File of the authorities, or `@system-ca`.
         client: File of our certificate and its key.
+        contents: Stands for what is in these files. HAProxy reads them when it loads, so other contents under
+            the same names are another configuration.
     """
 
     name: str
     ca: str = "@system-ca"
     verify: bool = True
     client: str | None = None
+    contents: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -123,6 +123,11 @@ def _hop_socket(directory: str, backend: NovaBackend, server: NovaServer) -> str
     return f"unix@{directory}/hop-{name}.sock"
 
 
+def _contents(tls: NovaTls | None) -> tuple[Words, ...]:
+    # The same text is no reload; a renewed certificate has to be one.
+    return (("description", f"certificates {tls.contents}"),) if tls and tls.contents else ()
+
+
 def _backend(spec: DataplaneSpec, backend: NovaBackend, *, once: bool, mixed: bool) -> Section:
     times = spec.nova_times
     response_s = times.response_s + (_BEYOND_HOP_S if mixed else 0.0)
@@ -137,6 +142,7 @@ def _backend(spec: DataplaneSpec, backend: NovaBackend, *, once: bool, mixed: bo
     return Section(
         ("backend", _once(backend) if once else _name(backend)),
         (
+            *_contents(backend.tls),
             *_plain_request(once=once),
             ("http-request", "set-header", "host", backend.host),
             *_identity(backend, mixed=mixed),
