@@ -93,7 +93,8 @@ class EndpointSetSettings(Section):
     )
     ca_file: AbsolutePath | None = setting(
         None,
-        "PEM file of the authorities that may have signed https endpoints; null takes the system's.",
+        "PEM file of the authorities that may have signed https endpoints; null takes the system's. Read again at each "
+        "reload, also where only the file has changed.",
         Change.RELOAD,
     )
     verify: bool = setting(
@@ -110,7 +111,8 @@ class EndpointSetSettings(Section):
     )
     client_cert_file: AbsolutePath | None = setting(
         None,
-        "PEM file of the certificate shown to https endpoints; its key may be in it.",
+        "PEM file of the certificate shown to https endpoints; its key may be in it. Read "
+        "again at each reload.",
         Change.RELOAD,
     )
     client_key_file: AbsolutePath | None = setting(
