@@ -45,7 +45,8 @@ listener.listen(16)
 print("ready", flush=True)
 while True:
     connection, _ = listener.accept()
-    connection.sendall(b"HTTP/1.1 200 OK\\r\\nContent-Length: 7\\r\\nConnection: close\\r\\n\\r\\nforeign")
+    if connection.recv(65536):
+        connection.sendall(b"HTTP/1.1 200 OK\\r\\nContent-Length: 7\\r\\nConnection: close\\r\\n\\r\\nforeign")
     connection.close()
 """
 

@@ -1,0 +1,146 @@
+from __future__ import annotations
+
+import os
+import socket
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from imdsproxy.core.unix_socket import SeenSocket, SocketState, judge_socket
+from imdsproxy.errors import HostRefused
+from imdsproxy.host import socket_file
+from imdsproxy.host.socket_file import SocketFiles, give_socket
+
+_US = os.getpid()
+
+
+@contextmanager
+def _listening(path: Path, *, moved_to: Path | None = None) -> Iterator[socket.socket]:
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        listener.listen(1)
+        if moved_to is not None:
+            path.rename(moved_to)
+        yield listener
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "metadata_proxy"
+
+
+def _look(path: Path, *pids: int) -> SeenSocket:
+    return SocketFiles().observe(path, pids)
+
+
+def _asked(listener: socket.socket) -> bool:
+    listener.settimeout(0)
+    try:
+        listener.accept()[0].close()
+    except BlockingIOError:
+        return False
+    return True
+
+
+def test_nothing_is_missing(path: Path) -> None:
+    assert _look(path) == SeenSocket(SocketState.MISSING)
+    assert _look(path / "below") == SeenSocket(SocketState.MISSING)
+
+
+def test_a_socket_that_nobody_listens_on_is_stale(path: Path) -> None:
+    with _listening(path):
+        pass
+    assert _look(path, _US) == SeenSocket(SocketState.STALE)
+
+
+@pytest.mark.parametrize("make", [Path.touch, Path.mkdir, lambda path: path.symlink_to("/dev/log")])
+def test_what_is_no_socket_occupies_the_path(path: Path, make: object) -> None:
+    assert callable(make)
+    make(path)
+    assert _look(path).state is SocketState.OCCUPIED
+
+
+@pytest.mark.parametrize("renamed", [False, True])
+def test_whose_it_is_is_found_without_connecting(path: Path, *, renamed: bool) -> None:
+    bound = path.with_name(f"{path.name}.123.tmp") if renamed else path
+    with _listening(bound, moved_to=path if renamed else None) as listener:
+        assert _look(path, _US) == SeenSocket(SocketState.OURS)
+        seen = _look(path, 1)
+        assert (seen.state, [one.pid for one in seen.owners]) == (SocketState.FOREIGN, [_US])
+        assert seen.owners[0].command == Path("/proc/self/comm").read_text().strip()
+        assert not _asked(listener)
+
+
+def test_a_socket_of_ours_that_is_not_at_its_path_any_more_is_orphaned(path: Path) -> None:
+    with _listening(path):
+        files = SocketFiles()
+        assert files.observe(path, (_US,)).state is SocketState.OURS
+        path.unlink()
+        assert files.observe(path, (_US,)) == SeenSocket(SocketState.MISSING, orphaned=True)
+        path.touch()
+        assert files.observe(path, (_US,)) == SeenSocket(SocketState.OCCUPIED, orphaned=True)
+        assert files.observe(path, ()) == SeenSocket(SocketState.OCCUPIED)
+
+
+def test_where_the_kernel_does_not_tell_a_connection_does(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(socket_file, "_listening", list)
+    with _listening(path) as listener:
+        assert _look(path, _US) == SeenSocket(SocketState.OURS)
+        assert _asked(listener)
+        seen = _look(path, 1)
+        assert (seen.state, [one.pid for one in seen.owners]) == (SocketState.FOREIGN, [_US])
+    assert _look(path, _US) == SeenSocket(SocketState.STALE)
+
+
+def test_a_full_queue_is_a_sign_of_life(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(socket_file, "_listening", list)
+    monkeypatch.setattr(socket_file, "_PATIENCE_S", 0.05)
+    with socket.socket(socket.AF_UNIX) as listener, socket.socket(socket.AF_UNIX) as waiting:
+        listener.bind(str(path))
+        listener.listen(0)
+        waiting.connect(str(path))
+        assert SocketFiles(tmp_path).observe(path, ()) == SeenSocket(SocketState.FOREIGN)
+
+
+def test_a_file_on_another_device_is_not_taken_for_it_by_its_number(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with _listening(path):
+        pass
+    other = socket_file._Listening(1, b"/elsewhere", path.stat().st_ino, 0)
+    monkeypatch.setattr(socket_file, "_listening", lambda: [other])
+    assert _look(path) == SeenSocket(SocketState.STALE)
+
+
+def test_a_socket_gets_its_mode_and_owner(path: Path) -> None:
+    with _listening(path):
+        give_socket(path, mode=0o666, owner=(65534, 65534))
+    status = path.stat()
+    assert (stat.S_IMODE(status.st_mode), status.st_uid, status.st_gid) == (0o666, 65534, 65534)
+
+
+def test_a_link_that_came_meanwhile_gives_nothing_away(path: Path, tmp_path: Path) -> None:
+    secret = tmp_path / "secret"
+    secret.touch(mode=0o600)
+    path.symlink_to(secret)
+    with pytest.raises(HostRefused, match="no socket any more"):
+        give_socket(path, mode=0o666, owner=(65534, 65534))
+    assert (stat.S_IMODE(secret.stat().st_mode), secret.stat().st_uid) == (0o600, os.getuid())
+
+
+@pytest.mark.parametrize("state", list(SocketState))
+def test_only_a_living_stranger_and_what_is_no_socket_leave_the_listener_out(
+    state: SocketState,
+) -> None:
+    problem = judge_socket("/a", SeenSocket(state))
+    assert (problem is not None) == (state in {SocketState.FOREIGN, SocketState.OCCUPIED})
+    if problem is not None:
+        assert "/a" in problem.reason
+        assert problem.hint
