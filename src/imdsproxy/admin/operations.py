@@ -110,10 +110,15 @@ class HaproxyReport:
 
 @dataclass(frozen=True, slots=True)
 class DocumentsReport:
-    """The document server's processes: the parent first."""
+    """The document server's processes: the parent first.
+
+    Attributes:
+        needed: Off where the settings say so; then it does not run.
+    """
 
     pids: tuple[int, ...] = ()
     problem: str = ""
+    needed: bool = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -70,7 +70,7 @@ def build_layout(settings: Settings) -> Layout:
     return Layout(
         runtime=settings.paths.runtime_dir,
         state=settings.paths.state_dir,
-        documents_workers=settings.documents.workers,
+        documents_workers=settings.documents.workers if settings.documents.enabled else 0,
         chroot=settings.haproxy.chroot,
     )
 
@@ -261,7 +261,7 @@ def build_companion(
             layout.documents_pid,
             _own_environment(environment),
         )
-    return Companion(launcher, find, answering)
+    return Companion(launcher, find, answering, needed=settings.documents.enabled)
 
 
 def documents_arguments(config: Path | None) -> Sequence[str]:

@@ -48,21 +48,27 @@ class Companion:
     Args:
         find: Its pid if it runs (the pid file's, verified), else `None`.
         answering: Whether its sockets answer.
+        needed: Off where nobody's documents are ours, as in front of Nova alone.
     """
 
     launcher: CompanionLauncher
     find: Callable[[], int | None]
     answering: Callable[[], bool]
+    needed: bool = True
     failure: Problem | None = None
     restarts: int = 0
 
-    async def ensure(self) -> int:
-        """Its pid, once it runs and answers.
+    async def ensure(self) -> int | None:
+        """Its pid, once it runs and answers; `None` where it is not needed, and ended if it ran.
 
         Raises:
             HostRefused: It does not start, or does not answer in time.
         """
         pid = self.find()
+        if not self.needed:
+            if pid is not None:
+                await self.launcher.stop()
+            return None
         if pid is None:
             await self.launcher.start()
         loop = asyncio.get_running_loop()
@@ -78,7 +84,7 @@ class Companion:
             await asyncio.sleep(_POLL_S)
 
     async def run(self) -> None:
-        """Keep it running until cancelled."""
+        """Keep it running until cancelled; or see that it does not, where it is not needed."""
         delay = _RESTART_FIRST_S
         first = True
         while True:
@@ -97,6 +103,8 @@ class Companion:
                 continue
             self.failure = None
             delay = _RESTART_FIRST_S
+            if pid is None:
+                return
             if not first:
                 self.restarts += 1
             first = False

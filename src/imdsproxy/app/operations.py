@@ -81,6 +81,7 @@ class ControllerOperations:
     documents_pids: Callable[[], tuple[int, ...]]
     documents_problem: Callable[[], Problem | None]
     documents_restarts: Callable[[], int]
+    documents_needed: bool
     reload_settings: Callable[[], Awaitable[SettingsReload]]
     end: Callable[[bool], None]
 
@@ -130,6 +131,7 @@ class ControllerOperations:
             documents=DocumentsReport(
                 self.documents_pids(),
                 "" if (problem := self.documents_problem()) is None else problem.reason,
+                self.documents_needed,
             ),
             last_plan=PlanReport(
                 at=report.at,
@@ -163,6 +165,8 @@ class ControllerOperations:
         parts = (self.listeners.failure, self.guard.failure, self.documents_problem())
         found += [problem for problem in parts if problem is not None]
         found += self.listeners.report.problems
+        if self.records.revisions and not self.documents_needed:
+            found.append(_unserved(len(self.records.revisions)))
         found += self.nova.problems
         found += self.nova_watch.problems
         return tuple(found)
@@ -347,6 +351,14 @@ class ControllerOperations:
     async def stop(self, *, data_plane: bool) -> None:
         """See `Operations.stop`."""
         self.end(data_plane)
+
+
+def _unserved(count: int) -> Problem:
+    return Problem(
+        "documents.enabled",
+        f"it is off, and {count} instances have documents of ours: their guests get 503",
+        "switch it on, or give the records `upstream: nova`",
+    )
 
 
 def _left_out(one: endpoints.LeftOut) -> LeftOut:

@@ -89,6 +89,8 @@ def _haproxy(haproxy: _Shape) -> str:
 
 def _documents(documents: _Shape) -> str:
     pids = cast("Sequence[int]", documents["pids"])
+    if not documents["needed"]:
+        return "off: all documents are Nova's"
     if not pids:
         return f"[red]not running[/] {clean(documents['problem'])}".rstrip()
     workers = " ".join(str(pid) for pid in pids[1:])

@@ -284,6 +284,7 @@ def _settings(
         low, high = _RESPONSE_S
         seconds = min(max(int(wait) - _BEFORE_THE_FRONT_S, low), high)
         plan.put("nova.response_timeout_s", seconds, "timeout_server", section="metadata_haproxy")
+    plan.put("documents.enabled", False)
     plan.put("unix_listener.enabled", True)
     socket = reading.value("DEFAULT", "metadata_proxy_socket")
     state = reading.value("DEFAULT", "state_path") or "/var/lib/neutron"

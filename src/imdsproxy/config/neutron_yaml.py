@@ -19,6 +19,7 @@ _HEAD: Final = "# Made by `imdsproxy config import`. What is not here has its de
 _WITHOUT_OPTION: Final[Mapping[str, str]] = {
     "nova.endpoint_sets.default.secret_file": "its value is Neutron's metadata_proxy_shared_secret",
     "nova.endpoint_sets.default.server_name": "as given",
+    "documents.enabled": "all documents are Nova's",
     "unix_listener.enabled": "in the place of neutron-metadata-agent",
     "unix_listener.user": "whom Neutron's agents run as; no file says it",
     "unix_listener.group": "its group",

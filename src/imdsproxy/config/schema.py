@@ -168,6 +168,12 @@ class HaproxySettings(Section):
 class DocumentsSettings(Section):
     """The document server: renders documents from compiled records, needs nobody else."""
 
+    enabled: bool = setting(
+        True,
+        "Run it. Off in front of Nova alone, where it would be two fifths of all memory, for nothing; an "
+        "instance whose documents are ours is then told as a problem, and its guests get 503.",
+        Change.RESTART,
+    )
     workers: int = setting(
         2,
         "Processes. With two, one can die or be replaced without a guest noticing.",

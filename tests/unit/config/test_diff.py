@@ -52,6 +52,7 @@ OTHER: dict[str, object] = {
     "haproxy.unit": "other.service",
     "haproxy.cache_mb": 65,
     "haproxy.max_object_kib": 512,
+    "documents.enabled": False,
     "documents.workers": 3,
     "documents.user": None,
     "documents.group": None,

@@ -87,6 +87,11 @@ _CASES = {
         ),
         unix=UnixBind("/run/imdsproxy/metadata_proxy", "0664", 0, 0),
     ),
+    "in-front-of-nova-alone": DataplaneSpec(
+        (Bind(NetworkId("blue"), METADATA_IPV4, 80, "virbr0"),),
+        replace(_PATHS, documents=()),
+        nova=(NovaBackend("default", _NOVA, "nova.example:8775"),),
+    ),
     "while-a-secret-is-replaced": DataplaneSpec(
         (Bind(NetworkId("blue"), METADATA_IPV4, 80, "virbr0"),),
         _PATHS,
