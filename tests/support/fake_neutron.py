@@ -99,6 +99,7 @@ class FakeNeutron:
         queries: Every query, in order.
         failure: What it answers instead.
         open: Cleared, answers wait until it is set; what they say is decided then.
+        unlisted: Ports that pages leave out.
         ignored: Filters that it does not know, by the name of `PortQuery`'s field.
         most_at_once: So many queries there were at the same time.
     """
@@ -107,6 +108,7 @@ class FakeNeutron:
     queries: list[PortQuery] = field(default_factory=list)
     failure: SourceUnavailable | None = None
     open: asyncio.Event = field(default_factory=asyncio.Event)
+    unlisted: frozenset[str] = frozenset()
     ignored: frozenset[str] = frozenset()
     at_once: int = 0
     most_at_once: int = 0
@@ -145,6 +147,7 @@ class FakeNeutron:
             raise SourceUnavailable(f"404: Port {query.after} could not be found.")
         found = [each for each in self.ports_by_id.values() if _matches(each, query)]
         if query.limit is not None:
+            found = [each for each in found if each.id not in self.unlisted]
             found.sort(key=lambda each: each.id)
             found = [each for each in found if query.after is None or each.id > query.after]
             found = found[: query.limit]

@@ -115,7 +115,9 @@ class Finder:
             port for port in answer.ports if port.device == router and port.owner in ROUTER_OWNERS
         )
         found = RouterNetworks(tuple(sorted({port.network for port in interfaces})), answer.asked)
-        self._routers[router] = found
+        if found.networks:
+            # Of a router without any it is as likely that Neutron has just started, and shows nothing yet.
+            self._routers[router] = found
         return found
 
     def forget_old(self) -> None:

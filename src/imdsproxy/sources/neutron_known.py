@@ -38,7 +38,9 @@ class Known:
         until: Until when its guest's last request keeps it in force.
         listed: It is on the list of all ports: that keeps it in force, whoever asks.
         aside: Its time is over. Kept up to date for a while, in case its guest asks again.
-        doubted: To be asked for at once: it was on the list and is not now.
+        doubted: It was on the list and is not now. To be asked for at once: it is gone, or elsewhere, or the list
+            was not whole.
+        unseen: When it was first left out of an answer that had no port at all.
     """
 
     port: NeutronPort
@@ -47,6 +49,7 @@ class Known:
     listed: bool = False
     aside: bool = False
     doubted: bool = False
+    unseen: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +125,9 @@ class KnownPorts:
             self._ports[port.id] = known
         else:
             known.confirmed = asked
+            known.listed = known.listed and not known.doubted
             known.doubted = False
+            known.unseen = None
             if known.port == port:
                 return known
             self._unindex(known)
@@ -135,6 +140,16 @@ class KnownPorts:
         self._refused.pop(port_id, None)
         known = self._ports.get(port_id)
         if known is not None and known.confirmed <= asked:
+            self._drop(port_id)
+
+    def miss(self, port_id: str, asked: float, patience_s: float) -> None:
+        """An answer had no port at all: believed once another says so that was asked for so much later."""
+        known = self._ports.get(port_id)
+        if known is None or known.confirmed > asked:
+            return
+        if known.unseen is None:
+            known.unseen = asked
+        elif asked - known.unseen >= patience_s:
             self._drop(port_id)
 
     @property
@@ -182,13 +197,6 @@ class KnownPorts:
         if known.aside:
             known.aside = False
             self._touched.add(known.port.instance)
-
-    def unlist(self, known: Known, now: float) -> None:
-        """It is not on the list any more: gone, or elsewhere and kept for the guest that asked for it."""
-        known.listed = False
-        known.doubted = True
-        if known.until <= now:
-            self._drop(known.port.id)
 
     def expire(self, now: float, aside_s: float) -> None:
         """Put aside what no guest has asked for in time, and forget what has been aside so long."""

@@ -23,6 +23,9 @@ _T = TypeVar("_T")
 _SHARE: Final = ("refresh",)
 _LIST_SHARE: Final = ("list",)
 _MAX_LISTED: Final = 1_000_000
+_PATIENCE_S: Final = 3.0
+"""For how long an answer without any port must be repeated to be believed. A Neutron that starts gives such answers:
+while one of its threads reads the policy's rules, the others leave every port out, and say 200."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +83,7 @@ class Refresher:
         """
         before = self._clock.monotonic() - self._refresh_s
         ids = [known.port.id for known in self._known if _is_due(known, before)]
-        await self._each(chunks(ids, MAX_VALUES), self._refresh_ports)
+        await self._each(self._batches(ids), self._refresh_ports)
         routes = [
             some
             for behind_one in self._routes.due(before).values()
@@ -88,6 +91,15 @@ class Refresher:
         ]
         await self._each(routes, self._refresh_routes)
         return bool(ids or routes)
+
+    def _batches(self, ids: list[str]) -> list[tuple[str, ...]]:
+        """The ids in parts, each with one more whose port was seen last: its being there vouches for the answer."""
+        sure = [known for known in self._known if not known.doubted and known.unseen is None]
+        last = max(sure, key=lambda known: known.confirmed, default=None)
+        parts = chunks(ids, MAX_VALUES - 1)
+        if last is None:
+            return parts
+        return [some if last.port.id in some else (*some, last.port.id) for some in parts]
 
     async def _each(self, jobs: Iterable[_T], work: Callable[[_T], Awaitable[None]]) -> None:
         waiting = iter(jobs)
@@ -102,16 +114,26 @@ class Refresher:
 
     async def _refresh_ports(self, ids: tuple[str, ...]) -> None:
         try:
-            answer = await self._asking.ask(PortQuery(ids=ids), share=_SHARE)
+            missing, witness, asked = await self._ask_again(ids)
+            if missing and witness is not None:
+                missing, witness, asked = await self._ask_again((*missing, witness))
         except SourceUnavailable:
             return
-        found = {port.id: port for port in answer.ports}
-        for port_id in ids:
-            if port_id in found:
-                self._update(found[port_id], answer.asked)
+        for port_id in missing:
+            if witness is not None:
+                self._known.remove(port_id, asked)
             else:
-                self._known.remove(port_id, answer.asked)
+                self._known.miss(port_id, asked, _PATIENCE_S)
         self._tell()
+
+    async def _ask_again(self, ids: tuple[str, ...]) -> tuple[tuple[str, ...], str | None, float]:
+        """Ask for known ports; which are missing, one that is not, and when that was asked."""
+        answer = await self._asking.ask(PortQuery(ids=ids), share=_SHARE)
+        found = {port.id: port for port in answer.ports}
+        for port in found.values():
+            self._update(port, answer.asked)
+        missing = tuple(port_id for port_id in ids if port_id not in found)
+        return missing, next((each for each in ids if each in found), None), answer.asked
 
     def _update(self, port: NeutronPort, asked: float) -> None:
         # What was forgotten while the question was on its way stays so.
@@ -126,17 +148,24 @@ class Refresher:
         except SourceUnavailable:
             return
         asked = min(joined.asked, found.asked)
+        nothing = not any(found.ports.values())
         for route in routes:
-            address = route.key[1]
-            ports = found.ports[address]
-            for port in ports:
-                self._update(port, found.asked)
-            if len(ports) == 1 and ports[0].id == route.port:
-                key = (ports[0].network, address)
-                self._routes.put(Route(route.router, key, route.port, asked))
-            else:
-                self._routes.remove((route.router, address), asked)
+            self._judge(route, found.ports[route.key[1]], asked, nothing=nothing)
         self._tell()
+
+    def _judge(
+        self, route: Route, ports: tuple[NeutronPort, ...], asked: float, *, nothing: bool
+    ) -> None:
+        address = route.key[1]
+        for port in ports:
+            self._update(port, asked)
+        if len(ports) == 1 and ports[0].id == route.port:
+            key = (ports[0].network, address)
+            self._routes.put(Route(route.router, key, route.port, asked))
+        elif nothing:
+            self._routes.miss((route.router, address), asked, _PATIENCE_S)
+        else:
+            self._routes.remove((route.router, address), asked)
 
     # The list
 
@@ -179,7 +208,7 @@ class Refresher:
         self._known.refused_only(seen, began)
         for known in self._known:
             if known.listed and known.port.id not in listed and known.confirmed <= began:
-                self._known.unlist(known, self._clock.monotonic())
+                known.doubted = True
 
 
 def _is_due(known: Known, before: float) -> bool:

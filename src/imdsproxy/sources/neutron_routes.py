@@ -28,12 +28,14 @@ class Route:
         key: The address in the port's own network.
         port: The port's id.
         confirmed: When Neutron was asked, by the monotonic clock.
+        unseen: When an answer first had no port at all.
     """
 
     router: NetworkId
     key: AddressKey
     port: str
     confirmed: float
+    unseen: float | None = None
 
 
 class Routes:
@@ -81,6 +83,16 @@ class Routes:
         if route is not None and route.confirmed <= asked:
             del self._routes[key]
             self.unsaved = True
+
+    def miss(self, key: AddressKey, asked: float, patience_s: float) -> None:
+        """An answer had no port at all: believed once another says so that was asked for so much later."""
+        route = self._routes.get(key)
+        if route is None or route.confirmed > asked:
+            return
+        if route.unseen is None:
+            route.unseen = asked
+        elif asked - route.unseen >= patience_s:
+            self.remove(key, asked)
 
     def prune(self) -> None:
         """Forget those whose port has gone, or has the address no more."""

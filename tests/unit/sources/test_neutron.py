@@ -415,13 +415,13 @@ async def test_a_network_that_invents_addresses_leaves_room_for_the_others(kept:
 async def test_ports_in_use_are_asked_for_again_many_with_one_query(kept: Path) -> None:
     guests = [
         neutron_port(f"p-{number:03}", "n1", f"10.0.1.{number}", device=f"i-{number}")
-        for number in range(64)
+        for number in range(62)
     ]
     async with rig(kept, *guests) as one:
-        for number in range(64):
+        for number in range(62):
             await one.look("n1", f"10.0.1.{number}")
         told = len(one.heard.observations)
-        assert one.asked == 64
+        assert one.asked == 62
         await one.pass_time(10)
         assert one.asked == 2
         assert len(one.heard.observations) == told
@@ -436,6 +436,46 @@ async def test_a_port_that_is_gone_is_withdrawn(kept: Path) -> None:
         assert one.owners == {"n1/10.0.0.6": "i-b"}
         assert not one.heard.last.full
         assert await one.look("n1", "10.0.0.5") == _NOBODY
+
+
+async def test_a_neutron_that_shows_nothing_for_a_moment_takes_nothing_away(kept: Path) -> None:
+    """One that starts does: while a thread reads the policy's rules, others leave every port out."""
+    joined = router_port("r-1", "n1", "r")
+    async with rig(kept, _A, _B, joined) as one:
+        await one.look("n1", "10.0.0.5")
+        await one.look("r", "10.0.0.6", router=True)
+        before = one.owners
+        hidden = dict(one.neutron.ports_by_id)
+        await one.pass_time(9)
+        one.neutron.ports_by_id.clear()
+        await one.pass_time(2)
+        assert one.asked
+        one.neutron.put(*hidden.values())
+        await one.pass_time(20)
+        assert one.owners == before
+        assert one.source.routes()
+        one.neutron.ports_by_id.clear()
+        await one.pass_time(14)
+        assert not one.owners
+        assert not one.source.routes()
+
+
+async def test_a_port_is_gone_only_if_neutron_says_so_while_it_shows_another(kept: Path) -> None:
+    async with rig(kept, _A, _B) as one:
+        await one.look("n1", "10.0.0.5")
+        await one.look("n1", "10.0.0.6")
+        one.neutron.remove("p-a")
+        one.neutron.queries.clear()
+        await one.pass_time(9)
+        assert one.owners == {"n1/10.0.0.6": "i-b"}
+        assert [query.ids for query in one.neutron.queries] == [("p-a", "p-b"), ("p-a", "p-b")]
+
+
+async def test_a_router_that_seems_to_join_nothing_is_asked_for_again(kept: Path) -> None:
+    async with rig(kept, _A, pace=NeutronPace(negative_ttl_s=0)) as one:
+        assert await one.look("r", "10.0.0.5", router=True) == _NOBODY
+        one.neutron.put(router_port("r-1", "n1", "r"))
+        assert await one.look("r", "10.0.0.5", router=True) == _FOUND_A
 
 
 async def test_an_address_that_moved_is_its_new_ports(kept: Path) -> None:
@@ -711,7 +751,8 @@ async def test_what_was_forgotten_is_not_kept(kept: Path) -> None:
         await one.look("n1", "10.0.0.5")
         await one.pass_time(5)
         neutron.remove("p-a")
-        await one.pass_time(5)
+        await one.pass_time(8)
+        assert not one.owners
     neutron.failure = DOWN
     async with rig(kept, neutron=neutron) as one:
         assert not one.heard.observations[0].instances
@@ -784,7 +825,22 @@ async def test_the_list_is_read_again_and_only_changes_are_told(kept: Path) -> N
         assert "n1/10.0.1.3" not in one.owners
         assert one.owners["n1/10.0.0.5"] == "i-a"
         assert [each.full for each in one.heard.observations].count(True) == 1
-        assert set(one.heard.last.instances) == {"i-a"}
+        told = [set(each.instances) for each in one.heard.observations[1:]]
+        assert set().union(*told) == {"i-a"}
+
+
+@pytest.mark.parametrize("shown", [0, 10])
+async def test_a_list_that_is_not_whole_takes_nothing_away(kept: Path, shown: int) -> None:
+    async with rig(kept, *_many(25), pace=_LISTED) as one:
+        before = one.owners
+        one.neutron.unlisted = frozenset([*one.neutron.ports_by_id][shown:])
+        await one.pass_time(59)
+        one.neutron.queries.clear()
+        await one.pass_time(1)
+        assert any(query.limit for query in one.neutron.queries)
+        one.neutron.unlisted = frozenset()
+        await one.pass_time(65)
+        assert one.owners == before
 
 
 async def test_a_refused_port_is_told_of_until_it_is_not_on_the_list(kept: Path) -> None:
