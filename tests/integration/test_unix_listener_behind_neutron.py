@@ -1,0 +1,211 @@
+"""Behind the HAProxies that Neutron's own code configures: whose guest it is, whatever the guest says."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Final
+
+import pytest
+
+from support.agent_socket import AgentWorld, open_agents
+from support.guest import IPV4, IPV6, Guest, Load, Reply
+from support.lab import RecordMapping, record, until, within
+from support.openstack.front import FrontKind, FrontWriter
+from support.openstack.install import environments
+from support.openstack.processes import Place
+from support.recorder import Answer, Received, reply
+
+pytestmark = [pytest.mark.root, pytest.mark.timeout(300)]
+
+_ROUTER_PORT: Final = 9697
+_KINDS: Final[Mapping[str, FrontKind]] = {
+    "isolated": "network",
+    "isolated-too": "network",
+    "routed": "router",
+    "ovn": "ovn",
+}
+"""By the network's or router's id; the addresses in all of them are the same."""
+
+_IDS: Final = {
+    name: f"{number:08d}-0000-4000-8000-000000000000" for number, name in enumerate(_KINDS)
+}
+
+
+@dataclass(frozen=True, slots=True)
+class _Fronts:
+    agents: AgentWorld
+    guests: Mapping[str, Guest]
+
+
+@pytest.fixture(scope="module")
+def shared() -> Iterator[_Fronts]:
+    """Guests behind proxies of all kinds, whose accounts are not that of the socket."""
+    with ExitStack() as stack:
+        agents = stack.enter_context(open_agents(proxy_user="nobody", proxy_group="nogroup"))
+        installed = environments()
+        stack.callback(installed.made.release)
+        writer = FrontWriter(Place(agents.daemon.directory, installed))
+        stack.callback(writer.close)
+        lab = agents.lab
+        state = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="imdst-")))
+        networks, guests = [], {}
+        for name in _KINDS:
+            networks.append(record(name, {"namespace": lab.name("nowhere-" + name)}))
+            lab.furnish(name)
+            guests[name] = lab.guest(name)
+            file = state / f"{name}.conf"
+            file.write_text(_config(writer, name, socket=agents.path, state=state))
+            _start_haproxy(lab.name(name), file)
+        guests["routed"] = replace(guests["routed"], port=_ROUTER_PORT)
+        agents.daemon.put(networks, [_instance(name) for name in _KINDS])
+        yield _Fronts(agents, guests)
+
+
+@pytest.fixture
+def fronts(shared: _Fronts) -> _Fronts:
+    shared.agents.heal()
+    shared.agents.nova.default = _say_whose
+    return shared
+
+
+def _config(writer: FrontWriter, name: str, *, socket: Path, state: Path) -> str:
+    routed = _KINDS[name] == "router"
+    return writer.config(
+        _KINDS[name],
+        name,
+        socket=socket,
+        bind_address="::" if routed else IPV4,
+        port=_ROUTER_PORT if routed else 80,
+        bind_address_v6=None if routed else IPV6,
+        bind_interface=None if routed else "br0",
+        user="nobody",
+        group="nogroup",
+        state_path=state,
+        pid_file=state / f"{name}.pid",
+    )
+
+
+def _start_haproxy(namespace: str, file: Path) -> None:
+    """It goes into the background, and ends with its namespace."""
+    program = shutil.which("haproxy", path="/usr/sbin:/usr/bin")
+    assert program is not None
+    words = (*within(namespace), program, "-f", str(file))
+    done = subprocess.run(words, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr.decode()
+
+
+def _instance(name: str) -> RecordMapping:
+    addresses = ["10.0.0.5", "2001:db8::5"]
+    port = {"network": name, "mac": "fa:16:3e:00:00:05", "addresses": addresses}
+    return {
+        "id": _IDS[name],
+        "name": name,
+        "project": "blue",
+        "upstream": "nova",
+        "ports": [port],
+    }
+
+
+def _say_whose(request: Received) -> Answer:
+    return reply(b" ".join(request.values("x-instance-id")))
+
+
+def _own(guest: Guest, answer: Reply) -> str | None:
+    if (answer.status, answer.text) == (200, _IDS[guest.network]):
+        return None
+    return f"{guest.name} got {answer.status} {answer.body[:80]!r}"
+
+
+@pytest.mark.parametrize("name", _KINDS)
+@pytest.mark.parametrize("to", [IPV4, IPV6])
+def test_each_guest_is_known_by_its_network_or_router(fronts: _Fronts, name: str, to: str) -> None:
+    guest = fronts.guests[name]
+    for source in (None,) if to == IPV4 else ("2001:db8::5", guest.link_local):
+        fronts.agents.nova.forget()
+        fronts.agents.nova.default = _say_whose
+        assert _own(guest, guest.ask("/openstack", to=to, source=source)) is None
+        seen = fronts.agents.nova.only()
+        assert seen.values("x-forwarded-for") == ((source or guest.addresses[0]).encode(),)
+
+
+_NETWORK: Final = ("X-Neutron-Network-ID: isolated-too",)
+_ROUTER: Final = ("X-Neutron-Router-ID: routed",)
+_OVN: Final = ("X-OVN-Network-ID: ovn",)
+_PEER: Final = ("X-Forwarded-For: 10.0.0.6",)
+_REPLACED: Final = frozenset(
+    (name, forged) for name in ("isolated", "routed") for forged in (_NETWORK, _ROUTER)
+)
+"""Neutron's proxies replace or delete what is theirs; whatever else a guest forges comes beside their own word."""
+
+
+@pytest.mark.parametrize("name", ["isolated", "routed", "ovn"])
+@pytest.mark.parametrize("forged", [_NETWORK, _ROUTER, _OVN, _PEER], ids=str)
+def test_what_a_guest_forges_is_replaced_by_the_proxy_or_refused(
+    fronts: _Fronts, name: str, forged: tuple[str, ...]
+) -> None:
+    guest = fronts.guests[name]
+    spellings = (
+        forged,
+        tuple(one.lower() for one in forged),
+        tuple(one.upper().replace("ROUTED", "routed") for one in forged),
+        (*forged, *forged),
+        ("Connection: " + forged[0].partition(":")[0], *forged),
+    )
+    for lines in spellings:
+        answer = guest.ask("/openstack", headers=lines)
+        if (name, forged) in _REPLACED:
+            assert _own(guest, answer) is None
+        else:
+            assert answer.status == 400, lines
+            assert b"exactly one" in answer.body
+
+
+@pytest.mark.parametrize("name", ["isolated", "routed", "ovn"])
+def test_what_a_guest_says_in_other_words_is_nothing(fronts: _Fronts, name: str) -> None:
+    guest = fronts.guests[name]
+    lines = [
+        "X_Neutron_Network_ID: isolated-too",
+        "X_OVN_Network_ID: ovn",
+        "X_Forwarded_For: 10.0.0.6",
+        f"X-Instance-ID: {_IDS['isolated-too']}",
+        "X-Tenant-ID: x",
+        "X-Instance-ID-Signature: x",
+        "X-Metadata-Provider: x",
+        "Forwarded: for=10.0.0.6",
+        "X-Real-IP: 10.0.0.6",
+    ]
+    assert _own(guest, guest.ask("/openstack", headers=lines)) is None
+    assert {name.lower() for name, _ in fronts.agents.nova.only().headers} == {
+        *(b"host", b"x-forwarded-for", b"x-instance-id", b"x-instance-id-signature"),
+        b"x-tenant-id",
+    }
+
+
+def test_reloads_and_another_controller_lose_no_request(fronts: _Fronts) -> None:
+    daemon = fronts.agents.daemon
+    spare = fronts.agents.lab.namespace_network("spare")
+    with Load([*fronts.guests.values()], "/openstack", _own, pause_s=0.01) as load:
+        for _ in range(3):
+            load.wait_answers(40)
+            daemon.put([spare])
+            load.wait_answers(40)
+            daemon.remove_network("spare")
+        fronts.agents.take_over(maxconn=500)
+        load.wait_answers(40)
+        daemon.kill_controller()
+        load.wait_answers(40)
+        daemon.start()
+        load.wait_answers(40)
+    assert load.report.lost == []
+
+
+def test_a_socket_that_was_taken_and_is_back_serves_the_same_proxies(fronts: _Fronts) -> None:
+    fronts.agents.path.unlink()
+    guests = list(fronts.guests.values())
+    until(lambda: all(_own(one, one.ask("/openstack")) is None for one in guests), within_s=5)
