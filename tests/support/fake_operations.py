@@ -20,6 +20,7 @@ from imdsproxy.admin.operations import (
     SettingsReload,
     SourceReport,
     StatusReport,
+    UnixListenerReport,
     Written,
 )
 from imdsproxy.core.inventory import Claimant, Conflict, ConflictKind
@@ -46,6 +47,7 @@ class FakeOperations:
     left_out: dict[NetworkId, LeftOut] = field(default_factory=dict)
     documents: dict[str, DocumentAnswer] = field(default_factory=dict)
     conflicts: tuple[Conflict, ...] = ()
+    unix_listener: UnixListenerReport | None = None
     failure: ImdsproxyError | None = None
     crash: Exception | None = None
     reloads: int = 0
@@ -98,6 +100,7 @@ class FakeOperations:
                 ),
             ),
             conflicts=self.conflicts,
+            unix_listener=self.unix_listener,
             haproxy=HaproxyReport(
                 version="3.0.11",
                 master=100,

@@ -11,6 +11,8 @@ from pathlib import Path
 
 from imdsproxy.app.exporter_port import ExporterPort
 from imdsproxy.app.listener_loop import ListenerLoop, SpecSettings
+from imdsproxy.app.unix_listener import UnixListener
+from imdsproxy.config.unix_listener import UnixListenerSettings
 from imdsproxy.core.endpoints import LeftOutCode
 from imdsproxy.core.haproxy.model import Limits
 from imdsproxy.core.hostnames import Naming
@@ -31,6 +33,7 @@ from imdsproxy.core.model import (
     Network,
     NetworkId,
 )
+from imdsproxy.core.unix_socket import SeenSocket, SocketState
 from imdsproxy.dataplane.haproxy import Haproxy
 from imdsproxy.dataplane.layout import Layout
 from imdsproxy.dataplane.master import MasterClient
@@ -101,6 +104,7 @@ class Rig:
     fake: FakeHaproxy
     expected: list[frozenset[NetworkId]]
     taken: list[str | None]
+    socket: list[SeenSocket]
 
     def say(self, *names: str, in_sync: bool = True) -> None:
         networks = {
@@ -130,7 +134,7 @@ class Rig:
 
 
 @asynccontextmanager
-async def _rig(directory: Path) -> AsyncIterator[Rig]:
+async def _rig(directory: Path, *, with_agents: bool = False) -> AsyncIterator[Rig]:
     layout = Layout(directory, directory, chroot=False)
     master = MasterClient(layout.master_socket, deadline_s=2)
 
@@ -150,6 +154,9 @@ async def _rig(directory: Path) -> AsyncIterator[Rig]:
     inventory = Inventory(["a"])
     expected: list[frozenset[NetworkId]] = []
     taken: list[str | None] = [None]
+    agents = directory / "agents" / "metadata_proxy"
+    seen = [SeenSocket(SocketState.MISSING)]
+    wanted = UnixListenerSettings(enabled=with_agents, path=agents)
     settings = SpecSettings(Limits(), 0, -1, None, None, "127.0.0.1:9", "../x/netns")
     loop = ListenerLoop(
         inventory,
@@ -161,11 +168,12 @@ async def _rig(directory: Path) -> AsyncIterator[Rig]:
         lambda: settings,
         lambda networks, _observed, _left_out, _pids: expected.append(frozenset(networks)),
         ExporterPort(lambda _host, _port: taken[0]),
+        unix=UnixListener(lambda: wanted, haproxy, lambda _path, _pids: seen[0], SystemClock()),
     )
     await loop.first_round()
     task = asyncio.create_task(loop.run())
     try:
-        yield Rig(host, inventory, loop, layout, fake, expected, taken)
+        yield Rig(host, inventory, loop, layout, fake, expected, taken, seen)
     finally:
         task.cancel()
         with contextlib.suppress(asyncio.CancelledError):
@@ -337,3 +345,58 @@ async def test_a_host_that_cannot_be_kept_from_answering_is_told(tmp_path: Path)
         await rig.settle("networks changed", "red")
         assert [problem.reason for problem in rig.loop.report.problems] == ["no nft"]
         assert rig.bound() == {"red"}
+
+
+async def test_a_stranger_on_the_agents_socket_leaves_out_that_one_and_no_network(
+    tmp_path: Path,
+) -> None:
+    async with _rig(tmp_path, with_agents=True) as rig:
+        assert "frontend agents" in rig.layout.config.read_text()
+        rig.socket[0] = SeenSocket(SocketState.FOREIGN)
+        rig.host.make("red", 7)
+        rig.say("red")
+        await rig.settle("networks changed", "red")
+        assert rig.bound() == {"red"}
+        assert "frontend agents" not in rig.layout.config.read_text()
+        (problem,) = rig.loop.report.problems
+        assert "another process listens on" in problem.reason
+        rig.socket[0] = SeenSocket(SocketState.STALE)
+        async with asyncio.timeout(10):
+            while "frontend agents" not in rig.layout.config.read_text():
+                await asyncio.sleep(0.01)
+        assert rig.bound() == {"red"}
+
+
+async def test_a_socket_that_nobody_reaches_is_let_go_of_before_it_is_bound_again(
+    tmp_path: Path,
+) -> None:
+    async with _rig(tmp_path, with_agents=True) as rig:
+        reloads = rig.fake.reloads
+        await rig.settle("looked")
+        assert rig.fake.reloads == reloads
+        rig.socket[0] = SeenSocket(SocketState.MISSING, orphaned=True)
+        await rig.settle("unix socket changed")
+        assert rig.fake.reloads == reloads + 2
+        assert "frontend agents" in rig.layout.config.read_text()
+
+
+async def test_what_haproxy_refuses_because_of_the_agents_socket_is_tried_without_it(
+    tmp_path: Path,
+) -> None:
+    async with _rig(tmp_path, with_agents=True) as rig:
+        rig.fake.refuse_reload = "[ALERT] Binding for frontend agents: cannot bind UNIX socket"
+        rig.host.make("red", 7)
+        rig.say("red")
+        rig.loop.touch("networks changed", [NetworkId("red")])
+        async with asyncio.timeout(5):
+            while rig.loop.failure is None:
+                await asyncio.sleep(0.01)
+        # Without it, it is refused as well here: then it was left out all the same.
+        assert rig.loop.unix is not None
+        assert rig.loop.unix.bind is None
+        rig.fake.refuse_reload = ""
+        async with asyncio.timeout(10):
+            await rig.loop.tickets.wait(rig.loop.tickets.given)
+        assert rig.bound() == {"red"}
+        assert "frontend agents" not in rig.layout.config.read_text()
+        assert ["cannot bind UNIX" in one.reason for one in rig.loop.report.problems] == [True]

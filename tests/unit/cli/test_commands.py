@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from imdsproxy.admin.operations import DocumentAnswer, LeftOut
+from imdsproxy.admin.operations import DocumentAnswer, LeftOut, UnixListenerReport
 from imdsproxy.cli.main import main
 from imdsproxy.core.model import BridgeListener, Dialect, InstanceId, NamespaceListener, NetworkId
 from imdsproxy.errors import ConfigInvalid, Problem, ReloadFailed, SourceUnavailable
@@ -436,6 +436,18 @@ def test_status_shows_what_is_wrong(filled: Cli) -> None:
         "2 problems",
     ):
         assert words in ran.out
+
+
+def test_status_shows_the_unix_listener_where_there_is_one(filled: Cli) -> None:
+    assert "unix listener" not in filled("status").out
+    path = "/var/lib/neutron/metadata_proxy"
+    filled.operations.unix_listener = UnixListenerReport(
+        path, serving=True, mode="0644", user=64055, group=64056
+    )
+    assert f"{path}, mode 0644 64055:64056, serving" in filled("status").out
+    reason = "neutron-metadat (pid 7) listens there"
+    filled.operations.unix_listener = UnixListenerReport(path, serving=False, problem=reason)
+    assert f"{path}, left out {reason}" in filled("status").out
 
 
 def test_status_in_json_is_the_daemons_own(filled: Cli) -> None:

@@ -194,6 +194,18 @@ def test_an_endpoint_set_has_all_that_it_needs(tmp_path: Path) -> None:
             "takes an absolute path",
         ),
         (
+            "unix_listener: {path: '/var/lib/neu tron/metadata_proxy'}",
+            "unix_listener.path",
+            "has characters other than",
+            "takes an absolute path",
+        ),
+        (
+            f"unix_listener: {{path: /var/{'a' * 93}}}",
+            "unix_listener.path",
+            "has 98 characters, HAProxy takes 97",
+            "takes an absolute path",
+        ),
+        (
             "unix_listener: {mode: '0666'}",
             "unix_listener.mode",
             '"0666" is not acceptable',

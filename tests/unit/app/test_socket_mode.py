@@ -1,0 +1,46 @@
+"""Neutron's table of who gets the socket (neutron/agent/metadata/proxy_base.py)."""
+
+from __future__ import annotations
+
+import pytest
+
+from imdsproxy.core.socket_mode import SocketMode, SocketModeWord, deduce_socket_mode
+
+_OWNER, _GROUP, _OTHER = 1, 2, 3
+
+
+@pytest.mark.parametrize(
+    ("word", "mode"),
+    [("user", SocketMode.USER), ("group", SocketMode.GROUP), ("all", SocketMode.ALL)],
+)
+@pytest.mark.parametrize("proxy", [None, 0, _OWNER, _OTHER])
+def test_a_word_is_its_mode_whoever_asks(
+    word: SocketModeWord, mode: SocketMode, proxy: int | None
+) -> None:
+    found = deduce_socket_mode(
+        word, owner=_OWNER, group=_GROUP, proxy_user=proxy, proxy_group=proxy
+    )
+    assert found is mode
+
+
+@pytest.mark.parametrize(
+    ("user", "group", "mode"),
+    [
+        (None, None, 0o644),
+        (0, _OTHER, 0o644),
+        (_OWNER, _OTHER, 0o644),
+        (None, _OTHER, 0o644),
+        (_OTHER, None, 0o664),
+        (_OTHER, _GROUP, 0o664),
+        (_OTHER, _OTHER, 0o666),
+        # Root's group is a group as another: only its user may do everything.
+        (_OTHER, 0, 0o666),
+    ],
+)
+def test_deduced_is_the_narrowest_with_which_the_proxies_can_connect(
+    user: int | None, group: int | None, mode: int
+) -> None:
+    found = deduce_socket_mode(
+        "deduce", owner=_OWNER, group=_GROUP, proxy_user=user, proxy_group=group
+    )
+    assert found == mode
