@@ -529,21 +529,6 @@ async def test_a_port_given_to_another_project_is_signed_for_with_that(kept: Pat
         assert one.heard.inventory.instances[InstanceId("i-a")].project == "red"
 
 
-async def test_an_answer_that_is_late_does_not_undo_a_newer_one(kept: Path) -> None:
-    """Of two queries on their way, the one that was asked first is answered last."""
-    async with rig(kept, _A) as one:
-        await one.look("n1", "10.0.0.5")
-        await one.pass_time(8)
-        one.neutron.open.clear()
-        late = asyncio.create_task(one.pass_time(2))  # refreshes
-        await asyncio.sleep(0.02)
-        assert one.neutron.queries[-1].ids == ("p-a",)
-        late.cancel()
-        one.neutron.open.set()
-        await one.time.settle()
-        assert one.owners["n1/10.0.0.5"] == "i-a"
-
-
 # Lifetimes
 
 

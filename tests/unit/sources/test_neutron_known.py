@@ -1,0 +1,105 @@
+"""What is known of ports, while answers come in another order than their questions were asked in."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from ipaddress import ip_address
+
+import pytest
+
+from imdsproxy.core.addresses import link_local_of
+from imdsproxy.core.model import InstanceId, MacAddress, NetworkId
+from imdsproxy.sources.neutron_api import NeutronPort
+from imdsproxy.sources.neutron_known import KnownPorts, plan_instance
+from support.fake_neutron import neutron_port
+
+_MAC = "fa:16:3e:00:00:05"
+_A = neutron_port("p-a", "n1", "10.0.0.5", device="i-a", mac=_MAC)
+_B = neutron_port("p-b", "n1", "10.0.0.6", device="i-b")
+
+
+def owner(known: KnownPorts, address: str) -> str | None:
+    found = known.at(NetworkId("n1"), ip_address(address))
+    return None if found is None else found.port.id
+
+
+def test_an_answer_that_is_late_does_not_undo_a_newer_one() -> None:
+    known = KnownPorts()
+    known.put(replace(_A, addresses=(ip_address("10.0.0.7"),)), asked=20)
+    known.put(_A, asked=10)
+    known.remove("p-a", asked=15)
+    known.miss("p-a", asked=15, patience_s=0)
+    known.miss("p-a", asked=16, patience_s=0)
+    assert owner(known, "10.0.0.7") == "p-a"
+    assert owner(known, "10.0.0.5") is None
+    known.remove("p-a", asked=21)
+    assert len(known) == 0
+
+
+@pytest.mark.parametrize("taken", ["10.0.0.5", str(link_local_of(MacAddress(_MAC)))])
+@pytest.mark.parametrize("first", ["older", "newer"])
+def test_an_address_is_of_the_port_that_was_asked_for_last_whichever_answer_came_first(
+    first: str, taken: str
+) -> None:
+    known = KnownPorts()
+    newer = replace(_B, addresses=(ip_address("10.0.0.5"), ip_address("10.0.0.6")), mac=_A.mac)
+    answers: list[tuple[NeutronPort, float]] = [(_A, 10), (newer, 20)]
+    for port, asked in answers if first == "older" else reversed(answers):
+        known.put(port, asked)
+    assert owner(known, taken) == "p-b"
+    assert owner(known, "10.0.0.6") == "p-b"
+    mine = known.get("p-a")
+    assert mine is not None
+    assert (mine.port.addresses, mine.port.mac) == ((), None)
+    claims = [key for instance in known.changes().instances.values() for key in _claims(instance)]
+    assert len(claims) == len(set(claims))
+
+
+def _claims(instance: object) -> list[object]:
+    ports = getattr(instance, "ports", ())
+    return [(port.network, address) for port in ports for address in (*port.addresses, port.mac)]
+
+
+def test_a_port_that_lost_an_address_to_another_gets_it_back_when_neutron_says_so() -> None:
+    known = KnownPorts()
+    known.put(_A, asked=10)
+    known.put(replace(_B, addresses=(ip_address("10.0.0.5"),)), asked=20)
+    known.put(_A, asked=30)
+    assert owner(known, "10.0.0.5") == "p-a"
+
+
+def test_what_was_told_is_told_again_only_when_it_has_changed() -> None:
+    known = KnownPorts()
+    known.put(_A, asked=1)
+    assert set(known.changes().instances) == {"i-a"}
+    known.put(_A, asked=2)
+    assert not known.changes().instances
+    known.put(replace(_A, project="red"), asked=3)
+    (changed,) = known.changes().instances.values()
+    assert changed.project == "red"
+    known.put(replace(_A, device="i-z"), asked=4)
+    changes = known.changes()
+    assert (set(changes.instances), changes.removed) == ({"i-z"}, ("i-a",))
+    assert known.networks == {"n1"}
+    known.remove("p-a", asked=5)
+    assert known.changes().removed == ("i-z",)
+    assert known.networks == frozenset()
+
+
+def test_no_more_than_a_hundred_refused_ports_are_told_of() -> None:
+    known = KnownPorts()
+    for number in range(150):
+        known.put(neutron_port(f"p-{number}", "n1", "10.0.0.5", device="a|b"), asked=1)
+    assert len(known.problems) == 100
+
+
+def test_an_instance_without_ports_is_none() -> None:
+    assert plan_instance(InstanceId("i"), ()) is None
+
+
+def test_what_a_tenant_wrote_is_shown_escaped_and_cut() -> None:
+    known = KnownPorts()
+    known.put(neutron_port("p", "n1", device="\x1b[31m" + "x" * 1000), asked=1)
+    (problem,) = known.problems
+    assert "\x1b" not in problem.reason
+    assert len(problem.reason) < 200
