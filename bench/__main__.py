@@ -21,11 +21,15 @@ from bench.context import HAPROXY, Bench, Scale
 from bench.daemon import Daemon
 from bench.figures import Row, Verdict
 from bench.lab import Lab
+from bench.peer import Peer, peer_at
 from bench.place import BenchError, alone, choose, clear, prepare, sweep
+from bench.rows import agents, replacing
 from bench.rows.additions import measure_additions
 from bench.rows.flooding import measure_flood
+from bench.rows.forwarding import measure_forwarding
 from bench.rows.growth import measure_growth
 from bench.rows.losses import measure_losses, measure_recovery
+from bench.rows.misses import measure_misses
 from bench.rows.moves import measure_moves
 from bench.rows.reads import measure_reads
 from bench.rows.scale import measure_scale
@@ -34,6 +38,8 @@ from bench.show import document, table, write_json
 _REPOSITORY: Final = Path(__file__).resolve().parent.parent
 _READS: Final = ("reads-leaf", "reads-user-data", "first-reads", "meta-data")
 _GROWTH: Final = ("memory", "start")
+_NOVA: Final = ("nova-signed", "nova-signed-close", "nova-slow")
+_MISSES: Final = ("nova-misses",)
 _FLEET: Final = (
     "add-instance",
     "add-network",
@@ -46,7 +52,19 @@ _FLEET: Final = (
     "controller",
     "reload",
 )
-ROWS: Final = (*_READS, *_GROWTH, *_FLEET)
+WITH_PEER: Final = (*agents.WITH_PEER, *replacing.WITH_PEER)
+"""Rows that need Neutron's own agents beside."""
+
+ROWS: Final = (
+    *_READS,
+    *_GROWTH,
+    *_NOVA,
+    *agents.OURS,
+    *replacing.OURS,
+    *_MISSES,
+    *WITH_PEER,
+    *_FLEET,
+)
 _SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _EXIT_SHORT: Final = 1
 _EXIT_MISSING: Final = 2
@@ -61,6 +79,7 @@ class Options:
     only: frozenset[str]
     json: Path | None
     keep: bool
+    peer: Path | None = None
 
 
 def parse_options(argv: Sequence[str]) -> Options:
@@ -73,11 +92,20 @@ def parse_options(argv: Sequence[str]) -> Options:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every number there")
     parser.add_argument("--strict", action="store_true", help="exit 1 when a bar is missed")
     parser.add_argument("--keep", action="store_true", help="leave logs and files in .bench")
+    parser.add_argument(
+        "--peer",
+        type=Path,
+        metavar="DIR",
+        help="a harness with Neutron's own agents (its run.sh): ratios beside them, in the same run",
+    )
     found = parser.parse_args(argv)
     only = frozenset(word.strip() for word in found.only.split(",") if word.strip())
     if unknown := only - set(ROWS):
         parser.error(f"no such row: {', '.join(sorted(unknown))}")
-    return Options(found.quick, found.strict, only or frozenset(ROWS), found.json, found.keep)
+    if found.peer is None and (without := only & set(WITH_PEER)):
+        parser.error(f"--peer DIR is needed for {', '.join(sorted(without))}")
+    every = frozenset(ROWS) - (frozenset(WITH_PEER) if found.peer is None else frozenset())
+    return Options(found.quick, found.strict, only or every, found.json, found.keep, found.peer)
 
 
 def exit_status(rows: Sequence[Row], wanted: frozenset[str], *, strict: bool) -> int:
@@ -136,9 +164,12 @@ def _measure(options: Options, console: Console) -> list[Row]:
     sweep(directory, lab)
     prepare(directory)
     bench = Bench(directory, lab, Scale.of(quick=options.quick), say)
+    peer = None if options.peer is None else peer_at(options.peer, directory, say)
+    if peer is None:
+        say(f"without --peer, so without {', '.join(WITH_PEER)}")
     rows: list[Row] = []
     try:
-        for keys, stage in _stages(bench, options.only):
+        for keys, stage in _stages(bench, options.only, peer):
             if options.only & set(keys):
                 rows += _run_stage(stage, [key for key in keys if key in options.only], say)
     finally:
@@ -155,11 +186,23 @@ def _measure(options: Options, console: Console) -> list[Row]:
 _Stage = Callable[[], Iterator[Row]]
 
 
-def _stages(bench: Bench, only: frozenset[str]) -> list[tuple[tuple[str, ...], _Stage]]:
+def _stages(
+    bench: Bench, only: frozenset[str], peer: Peer | None
+) -> list[tuple[tuple[str, ...], _Stage]]:
     wanted = only.__contains__
     return [
         (_READS, lambda: measure_reads(bench, wanted)),
         (_GROWTH, lambda: measure_growth(bench, wanted)),
+        (_NOVA, lambda: measure_forwarding(bench, wanted)),
+        (
+            (*agents.OURS, *agents.WITH_PEER),
+            lambda: agents.measure_agents(bench, wanted, peer),
+        ),
+        (
+            (*replacing.OURS, *replacing.WITH_PEER),
+            lambda: replacing.measure_replacing(bench, wanted, peer),
+        ),
+        (_MISSES, lambda: measure_misses(bench)),
         (_FLEET, lambda: _measure_fleet(bench, only)),
     ]
 

@@ -34,6 +34,7 @@ class Scale:
     idle_s: float
     starts: int
     processes: int
+    peer_rounds: int
 
     @staticmethod
     def of(*, quick: bool) -> Scale:
@@ -53,6 +54,7 @@ class Scale:
                 idle_s=5,
                 starts=1,
                 processes=10,
+                peer_rounds=1,
             )
         return Scale(
             networks=1_000,
@@ -68,6 +70,7 @@ class Scale:
             idle_s=30,
             starts=3,
             processes=50,
+            peer_rounds=3,
         )
 
 

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from bench.bare import Bare, Limits, answering, forwarding, render_bare, run_bare, worker_limits
 from bench.context import Bench
 from bench.daemon import Daemon
-from bench.figures import Bar, Row, judge, median
+from bench.figures import Bar, Row, judge
 from bench.guest import Broken, Guest
 from bench.lab import network_name
 from bench.place import BenchError
-from bench.procs import cpu_seconds, pin
+from bench.procs import pin
 from bench.records import USER_DATA_BYTES, first_guest
-from bench.wrk import Load, run_wrk
+from bench.sides import Side, cost_ratio, load_in_turn, rate_ratio, without_errors
 
 __all__ = ["measure_reads"]
 
@@ -28,56 +28,6 @@ _FORWARD_PORT = 8082
 _READS_BAR = Bar("≥ 0.85 x", at_least=0.85)
 _STUB_FACTOR = 2
 _NOT_CACHED = ("Cache-Control: no-cache",)
-
-
-@dataclass(slots=True)
-class _Side:
-    """One of the sides that are loaded in turn."""
-
-    url: str
-    pid: int | None
-    headers: tuple[str, ...] = ()
-    rates: list[float] = field(default_factory=list)
-    costs: list[float] = field(default_factory=list)
-    errors: int = 0
-
-    @property
-    def rate(self) -> float:
-        """Median requests a second."""
-        return median(self.rates)
-
-    @property
-    def cost_us(self) -> float:
-        """Least processor time of HAProxy for a request, in µs: what else the machine does adds to it."""
-        return min(self.costs)
-
-    def numbers(self) -> dict[str, object]:
-        """For the JSON."""
-        return {
-            "url": self.url,
-            "requests_per_s": [round(one) for one in self.rates],
-            "median_requests_per_s": round(self.rate),
-            "haproxy_cpu_us_per_request": [round(one, 2) for one in self.costs],
-            "errors": self.errors,
-        }
-
-
-def _load_in_turn(bench: Bench, sides: Sequence[_Side], seconds: float) -> None:
-    haproxy_cpu, load_cpu = bench.cpus
-    for one in sides:
-        if one.pid is not None:
-            pin(one.pid, {haproxy_cpu})
-    for number in range(bench.scale.rounds + 1):
-        warm_up = number == 0
-        for one in sides:
-            load = Load(seconds=1 if warm_up else seconds, cpu=load_cpu, headers=one.headers)
-            before = cpu_seconds(one.pid) if one.pid is not None else 0.0
-            report = run_wrk(network_name(0), one.url, load)
-            spent = cpu_seconds(one.pid) - before if one.pid is not None else 0.0
-            one.errors += report.errors
-            if not warm_up:
-                one.rates.append(report.rate)
-                one.costs.append(spent / max(1, report.requests) * 1e6)
 
 
 @dataclass(slots=True)
@@ -145,25 +95,14 @@ def _sizes(bench: Bench, name: str) -> dict[str, int]:
     return sizes
 
 
-def _without_errors(*sides: _Side) -> None:
-    for one in sides:
-        if one.errors:
-            raise BenchError(f"{one.errors} requests to {one.url} failed")
-
-
-def _ratio(ours: _Side, other: _Side) -> float:
-    """Median over the rounds: what else the machine did in one of them touched both sides alike."""
-    return median([one / two for one, two in zip(ours.rates, other.rates, strict=True)])
-
-
 def _repeated(stage: _Stage, key: str, path: str, size: int) -> Row:
     with stage.bare(key, _BARE_PORT, answering(size)) as bare:
-        ours = _Side(stage.url(path), stage.worker)
-        other = _Side(stage.url("/", _BARE_PORT), bare.pid)
-        _load_in_turn(stage.bench, [other, ours], stage.bench.scale.seconds)
-        _without_errors(ours, other)
-    ratio = _ratio(ours, other)
-    cpu_ratio = other.cost_us / ours.cost_us
+        ours = Side(stage.url(path), stage.worker)
+        other = Side(stage.url("/", _BARE_PORT), bare.pid)
+        load_in_turn(stage.bench, [other, ours], stage.bench.scale.seconds)
+        without_errors(ours, other)
+    ratio = rate_ratio(ours, other)
+    cpu_ratio = cost_ratio(ours, other)
     return Row(
         key=key,
         what=f"repeated reads of {path} ({size} bytes), keep-alive, 64 connections",
@@ -199,12 +138,12 @@ def _through(stage: _Stage, key: str, path: str, size: int, headers: tuple[str, 
         ) as bare,
     ):
         pin(stub.pid, {stage.bench.cpus[1]})
-        ours = _Side(stage.url(path), stage.worker, headers)
-        other = _Side(stage.url("/", _FORWARD_PORT), bare.pid, headers)
-        direct = _Side(stage.url("/", _STUB_PORT), None, headers)
-        _load_in_turn(stage.bench, [direct, other, ours], 1)
-        _without_errors(ours, other, direct)
-    ratio = _ratio(ours, other)
+        ours = Side(stage.url(path), stage.worker, headers)
+        other = Side(stage.url("/", _FORWARD_PORT), bare.pid, headers)
+        direct = Side(stage.url("/", _STUB_PORT), None, headers)
+        load_in_turn(stage.bench, [direct, other, ours], 1)
+        without_errors(ours, other, direct)
+    ratio = rate_ratio(ours, other)
     valid = direct.rate >= _STUB_FACTOR * other.rate
     what = "never-read documents" if headers else "meta_data.json, never cached"
     return Row(

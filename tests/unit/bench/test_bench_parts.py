@@ -46,7 +46,7 @@ def test_a_ratio_that_says_nothing_is_told_and_no_error() -> None:
 
 def test_only_the_rows_that_were_asked_for_are_wanted() -> None:
     assert parse_options(["--only", "stale, memory"]).only == {"stale", "memory"}
-    assert parse_options([]).only == frozenset(ROWS)
+    assert parse_options(["--peer", "/x"]).only == frozenset(ROWS)
 
 
 def test_an_unknown_row_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

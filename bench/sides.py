@@ -1,0 +1,112 @@
+"""Sides of a comparison that are loaded in turn, so that whatever else the machine does touches both."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+from bench.context import Bench
+from bench.figures import median
+from bench.lab import network_name
+from bench.place import BenchError
+from bench.procs import cpu_seconds, pin
+from bench.wrk import Load, run_wrk
+
+__all__ = ["CONNECTIONS", "Side", "cost_ratio", "load_in_turn", "rate_ratio", "without_errors"]
+
+CONNECTIONS: Final = 64
+
+
+@dataclass(slots=True)
+class Side:
+    """One of them.
+
+    Attributes:
+        pid: The HAProxy whose processor time is counted, pinned to one processor; `None` for a stub.
+    """
+
+    url: str
+    pid: int | None
+    headers: tuple[str, ...] = ()
+    rates: list[float] = field(default_factory=list)
+    costs: list[float] = field(default_factory=list)
+    p50s: list[float] = field(default_factory=list)
+    p99s: list[float] = field(default_factory=list)
+    errors: int = 0
+
+    @property
+    def rate(self) -> float:
+        """Median requests a second."""
+        return median(self.rates)
+
+    @property
+    def cost_us(self) -> float:
+        """Least processor time of HAProxy for a request, in µs: what else the machine does adds to it."""
+        return min(self.costs)
+
+    def numbers(self) -> dict[str, object]:
+        """For the JSON."""
+        return {
+            "url": self.url,
+            "requests_per_s": [round(one) for one in self.rates],
+            "median_requests_per_s": round(self.rate),
+            "haproxy_cpu_us_per_request": [round(one, 2) for one in self.costs],
+            "p50_ms": [round(one * 1000, 2) for one in self.p50s],
+            "p99_ms": [round(one * 1000, 2) for one in self.p99s],
+            "errors": self.errors,
+        }
+
+
+def load_in_turn(bench: Bench, sides: Sequence[Side], seconds: float, *, rounds: int = 0) -> None:
+    """Load one after the other, again and again: HAProxy on one processor, wrk on the other.
+
+    Args:
+        bench: Says which processors, and how often.
+        sides: In this order.
+        seconds: Of each load.
+        rounds: Instead of what the scale says, unless 0. One more comes first, that does not count.
+    """
+    haproxy_cpu, load_cpu = bench.cpus
+    for one in sides:
+        if one.pid is not None:
+            pin(one.pid, {haproxy_cpu})
+    for number in range((rounds or bench.scale.rounds) + 1):
+        warm_up = number == 0
+        for one in sides:
+            load = Load(
+                connections=CONNECTIONS,
+                seconds=1 if warm_up else seconds,
+                cpu=load_cpu,
+                headers=one.headers,
+            )
+            before = cpu_seconds(one.pid) if one.pid is not None else 0.0
+            report = run_wrk(network_name(0), one.url, load)
+            spent = cpu_seconds(one.pid) - before if one.pid is not None else 0.0
+            one.errors += report.errors
+            if not warm_up:
+                one.rates.append(report.rate)
+                one.costs.append(spent / max(1, report.requests) * 1e6)
+                one.p50s.append(report.p50_s)
+                one.p99s.append(report.p99_s)
+
+
+def without_errors(*sides: Side) -> None:
+    """Answers that are errors come fast: a figure with them says nothing.
+
+    Raises:
+        BenchError: There were such.
+    """
+    for one in sides:
+        if one.errors:
+            raise BenchError(f"{one.errors} requests to {one.url} failed")
+
+
+def rate_ratio(ours: Side, other: Side) -> float:
+    """Of the rates; the median over the rounds, since what happened in one of them touched both sides alike."""
+    return median([one / two for one, two in zip(ours.rates, other.rates, strict=True)])
+
+
+def cost_ratio(ours: Side, other: Side) -> float:
+    """The same by HAProxy's processor time for a request."""
+    return other.cost_us / ours.cost_us
