@@ -281,6 +281,21 @@ def test_a_directory_that_somebody_removes_is_made_again(world: AgentWorld) -> N
     until(world.socket.serves, within_s=_WITHIN_S, what="our own service")
 
 
+def test_a_haproxy_that_ends_after_its_directory_does_not_stay_away(world: AgentWorld) -> None:
+    pids = world.daemon.pids()
+    os.kill(pids.controller, signal.SIGSTOP)
+    try:
+        world.path.unlink()
+        world.path.parent.rmdir()
+        for pid in (pids.master, pids.worker):
+            os.kill(pid, signal.SIGKILL)
+    finally:
+        os.kill(pids.controller, signal.SIGCONT)
+    until(world.socket.serves, within_s=5, what="our own service")
+    with _others_served(world):
+        assert world.problem() == ""
+
+
 @pytest.mark.parametrize("kind", ["file", "directory", "link"])
 def test_what_is_no_socket_is_not_replaced(world: AgentWorld, kind: str) -> None:
     assert world.take_over(enabled=False).status == 0

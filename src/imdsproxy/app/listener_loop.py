@@ -374,7 +374,11 @@ class ListenerLoop:
         except (ConfigRejected, ReloadFailed) as error:
             if self.unix is None or not self.unix.blame(error):
                 raise
-            await self._apply(endpoints, reasons)
+            try:
+                await self._apply(endpoints, reasons)
+            except (ConfigRejected, ReloadFailed):
+                self.unix.acquit()
+                raise
 
     async def _apply(self, endpoints: tuple[Endpoint, ...], reasons: tuple[str, ...]) -> None:
         # The old worker does not look at the links any more, the next one needs all of its own.

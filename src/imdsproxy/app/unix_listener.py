@@ -89,11 +89,13 @@ class UnixListener:
         self.rebind = problem is None and seen.orphaned
 
     def blame(self, error: DataplaneError) -> bool:
-        """Leave it out when HAProxy refused a configuration because of it; whether that was so."""
+        """Leave it out when HAProxy refused a configuration because of it; whether that was so, or may be."""
         bind = self.bind
-        if bind is None or not any(
-            word in error.message for word in (f"[{bind.path}]", f"frontend {AGENTS}")
-        ):
+        if bind is None:
+            return False
+        words = (f"[{bind.path}]", f"frontend {AGENTS}")
+        # Where nothing runs it is worth a trial, whatever HAProxy said or whoever kept it from us.
+        if self.haproxy.processes is not None and not any(word in error.message for word in words):
             return False
         reason = f"{error.message}: the unix listener is left out"
         problem = Problem("unix_listener.path", reason, "see which user and unit HAProxy runs as")
@@ -104,6 +106,10 @@ class UnixListener:
         self._decide(None, problem)
         self.rebind = False
         return True
+
+    def acquit(self) -> None:
+        """Without it the configuration was refused as well: it may be had again at once."""
+        self._refused = None
 
     async def settle(self, before: str | None) -> None:
         """After a configuration has come into force: mode and owner, and no file that nobody listens on.
