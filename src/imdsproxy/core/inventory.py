@@ -11,7 +11,8 @@ The rules, in the order in which they apply:
 - A network that two sources describe differently is a conflict. Where they agree on the listener it
   stays, bare (no name, subnets or MTU), so that guests are answered; where they do not it has none.
 - An instance that two sources describe differently is a conflict: it has no documents, and every
-  address that any of the versions claims is contested.
+  address that any of the versions claims is contested. A source that defers contradicts nobody: what
+  it tells of an id that another source has does not count.
 - An address (or the link-local address of a MAC) that two instances claim in one network is
   contested. Their other addresses are not.
 - A port of a network that nobody told of claims nothing until the network comes.
@@ -19,7 +20,7 @@ The rules, in the order in which they apply:
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator, Mapping
+from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from types import MappingProxyType
@@ -73,6 +74,8 @@ class Observation:
         problems: Every record refused at this moment (the whole list, not the change).
         implied_networks: Networks that the source vouches for without knowing how they are reached (the
             whole set, not the change): ports in them are not stranded.
+        defers: Its instances give way to those of the same id in other sources, because who chose the id may be
+            a tenant: a port of Neutron's names any instance that its owner likes.
     """
 
     source: SourceName
@@ -84,6 +87,7 @@ class Observation:
     in_sync: bool = True
     problems: tuple[Problem, ...] = ()
     implied_networks: frozenset[NetworkId] = frozenset()
+    defers: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,6 +236,7 @@ class _Report:
     problems: tuple[Problem, ...] = ()
     in_sync: bool = False
     implied: frozenset[NetworkId] = frozenset()
+    defers: bool = False
 
 
 @dataclass(slots=True)
@@ -331,8 +336,8 @@ class Inventory:
         return tuple(name for name, report in self._reports.items() if network in report.networks)
 
     def sources_of_instance(self, instance: InstanceId) -> tuple[SourceName, ...]:
-        """The sources that tell of the instance, in name order."""
-        return tuple(name for name, report in self._reports.items() if instance in report.instances)
+        """The sources whose word counts for the instance, in name order."""
+        return tuple(name for name, _ in self._counting(instance))
 
     @property
     def sources(self) -> Mapping[SourceName, bool]:
@@ -403,6 +408,7 @@ class Inventory:
         """Fold in what a source saw; say whose state may have changed."""
         in_sync = self.in_sync
         report = self._report(observation.source)
+        report.defers = observation.defers
         networks = _changes(
             report.networks,
             observation.networks,
@@ -486,7 +492,9 @@ class Inventory:
     ) -> None:
         before = self._versions(instance_id)
         _put(report.instances, instance_id, instance)
-        after = _distinct(r.instances.get(instance_id) for r in self._reports.values())
+        after = _distinct(
+            counting.instances.get(instance_id) for _, counting in self._counting(instance_id)
+        )
         if before == after:
             return
         _put(self._instances, instance_id, after[0] if len(after) == 1 else None)
@@ -496,6 +504,15 @@ class Inventory:
         self._index(instance_id, before, after)
         change.instances.add(instance_id)
         change.addresses.update(*keys)
+
+    def _counting(self, instance_id: InstanceId) -> Collection[tuple[SourceName, _Report]]:
+        """The reports whose word counts for an id: those that defer count where no other has it."""
+        having = [
+            (name, report)
+            for name, report in self._reports.items()
+            if instance_id in report.instances
+        ]
+        return [(name, report) for name, report in having if not report.defers] or having
 
     def _index(
         self, instance_id: InstanceId, before: tuple[Instance, ...], after: tuple[Instance, ...]

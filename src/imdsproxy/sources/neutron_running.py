@@ -216,6 +216,7 @@ class Running:
                 in_sync=in_sync,
                 problems=problems,
                 implied_networks=self.known.networks,
+                defers=True,
             )
         )
 

@@ -1,9 +1,20 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
+
+import pytest
 
 from imdsproxy.core.inventory import Claimant, Conflict, ConflictKind, Inventory, Observation
-from imdsproxy.core.model import BridgeListener, InstanceId, MacAddress, Network, NetworkId
+from imdsproxy.core.model import (
+    BridgeListener,
+    Instance,
+    InstanceId,
+    MacAddress,
+    Network,
+    NetworkId,
+    Upstream,
+)
 from imdsproxy.errors import Problem
 from support.record_builders import full, instance, key, network, port
 
@@ -221,3 +232,37 @@ def test_a_change_costs_the_same_in_a_large_inventory_as_in_a_small_one() -> Non
         best[size] = _seconds_of_a_change(loaded(full("file", [network("n1")], every)), size)
     # A scan of 20,000 would take some thousand times as long as one of 10.
     assert best[20_000] < 20 * best[10] + 0.0005
+
+
+def _nova(name: str, address: str) -> Instance:
+    return replace(instance(name, address), upstream=Upstream.NOVA, project="p")
+
+
+@pytest.mark.parametrize("first", ["store", "neutron"])
+def test_an_id_that_a_tenant_has_chosen_takes_nothing_from_whose_it_is(first: str) -> None:
+    inventory = Inventory(["neutron", "store"])
+    ours, theirs = instance("a", "10.0.0.5"), _nova("a", "10.0.0.66")
+    told = {
+        "store": full("store", [network("n1")], [ours]),
+        "neutron": replace(full("neutron", [], [theirs]), defers=True),
+    }
+    for name in sorted(told, key=lambda name: name != first):
+        inventory.observe(told[name])
+
+    assert inventory.conflicts() == ()
+    assert inventory.instances[ours.id] == ours
+    assert inventory.sources_of_instance(ours.id) == ("store",)
+    assert inventory.owner(key("n1", "10.0.0.5")) == "a"
+    assert inventory.owner(key("n1", "10.0.0.66")) is None
+
+
+def test_who_defers_counts_again_where_nobody_else_has_the_id() -> None:
+    inventory = Inventory(["neutron", "store"])
+    ours, theirs = instance("a", "10.0.0.5"), _nova("a", "10.0.0.66")
+    inventory.observe(full("store", [network("n1")], [ours]))
+    inventory.observe(replace(full("neutron", [], [theirs]), defers=True))
+    affected = inventory.observe(full("store", [network("n1")], []))
+
+    assert key("n1", "10.0.0.66") in affected.addresses
+    assert inventory.owner(key("n1", "10.0.0.66")) == "a"
+    assert inventory.instances[theirs.id] == theirs
