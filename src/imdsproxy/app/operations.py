@@ -37,7 +37,15 @@ from imdsproxy.core.haproxy.render import render_config
 from imdsproxy.core.hoststate import ListeningSocket
 from imdsproxy.core.identity import Ambiguous, Found, Unknown
 from imdsproxy.core.inventory import AddressKey, Conflict, Inventory
-from imdsproxy.core.model import Instance, InstanceId, IpAddress, Network, NetworkId, Upstream
+from imdsproxy.core.model import (
+    Instance,
+    InstanceId,
+    IpAddress,
+    Network,
+    NetworkId,
+    Scope,
+    Upstream,
+)
 from imdsproxy.core.plan import networks_of
 from imdsproxy.core.wire import NovaRecord, render_map_value
 from imdsproxy.dataplane.haproxy import Haproxy
@@ -48,6 +56,7 @@ from imdsproxy.errors import (
 from imdsproxy.host.clock import Clock
 from imdsproxy.serving.documents import Answer, DocumentService, FilePart
 from imdsproxy.serving.forward import CollectedAnswer, Forwarder, NovaRequest
+from imdsproxy.serving.resolver import Contested, Known, Missing
 from imdsproxy.sources.api import Source
 
 __all__ = ["ControllerOperations"]
@@ -310,12 +319,15 @@ class ControllerOperations:
     ) -> DocumentAnswer:
         """See `Operations.get`."""
         del headers  # no document looks at them yet
-        if not self.inventory.knows(network):
+        if not self.inventory.knows(network) and self.lookup.source is None:
             raise NotFound(f"there is no network {network}", hint="imdsproxy network list")
-        identity = await self.lookup.identify((network, address))
+        key = (network, address)
+        identity = await self.lookup.identify(key)
         match identity:
             case Found(instance=instance) if instance.upstream is Upstream.NOVA:
-                return await self._get_of_nova((network, address), path)
+                record = self.records.planned(key)
+                nova = render_map_value(record) if isinstance(record, NovaRecord) else None
+                return await self._get_of_nova(key, nova, path)
             case Found(instance=instance):
                 plain = path.partition("?")[0].encode("utf-8")
                 answer = await self.service.answer(instance.id, DocumentRequest("GET", plain))
@@ -323,16 +335,32 @@ class ControllerOperations:
             case Ambiguous():
                 return DocumentAnswer(503, (("retry-after", "5"),), b"")
             case Unknown():
-                return DocumentAnswer(404 if self.inventory.in_sync else 503, (), b"")
+                return await self._get_of_unknown(key, path)
             case _ as never:
                 assert_never(never)
 
-    async def _get_of_nova(self, key: AddressKey, path: str) -> DocumentAnswer:
-        record = self.records.planned(key)
-        if not isinstance(record, NovaRecord):
+    async def _get_of_unknown(self, key: AddressKey, path: str) -> DocumentAnswer:
+        """Look it up, and put it in force, as a request of its would."""
+        declared = key[0] in self.inventory.networks
+        # Of an id that no record has, only a request says whether it is a router's.
+        for scope in (None,) if declared else (Scope.NETWORK, Scope.ROUTER):
+            match await self.lookup.look(key, scope):
+                case Known(nova=nova):
+                    return await self._get_of_nova(key, nova, path)
+                case Contested():
+                    return DocumentAnswer(503, (("retry-after", "5"),), b"")
+                case Missing(in_sync=False):
+                    return DocumentAnswer(503, (), b"")
+                case Missing():
+                    continue
+                case _ as never:
+                    assert_never(never)
+        return DocumentAnswer(404, (), b"")
+
+    async def _get_of_nova(self, key: AddressKey, nova: str | None, path: str) -> DocumentAnswer:
+        if nova is None:
             return DocumentAnswer(503, (), b"")
-        target, address = path.encode("utf-8"), str(key[1])
-        request = NovaRequest(render_map_value(record), address, "GET", target, (), b"")
+        request = NovaRequest(nova, str(key[1]), "GET", path.encode("utf-8"), (), b"")
         answer = CollectedAnswer()
         await self.forwarder.forward(request, answer.take)
         headers = tuple(
