@@ -144,7 +144,10 @@ def bring_up(directory: Path) -> Standing:
         nova_port, neutron_port = nova.getsockname()[1], neutron.getsockname()[1]
     place.write_nova("nova", neutron_port=neutron_port, secret=secret, cache_s=_CACHE_S)
     lab = Standing(place, secret, nova_port, neutron_port, seed)
-    (directory / "clouds.yaml").write_text(render_clouds(neutron_url=lab.where("neutron")))
+    clouds = directory / "clouds.yaml"
+    clouds.write_text(render_clouds(neutron_url=lab.where("neutron")))
+    # Elsewhere it holds a password.
+    clouds.chmod(0o600)
     secret_file = directory / "secret"
     secret_file.write_text(secret)
     secret_file.chmod(0o600)
