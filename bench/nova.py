@@ -80,13 +80,16 @@ def nova_guest(network: str) -> dict[str, object]:
 
 
 def nova_settings(directory: Path, port: int) -> Mapping[str, Mapping[str, object]]:
-    """The settings of a daemon in front of the stand-in; the secret's file is written."""
+    """The settings of a daemon in front of the stand-in alone, as `config import` makes them of Neutron's.
+
+    The secret's file is written.
+    """
     file = directory / "nova.secret"
     file.write_text(f"{_SECRET}\n")
     file.chmod(0o600)
     endpoints = [{"url": f"http://127.0.0.1:{port}"}]
     chosen = {"default": {"endpoints": endpoints, "secret_file": str(file)}}
-    return {"nova": {"endpoint_sets": chosen}}
+    return {"nova": {"endpoint_sets": chosen}, "documents": {"enabled": False}}
 
 
 def names_itself(network: str, answer: Answer) -> bool:

@@ -41,7 +41,7 @@ class _Step:
     """A daemon in front of Nova with so many networks.
 
     Attributes:
-        whole_s: All processes asked to end and started again, until the last network answered.
+        whole_s: Both processes asked to end and started again, until the last network answered.
         haproxy_s: HAProxy killed, until the last network answered.
         pss: Bytes, by process.
     """
@@ -112,12 +112,11 @@ def _pss(processes: Processes) -> dict[str, int]:
     return {
         "haproxy": memory(processes.haproxy).pss,
         "controller": memory([processes.controller]).pss,
-        "documents": memory(processes.documents).pss,
     }
 
 
 def _whole(bench: Bench, daemon: Daemon, names: Sequence[str]) -> float:
-    """Seconds from asking all three processes to end until the last network answers."""
+    """Seconds from asking HAProxy and the controller to end until the last network answers."""
     began = time.perf_counter()
     daemon.stop()
     daemon.spawn()
@@ -176,8 +175,8 @@ def _memory_row(steps: Sequence[_Step]) -> Row:
         verdict=judge(steps[-1].total / 2**20, None),
         value=steps[-1].total / 2**20,
         how=(
-            "PSS of HAProxy's master and worker, the controller (which asks a Neutron without Keystone) and the "
-            "document server, all networks answered"
+            "PSS of HAProxy's master and worker, and of the controller, which asks a Neutron without Keystone; the "
+            "document server is left out (`documents.enabled`); all networks answered"
         ),
         data={"steps": [one.numbers() for one in steps]},
     )
@@ -189,13 +188,13 @@ def _restart_row(step: _Step) -> Row:
         key="nova-restart",
         what=f"restart in front of Nova with {step.networks} networks, until the last guest is answered as itself",
         figure=(
-            f"HAProxy alone, killed, {haproxy:.2f} s; all processes {whole:.2f} s; "
+            f"HAProxy alone, killed, {haproxy:.2f} s; both processes {whole:.2f} s; "
             "the controller alone: no guest notices"
         ),
         verdict=judge(haproxy, None),
         value=haproxy,
         how=(
-            f"median of {len(step.whole_s)}; from asking all processes to end, and from SIGKILL for HAProxy; "
+            f"median of {len(step.whole_s)}; from asking both processes to end, and from SIGKILL for HAProxy; "
             "that a controller's restart loses nothing is `lost-kill` and `lost-upgrade`"
         ),
         data=step.numbers(),
@@ -249,8 +248,8 @@ def _peer_cold_row(step: _Step, theirs: PeerScale) -> Row:
         bar=_RESTART_BAR.text,
         value=value,
         how=(
-            "from the order to end, until the last guest is answered as itself; ours: all three processes; theirs: the "
-            "agent's restart, and that of all proxies by Neutron's driver, one after the other as it does it"
+            "from the order to end, until the last guest is answered as itself; ours: HAProxy and the controller; "
+            "theirs: the agent's restart, and that of all proxies by Neutron's driver, one after the other as it does"
         ),
         data={
             "ours": step.numbers(),
