@@ -1,0 +1,212 @@
+"""The steps of docs/openstack.md on a host with systemd: over from an agent, and back, command for command.
+
+The agent is a stand-in that treats its socket as Neutron's does: it removes what is at the path, and listens there. The
+genuine one is in tests/e2e/test_openstack_document.py.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+import pytest
+
+from support.demonstration import REPOSITORY
+from support.document_blocks import Block, blocks_of
+from support.systemd_daemon import CONTROLLER, UNITS, UnitDaemon
+from support.systemd_machine import Machine, systemd_machine, until
+
+pytestmark = [pytest.mark.root, pytest.mark.slow, pytest.mark.timeout(300)]
+
+_PAGE: Final = REPOSITORY / "docs/openstack.md"
+_AGENT: Final = "neutron-metadata-agent"
+_SOCKET: Final = "/var/lib/neutron/metadata_proxy"
+_NETWORK: Final = "8f6a1e0c-3b52-4c1d-9a57-0d2f4b6c8e10"
+_SECRET: Final = "a-secret-of-thirty-two-characters"
+_WITHIN_S: Final = 10.0
+
+_ACCOUNT: Final = "u neutron - - /var/lib/neutron\n"
+_SERVICE: Final = f"""
+[Service]
+User=neutron
+ExecStart={sys.executable} /opt/neutron/{_AGENT}
+[Install]
+WantedBy=multi-user.target
+"""
+_LISTENS: Final = f"""
+import os, socketserver
+class Answer(socketserver.StreamRequestHandler):
+    def handle(self):
+        self.rfile.readline()
+        self.wfile.write(b"HTTP/1.0 200 OK\\r\\nContent-Length: 5\\r\\n\\r\\nagent")
+try:
+    os.unlink({_SOCKET!r})
+except FileNotFoundError:
+    pass
+socketserver.ThreadingUnixStreamServer({_SOCKET!r}, Answer).serve_forever()
+"""
+_OTHERS: Final = f"""
+import http.server, json, threading, urllib.parse
+PORT = {{"id": "5f4b1c7e-52a0-4f0b-8d0e-6a3b0f7e9d21", "network_id": "{_NETWORK}", "mac_address": "fa:16:3e:00:00:05",
+        "fixed_ips": [{{"ip_address": "10.0.0.5", "subnet_id": "s"}}], "device_owner": "compute:nova",
+        "device_id": "0d1c2b3a-0000-4000-8000-000000000001", "project_id": "c0ffee"}}
+class Neutron(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        asked = urllib.parse.parse_qs(urllib.parse.urlsplit(self.path).query)
+        mine = "10.0.0.5" in str(asked) or PORT["id"] in str(asked)
+        if "/ports" in self.path:
+            self.say({{"ports": [PORT] if mine else []}})
+        else:
+            self.say({{"versions": [{{"id": "v2.0", "status": "CURRENT",
+                       "links": [{{"rel": "self", "href": "http://127.0.0.1:9696/v2.0/"}}]}}]}})
+    def say(self, what, kind="application/json"):
+        body = json.dumps(what).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+class Nova(Neutron):
+    def do_GET(self):
+        self.say({{"uuid": self.headers["X-Instance-ID"]}})
+for port, handler in ((9696, Neutron), (8775, Nova)):
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", port), handler)
+    threading.Thread(target=server.serve_forever).start()
+print("ready", flush=True)
+"""
+_FILES: Final = {
+    "/etc/neutron/neutron.conf": "[DEFAULT]\nstate_path = /var/lib/neutron\n",
+    "/etc/neutron/metadata_agent.ini": (
+        f"[DEFAULT]\nnova_metadata_host = 127.0.0.1\nmetadata_proxy_shared_secret = {_SECRET}\n"
+    ),
+    "/etc/openstack/clouds.yaml": (
+        "clouds:\n  imdsproxy:\n    auth_type: none\n"
+        "    network_endpoint_override: http://127.0.0.1:9696\n"
+    ),
+    "/opt/neutron/neutron-metadata-agent": _LISTENS,
+    "/opt/neutron/others": _OTHERS,
+    f"/etc/systemd/system/{_AGENT}.service": _SERVICE,
+}
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> Iterator[Machine]:
+    """A host of OpenStack's, whose agent runs; imdsproxy is installed and was never started."""
+    work = tmp_path / "machine"
+    work.mkdir()
+    with systemd_machine(work) as machine:
+        try:
+            UnitDaemon(machine).install()
+            machine.run("systemd-sysusers", "-", text=_ACCOUNT)
+            machine.run("install", "-d", "-o", "neutron", "-g", "neutron", "/var/lib/neutron")
+            for path, text in _FILES.items():
+                machine.write(path, text)
+            machine.run("chmod", "600", "/etc/openstack/clouds.yaml")
+            others = machine.start(sys.executable, "/opt/neutron/others")
+            assert others.stdout is not None
+            assert others.stdout.readline() == "ready\n"
+            machine.run("systemctl", "enable", "--now", _AGENT)
+            until(lambda: _says(machine) == "agent", within_s=_WITHIN_S, what="the agent")
+            yield machine
+        except BaseException:
+            print(machine.journal())  # noqa: T201 - pytest shows it of a test that failed
+            raise
+
+
+def _says(machine: Machine) -> str:
+    """What a guest's proxy is told, which runs as the agents do."""
+    _, said = machine.attempt(
+        *("setpriv", "--reuid=neutron", "--regid=neutron", "--clear-groups"),
+        *("curl", "--silent", "--http1.1", "--unix-socket", _SOCKET, "--max-time", "20"),
+        *("--header", f"X-Neutron-Network-ID: {_NETWORK}", "--header", "X-Forwarded-For: 10.0.0.5"),
+        "http://metadata/openstack/latest/meta_data.json",
+    )
+    return said
+
+
+def _ours(machine: Machine) -> bool:
+    return "0d1c2b3a-0000-4000-8000-000000000001" in _says(machine)
+
+
+def _run(machine: Machine, blocks: list[Block]) -> str:
+    """Do what the document says, each block as a newcomer copies it."""
+    return "".join(machine.run("bash", "-euo", "pipefail", "-c", one.script) for one in blocks)
+
+
+def _blocks(heading: str) -> list[Block]:
+    found = blocks_of(_PAGE, heading)
+    assert found, heading
+    return found
+
+
+def _ready(machine: Machine) -> bool:
+    return machine.attempt("imdsproxy", "status", "--check")[0] == 0
+
+
+def test_a_host_moves_over_and_back_by_the_documents_commands(machine: Machine) -> None:
+    taken = _run(machine, _blocks("### 2. Take over the agent's settings"))
+    assert "written: /etc/imdsproxy/nova.secret" in taken
+    assert _SECRET not in taken
+    _run(machine, _blocks("### 3. Say where Neutron is"))
+    checked = _run(machine, _blocks("### 4. Check"))
+    assert f"{_AGENT} (pid" in checked
+    assert "wrong" not in checked
+
+    status, *asked = _blocks("### 5. Start")
+    started = _run(machine, [status])
+    assert "not ready" in started
+    assert "0d1c2b3a-0000-4000-8000-000000000001" in _run(machine, asked)
+    assert _says(machine) == "agent"
+
+    stop, remove = _blocks("### 6. Let go of the agent")
+    _run(machine, [stop])
+    until(lambda: _ours(machine), within_s=_WITHIN_S, what="imdsproxy's answer")
+    until(lambda: _ready(machine), within_s=_WITHIN_S, what="being ready")
+    seen = _run(machine, _blocks("### 7. See that it works"))
+    assert "imdsproxy_unix_listener_serving 1.0" in seen
+    assert "verdict" in seen
+    assert machine.run("stat", "--format=%U %a", _SOCKET) == "neutron 644"
+
+    back, stay = _blocks("## Going back")
+    _run(machine, [back])
+    until(lambda: _says(machine) == "agent", within_s=_WITHIN_S, what="the agent's answer")
+    until(lambda: not _ready(machine), within_s=_WITHIN_S, what="its being told")
+    # Nothing of ours fights for it.
+    machine.run("systemctl", "restart", CONTROLLER)
+    machine.run("systemctl", "restart", "imdsproxy-haproxy.service")
+    assert _says(machine) == "agent"
+
+    # With OVN the agent has to run on, and loses its place.
+    _run(machine, [remove])
+    until(lambda: _ours(machine), within_s=_WITHIN_S, what="imdsproxy's answer")
+    assert machine.unit(_AGENT, "ActiveState") == "active"
+    machine.run("systemctl", "restart", _AGENT)
+    until(lambda: _says(machine) == "agent", within_s=_WITHIN_S, what="the agent's answer")
+
+    _run(machine, [stay])
+    assert _says(machine) == "agent"
+    assert machine.run("systemctl", "is-enabled", _AGENT) == "enabled"
+    assert {machine.unit(unit, "ActiveState") for unit in UNITS} == {"inactive"}
+
+
+def test_the_agent_takes_its_socket_back_while_the_controller_hangs_or_is_gone(
+    machine: Machine,
+) -> None:
+    for heading in ("### 2. Take over the agent's settings", "### 3. Say where Neutron is"):
+        _run(machine, _blocks(heading))
+    machine.run("systemctl", "disable", "--now", _AGENT)
+    machine.run("systemctl", "start", CONTROLLER)
+    until(lambda: _ours(machine), within_s=_WITHIN_S, what="imdsproxy's answer")
+
+    machine.run("systemctl", "kill", "--signal=STOP", CONTROLLER)
+    machine.run("systemctl", "start", _AGENT)
+    until(lambda: _says(machine) == "agent", within_s=_WITHIN_S, what="the agent's answer")
+    machine.run("systemctl", "kill", "--signal=CONT", CONTROLLER)
+    machine.run("systemctl", "stop", _AGENT)
+    until(lambda: _ours(machine), within_s=_WITHIN_S, what="imdsproxy's answer")
+
+    machine.run("systemctl", "stop", CONTROLLER)
+    machine.run("systemctl", "start", _AGENT)
+    until(lambda: _says(machine) == "agent", within_s=_WITHIN_S, what="the agent's answer")
