@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ QueryResult: TypeAlias = Literal["ok", "failed", "timeout"]
 
 _FIRST_S: Final = 1.0
 _LONGEST_S: Final = 30.0
+_SETTLES_S: Final = 3.0
+"""How long a Neutron that has just come back may leave ports out (see `neutron_refresh`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +83,7 @@ class Asking:
     Attributes:
         per_share: Queries that one share may have on their way.
         answered: When Neutron last answered, by the monotonic clock; `None` before it ever did.
+        steady: Since when it has answered without an outage, by that clock.
     """
 
     def __init__(
@@ -104,6 +108,7 @@ class Asking:
         self._probing = False
         self.outage: Outage | None = None
         self.answered: float | None = None
+        self.steady = -math.inf
         self.results: Counter[QueryResult] = Counter()
 
     @property
@@ -112,6 +117,11 @@ class Asking:
         if self.outage is None:
             return True
         return not self._probing and self._clock.monotonic() >= self.outage.until
+
+    @property
+    def settling(self) -> bool:
+        """An outage has just ended: what Neutron does not show now, it may show in a moment."""
+        return self._clock.monotonic() - self.steady < _SETTLES_S
 
     async def ask(self, query: PortQuery, *, share: Hashable, patient: bool = False) -> Answer:
         """Ask Neutron.
@@ -178,5 +188,6 @@ class Asking:
         self.answered = self._clock.monotonic()
         if self.outage is not None:
             self.outage = None
+            self.steady = self.answered
             self._failures = 0
             self._on_change()

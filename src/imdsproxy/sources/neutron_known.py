@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -142,12 +143,21 @@ class KnownPorts:
         if known is not None and known.confirmed <= asked:
             self._drop(port_id)
 
-    def miss(self, port_id: str, asked: float, patience_s: float) -> None:
-        """An answer had no port at all: believed once another says so that was asked for so much later."""
+    def miss(
+        self, port_id: str, asked: float, patience_s: float, *, steady: float = -math.inf
+    ) -> None:
+        """An answer had no port at all: believed once another says so that was asked for so much later.
+
+        Args:
+            port_id: The port's.
+            asked: When.
+            patience_s: How much.
+            steady: Since when Neutron has had no outage: what it left out before that does not count.
+        """
         known = self._ports.get(port_id)
         if known is None or known.confirmed > asked:
             return
-        if known.unseen is None:
+        if known.unseen is None or known.unseen < steady:
             known.unseen = asked
         elif asked - known.unseen >= patience_s:
             self._drop(port_id)

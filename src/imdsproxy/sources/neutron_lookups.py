@@ -54,6 +54,7 @@ class LookUps:
 
     Args:
         random: Numbers from 0 to 1.
+        settling: Whether Neutron may not show everything yet.
         tell: Publishes what has changed.
 
     Attributes:
@@ -69,6 +70,7 @@ class LookUps:
         *,
         clock: Clock,
         random: Callable[[], float],
+        settling: Callable[[], bool],
         tell: Callable[[], None],
     ) -> None:
         self._known = known
@@ -77,6 +79,7 @@ class LookUps:
         self._times = times
         self._clock = clock
         self._random = random
+        self._settling = settling
         self._tell = tell
         self._negative: dict[_Key, tuple[LookUp, float]] = {}
         self._pending: dict[_Key, asyncio.Task[LookUp]] = {}
@@ -153,6 +156,11 @@ class LookUps:
         match answer:
             case PortFound():
                 self.results["found"] += 1
+            case PortMissing() if self._settling():
+                self.results["unavailable"] += 1
+                return LookUpUnavailable(
+                    "Neutron has just come back, and may not show all ports yet"
+                )
             case PortMissing():
                 self.results["missing"] += 1
                 self._deny(key, answer)

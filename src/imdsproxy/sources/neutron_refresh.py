@@ -123,7 +123,7 @@ class Refresher:
             if witness is not None:
                 self._known.remove(port_id, asked)
             else:
-                self._known.miss(port_id, asked, _PATIENCE_S)
+                self._known.miss(port_id, asked, _PATIENCE_S, steady=self._asking.steady)
         self._tell()
 
     async def _ask_again(self, ids: tuple[str, ...]) -> tuple[tuple[str, ...], str | None, float]:
@@ -163,7 +163,8 @@ class Refresher:
             key = (ports[0].network, address)
             self._routes.put(Route(route.router, key, route.port, asked))
         elif nothing:
-            self._routes.miss((route.router, address), asked, _PATIENCE_S)
+            key = (route.router, address)
+            self._routes.miss(key, asked, _PATIENCE_S, steady=self._asking.steady)
         else:
             self._routes.remove((route.router, address), asked)
 

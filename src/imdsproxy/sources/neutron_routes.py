@@ -6,6 +6,7 @@ behind it is somebody's only while one port, and no second, has it in all of its
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -84,12 +85,21 @@ class Routes:
             del self._routes[key]
             self.unsaved = True
 
-    def miss(self, key: AddressKey, asked: float, patience_s: float) -> None:
-        """An answer had no port at all: believed once another says so that was asked for so much later."""
+    def miss(
+        self, key: AddressKey, asked: float, patience_s: float, *, steady: float = -math.inf
+    ) -> None:
+        """An answer had no port at all: believed once another says so that was asked for so much later.
+
+        Args:
+            key: The router, and the address behind it.
+            asked: When.
+            patience_s: How much.
+            steady: Since when Neutron has had no outage: what it left out before that does not count.
+        """
         route = self._routes.get(key)
         if route is None or route.confirmed > asked:
             return
-        if route.unseen is None:
+        if route.unseen is None or route.unseen < steady:
             route.unseen = asked
         elif asked - route.unseen >= patience_s:
             self.remove(key, asked)

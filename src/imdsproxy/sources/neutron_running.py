@@ -98,6 +98,7 @@ class Running:
             LookUpTimes(pace.negative_ttl_s, pace.lifetime_s),
             clock=clock,
             random=random,
+            settling=lambda: self.asking.settling,
             tell=self._tell,
         )
         self._refresher = Refresher(

@@ -460,6 +460,42 @@ async def test_a_neutron_that_shows_nothing_for_a_moment_takes_nothing_away(kept
         assert not one.source.routes()
 
 
+async def test_what_a_neutron_leaves_out_before_and_after_an_outage_is_still_there(
+    kept: Path,
+) -> None:
+    """One that starts again and again shows nothing each time, and never what there is."""
+    joined = router_port("r-1", "n1", "r")
+    async with rig(kept, _A, _B, joined) as one:
+        await one.look("n1", "10.0.0.5")
+        await one.look("r", "10.0.0.6", router=True)
+        before = one.owners
+        # Whoever does not answer is asked again with the next tick.
+        one.random[0] = 0.0
+        await one.pass_time(9)
+        one.neutron.ports_by_id.clear()
+        for _ in range(4):
+            await one.pass_time(2)
+            one.neutron.failure = DOWN
+            await one.pass_time(2)
+            one.neutron.failure = None
+            assert one.owners == before
+        assert one.source.routes()
+
+
+async def test_nobody_is_not_believed_of_a_neutron_that_has_just_come_back(kept: Path) -> None:
+    async with rig(kept, _A) as one:
+        one.neutron.failure = DOWN
+        await one.look("n1", "10.0.0.5")
+        one.neutron.failure = None
+        hidden = one.neutron.ports_by_id.pop("p-a")
+        await one.pass_time(3)
+        assert isinstance(await one.look("n1", "10.0.0.5"), LookUpUnavailable)
+        one.neutron.put(hidden)
+        assert await one.look("n1", "10.0.0.5") == _FOUND_A
+        await one.pass_time(3)
+        assert await one.look("n1", "10.0.0.6") == _NOBODY
+
+
 async def test_a_port_is_gone_only_if_neutron_says_so_while_it_shows_another(kept: Path) -> None:
     async with rig(kept, _A, _B) as one:
         await one.look("n1", "10.0.0.5")
@@ -656,7 +692,7 @@ async def test_when_a_pause_is_over_one_query_finds_out(kept: Path) -> None:
         one.neutron.failure = None
         one.neutron.open.clear()
         one.time.time += 2.5
-        looks = [asyncio.create_task(one.look(f"n{number}", "10.0.0.5")) for number in range(50)]
+        looks = [asyncio.create_task(one.look(f"n{number}", "10.0.0.5")) for number in range(1, 51)]
         await asyncio.sleep(0.01)
         assert one.neutron.at_once == 1
         one.neutron.open.set()
