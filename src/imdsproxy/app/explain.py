@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
-from typing import assert_never
+from typing import Final, assert_never
 
 from imdsproxy.admin.operations import Explanation
 from imdsproxy.app.listener_loop import ListenerLoop
@@ -25,6 +26,9 @@ from imdsproxy.sources.api import (
 )
 
 __all__ = ["Explainer"]
+
+_UUID: Final = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+"""As Neutron writes the ids that it makes."""
 
 
 @dataclass(slots=True)
@@ -107,6 +111,8 @@ class Explainer:
                 case _ as never:
                     assert_never(never)
         why = f"{self.lookup.source.name} was asked and has no port that may be told anything"
+        if told is None and not _UUID.fullmatch(key[0]):
+            why += f"; it knows networks and routers by their ids, and {key[0]} is no UUID"
         return replace(unknown, why=(why, *unknown.why[1:]))
 
     async def _found(self, key: AddressKey, scope: Scope, found: PortFound) -> Explanation:

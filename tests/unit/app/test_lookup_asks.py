@@ -385,6 +385,15 @@ async def test_who_is_not_found_is_explained(answer: object, status: int, words:
     assert any(words in step for step in told.why)
 
 
+async def test_who_gives_a_name_for_a_network_is_told_that_an_id_is_needed() -> None:
+    rig = _rig()
+    rig.answer(PortMissing())
+    named = await rig.explainer.explain(NetworkId("net-blue"), _ADDRESS)
+    by_id = await rig.explainer.explain(NetworkId("8f6a1e0c-3b52-4c1d-9a57-0d2f4b6c8e10"), _ADDRESS)
+    assert any("net-blue is no UUID" in step for step in named.why)
+    assert not any("UUID" in step for step in by_id.why)
+
+
 async def test_without_anybody_to_ask_an_unknown_network_is_none() -> None:
     rig = Rig()
     rig.lookup.source = None
