@@ -102,8 +102,8 @@ class HaproxySettings(Section):
     )
     maxconn_per_network: int = setting(
         200,
-        "Connections that one network may have open at once, so that no network can take all. "
-        "Guests open few: cloud-init uses one at a time.",
+        "Connections that one network may have open at once, so that no network can take all; behind "
+        "the unix listener, requests. Guests open few: cloud-init uses one at a time.",
         Change.RELOAD,
         ge=1,
         le=100_000,

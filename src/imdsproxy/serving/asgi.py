@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
-from collections.abc import Awaitable, Callable, Iterable, Mapping, MutableMapping
-from typing import Final, TypeAlias, cast
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, MutableMapping
+from typing import Any, Final, TypeAlias, cast
 
 import structlog
 
@@ -26,6 +27,7 @@ __all__ = [
     "documents_app",
     "read_body",
     "send_answer",
+    "while_there",
 ]
 
 Scope: TypeAlias = Mapping[str, object]
@@ -115,6 +117,26 @@ async def read_body(receive: Receive, limit: int = BODY_LIMIT) -> bytes | BodyTo
         parts.append(part)
         if not message.get("more_body", False):
             return b"".join(parts)
+
+
+async def while_there(receive: Receive, work: Coroutine[Any, Any, None]) -> None:
+    """Do something for a client whose body was read, until it is done or the client has gone away."""
+    doing = asyncio.create_task(work)
+    leaving = asyncio.create_task(_until_gone(receive))
+    try:
+        await asyncio.wait((doing, leaving), return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        leaving.cancel()
+        if not doing.done():
+            doing.cancel()
+        await asyncio.wait((doing, leaving))
+    if not doing.cancelled():
+        doing.result()
+
+
+async def _until_gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
 
 
 async def send_answer(answer: Answer, send: Send) -> None:

@@ -6,7 +6,10 @@ health, TLS, deadlines and retries are HAProxy's alone. What comes back goes to 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, MutableMapping
+import asyncio
+import contextlib
+from collections import Counter
+from collections.abc import AsyncIterator, Iterable, MutableMapping
 from dataclasses import dataclass, field
 from typing import Final, Protocol, cast
 
@@ -36,6 +39,7 @@ class NovaRequest:
         address: The guest's, as text.
         target: Path and query as the guest sent them.
         headers: What HAProxy let through of the guest's.
+        network: In whose name; the operator's where it is empty.
     """
 
     record: str
@@ -44,6 +48,7 @@ class NovaRequest:
     target: bytes
     headers: tuple[Header, ...]
     body: bytes
+    network: str = ""
 
 
 class Forwarder(Protocol):
@@ -75,14 +80,21 @@ class CollectedAnswer:
 class SignedForwarder:
     """By HAProxy's frontend `signed`.
 
+    A guest that reads its answer slowly keeps a connection as long as it likes. So no network has more than its
+    share of them at once; what else it asks waits for these.
+
     Args:
         socket: Its path.
         timeout_s: The longest that HAProxy may take; it has deadlines of its own, which are shorter.
+        per_network: A network's share of the connections.
     """
 
     socket: str
     timeout_s: float
+    per_network: int = 16
     _pool: httpcore.AsyncConnectionPool = field(init=False)
+    _shares: dict[str, asyncio.Semaphore] = field(default_factory=dict)
+    _askers: Counter[str] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
         # Kept connections would stay with a worker that drains after a reload; a miss is rare.
@@ -92,6 +104,22 @@ class SignedForwarder:
 
     async def forward(self, request: NovaRequest, send: Send) -> None:
         """Send the request; then pass head and body on as they come."""
+        async with self._share(request.network):
+            await self._forward(request, send)
+
+    @contextlib.asynccontextmanager
+    async def _share(self, network: str) -> AsyncIterator[None]:
+        share = self._shares.setdefault(network, asyncio.Semaphore(self.per_network))
+        self._askers[network] += 1
+        try:
+            async with share:
+                yield
+        finally:
+            self._askers[network] -= 1
+            if not self._askers[network]:
+                del self._askers[network], self._shares[network]
+
+    async def _forward(self, request: NovaRequest, send: Send) -> None:
         started = False
         limits = dict.fromkeys(("connect", "read", "write", "pool"), self.timeout_s)
         try:

@@ -28,6 +28,7 @@ from imdsproxy.serving.asgi import (
     Unfinished,
     read_body,
     send_answer,
+    while_there,
 )
 from imdsproxy.serving.documents import Answer, DocumentService, refusal, retry_later
 from imdsproxy.serving.forward import Forwarder, NovaRequest
@@ -49,37 +50,44 @@ def resolver_app(resolver: Resolver, service: DocumentService, forwarder: Forwar
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             raise ValueError(f"the resolver does not speak {scope['type']}")
-        answer = await _answer(resolver, service, scope, receive)
-        if isinstance(answer, NovaRequest):
-            await forwarder.forward(answer, send)
-        elif answer is not None:
-            await send_answer(answer, send)
+        headers = tuple(cast("Iterable[Header]", scope["headers"]))
+        told = _told(headers)
+        if told is None:
+            # Only HAProxy can reach this socket; without an identity it is HAProxy's own check.
+            await send_answer(refusal(200 if scope["raw_path"] == LIVENESS_PATH else 400), send)
+            return
+        body = await read_body(receive)
+        if isinstance(body, BodyTooLarge):
+            await send_answer(refusal(413), send)
+        elif not isinstance(body, Unfinished):
+            asked = _Asked(
+                told, cast("str", scope["method"]), cast("bytes", scope["raw_path"]), headers, body
+            )
+            # HAProxy may have said 503 by then, and a POST that is sent all the same would arrive twice.
+            await while_there(receive, answer(asked, send))
+
+    async def answer(asked: _Asked, send: Send) -> None:
+        found = await _answer(resolver, service, asked)
+        if isinstance(found, NovaRequest):
+            await forwarder.forward(found, send)
+        else:
+            await send_answer(found, send)
 
     return app
 
 
 async def _answer(
-    resolver: Resolver, service: DocumentService, scope: Scope, receive: Receive
-) -> Answer | NovaRequest | None:
-    headers = tuple(cast("Iterable[Header]", scope["headers"]))
-    told = _told(headers)
-    path = cast("bytes", scope["raw_path"])
-    if told is None:
-        # Only HAProxy can reach this socket; without an identity it is HAProxy's own check.
-        return refusal(200) if path == LIVENESS_PATH else refusal(400)
-    method = cast("str", scope["method"])
-    body = await read_body(receive)
-    if isinstance(body, BodyTooLarge):
-        return refusal(413)
-    if isinstance(body, Unfinished):
-        return None
+    resolver: Resolver, service: DocumentService, asked: _Asked
+) -> Answer | NovaRequest:
+    told, method, body = asked.told, asked.method, asked.body
     outcome = await resolver.resolve(told.key, told.scope)
     if isinstance(outcome, Refused):
         return retry_later() if outcome.status == _UNAVAILABLE else _unknown(method)
     if outcome.nova is not None:
-        address = str(told.key[1])
-        return NovaRequest(outcome.nova, address, method, told.target or path, headers, body)
-    return await service.answer(outcome.instance, DocumentRequest(method, path, body))
+        network, address = told.key[0], str(told.key[1])
+        target = told.target or asked.path
+        return NovaRequest(outcome.nova, address, method, target, asked.headers, body, network)
+    return await service.answer(outcome.instance, DocumentRequest(method, asked.path, body))
 
 
 def _unknown(method: str) -> Answer:
@@ -97,6 +105,17 @@ class _Told:
     key: AddressKey
     scope: IdScope | None
     target: bytes | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """A guest's whole request."""
+
+    told: _Told
+    method: str
+    path: bytes
+    headers: tuple[Header, ...]
+    body: bytes
 
 
 def _told(headers: Iterable[Header]) -> _Told | None:

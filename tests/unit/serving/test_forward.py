@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 
 import httpcore
@@ -126,3 +127,29 @@ async def test_an_answer_that_breaks_off_is_not_made_to_look_whole(tmp_path: Pat
         peer.answer = b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\nhalf"
         with capture_logs(), pytest.raises(httpcore.RemoteProtocolError):
             await forwarder.forward(_request(), CollectedAnswer().take)
+
+
+async def test_a_network_has_its_share_of_the_connections_and_waits_for_it(tmp_path: Path) -> None:
+    async with _peer(tmp_path) as (_, forwarder):
+        forwarder.per_network = 2
+        taking, go_on = asyncio.Semaphore(0), asyncio.Event()
+
+        async def take_slowly(_: object) -> None:
+            taking.release()
+            await go_on.wait()
+
+        async with asyncio.timeout(5), asyncio.TaskGroup() as group:
+            for _ in range(5):
+                group.create_task(
+                    forwarder.forward(replace(_request(), network="red"), take_slowly)
+                )
+            for _ in range(2):
+                await taking.acquire()
+            got = CollectedAnswer()
+            await forwarder.forward(replace(_request(), network="green"), got.take)
+            assert got.status == 200
+            assert taking.locked()
+            go_on.set()
+        got = CollectedAnswer()
+        await forwarder.forward(replace(_request(), network="red"), got.take)
+        assert got.status == 200

@@ -11,7 +11,13 @@ from functools import lru_cache
 from typing import Final
 
 from imdsproxy.core.haproxy.model import Bind, DataplaneSpec, Section, Words
-from imdsproxy.core.haproxy.nova import nova_backends, nova_counters, signed_frontend, use_nova
+from imdsproxy.core.haproxy.nova import (
+    longest_s,
+    nova_backends,
+    nova_counters,
+    signed_frontend,
+    use_nova,
+)
 from imdsproxy.core.haproxy.rules import (
     CONFLICT,
     GUEST_HEADERS,
@@ -24,7 +30,7 @@ from imdsproxy.core.haproxy.rules import (
     retry_later,
     tell_to_continue,
 )
-from imdsproxy.core.haproxy.unix_listener import agent_rules, unix_bind
+from imdsproxy.core.haproxy.unix_listener import agent_rules, share_rules, unix_bind
 from imdsproxy.core.model import IpAddress
 from imdsproxy.core.wire import (
     HEADER_ADDRESS,
@@ -151,7 +157,15 @@ def _guests(spec: DataplaneSpec) -> Section:
 
 def _agents(spec: DataplaneSpec) -> Section:
     assert spec.unix is not None  # noqa: S101 - for the type checker; the caller has looked
-    return Section(("frontend", "agents"), (unix_bind(spec.unix), *agent_rules(), *_answer(spec)))
+    return Section(
+        ("frontend", "agents"),
+        (
+            unix_bind(spec.unix),
+            *agent_rules(),
+            *share_rules(spec.limits.maxconn_per_network),
+            *_answer(spec),
+        ),
+    )
 
 
 def _answer(spec: DataplaneSpec) -> tuple[Words, ...]:
@@ -271,11 +285,17 @@ def _documents(spec: DataplaneSpec) -> Section:
     )  # fmt: skip
 
 
+def _resolver_s(spec: DataplaneSpec) -> int:
+    """The resolver holds a request at first; then it may have to wait for Nova as long as HAProxy itself would."""
+    held = spec.limits.hold_s + _BEYOND_HOLD_S
+    return math.ceil(held + longest_s(spec.nova_times) if spec.nova else held)
+
+
 def _resolver(spec: DataplaneSpec) -> Section:
     return Section(
         ("backend", "resolver"),
         (
-            ("timeout", "server", f"{math.ceil(spec.limits.hold_s) + _BEYOND_HOLD_S}s"),
+            ("timeout", "server", f"{_resolver_s(spec)}s"),
             # A guest that invents addresses may not keep Python busy.
             ("stick-table", "type", "string", "len", "64", "size", "20k", "expire", "10s", "store", "gpc0_rate(1s)"),
             ("http-request", "track-sc0", "var(sess.network)"),

@@ -34,6 +34,7 @@ from imdsproxy.core.haproxy.rules import (
 from imdsproxy.core.wire import HEADER_ADDRESS, HEADER_RECORD, MAP_NOVA
 
 __all__ = [
+    "longest_s",
     "set_of_backend",
     "nova_backends",
     "nova_counters",
@@ -49,6 +50,7 @@ _REPEATABLE: Final = ("{", "method", "GET", "HEAD", "OPTIONS", "}")
 _SIGNATURE: Final = 64
 """Characters of a signature."""
 
+_RETRIES: Final = 2
 _BEYOND_HOP_S: Final = 1.0
 """How much longer a request may take that goes through a hop: the hop's own time is over first."""
 
@@ -56,6 +58,11 @@ _BEYOND_HOP_S: Final = 1.0
 def refused_counter(endpoint_set: str) -> str:
     """The variable of HAProxy that counts how often the set's Nova said 403: it refuses our signature."""
     return f"proc.nova_refused_{endpoint_set.replace('-', '_')}"
+
+
+def longest_s(times: NovaTimes) -> float:
+    """After how many seconds HAProxy has either Nova's answer or one of its own."""
+    return (_RETRIES + 1) * times.connect_s + times.response_s + _BEYOND_HOP_S
 
 
 def set_of_backend(backend: str) -> str | None:
@@ -196,7 +203,7 @@ def _identity(backend: NovaBackend, *, mixed: bool) -> tuple[Words, ...]:
 
 
 def _again(*, once: bool) -> tuple[Words, ...]:
-    tries: tuple[Words, ...] = (("retries", "2"), ("option", "redispatch", "1"))
+    tries: tuple[Words, ...] = (("retries", str(_RETRIES)), ("option", "redispatch", "1"))
     if once:
         return (
             *tries,

@@ -10,8 +10,9 @@ from __future__ import annotations
 from typing import Final
 
 from imdsproxy.core.haproxy.model import UnixBind, Words
+from imdsproxy.core.haproxy.rules import retry_later
 
-__all__ = ["AGENTS", "agent_rules", "unix_bind"]
+__all__ = ["AGENTS", "agent_rules", "share_rules", "unix_bind"]
 
 AGENTS: Final = "agents"
 """The frontend's name and the bind's."""
@@ -68,6 +69,18 @@ def agent_rules() -> tuple[Words, ...]:
         (*_refuse("exactly one X-Forwarded-For with one address is needed"),
          "unless", "{", "var(sess.address)", "-m", "found", "}"),
         ("http-request", "set-var(sess.key)", "var(sess.network),concat(/,sess.address)"),
+    )  # fmt: skip
+
+
+def share_rules(per_network: int) -> tuple[Words, ...]:
+    """No network may have more requests open than its share: slow senders and readers would keep the others out.
+
+    Other listeners' networks have a bind each, whose `maxconn` does that. Kept connections do not count here.
+    """
+    return (
+        ("stick-table", "type", "string", "len", "64", "size", "20k", "expire", "60s", "store", "conn_cur"),
+        ("http-request", "track-sc1", "var(sess.network)"),
+        (*retry_later(), "if", "{", "sc1_conn_cur", "gt", str(per_network), "}"),
     )  # fmt: skip
 
 

@@ -1,0 +1,99 @@
+from __future__ import annotations
+
+import asyncio
+from collections.abc import MutableMapping
+from dataclasses import dataclass, field
+from typing import cast
+
+import pytest
+
+from imdsproxy.core.inventory import AddressKey
+from imdsproxy.core.model import InstanceId, Scope
+from imdsproxy.serving.asgi import Send, while_there
+from imdsproxy.serving.documents import DocumentService
+from imdsproxy.serving.forward import CollectedAnswer, NovaRequest
+from imdsproxy.serving.resolver import HoldLimits, Known, Resolution, Resolver
+from imdsproxy.serving.resolver_app import resolver_app
+
+_SCOPE = {
+    "type": "http",
+    "method": "POST",
+    "raw_path": b"/password",
+    "headers": [(b"x-imdsproxy-network", b"red"), (b"x-imdsproxy-address", b"10.0.0.5")],
+}
+
+
+@dataclass
+class Forwarded:
+    requests: list[NovaRequest] = field(default_factory=list)
+
+    async def forward(self, request: NovaRequest, send: Send) -> None:
+        self.requests.append(request)
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+
+
+@dataclass
+class Client:
+    """Sends a body, and goes away when `gone` is set."""
+
+    gone: asyncio.Event = field(default_factory=asyncio.Event)
+    sent: bool = False
+
+    async def receive(self) -> MutableMapping[str, object]:
+        if not self.sent:
+            self.sent = True
+            return {"type": "http.request", "body": b"pass", "more_body": False}
+        await self.gone.wait()
+        return {"type": "http.disconnect"}
+
+
+@dataclass
+class Look:
+    """Knows who it is when `known` is set."""
+
+    known: asyncio.Event = field(default_factory=asyncio.Event)
+    asked: asyncio.Event = field(default_factory=asyncio.Event)
+
+    async def __call__(self, key: AddressKey, scope: Scope | None, /) -> Resolution:
+        del key, scope
+        self.asked.set()
+        await self.known.wait()
+        return Known(InstanceId("i"), nova="record")
+
+
+async def test_what_a_guest_asked_that_went_away_meanwhile_is_not_sent_to_nova() -> None:
+    """HAProxy has told it to come again: a password would arrive twice."""
+    client, look, forwarded, answer = Client(), Look(), Forwarded(), CollectedAnswer()
+    resolver = Resolver(look, HoldLimits)
+    app = resolver_app(resolver, cast("DocumentService", None), forwarded)
+    async with asyncio.timeout(5), asyncio.TaskGroup() as group:
+
+        async def ask() -> None:
+            await app(_SCOPE, client.receive, answer.take)
+
+        group.create_task(ask())
+        await look.asked.wait()
+        client.gone.set()
+    look.known.set()
+    assert not forwarded.requests
+    assert not answer.status
+
+
+async def test_what_a_guest_asked_that_is_still_there_is_sent_in_its_networks_name() -> None:
+    client, look, forwarded, answer = Client(), Look(), Forwarded(), CollectedAnswer()
+    look.known.set()
+    app = resolver_app(Resolver(look, HoldLimits), cast("DocumentService", None), forwarded)
+    async with asyncio.timeout(5):
+        await app(_SCOPE, client.receive, answer.take)
+    (request,) = forwarded.requests
+    assert (request.network, request.address, request.body) == ("red", "10.0.0.5", b"pass")
+    assert answer.status == 200
+
+
+async def test_what_goes_wrong_is_not_kept_quiet() -> None:
+    async def fail() -> None:
+        raise ValueError("a fault")
+
+    with pytest.raises(ValueError, match="a fault"):
+        await while_there(Client(sent=True).receive, fail())
