@@ -47,6 +47,9 @@ __all__ = ["build_sections"]
 _BEYOND_HOLD_S: Final = 3
 """How much longer than a request may be held HAProxy waits for the resolver."""
 
+_LARGEST_HEAD: Final = 15_000
+"""Bytes of what of a request's head goes to the resolver. A buffer has 16,384, and some are HAProxy's own."""
+
 _ODD: Final = ("{", "var(txn.target)", "-m", "found", "}")
 
 
@@ -303,6 +306,10 @@ def _resolver(spec: DataplaneSpec) -> Section:
             (*retry_later(), "if", "{", "sc0_gpc0_rate", "gt", str(spec.limits.misses_per_second), "}"),
             *((originate(),) if spec.nova else ()),
             *_plain_request(),
+            # The target is there twice, and a head that outgrows HAProxy's buffer by that would be 500.
+            ("http-request", "set-var(txn.head)", "req.hdrs,length"),
+            ("http-request", "return", "status", "431",
+             "if", "{", "url,length,mul(2),add(txn.head)", "-m", "int", "gt", str(_LARGEST_HEAD), "}"),
             ("http-request", "set-header", HEADER_TARGET, "%[pathq]"),
             ("http-request", "set-header", HEADER_TARGET, "%[var(txn.target)]",
              "if", *_ODD),

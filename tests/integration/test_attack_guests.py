@@ -1,4 +1,4 @@
-"""One network's guests do what they can to keep the others' from being answered."""
+"""Guests do what they can to keep others from being answered, or to be answered what nobody should be."""
 
 from __future__ import annotations
 
@@ -97,3 +97,43 @@ def test_no_network_takes_the_whole_way_through_the_resolver_by_reading_slowly(
 
 def _large_for_red(request: Received) -> Answer:
     return reply(b"x" * 2_000_000 if request.target[1:].isdigit() else b"small")
+
+
+@pytest.mark.parametrize("framing", ["", "Transfer-Encoding: chunked\r\n"])
+def test_a_large_head_is_taken_or_refused_and_never_a_fault_of_ours(
+    world: NovaWorld, framing: str
+) -> None:
+    body = "0\r\n\r\n" if framing else ""
+    lines = {
+        "target": lambda size: f"GET /{'a' * size} HTTP/1.1\r\n",
+        "both": lambda size: (
+            f"GET /{'a' * (size // 2)} HTTP/1.1\r\nAccept: {'b' * (size // 2)}\r\n"
+        ),
+        "header": lambda size: f"GET / HTTP/1.1\r\nAccept: {'b' * size}\r\n",
+        "headers": lambda size: (
+            "GET / HTTP/1.1\r\n"
+            + "".join(
+                f"If-{'x' * (number % 9 + 1)}: {'c' * (size // 90)}\r\n" for number in range(90)
+            )
+        ),
+    }
+    found = {}
+    for name, line in lines.items():
+        for size in (
+            3_000,
+            7_000,
+            7_400,
+            7_800,
+            8_200,
+            10_000,
+            12_000,
+            14_000,
+            15_000,
+            15_300,
+            17_000,
+        ):
+            data = f"{line(size)}Host: x\r\n{framing}\r\n{body}"
+            status = world.red.raw(data.encode()).status
+            if status not in {200, 400, 414, 431} or (size <= 7_000 and status != 200):
+                found[name, size] = status
+    assert not found
