@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 
 import pytest
@@ -104,7 +104,7 @@ def test_a_large_head_is_taken_or_refused_and_never_a_fault_of_ours(
     world: NovaWorld, framing: str
 ) -> None:
     body = "0\r\n\r\n" if framing else ""
-    lines = {
+    lines: Mapping[str, Callable[[int], str]] = {
         "target": lambda size: f"GET /{'a' * size} HTTP/1.1\r\n",
         "both": lambda size: (
             f"GET /{'a' * (size // 2)} HTTP/1.1\r\nAccept: {'b' * (size // 2)}\r\n"
