@@ -104,6 +104,7 @@ class MetricsSnapshot:
         commands: Runtime API commands by result, `ok` or `failed`.
         convergence: From a source's observation to the acknowledgement by HAProxy.
         unix_serving: `None` where the unix listener is off.
+        unix_taken_over: How often its path was taken from a process that lives.
     """
 
     version: str
@@ -130,6 +131,7 @@ class MetricsSnapshot:
     traffic: Mapping[str, NetworkTraffic] = field(default_factory=dict)
     nova_up: Mapping[tuple[str, str], bool] = field(default_factory=dict)
     unix_serving: bool | None = None
+    unix_taken_over: int = 0
     unix_traffic: NetworkTraffic = field(default_factory=NetworkTraffic)
     nova_refused: Mapping[str, int] = field(default_factory=dict)
     neutron: NeutronCounts | None = None
@@ -426,6 +428,13 @@ METRICS: Final[tuple[MetricDescription, ...]] = (
         "1 while HAProxy's socket is at unix_listener.path; no series where that is off.",
         (),
         _unix_serving,
+    ),
+    MetricDescription(
+        "imdsproxy_unix_listener_taken_over",
+        "counter",
+        "Times that unix_listener.path was taken from a process that lives; it grows whenever that takes it back.",
+        (),
+        _one(lambda snapshot: snapshot.unix_taken_over),
     ),
     MetricDescription(
         "imdsproxy_unix_listener_connections",

@@ -150,6 +150,8 @@ class UnixListenerReport:
         user: Its owner's uid.
         group: Its group's gid.
         problem: Why it is left out.
+        taken_over: How often the path was taken from a process that lives, since the controller started.
+        taken_from: Who that was the last time; empty for nobody.
     """
 
     path: str
@@ -158,6 +160,8 @@ class UnixListenerReport:
     user: int | None = None
     group: int | None = None
     problem: str = ""
+    taken_over: int = 0
+    taken_from: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -113,7 +113,7 @@ class Figures:
         counts = self.resolver.counts
         report = operations.listeners.report
         processes = operations.haproxy.processes
-        unix = operations.unix_listener()
+        unix, listener = operations.unix_listener(), operations.listeners.unix
         return MetricsSnapshot(
             version=operations.version,
             ready=operations.readiness().ready,
@@ -157,6 +157,7 @@ class Figures:
             resolver_held=self.resolver.held,
             traffic=self.traffic.totals,
             unix_serving=None if unix is None else unix.serving,
+            unix_taken_over=0 if listener is None else listener.taken_over,
             unix_traffic=self.agents.totals.get(AGENTS, NetworkTraffic()),
             nova_up={
                 (one.endpoint_set, one.endpoint): one.up for one in operations.nova_watch.endpoints

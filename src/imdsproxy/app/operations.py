@@ -207,6 +207,8 @@ class ControllerOperations:
             user=None if bind is None else bind.user,
             group=None if bind is None else bind.group,
             problem="" if unix.problem is None else unix.problem.reason,
+            taken_over=unix.taken_over,
+            taken_from=unix.taken_from,
         )
 
     def _haproxy(self) -> HaproxyReport:

@@ -1,6 +1,7 @@
 """The listener `unix`: whether its socket can be bound, whose it is, and that it stays so.
 
-It never keeps another listener from coming into force: what is wrong with it leaves out it alone.
+It never keeps another listener from coming into force: what is wrong with it leaves out it alone. A path that a
+living process has is left to it, unless the settings say to take it over.
 """
 
 from __future__ import annotations
@@ -11,18 +12,27 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, TypeAlias
 
+import structlog
+
 from imdsproxy.app.account import group_id, user_id
 from imdsproxy.config.unix_listener import UnixListenerSettings
 from imdsproxy.core.haproxy.model import UnixBind
 from imdsproxy.core.haproxy.unix_listener import AGENTS
 from imdsproxy.core.socket_mode import deduce_socket_mode
-from imdsproxy.core.unix_socket import SeenSocket, SocketState, judge_socket
+from imdsproxy.core.take_over import Takings, note_taking, pause_left_s
+from imdsproxy.core.unix_socket import (
+    SeenSocket,
+    SocketState,
+    explain_pause,
+    judge_socket,
+    name_owners,
+)
 from imdsproxy.dataplane.haproxy import Haproxy
 from imdsproxy.errors import DataplaneError, HostRefused, Problem, RuntimeUnavailable
 from imdsproxy.host.clock import Clock
 from imdsproxy.host.files import ensure_directory
 from imdsproxy.host.refusal import host_refused
-from imdsproxy.host.socket_file import give_socket
+from imdsproxy.host.socket_file import give_socket, identify_file, remove_file
 
 __all__ = ["SocketLook", "UnixListener", "bound_path", "plan_unix_bind", "sweep_unix_socket"]
 
@@ -47,6 +57,8 @@ class UnixListener:
         problem: Why it is left out.
         serving: The socket at the path is HAProxy's.
         rebind: HAProxy would hand on a socket that nobody can reach: it must let go of it first.
+        taken_over: How often the path was taken from a process that lives.
+        taken_from: Who that was the last time.
     """
 
     settings: Callable[[], UnixListenerSettings]
@@ -57,6 +69,10 @@ class UnixListener:
     problem: Problem | None = None
     serving: bool = False
     rebind: bool = False
+    taken_over: int = 0
+    taken_from: str = ""
+    _taking: SeenSocket | None = None
+    _takings: Takings = field(default_factory=Takings)
     _signature: _Signature | None = None
     _refused: tuple[UnixBind, Problem] | None = None
     _again_s: float = _FIRST_AGAIN_S
@@ -65,7 +81,7 @@ class UnixListener:
     async def choose(self) -> None:
         """Look at the host and decide; `bind`, `problem` and `rebind` are as of now afterwards."""
         settings = self.settings()
-        self.rebind = False
+        self.rebind, self._taking = False, None
         if not settings.enabled:
             self._decide(None, None)
             return
@@ -84,9 +100,15 @@ class UnixListener:
             bound = bound_path(self.haproxy.in_force() or "")
             self._decide(wanted if bound == wanted.path else None, self.problem)
             return
-        problem = judge_socket(wanted.path, seen)
+        taking = settings.take_over and seen.state is SocketState.FOREIGN
+        problem = self._pause(wanted, seen) if taking else judge_socket(wanted.path, seen)
         self._decide(wanted if problem is None else None, problem)
-        self.rebind = problem is None and seen.orphaned
+        if problem is None:
+            self._taking = seen if taking else None
+            # A HAProxy that is asked for what it has would do nothing.
+            runs = taking and self.haproxy.processes is not None
+            has = runs and bound_path(self.haproxy.in_force() or "") == wanted.path
+            self.rebind = seen.orphaned or has
 
     def blame(self, error: DataplaneError) -> bool:
         """Leave it out when HAProxy refused a configuration because of it; whether that was so, or may be."""
@@ -104,7 +126,7 @@ class UnixListener:
         self._again_at = self.clock.monotonic() + self._again_s
         self._refused = (bind, problem)
         self._decide(None, problem)
-        self.rebind = False
+        self.rebind, self._taking = False, None
         return True
 
     def acquit(self) -> None:
@@ -118,6 +140,7 @@ class UnixListener:
             before: The path that the configuration of before had bound.
         """
         bind = self.bind
+        self._note_taking()
         try:
             if before is not None and (bind is None or before != bind.path):
                 await self._withdraw(Path(before))
@@ -136,6 +159,22 @@ class UnixListener:
         if bind is None or bind != self.bind:
             self.serving, self._signature = False, None
         self.bind, self.problem = bind, problem
+
+    def _pause(self, wanted: UnixBind, seen: SeenSocket) -> Problem | None:
+        """Why the path is not taken from a living process now, if it is not."""
+        if not pause_left_s(self._takings, self.clock.monotonic()):
+            return None
+        return explain_pause(wanted.path, seen, self._takings.pause_s)
+
+    def _note_taking(self) -> None:
+        if self._taking is None or self.bind is None:
+            return
+        self._takings = note_taking(self._takings, self.clock.monotonic())
+        self.taken_over += 1
+        self.taken_from, self._taking = name_owners(self._taking), None
+        structlog.get_logger().info(
+            "unix listener taken over", path=self.bind.path, taken_from=self.taken_from
+        )
 
     def _waits(self, wanted: UnixBind) -> bool:
         """What HAProxy refused is not tried again at once: each trial costs a worker."""
@@ -171,9 +210,13 @@ class UnixListener:
             self._signature = _signature(path)
 
     async def _withdraw(self, path: Path) -> None:
+        file = identify_file(path)
         seen = await self._look(path)
-        if seen is not None and seen.state in {SocketState.OURS, SocketState.STALE}:
-            _unlink(path)
+        if file is None or seen is None:
+            return
+        if seen.state in {SocketState.OURS, SocketState.STALE}:
+            # Not who has bound here since we looked.
+            remove_file(path, file)
 
 
 def plan_unix_bind(settings: UnixListenerSettings) -> UnixBind:
@@ -214,8 +257,12 @@ def sweep_unix_socket(config: Path, look: SocketLook) -> None:
         bound = bound_path(config.read_text())
     except OSError:
         return
-    if bound is not None and look(Path(bound), ()).state is SocketState.STALE:
-        _unlink(Path(bound))
+    if bound is None:
+        return
+    path = Path(bound)
+    file = identify_file(path)
+    if file is not None and look(path, ()).state is SocketState.STALE:
+        remove_file(path, file)
 
 
 def _apply_directory(settings: UnixListenerSettings) -> None:
@@ -258,10 +305,3 @@ def _signature(path: Path) -> _Signature | None:
     except OSError:
         return None
     return status.st_dev, status.st_ino, status.st_mode, status.st_uid, status.st_gid
-
-
-def _unlink(path: Path) -> None:
-    try:
-        path.unlink(missing_ok=True)
-    except OSError as error:
-        raise host_refused(f"remove {path}", error) from error

@@ -192,6 +192,13 @@ def _is_other(path: Path, data: bytes) -> bool:
 
 def _report(imported: Imported, written: Collection[Path]) -> Iterator[str]:
     yield from _group("taken over", imported, Fate.TAKEN)
+    if imported.ovn is not None:
+        yield (
+            f"  unix_listener.take_over: true, since {_place(imported.ovn)} says that the agent is OVN's. It listens "
+            "on the socket and makes the networks' namespaces, so it has to run on: imdsproxy takes the path from it "
+            "as soon as it starts, and each time that the agent starts. How to look first, and the way back: "
+            "docs/openstack.md"
+        )
     yield "to be done by hand"
     yield "  sources.neutron: add where Neutron's API is; the last lines of the settings say how"
     if imported.secret_file not in written:
@@ -250,6 +257,7 @@ def _shape(imported: Imported) -> dict[str, object]:
             {**_where(lost.written), "by": _where(lost.by)} for lost in imported.overridden
         ],
         "doubtful": [{**_where(one.written), "near": one.near} for one in imported.doubtful],
+        "ovn": None if imported.ovn is None else _where(imported.ovn),
         "others": imported.others,
         "secret_file": str(imported.secret_file),
     }

@@ -146,6 +146,9 @@ def check_unix_listener(
 ) -> list[Finding]:
     """That nobody else listens at the path of the listener `unix`; an agent that still does is a warning.
 
+    Where the path is to be taken over it is a warning whoever listens: the way to serve guests is clear then, and
+    whoever set it should see from whom.
+
     Args:
         settings: All of them.
         find: Who listens at a path.
@@ -166,6 +169,11 @@ def check_unix_listener(
     who = agent or words[:80] or "a process that cannot be seen"
     number = "" if listener.pid is None else f" (pid {listener.pid})"
     text = f"unix_listener.path: {who}{number} listens at {path}"
+    if settings.unix_listener.take_over:
+        hint = (
+            f"imdsproxy takes the path over as it starts, and each time that {agent or 'it'} starts"
+        )
+        return [Finding("unix listener", text, f"{hint} (unix_listener.take_over)", warning=True)]
     if agent is not None:
         # As it is on the day of the move: both run for a moment, and going back is starting it again.
         hint = f"guests are its own until you stop {agent}; imdsproxy takes its place within a second then"

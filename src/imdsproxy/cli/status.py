@@ -105,7 +105,10 @@ def _unix_listener(unix: object) -> dict[str, str]:
     if not unix["serving"]:
         return {"unix listener": f"{path}, [red]left out[/] {clean(unix['problem'])}".rstrip()}
     owner = f"{unix['user']}:{unix['group']}"
-    return {"unix listener": f"{path}, mode {clean(unix['mode'])} {owner}, [green]serving[/]"}
+    line = f"{path}, mode {clean(unix['mode'])} {owner}, [green]serving[/]"
+    if unix["taken_from"]:
+        line += f", taken over from {clean(unix['taken_from'])}"
+    return {"unix listener": line}
 
 
 def _plan(plan: object) -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -36,6 +37,12 @@ _NOTHING_TO_DO: Final[Mapping[str, bool]] = {
     "local_metadata_per_cell": False,
 }
 """Options of Nova's with the value at which nobody has to do anything."""
+
+_SOUTHBOUND: Final = ("ovn", "ovn_sb_")
+"""Section and first letters of the options that say where OVN's agent finds its database."""
+
+_OVNS_FILE: Final = re.compile(r"(^|[._-])ovn([._-]|$)")
+"""neutron_ovn_metadata_agent.ini, neutron_ovn_agent.ini, ovn_agent.ini."""
 
 _LIKE: Final = 0.85
 _OPTIONS: Final[Mapping[tuple[str, str], NeutronOption]] = {
@@ -105,6 +112,7 @@ class Imported:
         secret_from: Where it stands.
         secret_file: As it was given.
         host: Neutron's `host`, if there is one.
+        ovn: What shows that the agent is OVN's, if it is: its database, or any option of a file of its name.
         others: How many options the files have that are of no concern.
     """
 
@@ -114,6 +122,7 @@ class Imported:
     secret_from: IniOption
     secret_file: Path
     host: str | None
+    ovn: IniOption | None
     told: tuple[Told, ...]
     overridden: tuple[Overridden, ...]
     doubtful: tuple[Doubtful, ...]
@@ -151,6 +160,7 @@ def plan_import(files: _Files, given: Given) -> Imported:
         secret_from=secret[1],
         secret_file=given.secret_file,
         host=reading.value("DEFAULT", "host"),
+        ovn=reading.ovn(),
         told=tuple(_told(reading)),
         overridden=tuple(reading.overridden()),
         doubtful=tuple(_doubtful(files)),
@@ -186,6 +196,14 @@ class _Reading:
         """Refuse every value that Neutron would refuse."""
         for option in NEUTRON_OPTIONS:
             self.value(*option.names[0])
+
+    def ovn(self) -> IniOption | None:
+        """What shows that these are files of OVN's agent."""
+        ours = [one for file in self.files if not _is_novas(file) for one in file]
+        named = (one for one in ours if _OVNS_FILE.search(Path(one.file).name))
+        section, first = _SOUTHBOUND
+        asks = (one for one in ours if one.section == section and one.name.startswith(first))
+        return next(asks, None) or next(named, None)
 
     def refuse(self, written: IniOption, reason: str, hint: str = "") -> None:
         self.problems.append(Problem(_spelled(written), reason, hint, written.file, written.line))
@@ -292,6 +310,8 @@ def _settings(
         plan.put("unix_listener.path", socket, "metadata_proxy_socket")
     else:
         plan.put("unix_listener.path", f"{state}/metadata_proxy", "state_path")
+    if reading.ovn() is not None:
+        plan.put("unix_listener.take_over", True)
     plan.put_text("unix_listener.mode", "metadata_proxy_socket_mode")
     plan.put("unix_listener.user", given.agent_user)
     plan.put("unix_listener.group", given.agent_user)

@@ -336,7 +336,15 @@ _OF_OVN: Final = (
         FLAG,
         "Neutron's server goes on reading it: it makes the ports by which guests reach the host.",
     ),
-    _none(_OVN, "ovn", "ovn_sb_connection", "tcp:127.0.0.1:6642", LIST, _SOUTHBOUND),
+    _none(
+        _OVN,
+        "ovn",
+        "ovn_sb_connection",
+        "tcp:127.0.0.1:6642",
+        LIST,
+        f"{_SOUTHBOUND} One of `ovn_sb_…`, or a file with `ovn` in its name, says that the agent is OVN's, which has "
+        "to run on: `unix_listener.take_over` becomes true.",
+    ),
     _none(_OVN, "ovn", "ovn_sb_private_key", "", TEXT, _SOUTHBOUND),
     _none(_OVN, "ovn", "ovn_sb_certificate", "", TEXT, _SOUTHBOUND),
     _none(_OVN, "ovn", "ovn_sb_ca_cert", "", TEXT, _SOUTHBOUND),

@@ -21,6 +21,7 @@ _WITHOUT_OPTION: Final[Mapping[str, str]] = {
     "nova.endpoint_sets.default.server_name": "as given",
     "documents.enabled": "all documents are Nova's",
     "unix_listener.enabled": "in the place of neutron-metadata-agent",
+    "unix_listener.take_over": "OVN's agent listens there and has to run on",
     "unix_listener.user": "whom Neutron's agents run as; no file says it",
     "unix_listener.group": "its group",
 }

@@ -50,6 +50,13 @@ class UnixListenerSettings(Section):
         "The socket; the agents' `metadata_proxy_socket` is the same.",
         Change.RELOAD,
     )
+    take_over: bool = setting(
+        False,
+        "Take the path also from a process that lives, and again when it takes it back, with pauses when it does so "
+        "time after time. For OVN, whose agent listens there and has to run on; off, starting the agent again is "
+        "the way back to it.",
+        Change.RELOAD,
+    )
     mode: Literal["deduce", "user", "group", "all"] = setting(
         "deduce",
         "Who may connect, as Neutron's `metadata_proxy_socket_mode`: `user` 0644, `group` 0664, `all` 0666. "

@@ -24,7 +24,7 @@ from imdsproxy.host.nlmessages import NetlinkRefused, NetlinkSocket, parse_attri
 from imdsproxy.host.refusal import host_refused
 from imdsproxy.host.sockets import SOCK_DIAG
 
-__all__ = ["SocketFiles", "give_socket"]
+__all__ = ["SocketFiles", "find_socket_at", "give_socket", "identify_file", "remove_file"]
 
 _BY_FAMILY: Final = 20
 _QUESTION: Final = struct.Struct("=BBHIII8s")
@@ -169,6 +169,54 @@ def give_socket(path: Path, *, mode: int, owner: tuple[int, int]) -> None:
             os.close(descriptor)
     except OSError as error:
         raise host_refused(f"give {path} its mode and owner", error) from error
+
+
+def identify_file(path: Path) -> tuple[int, int] | None:
+    """Which file is at a path, `(device, inode)`; `None` where there is none, or it cannot be seen."""
+    try:
+        status = path.lstat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+def remove_file(path: Path, identity: tuple[int, int]) -> None:
+    """Remove exactly this file, and none that was put in its place since it was looked at.
+
+    Args:
+        path: Where it was.
+        identity: As `identify_file` gave it.
+
+    Raises:
+        HostRefused: The file system refuses.
+        PrivilegeMissing: We may not do that.
+    """
+    aside = path.with_name(f"{path.name}.{os.getpid()}.old")
+    try:
+        path.rename(aside)
+        if identify_file(aside) != identity:
+            # Somebody has bound here meanwhile, and yet another one may have by now.
+            with contextlib.suppress(FileExistsError):
+                os.link(aside, path, follow_symlinks=False)
+        aside.unlink()
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise host_refused(f"remove {path}", error) from error
+
+
+def find_socket_at(path: Path) -> frozenset[int]:
+    """Inodes of the listening sockets that a path leads to: one, as a rule; none where the kernel does not tell."""
+    identity = identify_file(path)
+    if identity is None:
+        return frozenset()
+    # Not the device, as above: who bound here, or beside it to rename, is told apart by name.
+    name = os.fsencode(path)
+    return frozenset(
+        one.inode
+        for one in _listening()
+        if one.file == identity[1] and (one.name == name or one.name.startswith(name + b"."))
+    )
 
 
 def _listening() -> list[_Listening]:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from imdsproxy.host.socket_file import find_socket_at
+
 __all__ = ["UnixListener", "find_unix_listener"]
 
 _ACCEPTS: Final = 0x10000
@@ -33,10 +35,14 @@ def find_unix_listener(path: Path, proc: Path = Path("/proc")) -> UnixListener |
         proc: Where the kernel shows processes.
     """
     listening = list(_listening(path, proc))
-    # A HAProxy whose socket somebody else has replaced listens still, but nobody reaches it.
-    inodes = {inode for inode, exact in listening if exact} or {inode for inode, _ in listening}
-    if not inodes:
+    if not listening:
         return None
+    inodes = {inode for inode, _ in listening}
+    if len(inodes) > 1:
+        # A HAProxy whose socket somebody else has replaced listens still, or an agent whose socket it has replaced;
+        # nobody reaches them. Where the kernel does not say who is reached, who bound by the path's own name is.
+        at = {str(inode) for inode in find_socket_at(path)}
+        inodes = inodes & at or {inode for inode, exact in listening if exact} or inodes
     for process in sorted(proc.glob("[0-9]*"), key=lambda one: int(one.name)):
         if inodes & set(_sockets(process / "fd")):
             return UnixListener(int(process.name), _command(process / "cmdline"))

@@ -445,6 +445,10 @@ def test_status_shows_the_unix_listener_where_there_is_one(filled: Cli) -> None:
         path, serving=True, mode="0644", user=64055, group=64056
     )
     assert f"{path}, mode 0644 64055:64056, serving" in filled("status").out
+    filled.operations.unix_listener = UnixListenerReport(
+        path, serving=True, mode="0644", taken_over=2, taken_from="neutron-ovn-met (pid 7)"
+    )
+    assert "serving, taken over from neutron-ovn-met (pid 7)" in filled("status").out
     reason = "neutron-metadat (pid 7) listens there"
     filled.operations.unix_listener = UnixListenerReport(path, serving=False, problem=reason)
     assert f"{path}, left out {reason}" in filled("status").out

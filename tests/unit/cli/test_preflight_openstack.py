@@ -319,6 +319,31 @@ def test_who_is_in_the_sockets_place_is_told(
     assert finding.hint.startswith(hint)
 
 
+@pytest.mark.parametrize(
+    ("listener", "words", "hint"),
+    [
+        (
+            UnixListener(8, ("/usr/bin/python3", "/usr/bin/neutron-ovn-agent")),
+            "neutron-ovn-agent (pid 8) listens at /var/s",
+            "each time that neutron-ovn-agent starts (unix_listener.take_over)",
+        ),
+        (UnixListener(9, ("socat", "x")), "socat x (pid 9) listens", "each time that it starts"),
+        (UnixListener(), "a process that cannot be seen listens", "imdsproxy takes the path over"),
+    ],
+)
+def test_who_is_to_be_taken_over_is_told_and_no_reason_not_to_start(
+    listener: UnixListener, words: str, hint: str
+) -> None:
+    unix = _LISTENING.unix_listener.model_copy(update={"take_over": True})
+    settings = _LISTENING.model_copy(update={"unix_listener": unix})
+
+    (finding,) = preflight.check_unix_listener(settings, lambda _: listener, Path("/run/h.cfg"))
+
+    assert (finding.warning, finding.exit_status) == (True, 0)
+    assert words in finding.text
+    assert hint in finding.hint
+
+
 def test_check_asks_all_of_it_and_a_warning_is_no_failure_of_its_own(
     tmp_path: Path, secret: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -85,6 +85,7 @@ OTHER: dict[str, object] = {
     "nova.health_check_interval_s": 3.0,
     "unix_listener.enabled": True,
     "unix_listener.path": "/x.sock",
+    "unix_listener.take_over": True,
     "unix_listener.mode": "group",
     "unix_listener.user": "other",
     "unix_listener.group": "other",

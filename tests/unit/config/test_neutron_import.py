@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -22,12 +23,12 @@ _NOVA = "[neutron]\nmetadata_proxy_shared_secret = {}\n"
 _GIVEN = Given(Path("/etc/imdsproxy/nova.secret"))
 
 
-def _import(*texts: str, given: Given = _GIVEN) -> Imported:
+def _import(*texts: str, given: Given = _GIVEN, names: Sequence[str] | None = None) -> Imported:
     """Import files named a.ini, b.ini and so on; a text without a section is in [DEFAULT]."""
     files = []
-    for name, text in zip("abcdef", texts, strict=False):
+    for name, text in zip(names or [f"{one}.ini" for one in "abcdef"], texts, strict=False):
         whole = text if text.startswith("[") else f"[DEFAULT]\n{text}"
-        files.append(parse_ini(whole, f"{name}.ini"))
+        files.append(parse_ini(whole, name))
     return plan_import(files, given)
 
 
@@ -100,6 +101,29 @@ def test_the_socket_moves_with_the_state_path(tmp_path: Path) -> None:
     settings = _settings(_import(f"{_SECRET}state_path = /srv"), tmp_path)
 
     assert settings.unix_listener.path == Path("/srv/metadata_proxy")
+
+
+@pytest.mark.parametrize(
+    ("texts", "name", "shown_by"),
+    [
+        ((_SECRET, "[ovn]\novn_sb_connection = tcp:192.0.2.1:6642\n"), "", "ovn_sb_connection"),
+        ((f"[ovn]\novn_sb_private_key = /k\n[DEFAULT]\n{_SECRET}",), "", "ovn_sb_private_key"),
+        ((_SECRET,), "neutron_ovn_metadata_agent.ini", "metadata_proxy_shared_secret"),
+        ((_SECRET,), "ovn_agent.ini", "metadata_proxy_shared_secret"),
+        ((_SECRET,), "/etc/ovn/metadata_agent.ini", ""),
+        ((_SECRET,), "noven.ini", ""),
+        # Of Neutron's server, which is on hosts with other agents too.
+        ((f"{_SECRET}[ovn]\novn_metadata_enabled = true\n",), "", ""),
+        ((_SECRET, "[neutron]\nurl = x\n[ovn]\novn_sb_connection = x\n"), "", ""),
+    ],
+)
+def test_the_path_is_taken_over_from_ovns_agent_which_has_to_run_on(
+    tmp_path: Path, texts: tuple[str, ...], name: str, shown_by: str
+) -> None:
+    imported = _import(*texts, names=[name] if name else None)
+
+    assert ("" if imported.ovn is None else imported.ovn.name) == shown_by
+    assert _settings(imported, tmp_path).unix_listener.take_over is bool(shown_by)
 
 
 @pytest.mark.parametrize(("timeout", "seconds"), [("1", 1), ("3", 1), ("32", 30), ("9999", 600)])

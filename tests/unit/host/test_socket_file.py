@@ -12,7 +12,7 @@ import pytest
 from imdsproxy.core.unix_socket import SeenSocket, SocketState, judge_socket
 from imdsproxy.errors import HostRefused
 from imdsproxy.host import socket_file
-from imdsproxy.host.socket_file import SocketFiles, give_socket
+from imdsproxy.host.socket_file import SocketFiles, give_socket, identify_file, remove_file
 
 _US = os.getpid()
 
@@ -144,3 +144,34 @@ def test_only_a_living_stranger_and_what_is_no_socket_leave_the_listener_out(
     if problem is not None:
         assert "/a" in problem.reason
         assert problem.hint
+
+
+def test_the_file_that_was_looked_at_is_removed(path: Path) -> None:
+    with _listening(path):
+        file = identify_file(path)
+        assert file is not None
+        remove_file(path, file)
+    assert list(path.parent.iterdir()) == []
+    assert identify_file(path) is None
+    remove_file(path, file)
+
+
+def test_who_has_bound_there_since_keeps_his_file(path: Path) -> None:
+    with _listening(path.with_name("before")):
+        old = identify_file(path.with_name("before"))
+    assert old is not None
+    path.with_name("before").unlink()
+    with _listening(path) as agent:
+        file = identify_file(path)
+        remove_file(path, (old[0], old[1] + 1))
+        assert identify_file(path) == file
+        assert list(path.parent.iterdir()) == [path]
+        with socket.socket(socket.AF_UNIX) as guest:
+            guest.connect(str(path))
+        assert _asked(agent)
+
+
+def test_a_file_that_cannot_be_removed_is_told(path: Path) -> None:
+    path.touch()
+    with pytest.raises(HostRefused, match=r"remove .*/metadata_proxy/below"):
+        remove_file(path / "below", (0, 0))

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
 import sys
 from pathlib import Path
 
@@ -71,3 +72,27 @@ def test_a_haproxy_is_found_by_the_name_that_it_bound_unless_another_has_taken_t
         others.bind(str(tmp_path / "a.sock.7.tmpx"))
         others.listen()
         assert find_unix_listener(path) is None
+
+
+def test_an_agent_whose_socket_haproxy_has_replaced_is_not_who_is_reached(tmp_path: Path) -> None:
+    path, bound = tmp_path / "a.sock", tmp_path / "a.sock.7.tmp"
+    program = f"import socket; s = socket.socket(socket.AF_UNIX); s.bind({str(path)!r}); s.listen(); print(); input()"
+    with (
+        subprocess.Popen(
+            (sys.executable, "-c", program), stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        ) as agent,
+        socket.socket(socket.AF_UNIX) as haproxys,
+    ):
+        assert agent.stdout is not None
+        agent.stdout.readline()
+        found = find_unix_listener(path)
+        assert found is not None
+        assert found.pid == agent.pid
+
+        haproxys.bind(str(bound))
+        haproxys.listen()
+        bound.rename(path)
+        found = find_unix_listener(path)
+        assert found is not None
+        assert found.pid == os.getpid()
+        agent.communicate()

@@ -1,0 +1,380 @@
+"""The path of OVN's agent, which lives on: taken over from it, taken back when it is started again, and given back."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import tempfile
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final, Self
+
+import pytest
+
+from support.agent_socket import AgentWorld, Squatter, open_agents, squat
+from support.daemon import alive, instance
+from support.guest import IPV4, Guest, Load, Lost, Reply
+from support.lab import RecordMapping, record, until, within
+from support.openstack.front import FrontWriter
+from support.openstack.install import environments
+from support.openstack.processes import Place
+from support.recorder import Answer, Received, reply
+from support.world import own
+
+pytestmark = [pytest.mark.root, pytest.mark.timeout(300)]
+
+_WITHIN_S: Final = 3.0
+"""A look a second, and two reloads."""
+
+_FIRST_PAUSE_S: Final = 15.0
+_INSTANCE: Final = "00000009-0000-4000-8000-000000000000"
+_TAKEN: Final = "imdsproxy_unix_listener_taken_over_total"
+
+
+@pytest.fixture(scope="module")
+def shared() -> Iterator[AgentWorld]:
+    with open_agents(take_over=True) as one:
+        yield one
+
+
+@pytest.fixture
+def world(shared: AgentWorld) -> Iterator[AgentWorld]:
+    """A daemon that was just started: nobody has fought with it."""
+    _restart(shared)
+    yield shared
+    shared.heal()
+
+
+def _restart(world: AgentWorld) -> None:
+    world.heal()
+    world.daemon.kill_controller()
+    world.daemon.start()
+    world.wait_serving()
+
+
+def _agent(world: AgentWorld) -> contextlib.AbstractContextManager[Squatter]:
+    """The agent is started: it removes what is at the path and listens there."""
+    return squat(world.path, namespace=world.lab.host)
+
+
+def _taken(world: AgentWorld, times: int) -> None:
+    """HAProxy has the path, and had to take it so often."""
+    until(world.socket.serves, within_s=_WITHIN_S, what="our own service")
+    world.daemon.wait_ready()
+    until(lambda: world.report()["taken_over"] == times, within_s=_WITHIN_S)
+    assert world.metric(_TAKEN) == times
+    assert world.metric("imdsproxy_unix_listener_serving") == 1
+
+
+def _check(world: AgentWorld) -> str:
+    """What `imdsproxy check` says on the host."""
+    daemon = world.daemon
+    words = (*within(world.lab.host), *daemon.program, "--config", str(daemon.config), "check")
+    return subprocess.run(words, capture_output=True, check=False).stdout.decode()
+
+
+def _reload(world: AgentWorld) -> None:
+    """A network comes and goes."""
+    world.daemon.put([world.lab.namespace_network("more")])
+    world.daemon.remove_network("more")
+    world.lab.delete_namespace("more")
+
+
+def _told_of(world: AgentWorld, agent: Squatter) -> list[str]:
+    """The names of log entries with the agent's pid."""
+    entries = world.daemon.log_entries()
+    return [str(one["message"]) for one in entries if f"(pid {agent.pid})" in str(one)]
+
+
+# Whom it is taken from
+
+
+@pytest.mark.parametrize("elsewhere", [False, True], ids=["host", "other-namespace"])
+def test_a_living_agent_loses_its_place_once_it_is_to_be_taken_over(
+    world: AgentWorld, *, elsewhere: bool
+) -> None:
+    world.take_over(enabled=False)
+    namespace = world.lab.namespace("away") if elsewhere else world.lab.host
+    with squat(world.path, namespace=namespace) as agent:
+        assert world.take_over(take_over=False).status == 0
+        assert f"(pid {agent.pid}) listens on" in world.problem()
+        with world.socket.connect() as held:
+            assert world.take_over().status == 0
+            _taken(world, 1)
+            # Whoever it had taken up is the agent's still.
+            assert held.request("/").body == b"foreign"
+        assert alive(agent.pid)
+        assert str(world.report()["taken_from"]).endswith(f"(pid {agent.pid})")
+        assert _told_of(world, agent) == ["host refused", "unix listener taken over"]
+        assert f"(pid {agent.pid})" in world.daemon.command("status").out
+    assert world.socket.serves()
+    if elsewhere:
+        world.lab.delete_namespace("away")
+
+
+def test_a_daemon_that_starts_takes_it_over(world: AgentWorld) -> None:
+    world.daemon.stop()
+    with _agent(world) as agent:
+        world.daemon.start()
+        _taken(world, 1)
+        assert _told_of(world, agent) == ["unix listener taken over"]
+        assert alive(agent.pid)
+
+
+def test_who_has_the_path_is_told_apart_from_who_only_listens_still(world: AgentWorld) -> None:
+    world.take_over(enabled=False)
+    with _agent(world) as agent:
+        world.daemon.configure(world.settings)
+        checked = _check(world)
+        assert f"(pid {agent.pid}) listens at {world.path}" in checked
+        assert "imdsproxy takes the path over as it starts" in checked
+        world.take_over()
+        _taken(world, 1)
+        assert f"imdsproxy's HAProxy listens at {world.path}" in _check(world)
+
+
+def test_reloads_while_the_agent_lives_leave_it_where_it_is(world: AgentWorld) -> None:
+    with _agent(world) as agent:
+        _taken(world, 1)
+        for _ in range(2):
+            _reload(world)
+        assert world.socket.serves()
+        assert world.report()["taken_over"] == 1
+        assert _told_of(world, agent) == ["unix listener taken over"]
+
+
+# The agent is started again
+
+
+def test_an_agent_that_is_started_again_is_replaced_again(world: AgentWorld) -> None:
+    with _agent(world):
+        _taken(world, 1)
+    with _agent(world) as agent:
+        _taken(world, 2)
+        assert _told_of(world, agent) == ["unix listener taken over"]
+        assert world.problem() == ""
+
+
+def test_an_agent_that_was_started_while_no_controller_ran_is_replaced_by_the_next(
+    world: AgentWorld,
+) -> None:
+    world.daemon.kill_controller()
+    with _agent(world) as agent:
+        assert world.socket.ask().body == b"foreign"
+        world.daemon.start()
+        _taken(world, 1)
+        assert alive(agent.pid)
+
+
+def test_a_haproxy_that_ends_while_the_agent_lives_has_the_path_again(world: AgentWorld) -> None:
+    with _agent(world):
+        _taken(world, 1)
+        master = world.daemon.pids().master
+        os.kill(master, signal.SIGKILL)
+        until(lambda: world.daemon.status()["haproxy"]["master"] not in (None, master))
+        world.wait_serving()
+        assert world.report()["taken_over"] == 1
+
+
+@dataclass(slots=True)
+class _Hammer:
+    """One connection after another, none of which is tried twice."""
+
+    world: AgentWorld
+    answers: Counter[bool] = field(default_factory=Counter)
+    lost: list[str] = field(default_factory=list)
+    _ended: threading.Event = field(default_factory=threading.Event)
+    _thread: threading.Thread = field(init=False)
+
+    def __enter__(self) -> Self:
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._ended.is_set():
+            try:
+                body = self.world.socket.lines().body
+                self.answers[body != b"foreign"] += 1
+            except Lost as error:
+                self.lost.append(str(error))
+
+
+def test_whoever_connects_while_it_is_taken_finds_the_one_or_the_other(world: AgentWorld) -> None:
+    world.daemon.kill_controller()
+    with _agent(world), _Hammer(world) as hammer:
+        until(lambda: hammer.answers[False] > 100)
+        world.daemon.start()
+        _taken(world, 1)
+        until(lambda: hammer.answers[True] > 100)
+    # HAProxy listens a few microseconds after it has the path; a proxy tries again then.
+    assert [one for one in hammer.lost if "Connection refused" not in one] == []
+    assert len(hammer.lost) <= 1
+
+
+# Guests behind the agent's own proxy
+
+
+@pytest.fixture(scope="module")
+def front(shared: AgentWorld) -> Iterator[Guest]:
+    """A guest behind the HAProxy that OVN's agent starts."""
+    with contextlib.ExitStack() as stack:
+        installed = environments()
+        stack.callback(installed.made.release)
+        writer = FrontWriter(Place(shared.daemon.directory, installed))
+        stack.callback(writer.close)
+        state = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="imdst-")))
+        network = record("ovn", {"namespace": shared.lab.name("nowhere-ovn")})
+        shared.lab.furnish("ovn")
+        guest = shared.lab.guest("ovn")
+        file = state / "ovn.conf"
+        config = writer.config(
+            "ovn", "ovn", socket=shared.path, bind_address=IPV4, state_path=state
+        )
+        file.write_text(config)
+        program = shutil.which("haproxy", path="/usr/sbin:/usr/bin")
+        assert program is not None
+        words = (*within(shared.lab.name("ovn")), program, "-f", str(file))
+        done = subprocess.run(words, capture_output=True, check=False)
+        assert done.returncode == 0, done.stderr.decode()
+        port = {"network": "ovn", "mac": guest.mac, "addresses": list(guest.addresses)}
+        machine: RecordMapping = {
+            "id": _INSTANCE,
+            "name": "ovn-5",
+            "project": "blue",
+            "upstream": "nova",
+            "ports": [port],
+        }
+        shared.daemon.put([network], [machine])
+        yield guest
+
+
+def _by(answers: Counter[str]) -> Callable[[Guest, Reply], str | None]:
+    """Counts who has answered; anybody else's answer is none."""
+
+    def judge(guest: Guest, answer: Reply) -> str | None:
+        said = answer.text if answer.status == 200 else ""
+        if said not in {"foreign", _INSTANCE}:
+            return f"{guest.name} got {answer.status} {answer.body[:80]!r}"
+        answers[said] += 1
+        return None
+
+    return judge
+
+
+def _say_whose(request: Received) -> Answer:
+    return reply(b" ".join(request.values("x-instance-id")))
+
+
+def test_no_guest_loses_a_request_while_the_agent_is_started_again_and_again(
+    world: AgentWorld, front: Guest
+) -> None:
+    world.nova.default = _say_whose
+    answers: Counter[str] = Counter()
+    with Load([front], "/openstack", _by(answers), connections=3, pause_s=0.01) as load:
+        load.wait_answers(20)
+        for times in (1, 2):
+            before = answers["foreign"]
+            with _agent(world):
+                until(lambda before=before: answers["foreign"] > before)  # type: ignore[misc]  # a default
+                _taken(world, times)
+                ours = answers[_INSTANCE]
+                until(lambda ours=ours: answers[_INSTANCE] > ours + 20)  # type: ignore[misc]  # as above
+            load.wait_answers(20)
+    assert load.report.lost == []
+
+
+# It is not fought for
+
+
+def test_who_takes_it_back_each_time_keeps_it_for_a_while(world: AgentWorld) -> None:
+    for times in (1, 2, 3):
+        with _agent(world):
+            _taken(world, times)
+    network = world.lab.namespace_network("beside")
+    guest = world.lab.guest("beside")
+    with _agent(world) as agent:
+        told = f"(pid {agent.pid}) listens on {world.path}, and took it back each time"
+        until(lambda: told in world.problem(), within_s=_WITHIN_S, what="the problem")
+        assert world.report()["serving"] is False
+        assert world.metric("imdsproxy_unix_listener_serving") == 0
+        until(lambda: any(told in one for one in world.daemon.status()["readiness"]["reasons"]))
+        assert told in " ".join(world.daemon.command("status").out.split())
+        # Whatever else there is to do meanwhile is done.
+        world.daemon.put([network], [instance("beside-5", "beside")])
+        assert own(guest, guest.ask("/latest/user-data")) is None
+        assert world.socket.ask().body == b"foreign"
+        until(world.socket.serves, within_s=_FIRST_PAUSE_S + _WITHIN_S, what="our own service")
+        _taken(world, 4)
+        assert alive(agent.pid)
+        assert _told_of(world, agent) == ["host refused", "unix listener taken over"]
+    world.daemon.remove_instance("beside-5")
+    world.daemon.remove_network("beside")
+    world.lab.remove_guest(guest)
+    world.lab.delete_namespace("beside")
+
+
+def test_who_took_it_back_each_time_and_ends_is_replaced_at_once(world: AgentWorld) -> None:
+    for times in (1, 2, 3):
+        with _agent(world):
+            _taken(world, times)
+    with _agent(world):
+        until(lambda: "took it back each time" in world.problem(), within_s=_WITHIN_S)
+    _taken(world, 3)
+
+
+# Going back
+
+
+def test_once_it_is_off_the_agent_has_its_path_when_it_is_started_again(world: AgentWorld) -> None:
+    with _agent(world):
+        _taken(world, 1)
+        assert world.take_over(take_over=False).status == 0
+        assert world.socket.serves()
+    with _agent(world) as agent:
+        until(lambda: f"(pid {agent.pid}) listens on" in world.problem(), within_s=_WITHIN_S)
+        assert world.socket.ask().body == b"foreign"
+        _reload(world)
+        assert world.socket.ask().body == b"foreign"
+        assert world.report()["taken_over"] == 1
+
+
+@pytest.mark.parametrize("way", ["enabled: false", "stop --data-plane"])
+def test_what_is_left_to_an_agent_that_is_started_again_is_its_own(
+    world: AgentWorld, way: str
+) -> None:
+    with _agent(world) as agent:
+        _taken(world, 1)
+        if way == "enabled: false":
+            assert world.take_over(enabled=False).status == 0
+        else:
+            world.daemon.stop()
+        # Nobody listens there: the agent does not make its file again by itself.
+        assert not world.path.exists()
+        assert alive(agent.pid)
+    with _agent(world):
+        assert world.socket.ask().body == b"foreign"
+        if way == "stop --data-plane":
+            world.daemon.start()
+            _taken(world, 1)
+
+
+def test_leaving_does_not_take_the_file_of_an_agent_that_has_bound_meanwhile(
+    world: AgentWorld,
+) -> None:
+    world.daemon.kill_controller()
+    with _agent(world) as agent:
+        world.daemon.stop()
+        assert world.socket.ask().body == b"foreign"
+        assert alive(agent.pid)
+    world.daemon.start()
