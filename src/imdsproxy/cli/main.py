@@ -22,6 +22,7 @@ from imdsproxy.cli import (
     reload,
     render,
     run,
+    snippet,
     status,
     stop,
     version,
@@ -71,6 +72,7 @@ app.command("namespace-proxy", context_settings=namespace_proxy.SETTINGS, rich_h
 )
 app.command("get", rich_help_panel=_GUESTS)(get.get)
 app.command("explain", rich_help_panel=_GUESTS)(explain.explain)
+app.command("snippet", rich_help_panel=_GUESTS)(snippet.snippet)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,0 +1,133 @@
+"""Reads what `imdsproxy snippet` prints as its targets do, and gives what a guest then sees."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from base64 import b64decode
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from xml.etree import ElementTree as ET
+
+from imdsproxy.core.snippets import Snippet, Target, render_text
+from support.ds_identify import DMI_OF_SMBIOS, Machine
+
+__all__ = ["container_of", "kernel_words", "machine_of", "qemu_arguments", "text_of"]
+
+
+def text_of(snippet: Snippet, kind: str) -> str:
+    """Everything of one kind, as printed; comments are left out by who reads it."""
+    return "\n".join(part.text for part in snippet.parts if part.kind == kind)
+
+
+def machine_of(snippet: Snippet) -> Machine:
+    """The virtual machine that somebody gets who pastes all of it."""
+    smbios = _smbios(snippet)
+    dmi = {DMI_OF_SMBIOS[key]: value for key, value in smbios if key in DMI_OF_SMBIOS}
+    return Machine(dmi)
+
+
+def kernel_words(snippet: Snippet) -> dict[str, str]:
+    """What systemd-stub adds to the kernel command line, by name."""
+    (value,) = [value for key, value in _smbios(snippet) if key == (11, "value")]
+    prefix, _, line = value.partition("=")
+    assert prefix == "io.systemd.stub.kernel-cmdline-extra"
+    return dict(word.split("=", 1) for word in line.split(" "))
+
+
+def container_of(snippet: Snippet) -> Machine:
+    """Incus' container that somebody gets who pastes all of it."""
+    machine = Machine(virtualization="container:lxc", init=("/sbin/init",))
+    for key, value in _incus_settings(snippet):
+        if key.startswith("environment."):
+            environment = {**machine.environment, key.removeprefix("environment."): value}
+            machine = replace(machine, environment=environment)
+        elif key == "raw.lxc":
+            name, _, line = value.partition(" = ")
+            assert name == "lxc.init.cmd"
+            machine = replace(machine, init=tuple(shlex.split(line.replace(";", "\\;"))))
+    return machine
+
+
+def qemu_arguments(snippet: Snippet) -> list[str]:
+    """The arguments that QEMU is started with, whatever the target."""
+    match snippet.target:
+        case Target.QEMU:
+            return [word for line in _lines(snippet) for word in line if line[0].startswith("-")]
+        case Target.PROXMOX:
+            return list(_proxmox_arguments(snippet))
+        case Target.INCUS:
+            settings = dict(_incus_settings(snippet))
+            arguments = shlex.split(settings.get("raw.qemu", ""))
+            for key, value in settings.items():
+                if key.startswith("smbios11."):
+                    text = f"{key.removeprefix('smbios11.')}={value}".replace(",", ",,")
+                    arguments += ["-smbios", f"type=11,value={text}"]
+            return arguments
+        case Target.LIBVIRT:
+            raise AssertionError("libvirt has XML")
+
+
+def _smbios(snippet: Snippet) -> Iterator[tuple[tuple[int, str], str]]:
+    if snippet.target is Target.LIBVIRT:
+        yield from _libvirt(snippet)
+        return
+    arguments = iter(qemu_arguments(snippet))
+    for argument in arguments:
+        if argument == "-smbios":
+            yield from _fields(next(arguments))
+
+
+def _fields(argument: str) -> Iterator[tuple[tuple[int, str], str]]:
+    """As QEMU's `qemu_opts_parse`: a comma ends a value, two are one."""
+    pieces = [piece.replace(",,", ",") for piece in re.findall(r"(?:[^,]|,,)+", argument)]
+    pairs = [tuple(piece.split("=", 1)) for piece in pieces]
+    assert pairs[0][0] == "type"
+    kind = int(pairs[0][1])
+    for name, value in pairs[1:]:
+        yield (kind, name), value
+
+
+def _libvirt(snippet: Snippet) -> Iterator[tuple[tuple[int, str], str]]:
+    tree = ET.fromstring(f"<domain>{render_text(snippet)}</domain>")  # noqa: S314 - our own
+    mode = tree.find("smbios")
+    assert mode is not None
+    assert mode.get("mode") == "sysinfo"
+    for entry in tree.iterfind("sysinfo[@type='smbios']/system/entry"):
+        yield (1, str(entry.get("name"))), str(entry.text)
+    for entry in tree.iterfind("sysinfo[@type='smbios']/oemStrings/entry"):
+        yield (11, "value"), str(entry.text)
+    uuid = tree.find("uuid")
+    if uuid is not None:
+        yield (1, "uuid"), str(uuid.text)
+
+
+def _proxmox_arguments(snippet: Snippet) -> Iterator[str]:
+    """As `PVE/QemuServer.pm` makes them of smbios1 and args."""
+    for line in _lines(snippet):
+        if line[:3] != ["qm", "set", "VMID"]:
+            continue
+        if line[3] == "--smbios1":
+            fields = dict(pair.split("=", 1) for pair in line[4].split(","))
+            assert fields.pop("base64") == "1"
+            for name in fields.keys() - {"uuid"}:
+                assert re.fullmatch(r"[A-Za-z0-9+/]+={0,2}", fields[name])
+                fields[name] = b64decode(fields[name]).decode().replace(",", ",,")
+            assert len(line[4]) <= 512
+            yield from ("-smbios", ",".join(["type=1", *(f"{k}={v}" for k, v in fields.items())]))
+        elif line[3] == "--args":
+            yield from shlex.split(line[4])
+
+
+def _incus_settings(snippet: Snippet) -> Iterator[tuple[str, str]]:
+    for line in _lines(snippet):
+        if line[:3] == ["incus", "config", "set"]:
+            assert len(line) == 6
+            yield line[4], line[5]
+
+
+def _lines(snippet: Snippet) -> Iterator[Sequence[str]]:
+    text = render_text(snippet).replace("\\\n", " ")
+    for line in text.splitlines():
+        if words := shlex.split(line, comments=True):
+            yield list(words)

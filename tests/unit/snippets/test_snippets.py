@@ -1,0 +1,145 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from imdsproxy.core.model import Dialect, InterfaceListener, NamespaceListener
+from imdsproxy.core.snippets import (
+    Guest,
+    Target,
+    choose_dialect,
+    looks_like_amazon,
+    render_snippet,
+    render_text,
+)
+from support.ds_identify import DMI_OF_SMBIOS
+from support.snippet_guests import MAC, UUID, guest, network, nic
+from support.snippet_text import kernel_words, machine_of, text_of
+
+every_target = pytest.mark.parametrize("target", list(Target))
+_KINDS = {"SMBIOS", "container", "network card", "route", "systemd-imdsd", "note"}
+
+
+@every_target
+def test_the_documents_that_most_clients_ask_are_the_default(target: Target) -> None:
+    everything = frozenset(Dialect)
+    best = Dialect.NOCLOUD if target is Target.INCUS else Dialect.OPENSTACK
+
+    assert choose_dialect(target, everything) is best
+    assert choose_dialect(target, everything - {best}) in everything - {best}
+    assert choose_dialect(target, {Dialect.EC2}) is Dialect.EC2
+    assert choose_dialect(target, ()) is None
+
+
+@every_target
+def test_the_guest_has_the_records_uuid_where_the_target_lets_one_choose(target: Target) -> None:
+    machine = machine_of(render_snippet(guest(), target, Dialect.OPENSTACK))
+
+    assert machine.dmi.get("product_uuid") == (None if target is Target.INCUS else UUID)
+
+
+@every_target
+def test_the_card_has_the_mac_by_which_the_guest_is_known(target: Target) -> None:
+    text = text_of(render_snippet(guest(nic()), target, Dialect.OPENSTACK), "network card")
+    bare = text_of(render_snippet(guest(nic(mac=None)), target, Dialect.OPENSTACK), "network card")
+
+    assert MAC in text.lower()
+    assert "br0" in text
+    assert "mac" not in bare.lower()
+    assert "hwaddr" not in bare
+
+
+@every_target
+def test_every_port_has_its_card_and_its_route(target: Target) -> None:
+    made = render_snippet(guest(nic(), nic()), target, Dialect.OPENSTACK)
+
+    kinds = [part.kind for part in made.parts]
+    assert (kinds.count("network card"), kinds.count("route")) == (2, 2)
+    assert set(kinds) <= _KINDS
+
+
+@every_target
+def test_a_route_is_printed_where_no_gateway_leads_there(target: Target) -> None:
+    needed = text_of(render_snippet(guest(), target, Dialect.OPENSTACK), "route")
+    assert "169.254.169.254/32,0.0.0.0,0.0.0.0/0,10.0.0.1" in needed
+
+    host = nic(network(InterfaceListener("virbr0")), here=True)
+    assert text_of(render_snippet(guest(host), target, Dialect.OPENSTACK), "route") == ""
+    theirs = replace(nic(network(NamespaceListener("qdhcp-1"))), bridge=None)
+    assert text_of(render_snippet(guest(theirs), target, Dialect.OPENSTACK), "route") == ""
+
+
+@every_target
+def test_who_knows_no_gateway_is_told_to_add_the_default_route(target: Target) -> None:
+    unknown = nic(network(cidr="2001:db8::/64", gateway=None))
+
+    text = render_text(render_snippet(guest(unknown), target, Dialect.OPENSTACK))
+
+    assert "0.0.0.0/0,GATEWAY" in " ".join(text.split())
+
+
+@every_target
+def test_systemd_imdsd_is_led_to_the_ec2_documents_where_there_are_some(target: Target) -> None:
+    words = kernel_words(render_snippet(guest(), target, Dialect.OPENSTACK))
+
+    # systemd's src/imds/imdsd.c and imds-generator.c; the manual page of v261 has the address's name wrong.
+    assert words["systemd.imds"] == "1"
+    assert words["systemd.imds.data_url"] == "http://169.254.169.254/latest"
+    assert words["systemd.imds.address_ipv4"] == "169.254.169.254"
+    assert words["systemd.imds.network"] == "unlocked"
+    assert words["systemd.imds.key.userdata"] == "/user-data"
+    assert not any("token" in name for name in words)
+
+    without = Guest("web", UUID, frozenset({Dialect.OPENSTACK}), (nic(),))
+    assert "systemd" not in render_text(render_snippet(without, target, Dialect.OPENSTACK))
+
+
+@pytest.mark.parametrize(
+    ("uuid", "amazon"),
+    [
+        ("ec2e1916-9099-4caf-8d21-012345abcdef", True),
+        ("EC2E1916-9099-4CAF-8D21-012345ABCDEF", True),
+        ("45e12aec-dcd1-4213-94ed-012345abcdef", True),
+        ("45e12bec-dcd1-4213-94ed-012345abcdef", True),
+        ("45e13aec-dcd1-4213-94ed-012345abcdef", False),
+        ("aec2e191-9099-4caf-8d21-012345abcdef", False),
+        (UUID, False),
+    ],
+)
+def test_a_uuid_that_looks_like_amazons_is_not_shown(uuid: str, *, amazon: bool) -> None:
+    assert looks_like_amazon(uuid) is amazon
+    for target in Target:
+        made = render_snippet(guest(uuid=uuid), target, Dialect.OPENSTACK)
+        shown = uuid in machine_of(made).dmi.values()
+        assert shown is (not amazon and target is not Target.INCUS)
+        assert any(part.kind == "note" for part in made.parts) is (
+            amazon and target is not Target.INCUS
+        )
+
+
+def test_a_comma_in_a_value_is_doubled_for_qemu() -> None:
+    from imdsproxy.core.snippets.qemu import smbios_argument  # noqa: PLC0415 - not for others
+
+    assert smbios_argument(1, {"serial": "a,b", "sku": "c"}) == "type=1,serial=a,,b,sku=c"
+
+
+def test_names_are_quoted_for_the_shell() -> None:
+    text = render_text(render_snippet(guest(name="web 1; x"), Target.INCUS, Dialect.NOCLOUD))
+
+    assert "incus config set 'web 1; x' raw.qemu" in text
+
+
+def test_an_xml_comment_never_holds_two_hyphens() -> None:
+    text = render_text(render_snippet(guest(name="web--1"), Target.LIBVIRT, Dialect.OPENSTACK))
+
+    for comment in text.split("<!--")[1:]:
+        assert "--" not in comment.split("-->")[0]
+
+
+def test_every_field_that_is_shown_is_one_that_linux_shows() -> None:
+    for target in Target:
+        for dialect in Dialect:
+            assert set(machine_of(render_snippet(guest(), target, dialect)).dmi) <= set(
+                DMI_OF_SMBIOS.values()
+            )
