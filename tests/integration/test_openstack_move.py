@@ -22,6 +22,7 @@ pytestmark = [pytest.mark.root, pytest.mark.slow, pytest.mark.timeout(300)]
 
 _PAGE: Final = REPOSITORY / "docs/openstack.md"
 _AGENT: Final = "neutron-metadata-agent"
+_OVN_AGENT: Final = "neutron-ovn-metadata-agent"
 _SOCKET: Final = "/var/lib/neutron/metadata_proxy"
 _NETWORK: Final = "8f6a1e0c-3b52-4c1d-9a57-0d2f4b6c8e10"
 _SECRET: Final = "a-secret-of-thirty-two-characters"
@@ -31,7 +32,7 @@ _ACCOUNT: Final = "u neutron - - /var/lib/neutron\n"
 _SERVICE: Final = f"""
 [Service]
 User=neutron
-ExecStart={sys.executable} /opt/neutron/{_AGENT}
+ExecStart={sys.executable} /opt/neutron/%N
 [Install]
 WantedBy=multi-user.target
 """
@@ -81,13 +82,19 @@ _FILES: Final = {
     "/etc/neutron/metadata_agent.ini": (
         f"[DEFAULT]\nnova_metadata_host = 127.0.0.1\nmetadata_proxy_shared_secret = {_SECRET}\n"
     ),
+    "/etc/neutron/neutron_ovn_metadata_agent.ini": (
+        f"[DEFAULT]\nmetadata_proxy_shared_secret = {_SECRET}\n"
+        "[ovn]\novn_sb_connection = tcp:192.0.2.1:6642\n"
+    ),
     "/etc/openstack/clouds.yaml": (
         "clouds:\n  imdsproxy:\n    auth_type: none\n"
         "    network_endpoint_override: http://127.0.0.1:9696\n"
     ),
-    "/opt/neutron/neutron-metadata-agent": _LISTENS,
+    f"/opt/neutron/{_AGENT}": _LISTENS,
+    f"/opt/neutron/{_OVN_AGENT}": _LISTENS,
     "/opt/neutron/others": _OTHERS,
     f"/etc/systemd/system/{_AGENT}.service": _SERVICE,
+    f"/etc/systemd/system/{_OVN_AGENT}.service": _SERVICE,
 }
 
 
@@ -160,8 +167,7 @@ def test_a_host_moves_over_and_back_by_the_documents_commands(machine: Machine) 
     assert "0d1c2b3a-0000-4000-8000-000000000001" in _run(machine, asked)
     assert _says(machine) == "agent"
 
-    stop, remove = _blocks("### 6. Let go of the agent")
-    _run(machine, [stop])
+    _run(machine, _blocks("### 6. Let go of the agent"))
     until(lambda: _ours(machine), within_s=_WITHIN_S, what="imdsproxy's answer")
     until(lambda: _ready(machine), within_s=_WITHIN_S, what="being ready")
     seen = _run(machine, _blocks("### 7. See that it works"))
@@ -178,17 +184,59 @@ def test_a_host_moves_over_and_back_by_the_documents_commands(machine: Machine) 
     machine.run("systemctl", "restart", "imdsproxy-haproxy.service")
     assert _says(machine) == "agent"
 
-    # With OVN the agent has to run on, and loses its place.
-    _run(machine, [remove])
-    until(lambda: _ours(machine), within_s=_WITHIN_S, what="imdsproxy's answer")
-    assert machine.unit(_AGENT, "ActiveState") == "active"
-    machine.run("systemctl", "restart", _AGENT)
-    until(lambda: _says(machine) == "agent", within_s=_WITHIN_S, what="the agent's answer")
-
     _run(machine, [stay])
     assert _says(machine) == "agent"
     assert machine.run("systemctl", "is-enabled", _AGENT) == "enabled"
     assert {machine.unit(unit, "ActiveState") for unit in UNITS} == {"inactive"}
+
+
+def test_with_ovn_a_host_moves_over_and_back_while_its_agent_runs_on(machine: Machine) -> None:
+    machine.run("systemctl", "disable", "--now", _AGENT)
+    machine.run("systemctl", "enable", "--now", _OVN_AGENT)
+    until(lambda: _says(machine) == "agent", within_s=_WITHIN_S, what="the agent")
+    settings, look, take, back = _blocks("## With OVN")
+    assert "unix_listener.take_over: true" in _run(machine, [settings])
+    _run(machine, _blocks("### 3. Say where Neutron is"))
+    checked = _run(machine, _blocks("### 4. Check"))
+    assert f"{_OVN_AGENT} (pid" in checked
+    assert "takes the path over" in checked
+    assert "wrong" not in checked
+
+    _run(machine, [look])
+    _run(machine, _blocks("### 5. Start"))
+    assert _says(machine) == "agent"
+    agent = machine.main_pid(_OVN_AGENT)
+    _run(machine, [take])
+    until(lambda: _ours(machine), within_s=_WITHIN_S, what="imdsproxy's answer")
+    until(lambda: _ready(machine), within_s=_WITHIN_S, what="being ready")
+    assert machine.main_pid(_OVN_AGENT) == agent
+    assert f"(pid {agent})" in machine.run("imdsproxy", "status")
+    assert machine.run("stat", "--format=%U %a", _SOCKET) == "neutron 644"
+    assert "imdsproxy's HAProxy listens at" in _run(machine, _blocks("### 4. Check"))
+
+    machine.run("systemctl", "restart", _OVN_AGENT)
+    until(lambda: _ours(machine), within_s=_WITHIN_S, what="imdsproxy's answer")
+    # Whoever starts HAProxy: with or without a controller, whatever the agent did meanwhile.
+    machine.run("systemctl", "restart", CONTROLLER)
+    assert _ours(machine)
+    machine.run("systemctl", "stop", CONTROLLER)
+    machine.run("systemctl", "restart", _OVN_AGENT)
+    until(lambda: _says(machine) == "agent", within_s=_WITHIN_S, what="the agent's answer")
+    machine.run("systemctl", "restart", "imdsproxy-haproxy.service")
+    until(lambda: _ours(machine), within_s=_WITHIN_S, what="imdsproxy's answer")
+    machine.run("systemctl", "restart", _OVN_AGENT)
+    until(lambda: _says(machine) == "agent", within_s=_WITHIN_S, what="the agent's answer")
+    machine.run("systemctl", "start", CONTROLLER)
+    until(lambda: _ours(machine), within_s=_WITHIN_S, what="imdsproxy's answer")
+
+    _run(machine, [back])
+    until(lambda: _says(machine) == "agent", within_s=_WITHIN_S, what="the agent's answer")
+    until(lambda: not _ready(machine), within_s=_WITHIN_S, what="its being told")
+    machine.run("systemctl", "restart", CONTROLLER)
+    assert _says(machine) == "agent"
+    machine.run("systemctl", "disable", CONTROLLER)
+    machine.run("imdsproxy", "stop", "--data-plane")
+    assert _says(machine) == "agent"
 
 
 def test_the_agent_takes_its_socket_back_while_the_controller_hangs_or_is_gone(
