@@ -41,10 +41,19 @@ _SHOWN: Final = 300
 _PLACE: Final = re.compile(r"https?://[^/\s?]+")
 _QUERY: Final = re.compile(r"\?\S+")
 
+_ELSEWHERE: Final = (
+    "say where Neutron really is: `sources.neutron.endpoint`, or the cloud's `network_endpoint_override`; no token is "
+    "sent after a redirection"
+)
 _HINTS: Final = {
     400: "see Neutron's own words",
     401: "correct the account's name or password in the clouds.yaml",
     403: "give the account the role `admin`, or a policy that lets it read every project's ports",
+    301: _ELSEWHERE,
+    302: _ELSEWHERE,
+    303: _ELSEWHERE,
+    307: _ELSEWHERE,
+    308: _ELSEWHERE,
     404: "correct where Neutron is: `sources.neutron.endpoint`, or the cloud's `network_endpoint_override`",
     414: "Neutron's web server takes short requests only: raise its limit (uWSGI: buffer-size)",
     429: "Neutron limits our requests: raise its limit, or sources.neutron.refresh_s",
@@ -167,6 +176,8 @@ class NeutronRest:
                 # What is to be tried again, and when, is decided in one place: `neutron_asking`.
                 connect_retries=0,
                 status_code_retries=0,
+                # Our token would go with it, to whoever was named.
+                redirect=False,
                 raise_exc=False,
                 log=False,
                 stream=True,
@@ -191,7 +202,9 @@ class NeutronRest:
                 hint="start Neutron, or correct where it is: sources.neutron",
             ) from error
         if answer.status_code != HTTPStatus.OK:
-            raise _refused(answer.status_code, body.decode("utf-8", "backslashreplace"))
+            there = answer.headers.get("Location")
+            said = body.decode("utf-8", "backslashreplace") if there is None else f"go to {there}"
+            raise _refused(answer.status_code, said)
         return body
 
     def _read(self, answer: Any, ends: float) -> bytes:  # noqa: ANN401 - a `requests.Response`
@@ -246,4 +259,8 @@ def _cause(error: BaseException) -> str:
 
 
 def _words(error: object) -> str:
-    return " ".join(str(error).split())[:_SHOWN] or type(error).__name__
+    words = " ".join(str(error).split()) or type(error).__name__
+    # It is shown on terminals, and somebody else has written it.
+    return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in words[:_SHOWN])[
+        :_SHOWN
+    ]

@@ -148,6 +148,7 @@ async def test_connections_are_kept() -> None:
         (answer(b"no", "404 Not Found"), "404"),
         (answer(b"no", "401 Unauthorized"), "401"),
         (answer(b"", "204 No Content"), "204"),
+        (answer(b"\x1b[2J\x07", "500 Internal Server Error"), r": \x1b[2J\x07"),
         (b"", ""),
         (b"SSH-2.0-OpenSSH\r\n", ""),
         (b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: 3\r\n\r\nabc", ""),
@@ -161,6 +162,23 @@ async def test_what_is_no_good_answer_is_a_failure_in_words(data: bytes, words: 
         assert caught.value.hint
         assert len(caught.value.message) < 400
         assert not isinstance(caught.value, QueryTimedOut)
+
+
+@pytest.mark.parametrize("status", ["301 Moved", "302 Found", "307 Temporary Redirect"])
+async def test_no_token_goes_where_a_redirection_leads(status: str) -> None:
+    asked = asyncio.Event()
+
+    async def elsewhere(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        asked.set()
+        await once(_GOOD)(reader, writer)
+
+    async with serving(elsewhere) as other:
+        data = f"HTTP/1.1 {status}\r\nLocation: {other}/v2.0/ports\r\nContent-Length: 0\r\n\r\n"
+        async with serving(always(data.encode())) as url, client_of(url) as client:
+            with pytest.raises(SourceUnavailable, match=f"{status[:3]}: go to {other}") as caught:
+                await client.ports(PortQuery(limit=1))
+    assert "no token is sent" in str(caught.value.hint)
+    assert not asked.is_set()
 
 
 async def test_the_same_failure_is_told_in_the_same_words_whatever_was_asked() -> None:
