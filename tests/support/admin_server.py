@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from imdsproxy.admin.api import admin_app
-from imdsproxy.app.servers import serve
+from imdsproxy.app.face import serve
 from imdsproxy.cli.admin_client import AdminClient
-from imdsproxy.serving.listen import open_unix_socket
+from imdsproxy.serving.bind import open_unix_socket
 from support.fake_operations import FakeOperations
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import resource
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -196,8 +196,16 @@ class Sources:
     look_up: NeutronSource | None = field(default=None)
 
 
-def build_sources(settings: Settings, clock: Clock) -> Sources:
-    """The sources that the settings enable."""
+def build_sources(
+    settings: Settings, clock: Clock, *, begin: Callable[[], Awaitable[object]]
+) -> Sources:
+    """The sources that the settings enable.
+
+    Args:
+        settings: Which, and how.
+        clock: For what is known for a time.
+        begin: Waited for before a source does what nobody waits for.
+    """
     found: list[Source] = []
     writable: WritableSource | None = None
     if settings.sources.sqlite.enabled:
@@ -209,12 +217,14 @@ def build_sources(settings: Settings, clock: Clock) -> Sources:
         found.append(FileSource(settings.sources.file.directory, last_good=kept))
     neutron: NeutronSource | None = None
     if settings.sources.neutron.enabled:
-        neutron = _build_neutron(settings, clock)
+        neutron = _build_neutron(settings, clock, begin)
         found.append(neutron)
     return Sources(tuple(found), writable, neutron)
 
 
-def _build_neutron(settings: Settings, clock: Clock) -> NeutronSource:
+def _build_neutron(
+    settings: Settings, clock: Clock, begin: Callable[[], Awaitable[object]]
+) -> NeutronSource:
     neutron = settings.sources.neutron
     timeout_s = neutron.timeout_s
     if neutron.cloud is not None:
@@ -237,6 +247,7 @@ def _build_neutron(settings: Settings, clock: Clock) -> NeutronSource:
         ),
         clock=clock,
         random=SystemRandom().random,
+        begin=begin,
     )
 
 

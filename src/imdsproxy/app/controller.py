@@ -8,19 +8,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
-import os
+import importlib
 import signal
 import socket
-from collections.abc import Callable, Coroutine, Iterable, Mapping
+from collections.abc import Coroutine, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import structlog
 
-from imdsproxy import __version__
-from imdsproxy.admin.health import health_app
-from imdsproxy.admin.metrics import metrics_registry
 from imdsproxy.admin.operations import SettingsReload
 from imdsproxy.app.account import owner_of
 from imdsproxy.app.build import (
@@ -33,30 +31,23 @@ from imdsproxy.app.build import (
     build_spec_settings,
     prepare_directories,
 )
-from imdsproxy.app.companion import Companion
-from imdsproxy.app.explain import Explainer
 from imdsproxy.app.exporter_port import ExporterPort
-from imdsproxy.app.figures import Figures
 from imdsproxy.app.guard import HaproxyGuard
 from imdsproxy.app.kept_networks import KeptNetworks
 from imdsproxy.app.listener_loop import ListenerLoop
 from imdsproxy.app.lookup import Lookup
 from imdsproxy.app.nova_upstream import NovaUpstream
-from imdsproxy.app.nova_watch import NovaWatch
-from imdsproxy.app.operations import ControllerOperations
+from imdsproxy.app.parts import Parts
 from imdsproxy.app.record_loop import RecordLoop
-from imdsproxy.app.servers import AnyAsgiApp, open_sole_socket, open_tcp_socket, serve
+from imdsproxy.app.servers import open_sole_socket, open_tcp_socket
 from imdsproxy.app.settings_reload import SettingsHolder
-from imdsproxy.app.stop import end_data_plane
+from imdsproxy.app.stop import end_processes, sweep_host
 from imdsproxy.app.unix_listener import UnixListener, sweep_unix_socket
-from imdsproxy.app.writes import Writes
 from imdsproxy.config.schema import Settings
 from imdsproxy.core.hostnames import Naming
 from imdsproxy.core.inventory import AddressKey, Inventory, Observation
 from imdsproxy.core.model import NetworkId
-from imdsproxy.dataplane.haproxy import Haproxy
 from imdsproxy.dataplane.launch import read_program
-from imdsproxy.dataplane.layout import Layout
 from imdsproxy.errors import ConfigError, DataplaneError
 from imdsproxy.host.clock import Clock
 from imdsproxy.host.files import write_atomic
@@ -64,14 +55,11 @@ from imdsproxy.host.notify import ServiceNotifier
 from imdsproxy.host.socket_file import SocketFiles
 from imdsproxy.host.sockets import try_tcp_listen
 from imdsproxy.host.watch import EventKind, HostWatch, WatchPace
-from imdsproxy.serving.documents import DocumentService
-from imdsproxy.serving.forward import Forwarder, SignedForwarder
-from imdsproxy.serving.passwords import PasswordStore
 from imdsproxy.serving.pidfile import read_pids
 from imdsproxy.serving.resolver import HoldLimits, Resolver
-from imdsproxy.serving.resolver_app import resolver_app
-from imdsproxy.serving.store import RecordReader
-from imdsproxy.sources.api import Source
+
+if TYPE_CHECKING:
+    from imdsproxy.app.face import Face
 
 __all__ = ["run_controller"]
 
@@ -81,64 +69,51 @@ _FIRST_SYNC_S = 5.0
 _REVIEW_EVERY_S = 1.0
 _FIGURES_EVERY_S = 10.0
 _TAKE_OVER_S = 10.0
-_FORWARD_S = 900.0
-"""HAProxy's own deadlines end a forwarded request; this is for a HAProxy that hangs."""
-
-_RESOLVER_CACHE = 8 * 1024 * 1024
 
 
 @dataclass(slots=True)
 class _Controller:
-    """The parts that outlive start-up, and why it ends."""
+    """What goes on while it runs, and why it ends.
 
-    holder: SettingsHolder
-    layout: Layout
-    clock: Clock
+    Attributes:
+        served: Set once known guests are served: what takes the processor's time waits for it.
+    """
+
+    parts: Parts
     notifier: ServiceNotifier
-    inventory: Inventory
-    records: RecordLoop
-    listeners: ListenerLoop
-    haproxy: Haproxy
-    guard: HaproxyGuard
-    companion: Companion
-    lookup: Lookup
-    resolver: Resolver
-    service: DocumentService
-    operations: ControllerOperations
-    figures: Figures
     watch: HostWatch
-    nova: NovaUpstream
-    forwarder: Forwarder
-    sources: tuple[Source, ...]
+    served: asyncio.Event
+    face: Face | None = None
     ended: asyncio.Event = field(default_factory=asyncio.Event)
     with_data_plane: bool = False
     _tasks: set[asyncio.Task[None]] = field(default_factory=set)
 
     def end(self, data_plane: bool) -> None:  # noqa: FBT001 - the shape of Operations.stop
-        """Ask for the end; the answer to who asked goes out first."""
+        """Ask for the end; the admin API gives the answers that it has begun before it ends."""
         self.with_data_plane = data_plane
-        asyncio.get_running_loop().call_later(0.1, self.ended.set)
+        self.ended.set()
 
     def publish(self, observation: Observation) -> None:
         """Take in what a source saw."""
-        self.records.observe(observation)
+        self.parts.records.observe(observation)
 
     async def follow_host(self) -> None:
         """Turn what the host reports into work for the listeners."""
         async for event in self.watch:
             everything = event.kind is EventKind.OVERFLOW
-            self.listeners.touch(event.kind.value, None if everything else event.networks)
+            self.parts.listeners.touch(event.kind.value, None if everything else event.networks)
 
     async def review(self) -> None:
         """Look again at what was learned from neighbour tables, when its time is over."""
         while True:
             await asyncio.sleep(_REVIEW_EVERY_S)
-            await self.lookup.review()
+            await self.parts.lookup.review()
 
     async def refresh_figures(self) -> None:
         """Read HAProxy's counters now and then, so that none is lost over a reload."""
         while True:
-            await self.figures.refresh()
+            if self.face is not None:
+                await self.face.figures.refresh()
             await asyncio.sleep(_FIGURES_EVERY_S)
 
     async def reload(self) -> SettingsReload:
@@ -149,36 +124,37 @@ class _Controller:
         result, taken_over = self._begin_reload()
         if taken_over is None or (await asyncio.wait([taken_over], timeout=_TAKE_OVER_S))[0]:
             return result
-        problems = dict.fromkeys(problem.reason for problem in self.operations.own_problems())
+        own = () if self.face is None else self.face.operations.own_problems()
+        problems = dict.fromkeys(problem.reason for problem in own)
         pending = ("the data plane has not confirmed it yet", *problems)
         return replace(result, haproxy_reloaded=False, pending=pending)
 
     def _begin_reload(self) -> tuple[SettingsReload, asyncio.Task[None] | None]:
-        self.notifier.reloading(int(self.clock.monotonic() * 1e6))
-        before, resigned = self.nova.backends(), False
+        self.notifier.reloading(int(self.parts.clock.monotonic() * 1e6))
+        before, resigned = self.parts.nova.backends(), False
 
         def accept(after: Settings) -> None:
             nonlocal resigned
-            resigned = self.nova.read(after.nova)
+            resigned = self.parts.nova.read(after.nova)
 
         try:
-            result = self.holder.reload(accept)
+            result = self.parts.holder.reload(accept)
         finally:
             self.notifier.ready()
-        if self.nova.backends() != before:
+        if self.parts.nova.backends() != before:
             # Also where the settings are the same, and a file that they name is not.
             result = replace(result, haproxy_reloaded=True)
         if not (resigned or result.haproxy_reloaded):
             return result, None
-        ticket = self.records.resync() if resigned else None
+        ticket = self.parts.records.resync() if resigned else None
         return result, self._later(self._take_over(ticket))
 
     async def _take_over(self, ticket: int | None) -> None:
         # Rules that take another signature, or another set, find it in the records already.
         if ticket is not None:
-            await self.records.tickets.wait(ticket)
-        await self.nova.resolve()
-        await self.listeners.tickets.wait(self.listeners.touch("settings changed"))
+            await self.parts.records.tickets.wait(ticket)
+        await self.parts.nova.resolve()
+        await self.parts.listeners.tickets.wait(self.parts.listeners.touch("settings changed"))
 
     def _later(self, work: Coroutine[object, object, None]) -> asyncio.Task[None]:
         task = asyncio.get_running_loop().create_task(work)
@@ -188,15 +164,15 @@ class _Controller:
 
     async def follow_nova(self) -> None:
         """Reload when a name of Nova's leads to other addresses."""
-        await self.nova.follow(lambda: self.listeners.touch("nova's addresses changed"))
+        await self.parts.nova.follow(lambda: self.parts.listeners.touch("nova's addresses changed"))
 
     async def follow_unix(self) -> None:
         """Look after the unix listener's socket: the kernel tells nobody that a path leads elsewhere."""
         while True:
             await asyncio.sleep(_REVIEW_EVERY_S)
-            unix = self.listeners.unix
+            unix = self.parts.listeners.unix
             if unix is not None and unix.changed():
-                self.listeners.touch("unix socket changed", ())
+                self.parts.listeners.touch("unix socket changed", ())
 
     def hang_up(self) -> None:
         """SIGHUP: as `imdsproxy reload`, but nobody waits for the answer."""
@@ -241,24 +217,25 @@ async def run_controller(
     host, thread = build_host(settings, layout, naming := Naming(settings.host.name_prefix))
     with contextlib.closing(admin), contextlib.closing(thread):
         haproxy, applier = build_haproxy(settings, layout, program, clock)
-        sources = build_sources(settings, clock)
+        served = asyncio.Event()
+        sources = build_sources(settings, clock, begin=served.wait)
         inventory = Inventory(source.name for source in sources.all)
         controller: _Controller
 
         def on_networks(networks: frozenset[NetworkId]) -> None:
-            controller.listeners.touch("networks changed", networks)
+            controller.parts.listeners.touch("networks changed", networks)
 
         def on_applied(keys: Iterable[AddressKey] | None) -> None:
             if keys is None:
-                controller.resolver.wake_all()
+                controller.parts.resolver.wake_all()
             else:
-                controller.resolver.wake(keys)
+                controller.parts.resolver.wake(keys)
 
         def on_return(reason: str) -> None:
             structlog.get_logger().info("records compared again", reason=reason)
-            controller.records.resync()
+            controller.parts.records.resync()
             # All of them: who looked while HAProxy came back took its new sockets for somebody else's.
-            controller.listeners.touch(reason)
+            controller.parts.listeners.touch(reason)
 
         records = RecordLoop(
             inventory,
@@ -304,70 +281,31 @@ async def run_controller(
             sources.look_up,
         )
         resolver = Resolver(lookup.look, lambda: _hold_limits(holder.settings))
-        service = DocumentService(
-            RecordReader(layout.records, capacity=_RESOLVER_CACHE), PasswordStore(layout.passwords)
-        )
-        forwarder = SignedForwarder(str(layout.signed_socket), _FORWARD_S)
-        operations = ControllerOperations(
-            version=__version__,
-            pid=os.getpid(),
-            clock=clock,
-            started_at=clock.now().timestamp(),
-            started=clock.monotonic(),
-            inventory=inventory,
-            records=records,
-            listeners=listeners,
-            haproxy=haproxy,
-            haproxy_version=str(program.version),
-            guard=guard,
-            lookup=lookup,
-            nova=nova,
-            nova_watch=NovaWatch(haproxy, lambda: (one.name for one in nova.routing.sets)),
-            explainer=Explainer(inventory, records, listeners, haproxy, lookup),
-            service=service,
-            forwarder=forwarder,
-            sources=sources.all,
-            writes=Writes(
-                inventory,
-                records,
-                listeners,
-                sources.writable,
-                lambda: controller.operations.own_problems(),  # noqa: PLW0108 - made below
-            ),
-            documents_pids=lambda: read_pids(layout.documents_pid).pids,
-            documents_problem=lambda: companion.failure,
-            documents_restarts=lambda: companion.restarts,
-            documents_needed=companion.needed,
-            reload_settings=lambda: controller.reload(),  # noqa: PLW0108 - made below
-            end=lambda data_plane: controller.end(data_plane),  # noqa: PLW0108 - made below
-        )
         watch = HostWatch(
             thread,
             host.observer,
             naming,
             WatchPace(audits_per_s=max(0.01, float(settings.host.audit_per_second))),
         )
-        controller = _Controller(
+        parts = Parts(
             holder=holder,
             layout=layout,
             clock=clock,
-            notifier=notifier,
+            sources=sources,
             inventory=inventory,
             records=records,
             listeners=listeners,
             haproxy=haproxy,
+            haproxy_version=str(program.version),
             guard=guard,
             companion=companion,
             lookup=lookup,
             resolver=resolver,
-            service=service,
-            operations=operations,
-            figures=Figures(operations, resolver, sources.look_up),
-            watch=watch,
             nova=nova,
-            forwarder=forwarder,
-            sources=sources.all,
+            started_at=clock.now().timestamp(),
+            started=clock.monotonic(),
         )
+        controller = _Controller(parts, notifier, watch, served)
         try:
             await _live(controller, admin)
         finally:
@@ -381,10 +319,11 @@ def _hold_limits(settings: Settings) -> HoldLimits:
 
 async def _live(controller: _Controller, admin: socket.socket) -> None:
     """Start in order, serve until the end is asked for, and stop what is ours."""
-    settings = controller.holder.settings
+    parts = controller.parts
+    settings = parts.holder.settings
     loop = asyncio.get_running_loop()
     resolver_socket = open_sole_socket(
-        controller.layout.resolver_socket, mode=0o660, owner=owner_of(None, settings.haproxy.group)
+        parts.layout.resolver_socket, mode=0o660, owner=owner_of(None, settings.haproxy.group)
     )
     listen = settings.metrics.listen
     health_socket = None if listen is None else open_tcp_socket(listen.host, listen.port)
@@ -397,124 +336,113 @@ async def _live(controller: _Controller, admin: socket.socket) -> None:
         group = await stack.enter_async_context(asyncio.TaskGroup())
         tasks = [
             group.create_task(source.run(controller.publish), name=f"source-{source.name}")
-            for source in controller.sources
+            for source in parts.sources.all
         ]
-        await _start_data_plane(controller)
-        resolver = resolver_app(controller.resolver, controller.service, controller.forwarder)
-        tasks.append(group.create_task(serve(resolver, resolver_socket)))
+        try:
+            await _start_data_plane(controller)
+        finally:
+            controller.served.set()
         tasks += [
             group.create_task(work(), name=work.__qualname__)
             for work in (
-                controller.records.run,
-                controller.listeners.run,
-                controller.guard.run,
-                controller.companion.run,
+                parts.records.run,
+                parts.listeners.run,
+                parts.guard.run,
+                parts.companion.run,
                 controller.follow_host,
                 controller.review,
-                controller.refresh_figures,
                 controller.follow_nova,
                 controller.follow_unix,
             )
         ]
-        admin_app = await asyncio.to_thread(_load_admin_api)
-        apps: list[tuple[AnyAsgiApp, socket.socket]] = [
-            (admin_app(controller.operations, version=__version__), admin)
-        ]
+        # In a thread: the event loop sees to HAProxy meanwhile, which serves the known ones already.
+        await asyncio.to_thread(importlib.import_module, "imdsproxy.app.face")
+        from imdsproxy.app.face import build_face, load_admin, serve  # noqa: PLC0415 - it is there now
+
+        face = controller.face = build_face(
+            parts, reload_settings=controller.reload, end=controller.end
+        )
+        resolving = group.create_task(serve(face.resolver, resolver_socket))
+        tasks.append(group.create_task(controller.refresh_figures()))
+        make_admin = await asyncio.to_thread(load_admin)
+        apps = [(make_admin(face), admin)]
         if health_socket is not None:
-            registry = metrics_registry(
-                controller.figures.take,
-                network_series=lambda: controller.holder.settings.metrics.network_series,
-            )
-            health = health_app(
-                alive=lambda: True, readiness=controller.operations.readiness, registry=registry
-            )
-            apps.append((health, health_socket))
+            apps.append((face.health, health_socket))
         tasks += [group.create_task(serve(app, listener)) for app, listener in apps]
         # What the sources have told mostly stays. To look through it for garbage again and again takes 70 ms
         # each time at 1,000 networks, and guests wait meanwhile.
         gc.collect()
         gc.freeze()
-        controller.notifier.ready(f"{len(controller.inventory.networks)} networks")
+        controller.notifier.ready(f"{len(parts.inventory.networks)} networks")
         structlog.get_logger().info(
             "ready",
-            networks=len(controller.inventory.networks),
-            instances=len(controller.inventory.instances),
+            networks=len(parts.inventory.networks),
+            instances=len(parts.inventory.instances),
             admin=str(settings.admin_socket),
         )
         await controller.ended.wait()
         for task in tasks:
             task.cancel()
-    if controller.with_data_plane:
-        await _stop_data_plane(controller)
-
-
-def _load_admin_api() -> Callable[..., AnyAsgiApp]:
-    """What it is made of takes as long to import as HAProxy to start: guests do not wait for it."""
-    from imdsproxy.admin.api import admin_app  # noqa: PLC0415 - as said above
-
-    return admin_app
+        if controller.with_data_plane:
+            # Who starts again what has ended is to be gone before it ends; the servers may take their time.
+            await asyncio.wait(tasks[: -len(apps)])
+            await end_processes(parts.haproxy.launcher, parts.companion.launcher)
+        # After HAProxy: while that runs, a request may be on its way on each connection that it keeps.
+        resolving.cancel()
+        if controller.with_data_plane:
+            await sweep_host(parts.listeners.host, parts.listeners.naming)
+            sweep_unix_socket(parts.layout.config, SocketFiles().observe)
 
 
 async def _start_data_plane(controller: _Controller) -> None:
     """Adopt what runs; start what does not, with everything that the sources know by now."""
     log = structlog.get_logger()
-    applier = controller.records.applier
+    parts = controller.parts
+    applier = parts.records.applier
     adopted = False
     if applier.load():
-        adopted = await controller.haproxy.adopt()
-    found = controller.companion.find()
+        adopted = await parts.haproxy.adopt()
+    found = parts.companion.find()
     try:
         # The document server takes its time to start; so does a look at a thousand namespaces.
-        await asyncio.gather(controller.companion.ensure(), _look(controller))
+        await asyncio.gather(parts.companion.ensure(), _look(parts))
         if adopted:
-            log.info("haproxy adopted", master=_master(controller))
-            controller.records.resync()
+            log.info("haproxy adopted", master=_master(parts))
+            parts.records.resync()
         else:
-            await controller.haproxy.end_stray()
-            records = controller.records.compile_all()
-            if not controller.inventory.in_sync:
+            await parts.haproxy.end_stray()
+            records = parts.records.compile_all()
+            if not parts.inventory.in_sync:
                 # What an untold source knew is served on, by what it told before.
                 records = {**applier.state.effective(), **records}
             applier.write_all(records)
-        await controller.listeners.first_round()
+        await parts.listeners.first_round()
     except DataplaneError:
         if found is None:
             # A document server that nobody can reach is not left behind.
-            await controller.companion.launcher.stop()
+            await parts.companion.launcher.stop()
         raise
 
 
-def _master(controller: _Controller) -> int | None:
-    processes = controller.haproxy.processes
+def _master(parts: Parts) -> int | None:
+    processes = parts.haproxy.processes
     return None if processes is None else processes.master
 
 
-async def _look(controller: _Controller) -> None:
-    await controller.nova.resolve()
-    await _wait_for_sources(controller)
+async def _look(parts: Parts) -> None:
+    await parts.nova.resolve()
+    await _wait_for_sources(parts)
     # Before anything is swept: guests behind routers are known on, as they were before a restart.
-    controller.lookup.follow_routes()
-    await controller.listeners.first_look()
+    parts.lookup.follow_routes()
+    await parts.listeners.first_look()
 
 
-async def _wait_for_sources(controller: _Controller) -> None:
+async def _wait_for_sources(parts: Parts) -> None:
     try:
         async with asyncio.timeout(_FIRST_SYNC_S):
-            await controller.records.in_sync.wait()
+            await parts.records.in_sync.wait()
     except TimeoutError:
         structlog.get_logger().warning(
             "starting before all sources have told what they know",
-            waiting_for=[name for name, there in controller.inventory.sources.items() if not there],
+            waiting_for=[name for name, there in parts.inventory.sources.items() if not there],
         )
-
-
-async def _stop_data_plane(controller: _Controller) -> None:
-    listeners = controller.listeners
-    await end_data_plane(
-        controller.haproxy.launcher,
-        controller.companion.launcher,
-        listeners.host,
-        listeners.naming,
-        listeners.inventory.networks.values(),
-    )
-    sweep_unix_socket(controller.layout.config, SocketFiles().observe)

@@ -1,29 +1,20 @@
-"""ASGI applications served inside the controller, on sockets that exist before anything else starts."""
+"""The sockets of the servers inside the controller, which exist before anything else starts."""
 
 from __future__ import annotations
 
-import asyncio
 import os
 import socket
 import stat
-from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, TypeAlias, cast
+from typing import Final
 
 from imdsproxy.errors import HostRefused
 from imdsproxy.host.refusal import host_refused
-from imdsproxy.serving.listen import HttpListener, open_unix_socket
+from imdsproxy.serving.bind import open_unix_socket
 
-if TYPE_CHECKING:
-    from imdsproxy.serving.asgi import AsgiApp
-
-AnyAsgiApp: TypeAlias = Callable[..., Awaitable[None]]
-"""FastAPI's, Starlette's and our own spell the three arguments each in their way."""
-
-__all__ = ["AnyAsgiApp", "open_sole_socket", "open_tcp_socket", "serve"]
+__all__ = ["open_sole_socket", "open_tcp_socket"]
 
 _BACKLOG: Final = 128
-_GRACE_S: Final = 1.0
 
 
 def open_sole_socket(path: Path, *, mode: int, owner: tuple[int, int]) -> socket.socket:
@@ -83,13 +74,3 @@ def open_tcp_socket(host: str, port: int) -> socket.socket:
         listener.close()
         raise host_refused(f"listen on {host} port {port}", error) from error
     return listener
-
-
-async def serve(app: AnyAsgiApp, listener: socket.socket) -> None:
-    """Serve until cancelled, then let what has begun come to its end."""
-    server = HttpListener(cast("AsgiApp", app))
-    await server.open(listener)
-    try:
-        await asyncio.Event().wait()
-    finally:
-        await server.close(grace_s=_GRACE_S)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 from imdsproxy.app.build import build_companion, build_host, build_launcher, build_layout
@@ -12,30 +12,31 @@ from imdsproxy.app.unix_listener import sweep_unix_socket
 from imdsproxy.config.schema import Settings
 from imdsproxy.core.hostnames import Naming
 from imdsproxy.core.listeners import plan_listeners
-from imdsproxy.core.model import Network
 from imdsproxy.dataplane.launch import Launcher
 from imdsproxy.errors import HostRefused, Problem
 from imdsproxy.host.socket_file import SocketFiles
 from imdsproxy.serving.pidfile import read_pids
 
-__all__ = ["end_data_plane", "stop_data_plane"]
+__all__ = ["end_processes", "stop_data_plane", "sweep_host"]
 
 
-async def end_data_plane(
-    haproxy: Launcher,
-    documents: CompanionLauncher,
-    host: HostView,
-    naming: Naming,
-    networks: Iterable[Network] = (),
-) -> None:
-    """End both processes, then take away every namespace, link and address of ours.
+async def end_processes(haproxy: Launcher, documents: CompanionLauncher) -> None:
+    """End both; the one that keeps connections to the other first.
 
     Raises:
-        DataplaneError: A process does not end, or the host refuses.
+        DataplaneError: One does not end.
     """
     await haproxy.stop()
     await documents.stop()
-    observed = await host.observe(networks, (), everything=True)
+
+
+async def sweep_host(host: HostView, naming: Naming) -> None:
+    """Take away every namespace, link and address of ours, once nobody needs them.
+
+    Raises:
+        DataplaneError: The host refuses.
+    """
+    observed = await host.observe((), (), everything=True)
     plan = plan_listeners({}, observed, naming, managed=host.managed())
     failures = await host.apply(plan.ops)
     host.apply_links({})
@@ -64,7 +65,8 @@ async def stop_data_plane(settings: Settings, environment: Mapping[str, str]) ->
     )
     try:
         launcher = build_launcher(settings, layout, settings.haproxy.binary)
-        await end_data_plane(launcher, companion.launcher, host, naming)
+        await end_processes(launcher, companion.launcher)
+        await sweep_host(host, naming)
     finally:
         thread.close()
     _remove(

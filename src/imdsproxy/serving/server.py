@@ -23,8 +23,8 @@ from imdsproxy.errors import ImdsproxyError
 from imdsproxy.host.files import ensure_directory
 from imdsproxy.host.notify import ServiceNotifier
 from imdsproxy.serving.account import Account, find_account
+from imdsproxy.serving.bind import open_unix_socket
 from imdsproxy.serving.handover import Handover, accept_handover, write_handover
-from imdsproxy.serving.listen import open_unix_socket
 from imdsproxy.serving.pidfile import PidFile
 from imdsproxy.serving.supervisor import HANDLED_SIGNALS, Ending, Supervisor
 from imdsproxy.serving.worker import Place

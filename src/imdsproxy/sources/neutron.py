@@ -61,6 +61,8 @@ class NeutronSource:
         clock: Time.
         random: Numbers from 0 to 1.
         sleep: Lets seconds pass.
+        begin: Waited for before Neutron is asked for anything that no guest waits for; what it takes to ask is
+            loaded then. A list without which the source knows nothing is read at once.
         name: The source's name.
     """
 
@@ -73,6 +75,7 @@ class NeutronSource:
         clock: Clock,
         random: Callable[[], float],
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+        begin: Callable[[], Awaitable[object]] | None = None,
         name: str = "neutron",
     ) -> None:
         self._connect = connect
@@ -81,6 +84,7 @@ class NeutronSource:
         self._clock = clock
         self._random = random
         self._sleep = sleep
+        self._begin = begin
         self._name = name
         self._running: Running | None = None
 
@@ -113,6 +117,8 @@ class NeutronSource:
         try:
             await running.start()
             self._running = running
+            if self._begin is not None and running.complete:
+                await self._begin()
             await running.work()
         finally:
             self._running = None

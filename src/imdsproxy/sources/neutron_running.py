@@ -111,6 +111,11 @@ class Running:
             tell=self._tell,
         )
 
+    @property
+    def complete(self) -> bool:
+        """Whether it is in sync by what is kept, before anything was asked."""
+        return self._complete
+
     async def start(self) -> None:
         """Take over what is kept, and tell it."""
         kept = await asyncio.to_thread(self._kept.load)

@@ -24,16 +24,20 @@ def _settings(tmp_path: Path, **neutron: object) -> Settings:
     return Settings.model_validate(settings)
 
 
+async def _begin() -> None:
+    return
+
+
 def test_neutron_is_the_one_that_is_asked_for_addresses(tmp_path: Path) -> None:
     settings = _settings(tmp_path, endpoint="http://127.0.0.1:9696")
-    sources = build.build_sources(settings, SystemClock())
+    sources = build.build_sources(settings, SystemClock(), begin=_begin)
     assert sources.all == (sources.look_up,)
     assert isinstance(sources.look_up, NeutronSource)
     assert sources.writable is None
 
 
 def test_without_neutron_nobody_is_asked() -> None:
-    assert build.build_sources(Settings(), SystemClock()).look_up is None
+    assert build.build_sources(Settings(), SystemClock(), begin=_begin).look_up is None
 
 
 @pytest.mark.parametrize(
@@ -59,7 +63,7 @@ async def test_neutron_is_where_the_settings_say(
     )
     monkeypatch.setattr(build, "connect_cloud", lambda *where: asked.append(("cloud", *where)))
     settings = _settings(tmp_path, timeout_s=7.0, **fields)
-    source = build.build_sources(settings, SystemClock()).look_up
+    source = build.build_sources(settings, SystemClock(), begin=_begin).look_up
     assert source is not None
     client = source._connect()
     try:
@@ -80,6 +84,6 @@ def test_how_neutron_is_asked_is_as_the_settings_say(tmp_path: Path) -> None:
         "page_size": 50,
     }
     settings = _settings(tmp_path, endpoint="http://127.0.0.1:9696", **said)
-    source = build.build_sources(settings, SystemClock()).look_up
+    source = build.build_sources(settings, SystemClock(), begin=_begin).look_up
     assert source is not None
     assert {name: getattr(source._pace, name) for name in said} == said

@@ -108,6 +108,19 @@ def test_help_starts_fast_and_loads_no_more_than_it_needs() -> None:
     assert min(_seconds([*PROGRAM, "--help"]) for _ in range(5)) < 0.4
 
 
+def test_a_daemon_serves_known_guests_before_it_loads_what_only_others_ask_of_it() -> None:
+    code = (
+        "import sys\n"
+        "import imdsproxy.cli.main, imdsproxy.app.main\n"
+        "later = {'fastapi', 'starlette', 'uvicorn', 'prometheus_client', 'httpcore', 'keystoneauth1',"
+        " 'openstack'}\n"
+        "sys.exit(', '.join(sorted(later & sys.modules.keys())) or 0)\n"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+
+    assert (ran.returncode, ran.stderr) == (0, "")
+
+
 def _seconds(argv: list[str]) -> float:
     """Processor time, which a busy machine does not stretch as it does the clock's."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)

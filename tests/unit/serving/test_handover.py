@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from imdsproxy.serving.bind import open_unix_socket
 from imdsproxy.serving.handover import Handover, accept_handover, write_handover
-from imdsproxy.serving.listen import open_unix_socket
 from imdsproxy.serving.worker import Place
 
 

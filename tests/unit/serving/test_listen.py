@@ -10,7 +10,8 @@ import pytest
 
 from imdsproxy.errors import HostRefused
 from imdsproxy.serving.asgi import AsgiApp, Receive, Scope, Send, read_body
-from imdsproxy.serving.listen import HttpListener, _WholeAnswers, open_unix_socket
+from imdsproxy.serving.bind import open_unix_socket
+from imdsproxy.serving.listen import HttpListener, _WholeAnswers
 
 ASK = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
 

@@ -128,6 +128,44 @@ async def test_a_source_that_knows_nothing_is_in_sync_and_finds_out_whether_neut
         assert one.asked == 0
 
 
+async def test_before_it_is_to_begin_neutron_is_asked_for_guests_alone(kept: Path) -> None:
+    begin, neutron, time = asyncio.Event(), FakeNeutron(), FakeTime()
+    neutron.put(_A)
+    source = _waiting(kept, begin, neutron, time, NeutronPace())
+    async with running(source) as heard:
+        await heard.until(lambda one: bool(one.observations) and one.last.in_sync)
+        assert neutron.queries == []
+        found = await source.look_up(Scope.NETWORK, NetworkId("n1"), ip_address("10.0.0.5"))
+        assert found == _FOUND_A
+        assert len(neutron.queries) == 1
+        begin.set()
+        await time.settle(1)
+        assert len(neutron.queries) == 2
+
+
+async def test_a_list_without_which_nothing_is_known_is_read_at_once(kept: Path) -> None:
+    neutron, time = FakeNeutron(), FakeTime()
+    neutron.put(_A)
+    source = _waiting(kept, asyncio.Event(), neutron, time, NeutronPace(list_every_s=60.0))
+    async with running(source) as heard:
+        await heard.until(lambda one: bool(one.observations) and one.last.in_sync)
+        assert heard.owners["n1/10.0.0.5"] == "i-a"
+
+
+def _waiting(
+    kept: Path, begin: asyncio.Event, neutron: FakeNeutron, time: FakeTime, pace: NeutronPace
+) -> NeutronSource:
+    return NeutronSource(
+        lambda: neutron,
+        kept,
+        pace,
+        clock=time,
+        random=lambda: 1.0,
+        sleep=time.sleep,
+        begin=begin.wait,
+    )
+
+
 async def test_an_address_is_found_and_in_force_before_it_is_answered(kept: Path) -> None:
     async with rig(kept, _A, _B) as one:
         assert await one.look("n1", "10.0.0.5") == _FOUND_A

@@ -1,0 +1,143 @@
+"""What others ask of the controller by HTTP: the resolver, the admin API, health and metrics.
+
+To import all of it takes as long as everything else that happens before guests are served. They do not wait for it:
+nothing that is needed to serve the known ones may import this module.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Final, TypeAlias, cast
+
+from imdsproxy import __version__
+from imdsproxy.admin.health import health_app
+from imdsproxy.admin.metrics import metrics_registry
+from imdsproxy.admin.operations import SettingsReload
+from imdsproxy.app.explain import Explainer
+from imdsproxy.app.figures import Figures
+from imdsproxy.app.nova_watch import NovaWatch
+from imdsproxy.app.operations import ControllerOperations
+from imdsproxy.app.parts import Parts
+from imdsproxy.app.writes import Writes
+from imdsproxy.serving.asgi import AsgiApp
+from imdsproxy.serving.documents import DocumentService
+from imdsproxy.serving.forward import SignedForwarder
+from imdsproxy.serving.listen import HttpListener
+from imdsproxy.serving.passwords import PasswordStore
+from imdsproxy.serving.pidfile import read_pids
+from imdsproxy.serving.resolver_app import resolver_app
+from imdsproxy.serving.store import RecordReader
+
+__all__ = ["AnyAsgiApp", "Face", "build_face", "load_admin", "serve"]
+
+AnyAsgiApp: TypeAlias = Callable[..., Awaitable[None]]
+"""FastAPI's, Starlette's and our own spell the three arguments each in their way."""
+
+_GRACE_S: Final = 1.0
+
+_FORWARD_S: Final = 900.0
+"""HAProxy's own deadlines end a forwarded request; this is for a HAProxy that hangs."""
+
+_RESOLVER_CACHE: Final = 8 * 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Face:
+    """Made of a controller's parts.
+
+    Attributes:
+        resolver: The application behind HAProxy's backend `resolver`.
+        health: Health and metrics.
+    """
+
+    operations: ControllerOperations
+    figures: Figures
+    resolver: AnyAsgiApp
+    health: AnyAsgiApp
+
+
+def build_face(
+    parts: Parts,
+    *,
+    reload_settings: Callable[[], Awaitable[SettingsReload]],
+    end: Callable[[bool], None],
+) -> Face:
+    """Make it.
+
+    Args:
+        parts: Those of the controller.
+        reload_settings: Reads the settings again; returns once guests are answered by them.
+        end: Ends the controller, and with `True` the data plane too.
+    """
+    service = DocumentService(
+        RecordReader(parts.layout.records, capacity=_RESOLVER_CACHE),
+        PasswordStore(parts.layout.passwords),
+    )
+    forwarder = SignedForwarder(str(parts.layout.signed_socket), _FORWARD_S)
+    companion, nova = parts.companion, parts.nova
+    operations = ControllerOperations(
+        version=__version__,
+        pid=os.getpid(),
+        clock=parts.clock,
+        started_at=parts.started_at,
+        started=parts.started,
+        inventory=parts.inventory,
+        records=parts.records,
+        listeners=parts.listeners,
+        haproxy=parts.haproxy,
+        haproxy_version=parts.haproxy_version,
+        guard=parts.guard,
+        lookup=parts.lookup,
+        nova=nova,
+        nova_watch=NovaWatch(parts.haproxy, lambda: (one.name for one in nova.routing.sets)),
+        explainer=Explainer(
+            parts.inventory, parts.records, parts.listeners, parts.haproxy, parts.lookup
+        ),
+        service=service,
+        forwarder=forwarder,
+        sources=parts.sources.all,
+        writes=Writes(
+            parts.inventory,
+            parts.records,
+            parts.listeners,
+            parts.sources.writable,
+            lambda: operations.own_problems(),  # noqa: PLW0108 - made here
+        ),
+        documents_pids=lambda: read_pids(parts.layout.documents_pid).pids,
+        documents_problem=lambda: companion.failure,
+        documents_restarts=lambda: companion.restarts,
+        documents_needed=companion.needed,
+        reload_settings=reload_settings,
+        end=end,
+    )
+    figures = Figures(operations, parts.resolver, parts.sources.look_up)
+    registry = metrics_registry(
+        figures.take, network_series=lambda: parts.holder.settings.metrics.network_series
+    )
+    return Face(
+        operations,
+        figures,
+        resolver_app(parts.resolver, service, forwarder),
+        health_app(alive=lambda: True, readiness=operations.readiness, registry=registry),
+    )
+
+
+def load_admin() -> Callable[[Face], AnyAsgiApp]:
+    """Import the admin API, which takes longest of all; what makes it."""
+    from imdsproxy.admin.api import admin_app  # noqa: PLC0415 - the resolver does not wait for it
+
+    return lambda face: admin_app(face.operations, version=__version__)
+
+
+async def serve(app: AnyAsgiApp, listener: socket.socket) -> None:
+    """Serve until cancelled, then let what has begun come to its end."""
+    server = HttpListener(cast("AsgiApp", app))
+    await server.open(listener)
+    try:
+        await asyncio.Event().wait()
+    finally:
+        await server.close(grace_s=_GRACE_S)

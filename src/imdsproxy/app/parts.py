@@ -1,0 +1,49 @@
+"""The parts of a running controller, for those that are made of several of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from imdsproxy.app.build import Sources
+from imdsproxy.app.companion import Companion
+from imdsproxy.app.guard import HaproxyGuard
+from imdsproxy.app.listener_loop import ListenerLoop
+from imdsproxy.app.lookup import Lookup
+from imdsproxy.app.nova_upstream import NovaUpstream
+from imdsproxy.app.record_loop import RecordLoop
+from imdsproxy.app.settings_reload import SettingsHolder
+from imdsproxy.core.inventory import Inventory
+from imdsproxy.dataplane.haproxy import Haproxy
+from imdsproxy.dataplane.layout import Layout
+from imdsproxy.host.clock import Clock
+from imdsproxy.serving.resolver import Resolver
+
+__all__ = ["Parts"]
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """All that it takes to serve guests that are known.
+
+    Attributes:
+        haproxy_version: Of the program that is installed.
+        started_at: When this controller started, Unix time.
+        started: The same by the monotonic clock.
+    """
+
+    holder: SettingsHolder
+    layout: Layout
+    clock: Clock
+    sources: Sources
+    inventory: Inventory
+    records: RecordLoop
+    listeners: ListenerLoop
+    haproxy: Haproxy
+    haproxy_version: str
+    guard: HaproxyGuard
+    companion: Companion
+    lookup: Lookup
+    resolver: Resolver
+    nova: NovaUpstream
+    started_at: float
+    started: float
