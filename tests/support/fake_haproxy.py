@@ -122,17 +122,25 @@ class FakeHaproxy:
 
 @dataclass(slots=True)
 class FakeLauncher:
-    """Starts the fake instead of a program."""
+    """Starts the fake instead of a program.
+
+    Attributes:
+        refuse: Why it does not start; empty when it does.
+        judged: A configuration with which it does not start when it has the word POISON.
+    """
 
     fake: FakeHaproxy
     master: MasterClient
     refuse: str = ""
+    judged: Path | None = None
     started: int = 0
     killed: list[Processes] = field(default_factory=list)
 
     async def start(self) -> Processes:
         if self.refuse:
             raise ConfigRejected(f"HAProxy did not start: {self.refuse}")
+        if self.judged is not None and "POISON" in self.judged.read_text():
+            raise ConfigRejected("HAProxy did not start: POISON")
         self.started += 1
         await self.fake.start()
         return await self.master.read_processes()

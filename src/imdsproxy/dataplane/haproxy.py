@@ -72,6 +72,8 @@ class Haproxy:
     async def apply(self, spec: DataplaneSpec, checking: DataplaneSpec, reason: str) -> bool:
         """Have HAProxy run with this configuration; whether anything had to be done.
 
+        Where none runs, starting it is the check: there is nothing that a refused file could take the place of.
+
         Args:
             spec: What is wanted.
             checking: The same with an empty records map, for `haproxy -c`.
@@ -88,7 +90,8 @@ class Haproxy:
             return False
         loop = asyncio.get_running_loop()
         began = loop.time()
-        await self._check(render_config(checking), text, reason)
+        if self.processes is not None:
+            await self._check(render_config(checking), text, reason)
         async with self.records.lock:
             self.write(self.layout.config, text.encode())
             if self.processes is None:
@@ -176,6 +179,8 @@ class Haproxy:
             self.processes = await self.launcher.start()
         except ConfigRejected as error:
             self.processes = None
+            with contextlib.suppress(FileNotFoundError):
+                self.write(self.layout.rejected, self.layout.config.read_bytes())
             self._note(reason, "failed", error.message)
             raise
         self.records.known.clear()

@@ -147,9 +147,8 @@ async def _rig(directory: Path, *, agents: str | None = None) -> AsyncIterator[R
     program = directory / "haproxy"
     program.write_text('#!/bin/sh\n! grep -q POISON "$3"\n')
     program.chmod(0o755)
-    haproxy = Haproxy(
-        str(program), layout, FakeLauncher(fake, master), master, records, write, SystemClock()
-    )
+    launcher = FakeLauncher(fake, master, judged=layout.config)
+    haproxy = Haproxy(str(program), layout, launcher, master, records, write, SystemClock())
     host = FakeHost()
     inventory = Inventory(["a"])
     expected: list[frozenset[NetworkId]] = []

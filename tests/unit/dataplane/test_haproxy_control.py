@@ -77,6 +77,13 @@ async def test_the_first_configuration_starts_haproxy(tmp_path: Path) -> None:
         assert rig.haproxy.last_reload.result == "started"
 
 
+async def test_where_nothing_runs_the_start_is_the_check(tmp_path: Path) -> None:
+    async with _rig(tmp_path) as rig:
+        rig.judge(_REFUSES)
+        assert await rig.apply("red")
+        assert not rig.layout.candidate.exists()
+
+
 async def test_the_same_configuration_again_does_nothing(tmp_path: Path) -> None:
     async with _rig(tmp_path) as rig:
         await rig.apply("red")
@@ -130,6 +137,9 @@ async def test_a_start_that_fails_says_why_and_is_tried_again(tmp_path: Path) ->
         with pytest.raises(ConfigRejected, match="no such group"):
             await rig.apply("red")
         assert rig.haproxy.processes is None
+        assert "name red" in rig.layout.rejected.read_text()
+        assert rig.haproxy.last_reload is not None
+        assert rig.haproxy.last_reload.result == "failed"
         rig.launcher.refuse = ""
         assert await rig.apply("red")
 
