@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import os
 import subprocess
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -193,3 +194,24 @@ def test_closing_twice_is_no_error() -> None:
     thread = NamespaceThread(NamespaceDirectory())
     thread.close()
     thread.close()
+
+
+async def test_who_looks_at_many_namespaces_does_not_hold_up_the_end() -> None:
+    thread = NamespaceThread(NamespaceDirectory())
+    begun, going_on = threading.Event(), threading.Event()
+
+    def look() -> None:
+        begun.set()
+        going_on.wait(5)
+        thread.enter("any", lambda _: None)
+
+    looking = asyncio.create_task(thread.run(look))
+    await asyncio.to_thread(begun.wait, 5)
+    closing = asyncio.create_task(asyncio.to_thread(thread.close))
+    async with asyncio.timeout(5):
+        while not thread.closed:
+            await asyncio.sleep(0.01)
+    going_on.set()
+    with pytest.raises(HostRefused, match="ending"):
+        await looking
+    await closing

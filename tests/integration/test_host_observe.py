@@ -158,6 +158,18 @@ async def test_addresses_that_somebody_else_added_are_never_taken_away(
     assert plan_listeners({}, seen, lab.naming, managed=[(name, device)]).ops == ()
 
 
+async def test_only_namespaces_where_something_of_ours_can_be_are_looked_at(
+    lab: HostLab, host: _Host
+) -> None:
+    elsewhere, managed = lab.namespace("elsewhere"), lab.namespace("managed")
+    ours = lab.naming.namespace(BLUE)
+    lab.run("ip", "netns", "add", ours)
+    seen = await host.observer.observe((), everything=True, managed=[(managed, "d")])
+    assert {elsewhere, managed, ours} & seen.namespaces.keys() == {managed, ours}
+    seen = await host.observer.observe((), everything=True)
+    assert {elsewhere, managed, ours} <= seen.namespaces.keys()
+
+
 async def test_an_interface_of_the_host_gets_the_addresses_and_is_bound_to(
     lab: HostLab, host: _Host
 ) -> None:

@@ -50,7 +50,10 @@ class SystemHost:
         self, networks: Iterable[Network], our_pids: Collection[int], *, everything: bool
     ) -> ObservedHost:
         """See `HostView.observe`."""
-        return await self.observer.observe(networks, our_pids, everything=everything)
+        managed = self.managed() if everything else None
+        return await self.observer.observe(
+            networks, our_pids, everything=everything, managed=managed
+        )
 
     async def apply(self, ops: Iterable[HostOp]) -> tuple[OpFailure, ...]:
         """See `HostView.apply`."""

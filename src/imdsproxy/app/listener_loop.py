@@ -305,11 +305,12 @@ class ListenerLoop:
         self, networks: Mapping[NetworkId, Network]
     ) -> tuple[ListenerPlan, tuple[Problem, ...], int]:
         """Observe and act until there is nothing more to do on the host."""
-        problems = await self._guard_arp(networks)
+        problems, observed = await self._guard_and_observe(networks)
         failures: tuple[OpFailure, ...] = ()
         operations = 0
-        for _ in range(_HOST_ROUNDS):
-            observed = await self._observe(networks)
+        for turn in range(_HOST_ROUNDS):
+            if turn:
+                observed = await self._observe(networks)
             plan = plan_listeners(
                 networks,
                 observed,
@@ -330,6 +331,17 @@ class ListenerLoop:
             self.operations["ok"] += len(plan.ops) - len(failures)
         problems += tuple(Problem("host", one.reason, one.hint) for one in failures)
         return explain_pending(plan, failures), problems, operations
+
+    async def _guard_and_observe(
+        self, networks: Mapping[NetworkId, Network]
+    ) -> tuple[tuple[Problem, ...], ObservedHost]:
+        """Both at once: a look changes nothing, and nft takes its time."""
+        guarding = asyncio.get_running_loop().create_task(self._guard_arp(networks))
+        try:
+            observed = await self._observe(networks)
+            return await guarding, observed
+        finally:
+            guarding.cancel()
 
     async def _guard_arp(self, networks: Mapping[NetworkId, Network]) -> tuple[Problem, ...]:
         # First of all: from the moment that an address is there, the host answers for it.

@@ -102,6 +102,7 @@ class NamespaceDirectory:
 
     def __init__(self, path: Path = DEFAULT_DIRECTORY) -> None:
         self.path = path
+        self._base = os.fspath(path)
         self._device = _nsfs_device()
 
     def place(self, name: str) -> Path:
@@ -110,14 +111,17 @@ class NamespaceDirectory:
         Raises:
             HostRefused: It is no name of a file, but a way to another directory.
         """
+        return Path(self._file(name))
+
+    def _file(self, name: str) -> str:
         if name in ("", ".", "..") or "/" in name or "\0" in name:
             raise HostRefused(f"not the name of a network namespace: {name!r}")
-        return self.path / name
+        return f"{self._base}/{name}"
 
     def identity(self, name: str) -> NamespaceRef | None:
         """Name and inode of a namespace; `None` when there is none, or its mount is to come."""
         try:
-            status = self.place(name).stat()
+            status = os.stat(self._file(name))  # noqa: PTH116 - of every namespace: a Path costs more than the look
         except (FileNotFoundError, NotADirectoryError):
             return None
         except OSError as error:
@@ -143,7 +147,7 @@ class NamespaceDirectory:
     def open(self, name: str) -> OpenNamespace | None:
         """Hold a namespace open; `None` when there is none of that name."""
         try:
-            descriptor = os.open(self.place(name), os.O_RDONLY | os.O_CLOEXEC)
+            descriptor = os.open(self._file(name), os.O_RDONLY | os.O_CLOEXEC)
         except (FileNotFoundError, NotADirectoryError):
             return None
         except OSError as error:
@@ -240,6 +244,11 @@ class NamespaceThread:
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="namespaces")
         self._closed = False
 
+    @property
+    def closed(self) -> bool:
+        """Whether it ends, or has ended: no namespace is entered any more."""
+        return self._closed
+
     def is_home(self, name: str) -> bool:
         """Whether a name leads to the namespace that the process started in."""
         ref = self.directory.identity(name)
@@ -254,7 +263,13 @@ class NamespaceThread:
         return await self.run(lambda: self.enter(name, work))
 
     def enter(self, name: str, work: Callable[[NamespaceRef], T]) -> T | None:
-        """The same for code that runs in this thread already (given to `run`)."""
+        """The same for code that runs in this thread already (given to `run`).
+
+        Raises:
+            HostRefused: The kernel refused, or the thread is ending: who looks at a thousand is not waited for.
+        """
+        if self._closed:
+            raise HostRefused("the namespace thread is ending")
         opened = self.directory.open(name)
         if opened is None:
             return None

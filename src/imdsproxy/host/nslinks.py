@@ -44,11 +44,15 @@ def apply_links(directory: Path, links: Mapping[str, Path | str]) -> bool:
     try:
         directory.mkdir(mode=0o755, parents=True, exist_ok=True)
         present = _present(directory)
+        base = os.fspath(directory)
         for name in present.keys() - links.keys():
-            (directory / name).unlink()
+            os.unlink(f"{base}/{name}")  # noqa: PTH108 - for every network at a stop: see `_present`
         missing = {n: text for n, t in links.items() if present.get(n) != (text := str(t))}
         for name, target in missing.items():
-            _place(directory, name, target)
+            if name in present:
+                _replace(directory, name, target)
+            else:
+                _place(f"{base}/{name}", target)
     except OSError as error:
         raise host_refused(f"link namespaces in {directory}", error) from error
     return bool(missing) or bool(present.keys() - links.keys())
@@ -60,7 +64,15 @@ def _present(directory: Path) -> dict[str, str]:
         return {one.name: os.readlink(one.path) for one in entries if one.is_symlink()}  # noqa: PTH115 - as said
 
 
-def _place(directory: Path, name: str, target: str) -> None:
+def _place(path: str, target: str) -> None:
+    try:
+        os.symlink(target, path)  # noqa: PTH211 - for every network at a start: see `_present`
+    except FileExistsError:
+        # Some other kind of file has the name.
+        _replace(Path(path).parent, Path(path).name, target)
+
+
+def _replace(directory: Path, name: str, target: str) -> None:
     temporary = directory / f"{_TEMPORARY}{name}"
     with contextlib.suppress(FileNotFoundError):
         temporary.unlink()

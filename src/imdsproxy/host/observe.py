@@ -24,6 +24,7 @@ from imdsproxy.core.hoststate import (
     ObservedHost,
     ObservedNamespace,
 )
+from imdsproxy.core.leftovers import ManagedPlace
 from imdsproxy.core.model import (
     BridgeListener,
     InterfaceListener,
@@ -85,6 +86,7 @@ class HostObserver:
         our_pids: Collection[int] = (),
         *,
         everything: bool = False,
+        managed: Collection[ManagedPlace] | None = None,
     ) -> ObservedHost:
         """What is there for these networks.
 
@@ -93,6 +95,8 @@ class HostObserver:
             our_pids: HAProxy's master and workers: whose listening sockets are ours.
             everything: Look at all namespaces and all devices of the host, for what earlier
                 processes may have left there.
+            managed: Where they have put addresses: other namespaces that are not ours by their name, of which a
+                host may have thousands, are not looked at then. `None`: nobody has written that down.
 
         Raises:
             HostRefused: The host's own namespace cannot be looked at. (Trouble in another one is
@@ -100,7 +104,10 @@ class HostObserver:
         """
         given = list(networks)
         pids = frozenset(our_pids)
-        return await self._thread.run(lambda: self._observe(given, pids, everything=everything))
+        left_in = None if managed is None else frozenset(name for name, _ in managed)
+        return await self._thread.run(
+            lambda: self._observe(given, pids, everything=everything, left_in=left_in)
+        )
 
     async def peek(self, places: Collection[str | None]) -> dict[str | None, Peek | None]:
         """Only which sockets listen in these namespaces (`None`: the host's own).
@@ -120,7 +127,12 @@ class HostObserver:
             return None
 
     def _observe(
-        self, networks: list[Network], our_pids: frozenset[int], *, everything: bool
+        self,
+        networks: list[Network],
+        our_pids: frozenset[int],
+        *,
+        everything: bool,
+        left_in: frozenset[str | None] | None,
     ) -> ObservedHost:
         interest = _interest(networks, self._naming)
         namespaces: dict[str, ObservedNamespace] = {}
@@ -130,6 +142,8 @@ class HostObserver:
                 namespaces[name] = seen
         present = self._thread.directory.names() if everything else sorted(interest.namespaces)
         for name in present if everything else ():
+            if not (left_in is None or name in left_in or self._naming.is_namespace(name)):
+                continue
             # A name for the host's own namespace shows what `root` shows: nothing there is left over.
             known = name in namespaces or self._thread.is_home(name)
             seen = None if known else self._namespace(name, set())

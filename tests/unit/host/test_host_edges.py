@@ -115,6 +115,12 @@ def test_what_a_killed_process_left_half_made_does_not_stay(tmp_path: Path) -> N
     assert _links(tmp_path) == {"blue.1": "/run/netns/blue"}
 
 
+def test_a_link_takes_the_place_of_a_file_that_has_its_name(tmp_path: Path) -> None:
+    (tmp_path / "blue.1").touch()
+    assert apply_links(tmp_path, {"blue.1": "/run/netns/blue"})
+    assert _links(tmp_path) == {"blue.1": "/run/netns/blue"}
+
+
 def test_links_that_cannot_be_made_are_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(HostRefused, match="link namespaces"):
