@@ -126,7 +126,7 @@ class UnixListener:
         self._again_at = self.clock.monotonic() + self._again_s
         self._refused = (bind, problem)
         self._decide(None, problem)
-        self.rebind, self._taking = False, None
+        self.rebind = False
         return True
 
     def acquit(self) -> None:

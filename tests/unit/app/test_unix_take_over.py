@@ -22,7 +22,7 @@ from imdsproxy.core.hoststate import SocketOwner
 from imdsproxy.core.take_over import Takings, note_taking, pause_left_s
 from imdsproxy.core.unix_socket import SeenSocket, SocketState
 from imdsproxy.dataplane.layout import Layout
-from imdsproxy.errors import ReloadFailed
+from imdsproxy.errors import ReloadFailed, RuntimeUnavailable
 
 _AGENT: Final = SeenSocket(SocketState.FOREIGN, (SocketOwner(77, "neutron-ovn-met"),))
 _OURS: Final = SeenSocket(SocketState.OURS)
@@ -92,8 +92,11 @@ class _Haproxy:
         self.master = self
         self.processes = Processes(10, 11)
         self.bound: UnixBind | None = None
+        self.answers = True
 
     async def read_processes(self) -> Processes:
+        if not self.answers:
+            raise RuntimeUnavailable("no answer")
         return self.processes
 
     def in_force(self) -> str:
@@ -258,6 +261,17 @@ async def test_what_haproxy_could_not_take_does_not_count(rig: _Rig) -> None:
     assert rig.unix.blame(ReloadFailed(f"[ALERT] cannot bind [{rig.path}]"))
     await rig.unix.settle(None)
     assert (rig.unix.taken_over, rig.unix.taken_from) == (0, "")
+
+
+async def test_what_did_not_come_to_pass_does_not_count_later(rig: _Rig) -> None:
+    await rig.unix.choose()
+    # Something else kept it back; then HAProxy is started anew with what it had.
+    rig.haproxy.bound = rig.unix.bind
+    rig.haproxy.answers = False
+    await rig.unix.choose()
+    assert rig.unix.bind is not None
+    await rig.unix.settle(None)
+    assert rig.unix.taken_over == 0
 
 
 async def test_who_has_it_still_is_not_pushed_aside_once_the_setting_is_off(rig: _Rig) -> None:
