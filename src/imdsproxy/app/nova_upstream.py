@@ -160,7 +160,10 @@ class NovaUpstream:
                 self._client(name, one),
                 self._contents[name],
             )
-        return NovaBackend(name, tuple(servers.values()), one.host or first.authority, tls)
+        host = one.host or first.authority
+        # From the first step of a replacement to the last, so that no step takes away what a worker still uses.
+        hops = one.next_secret_file is not None and len(servers) > 1
+        return NovaBackend(name, tuple(servers.values()), host, tls, hops)
 
     def _client(self, name: str, one: EndpointSetSettings) -> str | None:
         if one.client_cert_file is None:

@@ -12,6 +12,7 @@ from typing import Literal
 from imdsproxy.core.haproxy.model import DataplaneSpec
 from imdsproxy.core.haproxy.render import render_config
 from imdsproxy.core.haproxy.runtime import Processes
+from imdsproxy.dataplane.hops import sweep_hops
 from imdsproxy.dataplane.launch import Launcher
 from imdsproxy.dataplane.layout import Layout
 from imdsproxy.dataplane.master import MasterClient
@@ -99,6 +100,7 @@ class Haproxy:
             else:
                 await self._reload(reason, began)
             self.write(self.layout.last_good, text.encode())
+        sweep_hops(self.layout.jail, text)
         return True
 
     async def restart(self, reason: str) -> None:

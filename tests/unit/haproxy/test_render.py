@@ -102,7 +102,7 @@ _CASES = {
                 "nova.example:8775",
                 NovaTls("n.example"),
             ),
-            NovaBackend("done", (replace(_NOVA[0], slot=1),), "nova.example:8775"),
+            NovaBackend("done", (replace(_NOVA[0], slot=1),), "nova.example:8775", hops=True),
         ),
         nova_times=NovaTimes(check="http"),
     ),

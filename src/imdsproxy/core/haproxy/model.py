@@ -153,12 +153,14 @@ class NovaBackend:
         name: The set's; it begins the records that are sent there.
         servers: None while no endpoint's name can be resolved: guests get 503.
         host: The Host header that Nova gets.
+        hops: Have the endpoints' hops there although none is needed: a worker of before may still use them.
     """
 
     name: str
     servers: tuple[NovaServer, ...]
     host: str
     tls: NovaTls | None = None
+    hops: bool = False
 
 
 @dataclass(frozen=True, slots=True)

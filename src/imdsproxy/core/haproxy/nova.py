@@ -12,7 +12,9 @@ HAProxy itself: which signature is right depends on the endpoint, and rules run 
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Final
 
 from imdsproxy.core.haproxy.model import (
@@ -34,6 +36,7 @@ from imdsproxy.core.haproxy.rules import (
 from imdsproxy.core.wire import HEADER_ADDRESS, HEADER_RECORD, MAP_NOVA
 
 __all__ = [
+    "hop_sockets",
     "longest_s",
     "set_of_backend",
     "nova_backends",
@@ -46,6 +49,7 @@ __all__ = [
 _NEXT: Final = "x-imdsproxy-next-signature"
 """Between HAProxy and itself only."""
 
+_HOP_SOCKET: Final = re.compile(r"\bhop-[0-9a-f]{16}\.sock\b")
 _REPEATABLE: Final = ("{", "method", "GET", "HEAD", "OPTIONS", "}")
 _SIGNATURE: Final = 64
 """Characters of a signature."""
@@ -58,6 +62,11 @@ _BEYOND_HOP_S: Final = 1.0
 def refused_counter(endpoint_set: str) -> str:
     """The variable of HAProxy that counts how often the set's Nova said 403: it refuses our signature."""
     return f"proc.nova_refused_{endpoint_set.replace('-', '_')}"
+
+
+def hop_sockets(config: str) -> frozenset[str]:
+    """The file names of the hops' sockets that a configuration binds or connects to."""
+    return frozenset(_HOP_SOCKET.findall(config))
 
 
 def longest_s(times: NovaTimes) -> float:
@@ -104,12 +113,16 @@ def signed_frontend(spec: DataplaneSpec) -> Section:
 def nova_backends(spec: DataplaneSpec) -> Iterator[Section]:
     """Two backends for each endpoint set, and the hops of a set with two secrets."""
     for backend in spec.nova:
-        mixed = len({server.slot for server in backend.servers}) > 1
+        mixed = _mixed(backend)
         for once in (False, True):
             yield _backend(spec, backend, once=once, mixed=mixed)
-        if mixed:
+        if mixed or backend.hops:
             for server in backend.servers:
-                yield _hop(spec, backend, server)
+                yield _hop(spec, backend, server, used=mixed)
+
+
+def _mixed(backend: NovaBackend) -> bool:
+    return len({server.slot for server in backend.servers}) > 1
 
 
 def _name(backend: NovaBackend) -> str:
@@ -257,9 +270,12 @@ def _to_hop(spec: DataplaneSpec, backend: NovaBackend, server: NovaServer) -> Wo
     return (*words, "track", f"{_hop_name(backend, server)}/{server.name}")
 
 
-def _hop(spec: DataplaneSpec, backend: NovaBackend, server: NovaServer) -> Section:
-    """One endpoint behind a socket of our own, which takes the signature that it wants."""
-    times = spec.nova_times
+def _hop(spec: DataplaneSpec, backend: NovaBackend, server: NovaServer, *, used: bool) -> Section:
+    """One endpoint behind a socket of our own, which takes the signature that it wants.
+
+    One that is not `used` is there for workers that still have the configuration before: the sockets are the same.
+    """
+    times = spec.nova_times if used else replace(spec.nova_times, check="off")
     if server.slot:
         choose: tuple[Words, ...] = (
             ("http-request", "set-header", "x-instance-id-signature", f"%[req.fhdr({_NEXT})]",
