@@ -27,6 +27,7 @@ from imdsproxy.cli import (
     stop,
     version,
 )
+from imdsproxy.cli.command_line_error import CommandLineError
 from imdsproxy.cli.output import Output
 from imdsproxy.errors import ImdsproxyError, RequestRefused
 
@@ -102,12 +103,14 @@ def _run(arguments: list[str], invocation: options.Invocation) -> int:
         sys.stdout.flush()
     except typer.Abort as error:
         raise KeyboardInterrupt from error
-    except typer.TyperException as error:
+    except CommandLineError as error:
         return _usage(error, invocation)
+    if not arguments:  # click 8.1 calls the help that it gives then a success
+        return exitcodes.USAGE
     return ended if isinstance(ended, int) else exitcodes.OK
 
 
-def _usage(error: typer.TyperException, invocation: options.Invocation) -> int:
+def _usage(error: CommandLineError, invocation: options.Invocation) -> int:
     message = error.format_message()
     if not message or type(error).__name__ == "NoArgsIsHelpError":
         sys.stderr.write(f"{message}\n")

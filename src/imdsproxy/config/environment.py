@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final, get_args, get_origin
 
+from pydantic import TypeAdapter, ValidationError
 from pydantic_settings import BaseSettings, EnvSettingsSource, SettingsConfigDict
-from pydantic_settings.sources.utils import parse_env_vars
 
 from imdsproxy.config.schema import Settings
+from imdsproxy.config.shape import spot_at
 from imdsproxy.config.words import Setting, iterate_settings
 from imdsproxy.config.yaml_document import parse_yaml
 from imdsproxy.errors import ConfigError, Problem
@@ -41,9 +43,11 @@ class _GivenEnvironment(EnvSettingsSource):
         super().__init__(_Overridable)
 
     def _load_env_vars(self) -> Mapping[str, str | None]:
-        return parse_env_vars(
-            self._environment, self.case_sensitive, self.env_ignore_empty, self.env_parse_none_str
-        )
+        # Its own function for this has moved between the versions that we work with.
+        return {
+            name.lower(): None if value == self.env_parse_none_str else value
+            for name, value in self._environment.items()
+        }
 
 
 def read_environment(
@@ -59,6 +63,8 @@ def read_environment(
     given = {name: value for name, value in environment.items() if name in settings}
     plain = {name: value for name, value in given.items() if name not in mappings}
     values = dict(_GivenEnvironment(plain)()) if plain else {}
+    for name in plain:
+        _convert(values, settings[name].path)
     problems: list[Problem] = []
     for name in sorted(given.keys() & mappings):
         try:
@@ -67,6 +73,20 @@ def read_environment(
         except ConfigError as error:
             problems.extend(_problems(settings[name], error))
     return values, problems
+
+
+def _convert(values: dict[str, Any], path: str) -> None:
+    """Make of a text what a strict schema takes; pydantic-settings does it itself since 2.10."""
+    *sections, last = path.split(".")
+    for section in sections:
+        values = values[section]
+    spot = spot_at(path.split("."))
+    if spot is None or not isinstance(values[last], str):
+        return
+    kind = get_args(spot.kind)[0] if get_origin(spot.kind) is Annotated else spot.kind
+    # What is no such thing is left as it is: the schema says so in its own words.
+    with contextlib.suppress(ValidationError):
+        values[last] = TypeAdapter[Any](kind).validate_python(values[last])
 
 
 def _problems(setting: Setting, error: ConfigError) -> list[Problem]:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["YamlDocument", "parse_yaml"]
 
 _MAX_PROBLEMS: Final = 100
+_DEEPEST: Final = 100
 _MERGE: Final = "tag:yaml.org,2002:merge"
 
 
@@ -78,6 +79,7 @@ def parse_yaml(text: str, file: str) -> YamlDocument:
         ConfigInvalid: Keys stand twice, or are no plain text.
     """
     try:
+        _refuse_depth(text)
         loader = _Loader(text)
         try:
             node = loader.get_single_node()
@@ -94,6 +96,18 @@ def parse_yaml(text: str, file: str) -> YamlDocument:
             f"{file}{_place(error)} is not YAML: {_reason(error)}",
             hint="indent with blanks, and quote texts that hold a colon, #, * or &",
         ) from error
+
+
+def _refuse_depth(text: str) -> None:
+    """Not every libyaml has a limit of its own, and PyYAML recurses in C: it ends the process."""
+    depth = 0
+    for event in yaml.parse(text, Loader=yaml.CSafeLoader):
+        if isinstance(event, yaml.CollectionStartEvent):
+            depth += 1
+            if depth > _DEEPEST:
+                raise RecursionError
+        elif isinstance(event, yaml.CollectionEndEvent):
+            depth -= 1
 
 
 def _survey(root: yaml.Node, file: str) -> tuple[dict[str, int], list[Problem]]:

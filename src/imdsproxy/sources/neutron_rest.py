@@ -92,6 +92,7 @@ def connect_cloud(cloud: str, clouds_file: Path, timeout_s: float) -> _Session:
     from keystoneauth1.exceptions import ClientException  # noqa: PLC0415 - as above
     from openstack.config import OpenStackConfig  # noqa: PLC0415 - as above
     from openstack.exceptions import SDKException  # noqa: PLC0415 - as above
+    from yaml import YAMLError  # noqa: PLC0415 - as above
 
     try:
         # openstacksdk takes a file that it cannot read for one that is not there.
@@ -110,7 +111,8 @@ def connect_cloud(cloud: str, clouds_file: Path, timeout_s: float) -> _Session:
             region_name=settings.get_region_name("network"),
             endpoint_override=settings.get_endpoint("network"),
         )
-    except (SDKException, ClientException, OSError, ValueError, TypeError) as error:
+    except (SDKException, ClientException, YAMLError, OSError, ValueError, TypeError) as error:
+        # YAMLError: as openstacksdk 4.4 lets it through.
         raise SourceUnavailable(
             f"the cloud {cloud} of {clouds_file} cannot be used: {_words(error)}",
             hint="correct sources.neutron.cloud, or the file",
