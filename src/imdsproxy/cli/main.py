@@ -11,6 +11,7 @@ import typer
 from imdsproxy.cli import (
     check,
     config,
+    doctor,
     documents,
     exitcodes,
     explain,
@@ -73,6 +74,7 @@ app.command("namespace-proxy", context_settings=namespace_proxy.SETTINGS, rich_h
 )
 app.command("get", rich_help_panel=_GUESTS)(get.get)
 app.command("explain", rich_help_panel=_GUESTS)(explain.explain)
+app.command("doctor", rich_help_panel=_GUESTS)(doctor.doctor)
 app.command("snippet", rich_help_panel=_GUESTS)(snippet.snippet)
 
 

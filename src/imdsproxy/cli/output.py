@@ -76,6 +76,21 @@ class Output:
             grid.add_row(name, value)
         _print_table(grid)
 
+    def entries(self, entries: Iterable[tuple[str, Mapping[str, str]]]) -> None:
+        """Headings with names and values under each, all markup, and an empty line after each entry."""
+        from rich.table import Table  # noqa: PLC0415 - `--help` need not load it
+
+        for heading, facts in entries:
+            self.styled(heading)
+            grid = Table.grid(padding=(0, 2, 0, 0))
+            grid.add_column(width=1)
+            grid.add_column(style="dim", no_wrap=True)
+            grid.add_column(overflow="fold")
+            for name, value in facts.items():
+                grid.add_row("", name, value)
+            _print_table(grid)
+            self.styled("")
+
     def table(
         self, columns: Sequence[Column], rows: Iterable[Sequence[str]], *, empty: str
     ) -> None:

@@ -1,0 +1,162 @@
+"""The doctor's two ways to an answer: HTTP, with everything that can be measured, and the daemon's own word."""
+
+from __future__ import annotations
+
+import base64
+import http.client
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final, cast
+from urllib.parse import quote, unquote, urlsplit
+
+from imdsproxy.core.doctor.exchange import Answer, Answered, Ask, Framing, Unanswered
+from imdsproxy.errors import RequestRefused
+
+if TYPE_CHECKING:
+    from imdsproxy.cli.admin_client import AdminClient
+
+__all__ = ["DaemonFetch", "HttpFetch", "parse_url"]
+
+_TIMEOUT_S: Final = 10.0
+_MOST_BYTES: Final = 17 << 20
+_SAFE: Final = "/?=&:%+,@;~!$'()*"
+_HTTP_1_0: Final = 10
+_BODILESS: Final = frozenset({204, 304})
+
+
+@dataclass(frozen=True, slots=True)
+class HttpFetch:
+    """Asks a server, each question on a connection of its own, as most clients do.
+
+    Args:
+        host: A name or address, an IPv6 address with its zone and without brackets.
+        port: TCP port.
+        prefix: Put in front of every path.
+        tls: Whether it is https.
+        headers: Added to every question.
+        timeout_s: For each step of the network, as long as cloud-init's.
+        clock: Seconds that only grow.
+    """
+
+    host: str
+    port: int
+    prefix: str = ""
+    tls: bool = False
+    headers: tuple[tuple[str, str], ...] = ()
+    timeout_s: float = _TIMEOUT_S
+    clock: Callable[[], float] = time.monotonic
+
+    def __call__(self, ask: Ask) -> Answered:
+        """One question."""
+        kind = http.client.HTTPSConnection if self.tls else http.client.HTTPConnection
+        connection = kind(self.host, self.port, timeout=self.timeout_s)
+        try:
+            return self._ask(connection, ask)
+        except TimeoutError:
+            return Unanswered(f"no answer within {self.timeout_s:g} s", timed_out=True)
+        except (OSError, http.client.HTTPException) as error:
+            return Unanswered(str(error) or type(error).__name__)
+        finally:
+            connection.close()
+
+    def _ask(self, connection: http.client.HTTPConnection, ask: Ask) -> Answer:
+        began = self.clock()
+        # Not `request`, which gives a PUT a Content-Length that the clients do not send.
+        connection.putrequest(
+            ask.method, quote(f"{self.prefix}{ask.path}", safe=_SAFE), skip_host=True
+        )
+        connection.putheader("Host", self._host_header())
+        for name, value in (*self.headers, *ask.headers):
+            connection.putheader(name, value)
+        connection.endheaders()
+        response = connection.getresponse()
+        took = self.clock() - began
+        framing = _framing(response)
+        cut = False
+        try:
+            body = response.read(_MOST_BYTES)
+        except http.client.IncompleteRead as error:
+            body, cut = error.partial, True
+        return Answer(
+            response.status,
+            tuple((name.lower(), value) for name, value in response.getheaders()),
+            body,
+            first_byte_s=took,
+            framing=framing,
+            version="1.0" if response.version == _HTTP_1_0 else "1.1",
+            cut=cut or _is_short(response, body),
+        )
+
+    def _host_header(self) -> str:
+        # A zone is of no concern to the server (RFC 6874 §3).
+        bare = self.host.partition("%")[0]
+        name = f"[{bare}]" if ":" in bare else bare
+        return name if self.port == (443 if self.tls else 80) else f"{name}:{self.port}"
+
+
+def _framing(response: http.client.HTTPResponse) -> Framing | None:
+    if response.chunked:
+        return Framing.CHUNKED
+    if response.status in _BODILESS:
+        return None
+    return Framing.UNTIL_CLOSE if response.length is None else Framing.LENGTH
+
+
+def _is_short(response: http.client.HTTPResponse, body: bytes) -> bool:
+    """`read` with a limit does not complain of a body that ends too early."""
+    length = response.headers.get("content-length", "")
+    return not response.chunked and length.isdecimal() and len(body) < min(int(length), _MOST_BYTES)
+
+
+@dataclass(frozen=True, slots=True)
+class DaemonFetch:
+    """Asks the daemon what it would answer the guest at an address; nothing goes over a network."""
+
+    daemon: AdminClient
+    network: str
+    address: str
+
+    def __call__(self, ask: Ask) -> Answered:
+        """One question."""
+        query = {"network": self.network, "address": self.address, "path": ask.path}
+        told = cast("Mapping[str, object]", self.daemon.get("/v1/documents", query))
+        headers = cast("Sequence[Sequence[str]]", told["headers"])
+        body = cast("Mapping[str, str]", told["body"])
+        raw = base64.b64decode(body["base64"]) if "base64" in body else body["text"].encode()
+        named = tuple((name.lower(), value) for name, value in headers)
+        return Answer(int(str(told["status"])), named, raw)
+
+
+def parse_url(url: str, headers: Sequence[str] = ()) -> HttpFetch:
+    """Who is asked.
+
+    Args:
+        url: `http://HOST[:PORT][/PREFIX]`, or https; a bare host is taken for http.
+        headers: `NAME: VALUE`, added to every question.
+
+    Raises:
+        RequestRefused: It is no such URL, or a header is none.
+    """
+    try:
+        parts = urlsplit(url if "://" in url else f"http://{url}")
+        host, port = parts.hostname, parts.port
+    except ValueError as error:
+        raise RequestRefused(f"{url} is no URL: {error}") from error
+    if parts.scheme not in {"http", "https"} or not host or parts.query or parts.fragment:
+        raise RequestRefused(
+            f"{url} is no URL of a server",
+            hint="as http://169.254.169.254, http://[fe80::a9fe:a9fe%25eth0] or http://nova:8775",
+        )
+    tls = parts.scheme == "https"
+    pairs = tuple(_header(one) for one in headers)
+    return HttpFetch(
+        unquote(host), port or (443 if tls else 80), parts.path.rstrip("/"), tls=tls, headers=pairs
+    )
+
+
+def _header(text: str) -> tuple[str, str]:
+    name, colon, value = text.partition(":")
+    if not colon or not name.strip() or not text.isprintable():
+        raise RequestRefused(f"{text!r} is no header", hint="as 'X-Instance-ID: 5f0b…'")
+    return name.strip(), value.strip()

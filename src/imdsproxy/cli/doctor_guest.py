@@ -1,0 +1,71 @@
+"""What the doctor sees of the machine it runs on, when that is the guest."""
+
+from __future__ import annotations
+
+import os
+import re
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Final
+
+from imdsproxy.core.doctor.finding import Surroundings
+from imdsproxy.core.model import METADATA_IPV4, METADATA_IPV6
+
+__all__ = ["is_metadata_address", "look_around"]
+
+_DMI: Final = ("sys_vendor", "product_name", "product_serial", "product_uuid", "chassis_asset_tag")
+_SOURCES: Final = re.compile(r"^datasource_list:\s*\[(.*)\]", re.MULTILINE)
+_LOOPBACK: Final = "00:00:00:00:00:00"
+
+
+def is_metadata_address(host: str) -> bool:
+    """Whether who asks there is a guest: elsewhere the machine's own cards and SMBIOS say nothing."""
+    try:
+        return ip_address(host.partition("%")[0]) in {METADATA_IPV4, METADATA_IPV6}
+    except ValueError:
+        return False
+
+
+def look_around(root: Path = Path("/")) -> Surroundings:
+    """This machine's network cards, SMBIOS and kernel command line, as far as they may be read.
+
+    Args:
+        root: What stands for `/`.
+    """
+    container = (root / "run/systemd/container").exists()
+    first = _text(root / "proc/1/cmdline").replace("\0", " ")
+    pairs = [one.partition("=") for one in _text(root / "proc/1/environ").split("\0")]
+    shown = root / "sys/class/dmi/id"
+    dmi = {name: _text(shown / name).strip() for name in _DMI}
+    return Surroundings(
+        macs=frozenset(_macs(root / "sys/class/net")),
+        dmi={name: value for name, value in dmi.items() if value},
+        dmi_complete=all(
+            os.access(shown / name, os.R_OK) for name in _DMI if (shown / name).exists()
+        ),
+        sources=_sources(_text(root / "run/cloud-init/cloud.cfg")),
+        kernel=first if container else _text(root / "proc/cmdline"),
+        environment={name: value for name, _, value in pairs if name},
+        container=container,
+    )
+
+
+def _sources(result: str) -> tuple[str, ...] | None:
+    """What `ds-identify` has written: `datasource_list: [ OpenStack, None ]`."""
+    found = _SOURCES.search(result)
+    return None if found is None else tuple(re.findall(r"\w[\w-]*", found[1]))
+
+
+def _macs(devices: Path) -> list[str]:
+    if not devices.is_dir():
+        return []
+    addresses = [_text(device / "address").strip().lower() for device in devices.iterdir()]
+    return [mac for mac in addresses if mac and mac != _LOOPBACK]
+
+
+def _text(path: Path) -> str:
+    """A file's text; nothing where it is not there or not for this account, which is no fault here."""
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""

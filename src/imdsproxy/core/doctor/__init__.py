@@ -1,0 +1,28 @@
+"""A doctor for metadata servers: asks as the known clients do, and says which of them stumble over what.
+
+`crawl` is a generator of questions; `run_crawl` drives it with whatever can fetch. `examine` looks at what was
+told, and knows nothing of where it came from.
+"""
+
+from __future__ import annotations
+
+from imdsproxy.core.doctor.crawl import Crawl, crawl, run_crawl
+from imdsproxy.core.doctor.examine import examine
+from imdsproxy.core.doctor.exchange import Answer, Answered, Ask, Exchange, Framing, Unanswered
+from imdsproxy.core.doctor.finding import Finding, Severity, Surroundings
+
+__all__ = [
+    "Answer",
+    "Answered",
+    "Ask",
+    "Crawl",
+    "Exchange",
+    "Finding",
+    "Framing",
+    "Severity",
+    "Surroundings",
+    "Unanswered",
+    "crawl",
+    "examine",
+    "run_crawl",
+]

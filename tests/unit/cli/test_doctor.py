@@ -1,0 +1,315 @@
+"""`imdsproxy doctor`: against servers on loopback, and through the admin API."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from imdsproxy.admin.operations import DocumentAnswer
+from imdsproxy.cli.doctor_fetch import HttpFetch, parse_url
+from imdsproxy.cli.doctor_guest import is_metadata_address, look_around
+from imdsproxy.cli.main import main
+from imdsproxy.core.doctor import Answer, Ask, Framing, Unanswered
+from imdsproxy.core.doctor.crawl import TOKEN
+from imdsproxy.errors import RequestRefused
+from support.admin_server import AdminServer, admin_server
+from support.metadata_server import GOOD, MetadataServer, Reply, metadata_server
+
+
+@pytest.fixture
+def server() -> Iterator[MetadataServer]:
+    with metadata_server() as running:
+        yield running
+
+
+@pytest.fixture
+def admin(tmp_path: Path) -> Iterator[AdminServer]:
+    with admin_server(tmp_path) as running:
+        socket_option = ("--socket", str(running.socket))
+        main([*socket_option, "network", "add", "blue", "--bridge", "br0"])
+        added = ("--network", "blue", "--address", "10.0.0.5")
+        assert main([*socket_option, "instance", "add", "web-1", *added]) == 0
+        for path, reply in GOOD.items():
+            for spelling in (path, f"{path}/"):
+                running.operations.documents[spelling] = DocumentAnswer(200, (), reply.body)
+        running.operations.documents["/latest//meta-data/instance-id"] = DocumentAnswer(
+            200, (), GOOD["/latest/meta-data/instance-id"].body
+        )
+        yield running
+
+
+def test_nothing_is_found_on_a_good_server(
+    server: MetadataServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["doctor", server.url]) == 0
+
+    out = capsys.readouterr().out
+    assert "documents served: ec2, openstack, nocloud" in out
+    assert out.endswith("nothing found\n")
+
+
+def test_an_error_is_told_and_is_the_exit_status(
+    server: MetadataServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server.token = Reply(status=403)
+    server.replies["/"] = Reply(b"latest")
+
+    assert main(["doctor", server.url]) == 1
+
+    out = capsys.readouterr().out
+    assert "error token-refused\n" in out
+    assert "warning root-versions\n" in out
+    assert "   breaks  cloud-init on a guest that looks like Amazon's" in out
+    assert out.endswith("1 error, 1 warning\n")
+
+
+def test_warnings_alone_are_no_failure(server: MetadataServer) -> None:
+    server.replies["/"] = Reply(b"latest")
+
+    assert main(["doctor", server.url]) == 0
+
+
+def test_programs_get_everything(
+    server: MetadataServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server.replies["/latest/meta-data"] = Reply(b"hostname\nnope")
+
+    assert main(["doctor", server.url, "--json"]) == 1
+
+    told = json.loads(capsys.readouterr().out)
+    assert (told["subject"], told["given_up"], told["not_looked_at"]) == (server.url, "", [])
+    assert told["questions"] == len(server.asked)
+    (finding,) = told["findings"]
+    assert finding["code"] == "listed-missing"
+    assert finding["severity"] == "error"
+    assert finding["paths"] == ["/latest/meta-data/nope (404)"]
+    assert set(finding) == {"code", "severity", "what", "change", "clients", "paths"}
+
+
+def test_only_some_paths_of_many_are_shown_to_people(
+    server: MetadataServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server.replies["/latest/meta-data"] = Reply(b"a\nb\nc\nd\ne")
+
+    main(["doctor", server.url])
+
+    assert "and 2 more" in capsys.readouterr().out
+
+
+def test_what_a_server_says_cannot_colour_the_terminal(
+    server: MetadataServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server.replies["/latest/meta-data/public-keys"] = Reply(b"0=a=\x1b[31m[red]b")
+
+    main(["doctor", server.url])
+
+    out = capsys.readouterr().out
+    assert "\x1b" not in out
+    assert "a=\\x1b[31m[red]b" in out
+
+
+def test_a_guest_is_asked_about_through_the_daemon(
+    admin: AdminServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    guest = ("--network", "blue", "--from", "10.0.0.5")
+    assert main(["--socket", str(admin.socket), "doctor", *guest]) == 0
+    out = capsys.readouterr().out
+    assert "10.0.0.5 in network blue (web-1)" in out
+    assert "not looked at: times, session tokens" in out
+    assert "`imdsproxy snippet web-1 --for qemu|libvirt|proxmox|incus`" in out
+
+    admin.operations.documents["/latest/meta-data/hostname"] = DocumentAnswer(200, (), b"x\n")
+    assert main(["--socket", str(admin.socket), "doctor", *guest, "--json"]) == 1
+    told = json.loads(capsys.readouterr().out)
+    assert [one["code"] for one in told["findings"]] == ["leaf-newline", "gate"]
+
+
+def test_an_address_that_nobody_has_is_served_nothing(
+    admin: AdminServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    guest = ("--network", "blue", "--from", "10.0.0.66")
+    assert main(["--socket", str(admin.socket), "doctor", *guest]) == 1
+    assert "error nothing-served" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        (),
+        ("--network", "blue"),
+        ("http://x", "--network", "blue", "--from", "10.0.0.5"),
+        ("--network", "blue", "--from", "10.0.0.5", "--header", "A: b"),
+        ("ftp://x",),
+        ("http://x?y",),
+        ("http://[::1",),
+        ("http://x:99999",),
+        ("http://127.0.0.1", "--header", "no colon"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(arguments: tuple[str, ...]) -> None:
+    assert main(["doctor", *arguments]) == 64
+
+
+def test_nobody_there_is_a_finding(capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+
+    assert main(["doctor", f"127.0.0.1:{port}"]) == 1
+    assert "error unreachable" in capsys.readouterr().out
+
+
+def test_headers_and_a_prefix_go_with_every_question(server: MetadataServer) -> None:
+    fetch = parse_url(f"{server.url}/nova/", ["X-Instance-ID: 1", "X-Tenant-ID:2"])
+    fetch(Ask("/openstack"))
+
+    method, path, headers = server.asked[-1]
+    assert (method, path) == ("GET", "/nova/openstack")
+    assert (headers["x-instance-id"], headers["x-tenant-id"]) == ("1", "2")
+
+
+def test_a_token_is_asked_for_without_a_length(server: MetadataServer) -> None:
+    parse_url(server.url)(TOKEN)
+
+    method, _, headers = server.asked[-1]
+    assert method == "PUT"
+    assert not {"content-length", "transfer-encoding"} & set(headers)
+
+
+def test_odd_names_are_escaped(server: MetadataServer) -> None:
+    parse_url(server.url)(Ask("/latest/meta-data/tags/instance/my key"))
+
+    assert server.asked[-1][1] == "/latest/meta-data/tags/instance/my%20key"
+
+
+@pytest.mark.parametrize(
+    ("url", "host", "port", "header"),
+    [
+        ("169.254.169.254", "169.254.169.254", 80, "169.254.169.254"),
+        ("http://[fe80::a9fe:a9fe%25eth0]", "fe80::a9fe:a9fe%eth0", 80, "[fe80::a9fe:a9fe]"),
+        ("http://nova:8775/", "nova", 8775, "nova:8775"),
+        ("https://nova", "nova", 443, "nova"),
+    ],
+)
+def test_a_url_says_who_is_asked(url: str, host: str, port: int, header: str) -> None:
+    fetch = parse_url(url)
+
+    assert (fetch.host, fetch.port, fetch._host_header(), fetch.prefix) == (host, port, header, "")
+
+
+def _serve_once(answer: bytes) -> int:
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def run() -> None:
+        connection, _ = listener.accept()
+        with connection, listener:
+            connection.recv(65_536)
+            connection.sendall(answer)
+
+    threading.Thread(target=run).start()
+    return int(listener.getsockname()[1])
+
+
+@pytest.mark.parametrize(
+    ("raw", "framing", "version", "cut", "body"),
+    [
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nab", Framing.LENGTH, "1.1", False, b"ab"),
+        (
+            b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nab\r\n0\r\n\r\n",
+            Framing.CHUNKED,
+            "1.1",
+            False,
+            b"ab",
+        ),
+        (b"HTTP/1.1 200 OK\r\n\r\nab", Framing.UNTIL_CLOSE, "1.1", False, b"ab"),
+        (b"HTTP/1.0 200 OK\r\n\r\nab", Framing.UNTIL_CLOSE, "1.0", False, b"ab"),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nab", Framing.LENGTH, "1.1", True, b"ab"),
+        (b"HTTP/1.1 204 No\r\n\r\n", None, "1.1", False, b""),
+    ],
+)
+def test_how_an_answer_ends_is_seen(
+    raw: bytes, framing: Framing | None, version: str, *, cut: bool, body: bytes
+) -> None:
+    answer = HttpFetch("127.0.0.1", _serve_once(raw))(Ask("/"))
+
+    assert isinstance(answer, Answer)
+    assert (answer.framing, answer.version, answer.cut) == (framing, version, cut)
+    assert answer.body == body
+    assert answer.first_byte_s is not None
+
+
+def test_the_time_to_the_first_byte_is_measured() -> None:
+    ticks = iter((10.0, 10.75))
+    raw = b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n"
+    answer = HttpFetch("127.0.0.1", _serve_once(raw), clock=lambda: next(ticks))(Ask("/"))
+
+    assert isinstance(answer, Answer)
+    assert answer.first_byte_s == 0.75
+
+
+@pytest.mark.parametrize("raw", [b"", b"nonsense\r\n\r\n"])
+def test_what_is_no_answer_is_none(raw: bytes) -> None:
+    answered = HttpFetch("127.0.0.1", _serve_once(raw))(Ask("/"))
+
+    assert isinstance(answered, Unanswered)
+    assert answered.why
+
+
+def test_silence_is_told_as_such() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        fetch = HttpFetch("127.0.0.1", listener.getsockname()[1], timeout_s=0.05)
+        assert fetch(Ask("/")) == Unanswered("no answer within 0.05 s", timed_out=True)
+
+
+def test_only_at_the_metadata_address_is_this_machine_the_guest() -> None:
+    assert is_metadata_address("169.254.169.254")
+    assert is_metadata_address("fe80::a9fe:a9fe%eth0")
+    assert not is_metadata_address("127.0.0.1")
+    assert not is_metadata_address("nova")
+
+
+def test_a_guest_looks_at_its_cards_and_its_smbios(tmp_path: Path) -> None:
+    for name, mac in (("lo", "00:00:00:00:00:00"), ("eth0", "52:54:00:AB:00:01")):
+        device = tmp_path / "sys/class/net" / name
+        device.mkdir(parents=True)
+        (device / "address").write_text(f"{mac}\n")
+    dmi = tmp_path / "sys/class/dmi/id"
+    dmi.mkdir(parents=True)
+    (dmi / "product_name").write_text("OpenStack Nova\n")
+    (tmp_path / "proc/1").mkdir(parents=True)
+    (tmp_path / "proc/cmdline").write_text("root=/dev/vda1 ds=Ec2\n")
+    (tmp_path / "proc/1/cmdline").write_text("/sbin/init\0ds=nocloud\0")
+    (tmp_path / "proc/1/environ").write_text("A=b=c\0product_name=OpenStack Nova\0")
+
+    around = look_around(tmp_path)
+    assert around.macs == frozenset({"52:54:00:ab:00:01"})
+    assert around.dmi == {"product_name": "OpenStack Nova"}
+    assert around.kernel.strip() == "root=/dev/vda1 ds=Ec2"
+    assert around.environment == {"A": "b=c", "product_name": "OpenStack Nova"}
+    assert (around.container, around.dmi_complete, around.sources) == (False, True, None)
+
+    (tmp_path / "run/systemd").mkdir(parents=True)
+    (tmp_path / "run/systemd/container").write_text("lxc")
+    (tmp_path / "run/cloud-init").mkdir()
+    (tmp_path / "run/cloud-init/cloud.cfg").write_text("datasource_list: [ OpenStack, None ]\n")
+    around = look_around(tmp_path)
+    assert around.container
+    assert around.kernel.split() == ["/sbin/init", "ds=nocloud"]
+    assert around.sources == ("OpenStack", "None")
+
+
+def test_a_machine_that_shows_nothing_has_nothing(tmp_path: Path) -> None:
+    around = look_around(tmp_path)
+
+    assert (around.macs, around.dmi, around.dmi_complete) == (frozenset(), {}, True)
+
+
+def test_a_url_that_is_none_says_what_one_is() -> None:
+    with pytest.raises(RequestRefused) as refused:
+        parse_url("gopher://x")
+
+    assert "http://169.254.169.254" in refused.value.hint
