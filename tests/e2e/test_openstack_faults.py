@@ -9,9 +9,12 @@ and without Neutron its answer would be 500 for whatever it does not have in its
 
 from __future__ import annotations
 
+import contextlib
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Final
 
 import pytest
@@ -30,8 +33,10 @@ BACK_S: Final = 3.0
 """How soon after Nova is back guests get their documents again."""
 RIGHT_S: Final = REFRESH_S + 2.0
 """How soon what Neutron was told is so for guests."""
-FORGOTTEN_S: Final = 20.0
-"""How soon Neutron is asked again when it is back, with the back-off of a short outage."""
+NOTHING_S: Final = 0.5
+"""For how long a genuine Neutron that starts was seen to show nothing, and more."""
+FORGOTTEN_S: Final = 35.0
+"""How soon Neutron is asked again when it is back, after the longest back-off."""
 
 KNOWN: Final[tuple[tuple[Way, str, str, str], ...]] = (
     ("listener", "net-blue", "10.0.0.5", "blue-1"),
@@ -70,11 +75,17 @@ def shared(openstack: OpenStack, nova: Nova) -> Iterator[Ways]:
 
 @pytest.fixture
 def ways(shared: Ways, nova: Nova) -> Iterator[Ways]:
-    """Everything runs, and the guests of `KNOWN` are known."""
-    until(lambda: all_right(shared), within_s=FORGOTTEN_S, what="known guests' documents")
+    """Everything runs, the daemon has seen that, and the guests of `KNOWN` are known."""
+    until(lambda: neutron_answers(shared), within_s=FORGOTTEN_S, what="Neutron's being asked again")
+    until(lambda: all_right(shared), what="known guests' documents")
     yield shared
     nova.server.resume()
     nova.server.start()
+
+
+def neutron_answers(ways: Ways) -> bool:
+    (source,) = (one for one in ways.daemon.status()["sources"] if one["name"] == "neutron")
+    return not source["problems"]
 
 
 def known(ways: Ways) -> dict[str, tuple[Guest, str]]:
@@ -279,6 +290,56 @@ def test_who_is_known_is_served_by_a_daemon_that_starts_while_neutron_is_down(wa
     assert come_again(never_seen.ask(HOSTNAME))
 
 
+def test_a_neutron_that_shows_nothing_while_it_starts_takes_nothing_from_anybody(
+    ways: Ways,
+) -> None:
+    """One of its threads reads the policy's rules; meanwhile the others leave every port out, and say 200."""
+    openstack = ways.openstack
+    watched = Watched(ways, patient=False)
+    with watched.load as load:
+        openstack.neutron.kill()
+        with shows_nothing(openstack.neutron_url) as asked:
+            until(lambda: asked, within_s=FORGOTTEN_S, what="a question")
+            began = time.monotonic()
+            while time.monotonic() < began + NOTHING_S:
+                for way, scope in EVERYWHERE:
+                    assert come_again(ways.guest(way, scope, FREE[9]).ask(HOSTNAME))
+        openstack.neutron.start()
+        load.wait_answers(40)
+
+    assert not load.report.lost
+    assert set(watched.statuses) == {200}
+
+
+@contextlib.contextmanager
+def shows_nothing(url: str) -> Iterator[list[str]]:
+    """Somebody in Neutron's place who knows no ports; yields what was asked."""
+    asked: list[str] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            body = b'{"ports": []}'
+            self.send_response(200)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - http.server's name
+            del format, args
+
+    class Server(ThreadingHTTPServer):
+        allow_reuse_port = True
+
+    with Server(("127.0.0.1", int(url.rpartition(":")[2])), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.05,))
+        thread.start()
+        yield asked
+        server.shutdown()
+        thread.join()
+
+
 # What Neutron is told
 
 
@@ -330,6 +391,42 @@ def test_a_new_port_is_found_although_its_guest_was_told_a_moment_ago_that_there
 
     openstack.create_port("net-blue", address, device_id=blue.uuid, project_id=blue.project_id)
     stays_so(lambda: all(is_told(guest, "blue-2") for guest in guests))
+
+
+def test_an_address_that_two_ports_behind_a_router_have_is_nobodys_there_until_one_has_it(
+    ways: Ways,
+) -> None:
+    openstack = ways.openstack
+    rest, address = openstack.rest, FREE[8]
+    first, second = (openstack.instances[name] for name in ("blue-1", "blue-3"))
+    behind = [ways.guest(way, scope, address) for way, scope in EVERYWHERE if scope == "r-blue"]
+    within = [ways.guest(way, scope, address) for way, scope in EVERYWHERE if scope == "net-blue"]
+    # The router does not join this range of net-blue2, but it does join the network.
+    subnet = rest.create(
+        "subnet",
+        network_id=openstack.seed.networks["net-blue2"],
+        ip_version=4,
+        cidr="10.0.0.0/24",
+        project_id=first.project_id,
+    )
+    try:
+        for one, network in ((first, "net-blue"), (second, "net-blue2")):
+            openstack.create_port(network, address, device_id=one.uuid, project_id=one.project_id)
+        other = openstack.created[-1]
+        headers = (
+            ("X-Neutron-Router-ID", ways.ids["r-blue"]),
+            ("X-Forwarded-For", address),
+        )
+        assert openstack.ask_agent(HOSTNAME, headers=headers).status == 404
+        assert all(is_nobody(guest) for guest in behind)
+        assert all(is_told(guest, "blue-1") for guest in within)
+
+        openstack.delete_port(other)
+        stays_so(lambda: all(is_told(guest, "blue-1") for guest in (*behind, *within)))
+    finally:
+        for ident in tuple(openstack.created):
+            openstack.delete_port(ident)
+        rest.delete("subnet", subnet["id"])
 
 
 def is_told(guest: Guest, name: str) -> bool:
