@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING
 
 import structlog
 
-from imdsproxy.admin.operations import SettingsReload
 from imdsproxy.app.account import owner_of
 from imdsproxy.app.build import (
     build_companion,
@@ -59,6 +58,7 @@ from imdsproxy.serving.pidfile import read_pids
 from imdsproxy.serving.resolver import HoldLimits, Resolver
 
 if TYPE_CHECKING:
+    from imdsproxy.admin.operations import SettingsReload
     from imdsproxy.app.face import Face
 
 __all__ = ["run_controller"]
@@ -369,10 +369,11 @@ async def _live(controller: _Controller, admin: socket.socket) -> None:
         if health_socket is not None:
             apps.append((face.health, health_socket))
         tasks += [group.create_task(serve(app, listener)) for app, listener in apps]
-        # What the sources have told mostly stays. To look through it for garbage again and again takes 70 ms
-        # each time at 1,000 networks, and guests wait meanwhile.
+        # What the sources have told mostly stays, so nobody looked for garbage until here (`cli.run`). To look
+        # through it again and again takes 70 ms each time at 1,000 networks, and guests wait meanwhile.
         gc.collect()
         gc.freeze()
+        gc.enable()
         controller.notifier.ready(f"{len(parts.inventory.networks)} networks")
         structlog.get_logger().info(
             "ready",

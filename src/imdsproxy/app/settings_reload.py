@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from imdsproxy.admin.operations import SettingChange, SettingsReload
 from imdsproxy.config.change import Change
 from imdsproxy.config.diff import diff_settings
 from imdsproxy.config.schema import Settings
+
+if TYPE_CHECKING:
+    from imdsproxy.admin.operations import SettingsReload
 
 __all__ = ["SettingsHolder"]
 
@@ -32,6 +35,11 @@ class SettingsHolder:
         Raises:
             ConfigError: They, or what they name, are not acceptable; the settings in force stay.
         """
+        from imdsproxy.admin.operations import (  # noqa: PLC0415 - known guests do not wait for it
+            SettingChange,
+            SettingsReload,
+        )
+
         after = self.load()
         accept(after)
         changed = diff_settings(self.settings, after)

@@ -17,8 +17,8 @@ from imdsproxy import errors
 from imdsproxy.admin.api import admin_app
 from imdsproxy.admin.metrics import METRICS, NETWORK_SUM
 from imdsproxy.admin.refusals import status_of
+from imdsproxy.cli.commands import build_app
 from imdsproxy.cli.exitcodes import EXIT_STATUSES, errors_by_status
-from imdsproxy.cli.main import app
 from imdsproxy.config.neutron_options import NEUTRON_OPTIONS
 from imdsproxy.config.schema import Settings
 from imdsproxy.config.takes import render_value
@@ -124,7 +124,7 @@ def _settings_table(settings: Iterable[Setting], section: str) -> list[str]:
 
 def render_cli_page() -> str:
     """docs/reference/cli.md."""
-    root = typer.main.get_command(app)
+    root = typer.main.get_command(build_app())
     statuses = [(str(key), value) for key, value in EXIT_STATUSES.items()]
     lines = [*_head("Command line", _CLI), "", "## Exit statuses", ""]
     lines += _table(("status", "meaning"), statuses)

@@ -1,0 +1,93 @@
+"""The commands, each with the module that has it: only what a command line names is loaded.
+
+All of them take half as long to load as `imdsproxy run` takes to find its settings, and each command would wait for
+all of them.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Final
+
+import typer
+
+from imdsproxy.cli import options
+
+__all__ = ["COMMANDS", "build_app", "named_command"]
+
+_DAEMON, _GUESTS, _RECORDS = "Daemon", "Guests", "Records"
+
+COMMANDS: Final[Mapping[str, str]] = {
+    "run": _DAEMON,
+    "documents": _DAEMON,
+    "check": _DAEMON,
+    "status": _DAEMON,
+    "reload": _DAEMON,
+    "stop": _DAEMON,
+    "render": _DAEMON,
+    "config": _DAEMON,
+    "version": _DAEMON,
+    "network": _RECORDS,
+    "instance": _RECORDS,
+    "namespace-proxy": _DAEMON,
+    "get": _GUESTS,
+    "explain": _GUESTS,
+    "doctor": _GUESTS,
+    "snippet": _GUESTS,
+}
+"""Every command, in the order of the help, and under which heading it stands there.
+
+A command is a function of its module, both named as it is; a group of commands is its module's `app`.
+"""
+
+_GROUPS: Final = frozenset({"config", "network", "instance"})
+_WITH_VALUE: Final = frozenset({"--config", "-c", "--socket", "-s"})
+
+
+def _root(
+    context: typer.Context,
+    *,
+    config: options.Config = None,
+    socket: options.Socket = None,
+    as_json: options.Json = False,
+) -> None:
+    options.invocation(context, config=config, socket=socket, as_json=as_json)
+
+
+def build_app(names: Iterable[str] = COMMANDS) -> typer.Typer:
+    """The program with these commands; the others are not known to it."""
+    app = typer.Typer(
+        name="imdsproxy",
+        help="Metadata for every instance at http://169.254.169.254, in every network of this host.",
+        no_args_is_help=True,
+        add_completion=False,
+        rich_markup_mode="rich",
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    app.callback(no_args_is_help=True)(_root)
+    for name in names:
+        identifier = name.replace("-", "_")
+        module = importlib.import_module(f"imdsproxy.cli.{identifier}")
+        if name in _GROUPS:
+            app.add_typer(module.app, name=name, rich_help_panel=COMMANDS[name])
+        else:
+            settings = getattr(module, "SETTINGS", None)
+            app.command(name, context_settings=settings, rich_help_panel=COMMANDS[name])(
+                getattr(module, identifier)
+            )
+    return app
+
+
+def named_command(arguments: Sequence[str]) -> str | None:
+    """The command that a command line names; `None` where it names none that there is, or asks for help."""
+    waiting = iter(arguments)
+    for word in waiting:
+        if word in _WITH_VALUE:
+            next(waiting, None)
+        elif not word.startswith("-"):
+            return word if word in COMMANDS else None
+        elif word in {"--", "-h", "--help"}:
+            return None
+    return None
