@@ -313,3 +313,30 @@ def test_a_url_that_is_none_says_what_one_is() -> None:
         parse_url("gopher://x")
 
     assert "http://169.254.169.254" in refused.value.hint
+
+
+def test_a_server_like_tootles_is_seen_for_what_it_is(
+    server: MetadataServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its one version, names without slashes, keys as a plain leaf, no tokens but an error page."""
+    old = "/2009-04-04"
+    key = b"ssh-ed25519 AAAA me"
+    server.replies = {
+        f"{old}/meta-data": Reply(b"hostname\ninstance-id\nlocal-hostname\npublic-keys\n"),
+        f"{old}/meta-data/hostname": Reply(b"web-1"),
+        f"{old}/meta-data/local-hostname": Reply(b"web-1"),
+        f"{old}/meta-data/instance-id": Reply(b"1"),
+        f"{old}/meta-data/public-keys": Reply(key),
+    }
+    server.token = Reply(b"<html>\nno\n</html>\n", status=405)
+
+    assert main(["doctor", server.url, "--json"]) == 1
+
+    told = json.loads(capsys.readouterr().out)
+    assert told["served"] == ["ec2"]
+    assert {one["code"] for one in told["findings"]} == {
+        "key-listing-form",
+        "listing-newline",
+        "token-refused",
+        "root-versions",
+    }

@@ -437,14 +437,45 @@ def test_every_code_is_said_in_the_documents() -> None:
     assert {code for code in codes if f"`{code}`" not in told} == set()
 
 
-def test_silence_on_one_path_is_found() -> None:
-    class Silent(MetadataServer):
-        def fetch(self, ask: Ask) -> Answered:
-            if ask.path.endswith("/vendor_data.json"):
-                return Unanswered("no answer within 10 s", timed_out=True)
-            return super().fetch(ask)
+class Refusing(MetadataServer):
+    """Lets nobody in."""
 
+    def fetch(self, ask: Ask) -> Answered:
+        del ask
+        return Answer(403)
+
+
+def test_who_is_let_in_nowhere_is_told_that_alone() -> None:
+    (finding,) = found(Refusing()).values()
+
+    assert (finding.code, finding.severity) == ("refused", ERROR)
+    assert "imdsproxy explain" in finding.change
+
+
+class Silent(MetadataServer):
+    """Says nothing on one path."""
+
+    where = "/openstack/2018-08-27/vendor_data.json"
+    timed_out = True
+
+    def fetch(self, ask: Ask) -> Answered:
+        if ask.path == self.where:
+            return Unanswered("nothing", timed_out=self.timed_out)
+        return super().fetch(ask)
+
+
+def test_silence_on_one_path_is_found() -> None:
     finding = found(Silent())["no-answer"]
+
     assert finding.severity is ERROR
-    assert finding.paths == ("/openstack/2018-08-27/vendor_data.json",)
+    assert finding.paths == (Silent.where,)
     assert "cloudbase-init" in finding.clients[0]
+
+
+def test_a_connection_that_ends_below_a_leaf_is_less() -> None:
+    server = Silent()
+    server.where, server.timed_out = "/latest/meta-data/instance-id/x", False
+
+    finding = found(server)["no-answer"]
+    assert finding.severity is WARNING
+    assert "29 clients" in finding.clients[0]

@@ -20,6 +20,7 @@ __all__ = [
     "Crawling",
     "GOOGLE",
     "NOCLOUD_FILES",
+    "ODD_LEAF",
     "TOKEN",
     "TOKEN_HEADER",
     "TTL_HEADER",
@@ -45,6 +46,9 @@ _LATEST: Final = "latest"
 
 NOCLOUD_FILES: Final = ("network-config", "meta-data", "user-data", "vendor-data")
 """In the order in which cloud-init reads them."""
+
+ODD_LEAF: Final = "/meta-data/instance-id/x"
+"""Below a leaf: Nova answers 500 there."""
 
 TTL_HEADER: Final = "x-aws-ec2-metadata-token-ttl-seconds"
 TOKEN_HEADER: Final = "x-aws-ec2-metadata-token"  # noqa: S105 - a header's name
@@ -220,7 +224,7 @@ def _ec2(found: Crawl) -> _Steps:
     for path in ("/user-data", "/user-data/", "/meta-data", "//meta-data/instance-id"):
         yield from _get_ec2(found, f"{found.base}{path}")
     yield from _get_ec2(found, f"{found.base}/dynamic/instance-identity")
-    yield from _get_ec2(found, f"{base}instance-id/x")
+    yield from _get_ec2(found, f"{found.base}{ODD_LEAF}")
     zone = f"{base}placement/availability-zone"
     if found.said(zone) is not None:
         yield from _get_ec2(found, f"{zone}/")

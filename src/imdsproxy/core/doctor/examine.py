@@ -17,11 +17,22 @@ from imdsproxy.core.doctor.user_data import check_user_data
 
 __all__ = ["examine"]
 
+_FORBIDDEN: Final = 403
+_REFUSED: Final = Finding(
+    "refused",
+    Severity.ERROR,
+    "every question is answered 403",
+    "see on the host why: `imdsproxy explain --network NET --from ADDRESS`; imdsproxy answers so when the guest "
+    "has another MAC than the record that has its address",
+    ("every client",),
+)
 _ORDER: Final = tuple(Severity)
 
 
 def examine(crawl: Crawl, around: Surroundings) -> tuple[Finding, ...]:
     """Everything that is found, the worst first."""
+    if _refused(crawl):
+        return (_REFUSED,)
     findings = [
         *check_transport(crawl),
         *check_gate(crawl, around),
@@ -33,3 +44,8 @@ def examine(crawl: Crawl, around: Surroundings) -> tuple[Finding, ...]:
         *check_user_data(crawl),
     ]
     return tuple(sorted(findings, key=lambda one: _ORDER.index(one.severity)))
+
+
+def _refused(crawl: Crawl) -> bool:
+    answers = list(crawl.answers())
+    return bool(answers) and all(answer.status == _FORBIDDEN for _, answer in answers)

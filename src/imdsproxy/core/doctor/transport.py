@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Final
 
-from imdsproxy.core.doctor.crawl import Crawl
+from imdsproxy.core.doctor.crawl import ODD_LEAF, Crawl
 from imdsproxy.core.doctor.exchange import Ask, Framing, Unanswered
 from imdsproxy.core.doctor.finding import Finding, Severity
 
@@ -29,6 +29,11 @@ _BAD_S: Final = 1.0
 _LARGE: Final = 1 << 20
 _BLOCKED: Final = (301, 302, 303, 307, 308)
 _SERVER_ERROR: Final = 500
+_WAITING: Final = (
+    "cloudbase-init and curl tools, which wait for ever",
+    "cloud-init, for ten seconds each",
+)
+_BROKEN: Final = ("9 of 29 clients, which do not try again",)
 
 
 def check_transport(crawl: Crawl) -> Iterator[Finding]:
@@ -55,12 +60,16 @@ def _unanswered(crawl: Crawl) -> Iterator[Finding]:
             ("every client",),
         )
     elif silent:
+        stalled = any(
+            isinstance(one.answered, Unanswered) and one.answered.timed_out for one in silent
+        )
+        odd = all(one.ask.path == f"{crawl.base}{ODD_LEAF}" for one in silent)
         yield Finding(
             "no-answer",
-            Severity.ERROR,
+            Severity.WARNING if odd else Severity.ERROR,
             f"{len(silent)} of {len(crawl.exchanges)} questions got no answer: {_why(silent[0].answered)}",
             "answer every request: what is not there with 404, and 503 with Retry-After while not ready",
-            ("cloudbase-init and curl tools, which wait for ever", "cloud-init"),
+            _WAITING if stalled else _BROKEN,
             tuple(one.ask.path for one in silent),
         )
 
