@@ -19,6 +19,7 @@ from imdsproxy.core.model import IpAddress
 from imdsproxy.core.upstream import EndpointSet, NovaRouting
 from imdsproxy.errors import ConfigUnreadable, Problem
 from imdsproxy.host.files import read_secret, write_atomic
+from imdsproxy.host.signing_secret import read_signing_secret
 
 __all__ = ["NovaUpstream", "Resolve", "resolve_name"]
 
@@ -207,19 +208,14 @@ def _read_files(name: str, one: EndpointSetSettings) -> _Files:
 
 
 def _endpoint_set(name: str, one: EndpointSetSettings) -> EndpointSet:
-    following = None if one.next_secret_file is None else _secret(one.next_secret_file)
+    following = None if one.next_secret_file is None else read_signing_secret(one.next_secret_file)
     return EndpointSet(
         name,
-        _secret(one.secret_file),
+        read_signing_secret(one.secret_file),
         following,
         frozenset(one.networks),
         frozenset(one.projects),
     )
-
-
-def _secret(path: Path) -> bytes:
-    # Nova's own configuration file drops blanks around a value, too.
-    return read_secret(path).strip()
 
 
 def _read_file(path: Path, where: str) -> bytes:

@@ -211,7 +211,7 @@ def _certificates(name: str, one: EndpointSetSettings) -> Iterator[Finding]:
         yield from _tried(f"{where}.ca_file", one.ca_file, _load_authorities)
     if one.client_key_file is not None:
         try:
-            _secret(one.client_key_file)
+            _key(one.client_key_file)
         except SecretUnreadable as error:
             yield from _named(f"{where}.client_key_file", error)
             return
@@ -261,9 +261,17 @@ def _weak(name: str, secrets: Mapping[str, bytes]) -> Iterator[Finding]:
 
 
 def _secret(path: Path) -> bytes:
-    from imdsproxy.host.files import read_secret  # noqa: PLC0415 - `--help` need not load it
+    from imdsproxy.host.signing_secret import (  # noqa: PLC0415 - `--help` need not load it
+        read_signing_secret,
+    )
 
-    return read_secret(path).strip()
+    return read_signing_secret(path)
+
+
+def _key(path: Path) -> bytes:
+    from imdsproxy.host.files import read_secret  # noqa: PLC0415 - as above
+
+    return read_secret(path)
 
 
 def _read(path: Path) -> bytes:
