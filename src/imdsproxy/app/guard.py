@@ -11,7 +11,7 @@ import structlog
 
 from imdsproxy.core.haproxy.runtime import Processes
 from imdsproxy.dataplane.haproxy import Haproxy
-from imdsproxy.errors import DataplaneError, Problem, RuntimeUnavailable
+from imdsproxy.errors import DataplaneError, HostRefused, Problem, RuntimeUnavailable
 from imdsproxy.host.vitals import Vitals, read_vitals
 
 __all__ = ["Doubt", "HaproxyGuard"]
@@ -82,7 +82,11 @@ class HaproxyGuard:
         return self._answering
 
     async def run(self) -> None:
-        """Watch until cancelled."""
+        """Watch until cancelled.
+
+        Raises:
+            HostRefused: Our files were removed while we ran: this process has to be started again.
+        """
         async with asyncio.TaskGroup() as group:
             group.create_task(self._watch_master(), name="haproxy-master")
             group.create_task(self._watch_worker(), name="haproxy-worker")
@@ -112,6 +116,7 @@ class HaproxyGuard:
             structlog.get_logger().error(
                 "haproxy not started", code=error.code, error=error.message, retry_in_s=delay
             )
+            self._give_up_where_nothing_is_left()
             self.on_trouble("haproxy did not start")
             await asyncio.sleep(delay)
             return min(delay * 2, _RESTART_LAST_S)
@@ -120,6 +125,15 @@ class HaproxyGuard:
         structlog.get_logger().info("haproxy started again", master=self._pid())
         self.on_return("haproxy started again")
         return _RESTART_FIRST_S
+
+    def _give_up_where_nothing_is_left(self) -> None:
+        # Sockets, maps and links have gone with it. A start makes all of them; nothing else does.
+        layout = self.haproxy.layout
+        if not layout.unavailable.exists():
+            raise HostRefused(
+                f"somebody has removed our files in {layout.runtime}: only a start makes them again",
+                hint="find out who did: a clean-up of /run, tmpfiles.d, another unit's RuntimeDirectory=",
+            )
 
     def _pid(self) -> int | None:
         return None if self.haproxy.processes is None else self.haproxy.processes.master

@@ -1,0 +1,64 @@
+"""What a tired operator does at night, and what he is told."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+from collections.abc import Iterator
+
+import pytest
+
+from support.lab import until
+from support.nova_world import SECRET, NovaWorld, open_nova_world
+
+pytestmark = pytest.mark.root
+
+
+@pytest.fixture(scope="module")
+def world() -> Iterator[NovaWorld]:
+    with open_nova_world() as one:
+        yield one
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (b"one\ntwo\n", "more than one line"),
+        (b"metadata_proxy_shared_secret = abc\n", "only the secret"),
+        (b"\xef\xbb\xbfabc\n", "byte order mark"),
+        (b"a\0bc\n", "control character"),
+    ],
+)
+def test_what_can_be_no_secret_of_novas_is_refused_and_the_one_before_stays(
+    world: NovaWorld, data: bytes, words: str
+) -> None:
+    file = world.daemon.directory / "secret"
+    try:
+        file.write_bytes(data)
+        for command in ("reload", "check"):
+            done = world.daemon.command(command)
+            assert done.status == 78
+            assert words in done.out + done.err
+            assert "abc" not in done.out + done.err
+        assert world.red.ask("/openstack").status == 200
+    finally:
+        world.secret_file("secret", SECRET)
+
+
+def test_who_empties_the_runtime_directory_is_told_of_it_and_a_start_mends_all(
+    world: NovaWorld,
+) -> None:
+    daemon = world.daemon
+    assert daemon.process is not None
+    documents = daemon.pids().documents
+    for entry in daemon.runtime.iterdir():
+        shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+    process = daemon.process
+    until(lambda: process.poll() is not None, within_s=15, what="the controller's end")
+    assert process.returncode == 71
+    assert f"somebody has removed our files in {daemon.runtime}" in daemon.log.read_text()
+    # Nobody can know of it any more, but systemd where that started it.
+    os.kill(documents, signal.SIGTERM)
+    daemon.start()
+    assert world.red.ask("/openstack").status == 200
