@@ -46,6 +46,23 @@ def test_what_can_be_no_secret_of_novas_is_refused_and_the_one_before_stays(
         world.secret_file("secret", SECRET)
 
 
+def test_who_writes_a_new_secret_is_told_that_it_was_read_and_not_what_it_is(
+    world: NovaWorld,
+) -> None:
+    try:
+        world.secret_file("secret", "a new secret")
+        world.nova.secret = "a new secret"
+        done = world.daemon.command("reload")
+        assert "nova.endpoint_sets.default.secret_file" in done.out
+        assert "a new secret" not in done.out + done.err
+        assert world.red.ask("/openstack").status == 200
+        assert "no setting has changed" in world.daemon.command("reload").out
+    finally:
+        world.secret_file("secret", SECRET)
+        world.nova.secret = SECRET
+        assert world.daemon.command("reload").status == 0
+
+
 def test_who_empties_the_runtime_directory_is_told_of_it_and_a_start_mends_all(
     world: NovaWorld,
 ) -> None:

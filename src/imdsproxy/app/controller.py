@@ -39,13 +39,14 @@ from imdsproxy.app.nova_upstream import NovaUpstream
 from imdsproxy.app.parts import Parts
 from imdsproxy.app.record_loop import RecordLoop
 from imdsproxy.app.servers import open_sole_socket, open_tcp_socket
-from imdsproxy.app.settings_reload import SettingsHolder
+from imdsproxy.app.settings_reload import SettingsHolder, with_contents
 from imdsproxy.app.stop import end_processes, sweep_host
 from imdsproxy.app.unix_listener import UnixListener, sweep_unix_socket
 from imdsproxy.config.schema import Settings
 from imdsproxy.core.hostnames import Naming
 from imdsproxy.core.inventory import AddressKey, Inventory, Observation
 from imdsproxy.core.model import NetworkId
+from imdsproxy.core.upstream import changed_secrets
 from imdsproxy.dataplane.launch import read_program
 from imdsproxy.errors import ConfigError, DataplaneError
 from imdsproxy.host.clock import Clock
@@ -132,6 +133,7 @@ class _Controller:
     def _begin_reload(self) -> tuple[SettingsReload, asyncio.Task[None] | None]:
         self.notifier.reloading(int(self.parts.clock.monotonic() * 1e6))
         before, resigned = self.parts.nova.backends(), False
+        routing = self.parts.nova.routing
 
         def accept(after: Settings) -> None:
             nonlocal resigned
@@ -141,6 +143,7 @@ class _Controller:
             result = self.parts.holder.reload(accept)
         finally:
             self.notifier.ready()
+        result = with_contents(result, changed_secrets(routing, self.parts.nova.routing))
         if self.parts.nova.backends() != before:
             # Also where the settings are the same, and a file that they name is not.
             result = replace(result, haproxy_reloaded=True)

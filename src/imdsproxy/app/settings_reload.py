@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from imdsproxy.config.change import Change
@@ -13,7 +13,7 @@ from imdsproxy.config.schema import Settings
 if TYPE_CHECKING:
     from imdsproxy.admin.operations import SettingsReload
 
-__all__ = ["SettingsHolder"]
+__all__ = ["SettingsHolder", "with_contents"]
 
 
 @dataclass(slots=True)
@@ -51,3 +51,16 @@ class SettingsHolder:
             restart_needed=tuple(one.path for one in changed if one.change is Change.RESTART),
             haproxy_reloaded=any(one.change is Change.RELOAD for one in changed),
         )
+
+
+def with_contents(result: SettingsReload, files: Iterable[str]) -> SettingsReload:
+    """Tell also of `files`, the paths of settings that are the same while their files have other content."""
+    from imdsproxy.admin.operations import SettingChange  # noqa: PLC0415 - as above
+
+    told = {change.path for change in result.changes}
+    more = (
+        SettingChange(path, "its content of before", "its new content", Change.LIVE.value)
+        for path in files
+        if path not in told
+    )
+    return replace(result, changes=(*result.changes, *more))

@@ -8,7 +8,7 @@ from imdsproxy.core.model import InstanceId, NetworkId
 from imdsproxy.core.signing import sign_instance
 from imdsproxy.core.wire import NovaRecord
 
-__all__ = ["EndpointSet", "NovaRouting"]
+__all__ = ["EndpointSet", "NovaRouting", "changed_secrets"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,3 +57,18 @@ class NovaRouting:
         if chosen is None:
             return None
         return NovaRecord(chosen.name, instance, project, chosen.sign(instance))
+
+
+def changed_secrets(before: NovaRouting, after: NovaRouting) -> tuple[str, ...]:
+    """The settings, by their paths, whose files hold another secret than before."""
+    known = {one.name: one for one in before.sets}
+    return tuple(
+        f"nova.endpoint_sets.{one.name}.{setting}"
+        for one in after.sets
+        if (old := known.get(one.name)) is not None
+        for setting, was, now in (
+            ("secret_file", old.secret, one.secret),
+            ("next_secret_file", old.next_secret, one.next_secret),
+        )
+        if was is not None and now is not None and was != now
+    )
