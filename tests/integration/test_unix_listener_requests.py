@@ -13,7 +13,7 @@ from support.agent_socket import NETWORK, OVN, ROUTER, AgentWorld, open_agents
 from support.daemon import user_data_of
 from support.guest import Reply
 from support.lab import until
-from support.nova_world import INSTANCES
+from support.nova_world import INSTANCES, nova_instance
 
 pytestmark = pytest.mark.root
 
@@ -192,6 +192,18 @@ def test_anything_but_exactly_one_address_is_400(world: AgentWorld, lines: tuple
 def test_an_ipv6_address_that_ends_like_an_ipv4_one_is_another_one(
     world: AgentWorld, spelled: str
 ) -> None:
+    assert world.socket.ask(address=spelled).status == 404
+    assert world.nova.requests == []
+
+
+@pytest.mark.parametrize("spelled", ["2002:a00:5::b", "2002:0A00:0005:0::B"])
+def test_an_address_of_6to4_is_not_the_ipv4_one_in_it(world: AgentWorld, spelled: str) -> None:
+    port = {"network": "red", "mac": "fa:16:3e:00:00:0b", "addresses": ["2002:a00:5::b"]}
+    world.daemon.put(instances=[{**nova_instance("red"), "id": "by-6to4", "ports": [port]}])
+    assert world.socket.ask(address=spelled).status == 200
+    assert _seen(world)[b"x-instance-id"] == b"by-6to4"
+    world.daemon.remove_instance("by-6to4")
+    world.nova.forget()
     assert world.socket.ask(address=spelled).status == 404
     assert world.nova.requests == []
 

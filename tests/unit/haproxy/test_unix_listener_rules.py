@@ -17,7 +17,9 @@ _LINES = [" ".join(line) for line in agent_rules()]
 def _pattern(variable: str, source: str) -> re.Pattern[str]:
     """The regular expression under which a variable is set."""
     (line,) = (
-        one for one in agent_rules() if one[1] == f"set-var({variable})" and source in one[2]
+        one
+        for one in agent_rules()
+        if one[1] == f"set-var({variable})" and source in one[2] and "reg" in one
     )
     return re.compile(line[-2])
 

@@ -65,6 +65,9 @@ def agent_rules() -> tuple[Words, ...]:
          "if", "{", "var(txn.peer)", "-m", "reg", _IPV4, "}"),
         ("http-request", "set-var(txn.ipv6)", "var(txn.peer),ipmask(32,128)",
          "if", "!{", "var(sess.address)", "-m", "found", "}", "{", "var(txn.peer)", "-m", "reg", _IPV6, "}"),
+        # Of an address of 6to4 (2002::/16) HAProxy makes the IPv4 one that is in it. Proxies spell as the map does.
+        ("http-request", "set-var(txn.ipv6)", "var(txn.peer),lower",
+         "if", "{", "var(txn.ipv6)", "-m", "found", "}", "{", "var(txn.peer)", "-m", "beg", "2002:", "}"),
         ("http-request", "set-var(sess.address)", "var(txn.ipv6)", "if", "{", "var(txn.ipv6)", "-m", "sub", ":", "}"),
         (*_refuse("exactly one X-Forwarded-For with one address is needed"),
          "unless", "{", "var(sess.address)", "-m", "found", "}"),
