@@ -22,6 +22,7 @@ base_packages=(
 test_packages=(
     wrk:wrk
     ps:procps
+    xmllint:libxml2-utils
     openssl:openssl
     /usr/lib/systemd/systemd:systemd
 )

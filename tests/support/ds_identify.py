@@ -12,7 +12,7 @@ from typing import Final
 
 from support.debian_files import unpacked
 
-__all__ = ["DMI_OF_SMBIOS", "Machine", "identify"]
+__all__ = ["DMI_OF_SMBIOS", "Machine", "identify", "write_dmi"]
 
 DMI_OF_SMBIOS: Final[Mapping[tuple[int, str], str]] = {
     (1, "manufacturer"): "sys_vendor",
@@ -53,10 +53,7 @@ class Machine:
 
 def identify(machine: Machine, root: Path) -> list[str]:
     """The data sources that it finds, in their order; none where cloud-init stays off."""
-    dmi = root / "sys/class/dmi/id"
-    dmi.mkdir(parents=True)
-    for name, value in {**_PLAIN_QEMU, **machine.dmi}.items():
-        (dmi / name).write_text(f"{value}\n")
+    write_dmi(machine, root / "sys/class/dmi/id")
     (root / "run/systemd").mkdir(parents=True)
     proc = root / "proc/1"
     proc.mkdir(parents=True)
@@ -89,6 +86,13 @@ def identify(machine: Machine, root: Path) -> list[str]:
     found = _LIST.search((root / "run/cloud-init/cloud.cfg").read_text())
     assert found is not None, log
     return [name for name in found[1].split(", ") if name != "None"]
+
+
+def write_dmi(machine: Machine, directory: Path) -> None:
+    """The machine's SMBIOS as Linux shows it."""
+    directory.mkdir(parents=True)
+    for name, value in {**_PLAIN_QEMU, **machine.dmi}.items():
+        (directory / name).write_text(f"{value}\n")
 
 
 def _zero_ended(words: Iterable[str]) -> bytes:
