@@ -25,6 +25,11 @@ test_packages=(
     xmllint:libxml2-utils
     openssl:openssl
     /usr/lib/systemd/systemd:systemd
+    libvirtd:libvirt-daemon
+    virsh:libvirt-clients
+    virt-qemu-run:libvirt-daemon-driver-qemu
+    /etc/libvirt/network.conf:libvirt-daemon-driver-network
+    /usr/lib/python3/dist-packages/libvirt.py:python3-libvirt
 )
 policy_mark='# laid by script/lib.sh of imdsproxy while it installs, in process'
 
@@ -95,7 +100,7 @@ remove_policy() {
 
 # apt_install PACKAGE...: without starting or enabling any service that a package brings
 apt_install() {
-    local services_before policy=$cache/policy-rc.d
+    local link unit enabled_before policy=$cache/policy-rc.d
     logged apt-get -q -o DPkg::Lock::Timeout=120 update
     if [[ " $* " == *" haproxy "* ]]; then
         local candidate
@@ -106,7 +111,7 @@ apt_install() {
     say "installing Debian packages: $*"
     printf '#!/bin/sh\n%s %s\nexit 101\n' "$policy_mark" "$$" >"$policy"
     chmod 755 "$policy"
-    services_before=$(enabled_haproxy)
+    enabled_before=$(enabled_units)
     local install=(env DEBIAN_FRONTEND=noninteractive apt-get -q -y -o DPkg::Lock::Timeout=120
         install --no-install-recommends "$@")
     if [[ -e /usr/sbin/policy-rc.d ]]; then
@@ -121,14 +126,17 @@ apt_install() {
         remove_policy
         trap - EXIT
     fi
-    if [[ -z $services_before && -n $(enabled_haproxy) ]]; then
-        logged env DPKG_MAINTSCRIPT_PACKAGE=haproxy deb-systemd-helper disable haproxy.service
-        logged update-rc.d haproxy disable
-    fi
+    # By hand: deb-systemd-helper never ends with units that name each other, as libvirt's do.
+    for link in $(comm -13 <(printf '%s\n' "$enabled_before") <(enabled_units)); do
+        logged rm -f "$link"
+        unit=$(basename "$link" .service)
+        [[ ! -e /etc/init.d/$unit ]] || logged update-rc.d "$unit" disable
+    done
 }
 
-enabled_haproxy() {
-    find /etc/systemd/system -name haproxy.service -path '*.wants/*' 2>/dev/null || true
+# enabled_units: the links by which systemd would start something at the next boot, sorted
+enabled_units() {
+    find /etc/systemd/system -path '*.wants/*' 2>/dev/null | sort
 }
 
 # usable_python PYTHON: true when it is 3.11 or later and can make a virtual environment
@@ -178,6 +186,20 @@ build_venv() {
     venv_stamp >"$stamp"
 }
 
+# link_libvirt: the distribution's module, the one that the .deb uses too, for .venv; PyPI's would need a compiler
+link_libvirt() {
+    local modules=/usr/lib/python3/dist-packages from file
+    [[ -e $modules/libvirt.py ]] || return 0
+    from=$("$venv/bin/python" -c 'import sysconfig as s; print(s.get_config_var("EXT_SUFFIX"), s.get_path("platlib"))')
+    for file in libvirt.py "libvirtmod${from% *}"; do
+        if [[ ! -e $modules/$file ]]; then
+            say "note: no $modules/$file; tests of libvirt need .venv to be of the distribution's own Python"
+            return 0
+        fi
+        ln -sfn "$modules/$file" "${from#* }/$file"
+    done
+}
+
 # set_up PRESENCE:PACKAGE...: one at a time in this work tree
 set_up() {
     need_system
@@ -189,5 +211,6 @@ set_up() {
         install_missing "$@"
         need_haproxy_3
         build_venv
+        link_libvirt
     ) 9>"$cache/setup.lock"
 }

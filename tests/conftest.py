@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from support.libvirt_daemon import Libvirtd, open_libvirtd
 from support.openstack.lab import OpenStack, open_openstack
 
 # The first test that uses it pays for its start, and once in a checkout for its installation.
@@ -22,6 +23,13 @@ def openstack() -> Iterator[OpenStack]:
     """Genuine Nova and Neutron, one of each for all tests; both run at the beginning of each test."""
     with open_openstack() as lab:
         yield lab
+
+
+@pytest.fixture(scope="session")
+def libvirtd() -> Iterator[Libvirtd]:
+    """A genuine libvirtd, one for all tests; who uses it takes away what it has made."""
+    with open_libvirtd() as daemon:
+        yield daemon
 
 
 @pytest.fixture(autouse=True)

@@ -36,6 +36,9 @@ from imdsproxy.host.observe import HostObserver
 from imdsproxy.serving.passwords import PasswordStore
 from imdsproxy.sources.api import Source, WritableSource
 from imdsproxy.sources.file import FileSource
+from imdsproxy.sources.libvirt import LibvirtPace, LibvirtSource
+from imdsproxy.sources.libvirt_client import SystemLibvirt
+from imdsproxy.sources.libvirt_known import Selection
 from imdsproxy.sources.neutron import NeutronSource
 from imdsproxy.sources.neutron_rest import NeutronRest, connect_cloud, connect_endpoint
 from imdsproxy.sources.neutron_running import NeutronPace
@@ -219,7 +222,21 @@ def build_sources(
     if settings.sources.neutron.enabled:
         neutron = _build_neutron(settings, clock, begin)
         found.append(neutron)
+    if settings.sources.libvirt.enabled:
+        found.append(_build_libvirt(settings))
     return Sources(tuple(found), writable, neutron)
+
+
+def _build_libvirt(settings: Settings) -> LibvirtSource:
+    libvirt = settings.sources.libvirt
+    return LibvirtSource(
+        SystemLibvirt(libvirt.uri),
+        selection=Selection(
+            networks=None if libvirt.networks is None else frozenset(libvirt.networks),
+            marked_only=libvirt.domains == "marked",
+        ),
+        pace=LibvirtPace(reread_s=libvirt.reread_s),
+    )
 
 
 def _build_neutron(

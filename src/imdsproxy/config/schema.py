@@ -14,6 +14,7 @@ from pydantic import model_validator
 
 from imdsproxy.config.change import Change
 from imdsproxy.config.endpoint import Endpoint
+from imdsproxy.config.libvirt import LibvirtSourceSettings
 from imdsproxy.config.neutron import NeutronSourceSettings
 from imdsproxy.config.nova import NovaSettings
 from imdsproxy.config.section import (
@@ -283,10 +284,12 @@ class SourcesSettings(Section):
     file: FileSourceSettings = section("Files in a directory.", FileSourceSettings)
     sqlite: SqliteSourceSettings = section("The embedded store.", SqliteSourceSettings)
     neutron: NeutronSourceSettings = section("OpenStack's Neutron.", NeutronSourceSettings)
+    libvirt: LibvirtSourceSettings = section("Libvirt.", LibvirtSourceSettings)
 
     @model_validator(mode="after")
     def _one_is_enabled(self) -> SourcesSettings:
-        if not (self.file.enabled or self.sqlite.enabled or self.neutron.enabled):
+        each = (self.file, self.sqlite, self.neutron, self.libvirt)
+        if not any(source.enabled for source in each):
             raise cross(
                 "",
                 "no source is enabled, so no instance could ever be known",

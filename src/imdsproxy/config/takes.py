@@ -29,6 +29,8 @@ _PATTERNS: Final[Mapping[str, str]] = {
     ),
     r"^[A-Za-z0-9.:\[\]-]{1,255}$": "a host as in a Host header: a name or an address, and a port",
     r"^https?://[^\s/?#]+/?[^\s?#]*$": "a URL that begins with http:// or https://, without ? and #",
+    r"^[a-z][a-z0-9+.-]*://[\x21-\x7e]*$": "a URI, as qemu:///system",
+    r"^[^\x00-\x1f/]{1,255}$": "a name without a slash",
     r"^[\x21-\x7e]{1,255}$": "a name of 1 to 255 ASCII letters without blanks",
 }
 _PLAIN_WORDS: Final[Mapping[object, str]] = {

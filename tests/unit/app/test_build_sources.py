@@ -8,6 +8,9 @@ import pytest
 from imdsproxy.app import build
 from imdsproxy.config.schema import Settings
 from imdsproxy.host.clock import SystemClock
+from imdsproxy.sources.libvirt import LibvirtPace, LibvirtSource
+from imdsproxy.sources.libvirt_client import SystemLibvirt
+from imdsproxy.sources.libvirt_known import Selection
 from imdsproxy.sources.neutron import NeutronSource
 
 
@@ -87,3 +90,20 @@ def test_how_neutron_is_asked_is_as_the_settings_say(tmp_path: Path) -> None:
     source = build.build_sources(settings, SystemClock(), begin=_begin).look_up
     assert source is not None
     assert {name: getattr(source._pace, name) for name in said} == said
+
+
+def test_libvirt_is_asked_as_the_settings_say() -> None:
+    said = {
+        "enabled": True,
+        "uri": "test:///default",
+        "networks": ["default"],
+        "domains": "marked",
+        "reread_s": 5.0,
+    }
+    settings = Settings.model_validate({"sources": {"libvirt": said}})
+    _store, source = build.build_sources(settings, SystemClock(), begin=_begin).all
+    assert isinstance(source, LibvirtSource)
+    assert isinstance(source._client, SystemLibvirt)
+    assert source._client._uri == "test:///default"
+    assert source._selection == Selection(networks=frozenset({"default"}), marked_only=True)
+    assert source._pace == LibvirtPace(reread_s=5.0)

@@ -1,0 +1,49 @@
+"""The source `libvirt`: which daemon is asked, and what of all that it has is told."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Strict, StringConstraints
+
+from imdsproxy.config.change import Change
+from imdsproxy.config.section import Section, setting
+
+__all__ = ["LibvirtSourceSettings"]
+
+ConnectionUri = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9+.-]*://[\x21-\x7e]*$")]
+NetworkName = Annotated[str, StringConstraints(pattern=r"^[^\x00-\x1f/]{1,255}$")]
+
+
+class LibvirtSourceSettings(Section):
+    """Domains and networks of a libvirt daemon."""
+
+    enabled: bool = setting(
+        False,
+        "Ask libvirt. Off, because not every host with libvirt wants its guests to be told something.",
+        Change.RESTART,
+    )
+    uri: ConnectionUri = setting(
+        "qemu:///system",
+        "The daemon, as `virsh -c` takes it. It is opened read-only.",
+        Change.RESTART,
+    )
+    networks: Annotated[tuple[NetworkName, ...], Strict(strict=False)] | None = setting(
+        None,
+        "Only these: networks of libvirt's by name, bridges of the host's by device; null for all.",
+        Change.RESTART,
+    )
+    domains: Literal["all", "marked"] = setting(
+        "all",
+        "`marked`: only domains with an `<imds:instance>` in their metadata. Others get their name as host name, "
+        "their UUID as instance id, and nothing else.",
+        Change.RESTART,
+    )
+    reread_s: float = setting(
+        30.0,
+        "Seconds after which networks are read again without an event: of a static host that is added to a "
+        "running network libvirt tells nothing, until something happens to a domain.",
+        Change.RESTART,
+        ge=1,
+        le=3600,
+    )

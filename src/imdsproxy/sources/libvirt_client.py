@@ -1,0 +1,224 @@
+"""A libvirt daemon through libvirt's own Python module: nobody else here imports that.
+
+The module is C, installed by the distribution (Debian: python3-libvirt) or built against the library that is there
+(`pip install imdsproxy[libvirt]`), and imported only when the source connects.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import importlib
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, Final, TypeVar
+
+from imdsproxy.errors import SourceUnavailable
+from imdsproxy.sources.libvirt_api import ConnectionLost, DomainChanged, NetworksChanged, News
+from imdsproxy.sources.libvirt_known import NetworkXml
+from imdsproxy.sources.libvirt_threads import CallThread, EventThread
+
+__all__ = ["SystemLibvirt", "import_library"]
+
+_T = TypeVar("_T")
+_Library = Any
+_Connection = Any
+
+_EVENTS: Final = EventThread()
+"""One for the process, as libvirt has it."""
+
+_CLOSE_S: Final = 2.0
+_KEEPALIVE_S: Final = 5
+_KEEPALIVE_MISSED: Final = 3
+_MISSING_HINT: Final = "apt install python3-libvirt, or pip install 'imdsproxy[libvirt]'"
+
+
+def import_library() -> _Library:
+    """The module `libvirt`.
+
+    Raises:
+        SourceUnavailable: It is not installed, or not for this Python.
+    """
+    try:
+        return importlib.import_module("libvirt")
+    except ImportError as error:
+        reason = f"libvirt's Python module cannot be used: {error}"
+        raise SourceUnavailable(reason, hint=_MISSING_HINT) from error
+
+
+class SystemLibvirt:
+    """Connections to the daemon at `uri`, one at a time, read-only.
+
+    Read-only is enough for the XML without passwords and for events, and cannot change or stop a guest.
+
+    Args:
+        uri: As `virsh -c` takes it.
+        connect_s: Seconds after which a daemon that takes a connection and says nothing counts as one that hangs.
+    """
+
+    def __init__(self, uri: str, *, connect_s: float = 10.0) -> None:
+        self._uri = uri
+        self._connect_s = connect_s
+        self._thread: CallThread | None = None
+        self._library: _Library = None
+        self._connection: _Connection = None
+        self._undo: list[Callable[[], object]] = []
+
+    async def connect(self, tell: Callable[[News], None]) -> None:
+        """Connect, and tell in the event loop's thread what happens from now on."""
+        if self._thread is not None and self._thread.alive:
+            raise SourceUnavailable(f"{self._uri} does not answer")
+        self._thread = CallThread()
+        loop = asyncio.get_running_loop()
+
+        def tell_from_thread(news: News) -> None:
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(tell, news)
+
+        opening = self._call(lambda: self._open(tell_from_thread))
+        try:
+            await asyncio.wait_for(opening, self._connect_s)
+        except TimeoutError as error:
+            raise SourceUnavailable(
+                f"{self._uri} does not answer within {self._connect_s:g} s"
+            ) from error
+
+    async def domains(self) -> Mapping[str, str]:
+        """The XML of every domain by its UUID."""
+
+        def read() -> dict[str, str]:
+            found = ((each.UUIDString(), self._xml(each)) for each in self._all("Domains"))
+            return {uuid: text for uuid, text in found if text is not None}
+
+        return await self._call(read)
+
+    async def domain(self, uuid: str) -> str | None:
+        """A domain's XML; `None` when there is no such domain."""
+
+        def read() -> str | None:
+            domain = self._present(lambda: self._connection.lookupByUUIDString(uuid))
+            return None if domain is None else self._xml(domain)
+
+        return await self._call(read)
+
+    async def networks(self) -> tuple[NetworkXml, ...]:
+        """Every network."""
+
+        def read() -> tuple[NetworkXml, ...]:
+            found = ((self._xml(each), bool(each.isActive())) for each in self._all("Networks"))
+            return tuple(NetworkXml(text, active) for text, active in found if text is not None)
+
+        return await self._call(read)
+
+    async def close(self) -> None:
+        """Disconnect. A daemon that hangs keeps its thread, and no new connection is made until that is over."""
+        thread = self._thread
+        if thread is None:
+            return
+        closing = thread.call(self._close)
+        thread.end()
+        done, _pending = await asyncio.wait((closing,), timeout=_CLOSE_S)
+        if done:
+            self._thread = None
+        else:
+            closing.cancel()
+
+    async def _call(self, work: Callable[[], _T]) -> _T:
+        thread = self._thread
+        if thread is None:
+            raise SourceUnavailable(f"{self._uri} is not connected")
+        return await thread.call(lambda: self._chained(work))
+
+    def _chained(self, work: Callable[[], _T]) -> _T:
+        try:
+            return work()
+        except SourceUnavailable:
+            raise
+        except Exception as error:
+            # Its exception's class is known only where the module is.
+            if self._library is None or not isinstance(error, self._library.libvirtError):
+                raise
+            hint = (
+                ""
+                if self._connection is not None
+                else f"`virsh -r -c {self._uri} list` asks the same"
+            )
+            raise SourceUnavailable(f"{self._uri}: {error}", hint=hint) from error
+
+    # In the thread
+
+    def _open(self, tell: Callable[[News], None]) -> None:
+        library = import_library()
+        self._library = library
+        # Without one of ours it writes every error to standard error.
+        library.registerErrorHandler(lambda *_: None, None)
+        _EVENTS.start(library)
+        try:
+            connection = library.openReadOnly(self._uri)
+        except library.libvirtError:
+            _EVENTS.stop(library)
+            raise
+        self._connection = connection
+        connection.registerCloseCallback(
+            lambda _connection, reason, _opaque: tell(ConnectionLost(_why(library, reason))), None
+        )
+        self._undo = [connection.unregisterCloseCallback]
+        for event in (
+            library.VIR_DOMAIN_EVENT_ID_LIFECYCLE,
+            library.VIR_DOMAIN_EVENT_ID_METADATA_CHANGE,
+            library.VIR_DOMAIN_EVENT_ID_DEVICE_ADDED,
+            library.VIR_DOMAIN_EVENT_ID_DEVICE_REMOVED,
+        ):
+            number = connection.domainEventRegisterAny(
+                None,
+                event,
+                lambda _connection, domain, *_: tell(DomainChanged(domain.UUIDString())),
+                None,
+            )
+            self._undo.append(partial(connection.domainEventDeregisterAny, number))
+        number = connection.networkEventRegisterAny(
+            None,
+            library.VIR_NETWORK_EVENT_ID_LIFECYCLE,
+            lambda *_: tell(NetworksChanged()),
+            None,
+        )
+        self._undo.append(partial(connection.networkEventDeregisterAny, number))
+        # A daemon that hangs is noticed; its calls then end with an error.
+        connection.setKeepAlive(_KEEPALIVE_S, _KEEPALIVE_MISSED)
+
+    def _close(self) -> None:
+        connection, self._connection = self._connection, None
+        if connection is None:
+            return
+        # Each callback holds on to the connection: with one left it would never be closed.
+        for undo in (*self._undo, connection.close):
+            # Where the daemon is gone, it refuses what only it could do; the rest is done.
+            with contextlib.suppress(self._library.libvirtError):
+                undo()
+        self._undo = []
+        _EVENTS.stop(self._library)
+
+    def _all(self, kind: str) -> list[Any]:
+        return list(getattr(self._connection, f"listAll{kind}")())
+
+    def _xml(self, described: Any) -> str | None:  # noqa: ANN401 - libvirt has no types
+        return self._present(lambda: str(described.XMLDesc(0)))
+
+    def _present(self, ask: Callable[[], _T]) -> _T | None:
+        """The answer, or `None` where the domain or network went meanwhile."""
+        try:
+            return ask()
+        except self._library.libvirtError as error:
+            gone = (self._library.VIR_ERR_NO_DOMAIN, self._library.VIR_ERR_NO_NETWORK)
+            if error.get_error_code() in gone:
+                return None
+            raise
+
+
+def _why(library: _Library, reason: int) -> str:
+    words = {
+        library.VIR_CONNECT_CLOSE_REASON_EOF: "libvirt closed the connection",
+        library.VIR_CONNECT_CLOSE_REASON_KEEPALIVE: "libvirt does not answer any more",
+        library.VIR_CONNECT_CLOSE_REASON_ERROR: "the connection to libvirt failed",
+    }
+    return words.get(reason, "the connection to libvirt is closed")

@@ -1,0 +1,248 @@
+"""What a genuine libvirtd tells, and does not tell, of its domains and networks."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from imdsproxy.core.model import (
+    BridgeListener,
+    InstanceId,
+    InterfaceListener,
+    MacAddress,
+    Network,
+    NetworkId,
+)
+from imdsproxy.errors import SourceUnavailable
+from imdsproxy.sources.libvirt import LibvirtPace, LibvirtSource
+from imdsproxy.sources.libvirt_api import ConnectionLost, News
+from imdsproxy.sources.libvirt_client import SystemLibvirt
+from imdsproxy.sources.libvirt_metadata import METADATA_URI
+from support.libvirt_backing import define_domain, domain_xml, libvirt_source, uuid_of
+from support.libvirt_daemon import Libvirtd
+from support.source_runs import Heard, running
+
+pytestmark = pytest.mark.root
+
+MAC = "52:54:00:00:00:05"
+SECOND_MAC = "52:54:00:00:00:06"
+EVENTS_ONLY = LibvirtPace(reread_s=3600, first_retry_s=0.05, last_retry_s=0.2)
+LEAST_LEAK = 3
+"""Of a file each time; what one connection leaves may be closed by the event loop of the next."""
+ISOLATED = "<network><name>inside</name><bridge name='imdst0'/></network>"
+NAT = (
+    "<network><name>nat</name><forward mode='nat'/><bridge name='imdst1'/>"
+    "<ip address='10.7.0.1' netmask='255.255.255.0'>"
+    "<dhcp><range start='10.7.0.100' end='10.7.0.200'/></dhcp></ip></network>"
+)
+
+
+@pytest.fixture(autouse=True)
+def _cleared(libvirtd: Libvirtd) -> Iterator[None]:
+    yield
+    libvirtd.start()
+    libvirtd.clear()
+
+
+def _setting(lost: asyncio.Event) -> Callable[[News], None]:
+    return lambda news: lost.set() if isinstance(news, ConnectionLost) else None
+
+
+def open_files() -> int:
+    return sum(1 for _ in Path("/proc/self/fd").iterdir())
+
+
+def library() -> Any:  # noqa: ANN401 - libvirt has no types
+    return importlib.import_module("libvirt")
+
+
+def told_by_events(libvirtd: Libvirtd) -> LibvirtSource:
+    return LibvirtSource(SystemLibvirt(libvirtd.uri), pace=EVENTS_ONLY)
+
+
+def start_network(libvirtd: Libvirtd, text: str) -> Any:  # noqa: ANN401 - libvirt has no types
+    network = libvirtd.connection.networkDefineXML(text)
+    network.create()
+    return network
+
+
+def macs(heard: Heard, name: str = "a") -> list[MacAddress | None]:
+    instance = heard.inventory.instances.get(InstanceId(uuid_of(name)))
+    return [] if instance is None else [each.mac for each in instance.ports]
+
+
+async def test_networks_are_told_of_while_they_run(libvirtd: Libvirtd) -> None:
+    async with running(told_by_events(libvirtd)) as heard:
+        inside = await asyncio.to_thread(start_network, libvirtd, ISOLATED)
+        await asyncio.to_thread(start_network, libvirtd, NAT)
+        await heard.until(lambda each: len(each.inventory.networks) == 2)
+        assert heard.inventory.networks[NetworkId("inside")] == Network(
+            NetworkId("inside"), BridgeListener("imdst0")
+        )
+        nat = heard.inventory.networks[NetworkId("nat")]
+        assert nat.listener == InterfaceListener("imdst1")
+        assert [str(each.cidr) for each in nat.subnets] == ["10.7.0.0/24"]
+        await asyncio.to_thread(define_domain, libvirtd, "a", ("network=inside", MAC), inside="")
+        await heard.until(macs)
+        await asyncio.to_thread(inside.destroy)
+        await heard.until(lambda each: set(each.inventory.networks) == {"nat"})
+        assert not heard.inventory.problems()
+
+
+async def test_metadata_that_is_set_is_told_of_at_once(libvirtd: Libvirtd) -> None:
+    async with running(told_by_events(libvirtd)) as heard:
+        domain = await asyncio.to_thread(
+            define_domain, libvirtd, "a", ("network=inside", MAC), inside=""
+        )
+        await heard.until(macs)
+        await asyncio.to_thread(
+            domain.setMetadata,
+            library().VIR_DOMAIN_METADATA_ELEMENT,
+            "<instance><hostname>www</hostname><user-data>#!/bin/sh\n</user-data></instance>",
+            "imds",
+            METADATA_URI,
+            library().VIR_DOMAIN_AFFECT_CONFIG,
+        )
+        identity = InstanceId(uuid_of("a"))
+        await heard.until(lambda each: each.inventory.instances[identity].hostname == "www")
+        assert heard.inventory.instances[identity].user_data == b"#!/bin/sh\n"
+
+
+async def test_an_interface_that_is_plugged_into_a_running_guest_is_told_of(
+    libvirtd: Libvirtd,
+) -> None:
+    await asyncio.to_thread(start_network, libvirtd, ISOLATED)
+    plug = (
+        "<interface type='network'><source network='inside'/>"
+        f"<mac address='{SECOND_MAC}'/><model type='virtio'/></interface>"
+    )
+    async with running(told_by_events(libvirtd)) as heard:
+        # Transient and paused: what runs is all that there is of it.
+        domain = await asyncio.to_thread(
+            libvirtd.connection.createXML,
+            domain_xml("a", [("network=inside", MAC)]),
+            library().VIR_DOMAIN_START_PAUSED,
+        )
+        await heard.until(lambda each: macs(each) == [MAC])
+        await asyncio.to_thread(domain.attachDevice, plug)
+        await heard.until(lambda each: macs(each) == [MAC, SECOND_MAC])
+        await asyncio.to_thread(domain.destroy)
+        await heard.until(lambda each: not macs(each))
+
+
+async def test_a_static_host_of_a_running_network_is_seen_though_libvirt_tells_nothing(
+    libvirtd: Libvirtd,
+) -> None:
+    nat = await asyncio.to_thread(start_network, libvirtd, NAT)
+    await asyncio.to_thread(define_domain, libvirtd, "a", ("network=nat", MAC), inside="")
+
+    def add_host() -> None:
+        nat.update(
+            library().VIR_NETWORK_UPDATE_COMMAND_ADD_LAST,
+            library().VIR_NETWORK_SECTION_IP_DHCP_HOST,
+            -1,
+            f"<host mac='{MAC}' ip='10.7.0.5'/>",
+            library().VIR_NETWORK_UPDATE_AFFECT_LIVE,
+        )
+
+    async with running(libvirt_source(libvirtd)) as heard:
+        assert "nat/10.7.0.5" not in heard.owners
+        await asyncio.to_thread(add_host)
+        await heard.until(lambda each: each.owners.get("nat/10.7.0.5") == uuid_of("a"))
+
+
+async def test_what_was_known_is_told_on_while_libvirtd_is_down_and_changes_when_it_is_back(
+    libvirtd: Libvirtd,
+) -> None:
+    await asyncio.to_thread(start_network, libvirtd, ISOLATED)
+    await asyncio.to_thread(define_domain, libvirtd, "a", ("network=inside", MAC), inside="")
+    async with running(told_by_events(libvirtd)) as heard:
+        await asyncio.to_thread(libvirtd.stop)
+        await heard.until(lambda each: not each.last.in_sync)
+        assert macs(heard) == [MAC]
+        assert set(heard.inventory.networks) == {"inside"}
+        assert any(problem.field == "libvirt" for problem in heard.last.problems)
+        await asyncio.to_thread(libvirtd.start)
+        await heard.until(lambda each: each.last.in_sync)
+        assert not heard.last.problems
+        # Events are heard on the new connection.
+        await asyncio.to_thread(
+            define_domain, libvirtd, "a", ("network=inside", SECOND_MAC), inside=""
+        )
+        await heard.until(lambda each: macs(each) == [SECOND_MAC])
+
+
+async def test_a_libvirtd_that_hangs_costs_one_thread_and_no_end(libvirtd: Libvirtd) -> None:
+    def threads() -> int:
+        return sum(each.name == "imdsproxy-libvirt" for each in threading.enumerate())
+
+    client = SystemLibvirt(libvirtd.uri, connect_s=0.2)
+    pid = libvirtd.pid
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        with pytest.raises(SourceUnavailable, match="does not answer within"):
+            await client.connect(lambda _news: None)
+        await client.close()
+        for _ in range(3):
+            with pytest.raises(SourceUnavailable, match="does not answer"):
+                await client.connect(lambda _news: None)
+            await client.close()
+        assert threads() == 1
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    async with asyncio.timeout(20):
+        while threads():
+            await asyncio.sleep(0.01)
+    await client.connect(lambda _news: None)
+    assert not await client.domains()
+    await client.close()
+
+
+async def test_connections_are_closed_for_good(libvirtd: Libvirtd) -> None:
+    client = SystemLibvirt(libvirtd.uri)
+
+    async def connect_and_close() -> int:
+        await client.connect(lambda _news: None)
+        await client.domains()
+        await client.close()
+        return open_files()
+
+    first = await connect_and_close()
+    for _ in range(5):
+        last = await connect_and_close()
+    assert last < first + LEAST_LEAK
+
+
+async def test_lost_connections_are_closed_for_good(libvirtd: Libvirtd) -> None:
+    client = SystemLibvirt(libvirtd.uri)
+    files = []
+    for _ in range(4):
+        lost = asyncio.Event()
+        await client.connect(_setting(lost))
+        await asyncio.to_thread(libvirtd.stop)
+        await asyncio.wait_for(lost.wait(), 10)
+        with pytest.raises(SourceUnavailable):
+            await client.domains()
+        await client.close()
+        files.append(open_files())
+        await asyncio.to_thread(libvirtd.start)
+        await asyncio.to_thread(libvirtd.disconnect)
+    assert files[-1] < files[0] + LEAST_LEAK
+
+
+async def test_nothing_can_be_changed_by_the_sources_connection(libvirtd: Libvirtd) -> None:
+    client = SystemLibvirt(libvirtd.uri)
+    await client.connect(lambda _news: None)
+    try:
+        with pytest.raises(SourceUnavailable, match="read only"):
+            await client._call(lambda: client._connection.defineXML(domain_xml("a", [])))
+    finally:
+        await client.close()

@@ -1,0 +1,182 @@
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import Callable, Mapping
+from typing import assert_never
+
+import pytest
+
+from imdsproxy.core.model import NetworkId
+from imdsproxy.errors import SourceUnavailable
+from imdsproxy.sources.libvirt import LibvirtPace, LibvirtSource
+from imdsproxy.sources.libvirt_api import ConnectionLost, DomainChanged, NetworksChanged, News
+from imdsproxy.sources.libvirt_client import SystemLibvirt
+from imdsproxy.sources.libvirt_known import NetworkXml
+from support.libvirt_backing import domain_xml, uuid_of
+from support.source_runs import running
+
+NEVER = LibvirtPace(reread_s=3600, first_retry_s=0.001, last_retry_s=0.002)
+NETWORK = "<network><name>n1</name><uuid>u</uuid><bridge name='br1'/></network>"
+
+
+class FakeLibvirt:
+    def __init__(self, **domains: str) -> None:
+        self.xml = {uuid_of(name): text for name, text in domains.items()}
+        self.network = NetworkXml(NETWORK, active=True)
+        self.failure: str | None = None
+        self.connections = 0
+        self.open = False
+        self.read = 0
+        self._tell: Callable[[News], None] = lambda _news: None
+
+    async def connect(self, tell: Callable[[News], None]) -> None:
+        self.connections += 1
+        self._check()
+        self.open = True
+        self._tell = tell
+
+    async def domains(self) -> Mapping[str, str]:
+        self._check()
+        return dict(self.xml)
+
+    async def domain(self, uuid: str) -> str | None:
+        self._check()
+        return self.xml.get(uuid)
+
+    async def networks(self) -> tuple[NetworkXml, ...]:
+        self._check()
+        self.read += 1
+        return (self.network,)
+
+    async def close(self) -> None:
+        self.open = False
+
+    def tell(self, news: News) -> None:
+        match news:
+            case ConnectionLost():
+                self.failure = news.reason
+            case DomainChanged() | NetworksChanged():
+                pass
+            case _:
+                assert_never(news)
+        self._tell(news)
+
+    def _check(self) -> None:
+        if self.failure is not None:
+            raise SourceUnavailable(self.failure)
+
+
+def a_domain(mac: str = "52:54:00:00:00:05", name: str = "a") -> str:
+    return domain_xml(name, [("network=n1", mac)])
+
+
+async def test_an_event_of_a_domain_has_it_read_again() -> None:
+    libvirt = FakeLibvirt(a=a_domain())
+    async with running(LibvirtSource(libvirt, pace=NEVER)) as heard:
+        libvirt.xml[uuid_of("b")] = a_domain("52:54:00:00:00:06", "b")
+        libvirt.tell(DomainChanged(uuid_of("b")))
+        await heard.until(lambda each: len(each.inventory.instances) == 2)
+        del libvirt.xml[uuid_of("a")]
+        libvirt.tell(DomainChanged(uuid_of("a")))
+        await heard.until(lambda each: list(each.inventory.instances) == [uuid_of("b")])
+
+
+async def test_an_event_of_a_network_has_networks_read_again() -> None:
+    libvirt = FakeLibvirt(a=a_domain())
+    async with running(LibvirtSource(libvirt, pace=NEVER)) as heard:
+        assert set(heard.inventory.networks) == {"n1"}
+        libvirt.network = NetworkXml(NETWORK, active=False)
+        libvirt.tell(NetworksChanged())
+        await heard.until(lambda each: not each.inventory.networks)
+        assert not heard.inventory.problems()
+
+
+async def test_networks_are_read_again_without_an_event() -> None:
+    libvirt = FakeLibvirt()
+    often = LibvirtPace(reread_s=0.01)
+    async with running(LibvirtSource(libvirt, pace=often)) as heard:
+        text = NETWORK.replace("</name>", "</name><mtu size='1400'/>")
+        libvirt.network = NetworkXml(text, active=True)
+        await heard.until(lambda each: each.inventory.networks[NetworkId("n1")].mtu == 1400)
+
+
+async def test_what_was_known_stays_while_the_connection_is_lost() -> None:
+    libvirt = FakeLibvirt(a=a_domain())
+    async with running(LibvirtSource(libvirt, pace=NEVER)) as heard:
+        before = dict(heard.inventory.instances)
+        libvirt.tell(ConnectionLost("libvirt closed the connection"))
+        await heard.until(lambda each: not each.last.in_sync)
+        assert [problem.reason for problem in heard.last.problems] == [
+            "libvirt closed the connection"
+        ]
+        assert dict(heard.inventory.instances) == before
+        assert set(heard.inventory.networks) == {"n1"}
+
+
+async def test_after_a_connection_is_made_anew_only_what_changed_meanwhile_is_told() -> None:
+    libvirt = FakeLibvirt(a=a_domain(), b=a_domain("52:54:00:00:00:06", "b"))
+    async with running(LibvirtSource(libvirt, pace=NEVER)) as heard:
+        libvirt.tell(ConnectionLost("gone"))
+        await heard.until(lambda each: not each.last.in_sync)
+        libvirt.xml[uuid_of("c")] = a_domain("52:54:00:00:00:07", "c")
+        del libvirt.xml[uuid_of("b")]
+        libvirt.failure = None
+        await heard.until(lambda each: each.last.in_sync)
+        assert [each.full for each in heard.observations] == [True, False, False]
+        assert set(heard.last.instances) == {uuid_of("c")}
+        assert set(heard.last.instances_removed) == {uuid_of("b")}
+        assert not heard.last.problems
+
+
+async def test_a_failure_that_goes_on_is_told_once() -> None:
+    libvirt = FakeLibvirt()
+    libvirt.failure = "no such file"
+    async with running(LibvirtSource(libvirt, pace=NEVER)) as heard:
+        async with asyncio.timeout(10):
+            while libvirt.connections < 5:
+                await asyncio.sleep(0.001)
+        assert len(heard.observations) == 1
+        assert not heard.last.in_sync
+        libvirt.failure = None
+        await heard.until(lambda each: each.last.in_sync)
+        assert heard.last.full
+
+
+async def test_the_connection_is_closed_at_the_end() -> None:
+    libvirt = FakeLibvirt()
+    async with running(LibvirtSource(libvirt, pace=NEVER)):
+        assert libvirt.open
+    assert not libvirt.open
+
+
+async def test_waits_grow_up_to_the_longest(monkeypatch: pytest.MonkeyPatch) -> None:
+    libvirt = FakeLibvirt()
+    libvirt.failure = "gone"
+    waits: list[float] = []
+    enough = asyncio.Event()
+
+    async def sleep(delay: float) -> None:
+        waits.append(delay)
+        if len(waits) == 6:
+            enough.set()
+            await asyncio.Event().wait()
+
+    monkeypatch.setattr("imdsproxy.sources.libvirt.asyncio.sleep", sleep)
+    pace = LibvirtPace(first_retry_s=1, last_retry_s=10)
+    task = asyncio.create_task(LibvirtSource(libvirt, pace=pace).run(lambda _observation: None))
+    await asyncio.wait_for(enough.wait(), 10)
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    assert waits == [1, 2, 4, 8, 10, 10]
+
+
+async def test_without_libvirts_module_it_is_said_which_package_has_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "libvirt", None)
+    async with running(LibvirtSource(SystemLibvirt("qemu:///system"), pace=NEVER)) as heard:
+        (problem,) = heard.last.problems
+        assert not heard.last.in_sync
+        assert "Python module" in problem.reason
+        assert "apt install python3-libvirt" in problem.hint
