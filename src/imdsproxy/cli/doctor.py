@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Final, TypeAlias, cast
 
@@ -85,7 +85,8 @@ def doctor(
 
     run = options.invocation(context, as_json=as_json, socket=socket, config=config)
     subject = _subject(run, url, network, address, header or [])
-    crawled = run_crawl(crawl(direct=subject.direct), subject.fetch)
+    with run.output.waiting("asking as the known clients do"):
+        crawled = run_crawl(crawl(direct=subject.direct), subject.fetch)
     findings = examine(crawled, subject.around)
     if run.output.as_json:
         run.output.json(_shape(subject, crawled, findings))
@@ -128,7 +129,8 @@ def _guest(run: Invocation, network: str, address: str) -> _Subject:
     told = cast("Mapping[str, object]", daemon.get("/v1/explain", query))
     instance = None if told["instance"] is None else str(told["instance"])
     name = f"{address} in network {network}" + (f" ({instance})" if instance else "")
-    around = Surroundings(instance=instance)
+    why = tuple(str(one) for one in cast("Sequence[object]", told["why"]))
+    around = Surroundings(instance=instance, verdict=str(told["verdict"]), why=why)
     return _Subject(name, DaemonFetch(daemon, network, address), around, direct=False)
 
 

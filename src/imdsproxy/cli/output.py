@@ -6,9 +6,10 @@ are as long as they are, so that `grep` and `awk` see everything.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, TextIO
 
@@ -75,6 +76,15 @@ class Output:
         for name, value in facts.items():
             grid.add_row(name, value)
         _print_table(grid)
+
+    @contextlib.contextmanager
+    def waiting(self, text: str) -> Iterator[None]:
+        """Something that turns on a terminal's standard error while the work takes; nothing elsewhere."""
+        if self.as_json or not sys.stderr.isatty():
+            yield
+            return
+        with _console(sys.stderr).status(text):
+            yield
 
     def entries(self, entries: Iterable[tuple[str, Mapping[str, str]]]) -> None:
         """Headings with names and values under each, all markup, and an empty line after each entry."""

@@ -452,6 +452,17 @@ def test_who_is_let_in_nowhere_is_told_that_alone() -> None:
     assert "imdsproxy explain" in finding.change
 
 
+def test_the_daemons_own_word_on_another_mac_is_told() -> None:
+    around = Surroundings(verdict="mismatch", why=("web-1 has MAC a", "the packet came from b"))
+
+    (finding,) = found(Refusing(), around).values()
+    assert (finding.code, finding.severity) == ("mac-mismatch", ERROR)
+    assert finding.what == "web-1 has MAC a; the packet came from b"
+    around = Surroundings(verdict="unknown", why=("nobody has the address",))
+    served = found(MetadataServer(replies={}), around)["nothing-served"]
+    assert "nobody has the address" in served.what
+
+
 class Silent(MetadataServer):
     """Says nothing on one path."""
 

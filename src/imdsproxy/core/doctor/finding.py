@@ -55,6 +55,8 @@ class Surroundings:
         environment: Of process 1.
         container: It is one.
         instance: The record's id, where the daemon knows it.
+        verdict: On who the guest is, where the daemon was asked (`imdsproxy explain`).
+        why: The verdict's reasons.
     """
 
     macs: frozenset[str] | None = None
@@ -65,3 +67,5 @@ class Surroundings:
     environment: Mapping[str, str] = field(default_factory=dict)
     container: bool = False
     instance: str | None = None
+    verdict: str = ""
+    why: tuple[str, ...] = ()

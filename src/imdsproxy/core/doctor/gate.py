@@ -73,7 +73,7 @@ def check_gate(crawl: Crawl, around: Surroundings) -> Iterator[Finding]:
     served = {one for one in Dialect if crawl.serves(one)}
     if not served:
         if any(one.answer for one in crawl.exchanges) and not crawl.given_up:
-            yield _nothing()
+            yield _nothing(around)
         return
     command = _HOST_COMMAND.format(around.instance or "INSTANCE")
     if around.dmi is not None:
@@ -112,11 +112,12 @@ def _shut(served: set[Dialect], around: Surroundings, command: str) -> Iterator[
     )
 
 
-def _nothing() -> Finding:
+def _nothing(around: Surroundings) -> Finding:
+    told = ": " + "; ".join(around.why) if around.why else ""
     return Finding(
         "nothing-served",
         Severity.ERROR,
-        "somebody answers, and none of the EC2, OpenStack and NoCloud documents are there",
+        f"somebody answers, and none of the EC2, OpenStack and NoCloud documents are there{told}",
         "see who the guest is taken for: `imdsproxy explain --network NET --from ADDRESS` on the host",
         ("every client",),
     )

@@ -10,11 +10,11 @@ from imdsproxy.core.doctor.crawl import Crawl
 from imdsproxy.core.doctor.exchange import json_of
 from imdsproxy.core.doctor.finding import Finding, Severity, Surroundings
 
-__all__ = ["check_network_data"]
+__all__ = ["MAC_CHANGE", "check_network_data"]
 
 _MAC: Final = re.compile(r"\b[0-9A-Fa-f]{2}(?::[0-9A-Fa-f]{2}){5}\b")
 _VIRTUAL: Final = frozenset({"bond", "vlan"})
-_CHANGE: Final = (
+MAC_CHANGE: Final = (
     "give the record the MAC that the network card has, or the network card the record's "
     "(`imdsproxy snippet` prints it)"
 )
@@ -106,7 +106,7 @@ def _openstack_macs(
             Severity.ERROR,
             f"network_data.json describes a network card {foreign[0]}, which the guest does not have "
             f"(it has {', '.join(sorted(macs)) or 'none'})",
-            _CHANGE,
+            MAC_CHANGE,
             ("cloud-init, which gives up the OpenStack documents", "cloudbase-init"),
             (path,),
         )
@@ -125,7 +125,7 @@ def _other_macs(crawl: Crawl, macs: frozenset[str]) -> Iterator[Finding]:
                 Severity.ERROR if path.startswith("/nocloud") else Severity.WARNING,
                 f"{min(told - macs)} is the MAC of no network card of the guest "
                 f"(it has {', '.join(sorted(macs)) or 'none'})",
-                _CHANGE,
+                MAC_CHANGE,
                 ("cloud-init", "amazon-ec2-net-utils"),
                 (path,),
             )
