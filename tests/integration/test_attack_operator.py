@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+import yaml
 
-from support.lab import until
+from support.lab import until, within
 from support.nova_world import SECRET, NovaWorld, open_nova_world
 
 pytestmark = pytest.mark.root
@@ -61,6 +64,20 @@ def test_who_writes_a_new_secret_is_told_that_it_was_read_and_not_what_it_is(
         world.secret_file("secret", SECRET)
         world.nova.secret = SECRET
         assert world.daemon.command("reload").status == 0
+
+
+def test_a_second_controller_with_the_same_state_is_refused_whatever_else_is_its_own(
+    world: NovaWorld, tmp_path: Path
+) -> None:
+    settings = yaml.safe_load(world.daemon.config.read_text())
+    settings["paths"]["runtime_dir"] = str(tmp_path / "run")
+    config = tmp_path / "second.yaml"
+    config.write_text(yaml.safe_dump(settings))
+    program = (*within(world.lab.host), *world.daemon.program, "--config", str(config), "run")
+    done = subprocess.run(program, capture_output=True, text=True, check=False, timeout=20)
+    assert done.returncode == 71
+    assert f"another controller keeps its state in {world.daemon.state}" in done.stderr
+    assert world.red.ask("/openstack").status == 200
 
 
 def test_who_empties_the_runtime_directory_is_told_of_it_and_a_start_mends_all(

@@ -50,7 +50,7 @@ from imdsproxy.core.upstream import changed_secrets
 from imdsproxy.dataplane.launch import read_program
 from imdsproxy.errors import ConfigError, DataplaneError
 from imdsproxy.host.clock import Clock
-from imdsproxy.host.files import write_atomic
+from imdsproxy.host.files import hold_directory, write_atomic
 from imdsproxy.host.notify import ServiceNotifier
 from imdsproxy.host.socket_file import SocketFiles
 from imdsproxy.host.sockets import try_tcp_listen
@@ -218,7 +218,11 @@ async def run_controller(
         owner=owner_of(settings.admin.user, settings.admin.group),
     )
     host, thread = build_host(settings, layout, naming := Naming(settings.host.name_prefix))
-    with contextlib.closing(admin), contextlib.closing(thread):
+    with (
+        contextlib.closing(admin),
+        contextlib.closing(thread),
+        hold_directory(layout.state),
+    ):
         haproxy, applier = build_haproxy(settings, layout, program, clock)
         served = asyncio.Event()
         sources = build_sources(settings, clock, begin=served.wait)

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import re
 import stat
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
-from imdsproxy.errors import SecretUnreadable
+from imdsproxy.errors import HostRefused, SecretUnreadable
 from imdsproxy.host.refusal import host_refused
 
 __all__ = [
     "MAX_SECRET_BYTES",
     "ensure_directory",
+    "hold_directory",
     "read_secret",
     "sweep_unfinished",
     "sync_directory",
@@ -154,6 +157,35 @@ def _have_owner_and_mode(descriptor: int, mode: int, owner: tuple[int, int] | No
         os.fchown(descriptor, *owner)
     if stat.S_IMODE(os.fstat(descriptor).st_mode) != mode:
         os.fchmod(descriptor, mode)
+
+
+@contextlib.contextmanager
+def hold_directory(path: Path) -> Iterator[None]:
+    """Have a directory of ours for this process alone; nobody else that asks for it by this gets it meanwhile.
+
+    Raises:
+        HostRefused: Another process has it.
+        PrivilegeMissing: We may not open it.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as error:
+        raise host_refused(f"open {path}", error) from error
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(descriptor)
+        raise HostRefused(
+            f"another controller keeps its state in {path}",
+            hint="end it, or give this one a state directory of its own: paths.state_dir",
+        ) from error
+    except OSError as error:
+        os.close(descriptor)
+        raise host_refused(f"lock {path}", error) from error
+    try:
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def read_secret(path: Path) -> bytes:
