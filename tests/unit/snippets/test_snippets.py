@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from imdsproxy.core.model import Dialect, InterfaceListener, NamespaceListener
+from imdsproxy.core.model import Dialect, InterfaceListener, NamespaceListener, NetworkId
 from imdsproxy.core.snippets import (
     Guest,
     Target,
@@ -51,12 +51,15 @@ def test_the_card_has_the_mac_by_which_the_guest_is_known(target: Target) -> Non
 
 
 @every_target
-def test_every_port_has_its_card_and_its_route(target: Target) -> None:
-    made = render_snippet(guest(nic(), nic()), target, Dialect.OPENSTACK)
+def test_every_port_has_its_card_and_every_network_its_route(target: Target) -> None:
+    other = replace(nic(), network=NetworkId("other"))
+    made = render_snippet(guest(nic(), nic(), other), target, Dialect.OPENSTACK)
 
     kinds = [part.kind for part in made.parts]
-    assert (kinds.count("network card"), kinds.count("route")) == (2, 2)
+    assert (kinds.count("network card"), kinds.count("route")) == (3, 2)
     assert set(kinds) <= _KINDS
+    routes = [part.place for part in made.parts if part.kind == "route"]
+    assert ["lan" in routes[0], "other" in routes[1]] == [True, True]
 
 
 @every_target

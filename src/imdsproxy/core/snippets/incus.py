@@ -14,6 +14,7 @@ from imdsproxy.core.snippets.words import (
     asking,
     card,
     dnsmasq_option,
+    each_network,
     quote,
     route_part,
     wants_imds,
@@ -45,7 +46,7 @@ def incus_parts(guest: Guest, gate: Gate) -> tuple[Part, ...]:
         Part("network card", f"both kinds. {card(nic)}", _card(name, number, nic))
         for number, nic in enumerate(guest.nics)
     ]
-    parts += [route_part(nic, _routes(nic), _place(nic)) for nic in guest.nics]
+    parts += [route_part(nic, _routes(nic), _place(nic)) for nic in each_network(guest)]
     if wants_imds(guest):
         key, _, value = CMDLINE_EXTRA.partition("=")
         setting = f"incus config set {name} smbios11.{key} {quote(value)}"

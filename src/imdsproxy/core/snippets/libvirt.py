@@ -13,6 +13,7 @@ from imdsproxy.core.snippets.words import (
     asking,
     card,
     dnsmasq_option,
+    each_network,
     route_part,
     uuid_note,
     wants_imds,
@@ -48,7 +49,7 @@ def libvirt_parts(guest: Guest, gate: Gate) -> tuple[Part, ...]:
         )
         for nic in guest.nics
     ]
-    parts += [route_part(nic, _options(nic), _NETWORK_PLACE) for nic in guest.nics]
+    parts += [route_part(nic, _options(nic), _NETWORK_PLACE) for nic in each_network(guest)]
     return tuple(parts)
 
 

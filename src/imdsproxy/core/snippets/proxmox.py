@@ -13,6 +13,7 @@ from imdsproxy.core.snippets.words import (
     asking,
     card,
     dnsmasq_option,
+    each_network,
     quote,
     route_part,
     smbios_uuid,
@@ -38,7 +39,7 @@ def proxmox_parts(guest: Guest, gate: Gate) -> tuple[Part, ...]:
         Part("network card", card(nic), f"qm set VMID --net{number} {_card(nic)}")
         for number, nic in enumerate(guest.nics)
     ]
-    parts += [route_part(nic, dnsmasq_option(nic), DHCP_PLACE) for nic in guest.nics]
+    parts += [route_part(nic, dnsmasq_option(nic), DHCP_PLACE) for nic in each_network(guest)]
     if wants_imds(guest):
         oem = f"-smbios {quote(smbios_argument(11, {'value': CMDLINE_EXTRA}))}"
         parts.append(Part("systemd-imdsd", IMDS_PLACE, f"qm set VMID --args {quote(oem)}"))

@@ -17,6 +17,7 @@ __all__ = [
     "asking",
     "card",
     "dnsmasq_option",
+    "each_network",
     "quote",
     "route_part",
     "smbios_uuid",
@@ -71,6 +72,11 @@ def card(nic: Nic) -> str:
     if nic.mac is None:
         return f"Network {nic.network}: the record has no MAC, so any will do."
     return f"Network {nic.network}: the guest is known by this MAC."
+
+
+def each_network(guest: Guest) -> list[Nic]:
+    """A card for each network: two of one network need its route once."""
+    return list({nic.network: nic for nic in reversed(guest.nics)}.values())[::-1]
 
 
 def wants_imds(guest: Guest) -> bool:
