@@ -21,10 +21,10 @@ from imdsproxy.core.model import (
     Network,
     NetworkId,
 )
-from imdsproxy.errors import SourceUnavailable
+from imdsproxy.errors import NotFound, SourceUnavailable
 from imdsproxy.sources.libvirt import LibvirtPace, LibvirtSource
 from imdsproxy.sources.libvirt_api import ConnectionLost, News
-from imdsproxy.sources.libvirt_client import SystemLibvirt
+from imdsproxy.sources.libvirt_client import SystemLibvirt, read_domain
 from imdsproxy.sources.libvirt_metadata import METADATA_URI
 from support.libvirt_backing import define_domain, domain_xml, libvirt_source, uuid_of
 from support.libvirt_daemon import Libvirtd
@@ -246,3 +246,22 @@ async def test_nothing_can_be_changed_by_the_sources_connection(libvirtd: Libvir
             await client._call(lambda: client._connection.defineXML(domain_xml("a", [])))
     finally:
         await client.close()
+
+
+async def test_one_domain_is_read_once_by_its_name_or_uuid(libvirtd: Libvirtd) -> None:
+    def read() -> None:
+        libvirtd.connection.networkDefineXML(ISOLATED)
+        define_domain(
+            libvirtd, "a", ("network=inside", MAC), inside="<imds:hostname>x</imds:hostname>"
+        )
+        text, (network,) = read_domain(libvirtd.uri, "a")
+        assert "<imds:hostname>x</imds:hostname>" in text
+        assert "<name>inside</name>" in network.text
+        assert not network.active
+        assert read_domain(libvirtd.uri, uuid_of("a"))[0] == text
+        with pytest.raises(NotFound, match="no domain b"):
+            read_domain(libvirtd.uri, "b")
+        with pytest.raises(SourceUnavailable, match="socket"):
+            read_domain("qemu+unix:///system?socket=/nonexistent", "a")
+
+    await asyncio.to_thread(read)

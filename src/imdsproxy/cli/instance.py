@@ -9,9 +9,12 @@ import typer
 
 from imdsproxy.cli import flags, options
 from imdsproxy.cli.changing import change_from_file, change_one, remove_each
+from imdsproxy.errors import RequestRefused
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+
+    from imdsproxy.core.records import Json
 
 __all__ = ["app"]
 
@@ -19,7 +22,12 @@ app = typer.Typer(help="Instances: add, list, show, set, remove.", no_args_is_he
 
 Id: TypeAlias = Annotated[str, typer.Argument(metavar="ID", help="The instance's id.")]
 MaybeId: TypeAlias = Annotated[
-    str | None, typer.Argument(metavar="[ID]", help="The instance's id.", show_default=False)
+    str | None,
+    typer.Argument(
+        metavar="[ID]",
+        help="The instance's id; `add` makes one of --name, or takes the domain's UUID, without it.",
+        show_default=False,
+    ),
 ]
 Ids: TypeAlias = Annotated[list[str], typer.Argument(metavar="ID...", help="Their ids.")]
 Name: TypeAlias = Annotated[
@@ -31,6 +39,20 @@ Hostname: TypeAlias = Annotated[
 Project: TypeAlias = Annotated[str | None, flags.flag("--project", "ID", "Whose it is.")]
 Network: TypeAlias = Annotated[
     str | None, flags.flag("--network", "NET", "The network that its port is in.")
+]
+OfPort: TypeAlias = Annotated[
+    str | None,
+    flags.flag(
+        "--network", "NET", "The network that its port is in; `add` takes the only one without it."
+    ),
+]
+FromLibvirt: TypeAlias = Annotated[
+    str | None,
+    flags.flag(
+        "--from-libvirt",
+        "DOMAIN",
+        "Take cards, keys, user data and id of a domain, once; other flags of a record win.",
+    ),
 ]
 Mac: TypeAlias = Annotated[str | None, flags.flag("--mac", "MAC", "The port's MAC.")]
 Addresses: TypeAlias = Annotated[
@@ -85,10 +107,11 @@ def _register(command: str, help_text: str, *, create: bool) -> None:
         instance: MaybeId = None,
         *,
         file: flags.RecordFile = None,
+        from_libvirt: FromLibvirt = None,
         name: Name = None,
         hostname: Hostname = None,
         project: Project = None,
-        network: Network = None,
+        network: OfPort = None,
         mac: Mac = None,
         address: Addresses = None,
         port: Ports = None,
@@ -111,6 +134,12 @@ def _register(command: str, help_text: str, *, create: bool) -> None:
 
         run = options.invocation(context, as_json=as_json, socket=socket, config=config)
         dialects = {"ec2": ec2, "openstack": openstack, "nocloud": nocloud}
+        taken: dict[str, Json] = {}
+        if from_libvirt is not None:
+            taken = _from_libvirt(run, from_libvirt, network, mac, address)
+            network = None
+        elif create and file is None and network is None and (mac or address):
+            network = _only_network(run)
         keys = record_flags.without_missing(
             {
                 "name": name,
@@ -129,14 +158,43 @@ def _register(command: str, help_text: str, *, create: bool) -> None:
                 "upstream": upstream,
             }
         )
+        keys = {**taken, **keys}
         if file is not None:
             change_from_file(run, file, name=instance, keys=keys, create=create)
             return
+        identity = keys.pop("id", None)
+        if instance is None:
+            instance = identity if isinstance(identity, str) else None
+        if create and instance is None and name is not None:
+            instance = record_flags.id_of_name(name)
         if create and instance is not None:
             keys.setdefault("name", instance)
         change_one(run, "instance", instance, keys, create=create, clear=clear or ())
 
     app.command(command, help=help_text)(change)
+
+
+def _only_network(run: options.Invocation) -> str:
+    from imdsproxy.cli.deducing import only_network  # noqa: PLC0415 - `--help` need not load it
+
+    return only_network(run.daemon())
+
+
+def _from_libvirt(
+    run: options.Invocation,
+    domain: str,
+    network: str | None,
+    mac: str | None,
+    addresses: Sequence[str] | None,
+) -> dict[str, Json]:
+    from imdsproxy.cli.from_libvirt import import_domain  # noqa: PLC0415 - `--help` need not
+
+    if mac or addresses:
+        raise RequestRefused(
+            "--from-libvirt has the domain's own MACs",
+            hint="leave --mac and --address out; a static host of libvirt's network is its address",
+        )
+    return import_domain(run.daemon(), run.settings.sources.libvirt.uri, domain, network)
 
 
 _register(

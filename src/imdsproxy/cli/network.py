@@ -18,7 +18,12 @@ app = typer.Typer(help="Networks: add, list, show, set, remove.", no_args_is_hel
 
 Id: TypeAlias = Annotated[str, typer.Argument(metavar="ID", help="The network's id.")]
 MaybeId: TypeAlias = Annotated[
-    str | None, typer.Argument(metavar="[ID]", help="The network's id.", show_default=False)
+    str | None,
+    typer.Argument(
+        metavar="[ID]",
+        help="The network's id; `add` takes the name of the bridge, interface or namespace without it.",
+        show_default=False,
+    ),
 ]
 Ids: TypeAlias = Annotated[list[str], typer.Argument(metavar="ID...", help="Their ids.")]
 Name: TypeAlias = Annotated[str | None, flags.flag("--name", "NAME", "A name for people.")]
@@ -41,7 +46,12 @@ Interface: TypeAlias = Annotated[
     str | None, flags.flag("--interface", "DEV", "Reached through this interface of the host.")
 ]
 Bridge: TypeAlias = Annotated[
-    str | None, flags.flag("--bridge", "DEV", "Reached through this bridge of the host.")
+    str | None,
+    flags.flag(
+        "--bridge",
+        "DEV",
+        "Reached through this bridge of the host; as an interface where the host has an IPv4 address on it.",
+    ),
 ]
 Subnets: TypeAlias = Annotated[
     list[str] | None,
@@ -89,6 +99,16 @@ def _register(command: str, help_text: str, *, create: bool) -> None:
             manage_addresses=manage_addresses,
             changing=not create,
         )
+        why = None
+        if file is None:
+            from imdsproxy.cli.deducing import (  # noqa: PLC0415 - `--help` need not load it
+                listener_on_bridge,
+                name_of_listener,
+            )
+
+            if network is None and create:
+                network = name_of_listener(listener)
+            listener, why = listener_on_bridge(listener)
         keys = record_flags.without_missing(
             {
                 "name": name,
@@ -102,7 +122,9 @@ def _register(command: str, help_text: str, *, create: bool) -> None:
         if file is not None:
             change_from_file(run, file, name=network, keys=keys, create=create)
         else:
-            change_one(run, "network", network, keys, create=create, clear=clear or ())
+            change_one(
+                run, "network", network, keys, create=create, clear=clear or (), note=why or ""
+            )
 
     app.command(command, help=help_text)(change)
 

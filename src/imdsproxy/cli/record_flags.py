@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "dialects_of",
+    "id_of_name",
     "listener_of",
     "payload_of",
     "ports_of",
@@ -27,11 +29,19 @@ __all__ = [
 
 _LISTENER_KEYS: Final = ("namespace", "device", "manage_addresses", "interface", "bridge")
 _KEY_TYPES: Final = ("ssh-", "ecdsa-", "sk-")
+_PRIVATE: Final = "PRIVATE KEY-----"
+_NOT_IN_ID: Final = re.compile(r"[^A-Za-z0-9._-]+")
+_LONGEST_ID: Final = 64
 
 
 def without_missing(keys: Mapping[str, Json]) -> dict[str, Json]:
     """Only the keys that flags gave."""
     return {key: value for key, value in keys.items() if value is not None}
+
+
+def id_of_name(name: str) -> str | None:
+    """The id of an instance for which only a name is given, other characters as `-`; `None` if that is none."""
+    return _NOT_IN_ID.sub("-", name)[:_LONGEST_ID].strip("._-") or None
 
 
 def listener_of(
@@ -109,7 +119,11 @@ def ssh_keys_of(given: Sequence[str]) -> Json:
         if text.startswith(_KEY_TYPES):
             keys.append(text)
             continue
-        lines = read_bytes(Path(text)).decode(errors="replace").splitlines()
+        content = read_bytes(Path(text)).decode(errors="replace")
+        if _PRIVATE in content:
+            hint = f"its public half is mostly {text}.pub"
+            raise _usage("ssh_keys", f"{text} is a private key, which no guest is to see", hint)
+        lines = content.splitlines()
         found = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
         if not found:
             raise _usage("ssh_keys", f"{text} holds no key", "a .pub file, or the key itself")

@@ -13,12 +13,12 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, Final, TypeVar
 
-from imdsproxy.errors import SourceUnavailable
+from imdsproxy.errors import NotFound, SourceUnavailable
 from imdsproxy.sources.libvirt_api import ConnectionLost, DomainChanged, NetworksChanged, News
 from imdsproxy.sources.libvirt_known import NetworkXml
 from imdsproxy.sources.libvirt_threads import CallThread, EventThread
 
-__all__ = ["SystemLibvirt", "import_library"]
+__all__ = ["SystemLibvirt", "import_library", "read_domain"]
 
 _T = TypeVar("_T")
 _Library = Any
@@ -213,6 +213,37 @@ class SystemLibvirt:
             if error.get_error_code() in gone:
                 return None
             raise
+
+
+def read_domain(uri: str, name: str) -> tuple[str, tuple[NetworkXml, ...]]:
+    """A domain's XML, by its name or UUID, and every network; blocks.
+
+    Raises:
+        SourceUnavailable: The daemon, or libvirt's Python module, cannot be used.
+        NotFound: There is no such domain.
+    """
+    library = import_library()
+    library.registerErrorHandler(lambda *_: None, None)
+    try:
+        connection = library.openReadOnly(uri)
+    except library.libvirtError as error:
+        hint = f"`virsh -r -c {uri} list` asks the same; sources.libvirt.uri says where"
+        raise SourceUnavailable(f"{uri}: {error}", hint=hint) from error
+    try:
+        found = [
+            each for each in connection.listAllDomains() if name in (each.name(), each.UUIDString())
+        ]
+        if not found:
+            hint = f"`virsh -r -c {uri} list --all --name` lists all"
+            raise NotFound(f"libvirt has no domain {name}", hint=hint)
+        networks = connection.listAllNetworks()
+        return found[0].XMLDesc(0), tuple(
+            NetworkXml(each.XMLDesc(0), bool(each.isActive())) for each in networks
+        )
+    except library.libvirtError as error:
+        raise SourceUnavailable(f"{uri}: {error}") from error
+    finally:
+        connection.close()
 
 
 def _why(library: _Library, reason: int) -> str:
