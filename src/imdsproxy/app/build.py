@@ -35,7 +35,6 @@ from imdsproxy.host.nslinks import haproxy_name
 from imdsproxy.host.observe import HostObserver
 from imdsproxy.serving.passwords import PasswordStore
 from imdsproxy.sources.api import Source, WritableSource
-from imdsproxy.sources.file import FileSource
 from imdsproxy.sources.libvirt import LibvirtPace, LibvirtSource
 from imdsproxy.sources.libvirt_client import SystemLibvirt
 from imdsproxy.sources.libvirt_known import Selection
@@ -215,6 +214,9 @@ def build_sources(
         writable = SqliteSource(settings.store_path)
         found.append(writable)
     if settings.sources.file.enabled:
+        # With its reader of YAML a sixteenth of a start, and off where nobody asks for it.
+        from imdsproxy.sources.file import FileSource  # noqa: PLC0415 - as said above
+
         # Guests keep their documents over a restart that finds a record file broken.
         kept = settings.paths.state_dir / "last-good.sqlite"
         found.append(FileSource(settings.sources.file.directory, last_good=kept))

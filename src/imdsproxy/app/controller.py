@@ -345,6 +345,7 @@ async def _live(controller: _Controller, admin: socket.socket) -> None:
             group.create_task(source.run(controller.publish), name=f"source-{source.name}")
             for source in parts.sources.all
         ]
+        loading = group.create_task(_load_face(controller))
         try:
             await _start_data_plane(controller)
         finally:
@@ -362,8 +363,7 @@ async def _live(controller: _Controller, admin: socket.socket) -> None:
                 controller.follow_unix,
             )
         ]
-        # In a thread: the event loop sees to HAProxy meanwhile, which serves the known ones already.
-        await asyncio.to_thread(importlib.import_module, "imdsproxy.app.face")
+        await loading
         from imdsproxy.app.face import build_face, load_admin, serve  # noqa: PLC0415 - it is there now
 
         face = controller.face = build_face(
@@ -400,6 +400,18 @@ async def _live(controller: _Controller, admin: socket.socket) -> None:
         if controller.with_data_plane:
             await sweep_host(parts.listeners.host, parts.listeners.naming)
             sweep_unix_socket(parts.layout.config, SocketFiles().observe)
+
+
+async def _load_face(controller: _Controller) -> None:
+    """In a thread, beside a HAProxy that reads its files; nothing that comes before is to share our processor."""
+    there = (controller.parts.haproxy.starting, controller.served)
+    waiting = [asyncio.ensure_future(one.wait()) for one in there]
+    try:
+        await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for one in waiting:
+            one.cancel()
+    await asyncio.to_thread(importlib.import_module, "imdsproxy.app.face")
 
 
 async def _start_data_plane(controller: _Controller) -> None:

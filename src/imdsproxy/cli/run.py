@@ -16,6 +16,7 @@ def run(context: typer.Context, *, config: options.Config = None) -> None:
     """Be the controller: keep HAProxy and the documents as the sources say, until told to stop."""
     # Nothing that a start makes is garbage; to look for it takes 5 % of it. The controller enables it again.
     gc.disable()
+    import imdsproxy.host.plain_structlog  # noqa: F401, PLC0415 - before all that logs
     from imdsproxy.app import main  # noqa: PLC0415 - the other commands need not load it
 
     invocation = options.invocation(context, config=config)

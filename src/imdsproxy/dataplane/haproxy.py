@@ -41,6 +41,9 @@ class LastReload:
 class Haproxy:
     """Brings configurations into force and says whether HAProxy lives.
 
+    Attributes:
+        starting: Set once a start has begun; while HAProxy reads its files, the processor has time for others.
+
     Every start and reload happens under the records' lock, so that a new worker's maps are the files'.
     """
 
@@ -52,6 +55,7 @@ class Haproxy:
     write: Writer
     clock: Clock
     processes: Processes | None = None
+    starting: asyncio.Event = field(default_factory=asyncio.Event)
     last_reload: LastReload | None = None
     reload_counts: Counter[str] = field(default_factory=Counter)
     seconds_spent: float = 0.0
@@ -177,6 +181,7 @@ class Haproxy:
         raise ConfigRejected(f"HAProxy refuses the configuration: {message}")
 
     async def _start(self, reason: str, began: float) -> None:
+        self.starting.set()
         try:
             self.processes = await self.launcher.start()
         except ConfigRejected as error:

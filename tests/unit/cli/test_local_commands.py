@@ -111,10 +111,12 @@ def test_help_starts_fast_and_loads_no_more_than_it_needs() -> None:
 def test_a_daemon_serves_known_guests_before_it_loads_what_only_others_ask_of_it() -> None:
     code = (
         "import sys\n"
-        "import imdsproxy.cli.main, imdsproxy.app.main\n"
+        "import imdsproxy.cli.main, imdsproxy.host.plain_structlog, imdsproxy.app.main\n"
         "later = {'fastapi', 'starlette', 'uvicorn', 'prometheus_client', 'httpcore', 'keystoneauth1',"
-        " 'openstack'}\n"
-        "sys.exit(', '.join(sorted(later & sys.modules.keys())) or 0)\n"
+        " 'openstack', 'rich', 'watchfiles'}\n"
+        "early = ', '.join(sorted(later & sys.modules.keys()))\n"
+        "import rich.table\n"
+        "sys.exit(early or 0)\n"
     )
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
 

@@ -68,7 +68,9 @@ async def _rig(directory: Path) -> AsyncIterator[Rig]:
 
 async def test_the_first_configuration_starts_haproxy(tmp_path: Path) -> None:
     async with _rig(tmp_path) as rig:
+        assert not rig.haproxy.starting.is_set()
         assert await rig.apply("red")
+        assert rig.haproxy.starting.is_set()
         assert rig.launcher.started == 1
         assert rig.haproxy.processes is not None
         assert "name red" in rig.layout.config.read_text()
