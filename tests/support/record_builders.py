@@ -20,8 +20,10 @@ from imdsproxy.core.model import (
 __all__ = ["full", "instance", "key", "network", "port"]
 
 
-def network(name: str, *, bridge: str = "br0", mtu: int | None = None) -> Network:
-    return Network(NetworkId(name), BridgeListener(bridge), mtu=mtu)
+def network(
+    name: str, *, bridge: str = "br0", mtu: int | None = None, mac_check: bool = True
+) -> Network:
+    return Network(NetworkId(name), BridgeListener(bridge), mtu=mtu, mac_check=mac_check)
 
 
 def port(network_id: str = "n1", *addresses: str, mac: str | None = None) -> Port:

@@ -91,6 +91,10 @@ class NetworkRecord(_Record):
     scope: Literal["network", "router"] = Field(
         default="network", description="`router` where the id is a router's."
     )
+    mac_check: bool = Field(
+        default=True,
+        description="Believe an address only together with its MAC; off where guests are behind a router.",
+    )
 
 
 class PortRecord(_Record):

@@ -29,6 +29,7 @@ __all__ = [
     "SourceFigures",
     "SnapshotCollector",
     "Timing",
+    "bound_counts",
     "bound_networks",
     "metrics_registry",
 ]
@@ -100,9 +101,14 @@ class MetricsSnapshot:
         restarts: Processes started again because they died or hung, by process.
         operations: Operations of applied plans by result, `ok` or `failed`.
         resolver: Requests of unknown addresses by outcome: `found`, `unknown`, `unavailable`,
-            `conflict`, `over-limit`, `gone` (the guest left).
+            `conflict`, `over-limit`, `mismatch`, `gone` (the guest left).
         commands: Runtime API commands by result, `ok` or `failed`.
         convergence: From a source's observation to the acknowledgement by HAProxy.
+        mismatches: Requests with an address of one and the MAC of another, by network.
+        learned: Addresses that guests have by their MAC alone.
+        pairs: Addresses that are let through with a MAC, or with any.
+        gates: Networks where the kernel looks at MACs.
+        gates_refused: Networks where it should, and cannot.
         unix_serving: `None` where the unix listener is off.
         unix_taken_over: How often its path was taken from a process that lives.
     """
@@ -130,6 +136,11 @@ class MetricsSnapshot:
     commands: Mapping[str, int] = field(default_factory=dict)
     traffic: Mapping[str, NetworkTraffic] = field(default_factory=dict)
     nova_up: Mapping[tuple[str, str], bool] = field(default_factory=dict)
+    mismatches: Mapping[str, int] = field(default_factory=dict)
+    learned: int = 0
+    pairs: int = 0
+    gates: int = 0
+    gates_refused: int = 0
     unix_serving: bool | None = None
     unix_taken_over: int = 0
     unix_traffic: NetworkTraffic = field(default_factory=NetworkTraffic)
@@ -423,6 +434,37 @@ METRICS: Final[tuple[MetricDescription, ...]] = (
         _per_network(lambda traffic: traffic.malformed),
     ),
     MetricDescription(
+        "imdsproxy_mac_mismatches",
+        "counter",
+        "Requests that got 403 because the address goes with another MAC, by network as above.",
+        ("network",),
+        _each(lambda snapshot: snapshot.mismatches),
+    ),
+    MetricDescription(
+        "imdsproxy_learned_addresses",
+        "gauge",
+        "Addresses that guests are known by because the neighbour table has their MAC there.",
+        (),
+        _one(lambda snapshot: snapshot.learned),
+    ),
+    MetricDescription(
+        "imdsproxy_pairs",
+        "gauge",
+        "Addresses that the kernel lets through to HAProxy's maps with one MAC only, or with any.",
+        (),
+        _one(lambda snapshot: snapshot.pairs),
+    ),
+    MetricDescription(
+        "imdsproxy_gates",
+        "gauge",
+        "Networks in which the kernel looks at guests' MACs: open, or refused where it should and cannot.",
+        ("state",),
+        lambda snapshot: [
+            (("open",), float(snapshot.gates)),
+            (("refused",), float(snapshot.gates_refused)),
+        ],
+    ),
+    MetricDescription(
         "imdsproxy_unix_listener_serving",
         "gauge",
         "1 while HAProxy's socket is at unix_listener.path; no series where that is off.",
@@ -532,8 +574,12 @@ class SnapshotCollector(Collector):
     def collect(self) -> Iterator[Metric]:
         """The families with this moment's samples."""
         snapshot = self._take()
-        bounded = bound_networks(snapshot.traffic, self._network_series())
-        snapshot = replace(snapshot, traffic=bounded)
+        limit = self._network_series()
+        snapshot = replace(
+            snapshot,
+            traffic=bound_networks(snapshot.traffic, limit),
+            mismatches=bound_counts(snapshot.mismatches, limit),
+        )
         for description in METRICS:
             yield _filled(description, snapshot)
 
@@ -551,6 +597,11 @@ def bound_networks(
             malformed=sum(one.malformed for one in traffic.values()),
         )
     }
+
+
+def bound_counts(counts: Mapping[str, int], limit: int) -> Mapping[str, int]:
+    """Each network's own count, or with more than `limit` of them their sum as `NETWORK_SUM`."""
+    return counts if len(counts) <= limit else {NETWORK_SUM: sum(counts.values())}
 
 
 def metrics_registry(

@@ -16,6 +16,7 @@ from imdsproxy.core.model import (
     Instance,
     InstanceId,
     IpAddress,
+    MacAddress,
     Network,
     NetworkId,
 )
@@ -28,9 +29,11 @@ __all__ = [
     "HaproxyReport",
     "InstanceReport",
     "LeftOut",
+    "MacsReport",
     "NetworkReport",
     "NovaEndpointReport",
     "Operations",
+    "PairReport",
     "PlanReport",
     "Readiness",
     "ReloadReport",
@@ -176,6 +179,26 @@ class PlanReport:
 
 
 @dataclass(frozen=True, slots=True)
+class MacsReport:
+    """What is made of guests' MACs.
+
+    Attributes:
+        gates: Networks where the kernel looks at them.
+        refused: Networks where it should, and cannot: nobody with a MAC in its record is answered there.
+        pairs: Addresses that are let through with a MAC, or with any.
+        learned: Addresses that guests have by their MAC alone.
+        mismatches: Requests with an address of one and the MAC of another since the controller started, by network;
+            the twenty with the most.
+    """
+
+    gates: int = 0
+    refused: int = 0
+    pairs: int = 0
+    learned: int = 0
+    mismatches: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
 class Readiness:
     """Whether guests get what the sources say; `reasons` says, a line each, why not."""
 
@@ -212,6 +235,7 @@ class StatusReport:
     last_plan: PlanReport | None = None
     nova: tuple[NovaEndpointReport, ...] = ()
     unix_listener: UnixListenerReport | None = None
+    macs: MacsReport = field(default_factory=MacsReport)
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,17 +279,35 @@ class Written:
 
 
 @dataclass(frozen=True, slots=True)
+class PairReport:
+    """An address and its MAC, in a network that checks them.
+
+    Attributes:
+        seen: The MAC that the neighbour table has.
+        expected: The one that the records want; `*` for any, `None` where nobody has the address.
+        granted: The one that the kernel lets through to HAProxy's quick answers.
+        gate: The kernel looks at MACs there; without that nobody with a MAC in its record is answered.
+    """
+
+    seen: MacAddress | None
+    expected: MacAddress | None
+    granted: MacAddress | None
+    gate: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Explanation:
     """Who a guest is, why, and what it gets.
 
     Attributes:
-        verdict: `found`, `unknown`, `conflict`, `no-network` or `left-out`.
-        answer: The HTTP status a document of an enabled dialect has: 200, 404 or 503.
+        verdict: `found`, `unknown`, `mismatch`, `conflict`, `no-network` or `left-out`.
+        answer: The HTTP status a document of an enabled dialect has: 200, 403, 404 or 503.
         why: The steps that led there, one sentence each, in order.
         how: `address`, `eui64`, `neighbour` or `router` where an instance was found.
         installed: The value in HAProxy's map, as its worker has it; `None` when it has none or
             could not be asked.
         policy: What applies to the guest's requests, as name and value (dialects, endpoint, hold).
+        pair: The address and its MAC; `None` where the network does not check them.
     """
 
     network: NetworkId
@@ -281,6 +323,7 @@ class Explanation:
     installed: str | None = None
     claimants: tuple[Claimant, ...] = ()
     policy: Mapping[str, str] = field(default_factory=dict)
+    pair: PairReport | None = None
 
 
 @dataclass(frozen=True, slots=True)

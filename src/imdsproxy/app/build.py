@@ -14,12 +14,14 @@ from random import SystemRandom
 from imdsproxy.app.account import group_id
 from imdsproxy.app.companion import Companion, CompanionLauncher, SpawnCompanion, UnitCompanion
 from imdsproxy.app.compiled_files import DiskFiles
+from imdsproxy.app.gates import Gates
 from imdsproxy.app.host_view import SystemHost
 from imdsproxy.app.listener_loop import SpecSettings
 from imdsproxy.app.nova_upstream import NovaUpstream
 from imdsproxy.config.schema import Settings, Supervisor
 from imdsproxy.core.haproxy.model import Limits
 from imdsproxy.core.hostnames import Naming
+from imdsproxy.core.inventory import Inventory
 from imdsproxy.core.wire import RETRY_AFTER_S
 from imdsproxy.dataplane.haproxy import Haproxy
 from imdsproxy.dataplane.launch import HaproxyProgram, Launcher, SpawnLauncher, SystemdLauncher
@@ -30,6 +32,7 @@ from imdsproxy.host.apply import HostApplier
 from imdsproxy.host.arpguard import ArpGuard
 from imdsproxy.host.clock import Clock
 from imdsproxy.host.files import ensure_directory, write_atomic
+from imdsproxy.host.gates import KernelGates
 from imdsproxy.host.namespaces import NamespaceDirectory, NamespaceThread
 from imdsproxy.host.nslinks import haproxy_name
 from imdsproxy.host.observe import HostObserver
@@ -47,6 +50,7 @@ __all__ = [
     "Sources",
     "build_companion",
     "build_files",
+    "build_gates",
     "build_haproxy",
     "build_host",
     "build_launcher",
@@ -150,6 +154,14 @@ def build_host(
         ArpGuard(naming.prefix),
     )
     return host, thread
+
+
+def build_gates(
+    layout: Layout, naming: Naming, thread: NamespaceThread, inventory: Inventory, clock: Clock
+) -> Gates:
+    """What looks at the MACs of guests."""
+    write = partial(write_atomic, mode=0o600)
+    return Gates(KernelGates(thread), inventory, naming, layout.gates_journal, write, clock)
 
 
 def build_files(settings: Settings, layout: Layout) -> DiskFiles:

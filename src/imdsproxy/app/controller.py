@@ -23,6 +23,7 @@ from imdsproxy.app.account import owner_of
 from imdsproxy.app.build import (
     build_companion,
     build_files,
+    build_gates,
     build_haproxy,
     build_host,
     build_layout,
@@ -36,6 +37,7 @@ from imdsproxy.app.kept_networks import KeptNetworks
 from imdsproxy.app.listener_loop import ListenerLoop
 from imdsproxy.app.lookup import Lookup
 from imdsproxy.app.nova_upstream import NovaUpstream
+from imdsproxy.app.pair_follower import PairFollower
 from imdsproxy.app.parts import Parts
 from imdsproxy.app.record_loop import RecordLoop
 from imdsproxy.app.servers import open_sole_socket, open_tcp_socket
@@ -84,6 +86,7 @@ class _Controller:
     notifier: ServiceNotifier
     watch: HostWatch
     served: asyncio.Event
+    pairs: PairFollower
     face: Face | None = None
     ended: asyncio.Event = field(default_factory=asyncio.Event)
     with_data_plane: bool = False
@@ -236,7 +239,11 @@ async def run_controller(
             if keys is None:
                 controller.parts.resolver.wake_all()
             else:
-                controller.parts.resolver.wake(keys)
+                named = frozenset(keys)
+                controller.parts.resolver.wake(named)
+                # A MAC has come: whatever address it has may be known by it.
+                by_mac = {network for network, address in named if address.is_link_local}
+                controller.parts.resolver.wake_networks(by_mac)
 
         def on_return(reason: str) -> None:
             structlog.get_logger().info("records compared again", reason=reason)
@@ -244,6 +251,7 @@ async def run_controller(
             # All of them: who looked while HAProxy came back took its new sockets for somebody else's.
             controller.parts.listeners.touch(reason)
 
+        gates = build_gates(layout, naming, thread, inventory, clock)
         records = RecordLoop(
             inventory,
             applier,
@@ -252,6 +260,7 @@ async def run_controller(
             on_networks,
             on_applied,
             lambda: nova.routing,
+            gates,
         )
         listeners = ListenerLoop(
             inventory,
@@ -269,6 +278,7 @@ async def run_controller(
             unix=UnixListener(
                 lambda: holder.settings.unix_listener, haproxy, SocketFiles().observe, clock
             ),
+            gates=gates,
         )
         guard = HaproxyGuard(haproxy, on_return, listeners.touch)
         companion = build_companion(
@@ -286,6 +296,7 @@ async def run_controller(
             clock,
             lambda: holder.settings.resolver.learned_ttl_s,
             sources.look_up,
+            gates,
         )
         resolver = Resolver(lookup.look, lambda: _hold_limits(holder.settings))
         watch = HostWatch(
@@ -302,6 +313,7 @@ async def run_controller(
             inventory=inventory,
             records=records,
             listeners=listeners,
+            gates=gates,
             haproxy=haproxy,
             haproxy_version=str(program.version),
             guard=guard,
@@ -312,7 +324,9 @@ async def run_controller(
             started_at=clock.now().timestamp(),
             started=clock.monotonic(),
         )
-        controller = _Controller(parts, notifier, watch, served)
+        pairs = PairFollower(records, lookup, gates, listeners, resolver, watch)
+        pairs.connect()
+        controller = _Controller(parts, notifier, watch, served, pairs)
         try:
             await _live(controller, admin)
         finally:
@@ -361,6 +375,7 @@ async def _live(controller: _Controller, admin: socket.socket) -> None:
                 controller.review,
                 controller.follow_nova,
                 controller.follow_unix,
+                *controller.pairs.work,
             )
         ]
         await loading
@@ -398,7 +413,7 @@ async def _live(controller: _Controller, admin: socket.socket) -> None:
         # After HAProxy: while that runs, a request may be on its way on each connection that it keeps.
         resolving.cancel()
         if controller.with_data_plane:
-            await sweep_host(parts.listeners.host, parts.listeners.naming)
+            await sweep_host(parts.listeners.host, parts.listeners.naming, parts.gates)
             sweep_unix_socket(parts.layout.config, SocketFiles().observe)
 
 
@@ -437,6 +452,8 @@ async def _start_data_plane(controller: _Controller) -> None:
                 records = {**applier.state.effective(), **records}
             applier.write_all(records)
         await parts.listeners.first_round()
+        # From the gates that are still there: guests that are known by their MACs alone are known on.
+        parts.lookup.recall()
     except DataplaneError:
         if found is None:
             # A document server that nobody can reach is not left behind.

@@ -6,13 +6,23 @@ import re
 from dataclasses import dataclass, replace
 from typing import Final, assert_never
 
-from imdsproxy.admin.operations import Explanation
+from imdsproxy.admin.operations import Explanation, PairReport
 from imdsproxy.app.listener_loop import ListenerLoop
 from imdsproxy.app.lookup import Lookup
 from imdsproxy.app.record_loop import RecordLoop
-from imdsproxy.core.identity import Ambiguous, Found, How, Identity, Unknown, identify
+from imdsproxy.core.identity import (
+    Ambiguous,
+    Found,
+    How,
+    Identity,
+    Mismatch,
+    Unknown,
+    checks_macs,
+    identify,
+)
 from imdsproxy.core.inventory import AddressKey, Inventory
 from imdsproxy.core.model import Instance, IpAddress, NetworkId, Scope, Upstream
+from imdsproxy.core.pairs import ANY_MAC, plan_pair
 from imdsproxy.core.plan import networks_of, record_key
 from imdsproxy.core.wire import NovaRecord, hide_signatures
 from imdsproxy.dataplane.haproxy import Haproxy
@@ -59,9 +69,11 @@ class Explainer:
         if not (network in networks_of(report.endpoints) if declared else self._agents_served()):
             # Nobody listens there: the guest gets no answer, whatever it would be.
             found = replace(found, verdict="left-out", answer=503)
+        told, pair = await self._pair(key)
         return replace(
             found,
-            why=(*steps, *found.why),
+            why=(*steps, *told, *found.why),
+            pair=pair,
             installed=await self._installed(network, address),
         )
 
@@ -150,9 +162,33 @@ class Explainer:
             case Ambiguous(claimants=claimants):
                 why = ("more than one record claims the address, and none is preferred",)
                 return Explanation(network, address, "conflict", 503, why, claimants=claimants)
+            case Mismatch(instance=instance, expected=expected):
+                why = (f"instance {instance.id} has {address} with MAC {expected} only",)
+                return Explanation(
+                    network, address, "mismatch", 403, why, instance.id, instance.name
+                )
             case Unknown(reason=reason):
                 return self._unknown(key, reason.value)
         assert_never(identity)
+
+    async def _pair(self, key: AddressKey) -> tuple[tuple[str, ...], PairReport | None]:
+        """What MACs have to do with it; nothing where the network does not check them."""
+        if not checks_macs(self.inventory, key[0]):
+            return (), None
+        seen = await self.lookup.neighbour(key)
+        wanted = plan_pair(self.inventory, key, self.records.learned)
+        granted = self.lookup.pairs.granted(key)
+        gate = self.lookup.pairs.is_up(key[0])
+        steps = [f"the neighbour table has MAC {seen or 'none'} for it"]
+        if granted == ANY_MAC:
+            steps.append("the gate lets it through with any MAC: no record has one")
+        elif granted is not None:
+            steps.append(f"the gate lets it through with MAC {granted} only")
+        elif gate:
+            steps.append("the gate has no pair for it: each request is asked about")
+        if not gate and not self.lookup.pairs.is_plain(key[0]):
+            steps.append("there is no gate: nobody with a MAC in its record is answered")
+        return tuple(steps), PairReport(seen, wanted, granted, gate)
 
     def _unknown(self, key: AddressKey, reason: str) -> Explanation:
         in_sync = self.inventory.in_sync

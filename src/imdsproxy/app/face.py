@@ -92,6 +92,8 @@ def build_face(
         haproxy_version=parts.haproxy_version,
         guard=parts.guard,
         lookup=parts.lookup,
+        gates=parts.gates,
+        mismatched=parts.resolver.counts.mismatched,
         nova=nova,
         nova_watch=NovaWatch(parts.haproxy, lambda: (one.name for one in nova.routing.sets)),
         explainer=Explainer(

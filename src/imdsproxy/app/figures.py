@@ -35,13 +35,13 @@ _LOOK_UP_RESULTS: Final[tuple[LookUpResult, ...]] = get_args(LookUpResult)
 
 @dataclass(slots=True)
 class TrafficCounter:
-    """Adds up the counters of a frontend's binds, which begin at 0 with each worker.
+    """Adds up the counters of frontends' binds, which begin at 0 with each worker.
 
     Attributes:
         totals: By the bind's name.
     """
 
-    frontend: str = "guests"
+    frontends: tuple[str, ...] = ("guests", "unverified")
     totals: dict[str, NetworkTraffic] = field(default_factory=dict)
     _worker: int | None = None
     _base: dict[str, NetworkTraffic] = field(default_factory=dict)
@@ -53,7 +53,7 @@ class TrafficCounter:
             self._worker = worker
         now: dict[str, NetworkTraffic] = {}
         for row in rows:
-            if row.get("pxname") == self.frontend and row.get("type") == "3":
+            if row.get("pxname") in self.frontends and row.get("type") == "3":
                 name = row["svname"]
                 before = now.get(name, NetworkTraffic())
                 now[name] = NetworkTraffic(
@@ -83,7 +83,7 @@ class Figures:
     resolver: Resolver
     neutron: NeutronSource | None = None
     traffic: TrafficCounter = field(default_factory=TrafficCounter)
-    agents: TrafficCounter = field(default_factory=lambda: TrafficCounter(AGENTS))
+    agents: TrafficCounter = field(default_factory=lambda: TrafficCounter((AGENTS,)))
 
     def _failures(self, source: str) -> int:
         if self.neutron is None or source != self.neutron.name:
@@ -153,9 +153,15 @@ class Figures:
                 "unavailable": counts.not_in_sync,
                 "conflict": counts.contested,
                 "over-limit": counts.over_limit,
+                "mismatch": counts.mismatched.total(),
             },
             resolver_held=self.resolver.held,
             traffic=self.traffic.totals,
+            mismatches={str(name): count for name, count in counts.mismatched.items()},
+            learned=operations.macs().learned,
+            pairs=operations.macs().pairs,
+            gates=operations.macs().gates,
+            gates_refused=operations.macs().refused,
             unix_serving=None if unix is None else unix.serving,
             unix_taken_over=0 if listener is None else listener.taken_over,
             unix_traffic=self.agents.totals.get(AGENTS, NetworkTraffic()),

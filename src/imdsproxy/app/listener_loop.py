@@ -15,11 +15,13 @@ from typing import Protocol
 import structlog
 
 from imdsproxy.app.exporter_port import ExporterPort
+from imdsproxy.app.gates import Gates
 from imdsproxy.app.kept_networks import KeptNetworks
 from imdsproxy.app.tickets import Tickets
 from imdsproxy.app.unix_listener import UnixListener, bound_path
 from imdsproxy.core.arp import answering_devices
 from imdsproxy.core.endpoints import Endpoint, Foreign, LeftOut, LeftOutCode
+from imdsproxy.core.gates import GatePlan
 from imdsproxy.core.haproxy.model import (
     DataplaneSpec,
     Limits,
@@ -156,6 +158,7 @@ class ListenerLoop:
     exporter: ExporterPort
     kept: KeptNetworks | None = None
     unix: UnixListener | None = None
+    gates: Gates | None = None
     tickets: Tickets = field(default_factory=Tickets)
     report: ListenerReport = field(default_factory=lambda: ListenerReport(0.0))
     failure: Problem | None = None
@@ -164,6 +167,8 @@ class ListenerLoop:
     seconds: float = 0.0
     operations: Counter[str] = field(default_factory=Counter)
     _observed: ObservedHost | None = None
+    _seen: ObservedHost = field(default_factory=ObservedHost)
+    _listening: GatePlan | None = None
     _memo: PlanMemo = field(default_factory=dict)
     _known: dict[NetworkId, Network] = field(default_factory=dict)
     _dirty: set[NetworkId] = field(default_factory=set)
@@ -189,10 +194,14 @@ class ListenerLoop:
         """The configuration for these endpoints, with the settings of now."""
         settings = self.settings()
         exporter, self.unexported = self.exporter.choose(settings.exporter)
-        binds = plan_binds(endpoints, settings.links)
-        budget = compute_maxconn(settings.maxconn, len(binds), settings.descriptors)
+        listening = self._listening or GatePlan(tuple(endpoints))
+        binds = plan_binds((*listening.plain, *listening.verified), settings.links)
+        unverified = plan_binds(listening.unverified, settings.links)
+        count = len(binds) + len(unverified)
+        budget = compute_maxconn(settings.maxconn, count, settings.descriptors)
         return DataplaneSpec(
             binds=binds,
+            unverified=unverified,
             paths=self.layout.haproxy_paths(),
             limits=replace(settings.limits, maxconn=budget.maxconn),
             user=settings.user,
@@ -277,6 +286,8 @@ class ListenerLoop:
             problems = (*problems, self.unexported)
         if self.unix is not None and self.unix.problem is not None:
             problems = (*problems, self.unix.problem)
+        if self.gates is not None:
+            problems = (*problems, *self.gates.problems)
         self._tell(plan, problems)
         if self._observed is not None:
             left_out = {one.network for one in plan.left_out if one.code.silent}
@@ -311,6 +322,7 @@ class ListenerLoop:
         for turn in range(_HOST_ROUNDS):
             if turn:
                 observed = await self._observe(networks)
+            self._seen = observed
             plan = plan_listeners(
                 networks,
                 observed,
@@ -393,8 +405,11 @@ class ListenerLoop:
                 raise
 
     async def _apply(self, endpoints: tuple[Endpoint, ...], reasons: tuple[str, ...]) -> None:
+        if self.gates is not None:
+            self._listening = await self.gates.open(self._networks(), endpoints, self._seen)
         # The old worker does not look at the links any more, the next one needs all of its own.
-        self.host.apply_links(plan_links(endpoints))
+        listening = endpoints if self._listening is None else self._listening.binds
+        self.host.apply_links(plan_links(listening))
         if self.haproxy.processes is None:
             # Nothing of ours has the exporter's port any more; somebody else may.
             self.exporter.in_force = None
@@ -403,6 +418,8 @@ class ListenerLoop:
         if self.unix is not None and self.unix.rebind:
             await self._bring(replace(spec, unix=None), reasons)
         changed = await self._bring(spec, reasons)
+        if self.gates is not None and self._listening is not None:
+            await self.gates.settle(self._listening, sweep=self.inventory.in_sync)
         self.exporter.in_force = spec.exporter
         if self.unix is not None:
             await self.unix.settle(before)

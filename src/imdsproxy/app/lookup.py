@@ -1,23 +1,46 @@
-"""Whose an unknown address is: the inventory first, then the neighbour table, then who can be asked."""
+"""Whose an unknown address is: the inventory first, then the neighbour table, then who can be asked.
+
+Where the network checks MACs, a request comes here `unverified` until its address has a pair (`core.pairs`): what is
+then found is put in force, and the answer goes to the MAC that it was found by, and to no other.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Protocol, assert_never
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from typing import Final, Protocol, assert_never
 
 import structlog
 
 from imdsproxy.app.record_loop import RecordLoop
 from imdsproxy.core.addresses import link_local_of, mac_of
-from imdsproxy.core.identity import Ambiguous, Found, How, Identity, Learned, Unknown, identify
+from imdsproxy.core.identity import (
+    Ambiguous,
+    Found,
+    How,
+    Identity,
+    Learned,
+    Mismatch,
+    Unknown,
+    checks_macs,
+    identify,
+)
 from imdsproxy.core.inventory import AddressKey, Conflict, Inventory
-from imdsproxy.core.model import Instance, IpAddress, MacAddress, Network, Scope, Upstream
+from imdsproxy.core.model import (
+    Instance,
+    IpAddress,
+    MacAddress,
+    Network,
+    NetworkId,
+    Scope,
+    Upstream,
+)
+from imdsproxy.core.pairs import ANY_MAC, excess_learned
 from imdsproxy.core.wire import NovaRecord, render_map_value
 from imdsproxy.errors import DataplaneError
 from imdsproxy.host.clock import Clock
-from imdsproxy.serving.resolver import Contested, Known, Missing, Resolution
+from imdsproxy.serving.resolver import Contested, Known, Mismatched, Missing, Resolution
 from imdsproxy.sources.api import (
     LookUp,
     LookUpSource,
@@ -29,6 +52,9 @@ from imdsproxy.sources.api import (
 
 __all__ = ["Lookup", "Neighbours"]
 
+_LOOKS: Final = 3
+"""So often an address may change hands while it is looked up."""
+
 
 class Neighbours(Protocol):
     """The neighbour tables of all listeners."""
@@ -38,12 +64,72 @@ class Neighbours(Protocol):
         ...
 
 
+class PairKeeper(Protocol):
+    """Which pairs the kernel lets through (`app.gates`)."""
+
+    def is_plain(self, network: NetworkId) -> bool:
+        """Whether nobody looks at MACs there."""
+        ...
+
+    def is_up(self, network: NetworkId) -> bool:
+        """Whether the kernel does."""
+        ...
+
+    def granted(self, key: AddressKey) -> MacAddress | None:
+        """The MAC that an address is believed with now."""
+        ...
+
+    def keys(self) -> Iterable[AddressKey]:
+        """Every address that has a pair."""
+        ...
+
+    async def tell(self, key: AddressKey, port: int, mac: MacAddress) -> bool:
+        """Let the answer to an unverified request go to this MAC only; false where nobody sees to that."""
+        ...
+
+
+class NoPairs:
+    """Whoever asks has been looked at by somebody else."""
+
+    def is_plain(self, network: NetworkId) -> bool:
+        """See `PairKeeper.is_plain`."""
+        del network
+        return False
+
+    def is_up(self, network: NetworkId) -> bool:
+        """See `PairKeeper.is_up`."""
+        del network
+        return False
+
+    def granted(self, key: AddressKey) -> MacAddress | None:
+        """See `PairKeeper.granted`."""
+        del key
+        return None
+
+    def keys(self) -> Iterable[AddressKey]:
+        """See `PairKeeper.keys`."""
+        return ()
+
+    async def tell(self, key: AddressKey, port: int, mac: MacAddress) -> bool:
+        """See `PairKeeper.tell`."""
+        del key, port, mac
+        return False
+
+
+class Heard(Protocol):
+    """Whether changes of a neighbour table are told of."""
+
+    def __call__(self, key: AddressKey, /) -> bool: ...
+
+
 @dataclass(slots=True)
 class Lookup:
-    """The resolver's eyes; what the neighbour table says is kept for a while and checked again.
+    """The resolver's eyes; what the neighbour table says is kept until it says something else.
 
     Attributes:
         source: Who is asked for an address that nobody told of, if anybody.
+        pairs: Which pairs are let through.
+        heard: Whether changes are told of; where not, what was learned is asked for again after a while.
     """
 
     inventory: Inventory
@@ -52,17 +138,22 @@ class Lookup:
     clock: Clock
     learned_ttl_s: Callable[[], float]
     source: LookUpSource | None = None
+    pairs: PairKeeper = field(default_factory=NoPairs)
+    heard: Heard = lambda _: False
 
     async def identify(self, key: AddressKey) -> Identity:
-        """Whose the address is, and how that was found, by what is known here."""
-        network_id, address = key
-        identity = identify(self.inventory, network_id, address)
-        if not isinstance(identity, Unknown) or not address.is_link_local:
-            return identity
-        mac = await self._neighbour(key)
-        if mac is None:
-            return identity
-        return identify(self.inventory, network_id, address, neighbour_mac=mac)
+        """Whose the address is now, and how that was found, by what is known here."""
+        identity, _ = await self._identify(key)
+        return identity
+
+    async def _identify(self, key: AddressKey) -> tuple[Identity, MacAddress | None]:
+        """Whose the address is, and the MAC that was asked for to find it."""
+        identity = identify(self.inventory, *key)
+        checked = checks_macs(self.inventory, key[0])
+        if not (checked or (isinstance(identity, Unknown) and key[1].is_link_local)):
+            return identity, None
+        mac = await self.neighbour(key)
+        return identify(self.inventory, *key, neighbour_mac=mac), mac
 
     def scope(self, key: AddressKey, said: Scope | None = None) -> Scope:
         """What the key's id stands for: as the network's record has it, else as the request said."""
@@ -76,17 +167,35 @@ class Lookup:
         network, address = key
         if scope is Scope.NETWORK and address.is_link_local and mac_of(address) is None:
             # One of privacy (RFC 7217, RFC 8981): who has it, is known by the MAC in the neighbour table.
-            mac = await self._neighbour(key)
+            mac = await self.neighbour(key)
             if mac is None:
                 return PortMissing()
             address = link_local_of(mac)
         return await self.source.look_up(scope, network, address)
 
-    async def look(self, key: AddressKey, scope: Scope | None = None) -> Resolution:
-        """What the resolver is to do with a request from this address."""
-        identity = await self.identify(key)
+    async def look(
+        self, key: AddressKey, scope: Scope | None = None, port: int | None = None
+    ) -> Resolution:
+        """What the resolver is to do with a request from this address.
+
+        Args:
+            key: The address.
+            scope: What the request said that the id is, where it did.
+            port: The guest's, where the kernel has not seen the address together with its MAC.
+        """
+        if port is not None and checks_macs(self.inventory, key[0]):
+            return await self._look_at_pair(key, port)
+        granted = self.pairs.granted(key)
+        if granted is None or granted == ANY_MAC:
+            identity, mac = await self._identify(key)
+        else:
+            # It came with this MAC, whatever the neighbour table has by now.
+            identity, mac = identify(self.inventory, *key, neighbour_mac=granted), granted
         if not isinstance(identity, Unknown):
-            return await self._resolve(key, identity)
+            return await self._resolve(key, identity, mac)
+        return await self._look_elsewhere(key, scope)
+
+    async def _look_elsewhere(self, key: AddressKey, scope: Scope | None) -> Resolution:
         scope = self.scope(key, scope)
         match await self.ask(key, scope):
             case PortFound() as found:
@@ -98,25 +207,86 @@ class Lookup:
             case _ as never:
                 assert_never(never)
 
-    async def _resolve(self, key: AddressKey, identity: Identity) -> Resolution:
+    async def _look_at_pair(self, key: AddressKey, port: int) -> Resolution:
+        """Whose an address is together with the MAC that the neighbour table has for it now."""
+        for _ in range(_LOOKS):
+            mac = await self.neighbour(key)
+            identity = identify(self.inventory, *key, neighbour_mac=mac)
+            if isinstance(identity, Unknown):
+                resolution = await self._look_elsewhere(key, None)
+                if isinstance(resolution, Known):
+                    continue
+                return resolution
+            if not isinstance(identity, Found):
+                return await self._resolve(key, identity, mac)
+            expected = mac if identity.how is How.NEIGHBOUR else identity.port.mac
+            if mac is None and expected is not None:
+                return Mismatched()
+            if not self.pairs.is_up(key[0]):
+                # Nobody would see to it that the answer goes to the instance.
+                return Missing(in_sync=False)
+            if identity.how is How.NEIGHBOUR and mac is not None:
+                await self._learn(key, identity.instance, mac)
+            elif self.pairs.granted(key) != (expected or ANY_MAC):
+                await self.records.tickets.wait(self.records.touch(key))
+            if await self._told(key, port, mac, expected):
+                return self._known(identity.instance, key)
+        # It changes hands while we look.
+        return Missing(in_sync=False)
+
+    async def _told(
+        self, key: AddressKey, port: int, mac: MacAddress | None, expected: MacAddress | None
+    ) -> bool:
+        if self.pairs.granted(key) != (expected or ANY_MAC):
+            return False
+        if expected is None or mac is None:
+            return True
+        return await self.pairs.tell(key, port, mac)
+
+    async def _learn(self, key: AddressKey, instance: Instance, mac: MacAddress | None) -> None:
+        until = math.inf
+        if mac is None or not self.heard(key):
+            until = self.clock.monotonic() + self.learned_ttl_s()
+        for excess in () if mac is None else excess_learned(self.records.learned, key, mac):
+            self.records.forget(excess)
+        learned = Learned(instance.id, until, mac=mac)
+        before = self.records.learned.get(key)
+        if (
+            before is not None
+            and replace(before, until=until) == learned
+            and (mac is None or self.pairs.granted(key) == mac)
+        ):
+            self.records.learned[key] = learned
+            return
+        await self.records.tickets.wait(self.records.learn(key, learned))
+
+    async def _resolve(
+        self, key: AddressKey, identity: Identity, mac: MacAddress | None
+    ) -> Resolution:
         match identity:
-            case Found(instance=instance, how=how):
+            case Found(instance=instance, port=port, how=how):
                 if how is How.NEIGHBOUR:
-                    until = self.clock.monotonic() + self.learned_ttl_s()
-                    ticket = self.records.learn(key, Learned(instance.id, until))
-                    await self.records.tickets.wait(ticket)
+                    await self._learn(key, instance, mac)
+                elif port.mac is not None and self._is_unguarded(key[0]):
+                    return Missing(in_sync=False)
                 return self._known(instance, key)
             case Ambiguous():
                 return Contested()
+            case Mismatch():
+                return Mismatched()
             case Unknown():
                 # It was found, and something else is known by now.
                 return Missing(in_sync=False)
+
+    def _is_unguarded(self, network: NetworkId) -> bool:
+        """Whether MACs count there and nobody looks at them yet."""
+        return checks_macs(self.inventory, network) and self.pairs.is_plain(network)
 
     async def _found(self, key: AddressKey, scope: Scope, found: PortFound) -> Resolution:
         if scope is Scope.NETWORK:
             await self.records.tickets.wait(self.records.touch(key))
             # By the inventory: another source may claim the address too.
-            return await self._resolve(key, await self.identify(key))
+            return await self._resolve(key, *await self._identify(key))
         owner = self.inventory.owner((found.network, key[1]))
         if isinstance(owner, Conflict):
             return Contested()
@@ -135,7 +305,8 @@ class Lookup:
         # No endpoint set takes it: the operator has to say where Nova is.
         return Missing(in_sync=False)
 
-    async def _neighbour(self, key: AddressKey) -> MacAddress | None:
+    async def neighbour(self, key: AddressKey) -> MacAddress | None:
+        """The MAC that the kernel has for an address; `None` where it has none, or cannot be asked."""
         network = self.inventory.networks.get(key[0])
         if network is None:
             return None
@@ -152,16 +323,43 @@ class Lookup:
         self.follow_routes()
         now = self.clock.monotonic()
         for key in [key for key, entry in self.records.learned.items() if entry.until <= now]:
-            entry = self.records.learned[key]
-            identity = await self.identify(key)
-            if (
-                isinstance(identity, Found)
-                and identity.how is How.NEIGHBOUR
-                and identity.instance.id == entry.instance
-            ):
-                self.records.learned[key] = Learned(entry.instance, now + self.learned_ttl_s())
-            else:
-                self.records.forget(key)
+            self._review(key, await self.neighbour(key))
+
+    async def review_all(self) -> None:
+        """Ask again for every address that the neighbour table told of: changes of it were lost."""
+        for key in [key for key, entry in self.records.learned.items() if entry.via is None]:
+            self._review(key, await self.neighbour(key))
+
+    def on_neighbour(self, key: AddressKey, mac: MacAddress | None) -> None:
+        """The neighbour table says something else of an address: follow it where it counts."""
+        if key in self.records.learned:
+            self._review(key, mac)
+
+    def _review(self, key: AddressKey, mac: MacAddress | None) -> None:
+        identity = identify(self.inventory, *key, neighbour_mac=mac)
+        if mac is None or not (isinstance(identity, Found) and identity.how is How.NEIGHBOUR):
+            self.records.forget(key)
+            return
+        until = math.inf
+        if not self.heard(key):
+            until = self.clock.monotonic() + self.learned_ttl_s()
+        learned, before = Learned(identity.instance.id, until, mac=mac), self.records.learned[key]
+        if replace(before, until=until) == learned:
+            self.records.learned[key] = learned
+        else:
+            self.records.learn(key, learned)
+
+    def recall(self) -> None:
+        """What an earlier controller had learned, by the pairs that it left."""
+        for key in list(self.pairs.keys()):
+            mac = self.pairs.granted(key)
+            if mac is None or mac == ANY_MAC or key in self.records.learned:
+                continue
+            identity = identify(self.inventory, *key, neighbour_mac=mac)
+            if isinstance(identity, Found) and identity.how is How.NEIGHBOUR:
+                # Asked for soon: it may have changed while nobody followed.
+                now = self.clock.monotonic()
+                self.records.learn(key, Learned(identity.instance.id, now, mac=mac))
 
     def follow_routes(self) -> None:
         """Have addresses behind routers known as the source knows them: no others, and those of before a restart."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import assert_never
@@ -13,6 +14,7 @@ from imdsproxy.admin.operations import (
     HaproxyReport,
     InstanceReport,
     LeftOut,
+    MacsReport,
     NetworkReport,
     PlanReport,
     Readiness,
@@ -24,6 +26,7 @@ from imdsproxy.admin.operations import (
     Written,
 )
 from imdsproxy.app.explain import Explainer
+from imdsproxy.app.gates import Gates
 from imdsproxy.app.guard import HaproxyGuard
 from imdsproxy.app.listener_loop import ListenerLoop
 from imdsproxy.app.lookup import Lookup
@@ -35,7 +38,7 @@ from imdsproxy.core import endpoints
 from imdsproxy.core.documents.respond import DocumentRequest
 from imdsproxy.core.haproxy.render import render_config
 from imdsproxy.core.hoststate import ListeningSocket
-from imdsproxy.core.identity import Ambiguous, Found, Unknown
+from imdsproxy.core.identity import Ambiguous, Found, Mismatch, Unknown
 from imdsproxy.core.inventory import AddressKey, Conflict, Inventory
 from imdsproxy.core.model import (
     Instance,
@@ -47,7 +50,7 @@ from imdsproxy.core.model import (
     Upstream,
 )
 from imdsproxy.core.plan import networks_of
-from imdsproxy.core.wire import NovaRecord, render_map_value
+from imdsproxy.core.wire import MISMATCH_TEXT, NovaRecord, render_map_value
 from imdsproxy.dataplane.haproxy import Haproxy
 from imdsproxy.errors import (
     NotFound,
@@ -56,12 +59,13 @@ from imdsproxy.errors import (
 from imdsproxy.host.clock import Clock
 from imdsproxy.serving.documents import Answer, DocumentService, FilePart
 from imdsproxy.serving.forward import CollectedAnswer, Forwarder, NovaRequest
-from imdsproxy.serving.resolver import Contested, Known, Missing
+from imdsproxy.serving.resolver import Contested, Known, Mismatched, Missing
 from imdsproxy.sources.api import Source
 
 __all__ = ["ControllerOperations"]
 
 _APPLY_DEADLINE_S = 10.0
+_MISMATCHES_SHOWN = 20
 
 
 @dataclass(slots=True)
@@ -80,6 +84,8 @@ class ControllerOperations:
     haproxy_version: str
     guard: HaproxyGuard
     lookup: Lookup
+    gates: Gates
+    mismatched: Counter[NetworkId]
     explainer: Explainer
     nova: NovaUpstream
     nova_watch: NovaWatch
@@ -151,6 +157,17 @@ class ControllerOperations:
             ),
             nova=self.nova_watch.endpoints,
             unix_listener=self.unix_listener(),
+            macs=self.macs(),
+        )
+
+    def macs(self) -> MacsReport:
+        """What is made of guests' MACs."""
+        return MacsReport(
+            gates=len(self.gates.plan.gates),
+            refused=len(self.gates.refused),
+            pairs=self.gates.pair_count,
+            learned=sum(entry.mac is not None for entry in self.records.learned.values()),
+            mismatches=dict(self.mismatched.most_common(_MISMATCHES_SHOWN)),
         )
 
     def _source_problems(self, name: str) -> tuple[Problem, ...]:
@@ -336,6 +353,8 @@ class ControllerOperations:
                 return _document(answer)
             case Ambiguous():
                 return DocumentAnswer(503, (("retry-after", "5"),), b"")
+            case Mismatch():
+                return DocumentAnswer(403, (), MISMATCH_TEXT.encode())
             case Unknown():
                 return await self._get_of_unknown(key, path)
             case _ as never:
@@ -351,6 +370,8 @@ class ControllerOperations:
                     return await self._get_of_nova(key, nova, path)
                 case Contested():
                     return DocumentAnswer(503, (("retry-after", "5"),), b"")
+                case Mismatched():
+                    return DocumentAnswer(403, (), MISMATCH_TEXT.encode())
                 case Missing(in_sync=False):
                     return DocumentAnswer(503, (), b"")
                 case Missing():

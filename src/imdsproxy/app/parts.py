@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from imdsproxy.app.build import Sources
 from imdsproxy.app.companion import Companion
+from imdsproxy.app.gates import Gates
 from imdsproxy.app.guard import HaproxyGuard
 from imdsproxy.app.listener_loop import ListenerLoop
 from imdsproxy.app.lookup import Lookup
@@ -38,6 +39,7 @@ class Parts:
     inventory: Inventory
     records: RecordLoop
     listeners: ListenerLoop
+    gates: Gates
     haproxy: Haproxy
     haproxy_version: str
     guard: HaproxyGuard

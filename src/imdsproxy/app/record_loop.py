@@ -18,14 +18,15 @@ from imdsproxy.core.compiled import CompiledRecord, compile_instance
 from imdsproxy.core.identity import Learned
 from imdsproxy.core.inventory import AddressKey, Affected, Conflict, Inventory, Observation
 from imdsproxy.core.model import InstanceId, NetworkId, Upstream
-from imdsproxy.core.plan import plan_record, plan_records
+from imdsproxy.core.pairs import Pairs, plan_pairs
+from imdsproxy.core.plan import plan_record, plan_records, record_key
 from imdsproxy.core.upstream import NovaRouting
 from imdsproxy.core.wire import MapRecord
 from imdsproxy.dataplane.records import RecordApplier
 from imdsproxy.errors import DataplaneError, ImdsproxyError, Problem
 from imdsproxy.host.clock import Clock
 
-__all__ = ["CompiledFiles", "RecordLoop", "RoundReport"]
+__all__ = ["CompiledFiles", "NoPairs", "PairKeeper", "RecordLoop", "RoundReport"]
 
 _RETRY_FIRST_S = 0.2
 _RETRY_LAST_S = 5.0
@@ -45,6 +46,60 @@ class CompiledFiles(Protocol):
     def instances(self) -> Iterable[InstanceId]:
         """Every instance that has a record on disk."""
         ...
+
+
+class PairKeeper(Protocol):
+    """Who lets addresses through to HAProxy's maps, by their MACs (`app.gates`)."""
+
+    def keys(self) -> Iterable[AddressKey]:
+        """Every address that has a pair."""
+        ...
+
+    def prime(self, pairs: Pairs, *, complete: bool) -> None:
+        """Whom to let through, before HAProxy runs, and whether nobody else is."""
+        ...
+
+    def withheld(self, pairs: Pairs) -> frozenset[AddressKey]:
+        """Addresses that HAProxy must not know yet, because nobody looks at their MACs."""
+        ...
+
+    async def withdraw(self, pairs: Pairs) -> None:
+        """Let nobody through any more who is not in `pairs` for an address that is.
+
+        Raises:
+            HostRefused: The kernel refuses.
+        """
+        ...
+
+    async def grant(self, pairs: Pairs) -> None:
+        """Let these through.
+
+        Raises:
+            HostRefused: The kernel refuses.
+        """
+        ...
+
+
+class NoPairs:
+    """Nobody looks at MACs."""
+
+    def keys(self) -> Iterable[AddressKey]:
+        """See `PairKeeper.keys`."""
+        return ()
+
+    def prime(self, pairs: Pairs, *, complete: bool) -> None:
+        """See `PairKeeper.prime`."""
+
+    def withheld(self, pairs: Pairs) -> frozenset[AddressKey]:
+        """See `PairKeeper.withheld`."""
+        del pairs
+        return frozenset()
+
+    async def withdraw(self, pairs: Pairs) -> None:
+        """See `PairKeeper.withdraw`."""
+
+    async def grant(self, pairs: Pairs) -> None:
+        """See `PairKeeper.grant`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,8 +141,10 @@ class RecordLoop:
         on_networks: Told of networks that came, changed or went.
         on_applied: Told of addresses whose records are in force now; `None` stands for all of them.
         routing: Where requests go whose documents Nova has, as of now; `resync` after it changed.
+        pairs: Who lets addresses through by their MACs.
 
     Attributes:
+        withheld: Addresses that the last round kept from HAProxy, because nobody looks at their MACs yet.
         rounds: Rounds that put observations in force.
         seconds: From the first observation of each of them to the acknowledgement, added up.
     """
@@ -99,11 +156,13 @@ class RecordLoop:
     on_networks: Callable[[frozenset[NetworkId]], None]
     on_applied: Callable[[Iterable[AddressKey] | None], None]
     routing: Callable[[], NovaRouting] = NovaRouting
+    pairs: PairKeeper = field(default_factory=NoPairs)
     revisions: dict[InstanceId, str] = field(default_factory=dict)
     learned: dict[AddressKey, Learned] = field(default_factory=dict)
     tickets: Tickets = field(default_factory=Tickets)
     last: RoundReport | None = None
     failures: dict[str, Problem] = field(default_factory=dict)
+    withheld: frozenset[AddressKey] = frozenset()
     in_sync: asyncio.Event = field(default_factory=asyncio.Event)
     rounds: int = 0
     seconds: float = 0.0
@@ -158,8 +217,10 @@ class RecordLoop:
         for instance, known in self.inventory.instances.items():
             if known.upstream is Upstream.EMBEDDED:
                 self._compile(instance)
-        keys = [key for key, _ in self.inventory.addresses()]
-        wanted = self._plan([*keys, *self.learned])
+        keys = [*(key for key, _ in self.inventory.addresses()), *self.learned]
+        pairs = plan_pairs(self.inventory, keys, self.learned)
+        self.pairs.prime(pairs, complete=self.inventory.in_sync)
+        wanted = self._plan(keys)
         return {key: value for key, value in wanted.items() if value is not None}
 
     async def run(self) -> None:
@@ -220,10 +281,20 @@ class RecordLoop:
         # An address behind a router stands and falls with the one in its network.
         keys |= {key for key, entry in self.learned.items() if entry.via in keys}
         wanted = self._plan(keys)
+        pairs = plan_pairs(self.inventory, keys, self.learned)
         # Nothing is swept before the sources have told everything.
         if self.inventory.in_sync and (work.everything or not self._swept):
             wanted = {**dict.fromkeys(self.applier.state.effective()), **wanted}
+            pairs = {**dict.fromkeys(self.pairs.keys()), **pairs}
+        withheld = self.pairs.withheld(pairs)
+        wanted.update(dict.fromkeys(record_key(key) for key in withheld))
+        # Whoever has an address now is not let through any more when it becomes another's.
+        await self.pairs.withdraw(pairs)
         changed = await self.applier.apply(wanted)
+        await self.pairs.grant(pairs)
+        self.withheld = withheld
+        if withheld:
+            self.on_networks(frozenset(network for network, _ in withheld))
         # Only now can nobody be sent to the document server for these any more.
         for instance in gone:
             self._remove(instance)

@@ -5,15 +5,24 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from imdsproxy.app.build import build_companion, build_host, build_launcher, build_layout
+from imdsproxy.app.build import (
+    build_companion,
+    build_gates,
+    build_host,
+    build_launcher,
+    build_layout,
+)
 from imdsproxy.app.companion import CompanionLauncher
+from imdsproxy.app.gates import Gates
 from imdsproxy.app.listener_loop import HostView
 from imdsproxy.app.unix_listener import sweep_unix_socket
 from imdsproxy.config.schema import Settings
 from imdsproxy.core.hostnames import Naming
+from imdsproxy.core.inventory import Inventory
 from imdsproxy.core.listeners import plan_listeners
 from imdsproxy.dataplane.launch import Launcher
 from imdsproxy.errors import HostRefused, Problem
+from imdsproxy.host.clock import SystemClock
 from imdsproxy.host.socket_file import SocketFiles
 from imdsproxy.serving.pidfile import read_pids
 
@@ -30,12 +39,13 @@ async def end_processes(haproxy: Launcher, documents: CompanionLauncher) -> None
     await documents.stop()
 
 
-async def sweep_host(host: HostView, naming: Naming) -> None:
-    """Take away every namespace, link and address of ours, once nobody needs them.
+async def sweep_host(host: HostView, naming: Naming, gates: Gates) -> None:
+    """Take away every gate, namespace, link and address of ours, once nobody needs them.
 
     Raises:
         DataplaneError: The host refuses.
     """
+    await gates.close_all()
     observed = await host.observe((), (), everything=True)
     plan = plan_listeners({}, observed, naming, managed=host.managed())
     failures = await host.apply(plan.ops)
@@ -66,7 +76,8 @@ async def stop_data_plane(settings: Settings, environment: Mapping[str, str]) ->
     try:
         launcher = build_launcher(settings, layout, settings.haproxy.binary)
         await end_processes(launcher, companion.launcher)
-        await sweep_host(host, naming)
+        gates = build_gates(layout, naming, thread, Inventory(), SystemClock())
+        await sweep_host(host, naming, gates)
     finally:
         thread.close()
     _remove(

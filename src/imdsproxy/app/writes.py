@@ -144,6 +144,10 @@ class Writes:
         try:
             async with asyncio.timeout(_APPLY_DEADLINE_S):
                 await asyncio.gather(*waits)
+                if self.records.withheld:
+                    # The first MAC in a network: it takes another listener, and then the records again.
+                    await self.listeners.tickets.wait(self.listeners.tickets.given)
+                    await self.records.tickets.wait(self.records.tickets.given)
         except TimeoutError:
             pending.append("the data plane has not confirmed it yet")
         pending += [problem.reason for problem in self.problems()]

@@ -63,6 +63,14 @@ Mtu: TypeAlias = Annotated[int | None, flags.flag("--mtu", "BYTES", "What guests
 Scope: TypeAlias = Annotated[
     str | None, flags.flag("--scope", "network|router", "What the id stands for.")
 ]
+MacCheck: TypeAlias = Annotated[
+    bool | None,
+    typer.Option(
+        "--mac-check/--no-mac-check",
+        help="Believe an address only together with its MAC (the default), or also of guests behind a router.",
+        show_default=False,
+    ),
+]
 
 
 def _register(command: str, help_text: str, *, create: bool) -> None:
@@ -83,6 +91,7 @@ def _register(command: str, help_text: str, *, create: bool) -> None:
         subnet: Subnets = None,
         mtu: Mtu = None,
         scope: Scope = None,
+        mac_check: MacCheck = None,
         clear: flags.Clear = None,
         as_json: options.Json = False,
         socket: options.Socket = None,
@@ -117,6 +126,7 @@ def _register(command: str, help_text: str, *, create: bool) -> None:
                 "subnets": record_flags.subnets_of(subnet or ()),
                 "mtu": mtu,
                 "scope": scope,
+                "mac_check": mac_check,
             }
         )
         if file is not None:

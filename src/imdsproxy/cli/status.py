@@ -66,6 +66,7 @@ def _facts(report: _Shape) -> dict[str, str]:
         "haproxy": _haproxy(_shape(report, "haproxy")),
         "documents": _documents(_shape(report, "documents")),
         **_unix_listener(report["unix_listener"]),
+        **_macs(_shape(report, "macs")),
         **_plan(report["last_plan"]),
     }
 
@@ -109,6 +110,20 @@ def _unix_listener(unix: object) -> dict[str, str]:
     if unix["taken_from"]:
         line += f", taken over from {clean(unix['taken_from'])}"
     return {"unix listener": line}
+
+
+def _macs(macs: _Shape) -> dict[str, str]:
+    if not macs["gates"] and not macs["refused"]:
+        return {}
+    line = f"checked in {macs['gates']} networks, {macs['pairs']} pairs, {macs['learned']} by MAC alone"
+    lines = [line]
+    if macs["refused"]:
+        lines.append(f"[red]cannot be checked in {macs['refused']}[/]")
+    mismatches = cast("Mapping[str, int]", macs["mismatches"])
+    if mismatches:
+        most = ", ".join(f"{clean(network)} {count}" for network, count in mismatches.items())
+        lines.append(f"[yellow]refused for another MAC[/]: {most}")
+    return {"macs": "\n".join(lines)}
 
 
 def _plan(plan: object) -> dict[str, str]:

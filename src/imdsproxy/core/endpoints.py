@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 from ipaddress import IPv4Address
+from typing import Final
 
 from imdsproxy.core.hostops import HostOp
 from imdsproxy.core.hoststate import (
@@ -21,6 +22,7 @@ from imdsproxy.core.hoststate import (
 from imdsproxy.core.model import METADATA_PORT, IpAddress, NetworkId
 
 __all__ = [
+    "ENSLAVING",
     "LOOPBACK",
     "Endpoint",
     "Foreign",
@@ -33,6 +35,9 @@ __all__ = [
 ]
 
 LOOPBACK = "lo"
+
+ENSLAVING: Final = frozenset({"bridge", "bond", "team", "openvswitch"})
+"""Kinds of devices that take the packets of those that belong to them."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,8 +1,13 @@
 """Which guest is it? From the listener's network and the peer address that the kernel reports.
 
-Never from anything that the guest sends (design §3.1). A link-local address that no record claims
-is looked up by the MAC that the neighbour table has for it: guests with privacy addresses (RFC
-7217, RFC 8981) have no EUI-64 one.
+Never from anything that the guest sends (design §3.1). Where the network checks MACs, the MAC that the
+neighbour table has for the address counts too:
+
+- A port that lists addresses of a family has exactly those in that family, and only together with its MAC.
+- A port that lists none of a family has whatever address its MAC has in that family.
+
+A link-local address that no record claims is looked up by MAC in every network: guests with privacy addresses
+(RFC 7217, RFC 8981) have no EUI-64 one.
 """
 
 from __future__ import annotations
@@ -30,12 +35,16 @@ __all__ = [
     "How",
     "Identity",
     "Learned",
+    "Mismatch",
     "Unknown",
     "UnknownReason",
+    "checks_macs",
+    "holds",
     "identify",
     "link_local_of",
     "mac_of",
     "normalise_address",
+    "port_at",
 ]
 
 
@@ -54,6 +63,7 @@ class UnknownReason(StrEnum):
     NETWORK = "no such network"
     ADDRESS = "no instance has the address in this network"
     MAC = "no instance has the address, nor the MAC that the neighbour table has for it"
+    OTHER_ADDRESS = "no instance has the address; the port with its MAC lists others of this family"
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +89,22 @@ class Ambiguous:
     claimants: tuple[Claimant, ...]
 
 
-Identity: TypeAlias = Found | Unknown | Ambiguous
+@dataclass(frozen=True, slots=True)
+class Mismatch:
+    """The address is an instance's, and another MAC than its port's has it: answered 403.
+
+    Attributes:
+        seen: The MAC that the neighbour table has; `None` where it has none, as behind a router.
+        expected: The port's.
+    """
+
+    instance: Instance
+    port: Port
+    expected: MacAddress
+    seen: MacAddress | None = None
+
+
+Identity: TypeAlias = Found | Unknown | Ambiguous | Mismatch
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,11 +115,13 @@ class Learned:
         until: When, by the monotonic clock in seconds.
         via: For an address behind a router: the address in its own network by which the instance is known;
             the two stand and fall together. `None` where the neighbour table told.
+        mac: What the neighbour table told.
     """
 
     instance: InstanceId
     until: float
     via: AddressKey | None = None
+    mac: MacAddress | None = None
 
 
 def identify(
@@ -111,8 +138,8 @@ def identify(
         network: The listener's network.
         address: The peer address, as the kernel gives it (mapped and scoped forms are normalised).
         neighbour_mac: What the neighbour table of the listener's namespace has for the address.
-            Only asked for link-local addresses: another address may be a router's, whose MAC is not
-            the guest's.
+            Where the network does not check MACs it counts for link-local addresses only: another
+            address may be a router's, whose MAC is not the guest's.
     """
     if not inventory.knows(network):
         return Unknown(UnknownReason.NETWORK)
@@ -120,29 +147,57 @@ def identify(
     owner = inventory.owner((network, address))
     if isinstance(owner, Conflict):
         return Ambiguous(owner.claimants)
+    checked = checks_macs(inventory, network)
     if owner is not None:
-        return _found(inventory, owner, network, address)
-    if neighbour_mac is None or not address.is_link_local:
+        return _found(
+            inventory.instances[owner], network, address, neighbour_mac if checked else None
+        )
+    if neighbour_mac is None or not (checked or address.is_link_local):
         return Unknown(UnknownReason.ADDRESS)
-    return _by_neighbour(inventory, network, neighbour_mac)
+    return _by_neighbour(inventory, network, address, neighbour_mac)
 
 
-def _found(
-    inventory: Inventory, owner: InstanceId, network: NetworkId, address: IpAddress
-) -> Identity:
-    instance = inventory.instances[owner]
-    mac = mac_of(address)
+def checks_macs(inventory: Inventory, network: NetworkId) -> bool:
+    """Whether an address counts only together with its MAC; never in a network that is only vouched for."""
+    record = inventory.networks.get(network)
+    return record is not None and record.checks_macs
+
+
+def holds(inventory: Inventory, key: AddressKey, entry: Learned) -> bool:
+    """Whether what was learned is so by what is known now, were somebody to ask."""
+    if entry.via is not None:
+        return inventory.owner(entry.via) == entry.instance
+    if entry.mac is None:
+        return True
+    identity = identify(inventory, *key, neighbour_mac=entry.mac)
+    return isinstance(identity, Found) and identity.instance.id == entry.instance
+
+
+def port_at(instance: Instance, key: AddressKey) -> Port | None:
+    """The instance's port that lists an address, or whose MAC makes it."""
+    network, address = key
     ports = [port for port in instance.ports if port.network == network]
     for port in ports:
         if address in port.addresses:
-            return Found(instance, port, How.ADDRESS)
-    for port in ports:
-        if mac is not None and port.mac == mac:
-            return Found(instance, port, How.EUI64)
-    return Unknown(UnknownReason.ADDRESS)
+            return port
+    mac = mac_of(address)
+    return next((port for port in ports if mac is not None and port.mac == mac), None)
 
 
-def _by_neighbour(inventory: Inventory, network: NetworkId, mac: MacAddress) -> Identity:
+def _found(
+    instance: Instance, network: NetworkId, address: IpAddress, seen: MacAddress | None
+) -> Identity:
+    port = port_at(instance, (network, address))
+    if port is None:
+        return Unknown(UnknownReason.ADDRESS)
+    if seen is not None and port.mac is not None and seen != port.mac:
+        return Mismatch(instance, port, port.mac, seen)
+    return Found(instance, port, How.ADDRESS if address in port.addresses else How.EUI64)
+
+
+def _by_neighbour(
+    inventory: Inventory, network: NetworkId, address: IpAddress, mac: MacAddress
+) -> Identity:
     # The MAC's own link-local address has the same owner, and all of the rules for contested ones.
     owner = inventory.owner((network, link_local_of(mac)))
     if isinstance(owner, Conflict):
@@ -152,5 +207,12 @@ def _by_neighbour(inventory: Inventory, network: NetworkId, mac: MacAddress) -> 
     instance = inventory.instances[owner]
     for port in instance.ports:
         if port.network == network and port.mac == mac:
+            if not address.is_link_local and _lists(port, address.version):
+                return Unknown(UnknownReason.OTHER_ADDRESS)
             return Found(instance, port, How.NEIGHBOUR)
     return Unknown(UnknownReason.MAC)
+
+
+def _lists(port: Port, version: int) -> bool:
+    """Whether the port has addresses of a family; a link-local one does not say where its others are."""
+    return any(one.version == version and not one.is_link_local for one in port.addresses)

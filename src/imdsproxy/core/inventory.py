@@ -321,6 +321,15 @@ class Inventory:
         """The instances with a port of that MAC in the network: more than one is a conflict."""
         return self._macs.of((network, mac)) if self.knows(network) else frozenset()
 
+    def carries_macs(self, network: NetworkId) -> bool:
+        """Whether any port in the network has a MAC."""
+        return any(
+            port.mac is not None and port.network == network
+            for instance in self._members.get(network, ())
+            for version in self._versions(instance)
+            for port in version.ports
+        )
+
     def knows(self, network: NetworkId) -> bool:
         """Some source tells of the network, be it in conflict, or vouches for it."""
         return (
@@ -588,7 +597,8 @@ def _agreed(versions: tuple[Network, ...]) -> Network | None:
     if len(versions) == 1:
         return versions[0]
     if len({version.listener for version in versions}) == 1:
-        return Network(id=versions[0].id, listener=versions[0].listener)
+        checked = any(version.mac_check for version in versions)
+        return Network(versions[0].id, versions[0].listener, mac_check=checked)
     return None
 
 

@@ -12,10 +12,11 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Final, TypeAlias, assert_never
+from typing import TypeAlias, assert_never
 
 from imdsproxy.core.bridges import plan_bridge, want_addresses
 from imdsproxy.core.endpoints import (
+    ENSLAVING,
     Endpoint,
     Foreign,
     LeftOut,
@@ -59,8 +60,6 @@ __all__ = [
 ]
 
 _Place: TypeAlias = tuple[str, str | int]
-
-_ENSLAVING: Final = frozenset({"bridge", "bond", "team", "openvswitch"})
 
 
 PlanMemo: TypeAlias = dict[NetworkId, tuple[Network, ObservedNamespace | None, Part]]
@@ -246,7 +245,7 @@ def _check_device(
         return leave_out(network, LeftOutCode.DEVICE_DOWN, reason, f"ip link set {name} up")
     masters = (one for one in seen.devices.values() if device.master and one.index == device.master)
     master = next(masters, None)
-    if master is not None and master.kind in _ENSLAVING:
+    if master is not None and master.kind in ENSLAVING:
         return leave_out(
             network,
             LeftOutCode.DEVICE_ENSLAVED,

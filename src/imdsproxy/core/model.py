@@ -130,6 +130,7 @@ class Network:
 
     Attributes:
         scope: `ROUTER` where the id is a router's: its guests are those of the networks behind it.
+        mac_check: Believe a guest's address only together with its MAC; off where guests are behind a router.
     """
 
     id: NetworkId
@@ -139,13 +140,21 @@ class Network:
     subnets: tuple[Subnet, ...] = ()
     mtu: int | None = None
     scope: Scope = Scope.NETWORK
+    mac_check: bool = True
+
+    @property
+    def checks_macs(self) -> bool:
+        """Whether MACs count here: behind a router nobody sees a guest's."""
+        return self.mac_check and self.scope is Scope.NETWORK
 
 
 @dataclass(frozen=True, slots=True)
 class Port:
     """An instance's place in a network.
 
-    A guest is known by each of `addresses`, and by the link-local address made of `mac` (EUI-64).
+    A guest is known by each of `addresses`, and by the link-local address made of `mac` (EUI-64). Where the
+    network checks MACs, it is known together with `mac` only, and in a family in which it lists no address by
+    whatever address `mac` has.
 
     Attributes:
         project: The port's own where it is another one than the instance's. Nova is told the port's, and

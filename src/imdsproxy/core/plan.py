@@ -9,7 +9,7 @@ from imdsproxy.core.addresses import link_local_of
 from imdsproxy.core.endpoints import Endpoint
 from imdsproxy.core.haproxy.model import Bind
 from imdsproxy.core.hoststate import NamespaceRef
-from imdsproxy.core.identity import Learned
+from imdsproxy.core.identity import Learned, holds
 from imdsproxy.core.inventory import AddressKey, Conflict, Inventory
 from imdsproxy.core.model import Instance, InstanceId, NetworkId, Upstream
 from imdsproxy.core.upstream import NovaRouting
@@ -60,11 +60,9 @@ def plan_record(
     place = key
     if owner is None:
         entry = learned.get(key)
-        if entry is None:
+        if entry is None or not holds(inventory, key, entry):
             return None
         owner, place = entry.instance, entry.via or key
-        if entry.via is not None and inventory.owner(entry.via) != owner:
-            return None
     instance = inventory.instances.get(owner)
     if instance is None:
         return None

@@ -18,12 +18,15 @@ __all__ = [
     "HEADER_INSTANCE",
     "HEADER_NETWORK",
     "HEADER_RECORD",
+    "HEADER_REFUSED",
     "HEADER_REVISION",
     "HEADER_SCOPE",
     "HEADER_TARGET",
+    "HEADER_UNVERIFIED",
     "MAP_CONFLICT",
     "MAP_NOVA",
     "MAP_TOMBSTONE",
+    "MISMATCH_TEXT",
     "MapRecord",
     "NovaRecord",
     "RETRY_AFTER_S",
@@ -47,6 +50,13 @@ HEADER_TARGET: Final = "x-imdsproxy-target"
 HEADER_RECORD: Final = "x-imdsproxy-record"
 """From the resolver back to HAProxy: the record by which a request goes to Nova."""
 
+HEADER_UNVERIFIED: Final = "x-imdsproxy-unverified"
+"""To the resolver: the port that the guest asks from, where its address is to be believed with its MAC only, and
+the kernel has not seen the two together yet."""
+
+HEADER_REFUSED: Final = "x-imdsproxy-refused"
+"""From the resolver back to HAProxy: this answer tells nothing of an instance, and anybody may read it."""
+
 RETRY_AFTER_S: Final = 1
 """What every 503 tells a client to wait, in seconds: cloud-init's own pace."""
 
@@ -55,6 +65,9 @@ UNKNOWN_TEXT: Final = "no instance has this address in this network"
 
 One line without its end: some clients take an error's body for the value that they asked for.
 """
+
+MISMATCH_TEXT: Final = "this address goes with another MAC in this network"
+"""What a guest is told that has another's address."""
 
 MAP_TOMBSTONE: Final = "-"
 """An overlay's word for "not in the base any more": the address is unknown."""

@@ -140,6 +140,11 @@ class Layout:
         return self.runtime / "managed.json"
 
     @property
+    def gates_journal(self) -> Path:
+        """Where we have put tables that look at MACs."""
+        return self.runtime / "gates.json"
+
+    @property
     def records(self) -> Path:
         """Compiled records, one file an instance."""
         return self.state / "documents"

@@ -11,6 +11,7 @@ import errno
 import socket
 import struct
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address
 from typing import Final
 
@@ -34,6 +35,8 @@ __all__ = [
     "RTM_DELLINK",
     "RTM_NEWADDR",
     "RTM_NEWLINK",
+    "RTM_NEWNEIGH",
+    "ObservedNeighbour",
     "add_address",
     "add_default_route",
     "address_index",
@@ -48,7 +51,9 @@ __all__ = [
     "neighbour_mac",
     "parse_address",
     "parse_link",
+    "parse_neighbour",
     "remove_address",
+    "route_length",
     "set_link",
 ]
 
@@ -60,6 +65,7 @@ RTM_DELADDR: Final = 21
 RTM_GETADDR: Final = 22
 RTM_NEWROUTE: Final = 24
 RTM_GETROUTE: Final = 26
+RTM_NEWNEIGH: Final = 28
 RTM_GETNEIGH: Final = 30
 RTM_NEWNSID: Final = 88
 RTM_GETNSID: Final = 90
@@ -99,6 +105,7 @@ _PROTO_STATIC: Final = 4
 _SCOPE_UNIVERSE: Final = 0
 _SCOPE_LINK: Final = 253
 _UNICAST: Final = 1
+_FIB_MATCH: Final = 0x2000
 
 _NDA_DST: Final = 1
 _NDA_LLADDR: Final = 2
@@ -240,6 +247,23 @@ def _default_device(message: Message) -> int:
     return _number(parse_attributes(message.payload, _RTMSG.size).get(_RTA_OIF))
 
 
+def route_length(channel: NetlinkSocket, address: IpAddress) -> int:
+    """The prefix length of the route by which others' packets to an address would go; 0 for none, and for our own.
+
+    One to an address of the host's own does not count.
+    """
+    bits = 8 * len(address.packed)
+    question = _RTMSG.pack(_family_of(address), bits, 0, 0, 0, 0, 0, 0, _FIB_MATCH)
+    try:
+        answer = channel.get(RTM_GETROUTE, question + attribute(_RTA_DST, address.packed))
+    except NetlinkRefused as error:
+        if error.errno in (errno.ENETUNREACH, errno.EHOSTUNREACH):
+            return 0
+        raise
+    fields = _RTMSG.unpack_from(answer.payload)
+    return int(fields[1]) if fields[7] == _UNICAST else 0
+
+
 def neighbour_mac(
     channel: NetlinkSocket, address: IpAddress, *, index: int = 0
 ) -> MacAddress | None:
@@ -262,13 +286,34 @@ def neighbour_mac(
     return found.pop() if len(found) == 1 else None
 
 
+@dataclass(frozen=True, slots=True)
+class ObservedNeighbour:
+    """An entry of a neighbour table.
+
+    Attributes:
+        index: The device's.
+        packed: The address.
+        mac: `None` where nobody has answered for it.
+    """
+
+    index: int
+    packed: bytes
+    mac: MacAddress | None
+
+
+def parse_neighbour(payload: bytes) -> ObservedNeighbour:
+    """The entry in a RTM_NEWNEIGH or RTM_DELNEIGH message."""
+    _, index, state, _, _ = _NDMSG.unpack_from(payload)
+    found = parse_attributes(payload, _NDMSG.size)
+    mac = "" if state & _NUD_UNKNOWN else _mac(found.get(_NDA_LLADDR))
+    return ObservedNeighbour(index, found.get(_NDA_DST, b""), MacAddress(mac) if mac else None)
+
+
 def _neighbours(answers: Iterable[Message], packed: bytes) -> Iterator[MacAddress]:
     for message in answers:
-        state = _NDMSG.unpack_from(message.payload)[2]
-        found = parse_attributes(message.payload, _NDMSG.size)
-        mac = _mac(found.get(_NDA_LLADDR))
-        if found.get(_NDA_DST) == packed and mac and not state & _NUD_UNKNOWN:
-            yield MacAddress(mac)
+        found = parse_neighbour(message.payload)
+        if found.packed == packed and found.mac is not None:
+            yield found.mac
 
 
 def create_veth(

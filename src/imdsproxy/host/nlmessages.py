@@ -28,7 +28,10 @@ __all__ = [
     "attribute",
     "integer",
     "iter_messages",
+    "pack_message",
     "parse_attributes",
+    "parse_list",
+    "raise_error",
     "text",
 ]
 
@@ -103,6 +106,24 @@ def parse_attributes(data: bytes, offset: int = 0) -> dict[int, bytes]:
         found[kind & _TYPE_MASK] = data[offset + 4 : offset + length]
         offset += (length + 3) & ~3
     return found
+
+
+def parse_list(data: bytes) -> Iterator[bytes]:
+    """Attributes one after the other, where all are of one type."""
+    offset = 0
+    while offset + _ATTRIBUTE.size <= len(data):
+        length, _ = _ATTRIBUTE.unpack_from(data, offset)
+        if length < _ATTRIBUTE.size or offset + length > len(data):
+            return
+        yield data[offset + _ATTRIBUTE.size : offset + length]
+        offset += _padded(length)
+
+
+def pack_message(kind: int, flags: int, sequence: int, payload: bytes) -> bytes:
+    """A request with its header, filled up to four bytes."""
+    length = _HEADER.size + len(payload)
+    header = _HEADER.pack(length, kind, flags | REQUEST, sequence, 0)
+    return header + payload + b"\0" * (_padded(length) - length)
 
 
 def iter_messages(data: bytes) -> Iterator[tuple[int, int, int, bytes]]:
@@ -184,8 +205,7 @@ class NetlinkSocket:
 
     def _send(self, kind: int, payload: bytes, flags: int) -> None:
         self._sequence += 1
-        header = _HEADER.pack(_HEADER.size + len(payload), kind, flags | REQUEST, self._sequence, 0)
-        self._socket.send(header + payload)
+        self._socket.send(pack_message(kind, flags, self._sequence, payload))
 
     def _collect(self, *, single: bool = False) -> tuple[list[Message], bool]:
         answers: list[Message] = []
@@ -197,7 +217,7 @@ class NetlinkSocket:
                     continue
                 interrupted = interrupted or bool(flags & _INTERRUPTED)
                 if kind == _ERROR:
-                    _raise_error(payload, flags)
+                    raise_error(payload, flags)
                     return answers, interrupted
                 if kind == _DONE:
                     return answers, interrupted
@@ -206,7 +226,12 @@ class NetlinkSocket:
                     return answers, interrupted
 
 
-def _raise_error(payload: bytes, flags: int) -> None:
+def raise_error(payload: bytes, flags: int) -> None:
+    """What an NLMSG_ERROR says; nothing when it is an acknowledgement.
+
+    Raises:
+        NetlinkRefused: It is an error.
+    """
     (number,) = struct.unpack_from("=i", payload)
     if number == 0:
         return

@@ -85,7 +85,7 @@ def _parse_socket(payload: bytes, names: dict[int, str]) -> ListeningSocket:
     )
 
 
-def try_bind(family: Family, device: str | None, index: int = 0) -> int:
+def try_bind(family: Family, device: str | None, index: int = 0, port: int = METADATA_PORT) -> int:
     """What the kernel says to a bind like HAProxy's in the calling thread's namespace: errno or 0.
 
     The socket never listens, so no connection can come to it, and it is closed at once.
@@ -94,9 +94,10 @@ def try_bind(family: Family, device: str | None, index: int = 0) -> int:
         family: Which metadata address.
         device: The device to bind to, or `None`.
         index: The device's index, the scope of the link-local address; IPv6 only.
+        port: The port.
     """
     number = socket.AF_INET if family is Family.IPV4 else socket.AF_INET6
-    address = (str(family.metadata_address), METADATA_PORT)
+    address = (str(family.metadata_address), port)
     with socket.socket(number, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as trial:
         try:
             trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -152,6 +152,14 @@ class HostWatch:
         """Every usable namespace by name, as of now."""
         return self._namespace_watch.current
 
+    def place_of_id(self, nsid: int) -> NamespaceRef | None:
+        """The namespace that has an id here, as events of it carry."""
+        return self._nsids.get(nsid)
+
+    def hears(self, namespace: NamespaceRef | None) -> bool:
+        """Whether events of a namespace are heard; `None` is our own."""
+        return namespace is None or namespace in self._nsids.values()
+
     def expect(
         self,
         networks: Mapping[NetworkId, Network],

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Collection, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol, TypeAlias, assert_never
 
 from imdsproxy.core.inventory import AddressKey
@@ -20,6 +21,7 @@ __all__ = [
     "Contested",
     "HoldLimits",
     "Known",
+    "Mismatched",
     "Missing",
     "Outcome",
     "Refused",
@@ -53,7 +55,12 @@ class Missing:
     in_sync: bool
 
 
-Resolution: TypeAlias = Known | Contested | Missing
+@dataclass(frozen=True, slots=True)
+class Mismatched:
+    """It is an instance's, and another MAC than that one's asks."""
+
+
+Resolution: TypeAlias = Known | Contested | Missing | Mismatched
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +92,7 @@ class ResolverCounts:
     not_found: int = 0
     not_in_sync: int = 0
     contested: int = 0
+    mismatched: Counter[NetworkId] = field(default_factory=Counter)
     over_limit: int = 0
 
 
@@ -93,9 +101,12 @@ class Look(Protocol):
 
     Args:
         scope: What the request said that the id is, where it did.
+        port: The guest's, where its address is to be believed with its MAC only and nobody has seen to that yet.
     """
 
-    def __call__(self, key: AddressKey, scope: Scope | None, /) -> Awaitable[Resolution]: ...
+    def __call__(
+        self, key: AddressKey, scope: Scope | None, port: int | None, /
+    ) -> Awaitable[Resolution]: ...
 
 
 @dataclass(slots=True)
@@ -130,21 +141,32 @@ class Resolver:
         """Something changed for every address, as a source that came in sync."""
         self.wake(tuple(self._waiting))
 
-    async def resolve(self, key: AddressKey, scope: Scope | None = None) -> Outcome:
+    def wake_networks(self, networks: Collection[NetworkId]) -> None:
+        """Any address of these networks may have become known: whose it is, its MAC says."""
+        self.wake([key for key in self._waiting if key[0] in networks])
+
+    async def resolve(
+        self, key: AddressKey, scope: Scope | None = None, port: int | None = None
+    ) -> Outcome:
         """Whose the address is, or what to answer where it stays unknown (design §6)."""
-        resolution = await self.look(key, scope)
+        resolution = await self.look(key, scope, port)
         if not isinstance(resolution, Missing):
-            return self._outcome(resolution)
+            return self._outcome(key, resolution)
         limits = self.limits()
         if limits.hold_s <= 0:
-            return self._outcome(resolution)
+            return self._outcome(key, resolution)
         if self._held[key[0]] >= limits.per_network or self.held >= limits.in_all:
             self.counts.over_limit += 1
             return Refused(503, "too many unknown addresses are waiting in this network")
-        return self._outcome(await self._hold(key, scope, resolution, limits.hold_s))
+        look = partial(self.look, key, scope, port)
+        return self._outcome(key, await self._hold(key, look, resolution, limits.hold_s))
 
     async def _hold(
-        self, key: AddressKey, scope: Scope | None, resolution: Resolution, hold_s: float
+        self,
+        key: AddressKey,
+        look: Callable[[], Awaitable[Resolution]],
+        resolution: Resolution,
+        hold_s: float,
     ) -> Resolution:
         self.counts.held += 1
         event = asyncio.Event()
@@ -155,10 +177,10 @@ class Resolver:
                 while isinstance(resolution, Missing):
                     await event.wait()
                     event.clear()
-                    resolution = await self.look(key, scope)
+                    resolution = await look()
         except TimeoutError:
             # The time is over, and what was last known of the source still holds.
-            return await self.look(key, scope)
+            return await look()
         finally:
             self._release(key, event)
         return resolution
@@ -172,7 +194,7 @@ class Resolver:
         if not self._held[key[0]]:
             del self._held[key[0]]
 
-    def _outcome(self, resolution: Resolution) -> Outcome:
+    def _outcome(self, key: AddressKey, resolution: Resolution) -> Outcome:
         match resolution:
             case Known():
                 self.counts.found += 1
@@ -180,6 +202,9 @@ class Resolver:
             case Contested():
                 self.counts.contested += 1
                 return Refused(503, "more than one instance claims this address")
+            case Mismatched():
+                self.counts.mismatched[key[0]] += 1
+                return Refused(403, "this address goes with another MAC")
             case Missing(in_sync=in_sync) if in_sync:
                 self.counts.not_found += 1
                 return Refused(404, "no instance has this address")

@@ -14,8 +14,11 @@ from imdsproxy.core.model import Scope as IdScope
 from imdsproxy.core.wire import (
     HEADER_ADDRESS,
     HEADER_NETWORK,
+    HEADER_REFUSED,
     HEADER_SCOPE,
     HEADER_TARGET,
+    HEADER_UNVERIFIED,
+    MISMATCH_TEXT,
     UNKNOWN_TEXT,
 )
 from imdsproxy.serving.asgi import (
@@ -40,8 +43,12 @@ _NETWORK = HEADER_NETWORK.encode("ascii")
 _ADDRESS = HEADER_ADDRESS.encode("ascii")
 _SCOPE = HEADER_SCOPE.encode("ascii")
 _TARGET = HEADER_TARGET.encode("ascii")
+_UNVERIFIED = HEADER_UNVERIFIED.encode("ascii")
+_REFUSED = HEADER_REFUSED.encode("ascii"), b"1"
 _OURS = b"x-imdsproxy-"
 _UNAVAILABLE = 503
+_FORBIDDEN = 403
+_CHANGES_NOTHING = frozenset({"GET", "HEAD", "OPTIONS", "PUT"})
 
 
 def resolver_app(resolver: Resolver, service: DocumentService, forwarder: Forwarder) -> AsgiApp:
@@ -58,7 +65,7 @@ def resolver_app(resolver: Resolver, service: DocumentService, forwarder: Forwar
             return
         body = await read_body(receive)
         if isinstance(body, BodyTooLarge):
-            await send_answer(refusal(413), send)
+            await send_answer(_to_anybody(told, refusal(413)), send)
         elif not isinstance(body, Unfinished):
             asked = _Asked(
                 told, cast("str", scope["method"]), cast("bytes", scope["raw_path"]), headers, body
@@ -80,9 +87,12 @@ async def _answer(
     resolver: Resolver, service: DocumentService, asked: _Asked
 ) -> Answer | NovaRequest:
     told, method, body = asked.told, asked.method, asked.body
-    outcome = await resolver.resolve(told.key, told.scope)
+    outcome = await resolver.resolve(told.key, told.scope, told.port)
     if isinstance(outcome, Refused):
-        return retry_later() if outcome.status == _UNAVAILABLE else _unknown(method)
+        return _to_anybody(told, _refuse(outcome.status, method))
+    if told.port is not None and method not in _CHANGES_NOTHING:
+        # Who really sends it nobody knows; that the instance gets the answer is no help. Verified, it comes again.
+        return _to_anybody(told, retry_later())
     if outcome.nova is not None:
         network, address = told.key[0], str(told.key[1])
         target = told.target or asked.path
@@ -90,12 +100,21 @@ async def _answer(
     return await service.answer(outcome.instance, DocumentRequest(method, asked.path, body))
 
 
-def _unknown(method: str) -> Answer:
+def _refuse(status: int, method: str) -> Answer:
+    if status == _UNAVAILABLE:
+        return retry_later()
     # PUT is how tokens are asked for, and some clients take any body for one.
     if method == "PUT":
-        return refusal(404)
-    answer = refusal(404, text=UNKNOWN_TEXT)
+        return refusal(status)
+    answer = refusal(status, text=MISMATCH_TEXT if status == _FORBIDDEN else UNKNOWN_TEXT)
     return replace(answer, body=b"") if method == "HEAD" else answer
+
+
+def _to_anybody(told: _Told, answer: Answer) -> Answer:
+    """Have the gate let it through to whoever asked: it tells nothing of an instance."""
+    if told.port is None:
+        return answer
+    return replace(answer, headers=(*answer.headers, _REFUSED))
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +124,7 @@ class _Told:
     key: AddressKey
     scope: IdScope | None
     target: bytes | None
+    port: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,5 +147,10 @@ def _told(headers: Iterable[Header]) -> _Told | None:
         key = NetworkId(network.decode("latin-1")), ip_address(address.decode("latin-1"))
     except ValueError:
         return None
-    word = ours.get(_SCOPE)
-    return _Told(key, None if word is None else IdScope(word.decode("latin-1")), ours.get(_TARGET))
+    word, port = ours.get(_SCOPE), ours.get(_UNVERIFIED)
+    return _Told(
+        key,
+        None if word is None else IdScope(word.decode("latin-1")),
+        ours.get(_TARGET),
+        None if port is None else int(port),
+    )

@@ -39,6 +39,7 @@ FULL = MetricsSnapshot(
     operations={"ok": 20},
     convergence=Timing(10, 0.125),
     resolver={"found": 1, "unknown": 2},
+    mismatches={"red": 3},
     resolver_held=2,
     commands={"ok": 30},
     traffic={"blue": NetworkTraffic(100, 3, 1), "red": NetworkTraffic(10, 0, 0)},

@@ -45,7 +45,7 @@ def test_other_proxies_and_lines_are_left_alone() -> None:
 
 def test_neutrons_proxies_are_counted_apart_from_a_network_of_that_name() -> None:
     rows = [_row("agents", 5), {**_row("agents", 7, 2, 1), "pxname": "agents"}]
-    guests, agents = TrafficCounter(), TrafficCounter("agents")
+    guests, agents = TrafficCounter(), TrafficCounter(("agents",))
     for counter in (guests, agents):
         counter.add(1, rows)
     assert guests.totals == {"agents": NetworkTraffic(5)}

@@ -22,8 +22,9 @@ from imdsproxy.core.model import (
     NetworkId,
     Port,
 )
+from imdsproxy.core.pairs import LEARNED_PER_MAC, plan_pair
 from imdsproxy.errors import HostRefused
-from imdsproxy.serving.resolver import Contested, Known, Missing
+from imdsproxy.serving.resolver import Contested, Known, Mismatched, Missing
 
 _RED = NetworkId("red")
 _MAC = MacAddress("02:00:00:00:00:05")
@@ -55,6 +56,34 @@ class _Neighbours:
         return self.mac
 
 
+class _Pairs:
+    """Gates that follow the records at once."""
+
+    def __init__(self, rig: Rig) -> None:
+        self.rig = rig
+        self.up = True
+        self.plain = False
+        self.told: list[tuple[AddressKey, int, MacAddress]] = []
+
+    def is_plain(self, network: NetworkId) -> bool:
+        del network
+        return self.plain
+
+    def is_up(self, network: NetworkId) -> bool:
+        del network
+        return self.up
+
+    def granted(self, key: AddressKey) -> MacAddress | None:
+        return plan_pair(self.rig.inventory, key, self.rig.records.learned)
+
+    def keys(self) -> list[AddressKey]:
+        return []
+
+    async def tell(self, key: AddressKey, port: int, mac: MacAddress) -> bool:
+        self.told.append((key, port, mac))
+        return True
+
+
 class _Records:
     """As much of the record loop as a look-up uses; everything is in force at once."""
 
@@ -70,9 +99,15 @@ class _Records:
         self.learned.pop(key, None)
         return 0
 
+    def touch(self, key: AddressKey) -> int:
+        del key
+        return 0
+
 
 class Rig:
-    def __init__(self, *instances: Instance, in_sync: bool = True) -> None:
+    def __init__(self, *instances: Instance, in_sync: bool = True, mac_check: bool = False) -> None:
+        self.mac_check = mac_check
+        self.pairs = _Pairs(self)
         self.inventory = Inventory(["a"])
         self.clock = _Clock()
         self.neighbours = _Neighbours()
@@ -84,10 +119,11 @@ class Rig:
             self.neighbours,
             self.clock,
             lambda: 30.0,
+            pairs=self.pairs,
         )
 
     def say(self, *instances: Instance, in_sync: bool = True) -> None:
-        network = Network(_RED, NamespaceListener("red"))
+        network = Network(_RED, NamespaceListener("red"), mac_check=self.mac_check)
         self.inventory.observe(
             Observation(
                 "a",
@@ -115,7 +151,7 @@ async def test_a_private_link_local_address_is_known_by_its_mac_and_kept_for_a_w
     rig = Rig(_web())
     rig.neighbours.mac = _MAC
     assert await rig.lookup.look(_PRIVATE) == Known(InstanceId("web"))
-    assert rig.records.learned == {_PRIVATE: Learned(InstanceId("web"), 130.0)}
+    assert rig.records.learned == {_PRIVATE: Learned(InstanceId("web"), 130.0, mac=_MAC)}
 
 
 @pytest.mark.parametrize("mac", [None, MacAddress("02:00:00:00:00:99")])
@@ -163,7 +199,7 @@ async def test_what_was_learned_is_looked_at_again_when_its_time_is_over() -> No
     assert rig.neighbours.asked == asked
     rig.clock.time = 131
     await rig.lookup.review()
-    assert rig.records.learned == {_PRIVATE: Learned(InstanceId("web"), 161.0)}
+    assert rig.records.learned == {_PRIVATE: Learned(InstanceId("web"), 161.0, mac=_MAC)}
 
 
 @pytest.mark.parametrize("change", ["another-mac", "no-mac", "instance-gone"])
@@ -194,3 +230,93 @@ async def test_a_ticket_waits_for_its_number() -> None:
     await waiting
     await tickets.wait(first)
     assert tickets.settled
+
+
+_ASKED: AddressKey = (_RED, IPv4Address("10.0.0.5"))
+_OTHER = MacAddress("02:00:00:00:00:99")
+
+
+def _bare(mac: MacAddress = _MAC, name: str = "web") -> Instance:
+    return Instance(InstanceId(name), name, name, ports=(Port(_RED, mac),))
+
+
+async def test_an_unverified_guest_with_its_mac_is_answered_and_nobody_else_may_read_it() -> None:
+    rig = Rig(_web(), mac_check=True)
+    rig.neighbours.mac = _MAC
+    assert await rig.lookup.look(_ASKED, None, 4711) == Known(InstanceId("web"))
+    assert rig.pairs.told == [(_ASKED, 4711, _MAC)]
+
+
+@pytest.mark.parametrize("mac", [_OTHER, None])
+async def test_an_unverified_guest_with_another_mac_or_none_is_a_mismatch(
+    mac: MacAddress | None,
+) -> None:
+    rig = Rig(_web(), mac_check=True)
+    rig.neighbours.mac = mac
+    assert await rig.lookup.look(_ASKED, None, 4711) == Mismatched()
+    assert rig.pairs.told == []
+
+
+async def test_a_guest_is_known_by_its_mac_alone_at_whatever_address() -> None:
+    rig = Rig(_bare(), mac_check=True)
+    rig.neighbours.mac = _MAC
+    assert await rig.lookup.look(_ASKED, None, 4711) == Known(InstanceId("web"))
+    assert rig.records.learned == {_ASKED: Learned(InstanceId("web"), 130.0, mac=_MAC)}
+    assert rig.pairs.told == [(_ASKED, 4711, _MAC)]
+
+
+async def test_what_is_told_of_needs_no_second_look() -> None:
+    rig = Rig(_bare(), mac_check=True)
+    rig.lookup.heard = lambda _: True
+    rig.neighbours.mac = _MAC
+    await rig.lookup.look(_ASKED, None, 4711)
+    asked = rig.neighbours.asked
+    rig.clock.time = 1e9
+    await rig.lookup.review()
+    assert rig.neighbours.asked == asked
+    assert _ASKED in rig.records.learned
+
+
+async def test_without_a_gate_nobody_with_a_mac_is_answered() -> None:
+    rig = Rig(_web(), mac_check=True)
+    rig.neighbours.mac = _MAC
+    rig.pairs.up = False
+    assert await rig.lookup.look(_ASKED, None, 4711) == Missing(in_sync=False)
+    # Nor where HAProxy listens as if nobody looked at MACs.
+    rig.pairs.plain = True
+    assert await rig.lookup.look(_ASKED) == Missing(in_sync=False)
+
+
+async def test_a_verified_guest_is_known_whatever_the_neighbour_table_has_by_now() -> None:
+    rig = Rig(_web(), mac_check=True)
+    rig.neighbours.mac = _OTHER
+    assert await rig.lookup.look(_ASKED) == Known(InstanceId("web"))
+
+
+async def test_a_guest_without_a_mac_in_its_record_is_believed_with_any() -> None:
+    rig = Rig(_web(None), mac_check=True)
+    rig.neighbours.mac = _OTHER
+    assert await rig.lookup.look(_ASKED, None, 4711) == Known(InstanceId("web"))
+    assert rig.pairs.told == []
+
+
+async def test_an_address_follows_its_lease() -> None:
+    rig = Rig(_bare(), _bare(_OTHER, "db"), mac_check=True)
+    rig.neighbours.mac = _MAC
+    await rig.lookup.look(_ASKED, None, 1)
+    rig.lookup.on_neighbour(_ASKED, _OTHER)
+    assert rig.records.learned[_ASKED] == Learned(InstanceId("db"), 130.0, mac=_OTHER)
+    rig.lookup.on_neighbour(_ASKED, None)
+    assert rig.records.learned == {}
+    # Nobody is known there: what is told of it is of no account.
+    rig.lookup.on_neighbour(_ASKED, _MAC)
+    assert rig.records.learned == {}
+
+
+async def test_one_mac_has_so_many_addresses_and_the_oldest_goes() -> None:
+    rig = Rig(_bare(), mac_check=True)
+    rig.neighbours.mac = _MAC
+    keys = [(_RED, IPv4Address(f"10.0.1.{number}")) for number in range(LEARNED_PER_MAC + 1)]
+    for key in keys:
+        assert await rig.lookup.look(key, None, 1) == Known(InstanceId("web"))
+    assert list(rig.records.learned) == keys[1:]

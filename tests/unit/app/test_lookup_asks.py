@@ -308,7 +308,7 @@ async def test_a_private_link_local_address_is_asked_for_by_the_mac_of_the_neigh
     rig.neighbours.mac = _MAC
     assert isinstance(await rig.look((_NET, _PRIVATE)), Known)
     assert rig.source.asked == [(Scope.NETWORK, _NET, _EUI64)]
-    assert rig.records.learned == {(_NET, _PRIVATE): Learned(InstanceId("web"), 130.0)}
+    assert rig.records.learned == {(_NET, _PRIVATE): Learned(InstanceId("web"), 130.0, mac=_MAC)}
 
 
 # Explained

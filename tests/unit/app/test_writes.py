@@ -17,7 +17,7 @@ from imdsproxy.app.tickets import Tickets
 from imdsproxy.app.writes import Writes
 from imdsproxy.core.endpoints import Endpoint, LeftOut, LeftOutCode
 from imdsproxy.core.hoststate import Family, NamespaceRef
-from imdsproxy.core.inventory import Inventory, Observation
+from imdsproxy.core.inventory import AddressKey, Inventory, Observation
 from imdsproxy.core.model import (
     METADATA_IPV4,
     Instance,
@@ -40,6 +40,7 @@ class _Loop:
 
     tickets: Tickets = field(default_factory=Tickets)
     report: ListenerReport = field(default_factory=lambda: ListenerReport(0.0))
+    withheld: frozenset[AddressKey] = frozenset()
 
 
 @dataclass

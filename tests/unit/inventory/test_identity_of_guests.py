@@ -10,8 +10,11 @@ from imdsproxy.core.identity import (
     Ambiguous,
     Found,
     How,
+    Learned,
+    Mismatch,
     Unknown,
     UnknownReason,
+    holds,
     identify,
     link_local_of,
     mac_of,
@@ -24,6 +27,7 @@ from support.record_strategies import ipv4, macs
 
 N1 = NetworkId("n1")
 MAC = MacAddress("52:54:00:12:34:56")
+OTHER = MacAddress("52:54:00:00:00:01")
 A = instance("a", "10.0.0.5", mac=MAC, ports=[port("n1", "10.0.0.9")])
 
 
@@ -65,8 +69,61 @@ def test_an_ipv4_link_local_address_is_known_by_the_neighbour_table(inventory: I
 def test_an_address_that_may_be_behind_a_router_is_not_known_by_a_mac(
     inventory: Inventory,
 ) -> None:
+    inventory.observe(full("file", [network("n1", mac_check=False)], [A]))
     found = identify(inventory, N1, ip_address("10.0.0.77"), neighbour_mac=MAC)
     assert found == Unknown(UnknownReason.ADDRESS)
+
+
+def test_where_macs_are_not_checked_an_address_is_believed_whatever_mac_has_it(
+    inventory: Inventory,
+) -> None:
+    inventory.observe(full("file", [network("n1", mac_check=False)], [A]))
+    found = identify(inventory, N1, ip_address("10.0.0.5"), neighbour_mac=OTHER)
+    assert found == Found(A, A.ports[0], How.ADDRESS)
+
+
+@pytest.mark.parametrize("address", ["10.0.0.5", "fe80::5054:ff:fe12:3456"])
+def test_an_address_goes_with_its_port_s_mac_only(inventory: Inventory, address: str) -> None:
+    found = identify(inventory, N1, ip_address(address), neighbour_mac=MAC)
+    assert isinstance(found, Found)
+    found = identify(inventory, N1, ip_address(address), neighbour_mac=OTHER)
+    assert found == Mismatch(A, A.ports[0], expected=MAC, seen=OTHER)
+
+
+def test_an_address_of_a_port_without_a_mac_goes_with_any(inventory: Inventory) -> None:
+    found = identify(inventory, N1, ip_address("10.0.0.9"), neighbour_mac=OTHER)
+    assert found == Found(A, A.ports[1], How.ADDRESS)
+
+
+def test_a_port_that_lists_addresses_of_a_family_has_no_others_of_it(inventory: Inventory) -> None:
+    found = identify(inventory, N1, ip_address("10.0.0.77"), neighbour_mac=MAC)
+    assert found == Unknown(UnknownReason.OTHER_ADDRESS)
+    # Of the other family it lists none.
+    found = identify(inventory, N1, ip_address("2001:db8::77"), neighbour_mac=MAC)
+    assert found == Found(A, A.ports[0], How.NEIGHBOUR)
+
+
+def test_a_link_local_address_in_a_record_does_not_say_where_its_others_are() -> None:
+    record = instance("a", "fe80::7", mac=MAC)
+    made = Inventory()
+    made.observe(full("file", [network("n1")], [record]))
+    found = identify(made, N1, ip_address("2001:db8::77"), neighbour_mac=MAC)
+    assert found == Found(record, record.ports[0], How.NEIGHBOUR)
+
+
+def test_what_was_learned_holds_as_long_as_the_record_says_so() -> None:
+    made = Inventory()
+    key = N1, ip_address("10.0.0.77")
+    entry = Learned(A.id, 0.0, mac=MAC)
+    made.observe(full("file", [network("n1")], [instance("a", mac=MAC)]))
+    assert holds(made, key, entry)
+    for other in (
+        instance("a", mac=OTHER),
+        instance("a", "10.0.0.5", mac=MAC),
+        instance("b", mac=MAC),
+    ):
+        made.observe(full("file", [network("n1")], [other]))
+        assert not holds(made, key, entry)
 
 
 def test_an_unknown_mac_is_nobody(inventory: Inventory) -> None:

@@ -33,7 +33,8 @@ class World:
         self.looks = 0
         self.scopes: list[Scope | None] = []
 
-    async def look(self, key: AddressKey, scope: Scope | None, /) -> Resolution:
+    async def look(self, key: AddressKey, scope: Scope | None, port: int | None, /) -> Resolution:
+        del port
         self.looks += 1
         self.scopes.append(scope)
         return self.found.get(key, self.otherwise)

@@ -55,7 +55,10 @@ class Look:
     known: asyncio.Event = field(default_factory=asyncio.Event)
     asked: asyncio.Event = field(default_factory=asyncio.Event)
 
-    async def __call__(self, key: AddressKey, scope: Scope | None, /) -> Resolution:
+    async def __call__(
+        self, key: AddressKey, scope: Scope | None, port: int | None, /
+    ) -> Resolution:
+        del port
         del key, scope
         self.asked.set()
         await self.known.wait()

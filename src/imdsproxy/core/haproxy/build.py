@@ -7,9 +7,11 @@ evaluation; rules that cost time stand behind `cache-use`, where repeated reads 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from typing import Final
 
+from imdsproxy.core.gates import ANSWER_DSCP
 from imdsproxy.core.haproxy.model import Bind, DataplaneSpec, Section, Words
 from imdsproxy.core.haproxy.nova import (
     longest_s,
@@ -36,9 +38,11 @@ from imdsproxy.core.wire import (
     HEADER_ADDRESS,
     HEADER_INSTANCE,
     HEADER_NETWORK,
+    HEADER_REFUSED,
     HEADER_REVISION,
     HEADER_SCOPE,
     HEADER_TARGET,
+    HEADER_UNVERIFIED,
 )
 
 __all__ = ["build_sections"]
@@ -60,6 +64,8 @@ def build_sections(spec: DataplaneSpec) -> tuple[Section, ...]:
         sections.append(_cache(spec))
     if spec.binds:
         sections.append(_guests(spec))
+    if spec.unverified:
+        sections.append(_unverified(spec))
     if spec.unix is not None:
         sections.append(_agents(spec))
     if not spec.binds and spec.unix is None:
@@ -147,15 +153,42 @@ def _guests(spec: DataplaneSpec) -> Section:
     return Section(
         ("frontend", "guests"),
         (
-            *(_bind(bind, spec.limits.maxconn_per_network) for bind in sorted(spec.binds, key=_bind_order)),
-            # Who asks is a property of the connection; what that means is looked up for each request.
-            # As text: an address would be spelled anew for each request.
-            ("tcp-request", "connection", "set-var(sess.address)", "src,concat()"),
-            ("tcp-request", "connection", "set-var(sess.network)", "so_name"),
+            *_binds(spec.binds, spec),
+            *_peer(),
             ("tcp-request", "connection", "set-var(sess.key)", "so_name,concat(/,sess.address)"),
             *_answer(spec),
         ),
-    )  # fmt: skip
+    )
+
+
+def _unverified(spec: DataplaneSpec) -> Section:
+    """Whoever the kernel has not let through to `guests`: the resolver asks whose the address is now."""
+    return Section(
+        ("frontend", "unverified"),
+        (
+            *_binds(spec.unverified, spec),
+            *_peer(),
+            ("tcp-request", "connection", "set-var(sess.unverified)", "src_port"),
+            # The next request comes verified, if it may.
+            ("option", "httpclose"),
+            *(() if spec.nova else _hide_lifetime()),
+            ("default_backend", "resolver"),
+        ),
+    )
+
+
+def _binds(binds: Iterable[Bind], spec: DataplaneSpec) -> Iterator[Words]:
+    for bind in sorted(binds, key=_bind_order):
+        yield _bind(bind, spec.limits.maxconn_per_network)
+
+
+def _peer() -> tuple[Words, ...]:
+    # Who asks is a property of the connection; what that means is looked up for each request.
+    # As text: an address would be spelled anew for each request.
+    return (
+        ("tcp-request", "connection", "set-var(sess.address)", "src,concat()"),
+        ("tcp-request", "connection", "set-var(sess.network)", "so_name"),
+    )
 
 
 def _agents(spec: DataplaneSpec) -> Section:
@@ -257,10 +290,16 @@ def _ask_the_cache(spec: DataplaneSpec) -> tuple[Words, ...]:
             ("http-request", "set-uri", "/%[var(txn.record)]%[path]", "if", *_ODD),
             ("http-request", "cache-use", "documents", "if", *KNOWN),
         ),
-        # The lifetime is between the document server and the cache; a guest must not keep documents.
+        *_hide_lifetime(),
+    )  # fmt: skip
+
+
+def _hide_lifetime() -> tuple[Words, ...]:
+    # It is between the document server and the cache; a guest must not keep documents.
+    return (
         ("http-after-response", "del-header", "cache-control"),
         ("http-after-response", "del-header", "age"),
-    )  # fmt: skip
+    )
 
 
 def _documents(spec: DataplaneSpec) -> Section:
@@ -306,6 +345,7 @@ def _resolver(spec: DataplaneSpec) -> Section:
             (*retry_later(), "if", "{", "sc0_gpc0_rate", "gt", str(spec.limits.misses_per_second), "}"),
             *((originate(),) if spec.nova else ()),
             *_plain_request(),
+            *(_tell_unverified() if spec.unverified else ()),
             # The target is there twice, and a head that outgrows HAProxy's buffer by that would be 500.
             ("http-request", "set-var(txn.head)", "req.hdrs,length"),
             ("http-request", "return", "status", "431",
@@ -323,6 +363,17 @@ def _resolver(spec: DataplaneSpec) -> Section:
             ("server", "resolver", f"unix@{spec.paths.resolver}", "check", "inter", "1s",
              "downinter", "100ms", "fall", "2", "rise", "1"),
         ),
+    )  # fmt: skip
+
+
+def _tell_unverified() -> tuple[Words, ...]:
+    unverified = ("{", "var(sess.unverified)", "-m", "found", "}")
+    refused = ("!{", f"res.fhdr({HEADER_REFUSED})", "-m", "found", "}")
+    return (
+        ("http-request", "set-header", HEADER_UNVERIFIED, "%[var(sess.unverified)]", "if", *unverified),
+        # The gate lets what is so marked go to the instance only, whoever makes us believe what of ARP.
+        ("http-response", "set-fc-tos", str(ANSWER_DSCP << 2), "if", *unverified, *refused),
+        ("http-response", "del-header", HEADER_REFUSED),
     )  # fmt: skip
 
 

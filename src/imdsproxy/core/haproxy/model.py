@@ -192,7 +192,12 @@ class UnixBind:
 
 @dataclass(frozen=True, slots=True)
 class DataplaneSpec:
-    """Everything that the configuration file is a function of."""
+    """Everything that the configuration file is a function of.
+
+    Attributes:
+        binds: Where guests are believed by their address: where it is not checked, or behind a gate.
+        unverified: Where the resolver is asked about each request (`core.gates`).
+    """
 
     binds: tuple[Bind, ...]
     paths: Paths
@@ -203,3 +208,4 @@ class DataplaneSpec:
     nova: tuple[NovaBackend, ...] = ()
     nova_times: NovaTimes = NovaTimes()
     unix: UnixBind | None = None
+    unverified: tuple[Bind, ...] = ()

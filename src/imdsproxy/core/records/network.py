@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = ["optional", "parse_network"]
 
-_KEYS: Final = ("id", "name", "project", "listener", "subnets", "mtu", "scope")
+_KEYS: Final = ("id", "name", "project", "listener", "subnets", "mtu", "scope", "mac_check")
 _KINDS: Final = ("namespace", "interface", "bridge")
 _LISTENER_KEYS: Final = (*_KINDS, "device", "manage_addresses")
 _LEAST_MTU: Final = 68
@@ -58,9 +58,23 @@ def parse_network(
     subnets = _parse_subnets(entries["subnets"]) if "subnets" in entries else ()
     mtu = optional(entries, "mtu", lambda mtu: mtu.whole_number(_LEAST_MTU, _MOST_MTU))
     scope = optional(entries, "scope", _parse_scope)
+    mac_check = optional(entries, "mac_check", Field.boolean)
+    if mac_check and scope is Scope.ROUTER:
+        entries["mac_check"].refuse(
+            "does not go with scope router", "nobody sees a guest's MAC through a router"
+        )
     if findings.problems or network_id is None or listener is None:
         return Refused(tuple(findings.problems), network_id)
-    return Network(network_id, listener, name or "", project, subnets, mtu, scope or Scope.NETWORK)
+    return Network(
+        network_id,
+        listener,
+        name or "",
+        project,
+        subnets,
+        mtu,
+        scope or Scope.NETWORK,
+        mac_check is not False,
+    )
 
 
 def _parse_scope(field: Field) -> Scope | None:

@@ -44,6 +44,8 @@ def render_network(network: Network) -> dict[str, Json]:
         mapping["mtu"] = network.mtu
     if network.scope is not Scope.NETWORK:
         mapping["scope"] = network.scope.value
+    if not network.mac_check:
+        mapping["mac_check"] = False
     return mapping
 
 

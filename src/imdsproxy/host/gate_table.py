@@ -1,0 +1,269 @@
+"""A gate's table in nf_tables: what `core.gates` promises, rule by rule.
+
+In nft(8)'s words, for IPv4 (and the same for IPv6), where M is the metadata address:
+
+    chain ingress                                 # hook ingress, the gate's devices
+      ether type vlan, outer vlan id 0 → drop     # would be unpacked behind our back
+      ip daddr M jump in4
+    chain in4
+      ip frag-off & 0x3fff != 0 drop              # ports must be where we look for them
+      tcp dport 254 drop                          # nobody goes there by himself
+      tcp dport != 80 return
+      ip saddr . ether saddr @good4 goto pass4
+      ip saddr @free4 goto pass4
+      update @open4 { ip saddr . tcp sport }      # began unverified, and ends so
+    chain pass4
+      tcp flags & (fin|syn|rst|ack) == syn delete @open4 { ip saddr . tcp sport }
+      ip saddr . tcp sport @open4 return
+      tcp dport set 254
+    chain egress                                  # hook egress
+      ip saddr M jump out4
+    chain out4
+      tcp sport 254 goto back4
+      tcp sport != 80 return
+      ip dscp != 0x2f return                      # a refusal: anybody may have it
+      ip daddr @free4 return
+      ip daddr . tcp dport . ether daddr @told4 return
+      drop
+    chain back4
+      ip daddr . ether daddr @good4 tcp sport set 80 return
+      ip daddr @free4 tcp sport set 80 return
+      drop
+
+Nothing is tracked: each packet is looked at by itself, and what no longer has its pair arrives at port 80, where
+the kernel knows no such connection and resets it. The way back is looked at because of ARP: who makes the host
+believe that a neighbour's address is his would get the neighbour's answers otherwise.
+"""
+
+from __future__ import annotations
+
+import socket
+import struct
+from collections.abc import Iterable
+from dataclasses import dataclass
+from ipaddress import ip_address
+from typing import Final
+
+from imdsproxy.core.gates import ANSWER_DSCP, VERIFIED_PORT
+from imdsproxy.core.hoststate import Family
+from imdsproxy.core.model import METADATA_PORT, IpAddress, MacAddress
+from imdsproxy.core.pairs import ANY_MAC
+from imdsproxy.host.nftables import (
+    L4_PROTOCOL,
+    LINK,
+    NETWORK,
+    PROTOCOL,
+    TRANSPORT,
+    Batch,
+    Hook,
+    SetKind,
+    Verdict,
+    bitwise,
+    compare,
+    differs,
+    lookup,
+    meta,
+    payload,
+    present6,
+    remember,
+    rewrite,
+    verdict,
+)
+
+__all__ = ["FORMAT", "SETS", "element_of", "fill_table", "flow_of", "pair_of", "set_of", "told_of"]
+
+FORMAT: Final = 1
+"""Kept with each table: one of another format is made anew."""
+
+_OPEN_MS: Final = 600_000
+_OPEN_SIZE: Final = 8192
+_TOLD_MS: Final = 120_000
+_TOLD_SIZE: Final = 8192
+
+_TCP: Final = bytes((socket.IPPROTO_TCP,))
+_GUESTS: Final = struct.pack(">H", METADATA_PORT)
+_VERIFIED: Final = struct.pack(">H", VERIFIED_PORT)
+_VLANS: Final = (b"\x81\x00", b"\x88\xa8")
+_FRAGMENT_HEADER: Final = 44
+_SPORT, _DPORT, _FLAGS, _CHECKSUM = 0, 2, 13, 16
+_DADDR_MAC, _SADDR_MAC, _VLAN_ID = 0, 6, 14
+_MAC_BYTES: Final = 6
+_IPV4, _IPV6, _ETHER, _SERVICE = 7, 8, 9, 13
+_BEFORE_OTHERS, _AFTER_OTHERS = -400, 400
+
+
+@dataclass(frozen=True, slots=True)
+class _Layout:
+    """Where things are in a family's header; `words` are the address's registers."""
+
+    family: Family
+    ethertype: bytes
+    source: int
+    target: int
+    length: int
+    kind: int
+    dscp: tuple[int, bytes, bytes]
+
+    @property
+    def words(self) -> int:
+        return self.length // 4
+
+    def name(self, what: str) -> str:
+        return f"{what}{self.family.value}"
+
+
+_LAYOUTS: Final = (
+    _Layout(Family.IPV4, b"\x08\x00", 12, 16, 4, _IPV4, (1, b"\xfc", bytes((ANSWER_DSCP << 2,)))),
+    _Layout(
+        Family.IPV6,
+        b"\x86\xdd",
+        8,
+        24,
+        16,
+        _IPV6,
+        (0, b"\x0f\xc0", struct.pack(">H", ANSWER_DSCP << 6)),
+    ),
+)
+
+
+SETS: Final = tuple(f"{what}{family.value}" for family in Family for what in ("good", "free"))
+"""Those that hold pairs."""
+
+
+def fill_table(batch: Batch, devices: Iterable[str]) -> None:
+    """Put chains, rules and empty sets into a table that is new."""
+    names = tuple(devices)
+    for layout in _LAYOUTS:
+        for number, kind in enumerate(_sets(layout), start=layout.family.value * 10):
+            batch.make_set(kind, number)
+        for chain in ("pass", "in", "back", "out"):
+            batch.make_chain(layout.name(chain))
+        _inward(batch, layout)
+        _outward(batch, layout)
+    # Last of all: from here on packets go through it.
+    batch.make_base_chain("ingress", Hook.INGRESS, _BEFORE_OTHERS, names)
+    for ethertype in _VLANS:
+        tagged = meta(PROTOCOL) + compare(ethertype) + payload(LINK, _VLAN_ID, 2)
+        batch.make_rule(
+            "ingress", tagged, bitwise(b"\x0f\xff"), compare(b"\0\0"), verdict(Verdict.DROP)
+        )
+    batch.make_base_chain("egress", Hook.EGRESS, _AFTER_OTHERS, names)
+    for layout in _LAYOUTS:
+        for chain, offset, to in (
+            ("ingress", layout.target, "in"),
+            ("egress", layout.source, "out"),
+        ):
+            batch.make_rule(
+                chain,
+                meta(PROTOCOL) + compare(layout.ethertype),
+                payload(NETWORK, offset, layout.length)
+                + compare(layout.family.metadata_address.packed),
+                verdict(Verdict.JUMP, layout.name(to)),
+            )
+
+
+def _sets(layout: _Layout) -> tuple[SetKind, ...]:
+    address, length = layout.kind, layout.length
+    return (
+        SetKind(layout.name("good"), (address, _ETHER), length + 8),
+        SetKind(layout.name("free"), (address,), length),
+        SetKind(
+            layout.name("open"),
+            (address, _SERVICE),
+            length + 4,
+            size=_OPEN_SIZE,
+            timeout_ms=_OPEN_MS,
+            dynamic=True,
+        ),
+        SetKind(
+            layout.name("told"),
+            (address, _SERVICE, _ETHER),
+            length + 12,
+            size=_TOLD_SIZE,
+            timeout_ms=_TOLD_MS,
+        ),
+    )
+
+
+def _port(offset: int) -> bytes:
+    return meta(L4_PROTOCOL) + compare(_TCP) + payload(TRANSPORT, offset, 2)
+
+
+def _inward(batch: Batch, layout: _Layout) -> None:
+    name, words = layout.name, layout.words
+    source = payload(NETWORK, layout.source, layout.length)
+    pair = source + payload(LINK, _SADDR_MAC, _MAC_BYTES, into=words)
+    flow = source + payload(TRANSPORT, _SPORT, 2, into=words)
+    if layout.family is Family.IPV4:
+        fragment = payload(NETWORK, 6, 2) + bitwise(b"\x3f\xff") + differs(b"\0\0")
+    else:
+        fragment = present6(_FRAGMENT_HEADER)
+    chain = name("in")
+    batch.make_rule(chain, fragment, verdict(Verdict.DROP))
+    batch.make_rule(chain, _port(_DPORT), compare(_VERIFIED), verdict(Verdict.DROP))
+    batch.make_rule(chain, _port(_DPORT), differs(_GUESTS), verdict(Verdict.RETURN))
+    batch.make_rule(chain, pair, lookup(name("good")), verdict(Verdict.GOTO, name("pass")))
+    batch.make_rule(chain, source, lookup(name("free")), verdict(Verdict.GOTO, name("pass")))
+    tcp = meta(L4_PROTOCOL) + compare(_TCP)
+    batch.make_rule(chain, tcp, flow, remember(name("open"), "update"))
+    chain = name("pass")
+    begins = tcp + payload(TRANSPORT, _FLAGS, 1) + bitwise(b"\x17") + compare(b"\x02")
+    batch.make_rule(chain, begins, flow, remember(name("open"), "delete"))
+    batch.make_rule(chain, tcp, flow, lookup(name("open")), verdict(Verdict.RETURN))
+    batch.make_rule(chain, tcp, rewrite(_DPORT, _VERIFIED, checksum=_CHECKSUM))
+
+
+def _outward(batch: Batch, layout: _Layout) -> None:
+    name, words = layout.name, layout.words
+    target = payload(NETWORK, layout.target, layout.length)
+    pair = target + payload(LINK, _DADDR_MAC, _MAC_BYTES, into=words)
+    told = target + payload(TRANSPORT, _DPORT, 2, into=words)
+    told += payload(LINK, _DADDR_MAC, _MAC_BYTES, into=words + 1)
+    offset, mask, marked = layout.dscp
+    dscp = payload(NETWORK, offset, len(mask)) + bitwise(mask)
+    tcp = meta(L4_PROTOCOL) + compare(_TCP)
+    chain = name("out")
+    batch.make_rule(chain, _port(_SPORT), compare(_VERIFIED), verdict(Verdict.GOTO, name("back")))
+    batch.make_rule(chain, _port(_SPORT), differs(_GUESTS), verdict(Verdict.RETURN))
+    batch.make_rule(chain, dscp, differs(marked), verdict(Verdict.RETURN))
+    batch.make_rule(chain, target, lookup(name("free")), verdict(Verdict.RETURN))
+    batch.make_rule(chain, tcp, told, lookup(name("told")), verdict(Verdict.RETURN))
+    batch.make_rule(chain, tcp, verdict(Verdict.DROP))
+    chain = name("back")
+    answer = rewrite(_SPORT, _GUESTS, checksum=_CHECKSUM)
+    batch.make_rule(chain, pair, lookup(name("good")), answer, verdict(Verdict.RETURN))
+    batch.make_rule(chain, target, lookup(name("free")), answer, verdict(Verdict.RETURN))
+    batch.make_rule(chain, verdict(Verdict.DROP))
+
+
+def set_of(address: IpAddress, mac: MacAddress) -> str:
+    """The set that a pair is in."""
+    return f"{'free' if mac == ANY_MAC else 'good'}{address.version}"
+
+
+def element_of(address: IpAddress, mac: MacAddress) -> bytes:
+    """A pair as its set's key."""
+    return address.packed if mac == ANY_MAC else address.packed + _padded_mac(mac)
+
+
+def pair_of(name: str, key: bytes) -> tuple[IpAddress, MacAddress]:
+    """The reverse of both."""
+    length = 4 if name.endswith("4") else 16
+    address = ip_address(key[:length])
+    if name.startswith("free"):
+        return address, ANY_MAC
+    return address, MacAddress(key[length : length + _MAC_BYTES].hex(":"))
+
+
+def flow_of(address: IpAddress, port: int) -> bytes:
+    """A connection as the key of `open`."""
+    return address.packed + struct.pack(">Hxx", port)
+
+
+def told_of(address: IpAddress, port: int, mac: MacAddress) -> bytes:
+    """Who may read the answer on a connection, as the key of `told`."""
+    return flow_of(address, port) + _padded_mac(mac)
+
+
+def _padded_mac(mac: MacAddress) -> bytes:
+    return bytes.fromhex(mac.replace(":", "")) + b"\0\0"

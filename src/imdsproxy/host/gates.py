@@ -1,0 +1,279 @@
+"""Gates (`core.gates`) in the kernel: opened, filled, changed and closed, each in its namespace."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
+
+from imdsproxy.core.gates import VERIFIED_PORT, Gate
+from imdsproxy.core.hoststate import Family, NamespaceRef
+from imdsproxy.core.model import METADATA_PORT, IpAddress, MacAddress, NetworkId
+from imdsproxy.errors import DataplaneError, HostRefused
+from imdsproxy.host.established import end_connections, list_connections
+from imdsproxy.host.gate_table import (
+    FORMAT,
+    SETS,
+    element_of,
+    fill_table,
+    flow_of,
+    pair_of,
+    set_of,
+    told_of,
+)
+from imdsproxy.host.namespaces import NamespaceThread
+from imdsproxy.host.nftables import Batch, NetfilterSocket
+from imdsproxy.host.nlmessages import NetlinkRefused, NetlinkSocket
+from imdsproxy.host.refusal import host_refused
+from imdsproxy.host.sockets import SOCK_DIAG, try_bind
+
+__all__ = ["GateMissing", "KernelGates", "Opened", "PairMap"]
+
+T = TypeVar("T")
+
+PairMap = Mapping[IpAddress, MacAddress]
+"""Which MAC each address of a network goes with; `core.pairs.ANY_MAC` for any."""
+
+_HINT = "until then guests with a MAC in their record get 503 there; network set --no-mac-check does without"
+
+
+class GateMissing(Exception):
+    """Somebody has taken a gate away, or its namespace."""
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """A gate that is there.
+
+    Attributes:
+        pairs: What it lets through; of one that was there before, as it was left.
+        fresh: It was made now.
+    """
+
+    pairs: PairMap
+    fresh: bool
+
+
+@dataclass(slots=True)
+class KernelGates:
+    """Speaks to nf_tables in the namespaces of gates.
+
+    Args:
+        thread: Where namespaces are entered.
+    """
+
+    thread: NamespaceThread
+
+    async def open(self, gates: Iterable[Gate]) -> dict[NetworkId, Opened | DataplaneError]:
+        """Have these gates, letting nobody through yet; one that is as it should be stays as it is."""
+        given = tuple(gates)
+        if not given:
+            return {}
+        return await self.thread.run(lambda: {one.network: self._try_open(one) for one in given})
+
+    def _try_open(self, gate: Gate) -> Opened | DataplaneError:
+        try:
+            return self._at(gate, lambda: _open(gate))
+        except (OSError, GateMissing) as error:
+            action = f"check MACs of network {gate.network}"
+            if isinstance(error, GateMissing):
+                return HostRefused(f"cannot {action}: {error}", hint=_HINT)
+            return host_refused(action, error, hint=_hint(error))
+
+    async def fill(
+        self, gates: Iterable[tuple[Gate, PairMap]]
+    ) -> dict[NetworkId, DataplaneError | None]:
+        """Let pairs through new gates; connections that are open go on as they began."""
+        given = tuple(gates)
+        if not given:
+            return {}
+        return await self.thread.run(
+            lambda: {gate.network: self._try_fill(gate, pairs) for gate, pairs in given}
+        )
+
+    def _try_fill(self, gate: Gate, pairs: PairMap) -> DataplaneError | None:
+        try:
+            self._at(gate, lambda: _fill(gate, pairs))
+        except (OSError, GateMissing) as error:
+            if isinstance(error, GateMissing):
+                return HostRefused(f"cannot check MACs of network {gate.network}: {error}")
+            return host_refused(f"check MACs of network {gate.network}", error, hint=_hint(error))
+        return None
+
+    async def withdraw(self, gate: Gate, pairs: PairMap) -> None:
+        """Let these through no more, and end their connections with all that is still to be sent.
+
+        Raises:
+            GateMissing: There is no such gate.
+            HostRefused: The kernel refuses.
+        """
+        await self._change(gate, lambda: _withdraw(gate, pairs))
+
+    async def grant(self, gate: Gate, pairs: PairMap) -> None:
+        """Let these through from now on.
+
+        Raises:
+            GateMissing: There is no such gate.
+            HostRefused: The kernel refuses.
+        """
+        await self._change(gate, lambda: _add(gate, pairs))
+
+    async def tell(self, gate: Gate, address: IpAddress, port: int, mac: MacAddress) -> None:
+        """Let the answer to an unverified request go to this MAC, and to no other.
+
+        Raises:
+            GateMissing: There is no such gate.
+            HostRefused: The kernel refuses.
+        """
+
+        def tell() -> None:
+            batch = Batch(gate.table)
+            name = f"told{address.version}"
+            batch.add_elements(name, [told_of(address, port, mac)])
+            with NetfilterSocket() as channel:
+                channel.commit(batch)
+
+        await self._change(gate, tell)
+
+    async def _change(self, gate: Gate, work: Callable[[], None]) -> None:
+        def change() -> None:
+            try:
+                self._at(gate, work)
+            except NetlinkRefused as error:
+                if error.errno == errno.ENOENT:
+                    raise GateMissing(f"its table {gate.table} is gone") from error
+                raise host_refused(
+                    f"check MACs of network {gate.network}", error, hint=_HINT
+                ) from error
+
+        await self.thread.run(change)
+
+    async def close(self, places: Collection[tuple[str | None, str]]) -> None:
+        """Have no table of these names (namespace or `None`, table).
+
+        Raises:
+            HostRefused: The kernel refuses.
+        """
+
+        def close() -> None:
+            for namespace, table in places:
+                if namespace is None:
+                    _drop(table)
+                else:
+                    self.thread.enter(namespace, partial(_drop_there, table))
+
+        if places:
+            await self.thread.run(close)
+
+    def _at(self, gate: Gate, work: Callable[[], T]) -> T:
+        if gate.namespace is None:
+            return work()
+        opened = self.thread.directory.identity(gate.namespace.name)
+        if opened != gate.namespace:
+            raise GateMissing(f"namespace {gate.namespace.name} is gone")
+        found = self.thread.enter(gate.namespace.name, lambda _: (work(),))
+        if found is None:
+            raise GateMissing(f"namespace {gate.namespace.name} is gone")
+        return found[0]
+
+
+def _words(gate: Gate) -> str:
+    devices = ",".join(f"{name}={index}" for name, index in gate.devices)
+    return f"imdsproxy {FORMAT} {gate.network} {devices}"
+
+
+def _open(gate: Gate) -> Opened:
+    with NetfilterSocket() as channel:
+        if channel.words(gate.table) == _words(gate):
+            found: dict[IpAddress, MacAddress] = {}
+            for name in SETS:
+                found.update(pair_of(name, key) for key in channel.elements(gate.table, name))
+            return Opened(found, fresh=False)
+        _try_port(gate)
+        batch = Batch(gate.table)
+        batch.make_table()
+        batch.drop_table()
+        batch.make_table(_words(gate))
+        fill_table(batch, (name for name, _ in gate.devices))
+        channel.commit(batch)
+        return Opened({}, fresh=True)
+
+
+def _try_port(gate: Gate) -> None:
+    # HAProxy would refuse the whole configuration.
+    for name, index in gate.devices:
+        for family in Family:
+            error = try_bind(family, name, index, VERIFIED_PORT)
+            if error == errno.EADDRINUSE:
+                raise OSError(error, f"port {VERIFIED_PORT} is in use: {os.strerror(error)}")
+
+
+def _fill(gate: Gate, pairs: PairMap) -> None:
+    batch = Batch(gate.table)
+    for family in Family:
+        with NetlinkSocket(SOCK_DIAG) as diagnosis:
+            flows = [
+                flow_of(one.address, one.port)
+                for one in list_connections(diagnosis, METADATA_PORT)
+                if one.address.version == family.value
+            ]
+        batch.add_elements(f"open{family.value}", flows)
+    _put(batch, pairs)
+    with NetfilterSocket() as channel:
+        channel.commit(batch)
+
+
+def _put(batch: Batch, pairs: PairMap) -> None:
+    sets: dict[str, list[bytes]] = {}
+    for address, mac in pairs.items():
+        sets.setdefault(set_of(address, mac), []).append(element_of(address, mac))
+    for name, keys in sets.items():
+        batch.add_elements(name, keys)
+
+
+def _add(gate: Gate, pairs: PairMap) -> None:
+    batch = Batch(gate.table)
+    _put(batch, pairs)
+    with NetfilterSocket() as channel:
+        channel.commit(batch)
+
+
+def _withdraw(gate: Gate, pairs: PairMap) -> None:
+    batch = Batch(gate.table)
+    for address, mac in pairs.items():
+        # Adding it first makes sure that it is there: what is not cannot be removed.
+        batch.add_elements(set_of(address, mac), [element_of(address, mac)])
+        batch.remove_elements(set_of(address, mac), [element_of(address, mac)])
+    with NetfilterSocket() as channel:
+        channel.commit(batch)
+    # The way back is shut to them now; nothing is sent again to whoever has the address next.
+    end_connections(VERIFIED_PORT, frozenset(pairs))
+
+
+def _drop(table: str) -> None:
+    batch = Batch(table)
+    batch.make_table()
+    batch.drop_table()
+    try:
+        with NetfilterSocket() as channel:
+            channel.commit(batch)
+    except NetlinkRefused as error:
+        if error.errno in (errno.EOPNOTSUPP, errno.EPROTONOSUPPORT, errno.ENOENT, errno.EINVAL):
+            # A kernel without such tables has none.
+            return
+        raise host_refused(f"remove table netdev {table}", error) from error
+
+
+def _drop_there(table: str, _: NamespaceRef) -> None:
+    _drop(table)
+
+
+def _hint(error: OSError) -> str:
+    if error.errno in (errno.EOPNOTSUPP, errno.ENOENT, errno.EPROTONOSUPPORT, errno.EINVAL):
+        return (
+            f"nf_tables with netdev chains for ingress and egress (Linux 5.16) is needed; {_HINT}"
+        )
+    return _HINT
