@@ -31,6 +31,15 @@ test_packages=(
     /etc/libvirt/network.conf:libvirt-daemon-driver-network
     /usr/lib/python3/dist-packages/libvirt.py:python3-libvirt
 )
+# what builds and checks packages
+package_packages=(
+    dh:debhelper
+    dh_python3:dh-python
+    /usr/lib/python3/dist-packages/installer:pybuild-plugin-pyproject
+    /usr/lib/python3/dist-packages/hatchling:python3-hatchling
+    man:man-db
+    lintian:lintian
+)
 policy_mark='# laid by script/lib.sh of imdsproxy while it installs, in process'
 
 say() {

@@ -1,4 +1,4 @@
-"""`python -m imdsproxy.cli.docgen [DIRECTORY]`: write docs/reference out of the code.
+"""`python -m imdsproxy.cli.docgen [REFERENCE [MAN]]`: write docs/reference and packaging/man out of the code.
 
 A test fails while the pages there differ from what this gives.
 """
@@ -26,12 +26,21 @@ from imdsproxy.config.words import Setting, iterate_inner_settings, iterate_sett
 from imdsproxy.core.endpoints import LeftOutCode
 from imdsproxy.errors import ImdsproxyError
 
-__all__ = ["PAGES", "write_pages"]
+__all__ = [
+    "CLI_INTRODUCTION",
+    "PAGES",
+    "SETTINGS_INTRODUCTION",
+    "iterate_commands",
+    "one_line",
+    "program",
+    "spell_parameter",
+    "write_pages",
+]
 
 _MADE: Final = "<!-- Made by `python -m imdsproxy.cli.docgen`; edit the code instead. -->"
 
 
-_SETTINGS: Final = """\
+SETTINGS_INTRODUCTION: Final = """\
 One YAML file, `/etc/imdsproxy/imdsproxy.yaml` or the one of `--config`; the `*.yaml` files of
 `conf.d/` beside it are merged over it in the order of their names, and over both the environment:
 `IMDSPROXY_SECTION__FIELD` (`null` for null; JSON for a mapping, as
@@ -47,7 +56,7 @@ or takes a restart of the process concerned. `imdsproxy reload` (or SIGHUP) says
 _INNER: Final = """\
 Inside it, `NAME` stands for a name that you choose and `[N]` for one item of a list:"""
 
-_CLI: Final = """\
+CLI_INTRODUCTION: Final = """\
 `--config`, `--socket` and `--json` may stand before the command's name or after it. Output is a
 table for people or, with `--json`, JSON of a stable shape; errors go to standard error as one line
 with a hint (with `--json` as an object `{code, message, hint, problems}`). Colour is used on a
@@ -96,7 +105,7 @@ follows RFC 7396: null takes a key away, lists are replaced.
 
 def render_settings_page() -> str:
     """docs/reference/settings.md."""
-    lines = _head("Settings", _SETTINGS)
+    lines = _head("Settings", SETTINGS_INTRODUCTION)
     for name, field in Settings.model_fields.items():
         lines += ["", f"## {name}", "", field.description or "", ""]
         lines += _settings_table(iterate_settings(), name)
@@ -124,14 +133,14 @@ def _settings_table(settings: Iterable[Setting], section: str) -> list[str]:
 
 def render_cli_page() -> str:
     """docs/reference/cli.md."""
-    root = typer.main.get_command(build_app())
+    root = program()
     statuses = [(str(key), value) for key, value in EXIT_STATUSES.items()]
-    lines = [*_head("Command line", _CLI), "", "## Exit statuses", ""]
+    lines = [*_head("Command line", CLI_INTRODUCTION), "", "## Exit statuses", ""]
     lines += _table(("status", "meaning"), statuses)
-    for path, command in _commands(root, "imdsproxy"):
-        lines += ["", f"## {path}", "", _one_line(command.help)]
+    for path, command in iterate_commands(root, "imdsproxy"):
+        lines += ["", f"## {path}", "", one_line(command.help)]
         rows = [
-            (f"`{_spelled(parameter)}`", _one_line(getattr(parameter, "help", "")))
+            (f"`{spell_parameter(parameter)}`", one_line(getattr(parameter, "help", "")))
             for parameter in command.params
             if parameter.name != "help"
         ]
@@ -164,7 +173,7 @@ def render_errors_page() -> str:
             str(kind.exit_status),
             str(status_of(kind)),
             "yes" if kind.retryable else "no",
-            _one_line(kind.__doc__),
+            one_line(kind.__doc__),
         )
         for kind in sorted(kinds, key=lambda kind: kind.code)
         if kind is not ImdsproxyError
@@ -186,11 +195,11 @@ def render_admin_api_page() -> str:
     lines = _head("Admin API", _ADMIN_API)
     for path, operations in document["paths"].items():
         for method, operation in operations.items():
-            lines += ["", f"## {method.upper()} {path}", "", _one_line(operation["description"])]
+            lines += ["", f"## {method.upper()} {path}", "", one_line(operation["description"])]
             lines += ["", *_table(("part", "shape", "meaning"), list(_parts(operation)))]
     lines += ["", "# Shapes"]
     for name, schema in sorted(document["components"]["schemas"].items()):
-        lines += ["", f"## {name}", "", _one_line(schema.get("description", "").split("\n\n")[0])]
+        lines += ["", f"## {name}", "", one_line(schema.get("description", "").split("\n\n")[0])]
         required = schema.get("required", ())
         rows = [
             (f"`{key}`", _shape(value), "yes" if key in required else "no", _described(value))
@@ -254,7 +263,8 @@ def _table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     return [line(titles), line(["---"] * len(titles)), *(line(row) for row in rows)]
 
 
-def _one_line(text: str | None) -> str:
+def one_line(text: str | None) -> str:
+    """A docstring, or other text, as one line."""
     return " ".join(inspect.cleandoc(text or "").split())
 
 
@@ -266,13 +276,20 @@ def _is_error(kind: object) -> bool:
     return isinstance(kind, type) and issubclass(kind, ImdsproxyError)
 
 
-def _commands(command: Any, path: str) -> Iterator[tuple[str, Any]]:  # noqa: ANN401 - typer keeps its command classes private
+def program() -> Any:  # noqa: ANN401 - typer keeps its command classes private
+    """The whole command line."""
+    return typer.main.get_command(build_app())
+
+
+def iterate_commands(command: Any, path: str) -> Iterator[tuple[str, Any]]:  # noqa: ANN401 - as above
+    """A command and those inside it, each with what calls it: `imdsproxy network add`."""
     yield path, command
     for name, inner in getattr(command, "commands", {}).items():
-        yield from _commands(inner, f"{path} {name}")
+        yield from iterate_commands(inner, f"{path} {name}")
 
 
-def _spelled(parameter: Any) -> str:  # noqa: ANN401 - as above
+def spell_parameter(parameter: Any) -> str:  # noqa: ANN401 - as above
+    """An option or argument as it is written: `--config, -c FILE`."""
     names = [name for name in parameter.opts if name.startswith("-")]
     if not names:
         return str(parameter.metavar or parameter.name)
@@ -309,8 +326,11 @@ def _shape(schema: Mapping[str, Any]) -> str:
 
 
 def _described(schema: Mapping[str, Any]) -> str:
-    return _one_line(schema.get("description", ""))
+    return one_line(schema.get("description", ""))
 
 
 if __name__ == "__main__":
+    from imdsproxy.cli.manpages import write_man_pages  # they are made of what is here
+
     write_pages(Path(sys.argv[1] if len(sys.argv) > 1 else "docs/reference"))
+    write_man_pages(Path(sys.argv[2] if len(sys.argv) > 2 else "packaging/man"))  # noqa: PLR2004 - the second

@@ -12,7 +12,7 @@ from imdsproxy.app.namespace_proxy.option_files import OptionFiles
 from imdsproxy.core.haproxy.namespace_proxy import parse_facility
 from imdsproxy.errors import RequestRefused
 
-__all__ = ["CleanUp", "Run", "parse_command_line"]
+__all__ = ["CleanUp", "Run", "describe_options", "parse_command_line"]
 
 _DESCRIPTION: Final = """\
 Be the metadata proxy of one network or router: HAProxy, in the network namespace that this is started in, which
@@ -100,6 +100,16 @@ def parse_command_line(arguments: Sequence[str], *, program: str) -> Run | Clean
         return _clean_up(arguments[1:], program)
     found = _run_parser(program).parse_args(list(arguments))
     return _run(found, OptionFiles(found.config_file, found.config_dir))
+
+
+def describe_options(program: str) -> tuple[str, list[tuple[str, str]], str]:
+    """What the help says: a description, each option with its meaning, and more in paragraphs."""
+    options = [
+        (f"{', '.join(one.option_strings)} {one.metavar or ''}".rstrip(), one.help)
+        for one in _run_parser(program)._actions  # noqa: SLF001 - argparse tells nowhere else
+        if one.help and one.help != argparse.SUPPRESS
+    ]
+    return _DESCRIPTION, options, _EPILOG.replace("%(prog)s", program)
 
 
 def _clean_up(arguments: Sequence[str], program: str) -> CleanUp:

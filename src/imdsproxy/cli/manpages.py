@@ -1,0 +1,161 @@
+"""The manual pages in packaging/man, out of the same code as docs/reference; written by `imdsproxy.cli.docgen`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Final
+
+from imdsproxy.app.namespace_proxy.options import describe_options
+from imdsproxy.cli.docgen import (
+    CLI_INTRODUCTION,
+    SETTINGS_INTRODUCTION,
+    iterate_commands,
+    one_line,
+    program,
+    spell_parameter,
+)
+from imdsproxy.cli.exitcodes import EXIT_STATUSES
+from imdsproxy.config.schema import Settings
+from imdsproxy.config.takes import render_value
+from imdsproxy.config.words import Setting, iterate_inner_settings, iterate_settings
+
+__all__ = ["MAN_PAGES", "write_man_pages"]
+
+_MADE: Final = '.\\" Made by `python -m imdsproxy.cli.docgen`; edit the code instead.'
+
+_COMMANDS: Final = """\
+To begin with, `network add` tells of a network and how it is reached, `instance add` of an instance in it;
+`explain` says who an address is taken for, and `get` what it would be told."""
+
+_FILES: Final = (
+    ("/etc/imdsproxy/imdsproxy.yaml", "Settings; see imdsproxy.yaml(5)."),
+    ("/etc/imdsproxy/conf.d/*.yaml", "More of them, merged over it in the order of their names."),
+    ("/var/lib/imdsproxy", "Records, documents made of them, and passwords that guests posted."),
+    ("/run/imdsproxy/admin.sock", "The admin socket, which the commands ask."),
+)
+_UNITS: Final = """\
+`imdsproxy.service` is the controller and starts the two others, `imdsproxy-haproxy.service` and
+`imdsproxy-documents.service`. Guests need those two only: the controller may be stopped and restarted at any time."""
+
+
+def render_program_page() -> str:
+    """imdsproxy(1)."""
+    root = program()
+    commands = list(iterate_commands(root, "imdsproxy"))
+    lines = _head(
+        "imdsproxy", 1, "instance metadata at 169.254.169.254 for every network of a host"
+    )
+    lines += [
+        ".SH SYNOPSIS",
+        ".B imdsproxy",
+        "[\\fIOPTION\\fR...]",
+        "\\fICOMMAND\\fR [\\fIARGUMENT\\fR...]",
+    ]
+    lines += [".SH DESCRIPTION", _text(root.help or ""), ".PP", _text(CLI_INTRODUCTION)]
+    lines += [".PP", _text(_COMMANDS), ".SH OPTIONS"]
+    lines += _parameters(root)
+    lines += [".SH COMMANDS"]
+    for path, command in commands[1:]:
+        lines += [f".SS {_text(path)}", _text(one_line(command.help)), *_parameters(command)]
+    lines += [".SH EXIT STATUS", *_items((str(key), value) for key, value in EXIT_STATUSES.items())]
+    lines += [".SH UNITS", _text(_UNITS)]
+    lines += [".SH FILES", *_items(_FILES)]
+    return _page(lines, "imdsproxy.yaml(5)", "neutron-ns-metadata-proxy(1)", "haproxy(1)")
+
+
+def render_settings_page() -> str:
+    """imdsproxy.yaml(5)."""
+    lines = _head("imdsproxy.yaml", 5, "settings of imdsproxy")
+    lines += [".SH DESCRIPTION"]
+    lines += _join(_text(part) for part in SETTINGS_INTRODUCTION.split("\n\n"))
+    lines += [".SH SETTINGS"]
+    settings = [*iterate_settings(), *iterate_inner_settings()]
+    for name, field in Settings.model_fields.items():
+        lines += [f".SS {_text(name)}", _text(field.description or "")]
+        own = [setting for setting in settings if setting.path.startswith(f"{name}.")]
+        lines += _items((f"`{setting.path}`", _setting_words(setting)) for setting in own)
+    return _page(lines, "imdsproxy(1)")
+
+
+def render_namespace_proxy_page() -> str:
+    """neutron-ns-metadata-proxy(1)."""
+    name = "neutron-ns-metadata-proxy"
+    description, options, more = describe_options(name)
+    lines = _head(name, 1, "the metadata proxy of one network, as agents of Neutron start it")
+    lines += [
+        ".SH SYNOPSIS",
+        f".B {_text(name)}",
+        "(\\-\\-network\\-id \\fIUUID\\fR | \\-\\-router\\-id \\fIUUID\\fR)",
+    ]
+    lines += [
+        "[\\fIOPTION\\fR...]",
+        ".br",
+        f".B {_text(name)} cleanup",
+        "\\fIID\\fR [\\fIOPTION\\fR...]",
+    ]
+    lines += [".SH DESCRIPTION", _text(description)]
+    lines += [".PP", *_join(_text(part) for part in more.split("\n\n"))]
+    lines += [".SH OPTIONS", *_items((f"`{spelled}`", words) for spelled, words in options)]
+    return _page(lines, "imdsproxy(1)")
+
+
+MAN_PAGES: Final[Mapping[str, Callable[[], str]]] = {
+    "imdsproxy.1": render_program_page,
+    "imdsproxy.yaml.5": render_settings_page,
+    "neutron-ns-metadata-proxy.1": render_namespace_proxy_page,
+}
+
+
+def write_man_pages(directory: Path) -> None:
+    """Write every page."""
+    directory.mkdir(parents=True, exist_ok=True)
+    for name, render in MAN_PAGES.items():
+        (directory / name).write_text(render(), encoding="utf-8")
+
+
+def _setting_words(setting: Setting) -> str:
+    default = "required" if setting.required else f"default `{render_value(setting.default)}`"
+    return f"{setting.description} Takes {setting.takes}; {default}; a change takes: {setting.change.value}."
+
+
+def _head(name: str, section: int, what: str) -> list[str]:
+    title = f'.TH "{name.upper()}" {section} "" imdsproxy'
+    return [_MADE, title, ".SH NAME", f"{_text(name)} \\- {_text(what)}"]
+
+
+def _parameters(command: object) -> list[str]:
+    parameters: Sequence[object] = getattr(command, "params", ())
+    return _items(
+        (f"`{spell_parameter(parameter)}`", one_line(getattr(parameter, "help", "")))
+        for parameter in parameters
+        if getattr(parameter, "name", "") != "help"
+    )
+
+
+def _items(pairs: Iterable[tuple[str, str]]) -> list[str]:
+    return [line for term, words in pairs for line in (".TP", _text(term), _text(words) or "\\&")]
+
+
+def _join(paragraphs: Iterable[str]) -> Iterator[str]:
+    for number, paragraph in enumerate(paragraphs):
+        if number:
+            yield ".PP"
+        yield paragraph
+
+
+def _text(words: str) -> str:
+    """Words as roff has them: `code` is bold, and nothing of theirs is a command."""
+    escaped = one_line(words).replace("\\", "\\e").replace("-", "\\-").replace("'", "\\(aq")
+    marked = re.sub(r"`([^`]+)`", r"\\fB\1\\fR", escaped).replace("`", "\\(ga")
+    return f"\\&{marked}" if marked.startswith((".", "\\(aq")) else marked
+
+
+def _page(lines: Iterable[str], *see_also: str) -> str:
+    references = [
+        f".BR {_text(name)} ({section[:-1]})"
+        for name, _, section in (one.partition("(") for one in see_also)
+    ]
+    listed = [f"{one} ," for one in references[:-1]] + references[-1:]
+    return "\n".join([*lines, ".SH SEE ALSO", *listed, ""])

@@ -1,0 +1,303 @@
+"""The Debian package: what is in it, and its life in a machine, from its installation to its purge."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Final
+
+import pytest
+
+from support.demonstration import REPOSITORY
+from support.guest import Guest, Load, Lost, Reply
+from support.packaged_daemon import PackagedDaemon, machine_with_dependencies
+from support.packages import EPOCH, Packages, build_packages, run
+from support.systemd_daemon import CONTROLLER, DOCUMENTS, HAPROXY, UNITS, own_user_data
+from support.systemd_machine import Machine, until
+
+pytestmark = [pytest.mark.root, pytest.mark.slow, pytest.mark.timeout(400)]
+
+_USER_DATA: Final = "/latest/user-data"
+_META_DATA: Final = "/openstack/latest/meta_data.json"
+_NEXT: Final = "99.0"
+_STATE: Final = "/var/lib/imdsproxy"
+_SETTINGS: Final = "/etc/imdsproxy"
+_UNIT: Final = "/usr/lib/systemd/system/imdsproxy-haproxy.service"
+_NOT_ITS: Final = ("/proc", "/sys", "/tmp", "/var/log", "/var/cache/apt", str(REPOSITORY))  # noqa: S108 - of the machine
+_SUITE: Final = (
+    *("admin", "config", "serving", "cli/test_commands.py", "cli/test_output.py"),
+    *(
+        "sources/test_neutron_rest.py",
+        "sources/test_sources_file.py",
+        "sources/test_sources_yaml.py",
+    ),
+)
+"""The unit tests of what stands on other people's libraries."""
+
+_RUN_SUITE: Final = """
+import os, sys
+# Behind Debian's own: of the virtual environment only what Debian's packages do not have, as pytest.
+sys.path.append(sys.argv[1])
+import pytest
+os.chdir(sys.argv[2])
+plugins = ("pytest_asyncio.plugin", "pytest_timeout", "_hypothesis_pytestplugin", "no:cacheprovider")
+options = [word for plugin in plugins for word in ("-p", plugin)]
+sys.exit(pytest.main(["-q", "--no-header", "--tb=short", *options, *sys.argv[3:]]))
+"""
+
+
+@pytest.fixture(scope="module")
+def packages() -> Packages:
+    return build_packages()
+
+
+@pytest.fixture(scope="module")
+def following() -> Packages:
+    """The version after it."""
+    return build_packages(_NEXT)
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory, packages: Packages) -> Iterator[Machine]:
+    """A machine with what the package depends on; who installs the package takes it away again."""
+    work = tmp_path_factory.mktemp("machine")
+    with machine_with_dependencies(work, packages) as machine:
+        yield machine
+
+
+@pytest.fixture
+def fresh(prepared: Machine) -> Iterator[PackagedDaemon]:
+    """A machine without imdsproxy."""
+    daemon = PackagedDaemon(prepared)
+    try:
+        yield daemon
+    except BaseException:
+        print(prepared.journal())  # noqa: T201 - pytest shows it of a test that failed
+        raise
+    finally:
+        prepared.run("dpkg", "--purge", "imdsproxy")
+        prepared.run("sh", "-c", "ip -all netns delete")
+
+
+@pytest.fixture
+def daemon(fresh: PackagedDaemon, packages: Packages) -> PackagedDaemon:
+    """It is installed, and every guest is served."""
+    fresh.plug_in()
+    fresh.replace(packages)
+    fresh.start()
+    wait_served(*fresh.guests)
+    return fresh
+
+
+def serves(guest: Guest) -> bool:
+    try:
+        return own_user_data(guest, guest.ask(_USER_DATA, timeout_s=1)) is None
+    except Lost:
+        return False
+
+
+def wait_served(*guests: Guest) -> None:
+    for guest in guests:
+        until(partial(serves, guest), within_s=10, what=f"documents for {guest.name}")
+
+
+def named(guest: Guest, reply: Reply) -> str | None:
+    right = reply.status == 200 and f'"{guest.name}"' in reply.text
+    return None if right else f"{guest.name}: {reply.status} {reply.body[:80]!r}"
+
+
+def processes(machine: Machine) -> list[str]:
+    """The command lines of all that could be ours."""
+    lines = machine.run("ps", "-eo", "args").splitlines()
+    return [line for line in lines if "haproxy" in line or "imdsproxy" in line]
+
+
+def test_installed_it_runs_where_no_guest_can_reach_it_beside_an_haproxy_of_others(
+    fresh: PackagedDaemon, packages: Packages
+) -> None:
+    others = "haproxy.service"
+    fresh.machine.write(f"/etc/systemd/system/{others}", "[Service]\nExecStart=sleep infinity\n")
+    fresh.machine.run("systemctl", "daemon-reload")
+    fresh.machine.run("systemctl", "start", others)
+    before = fresh.machine.main_pid(others)
+    try:
+        fresh.apt_install(packages)
+
+        assert fresh.active() == dict.fromkeys(UNITS, "active")
+        assert fresh.machine.run("systemctl", "is-enabled", CONTROLLER) == "enabled"
+        assert fresh.status()["readiness"]["ready"] is True
+        listening = fresh.machine.run("ss", "-Htuln").splitlines()
+        assert {line.split()[4] for line in listening} == {"127.0.0.1:9465", "127.0.0.1:9466"}
+        fresh.command("check")
+        started = [fresh.machine.run("systemctl", "cat", unit) for unit in (CONTROLLER, DOCUMENTS)]
+        assert all("\nExecStart=/usr/bin/imdsproxy " in text for text in started)
+
+        fresh.apt("purge", "imdsproxy")
+        assert fresh.machine.main_pid(others) == before != 0
+    finally:
+        fresh.machine.run("systemctl", "stop", others)
+        fresh.machine.run("rm", f"/etc/systemd/system/{others}")
+
+
+def test_an_upgrade_under_load_loses_no_request_and_keeps_haproxy(
+    daemon: PackagedDaemon, following: Packages
+) -> None:
+    before = daemon.pids()
+    cached = Load(daemon.guests, _USER_DATA, own_user_data, connections=2)
+    rendered = Load(daemon.guests, _META_DATA, named, connections=2)
+    anew = Load(daemon.guests, _USER_DATA, own_user_data, keep_alive=False)
+    with cached, rendered, anew:
+        for one in (cached, rendered, anew):
+            one.wait_answers(50)
+        said = daemon.apt_install(following)
+        for one in (cached, rendered, anew):
+            one.wait_answers(50)
+
+    assert [one.report.lost for one in (cached, rendered, anew)] == [[], [], []]
+    assert daemon.status()["version"] == _NEXT
+    assert daemon.command("version") == f"imdsproxy {_NEXT}"
+    after = daemon.pids()
+    assert (after[0] != before[0], after[1:]) == (True, before[1:])
+    assert "HAProxy's unit has changed" not in said
+    assert "Reloaded imdsproxy-documents.service" in daemon.machine.journal(DOCUMENTS)
+
+
+def test_an_upgrade_keeps_what_the_operator_set_and_says_when_haproxys_unit_waits_for_a_restart(
+    daemon: PackagedDaemon, following: Packages
+) -> None:
+    own = "# mine\nlog: {level: debug}"
+    daemon.machine.write(f"{_SETTINGS}/imdsproxy.yaml", f"{own}\n")
+    daemon.machine.run("systemctl", "disable", "--now", CONTROLLER)
+    daemon.machine.run("sed", "-i", "s/^OOMScoreAdjust=.*/OOMScoreAdjust=-1/", _UNIT)
+    haproxy = daemon.machine.main_pid(HAPROXY)
+
+    said = daemon.replace(following)
+
+    assert daemon.machine.run("cat", f"{_SETTINGS}/imdsproxy.yaml") == own
+    assert daemon.active()[CONTROLLER] == "inactive"
+    assert daemon.machine.main_pid(HAPROXY) == haproxy
+    assert "systemctl restart imdsproxy-haproxy" in said
+    daemon.machine.run("systemctl", "restart", HAPROXY)
+    wait_served(*daemon.guests)
+
+
+def test_removed_it_ends_everything_and_keeps_settings_and_state(
+    daemon: PackagedDaemon, packages: Packages
+) -> None:
+    guest = daemon.plug_in_behind_a_bridge("green", "fa:16:3e:00:00:03")
+    daemon.put({"green": {"bridge": "br-green"}}, [guest])
+    wait_served(guest)
+
+    daemon.apt("remove", "imdsproxy")
+
+    assert processes(daemon.machine) == []
+    assert set(daemon.active().values()) == {"inactive"}
+    assert "imds" not in daemon.machine.run("ip", "netns", "list")
+    assert daemon.machine.attempt("ls", "/run/imdsproxy")[0] != 0
+    daemon.machine.run("ls", f"{_STATE}/store.sqlite", f"{_SETTINGS}/imdsproxy.yaml")
+
+    daemon.replace(packages)
+    wait_served(*daemon.guests, guest)
+
+
+def test_removal_ends_everything_also_when_settings_are_broken_and_purge_leaves_nothing(
+    daemon: PackagedDaemon,
+) -> None:
+    daemon.machine.write(f"{_SETTINGS}/conf.d/broken.yaml", "nonsense: 1\n")
+    daemon.machine.write(f"{_SETTINGS}/records/one.yaml", "instances: []\n")
+    daemon.machine.run("systemctl", "stop", CONTROLLER)
+
+    said = daemon.machine.run("dpkg", "--remove", "imdsproxy")
+
+    assert "its units are ended" in said
+    assert processes(daemon.machine) == []
+
+    daemon.apt("purge", "imdsproxy")
+
+    pruned = [word for place in _NOT_ITS for word in ("-path", place, "-prune", "-o")]
+    left = daemon.machine.run("find", "/", *pruned, "-name", "*imdsproxy*", "-print")
+    assert left == ""
+    assert daemon.machine.attempt("dpkg-query", "--show", "imdsproxy")[0] != 0
+
+
+def test_what_stands_on_libraries_works_on_debians(
+    fresh: PackagedDaemon, packages: Packages
+) -> None:
+    # For the tests that start the program.
+    fresh.replace(packages)
+    site = Path(pytest.__file__).parents[1]
+    suite = [f"tests/unit/{part}" for part in _SUITE]
+    environment = (
+        "env",
+        "PYTHONDONTWRITEBYTECODE=1",
+        "PYTEST_DISABLE_PLUGIN_AUTOLOAD=1",
+        "HYPOTHESIS_STORAGE_DIRECTORY=/tmp/hypothesis",
+    )
+    python = ("/usr/bin/python3", "-P", "-c", _RUN_SUITE, str(site), str(REPOSITORY))
+
+    run_there = subprocess.run(
+        fresh.machine.arguments(*environment, *python, *suite),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+    assert run_there.returncode == 0, run_there.stdout[-6000:] + run_there.stderr[-2000:]
+    assert "/usr/lib/python3/dist-packages/typer/" in fresh.machine.run(
+        *python[:3], "import typer; print(typer.__file__)"
+    )
+
+
+def test_lintian_finds_nothing(packages: Packages) -> None:
+    command = ["lintian", "--allow-root", "--fail-on", "error,warning,pedantic", str(packages.deb)]
+    assert run(command, timeout_s=100) == ""
+
+
+def test_the_same_sources_give_the_same_bytes(tmp_path: Path, packages: Packages) -> None:
+    shutil.copytree(packages.sources, tmp_path / "elsewhere")
+    for path in (tmp_path / "elsewhere").rglob("*"):
+        path.chmod(0o700 if os.access(path, os.X_OK) else 0o600)
+        os.utime(path, (1_000_000_000, 1_000_000_000))
+    output = tmp_path / "output"
+    build = tmp_path / "elsewhere/packaging/build"
+
+    shell = f"umask 077; exec {build} {sys.executable} {output}"
+    run(
+        ["sh", "-c", shell],
+        timeout_s=100,
+        SOURCE_DATE_EPOCH=EPOCH,
+        TZ="Asia/Tokyo",
+        LC_ALL="C",
+    )
+
+    for one in (packages.deb, packages.wheel):
+        assert (output / one.name).read_bytes() == one.read_bytes()
+
+
+def test_script_package_builds_both(tmp_path: Path) -> None:
+    said = run([str(REPOSITORY / "script/package"), str(tmp_path / "dist")], timeout_s=200)
+
+    assert sorted(path.name for path in (tmp_path / "dist").iterdir()) == [
+        "imdsproxy-0.1.0-py3-none-any.whl",
+        "imdsproxy_0.1.0_all.deb",
+    ]
+    assert f"{tmp_path}/dist/imdsproxy_0.1.0_all.deb" in said
+
+
+def test_the_package_names_every_library_in_the_version_that_the_project_asks_for(
+    packages: Packages,
+) -> None:
+    depends = run(["dpkg-deb", "--field", str(packages.deb), "Depends"], timeout_s=20)
+    for wanted in (
+        "haproxy (>= 3.0)",
+        "nftables",
+        "python3-typer (>= 0.15)",
+        "python3-yaml (>= 6.0.2)",
+    ):
+        assert wanted in depends.strip().split(", ")

@@ -1,0 +1,68 @@
+"""imdsproxy installed from its Debian package in a machine of its own, as an operator installs it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from support.packages import Packages, download_dependencies
+from support.systemd_daemon import UnitDaemon
+from support.systemd_machine import Machine, systemd_machine
+
+__all__ = ["PackagedDaemon", "machine_with_dependencies"]
+
+_APT: Final = ("env", "DEBIAN_FRONTEND=noninteractive", "apt-get", "--yes", "--quiet=2")
+_COMPILE: Final = "/usr/local/sbin/py3compile"
+_LIBRARIES: Final = "/usr/lib/python3/dist-packages"
+_ARCHIVES: Final = "/var/cache/apt/archives"
+
+
+@contextlib.contextmanager
+def machine_with_dependencies(work: Path, packages: Packages) -> Iterator[Machine]:
+    """A machine that has all that the package depends on, and not the package.
+
+    Raises:
+        AssertionError: Debian's packages cannot be had, or do not satisfy it.
+    """
+    archives = download_dependencies(packages.deb)
+    with systemd_machine(work) as machine:
+        # What a container's image brings so that nothing is ever started.
+        machine.run("rm", "-f", "/usr/sbin/policy-rc.d")
+        # The index of all manual pages would be made anew each time.
+        machine.write("/etc/dpkg/dpkg.cfg.d/machine", "path-exclude=/usr/share/man/*\n")
+        machine.run("sh", "-c", f"cp {archives}/*.deb {_ARCHIVES} 2>/dev/null || true")
+        depends = machine.run("dpkg-deb", "--field", str(packages.deb), "Depends")
+        # All at once instead of one package after the other: half a minute becomes some seconds.
+        machine.write(_COMPILE, "#!/bin/sh\n")
+        machine.run("chmod", "755", _COMPILE)
+        machine.run(*_APT, "--no-install-recommends", "satisfy", depends)
+        machine.run("rm", _COMPILE)
+        machine.attempt("/usr/bin/python3", "-m", "compileall", "-q", "-j", "0", _LIBRARIES)
+        yield machine
+
+
+@dataclass(slots=True)
+class PackagedDaemon(UnitDaemon):
+    """The installed package."""
+
+    def apt_install(self, packages: Packages) -> str:
+        """Install a package as docs/install.md says; what was printed."""
+        # apt's own account reads it from there.
+        place = f"/tmp/{packages.deb.name}"  # noqa: S108 - of the machine
+        self.machine.run("install", "-m", "644", str(packages.deb), place)
+        return self.machine.run(*_APT, "--no-install-recommends", "install", place)
+
+    def replace(self, packages: Packages) -> str:
+        """Install over what is installed, without looking for dependencies; what was printed."""
+        return self.machine.run("dpkg", "--install", str(packages.deb))
+
+    def apt(self, *arguments: str) -> str:
+        """Run apt-get, which must succeed; what it printed."""
+        return self.machine.run(*_APT, *arguments)
+
+    def command(self, *arguments: str) -> str:
+        """Run the package's command line, which must succeed."""
+        return self.machine.run("/usr/bin/imdsproxy", *arguments)
