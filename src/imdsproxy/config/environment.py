@@ -83,10 +83,10 @@ def _convert(values: dict[str, Any], path: str) -> None:
     spot = spot_at(path.split("."))
     if spot is None or not isinstance(values[last], str):
         return
-    kind = get_args(spot.kind)[0] if get_origin(spot.kind) is Annotated else spot.kind
+    kind: Any = get_args(spot.kind)[0] if get_origin(spot.kind) is Annotated else spot.kind
     # What is no such thing is left as it is: the schema says so in its own words.
     with contextlib.suppress(ValidationError):
-        values[last] = TypeAdapter[Any](kind).validate_python(values[last])
+        values[last] = TypeAdapter(kind).validate_python(values[last])
 
 
 def _problems(setting: Setting, error: ConfigError) -> list[Problem]:
