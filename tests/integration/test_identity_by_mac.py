@@ -2,35 +2,81 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import socket
+import subprocess
+import time
+from typing import Any, Final
 
 import pytest
 
+from imdsproxy.core.hostnames import Naming
+from imdsproxy.core.model import NetworkId
 from support.daemon import instance, user_data_of
-from support.guest import IPV6, Guest
-from support.world import World, open_world
+from support.guest import IPV4, IPV6, Connection, Guest, Lost, inside
+from support.impostor import Impostor, syn_frame
+from support.lab import batch, ip, run, until, within
+from support.world import World, open_world, own
+
+pytestmark = pytest.mark.root
+
+_TARGET: Final = "/latest/user-data"
+_BOTH: Final = ((IPV4, "10.0.0.5"), (IPV6, "fe80::f816:3eff:fe00:5"))
 
 
-@pytest.fixture(scope="module")
-def world() -> Iterator[World]:
-    with open_world() as made:
-        yield made
-
-
-@pytest.fixture(autouse=True)
-def healed(world: World) -> Iterator[None]:
-    yield
-    world.heal()
-
-
-def by_mac(guest: Guest, name: str = "by-mac") -> dict[str, object]:
+def by_mac(guest: Guest, name: str) -> dict[str, object]:
     """A record that has nothing but the guest's MAC."""
-    record = instance(name, guest.network)
-    return {**record, "ports": [{"network": guest.network, "mac": guest.mac}]}
+    port = {"network": guest.network, "mac": guest.mac}
+    return {**instance(name, guest.network), "ports": [port]}
 
 
-def test_everybody_is_served(world: World) -> None:
-    world.all_right()
+def reads(guest: Guest, name: str, *, source: str | None = None) -> None:
+    reply = guest.ask(_TARGET, source=source)
+    assert (reply.status, reply.body) == (200, user_data_of(name))
+
+
+def table(world: World, network: str, place: str | None = None) -> str:
+    """The network's table as nft(8) lists it; empty where there is none."""
+    name = Naming(world.lab.prefix).link(NetworkId(network))
+    words = (*within(world.lab.name(place or network)), "nft", "list", "table", "netdev", name)
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    return done.stdout if done.returncode == 0 else ""
+
+
+def macs(world: World) -> dict[str, Any]:
+    found: dict[str, Any] = world.daemon.status()["macs"]
+    return found
+
+
+def is_itself_again(guest: Guest, name: str, *, to: str = IPV4) -> None:
+    """Nobody has its address any more: by its own ARP and ND the host learns where it is."""
+    run(*within(guest.namespace), "ip", "neigh", "flush", "dev", "eth0")
+
+    def right() -> bool:
+        try:
+            return guest.ask(_TARGET, to=to, timeout_s=0.5).body == user_data_of(name)
+        except Lost:
+            return False
+
+    until(right, what="the guest's own answer")
+
+
+def cut(connection: Connection) -> bool:
+    """Whether a request on a kept connection gets nothing any more."""
+    try:
+        return connection.request(_TARGET).status != 200
+    except Lost:
+        return True
+
+
+def without_address(guest: Guest) -> None:
+    batch(guest.namespace, [f"address del {guest.addresses[0]}/24 dev eth0"])
+
+
+def with_address(guest: Guest, address: str) -> None:
+    batch(
+        guest.namespace,
+        [f"address add {address}/24 dev eth0", "route replace 169.254.169.254/32 dev eth0"],
+    )
 
 
 @pytest.mark.parametrize("network", ["red", "blue", "grey"])
@@ -38,9 +84,320 @@ def test_a_guest_is_known_by_its_mac_alone_from_its_first_request_on(
     world: World, network: str
 ) -> None:
     guest = world.lab.guest(network, 77)
-    world.daemon.put(instances=[by_mac(guest)])
-    for to in ("169.254.169.254", IPV6):
+    world.daemon.put(instances=[by_mac(guest, "bare")])
+    for to in (IPV4, IPV6):
         for _ in range(3):
-            reply = guest.ask("/latest/user-data", to=to)
-            assert (reply.status, reply.body) == (200, user_data_of("by-mac"))
+            reply = guest.ask(_TARGET, to=to)
+            assert (reply.status, reply.body) == (200, user_data_of("bare"))
+    told = world.daemon.explain(network, guest.addresses[0])
+    assert (told["verdict"], told["how"]) == ("found", "neighbour")
+    assert told["pair"]["granted"] == told["pair"]["seen"] == guest.mac
     world.all_right()
+
+
+def test_a_guest_s_every_ipv6_address_is_known_by_its_mac(world: World) -> None:
+    guest = world.lab.guest("red", 77, privacy="fe80::5eed:7")
+    world.daemon.put(instances=[by_mac(guest, "bare")])
+    for source in ("fe80::5eed:7", "2001:db8::4d"):
+        for _ in range(2):
+            reply = guest.ask(_TARGET, to=IPV6, source=source)
+            assert (reply.status, reply.body) == (200, user_data_of("bare"))
+
+
+def test_a_record_that_comes_while_its_guest_waits_is_answered(world: World) -> None:
+    guest = world.lab.guest("red", 100)
+    with guest.connect() as connection:
+        connection.send(f"GET {_TARGET} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+        world.daemon.put(instances=[by_mac(guest, "late")])
+        reply = connection.read()
+    assert (reply.status, reply.body) == (200, user_data_of("late"))
+
+
+def test_an_address_follows_its_lease_at_the_first_request(world: World) -> None:
+    first, second = world.lab.guest("red", 102), world.lab.guest("red", 103)
+    world.daemon.put(instances=[by_mac(first, "first"), by_mac(second, "second")])
+    without_address(first)
+    without_address(second)
+    for _ in range(3):
+        for guest, name in ((first, "first"), (second, "second")):
+            with_address(guest, "10.0.0.90")
+            reads(guest, name, source="10.0.0.90")
+            reads(guest, name, source="10.0.0.90")
+            batch(guest.namespace, ["address del 10.0.0.90/24 dev eth0"])
+
+
+def test_an_address_that_leaves_its_guest_is_forgotten_by_an_event(world: World) -> None:
+    guest = world.lab.guest("red", 104)
+    world.daemon.put(instances=[by_mac(guest, "bare")])
+    reads(guest, "bare")
+    assert macs(world)["learned"] == 1
+    ip("-n", world.lab.name("red"), "neigh", "del", guest.addresses[0], "dev", "br0")
+    until(lambda: macs(world)["learned"] == 0, within_s=1, what="a forgotten address")
+    reads(guest, "bare")
+
+
+def test_a_kept_connection_ends_with_the_lease(world: World) -> None:
+    first, second = world.lab.guest("red", 106), world.lab.guest("red", 107)
+    world.daemon.put(instances=[by_mac(first, "first"), by_mac(second, "second")])
+    reads(first, "first")
+    with first.connect() as kept:
+        assert kept.request(_TARGET).body == user_data_of("first")
+        without_address(second)
+        with_address(second, first.addresses[0])
+        reads(second, "second", source=first.addresses[0])
+        kept.socket.settimeout(0.5)
+        assert cut(kept)
+
+
+def test_another_mac_in_the_record_resets_kept_connections(world: World) -> None:
+    with world.red.connect() as kept:
+        assert own(world.red, kept.request(_TARGET)) is None
+        world.daemon.put(instances=[instance("red-5", "red", mac="fa:16:3e:99:99:99")])
+        with pytest.raises(Lost):
+            kept.request(_TARGET)
+    assert world.red.ask(_TARGET).status == 403
+
+
+@pytest.mark.parametrize(("to", "address"), _BOTH)
+def test_a_mismatch_is_403_counted_and_explained(world: World, to: str, address: str) -> None:
+    world.daemon.put(instances=[instance("red-5", "red", mac="fa:16:3e:99:99:99")])
+    if to == IPV6:
+        address = "2001:db8::5"
+    before = macs(world)["mismatches"].get("red", 0)
+    reply = world.red.ask(_TARGET, to=to, source=address)
+    assert reply.status == 403
+    assert "retry-after" not in reply.headers
+    assert macs(world)["mismatches"]["red"] == before + 1
+    told = world.daemon.explain("red", address)
+    assert (told["verdict"], told["answer"], told["instance"]) == ("mismatch", 403, "red-5")
+    assert told["pair"]["seen"] == world.red.mac
+    assert told["pair"]["expected"] == "fa:16:3e:99:99:99"
+    shown = world.daemon.command("explain", "--network", "red", "--from", address)
+    assert world.red.mac in shown.out
+    assert shown.status == 1
+    got = world.daemon.command("get", "--network", "red", "--from", address, _TARGET)
+    assert got.status == 1
+
+
+@pytest.mark.parametrize("network", ["red", "blue", "grey"])
+@pytest.mark.parametrize("to", [IPV4, IPV6])
+def test_a_guest_that_takes_its_neighbour_s_address_reads_nothing(
+    world: World, network: str, to: str
+) -> None:
+    victim = world.guests[network]
+    address = victim.addresses[0] if to == IPV4 else victim.link_local
+    thief = world.lab.guest(network, 66)
+    world.daemon.put(instances=[instance("thief", network, 66)])
+    secret = user_data_of(f"{network}-5")
+    with victim.connect(to=to) as kept, Impostor(thief, address) as impostor:
+        tries = impostor.try_for(1.5, _TARGET, source=address, to=to)
+        # The victim goes on asking, and its answers go where ARP says, or nowhere.
+        kept.socket.settimeout(0.5)
+        cut(kept)
+        for _ in range(3):
+            try:
+                reply = victim.ask(_TARGET, to=to, timeout_s=0.3)
+            except Lost:
+                continue
+            assert own(victim, reply) is None or reply.status in (403, 503)
+        heard = bytes(impostor.heard)
+    assert secret not in heard
+    assert tries.bodies == set()
+    assert set(tries.statuses) <= {403, 503, None}, tries.statuses
+    assert tries.statuses[403] > 20, tries.statuses
+    is_itself_again(victim, f"{network}-5", to=to)
+    assert macs(world)["mismatches"][network] >= tries.statuses[403]
+
+
+def test_the_same_guest_reads_all_of_it_where_nobody_checks(world: World) -> None:
+    """What the test above relies on: the address can be taken, and the wire be heard."""
+    (network,) = (one for one in world.networks if one["id"] == "red")
+    world.daemon.put([{**network, "mac_check": False}])
+    thief = world.lab.guest("red", 66)
+    secret = user_data_of("red-5")
+    with Impostor(thief, "10.0.0.5") as impostor:
+        tries = impostor.try_for(1.0, _TARGET, source="10.0.0.5", to=IPV4)
+        heard = bytes(impostor.heard)
+    assert tries.bodies == {secret}
+    assert secret in heard
+    assert table(world, "red") == ""
+    world.daemon.put([network])
+    until(lambda: table(world, "red"), what="the gate")
+    is_itself_again(world.red, "red-5")
+    world.all_right()
+
+
+def test_of_two_guests_known_by_mac_alone_neither_reads_the_other_s(world: World) -> None:
+    victim, thief = world.lab.guest("red", 108), world.lab.guest("red", 109)
+    world.daemon.put(instances=[by_mac(victim, "victim"), by_mac(thief, "thief")])
+    reads(victim, "victim")
+    address = victim.addresses[0]
+    with Impostor(thief, address) as impostor:
+        seen: set[bytes] = set()
+        end = time.monotonic() + 1.5
+        while time.monotonic() < end:
+            seen |= impostor.try_for(0.05, _TARGET, source=address, to=IPV4).bodies
+            try:
+                reply = victim.ask(_TARGET, timeout_s=0.1)
+            except Lost:
+                continue
+            assert reply.body == user_data_of("victim") or reply.status in (403, 503)
+        heard = bytes(impostor.heard)
+    # The lease is the thief's now, as far as anybody can see: it reads its own.
+    assert seen <= {user_data_of("thief")}
+    assert user_data_of("victim") not in heard
+    is_itself_again(victim, "victim")
+
+
+def test_without_a_controller_known_guests_go_on_and_impostors_do_not(world: World) -> None:
+    bare, thief = world.lab.guest("red", 110), world.lab.guest("red", 66)
+    world.daemon.put(instances=[by_mac(bare, "bare"), instance("thief", "red", 66)])
+    reads(bare, "bare")
+    before = table(world, "red")
+    world.daemon.kill_controller()
+    for guest, name in ((bare, "bare"), (world.red, "red-5")):
+        for _ in range(3):
+            reads(guest, name)
+    with Impostor(thief, "10.0.0.5") as impostor:
+        tries = impostor.try_for(0.5, _TARGET, source="10.0.0.5", to=IPV4)
+    assert tries.bodies == set()
+    assert set(tries.statuses) <= {503, None}, tries.statuses
+    is_itself_again(world.red, "red-5")
+    world.daemon.start()
+    assert before.split("set open4")[0] == table(world, "red").split("set open4")[0]
+    reads(bare, "bare")
+    assert macs(world)["learned"] == 1
+    world.all_right()
+
+
+def test_a_kept_connection_outlives_the_controller(world: World) -> None:
+    with world.red.connect() as kept:
+        assert own(world.red, kept.request(_TARGET)) is None
+        world.daemon.kill_controller()
+        assert own(world.red, kept.request(_TARGET)) is None
+        world.daemon.start()
+        assert own(world.red, kept.request(_TARGET)) is None
+
+
+def test_a_network_that_goes_takes_its_table_with_it(world: World) -> None:
+    assert table(world, "red")
+    world.daemon.remove_instance("red-5")
+    world.daemon.remove_network("red")
+    until(lambda: not table(world, "red"), within_s=2, what="the end of the table")
+
+
+def test_a_network_that_went_while_nobody_looked_leaves_no_table(world: World) -> None:
+    world.daemon.kill_controller()
+    store = world.daemon.state / "store.sqlite"
+    for path in store.parent.glob("store.sqlite*"):
+        path.unlink()
+    world.daemon.start()
+    until(lambda: not table(world, "red"), within_s=2, what="the end of the table")
+
+
+def test_who_flushes_all_tables_does_not_let_anybody_in(world: World) -> None:
+    run(*within(world.lab.name("red")), "nft", "flush", "ruleset")
+    until(lambda: table(world, "red"), within_s=1, what="the table's return")
+    until(lambda: own(world.red, world.red.ask(_TARGET)) is None, within_s=1, what="an answer")
+    assert "10.0.0.5 . fa:16:3e:00:00:05" in table(world, "red")
+
+
+def test_without_its_table_a_gate_lets_nobody_through(world: World) -> None:
+    with world.looking_away():
+        run(*within(world.lab.name("red")), "nft", "flush", "ruleset")
+        with pytest.raises(Lost):
+            world.red.ask(_TARGET, timeout_s=0.5)
+    until(lambda: own(world.red, world.red.ask(_TARGET)) is None, what="an answer")
+
+
+_TAGS: Final = {
+    "plain": b"",
+    "vlan 0": b"\x81\0\0\0",
+    "vlan 0 twice": b"\x81\0\0\0\x81\0\0\0",
+    "service vlan 0, vlan 0": b"\x88\xa8\0\0\x81\0\0\0",
+    "vlan 0 three times": b"\x81\0\0\0\x81\0\0\0\x81\0\0\0",
+}
+
+
+@pytest.mark.parametrize("tags", _TAGS.values(), ids=_TAGS)
+def test_nobody_gets_behind_a_gate_by_himself(world: World, tags: bytes) -> None:
+    ports = (20_000 + len(tags), 254)
+    # A good pair: what is tried is to go around the gate, not to get through it.
+    frame = syn_frame(
+        mac=world.red.mac,
+        to=bytes.fromhex("02fea9fea9fe"),
+        source="10.0.0.5",
+        ports=ports,
+        tags=tags,
+    )
+    wire = inside(world.red.namespace, lambda: socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 3))
+    with wire:
+        wire.bind(("eth0", 0x0003))
+        wire.settimeout(0.3)
+        wire.send(frame)
+        end = time.monotonic() + 0.3
+        while time.monotonic() < end:
+            try:
+                heard = wire.recv(2000)
+            except TimeoutError:
+                break
+            answered = (
+                heard[12:14] == b"\x08\0" and heard[23] == 6 and heard[36:38] == frame[-20:-18]
+            )
+            assert not answered, heard.hex()
+
+
+def test_a_network_without_macs_has_no_gate_until_the_first_one(world: World) -> None:
+    network = world.lab.namespace_network("plain")
+    plain, checked = world.lab.guest("plain", 7), world.lab.guest("plain", 8)
+    bare = {
+        **instance("no-mac", "plain", 7),
+        "ports": [{"network": "plain", "addresses": ["10.0.0.7"]}],
+    }
+    world.daemon.put([network], [bare])
+    reads(plain, "no-mac")
+    assert table(world, "plain") == ""
+    assert ":254 name plain" not in (world.daemon.runtime / "haproxy.cfg").read_text()
+    written = world.daemon.put(instances=[instance("with-mac", "plain", 8)])
+    assert written["applied"]
+    assert "10.0.0.8 . fa:16:3e:00:00:08" in table(world, "plain")
+    for _ in range(2):
+        reads(checked, "with-mac")
+        reads(plain, "no-mac")
+
+
+def test_a_post_is_taken_from_who_is_verified_only(world: World) -> None:
+    guest = world.lab.guest("red", 112)
+    world.daemon.put(instances=[by_mac(guest, "bare")])
+    target = "/openstack/latest/password"
+    first = guest.ask(target, method="POST", body=b"secret")
+    assert (first.status, first.headers["retry-after"]) == (503, "1")
+    assert guest.ask(target, method="POST", body=b"secret").status in (200, 204)
+    assert guest.ask(target).body == b"secret"
+
+
+def test_where_the_port_behind_the_gate_is_taken_nobody_with_a_mac_is_answered(
+    world: World,
+) -> None:
+    network = world.lab.namespace_network("busy")
+    guest = world.lab.guest("busy", 7)
+    holder = inside(world.lab.name("busy"), socket.socket)
+    with holder:
+        holder.bind(("0.0.0.0", 254))
+        holder.listen()
+        world.daemon.put([network], [instance("busy-7", "busy", 7)])
+        told = world.daemon.status()["problems"]
+        assert any("port 254" in one["reason"] and one["hint"] for one in told), told
+        assert guest.ask(_TARGET).status == 503
+        world.all_right()
+    until(lambda: macs(world)["refused"] == 0, within_s=5, what="the gate")
+    reads(guest, "busy-7")
+
+
+def test_nothing_is_left_at_the_end() -> None:
+    with open_world() as world:
+        assert table(world, "red")
+        assert table(world, "grey", "host")
+        world.daemon.stop()
+        assert table(world, "red") == ""
+        assert table(world, "grey", "host") == ""

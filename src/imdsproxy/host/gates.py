@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import os
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -77,6 +76,8 @@ class KernelGates:
     def _try_open(self, gate: Gate) -> Opened | DataplaneError:
         try:
             return self._at(gate, lambda: _open(gate))
+        except DataplaneError as error:
+            return error
         except (OSError, GateMissing) as error:
             action = f"check MACs of network {gate.network}"
             if isinstance(error, GateMissing):
@@ -208,7 +209,10 @@ def _try_port(gate: Gate) -> None:
         for family in Family:
             error = try_bind(family, name, index, VERIFIED_PORT)
             if error == errno.EADDRINUSE:
-                raise OSError(error, f"port {VERIFIED_PORT} is in use: {os.strerror(error)}")
+                raise HostRefused(
+                    f"cannot check MACs of network {gate.network}: somebody has port {VERIFIED_PORT}",
+                    hint=f"ss -tlnp sport = :{VERIFIED_PORT} shows who, in its namespace; {_HINT}",
+                )
 
 
 def _fill(gate: Gate, pairs: PairMap) -> None:

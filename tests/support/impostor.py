@@ -1,0 +1,174 @@
+"""A guest that takes its neighbour's address: it says so by ARP and ND all the time, listens to the wire, and asks."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import struct
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from ipaddress import IPv4Address, IPv6Address, ip_address
+from typing import Final, Self
+
+from support.guest import Guest, Lost, inside
+from support.lab import batch
+
+__all__ = ["Impostor", "Tries", "syn_frame"]
+
+_ETH_P_ALL: Final = 3
+_BROADCAST: Final = b"\xff" * 6
+_ALL_NODES: Final = bytes.fromhex("333300000001")
+_PAUSE_S: Final = 0.0005
+
+
+def _mac(text: str) -> bytes:
+    return bytes.fromhex(text.replace(":", ""))
+
+
+def _checksum(data: bytes) -> bytes:
+    data += b"\0" * (len(data) % 2)
+    total = sum(struct.unpack(f"!{len(data) // 2}H", data))
+    while total >> 16:
+        total = (total & 0xFFFF) + (total >> 16)
+    return struct.pack("!H", ~total & 0xFFFF)
+
+
+def _arp(mac: bytes, address: bytes, target: bytes, *, answer: bool) -> bytes:
+    head = struct.pack("!HHBBH", 1, 0x0800, 6, 4, 2 if answer else 1)
+    return _BROADCAST + mac + b"\x08\x06" + head + mac + address + bytes(6) + target
+
+
+def _neighbour_advertisement(mac: bytes, address: bytes) -> bytes:
+    # Unsolicited, with the flag that overrides what is known (RFC 4861 §4.4).
+    body = b"\x88\0\0\0" + struct.pack("!I", 0x20000000) + address + b"\x02\x01" + mac
+    target = IPv6Address("ff02::1").packed
+    pseudo = address + target + struct.pack("!II", len(body), 58)
+    body = body[:2] + _checksum(pseudo + body) + body[4:]
+    head = struct.pack("!IHBB", 6 << 28, len(body), 58, 255) + address + target
+    return _ALL_NODES + mac + b"\x86\xdd" + head + body
+
+
+def syn_frame(
+    *, mac: str, to: bytes, source: str, ports: tuple[int, int], tags: bytes = b""
+) -> bytes:
+    """A frame with a TCP SYN to the metadata address, VLAN tags and all."""
+    sender, target = socket.inet_aton(source), socket.inet_aton("169.254.169.254")
+    tcp = struct.pack("!HHIIBBHHH", *ports, 1, 0, 5 << 4, 2, 65000, 0, 0)
+    pseudo = sender + target + struct.pack("!BBH", 0, 6, len(tcp))
+    tcp = tcp[:16] + _checksum(pseudo + tcp) + tcp[18:]
+    head = struct.pack("!BBHHHBBH4s4s", 0x45, 0, 40, 1, 0, 64, 6, 0, sender, target)
+    head = head[:10] + _checksum(head) + head[12:]
+    return to + _mac(mac) + tags + b"\x08\x00" + head + tcp
+
+
+@dataclass(slots=True)
+class Tries:
+    """What the impostor got: how often which status (`None`: no answer), and every body."""
+
+    statuses: Counter[int | None] = field(default_factory=Counter)
+    bodies: set[bytes] = field(default_factory=set)
+
+    @property
+    def count(self) -> int:
+        return self.statuses.total()
+
+
+class Impostor:
+    """While in its `with` block, a guest has addresses of a neighbour's.
+
+    Args:
+        guest: Who does it.
+        addresses: The neighbour's.
+
+    Attributes:
+        heard: Every frame that came for its MAC.
+    """
+
+    def __init__(self, guest: Guest, *addresses: str) -> None:
+        self.guest = guest
+        self.addresses = addresses
+        self.heard = bytearray()
+        self._stop = threading.Event()
+        self._threads: list[threading.Thread] = []
+
+    def __enter__(self) -> Self:
+        lines = [
+            f"address add {address}/64 dev eth0 nodad"
+            if ":" in address
+            else f"address add {address}/24 dev eth0"
+            for address in self.addresses
+        ]
+        batch(self.guest.namespace, lines)
+        self._wire = inside(self.guest.namespace, self._open)
+        self._threads = [
+            threading.Thread(target=self._flood, name="flood"),
+            threading.Thread(target=self._listen, name="listen"),
+        ]
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        for thread in self._threads:
+            thread.join()
+        self._wire.close()
+        batch(
+            self.guest.namespace,
+            [
+                f"address del {address}/{64 if ':' in address else 24} dev eth0"
+                for address in self.addresses
+            ],
+        )
+
+    def _open(self) -> socket.socket:
+        wire = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(_ETH_P_ALL))
+        wire.bind((self.guest.device, 0))
+        wire.settimeout(0.1)
+        return wire
+
+    def _frames(self) -> Iterator[bytes]:
+        mac = _mac(self.guest.mac)
+        metadata = socket.inet_aton("169.254.169.254")
+        for address in self.addresses:
+            found = ip_address(address)
+            packed = found.packed
+            if isinstance(found, IPv4Address):
+                yield _arp(mac, packed, packed, answer=False)
+                yield _arp(mac, packed, packed, answer=True)
+                yield _arp(mac, packed, metadata, answer=False)
+            else:
+                yield _neighbour_advertisement(mac, packed)
+
+    def _flood(self) -> None:
+        frames = tuple(self._frames())
+        while not self._stop.is_set():
+            for frame in frames:
+                with contextlib.suppress(OSError):
+                    self._wire.send(frame)
+            time.sleep(_PAUSE_S)
+
+    def _listen(self) -> None:
+        while not self._stop.is_set():
+            with contextlib.suppress(TimeoutError):
+                frame = self._wire.recv(65_536)
+                if frame[:6] == _mac(self.guest.mac):
+                    self.heard += frame
+
+    def try_for(self, seconds: float, target: str, *, source: str, to: str) -> Tries:
+        """Ask as fast as it goes, from the neighbour's address."""
+        tries = Tries()
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            try:
+                reply = self.guest.ask(target, to=to, source=source, timeout_s=0.3)
+            except Lost:
+                tries.statuses[None] += 1
+            else:
+                tries.statuses[reply.status] += 1
+                if reply.status == 200:
+                    tries.bodies.add(reply.body)
+        return tries
