@@ -28,6 +28,7 @@ COMMANDS: Final[Mapping[str, str]] = {
     "render": _DAEMON,
     "config": _DAEMON,
     "version": _DAEMON,
+    "completion": _DAEMON,
     "network": _RECORDS,
     "instance": _RECORDS,
     "namespace-proxy": _DAEMON,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeAlias
 
@@ -13,9 +14,20 @@ if TYPE_CHECKING:
 __all__ = ["Clear", "RecordFile", "flag"]
 
 
-def flag(name: str, metavar: str, help_text: str) -> OptionInfo:
-    """An option with a value; without it the record's key stays as it is."""
-    option: OptionInfo = typer.Option(name, metavar=metavar, help=help_text, show_default=False)
+def flag(
+    name: str, metavar: str, help_text: str, complete: Callable[..., list[str]] | None = None
+) -> OptionInfo:
+    """An option with a value; without it the record's key stays as it is.
+
+    Args:
+        name: With its hyphens.
+        metavar: What stands for the value in the help.
+        help_text: What it is.
+        complete: What a shell may complete it to (`imdsproxy.cli.completers`).
+    """
+    option: OptionInfo = typer.Option(
+        name, metavar=metavar, help=help_text, show_default=False, autocompletion=complete
+    )
     return option
 
 

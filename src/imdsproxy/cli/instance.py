@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, TypeAlias, cast
 
 import typer
 
-from imdsproxy.cli import flags, options
+from imdsproxy.cli import completers, flags, options
 from imdsproxy.cli.changing import change_from_file, change_one, remove_each
 from imdsproxy.errors import RequestRefused
 
@@ -20,16 +20,23 @@ __all__ = ["app"]
 
 app = typer.Typer(help="Instances: add, list, show, set, remove.", no_args_is_help=True)
 
-Id: TypeAlias = Annotated[str, typer.Argument(metavar="ID", help="The instance's id.")]
+Id: TypeAlias = Annotated[
+    str,
+    typer.Argument(metavar="ID", help="The instance's id.", autocompletion=completers.instances),
+]
 MaybeId: TypeAlias = Annotated[
     str | None,
     typer.Argument(
         metavar="[ID]",
         help="The instance's id; `add` makes one of --name, or takes the domain's UUID, without it.",
         show_default=False,
+        autocompletion=completers.instances,
     ),
 ]
-Ids: TypeAlias = Annotated[list[str], typer.Argument(metavar="ID...", help="Their ids.")]
+Ids: TypeAlias = Annotated[
+    list[str],
+    typer.Argument(metavar="ID...", help="Their ids.", autocompletion=completers.instances),
+]
 Name: TypeAlias = Annotated[
     str | None, flags.flag("--name", "NAME", "Its name; the id without it.")
 ]
@@ -38,12 +45,16 @@ Hostname: TypeAlias = Annotated[
 ]
 Project: TypeAlias = Annotated[str | None, flags.flag("--project", "ID", "Whose it is.")]
 Network: TypeAlias = Annotated[
-    str | None, flags.flag("--network", "NET", "The network that its port is in.")
+    str | None,
+    flags.flag("--network", "NET", "The network that its port is in.", completers.networks),
 ]
 OfPort: TypeAlias = Annotated[
     str | None,
     flags.flag(
-        "--network", "NET", "The network that its port is in; `add` takes the only one without it."
+        "--network",
+        "NET",
+        "The network that its port is in; `add` takes the only one without it.",
+        completers.networks,
     ),
 ]
 FromLibvirt: TypeAlias = Annotated[

@@ -11,6 +11,7 @@ import typer
 from imdsproxy.cli import exitcodes, options
 from imdsproxy.cli.command_line_error import CommandLineError
 from imdsproxy.cli.commands import COMMANDS, build_app, named_command
+from imdsproxy.cli.completion import is_completing, learn_shells, words_so_far
 from imdsproxy.cli.output import Output
 from imdsproxy.errors import ImdsproxyError, RequestRefused
 
@@ -23,6 +24,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Args:
         arguments: Without the program's name; `None` takes this process's own.
     """
+    if arguments is None and is_completing(os.environ):
+        return _complete()
     invocation = options.Invocation(output=Output())
     try:
         return _run(list(sys.argv[1:] if arguments is None else arguments), invocation)
@@ -36,6 +39,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Python flushes standard output once more at its end, and would complain.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return exitcodes.PIPE_CLOSED
+
+
+def _complete() -> int:
+    """Answer a shell that asks for words; the environment has the line, and typer reads it there."""
+    learn_shells()
+    named = named_command(words_so_far(os.environ))
+    app = build_app(COMMANDS if named is None else (named,))
+    try:
+        app([], prog_name="imdsproxy")
+    except SystemExit as ended:
+        return ended.code if isinstance(ended.code, int) else exitcodes.USAGE
+    return exitcodes.OK
 
 
 def _run(arguments: list[str], invocation: options.Invocation) -> int:

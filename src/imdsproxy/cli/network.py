@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, TypeAlias, cast
 
 import typer
 
-from imdsproxy.cli import flags, options
+from imdsproxy.cli import completers, flags, options
 from imdsproxy.cli.changing import change_from_file, change_one, remove_each
 
 if TYPE_CHECKING:
@@ -16,16 +16,23 @@ __all__ = ["app"]
 
 app = typer.Typer(help="Networks: add, list, show, set, remove.", no_args_is_help=True)
 
-Id: TypeAlias = Annotated[str, typer.Argument(metavar="ID", help="The network's id.")]
+Id: TypeAlias = Annotated[
+    str,
+    typer.Argument(metavar="ID", help="The network's id.", autocompletion=completers.networks),
+]
 MaybeId: TypeAlias = Annotated[
     str | None,
     typer.Argument(
         metavar="[ID]",
         help="The network's id; `add` takes the name of the bridge, interface or namespace without it.",
         show_default=False,
+        autocompletion=completers.networks,
     ),
 ]
-Ids: TypeAlias = Annotated[list[str], typer.Argument(metavar="ID...", help="Their ids.")]
+Ids: TypeAlias = Annotated[
+    list[str],
+    typer.Argument(metavar="ID...", help="Their ids.", autocompletion=completers.networks),
+]
 Name: TypeAlias = Annotated[str | None, flags.flag("--name", "NAME", "A name for people.")]
 Project: TypeAlias = Annotated[str | None, flags.flag("--project", "ID", "Whose it is.")]
 Namespace: TypeAlias = Annotated[

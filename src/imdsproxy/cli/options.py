@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, TypeAlias
 
 import typer
 
+from imdsproxy.cli import completers
 from imdsproxy.cli.output import Output
 
 if TYPE_CHECKING:
@@ -42,7 +43,14 @@ Json: TypeAlias = Annotated[
     bool, typer.Option("--json", help="Say it in JSON, for programs.", show_default=False)
 ]
 Network: TypeAlias = Annotated[
-    str, typer.Option("--network", "-n", metavar="NET", help="The network that the guest sits in.")
+    str,
+    typer.Option(
+        "--network",
+        "-n",
+        metavar="NET",
+        help="The network that the guest sits in.",
+        autocompletion=completers.networks,
+    ),
 ]
 Address: TypeAlias = Annotated[
     str, typer.Option("--from", metavar="ADDRESS", help="The guest's address.")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, TypeAlias
 
 import typer
 
-from imdsproxy.cli import options
+from imdsproxy.cli import completers, options
 from imdsproxy.core.model import Dialect, Upstream
 from imdsproxy.core.snippets.model import Target
 from imdsproxy.errors import RequestRefused
@@ -22,7 +22,10 @@ if TYPE_CHECKING:
 __all__ = ["snippet"]
 
 InstanceName: TypeAlias = Annotated[
-    str, typer.Argument(metavar="INSTANCE", help="The instance's id.")
+    str,
+    typer.Argument(
+        metavar="INSTANCE", help="The instance's id.", autocompletion=completers.instances
+    ),
 ]
 For: TypeAlias = Annotated[
     Target,

@@ -1,0 +1,57 @@
+"""What the shell may complete: names that the daemon knows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Final, cast
+
+import typer
+
+from imdsproxy.errors import ImdsproxyError
+
+__all__ = ["instances", "networks"]
+
+_TIMEOUT_S: Final = 1.0
+"""Somebody waits for it at a prompt."""
+
+
+def networks(ctx: typer.Context, incomplete: str) -> list[str]:
+    """Ids of networks that begin so."""
+    return _ids(ctx, "networks", incomplete)
+
+
+def instances(ctx: typer.Context, incomplete: str) -> list[str]:
+    """Ids of instances that begin so."""
+    return _ids(ctx, "instances", incomplete)
+
+
+def _ids(context: typer.Context, kind: str, incomplete: str) -> list[str]:
+    from imdsproxy.cli.admin_client import AdminClient, path_to  # noqa: PLC0415 - as all commands
+    from imdsproxy.cli.options import Invocation  # noqa: PLC0415 - as above
+
+    given = _given(context)
+    try:
+        socket = given.get("socket") or Invocation(given.get("config")).settings.admin_socket
+        client = AdminClient(socket, _TIMEOUT_S)
+        shapes = cast("Sequence[Mapping[str, object]]", client.get(path_to(kind)))
+    except ImdsproxyError:
+        # There is no place to say why: what a shell is told here it puts into the command line.
+        return []
+    ids = (str(cast("Mapping[str, object]", shape["record"])["id"]) for shape in shapes)
+    return [one for one in ids if one.startswith(incomplete)]
+
+
+def _given(context: typer.Context) -> dict[str, Path]:
+    """`--socket` and `--config`, where they stand before the word that is completed."""
+    found: dict[str, Path] = {}
+    # Those around it are click's, of which typer has brought its own lately.
+    place: object = context
+    while place is not None:
+        params: Mapping[str, object] = getattr(place, "params", {})
+        for name in ("socket", "config"):
+            value = params.get(name)
+            if value is not None:
+                found.setdefault(name, Path(str(value)))
+        place = getattr(place, "parent", None)
+    return found
