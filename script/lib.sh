@@ -40,6 +40,16 @@ package_packages=(
     man:man-db
     lintian:lintian
 )
+# virtual machines, and the network that they are on
+vm_packages=(
+    qemu-system-x86_64:qemu-system-x86
+    mmdebstrap:mmdebstrap
+    mke2fs:e2fsprogs
+    dnsmasq:dnsmasq-base
+    udhcpc:udhcpc
+    busybox:busybox
+    ssh:openssh-client
+)
 policy_mark='# laid by script/lib.sh of imdsproxy while it installs, in process'
 
 say() {

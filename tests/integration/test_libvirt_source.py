@@ -16,7 +16,6 @@ import pytest
 from imdsproxy.core.model import (
     BridgeListener,
     InstanceId,
-    InterfaceListener,
     MacAddress,
     Network,
     NetworkId,
@@ -88,7 +87,7 @@ async def test_networks_are_told_of_while_they_run(libvirtd: Libvirtd) -> None:
             NetworkId("inside"), BridgeListener("imdst0")
         )
         nat = heard.inventory.networks[NetworkId("nat")]
-        assert nat.listener == InterfaceListener("imdst1")
+        assert nat.listener == BridgeListener("imdst1")
         assert [str(each.cidr) for each in nat.subnets] == ["10.7.0.0/24"]
         await asyncio.to_thread(define_domain, libvirtd, "a", ("network=inside", MAC), inside="")
         await heard.until(macs)

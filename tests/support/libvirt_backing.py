@@ -16,7 +16,6 @@ from imdsproxy.core.model import (
     BridgeListener,
     Instance,
     InstanceId,
-    InterfaceListener,
     MacAddress,
     Network,
     Subnet,
@@ -108,10 +107,8 @@ class LibvirtBacking:
         return instance
 
     def seen_network(self, network: Network) -> Network:
-        assert isinstance(network.listener, BridgeListener)
         subnet = Subnet(ip_network(_CIDR), ip_address(_GATEWAY), (ip_address(_GATEWAY),))
-        listener = InterfaceListener(network.listener.bridge)
-        return replace(network, listener=listener, subnets=(subnet,))
+        return replace(network, subnets=(subnet,))
 
     async def put(
         self, networks: Iterable[Network] = (), instances: Iterable[Instance] = ()

@@ -31,6 +31,7 @@ from imdsproxy.dataplane.records import RecordApplier, Writer
 from imdsproxy.host.apply import HostApplier
 from imdsproxy.host.arpguard import ArpGuard
 from imdsproxy.host.clock import Clock
+from imdsproxy.host.diversions import Diverter
 from imdsproxy.host.files import ensure_directory, write_atomic
 from imdsproxy.host.gates import KernelGates
 from imdsproxy.host.namespaces import NamespaceDirectory, NamespaceThread
@@ -152,6 +153,7 @@ def build_host(
         settings.paths.netns_dir,
         layout.managed_journal,
         ArpGuard(naming.prefix),
+        Diverter(naming.prefix),
     )
     return host, thread
 

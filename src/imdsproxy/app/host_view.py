@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from imdsproxy.core.diversion import Diversion
 from imdsproxy.core.hostnames import Naming
 from imdsproxy.core.hostops import AddAddress, HostOp, RemoveAddress
 from imdsproxy.core.hoststate import ObservedHost
@@ -23,6 +24,7 @@ from imdsproxy.core.model import (
 from imdsproxy.errors import HostRefused
 from imdsproxy.host.apply import HostApplier, OpOutcome
 from imdsproxy.host.arpguard import ArpGuard
+from imdsproxy.host.diversions import Diverter
 from imdsproxy.host.files import write_atomic
 from imdsproxy.host.namespaces import NamespaceThread
 from imdsproxy.host.netlink import find_link, neighbour_mac
@@ -45,6 +47,7 @@ class SystemHost:
     namespaces: Path
     journal: Path
     arp_guard: ArpGuard
+    diverter: Diverter
 
     async def observe(
         self, networks: Iterable[Network], our_pids: Collection[int], *, everything: bool
@@ -112,6 +115,10 @@ class SystemHost:
     async def apply_arp_guard(self, devices: frozenset[str]) -> None:
         """See `HostView.apply_arp_guard`."""
         await self.arp_guard.apply(devices)
+
+    async def apply_diversions(self, diversions: tuple[Diversion, ...]) -> None:
+        """See `HostView.apply_diversions`."""
+        await self.diverter.apply(diversions)
 
     async def neighbour(self, network: Network, address: IpAddress) -> MacAddress | None:
         """See `Neighbours.neighbour`."""

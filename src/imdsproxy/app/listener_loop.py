@@ -20,6 +20,7 @@ from imdsproxy.app.kept_networks import KeptNetworks
 from imdsproxy.app.tickets import Tickets
 from imdsproxy.app.unix_listener import UnixListener, bound_path
 from imdsproxy.core.arp import answering_devices
+from imdsproxy.core.diversion import Diversion, plan_diversions
 from imdsproxy.core.endpoints import Endpoint, Foreign, LeftOut, LeftOutCode
 from imdsproxy.core.gates import GatePlan
 from imdsproxy.core.haproxy.model import (
@@ -41,7 +42,7 @@ from imdsproxy.core.listeners import (
     explain_pending,
     plan_listeners,
 )
-from imdsproxy.core.model import Network, NetworkId
+from imdsproxy.core.model import BridgeListener, Network, NetworkId
 from imdsproxy.core.plan import compute_maxconn, networks_of, plan_binds, plan_links
 from imdsproxy.dataplane.haproxy import Haproxy
 from imdsproxy.dataplane.layout import Layout
@@ -89,6 +90,14 @@ class HostView(Protocol):
 
         Raises:
             HostRefused: It cannot be kept from answering elsewhere.
+        """
+        ...
+
+    async def apply_diversions(self, diversions: tuple[Diversion, ...]) -> None:
+        """Have frames for the metadata address led to our cables on these bridges, and on no others.
+
+        Raises:
+            HostRefused: They go on to the guests' gateways.
         """
         ...
 
@@ -342,6 +351,8 @@ class ListenerLoop:
             self.operations["failed"] += len(failures)
             self.operations["ok"] += len(plan.ops) - len(failures)
         problems += tuple(Problem("host", one.reason, one.hint) for one in failures)
+        if _has_bridges(networks):
+            problems += await self._divert(networks, observed)
         return explain_pending(plan, failures), problems, operations
 
     async def _guard_and_observe(
@@ -357,8 +368,20 @@ class ListenerLoop:
 
     async def _guard_arp(self, networks: Mapping[NetworkId, Network]) -> tuple[Problem, ...]:
         # First of all: from the moment that an address is there, the host answers for it.
+        problems: tuple[Problem, ...] = ()
         try:
             await self.host.apply_arp_guard(answering_devices(networks.values()))
+        except HostRefused as error:
+            problems = (Problem("host", error.message, error.hint),)
+        if not _has_bridges(networks):
+            problems += await self._divert(networks, ObservedHost())
+        return problems
+
+    async def _divert(
+        self, networks: Mapping[NetworkId, Network], observed: ObservedHost
+    ) -> tuple[Problem, ...]:
+        try:
+            await self.host.apply_diversions(plan_diversions(networks, observed, self.naming))
         except HostRefused as error:
             return (Problem("host", error.message, error.hint),)
         return ()
@@ -462,3 +485,7 @@ class ListenerLoop:
                 log.error(
                     "host refused", field=problem.field, reason=problem.reason, hint=problem.hint
                 )
+
+
+def _has_bridges(networks: Mapping[NetworkId, Network]) -> bool:
+    return any(isinstance(one.listener, BridgeListener) for one in networks.values())

@@ -51,6 +51,7 @@ async def sweep_host(host: HostView, naming: Naming, gates: Gates) -> None:
     failures = await host.apply(plan.ops)
     host.apply_links({})
     await host.apply_arp_guard(frozenset())
+    await host.apply_diversions(())
     if failures:
         problems = [Problem("host", one.reason, one.hint) for one in failures]
         raise HostRefused("not everything of ours could be taken away", problems=problems)

@@ -26,9 +26,8 @@ def change_one(
     *,
     create: bool,
     clear: Sequence[str] = (),
-    note: str = "",
 ) -> None:
-    """Add a record, or change those of its keys that are given or cleared; `note` is said with what was done."""
+    """Add a record, or change those of its keys that are given or cleared."""
     from imdsproxy.cli.admin_client import path_to  # noqa: PLC0415 - `--help` need not load it
     from imdsproxy.cli.record_output import say_written  # noqa: PLC0415 - as above
 
@@ -44,8 +43,7 @@ def change_one(
         raise _usage("", "nothing to change was given", f"see `imdsproxy {kind} set --help`")
     done = "added" if create else "changed"
     what = f"{kind} {name} {done}"
-    told = f"{what} ({note})" if note else what
-    say_written(run.output, told, cast("Mapping[str, object]", answer))
+    say_written(run.output, what, cast("Mapping[str, object]", answer))
 
 
 def change_from_file(

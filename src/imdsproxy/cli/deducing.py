@@ -11,10 +11,9 @@ if TYPE_CHECKING:
     from imdsproxy.cli.admin_client import AdminClient
     from imdsproxy.core.records import Json
 
-__all__ = ["listener_on_bridge", "name_of_listener", "only_network"]
+__all__ = ["name_of_listener", "only_network"]
 
 _NAMED: Final = 5
-_IPV4: Final = 4
 
 
 def only_network(daemon: AdminClient) -> str:
@@ -43,22 +42,3 @@ def name_of_listener(listener: Json) -> str | None:
     kinds = listener if isinstance(listener, dict) else {}
     named = (kinds.get(kind) for kind in ("bridge", "interface", "namespace"))
     return next((name for name in named if isinstance(name, str)), None)
-
-
-def listener_on_bridge(listener: Json) -> tuple[Json, str | None]:
-    """The listener that goes with a bridge as it is now, and why it is of another kind than `--bridge` says."""
-    from imdsproxy.core.bridge_reach import listener_of_bridge  # noqa: PLC0415 - `--help` need not
-    from imdsproxy.core.model import METADATA_IPV4, InterfaceListener  # noqa: PLC0415 - as above
-    from imdsproxy.host.device_addresses import device_addresses  # noqa: PLC0415 - as above
-
-    bridge = listener.get("bridge") if isinstance(listener, dict) else None
-    if not isinstance(listener, dict) or not isinstance(bridge, str):
-        return listener, None
-    addresses = device_addresses(bridge)
-    if not isinstance(listener_of_bridge(bridge, addresses), InterfaceListener):
-        return listener, None
-    # A change has to take the old kind's key away (RFC 7396).
-    others = {kind: None for kind in listener if kind != "interface" and len(listener) > 1}
-    own = [each for each in addresses if each.version == _IPV4 and each != METADATA_IPV4]
-    why = f"reached as an interface: this host has {', '.join(map(str, own))} on {bridge}"
-    return {**others, "interface": bridge}, why

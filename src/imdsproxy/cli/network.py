@@ -57,7 +57,7 @@ Bridge: TypeAlias = Annotated[
     flags.flag(
         "--bridge",
         "DEV",
-        "Reached through this bridge of the host; as an interface where the host has an IPv4 address on it.",
+        "Reached through this bridge of the host.",
     ),
 ]
 Subnets: TypeAlias = Annotated[
@@ -115,16 +115,12 @@ def _register(command: str, help_text: str, *, create: bool) -> None:
             manage_addresses=manage_addresses,
             changing=not create,
         )
-        why = None
-        if file is None:
+        if file is None and network is None and create:
             from imdsproxy.cli.deducing import (  # noqa: PLC0415 - `--help` need not load it
-                listener_on_bridge,
                 name_of_listener,
             )
 
-            if network is None and create:
-                network = name_of_listener(listener)
-            listener, why = listener_on_bridge(listener)
+            network = name_of_listener(listener)
         keys = record_flags.without_missing(
             {
                 "name": name,
@@ -139,9 +135,7 @@ def _register(command: str, help_text: str, *, create: bool) -> None:
         if file is not None:
             change_from_file(run, file, name=network, keys=keys, create=create)
         else:
-            change_one(
-                run, "network", network, keys, create=create, clear=clear or (), note=why or ""
-            )
+            change_one(run, "network", network, keys, create=create, clear=clear or ())
 
     app.command(command, help=help_text)(change)
 

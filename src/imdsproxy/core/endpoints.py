@@ -77,6 +77,7 @@ class LeftOutCode(StrEnum):
     PORT_BUSY = "port-busy"
     BIND_REFUSED = "bind-refused"
     LISTENER_SHARED = "listener-shared"
+    HOST_METADATA = "host-metadata"
 
     @property
     def silent(self) -> bool:

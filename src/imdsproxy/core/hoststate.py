@@ -11,6 +11,7 @@ from imdsproxy.core.model import METADATA_IPV4, METADATA_IPV6, IpAddress
 __all__ = [
     "AddressState",
     "BindTrial",
+    "BridgePort",
     "ChangedPlaces",
     "Effect",
     "Family",
@@ -68,6 +69,14 @@ class ObservedDevice:
     master: int = 0
     kind: str = ""
     mac: str = ""
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class BridgePort:
+    """A port of a bridge; `kind` as a device's."""
+
+    name: str
+    kind: str = ""
 
 
 class AddressState(StrEnum):
@@ -161,6 +170,9 @@ class ObservedNamespace:
         sockets: Who listens on a metadata address and the metadata port, ours included.
         trials: One for each (family, device) that was of interest.
         problem: Why it could not be looked at; everything else is empty then.
+        ports: Those of each bridge that is listened on, by its name; in the order of their names.
+        own_metadata: By what it shows that the host reads metadata of its own at the same address;
+            empty when nothing shows it.
     """
 
     ref: NamespaceRef | None
@@ -170,6 +182,8 @@ class ObservedNamespace:
     sockets: tuple[ListeningSocket, ...] = ()
     trials: tuple[BindTrial, ...] = ()
     problem: str = ""
+    ports: Mapping[str, tuple[BridgePort, ...]] = field(default_factory=dict)
+    own_metadata: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,7 +268,7 @@ def _telling(seen: ObservedNamespace | None) -> object:
 def _of_device(seen: ObservedNamespace, name: str) -> object:
     addresses = tuple(one for one in seen.addresses if one.device == name)
     trials = tuple(one for one in seen.trials if one.device == name)
-    return seen.devices.get(name), addresses, trials
+    return seen.devices.get(name), addresses, trials, seen.ports.get(name, ())
 
 
 def _widest(one: frozenset[str] | None, other: frozenset[str] | None) -> frozenset[str] | None:
@@ -286,4 +300,7 @@ def _merge_root(before: ObservedHost, part: ObservedHost) -> ObservedNamespace:
         sockets=new.sockets,
         trials=tuple(t for t in old.trials if t.device not in asked) + new.trials,
         problem=new.problem,
+        ports={name: them for name, them in old.ports.items() if name not in asked}
+        | dict(new.ports),
+        own_metadata=new.own_metadata,
     )

@@ -37,6 +37,7 @@ from imdsproxy.core.hostops import (
 from imdsproxy.core.hoststate import Family, NamespaceRef, ObservedHost, ObservedNamespace
 from imdsproxy.core.leftovers import ManagedPlace, plan_sweep
 from imdsproxy.core.model import (
+    METADATA_IPV4,
     BridgeListener,
     InterfaceListener,
     Listener,
@@ -222,11 +223,25 @@ def _plan_interface(
     refused = _check_device(network, root, device, "")
     if refused is not None:
         return refused
+    on_device = {one.address for one in root.addresses if one.device == device}
+    if root.own_metadata and METADATA_IPV4 not in on_device:
+        return _left_out_for_the_host(network, device, root.own_metadata)
     part = Part(ops=tuple(want_addresses(network, None, root, device, naming)))
     seen = replace(root, addresses=tuple(a for a in root.addresses if a.device == device))
     for family in Family:
         part += listen(network, seen, family, device=device, managed=True)
     return part
+
+
+def _left_out_for_the_host(network: NetworkId, device: str, sign: str) -> Part:
+    return leave_out(
+        network,
+        LeftOutCode.HOST_METADATA,
+        f"with {METADATA_IPV4} on {device} this host would not reach metadata of its own any more, "
+        f"and it seems to have some: {sign}",
+        f"if {device} is a bridge, name it as a bridge (--bridge {device}): that leaves the host alone; "
+        f"if the host needs none: ip address add {METADATA_IPV4}/32 dev {device}",
+    )
 
 
 def _check_device(

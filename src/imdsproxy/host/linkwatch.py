@@ -47,12 +47,14 @@ class LinkChange:
     Attributes:
         nsid: The id of the namespace; `None` for the host's own.
         device: Name of the device; empty when it is gone or unknown.
+        master: Index of the bridge that it is a port of; 0 for none, and `None` where that was not told.
         overflow: Events were lost: everything may have changed.
     """
 
     nsid: int | None
     device: str
     overflow: bool = False
+    master: int | None = None
 
 
 class LinkWatch:
@@ -121,8 +123,8 @@ class LinkWatch:
                 self._changes.put_nowait(LinkChange(None, "", overflow=True))
                 continue
             nsid = _nsid_of(ancillary)
-            for device in _devices(data, local=nsid is None):
-                self._changes.put_nowait(LinkChange(nsid, device))
+            for device, master in _devices(data, local=nsid is None):
+                self._changes.put_nowait(LinkChange(nsid, device, master=master))
 
 
 def _nsid_of(ancillary: list[tuple[int, int, bytes]]) -> int | None:
@@ -133,12 +135,14 @@ def _nsid_of(ancillary: list[tuple[int, int, bytes]]) -> int | None:
     return None
 
 
-def _devices(data: bytes, *, local: bool) -> Iterator[str]:
+def _devices(data: bytes, *, local: bool) -> Iterator[tuple[str, int | None]]:
     for kind, _, _, payload in iter_messages(data):
         if kind in (RTM_NEWLINK, RTM_DELLINK):
-            yield parse_link(payload).name
+            link = parse_link(payload)
+            # A port that leaves its bridge is told as one that is deleted, by family AF_BRIDGE.
+            yield link.name, link.master if kind == RTM_NEWLINK else 0
         elif kind in (RTM_NEWADDR, RTM_DELADDR) and parse_address(payload, {}) is not None:
-            yield _name_of(address_index(payload)) if local else ""
+            yield (_name_of(address_index(payload)) if local else ""), None
 
 
 def _name_of(index: int) -> str:

@@ -15,7 +15,13 @@ from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address
 from typing import Final
 
-from imdsproxy.core.hoststate import AddressState, Family, ObservedAddress, ObservedDevice
+from imdsproxy.core.hoststate import (
+    AddressState,
+    BridgePort,
+    Family,
+    ObservedAddress,
+    ObservedDevice,
+)
 from imdsproxy.core.model import METADATA_IPV4, METADATA_IPV6, IpAddress, MacAddress
 from imdsproxy.host.nlmessages import (
     CREATE,
@@ -41,6 +47,7 @@ __all__ = [
     "add_default_route",
     "address_index",
     "assign_nsid",
+    "bridge_ports",
     "create_veth",
     "default_routes",
     "delete_link",
@@ -163,6 +170,17 @@ def list_links(channel: NetlinkSocket) -> list[ObservedDevice]:
     """Every device, in the order of their indexes."""
     question = _IFINFO.pack(0, 0, 0, 0, 0) + integer(_IFLA_EXT_MASK, _SKIP_STATISTICS)
     return [parse_link(one.payload) for one in channel.dump(RTM_GETLINK, question)]
+
+
+def bridge_ports(channel: NetlinkSocket, index: int) -> tuple[BridgePort, ...]:
+    """The ports of the bridge of an index, in the order of their names."""
+    question = (
+        _IFINFO.pack(0, 0, 0, 0, 0)
+        + integer(_IFLA_EXT_MASK, _SKIP_STATISTICS)
+        + integer(_IFLA_MASTER, index)
+    )
+    found = (parse_link(one.payload) for one in channel.dump(RTM_GETLINK, question))
+    return tuple(sorted(BridgePort(one.name, one.kind) for one in found if one.master == index))
 
 
 def find_link(channel: NetlinkSocket, name: str) -> ObservedDevice | None:

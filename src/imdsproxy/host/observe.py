@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TypeAlias, assert_never
 
 from imdsproxy.core.endpoints import LOOPBACK
@@ -16,6 +17,7 @@ from imdsproxy.core.hostnames import Naming
 from imdsproxy.core.hoststate import (
     AddressState,
     BindTrial,
+    BridgePort,
     Family,
     ListeningSocket,
     NamespaceRef,
@@ -32,8 +34,10 @@ from imdsproxy.core.model import (
     Network,
 )
 from imdsproxy.errors import DataplaneError
+from imdsproxy.host.cloud import DMI, own_metadata
 from imdsproxy.host.namespaces import NamespaceThread
 from imdsproxy.host.netlink import (
+    bridge_ports,
     default_routes,
     find_link,
     find_link_by_index,
@@ -61,6 +65,7 @@ class _Interest:
 
     namespaces: dict[str, set[str | None]] = field(default_factory=dict)
     interfaces: set[str] = field(default_factory=set)
+    bridges: set[str] = field(default_factory=set)
     root_devices: set[str] = field(default_factory=set)
 
 
@@ -71,11 +76,18 @@ class HostObserver:
         thread: Where namespaces are entered.
         naming: How our own objects are named.
         owners: Finds who holds a socket; handed in by tests.
+        dmi: Where the kernel tells SMBIOS.
     """
 
     def __init__(
-        self, thread: NamespaceThread, naming: Naming, owners: SocketOwners | None = None
+        self,
+        thread: NamespaceThread,
+        naming: Naming,
+        owners: SocketOwners | None = None,
+        *,
+        dmi: Path = DMI,
     ) -> None:
+        self._dmi = dmi
         self._thread = thread
         self._naming = naming
         self._owners = owners or SocketOwners()
@@ -217,6 +229,8 @@ class HostObserver:
                 else:
                     devices = _some_devices(channel, interest.root_devices)
                     addresses = tuple(_addresses_on(channel, devices))
+                ports = _ports(channel, devices, interest.bridges)
+                own = own_metadata(channel, self._dmi)
             names = {one.index: one.name for one in devices.values()}
             with NetlinkSocket(SOCK_DIAG) as channel:
                 sockets = listening_sockets(channel, names) if interest.interfaces else []
@@ -229,6 +243,8 @@ class HostObserver:
             addresses=addresses,
             sockets=tuple(sockets),
             trials=tuple(_trials(wanted, addresses, devices)),
+            ports=ports,
+            own_metadata=own,
         )
 
 
@@ -268,6 +284,7 @@ def _interest(networks: Iterable[Network], naming: Naming) -> _Interest:
             name = naming.namespace(network.id)
             found.namespaces.setdefault(name, set()).add(naming.inner_device)
             found.root_devices.update((listener.bridge, naming.link(network.id)))
+            found.bridges.add(listener.bridge)
         else:
             assert_never(listener)
     return found
@@ -310,6 +327,13 @@ def _addresses_on(
         except NetlinkRefused as error:
             if error.errno != errno.ENODEV:  # it has gone since it was looked for
                 raise
+
+
+def _ports(
+    channel: NetlinkSocket, devices: dict[str, ObservedDevice], bridges: Iterable[str]
+) -> dict[str, tuple[BridgePort, ...]]:
+    there = (devices[name] for name in sorted(bridges) if name in devices)
+    return {one.name: bridge_ports(channel, one.index) for one in there}
 
 
 def _trials(

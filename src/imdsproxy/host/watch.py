@@ -260,11 +260,24 @@ class HostWatch:
 
     def _concerned(self, change: LinkChange) -> frozenset[NetworkId]:
         if change.nsid is None:
-            return frozenset(self._places.devices.get(change.device, ()))
+            return frozenset(self._places.devices.get(change.device, ())) | self._plugged(change)
         ref = self._nsids.get(change.nsid)
         if ref is None:
             return frozenset()
         return frozenset(self._places.namespaces.get(ref.name, ()))
+
+    def _plugged(self, change: LinkChange) -> frozenset[NetworkId]:
+        """The networks of a bridge that a device became a port of, or is a port of no longer."""
+        if change.master is None:
+            return frozenset()
+        root = self._observed.root
+        concerned: set[NetworkId] = set()
+        for bridge, ports in root.ports.items():
+            device = root.devices.get(bridge)
+            is_port = device is not None and device.index == change.master
+            if is_port is not any(one.name == change.device for one in ports):
+                concerned |= self._places.devices.get(bridge, set())
+        return frozenset(concerned)
 
     async def _give_ids(self) -> None:
         """Give an id to each namespace that is listened in, so that its events are heard."""

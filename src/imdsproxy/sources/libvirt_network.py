@@ -11,8 +11,7 @@ from ipaddress import IPv4Interface, IPv6Interface, ip_interface
 from typing import TYPE_CHECKING, Final, TypeAlias
 from xml.etree.ElementTree import Element
 
-from imdsproxy.core.bridge_reach import listener_of_bridge
-from imdsproxy.core.model import InterfaceListener, Network
+from imdsproxy.core.model import Network
 from imdsproxy.core.records import Refused, parse_network
 from imdsproxy.sources.libvirt_domain import parse_xml
 
@@ -107,10 +106,7 @@ def describe_network(network: LibvirtNetwork, identity: str) -> Network | Refuse
         network: `made_by_libvirt`.
         identity: The record's id.
     """
-    bridge = network.bridge or ""
-    listener = listener_of_bridge(bridge, [each.ip for each in network.addresses])
-    kind = "interface" if isinstance(listener, InterfaceListener) else "bridge"
-    record: dict[str, Json] = {"id": identity, "listener": {kind: bridge}}
+    record: dict[str, Json] = {"id": identity, "listener": {"bridge": network.bridge or ""}}
     if identity != network.name:
         record["name"] = network.name
     if network.mtu is not None:

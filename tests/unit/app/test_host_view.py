@@ -15,6 +15,7 @@ from imdsproxy.core.model import METADATA_IPV4, NetworkId
 from imdsproxy.errors import HostRefused
 from imdsproxy.host.apply import HostApplier, OpOutcome, OpResult
 from imdsproxy.host.arpguard import ArpGuard
+from imdsproxy.host.diversions import Diverter
 from imdsproxy.host.namespaces import NamespaceThread
 from imdsproxy.host.observe import HostObserver
 
@@ -46,6 +47,7 @@ def _host(tmp_path: Path, applier: _Applier) -> SystemHost:
         tmp_path,
         tmp_path / "managed.json",
         ArpGuard("imdst"),
+        Diverter("imdst"),
     )
 
 

@@ -13,6 +13,7 @@ from imdsproxy.app.exporter_port import ExporterPort
 from imdsproxy.app.listener_loop import ListenerLoop, SpecSettings
 from imdsproxy.app.unix_listener import UnixListener
 from imdsproxy.config.unix_listener import UnixListenerSettings
+from imdsproxy.core.diversion import Diversion
 from imdsproxy.core.endpoints import LeftOutCode
 from imdsproxy.core.haproxy.model import Limits
 from imdsproxy.core.hostnames import Naming
@@ -53,6 +54,7 @@ class FakeHost:
     refusal: str = ""
     done: list[HostOp] = field(default_factory=list)
     answering: frozenset[str] | None = None
+    diverted: list[tuple[Diversion, ...]] = field(default_factory=list)
     unguarded: str = ""
 
     def make(self, name: str, inode: int) -> None:
@@ -90,6 +92,9 @@ class FakeHost:
         self.answering = devices
         if self.unguarded:
             raise HostRefused(self.unguarded)
+
+    async def apply_diversions(self, diversions: tuple[Diversion, ...]) -> None:
+        self.diverted.append(diversions)
 
     def apply_links(self, links: Mapping[str, str]) -> None:
         self.links = dict(links)

@@ -3,25 +3,19 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Iterator
-from ipaddress import ip_address
 from pathlib import Path
 
 import pytest
 
 from imdsproxy.cli.main import main
 from imdsproxy.core.model import (
-    BridgeListener,
     Instance,
     InstanceId,
-    InterfaceListener,
     Network,
     NetworkId,
 )
 from imdsproxy.errors import SourceUnavailable
-from imdsproxy.host.device_addresses import device_addresses
 from imdsproxy.sources.libvirt_known import NetworkXml
 from imdsproxy.sources.libvirt_metadata import METADATA_URI
 from support.admin_server import AdminServer, admin_server
@@ -65,12 +59,6 @@ def cli(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Iterator[Cli]:
         yield Cli(server, capsys)
 
 
-def has_addresses(monkeypatch: pytest.MonkeyPatch, *addresses: str) -> None:
-    """The host has these on every device."""
-    found = tuple(map(ip_address, addresses))
-    monkeypatch.setattr("imdsproxy.host.device_addresses.device_addresses", lambda _device: found)
-
-
 # Networks
 
 
@@ -82,59 +70,6 @@ def test_a_network_without_an_id_is_named_by_what_it_is_reached_through(
 ) -> None:
     assert cli("network", "add", flag, name) == (0, f"done: network {name} added\n")
     assert cli.network(name).id == name
-
-
-def test_a_bridge_with_an_ipv4_address_of_the_hosts_is_reached_as_an_interface(
-    cli: Cli, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    has_addresses(monkeypatch, "fe80::1", "192.168.122.1", "169.254.169.254")
-    status, said = cli("network", "add", "--bridge", "virbr0")
-    assert status == 0
-    assert "as an interface: this host has 192.168.122.1 on virbr0" in said
-    assert cli.network("virbr0").listener == InterfaceListener("virbr0")
-
-
-def test_a_bridge_without_one_is_reached_from_a_namespace(
-    cli: Cli, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    has_addresses(monkeypatch, "fe80::1", "169.254.169.254")
-    assert cli("network", "add", "lan", "--bridge", "br0")[0] == 0
-    assert cli.network("lan").listener == BridgeListener("br0")
-
-
-def test_a_network_that_is_set_to_a_bridge_is_reached_in_the_same_way(
-    cli: Cli, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    cli("network", "add", "lan", "--namespace", "net-a")
-    has_addresses(monkeypatch, "192.168.122.1")
-    assert cli("network", "set", "lan", "--bridge", "virbr0")[0] == 0
-    assert cli.network("lan").listener == InterfaceListener("virbr0")
-    has_addresses(monkeypatch)
-    assert cli("network", "set", "lan", "--bridge", "br0")[0] == 0
-    assert cli.network("lan").listener == BridgeListener("br0")
-
-
-@pytest.mark.root
-def test_the_hosts_addresses_are_those_of_the_device() -> None:
-    """In a namespace of the test's own."""
-    code = (
-        "from imdsproxy.host.device_addresses import device_addresses as a;"
-        "print(*map(str, a('imdst0'))); print(a('imdst1')); print(a('nothing'))"
-    )
-    made = (
-        "ip link add imdst0 type bridge && ip link add imdst1 type bridge && "
-        "sysctl -qw net.ipv6.conf.all.accept_dad=0 && "
-        "ip addr add 10.1.0.1/24 dev imdst0 && ip addr add 2001:db8::1/64 dev imdst0 && "
-        'exec "$0" -c "$1"'
-    )
-    ran = subprocess.run(
-        ["/usr/bin/unshare", "--net", "sh", "-c", made, sys.executable, code],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert ran.stdout == "10.1.0.1 2001:db8::1\n()\n()\n", ran.stderr
-    assert device_addresses("imdst-no-such") == ()
 
 
 # Instances

@@ -27,10 +27,13 @@ VIRBR0 = InterfaceListener("virbr0")
             id="no-subnet",
         ),
         pytest.param(
-            network(BridgeListener("br0")), True, OnLink("br0", GATEWAY), id="bridge-with-gateway"
+            network(BridgeListener("br0")), False, NoRoute("br0"), id="bridge-with-gateway"
         ),
         pytest.param(
-            network(BridgeListener("br0"), gateway=None), True, OnLink("br0", None), id="isolated"
+            network(BridgeListener("br0"), gateway=None),
+            True,
+            OnLink("br0", None, any_gateway=True),
+            id="isolated",
         ),
         pytest.param(
             network(NamespaceListener("qdhcp-1")), True, SomebodyElses("qdhcp-1"), id="namespace"

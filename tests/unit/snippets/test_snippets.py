@@ -64,9 +64,15 @@ def test_every_port_has_its_card_and_every_network_its_route(target: Target) -> 
 
 @every_target
 def test_a_route_is_printed_where_no_gateway_leads_there(target: Target) -> None:
-    needed = text_of(render_snippet(guest(), target, Dialect.OPENSTACK), "route")
+    foreign = nic(network(InterfaceListener("eno1")))
+    needed = text_of(render_snippet(guest(foreign), target, Dialect.OPENSTACK), "route")
     assert "169.254.169.254/32,0.0.0.0,0.0.0.0/0,10.0.0.1" in needed
+    isolated = nic(network(gateway=None))
+    needed = text_of(render_snippet(guest(isolated), target, Dialect.OPENSTACK), "route")
+    assert "169.254.169.254/32,0.0.0.0" in needed
 
+    # What is for a gateway is led off its way on a bridge.
+    assert text_of(render_snippet(guest(), target, Dialect.OPENSTACK), "route") == ""
     host = nic(network(InterfaceListener("virbr0")), here=True)
     assert text_of(render_snippet(guest(host), target, Dialect.OPENSTACK), "route") == ""
     theirs = replace(nic(network(NamespaceListener("qdhcp-1"))), bridge=None)

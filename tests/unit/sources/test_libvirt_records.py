@@ -6,12 +6,10 @@ from ipaddress import ip_address, ip_network
 
 import pytest
 
-from imdsproxy.core.bridge_reach import listener_of_bridge
 from imdsproxy.core.model import (
     BridgeListener,
     Dialect,
     Instance,
-    InterfaceListener,
     Network,
     NetworkId,
     SshKey,
@@ -92,28 +90,12 @@ def the_problem(found: LibvirtKnown) -> Problem:
     return problem
 
 
-@pytest.mark.parametrize(
-    ("addresses", "listener"),
-    [
-        ([], BridgeListener("br0")),
-        (["fd00::1", "fe80::1"], BridgeListener("br0")),
-        (["192.168.122.1"], InterfaceListener("br0")),
-        (["fe80::1", "192.168.122.1"], InterfaceListener("br0")),
-        (["169.254.169.254"], BridgeListener("br0")),
-    ],
-)
-def test_the_host_answers_itself_on_a_bridge_where_it_has_an_ipv4_address_of_its_own(
-    addresses: list[str], listener: object
-) -> None:
-    assert listener_of_bridge("br0", map(ip_address, addresses)) == listener
-
-
 def test_a_nat_network_is_reached_by_its_bridge_and_told_as_libvirts_dhcp_tells_it() -> None:
     (network,) = known().networks.values()
     gateway4, gateway6 = ip_address("192.168.122.1"), ip_address("fd00:122::1")
     assert network == Network(
         NetworkId("default"),
-        InterfaceListener("virbr0"),
+        BridgeListener("virbr0"),
         mtu=1400,
         subnets=(
             Subnet(ip_network("192.168.122.0/24"), gateway4, (gateway4,)),
@@ -132,7 +114,7 @@ def test_an_isolated_network_with_a_host_address_has_no_gateway() -> None:
         "</network>", "<dns enable='no'/><ip address='10.1.0.1' prefix='24'/></network>"
     )
     (network,) = known(networks=[text]).networks.values()
-    assert network.listener == InterfaceListener("virbr1")
+    assert network.listener == BridgeListener("virbr1")
     assert network.subnets == (Subnet(ip_network("10.1.0.0/24")),)
 
 

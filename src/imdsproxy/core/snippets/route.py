@@ -21,7 +21,7 @@ __all__ = ["NoRoute", "OnLink", "Route", "SomebodyElses", "plan_route"]
 
 @dataclass(frozen=True, slots=True)
 class NoRoute:
-    """None is needed: the guests' default route leads to the host, which answers itself."""
+    """None is needed: what guests send to their gateway is answered on the device."""
 
     device: str
 
@@ -33,12 +33,14 @@ class OnLink:
     Attributes:
         gateway: The guests' own default gateway: who is given option 121 no longer looks at option 3
             (RFC 3442), so it has to be in there too. `None` where there is none.
-        gateway_unknown: The network's record names no subnet.
+        gateway_unknown: The network's record names no subnet. With a gateway, perhaps nothing is needed.
+        any_gateway: It need not be this host.
     """
 
     device: str
     gateway: IPv4Address | None
     gateway_unknown: bool = False
+    any_gateway: bool = False
 
     @property
     def classless_routes(self) -> str:
@@ -77,7 +79,10 @@ def plan_route(network: Network, host_has: Callable[[IpAddress], bool]) -> Route
                 return NoRoute(device)
             return OnLink(device, via, gateway_unknown=subnet is None)
         case BridgeListener(bridge):
-            return OnLink(bridge, via, gateway_unknown=subnet is None)
+            if via is not None:
+                # `core.diversion` leads there what is for the gateway, whoever that is.
+                return NoRoute(bridge)
+            return OnLink(bridge, None, gateway_unknown=subnet is None, any_gateway=True)
         case NamespaceListener(namespace):
             return SomebodyElses(namespace)
     assert_never(network.listener)

@@ -96,16 +96,19 @@ def route_part(nic: Nic, option: str | None, where: str) -> Part:
         case NoRoute(device):
             return Part(
                 "route",
-                f"Network {nic.network}: no route is needed; the guests' gateway is this host, which "
-                f"answers on {device}.",
+                f"Network {nic.network}: no route is needed; what guests send to their gateway for "
+                f"169.254.169.254 is answered on {device}.",
             )
-        case OnLink(device=device, gateway_unknown=unknown):
+        case OnLink(device=device, gateway_unknown=unknown, any_gateway=any_gateway):
             text = (
                 f"Network {nic.network}: no gateway leads there, {device} itself answers. {where}"
             )
             if unknown:
+                which = (
+                    "guests have a gateway" if any_gateway else "the guests' gateway is this host"
+                )
                 text = (
-                    f"Network {nic.network}: nothing, if the guests' gateway is this host; its record names "
+                    f"Network {nic.network}: nothing, if {which}; its record names "
                     f"no subnet. Else {device} itself answers. {where} If guests have a gateway, add "
                     "0.0.0.0/0,GATEWAY: with option 121 they look at no other."
                 )

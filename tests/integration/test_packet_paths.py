@@ -1,0 +1,343 @@
+"""How a guest's packet for 169.254.169.254 arrives, on each kind of network that a hypervisor has.
+
+Guests are namespaces, with real DHCP clients, whose only settings are those that a real DHCP server gave them.
+"""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+import pytest
+
+from support.daemon import Daemon
+from support.guest import inside
+from support.lab import Lab, batch, ip, run, until, within
+from support.vm.networks import VmHost
+
+pytestmark = [pytest.mark.root, pytest.mark.timeout(120)]
+
+_SUBNET: Final = "192.168.122"
+_MAC: Final = "52:54:00:00:00:{:02x}"
+_ON_LINK: Final = "--dhcp-option=121,169.254.169.254/32,0.0.0.0"
+_CLAIM: Final = ("busybox", "arping", "-U", "-c", "3", "-I", "eth0", "169.254.169.254")
+_EVERYTHING: Final = 3  # ETH_P_ALL
+_CLOUD: Final = "the host's own cloud"
+
+_SCRIPT: Final = """#!/bin/sh
+# Does with a lease what Debian's own script does, for a namespace.
+case $1 in
+bound | renew)
+    ip -4 address flush dev "$interface"
+    ip address add "$ip/$mask" dev "$interface"
+    if [ -n "$staticroutes" ]; then
+        set -- $staticroutes
+        while [ $# -ge 2 ]; do
+            case $2 in
+            0.0.0.0) ip route replace "$1" dev "$interface" ;;
+            *) ip route replace "$1" via "$2" dev "$interface" ;;
+            esac
+            shift 2
+        done
+    else
+        for gateway in $router; do ip route replace default via "$gateway" dev "$interface"; done
+    fi
+    ;;
+esac
+"""
+
+
+@pytest.fixture
+def host(tmp_path: Path) -> Iterator[VmHost]:
+    lab = Lab()
+    made = VmHost(lab, tmp_path)
+    try:
+        yield made
+    finally:
+        made.close()
+        lab.close()
+
+
+@pytest.fixture
+def daemon(host: VmHost) -> Iterator[Daemon]:
+    made = Daemon(host.lab)
+    try:
+        yield made.start()
+    finally:
+        made.close()
+
+
+def _lease(host: VmHost, guest: str) -> str:
+    """Have a guest ask for its address by DHCP; the address."""
+    script = host.directory / "udhcpc.sh"
+    script.write_text(_SCRIPT)
+    script.chmod(0o755)
+    words = ("udhcpc", "-i", "eth0", "-n", "-q", "-f", "-t", "10", "-T", "1", "-O", "staticroutes")
+    run(*within(guest), *words, "-s", str(script))
+    (line,) = [one for one in ip("-n", guest, "-br", "-4", "address").splitlines() if "eth0" in one]
+    return line.split()[2].partition("/")[0]
+
+
+def _ask(guest: str, url: str = "http://169.254.169.254/latest/meta-data/hostname") -> str:
+    """What curl(1) gets in a guest; its exit status in place of an answer."""
+    done = subprocess.run(
+        (*within(guest), "/usr/bin/curl", "--silent", "--max-time", "8", url),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return done.stdout if done.returncode == 0 else f"curl {done.returncode}"
+
+
+def _add(daemon: Daemon, network: str, *reach: str) -> None:
+    _told(daemon, "network", "add", network, *reach)
+
+
+def _know(daemon: Daemon, name: str, network: str, address: str, mac: str) -> None:
+    words = ("--network", network, "--mac", mac, "--address", address, "--hostname", name)
+    _told(daemon, "instance", "add", name, *words)
+
+
+def _told(daemon: Daemon, *words: str) -> None:
+    done = daemon.command(*words)
+    assert done.status == 0, done.err
+
+
+def _guest(host: VmHost, daemon: Daemon, bridge: str, network: str, number: int) -> str:
+    """A guest with a lease, and its record; its namespace."""
+    mac = _MAC.format(number)
+    name = f"{network}{number}"
+    guest = host.guest_port(bridge, name, mac)
+    _know(daemon, name, network, _lease(host, guest), mac)
+    return guest
+
+
+def _tap(device: str) -> socket.socket:
+    """Hears every frame of a device."""
+    # One for a protocol would hear nothing: the bridge takes the frames before it.
+    made = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(_EVERYTHING))
+    made.bind((device, _EVERYTHING))
+    made.setblocking(False)
+    return made
+
+
+def _asked(tap: socket.socket) -> list[bytes]:
+    """The frames to the metadata address that it has heard."""
+    frames = []
+    while True:
+        try:
+            frames.append(tap.recv(2000))
+        except BlockingIOError:
+            return [one for one in frames if one[30:34] == bytes((169, 254, 169, 254))]
+
+
+def _lan(host: VmHost, bridge: str, *options: str, subnet: str = _SUBNET) -> None:
+    """A bridge with a router of somebody else's on it, which is gateway and DHCP server."""
+    router = host.lab.namespace(f"{bridge}-router")
+    batch(
+        host.lab.host,
+        [
+            f"link add {bridge} type bridge stp_state 0 forward_delay 0",
+            f"link set {bridge} up",
+            f"link add {bridge}-up up master {bridge} type veth peer name eth0 netns {router}",
+        ],
+    )
+    batch(router, ["link set eth0 up", f"address add {subnet}.1/24 dev eth0"])
+    host.serve_dhcp(router, "eth0", subnet, *options)
+
+
+@pytest.mark.parametrize("reach", ["--interface", "--bridge"])
+def test_on_a_nat_network_of_libvirts_the_host_is_the_gateway(
+    host: VmHost, daemon: Daemon, reach: str
+) -> None:
+    host.nat_network("virbr0")
+    _add(daemon, "nat", reach, "virbr0")
+    guest = _guest(host, daemon, "virbr0", "nat", 1)
+    assert "169.254" not in ip("-n", guest, "route")
+    assert _ask(guest) == "nat1"
+
+
+def test_a_firewall_of_the_hosts_keeps_no_guest_of_a_bridge_out(
+    host: VmHost, daemon: Daemon
+) -> None:
+    """As firewalld's zone `libvirt` does, which lets guests have DHCP and DNS of the host and nothing else."""
+    host.nat_network("virbr0")
+    rules = "table inet wall { chain in { type filter hook input priority 0; policy drop; udp dport 67 accept; }; }"
+    run(*within(host.lab.host), "nft", rules)
+    _add(daemon, "nat", "--bridge", "virbr0")
+    guest = _guest(host, daemon, "virbr0", "nat", 1)
+    assert _ask(guest) == "nat1"
+
+
+def test_on_an_isolated_bridge_dhcp_tells_the_route(host: VmHost, daemon: Daemon) -> None:
+    host.isolated_network("iso0", _SUBNET, _ON_LINK)
+    _add(daemon, "isolated", "--bridge", "iso0")
+    guest = _guest(host, daemon, "iso0", "isolated", 2)
+    assert ip("-n", guest, "route", "show", "default") == ""
+    assert _ask(guest) == "isolated2"
+
+
+def test_behind_a_foreign_gateway_a_guest_needs_no_route(host: VmHost, daemon: Daemon) -> None:
+    _lan(host, "br0")
+    _add(daemon, "lan", "--bridge", "br0")
+    guest = _guest(host, daemon, "br0", "lan", 3)
+    assert ip("-n", guest, "route", "show", "169.254.169.254") == ""
+    assert _ask(guest) == "lan3"
+    # What is not for the metadata service goes its way.
+    assert "1 packets received" in run(
+        *within(guest), "busybox", "ping", "-c", "1", "-W", "3", f"{_SUBNET}.1"
+    )
+
+
+def test_two_hosts_on_one_lan_each_answer_their_own_guests(host: VmHost, daemon: Daemon) -> None:
+    """Both have the address on the link; what a guest asks never leaves its host."""
+    _lan(host, "br0")
+    _add(daemon, "lan", "--bridge", "br0")
+    other = Lab()
+    others = Daemon(other)
+    try:
+        batch(
+            other.host,
+            ["link add br0 type bridge stp_state 0 forward_delay 0", "link set br0 up"],
+        )
+        ip(
+            *("-n", host.lab.host, "link", "add", "trunk", "up", "master", "br0", "type", "veth"),
+            *("peer", "name", "trunk", "netns", other.host),
+        )
+        ip("-n", other.host, "link", "set", "trunk", "up", "master", "br0")
+        others.start()
+        _add(others, "lan", "--bridge", "br0")
+        there = VmHost(other, host.directory)
+        mine = host.guest_port("br0", "mine", _MAC.format(4))
+        theirs = there.guest_port("br0", "theirs", _MAC.format(5))
+        _know(daemon, "mine", "lan", _lease(host, mine), _MAC.format(4))
+        _know(others, "theirs", "lan", _lease(host, theirs), _MAC.format(5))
+        with inside(other.host, lambda: _tap("trunk")) as trunk:
+            for _ in range(3):
+                # As before the bridges have met anybody: a frame for a MAC that they do not know goes everywhere.
+                for place in (host.lab.host, other.host):
+                    ip("-n", place, "link", "set", "br0", "type", "bridge", "fdb_flush")
+                for guest in (mine, theirs):
+                    ip("-n", guest, "neigh", "flush", "dev", "eth0")
+                assert (_ask(mine), _ask(theirs)) == ("mine", "theirs")
+            assert _asked(trunk) == []
+    finally:
+        others.close()
+        other.close()
+
+
+def test_a_guest_cannot_be_the_metadata_service_of_its_neighbours(
+    host: VmHost, daemon: Daemon
+) -> None:
+    _lan(host, "br0", _ON_LINK)
+    _add(daemon, "lan", "--bridge", "br0")
+    victim = _guest(host, daemon, "br0", "lan", 6)
+    impostor = host.guest_port("br0", "impostor", _MAC.format(7))
+    _lease(host, impostor)
+    ip("-n", impostor, "address", "add", "169.254.169.254/32", "dev", "eth0")
+    ip("-n", victim, "neigh", "flush", "dev", "eth0")
+    assert _ask(victim) == "lan6"
+    run(*within(impostor), *_CLAIM)
+    assert _ask(victim) == "lan6"
+    address = next(one for one in ip("-n", victim, "-br", "-4", "address").split() if "/24" in one)
+    heard = inside(victim, lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
+    told = inside(impostor, lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
+    with heard, told:
+        heard.bind(("", 7))
+        heard.settimeout(5)
+        told.bind(("169.254.169.254", 7))
+        told.sendto(b"a lie", (address.partition("/")[0], 7))
+        told.close()
+        own = next(
+            one for one in ip("-n", impostor, "-br", "-4", "address").split() if "/24" in one
+        )
+        honest = inside(impostor, lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
+        with honest:
+            honest.bind((own.partition("/")[0], 7))
+            honest.sendto(b"the truth", (address.partition("/")[0], 7))
+        assert heard.recv(100) == b"the truth"
+
+
+def test_a_guest_that_is_plugged_in_later_is_led_there_and_one_that_moves_is_not_led_back(
+    host: VmHost, daemon: Daemon
+) -> None:
+    _lan(host, "br0")
+    _lan(host, "br1", subnet="192.168.123")
+    _add(daemon, "lan", "--bridge", "br0")
+    _add(daemon, "other", "--bridge", "br1")
+    guest = _guest(host, daemon, "br0", "lan", 8)
+    assert _ask(guest) == "lan8"
+    ip("-n", host.lab.host, "link", "set", "g-lan8", "master", "br1")
+    _know(daemon, "moved", "other", _lease(host, guest), _MAC.format(8))
+    until(lambda: _ask(guest) == "moved", what="the answer of its new network")
+
+
+def test_a_host_that_is_a_cloud_s_guest_keeps_its_own_metadata(
+    host: VmHost, daemon: Daemon
+) -> None:
+    cloud = host.lab.namespace("cloud")
+    ip(
+        *("-n", host.lab.host, "link", "add", "eth0", "up", "type", "veth"),
+        *("peer", "name", "eth0", "netns", cloud),
+    )
+    batch(
+        cloud,
+        [
+            "link set eth0 up",
+            "address add 10.9.0.1/24 dev eth0",
+            "address add 169.254.169.254/32 dev eth0",
+        ],
+    )
+    batch(
+        host.lab.host,
+        [
+            "address add 10.9.0.5/24 dev eth0",
+            "route add default via 10.9.0.1",
+            # As clouds tell it by DHCP.
+            "route add 169.254.169.254 via 10.9.0.1",
+        ],
+    )
+    service = subprocess.Popen(
+        (*within(cloud), "/usr/bin/python3", "-c", _SERVICE, _CLOUD),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        until(lambda: _ask(host.lab.host) == _CLOUD, what="the cloud's service")
+        host.nat_network("virbr0")
+        _add(daemon, "nat", "--interface", "virbr0")
+        left = daemon.left_out()["nat"]
+        assert (left["code"], "--bridge virbr0" in left["hint"]) == ("host-metadata", True)
+        assert _ask(host.lab.host) == _CLOUD
+        _told(daemon, "network", "set", "nat", "--bridge", "virbr0")
+        guest = _guest(host, daemon, "virbr0", "nat", 10)
+        assert _ask(guest) == "nat10"
+        assert _ask(host.lab.host) == _CLOUD
+    finally:
+        service.kill()
+        service.wait()
+
+
+_SERVICE: Final = """
+import http.server, sys
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(sys.argv[1].encode())
+http.server.ThreadingHTTPServer(("169.254.169.254", 80), Handler).serve_forever()
+"""
+
+
+def test_what_leads_guests_there_goes_with_the_network(host: VmHost, daemon: Daemon) -> None:
+    _lan(host, "br0")
+    _add(daemon, "lan", "--bridge", "br0")
+    tables = ("nft", "list", "tables", "bridge")
+    assert host.lab.prefix in run(*within(host.lab.host), *tables)
+    _told(daemon, "network", "remove", "lan")
+    until(lambda: run(*within(host.lab.host), *tables) == "", what="the table's end")
+    assert inside(host.lab.host, lambda: Path("/proc/net/dev").exists())
