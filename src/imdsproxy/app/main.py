@@ -12,6 +12,7 @@ from imdsproxy.app.settings_reload import SettingsHolder
 from imdsproxy.config.schema import Settings
 from imdsproxy.errors import ImdsproxyError
 from imdsproxy.host.clock import SystemClock
+from imdsproxy.host.descriptors import raise_descriptor_limit
 from imdsproxy.host.logs import open_logging
 from imdsproxy.host.notify import ServiceNotifier
 
@@ -32,6 +33,7 @@ def run(
         ImdsproxyError: It cannot start; says who must act.
     """
     clock = SystemClock()
+    raise_descriptor_limit()
 
     def load_and_log() -> Settings:
         settings = load()

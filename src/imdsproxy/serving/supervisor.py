@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import os
-import resource
 import select
 import signal
 import sys
@@ -19,6 +18,7 @@ from typing import Final
 import structlog
 
 from imdsproxy.errors import HostRefused, ImdsproxyError
+from imdsproxy.host.descriptors import raise_descriptor_limit
 from imdsproxy.host.refusal import host_refused
 from imdsproxy.serving.account import Account
 from imdsproxy.serving.pidfile import PidFile
@@ -33,7 +33,6 @@ _HEALTHY_AFTER_S: Final = 5.0
 _FIRST_DELAY_S: Final = 0.1
 _LONGEST_DELAY_S: Final = 5.0
 _ATTEMPTS: Final = 3
-_DESCRIPTORS: Final = 65_536
 HANDLED_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD)
 
 
@@ -141,7 +140,7 @@ class Supervisor:
         """
         self._predecessors = set(predecessors)
         self._catch_signals()
-        _raise_descriptor_limit()
+        raise_descriptor_limit()
         gc.collect()
         gc.freeze()
         deadline = self._monotonic() + _START_WITHIN_S
@@ -371,10 +370,3 @@ def _describe(status: int) -> str:
     if os.WIFSIGNALED(status):
         return signal.Signals(os.WTERMSIG(status)).name
     return f"exit status {os.waitstatus_to_exitcode(status)}"
-
-
-def _raise_descriptor_limit() -> None:
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = _DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, _DESCRIPTORS)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
