@@ -173,7 +173,7 @@ def test_a_firewall_of_the_hosts_keeps_no_guest_of_a_bridge_out(
 
 
 def test_on_an_isolated_bridge_dhcp_tells_the_route(host: VmHost, daemon: Daemon) -> None:
-    host.isolated_network("iso0", _SUBNET, _ON_LINK)
+    host.isolated_network("iso0", options=(_ON_LINK,))
     _add(daemon, "isolated", "--bridge", "iso0")
     guest = _guest(host, daemon, "iso0", "isolated", 2)
     assert ip("-n", guest, "route", "show", "default") == ""

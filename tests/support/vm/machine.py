@@ -32,12 +32,12 @@ class VirtualMachine:
     Attributes:
         name: Of its files and its network device (`v-NAME`, 15 characters in all).
         host: The namespace where its bridge is.
-        extra: QEMU's words for what is special to it, as `imdsproxy snippet --for qemu` prints them.
+        extra: QEMU's words for what is special to it, as `imdsproxy snippet --for qemu` prints them; the network
+            card on `net0` among them.
         directory: Where its two serial logs are kept.
     """
 
     name: str
-    mac: str
     host: str
     bridge: str
     directory: Path
@@ -59,6 +59,9 @@ class VirtualMachine:
     def start(self, image: Image) -> None:
         """Plug it in and switch it on."""
         self.directory.mkdir(parents=True, exist_ok=True)
+        # What an earlier one of the name reported is not to be taken for this one's.
+        for log in (self.console, self.report):
+            log.unlink(missing_ok=True)
         ip("-n", self.host, "tuntap", "add", self.device, "mode", "tap")
         ip("-n", self.host, "link", "set", self.device, "up", "master", self.bridge)
         acceleration = image.acceleration()
@@ -68,14 +71,13 @@ class VirtualMachine:
             *("-kernel", str(image.kernel), "-append", "root=/dev/nvme0n1 ro console=ttyS0"),
             *("-drive", f"file={image.disk},format=raw,if=none,id=disk,snapshot=on"),
             *("-device", "nvme,serial=0,drive=disk"),
-            *("-netdev", f"tap,id=net,ifname={self.device},script=no,downscript=no"),
-            *("-device", f"virtio-net-pci,netdev=net,mac={self.mac},romfile="),
+            *("-netdev", f"tap,id=net0,ifname={self.device},script=no,downscript=no"),
             *("-serial", f"file:{self.console}", "-serial", f"file:{self.report}"),
             *self.extra,
         )
         errors = self.directory / f"{self.name}.qemu.log"
         with errors.open("wb") as sink:
-            # Its own session: Ctrl-C of the tests is not for it. Below everything else: it computes a lot.
+            # Its own session: Ctrl-C of the tests is not for it.
             self._process = subprocess.Popen(
                 (*within(self.host), *words),
                 stdin=subprocess.DEVNULL,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -39,8 +40,14 @@ class VmHost:
     directory: Path
     _servers: list[DhcpServer] = field(default_factory=list)
 
-    def nat_network(self, bridge: str, subnet: str = "192.168.122") -> None:
-        """A bridge on which the host is the guests' gateway, DHCP as libvirt's `default` network has it."""
+    def nat_network(
+        self, bridge: str, subnet: str = "192.168.122", options: Sequence[str] = ()
+    ) -> None:
+        """A bridge on which the host is the guests' gateway, DHCP as libvirt's `default` network has it.
+
+        Args:
+            options: More of dnsmasq's.
+        """
         batch(
             self.lab.host,
             [
@@ -49,9 +56,11 @@ class VmHost:
                 f"address add {subnet}.1/24 dev {bridge}",
             ],
         )
-        self.serve_dhcp(self.lab.host, bridge, subnet)
+        self.serve_dhcp(self.lab.host, bridge, subnet, *options)
 
-    def isolated_network(self, bridge: str, subnet: str = "192.168.122", *options: str) -> None:
+    def isolated_network(
+        self, bridge: str, subnet: str = "192.168.122", options: Sequence[str] = ()
+    ) -> None:
         """A bridge on which the host has no address; somebody else's machine on it serves DHCP, without a gateway.
 
         Args:
@@ -69,14 +78,8 @@ class VmHost:
         batch(server, ["link set eth0 up", f"address add {subnet}.2/24 dev eth0"])
         self.serve_dhcp(server, "eth0", subnet, "--dhcp-option=option:router", *options)
 
-    def serve_dhcp(
-        self, namespace: str, device: str, subnet: str, *options: str, host: str = ""
-    ) -> DhcpServer:
-        """Start a dnsmasq in a namespace, on a device that has an address of the subnet.
-
-        Args:
-            host: A MAC and the address that it is to get; more can be added with `options`.
-        """
+    def serve_dhcp(self, namespace: str, device: str, subnet: str, *options: str) -> DhcpServer:
+        """Start a dnsmasq in a namespace, on a device that has an address of the subnet."""
         name = f"{namespace}-{device}"
         log = self.directory / f"{name}.dnsmasq.log"
         words = [
@@ -86,7 +89,6 @@ class VmHost:
             *("--dhcp-authoritative", "--dhcp-no-override", "--no-ping"),
             f"--dhcp-leasefile={self.directory / name}.leases",
             f"--dhcp-range={subnet}.50,{subnet}.199,255.255.255.0",
-            *([f"--dhcp-host={host}"] if host else []),
             *options,
         ]
         with log.open("wb") as sink:
