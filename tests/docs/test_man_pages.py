@@ -5,9 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from imdsproxy.cli.completion import SHELLS, render_completion
 from imdsproxy.cli.manpages import MAN_PAGES
 
-PAGES = Path(__file__).parents[2] / "packaging" / "man"
+PACKAGING = Path(__file__).parents[2] / "packaging"
+PAGES = PACKAGING / "man"
 
 
 @pytest.mark.parametrize("name", MAN_PAGES)
@@ -39,3 +41,10 @@ def test_nothing_in_a_text_is_a_command_of_roff() -> None:
                     *(".TH", ".SH", ".SS", ".TP", ".PP", ".B", ".BR", ".br"),
                     '.\\"',
                 }
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_a_completion_is_the_one_that_the_program_gives(shell: str) -> None:
+    written = (PACKAGING / "completion" / f"imdsproxy.{shell}").read_text(encoding="utf-8")
+
+    assert written == render_completion(shell), "run `python -m imdsproxy.cli.docgen`"

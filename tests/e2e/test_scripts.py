@@ -42,7 +42,7 @@ def test_without_root_a_script_says_so_in_one_line(name: str) -> None:
 
 
 @pytest.mark.root
-@pytest.mark.parametrize("name", [*NEED_ROOT, "setup", "check", "openstack-lab"])
+@pytest.mark.parametrize("name", [*NEED_ROOT, "setup", "check", "openstack-lab", "package"])
 def test_on_an_unknown_system_a_script_says_so_in_one_line(name: str, tmp_path: Path) -> None:
     release = tmp_path / "os-release"
     release.write_text('ID=fedora\nPRETTY_NAME="Fedora Linux 41"\n')

@@ -118,6 +118,9 @@ def test_its_installer_puts_units_pages_and_settings_in_place(
         "usr/lib/systemd/system/imdsproxy-documents.service",
         "usr/lib/sysusers.d/imdsproxy.conf",
         "usr/lib/tmpfiles.d/imdsproxy.conf",
+        "usr/share/bash-completion/completions/imdsproxy",
+        "usr/share/zsh/vendor-completions/_imdsproxy",
+        "usr/share/fish/vendor_completions.d/imdsproxy.fish",
         "usr/share/man/man1/imdsproxy.1",
         "usr/share/man/man5/imdsproxy.yaml.5",
     }

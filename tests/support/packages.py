@@ -29,11 +29,10 @@ _DOWNLOAD_S: Final = 300
 
 @dataclass(frozen=True, slots=True)
 class Packages:
-    """What a build gives, and what it was made of."""
+    """What a build gives."""
 
     wheel: Path
     deb: Path
-    sources: Path
 
 
 def build_packages(version: str | None = None) -> Packages:
@@ -47,7 +46,7 @@ def build_packages(version: str | None = None) -> Packages:
             _forget_old()
         os.utime(place)
     (wheel,), (deb,) = place.glob("*.whl"), place.glob("*.deb")
-    return Packages(wheel, deb, place / "sources")
+    return Packages(wheel, deb)
 
 
 def download_dependencies(deb: Path) -> Path:
@@ -101,11 +100,14 @@ def _build(place: Path, version: str | None) -> None:
     for path in _sources():
         copy = sources / path.relative_to(REPOSITORY)
         copy.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(path, copy)
+        # Neither time nor mode is part of what is built.
+        shutil.copyfile(path, copy)
+        copy.chmod(0o700 if os.access(path, os.X_OK) else 0o600)
     if version is not None:
         _set_version(sources, version)
     command = [str(sources / "packaging/build"), sys.executable, str(work)]
     run(command, timeout_s=_BUILD_S, SOURCE_DATE_EPOCH=EPOCH)
+    shutil.rmtree(sources)
     work.rename(place)
 
 

@@ -12,26 +12,37 @@ from imdsproxy.cli import options
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["completion", "is_completing", "learn_shells", "words_so_far"]
+__all__ = [
+    "SHELLS",
+    "completion",
+    "is_completing",
+    "learn_shells",
+    "render_completion",
+    "words_so_far",
+]
 
 _PROGRAM: Final = "imdsproxy"
 _VARIABLE: Final = "_IMDSPROXY_COMPLETE"
-_SHELLS: Final = ("bash", "zsh", "fish")
+SHELLS: Final = ("bash", "zsh", "fish")
 
-Shell = Annotated[str, typer.Argument(metavar="|".join(_SHELLS), help="For which shell.")]
+Shell = Annotated[str, typer.Argument(metavar="|".join(SHELLS), help="For which shell.")]
 
 
 def completion(context: typer.Context, shell: Shell) -> None:
     """The script with which a shell completes commands, options, and the names of networks and instances."""
+    from imdsproxy.errors import RequestRefused  # noqa: PLC0415 - `--help` need not load it
+
+    if shell not in SHELLS:
+        raise RequestRefused(f"there is no script for {shell}", hint=f"one of {', '.join(SHELLS)}")
+    options.invocation(context).output.text(render_completion(shell))
+
+
+def render_completion(shell: str) -> str:
+    """That script, for one of `SHELLS`."""
     import typer.completion  # noqa: PLC0415 - `--help` need not load it
 
-    from imdsproxy.errors import RequestRefused  # noqa: PLC0415 - as above
-
-    if shell not in _SHELLS:
-        raise RequestRefused(f"there is no script for {shell}", hint=f"one of {', '.join(_SHELLS)}")
     make = getattr(typer.completion, "get_completion_script")  # noqa: B009 - not in its list
-    script = make(prog_name=_PROGRAM, complete_var=_VARIABLE, shell=shell)
-    options.invocation(context).output.text(f"{script}\n")
+    return f"{make(prog_name=_PROGRAM, complete_var=_VARIABLE, shell=shell)}\n"
 
 
 def is_completing(environment: Mapping[str, str]) -> bool:

@@ -1,6 +1,7 @@
-"""`python -m imdsproxy.cli.docgen [REFERENCE [MAN]]`: write docs/reference and packaging/man out of the code.
+"""`python -m imdsproxy.cli.docgen [REFERENCE [PACKAGING]]`: write docs/reference out of the code.
 
-A test fails while the pages there differ from what this gives.
+So are manual pages and completions for shells, in packaging. A test fails while what is there differs from what this
+gives.
 """
 
 from __future__ import annotations
@@ -330,7 +331,7 @@ def _described(schema: Mapping[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    from imdsproxy.cli.manpages import write_man_pages  # they are made of what is here
+    from imdsproxy.cli.manpages import write_packaging  # it is made of what is here
 
     write_pages(Path(sys.argv[1] if len(sys.argv) > 1 else "docs/reference"))
-    write_man_pages(Path(sys.argv[2] if len(sys.argv) > 2 else "packaging/man"))  # noqa: PLR2004 - the second
+    write_packaging(Path(sys.argv[2] if len(sys.argv) > 2 else "packaging"))  # noqa: PLR2004 - the second

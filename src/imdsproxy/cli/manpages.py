@@ -1,4 +1,4 @@
-"""The manual pages in packaging/man, out of the same code as docs/reference; written by `imdsproxy.cli.docgen`."""
+"""Manual pages and completions in packaging, out of the same code as docs/reference; see `imdsproxy.cli.docgen`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Final
 
 from imdsproxy.app.namespace_proxy.options import describe_options
+from imdsproxy.cli.completion import SHELLS, render_completion
 from imdsproxy.cli.docgen import (
     CLI_INTRODUCTION,
     SETTINGS_INTRODUCTION,
@@ -21,7 +22,7 @@ from imdsproxy.config.schema import Settings
 from imdsproxy.config.takes import render_value
 from imdsproxy.config.words import Setting, iterate_inner_settings, iterate_settings
 
-__all__ = ["MAN_PAGES", "write_man_pages"]
+__all__ = ["MAN_PAGES", "write_packaging"]
 
 _MADE: Final = '.\\" Made by `python -m imdsproxy.cli.docgen`; edit the code instead.'
 
@@ -108,11 +109,13 @@ MAN_PAGES: Final[Mapping[str, Callable[[], str]]] = {
 }
 
 
-def write_man_pages(directory: Path) -> None:
-    """Write every page."""
-    directory.mkdir(parents=True, exist_ok=True)
-    for name, render in MAN_PAGES.items():
-        (directory / name).write_text(render(), encoding="utf-8")
+def write_packaging(directory: Path) -> None:
+    """Write every page into `man`, and every shell's script into `completion`."""
+    files = {f"man/{name}": render() for name, render in MAN_PAGES.items()}
+    files |= {f"completion/imdsproxy.{shell}": render_completion(shell) for shell in SHELLS}
+    for name, text in files.items():
+        (directory / name).parent.mkdir(parents=True, exist_ok=True)
+        (directory / name).write_text(text, encoding="utf-8")
 
 
 def _setting_words(setting: Setting) -> str:

@@ -1,0 +1,1 @@
+complete --command imdsproxy --no-files --arguments "(env _IMDSPROXY_COMPLETE=complete_fish _TYPER_COMPLETE_FISH_ACTION=get-args _TYPER_COMPLETE_ARGS=(commandline -cp) imdsproxy)" --condition "env _IMDSPROXY_COMPLETE=complete_fish _TYPER_COMPLETE_FISH_ACTION=is-args _TYPER_COMPLETE_ARGS=(commandline -cp) imdsproxy"
