@@ -21,8 +21,10 @@ from imdsproxy.admin.operations import (
     SourceReport,
     StatusReport,
     UnixListenerReport,
+    WatchReport,
     Written,
 )
+from imdsproxy.core.haproxy.watching import Watched
 from imdsproxy.core.inventory import Claimant, Conflict, ConflictKind
 from imdsproxy.errors import (
     AlreadyExists,
@@ -51,6 +53,8 @@ class FakeOperations:
     failure: ImdsproxyError | None = None
     crash: Exception | None = None
     reloads: int = 0
+    watched: list[Watched] = field(default_factory=list)
+    missed: bool = False
     pending: tuple[str, ...] = ()
     stopped: list[bool] = field(default_factory=list)
     on_stop: Callable[[], None] = lambda: None
@@ -250,6 +254,24 @@ class FakeOperations:
         if self._holder(network, address) is None or path not in self.documents:
             return DocumentAnswer(404, (("content-type", "text/plain"),), b"")
         return self.documents[path]
+
+    async def watch(
+        self,
+        cursor: int | None,
+        *,
+        network: NetworkId | None = None,
+        instance: InstanceId | None = None,
+    ) -> WatchReport:
+        self._check()
+        found = tuple(
+            one
+            for one in self.watched
+            if one.number > (cursor or 0)
+            and network in (None, one.network)
+            and instance in (None, one.instance)
+        )
+        last = max((one.number for one in self.watched), default=0)
+        return WatchReport(last, () if cursor is None else found, missed=self.missed)
 
     async def render(self) -> str:
         self._check()

@@ -11,10 +11,15 @@ from pydantic import BaseModel, ConfigDict
 from starlette.responses import JSONResponse, PlainTextResponse
 
 from imdsproxy.admin.dependencies import Ops, answers
-from imdsproxy.admin.operations import Explanation, SettingsReload, StatusReport
+from imdsproxy.admin.operations import (
+    Explanation,
+    SettingsReload,
+    StatusReport,
+    WatchReport,
+)
 from imdsproxy.admin.shapes import to_json
 from imdsproxy.core.addresses import normalise_address
-from imdsproxy.core.model import IpAddress, NetworkId
+from imdsproxy.core.model import InstanceId, IpAddress, NetworkId
 from imdsproxy.errors import Problem, RequestRefused
 
 __all__ = ["router"]
@@ -80,6 +85,22 @@ async def get_document(
         raise _refused("path", f"{path} does not begin with /", "/latest/meta-data/")
     answer = await operations.get(NetworkId(network), _ip(address), path)
     return JSONResponse(to_json(answer))
+
+
+@router.get("/watch", responses=answers(WatchReport))
+async def watch(
+    operations: Ops,
+    cursor: Annotated[int | None, Query(description="The one that was told before.")] = None,
+    network: Annotated[str | None, Query(description="Only of this network.")] = None,
+    instance: Annotated[str | None, Query(description="Only of this instance.")] = None,
+) -> JSONResponse:
+    """What guests asked for and were answered since `cursor`; HAProxy tells while this is asked every few seconds."""
+    told = await operations.watch(
+        cursor,
+        network=None if network is None else NetworkId(network),
+        instance=None if instance is None else InstanceId(instance),
+    )
+    return JSONResponse(to_json(told))
 
 
 @router.get(

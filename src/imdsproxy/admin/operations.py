@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 # The OpenAPI document is made from these annotations, so they are imported for real.
+from imdsproxy.core.haproxy.watching import WatchReport
 from imdsproxy.core.inventory import Claimant, Conflict, SourceName
 from imdsproxy.core.model import (
     Instance,
@@ -42,6 +43,7 @@ __all__ = [
     "SourceReport",
     "StatusReport",
     "UnixListenerReport",
+    "WatchReport",
     "Written",
 ]
 
@@ -435,6 +437,20 @@ class Operations(Protocol):
         """What the guest at `address` would be told for `GET path` (with its query).
 
         Nothing is remembered of it; an unknown guest is answered as one is, without being held.
+        """
+        ...
+
+    async def watch(
+        self,
+        cursor: int | None,
+        *,
+        network: NetworkId | None = None,
+        instance: InstanceId | None = None,
+    ) -> WatchReport:
+        """What guests were answered since `cursor`, of one network or instance or of all.
+
+        The first question has HAProxy tell of requests, by a reload; another reload ends that when nobody has asked
+        for some seconds.
         """
         ...
 

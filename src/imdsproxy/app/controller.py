@@ -14,6 +14,7 @@ import socket
 from collections.abc import Coroutine, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
+from ipaddress import ip_address
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -44,7 +45,9 @@ from imdsproxy.app.servers import open_sole_socket, open_tcp_socket
 from imdsproxy.app.settings_reload import SettingsHolder, with_contents
 from imdsproxy.app.stop import end_processes, sweep_host
 from imdsproxy.app.unix_listener import UnixListener, sweep_unix_socket
+from imdsproxy.app.watching import Watching
 from imdsproxy.config.schema import Settings
+from imdsproxy.core.addresses import normalise_address
 from imdsproxy.core.hostnames import Naming
 from imdsproxy.core.inventory import AddressKey, Inventory, Observation
 from imdsproxy.core.model import NetworkId
@@ -72,6 +75,7 @@ _FIRST_SYNC_S = 5.0
 _REVIEW_EVERY_S = 1.0
 _FIGURES_EVERY_S = 10.0
 _TAKE_OVER_S = 10.0
+_WATCH_S = 10.0
 
 
 @dataclass(slots=True)
@@ -269,7 +273,9 @@ async def run_controller(
             layout,
             naming,
             clock,
-            lambda: build_spec_settings(holder.settings, layout, nova),
+            lambda: replace(
+                build_spec_settings(holder.settings, layout, nova), watched=watching.wanted
+            ),
             lambda networks, observed, left_out, pids: controller.watch.expect(
                 networks, observed, left_out=left_out, our_pids=pids
             ),
@@ -279,6 +285,9 @@ async def run_controller(
                 lambda: holder.settings.unix_listener, haproxy, SocketFiles().observe, clock
             ),
             gates=gates,
+        )
+        watching = Watching(
+            haproxy, partial(_apply_watching, listeners), partial(_owner_of, inventory)
         )
         guard = HaproxyGuard(haproxy, on_return, listeners.touch)
         companion = build_companion(
@@ -321,6 +330,7 @@ async def run_controller(
             lookup=lookup,
             resolver=resolver,
             nova=nova,
+            watching=watching,
             started_at=clock.now().timestamp(),
             started=clock.monotonic(),
         )
@@ -331,6 +341,22 @@ async def run_controller(
             await _live(controller, admin)
         finally:
             settings.admin_socket.unlink(missing_ok=True)
+
+
+async def _apply_watching(listeners: ListenerLoop) -> None:
+    ticket = listeners.touch("somebody watches, or nobody any more", frozenset())
+    # Where it cannot be applied `status` says why; there is nothing to see then.
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(_WATCH_S):
+            await listeners.tickets.wait(ticket)
+
+
+def _owner_of(inventory: Inventory, network: str, address: str) -> str | None:
+    try:
+        owner = inventory.owner((NetworkId(network), normalise_address(ip_address(address))))
+    except ValueError:
+        return None
+    return owner if isinstance(owner, str) else None
 
 
 def _hold_limits(settings: Settings) -> HoldLimits:
@@ -371,6 +397,7 @@ async def _live(controller: _Controller, admin: socket.socket) -> None:
                 parts.listeners.run,
                 parts.guard.run,
                 parts.companion.run,
+                parts.watching.run,
                 controller.follow_host,
                 controller.review,
                 controller.follow_nova,

@@ -113,6 +113,7 @@ def build_face(
         documents_problem=lambda: companion.failure,
         documents_restarts=lambda: companion.restarts,
         documents_needed=companion.needed,
+        watching=parts.watching,
         reload_settings=reload_settings,
         end=end,
     )

@@ -136,6 +136,7 @@ class SpecSettings:
     links: str
     nova: tuple[NovaBackend, ...] = ()
     nova_times: NovaTimes = field(default_factory=NovaTimes)
+    watched: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,6 +219,7 @@ class ListenerLoop:
             exporter=exporter,
             nova=settings.nova,
             nova_times=settings.nova_times,
+            watched=settings.watched,
             unix=None if self.unix is None else self.unix.bind,
         )
 

@@ -23,6 +23,7 @@ from imdsproxy.admin.operations import (
     SourceReport,
     StatusReport,
     UnixListenerReport,
+    WatchReport,
     Written,
 )
 from imdsproxy.app.explain import Explainer
@@ -33,6 +34,7 @@ from imdsproxy.app.lookup import Lookup
 from imdsproxy.app.nova_upstream import NovaUpstream
 from imdsproxy.app.nova_watch import NovaWatch
 from imdsproxy.app.record_loop import RecordLoop
+from imdsproxy.app.watching import Watching
 from imdsproxy.app.writes import Writes
 from imdsproxy.core import endpoints
 from imdsproxy.core.documents.respond import DocumentRequest
@@ -97,6 +99,7 @@ class ControllerOperations:
     documents_problem: Callable[[], Problem | None]
     documents_restarts: Callable[[], int]
     documents_needed: bool
+    watching: Watching
     reload_settings: Callable[[], Awaitable[SettingsReload]]
     end: Callable[[bool], None]
 
@@ -390,6 +393,16 @@ class ControllerOperations:
             (name.decode("latin-1"), value.decode("latin-1")) for name, value in answer.headers
         )
         return DocumentAnswer(answer.status, headers, bytes(answer.body))
+
+    async def watch(
+        self,
+        cursor: int | None,
+        *,
+        network: NetworkId | None = None,
+        instance: InstanceId | None = None,
+    ) -> WatchReport:
+        """See `Operations.watch`."""
+        return await self.watching.read(cursor, network=network, instance=instance)
 
     async def render(self) -> str:
         """See `Operations.render`."""

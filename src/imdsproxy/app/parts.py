@@ -13,6 +13,7 @@ from imdsproxy.app.lookup import Lookup
 from imdsproxy.app.nova_upstream import NovaUpstream
 from imdsproxy.app.record_loop import RecordLoop
 from imdsproxy.app.settings_reload import SettingsHolder
+from imdsproxy.app.watching import Watching
 from imdsproxy.core.inventory import Inventory
 from imdsproxy.dataplane.haproxy import Haproxy
 from imdsproxy.dataplane.layout import Layout
@@ -47,5 +48,6 @@ class Parts:
     lookup: Lookup
     resolver: Resolver
     nova: NovaUpstream
+    watching: Watching
     started_at: float
     started: float

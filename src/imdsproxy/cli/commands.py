@@ -34,6 +34,7 @@ COMMANDS: Final[Mapping[str, str]] = {
     "namespace-proxy": _DAEMON,
     "get": _GUESTS,
     "explain": _GUESTS,
+    "watch": _GUESTS,
     "doctor": _GUESTS,
     "snippet": _GUESTS,
 }

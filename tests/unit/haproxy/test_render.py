@@ -92,6 +92,14 @@ _CASES = {
         replace(_PATHS, documents=()),
         nova=(NovaBackend("default", _NOVA, "nova.example:8775"),),
     ),
+    "watched": DataplaneSpec(
+        (Bind(NetworkId("blue"), METADATA_IPV4, 80, "virbr0"),),
+        _PATHS,
+        nova=(NovaBackend("default", _NOVA, "nova.example:8775"),),
+        unix=UnixBind("/run/imdsproxy/metadata_proxy", "0664", 0, 0),
+        unverified=(Bind(NetworkId("blue"), METADATA_IPV4, 8080, "virbr0"),),
+        watched=True,
+    ),
     "while-a-secret-is-replaced": DataplaneSpec(
         (Bind(NetworkId("blue"), METADATA_IPV4, 80, "virbr0"),),
         _PATHS,
@@ -123,6 +131,7 @@ _SPECS = st.builds(
     paths=st.just(_PATHS),
     limits=st.builds(Limits, maxconn=st.integers(64, 9999), cache_mb=st.integers(0, 64)),
     exporter=st.none() | st.just("127.0.0.1:9466"),
+    watched=st.booleans(),
     nova=st.sampled_from(
         [
             (),

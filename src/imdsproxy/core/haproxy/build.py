@@ -33,6 +33,7 @@ from imdsproxy.core.haproxy.rules import (
     tell_to_continue,
 )
 from imdsproxy.core.haproxy.unix_listener import agent_rules, share_rules, unix_bind
+from imdsproxy.core.haproxy.watching import watch_ring, watch_rules
 from imdsproxy.core.model import IpAddress
 from imdsproxy.core.wire import (
     HEADER_ADDRESS,
@@ -62,6 +63,8 @@ def build_sections(spec: DataplaneSpec) -> tuple[Section, ...]:
     sections = [_global(spec), _defaults(spec)]
     if spec.limits.cache_mb:
         sections.append(_cache(spec))
+    if spec.watched:
+        sections.append(watch_ring())
     if spec.binds:
         sections.append(_guests(spec))
     if spec.unverified:
@@ -156,6 +159,7 @@ def _guests(spec: DataplaneSpec) -> Section:
             *_binds(spec.binds, spec),
             *_peer(),
             ("tcp-request", "connection", "set-var(sess.key)", "so_name,concat(/,sess.address)"),
+            *_watched(spec),
             *_answer(spec),
         ),
     )
@@ -169,12 +173,17 @@ def _unverified(spec: DataplaneSpec) -> Section:
             *_binds(spec.unverified, spec),
             *_peer(),
             ("tcp-request", "connection", "set-var(sess.unverified)", "src_port"),
+            *_watched(spec),
             # The next request comes verified, if it may.
             ("option", "httpclose"),
             *(() if spec.nova else _hide_lifetime()),
             ("default_backend", "resolver"),
         ),
     )
+
+
+def _watched(spec: DataplaneSpec) -> tuple[Words, ...]:
+    return watch_rules() if spec.watched else ()
 
 
 def _binds(binds: Iterable[Bind], spec: DataplaneSpec) -> Iterator[Words]:
@@ -197,6 +206,7 @@ def _agents(spec: DataplaneSpec) -> Section:
         ("frontend", "agents"),
         (
             unix_bind(spec.unix),
+            *_watched(spec),
             *agent_rules(),
             *share_rules(spec.limits.maxconn_per_network),
             *_answer(spec),

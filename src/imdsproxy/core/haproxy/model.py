@@ -197,6 +197,7 @@ class DataplaneSpec:
     Attributes:
         binds: Where guests are believed by their address: where it is not checked, or behind a gate.
         unverified: Where the resolver is asked about each request (`core.gates`).
+        watched: Somebody watches who asks what.
     """
 
     binds: tuple[Bind, ...]
@@ -209,3 +210,4 @@ class DataplaneSpec:
     nova_times: NovaTimes = NovaTimes()
     unix: UnixBind | None = None
     unverified: tuple[Bind, ...] = ()
+    watched: bool = False

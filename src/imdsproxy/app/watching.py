@@ -1,0 +1,124 @@
+"""Who asks what, while somebody watches: what HAProxy's workers tell, kept for a moment."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Final
+
+import structlog
+
+from imdsproxy.core.haproxy.watching import RING, Watched, WatchReport, parse_events
+from imdsproxy.dataplane.master import WorkerEnded
+from imdsproxy.errors import RuntimeUnavailable
+
+if TYPE_CHECKING:
+    from imdsproxy.dataplane.haproxy import Haproxy
+
+__all__ = ["Watching"]
+
+_KEPT: Final = 5000
+"""Requests that are kept for watchers who ask a little later."""
+
+_IDLE_S: Final = 5.0
+"""After nobody has asked for so long, nobody watches any more: a watcher may have been killed."""
+
+
+@dataclass(slots=True)
+class Watching:
+    """Has HAProxy tell of requests while somebody asks, and for no longer.
+
+    Args:
+        haproxy: Whose workers are asked.
+        apply: Has the configuration be what `wanted` says; returns when it is, or it is given up on for now.
+        owner_of: Whose an address in a network is, for requests that HAProxy's maps did not know.
+    """
+
+    haproxy: Haproxy
+    apply: Callable[[], Awaitable[None]]
+    owner_of: Callable[[str, str], str | None]
+    wanted: bool = False
+    _asked: asyncio.Event = field(default_factory=asyncio.Event)
+    _lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    _rings: dict[int, tuple[Watched, ...]] = field(default_factory=dict)
+    _kept: deque[tuple[int, Watched]] = field(default_factory=lambda: deque(maxlen=_KEPT))
+    _last: int = 0
+    _lost: int = 0
+
+    async def run(self) -> None:
+        """Switch off whenever nobody has asked for a while; until cancelled."""
+        while True:
+            await self._asked.wait()
+            self._asked.clear()
+            try:
+                async with asyncio.timeout(_IDLE_S):
+                    await self._asked.wait()
+            except TimeoutError:
+                async with self._lock:
+                    self.wanted = False
+                    self._rings.clear()
+                    self._kept.clear()
+                    await self.apply()
+
+    async def read(
+        self, cursor: int | None, *, network: str | None = None, instance: str | None = None
+    ) -> WatchReport:
+        """What was answered since `cursor`; with `None` nothing yet, but from now on."""
+        self._asked.set()
+        async with self._lock:
+            if not self.wanted:
+                self.wanted = True
+                await self.apply()
+            await self._look()
+            # So that a configuration that takes long to apply does not count as nobody's asking.
+            self._asked.set()
+            if cursor is None:
+                return WatchReport(self._last, ())
+            told = (self._named(one) for number, one in self._kept if number > cursor)
+            found = tuple(
+                one
+                for one in told
+                if network in (None, one.network) and instance in (None, one.instance)
+            )
+            return WatchReport(self._last, found, missed=self._missed(cursor))
+
+    def _missed(self, cursor: int) -> bool:
+        oldest = self._kept[0][0] if self._kept else self._last + 1
+        return self._lost > cursor or oldest > cursor + 1
+
+    async def _look(self) -> None:
+        """Take what each worker's ring has beside what it had before."""
+        try:
+            # Also those of a reload that somebody else ordered.
+            workers = (await self.haproxy.master.read_processes()).workers
+        except RuntimeUnavailable as error:
+            structlog.get_logger().warning("requests cannot be watched", reason=error.message)
+            return
+        for gone in self._rings.keys() - set(workers):
+            del self._rings[gone]
+        for worker in workers:
+            try:
+                told = await self.haproxy.master.send(worker, f"show events {RING}")
+            except (WorkerEnded, RuntimeUnavailable):
+                # It ends, or HAProxy does: the next look shows which.
+                continue
+            self._take(worker, tuple(parse_events(told)))
+
+    def _take(self, worker: int, ring: tuple[Watched, ...]) -> None:
+        before = self._rings.get(worker, ())
+        self._rings[worker] = ring
+        known = set(before)
+        if known and known.isdisjoint(ring):
+            # It went round since: how many there were between is not known.
+            self._lost = self._last + 1
+        for request in ring:
+            if request not in known:
+                self._last += 1
+                self._kept.append((self._last, request))
+
+    def _named(self, request: Watched) -> Watched:
+        if request.instance is not None or not request.network:
+            return request
+        return replace(request, instance=self.owner_of(request.network, request.address))

@@ -1,0 +1,93 @@
+"""`imdsproxy watch`: who is asking what, as it happens."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Annotated, Final, TypeAlias, cast
+
+import typer
+
+from imdsproxy.cli import completers, flags, options
+
+if TYPE_CHECKING:
+    from imdsproxy.cli.output import Output
+
+__all__ = ["watch"]
+
+_Shape: TypeAlias = Mapping[str, object]
+
+_EVERY_S: Final = 0.5
+
+Network: TypeAlias = Annotated[
+    str | None,
+    flags.flag("--network", "NET", "Only the guests of this network.", completers.networks),
+]
+Instance: TypeAlias = Annotated[
+    str | None, flags.flag("--instance", "ID", "Only this instance.", completers.instances)
+]
+
+
+def watch(
+    context: typer.Context,
+    *,
+    network: Network = None,
+    instance: Instance = None,
+    as_json: options.Json = False,
+    socket: options.Socket = None,
+    config: options.Config = None,
+) -> None:
+    """Every request of a guest as it is answered, until Ctrl-C; with --json a line each."""
+    run = options.invocation(context, as_json=as_json, socket=socket, config=config)
+    daemon = run.daemon()
+    chosen = {"network": network, "instance": instance}
+    query = {name: value for name, value in chosen.items() if value is not None}
+
+    def ask(cursor: int | None) -> _Shape:
+        more = {} if cursor is None else {"cursor": str(cursor)}
+        return cast("_Shape", daemon.get("/v1/watch", query | more))
+
+    follow(ask, run.output, time.sleep)
+
+
+def follow(
+    ask: Callable[[int | None], _Shape], output: Output, sleep: Callable[[float], None]
+) -> None:
+    """Print what is told, for ever; HAProxy itself spells what is not printable as `#XX`.
+
+    Args:
+        ask: What happened since a cursor.
+        output: Where to.
+        sleep: Waits for so many seconds; what it raises ends it.
+    """
+    cursor: int | None = None
+    while True:
+        told = ask(cursor)
+        lines = [] if cursor is not None or output.as_json else [_HEAD]
+        cursor = cast("int", told["cursor"])
+        if told["missed"]:
+            lines.append('{"missed": true}' if output.as_json else "… some were too many to tell")
+        requests = cast("Sequence[_Shape]", told["requests"])
+        lines += [_line_of(one, as_json=output.as_json) for one in requests]
+        # At once, also into a pipe.
+        output.raw("".join(f"{line}\n" for line in lines).encode())
+        sleep(_EVERY_S)
+
+
+_HEAD: Final = (
+    f"{'TIME':12} {'NETWORK':16} {'ADDRESS':15} {'INSTANCE':20} {'BY':9} {'MS':>5} {'':3} REQUEST"
+)
+
+
+def _line_of(request: _Shape, *, as_json: bool) -> str:
+    if as_json:
+        import json  # noqa: PLC0415 - `--help` need not load it
+
+        shown = {name: value for name, value in request.items() if name != "number"}
+        return json.dumps(shown, ensure_ascii=True)
+    at = datetime.fromtimestamp(cast("float", request["at"]), UTC).astimezone()
+    who = f"{request['network'] or '-':16} {request['address'] or '-':15} {request['instance'] or '-':20}"
+    how = f"{request['answered_by']:9} {request['milliseconds']:>5} {request['status']:3}"
+    asked = f"{request['method'] or '-'} {request['path']}"
+    return f"{at:%H:%M:%S}.{at.microsecond // 1000:03} {who} {how} {asked}"

@@ -1,0 +1,175 @@
+"""Who asks what, told by HAProxy while somebody watches: its rules, and its lines read into values.
+
+HAProxy writes a line a request into a ring in its own memory. The rules are in the configuration only while somebody
+watches: a switch that they looked at would cost every request a twentieth of its time, and they themselves a sixth
+(measured on documents out of the cache). A line has no query, no header and no body of a request, and of a record
+neither revision nor signature.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Final
+
+from imdsproxy.core.haproxy.section import Section, Words
+from imdsproxy.core.wire import MAP_NOVA
+
+__all__ = [
+    "RING",
+    "AnsweredBy",
+    "WatchReport",
+    "Watched",
+    "parse_events",
+    "watch_ring",
+    "watch_rules",
+]
+
+RING: Final = "watched"
+_RING_BYTES: Final = 131_072
+_LONGEST: Final = 1024
+"""Bytes of a line; what is beyond is cut off, and that is of the path."""
+
+_CACHE: Final = "<CACHE>"
+_NOBODY: Final = "-"
+_FIELDS: Final = (
+    "%rt",
+    "%[date(0,ms)]",
+    "%[var(sess.network)]",
+    "%[var(sess.address)]",
+    # Of a record `INSTANCE|REVISION` the first, of `@SET|SIGNATURE|INSTANCE|PROJECT` the third.
+    "%[var(txn.record),field(1,|)]",
+    "%[var(txn.record),field(3,|)]",
+    "%ST",
+    "%Ta",
+    "%b",
+    "%s",
+    "%[var(txn.watched)]",
+)
+
+
+class AnsweredBy(StrEnum):
+    """Who gave the answer."""
+
+    CACHE = "cache"
+    DOCUMENTS = "documents"
+    NOVA = "nova"
+    RESOLVER = "resolver"
+    CONFLICT = "conflict"
+    HAPROXY = "haproxy"
+    """Itself: a refusal, or nobody was there to answer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Watched:
+    """One request that was answered.
+
+    Attributes:
+        number: HAProxy's own, which no two requests of one worker share.
+        at: When it was answered, Unix time.
+        network: Empty where HAProxy refused the request before it looked.
+        instance: `None` where HAProxy's maps had nobody: then the resolver answered.
+        method: Empty where the request was no HTTP.
+        path: Without the query.
+        milliseconds: From its first byte to the end of the answer.
+    """
+
+    number: int
+    at: float
+    network: str
+    address: str
+    instance: str | None
+    method: str
+    path: str
+    status: int
+    answered_by: AnsweredBy
+    milliseconds: int
+
+
+@dataclass(frozen=True, slots=True)
+class WatchReport:
+    """What guests were answered since somebody asked before.
+
+    Attributes:
+        cursor: To be given at the next question.
+        requests: Oldest first.
+        missed: There were so many that some are not among them.
+    """
+
+    cursor: int
+    requests: tuple[Watched, ...]
+    missed: bool = False
+
+
+def watch_ring() -> Section:
+    """Where lines are kept until they are read, the oldest overwritten first."""
+    return Section(
+        ("ring", RING),
+        (
+            ("format", "raw"),
+            ("maxlen", str(_LONGEST)),
+            ("size", str(_RING_BYTES)),
+        ),
+    )
+
+
+def watch_rules() -> tuple[Words, ...]:
+    """For a frontend of guests; before any rule that changes the path."""
+    return (
+        ("log", f"ring@{RING}", "len", str(_LONGEST), "format", "raw", "local0"),
+        ("log-format", " ".join(_FIELDS)),
+        ("http-request", "set-var-fmt(txn.watched)", "%[method] %[path]"),
+    )
+
+
+def parse_events(text: str) -> list[Watched]:
+    """The answer of `show events RING`, oldest first, without the lines of others (a proxy has stopped)."""
+    found = (_parse(line) for line in text.splitlines())
+    return [one for one in found if one is not None]
+
+
+def _parse(line: str) -> Watched | None:
+    words = line.split(" ")
+    if len(words) < len(_FIELDS) or not _numbers(words[0], words[1], words[6], words[7]):
+        return None
+    number, at, network, address, first, third, status, took, backend, server = words[:10]
+    method, _, path = " ".join(words[10:]).partition(" ")
+    return Watched(
+        number=int(number),
+        at=int(at) / 1000,
+        network=_named(network) or "",
+        address=_named(address) or "",
+        instance=_named(third) if first.startswith(MAP_NOVA) else _instance(first),
+        method=_named(method) or "",
+        path=path,
+        status=int(status),
+        answered_by=_answered_by(backend, server),
+        milliseconds=max(0, int(took)),
+    )
+
+
+def _numbers(*words: str) -> bool:
+    return all(word.removeprefix("-").isdecimal() for word in words)
+
+
+def _named(word: str) -> str | None:
+    return None if word in (_NOBODY, "") else word
+
+
+def _instance(word: str) -> str | None:
+    # A conflict is `!`; no instance's id begins so.
+    return None if word[:1] in ("!", _NOBODY) else _named(word)
+
+
+def _answered_by(backend: str, server: str) -> AnsweredBy:
+    if server == _CACHE:
+        return AnsweredBy.CACHE
+    if backend.startswith(AnsweredBy.NOVA):
+        return AnsweredBy.NOVA
+    known: Iterable[AnsweredBy] = (
+        AnsweredBy.DOCUMENTS,
+        AnsweredBy.RESOLVER,
+        AnsweredBy.CONFLICT,
+    )
+    return next((one for one in known if backend == one.value), AnsweredBy.HAPROXY)

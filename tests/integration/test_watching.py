@@ -1,0 +1,124 @@
+"""`imdsproxy watch` beside a daemon whose guests ask."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+
+from support.lab import until
+from support.world import World, own
+
+pytestmark = pytest.mark.root
+
+_SECRET = "s3cret"
+
+
+class Watcher:
+    """A genuine `imdsproxy watch --json`, and what it has printed."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self.process = process
+        self.lines: list[dict[str, Any]] = []
+        self.text = ""
+        self._thread = threading.Thread(target=self._read, daemon=True)
+        self._thread.start()
+
+    def saw(self, **wanted: object) -> bool:
+        """Whether a request was told of which has these."""
+        return any(wanted.items() <= one.items() for one in list(self.lines))
+
+    def end(self) -> None:
+        self.process.send_signal(signal.SIGINT)
+        self.process.wait(10)
+        self._thread.join(10)
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.text += line
+            self.lines.append(json.loads(line))
+        self.process.stdout.close()
+
+
+@contextmanager
+def watching(world: World, *flags: str) -> Iterator[Watcher]:
+    """From when it is known to see what guests ask."""
+    arguments = ("--config", str(world.daemon.config), "watch", "--json", *flags)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "imdsproxy", *arguments],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={"PATH": os.defpath},
+    )
+    watcher = Watcher(process)
+    try:
+        until(lambda: told_of(world), what="HAProxy tells of requests")
+        probe = "/latest/meta-data/instance-id"
+        until(lambda: world.red.ask(probe).status and watcher.lines, what="a request is shown")
+        yield watcher
+    finally:
+        watcher.end()
+
+
+def told_of(world: World) -> bool:
+    return "ring watched" in (world.daemon.runtime / "haproxy.cfg").read_text()
+
+
+def test_each_guests_requests_are_shown_with_who_asks_and_who_answered(world: World) -> None:
+    stranger = world.lab.guest("red", 66)
+    with watching(world, "--network", "red") as watcher:
+        assert own(world.red, world.red.ask("/latest/user-data")) is None
+        assert own(world.red, world.red.ask("/latest/user-data")) is None
+        assert world.red.ask("/openstack/latest/meta_data.json").status == 200
+        assert stranger.ask("/latest/meta-data/").status == 404
+        red = {"network": "red", "address": world.red.addresses[0], "instance": "red-5"}
+        until(lambda: watcher.saw(**red, path="/latest/user-data", answered_by="cache"))
+        path = "/openstack/latest/meta_data.json"
+        until(lambda: watcher.saw(**red, method="GET", path=path, answered_by="documents"))
+        unknown = {"address": stranger.addresses[0], "instance": None, "status": 404}
+        until(lambda: watcher.saw(**unknown, answered_by="resolver"))
+        assert not watcher.saw(missed=True)
+
+
+def test_nothing_that_may_be_secret_is_shown(world: World) -> None:
+    with watching(world) as watcher:
+        world.red.ask(
+            f"/latest/a?token={_SECRET}", headers=(f"X-Aws-Ec2-Metadata-Token: {_SECRET}",)
+        )
+        world.red.ask("/latest/b", method="POST", body=_SECRET.encode())
+        world.red.ask(f"http://{_SECRET}/latest/c?{_SECRET}", host=_SECRET)
+        until(lambda: watcher.saw(path="/latest/c"))
+        assert watcher.saw(path="/latest/a")
+        assert watcher.saw(path="/latest/b", method="POST")
+        assert _SECRET not in watcher.text
+
+
+def test_a_guest_of_another_network_is_not_shown(world: World) -> None:
+    with watching(world, "--network", "red") as watcher:
+        world.guests["green"].ask("/latest/meta-data/hostname")
+        world.red.ask("/latest/meta-data/hostname")
+        until(lambda: watcher.saw(network="red", path="/latest/meta-data/hostname"))
+        assert {one["network"] for one in watcher.lines} == {"red"}
+
+
+def test_it_goes_on_over_a_reload(world: World) -> None:
+    with watching(world) as watcher:
+        world.reload()
+        world.red.ask("/latest/meta-data/after-the-reload")
+        until(lambda: watcher.saw(path="/latest/meta-data/after-the-reload", network="red"))
+
+
+def test_haproxy_tells_no_more_when_the_watcher_was_killed(world: World) -> None:
+    with watching(world) as watcher:
+        watcher.process.kill()
+        until(lambda: not told_of(world), within_s=20, what="HAProxy has stopped telling")
+    world.all_right()

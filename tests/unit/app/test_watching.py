@@ -1,0 +1,158 @@
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from typing import cast
+
+import pytest
+
+from imdsproxy.app import watching as module
+from imdsproxy.app.watching import Watching
+from imdsproxy.core.haproxy.runtime import Processes
+from imdsproxy.dataplane.haproxy import Haproxy
+from imdsproxy.dataplane.master import WorkerEnded
+from imdsproxy.errors import RuntimeUnavailable
+
+
+def line(number: int, *, network: str = "blue", instance: str = "vm-1") -> str:
+    return f"{number} 1000 {network} 10.0.0.5 {instance} - 200 1 guests <CACHE> GET /{number}"
+
+
+@dataclass
+class FakeMaster:
+    rings: dict[int, list[str]] = field(default_factory=lambda: {1: []})
+    ended: set[int] = field(default_factory=set)
+    away: bool = False
+
+    async def read_processes(self) -> Processes:
+        if self.away:
+            raise RuntimeUnavailable("nobody there")
+        workers = list(self.rings)
+        return Processes(0, workers[0], tuple(workers[1:]))
+
+    async def send(self, worker: int, command: str) -> str:
+        assert command == "show events watched"
+        if worker in self.ended:
+            raise WorkerEnded(str(worker))
+        return "\n".join(self.rings[worker])
+
+
+class World:
+    def __init__(self) -> None:
+        self.master = FakeMaster()
+        self.applied: list[bool] = []
+        haproxy = cast("Haproxy", self)  # all that is asked of it is its master
+        self.watching = Watching(haproxy, self.apply, self.owner_of)
+
+    async def apply(self) -> None:
+        self.applied.append(self.watching.wanted)
+
+    @staticmethod
+    def owner_of(network: str, address: str) -> str | None:
+        return "found" if (network, address) == ("blue", "10.0.0.5") else None
+
+    async def paths(self, cursor: int | None, **chosen: str) -> tuple[int, list[str], bool]:
+        told = await self.watching.read(cursor, **chosen)
+        return told.cursor, [one.path for one in told.requests], told.missed
+
+
+@pytest.fixture
+async def world() -> AsyncIterator[World]:
+    made = World()
+    task = asyncio.create_task(made.watching.run())
+    yield made
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+
+
+async def test_haproxy_tells_only_once_somebody_has_asked(world: World) -> None:
+    assert not world.watching.wanted
+    await world.watching.read(None)
+    await world.watching.read(0)
+    assert world.applied == [True]
+
+
+async def test_each_request_is_told_once_and_what_was_before_is_not(world: World) -> None:
+    world.master.rings[1] = [line(1)]
+    cursor, paths, _ = await world.paths(None)
+    assert paths == []
+    world.master.rings[1] += [line(2), line(3)]
+    cursor, paths, missed = await world.paths(cursor)
+    assert (paths, missed) == (["/2", "/3"], False)
+    assert await world.paths(cursor) == (cursor, [], False)
+
+
+async def test_two_watchers_are_told_the_same(world: World) -> None:
+    first, _, _ = await world.paths(None)
+    world.master.rings[1] = [line(1)]
+    assert (await world.paths(first))[1] == ["/1"]
+    assert (await world.paths(first))[1] == ["/1"]
+
+
+async def test_requests_of_all_workers_are_told_also_of_one_that_comes(world: World) -> None:
+    cursor, _, _ = await world.paths(None)
+    world.master.rings = {2: [line(1), line(2)], 1: [line(7)]}
+    cursor, paths, _ = await world.paths(cursor)
+    assert sorted(paths) == ["/1", "/2", "/7"]
+    world.master.ended = {1}
+    world.master.rings[2].append(line(3))
+    cursor, paths, _ = await world.paths(cursor)
+    assert paths == ["/3"]
+
+
+async def test_a_ring_that_went_round_is_told(world: World) -> None:
+    world.master.rings[1] = [line(1)]
+    cursor, _, _ = await world.paths(None)
+    world.master.rings[1] = [line(901), line(902)]
+    cursor, paths, missed = await world.paths(cursor)
+    assert (paths, missed) == (["/901", "/902"], True)
+    assert await world.paths(cursor) == (cursor, [], False)
+
+
+async def test_who_asks_late_is_told_that_some_are_gone(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_KEPT", 2)
+    world = World()
+    world.watching._kept = type(world.watching._kept)(maxlen=2)
+    early, _, _ = await world.paths(None)
+    world.master.rings[1] = [line(1), line(2), line(3)]
+    _, paths, missed = await world.paths(early)
+    assert (paths, missed) == (["/2", "/3"], True)
+
+
+async def test_only_a_network_or_an_instance_can_be_watched(world: World) -> None:
+    cursor, _, _ = await world.paths(None)
+    world.master.rings[1] = [
+        line(1),
+        line(2, network="red"),
+        line(3, instance="vm-2"),
+        line(4, instance="-"),
+    ]
+    assert (await world.paths(cursor, network="red"))[1] == ["/2"]
+    assert (await world.paths(cursor, instance="vm-2"))[1] == ["/3"]
+    # HAProxy's maps had nobody: it is asked whose the address is now.
+    assert (await world.paths(cursor, instance="found"))[1] == ["/4"]
+
+
+async def test_a_haproxy_that_is_away_ends_nothing(world: World) -> None:
+    cursor, _, _ = await world.paths(None)
+    world.master.away = True
+    assert await world.paths(cursor) == (cursor, [], False)
+    world.master.away = False
+    world.master.rings[1] = [line(1)]
+    assert (await world.paths(cursor))[1] == ["/1"]
+
+
+async def test_haproxy_stops_telling_when_nobody_asks_any_more(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_IDLE_S", 0.05)
+    await world.watching.read(None)
+    async with asyncio.timeout(10):
+        while world.applied != [True, False]:
+            await asyncio.sleep(0.005)
+    assert not world.watching.wanted
+    await world.watching.read(None)
+    assert world.applied[:3] == [True, False, True]
