@@ -71,6 +71,14 @@ _CASES = {
         group="haproxy",
         exporter="127.0.0.1:9466",
     ),
+    "behind-a-gate": DataplaneSpec(
+        (
+            Bind(NetworkId("blue"), METADATA_IPV4, 254, "virbr0"),
+            Bind(NetworkId("red"), METADATA_IPV4, 80, None, "../imdsproxy/netns/qrouter-1@43"),
+        ),
+        _PATHS,
+        unverified=(Bind(NetworkId("blue"), METADATA_IPV4, 80, "virbr0"),),
+    ),
     "without-chroot": DataplaneSpec(
         (Bind(NetworkId("red"), METADATA_IPV4, 80, "eth0"),),
         replace(_PATHS, jail=None, documents=("/tmp/a b.sock",), resolver="/tmp/r.sock"),  # noqa: S108 - a name only

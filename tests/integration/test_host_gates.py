@@ -1,0 +1,251 @@
+"""A gate in a real kernel: who gets through, and whom answers reach."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from ipaddress import ip_address
+from typing import Final
+
+import pytest
+
+from imdsproxy.core.gates import ANSWER_DSCP, VERIFIED_PORT, Gate
+from imdsproxy.core.model import METADATA_IPV4, IpAddress, MacAddress, NetworkId
+from imdsproxy.core.pairs import ANY_MAC
+from imdsproxy.host.gates import GateMissing, KernelGates, Opened
+from imdsproxy.host.namespaces import NamespaceDirectory, NamespaceThread
+from support.guest import inside
+from support.hostlab import HostLab, host_lab
+
+pytestmark = pytest.mark.root
+
+_ADDRESS: Final = "10.0.0.5"
+_OTHER: Final = MacAddress("02:00:00:00:00:99")
+
+
+class Echo:
+    """Says which port took a connection, for each byte that comes; marks its answers where it is told to."""
+
+    def __init__(self, namespace: str, port: int, word: bytes) -> None:
+        self.word = word
+        self.marks = False
+        self._socket = inside(namespace, socket.socket)
+        # As HAProxy binds: who does it otherwise is in its way.
+        for option in (socket.SO_REUSEADDR, socket.SO_REUSEPORT):
+            self._socket.setsockopt(socket.SOL_SOCKET, option, 1)
+        self._socket.bind((str(METADATA_IPV4), port))
+        self._socket.listen()
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def _serve(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                connection, _ = self._socket.accept()
+                threading.Thread(target=self._answer, args=(connection,), daemon=True).start()
+
+    def _answer(self, connection: socket.socket) -> None:
+        with connection, contextlib.suppress(OSError):
+            while connection.recv(1):
+                if self.marks:
+                    connection.setsockopt(socket.IPPROTO_IP, socket.IP_TOS, ANSWER_DSCP << 2)
+                connection.sendall(self.word)
+
+    def close(self) -> None:
+        self._socket.shutdown(socket.SHUT_RDWR)
+        self._socket.close()
+
+
+@dataclass
+class Rig:
+    lab: HostLab
+    kernel: KernelGates
+    thread: NamespaceThread
+    gate: Gate
+    guest: str
+    mac: MacAddress
+    unverified: Echo
+    verified: Echo
+
+    @property
+    def pair(self) -> dict[IpAddress, MacAddress]:
+        return {ip_address(_ADDRESS): self.mac}
+
+    async def have(self, pairs: dict[IpAddress, MacAddress]) -> None:
+        """A gate that lets these through."""
+        (opened,) = (await self.kernel.open([self.gate])).values()
+        assert isinstance(opened, Opened)
+        assert opened.fresh
+        assert await self.kernel.fill([(self.gate, pairs)]) == {self.gate.network: None}
+
+    def connect(self) -> socket.socket:
+        made = inside(self.guest, socket.socket)
+        made.settimeout(0.5)
+        made.connect((str(METADATA_IPV4), 80))
+        return made
+
+
+@pytest.fixture
+def rig() -> Iterator[Rig]:
+    with host_lab() as lab:
+        place = lab.namespace("place")
+        bridge = "br0"
+        lab.ip("-n", place, "link", "add", bridge, "type", "bridge", "forward_delay", "0")
+        lab.ip("-n", place, "link", "set", bridge, "up")
+        for address in ("10.0.0.1/24", f"{METADATA_IPV4}/32"):
+            lab.address(place, address, bridge)
+        guest = lab.namespace("guest")
+        mac = MacAddress("02:00:00:00:00:05")
+        lab.ip(
+            *("-n", place, "link", "add", "v1", "master", bridge, "up", "type", "veth"),
+            *("peer", "name", "eth0", "address", mac, "netns", guest),
+        )
+        lab.ip("-n", guest, "link", "set", "eth0", "up")
+        lab.address(guest, f"{_ADDRESS}/24", "eth0")
+        lab.ip("-n", guest, "route", "add", f"{METADATA_IPV4}/32", "dev", "eth0")
+        directory = NamespaceDirectory()
+        ref = directory.identity(place)
+        assert ref is not None
+        network = NetworkId("net")
+        gate = Gate(network, ref, ((bridge, 2),), lab.naming.link(network))
+        echoes = Echo(place, 80, b"u"), Echo(place, VERIFIED_PORT, b"v")
+        with contextlib.closing(NamespaceThread(directory)) as thread:
+            yield Rig(lab, KernelGates(thread), thread, gate, guest, mac, *echoes)
+        for echo in echoes:
+            echo.close()
+
+
+def _ask(connection: socket.socket) -> bytes:
+    connection.sendall(b"?")
+    return connection.recv(1)
+
+
+async def test_a_pair_gets_through_and_nobody_else(rig: Rig) -> None:
+    await rig.have({})
+    with rig.connect() as connection:
+        assert _ask(connection) == b"u"
+    await rig.kernel.grant(rig.gate, {ip_address(_ADDRESS): _OTHER})
+    with rig.connect() as connection:
+        assert _ask(connection) == b"u"
+    await rig.kernel.withdraw(rig.gate, {ip_address(_ADDRESS): _OTHER})
+    await rig.kernel.grant(rig.gate, rig.pair)
+    with rig.connect() as connection:
+        assert _ask(connection) == b"v"
+
+
+async def test_an_address_without_a_mac_gets_through_with_any(rig: Rig) -> None:
+    await rig.have({ip_address(_ADDRESS): ANY_MAC})
+    with rig.connect() as connection:
+        assert _ask(connection) == b"v"
+        assert _ask(connection) == b"v"
+
+
+async def test_what_began_unverified_goes_on_so(rig: Rig) -> None:
+    await rig.have({})
+    with rig.connect() as connection:
+        assert _ask(connection) == b"u"
+        await rig.kernel.grant(rig.gate, rig.pair)
+        assert _ask(connection) == b"u"
+
+
+async def test_what_was_open_before_the_gate_goes_on(rig: Rig) -> None:
+    with rig.connect() as connection:
+        assert _ask(connection) == b"u"
+        await rig.have(rig.pair)
+        assert _ask(connection) == b"u"
+        with rig.connect() as later:
+            assert _ask(later) == b"v"
+
+
+async def test_a_withdrawn_pair_ends_its_connections_on_both_sides(rig: Rig) -> None:
+    await rig.have(rig.pair)
+    with rig.connect() as connection:
+        assert _ask(connection) == b"v"
+        await rig.kernel.withdraw(rig.gate, rig.pair)
+        with pytest.raises(ConnectionResetError):
+            _ask(connection)
+        listed = rig.lab.run(
+            *("/usr/bin/nsenter", f"--net=/run/netns/{rig.gate.namespace.name}", "--"),  # type: ignore[union-attr]  # it has one
+            *("ss", "-Htn", "state", "established", "sport", "=", f":{VERIFIED_PORT}"),
+        )
+        assert listed == ""
+
+
+@pytest.mark.parametrize("told", [True, False])
+async def test_a_marked_answer_reaches_only_the_mac_that_it_is_for(rig: Rig, *, told: bool) -> None:
+    await rig.have({})
+    rig.unverified.marks = True
+    with rig.connect() as connection:
+        port = connection.getsockname()[1]
+        mac = rig.mac if told else _OTHER
+        await rig.kernel.tell(rig.gate, ip_address(_ADDRESS), port, mac)
+        if told:
+            assert _ask(connection) == b"u"
+        else:
+            with pytest.raises(TimeoutError):
+                _ask(connection)
+
+
+async def test_a_verified_answer_reaches_only_the_mac_of_its_pair(rig: Rig) -> None:
+    await rig.have(rig.pair)
+    with rig.connect() as connection:
+        assert _ask(connection) == b"v"
+        # The host believes somebody else, as after forged ARP.
+        place = rig.gate.namespace
+        assert place is not None
+        rig.lab.ip(
+            *("-n", place.name, "neigh", "replace", _ADDRESS, "lladdr", _OTHER, "dev", "br0"),
+            *("nud", "permanent"),
+        )
+        # Frames for that MAC reach the guest's wire, since the bridge does not know where it is.
+        wire = inside(
+            rig.guest, lambda: socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(3))
+        )
+        with wire:
+            wire.bind(("eth0", 0))
+            wire.settimeout(0.2)
+            with pytest.raises(TimeoutError):
+                _ask(connection)
+            heard = []
+            with contextlib.suppress(TimeoutError):
+                while True:
+                    heard.append(wire.recv(2000))
+        theirs = bytes.fromhex(_OTHER.replace(":", ""))
+        assert not [frame for frame in heard if frame[:6] == theirs and frame[12:14] == b"\x08\0"]
+
+
+async def test_a_gate_that_is_there_is_taken_as_it_is(rig: Rig) -> None:
+    pairs = {
+        ip_address(_ADDRESS): rig.mac,
+        ip_address("2001:db8::5"): _OTHER,
+        ip_address("10.0.0.6"): ANY_MAC,
+        ip_address("2001:db8::6"): ANY_MAC,
+    }
+    await rig.have(pairs)
+    with rig.connect() as connection:
+        assert _ask(connection) == b"v"
+        (opened,) = (await rig.kernel.open([rig.gate])).values()
+        assert opened == Opened(pairs, fresh=False)
+        assert _ask(connection) == b"v"
+
+
+async def test_one_that_is_gone_is_told_of(rig: Rig) -> None:
+    await rig.have({})
+    place = rig.gate.namespace
+    assert place is not None
+    await rig.kernel.close([(place.name, rig.gate.table), (place.name, "never"), ("gone", "x")])
+    with pytest.raises(GateMissing):
+        await rig.kernel.grant(rig.gate, rig.pair)
+    with pytest.raises(GateMissing):
+        await rig.kernel.withdraw(rig.gate, rig.pair)
+
+
+async def test_many_pairs_are_let_through_at_once(rig: Rig) -> None:
+    pairs = {ip_address(0x0A010000 + number): _OTHER for number in range(5000)} | rig.pair
+    await rig.have(pairs)
+    (opened,) = (await rig.kernel.open([rig.gate])).values()
+    assert opened == Opened(pairs, fresh=False)
+    with rig.connect() as connection:
+        assert _ask(connection) == b"v"

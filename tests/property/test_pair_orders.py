@@ -1,0 +1,223 @@
+"""Whatever changes, and in whatever order: no MAC is let through to another instance's entry of HAProxy's map."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from ipaddress import ip_address
+from pathlib import Path
+from types import SimpleNamespace
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from imdsproxy.app.gates import Gates
+from imdsproxy.app.record_loop import RecordLoop
+from imdsproxy.core.endpoints import Endpoint
+from imdsproxy.core.hostnames import Naming
+from imdsproxy.core.hoststate import NamespaceRef, ObservedHost
+from imdsproxy.core.identity import Learned
+from imdsproxy.core.inventory import Inventory, Observation
+from imdsproxy.core.model import (
+    METADATA_IPV4,
+    Instance,
+    InstanceId,
+    IpAddress,
+    MacAddress,
+    NamespaceListener,
+    Network,
+    NetworkId,
+    Port,
+)
+from imdsproxy.core.pairs import ANY_MAC, Pairs, plan_pair
+from imdsproxy.core.plan import record_key
+from imdsproxy.host.clock import SystemClock
+from support.fake_gates import FakeGates
+
+_NET = NetworkId("n")
+_ADDRESSES = [ip_address(text) for text in ("10.0.0.1", "10.0.0.2", "2001:db8::1")]
+_MACS = [MacAddress(f"52:54:00:00:00:0{number}") for number in (1, 2, 3)]
+_PLACE = NamespaceRef("ns", 7)
+_ENDPOINT = Endpoint(_NET, METADATA_IPV4, 80, "eth0", _PLACE, 2)
+
+_ports = st.builds(
+    Port,
+    st.just(_NET),
+    st.none() | st.sampled_from(_MACS),
+    st.lists(st.sampled_from(_ADDRESSES), max_size=2, unique=True).map(tuple),
+)
+_records = st.dictionaries(st.sampled_from(["a", "b", "c"]), _ports, max_size=3)
+
+
+class Noting(Gates):
+    """What a round of the record loop wants: the inventory may say something newer by now."""
+
+    planned: Pairs
+
+    async def withdraw(self, pairs: Pairs) -> None:
+        self.planned = pairs
+        await super().withdraw(pairs)
+
+
+@dataclass
+class World:
+    """Maps and gates, looked at after every single change of either."""
+
+    map: dict[str, str] = field(default_factory=dict)
+    owners: dict[str, tuple[str, MacAddress | None]] = field(default_factory=dict)
+    looks: int = 0
+    working: asyncio.Task[None] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.inventory = Inventory(["s"])
+        self.kernel = FakeGates(watch=self.look)
+        self.gates = Noting(
+            self.kernel,
+            self.inventory,
+            Naming(),
+            Path("/nonexistent/gates.json"),
+            lambda _path, _data: None,
+            SystemClock(),
+        )
+        applier = SimpleNamespace(
+            apply=self.apply, state=SimpleNamespace(effective=lambda: self.map)
+        )
+        files = SimpleNamespace(
+            apply=lambda _instance, _record: None,
+            remove=lambda _instance: None,
+            instances=tuple,
+        )
+        self.records = RecordLoop(
+            self.inventory,
+            applier,  # type: ignore[arg-type]  # the part that is used
+            files,
+            SystemClock(),
+            lambda _networks: None,
+            lambda _keys: None,
+            pairs=self.gates,
+        )
+
+    async def apply(self, wanted: Mapping[str, str | None]) -> int:
+        for key, value in wanted.items():
+            await asyncio.sleep(0)
+            if value is None:
+                self.map.pop(key, None)
+            else:
+                self.map[key] = value
+                address = ip_address(key.partition("/")[2])
+                self.owners[key] = value.partition("|")[0], self.gates.planned[_NET, address]
+            self.look()
+        return len(wanted)
+
+    def look(self) -> None:
+        self.looks += 1
+        for network, table in self.kernel.tables.items():
+            for address, mac in table.items():
+                key = record_key((network, address))
+                value = self.map.get(key)
+                if value is None or value == "!":
+                    continue
+                owner, expected = self.owners[key]
+                assert value.startswith(f"{owner}|")
+                assert mac == expected or expected in (ANY_MAC, None), (key, mac, owner, expected)
+
+    def say(self, ports: Mapping[str, Port], *, checked: bool) -> None:
+        network = Network(_NET, NamespaceListener("ns"), mac_check=checked)
+        instances = {
+            InstanceId(name): Instance(InstanceId(name), name, name, ports=(port,))
+            for name, port in ports.items()
+        }
+        self.records.observe(
+            Observation("s", full=True, networks={_NET: network}, instances=instances)
+        )
+
+    async def listen(self) -> None:
+        plan = await self.gates.open(self.inventory.networks, [_ENDPOINT], ObservedHost())
+        await asyncio.sleep(0)
+        await self.gates.settle(plan, sweep=True)
+
+
+def _say(ports: dict[str, Port], *, checked: bool) -> Callable[[World], Awaitable[None]]:
+    async def step(world: World) -> None:
+        world.say(ports, checked=checked)
+
+    return step
+
+
+def _learn(address: IpAddress, name: str, mac: MacAddress) -> Callable[[World], Awaitable[None]]:
+    async def step(world: World) -> None:
+        world.records.learn((_NET, address), Learned(InstanceId(name), 0.0, mac=mac))
+
+    return step
+
+
+async def _listen(world: World) -> None:
+    await world.listen()
+
+
+async def _lose(world: World) -> None:
+    world.kernel.lose(_NET)
+    world.gates.lost("")
+
+
+async def _settle(world: World) -> None:
+    settled = asyncio.ensure_future(world.records.tickets.wait(world.records.tickets.given))
+    await asyncio.wait((settled, world.working), return_when=asyncio.FIRST_COMPLETED)
+    settled.cancel()
+    if world.working.done():
+        world.working.result()
+
+
+async def _expire(world: World) -> None:
+    world.gates._lingering = dict.fromkeys(world.gates._lingering, 0.0)
+    await world.gates.expire()
+
+
+_steps = st.one_of(
+    st.builds(_say, _records, checked=st.sampled_from([True, True, True, False])),
+    st.builds(
+        _learn, st.sampled_from(_ADDRESSES), st.sampled_from(["a", "b"]), st.sampled_from(_MACS)
+    ),
+    st.sampled_from([_listen, _lose, _settle, _expire]),
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.tuples(_steps, st.booleans()), min_size=3, max_size=25))
+def test_no_entry_is_reached_by_another_s_mac(
+    steps: list[tuple[Callable[[World], Awaitable[None]], bool]],
+) -> None:
+    async def run() -> World:
+        world = World()
+        working = world.working = asyncio.create_task(world.records.run())
+        beside: list[asyncio.Task[None]] = []
+        try:
+            for step, wait in steps:
+                task = asyncio.ensure_future(step(world))
+                if wait:
+                    await task
+                else:
+                    beside.append(asyncio.ensure_future(task))
+            await asyncio.gather(*beside)
+            await _listen(world)
+            await _settle(world)
+            # One that was taken away meanwhile is back, and all agree.
+            await _listen(world)
+        finally:
+            working.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await working
+        return world
+
+    world = asyncio.run(run())
+    wanted = {
+        address: mac
+        for (_, address) in {*world.gates.keys(), *((_NET, one) for one in _ADDRESSES)}
+        if (mac := plan_pair(world.inventory, (_NET, address), world.records.learned)) is not None
+    }
+    held = world.kernel.tables.get(_NET)
+    if held is not None:
+        lingering = {address for _, address in world.gates._lingering}
+        assert {a: m for a, m in held.items() if a not in lingering} == wanted

@@ -1,0 +1,98 @@
+"""Where the kernel is to look at MACs, and who answers there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from imdsproxy.core.endpoints import Endpoint
+from imdsproxy.core.gates import VERIFIED_PORT, Gate, GatePlan, plan_gates
+from imdsproxy.core.hostnames import Naming
+from imdsproxy.core.hoststate import NamespaceRef, ObservedDevice, ObservedHost, ObservedNamespace
+from imdsproxy.core.model import (
+    METADATA_IPV4,
+    METADATA_IPV6,
+    InterfaceListener,
+    NamespaceListener,
+    Network,
+    NetworkId,
+    Scope,
+)
+
+_RED, _GREY = NetworkId("red"), NetworkId("grey")
+_PLACE = NamespaceRef("red", 42)
+_MAC = "02:00:00:00:00:01"
+_IPV4 = Endpoint(_RED, METADATA_IPV4, 80, None, _PLACE)
+_IPV6 = Endpoint(_RED, METADATA_IPV6, 80, "br0", _PLACE, 2)
+_NAMING = Naming()
+
+
+def _device(
+    name: str, index: int, *, mac: str = _MAC, master: int = 0, kind: str = "", up: bool = True
+) -> ObservedDevice:
+    return ObservedDevice(name, index, up, 1500, mac=mac, master=master, kind=kind)
+
+
+_DEVICES = (
+    _device("lo", 1, mac=""),
+    _device("br0", 2, kind="bridge"),
+    _device("v1", 3, master=2, kind="veth"),
+    _device("eth9", 4),
+    _device("tun0", 5, mac=""),
+    _device("off", 6, up=False),
+)
+_HOST = ObservedHost(
+    namespaces={"red": ObservedNamespace(_PLACE, {one.name: one for one in _DEVICES})}
+)
+
+
+def _plan(*endpoints: Endpoint, network: Network | None = None, macs: bool = True) -> GatePlan:
+    given = network or Network(_RED, NamespaceListener("red"))
+    networks: Mapping[NetworkId, Network] = {given.id: given}
+    return plan_gates(networks, endpoints, _HOST, _NAMING, lambda _: macs)
+
+
+def test_a_network_without_macs_has_no_gate() -> None:
+    plan = _plan(_IPV4, _IPV6, macs=False)
+    assert plan == GatePlan(plain=(_IPV4, _IPV6))
+    assert plan.plain_networks == {_RED}
+
+
+def test_nor_has_one_that_does_not_check_them() -> None:
+    for network in (
+        Network(_RED, NamespaceListener("red"), mac_check=False),
+        Network(_RED, NamespaceListener("red"), scope=Scope.ROUTER),
+    ):
+        assert _plan(_IPV4, network=network) == GatePlan(plain=(_IPV4,))
+
+
+def test_a_gate_is_on_every_device_whose_packets_bring_a_mac_to_the_host() -> None:
+    plan = _plan(_IPV4, _IPV6)
+    assert plan.unverified == (_IPV4, _IPV6)
+    # Of a bridge's port the bridge takes the packets.
+    devices = (("br0", 2), ("eth9", 4))
+    assert plan.gates == {_RED: Gate(_RED, _PLACE, devices, _NAMING.link(_RED))}
+    assert [(one.address, one.device, one.device_index) for one in plan.verified] == [
+        (METADATA_IPV4, "br0", 2),
+        (METADATA_IPV4, "eth9", 4),
+        (METADATA_IPV6, "br0", 2),
+    ]
+    assert {one.port for one in plan.verified} == {VERIFIED_PORT}
+    assert plan.binds == (*plan.verified, *plan.unverified)
+
+
+def test_an_interface_of_the_host_has_its_gate_there() -> None:
+    network = Network(_GREY, InterfaceListener("virbr0"))
+    endpoint = Endpoint(_GREY, METADATA_IPV4, 80, "virbr0", None, 9)
+    plan = _plan(endpoint, network=network)
+    assert plan.gates[_GREY].namespace is None
+    assert plan.gates[_GREY].devices == (("virbr0", 9),)
+
+
+def test_without_its_gate_nobody_is_verified() -> None:
+    plan = _plan(_IPV4, _IPV6).without({_RED})
+    assert plan == GatePlan(unverified=(_IPV4, _IPV6))
+
+
+def test_a_network_that_is_only_kept_is_checked_as_it_was() -> None:
+    plan = plan_gates({}, [_IPV4], _HOST, _NAMING, lambda _: True)
+    assert plan.plain == (_IPV4,)
