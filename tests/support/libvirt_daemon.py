@@ -58,7 +58,8 @@ export PATH={home}/bin:$PATH
 touch {home}/started
 while :; do
     while [ -e {home}/stay-down ]; do sleep 0.02; done
-    libvirtd --config {home}/libvirtd.conf >>{home}/libvirtd.out 2>&1 || :
+    libvirtd --config {home}/libvirtd.conf --pid-file {home}/libvirtd.pid >>{home}/libvirtd.out 2>&1 || :
+    sleep 0.1
 done
 """
 
@@ -114,7 +115,11 @@ class Libvirtd:
     def start(self) -> None:
         """Have it run again."""
         (self.home / "stay-down").unlink(missing_ok=True)
-        until(self._answers, within_s=30, what="libvirtd answers")
+        try:
+            until(self._answers, within_s=30, what="libvirtd answers")
+        except AssertionError as error:
+            told = (self.home / "libvirtd.out").read_text()[-2000:]
+            raise AssertionError(f"{error}: {told}") from error
 
     @property
     def pid(self) -> int:
