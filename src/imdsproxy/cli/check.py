@@ -111,6 +111,7 @@ def _ask(run: options.Invocation) -> list[Finding]:
     findings += preflight.check_privileges(preflight.read_capabilities(own))
     findings += preflight.check_namespaces(settings.paths.netns_dir)
     findings += told
+    findings += _macs(run, settings, reachable=status is not None)
     findings += preflight.check_directories(
         {
             "paths.runtime_dir": settings.paths.runtime_dir,
@@ -130,6 +131,31 @@ def _ask(run: options.Invocation) -> list[Finding]:
             _bind_refused,
         )
     return findings
+
+
+def _macs(run: options.Invocation, settings: Settings, *, reachable: bool) -> list[Finding]:
+    if os.geteuid() != 0:
+        return []
+    from imdsproxy.cli import preflight_macs  # noqa: PLC0415 - `--help` need not load it
+    from imdsproxy.cli.admin_client import AdminClient  # noqa: PLC0415 - as above
+    from imdsproxy.core.hostnames import Naming  # noqa: PLC0415 - as above
+    from imdsproxy.host.bridge_guard import (  # noqa: PLC0415 - as above
+        observe_bridge,
+        read_rules,
+        try_gate,
+    )
+
+    found = [preflight_macs.check_kernel(try_gate())]
+    if not reachable:
+        return found
+    daemon = AdminClient(run.socket or settings.admin_socket, timeout_s=5)
+    networks = cast("Sequence[Mapping[str, Mapping[str, object]]]", daemon.get("/v1/networks"))
+    devices = preflight_macs.checked_devices(one["record"] for one in networks)
+    if devices:
+        rules, naming = read_rules(), Naming(settings.host.name_prefix)
+        seen = {device: observe_bridge(device, rules, naming) for device in devices}
+        found += preflight_macs.check_bridges(seen)
+    return found
 
 
 def _openstack(settings: Settings) -> list[Finding]:

@@ -29,6 +29,7 @@ __all__ = [
     "NamespaceDirectory",
     "NamespaceThread",
     "OpenNamespace",
+    "unshare_network",
 ]
 
 DEFAULT_DIRECTORY: Final = Path("/run/netns")
@@ -58,7 +59,12 @@ def _setns(descriptor: int) -> None:
         _checked(_libc.setns(ctypes.c_int(descriptor), ctypes.c_int(_CLONE_NEWNET)))
 
 
-def _unshare() -> None:
+def unshare_network() -> None:
+    """Have the calling thread in a new network namespace, which ends with it unless somebody holds it.
+
+    Raises:
+        OSError: The kernel refuses.
+    """
     if sys.version_info >= (3, 12):
         os.unshare(_CLONE_NEWNET)
     else:
@@ -223,7 +229,7 @@ class NamespaceDirectory:
         path = self.place(name)
         os.close(os.open(path, os.O_RDONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0))
         try:
-            _unshare()
+            unshare_network()
             _mount(_SELF, path, _MS_BIND)
         except OSError:
             path.unlink()

@@ -39,6 +39,7 @@ from imdsproxy.host.nlmessages import (
 __all__ = [
     "RTM_DELADDR",
     "RTM_DELLINK",
+    "RTM_GETLINK",
     "RTM_NEWADDR",
     "RTM_NEWLINK",
     "RTM_NEWNEIGH",

@@ -1,0 +1,135 @@
+"""What on a bridge keeps a guest from using another's MAC; looked at, never changed."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import socket
+import struct
+import subprocess
+import threading
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Final
+
+from imdsproxy.core.hostnames import Naming
+from imdsproxy.host.gate_table import fill_table
+from imdsproxy.host.namespaces import unshare_network
+from imdsproxy.host.netlink import RTM_GETLINK, bridge_ports, find_link
+from imdsproxy.host.nftables import Batch, NetfilterSocket
+from imdsproxy.host.nlmessages import NetlinkSocket, parse_attributes
+
+__all__ = ["GuardedPort", "observe_bridge", "read_rules", "rules_for", "try_gate"]
+
+_GUEST_KINDS: Final = frozenset({"tun", "veth"})
+_IFINFO: Final = struct.Struct("=BxHiII")
+_LINKINFO, _SLAVE_DATA = 18, 5
+_LEARNING, _LOCKED = 8, 39
+_RULE_READERS: Final = (
+    ("nft", "list", "ruleset", "bridge"),
+    ("nft", "list", "ruleset", "netdev"),
+    ("ebtables-legacy-save",),
+)
+_READ_S: Final = 5
+_TABLE: Final = re.compile(r"(?m)^(?=table )")
+_SOURCE: Final = re.compile(r"ether saddr|arp saddr ether|@ll,48,48|-s ")
+
+
+@dataclass(frozen=True, slots=True)
+class GuardedPort:
+    """A guest's port of a bridge.
+
+    Attributes:
+        by: What keeps the guest to its MAC, in words; empty where nothing was seen.
+    """
+
+    name: str
+    by: str = ""
+
+
+def observe_bridge(bridge: str, rules: str, naming: Naming) -> tuple[GuardedPort, ...] | None:
+    """The guests' ports of a bridge of this host; `None` where there is no such bridge.
+
+    Args:
+        bridge: Its name.
+        rules: Of `read_rules`.
+        naming: How our own ports are named.
+
+    Raises:
+        OSError: The kernel refuses.
+    """
+    with NetlinkSocket() as channel:
+        device = find_link(channel, bridge)
+        if device is None or device.kind != "bridge":
+            return None
+        ports = [
+            one
+            for one in bridge_ports(channel, device.index)
+            if one.kind in _GUEST_KINDS and not naming.is_link(one.name)
+        ]
+        return tuple(
+            GuardedPort(one.name, _flags(channel, one.name) or rules_for(one.name, rules))
+            for one in ports
+        )
+
+
+def _flags(channel: NetlinkSocket, name: str) -> str:
+    found = find_link(channel, name)
+    if found is None:
+        return ""
+    answer = channel.get(RTM_GETLINK, _IFINFO.pack(socket.AF_UNSPEC, 0, found.index, 0, 0))
+    info = parse_attributes(answer.payload, _IFINFO.size).get(_LINKINFO, b"")
+    port = parse_attributes(parse_attributes(info).get(_SLAVE_DATA, b""))
+
+    def on(flag: int) -> bool:
+        return port.get(flag, b"\0") != b"\0"
+
+    if on(_LOCKED):
+        return "locked"
+    if _LEARNING in port and not on(_LEARNING):
+        return "learning off"
+    return ""
+
+
+def rules_for(port: str, rules: str) -> str:
+    """Words for a rule that names a port beside a source MAC; empty where none does."""
+    name = re.compile(rf"(?<![\w.-]){re.escape(port)}(?![\w.-])")
+    for table in _TABLE.split(rules):
+        if name.search(table) and _SOURCE.search(table):
+            return "a rule"
+    return ""
+
+
+def read_rules(commands: Iterable[tuple[str, ...]] = _RULE_READERS) -> str:
+    """Every rule for bridges and devices, as far as there are programs that list them."""
+    texts: list[str] = []
+    for program, *arguments in commands:
+        path = shutil.which(program)
+        if path is None:
+            continue
+        done = subprocess.run(
+            (path, *arguments), capture_output=True, text=True, timeout=_READ_S, check=False
+        )
+        texts.append(done.stdout)
+    return "\n".join(texts)
+
+
+def try_gate() -> str:
+    """Why the kernel could make no gate; empty where it can. Tried in a namespace that is gone at once."""
+    refusals: list[str] = []
+
+    def attempt() -> None:
+        try:
+            unshare_network()
+            batch = Batch("imdsproxy-check")
+            batch.make_table()
+            fill_table(batch, ("lo",))
+            with NetfilterSocket() as channel:
+                channel.commit(batch)
+        except OSError as error:
+            refusals.append(error.strerror or str(error))
+
+    thread = threading.Thread(target=attempt)
+    thread.start()
+    thread.join()
+    return refusals[0] if refusals else ""
