@@ -207,8 +207,16 @@ class Batch:
     """Changes to one table of family `netdev`, to be done all at once."""
 
     def __init__(self, table: str) -> None:
+        self.table = table
         self._table = text(1, table)
         self.messages: list[tuple[int, int, bytes]] = []
+
+    def take(self, other: Batch) -> None:
+        """Also do what another batch does, to this table; their names are of one length."""
+        before, here = other._table, self._table
+        self.messages += [
+            (kind, flags, body.replace(before, here, 1)) for kind, flags, body in other.messages
+        ]
 
     def _add(self, kind: int, flags: int, *parts: bytes) -> None:
         self.messages.append((kind, flags, b"".join(parts)))
