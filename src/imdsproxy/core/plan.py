@@ -62,7 +62,9 @@ def plan_record(
         entry = learned.get(key)
         if entry is None or not holds(inventory, key, entry):
             return None
-        owner, place = entry.instance, entry.via or key
+        # Of an address that a MAC has, the port is the one with the MAC, as for the address that the MAC makes.
+        by_mac = key if entry.mac is None else (key[0], link_local_of(entry.mac))
+        owner, place = entry.instance, entry.via or by_mac
     instance = inventory.instances.get(owner)
     if instance is None:
         return None
@@ -74,7 +76,7 @@ def plan_record(
 
 
 def _project_at(instance: Instance, place: AddressKey) -> str | None:
-    """The project of the port that has the address; one learned of a neighbour table has no port's."""
+    """The project of the port that has the address."""
     network, address = place
     ports = [port for port in instance.ports if port.network == network]
     for port in ports:

@@ -143,6 +143,16 @@ def test_nova_is_told_the_port_s_project_and_not_the_instance_s() -> None:
     assert by_mac == record
 
 
+def test_of_an_address_that_a_mac_has_the_project_is_that_port_s() -> None:
+    first, second = MacAddress("02:00:00:00:00:05"), MacAddress("02:00:00:00:00:06")
+    ports = (Port(_RED, first, (), "p1"), Port(_RED, second, (), "p9"))
+    vm = replace(_instance("vm"), project="p0", ports=ports, upstream=Upstream.NOVA)
+    learned = {_KEY: Learned(InstanceId("vm"), 1.0, mac=second)}
+    record = plan_record(_inventory(("a", vm)), _KEY, {}, learned, _ROUTING)
+    assert isinstance(record, NovaRecord)
+    assert record.project == "p9"
+
+
 @pytest.mark.parametrize(
     ("instance", "routing"), [(_nova(None), _ROUTING), (_nova("p1"), NovaRouting())]
 )
