@@ -11,7 +11,7 @@ import pytest
 
 from support.demonstration import REPOSITORY
 
-NEED_ROOT = ("demo", "test", "bench")
+NEED_ROOT = ("demo", "test", "bench", "vm-image")
 
 
 def run(argv: list[str], **environment: str) -> tuple[int, str]:

@@ -1,7 +1,7 @@
 """Stock virtual machines boot with nothing but what `imdsproxy snippet` prints, and each comes up as itself.
 
-Three at once: `alice` on a NAT network as libvirt makes it, `bob` on an isolated bridge at the same address, and
-`mallory` beside alice, who takes her address once she is up. Of bob and mallory the records have only the MAC.
+Two at once: `alice` on a NAT network as libvirt makes it, and `bob` on an isolated bridge at the same address. Of both
+the records have only the MAC. Afterwards bob's cable is plugged into alice's network, where her record has her address.
 """
 
 from __future__ import annotations
@@ -37,7 +37,6 @@ _ALL_CLEAR: Final = 9999
 _MACS: Final = {
     "alice": "52:54:00:aa:00:01",
     "bob": "52:54:00:bb:00:02",
-    "mallory": "52:54:00:cc:00:03",
 }
 
 _USER_DATA: Final = """#!/bin/sh
@@ -48,13 +47,13 @@ echo "written for {name}" >/srv/proof
     echo "keys=$(cat /home/debian/.ssh/authorized_keys)"
     echo "addresses=$(ip -4 -brief address show scope global | tr -s ' ' | cut -d ' ' -f 3)"
     echo "default=$(ip route show default)"
-    echo "uptime=$(cut -d ' ' -f 1 /proc/uptime)"
     echo up
 }} >/dev/ttyS1
 """
 
+# Says that the address is its own until somebody believes it.
 _THEFT: Final = """python3 - >/dev/ttyS1 2>&1 <<'END'
-import http.client, os, socket, subprocess, time
+import http.client, os, socket, time
 (device,) = [name for name in os.listdir("/sys/class/net") if name != "lo"]
 while True:
     try:
@@ -62,7 +61,6 @@ while True:
         break
     except OSError:
         time.sleep(1)
-subprocess.run(["ip", "address", "add", "{address}/24", "dev", device], check=True)
 mac = bytes.fromhex(open(f"/sys/class/net/{{device}}/address").read().strip().replace(":", ""))
 own = socket.inet_aton("{address}")
 claim = b"\\xff" * 6 + mac + bytes.fromhex("0806" "0001" "0800" "06" "04" "0001") + mac + own + b"\\xff" * 6 + own
@@ -124,9 +122,8 @@ def booted(request: pytest.FixtureRequest) -> Iterator[_Booted]:
         for name, machine in machines.items():
             machine.wait_for("up")
             took = time.monotonic() - start
-            say.line(
-                f"virtual machine {name}: up after {machine.value('uptime')} s, {took:.0f} s in all"
-            )
+            worked = f"{machine.worked_s():.0f} s of a processor"
+            say.line(f"virtual machine {name}: up {took:.0f} s after both were started, {worked}")
         yield _Booted(daemon, machines, key)
     finally:
         for machine in machines.values():
@@ -153,22 +150,12 @@ def _add_networks(daemon: Daemon) -> None:
 def _add_instance(daemon: Daemon, name: str, key: Path) -> list[str]:
     """Add a record as the documents say; the lines that the snippet prints."""
     script = _USER_DATA.format(name=name)
-    if name == "mallory":
+    if name == "bob":
         script += _THEFT.format(gateway=_GATEWAY, all_clear=_ALL_CLEAR, address=_ADDRESS)
     user_data = key.with_name(f"{name}.sh")
     user_data.write_text(script)
-    network = "isolated" if name == "bob" else "nat"
-    words: tuple[str, ...] = (
-        "--network",
-        network,
-        "--mac",
-        _MACS[name],
-        "--user-data",
-        str(user_data),
-    )
-    if name == "alice":
-        words += ("--address", _ADDRESS)
-    _run(daemon, "instance", "add", name, *words, "--ssh-key", f"{key}.pub")
+    words = (*_port(name), "--user-data", str(user_data), "--ssh-key", f"{key}.pub")
+    _run(daemon, "instance", "add", name, *words)
     return _run(daemon, "snippet", name, "--for", "qemu").splitlines()
 
 
@@ -187,7 +174,7 @@ def _words(snippet: list[str]) -> tuple[str, ...]:
     return (*words[:at], *words[at + 2 :])
 
 
-@pytest.mark.parametrize("name", ["alice", "bob", "mallory"])
+@pytest.mark.parametrize("name", ["alice", "bob"])
 def test_a_stock_machine_has_its_name_its_key_and_what_its_user_data_wrote(
     booted: _Booted, name: str
 ) -> None:
@@ -232,15 +219,15 @@ def test_the_key_opens_the_machine(booted: _Booted) -> None:
 
 
 def test_a_machine_that_takes_its_neighbours_address_is_answered_403(booted: _Booted) -> None:
-    alice, mallory = booted.machines["alice"], booted.machines["mallory"]
+    bob = booted.machines["bob"]
+    _run(booted.daemon, "instance", "set", "alice", *_port("alice"), "--address", _ADDRESS)
     clear = inside(booted.daemon.lab.host, lambda: socket.create_server((_GATEWAY, _ALL_CLEAR)))
     with clear:
-        until(
-            lambda: mallory.value("stolen"),
-            within_s=90,
-            what=f"mallory's answer ({mallory})",
-            pause_s=0.2,
-        )
-    assert mallory.value("stolen").startswith("403"), mallory
-    assert "alice" not in mallory.value("stolen")
-    assert alice.value("hostname") == "alice"
+        bob.plug("virbr0")
+        until(lambda: bob.value("stolen"), within_s=60, what=f"bob's answer ({bob})", pause_s=0.2)
+    assert bob.value("stolen").startswith("403"), bob
+    assert "alice" not in bob.value("stolen")
+
+
+def _port(name: str) -> tuple[str, ...]:
+    return "--network", "isolated" if name == "bob" else "nat", "--mac", _MACS[name]

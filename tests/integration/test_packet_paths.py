@@ -5,6 +5,7 @@ Guests are namespaces, with real DHCP clients, whose only settings are those tha
 
 from __future__ import annotations
 
+import json
 import socket
 import subprocess
 from collections.abc import Iterator
@@ -170,6 +171,58 @@ def test_a_firewall_of_the_hosts_keeps_no_guest_of_a_bridge_out(
     _add(daemon, "nat", "--bridge", "virbr0")
     guest = _guest(host, daemon, "virbr0", "nat", 1)
     assert _ask(guest) == "nat1"
+
+
+def test_check_names_the_rule_that_lets_guests_of_an_interface_in(
+    host: VmHost, daemon: Daemon
+) -> None:
+    host.nat_network("virbr0")
+    rules = "table inet wall { chain in { type filter hook input priority 0; policy drop; udp dport 67 accept; }; }"
+    run(*within(host.lab.host), "nft", rules)
+    _add(daemon, "nat", "--interface", "virbr0")
+    guest = _guest(host, daemon, "virbr0", "nat", 1)
+    assert _ask(guest) == "curl 28"
+    run(*within(host.lab.host), "sh", "-c", _advice(host, daemon))
+    assert _ask(guest) == "nat1"
+    assert _findings(host, daemon) == []
+
+
+def test_check_names_the_rules_that_let_bridged_packets_pass(host: VmHost, daemon: Daemon) -> None:
+    """As Docker's chain FORWARD, with br_netfilter."""
+    _lan(host, "br0")
+    _add(daemon, "lan", "--bridge", "br0")
+    guest = _guest(host, daemon, "br0", "lan", 1)
+    rules = (
+        "table ip filter { chain FORWARD { type filter hook forward priority 0; policy drop; }; }"
+    )
+    run(*within(host.lab.host), "nft", rules)
+    run(*within(host.lab.host), "sysctl", "-q", "net.bridge.bridge-nf-call-iptables=1")
+    assert _ask(guest) == "curl 28"
+    _, _, advice = _advice(host, daemon).partition("; or ")
+    run(*within(host.lab.host), "sh", "-c", advice.replace(", and ", "; "))
+    assert _ask(guest) == "lan1"
+    assert _findings(host, daemon) == []
+
+
+def _findings(host: VmHost, daemon: Daemon) -> list[dict[str, str]]:
+    """The warnings that `imdsproxy check` has about paths, asked on the daemon's host."""
+    done = subprocess.run(
+        (
+            *within(host.lab.host),
+            *daemon.program,
+            *("--config", str(daemon.config), "check", "--json"),
+        ),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    found = json.loads(done.stdout)["findings"]
+    return [one for one in found if one["area"] == "paths" and one["warning"]]
+
+
+def _advice(host: VmHost, daemon: Daemon) -> str:
+    (finding,) = _findings(host, daemon)
+    return finding["hint"]
 
 
 def test_on_an_isolated_bridge_dhcp_tells_the_route(host: VmHost, daemon: Daemon) -> None:

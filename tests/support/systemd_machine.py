@@ -122,7 +122,9 @@ class Machine:
         kinds = ("--mount", "--uts", "--ipc", "--net", "--pid", "--cgroup", "--root", "--wdns=/")
         return ["/usr/bin/nsenter", enter, *kinds, "--", *environment, *command]
 
-    def attempt(self, *command: str, text: str | None = None) -> tuple[int, str]:
+    def attempt(
+        self, *command: str, text: str | None = None, within_s: float = 100
+    ) -> tuple[int, str]:
         """Run a command inside: its exit status, and all that it printed."""
         done = subprocess.run(
             self.arguments(*command),
@@ -131,7 +133,7 @@ class Machine:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            timeout=100,
+            timeout=within_s,
             check=False,
         )
         return done.returncode, done.stdout

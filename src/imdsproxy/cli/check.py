@@ -112,6 +112,7 @@ def _ask(run: options.Invocation) -> list[Finding]:
     findings += preflight.check_namespaces(settings.paths.netns_dir)
     findings += told
     findings += _macs(run, settings, reachable=status is not None)
+    findings += _paths(run, settings, reachable=status is not None)
     findings += preflight.check_directories(
         {
             "paths.runtime_dir": settings.paths.runtime_dir,
@@ -156,6 +157,23 @@ def _macs(run: options.Invocation, settings: Settings, *, reachable: bool) -> li
         seen = {device: observe_bridge(device, rules, naming) for device in devices}
         found += preflight_macs.check_bridges(seen)
     return found
+
+
+def _paths(run: options.Invocation, settings: Settings, *, reachable: bool) -> list[Finding]:
+    if os.geteuid() != 0 or not reachable:
+        return []
+    from imdsproxy.cli import preflight_paths  # noqa: PLC0415 - `--help` need not load it
+    from imdsproxy.cli.admin_client import AdminClient  # noqa: PLC0415 - as above
+    from imdsproxy.cli.records_read import read_networks  # noqa: PLC0415 - as above
+    from imdsproxy.host import firewall  # noqa: PLC0415 - as above
+
+    daemon = AdminClient(run.socket or settings.admin_socket, timeout_s=5)
+    return preflight_paths.check_paths(
+        read_networks(daemon),
+        firewall.read_dropping_chains(),
+        firewall.leads_by,
+        bridged_are_forwarded=firewall.passes_forward_chain(),
+    )
 
 
 def _openstack(settings: Settings) -> list[Finding]:

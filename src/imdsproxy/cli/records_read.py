@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, cast
 
 from imdsproxy.cli.admin_client import path_to
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from imdsproxy.cli.admin_client import AdminClient
     from imdsproxy.core.model import Instance, Network
 
-__all__ = ["read_instance", "read_network"]
+__all__ = ["read_instance", "read_network", "read_networks"]
 
 
 def read_instance(daemon: AdminClient, instance: str) -> Instance:
@@ -36,6 +36,17 @@ def read_network(daemon: AdminClient, network: str) -> Network:
     if isinstance(read, Refused):
         raise _unread("network", network)
     return read
+
+
+def read_networks(daemon: AdminClient) -> list[Network]:
+    """All networks; raises as `read_network`."""
+    found: list[Network] = []
+    for shape in cast("Sequence[Mapping[str, Mapping[str, object]]]", daemon.get("/v1/networks")):
+        read = parse_network(shape["record"])
+        if isinstance(read, Refused):
+            raise _unread("network", str(shape["record"].get("id")))
+        found.append(read)
+    return found
 
 
 def _record(daemon: AdminClient, kind: str, name: str) -> object:

@@ -61,6 +61,7 @@ __all__ = [
     "parse_link",
     "parse_neighbour",
     "remove_address",
+    "route_device",
     "route_length",
     "set_link",
 ]
@@ -264,6 +265,19 @@ def _default_device(message: Message) -> int:
     if prefix or table != _TABLE_MAIN or kind != _UNICAST:
         return 0
     return _number(parse_attributes(message.payload, _RTMSG.size).get(_RTA_OIF))
+
+
+def route_device(channel: NetlinkSocket, address: IpAddress) -> int:
+    """The index of the device by which the host's own packets to an address go; 0 where there is no way."""
+    bits = 8 * len(address.packed)
+    question = _RTMSG.pack(_family_of(address), bits, 0, 0, 0, 0, 0, 0, 0)
+    try:
+        answer = channel.get(RTM_GETROUTE, question + attribute(_RTA_DST, address.packed))
+    except NetlinkRefused as error:
+        if error.errno in (errno.ENETUNREACH, errno.EHOSTUNREACH):
+            return 0
+        raise
+    return _number(parse_attributes(answer.payload, _RTMSG.size).get(_RTA_OIF))
 
 
 def route_length(channel: NetlinkSocket, address: IpAddress) -> int:

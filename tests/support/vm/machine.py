@@ -6,6 +6,7 @@ the kernel.
 
 from __future__ import annotations
 
+import os
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -86,6 +87,10 @@ class VirtualMachine:
                 start_new_session=True,
             )
 
+    def plug(self, bridge: str) -> None:
+        """Plug its network cable into another bridge."""
+        ip("-n", self.host, "link", "set", self.device, "master", bridge)
+
     def wait_for(self, line: str, *, within_s: float = BOOT_S) -> float:
         """Wait until it has reported a line; how many seconds that took.
 
@@ -111,6 +116,12 @@ class VirtualMachine:
         """What it reported as `NAME=…`, the last time; empty when it did not."""
         lines = [one for one in self.reported() if one.startswith(f"{name}=")]
         return lines[-1].partition("=")[2] if lines else ""
+
+    def worked_s(self) -> float:
+        """How long a processor has worked for it."""
+        assert self._process is not None
+        words = Path(f"/proc/{self._process.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(words[11]) + int(words[12])) / os.sysconf("SC_CLK_TCK")
 
     def stop(self) -> None:
         """Pull the plug."""
