@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from imdsproxy.core.model import Dialect, Network
+from imdsproxy.core.model import Dialect, InterfaceListener, Network
 from imdsproxy.core.snippets import Target, render_snippet
 from support.dhcp_offer import ask_options, classless_routes
 from support.guest import inside
@@ -64,8 +64,10 @@ def _offered(lab: HostLab, of: Network, directory: Path) -> dict[int, bytes]:
     return told[0]
 
 
-def test_a_guest_is_told_the_neighbour_and_its_own_gateway(lab: HostLab, tmp_path: Path) -> None:
-    options = _offered(lab, network(), tmp_path)
+def test_a_guest_with_a_foreign_gateway_is_told_the_neighbour_and_that_gateway(
+    lab: HostLab, tmp_path: Path
+) -> None:
+    options = _offered(lab, network(InterfaceListener("lan0")), tmp_path)
 
     assert classless_routes(options[121]) == [
         (_METADATA, _ON_LINK),
