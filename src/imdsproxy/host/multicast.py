@@ -34,20 +34,20 @@ T = TypeVar("T")
 
 
 class Multicast(ABC, Generic[T]):
-    """An asynchronous context manager and iterator of what a group tells.
+    """An asynchronous context manager and iterator of what groups tell.
 
     Args:
         protocol: `socket.NETLINK_ROUTE` or NETLINK_NETFILTER (12).
-        group: The group's number.
-        about: What it tells of, for an error's message.
+        groups: Their numbers.
+        about: What they tell of, for an error's message.
 
     Attributes:
         hears_all: Whether other namespaces are heard too (takes CAP_NET_BROADCAST).
     """
 
-    def __init__(self, protocol: int, group: int, about: str) -> None:
+    def __init__(self, protocol: int, groups: Iterable[int], about: str) -> None:
         self._protocol = protocol
-        self._groups = 1 << (group - 1)
+        self._groups = sum(1 << (group - 1) for group in groups)
         self._about = about
         self._told: asyncio.Queue[T | DataplaneError] = asyncio.Queue()
         self.hears_all = False
@@ -98,6 +98,8 @@ class Multicast(ABC, Generic[T]):
         # What fails in here would only reach the event loop's log: the iterator raises it.
         try:
             self._take()
+        except DataplaneError as error:
+            self._told.put_nowait(error)
         except OSError as error:
             self._told.put_nowait(host_refused(f"hear of {self._about}", error))
 

@@ -16,8 +16,8 @@ from imdsproxy.host.nlmessages import Message
 
 __all__ = ["NeighbourChange", "NeighbourWatch", "TableRemoved", "TableWatch"]
 
-_GROUP_NEIGHBOURS: Final = 3
-_GROUP_TABLES: Final = 7
+_NEIGHBOURS: Final = (3,)
+_TABLES: Final = (7,)
 _ADDRESS_BYTES: Final = frozenset({4, 16})
 
 
@@ -45,7 +45,7 @@ class NeighbourWatch(Multicast[NeighbourChange | None]):
     """
 
     def __init__(self, wanted: Callable[[NeighbourChange], bool]) -> None:
-        super().__init__(socket.NETLINK_ROUTE, _GROUP_NEIGHBOURS, "the neighbour tables")
+        super().__init__(socket.NETLINK_ROUTE, _NEIGHBOURS, "the neighbour tables")
         self._wanted = wanted
 
     def parse(self, message: Message, nsid: int | None) -> Iterator[NeighbourChange]:
@@ -73,7 +73,7 @@ class TableWatch(Multicast[TableRemoved]):
     """Removals of tables whose names somebody asked about."""
 
     def __init__(self, wanted: Callable[[], Collection[str]]) -> None:
-        super().__init__(NETFILTER, _GROUP_TABLES, "the tables of nf_tables")
+        super().__init__(NETFILTER, _TABLES, "the tables of nf_tables")
         self._wanted = wanted
 
     def parse(self, message: Message, nsid: int | None) -> Iterable[TableRemoved]:
