@@ -19,7 +19,7 @@ from imdsproxy.core.model import MacAddress
 __all__ = ["ANY_MAC", "LEARNED_PER_MAC", "Pairs", "excess_learned", "plan_pair", "plan_pairs"]
 
 ANY_MAC: Final = MacAddress("*")
-"""In place of a MAC: the owner's record has none, or what is answered is nobody's."""
+"""In place of a MAC: the owner's record has none."""
 
 LEARNED_PER_MAC: Final = 16
 """Addresses that one MAC of a network can have at once; a guest may take as many as it likes."""
@@ -31,12 +31,12 @@ Pairs = Mapping[AddressKey, MacAddress | None]
 def plan_pair(
     inventory: Inventory, key: AddressKey, learned: Mapping[AddressKey, Learned]
 ) -> MacAddress | None:
-    """The MAC that must have an address, `ANY_MAC`, or `None` where nobody is known to have it."""
+    """The MAC that must have an address, `ANY_MAC`, or `None` where it is not known whose it is."""
     if not checks_macs(inventory, key[0]):
         return None
     owner = inventory.owner(key)
     if isinstance(owner, Conflict):
-        return ANY_MAC
+        return None
     if owner is None:
         entry = learned.get(key)
         return entry.mac if entry is not None and holds(inventory, key, entry) else None

@@ -30,15 +30,14 @@ def test_an_address_that_nobody_has_has_no_pair() -> None:
     assert plan_pair(inventory, key("n1", "10.0.0.6"), {}) is None
 
 
-def test_a_port_without_a_mac_and_a_contested_address_go_with_any() -> None:
+def test_a_port_without_a_mac_goes_with_any_and_a_contested_address_with_none() -> None:
     inventory = _inventory(
         instance("a", "10.0.0.5"),
         instance("b", "10.0.0.6", mac=MAC),
         instance("c", "10.0.0.6", mac=OTHER),
     )
     assert plan_pair(inventory, key("n1", "10.0.0.5"), {}) == ANY_MAC
-    # HAProxy answers 503 whoever asks.
-    assert plan_pair(inventory, key("n1", "10.0.0.6"), {}) == ANY_MAC
+    assert plan_pair(inventory, key("n1", "10.0.0.6"), {}) is None
 
 
 def test_what_was_learned_goes_with_the_mac_it_was_learned_by_while_that_holds() -> None:
