@@ -78,7 +78,9 @@ class Rig:
         (opened,) = (await self.kernel.open([self.gate])).values()
         assert isinstance(opened, Opened)
         assert opened.fresh
-        assert await self.kernel.fill([(self.gate, pairs)]) == {self.gate.network: None}
+        assert await self.kernel.fill([(self.gate, pairs)], busy={self.gate.network}) == {
+            self.gate.network: None
+        }
 
     def connect(self) -> socket.socket:
         made = inside(self.guest, socket.socket)

@@ -134,7 +134,9 @@ class World:
         )
 
     async def listen(self) -> None:
-        plan = await self.gates.open(self.inventory.networks, [_ENDPOINT], ObservedHost())
+        plan = await self.gates.open(
+            self.inventory.networks, [_ENDPOINT], ObservedHost(), running=True
+        )
         await asyncio.sleep(0)
         await self.gates.settle(plan, sweep=True)
 

@@ -20,6 +20,7 @@ class FakeGates:
 
     Attributes:
         watch: Called after each change, as somebody who looks all the time.
+        busy: Networks in which connections might be open, at each filling.
         refuse: Why no gate is opened; empty where it is.
     """
 
@@ -28,6 +29,7 @@ class FakeGates:
     told: list[tuple[IpAddress, int, MacAddress]] = field(default_factory=list)
     watch: Callable[[], None] = lambda: None
     refuse: str = ""
+    busy: list[frozenset[NetworkId]] = field(default_factory=list)
     _gates: dict[NetworkId, Gate] = field(default_factory=dict)
 
     async def open(self, gates: Iterable[Gate]) -> Mapping[NetworkId, Opened | DataplaneError]:
@@ -47,8 +49,9 @@ class FakeGates:
         return found
 
     async def fill(
-        self, gates: Iterable[tuple[Gate, PairMap]]
+        self, gates: Iterable[tuple[Gate, PairMap]], *, busy: Collection[NetworkId]
     ) -> Mapping[NetworkId, DataplaneError | None]:
+        self.busy.append(frozenset(busy))
         found: dict[NetworkId, DataplaneError | None] = {}
         for gate, pairs in gates:
             await asyncio.sleep(0)

@@ -44,9 +44,9 @@ class GateKernel(Protocol):
         ...
 
     async def fill(
-        self, gates: Iterable[tuple[Gate, PairMap]]
+        self, gates: Iterable[tuple[Gate, PairMap]], *, busy: Collection[NetworkId]
     ) -> Mapping[NetworkId, DataplaneError | None]:
-        """Let pairs through new gates."""
+        """Let pairs through new gates; in busy networks connections may be open."""
         ...
 
     async def withdraw(self, gate: Gate, pairs: PairMap) -> None:
@@ -98,6 +98,7 @@ class Gates:
     _known: bool = False
     _complete: bool = True
     _settled: bool = False
+    _busy: set[NetworkId] = field(default_factory=set)
     _differing: dict[NetworkId, PairMap] = field(default_factory=dict)
     _lingering: dict[AddressKey, float] = field(default_factory=dict)
     _suspect: set[NetworkId] = field(default_factory=set)
@@ -139,13 +140,23 @@ class Gates:
         networks: Mapping[NetworkId, Network],
         endpoints: Iterable[Endpoint],
         observed: ObservedHost,
+        *,
+        running: bool,
     ) -> GatePlan:
         """Plan what to listen on, and have the gates that it takes, before anybody listens behind them.
+
+        Args:
+            networks: All of them.
+            endpoints: What can be bound.
+            observed: The host that they were planned from.
+            running: HAProxy listens already.
 
         Raises:
             HostRefused: Our journal cannot be read or written.
         """
         plan = plan_gates(networks, endpoints, observed, self.naming, self._checkable)
+        listened = plan if running and not self._settled else self.plan
+        self._busy = {one.network for one in listened.binds}
         # Before HAProxy is: a record that comes meanwhile must not count on a gate that is not there.
         self._plain |= plan.plain_networks
         async with self._lock:
@@ -218,7 +229,7 @@ class Gates:
         async with self._lock:
             empty = [gate for name, gate in plan.gates.items() if name not in self._full]
             filled = await self.kernel.fill(
-                (gate, self._granted.get(gate.network, {})) for gate in empty
+                ((gate, self._granted.get(gate.network, {})) for gate in empty), busy=self._busy
             )
             for gate in empty:
                 self._filled(gate, filled[gate.network])

@@ -431,7 +431,12 @@ class ListenerLoop:
 
     async def _apply(self, endpoints: tuple[Endpoint, ...], reasons: tuple[str, ...]) -> None:
         if self.gates is not None:
-            self._listening = await self.gates.open(self._networks(), endpoints, self._seen)
+            self._listening = await self.gates.open(
+                self._networks(),
+                endpoints,
+                self._seen,
+                running=self.haproxy.processes is not None,
+            )
         # The old worker does not look at the links any more, the next one needs all of its own.
         listening = endpoints if self._listening is None else self._listening.binds
         self.host.apply_links(plan_links(listening))

@@ -133,17 +133,22 @@ SETS: Final = tuple(f"{what}{family.value}" for family in Family for what in ("g
 
 def fill_table(batch: Batch, devices: Iterable[str]) -> None:
     """Put chains, rules and empty sets into a table that is new."""
-    # All but what the devices go through is the same for each gate of a name's length, and worth half of the time.
-    batch.take(_inner(len(batch.table)))
     names = tuple(devices)
-    # Last of all: from here on packets go through it.
+    # All but what the devices go through is the same for each gate of a name's length, and takes most of the time.
+    batch.take(_inner(len(batch.table)))
     batch.make_base_chain("ingress", Hook.INGRESS, _BEFORE_OTHERS, names)
+    batch.make_base_chain("egress", Hook.EGRESS, _AFTER_OTHERS, names)
+    batch.take(_outer(len(batch.table)))
+
+
+@lru_cache(maxsize=8)
+def _outer(length: int) -> Batch:
+    batch = Batch("x" * length)
     for ethertype in _VLANS:
         tagged = meta(PROTOCOL) + compare(ethertype) + payload(LINK, _VLAN_ID, 2)
         batch.make_rule(
             "ingress", tagged, bitwise(b"\x0f\xff"), compare(b"\0\0"), verdict(Verdict.DROP)
         )
-    batch.make_base_chain("egress", Hook.EGRESS, _AFTER_OTHERS, names)
     for layout in _LAYOUTS:
         for chain, offset, to in (
             ("ingress", layout.target, "in"),
@@ -156,6 +161,7 @@ def fill_table(batch: Batch, devices: Iterable[str]) -> None:
                 + compare(layout.family.metadata_address.packed),
                 verdict(Verdict.JUMP, layout.name(to)),
             )
+    return batch
 
 
 @lru_cache(maxsize=8)

@@ -89,19 +89,27 @@ class KernelGates:
             return host_refused(action, error, hint=_hint(error))
 
     async def fill(
-        self, gates: Iterable[tuple[Gate, PairMap]]
+        self, gates: Iterable[tuple[Gate, PairMap]], *, busy: Collection[NetworkId]
     ) -> dict[NetworkId, DataplaneError | None]:
-        """Let pairs through new gates; connections that are open go on as they began."""
+        """Let pairs through new gates.
+
+        Args:
+            gates: What to let through each.
+            busy: Networks that were listened in before: connections that are open there go on as they began.
+        """
         given = tuple(gates)
         if not given:
             return {}
         return await self.thread.run(
-            lambda: {gate.network: self._try_fill(gate, pairs) for gate, pairs in given}
+            lambda: {
+                gate.network: self._try_fill(gate, pairs, busy=gate.network in busy)
+                for gate, pairs in given
+            }
         )
 
-    def _try_fill(self, gate: Gate, pairs: PairMap) -> DataplaneError | None:
+    def _try_fill(self, gate: Gate, pairs: PairMap, *, busy: bool) -> DataplaneError | None:
         try:
-            self._at(gate, lambda: _fill(gate, pairs))
+            self._at(gate, lambda: _fill(gate, pairs, busy=busy))
         except (OSError, GateMissing) as error:
             if isinstance(error, GateMissing):
                 return HostRefused(f"cannot check MACs of network {gate.network}: {error}")
@@ -223,12 +231,13 @@ def _try_port(gate: Gate) -> None:
                 )
 
 
-def _fill(gate: Gate, pairs: PairMap) -> None:
+def _fill(gate: Gate, pairs: PairMap, *, busy: bool) -> None:
     batch = Batch(gate.table)
-    with NetlinkSocket(SOCK_DIAG) as diagnosis:
-        for one in list_connections(diagnosis, METADATA_PORT):
-            flow = flow_of(one.address, one.port)
-            batch.add_elements(f"open{one.address.version}", [flow])
+    if busy:
+        with NetlinkSocket(SOCK_DIAG) as diagnosis:
+            for one in list_connections(diagnosis, METADATA_PORT):
+                flow = flow_of(one.address, one.port)
+                batch.add_elements(f"open{one.address.version}", [flow])
     _put(batch, pairs)
     if batch.messages:
         with NetfilterSocket() as channel:

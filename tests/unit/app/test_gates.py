@@ -58,11 +58,21 @@ class Rig:
         if not in_sync:
             self.inventory.observe(type(told)("file", in_sync=False))
 
-    async def round(self, *, inode: int = 7, sweep: bool = True, listening: bool = True) -> None:
+    async def round(
+        self,
+        *,
+        inode: int = 7,
+        sweep: bool = True,
+        listening: bool = True,
+        running: bool = True,
+    ) -> None:
         place = NamespaceRef("ns", inode)
         endpoints: Iterable[Endpoint] = [Endpoint(_N1, METADATA_IPV4, 80, "eth0", place, 2)]
         plan = await self.gates.open(
-            self.inventory.networks, endpoints if listening else [], ObservedHost()
+            self.inventory.networks,
+            endpoints if listening else [],
+            ObservedHost(),
+            running=running,
         )
         await self.gates.settle(plan, sweep=sweep)
 
@@ -80,6 +90,19 @@ async def test_a_gate_is_opened_before_and_filled_after(tmp_path: Path) -> None:
     assert rig.kernel.tables == {_N1: {_KEY[1]: _MAC}}
     await rig.round()
     assert rig.kernel.log == ["open n1", "fill n1"]
+
+
+async def test_connections_may_be_open_where_haproxy_listened_before(tmp_path: Path) -> None:
+    rig = Rig(tmp_path)
+    rig.say(_MAC)
+    await rig.round(running=False)
+    assert rig.kernel.busy == [frozenset()]
+    await rig.round(inode=8)
+    assert rig.kernel.busy[1:] == [frozenset({_N1})]
+    adopting = Rig(tmp_path)
+    adopting.say(_MAC)
+    await adopting.round(running=True)
+    assert adopting.kernel.busy == [frozenset({_N1})]
 
 
 async def test_an_address_that_another_has_now_is_withdrawn_before_it_is_granted(
