@@ -81,7 +81,8 @@ def test_the_schema_would_say_no_to_anything_else(tmp_path: Path) -> None:
 
 
 def test_libvirt_would_take_the_route_into_its_network(tmp_path: Path) -> None:
-    pieces = _pieces(render_snippet(guest(), Target.LIBVIRT, Dialect.OPENSTACK))
+    isolated = guest(nic(network(gateway=None)))
+    pieces = _pieces(render_snippet(isolated, Target.LIBVIRT, Dialect.OPENSTACK))
 
     assert _validate(_NETWORK.format(options=pieces["options"]), "network", tmp_path) == ""
 
