@@ -13,11 +13,11 @@ import struct
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from types import TracebackType
-from typing import Final, Generic, Self, TypeVar
+from typing import Final, Self, TypeVar
 
-from imdsproxy.errors import DataplaneError
 from imdsproxy.host.nlmessages import Message, iter_messages
 from imdsproxy.host.refusal import host_refused
+from imdsproxy.host.stream import Stream
 
 __all__ = ["Multicast"]
 
@@ -33,7 +33,7 @@ _AT_ONCE: Final = 256
 T = TypeVar("T")
 
 
-class Multicast(ABC, Generic[T]):
+class Multicast(Stream[T], ABC):
     """An asynchronous context manager and iterator of what groups tell.
 
     Args:
@@ -46,10 +46,10 @@ class Multicast(ABC, Generic[T]):
     """
 
     def __init__(self, protocol: int, groups: Iterable[int], about: str) -> None:
+        super().__init__()
         self._protocol = protocol
         self._groups = sum(1 << (group - 1) for group in groups)
         self._about = about
-        self._told: asyncio.Queue[T | DataplaneError] = asyncio.Queue()
         self.hears_all = False
 
     @abstractmethod
@@ -85,25 +85,16 @@ class Multicast(ABC, Generic[T]):
         self._loop.remove_reader(self._socket.fileno())
         self._socket.close()
 
-    def __aiter__(self) -> Self:
-        return self
-
-    async def __anext__(self) -> T:
-        told = await self._told.get()
-        if isinstance(told, DataplaneError):
-            raise told
-        return told
-
     def _ready(self) -> None:
-        # What fails in here would only reach the event loop's log: the iterator raises it.
-        try:
-            self._take()
-        except DataplaneError as error:
-            self._told.put_nowait(error)
-        except OSError as error:
-            self._told.put_nowait(host_refused(f"hear of {self._about}", error))
+        self._attempt(self._take)
 
     def _take(self) -> None:
+        try:
+            self._receive()
+        except OSError as error:
+            raise host_refused(f"hear of {self._about}", error) from error
+
+    def _receive(self) -> None:
         for _ in range(_AT_ONCE):
             try:
                 data, ancillary, _, _ = self._socket.recvmsg(_RECEIVE_BYTES, _ANCILLARY_BYTES)
@@ -112,12 +103,12 @@ class Multicast(ABC, Generic[T]):
             except OSError as error:
                 if error.errno != errno.ENOBUFS:
                     raise
-                self._told.put_nowait(self.overflow())
+                self._tell(self.overflow())
                 continue
             nsid = _nsid_of(ancillary)
             for kind, _, _, payload in iter_messages(data):
                 for told in self.parse(Message(kind, payload), nsid):
-                    self._told.put_nowait(told)
+                    self._tell(told)
 
 
 def _nsid_of(ancillary: list[tuple[int, int, bytes]]) -> int | None:

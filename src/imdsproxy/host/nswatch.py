@@ -22,9 +22,9 @@ from types import TracebackType
 from typing import Final, Self, TypeAlias
 
 from imdsproxy.core.hoststate import NamespaceRef
-from imdsproxy.errors import DataplaneError
 from imdsproxy.host.namespaces import NamespaceDirectory
 from imdsproxy.host.refusal import host_refused
+from imdsproxy.host.stream import Stream
 
 __all__ = ["NamespaceCame", "NamespaceChange", "NamespaceWatch", "NamespaceWent"]
 
@@ -64,7 +64,7 @@ class NamespaceWent:
 NamespaceChange: TypeAlias = NamespaceCame | NamespaceWent
 
 
-class NamespaceWatch:
+class NamespaceWatch(Stream[NamespaceChange]):
     """The namespaces of a directory, kept up to date. An asynchronous context manager.
 
     The directory need not exist yet.
@@ -77,11 +77,11 @@ class NamespaceWatch:
     def __init__(
         self, directory: NamespaceDirectory, *, rescan_delay_s: float = _RESCAN_DELAY_S
     ) -> None:
+        super().__init__()
         self._directory = directory
         self._rescan_delay_s = rescan_delay_s
         self._current: dict[str, NamespaceRef] = {}
         self._pending: set[str] = set()
-        self._changes: asyncio.Queue[NamespaceChange | DataplaneError] = asyncio.Queue()
         self._rescan: asyncio.TimerHandle | None = None
         self._watched: tuple[int, int] | None = None
         self._watch = -1
@@ -123,21 +123,8 @@ class NamespaceWatch:
         os.close(self._mounts)
         os.close(self._inotify)
 
-    def __aiter__(self) -> Self:
-        return self
-
-    async def __anext__(self) -> NamespaceChange:
-        change = await self._changes.get()
-        if isinstance(change, DataplaneError):
-            raise change
-        return change
-
     def _ready(self) -> None:
-        # What fails in here would only reach the event loop's log: the iterator raises it.
-        try:
-            self._take()
-        except DataplaneError as error:
-            self._changes.put_nowait(error)
+        self._attempt(self._take)
 
     def _take(self) -> None:
         # asyncio's own epoll has looked at ours to learn that it is ready, and with that the mount
@@ -185,17 +172,14 @@ class NamespaceWatch:
             return
         if before is not None:
             del self._current[name]
-            self._changes.put_nowait(NamespaceWent(before))
+            self._tell(NamespaceWent(before))
         if now is not None:
             self._current[name] = now
-            self._changes.put_nowait(NamespaceCame(now))
+            self._tell(NamespaceCame(now))
 
     def _look_later(self) -> None:
         self._rescan = None
-        try:
-            self._look()
-        except DataplaneError as error:
-            self._changes.put_nowait(error)
+        self._attempt(self._look)
 
     def _look(self) -> None:
         """Look at the whole directory."""
