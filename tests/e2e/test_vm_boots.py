@@ -21,7 +21,7 @@ import pytest
 from support.daemon import Daemon
 from support.demonstration import REPOSITORY
 from support.guest import inside
-from support.lab import Lab, until, within
+from support.lab import Lab, ip, until, within
 from support.vm.image import vm_image
 from support.vm.machine import VirtualMachine
 from support.vm.networks import VmHost
@@ -222,9 +222,16 @@ def test_a_machine_that_takes_its_neighbours_address_is_answered_403(booted: _Bo
     bob = booted.machines["bob"]
     _run(booted.daemon, "instance", "set", "alice", *_port("alice"), "--address", _ADDRESS)
     clear = inside(booted.daemon.lab.host, lambda: socket.create_server((_GATEWAY, _ALL_CLEAR)))
-    with clear:
-        bob.plug("virbr0")
-        until(lambda: bob.value("stolen"), within_s=60, what=f"bob's answer ({bob})", pause_s=0.2)
+    try:
+        with clear:
+            bob.plug("virbr0")
+            until(
+                lambda: bob.value("stolen"), within_s=60, what=f"bob's answer ({bob})", pause_s=0.2
+            )
+    finally:
+        # The address is alice's alone again, also in the host's neighbour table, whichever test comes next.
+        bob.plug("iso0")
+        ip("-n", booted.daemon.lab.host, "neigh", "flush", "dev", "virbr0")
     assert bob.value("stolen").startswith("403"), bob
     assert "alice" not in bob.value("stolen")
 

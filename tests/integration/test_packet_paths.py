@@ -27,6 +27,7 @@ _ON_LINK: Final = "--dhcp-option=121,169.254.169.254/32,0.0.0.0"
 _CLAIM: Final = ("busybox", "arping", "-U", "-c", "3", "-I", "eth0", "169.254.169.254")
 _EVERYTHING: Final = 3  # ETH_P_ALL
 _CLOUD: Final = "the host's own cloud"
+_WALL: Final = "table inet wall { chain in { type filter hook input priority 0; policy drop; udp dport 67 accept; }; }"
 
 _SCRIPT: Final = """#!/bin/sh
 # Does with a lease what Debian's own script does, for a namespace.
@@ -167,8 +168,7 @@ def test_a_firewall_of_the_hosts_keeps_no_guest_of_a_bridge_out(
 ) -> None:
     """As firewalld's zone `libvirt` does, which lets guests have DHCP and DNS of the host and nothing else."""
     host.nat_network("virbr0")
-    rules = "table inet wall { chain in { type filter hook input priority 0; policy drop; udp dport 67 accept; }; }"
-    run(*within(host.lab.host), "nft", rules)
+    run(*within(host.lab.host), "nft", _WALL)
     _add(daemon, "nat", "--bridge", "virbr0")
     guest = _guest(host, daemon, "virbr0", "nat", 1)
     assert _ask(guest) == "nat1"
@@ -178,8 +178,7 @@ def test_check_names_the_rule_that_lets_guests_of_an_interface_in(
     host: VmHost, daemon: Daemon
 ) -> None:
     host.nat_network("virbr0")
-    rules = "table inet wall { chain in { type filter hook input priority 0; policy drop; udp dport 67 accept; }; }"
-    run(*within(host.lab.host), "nft", rules)
+    run(*within(host.lab.host), "nft", _WALL)
     _add(daemon, "nat", "--interface", "virbr0")
     guest = _guest(host, daemon, "virbr0", "nat", 1)
     assert _ask(guest) == "curl 28"
