@@ -219,6 +219,19 @@ class Daemon:
         rows = asyncio.run(read())
         return any(row["svname"] == "resolver" and row["status"] == "UP" for row in rows)
 
+    def forget_floods(self) -> None:
+        """Have HAProxy's worker forget how often networks' unknown guests asked: it refuses more for a second."""
+        client = MasterClient(self.runtime / "master.sock")
+
+        async def forget() -> str:
+            worker = (await client.read_processes()).worker
+            return (
+                "no worker" if worker is None else await client.send(worker, "clear table resolver")
+            )
+
+        said = asyncio.run(forget())
+        assert not said.strip(), said
+
     def kill_controller(self, number: signal.Signals = signal.SIGKILL) -> None:
         """End the controller, and only it."""
         assert self.process is not None

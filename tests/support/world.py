@@ -96,6 +96,7 @@ class World:
             error.add_note(self.daemon.log.read_text()[-4000:])
             raise
         until(self.daemon.resolver_up, what="the resolver's return")
+        self.daemon.forget_floods()
 
     def _restore_records(self) -> None:
         instances = cast("list[Mapping[str, Any]]", self.daemon.admin.get("/v1/instances"))
