@@ -23,6 +23,7 @@ pytestmark = pytest.mark.root
 
 _HOLD_S: Final = 2.0
 _HELD: Final = 32
+_MISSES_PER_S: Final = 200
 _AT_ONCE_S: Final = 0.5
 _TARGET: Final = "/latest/user-data"
 
@@ -165,6 +166,19 @@ def test_a_guest_that_invents_addresses_slows_no_known_one(world: World) -> None
         flooded = _slowest(known)
     assert flood.statuses.count(503) > 0
     assert flooded < max(3 * alone, 0.05 * patience())
+
+
+def test_a_flood_that_is_refused_does_not_keep_all_others_of_its_network_out(world: World) -> None:
+    flooder, _ = _flooded_network(world)
+    stranger = world.lab.guest("flood", 64)
+    with _Flood(flooder, _invent(flooder, 50)) as flood:
+        until(lambda: flood.statuses.count(503) > 2 * _MISSES_PER_S, what="refusals")
+        until(lambda: _reaches_python(stranger), within_s=4, what="a request that reaches Python")
+
+
+def _reaches_python(guest: Guest) -> bool:
+    """Python gives its reason in words, HAProxy refuses without any."""
+    return guest.ask(_TARGET).body != b""
 
 
 def _slowest(guests: list[Guest]) -> float:

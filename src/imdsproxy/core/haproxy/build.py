@@ -351,8 +351,9 @@ def _resolver(spec: DataplaneSpec) -> Section:
             # A guest that invents addresses may not keep Python busy.
             ("stick-table", "type", "string", "len", "64", "size", "20k", "expire", "10s", "store", "gpc0_rate(1s)"),
             ("http-request", "track-sc0", "var(sess.network)"),
+            # Before it is counted: whoever is refused would else wait the longer the more often it asks.
+            (*retry_later(), "if", "{", "sc0_gpc0_rate", "ge", str(spec.limits.misses_per_second), "}"),
             ("http-request", "sc-inc-gpc0(0)"),
-            (*retry_later(), "if", "{", "sc0_gpc0_rate", "gt", str(spec.limits.misses_per_second), "}"),
             *((originate(),) if spec.nova else ()),
             *_plain_request(),
             *(_tell_unverified() if spec.unverified else ()),
