@@ -62,7 +62,7 @@ ODD: Final = (
     Request("/latest/user-data", headers=("If-None-Match: *",)),
     Request("/latest/user-data", headers=("If-Modified-Since: Fri, 01 Jan 2100 00:00:00 GMT",)),
     Request("/latest/meta-data/", headers=("Accept: application/json", "Accept-Encoding: gzip")),
-    Request("/latest/api/token", "PUT", headers=("X-aws-ec2-metadata-token-ttl-seconds: 60",)),
+    Request("/latest/nonsense", "PUT", headers=("X-aws-ec2-metadata-token-ttl-seconds: 60",)),
     Request("/latest/meta-data/hostname", "POST", body=b"nobody wants this"),
     Request("/latest/meta-data/hostname", "DELETE"),
 )

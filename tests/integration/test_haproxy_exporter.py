@@ -30,7 +30,7 @@ def _free_port() -> int:
 def _haproxy(directory: Path, networks: int) -> Iterator[str]:
     """HAProxy with that many networks on loopback addresses; where its figures are."""
     directory.mkdir()
-    for name in ("base.map", "overlay.map", "503.http"):
+    for name in ("base.map", "overlay.map", "token-keys.map", "503.http"):
         (directory / name).write_text("HTTP/1.1 503 No\r\n\r\n" if name.endswith("http") else "")
     paths = Paths(
         base_map=str(directory / "base.map"),
@@ -40,7 +40,8 @@ def _haproxy(directory: Path, networks: int) -> Iterator[str]:
         jail=None,
         documents=(str(directory / "d.sock"),),
         resolver=str(directory / "r.sock"),
-        signed=str(directory / "s.sock"),
+        token_keys=str(directory / "token-keys.map"),
+        found=str(directory / "s.sock"),
         silence=str(directory / "none.http"),
         hops=str(directory),
         hops_inside=str(directory),

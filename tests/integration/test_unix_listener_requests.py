@@ -22,6 +22,7 @@ _RED: Final = f"{NETWORK}: red"
 _WHO: Final = (
     b"exactly one of X-Neutron-Network-ID, X-Neutron-Router-ID and X-OVN-Network-ID is needed"
 )
+_TOKEN: Final = "/latest/api/token"
 _WHENCE: Final = b"exactly one X-Forwarded-For with one address is needed"
 
 
@@ -295,7 +296,11 @@ def test_what_is_no_http_is_400_and_closed(world: AgentWorld) -> None:
 def test_nova_receives_what_the_guest_asked(world: AgentWorld, method: str) -> None:
     body = b"p\0\xff" if method in ("POST", "PUT", "PATCH") else b""
     target = "/openstack/latest/a%2Fb//c?d=e%3F&&f"
-    headers = ("X-aws-ec2-metadata-token: t", "X-Metadata-Provider: x", "User-Agent: curl/8")
+    headers = (
+        "X-aws-ec2-metadata-token-ttl-seconds: 9",
+        "X-Metadata-Provider: x",
+        "User-Agent: curl/8",
+    )
     answer = world.socket.ask(target, method=method, headers=headers, body=body)
     assert answer.status == 200
     seen = world.nova.only()
@@ -350,9 +355,33 @@ def test_documents_of_ours_are_each_instances_own_also_out_of_the_cache(
     assert world.nova.requests == []
 
 
-def test_a_token_of_the_guests_is_for_our_own_documents_only(world: AgentWorld) -> None:
-    headers = ("X-aws-ec2-metadata-token: forged",)
-    assert world.socket.ask("/latest/user-data", address="10.0.0.6", headers=headers).status == 200
+@pytest.mark.parametrize("address", ["10.0.0.5", "10.0.0.6"])
+def test_a_token_is_had_and_checked_behind_a_proxy_too(world: AgentWorld, address: str) -> None:
+    ttl = ("X-aws-ec2-metadata-token-ttl-seconds: 60",)
+    token = world.socket.ask(_TOKEN, method="PUT", address=address, headers=ttl)
+    assert token.status == 200
+    for text, status in ((token.text, 200), ("forged", 401)):
+        headers = (f"X-aws-ec2-metadata-token: {text}",)
+        answer = world.socket.ask("/latest/user-data", address=address, headers=headers)
+        assert answer.status == status
+    assert not any(
+        b"metadata-token" in one for request in world.nova.requests for one in dict(request.headers)
+    )
+
+
+@pytest.mark.parametrize(
+    ("target", "status"), [("/latest/api/token", 403), ("/latest/user-data", 400)]
+)
+def test_a_second_forwarded_for_is_the_guests_own(
+    world: AgentWorld, target: str, status: int
+) -> None:
+    """The proxy's is the first; whoever asks by a proxy of his own gets no token (LP#1865036 is the same trick)."""
+    lines = ("X-Forwarded-For: 10.0.0.5", "X-aws-ec2-metadata-token-ttl-seconds: 60")
+    answer = world.socket.ask(target, method="PUT", headers=lines)
+    assert (answer.status, answer.headers.get("x-aws-ec2-metadata-token-ttl-seconds")) == (
+        status,
+        None,
+    )
 
 
 def test_a_guest_that_is_known_never_reaches_python(world: AgentWorld) -> None:

@@ -88,6 +88,9 @@ class EncodedPath:
         )
 
 
+TOKEN: Final = "X-aws-ec2-metadata-token"
+"""One that we have not given is refused: the only one of these headers that a guest may send, and it says nothing."""
+
 IDENTITY_HEADERS: Final[Mapping[str, str]] = {
     "X-Instance-ID": OTHER_INSTANCE,
     "X-Instance-ID-Signature": "ab" * 32,
@@ -115,7 +118,7 @@ IDENTITY_HEADERS: Final[Mapping[str, str]] = {
     "X-Original-URL": "/latest/user-data",
     "X-Rewrite-URL": "/latest/user-data",
     "X-HTTP-Method-Override": "DELETE",
-    "X-aws-ec2-metadata-token": "AQAEAMfoo==",
+    TOKEN: "AQAEAMfoo==",
     "X-aws-ec2-metadata-token-ttl-seconds": "21600",
     "X-Auth-Token": "gAAAAABfoo",
     "X-Roles": "admin",
@@ -160,6 +163,8 @@ def _spelled(name: bytes, value: bytes) -> dict[str, tuple[bytes, ...]]:
 
 
 _UNDERSCORED: Final = ("with underscores", "with one underscore")
+_NO_HEADER: Final = (*_UNDERSCORED, "only listed in Connection")
+"""What is not taken for the header."""
 
 SPELLINGS: Final = tuple(_spelled(b"X", b"y"))
 
@@ -180,7 +185,9 @@ def _spellings() -> Iterator[Forgery]:
     for name, value in IDENTITY_HEADERS.items():
         for spelling, lines in _spelled(name.encode(), value.encode()).items():
             if "-" in name or spelling not in _UNDERSCORED:
-                yield Forgery(f"{name} {spelling}", request(*lines))
+                refused = name == TOKEN and spelling not in _NO_HEADER
+                seen = () if refused else (Seen(),)
+                yield Forgery(f"{name} {spelling}", request(*lines), seen)
 
 
 _MALFORMED: Final = {
@@ -382,7 +389,13 @@ def _forgeries() -> Iterator[Forgery]:
     yield from _spellings()
     yield Forgery(
         "all at once",
-        request(*(f"{name}: {value}".encode() for name, value in IDENTITY_HEADERS.items())),
+        request(
+            *(
+                f"{name}: {value}".encode()
+                for name, value in IDENTITY_HEADERS.items()
+                if name != TOKEN
+            )
+        ),
     )
     for name, lines in _MALFORMED.items():
         yield Forgery(name, request(*lines), ())

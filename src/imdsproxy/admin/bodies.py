@@ -147,6 +147,9 @@ class InstanceRecord(_Record):
     upstream: Literal["embedded", "nova"] = Field(
         default="embedded", description="Who has its documents; `nova` needs `project`."
     )
+    created_at: int | None = Field(
+        default=None, description="When it was made or built anew, Unix time."
+    )
 
 
 class RecordsBody(_Record):

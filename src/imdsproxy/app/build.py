@@ -15,9 +15,12 @@ from imdsproxy.app.account import group_id
 from imdsproxy.app.companion import Companion, CompanionLauncher, SpawnCompanion, UnitCompanion
 from imdsproxy.app.compiled_files import DiskFiles
 from imdsproxy.app.gates import Gates
+from imdsproxy.app.guarding import Guarding
+from imdsproxy.app.guards import GuardFile
 from imdsproxy.app.host_view import SystemHost
 from imdsproxy.app.listener_loop import SpecSettings
 from imdsproxy.app.nova_upstream import NovaUpstream
+from imdsproxy.app.token_keys import TokenKeys
 from imdsproxy.config.schema import Settings, Supervisor
 from imdsproxy.core.haproxy.model import Limits
 from imdsproxy.core.hostnames import Naming
@@ -52,6 +55,7 @@ __all__ = [
     "build_companion",
     "build_files",
     "build_gates",
+    "open_guarding",
     "build_haproxy",
     "build_host",
     "build_launcher",
@@ -164,6 +168,22 @@ def build_gates(
     """What looks at the MACs of guests."""
     write = partial(write_atomic, mode=0o600)
     return Gates(KernelGates(thread), inventory, naming, layout.gates_journal, write, clock)
+
+
+def open_guarding(settings: Settings, layout: Layout) -> Guarding:
+    """What guests may read, with the keys where HAProxy finds them; the first one is made where there is none.
+
+    Raises:
+        SecretUnreadable: The keys cannot be used.
+        HostRefused: A file cannot be written, or what operators did cannot be read.
+    """
+    write = partial(write_atomic, mode=0o600)
+    keys = TokenKeys(layout.token_keys, layout.token_keys_map, write, SystemRandom().randbytes)
+    guarding = Guarding(keys, GuardFile(layout.guards, write))
+    guarding.read(settings)
+    guarding.guards.load()
+    keys.write_map()
+    return guarding
 
 
 def build_files(settings: Settings, layout: Layout) -> DiskFiles:

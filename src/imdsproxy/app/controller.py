@@ -30,10 +30,12 @@ from imdsproxy.app.build import (
     build_layout,
     build_sources,
     build_spec_settings,
+    open_guarding,
     prepare_directories,
 )
 from imdsproxy.app.exporter_port import ExporterPort
 from imdsproxy.app.guard import HaproxyGuard
+from imdsproxy.app.guarding import GuardingChange
 from imdsproxy.app.kept_networks import KeptNetworks
 from imdsproxy.app.listener_loop import ListenerLoop
 from imdsproxy.app.lookup import Lookup
@@ -141,9 +143,11 @@ class _Controller:
         self.notifier.reloading(int(self.parts.clock.monotonic() * 1e6))
         before, resigned = self.parts.nova.backends(), False
         routing = self.parts.nova.routing
+        guarding = GuardingChange(records=False, keys=False)
 
         def accept(after: Settings) -> None:
-            nonlocal resigned
+            nonlocal resigned, guarding
+            guarding = self.parts.guarding.read(after)
             resigned = self.parts.nova.read(after.nova)
 
         try:
@@ -154,12 +158,16 @@ class _Controller:
         if self.parts.nova.backends() != before:
             # Also where the settings are the same, and a file that they name is not.
             result = replace(result, haproxy_reloaded=True)
-        if not (resigned or result.haproxy_reloaded):
+        if guarding.keys:
+            result = with_contents(result, ("tokens.key_file",))
+        if not (resigned or guarding.records or guarding.keys or result.haproxy_reloaded):
             return result, None
-        ticket = self.parts.records.resync() if resigned else None
-        return result, self._later(self._take_over(ticket))
+        ticket = self.parts.records.resync() if resigned or guarding.records else None
+        return result, self._later(self._take_over(ticket, guarding))
 
-    async def _take_over(self, ticket: int | None) -> None:
+    async def _take_over(self, ticket: int | None, guarding: GuardingChange) -> None:
+        if guarding.keys:
+            await self.parts.guarding.keys.apply(self.parts.records.applier)
         # Rules that take another signature, or another set, find it in the records already.
         if ticket is not None:
             await self.parts.records.tickets.wait(ticket)
@@ -230,6 +238,7 @@ async def run_controller(
         contextlib.closing(thread),
         hold_directory(layout.state),
     ):
+        guarding = open_guarding(settings, layout)
         haproxy, applier = build_haproxy(settings, layout, program, clock)
         served = asyncio.Event()
         sources = build_sources(settings, clock, begin=served.wait)
@@ -264,6 +273,7 @@ async def run_controller(
             on_networks,
             on_applied,
             lambda: nova.routing,
+            guarding.book,
             gates,
         )
         listeners = ListenerLoop(
@@ -330,6 +340,7 @@ async def run_controller(
             lookup=lookup,
             resolver=resolver,
             nova=nova,
+            guarding=guarding,
             watching=watching,
             started_at=clock.now().timestamp(),
             started=clock.monotonic(),

@@ -24,13 +24,10 @@ from imdsproxy.app.operations import ControllerOperations
 from imdsproxy.app.parts import Parts
 from imdsproxy.app.writes import Writes
 from imdsproxy.serving.asgi import AsgiApp
-from imdsproxy.serving.documents import DocumentService
-from imdsproxy.serving.forward import SignedForwarder
+from imdsproxy.serving.forward import FoundForwarder
 from imdsproxy.serving.listen import HttpListener
-from imdsproxy.serving.passwords import PasswordStore
 from imdsproxy.serving.pidfile import read_pids
 from imdsproxy.serving.resolver_app import resolver_app
-from imdsproxy.serving.store import RecordReader
 
 __all__ = ["AnyAsgiApp", "Face", "build_face", "load_admin", "serve"]
 
@@ -41,8 +38,6 @@ _GRACE_S: Final = 1.0
 
 _FORWARD_S: Final = 900.0
 """HAProxy's own deadlines end a forwarded request; this is for a HAProxy that hangs."""
-
-_RESOLVER_CACHE: Final = 8 * 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,11 +68,7 @@ def build_face(
         reload_settings: Reads the settings again; returns once guests are answered by them.
         end: Ends the controller, and with `True` the data plane too.
     """
-    service = DocumentService(
-        RecordReader(parts.layout.records, capacity=_RESOLVER_CACHE),
-        PasswordStore(parts.layout.passwords),
-    )
-    forwarder = SignedForwarder(str(parts.layout.signed_socket), _FORWARD_S)
+    forwarder = FoundForwarder(str(parts.layout.found_socket), _FORWARD_S)
     companion, nova = parts.companion, parts.nova
     operations = ControllerOperations(
         version=__version__,
@@ -99,7 +90,6 @@ def build_face(
         explainer=Explainer(
             parts.inventory, parts.records, parts.listeners, parts.haproxy, parts.lookup
         ),
-        service=service,
         forwarder=forwarder,
         sources=parts.sources.all,
         writes=Writes(
@@ -124,7 +114,7 @@ def build_face(
     return Face(
         operations,
         figures,
-        resolver_app(parts.resolver, service, forwarder),
+        resolver_app(parts.resolver, forwarder),
         health_app(alive=lambda: True, readiness=operations.readiness, registry=registry),
     )
 

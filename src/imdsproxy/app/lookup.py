@@ -34,10 +34,9 @@ from imdsproxy.core.model import (
     Network,
     NetworkId,
     Scope,
-    Upstream,
 )
 from imdsproxy.core.pairs import ANY_MAC, excess_learned
-from imdsproxy.core.wire import NovaRecord, render_map_value
+from imdsproxy.core.wire import MapRecord, render_map_value
 from imdsproxy.errors import DataplaneError
 from imdsproxy.host.clock import Clock
 from imdsproxy.serving.resolver import Contested, Known, Mismatched, Missing, Resolution
@@ -297,12 +296,10 @@ class Lookup:
         return self._known(instance, key)
 
     def _known(self, instance: Instance, key: AddressKey) -> Resolution:
-        if instance.upstream is Upstream.EMBEDDED:
-            return Known(instance.id)
         record = self.records.planned(key)
-        if isinstance(record, NovaRecord):
+        if isinstance(record, MapRecord):
             return Known(instance.id, render_map_value(record))
-        # No endpoint set takes it: the operator has to say where Nova is.
+        # No endpoint set takes it, and the operator has to say where Nova is; or its record is not on disk yet.
         return Missing(in_sync=False)
 
     async def neighbour(self, key: AddressKey) -> MacAddress | None:

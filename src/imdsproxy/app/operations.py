@@ -37,7 +37,6 @@ from imdsproxy.app.record_loop import RecordLoop
 from imdsproxy.app.watching import Watching
 from imdsproxy.app.writes import Writes
 from imdsproxy.core import endpoints
-from imdsproxy.core.documents.respond import DocumentRequest
 from imdsproxy.core.haproxy.render import render_config
 from imdsproxy.core.hoststate import ListeningSocket
 from imdsproxy.core.identity import Ambiguous, Found, Mismatch, Unknown
@@ -49,18 +48,16 @@ from imdsproxy.core.model import (
     Network,
     NetworkId,
     Scope,
-    Upstream,
 )
 from imdsproxy.core.plan import networks_of
-from imdsproxy.core.wire import MISMATCH_TEXT, NovaRecord, render_map_value
+from imdsproxy.core.wire import MISMATCH_TEXT, MapRecord, render_map_value
 from imdsproxy.dataplane.haproxy import Haproxy
 from imdsproxy.errors import (
     NotFound,
     Problem,
 )
 from imdsproxy.host.clock import Clock
-from imdsproxy.serving.documents import Answer, DocumentService, FilePart
-from imdsproxy.serving.forward import CollectedAnswer, Forwarder, NovaRequest
+from imdsproxy.serving.forward import CollectedAnswer, Forwarder, FoundRequest
 from imdsproxy.serving.resolver import Contested, Known, Mismatched, Missing
 from imdsproxy.sources.api import Source
 
@@ -91,7 +88,6 @@ class ControllerOperations:
     explainer: Explainer
     nova: NovaUpstream
     nova_watch: NovaWatch
-    service: DocumentService
     forwarder: Forwarder
     sources: Sequence[Source]
     writes: Writes
@@ -340,37 +336,35 @@ class ControllerOperations:
         headers: Sequence[tuple[str, str]] = (),
     ) -> DocumentAnswer:
         """See `Operations.get`."""
-        del headers  # no document looks at them yet
         if not self.inventory.knows(network) and self.lookup.source is None:
             raise NotFound(f"there is no network {network}", hint="imdsproxy network list")
         key = (network, address)
         identity = await self.lookup.identify(key)
         match identity:
-            case Found(instance=instance) if instance.upstream is Upstream.NOVA:
+            case Found():
                 record = self.records.planned(key)
-                nova = render_map_value(record) if isinstance(record, NovaRecord) else None
-                return await self._get_of_nova(key, nova, path)
-            case Found(instance=instance):
-                plain = path.partition("?")[0].encode("utf-8")
-                answer = await self.service.answer(instance.id, DocumentRequest("GET", plain))
-                return _document(answer)
+                if not isinstance(record, MapRecord):
+                    return DocumentAnswer(503, (), b"")
+                return await self._get_as_guest(key, render_map_value(record), path, headers)
             case Ambiguous():
                 return DocumentAnswer(503, (("retry-after", "5"),), b"")
             case Mismatch():
                 return DocumentAnswer(403, (), MISMATCH_TEXT.encode())
             case Unknown():
-                return await self._get_of_unknown(key, path)
+                return await self._get_of_unknown(key, path, headers)
             case _ as never:
                 assert_never(never)
 
-    async def _get_of_unknown(self, key: AddressKey, path: str) -> DocumentAnswer:
+    async def _get_of_unknown(
+        self, key: AddressKey, path: str, headers: Sequence[tuple[str, str]]
+    ) -> DocumentAnswer:
         """Look it up, and put it in force, as a request of its would."""
         declared = key[0] in self.inventory.networks
         # Of an id that no record has, only a request says whether it is a router's.
         for scope in (None,) if declared else (Scope.NETWORK, Scope.ROUTER):
             match await self.lookup.look(key, scope):
-                case Known(nova=nova):
-                    return await self._get_of_nova(key, nova, path)
+                case Known(record=record):
+                    return await self._get_as_guest(key, record, path, headers)
                 case Contested():
                     return DocumentAnswer(503, (("retry-after", "5"),), b"")
                 case Mismatched():
@@ -383,10 +377,19 @@ class ControllerOperations:
                     assert_never(never)
         return DocumentAnswer(404, (), b"")
 
-    async def _get_of_nova(self, key: AddressKey, nova: str | None, path: str) -> DocumentAnswer:
-        if nova is None:
-            return DocumentAnswer(503, (), b"")
-        request = NovaRequest(nova, str(key[1]), "GET", path.encode("utf-8"), (), b"")
+    async def _get_as_guest(
+        self, key: AddressKey, record: str, path: str, sent: Sequence[tuple[str, str]]
+    ) -> DocumentAnswer:
+        request = FoundRequest(
+            record=record,
+            network=key[0],
+            address=str(key[1]),
+            method="GET",
+            target=path.encode("utf-8"),
+            headers=tuple((name.lower().encode(), value.encode()) for name, value in sent),
+            body=b"",
+            by_operator=True,
+        )
         answer = CollectedAnswer()
         await self.forwarder.forward(request, answer.take)
         headers = tuple(
@@ -434,17 +437,3 @@ def _who(socket: ListeningSocket) -> str:
     return (
         " and ".join(f"{owner.command} (pid {owner.pid})" for owner in socket.owners) or "somebody"
     )
-
-
-def _document(answer: Answer) -> DocumentAnswer:
-    headers = tuple(
-        (name.decode("latin-1"), value.decode("latin-1"))
-        for name, value in answer.headers
-        if name != b"cache-control"
-    )
-    body = answer.body
-    if isinstance(body, FilePart):
-        with body.file as file:
-            file.seek(body.offset)
-            return DocumentAnswer(answer.status, headers, file.read(body.length))
-    return DocumentAnswer(answer.status, headers, body)

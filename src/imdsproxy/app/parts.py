@@ -8,6 +8,7 @@ from imdsproxy.app.build import Sources
 from imdsproxy.app.companion import Companion
 from imdsproxy.app.gates import Gates
 from imdsproxy.app.guard import HaproxyGuard
+from imdsproxy.app.guarding import Guarding
 from imdsproxy.app.listener_loop import ListenerLoop
 from imdsproxy.app.lookup import Lookup
 from imdsproxy.app.nova_upstream import NovaUpstream
@@ -48,6 +49,7 @@ class Parts:
     lookup: Lookup
     resolver: Resolver
     nova: NovaUpstream
+    guarding: Guarding
     watching: Watching
     started_at: float
     started: float

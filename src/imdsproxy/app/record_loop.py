@@ -20,6 +20,7 @@ from imdsproxy.core.inventory import AddressKey, Affected, Conflict, Inventory, 
 from imdsproxy.core.model import InstanceId, NetworkId, Upstream
 from imdsproxy.core.pairs import Pairs, plan_pairs
 from imdsproxy.core.plan import plan_record, plan_records, record_key
+from imdsproxy.core.policy import PolicyBook
 from imdsproxy.core.upstream import NovaRouting
 from imdsproxy.core.wire import MapRecord
 from imdsproxy.dataplane.records import RecordApplier
@@ -141,6 +142,7 @@ class RecordLoop:
         on_networks: Told of networks that came, changed or went.
         on_applied: Told of addresses whose records are in force now; `None` stands for all of them.
         routing: Where requests go whose documents Nova has, as of now; `resync` after it changed.
+        policies: What settings and operators say of guests, as of now; `resync` after it changed.
         pairs: Who lets addresses through by their MACs.
 
     Attributes:
@@ -156,6 +158,7 @@ class RecordLoop:
     on_networks: Callable[[frozenset[NetworkId]], None]
     on_applied: Callable[[Iterable[AddressKey] | None], None]
     routing: Callable[[], NovaRouting] = NovaRouting
+    policies: Callable[[], PolicyBook] = PolicyBook
     pairs: PairKeeper = field(default_factory=NoPairs)
     revisions: dict[InstanceId, str] = field(default_factory=dict)
     learned: dict[AddressKey, Learned] = field(default_factory=dict)
@@ -347,10 +350,24 @@ class RecordLoop:
 
     def planned(self, key: AddressKey) -> MapRecord | Conflict | None:
         """What the data plane is to know of an address now."""
-        return plan_record(self.inventory, key, self.revisions, self.learned, self.routing())
+        return plan_record(
+            self.inventory,
+            key,
+            self.revisions,
+            self.learned,
+            self.routing(),
+            policies=self.policies(),
+        )
 
     def _plan(self, keys: Iterable[AddressKey]) -> dict[str, str | None]:
-        return plan_records(self.inventory, keys, self.revisions, self.learned, self.routing())
+        return plan_records(
+            self.inventory,
+            keys,
+            self.revisions,
+            self.learned,
+            self.routing(),
+            policies=self.policies(),
+        )
 
     def _compile(self, instance: InstanceId) -> None:
         name = f"instances.{instance}"

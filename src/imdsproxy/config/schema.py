@@ -17,6 +17,7 @@ from imdsproxy.config.endpoint import Endpoint
 from imdsproxy.config.libvirt import LibvirtSourceSettings
 from imdsproxy.config.neutron import NeutronSourceSettings
 from imdsproxy.config.nova import NovaSettings
+from imdsproxy.config.policy import PolicySettings, TokensSettings
 from imdsproxy.config.section import (
     AbsolutePath,
     AccountName,
@@ -398,6 +399,8 @@ class Settings(Section):
     unix_listener: UnixListenerSettings = section(
         "Neutron's agent protocol on a unix socket.", UnixListenerSettings
     )
+    policy: PolicySettings = section("What guests may read, and how.", PolicySettings)
+    tokens: TokensSettings = section("Keys of session tokens.", TokensSettings)
     admin: AdminSettings = section("The admin API.", AdminSettings)
     metrics: MetricsSettings = section("Health and figures.", MetricsSettings)
     host: HostSettings = section("What is made on the host.", HostSettings)

@@ -13,6 +13,8 @@ from enum import StrEnum
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 from typing import Final, NewType, TypeAlias
 
+from imdsproxy.core.policy import NOTHING_SAID, PolicyRules
+
 __all__ = [
     "BridgeListener",
     "Dialect",
@@ -131,6 +133,7 @@ class Network:
     Attributes:
         scope: `ROUTER` where the id is a router's: its guests are those of the networks behind it.
         mac_check: Believe a guest's address only together with its MAC; off where guests are behind a router.
+        policy: What its record says for its guests.
     """
 
     id: NetworkId
@@ -141,6 +144,7 @@ class Network:
     mtu: int | None = None
     scope: Scope = Scope.NETWORK
     mac_check: bool = True
+    policy: PolicyRules = NOTHING_SAID
 
     @property
     def checks_macs(self) -> bool:
@@ -186,8 +190,10 @@ class Instance:
         vendor_data: A YAML or JSON document as bytes for NoCloud's and OpenStack's vendor data;
             `None` when there is none.
         tags: Name and value pairs in name order.
-        upstream: Who has its documents. With `NOVA` all that counts of the record is `id`, `project` and
-            `ports`.
+        upstream: Who has its documents. With `NOVA` all that counts of the record is `id`, `project`, `ports`,
+            `policy` and `created_at`.
+        policy: What its record says for it.
+        created_at: When it was made or built anew, Unix time; `None` where nobody says.
     """
 
     id: InstanceId
@@ -203,6 +209,8 @@ class Instance:
     instance_type: str | None = None
     dialects: frozenset[Dialect] = field(default_factory=lambda: frozenset(Dialect))
     upstream: Upstream = Upstream.EMBEDDED
+    policy: PolicyRules = NOTHING_SAID
+    created_at: int | None = None
 
     @property
     def uuid(self) -> str:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Final
 
 from imdsproxy.core.addresses import link_local_of
 from imdsproxy.core.endpoints import Endpoint
@@ -12,6 +13,7 @@ from imdsproxy.core.hoststate import NamespaceRef
 from imdsproxy.core.identity import Learned, holds
 from imdsproxy.core.inventory import AddressKey, Conflict, Inventory
 from imdsproxy.core.model import Instance, InstanceId, NetworkId, Upstream
+from imdsproxy.core.policy import NOTHING_SAID, PolicyBook, PolicyPlace
 from imdsproxy.core.upstream import NovaRouting
 from imdsproxy.core.wire import MAP_CONFLICT, EmbeddedRecord, MapRecord, render_map_value
 
@@ -26,6 +28,8 @@ __all__ = [
     "plan_records",
     "record_key",
 ]
+
+_NO_POLICIES: Final = PolicyBook()
 
 _RESERVED_DESCRIPTORS = 256
 """HAProxy's own: logs, pipes, the sockets of an old worker being taken over."""
@@ -43,6 +47,8 @@ def plan_record(
     revisions: Mapping[InstanceId, str],
     learned: Mapping[AddressKey, Learned],
     routing: NovaRouting,
+    *,
+    policies: PolicyBook = _NO_POLICIES,
 ) -> MapRecord | Conflict | None:
     """The record of one address, or `None` where the data plane must not know it.
 
@@ -53,6 +59,7 @@ def plan_record(
             served yet.
         learned: Addresses that something else than a record gave to an instance.
         routing: Where requests go whose documents Nova has.
+        policies: What settings and operators say of guests.
     """
     owner = inventory.owner(key)
     if isinstance(owner, Conflict):
@@ -68,11 +75,28 @@ def plan_record(
     instance = inventory.instances.get(owner)
     if instance is None:
         return None
+    project = _project_at(instance, place)
+    word = _policy_word(inventory, key[0], project, instance, policies)
     if instance.upstream is Upstream.NOVA:
-        project = _project_at(instance, place)
-        return None if project is None else routing.record(key[0], owner, project)
+        if project is None:
+            return None
+        record = routing.record(key[0], owner, project)
+        return record if record is None or not word else replace(record, policy=word)
     revision = revisions.get(owner)
-    return None if revision is None else EmbeddedRecord(owner, revision)
+    return None if revision is None else EmbeddedRecord(owner, revision, word)
+
+
+def _policy_word(
+    inventory: Inventory,
+    network: NetworkId,
+    project: str | None,
+    instance: Instance,
+    policies: PolicyBook,
+) -> str:
+    known = inventory.networks.get(network)
+    of_network = NOTHING_SAID if known is None else known.policy
+    place = PolicyPlace(network, project, instance.id, of_network, instance.policy)
+    return policies.word(place, instance.created_at)
 
 
 def _project_at(instance: Instance, place: AddressKey) -> str | None:
@@ -94,11 +118,13 @@ def plan_records(
     revisions: Mapping[InstanceId, str],
     learned: Mapping[AddressKey, Learned],
     routing: NovaRouting,
+    *,
+    policies: PolicyBook = _NO_POLICIES,
 ) -> dict[str, str | None]:
     """`plan_record` for many addresses: map values by map key."""
     wanted: dict[str, str | None] = {}
     for key in keys:
-        record = plan_record(inventory, key, revisions, learned, routing)
+        record = plan_record(inventory, key, revisions, learned, routing, policies=policies)
         if isinstance(record, Conflict):
             wanted[record_key(key)] = MAP_CONFLICT
         else:

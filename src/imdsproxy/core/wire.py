@@ -11,10 +11,12 @@ from dataclasses import dataclass
 from typing import Final, TypeAlias
 
 from imdsproxy.core.model import InstanceId
+from imdsproxy.core.policy import POLICY_WORD
 
 __all__ = [
     "EmbeddedRecord",
     "HEADER_ADDRESS",
+    "HEADER_FORWARDED",
     "HEADER_INSTANCE",
     "HEADER_NETWORK",
     "HEADER_RECORD",
@@ -57,6 +59,10 @@ the kernel has not seen the two together yet."""
 HEADER_REFUSED: Final = "x-imdsproxy-refused"
 """From the resolver back to HAProxy: this answer tells nothing of an instance, and anybody may read it."""
 
+HEADER_FORWARDED: Final = "x-imdsproxy-forwarded"
+"""To the resolver and back: `by` where headers say that somebody had the guest ask, `for` where it is
+`X-Forwarded-For` in a PUT."""
+
 RETRY_AFTER_S: Final = 1
 """What every 503 tells a client to wait, in seconds: cloud-init's own pace."""
 
@@ -81,10 +87,15 @@ MAP_NOVA: Final = "@"
 
 @dataclass(frozen=True, slots=True)
 class EmbeddedRecord:
-    """Of one (network, address) whose documents are ours: whose it is, and in which revision."""
+    """Of one (network, address) whose documents are ours: whose it is, and in which revision.
+
+    Attributes:
+        policy: As of `NovaRecord`.
+    """
 
     instance: InstanceId
     revision: str
+    policy: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,12 +106,14 @@ class NovaRecord:
         endpoint_set: Which Nova metadata APIs are asked.
         project: The port's.
         signatures: By the secret in force, then, while it is being replaced, by the next one.
+        policy: The policy word, empty where the default is in force (`core.policy.render_policy_word`).
     """
 
     endpoint_set: str
     instance: InstanceId
     project: str
     signatures: tuple[str, ...]
+    policy: str = ""
 
 
 MapRecord: TypeAlias = EmbeddedRecord | NovaRecord
@@ -114,14 +127,17 @@ _NOVA: Final = re.compile(
 def render_map_value(record: MapRecord) -> str:
     """The record's one word in a map.
 
-    `INSTANCE|REVISION`, or `@ENDPOINT-SET|SIGNATURE|INSTANCE|PROJECT` and perhaps `|NEXT-SIGNATURE`. HAProxy looks
-    for a field character by character, so what has a length of its own comes first: it is cut out instead.
+    `INSTANCE|REVISION`, or `@ENDPOINT-SET|SIGNATURE|INSTANCE|PROJECT` and perhaps `|NEXT-SIGNATURE`, and before either
+    `POLICY-WORD|` where there is one. HAProxy looks for a field character by character, so what has a length of its
+    own comes first: it is cut out instead.
     """
     if isinstance(record, EmbeddedRecord):
-        return f"{record.instance}|{record.revision}"
-    first, *later = record.signatures
-    fields = (record.endpoint_set, first, record.instance, record.project, *later)
-    return MAP_NOVA + "|".join(fields)
+        fields: tuple[str, ...] = (record.instance, record.revision)
+    else:
+        first, *later = record.signatures
+        begin = MAP_NOVA + record.endpoint_set
+        fields = (begin, first, record.instance, record.project, *later)
+    return "|".join((record.policy, *fields) if record.policy else fields)
 
 
 def hide_signatures(text: str) -> str:
@@ -129,11 +145,15 @@ def hide_signatures(text: str) -> str:
     record = parse_map_value(text)
     if not isinstance(record, NovaRecord):
         return text
-    return f"{MAP_NOVA}{record.endpoint_set}|signed|{record.instance}|{record.project}"
+    shown = f"{MAP_NOVA}{record.endpoint_set}|signed|{record.instance}|{record.project}"
+    return f"{record.policy}|{shown}" if record.policy else shown
 
 
 def parse_map_value(text: str) -> MapRecord | None:
     """The reverse of `render_map_value`; `None` for a tombstone, a conflict or a foreign word."""
+    policy = ""
+    if text.startswith(POLICY_WORD):
+        policy, _, text = text.partition("|")
     if text.startswith(MAP_NOVA):
         found = _NOVA.fullmatch(text)
         if found is None:
@@ -143,8 +163,9 @@ def parse_map_value(text: str) -> MapRecord | None:
             instance=InstanceId(found["instance"]),
             project=found["project"],
             signatures=tuple(one for one in found.group("signature", "next") if one is not None),
+            policy=policy,
         )
     instance, separator, revision = text.partition("|")
     if not separator or not instance or not revision:
         return None
-    return EmbeddedRecord(InstanceId(instance), revision)
+    return EmbeddedRecord(InstanceId(instance), revision, policy)

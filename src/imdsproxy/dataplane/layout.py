@@ -113,9 +113,14 @@ class Layout:
         return self.jail / "resolver.sock"
 
     @property
-    def signed_socket(self) -> Path:
-        """Where the resolver hands in requests that go to Nova, mode 600."""
-        return self.runtime / "signed.sock"
+    def found_socket(self) -> Path:
+        """Where the resolver hands in requests of guests that it has found, mode 600."""
+        return self.runtime / "found.sock"
+
+    @property
+    def token_keys_map(self) -> Path:
+        """The keys of session tokens, as HAProxy looks them up; root's alone."""
+        return self.runtime / "token-keys.map"
 
     @property
     def silence(self) -> Path:
@@ -150,6 +155,16 @@ class Layout:
         return self.state / "documents"
 
     @property
+    def token_keys(self) -> Path:
+        """The keys of session tokens, where settings name no other file."""
+        return self.state / "token-keys"
+
+    @property
+    def guards(self) -> Path:
+        """What operators did about single instances."""
+        return self.state / "guards.json"
+
+    @property
     def passwords(self) -> Path:
         """What guests posted."""
         return self.state / "passwords"
@@ -165,7 +180,8 @@ class Layout:
             jail=str(self.jail) if self.chroot else None,
             documents=tuple(inside(path) for path in self.documents_sockets),
             resolver=inside(self.resolver_socket),
-            signed=str(self.signed_socket),
+            token_keys=str(self.token_keys_map),
+            found=str(self.found_socket),
             silence=str(self.silence),
             hops=str(self.jail),
             hops_inside="" if self.chroot else str(self.jail),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Iterable, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -89,6 +89,22 @@ class RecordApplier:
         self.write(self.base_path, render_map(records, generation).encode())
         self.write(self.overlay_path, render_map({}, generation).encode())
         self.state = MapState(generation, dict(records), {})
+
+    async def apply_table(
+        self, path: Path, entries: Mapping[str, str], write: Callable[[], None]
+    ) -> None:
+        """Have a small map be exactly this, on disk (which `write` does) and in every worker.
+
+        Raises:
+            HostRefused: `write` failed; nothing has changed anywhere.
+            RuntimeUnavailable: HAProxy's master does not answer; the file holds the new state.
+        """
+        async with self.lock:
+            write()
+            for worker in (await self.master.read_processes()).workers:
+                await self._unless_ended(
+                    worker, self.master.send_swap(worker, str(path), list(entries.items()))
+                )
 
     async def apply(self, wanted: Mapping[str, str | None]) -> int:
         """Have each key's value be as wanted (`None`: gone) on disk and in all workers; how many changed.

@@ -1,7 +1,7 @@
-"""Requests that go to Nova by way of the resolver: a guest's first one, and what has no Content-Length.
+"""Requests that come back from the resolver to HAProxy: a guest's first one, and what has no Content-Length.
 
-They are handed to HAProxy's frontend `signed` with the record that its maps do not have yet, so that endpoints,
-health, TLS, deadlines and retries are HAProxy's alone. What comes back goes to the guest byte for byte.
+They are handed to HAProxy's frontend `found` with the record that its maps do not have yet, so that policy, tokens,
+endpoints, health, TLS, deadlines and retries are HAProxy's alone. What comes back goes to the guest byte for byte.
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ import httpcore
 import structlog
 
 from imdsproxy.core.documents.respond import Header
-from imdsproxy.core.wire import HEADER_ADDRESS, HEADER_RECORD
+from imdsproxy.core.wire import HEADER_ADDRESS, HEADER_FORWARDED, HEADER_NETWORK, HEADER_RECORD
 from imdsproxy.serving.asgi import Send, send_answer
 from imdsproxy.serving.documents import retry_later
 
-__all__ = ["CollectedAnswer", "Forwarder", "NovaRequest", "SignedForwarder"]
+__all__ = ["CollectedAnswer", "Forwarder", "FoundForwarder", "FoundRequest"]
 
 _OURS: Final = b"x-imdsproxy-"
+_FORWARDED: Final = HEADER_FORWARDED.encode("ascii")
 _HOP_BY_HOP: Final = frozenset(
     {b"connection", b"keep-alive", b"transfer-encoding", b"content-length"}
 )
@@ -31,31 +32,33 @@ _BODILESS: Final = frozenset({"GET", "HEAD", "OPTIONS"})
 
 
 @dataclass(frozen=True, slots=True)
-class NovaRequest:
+class FoundRequest:
     """A guest's request and the record that says where it goes.
 
     Attributes:
-        record: The map value (`core.wire.NovaRecord`).
+        record: The map value (`core.wire.MapRecord`).
         address: The guest's, as text.
         target: Path and query as the guest sent them.
         headers: What HAProxy let through of the guest's.
-        network: In whose name; the operator's where it is empty.
+        network: Where it asks from.
+        by_operator: It takes nothing of the network's share.
     """
 
     record: str
+    network: str
     address: str
     method: str
     target: bytes
     headers: tuple[Header, ...]
     body: bytes
-    network: str = ""
+    by_operator: bool = False
 
 
 class Forwarder(Protocol):
-    """Sends a request to Nova and the answer to the guest."""
+    """Sends a request to HAProxy and the answer to the guest."""
 
-    async def forward(self, request: NovaRequest, send: Send) -> None:
-        """Always answers: 503 where Nova's answer cannot be had."""
+    async def forward(self, request: FoundRequest, send: Send) -> None:
+        """Always answers: 503 where no answer can be had."""
         ...
 
 
@@ -77,8 +80,8 @@ class CollectedAnswer:
 
 
 @dataclass(slots=True)
-class SignedForwarder:
-    """By HAProxy's frontend `signed`.
+class FoundForwarder:
+    """By HAProxy's frontend `found`.
 
     A guest that reads its answer slowly keeps a connection as long as it likes. So no network has more than its
     share of them at once; what else it asks waits for these.
@@ -102,9 +105,9 @@ class SignedForwarder:
             uds=self.socket, max_connections=256, max_keepalive_connections=0, retries=0
         )
 
-    async def forward(self, request: NovaRequest, send: Send) -> None:
+    async def forward(self, request: FoundRequest, send: Send) -> None:
         """Send the request; then pass head and body on as they come."""
-        async with self._share(request.network):
+        async with self._share("" if request.by_operator else request.network):
             await self._forward(request, send)
 
     @contextlib.asynccontextmanager
@@ -119,13 +122,13 @@ class SignedForwarder:
             if not self._askers[network]:
                 del self._askers[network], self._shares[network]
 
-    async def _forward(self, request: NovaRequest, send: Send) -> None:
+    async def _forward(self, request: FoundRequest, send: Send) -> None:
         started = False
         limits = dict.fromkeys(("connect", "read", "write", "pool"), self.timeout_s)
         try:
             async with self._pool.stream(
                 request.method,
-                httpcore.URL(scheme=b"http", host=b"nova", port=80, target=request.target),
+                httpcore.URL(scheme=b"http", host=b"haproxy", port=80, target=request.target),
                 headers=list(_headers(request)),
                 content=request.body or None,
                 extensions={"timeout": limits},
@@ -144,7 +147,7 @@ class SignedForwarder:
                 await send({"type": "http.response.body", "body": b""})
         except (httpcore.NetworkError, httpcore.TimeoutException, httpcore.ProtocolError) as error:
             structlog.get_logger().warning(
-                "request not forwarded to nova", error=f"{type(error).__name__}: {error}"
+                "request not handed to haproxy", error=f"{type(error).__name__}: {error}"
             )
             if started:
                 # The guest must see that the answer is not whole: the server closes its connection.
@@ -152,11 +155,12 @@ class SignedForwarder:
             await send_answer(retry_later(), send)
 
 
-def _headers(request: NovaRequest) -> Iterable[Header]:
+def _headers(request: FoundRequest) -> Iterable[Header]:
     for name, value in request.headers:
-        if not name.startswith(_OURS) and name not in _HOP_BY_HOP:
+        if name == _FORWARDED or (not name.startswith(_OURS) and name not in _HOP_BY_HOP):
             yield name, value
     yield HEADER_RECORD.encode(), request.record.encode()
+    yield HEADER_NETWORK.encode(), request.network.encode()
     yield HEADER_ADDRESS.encode(), request.address.encode()
     if request.body or request.method not in _BODILESS:
         yield b"content-length", b"%d" % len(request.body)

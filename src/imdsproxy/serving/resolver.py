@@ -2,7 +2,7 @@
 
 The address may be about to become known (a guest can be faster than its own announcement), so the request
 waits for it, within bounds: a guest that invents addresses fills its own network's share and nobody
-else's. What is found is answered here once; from then on HAProxy knows it.
+else's. What is found goes back to HAProxy once, with its record; from then on its maps have it.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ class Known:
     """The address is this instance's, and its documents can be served.
 
     Attributes:
-        nova: The map value by which Nova is asked, where Nova has the documents.
+        record: The map value by which HAProxy answers.
     """
 
     instance: InstanceId
-    nova: str | None = None
+    record: str
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""The resolver as an ASGI application: who is it, then the answer that HAProxy cannot give yet."""
+"""The resolver as an ASGI application: who is it, then back to HAProxy, which answers."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from ipaddress import ip_address
 from typing import cast
 
-from imdsproxy.core.documents.respond import DocumentRequest, Header
+from imdsproxy.core.documents.respond import Header
 from imdsproxy.core.inventory import AddressKey
 from imdsproxy.core.model import NetworkId
 from imdsproxy.core.model import Scope as IdScope
@@ -33,8 +33,8 @@ from imdsproxy.serving.asgi import (
     send_answer,
     while_there,
 )
-from imdsproxy.serving.documents import Answer, DocumentService, refusal, retry_later
-from imdsproxy.serving.forward import Forwarder, NovaRequest
+from imdsproxy.serving.documents import Answer, refusal, retry_later
+from imdsproxy.serving.forward import Forwarder, FoundRequest
 from imdsproxy.serving.resolver import Refused, Resolver
 
 __all__ = ["resolver_app"]
@@ -51,7 +51,7 @@ _FORBIDDEN = 403
 _CHANGES_NOTHING = frozenset({"GET", "HEAD", "OPTIONS", "PUT"})
 
 
-def resolver_app(resolver: Resolver, service: DocumentService, forwarder: Forwarder) -> AsgiApp:
+def resolver_app(resolver: Resolver, forwarder: Forwarder) -> AsgiApp:
     """The application behind HAProxy's backend `resolver`."""
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
@@ -74,8 +74,8 @@ def resolver_app(resolver: Resolver, service: DocumentService, forwarder: Forwar
             await while_there(receive, answer(asked, send))
 
     async def answer(asked: _Asked, send: Send) -> None:
-        found = await _answer(resolver, service, asked)
-        if isinstance(found, NovaRequest):
+        found = await _answer(resolver, asked)
+        if isinstance(found, FoundRequest):
             await forwarder.forward(found, send)
         else:
             await send_answer(found, send)
@@ -83,21 +83,19 @@ def resolver_app(resolver: Resolver, service: DocumentService, forwarder: Forwar
     return app
 
 
-async def _answer(
-    resolver: Resolver, service: DocumentService, asked: _Asked
-) -> Answer | NovaRequest:
-    told, method, body = asked.told, asked.method, asked.body
+async def _answer(resolver: Resolver, asked: _Asked) -> Answer | FoundRequest:
+    told, method = asked.told, asked.method
     outcome = await resolver.resolve(told.key, told.scope, told.port)
     if isinstance(outcome, Refused):
         return _to_anybody(told, _refuse(outcome.status, method))
     if told.port is not None and method not in _CHANGES_NOTHING:
         # Who really sends it nobody knows; that the instance gets the answer is no help. Verified, it comes again.
         return _to_anybody(told, retry_later())
-    if outcome.nova is not None:
-        network, address = told.key[0], str(told.key[1])
-        target = told.target or asked.path
-        return NovaRequest(outcome.nova, address, method, target, asked.headers, body, network)
-    return await service.answer(outcome.instance, DocumentRequest(method, asked.path, body))
+    network, address = told.key
+    target = told.target or asked.path
+    return FoundRequest(
+        outcome.record, network, str(address), method, target, asked.headers, asked.body
+    )
 
 
 def _refuse(status: int, method: str) -> Answer:

@@ -23,10 +23,13 @@ from imdsproxy.core.model import (
     Port,
 )
 from imdsproxy.core.pairs import LEARNED_PER_MAC, plan_pair
+from imdsproxy.core.wire import EmbeddedRecord
 from imdsproxy.errors import HostRefused
 from imdsproxy.serving.resolver import Contested, Known, Mismatched, Missing
 
 _RED = NetworkId("red")
+_REVISION = "0123456789abcdef"
+_WEB = Known(InstanceId("web"), f"web|{_REVISION}")
 _MAC = MacAddress("02:00:00:00:00:05")
 _PRIVATE: AddressKey = (_RED, IPv6Address("fe80::1234"))
 
@@ -103,6 +106,10 @@ class _Records:
         del key
         return 0
 
+    def planned(self, key: AddressKey) -> EmbeddedRecord:
+        del key
+        return EmbeddedRecord(InstanceId("web"), _REVISION)
+
 
 class Rig:
     def __init__(self, *instances: Instance, in_sync: bool = True, mac_check: bool = False) -> None:
@@ -142,7 +149,7 @@ def _web(mac: MacAddress | None = _MAC, name: str = "web") -> Instance:
 
 async def test_an_address_of_a_record_needs_no_neighbour_table() -> None:
     rig = Rig(_web())
-    assert await rig.lookup.look((_RED, IPv4Address("10.0.0.5"))) == Known(InstanceId("web"))
+    assert await rig.lookup.look((_RED, IPv4Address("10.0.0.5"))) == _WEB
     assert rig.neighbours.asked == 0
     assert rig.records.learned == {}
 
@@ -150,7 +157,7 @@ async def test_an_address_of_a_record_needs_no_neighbour_table() -> None:
 async def test_a_private_link_local_address_is_known_by_its_mac_and_kept_for_a_while() -> None:
     rig = Rig(_web())
     rig.neighbours.mac = _MAC
-    assert await rig.lookup.look(_PRIVATE) == Known(InstanceId("web"))
+    assert await rig.lookup.look(_PRIVATE) == _WEB
     assert rig.records.learned == {_PRIVATE: Learned(InstanceId("web"), 130.0, mac=_MAC)}
 
 
@@ -243,7 +250,7 @@ def _bare(mac: MacAddress = _MAC, name: str = "web") -> Instance:
 async def test_an_unverified_guest_with_its_mac_is_answered_and_nobody_else_may_read_it() -> None:
     rig = Rig(_web(), mac_check=True)
     rig.neighbours.mac = _MAC
-    assert await rig.lookup.look(_ASKED, None, 4711) == Known(InstanceId("web"))
+    assert await rig.lookup.look(_ASKED, None, 4711) == _WEB
     assert rig.pairs.told == [(_ASKED, 4711, _MAC)]
 
 
@@ -260,7 +267,7 @@ async def test_an_unverified_guest_with_another_mac_or_none_is_a_mismatch(
 async def test_a_guest_is_known_by_its_mac_alone_at_whatever_address() -> None:
     rig = Rig(_bare(), mac_check=True)
     rig.neighbours.mac = _MAC
-    assert await rig.lookup.look(_ASKED, None, 4711) == Known(InstanceId("web"))
+    assert await rig.lookup.look(_ASKED, None, 4711) == _WEB
     assert rig.records.learned == {_ASKED: Learned(InstanceId("web"), 130.0, mac=_MAC)}
     assert rig.pairs.told == [(_ASKED, 4711, _MAC)]
 
@@ -290,13 +297,13 @@ async def test_without_a_gate_nobody_with_a_mac_is_answered() -> None:
 async def test_a_verified_guest_is_known_whatever_the_neighbour_table_has_by_now() -> None:
     rig = Rig(_web(), mac_check=True)
     rig.neighbours.mac = _OTHER
-    assert await rig.lookup.look(_ASKED) == Known(InstanceId("web"))
+    assert await rig.lookup.look(_ASKED) == _WEB
 
 
 async def test_a_guest_without_a_mac_in_its_record_is_believed_with_any() -> None:
     rig = Rig(_web(None), mac_check=True)
     rig.neighbours.mac = _OTHER
-    assert await rig.lookup.look(_ASKED, None, 4711) == Known(InstanceId("web"))
+    assert await rig.lookup.look(_ASKED, None, 4711) == _WEB
     assert rig.pairs.told == []
 
 
@@ -318,5 +325,5 @@ async def test_one_mac_has_so_many_addresses_and_the_oldest_goes() -> None:
     rig.neighbours.mac = _MAC
     keys = [(_RED, IPv4Address(f"10.0.1.{number}")) for number in range(LEARNED_PER_MAC + 1)]
     for key in keys:
-        assert await rig.lookup.look(key, None, 1) == Known(InstanceId("web"))
+        assert await rig.lookup.look(key, None, 1) == _WEB
     assert list(rig.records.learned) == keys[1:]

@@ -186,8 +186,7 @@ def _rig(listed: Scope | None = None) -> Rig:
 
 def _record(resolution: Resolution) -> NovaRecord:
     assert isinstance(resolution, Known)
-    assert resolution.nova is not None
-    record = parse_map_value(resolution.nova)
+    record = parse_map_value(resolution.record)
     assert isinstance(record, NovaRecord)
     return record
 

@@ -28,6 +28,17 @@ SETS = {
     }
 }
 
+RULES = {
+    "endpoint": None,
+    "tokens": "off",
+    "openstack_tokens": None,
+    "nocloud_tokens": None,
+    "boot_grace_s": None,
+    "seal_user_data": None,
+    "refuse_forwarded": None,
+    "hop_limit": None,
+}
+
 # What another setting must say first, for some to be allowed.
 BEFORE: dict[str, dict[str, object]] = {
     "sources.sqlite.enabled": {"sources.file.enabled": True},
@@ -98,6 +109,18 @@ OTHER: dict[str, object] = {
     "unix_listener.proxy_user": "1000",
     "unix_listener.proxy_group": "other",
     "unix_listener.maxconn": 1025,
+    "policy.host.endpoint": False,
+    "policy.host.tokens": "required",
+    "policy.host.openstack_tokens": "required",
+    "policy.host.nocloud_tokens": "off",
+    "policy.host.boot_grace_s": 60,
+    "policy.host.seal_user_data": True,
+    "policy.host.refuse_forwarded": True,
+    "policy.host.hop_limit": 1,
+    "policy.networks": {"red": RULES},
+    "policy.projects": {"acme": RULES},
+    "policy.instances": {"web": RULES},
+    "tokens.key_file": "/x.keys",
     "admin.socket": "/x.sock",
     "admin.mode": "0600",
     "admin.user": "other",
@@ -121,6 +144,7 @@ TAKES: dict[Change, set[str]] = {
         "host.audit_per_second",
         "log.level",
         "log.format",
+        *(path for path in OTHER if path.startswith(("policy.", "tokens."))),
     },
     Change.RELOAD: {
         "resolver.hold_s",
@@ -138,6 +162,10 @@ TAKES: dict[Change, set[str]] = {
 }
 
 
+# What is told by the name of each section that comes or goes.
+BY_NAME = {"nova.endpoint_sets", "policy.networks", "policy.projects", "policy.instances"}
+
+
 def _with(values: Mapping[str, object]) -> Settings:
     tree = Settings().model_dump(mode="json")
     for path, value in values.items():
@@ -149,7 +177,7 @@ def _with(values: Mapping[str, object]) -> Settings:
     return Settings.model_validate(tree)
 
 
-@pytest.mark.parametrize("path", [path for path in SETTINGS if path != "nova.endpoint_sets"])
+@pytest.mark.parametrize("path", [path for path in SETTINGS if path not in BY_NAME])
 def test_each_setting_says_what_its_change_takes(path: str) -> None:
     before = BEFORE.get(path, {})
 
@@ -165,6 +193,13 @@ def test_an_endpoint_set_that_comes_or_goes_is_one_change() -> None:
 
     assert diff_settings(none, one) == (Changed(path, None, value, Change.RELOAD),)
     assert diff_settings(one, none) == (Changed(path, value, None, Change.RELOAD),)
+
+
+@pytest.mark.parametrize("path", sorted(BY_NAME - {"nova.endpoint_sets"}))
+def test_rules_for_one_id_that_come_or_go_are_one_change(path: str) -> None:
+    none, one = Settings(), _with({path: {"x": RULES}})
+    assert diff_settings(none, one) == (Changed(f"{path}.x", None, RULES, Change.LIVE),)
+    assert diff_settings(one, none) == (Changed(f"{path}.x", RULES, None, Change.LIVE),)
 
 
 def test_a_change_within_an_endpoint_set_is_told_by_its_settings() -> None:

@@ -45,7 +45,8 @@ _PATHS = Paths(
     jail="/run/imdsproxy/jail",
     documents=("/documents-0.sock", "/documents-1.sock"),
     resolver="/resolver.sock",
-    signed="/run/imdsproxy/signed.sock",
+    token_keys="/run/imdsproxy/token-keys.map",
+    found="/run/imdsproxy/found.sock",
     silence="/run/imdsproxy/silence.http",
     hops="/run/imdsproxy/jail",
     hops_inside="",
@@ -190,7 +191,7 @@ def test_every_bind_speaks_http_1_only_and_has_its_own_limit(spec: DataplaneSpec
 
 def _is_ours_alone(section: Section) -> bool:
     """Nobody but ourselves can connect there."""
-    return section.header[1] in {"probe", "signed"} or ".hop." in section.header[1]
+    return section.header[1] in {"probe", "found"} or ".hop." in section.header[1]
 
 
 def test_nova_gets_its_four_headers_after_everything_of_the_guest_is_deleted() -> None:

@@ -10,7 +10,7 @@ import httpcore
 import pytest
 from structlog.testing import capture_logs
 
-from imdsproxy.serving.forward import CollectedAnswer, NovaRequest, SignedForwarder
+from imdsproxy.serving.forward import CollectedAnswer, FoundForwarder, FoundRequest
 
 _RECORD = "@default|" + "0" * 64 + "|i|p"
 
@@ -35,15 +35,15 @@ class Peer:
 
 
 @contextlib.asynccontextmanager
-async def _peer(directory: Path) -> AsyncIterator[tuple[Peer, SignedForwarder]]:
+async def _peer(directory: Path) -> AsyncIterator[tuple[Peer, FoundForwarder]]:
     peer = Peer()
-    path = directory / "signed.sock"
+    path = directory / "found.sock"
     server = await asyncio.start_unix_server(peer.serve, str(path))
     async with server:
-        yield peer, SignedForwarder(str(path), 5.0)
+        yield peer, FoundForwarder(str(path), 5.0)
 
 
-def _request(method: str = "GET", target: bytes = b"/a", body: bytes = b"") -> NovaRequest:
+def _request(method: str = "GET", target: bytes = b"/a", body: bytes = b"") -> FoundRequest:
     headers = (
         (b"host", b"169.254.169.254"),
         (b"accept", b"*/*"),
@@ -51,8 +51,9 @@ def _request(method: str = "GET", target: bytes = b"/a", body: bytes = b"") -> N
         (b"transfer-encoding", b"chunked"),
         (b"x-imdsproxy-record", b"forged"),
         (b"x-imdsproxy-network", b"n"),
+        (b"x-imdsproxy-forwarded", b"by"),
     )
-    return NovaRequest(_RECORD, "10.0.0.5", method, target, headers, body)
+    return FoundRequest(_RECORD, "red", "10.0.0.5", method, target, headers, body)
 
 
 @pytest.mark.parametrize("target", [b"/a?", b"/a%2fb/../c//d?x=%3F", b"/?a#", b"*"])
@@ -72,7 +73,9 @@ async def test_our_headers_are_ours_and_the_body_has_its_length(tmp_path: Path) 
                 b"host: 169.254.169.254",
                 b"accept: */*",
                 b"x-imdsproxy-record: " + _RECORD.encode(),
+                b"x-imdsproxy-network: red",
                 b"x-imdsproxy-address: 10.0.0.5",
+                b"x-imdsproxy-forwarded: by",
                 b"content-length: 4",
             ]
         )
@@ -112,13 +115,13 @@ async def test_no_answer_or_none_that_can_be_read_is_503(tmp_path: Path, answer:
             await forwarder.forward(_request(), got.take)
         assert got.status == 503
         assert (b"retry-after", b"1") in got.headers
-        assert [entry["event"] for entry in logs] == ["request not forwarded to nova"]
+        assert [entry["event"] for entry in logs] == ["request not handed to haproxy"]
 
 
 async def test_nobody_behind_the_socket_is_503(tmp_path: Path) -> None:
     got = CollectedAnswer()
     with capture_logs():
-        await SignedForwarder(str(tmp_path / "none"), 1.0).forward(_request(), got.take)
+        await FoundForwarder(str(tmp_path / "none"), 1.0).forward(_request(), got.take)
     assert got.status == 503
 
 
@@ -140,16 +143,18 @@ async def test_a_network_has_its_share_of_the_connections_and_waits_for_it(tmp_p
 
         async with asyncio.timeout(5), asyncio.TaskGroup() as group:
             for _ in range(5):
-                group.create_task(
-                    forwarder.forward(replace(_request(), network="red"), take_slowly)
-                )
+                group.create_task(forwarder.forward(_request(), take_slowly))
             for _ in range(2):
                 await taking.acquire()
             got = CollectedAnswer()
             await forwarder.forward(replace(_request(), network="green"), got.take)
             assert got.status == 200
+            # Nor does an operator wait for them.
+            got = CollectedAnswer()
+            await forwarder.forward(replace(_request(), by_operator=True), got.take)
+            assert got.status == 200
             assert taking.locked()
             go_on.set()
         got = CollectedAnswer()
-        await forwarder.forward(replace(_request(), network="red"), got.take)
+        await forwarder.forward(_request(), got.take)
         assert got.status == 200

@@ -17,7 +17,7 @@ from imdsproxy.serving.resolver import (
     Resolver,
 )
 
-_WEB = Known(InstanceId("web"))
+_WEB = Known(InstanceId("web"), "web|0123456789abcdef")
 
 
 def _key(network: str = "red", last: int = 5) -> AddressKey:

@@ -3,15 +3,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import MutableMapping
 from dataclasses import dataclass, field
-from typing import cast
 
 import pytest
 
 from imdsproxy.core.inventory import AddressKey
 from imdsproxy.core.model import InstanceId, Scope
 from imdsproxy.serving.asgi import Send, while_there
-from imdsproxy.serving.documents import DocumentService
-from imdsproxy.serving.forward import CollectedAnswer, NovaRequest
+from imdsproxy.serving.forward import CollectedAnswer, FoundRequest
 from imdsproxy.serving.resolver import HoldLimits, Known, Resolution, Resolver
 from imdsproxy.serving.resolver_app import resolver_app
 
@@ -25,9 +23,9 @@ _SCOPE = {
 
 @dataclass
 class Forwarded:
-    requests: list[NovaRequest] = field(default_factory=list)
+    requests: list[FoundRequest] = field(default_factory=list)
 
-    async def forward(self, request: NovaRequest, send: Send) -> None:
+    async def forward(self, request: FoundRequest, send: Send) -> None:
         self.requests.append(request)
         await send({"type": "http.response.start", "status": 200, "headers": []})
         await send({"type": "http.response.body", "body": b""})
@@ -62,14 +60,14 @@ class Look:
         del key, scope
         self.asked.set()
         await self.known.wait()
-        return Known(InstanceId("i"), nova="record")
+        return Known(InstanceId("i"), "record")
 
 
-async def test_what_a_guest_asked_that_went_away_meanwhile_is_not_sent_to_nova() -> None:
+async def test_what_a_guest_asked_that_went_away_meanwhile_is_not_sent_on() -> None:
     """HAProxy has told it to come again: a password would arrive twice."""
     client, look, forwarded, answer = Client(), Look(), Forwarded(), CollectedAnswer()
     resolver = Resolver(look, HoldLimits)
-    app = resolver_app(resolver, cast("DocumentService", None), forwarded)
+    app = resolver_app(resolver, forwarded)
     async with asyncio.timeout(5), asyncio.TaskGroup() as group:
 
         async def ask() -> None:
@@ -86,7 +84,7 @@ async def test_what_a_guest_asked_that_went_away_meanwhile_is_not_sent_to_nova()
 async def test_what_a_guest_asked_that_is_still_there_is_sent_in_its_networks_name() -> None:
     client, look, forwarded, answer = Client(), Look(), Forwarded(), CollectedAnswer()
     look.known.set()
-    app = resolver_app(Resolver(look, HoldLimits), cast("DocumentService", None), forwarded)
+    app = resolver_app(Resolver(look, HoldLimits), forwarded)
     async with asyncio.timeout(5):
         await app(_SCOPE, client.receive, answer.take)
     (request,) = forwarded.requests

@@ -12,12 +12,19 @@ from functools import lru_cache
 from typing import Final
 
 from imdsproxy.core.gates import ANSWER_DSCP
+from imdsproxy.core.haproxy.guard import (
+    guard_rules,
+    hear_forwarded,
+    note_forwarded,
+    policy_rules,
+    tell_forwarded,
+    tell_token_life,
+)
 from imdsproxy.core.haproxy.model import Bind, DataplaneSpec, Section, Words
 from imdsproxy.core.haproxy.nova import (
     longest_s,
     nova_backends,
     nova_counters,
-    signed_frontend,
     use_nova,
 )
 from imdsproxy.core.haproxy.rules import (
@@ -39,6 +46,7 @@ from imdsproxy.core.wire import (
     HEADER_ADDRESS,
     HEADER_INSTANCE,
     HEADER_NETWORK,
+    HEADER_RECORD,
     HEADER_REFUSED,
     HEADER_REVISION,
     HEADER_SCOPE,
@@ -73,9 +81,8 @@ def build_sections(spec: DataplaneSpec) -> tuple[Section, ...]:
         sections.append(_agents(spec))
     if not spec.binds and spec.unix is None:
         sections.append(_records(spec))
-    sections += [_documents(spec), _resolver(spec), _conflict(), _probe(spec)]
-    if spec.nova:
-        sections += [signed_frontend(spec), *nova_backends(spec)]
+    sections += [_found(spec), _documents(spec), _resolver(spec), _conflict(), _probe(spec)]
+    sections += nova_backends(spec)
     if spec.exporter is not None:
         sections.append(_exporter(spec.exporter))
     return tuple(sections)
@@ -160,6 +167,8 @@ def _guests(spec: DataplaneSpec) -> Section:
             *_peer(),
             ("tcp-request", "connection", "set-var(sess.key)", "so_name,concat(/,sess.address)"),
             *_watched(spec),
+            *_look_up(spec),
+            *note_forwarded(behind_proxy=False),
             *_answer(spec),
         ),
     )
@@ -176,7 +185,7 @@ def _unverified(spec: DataplaneSpec) -> Section:
             *_watched(spec),
             # The next request comes verified, if it may.
             ("option", "httpclose"),
-            *(() if spec.nova else _hide_lifetime()),
+            *note_forwarded(behind_proxy=False),
             ("default_backend", "resolver"),
         ),
     )
@@ -209,25 +218,48 @@ def _agents(spec: DataplaneSpec) -> Section:
             *_watched(spec),
             *agent_rules(),
             *share_rules(spec.limits.maxconn_per_network),
+            *_look_up(spec),
+            *note_forwarded(behind_proxy=True),
             *_answer(spec),
         ),
     )
 
 
-def _answer(spec: DataplaneSpec) -> tuple[Words, ...]:
-    """From `sess.key` to whoever answers."""
-    return (
-        *_look_up(spec),
-        # In front of Nova most requests have nothing to do with the cache, and its filter would cost each of them
-        # a tenth. Elsewhere all have, and a hit that first chose a backend takes a third more instructions.
-        *(_choose_nova(spec) if spec.nova else _ask_the_cache(spec)),
-        ("use_backend", "documents", "if", *KNOWN),
-        ("use_backend", "conflict", "if", *CONFLICT),
-        ("default_backend", "resolver"),
+def _found(spec: DataplaneSpec) -> Section:
+    """Where the resolver hands in requests of guests that it has just found; only we can open it."""
+    return Section(
+        ("frontend", "found"),
+        (
+            ("bind", f"unix@{spec.paths.found}", "name", "found", "mode", "600", "proto", "h1"),
+            ("http-request", "set-var(txn.record)", f"req.fhdr({HEADER_RECORD})"),
+            ("http-request", "set-var(sess.address)", f"req.fhdr({HEADER_ADDRESS})"),
+            ("http-request", "set-var(sess.network)", f"req.fhdr({HEADER_NETWORK})"),
+            *policy_rules(),
+            *hear_forwarded(),
+            *_answer(spec, found=True),
+        ),
     )
 
 
-def _choose_nova(spec: DataplaneSpec) -> tuple[Words, ...]:
+def _answer(spec: DataplaneSpec, *, found: bool = False) -> tuple[Words, ...]:
+    """From `txn.record` to whoever answers."""
+    return (
+        *guard_rules(spec.paths.token_keys),
+        tell_token_life(),
+        # In front of Nova most requests have nothing to do with the cache, and its filter would cost each of them
+        # a tenth. Elsewhere all have, and a hit that first chose a backend takes a third more instructions.
+        *(_choose_nova(spec, found=found) if spec.nova else _ask_the_cache(spec)),
+        ("use_backend", "documents", "if", *KNOWN),
+        ("use_backend", "conflict", "if", *CONFLICT),
+        # What comes from the resolver does not go back to it.
+        ("default_backend", "conflict" if found else "resolver"),
+    )
+
+
+def _choose_nova(spec: DataplaneSpec, *, found: bool) -> tuple[Words, ...]:
+    if found:
+        # A set that a reload took away meanwhile.
+        return (*use_nova(spec), ("use_backend", "conflict", "if", *NOVA))
     return (
         # Nova reads a body by its Content-Length, and HAProxy cannot add one.
         ("use_backend", "resolver", "if", "{", "req.fhdr(transfer-encoding)", "-m", "found", "}", *NOVA),
@@ -242,6 +274,7 @@ def _look_up(spec: DataplaneSpec) -> tuple[Words, ...]:
         ("http-request", "set-var(txn.record)", f"var(sess.key),map_str({spec.paths.overlay_map})"),
         ("http-request", "set-var(txn.record)", f"var(sess.key),map_str({spec.paths.base_map})",
          "if", "!{", "var(txn.record)", "-m", "found", "}"),
+        *policy_rules(),
     )  # fmt: skip
 
 
@@ -269,13 +302,13 @@ def _identity_headers() -> tuple[Words, ...]:
     )
 
 
-def _plain_request() -> tuple[Words, ...]:
+def _plain_request(kept: Iterable[str] = GUEST_HEADERS) -> tuple[Words, ...]:
     """What the document server and the resolver get: an allowed method, the path, our word on who asks."""
     return (
         allow_methods(),
         ("http-request", "set-uri", r"%[path,regsub(^/[^/]*/?,/)]", "if", *_ODD),
         tell_to_continue(),
-        delete_guest_headers((*GUEST_HEADERS, *TOKEN_HEADERS)),
+        delete_guest_headers(kept),
         *_identity_headers(),
     )
 
@@ -355,7 +388,8 @@ def _resolver(spec: DataplaneSpec) -> Section:
             (*retry_later(), "if", "{", "sc0_gpc0_rate", "ge", str(spec.limits.misses_per_second), "}"),
             ("http-request", "sc-inc-gpc0(0)"),
             *((originate(),) if spec.nova else ()),
-            *_plain_request(),
+            *_plain_request((*GUEST_HEADERS, *TOKEN_HEADERS)),
+            *tell_forwarded(),
             *(_tell_unverified() if spec.unverified else ()),
             # The target is there twice, and a head that outgrows HAProxy's buffer by that would be 500.
             ("http-request", "set-var(txn.head)", "req.hdrs,length"),

@@ -55,7 +55,8 @@ class Paths:
     it enters.
 
     Attributes:
-        signed: The socket by which the resolver has requests sent to Nova.
+        token_keys: The map of the keys of session tokens (`core.tokens.render_key_map`).
+        found: The socket by which the resolver hands in requests of guests that it has found.
         silence: An empty file: the answer that is none.
         hops: Directory of HAProxy's sockets to itself, as whoever binds them sees it.
         hops_inside: The same directory as the worker sees it.
@@ -63,12 +64,13 @@ class Paths:
 
     base_map: str
     overlay_map: str
+    token_keys: str
     unavailable: str
     probe: str
     jail: str | None
     documents: tuple[str, ...]
     resolver: str
-    signed: str
+    found: str
     silence: str
     hops: str
     hops_inside: str

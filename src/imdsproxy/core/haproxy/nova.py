@@ -33,7 +33,7 @@ from imdsproxy.core.haproxy.rules import (
     originate,
     tell_to_continue,
 )
-from imdsproxy.core.wire import HEADER_ADDRESS, HEADER_RECORD, MAP_NOVA
+from imdsproxy.core.wire import MAP_NOVA
 
 __all__ = [
     "hop_sockets",
@@ -42,7 +42,6 @@ __all__ = [
     "nova_backends",
     "nova_counters",
     "refused_counter",
-    "signed_frontend",
     "use_nova",
 ]
 
@@ -93,21 +92,6 @@ def use_nova(spec: DataplaneSpec) -> tuple[Words, ...]:
         rules.append(("use_backend", _name(backend), "if", *mine, *_REPEATABLE))
         rules.append(("use_backend", _once(backend), "if", *mine))
     return tuple(rules)
-
-
-def signed_frontend(spec: DataplaneSpec) -> Section:
-    """Where the resolver hands in requests of guests that it has just found; only we can open it."""
-    return Section(
-        ("frontend", "signed"),
-        (
-            ("bind", f"unix@{spec.paths.signed}", "name", "signed", "mode", "600", "proto", "h1"),
-            ("http-request", "set-var(txn.record)", f"req.fhdr({HEADER_RECORD})"),
-            ("http-request", "set-var(sess.address)", f"req.fhdr({HEADER_ADDRESS})"),
-            *use_nova(spec),
-            # A set that a reload took away meanwhile.
-            ("default_backend", "conflict"),
-        ),
-    )
 
 
 def nova_backends(spec: DataplaneSpec) -> Iterator[Section]:

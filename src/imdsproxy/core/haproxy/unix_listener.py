@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Final
 
+from imdsproxy.core.haproxy.guard import TOKEN_PATH
 from imdsproxy.core.haproxy.model import UnixBind, Words
 from imdsproxy.core.haproxy.rules import retry_later
 
@@ -69,6 +70,9 @@ def agent_rules() -> tuple[Words, ...]:
         ("http-request", "set-var(txn.ipv6)", "var(txn.peer),lower",
          "if", "{", "var(txn.ipv6)", "-m", "found", "}", "{", "var(txn.peer)", "-m", "beg", "2002:", "}"),
         ("http-request", "set-var(sess.address)", "var(txn.ipv6)", "if", "{", "var(txn.ipv6)", "-m", "sub", ":", "}"),
+        # The second one is the guest's: whoever had a proxy ask for a token gets none.
+        ("http-request", "deny", "status", "403", "if", "{", "method", "PUT", "}", "{", "path", TOKEN_PATH, "}",
+         "{", f"req.fhdr_cnt({_PEER})", "gt", "1", "}"),
         (*_refuse("exactly one X-Forwarded-For with one address is needed"),
          "unless", "{", "var(sess.address)", "-m", "found", "}"),
         ("http-request", "set-var(sess.key)", "var(sess.network),concat(/,sess.address)"),

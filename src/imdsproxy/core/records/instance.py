@@ -45,7 +45,10 @@ _DOCUMENTS: Final = (
 )
 """What Nova has of its instances itself."""
 
-_KEYS: Final = ("id", "name", "hostname", "project", "ports", "upstream", *_DOCUMENTS)
+_KEYS: Final = ("id", "name", "hostname", "project", "ports", "upstream", "created_at", *_DOCUMENTS)
+_LAST_SECOND: Final = 9_999_999_999
+"""Ten digits of Unix time, the year 2286."""
+
 _TAG_VALUE: Final = re.compile("[^\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]{0,4096}")
 
 
@@ -84,6 +87,7 @@ def parse_instance(
     availability_zone = optional(entries, "availability_zone", Field.text)
     instance_type = optional(entries, "instance_type", Field.text)
     dialects = _parse_dialects(entries)
+    created_at = optional(entries, "created_at", lambda when: when.whole_number(0, _LAST_SECOND))
     if findings.problems or instance_id is None or name is None:
         return Refused(tuple(findings.problems), instance_id)
     return Instance(
@@ -100,6 +104,7 @@ def parse_instance(
         instance_type=instance_type,
         dialects=dialects,
         upstream=upstream,
+        created_at=created_at,
     )
 
 

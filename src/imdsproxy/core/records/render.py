@@ -77,6 +77,8 @@ def render_instance(instance: Instance) -> dict[str, Json]:
         mapping["dialects"] = {dialect.value: False for dialect in off}
     if instance.upstream is not Upstream.EMBEDDED:
         mapping["upstream"] = instance.upstream.value
+    if instance.created_at is not None:
+        mapping["created_at"] = instance.created_at
     return mapping
 
 

@@ -1,0 +1,45 @@
+"""What guests may read, as of now: settings, what operators did, and the keys of session tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+from imdsproxy.app.guards import GuardFile
+from imdsproxy.app.token_keys import TokenKeys
+from imdsproxy.config.schema import Settings
+from imdsproxy.core.policy import PolicyBook
+
+__all__ = ["Guarding", "GuardingChange"]
+
+
+@dataclass(frozen=True, slots=True)
+class GuardingChange:
+    """What new settings mean: `records` have to be made anew, workers told other `keys`."""
+
+    records: bool
+    keys: bool
+
+
+@dataclass(slots=True)
+class Guarding:
+    """Changed by `read`, and by what operators do."""
+
+    keys: TokenKeys
+    guards: GuardFile
+    _said: PolicyBook = field(default_factory=PolicyBook)
+
+    def read(self, settings: Settings) -> GuardingChange:
+        """Take over settings, and the keys in the file that they name.
+
+        Raises:
+            SecretUnreadable: The keys cannot be used; everything stays as it was.
+            HostRefused: The first key cannot be written.
+        """
+        keys = self.keys.read(settings.tokens.key_file)
+        said = settings.policy.book()
+        records, self._said = said != self._said, said
+        return GuardingChange(records, keys)
+
+    def book(self) -> PolicyBook:
+        """All that is said of guests beside their records."""
+        return replace(self._said, guards=self.guards.guards)

@@ -1,0 +1,99 @@
+"""The keys of session tokens: their file, and the map by which HAProxy looks them up."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from imdsproxy.core.tokens import (
+    KEY_BYTES,
+    TokenKey,
+    TokenKeysUnreadable,
+    parse_token_keys,
+    render_key_map,
+    render_token_keys,
+    rotate_token_keys,
+)
+from imdsproxy.dataplane.records import RecordApplier, Writer
+from imdsproxy.errors import SecretUnreadable
+from imdsproxy.host.files import read_secret
+
+__all__ = ["TokenKeys"]
+
+
+@dataclass(slots=True)
+class TokenKeys:
+    """The keys in force.
+
+    Args:
+        default: Where they are while settings name no other file; made where it is missing.
+        map_path: What HAProxy reads when it loads.
+        write: Writes a file that only root can read.
+        random: So many random bytes.
+    """
+
+    default: Path
+    map_path: Path
+    write: Writer
+    random: Callable[[int], bytes]
+    keys: tuple[TokenKey, ...] = field(default=(), repr=False)
+    _path: Path | None = None
+
+    def read(self, configured: Path | None) -> bool:
+        """Take over the keys of the file; whether they are others than before.
+
+        Raises:
+            SecretUnreadable: The file is missing, can be read by others, or holds something else; what was in force
+                stays.
+            HostRefused: The first key cannot be written.
+        """
+        path = configured or self.default
+        if configured is None and not path.exists():
+            self.write(path, render_token_keys((TokenKey(self.random(KEY_BYTES)),)).encode())
+        keys = _read(path)
+        changed = keys != self.keys
+        self.keys, self._path = keys, path
+        return changed
+
+    def write_map(self) -> None:
+        """Have HAProxy find the keys when it loads.
+
+        Raises:
+            HostRefused: The file system refuses.
+        """
+        entries = render_key_map(self.keys)
+        text = "".join(f"{name} {value}\n" for name, value in entries.items())
+        self.write(self.map_path, text.encode())
+
+    async def apply(self, applier: RecordApplier) -> None:
+        """Have every worker know them, and every one to come.
+
+        Raises:
+            HostRefused: The file cannot be written; nothing has changed.
+            RuntimeUnavailable: HAProxy's master does not answer; the file holds the new keys.
+        """
+        await applier.apply_table(self.map_path, render_key_map(self.keys), self.write_map)
+
+    def rotate(self) -> TokenKey:
+        """Put a fresh key in force, in the file too; tokens of those before it are good as long as they would be.
+
+        Raises:
+            HostRefused: The file system refuses; the keys stay as they are.
+        """
+        fresh = TokenKey(self.random(KEY_BYTES))
+        keys = rotate_token_keys(self.keys, fresh)
+        self.write(self._path or self.default, render_token_keys(keys).encode())
+        self.keys = keys
+        return fresh
+
+
+def _read(path: Path) -> tuple[TokenKey, ...]:
+    try:
+        return parse_token_keys(read_secret(path).decode("ascii"))
+    except (TokenKeysUnreadable, UnicodeDecodeError) as error:
+        why = str(error) if isinstance(error, TokenKeysUnreadable) else "it is not ASCII"
+        raise SecretUnreadable(
+            f"the token keys {path} cannot be used: {why}",
+            hint="one key a line: `openssl rand -base64 32`, the one in force first",
+        ) from error

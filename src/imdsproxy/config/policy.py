@@ -1,0 +1,126 @@
+"""What guests may read and how: for the host, and for networks, projects and instances by their ids."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field
+
+from imdsproxy.config.change import Change
+from imdsproxy.config.section import AbsolutePath, Section, section, setting
+from imdsproxy.core.policy import BOOT_GRACE_S, PolicyBook, PolicyRules, TokenMode
+
+__all__ = ["PolicyRulesSettings", "PolicySettings", "TokensSettings"]
+
+_Id = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+
+
+def _mode(value: object) -> object:
+    # `off` without quotes is false in YAML 1.1, and nothing else can be meant here.
+    return "off" if value is False else value
+
+
+_Mode = Annotated[Literal["off", "optional", "required"], BeforeValidator(_mode)]
+
+
+def _rule(description: str, **limits: Any) -> Any:  # noqa: ANN401 - as `setting`
+    return setting(
+        None, f"{description} Null leaves it to the less specific scope.", Change.LIVE, **limits
+    )
+
+
+class PolicyRulesSettings(Section):
+    """What one scope says."""
+
+    endpoint: bool | None = _rule(
+        "Serve at all; off, every request gets 403. On unless something says otherwise."
+    )
+    tokens: _Mode | None = _rule(
+        "Session tokens (IMDSv2) for EC2's tree. `optional`: who sends a token must send a good one. `required`: 401 "
+        "without. `off`: no tokens are given. `optional` unless something says otherwise."
+    )
+    openstack_tokens: _Mode | None = _rule(
+        "The same for `/openstack`. No client of this tree sends tokens: `required` counts from the end of the boot "
+        "on, and nothing of the tree is read then but by who was written for it."
+    )
+    nocloud_tokens: _Mode | None = _rule("The same for `/nocloud`, with the same caution.")
+    boot_grace_s: int | None = _rule(
+        f"Seconds after an instance's creation at which its boot is over; {BOOT_GRACE_S} unless something says "
+        "otherwise. An instance of which no source tells when it was made has booted already.",
+        ge=0,
+        le=604_800,
+    )
+    seal_user_data: bool | None = _rule(
+        "Refuse user-data with 403 once the boot is over, until `imdsproxy instance reopen`. It often holds passwords, "
+        "and is needed once."
+    )
+    refuse_forwarded: bool | None = _rule(
+        "Refuse with 403 what a web application was tricked into asking (SSRF): requests without a token that have "
+        "headers of proxies or browsers, or are for another host."
+    )
+    hop_limit: int | None = _rule(
+        "How many hops the answer that holds a token goes (IP TTL, hop limit): at 1 it reaches no container behind "
+        "the guest. 64 unless something says otherwise.",
+        ge=1,
+        le=64,
+    )
+
+    def rules(self) -> PolicyRules:
+        """As the core has it."""
+        return PolicyRules(
+            endpoint=self.endpoint,
+            tokens=_token_mode(self.tokens),
+            openstack_tokens=_token_mode(self.openstack_tokens),
+            nocloud_tokens=_token_mode(self.nocloud_tokens),
+            boot_grace_s=self.boot_grace_s,
+            seal_user_data=self.seal_user_data,
+            refuse_forwarded=self.refuse_forwarded,
+            hop_limit=self.hop_limit,
+        )
+
+
+def _token_mode(word: str | None) -> TokenMode | None:
+    return None if word is None else TokenMode(word)
+
+
+class PolicySettings(Section):
+    """The most specific word on each rule wins: instance, project, network, host."""
+
+    host: PolicyRulesSettings = section("For every guest of this host.", PolicyRulesSettings)
+    networks: dict[_Id, PolicyRulesSettings] = setting(
+        {},
+        "Sections by a network's id, or by a router's where guests are reached by it.",
+        Change.LIVE,
+    )
+    projects: dict[_Id, PolicyRulesSettings] = setting(
+        {}, "Sections by a project's id.", Change.LIVE
+    )
+    instances: dict[_Id, PolicyRulesSettings] = setting(
+        {}, "Sections by an instance's id.", Change.LIVE
+    )
+
+    def book(self) -> PolicyBook:
+        """As the core has it, without what operators did."""
+        return PolicyBook(
+            host=self.host.rules(),
+            networks=_each(self.networks),
+            projects=_each(self.projects),
+            instances=_each(self.instances),
+        )
+
+
+def _each(said: Mapping[str, PolicyRulesSettings]) -> dict[str, PolicyRules]:
+    return {name: one.rules() for name, one in said.items()}
+
+
+class TokensSettings(Section):
+    """The keys of session tokens."""
+
+    key_file: AbsolutePath | None = setting(
+        None,
+        "File of the keys, one a line in base64, the one in force first; root's alone. Hosts that share it take each "
+        "other's tokens, so that one works after a migration. Null is `token-keys` in `paths.state_dir`, which is "
+        "made at the first start; another file has to be there. Read again at each reload.",
+        Change.LIVE,
+    )

@@ -1,0 +1,226 @@
+"""What guests may read and how: said for the host, networks, projects and instances, folded into one word.
+
+The word stands at the head of a record in HAProxy's maps, so that a new policy is in force with the change of an
+entry. An instance of which nothing is said that differs from `DEFAULT` has none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from enum import StrEnum
+from typing import Final
+
+__all__ = [
+    "BOOT_GRACE_S",
+    "DEFAULT",
+    "Folded",
+    "Guard",
+    "NOTHING_SAID",
+    "POLICY_WORD",
+    "Policy",
+    "PolicyBook",
+    "PolicyPlace",
+    "PolicyRules",
+    "PolicyScope",
+    "TokenMode",
+    "fold_policy",
+    "render_policy_word",
+]
+
+BOOT_GRACE_S: Final = 900
+"""Seconds that a boot may take: a stock image under emulation needs five minutes, a slow disk as long again."""
+
+POLICY_WORD: Final = "+"
+"""How a record begins that has a policy word; no instance's id and no other kind of record begins so."""
+
+
+class TokenMode(StrEnum):
+    """Whether reading takes a session token (EC2's `HttpTokens`, which has no `off`)."""
+
+    OFF = "off"
+    """There is no token route, and a token is a header like any other."""
+
+    OPTIONAL = "optional"
+    """Who sends a token must send a good one."""
+
+    REQUIRED = "required"
+    """Nothing is read without one."""
+
+
+class PolicyScope(StrEnum):
+    """Where a rule is said; a later one is more specific."""
+
+    HOST = "host"
+    NETWORK = "network"
+    PROJECT = "project"
+    INSTANCE = "instance"
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyRules:
+    """What one scope says; `None` leaves it to the less specific ones.
+
+    Attributes:
+        endpoint: Off: everything is 403.
+        tokens: For EC2's tree, and whether there are tokens at all.
+        openstack_tokens: For `/openstack`; no client of that tree sends tokens, so it is locked after the boot only.
+        nocloud_tokens: The same for `/nocloud`.
+        boot_grace_s: Seconds after the instance's creation at which its boot counts as over.
+        seal_user_data: Refuse user-data from then on.
+        refuse_forwarded: Without a token, refuse what a web application was made to send: requests with headers of
+            browsers and proxies, or for another host.
+        hop_limit: IP TTL or hop limit of the answer that has the token, 1 to 64.
+    """
+
+    endpoint: bool | None = None
+    tokens: TokenMode | None = None
+    openstack_tokens: TokenMode | None = None
+    nocloud_tokens: TokenMode | None = None
+    boot_grace_s: int | None = None
+    seal_user_data: bool | None = None
+    refuse_forwarded: bool | None = None
+    hop_limit: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """What is in force for one instance in one network; attributes as of `PolicyRules`."""
+
+    endpoint: bool = True
+    tokens: TokenMode = TokenMode.OPTIONAL
+    openstack_tokens: TokenMode = TokenMode.OPTIONAL
+    nocloud_tokens: TokenMode = TokenMode.OPTIONAL
+    boot_grace_s: int = BOOT_GRACE_S
+    seal_user_data: bool = False
+    refuse_forwarded: bool = False
+    hop_limit: int = 64
+
+
+DEFAULT: Final = Policy()
+NOTHING_SAID: Final = PolicyRules()
+
+
+@dataclass(frozen=True, slots=True)
+class Guard:
+    """What an operator did about one instance, and what it has been through; it outlives every restart.
+
+    Attributes:
+        epoch: How often its tokens were revoked; each token is of one epoch.
+        reopened_at: When an operator said that it boots anew, Unix time; 0 for never.
+    """
+
+    epoch: int = 0
+    reopened_at: int = 0
+
+
+_UNTOUCHED: Final = Guard()
+
+
+@dataclass(frozen=True, slots=True)
+class Folded:
+    """A policy, and which scope each of its rules comes from; what is not there nobody has said."""
+
+    policy: Policy
+    origins: tuple[tuple[str, PolicyScope], ...] = ()
+
+
+def fold_policy(said: Iterable[tuple[PolicyScope, PolicyRules]]) -> Folded:
+    """The most specific word on each rule wins.
+
+    Args:
+        said: From the least specific scope to the most; a scope may come twice, and then its later word wins.
+    """
+    values: dict[str, object] = {}
+    origins: dict[str, PolicyScope] = {}
+    for scope, rules in said:
+        for one in fields(rules):
+            value = getattr(rules, one.name)
+            if value is not None:
+                values[one.name] = value
+                origins[one.name] = scope
+    return Folded(Policy(**values), tuple(sorted(origins.items())))  # type: ignore[arg-type] # the fields are the same
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyBook:
+    """All that settings and operators say; what records say of themselves comes with the records.
+
+    Attributes:
+        networks: By the id of a network, or of a router whose guests come through one listener.
+        guards: What operators did, by instance.
+    """
+
+    host: PolicyRules = NOTHING_SAID
+    networks: Mapping[str, PolicyRules] = field(default_factory=dict)
+    projects: Mapping[str, PolicyRules] = field(default_factory=dict)
+    instances: Mapping[str, PolicyRules] = field(default_factory=dict)
+    guards: Mapping[str, Guard] = field(default_factory=dict)
+
+    def fold(self, place: PolicyPlace) -> Folded:
+        """What is in force for an instance there."""
+        return fold_policy(self._said(place))
+
+    def word(self, place: PolicyPlace, created_at: int | None) -> str:
+        """See `render_policy_word`."""
+        guard = self.guards.get(place.instance, _UNTOUCHED)
+        return render_policy_word(self.fold(place).policy, guard, created_at)
+
+    def _said(self, place: PolicyPlace) -> Iterator[tuple[PolicyScope, PolicyRules]]:
+        # Settings come after the record of the same scope: who has the host has the last word.
+        yield PolicyScope.HOST, self.host
+        yield PolicyScope.NETWORK, place.of_network
+        yield PolicyScope.NETWORK, self.networks.get(place.network, NOTHING_SAID)
+        if place.project is not None:
+            yield PolicyScope.PROJECT, self.projects.get(place.project, NOTHING_SAID)
+        yield PolicyScope.INSTANCE, place.of_instance
+        yield PolicyScope.INSTANCE, self.instances.get(place.instance, NOTHING_SAID)
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyPlace:
+    """An instance as one network sees it.
+
+    Attributes:
+        project: The port's.
+        of_network: What the network's record says.
+        of_instance: What the instance's record says.
+    """
+
+    network: str
+    project: str | None
+    instance: str
+    of_network: PolicyRules = NOTHING_SAID
+    of_instance: PolicyRules = NOTHING_SAID
+
+
+def render_policy_word(policy: Policy, guard: Guard, created_at: int | None) -> str:
+    """The word that HAProxy's rules read, empty where they do as without one.
+
+    `+` and seven letters, then by colons the epoch, the end of the boot in Unix time, and the hop limit:
+
+        +1troo-s:0:1795697569:64
+
+    1 or 0: the endpoint; t or -: the token route; then r or o for EC2, OpenStack and NoCloud (the last two from the
+    end of the boot on); g or -: what was forwarded is refused; s or -: user-data is sealed from the end of the
+    boot on.
+
+    Args:
+        policy: What is in force.
+        guard: What an operator did.
+        created_at: Of the instance, Unix time; one of which nobody says when it was made has booted already.
+    """
+    if policy == DEFAULT and guard.epoch == 0:
+        return ""
+    begun = max(created_at or 0, guard.reopened_at)
+    booted_at = begun + policy.boot_grace_s if begun else 0
+    modes = (policy.tokens, policy.openstack_tokens, policy.nocloud_tokens)
+    route = any(mode is not TokenMode.OFF for mode in modes)
+    letters = (
+        "1" if policy.endpoint else "0",
+        "t" if route else "-",
+        *("r" if mode is TokenMode.REQUIRED else "o" for mode in modes),
+        "g" if policy.refuse_forwarded else "-",
+        "s" if policy.seal_user_data else "-",
+    )
+    return f"{POLICY_WORD}{''.join(letters)}:{guard.epoch}:{booted_at}:{policy.hop_limit}"

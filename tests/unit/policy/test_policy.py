@@ -1,0 +1,119 @@
+from __future__ import annotations
+
+from dataclasses import fields
+
+import pytest
+
+from imdsproxy.core.policy import (
+    DEFAULT,
+    NOTHING_SAID,
+    Guard,
+    Policy,
+    PolicyBook,
+    PolicyPlace,
+    PolicyRules,
+    PolicyScope,
+    TokenMode,
+    fold_policy,
+    render_policy_word,
+)
+
+_REQUIRED = PolicyRules(tokens=TokenMode.REQUIRED)
+_OFF = PolicyRules(tokens=TokenMode.OFF)
+_PLACE = PolicyPlace("red", "acme", "web")
+_BORN = 1_795_000_000
+
+
+def test_rules_and_policies_have_the_same_names() -> None:
+    assert [one.name for one in fields(PolicyRules)] == [one.name for one in fields(Policy)]
+
+
+def test_where_nothing_is_said_the_default_is_in_force() -> None:
+    folded = fold_policy([(PolicyScope.HOST, NOTHING_SAID)])
+    assert folded.policy == DEFAULT
+    assert folded.origins == ()
+
+
+def test_the_most_specific_word_on_each_rule_wins_and_it_is_known_whose_it_was() -> None:
+    folded = fold_policy(
+        [
+            (PolicyScope.HOST, PolicyRules(tokens=TokenMode.REQUIRED, hop_limit=1)),
+            (PolicyScope.PROJECT, PolicyRules(endpoint=False)),
+            (PolicyScope.INSTANCE, PolicyRules(tokens=TokenMode.OFF)),
+        ]
+    )
+    assert folded.policy == Policy(endpoint=False, tokens=TokenMode.OFF, hop_limit=1)
+    assert folded.origins == (
+        ("endpoint", PolicyScope.PROJECT),
+        ("hop_limit", PolicyScope.HOST),
+        ("tokens", PolicyScope.INSTANCE),
+    )
+
+
+@pytest.mark.parametrize(
+    ("book", "mode"),
+    [
+        (PolicyBook(), TokenMode.OPTIONAL),
+        (PolicyBook(host=_REQUIRED), TokenMode.REQUIRED),
+        (PolicyBook(host=_REQUIRED, networks={"red": _OFF}), TokenMode.OFF),
+        (PolicyBook(networks={"red": _OFF}, projects={"acme": _REQUIRED}), TokenMode.REQUIRED),
+        (PolicyBook(projects={"acme": _OFF}, instances={"web": _REQUIRED}), TokenMode.REQUIRED),
+        (PolicyBook(networks={"blue": _REQUIRED}, projects={"b": _OFF}), TokenMode.OPTIONAL),
+    ],
+)
+def test_an_instances_word_counts_before_its_projects_its_networks_and_the_hosts(
+    book: PolicyBook, mode: TokenMode
+) -> None:
+    assert book.fold(_PLACE).policy.tokens is mode
+
+
+def test_settings_have_the_last_word_over_a_record_of_the_same_scope() -> None:
+    place = PolicyPlace("red", None, "web", of_network=_OFF, of_instance=_OFF)
+    assert PolicyBook(networks={"red": _REQUIRED}).fold(place).policy.tokens is TokenMode.OFF
+    book = PolicyBook(instances={"web": _REQUIRED})
+    assert book.fold(place).policy.tokens is TokenMode.REQUIRED
+
+
+def test_the_default_needs_no_word() -> None:
+    assert render_policy_word(DEFAULT, Guard(), _BORN) == ""
+    # A boot that ends later is no difference while nothing depends on its end.
+    assert PolicyBook().word(_PLACE, None) == ""
+
+
+@pytest.mark.parametrize(
+    ("policy", "word"),
+    [
+        (Policy(endpoint=False), "+0tooo--:0:1795000900:64"),
+        (Policy(tokens=TokenMode.REQUIRED), "+1troo--:0:1795000900:64"),
+        (Policy(openstack_tokens=TokenMode.REQUIRED), "+1toro--:0:1795000900:64"),
+        (Policy(nocloud_tokens=TokenMode.REQUIRED), "+1toor--:0:1795000900:64"),
+        (Policy(refuse_forwarded=True), "+1tooog-:0:1795000900:64"),
+        (Policy(seal_user_data=True, boot_grace_s=60), "+1tooo-s:0:1795000060:64"),
+        (Policy(hop_limit=1), "+1tooo--:0:1795000900:1"),
+    ],
+)
+def test_each_rule_has_its_place_in_the_word(policy: Policy, word: str) -> None:
+    assert render_policy_word(policy, Guard(), _BORN) == word
+
+
+def test_there_is_a_token_route_unless_no_tree_has_tokens() -> None:
+    off = TokenMode.OFF
+    word = render_policy_word(Policy(True, off, off, off), Guard(), None)
+    assert word.startswith("+1-ooo")
+    word = render_policy_word(Policy(True, off, TokenMode.REQUIRED, off), Guard(), None)
+    assert word.startswith("+1toro")
+
+
+def test_revoked_tokens_are_of_another_epoch_whatever_the_policy() -> None:
+    assert render_policy_word(DEFAULT, Guard(epoch=3), _BORN) == "+1tooo--:3:1795000900:64"
+
+
+def test_who_is_not_known_to_be_new_has_booted() -> None:
+    assert ":0:0:" in render_policy_word(Policy(seal_user_data=True), Guard(), None)
+
+
+def test_an_operator_opens_a_boot_again() -> None:
+    guard = Guard(reopened_at=_BORN + 5000)
+    word = render_policy_word(Policy(seal_user_data=True), guard, _BORN)
+    assert f":{_BORN + 5900}:" in word
+    assert f":{_BORN + 5900}:" in render_policy_word(Policy(seal_user_data=True), guard, None)
