@@ -261,7 +261,7 @@ def test_the_most_specific_word_wins_and_is_in_force_without_a_reload(world: Wor
 
 
 def test_while_tokens_are_off_there_is_no_token_and_one_is_not_looked_at(world: World) -> None:
-    _say(world, {"host": {"tokens": "off", "openstack_tokens": "off", "nocloud_tokens": "off"}})
+    _say(world, {"host": {"tokens": "off"}})
     for method in ("PUT", "GET"):
         reply = world.red.ask(_TOKEN, method=method)
         assert (reply.status, reply.body) == (404, b"")

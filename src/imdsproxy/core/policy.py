@@ -215,7 +215,8 @@ def render_policy_word(policy: Policy, guard: Guard, created_at: int | None) -> 
     begun = max(created_at or 0, guard.reopened_at)
     booted_at = begun + policy.boot_grace_s if begun else 0
     modes = (policy.tokens, policy.openstack_tokens, policy.nocloud_tokens)
-    route = any(mode is not TokenMode.OFF for mode in modes)
+    # `optional` in the other trees is what nobody said: it is no reason to give tokens where EC2's tree has none.
+    route = policy.tokens is not TokenMode.OFF or TokenMode.REQUIRED in modes
     letters = (
         "1" if policy.endpoint else "0",
         "t" if route else "-",

@@ -96,10 +96,13 @@ def test_each_rule_has_its_place_in_the_word(policy: Policy, word: str) -> None:
     assert render_policy_word(policy, Guard(), _BORN) == word
 
 
-def test_there_is_a_token_route_unless_no_tree_has_tokens() -> None:
+def test_without_tokens_for_ec2_there_is_a_token_route_only_where_another_tree_requires_them() -> (
+    None
+):
     off = TokenMode.OFF
-    word = render_policy_word(Policy(True, off, off, off), Guard(), None)
-    assert word.startswith("+1-ooo")
+    for others in (off, TokenMode.OPTIONAL):
+        word = render_policy_word(Policy(True, off, others, others), Guard(), None)
+        assert word.startswith("+1-ooo")
     word = render_policy_word(Policy(True, off, TokenMode.REQUIRED, off), Guard(), None)
     assert word.startswith("+1toro")
 
