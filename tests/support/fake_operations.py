@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from imdsproxy.admin.operations import (
     DocumentAnswer,
     DocumentsReport,
     Explanation,
+    GuardChange,
     HaproxyReport,
     InstanceReport,
+    KeyRotation,
     LeftOut,
     NetworkReport,
     PlanReport,
@@ -26,6 +28,7 @@ from imdsproxy.admin.operations import (
 )
 from imdsproxy.core.haproxy.watching import Watched
 from imdsproxy.core.inventory import Claimant, Conflict, ConflictKind
+from imdsproxy.core.policy import Guard
 from imdsproxy.errors import (
     AlreadyExists,
     ImdsproxyError,
@@ -50,6 +53,8 @@ class FakeOperations:
     documents: dict[str, DocumentAnswer] = field(default_factory=dict)
     conflicts: tuple[Conflict, ...] = ()
     unix_listener: UnixListenerReport | None = None
+    guards: dict[InstanceId, Guard] = field(default_factory=dict)
+    rotations: int = 0
     failure: ImdsproxyError | None = None
     crash: Exception | None = None
     reloads: int = 0
@@ -204,6 +209,40 @@ class FakeOperations:
         self.networks.update({one.id: one for one in networks})
         self.instances.update({one.id: one for one in instances})
         return Written(len(networks), len(instances))
+
+    async def revoke_tokens(self, instance: InstanceId) -> GuardChange:
+        guard = await self._guard(instance)
+        return self._keep(instance, replace(guard, epoch=guard.epoch + 1))
+
+    async def reopen_instance(self, instance: InstanceId) -> GuardChange:
+        return self._keep(instance, replace(await self._guard(instance), reopened_at=1_760_093_000))
+
+    async def _guard(self, instance: InstanceId) -> Guard:
+        self._check()
+        if instance not in self.guards:
+            await self.get_instance(instance)
+        return self.guards.get(instance, Guard())
+
+    def _keep(self, instance: InstanceId, guard: Guard) -> GuardChange:
+        self.guards[instance] = guard
+        return GuardChange(
+            instance,
+            guard.epoch,
+            guard.reopened_at or None,
+            applied=not self.pending,
+            pending=self.pending,
+        )
+
+    async def rotate_token_keys(self) -> KeyRotation:
+        self._check()
+        self.rotations += 1
+        return KeyRotation(
+            "0f3a9c11",
+            min(3, 1 + self.rotations),
+            "/var/lib/imdsproxy/token-keys",
+            applied=not self.pending,
+            pending=self.pending,
+        )
 
     def _holder(self, network: NetworkId, address: IpAddress) -> Instance | None:
         for one in self.instances.values():

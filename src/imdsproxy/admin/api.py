@@ -13,7 +13,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
-from imdsproxy.admin import daemon_routes, record_routes
+from imdsproxy.admin import daemon_routes, guard_routes, record_routes
 from imdsproxy.admin.refusals import PROBLEM_JSON, refusal, status_of
 from imdsproxy.errors import ImdsproxyError, Problem
 
@@ -66,6 +66,7 @@ def admin_app(operations: Operations, *, version: str) -> FastAPI:
     app.state.patching = asyncio.Lock()
     app.include_router(daemon_routes.router)
     app.include_router(record_routes.router)
+    app.include_router(guard_routes.router)
     app.add_exception_handler(ImdsproxyError, _told)
     app.add_exception_handler(RequestValidationError, _unacceptable)
     app.add_exception_handler(HTTPException, _no_route)

@@ -27,8 +27,10 @@ __all__ = [
     "DocumentAnswer",
     "DocumentsReport",
     "Explanation",
+    "GuardChange",
     "HaproxyReport",
     "InstanceReport",
+    "KeyRotation",
     "LeftOut",
     "MacsReport",
     "NetworkReport",
@@ -281,6 +283,43 @@ class Written:
 
 
 @dataclass(frozen=True, slots=True)
+class GuardChange:
+    """What an operator did about one instance; it is on disk, and outlives every restart.
+
+    Attributes:
+        epoch: How often its tokens were revoked.
+        reopened_at: When its boot was opened again, Unix time; `None` for never.
+        applied: No worker of HAProxy goes by the state before. Off: it comes in force when `pending` is mended.
+        pending: Why it is not in force yet.
+    """
+
+    instance: InstanceId
+    epoch: int
+    reopened_at: int | None = None
+    applied: bool = True
+    pending: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class KeyRotation:
+    """A fresh key signs tokens.
+
+    Attributes:
+        kid: Its name, with which its tokens begin.
+        keys: How many keys are believed, with this one.
+        file: Where they are.
+        applied: Every worker of HAProxy knows it.
+        pending: Why not yet.
+    """
+
+    kid: str
+    keys: int
+    file: str
+    applied: bool = True
+    pending: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class PairReport:
     """An address and its MAC, in a network that checks them.
 
@@ -421,6 +460,33 @@ class Operations(Protocol):
         self, networks: Sequence[Network], instances: Sequence[Instance], *, create: bool = False
     ) -> Written:
         """Store many at once: all of them, or none and `SourceRefused` (or `AlreadyExists`)."""
+        ...
+
+    async def revoke_tokens(self, instance: InstanceId) -> GuardChange:
+        """Have no token be good that the instance has now; fresh ones are.
+
+        Raises:
+            NotFound: No source tells of the instance, and nothing was ever done about it.
+            HostRefused: It cannot be written; nothing has changed.
+        """
+        ...
+
+    async def reopen_instance(self, instance: InstanceId) -> GuardChange:
+        """Have its boot begin now: what is locked after the boot is open until that is over again.
+
+        Raises:
+            NotFound: As `revoke_tokens`.
+            HostRefused: As `revoke_tokens`.
+        """
+        ...
+
+    async def rotate_token_keys(self) -> KeyRotation:
+        """Have a fresh key sign tokens; those of the two keys before it stay good as long as they would be.
+
+        Raises:
+            SecretUnreadable: The file of the keys cannot be used; nothing has changed.
+            HostRefused: It cannot be written; nothing has changed.
+        """
         ...
 
     async def explain(self, network: NetworkId, address: IpAddress) -> Explanation:

@@ -177,7 +177,8 @@ def open_guarding(settings: Settings, layout: Layout) -> Guarding:
         SecretUnreadable: The keys cannot be used.
         HostRefused: A file cannot be written, or what operators did cannot be read.
     """
-    write = partial(write_atomic, mode=0o600)
+    # A revocation that a power cut takes back would make tokens good again.
+    write = partial(write_atomic, mode=0o600, durable=True)
     keys = TokenKeys(layout.token_keys, layout.token_keys_map, write, SystemRandom().randbytes)
     guarding = Guarding(keys, GuardFile(layout.guards, write))
     guarding.read(settings)

@@ -19,6 +19,7 @@ from imdsproxy.admin.metrics import metrics_registry
 from imdsproxy.admin.operations import SettingsReload
 from imdsproxy.app.explain import Explainer
 from imdsproxy.app.figures import Figures
+from imdsproxy.app.guard_writes import GuardWrites
 from imdsproxy.app.nova_watch import NovaWatch
 from imdsproxy.app.operations import ControllerOperations
 from imdsproxy.app.parts import Parts
@@ -97,6 +98,13 @@ def build_face(
             parts.records,
             parts.listeners,
             parts.sources.writable,
+            lambda: operations.own_problems(),  # noqa: PLW0108 - made here
+        ),
+        guard_writes=GuardWrites(
+            parts.inventory,
+            parts.records,
+            parts.guarding,
+            parts.clock,
             lambda: operations.own_problems(),  # noqa: PLW0108 - made here
         ),
         documents_pids=lambda: read_pids(parts.layout.documents_pid).pids,

@@ -11,8 +11,10 @@ from imdsproxy.admin.operations import (
     DocumentAnswer,
     DocumentsReport,
     Explanation,
+    GuardChange,
     HaproxyReport,
     InstanceReport,
+    KeyRotation,
     LeftOut,
     MacsReport,
     NetworkReport,
@@ -29,6 +31,7 @@ from imdsproxy.admin.operations import (
 from imdsproxy.app.explain import Explainer
 from imdsproxy.app.gates import Gates
 from imdsproxy.app.guard import HaproxyGuard
+from imdsproxy.app.guard_writes import GuardWrites
 from imdsproxy.app.listener_loop import ListenerLoop
 from imdsproxy.app.lookup import Lookup
 from imdsproxy.app.nova_upstream import NovaUpstream
@@ -91,6 +94,7 @@ class ControllerOperations:
     forwarder: Forwarder
     sources: Sequence[Source]
     writes: Writes
+    guard_writes: GuardWrites
     documents_pids: Callable[[], tuple[int, ...]]
     documents_problem: Callable[[], Problem | None]
     documents_restarts: Callable[[], int]
@@ -321,6 +325,18 @@ class ControllerOperations:
     async def remove_instance(self, instance: InstanceId) -> Written:
         """See `Operations.remove_instance`."""
         return await self.writes.remove_instance(instance)
+
+    async def revoke_tokens(self, instance: InstanceId) -> GuardChange:
+        """See `Operations.revoke_tokens`."""
+        return await self.guard_writes.revoke(instance)
+
+    async def reopen_instance(self, instance: InstanceId) -> GuardChange:
+        """See `Operations.reopen_instance`."""
+        return await self.guard_writes.reopen(instance)
+
+    async def rotate_token_keys(self) -> KeyRotation:
+        """See `Operations.rotate_token_keys`."""
+        return await self.guard_writes.rotate()
 
     # Asking about guests
 

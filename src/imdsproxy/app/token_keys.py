@@ -75,15 +75,23 @@ class TokenKeys:
         """
         await applier.apply_table(self.map_path, render_key_map(self.keys), self.write_map)
 
+    @property
+    def path(self) -> Path:
+        """Where they are."""
+        return self._path or self.default
+
     def rotate(self) -> TokenKey:
         """Put a fresh key in force, in the file too; tokens of those before it are good as long as they would be.
 
+        What is before it is read from the file once more: somebody may have changed it without a reload.
+
         Raises:
+            SecretUnreadable: The file cannot be used; the keys stay as they are.
             HostRefused: The file system refuses; the keys stay as they are.
         """
         fresh = TokenKey(self.random(KEY_BYTES))
-        keys = rotate_token_keys(self.keys, fresh)
-        self.write(self._path or self.default, render_token_keys(keys).encode())
+        keys = rotate_token_keys(_read(self.path), fresh)
+        self.write(self.path, render_token_keys(keys).encode())
         self.keys = keys
         return fresh
 

@@ -35,6 +35,7 @@ COMMANDS: Final[Mapping[str, str]] = {
     "get": _GUESTS,
     "explain": _GUESTS,
     "watch": _GUESTS,
+    "token": _GUESTS,
     "doctor": _GUESTS,
     "snippet": _GUESTS,
 }
@@ -43,7 +44,7 @@ COMMANDS: Final[Mapping[str, str]] = {
 A command is a function of its module, both named as it is; a group of commands is its module's `app`.
 """
 
-_GROUPS: Final = frozenset({"config", "network", "instance"})
+_GROUPS: Final = frozenset({"config", "network", "instance", "token"})
 _WITH_VALUE: Final = frozenset({"--config", "-c", "--socket", "-s"})
 
 

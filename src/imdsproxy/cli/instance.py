@@ -1,4 +1,4 @@
-"""`imdsproxy instance add|list|show|set|remove`."""
+"""`imdsproxy instance add|list|show|set|remove|reopen`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ["app"]
 
-app = typer.Typer(help="Instances: add, list, show, set, remove.", no_args_is_help=True)
+app = typer.Typer(help="Instances: add, list, show, set, remove, reopen.", no_args_is_help=True)
 
 Id: TypeAlias = Annotated[
     str,
@@ -273,3 +273,21 @@ def remove(
     """Remove instances; their guests are told nothing more."""
     run = options.invocation(context, as_json=as_json, socket=socket, config=config)
     remove_each(run, "instance", instances)
+
+
+@app.command("reopen")
+def reopen(
+    context: typer.Context,
+    instance: Id,
+    *,
+    as_json: options.Json = False,
+    socket: options.Socket = None,
+    config: options.Config = None,
+) -> None:
+    """Have its boot begin anew: sealed user-data and locked trees are open until that is over."""
+    from imdsproxy.cli.admin_client import path_to  # noqa: PLC0415 - `--help` need not load it
+    from imdsproxy.cli.record_output import say_written  # noqa: PLC0415 - as above
+
+    run = options.invocation(context, as_json=as_json, socket=socket, config=config)
+    answer = run.daemon().request("POST", path_to("instances", instance, "reopen"))
+    say_written(run.output, f"instance {instance} boots anew", cast("Mapping[str, object]", answer))

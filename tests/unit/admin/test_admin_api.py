@@ -390,6 +390,25 @@ def test_a_fault_of_ours_is_an_answer_without_internals(server: AdminServer) -> 
     assert "secret words" not in json.dumps(decoded)
 
 
+@pytest.mark.parametrize("what", ["revoke-tokens", "reopen"])
+def test_what_is_done_about_an_instance_is_told_and_kept(filled: AdminServer, what: str) -> None:
+    done = cast("dict[str, object]", filled.client.request("POST", f"/v1/instances/web-1/{what}"))
+    epoch, reopened = (1, None) if what == "revoke-tokens" else (0, 1_760_093_000)
+    assert done == {
+        "instance": "web-1",
+        "epoch": epoch,
+        "reopened_at": reopened,
+        "applied": True,
+        "pending": [],
+    }
+
+    status, decoded = _problem(filled, "POST", f"/v1/instances/nobody/{what}")
+    assert (status, decoded["code"]) == (404, "not-found")
+    # It is gone, and what was done about it stays.
+    filled.client.request("DELETE", "/v1/instances/web-1")
+    assert _raw(filled, "POST", f"/v1/instances/web-1/{what}")[0] == 200
+
+
 @pytest.mark.parametrize(
     ("method", "path", "status", "code"),
     [
@@ -444,6 +463,8 @@ def test_answers_have_the_shape_that_is_described(filled: AdminServer) -> None:
         "InstanceView": filled.client.get("/v1/instances/web-1"),
         "InstanceSummary": cast("list[object]", filled.client.get("/v1/instances"))[0],
         "Written": filled.client.request("PATCH", "/v1/networks/blue", body={"mtu": 1400}),
+        "GuardChange": filled.client.request("POST", "/v1/instances/web-1/revoke-tokens"),
+        "KeyRotation": filled.client.request("POST", "/v1/token-keys/rotate"),
         "SettingsReload": filled.client.request("POST", "/v1/reload"),
     }
 

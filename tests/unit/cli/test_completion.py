@@ -52,9 +52,10 @@ def bash_completes(*words: str) -> list[str]:
     ("words", "offered"),
     [
         (["inst"], ["instance"]),
-        (["instance", "re"], ["remove"]),
+        (["instance", "re"], ["remove", "reopen"]),
         (["instance", "add", "--from"], ["--from-libvirt"]),
-        (["instance", ""], ["add", "set", "list", "show", "remove"]),
+        (["instance", ""], ["add", "set", "list", "show", "remove", "reopen"]),
+        (["token", "r"], ["revoke", "rotate"]),
         (["instance", "nothing"], []),
     ],
 )
@@ -72,6 +73,8 @@ def test_commands_and_options_are_completed(words: list[str], offered: list[str]
         (["instance", "list", "--network", "bl"], ["black", "blue"]),
         (["instance", "add", "x", "--network", "blu"], ["blue"]),
         (["snippet", "web-"], ["web-1", "web-2"]),
+        (["token", "revoke", "web-"], ["web-1", "web-2"]),
+        (["instance", "reopen", "m"], ["mail"]),
         (["explain", "--network", "bl"], ["black", "blue"]),
     ],
 )

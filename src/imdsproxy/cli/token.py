@@ -1,0 +1,63 @@
+"""`imdsproxy token revoke|rotate`: session tokens, as operators deal with them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, TypeAlias, cast
+
+import typer
+
+from imdsproxy.cli import completers, options
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+__all__ = ["app"]
+
+app = typer.Typer(help="Session tokens (IMDSv2): revoke, rotate.", no_args_is_help=True)
+
+Id: TypeAlias = Annotated[
+    str,
+    typer.Argument(
+        metavar="INSTANCE", help="The instance's id.", autocompletion=completers.instances
+    ),
+]
+
+
+@app.command("revoke")
+def revoke(
+    context: typer.Context,
+    instance: Id,
+    *,
+    as_json: options.Json = False,
+    socket: options.Socket = None,
+    config: options.Config = None,
+) -> None:
+    """Have no token be good that the instance has now; it can get a fresh one at once."""
+    from imdsproxy.cli.admin_client import path_to  # noqa: PLC0415 - `--help` need not load it
+    from imdsproxy.cli.record_output import say_written  # noqa: PLC0415 - as above
+
+    run = options.invocation(context, as_json=as_json, socket=socket, config=config)
+    answer = run.daemon().request("POST", path_to("instances", instance, "revoke-tokens"))
+    say_written(
+        run.output,
+        f"all tokens of instance {instance} revoked",
+        cast("Mapping[str, object]", answer),
+    )
+
+
+@app.command("rotate")
+def rotate(
+    context: typer.Context,
+    *,
+    as_json: options.Json = False,
+    socket: options.Socket = None,
+    config: options.Config = None,
+) -> None:
+    """Have a fresh key sign tokens; those that there are stay good, by the two keys before it."""
+    from imdsproxy.cli.admin_client import path_to  # noqa: PLC0415 - `--help` need not load it
+    from imdsproxy.cli.record_output import say_written  # noqa: PLC0415 - as above
+
+    run = options.invocation(context, as_json=as_json, socket=socket, config=config)
+    answer = run.daemon().request("POST", path_to("token-keys", "rotate"))
+    done = cast("Mapping[str, object]", answer)
+    say_written(run.output, f"key {done['kid']} signs tokens, {done['file']} has it", done)
