@@ -167,7 +167,7 @@ class _Controller:
 
     async def _take_over(self, ticket: int | None, guarding: GuardingChange) -> None:
         if guarding.keys:
-            await self.parts.guarding.keys.apply(self.parts.records.applier)
+            await self.parts.guarding.keys.told()
         # Rules that take another signature, or another set, find it in the records already.
         if ticket is not None:
             await self.parts.records.tickets.wait(ticket)
@@ -183,6 +183,10 @@ class _Controller:
     async def follow_nova(self) -> None:
         """Reload when a name of Nova's leads to other addresses."""
         await self.parts.nova.follow(lambda: self.parts.listeners.touch("nova's addresses changed"))
+
+    async def keep_keys(self) -> None:
+        """Have HAProxy know the keys of session tokens."""
+        await self.parts.guarding.keys.run(self.parts.records.applier)
 
     async def follow_unix(self) -> None:
         """Look after the unix listener's socket: the kernel tells nobody that a path leads elsewhere."""
@@ -413,6 +417,7 @@ async def _live(controller: _Controller, admin: socket.socket) -> None:
                 controller.review,
                 controller.follow_nova,
                 controller.follow_unix,
+                controller.keep_keys,
                 *controller.pairs.work,
             )
         ]

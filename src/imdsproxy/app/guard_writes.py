@@ -15,7 +15,7 @@ from imdsproxy.core.model import InstanceId
 from imdsproxy.core.plan import record_key
 from imdsproxy.core.policy import Guard
 from imdsproxy.core.wire import parse_map_value
-from imdsproxy.errors import DataplaneError, NotFound, Problem
+from imdsproxy.errors import NotFound, Problem
 from imdsproxy.host.clock import Clock
 
 __all__ = ["GuardWrites"]
@@ -58,15 +58,13 @@ class GuardWrites:
         keys = self.guarding.keys
         async with self._lock:
             fresh = await asyncio.to_thread(keys.rotate)
-            done = KeyRotation(fresh.kid, len(keys.keys), str(keys.path))
-            try:
-                async with asyncio.timeout(_APPLY_DEADLINE_S):
-                    await keys.apply(self.records.applier)
-            except DataplaneError as error:
-                # The file has it: whichever worker starts next, and the next reload of the settings, will have it too.
-                return replace(done, applied=False, pending=(error.message,))
-            except TimeoutError:
-                return replace(done, applied=False, pending=(_UNCONFIRMED,))
+            keys.tell()
+        done = KeyRotation(fresh.kid, len(keys.keys), str(keys.path))
+        try:
+            async with asyncio.timeout(_APPLY_DEADLINE_S):
+                await keys.told()
+        except TimeoutError:
+            return replace(done, applied=False, pending=self._unconfirmed())
         return done
 
     def _refuse_unknown(self, instance: InstanceId) -> None:
@@ -89,7 +87,7 @@ class GuardWrites:
             async with asyncio.timeout(_APPLY_DEADLINE_S):
                 await self.records.tickets.wait(self.records.tickets.given)
         except TimeoutError:
-            pending += [_UNCONFIRMED, *(problem.reason for problem in self.problems())]
+            pending += self._unconfirmed()
         if not self.inventory.in_sync and self._told_before(instance, keys):
             pending.append(
                 "no source that is in sync tells of it: HAProxy goes on with what it was told before"
@@ -99,7 +97,7 @@ class GuardWrites:
             guard.epoch,
             guard.reopened_at or None,
             applied=not pending,
-            pending=tuple(dict.fromkeys(pending)),
+            pending=tuple(pending),
         )
 
     def _told_before(self, instance: InstanceId, keys: frozenset[AddressKey]) -> bool:
@@ -111,5 +109,6 @@ class GuardWrites:
                 return True
         return False
 
-
-_UNCONFIRMED: Final = "the data plane has not confirmed it yet"
+    def _unconfirmed(self) -> tuple[str, ...]:
+        reasons = (problem.reason for problem in self.problems())
+        return tuple(dict.fromkeys(("the data plane has not confirmed it yet", *reasons)))

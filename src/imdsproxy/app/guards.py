@@ -38,17 +38,18 @@ class GuardFile:
             HostRefused: It is there and cannot be read. To go on without would make revoked tokens good again.
         """
         try:
-            text = self.path.read_text()
+            data = self.path.read_bytes()
         except FileNotFoundError:
             return
         except OSError as error:
-            raise HostRefused(f"cannot read {self.path}: {error}") from error
+            raise HostRefused(f"cannot read {self.path}: {error.strerror}") from error
         try:
-            self.guards = _parse(text)
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            self.guards = _parse(data.decode())
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            why = f"there is no {error}" if isinstance(error, KeyError) else str(error)
             raise HostRefused(
-                f"{self.path} is damaged: {error}",
-                hint="it says whose tokens were revoked; from a backup, or remove it and rotate the token keys",
+                f"{self.path} is damaged: {why}",
+                hint="it says whose tokens were revoked: from a backup, or remove it together with the token keys",
             ) from error
 
     def revoke(self, instance: InstanceId) -> Guard:
@@ -81,5 +82,11 @@ def _parse(text: str) -> dict[str, Guard]:
     head = cast("dict[str, object]", json.loads(text))
     if head["format"] != _FORMAT:
         raise ValueError(f"it is of format {head['format']}, not {_FORMAT}")
-    told = cast("dict[str, list[int]]", head["instances"])
-    return {name: Guard(int(epoch), int(reopened)) for name, (epoch, reopened) in told.items()}
+    told = cast("dict[str, list[object]]", head["instances"])
+    return {name: _guard(name, *said) for name, said in told.items()}
+
+
+def _guard(name: str, epoch: object, reopened_at: object) -> Guard:
+    if type(epoch) is not int or type(reopened_at) is not int or min(epoch, reopened_at) < 0:
+        raise ValueError(f"instance {name} has something else than two numbers")
+    return Guard(epoch, reopened_at)

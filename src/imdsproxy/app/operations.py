@@ -191,7 +191,13 @@ class ControllerOperations:
     def own_problems(self) -> tuple[Problem, ...]:
         """What is wrong and belongs to no source, network or instance."""
         found = list(self.records.failures.values())
-        parts = (self.listeners.failure, self.guard.failure, self.documents_problem())
+        keys = self.guard_writes.guarding.keys
+        parts = (
+            self.listeners.failure,
+            self.guard.failure,
+            self.documents_problem(),
+            keys.failure,
+        )
         found += [problem for problem in parts if problem is not None]
         found += self.listeners.report.problems
         if self.records.revisions and not self.documents_needed:

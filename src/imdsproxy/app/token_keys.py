@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Final
+
+import structlog
 
 from imdsproxy.core.tokens import (
     KEY_BYTES,
@@ -16,10 +20,13 @@ from imdsproxy.core.tokens import (
     rotate_token_keys,
 )
 from imdsproxy.dataplane.records import RecordApplier, Writer
-from imdsproxy.errors import SecretUnreadable
+from imdsproxy.errors import DataplaneError, Problem, SecretUnreadable
 from imdsproxy.host.files import read_secret
 
 __all__ = ["TokenKeys"]
+
+_RETRY_FIRST_S: Final = 0.2
+_RETRY_LAST_S: Final = 10.0
 
 
 @dataclass(slots=True)
@@ -31,6 +38,9 @@ class TokenKeys:
         map_path: What HAProxy reads when it loads.
         write: Writes a file that only root can read.
         random: So many random bytes.
+
+    Attributes:
+        failure: Why a worker may not know the keys in force.
     """
 
     default: Path
@@ -38,7 +48,10 @@ class TokenKeys:
     write: Writer
     random: Callable[[int], bytes]
     keys: tuple[TokenKey, ...] = field(default=(), repr=False)
+    failure: Problem | None = None
     _path: Path | None = None
+    _changed: asyncio.Event = field(default_factory=asyncio.Event)
+    _told: asyncio.Event = field(default_factory=asyncio.Event)
 
     def read(self, configured: Path | None) -> bool:
         """Take over the keys of the file; whether they are others than before.
@@ -54,6 +67,8 @@ class TokenKeys:
         keys = _read(path)
         changed = keys != self.keys
         self.keys, self._path = keys, path
+        if changed:
+            self.tell()
         return changed
 
     def write_map(self) -> None:
@@ -66,14 +81,41 @@ class TokenKeys:
         text = "".join(f"{name} {value}\n" for name, value in entries.items())
         self.write(self.map_path, text.encode())
 
-    async def apply(self, applier: RecordApplier) -> None:
-        """Have every worker know them, and every one to come.
+    def tell(self) -> None:
+        """Have `run` tell every worker the keys; `told` waits for it."""
+        self._told.clear()
+        self._changed.set()
 
-        Raises:
-            HostRefused: The file cannot be written; nothing has changed.
-            RuntimeUnavailable: HAProxy's master does not answer; the file holds the new keys.
+    async def told(self) -> None:
+        """Return once every worker knows the keys, and every one to come."""
+        await self._told.wait()
+
+    async def run(self, applier: RecordApplier) -> None:
+        """Tell until cancelled; what fails is kept and tried again, ever more slowly.
+
+        A HAProxy that was there before the controller may have read another map, so it is told at the start too.
         """
-        await applier.apply_table(self.map_path, render_key_map(self.keys), self.write_map)
+        delay = _RETRY_FIRST_S
+        while True:
+            await self._changed.wait()
+            self._changed.clear()
+            try:
+                await applier.apply_table(self.map_path, render_key_map(self.keys), self.write_map)
+            except DataplaneError as error:
+                self._changed.set()
+                self.failure = Problem("tokens.key_file", error.message, error.hint)
+                structlog.get_logger().error(
+                    "token keys not applied",
+                    code=error.code,
+                    error=error.message,
+                    retry_in_s=delay,
+                )
+                await asyncio.sleep(delay)
+                delay = min(delay * 2, _RETRY_LAST_S)
+                continue
+            delay, self.failure = _RETRY_FIRST_S, None
+            if not self._changed.is_set():
+                self._told.set()
 
     @property
     def path(self) -> Path:
@@ -81,7 +123,7 @@ class TokenKeys:
         return self._path or self.default
 
     def rotate(self) -> TokenKey:
-        """Put a fresh key in force, in the file too; tokens of those before it are good as long as they would be.
+        """Put a fresh key in the file; tokens of those before it are good as long as they would be. Then `tell`.
 
         What is before it is read from the file once more: somebody may have changed it without a reload.
 
