@@ -1,0 +1,234 @@
+"""Whatever bytes a guest sends: it is answered, reads nobody else's document, and Nova sees none of its headers.
+
+In front of our own documents, and of a recorder in Nova's place that takes nothing that is not signed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import socket
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Final
+
+import pytest
+from hypothesis import given, settings
+
+from support.forgeries import OTHER_ADDRESS, OTHER_INSTANCE, OTHER_PROJECT
+from support.guest import Connection, Guest, Lost
+from support.hostile import HARMFUL, Harm, harms
+from support.lab import patience
+from support.nova_world import NovaWorld, open_nova_world
+from support.recorder import Answer, Received, reply
+from support.world import World, open_world
+
+pytestmark = pytest.mark.root
+
+_WITHIN_S: Final = 5.0
+_TOKEN: Final = "/latest/api/token"
+_PASSES: Final = re.compile(
+    rb"accept|connection|content-(?:length|type)|host|if-[a-z-]+|range|user-agent"
+    rb"|x-instance-id|x-instance-id-signature|x-tenant-id|x-forwarded-for"
+)
+"""Names of headers that Nova may see; what those say that a guest has no say in is looked at one by one."""
+
+_FOREIGN: Final = tuple(one.encode() for one in (OTHER_INSTANCE, OTHER_PROJECT, OTHER_ADDRESS))
+_CHOSEN: Final = (b"accept", b"if-", b"user-agent", b"content-type", b"range")
+"""What a guest may say whatever it likes in: nobody believes it."""
+
+_EXAMPLES: Final = settings(max_examples=400, derandomize=True, deadline=None, database=None)
+
+
+def _token(guest: Guest) -> str:
+    lines = ("X-aws-ec2-metadata-token-ttl-seconds: 21600",)
+    got = guest.ask(_TOKEN, method="PUT", headers=lines)
+    assert got.status == 200
+    return got.text
+
+
+def _send(guest: Guest, data: bytes) -> bytes | None:
+    """All that comes back when a guest sends this and then no more; `None` where nobody ends it."""
+    with guest.connect(timeout_s=_WITHIN_S) as connection:
+        # It may be refused before it has said all; what it was told is there all the same.
+        with contextlib.suppress(Lost):
+            connection.send(data)
+        with contextlib.suppress(OSError):
+            connection.socket.shutdown(socket.SHUT_WR)
+        return _everything(connection)
+
+
+def _everything(connection: Connection) -> bytes | None:
+    parts = []
+    deadline = time.monotonic() + _WITHIN_S
+    while time.monotonic() < deadline:
+        try:
+            more = connection.socket.recv(262_144)
+        except ConnectionResetError:
+            break
+        except TimeoutError:
+            return None
+        if not more:
+            break
+        parts.append(more)
+    return b"".join(parts)
+
+
+def _unanswered(harm: Harm, got: bytes | None) -> list[str]:
+    if got is None:
+        return [f"no end within {_WITHIN_S} s"]
+    if got and not got.startswith(b"HTTP/1."):
+        return [f"{got[:60]!r}"]
+    if harm.whole and not got:
+        return ["no answer"]
+    # 502 and 504 would be taken for good by cloud-init, 500 is a fault of ours.
+    status = got[9:12]
+    return [f"status {status.decode()}"] if status in (b"500", b"502", b"504") else []
+
+
+# In front of our own documents
+
+
+@pytest.fixture(scope="module")
+def documents() -> Iterator[tuple[World, str]]:
+    with open_world({"resolver": {"hold_s": 0.0}}) as world:
+        yield world, _token(world.guests["green"])
+
+
+def _harm_to_documents(world: World, token: str, harm: Harm) -> list[str]:
+    got = _send(world.red, harm.data_with(token))
+    wrong = _unanswered(harm, got)
+    if got and re.search(rb"echo (?!red-5)[a-z]+-5", got):
+        wrong.append(f"somebody else's: {got!r}")
+    return wrong
+
+
+def test_no_hand_written_harm_reads_anothers_documents(documents: tuple[World, str]) -> None:
+    world, token = documents
+    found = {one.data: wrong for one in HARMFUL if (wrong := _harm_to_documents(world, token, one))}
+    assert not found
+    world.all_right()
+
+
+@_EXAMPLES
+@given(harm=harms())
+def test_no_harm_reads_anothers_documents(documents: tuple[World, str], harm: Harm) -> None:
+    assert not _harm_to_documents(*documents, harm)
+
+
+_HEAD: Final = b"GET /latest/user-data HTTP/1.1\r\nHost: x\r\nAccept: "
+
+
+def _slowly(guest: Guest, first: bytes, then: bytes) -> bytes:
+    """What a guest is told that goes on with a byte at a time and never ends."""
+    with guest.connect(timeout_s=0.4) as connection:
+        connection.send(first)
+        while True:
+            try:
+                return connection.socket.recv(1_024)
+            except TimeoutError:
+                with contextlib.suppress(Lost):
+                    connection.send(then)
+            except ConnectionResetError:
+                return b""
+
+
+def test_who_never_ends_a_request_is_told_so_and_keeps_nobody_waiting(
+    documents: tuple[World, str],
+) -> None:
+    world, _ = documents
+    began = time.monotonic()
+    with ThreadPoolExecutor(64) as pool:
+        slow = [
+            pool.submit(_slowly, world.red, *case)
+            for case in ((_HEAD[:3], b""), (_HEAD[:30], b""), (_HEAD, b"a"), (b"\r\n", b""))
+            for _ in range(16)
+        ]
+        while not all(one.done() for one in slow):
+            assert time.monotonic() - began < 12 * patience()
+            world.all_right()
+            time.sleep(0.1)
+    assert {one.result()[9:12] for one in slow} <= {b"408", b"400", b"429", b"503"}
+
+
+# In front of Nova
+
+
+@dataclass(slots=True)
+class _Nova:
+    """A world with Nova's recorder, and a guest beside the one that means harm."""
+
+    world: NovaWorld
+    token: str
+    other: Connection
+    asked: int = field(default=0)
+    seen: int = field(default=0)
+
+    def harm(self, harm: Harm) -> list[str]:
+        """What is wrong after a guest has sent this."""
+        self.world.nova.forget()
+        self.world.nova.default = _who
+        got = _send(self.world.red, harm.data_with(self.token))
+        wrong = _unanswered(harm, got)
+        nova = self.world.nova
+        self.seen += len(nova.heads)
+        wrong += [f"fragment {one!r}" for one in nova.fragments]
+        for head in nova.heads:
+            wrong += self._seen(head)
+        wrong += [f"trailers {one.trailers}" for one in nova.requests if one.trailers]
+        if got and OTHER_INSTANCE.encode() in got:
+            wrong.append(f"somebody else's: {got!r}")
+        self.asked += 1
+        if self.asked % 20 == 0:
+            wrong += self._unharmed()
+        return wrong
+
+    def _seen(self, head: Received) -> list[str]:
+        """What Nova must not have seen of a request."""
+        wrong = []
+        headers = head.headers
+        identity = self.world.identity("red")
+        for name, value in identity.items():
+            if head.values(name.decode()) != (value,):
+                wrong.append(f"{name!r} {head.values(name.decode())}")
+        if head.values("host") != (self.world.nova.authority.encode(),):
+            wrong.append(f"host {head.values('host')}")
+        for name, value in headers:
+            if not _PASSES.fullmatch(name.lower()):
+                wrong.append(f"{name!r}: {value!r}")
+            free = name.lower().startswith(_CHOSEN)
+            if not free and any(one in value for one in _FOREIGN):
+                wrong.append(f"{name!r}: {value!r}")
+        return wrong
+
+    def _unharmed(self) -> list[str]:
+        got = self.other.request("/latest/user-data")
+        return [] if (got.status, got.text) == (200, OTHER_INSTANCE) else [f"the other one: {got}"]
+
+
+def _who(request: Received) -> Answer:
+    """Whom Nova takes the request to be of."""
+    body = request.values("x-instance-id")[0]
+    return reply(body, with_body=request.method != "HEAD")
+
+
+@pytest.fixture(scope="module")
+def nova() -> Iterator[_Nova]:
+    with open_nova_world() as world, world.green.connect() as other:
+        yield _Nova(world, _token(world.green), other)
+
+
+def test_nova_sees_no_hand_written_harm(nova: _Nova) -> None:
+    before = nova.seen
+    found = {one.data: wrong for one in HARMFUL if (wrong := nova.harm(one))}
+    assert not found
+    # Else nothing would have been tried.
+    assert nova.seen - before > len(HARMFUL) // 3
+
+
+@_EXAMPLES
+@given(harm=harms())
+def test_nova_sees_no_harm(nova: _Nova, harm: Harm) -> None:
+    assert not nova.harm(harm)
