@@ -98,10 +98,13 @@ def documents() -> Iterator[tuple[World, str]]:
 
 
 def _harm_to_documents(world: World, token: str, harm: Harm) -> list[str]:
-    got = _send(world.red, harm.data_with(token))
-    wrong = _unanswered(harm, got)
-    if got and re.search(rb"echo (?!red-5)[a-z]+-5", got):
-        wrong.append(f"somebody else's: {got!r}")
+    """What is wrong after one guest and then another of the same address have sent this."""
+    wrong = []
+    for name in ("green", "red"):
+        got = _send(world.guests[name], harm.data_with(token))
+        wrong += _unanswered(harm, got)
+        if got and re.search(rb"echo (?!%s-5)[a-z]+-5" % name.encode(), got):
+            wrong.append(f"somebody else's: {got!r}")
     return wrong
 
 
@@ -188,6 +191,9 @@ class _Nova:
     def _seen(self, head: Received) -> list[str]:
         """What Nova must not have seen of a request."""
         wrong = []
+        # The target of a request in absolute form would say for whom it is.
+        if not head.target.startswith(b"/") and head.target != b"*":
+            wrong.append(f"target {head.target!r}")
         headers = head.headers
         identity = self.world.identity("red")
         for name, value in identity.items():
