@@ -28,7 +28,8 @@ from imdsproxy.admin.operations import (
 )
 from imdsproxy.core.haproxy.watching import Watched
 from imdsproxy.core.inventory import Claimant, Conflict, ConflictKind
-from imdsproxy.core.policy import Guard
+from imdsproxy.core.policy import Guard, PolicyBook, PolicyPlace
+from imdsproxy.core.policy_told import tell_policy
 from imdsproxy.errors import (
     AlreadyExists,
     ImdsproxyError,
@@ -54,6 +55,7 @@ class FakeOperations:
     conflicts: tuple[Conflict, ...] = ()
     unix_listener: UnixListenerReport | None = None
     guards: dict[InstanceId, Guard] = field(default_factory=dict)
+    policies: PolicyBook = field(default_factory=PolicyBook)
     rotations: int = 0
     failure: ImdsproxyError | None = None
     crash: Exception | None = None
@@ -279,6 +281,12 @@ class FakeOperations:
             revision="0f3a9c",
             installed=f"{holder.id}|0f3a9c",
             policy={"dialects": "ec2, nocloud, openstack"},
+            rules=tell_policy(
+                self.policies.fold(PolicyPlace(network, holder.project, holder.id)),
+                self.guards.get(holder.id, Guard()),
+                holder.created_at,
+                1_760_093_784,
+            ),
         )
 
     async def get(

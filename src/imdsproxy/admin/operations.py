@@ -21,6 +21,7 @@ from imdsproxy.core.model import (
     Network,
     NetworkId,
 )
+from imdsproxy.core.policy_told import PolicyInForce
 from imdsproxy.errors import Problem
 
 __all__ = [
@@ -349,6 +350,7 @@ class Explanation:
             could not be asked.
         policy: What applies to the guest's requests, as name and value (dialects, endpoint, hold).
         pair: The address and its MAC; `None` where the network does not check them.
+        rules: What the guest may read and who said so, where an instance was found.
     """
 
     network: NetworkId
@@ -365,6 +367,7 @@ class Explanation:
     claimants: tuple[Claimant, ...] = ()
     policy: Mapping[str, str] = field(default_factory=dict)
     pair: PairReport | None = None
+    rules: PolicyInForce | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,8 @@ from imdsproxy.core.identity import (
 from imdsproxy.core.inventory import AddressKey, Inventory
 from imdsproxy.core.model import Instance, IpAddress, NetworkId, Scope, Upstream
 from imdsproxy.core.pairs import ANY_MAC, plan_pair
-from imdsproxy.core.plan import networks_of, record_key
+from imdsproxy.core.plan import networks_of, policy_place, record_key
+from imdsproxy.core.policy_told import PolicyInForce, tell_policy
 from imdsproxy.core.wire import NovaRecord, hide_signatures
 from imdsproxy.dataplane.haproxy import Haproxy
 from imdsproxy.dataplane.master import WorkerEnded
@@ -136,7 +137,10 @@ class Explainer:
         known = self._known((found.network, key[1]), identity)
         if isinstance(identity, Found):
             known = replace(
-                known, how=How.ROUTER.value, policy=self._policy(identity.instance, key)
+                known,
+                how=How.ROUTER.value,
+                policy=self._policy(identity.instance, key),
+                rules=self._rules(key[0], identity),
             )
         behind = f"router {key[0]} leads to network {found.network}"
         return replace(known, network=key[0], why=(behind, *known.why))
@@ -144,7 +148,7 @@ class Explainer:
     def _known(self, key: AddressKey, identity: Identity) -> Explanation:
         network, address = key
         match identity:
-            case Found(instance=instance, how=how):
+            case Found(instance=instance, how=how) as found:
                 known = f"instance {instance.id} has {address}, known by {how.value}"
                 return Explanation(
                     network,
@@ -158,6 +162,7 @@ class Explainer:
                     how=how.value,
                     revision=self.records.revisions.get(instance.id),
                     policy=self._policy(instance, key),
+                    rules=self._rules(network, found),
                 )
             case Ambiguous(claimants=claimants):
                 why = ("more than one record claims the address, and none is preferred",)
@@ -216,6 +221,17 @@ class Explainer:
         if not isinstance(record, NovaRecord):
             return {"upstream": "nova", "endpoint set": "none: guests get 503"}
         return {"upstream": "nova", "endpoint set": record.endpoint_set, "project": record.project}
+
+    def _rules(self, network: NetworkId, found: Found) -> PolicyInForce:
+        """What is in force for a guest of the network, or of the router, that it asks by."""
+        book, instance = self.records.policies(), found.instance
+        project = found.port.project or instance.project
+        return tell_policy(
+            book.fold(policy_place(self.inventory, network, project, instance)),
+            book.guard(instance.id),
+            instance.created_at,
+            int(self.lookup.clock.now().timestamp()),
+        )
 
     async def _installed(self, network: NetworkId, address: IpAddress) -> str | None:
         """What the accepting worker's maps have for the address."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import UTC, datetime
 from typing import Final, TypeAlias, cast
 
 import typer
@@ -65,6 +66,7 @@ def show_explanation(output: Output, told: _Shape) -> None:
         facts["claimed by"] = "\n".join(claimants)
     policy = cast("Mapping[str, str]", told["policy"])
     facts |= {clean(name): clean(value) for name, value in policy.items()}
+    facts |= dict(_rules(cast("_Shape | None", told["rules"])))
     why = cast("Sequence[str]", told["why"])
     if why:
         facts["why"] = "\n".join(f"{number}. {clean(step)}" for number, step in enumerate(why, 1))
@@ -73,3 +75,41 @@ def show_explanation(output: Output, told: _Shape) -> None:
 
 def _how(how: object) -> str:
     return _HOW.get(str(how), clean(how))
+
+
+def _rules(told: _Shape | None) -> Iterator[tuple[str, str]]:
+    if told is None:
+        return
+    rules = cast("Sequence[_Shape]", told["rules"])
+    width = max((len(str(rule["name"])) for rule in rules), default=0)
+    yield (
+        "may",
+        "\n".join(
+            f"{clean(rule['name']):{width}}  {clean(_value(rule['value']))} "
+            f"[dim]({clean(rule['origin'])})[/]"
+            for rule in rules
+        ),
+    )
+    yield "boot", clean(_boot(told))
+    if told["token_epoch"]:
+        yield "tokens", f"of epoch {clean(told['token_epoch'])}: so often were they revoked"
+
+
+def _value(value: object) -> str:
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return " ".join(map(str, value)) or "none"
+    return str(value)
+
+
+def _boot(told: _Shape) -> str:
+    ends, reopened = told["boot_ends_at"], told["reopened_at"]
+    if ends is None:
+        return "over: no source tells when the instance was made"
+    said = f"{'over since' if told['boot_over'] else 'until'} {_time(ends)}"
+    return said if reopened is None else f"{said}, opened again at {_time(reopened)}"
+
+
+def _time(at: object) -> str:
+    return f"{datetime.fromtimestamp(cast('float', at), UTC).astimezone():%Y-%m-%d %H:%M:%S %Z}"

@@ -26,6 +26,7 @@ __all__ = [
     "plan_links",
     "plan_record",
     "plan_records",
+    "policy_place",
     "record_key",
 ]
 
@@ -76,7 +77,7 @@ def plan_record(
     if instance is None:
         return None
     project = _project_at(instance, place)
-    word = _policy_word(inventory, key[0], project, instance, policies)
+    word = policies.word(policy_place(inventory, key[0], project, instance), instance.created_at)
     if instance.upstream is Upstream.NOVA:
         if project is None:
             return None
@@ -86,17 +87,20 @@ def plan_record(
     return None if revision is None else EmbeddedRecord(owner, revision, word)
 
 
-def _policy_word(
-    inventory: Inventory,
-    network: NetworkId,
-    project: str | None,
-    instance: Instance,
-    policies: PolicyBook,
-) -> str:
+def policy_place(
+    inventory: Inventory, network: NetworkId, project: str | None, instance: Instance
+) -> PolicyPlace:
+    """Where policies look for what is said of an instance.
+
+    Args:
+        inventory: Everything known.
+        network: The listener's, or the router whose guests it has.
+        project: The port's.
+        instance: Whose address it is.
+    """
     known = inventory.networks.get(network)
     of_network = NOTHING_SAID if known is None else known.policy
-    place = PolicyPlace(network, project, instance.id, of_network, instance.policy)
-    return policies.word(place, instance.created_at)
+    return PolicyPlace(network, project, instance.id, of_network, instance.policy)
 
 
 def _project_at(instance: Instance, place: AddressKey) -> str | None:

@@ -24,6 +24,7 @@ __all__ = [
     "PolicyRules",
     "PolicyScope",
     "TokenMode",
+    "boot_ends_at",
     "fold_policy",
     "render_policy_word",
 ]
@@ -161,9 +162,13 @@ class PolicyBook:
         """What is in force for an instance there."""
         return fold_policy(self._said(place))
 
+    def guard(self, instance: str) -> Guard:
+        """What an operator did about an instance, or nothing."""
+        return self.guards.get(instance, _UNTOUCHED)
+
     def word(self, place: PolicyPlace, created_at: int | None) -> str:
         """See `render_policy_word`."""
-        guard = self.guards.get(place.instance, _UNTOUCHED)
+        guard = self.guard(place.instance)
         return render_policy_word(self.fold(place).policy, guard, created_at)
 
     def _said(self, place: PolicyPlace) -> Iterator[tuple[PolicyScope, PolicyRules]]:
@@ -194,6 +199,18 @@ class PolicyPlace:
     of_instance: PolicyRules = NOTHING_SAID
 
 
+def boot_ends_at(policy: Policy, guard: Guard, created_at: int | None) -> int | None:
+    """When the boot is over, Unix time; `None` where nobody says when it began: then it is over.
+
+    Args:
+        policy: What is in force.
+        guard: What an operator did.
+        created_at: Of the instance, Unix time; one of which nobody says when it was made has booted already.
+    """
+    begun = max(created_at or 0, guard.reopened_at)
+    return begun + policy.boot_grace_s if begun else None
+
+
 def render_policy_word(policy: Policy, guard: Guard, created_at: int | None) -> str:
     """The word that HAProxy's rules read, empty where they do as without one.
 
@@ -208,12 +225,11 @@ def render_policy_word(policy: Policy, guard: Guard, created_at: int | None) -> 
     Args:
         policy: What is in force.
         guard: What an operator did.
-        created_at: Of the instance, Unix time; one of which nobody says when it was made has booted already.
+        created_at: As of `boot_ends_at`.
     """
     if policy == DEFAULT and guard.epoch == 0:
         return ""
-    begun = max(created_at or 0, guard.reopened_at)
-    booted_at = begun + policy.boot_grace_s if begun else 0
+    booted_at = boot_ends_at(policy, guard, created_at) or 0
     modes = (policy.tokens, policy.openstack_tokens, policy.nocloud_tokens)
     # `optional` in the other trees is what nobody said: it is no reason to give tokens where EC2's tree has none.
     route = policy.tokens is not TokenMode.OFF or TokenMode.REQUIRED in modes

@@ -29,6 +29,8 @@ from imdsproxy.core.model import (
     Upstream,
 )
 from imdsproxy.core.plan import plan_record
+from imdsproxy.core.policy import Guard, PolicyBook, PolicyRules, TokenMode
+from imdsproxy.core.policy_told import NOBODY, PolicyInForce
 from imdsproxy.core.upstream import EndpointSet, NovaRouting
 from imdsproxy.core.wire import MapRecord, NovaRecord, parse_map_value
 from imdsproxy.errors import Problem
@@ -87,6 +89,10 @@ class _Records:
     touched: list[AddressKey] = field(default_factory=list)
     tickets: Tickets = field(default_factory=Tickets)
     revisions: dict[InstanceId, str] = field(default_factory=dict)
+    book: PolicyBook = field(default_factory=PolicyBook)
+
+    def policies(self) -> PolicyBook:
+        return self.book
 
     def learn(self, key: AddressKey, learned: Learned) -> int:
         self.learned[key] = learned
@@ -353,6 +359,51 @@ async def test_one_that_neutron_cannot_confirm_is_said_to_be_stale() -> None:
     assert told.why[-1] == (
         "it is port p-1 of neutron, confirmed 90 s ago; stale since, because neutron does not answer"
     )
+
+
+def _origins(told: PolicyInForce | None) -> dict[str, tuple[object, str]]:
+    assert told is not None
+    return {one.name: (one.value, one.origin) for one in told.rules if one.origin != NOBODY}
+
+
+async def test_each_rule_is_told_with_the_scope_that_set_it_and_what_operators_did() -> None:
+    rig = _rig()
+    rig.records.book = PolicyBook(
+        host=PolicyRules(tokens=TokenMode.REQUIRED, hop_limit=1, boot_grace_s=60),
+        networks={_NET: PolicyRules(seal_user_data=True), _ROUTER: PolicyRules(hop_limit=2)},
+        projects={
+            "blue": PolicyRules(tokens=TokenMode.OPTIONAL),
+            "red": PolicyRules(endpoint=False),
+        },
+        instances={"web": PolicyRules(refuse_forwarded=True)},
+        guards={"web": Guard(2, 41)},
+    )
+    said: dict[str, tuple[object, str]] = {
+        "tokens": ("optional", "project"),
+        "hop_limit": (1, "host"),
+        "boot_grace_s": (60, "host"),
+        "seal_user_data": (True, "network"),
+        "refuse_forwarded": (True, "instance"),
+    }
+    rig.publish(_WEB)
+    told = (await rig.explainer.explain(_NET, _ADDRESS)).rules
+    assert _origins(told) == said
+    assert told is not None
+    assert (told.token_epoch, told.reopened_at) == (2, 41)
+    assert (told.boot_ends_at, told.boot_over) == (101, False)
+    # The same by its MAC alone, which is nowhere noted.
+    declared = _rig(Scope.NETWORK)
+    declared.records.book = rig.records.book
+    declared.publish(_WEB)
+    declared.neighbours.mac = _MAC
+    assert _origins((await declared.explainer.explain(_NET, _PRIVATE)).rules) == said
+    # Behind a router it is the router's policy that counts.
+    rig.answer(_FOUND, scope=Scope.ROUTER)
+    behind = (await rig.explainer.explain(_ROUTER, _ADDRESS)).rules
+    del said["seal_user_data"]
+    assert _origins(behind) == {**said, "hop_limit": (2, "network")}
+    nobody = await rig.explainer.explain(_NET, IPv4Address("10.0.0.9"))
+    assert nobody.rules is None
 
 
 async def test_a_guest_behind_a_router_is_explained_by_the_router() -> None:

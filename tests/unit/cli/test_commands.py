@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ import pytest
 from imdsproxy.admin.operations import DocumentAnswer, LeftOut, UnixListenerReport
 from imdsproxy.cli.main import main
 from imdsproxy.core.model import BridgeListener, Dialect, InstanceId, NamespaceListener, NetworkId
+from imdsproxy.core.policy import PolicyBook, PolicyRules, TokenMode
 from imdsproxy.errors import ConfigInvalid, Problem, ReloadFailed, SourceUnavailable
 from support.admin_server import AdminServer, admin_server
 from support.fake_operations import CONFLICT, FakeOperations
@@ -473,6 +475,27 @@ def test_explain_says_who_why_and_from_where(filled: Cli) -> None:
     assert ran.status == 0
     for words in ("web-1 (web-1)", "source sqlite", "web-1|0f3a9c", "ec2, nocloud, openstack"):
         assert words in ran.out
+
+
+def test_explain_says_what_the_guest_may_and_who_said_so(filled: Cli) -> None:
+    filled.operations.policies = PolicyBook(
+        host=PolicyRules(tokens=TokenMode.REQUIRED), networks={"blue": PolicyRules(endpoint=False)}
+    )
+    words = " ".join(filled("explain", "--network", "blue", "--from", "10.0.0.5").out.split())
+    for said in (
+        "endpoint off (network)",
+        "tokens required (host)",
+        "hop_limit 64 (default)",
+        "boot over: no source tells when the instance was made",
+    ):
+        assert said in words
+    assert "epoch" not in words
+
+    filled("token", "revoke", "web-1")
+    filled("instance", "reopen", "web-1")
+    words = " ".join(filled("explain", "--network", "blue", "--from", "10.0.0.5").out.split())
+    assert "tokens of epoch 1" in words
+    assert re.search(r"boot until 2025-10-1. ..:..:.. \S+, opened again at 2025-10-1. ", words)
 
 
 def test_explain_of_nobody_is_1(filled: Cli) -> None:

@@ -1,0 +1,76 @@
+"""A policy as operators are told of it: each rule with the scope that set it, and when the boot is over."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Final, TypeAlias
+
+from imdsproxy.core.policy import Folded, Guard, boot_ends_at
+
+__all__ = ["NOBODY", "PolicyInForce", "RuleInForce", "RuleValue", "tell_policy"]
+
+RuleValue: TypeAlias = bool | int | str | tuple[str, ...]
+
+NOBODY: Final = "default"
+"""The origin of a rule that no scope sets."""
+
+
+@dataclass(frozen=True, slots=True)
+class RuleInForce:
+    """One rule.
+
+    Attributes:
+        name: As the settings have it.
+        origin: The scope that set it: `host`, `network`, `project` or `instance`; `default` where nobody did.
+    """
+
+    name: str
+    value: RuleValue
+    origin: str
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyInForce:
+    """What a guest may read, and who said so.
+
+    Attributes:
+        token_epoch: How often the instance's tokens were revoked.
+        boot_ends_at: When the boot is over, Unix time; `None` where no source tells when the instance was made.
+        boot_over: What is locked after the boot is locked.
+        reopened_at: When an operator said that it boots anew, Unix time; `None` for never.
+    """
+
+    rules: tuple[RuleInForce, ...]
+    token_epoch: int
+    boot_ends_at: int | None
+    boot_over: bool
+    reopened_at: int | None
+
+
+def tell_policy(folded: Folded, guard: Guard, created_at: int | None, now: int) -> PolicyInForce:
+    """A policy with its origins.
+
+    Args:
+        folded: For one instance in one network.
+        guard: What an operator did about the instance.
+        created_at: Of the instance, Unix time; `None` where no source tells.
+        now: Unix time.
+    """
+    origins = dict(folded.origins)
+    rules = tuple(
+        RuleInForce(
+            one.name,
+            getattr(folded.policy, one.name),
+            origins[one.name].value if one.name in origins else NOBODY,
+        )
+        for one in fields(folded.policy)
+    )
+    ends = boot_ends_at(folded.policy, guard, created_at)
+    return PolicyInForce(
+        rules,
+        guard.epoch,
+        ends,
+        # As HAProxy does: in the second that it ends it has ended.
+        boot_over=ends is None or ends <= now,
+        reopened_at=guard.reopened_at or None,
+    )

@@ -1,0 +1,54 @@
+from __future__ import annotations
+
+from dataclasses import fields
+
+import pytest
+
+from imdsproxy.core.policy import (
+    Folded,
+    Guard,
+    Policy,
+    PolicyRules,
+    PolicyScope,
+    TokenMode,
+    fold_policy,
+)
+from imdsproxy.core.policy_told import NOBODY, tell_policy
+
+_BORN = 1_795_000_000
+
+
+def test_every_rule_is_told_with_its_value_and_who_set_it() -> None:
+    folded = fold_policy(
+        [
+            (PolicyScope.HOST, PolicyRules(tokens=TokenMode.REQUIRED, seal_user_data=True)),
+            (PolicyScope.INSTANCE, PolicyRules(tokens=TokenMode.OFF)),
+        ]
+    )
+    told = tell_policy(folded, Guard(), None, _BORN)
+    assert [rule.name for rule in told.rules] == [one.name for one in fields(Policy)]
+    by_name = {rule.name: (rule.value, rule.origin) for rule in told.rules}
+    assert by_name["tokens"] == ("off", "instance")
+    assert by_name["seal_user_data"] == (True, "host")
+    assert by_name["hop_limit"] == (64, NOBODY)
+
+
+@pytest.mark.parametrize(
+    ("created_at", "reopened_at", "now", "ends", "over"),
+    [
+        (None, 0, _BORN, None, True),
+        (_BORN, 0, _BORN, _BORN + 60, False),
+        (_BORN, 0, _BORN + 59, _BORN + 60, False),
+        (_BORN, 0, _BORN + 60, _BORN + 60, True),
+        (_BORN, _BORN + 100, _BORN + 60, _BORN + 160, False),
+        (_BORN, _BORN - 100, _BORN + 60, _BORN + 60, True),
+        (None, _BORN, _BORN, _BORN + 60, False),
+    ],
+)
+def test_the_end_of_the_boot_is_the_one_that_haproxy_sees(
+    created_at: int | None, reopened_at: int, now: int, ends: int | None, *, over: bool
+) -> None:
+    folded = Folded(Policy(boot_grace_s=60))
+    told = tell_policy(folded, Guard(3, reopened_at), created_at, now)
+    assert (told.boot_ends_at, told.boot_over) == (ends, over)
+    assert (told.token_epoch, told.reopened_at) == (3, reopened_at or None)
