@@ -13,7 +13,7 @@ from imdsproxy.core.policy import Guard
 from imdsproxy.dataplane.records import Writer
 from imdsproxy.errors import HostRefused
 
-__all__ = ["GuardFile"]
+__all__ = ["GuardFile", "read_guards"]
 
 _FORMAT: Final = 1
 
@@ -37,20 +37,7 @@ class GuardFile:
         Raises:
             HostRefused: It is there and cannot be read. To go on without would make revoked tokens good again.
         """
-        try:
-            data = self.path.read_bytes()
-        except FileNotFoundError:
-            return
-        except OSError as error:
-            raise HostRefused(f"cannot read {self.path}: {error.strerror}") from error
-        try:
-            self.guards = _parse(data.decode())
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            why = f"there is no {error}" if isinstance(error, KeyError) else str(error)
-            raise HostRefused(
-                f"{self.path} is damaged: {why}",
-                hint="it says whose tokens were revoked: from a backup, or remove it together with the token keys",
-            ) from error
+        self.guards = read_guards(self.path)
 
     def revoke(self, instance: InstanceId) -> Guard:
         """Have no token be good that the instance has now.
@@ -76,6 +63,28 @@ class GuardFile:
         self.write(self.path, text.encode())
         self.guards = guards
         return guard
+
+
+def read_guards(path: Path) -> Mapping[str, Guard]:
+    """What the file says, by instance; without a file nothing was done.
+
+    Raises:
+        HostRefused: It cannot be read, or is damaged.
+    """
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        return {}
+    except OSError as error:
+        raise HostRefused(f"cannot read {path}: {error.strerror}") from error
+    try:
+        return _parse(data.decode())
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        why = f"there is no {error}" if isinstance(error, KeyError) else str(error)
+        raise HostRefused(
+            f"{path} is damaged: {why}",
+            hint="it says whose tokens were revoked: from a backup, or remove it together with the token keys",
+        ) from error
 
 
 def _parse(text: str) -> dict[str, Guard]:

@@ -23,7 +23,7 @@ from imdsproxy.dataplane.records import RecordApplier, Writer
 from imdsproxy.errors import DataplaneError, Problem, SecretUnreadable
 from imdsproxy.host.files import read_secret
 
-__all__ = ["TokenKeys"]
+__all__ = ["TokenKeys", "read_token_keys"]
 
 _RETRY_FIRST_S: Final = 0.2
 _RETRY_LAST_S: Final = 10.0
@@ -64,7 +64,7 @@ class TokenKeys:
         path = configured or self.default
         if configured is None and not path.exists():
             self.write(path, render_token_keys((TokenKey(self.random(KEY_BYTES)),)).encode())
-        keys = _read(path)
+        keys = read_token_keys(path)
         changed = keys != self.keys
         self.keys, self._path = keys, path
         if changed:
@@ -132,13 +132,18 @@ class TokenKeys:
             HostRefused: The file system refuses; the keys stay as they are.
         """
         fresh = TokenKey(self.random(KEY_BYTES))
-        keys = rotate_token_keys(_read(self.path), fresh)
+        keys = rotate_token_keys(read_token_keys(self.path), fresh)
         self.write(self.path, render_token_keys(keys).encode())
         self.keys = keys
         return fresh
 
 
-def _read(path: Path) -> tuple[TokenKey, ...]:
+def read_token_keys(path: Path) -> tuple[TokenKey, ...]:
+    """The keys in a file, the one in force first.
+
+    Raises:
+        SecretUnreadable: It is missing, can be read by others, or holds something else.
+    """
     try:
         return parse_token_keys(read_secret(path).decode("ascii"))
     except (TokenKeysUnreadable, UnicodeDecodeError) as error:

@@ -35,7 +35,7 @@ def check(
     socket: options.Socket = None,
     config: options.Config = None,
 ) -> None:
-    """Settings, HAProxy, privileges, namespaces, directories, ports, records, the ways to Nova: all problems at once.
+    """Settings, HAProxy, privileges, namespaces, directories, ports, records, tokens, Nova: all problems at once.
 
     The exit status is that of the first problem; a warning is none.
     """
@@ -122,6 +122,7 @@ def _ask(run: options.Invocation) -> list[Finding]:
         lambda path: os.access(path, os.W_OK | os.X_OK),
     )
     findings += preflight.check_records(settings)
+    findings += _tokens(settings)
     findings += _openstack(settings)
     if status is None:
         findings += preflight.check_ports(
@@ -174,6 +175,20 @@ def _paths(run: options.Invocation, settings: Settings, *, reachable: bool) -> l
         firewall.leads_by,
         bridged_are_forwarded=firewall.passes_forward_chain(),
     )
+
+
+def _tokens(settings: Settings) -> list[Finding]:
+    from imdsproxy.cli import preflight_tokens  # noqa: PLC0415 - `--help` need not load it
+    from imdsproxy.dataplane.layout import Layout  # noqa: PLC0415 - as above
+
+    layout = Layout(settings.paths.runtime_dir, settings.paths.state_dir)
+    book = settings.policy.book()
+    return [
+        *preflight_tokens.check_token_keys(settings, layout.token_keys),
+        *preflight_tokens.check_guards(layout.guards),
+        *preflight_tokens.check_trees(book),
+        *preflight_tokens.check_hop_limits(book, unix_listener=settings.unix_listener.enabled),
+    ]
 
 
 def _openstack(settings: Settings) -> list[Finding]:

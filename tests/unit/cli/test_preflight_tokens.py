@@ -1,0 +1,153 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from imdsproxy.cli.preflight_tokens import (
+    check_guards,
+    check_hop_limits,
+    check_token_keys,
+    check_trees,
+)
+from imdsproxy.config.schema import Settings
+from imdsproxy.core.policy import PolicyBook
+from imdsproxy.core.tokens import TokenKey, render_token_keys
+
+
+def _book(**policy: object) -> PolicyBook:
+    return Settings.model_validate({"policy": policy}).policy.book()
+
+
+_OPEN = {"tokens": "required"}
+_LOCKED = {"openstack_tokens": "required", "nocloud_tokens": "required"}
+
+
+def test_ec2s_tree_alone_required_is_warned_of_with_the_scope() -> None:
+    (finding,) = check_trees(_book(host=_OPEN))
+    assert finding.text == (
+        "policy.host: EC2's tree takes a token, and /openstack and /nocloud give the same user-data without"
+    )
+    assert finding.hint.startswith("openstack_tokens: required and nocloud_tokens: required (")
+    assert (finding.ok, finding.warning, finding.area) == (True, True, "tokens")
+    (half,) = check_trees(_book(host={**_OPEN, "openstack_tokens": "required"}))
+    assert "and /nocloud gives the same" in half.text
+    assert half.hint.startswith("nocloud_tokens: required (")
+
+
+@pytest.mark.parametrize("section", ["networks", "projects", "instances"])
+def test_each_scope_that_leaves_a_tree_open_is_named(section: str) -> None:
+    scopes = {"red": _OPEN, "green": {**_OPEN, **_LOCKED}, "blue": {"hop_limit": 1}}
+    found = check_trees(_book(**{section: scopes}))
+    assert [one.text.partition(":")[0] for one in found] == [f"policy.{section}.red"]
+
+
+@pytest.mark.parametrize(
+    ("policy", "places"),
+    [
+        ({}, []),
+        ({"host": {"tokens": "optional"}}, []),
+        ({"host": {**_OPEN, **_LOCKED}}, []),
+        ({"host": {**_OPEN, "seal_user_data": True}}, []),
+        ({"host": {**_OPEN, "endpoint": False}}, []),
+        # What the host says holds in a network that says the rest.
+        ({"host": _LOCKED, "networks": {"red": _OPEN}}, []),
+        ({"host": _OPEN, "networks": {"red": _LOCKED}}, ["policy.host"]),
+        ({"host": _OPEN, "networks": {"red": {"hop_limit": 1}}}, ["policy.host"]),
+        (
+            {"host": {**_OPEN, **_LOCKED}, "networks": {"red": {"nocloud_tokens": "optional"}}},
+            ["policy.networks.red"],
+        ),
+        (
+            {
+                "host": {**_OPEN, "seal_user_data": True},
+                "projects": {"p": {"seal_user_data": False}},
+            },
+            ["policy.projects.p"],
+        ),
+    ],
+)
+def test_nobody_is_warned_of_what_is_locked_or_was_said_already(
+    policy: dict[str, Any], places: list[str]
+) -> None:
+    found = check_trees(_book(**policy))
+    assert [one.text.partition(":")[0] for one in found] == places
+
+
+def test_a_hop_limit_does_nothing_behind_the_unix_listener() -> None:
+    book = _book(
+        host={"hop_limit": 2}, networks={"red": {"hop_limit": 64}, "blue": {"hop_limit": 1}}
+    )
+    found = check_hop_limits(book, unix_listener=True)
+    assert [one.text.partition(" does nothing")[0] for one in found] == [
+        "policy.host: hop_limit 2",
+        "policy.networks.blue: hop_limit 1",
+    ]
+    assert all(one.warning and one.hint for one in found)
+    assert check_hop_limits(book, unix_listener=False) == []
+    assert check_hop_limits(_book(), unix_listener=True) == []
+
+
+def _settings(path: Path | None = None) -> Settings:
+    return Settings.model_validate({"tokens": {"key_file": None if path is None else str(path)}})
+
+
+def _keys(path: Path, mode: int = 0o600) -> Path:
+    path.write_text(render_token_keys([TokenKey(b"k" * 32), TokenKey(b"l" * 32)]))
+    path.chmod(mode)
+    return path
+
+
+def test_keys_that_are_roots_alone_are_counted(tmp_path: Path) -> None:
+    path = _keys(tmp_path / "keys")
+    for settings, default in ((_settings(path), tmp_path / "none"), (_settings(), path)):
+        (finding,) = check_token_keys(settings, default)
+        assert (finding.ok, finding.warning, finding.text) == (True, False, f"2 keys in {path}")
+
+
+def test_the_first_key_is_made_and_a_file_that_settings_name_has_to_be_there(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "keys"
+    (made,) = check_token_keys(_settings(), path)
+    assert (made.ok, made.text) == (True, f"the first key will be made in {path}")
+    (missing,) = check_token_keys(_settings(path), tmp_path / "other")
+    assert missing.exit_status == 78
+    assert missing.text.startswith("tokens.key_file: cannot read")
+    assert missing.hint
+
+
+@pytest.mark.parametrize(
+    ("mode", "status", "hint"), [(0o640, 0, "chmod 0600"), (0o644, 78, "chmod o-rwx")]
+)
+def test_keys_that_others_can_read_are_told_of_without_their_bytes(
+    tmp_path: Path, mode: int, status: int, hint: str
+) -> None:
+    path = _keys(tmp_path / "keys", mode)
+    (finding,) = check_token_keys(_settings(path), path)
+    assert (finding.exit_status, finding.warning) == (status, status == 0)
+    assert hint in finding.hint
+    assert TokenKey(b"k" * 32).text not in finding.text + finding.hint
+
+
+def test_a_file_that_holds_no_key_is_refused_with_the_line(tmp_path: Path) -> None:
+    path = tmp_path / "keys"
+    path.write_text("s3cret\n")
+    path.chmod(0o600)
+    (finding,) = check_token_keys(_settings(), path)
+    assert finding.exit_status == 78
+    assert "line 1" in finding.text
+    assert "s3cret" not in finding.text
+
+
+def test_a_damaged_guard_file_is_found_before_the_start(tmp_path: Path) -> None:
+    path = tmp_path / "guards.json"
+    assert check_guards(path) == []
+    path.write_text('{"format": 1, "instances": {"web": [1, 0]}}')
+    (fine,) = check_guards(path)
+    assert (fine.ok, fine.warning, "1 instance" in fine.text) == (True, False, True)
+    path.write_text("{")
+    (damaged,) = check_guards(path)
+    assert damaged.exit_status == 71
+    assert f"{path} is damaged" in damaged.text
