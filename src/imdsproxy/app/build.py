@@ -17,6 +17,7 @@ from imdsproxy.app.compiled_files import DiskFiles
 from imdsproxy.app.gates import Gates
 from imdsproxy.app.guarding import Guarding
 from imdsproxy.app.guards import GuardFile
+from imdsproxy.app.hops import Hops
 from imdsproxy.app.host_view import SystemHost
 from imdsproxy.app.listener_loop import SpecSettings
 from imdsproxy.app.nova_upstream import NovaUpstream
@@ -37,6 +38,7 @@ from imdsproxy.host.clock import Clock
 from imdsproxy.host.diversions import Diverter
 from imdsproxy.host.files import ensure_directory, write_atomic
 from imdsproxy.host.gates import KernelGates
+from imdsproxy.host.hop_table import KernelHops
 from imdsproxy.host.namespaces import NamespaceDirectory, NamespaceThread
 from imdsproxy.host.nslinks import haproxy_name
 from imdsproxy.host.observe import HostObserver
@@ -57,6 +59,7 @@ __all__ = [
     "build_gates",
     "open_guarding",
     "build_haproxy",
+    "build_hops",
     "build_host",
     "build_launcher",
     "build_layout",
@@ -168,6 +171,12 @@ def build_gates(
     """What looks at the MACs of guests."""
     write = partial(write_atomic, mode=0o600)
     return Gates(KernelGates(thread), inventory, naming, layout.gates_journal, write, clock)
+
+
+def build_hops(layout: Layout, naming: Naming, thread: NamespaceThread) -> Hops:
+    """What sees to hop limits."""
+    write = partial(write_atomic, mode=0o600)
+    return Hops(KernelHops(thread, f"{naming.prefix}-hops"), layout.hops_journal, write)
 
 
 def open_guarding(settings: Settings, layout: Layout) -> Guarding:

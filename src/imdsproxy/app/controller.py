@@ -26,6 +26,7 @@ from imdsproxy.app.build import (
     build_files,
     build_gates,
     build_haproxy,
+    build_hops,
     build_host,
     build_layout,
     build_sources,
@@ -269,6 +270,7 @@ async def run_controller(
             controller.parts.listeners.touch(reason)
 
         gates = build_gates(layout, naming, thread, inventory, clock)
+        hops = build_hops(layout, naming, thread)
         records = RecordLoop(
             inventory,
             applier,
@@ -279,6 +281,7 @@ async def run_controller(
             lambda: nova.routing,
             guarding.book,
             gates,
+            hops,
         )
         listeners = ListenerLoop(
             inventory,
@@ -299,6 +302,7 @@ async def run_controller(
                 lambda: holder.settings.unix_listener, haproxy, SocketFiles().observe, clock
             ),
             gates=gates,
+            hops=hops,
         )
         watching = Watching(
             haproxy, partial(_apply_watching, listeners), partial(_owner_of, inventory)
@@ -337,6 +341,7 @@ async def run_controller(
             records=records,
             listeners=listeners,
             gates=gates,
+            hops=hops,
             haproxy=haproxy,
             haproxy_version=str(program.version),
             guard=guard,
@@ -349,7 +354,7 @@ async def run_controller(
             started_at=clock.now().timestamp(),
             started=clock.monotonic(),
         )
-        pairs = PairFollower(records, lookup, gates, listeners, resolver, watch)
+        pairs = PairFollower(records, lookup, gates, hops, listeners, resolver, watch)
         pairs.connect()
         controller = _Controller(parts, notifier, watch, served, pairs)
         try:
@@ -456,7 +461,7 @@ async def _live(controller: _Controller, admin: socket.socket) -> None:
         # After HAProxy: while that runs, a request may be on its way on each connection that it keeps.
         resolving.cancel()
         if controller.with_data_plane:
-            await sweep_host(parts.listeners.host, parts.listeners.naming, parts.gates)
+            await sweep_host(parts.listeners.host, parts.listeners.naming, parts.gates, parts.hops)
             sweep_unix_socket(parts.layout.config, SocketFiles().observe)
 
 
@@ -478,6 +483,7 @@ async def _start_data_plane(controller: _Controller) -> None:
     parts = controller.parts
     applier = parts.records.applier
     adopted = False
+    await parts.hops.prime()
     if applier.load():
         adopted = await parts.haproxy.adopt()
     found = parts.companion.find()
@@ -489,10 +495,13 @@ async def _start_data_plane(controller: _Controller) -> None:
             parts.records.resync()
         else:
             await parts.haproxy.end_stray()
-            records = parts.records.compile_all()
+            # What an untold source knew is served on, by what it told before.
+            told: dict[str, str | None] = {}
             if not parts.inventory.in_sync:
-                # What an untold source knew is served on, by what it told before.
-                records = {**applier.state.effective(), **records}
+                told.update(applier.state.effective())
+                parts.hops.hold(told)
+            records = parts.records.compile_all()
+            records = {**{key: value for key, value in told.items() if value}, **records}
             applier.write_all(records)
         await parts.listeners.first_round()
         # From the gates that are still there: guests that are known by their MACs alone are known on.

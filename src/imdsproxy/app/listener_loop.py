@@ -16,6 +16,7 @@ import structlog
 
 from imdsproxy.app.exporter_port import ExporterPort
 from imdsproxy.app.gates import Gates
+from imdsproxy.app.hops import Hops
 from imdsproxy.app.kept_networks import KeptNetworks
 from imdsproxy.app.tickets import Tickets
 from imdsproxy.app.unix_listener import UnixListener, bound_path
@@ -169,6 +170,7 @@ class ListenerLoop:
     kept: KeptNetworks | None = None
     unix: UnixListener | None = None
     gates: Gates | None = None
+    hops: Hops | None = None
     tickets: Tickets = field(default_factory=Tickets)
     report: ListenerReport = field(default_factory=lambda: ListenerReport(0.0))
     failure: Problem | None = None
@@ -299,6 +301,8 @@ class ListenerLoop:
             problems = (*problems, self.unix.problem)
         if self.gates is not None:
             problems = (*problems, *self.gates.problems)
+        if self.hops is not None:
+            problems = (*problems, *self.hops.problems)
         self._tell(plan, problems)
         if self._observed is not None:
             left_out = {one.network for one in plan.left_out if one.code.silent}
@@ -430,6 +434,9 @@ class ListenerLoop:
                 raise
 
     async def _apply(self, endpoints: tuple[Endpoint, ...], reasons: tuple[str, ...]) -> None:
+        if self.hops is not None:
+            unsafe = await self.hops.open(endpoints)
+            endpoints = tuple(one for one in endpoints if one.network not in unsafe)
         if self.gates is not None:
             self._listening = await self.gates.open(
                 self._networks(),
@@ -450,6 +457,8 @@ class ListenerLoop:
         changed = await self._bring(spec, reasons)
         if self.gates is not None and self._listening is not None:
             await self.gates.settle(self._listening, sweep=self.inventory.in_sync)
+        if self.hops is not None:
+            await self.hops.sweep()
         self.exporter.in_force = spec.exporter
         if self.unix is not None:
             await self.unix.settle(before)

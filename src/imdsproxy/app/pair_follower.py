@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Collection, Coroutine
 from dataclasses import dataclass
 
 import structlog
 
 from imdsproxy.app.gates import Gates
+from imdsproxy.app.hops import Hops
 from imdsproxy.app.listener_loop import ListenerLoop
 from imdsproxy.app.lookup import Lookup
 from imdsproxy.app.record_loop import RecordLoop
@@ -33,6 +34,7 @@ class PairFollower:
     records: RecordLoop
     lookup: Lookup
     gates: Gates
+    hops: Hops
     listeners: ListenerLoop
     resolver: Resolver
     watch: HostWatch
@@ -46,10 +48,15 @@ class PairFollower:
         """Have gates and look-up tell and ask here."""
         self.gates.on_change = self._changed
         self.gates.on_missing = self._missing
+        self.hops.on_change = self._changed
+        self.hops.on_need = self._needed
         self.lookup.heard = self._hears
 
     def _missing(self, network: NetworkId) -> None:
         self.listeners.touch("gate is gone", (network,))
+
+    def _needed(self, networks: frozenset[NetworkId]) -> None:
+        self.listeners.touch("hop limits", networks)
 
     def _changed(self, networks: frozenset[NetworkId]) -> None:
         inventory = self.records.inventory
@@ -86,10 +93,14 @@ class PairFollower:
                     self.lookup.on_neighbour(key, change.mac)
 
     async def follow_tables(self) -> None:
-        """Have gates again that somebody else has taken away, as `nft flush ruleset` does."""
-        async with TableWatch(self.gates.tables) as removals:
+        """Have tables again that somebody else has taken away, as `nft flush ruleset` does."""
+        async with TableWatch(self._tables) as removals:
             async for removed in removals:
                 self.gates.lost(removed.table)
+                await self.hops.lost(removed.table)
+
+    def _tables(self) -> Collection[str]:
+        return {*self.gates.tables(), self.hops.kernel.table}
 
     async def expire(self) -> None:
         """Let those go whose addresses are nobody's any more."""

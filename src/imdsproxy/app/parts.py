@@ -9,6 +9,7 @@ from imdsproxy.app.companion import Companion
 from imdsproxy.app.gates import Gates
 from imdsproxy.app.guard import HaproxyGuard
 from imdsproxy.app.guarding import Guarding
+from imdsproxy.app.hops import Hops
 from imdsproxy.app.listener_loop import ListenerLoop
 from imdsproxy.app.lookup import Lookup
 from imdsproxy.app.nova_upstream import NovaUpstream
@@ -42,6 +43,7 @@ class Parts:
     records: RecordLoop
     listeners: ListenerLoop
     gates: Gates
+    hops: Hops
     haproxy: Haproxy
     haproxy_version: str
     guard: HaproxyGuard

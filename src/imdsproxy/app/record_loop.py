@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import structlog
@@ -27,7 +27,15 @@ from imdsproxy.dataplane.records import RecordApplier
 from imdsproxy.errors import DataplaneError, ImdsproxyError, Problem
 from imdsproxy.host.clock import Clock
 
-__all__ = ["CompiledFiles", "NoPairs", "PairKeeper", "RecordLoop", "RoundReport"]
+__all__ = [
+    "CompiledFiles",
+    "HopKeeper",
+    "NoHops",
+    "NoPairs",
+    "PairKeeper",
+    "RecordLoop",
+    "RoundReport",
+]
 
 _RETRY_FIRST_S = 0.2
 _RETRY_LAST_S = 5.0
@@ -103,6 +111,39 @@ class NoPairs:
         """See `PairKeeper.grant`."""
 
 
+class HopKeeper(Protocol):
+    """Who sees to hop limits (`app.hops`)."""
+
+    def word(self, network: NetworkId, word: str) -> str:
+        """A policy word as it may be in force now."""
+        ...
+
+    def hold(self, wanted: dict[str, str | None]) -> frozenset[NetworkId]:
+        """Change map values that cannot be in force yet; `settled` wants what this gives."""
+        ...
+
+    def settled(self, armed: frozenset[NetworkId], *, complete: bool) -> None:
+        """What was held is in force; with `complete` all records have been by now."""
+        ...
+
+
+class NoHops:
+    """Nobody does, and nobody has one."""
+
+    def word(self, network: NetworkId, word: str) -> str:
+        """See `HopKeeper.word`."""
+        del network
+        return word
+
+    def hold(self, wanted: dict[str, str | None]) -> frozenset[NetworkId]:
+        """See `HopKeeper.hold`."""
+        del wanted
+        return frozenset()
+
+    def settled(self, armed: frozenset[NetworkId], *, complete: bool) -> None:
+        """See `HopKeeper.settled`."""
+
+
 @dataclass(frozen=True, slots=True)
 class RoundReport:
     """What the last round did; `at` is Unix time."""
@@ -144,6 +185,7 @@ class RecordLoop:
         routing: Where requests go whose documents Nova has, as of now; `resync` after it changed.
         policies: What settings and operators say of guests, as of now; `resync` after it changed.
         pairs: Who lets addresses through by their MACs.
+        hops: Who sees to hop limits.
 
     Attributes:
         withheld: Addresses that the last round kept from HAProxy, because nobody looks at their MACs yet.
@@ -160,6 +202,7 @@ class RecordLoop:
     routing: Callable[[], NovaRouting] = NovaRouting
     policies: Callable[[], PolicyBook] = PolicyBook
     pairs: PairKeeper = field(default_factory=NoPairs)
+    hops: HopKeeper = field(default_factory=NoHops)
     revisions: dict[InstanceId, str] = field(default_factory=dict)
     learned: dict[AddressKey, Learned] = field(default_factory=dict)
     tickets: Tickets = field(default_factory=Tickets)
@@ -224,6 +267,7 @@ class RecordLoop:
         pairs = plan_pairs(self.inventory, keys, self.learned)
         self.pairs.prime(pairs, complete=self.inventory.in_sync)
         wanted = self._plan(keys)
+        self.hops.hold(wanted)
         return {key: value for key, value in wanted.items() if value is not None}
 
     async def run(self) -> None:
@@ -291,6 +335,7 @@ class RecordLoop:
             pairs = {**dict.fromkeys(self.pairs.keys()), **pairs}
         withheld = self.pairs.withheld(pairs)
         wanted.update(dict.fromkeys(record_key(key) for key in withheld))
+        armed = self.hops.hold(wanted)
         # Whoever has an address now is not let through any more when it becomes another's.
         await self.pairs.withdraw(pairs)
         changed = await self.applier.apply(wanted)
@@ -303,6 +348,7 @@ class RecordLoop:
             self._remove(instance)
         if self.inventory.in_sync:
             self._swept = True
+        self.hops.settled(armed, complete=self._swept)
         self.on_applied(None if work.everything else keys)
         self.last = RoundReport(
             self.clock.now().timestamp(),
@@ -350,7 +396,7 @@ class RecordLoop:
 
     def planned(self, key: AddressKey) -> MapRecord | Conflict | None:
         """What the data plane is to know of an address now."""
-        return plan_record(
+        record = plan_record(
             self.inventory,
             key,
             self.revisions,
@@ -358,6 +404,9 @@ class RecordLoop:
             self.routing(),
             policies=self.policies(),
         )
+        if record is None or isinstance(record, Conflict) or not record.policy:
+            return record
+        return replace(record, policy=self.hops.word(key[0], record.policy))
 
     def _plan(self, keys: Iterable[AddressKey]) -> dict[str, str | None]:
         return plan_records(

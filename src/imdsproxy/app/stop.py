@@ -8,12 +8,14 @@ from pathlib import Path
 from imdsproxy.app.build import (
     build_companion,
     build_gates,
+    build_hops,
     build_host,
     build_launcher,
     build_layout,
 )
 from imdsproxy.app.companion import CompanionLauncher
 from imdsproxy.app.gates import Gates
+from imdsproxy.app.hops import Hops
 from imdsproxy.app.listener_loop import HostView
 from imdsproxy.app.unix_listener import sweep_unix_socket
 from imdsproxy.config.schema import Settings
@@ -39,13 +41,14 @@ async def end_processes(haproxy: Launcher, documents: CompanionLauncher) -> None
     await documents.stop()
 
 
-async def sweep_host(host: HostView, naming: Naming, gates: Gates) -> None:
-    """Take away every gate, namespace, link and address of ours, once nobody needs them.
+async def sweep_host(host: HostView, naming: Naming, gates: Gates, hops: Hops) -> None:
+    """Take away every gate, rule, namespace, link and address of ours, once nobody needs them.
 
     Raises:
         DataplaneError: The host refuses.
     """
     await gates.close_all()
+    await hops.close_all()
     observed = await host.observe((), (), everything=True)
     plan = plan_listeners({}, observed, naming, managed=host.managed())
     failures = await host.apply(plan.ops)
@@ -78,7 +81,7 @@ async def stop_data_plane(settings: Settings, environment: Mapping[str, str]) ->
         launcher = build_launcher(settings, layout, settings.haproxy.binary)
         await end_processes(launcher, companion.launcher)
         gates = build_gates(layout, naming, thread, Inventory(), SystemClock())
-        await sweep_host(host, naming, gates)
+        await sweep_host(host, naming, gates, build_hops(layout, naming, thread))
     finally:
         thread.close()
     _remove(

@@ -61,7 +61,8 @@ class PolicyRulesSettings(Section):
     )
     hop_limit: int | None = _rule(
         "How many hops the answer that holds a token goes (IP TTL, hop limit): at 1 it reaches no container behind "
-        "the guest. 64 unless something says otherwise.",
+        "the guest. 64, as the kernel sends by itself, unless something says otherwise; 47 goes as 46. It has no "
+        "effect where guests come by the unix listener.",
         ge=1,
         le=64,
     )

@@ -150,6 +150,11 @@ class Layout:
         return self.runtime / "gates.json"
 
     @property
+    def hops_journal(self) -> Path:
+        """Where we have put the rule for hop limits."""
+        return self.runtime / "hops.json"
+
+    @property
     def records(self) -> Path:
         """Compiled records, one file an instance."""
         return self.state / "documents"

@@ -34,6 +34,7 @@ __all__ = [
     "Batch",
     "DELTABLE",
     "Hook",
+    "INET",
     "NETFILTER",
     "NetfilterSocket",
     "SetKind",
@@ -46,7 +47,11 @@ __all__ = [
     "payload",
     "present6",
     "remember",
+    "replace_bits",
     "rewrite",
+    "shift_right",
+    "store",
+    "swap_bytes",
     "table_of",
     "verdict",
 ]
@@ -55,6 +60,9 @@ NETFILTER: Final = 12
 """The netlink protocol."""
 
 _SUBSYSTEM: Final = 10 << 8
+INET: Final = 1
+"""The family of tables that see packets of both families of IP."""
+
 _NETDEV: Final = 5
 _BATCH_BEGIN: Final = 0x10
 _BATCH_END: Final = 0x11
@@ -74,15 +82,16 @@ _REGISTER: Final = 8
 """The first of sixteen registers of four bytes; what is looked up lies in several, one after the other."""
 
 LINK, NETWORK, TRANSPORT = 0, 1, 2
-PROTOCOL, L4_PROTOCOL = 1, 16
+PROTOCOL, FAMILY, L4_PROTOCOL = 1, 15, 16
 _DYNAMIC_OPS: Final = {"add": 0, "update": 1, "delete": 2}
 
 
 class Hook(IntEnum):
-    """Where a chain of family `netdev` begins."""
+    """Where a chain begins: the first two in family `netdev`, the last in `inet`."""
 
     INGRESS = 0
     EGRESS = 1
+    OUTPUT = 3
 
 
 class Verdict(IntEnum):
@@ -156,10 +165,43 @@ def differs(value: bytes) -> bytes:
 
 def bitwise(mask: bytes) -> bytes:
     """Keep these bits of the first register."""
+    return replace_bits(mask, bytes(len(mask)))
+
+
+def replace_bits(mask: bytes, value: bytes) -> bytes:
+    """Keep these bits of the first register, and turn over those of `value`."""
     return _expression(
         "bitwise",
         *(_number(1, _REGISTER), _number(2, _REGISTER), _number(3, len(mask))),
-        *(_value(4, mask), _value(5, bytes(len(mask)))),
+        *(_value(4, mask), _value(5, value)),
+    )
+
+
+def shift_right(bits: int) -> bytes:
+    """Shift the first register, a number of four bytes in this machine's order."""
+    return _expression(
+        "bitwise",
+        *(_number(1, _REGISTER), _number(2, _REGISTER), _number(3, 4)),
+        *(_number(6, 2), _value(7, struct.pack("=I", bits))),
+    )
+
+
+def swap_bytes() -> bytes:
+    """Turn the first two bytes of the first register from the network's order into this machine's, or back."""
+    return _expression(
+        "byteorder",
+        *(_number(1, _REGISTER), _number(2, _REGISTER), _number(3, 0)),
+        *(_number(4, 2), _number(5, 2)),
+    )
+
+
+def store(base: int, offset: int, length: int, *, checksum: int | None = None) -> bytes:
+    """Write the first register over bytes of a header, and mend the checksum at `checksum` in it."""
+    mended = () if checksum is None else (_number(6, 1), _number(7, checksum))
+    return _expression(
+        "payload",
+        *(_number(5, _REGISTER), _number(2, base), _number(3, offset), _number(4, length)),
+        *mended,
     )
 
 
@@ -204,10 +246,11 @@ def verdict(what: Verdict, chain: str = "") -> bytes:
 
 
 class Batch:
-    """Changes to one table of family `netdev`, to be done all at once."""
+    """Changes to one table, of family `netdev` unless another is said, to be done all at once."""
 
-    def __init__(self, table: str) -> None:
+    def __init__(self, table: str, family: int = _NETDEV) -> None:
         self.table = table
+        self.family = family
         self._table = text(1, table)
         self.messages: list[tuple[int, int, bytes]] = []
 
@@ -248,10 +291,13 @@ class Batch:
         """Make a chain that others lead to."""
         self._add(_NEWCHAIN, CREATE, self._table, text(3, name))
 
-    def make_base_chain(self, name: str, hook: Hook, priority: int, devices: Iterable[str]) -> None:
-        """Make a chain that every packet of these devices goes through."""
+    def make_base_chain(
+        self, name: str, hook: Hook, priority: int, devices: Iterable[str] = ()
+    ) -> None:
+        """Make a chain that every packet goes through: of these devices, in family `netdev`."""
         where = [_number(1, hook), _number(2, priority)]
-        where.append(_nested(4, *(text(1, device) for device in devices)))
+        if named := [text(1, device) for device in devices]:
+            where.append(_nested(4, *named))
         self._add(
             _NEWCHAIN,
             CREATE,
@@ -301,10 +347,10 @@ class NetfilterSocket:
             NetlinkRefused: With the first error; nothing of the part has been done.
         """
         for part in _parts(batch.messages):
-            self._commit(part)
+            self._commit(part, batch.family)
 
-    def _commit(self, messages: list[tuple[int, int, bytes]]) -> None:
-        head = _NFGEN.pack(_NETDEV, 0, 0)
+    def _commit(self, messages: list[tuple[int, int, bytes]], family: int) -> None:
+        head = _NFGEN.pack(family, 0, 0)
         fence = _NFGEN.pack(0, 0, _SUBSYSTEM >> 8)
         self._sequence += 1
         packed = [pack_message(_BATCH_BEGIN, 0, self._sequence, fence)]
@@ -347,10 +393,10 @@ class NetfilterSocket:
         finally:
             self._socket.setblocking(True)
 
-    def words(self, table: str) -> str | None:
+    def words(self, table: str, family: int = _NETDEV) -> str | None:
         """What is kept with a table; `None` where there is none of that name."""
         try:
-            found = self._ask(_GETTABLE, 0, text(1, table))
+            found = self._ask(_GETTABLE, 0, text(1, table), family)
         except NetlinkRefused as error:
             if error.errno == errno.ENOENT:
                 return None
@@ -362,9 +408,9 @@ class NetfilterSocket:
         found = self._ask(_GETSETELEM, DUMP, text(1, table) + text(2, name))
         return [key for message in found for key in _keys(message.payload)]
 
-    def _ask(self, kind: int, flags: int, body: bytes) -> list[Message]:
+    def _ask(self, kind: int, flags: int, body: bytes, family: int = _NETDEV) -> list[Message]:
         self._sequence += 1
-        head = _NFGEN.pack(_NETDEV, 0, 0)
+        head = _NFGEN.pack(family, 0, 0)
         # REQUEST is in every message; without DUMP the answer is one message and, asked for, its end.
         packed = pack_message(
             _SUBSYSTEM | kind, flags | (0 if flags else ACK), self._sequence, head + body

@@ -20,6 +20,7 @@ from imdsproxy.core.haproxy.guard import (
     tell_forwarded,
     tell_token_life,
 )
+from imdsproxy.core.haproxy.hops import HopRules, limit_hops, no_hops, refuse_limited
 from imdsproxy.core.haproxy.model import Bind, DataplaneSpec, Section, Words
 from imdsproxy.core.haproxy.nova import (
     longest_s,
@@ -169,7 +170,7 @@ def _guests(spec: DataplaneSpec) -> Section:
             *_watched(spec),
             *_look_up(spec),
             *note_forwarded(behind_proxy=False),
-            *_answer(spec),
+            *_answer(spec, limit_hops()),
         ),
     )
 
@@ -220,7 +221,7 @@ def _agents(spec: DataplaneSpec) -> Section:
             *share_rules(spec.limits.maxconn_per_network),
             *_look_up(spec),
             *note_forwarded(behind_proxy=True),
-            *_answer(spec),
+            *_answer(spec, no_hops()),
         ),
     )
 
@@ -236,15 +237,15 @@ def _found(spec: DataplaneSpec) -> Section:
             ("http-request", "set-var(sess.network)", f"req.fhdr({HEADER_NETWORK})"),
             *policy_rules(),
             *hear_forwarded(),
-            *_answer(spec, found=True),
+            *_answer(spec, refuse_limited(), found=True),
         ),
     )
 
 
-def _answer(spec: DataplaneSpec, *, found: bool = False) -> tuple[Words, ...]:
+def _answer(spec: DataplaneSpec, hops: HopRules, *, found: bool = False) -> tuple[Words, ...]:
     """From `txn.record` to whoever answers."""
     return (
-        *guard_rules(spec.paths.token_keys),
+        *guard_rules(spec.paths.token_keys, hops),
         tell_token_life(),
         # In front of Nova most requests have nothing to do with the cache, and its filter would cost each of them
         # a tenth. Elsewhere all have, and a hit that first chose a backend takes a third more instructions.

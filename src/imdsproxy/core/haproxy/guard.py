@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from typing import Final
 
+from imdsproxy.core.haproxy.hops import HopRules
 from imdsproxy.core.haproxy.model import Words
 from imdsproxy.core.haproxy.rules import KNOWN, NOVA, TOKEN_HEADERS
 from imdsproxy.core.policy import POLICY_WORD
@@ -71,11 +72,12 @@ def policy_rules() -> tuple[Words, ...]:
     )
 
 
-def guard_rules(key_map: str) -> tuple[Words, ...]:
+def guard_rules(key_map: str, hops: HopRules) -> tuple[Words, ...]:
     """Refuse, give a token, or let pass: after the look-up, before anybody answers.
 
     Args:
         key_map: The file of `core.tokens.render_key_map`.
+        hops: How far the answer that has a token goes.
     """
     return (
         # In the order of what is most often so: the first one that holds makes the others cheap.
@@ -85,8 +87,9 @@ def guard_rules(key_map: str) -> tuple[Words, ...]:
         _set("asked", "bool(true)", KNOWN, ("{", "method", "PUT", "}")),
         _set("asked", "bool(true)", KNOWN, ("{", "path", TOKEN_PATH, "}")),
         *_path(),
-        *_give(key_map),
+        *_give(key_map, hops[0]),
         *_check(key_map),
+        *hops[1],
         *_require(),
     )
 
@@ -174,7 +177,7 @@ def _path() -> tuple[Words, ...]:
     )  # fmt: skip
 
 
-def _give(key_map: str) -> tuple[Words, ...]:
+def _give(key_map: str, limit: tuple[Words, ...]) -> tuple[Words, ...]:
     ttl = f"req.fhdr({_TTL_HEADER})"
     put = ("{", "method", "PUT", "}")
     return (
@@ -191,6 +194,7 @@ def _give(key_map: str) -> tuple[Words, ...]:
         _set("kid", f"str({CURRENT}),map_str({key_map})", _TOKEN_ROUTE),
         _set("until", "date,add(txn.ttl)", _TOKEN_ROUTE),
         *_sign(key_map, "%[var(txn.kid)].%[var(txn.until)]", _TOKEN_ROUTE),
+        *limit,
         _rule(("http-request", "return", "status", "200", "content-type", "text/plain",
                "hdr", _TTL_HEADER, "%[var(txn.ttl)]", "lf-string", "%[var(txn.said)].%[var(txn.mac)]"),
               _TOKEN_ROUTE, ("{", "var(txn.mac)", "-m", "found", "}")),

@@ -1,0 +1,64 @@
+"""How far a token's answer goes, in HAProxy's rules: a DSCP of which the kernel makes the hop limit.
+
+The kernel sends what got lost once more with the DSCP that the connection has by then. So it stays until the guest has
+shown the token that it got on the connection: then all of that answer has arrived. Until then, other answers on the
+connection go no farther than the token. Another request on it does not say as much: whoever is too far away can send
+one too. Nor does `fc_unacked`, which counts what was sent, and not what waits for the peer's window.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from imdsproxy.core.haproxy.model import Words
+from imdsproxy.core.haproxy.rules import retry_later
+from imdsproxy.core.hop_limit import NEXT_TO_MARK, UNLIMITED, WITHHELD
+
+__all__ = ["HopRules", "limit_hops", "no_hops", "refuse_limited"]
+
+HopRules = tuple[tuple[Words, ...], tuple[Words, ...]]
+"""Before a token is given, and after one has been checked."""
+
+_ROUTE: Final = ("{", "var(txn.route)", "-m", "found", "}")
+_LIMITED: Final = ("{", "var(txn.hops)", "-m", "int", "lt", str(UNLIMITED), "}")
+_READ: Final[Words] = (
+    "http-request", "set-var(txn.hops)", "var(txn.policy),field(4,:)",
+    "if", *_ROUTE, "{", "var(txn.policy)", "-m", "found", "}",
+)  # fmt: skip
+
+
+def limit_hops() -> HopRules:
+    """For connections of guests."""
+    withheld = ("{", "var(txn.hops)", "-m", "int", str(WITHHELD), "}")
+    marked = ("{", "var(txn.hops)", "-m", "int", str(NEXT_TO_MARK + 1), "}")
+    shown = (
+        "{",
+        "var(txn.left)",
+        "-m",
+        "found",
+        "}",
+        "{",
+        "var(txn.mac),strcmp(sess.given)",
+        "eq",
+        "0",
+        "}",
+    )
+    give: tuple[Words, ...] = (
+        _READ,
+        (*retry_later(), "if", *_ROUTE, *withheld),
+        ("http-request", "set-var(txn.hops)", f"int({NEXT_TO_MARK})", "if", *_ROUTE, *marked),
+        # The low two bits of the byte are not the DSCP's.
+        ("http-request", "set-fc-tos", "var(txn.hops),mul(4)", "if", *_ROUTE, *_LIMITED),
+        ("http-request", "set-var(sess.given)", "var(txn.mac)", "if", *_ROUTE, *_LIMITED),
+    )
+    return give, (("http-request", "set-fc-tos", "0", "if", *shown),)
+
+
+def refuse_limited() -> HopRules:
+    """For what comes from the resolver: the guest's connection is another, and by the next request it is known."""
+    return (_READ, (*retry_later(), "if", *_ROUTE, *_LIMITED)), ()
+
+
+def no_hops() -> HopRules:
+    """For what comes from a front of somebody else's, whose packets are not ours."""
+    return (), ()

@@ -1,0 +1,67 @@
+"""How far the answer that holds a session token goes: from the policy word to packets.
+
+HAProxy cannot set a packet's TTL. It can write a DSCP on what a connection sends, without any privilege; a rule in
+the kernel (`host.hop_table`) makes the TTL or hop limit of it, and takes it off. Without that rule the answer would go
+as far as any other, so where there is none, the record says `WITHHELD` in the limit's place, and no token is given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Final, TypeAlias
+
+from imdsproxy.core.endpoints import Endpoint
+from imdsproxy.core.gates import ANSWER_DSCP
+from imdsproxy.core.hoststate import NamespaceRef
+from imdsproxy.core.model import NetworkId
+from imdsproxy.core.policy import POLICY_WORD
+
+__all__ = [
+    "NEXT_TO_MARK",
+    "UNLIMITED",
+    "WITHHELD",
+    "HopPlace",
+    "limit_of",
+    "plan_places",
+    "withhold",
+]
+
+UNLIMITED: Final = 64
+"""What the kernel sends with by itself; nothing is written on such an answer."""
+
+WITHHELD: Final = 0
+"""No token is given."""
+
+NEXT_TO_MARK: Final = ANSWER_DSCP - 1
+"""The DSCP is the limit itself. One of them is taken (`core.gates`), and a limit of that many goes as one less."""
+
+_FIELD: Final = 3
+
+HopPlace: TypeAlias = NamespaceRef | None
+"""Where answers are sent from; `None` is the host's own namespace."""
+
+
+def limit_of(value: str | None) -> int:
+    """The hop limit in a map value (`core.wire.render_map_value`)."""
+    if value is None or not value.startswith(POLICY_WORD):
+        return UNLIMITED
+    return int(value.partition("|")[0].split(":")[_FIELD])
+
+
+def withhold(value: str) -> str:
+    """The same map value, or policy word, where no token is given."""
+    word, bar, rest = value.partition("|")
+    fields = word.split(":")
+    fields[_FIELD] = str(WITHHELD)
+    return ":".join(fields) + bar + rest
+
+
+def plan_places(
+    endpoints: Iterable[Endpoint], networks: frozenset[NetworkId]
+) -> dict[NetworkId, frozenset[HopPlace]]:
+    """Where answers to guests of these networks are sent from; without those that nobody listens in."""
+    places: dict[NetworkId, set[HopPlace]] = {}
+    for one in endpoints:
+        if one.network in networks:
+            places.setdefault(one.network, set()).add(one.namespace)
+    return {network: frozenset(some) for network, some in places.items()}

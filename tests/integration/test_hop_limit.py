@@ -1,0 +1,310 @@
+"""How far the answer goes that holds a session token: on the wire, and behind a hop that routes."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+import struct
+import subprocess
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Self
+
+import pytest
+
+from imdsproxy.host.nftables import INET, Batch, NetfilterSocket
+from imdsproxy.host.nlmessages import attribute
+from support.daemon import instance
+from support.guest import IPV4, IPV6, Connection, Guest, Lost, Reply, inside
+from support.lab import Lab, batch, ip, until, within
+from support.world import World, open_world, own
+
+pytestmark = pytest.mark.root
+
+_TOKEN: Final = "/latest/api/token"
+_USER_DATA: Final = "/latest/user-data"
+_TTL: Final = ("X-aws-ec2-metadata-token-ttl-seconds: 60",)
+_SETTINGS: Final = {"resolver": {"hold_s": 1.0}}
+
+
+@pytest.fixture(scope="module")
+def shared_world() -> Iterator[World]:
+    with open_world(_SETTINGS) as world:
+        yield world
+
+
+@pytest.fixture
+def world(shared_world: World) -> Iterator[World]:
+    yield shared_world
+    shared_world.heal()
+    _say(shared_world, {})
+
+
+def _say(world: World, policy: Mapping[str, Any]) -> None:
+    """Have this policy in force."""
+    world.daemon.configure({**_SETTINGS, "policy": policy})
+    reloaded = world.daemon.command("reload")
+    assert reloaded.status == 0, reloaded
+
+
+def _put(connection: Connection) -> Reply:
+    return connection.request(_TOKEN, method="PUT", headers=_TTL)
+
+
+def _with(token: str) -> tuple[str, ...]:
+    return (f"X-aws-ec2-metadata-token: {token}",)
+
+
+def _given(guest: Guest) -> None:
+    """Wait until the rule is where the record counts on it."""
+    until(lambda: guest.ask(_TOKEN, method="PUT", headers=_TTL).status == 200, what="a token")
+
+
+@dataclass(frozen=True, slots=True)
+class _Packet:
+    limit: int
+    dscp: int
+    tcp: bytes
+
+
+class _Wire:
+    """What comes in by a guest's device."""
+
+    def __init__(self, guest: Guest) -> None:
+        def listen() -> socket.socket:
+            sock = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(3))
+            sock.bind((guest.device, 0))
+            return sock
+
+        self._socket = inside(guest.namespace, listen)
+        self._socket.settimeout(5)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._socket.close()
+
+    def seen(self, text: bytes) -> _Packet:
+        """The next packet of a metadata address that has this in it."""
+        while True:
+            data, (_, _, kind, *_) = self._socket.recvfrom(65_536)
+            packet = _parse(data)
+            if kind != socket.PACKET_OUTGOING and packet is not None and text in packet.tcp:
+                return packet
+
+
+def _parse(data: bytes) -> _Packet | None:
+    version = data[0] >> 4
+    if version == 4 and data[9] == socket.IPPROTO_TCP:
+        return _Packet(data[8], data[1] >> 2, data[(data[0] & 15) * 4 :])
+    if version == 6 and data[6] == socket.IPPROTO_TCP:
+        return _Packet(data[7], (struct.unpack(">H", data[:2])[0] >> 6) & 63, data[40:])
+    return None
+
+
+def _limits(guest: Guest, to: str = IPV4) -> tuple[int, int]:
+    """Of a token's answer, and of the answer after it on the same connection."""
+    with _Wire(guest) as wire, guest.connect(to=to) as connection:
+        reply = _put(connection)
+        assert reply.status == 200, reply
+        first = wire.seen(reply.body)
+        after = connection.request(_USER_DATA, headers=_with(reply.text))
+        assert own(guest, after) is None
+        second = wire.seen(after.body)
+    assert (first.dscp, second.dscp) == (0, 0)
+    return first.limit, second.limit
+
+
+def _tables(namespace: str) -> list[str]:
+    told = subprocess.run(
+        (*within(namespace), "/usr/sbin/nft", "list", "tables", "inet"),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return [line.split()[-1] for line in told.stdout.splitlines()]
+
+
+@contextlib.contextmanager
+def _container(world: World, guest: Guest, number: int = 77) -> Iterator[Guest]:
+    """A machine behind a guest that routes; its address is one more of the guest's instance."""
+    lab, address = world.lab, f"10.0.0.{number}"
+    name = lab.namespace("container")
+    ip(
+        *("-n", guest.namespace, "link", "add", "inner", "type", "veth"),
+        *("peer", "name", "eth0", "netns", name),
+    )
+    batch(guest.namespace, ["link set inner up", f"route add {address}/32 dev inner"])
+    inside(guest.namespace, _route)
+    batch(
+        name,
+        [
+            f"address add {address}/32 dev eth0",
+            "link set eth0 up",
+            f"route add {guest.addresses[0]}/32 dev eth0",
+            f"route add default via {guest.addresses[0]} dev eth0 onlink",
+        ],
+    )
+    port = {"network": guest.network, "mac": guest.mac, "addresses": [*guest.addresses, address]}
+    world.daemon.put(
+        instances=[instance(f"{guest.network}-5", guest.network, fields={"ports": [port]})]
+    )
+    inner = Guest("container", name, guest.network, guest.mac, (address,))
+    try:
+        until(lambda: inner.ask(_USER_DATA, timeout_s=1).status == 200, what="the way through")
+        yield inner
+    finally:
+        ip("-n", guest.namespace, "link", "del", "inner")
+        lab.delete_namespace("container")
+
+
+def _route() -> None:
+    for key in ("ip_forward", "conf/eth0/proxy_arp"):
+        Path("/proc/sys/net/ipv4", key).write_text("1")
+
+
+def test_without_a_limit_answers_are_the_kernels_own_and_there_is_no_rule(world: World) -> None:
+    assert _limits(world.red) == (64, 64)
+    assert _limits(world.red, IPV6) == (64, 64)
+    assert world.lab.prefix + "-hops" not in _tables(world.lab.name("red"))
+
+
+def test_it_is_on_the_wire_in_each_kind_of_network_and_gone_by_the_next_answer(
+    world: World,
+) -> None:
+    _say(world, {"host": {"hop_limit": 7}})
+    for guest in world.everybody:
+        _given(guest)
+        assert _limits(guest) == (7, 64), guest.name
+        assert _limits(guest, IPV6) == (7, 64), guest.name
+
+
+@pytest.mark.parametrize(("limit", "sent"), [(46, 46), (47, 46), (48, 48)])
+def test_each_limit_is_kept_though_one_goes_as_one_less(
+    world: World, limit: int, sent: int
+) -> None:
+    _say(world, {"networks": {"red": {"hop_limit": limit}}})
+    _given(world.red)
+    assert _limits(world.red) == (sent, 64)
+
+
+def test_behind_a_hop_a_limit_of_1_does_not_arrive_and_2_does(world: World) -> None:
+    with _container(world, world.red) as inner:
+        _say(world, {"instances": {"red-5": {"hop_limit": 1}}})
+        _given(world.red)
+        with pytest.raises(Lost), inner.connect(timeout_s=1) as connection:
+            _put(connection)
+        assert inner.ask(_USER_DATA).status == 200
+        _say(world, {"instances": {"red-5": {"hop_limit": 2}}})
+        with inner.connect() as connection:
+            token = _put(connection)
+            assert token.status == 200
+            assert connection.request(_USER_DATA, headers=_with(token.text)).status == 200
+
+
+def test_what_got_lost_is_not_sent_farther_when_more_is_asked_for(world: World) -> None:
+    """The kernel sends it again, with what the connection has by then."""
+    with _container(world, world.red) as inner:
+        _say(world, {"instances": {"red-5": {"hop_limit": 1}}})
+        _given(world.red)
+        get = f"GET {_USER_DATA} HTTP/1.1\r\nHost: x\r\n\r\n"
+        put = f"PUT {_TOKEN} HTTP/1.1\r\nHost: x\r\n{_TTL[0]}\r\n\r\n"
+        with inner.connect(timeout_s=1) as connection:
+            connection.send((put + get).encode())
+            time.sleep(0.1)
+            connection.send(get.encode())
+            with pytest.raises(TimeoutError):
+                connection.socket.recv(65_536)
+
+
+def test_it_is_one_instances_and_changes_without_a_reload(world: World) -> None:
+    pids = world.settled()
+    _say(world, {"instances": {"red-5": {"hop_limit": 3}}})
+    _given(world.red)
+    table = f"{world.lab.prefix}-hops"
+    assert _limits(world.red) == (3, 64)
+    assert _limits(world.guests["green"]) == (64, 64)
+    assert table in _tables(world.lab.name("red"))
+    assert table not in _tables(world.lab.name("green"))
+    _say(world, {"instances": {"red-5": {"hop_limit": 4}}})
+    assert _limits(world.red) == (4, 64)
+    _say(world, {})
+    assert _limits(world.red) == (64, 64)
+    until(lambda: table not in _tables(world.lab.name("red")), what="the rule's end")
+    assert world.settled() == pids
+
+
+def test_it_outlives_a_reload_and_the_controllers_death(world: World) -> None:
+    _say(world, {"host": {"hop_limit": 5}})
+    for guest in world.everybody:
+        _given(guest)
+    world.reload()
+    assert _limits(world.red) == (5, 64)
+    world.daemon.kill_controller()
+    assert _limits(world.red) == (5, 64)
+    world.daemon.start()
+    for guest in world.everybody:
+        assert _limits(guest) == (5, 64)
+    status = Path(f"/proc/{world.pids().worker}/status").read_text()
+    assert "CapEff:\t0000000000000000" in status
+
+
+def test_whoever_flushes_the_ruleset_takes_it_away_for_a_moment_only(world: World) -> None:
+    _say(world, {"networks": {"red": {"hop_limit": 6}}})
+    _given(world.red)
+    place = world.lab.name("red")
+    subprocess.run((*within(place), "/usr/sbin/nft", "flush", "ruleset"), check=True)
+    until(lambda: f"{world.lab.prefix}-hops" in _tables(place), within_s=2, what="the rule")
+    until(lambda: world.red.ask(_USER_DATA).status == 200, what="the gate's return")
+    _given(world.red)
+    assert _limits(world.red) == (6, 64)
+
+
+def test_a_guest_that_is_not_known_yet_gets_its_token_as_far_as_everybody(world: World) -> None:
+    """What comes by the resolver is sent on a connection that is not ours to mark: it is to ask again."""
+    _say(world, {"networks": {"red": {"hop_limit": 2}}})
+    _given(world.red)
+    guest = world.lab.guest("red", 81)
+    ports = {"ports": [{"network": "red", "mac": guest.mac}]}
+    world.daemon.put(instances=[instance("red-81", "red", 81, fields=ports)])
+    first = guest.ask(_TOKEN, method="PUT", headers=_TTL)
+    assert (first.status, first.headers["retry-after"], first.body) == (503, "1", b"")
+    _given(guest)
+    assert _limits(guest) == (2, 64)
+
+
+def test_where_the_rule_cannot_be_had_there_is_no_token_and_status_says_so(world: World) -> None:
+    with _somebody_elses_table(world.lab, "red"):
+        _say(world, {"host": {"hop_limit": 2}})
+        _given(world.guests["green"])
+        until(
+            lambda: "limit the hops" in json.dumps(world.daemon.status()),
+            what="a problem in status",
+        )
+        for _ in range(3):
+            reply = world.red.ask(_TOKEN, method="PUT", headers=_TTL)
+            assert (reply.status, reply.headers["retry-after"]) == (503, "1")
+        assert own(world.red, world.red.ask(_USER_DATA)) is None
+    _given(world.red)
+    assert _limits(world.red) == (2, 64)
+
+
+@contextlib.contextmanager
+def _somebody_elses_table(lab: Lab, network: str) -> Iterator[None]:
+    """A table of our name that only its owner can change (`NFT_TABLE_F_OWNER`), as long as that lives."""
+
+    def make() -> NetfilterSocket:
+        channel = NetfilterSocket()
+        change = Batch(f"{lab.prefix}-hops", INET)
+        change.make_table()
+        kind, flags, body = change.messages[0]
+        change.messages[0] = (kind, flags, body + attribute(2, struct.pack(">I", 2)))
+        channel.commit(change)
+        return channel
+
+    with inside(lab.name(network), make):
+        yield
