@@ -24,7 +24,7 @@ from bench.figures import Row, Verdict
 from bench.lab import Lab
 from bench.peer import Peer, peer_at
 from bench.place import BenchError, alone, choose, clear, prepare, sweep
-from bench.rows import agents, replacing
+from bench.rows import agents, replacing, tokens
 from bench.rows.additions import measure_additions
 from bench.rows.flooding import measure_flood
 from bench.rows.forwarding import measure_forwarding
@@ -59,6 +59,7 @@ WITH_PEER: Final = (*agents.WITH_PEER, *replacing.WITH_PEER)
 ROWS: Final = (
     *_READS,
     *_GROWTH,
+    *tokens.ROWS,
     *_NOVA,
     *agents.OURS,
     *replacing.OURS,
@@ -196,6 +197,7 @@ def _stages(
     return [
         (_READS, lambda: measure_reads(bench, wanted)),
         (_GROWTH, lambda: measure_growth(bench, wanted)),
+        (tokens.ROWS, lambda: tokens.measure_tokens(bench, wanted)),
         (_NOVA, lambda: measure_forwarding(bench, wanted)),
         (
             (*agents.OURS, *agents.WITH_PEER),

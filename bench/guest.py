@@ -82,13 +82,19 @@ class Guest:
         self.send(path)
         return self.receive()
 
-    def send(self, path: str) -> None:
+    def send(self, path: str, *, method: str = "GET", header: str = "") -> None:
         """Send a request; its answer is to be received before the next one.
+
+        Args:
+            path: The target.
+            method: How it is asked.
+            header: One more line of the head.
 
         Raises:
             Broken: The connection was refused, or is not there any more.
         """
-        request = f"GET {path} HTTP/1.1\r\nHost: 169.254.169.254\r\n\r\n".encode()
+        more = f"{header}\r\n" if header else ""
+        request = f"{method} {path} HTTP/1.1\r\nHost: 169.254.169.254\r\n{more}\r\n".encode()
         try:
             if self._socket is None:
                 self._socket = self._open()

@@ -24,11 +24,13 @@ class Side:
 
     Attributes:
         pid: The HAProxy whose processor time is counted, pinned to one processor; `None` for a stub.
+        network: Where the load comes from.
     """
 
     url: str
     pid: int | None
     headers: tuple[str, ...] = ()
+    network: str = field(default_factory=lambda: network_name(0))
     rates: list[float] = field(default_factory=list)
     costs: list[float] = field(default_factory=list)
     p50s: list[float] = field(default_factory=list)
@@ -81,7 +83,7 @@ def load_in_turn(bench: Bench, sides: Sequence[Side], seconds: float, *, rounds:
                 headers=one.headers,
             )
             before = cpu_seconds(one.pid) if one.pid is not None else 0.0
-            report = run_wrk(network_name(0), one.url, load)
+            report = run_wrk(one.network, one.url, load)
             spent = cpu_seconds(one.pid) - before if one.pid is not None else 0.0
             one.errors += report.errors
             if not warm_up:

@@ -13,7 +13,7 @@ import pytest
 from imdsproxy.core.model import InstanceId, NetworkId
 from imdsproxy.core.tokens import TOKEN_PATTERN, mint_token, parse_token_keys
 from support.daemon import instance
-from support.guest import IPV4, IPV6, Guest, Reply
+from support.guest import IPV4, IPV6, Connection, Guest, Reply
 from support.lab import until
 from support.world import World, open_world, own
 
@@ -414,3 +414,34 @@ def test_no_token_and_no_key_is_written_down(world: World) -> None:
     for path in allowed:
         assert path.stat().st_mode & 0o777 == 0o600
     assert token not in json.dumps(world.daemon.status())
+
+
+def test_a_kept_connection_does_not_keep_what_was_good_before(world: World) -> None:
+    short, longer = _token(world.red, 1), _token(world.red, 600)
+    path = world.daemon.state / "token-keys"
+    kept = path.read_text()
+
+    def status(connection: Connection, token: str, target: str = _USER_DATA) -> int:
+        return connection.request(target, headers=_with(token)).status
+
+    with world.red.connect() as connection, world.guests["green"].connect() as other:
+        assert [status(connection, short) for _ in range(2)] == [200, 200]
+        until(lambda: status(connection, short) == 401, within_s=3)
+        assert [status(connection, longer) for _ in range(2)] == [200, 200]
+        assert status(connection, f"{longer[:-1]}~") == 401
+        assert status(connection, longer) == 200
+        assert status(other, longer) == 401
+        assert connection.request(_TOKEN, headers=_with(longer)).status == 405
+        _say(world, {"host": {"seal_user_data": True}})
+        assert status(connection, longer) == 403
+        _say(world, {"host": {"endpoint": False}})
+        assert status(connection, longer) == 403
+        _say(world, {})
+        assert status(connection, longer) == 200
+        try:
+            path.write_text(f"{'B' * 42}A=\n")
+            _say(world, {})
+            assert status(connection, longer) == 401
+        finally:
+            path.write_text(kept)
+            _say(world, {})

@@ -214,13 +214,14 @@ def boot_ends_at(policy: Policy, guard: Guard, created_at: int | None) -> int | 
 def render_policy_word(policy: Policy, guard: Guard, created_at: int | None) -> str:
     """The word that HAProxy's rules read, empty where they do as without one.
 
-    `+` and seven letters, then by colons the epoch, the end of the boot in Unix time, and the hop limit:
+    `+` and eight letters, then by colons the epoch (nothing for the first), the end of the boot in Unix time, and the
+    hop limit:
 
-        +1troo-s:0:1795697569:64
+        +1troo-sb:2:1795697569:64
 
     1 or 0: the endpoint; t or -: the token route; then r or o for EC2, OpenStack and NoCloud (the last two from the
     end of the boot on); g or -: what was forwarded is refused; s or -: user-data is sealed from the end of the
-    boot on.
+    boot on; b or -: something depends on the end of the boot.
 
     Args:
         policy: What is in force.
@@ -239,5 +240,7 @@ def render_policy_word(policy: Policy, guard: Guard, created_at: int | None) -> 
         *("r" if mode is TokenMode.REQUIRED else "o" for mode in modes),
         "g" if policy.refuse_forwarded else "-",
         "s" if policy.seal_user_data else "-",
+        "b" if policy.seal_user_data or TokenMode.REQUIRED in modes[1:] else "-",
     )
-    return f"{POLICY_WORD}{''.join(letters)}:{guard.epoch}:{booted_at}:{policy.hop_limit}"
+    # No epoch is what a record without a word has.
+    return f"{POLICY_WORD}{''.join(letters)}:{guard.epoch or ''}:{booted_at}:{policy.hop_limit}"

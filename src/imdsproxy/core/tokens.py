@@ -130,6 +130,6 @@ def mint_token(
         expires_at: Unix time.
     """
     said = f"{key.kid}.{expires_at}"
-    bound = f"{said}|{network}|{instance}|{epoch}"
+    bound = f"{said}|{network}|{instance}|{epoch or ''}"
     mac = hmac.new(key.secret, bound.encode("utf-8"), hashlib.sha256).digest()
     return f"{said}.{base64.urlsafe_b64encode(mac).rstrip(b'=').decode('ascii')}"

@@ -83,13 +83,13 @@ def test_the_default_needs_no_word() -> None:
 @pytest.mark.parametrize(
     ("policy", "word"),
     [
-        (Policy(endpoint=False), "+0tooo--:0:1795000900:64"),
-        (Policy(tokens=TokenMode.REQUIRED), "+1troo--:0:1795000900:64"),
-        (Policy(openstack_tokens=TokenMode.REQUIRED), "+1toro--:0:1795000900:64"),
-        (Policy(nocloud_tokens=TokenMode.REQUIRED), "+1toor--:0:1795000900:64"),
-        (Policy(refuse_forwarded=True), "+1tooog-:0:1795000900:64"),
-        (Policy(seal_user_data=True, boot_grace_s=60), "+1tooo-s:0:1795000060:64"),
-        (Policy(hop_limit=1), "+1tooo--:0:1795000900:1"),
+        (Policy(endpoint=False), "+0tooo---::1795000900:64"),
+        (Policy(tokens=TokenMode.REQUIRED), "+1troo---::1795000900:64"),
+        (Policy(openstack_tokens=TokenMode.REQUIRED), "+1toro--b::1795000900:64"),
+        (Policy(nocloud_tokens=TokenMode.REQUIRED), "+1toor--b::1795000900:64"),
+        (Policy(refuse_forwarded=True), "+1tooog--::1795000900:64"),
+        (Policy(seal_user_data=True, boot_grace_s=60), "+1tooo-sb::1795000060:64"),
+        (Policy(hop_limit=1), "+1tooo---::1795000900:1"),
     ],
 )
 def test_each_rule_has_its_place_in_the_word(policy: Policy, word: str) -> None:
@@ -108,11 +108,11 @@ def test_without_tokens_for_ec2_there_is_a_token_route_only_where_another_tree_r
 
 
 def test_revoked_tokens_are_of_another_epoch_whatever_the_policy() -> None:
-    assert render_policy_word(DEFAULT, Guard(epoch=3), _BORN) == "+1tooo--:3:1795000900:64"
+    assert render_policy_word(DEFAULT, Guard(epoch=3), _BORN) == "+1tooo---:3:1795000900:64"
 
 
 def test_who_is_not_known_to_be_new_has_booted() -> None:
-    assert ":0:0:" in render_policy_word(Policy(seal_user_data=True), Guard(), None)
+    assert "::0:" in render_policy_word(Policy(seal_user_data=True), Guard(), None)
 
 
 def test_an_operator_opens_a_boot_again() -> None:

@@ -13,14 +13,15 @@ from typing import Final
 
 from imdsproxy.core.gates import ANSWER_DSCP
 from imdsproxy.core.haproxy.guard import (
+    ASKED,
+    GUARDED,
     guard_rules,
     hear_forwarded,
-    note_forwarded,
+    note_asked,
     policy_rules,
+    send_forwarded,
     tell_forwarded,
-    tell_token_life,
 )
-from imdsproxy.core.haproxy.hops import HopRules, limit_hops, no_hops, refuse_limited
 from imdsproxy.core.haproxy.model import Bind, DataplaneSpec, Section, Words
 from imdsproxy.core.haproxy.nova import (
     longest_s,
@@ -82,7 +83,8 @@ def build_sections(spec: DataplaneSpec) -> tuple[Section, ...]:
         sections.append(_agents(spec))
     if not spec.binds and spec.unix is None:
         sections.append(_records(spec))
-    sections += [_found(spec), _documents(spec), _resolver(spec), _conflict(), _probe(spec)]
+    sections += [_found(spec), _documents(spec), _documents(spec, guarded=True)]
+    sections += [_resolver(spec), _conflict(), _probe(spec)]
     sections += nova_backends(spec)
     if spec.exporter is not None:
         sections.append(_exporter(spec.exporter))
@@ -169,8 +171,8 @@ def _guests(spec: DataplaneSpec) -> Section:
             ("tcp-request", "connection", "set-var(sess.key)", "so_name,concat(/,sess.address)"),
             *_watched(spec),
             *_look_up(spec),
-            *note_forwarded(behind_proxy=False),
-            *_answer(spec, limit_hops()),
+            *note_asked(spec.paths.token_keys),
+            *_answer(spec),
         ),
     )
 
@@ -186,7 +188,6 @@ def _unverified(spec: DataplaneSpec) -> Section:
             *_watched(spec),
             # The next request comes verified, if it may.
             ("option", "httpclose"),
-            *note_forwarded(behind_proxy=False),
             ("default_backend", "resolver"),
         ),
     )
@@ -220,8 +221,8 @@ def _agents(spec: DataplaneSpec) -> Section:
             *agent_rules(),
             *share_rules(spec.limits.maxconn_per_network),
             *_look_up(spec),
-            *note_forwarded(behind_proxy=True),
-            *_answer(spec, no_hops()),
+            *note_asked(spec.paths.token_keys),
+            *_answer(spec),
         ),
     )
 
@@ -237,19 +238,21 @@ def _found(spec: DataplaneSpec) -> Section:
             ("http-request", "set-var(sess.network)", f"req.fhdr({HEADER_NETWORK})"),
             *policy_rules(),
             *hear_forwarded(),
-            *_answer(spec, refuse_limited(), found=True),
+            ("http-request", "set-var(sess.found)", "bool(true)"),
+            *note_asked(spec.paths.token_keys),
+            *_answer(spec, found=True),
         ),
     )
 
 
-def _answer(spec: DataplaneSpec, hops: HopRules, *, found: bool = False) -> tuple[Words, ...]:
+def _answer(spec: DataplaneSpec, *, found: bool = False) -> tuple[Words, ...]:
     """From `txn.record` to whoever answers."""
     return (
-        *guard_rules(spec.paths.token_keys, hops),
-        tell_token_life(),
         # In front of Nova most requests have nothing to do with the cache, and its filter would cost each of them
         # a tenth. Elsewhere all have, and a hit that first chose a backend takes a third more instructions.
-        *(_choose_nova(spec, found=found) if spec.nova else _ask_the_cache(spec)),
+        *(() if spec.nova else _ask_the_cache(spec, unless=ASKED)),
+        *(_choose_nova(spec, found=found) if spec.nova else ()),
+        ("use_backend", f"documents{GUARDED}", "if", *ASKED, *KNOWN),
         ("use_backend", "documents", "if", *KNOWN),
         ("use_backend", "conflict", "if", *CONFLICT),
         # What comes from the resolver does not go back to it.
@@ -318,21 +321,26 @@ def _cached(spec: DataplaneSpec, *rules: Words) -> tuple[Words, ...]:
     return rules if spec.limits.cache_mb else ()
 
 
-def _ask_the_cache(spec: DataplaneSpec) -> tuple[Words, ...]:
+def _ask_the_cache(spec: DataplaneSpec, unless: Words = ()) -> tuple[Words, ...]:
     """Look a document up, and hide how HAProxy keeps it.
 
     The cache's key is the Host and the URI, so the record makes the Host. Of a URI in absolute form it is the URI
     alone: a guest's `GET http://anything/…` would share entries between instances, so there the record goes into
     the URI as well; and a query, which no document looks at, goes.
+
+    Args:
+        spec: What is to be built.
+        unless: A condition under which another backend does all of it.
     """
     plain = ("{", "url_beg", "/", "}", "!{", "url_sub", "?", "}")
+    passing = ("!" + unless[0], *unless[1:]) if unless else ()
     return (
         *_cached(
             spec,
-            ("http-request", "set-header", "host", "%[var(txn.record)]"),
+            ("http-request", "set-header", "host", "%[var(txn.record)]", *(("if", *passing) if passing else ())),
             ("http-request", "set-var(txn.target)", "pathq", "unless", *plain),
-            ("http-request", "set-uri", "/%[var(txn.record)]%[path]", "if", *_ODD),
-            ("http-request", "cache-use", "documents", "if", *KNOWN),
+            ("http-request", "set-uri", "/%[var(txn.record)]%[path]", "if", *_ODD, *passing),
+            ("http-request", "cache-use", "documents", "if", *passing, *KNOWN),
         ),
         *_hide_lifetime(),
     )  # fmt: skip
@@ -346,11 +354,14 @@ def _hide_lifetime() -> tuple[Words, ...]:
     )
 
 
-def _documents(spec: DataplaneSpec) -> Section:
+def _documents(spec: DataplaneSpec, *, guarded: bool = False) -> Section:
+    # One of the two backends looks after the servers for both.
+    checks = ("check", "inter", "1s", "fall", "2", "rise", "1")
     return Section(
-        ("backend", "documents"),
+        ("backend", f"documents{GUARDED}" if guarded else "documents"),
         (
-            *(_ask_the_cache(spec) if spec.nova else ()),
+            *(guard_rules(spec.paths.token_keys) if guarded else ()),
+            *(_ask_the_cache(spec) if spec.nova or guarded else ()),
             *_plain_request(),
             ("http-request", "set-header", HEADER_INSTANCE, "%[var(txn.record),field(1,|)]"),
             ("http-request", "set-header", HEADER_REVISION, "%[var(txn.record),field(2,|)]"),
@@ -361,10 +372,11 @@ def _documents(spec: DataplaneSpec) -> Section:
             ("retries", "3"),
             ("option", "redispatch", "1"),
             ("retry-on", "conn-failure", "empty-response", "response-timeout"),
-            ("option", "httpchk", "GET", "/livez"),
+            *(() if guarded else (("option", "httpchk", "GET", "/livez"),)),
             ("http-reuse", "always"),
             *(
-                ("server", f"documents-{index}", f"unix@{path}", "check", "inter", "1s", "fall", "2", "rise", "1")
+                ("server", f"documents-{index}", f"unix@{path}",
+                 *(("track", f"documents/documents-{index}") if guarded else checks))
                 for index, path in enumerate(spec.paths.documents)
             ),
         ),
@@ -389,8 +401,9 @@ def _resolver(spec: DataplaneSpec) -> Section:
             (*retry_later(), "if", "{", "sc0_gpc0_rate", "ge", str(spec.limits.misses_per_second), "}"),
             ("http-request", "sc-inc-gpc0(0)"),
             *((originate(),) if spec.nova else ()),
-            *_plain_request((*GUEST_HEADERS, *TOKEN_HEADERS)),
             *tell_forwarded(),
+            *_plain_request((*GUEST_HEADERS, *TOKEN_HEADERS)),
+            *send_forwarded(),
             *(_tell_unverified() if spec.unverified else ()),
             # The target is there twice, and a head that outgrows HAProxy's buffer by that would be 500.
             ("http-request", "set-var(txn.head)", "req.hdrs,length"),

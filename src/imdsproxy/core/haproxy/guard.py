@@ -4,28 +4,31 @@ Rules look at a copy of the path in which everything is undone that Nova or our 
 slashes, dot segments that lead nowhere, `/ec2` before a version. What of a path is ambiguous beyond that is
 refused where a rule could be passed by it. The path itself goes on as it came.
 
-A request that has no token, and whose record has no policy word, is looked at by the first four rules only.
+A request that has no token, and whose record has no policy word, does not come here: `note_asked` sends the others to
+backends of their own.
 """
 
 from __future__ import annotations
 
 from typing import Final
 
-from imdsproxy.core.haproxy.hops import HopRules
+from imdsproxy.core.haproxy.hops import limit_hops, release_hops
 from imdsproxy.core.haproxy.model import Words
-from imdsproxy.core.haproxy.rules import KNOWN, NOVA, TOKEN_HEADERS
+from imdsproxy.core.haproxy.rules import KNOWN, NOVA, TOKEN_HEADERS, retry_later
 from imdsproxy.core.policy import POLICY_WORD
 from imdsproxy.core.tokens import CURRENT, TOKEN_PATTERN, TTL_LIMIT_S
 from imdsproxy.core.wire import HEADER_FORWARDED
 
 __all__ = [
+    "ASKED",
+    "GUARDED",
     "TOKEN_PATH",
     "guard_rules",
     "hear_forwarded",
-    "note_forwarded",
+    "note_asked",
     "policy_rules",
+    "send_forwarded",
     "tell_forwarded",
-    "tell_token_life",
 ]
 
 _TOKEN_HEADER, _TTL_HEADER = TOKEN_HEADERS
@@ -44,20 +47,41 @@ _FOREIGN_HOST: Final = (
 )  # fmt: skip
 
 _UNDONE: Final = r'path,url_dec,regsub("/(?:\.?/)*(?:\.$)?",/,g),regsub("^/ec2(?=/|$)","")'
-_ODD: Final = ("{", "path", "-m", "sub", "%", "//", "/.", "/ec2", "}")
+_ODD: Final = ("{", "path", "-m", "reg", r"%|//|/\.|^/ec2", "}")
 _UP: Final = ("{", "var(txn.path)", "-m", "reg", r"(?:^|/)\.\.(?:/|$)", "}")
 _NUL: Final = ("{", "path", "-m", "sub", "%00", "}")
 
-_ASKED: Final = ("{", "var(txn.asked)", "-m", "found", "}")
+_THE_TOKEN: Final = "var(txn.token)"  # noqa: S105 - where it is
+_SAID_LENGTH: Final = 19
+"""Of `KID.EXPIRY`: eight hexadecimal digits, a dot, ten decimal ones (`core.tokens.TOKEN_PATTERN`)."""
+
+_MAC: Final = (
+    "concat(|,sess.network),concat(|,txn.instance),concat(|,txn.epoch),hmac(sha256,txn.key),ub64enc"
+)
+"""Of `KID.EXPIRY`, for whom a token is (`core.tokens.mint_token`)."""
+
+ASKED: Final = ("{", "var(txn.asked)", "-m", "found", "}")
+"""There is something to look at of the request."""
+
+GUARDED: Final = ".guarded"
+"""How the name of a backend ends that looks at requests (`guard_rules`) before it does what the other one does."""
+
 _POLICY: Final = ("{", "var(txn.policy)", "-m", "found", "}")
-_HAS_TOKEN: Final = ("{", f"req.fhdr_cnt({_TOKEN_HEADER})", "gt", "0", "}")
+_GIVEN: Final = ("{", _THE_TOKEN, "-m", "found", "}")
+_SEEN: Final = ("{", "var(txn.claim),strcmp(sess.good)", "-m", "int", "0", "}")
 _NO_GOOD_TOKEN: Final = ("!{", "var(txn.left)", "-m", "found", "}")
-_TOKEN_ROUTE: Final = ("{", "var(txn.route)", "-m", "found", "}")
-_BOOTED: Final = ("{", "var(txn.booting)", "-m", "int", "le", "0", "}")
+_PUT: Final = ("{", "method", "PUT", "}")
+_PLAIN_ROUTE: Final = ("{", "path", TOKEN_PATH, "}")
+_ROUTE: Final = ("{", "var(txn.route)", "-m", "found", "}")
 _IS_FORWARDED: Final = ("{", "var(txn.forwarded)", "-m", "found", "}")
 _IS_FORWARDED_FOR: Final = ("{", "var(txn.forwarded_for)", "-m", "found", "}")
-_OPENSTACK: Final = ("{", "var(txn.path)", "-m", "reg", "^/openstack(?:/|$)", "}")
-_NOCLOUD: Final = ("{", "var(txn.path)", "-m", "reg", "^/nocloud(?:/|$)", "}")
+_OF_A_PROXY: Final = ("{", "var(sess.router)", "-m", "found", "}")
+"""It comes through one of Neutron's proxies: `X-Forwarded-For` is that one's."""
+
+_BOOTED: Final = ("{", "var(txn.booting)", "-m", "int", "le", "0", "}")
+# Whatever else begins so is nothing to Nova or to our documents.
+_OPENSTACK: Final = ("{", "var(txn.path)", "-m", "beg", "/openstack", "}")
+_NOCLOUD: Final = ("{", "var(txn.path)", "-m", "beg", "/nocloud", "}")
 _USER_DATA: Final = (
     "{", "var(txn.path)", "-m", "reg", "^/(?:openstack/[^/]+/user_data|[^/]+/user-data)(?:/|$)", "}"
 )  # fmt: skip
@@ -72,54 +96,83 @@ def policy_rules() -> tuple[Words, ...]:
     )
 
 
-def guard_rules(key_map: str, hops: HopRules) -> tuple[Words, ...]:
-    """Refuse, give a token, or let pass: after the look-up, before anybody answers.
+def note_asked(key_map: str) -> tuple[Words, ...]:
+    """Whether there is anything to look at of a request, after the look-up: then a guarded backend answers it.
+
+    Most often there is not, so no more than this is in everybody's way. In each condition comes first what is most
+    often not so. A token that was good on this connection, for the same record and under the same policy, is not
+    looked at again but for its end and its key.
+    """
+    plain = _none_of(_PUT, _PLAIN_ROUTE)
+    return (
+        _set("token", f"req.fhdr({_TOKEN_HEADER})"),
+        ("http-request", "set-var(txn.asked)", "bool(true)", "if", *_POLICY, "or", *_GIVEN, *KNOWN,
+         # A PUT asks for a token, or for nothing that there is.
+         "or", *_PUT, *KNOWN, "or", *_PLAIN_ROUTE, *KNOWN),
+        _set("claim", f"{_THE_TOKEN},concat(|,sess.network),concat(|,txn.policy),concat(|,txn.record)", ASKED, _GIVEN),
+        _set("now", "date", ASKED, _GIVEN),
+        _set("left", f"{_THE_TOKEN},field(2,.),sub(txn.now)", ASKED, _GIVEN, _SEEN),
+        _rule(("http-request", "unset-var(txn.asked)"), ("{", "var(txn.left)", "-m", "int", "gt", "0", "}"), *plain,
+              ("{", f"{_THE_TOKEN},bytes(0,8),map_str({key_map})", "-m", "found", "}"),
+              ("{", f"req.fhdr_cnt({_TOKEN_HEADER})", "1", "}")),
+        # Tokens are off, and nothing else is said.
+        _rule(("http-request", "unset-var(txn.asked)"), ASKED,
+              ("{", "var(txn.policy)", "-m", "beg", f"{POLICY_WORD}1-ooo---", "}"), *plain),
+        _tell_token_life(),
+    )  # fmt: skip
+
+
+def guard_rules(key_map: str) -> tuple[Words, ...]:
+    """Refuse, give a token, or let pass: the first rules of a guarded backend.
 
     Args:
         key_map: The file of `core.tokens.render_key_map`.
-        hops: How far the answer that has a token goes.
     """
+    return (*_path(), *_check(key_map), *release_hops(), *_give(key_map), *_require())
+
+
+def _give(key_map: str) -> tuple[Words, ...]:
+    ttl = f"req.fhdr({_TTL_HEADER})"
+    latest = ("{", "var(txn.path)", "-m", "str", TOKEN_PATH, f"{TOKEN_PATH}/", "}")
     return (
-        # In the order of what is most often so: the first one that holds makes the others cheap.
-        _set("asked", "bool(true)", KNOWN, _POLICY),
-        _set("asked", "bool(true)", KNOWN, _HAS_TOKEN),
-        # A PUT asks for a token, or for nothing that there is.
-        _set("asked", "bool(true)", KNOWN, ("{", "method", "PUT", "}")),
-        _set("asked", "bool(true)", KNOWN, ("{", "path", TOKEN_PATH, "}")),
-        *_path(),
-        *_give(key_map, hops[0]),
-        *_check(key_map),
-        *hops[1],
-        *_require(),
-    )
-
-
-def note_forwarded(*, behind_proxy: bool) -> tuple[Words, ...]:
-    """Whether somebody had the guest ask, for rules that want to know: before its headers are deleted.
-
-    Args:
-        behind_proxy: `X-Forwarded-For` is there in every request, and not the guest's.
-    """
-    wanted = ("{", "var(txn.policy),bytes(6,1)", "-m", "str", "g", "}")
-    unknown = _none_of(KNOWN)
-    signs: list[Words] = [("{", "req.hdrs", "-m", "reg", _FORWARDED, "}"), _FOREIGN_HOST]
-    if not behind_proxy:
-        signs.append(_FORWARDED_FOR)
-    put = (
-        ()
-        if behind_proxy
-        else (_set("forwarded_for", "bool(true)", ("{", "method", "PUT", "}"), _FORWARDED_FOR),)
-    )
-    return (
-        *put,
-        *(_set("forwarded", "bool(true)", wanted, sign) for sign in signs),
-        # The resolver finds out who asks, and then these rules are gone through again.
-        *(_set("forwarded", "bool(true)", *unknown, sign) for sign in signs),
+        _set("route", "bool(true)", ("{", "var(txn.path)", "-m", "end", "/api/token", "/api/token/", "}")),
+        _answer(404, _ROUTE, _letter(2, "-")),
+        # Under a dated version there is none (AWS).
+        _answer(403, _ROUTE, _PUT, *_none_of(latest)),
+        _answer(404, _ROUTE, *_none_of(latest)),
+        _answer(405, _ROUTE, *_none_of(_PUT), allow="OPTIONS, PUT"),
+        # Whoever has a proxy fetch a token has it fetch the rest as well.
+        _answer(403, _ROUTE, _IS_FORWARDED_FOR),
+        _answer(403, _ROUTE, _FORWARDED_FOR, *_none_of(_OF_A_PROXY)),
+        _answer(400, _ROUTE, ("!{", f"req.fhdr_cnt({_TTL_HEADER})", "1", "}")),
+        _answer(400, _ROUTE, ("!{", ttl, "-m", "reg", "^[0-9]{1,5}$", "}")),
+        _answer(400, _ROUTE, ("!{", ttl, "-m", "int", f"1:{TTL_LIMIT_S}", "}")),
+        *_whose(_ROUTE),
+        _set("ttl", f"{ttl},add(0)", _ROUTE),
+        _set("until", "date,add(txn.ttl)", _ROUTE),
+        _set("kid", f"str({CURRENT}),map_str({key_map})", _ROUTE),
+        _set("key", f"var(txn.kid),map_str({key_map})", _ROUTE),
+        _set("said", "var(txn.kid),concat(.,txn.until)", _ROUTE),
+        _set("mac", f"var(txn.said),{_MAC}", _ROUTE),
+        *limit_hops(),
+        _rule(("http-request", "return", "status", "200", "content-type", "text/plain",
+               "hdr", _TTL_HEADER, "%[var(txn.ttl)]", "lf-string", "%[var(txn.said)].%[var(txn.mac)]"),
+              _ROUTE, ("{", "var(txn.mac)", "-m", "found", "}")),
+        # No key is known: the map is written before any configuration, so somebody took it away.
+        _rule(retry_later(), _ROUTE),
     )  # fmt: skip
 
 
 def tell_forwarded() -> tuple[Words, ...]:
-    """Tell the resolver, which tells `hear_forwarded`."""
+    """Note for the resolver what the guest's headers say, before they are deleted; then comes `send_forwarded`."""
+    return (
+        *(_set("forwarded", "bool(true)", *sign) for sign in _SIGNS),
+        _set("forwarded_for", "bool(true)", _PUT, _FORWARDED_FOR, *_none_of(_OF_A_PROXY)),
+    )
+
+
+def send_forwarded() -> tuple[Words, ...]:
+    """What `tell_forwarded` has found, once the guest's headers are deleted."""
     return (
         ("http-request", "set-header", HEADER_FORWARDED, "by", "if", *_IS_FORWARDED),
         ("http-request", "set-header", HEADER_FORWARDED, "for", "if", *_IS_FORWARDED_FOR),
@@ -135,14 +188,18 @@ def hear_forwarded() -> tuple[Words, ...]:
     )
 
 
-def tell_token_life() -> Words:
+def _tell_token_life() -> Words:
     """Say with each answer to a good token how many seconds it has left, as EC2 does."""
     return ("http-after-response", "set-header", _TTL_HEADER, "%[var(txn.left)]",
-            "if", "{", "var(txn.left)", "-m", "found", "}")  # fmt: skip
+            "if", "{", "var(txn.left)", "-m", "int", "gt", "0", "}")  # fmt: skip
 
 
 def _rule(action: Words, *conditions: Words) -> Words:
-    return (*action, "if", *(word for condition in conditions for word in condition))
+    return (
+        (*action, "if", *(word for condition in conditions for word in condition))
+        if conditions
+        else action
+    )
 
 
 def _set(variable: str, expression: str, *conditions: Words) -> Words:
@@ -159,95 +216,71 @@ def _letter(index: int, letter: str) -> Words:
     return ("{", f"var(txn.policy),bytes({index},1)", "-m", "str", "--", letter, "}")
 
 
+def _none_of(*conditions: Words) -> tuple[Words, ...]:
+    return tuple(("!" + condition[0], *condition[1:]) for condition in conditions)
+
+
+_SIGNS: Final = (
+    (("{", "req.hdrs", "-m", "reg", _FORWARDED, "}"),),
+    (_FOREIGN_HOST,),
+    (_FORWARDED_FOR, *_none_of(_OF_A_PROXY)),
+)
+"""Each says that somebody had the guest ask."""
+
+
 def _path() -> tuple[Words, ...]:
+    odd = ("{", "var(txn.odd)", "-m", "found", "}")
     return (
-        _answer(403, _ASKED, _letter(1, "0")),
-        _set("path", "path", _ASKED),
-        _rule(("http-request", "unset-var(txn.path)"), _ASKED, _ODD),
-        _set("path", _UNDONE, _ASKED, _ODD),
+        _answer(403, ("{", "var(txn.policy)", "-m", "beg", f"{POLICY_WORD}0", "}")),
+        _set("odd", "bool(true)", _ODD),
+        _set("path", "path", *_none_of(odd)),
+        _set("path", _UNDONE, odd),
         # Nothing that there is has such a path: whoever sends it tries to pass by a rule.
-        _answer(400, _ASKED, _POLICY, ("!{", "var(txn.path)", "-m", "found", "}")),
-        _answer(400, _ASKED, _POLICY, _UP),
-        _answer(400, _ASKED, _POLICY, _NUL),
-        _set("route", "bool(true)", _ASKED, ("{", "var(txn.path)", "-m", "reg", f"^{TOKEN_PATH}/?$", "}")),
-        _set("instance", "var(txn.record),field(1,|)", _ASKED),
-        _set("instance", "var(txn.record),field(3,|)", _ASKED, NOVA),
-        _set("epoch", "int(0)", _ASKED),
-        _set("epoch", "var(txn.policy),field(2,:)", _ASKED, _POLICY),
-    )  # fmt: skip
+        _answer(400, odd, _POLICY, ("!{", "var(txn.path)", "-m", "found", "}")),
+        _answer(400, odd, _POLICY, _UP),
+        _answer(400, odd, _POLICY, _NUL),
+    )
 
 
-def _give(key_map: str, limit: tuple[Words, ...]) -> tuple[Words, ...]:
-    ttl = f"req.fhdr({_TTL_HEADER})"
-    put = ("{", "method", "PUT", "}")
+def _whose(*conditions: Words) -> tuple[Words, ...]:
+    """Whom a token is for, beside the network."""
     return (
-        _answer(404, _TOKEN_ROUTE, _letter(2, "-")),
-        _answer(405, _TOKEN_ROUTE, ("!{", "method", "PUT", "}"), allow="OPTIONS, PUT"),
-        # Under a dated version there is none (AWS).
-        _answer(403, _ASKED, put, ("{", "var(txn.path)", "-m", "reg", "^/[0-9][^/]*/api/token/?$", "}")),
-        # Whoever has a proxy fetch a token has it fetch the rest as well.
-        _answer(403, _TOKEN_ROUTE, _IS_FORWARDED_FOR),
-        _answer(400, _TOKEN_ROUTE, ("!{", f"req.fhdr_cnt({_TTL_HEADER})", "1", "}")),
-        _answer(400, _TOKEN_ROUTE, ("!{", ttl, "-m", "reg", "^[0-9]{1,5}$", "}")),
-        _answer(400, _TOKEN_ROUTE, ("!{", ttl, "-m", "int", f"1:{TTL_LIMIT_S}", "}")),
-        _set("ttl", f"{ttl},add(0)", _TOKEN_ROUTE),
-        _set("kid", f"str({CURRENT}),map_str({key_map})", _TOKEN_ROUTE),
-        _set("until", "date,add(txn.ttl)", _TOKEN_ROUTE),
-        *_sign(key_map, "%[var(txn.kid)].%[var(txn.until)]", _TOKEN_ROUTE),
-        *limit,
-        _rule(("http-request", "return", "status", "200", "content-type", "text/plain",
-               "hdr", _TTL_HEADER, "%[var(txn.ttl)]", "lf-string", "%[var(txn.said)].%[var(txn.mac)]"),
-              _TOKEN_ROUTE, ("{", "var(txn.mac)", "-m", "found", "}")),
-        # No key is known: whoever made the configuration wrote the map first, so somebody took it away.
-        _answer(503, _TOKEN_ROUTE),
-    )  # fmt: skip
-
-
-def _sign(key_map: str, said: str, *conditions: Words) -> tuple[Words, ...]:
-    """`txn.mac` over `txn.said` and whom it is bound to, by the key whose kid `txn.kid` is."""
-    bound = "%[var(txn.said)]|%[var(sess.network)]|%[var(txn.instance)]|%[var(txn.epoch)]"
-    return (
-        _set("key", f"var(txn.kid),map_str({key_map})", *conditions),
-        _rule(("http-request", "set-var-fmt(txn.said)", said), *conditions),
-        _rule(("http-request", "set-var-fmt(txn.bound)", bound), *conditions),
-        _set("mac", "var(txn.bound),hmac(sha256,txn.key),ub64enc", *conditions),
+        _set("instance", "var(txn.record),field(1,|)", *conditions),
+        _set("instance", "var(txn.record),field(3,|)", *conditions, NOVA),
+        _set("epoch", "var(txn.policy),field(2,:)", *conditions, _POLICY),
     )
 
 
 def _check(key_map: str) -> tuple[Words, ...]:
-    token = f"req.fhdr({_TOKEN_HEADER})"
-    given = ("{", "var(txn.token)", "-m", "found", "}")
     return (
+        ("http-request", "unset-var(txn.left)"),
         # While there is no token route a token is a header like any other.
-        _rule(("http-request", "set-var(txn.token)", token), _ASKED, _HAS_TOKEN, *_none_of(_letter(2, "-"))),
-        _answer(401, given, ("!{", f"req.fhdr_cnt({_TOKEN_HEADER})", "1", "}")),
-        # The whole of it: `field` alone takes what has more behind.
-        _answer(401, given, ("!{", "var(txn.token)", "-m", "reg", TOKEN_PATTERN, "}")),
-        _set("kid", "var(txn.token),field(1,.)", given),
-        *_sign(key_map, "%[var(txn.token),field(1,.,2)]", given),
-        _set("claimed", "var(txn.token),field(3,.)", given),
-        _answer(401, given, ("!{", "var(txn.claimed),secure_memcmp(txn.mac)", "}")),
-        _set("now", "date", given),
-        _set("life", "var(txn.token),field(2,.),sub(txn.now)", given),
-        _answer(401, given, ("{", "var(txn.life)", "-m", "int", "le", "0", "}")),
-        _set("left", "var(txn.life)", given),
+        _rule(("http-request", "unset-var(txn.token)"), _GIVEN, _letter(2, "-")),
+        _answer(401, _GIVEN, ("!{", f"req.fhdr_cnt({_TOKEN_HEADER})", "1", "}")),
+        # The whole of it: what is cut out below says nothing of what stands behind.
+        _answer(401, _GIVEN, ("!{", _THE_TOKEN, "-m", "reg", TOKEN_PATTERN, "}")),
+        *_whose(_GIVEN),
+        _set("key", f"{_THE_TOKEN},bytes(0,8),map_str({key_map})", _GIVEN),
+        _set("mac", f"{_THE_TOKEN},bytes(0,{_SAID_LENGTH}),{_MAC}", _GIVEN),
+        _answer(401, _GIVEN, ("!{", f"{_THE_TOKEN},bytes({_SAID_LENGTH + 1}),secure_memcmp(txn.mac)", "}")),
+        _set("life", f"{_THE_TOKEN},field(2,.),sub(txn.now)", _GIVEN),
+        _answer(401, _GIVEN, ("{", "var(txn.life)", "-m", "int", "le", "0", "}")),
+        _set("left", "var(txn.life)", _GIVEN),
+        # `note_asked` lets it pass from now on, and so must nothing else be to look at.
+        _rule(("http-request", "set-var(sess.good)", "var(txn.claim)"), _GIVEN, *_none_of(_letter(7, "s"))),
     )  # fmt: skip
 
 
 def _require() -> tuple[Words, ...]:
-    tree = ("{", "var(txn.mode)", "-m", "str", "r", "}")
+    boot_counts = _letter(8, "b")
+    refused = (_POLICY, _NO_GOOD_TOKEN)
     return (
-        _set("now", "date", _POLICY),
-        _set("booting", "var(txn.policy),field(3,:),sub(txn.now)", _POLICY),
-        _set("mode", "var(txn.policy),bytes(3,1)", _POLICY),
-        _set("mode", "var(txn.policy),bytes(4,1)", _POLICY, _OPENSTACK),
-        _set("mode", "var(txn.policy),bytes(5,1)", _POLICY, _NOCLOUD),
-        _answer(401, _POLICY, tree, _NO_GOOD_TOKEN, *_none_of(_OPENSTACK, _NOCLOUD)),
-        _answer(401, _POLICY, tree, _NO_GOOD_TOKEN, _BOOTED),
-        _answer(403, _POLICY, _letter(6, "g"), _NO_GOOD_TOKEN, _IS_FORWARDED),
-        _answer(403, _POLICY, _letter(7, "s"), _BOOTED, _USER_DATA),
+        _set("now", "date", _POLICY, boot_counts),
+        _set("booting", "var(txn.policy),field(3,:),sub(txn.now)", _POLICY, boot_counts),
+        _answer(401, *refused, _letter(3, "r"), *_none_of(_OPENSTACK, _NOCLOUD)),
+        _answer(401, *refused, _BOOTED, _letter(4, "r"), _OPENSTACK),
+        _answer(401, *refused, _BOOTED, _letter(5, "r"), _NOCLOUD),
+        *(_answer(403, *refused, _letter(6, "g"), *sign)
+          for sign in ((_IS_FORWARDED,), *_SIGNS)),
+        _answer(403, _BOOTED, _letter(7, "s"), _USER_DATA),
     )  # fmt: skip
-
-
-def _none_of(*conditions: Words) -> tuple[Words, ...]:
-    return tuple(("!" + condition[0], *condition[1:]) for condition in conditions)

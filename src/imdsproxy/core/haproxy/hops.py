@@ -14,51 +14,37 @@ from imdsproxy.core.haproxy.model import Words
 from imdsproxy.core.haproxy.rules import retry_later
 from imdsproxy.core.hop_limit import NEXT_TO_MARK, UNLIMITED, WITHHELD
 
-__all__ = ["HopRules", "limit_hops", "no_hops", "refuse_limited"]
-
-HopRules = tuple[tuple[Words, ...], tuple[Words, ...]]
-"""Before a token is given, and after one has been checked."""
+__all__ = ["limit_hops", "release_hops"]
 
 _ROUTE: Final = ("{", "var(txn.route)", "-m", "found", "}")
 _LIMITED: Final = ("{", "var(txn.hops)", "-m", "int", "lt", str(UNLIMITED), "}")
-_READ: Final[Words] = (
-    "http-request", "set-var(txn.hops)", "var(txn.policy),field(4,:)",
-    "if", *_ROUTE, "{", "var(txn.policy)", "-m", "found", "}",
-)  # fmt: skip
+_OF_A_PROXY: Final = ("{", "var(sess.router)", "-m", "found", "}")
+_OF_THE_RESOLVER: Final = ("{", "var(sess.found)", "-m", "found", "}")
 
 
-def limit_hops() -> HopRules:
-    """For connections of guests."""
+def limit_hops() -> tuple[Words, ...]:
+    """Before a token is given.
+
+    Behind Neutron's proxies nothing is done: its packets are not ours. What comes from the resolver is told to come
+    again: the guest's connection is another, and by its next request it is known.
+    """
     withheld = ("{", "var(txn.hops)", "-m", "int", str(WITHHELD), "}")
     marked = ("{", "var(txn.hops)", "-m", "int", str(NEXT_TO_MARK + 1), "}")
-    shown = (
-        "{",
-        "var(txn.left)",
-        "-m",
-        "found",
-        "}",
-        "{",
-        "var(txn.mac),strcmp(sess.given)",
-        "eq",
-        "0",
-        "}",
-    )
-    give: tuple[Words, ...] = (
-        _READ,
+    return (
+        ("http-request", "set-var(txn.hops)", "var(txn.policy),field(4,:)",
+         "if", *_ROUTE, "{", "var(txn.policy)", "-m", "found", "}", "!" + _OF_A_PROXY[0], *_OF_A_PROXY[1:]),
+        (*retry_later(), "if", *_ROUTE, *_OF_THE_RESOLVER, *_LIMITED),
         (*retry_later(), "if", *_ROUTE, *withheld),
         ("http-request", "set-var(txn.hops)", f"int({NEXT_TO_MARK})", "if", *_ROUTE, *marked),
         # The low two bits of the byte are not the DSCP's.
         ("http-request", "set-fc-tos", "var(txn.hops),mul(4)", "if", *_ROUTE, *_LIMITED),
         ("http-request", "set-var(sess.given)", "var(txn.mac)", "if", *_ROUTE, *_LIMITED),
+    )  # fmt: skip
+
+
+def release_hops() -> tuple[Words, ...]:
+    """Once a token has been checked: the one that was given on this connection has arrived."""
+    given = ("{", "var(txn.mac),strcmp(sess.given)", "eq", "0", "}")
+    return (
+        ("http-request", "set-fc-tos", "0", "if", "{", "var(txn.left)", "-m", "found", "}", *given),
     )
-    return give, (("http-request", "set-fc-tos", "0", "if", *shown),)
-
-
-def refuse_limited() -> HopRules:
-    """For what comes from the resolver: the guest's connection is another, and by the next request it is known."""
-    return (_READ, (*retry_later(), "if", *_ROUTE, *_LIMITED)), ()
-
-
-def no_hops() -> HopRules:
-    """For what comes from a front of somebody else's, whose packets are not ours."""
-    return (), ()

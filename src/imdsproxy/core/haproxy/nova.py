@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Final
 
+from imdsproxy.core.haproxy.guard import ASKED, GUARDED, guard_rules
 from imdsproxy.core.haproxy.model import (
     DataplaneSpec,
     NovaBackend,
@@ -75,7 +76,7 @@ def longest_s(times: NovaTimes) -> float:
 
 def set_of_backend(backend: str) -> str | None:
     """The endpoint set that a backend of HAProxy's counters stands for; `None` for any other proxy."""
-    name = backend.removeprefix("nova.").removesuffix(".once")
+    name = backend.removeprefix("nova.").removesuffix(GUARDED).removesuffix(".once")
     return None if name == backend or "." in name else name
 
 
@@ -89,17 +90,21 @@ def use_nova(spec: DataplaneSpec) -> tuple[Words, ...]:
     rules: list[Words] = []
     for backend in spec.nova:
         mine = ("{", "var(txn.record)", "-m", "beg", f"{MAP_NOVA}{backend.name}|", "}")
+        once, guarded = _once(backend), (*mine, *ASKED)
+        rules.append(("use_backend", f"{_name(backend)}{GUARDED}", "if", *guarded, *_REPEATABLE))
+        rules.append(("use_backend", f"{once}{GUARDED}", "if", *guarded))
         rules.append(("use_backend", _name(backend), "if", *mine, *_REPEATABLE))
-        rules.append(("use_backend", _once(backend), "if", *mine))
+        rules.append(("use_backend", once, "if", *mine))
     return tuple(rules)
 
 
 def nova_backends(spec: DataplaneSpec) -> Iterator[Section]:
-    """Two backends for each endpoint set, and the hops of a set with two secrets."""
+    """Four backends for each endpoint set, two of them guarded, and the hops of a set with two secrets."""
     for backend in spec.nova:
         mixed = _mixed(backend)
-        for once in (False, True):
-            yield _backend(spec, backend, once=once, mixed=mixed)
+        for guarded in (False, True):
+            for once in (False, True):
+                yield _backend(spec, backend, once=once, guarded=guarded, mixed=mixed)
         if mixed or backend.hops:
             for server in backend.servers:
                 yield _hop(spec, backend, server, used=mixed)
@@ -132,20 +137,24 @@ def _contents(tls: NovaTls | None) -> tuple[Words, ...]:
     return (("description", f"certificates {tls.contents}"),) if tls and tls.contents else ()
 
 
-def _backend(spec: DataplaneSpec, backend: NovaBackend, *, once: bool, mixed: bool) -> Section:
+def _backend(
+    spec: DataplaneSpec, backend: NovaBackend, *, once: bool, guarded: bool, mixed: bool
+) -> Section:
+    first = not once and not guarded
     times = spec.nova_times
     response_s = times.response_s + (_BEYOND_HOP_S if mixed else 0.0)
     if mixed:
         servers = tuple(_to_hop(spec, backend, server) for server in backend.servers)
     else:
         servers = tuple(
-            _server(backend.tls, server, times, tracked=_name(backend) if once else None)
+            _server(backend.tls, server, times, tracked=None if first else _name(backend))
             for server in backend.servers
         )
     counter = refused_counter(backend.name)
     return Section(
-        ("backend", _once(backend) if once else _name(backend)),
+        ("backend", f"{_once(backend) if once else _name(backend)}{GUARDED if guarded else ''}"),
         (
+            *(guard_rules(spec.paths.token_keys) if guarded else ()),
             *_contents(backend.tls),
             *_plain_request(once=once),
             ("http-request", "set-header", "host", backend.host),
@@ -164,7 +173,7 @@ def _backend(spec: DataplaneSpec, backend: NovaBackend, *, once: bool, mixed: bo
                 "}",
             ),
             *_again(once=once),
-            *(() if once or mixed else _check(times)),
+            *(_check(times) if first and not mixed else ()),
             *servers,
         ),
     )

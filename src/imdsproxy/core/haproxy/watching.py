@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
 
+from imdsproxy.core.haproxy.guard import GUARDED
 from imdsproxy.core.haproxy.section import Section, Words
 from imdsproxy.core.wire import MAP_NOVA
 
@@ -172,4 +173,5 @@ def _answered_by(backend: str, server: str) -> AnsweredBy:
         AnsweredBy.RESOLVER,
         AnsweredBy.CONFLICT,
     )
-    return next((one for one in known if backend == one.value), AnsweredBy.HAPROXY)
+    name = backend.removesuffix(GUARDED)
+    return next((one for one in known if name == one.value), AnsweredBy.HAPROXY)
