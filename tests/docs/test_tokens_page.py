@@ -52,14 +52,14 @@ def _policy(
 
 def test_all_settings_of_the_page_are_good_ones() -> None:
     found = [one for one in _blocks() if _is_settings(one)]
-    assert len(found) == 6
+    assert len(found) == 7
     for one in found:
         read = parse_yaml(textwrap.dedent(one.script), "page")
         Settings.model_validate(read.data)
 
 
 def test_the_first_example_says_what_the_page_says_of_it() -> None:
-    settings = _settings("blue:")
+    settings = _settings("legacy:")
     assert _policy(settings).tokens is TokenMode.OPTIONAL
     assert _policy(settings, network="blue").tokens is TokenMode.REQUIRED
     assert _policy(settings, network="blue", project="legacy").tokens is TokenMode.OPTIONAL
