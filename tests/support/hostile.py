@@ -202,6 +202,17 @@ _TARGETS: Final = (
     b"",
 )
 
+_AUTHORITIES: Final = (
+    b"169.254.169.254",
+    b"green-5",
+    b"green-5|0123456789abcdef",
+    b"green",
+    b"nova:8775",
+    b"127.0.0.1:80",
+    b"[fe80::a9fe:a9fe]",
+)
+"""For whom a request says that it is."""
+
 _VERSIONS: Final = (
     b"HTTP/1.0",
     b"HTTP/0.9",
@@ -296,6 +307,9 @@ def _requests(draw: st.DrawFn) -> bytes:
     host = draw(
         _mostly(b"Host: 169.254.169.254", st.sampled_from((b"Host: evil.example", b"")), times=6)
     )
+    if start[1].startswith(b"/") and draw(st.integers(0, 7)) == 7:
+        name = draw(st.sampled_from(_AUTHORITIES))
+        start, host = (start[0], b"http://" + name + start[1], start[2]), b"Host: " + name
     lines = [one for one in (host, *draw(st.lists(_LINES, max_size=3))) if one]
     ends = draw(_mostly(b"\r\n", st.sampled_from((b"\n", b"\r", b"\r\r\n", b"\n\r")), times=16))
     body = draw(_mostly(b"", st.sampled_from(_BODIES), times=3))
@@ -346,6 +360,20 @@ def _by_hand() -> tuple[Harm, ...]:
     found += [_request((one, *get[1:]), [host]) for one in _METHODS]
     found += [_request((b"GET", one, b"HTTP/1.1"), [host]) for one in _TARGETS]
     found += [_request((*get[:2], one), [host]) for one in _VERSIONS]
+    found += [
+        _request((method, b"http://%s%s" % (name, path), version), lines)
+        for name in _AUTHORITIES
+        for path in (
+            b"/latest/user-data",
+            b"/openstack/latest/meta_data.json",
+            b"",
+            b"?x",
+            b"//latest/user-data",
+        )
+        for version in (b"HTTP/1.1", b"HTTP/1.0")
+        for method in (b"GET", b"POST")
+        for lines in ([b"Host: " + name], [])
+    ]
     whole = _request(get, [host, b"Accept: a/b"])
     cut = [Harm(whole[:length], whole=False) for length in range(0, len(whole), 3)]
     return (
