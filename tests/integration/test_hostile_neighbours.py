@@ -177,7 +177,7 @@ class _Moving:
         asker = _asker(self.guest, self.number)
         # Tokens of both, by turns: at each time one of them is worth something.
         for token in itertools.cycle(self.tokens):
-            if self._stop.wait(0.002):
+            if self._stop.wait(0.01):
                 break
             before = self.done
             got = asker.ask(_USER_DATA, headers=_with(self.tokens[token]))
