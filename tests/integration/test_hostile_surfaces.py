@@ -52,7 +52,7 @@ _ADMIN: Final = (
 @pytest.fixture(scope="module")
 def world() -> Iterator[World]:
     """Every listener that the daemon can have is there, on the host's loopback."""
-    settings = {
+    settings: dict[str, dict[str, object]] = {
         "resolver": {"hold_s": 0.0},
         "metrics": {"listen": "127.0.0.1:9465", "haproxy_listen": "127.0.0.1:9466"},
     }
