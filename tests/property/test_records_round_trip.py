@@ -59,6 +59,7 @@ _keys = st.sampled_from(
     [
         *("id", "name", "hostname", "ports", "ssh_keys", "tags", "user_data", "user_data_file"),
         *("vendor_data", "dialects", "listener", "subnets", "mtu", "extra"),
+        *("policy", "created_at", "scope", "mac_check", "upstream"),
     ]
 )
 _records = st.dictionaries(_keys, _values, max_size=6) | _values

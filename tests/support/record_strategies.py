@@ -23,8 +23,9 @@ from imdsproxy.core.model import (
     Subnet,
     Upstream,
 )
+from imdsproxy.core.policy import PolicyRules, TokenMode
 
-__all__ = ["instances", "ipv4", "ipv6", "macs", "networks"]
+__all__ = ["instances", "ipv4", "ipv6", "macs", "networks", "policies"]
 
 ids = st.from_regex(r"\A[A-Za-z0-9][A-Za-z0-9._-]{0,63}\Z")
 devices = st.from_regex(r"\A[A-Za-z0-9_][A-Za-z0-9._@+=-]{0,14}\Z")
@@ -62,6 +63,20 @@ _listeners = st.one_of(
     st.builds(NamespaceListener, namespaces, st.none() | devices),
     st.builds(NamespaceListener, namespaces, devices, st.booleans()),
 )
+_switches = st.none() | st.booleans()
+_modes = st.none() | st.sampled_from(TokenMode)
+policies = st.builds(
+    PolicyRules,
+    endpoint=_switches,
+    tokens=_modes,
+    openstack_tokens=_modes,
+    nocloud_tokens=_modes,
+    boot_grace_s=st.none() | st.integers(0, 604_800),
+    seal_user_data=_switches,
+    refuse_forwarded=_switches,
+    hop_limit=st.none() | st.integers(1, 64),
+)
+moments = st.none() | st.integers(0, 9_999_999_999)
 networks = st.builds(
     Network,
     ids.map(NetworkId),
@@ -71,6 +86,7 @@ networks = st.builds(
     st.lists(_subnets_v4 | _subnets_v6, max_size=3, unique_by=lambda one: one.cidr).map(tuple),
     st.none() | st.integers(68, 65535),
     st.sampled_from(Scope),
+    policy=policies,
 )
 
 
@@ -112,6 +128,8 @@ _nova_instances = st.builds(
     project=ids,
     ports=_ports(),
     upstream=st.just(Upstream.NOVA),
+    policy=policies,
+    created_at=moments,
 )
 _embedded_instances = st.builds(
     Instance,
@@ -129,5 +147,7 @@ _embedded_instances = st.builds(
     availability_zone=maybe_texts,
     instance_type=maybe_texts,
     dialects=st.frozensets(st.sampled_from(Dialect)),
+    policy=policies,
+    created_at=moments,
 )
 instances = _embedded_instances | _nova_instances

@@ -79,6 +79,38 @@ class SubnetRecord(_Record):
     dns: list[str] = Field(default_factory=list)
 
 
+class PolicyRecord(_Record):
+    """What guests may read and how; what is left out is left to less specific scopes.
+
+    Settings say the same of hosts, networks, projects and instances, and win over a record of the same scope.
+    """
+
+    endpoint: bool | None = Field(default=None, description="Off, every request gets 403.")
+    tokens: Literal["off", "optional", "required"] | None = Field(
+        default=None, description="Session tokens (IMDSv2) for EC2's tree."
+    )
+    openstack_tokens: Literal["off", "optional", "required"] | None = Field(
+        default=None, description="The same for `/openstack`, from the end of the boot on."
+    )
+    nocloud_tokens: Literal["off", "optional", "required"] | None = Field(
+        default=None, description="The same for `/nocloud`."
+    )
+    boot_grace_s: int | None = Field(
+        default=None,
+        description="Seconds after the instance's creation at which its boot is over; at most a week.",
+    )
+    seal_user_data: bool | None = Field(
+        default=None, description="Refuse user-data with 403 once the boot is over."
+    )
+    refuse_forwarded: bool | None = Field(
+        default=None,
+        description="Without a token, refuse with 403 what has headers of proxies or browsers.",
+    )
+    hop_limit: int | None = Field(
+        default=None, description="Hops that the answer with a token goes, 1 to 64."
+    )
+
+
 class NetworkRecord(_Record):
     """A network."""
 
@@ -94,6 +126,9 @@ class NetworkRecord(_Record):
     mac_check: bool = Field(
         default=True,
         description="Believe an address only together with its MAC; off where guests are behind a router.",
+    )
+    policy: PolicyRecord | None = Field(
+        default=None, description="For the guests that are reached through it."
     )
 
 
@@ -147,8 +182,11 @@ class InstanceRecord(_Record):
     upstream: Literal["embedded", "nova"] = Field(
         default="embedded", description="Who has its documents; `nova` needs `project`."
     )
-    created_at: int | None = Field(
-        default=None, description="When it was made or built anew, Unix time."
+    policy: PolicyRecord | None = Field(default=None, description="Wins over its network's.")
+    created_at: int | str | None = Field(
+        default=None,
+        description="When it was made or built anew: Unix time, or text of RFC 3339 with its zone. Without it the "
+        "store notes when it was first put. The boot grace counts from it.",
     )
 
 

@@ -473,8 +473,13 @@ def test_answers_have_the_shape_that_is_described(filled: AdminServer) -> None:
 
 
 def test_the_described_records_are_the_ones_that_are_read() -> None:
-    from imdsproxy.core.records import instance, network  # noqa: PLC0415 - their private key lists
+    from imdsproxy.core.records import (  # noqa: PLC0415 - their private key lists
+        instance,
+        network,
+        policy,
+    )
 
     described = set(bodies.InstanceRecord.model_fields)
     assert described == set(instance._KEYS) - {"user_data_file"}
     assert set(bodies.NetworkRecord.model_fields) == set(network._KEYS)
+    assert set(bodies.PolicyRecord.model_fields) == set(policy.POLICY_KEYS)

@@ -6,11 +6,11 @@ tell every problem of a record at once. `render_record` gives the mapping back, 
 
 Keys (`?` may be left out or be null):
 
-    network   id, name?, project?, mtu?
+    network   id, name?, project?, mtu?, scope? (network or router), mac_check? (on unless false), policy?
               listener: {namespace: NAME, device?: DEV, manage_addresses?: bool}
                       | {interface: DEV} | {bridge: BRIDGE}
               subnets?: [{cidr, gateway?, dns?: [ADDRESS]}]
-    instance  id, name, hostname? (made of the name), project?, availability_zone?, instance_type?
+    instance  id, name, hostname? (made of the name), project?, availability_zone?, instance_type?, policy?
               ports?: [{network, mac?, addresses?: [ADDRESS]}]
               ssh_keys?: ["ssh-ed25519 AAAA… COMMENT" | {name, key}]
               tags?: {NAME: VALUE}
@@ -18,6 +18,10 @@ Keys (`?` may be left out or be null):
               user_data_file?: PATH          instead of user_data; read by who passes `read_file`
               vendor_data?: TEXT | MAPPING   (a mapping is kept as JSON)
               dialects?: {ec2?: bool, openstack?: bool, nocloud?: bool}    (on unless false)
+              upstream?: embedded | nova
+              created_at?: UNIX TIME | "2026-11-26T12:00:00Z"
+    policy    endpoint?: bool, tokens?, openstack_tokens?, nocloud_tokens?: off | optional | required,
+              boot_grace_s?, seal_user_data?: bool, refuse_forwarded?: bool, hop_limit?
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final, TypeAlias
+from typing import Final, TypeAlias, TypeVar
 
 from imdsproxy.errors import Problem
 
@@ -18,6 +18,7 @@ __all__ = [
     "LineOf",
     "Path",
     "Refused",
+    "optional",
     "quoted",
     "render_path",
     "root",
@@ -30,6 +31,8 @@ LineOf: TypeAlias = Callable[[Path], int | None]
 """The 1-based line where a path's value stands, or that of its nearest known parent."""
 
 MAX_TEXT: Final = 255
+
+_T = TypeVar("_T")
 
 _SHOWN: Final = 60
 
@@ -233,6 +236,11 @@ def root(
     """A record's own field, and where its problems gather."""
     findings = Findings(file, line_of)
     return Field(value, path, findings), findings
+
+
+def optional(entries: Mapping[str, Field], key: str, parse: Callable[[Field], _T]) -> _T | None:
+    """The entry under `key`, parsed, or `None` where there is none."""
+    return parse(entries[key]) if key in entries else None
 
 
 def _kind(value: object) -> str:

@@ -14,9 +14,11 @@ from imdsproxy.core.model import (
     Port,
     Upstream,
 )
-from imdsproxy.core.records.fields import Field, LineOf, Path, Refused, root
-from imdsproxy.core.records.network import optional
+from imdsproxy.core.policy import NOTHING_SAID
+from imdsproxy.core.records.fields import Field, LineOf, Path, Refused, optional, root
+from imdsproxy.core.records.moments import parse_moment
 from imdsproxy.core.records.payload import ReadFile, parse_user_data, parse_vendor_data
+from imdsproxy.core.records.policy import parse_policy
 from imdsproxy.core.records.scalars import (
     hostname_of,
     parse_guest_address,
@@ -45,9 +47,17 @@ _DOCUMENTS: Final = (
 )
 """What Nova has of its instances itself."""
 
-_KEYS: Final = ("id", "name", "hostname", "project", "ports", "upstream", "created_at", *_DOCUMENTS)
-_LAST_SECOND: Final = 9_999_999_999
-"""Ten digits of Unix time, the year 2286."""
+_KEYS: Final = (
+    "id",
+    "name",
+    "hostname",
+    "project",
+    "ports",
+    "upstream",
+    "policy",
+    "created_at",
+    *_DOCUMENTS,
+)
 
 _TAG_VALUE: Final = re.compile("[^\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]{0,4096}")
 
@@ -87,7 +97,8 @@ def parse_instance(
     availability_zone = optional(entries, "availability_zone", Field.text)
     instance_type = optional(entries, "instance_type", Field.text)
     dialects = _parse_dialects(entries)
-    created_at = optional(entries, "created_at", lambda when: when.whole_number(0, _LAST_SECOND))
+    policy = optional(entries, "policy", parse_policy)
+    created_at = optional(entries, "created_at", parse_moment)
     if findings.problems or instance_id is None or name is None:
         return Refused(tuple(findings.problems), instance_id)
     return Instance(
@@ -104,6 +115,7 @@ def parse_instance(
         instance_type=instance_type,
         dialects=dialects,
         upstream=upstream,
+        policy=policy or NOTHING_SAID,
         created_at=created_at,
     )
 

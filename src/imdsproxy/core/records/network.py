@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final, TypeVar
+from typing import TYPE_CHECKING, Final
 
 from imdsproxy.core.model import (
     BridgeListener,
@@ -13,7 +13,9 @@ from imdsproxy.core.model import (
     Scope,
     Subnet,
 )
-from imdsproxy.core.records.fields import Field, LineOf, Path, Refused, root
+from imdsproxy.core.policy import NOTHING_SAID
+from imdsproxy.core.records.fields import Field, LineOf, Path, Refused, optional, root
+from imdsproxy.core.records.policy import parse_policy
 from imdsproxy.core.records.scalars import (
     parse_address,
     parse_cidr,
@@ -23,17 +25,25 @@ from imdsproxy.core.records.scalars import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Mapping
 
-__all__ = ["optional", "parse_network"]
+__all__ = ["parse_network"]
 
-_KEYS: Final = ("id", "name", "project", "listener", "subnets", "mtu", "scope", "mac_check")
+_KEYS: Final = (
+    "id",
+    "name",
+    "project",
+    "listener",
+    "subnets",
+    "mtu",
+    "scope",
+    "mac_check",
+    "policy",
+)
 _KINDS: Final = ("namespace", "interface", "bridge")
 _LISTENER_KEYS: Final = (*_KINDS, "device", "manage_addresses")
 _LEAST_MTU: Final = 68
 _MOST_MTU: Final = 65535
-
-_T = TypeVar("_T")
 
 
 def parse_network(
@@ -59,6 +69,7 @@ def parse_network(
     mtu = optional(entries, "mtu", lambda mtu: mtu.whole_number(_LEAST_MTU, _MOST_MTU))
     scope = optional(entries, "scope", _parse_scope)
     mac_check = optional(entries, "mac_check", Field.boolean)
+    policy = optional(entries, "policy", parse_policy)
     if mac_check and scope is Scope.ROUTER:
         entries["mac_check"].refuse(
             "does not go with scope router", "nobody sees a guest's MAC through a router"
@@ -74,17 +85,13 @@ def parse_network(
         mtu,
         scope or Scope.NETWORK,
         mac_check is not False,
+        policy or NOTHING_SAID,
     )
 
 
 def _parse_scope(field: Field) -> Scope | None:
     word = field.one_of([scope.value for scope in Scope])
     return None if word is None else Scope(word)
-
-
-def optional(entries: Mapping[str, Field], key: str, parse: Callable[[Field], _T]) -> _T | None:
-    """The entry under `key`, parsed, or `None` where there is none."""
-    return parse(entries[key]) if key in entries else None
 
 
 def _parse_listener(field: Field) -> Listener | None:

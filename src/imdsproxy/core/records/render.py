@@ -18,6 +18,8 @@ from imdsproxy.core.model import (
     Subnet,
     Upstream,
 )
+from imdsproxy.core.policy import NOTHING_SAID, PolicyRules, TokenMode
+from imdsproxy.core.records.policy import POLICY_KEYS
 
 __all__ = ["Json", "render_instance", "render_network", "render_record"]
 
@@ -46,6 +48,8 @@ def render_network(network: Network) -> dict[str, Json]:
         mapping["scope"] = network.scope.value
     if not network.mac_check:
         mapping["mac_check"] = False
+    if network.policy != NOTHING_SAID:
+        mapping["policy"] = _render_policy(network.policy)
     return mapping
 
 
@@ -77,6 +81,8 @@ def render_instance(instance: Instance) -> dict[str, Json]:
         mapping["dialects"] = {dialect.value: False for dialect in off}
     if instance.upstream is not Upstream.EMBEDDED:
         mapping["upstream"] = instance.upstream.value
+    if instance.policy != NOTHING_SAID:
+        mapping["policy"] = _render_policy(instance.policy)
     if instance.created_at is not None:
         mapping["created_at"] = instance.created_at
     return mapping
@@ -116,6 +122,15 @@ def _render_port(port: Port) -> dict[str, Json]:
     if port.project is not None:
         mapping["project"] = port.project
     return mapping
+
+
+def _render_policy(rules: PolicyRules) -> dict[str, Json]:
+    said = ((key, getattr(rules, key)) for key in POLICY_KEYS)
+    return {
+        key: value.value if isinstance(value, TokenMode) else value
+        for key, value in said
+        if value is not None
+    }
 
 
 def _render_bytes(payload: bytes) -> Json:

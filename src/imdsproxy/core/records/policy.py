@@ -1,0 +1,56 @@
+"""Parse what a record says of how its guests may read."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Final
+
+from imdsproxy.core.policy import NOTHING_SAID, PolicyRules, TokenMode
+from imdsproxy.core.records.fields import Field, optional
+
+__all__ = ["POLICY_KEYS", "parse_policy"]
+
+POLICY_KEYS: Final = tuple(one.name for one in fields(PolicyRules))
+"""The keys of the mapping, which are those of the settings too."""
+
+_MODES: Final = tuple(mode.value for mode in TokenMode)
+_LONGEST_BOOT_S: Final = 604_800
+"""A week."""
+
+_MOST_HOPS: Final = 64
+
+
+def parse_policy(field: Field) -> PolicyRules:
+    """The rules of a mapping, each of which may be left out; what is refused says nothing."""
+    entries = field.mapping(POLICY_KEYS)
+    if not entries:
+        return NOTHING_SAID
+    return PolicyRules(
+        endpoint=optional(entries, "endpoint", Field.boolean),
+        tokens=optional(entries, "tokens", _parse_mode),
+        openstack_tokens=optional(entries, "openstack_tokens", _parse_mode),
+        nocloud_tokens=optional(entries, "nocloud_tokens", _parse_mode),
+        boot_grace_s=optional(entries, "boot_grace_s", _parse_boot_grace),
+        seal_user_data=optional(entries, "seal_user_data", Field.boolean),
+        refuse_forwarded=optional(entries, "refuse_forwarded", Field.boolean),
+        hop_limit=optional(entries, "hop_limit", _parse_hop_limit),
+    )
+
+
+def _parse_mode(field: Field) -> TokenMode | None:
+    if field.value is False:
+        # `off` without quotes, as many a writer of YAML gives it on.
+        return TokenMode.OFF
+    if not isinstance(field.value, str):
+        field.refuse("is no mode of tokens", f"one of {', '.join(_MODES)}")
+        return None
+    word = field.one_of(_MODES)
+    return None if word is None else TokenMode(word)
+
+
+def _parse_boot_grace(field: Field) -> int | None:
+    return field.whole_number(0, _LONGEST_BOOT_S)
+
+
+def _parse_hop_limit(field: Field) -> int | None:
+    return field.whole_number(1, _MOST_HOPS)

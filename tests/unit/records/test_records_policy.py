@@ -1,0 +1,136 @@
+from __future__ import annotations
+
+import pytest
+from pydantic import ValidationError
+
+from imdsproxy.config.policy import PolicyRulesSettings
+from imdsproxy.core.model import Instance, Network
+from imdsproxy.core.policy import NOTHING_SAID, PolicyRules, TokenMode
+from imdsproxy.core.records import Refused, parse_instance, parse_network, parse_records
+from imdsproxy.core.records.policy import POLICY_KEYS
+from imdsproxy.sources.strict_yaml import Decoded, decode_yaml
+
+_INSTANCE: dict[str, object] = {"id": "i-1", "name": "web"}
+_NETWORK: dict[str, object] = {"id": "n", "listener": {"bridge": "br0"}}
+
+
+def _of_instance(policy: object) -> PolicyRules | Refused:
+    found = parse_instance(_INSTANCE | {"policy": policy})
+    return found.policy if isinstance(found, Instance) else found
+
+
+def _of_network(policy: object) -> PolicyRules | Refused:
+    found = parse_network(_NETWORK | {"policy": policy})
+    return found.policy if isinstance(found, Network) else found
+
+
+def test_every_rule_can_be_said() -> None:
+    said = {
+        "endpoint": True,
+        "tokens": "required",
+        "openstack_tokens": "optional",
+        "nocloud_tokens": "off",
+        "boot_grace_s": 0,
+        "seal_user_data": True,
+        "refuse_forwarded": False,
+        "hop_limit": 1,
+    }
+    wanted = PolicyRules(
+        endpoint=True,
+        tokens=TokenMode.REQUIRED,
+        openstack_tokens=TokenMode.OPTIONAL,
+        nocloud_tokens=TokenMode.OFF,
+        boot_grace_s=0,
+        seal_user_data=True,
+        refuse_forwarded=False,
+        hop_limit=1,
+    )
+    assert set(said) == set(POLICY_KEYS)
+    assert _of_instance(said) == wanted
+    assert _of_network(said) == wanted
+
+
+@pytest.mark.parametrize("policy", [None, {}, {"tokens": None}])
+def test_what_is_not_said_is_left_to_other_scopes(policy: object) -> None:
+    assert _of_instance(policy) == NOTHING_SAID
+    assert _of_network(policy) == NOTHING_SAID
+
+
+@pytest.mark.parametrize("key", ["tokens", "openstack_tokens", "nocloud_tokens"])
+def test_off_is_off_however_yaml_reads_it(key: str) -> None:
+    for word in (False, "off"):
+        found = _of_instance({key: word})
+        assert isinstance(found, PolicyRules)
+        assert getattr(found, key) is TokenMode.OFF
+
+
+def test_nova_has_the_documents_and_the_record_says_who_may_read_them() -> None:
+    record = _INSTANCE | {"upstream": "nova", "project": "p", "policy": {"tokens": "required"}}
+    found = parse_instance(record)
+    assert isinstance(found, Instance)
+    assert found.policy.tokens is TokenMode.REQUIRED
+
+
+_VALUES: dict[str, tuple[object, ...]] = {
+    **dict.fromkeys(
+        ("endpoint", "seal_user_data", "refuse_forwarded"),
+        (True, False, None, 1, 0, "true", "yes", "", 1.5, [], {}),
+    ),
+    **dict.fromkeys(
+        ("tokens", "openstack_tokens", "nocloud_tokens"),
+        ("off", "optional", "required", None, False, True, "OFF", "on", "", 0, 1, [], {}),
+    ),
+    "boot_grace_s": (0, 900, 604_800, None, -1, 604_801, True, 1.5, "900", "", [], {}),
+    "hop_limit": (1, 64, None, 0, 65, -1, True, 1.5, "1", [], {}),
+}
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [(key, value) for key, values in _VALUES.items() for value in values]
+)
+def test_records_take_what_settings_take(key: str, value: object) -> None:
+    found = _of_instance({key: value})
+    try:
+        said = PolicyRulesSettings.model_validate({key: value}).rules()
+    except ValidationError:
+        assert isinstance(found, Refused)
+        assert [problem.field for problem in found.problems] == [f"policy.{key}"]
+        assert found.problems[0].hint
+    else:
+        assert found == said
+
+
+def test_records_and_settings_have_the_same_keys() -> None:
+    assert set(POLICY_KEYS) == set(PolicyRulesSettings.model_fields)
+
+
+@pytest.mark.parametrize("policy", [[], "required", 1, True])
+def test_a_policy_that_is_no_mapping_is_refused(policy: object) -> None:
+    for found in (_of_instance(policy), _of_network(policy)):
+        assert isinstance(found, Refused)
+        assert [problem.field for problem in found.problems] == ["policy"]
+
+
+def test_every_problem_of_a_policy_is_told_with_file_and_line() -> None:
+    decoded = decode_yaml(
+        "networks:\n"
+        "- id: n\n"
+        "  listener: {bridge: br0}\n"
+        "  policy:\n"
+        "    tokens: of\n"
+        "    hop_limit: 65\n"
+        "instances:\n"
+        "- id: i\n"
+        "  name: i\n"
+        "  policy:\n"
+        "    tokens: off\n"
+        "    token: required\n"
+    )
+    assert isinstance(decoded, Decoded)
+    records = parse_records(decoded.value, file="a.yaml", line_of=decoded.line_of)
+    assert [(each.field, each.file, each.line) for each in records.all_problems] == [
+        ("networks[0].policy.tokens", "a.yaml", 5),
+        ("networks[0].policy.hop_limit", "a.yaml", 6),
+        ("instances[0].policy.token", "a.yaml", 12),
+    ]
+    assert records.all_problems[2].hint == "did you mean tokens?"
