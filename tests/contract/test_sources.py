@@ -35,6 +35,7 @@ A: Final = instance("a", "10.0.0.5", mac="52:54:00:00:00:05")
 B: Final = instance("b", "10.0.0.6")
 N1: Final = network("n1")
 N2: Final = network("n2", bridge="br2")
+_NOW: Final = 1_795_694_400
 
 
 class Backing(Protocol):
@@ -135,10 +136,15 @@ class SqliteBacking(WholeRecords):
     def __init__(self, directory: Path) -> None:
         self._path = directory / "store.sqlite"
         self._source = SqliteSource(self._path)
+        self._spoilt: set[str] = set()
 
     def source(self) -> Source:
-        self._source = SqliteSource(self._path)
+        self._source = SqliteSource(self._path, now=lambda: _NOW)
         return self._source
+
+    def seen(self, instance: Instance) -> Instance:
+        # When an instance came that stands in the place of garbage nobody knows.
+        return replace(instance, created_at=None if instance.id in self._spoilt else _NOW)
 
     async def put(
         self, networks: Iterable[Network] = (), instances: Iterable[Instance] = ()
@@ -156,6 +162,7 @@ class SqliteBacking(WholeRecords):
         assert await self._source.remove_instance(InstanceId(instance_id))
 
     async def spoil(self, instance_id: str) -> str:
+        self._spoilt.add(instance_id)
         self._execute(
             "INSERT OR REPLACE INTO instances (id, record) VALUES (?, ?)",
             (instance_id, '{"id": "'),

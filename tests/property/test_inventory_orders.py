@@ -44,6 +44,7 @@ _instances = st.builds(
     hostname=st.just("name"),
     ports=st.lists(_ports, max_size=2).map(tuple),
     user_data=st.sampled_from([None, b"x"]),
+    created_at=st.sampled_from([None, 1, 2]),
 )
 
 

@@ -249,13 +249,13 @@ def build_sources(
 
     Args:
         settings: Which, and how.
-        clock: For what is known for a time.
+        clock: For what is known for a time, and since when.
         begin: Waited for before a source does what nobody waits for.
     """
     found: list[Source] = []
     writable: WritableSource | None = None
     if settings.sources.sqlite.enabled:
-        writable = SqliteSource(settings.store_path)
+        writable = SqliteSource(settings.store_path, now=lambda: clock.now().timestamp())
         found.append(writable)
     if settings.sources.file.enabled:
         # With its reader of YAML a sixteenth of a start, and off where nobody asks for it.

@@ -160,19 +160,22 @@ class _Work:
 
     instances: set[InstanceId] = field(default_factory=set)
     addresses: set[AddressKey] = field(default_factory=set)
+    networks: set[NetworkId] = field(default_factory=set)
     everything: bool = False
 
     def add(self, affected: Affected) -> None:
+        self.networks |= affected.networks
         self.instances |= affected.instances
         self.addresses |= affected.addresses
 
     def merge(self, other: _Work) -> None:
         self.instances |= other.instances
         self.addresses |= other.addresses
+        self.networks |= other.networks
         self.everything |= other.everything
 
     def __bool__(self) -> bool:
-        return bool(self.instances or self.addresses or self.everything)
+        return bool(self.instances or self.addresses or self.networks or self.everything)
 
 
 @dataclass(slots=True)
@@ -325,6 +328,8 @@ class RecordLoop:
             work = self._all_work(work)
         gone, keys = self._compile_all_of(work.instances)
         keys |= work.addresses
+        # A router's record says what those may read that are behind it, and no instance has a port in a router.
+        keys |= {key for key in self.learned if key[0] in work.networks}
         # An address behind a router stands and falls with the one in its network.
         keys |= {key for key, entry in self.learned.items() if entry.via in keys}
         wanted = self._plan(keys)

@@ -7,7 +7,8 @@ a race.
 
 The rules, in the order in which they apply:
 
-- The same network or instance in two sources with the same content is one record.
+- The same network or instance in two sources with the same content is one record. Who does not say when an
+  instance was made contradicts nobody who does.
 - A network that two sources describe differently is a conflict. Where they agree on the listener it
   stays, bare (no name, subnets or MTU), so that guests are answered; where they do not it has none.
 - An instance that two sources describe differently is a conflict: it has no documents, and every
@@ -21,7 +22,7 @@ The rules, in the order in which they apply:
 from __future__ import annotations
 
 from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from types import MappingProxyType
 from typing import Generic, TypeAlias, TypeVar
@@ -501,8 +502,10 @@ class Inventory:
     ) -> None:
         before = self._versions(instance_id)
         _put(report.instances, instance_id, instance)
-        after = _distinct(
-            counting.instances.get(instance_id) for _, counting in self._counting(instance_id)
+        after = _without_vaguer(
+            _distinct(
+                counting.instances.get(instance_id) for _, counting in self._counting(instance_id)
+            )
         )
         if before == after:
             return
@@ -590,6 +593,17 @@ def _distinct(records: Iterable[_V | None]) -> tuple[_V, ...]:
         if record is not None and record not in found:
             found.append(record)
     return tuple(found)
+
+
+def _without_vaguer(versions: tuple[Instance, ...]) -> tuple[Instance, ...]:
+    """Those of which no other says the same and, beside it, when the instance was made."""
+    if len(versions) == 1:
+        return versions
+    dated = [version for version in versions if version.created_at is not None]
+    known = [replace(version, created_at=None) for version in dated]
+    return tuple(
+        version for version in versions if version.created_at is not None or version not in known
+    )
 
 
 def _agreed(versions: tuple[Network, ...]) -> Network | None:

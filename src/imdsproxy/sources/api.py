@@ -89,6 +89,9 @@ class WritableSource(Source, Protocol):
     async def put_instance(self, instance: Instance) -> Written:
         """Add an instance, or change the one with its id.
 
+        One that does not say when it was made keeps the time that the source has, and has come now where the
+        source does not have it.
+
         Raises:
             SourceRefused: Another instance of the store has one of its addresses or MACs.
         """

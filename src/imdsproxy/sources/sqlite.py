@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, TypeVar
 
@@ -34,11 +35,20 @@ class SqliteSource:
         path: The file; made when it is not there.
         name: The source's name.
         retry_s: How long to wait before a store that cannot be used is tried again.
+        now: Unix time, for when instances came.
     """
 
-    def __init__(self, path: Path, *, name: str = "sqlite", retry_s: float = 1.0) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        name: str = "sqlite",
+        retry_s: float = 1.0,
+        now: Callable[[], float] = time.time,
+    ) -> None:
         self._path = path
         self._name = name
+        self._now = now
         self._retry_s = retry_s
         self._running: _Running | None = None
         self._failure: SourceError | None = None
@@ -57,7 +67,7 @@ class SqliteSource:
 
         While the store cannot be used the source is out of sync, and writes raise the reason.
         """
-        running = _Running(self._name, self._path, publish)
+        running = _Running(self._name, self._path, publish, self._now)
         told = ""
         try:
             while True:
@@ -126,9 +136,10 @@ class SqliteSource:
 class _Running:
     """The store while its source runs: its threads, and what it has refused."""
 
-    def __init__(self, name: str, path: Path, publish: Publish) -> None:
+    def __init__(self, name: str, path: Path, publish: Publish, now: Callable[[], float]) -> None:
         self._name = name
         self._path = path
+        self._now = now
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="imdsproxy-store")
         self._sync_thread = ThreadPoolExecutor(1, thread_name_prefix="imdsproxy-store-sync")
         self._publish = publish
@@ -257,7 +268,7 @@ class _Running:
         return await asyncio.get_running_loop().run_in_executor(self._thread, work)
 
     def _open(self) -> Contents:
-        store = Store(self._path)
+        store = Store(self._path, now=self._now)
         try:
             contents = store.load()
         except BaseException:

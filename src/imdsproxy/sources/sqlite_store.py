@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -64,14 +65,19 @@ class Written:
 class Store:
     """The store at `path`, open and locked until `close`.
 
+    Args:
+        path: The file; made when it is not there.
+        now: Unix time, for when instances came.
+
     Raises:
         SourceUnavailable: Another process has it, or the file system refuses.
         SourceRefused: It is newer than this program, or not ours.
         SourceCorrupt: It is damaged.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, now: Callable[[], float] = time.time) -> None:
         self._path = path
+        self._now = now
         self._log: int | None = None
         with store_failures(path):
             path.parent.mkdir(mode=0o750, parents=True, exist_ok=True)
@@ -161,6 +167,9 @@ class Store:
     ) -> Written:
         """Write all of them or none.
 
+        An instance that does not say when it was made keeps what the store has of that. One that the store does
+        not have was made now.
+
         Args:
             networks: To add or change.
             instances: The same.
@@ -183,7 +192,8 @@ class Store:
                 tally[done] += 1
                 if done != "unchanged":
                     changed_networks[network.id] = network
-            for number, instance in enumerate(instances):
+            for number, told in enumerate(instances):
+                instance = self._with_creation(told)
                 done = self._put_instance_row(instance)
                 tally[done] += 1
                 if done != "unchanged":
@@ -249,6 +259,20 @@ class Store:
             (key, text),
         )
         return "added" if row is None else "changed"
+
+    def _with_creation(self, instance: Instance) -> Instance:
+        if instance.created_at is not None:
+            return instance
+        row = self._connection.execute(
+            "SELECT record FROM instances WHERE id = ?", (instance.id,)
+        ).fetchone()
+        if row is None:
+            return replace(instance, created_at=int(self._now()))
+        # Of one that was there before, a time that is not known is not made up: a boot that was over would begin
+        # anew.
+        known = self._read_instance(instance.id, row[0], None)
+        created_at = known.created_at if isinstance(known, Instance) else None
+        return replace(instance, created_at=created_at)
 
     def _put_instance_row(self, instance: Instance) -> str:
         done = self._put_row("instances", instance.id, render_instance(_without_payload(instance)))

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from ipaddress import IPv4Address, IPv6Address
 from pathlib import Path
 
@@ -22,7 +23,9 @@ from imdsproxy.core.model import (
     Network,
     NetworkId,
     Port,
+    Scope,
 )
+from imdsproxy.core.policy import PolicyRules, TokenMode
 from imdsproxy.dataplane.master import MasterClient
 from imdsproxy.dataplane.records import RecordApplier
 from imdsproxy.errors import HostRefused
@@ -256,3 +259,23 @@ async def test_a_resync_mends_what_somebody_changed_behind_our_back(
         await rig.loop.tickets.wait(rig.loop.resync())
         assert rig.applier.state.lookup("red/10.0.0.77") is None
         assert rig.told("10.0.0.5") is not None
+
+
+async def test_a_changed_policy_of_a_router_is_in_force_for_those_behind_it(
+    tmp_path: Path,
+) -> None:
+    router = Network(NetworkId("router"), NamespaceListener("router"), scope=Scope.ROUTER)
+    strict = replace(router, policy=PolicyRules(tokens=TokenMode.REQUIRED))
+    async with _rig(tmp_path) as rig:
+        await rig.say(_instance("web", "10.0.0.5"))
+        address = IPv4Address("10.0.0.5")
+        ticket = rig.loop.observe(Observation("test", networks={router.id: router}))
+        await rig.loop.tickets.wait(ticket)
+        learned = Learned(InstanceId("web"), 0, via=(_RED, address))
+        await rig.loop.tickets.wait(rig.loop.learn((router.id, address), learned))
+        plain = _value(_instance("web", "10.0.0.5"))
+        assert rig.applier.state.effective()["router/10.0.0.5"] == plain
+        ticket = rig.loop.observe(Observation("test", networks={router.id: strict}))
+        await rig.loop.tickets.wait(ticket)
+        assert rig.applier.state.effective()["router/10.0.0.5"] == f"+1troo--:0:0:64|{plain}"
+        assert rig.told("10.0.0.5") == plain

@@ -52,7 +52,7 @@ class Rig:
 
 def _web(network: str = "red", address: str = "10.0.0.5") -> Instance:
     port = Port(NetworkId(network), None, (IPv4Address(address),))
-    return Instance(InstanceId("web"), "web", "web", ports=(port,))
+    return Instance(InstanceId("web"), "web", "web", ports=(port,), created_at=1)
 
 
 @asynccontextmanager

@@ -56,6 +56,19 @@ def test_the_same_record_in_two_sources_is_no_conflict() -> None:
     assert inventory.sources_of_instance(InstanceId("a")) == ("file", "sqlite")
 
 
+def test_who_does_not_say_when_an_instance_was_made_contradicts_nobody_who_does() -> None:
+    unsaid = instance("a", "10.0.0.5")
+    dated = replace(unsaid, created_at=7)
+    for first, second in ((unsaid, dated), (dated, unsaid)):
+        inventory = loaded(full("file", [network("n1")], [first]), full("sqlite", [], [second]))
+        assert not inventory.conflicts()
+        assert inventory.instances[InstanceId("a")] == dated
+        inventory.observe(full("sqlite", [], [replace(second, created_at=8)]))
+        assert bool(inventory.conflicts()) is (first is dated)
+        inventory.observe(full("sqlite", [], [replace(second, name="other")]))
+        assert inventory.conflicts()
+
+
 def test_two_versions_of_an_instance_contest_every_address_of_either() -> None:
     inventory = loaded(
         full("file", [network("n1")], [instance("a", "10.0.0.5")]),

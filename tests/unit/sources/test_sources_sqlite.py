@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 
 from imdsproxy.core.inventory import Observation
-from imdsproxy.core.model import InstanceId, NetworkId
+from imdsproxy.core.model import Instance, InstanceId, NetworkId
+from imdsproxy.core.records import parse_instance, render_instance
 from imdsproxy.errors import SourceCorrupt, SourceError, SourceRefused, SourceUnavailable
 from imdsproxy.sources.api import Tally, Written
 from imdsproxy.sources.sqlite import SqliteSource
@@ -24,8 +25,8 @@ from imdsproxy.sources.sqlite_store import Store
 from support.record_builders import instance, network, port
 from support.source_runs import running
 
-A = instance("a", "10.0.0.5", mac="52:54:00:00:00:05")
-B = instance("b", "10.0.0.6")
+A = replace(instance("a", "10.0.0.5", mac="52:54:00:00:00:05"), created_at=1)
+B = replace(instance("b", "10.0.0.6"), created_at=2)
 N1 = network("n1")
 
 
@@ -150,6 +151,63 @@ async def test_before_it_runs_and_after_writes_are_unavailable(path: Path) -> No
         await source.put_instance(A)
     with pytest.raises(SourceUnavailable):
         await source.put_instance(B)
+
+
+def test_the_store_notes_when_an_instance_came_and_keeps_that(path: Path) -> None:
+    now = 100.9
+    unsaid = replace(A, created_at=None)
+    store = Store(path, now=lambda: now)
+
+    def known() -> int | None:
+        found = store.get_instance(A.id)
+        assert found is not None
+        return found.created_at
+
+    written = store.put([], [unsaid])
+    assert written.instances == {"a": replace(A, created_at=100)}
+    now = 200.0
+    assert store.put([], [unsaid]).tally == Tally(unchanged=1)
+    store.put([], [replace(unsaid, user_data=b"x")])
+    assert known() == 100
+    store.close()
+    store = Store(path, now=lambda: now)
+    store.put([], [replace(unsaid, name="other")])
+    assert known() == 100
+    assert store.load().instances[A.id].created_at == 100
+    store.put([], [replace(unsaid, created_at=7)])
+    assert known() == 7
+    store.put([], [unsaid])
+    assert known() == 7
+    store.remove_instance(A.id)
+    store.put([], [unsaid])
+    assert known() == 200
+    store.close()
+
+
+def test_when_an_instance_came_goes_with_its_record_to_another_store(tmp_path: Path) -> None:
+    first = Store(tmp_path / "first.sqlite", now=lambda: 100)
+    first.put([], [replace(A, created_at=None)])
+    exported = [render_instance(each) for each in first.load().instances.values()]
+    first.close()
+    second = Store(tmp_path / "second.sqlite", now=lambda: 200)
+    read = parse_instance(exported[0])
+    assert isinstance(read, Instance)
+    second.put([], [read])
+    found = second.get_instance(A.id)
+    assert found is not None
+    assert found.created_at == 100
+    second.close()
+
+
+@pytest.mark.parametrize("row", ['{"id":"a","name":"a"}', "garbage", '{"id":"a","created_at":"x"}'])
+def test_no_time_is_made_up_for_what_was_there_before(path: Path, row: str) -> None:
+    store = Store(path, now=lambda: 100)
+    store._connection.execute("INSERT INTO instances VALUES ('a', ?, NULL)", (row,))
+    store.put([], [replace(A, created_at=None)])
+    found = store.get_instance(A.id)
+    assert found is not None
+    assert found.created_at is None
+    store.close()
 
 
 def test_nobody_else_can_read_the_store(path: Path) -> None:
