@@ -49,6 +49,8 @@ def _record(name: str) -> RecordMapping:
     return {
         "id": name.replace(" ", "-"),
         "name": "twin",
+        # Its boot is over.
+        "created_at": 1,
         # By address alone: all of them are one guest.
         "ports": [{"network": "red", "addresses": [_ADDRESSES[name]]}],
         "user_data": _SECRET.decode(),

@@ -275,7 +275,7 @@ def test_a_tree_that_was_asked_for_by_name_is_locked_when_the_boot_is_over(world
     _say(world, {"host": host})
     assert world.red.ask(_META).status == 200
     assert world.red.ask(_NOCLOUD).status == 200
-    # Of this one nobody says when it was made.
+    world.daemon.put(instances=[instance("green-5", "green", fields={"created_at": 1})])
     green = world.guests["green"]
     assert green.ask(_META).status == 401
     assert green.ask(_NOCLOUD).status == 401

@@ -132,7 +132,8 @@ def test_keys_that_came_while_no_controller_ran_are_in_force_once_one_does(world
 def test_reopen_unseals_and_opens_what_is_locked_after_the_boot(world: World) -> None:
     host = {"seal_user_data": True, "openstack_tokens": "required", "boot_grace_s": 600}
     born = {"created_at": int(time.time()) - 3600}
-    world.daemon.put(instances=[instance("red-5", "red", fields=born)])
+    both = [instance(f"{name}-5", name, fields=born) for name in ("red", "green")]
+    world.daemon.put(instances=both)
     world.daemon.configure({"resolver": {"hold_s": 1.0}, "policy": {"host": host}})
     try:
         assert world.daemon.command("reload").status == 0

@@ -11,7 +11,7 @@ import typer
 if TYPE_CHECKING:
     from typer.models import OptionInfo
 
-__all__ = ["Clear", "RecordFile", "flag"]
+__all__ = ["Clear", "RecordFile", "SealUserData", "Tokens", "flag"]
 
 
 def flag(
@@ -43,4 +43,16 @@ RecordFile: TypeAlias = Annotated[
 ]
 Clear: TypeAlias = Annotated[
     list[str] | None, flag("--clear", "KEY", "Take a key away, as user_data; may be repeated.")
+]
+Tokens: TypeAlias = Annotated[
+    str | None,
+    flag("--tokens", "off|optional|required", "Session tokens (IMDSv2) for the EC2 documents."),
+]
+SealUserData: TypeAlias = Annotated[
+    bool | None,
+    typer.Option(
+        "--seal-user-data/--no-seal-user-data",
+        help="Refuse user data once the boot is over, or do not although a wider policy says so.",
+        show_default=False,
+    ),
 ]

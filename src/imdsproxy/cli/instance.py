@@ -136,6 +136,8 @@ def _register(command: str, help_text: str, *, create: bool) -> None:
         openstack: Openstack = None,
         nocloud: Nocloud = None,
         upstream: Upstream = None,
+        tokens: flags.Tokens = None,
+        seal_user_data: flags.SealUserData = None,
         clear: flags.Clear = None,
         as_json: options.Json = False,
         socket: options.Socket = None,
@@ -167,6 +169,7 @@ def _register(command: str, help_text: str, *, create: bool) -> None:
                 "instance_type": instance_type,
                 "dialects": record_flags.dialects_of(dialects),
                 "upstream": upstream,
+                "policy": record_flags.policy_of(tokens=tokens, seal_user_data=seal_user_data),
             }
         )
         keys = {**taken, **keys}

@@ -99,6 +99,8 @@ def _register(command: str, help_text: str, *, create: bool) -> None:
         mtu: Mtu = None,
         scope: Scope = None,
         mac_check: MacCheck = None,
+        tokens: flags.Tokens = None,
+        seal_user_data: flags.SealUserData = None,
         clear: flags.Clear = None,
         as_json: options.Json = False,
         socket: options.Socket = None,
@@ -130,6 +132,7 @@ def _register(command: str, help_text: str, *, create: bool) -> None:
                 "mtu": mtu,
                 "scope": scope,
                 "mac_check": mac_check,
+                "policy": record_flags.policy_of(tokens=tokens, seal_user_data=seal_user_data),
             }
         )
         if file is not None:

@@ -19,6 +19,7 @@ __all__ = [
     "id_of_name",
     "listener_of",
     "payload_of",
+    "policy_of",
     "ports_of",
     "ssh_keys_of",
     "subnets_of",
@@ -164,6 +165,11 @@ def tags_of(texts: Sequence[str]) -> Json:
 def dialects_of(chosen: Mapping[str, bool | None]) -> Json:
     """The dialects that were switched on or off; `None` without any."""
     return {name: on for name, on in chosen.items() if on is not None} or None
+
+
+def policy_of(*, tokens: str | None, seal_user_data: bool | None) -> Json:
+    """The rules of a policy that the flags say; `None` without any."""
+    return without_missing({"tokens": tokens, "seal_user_data": seal_user_data}) or None
 
 
 def _pairs(texts: Iterable[str], flag: str, known: Sequence[str]) -> Iterable[tuple[str, str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Final, cast
 
 from imdsproxy.cli.output import Column, Output, clean
@@ -82,6 +83,9 @@ def show_instance(output: Output, shape: _Shape) -> None:
         "ec2 id": shape["ec2_id"],
         "revision": shape["revision"] or "not compiled yet",
     }
+    created_at = _record(shape).get("created_at")
+    if isinstance(created_at, int):
+        notes["created"] = datetime.fromtimestamp(created_at, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
     conflicts = cast("Sequence[_Shape]", shape["conflicts"])
     for index, conflict in enumerate(conflicts, 1):
         notes[f"conflict {index}"] = f"{conflict['kind']} {conflict['subject']}"

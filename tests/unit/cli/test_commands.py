@@ -8,7 +8,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +16,7 @@ import pytest
 from imdsproxy.admin.operations import DocumentAnswer, LeftOut, UnixListenerReport
 from imdsproxy.cli.main import main
 from imdsproxy.core.model import BridgeListener, Dialect, InstanceId, NamespaceListener, NetworkId
-from imdsproxy.core.policy import PolicyBook, PolicyRules, TokenMode
+from imdsproxy.core.policy import NOTHING_SAID, PolicyBook, PolicyRules, TokenMode
 from imdsproxy.errors import ConfigInvalid, Problem, ReloadFailed, SourceUnavailable
 from support.admin_server import AdminServer, admin_server
 from support.fake_operations import CONFLICT, FakeOperations
@@ -121,6 +121,50 @@ def test_an_instance_is_added_with_flags(cli: Cli, tmp_path: Path) -> None:
     assert (instance.user_data, instance.vendor_data) == (b"\x1f\x8b\x00\xff", b"#cloud-config\n")
     assert (instance.availability_zone, instance.instance_type) == ("az1", "m1")
     assert instance.dialects == {Dialect.EC2, Dialect.OPENSTACK}
+
+
+@pytest.mark.parametrize("kind", ["network", "instance"])
+def test_the_policy_of_a_record_is_said_by_flags_rule_by_rule(filled: Cli, kind: str) -> None:
+    def policy() -> PolicyRules:
+        if kind == "network":
+            return filled.operations.networks[NetworkId("blue")].policy
+        return filled.operations.instances[InstanceId("web-1")].policy
+
+    name = {"network": "blue", "instance": "web-1"}[kind]
+    assert filled(kind, "set", name, "--tokens", "required").status == 0
+    assert filled(kind, "set", name, "--seal-user-data").status == 0
+    assert policy() == PolicyRules(tokens=TokenMode.REQUIRED, seal_user_data=True)
+    filled(kind, "set", name, "--tokens", "off", "--no-seal-user-data")
+    assert policy() == PolicyRules(tokens=TokenMode.OFF, seal_user_data=False)
+    filled(kind, "set", name, "--clear", "policy")
+    assert policy() == NOTHING_SAID
+    refused = filled(kind, "set", name, "--tokens", "sometimes")
+    assert refused.status != 0
+    assert "policy.tokens" in refused.err
+    assert "one of off, optional, required" in refused.err
+
+
+def test_a_network_and_an_instance_are_added_with_a_policy(cli: Cli) -> None:
+    cli("network", "add", "blue", "--bridge", "br0", "--tokens", "required")
+    cli("instance", "add", "web-1", "--network", "blue", "--seal-user-data")
+    blue = cli.operations.networks[NetworkId("blue")]
+    assert blue.policy == PolicyRules(tokens=TokenMode.REQUIRED)
+    web = cli.operations.instances[InstanceId("web-1")]
+    assert web.policy == PolicyRules(seal_user_data=True)
+
+
+def test_show_tells_the_policy_and_when_an_instance_was_made(filled: Cli, tmp_path: Path) -> None:
+    filled("instance", "set", "web-1", "--tokens", "off", "--seal-user-data")
+    made = replace(filled.operations.instances[InstanceId("web-1")], created_at=1_795_694_400)
+    filled.operations.instances[made.id] = made
+    shown = filled("instance", "show", "web-1").out
+    assert "# created: 2026-11-26T12:00:00Z\n" in shown
+    assert "  created_at: 1795694400\n" in shown
+    assert "  policy:\n    tokens: 'off'\n    seal_user_data: true\n" in shown
+    (tmp_path / "instance.yaml").write_text(shown)
+    filled("instance", "remove", "web-1")
+    assert filled("instance", "add", "--file", str(tmp_path / "instance.yaml")).status == 0
+    assert filled.operations.instances[made.id] == made
 
 
 def test_an_instance_without_a_name_is_named_by_its_id(filled: Cli) -> None:
