@@ -99,15 +99,20 @@ def parse_yaml(text: str, file: str) -> YamlDocument:
 
 
 def _refuse_depth(text: str) -> None:
-    """Not every libyaml has a limit of its own, and PyYAML recurses in C: it ends the process."""
-    depth = 0
+    """Not every libyaml has a limit of its own, and PyYAML recurses in C: it ends the process.
+
+    What holds an alias of itself has no end either.
+    """
+    around: list[str | None] = []
     for event in yaml.parse(text, Loader=yaml.CSafeLoader):
         if isinstance(event, yaml.CollectionStartEvent):
-            depth += 1
-            if depth > _DEEPEST:
+            around.append(event.anchor)
+            if len(around) > _DEEPEST:
                 raise RecursionError
         elif isinstance(event, yaml.CollectionEndEvent):
-            depth -= 1
+            around.pop()
+        elif isinstance(event, yaml.AliasEvent) and event.anchor in around:
+            raise RecursionError
 
 
 def _survey(root: yaml.Node, file: str) -> tuple[dict[str, int], list[Problem]]:

@@ -21,7 +21,8 @@ __all__ = [
     "parse_version",
 ]
 
-_VERSION: Final = re.compile(r"HAProxy version (\d+)\.(\d+)(?:[.-](\S+))?")
+_VERSION: Final = re.compile(r"HAProxy version ([0-9]{1,9})\.([0-9]{1,9})(?:[.-](\S+))?")
+_NUMBER: Final = re.compile(r"[0-9]{1,18}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +76,7 @@ def parse_processes(text: str) -> Processes | None:
             old = "old" in line
             continue
         words = line.split()
-        if len(words) < 3 or not words[0].isdigit():  # noqa: PLR2004 - PID, TYPE, RELOADS
+        if len(words) < 3 or not all(_NUMBER.fullmatch(words[at]) for at in (0, 2)):  # noqa: PLR2004 - PID, TYPE, RELOADS
             continue
         pid, kind = int(words[0]), words[1]
         if kind == "master":
