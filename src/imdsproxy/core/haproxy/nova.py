@@ -90,7 +90,8 @@ def use_nova(spec: DataplaneSpec) -> tuple[Words, ...]:
     rules: list[Words] = []
     for backend in spec.nova:
         mine = ("{", "var(txn.record)", "-m", "beg", f"{MAP_NOVA}{backend.name}|", "}")
-        once, guarded = _once(backend), (*mine, *ASKED)
+        # Most often nothing is asked of it, and that is seen sooner than whose it is.
+        once, guarded = _once(backend), (*ASKED, *mine)
         rules.append(("use_backend", f"{_name(backend)}{GUARDED}", "if", *guarded, *_REPEATABLE))
         rules.append(("use_backend", f"{once}{GUARDED}", "if", *guarded))
         rules.append(("use_backend", _name(backend), "if", *mine, *_REPEATABLE))
