@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from ipaddress import ip_address
@@ -10,6 +11,7 @@ from typing import Final
 import pytest
 
 from imdsproxy.core.model import MacAddress, NetworkId
+from imdsproxy.core.records.moments import unix_time_of
 from imdsproxy.errors import SourceUnavailable
 from imdsproxy.sources.neutron_api import ROUTER_OWNERS, NeutronClient, NeutronPort, PortQuery
 from imdsproxy.sources.neutron_rest import NeutronRest, connect_cloud, connect_endpoint
@@ -59,6 +61,7 @@ def _port(row: dict[str, object]) -> NeutronPort:
         mac=str(row["mac_address"]),
         owner=str(row["device_owner"]),
         host=str(row["binding:host_id"]),
+        created_at=unix_time_of(str(row["created_at"])),
     )
 
 
@@ -75,7 +78,9 @@ async def test_a_port_is_told_with_all_that_counts_of_it(
 ) -> None:
     seeded = _seeded(openstack, "net-blue2", "10.0.1.7")
     (found,) = await client.ports(PortQuery(ids=(seeded.id,)))
-    assert found == NeutronPort(
+    assert found.created_at is not None
+    assert time.time() - 86_400 < found.created_at <= time.time()
+    assert replace(found, created_at=None) == NeutronPort(
         id=seeded.id,
         network=NetworkId(seeded.network_id),
         mac=MacAddress(seeded.plan.mac),

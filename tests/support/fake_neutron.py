@@ -29,6 +29,7 @@ def neutron_port(
     mac: str | None = None,
     owner: str = "compute:nova",
     host: str | None = None,
+    created_at: int | None = None,
 ) -> NeutronPort:
     return NeutronPort(
         id=port_id,
@@ -39,6 +40,7 @@ def neutron_port(
         owner=owner,
         project=project,
         host=host,
+        created_at=created_at,
     )
 
 

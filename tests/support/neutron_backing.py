@@ -199,6 +199,8 @@ class _InTheSuitesWords:
                 port,
                 network=names.get(port.network, port.network),
                 mac=None if port.mac in self._made_up else port.mac,
+                # The suite's records do not say when they were made.
+                created_at=None,
             )
             for port in await self._client.ports(query)
         )

@@ -18,6 +18,7 @@ from urllib.parse import urlencode
 
 from imdsproxy.core.addresses import link_local_of, normalise_address
 from imdsproxy.core.model import InstanceId, IpAddress, MacAddress, NetworkId
+from imdsproxy.core.records.moments import unix_time_of
 from imdsproxy.errors import Problem, SourceUnavailable
 
 if TYPE_CHECKING:
@@ -57,6 +58,7 @@ _FIELDS: Final = (
     "device_id",
     "device_owner",
     "project_id",
+    "created_at",
 )
 _HOST_FIELD: Final = "binding:host_id"
 _SHOWN: Final = 80
@@ -76,6 +78,7 @@ class NeutronPort:
         owner: What kind of thing that is, as `compute:nova` or `network:dhcp`.
         project: The port's own, which is not always that of the instance it names.
         host: Where it is bound; `None` where that was not asked or not told.
+        created_at: When it was made, Unix time; `None` where that was not told or is no time. No tenant can write it.
     """
 
     id: str
@@ -86,6 +89,7 @@ class NeutronPort:
     owner: str
     project: str
     host: str | None = None
+    created_at: int | None = None
 
     @property
     def instance(self) -> InstanceId:
@@ -213,6 +217,7 @@ def _parse_port(row: object) -> NeutronPort:
     mac = _text(row, "mac_address").lower()
     project = _text(row, "project_id") or _text(row, "tenant_id")
     host = row.get(_HOST_FIELD)
+    created_at = row.get("created_at")
     return NeutronPort(
         id=port_id,
         network=NetworkId(_text(row, "network_id")),
@@ -222,6 +227,7 @@ def _parse_port(row: object) -> NeutronPort:
         owner=_text(row, "device_owner"),
         project=project,
         host=host if isinstance(host, str) else None,
+        created_at=unix_time_of(created_at) if isinstance(created_at, str) else None,
     )
 
 

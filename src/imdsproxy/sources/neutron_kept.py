@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from contextlib import closing
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from ipaddress import ip_address
 from typing import TYPE_CHECKING, Final
 
@@ -170,5 +171,8 @@ def _render(port: NeutronPort) -> str:
             "device_id": port.device,
             "device_owner": port.owner,
             "project_id": port.project,
+            "created_at": None
+            if port.created_at is None
+            else datetime.fromtimestamp(port.created_at, UTC).isoformat(),
         }
     )

@@ -230,7 +230,11 @@ class KnownPorts:
         removed: list[InstanceId] = []
         for instance in self._touched:
             before = self._told.get(instance)
-            after = plan_instance(instance, (known.port for known in self.of(instance)))
+            after = plan_instance(
+                instance,
+                (known.port for known in self.of(instance)),
+                created_at=None if before is None else before.created_at,
+            )
             if before == after:
                 continue
             if before is not None:
@@ -281,12 +285,22 @@ class KnownPorts:
         self.unsaved.add(port.id)
 
 
-def plan_instance(instance: InstanceId, ports: Iterable[NeutronPort]) -> Instance | None:
+def plan_instance(
+    instance: InstanceId, ports: Iterable[NeutronPort], *, created_at: int | None = None
+) -> Instance | None:
     """The record of an instance of Nova's, of all that is known of its ports.
 
     Whoever may make a port may write any instance's id on it. So each port keeps its own project, by which Nova
     is asked: it says 404 where the instance is not that project's (OSSA-2013-033). What is the instance's own
     is then without meaning; it is that of the first port.
+
+    It was made when the oldest port was that was ever seen of it: a port that is added later, or taken away, must not
+    begin its boot anew, and an instance with a port from before it is only open for less long.
+
+    Args:
+        instance: Its id.
+        ports: Those in force.
+        created_at: What was told of it before, Unix time.
 
     Returns:
         `None` where there is no port.
@@ -295,6 +309,9 @@ def plan_instance(instance: InstanceId, ports: Iterable[NeutronPort]) -> Instanc
     if not known:
         return None
     project = known[0].project
+    times = [port.created_at for port in known if port.created_at is not None]
+    if created_at is not None:
+        times.append(created_at)
     return Instance(
         id=instance,
         name=instance,
@@ -310,6 +327,7 @@ def plan_instance(instance: InstanceId, ports: Iterable[NeutronPort]) -> Instanc
             for port in known
         ),
         upstream=Upstream.NOVA,
+        created_at=min(times, default=None),
     )
 
 

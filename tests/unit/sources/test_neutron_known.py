@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 from ipaddress import ip_address
+from pathlib import Path
 
 import pytest
 
 from imdsproxy.core.addresses import link_local_of
 from imdsproxy.core.model import InstanceId, MacAddress, NetworkId
-from imdsproxy.sources.neutron_api import NeutronPort
+from imdsproxy.sources.neutron_api import NeutronPort, PortQuery, parse_ports, render_query
+from imdsproxy.sources.neutron_kept import KeptPorts
 from imdsproxy.sources.neutron_known import KnownPorts, plan_instance
 from support.fake_neutron import neutron_port
 
@@ -103,3 +105,70 @@ def test_what_a_tenant_wrote_is_shown_escaped_and_cut() -> None:
     (problem,) = known.problems
     assert "\x1b" not in problem.reason
     assert len(problem.reason) < 200
+
+
+def _told(known: KnownPorts) -> int | None:
+    known.changes()
+    return known.told[InstanceId("i-a")].created_at
+
+
+def _known(*ports: NeutronPort) -> KnownPorts:
+    known = KnownPorts()
+    for port in ports:
+        known.put(port, asked=10)
+    return known
+
+
+@pytest.mark.parametrize(
+    ("times", "made"),
+    [((None,), None), ((5,), 5), ((7, 5), 5), ((5, 7), 5), ((None, 7), 7), ((7, None, 8), 7)],
+)
+def test_an_instance_was_made_when_its_oldest_port_was(
+    times: tuple[int | None, ...], made: int | None
+) -> None:
+    ports = [
+        replace(_A, id=f"p-{index}", addresses=(), mac=None, created_at=when)
+        for index, when in enumerate(times)
+    ]
+    assert _told(_known(*ports)) == made
+    assert _told(_known(*reversed(ports))) == made
+
+
+def test_a_port_that_goes_or_comes_later_does_not_make_an_instance_anew() -> None:
+    first = replace(_A, created_at=5)
+    second = replace(_B, device="i-a", created_at=900)
+    known = _known(first)
+    assert _told(known) == 5
+    known.put(second, asked=20)
+    assert _told(known) == 5
+    known.remove(first.id, asked=30)
+    assert _told(known) == 5
+    known.put(replace(second, mac=MacAddress("fa:16:3e:00:00:09")), asked=40)
+    assert _told(known) == 5
+
+
+@pytest.mark.parametrize(
+    ("told", "wanted"),
+    [
+        ("2026-11-26T12:00:00Z", 1_795_694_400),
+        ("2026-11-26T12:00:00", None),
+        ("yesterday", None),
+        ("", None),
+        (None, None),
+        (1_795_694_400, None),
+        ([], None),
+    ],
+)
+def test_when_a_port_was_made_is_taken_where_it_is_a_time(told: object, wanted: int | None) -> None:
+    (port,) = parse_ports({"ports": [{"id": "p", "created_at": told}]})
+    assert port.created_at == wanted
+    (without,) = parse_ports({"ports": [{"id": "p"}]})
+    assert without.created_at is None
+
+
+def test_when_a_port_was_made_is_asked_for_and_kept_over_a_restart(tmp_path: Path) -> None:
+    assert "fields=created_at" in render_query(PortQuery())
+    kept = KeptPorts(tmp_path / "neutron.sqlite")
+    ports = (replace(_A, created_at=1_795_694_400), _B)
+    kept.save({port.id: port for port in ports}, None, None)
+    assert set(KeptPorts(kept.path).load().ports) == set(ports)
