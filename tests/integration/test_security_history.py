@@ -1,0 +1,148 @@
+"""What went wrong with Neutron's proxies, and is tested nowhere else: what a guest finds beside its documents."""
+
+from __future__ import annotations
+
+import contextlib
+import pwd
+import subprocess
+from collections.abc import Iterator
+from ipaddress import IPv4Address, IPv6Address
+from pathlib import Path
+from typing import Final
+
+import pytest
+
+from support.guest import IPV4, IPV6, Guest, inside
+from support.world import World, open_world, own
+
+pytestmark = pytest.mark.root
+
+_HTTP: Final = 80
+_BEHIND_THE_GATE: Final = 254
+_LISTENING: Final = "0A"
+_METADATA: Final = {
+    (IPV4, _HTTP),
+    (IPV6, _HTTP),
+    (IPV4, _BEHIND_THE_GATE),
+    (IPV6, _BEHIND_THE_GATE),
+}
+_LOOPBACK: Final = "127.0.0.1"
+
+# Statistics and health of metadata_path's HAProxy and of others', our own admin API, metrics and health.
+_SHOWN_BY_OTHERS: Final = (
+    "/admin/stats",
+    "/admin/stats;csv",
+    "/stats",
+    "/haproxy?stats",
+    "/monitor",
+    "/metrics",
+    "/healthz",
+    "/livez",
+    "/readyz",
+    "/v1/status",
+    "/v1/instances",
+    "/v1/records",
+    "/openapi.json",
+    "/docs",
+)
+
+
+@pytest.fixture(scope="module")
+def world() -> Iterator[World]:
+    metrics = {"listen": f"{_LOOPBACK}:19321", "haproxy_listen": f"{_LOOPBACK}:19322"}
+    with open_world({"metrics": metrics, "resolver": {"hold_s": 0.5}}) as made:
+        yield made
+
+
+def _address(text: str) -> str:
+    """An address as the kernel writes it: 32-bit words, each in the order of the machine."""
+    raw = bytes.fromhex(text)
+    words = b"".join(raw[at : at + 4][::-1] for at in range(0, len(raw), 4))
+    return str(IPv4Address(words) if len(words) == 4 else IPv6Address(words))
+
+
+def _listeners(namespace: str) -> set[tuple[str, int]]:
+    """Address and port of everything that takes TCP connections there, or UDP packets."""
+
+    def read() -> list[str]:
+        tables = ("tcp", "tcp6", "udp", "udp6")
+        return [Path(f"/proc/thread-self/net/{name}").read_text() for name in tables]
+
+    found = set()
+    for number, table in enumerate(inside(namespace, read)):
+        for line in table.splitlines()[1:]:
+            _, local, _, state, *_ = line.split()
+            if number > 1 or state == _LISTENING:
+                address, _, port = local.partition(":")
+                found.add((_address(address), int(port, 16)))
+    return found
+
+
+def test_nothing_listens_where_guests_reach_but_the_metadata_service(world: World) -> None:
+    """Neutron's listened at the router's addresses and at any address of isolated networks."""
+    assert _listeners(world.lab.name("red")) <= _METADATA
+    assert _listeners(world.lab.name("green")) <= _METADATA
+    (made,) = world.lab.made_by_daemon()
+    assert _listeners(made) <= _METADATA
+    # The network `grey` is on an interface of the host's.
+    on_host = _listeners(world.lab.host)
+    assert {one for one in on_host if one[0] != _LOOPBACK} <= _METADATA
+    assert {port for address, port in on_host if address == _LOOPBACK} == {19321, 19322}
+
+
+@pytest.mark.parametrize("target", _SHOWN_BY_OTHERS)
+def test_what_other_proxies_show_is_a_path_like_any_other(world: World, target: str) -> None:
+    """On metadata_path's listener a guest reads the statistics of all instances, known or not."""
+    stranger = f"{world.red.addresses[0].rpartition('.')[0]}.99"
+    for reply in (world.red.ask(target), world.guests["blue"].ask(target)):
+        assert reply.status == 404, reply
+        assert not any(str(one["id"]).encode() in reply.body for one in world.instances)
+    with contextlib.ExitStack() as stack:
+        stack.callback(_remove_address, world.red, stranger)
+        _add_address(world.red, stranger)
+        reply = world.red.ask(target, source=stranger)
+    assert reply.status == 404, reply
+    assert not any(str(one["id"]).encode() in reply.body for one in world.instances)
+
+
+def _add_address(guest: Guest, address: str) -> None:
+    _ip(guest, "add", address)
+
+
+def _remove_address(guest: Guest, address: str) -> None:
+    _ip(guest, "del", address)
+
+
+def _ip(guest: Guest, what: str, address: str) -> None:
+    words = ("-n", guest.namespace, "address", what, f"{address}/24", "dev", guest.device)
+    subprocess.run(("/usr/sbin/ip", *words), check=True)
+
+
+def test_macs_are_compared_in_a_time_that_says_nothing(world: World) -> None:
+    """Nova once compared signatures byte by byte."""
+    text = (world.daemon.runtime / "haproxy.cfg").read_text()
+    refused = [line for line in text.splitlines() if "secure_memcmp(txn.mac)" in line]
+    assert refused
+    assert all(line.strip().startswith("http-request return status 401") for line in refused)
+
+
+def test_the_memory_that_holds_keys_and_documents_is_roots_alone(world: World) -> None:
+    """Whoever has the worker's account can have it by a fault in another program of that account."""
+    account = pwd.getpwnam("haproxy")
+    read = "import sys; open(sys.argv[1], 'rb').read(1)"
+    for name in ("mem", "maps", "environ"):
+        done = subprocess.run(
+            ("/usr/bin/python3", "-c", read, f"/proc/{world.settled().worker}/{name}"),
+            user=account.pw_uid,
+            group=account.pw_gid,
+            extra_groups=(),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert "PermissionError" in done.stderr, (name, done)
+
+
+def test_all_this_leaves_everybody_served(world: World) -> None:
+    for guest in world.everybody:
+        assert own(guest, guest.ask("/latest/user-data")) is None
