@@ -15,6 +15,7 @@ from imdsproxy.admin.operations import (
     KeyRotation,
     LeftOut,
     NetworkReport,
+    PathDecision,
     PlanReport,
     Readiness,
     ReloadReport,
@@ -29,6 +30,7 @@ from imdsproxy.admin.operations import (
 from imdsproxy.core.haproxy.watching import Watched
 from imdsproxy.core.inventory import Claimant, Conflict, ConflictKind
 from imdsproxy.core.policy import Guard, PolicyBook, PolicyPlace
+from imdsproxy.core.policy_decides import decide_read
 from imdsproxy.core.policy_told import tell_policy
 from imdsproxy.errors import (
     AlreadyExists,
@@ -252,7 +254,9 @@ class FakeOperations:
                 return one
         return None
 
-    async def explain(self, network: NetworkId, address: IpAddress) -> Explanation:
+    async def explain(
+        self, network: NetworkId, address: IpAddress, path: str | None = None
+    ) -> Explanation:
         self._check()
         if self.conflicts:
             return Explanation(
@@ -268,6 +272,16 @@ class FakeOperations:
             return Explanation(
                 network, address, "unknown", 404, why=("no port of the network has the address",)
             )
+        rules = tell_policy(
+            self.policies.fold(PolicyPlace(network, holder.project, holder.id)),
+            self.guards.get(holder.id, Guard()),
+            holder.created_at,
+            1_760_093_784,
+        )
+        decided = [
+            decide_read(rules.word, 1_760_093_784, path or "/", token=token)
+            for token in (False, True)
+        ]
         return Explanation(
             network,
             address,
@@ -281,12 +295,8 @@ class FakeOperations:
             revision="0f3a9c",
             installed=f"{holder.id}|0f3a9c",
             policy={"dialects": "ec2, nocloud, openstack"},
-            rules=tell_policy(
-                self.policies.fold(PolicyPlace(network, holder.project, holder.id)),
-                self.guards.get(holder.id, Guard()),
-                holder.created_at,
-                1_760_093_784,
-            ),
+            rules=rules,
+            decision=None if path is None else PathDecision(path, *decided),
         )
 
     async def get(

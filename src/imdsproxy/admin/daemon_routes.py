@@ -67,9 +67,18 @@ async def show_status(operations: Ops) -> JSONResponse:
 
 
 @router.get("/explain", responses=answers(Explanation))
-async def explain(network: _Network, address: _Address, operations: Ops) -> JSONResponse:
+async def explain(
+    network: _Network,
+    address: _Address,
+    operations: Ops,
+    path: Annotated[
+        str | None, Query(description="Tell what the policy says to a GET of it as well.")
+    ] = None,
+) -> JSONResponse:
     """Who has this address in this network, why, from which source, and what it gets."""
-    told = await operations.explain(NetworkId(network), _ip(address))
+    if path is not None:
+        _refuse_relative(path)
+    told = await operations.explain(NetworkId(network), _ip(address), path)
     return JSONResponse(to_json(told))
 
 
@@ -81,8 +90,7 @@ async def get_document(
     operations: Ops,
 ) -> JSONResponse:
     """What this guest would be told for `GET path`."""
-    if not path.startswith("/"):
-        raise _refused("path", f"{path} does not begin with /", "/latest/meta-data/")
+    _refuse_relative(path)
     answer = await operations.get(NetworkId(network), _ip(address), path)
     return JSONResponse(to_json(answer))
 
@@ -132,6 +140,11 @@ def _ip(text: str) -> IpAddress:
         return normalise_address(ip_address(text))
     except ValueError as error:
         raise _refused("address", f"{text} is no IP address", "10.0.0.5 or 2001:db8::5") from error
+
+
+def _refuse_relative(path: str) -> None:
+    if not path.startswith("/"):
+        raise _refused("path", f"{path} does not begin with /", "/latest/meta-data/")
 
 
 def _refused(field: str, reason: str, hint: str) -> RequestRefused:

@@ -21,6 +21,7 @@ from imdsproxy.core.model import (
     Network,
     NetworkId,
 )
+from imdsproxy.core.policy_decides import Decided
 from imdsproxy.core.policy_told import PolicyInForce
 from imdsproxy.errors import Problem
 
@@ -38,6 +39,7 @@ __all__ = [
     "NovaEndpointReport",
     "Operations",
     "PairReport",
+    "PathDecision",
     "PlanReport",
     "Readiness",
     "ReloadReport",
@@ -338,6 +340,21 @@ class PairReport:
 
 
 @dataclass(frozen=True, slots=True)
+class PathDecision:
+    """What the policy says to a GET; whether there is such a document is another question.
+
+    Attributes:
+        path: As it was asked for.
+        without_token: Where the guest sends no session token.
+        with_token: Where it sends a good one.
+    """
+
+    path: str
+    without_token: Decided
+    with_token: Decided
+
+
+@dataclass(frozen=True, slots=True)
 class Explanation:
     """Who a guest is, why, and what it gets.
 
@@ -351,6 +368,7 @@ class Explanation:
         policy: What applies to the guest's requests, as name and value (dialects, endpoint, hold).
         pair: The address and its MAC; `None` where the network does not check them.
         rules: What the guest may read and who said so, where an instance was found.
+        decision: Of the policy, where it was asked for by a path and an instance was found.
     """
 
     network: NetworkId
@@ -368,6 +386,7 @@ class Explanation:
     policy: Mapping[str, str] = field(default_factory=dict)
     pair: PairReport | None = None
     rules: PolicyInForce | None = None
+    decision: PathDecision | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -492,8 +511,13 @@ class Operations(Protocol):
         """
         ...
 
-    async def explain(self, network: NetworkId, address: IpAddress) -> Explanation:
-        """Who has `address` in `network`, and why; never raises for an unknown one."""
+    async def explain(
+        self, network: NetworkId, address: IpAddress, path: str | None = None
+    ) -> Explanation:
+        """Who has `address` in `network`, and why; never raises for an unknown one.
+
+        With `path`, also what the policy says to a GET of it.
+        """
         ...
 
     async def get(

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass, replace
 from typing import Final, assert_never
 
-from imdsproxy.admin.operations import Explanation, PairReport
+from imdsproxy.admin.operations import Explanation, PairReport, PathDecision
 from imdsproxy.app.listener_loop import ListenerLoop
 from imdsproxy.app.lookup import Lookup
 from imdsproxy.app.record_loop import RecordLoop
@@ -24,6 +24,7 @@ from imdsproxy.core.inventory import AddressKey, Inventory
 from imdsproxy.core.model import Instance, IpAddress, NetworkId, Scope, Upstream
 from imdsproxy.core.pairs import ANY_MAC, plan_pair
 from imdsproxy.core.plan import networks_of, policy_place, record_key
+from imdsproxy.core.policy_decides import decide_read
 from imdsproxy.core.policy_told import PolicyInForce, tell_policy
 from imdsproxy.core.wire import NovaRecord, hide_signatures
 from imdsproxy.dataplane.haproxy import Haproxy
@@ -52,13 +53,17 @@ class Explainer:
     haproxy: Haproxy
     lookup: Lookup
 
-    async def explain(self, network: NetworkId, address: IpAddress) -> Explanation:
-        """Who has `address` in `network`, and why; never raises for an unknown one."""
+    async def explain(
+        self, network: NetworkId, address: IpAddress, path: str | None = None
+    ) -> Explanation:
+        """See `Operations.explain`."""
         key = (network, address)
         if not self.inventory.knows(network) and self.lookup.source is None:
             why = (f"no source tells of network {network}",)
             return Explanation(network, address, "no-network", 404, why)
         found = await self._identity(key)
+        if path is not None and found.rules is not None:
+            found = replace(found, decision=self._decision(found.rules, path))
         report = self.listeners.report
         steps = [self._origin(network)]
         steps += [
@@ -230,8 +235,18 @@ class Explainer:
             book.fold(policy_place(self.inventory, network, project, instance)),
             book.guard(instance.id),
             instance.created_at,
-            int(self.lookup.clock.now().timestamp()),
+            self._now(),
         )
+
+    def _decision(self, rules: PolicyInForce, path: str) -> PathDecision:
+        now = self._now()
+        without, given = (
+            decide_read(rules.word, now, path, token=token) for token in (False, True)
+        )
+        return PathDecision(path, without, given)
+
+    def _now(self) -> int:
+        return int(self.lookup.clock.now().timestamp())
 
     async def _installed(self, network: NetworkId, address: IpAddress) -> str | None:
         """What the accepting worker's maps have for the address."""

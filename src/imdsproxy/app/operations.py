@@ -346,9 +346,11 @@ class ControllerOperations:
 
     # Asking about guests
 
-    async def explain(self, network: NetworkId, address: IpAddress) -> Explanation:
+    async def explain(
+        self, network: NetworkId, address: IpAddress, path: str | None = None
+    ) -> Explanation:
         """See `Operations.explain`."""
-        return await self.explainer.explain(network, address)
+        return await self.explainer.explain(network, address, path)
 
     async def get(
         self,

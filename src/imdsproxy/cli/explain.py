@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
-from typing import Final, TypeAlias, cast
+from typing import Annotated, Final, TypeAlias, cast
 
 import typer
 
@@ -24,18 +24,31 @@ _HOW: Final[Mapping[str, str]] = {
 }
 
 
+Path: TypeAlias = Annotated[
+    str | None,
+    typer.Option(
+        "--path",
+        metavar="PATH",
+        help="Also what its policy says to a GET of it: /latest/user-data.",
+        show_default=False,
+    ),
+]
+
+
 def explain(
     context: typer.Context,
     network: options.Network,
     address: options.Address,
     *,
+    path: Path = None,
     as_json: options.Json = False,
     socket: options.Socket = None,
     config: options.Config = None,
 ) -> None:
     """Who has this address in this network, why, from which source, and what it gets."""
     run = options.invocation(context, as_json=as_json, socket=socket, config=config)
-    told = cast("_Shape", run.daemon().get("/v1/explain", {"network": network, "address": address}))
+    query = {"network": network, "address": address} | ({} if path is None else {"path": path})
+    told = cast("_Shape", run.daemon().get("/v1/explain", query))
     if run.output.as_json:
         run.output.json(told)
     else:
@@ -67,6 +80,15 @@ def show_explanation(output: Output, told: _Shape) -> None:
     policy = cast("Mapping[str, str]", told["policy"])
     facts |= {clean(name): clean(value) for name, value in policy.items()}
     facts |= dict(_rules(cast("_Shape | None", told["rules"])))
+    decision = cast("_Shape | None", told["decision"])
+    if decision is not None:
+        facts["policy"] = f"to GET {clean(decision['path'])}:\n" + "\n".join(
+            f"{words}: {_decided(cast('_Shape', decision[key]), told['rules'])}"
+            for words, key in (
+                ("without a token", "without_token"),
+                ("with a good one", "with_token"),
+            )
+        )
     why = cast("Sequence[str]", told["why"])
     if why:
         facts["why"] = "\n".join(f"{number}. {clean(step)}" for number, step in enumerate(why, 1))
@@ -113,3 +135,13 @@ def _boot(told: _Shape) -> str:
 
 def _time(at: object) -> str:
     return f"{datetime.fromtimestamp(cast('float', at), UTC).astimezone():%Y-%m-%d %H:%M:%S %Z}"
+
+
+def _decided(decided: _Shape, told: object) -> str:
+    """What is answered, by which rule, and who set it."""
+    if decided["status"] is None:
+        return "[green]it passes[/]"
+    rules = cast("Sequence[_Shape]", cast("_Shape", told)["rules"])
+    origin = next((rule["origin"] for rule in rules if rule["name"] == decided["rule"]), None)
+    by = clean(decided["rule"]) if origin is None else f"{clean(decided['rule'])}, {clean(origin)}"
+    return f"[red]{decided['status']}[/], {clean(decided['why'])} [dim]({by})[/]"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Final, TypeAlias
 
-from imdsproxy.core.policy import Folded, Guard, boot_ends_at
+from imdsproxy.core.policy import Folded, Guard, boot_ends_at, render_policy_word
 
 __all__ = ["NOBODY", "PolicyInForce", "RuleInForce", "RuleValue", "tell_policy"]
 
@@ -38,6 +38,7 @@ class PolicyInForce:
         boot_ends_at: When the boot is over, Unix time; `None` where no source tells when the instance was made.
         boot_over: What is locked after the boot is locked.
         reopened_at: When an operator said that it boots anew, Unix time; `None` for never.
+        word: What HAProxy goes by, empty where that is the default.
     """
 
     rules: tuple[RuleInForce, ...]
@@ -45,6 +46,7 @@ class PolicyInForce:
     boot_ends_at: int | None
     boot_over: bool
     reopened_at: int | None
+    word: str
 
 
 def tell_policy(folded: Folded, guard: Guard, created_at: int | None, now: int) -> PolicyInForce:
@@ -73,4 +75,5 @@ def tell_policy(folded: Folded, guard: Guard, created_at: int | None, now: int) 
         # As HAProxy does: in the second that it ends it has ended.
         boot_over=ends is None or ends <= now,
         reopened_at=guard.reopened_at or None,
+        word=render_policy_word(folded.policy, guard, created_at),
     )

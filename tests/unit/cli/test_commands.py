@@ -542,6 +542,25 @@ def test_explain_says_what_the_guest_may_and_who_said_so(filled: Cli) -> None:
     assert re.search(r"boot until 2025-10-1. ..:..:.. \S+, opened again at 2025-10-1. ", words)
 
 
+def test_explain_says_which_rule_decides_about_a_path(filled: Cli) -> None:
+    filled.operations.policies = PolicyBook(
+        projects={"p1": PolicyRules(tokens=TokenMode.REQUIRED)},
+        instances={"web-1": PolicyRules(tokens=TokenMode.REQUIRED)},
+    )
+    asked = ("explain", "--network", "blue", "--from", "10.0.0.5", "--path")
+    words = " ".join(filled(*asked, "//latest/user-data").out.split())
+    assert (
+        "policy to GET //latest/user-data: "
+        "without a token: 401, EC2's tree takes a token (tokens, instance) with a good one: it passes"
+    ) in words
+    words = " ".join(filled(*asked, "/a/../b").out.split())
+    assert "without a token: 400, no document has such a path" in words
+    assert "(path)" in words
+    refused = filled(*asked, "latest")
+    assert (refused.status, "does not begin with /" in refused.err) == (64, True)
+    assert "policy" not in filled("explain", "--network", "blue", "--from", "10.0.0.5").out
+
+
 def test_explain_of_nobody_is_1(filled: Cli) -> None:
     ran = filled("explain", "--network", "blue", "--from", "10.0.0.9")
     assert (ran.status, "unknown" in ran.out) == (1, True)
