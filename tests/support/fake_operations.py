@@ -32,6 +32,7 @@ from imdsproxy.core.inventory import Claimant, Conflict, ConflictKind
 from imdsproxy.core.policy import Guard, PolicyBook, PolicyPlace
 from imdsproxy.core.policy_decides import decide_read
 from imdsproxy.core.policy_told import tell_policy
+from imdsproxy.core.token_report import TokenReport
 from imdsproxy.errors import (
     AlreadyExists,
     ImdsproxyError,
@@ -64,6 +65,7 @@ class FakeOperations:
     reloads: int = 0
     watched: list[Watched] = field(default_factory=list)
     missed: bool = False
+    tokens_told: TokenReport = field(default_factory=lambda: TokenReport(0.0, (), (), 0))
     pending: tuple[str, ...] = ()
     stopped: list[bool] = field(default_factory=list)
     on_stop: Callable[[], None] = lambda: None
@@ -329,6 +331,10 @@ class FakeOperations:
         )
         last = max((one.number for one in self.watched), default=0)
         return WatchReport(last, () if cursor is None else found, missed=self.missed)
+
+    async def token_report(self) -> TokenReport:
+        self._check()
+        return self.tokens_told
 
     async def render(self) -> str:
         self._check()

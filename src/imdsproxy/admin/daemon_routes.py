@@ -15,6 +15,7 @@ from imdsproxy.admin.operations import (
     Explanation,
     SettingsReload,
     StatusReport,
+    TokenReport,
     WatchReport,
 )
 from imdsproxy.admin.shapes import to_json
@@ -109,6 +110,12 @@ async def watch(
         instance=None if instance is None else InstanceId(instance),
     )
     return JSONResponse(to_json(told))
+
+
+@router.get("/token-report", responses=answers(TokenReport))
+async def token_report(operations: Ops) -> JSONResponse:
+    """Guests and clients that still read without session tokens, and what required tokens leave open."""
+    return JSONResponse(to_json(await operations.token_report()))
 
 
 @router.get(

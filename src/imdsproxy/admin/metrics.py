@@ -111,6 +111,8 @@ class MetricsSnapshot:
         gates_refused: Networks where it should, and cannot.
         unix_serving: `None` where the unix listener is off.
         unix_taken_over: How often its path was taken from a process that lives.
+        no_token: Counted reads without a session token (`imdsproxy.core.haproxy.counting`), by network.
+        no_token_rejected: Reads that were refused because a token is required, by network.
     """
 
     version: str
@@ -145,6 +147,8 @@ class MetricsSnapshot:
     unix_taken_over: int = 0
     unix_traffic: NetworkTraffic = field(default_factory=NetworkTraffic)
     nova_refused: Mapping[str, int] = field(default_factory=dict)
+    no_token: Mapping[str, int] = field(default_factory=dict)
+    no_token_rejected: Mapping[str, int] = field(default_factory=dict)
     neutron: NeutronCounts | None = None
 
 
@@ -441,6 +445,21 @@ METRICS: Final[tuple[MetricDescription, ...]] = (
         _each(lambda snapshot: snapshot.mismatches),
     ),
     MetricDescription(
+        "imdsproxy_metadata_no_token",
+        "counter",
+        "Reads of EC2's tree, or of one that requires tokens, without a session token, by network as above: the "
+        "first of each connection and one in 64 after; 0 means that nobody does it.",
+        ("network",),
+        _each(lambda snapshot: snapshot.no_token),
+    ),
+    MetricDescription(
+        "imdsproxy_metadata_no_token_rejected",
+        "counter",
+        "Reads that were refused because a session token is required, each of them, by network as above.",
+        ("network",),
+        _each(lambda snapshot: snapshot.no_token_rejected),
+    ),
+    MetricDescription(
         "imdsproxy_learned_addresses",
         "gauge",
         "Addresses that guests are known by because the neighbour table has their MAC there.",
@@ -579,6 +598,8 @@ class SnapshotCollector(Collector):
             snapshot,
             traffic=bound_networks(snapshot.traffic, limit),
             mismatches=bound_counts(snapshot.mismatches, limit),
+            no_token=bound_counts(snapshot.no_token, limit),
+            no_token_rejected=bound_counts(snapshot.no_token_rejected, limit),
         )
         for description in METRICS:
             yield _filled(description, snapshot)

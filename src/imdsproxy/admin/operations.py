@@ -23,6 +23,7 @@ from imdsproxy.core.model import (
 )
 from imdsproxy.core.policy_decides import Decided
 from imdsproxy.core.policy_told import PolicyInForce
+from imdsproxy.core.token_report import TokenReport
 from imdsproxy.errors import Problem
 
 __all__ = [
@@ -48,6 +49,7 @@ __all__ = [
     "SourceReport",
     "StatusReport",
     "UnixListenerReport",
+    "TokenReport",
     "WatchReport",
     "Written",
 ]
@@ -545,6 +547,10 @@ class Operations(Protocol):
         The first question has HAProxy tell of requests, by a reload; another reload ends that when nobody has asked
         for some seconds.
         """
+        ...
+
+    async def token_report(self) -> TokenReport:
+        """Who still reads without session tokens, as HAProxy has counted, and what required tokens leave open."""
         ...
 
     async def render(self) -> str:

@@ -47,6 +47,7 @@ from imdsproxy.app.record_loop import RecordLoop
 from imdsproxy.app.servers import open_sole_socket, open_tcp_socket
 from imdsproxy.app.settings_reload import SettingsHolder, with_contents
 from imdsproxy.app.stop import end_processes, sweep_host
+from imdsproxy.app.token_report import open_counting
 from imdsproxy.app.unix_listener import UnixListener, sweep_unix_socket
 from imdsproxy.app.watching import Watching
 from imdsproxy.config.schema import Settings
@@ -351,6 +352,7 @@ async def run_controller(
             nova=nova,
             guarding=guarding,
             watching=watching,
+            counting=open_counting(haproxy, clock),
             started_at=clock.now().timestamp(),
             started=clock.monotonic(),
         )

@@ -94,6 +94,7 @@ class Figures:
     async def refresh(self) -> None:
         """Read HAProxy's counters once."""
         await self.operations.nova_watch.refresh()
+        await self.operations.counting.refresh()
         haproxy = self.operations.haproxy
         processes = haproxy.processes
         if processes is None or processes.worker is None:
@@ -168,6 +169,8 @@ class Figures:
             nova_up={
                 (one.endpoint_set, one.endpoint): one.up for one in operations.nova_watch.endpoints
             },
+            no_token=dict(operations.counting.ledger.read),
+            no_token_rejected=dict(operations.counting.ledger.refused),
             nova_refused=operations.nova_watch.refused.totals,
             neutron=None if self.neutron is None else _neutron(self.neutron.figures),
         )

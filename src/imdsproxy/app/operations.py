@@ -37,6 +37,7 @@ from imdsproxy.app.lookup import Lookup
 from imdsproxy.app.nova_upstream import NovaUpstream
 from imdsproxy.app.nova_watch import NovaWatch
 from imdsproxy.app.record_loop import RecordLoop
+from imdsproxy.app.token_report import TokenCounting
 from imdsproxy.app.watching import Watching
 from imdsproxy.app.writes import Writes
 from imdsproxy.core import endpoints
@@ -53,6 +54,7 @@ from imdsproxy.core.model import (
     Scope,
 )
 from imdsproxy.core.plan import networks_of
+from imdsproxy.core.token_report import TokenReport, open_trees
 from imdsproxy.core.wire import MISMATCH_TEXT, MapRecord, render_map_value
 from imdsproxy.dataplane.haproxy import Haproxy
 from imdsproxy.errors import (
@@ -100,6 +102,7 @@ class ControllerOperations:
     documents_restarts: Callable[[], int]
     documents_needed: bool
     watching: Watching
+    counting: TokenCounting
     reload_settings: Callable[[], Awaitable[SettingsReload]]
     end: Callable[[bool], None]
 
@@ -430,6 +433,11 @@ class ControllerOperations:
     ) -> WatchReport:
         """See `Operations.watch`."""
         return await self.watching.read(cursor, network=network, instance=instance)
+
+    async def token_report(self) -> TokenReport:
+        """See `Operations.token_report`."""
+        await self.counting.refresh()
+        return self.counting.ledger.report(open_trees(self.inventory, self.records.policies()))
 
     async def render(self) -> str:
         """See `Operations.render`."""

@@ -15,6 +15,7 @@ from imdsproxy.app.lookup import Lookup
 from imdsproxy.app.nova_upstream import NovaUpstream
 from imdsproxy.app.record_loop import RecordLoop
 from imdsproxy.app.settings_reload import SettingsHolder
+from imdsproxy.app.token_report import TokenCounting
 from imdsproxy.app.watching import Watching
 from imdsproxy.core.inventory import Inventory
 from imdsproxy.dataplane.haproxy import Haproxy
@@ -53,5 +54,6 @@ class Parts:
     nova: NovaUpstream
     guarding: Guarding
     watching: Watching
+    counting: TokenCounting
     started_at: float
     started: float

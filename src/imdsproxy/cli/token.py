@@ -1,4 +1,4 @@
-"""`imdsproxy token revoke|rotate`: session tokens, as operators deal with them."""
+"""`imdsproxy token revoke|rotate|report`: session tokens, as operators deal with them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 __all__ = ["app"]
 
-app = typer.Typer(help="Session tokens (IMDSv2): revoke, rotate.", no_args_is_help=True)
+app = typer.Typer(help="Session tokens (IMDSv2): revoke, rotate, report.", no_args_is_help=True)
 
 Id: TypeAlias = Annotated[
     str,
@@ -61,3 +61,22 @@ def rotate(
     answer = run.daemon().request("POST", path_to("token-keys", "rotate"))
     done = cast("Mapping[str, object]", answer)
     say_written(run.output, f"key {done['kid']} signs tokens, {done['file']} has it", done)
+
+
+@app.command("report")
+def report(
+    context: typer.Context,
+    *,
+    as_json: options.Json = False,
+    socket: options.Socket = None,
+    config: options.Config = None,
+) -> None:
+    """Name guests and clients that still read without tokens, and what required tokens leave open."""
+    from imdsproxy.cli.token_report_output import say_token_report  # noqa: PLC0415 - as above
+
+    run = options.invocation(context, as_json=as_json, socket=socket, config=config)
+    told = cast("Mapping[str, object]", run.daemon().get("/v1/token-report"))
+    if run.output.as_json:
+        run.output.json(told)
+    else:
+        say_token_report(run.output, told)

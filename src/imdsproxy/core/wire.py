@@ -19,6 +19,7 @@ __all__ = [
     "HEADER_FORWARDED",
     "HEADER_INSTANCE",
     "HEADER_NETWORK",
+    "HEADER_OPERATOR",
     "HEADER_RECORD",
     "HEADER_REFUSED",
     "HEADER_REVISION",
@@ -62,6 +63,9 @@ HEADER_REFUSED: Final = "x-imdsproxy-refused"
 HEADER_FORWARDED: Final = "x-imdsproxy-forwarded"
 """To the resolver and back: `by` where headers say that somebody had the guest ask, `for` where it is
 `X-Forwarded-For` in a PUT."""
+
+HEADER_OPERATOR: Final = "x-imdsproxy-operator"
+"""From the controller to HAProxy: an operator asks what the guest would get, so it is no read of the guest's."""
 
 RETRY_AFTER_S: Final = 1
 """What every 503 tells a client to wait, in seconds: cloud-init's own pace."""

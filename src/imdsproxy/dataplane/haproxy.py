@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import subprocess
 from collections import Counter
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -42,6 +43,7 @@ class Haproxy:
     """Brings configurations into force and says whether HAProxy lives.
 
     Attributes:
+        before_reload: What wants to read something of the workers that will then be gone; raises nothing.
         starting: Set once a start has begun; while HAProxy reads its files, the processor has time for others.
 
     Every start and reload happens under the records' lock, so that a new worker's maps are the files'.
@@ -59,6 +61,7 @@ class Haproxy:
     last_reload: LastReload | None = None
     reload_counts: Counter[str] = field(default_factory=Counter)
     seconds_spent: float = 0.0
+    before_reload: list[Callable[[], Awaitable[None]]] = field(default_factory=list)
 
     async def adopt(self) -> bool:
         """Take over a master that runs already; whether there is one.
@@ -195,6 +198,8 @@ class Haproxy:
         self._note(reason, "started", seconds=asyncio.get_running_loop().time() - began)
 
     async def _reload(self, reason: str, began: float) -> None:
+        for look in self.before_reload:
+            await look()
         outcome = await self.master.send_reload()
         self.processes = await self.master.read_processes()
         seconds = asyncio.get_running_loop().time() - began

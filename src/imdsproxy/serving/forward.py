@@ -17,7 +17,13 @@ import httpcore
 import structlog
 
 from imdsproxy.core.documents.respond import Header
-from imdsproxy.core.wire import HEADER_ADDRESS, HEADER_FORWARDED, HEADER_NETWORK, HEADER_RECORD
+from imdsproxy.core.wire import (
+    HEADER_ADDRESS,
+    HEADER_FORWARDED,
+    HEADER_NETWORK,
+    HEADER_OPERATOR,
+    HEADER_RECORD,
+)
 from imdsproxy.serving.asgi import Send, send_answer
 from imdsproxy.serving.documents import retry_later
 
@@ -41,7 +47,7 @@ class FoundRequest:
         target: Path and query as the guest sent them.
         headers: What HAProxy let through of the guest's.
         network: Where it asks from.
-        by_operator: It takes nothing of the network's share.
+        by_operator: It takes nothing of the network's share, and is not counted as the guest's.
     """
 
     record: str
@@ -162,5 +168,9 @@ def _headers(request: FoundRequest) -> Iterable[Header]:
     yield HEADER_RECORD.encode(), request.record.encode()
     yield HEADER_NETWORK.encode(), request.network.encode()
     yield HEADER_ADDRESS.encode(), request.address.encode()
+    if request.by_operator:
+        yield HEADER_OPERATOR.encode(), b"yes"
+    if request.by_operator:
+        yield HEADER_OPERATOR.encode(), b"yes"
     if request.body or request.method not in _BODILESS:
         yield b"content-length", b"%d" % len(request.body)

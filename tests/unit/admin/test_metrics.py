@@ -54,6 +54,8 @@ FULL = MetricsSnapshot(
     unix_traffic=NetworkTraffic(3, 2, 1),
     nova_up={("default", "192.0.2.1:8775"): True, ("default", "192.0.2.2:8775"): False},
     nova_refused={"default": 6},
+    no_token={"blue": 8, "red": 1},
+    no_token_rejected={"blue": 2},
 )
 
 
@@ -95,6 +97,8 @@ def _value(snapshot: MetricsSnapshot, name: str, **labels: str) -> float:
             0,
         ),
         ("imdsproxy_nova_refused_total", {"endpoint_set": "default"}, 6),
+        ("imdsproxy_metadata_no_token_total", {"network": "blue"}, 8),
+        ("imdsproxy_metadata_no_token_rejected_total", {"network": "blue"}, 2),
         ("imdsproxy_neutron_queries_total", {"result": "timeout"}, 1),
         ("imdsproxy_neutron_look_ups_total", {"result": "negative-cached"}, 3),
         ("imdsproxy_neutron_ports", {}, 7),

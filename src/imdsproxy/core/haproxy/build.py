@@ -12,6 +12,12 @@ from functools import lru_cache
 from typing import Final
 
 from imdsproxy.core.gates import ANSWER_DSCP
+from imdsproxy.core.haproxy.counting import (
+    STICK_COUNTERS,
+    counting_rules,
+    counting_tables,
+    hear_operator,
+)
 from imdsproxy.core.haproxy.guard import (
     ASKED,
     GUARDED,
@@ -86,6 +92,7 @@ def build_sections(spec: DataplaneSpec) -> tuple[Section, ...]:
     sections += [_found(spec), _documents(spec), _documents(spec, guarded=True)]
     sections += [_resolver(spec), _conflict(), _probe(spec)]
     sections += nova_backends(spec)
+    sections += counting_tables()
     if spec.exporter is not None:
         sections.append(_exporter(spec.exporter))
     return tuple(sections)
@@ -99,6 +106,7 @@ def _global(spec: DataplaneSpec) -> Section:
         # Whoever is older is ended at once, requests that it still works on included (ADR 0022).
         ("mworker-max-reloads", "20"),
         ("tune.maxrewrite", "1024"),
+        ("tune.stick-counters", str(STICK_COUNTERS)),
         *nova_counters(spec),
     ]
     if spec.user is not None:
@@ -238,6 +246,7 @@ def _found(spec: DataplaneSpec) -> Section:
             ("http-request", "set-var(sess.network)", f"req.fhdr({HEADER_NETWORK})"),
             *policy_rules(),
             *hear_forwarded(),
+            hear_operator(),
             ("http-request", "set-var(sess.found)", "bool(true)"),
             *note_asked(spec.paths.token_keys),
             *_answer(spec, found=True),
@@ -248,6 +257,7 @@ def _found(spec: DataplaneSpec) -> Section:
 def _answer(spec: DataplaneSpec, *, found: bool = False) -> tuple[Words, ...]:
     """From `txn.record` to whoever answers."""
     return (
+        *counting_rules(unless=ASKED),
         # In front of Nova most requests have nothing to do with the cache, and its filter would cost each of them
         # a tenth. Elsewhere all have, and a hit that first chose a backend takes a third more instructions.
         *(() if spec.nova else _ask_the_cache(spec, unless=ASKED)),

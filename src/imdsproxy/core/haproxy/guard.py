@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from typing import Final
 
+from imdsproxy.core.haproxy.counting import counting_rules
 from imdsproxy.core.haproxy.hops import limit_hops, release_hops
 from imdsproxy.core.haproxy.model import Words
 from imdsproxy.core.haproxy.rules import KNOWN, NOVA, TOKEN_HEADERS, retry_later
@@ -70,6 +71,7 @@ _POLICY: Final = ("{", "var(txn.policy)", "-m", "found", "}")
 _GIVEN: Final = ("{", _THE_TOKEN, "-m", "found", "}")
 _SEEN: Final = ("{", "var(txn.claim),strcmp(sess.good)", "-m", "int", "0", "}")
 _NO_GOOD_TOKEN: Final = ("!{", "var(txn.left)", "-m", "found", "}")
+_UNMET: Final = ("{", "var(txn.unmet)", "-m", "found", "}")
 _PUT: Final = ("{", "method", "PUT", "}")
 _PLAIN_ROUTE: Final = ("{", "path", TOKEN_PATH, "}")
 _ROUTE: Final = ("{", "var(txn.route)", "-m", "found", "}")
@@ -277,9 +279,13 @@ def _require() -> tuple[Words, ...]:
     return (
         _set("now", "date", _POLICY, boot_counts),
         _set("booting", "var(txn.policy),field(3,:),sub(txn.now)", _POLICY, boot_counts),
-        _answer(401, *refused, _letter(3, "r"), *_none_of(_OPENSTACK, _NOCLOUD)),
-        _answer(401, *refused, _BOOTED, _letter(4, "r"), _OPENSTACK),
-        _answer(401, *refused, _BOOTED, _letter(5, "r"), _NOCLOUD),
+        _set("unmet", "bool(true)", *refused, _letter(3, "r"), *_none_of(_OPENSTACK, _NOCLOUD)),
+        _set("unmet", "bool(true)", *refused, _BOOTED, _letter(4, "r"), _OPENSTACK),
+        _set("unmet", "bool(true)", *refused, _BOOTED, _letter(5, "r"), _NOCLOUD),
+        *counting_rules(
+            (*_UNMET,), (*_POLICY, *_letter(4, "r"), *_OPENSTACK), (*_POLICY, *_letter(5, "r"), *_NOCLOUD)
+        ),
+        _answer(401, _UNMET),
         *(_answer(403, *refused, _letter(6, "g"), *sign)
           for sign in ((_IS_FORWARDED,), *_SIGNS)),
         _answer(403, _BOOTED, _letter(7, "s"), _USER_DATA),

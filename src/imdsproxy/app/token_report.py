@@ -1,0 +1,74 @@
+"""Who still reads without session tokens: the tables of HAProxy's workers, read when somebody asks."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from dataclasses import dataclass, field
+from typing import Final
+
+import structlog
+
+from imdsproxy.core.haproxy.counting import (
+    GUESTS_TABLE,
+    READERS_TABLE,
+    parse_guests,
+    parse_readers,
+)
+from imdsproxy.core.token_report import TokenLedger
+from imdsproxy.dataplane.haproxy import Haproxy
+from imdsproxy.dataplane.master import MasterClient, WorkerEnded
+from imdsproxy.errors import RuntimeUnavailable
+from imdsproxy.host.clock import Clock
+
+__all__ = ["TokenCounting", "open_counting"]
+
+_BEFORE_RELOAD_S: Final = 0.5
+
+
+@dataclass(slots=True)
+class TokenCounting:
+    """Adds up what workers have counted: when somebody asks, and before a reload takes a worker away.
+
+    Args:
+        master: Whose workers are asked, draining ones too.
+        clock: Of this host.
+        ledger: The sums; they begin with this controller.
+    """
+
+    master: MasterClient
+    clock: Clock
+    ledger: TokenLedger
+    _lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+    async def look_before_reload(self) -> None:
+        """As `refresh`; a worker that hangs must not keep it from being replaced."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_BEFORE_RELOAD_S):
+                await self.refresh()
+
+    async def refresh(self) -> None:
+        """Read all workers' tables once; what cannot be read is read the next time."""
+        async with self._lock:
+            try:
+                workers = (await self.master.read_processes()).workers
+            except RuntimeUnavailable as error:
+                structlog.get_logger().debug("token counts cannot be read", reason=error.message)
+                return
+            self.ledger.keep_workers(workers)
+            for worker in workers:
+                try:
+                    guests = await self.master.send(worker, f"show table {GUESTS_TABLE}")
+                    readers = await self.master.send(worker, f"show table {READERS_TABLE}")
+                except (WorkerEnded, RuntimeUnavailable):
+                    # It ends: what it counted since the last look is lost.
+                    continue
+                now = self.clock.now().timestamp()
+                self.ledger.add(worker, parse_guests(guests), parse_readers(readers), now)
+
+
+def open_counting(haproxy: Haproxy, clock: Clock) -> TokenCounting:
+    """One that begins now, and looks before each reload of this HAProxy."""
+    counting = TokenCounting(haproxy.master, clock, TokenLedger(clock.now().timestamp()))
+    haproxy.before_reload.append(counting.look_before_reload)
+    return counting

@@ -1,0 +1,74 @@
+"""How `imdsproxy token report` looks to people."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Final, TypeAlias, cast
+
+from imdsproxy.cli.output import Column, clean
+
+if TYPE_CHECKING:
+    from imdsproxy.cli.output import Output
+
+__all__ = ["say_token_report"]
+
+_Shape: TypeAlias = Mapping[str, object]
+
+_COLUMNS: Final = (
+    Column("NETWORK", keep=True),
+    Column("INSTANCE", keep=True),
+    Column("READS", keep=True, right=True),
+    Column("REFUSED", keep=True, right=True),
+    Column("LAST", keep=True, spare=True),
+    Column("PATH"),
+    Column("CLIENT"),
+)
+
+
+def say_token_report(output: Output, told: _Shape) -> None:
+    """A line for each client of each guest, then the trees that stay open.
+
+    Args:
+        output: Where to.
+        told: The answer of `GET /v1/token-report`.
+    """
+    guests = cast("Sequence[_Shape]", told["guests"])
+    since = _time(told["since"])
+    output.table(
+        _COLUMNS,
+        (row for guest in guests for row in _rows(guest)),
+        empty=f"since {since} nobody has read without a token where it counts",
+    )
+    if guests:
+        output.styled(
+            f"[dim]since {since}; READS and REFUSED are the guest's, its clients are samples[/]"
+        )
+    trees = cast("Sequence[_Shape]", told["open_trees"])
+    for one in trees:
+        output.styled(
+            f"[yellow]warning:[/] {clean(one['tree'])} gives instance {clean(one['instance'])} in "
+            f"{clean(one['network'])} the user-data for which EC2's tree requires a token"
+        )
+    more = cast("int", told["open_tree_count"]) - len(trees)
+    if more > 0:
+        output.styled(f"[yellow]warning:[/] so do {more} more")
+    if trees:
+        output.styled(
+            "[dim]hint:[/] policy: openstack_tokens, nocloud_tokens or seal_user_data lock it after the boot"
+        )
+
+
+def _rows(guest: _Shape) -> Iterator[tuple[str, ...]]:
+    who = (clean(guest["network"]), clean(guest["instance"]))
+    counts = (str(guest["reads"]), str(guest["refused"]))
+    readers = cast("Sequence[_Shape]", guest["readers"])
+    if not readers:
+        yield (*who, *counts, _time(guest["last_at"]), "-", "-")
+    for reader in readers:
+        path, client = f"/{clean(reader['path'])}", clean(reader["client"]) or "-"
+        yield (*who, *counts, _time(reader["last_at"]), path, client)
+
+
+def _time(at: object) -> str:
+    return f"{datetime.fromtimestamp(cast('float', at), UTC).astimezone():%Y-%m-%d %H:%M:%S}"

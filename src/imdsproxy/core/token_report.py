@@ -1,0 +1,251 @@
+"""Who still reads without session tokens: HAProxy's counts added up over workers, and what tokens do not close."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from typing import Final, TypeAlias
+
+from imdsproxy.core.haproxy.counting import GuestRow, ReaderRow
+from imdsproxy.core.inventory import Inventory
+from imdsproxy.core.model import Dialect, Instance, InstanceId, NetworkId, Upstream
+from imdsproxy.core.plan import policy_place
+from imdsproxy.core.policy import PolicyBook, TokenMode
+
+__all__ = [
+    "GuestWithoutToken",
+    "OpenTree",
+    "ReaderWithoutToken",
+    "TokenLedger",
+    "TokenReport",
+    "open_trees",
+]
+
+_GUESTS_KEPT: Final = 50_000
+_READERS_KEPT: Final = 10_000
+_KEPT_S: Final = 7 * 86_400
+_OPEN_TREES_SHOWN: Final = 100
+_REFUSED: Final = "refused"
+
+_Key: TypeAlias = tuple[str, ...]
+_Counts: TypeAlias = tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class ReaderWithoutToken:
+    """A client of a guest, at one branch of a tree.
+
+    Attributes:
+        path: Its first three segments; letters that are odd are `_`.
+        client: User-Agent, the same way; empty where there was none.
+        seen: How often it was among the samples.
+        refused: So many of these because a token is required.
+        last_at: Unix time.
+    """
+
+    path: str
+    client: str
+    seen: int
+    refused: int
+    last_at: float
+
+
+@dataclass(frozen=True, slots=True)
+class GuestWithoutToken:
+    """A guest that reads without tokens.
+
+    Attributes:
+        reads: Counted reads: the first of each connection and a sample of the rest.
+        refused: Each read that was refused because a token is required.
+        last_at: Unix time.
+        readers: Its clients, the last one first.
+    """
+
+    network: str
+    instance: str
+    reads: int
+    refused: int
+    last_at: float
+    readers: tuple[ReaderWithoutToken, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class OpenTree:
+    """EC2's tree requires tokens, and this one gives the same user-data to whoever asks.
+
+    Attributes:
+        tree: `/openstack` or `/nocloud`.
+    """
+
+    network: NetworkId
+    instance: InstanceId
+    tree: str
+
+
+@dataclass(frozen=True, slots=True)
+class TokenReport:
+    """Attributes as of their classes.
+
+    Attributes:
+        since: From when on it tells, Unix time; what is a week old is forgotten.
+        guests: The last seen first.
+        open_trees: At most a hundred of `open_tree_count`.
+    """
+
+    since: float
+    guests: tuple[GuestWithoutToken, ...]
+    open_trees: tuple[OpenTree, ...]
+    open_tree_count: int
+
+
+@dataclass(slots=True)
+class _Sums:
+    """Counts by key, over workers that each begin at 0 and forget entries as they please."""
+
+    kept: int
+    totals: dict[_Key, tuple[int, int, float]] = field(default_factory=dict)
+    _before: dict[int, dict[_Key, _Counts]] = field(default_factory=dict)
+
+    def add(
+        self, worker: int, rows: Iterable[tuple[_Key, _Counts, float]], now: float
+    ) -> list[tuple[_Key, _Counts]]:
+        """Take in one worker's table: keys, counts and age; what is more than at its last look."""
+        before = self._before.get(worker, {})
+        seen: dict[_Key, _Counts] = {}
+        more: list[tuple[_Key, _Counts]] = []
+        for key, counts, age_s in rows:
+            seen[key] = counts
+            was = before.get(key, (0, 0))
+            if any(new < old for new, old in zip(counts, was, strict=True)):
+                # The entry was forgotten and made anew.
+                was = (0, 0)
+            grown = (counts[0] - was[0], counts[1] - was[1])
+            if grown == (0, 0):
+                continue
+            reads, refused, last = self.totals.get(key, (0, 0, 0.0))
+            self.totals[key] = (reads + grown[0], refused + grown[1], max(last, now - age_s))
+            more.append((key, grown))
+        self._before[worker] = seen
+        self._forget(now)
+        return more
+
+    def drop_others(self, workers: Iterable[int]) -> None:
+        for worker in self._before.keys() - set(workers):
+            del self._before[worker]
+
+    def _forget(self, now: float) -> None:
+        by_age = sorted(self.totals, key=lambda key: self.totals[key][2])
+        beyond = max(0, len(by_age) - self.kept)
+        for number, key in enumerate(by_age):
+            if number >= beyond and self.totals[key][2] >= now - _KEPT_S:
+                break
+            del self.totals[key]
+
+
+@dataclass(slots=True)
+class TokenLedger:
+    """What all workers have counted since `since`; bounded, as their tables are.
+
+    Attributes:
+        read: Counted reads by network; only ever grows.
+        refused: Refused reads by network; only ever grows.
+    """
+
+    since: float
+    read: dict[str, int] = field(default_factory=dict)
+    refused: dict[str, int] = field(default_factory=dict)
+    _guests: _Sums = field(default_factory=lambda: _Sums(_GUESTS_KEPT))
+    _readers: _Sums = field(default_factory=lambda: _Sums(_READERS_KEPT))
+
+    def keep_workers(self, workers: Iterable[int]) -> None:
+        """Forget how far others had counted: they are gone, and a pid can come again."""
+        alive = tuple(workers)
+        self._guests.drop_others(alive)
+        self._readers.drop_others(alive)
+
+    def add(
+        self, worker: int, guests: Iterable[GuestRow], readers: Iterable[ReaderRow], now: float
+    ) -> None:
+        """Take in one worker's tables."""
+        of_guests = [
+            ((one.network, one.instance), (one.reads, one.refused), one.age_s) for one in guests
+        ]
+        for (network, _), (reads, refused) in self._guests.add(worker, of_guests, now):
+            self.read[network] = self.read.get(network, 0) + reads
+            self.refused[network] = self.refused.get(network, 0) + refused
+        of_readers: list[tuple[_Key, _Counts, float]] = []
+        for row in readers:
+            state = _REFUSED if row.refused else ""
+            key = (row.network, row.instance, row.path, row.client, state)
+            of_readers.append((key, (row.looks, 0), row.age_s))
+        self._readers.add(worker, of_readers, now)
+
+    def report(self, trees: Iterable[OpenTree]) -> TokenReport:
+        """What is known of all of it."""
+        readers: dict[_Key, dict[_Key, ReaderWithoutToken]] = {}
+        for (network, instance, path, client, state), (
+            seen,
+            _,
+            last,
+        ) in self._readers.totals.items():
+            of_guest = readers.setdefault((network, instance), {})
+            one = of_guest.get((path, client), ReaderWithoutToken(path, client, 0, 0, 0.0))
+            of_guest[path, client] = replace(
+                one,
+                seen=one.seen + seen,
+                refused=one.refused + (seen if state == _REFUSED else 0),
+                last_at=max(one.last_at, last),
+            )
+        guests = [
+            GuestWithoutToken(
+                network, instance, reads, refused, last,
+                tuple(sorted(
+                    readers.get((network, instance), {}).values(), key=lambda one: (-one.last_at, one.path, one.client)
+                )),
+            )
+            for (network, instance), (reads, refused, last) in self._guests.totals.items()
+        ]  # fmt: skip
+        guests.sort(key=lambda one: (-one.last_at, one.network, one.instance))
+        found = tuple(trees)
+        return TokenReport(self.since, tuple(guests), found[:_OPEN_TREES_SHOWN], len(found))
+
+
+def open_trees(inventory: Inventory, book: PolicyBook) -> list[OpenTree]:
+    """Where the same user-data is had without a token from another tree than EC2's.
+
+    Sealed user-data does not count: after the boot nobody reads it, and no tree asks for tokens before.
+    """
+    return [
+        OpenTree(network, instance.id, tree)
+        for _, instance in sorted(inventory.instances.items())
+        for network, project in sorted({(port.network, port.project) for port in instance.ports}, key=str)
+        for tree in _open_trees_of(inventory, book, instance, network, project)
+    ]  # fmt: skip
+
+
+def _open_trees_of(
+    inventory: Inventory,
+    book: PolicyBook,
+    instance: Instance,
+    network: NetworkId,
+    project: str | None,
+) -> list[str]:
+    nova = instance.upstream is Upstream.NOVA
+    if not nova and (instance.user_data is None or Dialect.EC2 not in instance.dialects):
+        return []
+    place = policy_place(inventory, network, project or instance.project, instance)
+    policy = book.fold(place).policy
+    if not policy.endpoint or policy.seal_user_data or policy.tokens is not TokenMode.REQUIRED:
+        return []
+    trees = []
+    if policy.openstack_tokens is not TokenMode.REQUIRED and (
+        nova or Dialect.OPENSTACK in instance.dialects
+    ):
+        trees.append("/openstack")
+    if (
+        not nova
+        and policy.nocloud_tokens is not TokenMode.REQUIRED
+        and Dialect.NOCLOUD in instance.dialects
+    ):
+        trees.append("/nocloud")
+    return trees

@@ -1,0 +1,136 @@
+"""Counts of HAProxy's workers added up, and the trees that required tokens leave open."""
+
+from __future__ import annotations
+
+import pytest
+
+from imdsproxy.core.haproxy.counting import GuestRow, ReaderRow
+from imdsproxy.core.inventory import Inventory, Observation, SourceName
+from imdsproxy.core.model import Dialect, Instance, InstanceId, NetworkId, Port, Upstream
+from imdsproxy.core.policy import PolicyBook, PolicyRules, TokenMode
+from imdsproxy.core.token_report import (
+    GuestWithoutToken,
+    OpenTree,
+    ReaderWithoutToken,
+    TokenLedger,
+    open_trees,
+)
+
+_NOW = 1_795_000_000.0
+_WEEK_S = 7 * 86_400
+
+
+def _guest(reads: int, refused: int = 0, *, name: str = "web", age_s: float = 1.0) -> GuestRow:
+    return GuestRow("blue", name, reads, refused, age_s)
+
+
+def _reader(looks: int, *, refused: bool = False, age_s: float = 1.0) -> ReaderRow:
+    return ReaderRow("blue", "web", "latest/user-data", "curl/8", refused, looks, age_s)
+
+
+def test_the_same_worker_again_is_counted_once_and_a_new_one_begins_at_zero() -> None:
+    ledger = TokenLedger(_NOW)
+    sums = []
+    for worker, reads, refused in ((1, 5, 0), (1, 8, 1), (2, 1, 0), (1, 9, 1), (2, 3, 2)):
+        ledger.add(worker, [_guest(reads, refused)], [], _NOW)
+        sums.append((ledger.read["blue"], ledger.refused["blue"]))
+    assert sums == [(5, 0), (8, 1), (9, 1), (10, 1), (12, 3)]
+
+
+def test_an_entry_that_haproxy_has_forgotten_and_made_anew_is_counted_from_zero() -> None:
+    ledger = TokenLedger(_NOW)
+    for rows in ([_guest(9, 4)], [_guest(2, 0)], [], [_guest(1, 1)]):
+        ledger.add(1, rows, [], _NOW)
+    assert (ledger.read["blue"], ledger.refused["blue"]) == (12, 5)
+
+
+def test_a_pid_that_comes_again_is_another_worker() -> None:
+    ledger = TokenLedger(_NOW)
+    ledger.add(1, [_guest(5)], [], _NOW)
+    ledger.keep_workers([2])
+    ledger.add(1, [_guest(6)], [], _NOW)
+    assert ledger.read["blue"] == 11
+
+
+def test_guests_are_told_of_with_their_clients_the_last_seen_first() -> None:
+    ledger = TokenLedger(_NOW)
+    ledger.add(1, [_guest(3, 2, age_s=60), _guest(1, name="db", age_s=5)],
+               [_reader(2, age_s=70), _reader(1, refused=True, age_s=60)], _NOW)  # fmt: skip
+    told = ledger.report([])
+    assert told.guests == (
+        GuestWithoutToken("blue", "db", 1, 0, _NOW - 5, ()),
+        GuestWithoutToken("blue", "web", 3, 2, _NOW - 60,
+                          (ReaderWithoutToken("latest/user-data", "curl/8", 3, 1, _NOW - 60),)),
+    )  # fmt: skip
+
+
+def test_what_is_a_week_old_is_not_told_and_the_sums_stay() -> None:
+    ledger = TokenLedger(_NOW)
+    ledger.add(1, [_guest(3)], [_reader(3)], _NOW)
+    ledger.add(1, [_guest(1, name="db")], [], _NOW + _WEEK_S)
+    assert [one.instance for one in ledger.report([]).guests] == ["db"]
+    assert ledger.read["blue"] == 4
+
+
+def test_of_too_many_guests_those_seen_longest_ago_are_forgotten(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("imdsproxy.core.token_report._GUESTS_KEPT", 2)
+    ledger = TokenLedger(_NOW)
+    rows = [_guest(1, name=name, age_s=age) for name, age in (("a", 9), ("b", 1), ("c", 5))]
+    ledger.add(1, rows, [], _NOW)
+    assert [one.instance for one in ledger.report([]).guests] == ["b", "c"]
+    assert ledger.read["blue"] == 3
+
+
+def _inventory(instance: Instance) -> Inventory:
+    source = SourceName("file")
+    inventory = Inventory([source])
+    inventory.observe(Observation(source, instances={instance.id: instance}))
+    return inventory
+
+
+def _instance(
+    user_data: bytes | None = b"#!/bin/sh\n",
+    upstream: Upstream = Upstream.EMBEDDED,
+    dialects: frozenset[Dialect] = frozenset(Dialect),
+) -> Instance:
+    port = Port(NetworkId("blue"))
+    return Instance(InstanceId("web"), "web", "web", ports=(port,), user_data=user_data,
+                    upstream=upstream, dialects=dialects)  # fmt: skip
+
+
+_LOCKED = {"openstack_tokens": TokenMode.REQUIRED, "nocloud_tokens": TokenMode.REQUIRED}
+
+
+@pytest.mark.parametrize(
+    ("instance", "more", "trees"),
+    [
+        (_instance(), {}, ["/openstack", "/nocloud"]),
+        (_instance(), {"openstack_tokens": TokenMode.REQUIRED}, ["/nocloud"]),
+        (_instance(), _LOCKED, []),
+        (_instance(), {"seal_user_data": True}, []),
+        (_instance(), {"endpoint": False}, []),
+        (_instance(), {"tokens": TokenMode.OPTIONAL}, []),
+        (_instance(user_data=None), {}, []),
+        (_instance(dialects=frozenset({Dialect.EC2, Dialect.NOCLOUD})), {}, ["/nocloud"]),
+        (_instance(dialects=frozenset({Dialect.OPENSTACK})), {}, []),
+        (_instance(user_data=None, upstream=Upstream.NOVA), {}, ["/openstack"]),
+    ],
+)
+def test_a_tree_is_open_that_gives_the_user_data_for_which_ec2s_wants_a_token(
+    instance: Instance, more: dict[str, object], trees: list[str]
+) -> None:
+    rules = PolicyRules(**{"tokens": TokenMode.REQUIRED, **more})  # type: ignore[arg-type] # as the cases have them
+    book = PolicyBook(networks={"blue": rules})
+    expected = [OpenTree(NetworkId("blue"), InstanceId("web"), tree) for tree in trees]
+    assert open_trees(_inventory(instance), book) == expected
+
+
+def test_no_more_open_trees_are_named_than_somebody_reads() -> None:
+    trees = [
+        OpenTree(NetworkId("blue"), InstanceId(f"i-{number}"), "/openstack")
+        for number in range(150)
+    ]
+    told = TokenLedger(_NOW).report(trees)
+    assert (len(told.open_trees), told.open_tree_count) == (100, 150)
