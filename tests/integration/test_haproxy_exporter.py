@@ -45,6 +45,8 @@ def _haproxy(directory: Path, networks: int) -> Iterator[str]:
         silence=str(directory / "none.http"),
         hops=str(directory),
         hops_inside=str(directory),
+        audit=str(directory / "audit.sock"),
+        audit_last=str(directory / "audit-last.sock"),
     )
     guests = _free_port()
     binds = tuple(

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 import structlog
 
 from imdsproxy.app.account import owner_of
+from imdsproxy.app.audit import Audit
 from imdsproxy.app.build import (
     build_companion,
     build_files,
@@ -44,7 +45,7 @@ from imdsproxy.app.nova_upstream import NovaUpstream
 from imdsproxy.app.pair_follower import PairFollower
 from imdsproxy.app.parts import Parts
 from imdsproxy.app.record_loop import RecordLoop
-from imdsproxy.app.servers import open_sole_socket, open_tcp_socket
+from imdsproxy.app.servers import open_datagram_socket, open_sole_socket, open_tcp_socket
 from imdsproxy.app.settings_reload import SettingsHolder, with_contents
 from imdsproxy.app.stop import end_processes, sweep_host
 from imdsproxy.app.token_report import open_counting
@@ -394,6 +395,10 @@ async def _live(controller: _Controller, admin: socket.socket) -> None:
     resolver_socket = open_sole_socket(
         parts.layout.resolver_socket, mode=0o660, owner=owner_of(None, settings.haproxy.group)
     )
+    worker = owner_of(None, settings.haproxy.group)
+    audit_socket = open_sole_socket(parts.layout.audit_socket, mode=0o660, owner=worker)
+    last_socket = open_datagram_socket(parts.layout.audit_last_socket, mode=0o660, owner=worker)
+    audit = Audit(lambda: parts.holder.settings.audit.destination)
     listen = settings.metrics.listen
     health_socket = None if listen is None else open_tcp_socket(listen.host, listen.port)
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -407,6 +412,7 @@ async def _live(controller: _Controller, admin: socket.socket) -> None:
             group.create_task(source.run(controller.publish), name=f"source-{source.name}")
             for source in parts.sources.all
         ]
+        tasks.append(group.create_task(audit.run(audit_socket, last_socket), name="audit"))
         loading = group.create_task(_load_face(controller))
         try:
             await _start_data_plane(controller)

@@ -138,6 +138,7 @@ class SpecSettings:
     nova: tuple[NovaBackend, ...] = ()
     nova_times: NovaTimes = field(default_factory=NovaTimes)
     watched: bool = False
+    audit: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,6 +223,7 @@ class ListenerLoop:
             nova=settings.nova,
             nova_times=settings.nova_times,
             watched=settings.watched,
+            audit=settings.audit,
             unix=None if self.unix is None else self.unix.bind,
         )
 

@@ -55,7 +55,7 @@ from imdsproxy.core.model import (
 )
 from imdsproxy.core.plan import networks_of
 from imdsproxy.core.token_report import TokenReport, open_trees
-from imdsproxy.core.wire import MISMATCH_TEXT, MapRecord, render_map_value
+from imdsproxy.core.wire import HEADER_TOLD, MISMATCH_TEXT, MapRecord, render_map_value
 from imdsproxy.dataplane.haproxy import Haproxy
 from imdsproxy.errors import (
     NotFound,
@@ -420,7 +420,9 @@ class ControllerOperations:
         answer = CollectedAnswer()
         await self.forwarder.forward(request, answer.take)
         headers = tuple(
-            (name.decode("latin-1"), value.decode("latin-1")) for name, value in answer.headers
+            (name.decode("latin-1"), value.decode("latin-1"))
+            for name, value in answer.headers
+            if name != HEADER_TOLD.encode()
         )
         return DocumentAnswer(answer.status, headers, bytes(answer.body))
 

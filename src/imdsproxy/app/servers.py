@@ -12,7 +12,7 @@ from imdsproxy.errors import HostRefused
 from imdsproxy.host.refusal import host_refused
 from imdsproxy.serving.bind import open_unix_socket
 
-__all__ = ["open_sole_socket", "open_tcp_socket"]
+__all__ = ["open_datagram_socket", "open_sole_socket", "open_tcp_socket"]
 
 _BACKLOG: Final = 128
 
@@ -36,6 +36,31 @@ def open_sole_socket(path: Path, *, mode: int, owner: tuple[int, int]) -> socket
     except OSError as error:
         listener.close()
         raise host_refused(f"give {path} to its owner", error) from error
+    return listener
+
+
+def open_datagram_socket(path: Path, *, mode: int, owner: tuple[int, int]) -> socket.socket:
+    """A unix socket for datagrams, in place of whatever was there.
+
+    Args:
+        path: Where clients find it.
+        mode: Permission bits.
+        owner: User and group ids, -1 to leave one.
+
+    Raises:
+        HostRefused: It cannot be bound.
+        PrivilegeMissing: This process may not do that there.
+    """
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
+    try:
+        path.unlink(missing_ok=True)
+        listener.bind(os.fspath(path))
+        path.chmod(mode)
+        os.chown(path, *owner)
+        listener.setblocking(False)
+    except OSError as error:
+        listener.close()
+        raise host_refused(f"listen on {path}", error) from error
     return listener
 
 

@@ -12,6 +12,7 @@ from typing import Literal, TypeAlias
 
 from pydantic import model_validator
 
+from imdsproxy.config.audit import AuditSettings
 from imdsproxy.config.change import Change
 from imdsproxy.config.endpoint import Endpoint
 from imdsproxy.config.libvirt import LibvirtSourceSettings
@@ -401,6 +402,7 @@ class Settings(Section):
     )
     policy: PolicySettings = section("What guests may read, and how.", PolicySettings)
     tokens: TokensSettings = section("Keys of session tokens.", TokensSettings)
+    audit: AuditSettings = section("A line for each request.", AuditSettings)
     admin: AdminSettings = section("The admin API.", AdminSettings)
     metrics: MetricsSettings = section("Health and figures.", MetricsSettings)
     host: HostSettings = section("What is made on the host.", HostSettings)

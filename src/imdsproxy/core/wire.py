@@ -25,6 +25,7 @@ __all__ = [
     "HEADER_REVISION",
     "HEADER_SCOPE",
     "HEADER_TARGET",
+    "HEADER_TOLD",
     "HEADER_UNVERIFIED",
     "MAP_CONFLICT",
     "MAP_NOVA",
@@ -59,6 +60,9 @@ the kernel has not seen the two together yet."""
 
 HEADER_REFUSED: Final = "x-imdsproxy-refused"
 """From the resolver back to HAProxy: this answer tells nothing of an instance, and anybody may read it."""
+
+HEADER_TOLD: Final = "x-imdsproxy-told"
+"""From HAProxy through the resolver back to HAProxy: the audit log has a line of this request already."""
 
 HEADER_FORWARDED: Final = "x-imdsproxy-forwarded"
 """To the resolver and back: `by` where headers say that somebody had the guest ask, `for` where it is

@@ -113,6 +113,16 @@ class Layout:
         return self.jail / "resolver.sock"
 
     @property
+    def audit_socket(self) -> Path:
+        """Where HAProxy sends the lines of the audit log, in the controller."""
+        return self.jail / "audit.sock"
+
+    @property
+    def audit_last_socket(self) -> Path:
+        """The same for datagrams, of workers that are being replaced."""
+        return self.jail / "audit-last.sock"
+
+    @property
     def found_socket(self) -> Path:
         """Where the resolver hands in requests of guests that it has found, mode 600."""
         return self.runtime / "found.sock"
@@ -188,6 +198,8 @@ class Layout:
             token_keys=str(self.token_keys_map),
             found=str(self.found_socket),
             silence=str(self.silence),
+            audit=inside(self.audit_socket),
+            audit_last=inside(self.audit_last_socket),
             hops=str(self.jail),
             hops_inside="" if self.chroot else str(self.jail),
         )

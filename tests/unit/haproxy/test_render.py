@@ -50,6 +50,8 @@ _PATHS = Paths(
     silence="/run/imdsproxy/silence.http",
     hops="/run/imdsproxy/jail",
     hops_inside="",
+    audit="/audit.sock",
+    audit_last="/audit-last.sock",
 )
 
 _NOVA = (
@@ -109,6 +111,20 @@ _CASES = {
         unverified=(Bind(NetworkId("blue"), METADATA_IPV4, 8080, "virbr0"),),
         watched=True,
     ),
+    "audited": DataplaneSpec(
+        (Bind(NetworkId("blue"), METADATA_IPV4, 80, "virbr0"),),
+        _PATHS,
+        unix=UnixBind("/run/imdsproxy/metadata_proxy", "0664", 0, 0),
+        unverified=(Bind(NetworkId("blue"), METADATA_IPV4, 8080, "virbr0"),),
+        audit=100,
+    ),
+    "audited-and-watched": DataplaneSpec(
+        (Bind(NetworkId("blue"), METADATA_IPV4, 80, "virbr0"),),
+        _PATHS,
+        nova=(NovaBackend("default", _NOVA, "nova.example:8775"),),
+        watched=True,
+        audit=100,
+    ),
     "while-a-secret-is-replaced": DataplaneSpec(
         (Bind(NetworkId("blue"), METADATA_IPV4, 80, "virbr0"),),
         _PATHS,
@@ -141,6 +157,7 @@ _SPECS = st.builds(
     limits=st.builds(Limits, maxconn=st.integers(64, 9999), cache_mb=st.integers(0, 64)),
     exporter=st.none() | st.just("127.0.0.1:9466"),
     watched=st.booleans(),
+    audit=st.sampled_from([0, 1, 7]),
     nova=st.sampled_from(
         [
             (),

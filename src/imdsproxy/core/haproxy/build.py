@@ -12,6 +12,16 @@ from functools import lru_cache
 from typing import Final
 
 from imdsproxy.core.gates import ANSWER_DSCP
+from imdsproxy.core.haproxy.audit import (
+    audit_found,
+    audit_ring,
+    audit_rules,
+    hear_tokens,
+    marked,
+    passed,
+    silence_told,
+    without_marks,
+)
 from imdsproxy.core.haproxy.counting import (
     STICK_COUNTERS,
     counting_rules,
@@ -80,7 +90,9 @@ def build_sections(spec: DataplaneSpec) -> tuple[Section, ...]:
     if spec.limits.cache_mb:
         sections.append(_cache(spec))
     if spec.watched:
-        sections.append(watch_ring())
+        sections.append(watch_ring(audited=bool(spec.audit)))
+    if spec.audit:
+        sections.append(audit_ring(spec.paths.audit))
     if spec.binds:
         sections.append(_guests(spec))
     if spec.unverified:
@@ -177,9 +189,10 @@ def _guests(spec: DataplaneSpec) -> Section:
             *_binds(spec.binds, spec),
             *_peer(),
             ("tcp-request", "connection", "set-var(sess.key)", "so_name,concat(/,sess.address)"),
-            *_watched(spec),
+            *_told(spec),
             *_look_up(spec),
             *note_asked(spec.paths.token_keys),
+            *hear_tokens(spec.audit),
             *_answer(spec),
         ),
     )
@@ -193,7 +206,7 @@ def _unverified(spec: DataplaneSpec) -> Section:
             *_binds(spec.unverified, spec),
             *_peer(),
             ("tcp-request", "connection", "set-var(sess.unverified)", "src_port"),
-            *_watched(spec),
+            *_told(spec),
             # The next request comes verified, if it may.
             ("option", "httpclose"),
             ("default_backend", "resolver"),
@@ -201,8 +214,20 @@ def _unverified(spec: DataplaneSpec) -> Section:
     )
 
 
-def _watched(spec: DataplaneSpec) -> tuple[Words, ...]:
-    return watch_rules() if spec.watched else ()
+def _told(spec: DataplaneSpec, *, headers: bool = False) -> tuple[Words, ...]:
+    """Whom the requests of a frontend are told: who watches, and the audit log."""
+    audit = audit_rules(
+        spec.audit,
+        spec.paths.audit_last,
+        nova=bool(spec.nova),
+        headers=headers,
+        watched=spec.watched,
+    )
+    return (*(watch_rules(audited=bool(audit)) if spec.watched else ()), *audit)
+
+
+def _marks(spec: DataplaneSpec, rules: tuple[Words, ...]) -> tuple[Words, ...]:
+    return rules if spec.audit else without_marks(rules)
 
 
 def _binds(binds: Iterable[Bind], spec: DataplaneSpec) -> Iterator[Words]:
@@ -225,11 +250,15 @@ def _agents(spec: DataplaneSpec) -> Section:
         ("frontend", "agents"),
         (
             unix_bind(spec.unix),
-            *_watched(spec),
+            *_told(spec, headers=True),
+            *_marks(spec, (marked("unix-listener"),)),
             *agent_rules(),
+            *_marks(spec, (marked("share"),)),
             *share_rules(spec.limits.maxconn_per_network),
+            *_marks(spec, (passed(),)),
             *_look_up(spec),
             *note_asked(spec.paths.token_keys),
+            *hear_tokens(spec.audit),
             *_answer(spec),
         ),
     )
@@ -241,6 +270,8 @@ def _found(spec: DataplaneSpec) -> Section:
         ("frontend", "found"),
         (
             ("bind", f"unix@{spec.paths.found}", "name", "found", "mode", "600", "proto", "h1"),
+            *(_told(spec, headers=True) if spec.audit else ()),
+            *audit_found(spec.audit),
             ("http-request", "set-var(txn.record)", f"req.fhdr({HEADER_RECORD})"),
             ("http-request", "set-var(sess.address)", f"req.fhdr({HEADER_ADDRESS})"),
             ("http-request", "set-var(sess.network)", f"req.fhdr({HEADER_NETWORK})"),
@@ -249,6 +280,7 @@ def _found(spec: DataplaneSpec) -> Section:
             hear_operator(),
             ("http-request", "set-var(sess.found)", "bool(true)"),
             *note_asked(spec.paths.token_keys),
+            *hear_tokens(spec.audit),
             *_answer(spec, found=True),
         ),
     )
@@ -370,7 +402,7 @@ def _documents(spec: DataplaneSpec, *, guarded: bool = False) -> Section:
     return Section(
         ("backend", f"documents{GUARDED}" if guarded else "documents"),
         (
-            *(guard_rules(spec.paths.token_keys) if guarded else ()),
+            *(guard_rules(spec.paths.token_keys, audited=bool(spec.audit)) if guarded else ()),
             *(_ask_the_cache(spec) if spec.nova or guarded else ()),
             *_plain_request(),
             ("http-request", "set-header", HEADER_INSTANCE, "%[var(txn.record),field(1,|)]"),
@@ -415,6 +447,7 @@ def _resolver(spec: DataplaneSpec) -> Section:
             *_plain_request((*GUEST_HEADERS, *TOKEN_HEADERS)),
             *send_forwarded(),
             *(_tell_unverified() if spec.unverified else ()),
+            *silence_told(spec.audit),
             # The target is there twice, and a head that outgrows HAProxy's buffer by that would be 500.
             ("http-request", "set-var(txn.head)", "req.hdrs,length"),
             ("http-request", "return", "status", "431",

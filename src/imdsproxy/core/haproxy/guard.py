@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from typing import Final
 
+from imdsproxy.core.haproxy.audit import TOKEN_HEARD, marked, passed, without_marks
 from imdsproxy.core.haproxy.counting import counting_rules
 from imdsproxy.core.haproxy.hops import limit_hops, release_hops
 from imdsproxy.core.haproxy.model import Words
@@ -124,13 +125,22 @@ def note_asked(key_map: str) -> tuple[Words, ...]:
     )  # fmt: skip
 
 
-def guard_rules(key_map: str) -> tuple[Words, ...]:
+def guard_rules(key_map: str, *, audited: bool = False) -> tuple[Words, ...]:
     """Refuse, give a token, or let pass: the first rules of a guarded backend.
 
     Args:
         key_map: The file of `core.tokens.render_key_map`.
+        audited: Mark which rule refuses.
     """
-    return (*_path(), *_check(key_map), *release_hops(), *_give(key_map), *_require())
+    rules = (
+        *_path(),
+        *_check(key_map),
+        *release_hops(),
+        *_give(key_map),
+        *_require(),
+        passed(),
+    )
+    return rules if audited else without_marks(rules)
 
 
 def _give(key_map: str) -> tuple[Words, ...]:
@@ -138,6 +148,7 @@ def _give(key_map: str) -> tuple[Words, ...]:
     latest = ("{", "var(txn.path)", "-m", "str", TOKEN_PATH, f"{TOKEN_PATH}/", "}")
     return (
         _set("route", "bool(true)", ("{", "var(txn.path)", "-m", "end", "/api/token", "/api/token/", "}")),
+        marked("token-request"),
         _answer(404, _ROUTE, _letter(2, "-")),
         # Under a dated version there is none (AWS).
         _answer(403, _ROUTE, _PUT, *_none_of(latest)),
@@ -157,10 +168,12 @@ def _give(key_map: str) -> tuple[Words, ...]:
         _set("said", "var(txn.kid),concat(.,txn.until)", _ROUTE),
         _set("mac", f"var(txn.said),{_MAC}", _ROUTE),
         *limit_hops(),
+        passed((*_ROUTE, "{", "var(txn.mac)", "-m", "found", "}")),
         _rule(("http-request", "return", "status", "200", "content-type", "text/plain",
                "hdr", _TTL_HEADER, "%[var(txn.ttl)]", "lf-string", "%[var(txn.said)].%[var(txn.mac)]"),
               _ROUTE, ("{", "var(txn.mac)", "-m", "found", "}")),
         # No key is known: the map is written before any configuration, so somebody took it away.
+        marked("no-key"),
         _rule(retry_later(), _ROUTE),
     )  # fmt: skip
 
@@ -233,7 +246,9 @@ _SIGNS: Final = (
 def _path() -> tuple[Words, ...]:
     odd = ("{", "var(txn.odd)", "-m", "found", "}")
     return (
+        marked("endpoint"),
         _answer(403, ("{", "var(txn.policy)", "-m", "beg", f"{POLICY_WORD}0", "}")),
+        marked("path"),
         _set("odd", "bool(true)", _ODD),
         _set("path", "path", *_none_of(odd)),
         _set("path", _UNDONE, odd),
@@ -258,6 +273,9 @@ def _check(key_map: str) -> tuple[Words, ...]:
         ("http-request", "unset-var(txn.left)"),
         # While there is no token route a token is a header like any other.
         _rule(("http-request", "unset-var(txn.token)"), _GIVEN, _letter(2, "-")),
+        marked("token"),
+        _rule(("http-request", f"unset-var({TOKEN_HEARD})")),
+        _rule(("http-request", f"set-var({TOKEN_HEARD})", "str(bad)"), _GIVEN),
         _answer(401, _GIVEN, ("!{", f"req.fhdr_cnt({_TOKEN_HEADER})", "1", "}")),
         # The whole of it: what is cut out below says nothing of what stands behind.
         _answer(401, _GIVEN, ("!{", _THE_TOKEN, "-m", "reg", TOKEN_PATTERN, "}")),
@@ -268,6 +286,7 @@ def _check(key_map: str) -> tuple[Words, ...]:
         _set("life", f"{_THE_TOKEN},field(2,.),sub(txn.now)", _GIVEN),
         _answer(401, _GIVEN, ("{", "var(txn.life)", "-m", "int", "le", "0", "}")),
         _set("left", "var(txn.life)", _GIVEN),
+        _rule(("http-request", f"set-var({TOKEN_HEARD})", "str(yes)"), _GIVEN),
         # `note_asked` lets it pass from now on, and so must nothing else be to look at.
         _rule(("http-request", "set-var(sess.good)", "var(txn.claim)"), _GIVEN, *_none_of(_letter(7, "s"))),
     )  # fmt: skip
@@ -279,6 +298,7 @@ def _require() -> tuple[Words, ...]:
     return (
         _set("now", "date", _POLICY, boot_counts),
         _set("booting", "var(txn.policy),field(3,:),sub(txn.now)", _POLICY, boot_counts),
+        marked("token-required"),
         _set("unmet", "bool(true)", *refused, _letter(3, "r"), *_none_of(_OPENSTACK, _NOCLOUD)),
         _set("unmet", "bool(true)", *refused, _BOOTED, _letter(4, "r"), _OPENSTACK),
         _set("unmet", "bool(true)", *refused, _BOOTED, _letter(5, "r"), _NOCLOUD),
@@ -286,7 +306,9 @@ def _require() -> tuple[Words, ...]:
             (*_UNMET,), (*_POLICY, *_letter(4, "r"), *_OPENSTACK), (*_POLICY, *_letter(5, "r"), *_NOCLOUD)
         ),
         _answer(401, _UNMET),
+        marked("forwarded"),
         *(_answer(403, *refused, _letter(6, "g"), *sign)
           for sign in ((_IS_FORWARDED,), *_SIGNS)),
+        marked("sealed"),
         _answer(403, _BOOTED, _letter(7, "s"), _USER_DATA),
     )  # fmt: skip

@@ -51,8 +51,8 @@ class Bind:
 class Paths:
     """Files and sockets that the configuration names, as the reading process sees them.
 
-    `documents`, `resolver` and `hops_inside` are looked up by the worker inside `jail`, everything else before
-    it enters.
+    `documents`, `resolver`, `audit`, `audit_last` and `hops_inside` are looked up by the worker inside `jail`,
+    everything else before it enters.
 
     Attributes:
         token_keys: The map of the keys of session tokens (`core.tokens.render_key_map`).
@@ -60,6 +60,8 @@ class Paths:
         silence: An empty file: the answer that is none.
         hops: Directory of HAProxy's sockets to itself, as whoever binds them sees it.
         hops_inside: The same directory as the worker sees it.
+        audit: The socket of whoever writes the audit log.
+        audit_last: The same for datagrams.
     """
 
     base_map: str
@@ -74,6 +76,8 @@ class Paths:
     silence: str
     hops: str
     hops_inside: str
+    audit: str
+    audit_last: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,6 +204,7 @@ class DataplaneSpec:
         binds: Where guests are believed by their address: where it is not checked, or behind a gate.
         unverified: Where the resolver is asked about each request (`core.gates`).
         watched: Somebody watches who asks what.
+        audit: Of so many requests one has a line in the audit log; 0 for none.
     """
 
     binds: tuple[Bind, ...]
@@ -213,3 +218,4 @@ class DataplaneSpec:
     unix: UnixBind | None = None
     unverified: tuple[Bind, ...] = ()
     watched: bool = False
+    audit: int = 0

@@ -155,7 +155,7 @@ def _backend(
     return Section(
         ("backend", f"{_once(backend) if once else _name(backend)}{GUARDED if guarded else ''}"),
         (
-            *(guard_rules(spec.paths.token_keys) if guarded else ()),
+            *(guard_rules(spec.paths.token_keys, audited=bool(spec.audit)) if guarded else ()),
             *_contents(backend.tls),
             *_plain_request(once=once),
             ("http-request", "set-header", "host", backend.host),

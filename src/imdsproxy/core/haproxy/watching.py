@@ -4,15 +4,19 @@ HAProxy writes a line a request into a ring in its own memory. The rules are in 
 watches: a switch that they looked at would cost every request a twentieth of its time, and they themselves a sixth
 (measured on documents out of the cache). A line has no query, no header and no body of a request, and of a record
 neither revision nor signature.
+
+A frontend has one log-format. Where there is an audit log (`core.haproxy.audit`) its lines are read here, too.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Final
+from typing import Any, Final
 
+from imdsproxy.core.haproxy.audit import AUDIT_LONGEST
 from imdsproxy.core.haproxy.guard import GUARDED
 from imdsproxy.core.haproxy.section import Section, Words
 from imdsproxy.core.wire import MAP_NOVA
@@ -34,6 +38,7 @@ _LONGEST: Final = 1024
 
 _CACHE: Final = "<CACHE>"
 _NOBODY: Final = "-"
+_NO_REQUEST: Final = "<BADREQ>"
 _FIELDS: Final = (
     "%rt",
     "%[date(0,ms)]",
@@ -103,20 +108,22 @@ class WatchReport:
     missed: bool = False
 
 
-def watch_ring() -> Section:
+def watch_ring(*, audited: bool = False) -> Section:
     """Where lines are kept until they are read, the oldest overwritten first."""
     return Section(
         ("ring", RING),
         (
             ("format", "raw"),
-            ("maxlen", str(_LONGEST)),
+            ("maxlen", str(AUDIT_LONGEST if audited else _LONGEST)),
             ("size", str(_RING_BYTES)),
         ),
     )
 
 
-def watch_rules() -> tuple[Words, ...]:
+def watch_rules(*, audited: bool = False) -> tuple[Words, ...]:
     """For a frontend of guests; before any rule that changes the path."""
+    if audited:
+        return (("log", f"ring@{RING}", "len", str(AUDIT_LONGEST), "format", "raw", "local0"),)
     return (
         ("log", f"ring@{RING}", "len", str(_LONGEST), "format", "raw", "local0"),
         ("log-format", " ".join(_FIELDS)),
@@ -131,6 +138,8 @@ def parse_events(text: str) -> list[Watched]:
 
 
 def _parse(line: str) -> Watched | None:
+    if line.startswith("{"):
+        return _parse_audited(line)
     words = line.split(" ")
     if len(words) < len(_FIELDS) or not _numbers(words[0], words[1], words[6], words[7]):
         return None
@@ -148,6 +157,27 @@ def _parse(line: str) -> Watched | None:
         answered_by=_answered_by(backend, server),
         milliseconds=max(0, int(took)),
     )
+
+
+def _parse_audited(line: str) -> Watched | None:
+    try:
+        told: dict[str, Any] = json.loads(line)
+        backend, _, server = told["by"].partition("/")
+        method = told["method"]
+        return Watched(
+            number=told["number"],
+            at=told["time"],
+            network=_named(told["network"]) or "",
+            address=_named(told["address"]) or "",
+            instance=_instance(told["instance"]),
+            method="" if method == _NO_REQUEST else method,
+            path=_named(told["path"]) or "",
+            status=told["status"],
+            answered_by=_answered_by(backend, server),
+            milliseconds=max(0, told["ms"]),
+        )
+    except (ValueError, KeyError):
+        return None
 
 
 def _numbers(*words: str) -> bool:

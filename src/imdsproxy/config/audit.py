@@ -1,0 +1,58 @@
+"""The audit log: a line for each request of a guest."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator, Field
+from pydantic_core import PydanticCustomError
+
+from imdsproxy.config.change import Change
+from imdsproxy.config.section import Section, setting
+
+__all__ = ["AuditSettings"]
+
+
+def _mode(value: object) -> object:
+    # `off` without quotes is false in YAML 1.1, and nothing else can be meant here.
+    return "off" if value is False else value
+
+
+def _destination(value: object) -> object:
+    if value != "journal" and isinstance(value, str) and not Path(value).is_absolute():
+        raise PydanticCustomError(
+            "destination", "{said} is neither `journal` nor an absolute path", {"said": value}
+        )
+    return value
+
+
+class AuditSettings(Section):
+    """Who asked what, and what became of it: one JSON line a request."""
+
+    mode: Annotated[Literal["off", "sampled", "all"], BeforeValidator(_mode)] = setting(
+        "off",
+        "Which requests have a line: none, one of `sample` by chance, or each. Off, because a line "
+        "costs a request up to a tenth more of HAProxy's time.",
+        Change.RELOAD,
+    )
+    sample: int = setting(
+        100,
+        "With `sampled`: of how many requests one has a line.",
+        Change.RELOAD,
+        ge=2,
+        le=1_000_000,
+    )
+    destination: Annotated[str, BeforeValidator(_destination), Field(min_length=1)] = setting(
+        "journal",
+        "`journal`, where at most 300 lines a second are written because systemd's journal takes "
+        "little more from one service, or the absolute path of a file, mode 0640. The file may be "
+        "renamed at any time (logrotate): a new one is begun.",
+        Change.LIVE,
+        examples=["journal", "/var/log/imdsproxy/audit.log"],
+    )
+
+    @property
+    def one_in(self) -> int:
+        """Of so many requests one has a line; 0 where none has."""
+        return {"off": 0, "sampled": self.sample, "all": 1}[self.mode]

@@ -1,0 +1,299 @@
+"""The audit log of a daemon whose guests ask: every line is JSON, and none tells a secret."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import stat
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any, Final, cast
+
+import pytest
+
+from support.daemon import Daemon
+from support.guest import Lost
+from support.lab import until
+from support.nova_world import INSTANCES, open_nova_world
+from support.world import World, open_world, own
+
+pytestmark = pytest.mark.root
+
+_SECRET: Final = "s3cret"
+_LEAF: Final = "/latest/meta-data/instance-id"
+
+
+class Log:
+    """The file, and what is in it now."""
+
+    def __init__(self, daemon: Daemon) -> None:
+        self.path = daemon.directory / "audit.log"
+
+    def text(self) -> str:
+        return self.path.read_text() if self.path.exists() else ""
+
+    def lines(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self.text().splitlines()]
+
+    def has(self, **wanted: object) -> bool:
+        return any(wanted.items() <= one.items() for one in self.lines())
+
+    def wait(self, **wanted: object) -> dict[str, Any]:
+        until(lambda: self.has(**wanted), what=f"a line with {wanted}")
+        return next(one for one in self.lines() if wanted.items() <= one.items())
+
+
+def _say(world: World, mode: str, **more: object) -> None:
+    audit = {"mode": mode, "destination": "{directory}/audit.log", "sample": 1000}
+    world.daemon.configure({"resolver": {"hold_s": 1.0}, "audit": audit, **more})  # type: ignore[dict-item]
+    reloaded = world.daemon.command("reload")
+    assert reloaded.status == 0, reloaded
+
+
+@pytest.fixture(scope="module")
+def shared_world() -> Iterator[World]:
+    with open_world({"resolver": {"hold_s": 1.0}}) as world:
+        yield world
+
+
+@pytest.fixture
+def world(shared_world: World) -> Iterator[World]:
+    yield shared_world
+    Log(shared_world.daemon).path.unlink(missing_ok=True)
+    shared_world.daemon.configure({"resolver": {"hold_s": 1.0}})
+    assert shared_world.daemon.command("reload").status == 0
+    shared_world.heal()
+
+
+@pytest.fixture
+def log(world: World) -> Log:
+    _say(world, "all")
+    return Log(world.daemon)
+
+
+def test_it_is_off_unless_settings_say_otherwise(world: World) -> None:
+    assert own(world.red, world.red.ask("/latest/user-data")) is None
+    text = (world.daemon.runtime / "haproxy.cfg").read_text()
+    assert "log" not in {line.split()[0] for line in text.splitlines() if line.strip()}
+    assert "txn.refused" not in text
+
+
+def test_a_line_says_who_asked_what_and_what_became_of_it(world: World, log: Log) -> None:
+    begun = time.time()
+    red = {"network": "red", "address": world.red.addresses[0], "instance": "red-5"}
+    world.red.ask(f"{_LEAF}?a=b", headers=("User-Agent: Cloud-Init/24.1",))
+    line = log.wait(**red, method="GET", path=_LEAF, status=200, agent="Cloud-Init/24.1")
+    assert begun - 1 <= line["time"] <= time.time() + 1
+    assert (line["token"], line["refused"]) == ("no", "-")
+    # HAProxy may have the document, or only what the first read left behind.
+    assert line["by"] in ("documents/documents-0", "documents/documents-1", "guests/<CACHE>")
+    assert line["ms"] >= 0
+    world.red.ask("/latest/user-data")
+    world.red.ask("/latest/user-data", headers=("User-Agent: again",))
+    assert log.wait(agent="again")["by"] == "guests/<CACHE>"
+    stranger = world.lab.guest("red", 66)
+    assert stranger.ask(_LEAF).status == 404
+    log.wait(address=stranger.addresses[0], instance="-", by="resolver/resolver", status=404)
+    assert stat.S_IMODE(log.path.stat().st_mode) == 0o640
+
+
+def test_tokens_are_told_by_a_word(world: World, log: Log) -> None:
+    ttl = ("X-aws-ec2-metadata-token-ttl-seconds: 60", "User-Agent: giver")
+    token = world.red.ask("/latest/api/token", method="PUT", headers=ttl).text
+    assert log.wait(agent="giver")["refused"] == "-"
+    header = "X-aws-ec2-metadata-token: "
+    assert world.red.ask(_LEAF, headers=(header + token, "User-Agent: good")).status == 200
+    assert world.red.ask(_LEAF, headers=(header + _SECRET, "User-Agent: bad")).status == 401
+    with world.red.connect() as kept:
+        for agent in ("first", "again"):
+            kept.request(_LEAF, headers=(header + token, f"User-Agent: {agent}"))
+            assert log.wait(agent=agent)["token"] == "yes"
+    good, bad = log.wait(agent="good"), log.wait(agent="bad")
+    assert (good["token"], good["refused"], good["status"]) == ("yes", "-", 200)
+    assert (bad["token"], bad["refused"], bad["status"]) == ("bad", "token", 401)
+    assert bad["by"] == "documents.guarded/<NOSRV>"
+    assert token.rpartition(".")[2] not in log.text()
+    assert _SECRET not in log.text()
+
+
+def test_the_rule_that_refuses_is_named(world: World, log: Log) -> None:
+    host = {"tokens": "required", "refuse_forwarded": True}
+    _say(world, "all", policy={"host": host, "networks": {"green": {"endpoint": False}}})
+    until(lambda: world.red.ask(_LEAF).status == 401)
+    until(lambda: world.guests["green"].ask(_LEAF).status == 403)
+    world.red.ask("/openstack/latest/meta_data.json", headers=("Forwarded: for=a",))
+    world.red.ask("/latest/../x")
+    world.red.ask("/latest/api/token", method="PUT")
+    log.wait(network="red", status=401, refused="token-required")
+    log.wait(network="green", status=403, refused="endpoint", instance="green-5")
+    log.wait(path="/openstack/latest/meta_data.json", status=403, refused="forwarded")
+    log.wait(path="/latest/../x", status=400, refused="path")
+    log.wait(path="/latest/api/token", status=400, refused="token-request")
+
+
+def test_every_line_is_json_whatever_a_guest_sends(world: World, log: Log) -> None:
+    odd = bytes(range(1, 256)).replace(b"\r", b"").replace(b"\n", b"").replace(b"\0", b"")
+    agents = (
+        b'"}\\',
+        b"a\tb",
+        b"\xff\xfe",
+        b"\xc3",
+        odd,
+        b"%[var(x)]%ST",
+        b'\\"' * 2000,
+        b"\x01" * 300,
+    )
+    targets = (
+        b'/a"b\\c', b"/" + b"a" * 8000, b"/" + b'"' * 2000, b"/" + b"\\" * 1010, b"/\xff", b"/a\tb", b"/{}|#%00%22",
+        b"http://h/p?q", b"*", b"//", b"/?", b"?",
+    )  # fmt: skip
+    raw = [b"GET /one HTTP/1.1\r\nHost: x\r\nUser-Agent: " + agent for agent in agents]
+    raw += [b"GET " + target + b" HTTP/1.1\r\nHost: x" for target in targets]
+    raw += [
+        b'A"B / HTTP/1.1\r\nHost: x',
+        b"\x16\x03\x01\x02",
+        b"G" * 1500 + b" / HTTP/1.1\r\nHost: x",
+    ]
+    for request in raw:
+        with contextlib.suppress(Lost):
+            world.red.raw(request + b"\r\nConnection: close\r\n\r\n")
+    world.red.ask("/last")
+    log.wait(path="/last")
+    lines = log.lines()
+    assert len(lines) == len(raw) + 1
+    assert log.has(path='/a"b\\c')
+    assert log.has(agent="a\tb")
+    assert max(len(line["path"]) for line in lines) > 1000
+    assert max(map(len, log.text().splitlines())) < 4096
+
+
+def test_no_query_and_no_body_is_told(world: World, log: Log) -> None:
+    world.red.ask(f"/latest/a?token={_SECRET}")
+    world.red.ask("/latest/b", method="POST", body=_SECRET.encode())
+    world.red.ask(
+        f"http://{_SECRET}/latest/c?{_SECRET}", host=_SECRET, headers=(f"Cookie: {_SECRET}",)
+    )
+    for path in ("/latest/a", "/latest/b", "/latest/c"):
+        log.wait(path=path)
+    assert _SECRET not in log.text()
+
+
+def test_what_an_operator_gets_has_a_line_with_the_instance(world: World, log: Log) -> None:
+    who = ("--network", "red", "--from", world.red.addresses[0])
+    got = world.daemon.command("get", "--include", *who, "/latest/got-by-operator")
+    assert "x-imdsproxy-told" not in got.out
+    line = log.wait(path="/latest/got-by-operator")
+    assert (line["instance"], line["network"]) == ("red-5", "red")
+
+
+def test_a_request_that_comes_back_from_the_resolver_has_one_line() -> None:
+    with open_nova_world() as nova:
+        log = Log(nova.daemon)
+        settings = {**nova.daemon.settings, "audit": {"mode": "all", "destination": str(log.path)}}
+        nova.daemon.configure(settings)
+        assert nova.daemon.command("reload").status == 0
+        head = "POST /openstack/2013-10-17/password HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+        reply = nova.guests["red"].raw(head.encode() + b"1\r\na\r\n0\r\n\r\n", method="POST")
+        assert "x-imdsproxy-told" not in reply.headers
+        nova.guests["red"].ask("/last")
+        last = log.wait(path="/last")
+        assert (last["instance"], last["by"].partition("/")[0]) == (
+            INSTANCES["red"],
+            "nova.default",
+        )
+        (line,) = [one for one in log.lines() if one["method"] == "POST"]
+        assert (line["instance"], line["network"]) == (INSTANCES["red"], "red")
+        assert line["by"].startswith("nova.default.once/")
+        assert not re.search("[0-9a-f]{64}", log.text()), "a signature"
+
+
+def test_the_mode_changes_without_losing_a_request(world: World) -> None:
+    ended, wrong, count = threading.Event(), list[str](), 0
+
+    def ask() -> None:
+        nonlocal count
+        while not ended.is_set():
+            found = own(world.red, world.red.ask("/latest/user-data"))
+            count += 1
+            if found:
+                wrong.append(found)
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    try:
+        for mode in ("all", "sampled", "off", "all"):
+            _say(world, mode)
+    finally:
+        ended.set()
+        asking.join(20)
+    assert count > 20
+    assert not wrong
+    _say(world, "sampled")
+    log = Log(world.daemon)
+    before = len(log.lines())
+    for _ in range(20):
+        world.red.ask(_LEAF)
+    time.sleep(0.6)
+    assert len(log.lines()) - before < 10
+
+
+def test_lines_outlast_a_reload_and_a_controller(world: World, log: Log) -> None:
+    world.reload()
+    world.red.ask("/after-the-reload")
+    log.wait(path="/after-the-reload")
+    world.daemon.kill_controller()
+    # HAProxy sees that nobody reads by the line that it can send no more.
+    world.red.ask("/the-first")
+    world.red.ask("/without-a-controller")
+    world.daemon.start()
+    log.wait(path="/without-a-controller")
+
+
+def test_what_a_worker_answers_while_it_is_replaced_has_a_line(world: World, log: Log) -> None:
+    with world.red.connect() as kept:
+        kept.request("/before-the-reload")
+        log.wait(path="/before-the-reload")
+        world.reload()
+        until(lambda: world.daemon.status()["haproxy"]["old_workers"], what="an old worker")
+        kept.request("/by-the-old-worker")
+        line = log.wait(path="/by-the-old-worker")
+    assert (line["instance"], line["network"]) == ("red-5", "red")
+
+
+def test_a_renamed_file_is_begun_anew(world: World, log: Log) -> None:
+    world.red.ask("/before")
+    log.wait(path="/before")
+    log.path.rename(log.path.with_suffix(".1"))
+    world.red.ask("/after")
+    assert log.wait(path="/after")
+    assert not log.has(path="/before")
+
+
+def test_a_place_that_cannot_be_written_holds_up_nobody(world: World) -> None:
+    _say(world, "all")
+    world.daemon.configure(
+        {"audit": {"mode": "all", "destination": "{directory}/nowhere/audit.log"}}
+    )
+    assert world.daemon.command("reload").status == 0
+    begun = time.monotonic()
+    for _ in range(200):
+        assert world.red.ask(_LEAF).status == 200
+    assert time.monotonic() - begun < 10
+    until(
+        lambda: any(
+            one.get("message") == "audit log not written" for one in world.daemon.log_entries()
+        ),
+        what="the controller's word on it",
+    )
+
+
+def test_who_watches_sees_the_same(world: World, log: Log) -> None:
+    admin = world.daemon.admin
+    cursor = cast("Any", admin.get("/v1/watch"))["cursor"]
+    until(lambda: "ring watched" in (world.daemon.runtime / "haproxy.cfg").read_text())
+    world.red.ask("/seen-by-both?q")
+    log.wait(path="/seen-by-both")
+    (seen,) = cast("Any", admin.get("/v1/watch", {"cursor": str(cursor)}))["requests"]
+    assert (seen["path"], seen["instance"], seen["method"]) == ("/seen-by-both", "red-5", "GET")
