@@ -24,6 +24,7 @@ _HARMLESS: Final = re.compile(r"[\w./+:;#()-]*", re.ASCII)
 _LISTEN: Final = ("127.0.0.1", 9465)
 _SETTINGS: Final[dict[str, Any]] = {
     "resolver": {"hold_s": 1.0},
+    "tokens": {"count_reads": True},
     "metrics": {"listen": f"{_LISTEN[0]}:{_LISTEN[1]}", "haproxy_listen": None},
 }
 

@@ -225,6 +225,7 @@ def build_spec_settings(settings: Settings, layout: Layout, nova: NovaUpstream) 
         links=str(Path(haproxy_name(layout.namespace_links, _LINKS_PROBE)).parent),
         nova=nova.backends(),
         nova_times=nova.times,
+        count_reads=settings.tokens.count_reads,
         audit=settings.audit.one_in,
     )
 

@@ -353,7 +353,7 @@ async def run_controller(
             nova=nova,
             guarding=guarding,
             watching=watching,
-            counting=open_counting(haproxy, clock),
+            counting=open_counting(haproxy, clock, lambda: holder.settings.tokens.count_reads),
             started_at=clock.now().timestamp(),
             started=clock.monotonic(),
         )

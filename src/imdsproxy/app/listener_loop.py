@@ -138,6 +138,7 @@ class SpecSettings:
     nova: tuple[NovaBackend, ...] = ()
     nova_times: NovaTimes = field(default_factory=NovaTimes)
     watched: bool = False
+    count_reads: bool = False
     audit: int = 0
 
 
@@ -223,6 +224,7 @@ class ListenerLoop:
             nova=settings.nova,
             nova_times=settings.nova_times,
             watched=settings.watched,
+            count_reads=settings.count_reads,
             audit=settings.audit,
             unix=None if self.unix is None else self.unix.bind,
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import assert_never
 
 from imdsproxy.admin.operations import (
@@ -439,7 +439,8 @@ class ControllerOperations:
     async def token_report(self) -> TokenReport:
         """See `Operations.token_report`."""
         await self.counting.refresh()
-        return self.counting.ledger.report(open_trees(self.inventory, self.records.policies()))
+        report = self.counting.ledger.report(open_trees(self.inventory, self.records.policies()))
+        return replace(report, complete=self.counting.complete())
 
     async def render(self) -> str:
         """See `Operations.render`."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -34,11 +35,13 @@ class TokenCounting:
         master: Whose workers are asked, draining ones too.
         clock: Of this host.
         ledger: The sums; they begin with this controller.
+        complete: Whether reads are counted where no token is required, as of now.
     """
 
     master: MasterClient
     clock: Clock
     ledger: TokenLedger
+    complete: Callable[[], bool]
     _lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     async def look_before_reload(self) -> None:
@@ -67,8 +70,9 @@ class TokenCounting:
                 self.ledger.add(worker, parse_guests(guests), parse_readers(readers), now)
 
 
-def open_counting(haproxy: Haproxy, clock: Clock) -> TokenCounting:
+def open_counting(haproxy: Haproxy, clock: Clock, complete: Callable[[], bool]) -> TokenCounting:
     """One that begins now, and looks before each reload of this HAProxy."""
-    counting = TokenCounting(haproxy.master, clock, TokenLedger(clock.now().timestamp()))
+    ledger = TokenLedger(clock.now().timestamp())
+    counting = TokenCounting(haproxy.master, clock, ledger, complete)
     haproxy.before_reload.append(counting.look_before_reload)
     return counting

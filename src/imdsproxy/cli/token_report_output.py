@@ -44,6 +44,13 @@ def say_token_report(output: Output, told: _Shape) -> None:
         output.styled(
             f"[dim]since {since}; READS and REFUSED are the guest's, its clients are samples[/]"
         )
+    if not told["complete"]:
+        output.styled(
+            "[yellow]warning:[/] only refused reads are counted, and none where no token is required"
+        )
+        output.styled(
+            "[dim]hint:[/] tokens.count_reads: true, then imdsproxy reload, and come back after a while"
+        )
     trees = cast("Sequence[_Shape]", told["open_trees"])
     for one in trees:
         output.styled(

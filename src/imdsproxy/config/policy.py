@@ -116,7 +116,15 @@ def _each(said: Mapping[str, PolicyRulesSettings]) -> dict[str, PolicyRules]:
 
 
 class TokensSettings(Section):
-    """The keys of session tokens."""
+    """Session tokens: their keys, and whether reads without them are counted."""
+
+    count_reads: bool = setting(
+        False,
+        "Count, for `imdsproxy token report`, who reads without a token where none is required. Off, because it costs "
+        "each request some hundredths of its time: on while you find out whether tokens can be required. What is "
+        "refused because one is required is counted always.",
+        Change.RELOAD,
+    )
 
     key_file: AbsolutePath | None = setting(
         None,

@@ -90,12 +90,14 @@ class TokenReport:
         since: From when on it tells, Unix time; what is a week old is forgotten.
         guests: The last seen first.
         open_trees: At most a hundred of `open_tree_count`.
+        complete: Reads are counted where no token is required, too (`tokens.count_reads`).
     """
 
     since: float
     guests: tuple[GuestWithoutToken, ...]
     open_trees: tuple[OpenTree, ...]
     open_tree_count: int
+    complete: bool = True
 
 
 @dataclass(slots=True)

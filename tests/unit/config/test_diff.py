@@ -120,6 +120,7 @@ OTHER: dict[str, object] = {
     "policy.networks": {"red": RULES},
     "policy.projects": {"acme": RULES},
     "policy.instances": {"web": RULES},
+    "tokens.count_reads": True,
     "tokens.key_file": "/x.keys",
     "admin.socket": "/x.sock",
     "admin.mode": "0600",
@@ -144,7 +145,8 @@ TAKES: dict[Change, set[str]] = {
         "host.audit_per_second",
         "log.level",
         "log.format",
-        *(path for path in OTHER if path.startswith(("policy.", "tokens."))),
+        "tokens.key_file",
+        *(path for path in OTHER if path.startswith("policy.")),
     },
     Change.RELOAD: {
         "resolver.hold_s",
@@ -157,6 +159,7 @@ TAKES: dict[Change, set[str]] = {
         "haproxy.cache_mb",
         "haproxy.max_object_kib",
         "metrics.haproxy_listen",
+        "tokens.count_reads",
         *(path for path in OTHER if path.startswith(("nova.", "unix_listener."))),
     },
 }

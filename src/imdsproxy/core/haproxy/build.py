@@ -289,7 +289,7 @@ def _found(spec: DataplaneSpec) -> Section:
 def _answer(spec: DataplaneSpec, *, found: bool = False) -> tuple[Words, ...]:
     """From `txn.record` to whoever answers."""
     return (
-        *counting_rules(unless=ASKED),
+        *(counting_rules(unless=ASKED) if spec.count_reads else ()),
         # In front of Nova most requests have nothing to do with the cache, and its filter would cost each of them
         # a tenth. Elsewhere all have, and a hit that first chose a backend takes a third more instructions.
         *(() if spec.nova else _ask_the_cache(spec, unless=ASKED)),

@@ -204,6 +204,7 @@ class DataplaneSpec:
         binds: Where guests are believed by their address: where it is not checked, or behind a gate.
         unverified: Where the resolver is asked about each request (`core.gates`).
         watched: Somebody watches who asks what.
+        count_reads: Count who reads without a token, also where none is required.
         audit: Of so many requests one has a line in the audit log; 0 for none.
     """
 
@@ -218,4 +219,5 @@ class DataplaneSpec:
     unix: UnixBind | None = None
     unverified: tuple[Bind, ...] = ()
     watched: bool = False
+    count_reads: bool = False
     audit: int = 0
