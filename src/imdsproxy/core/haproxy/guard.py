@@ -28,6 +28,7 @@ __all__ = [
     "guard_rules",
     "hear_forwarded",
     "note_asked",
+    "pass_at_once",
     "policy_rules",
     "send_forwarded",
     "tell_forwarded",
@@ -56,6 +57,9 @@ _NUL: Final = ("{", "path", "-m", "sub", "%00", "}")
 _THE_TOKEN: Final = "var(txn.token)"  # noqa: S105 - where it is
 _SAID_LENGTH: Final = 19
 """Of `KID.EXPIRY`: eight hexadecimal digits, a dot, ten decimal ones (`core.tokens.TOKEN_PATTERN`)."""
+
+_CLAIM: Final = f"{_THE_TOKEN},concat(|,sess.network),concat(|,txn.policy),concat(|,txn.record)"
+"""All that a token's being good depends on, beside its end and its key."""
 
 _MAC: Final = (
     "concat(|,sess.network),concat(|,txn.instance),concat(|,txn.epoch),hmac(sha256,txn.key),ub64enc"
@@ -99,20 +103,32 @@ def policy_rules() -> tuple[Words, ...]:
     )
 
 
-def note_asked(key_map: str) -> tuple[Words, ...]:
+def note_asked() -> tuple[Words, ...]:
     """Whether there is anything to look at of a request, after the look-up: then a guarded backend answers it.
 
     Most often there is not, so no more than this is in everybody's way. In each condition comes first what is most
-    often not so. A token that was good on this connection, for the same record and under the same policy, is not
-    looked at again but for its end and its key.
+    often not so.
     """
-    plain = _none_of(_PUT, _PLAIN_ROUTE)
     return (
         _set("token", f"req.fhdr({_TOKEN_HEADER})"),
         ("http-request", "set-var(txn.asked)", "bool(true)", "if", *_POLICY, "or", *_GIVEN, *KNOWN,
          # A PUT asks for a token, or for nothing that there is.
          "or", *_PUT, *KNOWN, "or", *_PLAIN_ROUTE, *KNOWN),
-        _set("claim", f"{_THE_TOKEN},concat(|,sess.network),concat(|,txn.policy),concat(|,txn.record)", ASKED, _GIVEN),
+    )  # fmt: skip
+
+
+def pass_at_once(key_map: str) -> tuple[Words, ...]:
+    """What of it need not be looked at after all, for who answers out of the cache: there a backend costs a third.
+
+    That is a token that was good on this connection, for the same record and under the same policy, but for its end
+    and its key; and a policy that says no more than that tokens are off.
+
+    Args:
+        key_map: The file of `core.tokens.render_key_map`.
+    """
+    plain = _none_of(_PUT, _PLAIN_ROUTE)
+    return (
+        _set("claim", _CLAIM, ASKED, _GIVEN),
         _set("now", "date", ASKED, _GIVEN),
         _set("left", f"{_THE_TOKEN},field(2,.),sub(txn.now)", ASKED, _GIVEN, _SEEN),
         _rule(("http-request", "unset-var(txn.asked)"), ("{", "var(txn.left)", "-m", "int", "gt", "0", "}"), *plain,
@@ -133,6 +149,7 @@ def guard_rules(key_map: str, *, audited: bool = False) -> tuple[Words, ...]:
         audited: Mark which rule refuses.
     """
     rules = (
+        _tell_token_life(),
         *_path(),
         *_check(key_map),
         *release_hops(),
@@ -269,6 +286,8 @@ def _whose(*conditions: Words) -> tuple[Words, ...]:
 
 
 def _check(key_map: str) -> tuple[Words, ...]:
+    # What was good on this connection, for the same record and under the same policy, still is, but for its end.
+    fresh = (_GIVEN, *_none_of(_SEEN))
     return (
         ("http-request", "unset-var(txn.left)"),
         # While there is no token route a token is a header like any other.
@@ -277,18 +296,22 @@ def _check(key_map: str) -> tuple[Words, ...]:
         _rule(("http-request", f"unset-var({TOKEN_HEARD})")),
         _rule(("http-request", f"set-var({TOKEN_HEARD})", "str(bad)"), _GIVEN),
         _answer(401, _GIVEN, ("!{", f"req.fhdr_cnt({_TOKEN_HEADER})", "1", "}")),
-        # The whole of it: what is cut out below says nothing of what stands behind.
-        _answer(401, _GIVEN, ("!{", _THE_TOKEN, "-m", "reg", TOKEN_PATTERN, "}")),
-        *_whose(_GIVEN),
         _set("key", f"{_THE_TOKEN},bytes(0,8),map_str({key_map})", _GIVEN),
-        _set("mac", f"{_THE_TOKEN},bytes(0,{_SAID_LENGTH}),{_MAC}", _GIVEN),
-        _answer(401, _GIVEN, ("!{", f"{_THE_TOKEN},bytes({_SAID_LENGTH + 1}),secure_memcmp(txn.mac)", "}")),
+        # Also of one that was good before: a key that was taken away is nobody's.
+        _answer(401, _GIVEN, ("!{", "var(txn.key)", "-m", "found", "}")),
+        _set("claim", _CLAIM, _GIVEN),
+        # The whole of it: what is cut out below says nothing of what stands behind.
+        _answer(401, *fresh, ("!{", _THE_TOKEN, "-m", "reg", TOKEN_PATTERN, "}")),
+        *_whose(*fresh),
+        _set("mac", f"{_THE_TOKEN},bytes(0,{_SAID_LENGTH}),{_MAC}", *fresh),
+        _answer(401, *fresh, ("!{", f"{_THE_TOKEN},bytes({_SAID_LENGTH + 1}),secure_memcmp(txn.mac)", "}")),
+        _set("now", "date", _GIVEN),
         _set("life", f"{_THE_TOKEN},field(2,.),sub(txn.now)", _GIVEN),
         _answer(401, _GIVEN, ("{", "var(txn.life)", "-m", "int", "le", "0", "}")),
         _set("left", "var(txn.life)", _GIVEN),
         _rule(("http-request", f"set-var({TOKEN_HEARD})", "str(yes)"), _GIVEN),
-        # `note_asked` lets it pass from now on, and so must nothing else be to look at.
-        _rule(("http-request", "set-var(sess.good)", "var(txn.claim)"), _GIVEN, *_none_of(_letter(7, "s"))),
+        # `pass_at_once` lets it pass from now on, and so must nothing else be to look at.
+        _rule(("http-request", "set-var(sess.good)", "var(txn.claim)"), *fresh, *_none_of(_letter(7, "s"))),
     )  # fmt: skip
 
 

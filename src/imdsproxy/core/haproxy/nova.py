@@ -86,17 +86,18 @@ def nova_counters(spec: DataplaneSpec) -> tuple[Words, ...]:
 
 
 def use_nova(spec: DataplaneSpec) -> tuple[Words, ...]:
-    """Which backend takes a request whose record is of Nova."""
-    rules: list[Words] = []
+    """Which backend takes a request whose record is of Nova; what is most often so comes first."""
+    plain = ("!" + ASKED[0], *ASKED[1:])
+    reads: list[Words] = []
+    others: list[Words] = []
     for backend in spec.nova:
         mine = ("{", "var(txn.record)", "-m", "beg", f"{MAP_NOVA}{backend.name}|", "}")
-        # Most often nothing is asked of it, and that is seen sooner than whose it is.
-        once, guarded = _once(backend), (*ASKED, *mine)
-        rules.append(("use_backend", f"{_name(backend)}{GUARDED}", "if", *guarded, *_REPEATABLE))
-        rules.append(("use_backend", f"{once}{GUARDED}", "if", *guarded))
-        rules.append(("use_backend", _name(backend), "if", *mine, *_REPEATABLE))
-        rules.append(("use_backend", once, "if", *mine))
-    return tuple(rules)
+        name, once = _name(backend), _once(backend)
+        reads.append(("use_backend", name, "if", *mine, *_REPEATABLE, *plain))
+        others.append(("use_backend", f"{name}{GUARDED}", "if", *mine, *_REPEATABLE))
+        others.append(("use_backend", f"{once}{GUARDED}", "if", *mine, *ASKED))
+        others.append(("use_backend", once, "if", *mine))
+    return (*reads, *others)
 
 
 def nova_backends(spec: DataplaneSpec) -> Iterator[Section]:
