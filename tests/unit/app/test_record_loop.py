@@ -277,5 +277,5 @@ async def test_a_changed_policy_of_a_router_is_in_force_for_those_behind_it(
         assert rig.applier.state.effective()["router/10.0.0.5"] == plain
         ticket = rig.loop.observe(Observation("test", networks={router.id: strict}))
         await rig.loop.tickets.wait(ticket)
-        assert rig.applier.state.effective()["router/10.0.0.5"] == f"+1troo--:0:0:64|{plain}"
+        assert rig.applier.state.effective()["router/10.0.0.5"] == f"+1troo---::0:64|{plain}"
         assert rig.told("10.0.0.5") == plain
