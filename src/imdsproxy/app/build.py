@@ -28,6 +28,7 @@ from imdsproxy.core.hostnames import Naming
 from imdsproxy.core.inventory import Inventory
 from imdsproxy.core.wire import RETRY_AFTER_S
 from imdsproxy.dataplane.haproxy import Haproxy
+from imdsproxy.dataplane.hops import lead_back
 from imdsproxy.dataplane.launch import HaproxyProgram, Launcher, SpawnLauncher, SystemdLauncher
 from imdsproxy.dataplane.layout import Layout
 from imdsproxy.dataplane.master import MasterClient
@@ -108,6 +109,7 @@ def prepare_directories(settings: Settings, layout: Layout) -> None:
     readable = (-1, group_id(documents))
     ensure_directory(layout.runtime, mode=0o755)
     ensure_directory(layout.jail, mode=0o755)
+    lead_back(layout.jail)
     ensure_directory(layout.namespace_links, mode=0o755)
     # HAProxy looks for namespaces below it, through a path that must exist.
     ensure_directory(settings.paths.netns_dir, mode=0o755)
@@ -216,6 +218,10 @@ def build_spec_settings(settings: Settings, layout: Layout, nova: NovaUpstream) 
             max_object_bytes=settings.haproxy.max_object_kib * 1024,
             hold_s=settings.resolver.hold_s,
             hard_stop_after_s=settings.haproxy.hard_stop_after_s,
+            fair=settings.limits.enabled,
+            requests_per_s=settings.limits.requests_per_s,
+            burst=settings.limits.burst,
+            connections=settings.limits.connections,
         ),
         maxconn=settings.haproxy.maxconn,
         descriptors=-1 if hard == resource.RLIM_INFINITY else hard,

@@ -9,7 +9,15 @@ from pydantic import BeforeValidator, Field
 
 from imdsproxy.config.change import Change
 from imdsproxy.config.section import AbsolutePath, Section, section, setting
-from imdsproxy.core.policy import BOOT_GRACE_S, PolicyBook, PolicyRules, TokenMode
+from imdsproxy.core.policy import (
+    BOOT_GRACE_S,
+    MOST_BURST,
+    MOST_CONNECTIONS,
+    MOST_REQUESTS_PER_S,
+    PolicyBook,
+    PolicyRules,
+    TokenMode,
+)
 
 __all__ = ["PolicyRulesSettings", "PolicySettings", "TokensSettings"]
 
@@ -67,6 +75,23 @@ class PolicyRulesSettings(Section):
         le=64,
     )
 
+    requests_per_s: int | None = _rule(
+        "Requests a second that an instance may make, on average over a minute; `limits.requests_per_s` unless "
+        "something says otherwise.",
+        ge=1,
+        le=MOST_REQUESTS_PER_S,
+    )
+    burst: int | None = _rule(
+        "Requests of an instance in ten seconds; `limits.burst` unless something says otherwise.",
+        ge=1,
+        le=MOST_BURST,
+    )
+    connections: int | None = _rule(
+        "Connections of an instance at once; `limits.connections` unless something says otherwise.",
+        ge=1,
+        le=MOST_CONNECTIONS,
+    )
+
     def rules(self) -> PolicyRules:
         """As the core has it."""
         return PolicyRules(
@@ -78,6 +103,9 @@ class PolicyRulesSettings(Section):
             seal_user_data=self.seal_user_data,
             refuse_forwarded=self.refuse_forwarded,
             hop_limit=self.hop_limit,
+            requests_per_s=self.requests_per_s,
+            burst=self.burst,
+            connections=self.connections,
         )
 
 

@@ -16,6 +16,7 @@ from imdsproxy.config.audit import AuditSettings
 from imdsproxy.config.change import Change
 from imdsproxy.config.endpoint import Endpoint
 from imdsproxy.config.libvirt import LibvirtSourceSettings
+from imdsproxy.config.limits import LimitsSettings
 from imdsproxy.config.neutron import NeutronSourceSettings
 from imdsproxy.config.nova import NovaSettings
 from imdsproxy.config.policy import PolicySettings, TokensSettings
@@ -400,6 +401,7 @@ class Settings(Section):
     unix_listener: UnixListenerSettings = section(
         "Neutron's agent protocol on a unix socket.", UnixListenerSettings
     )
+    limits: LimitsSettings = section("What one instance may ask for.", LimitsSettings)
     policy: PolicySettings = section("What guests may read, and how.", PolicySettings)
     tokens: TokensSettings = section("Keys of session tokens.", TokensSettings)
     audit: AuditSettings = section("A line for each request.", AuditSettings)

@@ -14,6 +14,9 @@ from typing import Final
 __all__ = [
     "BOOT_GRACE_S",
     "DEFAULT",
+    "MOST_BURST",
+    "MOST_CONNECTIONS",
+    "MOST_REQUESTS_PER_S",
     "Folded",
     "Guard",
     "NOTHING_SAID",
@@ -31,6 +34,10 @@ __all__ = [
 
 BOOT_GRACE_S: Final = 900
 """Seconds that a boot may take: a stock image under emulation needs five minutes, a slow disk as long again."""
+
+MOST_REQUESTS_PER_S: Final = 1_000_000
+MOST_BURST: Final = 10_000_000
+MOST_CONNECTIONS: Final = 100_000
 
 POLICY_WORD: Final = "+"
 """How a record begins that has a policy word; no instance's id and no other kind of record begins so."""
@@ -72,6 +79,9 @@ class PolicyRules:
         refuse_forwarded: Without a token, refuse what a web application was made to send: requests with headers of
             browsers and proxies, or for another host.
         hop_limit: IP TTL or hop limit of the answer that has the token, 1 to 64.
+        requests_per_s: How much the instance may ask for, on average over a minute.
+        burst: Requests in ten seconds.
+        connections: At once, over all its addresses.
     """
 
     endpoint: bool | None = None
@@ -82,11 +92,17 @@ class PolicyRules:
     seal_user_data: bool | None = None
     refuse_forwarded: bool | None = None
     hop_limit: int | None = None
+    requests_per_s: int | None = None
+    burst: int | None = None
+    connections: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """What is in force for one instance in one network; attributes as of `PolicyRules`."""
+    """What is in force for one instance in one network; attributes as of `PolicyRules`.
+
+    Limits that nobody has said anything about are those of the settings' section `limits`, which HAProxy's file has.
+    """
 
     endpoint: bool = True
     tokens: TokenMode = TokenMode.OPTIONAL
@@ -96,6 +112,9 @@ class Policy:
     seal_user_data: bool = False
     refuse_forwarded: bool = False
     hop_limit: int = 64
+    requests_per_s: int | None = None
+    burst: int | None = None
+    connections: int | None = None
 
 
 DEFAULT: Final = Policy()
@@ -223,6 +242,10 @@ def render_policy_word(policy: Policy, guard: Guard, created_at: int | None) -> 
     end of the boot on); g or -: what was forwarded is refused; s or -: user-data is sealed from the end of the
     boot on; b or -: something depends on the end of the boot.
 
+    Where a limit is said, the three follow: requests a second, burst, connections, each empty where it is not:
+
+        +1tooo---::0:64:20::
+
     Args:
         policy: What is in force.
         guard: What an operator did.
@@ -243,4 +266,8 @@ def render_policy_word(policy: Policy, guard: Guard, created_at: int | None) -> 
         "b" if policy.seal_user_data or TokenMode.REQUIRED in modes[1:] else "-",
     )
     # No epoch is what a record without a word has.
-    return f"{POLICY_WORD}{''.join(letters)}:{guard.epoch or ''}:{booted_at}:{policy.hop_limit}"
+    word = f"{POLICY_WORD}{''.join(letters)}:{guard.epoch or ''}:{booted_at}:{policy.hop_limit}"
+    limits = (policy.requests_per_s, policy.burst, policy.connections)
+    if limits == (None, None, None):
+        return word
+    return ":".join((word, *("" if limit is None else str(limit) for limit in limits)))

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import contextlib
+from pathlib import Path
 
 from imdsproxy.core.haproxy.nova import hop_sockets
+from imdsproxy.host.files import ensure_directory
 from imdsproxy.host.refusal import host_refused
 
-if TYPE_CHECKING:
-    from pathlib import Path
-
-__all__ = ["sweep_hops"]
+__all__ = ["lead_back", "sweep_hops"]
 
 
 def sweep_hops(directory: Path, config: str) -> None:
@@ -27,3 +26,19 @@ def sweep_hops(directory: Path, config: str) -> None:
                 path.unlink(missing_ok=True)
     except OSError as error:
         raise host_refused(f"remove what is not needed any more in {directory}", error) from error
+
+
+def lead_back(jail: Path) -> None:
+    """Have the jail's own path lead to it from inside: HAProxy connects to a peer by the path that it has bound.
+
+    Raises:
+        HostRefused: The file system refuses.
+        PrivilegeMissing: We may not do that.
+    """
+    inside = jail.joinpath(*jail.parts[1:])
+    ensure_directory(inside.parent)
+    try:
+        with contextlib.suppress(FileExistsError):
+            inside.symlink_to("/")
+    except OSError as error:
+        raise host_refused(f"make the link {inside}", error) from error

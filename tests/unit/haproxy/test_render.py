@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from imdsproxy.core.haproxy.build import build_sections
+from imdsproxy.core.haproxy.limits import COUNTERS
 from imdsproxy.core.haproxy.model import (
     Bind,
     DataplaneSpec,
@@ -98,6 +99,15 @@ _CASES = {
         ),
         unix=UnixBind("/run/imdsproxy/metadata_proxy", "0664", 0, 0),
     ),
+    "fair": DataplaneSpec(
+        (Bind(NetworkId("blue"), METADATA_IPV4, 254, "virbr0"),),
+        _PATHS,
+        Limits(fair=True),
+        user="haproxy",
+        nova=(NovaBackend("default", _NOVA, "nova.example:8775"),),
+        unix=UnixBind("/run/imdsproxy/metadata_proxy", "0664", 0, 0),
+        unverified=(Bind(NetworkId("blue"), METADATA_IPV4, 80, "virbr0"),),
+    ),
     "in-front-of-nova-alone": DataplaneSpec(
         (Bind(NetworkId("blue"), METADATA_IPV4, 80, "virbr0"),),
         replace(_PATHS, documents=()),
@@ -154,7 +164,9 @@ _SPECS = st.builds(
     DataplaneSpec,
     binds=st.lists(_BINDS, max_size=4, unique=True).map(tuple),
     paths=st.just(_PATHS),
-    limits=st.builds(Limits, maxconn=st.integers(64, 9999), cache_mb=st.integers(0, 64)),
+    limits=st.builds(
+        Limits, maxconn=st.integers(64, 9999), cache_mb=st.integers(0, 64), fair=st.booleans()
+    ),
     exporter=st.none() | st.just("127.0.0.1:9466"),
     watched=st.booleans(),
     audit=st.sampled_from([0, 1, 7]),
@@ -202,13 +214,13 @@ def test_every_bind_speaks_http_1_only_and_has_its_own_limit(spec: DataplaneSpec
     for section in build_sections(spec):
         for line in section.lines:
             if line[0] == "bind":
-                assert line[line.index("proto") + 1] == "h1"
+                assert section.header[0] == "peers" or line[line.index("proto") + 1] == "h1"
                 assert "maxconn" in line or _is_ours_alone(section)
 
 
 def _is_ours_alone(section: Section) -> bool:
     """Nobody but ourselves can connect there."""
-    return section.header[1] in {"probe", "found"} or ".hop." in section.header[1]
+    return section.header[1] in {"probe", "found", COUNTERS} or ".hop." in section.header[1]
 
 
 def test_nova_gets_its_four_headers_after_everything_of_the_guest_is_deleted() -> None:

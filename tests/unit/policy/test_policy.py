@@ -90,6 +90,10 @@ def test_the_default_needs_no_word() -> None:
         (Policy(refuse_forwarded=True), "+1tooog--::1795000900:64"),
         (Policy(seal_user_data=True, boot_grace_s=60), "+1tooo-sb::1795000060:64"),
         (Policy(hop_limit=1), "+1tooo---::1795000900:1"),
+        (Policy(requests_per_s=20), "+1tooo---::1795000900:64:20::"),
+        (Policy(burst=300), "+1tooo---::1795000900:64::300:"),
+        (Policy(connections=8), "+1tooo---::1795000900:64:::8"),
+        (Policy(requests_per_s=20, burst=300, connections=8), "+1tooo---::1795000900:64:20:300:8"),
     ],
 )
 def test_each_rule_has_its_place_in_the_word(policy: Policy, word: str) -> None:

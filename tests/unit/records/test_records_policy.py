@@ -34,6 +34,9 @@ def test_every_rule_can_be_said() -> None:
         "seal_user_data": True,
         "refuse_forwarded": False,
         "hop_limit": 1,
+        "requests_per_s": 20,
+        "burst": 300,
+        "connections": 8,
     }
     wanted = PolicyRules(
         endpoint=True,
@@ -44,6 +47,9 @@ def test_every_rule_can_be_said() -> None:
         seal_user_data=True,
         refuse_forwarded=False,
         hop_limit=1,
+        requests_per_s=20,
+        burst=300,
+        connections=8,
     )
     assert set(said) == set(POLICY_KEYS)
     assert _of_instance(said) == wanted

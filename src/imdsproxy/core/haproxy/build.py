@@ -39,6 +39,13 @@ from imdsproxy.core.haproxy.guard import (
     send_forwarded,
     tell_forwarded,
 )
+from imdsproxy.core.haproxy.limits import (
+    count_connections,
+    count_newcomers,
+    fair_share,
+    limit_sections,
+    local_peer,
+)
 from imdsproxy.core.haproxy.model import Bind, DataplaneSpec, Section, Words
 from imdsproxy.core.haproxy.nova import (
     longest_s,
@@ -88,6 +95,7 @@ _ODD: Final = ("{", "var(txn.target)", "-m", "found", "}")
 def build_sections(spec: DataplaneSpec) -> tuple[Section, ...]:
     """The whole configuration; the same spec always gives the same sections."""
     sections = [_global(spec), _defaults(spec)]
+    sections += limit_sections(spec)
     if spec.limits.cache_mb:
         sections.append(_cache(spec))
     if spec.watched:
@@ -120,6 +128,7 @@ def _global(spec: DataplaneSpec) -> Section:
         ("mworker-max-reloads", "20"),
         ("tune.maxrewrite", "1024"),
         ("tune.stick-counters", str(STICK_COUNTERS)),
+        *local_peer(spec),
         *nova_counters(spec),
     ]
     if spec.user is not None:
@@ -154,6 +163,7 @@ def _defaults(spec: DataplaneSpec) -> Section:
             ("timeout", "server", "30s"),
             ("timeout", "queue", "2s"),
             ("timeout", "http-request", "10s"),
+            ("timeout", "tarpit", "1s"),
             ("timeout", "http-keep-alive", "15s"),
             # Without it a reload cuts kept connections off between two requests.
             ("option", "idle-close-on-response"),
@@ -190,8 +200,10 @@ def _guests(spec: DataplaneSpec) -> Section:
             *_binds(spec.binds, spec),
             *_peer(),
             ("tcp-request", "connection", "set-var(sess.key)", "so_name,concat(/,sess.address)"),
+            *count_connections(spec),
             *_told(spec),
             *_look_up(spec),
+            *fair_share(spec, by_connection=True),
             *note_asked(),
             *(() if spec.nova else pass_at_once(spec.paths.token_keys)),
             *hear_tokens(spec.audit),
@@ -208,6 +220,7 @@ def _unverified(spec: DataplaneSpec) -> Section:
             *_binds(spec.unverified, spec),
             *_peer(),
             ("tcp-request", "connection", "set-var(sess.unverified)", "src_port"),
+            *count_newcomers(spec),
             *_told(spec),
             # The next request comes verified, if it may.
             ("option", "httpclose"),
@@ -259,6 +272,7 @@ def _agents(spec: DataplaneSpec) -> Section:
             *share_rules(spec.limits.maxconn_per_network),
             *_marks(spec, (passed(),)),
             *_look_up(spec),
+            *fair_share(spec, by_connection=False),
             *note_asked(),
             *(() if spec.nova else pass_at_once(spec.paths.token_keys)),
             *hear_tokens(spec.audit),
@@ -281,6 +295,7 @@ def _found(spec: DataplaneSpec) -> Section:
             *policy_rules(),
             *hear_forwarded(),
             hear_operator(),
+            *fair_share(spec, by_connection=False, counted=False),
             ("http-request", "set-var(sess.found)", "bool(true)"),
             *note_asked(),
             *(() if spec.nova else pass_at_once(spec.paths.token_keys)),

@@ -92,6 +92,10 @@ class Limits:
         hold_s: How long the resolver may hold a request, in seconds.
         misses_per_second: Unknown addresses per network and second that may reach Python.
         hard_stop_after_s: How long an old worker may go on serving open connections.
+        fair: Count what each instance asks for; without, the next three are of no account.
+        requests_per_s: Of one instance, on average over a minute; this and the next two where no policy says otherwise.
+        burst: Requests of one instance in ten seconds.
+        connections: Of one instance at once; behind the unix listener, requests.
     """
 
     nbthread: int = 1
@@ -102,6 +106,10 @@ class Limits:
     hold_s: float = 5.0
     misses_per_second: int = 200
     hard_stop_after_s: int = 30
+    fair: bool = False
+    requests_per_s: int = 100
+    burst: int = 4000
+    connections: int = 160
 
 
 HealthCheck: TypeAlias = Literal["tcp", "http", "off"]

@@ -5,7 +5,14 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import Final
 
-from imdsproxy.core.policy import NOTHING_SAID, PolicyRules, TokenMode
+from imdsproxy.core.policy import (
+    MOST_BURST,
+    MOST_CONNECTIONS,
+    MOST_REQUESTS_PER_S,
+    NOTHING_SAID,
+    PolicyRules,
+    TokenMode,
+)
 from imdsproxy.core.records.fields import Field, optional
 
 __all__ = ["POLICY_KEYS", "parse_policy"]
@@ -34,6 +41,9 @@ def parse_policy(field: Field) -> PolicyRules:
         seal_user_data=optional(entries, "seal_user_data", Field.boolean),
         refuse_forwarded=optional(entries, "refuse_forwarded", Field.boolean),
         hop_limit=optional(entries, "hop_limit", _parse_hop_limit),
+        requests_per_s=optional(entries, "requests_per_s", _parse_requests_per_s),
+        burst=optional(entries, "burst", _parse_burst),
+        connections=optional(entries, "connections", _parse_connections),
     )
 
 
@@ -54,3 +64,15 @@ def _parse_boot_grace(field: Field) -> int | None:
 
 def _parse_hop_limit(field: Field) -> int | None:
     return field.whole_number(1, _MOST_HOPS)
+
+
+def _parse_requests_per_s(field: Field) -> int | None:
+    return field.whole_number(1, MOST_REQUESTS_PER_S)
+
+
+def _parse_burst(field: Field) -> int | None:
+    return field.whole_number(1, MOST_BURST)
+
+
+def _parse_connections(field: Field) -> int | None:
+    return field.whole_number(1, MOST_CONNECTIONS)

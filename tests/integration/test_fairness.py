@@ -1,0 +1,138 @@
+"""What one instance may ask for, and what its neighbours and the daemon notice when it asks for more."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Final
+
+import pytest
+
+from support.guest import IPV4, IPV6, Guest, Lost, Reply
+from support.lab import until
+from support.world import World, open_world
+
+pytestmark = pytest.mark.root
+
+_USER_DATA: Final = "/latest/user-data"
+_DEFAULT: Final = {"enabled": True, "requests_per_s": 100, "burst": 4000, "connections": 160}
+
+
+@pytest.fixture(scope="module")
+def shared_world() -> Iterator[World]:
+    with open_world({"limits": _DEFAULT, "resolver": {"hold_s": 1.0}}) as world:
+        yield world
+
+
+@pytest.fixture
+def world(shared_world: World) -> Iterator[World]:
+    yield shared_world
+    _say(shared_world, {})
+    shared_world.heal()
+
+
+def _say(world: World, policy: Mapping[str, Any]) -> None:
+    world.daemon.configure(
+        {"limits": _DEFAULT, "resolver": {"hold_s": 1.0}, "policy": {"instances": policy}}
+    )
+    reloaded = world.daemon.command("reload")
+    assert reloaded.status == 0, reloaded
+
+
+def _statuses(guest: Guest, count: int, *, to: str = IPV4) -> list[int]:
+    with guest.connect(to=to) as connection:
+        return [connection.request(_USER_DATA).status for _ in range(count)]
+
+
+def _hold(stack: contextlib.ExitStack, guest: Guest, count: int) -> None:
+    """Open connections and leave them open; some are closed at once."""
+    for _ in range(count):
+        with contextlib.suppress(Lost):
+            stack.enter_context(guest.connect())
+
+
+def _answered(guest: Guest) -> bool:
+    try:
+        return guest.ask(_USER_DATA).status == 200
+    except Lost:
+        return False
+
+
+def _is_refusal(reply: Reply) -> bool:
+    return reply.status == 503 and reply.headers.get("retry-after") == "1"
+
+
+def test_a_hundred_and_fifty_requests_at_once_and_twenty_crawls_in_a_row_pass(world: World) -> None:
+    with ThreadPoolExecutor(150) as pool:
+        replies = list(pool.map(lambda _: world.red.ask(_USER_DATA), range(150)))
+    assert {reply.status for reply in replies} == {200}
+    assert set(_statuses(world.red, 20 * 150)) == {200}
+
+
+def test_beyond_its_burst_a_guest_gets_503_on_both_families_and_its_neighbour_nothing(
+    world: World,
+) -> None:
+    _say(world, {"red-5": {"burst": 20}})
+    until(lambda: _is_refusal(world.red.ask(_USER_DATA)), what="a refusal")
+    began = time.monotonic()
+    reply = world.red.ask(_USER_DATA, to=IPV6)
+    assert _is_refusal(reply), reply
+    # Held for a second: whoever asks again at once costs little.
+    assert 0.8 < time.monotonic() - began < 3
+    assert world.guests["green"].ask(_USER_DATA).status == 200
+
+
+def test_being_refused_does_not_lengthen_it(world: World) -> None:
+    # One that has asked for little before.
+    blue = world.guests["blue"]
+    _say(world, {"blue-5": {"burst": 20}})
+    until(lambda: blue.ask(_USER_DATA).status == 503, what="a refusal")
+    began = time.monotonic()
+    # Eight at a time, each asked again as soon as it is refused.
+    with ThreadPoolExecutor(8) as pool:
+        while time.monotonic() - began < 14:
+            if 200 in pool.map(lambda _: blue.ask(_USER_DATA).status, range(8)):
+                break
+    assert time.monotonic() - began < 13
+
+
+def test_a_new_limit_is_in_force_at_once_without_a_reload(world: World) -> None:
+    pids = world.settled()
+    _say(world, {"red-5": {"requests_per_s": 1, "burst": 1000}})
+    until(lambda: world.red.ask(_USER_DATA).status == 503, what="a refusal")
+    _say(world, {"red-5": {"requests_per_s": 5000, "burst": 5000}})
+    assert world.red.ask(_USER_DATA).status == 200
+    assert world.settled() == pids
+
+
+def test_what_was_counted_survives_reloads_in_a_row(world: World) -> None:
+    _say(world, {"red-5": {"burst": 30}})
+    until(lambda: world.red.ask(_USER_DATA).status == 503, what="a refusal")
+    for _ in range(4):
+        world.reload()
+    assert _is_refusal(world.red.ask(_USER_DATA))
+
+
+def test_more_connections_than_allowed_are_told_503_and_far_more_are_closed(world: World) -> None:
+    _say(world, {"red-5": {"connections": 10}})
+    with contextlib.ExitStack() as stack:
+        held = [stack.enter_context(world.red.connect()) for _ in range(10)]
+        assert [one.request(_USER_DATA).status for one in held] == [200] * 10
+        assert _is_refusal(world.red.ask(_USER_DATA, to=IPV6))
+        _hold(stack, world.red, 60)
+        with pytest.raises(Lost):
+            world.red.ask(_USER_DATA)
+        assert [one.request(_USER_DATA).status for one in held] == [200] * 10
+        assert world.guests["green"].ask(_USER_DATA).status == 200
+    until(lambda: _answered(world.red), what="the connections' end")
+
+
+def test_a_thousand_idle_connections_starve_neither_neighbours_nor_the_daemon(world: World) -> None:
+    with contextlib.ExitStack() as stack:
+        _hold(stack, world.red, 1000)
+        assert world.guests["green"].ask(_USER_DATA).status == 200
+        assert world.daemon.status()["haproxy"]["worker"] == world.pids().worker
+        assert world.daemon.resolver_up()
+    until(lambda: _answered(world.red), what="the connections' end")
