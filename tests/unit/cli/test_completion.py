@@ -55,7 +55,7 @@ def bash_completes(*words: str) -> list[str]:
         (["instance", "re"], ["remove", "reopen"]),
         (["instance", "add", "--from"], ["--from-libvirt"]),
         (["instance", ""], ["add", "set", "list", "show", "remove", "reopen"]),
-        (["token", "r"], ["revoke", "rotate"]),
+        (["token", "r"], ["revoke", "rotate", "report"]),
         (["instance", "nothing"], []),
     ],
 )
