@@ -67,6 +67,7 @@ __all__ = [
     "build_sources",
     "build_spec_settings",
     "prepare_directories",
+    "prepare_jail",
     "under_systemd",
 ]
 
@@ -109,7 +110,7 @@ def prepare_directories(settings: Settings, layout: Layout) -> None:
     readable = (-1, group_id(documents))
     ensure_directory(layout.runtime, mode=0o755)
     ensure_directory(layout.jail, mode=0o755)
-    lead_back(layout.jail)
+    prepare_jail(settings, layout)
     ensure_directory(layout.namespace_links, mode=0o755)
     # HAProxy looks for namespaces below it, through a path that must exist.
     ensure_directory(settings.paths.netns_dir, mode=0o755)
@@ -127,6 +128,16 @@ def prepare_directories(settings: Settings, layout: Layout) -> None:
     write_atomic(layout.unavailable, answer.encode(), mode=0o644)
     write_atomic(layout.empty_map, b"", mode=0o644)
     write_atomic(layout.silence, b"", mode=0o644)
+
+
+def prepare_jail(settings: Settings, layout: Layout) -> None:
+    """Have in the worker's root directory what the settings need there beside sockets.
+
+    Raises:
+        HostRefused: The file system refuses.
+    """
+    if settings.limits.enabled:
+        lead_back(layout.jail)
 
 
 def build_haproxy(

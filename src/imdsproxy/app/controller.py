@@ -34,6 +34,7 @@ from imdsproxy.app.build import (
     build_spec_settings,
     open_guarding,
     prepare_directories,
+    prepare_jail,
 )
 from imdsproxy.app.exporter_port import ExporterPort
 from imdsproxy.app.guard import HaproxyGuard
@@ -150,6 +151,7 @@ class _Controller:
 
         def accept(after: Settings) -> None:
             nonlocal resigned, guarding
+            prepare_jail(after, self.parts.layout)
             guarding = self.parts.guarding.read(after)
             resigned = self.parts.nova.read(after.nova)
 
