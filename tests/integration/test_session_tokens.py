@@ -433,7 +433,7 @@ def test_a_kept_connection_does_not_keep_what_was_good_before(world: World) -> N
         assert status(connection, longer) == 200
         assert status(other, longer) == 401
         assert connection.request(_TOKEN, headers=_with(longer)).status == 405
-        _say(world, {"host": {"seal_user_data": True}})
+        _say(world, {"host": {"seal_user_data": True, "boot_grace_s": 0}})
         assert status(connection, longer) == 403
         _say(world, {"host": {"endpoint": False}})
         assert status(connection, longer) == 403
