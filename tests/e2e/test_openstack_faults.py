@@ -298,6 +298,9 @@ def test_a_neutron_that_shows_nothing_while_it_starts_takes_nothing_from_anybody
     watched = Watched(ways, patient=False)
     with watched.load as load:
         openstack.neutron.kill()
+        way, scope = EVERYWHERE[0]
+        # Nobody can know of an end that nobody has seen.
+        until(lambda: come_again(ways.guest(way, scope, FREE[9]).ask(HOSTNAME)), within_s=RIGHT_S)
         with shows_nothing(openstack.neutron_url) as asked:
             until(lambda: asked, within_s=FORGOTTEN_S, what="a question")
             began = time.monotonic()
