@@ -338,9 +338,12 @@ def shows_nothing(url: str) -> Iterator[list[str]]:
     with Server(("127.0.0.1", int(url.rpartition(":")[2])), Handler) as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.05,))
         thread.start()
-        yield asked
-        server.shutdown()
-        thread.join()
+        try:
+            yield asked
+        finally:
+            # Also where the test fails: nobody's end waits for a server that nobody ends.
+            server.shutdown()
+            thread.join()
 
 
 # What Neutron is told
