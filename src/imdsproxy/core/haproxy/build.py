@@ -61,6 +61,7 @@ from imdsproxy.core.haproxy.rules import (
     TOKEN_HEADERS,
     allow_methods,
     delete_guest_headers,
+    negated,
     originate,
     retry_later,
     tell_to_continue,
@@ -394,7 +395,7 @@ def _ask_the_cache(spec: DataplaneSpec, unless: Words = ()) -> tuple[Words, ...]
         unless: A condition under which another backend does all of it.
     """
     plain = ("{", "url_beg", "/", "}", "!{", "url_sub", "?", "}")
-    passing = ("!" + unless[0], *unless[1:]) if unless else ()
+    passing = negated(unless) if unless else ()
     return (
         *_cached(
             spec,

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
 
-from imdsproxy.core.haproxy.rules import KNOWN, NOVA
+from imdsproxy.core.haproxy.rules import KNOWN, NOVA, negated
 from imdsproxy.core.haproxy.section import Section, Words
 from imdsproxy.core.wire import HEADER_OPERATOR
 
@@ -138,7 +138,7 @@ def counting_rules(*required: Words, unless: Words = ()) -> tuple[Words, ...]:
         required: Conditions, each of which makes a read count, whatever tree it is of.
         unless: A condition under which other rules look at a request, and these do not.
     """
-    asked = tuple("!" + word if word == "{" else word for word in unless)
+    asked = negated(unless) if unless else ()
     of_ec2 = (*asked, *_OF_EC2)
     again = ("{", f"rand({SAMPLE})", "0", "}")
     return (

@@ -16,7 +16,16 @@ from imdsproxy.core.haproxy.audit import TOKEN_HEARD, marked, passed, without_ma
 from imdsproxy.core.haproxy.counting import counting_rules
 from imdsproxy.core.haproxy.hops import limit_hops, release_hops
 from imdsproxy.core.haproxy.model import Words
-from imdsproxy.core.haproxy.rules import KNOWN, NOVA, TOKEN_HEADERS, retry_later
+from imdsproxy.core.haproxy.rules import (
+    HAS_POLICY,
+    KNOWN,
+    NOVA,
+    OF_A_PROXY,
+    TOKEN_HEADERS,
+    TOKEN_ROUTE,
+    negated,
+    retry_later,
+)
 from imdsproxy.core.policy import POLICY_WORD
 from imdsproxy.core.tokens import CURRENT, TOKEN_PATTERN, TTL_LIMIT_S
 from imdsproxy.core.wire import HEADER_FORWARDED
@@ -72,19 +81,14 @@ ASKED: Final = ("{", "var(txn.asked)", "-m", "found", "}")
 GUARDED: Final = ".guarded"
 """How the name of a backend ends that looks at requests (`guard_rules`) before it does what the other one does."""
 
-_POLICY: Final = ("{", "var(txn.policy)", "-m", "found", "}")
 _GIVEN: Final = ("{", _THE_TOKEN, "-m", "found", "}")
 _SEEN: Final = ("{", "var(txn.claim),strcmp(sess.good)", "-m", "int", "0", "}")
 _NO_GOOD_TOKEN: Final = ("!{", "var(txn.left)", "-m", "found", "}")
 _UNMET: Final = ("{", "var(txn.unmet)", "-m", "found", "}")
 _PUT: Final = ("{", "method", "PUT", "}")
 _PLAIN_ROUTE: Final = ("{", "path", TOKEN_PATH, "}")
-_ROUTE: Final = ("{", "var(txn.route)", "-m", "found", "}")
 _IS_FORWARDED: Final = ("{", "var(txn.forwarded)", "-m", "found", "}")
 _IS_FORWARDED_FOR: Final = ("{", "var(txn.forwarded_for)", "-m", "found", "}")
-_OF_A_PROXY: Final = ("{", "var(sess.router)", "-m", "found", "}")
-"""It comes through one of Neutron's proxies: `X-Forwarded-For` is that one's."""
-
 _BOOTED: Final = ("{", "var(txn.booting)", "-m", "int", "le", "0", "}")
 # Whatever else begins so is nothing to Nova or to our documents.
 _OPENSTACK: Final = ("{", "var(txn.path)", "-m", "beg", "/openstack", "}")
@@ -99,7 +103,7 @@ def policy_rules() -> tuple[Words, ...]:
     begins = ("{", "var(txn.record)", "-m", "beg", POLICY_WORD, "}")
     return (
         _set("policy", "var(txn.record),field(1,|)", begins),
-        _set("record", "var(txn.record),field(2,|,0)", _POLICY),
+        _set("record", "var(txn.record),field(2,|,0)", HAS_POLICY),
     )
 
 
@@ -111,7 +115,7 @@ def note_asked() -> tuple[Words, ...]:
     """
     return (
         _set("token", f"req.fhdr({_TOKEN_HEADER})"),
-        ("http-request", "set-var(txn.asked)", "bool(true)", "if", *_POLICY, "or", *_GIVEN, *KNOWN,
+        ("http-request", "set-var(txn.asked)", "bool(true)", "if", *HAS_POLICY, "or", *_GIVEN, *KNOWN,
          # A PUT asks for a token, or for nothing that there is.
          "or", *_PUT, *KNOWN, "or", *_PLAIN_ROUTE, *KNOWN),
     )  # fmt: skip
@@ -166,32 +170,32 @@ def _give(key_map: str) -> tuple[Words, ...]:
     return (
         _set("route", "bool(true)", ("{", "var(txn.path)", "-m", "end", "/api/token", "/api/token/", "}")),
         marked("token-request"),
-        _answer(404, _ROUTE, _letter(2, "-")),
+        _answer(404, TOKEN_ROUTE, _letter(2, "-")),
         # Under a dated version there is none (AWS).
-        _answer(403, _ROUTE, _PUT, *_none_of(latest)),
-        _answer(404, _ROUTE, *_none_of(latest)),
-        _answer(405, _ROUTE, *_none_of(_PUT), allow="OPTIONS, PUT"),
+        _answer(403, TOKEN_ROUTE, _PUT, *_none_of(latest)),
+        _answer(404, TOKEN_ROUTE, *_none_of(latest)),
+        _answer(405, TOKEN_ROUTE, *_none_of(_PUT), allow="OPTIONS, PUT"),
         # Whoever has a proxy fetch a token has it fetch the rest as well.
-        _answer(403, _ROUTE, _IS_FORWARDED_FOR),
-        _answer(403, _ROUTE, _FORWARDED_FOR, *_none_of(_OF_A_PROXY)),
-        _answer(400, _ROUTE, ("!{", f"req.fhdr_cnt({_TTL_HEADER})", "1", "}")),
-        _answer(400, _ROUTE, ("!{", ttl, "-m", "reg", "^[0-9]{1,5}$", "}")),
-        _answer(400, _ROUTE, ("!{", ttl, "-m", "int", f"1:{TTL_LIMIT_S}", "}")),
-        *_whose(_ROUTE),
-        _set("ttl", f"{ttl},add(0)", _ROUTE),
-        _set("until", "date,add(txn.ttl)", _ROUTE),
-        _set("kid", f"str({CURRENT}),map_str({key_map})", _ROUTE),
-        _set("key", f"var(txn.kid),map_str({key_map})", _ROUTE),
-        _set("said", "var(txn.kid),concat(.,txn.until)", _ROUTE),
-        _set("mac", f"var(txn.said),{_MAC}", _ROUTE),
+        _answer(403, TOKEN_ROUTE, _IS_FORWARDED_FOR),
+        _answer(403, TOKEN_ROUTE, _FORWARDED_FOR, *_none_of(OF_A_PROXY)),
+        _answer(400, TOKEN_ROUTE, ("!{", f"req.fhdr_cnt({_TTL_HEADER})", "1", "}")),
+        _answer(400, TOKEN_ROUTE, ("!{", ttl, "-m", "reg", "^[0-9]{1,5}$", "}")),
+        _answer(400, TOKEN_ROUTE, ("!{", ttl, "-m", "int", f"1:{TTL_LIMIT_S}", "}")),
+        *_whose(TOKEN_ROUTE),
+        _set("ttl", f"{ttl},add(0)", TOKEN_ROUTE),
+        _set("until", "date,add(txn.ttl)", TOKEN_ROUTE),
+        _set("kid", f"str({CURRENT}),map_str({key_map})", TOKEN_ROUTE),
+        _set("key", f"var(txn.kid),map_str({key_map})", TOKEN_ROUTE),
+        _set("said", "var(txn.kid),concat(.,txn.until)", TOKEN_ROUTE),
+        _set("mac", f"var(txn.said),{_MAC}", TOKEN_ROUTE),
         *limit_hops(),
-        passed((*_ROUTE, "{", "var(txn.mac)", "-m", "found", "}")),
+        passed((*TOKEN_ROUTE, "{", "var(txn.mac)", "-m", "found", "}")),
         _rule(("http-request", "return", "status", "200", "content-type", "text/plain",
                "hdr", _TTL_HEADER, "%[var(txn.ttl)]", "lf-string", "%[var(txn.said)].%[var(txn.mac)]"),
-              _ROUTE, ("{", "var(txn.mac)", "-m", "found", "}")),
+              TOKEN_ROUTE, ("{", "var(txn.mac)", "-m", "found", "}")),
         # No key is known: the map is written before any configuration, so somebody took it away.
         marked("no-key"),
-        _rule(retry_later(), _ROUTE),
+        _rule(retry_later(), TOKEN_ROUTE),
     )  # fmt: skip
 
 
@@ -199,7 +203,7 @@ def tell_forwarded() -> tuple[Words, ...]:
     """Note for the resolver what the guest's headers say, before they are deleted; then comes `send_forwarded`."""
     return (
         *(_set("forwarded", "bool(true)", *sign) for sign in _SIGNS),
-        _set("forwarded_for", "bool(true)", _PUT, _FORWARDED_FOR, *_none_of(_OF_A_PROXY)),
+        _set("forwarded_for", "bool(true)", _PUT, _FORWARDED_FOR, *_none_of(OF_A_PROXY)),
     )
 
 
@@ -249,13 +253,13 @@ def _letter(index: int, letter: str) -> Words:
 
 
 def _none_of(*conditions: Words) -> tuple[Words, ...]:
-    return tuple(("!" + condition[0], *condition[1:]) for condition in conditions)
+    return tuple(map(negated, conditions))
 
 
 _SIGNS: Final = (
     (("{", "req.hdrs", "-m", "reg", _FORWARDED, "}"),),
     (_FOREIGN_HOST,),
-    (_FORWARDED_FOR, *_none_of(_OF_A_PROXY)),
+    (_FORWARDED_FOR, *_none_of(OF_A_PROXY)),
 )
 """Each says that somebody had the guest ask."""
 
@@ -270,9 +274,9 @@ def _path() -> tuple[Words, ...]:
         _set("path", "path", *_none_of(odd)),
         _set("path", _UNDONE, odd),
         # Nothing that there is has such a path: whoever sends it tries to pass by a rule.
-        _answer(400, odd, _POLICY, ("!{", "var(txn.path)", "-m", "found", "}")),
-        _answer(400, odd, _POLICY, _UP),
-        _answer(400, odd, _POLICY, _NUL),
+        _answer(400, odd, HAS_POLICY, ("!{", "var(txn.path)", "-m", "found", "}")),
+        _answer(400, odd, HAS_POLICY, _UP),
+        _answer(400, odd, HAS_POLICY, _NUL),
     )
 
 
@@ -281,7 +285,7 @@ def _whose(*conditions: Words) -> tuple[Words, ...]:
     return (
         _set("instance", "var(txn.record),field(1,|)", *conditions),
         _set("instance", "var(txn.record),field(3,|)", *conditions, NOVA),
-        _set("epoch", "var(txn.policy),field(2,:)", *conditions, _POLICY),
+        _set("epoch", "var(txn.policy),field(2,:)", *conditions, HAS_POLICY),
     )
 
 
@@ -317,16 +321,16 @@ def _check(key_map: str) -> tuple[Words, ...]:
 
 def _require() -> tuple[Words, ...]:
     boot_counts = _letter(8, "b")
-    refused = (_POLICY, _NO_GOOD_TOKEN)
+    refused = (HAS_POLICY, _NO_GOOD_TOKEN)
     return (
-        _set("now", "date", _POLICY, boot_counts),
-        _set("booting", "var(txn.policy),field(3,:),sub(txn.now)", _POLICY, boot_counts),
+        _set("now", "date", HAS_POLICY, boot_counts),
+        _set("booting", "var(txn.policy),field(3,:),sub(txn.now)", HAS_POLICY, boot_counts),
         marked("token-required"),
         _set("unmet", "bool(true)", *refused, _letter(3, "r"), *_none_of(_OPENSTACK, _NOCLOUD)),
         _set("unmet", "bool(true)", *refused, _BOOTED, _letter(4, "r"), _OPENSTACK),
         _set("unmet", "bool(true)", *refused, _BOOTED, _letter(5, "r"), _NOCLOUD),
         *counting_rules(
-            (*_UNMET,), (*_POLICY, *_letter(4, "r"), *_OPENSTACK), (*_POLICY, *_letter(5, "r"), *_NOCLOUD)
+            (*_UNMET,), (*HAS_POLICY, *_letter(4, "r"), *_OPENSTACK), (*HAS_POLICY, *_letter(5, "r"), *_NOCLOUD)
         ),
         _answer(401, _UNMET),
         marked("forwarded"),

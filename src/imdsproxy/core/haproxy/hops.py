@@ -11,14 +11,18 @@ from __future__ import annotations
 from typing import Final
 
 from imdsproxy.core.haproxy.model import Words
-from imdsproxy.core.haproxy.rules import retry_later
+from imdsproxy.core.haproxy.rules import (
+    HAS_POLICY,
+    OF_A_PROXY,
+    TOKEN_ROUTE,
+    negated,
+    retry_later,
+)
 from imdsproxy.core.hop_limit import NEXT_TO_MARK, UNLIMITED, WITHHELD
 
 __all__ = ["limit_hops", "release_hops"]
 
-_ROUTE: Final = ("{", "var(txn.route)", "-m", "found", "}")
 _LIMITED: Final = ("{", "var(txn.hops)", "-m", "int", "lt", str(UNLIMITED), "}")
-_OF_A_PROXY: Final = ("{", "var(sess.router)", "-m", "found", "}")
 _OF_THE_RESOLVER: Final = ("{", "var(sess.found)", "-m", "found", "}")
 
 
@@ -32,13 +36,13 @@ def limit_hops() -> tuple[Words, ...]:
     marked = ("{", "var(txn.hops)", "-m", "int", str(NEXT_TO_MARK + 1), "}")
     return (
         ("http-request", "set-var(txn.hops)", "var(txn.policy),field(4,:)",
-         "if", *_ROUTE, "{", "var(txn.policy)", "-m", "found", "}", "!" + _OF_A_PROXY[0], *_OF_A_PROXY[1:]),
-        (*retry_later(), "if", *_ROUTE, *_OF_THE_RESOLVER, *_LIMITED),
-        (*retry_later(), "if", *_ROUTE, *withheld),
-        ("http-request", "set-var(txn.hops)", f"int({NEXT_TO_MARK})", "if", *_ROUTE, *marked),
+         "if", *TOKEN_ROUTE, *HAS_POLICY, *negated(OF_A_PROXY)),
+        (*retry_later(), "if", *TOKEN_ROUTE, *_OF_THE_RESOLVER, *_LIMITED),
+        (*retry_later(), "if", *TOKEN_ROUTE, *withheld),
+        ("http-request", "set-var(txn.hops)", f"int({NEXT_TO_MARK})", "if", *TOKEN_ROUTE, *marked),
         # The low two bits of the byte are not the DSCP's.
-        ("http-request", "set-fc-tos", "var(txn.hops),mul(4)", "if", *_ROUTE, *_LIMITED),
-        ("http-request", "set-var(sess.given)", "var(txn.mac)", "if", *_ROUTE, *_LIMITED),
+        ("http-request", "set-fc-tos", "var(txn.hops),mul(4)", "if", *TOKEN_ROUTE, *_LIMITED),
+        ("http-request", "set-var(sess.given)", "var(txn.mac)", "if", *TOKEN_ROUTE, *_LIMITED),
     )  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 from typing import Final
 
 from imdsproxy.core.haproxy.model import DataplaneSpec, Section, Words
-from imdsproxy.core.haproxy.rules import KNOWN, NOVA
+from imdsproxy.core.haproxy.rules import HAS_POLICY, KNOWN, NOVA
 from imdsproxy.core.policy import POLICY_WORD
 from imdsproxy.core.wire import MAP_NOVA, RETRY_AFTER_S
 
@@ -42,7 +42,6 @@ _RESERVED: Final = 8
 """One in so many of a bind's connections is for guests that are known."""
 
 _IS_NEWCOMER: Final = ("{", "var(sess.newcomer)", "-m", "found", "}")
-_HAS_WORD: Final = ("{", "var(txn.policy)", "-m", "found", "}")
 
 
 def limit_sections(spec: DataplaneSpec) -> tuple[Section, ...]:
@@ -184,7 +183,7 @@ def _limit(name: str, expression: str) -> Words:
         f"set-var(txn.{name})",
         f"var(txn.policy),{expression}",
         "if",
-        *_HAS_WORD,
+        *HAS_POLICY,
     )
 
 

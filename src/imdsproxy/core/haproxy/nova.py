@@ -31,6 +31,7 @@ from imdsproxy.core.haproxy.rules import (
     allow_methods,
     delete_guest_headers,
     milliseconds,
+    negated,
     originate,
     tell_to_continue,
 )
@@ -87,7 +88,7 @@ def nova_counters(spec: DataplaneSpec) -> tuple[Words, ...]:
 
 def use_nova(spec: DataplaneSpec) -> tuple[Words, ...]:
     """Which backend takes a request whose record is of Nova; what is most often so comes first."""
-    plain = ("!" + ASKED[0], *ASKED[1:])
+    plain = negated(ASKED)
     reads: list[Words] = []
     others: list[Words] = []
     for backend in spec.nova:

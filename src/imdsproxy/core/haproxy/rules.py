@@ -14,9 +14,13 @@ __all__ = [
     "KNOWN",
     "NOVA",
     "TOKEN_HEADERS",
+    "HAS_POLICY",
+    "OF_A_PROXY",
+    "TOKEN_ROUTE",
     "allow_methods",
     "delete_guest_headers",
     "milliseconds",
+    "negated",
     "originate",
     "retry_later",
     "tell_to_continue",
@@ -46,6 +50,21 @@ NOVA: Final[Words] = ("{", "var(txn.record)", "-m", "beg", MAP_NOVA, "}")
 """The record is of an instance whose documents Nova has."""
 
 CONFLICT: Final[Words] = ("{", "var(txn.record)", "-m", "str", MAP_CONFLICT, "}")
+
+
+HAS_POLICY: Final[Words] = ("{", "var(txn.policy)", "-m", "found", "}")
+"""The record has a policy word."""
+
+OF_A_PROXY: Final[Words] = ("{", "var(sess.router)", "-m", "found", "}")
+"""It comes through one of Neutron's proxies: `X-Forwarded-For` is that one's, and so are its packets."""
+
+TOKEN_ROUTE: Final[Words] = ("{", "var(txn.route)", "-m", "found", "}")
+"""A token is asked for."""
+
+
+def negated(condition: Words) -> Words:
+    """The same condition, where it does not hold."""
+    return ("!" + condition[0], *condition[1:])
 
 
 def allow_methods() -> Words:
