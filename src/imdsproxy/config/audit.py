@@ -9,14 +9,9 @@ from pydantic import BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
 from imdsproxy.config.change import Change
-from imdsproxy.config.section import Section, setting
+from imdsproxy.config.section import OffIsFalse, Section, setting
 
 __all__ = ["AuditSettings"]
-
-
-def _mode(value: object) -> object:
-    # `off` without quotes is false in YAML 1.1, and nothing else can be meant here.
-    return "off" if value is False else value
 
 
 def _destination(value: object) -> object:
@@ -30,7 +25,7 @@ def _destination(value: object) -> object:
 class AuditSettings(Section):
     """Who asked what, and what became of it: one JSON line a request."""
 
-    mode: Annotated[Literal["off", "sampled", "all"], BeforeValidator(_mode)] = setting(
+    mode: Annotated[Literal["off", "sampled", "all"], OffIsFalse] = setting(
         "off",
         "Which requests have a line: none, one of `sample` by chance, or each. Off, because a line "
         "costs a request up to a tenth more of HAProxy's time.",

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import Field
 
 from imdsproxy.config.change import Change
-from imdsproxy.config.section import AbsolutePath, Section, section, setting
+from imdsproxy.config.section import AbsolutePath, OffIsFalse, Section, section, setting
 from imdsproxy.core.policy import (
     BOOT_GRACE_S,
     MOST_BURST,
@@ -24,12 +24,7 @@ __all__ = ["PolicyRulesSettings", "PolicySettings", "TokensSettings"]
 _Id = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 
 
-def _mode(value: object) -> object:
-    # `off` without quotes is false in YAML 1.1, and nothing else can be meant here.
-    return "off" if value is False else value
-
-
-_Mode = Annotated[Literal["off", "optional", "required"], BeforeValidator(_mode)]
+_Mode = Annotated[Literal["off", "optional", "required"], OffIsFalse]
 
 
 def _rule(description: str, **limits: Any) -> Any:  # noqa: ANN401 - as `setting`

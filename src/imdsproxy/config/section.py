@@ -24,6 +24,7 @@ __all__ = [
     "AbsolutePath",
     "AccountName",
     "HostEndpoint",
+    "OffIsFalse",
     "Section",
     "UnitName",
     "cross",
@@ -46,6 +47,14 @@ def _endpoint(value: object) -> object:
     except ValueError as error:
         raise PydanticCustomError("endpoint", "{why}", {"why": str(error)}) from None
 
+
+def _off(value: object) -> object:
+    # `off` without quotes is false in YAML 1.1, and nothing else can be meant where it is one of the words.
+    return "off" if value is False else value
+
+
+OffIsFalse = BeforeValidator(_off)
+"""For words of which one is `off`."""
 
 AbsolutePath = Annotated[Path, Strict(strict=False), AfterValidator(_absolute)]
 HostEndpoint = Annotated[
