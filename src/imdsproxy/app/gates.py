@@ -8,7 +8,6 @@ gate that is made anew lets through what the one before did.
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Final, Protocol, TypeAlias
 
 import structlog
 
+from imdsproxy.app.place_journal import read_places, render_places
 from imdsproxy.core.endpoints import Endpoint
 from imdsproxy.core.gates import Gate, GatePlan, plan_gates
 from imdsproxy.core.hostnames import Naming
@@ -23,7 +23,7 @@ from imdsproxy.core.hoststate import NamespaceRef, ObservedHost
 from imdsproxy.core.inventory import AddressKey, Inventory
 from imdsproxy.core.model import IpAddress, MacAddress, Network, NetworkId
 from imdsproxy.core.pairs import ANY_MAC, Pairs
-from imdsproxy.errors import DataplaneError, HostRefused, Problem
+from imdsproxy.errors import DataplaneError, Problem
 from imdsproxy.host.clock import Clock
 from imdsproxy.host.gates import GateMissing, Opened, PairMap
 
@@ -432,18 +432,10 @@ class Gates:
         self._store(places)
 
     def _read(self) -> dict[NetworkId, Place]:
-        try:
-            told = json.loads(self.journal.read_bytes())
-        except FileNotFoundError:
-            return {}
-        except (OSError, ValueError) as error:
-            raise HostRefused(
-                f"cannot read {self.journal}: {error}",
-                hint="remove it; nft list tables netdev shows what is left",
-            ) from error
-        return {NetworkId(name): (place[0], place[1]) for name, place in told.items()}
+        told = read_places(self.journal, family="netdev")
+        return {name: (place[0], str(place[1])) for name, place in told.items()}
 
     def _store(self, places: dict[NetworkId, Place]) -> None:
         if places != self._places:
-            self.write(self.journal, json.dumps(dict(sorted(places.items()))).encode())
+            self.write(self.journal, render_places(places))
             self._places = places

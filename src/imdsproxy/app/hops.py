@@ -8,7 +8,6 @@ and takes it away where nobody needs it any more.
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,10 +15,11 @@ from typing import Protocol
 
 import structlog
 
+from imdsproxy.app.place_journal import read_places, render_places
 from imdsproxy.core.endpoints import Endpoint
 from imdsproxy.core.hop_limit import UNLIMITED, HopPlace, limit_of, plan_places, withhold
 from imdsproxy.core.model import NetworkId
-from imdsproxy.errors import DataplaneError, HostRefused, Problem
+from imdsproxy.errors import DataplaneError, Problem
 
 __all__ = ["HopKernel", "Hops"]
 
@@ -250,7 +250,7 @@ class Hops:
 
     def _known_places(self) -> dict[NetworkId, list[str | None]]:
         if self._places is None:
-            self._places = self._read()
+            self._places = read_places(self.journal, family="inet")
         return self._places
 
     def _note(self, places: Mapping[NetworkId, frozenset[HopPlace]]) -> None:
@@ -261,19 +261,7 @@ class Hops:
             noted[network] = sorted(names, key=lambda name: name or "")
         self._store(noted)
 
-    def _read(self) -> dict[NetworkId, list[str | None]]:
-        try:
-            told = json.loads(self.journal.read_bytes())
-        except FileNotFoundError:
-            return {}
-        except (OSError, ValueError) as error:
-            raise HostRefused(
-                f"cannot read {self.journal}: {error}",
-                hint="remove it; nft list tables inet shows what is left",
-            ) from error
-        return {NetworkId(name): list(names) for name, names in told.items()}
-
     def _store(self, places: dict[NetworkId, list[str | None]]) -> None:
         if places != self._places:
-            self.write(self.journal, json.dumps(dict(sorted(places.items()))).encode())
+            self.write(self.journal, render_places(places))
             self._places = places
