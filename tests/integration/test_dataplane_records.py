@@ -6,10 +6,9 @@ import contextlib
 import os
 import signal
 import subprocess
-import threading
 import time
 from pathlib import Path
-from typing import Final, Self
+from typing import Final
 
 import pytest
 
@@ -17,6 +16,7 @@ from imdsproxy.core.haproxy.maps import COMPACT_ABOVE
 from support.daemon import alive, instance, user_data_of
 from support.guest import Connection, Guest, Load, Lost
 from support.lab import ip, until, within
+from support.reloading import Reloads
 from support.world import World, open_world, own
 
 pytestmark = pytest.mark.root
@@ -40,30 +40,6 @@ def movable(world: World) -> World:
     """Red's address belongs to nobody but what `_move` says."""
     world.daemon.remove_instance("red-5")
     return world
-
-
-class _Reloads:
-    """HAProxy reloads again and again until the end of the `with` block."""
-
-    def __init__(self, world: World, pause_s: float) -> None:
-        self._world = world
-        self._pause_s = pause_s
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="reloads")
-        self.number = 0
-
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
-
-    def _run(self) -> None:
-        while not self._stop.wait(self._pause_s):
-            self._world.reload()
-            self.number += 1
 
 
 class _KeptConnections:
@@ -107,7 +83,7 @@ def test_no_answer_is_stale_after_an_acknowledged_move_also_while_haproxy_reload
 ) -> None:
     kept = _KeptConnections(movable.red, 4)
     stale: list[str] = []
-    with _Reloads(movable, pause_s=0.2) as reloads:
+    with Reloads(movable.reload, pause_s=0.2) as reloads:
         number = 0
         while number < 200 or reloads.number < 5:
             number += 1

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Final, Self
 
 import pytest
@@ -14,6 +15,7 @@ import pytest
 from support.daemon import Daemon, user_data_of
 from support.guest import Guest, Reply
 from support.lab import Lab, RecordMapping, ip, until
+from support.reloading import Reloads
 from support.twins import Asker
 
 pytestmark = pytest.mark.root
@@ -196,29 +198,10 @@ def _is_right(got: Reply, token: str, owners: set[str]) -> bool:
     return (got.status == 401 and owners != {token}) or (len(owners) > 1 and got.status == 404)
 
 
-class _Reloads:
-    """HAProxy reloads again and again until the end of the `with` block."""
-
-    def __init__(self, daemon: Daemon, spare: RecordMapping) -> None:
-        self._daemon = daemon
-        self._spare = spare
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="reloads")
-        self.number = 0
-
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
-
-    def _run(self) -> None:
-        while not self._stop.wait(0.5):
-            self._daemon.put([self._spare])
-            self._daemon.remove_network(str(self._spare["id"]))
-            self.number += 2
+def _reload_twice(daemon: Daemon, spare: RecordMapping) -> None:
+    """A network comes, and goes."""
+    daemon.put([spare])
+    daemon.remove_network(str(spare["id"]))
 
 
 def _move_back(daemon: Daemon, moving: Sequence[_Moving]) -> None:
@@ -252,7 +235,9 @@ def test_nothing_of_the_one_reaches_the_other_in_a_thousand_moves_of_addresses(
         for one in moving:
             stack.enter_context(one)
         spare = neighbours.lab.namespace_network("spare")
-        reloads = stack.enter_context(_Reloads(daemon, spare))
+        reloads = stack.enter_context(
+            Reloads(partial(_reload_twice, daemon, spare), pause_s=0.5, each=2)
+        )
         move = 0
         while move < rounds or reloads.number < 4:
             move += 1

@@ -1,4 +1,4 @@
-"""What `add`, `set` and `remove` of networks and of instances have in common."""
+"""What commands that change networks or instances have in common."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from imdsproxy.cli.options import Invocation
     from imdsproxy.core.records import Json
 
-__all__ = ["Kind", "change_one", "change_from_file", "remove_each"]
+__all__ = ["Kind", "change_one", "change_from_file", "order_instance", "remove_each"]
 
 Kind: TypeAlias = Literal["network", "instance"]
 
@@ -79,6 +79,22 @@ def remove_each(run: Invocation, kind: Kind, names: Sequence[str]) -> None:
             say_written(run.output, f"{kind} {name} removed", written)
     if run.output.as_json:
         run.output.json(answers)
+
+
+def order_instance(run: Invocation, name: str, order: str, done: str) -> None:
+    """Have something done about an instance that changes no record of it.
+
+    Args:
+        run: The command.
+        name: The instance's id.
+        order: The last part of its route.
+        done: What is said when it is done.
+    """
+    from imdsproxy.cli.admin_client import path_to  # noqa: PLC0415 - `--help` need not load it
+    from imdsproxy.cli.record_output import say_written  # noqa: PLC0415 - as above
+
+    answer = run.daemon().request("POST", path_to("instances", name, order))
+    say_written(run.output, done, cast("Mapping[str, object]", answer))
 
 
 def _counted(written: Mapping[str, object], kind: Kind) -> str:

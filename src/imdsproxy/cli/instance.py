@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, TypeAlias, cast
 import typer
 
 from imdsproxy.cli import completers, flags, options
-from imdsproxy.cli.changing import change_from_file, change_one, remove_each
+from imdsproxy.cli.changing import change_from_file, change_one, order_instance, remove_each
 from imdsproxy.errors import RequestRefused
 
 if TYPE_CHECKING:
@@ -288,9 +288,5 @@ def reopen(
     config: options.Config = None,
 ) -> None:
     """Have its boot begin anew: sealed user-data and locked trees are open until that is over."""
-    from imdsproxy.cli.admin_client import path_to  # noqa: PLC0415 - `--help` need not load it
-    from imdsproxy.cli.record_output import say_written  # noqa: PLC0415 - as above
-
     run = options.invocation(context, as_json=as_json, socket=socket, config=config)
-    answer = run.daemon().request("POST", path_to("instances", instance, "reopen"))
-    say_written(run.output, f"instance {instance} boots anew", cast("Mapping[str, object]", answer))
+    order_instance(run, instance, "reopen", f"instance {instance} boots anew")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, TypeAlias, cast
 import typer
 
 from imdsproxy.cli import completers, options
+from imdsproxy.cli.changing import order_instance
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -33,16 +34,8 @@ def revoke(
     config: options.Config = None,
 ) -> None:
     """Have no token be good that the instance has now; it can get a fresh one at once."""
-    from imdsproxy.cli.admin_client import path_to  # noqa: PLC0415 - `--help` need not load it
-    from imdsproxy.cli.record_output import say_written  # noqa: PLC0415 - as above
-
     run = options.invocation(context, as_json=as_json, socket=socket, config=config)
-    answer = run.daemon().request("POST", path_to("instances", instance, "revoke-tokens"))
-    say_written(
-        run.output,
-        f"all tokens of instance {instance} revoked",
-        cast("Mapping[str, object]", answer),
-    )
+    order_instance(run, instance, "revoke-tokens", f"all tokens of instance {instance} revoked")
 
 
 @app.command("rotate")
