@@ -9,7 +9,8 @@ from typing import Final
 
 from imdsproxy.app.namespace_proxy.options import describe_options
 from imdsproxy.cli.completion import SHELLS, render_completion
-from imdsproxy.cli.docgen import (
+from imdsproxy.cli.exitcodes import EXIT_STATUSES
+from imdsproxy.cli.reference_pages import (
     CLI_INTRODUCTION,
     SETTINGS_INTRODUCTION,
     iterate_commands,
@@ -17,7 +18,6 @@ from imdsproxy.cli.docgen import (
     program,
     spell_parameter,
 )
-from imdsproxy.cli.exitcodes import EXIT_STATUSES
 from imdsproxy.config.schema import Settings
 from imdsproxy.config.takes import render_value
 from imdsproxy.config.words import Setting, iterate_inner_settings, iterate_settings

@@ -1,0 +1,325 @@
+"""The pages of docs/reference, out of the code that they describe; `imdsproxy.cli.docgen` writes them."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import typer.main
+
+from imdsproxy import errors
+from imdsproxy.admin.api import admin_app
+from imdsproxy.admin.metrics import METRICS, NETWORK_SUM
+from imdsproxy.admin.refusals import status_of
+from imdsproxy.cli.commands import build_app
+from imdsproxy.cli.exitcodes import EXIT_STATUSES, errors_by_status
+from imdsproxy.config.neutron_options import NEUTRON_OPTIONS
+from imdsproxy.config.schema import Settings
+from imdsproxy.config.takes import render_value
+from imdsproxy.config.words import Setting, iterate_inner_settings, iterate_settings
+from imdsproxy.core.endpoints import LeftOutCode
+from imdsproxy.errors import ImdsproxyError
+
+__all__ = [
+    "CLI_INTRODUCTION",
+    "PAGES",
+    "SETTINGS_INTRODUCTION",
+    "iterate_commands",
+    "one_line",
+    "program",
+    "spell_parameter",
+    "write_pages",
+]
+
+_MADE: Final = "<!-- Made by `python -m imdsproxy.cli.docgen`; edit the code instead. -->"
+
+
+SETTINGS_INTRODUCTION: Final = """\
+One YAML file, `/etc/imdsproxy/imdsproxy.yaml` or the one of `--config`; the `*.yaml` files of
+`conf.d/` beside it are merged over it in the order of their names, and over both the environment:
+`IMDSPROXY_SECTION__FIELD` (`null` for null; JSON for a mapping, as
+`IMDSPROXY_NOVA__ENDPOINT_SETS`). No other variable is a setting. Mappings are merged key by key,
+lists are replaced. Unknown keys, keys that stand twice, and values of the wrong type are refused,
+all at once, each with its file and line. `imdsproxy config sample` prints a file with every
+default, `config show --origin` where each value in force was written, `config schema` a JSON
+Schema.
+
+A change of a setting takes nothing, is taken over live, reloads HAProxy (without losing a request),
+or takes a restart of the process concerned. `imdsproxy reload` (or SIGHUP) says which."""
+
+_INNER: Final = """\
+Inside it, `NAME` stands for a name that you choose and `[N]` for one item of a list:"""
+
+CLI_INTRODUCTION: Final = """\
+`--config`, `--socket` and `--json` may stand before the command's name or after it. Output is a
+table for people or, with `--json`, JSON of a stable shape; errors go to standard error as one line
+with a hint (with `--json` as an object `{code, message, hint, problems}`). Colour is used on a
+terminal only, and not with `NO_COLOR`."""
+
+_NEUTRON: Final = """\
+What `imdsproxy config import --neutron FILE...` makes of each option on the way of metadata in OpenStack: of the agents
+of Neutron, of Nova, and of releases gone by. Files are read as oslo.config reads them; give them in the order in which
+the agent is given them. All other options of these files are of no concern to imdsproxy.
+
+- *taken over*: it becomes a setting.
+- *by hand*: it says something that is needed and cannot be translated; the import says so.
+- *no equivalent*: imdsproxy needs none, or whoever reads it goes on reading it.
+
+No file says where Neutron's API is, since the agents asked by RPC: `sources.neutron` has to be added by hand."""
+
+_METRICS: Final = f"""\
+The controller's `/metrics` is on `metrics.listen`, beside `/livez` (503 when only a restart helps)
+and `/readyz` (503 with the reasons while guests may not get what the sources say). HAProxy's own
+exporter is on `metrics.haproxy_listen`. Neither is ever on a guest's network.
+
+The number of series does not grow with guests. Series with the label `network` are there for up to
+`metrics.network_series` networks; with more there is one, `network="{NETWORK_SUM}"`, the sum over
+all. The process's own figures (`process_resident_memory_bytes`, `process_cpu_seconds_total`,
+`process_open_fds` …) are as prometheus-client names them."""
+
+_ERRORS: Final = """\
+Logs, metrics, the admin API (`code`) and the command line (`--json`) use the same codes. “Again”
+says whether trying again can help without anybody acting."""
+
+_LEFT_OUT: Final = """\
+A network whose listener cannot be served is left out and never holds up another one; `status`, `network
+list` and `imdsproxy_networks_left_out` say which and why:"""
+
+_ADMIN_API: Final = """\
+HTTP over the unix socket `admin.socket`, whose mode and owner say who may use it; `/openapi.json`
+describes it for programs. Bodies are JSON of at most 64 MiB, each key once. Every answer from 400
+up is `application/problem+json` of the shape `ProblemBody`.
+
+A change is answered once it is stored and no worker of HAProxy answers with the state before;
+`applied` is false, and `pending` says why, where it is stored and cannot be in force yet. `PATCH`
+follows RFC 7396: null takes a key away, lists are replaced.
+
+    curl --unix-socket /run/imdsproxy/admin.sock http://imdsproxy/v1/status"""
+
+
+def render_settings_page() -> str:
+    """docs/reference/settings.md."""
+    lines = _head("Settings", SETTINGS_INTRODUCTION)
+    for name, field in Settings.model_fields.items():
+        lines += ["", f"## {name}", "", field.description or "", ""]
+        lines += _settings_table(iterate_settings(), name)
+        inner = _settings_table(iterate_inner_settings(), name)
+        if inner:
+            lines += ["", _INNER, "", *inner]
+    return _page(lines)
+
+
+def _settings_table(settings: Iterable[Setting], section: str) -> list[str]:
+    rows = [
+        (
+            f"`{setting.path}`",
+            "required" if setting.required else f"`{render_value(setting.default)}`",
+            setting.takes,
+            setting.change.value,
+            setting.description,
+        )
+        for setting in settings
+        if setting.path.startswith(f"{section}.")
+    ]
+    titles = ("setting", "default", "takes", "a change takes", "what it is")
+    return _table(titles, rows) if rows else []
+
+
+def render_cli_page() -> str:
+    """docs/reference/cli.md."""
+    root = program()
+    statuses = [(str(key), value) for key, value in EXIT_STATUSES.items()]
+    lines = [*_head("Command line", CLI_INTRODUCTION), "", "## Exit statuses", ""]
+    lines += _table(("status", "meaning"), statuses)
+    for path, command in iterate_commands(root, "imdsproxy"):
+        lines += ["", f"## {path}", "", one_line(command.help)]
+        rows = [
+            (f"`{spell_parameter(parameter)}`", one_line(getattr(parameter, "help", "")))
+            for parameter in command.params
+            if parameter.name != "help"
+        ]
+        if rows:
+            lines += ["", *_table(("option or argument", "meaning"), rows)]
+    return _page(lines)
+
+
+def render_metrics_page() -> str:
+    """docs/reference/metrics.md."""
+    rows = [
+        (
+            f"`{metric.exposed}`",
+            metric.kind,
+            ", ".join(f"`{label}`" for label in metric.labels) or "-",
+            metric.help,
+        )
+        for metric in METRICS
+    ]
+    table = _table(("metric", "type", "labels", "meaning"), rows)
+    return _page([*_head("Metrics", _METRICS), "", *table])
+
+
+def render_errors_page() -> str:
+    """docs/reference/errors.md."""
+    kinds = [kind for name in errors.__all__ if _is_error(kind := getattr(errors, name))]
+    rows = [
+        (
+            f"`{kind.code}`",
+            str(kind.exit_status),
+            str(status_of(kind)),
+            "yes" if kind.retryable else "no",
+            one_line(kind.__doc__),
+        )
+        for kind in sorted(kinds, key=lambda kind: kind.code)
+        if kind is not ImdsproxyError
+    ]
+    by_status = [
+        (str(status), meaning, ", ".join(f"`{kind.code}`" for kind in errors_by_status(status)))
+        for status, meaning in EXIT_STATUSES.items()
+    ]
+    lines = [*_head("Error codes", _ERRORS), ""]
+    lines += _table(("code", "exit status", "HTTP status", "again", "meaning"), rows)
+    lines += ["", "## Exit statuses", ""]
+    lines += _table(("status", "meaning", "codes"), by_status)
+    return _page([*lines, "", "## Networks that are not served", "", _LEFT_OUT, "", *_codes()])
+
+
+def render_admin_api_page() -> str:
+    """docs/reference/admin-api.md."""
+    document = admin_app(_NoOperations(), version="0").openapi()  # type: ignore[arg-type] # never called
+    lines = _head("Admin API", _ADMIN_API)
+    for path, operations in document["paths"].items():
+        for method, operation in operations.items():
+            lines += ["", f"## {method.upper()} {path}", "", one_line(operation["description"])]
+            lines += ["", *_table(("part", "shape", "meaning"), list(_parts(operation)))]
+    lines += ["", "# Shapes"]
+    for name, schema in sorted(document["components"]["schemas"].items()):
+        lines += ["", f"## {name}", "", one_line(schema.get("description", "").split("\n\n")[0])]
+        required = schema.get("required", ())
+        rows = [
+            (f"`{key}`", _shape(value), "yes" if key in required else "no", _described(value))
+            for key, value in schema.get("properties", {}).items()
+        ]
+        if rows:
+            lines += ["", *_table(("key", "shape", "always", "meaning"), rows)]
+    return _page(lines)
+
+
+def render_neutron_page() -> str:
+    """docs/reference/neutron-options.md."""
+    rows = [
+        (
+            option.whose,
+            ", of old ".join(f"`[{section}] {name}`" for section, name in option.all_names),
+            f"`{option.default}`" if option.default else "-",
+            option.fate.value,
+            f"`{option.becomes}`" if option.becomes else "-",
+            option.why,
+        )
+        for option in NEUTRON_OPTIONS
+    ]
+    titles = ("whose", "option", "default", "what becomes of it", "setting", "how, or why not")
+    return _page([*_head("Neutron's options", _NEUTRON), "", *_table(titles, rows)])
+
+
+PAGES: Final[Mapping[str, Callable[[], str]]] = {
+    "settings.md": render_settings_page,
+    "cli.md": render_cli_page,
+    "neutron-options.md": render_neutron_page,
+    "metrics.md": render_metrics_page,
+    "errors.md": render_errors_page,
+    "admin-api.md": render_admin_api_page,
+}
+
+
+def write_pages(directory: Path) -> None:
+    """Write every page."""
+    directory.mkdir(parents=True, exist_ok=True)
+    for name, render in PAGES.items():
+        (directory / name).write_text(render(), encoding="utf-8")
+
+
+class _NoOperations:
+    """Stands where the controller would; describing the API asks nothing of it."""
+
+
+def _head(title: str, introduction: str) -> list[str]:
+    return [_MADE, "", f"# {title}", "", introduction]
+
+
+def _page(lines: Iterable[str]) -> str:
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    def line(cells: Sequence[str]) -> str:
+        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+    return [line(titles), line(["---"] * len(titles)), *(line(row) for row in rows)]
+
+
+def one_line(text: str | None) -> str:
+    """A docstring, or other text, as one line."""
+    return " ".join(inspect.cleandoc(text or "").split())
+
+
+def _codes() -> list[str]:
+    return [f"- `{code.value}`" for code in LeftOutCode]
+
+
+def _is_error(kind: object) -> bool:
+    return isinstance(kind, type) and issubclass(kind, ImdsproxyError)
+
+
+def program() -> Any:  # noqa: ANN401 - typer keeps its command classes private
+    """The whole command line."""
+    return typer.main.get_command(build_app())
+
+
+def iterate_commands(command: Any, path: str) -> Iterator[tuple[str, Any]]:  # noqa: ANN401 - as above
+    """A command and those inside it, each with what calls it: `imdsproxy network add`."""
+    yield path, command
+    for name, inner in getattr(command, "commands", {}).items():
+        yield from iterate_commands(inner, f"{path} {name}")
+
+
+def spell_parameter(parameter: Any) -> str:  # noqa: ANN401 - as above
+    """An option or argument as it is written: `--config, -c FILE`."""
+    names = [name for name in parameter.opts if name.startswith("-")]
+    if not names:
+        return str(parameter.metavar or parameter.name)
+    spelled = ", ".join([*names, *parameter.secondary_opts])
+    return f"{spelled} {parameter.metavar}" if parameter.metavar else spelled
+
+
+def _parts(operation: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
+    for parameter in operation.get("parameters", ()):
+        where = f"{parameter['in']} `{parameter['name']}`"
+        yield where, _shape(parameter["schema"]), parameter.get("description", "")
+    for content in operation.get("requestBody", {}).get("content", {}).values():
+        schema = content["schema"]
+        yield "body", f"`{schema['title']}`" if "title" in schema else _shape(schema), ""
+    for status, answer in operation["responses"].items():
+        if status.isdecimal():
+            kind, content = next(iter(answer["content"].items()))
+            shape = kind if kind == "text/plain" else _shape(content["schema"])
+            yield f"answer {status}", shape, ""
+
+
+def _shape(schema: Mapping[str, Any]) -> str:
+    if "$ref" in schema:
+        return f"`{schema['$ref'].rpartition('/')[2]}`"
+    if "anyOf" in schema:
+        return " or ".join(dict.fromkeys(_shape(one) for one in schema["anyOf"]))
+    if schema.get("type") == "array":
+        return f"list of {_shape(schema['items'])}" if "items" in schema else "list"
+    if "enum" in schema:
+        return " or ".join(f"`{one}`" for one in schema["enum"])
+    if schema.get("type") == "object" and isinstance(schema.get("additionalProperties"), dict):
+        return f"mapping to {_shape(schema['additionalProperties'])}"
+    return str(schema.get("type", "any"))
+
+
+def _described(schema: Mapping[str, Any]) -> str:
+    return one_line(schema.get("description", ""))
