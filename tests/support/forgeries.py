@@ -207,6 +207,8 @@ _MALFORMED: Final = {
     "a negative length": (b"Content-Length: -1",),
     "a hexadecimal length": (b"Content-Length: 0x0",),
     "an empty length": (b"Content-Length:",),
+    "a length of 2 to the power of 64": (b"Content-Length: 18446744073709551616",),
+    "a length of one more": (b"Content-Length: 18446744073709551617",),
     "a coding nobody knows": (b"Transfer-Encoding: xchunked",),
     "chunked twice": (b"Transfer-Encoding: chunked, chunked",),
     "chunked, then something else": (b"Transfer-Encoding: chunked, identity",),

@@ -63,6 +63,7 @@ from imdsproxy.core.haproxy.rules import (
     delete_guest_headers,
     negated,
     originate,
+    refuse_lengths,
     retry_later,
     tell_to_continue,
 )
@@ -373,6 +374,7 @@ def _plain_request(kept: Iterable[str] = GUEST_HEADERS) -> tuple[Words, ...]:
     return (
         allow_methods(),
         ("http-request", "set-uri", r"%[path,regsub(^/[^/]*/?,/)]", "if", *_ODD),
+        refuse_lengths(),
         tell_to_continue(),
         delete_guest_headers(kept),
         *_identity_headers(),

@@ -33,6 +33,7 @@ from imdsproxy.core.haproxy.rules import (
     milliseconds,
     negated,
     originate,
+    refuse_lengths,
     tell_to_continue,
 )
 from imdsproxy.core.wire import MAP_NOVA
@@ -187,6 +188,7 @@ def _plain_request(*, once: bool) -> tuple[Words, ...]:
         # What may be repeated came here by its method.
         *((allow_methods(),) if once else ()),
         originate(),
+        refuse_lengths(),
         tell_to_continue(),
         delete_guest_headers(),
     )

@@ -22,6 +22,7 @@ __all__ = [
     "milliseconds",
     "negated",
     "originate",
+    "refuse_lengths",
     "retry_later",
     "tell_to_continue",
 ]
@@ -40,6 +41,9 @@ GUEST_HEADERS: Final = (
 
 TOKEN_HEADERS: Final = ("x-aws-ec2-metadata-token", "x-aws-ec2-metadata-token-ttl-seconds")
 """What goes on to our own processes beside; Nova has nothing to do with tokens."""
+
+_LENGTH_DIGITS: Final = 18
+"""As many as every number of them is less than 2 to the power of 63."""
 
 _METHODS: Final = ("GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH")
 
@@ -83,6 +87,16 @@ def tell_to_continue() -> Words:
     """Ask for the body that a guest holds back (RFC 9110 §10.1.1): `Expect` does not go on, so nobody else would."""
     return ("http-request", "wait-for-body", "time", "10s",
             "if", "{", "req.fhdr(expect)", "-m", "found", "}")  # fmt: skip
+
+
+def refuse_lengths() -> Words:
+    """Refuse lengths of a body that no 64 bits hold.
+
+    HAProxy 3.0.11 takes `18446744073709551616` for 0 and one more for 1, and sends it on as it is: who is behind waits
+    for the rest, and takes the next guest's request on that connection for it.
+    """
+    return ("http-request", "return", "status", "400",
+            "if", "{", "req.fhdr(content-length)", "-m", "len", f"{_LENGTH_DIGITS + 1}:", "}")  # fmt: skip
 
 
 def delete_guest_headers(kept: Iterable[str] = GUEST_HEADERS) -> Words:
