@@ -1,6 +1,7 @@
 """The networks: a namespace each, the metadata address and its guests' addresses on its loopback device.
 
-Guest and metadata service sit in one namespace, so nothing but HAProxy and the kernel's loopback is measured.
+Guest and metadata service sit in one namespace, so nothing but HAProxy and the kernel's loopback is measured. Where
+the way from guest to host is to count, a guest is plugged in: a namespace of its own, behind a veth link.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import socket
 import struct
+import subprocess
 from ipaddress import IPv4Address, IPv4Interface, IPv6Address
 from pathlib import Path
 from typing import Final
@@ -17,12 +19,15 @@ from imdsproxy.host.namespaces import DEFAULT_DIRECTORY, NamespaceDirectory, Nam
 from imdsproxy.host.netlink import add_address, find_link, set_link
 from imdsproxy.host.nlmessages import CREATE, REPLACE, NetlinkSocket, attribute, integer, text
 
-__all__ = ["DEVICE", "GUESTS", "PREFIX", "Lab", "guest", "network_name"]
+__all__ = ["DEVICE", "GUESTS", "PLUGGED", "PREFIX", "Lab", "guest", "network_name"]
 
 PREFIX: Final = "imdsb-"
 DEVICE: Final = "imdsb0"
 GUESTS: Final = IPv4Interface("10.0.0.0/16")
 """All of it is local in every network, so a client can take any of its addresses."""
+
+PLUGGED: Final = IPv4Interface("10.1.0.5/24")
+"""What a guest behind a link has, in every network."""
 
 _RTM_NEWLINK: Final = 16
 _RTM_NEWROUTE: Final = 24
@@ -75,6 +80,26 @@ class Lab:
         self._thread.create_now(name)
         self._thread.enter(name, lambda _: _furnish())
         self.names.append(name)
+
+    def plug(self, name: str) -> str:
+        """A guest of a network behind a veth link; the namespace that is its own.
+
+        Raises:
+            subprocess.CalledProcessError: The link could not be made.
+        """
+        own = f"{name}-guest"
+        self._thread.create_now(own)
+        host = PLUGGED.network[1]
+        for words in (
+            f"-n {own} link add eth0 type veth peer name plug0 netns {name}",
+            f"-n {name} address add {host}/{PLUGGED.network.prefixlen} dev plug0",
+            f"-n {name} link set plug0 up",
+            f"-n {own} address add {PLUGGED} dev eth0",
+            f"-n {own} link set eth0 up",
+            f"-n {own} route add {METADATA_IPV4}/32 via {host}",
+        ):
+            subprocess.run(["/usr/sbin/ip", *words.split()], check=True, capture_output=True)
+        return own
 
     def socket(self, name: str, kind: int = socket.SOCK_STREAM) -> socket.socket:
         """An unconnected IPv4 socket of a network."""
