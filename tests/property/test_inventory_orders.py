@@ -8,7 +8,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from imdsproxy.core.inventory import AddressKey, Affected, Conflict, Inventory, Observation
+from imdsproxy.core.inventory import Inventory
 from imdsproxy.core.model import (
     BridgeListener,
     Instance,
@@ -18,6 +18,7 @@ from imdsproxy.core.model import (
     NetworkId,
     Port,
 )
+from imdsproxy.core.observation import AddressKey, Affected, Conflict, Observation
 
 SOURCES = ("file", "sqlite")
 _addresses = st.sampled_from(

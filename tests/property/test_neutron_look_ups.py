@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from imdsproxy.core.addresses import link_local_of
-from imdsproxy.core.inventory import Conflict
 from imdsproxy.core.model import IpAddress, MacAddress, NetworkId, Scope
+from imdsproxy.core.observation import Conflict
 from imdsproxy.sources.api import PortAmbiguous, PortFound, PortMissing
 from imdsproxy.sources.neutron import NeutronSource
 from imdsproxy.sources.neutron_api import ROUTER_OWNERS, NeutronPort

@@ -19,7 +19,7 @@ from imdsproxy.core.endpoints import Endpoint
 from imdsproxy.core.hostnames import Naming
 from imdsproxy.core.hoststate import NamespaceRef, ObservedHost
 from imdsproxy.core.identity import Learned
-from imdsproxy.core.inventory import Inventory, Observation
+from imdsproxy.core.inventory import Inventory
 from imdsproxy.core.model import (
     METADATA_IPV4,
     Instance,
@@ -31,6 +31,7 @@ from imdsproxy.core.model import (
     NetworkId,
     Port,
 )
+from imdsproxy.core.observation import Observation
 from imdsproxy.core.pairs import ANY_MAC, Pairs, plan_pair
 from imdsproxy.core.plan import record_key
 from imdsproxy.host.clock import SystemClock

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from imdsproxy.core.inventory import AddressKey
 from imdsproxy.core.model import InstanceId, IpAddress, NetworkId, Scope
+from imdsproxy.core.observation import AddressKey
 from imdsproxy.sources.api import (
     Confirmation,
     LookUp,

@@ -28,7 +28,7 @@ from imdsproxy.admin.operations import (
     Written,
 )
 from imdsproxy.core.haproxy.watching import Watched
-from imdsproxy.core.inventory import Claimant, Conflict, ConflictKind
+from imdsproxy.core.observation import Claimant, Conflict, ConflictKind
 from imdsproxy.core.policy import Guard, PolicyBook, PolicyPlace
 from imdsproxy.core.policy_decides import decide_read
 from imdsproxy.core.policy_told import tell_policy

@@ -11,7 +11,6 @@ from ipaddress import ip_address, ip_network
 from typing import Any, Final
 from xml.sax.saxutils import escape, quoteattr
 
-from imdsproxy.core.inventory import Observation
 from imdsproxy.core.model import (
     BridgeListener,
     Instance,
@@ -20,6 +19,7 @@ from imdsproxy.core.model import (
     Network,
     Subnet,
 )
+from imdsproxy.core.observation import Observation
 from imdsproxy.errors import Problem
 from imdsproxy.sources.api import Origin, Publish
 from imdsproxy.sources.libvirt import LibvirtPace, LibvirtSource

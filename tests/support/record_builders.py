@@ -6,7 +6,6 @@ from collections.abc import Iterable
 from dataclasses import replace
 from ipaddress import ip_address
 
-from imdsproxy.core.inventory import AddressKey, Observation
 from imdsproxy.core.model import (
     BridgeListener,
     Instance,
@@ -16,6 +15,7 @@ from imdsproxy.core.model import (
     NetworkId,
     Port,
 )
+from imdsproxy.core.observation import AddressKey, Observation
 
 __all__ = ["full", "instance", "key", "network", "port"]
 

@@ -7,7 +7,8 @@ import contextlib
 from collections.abc import AsyncIterator, Callable
 from typing import Final
 
-from imdsproxy.core.inventory import Inventory, Observation
+from imdsproxy.core.inventory import Inventory
+from imdsproxy.core.observation import Observation
 from imdsproxy.sources.api import Source
 
 __all__ = ["Heard", "running"]

@@ -12,7 +12,6 @@ from typing import Protocol
 
 # The OpenAPI document is made from these annotations, so they are imported for real.
 from imdsproxy.core.haproxy.watching import WatchReport
-from imdsproxy.core.inventory import Claimant, Conflict, SourceName
 from imdsproxy.core.model import (
     Instance,
     InstanceId,
@@ -21,6 +20,7 @@ from imdsproxy.core.model import (
     Network,
     NetworkId,
 )
+from imdsproxy.core.observation import Claimant, Conflict, SourceName
 from imdsproxy.core.policy_decides import Decided
 from imdsproxy.core.policy_told import PolicyInForce
 from imdsproxy.core.token_report import TokenReport

@@ -55,8 +55,9 @@ from imdsproxy.app.watching import Watching
 from imdsproxy.config.schema import Settings
 from imdsproxy.core.addresses import normalise_address
 from imdsproxy.core.hostnames import Naming
-from imdsproxy.core.inventory import AddressKey, Inventory, Observation
+from imdsproxy.core.inventory import Inventory
 from imdsproxy.core.model import NetworkId
+from imdsproxy.core.observation import AddressKey, Observation
 from imdsproxy.core.upstream import changed_secrets
 from imdsproxy.dataplane.launch import read_program
 from imdsproxy.errors import ConfigError, DataplaneError

@@ -20,8 +20,9 @@ from imdsproxy.core.identity import (
     checks_macs,
     identify,
 )
-from imdsproxy.core.inventory import AddressKey, Inventory
+from imdsproxy.core.inventory import Inventory
 from imdsproxy.core.model import Instance, IpAddress, NetworkId, Scope, Upstream
+from imdsproxy.core.observation import AddressKey
 from imdsproxy.core.pairs import ANY_MAC, plan_pair
 from imdsproxy.core.plan import networks_of, policy_place, record_key
 from imdsproxy.core.policy_decides import decide_read

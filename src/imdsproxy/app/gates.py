@@ -20,8 +20,9 @@ from imdsproxy.core.endpoints import Endpoint
 from imdsproxy.core.gates import Gate, GatePlan, plan_gates
 from imdsproxy.core.hostnames import Naming
 from imdsproxy.core.hoststate import NamespaceRef, ObservedHost
-from imdsproxy.core.inventory import AddressKey, Inventory
+from imdsproxy.core.inventory import Inventory
 from imdsproxy.core.model import IpAddress, MacAddress, Network, NetworkId
+from imdsproxy.core.observation import AddressKey
 from imdsproxy.core.pairs import ANY_MAC, Pairs
 from imdsproxy.errors import DataplaneError, Problem
 from imdsproxy.host.clock import Clock

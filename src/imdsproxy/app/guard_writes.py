@@ -10,8 +10,9 @@ from typing import Final
 from imdsproxy.admin.operations import GuardChange, KeyRotation
 from imdsproxy.app.guarding import Guarding
 from imdsproxy.app.record_loop import RecordLoop
-from imdsproxy.core.inventory import AddressKey, Inventory
+from imdsproxy.core.inventory import Inventory
 from imdsproxy.core.model import InstanceId
+from imdsproxy.core.observation import AddressKey
 from imdsproxy.core.plan import record_key
 from imdsproxy.core.policy import Guard
 from imdsproxy.core.wire import parse_map_value

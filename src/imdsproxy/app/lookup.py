@@ -26,7 +26,7 @@ from imdsproxy.core.identity import (
     checks_macs,
     identify,
 )
-from imdsproxy.core.inventory import AddressKey, Conflict, Inventory
+from imdsproxy.core.inventory import Inventory
 from imdsproxy.core.model import (
     Instance,
     IpAddress,
@@ -35,6 +35,7 @@ from imdsproxy.core.model import (
     NetworkId,
     Scope,
 )
+from imdsproxy.core.observation import AddressKey, Conflict
 from imdsproxy.core.pairs import ANY_MAC, excess_learned
 from imdsproxy.core.wire import MapRecord, render_map_value
 from imdsproxy.errors import DataplaneError

@@ -44,7 +44,7 @@ from imdsproxy.core import endpoints
 from imdsproxy.core.haproxy.render import render_config
 from imdsproxy.core.hoststate import ListeningSocket
 from imdsproxy.core.identity import Ambiguous, Found, Mismatch, Unknown
-from imdsproxy.core.inventory import AddressKey, Conflict, Inventory
+from imdsproxy.core.inventory import Inventory
 from imdsproxy.core.model import (
     Instance,
     InstanceId,
@@ -53,6 +53,7 @@ from imdsproxy.core.model import (
     NetworkId,
     Scope,
 )
+from imdsproxy.core.observation import AddressKey, Conflict
 from imdsproxy.core.plan import networks_of
 from imdsproxy.core.token_report import TokenReport, open_trees
 from imdsproxy.core.wire import HEADER_TOLD, MISMATCH_TEXT, MapRecord, render_map_value

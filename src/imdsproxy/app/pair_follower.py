@@ -13,8 +13,8 @@ from imdsproxy.app.hops import Hops
 from imdsproxy.app.listener_loop import ListenerLoop
 from imdsproxy.app.lookup import Lookup
 from imdsproxy.app.record_loop import RecordLoop
-from imdsproxy.core.inventory import AddressKey
 from imdsproxy.core.model import NetworkId
+from imdsproxy.core.observation import AddressKey
 from imdsproxy.errors import HostRefused
 from imdsproxy.host.neighbour_watch import NeighbourChange, NeighbourWatch, TableWatch
 from imdsproxy.host.watch import HostWatch

@@ -16,8 +16,9 @@ import structlog
 from imdsproxy.app.tickets import Tickets
 from imdsproxy.core.compiled import CompiledRecord, compile_instance
 from imdsproxy.core.identity import Learned
-from imdsproxy.core.inventory import AddressKey, Affected, Conflict, Inventory, Observation
+from imdsproxy.core.inventory import Inventory
 from imdsproxy.core.model import InstanceId, NetworkId, Upstream
+from imdsproxy.core.observation import AddressKey, Affected, Conflict, Observation
 from imdsproxy.core.pairs import Pairs, plan_pairs
 from imdsproxy.core.plan import plan_record, plan_records, record_key
 from imdsproxy.core.policy import PolicyBook

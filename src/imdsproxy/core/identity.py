@@ -17,7 +17,8 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, TypeAlias
 
 from imdsproxy.core.addresses import link_local_of, mac_of, normalise_address
-from imdsproxy.core.inventory import AddressKey, Claimant, Conflict, Inventory
+from imdsproxy.core.inventory import Inventory
+from imdsproxy.core.observation import AddressKey, Claimant, Conflict
 
 if TYPE_CHECKING:
     from imdsproxy.core.model import (

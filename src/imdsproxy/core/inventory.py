@@ -22,12 +22,13 @@ The rules, in the order in which they apply:
 from __future__ import annotations
 
 from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
-from enum import StrEnum
+from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Generic, TypeAlias, TypeVar
+from typing import TypeAlias, TypeVar
 
 from imdsproxy.core.addresses import link_local_of
+from imdsproxy.core.agreement import agreed, distinct, without_vaguer
+from imdsproxy.core.claims import Claims
 from imdsproxy.core.model import (
     Instance,
     InstanceId,
@@ -36,143 +37,26 @@ from imdsproxy.core.model import (
     Network,
     NetworkId,
 )
+from imdsproxy.core.observation import (
+    AddressKey,
+    Affected,
+    Claimant,
+    Conflict,
+    ConflictKind,
+    Observation,
+    SourceName,
+    StrandedPort,
+)
 from imdsproxy.errors import Problem
 
-__all__ = [
-    "AddressKey",
-    "Affected",
-    "Claimant",
-    "Conflict",
-    "ConflictKind",
-    "Inventory",
-    "Observation",
-    "SourceName",
-    "StrandedPort",
-    "address_keys",
-]
+__all__ = ["Inventory", "address_keys"]
 
-SourceName: TypeAlias = str
-AddressKey: TypeAlias = tuple[NetworkId, IpAddress]
 _MacKey: TypeAlias = tuple[NetworkId, MacAddress]
 
 _K = TypeVar("_K", bound=Hashable)
 _V = TypeVar("_V")
 _Id = TypeVar("_Id", NetworkId, InstanceId)
 _Record = TypeVar("_Record", Network, Instance)
-
-
-@dataclass(frozen=True, slots=True)
-class Observation:
-    """What a source saw.
-
-    Attributes:
-        source: Who saw it.
-        full: The mappings are everything that the source has: what is not in them is gone.
-            Otherwise they hold changes only, and `*_removed` what went (removals apply before
-            additions).
-        in_sync: The source has told all that it knows; before that nothing may be swept, and an
-            unknown address is answered 503, not 404.
-        problems: Every record refused at this moment (the whole list, not the change).
-        implied_networks: Networks that the source vouches for without knowing how they are reached (the
-            whole set, not the change): ports in them are not stranded.
-        defers: Its instances give way to those of the same id in other sources, because who chose the id may be
-            a tenant: a port of Neutron's names any instance that its owner likes.
-    """
-
-    source: SourceName
-    full: bool = False
-    networks: Mapping[NetworkId, Network] = field(default_factory=dict)
-    instances: Mapping[InstanceId, Instance] = field(default_factory=dict)
-    networks_removed: Iterable[NetworkId] = ()
-    instances_removed: Iterable[InstanceId] = ()
-    in_sync: bool = True
-    problems: tuple[Problem, ...] = ()
-    implied_networks: frozenset[NetworkId] = frozenset()
-    defers: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Affected:
-    """Whose state may have changed; what is not named here has not.
-
-    Attributes:
-        networks: Their listener, content or conflict.
-        instances: Their documents: the instance itself, or a network that it has a port in.
-        addresses: Who owns them, or the documents of who owns them.
-        in_sync: `Inventory.in_sync` changed.
-    """
-
-    networks: frozenset[NetworkId] = frozenset()
-    instances: frozenset[InstanceId] = frozenset()
-    addresses: frozenset[AddressKey] = frozenset()
-    in_sync: bool = False
-
-    def __bool__(self) -> bool:
-        return bool(self.networks or self.instances or self.addresses or self.in_sync)
-
-
-class ConflictKind(StrEnum):
-    """What two records cannot agree on."""
-
-    NETWORK = "network"
-    INSTANCE = "instance"
-    ADDRESS = "address"
-
-
-@dataclass(frozen=True, slots=True, order=True)
-class Claimant:
-    """Who says so: a source, by which instance's record (empty for a network's own record)."""
-
-    source: SourceName
-    instance: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Conflict:
-    """Records that contradict each other; nobody of them is in force where they do.
-
-    Attributes:
-        kind: What they contradict each other about.
-        subject: The network's id, the instance's id, or `NETWORK/ADDRESS`.
-        claimants: All of them, in order.
-    """
-
-    kind: ConflictKind
-    subject: str
-    claimants: tuple[Claimant, ...]
-
-    def __str__(self) -> str:
-        who = ", ".join(
-            f"{claimant.instance} ({claimant.source})" if claimant.instance else claimant.source
-            for claimant in self.claimants
-        )
-        return f"{self.kind} {self.subject} is claimed differently by {who}"
-
-
-@dataclass(frozen=True, slots=True)
-class StrandedPort:
-    """A port in a network that no source tells of: it claims nothing until the network comes.
-
-    Attributes:
-        number: The port's place in the instance's record, from 0.
-    """
-
-    source: SourceName
-    instance: InstanceId
-    number: int
-    network: NetworkId
-
-    def problem(
-        self, *, field: str = "", file: str | None = None, line: int | None = None
-    ) -> Problem:
-        """What is wrong, told at the place in its source where that is known."""
-        return Problem(
-            field or f"instances.{self.instance}.ports[{self.number}].network",
-            f"there is no network {self.network}",
-            "add the network, or mend the port; until then the port has no addresses",
-            file,
-            line,
-        )
 
 
 def address_keys(instance: Instance) -> frozenset[AddressKey]:
@@ -187,45 +71,6 @@ def address_keys(instance: Instance) -> frozenset[AddressKey]:
 
 def _mac_keys(instance: Instance) -> frozenset[_MacKey]:
     return frozenset((port.network, port.mac) for port in instance.ports if port.mac is not None)
-
-
-class _Claims(Generic[_K]):
-    """Who claims a key. One claimant is the rule and is stored bare: a set each is dear."""
-
-    __slots__ = ("_claimants", "contested")
-
-    def __init__(self) -> None:
-        self._claimants: dict[_K, InstanceId | frozenset[InstanceId]] = {}
-        self.contested: set[_K] = set()
-
-    def __iter__(self) -> Iterator[_K]:
-        return iter(self._claimants)
-
-    def __len__(self) -> int:
-        return len(self._claimants)
-
-    def of(self, key: _K) -> frozenset[InstanceId]:
-        found = self._claimants.get(key)
-        if found is None:
-            return frozenset()
-        return found if isinstance(found, frozenset) else frozenset((found,))
-
-    def replace(self, instance: InstanceId, before: frozenset[_K], after: frozenset[_K]) -> None:
-        for key in before - after:
-            self._store(key, self.of(key) - {instance})
-        for key in after - before:
-            self._store(key, self.of(key) | {instance})
-
-    def _store(self, key: _K, claimants: frozenset[InstanceId]) -> None:
-        if len(claimants) > 1:
-            self._claimants[key] = claimants
-            self.contested.add(key)
-            return
-        self.contested.discard(key)
-        if claimants:
-            (self._claimants[key],) = claimants
-        else:
-            self._claimants.pop(key, None)
 
 
 @dataclass(slots=True)
@@ -267,8 +112,8 @@ class Inventory:
         self._network_conflicts: set[NetworkId] = set()
         self._instances: dict[InstanceId, Instance] = {}
         self._instance_conflicts: dict[InstanceId, tuple[Instance, ...]] = {}
-        self._addresses: _Claims[AddressKey] = _Claims()
-        self._macs: _Claims[_MacKey] = _Claims()
+        self._addresses: Claims[AddressKey] = Claims()
+        self._macs: Claims[_MacKey] = Claims()
         self._members: dict[NetworkId, set[InstanceId]] = {}
 
     # What is in force
@@ -485,9 +330,9 @@ class Inventory:
         self, report: _Report, network_id: NetworkId, network: Network | None, change: _Change
     ) -> None:
         _put(report.networks, network_id, network)
-        versions = _distinct(r.networks.get(network_id) for r in self._reports.values())
+        versions = distinct(r.networks.get(network_id) for r in self._reports.values())
         conflicting = len(versions) > 1
-        in_force = _agreed(versions)
+        in_force = agreed(versions)
         before = (self._networks.get(network_id), network_id in self._network_conflicts)
         if before == (in_force, conflicting):
             return
@@ -502,8 +347,8 @@ class Inventory:
     ) -> None:
         before = self._versions(instance_id)
         _put(report.instances, instance_id, instance)
-        after = _without_vaguer(
-            _distinct(
+        after = without_vaguer(
+            distinct(
                 counting.instances.get(instance_id) for _, counting in self._counting(instance_id)
             )
         )
@@ -584,36 +429,6 @@ def _put(mapping: dict[_K, _V], key: _K, value: _V | None) -> None:
         mapping.pop(key, None)
     else:
         mapping[key] = value
-
-
-def _distinct(records: Iterable[_V | None]) -> tuple[_V, ...]:
-    """The different ones, in their order; a plain list search, for there are as many as sources."""
-    found: list[_V] = []
-    for record in records:
-        if record is not None and record not in found:
-            found.append(record)
-    return tuple(found)
-
-
-def _without_vaguer(versions: tuple[Instance, ...]) -> tuple[Instance, ...]:
-    """Those of which no other says the same and, beside it, when the instance was made."""
-    if len(versions) == 1:
-        return versions
-    dated = [version for version in versions if version.created_at is not None]
-    known = [replace(version, created_at=None) for version in dated]
-    return tuple(
-        version for version in versions if version.created_at is not None or version not in known
-    )
-
-
-def _agreed(versions: tuple[Network, ...]) -> Network | None:
-    """What all versions of a network agree on, if that is enough for a listener."""
-    if len(versions) == 1:
-        return versions[0]
-    if len({version.listener for version in versions}) == 1:
-        checked = any(version.mac_check for version in versions)
-        return Network(versions[0].id, versions[0].listener, mac_check=checked)
-    return None
 
 
 def _union(sets: Iterable[frozenset[_K]]) -> frozenset[_K]:

@@ -13,8 +13,9 @@ from collections.abc import Iterable, Mapping
 from typing import Final
 
 from imdsproxy.core.identity import Learned, checks_macs, holds, port_at
-from imdsproxy.core.inventory import AddressKey, Conflict, Inventory
+from imdsproxy.core.inventory import Inventory
 from imdsproxy.core.model import MacAddress
+from imdsproxy.core.observation import AddressKey, Conflict
 
 __all__ = ["ANY_MAC", "LEARNED_PER_MAC", "Pairs", "excess_learned", "plan_pair", "plan_pairs"]
 

@@ -11,8 +11,9 @@ from imdsproxy.core.endpoints import Endpoint
 from imdsproxy.core.haproxy.model import Bind
 from imdsproxy.core.hoststate import NamespaceRef
 from imdsproxy.core.identity import Learned, holds
-from imdsproxy.core.inventory import AddressKey, Conflict, Inventory
+from imdsproxy.core.inventory import Inventory
 from imdsproxy.core.model import Instance, InstanceId, NetworkId, Upstream
+from imdsproxy.core.observation import AddressKey, Conflict
 from imdsproxy.core.policy import NOTHING_SAID, PolicyBook, PolicyPlace
 from imdsproxy.core.upstream import NovaRouting
 from imdsproxy.core.wire import MAP_CONFLICT, EmbeddedRecord, MapRecord, render_map_value

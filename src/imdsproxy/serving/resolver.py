@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol, TypeAlias, assert_never
 
-from imdsproxy.core.inventory import AddressKey
 from imdsproxy.core.model import InstanceId, NetworkId, Scope
+from imdsproxy.core.observation import AddressKey
 
 __all__ = [
     "Contested",

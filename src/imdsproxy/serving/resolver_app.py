@@ -8,9 +8,9 @@ from ipaddress import ip_address
 from typing import cast
 
 from imdsproxy.core.documents.respond import Header
-from imdsproxy.core.inventory import AddressKey
 from imdsproxy.core.model import NetworkId
 from imdsproxy.core.model import Scope as IdScope
+from imdsproxy.core.observation import AddressKey
 from imdsproxy.core.wire import (
     HEADER_ADDRESS,
     HEADER_NETWORK,

@@ -14,8 +14,8 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 if TYPE_CHECKING:
-    from imdsproxy.core.inventory import AddressKey, Observation, SourceName
     from imdsproxy.core.model import Instance, InstanceId, IpAddress, Network, NetworkId, Scope
+    from imdsproxy.core.observation import AddressKey, Observation, SourceName
 
 __all__ = [
     "Confirmation",

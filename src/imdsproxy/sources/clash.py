@@ -11,8 +11,8 @@ from imdsproxy.errors import Problem
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from imdsproxy.core.inventory import AddressKey
     from imdsproxy.core.model import Instance
+    from imdsproxy.core.observation import AddressKey
 
 __all__ = ["claim_places", "taken_address", "taken_id"]
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final, TypeAlias
 
-from imdsproxy.core.inventory import AddressKey
 from imdsproxy.core.model import Instance, Network
+from imdsproxy.core.observation import AddressKey
 from imdsproxy.core.records import LineOf, Records, Refused, Unreadable
 from imdsproxy.errors import Problem
 from imdsproxy.sources.api import Origin

@@ -6,8 +6,8 @@ import asyncio
 import time
 from typing import TYPE_CHECKING, Final
 
-from imdsproxy.core.inventory import Observation
 from imdsproxy.core.model import InstanceId, NetworkId
+from imdsproxy.core.observation import Observation
 from imdsproxy.errors import Problem
 from imdsproxy.sources.directory import Directory, Reading
 from imdsproxy.sources.last_good import LastGood

@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
-from imdsproxy.core.inventory import AddressKey
 from imdsproxy.core.model import Instance, Network
+from imdsproxy.core.observation import AddressKey
 from imdsproxy.errors import Problem
 
 __all__ = ["Clash", "Entry", "InForce"]

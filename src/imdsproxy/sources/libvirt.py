@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, assert_never
 
-from imdsproxy.core.inventory import Observation
+from imdsproxy.core.observation import Observation
 from imdsproxy.errors import Problem, SourceUnavailable
 from imdsproxy.sources.libvirt_api import (
     ConnectionLost,

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from imdsproxy.core.addresses import normalise_address
-from imdsproxy.core.inventory import AddressKey
 from imdsproxy.core.model import InstanceId, IpAddress, NetworkId, Scope
+from imdsproxy.core.observation import AddressKey
 from imdsproxy.sources.api import (
     Confirmation,
     LookUp,

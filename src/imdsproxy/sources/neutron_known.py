@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
 from imdsproxy.core.addresses import link_local_of, mac_of
-from imdsproxy.core.inventory import AddressKey
 from imdsproxy.core.model import (
     Instance,
     InstanceId,
@@ -18,6 +17,7 @@ from imdsproxy.core.model import (
     Port,
     Upstream,
 )
+from imdsproxy.core.observation import AddressKey
 from imdsproxy.errors import Problem
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from imdsproxy.core.inventory import AddressKey
+from imdsproxy.core.observation import AddressKey
 
 if TYPE_CHECKING:
     from imdsproxy.core.model import NetworkId

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final
 
 import structlog
 
-from imdsproxy.core.inventory import Observation
+from imdsproxy.core.observation import Observation
 from imdsproxy.errors import Problem, SourceUnavailable
 from imdsproxy.sources.neutron_asking import Asking
 from imdsproxy.sources.neutron_finding import Finder

@@ -7,7 +7,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, TypeVar
 
-from imdsproxy.core.inventory import Observation
+from imdsproxy.core.observation import Observation
 from imdsproxy.errors import Problem, SourceError, SourceUnavailable
 from imdsproxy.sources.api import Origin, Tally, Written
 from imdsproxy.sources.sqlite_store import Contents, Store

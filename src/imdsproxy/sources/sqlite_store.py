@@ -15,8 +15,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
 
-from imdsproxy.core.inventory import AddressKey, address_keys
+from imdsproxy.core.inventory import address_keys
 from imdsproxy.core.model import Instance, InstanceId, Network, NetworkId
+from imdsproxy.core.observation import AddressKey
 from imdsproxy.core.records import (
     Path as RecordPath,
 )

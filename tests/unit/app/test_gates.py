@@ -11,8 +11,9 @@ from imdsproxy.app.gates import Gates
 from imdsproxy.core.endpoints import Endpoint
 from imdsproxy.core.hostnames import Naming
 from imdsproxy.core.hoststate import NamespaceRef, ObservedHost
-from imdsproxy.core.inventory import AddressKey, Inventory
+from imdsproxy.core.inventory import Inventory
 from imdsproxy.core.model import METADATA_IPV4, MacAddress, NetworkId
+from imdsproxy.core.observation import AddressKey
 from imdsproxy.core.pairs import ANY_MAC
 from imdsproxy.errors import HostRefused
 from support.fake_gates import FakeGates

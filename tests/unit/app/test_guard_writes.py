@@ -22,8 +22,9 @@ from imdsproxy.app.tickets import Tickets
 from imdsproxy.app.token_keys import TokenKeys
 from imdsproxy.core.haproxy.maps import MapState
 from imdsproxy.core.identity import Learned
-from imdsproxy.core.inventory import AddressKey, Inventory
+from imdsproxy.core.inventory import Inventory
 from imdsproxy.core.model import InstanceId
+from imdsproxy.core.observation import AddressKey
 from imdsproxy.core.policy import Guard
 from imdsproxy.dataplane.records import RecordApplier
 from imdsproxy.errors import NotFound, Problem

@@ -25,7 +25,7 @@ from imdsproxy.core.hoststate import (
     ObservedHost,
     ObservedNamespace,
 )
-from imdsproxy.core.inventory import Inventory, Observation
+from imdsproxy.core.inventory import Inventory
 from imdsproxy.core.listeners import ManagedPlace, OpFailure
 from imdsproxy.core.model import (
     METADATA_IPV4,
@@ -34,6 +34,7 @@ from imdsproxy.core.model import (
     Network,
     NetworkId,
 )
+from imdsproxy.core.observation import Observation
 from imdsproxy.core.unix_socket import SeenSocket, SocketState
 from imdsproxy.dataplane.haproxy import Haproxy
 from imdsproxy.dataplane.layout import Layout

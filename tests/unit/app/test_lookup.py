@@ -11,7 +11,7 @@ import pytest
 from imdsproxy.app.lookup import Lookup
 from imdsproxy.app.tickets import Tickets
 from imdsproxy.core.identity import Learned
-from imdsproxy.core.inventory import AddressKey, Inventory, Observation
+from imdsproxy.core.inventory import Inventory
 from imdsproxy.core.model import (
     Instance,
     InstanceId,
@@ -22,6 +22,7 @@ from imdsproxy.core.model import (
     NetworkId,
     Port,
 )
+from imdsproxy.core.observation import AddressKey, Observation
 from imdsproxy.core.pairs import LEARNED_PER_MAC, plan_pair
 from imdsproxy.core.wire import EmbeddedRecord
 from imdsproxy.errors import HostRefused

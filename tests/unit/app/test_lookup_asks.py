@@ -15,7 +15,7 @@ from imdsproxy.app.explain import Explainer
 from imdsproxy.app.lookup import Lookup
 from imdsproxy.app.tickets import Tickets
 from imdsproxy.core.identity import Learned
-from imdsproxy.core.inventory import AddressKey, Conflict, Inventory, Observation
+from imdsproxy.core.inventory import Inventory
 from imdsproxy.core.model import (
     Instance,
     InstanceId,
@@ -28,6 +28,7 @@ from imdsproxy.core.model import (
     Scope,
     Upstream,
 )
+from imdsproxy.core.observation import AddressKey, Conflict, Observation
 from imdsproxy.core.plan import plan_record
 from imdsproxy.core.policy import Guard, PolicyBook, PolicyRules, TokenMode
 from imdsproxy.core.policy_told import NOBODY, PolicyInForce

@@ -10,7 +10,7 @@ from imdsproxy.core.endpoints import Endpoint
 from imdsproxy.core.haproxy.model import Bind
 from imdsproxy.core.hoststate import NamespaceRef
 from imdsproxy.core.identity import Learned
-from imdsproxy.core.inventory import AddressKey, Inventory, Observation
+from imdsproxy.core.inventory import Inventory
 from imdsproxy.core.model import (
     METADATA_IPV4,
     Instance,
@@ -22,6 +22,7 @@ from imdsproxy.core.model import (
     Port,
     Upstream,
 )
+from imdsproxy.core.observation import AddressKey, Observation
 from imdsproxy.core.plan import (
     compute_maxconn,
     link_name,

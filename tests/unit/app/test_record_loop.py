@@ -15,7 +15,7 @@ import pytest
 from imdsproxy.app.record_loop import RecordLoop
 from imdsproxy.core.compiled import CompiledRecord, compile_instance
 from imdsproxy.core.identity import Learned
-from imdsproxy.core.inventory import AddressKey, Inventory, Observation
+from imdsproxy.core.inventory import Inventory
 from imdsproxy.core.model import (
     Instance,
     InstanceId,
@@ -25,6 +25,7 @@ from imdsproxy.core.model import (
     Port,
     Scope,
 )
+from imdsproxy.core.observation import AddressKey, Observation
 from imdsproxy.core.policy import PolicyRules, TokenMode
 from imdsproxy.dataplane.master import MasterClient
 from imdsproxy.dataplane.records import RecordApplier

@@ -17,7 +17,7 @@ from imdsproxy.app.tickets import Tickets
 from imdsproxy.app.writes import Writes
 from imdsproxy.core.endpoints import Endpoint, LeftOut, LeftOutCode
 from imdsproxy.core.hoststate import Family, NamespaceRef
-from imdsproxy.core.inventory import AddressKey, Inventory, Observation
+from imdsproxy.core.inventory import Inventory
 from imdsproxy.core.model import (
     METADATA_IPV4,
     Instance,
@@ -27,6 +27,7 @@ from imdsproxy.core.model import (
     NetworkId,
     Port,
 )
+from imdsproxy.core.observation import AddressKey, Observation
 from imdsproxy.errors import AlreadyExists, NotFound, SourceRefused
 from imdsproxy.sources.sqlite import SqliteSource
 

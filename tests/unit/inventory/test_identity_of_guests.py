@@ -20,8 +20,9 @@ from imdsproxy.core.identity import (
     mac_of,
     normalise_address,
 )
-from imdsproxy.core.inventory import Claimant, Inventory
+from imdsproxy.core.inventory import Inventory
 from imdsproxy.core.model import MacAddress, NetworkId
+from imdsproxy.core.observation import Claimant
 from support.record_builders import full, instance, network, port
 from support.record_strategies import ipv4, macs
 

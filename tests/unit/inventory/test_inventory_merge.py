@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from imdsproxy.core.inventory import Claimant, Conflict, ConflictKind, Inventory, Observation
+from imdsproxy.core.inventory import Inventory
 from imdsproxy.core.model import (
     BridgeListener,
     Instance,
@@ -15,6 +15,7 @@ from imdsproxy.core.model import (
     NetworkId,
     Upstream,
 )
+from imdsproxy.core.observation import Claimant, Conflict, ConflictKind, Observation
 from imdsproxy.errors import Problem
 from support.record_builders import full, instance, key, network, port
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from imdsproxy.core.haproxy.counting import GuestRow, ReaderRow
-from imdsproxy.core.inventory import Inventory, Observation, SourceName
+from imdsproxy.core.inventory import Inventory
 from imdsproxy.core.model import Dialect, Instance, InstanceId, NetworkId, Port, Upstream
+from imdsproxy.core.observation import Observation, SourceName
 from imdsproxy.core.policy import PolicyBook, PolicyRules, TokenMode
 from imdsproxy.core.token_report import (
     GuestWithoutToken,

@@ -5,8 +5,8 @@ from ipaddress import IPv4Address
 
 import pytest
 
-from imdsproxy.core.inventory import AddressKey
 from imdsproxy.core.model import InstanceId, NetworkId, Scope
+from imdsproxy.core.observation import AddressKey
 from imdsproxy.serving.resolver import (
     Contested,
     HoldLimits,

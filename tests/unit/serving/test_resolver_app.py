@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from imdsproxy.core.inventory import AddressKey
 from imdsproxy.core.model import InstanceId, Scope
+from imdsproxy.core.observation import AddressKey
 from imdsproxy.serving.asgi import Send, while_there
 from imdsproxy.serving.forward import CollectedAnswer, FoundRequest
 from imdsproxy.serving.resolver import HoldLimits, Known, Resolution, Resolver

@@ -6,8 +6,9 @@ import asyncio
 import contextlib
 from pathlib import Path
 
-from imdsproxy.core.inventory import Inventory, Observation
+from imdsproxy.core.inventory import Inventory
 from imdsproxy.core.model import InstanceId
+from imdsproxy.core.observation import Observation
 from imdsproxy.sources.api import Origin
 from imdsproxy.sources.file import FileSource
 

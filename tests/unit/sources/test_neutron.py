@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 
 from imdsproxy.core.addresses import link_local_of
-from imdsproxy.core.inventory import Conflict
 from imdsproxy.core.model import (
     InstanceId,
     MacAddress,
@@ -20,6 +19,7 @@ from imdsproxy.core.model import (
     Scope,
     Upstream,
 )
+from imdsproxy.core.observation import Conflict
 from imdsproxy.sources.api import (
     LookUp,
     LookUpUnavailable,

@@ -10,8 +10,9 @@ from ipaddress import ip_address
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from imdsproxy.core.inventory import AddressKey, address_keys
+from imdsproxy.core.inventory import address_keys
 from imdsproxy.core.model import Instance, InstanceId, NetworkId, Port
+from imdsproxy.core.observation import AddressKey
 from imdsproxy.errors import Problem
 from imdsproxy.sources.in_force import Clash, Entry, InForce
 

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from imdsproxy.core.inventory import Observation
 from imdsproxy.core.model import Instance, InstanceId, NetworkId
+from imdsproxy.core.observation import Observation
 from imdsproxy.core.records import parse_instance, render_instance
 from imdsproxy.errors import SourceCorrupt, SourceError, SourceRefused, SourceUnavailable
 from imdsproxy.sources.api import Tally, Written

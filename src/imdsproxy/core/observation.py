@@ -1,0 +1,139 @@
+"""What sources say of networks and instances, what that changes, and where they contradict each other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import TypeAlias
+
+from imdsproxy.core.model import Instance, InstanceId, IpAddress, Network, NetworkId
+from imdsproxy.errors import Problem
+
+__all__ = [
+    "AddressKey",
+    "Affected",
+    "Claimant",
+    "Conflict",
+    "ConflictKind",
+    "Observation",
+    "SourceName",
+    "StrandedPort",
+]
+
+SourceName: TypeAlias = str
+AddressKey: TypeAlias = tuple[NetworkId, IpAddress]
+
+
+@dataclass(frozen=True, slots=True)
+class Observation:
+    """What a source saw.
+
+    Attributes:
+        source: Who saw it.
+        full: The mappings are everything that the source has: what is not in them is gone.
+            Otherwise they hold changes only, and `*_removed` what went (removals apply before
+            additions).
+        in_sync: The source has told all that it knows; before that nothing may be swept, and an
+            unknown address is answered 503, not 404.
+        problems: Every record refused at this moment (the whole list, not the change).
+        implied_networks: Networks that the source vouches for without knowing how they are reached (the
+            whole set, not the change): ports in them are not stranded.
+        defers: Its instances give way to those of the same id in other sources, because who chose the id may be
+            a tenant: a port of Neutron's names any instance that its owner likes.
+    """
+
+    source: SourceName
+    full: bool = False
+    networks: Mapping[NetworkId, Network] = field(default_factory=dict)
+    instances: Mapping[InstanceId, Instance] = field(default_factory=dict)
+    networks_removed: Iterable[NetworkId] = ()
+    instances_removed: Iterable[InstanceId] = ()
+    in_sync: bool = True
+    problems: tuple[Problem, ...] = ()
+    implied_networks: frozenset[NetworkId] = frozenset()
+    defers: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Affected:
+    """Whose state may have changed; what is not named here has not.
+
+    Attributes:
+        networks: Their listener, content or conflict.
+        instances: Their documents: the instance itself, or a network that it has a port in.
+        addresses: Who owns them, or the documents of who owns them.
+        in_sync: `Inventory.in_sync` changed.
+    """
+
+    networks: frozenset[NetworkId] = frozenset()
+    instances: frozenset[InstanceId] = frozenset()
+    addresses: frozenset[AddressKey] = frozenset()
+    in_sync: bool = False
+
+    def __bool__(self) -> bool:
+        return bool(self.networks or self.instances or self.addresses or self.in_sync)
+
+
+class ConflictKind(StrEnum):
+    """What two records cannot agree on."""
+
+    NETWORK = "network"
+    INSTANCE = "instance"
+    ADDRESS = "address"
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Claimant:
+    """Who says so: a source, by which instance's record (empty for a network's own record)."""
+
+    source: SourceName
+    instance: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Conflict:
+    """Records that contradict each other; nobody of them is in force where they do.
+
+    Attributes:
+        kind: What they contradict each other about.
+        subject: The network's id, the instance's id, or `NETWORK/ADDRESS`.
+        claimants: All of them, in order.
+    """
+
+    kind: ConflictKind
+    subject: str
+    claimants: tuple[Claimant, ...]
+
+    def __str__(self) -> str:
+        who = ", ".join(
+            f"{claimant.instance} ({claimant.source})" if claimant.instance else claimant.source
+            for claimant in self.claimants
+        )
+        return f"{self.kind} {self.subject} is claimed differently by {who}"
+
+
+@dataclass(frozen=True, slots=True)
+class StrandedPort:
+    """A port in a network that no source tells of: it claims nothing until the network comes.
+
+    Attributes:
+        number: The port's place in the instance's record, from 0.
+    """
+
+    source: SourceName
+    instance: InstanceId
+    number: int
+    network: NetworkId
+
+    def problem(
+        self, *, field: str = "", file: str | None = None, line: int | None = None
+    ) -> Problem:
+        """What is wrong, told at the place in its source where that is known."""
+        return Problem(
+            field or f"instances.{self.instance}.ports[{self.number}].network",
+            f"there is no network {self.network}",
+            "add the network, or mend the port; until then the port has no addresses",
+            file,
+            line,
+        )
