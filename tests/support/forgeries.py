@@ -242,6 +242,9 @@ def _framing() -> Iterator[Forgery]:
         _post(chunked, body=_CHUNKED + b"\r\n".join(_OTHERS) + b"\r\nX_Instance_ID: x\r\n\r\n"),
         (_SENT,),
     )
+    for name, value in IDENTITY_HEADERS.items():
+        line = f"{name}: {value}\r\n\r\n".encode()
+        yield Forgery(f"{name} in a trailer", _post(chunked, body=_CHUNKED + line), (_SENT,))
     yield Forgery(
         "trailers of a GET",
         request(chunked, body=_CHUNKED + b"\r\n".join(_OTHERS) + b"\r\n\r\n"),

@@ -88,6 +88,12 @@ class _Protocol(HttpToolsProtocol):
         self._whole = _WholeAnswers(transport)
         super().connection_made(self._whole)
 
+    def on_headers_complete(self) -> None:
+        super().on_headers_complete()
+        # uvicorn adds trailers to the headers of the request that is being answered. Headers are HAProxy's word, and
+        # trailers the guest's: they go where nobody looks.
+        self.headers = []
+
     def on_response_complete(self) -> None:
         self._whole.flush()
         super().on_response_complete()

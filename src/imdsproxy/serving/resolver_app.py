@@ -137,7 +137,11 @@ class _Asked:
 
 
 def _told(headers: Iterable[Header]) -> _Told | None:
-    ours = {name: value for name, value in headers if name.startswith(_OURS)}
+    said = [(name, value) for name, value in headers if name.startswith(_OURS)]
+    ours = dict(said)
+    if len(ours) < len(said):
+        # HAProxy says each once.
+        return None
     network, address = ours.get(_NETWORK), ours.get(_ADDRESS)
     if network is None or address is None:
         return None

@@ -5,6 +5,7 @@ import os
 import socket
 import stat
 from pathlib import Path
+from typing import cast
 
 import pytest
 
@@ -171,5 +172,34 @@ async def test_a_client_that_waits_for_100_continue_gets_it(tmp_path: Path) -> N
     assert await reader.readuntil(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
     writer.write(b"abc")
     assert (await reader.readuntil(b"abc")).startswith(b"HTTP/1.1 200 OK")
+    writer.close()
+    await listener.close(grace_s=5)
+
+
+async def test_what_comes_behind_a_body_is_no_header(tmp_path: Path) -> None:
+    """HAProxy says in headers who asks, and sends the guest's trailers on as they are."""
+    seen: list[object] = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        before = list(cast("list[object]", scope["headers"]))
+        await read_body(receive)
+        seen.append((before, list(cast("list[object]", scope["headers"]))))
+        await answering()(scope, receive, send)
+
+    listener = HttpListener(app)
+    await listener.open(open_unix_socket(tmp_path / "x.sock", mode=0o600))
+    reader, writer = await connect(tmp_path / "x.sock")
+    head, body = (
+        b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\nX: 1\r\n\r\n",
+        b"1\r\na\r\n0\r\nX: 2\r\n\r\n",
+    )
+    writer.write(head + body)
+    await reader.readuntil(b"ok")
+    writer.write(head)
+    await asyncio.sleep(0)
+    writer.write(body)
+    await reader.readuntil(b"ok")
+    headers = [(b"transfer-encoding", b"chunked"), (b"x", b"1")]
+    assert seen == [(headers, headers)] * 2
     writer.close()
     await listener.close(grace_s=5)

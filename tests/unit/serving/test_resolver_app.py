@@ -13,12 +13,8 @@ from imdsproxy.serving.forward import CollectedAnswer, FoundRequest
 from imdsproxy.serving.resolver import HoldLimits, Known, Resolution, Resolver
 from imdsproxy.serving.resolver_app import resolver_app
 
-_SCOPE = {
-    "type": "http",
-    "method": "POST",
-    "raw_path": b"/password",
-    "headers": [(b"x-imdsproxy-network", b"red"), (b"x-imdsproxy-address", b"10.0.0.5")],
-}
+_SCOPE_HEADERS = [(b"x-imdsproxy-network", b"red"), (b"x-imdsproxy-address", b"10.0.0.5")]
+_SCOPE = {"type": "http", "method": "POST", "raw_path": b"/password", "headers": _SCOPE_HEADERS}
 
 
 @dataclass
@@ -98,3 +94,16 @@ async def test_what_goes_wrong_is_not_kept_quiet() -> None:
 
     with pytest.raises(ValueError, match="a fault"):
         await while_there(Client(sent=True).receive, fail())
+
+
+@pytest.mark.parametrize("name", ["network", "address", "target", "scope", "unverified"])
+async def test_what_is_said_twice_of_who_asks_is_400(name: str) -> None:
+    """HAProxy says each once, so one of the two is not HAProxy's."""
+    look, forwarded, answer = Look(), Forwarded(), CollectedAnswer()
+    look.known.set()
+    app = resolver_app(Resolver(look, HoldLimits), forwarded)
+    told = [*_SCOPE_HEADERS, (f"x-imdsproxy-{name}".encode(), b"1")]
+    twice = told if name in ("network", "address") else [*told, told[-1]]
+    await app({**_SCOPE, "headers": twice}, Client().receive, answer.take)
+    assert answer.status == 400
+    assert not forwarded.requests
