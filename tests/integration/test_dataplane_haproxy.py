@@ -42,9 +42,14 @@ def test_the_worker_has_no_privileges_and_is_locked_in(world: World) -> None:
     assert int(status["CapEff"], 16) == 0
     assert int(status["CapPrm"], 16) == 0
     assert Path(f"/proc/{worker}/root").readlink() == world.daemon.runtime / "jail"
-    # Nothing in there but the sockets that it connects to.
-    for entry in (world.daemon.runtime / "jail").iterdir():
-        assert entry.is_socket(), entry
+    # Nothing in there but the sockets that it connects to, and its own path, which leads back to it.
+    jail = world.daemon.runtime / "jail"
+    for entry in jail.rglob("*"):
+        if entry.is_symlink():
+            assert (str(entry.readlink()), entry) == ("/", jail.joinpath(*jail.parts[1:]))
+        else:
+            assert entry.is_socket() or entry.is_dir(), entry
+            assert entry.is_socket() or entry.stat().st_mode & 0o022 == 0, entry
 
 
 def test_the_document_workers_have_no_privileges(world: World) -> None:

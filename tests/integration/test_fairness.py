@@ -10,6 +10,7 @@ from typing import Any, Final
 
 import pytest
 
+from imdsproxy.config.limits import LimitsSettings
 from support.guest import IPV4, IPV6, Guest, Lost, Reply
 from support.lab import until
 from support.world import World, open_world
@@ -17,7 +18,7 @@ from support.world import World, open_world
 pytestmark = pytest.mark.root
 
 _USER_DATA: Final = "/latest/user-data"
-_DEFAULT: Final = {"enabled": True, "requests_per_s": 100, "burst": 4000, "connections": 160}
+_DEFAULT: Final = LimitsSettings().model_dump()
 
 
 @pytest.fixture(scope="module")

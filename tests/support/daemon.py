@@ -22,6 +22,7 @@ from typing import Any, Final, cast
 import yaml
 
 from imdsproxy.cli.admin_client import AdminClient
+from imdsproxy.core.haproxy.limits import COUNTERS, SAID_COUNTERS
 from imdsproxy.core.haproxy.maps import MapState, parse_map
 from imdsproxy.dataplane.master import MasterClient
 from imdsproxy.errors import AdminUnavailable
@@ -132,6 +133,8 @@ class Daemon:
             "metrics": {"listen": None, "haproxy_listen": None},
             "host": {"name_prefix": self.lab.prefix},
             "log": {"format": "json"},
+            # A guest of these tests asks for more in a second than one that boots does in a day.
+            "limits": {"requests_per_s": 25_000, "burst": 1_000_000, "connections": 10_000},
         }
         for section, values in settings.items():
             base[section] = {**base.get(section, {}), **values}
@@ -220,14 +223,17 @@ class Daemon:
         return any(row["svname"] == "resolver" and row["status"] == "UP" for row in rows)
 
     def forget_floods(self) -> None:
-        """Have HAProxy's worker forget how often networks' unknown guests asked: it refuses more for a second."""
+        """Have HAProxy's worker forget who asked for how much: it refuses more for a while."""
         client = MasterClient(self.runtime / "master.sock")
+        fair = self.settings.get("limits", {}).get("enabled", True)
+        tables = ("resolver", *((COUNTERS, SAID_COUNTERS) if fair else ()))
 
         async def forget() -> str:
             worker = (await client.read_processes()).worker
-            return (
-                "no worker" if worker is None else await client.send(worker, "clear table resolver")
-            )
+            if worker is None:
+                return "no worker"
+            said = [await client.send(worker, f"clear table {table}") for table in tables]
+            return "".join(said)
 
         said = asyncio.run(forget())
         assert not said.strip(), said

@@ -109,9 +109,7 @@ class PolicyRecord(_Record):
     hop_limit: int | None = Field(
         default=None, description="Hops that the answer with a token goes, 1 to 64."
     )
-    requests_per_s: int | None = Field(
-        default=None, description="Requests a second, on average over a minute."
-    )
+    requests_per_s: int | None = Field(default=None, description="Requests a second, on average.")
     burst: int | None = Field(default=None, description="Requests in ten seconds.")
     connections: int | None = Field(default=None, description="Connections at once.")
 

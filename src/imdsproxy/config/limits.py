@@ -13,22 +13,21 @@ class LimitsSettings(Section):
     """Of each instance, over IPv4 and IPv6 together; beyond, 503 with Retry-After. `policy` says it for some."""
 
     enabled: bool = setting(
-        False,
-        "Count what each instance asks for, and refuse what is beyond. Off until its cost is known on real hosts; "
-        "without it limits in `policy` are of no account.",
+        True,
+        "Count what each instance asks for, and refuse what is beyond. Without it limits in `policy` do nothing.",
         Change.RELOAD,
     )
     requests_per_s: int = setting(
         100,
-        "Requests a second on average over a minute. Only answered ones count, so being refused lengthens nothing.",
+        "Requests a second on average. Only answered ones count, so being refused lengthens nothing.",
         Change.RELOAD,
         ge=1,
         le=MOST_REQUESTS_PER_S,
     )
     burst: int = setting(
         4000,
-        "Requests in ten seconds: a boot asks for much at once. cloud-init's whole crawl is 150; this is twenty of "
-        "them and some more.",
+        "Requests at once: a boot asks for much. cloud-init's whole crawl is 150; this is twenty and some. "
+        "Counted over the time that so many take at `requests_per_s`, 40 seconds as it is here.",
         Change.RELOAD,
         ge=1,
         le=MOST_BURST,

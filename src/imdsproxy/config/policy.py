@@ -71,13 +71,13 @@ class PolicyRulesSettings(Section):
     )
 
     requests_per_s: int | None = _rule(
-        "Requests a second that an instance may make, on average over a minute; `limits.requests_per_s` unless "
-        "something says otherwise.",
+        "Requests a second that an instance may make on average, over the time of `limits` (40 seconds). "
+        "Where this or `burst` is said, `limits.requests_per_s` and `limits.burst` are of no account.",
         ge=1,
         le=MOST_REQUESTS_PER_S,
     )
     burst: int | None = _rule(
-        "Requests of an instance in ten seconds; `limits.burst` unless something says otherwise.",
+        "Requests of an instance in ten seconds, beside `requests_per_s` or alone.",
         ge=1,
         le=MOST_BURST,
     )

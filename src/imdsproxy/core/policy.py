@@ -79,8 +79,8 @@ class PolicyRules:
         refuse_forwarded: Without a token, refuse what a web application was made to send: requests with headers of
             browsers and proxies, or for another host.
         hop_limit: IP TTL or hop limit of the answer that has the token, 1 to 64.
-        requests_per_s: How much the instance may ask for, on average over a minute.
-        burst: Requests in ten seconds.
+        requests_per_s: How much the instance may ask for on average, over as long as settings count.
+        burst: Requests in ten seconds. Where this or the one before is said, neither of the settings' counts.
         connections: At once, over all its addresses.
     """
 

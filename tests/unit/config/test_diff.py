@@ -126,7 +126,7 @@ OTHER: dict[str, object] = {
     "audit.mode": "all",
     "audit.sample": 7,
     "audit.destination": "/x.log",
-    "limits.enabled": True,
+    "limits.enabled": False,
     "limits.requests_per_s": 1,
     "limits.burst": 1,
     "limits.connections": 1,

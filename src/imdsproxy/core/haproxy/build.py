@@ -43,8 +43,10 @@ from imdsproxy.core.haproxy.limits import (
     count_connections,
     count_newcomers,
     fair_share,
+    has_said_share,
     limit_sections,
     local_peer,
+    said_share,
 )
 from imdsproxy.core.haproxy.model import Bind, DataplaneSpec, Section, Words
 from imdsproxy.core.haproxy.nova import (
@@ -207,7 +209,11 @@ def _guests(spec: DataplaneSpec) -> Section:
             *_look_up(spec),
             *fair_share(spec, by_connection=True),
             *note_asked(),
-            *(() if spec.nova else pass_at_once(spec.paths.token_keys)),
+            *(
+                ()
+                if spec.nova
+                else pass_at_once(spec.paths.token_keys, unless=has_said_share(spec))
+            ),
             *hear_tokens(spec.audit),
             *_answer(spec),
         ),
@@ -276,7 +282,11 @@ def _agents(spec: DataplaneSpec) -> Section:
             *_look_up(spec),
             *fair_share(spec, by_connection=False),
             *note_asked(),
-            *(() if spec.nova else pass_at_once(spec.paths.token_keys)),
+            *(
+                ()
+                if spec.nova
+                else pass_at_once(spec.paths.token_keys, unless=has_said_share(spec))
+            ),
             *hear_tokens(spec.audit),
             *_answer(spec),
         ),
@@ -300,7 +310,11 @@ def _found(spec: DataplaneSpec) -> Section:
             *fair_share(spec, by_connection=False, counted=False),
             ("http-request", "set-var(sess.found)", "bool(true)"),
             *note_asked(),
-            *(() if spec.nova else pass_at_once(spec.paths.token_keys)),
+            *(
+                ()
+                if spec.nova
+                else pass_at_once(spec.paths.token_keys, unless=has_said_share(spec))
+            ),
             *hear_tokens(spec.audit),
             *_answer(spec, found=True),
         ),
@@ -424,7 +438,7 @@ def _documents(spec: DataplaneSpec, *, guarded: bool = False) -> Section:
     return Section(
         ("backend", f"documents{GUARDED}" if guarded else "documents"),
         (
-            *(guard_rules(spec.paths.token_keys, audited=bool(spec.audit)) if guarded else ()),
+            *((*said_share(spec), *guard_rules(spec.paths.token_keys, audited=bool(spec.audit))) if guarded else ()),
             *(_ask_the_cache(spec) if spec.nova or guarded else ()),
             *_plain_request(),
             ("http-request", "set-header", HEADER_INSTANCE, "%[var(txn.record),field(1,|)]"),

@@ -121,7 +121,7 @@ def note_asked() -> tuple[Words, ...]:
     )  # fmt: skip
 
 
-def pass_at_once(key_map: str) -> tuple[Words, ...]:
+def pass_at_once(key_map: str, unless: Words = ()) -> tuple[Words, ...]:
     """What of it need not be looked at after all, for who answers out of the cache: there a backend costs a third.
 
     That is a token that was good on this connection, for the same record and under the same policy, but for its end
@@ -129,8 +129,9 @@ def pass_at_once(key_map: str) -> tuple[Words, ...]:
 
     Args:
         key_map: The file of `core.tokens.render_key_map`.
+        unless: A condition under which a guarded backend has something else to look at.
     """
-    plain = _none_of(_PUT, _PLAIN_ROUTE)
+    plain = (*_none_of(_PUT, _PLAIN_ROUTE), *((negated(unless),) if unless else ()))
     return (
         _set("claim", _CLAIM, ASKED, _GIVEN),
         _set("now", "date", ASKED, _GIVEN),

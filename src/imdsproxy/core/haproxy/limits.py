@@ -10,16 +10,22 @@ the connection's guest (the unix listener, what the resolver hands in) each requ
 
 from __future__ import annotations
 
+import math
 from typing import Final
 
 from imdsproxy.core.haproxy.model import DataplaneSpec, Section, Words
-from imdsproxy.core.haproxy.rules import HAS_POLICY, KNOWN, NOVA
+from imdsproxy.core.haproxy.rules import HAS_POLICY, KNOWN, NOVA, negated
 from imdsproxy.core.policy import POLICY_WORD
 from imdsproxy.core.wire import MAP_NOVA, RETRY_AFTER_S
 
 __all__ = [
     "COUNTERS",
     "COUNTERS_SOCKET",
+    "BURST_S",
+    "SAID_COUNTERS",
+    "counting_window_s",
+    "has_said_share",
+    "said_share",
     "count_connections",
     "count_newcomers",
     "fair_share",
@@ -29,6 +35,9 @@ __all__ = [
 
 COUNTERS: Final = "fairness"
 """The table's name, and that of the peers that carry it over a reload."""
+
+SAID_COUNTERS: Final = f"{COUNTERS}-said"
+"""The table of those whose policy has limits of their own: few, and counted in another way."""
 
 COUNTERS_SOCKET: Final = "fairness.sock"
 """In the jail: a worker that ends sends its counters to the next one there."""
@@ -41,6 +50,13 @@ _SURPLUS: Final = 32
 _RESERVED: Final = 8
 """One in so many of a bind's connections is for guests that are known."""
 
+_LONGEST_WINDOW_S: Final = 3600
+BURST_S: Final = 10
+"""Seconds in which a burst that a policy speaks of may come."""
+
+_SAID: Final = ("{", "var(txn.policy),field(5,:,2)", "-m", "len", "gt", "1", "}")
+"""The policy's word has a rate or a burst: then it is these, and not the settings', in the guarded backends."""
+
 _IS_NEWCOMER: Final = ("{", "var(sess.newcomer)", "-m", "found", "}")
 
 
@@ -50,16 +66,22 @@ def limit_sections(spec: DataplaneSpec) -> tuple[Section, ...]:
         return ()
     owner = () if spec.user is None else ("user", spec.user)
     socket = f"unix@{spec.paths.hops}/{COUNTERS_SOCKET}"
+    window_s = counting_window_s(spec.limits.requests_per_s, spec.limits.burst)
     return (
         # The worker connects to the path that is bound here, from inside its jail: there a link leads back.
         Section(("peers", COUNTERS), (("bind", socket, *owner, "mode", "600"), ("server", _PEER))),
-        Section(
-            ("backend", COUNTERS),
-            (
-                ("stick-table", "type", "string", "len", "72", "size", "100k", "expire", "2m",
-                 "store", "conn_cur,gpc0_rate(10s),gpc1_rate(60s)", "peers", COUNTERS),
-            ),
-        ),
+        _table(COUNTERS, window_s, f"conn_cur,gpc0_rate({window_s}s)"),
+        _table(SAID_COUNTERS, window_s, f"gpt0,gpc0_rate({window_s}s),gpc1_rate({BURST_S}s)"),
+    )
+
+
+def _table(name: str, window_s: int, counters: str) -> Section:
+    # A window reaches back by its own length.
+    kept = f"{2 * window_s + 60}s"
+    return Section(
+        ("backend", name),
+        (("stick-table", "type", "string", "len", "72", "size", "100k", "expire", kept,
+          "store", counters, "peers", COUNTERS),),
     )  # fmt: skip
 
 
@@ -72,23 +94,27 @@ def count_connections(spec: DataplaneSpec) -> tuple[Words, ...]:
     """For a frontend whose connections are one guest's each; `sess.key` is there."""
     if not spec.limits.fair:
         return ()
+    record = "var(sess.record)"
+    said = ("{", record, "-m", "beg", POLICY_WORD, "}")
+    known = ("{", record, "-m", "sub", "|", "}")
+    default = str(spec.limits.connections)
+    has_most = ("{", "var(sess.most)", "-m", "found", "}")
     return (
         _session("record", f"var(sess.key),map_str({spec.paths.overlay_map})"),
-        _session("record", f"var(sess.key),map_str({spec.paths.base_map})",
-                 "!{", "var(sess.record)", "-m", "found", "}"),
-        _session("said", "var(sess.record),field(1,|)", "{", "var(sess.record)", "-m", "beg", POLICY_WORD, "}"),
-        _session("record", "var(sess.record),field(2,|,0)", "{", "var(sess.said)", "-m", "found", "}"),
-        _session("who", "var(sess.record),field(1,|)", "{", "var(sess.record)", "-m", "sub", "|", "}"),
-        *((_session("who", "var(sess.record),field(3,|)", "{", "var(sess.record)", "-m", "beg", MAP_NOVA, "}"),)
+        _session("record", f"var(sess.key),map_str({spec.paths.base_map})", "!{", record, "-m", "found", "}"),
+        # The first that tracks counts; of the record's kinds the rarest come first.
+        *((_connection(f"{record},field(3,|)", "{", record, "-m", "beg", MAP_NOVA, "}"),
+           _connection(f"{record},field(4,|)", *said, "{", record, "-m", "sub", f"|{MAP_NOVA}", "}"))
           if spec.nova else ()),
-        _session("newcomer", "bool(true)", "!{", "var(sess.who)", "-m", "found", "}"),
-        _session("who", "str(/),concat(,sess.network)", *_IS_NEWCOMER),
-        ("tcp-request", "connection", "track-sc2", "var(sess.who)", *_TABLE),
-        _session("most", f"int({spec.limits.connections})"),
-        _session("most", "var(sess.said),field(7,:),add(0)", "{", "var(sess.said),field(7,:)", "-m", "found", "}"),
+        _connection(f"{record},field(2,|)", *said),
+        _connection(f"{record},field(1,|)", *known),
+        _session("newcomer", "bool(true)", *negated(known)),
+        _connection("str(/),concat(,sess.network)", *_IS_NEWCOMER),
+        _session("most", f"{record},field(1,|),field(7,:),add(0)", *said),
         _session("most", f"int({_of_newcomers(spec)})", *_IS_NEWCOMER),
+        _session("beyond", f"sc2_conn_cur,sub({default})", "{", "sc2_conn_cur", "gt", default, "}", *negated(has_most)),
         _session("beyond", "sc2_conn_cur,sub(sess.most)",
-                 "{", "sc2_conn_cur,sub(sess.most)", "-m", "int", "gt", "0", "}"),
+                 *has_most, "{", "sc2_conn_cur,sub(sess.most)", "-m", "int", "gt", "0", "}"),
         ("tcp-request", "connection", "reject", "if", "{", "var(sess.beyond)", "-m", "int", "gt", str(_SURPLUS), "}"),
     )  # fmt: skip
 
@@ -127,19 +153,49 @@ def fair_share(
     limits = spec.limits
     if not limits.fair:
         return ()
+    most = min(
+        limits.burst,
+        limits.requests_per_s * counting_window_s(limits.requests_per_s, limits.burst),
+    )
     return (
         *_track(spec, *(_IS_NEWCOMER if by_connection else ())),
-        _limit("said_rate", "field(5,:),mul(60)"),
-        _limit("said_burst", "field(6,:),add(0)"),
-        *(() if by_connection or not counted else (_limit("said_most", "field(7,:),add(0)"),)),
         *((_refuse("{", "var(sess.beyond)", "-m", "found", "}"),) if by_connection else ()),
-        *(_too_many("sc2_conn_cur", "said_most", limits.connections + 1, spared=1)
-          if counted and not by_connection else ()),
-        *_too_many("sc2_gpc0_rate", "said_burst", limits.burst),
-        *_too_many("sc2_gpc1_rate", "said_rate", limits.requests_per_s * 60),
+        *(_too_many_open(limits.connections) if counted and not by_connection else ()),
+        # The number first: it is all that most requests are asked. A newcomer's are those of a whole network.
+        _refuse("{", "sc2_gpc0_rate", "ge", str(most), "}", *KNOWN, *negated(_SAID)),
         ("http-request", "sc-inc-gpc0(2)"),
-        ("http-request", "sc-inc-gpc1(2)"),
-    )  # fmt: skip
+    )
+
+
+def said_share(spec: DataplaneSpec) -> tuple[Words, ...]:
+    """The same where the policy's word has limits: for guarded backends, where all of these are sent."""
+    limits = spec.limits
+    if not limits.fair:
+        return ()
+    window_s = counting_window_s(limits.requests_per_s, limits.burst)
+    return (
+        # The resolver's counter, which is not used here.
+        *_track(spec, *_SAID, counter=0, table=SAID_COUNTERS),
+        _limit("said_rate", f"field(5,:),mul({window_s})"),
+        _limit("said_burst", "field(6,:),add(0)"),
+        *_too_many("sc0_gpc0_rate", "said_rate"),
+        *_too_many("sc0_gpc1_rate", "said_burst"),
+        ("http-request", "sc-inc-gpc0(0)"),
+        ("http-request", "sc-inc-gpc1(0)"),
+    )
+
+
+def has_said_share(spec: DataplaneSpec) -> Words:
+    """The condition that `said_share` has something to say; empty where there are no limits."""
+    return _SAID if spec.limits.fair else ()
+
+
+def counting_window_s(requests_per_s: int, burst: int) -> int:
+    """Seconds over which requests are counted: as long as a burst takes at the usual rate.
+
+    So one counter keeps both: in such a time come no more than a burst, and on average no more than the rate.
+    """
+    return min(_LONGEST_WINDOW_S, math.ceil(burst / requests_per_s))
 
 
 def _of_newcomers(spec: DataplaneSpec) -> int:
@@ -147,33 +203,18 @@ def _of_newcomers(spec: DataplaneSpec) -> int:
     return max(1, most - most // _RESERVED)
 
 
-def _track(spec: DataplaneSpec, *conditions: str) -> tuple[Words, ...]:
+def _track(
+    spec: DataplaneSpec, *conditions: str, counter: int = 2, table: str = COUNTERS
+) -> tuple[Words, ...]:
     # Of a stream the first that tracks counts, before its session's.
-    rules = (
-        (
-            "http-request",
-            "track-sc2",
-            "var(txn.record),field(1,|)",
-            *_TABLE,
-            "if",
-            *conditions,
-            *KNOWN,
-        ),
-    )
-    if not spec.nova:
-        return rules
-    return (
-        (
-            "http-request",
-            "track-sc2",
-            "var(txn.record),field(3,|)",
-            *_TABLE,
-            "if",
-            *conditions,
-            *NOVA,
-        ),
-        *rules,
-    )
+    track = f"track-sc{counter}"
+    known: Words = (
+        "http-request", track, "var(txn.record),field(1,|)", "table", table, "if", *conditions, *KNOWN
+    )  # fmt: skip
+    nova: Words = (
+        "http-request", track, "var(txn.record),field(3,|)", "table", table, "if", *conditions, *NOVA
+    )  # fmt: skip
+    return (nova, known) if spec.nova else (known,)
 
 
 def _limit(name: str, expression: str) -> Words:
@@ -187,13 +228,20 @@ def _limit(name: str, expression: str) -> Words:
     )
 
 
-def _too_many(counter: str, said: str, default: int, *, spared: int = 0) -> tuple[Words, ...]:
-    """By the policy's word, or where it says nothing by the file's; a newcomer's are those of a whole network."""
-    has = ("var(txn." + said + ")", "-m", "found", "}")
+def _too_many(counter: str, said: str) -> tuple[Words, ...]:
+    """By the policy's word; noted is when one was refused, for whoever looks (`core.limited`)."""
+    over = ("{", f"var(txn.{said})", "-m", "found", "}",
+            "{", f"{counter},sub(txn.{said})", "-m", "int", "ge", "0", "}")  # fmt: skip
+    return (("http-request", "sc-set-gpt0(0)", "date", "if", *over), _refuse(*over))
+
+
+def _too_many_open(default: int) -> tuple[Words, ...]:
+    """By the policy's word, or where it says nothing by the file's; the request itself is open too."""
+    has = ("{", "var(txn.said_most)", "-m", "found", "}")
     return (
-        _refuse("{", *has, "{", f"{counter},sub(txn.{said})", "-m", "int", "ge", str(spared), "}"),
-        # The number first: it is all that most requests are asked.
-        _refuse("{", counter, "ge", str(default), "}", "!{", *has, *KNOWN),
+        _limit("said_most", "field(7,:),add(0)"),
+        _refuse(*has, "{", "sc2_conn_cur,sub(txn.said_most)", "-m", "int", "gt", "0", "}"),
+        _refuse("{", "sc2_conn_cur", "gt", str(default), "}", *negated(has), *KNOWN),
     )
 
 
@@ -210,6 +258,10 @@ def _refuse(*conditions: str) -> Words:
         "if",
         *conditions,
     )
+
+
+def _connection(key: str, *conditions: str) -> Words:
+    return ("tcp-request", "connection", "track-sc2", key, *_TABLE, "if", *conditions)
 
 
 def _session(variable: str, expression: str, *conditions: str) -> Words:

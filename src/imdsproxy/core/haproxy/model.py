@@ -93,8 +93,8 @@ class Limits:
         misses_per_second: Unknown addresses per network and second that may reach Python.
         hard_stop_after_s: How long an old worker may go on serving open connections.
         fair: Count what each instance asks for; without, the next three are of no account.
-        requests_per_s: Of one instance, on average over a minute; this and the next two where no policy says otherwise.
-        burst: Requests of one instance in ten seconds.
+        requests_per_s: Of one instance, on average; this and the next two where no policy says otherwise.
+        burst: Requests of one instance at once.
         connections: Of one instance at once; behind the unix listener, requests.
     """
 

@@ -18,6 +18,7 @@ from dataclasses import replace
 from typing import Final
 
 from imdsproxy.core.haproxy.guard import ASKED, GUARDED, guard_rules
+from imdsproxy.core.haproxy.limits import said_share
 from imdsproxy.core.haproxy.model import (
     DataplaneSpec,
     NovaBackend,
@@ -158,7 +159,11 @@ def _backend(
     return Section(
         ("backend", f"{_once(backend) if once else _name(backend)}{GUARDED if guarded else ''}"),
         (
-            *(guard_rules(spec.paths.token_keys, audited=bool(spec.audit)) if guarded else ()),
+            *(
+                (*said_share(spec), *guard_rules(spec.paths.token_keys, audited=bool(spec.audit)))
+                if guarded
+                else ()
+            ),
             *_contents(backend.tls),
             *_plain_request(once=once),
             ("http-request", "set-header", "host", backend.host),
