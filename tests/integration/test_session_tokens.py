@@ -307,36 +307,47 @@ def test_an_endpoint_that_is_off_is_403_for_everything(world: World) -> None:
 
 
 _FORWARDED: Final = (
-    ("Forwarded: for=1.2.3.4",),
-    ("Via: 1.1 proxy",),
-    ("X-Forwarded-For: 1.2.3.4",),
-    ("X-Forwarded-Host: x",),
-    ("Origin: http://x",),
-    ("Referer: http://x/",),
-    ("Sec-Fetch-Site: cross-site",),
-    ("sec-fetch-mode: cors",),
+    "Forwarded: for=1.2.3.4",
+    "Via: 1.1 proxy",
+    "X-Forwarded-For: 1.2.3.4",
+    "x-forwarded-for:",
+    "X-Forwarded-Host: x",
+    "X-FORWARDED: x",
+    "X-Forwarded-For-Ip4: x",
+    "Origin: http://x",
+    "Origin: null",
+    "Referer:",
+    "SEC-Fetch-Site: cross-site",
+    "sec-fetch-mode: cors",
 )
 
 
-@pytest.mark.parametrize("headers", _FORWARDED)
-def test_what_a_guest_was_made_to_ask_is_refused_without_a_token(
-    world: World, headers: tuple[str, ...]
-) -> None:
+def test_what_a_guest_was_made_to_ask_is_refused_without_a_token(world: World) -> None:
     _say(world, {"host": {"refuse_forwarded": True}})
-    reply = world.red.ask(_USER_DATA, headers=headers)
-    assert (reply.status, reply.body) == (403, b"")
     token = _token(world.red)
-    assert own(world.red, world.red.ask(_USER_DATA, headers=(*headers, *_with(token)))) is None
+    for line in _FORWARDED:
+        reply = world.red.ask(_USER_DATA, headers=(line,))
+        assert (reply.status, reply.body) == (403, b""), line
+        reply = world.red.ask(_USER_DATA, headers=(line, *_with(token)))
+        assert own(world.red, reply) is None, line
+        reply = _ask_token(world.red, headers=(line,))
+        assert (reply.status, reply.body) == (403, b""), line
+    for line in ("X-For: x", "Viable: x", "Accept: Via: x"):
+        assert world.red.ask(_USER_DATA, headers=(line,)).status == 200, line
 
 
 def test_another_host_is_refused_and_its_own_names_are_not(world: World) -> None:
     _say(world, {"host": {"refuse_forwarded": True}})
     for host in ("evil.example", "169.254.169.254.nip.io", "127.0.0.1", "169.254.169.254:81"):
         assert world.red.ask(_USER_DATA, host=host).status == 403, host
+        # A name that somebody has lead here makes a page of his one of ours: it may send what it likes.
+        lines = ("X-aws-ec2-metadata-token-ttl-seconds: 60",)
+        assert world.red.ask(_TOKEN, method="PUT", headers=lines, host=host).status == 403, host
     for host in (
         "169.254.169.254",
         "169.254.169.254:80",
         "[fe80::a9fe:a9fe]",
+        "[FE80::A9FE:A9FE]",
         "[fe80::a9fe:a9fe%25eth0]:80",
     ):
         assert world.red.ask(_USER_DATA, host=host).status == 200, host
@@ -362,6 +373,7 @@ def test_a_guest_that_haproxy_does_not_know_yet_is_held_to_the_same(world: World
     assert newcomer().ask(_META).status == 200
     assert newcomer().ask(_META, headers=("Via: 1.1 x",)).status == 403
     assert _ask_token(newcomer(), headers=("X-Forwarded-For: 1.2.3.4",)).status == 403
+    assert _ask_token(newcomer(), headers=("Via: 1.1 x",)).status == 403
     guest = newcomer()
     token = _token(guest)
     assert own(guest, guest.ask(_USER_DATA, headers=_with(token))) is None

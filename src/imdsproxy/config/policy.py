@@ -59,8 +59,8 @@ class PolicyRulesSettings(Section):
         "and is needed once."
     )
     refuse_forwarded: bool | None = _rule(
-        "Refuse with 403 what a web application was tricked into asking (SSRF): requests without a token that have "
-        "headers of proxies or browsers, or are for another host."
+        "Refuse with 403 what a web application was tricked into asking (SSRF): requests without a token, the one for "
+        "a token too, that have headers of proxies or browsers, or are for another host."
     )
     hop_limit: int | None = _rule(
         "How many hops the answer that holds a token goes (IP TTL, hop limit): at 1 it reaches no container behind "

@@ -89,6 +89,7 @@ def test_refusals_are_marked_only_where_lines_are_written() -> None:
         "str(endpoint)",
         "str(path)",
         "str(token)",
+        "str(forwarded)",
         "str(token-request)",
         "str(no-key)",
         "str(token-required)",

@@ -49,13 +49,13 @@ TOKEN_PATH: Final = "/latest/api/token"  # noqa: S105 - where tokens are, not on
 """AWS, "Use the Instance Metadata Service to access instance metadata"."""
 
 _FORWARDED: Final = (
-    r"(?im)^(?:forwarded|via|origin|referer|sec-fetch-[a-z-]+|x-forwarded-(?!for:)[a-z-]+)[ \t]*:"
+    r"(?im)^(?:forwarded|via|origin|referer|sec-fetch-[^:]*|x-forwarded(?!-for:)[^:]*):"
 )
 """What a guest's own programs do not send: somebody had a browser or a proxy of its ask."""
 
 _FORWARDED_FOR: Final = ("{", "req.fhdr_cnt(x-forwarded-for)", "gt", "0", "}")
 _FOREIGN_HOST: Final = (
-    "!{", "req.fhdr(host)", "-m", "reg", r"^(?:169\.254\.169\.254|\[fe80::a9fe:a9fe(?:%[^\]]*)?\])?(?::80)?$", "}"
+    "!{", "req.fhdr(host)", "-m", "reg", r"(?i)^(?:169\.254\.169\.254|\[fe80::a9fe:a9fe(?:%[^\]]*)?\])?(?::80)?$", "}"
 )  # fmt: skip
 
 _UNDONE: Final = r'path,url_dec,regsub("/(?:\.?/)*(?:\.$)?",/,g),regsub("^/ec2(?=/|$)","")'
@@ -170,6 +170,9 @@ def _give(key_map: str) -> tuple[Words, ...]:
     latest = ("{", "var(txn.path)", "-m", "str", TOKEN_PATH, f"{TOKEN_PATH}/", "}")
     return (
         _set("route", "bool(true)", ("{", "var(txn.path)", "-m", "end", "/api/token", "/api/token/", "}")),
+        # A page that has its own name lead here (DNS rebinding) may send any header and any method.
+        marked("forwarded"),
+        *_refuse_forwarded(TOKEN_ROUTE, _NO_GOOD_TOKEN),
         marked("token-request"),
         _answer(404, TOKEN_ROUTE, _letter(2, "-")),
         # Under a dated version there is none (AWS).
@@ -265,6 +268,11 @@ _SIGNS: Final = (
 """Each says that somebody had the guest ask."""
 
 
+def _refuse_forwarded(*conditions: Words) -> tuple[Words, ...]:
+    signs = ((_IS_FORWARDED,), *_SIGNS)
+    return tuple(_answer(403, *conditions, _letter(6, "g"), *sign) for sign in signs)
+
+
 def _path() -> tuple[Words, ...]:
     odd = ("{", "var(txn.odd)", "-m", "found", "}")
     return (
@@ -335,8 +343,7 @@ def _require() -> tuple[Words, ...]:
         ),
         _answer(401, _UNMET),
         marked("forwarded"),
-        *(_answer(403, *refused, _letter(6, "g"), *sign)
-          for sign in ((_IS_FORWARDED,), *_SIGNS)),
+        *_refuse_forwarded(*refused),
         marked("sealed"),
         _answer(403, _BOOTED, _letter(7, "s"), _USER_DATA),
     )  # fmt: skip
