@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final, cast
 
 from support.packages import Packages, download_dependencies
 from support.systemd_daemon import UnitDaemon
@@ -66,3 +67,7 @@ class PackagedDaemon(UnitDaemon):
     def command(self, *arguments: str) -> str:
         """Run the package's command line, which must succeed."""
         return self.machine.run("/usr/bin/imdsproxy", *arguments)
+
+    def status(self) -> Mapping[str, Any]:
+        """What the package's `imdsproxy status --json` says."""
+        return cast("Mapping[str, Any]", json.loads(self.command("status", "--json")))
