@@ -43,13 +43,14 @@ class Verdict:
 
 def observe(
     guests: Sequence[Guest],
+    dialects: Sequence[Dialect],
     *,
     directory: Path,
     unpacked: Path,
     at_once: int,
     done: Callable[[], None],
 ) -> list[Verdict]:
-    """Has every guest read and boot by every dialect; `done` is called after each of them."""
+    """Has every guest read and boot by each of the dialects; `done` is called after each of them."""
 
     def look(guest: Guest, dialect: Dialect) -> Verdict:
         readings = {
@@ -64,7 +65,7 @@ def observe(
     pool = ThreadPoolExecutor(at_once)
     try:
         futures: list[Future[Verdict]] = [
-            pool.submit(look, guest, dialect) for guest in guests for dialect in Dialect
+            pool.submit(look, guest, dialect) for guest in guests for dialect in dialects
         ]
         return [future.result() for future in futures]
     finally:

@@ -30,7 +30,7 @@ def test_once_fails_when_a_guest_sees_anything_but_its_own(directory: Path) -> N
     before = HostView.now(directory)
     last = guests("any word")[-1]
     shutil.rmtree(directory, ignore_errors=True)
-    demonstration = start(directory, "--once")
+    demonstration = start(directory, "--once", "--dialect", "ec2")
     program = str(Path(sys.executable).parent / "imdsproxy")
     cli = [program, "--config", f"{directory}/imdsproxy.yaml"]
     change = [*cli, "instance", "set", last.uuid, "--hostname", "somebody-else.test"]
@@ -60,7 +60,7 @@ def test_after_kills_half_way_a_rerun_shows_everything_and_leaves_nothing_behind
     killed_at(directory, "imdsdemo-blue-b")
     second = killed_at(directory, "roots/red-b.ec2")
 
-    rerun = start(directory, "--once")
+    rerun = start(directory, "--once", "--dialect", "openstack")
     output, _ = rerun.process.communicate(timeout=UP_S)
 
     assert rerun.process.returncode == 0, output
