@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import pwd
+import stat
 import subprocess
 from collections.abc import Iterator
 from ipaddress import IPv4Address, IPv6Address
@@ -28,6 +30,17 @@ _METADATA: Final = {
 }
 _LOOPBACK: Final = "127.0.0.1"
 
+_FOR_ANYBODY: Final = {
+    *(
+        "run/haproxy.pid",
+        "run/documents.pid",
+        "run/empty.map",
+        "run/silence.http",
+        "run/unavailable.http",
+    ),
+}
+"""Nothing in there is anybody's."""
+
 # Statistics and health of metadata_path's HAProxy and of others', our own admin API, metrics and health.
 _SHOWN_BY_OTHERS: Final = (
     "/admin/stats",
@@ -50,8 +63,14 @@ _SHOWN_BY_OTHERS: Final = (
 @pytest.fixture(scope="module")
 def world() -> Iterator[World]:
     metrics = {"listen": f"{_LOOPBACK}:19321", "haproxy_listen": f"{_LOOPBACK}:19322"}
-    with open_world({"metrics": metrics, "resolver": {"hold_s": 0.5}}) as made:
-        yield made
+    # The umask under which the proxies of Neutron's predecessor wrote, as root.
+    before = os.umask(0)
+    try:
+        with open_world({"metrics": metrics, "resolver": {"hold_s": 0.5}}) as made:
+            os.umask(before)
+            yield made
+    finally:
+        os.umask(before)
 
 
 def _address(text: str) -> str:
@@ -124,6 +143,24 @@ def test_macs_are_compared_in_a_time_that_says_nothing(world: World) -> None:
     refused = [line for line in text.splitlines() if "secure_memcmp(txn.mac)" in line]
     assert refused
     assert all(line.strip().startswith("http-request return status 401") for line in refused)
+
+
+def test_nobody_else_may_write_or_read_what_it_writes_though_its_umask_is_0(world: World) -> None:
+    """Any user of the host could rewrite what was then loaded as root."""
+    world.all_right()
+    found = [
+        one for place in (world.daemon.runtime, world.daemon.state) for one in place.rglob("*")
+    ]
+    modes = {
+        str(one.relative_to(world.daemon.directory)): one.lstat().st_mode
+        for one in found
+        if not one.is_symlink()
+    }
+    assert not {name for name, mode in modes.items() if mode & stat.S_IWOTH}
+    readable = {name for name, mode in modes.items() if stat.S_ISREG(mode) and mode & stat.S_IROTH}
+    assert readable <= _FOR_ANYBODY
+    writable = {name for name, mode in modes.items() if stat.S_ISREG(mode) and mode & stat.S_IWGRP}
+    assert not writable
 
 
 def test_the_memory_that_holds_keys_and_documents_is_roots_alone(world: World) -> None:

@@ -19,6 +19,8 @@ from typing import Final, Protocol
 
 import structlog
 
+from imdsproxy.host.files import open_log
+
 __all__ = ["Audit", "FileSink", "JournalSink", "left_out_line", "tell_left_out"]
 
 JOURNAL: Final = "journal"
@@ -88,15 +90,7 @@ class FileSink:
                 if os.path.samestat(self.path.stat(), os.fstat(self._descriptor)):
                     return
             self.close()
-        flags = os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
-        try:
-            self._descriptor = os.open(self.path, flags | os.O_CREAT | os.O_EXCL, 0o640)
-        except FileExistsError:
-            # Whoever made it, logrotate perhaps, has said its mode.
-            self._descriptor = os.open(self.path, flags)
-        else:
-            # Whatever the umask is.
-            os.fchmod(self._descriptor, 0o640)
+        self._descriptor = open_log(self.path)
 
 
 @dataclass(slots=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ import structlog
 
 from imdsproxy.dataplane.launch import wait_gone
 from imdsproxy.errors import DataplaneError, HostRefused, Problem
+from imdsproxy.host.files import open_log
 from imdsproxy.host.process import ProcessHandle, spawn_detached
 from imdsproxy.serving.pidfile import stop_documents
 
@@ -126,7 +128,7 @@ class SpawnCompanion:
     async def start(self) -> None:
         """See `CompanionLauncher.start`."""
         offset = self.log.stat().st_size if self.log.exists() else 0
-        with self.log.open("ab") as sink:
+        with os.fdopen(open_log(self.log), "ab") as sink:
             child = spawn_detached(
                 self.arguments,
                 stdout=sink.fileno(),

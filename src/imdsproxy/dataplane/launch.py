@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import shutil
 import signal
 import subprocess
@@ -15,7 +16,7 @@ from imdsproxy.core.haproxy.runtime import Processes, Version, parse_features, p
 from imdsproxy.dataplane.layout import Layout
 from imdsproxy.dataplane.master import MasterClient
 from imdsproxy.errors import ConfigRejected, HaproxyMissing, RuntimeUnavailable
-from imdsproxy.host.files import write_atomic
+from imdsproxy.host.files import open_log, write_atomic
 from imdsproxy.host.process import ProcessHandle, open_process, spawn_detached
 
 __all__ = [
@@ -177,7 +178,7 @@ class SpawnLauncher:
         """See `Launcher.start`."""
         log = self.layout.haproxy_log
         offset = log.stat().st_size if log.exists() else 0
-        with log.open("ab") as sink:
+        with os.fdopen(open_log(log), "ab") as sink:
             child = spawn_detached(
                 self.arguments(), stdout=sink.fileno(), stderr=sink.fileno(), environment={}
             )

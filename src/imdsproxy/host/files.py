@@ -19,6 +19,7 @@ __all__ = [
     "MAX_SECRET_BYTES",
     "ensure_directory",
     "hold_directory",
+    "open_log",
     "read_secret",
     "sweep_unfinished",
     "sync_directory",
@@ -157,6 +158,22 @@ def _have_owner_and_mode(descriptor: int, mode: int, owner: tuple[int, int] | No
         os.fchown(descriptor, *owner)
     if stat.S_IMODE(os.fstat(descriptor).st_mode) != mode:
         os.fchmod(descriptor, mode)
+
+
+def open_log(path: Path) -> int:
+    """Have a file to write at the end of, 0640 whatever the umask is where it has to be made.
+
+    Raises:
+        OSError: As of `open`, also where a symbolic link is in its place.
+    """
+    flags = os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
+    try:
+        descriptor = os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o640)
+    except FileExistsError:
+        # Whoever made it, logrotate perhaps, has said its mode.
+        return os.open(path, flags)
+    os.fchmod(descriptor, 0o640)
+    return descriptor
 
 
 @contextlib.contextmanager
