@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import socket
-import subprocess
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -14,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from imdsproxy.core.haproxy.model import Bind, DataplaneSpec, Paths
-from imdsproxy.core.haproxy.render import render_config
+from imdsproxy.core.haproxy.model import Bind, DataplaneSpec
 from imdsproxy.core.model import NetworkId
+from support.haproxy_alone import paths_below, run_haproxy
 
 pytestmark = pytest.mark.root
 
@@ -30,38 +29,15 @@ def _free_port() -> int:
 def _haproxy(directory: Path, networks: int) -> Iterator[str]:
     """HAProxy with that many networks on loopback addresses; where its figures are."""
     directory.mkdir()
-    for name in ("base.map", "overlay.map", "token-keys.map", "503.http"):
-        (directory / name).write_text("HTTP/1.1 503 No\r\n\r\n" if name.endswith("http") else "")
-    paths = Paths(
-        base_map=str(directory / "base.map"),
-        overlay_map=str(directory / "overlay.map"),
-        unavailable=str(directory / "503.http"),
-        probe=str(directory / "p.sock"),
-        jail=None,
-        documents=(str(directory / "d.sock"),),
-        resolver=str(directory / "r.sock"),
-        token_keys=str(directory / "token-keys.map"),
-        found=str(directory / "s.sock"),
-        silence=str(directory / "none.http"),
-        hops=str(directory),
-        hops_inside=str(directory),
-        audit=str(directory / "audit.sock"),
-        audit_last=str(directory / "audit-last.sock"),
-    )
     guests = _free_port()
     binds = tuple(
         Bind(NetworkId(f"net-{number}"), IPv4Address("127.9.0.1") + number, guests)
         for number in range(networks)
     )
     listen = f"127.0.0.1:{_free_port()}"
-    config = directory / "h.cfg"
-    config.write_text(render_config(DataplaneSpec(binds, paths, exporter=listen)))
-    process = subprocess.Popen(["haproxy", "-f", str(config)], stderr=subprocess.DEVNULL)  # noqa: S607 - Debian's
-    try:
+    spec = DataplaneSpec(binds, paths_below(directory), exporter=listen)
+    with run_haproxy(spec, directory):
         yield f"http://{listen}/metrics"
-    finally:
-        process.terminate()
-        process.wait(timeout=10)
 
 
 def _series(url: str) -> list[str]:

@@ -133,6 +133,11 @@ class Layout:
         return self.runtime / "token-keys.map"
 
     @property
+    def short_map(self) -> Path:
+        """An empty file: a worker begins without the short documents that it keeps by itself."""
+        return self.runtime / "short.map"
+
+    @property
     def silence(self) -> Path:
         """An empty file: what HAProxy answers itself when an endpoint behind a hop gives no answer."""
         return self.runtime / "silence.http"
@@ -196,6 +201,7 @@ class Layout:
             documents=tuple(inside(path) for path in self.documents_sockets),
             resolver=inside(self.resolver_socket),
             token_keys=str(self.token_keys_map),
+            short=str(self.short_map),
             found=str(self.found_socket),
             silence=str(self.silence),
             audit=inside(self.audit_socket),

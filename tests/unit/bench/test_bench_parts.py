@@ -60,7 +60,21 @@ def test_the_baseline_takes_its_limits_from_a_configuration_of_ours() -> None:
     spec = DataplaneSpec(
         binds=(Bind(NetworkId("n"), METADATA_IPV4, 80),),
         paths=Paths(
-            "/b", "/o", "/t", "/u", "/p", None, ("/d",), "/r", "/s", "/none", "/h", "/h", "/a", "/l"
+            "/b",
+            "/o",
+            "/t",
+            "/short",
+            "/u",
+            "/p",
+            None,
+            ("/d",),
+            "/r",
+            "/s",
+            "/none",
+            "/h",
+            "/h",
+            "/a",
+            "/l",
         ),
         limits=OurLimits(nbthread=3, maxconn=5000, maxconn_per_network=77),
         exporter="127.0.0.1:9466",

@@ -47,6 +47,7 @@ _PATHS = Paths(
     documents=("/documents-0.sock", "/documents-1.sock"),
     resolver="/resolver.sock",
     token_keys="/run/imdsproxy/token-keys.map",
+    short="/run/imdsproxy/short.map",
     found="/run/imdsproxy/found.sock",
     silence="/run/imdsproxy/silence.http",
     hops="/run/imdsproxy/jail",

@@ -49,12 +49,20 @@ def test_the_instance_is_the_records(first: str, third: str, instance: str | Non
         ("nova.default.once 192.0.2.1:8775", AnsweredBy.NOVA),
         ("resolver resolver", AnsweredBy.RESOLVER),
         ("conflict <NOSRV>", AnsweredBy.CONFLICT),
-        ("guests <NOSRV>", AnsweredBy.HAPROXY),
+        ("guests <NOSRV>", AnsweredBy.CACHE),
+        ("agents <NOSRV>", AnsweredBy.CACHE),
+        ("documents.guarded <NOSRV>", AnsweredBy.DOCUMENTS),
     ],
 )
 def test_who_answered_is_told(served: str, by: AnsweredBy) -> None:
     (found,) = parse_events(LINE.replace("documents documents-0", served))
     assert found.answered_by is by
+
+
+def test_a_frontend_that_refuses_answers_by_itself() -> None:
+    refused = LINE.replace("documents documents-0", "guests <NOSRV>").replace("200 3", "400 3")
+    (found,) = parse_events(refused)
+    assert found.answered_by is AnsweredBy.HAPROXY
 
 
 def test_a_request_that_was_none_is_told_without_a_method() -> None:

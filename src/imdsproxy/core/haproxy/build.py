@@ -69,6 +69,7 @@ from imdsproxy.core.haproxy.rules import (
     retry_later,
     tell_to_continue,
 )
+from imdsproxy.core.haproxy.short import answer_plain, answer_short, keep_short
 from imdsproxy.core.haproxy.unix_listener import agent_rules, share_rules, unix_bind
 from imdsproxy.core.haproxy.watching import watch_ring, watch_rules
 from imdsproxy.core.model import IpAddress
@@ -208,6 +209,7 @@ def _guests(spec: DataplaneSpec) -> Section:
             *_told(spec),
             *_look_up(spec),
             *fair_share(spec, by_connection=True),
+            *answer_plain(spec, unless=has_said_share(spec)),
             *note_asked(),
             *(
                 ()
@@ -281,6 +283,7 @@ def _agents(spec: DataplaneSpec) -> Section:
             *_marks(spec, (passed(),)),
             *_look_up(spec),
             *fair_share(spec, by_connection=False),
+            *answer_plain(spec, unless=has_said_share(spec)),
             *note_asked(),
             *(
                 ()
@@ -327,6 +330,7 @@ def _answer(spec: DataplaneSpec, *, found: bool = False) -> tuple[Words, ...]:
         *(counting_rules(unless=ASKED) if spec.count_reads else ()),
         # In front of Nova most requests have nothing to do with the cache, and its filter would cost each of them
         # a tenth. Elsewhere all have, and a hit that first chose a backend takes a third more instructions.
+        *(() if spec.nova or found else answer_short(spec, unless=ASKED)),
         *(() if spec.nova else _ask_the_cache(spec, unless=ASKED)),
         *(_choose_nova(spec, found=found) if spec.nova else ()),
         ("use_backend", f"documents{GUARDED}", "if", *ASKED, *KNOWN),
@@ -400,7 +404,7 @@ def _cached(spec: DataplaneSpec, *rules: Words) -> tuple[Words, ...]:
 
 
 def _ask_the_cache(spec: DataplaneSpec, unless: Words = ()) -> tuple[Words, ...]:
-    """Look a document up, and hide how HAProxy keeps it.
+    """Look a document up.
 
     The cache's key is the Host and the URI, so the record makes the Host. Of a URI in absolute form it is the URI
     alone: a guest's `GET http://anything/…` would share entries between instances, so there the record goes into
@@ -420,15 +424,14 @@ def _ask_the_cache(spec: DataplaneSpec, unless: Words = ()) -> tuple[Words, ...]
             ("http-request", "set-uri", "/%[var(txn.record)]%[path]", "if", *_ODD, *passing),
             ("http-request", "cache-use", "documents", "if", *passing, *KNOWN),
         ),
-        *_hide_lifetime(),
     )  # fmt: skip
 
 
 def _hide_lifetime() -> tuple[Words, ...]:
-    # It is between the document server and the cache; a guest must not keep documents.
+    # It is between the document server and the cache; a guest must not keep documents. What rules return has none.
     return (
-        ("http-after-response", "del-header", "cache-control"),
-        ("http-after-response", "del-header", "age"),
+        ("http-response", "del-header", "cache-control"),
+        ("http-response", "del-header", "age"),
     )
 
 
@@ -444,7 +447,9 @@ def _documents(spec: DataplaneSpec, *, guarded: bool = False) -> Section:
             ("http-request", "set-header", HEADER_INSTANCE, "%[var(txn.record),field(1,|)]"),
             ("http-request", "set-header", HEADER_REVISION, "%[var(txn.record),field(2,|)]"),
             ("http-request", "disable-l7-retry", "if", "!{", "method", "GET", "HEAD", "}"),
+            *keep_short(spec),
             *_cached(spec, ("http-response", "cache-store", "documents")),
+            *_hide_lifetime(),
             # A worker that hangs is given up on before its check says so; the other one answers.
             ("timeout", "server", "2s"),
             ("retries", "3"),

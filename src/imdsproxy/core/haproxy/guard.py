@@ -33,6 +33,7 @@ from imdsproxy.core.wire import HEADER_FORWARDED
 __all__ = [
     "ASKED",
     "GUARDED",
+    "TOKENS_OFF",
     "TOKEN_PATH",
     "guard_rules",
     "hear_forwarded",
@@ -70,6 +71,9 @@ _SAID_LENGTH: Final = 19
 _CLAIM: Final = f"{_THE_TOKEN},concat(|,sess.network),concat(|,txn.policy),concat(|,txn.record)"
 """All that a token's being good depends on, beside its end and its key."""
 
+_BEARER: Final = "var(txn.record),concat(|,txn.policy),concat(|,sess.network)"
+"""What of it is not the token."""
+
 _MAC: Final = (
     "concat(|,sess.network),concat(|,txn.instance),concat(|,txn.epoch),hmac(sha256,txn.key),ub64enc"
 )
@@ -81,10 +85,14 @@ ASKED: Final = ("{", "var(txn.asked)", "-m", "found", "}")
 GUARDED: Final = ".guarded"
 """How the name of a backend ends that looks at requests (`guard_rules`) before it does what the other one does."""
 
+TOKENS_OFF: Final = ("{", "var(txn.policy)", "-m", "beg", f"{POLICY_WORD}1-ooo---:", "}")
+"""The policy's letters say that tokens are off, and nothing else."""
+
 _GIVEN: Final = ("{", _THE_TOKEN, "-m", "found", "}")
 _SEEN: Final = ("{", "var(txn.claim),strcmp(sess.good)", "-m", "int", "0", "}")
 _NO_GOOD_TOKEN: Final = ("!{", "var(txn.left)", "-m", "found", "}")
 _UNMET: Final = ("{", "var(txn.unmet)", "-m", "found", "}")
+_READS: Final = ("{", "method", "GET", "HEAD", "}")
 _PUT: Final = ("{", "method", "PUT", "}")
 _PLAIN_ROUTE: Final = ("{", "path", TOKEN_PATH, "}")
 _IS_FORWARDED: Final = ("{", "var(txn.forwarded)", "-m", "found", "}")
@@ -131,17 +139,18 @@ def pass_at_once(key_map: str, unless: Words = ()) -> tuple[Words, ...]:
         key_map: The file of `core.tokens.render_key_map`.
         unless: A condition under which a guarded backend has something else to look at.
     """
-    plain = (*_none_of(_PUT, _PLAIN_ROUTE), *((negated(unless),) if unless else ()))
+    plain = (_READS, *_none_of(_PLAIN_ROUTE), *((negated(unless),) if unless else ()))
     return (
-        _set("claim", _CLAIM, ASKED, _GIVEN),
-        _set("now", "date", ASKED, _GIVEN),
-        _set("left", f"{_THE_TOKEN},field(2,.),sub(txn.now)", ASKED, _GIVEN, _SEEN),
+        # By parts: what would have to be put together and kept first costs as much again.
+        _set("left", "date,neg,add(sess.until)", _GIVEN,
+             ("{", f"{_THE_TOKEN},strcmp(sess.token)", "-m", "int", "0", "}"),
+             ("{", f"{_BEARER},strcmp(sess.bearer)", "-m", "int", "0", "}")),
         _rule(("http-request", "unset-var(txn.asked)"), ("{", "var(txn.left)", "-m", "int", "gt", "0", "}"), *plain,
               ("{", f"{_THE_TOKEN},bytes(0,8),map_str({key_map})", "-m", "found", "}"),
               ("{", f"req.fhdr_cnt({_TOKEN_HEADER})", "1", "}")),
         # Tokens are off, and nothing else is said.
         _rule(("http-request", "unset-var(txn.asked)"), ASKED,
-              ("{", "var(txn.policy)", "-m", "beg", f"{POLICY_WORD}1-ooo---", "}"), *plain),
+              TOKENS_OFF, *plain),
         _tell_token_life(),
     )  # fmt: skip
 
@@ -324,7 +333,13 @@ def _check(key_map: str) -> tuple[Words, ...]:
         _set("left", "var(txn.life)", _GIVEN),
         _rule(("http-request", f"set-var({TOKEN_HEARD})", "str(yes)"), _GIVEN),
         # `pass_at_once` lets it pass from now on, and so must nothing else be to look at.
-        _rule(("http-request", "set-var(sess.good)", "var(txn.claim)"), *fresh, *_none_of(_letter(7, "s"))),
+        *(_rule(("http-request", f"set-var(sess.{name})", said), *fresh, *_none_of(_letter(7, "s")))
+          for name, said in (
+              ("token", _THE_TOKEN),
+              ("bearer", _BEARER),
+              ("until", f"{_THE_TOKEN},field(2,.),add(0)"),
+              ("good", "var(txn.claim)"),
+          )),
     )  # fmt: skip
 
 

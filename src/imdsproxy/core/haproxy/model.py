@@ -57,6 +57,7 @@ class Paths:
     Attributes:
         token_keys: The map of the keys of session tokens (`core.tokens.render_key_map`).
         found: The socket by which the resolver hands in requests of guests that it has found.
+        short: An empty file, by whose name HAProxy knows the map that it fills itself (`core.haproxy.short`).
         silence: An empty file: the answer that is none.
         hops: Directory of HAProxy's sockets to itself, as whoever binds them sees it.
         hops_inside: The same directory as the worker sees it.
@@ -67,6 +68,7 @@ class Paths:
     base_map: str
     overlay_map: str
     token_keys: str
+    short: str
     unavailable: str
     probe: str
     jail: str | None

@@ -14,6 +14,7 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
+from http import HTTPStatus
 from typing import Any, Final
 
 from imdsproxy.core.haproxy.audit import AUDIT_LONGEST
@@ -37,6 +38,7 @@ _LONGEST: Final = 1024
 """Bytes of a line; what is beyond is cut off, and that is of the path."""
 
 _CACHE: Final = "<CACHE>"
+_FRONTENDS: Final = ("guests", "agents")
 _NOBODY: Final = "-"
 _NO_REQUEST: Final = "<BADREQ>"
 _FIELDS: Final = (
@@ -154,7 +156,7 @@ def _parse(line: str) -> Watched | None:
         method=_named(method) or "",
         path=path,
         status=int(status),
-        answered_by=_answered_by(backend, server),
+        answered_by=_answered_by(backend, server, int(status)),
         milliseconds=max(0, int(took)),
     )
 
@@ -173,7 +175,7 @@ def _parse_audited(line: str) -> Watched | None:
             method="" if method == _NO_REQUEST else method,
             path=_named(told["path"]) or "",
             status=told["status"],
-            answered_by=_answered_by(backend, server),
+            answered_by=_answered_by(backend, server, told["status"]),
             milliseconds=max(0, told["ms"]),
         )
     except (ValueError, KeyError):
@@ -193,8 +195,9 @@ def _instance(word: str) -> str | None:
     return None if word[:1] in ("!", _NOBODY) else _named(word)
 
 
-def _answered_by(backend: str, server: str) -> AnsweredBy:
-    if server == _CACHE:
+def _answered_by(backend: str, server: str, status: int) -> AnsweredBy:
+    # A frontend itself gives nothing else but the short documents that are kept beside the cache.
+    if server == _CACHE or (backend in _FRONTENDS and status == HTTPStatus.OK):
         return AnsweredBy.CACHE
     if backend.startswith(AnsweredBy.NOVA):
         return AnsweredBy.NOVA
