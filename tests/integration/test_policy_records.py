@@ -107,6 +107,25 @@ def test_settings_win_over_a_record_of_the_same_scope(world: World) -> None:
     assert _status(world.red) == 401
 
 
+def test_settings_for_somebody_whom_nobody_tells_of_are_named_by_status(world: World) -> None:
+    """A name that is mistyped protects nobody, and nothing else would say so."""
+    optional = {"tokens": "optional"}
+    _instance_says(world, world.red, {}, project="payments")
+    _settings(
+        world,
+        {
+            "networks": {"red": optional, "rad": optional},
+            "projects": {"payments": optional, "payment": optional},
+            "instances": {"red-5": optional, "red-55": optional},
+        },
+    )
+    named = ["policy.networks.rad", "policy.projects.payment", "policy.instances.red-55"]
+    assert world.daemon.status()["policy_for_nobody"] == named
+    assert named[2] in world.daemon.command("status").out
+    _settings(world, {})
+    assert world.daemon.status()["policy_for_nobody"] == []
+
+
 def test_a_record_files_policy_is_in_force_and_a_bad_one_is_told_with_its_line(
     world: World,
 ) -> None:

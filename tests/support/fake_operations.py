@@ -57,6 +57,7 @@ class FakeOperations:
     documents: dict[str, DocumentAnswer] = field(default_factory=dict)
     conflicts: tuple[Conflict, ...] = ()
     unix_listener: UnixListenerReport | None = None
+    policy_for_nobody: tuple[str, ...] = ()
     guards: dict[InstanceId, Guard] = field(default_factory=dict)
     policies: PolicyBook = field(default_factory=PolicyBook)
     rotations: int = 0
@@ -116,6 +117,7 @@ class FakeOperations:
             ),
             conflicts=self.conflicts,
             unix_listener=self.unix_listener,
+            policy_for_nobody=self.policy_for_nobody,
             haproxy=HaproxyReport(
                 version="3.0.11",
                 master=100,

@@ -224,6 +224,7 @@ class StatusReport:
         serving: Networks whose listener answers.
         problems: What is wrong and belongs to no source, network or instance.
         unix_listener: `None` where it is off.
+        policy_for_nobody: Where settings speak of a network, project or instance that no source tells of.
     """
 
     version: str
@@ -245,6 +246,7 @@ class StatusReport:
     nova: tuple[NovaEndpointReport, ...] = ()
     unix_listener: UnixListenerReport | None = None
     macs: MacsReport = field(default_factory=MacsReport)
+    policy_for_nobody: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field, replace
 from imdsproxy.app.guards import GuardFile
 from imdsproxy.app.token_keys import TokenKeys
 from imdsproxy.config.schema import Settings
+from imdsproxy.core.inventory import Inventory
+from imdsproxy.core.model import InstanceId, NetworkId
 from imdsproxy.core.policy import PolicyBook
 
 __all__ = ["Guarding", "GuardingChange"]
@@ -39,6 +41,30 @@ class Guarding:
         said = settings.policy.book()
         records, self._said = said != self._said, said
         return GuardingChange(records, keys)
+
+    def for_nobody(self, inventory: Inventory) -> tuple[str, ...]:
+        """Where settings speak of a network, project or instance that no source tells of, as settings name the place.
+
+        A name that is mistyped does nothing at all, and what it was to protect stays open.
+        """
+        said = self._said
+        projects: set[str | None] = set()
+        if said.projects:
+            for instance in inventory.instances.values():
+                projects |= {instance.project, *(port.project for port in instance.ports)}
+        return (
+            *(
+                f"policy.networks.{one}"
+                for one in said.networks
+                if not inventory.knows(NetworkId(one))
+            ),
+            *(f"policy.projects.{one}" for one in said.projects if one not in projects),
+            *(
+                f"policy.instances.{one}"
+                for one in said.instances
+                if not inventory.sources_of_instance(InstanceId(one))
+            ),
+        )
 
     def book(self) -> PolicyBook:
         """All that is said of guests beside their records."""

@@ -165,6 +165,7 @@ class ControllerOperations:
             nova=self.nova_watch.endpoints,
             unix_listener=self.unix_listener(),
             macs=self.macs(),
+            policy_for_nobody=self.guard_writes.guarding.for_nobody(self.inventory),
         )
 
     def macs(self) -> MacsReport:

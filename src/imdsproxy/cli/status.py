@@ -67,6 +67,7 @@ def _facts(report: _Shape) -> dict[str, str]:
         "documents": _documents(_shape(report, "documents")),
         **_unix_listener(report["unix_listener"]),
         **_macs(_shape(report, "macs")),
+        **_policy(cast("Sequence[str]", report["policy_for_nobody"])),
         **_plan(report["last_plan"]),
     }
 
@@ -124,6 +125,12 @@ def _macs(macs: _Shape) -> dict[str, str]:
         most = ", ".join(f"{clean(network)} {count}" for network, count in mismatches.items())
         lines.append(f"[yellow]refused for another MAC[/]: {most}")
     return {"macs": "\n".join(lines)}
+
+
+def _policy(for_nobody: Sequence[str]) -> dict[str, str]:
+    if not for_nobody:
+        return {}
+    return {"policy": f"[yellow]for nobody that is known[/]: {', '.join(map(clean, for_nobody))}"}
 
 
 def _plan(plan: object) -> dict[str, str]:

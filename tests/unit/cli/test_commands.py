@@ -484,6 +484,13 @@ def test_status_shows_what_is_wrong(filled: Cli) -> None:
         assert words in ran.out
 
 
+def test_status_names_settings_that_are_for_nobody(filled: Cli) -> None:
+    assert "nobody" not in filled("status").out
+    filled.operations.policy_for_nobody = ("policy.instances.web1", "policy.networks.bleu")
+    said = "for nobody that is known: policy.instances.web1, policy.networks.bleu"
+    assert said in filled("status").out
+
+
 def test_status_shows_the_unix_listener_where_there_is_one(filled: Cli) -> None:
     assert "unix listener" not in filled("status").out
     path = "/var/lib/neutron/metadata_proxy"
