@@ -52,7 +52,7 @@ def _policy(
 
 def test_all_settings_of_the_page_are_good_ones() -> None:
     found = [one for one in _blocks() if _is_settings(one)]
-    assert len(found) == 7
+    assert len(found) == 8
     for one in found:
         read = parse_yaml(textwrap.dedent(one.script), "page")
         Settings.model_validate(read.data)
@@ -77,6 +77,13 @@ def test_the_other_examples_say_what_the_page_says_of_them() -> None:
     locked = _policy(settings, project="payments")
     assert {locked.openstack_tokens, locked.nocloud_tokens} == {TokenMode.REQUIRED}
     assert locked.boot_grace_s == 1800
+    paths = _settings("web-2")
+    denied = _policy(paths, project="payments", name="web-2").paths
+    assert [(path, word.value) for path, word in denied] == [
+        ("/", "deny"),
+        ("/latest/meta-data", "allow"),
+        ("/latest/meta-data/tags", "optional"),
+    ]
     (step,) = (one for one in _blocks() if one.script.startswith("   policy:"))
     read = parse_yaml(textwrap.dedent(step.script), "page")
     one = Settings.model_validate(read.data)

@@ -15,7 +15,8 @@ __all__ = ["paths_below", "run_haproxy"]
 
 def paths_below(directory: Path) -> Paths:
     """Everything in one directory that is there, without a jail; the maps are empty."""
-    for name in ("base.map", "overlay.map", "token-keys.map", "short.map", "503.http"):
+    maps = ("base.map", "overlay.map", "token-keys.map", "short.map", "path-rules.map")
+    for name in (*maps, "503.http"):
         (directory / name).write_text("HTTP/1.1 503 No\r\n\r\n" if name.endswith("http") else "")
     return Paths(
         base_map=str(directory / "base.map"),
@@ -26,6 +27,7 @@ def paths_below(directory: Path) -> Paths:
         documents=(str(directory / "d.sock"),),
         resolver=str(directory / "r.sock"),
         token_keys=str(directory / "token-keys.map"),
+        path_rules=str(directory / "path-rules.map"),
         short=str(directory / "short.map"),
         found=str(directory / "s.sock"),
         silence=str(directory / "none.http"),

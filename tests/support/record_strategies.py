@@ -23,9 +23,19 @@ from imdsproxy.core.model import (
     Subnet,
     Upstream,
 )
+from imdsproxy.core.path_rules import PathRules, PathWord, find_path_fault, sort_paths
 from imdsproxy.core.policy import PolicyRules, TokenMode
 
-__all__ = ["instances", "ipv4", "ipv6", "macs", "networks", "policies"]
+__all__ = [
+    "instances",
+    "ipv4",
+    "ipv6",
+    "macs",
+    "networks",
+    "path_rules",
+    "policies",
+    "rule_paths",
+]
 
 ids = st.from_regex(r"\A[A-Za-z0-9][A-Za-z0-9._-]{0,63}\Z")
 devices = st.from_regex(r"\A[A-Za-z0-9_][A-Za-z0-9._@+=-]{0,14}\Z")
@@ -65,6 +75,22 @@ _listeners = st.one_of(
 )
 _switches = st.none() | st.booleans()
 _modes = st.none() | st.sampled_from(TokenMode)
+_trees = st.sampled_from(
+    ("", "/latest", "/openstack", "/openstack/latest", "/openstack/content", "/nocloud")
+)
+_path_names = st.sampled_from(
+    ("user-data", "meta-data", "user_data", "x", "0", "02:00", "a+b=c,d@e", "..x")
+)
+rule_paths = st.builds(
+    lambda tree, names: "".join((tree, *(f"/{name}" for name in names))) or "/",
+    _trees,
+    st.lists(_path_names, max_size=3),
+).filter(lambda path: find_path_fault(path) is None)
+"""What path rules can be for; few names, so that some are beneath others."""
+
+path_rules: st.SearchStrategy[PathRules] = st.dictionaries(
+    rule_paths, st.sampled_from(PathWord), max_size=6
+).map(lambda said: sort_paths(said.items()))
 policies = st.builds(
     PolicyRules,
     endpoint=_switches,
@@ -75,6 +101,7 @@ policies = st.builds(
     seal_user_data=_switches,
     refuse_forwarded=_switches,
     hop_limit=st.none() | st.integers(1, 64),
+    paths=path_rules.map(lambda rules: rules or None),
 )
 moments = st.none() | st.integers(0, 9_999_999_999)
 networks = st.builds(

@@ -112,6 +112,10 @@ class PolicyRecord(_Record):
     requests_per_s: int | None = Field(default=None, description="Requests a second, on average.")
     burst: int | None = Field(default=None, description="Requests in ten seconds.")
     connections: int | None = Field(default=None, description="Connections at once.")
+    paths: dict[str, Literal["deny", "allow", "required", "optional"]] | None = Field(
+        default=None,
+        description="What is said of single paths and what is beneath them; `latest` stands for every version.",
+    )
 
 
 class NetworkRecord(_Record):

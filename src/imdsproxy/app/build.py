@@ -21,6 +21,7 @@ from imdsproxy.app.hops import Hops
 from imdsproxy.app.host_view import SystemHost
 from imdsproxy.app.listener_loop import SpecSettings
 from imdsproxy.app.nova_upstream import NovaUpstream
+from imdsproxy.app.rule_sets import RuleSets
 from imdsproxy.app.token_keys import TokenKeys
 from imdsproxy.config.schema import Settings, Supervisor
 from imdsproxy.core.haproxy.model import Limits
@@ -64,6 +65,7 @@ __all__ = [
     "build_host",
     "build_launcher",
     "build_layout",
+    "build_rule_sets",
     "build_sources",
     "build_spec_settings",
     "prepare_directories",
@@ -191,6 +193,17 @@ def build_hops(layout: Layout, naming: Naming, thread: NamespaceThread) -> Hops:
     """What sees to hop limits."""
     write = partial(write_atomic, mode=0o600)
     return Hops(KernelHops(thread, f"{naming.prefix}-hops"), layout.hops_journal, write)
+
+
+def build_rule_sets(layout: Layout, applier: RecordApplier, clock: Clock) -> RuleSets:
+    """What has HAProxy know path rules, with what an earlier controller left.
+
+    Raises:
+        HostRefused: Its file cannot be read, or written.
+    """
+    sets = RuleSets(applier, layout.path_rules_map, partial(write_atomic, mode=0o640), clock)
+    sets.load()
+    return sets
 
 
 def open_guarding(settings: Settings, layout: Layout) -> Guarding:

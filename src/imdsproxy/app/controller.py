@@ -30,6 +30,7 @@ from imdsproxy.app.build import (
     build_hops,
     build_host,
     build_layout,
+    build_rule_sets,
     build_sources,
     build_spec_settings,
     open_guarding,
@@ -287,6 +288,7 @@ async def run_controller(
             guarding.book,
             gates,
             hops,
+            build_rule_sets(layout, applier, clock),
         )
         listeners = ListenerLoop(
             inventory,

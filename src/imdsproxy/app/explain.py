@@ -239,10 +239,11 @@ class Explainer:
             self._now(),
         )
 
-    def _decision(self, rules: PolicyInForce, path: str) -> PathDecision:
+    def _decision(self, told: PolicyInForce, path: str) -> PathDecision:
         now = self._now()
         without, given = (
-            decide_read(rules.word, now, path, token=token) for token in (False, True)
+            decide_read(told.word, now, path, token=token, paths=told.paths)
+            for token in (False, True)
         )
         return PathDecision(path, without, given)
 

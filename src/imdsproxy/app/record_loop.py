@@ -7,7 +7,7 @@ it works are taken together in the next round.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -20,7 +20,8 @@ from imdsproxy.core.inventory import Inventory
 from imdsproxy.core.model import InstanceId, NetworkId, Upstream
 from imdsproxy.core.observation import AddressKey, Affected, Conflict, Observation
 from imdsproxy.core.pairs import Pairs, plan_pairs
-from imdsproxy.core.plan import plan_record, plan_records, record_key
+from imdsproxy.core.path_rules import PathRules
+from imdsproxy.core.plan import PlannedRecords, plan_record, plan_records, record_key
 from imdsproxy.core.policy import PolicyBook
 from imdsproxy.core.upstream import NovaRouting
 from imdsproxy.core.wire import MapRecord
@@ -33,9 +34,11 @@ __all__ = [
     "HopKeeper",
     "NoHops",
     "NoPairs",
+    "NoSets",
     "PairKeeper",
     "RecordLoop",
     "RoundReport",
+    "SetKeeper",
 ]
 
 _RETRY_FIRST_S = 0.2
@@ -145,6 +148,36 @@ class NoHops:
         """See `HopKeeper.settled`."""
 
 
+class SetKeeper(Protocol):
+    """Who has HAProxy know path rules (`app.rule_sets`)."""
+
+    def prime(self, wanted: Mapping[str, PathRules]) -> None:
+        """Have these where a HAProxy finds them that is yet to start.
+
+        Raises:
+            HostRefused: The file system refuses.
+        """
+        ...
+
+    async def have(self, wanted: Mapping[str, PathRules], *, sweep: bool) -> None:
+        """Return once every worker knows these, and every one to come; with `sweep` take others away.
+
+        Raises:
+            DataplaneError: Some may not know them.
+        """
+        ...
+
+
+class NoSets:
+    """Nobody does, and nobody has one."""
+
+    def prime(self, wanted: Mapping[str, PathRules]) -> None:
+        """See `SetKeeper.prime`."""
+
+    async def have(self, wanted: Mapping[str, PathRules], *, sweep: bool) -> None:
+        """See `SetKeeper.have`."""
+
+
 @dataclass(frozen=True, slots=True)
 class RoundReport:
     """What the last round did; `at` is Unix time."""
@@ -190,6 +223,7 @@ class RecordLoop:
         policies: What settings and operators say of guests, as of now; `resync` after it changed.
         pairs: Who lets addresses through by their MACs.
         hops: Who sees to hop limits.
+        sets: Who has HAProxy know path rules.
 
     Attributes:
         withheld: Addresses that the last round kept from HAProxy, because nobody looks at their MACs yet.
@@ -207,6 +241,7 @@ class RecordLoop:
     policies: Callable[[], PolicyBook] = PolicyBook
     pairs: PairKeeper = field(default_factory=NoPairs)
     hops: HopKeeper = field(default_factory=NoHops)
+    sets: SetKeeper = field(default_factory=NoSets)
     revisions: dict[InstanceId, str] = field(default_factory=dict)
     learned: dict[AddressKey, Learned] = field(default_factory=dict)
     tickets: Tickets = field(default_factory=Tickets)
@@ -270,7 +305,9 @@ class RecordLoop:
         keys = [*(key for key, _ in self.inventory.addresses()), *self.learned]
         pairs = plan_pairs(self.inventory, keys, self.learned)
         self.pairs.prime(pairs, complete=self.inventory.in_sync)
-        wanted = self._plan(keys)
+        planned = self._plan(keys)
+        wanted = planned.values
+        self.sets.prime(planned.sets)
         self.hops.hold(wanted)
         return {key: value for key, value in wanted.items() if value is not None}
 
@@ -333,10 +370,13 @@ class RecordLoop:
         keys |= {key for key in self.learned if key[0] in work.networks}
         # An address behind a router stands and falls with the one in its network.
         keys |= {key for key, entry in self.learned.items() if entry.via in keys}
-        wanted = self._plan(keys)
+        planned = self._plan(keys)
+        wanted = planned.values
         pairs = plan_pairs(self.inventory, keys, self.learned)
         # Nothing is swept before the sources have told everything.
-        if self.inventory.in_sync and (work.everything or not self._swept):
+        sweeping = self.inventory.in_sync and (work.everything or not self._swept)
+        await self.sets.have(planned.sets, sweep=sweeping)
+        if sweeping:
             wanted = {**dict.fromkeys(self.applier.state.effective()), **wanted}
             pairs = {**dict.fromkeys(self.pairs.keys()), **pairs}
         withheld = self.pairs.withheld(pairs)
@@ -414,7 +454,7 @@ class RecordLoop:
             return record
         return replace(record, policy=self.hops.word(key[0], record.policy))
 
-    def _plan(self, keys: Iterable[AddressKey]) -> dict[str, str | None]:
+    def _plan(self, keys: Iterable[AddressKey]) -> PlannedRecords:
         return plan_records(
             self.inventory,
             keys,

@@ -187,6 +187,7 @@ def _tokens(settings: Settings) -> list[Finding]:
         *preflight_tokens.check_token_keys(settings, layout.token_keys),
         *preflight_tokens.check_guards(layout.guards),
         *preflight_tokens.check_trees(book),
+        *preflight_tokens.check_path_rules(book),
         *preflight_tokens.check_hop_limits(book, unix_listener=settings.unix_listener.enabled),
     ]
 

@@ -11,7 +11,15 @@ import typer
 if TYPE_CHECKING:
     from typer.models import OptionInfo
 
-__all__ = ["Clear", "RecordFile", "SealUserData", "Tokens", "flag"]
+__all__ = [
+    "Clear",
+    "NoPathRules",
+    "PathRules",
+    "RecordFile",
+    "SealUserData",
+    "Tokens",
+    "flag",
+]
 
 
 def flag(
@@ -55,4 +63,16 @@ SealUserData: TypeAlias = Annotated[
         help="Refuse user data once the boot is over, or do not although a wider policy says so.",
         show_default=False,
     ),
+]
+PathRules: TypeAlias = Annotated[
+    list[str] | None,
+    flag(
+        "--path-rule",
+        "PATH=deny|allow|required|optional",
+        "What is said of a path and what is beneath it, as /latest/user-data=deny; may be repeated.",
+    ),
+]
+NoPathRules: TypeAlias = Annotated[
+    list[str] | None,
+    flag("--no-path-rule", "PATH", "Say nothing of a path any more; may be repeated."),
 ]

@@ -138,6 +138,8 @@ def _register(command: str, help_text: str, *, create: bool) -> None:
         upstream: Upstream = None,
         tokens: flags.Tokens = None,
         seal_user_data: flags.SealUserData = None,
+        path_rule: flags.PathRules = None,
+        no_path_rule: flags.NoPathRules = None,
         clear: flags.Clear = None,
         as_json: options.Json = False,
         socket: options.Socket = None,
@@ -169,7 +171,12 @@ def _register(command: str, help_text: str, *, create: bool) -> None:
                 "instance_type": instance_type,
                 "dialects": record_flags.dialects_of(dialects),
                 "upstream": upstream,
-                "policy": record_flags.policy_of(tokens=tokens, seal_user_data=seal_user_data),
+                "policy": record_flags.policy_of(
+                    tokens=tokens,
+                    seal_user_data=seal_user_data,
+                    said_of=path_rule or (),
+                    unsaid_of=no_path_rule or (),
+                ),
             }
         )
         keys = {**taken, **keys}

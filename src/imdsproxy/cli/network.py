@@ -101,6 +101,8 @@ def _register(command: str, help_text: str, *, create: bool) -> None:
         mac_check: MacCheck = None,
         tokens: flags.Tokens = None,
         seal_user_data: flags.SealUserData = None,
+        path_rule: flags.PathRules = None,
+        no_path_rule: flags.NoPathRules = None,
         clear: flags.Clear = None,
         as_json: options.Json = False,
         socket: options.Socket = None,
@@ -132,7 +134,12 @@ def _register(command: str, help_text: str, *, create: bool) -> None:
                 "mtu": mtu,
                 "scope": scope,
                 "mac_check": mac_check,
-                "policy": record_flags.policy_of(tokens=tokens, seal_user_data=seal_user_data),
+                "policy": record_flags.policy_of(
+                    tokens=tokens,
+                    seal_user_data=seal_user_data,
+                    said_of=path_rule or (),
+                    unsaid_of=no_path_rule or (),
+                ),
             }
         )
         if file is not None:

@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from imdsproxy.cli.preflight import Finding, findings_of
+from imdsproxy.core.documents.served import can_be_served
+from imdsproxy.core.open_trees import USER_DATA, OpenUserData, open_user_data
 from imdsproxy.core.policy import (
     DEFAULT,
     NOTHING_SAID,
-    Policy,
     PolicyBook,
     PolicyRules,
     PolicyScope,
-    TokenMode,
     fold_policy,
 )
 from imdsproxy.errors import ImdsproxyError
@@ -23,16 +23,23 @@ from imdsproxy.errors import ImdsproxyError
 if TYPE_CHECKING:
     from imdsproxy.config.schema import Settings
 
-__all__ = ["check_guards", "check_hop_limits", "check_token_keys", "check_trees"]
+__all__ = [
+    "check_guards",
+    "check_hop_limits",
+    "check_path_rules",
+    "check_token_keys",
+    "check_trees",
+]
 
 _AREA: Final = "tokens"
-_TREES: Final = {"openstack_tokens": "/openstack", "nocloud_tokens": "/nocloud"}
-_CONCERNED: Final = ("tokens", "seal_user_data", *_TREES)
+_TREES: Final = {"/openstack": "openstack_tokens", "/nocloud": "nocloud_tokens"}
+_NAMES: Final = {"/latest": "EC2's tree", "/openstack": "/openstack", "/nocloud": "/nocloud"}
+_CONCERNED: Final = ("tokens", "seal_user_data", "paths", *_TREES.values())
 _GROUP: Final = stat.S_IRWXG
 
 
 def check_trees(book: PolicyBook) -> list[Finding]:
-    """Where EC2's tree takes a token, and another one gives the same user-data without: a warning for each scope.
+    """Where one tree keeps user-data, and another one gives the same (`core.open_trees`): a warning for each scope.
 
     Args:
         book: What the settings say.
@@ -47,26 +54,47 @@ def check_trees(book: PolicyBook) -> list[Finding]:
         else:
             # What the host's section says was told there.
             continue
-        trees = _open_trees(policy)
-        if trees:
-            gives = "give" if len(trees) > 1 else "gives"
-            found.append(
-                Finding(
-                    _AREA,
-                    f"{place}: EC2's tree takes a token, and {' and '.join(_TREES[one] for one in trees)} {gives} "
-                    "the same user-data without",
-                    f"{' and '.join(f'{one}: required' for one in trees)} (no client of theirs sends tokens: "
-                    "they are locked when the boot is over), seal_user_data: true, or no such dialect in the records",
-                    warning=True,
-                )
-            )
+        left = open_user_data(policy)
+        if left.trees:
+            found.append(_of_open_trees(place, left))
     return found
 
 
-def _open_trees(policy: Policy) -> list[str]:
-    if not policy.endpoint or policy.seal_user_data or policy.tokens is not TokenMode.REQUIRED:
-        return []
-    return [name for name in _TREES if getattr(policy, name) is not TokenMode.REQUIRED]
+def _of_open_trees(place: str, left: OpenUserData) -> Finding:
+    gives = "give" if len(left.trees) > 1 else "gives"
+    trees = " and ".join(_NAMES[tree] for tree in left.trees)
+    if left.denied:
+        kept = f"{' and '.join(left.denied)} {'are' if len(left.denied) > 1 else 'is'} denied"
+        denied = ", ".join(f"{USER_DATA[tree]}: deny" for tree in left.trees)
+        hint = f"paths: {{{denied}}}, seal_user_data: true, or no such dialect in the records"
+        return Finding(_AREA, f"{place}: {kept}, and {trees} {gives} the same", hint, warning=True)
+    modes = " and ".join(f"{_TREES[tree]}: required" for tree in left.trees)
+    return Finding(
+        _AREA,
+        f"{place}: EC2's tree takes a token, and {trees} {gives} the same user-data without",
+        f"{modes} (no client of theirs sends tokens: they are locked when the boot is over), "
+        "seal_user_data: true, or no such dialect in the records",
+        warning=True,
+    )
+
+
+def check_path_rules(book: PolicyBook) -> list[Finding]:
+    """Rules for paths that nothing has: a warning for each, since another path is perhaps meant.
+
+    Args:
+        book: What the settings say.
+    """
+    return [
+        Finding(
+            _AREA,
+            f"{place}.paths: nothing is ever served at {path} or beneath it",
+            "imdsproxy get lists what there is; nothing is lost by the rule, if it was meant so",
+            warning=True,
+        )
+        for place, _, rules in _scopes(book)
+        for path, _ in rules.paths or ()
+        if not can_be_served(path)
+    ]
 
 
 def check_hop_limits(book: PolicyBook, *, unix_listener: bool) -> list[Finding]:

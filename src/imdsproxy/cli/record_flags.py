@@ -167,9 +167,31 @@ def dialects_of(chosen: Mapping[str, bool | None]) -> Json:
     return {name: on for name, on in chosen.items() if on is not None} or None
 
 
-def policy_of(*, tokens: str | None, seal_user_data: bool | None) -> Json:
-    """The rules of a policy that the flags say; `None` without any."""
-    return without_missing({"tokens": tokens, "seal_user_data": seal_user_data}) or None
+def policy_of(
+    *,
+    tokens: str | None,
+    seal_user_data: bool | None,
+    said_of: Sequence[str],
+    unsaid_of: Sequence[str],
+) -> Json:
+    """The rules of a policy that the flags say; `None` without any.
+
+    Args:
+        tokens: A mode.
+        seal_user_data: On or off.
+        said_of: Each `PATH=WORD`.
+        unsaid_of: Paths of which nothing is said any more (null, RFC 7396).
+    """
+    paths: dict[str, Json] = dict.fromkeys(unsaid_of)
+    for text in said_of:
+        path, equals, word = text.rpartition("=")
+        if not equals:
+            raise _usage(
+                "policy.paths", f"{text} says nothing of it", "--path-rule /latest/user-data=deny"
+            )
+        paths[path] = word
+    said = {"tokens": tokens, "seal_user_data": seal_user_data, "paths": paths or None}
+    return without_missing(said) or None
 
 
 def _pairs(texts: Iterable[str], flag: str, known: Sequence[str]) -> Iterable[tuple[str, str]]:

@@ -55,14 +55,15 @@ def say_token_report(output: Output, told: _Shape) -> None:
     for one in trees:
         output.styled(
             f"[yellow]warning:[/] {clean(one['tree'])} gives instance {clean(one['instance'])} in "
-            f"{clean(one['network'])} the user-data for which EC2's tree requires a token"
+            f"{clean(one['network'])} the user-data that another tree denies, or gives for a token only"
         )
     more = cast("int", told["open_tree_count"]) - len(trees)
     if more > 0:
         output.styled(f"[yellow]warning:[/] so do {more} more")
     if trees:
         output.styled(
-            "[dim]hint:[/] policy: openstack_tokens, nocloud_tokens or seal_user_data lock it after the boot"
+            "[dim]hint:[/] policy: openstack_tokens, nocloud_tokens or seal_user_data lock it after the boot, "
+            "and paths at once"
         )
 
 

@@ -5,10 +5,24 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from imdsproxy.config.change import Change
-from imdsproxy.config.section import AbsolutePath, OffIsFalse, Section, section, setting
+from imdsproxy.config.section import (
+    AbsolutePath,
+    OffIsFalse,
+    Section,
+    cross,
+    section,
+    setting,
+)
+from imdsproxy.core.path_rules import (
+    MOST_PATH_RULES,
+    PathRules,
+    PathWord,
+    find_path_fault,
+    sort_paths,
+)
 from imdsproxy.core.policy import (
     BOOT_GRACE_S,
     MOST_BURST,
@@ -25,6 +39,22 @@ _Id = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 
 
 _Mode = Annotated[Literal["off", "optional", "required"], OffIsFalse]
+
+
+def _writable(path: str) -> str:
+    fault = find_path_fault(path)
+    if fault is not None:
+        raise cross("", fault.reason, fault.hint)
+    return path
+
+
+_Paths = Annotated[
+    dict[
+        Annotated[str, AfterValidator(_writable)],
+        Literal["deny", "allow", "required", "optional"],
+    ],
+    Field(max_length=MOST_PATH_RULES),
+]
 
 
 def _rule(description: str, **limits: Any) -> Any:  # noqa: ANN401 - as `setting`
@@ -87,6 +117,15 @@ class PolicyRulesSettings(Section):
         le=MOST_CONNECTIONS,
     )
 
+    paths: _Paths | None = setting(
+        {},
+        "What is said of single paths and what is beneath them, as `/latest/meta-data/tags: deny`; `latest` stands for "
+        "every version. `deny`: 403. `required`: 401 without a token (in `/openstack` and `/nocloud` from the end of "
+        "the boot on). `optional`: served without one although the tree takes it. `allow`: served as the tree is. "
+        "The most specific scope that says something of a path decides, in it the longest.",
+        Change.LIVE,
+    )
+
     def rules(self) -> PolicyRules:
         """As the core has it."""
         return PolicyRules(
@@ -101,7 +140,12 @@ class PolicyRulesSettings(Section):
             requests_per_s=self.requests_per_s,
             burst=self.burst,
             connections=self.connections,
+            paths=_paths(self.paths),
         )
+
+
+def _paths(said: Mapping[str, str] | None) -> PathRules | None:
+    return sort_paths((path, PathWord(word)) for path, word in (said or {}).items()) or None
 
 
 def _token_mode(word: str | None) -> TokenMode | None:

@@ -104,6 +104,7 @@ def explain_finding(error: ErrorDetails) -> Finding:
     place = list(error["loc"])
     context = error.get("ctx", {})
     if error["type"] == "cross":
+        place = place[:-1] if place[-1:] == ["[key]"] else place
         path = [*place, *filter(None, [str(context["field"])])]
         return Finding(join_place(path), str(context["reason"]), str(context["hint"]))
     if error["type"] == "extra_forbidden":

@@ -14,12 +14,14 @@ from imdsproxy.core.identity import Learned, holds
 from imdsproxy.core.inventory import Inventory
 from imdsproxy.core.model import Instance, InstanceId, NetworkId, Upstream
 from imdsproxy.core.observation import AddressKey, Conflict
+from imdsproxy.core.path_rules import PathRules, set_id
 from imdsproxy.core.policy import NOTHING_SAID, PolicyBook, PolicyPlace
 from imdsproxy.core.upstream import NovaRouting
 from imdsproxy.core.wire import MAP_CONFLICT, EmbeddedRecord, MapRecord, render_map_value
 
 __all__ = [
     "DescriptorBudget",
+    "PlannedRecords",
     "compute_maxconn",
     "link_name",
     "networks_of",
@@ -30,6 +32,20 @@ __all__ = [
     "policy_place",
     "record_key",
 ]
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedRecords:
+    """What HAProxy's maps are to say.
+
+    Attributes:
+        values: Of records, by map key; `None` where there is to be none.
+        sets: The path rules that they refer to, by id (`core.path_rules.set_id`).
+    """
+
+    values: dict[str, str | None]
+    sets: dict[str, PathRules]
+
 
 _NO_POLICIES: Final = PolicyBook()
 
@@ -78,14 +94,15 @@ def plan_record(
     if instance is None:
         return None
     project = _project_at(instance, place)
-    word = policies.word(policy_place(inventory, key[0], project, instance), instance.created_at)
+    of_instance = policy_place(inventory, key[0], project, instance)
+    word, paths = policies.word(of_instance, instance.created_at)
     if instance.upstream is Upstream.NOVA:
         if project is None:
             return None
         record = routing.record(key[0], owner, project)
-        return record if record is None or not word else replace(record, policy=word)
+        return record if record is None or not word else replace(record, policy=word, paths=paths)
     revision = revisions.get(owner)
-    return None if revision is None else EmbeddedRecord(owner, revision, word)
+    return None if revision is None else EmbeddedRecord(owner, revision, word, paths)
 
 
 def policy_place(
@@ -125,16 +142,19 @@ def plan_records(
     routing: NovaRouting,
     *,
     policies: PolicyBook = _NO_POLICIES,
-) -> dict[str, str | None]:
-    """`plan_record` for many addresses: map values by map key."""
-    wanted: dict[str, str | None] = {}
+) -> PlannedRecords:
+    """`plan_record` for many addresses."""
+    values: dict[str, str | None] = {}
+    sets: dict[str, PathRules] = {}
     for key in keys:
         record = plan_record(inventory, key, revisions, learned, routing, policies=policies)
         if isinstance(record, Conflict):
-            wanted[record_key(key)] = MAP_CONFLICT
-        else:
-            wanted[record_key(key)] = None if record is None else render_map_value(record)
-    return wanted
+            values[record_key(key)] = MAP_CONFLICT
+            continue
+        values[record_key(key)] = None if record is None else render_map_value(record)
+        if record is not None and record.paths:
+            sets[set_id(record.paths)] = record.paths
+    return PlannedRecords(values, sets)
 
 
 _OWN_NAMESPACE = "/proc/self/ns/net"

@@ -11,6 +11,16 @@ from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from typing import Final
 
+from imdsproxy.core.path_rules import (
+    WITHIN_OTHER_TREES,
+    PathRules,
+    PathWord,
+    covers,
+    fold_paths,
+    path_rule_name,
+    set_id,
+)
+
 __all__ = [
     "BOOT_GRACE_S",
     "DEFAULT",
@@ -30,6 +40,7 @@ __all__ = [
     "boot_ends_at",
     "fold_policy",
     "render_policy_word",
+    "rule_set_of",
 ]
 
 BOOT_GRACE_S: Final = 900
@@ -41,6 +52,8 @@ MOST_CONNECTIONS: Final = 100_000
 
 POLICY_WORD: Final = "+"
 """How a record begins that has a policy word; no instance's id and no other kind of record begins so."""
+
+_SET_FIELD: Final = 7
 
 
 class TokenMode(StrEnum):
@@ -82,6 +95,7 @@ class PolicyRules:
         requests_per_s: How much the instance may ask for on average, over as long as settings count.
         burst: Requests in ten seconds. Where this or the one before is said, neither of the settings' counts.
         connections: At once, over all its addresses.
+        paths: What is said of single paths (`core.path_rules`); no scope's rules take the place of all of another's.
     """
 
     endpoint: bool | None = None
@@ -95,6 +109,7 @@ class PolicyRules:
     requests_per_s: int | None = None
     burst: int | None = None
     connections: int | None = None
+    paths: PathRules | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,10 +130,12 @@ class Policy:
     requests_per_s: int | None = None
     burst: int | None = None
     connections: int | None = None
+    paths: PathRules = ()
 
 
 DEFAULT: Final = Policy()
 NOTHING_SAID: Final = PolicyRules()
+_SIMPLE: Final = tuple(one.name for one in fields(PolicyRules) if one.name != "paths")
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,26 +156,37 @@ _UNTOUCHED: Final = Guard()
 
 @dataclass(frozen=True, slots=True)
 class Folded:
-    """A policy, and which scope each of its rules comes from; what is not there nobody has said."""
+    """A policy, and which scope each of its rules comes from; what is not there nobody has said.
+
+    Attributes:
+        origins: By the rule's name; that of one for a path is as `path_rule_name` has it.
+    """
 
     policy: Policy
     origins: tuple[tuple[str, PolicyScope], ...] = ()
 
 
 def fold_policy(said: Iterable[tuple[PolicyScope, PolicyRules]]) -> Folded:
-    """The most specific word on each rule wins.
+    """The most specific word on each rule wins, and on each path (`core.path_rules.fold_paths`).
 
     Args:
         said: From the least specific scope to the most; a scope may come twice, and then its later word wins.
     """
     values: dict[str, object] = {}
     origins: dict[str, PolicyScope] = {}
+    of_paths: list[tuple[PolicyScope, PathRules]] = []
     for scope, rules in said:
-        for one in fields(rules):
-            value = getattr(rules, one.name)
+        for name in _SIMPLE:
+            value = getattr(rules, name)
             if value is not None:
-                values[one.name] = value
-                origins[one.name] = scope
+                values[name] = value
+                origins[name] = scope
+        if rules.paths:
+            of_paths.append((scope, rules.paths))
+    if of_paths:
+        paths = fold_paths(of_paths)
+        values["paths"] = tuple((path, word) for path, (word, _) in paths.items())
+        origins |= {path_rule_name(path): scope for path, (_, scope) in paths.items()}
     return Folded(Policy(**values), tuple(sorted(origins.items())))  # type: ignore[arg-type] # the fields are the same
 
 
@@ -185,10 +213,10 @@ class PolicyBook:
         """What an operator did about an instance, or nothing."""
         return self.guards.get(instance, _UNTOUCHED)
 
-    def word(self, place: PolicyPlace, created_at: int | None) -> str:
-        """See `render_policy_word`."""
-        guard = self.guard(place.instance)
-        return render_policy_word(self.fold(place).policy, guard, created_at)
+    def word(self, place: PolicyPlace, created_at: int | None) -> tuple[str, PathRules]:
+        """The word of `render_policy_word`, and the path rules that it refers to."""
+        policy = self.fold(place).policy
+        return render_policy_word(policy, self.guard(place.instance), created_at), policy.paths
 
     def _said(self, place: PolicyPlace) -> Iterator[tuple[PolicyScope, PolicyRules]]:
         # Settings come after the record of the same scope: who has the host has the last word.
@@ -246,6 +274,11 @@ def render_policy_word(policy: Policy, guard: Guard, created_at: int | None) -> 
 
         +1tooo---::0:64:20::
 
+    Where something is said of paths, there is a ninth letter p, and after the limits the id of the rules' set, which is
+    in a map of its own (`core.path_rules.render_set`):
+
+        +1tooo---p::0:64::::9f86d081884c7d65
+
     Args:
         policy: What is in force.
         guard: What an operator did.
@@ -256,18 +289,32 @@ def render_policy_word(policy: Policy, guard: Guard, created_at: int | None) -> 
     booted_at = boot_ends_at(policy, guard, created_at) or 0
     modes = (policy.tokens, policy.openstack_tokens, policy.nocloud_tokens)
     # `optional` in the other trees is what nobody said: it is no reason to give tokens where EC2's tree has none.
-    route = policy.tokens is not TokenMode.OFF or TokenMode.REQUIRED in modes
+    needed = [path for path, word in policy.paths if word is PathWord.REQUIRED]
+    route = policy.tokens is not TokenMode.OFF or TokenMode.REQUIRED in modes or bool(needed)
+    boot_counts = TokenMode.REQUIRED in modes[1:] or any(
+        covers(path, tree) or covers(tree, path) for path in needed for tree in WITHIN_OTHER_TREES
+    )
     letters = (
         "1" if policy.endpoint else "0",
         "t" if route else "-",
         *("r" if mode is TokenMode.REQUIRED else "o" for mode in modes),
         "g" if policy.refuse_forwarded else "-",
         "s" if policy.seal_user_data else "-",
-        "b" if policy.seal_user_data or TokenMode.REQUIRED in modes[1:] else "-",
+        "b" if policy.seal_user_data or boot_counts else "-",
+        *(("p",) if policy.paths else ()),
     )
     # No epoch is what a record without a word has.
     word = f"{POLICY_WORD}{''.join(letters)}:{guard.epoch or ''}:{booted_at}:{policy.hop_limit}"
     limits = (policy.requests_per_s, policy.burst, policy.connections)
-    if limits == (None, None, None):
+    if limits == (None, None, None) and not policy.paths:
         return word
-    return ":".join((word, *("" if limit is None else str(limit) for limit in limits)))
+    last = (set_id(policy.paths),) if policy.paths else ()
+    return ":".join((word, *("" if limit is None else str(limit) for limit in limits), *last))
+
+
+def rule_set_of(value: str) -> str | None:
+    """The id of the set of path rules in a policy word, or in a map value that begins with one."""
+    if not value.startswith(POLICY_WORD):
+        return None
+    parts = value.partition("|")[0].split(":")
+    return parts[_SET_FIELD] if len(parts) > _SET_FIELD else None

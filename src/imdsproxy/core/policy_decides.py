@@ -9,16 +9,22 @@ import re
 from dataclasses import dataclass
 from typing import Final
 
+from imdsproxy.core.path_rules import (
+    TOKEN_PATH,
+    PathRules,
+    PathWord,
+    find_rule,
+    path_rule_name,
+    plain_path,
+    undo_spelling,
+)
+
 __all__ = ["Decided", "decide_read"]
 
-_TOKEN_PATH: Final = b"/latest/api/token"
-_NOTHING_BUT_OFF: Final = "+1-ooo---"
+_TOKEN_ROUTE: Final = TOKEN_PATH.encode()
+_NOTHING_BUT_OFF: Final = "+1-ooo---:"
 """How a policy word begins where tokens are off and nothing else is said: then there is nothing to look at."""
 
-_ESCAPE: Final = re.compile(rb"%([0-9A-Fa-f]{2})?")
-_ODD: Final = re.compile(rb"%|//|/\.|^/ec2")
-_SLASHES: Final = re.compile(rb"/(?:\.?/)*(?:\.$)?")
-_EC2: Final = re.compile(rb"^/ec2(?=/|$)")
 _UP: Final = re.compile(rb"(?:^|/)\.\.(?:/|$)")
 _TREES: Final = (("openstack_tokens", "/openstack"), ("nocloud_tokens", "/nocloud"))
 _USER_DATA: Final = re.compile(rb"/(?:openstack/[^/]+/user_data|[^/]+/user-data)(?:/|$)")
@@ -30,8 +36,8 @@ class Decided:
 
     Attributes:
         status: It is refused with; `None` where the policy lets it pass.
-        rule: The rule that decides, as the settings have it; `path` where the path itself is refused; empty where
-            nothing is.
+        rule: The rule that decides, as the settings have it, one for a path by `path_rule_name`; `path` where the path
+            itself is refused; empty where nothing is.
         why: The reason in a few words.
     """
 
@@ -43,7 +49,7 @@ class Decided:
 _PASSES: Final = Decided(None)
 
 
-def decide_read(word: str, now: int, target: str, *, token: bool) -> Decided:
+def decide_read(word: str, now: int, target: str, *, token: bool, paths: PathRules = ()) -> Decided:
     """What is answered to `GET target`.
 
     Args:
@@ -51,12 +57,13 @@ def decide_read(word: str, now: int, target: str, *, token: bool) -> Decided:
         now: Unix time.
         target: As the guest would write it, with its query.
         token: It sends a good one.
+        paths: The rules of the set that the word refers to.
     """
     path = target.partition("?")[0].encode()
     nothing = word.startswith(_NOTHING_BUT_OFF) if word else not token
-    if nothing and path != _TOKEN_PATH:
+    if nothing and path != _TOKEN_ROUTE:
         return _PASSES
-    undone = _undo(path)
+    undone = undo_spelling(path)
     if word[1:2] == "0":
         return Decided(403, "endpoint", "the endpoint is off")
     if word and (undone is None or _UP.search(undone) or b"%00" in path):
@@ -65,36 +72,36 @@ def decide_read(word: str, now: int, target: str, *, token: bool) -> Decided:
         return _PASSES
     if undone.endswith((b"/api/token", b"/api/token/")):
         return _token_route(word, undone)
-    return _read(word, now, undone, token=token) if word else _PASSES
+    return _read(word, now, undone, paths, token=token) if word else _PASSES
 
 
 def _token_route(word: str, path: bytes) -> Decided:
     if word[2:3] == "-":
         return Decided(404, "tokens", "no tokens are given")
-    if path.rstrip(b"/") != _TOKEN_PATH:
+    if path.rstrip(b"/") != _TOKEN_ROUTE:
         return Decided(404, "tokens", "a token is had under /latest alone")
     return Decided(405, "tokens", "a token is had by PUT")
 
 
-def _read(word: str, now: int, path: bytes, *, token: bool) -> Decided:
+def _read(word: str, now: int, path: bytes, paths: PathRules, *, token: bool) -> Decided:
     modes, booted = word[3:6], int(word.split(":")[2]) <= now
     tree, rule, mode = "EC2's tree", "tokens", modes[0]
     for (name, begin), one in zip(_TREES, modes[1:], strict=True):
         if path.startswith(begin.encode()):
             tree, rule, mode = begin, name, one
-    if mode == "r" and not token and (rule == "tokens" or booted):
-        since = "" if rule == "tokens" else ", since the boot is over"
+    locked = rule == "tokens" or booted
+    since = "" if rule == "tokens" else ", since the boot is over"
+    said = find_rule(paths, plain_path(path).decode("latin-1"))
+    if said is not None:
+        by, what = path_rule_name(said[0]), f"{said[0]} and what is beneath it"
+        if said[1] is PathWord.DENY:
+            return Decided(403, by, f"{what} is denied")
+        if said[1] is PathWord.REQUIRED and locked and not token:
+            return Decided(401, by, f"{what} takes a token{since}")
+        if said[1] is not PathWord.ALLOW:
+            mode = "o"
+    if mode == "r" and not token and locked:
         return Decided(401, rule, f"{tree} takes a token{since}")
     if word[7] == "s" and booted and _USER_DATA.match(path):
         return Decided(403, "seal_user_data", "user-data is sealed, since the boot is over")
     return _PASSES
-
-
-def _undo(path: bytes) -> bytes | None:
-    """The path without what Nova or our documents undo; `None` where an escape is broken."""
-    if not _ODD.search(path):
-        return path
-    if any(found[1] is None for found in _ESCAPE.finditer(path)):
-        return None
-    plain = _ESCAPE.sub(lambda found: bytes([int(found[1], 16)]), path)
-    return _EC2.sub(b"", _SLASHES.sub(b"/", plain))

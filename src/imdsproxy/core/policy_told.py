@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Final, TypeAlias
 
+from imdsproxy.core.path_rules import PathRules, PathWord, path_of_rule, path_rule_name
 from imdsproxy.core.policy import Folded, Guard, boot_ends_at, render_policy_word
 
 __all__ = ["NOBODY", "PolicyInForce", "RuleInForce", "RuleValue", "tell_policy"]
@@ -20,7 +21,7 @@ class RuleInForce:
     """One rule.
 
     Attributes:
-        name: As the settings have it.
+        name: As the settings have it; each path that something is said of has one of its own (`path_rule_name`).
         origin: The scope that set it: `host`, `network`, `project` or `instance`; `default` where nobody did.
     """
 
@@ -48,6 +49,12 @@ class PolicyInForce:
     reopened_at: int | None
     word: str
 
+    @property
+    def paths(self) -> PathRules:
+        """The rules for paths among them."""
+        named = ((path_of_rule(rule.name), rule.value) for rule in self.rules)
+        return tuple((path, PathWord(str(word))) for path, word in named if path is not None)
+
 
 def tell_policy(folded: Folded, guard: Guard, created_at: int | None, now: int) -> PolicyInForce:
     """A policy with its origins.
@@ -59,13 +66,12 @@ def tell_policy(folded: Folded, guard: Guard, created_at: int | None, now: int) 
         now: Unix time.
     """
     origins = dict(folded.origins)
+    values = {one.name: getattr(folded.policy, one.name) for one in fields(folded.policy)}
+    for path, word in values.pop("paths"):
+        values[path_rule_name(path)] = word.value
     rules = tuple(
-        RuleInForce(
-            one.name,
-            getattr(folded.policy, one.name),
-            origins[one.name].value if one.name in origins else NOBODY,
-        )
-        for one in fields(folded.policy)
+        RuleInForce(name, value, origins[name].value if name in origins else NOBODY)
+        for name, value in values.items()
     )
     ends = boot_ends_at(folded.policy, guard, created_at)
     return PolicyInForce(

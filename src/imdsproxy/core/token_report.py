@@ -9,8 +9,9 @@ from typing import Final, TypeAlias
 from imdsproxy.core.haproxy.counting import GuestRow, ReaderRow
 from imdsproxy.core.inventory import Inventory
 from imdsproxy.core.model import Dialect, Instance, InstanceId, NetworkId, Upstream
+from imdsproxy.core.open_trees import open_user_data
 from imdsproxy.core.plan import policy_place
-from imdsproxy.core.policy import PolicyBook, TokenMode
+from imdsproxy.core.policy import PolicyBook
 
 __all__ = [
     "GuestWithoutToken",
@@ -25,6 +26,12 @@ _GUESTS_KEPT: Final = 50_000
 _READERS_KEPT: Final = 10_000
 _KEPT_S: Final = 7 * 86_400
 _OPEN_TREES_SHOWN: Final = 100
+_TREES: Final = {
+    Dialect.EC2: "/latest",
+    Dialect.OPENSTACK: "/openstack",
+    Dialect.NOCLOUD: "/nocloud",
+}
+_NOVA_TREES: Final = {_TREES[Dialect.EC2], _TREES[Dialect.OPENSTACK]}
 _REFUSED: Final = "refused"
 
 _Key: TypeAlias = tuple[str, ...]
@@ -71,10 +78,10 @@ class GuestWithoutToken:
 
 @dataclass(frozen=True, slots=True)
 class OpenTree:
-    """EC2's tree requires tokens, and this one gives the same user-data to whoever asks.
+    """User-data takes a token in EC2's tree, or is denied somewhere, and this one gives it to whoever asks.
 
     Attributes:
-        tree: `/openstack` or `/nocloud`.
+        tree: `/latest` (EC2's), `/openstack` or `/nocloud`.
     """
 
     network: NetworkId
@@ -213,10 +220,7 @@ class TokenLedger:
 
 
 def open_trees(inventory: Inventory, book: PolicyBook) -> list[OpenTree]:
-    """Where the same user-data is had without a token from another tree than EC2's.
-
-    Sealed user-data does not count: after the boot nobody reads it, and no tree asks for tokens before.
-    """
+    """Where user-data is had without a token although another tree keeps it (`core.open_trees`)."""
     return [
         OpenTree(network, instance.id, tree)
         for _, instance in sorted(inventory.instances.items())
@@ -231,23 +235,10 @@ def _open_trees_of(
     instance: Instance,
     network: NetworkId,
     project: str | None,
-) -> list[str]:
+) -> Iterable[str]:
     nova = instance.upstream is Upstream.NOVA
-    if not nova and (instance.user_data is None or Dialect.EC2 not in instance.dialects):
-        return []
+    if not nova and instance.user_data is None:
+        return ()
     place = policy_place(inventory, network, project or instance.project, instance)
-    policy = book.fold(place).policy
-    if not policy.endpoint or policy.seal_user_data or policy.tokens is not TokenMode.REQUIRED:
-        return []
-    trees = []
-    if policy.openstack_tokens is not TokenMode.REQUIRED and (
-        nova or Dialect.OPENSTACK in instance.dialects
-    ):
-        trees.append("/openstack")
-    if (
-        not nova
-        and policy.nocloud_tokens is not TokenMode.REQUIRED
-        and Dialect.NOCLOUD in instance.dialects
-    ):
-        trees.append("/nocloud")
-    return trees
+    served = _NOVA_TREES if nova else {_TREES[dialect] for dialect in instance.dialects}
+    return open_user_data(book.fold(place).policy, served).trees

@@ -7,10 +7,11 @@ everything the guest sent under any other name than the allow-list has been dele
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final, TypeAlias
 
 from imdsproxy.core.model import InstanceId
+from imdsproxy.core.path_rules import PathRules
 from imdsproxy.core.policy import POLICY_WORD
 
 __all__ = [
@@ -99,11 +100,13 @@ class EmbeddedRecord:
 
     Attributes:
         policy: As of `NovaRecord`.
+        paths: As of `NovaRecord`.
     """
 
     instance: InstanceId
     revision: str
     policy: str = ""
+    paths: PathRules = field(default=(), compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +118,7 @@ class NovaRecord:
         project: The port's.
         signatures: By the secret in force, then, while it is being replaced, by the next one.
         policy: The policy word, empty where the default is in force (`core.policy.render_policy_word`).
+        paths: The rules of the set that the word refers to. They are in another map, and the value says none of them.
     """
 
     endpoint_set: str
@@ -122,6 +126,7 @@ class NovaRecord:
     project: str
     signatures: tuple[str, ...]
     policy: str = ""
+    paths: PathRules = field(default=(), compare=False)
 
 
 MapRecord: TypeAlias = EmbeddedRecord | NovaRecord

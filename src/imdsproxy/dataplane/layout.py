@@ -138,6 +138,11 @@ class Layout:
         return self.runtime / "short.map"
 
     @property
+    def path_rules_map(self) -> Path:
+        """The sets of path rules that records refer to."""
+        return self.runtime / "path-rules.map"
+
+    @property
     def silence(self) -> Path:
         """An empty file: what HAProxy answers itself when an endpoint behind a hop gives no answer."""
         return self.runtime / "silence.http"
@@ -202,6 +207,7 @@ class Layout:
             resolver=inside(self.resolver_socket),
             token_keys=str(self.token_keys_map),
             short=str(self.short_map),
+            path_rules=str(self.path_rules_map),
             found=str(self.found_socket),
             silence=str(self.silence),
             audit=inside(self.audit_socket),

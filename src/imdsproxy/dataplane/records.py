@@ -46,6 +46,7 @@ class RecordApplier:
     Attributes:
         known: Workers whose maps are known to mirror the files.
         behind: A change reached the files and perhaps not every worker; the next one makes up for it.
+        tables: What `apply_table` was last told, by file: a worker that we know nothing of is told as well.
     """
 
     master: MasterClient
@@ -57,6 +58,7 @@ class RecordApplier:
     known: set[int] = field(default_factory=set)
     compact_above: int = COMPACT_ABOVE
     behind: bool = False
+    tables: dict[Path, Mapping[str, str]] = field(default_factory=dict, repr=False)
 
     def load(self) -> bool:
         """Read the files that an earlier controller left; whether there were any that belong together.
@@ -101,6 +103,7 @@ class RecordApplier:
         """
         async with self.lock:
             write()
+            self.tables[path] = entries
             for worker in (await self.master.read_processes()).workers:
                 await self._unless_ended(
                     worker, self.master.send_swap(worker, str(path), list(entries.items()))
@@ -185,6 +188,9 @@ class RecordApplier:
         return fresh
 
     async def _synchronise(self, worker: int) -> None:
+        # Records refer to what is in there.
+        for path, table in self.tables.items():
+            await self.master.send_swap(worker, str(path), list(table.items()))
         base = str(self.base_path)
         if await self.master.read_entry(worker, base, GENERATION_KEY) != self.state.generation:
             entries = [(GENERATION_KEY, self.state.generation), *self.state.base.items()]

@@ -69,7 +69,9 @@ def test_an_instance_that_is_not_compiled_is_not_known_yet() -> None:
 def test_an_address_of_two_instances_is_a_conflict_whatever_is_compiled() -> None:
     inventory = _inventory(("a", _instance("web")), ("b", _instance("db")))
     revisions = {InstanceId("web"): "r1", InstanceId("db"): "r2"}
-    assert plan_records(inventory, [_KEY], revisions, {}, NovaRouting()) == {"red/10.0.0.5": "!"}
+    assert plan_records(inventory, [_KEY], revisions, {}, NovaRouting()).values == {
+        "red/10.0.0.5": "!"
+    }
 
 
 def test_a_learned_address_counts_only_where_no_record_claims_it() -> None:
@@ -82,7 +84,7 @@ def test_a_learned_address_counts_only_where_no_record_claims_it() -> None:
         _KEY: Learned(InstanceId("db"), 1.0),
         (_RED, IPv6Address("fe80::1")): Learned(InstanceId("db"), 1.0),
     }
-    assert plan_records(inventory, learned, revisions, learned, NovaRouting()) == {
+    assert plan_records(inventory, learned, revisions, learned, NovaRouting()).values == {
         "red/10.0.0.5": "web|r1",
         "red/fe80::1": "db|r2",
     }

@@ -64,6 +64,7 @@ def test_the_baseline_takes_its_limits_from_a_configuration_of_ours() -> None:
             "/o",
             "/t",
             "/short",
+            "/m",
             "/u",
             "/p",
             None,

@@ -16,6 +16,7 @@ import pytest
 from imdsproxy.admin.operations import DocumentAnswer, LeftOut, UnixListenerReport
 from imdsproxy.cli.main import main
 from imdsproxy.core.model import BridgeListener, Dialect, InstanceId, NamespaceListener, NetworkId
+from imdsproxy.core.path_rules import PathRules, PathWord
 from imdsproxy.core.policy import NOTHING_SAID, PolicyBook, PolicyRules, TokenMode
 from imdsproxy.errors import ConfigInvalid, Problem, ReloadFailed, SourceUnavailable
 from support.admin_server import AdminServer, admin_server
@@ -144,13 +145,50 @@ def test_the_policy_of_a_record_is_said_by_flags_rule_by_rule(filled: Cli, kind:
     assert "one of off, optional, required" in refused.err
 
 
+@pytest.mark.parametrize("kind", ["network", "instance"])
+def test_what_is_said_of_paths_is_said_and_unsaid_by_flags_path_by_path(
+    filled: Cli, kind: str
+) -> None:
+    def paths() -> PathRules | None:
+        if kind == "network":
+            return filled.operations.networks[NetworkId("blue")].policy.paths
+        return filled.operations.instances[InstanceId("web-1")].policy.paths
+
+    name = {"network": "blue", "instance": "web-1"}[kind]
+    for words in ("/latest/user-data=deny", "/latest/meta-data/tags/instance/a=b=optional"):
+        assert filled(kind, "set", name, "--path-rule", words).status == 0
+    assert paths() == (
+        ("/latest/meta-data/tags/instance/a=b", PathWord.OPTIONAL),
+        ("/latest/user-data", PathWord.DENY),
+    )
+    shown = filled(kind, "show", name).out
+    assert "    paths:\n" in shown
+    assert "      /latest/user-data: deny\n" in shown
+    changed = ("--no-path-rule", "/latest/meta-data/tags/instance/a=b", "--path-rule", "/=required")
+    assert filled(kind, "set", name, *changed).status == 0
+    assert paths() == (("/", PathWord.REQUIRED), ("/latest/user-data", PathWord.DENY))
+    filled(kind, "set", name, "--no-path-rule", "/", "--no-path-rule", "/latest/user-data")
+    assert paths() is None
+    for words, hint in (
+        ("/2009-04-04/user-data=deny", "/latest/user-data"),
+        ("/latest=refuse", "one of deny, allow, required, optional"),
+        ("/latest", "--path-rule /latest/user-data=deny"),
+    ):
+        refused = filled(kind, "set", name, "--path-rule", words)
+        assert refused.status != 0
+        assert "policy.paths" in refused.err
+        assert hint in " ".join(refused.err.split())
+
+
 def test_a_network_and_an_instance_are_added_with_a_policy(cli: Cli) -> None:
     cli("network", "add", "blue", "--bridge", "br0", "--tokens", "required")
-    cli("instance", "add", "web-1", "--network", "blue", "--seal-user-data")
+    said = ("--path-rule", "/latest/user-data=deny", "--no-path-rule", "/")
+    cli("instance", "add", "web-1", "--network", "blue", "--seal-user-data", *said)
     blue = cli.operations.networks[NetworkId("blue")]
     assert blue.policy == PolicyRules(tokens=TokenMode.REQUIRED)
     web = cli.operations.instances[InstanceId("web-1")]
-    assert web.policy == PolicyRules(seal_user_data=True)
+    paths = (("/latest/user-data", PathWord.DENY),)
+    assert web.policy == PolicyRules(seal_user_data=True, paths=paths)
 
 
 def test_show_tells_the_policy_and_when_an_instance_was_made(filled: Cli, tmp_path: Path) -> None:

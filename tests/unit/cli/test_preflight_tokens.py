@@ -8,6 +8,7 @@ import pytest
 from imdsproxy.cli.preflight_tokens import (
     check_guards,
     check_hop_limits,
+    check_path_rules,
     check_token_keys,
     check_trees,
 )
@@ -73,6 +74,74 @@ def test_nobody_is_warned_of_what_is_locked_or_was_said_already(
 ) -> None:
     found = check_trees(_book(**policy))
     assert [one.text.partition(":")[0] for one in found] == places
+
+
+_DENIED = {"/latest/user-data": "deny"}
+_LOCKED_PATHS = {"/openstack/latest/user_data": "required", "/nocloud/user-data": "deny"}
+
+
+def test_user_data_that_is_denied_in_one_tree_and_given_in_another_is_warned_of() -> None:
+    (finding,) = check_trees(_book(projects={"p": {"paths": _DENIED}}))
+    assert finding.text == (
+        "policy.projects.p: /latest/user-data is denied, and /openstack and /nocloud give the same"
+    )
+    assert finding.hint.startswith(
+        "paths: {/openstack/latest/user_data: deny, /nocloud/user-data: deny}, "
+    )
+    assert finding.warning
+    (other,) = check_trees(_book(host={"paths": _LOCKED_PATHS}))
+    assert other.text == "policy.host: /nocloud/user-data is denied, and EC2's tree gives the same"
+
+
+@pytest.mark.parametrize(
+    ("policy", "warned"),
+    [
+        ({"paths": {**_DENIED, **_LOCKED_PATHS}}, False),
+        ({"paths": {"/latest/user-data": "required", **_LOCKED_PATHS}}, False),
+        ({"paths": {"/latest/user-data": "required"}}, True),
+        ({"tokens": "required", "paths": _LOCKED_PATHS}, False),
+        ({"tokens": "required", "paths": {"/latest/user-data": "optional"}}, False),
+        ({**_OPEN, **_LOCKED, "paths": {"/nocloud": "optional"}}, True),
+        ({**_OPEN, **_LOCKED, "paths": {"/nocloud": "allow"}}, False),
+        ({"seal_user_data": True, "paths": _DENIED}, False),
+        ({"endpoint": False, "paths": _DENIED}, False),
+        # Whole trees that are denied are turned off: nothing is meant to be kept by that.
+        ({"paths": {"/nocloud": "deny", "/openstack": "deny"}}, False),
+        ({"paths": {"/": "deny", "/latest/meta-data": "allow"}}, False),
+    ],
+)
+def test_what_is_said_of_paths_keeps_user_data_or_leaves_it_open(
+    policy: dict[str, Any], *, warned: bool
+) -> None:
+    assert bool(check_trees(_book(host=policy))) is warned
+
+
+def test_a_rule_for_a_path_that_nothing_has_is_warned_of() -> None:
+    served = {
+        "/": "allow",
+        "/latest": "allow",
+        "/latest/meta-data/public-keys/0/openssh-key": "deny",
+        "/latest/meta-data/block-device-mapping/ami": "deny",
+        "/latest/dynamic/instance-identity/document": "deny",
+        "/openstack/content/0000": "deny",
+        "/openstack/latest/vendor_data2.json": "deny",
+        "/nocloud/network-config": "deny",
+    }
+    never = {
+        "/latest/meta-data/iam": "deny",
+        "/latest/userdata": "deny",
+        "/latest/user-data/x": "deny",
+        "/openstack/latest/user-data": "deny",
+        "/nocloud/user_data": "deny",
+        "/latest/api": "deny",
+    }
+    assert check_path_rules(_book(host={"paths": served})) == []
+    found = check_path_rules(_book(networks={"red": {"paths": {**served, **never}}}))
+    assert [one.text for one in found] == [
+        f"policy.networks.red.paths: nothing is ever served at {path} or beneath it"
+        for path in sorted(never)
+    ]
+    assert all(one.warning and one.hint for one in found)
 
 
 def test_a_hop_limit_does_nothing_behind_the_unix_listener() -> None:

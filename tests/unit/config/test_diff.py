@@ -28,7 +28,7 @@ SETS = {
     }
 }
 
-RULES = {
+RULES: dict[str, object] = {
     "endpoint": None,
     "tokens": "off",
     "openstack_tokens": None,
@@ -40,6 +40,7 @@ RULES = {
     "requests_per_s": None,
     "burst": None,
     "connections": None,
+    "paths": {},
 }
 
 # What another setting must say first, for some to be allowed.
@@ -123,6 +124,7 @@ OTHER: dict[str, object] = {
     "policy.host.requests_per_s": 1,
     "policy.host.burst": 1,
     "policy.host.connections": 1,
+    "policy.host.paths": {"/latest/user-data": "deny"},
     "audit.mode": "all",
     "audit.sample": 7,
     "audit.destination": "/x.log",

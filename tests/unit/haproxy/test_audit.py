@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 
@@ -16,7 +17,9 @@ from imdsproxy.core.haproxy.audit import (
 )
 from imdsproxy.core.haproxy.guard import guard_rules
 from imdsproxy.core.haproxy.watching import AnsweredBy, Watched, parse_events, watch_rules
+from imdsproxy.dataplane.layout import Layout
 
+PATHS = Layout(runtime=Path("/run/x"), state=Path("/var/x")).haproxy_paths()
 LAST = "/audit-last.sock"
 LINE = (
     '{"time":1795684004.318,"number":17,"network":"blue","address":"10.0.0.5","instance":"vm-1",'
@@ -83,7 +86,7 @@ def test_the_longest_line_has_room() -> None:
 
 
 def test_refusals_are_marked_only_where_lines_are_written() -> None:
-    rules = guard_rules("/keys.map", audited=True)
+    rules = guard_rules(PATHS, audited=True)
     told = [rule[2] for rule in rules if rule[1] == "set-var(txn.refused)"]
     assert told == [
         "str(endpoint)",
@@ -92,12 +95,15 @@ def test_refusals_are_marked_only_where_lines_are_written() -> None:
         "str(forwarded)",
         "str(token-request)",
         "str(no-key)",
+        "str(no-path-rules)",
+        "str(path-denied)",
         "str(token-required)",
+        "str(path-required)",
         "str(forwarded)",
         "str(sealed)",
     ]
     assert rules[-1][1] == "unset-var(txn.refused)"
-    assert guard_rules("/keys.map") == without_marks(rules)
+    assert guard_rules(PATHS) == without_marks(rules)
     text = str(without_marks(rules))
     assert "txn.refused" not in text
     assert "heard" not in text
@@ -105,7 +111,7 @@ def test_refusals_are_marked_only_where_lines_are_written() -> None:
 
 def test_each_refusal_of_the_guard_comes_after_a_mark() -> None:
     marks = 0
-    for rule in guard_rules("/keys.map", audited=True):
+    for rule in guard_rules(PATHS, audited=True):
         marks += rule[1] == "set-var(txn.refused)"
         assert marks or rule[1] != "return"
 

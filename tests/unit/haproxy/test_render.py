@@ -48,6 +48,7 @@ _PATHS = Paths(
     resolver="/resolver.sock",
     token_keys="/run/imdsproxy/token-keys.map",
     short="/run/imdsproxy/short.map",
+    path_rules="/run/imdsproxy/path-rules.map",
     found="/run/imdsproxy/found.sock",
     silence="/run/imdsproxy/silence.http",
     hops="/run/imdsproxy/jail",

@@ -1,9 +1,10 @@
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 
+from imdsproxy.core.path_rules import PathRules, PathWord, set_id
 from imdsproxy.core.policy import (
     DEFAULT,
     NOTHING_SAID,
@@ -16,6 +17,7 @@ from imdsproxy.core.policy import (
     TokenMode,
     fold_policy,
     render_policy_word,
+    rule_set_of,
 )
 
 _REQUIRED = PolicyRules(tokens=TokenMode.REQUIRED)
@@ -77,7 +79,7 @@ def test_settings_have_the_last_word_over_a_record_of_the_same_scope() -> None:
 def test_the_default_needs_no_word() -> None:
     assert render_policy_word(DEFAULT, Guard(), _BORN) == ""
     # A boot that ends later is no difference while nothing depends on its end.
-    assert PolicyBook().word(_PLACE, None) == ""
+    assert PolicyBook().word(_PLACE, None) == ("", ())
 
 
 @pytest.mark.parametrize(
@@ -124,3 +126,81 @@ def test_an_operator_opens_a_boot_again() -> None:
     word = render_policy_word(Policy(seal_user_data=True), guard, _BORN)
     assert f":{_BORN + 5900}:" in word
     assert f":{_BORN + 5900}:" in render_policy_word(Policy(seal_user_data=True), guard, None)
+
+
+_DENIED: PathRules = (("/latest/user-data", PathWord.DENY),)
+
+
+@pytest.mark.parametrize(
+    ("policy", "word"),
+    [
+        (Policy(), "+1tooo---p::1795000900:64::::"),
+        (Policy(tokens=TokenMode.OFF), "+1-ooo---p::1795000900:64::::"),
+        (Policy(burst=300, seal_user_data=True), "+1tooo-sbp::1795000900:64::300::"),
+    ],
+)
+def test_what_is_said_of_paths_is_a_set_that_the_word_names(policy: Policy, word: str) -> None:
+    said = render_policy_word(replace(policy, paths=_DENIED), Guard(), _BORN)
+    assert said == f"{word}{set_id(_DENIED)}"
+    assert rule_set_of(said) == set_id(_DENIED)
+    assert rule_set_of(f"{said}|web|r1") == set_id(_DENIED)
+
+
+@pytest.mark.parametrize(
+    "value", ["web|r1", "-", "!", "+1tooo---::0:64", "+1tooo---::0:64:1:2:3|w|r"]
+)
+def test_where_nothing_is_said_of_paths_there_is_no_set(value: str) -> None:
+    assert rule_set_of(value) is None
+
+
+@pytest.mark.parametrize(
+    ("path", "counts"),
+    [
+        ("/", True),
+        ("/openstack", True),
+        ("/openstack/latest/user_data", True),
+        ("/nocloud/user-data", True),
+        ("/latest", False),
+        ("/latest/user-data", False),
+    ],
+)
+def test_the_boot_counts_where_another_trees_path_takes_a_token(path: str, *, counts: bool) -> None:
+    for word in PathWord:
+        said = render_policy_word(Policy(paths=((path, word),)), Guard(), _BORN)
+        assert said[8] == ("b" if counts and word is PathWord.REQUIRED else "-")
+
+
+def test_tokens_are_given_where_a_path_takes_one_although_they_are_off() -> None:
+    for word in PathWord:
+        paths = (("/latest/user-data", word),)
+        said = render_policy_word(Policy(tokens=TokenMode.OFF, paths=paths), Guard(), None)
+        assert said[2] == ("t" if word is PathWord.REQUIRED else "-")
+
+
+def test_paths_are_folded_one_by_one_and_it_is_known_whose_each_is() -> None:
+    host = PolicyRules(paths=(("/", PathWord.DENY), ("/latest/user-data", PathWord.DENY)))
+    of_network = PolicyRules(paths=(("/latest", PathWord.ALLOW),))
+    said = PolicyRules(tokens=TokenMode.REQUIRED, paths=(("/nocloud", PathWord.OPTIONAL),))
+    book = PolicyBook(host=host, networks={"red": said})
+    folded = book.fold(PolicyPlace("red", None, "web", of_network=of_network))
+    assert folded.policy.paths == (
+        ("/", PathWord.DENY),
+        ("/latest", PathWord.ALLOW),
+        ("/nocloud", PathWord.OPTIONAL),
+    )
+    assert folded.origins == (
+        ("paths./", PolicyScope.HOST),
+        ("paths./latest", PolicyScope.NETWORK),
+        ("paths./nocloud", PolicyScope.NETWORK),
+        ("tokens", PolicyScope.NETWORK),
+    )
+    word, paths = book.word(PolicyPlace("red", None, "web"), None)
+    assert rule_set_of(word) == set_id(paths)
+
+
+def test_settings_have_the_last_word_on_a_path_over_a_record_of_the_same_scope() -> None:
+    record = PolicyRules(paths=(("/latest", PathWord.DENY), ("/nocloud", PathWord.DENY)))
+    settings = PolicyRules(paths=(("/latest", PathWord.ALLOW),))
+    place = PolicyPlace("red", None, "web", of_instance=record)
+    folded = PolicyBook(instances={"web": settings}).fold(place)
+    assert folded.policy.paths == (("/latest", PathWord.ALLOW), ("/nocloud", PathWord.DENY))

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 
+from imdsproxy.core.path_rules import PathWord
 from imdsproxy.core.policy import Guard, Policy, TokenMode, render_policy_word
 from imdsproxy.core.policy_decides import decide_read
 
@@ -15,7 +16,7 @@ def _decided(
     policy: Policy, target: str, *, token: bool = False, born: int | None = None, epoch: int = 0
 ) -> tuple[int | None, str]:
     word = render_policy_word(policy, Guard(epoch), born)
-    decided = decide_read(word, _NOW, target, token=token)
+    decided = decide_read(word, _NOW, target, token=token, paths=policy.paths)
     assert bool(decided.rule) == bool(decided.why) == (decided.status is not None)
     return decided.status, decided.rule
 
@@ -96,3 +97,46 @@ def test_the_tokens_own_path_takes_no_get() -> None:
     assert _decided(Policy(hop_limit=1), f"/ec2{token}/") == (405, "tokens")
     assert _decided(Policy(tokens=TokenMode.OFF), token) == (404, "tokens")
     assert _decided(Policy(hop_limit=1), "/2021-01-03/api/token") == (404, "tokens")
+
+
+@pytest.mark.parametrize(
+    ("word", "tokens", "status", "with_token"),
+    [
+        (PathWord.DENY, TokenMode.OPTIONAL, 403, 403),
+        (PathWord.DENY, TokenMode.OFF, 403, 403),
+        (PathWord.REQUIRED, TokenMode.OPTIONAL, 401, None),
+        (PathWord.OPTIONAL, _REQUIRED, None, None),
+        (PathWord.ALLOW, TokenMode.OPTIONAL, None, None),
+    ],
+)
+def test_what_is_said_of_a_path_decides_in_every_spelling(
+    word: PathWord, tokens: TokenMode, status: int | None, with_token: int | None
+) -> None:
+    policy = Policy(tokens=tokens, paths=((_USER_DATA, word),))
+    name = f"paths.{_USER_DATA}"
+    for target in (_USER_DATA, "/1.0/user-data/x", "//ec2//x/user%2ddata", "/ec2/latest/user-data"):
+        assert _decided(policy, target) == (status, name if status else "")
+        assert _decided(policy, target, token=True) == (with_token, name if with_token else "")
+
+
+def test_allowed_is_as_the_tree_is_and_sealed_stays_sealed() -> None:
+    policy = Policy(tokens=_REQUIRED, paths=(("/", PathWord.DENY), ("/latest", PathWord.ALLOW)))
+    assert _decided(policy, _USER_DATA) == (401, "tokens")
+    assert _decided(policy, _USER_DATA, token=True) == (None, "")
+    assert _decided(policy, _META, token=True) == (403, "paths./")
+    sealed = Policy(seal_user_data=True, paths=((_USER_DATA, PathWord.OPTIONAL),))
+    assert _decided(sealed, _USER_DATA) == (403, "seal_user_data")
+
+
+def test_another_trees_path_takes_a_token_when_the_boot_is_over() -> None:
+    policy = Policy(paths=(("/openstack", PathWord.REQUIRED),))
+    assert _decided(policy, _META) == (401, "paths./openstack")
+    assert _decided(policy, _META, born=_NOW) == (None, "")
+    everything = Policy(paths=(("/", PathWord.REQUIRED),))
+    assert _decided(everything, _META, born=_NOW) == (None, "")
+    assert _decided(everything, _USER_DATA, born=_NOW) == (401, "paths./")
+
+
+def test_no_rule_is_for_where_tokens_are_given() -> None:
+    policy = Policy(paths=(("/", PathWord.DENY),))
+    assert _decided(policy, "/latest/api/token") == (405, "tokens")

@@ -4,6 +4,7 @@ from dataclasses import fields
 
 import pytest
 
+from imdsproxy.core.path_rules import PathWord
 from imdsproxy.core.policy import (
     Folded,
     Guard,
@@ -26,11 +27,23 @@ def test_every_rule_is_told_with_its_value_and_who_set_it() -> None:
         ]
     )
     told = tell_policy(folded, Guard(), None, _BORN)
-    assert [rule.name for rule in told.rules] == [one.name for one in fields(Policy)]
+    names = [one.name for one in fields(Policy) if one.name != "paths"]
+    assert [rule.name for rule in told.rules] == names
     by_name = {rule.name: (rule.value, rule.origin) for rule in told.rules}
     assert by_name["tokens"] == ("off", "instance")
     assert by_name["seal_user_data"] == (True, "host")
     assert by_name["hop_limit"] == (64, NOBODY)
+
+
+def test_each_path_is_told_with_who_said_what_of_it() -> None:
+    paths = (("/", PathWord.DENY), ("/latest", PathWord.OPTIONAL))
+    folded = fold_policy([(PolicyScope.PROJECT, PolicyRules(paths=paths))])
+    told = tell_policy(folded, Guard(), None, _BORN)
+    assert [(rule.name, rule.value, rule.origin) for rule in told.rules[-2:]] == [
+        ("paths./", "deny", "project"),
+        ("paths./latest", "optional", "project"),
+    ]
+    assert told.paths == paths
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from imdsproxy.core.haproxy.counting import GuestRow, ReaderRow
 from imdsproxy.core.inventory import Inventory
 from imdsproxy.core.model import Dialect, Instance, InstanceId, NetworkId, Port, Upstream
 from imdsproxy.core.observation import Observation, SourceName
+from imdsproxy.core.path_rules import PathWord
 from imdsproxy.core.policy import PolicyBook, PolicyRules, TokenMode
 from imdsproxy.core.token_report import (
     GuestWithoutToken,
@@ -101,6 +102,8 @@ def _instance(
                     upstream=upstream, dialects=dialects)  # fmt: skip
 
 
+_DENIED = (("/nocloud/user-data", PathWord.DENY),)
+_OPTIONAL = {"tokens": TokenMode.OPTIONAL}
 _LOCKED = {"openstack_tokens": TokenMode.REQUIRED, "nocloud_tokens": TokenMode.REQUIRED}
 
 
@@ -117,9 +120,13 @@ _LOCKED = {"openstack_tokens": TokenMode.REQUIRED, "nocloud_tokens": TokenMode.R
         (_instance(dialects=frozenset({Dialect.EC2, Dialect.NOCLOUD})), {}, ["/nocloud"]),
         (_instance(dialects=frozenset({Dialect.OPENSTACK})), {}, []),
         (_instance(user_data=None, upstream=Upstream.NOVA), {}, ["/openstack"]),
+        (_instance(), {**_OPTIONAL, "paths": _DENIED}, ["/latest", "/openstack"]),
+        (_instance(), {"paths": _DENIED}, ["/openstack"]),
+        (_instance(dialects=frozenset({Dialect.EC2})), {**_OPTIONAL, "paths": _DENIED}, []),
+        (_instance(upstream=Upstream.NOVA), {**_OPTIONAL, "paths": _DENIED}, []),
     ],
 )
-def test_a_tree_is_open_that_gives_the_user_data_for_which_ec2s_wants_a_token(
+def test_a_tree_is_open_that_gives_the_user_data_that_another_one_keeps(
     instance: Instance, more: dict[str, object], trees: list[str]
 ) -> None:
     rules = PolicyRules(**{"tokens": TokenMode.REQUIRED, **more})  # type: ignore[arg-type] # as the cases have them

@@ -4,7 +4,9 @@ import pytest
 from pydantic import ValidationError
 
 from imdsproxy.config.policy import PolicyRulesSettings
+from imdsproxy.config.words import explain_finding
 from imdsproxy.core.model import Instance, Network
+from imdsproxy.core.path_rules import MOST_PATH_RULES, PathWord
 from imdsproxy.core.policy import NOTHING_SAID, PolicyRules, TokenMode
 from imdsproxy.core.records import Refused, parse_instance, parse_network, parse_records
 from imdsproxy.core.records.policy import POLICY_KEYS
@@ -37,6 +39,7 @@ def test_every_rule_can_be_said() -> None:
         "requests_per_s": 20,
         "burst": 300,
         "connections": 8,
+        "paths": {"/latest/user-data": "deny", "/": "required"},
     }
     wanted = PolicyRules(
         endpoint=True,
@@ -50,13 +53,14 @@ def test_every_rule_can_be_said() -> None:
         requests_per_s=20,
         burst=300,
         connections=8,
+        paths=(("/", PathWord.REQUIRED), ("/latest/user-data", PathWord.DENY)),
     )
     assert set(said) == set(POLICY_KEYS)
     assert _of_instance(said) == wanted
     assert _of_network(said) == wanted
 
 
-@pytest.mark.parametrize("policy", [None, {}, {"tokens": None}])
+@pytest.mark.parametrize("policy", [None, {}, {"tokens": None}, {"paths": {}}, {"paths": None}])
 def test_what_is_not_said_is_left_to_other_scopes(policy: object) -> None:
     assert _of_instance(policy) == NOTHING_SAID
     assert _of_network(policy) == NOTHING_SAID
@@ -104,6 +108,53 @@ def test_records_take_what_settings_take(key: str, value: object) -> None:
         assert found.problems[0].hint
     else:
         assert found == said
+
+
+_PATHS: tuple[object, ...] = (
+    None,
+    {},
+    {"/": "deny"},
+    {"/latest/user-data": "allow", "/nocloud": "optional", "/openstack/content": "required"},
+    {f"/latest/{number}": "deny" for number in range(MOST_PATH_RULES)},
+    {f"/latest/{number}": "deny" for number in range(MOST_PATH_RULES + 1)},
+    {"/1.0/user-data": "deny"},
+    {"/latest/user-data/": "deny"},
+    {"/latest/../x": "deny"},
+    {"/latest/api/token": "deny"},
+    {"latest": "deny"},
+    {"/latest": "refuse"},
+    {"/latest": False},
+    {"/latest": {}},
+    ["/latest"],
+    "/latest",
+    True,
+)
+
+
+@pytest.mark.parametrize("value", _PATHS)
+def test_records_take_the_paths_that_settings_take(value: object) -> None:
+    found = _of_instance({"paths": value})
+    try:
+        said = PolicyRulesSettings.model_validate({"paths": value}).rules()
+    except ValidationError as error:
+        assert isinstance(found, Refused)
+        (problem,) = found.problems
+        assert problem.field.startswith("policy.paths")
+        (finding,) = map(explain_finding, error.errors())
+        if isinstance(value, dict) and len(value) == 1 and finding.field != "paths./latest":
+            assert (finding.reason, finding.hint) == (problem.reason, problem.hint)
+    else:
+        assert found == said
+
+
+def test_each_bad_path_is_told_with_the_right_spelling() -> None:
+    found = _of_instance({"paths": {"/1.0/user-data": "deny", "/latest/x/": "deny", "/": "no"}})
+    assert isinstance(found, Refused)
+    assert [(each.field, each.hint) for each in found.problems] == [
+        ('policy.paths["/1.0/user-data"]', "/latest/user-data"),
+        ('policy.paths["/latest/x/"]', "/latest/x"),
+        ('policy.paths["/"]', "one of deny, allow, required, optional"),
+    ]
 
 
 def test_records_and_settings_have_the_same_keys() -> None:

@@ -26,6 +26,7 @@ from imdsproxy.core.documents.tree import (
 )
 
 __all__ = [
+    "EC2_CATEGORIES",
     "EC2_VERSIONS",
     "LATEST",
     "ec2_directory",
@@ -265,6 +266,9 @@ _CATEGORIES: Final[tuple[tuple[str, str, Callable[[DocumentRecord], Node | None]
     ("2021-01-03", "ipv6", _ipv6),
     ("2021-03-23", "tags", _tags),
 )
+
+EC2_CATEGORIES: Final = tuple(dict.fromkeys(name for _, name, _ in _CATEGORIES))
+"""All that `meta-data` can have."""
 
 
 def _generations() -> dict[str, str]:

@@ -441,7 +441,7 @@ def _documents(spec: DataplaneSpec, *, guarded: bool = False) -> Section:
     return Section(
         ("backend", f"documents{GUARDED}" if guarded else "documents"),
         (
-            *((*said_share(spec), *guard_rules(spec.paths.token_keys, audited=bool(spec.audit))) if guarded else ()),
+            *((*said_share(spec), *guard_rules(spec.paths, audited=bool(spec.audit))) if guarded else ()),
             *(_ask_the_cache(spec) if spec.nova or guarded else ()),
             *_plain_request(),
             ("http-request", "set-header", HEADER_INSTANCE, "%[var(txn.record),field(1,|)]"),

@@ -15,7 +15,7 @@ from typing import Final
 from imdsproxy.core.haproxy.audit import TOKEN_HEARD, marked, passed, without_marks
 from imdsproxy.core.haproxy.counting import counting_rules
 from imdsproxy.core.haproxy.hops import limit_hops, release_hops
-from imdsproxy.core.haproxy.model import Words
+from imdsproxy.core.haproxy.model import Paths, Words
 from imdsproxy.core.haproxy.rules import (
     HAS_POLICY,
     KNOWN,
@@ -26,6 +26,7 @@ from imdsproxy.core.haproxy.rules import (
     negated,
     retry_later,
 )
+from imdsproxy.core.path_rules import TOKEN_PATH, WITHIN_OTHER_TREES
 from imdsproxy.core.policy import POLICY_WORD
 from imdsproxy.core.tokens import CURRENT, TOKEN_PATTERN, TTL_LIMIT_S
 from imdsproxy.core.wire import HEADER_FORWARDED
@@ -34,7 +35,6 @@ __all__ = [
     "ASKED",
     "GUARDED",
     "TOKENS_OFF",
-    "TOKEN_PATH",
     "guard_rules",
     "hear_forwarded",
     "note_asked",
@@ -45,9 +45,6 @@ __all__ = [
 ]
 
 _TOKEN_HEADER, _TTL_HEADER = TOKEN_HEADERS
-
-TOKEN_PATH: Final = "/latest/api/token"  # noqa: S105 - where tokens are, not one
-"""AWS, "Use the Instance Metadata Service to access instance metadata"."""
 
 _FORWARDED: Final = (
     r"(?im)^(?:forwarded|via|origin|referer|sec-fetch-[^:]*|x-forwarded(?!-for:)[^:]*):"
@@ -60,6 +57,12 @@ _FOREIGN_HOST: Final = (
 )  # fmt: skip
 
 _UNDONE: Final = r'path,url_dec,regsub("/(?:\.?/)*(?:\.$)?",/,g),regsub("^/ec2(?=/|$)","")'
+_LATEST: Final = (
+    'var(txn.path),regsub("^/openstack/(?!content(?:/|$))[^/]+",/openstack/latest)'
+    ',regsub("^/(?!(?:openstack|nocloud)(?:/|$))[^/]+",/latest)'
+)
+"""As `core.path_rules.plain_path`."""
+
 _ODD: Final = ("{", "path", "-m", "reg", r"%|//|/\.|^/ec2", "}")
 _UP: Final = ("{", "var(txn.path)", "-m", "reg", r"(?:^|/)\.\.(?:/|$)", "}")
 _NUL: Final = ("{", "path", "-m", "sub", "%00", "}")
@@ -101,6 +104,8 @@ _BOOTED: Final = ("{", "var(txn.booting)", "-m", "int", "le", "0", "}")
 # Whatever else begins so is nothing to Nova or to our documents.
 _OPENSTACK: Final = ("{", "var(txn.path)", "-m", "beg", "/openstack", "}")
 _NOCLOUD: Final = ("{", "var(txn.path)", "-m", "beg", "/nocloud", "}")
+_OTHERS: Final = ("{", "var(txn.path)", "-m", "beg", *WITHIN_OTHER_TREES, "}")
+_HAS_PATHS: Final = ("{", "var(txn.set)", "-m", "found", "}")
 _USER_DATA: Final = (
     "{", "var(txn.path)", "-m", "reg", "^/(?:openstack/[^/]+/user_data|[^/]+/user-data)(?:/|$)", "}"
 )  # fmt: skip
@@ -155,19 +160,20 @@ def pass_at_once(key_map: str, unless: Words = ()) -> tuple[Words, ...]:
     )  # fmt: skip
 
 
-def guard_rules(key_map: str, *, audited: bool = False) -> tuple[Words, ...]:
+def guard_rules(paths: Paths, *, audited: bool = False) -> tuple[Words, ...]:
     """Refuse, give a token, or let pass: the first rules of a guarded backend.
 
     Args:
-        key_map: The file of `core.tokens.render_key_map`.
+        paths: Has the maps of keys and of path rules.
         audited: Mark which rule refuses.
     """
     rules = (
         _tell_token_life(),
         *_path(),
-        *_check(key_map),
+        *_check(paths.token_keys),
         *release_hops(),
-        *_give(key_map),
+        *_give(paths.token_keys),
+        *_look_up_path(paths.path_rules),
         *_require(),
         passed(),
     )
@@ -333,7 +339,7 @@ def _check(key_map: str) -> tuple[Words, ...]:
         _set("left", "var(txn.life)", _GIVEN),
         _rule(("http-request", f"set-var({TOKEN_HEARD})", "str(yes)"), _GIVEN),
         # `pass_at_once` lets it pass from now on, and so must nothing else be to look at.
-        *(_rule(("http-request", f"set-var(sess.{name})", said), *fresh, *_none_of(_letter(7, "s")))
+        *(_rule(("http-request", f"set-var(sess.{name})", said), *fresh, *_none_of(_letter(7, "s"), _letter(9, "p")))
           for name, said in (
               ("token", _THE_TOKEN),
               ("bearer", _BEARER),
@@ -341,6 +347,25 @@ def _check(key_map: str) -> tuple[Words, ...]:
               ("good", "var(txn.claim)"),
           )),
     )  # fmt: skip
+
+
+def _look_up_path(path_map: str) -> tuple[Words, ...]:
+    """What is said of the path, as a letter of `core.path_rules.PathWord` in `txn.said`."""
+    return (
+        _set("set", "var(txn.policy),field(8,:)", _letter(9, "p")),
+        _set("plain", _LATEST, _HAS_PATHS),
+        # Where the request has no path at all, it is what is said of `/`.
+        _set("said", f"var(txn.set),concat(|,txn.plain,/),map_beg({path_map})", _HAS_PATHS),
+        # Each set says something of `/`. It is written before any record refers to it, so somebody took it away.
+        marked("no-path-rules"),
+        _rule(retry_later(), _HAS_PATHS, ("!{", "var(txn.said)", "-m", "found", "}")),
+        marked("path-denied"),
+        _answer(403, _said("d")),
+    )  # fmt: skip
+
+
+def _said(letter: str) -> Words:
+    return ("{", "var(txn.said)", "-m", "str", letter, "}")
 
 
 def _require() -> tuple[Words, ...]:
@@ -353,9 +378,13 @@ def _require() -> tuple[Words, ...]:
         _set("unmet", "bool(true)", *refused, _letter(3, "r"), *_none_of(_OPENSTACK, _NOCLOUD)),
         _set("unmet", "bool(true)", *refused, _BOOTED, _letter(4, "r"), _OPENSTACK),
         _set("unmet", "bool(true)", *refused, _BOOTED, _letter(5, "r"), _NOCLOUD),
+        _rule(("http-request", "unset-var(txn.unmet)"), _said("o")),
+        _set("unmet", "bool(true)", _said("r"), _NO_GOOD_TOKEN, *_none_of(_OTHERS)),
+        _set("unmet", "bool(true)", _said("r"), _NO_GOOD_TOKEN, _OTHERS, _BOOTED),
         *counting_rules(
             (*_UNMET,), (*HAS_POLICY, *_letter(4, "r"), *_OPENSTACK), (*HAS_POLICY, *_letter(5, "r"), *_NOCLOUD)
         ),
+        marked("path-required", _said("r")),
         _answer(401, _UNMET),
         marked("forwarded"),
         *_refuse_forwarded(*refused),

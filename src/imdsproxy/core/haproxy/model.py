@@ -56,6 +56,7 @@ class Paths:
 
     Attributes:
         token_keys: The map of the keys of session tokens (`core.tokens.render_key_map`).
+        path_rules: The map of sets of path rules (`core.path_rules.render_set`).
         found: The socket by which the resolver hands in requests of guests that it has found.
         short: An empty file, by whose name HAProxy knows the map that it fills itself (`core.haproxy.short`).
         silence: An empty file: the answer that is none.
@@ -69,6 +70,7 @@ class Paths:
     overlay_map: str
     token_keys: str
     short: str
+    path_rules: str
     unavailable: str
     probe: str
     jail: str | None

@@ -160,7 +160,7 @@ def _backend(
         ("backend", f"{_once(backend) if once else _name(backend)}{GUARDED if guarded else ''}"),
         (
             *(
-                (*said_share(spec), *guard_rules(spec.paths.token_keys, audited=bool(spec.audit)))
+                (*said_share(spec), *guard_rules(spec.paths, audited=bool(spec.audit)))
                 if guarded
                 else ()
             ),

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from typing import Final
 
-from imdsproxy.core.haproxy.guard import TOKEN_PATH
 from imdsproxy.core.haproxy.model import UnixBind, Words
 from imdsproxy.core.haproxy.rules import retry_later
+from imdsproxy.core.path_rules import TOKEN_PATH
 
 __all__ = ["AGENTS", "agent_rules", "share_rules", "unix_bind"]
 

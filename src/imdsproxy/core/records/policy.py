@@ -5,6 +5,13 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import Final
 
+from imdsproxy.core.path_rules import (
+    MOST_PATH_RULES,
+    PathRules,
+    PathWord,
+    find_path_fault,
+    sort_paths,
+)
 from imdsproxy.core.policy import (
     MOST_BURST,
     MOST_CONNECTIONS,
@@ -21,6 +28,7 @@ POLICY_KEYS: Final = tuple(one.name for one in fields(PolicyRules))
 """The keys of the mapping, which are those of the settings too."""
 
 _MODES: Final = tuple(mode.value for mode in TokenMode)
+_WORDS: Final = tuple(word.value for word in PathWord)
 _LONGEST_BOOT_S: Final = 604_800
 """A week."""
 
@@ -44,6 +52,7 @@ def parse_policy(field: Field) -> PolicyRules:
         requests_per_s=optional(entries, "requests_per_s", _parse_requests_per_s),
         burst=optional(entries, "burst", _parse_burst),
         connections=optional(entries, "connections", _parse_connections),
+        paths=optional(entries, "paths", _parse_paths),
     )
 
 
@@ -76,3 +85,18 @@ def _parse_burst(field: Field) -> int | None:
 
 def _parse_connections(field: Field) -> int | None:
     return field.whole_number(1, MOST_CONNECTIONS)
+
+
+def _parse_paths(field: Field) -> PathRules | None:
+    entries = field.mapping() or {}
+    if len(entries) > MOST_PATH_RULES:
+        field.refuse(f"has {len(entries)} paths", f"at most {MOST_PATH_RULES}")
+        return None
+    said: list[tuple[str, PathWord]] = []
+    for path, entry in entries.items():
+        fault = find_path_fault(path)
+        if fault is not None:
+            entry.refuse(fault.reason, fault.hint)
+        elif (word := entry.one_of(_WORDS)) is not None:
+            said.append((path, PathWord(word)))
+    return sort_paths(said) or None

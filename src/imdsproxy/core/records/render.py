@@ -125,12 +125,15 @@ def _render_port(port: Port) -> dict[str, Json]:
 
 
 def _render_policy(rules: PolicyRules) -> dict[str, Json]:
-    said = ((key, getattr(rules, key)) for key in POLICY_KEYS)
-    return {
+    said = ((key, getattr(rules, key)) for key in POLICY_KEYS if key != "paths")
+    mapping: dict[str, Json] = {
         key: value.value if isinstance(value, TokenMode) else value
         for key, value in said
         if value is not None
     }
+    if rules.paths:
+        mapping["paths"] = {path: word.value for path, word in rules.paths}
+    return mapping
 
 
 def _render_bytes(payload: bytes) -> Json:

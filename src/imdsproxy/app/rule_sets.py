@@ -1,0 +1,114 @@
+"""The sets of path rules that records refer to: every worker of HAProxy has one before a record says its id.
+
+A set never changes, so there is nothing to keep in step: a new one is added, and the record is changed after it. One
+that no record refers to any more is taken away later, when a request that began by it has long ended.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final, TypeAlias
+
+from imdsproxy.core.haproxy.maps import parse_map
+from imdsproxy.core.path_rules import PathRules, group_sets, render_set
+from imdsproxy.core.policy import rule_set_of
+from imdsproxy.dataplane.records import RecordApplier, Writer
+from imdsproxy.errors import HostRefused
+from imdsproxy.host.clock import Clock
+
+__all__ = ["RuleSets"]
+
+_KEPT_S: Final = 60.0
+"""Longer than any request takes from its look-up to its answer."""
+
+_Entries: TypeAlias = Mapping[str, str]
+
+
+@dataclass(slots=True)
+class RuleSets:
+    """Which sets HAProxy knows.
+
+    Args:
+        path: The map that HAProxy reads when it loads.
+        write: Replaces it.
+    """
+
+    applier: RecordApplier
+    path: Path
+    write: Writer
+    clock: Clock
+    _sets: dict[str, _Entries] = field(default_factory=dict)
+    _needed_at: dict[str, float] = field(default_factory=dict)
+    _told: bool = False
+
+    def load(self) -> None:
+        """Take over what an earlier controller left, and have the file there: HAProxy does not load without.
+
+        Raises:
+            HostRefused: It cannot be read, or written.
+        """
+        try:
+            _, entries = parse_map(self.path.read_text())
+        except FileNotFoundError:
+            entries = {}
+            self.write(self.path, b"")
+        except (OSError, UnicodeDecodeError) as error:
+            raise HostRefused(f"cannot read {self.path}: {error}") from error
+        self._sets = dict(group_sets(entries))
+        self._needed_at = dict.fromkeys(self._sets, self.clock.monotonic())
+
+    def prime(self, wanted: Mapping[str, PathRules]) -> None:
+        """Have these where a HAProxy finds them that is yet to start.
+
+        Raises:
+            HostRefused: The file system refuses.
+        """
+        self._sets |= _entries_of(wanted)
+        self._needed_at |= dict.fromkeys(wanted, self.clock.monotonic())
+        self._write(self._sets)
+        self._told = True
+
+    async def have(self, wanted: Mapping[str, PathRules], *, sweep: bool) -> None:
+        """Return once every worker knows these, and every one to come.
+
+        Args:
+            wanted: By their ids.
+            sweep: Look also for what nobody needs any more; else that is done where something else is to do.
+
+        Raises:
+            HostRefused: The file cannot be written; nothing has changed.
+            RuntimeUnavailable: HAProxy's master does not answer.
+            CommandRefused: A worker refused.
+        """
+        if self._told and not sweep and wanted.keys() <= self._sets.keys():
+            return
+        sets = self._wanted(wanted)
+        if sets == self._sets and (self._told or not sets):
+            return
+        self._told = False
+        entries = {key: value for one in sets.values() for key, value in one.items()}
+        await self.applier.apply_table(self.path, entries, lambda: self._write(sets))
+        self._sets, self._told = sets, True
+        self._needed_at = {name: self._needed_at[name] for name in sets}
+
+    def _wanted(self, wanted: Mapping[str, PathRules]) -> dict[str, _Entries]:
+        now = self.clock.monotonic()
+        in_force = {rule_set_of(value) for value in self.applier.state.effective().values()}
+        needed = wanted.keys() | (self._sets.keys() & in_force)
+        self._needed_at |= dict.fromkeys(needed, now)
+        kept = {
+            name: entries
+            for name, entries in self._sets.items()
+            if now - self._needed_at[name] < _KEPT_S
+        }
+        return kept | _entries_of(wanted)
+
+    def _write(self, sets: Mapping[str, _Entries]) -> None:
+        lines = [f"{key} {value}\n" for one in sets.values() for key, value in one.items()]
+        self.write(self.path, "".join(lines).encode())
+
+
+def _entries_of(wanted: Mapping[str, PathRules]) -> dict[str, _Entries]:
+    return {name: render_set(rules) for name, rules in wanted.items()}

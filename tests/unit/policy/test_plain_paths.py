@@ -1,0 +1,218 @@
+"""What is said of paths: how it is written, how it is folded, and which spellings it is about."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from imdsproxy.core.path_rules import (
+    PathRules,
+    PathWord,
+    covers,
+    find_path_fault,
+    find_rule,
+    fold_paths,
+    group_sets,
+    plain_path,
+    render_set,
+    set_id,
+    sort_paths,
+    undo_spelling,
+)
+from support.record_strategies import path_rules, rule_paths
+
+_SCOPES = ("host", "network", "project", "instance")
+
+
+def _plain(target: str) -> str:
+    undone = undo_spelling(target.encode())
+    assert undone is not None
+    return plain_path(undone).decode()
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/",
+        "/latest",
+        "/latest/user-data",
+        "/latest/meta-data/network/interfaces/macs/02:00:00:00:00:01",
+        "/latest/meta-data/tags/instance/a+b=c,d@e",
+        "/latest/api",
+        "/openstack",
+        "/openstack/latest/vendor_data2.json",
+        "/openstack/content",
+        "/openstack/content/0000",
+        "/nocloud",
+        "/nocloud/user-data",
+    ],
+)
+def test_a_plain_path_can_have_a_rule(path: str) -> None:
+    assert find_path_fault(path) is None
+
+
+@pytest.mark.parametrize(
+    ("path", "right"),
+    [
+        ("/2009-04-04/user-data", "/latest/user-data"),
+        ("/1.0", "/latest"),
+        ("/user-data", ""),
+        ("/openstack/2012-08-10/user_data", "/openstack/latest/user_data"),
+        ("/openstack/Content/0000", ""),
+        ("/Latest/user-data", ""),
+        ("/ec2", "/"),
+        ("/ec2/latest/user-data", "/latest/user-data"),
+        ("/ec2/2009-04-04/user-data", "/latest/user-data"),
+        ("/latest//user-data", "/latest/user-data"),
+        ("/latest/./user-data", "/latest/user-data"),
+        ("/latest/user-data/", "/latest/user-data"),
+        ("/latest/user%2ddata", "/latest/user-data"),
+        ("/%6Catest/user-data?x=1", "/latest/user-data"),
+        ("//", "/"),
+        ("/latest/../x", ""),
+        ("/latest/%2e%2e/x", ""),
+        ("/latest/%zz", ""),
+        ("/latest/a b", ""),
+        ("/latest/a;b", ""),
+        ("/latest/a|b", ""),
+        ("/latest/a\\b", ""),
+        ("/latest/ä", ""),
+        ("/latest/\n", ""),
+        ("latest/user-data", ""),
+        ("http://169.254.169.254/latest", ""),
+        ("", ""),
+        ("*", ""),
+        ("/latest/api/token", "tokens: off"),
+        ("/latest/api/token/x", "tokens: off"),
+        ("/latest/" + "x" * 300, ""),
+    ],
+)
+def test_any_other_is_refused_and_the_right_one_is_told(path: str, right: str) -> None:
+    fault = find_path_fault(path)
+    assert fault is not None
+    assert fault.reason
+    assert fault.hint
+    if right:
+        assert fault.hint == right
+    if right.startswith("/"):
+        assert find_path_fault(right) is None
+    else:
+        assert not fault.hint.startswith("/")
+
+
+@pytest.mark.parametrize(
+    ("target", "plain"),
+    [
+        ("/", "/"),
+        ("/ec2", ""),
+        ("/1.0/user-data", "/latest/user-data"),
+        ("/ec2/1.0/user-data", "/latest/user-data"),
+        ("/anything/user-data", "/latest/user-data"),
+        ("//ec2//%31.0/./user-data", "/latest/user-data"),
+        ("/openstack", "/openstack"),
+        ("/openstack/nonsense/user_data", "/openstack/latest/user_data"),
+        ("/openstack/content/0000", "/openstack/content/0000"),
+        ("/openstack/contents/0000", "/openstack/latest/0000"),
+        ("/openstackx/latest", "/latest/latest"),
+        ("/nocloud/user-data", "/nocloud/user-data"),
+        ("/nocloud", "/nocloud"),
+        ("/nocloudx", "/latest"),
+        ("/ec2/ec2/user-data", "/latest/user-data"),
+    ],
+)
+def test_every_version_and_every_spelling_is_the_plain_path(target: str, plain: str) -> None:
+    assert _plain(target) == plain
+
+
+def test_a_broken_escape_is_no_path() -> None:
+    assert undo_spelling(b"/latest/%4") is None
+
+
+@given(rule_paths)
+def test_a_path_that_can_have_a_rule_is_its_own_plain_spelling(path: str) -> None:
+    assert find_path_fault(path) is None
+    assert _plain(path) == path
+
+
+@pytest.mark.parametrize(
+    ("rule", "path", "covered"),
+    [
+        ("/", "/latest", True),
+        ("/", "", True),
+        ("/latest", "/latest", True),
+        ("/latest", "/latest/", True),
+        ("/latest", "/latest/user-data", True),
+        ("/latest/user", "/latest/user-data", False),
+        ("/latest/user-data", "/latest", False),
+    ],
+)
+def test_a_rule_is_about_its_path_and_what_is_beneath_it(
+    rule: str, path: str, *, covered: bool
+) -> None:
+    assert covers(rule, path) is covered
+
+
+def test_the_longest_path_of_a_scope_decides() -> None:
+    rules = sort_paths(
+        {
+            "/": PathWord.DENY,
+            "/latest/meta-data": PathWord.ALLOW,
+            "/latest/meta-data/tags": PathWord.DENY,
+        }.items()
+    )
+    assert find_rule(rules, "/latest/meta-data/tags/instance") == (
+        "/latest/meta-data/tags",
+        PathWord.DENY,
+    )
+    assert find_rule(rules, "/latest/meta-data/hostname") == ("/latest/meta-data", PathWord.ALLOW)
+    assert find_rule(rules, "/latest") == ("/", PathWord.DENY)
+    assert find_rule(rules[1:], "/latest") is None
+
+
+def test_what_a_scope_says_takes_away_what_wider_ones_said_of_it_and_beneath_it() -> None:
+    wide = sort_paths(
+        {"/": PathWord.DENY, "/latest": PathWord.ALLOW, "/latest/user-data": PathWord.DENY}.items()
+    )
+    folded = fold_paths([("host", wide), ("project", (("/latest", PathWord.REQUIRED),))])
+    assert folded == {"/": (PathWord.DENY, "host"), "/latest": (PathWord.REQUIRED, "project")}
+
+
+@given(st.lists(path_rules, min_size=len(_SCOPES), max_size=len(_SCOPES)), rule_paths)
+def test_the_most_specific_scope_that_says_anything_of_a_path_decides_it(
+    said: list[PathRules], path: str
+) -> None:
+    by_scope = list(zip(_SCOPES, said, strict=True))
+    wanted = None
+    for scope, rules in reversed(by_scope):
+        found = find_rule(rules, path)
+        if found is not None:
+            wanted = (*found, scope)
+            break
+    folded = fold_paths(by_scope)
+    decided = find_rule(sort_paths((name, word) for name, (word, _) in folded.items()), path)
+    assert (None if decided is None else (*decided, folded[decided[0]][1])) == wanted
+
+
+@given(path_rules, rule_paths)
+def test_haproxys_longest_key_is_the_rule_that_decides(rules: PathRules, path: str) -> None:
+    entries = render_set(rules)
+    looked_up = f"{set_id(rules)}|{path}/"
+    longest = max((key for key in entries if looked_up.startswith(key)), key=len)
+    found = find_rule(rules, path)
+    assert entries[longest] == ("a" if found is None else found[1].letter)
+
+
+@given(path_rules, path_rules)
+def test_sets_are_told_apart_by_what_they_say(one: PathRules, other: PathRules) -> None:
+    assert (set_id(one) == set_id(other)) == (one == other)
+    both = {**render_set(one), **render_set(other)}
+    assert group_sets(both) == {set_id(one): render_set(one), set_id(other): render_set(other)}
+
+
+def test_every_set_says_something_of_the_root() -> None:
+    rules = ((("/latest/user-data"), PathWord.DENY),)
+    name = set_id(rules)
+    assert render_set(rules) == {f"{name}|/": "a", f"{name}|/latest/user-data/": "d"}
+    root = (("/", PathWord.OPTIONAL),)
+    assert render_set(root) == {f"{set_id(root)}|/": "o"}
