@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from imdsproxy.core.path_rules import (
@@ -129,6 +129,7 @@ def test_a_broken_escape_is_no_path() -> None:
     assert undo_spelling(b"/latest/%4") is None
 
 
+@settings(deadline=None)
 @given(rule_paths)
 def test_a_path_that_can_have_a_rule_is_its_own_plain_spelling(path: str) -> None:
     assert find_path_fault(path) is None
@@ -178,6 +179,7 @@ def test_what_a_scope_says_takes_away_what_wider_ones_said_of_it_and_beneath_it(
     assert folded == {"/": (PathWord.DENY, "host"), "/latest": (PathWord.REQUIRED, "project")}
 
 
+@settings(deadline=None)
 @given(st.lists(path_rules, min_size=len(_SCOPES), max_size=len(_SCOPES)), rule_paths)
 def test_the_most_specific_scope_that_says_anything_of_a_path_decides_it(
     said: list[PathRules], path: str
@@ -194,6 +196,7 @@ def test_the_most_specific_scope_that_says_anything_of_a_path_decides_it(
     assert (None if decided is None else (*decided, folded[decided[0]][1])) == wanted
 
 
+@settings(deadline=None)
 @given(path_rules, rule_paths)
 def test_haproxys_longest_key_is_the_rule_that_decides(rules: PathRules, path: str) -> None:
     entries = render_set(rules)
@@ -203,6 +206,7 @@ def test_haproxys_longest_key_is_the_rule_that_decides(rules: PathRules, path: s
     assert entries[longest] == ("a" if found is None else found[1].letter)
 
 
+@settings(deadline=None)
 @given(path_rules, path_rules)
 def test_sets_are_told_apart_by_what_they_say(one: PathRules, other: PathRules) -> None:
     assert (set_id(one) == set_id(other)) == (one == other)
