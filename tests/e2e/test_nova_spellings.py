@@ -29,17 +29,23 @@ _RULES: Final[Mapping[str, Mapping[str, object]]] = {
     "net-blue2": _EVERYTHING,
     "net-green": {"tokens": "required"},
     "net-red": {"openstack_tokens": "required"},
-    "r-blue": {"seal_user_data": True},
-    "r-red": {"endpoint": False},
+    "r-blue": {"seal_user_data": True, "paths": {"/latest/meta-data": "required"}},
+    "r-red": {"paths": {"/": "deny", "/openstack": "allow"}},
 }
 _ROLES: Final = dict(
-    zip(_RULES, ("open", "token", "ec2", "openstack", "sealed", "off"), strict=True)
+    zip(_RULES, ("open", "token", "ec2", "openstack", "sealed", "denied"), strict=True)
 )
+_KEEPING: Final[Mapping[str, tuple[str, ...]]] = {
+    "ec2": ("ec2", "denied"),
+    "meta-data": ("sealed",),
+    "openstack": ("openstack",),
+}
+"""Who must not be told what is there only."""
 
 
 @dataclass(slots=True)
 class _Twins:
-    """The same instance in each network, by what is refused there; which trees have an answer."""
+    """The same instance in each network, by what is refused there; which trees, or parts of them, have an answer."""
 
     askers: Mapping[str, Asker]
     trees: Mapping[tuple[str, bytes], frozenset[str]]
@@ -49,17 +55,18 @@ class _Twins:
     def wrong(self, target: str) -> list[str]:
         """What somebody is told of a target that he must not be."""
         told = answers(self.askers, target)
-        wrong = [] if told["off"].status in (400, 403) else [f"off: {told['off'].status}"]
+        wrong: list[str] = []
         opened = told["open"]
         if opened.status == 200:
             self.read.add(target)
             for tree in self.trees.get(_key(said_to_guest(opened)), frozenset()):
-                wrong += _open(told, tree)
+                for name in _KEEPING[tree]:
+                    wrong += _open(told, name)
             wrong += _open(told, "token")
             if self.user_data in opened.body:
                 wrong += _open(told, "sealed")
         for name, one in told.items():
-            if self.user_data in one.body and name in ("token", "sealed", "off"):
+            if self.user_data in one.body and name in ("token", "sealed"):
                 wrong.append(f"{name}: the user-data")
         return wrong
 
@@ -90,13 +97,25 @@ def twins(openstack: OpenStack) -> Iterator[_Twins]:
         }
         oracle = Oracle(openstack)
         found: dict[tuple[str, bytes], set[str]] = {}
+        meta: set[tuple[str, bytes]] = set()
+        other: set[tuple[str, bytes]] = set()
         for path in oracle.documents(one):
             said = oracle.says(one.uuid, one.project_id, Request(path))
             if said.status == 200:
                 tree = "openstack" if path.startswith("/openstack") else "ec2"
                 found.setdefault(_key(said), set()).add(tree)
+                names = path.split("/")
+                if tree == "ec2" and "meta-data" in names:
+                    meta.add(_key(said))
+                elif tree == "ec2":
+                    other.add(_key(said))
         # What both trees have says nothing of where it came from.
-        trees = {key: frozenset(where) for key, where in found.items() if len(where) == 1}
+        trees = {
+            key: frozenset(where) | ({"meta-data"} if key in meta - other else frozenset())
+            for key, where in found.items()
+            if len(where) == 1
+        }
+        assert {"ec2", "meta-data", "openstack"} <= {one for some in trees.values() for one in some}
         assert one.user_data
         yield _Twins(askers, trees, one.user_data)
         for asker in askers.values():

@@ -30,13 +30,21 @@ _REQUIRED: Final = {
     "openstack": {"openstack_tokens": "required"},
     "nocloud": {"nocloud_tokens": "required"},
 }
+_KEPT: Final = {
+    "ec2": {"/": "deny", "/openstack": "allow", "/nocloud": "allow"},
+    "openstack": {"/openstack": "deny"},
+    "nocloud": {"/nocloud": "deny"},
+}
 _RULES: Final[Mapping[str, Mapping[str, object]]] = {
     "open": {},
     "token": {"tokens": "required", "openstack_tokens": "required", "nocloud_tokens": "required"},
     "sealed": {"seal_user_data": True},
     "off": {"endpoint": False},
+    "path token": {"paths": {"/": "required"}},
+    "meta-data": {"paths": {"/": "deny", "/latest/meta-data": "allow"}},
     **{f"{tree} open": {} for tree in _TREES},
     **{f"{tree} token": _REQUIRED[tree] for tree in _TREES},
+    **{f"{tree} denied": {"paths": _KEPT[tree]} for tree in _TREES},
 }
 """By the name of an instance; those that begin with a tree's name have no other tree."""
 
@@ -98,7 +106,7 @@ def _wrong(told: Mapping[str, Reply]) -> list[str]:
     wrong = [f"{name}: {one.status}" for name, one in told.items() if one.status >= 500]
     wrong += [f"off: {told['off'].status}"] if told["off"].status not in (400, 403) else []
     if told["open"].status == 200:
-        wrong += _open(told, "token")
+        wrong += _open(told, "token") + _open(told, "path token")
         if _SECRET in told["open"].body:
             wrong += _open(told, "sealed")
     for name, one in told.items():
@@ -111,7 +119,7 @@ def _wrong(told: Mapping[str, Reply]) -> list[str]:
         # The list of trees is of none of them.
         roots = (b"openstack/", b"nocloud/")
         if told[f"{tree} open"].status == 200 and told[f"{tree} open"].body not in roots:
-            wrong += _open(told, f"{tree} token")
+            wrong += _open(told, f"{tree} token") + _open(told, f"{tree} denied")
     return wrong
 
 

@@ -13,9 +13,12 @@ from typing import Any, Final
 import pytest
 
 from imdsproxy.dataplane.master import MasterClient
+from support.agent_socket import NETWORK, open_agents
 from support.daemon import instance
 from support.guest import Guest
 from support.lab import until
+from support.spellings import HAND_WRITTEN
+from support.twins import Asker
 from support.world import World, open_world, own
 
 pytestmark = pytest.mark.root
@@ -275,3 +278,31 @@ def test_guests_of_every_kind_of_listener_are_held_to_the_same(world: World) -> 
     _settings(world, {"host": {"paths": {_USER_DATA: "deny"}}})
     for guest in world.everybody:
         assert [_status(guest, one) for one in (_USER_DATA, _HOSTNAME)] == [403, 200]
+
+
+def test_behind_neutrons_proxies_guests_of_nova_and_ours_are_held_to_the_same() -> None:
+    with open_agents() as agents:
+
+        def say(paths: Mapping[str, str]) -> None:
+            agents.daemon.configure({**agents.settings, "policy": {"host": {"paths": paths}}})
+            assert agents.daemon.command("reload").status == 0
+
+        say({_USER_DATA: "deny", _HOSTNAME: "required"})
+        for address in ("10.0.0.5", "10.0.0.6"):
+            for target, wanted in (
+                (_USER_DATA, 403),
+                ("//ec2/1.0/./user-data", 403),
+                ("/nonsense/user%2ddata/x", 403),
+                (_HOSTNAME, 401),
+                (_META, 200),
+            ):
+                assert agents.socket.ask(target, address=address).status == wanted, target
+        assert [one.target for one in agents.nova.requests] == [_META.encode()]
+        agents.nova.forget()
+        say({"/": "deny"})
+        asker = Asker(agents.socket.connect)
+        headers = (f"{NETWORK}: red", "X-Forwarded-For: 10.0.0.5")
+        for target in HAND_WRITTEN:
+            assert asker.ask(target, headers=headers).status in (400, 403), target
+        asker.close()
+        assert not agents.nova.requests
