@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from ipaddress import IPv4Address, IPv6Address
 from pathlib import Path
 
@@ -26,10 +26,17 @@ from imdsproxy.core.model import (
     Scope,
 )
 from imdsproxy.core.observation import AddressKey, Observation
-from imdsproxy.core.policy import PolicyRules, TokenMode
+from imdsproxy.core.path_rules import PathRules, PathWord, set_id
+from imdsproxy.core.policy import (
+    PolicyBook,
+    PolicyPlace,
+    PolicyRules,
+    TokenMode,
+    rule_set_of,
+)
 from imdsproxy.dataplane.master import MasterClient
 from imdsproxy.dataplane.records import RecordApplier
-from imdsproxy.errors import HostRefused
+from imdsproxy.errors import HostRefused, RuntimeUnavailable
 from imdsproxy.host.clock import SystemClock
 from support.fake_haproxy import FakeHaproxy
 
@@ -280,3 +287,54 @@ async def test_a_changed_policy_of_a_router_is_in_force_for_those_behind_it(
         await rig.loop.tickets.wait(ticket)
         assert rig.applier.state.effective()["router/10.0.0.5"] == f"+1troo---::0:64|{plain}"
         assert rig.told("10.0.0.5") == plain
+
+
+@dataclass
+class Sets:
+    """Who has HAProxy know path rules: refuses as often as it is told to, and notes what HAProxy had been told then."""
+
+    rig: Rig
+    refusals: int = 0
+    wanted: list[set[str]] = field(default_factory=list)
+    told_before: list[str | None] = field(default_factory=list)
+
+    def prime(self, wanted: Mapping[str, PathRules]) -> None:
+        self.wanted.append(set(wanted))
+
+    async def have(self, wanted: Mapping[str, PathRules], *, sweep: bool) -> None:
+        del sweep
+        self.wanted.append(set(wanted))
+        self.told_before.append(self.rig.told("10.0.0.5"))
+        if self.refusals:
+            self.refusals -= 1
+            raise RuntimeUnavailable("a worker does not answer")
+
+
+async def test_no_record_refers_to_path_rules_that_haproxy_does_not_have(tmp_path: Path) -> None:
+    rules = (("/latest/user-data", PathWord.DENY),)
+    async with _rig(tmp_path) as rig:
+        await rig.say(_instance("web", "10.0.0.5"))
+        before = rig.told("10.0.0.5")
+        rig.loop.sets = sets = Sets(rig, refusals=2)
+        rig.loop.policies = lambda: PolicyBook(host=PolicyRules(paths=rules))
+        ticket = rig.loop.resync()
+        async with asyncio.timeout(5):
+            await rig.loop.tickets.wait(ticket)
+        assert sets.wanted == [{set_id(rules)}] * 3
+        assert sets.told_before == [before] * 3
+        word, paths = rig.loop.policies().word(PolicyPlace("red", None, "web"), None)
+        assert paths == rules
+        assert rig.told("10.0.0.5") == f"{word}|{before}"
+
+
+def test_a_haproxy_that_is_yet_to_start_finds_the_path_rules_of_all_records(tmp_path: Path) -> None:
+    rules = (("/latest/user-data", PathWord.DENY),)
+    rig = Rig(tmp_path)
+    rig.loop.sets = sets = Sets(rig)
+    rig.loop.policies = lambda: PolicyBook(host=PolicyRules(paths=rules))
+    web = _instance("web", "10.0.0.5")
+    rig.loop.observe(
+        Observation("a", full=True, networks={_RED: _NETWORK}, instances={web.id: web})
+    )
+    assert rule_set_of(rig.loop.compile_all()["red/10.0.0.5"]) == set_id(rules)
+    assert sets.wanted == [{set_id(rules)}]
