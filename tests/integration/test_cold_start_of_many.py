@@ -54,6 +54,7 @@ async def test_haproxy_starts_cold_with_more_namespaces_than_a_waiting_master_ha
     layout.overlay_map.write_text(render_map({}, "1"))
     layout.token_keys_map.touch()
     layout.path_rules_map.touch()
+    layout.short_map.touch()
     layout.unavailable.write_bytes(b"HTTP/1.1 503 Service Unavailable\r\ncontent-length: 0\r\n\r\n")
     layout.jail.mkdir()
     master = MasterClient(layout.master_socket)

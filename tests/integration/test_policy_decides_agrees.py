@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import socket
-import subprocess
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from random import Random
 from typing import Final
 
@@ -20,7 +20,6 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from imdsproxy.core.haproxy.model import DataplaneSpec, Limits
-from imdsproxy.core.haproxy.render import render_config
 from imdsproxy.core.model import InstanceId, NetworkId
 from imdsproxy.core.path_rules import PathRules, PathWord, render_set, sort_paths
 from imdsproxy.core.policy import Guard, Policy, TokenMode, render_policy_word
@@ -33,8 +32,8 @@ from imdsproxy.core.wire import (
     EmbeddedRecord,
     render_map_value,
 )
-from imdsproxy.dataplane.layout import Layout
 from support.guest import Connection
+from support.haproxy_alone import paths_below, run_haproxy
 from support.lab import until
 from support.spellings import HAND_WRITTEN, PATHS, spellings
 from support.twins import Asker
@@ -107,37 +106,28 @@ def _answer(connection: socket.socket) -> None:
 def guest(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Asker]:
     """Who asks as the resolver does."""
     place = tmp_path_factory.mktemp("agrees")
-    layout = Layout(runtime=place, state=place, documents_workers=1, chroot=False)
-    layout.jail.mkdir()
-    layout.base_map.touch()
-    layout.overlay_map.touch()
-    layout.unavailable.write_text("HTTP/1.1 503 No\r\ncontent-length: 0\r\n\r\n")
+    paths = paths_below(place)
     keys = render_key_map((_KEY,))
     sets = {key: value for rules in _SETS for key, value in render_set(rules).items()}
-    for path, entries in ((layout.token_keys_map, keys), (layout.path_rules_map, sets)):
-        path.write_text("".join(f"{key} {value}\n" for key, value in entries.items()))
-    spec = DataplaneSpec((), layout.haproxy_paths(), Limits(maxconn=200, cache_mb=0))
-    layout.config.write_text(render_config(spec))
+    for path, entries in ((paths.token_keys, keys), (paths.path_rules, sets)):
+        Path(path).write_text("".join(f"{key} {value}\n" for key, value in entries.items()))
+    spec = DataplaneSpec((), paths, Limits(maxconn=200, cache_mb=0))
 
     def connect() -> Connection:
         client = socket.socket(socket.AF_UNIX)
         client.settimeout(10)
-        client.connect(str(layout.found_socket))
+        client.connect(paths.found)
         return Connection(client)
 
     with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(str(layout.documents_sockets[0]))
+        listener.bind(paths.documents[0])
         listener.listen(64)
         threading.Thread(target=_answer_everything, args=(listener,), daemon=True).start()
-        haproxy = subprocess.Popen(["haproxy", "-db", "-f", str(layout.config)])  # noqa: S607 - Debian's
-        try:
-            until(layout.found_socket.exists, within_s=20, what="HAProxy's socket")
+        with run_haproxy(spec, place):
+            until(Path(paths.found).exists, within_s=20, what="HAProxy's socket")
             asker = Asker(connect)
             yield asker
             asker.close()
-        finally:
-            haproxy.terminate()
-            haproxy.wait(timeout=10)
 
 
 def _status(guest: Asker, word: str, target: str, *, token: bool) -> int:
