@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Final
@@ -141,6 +142,18 @@ def test_no_process_has_what_opens_something_in_its_words_or_variables(world: No
     for pid in processes:
         for name in ("cmdline", "environ", "status", "comm"):
             assert not _found(secrets, Path(f"/proc/{pid}/{name}").read_bytes()), (pid, name)
+
+
+def test_no_process_that_is_started_by_hand_leaves_its_memory_behind_when_it_crashes(
+    world: NovaWorld,
+) -> None:
+    """Neither now nor by a soft limit that somebody raises."""
+    for pid, words in world.daemon.processes().items():
+        if "ip netns exec" not in words:
+            (line,) = re.findall(
+                r"Max core file size +(\S+) +(\S+)", Path(f"/proc/{pid}/limits").read_text()
+            )
+            assert line == ("0", "0"), words
 
 
 @pytest.mark.parametrize("unit", sorted(_UNITS.glob("*.service")), ids=lambda path: path.name)

@@ -13,6 +13,7 @@ from imdsproxy.config.schema import Settings
 from imdsproxy.errors import ImdsproxyError
 from imdsproxy.host.clock import SystemClock
 from imdsproxy.host.descriptors import raise_descriptor_limit
+from imdsproxy.host.dumps import leave_no_dumps
 from imdsproxy.host.logs import open_logging
 from imdsproxy.host.notify import ServiceNotifier
 
@@ -34,6 +35,7 @@ def run(
     """
     clock = SystemClock()
     raise_descriptor_limit()
+    leave_no_dumps()
 
     def load_and_log() -> Settings:
         settings = load()
