@@ -4,12 +4,18 @@ import signal
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from support.libvirt_daemon import Libvirtd, open_libvirtd
 from support.openstack.lab import OpenStack, open_openstack
 
 # The first test that uses it pays for its start, and once in a checkout for its installation.
 _OPENSTACK_S = 300
+
+
+# How long an example takes is the machine's business, which may have other work.
+settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("busy")
 
 
 def pytest_configure() -> None:
