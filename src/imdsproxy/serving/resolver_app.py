@@ -145,14 +145,13 @@ def _told(headers: Iterable[Header]) -> _Told | None:
     network, address = ours.get(_NETWORK), ours.get(_ADDRESS)
     if network is None or address is None:
         return None
+    word, port = ours.get(_SCOPE), ours.get(_UNVERIFIED)
     try:
-        key = NetworkId(network.decode("latin-1")), ip_address(address.decode("latin-1"))
+        return _Told(
+            (NetworkId(network.decode("latin-1")), ip_address(address.decode("latin-1"))),
+            None if word is None else IdScope(word.decode("latin-1")),
+            ours.get(_TARGET),
+            None if port is None else int(port),
+        )
     except ValueError:
         return None
-    word, port = ours.get(_SCOPE), ours.get(_UNVERIFIED)
-    return _Told(
-        key,
-        None if word is None else IdScope(word.decode("latin-1")),
-        ours.get(_TARGET),
-        None if port is None else int(port),
-    )

@@ -107,3 +107,18 @@ async def test_what_is_said_twice_of_who_asks_is_400(name: str) -> None:
     await app({**_SCOPE, "headers": twice}, Client().receive, answer.take)
     assert answer.status == 400
     assert not forwarded.requests
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        [(b"x-imdsproxy-network", b"red"), (b"x-imdsproxy-address", b"\xff")],
+        [*_SCOPE_HEADERS, (b"x-imdsproxy-scope", b"nonsense")],
+        [*_SCOPE_HEADERS, (b"x-imdsproxy-unverified", b"x")],
+    ],
+)
+async def test_what_haproxy_would_never_say_is_400(headers: list[tuple[bytes, bytes]]) -> None:
+    answer = CollectedAnswer()
+    app = resolver_app(Resolver(Look(), HoldLimits), Forwarded())
+    await app({**_SCOPE, "headers": headers}, Client().receive, answer.take)
+    assert answer.status == 400
