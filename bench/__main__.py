@@ -24,7 +24,7 @@ from bench.figures import Row, Verdict
 from bench.lab import Lab
 from bench.peer import Peer, peer_at
 from bench.place import BenchError, alone, choose, clear, prepare, sweep
-from bench.rows import agents, audit, replacing, tokens
+from bench.rows import agents, audit, fairness, replacing, tokens
 from bench.rows.additions import measure_additions
 from bench.rows.flooding import measure_flood
 from bench.rows.forwarding import measure_forwarding
@@ -61,6 +61,7 @@ ROWS: Final = (
     *_GROWTH,
     *tokens.ROWS,
     *audit.ROWS,
+    *fairness.ROWS,
     *_NOVA,
     *agents.OURS,
     *replacing.OURS,
@@ -200,6 +201,7 @@ def _stages(
         (_GROWTH, lambda: measure_growth(bench, wanted)),
         (tokens.ROWS, lambda: tokens.measure_tokens(bench, wanted)),
         (audit.ROWS, lambda: audit.measure_audit(bench, wanted)),
+        (fairness.ROWS, lambda: fairness.measure_fairness(bench, wanted)),
         (_NOVA, lambda: measure_forwarding(bench, wanted)),
         (
             (*agents.OURS, *agents.WITH_PEER),

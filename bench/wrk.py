@@ -10,7 +10,7 @@ from typing import Final
 
 from bench.place import BenchError
 
-__all__ = ["Load", "WrkReport", "parse_wrk", "run_wrk"]
+__all__ = ["Load", "WrkReport", "parse_wrk", "run_wrk", "wrk_command"]
 
 _DONE: Final = re.compile(r"^\s*(\d+) requests in ([\d.]+)(ms|s|m),", re.MULTILINE)
 _LATENCY: Final = re.compile(r"^\s*(50|99)%\s+([\d.]+)(us|ms|s)", re.MULTILINE)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import subprocess
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -11,6 +12,7 @@ from typing import Any, Final
 import pytest
 
 from imdsproxy.config.limits import LimitsSettings
+from support.daemon import instance
 from support.guest import IPV4, IPV6, Guest, Lost, Reply
 from support.lab import until
 from support.world import World, open_world
@@ -18,7 +20,8 @@ from support.world import World, open_world
 pytestmark = pytest.mark.root
 
 _USER_DATA: Final = "/latest/user-data"
-_DEFAULT: Final = LimitsSettings().model_dump()
+_PIPELINED: Final = f"GET {_USER_DATA} HTTP/1.1\r\nHost: x\r\n\r\n".encode() * 50
+_DEFAULT: Final = LimitsSettings().model_dump(include={"requests_per_s", "burst", "connections"})
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +50,20 @@ def _statuses(guest: Guest, count: int, *, to: str = IPV4) -> list[int]:
         return [connection.request(_USER_DATA).status for _ in range(count)]
 
 
+def _flood(guest: Guest, count: int) -> None:
+    """So many requests on eight connections, one behind the other without waiting."""
+
+    def ask(_: int) -> None:
+        with guest.connect() as connection:
+            for _ in range(count // 8 // 50):
+                connection.send(_PIPELINED)
+                for _ in range(50):
+                    connection.read()
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(ask, range(8)))
+
+
 def _hold(stack: contextlib.ExitStack, guest: Guest, count: int) -> None:
     """Open connections and leave them open; some are closed at once."""
     for _ in range(count):
@@ -69,7 +86,21 @@ def test_a_hundred_and_fifty_requests_at_once_and_twenty_crawls_in_a_row_pass(wo
     with ThreadPoolExecutor(150) as pool:
         replies = list(pool.map(lambda _: world.red.ask(_USER_DATA), range(150)))
     assert {reply.status for reply in replies} == {200}
-    assert set(_statuses(world.red, 20 * 150)) == {200}
+    # A dual-stack guest crawls over either family.
+    assert set(_statuses(world.red, 10 * 150)) == {200}
+    assert set(_statuses(world.red, 10 * 150, to=IPV6)) == {200}
+    busiest = world.daemon.status()["busiest"][0]
+    assert (busiest["instance"], busiest["limited"]) == ("red-5", False)
+    assert busiest["requests"] > 3000
+
+
+def test_who_asks_for_more_than_the_default_is_refused_and_named(world: World) -> None:
+    _flood(world.red, 4000)
+    until(lambda: _is_refusal(world.red.ask(_USER_DATA, to=IPV6)), what="a refusal")
+    assert world.guests["green"].ask(_USER_DATA).status == 200
+    first = world.daemon.status()["busiest"][0]
+    assert (first["instance"], first["limited"]) == ("red-5", True)
+    assert "limited" in world.daemon.command("status").out
 
 
 def test_beyond_its_burst_a_guest_gets_503_on_both_families_and_its_neighbour_nothing(
@@ -77,6 +108,7 @@ def test_beyond_its_burst_a_guest_gets_503_on_both_families_and_its_neighbour_no
 ) -> None:
     _say(world, {"red-5": {"burst": 20}})
     until(lambda: _is_refusal(world.red.ask(_USER_DATA)), what="a refusal")
+    assert world.daemon.status()["busiest"][0]["limited"]
     began = time.monotonic()
     reply = world.red.ask(_USER_DATA, to=IPV6)
     assert _is_refusal(reply), reply
@@ -133,7 +165,36 @@ def test_more_connections_than_allowed_are_told_503_and_far_more_are_closed(worl
 def test_a_thousand_idle_connections_starve_neither_neighbours_nor_the_daemon(world: World) -> None:
     with contextlib.ExitStack() as stack:
         _hold(stack, world.red, 1000)
-        assert world.guests["green"].ask(_USER_DATA).status == 200
-        assert world.daemon.status()["haproxy"]["worker"] == world.pids().worker
-        assert world.daemon.resolver_up()
+        _starves_nothing(world)
     until(lambda: _answered(world.red), what="the connections' end")
+
+
+def test_64_connections_that_ask_without_end_starve_neither_neighbours_nor_the_daemon(
+    world: World,
+) -> None:
+    flood = subprocess.Popen(
+        ["/usr/bin/nsenter", f"--net=/run/netns/{world.red.namespace}", "--",
+         "/usr/bin/wrk", "-t1", "-c64", "-d60s", f"http://{IPV4}{_USER_DATA}"],
+        stdout=subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        until(lambda: _is_refusal(world.red.ask(_USER_DATA)), what="a refusal")
+        _starves_nothing(world)
+    finally:
+        flood.kill()
+        flood.wait()
+
+
+def _starves_nothing(world: World) -> None:
+    """A neighbour's documents, cached and new, its unknown neighbour's answer, the admin API and HAProxy's sockets."""
+    green, stranger = world.guests["green"], world.lab.guest("green", 78)
+    began = time.monotonic()
+    assert green.ask(_USER_DATA).status == 200
+    assert green.ask("/openstack/latest/meta_data.json").status == 200
+    assert world.daemon.status()["haproxy"]["worker"] == world.pids().worker
+    assert world.daemon.resolver_up()
+    assert world.daemon.put(instances=[instance("green-77", "green", 77)])
+    assert time.monotonic() - began < 5
+    # Held for a second, as settings say, and no longer.
+    assert stranger.ask(_USER_DATA).status == 404
+    assert time.monotonic() - began < 8

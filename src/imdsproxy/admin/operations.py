@@ -12,6 +12,7 @@ from typing import Protocol
 
 # The OpenAPI document is made from these annotations, so they are imported for real.
 from imdsproxy.core.haproxy.watching import WatchReport
+from imdsproxy.core.limited import Asker
 from imdsproxy.core.model import (
     Instance,
     InstanceId,
@@ -225,6 +226,7 @@ class StatusReport:
         problems: What is wrong and belongs to no source, network or instance.
         unix_listener: `None` where it is off.
         policy_for_nobody: Where settings speak of a network, project or instance that no source tells of.
+        busiest: Who is kept to its limits now, and then who asks for most; ten at most.
     """
 
     version: str
@@ -247,6 +249,7 @@ class StatusReport:
     unix_listener: UnixListenerReport | None = None
     macs: MacsReport = field(default_factory=MacsReport)
     policy_for_nobody: tuple[str, ...] = ()
+    busiest: tuple[Asker, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

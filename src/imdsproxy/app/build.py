@@ -247,6 +247,7 @@ def build_spec_settings(settings: Settings, layout: Layout, nova: NovaUpstream) 
             requests_per_s=settings.limits.requests_per_s,
             burst=settings.limits.burst,
             connections=settings.limits.connections,
+            body_bytes=settings.limits.body_kib * 1024,
         ),
         maxconn=settings.haproxy.maxconn,
         descriptors=-1 if hard == resource.RLIM_INFINITY else hard,

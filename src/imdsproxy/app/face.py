@@ -20,6 +20,7 @@ from imdsproxy.admin.operations import SettingsReload
 from imdsproxy.app.explain import Explainer
 from imdsproxy.app.figures import Figures
 from imdsproxy.app.guard_writes import GuardWrites
+from imdsproxy.app.limited import LimitWatch
 from imdsproxy.app.nova_watch import NovaWatch
 from imdsproxy.app.operations import ControllerOperations
 from imdsproxy.app.parts import Parts
@@ -88,6 +89,7 @@ def build_face(
         mismatched=parts.resolver.counts.mismatched,
         nova=nova,
         nova_watch=NovaWatch(parts.haproxy, lambda: (one.name for one in nova.routing.sets)),
+        limit_watch=LimitWatch(parts.haproxy, parts.clock, lambda: parts.holder.settings.limits),
         explainer=Explainer(
             parts.inventory, parts.records, parts.listeners, parts.haproxy, parts.lookup
         ),

@@ -32,6 +32,7 @@ from imdsproxy.app.explain import Explainer
 from imdsproxy.app.gates import Gates
 from imdsproxy.app.guard import HaproxyGuard
 from imdsproxy.app.guard_writes import GuardWrites
+from imdsproxy.app.limited import LimitWatch
 from imdsproxy.app.listener_loop import ListenerLoop
 from imdsproxy.app.lookup import Lookup
 from imdsproxy.app.nova_upstream import NovaUpstream
@@ -94,6 +95,7 @@ class ControllerOperations:
     explainer: Explainer
     nova: NovaUpstream
     nova_watch: NovaWatch
+    limit_watch: LimitWatch
     forwarder: Forwarder
     sources: Sequence[Source]
     writes: Writes
@@ -166,6 +168,7 @@ class ControllerOperations:
             unix_listener=self.unix_listener(),
             macs=self.macs(),
             policy_for_nobody=self.guard_writes.guarding.for_nobody(self.inventory),
+            busiest=await self.limit_watch.busiest(),
         )
 
     def macs(self) -> MacsReport:

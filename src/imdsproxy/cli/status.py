@@ -47,6 +47,7 @@ def show_status(output: Output, report: _Shape) -> None:
     output.facts(_facts(report))
     _show_sources(output, report)
     _show_nova(output, report)
+    _show_busiest(output, report)
     _show_left_out(output, report)
     _show_problems(output, report)
 
@@ -184,6 +185,29 @@ def _show_nova(output: Output, report: _Shape) -> None:
             _count(int(str(one["failures"]))),
         )
         for one in endpoints
+    ]
+    output.text("")
+    output.table(columns, rows, empty="")
+
+
+def _show_busiest(output: Output, report: _Shape) -> None:
+    askers = _shapes(report, "busiest")
+    if not askers:
+        return
+    columns = (
+        Column("ASKS FOR MOST", keep=True),
+        Column("REQUESTS", right=True),
+        Column("CONNECTIONS", right=True),
+        Column(""),
+    )
+    rows = [
+        (
+            clean(one["instance"] or f"unknown guests of {one['network']}"),
+            str(one["requests"]),
+            str(one["connections"]),
+            "[red]limited[/]" if one["limited"] else "",
+        )
+        for one in askers
     ]
     output.text("")
     output.table(columns, rows, empty="")

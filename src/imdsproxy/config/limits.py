@@ -40,3 +40,10 @@ class LimitsSettings(Section):
         ge=1,
         le=MOST_CONNECTIONS,
     )
+    body_kib: int = setting(
+        1024,
+        "Longest body of a request that goes on to Nova, in KiB; beyond, 413. What we answer ourselves takes 64.",
+        Change.RELOAD,
+        ge=1,
+        le=1024 * 1024,
+    )

@@ -181,8 +181,8 @@ _IN_FRONT: Final = (
     "listeners have fixed times."
 )
 _LIMITS: Final = (
-    "Limits by address come with a later release. Until then `haproxy.maxconn_per_network` bounds what one network "
-    "can take; the agents' proxies go on limiting, since it is they who read this."
+    "The agents' proxies go on limiting by address, since it is they who read this. Beside that `limits` bounds what "
+    "an instance may ask for, and `haproxy.maxconn_per_network` what a network can take."
 )
 _CACHE: Final = (
     "Neutron has not read it since 2025.1. What a guest's address stands for is kept in HAProxy's maps, and asked for "

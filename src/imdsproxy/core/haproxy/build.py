@@ -40,6 +40,7 @@ from imdsproxy.core.haproxy.guard import (
     tell_forwarded,
 )
 from imdsproxy.core.haproxy.limits import (
+    bound_body,
     count_connections,
     count_newcomers,
     fair_share,
@@ -279,7 +280,7 @@ def _agents(spec: DataplaneSpec) -> Section:
             *_marks(spec, (marked("unix-listener"),)),
             *agent_rules(),
             *_marks(spec, (marked("share"),)),
-            *share_rules(spec.limits.maxconn_per_network),
+            *share_rules(spec.limits.maxconn_per_network, spec.unix.maxconn),
             *_marks(spec, (passed(),)),
             *_look_up(spec),
             *fair_share(spec, by_connection=False),
@@ -393,6 +394,7 @@ def _plain_request(kept: Iterable[str] = GUEST_HEADERS) -> tuple[Words, ...]:
         allow_methods(),
         ("http-request", "set-uri", r"%[path,regsub(^/[^/]*/?,/)]", "if", *_ODD),
         refuse_lengths(),
+        *bound_body(),
         tell_to_continue(),
         delete_guest_headers(kept),
         *_identity_headers(),

@@ -23,6 +23,7 @@ __all__ = [
     "COUNTERS_SOCKET",
     "BURST_S",
     "SAID_COUNTERS",
+    "bound_body",
     "counting_window_s",
     "has_said_share",
     "said_share",
@@ -31,6 +32,7 @@ __all__ = [
     "fair_share",
     "limit_sections",
     "local_peer",
+    "most_in_window",
 ]
 
 COUNTERS: Final = "fairness"
@@ -44,6 +46,9 @@ COUNTERS_SOCKET: Final = "fairness.sock"
 
 _PEER: Final = "imdsproxy"
 _TABLE: Final = ("table", COUNTERS)
+_BODY_S: Final = 10
+"""As long as a head may take (`timeout http-request`)."""
+
 _SURPLUS: Final = 32
 """Connections over the limit that are still told so; further ones are closed."""
 
@@ -153,10 +158,7 @@ def fair_share(
     limits = spec.limits
     if not limits.fair:
         return ()
-    most = min(
-        limits.burst,
-        limits.requests_per_s * counting_window_s(limits.requests_per_s, limits.burst),
-    )
+    most = most_in_window(limits.requests_per_s, limits.burst)
     return (
         *_track(spec, *(_IS_NEWCOMER if by_connection else ())),
         *((_refuse("{", "var(sess.beyond)", "-m", "found", "}"),) if by_connection else ()),
@@ -196,6 +198,39 @@ def counting_window_s(requests_per_s: int, burst: int) -> int:
     So one counter keeps both: in such a time come no more than a burst, and on average no more than the rate.
     """
     return min(_LONGEST_WINDOW_S, math.ceil(burst / requests_per_s))
+
+
+def bound_body(spec: DataplaneSpec | None = None) -> tuple[Words, ...]:
+    """408 for a body that is not there in time, or whose first part is not, where that is longer than a buffer.
+
+    Args:
+        spec: Has the length beyond which it is 413; `None` where whoever gets it knows for himself.
+    """
+    wait = (
+        "http-request",
+        "wait-for-body",
+        "time",
+        f"{_BODY_S}s",
+        "if",
+        "{",
+        "method",
+        "POST",
+        "PUT",
+        "PATCH",
+        "}",
+    )
+    if spec is None:
+        return (wait,)
+    length, most = "req.fhdr(content-length)", str(spec.limits.body_bytes)
+    return (
+        ("http-request", "return", "status", "413", "if", "{", length, "-m", "int", "gt", most, "}"),
+        wait,
+    )  # fmt: skip
+
+
+def most_in_window(requests_per_s: int, burst: int) -> int:
+    """Requests in the time over which is counted."""
+    return min(burst, requests_per_s * counting_window_s(requests_per_s, burst))
 
 
 def _of_newcomers(spec: DataplaneSpec) -> int:

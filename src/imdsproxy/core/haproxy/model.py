@@ -100,6 +100,7 @@ class Limits:
         requests_per_s: Of one instance, on average; this and the next two where no policy says otherwise.
         burst: Requests of one instance at once.
         connections: Of one instance at once; behind the unix listener, requests.
+        body_bytes: Longest body that goes on to Nova.
     """
 
     nbthread: int = 1
@@ -114,6 +115,7 @@ class Limits:
     requests_per_s: int = 100
     burst: int = 4000
     connections: int = 160
+    body_bytes: int = 1024 * 1024
 
 
 HealthCheck: TypeAlias = Literal["tcp", "http", "off"]

@@ -18,7 +18,7 @@ from dataclasses import replace
 from typing import Final
 
 from imdsproxy.core.haproxy.guard import ASKED, GUARDED, guard_rules
-from imdsproxy.core.haproxy.limits import said_share
+from imdsproxy.core.haproxy.limits import bound_body, said_share
 from imdsproxy.core.haproxy.model import (
     DataplaneSpec,
     NovaBackend,
@@ -165,7 +165,7 @@ def _backend(
                 else ()
             ),
             *_contents(backend.tls),
-            *_plain_request(once=once),
+            *_plain_request(spec, once=once),
             ("http-request", "set-header", "host", backend.host),
             *_identity(backend, mixed=mixed),
             ("http-request", "set-header", "x-forwarded-for", "%[var(sess.address)]"),
@@ -188,12 +188,13 @@ def _backend(
     )
 
 
-def _plain_request(*, once: bool) -> tuple[Words, ...]:
+def _plain_request(spec: DataplaneSpec, *, once: bool) -> tuple[Words, ...]:
     return (
         # What may be repeated came here by its method.
         *((allow_methods(),) if once else ()),
         originate(),
         refuse_lengths(),
+        *(bound_body(spec) if once else ()),
         tell_to_continue(),
         delete_guest_headers(),
     )

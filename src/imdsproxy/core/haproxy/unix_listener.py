@@ -79,15 +79,22 @@ def agent_rules() -> tuple[Words, ...]:
     )  # fmt: skip
 
 
-def share_rules(per_network: int) -> tuple[Words, ...]:
+def share_rules(per_network: int, in_all: int) -> tuple[Words, ...]:
     """No network may have more requests open than its share: slow senders and readers would keep the others out.
 
-    Other listeners' networks have a bind each, whose `maxconn` does that. Kept connections do not count here.
+    Other listeners' networks have a bind each, whose `maxconn` does that. Kept connections do not count here. Five
+    networks together would still fill the socket: once it is three quarters full, a share is an eighth of what it was.
+
+    Args:
+        per_network: Requests of one network.
+        in_all: Connections of the socket.
     """
+    eighth, most = max(1, per_network // 8), in_all * 3 // 4
+    scarce = ("{", "sc1_conn_cur", "gt", str(eighth), "}", "{", "fe_conn", "gt", str(most), "}")
     return (
         ("stick-table", "type", "string", "len", "64", "size", "20k", "expire", "60s", "store", "conn_cur"),
         ("http-request", "track-sc1", "var(sess.network)"),
-        (*retry_later(), "if", "{", "sc1_conn_cur", "gt", str(per_network), "}"),
+        (*retry_later(), "if", "{", "sc1_conn_cur", "gt", str(per_network), "}", "or", *scarce),
     )  # fmt: skip
 
 

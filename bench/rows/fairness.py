@@ -1,0 +1,245 @@
+"""What limits cost who keeps to them, and what a guest notices of one that does not."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+from bench.context import Bench
+from bench.daemon import Daemon
+from bench.figures import Row, Verdict, judge, median, percentile
+from bench.guest import Guest, measure_latency
+from bench.lab import network_name
+from bench.nova import PATH, nova_guest, nova_settings, run_stub
+from bench.procs import pin
+from bench.records import first_guest
+from bench.sides import CONNECTIONS, Side, cost_ratio, load_in_turn, rate_ratio, without_errors
+from bench.wrk import Load, wrk_command
+from imdsproxy.config.limits import LimitsSettings
+
+__all__ = ["ROWS", "measure_fairness"]
+
+_COSTS: Final = ("limits", "limits-close", "limits-signed")
+_FLOODS: Final = ("flood-cached", "flood-query", "flood-404", "flood-idle", "flood-addresses")
+ROWS: Final = (*_COSTS, *_FLOODS)
+
+_LEAF: Final = "/latest/meta-data/instance-id"
+_URL: Final = "http://169.254.169.254"
+_OFF: Final = {"enabled": False}
+_DEFAULTS: Final = LimitsSettings().model_dump(include={"requests_per_s", "burst", "connections"})
+_IDLE: Final = 1000
+_ADDRESSES_PER_S: Final = 2000
+_PAUSE_S: Final = 0.002
+"""So that the guest stays within its own limits."""
+
+_FACTOR: Final = 2.0
+_ENOUGH_MS: Final = 2.0
+_REPOSITORY: Final = Path(__file__).resolve().parent.parent.parent
+_QUERY: Final = """
+local number = 0
+request = function()
+  number = number + 1
+  return wrk.format(nil, wrk.path .. "?" .. number)
+end
+"""
+_WHAT: Final = {
+    "flood-cached": f"{CONNECTIONS} connections that read one document without end",
+    "flood-query": f"{CONNECTIONS} connections with another query each time",
+    "flood-404": f"{CONNECTIONS} connections that ask for what there is not",
+    "flood-idle": f"{_IDLE:,} connections that ask for nothing, opened again a second after they are closed",
+    "flood-addresses": f"{_ADDRESSES_PER_S:,} connections a second from invented addresses, {CONNECTIONS} at once",
+}
+
+
+def measure_fairness(bench: Bench, wanted: Callable[[str], bool]) -> Iterator[Row]:
+    """All rows of limits."""
+    if wanted("limits") or wanted("limits-close"):
+        yield from _embedded(bench, wanted)
+    if wanted("limits-signed"):
+        yield _signed(bench)
+    floods = [one for one in _FLOODS if wanted(one)]
+    if floods:
+        yield from _floods(bench, floods)
+
+
+@contextlib.contextmanager
+def _serving(
+    daemon: Daemon, networks: list[dict[str, object]], guests: list[dict[str, object]]
+) -> Iterator[int]:
+    """The worker of a daemon that serves these."""
+    try:
+        daemon.start()
+        daemon.put(networks, guests)
+        daemon.wait_serving(len(networks))
+        yield daemon.wait_settled().worker
+    finally:
+        daemon.stop()
+
+
+def _embedded(bench: Bench, wanted: Callable[[str], bool]) -> Iterator[Row]:
+    off, on = network_name(0), network_name(1)
+    bench.lab.grow(2)
+    with (
+        _serving(
+            Daemon(bench.directory / "limits-off", {"limits": _OFF}),
+            [bench.network(off)],
+            [first_guest(off)],
+        ) as without,
+        _serving(
+            Daemon(bench.directory / "limits-on"), [bench.network(on)], [first_guest(on)]
+        ) as limited,
+    ):
+        for key, headers in (("limits", ()), ("limits-close", ("Connection: close",))):
+            if wanted(key):
+                what = "out of the cache" + (
+                    ", a connection for each request" if headers else ", kept connections"
+                )
+                yield _cost(
+                    bench,
+                    key,
+                    what,
+                    Side(f"{_URL}{_LEAF}", limited, headers, network=on),
+                    Side(f"{_URL}{_LEAF}", without, headers, network=off),
+                )
+
+
+def _signed(bench: Bench) -> Row:
+    off, on = network_name(0), network_name(1)
+    bench.lab.grow(2)
+    sides = []
+    with run_stub(bench.binary, bench.directory) as stub, contextlib.ExitStack() as stack:
+        pin(stub.pid, {bench.cpus[1]})
+        for name, said in ((off, {"limits": _OFF}), (on, {})):
+            directory = bench.directory / f"signed-{name}"
+            directory.mkdir(exist_ok=True)
+            daemon = Daemon(directory, {**nova_settings(directory, stub.port), **said})
+            serving = _serving(daemon, [bench.network(name)], [nova_guest(name)])
+            sides.append(Side(f"{_URL}{PATH}", stack.enter_context(serving), network=name))
+        return _cost(
+            bench, "limits-signed", "signed and sent to Nova, kept connections", sides[1], sides[0]
+        )
+
+
+def _cost(bench: Bench, key: str, what: str, ours: Side, other: Side) -> Row:
+    load_in_turn(bench, [other, ours], bench.scale.seconds)
+    without_errors(ours, other)
+    ratio, by_cost = rate_ratio(ours, other), cost_ratio(ours, other)
+    return Row(
+        key=key,
+        what=f"a document {what}, {CONNECTIONS} connections: with limits that are kept to, beside none",
+        figure=(
+            f"{ratio:.2f} x ({ours.rate:,.0f} to {other.rate:,.0f} requests/s); by HAProxy's processor "
+            f"time {by_cost:.2f} x ({ours.cost_us:.1f} to {other.cost_us:.1f} µs a request)"
+        ),
+        verdict=judge(ratio, None),
+        value=ratio,
+        how=(
+            f"median of {len(ours.rates)} runs of {bench.scale.seconds:g} s in turn; two daemons, the HAProxy of each "
+            "on one processor, wrk on the other"
+        ),
+        data={"on": ours.numbers(), "off": other.numbers(), "ratio": ratio, "cpu_ratio": by_cost},
+    )
+
+
+@dataclass(slots=True)
+class _Seen:
+    """What the other guest noticed in each round, in ms."""
+
+    alone: list[float] = field(default_factory=list)
+    during: list[float] = field(default_factory=list)
+    p50s: list[float] = field(default_factory=list)
+
+
+def _floods(bench: Bench, keys: list[str]) -> Iterator[Row]:
+    """Each flood comes from a network of its own, and so within limits at first; so does each that reads beside it."""
+    rounds, seconds = bench.scale.rounds, max(3.0, 1.5 * bench.scale.seconds)
+    names = [network_name(number) for number in range(2 * rounds * len(keys))]
+    left = iter(names)
+    bench.lab.grow(len(names))
+    daemon = Daemon(bench.directory / "floods", {"limits": _DEFAULTS})
+    (bench.directory / "query.lua").write_text(_QUERY)
+    seen = {key: _Seen() for key in keys}
+    before = os.sched_getaffinity(0)
+    with _serving(
+        daemon, [bench.network(name) for name in names], [first_guest(name) for name in names]
+    ) as worker:
+        try:
+            # The guest and HAProxy on one processor, who floods on the other: what the guest notices is HAProxy's.
+            pin(worker, {bench.cpus[0]})
+            os.sched_setaffinity(0, {bench.cpus[0]})
+            for _ in range(rounds):
+                for key in keys:
+                    one = Guest(bench.lab, next(left))
+                    alone = _milliseconds(one, seconds)
+                    with _flood(bench, key, next(left), seconds):
+                        during = _milliseconds(one, seconds)
+                    seen[key].alone.append(percentile(alone, 99))
+                    seen[key].during.append(percentile(during, 99))
+                    seen[key].p50s.append(median(during))
+        finally:
+            os.sched_setaffinity(0, before)
+    for key in keys:
+        yield _row(key, seen[key], seconds)
+
+
+@contextlib.contextmanager
+def _flood(bench: Bench, key: str, network: str, seconds: float) -> Iterator[None]:
+    """One that goes on for longer than the context."""
+    argv = _command(bench, key, network, seconds + 5)
+    pinned = ["taskset", "-c", str(bench.cpus[1]), *argv]
+    flood = subprocess.Popen(
+        pinned, cwd=_REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    try:
+        # Python's start is no part of a flood.
+        time.sleep(0.5 if key in ("flood-idle", "flood-addresses") else 0)
+        yield
+    finally:
+        flood.kill()
+        flood.wait()
+
+
+def _command(bench: Bench, key: str, network: str, seconds: float) -> list[str]:
+    python = [sys.executable, "-m"]
+    if key == "flood-idle":
+        return [*python, "bench.idle", network, str(seconds), str(_IDLE)]
+    if key == "flood-addresses":
+        rates = [str(_ADDRESSES_PER_S), str(CONNECTIONS)]
+        return [*python, "bench.flood", network, str(seconds), *rates]
+    path = "/latest/meta-data/no-such-thing" if key == "flood-404" else _LEAF
+    command = wrk_command(network, f"{_URL}{path}", Load(CONNECTIONS, seconds, bench.cpus[1]))
+    if key == "flood-query":
+        return [*command[:-1], "-s", str(bench.directory / "query.lua"), command[-1]]
+    return command
+
+
+def _row(key: str, seen: _Seen, seconds: float) -> Row:
+    alone, during = median(seen.alone), median(seen.during)
+    ratio = median([two / one for one, two in zip(seen.alone, seen.during, strict=True)])
+    good = during < _ENOUGH_MS or ratio < _FACTOR
+    return Row(
+        key=key,
+        what=f"{_WHAT[key]}: a guest of another network",
+        figure=f"p99 {during:.2f} ms, alone {alone:.2f} ms ({ratio:.1f} x); p50 {median(seen.p50s):.2f} ms",
+        verdict=Verdict.PASS if good else Verdict.SHORT,
+        bar="p99 < 2 x alone, or < 2 ms",
+        value=ratio,
+        how=(
+            f"median of {len(seen.alone)} rounds of {seconds:g} s alone and {seconds:g} s under the flood, in turn, "
+            "from its first moment on; limits as by default; the guest reads on a kept connection, 2 ms after each "
+            "answer, on the processor of HAProxy; who floods has the other one"
+        ),
+        data={"alone_p99_ms": seen.alone, "during_p99_ms": seen.during, "during_p50_ms": seen.p50s},
+    )
+
+
+def _milliseconds(one: Guest, seconds: float) -> list[float]:
+    found = measure_latency(one, _LEAF, seconds, pause_s=_PAUSE_S)
+    return [sample * 1000 for sample in found]

@@ -1,0 +1,61 @@
+"""Who is kept to its limits now: HAProxy's worker is asked when somebody asks for the status."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+from imdsproxy.config.limits import LimitsSettings
+from imdsproxy.core.haproxy.limits import COUNTERS, SAID_COUNTERS, most_in_window
+from imdsproxy.core.limited import Asker, busiest, refused_lately
+from imdsproxy.dataplane.haproxy import Haproxy
+from imdsproxy.dataplane.master import WorkerEnded
+from imdsproxy.errors import DataplaneError
+from imdsproxy.host.clock import Clock
+
+__all__ = ["LimitWatch"]
+
+_WORTH_A_LOOK: Final = 10
+"""Who has asked for less than one part in so many of its limit is not told of: most of 10,000 guests have."""
+
+
+@dataclass(frozen=True, slots=True)
+class LimitWatch:
+    """Reads the counters.
+
+    Attributes:
+        limits: The settings of now.
+    """
+
+    haproxy: Haproxy
+    clock: Clock
+    limits: Callable[[], LimitsSettings]
+
+    async def busiest(self) -> tuple[Asker, ...]:
+        """Who is limited, and then who asks for most; nobody while HAProxy cannot be asked."""
+        limits, processes = self.limits(), self.haproxy.processes
+        if not limits.enabled or processes is None or processes.worker is None:
+            return ()
+        most = most_in_window(limits.requests_per_s, limits.burst)
+        filters = (
+            f"data.gpc0_rate ge {max(1, most // _WORTH_A_LOOK)}",
+            f"data.conn_cur ge {max(2, limits.connections // _WORTH_A_LOOK)}",
+        )
+        now = self.clock.now().timestamp()
+        try:
+            worker = processes.worker
+            said = await self.haproxy.master.send(worker, f"show table {SAID_COUNTERS}")
+            # Limits of a policy may be as small as one likes.
+            keys = (f"key {one}" for one in refused_lately(said, now))
+            usual = [
+                await self.haproxy.master.send(worker, f"show table {COUNTERS} {one}")
+                for one in (*filters, *keys)
+            ]
+        except (DataplaneError, WorkerEnded):
+            # The guard watches over HAProxy, and the same report says how it is.
+            return ()
+        found = busiest(
+            "\n".join(usual), said, requests=most, connections=limits.connections, now=now
+        )
+        return tuple(found)
