@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import subprocess
 import time
@@ -11,7 +12,9 @@ from typing import Any, Final
 
 import pytest
 
+from imdsproxy.app.figures import TRAFFIC_COLUMNS
 from imdsproxy.config.limits import LimitsSettings
+from imdsproxy.dataplane.master import MasterClient
 from support.daemon import instance
 from support.guest import IPV4, IPV6, Guest, Lost, Reply
 from support.lab import until
@@ -101,6 +104,12 @@ def test_who_asks_for_more_than_the_default_is_refused_and_named(world: World) -
     first = world.daemon.status()["busiest"][0]
     assert (first["instance"], first["limited"]) == ("red-5", True)
     assert "limited" in world.daemon.command("status").out
+    # What the metric of its network is made of.
+    assert _denied(world, "red") >= 1
+    assert _denied(world, "green") == 0
+    world.reload()
+    world.settled()
+    assert _is_refusal(world.red.ask(_USER_DATA))
 
 
 def test_beyond_its_burst_a_guest_gets_503_on_both_families_and_its_neighbour_nothing(
@@ -183,6 +192,13 @@ def test_64_connections_that_ask_without_end_starve_neither_neighbours_nor_the_d
     finally:
         flood.kill()
         flood.wait()
+
+
+def _denied(world: World, network: str) -> int:
+    """Requests that HAProxy's worker of now has refused at the listeners of a network."""
+    client = MasterClient(world.daemon.runtime / "master.sock")
+    rows = asyncio.run(client.read_stat(world.pids().worker, TRAFFIC_COLUMNS))
+    return sum(int(row["dreq"] or 0) for row in rows if row["svname"] == network)
 
 
 def _starves_nothing(world: World) -> None:
