@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from imdsproxy.admin.operations import (
+    AuditReport,
     DocumentAnswer,
     DocumentsReport,
     Explanation,
@@ -58,6 +59,7 @@ class FakeOperations:
     conflicts: tuple[Conflict, ...] = ()
     unix_listener: UnixListenerReport | None = None
     policy_for_nobody: tuple[str, ...] = ()
+    audit: AuditReport | None = None
     guards: dict[InstanceId, Guard] = field(default_factory=dict)
     policies: PolicyBook = field(default_factory=PolicyBook)
     rotations: int = 0
@@ -118,6 +120,7 @@ class FakeOperations:
             conflicts=self.conflicts,
             unix_listener=self.unix_listener,
             policy_for_nobody=self.policy_for_nobody,
+            audit=self.audit,
             haproxy=HaproxyReport(
                 version="3.0.11",
                 master=100,

@@ -50,7 +50,8 @@ def health_app(
 
     Args:
         alive: Whether the reconcile loop makes progress; off means that only a restart helps.
-        readiness: In sync, last plan applied, a probe through HAProxy answered; and why not.
+        readiness: In sync, last plan applied, a probe through HAProxy answered; and why not. What is wrong and no
+            guest notices does not change the status.
         registry: What `/metrics` shows.
     """
 
@@ -60,7 +61,13 @@ def health_app(
             return _Answer(200 if ok else 503, _JSON, _json({"alive": ok}))
         if path == "/readyz":
             ready = readiness()
-            body = _json({"ready": ready.ready, "reasons": list(ready.reasons)})
+            body = _json(
+                {
+                    "ready": ready.ready,
+                    "reasons": list(ready.reasons),
+                    "degraded": list(ready.degraded),
+                }
+            )
             if ready.ready:
                 return _Answer(200, _JSON, body)
             return _Answer(503, _JSON, body, RETRY_AFTER_S)

@@ -111,6 +111,8 @@ class MetricsSnapshot:
         gates_refused: Networks where it should, and cannot.
         unix_serving: `None` where the unix listener is off.
         unix_taken_over: How often its path was taken from a process that lives.
+        audit_failing: `None` where there is no audit log.
+        audit_left_out: Requests that have no line in it, because HAProxy's ring or the journal had no room.
         no_token: Counted reads without a session token (`imdsproxy.core.haproxy.counting`), by network.
         no_token_rejected: Reads that were refused because a token is required, by network.
     """
@@ -147,6 +149,9 @@ class MetricsSnapshot:
     unix_taken_over: int = 0
     unix_traffic: NetworkTraffic = field(default_factory=NetworkTraffic)
     nova_refused: Mapping[str, int] = field(default_factory=dict)
+    audit_lines: int = 0
+    audit_left_out: int = 0
+    audit_failing: bool | None = None
     no_token: Mapping[str, int] = field(default_factory=dict)
     no_token_rejected: Mapping[str, int] = field(default_factory=dict)
     neutron: NeutronCounts | None = None
@@ -226,6 +231,10 @@ def _neutron_each(
 
 def _unix_serving(snapshot: MetricsSnapshot) -> list[_Sample]:
     return [] if snapshot.unix_serving is None else [((), float(snapshot.unix_serving))]
+
+
+def _audit_failing(snapshot: MetricsSnapshot) -> list[_Sample]:
+    return [] if snapshot.audit_failing is None else [((), float(snapshot.audit_failing))]
 
 
 def _timing(
@@ -517,6 +526,27 @@ METRICS: Final[tuple[MetricDescription, ...]] = (
         "Requests of theirs that were no proper HTTP.",
         (),
         _one(lambda snapshot: snapshot.unix_traffic.malformed),
+    ),
+    MetricDescription(
+        "imdsproxy_audit_lines",
+        "counter",
+        "Lines of the audit log that were written.",
+        (),
+        _one(lambda snapshot: snapshot.audit_lines),
+    ),
+    MetricDescription(
+        "imdsproxy_audit_left_out",
+        "counter",
+        "Requests that have no line in the audit log, because HAProxy's ring or the journal had no room.",
+        (),
+        _one(lambda snapshot: snapshot.audit_left_out),
+    ),
+    MetricDescription(
+        "imdsproxy_audit_failing",
+        "gauge",
+        "1 while the audit log cannot be written; `imdsproxy status` says why. Guests are served.",
+        (),
+        _audit_failing,
     ),
     MetricDescription(
         "imdsproxy_nova_endpoint_up",

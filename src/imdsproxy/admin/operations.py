@@ -28,6 +28,7 @@ from imdsproxy.core.token_report import TokenReport
 from imdsproxy.errors import Problem
 
 __all__ = [
+    "AuditReport",
     "DocumentAnswer",
     "DocumentsReport",
     "Explanation",
@@ -209,11 +210,35 @@ class MacsReport:
 
 
 @dataclass(frozen=True, slots=True)
+class AuditReport:
+    """The audit log.
+
+    Attributes:
+        mode: `sampled` or `all`.
+        written: Lines since the controller started.
+        left_out: Requests without a line since then, because HAProxy's ring or the journal had no room.
+        problem: Why no lines are written now.
+    """
+
+    mode: str
+    destination: str
+    written: int = 0
+    left_out: int = 0
+    problem: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Readiness:
-    """Whether guests get what the sources say; `reasons` says, a line each, why not."""
+    """Whether guests get what the sources say.
+
+    Attributes:
+        reasons: Why not, a line each.
+        degraded: What is wrong and no guest notices, a line each, with who must act.
+    """
 
     ready: bool
     reasons: tuple[str, ...] = ()
+    degraded: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,6 +252,7 @@ class StatusReport:
         unix_listener: `None` where it is off.
         policy_for_nobody: Where settings speak of a network, project or instance that no source tells of.
         busiest: Who is kept to its limits now, and then who asks for most; ten at most.
+        audit: The same.
     """
 
     version: str
@@ -250,6 +276,7 @@ class StatusReport:
     macs: MacsReport = field(default_factory=MacsReport)
     policy_for_nobody: tuple[str, ...] = ()
     busiest: tuple[Asker, ...] = ()
+    audit: AuditReport | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,146 +1,61 @@
 """Takes the lines of the audit log from HAProxy's workers and writes them where the settings say.
 
-HAProxy does not wait for this. What is not read yet stays in its ring; what the ring has no room for it leaves out
-and counts. So a disk that hangs holds up nothing but the log itself.
+HAProxy does not wait for this. What is not read yet stays in the connection and in HAProxy's ring; what the ring has no
+room for it leaves out and counts. So a disk that hangs holds up nothing but the log itself.
+
+Lines are taken out of a connection after they have been written. A service manager that keeps the connections while
+no controller runs therefore hands the next one all that this one has not written, also after a kill.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
-import re
 import socket
+import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Final, Protocol
+from functools import partial
+from typing import Final
 
 import structlog
 
-from imdsproxy.host.files import open_log
+from imdsproxy.app.audit_sinks import Sink, Written, open_sink
+from imdsproxy.config.audit import AuditSettings
+from imdsproxy.core.haproxy.audit_lines import read_audit
+from imdsproxy.errors import Problem
 
-__all__ = ["Audit", "FileSink", "JournalSink", "left_out_line", "tell_left_out"]
+__all__ = ["KEPT_WORKERS", "Audit"]
 
-JOURNAL: Final = "journal"
-_JOURNAL_SOCKET: Final = Path("/run/systemd/journal/socket")
-_IDENTIFIER: Final = "imdsproxy-audit"
-_PER_SECOND: Final = 300
-"""The journal takes 10,000 lines in 30 seconds from a unit; beyond that it leaves out what else we say as well."""
+KEPT_WORKERS: Final = "audit-worker"
+"""By this name the service manager knows connections of workers."""
 
+_FIELD: Final = "audit.destination"
 _CHUNK: Final = 256 * 1024
 _PAUSE_S: Final = 0.25
 """Between two looks. HAProxy sends more at a time then, which costs it less (ADR 36)."""
 
 _BATCH: Final = 64 * 1024
 _AGAIN_S: Final = 5.0
+_HANGS_S: Final = 5.0
 _LAST_S: Final = 1.0
 """For the last lines, when the controller ends."""
 
-_LEFT_OUT: Final = re.compile(rb"(\d+) events? dropped")
-
-
-class Sink(Protocol):
-    """Where lines go."""
-
-    def write(self, lines: bytes) -> None:
-        """Whole lines.
-
-        Raises:
-            OSError: They could not be written.
-        """
-        ...
-
-    def close(self) -> None:
-        """Let go of it."""
-        ...
-
 
 @dataclass(slots=True)
-class FileSink:
-    """A file that is begun anew when somebody has renamed or removed it."""
+class _Worker:
+    """A connection of one of HAProxy's workers.
 
-    path: Path
-    _descriptor: int = -1
-
-    def write(self, lines: bytes) -> None:
-        """See `Sink.write`; the file is there with mode 0640 before the first line is."""
-        self._follow()
-        before = os.fstat(self._descriptor).st_size
-        left = memoryview(lines)
-        try:
-            while left:
-                left = left[os.write(self._descriptor, left) :]
-        except OSError:
-            # They come again, all of them.
-            with contextlib.suppress(OSError):
-                os.ftruncate(self._descriptor, before)
-            raise
-
-    def close(self) -> None:
-        """See `Sink.close`."""
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
-
-    def _follow(self) -> None:
-        if self._descriptor >= 0:
-            with contextlib.suppress(FileNotFoundError):
-                if os.path.samestat(self.path.stat(), os.fstat(self._descriptor)):
-                    return
-            self.close()
-        self._descriptor = open_log(self.path)
-
-
-@dataclass(slots=True)
-class JournalSink:
-    """Systemd's journal, by its own protocol; no more lines a second than leave room for our messages.
-
-    Source: https://systemd.io/JOURNAL_NATIVE_PROTOCOL/
+    Attributes:
+        kept: Somebody keeps it open when this controller has gone.
+        stirred: There is something to read, or this controller ends.
     """
 
-    address: Path = _JOURNAL_SOCKET
-    clock: Callable[[], float] = time.monotonic
-    per_second: int = _PER_SECOND
-    _channel: socket.socket | None = None
-    _second: int = 0
-    _written: int = 0
-    _left_out: int = 0
-
-    def write(self, lines: bytes) -> None:
-        """See `Sink.write`."""
-        for line in lines.splitlines():
-            second = int(self.clock())
-            if second != self._second:
-                self._second, self._written = second, 0
-                if self._left_out:
-                    left_out, self._left_out = self._left_out, 0
-                    self._send(left_out_line(left_out).rstrip())
-            if self._written >= self.per_second:
-                self._left_out += 1
-                continue
-            self._written += 1
-            self._send(line)
-
-    def close(self) -> None:
-        """See `Sink.close`."""
-        if self._channel is not None:
-            self._channel.close()
-            self._channel = None
-
-    def _send(self, line: bytes) -> None:
-        if self._channel is None:
-            channel = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
-            channel.settimeout(1)
-            self._channel = channel
-        entry = b"PRIORITY=6\nSYSLOG_IDENTIFIER=%s\nMESSAGE=%s\n" % (_IDENTIFIER.encode(), line)
-        self._channel.sendto(entry, os.fspath(self.address))
-
-
-def left_out_line(count: int) -> bytes:
-    """The line that stands for `count` lines which are not there."""
-    return b'{"time":%.3f,"left_out":%d}\n' % (time.time(), count)
+    socket: socket.socket
+    kept: bool
+    stirred: asyncio.Event = field(default_factory=asyncio.Event)
 
 
 @dataclass(slots=True)
@@ -148,42 +63,69 @@ class Audit:
     """The one who writes.
 
     Args:
-        destination: What the settings say now.
+        settings: What they say now.
+        keep: Has the service manager keep a connection; whether it does.
+
+    Attributes:
+        written: Lines of requests, since this controller started.
+        left_out: Requests that have no line, because HAProxy's ring or the journal had no room.
     """
 
-    destination: Callable[[], str]
-    failure: str | None = None
+    settings: Callable[[], AuditSettings]
+    keep: Callable[[socket.socket], bool] = lambda _: False
+    clock: Callable[[], float] = time.monotonic
+    written: int = 0
+    left_out: int = 0
+    _failure: Problem | None = None
+    _begun: float | None = None
     _named: str = ""
     _sink: Sink | None = None
-    _workers: dict[asyncio.Task[None], socket.socket] = field(default_factory=dict)
-    _ending: bool = False
+    _workers: dict[asyncio.Task[None], _Worker] = field(default_factory=dict)
+    _ended: asyncio.Event = field(default_factory=asyncio.Event)
     _lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
-    async def run(self, listener: socket.socket, last: socket.socket) -> None:
+    @property
+    def problem(self) -> Problem | None:
+        """Why lines are not written now, and who must act."""
+        settings = self.settings()
+        if not settings.one_in:
+            return None
+        waited = 0.0 if self._begun is None else self.clock() - self._begun
+        if waited < _HANGS_S:
+            return self._failure
+        reason = f"{settings.destination}: a write has not come back for {waited:.0f} s"
+        return Problem(_FIELD, reason, "look at what it is stored on")
+
+    async def run(
+        self, listener: socket.socket, last: socket.socket, kept: Sequence[socket.socket] = ()
+    ) -> None:
         """`serve` and `serve_last`, beside one another; until cancelled."""
         async with asyncio.TaskGroup() as group:
-            group.create_task(self.serve(listener))
+            group.create_task(self.serve(listener, kept))
             group.create_task(self.serve_last(last))
 
-    async def serve(self, listener: socket.socket) -> None:
+    async def serve(self, listener: socket.socket, kept: Sequence[socket.socket] = ()) -> None:
         """Take what workers send; until cancelled, and then what they have sent so far.
 
         Args:
             listener: Not blocking.
+            kept: Connections that the service manager has kept, not blocking.
         """
         loop = asyncio.get_running_loop()
+        for worker in kept:
+            self._begin(_Worker(worker, kept=True))
         try:
             while True:
                 worker, _ = await loop.sock_accept(listener)
-                taking = loop.create_task(self._take(worker))
-                self._workers[taking] = worker
-                taking.add_done_callback(lambda done: self._workers.pop(done, None))
+                self._begin(_Worker(worker, kept=self.keep(worker)))
         finally:
-            self._ending = True
-            for worker in self._workers.values():
-                # HAProxy keeps from now on what comes, for the next controller.
-                with contextlib.suppress(OSError):
-                    worker.shutdown(socket.SHUT_RD)
+            self._ended.set()
+            for one in self._workers.values():
+                if not one.kept:
+                    # HAProxy keeps from now on what comes, for the next controller.
+                    with contextlib.suppress(OSError):
+                        one.socket.shutdown(socket.SHUT_RD)
+                one.stirred.set()
             if self._workers:
                 await asyncio.wait(list(self._workers), timeout=_LAST_S)
             for taking in list(self._workers):
@@ -198,57 +140,116 @@ class Audit:
         loop = asyncio.get_running_loop()
         while True:
             line = await loop.sock_recv(listener, _CHUNK)
-            await self._write(tell_left_out(line))
+            await self._write(line)
 
-    async def _take(self, worker: socket.socket) -> None:
+    def _begin(self, worker: _Worker) -> None:
+        taking = asyncio.get_running_loop().create_task(self._take(worker))
+        self._workers[taking] = worker
+        taking.add_done_callback(lambda done: self._workers.pop(done, None))
+
+    async def _take(self, worker: _Worker) -> None:
         """All that one worker sends, whole lines at a time: several workers share the file."""
-        loop = asyncio.get_running_loop()
         begun = b""
-        with contextlib.closing(worker):
+        with contextlib.closing(worker.socket):
+            # What cannot be written is to be told before somebody asks something.
+            await self._write(b"")
             # No stream of asyncio's: that reads on while nobody asks, and then HAProxy sends line by line.
-            while chunk := await loop.sock_recv(worker, _CHUNK):
-                lines, end, begun = (begun + chunk).rpartition(b"\n")
-                if end:
-                    await self._write(tell_left_out(lines + end))
-                if len(chunk) < _BATCH and not self._ending:
-                    await asyncio.sleep(_PAUSE_S)
+            while (chunk := await self._look(worker)) and not (
+                worker.kept and self._ended.is_set()
+            ):
+                whole = chunk.rfind(b"\n") + 1
+                if whole:
+                    await self._write(begun + chunk[:whole])
+                    begun = b""
+                else:
+                    # A part of a line. Were it left there, its end could not be told from that of the connection.
+                    whole = len(chunk)
+                    begun += chunk
+                _skip(worker.socket, whole)
+                if len(chunk) < _BATCH:
+                    await self._pause()
 
-    async def _write(self, lines: bytes) -> None:
+    async def _look(self, worker: _Worker) -> bytes:
+        """What has come and is still there; empty when the worker has hung up, or this controller ends."""
+        loop = asyncio.get_running_loop()
+        while True:
+            try:
+                return worker.socket.recv(_CHUNK, socket.MSG_PEEK)
+            except BlockingIOError:
+                if self._ended.is_set():
+                    return b""
+            except ConnectionError:
+                return b""
+            worker.stirred.clear()
+            loop.add_reader(worker.socket, worker.stirred.set)
+            try:
+                await worker.stirred.wait()
+            finally:
+                loop.remove_reader(worker.socket)
+
+    async def _pause(self) -> None:
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._ended.wait(), _PAUSE_S)
+
+    async def _write(self, said: bytes) -> None:
         """Keep trying: meanwhile lines wait with HAProxy, or are left out there and counted."""
+        lines = read_audit(said, time.time())
+        rest = lines.text
         async with self._lock:
             while True:
+                destination = self.settings().destination
+                self._begun = self.clock()
                 try:
-                    await asyncio.to_thread(self._write_now, self.destination(), lines)
+                    written = await _aside(partial(self._write_now, destination, rest))
                 except OSError as error:
-                    self._fail(f"{self.destination()}: {error.strerror or error}")
+                    self._fail(destination, error)
                     await asyncio.sleep(_AGAIN_S)
-                else:
-                    self._fail(None)
-                    return
+                    continue
+                finally:
+                    self._begun = None
+                self._failure = None
+                self.left_out += written.left_out
+                self.written -= written.left_out
+                rest = written.rest
+                if not rest:
+                    break
+        self.written += lines.requests
+        self.left_out += lines.left_out
 
-    def _write_now(self, destination: str, lines: bytes) -> None:
+    def _write_now(self, destination: str, lines: bytes) -> Written:
         if self._sink is None or self._named != destination:
             if self._sink is not None:
                 self._sink.close()
             self._named = destination
-            self._sink = JournalSink() if destination == JOURNAL else FileSink(Path(destination))
-        self._sink.write(lines)
+            self._sink = open_sink(destination)
+        return self._sink.write(lines)
 
-    def _fail(self, reason: str | None) -> None:
-        if reason is not None and reason != self.failure:
-            structlog.get_logger().warning("audit log not written", reason=reason)
-        self.failure = reason
+    def _fail(self, destination: str, error: OSError) -> None:
+        hint = "" if self._sink is None else self._sink.hint(error)
+        failure = Problem(_FIELD, f"{destination}: {error.strerror or error}", hint)
+        if failure != self._failure:
+            structlog.get_logger().warning(
+                "audit log not written", reason=failure.reason, hint=failure.hint
+            )
+        self._failure = failure
 
 
-def tell_left_out(lines: bytes) -> bytes:
-    """HAProxy's lines without those that tell of itself; how many it had no room for is said in our words."""
-    return b"".join(_ours(lines.splitlines(keepends=True)))
+def _skip(worker: socket.socket, size: int) -> None:
+    """Take out what has been written."""
+    while size:
+        size -= len(worker.recv(size))
 
 
-def _ours(lines: Iterable[bytes]) -> Iterator[bytes]:
-    for line in lines:
-        if line.startswith(b"{"):
-            yield line
-        # Else HAProxy tells of itself: `Proxy guests stopped`.
-        elif (told := _LEFT_OUT.search(line)) is not None:
-            yield left_out_line(int(told[1]))
+async def _aside(work: Callable[[], Written]) -> Written:
+    """In a thread that nobody waits for at the end: on a disk that hangs it may not come back."""
+    written: Future[Written] = Future()
+    written.set_running_or_notify_cancel()
+
+    def run() -> None:
+        try:
+            written.set_result(work())
+        except BaseException as error:  # noqa: BLE001 - raised where it is waited for
+            written.set_exception(error)
+
+    threading.Thread(target=run, name="audit", daemon=True).start()
+    return await asyncio.wrap_future(written)

@@ -358,6 +358,7 @@ async def run_controller(
             nova=nova,
             guarding=guarding,
             watching=watching,
+            audit=Audit(lambda: holder.settings.audit),
             counting=open_counting(haproxy, clock, lambda: holder.settings.tokens.count_reads),
             started_at=clock.now().timestamp(),
             started=clock.monotonic(),
@@ -403,7 +404,6 @@ async def _live(controller: _Controller, admin: socket.socket) -> None:
     worker = owner_of(None, settings.haproxy.group)
     audit_socket = open_sole_socket(parts.layout.audit_socket, mode=0o660, owner=worker)
     last_socket = open_datagram_socket(parts.layout.audit_last_socket, mode=0o660, owner=worker)
-    audit = Audit(lambda: parts.holder.settings.audit.destination)
     listen = settings.metrics.listen
     health_socket = None if listen is None else open_tcp_socket(listen.host, listen.port)
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -417,7 +417,7 @@ async def _live(controller: _Controller, admin: socket.socket) -> None:
             group.create_task(source.run(controller.publish), name=f"source-{source.name}")
             for source in parts.sources.all
         ]
-        tasks.append(group.create_task(audit.run(audit_socket, last_socket), name="audit"))
+        tasks.append(group.create_task(parts.audit.run(audit_socket, last_socket), name="audit"))
         loading = group.create_task(_load_face(controller))
         try:
             await _start_data_plane(controller)

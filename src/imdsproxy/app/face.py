@@ -114,6 +114,7 @@ def build_face(
         documents_restarts=lambda: companion.restarts,
         documents_needed=companion.needed,
         watching=parts.watching,
+        audit=parts.audit,
         counting=parts.counting,
         reload_settings=reload_settings,
         end=end,

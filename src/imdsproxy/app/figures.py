@@ -169,6 +169,11 @@ class Figures:
             nova_up={
                 (one.endpoint_set, one.endpoint): one.up for one in operations.nova_watch.endpoints
             },
+            audit_lines=operations.audit.written,
+            audit_left_out=operations.audit.left_out,
+            audit_failing=(
+                operations.audit.problem is not None if operations.audit.settings().one_in else None
+            ),
             no_token=dict(operations.counting.ledger.read),
             no_token_rejected=dict(operations.counting.ledger.refused),
             nova_refused=operations.nova_watch.refused.totals,

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import assert_never
 
 from imdsproxy.admin.operations import (
+    AuditReport,
     DocumentAnswer,
     DocumentsReport,
     Explanation,
@@ -28,6 +29,7 @@ from imdsproxy.admin.operations import (
     WatchReport,
     Written,
 )
+from imdsproxy.app.audit import Audit
 from imdsproxy.app.explain import Explainer
 from imdsproxy.app.gates import Gates
 from imdsproxy.app.guard import HaproxyGuard
@@ -105,6 +107,7 @@ class ControllerOperations:
     documents_restarts: Callable[[], int]
     documents_needed: bool
     watching: Watching
+    audit: Audit
     counting: TokenCounting
     reload_settings: Callable[[], Awaitable[SettingsReload]]
     end: Callable[[bool], None]
@@ -123,7 +126,8 @@ class ControllerOperations:
         elif not self.guard.answering:
             reasons.append("HAProxy does not answer a probe")
         reasons += [problem.reason for problem in self.own_problems()]
-        return Readiness(ready=not reasons, reasons=tuple(reasons))
+        degraded = tuple(str(problem) for problem in self._unnoticed())
+        return Readiness(ready=not reasons, reasons=tuple(reasons), degraded=degraded)
 
     async def status(self) -> StatusReport:
         """See `Operations.status`."""
@@ -150,7 +154,7 @@ class ControllerOperations:
                 for name, in_sync in self.inventory.sources.items()
             ),
             conflicts=self.inventory.conflicts(),
-            problems=self.own_problems(),
+            problems=self.own_problems() + self._unnoticed(),
             haproxy=self._haproxy(),
             documents=DocumentsReport(
                 self.documents_pids(),
@@ -169,6 +173,23 @@ class ControllerOperations:
             macs=self.macs(),
             policy_for_nobody=self.guard_writes.guarding.for_nobody(self.inventory),
             busiest=await self.limit_watch.busiest(),
+            audit=self._audit(),
+        )
+
+    def _unnoticed(self) -> tuple[Problem, ...]:
+        """What is wrong and no guest notices."""
+        return () if (problem := self.audit.problem) is None else (problem,)
+
+    def _audit(self) -> AuditReport | None:
+        settings, problem = self.audit.settings(), self.audit.problem
+        if not settings.one_in:
+            return None
+        return AuditReport(
+            mode=settings.mode,
+            destination=settings.destination,
+            written=self.audit.written,
+            left_out=self.audit.left_out,
+            problem="" if problem is None else problem.reason,
         )
 
     def macs(self) -> MacsReport:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from imdsproxy.app.audit import Audit
 from imdsproxy.app.build import Sources
 from imdsproxy.app.companion import Companion
 from imdsproxy.app.gates import Gates
@@ -54,6 +55,7 @@ class Parts:
     nova: NovaUpstream
     guarding: Guarding
     watching: Watching
+    audit: Audit
     counting: TokenCounting
     started_at: float
     started: float

@@ -55,13 +55,14 @@ def show_status(output: Output, report: _Shape) -> None:
 def _facts(report: _Shape) -> dict[str, str]:
     readiness = _shape(report, "readiness")
     reasons = [clean(reason) for reason in cast("Sequence[str]", readiness["reasons"])]
+    degraded = [f"[yellow]{clean(one)}[/]" for one in cast("Sequence[str]", readiness["degraded"])]
     state = "[green]ready[/]" if readiness["ready"] else "[red]not ready[/]"
     networks, serving = report["networks"], report["serving"]
     colour = "green" if networks == serving else "red"
     return {
         "imdsproxy": f"{clean(report['version'])}, up {_duration(report['uptime_s'])}, "
         f"pid {report['controller']}",
-        "state": "\n".join([state, *reasons]),
+        "state": "\n".join([state, *reasons, *degraded]),
         "networks": f"{networks}, [{colour}]{serving} serving[/]",
         "instances": f"{report['instances']} with {report['addresses']} addresses",
         "haproxy": _haproxy(_shape(report, "haproxy")),
@@ -69,6 +70,7 @@ def _facts(report: _Shape) -> dict[str, str]:
         **_unix_listener(report["unix_listener"]),
         **_macs(_shape(report, "macs")),
         **_policy(cast("Sequence[str]", report["policy_for_nobody"])),
+        **_audit(report["audit"]),
         **_plan(report["last_plan"]),
     }
 
@@ -132,6 +134,14 @@ def _policy(for_nobody: Sequence[str]) -> dict[str, str]:
     if not for_nobody:
         return {}
     return {"policy": f"[yellow]for nobody that is known[/]: {', '.join(map(clean, for_nobody))}"}
+def _audit(audit: object) -> dict[str, str]:
+    if not isinstance(audit, dict):
+        return {}
+    line = f"{clean(audit['mode'])}, to {clean(audit['destination'])}, {audit['written']} lines"
+    if audit["left_out"]:
+        line += f", [yellow]{audit['left_out']} left out[/]"
+    problem = f"\n[red]not written[/] {clean(audit['problem'])}" if audit["problem"] else ""
+    return {"audit log": line + problem}
 
 
 def _plan(plan: object) -> dict[str, str]:

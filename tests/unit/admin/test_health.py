@@ -74,7 +74,7 @@ async def test_ready_is_200() -> None:
     answer = await _ask("/readyz")
 
     assert answer.status == 200
-    assert json.loads(answer.body) == {"ready": True, "reasons": []}
+    assert json.loads(answer.body) == {"ready": True, "reasons": [], "degraded": []}
 
 
 async def test_not_ready_is_503_with_every_reason() -> None:
@@ -83,8 +83,15 @@ async def test_not_ready_is_503_with_every_reason() -> None:
     answer = await _ask("/readyz", readiness=Readiness(False, reasons))
 
     assert answer.status == 503
-    assert json.loads(answer.body) == {"ready": False, "reasons": list(reasons)}
+    assert json.loads(answer.body) == {"ready": False, "reasons": list(reasons), "degraded": []}
     assert answer.headers["retry-after"] == "1"
+
+
+async def test_what_no_guest_notices_is_told_and_ready_all_the_same() -> None:
+    answer = await _ask("/readyz", readiness=Readiness(ready=True, degraded=("no audit log",)))
+
+    assert answer.status == 200
+    assert json.loads(answer.body)["degraded"] == ["no audit log"]
 
 
 async def test_metrics_come_in_prometheus_text() -> None:

@@ -54,6 +54,9 @@ FULL = MetricsSnapshot(
     unix_traffic=NetworkTraffic(3, 2, 1),
     nova_up={("default", "192.0.2.1:8775"): True, ("default", "192.0.2.2:8775"): False},
     nova_refused={"default": 6},
+    audit_lines=40,
+    audit_left_out=4,
+    audit_failing=True,
     no_token={"blue": 8, "red": 1},
     no_token_rejected={"blue": 2},
 )
@@ -97,6 +100,9 @@ def _value(snapshot: MetricsSnapshot, name: str, **labels: str) -> float:
             0,
         ),
         ("imdsproxy_nova_refused_total", {"endpoint_set": "default"}, 6),
+        ("imdsproxy_audit_lines_total", {}, 40),
+        ("imdsproxy_audit_left_out_total", {}, 4),
+        ("imdsproxy_audit_failing", {}, 1),
         ("imdsproxy_metadata_no_token_total", {"network": "blue"}, 8),
         ("imdsproxy_metadata_no_token_rejected_total", {"network": "blue"}, 2),
         ("imdsproxy_neutron_queries_total", {"result": "timeout"}, 1),
@@ -113,6 +119,12 @@ def test_a_figure_is_told_under_its_name(name: str, labels: dict[str, str], valu
 def test_without_the_source_neutron_nothing_is_told_of_it() -> None:
     snapshot = replace(FULL, neutron=None)
     assert not any("neutron" in name for name, _ in _samples(snapshot))
+
+
+def test_nothing_fails_where_there_is_no_audit_log() -> None:
+    assert ("imdsproxy_audit_failing", frozenset()) not in _samples(
+        replace(FULL, audit_failing=None)
+    )
 
 
 def test_every_described_metric_is_exposed_and_no_other_of_ours() -> None:

@@ -1,29 +1,32 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import socket
-import stat
+import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
-from imdsproxy.app.audit import Audit, FileSink, JournalSink, tell_left_out
+from imdsproxy.app.audit import Audit
+from imdsproxy.config.audit import AuditSettings
 
 LINE = b'{"number":1}\n'
 
 
 @asynccontextmanager
-async def serving(audit: Audit, path: Path) -> AsyncIterator[None]:
+async def serving(
+    audit: Audit, path: Path, kept: Sequence[socket.socket] = ()
+) -> AsyncIterator[None]:
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(os.fspath(path))
     listener.listen()
     listener.setblocking(False)
-    task = asyncio.get_running_loop().create_task(audit.serve(listener))
+    task = asyncio.get_running_loop().create_task(audit.serve(listener, kept))
     try:
         yield
     finally:
@@ -45,76 +48,17 @@ def connect(path: Path) -> socket.socket:
     return worker
 
 
+def into(path: Path) -> AuditSettings:
+    return AuditSettings(mode="all", destination=os.fspath(path))
+
+
 def content(path: Path) -> bytes:
     return path.read_bytes() if path.exists() else b""
 
 
-def test_a_file_is_0640_whatever_the_umask_is(tmp_path: Path) -> None:
-    before = os.umask(0o077)
-    try:
-        FileSink(path := tmp_path / "audit.log").write(LINE)
-    finally:
-        os.umask(before)
-    assert stat.S_IMODE(path.stat().st_mode) == 0o640
-
-
-def test_a_file_that_was_renamed_is_begun_anew(tmp_path: Path) -> None:
-    sink = FileSink(path := tmp_path / "audit.log")
-    sink.write(LINE)
-    path.rename(old := tmp_path / "audit.log.1")
-    sink.write(LINE)
-    assert (content(old), content(path)) == (LINE, LINE)
-    path.unlink()
-    sink.write(LINE)
-    assert content(path) == LINE
-    sink.close()
-
-
-def test_a_file_that_logrotate_made_keeps_its_mode(tmp_path: Path) -> None:
-    sink = FileSink(path := tmp_path / "audit.log")
-    sink.write(LINE)
-    path.unlink()
-    path.write_bytes(b"")
-    path.chmod(0o600)
-    sink.write(LINE)
-    assert (content(path), stat.S_IMODE(path.stat().st_mode)) == (LINE, 0o600)
-
-
-def test_a_link_is_not_followed(tmp_path: Path) -> None:
-    (tmp_path / "audit.log").symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(OSError, match="symbolic"):
-        FileSink(tmp_path / "audit.log").write(LINE)
-    assert not (tmp_path / "elsewhere").exists()
-
-
-def test_the_journal_gets_a_line_each_and_no_more_than_it_takes(tmp_path: Path) -> None:
-    journal = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-    journal.bind(os.fspath(tmp_path / "socket"))
-    journal.settimeout(5)
-    now = 100.0
-    sink = JournalSink(tmp_path / "socket", lambda: now, per_second=2)
-    sink.write(LINE * 5)
-    now = 101.2
-    sink.write(LINE)
-    told = [journal.recv(4096) for _ in range(4)]
-    entry = b"PRIORITY=6\nSYSLOG_IDENTIFIER=imdsproxy-audit\nMESSAGE=" + LINE
-    assert (told[0], told[1], told[3]) == (entry, entry, entry)
-    assert json.loads(told[2].partition(b"MESSAGE=")[2])["left_out"] == 3
-    sink.close()
-    journal.close()
-
-
-def test_what_haproxy_has_left_out_is_told_and_what_it_says_of_itself_is_not() -> None:
-    said = (
-        LINE + b"1234 events dropped\x00\n1 event dropped\x00\nProxy guests stopped (x).\n" + LINE
-    )
-    one, many, single, other = map(json.loads, tell_left_out(said).splitlines())
-    assert (one["number"], many["left_out"], single["left_out"], other["number"]) == (1, 1234, 1, 1)
-
-
 async def test_lines_of_several_workers_are_whole(tmp_path: Path) -> None:
     path = tmp_path / "audit.log"
-    async with serving(Audit(lambda: os.fspath(path)), tmp_path / "s"):
+    async with serving(Audit(lambda: into(path)), tmp_path / "s"):
         one, two = connect(tmp_path / "s"), connect(tmp_path / "s")
         one.send(LINE + LINE[:5])
         two.send(LINE[:3])
@@ -128,7 +72,7 @@ async def test_lines_of_several_workers_are_whole(tmp_path: Path) -> None:
 
 async def test_what_was_sent_before_the_end_is_written(tmp_path: Path) -> None:
     path = tmp_path / "audit.log"
-    async with serving(Audit(lambda: os.fspath(path)), tmp_path / "s"):
+    async with serving(Audit(lambda: into(path)), tmp_path / "s"):
         worker = connect(tmp_path / "s")
         worker.send(LINE)
         await until(lambda: content(path) == LINE)
@@ -141,7 +85,7 @@ async def test_what_was_sent_before_the_end_is_written(tmp_path: Path) -> None:
 
 async def test_the_destination_may_change_while_it_runs(tmp_path: Path) -> None:
     where = tmp_path / "one"
-    async with serving(Audit(lambda: os.fspath(where)), tmp_path / "s"):
+    async with serving(Audit(lambda: into(where)), tmp_path / "s"):
         worker = connect(tmp_path / "s")
         worker.send(LINE)
         await until(lambda: content(tmp_path / "one") == LINE)
@@ -156,12 +100,115 @@ async def test_a_place_that_cannot_be_written_is_told_and_tried_again(
 ) -> None:
     monkeypatch.setattr("imdsproxy.app.audit._AGAIN_S", 0.05)
     path = tmp_path / "later" / "audit.log"
-    audit = Audit(lambda: os.fspath(path))
+    audit = Audit(lambda: into(path))
     async with serving(audit, tmp_path / "s"):
         worker = connect(tmp_path / "s")
         worker.send(LINE)
-        await until(lambda: audit.failure is not None)
+        await until(lambda: audit.problem is not None)
         path.parent.mkdir()
         await until(lambda: content(path) == LINE)
-        await until(lambda: audit.failure is None)
+        await until(lambda: audit.problem is None)
         worker.close()
+
+
+async def test_lines_are_counted(tmp_path: Path) -> None:
+    audit = Audit(lambda: into(tmp_path / "audit.log"))
+    async with serving(audit, tmp_path / "s"):
+        worker = connect(tmp_path / "s")
+        worker.send(LINE * 3 + b"7 events dropped\x00\n" + LINE)
+        await until(lambda: audit.written == 4)
+        assert audit.left_out == 7
+        worker.close()
+
+
+async def test_a_place_that_cannot_be_written_is_told_before_anybody_asks(tmp_path: Path) -> None:
+    settings = into(tmp_path / "nowhere" / "audit.log")
+    audit = Audit(lambda: settings)
+    async with serving(audit, tmp_path / "s"):
+        worker = connect(tmp_path / "s")
+        await until(lambda: audit.problem is not None)
+        problem = audit.problem
+        assert problem is not None
+        assert (problem.field, "No such file" in problem.reason) == ("audit.destination", True)
+        assert problem.hint == f"make the directory {tmp_path / 'nowhere'}"
+        worker.close()
+
+
+async def test_who_turns_the_log_off_has_no_problem_with_it(tmp_path: Path) -> None:
+    said: list[Literal["all", "off"]] = ["all"]
+    audit = Audit(
+        lambda: AuditSettings(
+            mode=said[-1], destination=os.fspath(tmp_path / "nowhere" / "audit.log")
+        )
+    )
+    async with serving(audit, tmp_path / "s"):
+        worker = connect(tmp_path / "s")
+        await until(lambda: audit.problem is not None)
+        said.append("off")
+        await until(lambda: audit.problem is None)
+        worker.close()
+
+
+async def test_a_write_that_does_not_come_back_is_told_and_does_not_hold_up_the_end(
+    tmp_path: Path,
+) -> None:
+    os.mkfifo(path := tmp_path / "audit.log")
+    now = 100.0
+    audit = Audit(lambda: into(path), clock=lambda: now)
+    async with serving(audit, tmp_path / "s"):
+        worker = connect(tmp_path / "s")
+        worker.send(LINE)
+        await asyncio.sleep(0)
+        await until(lambda: audit._begun is not None)
+        now = 107.0
+        problem = audit.problem
+        assert problem is not None
+        assert "has not come back for 7 s" in problem.reason
+    # Somebody reads, and the thread comes back.
+    reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    await until(lambda: all(one.name != "audit" for one in threading.enumerate()))
+    assert audit._sink is not None
+    audit._sink.close()
+    os.close(reader)
+    worker.close()
+
+
+async def test_what_was_kept_for_the_next_is_read_by_it_and_by_nobody_twice(tmp_path: Path) -> None:
+    path, kept = tmp_path / "audit.log", list[socket.socket]()
+
+    def keep(worker: socket.socket) -> bool:
+        kept.append(worker.dup())
+        return True
+
+    async with serving(Audit(lambda: into(path), keep), tmp_path / "s"):
+        worker = connect(tmp_path / "s")
+        worker.send(LINE)
+        await until(lambda: content(path) == LINE)
+    worker.send(LINE * 2 + LINE[:5])
+    (one,) = kept
+    one.setblocking(False)
+    (tmp_path / "s").unlink()
+    audit = Audit(lambda: into(path), keep)
+    async with serving(audit, tmp_path / "s", [one]):
+        worker.send(LINE[5:])
+        await until(lambda: content(path) == LINE * 4)
+        worker.close()
+        await until(lambda: one.fileno() < 0)
+    assert len(kept) == 1
+
+
+async def test_what_was_not_written_stays_for_the_next(tmp_path: Path) -> None:
+    path, kept = tmp_path / "later" / "audit.log", list[socket.socket]()
+
+    def keep(worker: socket.socket) -> bool:
+        kept.append(worker.dup())
+        return True
+
+    audit = Audit(lambda: into(path), keep)
+    async with serving(audit, tmp_path / "s"):
+        worker = connect(tmp_path / "s")
+        worker.send(LINE)
+        await until(lambda: audit.problem is not None)
+    assert kept[0].recv(4096) == LINE
+    kept[0].close()
+    worker.close()

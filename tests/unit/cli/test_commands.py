@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from imdsproxy.admin.operations import DocumentAnswer, LeftOut, UnixListenerReport
+from imdsproxy.admin.operations import AuditReport, DocumentAnswer, LeftOut, UnixListenerReport
 from imdsproxy.cli.main import main
 from imdsproxy.core.model import BridgeListener, Dialect, InstanceId, NamespaceListener, NetworkId
 from imdsproxy.core.path_rules import PathRules, PathWord
@@ -543,6 +543,16 @@ def test_status_shows_the_unix_listener_where_there_is_one(filled: Cli) -> None:
     reason = "neutron-metadat (pid 7) listens there"
     filled.operations.unix_listener = UnixListenerReport(path, serving=False, problem=reason)
     assert f"{path}, left out {reason}" in filled("status").out
+
+
+def test_status_shows_the_audit_log_where_there_is_one(filled: Cli) -> None:
+    assert "audit log" not in filled("status").out
+    filled.operations.audit = AuditReport("all", "/x.log", written=17)
+    assert "all, to /x.log, 17 lines\n" in filled("status").out
+    filled.operations.audit = AuditReport("sampled", "/x.log", 17, 3, "/x.log: no room")
+    told = filled("status").out
+    assert "sampled, to /x.log, 17 lines, 3 left out" in told
+    assert "not written /x.log: no room" in told
 
 
 def test_status_in_json_is_the_daemons_own(filled: Cli) -> None:

@@ -163,7 +163,7 @@ def _parse(line: str) -> Watched | None:
 
 def _parse_audited(line: str) -> Watched | None:
     try:
-        told: dict[str, Any] = json.loads(line)
+        told: dict[str, Any] = json.loads(line, strict=False)
         backend, _, server = told["by"].partition("/")
         method = told["method"]
         return Watched(

@@ -1,0 +1,49 @@
+from __future__ import annotations
+
+import json
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from imdsproxy.core.haproxy.audit_lines import AuditLines, read_audit
+
+LINE = b'{"number":1}\n'
+NOW = 1_760_000_000.5
+
+
+def test_plain_lines_are_left_as_they_are() -> None:
+    assert read_audit(LINE * 3, NOW) == AuditLines(LINE * 3, 3)
+    assert read_audit(b"", NOW) == AuditLines(b"", 0)
+
+
+def test_what_haproxy_has_left_out_is_told_and_what_it_says_of_itself_is_not() -> None:
+    said = LINE + b"1234 events dropped\0\n1 event dropped\0\nProxy guests stopped (x).\n" + LINE
+    read = read_audit(said, NOW)
+    one, many, single, other = map(json.loads, read.text.splitlines())
+    assert (one["number"], many["left_out"], single["left_out"], other["number"]) == (1, 1234, 1, 1)
+    assert (many["time"], read.requests, read.left_out) == (NOW, 2, 1235)
+
+
+def test_text_beyond_ascii_stays_and_what_is_none_is_marked() -> None:
+    read = read_audit('{"agent":"é 😀 '.encode() + b'\xff\tz"}\n', NOW)
+    assert json.loads(read.text) == {"agent": "é 😀 \ufffd\tz"}
+
+
+def _as_haproxy(agent: bytes) -> bytes:
+    # Its log format escapes these two; no header has the other three.
+    told = agent.replace(b"\\", b"\\\\").replace(b'"', b'\\"')
+    return b'{"agent":"' + told.translate(None, b"\0\r\n") + b'"}\n'
+
+
+@given(st.lists(st.binary(max_size=40), max_size=5))
+def test_every_line_is_json_whatever_a_guest_says(agents: list[bytes]) -> None:
+    read = read_audit(b"".join(map(_as_haproxy, agents)), NOW)
+    lines = read.text.split(b"\n")
+    assert lines.pop() == b""
+    assert [list(json.loads(line)) for line in lines] == [["agent"]] * len(agents)
+    assert (read.requests, read.left_out) == (len(agents), 0)
+
+
+@given(st.binary(max_size=200))
+def test_nothing_at_all_makes_it_fail(said: bytes) -> None:
+    read_audit(said, NOW)
