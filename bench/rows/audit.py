@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Final
 
 from bench.context import Bench
 from bench.daemon import Daemon
-from bench.figures import Bar, Row, judge
+from bench.figures import Bar, Row, Verdict, judge
 from bench.lab import GUESTS, PLUGGED, network_name
 from bench.place import BenchError
 from bench.records import instance, network
@@ -21,6 +22,9 @@ _PATH: Final = "/latest/meta-data/instance-id"
 _URL: Final = f"http://169.254.169.254{_PATH}"
 _AGENT: Final = "User-Agent: Cloud-Init/24.4.1"
 _BAR: Final = Bar("≥ 0.9 x", at_least=0.9)
+_LEAST: Final = 0.01
+"""Where more lines than this were left out, the rest cost less than they say."""
+
 _MORE_ROUNDS: Final = 2
 """Times as many as other rows have: the bar is near 1, and lines are written beside the load."""
 
@@ -29,22 +33,32 @@ def measure_audit(bench: Bench, wanted: Callable[[str], bool]) -> Iterator[Row]:
     """Both rows: three daemons that differ in nothing but `audit.mode`, a network each."""
     modes = ("off", "all", "sampled")
     bench.lab.grow(len(modes))
-    with contextlib.ExitStack() as daemons:
+    with contextlib.ExitStack() as stack:
         sides: dict[str, Side] = {}
+        daemons: dict[str, Daemon] = {}
         for number, mode in enumerate(modes):
             log = bench.directory / f"audit-{mode}.log"
             settings = {"mode": mode, "destination": str(log)}
-            daemon = Daemon(bench.directory / f"audit-{mode}", {"audit": settings})
-            daemons.callback(daemon.stop)
+            daemon = daemons[mode] = Daemon(bench.directory / f"audit-{mode}", {"audit": settings})
+            stack.callback(daemon.stop)
             sides[mode] = _side(bench, daemon, network_name(number))
         rounds = _MORE_ROUNDS * bench.scale.rounds
         load_in_turn(bench, list(sides.values()), bench.scale.seconds, rounds=rounds)
         without_errors(*sides.values())
         lines = {mode: _lines(bench, mode) for mode in modes}
+        left_out = _left_out(daemons["all"])
     if lines["off"] or not lines["sampled"] < lines["all"]:
         raise BenchError(f"the logs have other lines than they should: {lines}")
     if wanted("audit"):
-        yield _row(bench, "audit", "a line for each", sides["all"], sides["off"], bar=_BAR)
+        row = _row(bench, "audit", "a line for each", sides["all"], sides["off"], bar=_BAR)
+        share = left_out / (lines["all"] + left_out)
+        verdict = row.verdict if share < _LEAST else Verdict.INVALID
+        yield replace(
+            row,
+            figure=f"{row.figure}; {share:.1%} of the lines left out",
+            verdict=verdict,
+            data={**row.data, "lines": lines["all"], "left_out": left_out},
+        )
     if wanted("audit-sampled"):
         what = "a line for one in 100"
         yield _row(bench, "audit-sampled", what, sides["sampled"], sides["off"])
@@ -59,6 +73,13 @@ def _side(bench: Bench, daemon: Daemon, name: str) -> Side:
     )
     daemon.wait_serving(1)
     return Side(_URL, daemon.wait_settled().worker, (_AGENT,), network=bench.lab.plug(name))
+
+
+def _left_out(daemon: Daemon) -> int:
+    told = daemon.status()["audit"]
+    if not isinstance(told, dict):
+        raise BenchError("status does not tell of the audit log")
+    return int(told["left_out"])
 
 
 def _lines(bench: Bench, mode: str) -> int:

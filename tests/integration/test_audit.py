@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import re
 import stat
 import threading
@@ -13,7 +12,7 @@ from typing import Any, Final, cast
 
 import pytest
 
-from support.daemon import Daemon
+from support.audit_log import AuditLog, order_audit
 from support.guest import Lost
 from support.lab import until
 from support.nova_world import INSTANCES, open_nova_world
@@ -25,33 +24,6 @@ _SECRET: Final = "s3cret"
 _LEAF: Final = "/latest/meta-data/instance-id"
 
 
-class Log:
-    """The file, and what is in it now."""
-
-    def __init__(self, daemon: Daemon) -> None:
-        self.path = daemon.directory / "audit.log"
-
-    def text(self) -> str:
-        return self.path.read_text() if self.path.exists() else ""
-
-    def lines(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in self.text().splitlines()]
-
-    def has(self, **wanted: object) -> bool:
-        return any(wanted.items() <= one.items() for one in self.lines())
-
-    def wait(self, **wanted: object) -> dict[str, Any]:
-        until(lambda: self.has(**wanted), what=f"a line with {wanted}")
-        return next(one for one in self.lines() if wanted.items() <= one.items())
-
-
-def _say(world: World, mode: str, **more: object) -> None:
-    audit = {"mode": mode, "destination": "{directory}/audit.log", "sample": 1000}
-    world.daemon.configure({"resolver": {"hold_s": 1.0}, "audit": audit, **more})  # type: ignore[dict-item]
-    reloaded = world.daemon.command("reload")
-    assert reloaded.status == 0, reloaded
-
-
 @pytest.fixture(scope="module")
 def shared_world() -> Iterator[World]:
     with open_world({"resolver": {"hold_s": 1.0}}) as world:
@@ -61,16 +33,15 @@ def shared_world() -> Iterator[World]:
 @pytest.fixture
 def world(shared_world: World) -> Iterator[World]:
     yield shared_world
-    Log(shared_world.daemon).path.unlink(missing_ok=True)
-    shared_world.daemon.configure({"resolver": {"hold_s": 1.0}})
-    assert shared_world.daemon.command("reload").status == 0
+    AuditLog(shared_world.daemon).path.unlink(missing_ok=True)
+    order_audit(shared_world, "off")
     shared_world.heal()
 
 
 @pytest.fixture
-def log(world: World) -> Log:
-    _say(world, "all")
-    return Log(world.daemon)
+def log(world: World) -> AuditLog:
+    order_audit(world, "all")
+    return AuditLog(world.daemon)
 
 
 def test_it_is_off_unless_settings_say_otherwise(world: World) -> None:
@@ -80,7 +51,7 @@ def test_it_is_off_unless_settings_say_otherwise(world: World) -> None:
     assert "txn.refused" not in text
 
 
-def test_a_line_says_who_asked_what_and_what_became_of_it(world: World, log: Log) -> None:
+def test_a_line_says_who_asked_what_and_what_became_of_it(world: World, log: AuditLog) -> None:
     begun = time.time()
     red = {"network": "red", "address": world.red.addresses[0], "instance": "red-5"}
     world.red.ask(f"{_LEAF}?a=b", headers=("User-Agent: Cloud-Init/24.1",))
@@ -99,7 +70,7 @@ def test_a_line_says_who_asked_what_and_what_became_of_it(world: World, log: Log
     assert stat.S_IMODE(log.path.stat().st_mode) == 0o640
 
 
-def test_tokens_are_told_by_a_word(world: World, log: Log) -> None:
+def test_tokens_are_told_by_a_word(world: World, log: AuditLog) -> None:
     ttl = ("X-aws-ec2-metadata-token-ttl-seconds: 60", "User-Agent: giver")
     token = world.red.ask("/latest/api/token", method="PUT", headers=ttl).text
     assert log.wait(agent="giver")["refused"] == "-"
@@ -118,9 +89,9 @@ def test_tokens_are_told_by_a_word(world: World, log: Log) -> None:
     assert _SECRET not in log.text()
 
 
-def test_the_rule_that_refuses_is_named(world: World, log: Log) -> None:
+def test_the_rule_that_refuses_is_named(world: World, log: AuditLog) -> None:
     host = {"tokens": "required", "refuse_forwarded": True}
-    _say(world, "all", policy={"host": host, "networks": {"green": {"endpoint": False}}})
+    order_audit(world, "all", policy={"host": host, "networks": {"green": {"endpoint": False}}})
     until(lambda: world.red.ask(_LEAF).status == 401)
     until(lambda: world.guests["green"].ask(_LEAF).status == 403)
     world.red.ask("/openstack/latest/meta_data.json", headers=("Forwarded: for=a",))
@@ -133,7 +104,7 @@ def test_the_rule_that_refuses_is_named(world: World, log: Log) -> None:
     log.wait(path="/latest/api/token", status=400, refused="token-request")
 
 
-def test_every_line_is_json_whatever_a_guest_sends(world: World, log: Log) -> None:
+def test_every_line_is_json_whatever_a_guest_sends(world: World, log: AuditLog) -> None:
     odd = bytes(range(1, 256)).replace(b"\r", b"").replace(b"\n", b"").replace(b"\0", b"")
     agents = (
         b'"}\\',
@@ -169,7 +140,7 @@ def test_every_line_is_json_whatever_a_guest_sends(world: World, log: Log) -> No
     assert max(map(len, log.text().splitlines())) < 4096
 
 
-def test_no_query_and_no_body_is_told(world: World, log: Log) -> None:
+def test_no_query_and_no_body_is_told(world: World, log: AuditLog) -> None:
     world.red.ask(f"/latest/a?token={_SECRET}")
     world.red.ask("/latest/b", method="POST", body=_SECRET.encode())
     world.red.ask(
@@ -180,7 +151,7 @@ def test_no_query_and_no_body_is_told(world: World, log: Log) -> None:
     assert _SECRET not in log.text()
 
 
-def test_what_an_operator_gets_has_a_line_with_the_instance(world: World, log: Log) -> None:
+def test_what_an_operator_gets_has_a_line_with_the_instance(world: World, log: AuditLog) -> None:
     who = ("--network", "red", "--from", world.red.addresses[0])
     got = world.daemon.command("get", "--include", *who, "/latest/got-by-operator")
     assert "x-imdsproxy-told" not in got.out
@@ -190,7 +161,7 @@ def test_what_an_operator_gets_has_a_line_with_the_instance(world: World, log: L
 
 def test_a_request_that_comes_back_from_the_resolver_has_one_line() -> None:
     with open_nova_world() as nova:
-        log = Log(nova.daemon)
+        log = AuditLog(nova.daemon)
         settings = {**nova.daemon.settings, "audit": {"mode": "all", "destination": str(log.path)}}
         nova.daemon.configure(settings)
         assert nova.daemon.command("reload").status == 0
@@ -224,14 +195,14 @@ def test_the_mode_changes_without_losing_a_request(world: World) -> None:
     asking.start()
     try:
         for mode in ("all", "sampled", "off", "all"):
-            _say(world, mode)
+            order_audit(world, mode)
     finally:
         ended.set()
         asking.join(20)
     assert count > 20
     assert not wrong
-    _say(world, "sampled")
-    log = Log(world.daemon)
+    order_audit(world, "sampled")
+    log = AuditLog(world.daemon)
     before = len(log.lines())
     for _ in range(20):
         world.red.ask(_LEAF)
@@ -239,7 +210,7 @@ def test_the_mode_changes_without_losing_a_request(world: World) -> None:
     assert len(log.lines()) - before < 10
 
 
-def test_lines_outlast_a_reload_and_a_controller(world: World, log: Log) -> None:
+def test_lines_outlast_a_reload_and_a_controller(world: World, log: AuditLog) -> None:
     world.reload()
     world.red.ask("/after-the-reload")
     log.wait(path="/after-the-reload")
@@ -251,7 +222,7 @@ def test_lines_outlast_a_reload_and_a_controller(world: World, log: Log) -> None
     log.wait(path="/without-a-controller")
 
 
-def test_what_a_worker_answers_while_it_is_replaced_has_a_line(world: World, log: Log) -> None:
+def test_what_a_worker_answers_while_it_is_replaced_has_a_line(world: World, log: AuditLog) -> None:
     with world.red.connect() as kept:
         kept.request("/before-the-reload")
         log.wait(path="/before-the-reload")
@@ -262,7 +233,7 @@ def test_what_a_worker_answers_while_it_is_replaced_has_a_line(world: World, log
     assert (line["instance"], line["network"]) == ("red-5", "red")
 
 
-def test_a_renamed_file_is_begun_anew(world: World, log: Log) -> None:
+def test_a_renamed_file_is_begun_anew(world: World, log: AuditLog) -> None:
     world.red.ask("/before")
     log.wait(path="/before")
     log.path.rename(log.path.with_suffix(".1"))
@@ -271,28 +242,10 @@ def test_a_renamed_file_is_begun_anew(world: World, log: Log) -> None:
     assert not log.has(path="/before")
 
 
-def test_a_place_that_cannot_be_written_holds_up_nobody(world: World) -> None:
-    _say(world, "all")
-    world.daemon.configure(
-        {"audit": {"mode": "all", "destination": "{directory}/nowhere/audit.log"}}
-    )
-    assert world.daemon.command("reload").status == 0
-    begun = time.monotonic()
-    for _ in range(200):
-        assert world.red.ask(_LEAF).status == 200
-    assert time.monotonic() - begun < 10
-    until(
-        lambda: any(
-            one.get("message") == "audit log not written" for one in world.daemon.log_entries()
-        ),
-        what="the controller's word on it",
-    )
-
-
-def test_who_watches_sees_the_same(world: World, log: Log) -> None:
+def test_who_watches_sees_the_same(world: World, log: AuditLog) -> None:
     admin = world.daemon.admin
     cursor = cast("Any", admin.get("/v1/watch"))["cursor"]
-    until(lambda: "ring watched" in (world.daemon.runtime / "haproxy.cfg").read_text())
+    until(world.is_watched)
     world.red.ask("/seen-by-both?q")
     log.wait(path="/seen-by-both")
     (seen,) = cast("Any", admin.get("/v1/watch", {"cursor": str(cursor)}))["requests"]

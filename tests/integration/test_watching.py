@@ -61,16 +61,12 @@ def watching(world: World, *flags: str) -> Iterator[Watcher]:
     )
     watcher = Watcher(process)
     try:
-        until(lambda: told_of(world), what="HAProxy tells of requests")
+        until(world.is_watched, what="HAProxy tells of requests")
         probe = "/latest/meta-data/instance-id"
         until(lambda: world.red.ask(probe).status and watcher.lines, what="a request is shown")
         yield watcher
     finally:
         watcher.end()
-
-
-def told_of(world: World) -> bool:
-    return "ring watched" in (world.daemon.runtime / "haproxy.cfg").read_text()
 
 
 def test_each_guests_requests_are_shown_with_who_asks_and_who_answered(world: World) -> None:
@@ -120,5 +116,5 @@ def test_it_goes_on_over_a_reload(world: World) -> None:
 def test_haproxy_tells_no_more_when_the_watcher_was_killed(world: World) -> None:
     with watching(world) as watcher:
         watcher.process.kill()
-        until(lambda: not told_of(world), within_s=20, what="HAProxy has stopped telling")
+        until(lambda: not world.is_watched(), within_s=20, what="HAProxy has stopped telling")
     world.all_right()

@@ -125,6 +125,10 @@ class World:
         """Whether HAProxy was started anew, and the controller knows it."""
         return self.daemon.status()["haproxy"]["master"] not in (None, than)
 
+    def is_watched(self) -> bool:
+        """Whether HAProxy tells of requests because somebody watches."""
+        return "ring watched" in (self.daemon.runtime / "haproxy.cfg").read_text()
+
     def pids(self) -> Pids:
         return self.daemon.pids()
 

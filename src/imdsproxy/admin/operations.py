@@ -253,6 +253,7 @@ class StatusReport:
         policy_for_nobody: Where settings speak of a network, project or instance that no source tells of.
         busiest: Who is kept to its limits now, and then who asks for most; ten at most.
         audit: The same.
+        audit: `None` where there is none.
     """
 
     version: str

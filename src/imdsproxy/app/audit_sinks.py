@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Final, Protocol
 
 from imdsproxy.core.haproxy.audit_lines import left_out_line
+from imdsproxy.host.files import open_log
 
 __all__ = ["JOURNAL", "FileSink", "JournalSink", "Sink", "Written", "open_sink"]
 
@@ -110,15 +111,7 @@ class FileSink:
                 if os.path.samestat(self.path.stat(), os.fstat(self._descriptor)):
                     return
             self.close()
-        flags = os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
-        try:
-            self._descriptor = os.open(self.path, flags | os.O_CREAT | os.O_EXCL, 0o640)
-        except FileExistsError:
-            # Whoever made it, logrotate perhaps, has said its mode.
-            self._descriptor = os.open(self.path, flags)
-        else:
-            # Whatever the umask is.
-            os.fchmod(self._descriptor, 0o640)
+        self._descriptor = open_log(self.path)
 
 
 @dataclass(slots=True)

@@ -134,6 +134,8 @@ def _policy(for_nobody: Sequence[str]) -> dict[str, str]:
     if not for_nobody:
         return {}
     return {"policy": f"[yellow]for nobody that is known[/]: {', '.join(map(clean, for_nobody))}"}
+
+
 def _audit(audit: object) -> dict[str, str]:
     if not isinstance(audit, dict):
         return {}
