@@ -21,7 +21,14 @@ def test_haproxy_accepts_the_golden_file(golden: Path, tmp_path: Path) -> None:
     thread = NamespaceThread(directory)
     (tmp_path / "jail").mkdir()
     (tmp_path / "netns").mkdir()
-    for name in ("base.map", "overlay.map", "token-keys.map", "short.map", "silence.http"):
+    for name in (
+        "base.map",
+        "overlay.map",
+        "token-keys.map",
+        "short.map",
+        "path-rules.map",
+        "silence.http",
+    ):
         (tmp_path / name).touch()
     (tmp_path / "unavailable.http").write_text("HTTP/1.1 503 No\r\n\r\n")
     asyncio.run(thread.create("imdst-golden"))
