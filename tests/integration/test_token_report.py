@@ -24,7 +24,7 @@ _HARMLESS: Final = re.compile(r"[\w./+:;#()-]*", re.ASCII)
 _LISTEN: Final = ("127.0.0.1", 9465)
 _SETTINGS: Final[dict[str, Any]] = {
     "resolver": {"hold_s": 1.0},
-    "tokens": {"count_reads": True},
+    "tokens": {"count_reads": "all"},
     "metrics": {"listen": f"{_LISTEN[0]}:{_LISTEN[1]}", "haproxy_listen": None},
 }
 
@@ -35,8 +35,9 @@ def world() -> Iterator[World]:
         yield found
 
 
-def _say(world: World, policy: Mapping[str, Any]) -> None:
-    world.daemon.configure({**_SETTINGS, "policy": policy})
+def _say(world: World, policy: Mapping[str, Any], count_reads: str = "all") -> None:
+    settings = {**_SETTINGS, "tokens": {"count_reads": count_reads}, "policy": policy}
+    world.daemon.configure(settings)
     assert world.daemon.command("reload").status == 0
 
 
@@ -101,6 +102,44 @@ def test_who_reads_without_a_token_is_named_with_path_and_client(world: World) -
     assert re.search(
         r"^red +red-5 .* /latest/meta-data/placement +Boto3/1\.34_md/Botocore$", shown, re.MULTILINE
     )
+
+
+def test_every_read_is_counted_where_all_are_on_a_kept_connection_too(world: World) -> None:
+    before = _counts(world, "grey")
+    with world.guests["grey"].connect() as kept:
+        for _ in range(30):
+            assert kept.request(_USER_DATA).status == 200
+    assert _counts(world, "grey") == (before[0] + 30, before[1])
+
+
+@pytest.mark.parametrize("policy", [{}, {"host": {"refuse_forwarded": True}}])
+def test_a_sample_tells_about_how_many_read(world: World, policy: Mapping[str, Any]) -> None:
+    _say(world, policy, "sampled")
+    before = _guest(world, "grey")["reads"]
+    with world.guests["grey"].connect() as kept:
+        for _ in range(2_000):
+            assert kept.request(_USER_DATA).status == 200
+    # Of 2,000 reads 100 are counted, give or take 10: this is six times that.
+    read = _guest(world, "grey")["reads"] - before
+    assert read % 20 == 0
+    assert 800 <= read <= 3_200
+    assert _report(world)["one_in"] == 20
+    shown = world.daemon.command("token", "report").out
+    assert re.search(r"^grey +grey-5 +~\d+ ", shown, re.MULTILINE)
+    assert "one read in 20 is counted" in shown
+    _say(world, {})
+
+
+def test_only_what_is_refused_is_counted_where_settings_say_so(world: World) -> None:
+    _say(world, {"networks": {"blue": {"tokens": "required"}}}, "off")
+    before, red = _counts(world, "blue"), _counts(world, "red")
+    for _ in range(3):
+        assert world.guests["blue"].ask(_USER_DATA).status == 401
+        assert world.red.ask(_USER_DATA).status == 200
+    assert _counts(world, "blue") == (before[0], before[1] + 3)
+    assert _counts(world, "red") == red
+    assert "only refused reads are counted" in world.daemon.command("token", "report").out
+    _say(world, {})
 
 
 def test_what_is_refused_where_a_token_is_required_is_counted_each_time(world: World) -> None:

@@ -113,7 +113,7 @@ class MetricsSnapshot:
         unix_taken_over: How often its path was taken from a process that lives.
         audit_failing: `None` where there is no audit log.
         audit_left_out: Requests that have no line in it, because HAProxy's ring or the journal had no room.
-        no_token: Counted reads without a session token (`imdsproxy.core.haproxy.counting`), by network.
+        no_token: Reads without a session token (`imdsproxy.core.haproxy.counting`), by network.
         no_token_rejected: Reads that were refused because a token is required, by network.
     """
 
@@ -456,8 +456,8 @@ METRICS: Final[tuple[MetricDescription, ...]] = (
     MetricDescription(
         "imdsproxy_metadata_no_token",
         "counter",
-        "Reads of EC2's tree, or of one that requires tokens, without a session token, by network as above: the "
-        "first of each connection and one in 64 after; 0 means that nobody does it.",
+        "Reads of EC2's tree, or of one that requires tokens, without a session token and not refused for it, by "
+        "network as above: each, or an estimate by one in 20, or none, as `tokens.count_reads` says.",
         ("network",),
         _each(lambda snapshot: snapshot.no_token),
     ),

@@ -257,7 +257,7 @@ def build_spec_settings(settings: Settings, layout: Layout, nova: NovaUpstream) 
         links=str(Path(haproxy_name(layout.namespace_links, _LINKS_PROBE)).parent),
         nova=nova.backends(),
         nova_times=nova.times,
-        count_reads=settings.tokens.count_reads,
+        count_reads=settings.tokens.one_in,
         audit=settings.audit.one_in,
     )
 

@@ -359,7 +359,7 @@ async def run_controller(
             guarding=guarding,
             watching=watching,
             audit=Audit(lambda: holder.settings.audit),
-            counting=open_counting(haproxy, clock, lambda: holder.settings.tokens.count_reads),
+            counting=open_counting(haproxy, clock, lambda: holder.settings.tokens.one_in),
             started_at=clock.now().timestamp(),
             started=clock.monotonic(),
         )

@@ -138,7 +138,7 @@ class SpecSettings:
     nova: tuple[NovaBackend, ...] = ()
     nova_times: NovaTimes = field(default_factory=NovaTimes)
     watched: bool = False
-    count_reads: bool = False
+    count_reads: int = 0
     audit: int = 0
 
 

@@ -466,7 +466,7 @@ class ControllerOperations:
         """See `Operations.token_report`."""
         await self.counting.refresh()
         report = self.counting.ledger.report(open_trees(self.inventory, self.records.policies()))
-        return replace(report, complete=self.counting.complete())
+        return replace(report, one_in=self.counting.one_in())
 
     async def render(self) -> str:
         """See `Operations.render`."""

@@ -35,13 +35,13 @@ class TokenCounting:
         master: Whose workers are asked, draining ones too.
         clock: Of this host.
         ledger: The sums; they begin with this controller.
-        complete: Whether reads are counted where no token is required, as of now.
+        one_in: Of so many reads that are not refused one is counted now; 0 for none.
     """
 
     master: MasterClient
     clock: Clock
     ledger: TokenLedger
-    complete: Callable[[], bool]
+    one_in: Callable[[], int]
     _lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     async def look_before_reload(self) -> None:
@@ -70,9 +70,9 @@ class TokenCounting:
                 self.ledger.add(worker, parse_guests(guests), parse_readers(readers), now)
 
 
-def open_counting(haproxy: Haproxy, clock: Clock, complete: Callable[[], bool]) -> TokenCounting:
+def open_counting(haproxy: Haproxy, clock: Clock, one_in: Callable[[], int]) -> TokenCounting:
     """One that begins now, and looks before each reload of this HAProxy."""
     ledger = TokenLedger(clock.now().timestamp())
-    counting = TokenCounting(haproxy.master, clock, ledger, complete)
+    counting = TokenCounting(haproxy.master, clock, ledger, one_in)
     haproxy.before_reload.append(counting.look_before_reload)
     return counting

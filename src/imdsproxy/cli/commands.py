@@ -45,6 +45,9 @@ A command is a function of its module, both named as it is; a group of commands 
 """
 
 _GROUPS: Final = frozenset({"config", "network", "instance", "token"})
+_ALSO: Final[Mapping[str, str]] = {"tokens": "token"}
+"""What people write who do not remember which of the two it is. It is there when it is named, and in no help."""
+
 _WITH_VALUE: Final = frozenset({"--config", "-c", "--socket", "-s"})
 
 
@@ -75,6 +78,9 @@ def build_app(names: Iterable[str] = COMMANDS) -> typer.Typer:
         module = importlib.import_module(f"imdsproxy.cli.{identifier}")
         if name in _GROUPS:
             app.add_typer(module.app, name=name, rich_help_panel=COMMANDS[name])
+            if names is not COMMANDS:
+                for also in (word for word, meant in _ALSO.items() if meant == name):
+                    app.add_typer(module.app, name=also, hidden=True)
         else:
             settings = getattr(module, "SETTINGS", None)
             app.command(name, context_settings=settings, rich_help_panel=COMMANDS[name])(
@@ -90,7 +96,8 @@ def named_command(arguments: Sequence[str]) -> str | None:
         if word in _WITH_VALUE:
             next(waiting, None)
         elif not word.startswith("-"):
-            return word if word in COMMANDS else None
+            meant = _ALSO.get(word, word)
+            return meant if meant in COMMANDS else None
         elif word in {"--", "-h", "--help"}:
             return None
     return None

@@ -16,8 +16,8 @@ __all__ = ["say_token_report"]
 _Shape: TypeAlias = Mapping[str, object]
 
 _COLUMNS: Final = (
-    Column("NETWORK", keep=True),
-    Column("INSTANCE", keep=True),
+    Column("NETWORK"),
+    Column("INSTANCE"),
     Column("READS", keep=True, right=True),
     Column("REFUSED", keep=True, right=True),
     Column("LAST", keep=True, spare=True),
@@ -33,23 +33,26 @@ def say_token_report(output: Output, told: _Shape) -> None:
         output: Where to.
         told: The answer of `GET /v1/token-report`.
     """
-    guests = cast("Sequence[_Shape]", told["guests"])
+    guests, one_in = cast("Sequence[_Shape]", told["guests"]), cast("int", told["one_in"])
     since = _time(told["since"])
     output.table(
         _COLUMNS,
-        (row for guest in guests for row in _rows(guest)),
-        empty=f"since {since} nobody has read without a token where it counts",
+        (row for guest in guests for row in _rows(guest, "~" if one_in > 1 else "")),
+        empty=f"since {since} nobody was seen reading without a token",
     )
     if guests:
         output.styled(
             f"[dim]since {since}; READS and REFUSED are the guest's, its clients are samples[/]"
         )
-    if not told["complete"]:
+    if one_in == 0:
+        output.styled("[yellow]warning:[/] only refused reads are counted, and no others")
         output.styled(
-            "[yellow]warning:[/] only refused reads are counted, and none where no token is required"
+            "[dim]hint:[/] tokens.count_reads: sampled, then imdsproxy reload, and come back after a while"
         )
+    elif one_in > 1:
         output.styled(
-            "[dim]hint:[/] tokens.count_reads: true, then imdsproxy reload, and come back after a while"
+            f"[dim]READS is about: one read in {one_in} is counted, by chance. Who reads a hundred times is seen, who "
+            "reads seldom may not be: tokens.count_reads: all counts each[/]"
         )
     trees = cast("Sequence[_Shape]", told["open_trees"])
     for one in trees:
@@ -67,9 +70,10 @@ def say_token_report(output: Output, told: _Shape) -> None:
         )
 
 
-def _rows(guest: _Shape) -> Iterator[tuple[str, ...]]:
+def _rows(guest: _Shape, about: str) -> Iterator[tuple[str, ...]]:
     who = (clean(guest["network"]), clean(guest["instance"]))
-    counts = (str(guest["reads"]), str(guest["refused"]))
+    reads = guest["reads"]
+    counts = (f"{about if reads else ''}{reads}", str(guest["refused"]))
     readers = cast("Sequence[_Shape]", guest["readers"])
     if not readers:
         yield (*who, *counts, _time(guest["last_at"]), "-", "-")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Final, TypeAlias
 
 from imdsproxy.core.haproxy.counting import GuestRow, ReaderRow
@@ -32,7 +32,6 @@ _TREES: Final = {
     Dialect.NOCLOUD: "/nocloud",
 }
 _NOVA_TREES: Final = {_TREES[Dialect.EC2], _TREES[Dialect.OPENSTACK]}
-_REFUSED: Final = "refused"
 
 _Key: TypeAlias = tuple[str, ...]
 _Counts: TypeAlias = tuple[int, int]
@@ -45,7 +44,7 @@ class ReaderWithoutToken:
     Attributes:
         path: Its first three segments; letters that are odd are `_`.
         client: User-Agent, the same way; empty where there was none.
-        seen: How often it was among the samples.
+        seen: How often it was looked at closely.
         refused: So many of these because a token is required.
         last_at: Unix time.
     """
@@ -62,7 +61,7 @@ class GuestWithoutToken:
     """A guest that reads without tokens.
 
     Attributes:
-        reads: Counted reads: the first of each connection and a sample of the rest.
+        reads: So many that were not refused; an estimate where one in so many is counted.
         refused: Each read that was refused because a token is required.
         last_at: Unix time.
         readers: Its clients, the last one first.
@@ -97,14 +96,14 @@ class TokenReport:
         since: From when on it tells, Unix time; what is a week old is forgotten.
         guests: The last seen first.
         open_trees: At most a hundred of `open_tree_count`.
-        complete: Reads are counted where no token is required, too (`tokens.count_reads`).
+        one_in: Of so many reads that are not refused one is counted now; 0 for none (`tokens.count_reads`).
     """
 
     since: float
     guests: tuple[GuestWithoutToken, ...]
     open_trees: tuple[OpenTree, ...]
     open_tree_count: int
-    complete: bool = True
+    one_in: int = 1
 
 
 @dataclass(slots=True)
@@ -156,7 +155,7 @@ class TokenLedger:
     """What all workers have counted since `since`; bounded, as their tables are.
 
     Attributes:
-        read: Counted reads by network; only ever grows.
+        read: Reads by network, as of `GuestWithoutToken`; only ever grows.
         refused: Refused reads by network; only ever grows.
     """
 
@@ -184,32 +183,21 @@ class TokenLedger:
             self.refused[network] = self.refused.get(network, 0) + refused
         of_readers: list[tuple[_Key, _Counts, float]] = []
         for row in readers:
-            state = _REFUSED if row.refused else ""
-            key = (row.network, row.instance, row.path, row.client, state)
-            of_readers.append((key, (row.looks, 0), row.age_s))
+            key = (row.network, row.instance, row.path, row.client)
+            of_readers.append((key, (row.looks, row.refused), row.age_s))
         self._readers.add(worker, of_readers, now)
 
     def report(self, trees: Iterable[OpenTree]) -> TokenReport:
         """What is known of all of it."""
-        readers: dict[_Key, dict[_Key, ReaderWithoutToken]] = {}
-        for (network, instance, path, client, state), (
-            seen,
-            _,
-            last,
-        ) in self._readers.totals.items():
-            of_guest = readers.setdefault((network, instance), {})
-            one = of_guest.get((path, client), ReaderWithoutToken(path, client, 0, 0, 0.0))
-            of_guest[path, client] = replace(
-                one,
-                seen=one.seen + seen,
-                refused=one.refused + (seen if state == _REFUSED else 0),
-                last_at=max(one.last_at, last),
-            )
+        readers: dict[_Key, list[ReaderWithoutToken]] = {}
+        for (network, instance, path, client), counted in self._readers.totals.items():
+            one = ReaderWithoutToken(path, client, *counted)
+            readers.setdefault((network, instance), []).append(one)
         guests = [
             GuestWithoutToken(
                 network, instance, reads, refused, last,
                 tuple(sorted(
-                    readers.get((network, instance), {}).values(), key=lambda one: (-one.last_at, one.path, one.client)
+                    readers.get((network, instance), []), key=lambda one: (-one.last_at, one.path, one.client)
                 )),
             )
             for (network, instance), (reads, refused, last) in self._guests.totals.items()

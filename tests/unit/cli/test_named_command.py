@@ -17,6 +17,7 @@ from imdsproxy.cli.commands import COMMANDS, build_app, named_command
         ("--config=run check", "check"),
         ("namespace-proxy --network-id run", "namespace-proxy"),
         ("network list", "network"),
+        ("--json tokens report", "token"),
         ("", None),
         ("--config", None),
         ("-h run", None),

@@ -12,13 +12,14 @@ from pathlib import Path
 
 import pytest
 
+from imdsproxy.core.token_report import GuestWithoutToken, ReaderWithoutToken, TokenReport
 from support.admin_server import admin_server
 
 
-def _on_a_terminal(argv: list[str], environment: dict[str, str]) -> str:
-    """What a program writes to a terminal of 80 columns."""
+def _on_a_terminal(argv: list[str], environment: dict[str, str], columns: int = 80) -> str:
+    """What a program writes to a terminal."""
     controller, terminal = pty.openpty()
-    termios.tcsetwinsize(terminal, (24, 80))
+    termios.tcsetwinsize(terminal, (24, columns))
     kept = {name: os.environ[name] for name in ("PATH",) if name in os.environ}
     with subprocess.Popen(
         argv,
@@ -43,6 +44,10 @@ def _on_a_terminal(argv: list[str], environment: dict[str, str]) -> str:
     return written.decode()
 
 
+def _plain(written: str) -> list[str]:
+    return [re.sub(r"\x1b\[[0-9;]*m", "", line) for line in written.splitlines()]
+
+
 @pytest.mark.parametrize(
     ("environment", "coloured"), [({}, True), ({"NO_COLOR": "1"}, False), ({"TERM": "dumb"}, False)]
 )
@@ -65,8 +70,7 @@ def test_tables_fit_a_terminal_and_never_break_an_id(tmp_path: Path) -> None:
         argv = [sys.executable, "-m", "imdsproxy", "--socket", str(server.socket)]
         written = _on_a_terminal([*argv, "network", "list"], {"NO_COLOR": "1"})
 
-    lines = [re.sub(r"\x1b\[[0-9;]*m", "", line) for line in written.splitlines()]
-    assert max(len(line) for line in lines) <= 80
+    assert max(len(line) for line in _plain(written)) <= 80
     assert network in written
     assert "serving" in written
 
@@ -79,3 +83,74 @@ def test_on_a_narrow_terminal_spare_columns_are_left_out(tmp_path: Path) -> None
             argv = [sys.executable, "-m", "imdsproxy", "--socket", str(server.socket)]
             written = _on_a_terminal([*argv, "network", "list"], {})
             assert ("SOURCE" in written) is (name == "short")
+
+
+def _clients(*paths: str) -> tuple[ReaderWithoutToken, ...]:
+    return tuple(
+        ReaderWithoutToken(path, "Boto3/1.34.0_md/Botocore#1.34.0_ua/2.0_os/linux#6.1.0", 3, 0, 1_795_000_000.0)
+        for path in paths
+    )  # fmt: skip
+
+
+_LONG = "5f6a1d0e-7d0f-4a53-9d5f-0d4b5c1f7a10"
+_TOLD = TokenReport(
+    1_794_990_000.0,
+    (
+        GuestWithoutToken("blue", "web-1", 120, 0, 1_795_000_000.0, _clients("latest/user-data", "latest/meta-data")),
+        GuestWithoutToken(_LONG, "i-" + "9" * 62, 0, 123_456, 1_794_999_000.0, _clients("latest/meta-data/placement")),
+        GuestWithoutToken("red", "db", 20, 0, 1_794_998_000.0, ()),
+    ),
+    (),
+    0,
+    one_in=20,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("columns", [80, 160])
+@pytest.mark.parametrize("words", [("token", "report"), ("tokens", "report")])
+def test_the_token_report_fits_a_terminal(
+    tmp_path: Path, columns: int, words: tuple[str, ...]
+) -> None:
+    with admin_server(tmp_path) as server:
+        server.operations.tokens_told = _TOLD
+        argv = [sys.executable, "-m", "imdsproxy", "--socket", str(server.socket), *words]
+        lines = _plain(_on_a_terminal(argv, {"NO_COLOR": "1"}, columns))
+    assert max(len(line) for line in lines) <= columns
+    whole = " ".join(" ".join(lines).split())
+    for told in (
+        "web-1 ~120 0 /latest/",
+        "0 123456 /latest/",
+        "red db ~20 0 - -",
+        "one read in 20 is counted",
+    ):
+        assert told in whole
+    assert (_LONG in whole) is (columns > 80)
+
+
+@pytest.mark.parametrize(
+    ("one_in", "told"),
+    [
+        (20, "nobody was seen reading without a token"),
+        (1, "nobody was seen reading without a token"),
+        (0, "only refused reads are counted"),
+    ],
+)
+def test_a_token_report_of_nobody_says_since_when_and_what_is_counted(
+    tmp_path: Path, one_in: int, told: str
+) -> None:
+    with admin_server(tmp_path) as server:
+        server.operations.tokens_told = TokenReport(1_795_000_000.0, (), (), 0, one_in)
+        argv = [
+            sys.executable,
+            "-m",
+            "imdsproxy",
+            "--socket",
+            str(server.socket),
+            "token",
+            "report",
+        ]
+        lines = _plain(_on_a_terminal(argv, {"NO_COLOR": "1", "TZ": "UTC"}))
+    shown = " ".join(lines)
+    assert "since 2026-11-18 11:06:40" in shown
+    assert told in shown
+    assert ("one read in 20" in shown) is (one_in == 20)

@@ -136,7 +136,7 @@ OTHER: dict[str, object] = {
     "policy.networks": {"red": RULES},
     "policy.projects": {"acme": RULES},
     "policy.instances": {"web": RULES},
-    "tokens.count_reads": True,
+    "tokens.count_reads": "all",
     "tokens.key_file": "/x.keys",
     "admin.socket": "/x.sock",
     "admin.mode": "0600",

@@ -6,14 +6,17 @@ from dataclasses import replace
 
 from imdsproxy.core.haproxy.counting import (
     GUESTS_TABLE,
+    ONE_IN,
     READERS_TABLE,
     STICK_COUNTERS,
     GuestRow,
     ReaderRow,
-    counting_rules,
+    count_in_passing,
+    count_sampled,
     counting_tables,
     parse_guests,
     parse_readers,
+    sample_reads,
 )
 from imdsproxy.core.haproxy.guard import ASKED
 from imdsproxy.core.haproxy.section import render_sections
@@ -21,15 +24,15 @@ from imdsproxy.core.haproxy.section import render_sections
 # As HAProxy 3.0.11 gave them; the second has letters of its escaping.
 _GUESTS = """\
 # table: without-token, type: string, size:51200, used:2
-0x7fa62bfe99a0: key=blue|i-1 use=0 exp=604798836 shard=0 gpc0=7 gpc1=3 gpc2=7 gpc0_rate(3600000)=9 gpc1_rate(3600000)=9
-0x7fa62bfe99b0: key=a\\ b|i\\=2 use=1 exp=604800000 shard=0 gpc0=1 gpc1=0 gpc2=0 gpc0_rate(3600000)=1
+0x7fa62bfe99a0: key=blue|i-1 use=0 exp=604798836 shard=0 gpc0=7 gpc1=0 gpc2=3 gpc3=7 gpc3_rate(3600000)=9
+0x7fa62bfe99b0: key=a\\ b|i\\=2 use=1 exp=604800000 shard=0 gpc0=1 gpc1=2 gpc2=0 gpc3=0 gpc0_rate(3600000)=1
 
 """
 _READERS = """\
 # table: without-token-readers, type: string, size:10240, used:4
-0x7fa62d3a3108: key=blue|i-1||latest/meta-data/iam|Boto3/1.34.0_md use=0 exp=604740000 shard=0 gpc0=5
-0x7fa62d3a3208: key=blue|i-1|1|| use=0 exp=604740000 shard=0 gpc0=2
-0x7fa62d3a3308: key=blue|i-1 use=0 exp=604740000 shard=0 gpc0=2
+0x7fa62d3a3108: key=blue|i-1|latest%2Fmeta-data%2Fiam|Boto3%2F1.34.0%20md use=0 exp=604740000 gpc0=5 gpc1=1 gpc2=0
+0x7fa62d3a3208: key=blue|i-1|| use=0 exp=604740000 shard=0 gpc0=0 gpc1=0 gpc2=2
+0x7fa62d3a3308: key=blue|i-1 use=0 exp=604740000 shard=0 gpc0=2 gpc1=0 gpc2=0
 what is this?
 """
 
@@ -37,16 +40,20 @@ what is this?
 def test_a_guests_entry_tells_what_it_read_what_was_refused_and_when() -> None:
     rows = parse_guests(_GUESTS)
     assert [replace(row, age_s=round(row.age_s, 3)) for row in rows] == [
-        GuestRow("blue", "i-1", 4, 3, 1.164),
-        GuestRow("a b", "i=2", 1, 0, 0.0),
+        GuestRow("blue", "i-1", 7, 3, 1.164),
+        GuestRow("a b", "i=2", 1 + 2 * ONE_IN, 0, 0.0),
     ]
 
 
 def test_a_readers_entry_tells_path_and_client_and_lines_that_are_none_are_left_out() -> None:
     assert parse_readers(_READERS) == [
-        ReaderRow("blue", "i-1", "latest/meta-data/iam", "Boto3/1.34.0_md", False, 5, 60.0),
-        ReaderRow("blue", "i-1", "", "", True, 2, 60.0),
+        ReaderRow("blue", "i-1", "latest/meta-data/iam", "Boto3/1.34.0_md", 6, 0, 60.0),
+        ReaderRow("blue", "i-1", "", "", 2, 2, 60.0),
     ]
+
+
+def test_a_boot_of_a_hundred_reads_is_seen_with_more_than_99_percent() -> None:
+    assert (1 - 1 / ONE_IN) ** 100 < 0.01
 
 
 def test_an_answer_that_is_an_error_has_no_rows() -> None:
@@ -59,15 +66,18 @@ def test_tables_are_bounded_and_rules_use_them_by_their_names() -> None:
     assert f"backend {GUESTS_TABLE}\n" in text
     assert "size 50k" in text
     assert "size 10k" in text
-    tracked = [line for line in counting_rules() if line[1].startswith("track-sc")]
-    assert [line[line.index("table") + 1] for line in tracked] == [GUESTS_TABLE, READERS_TABLE]
-    assert all(int(line[1][-1]) < STICK_COUNTERS for line in tracked)
+    for rules in (count_sampled(ONE_IN, nova=True), count_in_passing(0)):
+        tracked = [line for line in rules if line[1].startswith("track-sc")]
+        assert [line[line.index("table") + 1] for line in tracked] == [GUESTS_TABLE, READERS_TABLE]
+        assert all(int(line[1][-1]) < STICK_COUNTERS for line in tracked)
 
 
 def test_no_rule_is_longer_than_haproxy_takes() -> None:
-    for rules in (counting_rules(), counting_rules(unless=ASKED)):
+    for rules in (count_sampled(1, nova=False), count_in_passing(1), sample_reads(1, ASKED)):
         assert max(len(line) for line in rules) <= 64
 
 
-def test_where_requests_of_several_guests_share_a_connection_each_guest_is_looked_at() -> None:
-    assert "!{ var(sess.looked),strcmp(sess.key) 0 }" in " ".join(counting_rules()[0])
+def test_what_is_not_chosen_pays_for_no_more_than_the_throw() -> None:
+    (rule,) = sample_reads(ONE_IN, ASKED)
+    assert rule[3:8] == ("if", "{", f"rand({ONE_IN})", "0", "}")
+    assert sample_reads(0, ASKED) == ()

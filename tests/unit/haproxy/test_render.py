@@ -76,6 +76,7 @@ _CASES = {
         user="haproxy",
         group="haproxy",
         exporter="127.0.0.1:9466",
+        count_reads=20,
     ),
     "behind-a-gate": DataplaneSpec(
         (
@@ -114,6 +115,7 @@ _CASES = {
         (Bind(NetworkId("blue"), METADATA_IPV4, 80, "virbr0"),),
         replace(_PATHS, documents=()),
         nova=(NovaBackend("default", _NOVA, "nova.example:8775"),),
+        count_reads=20,
     ),
     "watched": DataplaneSpec(
         (Bind(NetworkId("blue"), METADATA_IPV4, 80, "virbr0"),),
@@ -172,6 +174,7 @@ _SPECS = st.builds(
     exporter=st.none() | st.just("127.0.0.1:9466"),
     watched=st.booleans(),
     audit=st.sampled_from([0, 1, 7]),
+    count_reads=st.sampled_from([0, 1, 20]),
     nova=st.sampled_from(
         [
             (),

@@ -26,8 +26,8 @@ def _guest(reads: int, refused: int = 0, *, name: str = "web", age_s: float = 1.
     return GuestRow("blue", name, reads, refused, age_s)
 
 
-def _reader(looks: int, *, refused: bool = False, age_s: float = 1.0) -> ReaderRow:
-    return ReaderRow("blue", "web", "latest/user-data", "curl/8", refused, looks, age_s)
+def _reader(looks: int, refused: int = 0, *, age_s: float = 1.0) -> ReaderRow:
+    return ReaderRow("blue", "web", "latest/user-data", "curl/8", looks, refused, age_s)
 
 
 def test_the_same_worker_again_is_counted_once_and_a_new_one_begins_at_zero() -> None:
@@ -57,7 +57,7 @@ def test_a_pid_that_comes_again_is_another_worker() -> None:
 def test_guests_are_told_of_with_their_clients_the_last_seen_first() -> None:
     ledger = TokenLedger(_NOW)
     ledger.add(1, [_guest(3, 2, age_s=60), _guest(1, name="db", age_s=5)],
-               [_reader(2, age_s=70), _reader(1, refused=True, age_s=60)], _NOW)  # fmt: skip
+               [_reader(3, 1, age_s=60)], _NOW)  # fmt: skip
     told = ledger.report([])
     assert told.guests == (
         GuestWithoutToken("blue", "db", 1, 0, _NOW - 5, ()),

@@ -23,16 +23,18 @@ from imdsproxy.core.haproxy.audit import (
     without_marks,
 )
 from imdsproxy.core.haproxy.counting import (
+    COUNTED,
+    SAMPLED,
     STICK_COUNTERS,
-    counting_rules,
     counting_tables,
     hear_operator,
+    sample_reads,
 )
 from imdsproxy.core.haproxy.guard import (
     ASKED,
     GUARDED,
-    guard_rules,
     hear_forwarded,
+    looked_at,
     note_asked,
     pass_at_once,
     policy_rules,
@@ -47,7 +49,6 @@ from imdsproxy.core.haproxy.limits import (
     has_said_share,
     limit_sections,
     local_peer,
-    said_share,
 )
 from imdsproxy.core.haproxy.model import Bind, DataplaneSpec, Section, Words
 from imdsproxy.core.haproxy.nova import (
@@ -70,7 +71,13 @@ from imdsproxy.core.haproxy.rules import (
     retry_later,
     tell_to_continue,
 )
-from imdsproxy.core.haproxy.short import answer_plain, answer_short, keep_short
+from imdsproxy.core.haproxy.short import (
+    KEPT_SHORT,
+    answer_counted,
+    answer_plain,
+    answer_short,
+    keep_short,
+)
 from imdsproxy.core.haproxy.unix_listener import agent_rules, share_rules, unix_bind
 from imdsproxy.core.haproxy.watching import watch_ring, watch_rules
 from imdsproxy.core.model import IpAddress
@@ -116,7 +123,9 @@ def build_sections(spec: DataplaneSpec) -> tuple[Section, ...]:
         sections.append(_agents(spec))
     if not spec.binds and spec.unix is None:
         sections.append(_records(spec))
-    sections += [_found(spec), _documents(spec), _documents(spec, guarded=True)]
+    sections += [_found(spec), _documents(spec), _documents(spec, GUARDED)]
+    if spec.count_reads:
+        sections.append(_documents(spec, COUNTED))
     sections += [_resolver(spec), _conflict(), _probe(spec)]
     sections += nova_backends(spec)
     sections += counting_tables()
@@ -328,12 +337,15 @@ def _found(spec: DataplaneSpec) -> Section:
 def _answer(spec: DataplaneSpec, *, found: bool = False) -> tuple[Words, ...]:
     """From `txn.record` to whoever answers."""
     return (
-        *(counting_rules(unless=ASKED) if spec.count_reads else ()),
+        *sample_reads(
+            spec.count_reads, ASKED, chosen=() if spec.nova or found else KEPT_SHORT, found=found
+        ),
         # In front of Nova most requests have nothing to do with the cache, and its filter would cost each of them
         # a tenth. Elsewhere all have, and a hit that first chose a backend takes a third more instructions.
         *(() if spec.nova or found else answer_short(spec, unless=ASKED)),
         *(() if spec.nova else _ask_the_cache(spec, unless=ASKED)),
         *(_choose_nova(spec, found=found) if spec.nova else ()),
+        *((("use_backend", f"documents{COUNTED}", "if", *SAMPLED),) if spec.count_reads else ()),
         ("use_backend", f"documents{GUARDED}", "if", *ASKED, *KNOWN),
         ("use_backend", "documents", "if", *KNOWN),
         ("use_backend", "conflict", "if", *CONFLICT),
@@ -437,14 +449,15 @@ def _hide_lifetime() -> tuple[Words, ...]:
     )
 
 
-def _documents(spec: DataplaneSpec, *, guarded: bool = False) -> Section:
-    # One of the two backends looks after the servers for both.
+def _documents(spec: DataplaneSpec, kind: str = "") -> Section:
+    # One of the backends looks after the servers for all.
     checks = ("check", "inter", "1s", "fall", "2", "rise", "1")
     return Section(
-        ("backend", f"documents{GUARDED}" if guarded else "documents"),
+        ("backend", f"documents{kind}"),
         (
-            *((*said_share(spec), *guard_rules(spec.paths, audited=bool(spec.audit))) if guarded else ()),
-            *(_ask_the_cache(spec) if spec.nova or guarded else ()),
+            *looked_at(spec, kind),
+            *(answer_counted(spec) if kind == COUNTED else ()),
+            *(_ask_the_cache(spec) if spec.nova or kind else ()),
             *_plain_request(),
             ("http-request", "set-header", HEADER_INSTANCE, "%[var(txn.record),field(1,|)]"),
             ("http-request", "set-header", HEADER_REVISION, "%[var(txn.record),field(2,|)]"),
@@ -457,11 +470,11 @@ def _documents(spec: DataplaneSpec, *, guarded: bool = False) -> Section:
             ("retries", "3"),
             ("option", "redispatch", "1"),
             ("retry-on", "conn-failure", "empty-response", "response-timeout"),
-            *(() if guarded else (("option", "httpchk", "GET", "/livez"),)),
+            *(() if kind else (("option", "httpchk", "GET", "/livez"),)),
             ("http-reuse", "always"),
             *(
                 ("server", f"documents-{index}", f"unix@{path}",
-                 *(("track", f"documents/documents-{index}") if guarded else checks))
+                 *(("track", f"documents/documents-{index}") if kind else checks))
                 for index, path in enumerate(spec.paths.documents)
             ),
         ),

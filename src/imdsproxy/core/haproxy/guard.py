@@ -13,9 +13,10 @@ from __future__ import annotations
 from typing import Final
 
 from imdsproxy.core.haproxy.audit import TOKEN_HEARD, marked, passed, without_marks
-from imdsproxy.core.haproxy.counting import counting_rules
+from imdsproxy.core.haproxy.counting import COUNTED, count_in_passing, count_sampled
 from imdsproxy.core.haproxy.hops import limit_hops, release_hops
-from imdsproxy.core.haproxy.model import Paths, Words
+from imdsproxy.core.haproxy.limits import said_share
+from imdsproxy.core.haproxy.model import DataplaneSpec, Paths, Words
 from imdsproxy.core.haproxy.rules import (
     HAS_POLICY,
     KNOWN,
@@ -37,6 +38,7 @@ __all__ = [
     "TOKENS_OFF",
     "guard_rules",
     "hear_forwarded",
+    "looked_at",
     "note_asked",
     "pass_at_once",
     "policy_rules",
@@ -86,7 +88,7 @@ ASKED: Final = ("{", "var(txn.asked)", "-m", "found", "}")
 """There is something to look at of the request."""
 
 GUARDED: Final = ".guarded"
-"""How the name of a backend ends that looks at requests (`guard_rules`) before it does what the other one does."""
+"""How the name of a backend ends that looks at requests (`looked_at`) before it does what the other one does."""
 
 TOKENS_OFF: Final = ("{", "var(txn.policy)", "-m", "beg", f"{POLICY_WORD}1-ooo---:", "}")
 """The policy's letters say that tokens are off, and nothing else."""
@@ -160,11 +162,30 @@ def pass_at_once(key_map: str, unless: Words = ()) -> tuple[Words, ...]:
     )  # fmt: skip
 
 
-def guard_rules(paths: Paths, *, audited: bool = False) -> tuple[Words, ...]:
-    """Refuse, give a token, or let pass: the first rules of a guarded backend.
+def looked_at(spec: DataplaneSpec, kind: str, *, nova: bool = False) -> tuple[Words, ...]:
+    """The first rules of a backend: refuse, give a token, or let pass; count; or nothing.
+
+    Args:
+        spec: What is to be built.
+        kind: How the backend's name ends: `GUARDED`, `COUNTED`, or not with either.
+        nova: Its documents are Nova's.
+    """
+    if kind == COUNTED:
+        return count_sampled(spec.count_reads, nova=nova)
+    if kind == GUARDED:
+        return (
+            *said_share(spec),
+            *guard_rules(spec.paths, one_in=spec.count_reads, audited=bool(spec.audit)),
+        )
+    return ()
+
+
+def guard_rules(paths: Paths, *, one_in: int = 0, audited: bool = False) -> tuple[Words, ...]:
+    """Refuse, give a token, or let pass.
 
     Args:
         paths: Has the maps of keys and of path rules.
+        one_in: Of so many reads without a token one is counted; 0 for those that are refused only.
         audited: Mark which rule refuses.
     """
     rules = (
@@ -174,7 +195,7 @@ def guard_rules(paths: Paths, *, audited: bool = False) -> tuple[Words, ...]:
         *release_hops(),
         *_give(paths.token_keys),
         *_look_up_path(paths.path_rules),
-        *_require(),
+        *_require(one_in),
         passed(),
     )
     return rules if audited else without_marks(rules)
@@ -368,7 +389,7 @@ def _said(letter: str) -> Words:
     return ("{", "var(txn.said)", "-m", "str", letter, "}")
 
 
-def _require() -> tuple[Words, ...]:
+def _require(one_in: int) -> tuple[Words, ...]:
     boot_counts = _letter(8, "b")
     refused = (HAS_POLICY, _NO_GOOD_TOKEN)
     return (
@@ -381,8 +402,8 @@ def _require() -> tuple[Words, ...]:
         _rule(("http-request", "unset-var(txn.unmet)"), _said("o")),
         _set("unmet", "bool(true)", _said("r"), _NO_GOOD_TOKEN, *_none_of(_OTHERS)),
         _set("unmet", "bool(true)", _said("r"), _NO_GOOD_TOKEN, _OTHERS, _BOOTED),
-        *counting_rules(
-            (*_UNMET,), (*HAS_POLICY, *_letter(4, "r"), *_OPENSTACK), (*HAS_POLICY, *_letter(5, "r"), *_NOCLOUD)
+        *count_in_passing(
+            one_in, (*HAS_POLICY, *_letter(4, "r"), *_OPENSTACK), (*HAS_POLICY, *_letter(5, "r"), *_NOCLOUD)
         ),
         marked("path-required", _said("r")),
         _answer(401, _UNMET),

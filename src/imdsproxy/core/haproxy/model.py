@@ -218,7 +218,7 @@ class DataplaneSpec:
         binds: Where guests are believed by their address: where it is not checked, or behind a gate.
         unverified: Where the resolver is asked about each request (`core.gates`).
         watched: Somebody watches who asks what.
-        count_reads: Count who reads without a token, also where none is required.
+        count_reads: Of so many reads without a token, where none is required, one is counted; 0 for none.
         audit: Of so many requests one has a line in the audit log; 0 for none.
     """
 
@@ -233,5 +233,5 @@ class DataplaneSpec:
     unix: UnixBind | None = None
     unverified: tuple[Bind, ...] = ()
     watched: bool = False
-    count_reads: bool = False
+    count_reads: int = 0
     audit: int = 0

@@ -17,8 +17,9 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Final
 
-from imdsproxy.core.haproxy.guard import ASKED, GUARDED, guard_rules
-from imdsproxy.core.haproxy.limits import bound_body, said_share
+from imdsproxy.core.haproxy.counting import COUNTED, SAMPLED
+from imdsproxy.core.haproxy.guard import ASKED, GUARDED, looked_at
+from imdsproxy.core.haproxy.limits import bound_body
 from imdsproxy.core.haproxy.model import (
     DataplaneSpec,
     NovaBackend,
@@ -79,7 +80,9 @@ def longest_s(times: NovaTimes) -> float:
 
 def set_of_backend(backend: str) -> str | None:
     """The endpoint set that a backend of HAProxy's counters stands for; `None` for any other proxy."""
-    name = backend.removeprefix("nova.").removesuffix(GUARDED).removesuffix(".once")
+    name = backend.removeprefix("nova.")
+    for ending in (COUNTED, GUARDED, ".once"):
+        name = name.removesuffix(ending)
     return None if name == backend or "." in name else name
 
 
@@ -97,6 +100,8 @@ def use_nova(spec: DataplaneSpec) -> tuple[Words, ...]:
         mine = ("{", "var(txn.record)", "-m", "beg", f"{MAP_NOVA}{backend.name}|", "}")
         name, once = _name(backend), _once(backend)
         reads.append(("use_backend", name, "if", *mine, *_REPEATABLE, *plain))
+        if spec.count_reads:
+            others.append(("use_backend", f"{name}{COUNTED}", "if", *SAMPLED, *mine))
         others.append(("use_backend", f"{name}{GUARDED}", "if", *mine, *_REPEATABLE))
         others.append(("use_backend", f"{once}{GUARDED}", "if", *mine, *ASKED))
         others.append(("use_backend", once, "if", *mine))
@@ -104,12 +109,14 @@ def use_nova(spec: DataplaneSpec) -> tuple[Words, ...]:
 
 
 def nova_backends(spec: DataplaneSpec) -> Iterator[Section]:
-    """Four backends for each endpoint set, two of them guarded, and the hops of a set with two secrets."""
+    """The backends of each endpoint set, by what is looked at and sent again, and hops of a set with two secrets."""
     for backend in spec.nova:
         mixed = _mixed(backend)
-        for guarded in (False, True):
+        for kind in ("", GUARDED):
             for once in (False, True):
-                yield _backend(spec, backend, once=once, guarded=guarded, mixed=mixed)
+                yield _backend(spec, backend, kind, once=once, mixed=mixed)
+        if spec.count_reads:
+            yield _backend(spec, backend, COUNTED, once=False, mixed=mixed)
         if mixed or backend.hops:
             for server in backend.servers:
                 yield _hop(spec, backend, server, used=mixed)
@@ -143,9 +150,9 @@ def _contents(tls: NovaTls | None) -> tuple[Words, ...]:
 
 
 def _backend(
-    spec: DataplaneSpec, backend: NovaBackend, *, once: bool, guarded: bool, mixed: bool
+    spec: DataplaneSpec, backend: NovaBackend, kind: str, *, once: bool, mixed: bool
 ) -> Section:
-    first = not once and not guarded
+    first = not once and not kind
     times = spec.nova_times
     response_s = times.response_s + (_BEYOND_HOP_S if mixed else 0.0)
     if mixed:
@@ -157,13 +164,9 @@ def _backend(
         )
     counter = refused_counter(backend.name)
     return Section(
-        ("backend", f"{_once(backend) if once else _name(backend)}{GUARDED if guarded else ''}"),
+        ("backend", f"{_once(backend) if once else _name(backend)}{kind}"),
         (
-            *(
-                (*said_share(spec), *guard_rules(spec.paths, audited=bool(spec.audit)))
-                if guarded
-                else ()
-            ),
+            *looked_at(spec, kind, nova=True),
             *_contents(backend.tls),
             *_plain_request(spec, once=once),
             ("http-request", "set-header", "host", backend.host),

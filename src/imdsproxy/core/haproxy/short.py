@@ -18,11 +18,12 @@ from __future__ import annotations
 from typing import Final
 
 from imdsproxy.core.documents.tree import TEXT
+from imdsproxy.core.haproxy.counting import thrown
 from imdsproxy.core.haproxy.guard import TOKENS_OFF
 from imdsproxy.core.haproxy.model import DataplaneSpec, Words
 from imdsproxy.core.haproxy.rules import HAS_POLICY, KNOWN, TOKEN_HEADERS, negated
 
-__all__ = ["answer_plain", "answer_short", "keep_short"]
+__all__ = ["KEPT_SHORT", "answer_counted", "answer_plain", "answer_short", "keep_short"]
 
 _SLOTS_PER_MB: Final = 256
 """For each MiB of the cache: with its key an entry is below 1 kB."""
@@ -38,25 +39,27 @@ _PRINTABLE: Final = r"^(?:[2-6][0-9A-F]|7[0-9A-E])+\z"
 when it writes a value."""
 
 _READS: Final = ("{", "method", "GET", "HEAD", "}")
-_TOLD_BEFORE: Final = ("{", "var(txn.short)", "-m", "found", "}")
+KEPT_SHORT: Final = ("{", "var(txn.short)", "-m", "found", "}")
+"""There is a short document for the request, which `answer_plain` has not answered with: it is to be counted."""
 
 
 def answer_plain(spec: DataplaneSpec, unless: Words) -> tuple[Words, ...]:
     """For requests of which nothing is to be looked at: no token, no policy or none but that tokens are off.
 
-    After the look-up and the limits, before all else. Not where reads without tokens are counted: there `answer_short`
-    comes after that.
+    After the look-up and the limits, before all else. Of reads without tokens those go on that are to be counted
+    (`KEPT_SHORT`); where all are, all.
 
     Args:
         spec: What is to be built.
         unless: A condition under which a policy has something else to look at.
     """
-    if spec.count_reads or not _kept(spec):
+    if spec.count_reads == 1 or not _kept(spec):
         return ()
     no_token = ("!{", f"req.fhdr({TOKEN_HEADERS[0]})", "-m", "found", "}")
     may = (*no_token, *_READS)
     off = (*TOKENS_OFF, *(negated(unless) if unless else ()))
-    return _answer(spec, *negated(HAS_POLICY), *may, "or", *off, *may)
+    passing = negated(thrown(spec.count_reads)) if spec.count_reads else ()
+    return _answer(spec, *negated(HAS_POLICY), *may, "or", *off, *may, passing=passing)
 
 
 def answer_short(spec: DataplaneSpec, unless: Words) -> tuple[Words, ...]:
@@ -69,11 +72,14 @@ def answer_short(spec: DataplaneSpec, unless: Words) -> tuple[Words, ...]:
     if not _kept(spec):
         return ()
     may = negated(unless)
-    if spec.count_reads:
-        return _answer(spec, *may, *_READS)
     # With a token that was good before; whoever has none was looked up before.
     good = ("{", "var(txn.left)", "-m", "found", "}")
-    return _answer(spec, *good, *may, *_READS)
+    return _answer(spec, *good, *may, *_READS, passing=may if spec.count_reads else ())
+
+
+def answer_counted(spec: DataplaneSpec) -> tuple[Words, ...]:
+    """For the backend of reads that were just counted."""
+    return _answer(spec, *_READS) if _kept(spec) else ()
 
 
 def keep_short(spec: DataplaneSpec) -> tuple[Words, ...]:
@@ -113,10 +119,10 @@ def _slots(spec: DataplaneSpec) -> int:
     return spec.limits.cache_mb * _SLOTS_PER_MB
 
 
-def _answer(spec: DataplaneSpec, *condition: str) -> tuple[Words, ...]:
+def _answer(spec: DataplaneSpec, *condition: str, passing: Words = ()) -> tuple[Words, ...]:
     return (
         ("http-request", "set-var(txn.short)", f"path,concat(|,txn.record),map_str({spec.paths.short})",
          "if", *condition),
         ("http-request", "return", "status", "200", "content-type", TEXT.decode("ascii"),
-         "lf-string", "%[var(txn.short)]", "if", *_TOLD_BEFORE),
+         "lf-string", "%[var(txn.short)]", "if", *KEPT_SHORT, *passing),
     )  # fmt: skip

@@ -18,6 +18,7 @@ from http import HTTPStatus
 from typing import Any, Final
 
 from imdsproxy.core.haproxy.audit import AUDIT_LONGEST
+from imdsproxy.core.haproxy.counting import COUNTED
 from imdsproxy.core.haproxy.guard import GUARDED
 from imdsproxy.core.haproxy.section import Section, Words
 from imdsproxy.core.wire import MAP_NOVA
@@ -206,5 +207,5 @@ def _answered_by(backend: str, server: str, status: int) -> AnsweredBy:
         AnsweredBy.RESOLVER,
         AnsweredBy.CONFLICT,
     )
-    name = backend.removesuffix(GUARDED)
+    name = backend.removesuffix(COUNTED).removesuffix(GUARDED)
     return next((one for one in known if name == one.value), AnsweredBy.HAPROXY)
