@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import importlib
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -23,23 +25,40 @@ def pytest_configure() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
         uses = "openstack" in getattr(item, "fixturenames", ())
         if uses and item.get_closest_marker("timeout") is None:
             item.add_marker(pytest.mark.timeout(_OPENSTACK_S))
+    if hasattr(config, "workerinput"):
+        # What takes minutes begins at once, so that nothing of it is left for one of the workers at the end.
+        items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
+    """Each worker takes one file after the other, so that what a file's tests share is made once."""
+    scheduler = importlib.import_module("xdist.scheduler").LoadFileScheduling(config, log)
+    scheduler._split_scope = _one_after_the_other
+    return scheduler
+
+
+def _one_after_the_other(nodeid: str) -> str:
+    file = nodeid.partition("::")[0]
+    # A machine has one demonstration at a time.
+    return "demonstrations" if Path(file).name.startswith("test_demo_") else file
 
 
 @pytest.fixture(scope="session")
 def openstack() -> Iterator[OpenStack]:
-    """Genuine Nova and Neutron, one of each for all tests; both run at the beginning of each test."""
+    """Genuine Nova and Neutron, one of each for all tests of a process; both run at the beginning of each test."""
     with open_openstack() as lab:
         yield lab
 
 
 @pytest.fixture(scope="session")
 def libvirtd() -> Iterator[Libvirtd]:
-    """A genuine libvirtd, one for all tests; who uses it takes away what it has made."""
+    """A genuine libvirtd, one for all tests of a process; who uses it takes away what it has made."""
     with open_libvirtd() as daemon:
         yield daemon
 

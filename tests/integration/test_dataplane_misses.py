@@ -156,6 +156,7 @@ class _Flood:
                 self.statuses.append(0)
 
 
+@pytest.mark.alone
 def test_a_guest_that_invents_addresses_slows_no_known_one(world: World) -> None:
     flooder, neighbour = _flooded_network(world)
     addresses = _invent(flooder, 100)

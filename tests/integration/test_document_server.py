@@ -382,6 +382,7 @@ def test_a_record_written_after_the_start_is_served_and_a_damaged_one_is_503(
     assert (reply.status, reply.headers["retry-after"]) == (503, "1")
 
 
+@pytest.mark.alone
 def test_an_idle_server_sleeps(server: Server) -> None:
     def ticks() -> int:
         total = 0

@@ -189,6 +189,7 @@ def test_haproxy_comes_back_by_itself_while_the_controller_is_stopped(daemon: Un
     assert all(serves(guest) for guest in daemon.guests)
 
 
+@pytest.mark.alone
 def test_killed_haproxy_serves_again_within_a_second(daemon: UnitDaemon) -> None:
     guest = daemon.guests[0]
     _, haproxy, _ = daemon.pids()
@@ -346,6 +347,7 @@ def test_all_of_it_starts_again_after_stop_data_plane(daemon: UnitDaemon) -> Non
     wait_served(*daemon.guests)
 
 
+@pytest.mark.alone
 def test_a_hung_worker_is_replaced_within_five_seconds(daemon: UnitDaemon) -> None:
     worker = daemon.status()["haproxy"]["worker"]
 
