@@ -158,6 +158,9 @@ class Place:
 
     def clear(self) -> None:
         """End every proxy and remove what they left."""
+        for process in self._foreground:
+            # Where its test has failed it may not have become HAProxy yet, and nobody would find it below.
+            process.kill()
         for namespace in self.lab.leftovers():
             for pid in self.proxies(namespace):
                 os.kill(pid, 9)
