@@ -303,6 +303,11 @@ class Lab:
             ):
                 self.replug(guest)
 
+    def forget_neighbours(self) -> None:
+        """Have the networks forget which MAC has an address: a guest that took another's would have it for seconds."""
+        for place in {place for place, _ in self._places.values()}:
+            ip("-n", place, "neigh", "flush", "all")
+
     def _own(self) -> list[str]:
         return [name for name in self.leftovers() if not name.startswith(self.prefix)]
 

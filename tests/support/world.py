@@ -86,6 +86,7 @@ class World:
         self._restore_records()
         self._flipped, self._spare = False, None
         self.lab.restore(self.state, self.everybody)
+        self.lab.forget_neighbours()
         self.daemon.wait_ready()
         serving = len(self.networks)
         until(lambda: self.daemon.status()["serving"] == serving, what="all networks' service")
