@@ -287,7 +287,7 @@ def start_openstack(
     stack.callback(front.close)
     clouds = place.path / "clouds.yaml"
     clouds.write_text(render_clouds(neutron_url=neutron_url))
-    return OpenStack(
+    lab = OpenStack(
         place=place,
         seed=seed,
         nova=nova,
@@ -300,6 +300,8 @@ def start_openstack(
         clouds_yaml=clouds,
         front=front,
     )
+    lab._until_neutron_allows()
+    return lab
 
 
 def _nova(
