@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Final
 
+from support.daemon import alive
 from support.guest import Guest
 from support.lab import Lab, processes_in, until
 from support.recorder import Recorder
@@ -162,8 +163,11 @@ class Place:
             # Where its test has failed it may not have become HAProxy yet, and nobody would find it below.
             process.kill()
         for namespace in self.lab.leftovers():
-            for pid in self.proxies(namespace):
+            proxies = self.proxies(namespace)
+            for pid in proxies:
                 os.kill(pid, 9)
+            # One that ends has no name any more, and takes connections for a moment.
+            until(partial(_have_ended, proxies), what="the proxies end")
             until(partial(self._without, namespace), what="the proxies end")
         for process in self._foreground:
             process.communicate()
@@ -174,6 +178,10 @@ class Place:
             elif not path.is_socket():
                 path.unlink()
         self.recorder.forget()
+
+
+def _have_ended(pids: Sequence[int]) -> bool:
+    return not any(map(alive, pids))
 
 
 @contextmanager
