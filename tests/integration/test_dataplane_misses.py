@@ -83,6 +83,7 @@ def test_who_is_unknown_is_told_so_in_one_line_but_not_where_a_token_is_awaited(
     assert (token.status, token.body, token.headers["content-length"]) == (404, b"", "0")
 
 
+@pytest.mark.alone
 def test_no_more_than_32_requests_of_a_network_are_held(world: World) -> None:
     strangers, known = _flooded_network(world)
     addresses = _invent(strangers, 40)
@@ -195,6 +196,7 @@ def _slowest(guests: list[Guest]) -> float:
     return sorted(took)[-len(took) // 100]
 
 
+@pytest.mark.alone
 def test_a_held_request_survives_reloads(world: World) -> None:
     guest = world.lab.guest("red", 64)
     with ThreadPoolExecutor(1) as pool:

@@ -410,8 +410,8 @@ def test_as_root_the_workers_are_unprivileged_and_can_keep_passwords(
     make: Callable[..., Server],
 ) -> None:
     server = make(user="nobody")
-    for directory in (server.directory, *list(server.directory.parents)[:2]):
-        directory.chmod(0o755)
+    for directory in (server.directory, *server.directory.parents):
+        directory.chmod(directory.stat().st_mode | 0o055)
     nobody = pwd.getpwnam("nobody")
     apply_record(server.records, GUEST.id, compiled(guest(hostname="x")), group=nobody.pw_gid)
     server.start()

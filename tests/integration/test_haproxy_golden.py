@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 
@@ -14,13 +16,20 @@ from imdsproxy.host.nslinks import haproxy_name
 _GOLDEN = sorted((Path(__file__).parents[1] / "golden" / "haproxy").glob("*.cfg"))
 
 
+@pytest.fixture
+def place() -> Iterator[Path]:
+    """Not below pytest's own directory: a socket's path has 107 bytes."""
+    with TemporaryDirectory(prefix="imdst-") as name:
+        yield Path(name)
+
+
 @pytest.mark.root
 @pytest.mark.parametrize("golden", _GOLDEN, ids=lambda path: path.stem)
-def test_haproxy_accepts_the_golden_file(golden: Path, tmp_path: Path) -> None:
+def test_haproxy_accepts_the_golden_file(golden: Path, place: Path) -> None:
     directory = NamespaceDirectory()
     thread = NamespaceThread(directory)
-    (tmp_path / "jail").mkdir()
-    (tmp_path / "netns").mkdir()
+    (place / "jail").mkdir()
+    (place / "netns").mkdir()
     for name in (
         "base.map",
         "overlay.map",
@@ -29,16 +38,16 @@ def test_haproxy_accepts_the_golden_file(golden: Path, tmp_path: Path) -> None:
         "path-rules.map",
         "silence.http",
     ):
-        (tmp_path / name).touch()
-    (tmp_path / "unavailable.http").write_text("HTTP/1.1 503 No\r\n\r\n")
+        (place / name).touch()
+    (place / "unavailable.http").write_text("HTTP/1.1 503 No\r\n\r\n")
     asyncio.run(thread.create("imdst-golden"))
     try:
         for link in ("imds-1@42", "qrouter-1@43"):
-            (tmp_path / "netns" / link).symlink_to(directory.path / "imdst-golden")
-        links = str(Path(haproxy_name(tmp_path / "netns", "x")).parent)
+            (place / "netns" / link).symlink_to(directory.path / "imdst-golden")
+        links = str(Path(haproxy_name(place / "netns", "x")).parent)
         text = golden.read_text().replace("../imdsproxy/netns", links)
-        path = tmp_path / "haproxy.cfg"
-        path.write_text(text.replace("/run/imdsproxy", str(tmp_path)))
+        path = place / "haproxy.cfg"
+        path.write_text(text.replace("/run/imdsproxy", str(place)))
         done = subprocess.run(
             ["haproxy", "-c", "-f", str(path)],  # noqa: S607 - Debian's
             capture_output=True,

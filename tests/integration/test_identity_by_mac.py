@@ -190,7 +190,7 @@ def test_a_guest_that_takes_its_neighbour_s_address_reads_nothing(
     world.daemon.put(instances=[instance("thief", network, 66)])
     secret = user_data_of(f"{network}-5")
     with victim.connect(to=to) as kept, Impostor(thief, address) as impostor:
-        tries = impostor.try_for(1.5, _TARGET, source=address, to=to)
+        tries = impostor.try_for(1.5, _TARGET, source=address, to=to, at_least=1001)
         # The victim goes on asking, and its answers go where ARP says, or nowhere.
         kept.socket.settimeout(0.5)
         cut(kept)
