@@ -119,8 +119,7 @@ def test_every_decision_is_in_the_index_once_and_in_order() -> None:
     index = _LINK.findall((_ADR / "README.md").read_text())
     present = sorted(page.name for page in _ADR.glob("[0-9]*.md"))
     assert index == present
-    numbers = [name[:4] for name in present]
-    assert len(set(numbers)) == len(numbers)
+    assert [name[:4] for name in present] == [f"{one:04}" for one in range(1, len(present) + 1)]
 
 
 @pytest.mark.parametrize("page", sorted(_ADR.glob("[0-9]*.md")), ids=lambda page: page.stem)
