@@ -39,7 +39,8 @@ def test_both_families_are_answered_alike_by_every_kind_of_listener(
         for method in ("GET", "HEAD"):
             four = guest.ask(target, method=method, to=IPV4)
             six = guest.ask(target, method=method, to=IPV6, host=f"[{IPV6}]")
-            assert four.head == six.head, target
+            # A short document that HAProxy keeps has the same headers in another order.
+            assert sorted(four.head.split(b"\r\n")) == sorted(six.head.split(b"\r\n")), target
             assert four.body == six.body, target
             assert four.status == (404 if "no-such" in target else 200)
     for to in (IPV4, IPV6):

@@ -286,9 +286,16 @@ def test_meta_data_json_is_never_cached(world: World) -> None:
     assert len(seeds) == 5
 
 
-def test_a_guest_is_told_nothing_of_our_cache(world: World) -> None:
-    for _ in range(2):
-        reply = world.red.ask("/latest/user-data")
+@pytest.mark.parametrize("policy", [{}, {"tokens": "off"}], ids=["no policy", "tokens off"])
+@pytest.mark.parametrize("path", ["/latest/user-data", "/latest/meta-data/instance-id"])
+def test_a_guest_is_told_nothing_of_our_cache(
+    world: World, path: str, policy: dict[str, str]
+) -> None:
+    world.daemon.put(instances=[{**instance("red-5", "red"), "policy": policy}])
+    # Some are chosen to be counted, and go another way.
+    for _ in range(100):
+        reply = world.red.ask(path)
+        assert reply.status == 200
         assert not {"cache-control", "age"} & set(reply.headers)
         assert "imdsproxy" not in reply.head.decode().lower()
 

@@ -129,7 +129,7 @@ def prepare_directories(settings: Settings, layout: Layout) -> None:
     )
     write_atomic(layout.unavailable, answer.encode(), mode=0o644)
     write_atomic(layout.empty_map, b"", mode=0o644)
-    write_atomic(layout.short_map, b"", mode=0o644)
+    write_atomic(layout.short_map, b"", mode=0o600)
     write_atomic(layout.silence, b"", mode=0o644)
 
 

@@ -418,7 +418,7 @@ def _cached(spec: DataplaneSpec, *rules: Words) -> tuple[Words, ...]:
 
 
 def _ask_the_cache(spec: DataplaneSpec, unless: Words = ()) -> tuple[Words, ...]:
-    """Look a document up.
+    """Look a document up, and hide how HAProxy keeps it.
 
     The cache's key is the Host and the URI, so the record makes the Host. Of a URI in absolute form it is the URI
     alone: a guest's `GET http://anything/…` would share entries between instances, so there the record goes into
@@ -438,14 +438,17 @@ def _ask_the_cache(spec: DataplaneSpec, unless: Words = ()) -> tuple[Words, ...]
             ("http-request", "set-uri", "/%[var(txn.record)]%[path]", "if", *_ODD, *passing),
             ("http-request", "cache-use", "documents", "if", *passing, *KNOWN),
         ),
+        *_hide_lifetime(),
     )  # fmt: skip
 
 
 def _hide_lifetime() -> tuple[Words, ...]:
-    # It is between the document server and the cache; a guest must not keep documents. What rules return has none.
+    # It is between the document server and the cache; a guest must not keep documents. `http-response` sees nothing of
+    # what comes out of the cache, and what rules return has no lifetime.
+    other = ("unless", *KEPT_SHORT)
     return (
-        ("http-response", "del-header", "cache-control"),
-        ("http-response", "del-header", "age"),
+        ("http-after-response", "del-header", "cache-control", *other),
+        ("http-after-response", "del-header", "age", *other),
     )
 
 
@@ -464,7 +467,6 @@ def _documents(spec: DataplaneSpec, kind: str = "") -> Section:
             ("http-request", "disable-l7-retry", "if", "!{", "method", "GET", "HEAD", "}"),
             *keep_short(spec),
             *_cached(spec, ("http-response", "cache-store", "documents")),
-            *_hide_lifetime(),
             # A worker that hangs is given up on before its check says so; the other one answers.
             ("timeout", "server", "2s"),
             ("retries", "3"),
