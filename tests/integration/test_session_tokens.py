@@ -283,6 +283,16 @@ def test_a_tree_that_was_asked_for_by_name_is_locked_when_the_boot_is_over(world
     assert green.ask(_USER_DATA).status == 200
 
 
+def test_an_instance_that_was_made_long_after_now_has_booted(world: World) -> None:
+    """Its clock was wrong, or this host's is: to be unlocked for years is what somebody would set a clock for."""
+    host = {"openstack_tokens": "required", "seal_user_data": True}
+    for born, status in ((int(time.time()), 200), (int(time.time()) + 8 * 86_400, 401)):
+        world.daemon.put(instances=[instance("red-5", "red", fields={"created_at": born})])
+        _say(world, {"host": host})
+        assert world.red.ask(_META).status == status
+        assert world.red.ask(_USER_DATA).status == {200: 200, 401: 403}[status]
+
+
 def test_sealed_user_data_is_403_once_the_boot_is_over_with_a_token_too(world: World) -> None:
     fields = {"created_at": int(time.time())}
     world.daemon.put(instances=[instance("red-5", "red", fields=fields)])

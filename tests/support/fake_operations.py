@@ -68,6 +68,7 @@ class FakeOperations:
     reloads: int = 0
     watched: list[Watched] = field(default_factory=list)
     missed: bool = False
+    shared_keys: str | None = None
     tokens_told: TokenReport = field(default_factory=lambda: TokenReport(0.0, (), (), 0))
     pending: tuple[str, ...] = ()
     stopped: list[bool] = field(default_factory=list)
@@ -242,6 +243,7 @@ class FakeOperations:
             guard.reopened_at or None,
             applied=not self.pending,
             pending=self.pending,
+            shared=self.shared_keys,
         )
 
     async def rotate_token_keys(self) -> KeyRotation:

@@ -329,6 +329,7 @@ class GuardChange:
         reopened_at: When its boot was opened again, Unix time; `None` for never.
         applied: No worker of HAProxy goes by the state before. Off: it comes in force when `pending` is mended.
         pending: Why it is not in force yet.
+        shared: Of a revocation, the file of keys that other hosts have too: none of them hears of it.
     """
 
     instance: InstanceId
@@ -336,6 +337,7 @@ class GuardChange:
     reopened_at: int | None = None
     applied: bool = True
     pending: tuple[str, ...] = ()
+    shared: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

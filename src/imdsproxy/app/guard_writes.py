@@ -44,7 +44,9 @@ class GuardWrites:
         self._refuse_unknown(instance)
         async with self._lock:
             guard = await asyncio.to_thread(self.guarding.guards.revoke, instance)
-        return await self._in_force(instance, guard)
+        shared = self.guarding.keys.shared
+        done = await self._in_force(instance, guard)
+        return done if shared is None else replace(done, shared=str(shared))
 
     async def reopen(self, instance: InstanceId) -> GuardChange:
         """See `Operations.reopen_instance`."""

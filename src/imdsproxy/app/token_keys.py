@@ -118,6 +118,11 @@ class TokenKeys:
                 self._told.set()
 
     @property
+    def shared(self) -> Path | None:
+        """The file that settings name, since other hosts have it too; `None` where it is this host's own."""
+        return None if self._path == self.default else self._path
+
+    @property
     def path(self) -> Path:
         """Where they are."""
         return self._path or self.default

@@ -100,10 +100,17 @@ def say_written(output: Output, what: str, written: _Shape) -> None:
     pending = cast("Sequence[str]", written["pending"])
     if written["applied"]:
         output.styled(f"[green]done:[/] {clean(what)}")
-        return
-    output.styled(f"[yellow]stored:[/] {clean(what)}; not in force yet:")
-    for reason in pending:
-        output.styled(f"  {clean(reason)}")
+    else:
+        output.styled(f"[yellow]stored:[/] {clean(what)}; not in force yet:")
+        for reason in pending:
+            output.styled(f"  {clean(reason)}")
+    shared = written.get("shared")
+    if shared is not None:
+        output.styled(
+            "[yellow]warning:[/] on this host only: its tokens go on being good on every other host that has the keys "
+            f"of {clean(shared)}",
+            "[dim]hint:[/] revoke there too, where it may run within the six hours that a token can live",
+        )
 
 
 def _record(shape: _Shape) -> _Shape:

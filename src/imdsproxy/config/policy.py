@@ -26,6 +26,7 @@ from imdsproxy.core.path_rules import (
 )
 from imdsproxy.core.policy import (
     BOOT_GRACE_S,
+    LONGEST_BOOT_S,
     MOST_BURST,
     MOST_CONNECTIONS,
     MOST_REQUESTS_PER_S,
@@ -83,7 +84,7 @@ class PolicyRulesSettings(Section):
         f"Seconds after an instance's creation at which its boot is over; {BOOT_GRACE_S} unless something says "
         "otherwise. An instance of which no source tells when it was made has booted already.",
         ge=0,
-        le=604_800,
+        le=LONGEST_BOOT_S,
     )
     seal_user_data: bool | None = _rule(
         "Refuse user-data with 403 once the boot is over, until `imdsproxy instance reopen`. It often holds passwords, "

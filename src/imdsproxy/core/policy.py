@@ -24,6 +24,7 @@ from imdsproxy.core.path_rules import (
 __all__ = [
     "BOOT_GRACE_S",
     "DEFAULT",
+    "LONGEST_BOOT_S",
     "MOST_BURST",
     "MOST_CONNECTIONS",
     "MOST_REQUESTS_PER_S",
@@ -38,10 +39,14 @@ __all__ = [
     "PolicyScope",
     "TokenMode",
     "boot_ends_at",
+    "boot_is_over",
     "fold_policy",
     "render_policy_word",
     "rule_set_of",
 ]
+
+LONGEST_BOOT_S: Final = 604_800
+"""A week."""
 
 BOOT_GRACE_S: Final = 900
 """Seconds that a boot may take: a stock image under emulation needs five minutes, a slow disk as long again."""
@@ -256,6 +261,19 @@ def boot_ends_at(policy: Policy, guard: Guard, created_at: int | None) -> int | 
     """
     begun = max(created_at or 0, guard.reopened_at)
     return begun + policy.boot_grace_s if begun else None
+
+
+def boot_is_over(ends_at: int | None, now: int) -> bool:
+    """As HAProxy's rules see it: in the second that a boot ends it has ended.
+
+    One that would go on for longer than any may is over too: then a clock is wrong, the one by which the instance was
+    made or this host's, and a clock that is set back is to open nothing.
+
+    Args:
+        ends_at: What `boot_ends_at` says.
+        now: Unix time.
+    """
+    return ends_at is None or not 0 < ends_at - now <= LONGEST_BOOT_S
 
 
 def render_policy_word(policy: Policy, guard: Guard, created_at: int | None) -> str:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 from typing import Final, TypeAlias
 
 from imdsproxy.core.path_rules import PathRules, PathWord, path_of_rule, path_rule_name
-from imdsproxy.core.policy import Folded, Guard, boot_ends_at, render_policy_word
+from imdsproxy.core.policy import Folded, Guard, boot_ends_at, boot_is_over, render_policy_word
 
 __all__ = ["NOBODY", "PolicyInForce", "RuleInForce", "RuleValue", "tell_policy"]
 
@@ -78,8 +78,7 @@ def tell_policy(folded: Folded, guard: Guard, created_at: int | None, now: int) 
         rules,
         guard.epoch,
         ends,
-        # As HAProxy does: in the second that it ends it has ended.
-        boot_over=ends is None or ends <= now,
+        boot_over=boot_is_over(ends, now),
         reopened_at=guard.reopened_at or None,
         word=render_policy_word(folded.policy, guard, created_at),
     )

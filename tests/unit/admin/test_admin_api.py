@@ -400,6 +400,7 @@ def test_what_is_done_about_an_instance_is_told_and_kept(filled: AdminServer, wh
         "reopened_at": reopened,
         "applied": True,
         "pending": [],
+        "shared": None,
     }
 
     status, decoded = _problem(filled, "POST", f"/v1/instances/nobody/{what}")

@@ -103,6 +103,25 @@ def rig(tmp_path: Path) -> Rig:
     return Rig(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("configured", "shared"), [(None, False), ("keys", False), ("theirs", True)]
+)
+async def test_a_revocation_tells_of_keys_that_other_hosts_have_too(
+    rig: Rig, configured: str | None, *, shared: bool
+) -> None:
+    rig.keys.read(None)
+    _put(rig.directory / "theirs", (rig.directory / "keys").read_bytes())
+    path = None if configured is None else rig.directory / configured
+    rig.keys.read(path)
+    rig.tell()
+    revoking = asyncio.create_task(rig.writes.revoke(_WEB))
+    async with asyncio.timeout(10):
+        while not rig.records.touched:
+            await asyncio.sleep(0.01)
+    await rig.records.end_round()
+    assert (await revoking).shared == (str(path) if shared else None)
+
+
 async def test_a_revocation_returns_when_every_address_is_in_force_and_not_before(rig: Rig) -> None:
     rig.tell()
     learned = key("n1", "fe80::5"), key("n1", "fe80::6")

@@ -45,6 +45,16 @@ def test_tokens_are_revoked_and_a_boot_is_opened_again(
     assert server.operations.guards == {_WEB: Guard(1, 1_760_093_000)}
 
 
+def test_a_revocation_says_that_hosts_with_the_same_keys_do_not_hear_of_it(
+    server: AdminServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server.operations.shared_keys = "/etc/imdsproxy/token-keys"
+    status, out, _ = _run(server, capsys, "token", "revoke", "web-1")
+    assert status == 0
+    assert "good on every other host that has the keys of /etc/imdsproxy/token-keys" in out
+    assert "revoke there too" in out
+
+
 def test_rotation_tells_the_new_key_by_its_name(
     server: AdminServer, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -56,6 +56,11 @@ def test_each_path_is_told_with_who_said_what_of_it() -> None:
         (_BORN, _BORN + 100, _BORN + 60, _BORN + 160, False),
         (_BORN, _BORN - 100, _BORN + 60, _BORN + 60, True),
         (None, _BORN, _BORN, _BORN + 60, False),
+        # Clocks that are wrong: this host's has been set back by years, or the one by which it was made is ahead.
+        (_BORN, 0, _BORN - 9 * 365 * 86_400, _BORN + 60, True),
+        (_BORN + 8 * 86_400, 0, _BORN, _BORN + 8 * 86_400 + 60, True),
+        (_BORN, 0, _BORN - 604_740, _BORN + 60, False),
+        (_BORN, 0, _BORN - 604_741, _BORN + 60, True),
     ],
 )
 def test_the_end_of_the_boot_is_the_one_that_haproxy_sees(

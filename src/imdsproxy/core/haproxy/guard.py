@@ -28,7 +28,7 @@ from imdsproxy.core.haproxy.rules import (
     retry_later,
 )
 from imdsproxy.core.path_rules import TOKEN_PATH, WITHIN_OTHER_TREES
-from imdsproxy.core.policy import POLICY_WORD
+from imdsproxy.core.policy import LONGEST_BOOT_S, POLICY_WORD
 from imdsproxy.core.tokens import CURRENT, TOKEN_PATTERN, TTL_LIMIT_S
 from imdsproxy.core.wire import HEADER_FORWARDED
 
@@ -102,7 +102,8 @@ _PUT: Final = ("{", "method", "PUT", "}")
 _PLAIN_ROUTE: Final = ("{", "path", TOKEN_PATH, "}")
 _IS_FORWARDED: Final = ("{", "var(txn.forwarded)", "-m", "found", "}")
 _IS_FORWARDED_FOR: Final = ("{", "var(txn.forwarded_for)", "-m", "found", "}")
-_BOOTED: Final = ("{", "var(txn.booting)", "-m", "int", "le", "0", "}")
+_BOOTED: Final = ("!{", "var(txn.booting)", "-m", "int", f"1:{LONGEST_BOOT_S}", "}")
+"""As `core.policy.boot_is_over`."""
 # Whatever else begins so is nothing to Nova or to our documents.
 _OPENSTACK: Final = ("{", "var(txn.path)", "-m", "beg", "/openstack", "}")
 _NOCLOUD: Final = ("{", "var(txn.path)", "-m", "beg", "/nocloud", "}")

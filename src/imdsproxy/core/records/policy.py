@@ -13,6 +13,7 @@ from imdsproxy.core.path_rules import (
     sort_paths,
 )
 from imdsproxy.core.policy import (
+    LONGEST_BOOT_S,
     MOST_BURST,
     MOST_CONNECTIONS,
     MOST_REQUESTS_PER_S,
@@ -29,9 +30,6 @@ POLICY_KEYS: Final = tuple(one.name for one in fields(PolicyRules))
 
 _MODES: Final = tuple(mode.value for mode in TokenMode)
 _WORDS: Final = tuple(word.value for word in PathWord)
-_LONGEST_BOOT_S: Final = 604_800
-"""A week."""
-
 _MOST_HOPS: Final = 64
 
 
@@ -68,7 +66,7 @@ def _parse_mode(field: Field) -> TokenMode | None:
 
 
 def _parse_boot_grace(field: Field) -> int | None:
-    return field.whole_number(0, _LONGEST_BOOT_S)
+    return field.whole_number(0, LONGEST_BOOT_S)
 
 
 def _parse_hop_limit(field: Field) -> int | None:
