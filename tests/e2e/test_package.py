@@ -81,6 +81,7 @@ def fresh(prepared: Machine) -> Iterator[PackagedDaemon]:
         print(prepared.journal())  # noqa: T201 - pytest shows it of a test that failed
         raise
     finally:
+        daemon.remove_settings_of_load()
         prepared.run("dpkg", "--purge", "imdsproxy")
         prepared.run("sh", "-c", "ip -all netns delete")
 
@@ -90,6 +91,7 @@ def daemon(fresh: PackagedDaemon, packages: Packages) -> PackagedDaemon:
     """It is installed, and every guest is served."""
     fresh.plug_in()
     fresh.replace(packages)
+    fresh.raise_limits()
     fresh.start()
     wait_served(*fresh.guests)
     return fresh

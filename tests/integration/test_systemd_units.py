@@ -60,6 +60,7 @@ def daemon(tmp_path: Path) -> Iterator[UnitDaemon]:
     """Started, every guest served."""
     with installed(tmp_path) as daemon:
         daemon.plug_in()
+        daemon.raise_limits()
         daemon.start()
         yield daemon
 

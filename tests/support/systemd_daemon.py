@@ -20,6 +20,7 @@ HAPROXY: Final = "imdsproxy-haproxy.service"
 DOCUMENTS: Final = "imdsproxy-documents.service"
 UNITS: Final = (CONTROLLER, HAPROXY, DOCUMENTS)
 
+_LOAD_SETTINGS: Final = "/etc/imdsproxy/conf.d/load.yaml"
 _PROGRAM: Final = "/usr/local/bin/imdsproxy"
 _COPY: Final = "/opt/imdsproxy"
 _GUESTS: Final = {"blue": "fa:16:3e:00:00:01", "red": "fa:16:3e:00:00:02"}
@@ -75,6 +76,16 @@ class UnitDaemon:
     def upgrade_the_copy(self, version: str) -> None:
         """Change the copy as an installation over it does."""
         self.machine.write(f"{_COPY}/imdsproxy/__init__.py", f'__version__ = "{version}"\n')
+
+    def raise_limits(self) -> None:
+        """Have guests served who ask for more in a second than one that boots does in a day."""
+        said = "limits: {requests_per_s: 25000, burst: 1000000, connections: 10000}\n"
+        self.machine.write(_LOAD_SETTINGS, said)
+        self.machine.run("systemctl", "try-reload-or-restart", CONTROLLER)
+
+    def remove_settings_of_load(self) -> None:
+        """Take away what `raise_limits` wrote, before a package that knows nothing of it is removed."""
+        self.machine.run("rm", "-f", _LOAD_SETTINGS)
 
     def plug_in(self) -> None:
         """Make the networks and their guests."""
