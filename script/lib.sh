@@ -20,6 +20,7 @@ base_packages=(
     /etc/ssl/certs/ca-certificates.crt:ca-certificates
 )
 test_packages=(
+    logrotate:logrotate
     wrk:wrk
     ps:procps
     xmllint:libxml2-utils

@@ -113,6 +113,7 @@ def test_its_installer_puts_units_pages_and_settings_in_place(
     found = {str(one.relative_to(tmp_path)) for one in tmp_path.rglob("*") if one.is_file()}
     assert found >= {
         "etc/imdsproxy/imdsproxy.yaml",
+        "etc/logrotate.d/imdsproxy",
         "usr/lib/systemd/system/imdsproxy.service",
         "usr/lib/systemd/system/imdsproxy-haproxy.service",
         "usr/lib/systemd/system/imdsproxy-documents.service",

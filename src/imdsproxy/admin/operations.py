@@ -252,7 +252,6 @@ class StatusReport:
         unix_listener: `None` where it is off.
         policy_for_nobody: Where settings speak of a network, project or instance that no source tells of.
         busiest: Who is kept to its limits now, and then who asks for most; ten at most.
-        audit: The same.
         audit: `None` where there is none.
     """
 

@@ -34,12 +34,12 @@ KEPT_WORKERS: Final = "audit-worker"
 
 _FIELD: Final = "audit.destination"
 _CHUNK: Final = 256 * 1024
-_PAUSE_S: Final = 0.05
-_SHORT_S: Final = 0.01
-"""Between two looks, so that there is much at a time; shorter after much. A connection holds 80 to 200 kB: after a
-longer pause HAProxy's ring would have no room for what many guests ask (ADR 36)."""
+_PAUSE_S: Final = 0.1
+_SHORT_S: Final = 0.002
+"""Between two looks; the short one while there is much, so that all that waits in HAProxy's ring is taken at once, and
+HAProxy rests until the next time (ADR 36)."""
 
-_MUCH: Final = 32 * 1024
+_MUCH: Final = 64 * 1024
 _AGAIN_S: Final = 5.0
 _HANGS_S: Final = 5.0
 _LAST_S: Final = 1.0

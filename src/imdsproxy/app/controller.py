@@ -9,9 +9,10 @@ import asyncio
 import contextlib
 import gc
 import importlib
+import os
 import signal
 import socket
-from collections.abc import Coroutine, Iterable, Mapping
+from collections.abc import Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from ipaddress import ip_address
@@ -21,7 +22,7 @@ from typing import TYPE_CHECKING
 import structlog
 
 from imdsproxy.app.account import owner_of
-from imdsproxy.app.audit import Audit
+from imdsproxy.app.audit import KEPT_WORKERS, Audit
 from imdsproxy.app.build import (
     build_companion,
     build_files,
@@ -61,10 +62,10 @@ from imdsproxy.core.model import NetworkId
 from imdsproxy.core.observation import AddressKey, Observation
 from imdsproxy.core.upstream import changed_secrets
 from imdsproxy.dataplane.launch import read_program
-from imdsproxy.errors import ConfigError, DataplaneError
+from imdsproxy.errors import ConfigError, DataplaneError, HostRefused
 from imdsproxy.host.clock import Clock
 from imdsproxy.host.files import hold_directory, write_atomic
-from imdsproxy.host.notify import ServiceNotifier
+from imdsproxy.host.notify import ServiceNotifier, kept_sockets
 from imdsproxy.host.socket_file import SocketFiles
 from imdsproxy.host.sockets import try_tcp_listen
 from imdsproxy.host.watch import EventKind, HostWatch, WatchPace
@@ -91,6 +92,7 @@ class _Controller:
     """What goes on while it runs, and why it ends.
 
     Attributes:
+        kept: Connections of workers for the audit log, from the controller before this one.
         served: Set once known guests are served: what takes the processor's time waits for it.
     """
 
@@ -99,6 +101,7 @@ class _Controller:
     watch: HostWatch
     served: asyncio.Event
     pairs: PairFollower
+    kept: Sequence[socket.socket] = ()
     face: Face | None = None
     ended: asyncio.Event = field(default_factory=asyncio.Event)
     with_data_plane: bool = False
@@ -358,18 +361,28 @@ async def run_controller(
             nova=nova,
             guarding=guarding,
             watching=watching,
-            audit=Audit(lambda: holder.settings.audit),
+            audit=Audit(lambda: holder.settings.audit, partial(_keep_worker, notifier)),
             counting=open_counting(haproxy, clock, lambda: holder.settings.tokens.one_in),
             started_at=clock.now().timestamp(),
             started=clock.monotonic(),
         )
         pairs = PairFollower(records, lookup, gates, hops, listeners, resolver, watch)
         pairs.connect()
-        controller = _Controller(parts, notifier, watch, served, pairs)
+        kept = kept_sockets(environment, KEPT_WORKERS, os.getpid())
+        controller = _Controller(parts, notifier, watch, served, pairs, kept)
         try:
             await _live(controller, admin)
         finally:
             settings.admin_socket.unlink(missing_ok=True)
+
+
+def _keep_worker(notifier: ServiceNotifier, worker: socket.socket) -> bool:
+    try:
+        return notifier.keep(KEPT_WORKERS, worker.fileno())
+    except HostRefused as error:
+        # Lines go on; those that nobody has read when this controller ends are lost.
+        structlog.get_logger().warning("connection not kept", reason=error.message)
+        return False
 
 
 async def _apply_watching(listeners: ListenerLoop) -> None:
@@ -417,7 +430,11 @@ async def _live(controller: _Controller, admin: socket.socket) -> None:
             group.create_task(source.run(controller.publish), name=f"source-{source.name}")
             for source in parts.sources.all
         ]
-        tasks.append(group.create_task(parts.audit.run(audit_socket, last_socket), name="audit"))
+        tasks.append(
+            group.create_task(
+                parts.audit.run(audit_socket, last_socket, controller.kept), name="audit"
+            )
+        )
         loading = group.create_task(_load_face(controller))
         try:
             await _start_data_plane(controller)

@@ -124,6 +124,7 @@ def _ask(run: options.Invocation) -> list[Finding]:
     findings += preflight.check_records(settings)
     findings += _tokens(settings)
     findings += _openstack(settings)
+    findings += _audit(settings)
     if status is None:
         findings += preflight.check_ports(
             {
@@ -190,6 +191,12 @@ def _tokens(settings: Settings) -> list[Finding]:
         *preflight_tokens.check_path_rules(book),
         *preflight_tokens.check_hop_limits(book, unix_listener=settings.unix_listener.enabled),
     ]
+
+
+def _audit(settings: Settings) -> list[Finding]:
+    from imdsproxy.cli.preflight_audit import check_audit  # noqa: PLC0415 - `--help` need not load it
+
+    return check_audit(settings.audit)
 
 
 def _openstack(settings: Settings) -> list[Finding]:

@@ -58,7 +58,7 @@ class Finding:
 
     Attributes:
         area: `settings`, `haproxy`, `privileges`, `namespaces`, `macs`, `paths`, `directories`, `ports`, `records`,
-            `tokens`, `nova`, `neutron`, `unix listener` or `daemon`.
+            `tokens`, `nova`, `neutron`, `unix listener`, `audit` or `daemon`.
         exit_status: 0 when it is fine.
         warning: It is fine to start so, and somebody should look.
     """

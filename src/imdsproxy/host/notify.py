@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Final
 
 from imdsproxy.host.refusal import host_refused
 
-__all__ = ["ServiceNotifier"]
+__all__ = ["ServiceNotifier", "kept_sockets"]
+
+_FIRST_KEPT: Final = 3
+"""SD_LISTEN_FDS_START."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +48,25 @@ class ServiceNotifier:
         """The service is alive (`WatchdogSec=`)."""
         self.send(WATCHDOG="1")
 
+    def keep(self, name: str, descriptor: int) -> bool:
+        """Have an open file kept when this process ends, for the next one (`kept_sockets`); whether it is.
+
+        The manager lets go of it by itself when the other side hangs up.
+
+        Args:
+            name: Without `:`.
+            descriptor: Of this process.
+        """
+        if not self.address:
+            return False
+        text = os.fsencode(f"FDSTORE=1\nFDNAME={name}")
+        try:
+            with self._connected() as channel:
+                socket.send_fds(channel, [text], [descriptor])
+        except OSError as error:
+            raise host_refused(f"notify the service manager at {self.address}", error) from error
+        return True
+
     def send(self, **fields: str) -> None:
         """Send `NAME=value` lines in one datagram; fields with an empty value are left out.
 
@@ -51,10 +76,35 @@ class ServiceNotifier:
         lines = [f"{name}={value.replace(chr(10), ' ')}" for name, value in fields.items() if value]
         if not self.address or not lines:
             return
-        target = f"\0{self.address[1:]}" if self.address.startswith("@") else self.address
         try:
-            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as channel:
-                channel.connect(target)
+            with self._connected() as channel:
                 channel.sendall(os.fsencode("\n".join(lines)))
         except OSError as error:
             raise host_refused(f"notify the service manager at {self.address}", error) from error
+
+    @contextlib.contextmanager
+    def _connected(self) -> Iterator[socket.socket]:
+        target = f"\0{self.address[1:]}" if self.address.startswith("@") else self.address
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as channel:
+            channel.connect(target)
+            yield channel
+
+
+def kept_sockets(environment: Mapping[str, str], name: str, pid: int) -> list[socket.socket]:
+    """What a process before this one had the service manager keep by a name, not blocking.
+
+    Args:
+        environment: Where the manager says what it hands over (sd_listen_fds(3)).
+        name: As of `ServiceNotifier.keep`.
+        pid: Ours; what was meant for another process is left alone.
+    """
+    if environment.get("LISTEN_PID") != str(pid):
+        return []
+    found: list[socket.socket] = []
+    for number, one in enumerate(environment.get("LISTEN_FDNAMES", "").split(":")):
+        if one == name:
+            kept = socket.socket(fileno=_FIRST_KEPT + number)
+            kept.setblocking(False)
+            kept.set_inheritable(False)
+            found.append(kept)
+    return found

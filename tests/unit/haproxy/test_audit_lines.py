@@ -2,10 +2,13 @@ from __future__ import annotations
 
 import json
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from imdsproxy.core.haproxy.audit_lines import AuditLines, read_audit
+from imdsproxy.core.model import InstanceId, NetworkId
+from imdsproxy.core.tokens import TokenKey, mint_token
 
 LINE = b'{"number":1}\n'
 NOW = 1_760_000_000.5
@@ -27,6 +30,16 @@ def test_what_haproxy_has_left_out_is_told_and_what_it_says_of_itself_is_not() -
 def test_text_beyond_ascii_stays_and_what_is_none_is_marked() -> None:
     read = read_audit('{"agent":"é 😀 '.encode() + b'\xff\tz"}\n', NOW)
     assert json.loads(read.text) == {"agent": "é 😀 \ufffd\tz"}
+
+
+@pytest.mark.parametrize("cut", [0, 40])
+def test_a_token_is_no_part_of_a_line_wherever_a_guest_puts_it(cut: int) -> None:
+    key = TokenKey(b"k" * 32)
+    token = mint_token(key, NetworkId("blue"), InstanceId("vm"), 0, int(NOW) + 21_600)
+    said = token[: len(token) - cut]
+    line = f'{{"path":"/latest/{said}/x","agent":"curl {said}"}}\n'
+    told = json.loads(read_audit(line.encode(), NOW).text)
+    assert told == {"path": "/latest/(token)/x", "agent": "curl (token)"}
 
 
 def _as_haproxy(agent: bytes) -> bytes:

@@ -13,7 +13,7 @@ import pytest
 
 from imdsproxy.errors import HostRefused, PrivilegeMissing
 from imdsproxy.host.clock import SystemClock
-from imdsproxy.host.notify import ServiceNotifier
+from imdsproxy.host.notify import ServiceNotifier, kept_sockets
 from imdsproxy.host.nslinks import apply_links, haproxy_name
 from imdsproxy.host.refusal import host_refused
 
@@ -58,6 +58,26 @@ def test_the_manager_hears_every_state(manager: tuple[socket.socket, str]) -> No
 
 def test_without_a_manager_nothing_is_sent() -> None:
     ServiceNotifier().ready("up")
+
+
+def test_what_the_manager_keeps_is_had_by_the_next(manager: tuple[socket.socket, str]) -> None:
+    listening, address = manager
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        assert ServiceNotifier(address).keep("audit", ours.fileno())
+        text, (kept,), _, _ = socket.recv_fds(listening, 1000, 1)
+        assert text == b"FDSTORE=1\nFDNAME=audit"
+        theirs.send(b"x")
+        assert os.read(kept, 1) == b"x"
+        os.close(kept)
+    assert not ServiceNotifier().keep("audit", 0)
+
+
+def test_what_was_kept_for_another_process_or_by_another_name_is_left_alone() -> None:
+    environment = {"LISTEN_PID": "17", "LISTEN_FDS": "1", "LISTEN_FDNAMES": "other"}
+    assert kept_sockets(environment, "audit", 17) == []
+    assert kept_sockets({**environment, "LISTEN_FDNAMES": "audit"}, "audit", 18) == []
+    assert kept_sockets({}, "audit", 17) == []
 
 
 def test_a_manager_that_is_gone_is_told_of(tmp_path: Path) -> None:
