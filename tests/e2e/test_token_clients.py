@@ -18,7 +18,7 @@ import pytest
 
 from support.daemon import instance, user_data_of
 from support.guest import Guest
-from support.lab import within
+from support.lab import until, within
 from support.world import World, open_world
 
 pytestmark = [pytest.mark.root, pytest.mark.timeout(120)]
@@ -158,6 +158,33 @@ def test_botocore_gets_a_token_and_its_values(
     _say(world, mode)
     told = _botocore(world.red, tmp_path, v1_disabled=v1_disabled)
     assert told == {"token": True, **_BOTOCORE_GETS}
+
+
+@pytest.mark.parametrize(("attempts", "told"), [(1, False), (2, True)])
+def test_botocore_that_asks_twice_survives_the_503_of_a_guest_that_is_not_known_yet(
+    world: World, tmp_path: Path, attempts: int, *, told: bool
+) -> None:
+    """By default it asks once, and then without a token, which is served unless one is required."""
+    world.daemon.configure({"policy": {"networks": {"red": {"hop_limit": 2}}}})
+    assert world.daemon.command("reload").status == 0
+    ttl = ("X-aws-ec2-metadata-token-ttl-seconds: 60",)
+    until(
+        lambda: world.red.ask("/latest/api/token", method="PUT", headers=ttl).status == 200,
+        what="the rule",
+    )
+    number = 90 + attempts
+    guest = world.lab.guest("red", number)
+    ports = {"ports": [{"network": "red", "mac": guest.mac}]}
+    world.daemon.put(instances=[instance(f"red-{number}", "red", number, fields=ports)])
+    config = json.dumps(
+        {"ec2_metadata_v1_disabled": False, "metadata_service_num_attempts": attempts}
+    )
+    ask = _BOTOCORE.replace(
+        "IMDSFetcher(config=config)", f"IMDSFetcher(num_attempts={attempts}, config=config)"
+    )
+    found = _told(_run(guest, sys.executable, "-c", ask, config, home=tmp_path))
+    assert found["token"] is told
+    assert found["user_data"] == user_data_of(f"red-{number}").decode()
 
 
 def test_with_tokens_off_botocore_falls_back_and_gets_the_same(

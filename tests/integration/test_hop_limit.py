@@ -264,6 +264,17 @@ def test_whoever_flushes_the_ruleset_takes_it_away_for_a_moment_only(world: Worl
     assert _limits(world.red) == (6, 64)
 
 
+def test_the_very_first_request_of_a_guest_that_a_source_has_told_of_is_given_its_token(
+    world: World,
+) -> None:
+    """Its record is in force before it asks for anything, so it does not come by the resolver."""
+    _say(world, {"networks": {"red": {"hop_limit": 2}}})
+    _given(world.red)
+    guest = world.lab.guest("red", 82)
+    world.daemon.put(instances=[instance("red-82", "red", 82)])
+    assert _limits(guest) == (2, 64)
+
+
 def test_a_guest_that_is_not_known_yet_gets_its_token_as_far_as_everybody(world: World) -> None:
     """What comes by the resolver is sent on a connection that is not ours to mark: it is to ask again."""
     _say(world, {"networks": {"red": {"hop_limit": 2}}})

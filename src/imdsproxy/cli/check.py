@@ -123,6 +123,7 @@ def _ask(run: options.Invocation) -> list[Finding]:
     )
     findings += preflight.check_records(settings)
     findings += _tokens(settings)
+    findings += _open_records(run, settings, reachable=status is not None)
     findings += _openstack(settings)
     findings += _audit(settings)
     if status is None:
@@ -197,6 +198,34 @@ def _audit(settings: Settings) -> list[Finding]:
     from imdsproxy.cli.preflight_audit import check_audit  # noqa: PLC0415 - `--help` need not load it
 
     return check_audit(settings.audit)
+
+
+def _open_records(run: options.Invocation, settings: Settings, *, reachable: bool) -> list[Finding]:
+    """Of the daemon's instances where it runs, else of those in record files and in the store."""
+    from imdsproxy.cli import preflight, preflight_tokens  # noqa: PLC0415 - `--help` need not load it
+
+    if reachable:
+        from imdsproxy.cli.admin_client import AdminClient  # noqa: PLC0415 - as above
+
+        daemon = AdminClient(run.socket or settings.admin_socket, timeout_s=5)
+        told = cast("Mapping[str, object]", daemon.get("/v1/token-report"))
+        trees = cast("Sequence[Mapping[str, str]]", told["open_trees"])
+        named = [(one["instance"], one["network"], one["tree"]) for one in trees]
+        return preflight_tokens.check_instances_trees(named, cast("int", told["open_tree_count"]))
+    from imdsproxy.core.records.document import Records  # noqa: PLC0415 - as above
+    from imdsproxy.sources.sqlite_reading import read_store  # noqa: PLC0415 - as above
+
+    sources, records = settings.sources, list[Records]()
+    if sources.file.enabled and sources.file.directory.is_dir():
+        files = preflight.read_record_files(sources.file.directory)
+        records += [held for _, held in files if isinstance(held, Records)]
+    found: list[Finding] = []
+    if sources.sqlite.enabled:
+        try:
+            records.append(read_store(settings.store_path))
+        except ImdsproxyError as error:
+            found += preflight.findings_of("records", error)
+    return found + preflight_tokens.check_records_trees(records, settings.policy.book())
 
 
 def _openstack(settings: Settings) -> list[Finding]:

@@ -23,6 +23,7 @@ from imdsproxy.errors import (
 if TYPE_CHECKING:
     from imdsproxy.config.endpoint import Endpoint
     from imdsproxy.config.schema import Settings
+    from imdsproxy.core.records.document import Records
     from imdsproxy.dataplane.launch import HaproxyProgram
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "check_records",
     "findings_of",
     "read_capabilities",
+    "read_record_files",
 ]
 
 _CAPABILITIES: Final[Mapping[str, tuple[int, str]]] = {
@@ -229,12 +231,6 @@ def check_records(settings: Settings) -> list[Finding]:
     source = settings.sources.file
     if not source.enabled:
         return []
-    from imdsproxy.sources.record_file import (  # noqa: PLC0415 - rarely needed
-        SUFFIXES,
-        decode_records,
-        payload_reader,
-    )
-
     if not source.directory.is_dir():
         return [
             Finding(
@@ -246,24 +242,36 @@ def check_records(settings: Settings) -> list[Finding]:
         ]
     found: list[Finding] = []
     count = 0
-    for path in sorted(source.directory.iterdir()):
-        if path.suffix not in SUFFIXES or path.name.startswith("."):
-            continue
-        try:
-            data = path.read_bytes()
-        except OSError as error:
-            text = f"{path}: cannot be read: {error.strerror}"
+    for path, records in read_record_files(source.directory):
+        if isinstance(records, OSError):
+            text = f"{path}: cannot be read: {records.strerror}"
             found.append(Finding("records", text, "", SourceRefused.exit_status))
             continue
-        records, _ = decode_records(
-            data, file=str(path), read_file=payload_reader(source.directory)
-        )
         count += len(records.networks) + len(records.instances)
         found += [
             Finding("records", str(problem), "", SourceRefused.exit_status)
             for problem in records.all_problems
         ]
     return found or [Finding("records", f"{count} in {source.directory}")]
+
+
+def read_record_files(directory: Path) -> Iterator[tuple[Path, Records | OSError]]:
+    """What each record file of a directory holds, or why it cannot be read."""
+    from imdsproxy.sources.record_file import (  # noqa: PLC0415 - rarely needed
+        SUFFIXES,
+        decode_records,
+        payload_reader,
+    )
+
+    for path in sorted(directory.iterdir()):
+        if path.suffix not in SUFFIXES or path.name.startswith("."):
+            continue
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            yield path, error
+            continue
+        yield path, decode_records(data, file=str(path), read_file=payload_reader(directory))[0]
 
 
 def check_daemon(status: Mapping[str, object]) -> list[Finding]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -22,11 +22,15 @@ from imdsproxy.errors import ImdsproxyError
 
 if TYPE_CHECKING:
     from imdsproxy.config.schema import Settings
+    from imdsproxy.core.model import Instance, InstanceId, Network, NetworkId
+    from imdsproxy.core.records.document import Records
 
 __all__ = [
     "check_guards",
     "check_hop_limits",
+    "check_instances_trees",
     "check_path_rules",
+    "check_records_trees",
     "check_token_keys",
     "check_trees",
 ]
@@ -36,6 +40,7 @@ _TREES: Final = {"/openstack": "openstack_tokens", "/nocloud": "nocloud_tokens"}
 _NAMES: Final = {"/latest": "EC2's tree", "/openstack": "/openstack", "/nocloud": "/nocloud"}
 _CONCERNED: Final = ("tokens", "seal_user_data", "paths", *_TREES.values())
 _GROUP: Final = stat.S_IRWXG
+_NAMED: Final = 3
 
 
 def check_trees(book: PolicyBook) -> list[Finding]:
@@ -76,6 +81,50 @@ def _of_open_trees(place: str, left: OpenUserData) -> Finding:
         "seal_user_data: true, or no such dialect in the records",
         warning=True,
     )
+
+
+def check_records_trees(told: Iterable[Records], book: PolicyBook) -> list[Finding]:
+    """The same of what records say beside the settings, while no daemon can be asked.
+
+    Args:
+        told: What each place holds.
+        book: What the settings say.
+    """
+    from imdsproxy.core.inventory import Inventory  # noqa: PLC0415 - `--help` need not load it
+    from imdsproxy.core.observation import Observation, SourceName  # noqa: PLC0415 - as above
+    from imdsproxy.core.token_report import open_trees  # noqa: PLC0415 - as above
+
+    source = SourceName("records")
+    networks: dict[NetworkId, Network] = {}
+    instances: dict[InstanceId, Instance] = {}
+    for records in told:
+        networks |= {one.id: one for _, one in records.networks}
+        instances |= {one.id: one for _, one in records.instances}
+    inventory = Inventory([source])
+    inventory.observe(Observation(source, networks=networks, instances=instances))
+    found = open_trees(inventory, book)
+    return check_instances_trees(
+        [(one.instance, one.network, one.tree) for one in found], len(found)
+    )
+
+
+def check_instances_trees(named: Sequence[tuple[str, str, str]], count: int) -> list[Finding]:
+    """One warning for all instances whose user-data is kept in one tree and open in another.
+
+    Args:
+        named: Instance, network and open tree; at least the first few.
+        count: Of all of them.
+    """
+    if not count:
+        return []
+    shown = [f"{tree} of {who} in {where}" for who, where, tree in named[:_NAMED]]
+    more = f" and {count - len(shown)} more" if count > len(shown) else ""
+    text = f"user-data is open beside a tree that keeps it: {', '.join(shown)}{more}"
+    hint = (
+        "openstack_tokens, nocloud_tokens or seal_user_data lock it after the boot, paths at once; "
+        "`dialects` in a record takes a tree away"
+    )
+    return [Finding(_AREA, text, hint, warning=True)]
 
 
 def check_path_rules(book: PolicyBook) -> list[Finding]:

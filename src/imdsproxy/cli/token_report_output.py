@@ -15,6 +15,8 @@ __all__ = ["say_token_report"]
 
 _Shape: TypeAlias = Mapping[str, object]
 
+_TREES_SHOWN: Final = 5
+
 _COLUMNS: Final = (
     Column("NETWORK"),
     Column("INSTANCE"),
@@ -54,7 +56,7 @@ def say_token_report(output: Output, told: _Shape) -> None:
             f"[dim]READS is about: one read in {one_in} is counted, by chance. Who reads a hundred times is seen, who "
             "reads seldom may not be: tokens.count_reads: all counts each[/]"
         )
-    trees = cast("Sequence[_Shape]", told["open_trees"])
+    trees = cast("Sequence[_Shape]", told["open_trees"])[:_TREES_SHOWN]
     for one in trees:
         output.styled(
             f"[yellow]warning:[/] {clean(one['tree'])} gives instance {clean(one['instance'])} in "

@@ -1,6 +1,10 @@
 from __future__ import annotations
 
+import json
 import socket
+from contextlib import closing
+from dataclasses import replace
+from ipaddress import IPv4Address
 from pathlib import Path
 
 import pytest
@@ -11,7 +15,10 @@ from imdsproxy.cli.preflight import Finding
 from imdsproxy.config.endpoint import Endpoint
 from imdsproxy.config.schema import FileSourceSettings, Settings, SourcesSettings
 from imdsproxy.core.haproxy.runtime import Version
-from imdsproxy.core.model import NetworkId
+from imdsproxy.core.model import InstanceId, NetworkId, Port
+from imdsproxy.core.policy import PolicyRules, TokenMode
+from imdsproxy.core.records import render_instance
+from imdsproxy.core.token_report import OpenTree, TokenReport
 from imdsproxy.dataplane.launch import HaproxyProgram
 from imdsproxy.errors import (
     ConfigInvalid,
@@ -20,7 +27,9 @@ from imdsproxy.errors import (
     Problem,
     SourceUnavailable,
 )
+from imdsproxy.sources.sqlite_store import Store
 from support.admin_server import admin_server
+from support.record_builders import instance, network
 
 ALL = (1 << 41) - 1
 
@@ -240,3 +249,50 @@ def test_check_tells_what_the_running_daemon_leaves_out(
         server.operations.failure = SourceUnavailable("the store is locked")
         main(["check", "--socket", str(server.socket)])
         assert "the store is locked" in capsys.readouterr().out
+
+
+def test_check_warns_of_open_user_data_that_record_files_and_the_store_tell_of(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from imdsproxy.cli.main import main  # noqa: PLC0415 - only here
+
+    red, web, mail = network("red"), instance("web", "10.0.0.5"), instance("mail", "10.0.0.6")
+    required = PolicyRules(tokens=TokenMode.REQUIRED)
+    with closing(Store(tmp_path / "store.sqlite")) as store:
+        store.put(
+            [red], [replace(web, user_data=b"x", policy=required, ports=_ports("red", "10.0.0.5"))]
+        )
+    other = replace(mail, user_data=b"x", policy=required, ports=_ports("red", "10.0.0.6"))
+    (tmp_path / "records").mkdir()
+    (tmp_path / "records/mail.json").write_text(json.dumps({"instances": [render_instance(other)]}))
+    config = tmp_path / "c.yaml"
+    config.write_text(
+        f"paths: {{runtime_dir: {tmp_path}/r, state_dir: {tmp_path}}}\n"
+        f"sources: {{file: {{enabled: true, directory: {tmp_path}/records}}}}\n"
+    )
+    main(["check", "--json", "--config", str(config)])
+    (warned,) = [
+        one
+        for one in json.loads(capsys.readouterr().out)["findings"]
+        if one["warning"] and "user-data" in one["text"]
+    ]
+    assert warned["text"] == (
+        "user-data is open beside a tree that keeps it: "
+        "/openstack of mail in red, /nocloud of mail in red, /openstack of web in red and 1 more"
+    )
+
+
+def test_check_warns_of_open_user_data_that_the_daemon_tells_of(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from imdsproxy.cli.main import main  # noqa: PLC0415 - only here
+
+    with admin_server(tmp_path) as server:
+        tree = OpenTree(NetworkId("red"), InstanceId("web"), "/nocloud")
+        server.operations.tokens_told = TokenReport(0.0, (), (tree,), 12)
+        main(["check", "--json", "--socket", str(server.socket)])
+    assert "keeps it: /nocloud of web in red and 11 more" in capsys.readouterr().out
+
+
+def _ports(place: str, address: str) -> tuple[Port, ...]:
+    return (Port(NetworkId(place), addresses=(IPv4Address(address),)),)

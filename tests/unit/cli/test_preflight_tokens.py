@@ -9,11 +9,13 @@ from imdsproxy.cli.preflight_tokens import (
     check_guards,
     check_hop_limits,
     check_path_rules,
+    check_records_trees,
     check_token_keys,
     check_trees,
 )
 from imdsproxy.config.schema import Settings
 from imdsproxy.core.policy import PolicyBook
+from imdsproxy.core.records.document import Records, parse_records
 from imdsproxy.core.tokens import TokenKey, render_token_keys
 
 
@@ -22,6 +24,25 @@ def _book(**policy: object) -> PolicyBook:
 
 
 _OPEN = {"tokens": "required"}
+
+
+def _records(number: int, policy: object) -> Records:
+    """So many instances with user-data, all in the network red, whose record has the policy."""
+    network = {"id": "red", "listener": {"namespace": "red"}, "policy": policy}
+    instances = [
+        {
+            "id": f"web-{one}",
+            "name": "web",
+            "ports": [{"network": "red", "addresses": [f"10.0.0.{one + 1}"]}],
+            "user_data": "x",
+        }
+        for one in range(number)
+    ]
+    found = parse_records({"networks": [network], "instances": instances})
+    assert found.all_problems == ()
+    return found
+
+
 _LOCKED = {"openstack_tokens": "required", "nocloud_tokens": "required"}
 
 
@@ -35,6 +56,19 @@ def test_ec2s_tree_alone_required_is_warned_of_with_the_scope() -> None:
     (half,) = check_trees(_book(host={**_OPEN, "openstack_tokens": "required"}))
     assert "and /nocloud gives the same" in half.text
     assert half.hint.startswith("nocloud_tokens: required (")
+
+
+def test_a_tree_that_a_record_leaves_open_is_warned_of_with_the_first_few_it_is_of() -> None:
+    (finding,) = check_records_trees([_records(9, _OPEN)], _book())
+    assert finding.text == (
+        "user-data is open beside a tree that keeps it: "
+        "/openstack of web-0 in red, /nocloud of web-0 in red, /openstack of web-1 in red and 15 more"
+    )
+    assert (finding.ok, finding.warning, finding.area) == (True, True, "tokens")
+    (few,) = check_records_trees([_records(1, _OPEN)], _book(host={"openstack_tokens": "required"}))
+    assert few.text.endswith(": /nocloud of web-0 in red")
+    for policy, host in (({}, {}), ({**_OPEN, **_LOCKED}, {}), (_OPEN, _LOCKED)):
+        assert check_records_trees([_records(9, policy)], _book(host=host)) == []
 
 
 @pytest.mark.parametrize("section", ["networks", "projects", "instances"])
