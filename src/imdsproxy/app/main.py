@@ -34,8 +34,6 @@ def run(
         ImdsproxyError: It cannot start; says who must act.
     """
     clock = SystemClock()
-    raise_descriptor_limit()
-    leave_no_dumps()
 
     def load_and_log() -> Settings:
         settings = load()
@@ -43,6 +41,8 @@ def run(
         return settings
 
     holder = SettingsHolder(load_and_log(), load_and_log)
+    raise_descriptor_limit()
+    leave_no_dumps()
     try:
         asyncio.run(
             run_controller(
