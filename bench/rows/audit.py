@@ -1,4 +1,4 @@
-"""What the audit log costs: a document out of the cache, read by a guest behind a veth link, with and without it."""
+"""What the audit log costs a guest behind a veth link: the shortest document, and one signed and sent to Nova."""
 
 from __future__ import annotations
 
@@ -11,13 +11,16 @@ from bench.context import Bench
 from bench.daemon import Daemon
 from bench.figures import Bar, Row, Verdict, judge
 from bench.lab import GUESTS, PLUGGED, network_name
+from bench.nova import PATH, nova_guest, nova_settings, run_stub
 from bench.place import BenchError
+from bench.procs import pin
 from bench.records import instance, network
 from bench.sides import CONNECTIONS, Side, cost_ratio, load_in_turn, rate_ratio, without_errors
 
 __all__ = ["ROWS", "measure_audit"]
 
-ROWS: Final = ("audit", "audit-sampled")
+ROWS: Final = ("audit", "audit-sampled", "audit-signed")
+_EMBEDDED: Final = frozenset(ROWS[:2])
 _PATH: Final = "/latest/meta-data/instance-id"
 _URL: Final = f"http://169.254.169.254{_PATH}"
 _AGENT: Final = "User-Agent: Cloud-Init/24.4.1"
@@ -30,7 +33,14 @@ _MORE_ROUNDS: Final = 2
 
 
 def measure_audit(bench: Bench, wanted: Callable[[str], bool]) -> Iterator[Row]:
-    """Both rows: three daemons that differ in nothing but `audit.mode`, a network each."""
+    """All rows: daemons that differ in nothing but `audit.mode`, a network each."""
+    if any(map(wanted, _EMBEDDED)):
+        yield from _embedded(bench, wanted)
+    if wanted("audit-signed"):
+        yield _signed(bench)
+
+
+def _embedded(bench: Bench, wanted: Callable[[str], bool]) -> Iterator[Row]:
     modes = ("off", "all", "sampled")
     bench.lab.grow(len(modes))
     with contextlib.ExitStack() as stack:
@@ -51,17 +61,47 @@ def measure_audit(bench: Bench, wanted: Callable[[str], bool]) -> Iterator[Row]:
         raise BenchError(f"the logs have other lines than they should: {lines}")
     if wanted("audit"):
         row = _row(bench, "audit", "a line for each", sides["all"], sides["off"], bar=_BAR)
-        share = left_out / (lines["all"] + left_out)
-        verdict = row.verdict if share < _LEAST else Verdict.INVALID
-        yield replace(
-            row,
-            figure=f"{row.figure}; {share:.1%} of the lines left out",
-            verdict=verdict,
-            data={**row.data, "lines": lines["all"], "left_out": left_out},
-        )
+        yield _with_lines(row, lines["all"], left_out)
     if wanted("audit-sampled"):
         what = "a line for one in 100"
         yield _row(bench, "audit-sampled", what, sides["sampled"], sides["off"])
+
+
+def _signed(bench: Bench) -> Row:
+    off, on = network_name(0), network_name(1)
+    bench.lab.grow(2)
+    sides: dict[str, Side] = {}
+    with run_stub(bench.binary, bench.directory) as stub, contextlib.ExitStack() as stack:
+        pin(stub.pid, {bench.cpus[1]})
+        for name, mode in ((off, "off"), (on, "all")):
+            directory = bench.directory / f"audit-signed-{mode}"
+            directory.mkdir(exist_ok=True)
+            log = bench.directory / f"audit-signed-{mode}.log"
+            said = {"audit": {"mode": mode, "destination": str(log)}}
+            daemon = Daemon(directory, {**nova_settings(directory, stub.port), **said})
+            stack.callback(daemon.stop)
+            daemon.start()
+            daemon.put([bench.network(name)], [nova_guest(name)])
+            daemon.wait_serving(1)
+            worker = daemon.wait_settled().worker
+            sides[mode] = Side(f"http://169.254.169.254{PATH}", worker, (_AGENT,), network=name)
+        rounds = _MORE_ROUNDS * bench.scale.rounds
+        load_in_turn(bench, list(sides.values()), bench.scale.seconds, rounds=rounds)
+        without_errors(*sides.values())
+        left_out = _left_out(daemon)
+    what = "a line for each"
+    row = _row(bench, "audit-signed", what, sides["all"], sides["off"], bar=_BAR, path=PATH)
+    return _with_lines(row, _lines(bench, "signed-all"), left_out)
+
+
+def _with_lines(row: Row, lines: int, left_out: int) -> Row:
+    share = left_out / (lines + left_out)
+    return replace(
+        row,
+        figure=f"{row.figure}; {share:.1%} of the lines left out",
+        verdict=row.verdict if share < _LEAST else Verdict.INVALID,
+        data={**row.data, "lines": lines, "left_out": left_out},
+    )
 
 
 def _side(bench: Bench, daemon: Daemon, name: str) -> Side:
@@ -88,13 +128,20 @@ def _lines(bench: Bench, mode: str) -> int:
 
 
 def _row(
-    bench: Bench, key: str, what: str, ours: Side, other: Side, *, bar: Bar | None = None
+    bench: Bench,
+    key: str,
+    what: str,
+    ours: Side,
+    other: Side,
+    *,
+    bar: Bar | None = None,
+    path: str = _PATH,
 ) -> Row:
     ratio, by_cost = rate_ratio(ours, other), cost_ratio(ours, other)
     return Row(
         key=key,
         what=(
-            f"{_PATH} read by a guest behind a veth link, {what} in a file, beside no audit log, "
+            f"{path} read by a guest behind a veth link, {what} in a file, beside no audit log, "
             f"{CONNECTIONS} connections"
         ),
         figure=(
@@ -105,8 +152,7 @@ def _row(
         bar="" if bar is None else bar.text,
         value=ratio,
         how=(
-            f"median of {len(ours.rates)} pairs of runs of {bench.scale.seconds:g} s in turn, three equal "
-            "daemons; out of HAProxy's cache, so that nothing else costs much"
+            f"median of {len(ours.rates)} pairs of runs of {bench.scale.seconds:g} s in turn, by equal daemons"
         ),
         data={"ours": ours.numbers(), "off": other.numbers(), "ratio": ratio, "cpu_ratio": by_cost},
     )
