@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from typing import Final, TypeAlias, cast
 
 from imdsproxy import __version__
+from imdsproxy.admin.collector import metrics_registry
 from imdsproxy.admin.health import health_app
-from imdsproxy.admin.metrics import metrics_registry
 from imdsproxy.admin.operations import SettingsReload
 from imdsproxy.app.explain import Explainer
 from imdsproxy.app.figures import Figures

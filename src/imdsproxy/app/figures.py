@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Final, get_args
 
-from imdsproxy.admin.metrics import (
+from imdsproxy.admin.snapshot import (
     MetricsSnapshot,
     NetworkTraffic,
     NeutronCounts,

@@ -11,8 +11,9 @@ import typer.main
 
 from imdsproxy import errors
 from imdsproxy.admin.api import admin_app
-from imdsproxy.admin.metrics import METRICS, NETWORK_SUM
+from imdsproxy.admin.metrics import METRICS
 from imdsproxy.admin.refusals import status_of
+from imdsproxy.admin.snapshot import NETWORK_SUM
 from imdsproxy.cli.commands import build_app
 from imdsproxy.cli.exitcodes import EXIT_STATUSES, errors_by_status
 from imdsproxy.config.neutron_options import NEUTRON_OPTIONS

@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 import pytest
 from prometheus_client.registry import CollectorRegistry
 
+from imdsproxy.admin.collector import metrics_registry
 from imdsproxy.admin.health import health_app
-from imdsproxy.admin.metrics import MetricsSnapshot, metrics_registry
 from imdsproxy.admin.operations import Readiness
+from imdsproxy.admin.snapshot import MetricsSnapshot
 
 
 @dataclass

@@ -7,16 +7,15 @@ import pytest
 from prometheus_client.exposition import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from imdsproxy.admin.metrics import (
-    METRICS,
-    MetricDescription,
+from imdsproxy.admin.collector import metrics_registry
+from imdsproxy.admin.metrics import METRICS, MetricDescription
+from imdsproxy.admin.snapshot import (
     MetricsSnapshot,
     NetworkTraffic,
     NeutronCounts,
     SourceFigures,
     Timing,
     bound_networks,
-    metrics_registry,
 )
 
 FULL = MetricsSnapshot(

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from imdsproxy.admin.metrics import NetworkTraffic
+from imdsproxy.admin.snapshot import NetworkTraffic
 from imdsproxy.app.figures import TrafficCounter
 
 
