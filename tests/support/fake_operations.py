@@ -6,27 +6,29 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from imdsproxy.admin.operations import (
-    AuditReport,
     DocumentAnswer,
-    DocumentsReport,
     Explanation,
     GuardChange,
-    HaproxyReport,
     InstanceReport,
     KeyRotation,
-    LeftOut,
     NetworkReport,
     PathDecision,
+    SettingChange,
+    SettingsReload,
+    WatchReport,
+    Written,
+)
+from imdsproxy.admin.reports import (
+    AuditReport,
+    DocumentsReport,
+    HaproxyReport,
+    LeftOut,
     PlanReport,
     Readiness,
     ReloadReport,
-    SettingChange,
-    SettingsReload,
     SourceReport,
     StatusReport,
     UnixListenerReport,
-    WatchReport,
-    Written,
 )
 from imdsproxy.core.haproxy.watching import Watched
 from imdsproxy.core.observation import Claimant, Conflict, ConflictKind

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from imdsproxy.admin.operations import LeftOut
+from imdsproxy.admin.reports import LeftOut
 from imdsproxy.core.observation import Conflict
 from imdsproxy.core.records import Records, Refused, parse_instance, parse_network, parse_records
 from imdsproxy.errors import Problem, RequestRefused

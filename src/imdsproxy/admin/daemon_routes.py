@@ -11,13 +11,8 @@ from pydantic import BaseModel, ConfigDict
 from starlette.responses import JSONResponse, PlainTextResponse
 
 from imdsproxy.admin.dependencies import Ops, answers
-from imdsproxy.admin.operations import (
-    Explanation,
-    SettingsReload,
-    StatusReport,
-    TokenReport,
-    WatchReport,
-)
+from imdsproxy.admin.operations import Explanation, SettingsReload, TokenReport, WatchReport
+from imdsproxy.admin.reports import StatusReport
 from imdsproxy.admin.shapes import to_json
 from imdsproxy.core.addresses import normalise_address
 from imdsproxy.core.model import InstanceId, IpAddress, NetworkId

@@ -19,7 +19,7 @@ from imdsproxy.core.wire import RETRY_AFTER_S
 if TYPE_CHECKING:
     from prometheus_client.registry import CollectorRegistry
 
-    from imdsproxy.admin.operations import Readiness
+    from imdsproxy.admin.reports import Readiness
 
 __all__ = ["health_app"]
 

@@ -10,9 +10,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from imdsproxy.admin.reports import LeftOut, StatusReport
+
 # The OpenAPI document is made from these annotations, so they are imported for real.
 from imdsproxy.core.haproxy.watching import WatchReport
-from imdsproxy.core.limited import Asker
 from imdsproxy.core.model import (
     Instance,
     InstanceId,
@@ -25,258 +26,23 @@ from imdsproxy.core.observation import Claimant, Conflict, SourceName
 from imdsproxy.core.policy_decides import Decided
 from imdsproxy.core.policy_told import PolicyInForce
 from imdsproxy.core.token_report import TokenReport
-from imdsproxy.errors import Problem
 
 __all__ = [
-    "AuditReport",
     "DocumentAnswer",
-    "DocumentsReport",
     "Explanation",
     "GuardChange",
-    "HaproxyReport",
     "InstanceReport",
     "KeyRotation",
-    "LeftOut",
-    "MacsReport",
     "NetworkReport",
-    "NovaEndpointReport",
     "Operations",
     "PairReport",
     "PathDecision",
-    "PlanReport",
-    "Readiness",
-    "ReloadReport",
     "SettingChange",
     "SettingsReload",
-    "SourceReport",
-    "StatusReport",
-    "UnixListenerReport",
     "TokenReport",
     "WatchReport",
     "Written",
 ]
-
-
-@dataclass(frozen=True, slots=True)
-class SourceReport:
-    """One source of records.
-
-    Attributes:
-        in_sync: It has told all that it knows.
-        stale_s: Seconds for which it has not answered, 0 while it does; its last records stay.
-        problems: Every record that it refuses now.
-    """
-
-    name: SourceName
-    in_sync: bool
-    networks: int = 0
-    instances: int = 0
-    stale_s: float = 0.0
-    problems: tuple[Problem, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class LeftOut:
-    """A network whose listener cannot be served now.
-
-    Attributes:
-        code: Stable and kebab-case, as `namespace-missing`, `port-busy`, `foreign-listener`.
-        reason: What is wrong, with pid and program where another program is in the way.
-        hint: What the operator can do.
-    """
-
-    network: NetworkId
-    code: str
-    reason: str
-    hint: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class ReloadReport:
-    """A reload of HAProxy that has ended.
-
-    Attributes:
-        at: Unix time, in seconds.
-        reason: Why it was asked for, as `network-added`.
-        result: HAProxy's own words where it failed, else empty.
-    """
-
-    number: int
-    at: float
-    reason: str
-    ok: bool
-    result: str = ""
-    took_s: float = 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class HaproxyReport:
-    """The data plane; `None` where it is not known (not started, or not answering)."""
-
-    version: str | None = None
-    master: int | None = None
-    worker: int | None = None
-    old_workers: tuple[int, ...] = ()
-    reloads: int = 0
-    last_reload: ReloadReport | None = None
-    problem: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class DocumentsReport:
-    """The document server's processes: the parent first.
-
-    Attributes:
-        needed: Off where the settings say so; then it does not run.
-    """
-
-    pids: tuple[int, ...] = ()
-    problem: str = ""
-    needed: bool = True
-
-
-@dataclass(frozen=True, slots=True)
-class NovaEndpointReport:
-    """One address of one of Nova's metadata APIs, as HAProxy sees it.
-
-    Attributes:
-        endpoint: `ADDRESS:PORT`.
-        reason: Why it is not up.
-        requests: Sent there by the worker that runs now.
-        failures: Of these, without an answer.
-    """
-
-    endpoint_set: str
-    endpoint: str
-    up: bool
-    reason: str = ""
-    requests: int = 0
-    failures: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class UnixListenerReport:
-    """The socket for Neutron's proxies, where it is enabled.
-
-    Attributes:
-        serving: HAProxy's socket is at the path.
-        mode: Of the socket, as `0644`; empty where it is left out.
-        user: Its owner's uid.
-        group: Its group's gid.
-        problem: Why it is left out.
-        taken_over: How often the path was taken from a process that lives, since the controller started.
-        taken_from: Who that was the last time; empty for nobody.
-    """
-
-    path: str
-    serving: bool
-    mode: str = ""
-    user: int | None = None
-    group: int | None = None
-    problem: str = ""
-    taken_over: int = 0
-    taken_from: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class PlanReport:
-    """The last plan: what it did, why, and what of it failed (and is tried again)."""
-
-    at: float
-    operations: int
-    reasons: tuple[str, ...] = ()
-    failed: tuple[str, ...] = ()
-    took_s: float = 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class MacsReport:
-    """What is made of guests' MACs.
-
-    Attributes:
-        gates: Networks where the kernel looks at them.
-        refused: Networks where it should, and cannot: nobody with a MAC in its record is answered there.
-        pairs: Addresses that are let through with a MAC, or with any.
-        learned: Addresses that guests have by their MAC alone.
-        mismatches: Requests with an address of one and the MAC of another since the controller started, by network;
-            the twenty with the most.
-    """
-
-    gates: int = 0
-    refused: int = 0
-    pairs: int = 0
-    learned: int = 0
-    mismatches: Mapping[str, int] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class AuditReport:
-    """The audit log.
-
-    Attributes:
-        mode: `sampled` or `all`.
-        written: Lines since the controller started.
-        left_out: Requests without a line since then, because HAProxy's ring or the journal had no room.
-        problem: Why no lines are written now.
-    """
-
-    mode: str
-    destination: str
-    written: int = 0
-    left_out: int = 0
-    problem: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Readiness:
-    """Whether guests get what the sources say.
-
-    Attributes:
-        reasons: Why not, a line each.
-        degraded: What is wrong and no guest notices, a line each, with who must act.
-    """
-
-    ready: bool
-    reasons: tuple[str, ...] = ()
-    degraded: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class StatusReport:
-    """Everything at one moment.
-
-    Attributes:
-        started_at: Unix time of the controller's start, in seconds.
-        serving: Networks whose listener answers.
-        problems: What is wrong and belongs to no source, network or instance.
-        unix_listener: `None` where it is off.
-        policy_for_nobody: Where settings speak of a network, project or instance that no source tells of.
-        busiest: Who is kept to its limits now, and then who asks for most; ten at most.
-        audit: `None` where there is none.
-    """
-
-    version: str
-    controller: int
-    started_at: float
-    uptime_s: float
-    readiness: Readiness
-    networks: int
-    serving: int
-    instances: int
-    addresses: int
-    left_out: tuple[LeftOut, ...] = ()
-    sources: tuple[SourceReport, ...] = ()
-    conflicts: tuple[Conflict, ...] = ()
-    problems: tuple[Problem, ...] = ()
-    haproxy: HaproxyReport = field(default_factory=HaproxyReport)
-    documents: DocumentsReport = field(default_factory=DocumentsReport)
-    last_plan: PlanReport | None = None
-    nova: tuple[NovaEndpointReport, ...] = ()
-    unix_listener: UnixListenerReport | None = None
-    macs: MacsReport = field(default_factory=MacsReport)
-    policy_for_nobody: tuple[str, ...] = ()
-    busiest: tuple[Asker, ...] = ()
-    audit: AuditReport | None = None
 
 
 @dataclass(frozen=True, slots=True)

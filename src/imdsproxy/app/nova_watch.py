@@ -9,7 +9,7 @@ from typing import Final
 
 import structlog
 
-from imdsproxy.admin.operations import NovaEndpointReport
+from imdsproxy.admin.reports import NovaEndpointReport
 from imdsproxy.core.haproxy.nova import refused_counter, set_of_backend
 from imdsproxy.dataplane.haproxy import Haproxy
 from imdsproxy.dataplane.master import WorkerEnded

@@ -8,26 +8,28 @@ from dataclasses import dataclass, replace
 from typing import assert_never
 
 from imdsproxy.admin.operations import (
-    AuditReport,
     DocumentAnswer,
-    DocumentsReport,
     Explanation,
     GuardChange,
-    HaproxyReport,
     InstanceReport,
     KeyRotation,
+    NetworkReport,
+    SettingsReload,
+    WatchReport,
+    Written,
+)
+from imdsproxy.admin.reports import (
+    AuditReport,
+    DocumentsReport,
+    HaproxyReport,
     LeftOut,
     MacsReport,
-    NetworkReport,
     PlanReport,
     Readiness,
     ReloadReport,
-    SettingsReload,
     SourceReport,
     StatusReport,
     UnixListenerReport,
-    WatchReport,
-    Written,
 )
 from imdsproxy.app.audit import Audit
 from imdsproxy.app.explain import Explainer

@@ -7,20 +7,27 @@ it works are taken together in the next round.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
-from typing import Protocol
 
 import structlog
 
+from imdsproxy.app.keepers import (
+    CompiledFiles,
+    HopKeeper,
+    NoHops,
+    NoPairs,
+    NoSets,
+    PairKeeper,
+    SetKeeper,
+)
 from imdsproxy.app.tickets import Tickets
-from imdsproxy.core.compiled import CompiledRecord, compile_instance
+from imdsproxy.core.compiled import compile_instance
 from imdsproxy.core.identity import Learned
 from imdsproxy.core.inventory import Inventory
 from imdsproxy.core.model import InstanceId, NetworkId, Upstream
 from imdsproxy.core.observation import AddressKey, Affected, Conflict, Observation
-from imdsproxy.core.pairs import Pairs, plan_pairs
-from imdsproxy.core.path_rules import PathRules
+from imdsproxy.core.pairs import plan_pairs
 from imdsproxy.core.plan import PlannedRecords, plan_record, plan_records, record_key
 from imdsproxy.core.policy import PolicyBook
 from imdsproxy.core.upstream import NovaRouting
@@ -29,153 +36,10 @@ from imdsproxy.dataplane.records import RecordApplier
 from imdsproxy.errors import DataplaneError, ImdsproxyError, Problem
 from imdsproxy.host.clock import Clock
 
-__all__ = [
-    "CompiledFiles",
-    "HopKeeper",
-    "NoHops",
-    "NoPairs",
-    "NoSets",
-    "PairKeeper",
-    "RecordLoop",
-    "RoundReport",
-    "SetKeeper",
-]
+__all__ = ["RecordLoop", "RoundReport"]
 
 _RETRY_FIRST_S = 0.2
 _RETRY_LAST_S = 5.0
-
-
-class CompiledFiles(Protocol):
-    """Where the document server reads from."""
-
-    def apply(self, instance: InstanceId, record: CompiledRecord) -> None:
-        """Have exactly this record on disk; `HostRefused` leaves the one before."""
-        ...
-
-    def remove(self, instance: InstanceId) -> None:
-        """Have no record and no password of the instance."""
-        ...
-
-    def instances(self) -> Iterable[InstanceId]:
-        """Every instance that has a record on disk."""
-        ...
-
-
-class PairKeeper(Protocol):
-    """Who lets addresses through to HAProxy's maps, by their MACs (`app.gates`)."""
-
-    def keys(self) -> Iterable[AddressKey]:
-        """Every address that has a pair."""
-        ...
-
-    def prime(self, pairs: Pairs, *, complete: bool) -> None:
-        """Whom to let through, before HAProxy runs, and whether nobody else is."""
-        ...
-
-    def withheld(self, pairs: Pairs) -> frozenset[AddressKey]:
-        """Addresses that HAProxy must not know yet, because nobody looks at their MACs."""
-        ...
-
-    async def withdraw(self, pairs: Pairs) -> None:
-        """Let nobody through any more who is not in `pairs` for an address that is.
-
-        Raises:
-            HostRefused: The kernel refuses.
-        """
-        ...
-
-    async def grant(self, pairs: Pairs) -> None:
-        """Let these through.
-
-        Raises:
-            HostRefused: The kernel refuses.
-        """
-        ...
-
-
-class NoPairs:
-    """Nobody looks at MACs."""
-
-    def keys(self) -> Iterable[AddressKey]:
-        """See `PairKeeper.keys`."""
-        return ()
-
-    def prime(self, pairs: Pairs, *, complete: bool) -> None:
-        """See `PairKeeper.prime`."""
-
-    def withheld(self, pairs: Pairs) -> frozenset[AddressKey]:
-        """See `PairKeeper.withheld`."""
-        del pairs
-        return frozenset()
-
-    async def withdraw(self, pairs: Pairs) -> None:
-        """See `PairKeeper.withdraw`."""
-
-    async def grant(self, pairs: Pairs) -> None:
-        """See `PairKeeper.grant`."""
-
-
-class HopKeeper(Protocol):
-    """Who sees to hop limits (`app.hops`)."""
-
-    def word(self, network: NetworkId, word: str) -> str:
-        """A policy word as it may be in force now."""
-        ...
-
-    def hold(self, wanted: dict[str, str | None]) -> frozenset[NetworkId]:
-        """Change map values that cannot be in force yet; `settled` wants what this gives."""
-        ...
-
-    def settled(self, armed: frozenset[NetworkId], *, complete: bool) -> None:
-        """What was held is in force; with `complete` all records have been by now."""
-        ...
-
-
-class NoHops:
-    """Nobody does, and nobody has one."""
-
-    def word(self, network: NetworkId, word: str) -> str:
-        """See `HopKeeper.word`."""
-        del network
-        return word
-
-    def hold(self, wanted: dict[str, str | None]) -> frozenset[NetworkId]:
-        """See `HopKeeper.hold`."""
-        del wanted
-        return frozenset()
-
-    def settled(self, armed: frozenset[NetworkId], *, complete: bool) -> None:
-        """See `HopKeeper.settled`."""
-
-
-class SetKeeper(Protocol):
-    """Who has HAProxy know path rules (`app.rule_sets`)."""
-
-    def prime(self, wanted: Mapping[str, PathRules]) -> None:
-        """Have these where a HAProxy finds them that is yet to start.
-
-        Raises:
-            HostRefused: The file system refuses.
-        """
-        ...
-
-    async def have(self, wanted: Mapping[str, PathRules], *, sweep: bool) -> None:
-        """Return once every worker knows these, and every one to come; with `sweep` take others away.
-
-        Raises:
-            DataplaneError: Some may not know them.
-        """
-        ...
-
-
-class NoSets:
-    """Nobody does, and nobody has one."""
-
-    def prime(self, wanted: Mapping[str, PathRules]) -> None:
-        """See `SetKeeper.prime`."""
-
-    async def have(self, wanted: Mapping[str, PathRules], *, sweep: bool) -> None:
-        """See `SetKeeper.have`."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from prometheus_client.registry import CollectorRegistry
 
 from imdsproxy.admin.collector import metrics_registry
 from imdsproxy.admin.health import health_app
-from imdsproxy.admin.operations import Readiness
+from imdsproxy.admin.reports import Readiness
 from imdsproxy.admin.snapshot import MetricsSnapshot
 
 

@@ -6,7 +6,7 @@ from typing import cast
 import pytest
 from structlog.testing import capture_logs
 
-from imdsproxy.admin.operations import NovaEndpointReport
+from imdsproxy.admin.reports import NovaEndpointReport
 from imdsproxy.app.nova_watch import NovaWatch
 from imdsproxy.dataplane.haproxy import Haproxy
 

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from imdsproxy.admin.operations import AuditReport, DocumentAnswer, LeftOut, UnixListenerReport
+from imdsproxy.admin.operations import DocumentAnswer
+from imdsproxy.admin.reports import AuditReport, LeftOut, UnixListenerReport
 from imdsproxy.cli.main import main
 from imdsproxy.core.model import BridgeListener, Dialect, InstanceId, NamespaceListener, NetworkId
 from imdsproxy.core.path_rules import PathRules, PathWord

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from imdsproxy.admin.operations import LeftOut
+from imdsproxy.admin.reports import LeftOut
 from imdsproxy.cli import preflight
 from imdsproxy.cli.preflight import Finding
 from imdsproxy.config.endpoint import Endpoint
