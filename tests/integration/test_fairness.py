@@ -208,7 +208,7 @@ def _starves_nothing(world: World) -> None:
     assert green.ask(_USER_DATA).status == 200
     assert green.ask("/openstack/latest/meta_data.json").status == 200
     assert world.daemon.status()["haproxy"]["worker"] == world.pids().worker
-    assert world.daemon.resolver_up()
+    until(world.daemon.resolver_up, what="the resolver up")
     assert world.daemon.put(instances=[instance("green-77", "green", 77)])
     assert time.monotonic() - began < 5
     # Held for a second, as settings say, and no longer.

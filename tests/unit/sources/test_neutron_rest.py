@@ -155,7 +155,7 @@ async def test_connections_are_kept() -> None:
     ],
 )
 async def test_what_is_no_good_answer_is_a_failure_in_words(data: bytes, words: str) -> None:
-    async with serving(once(data)) as url, client_of(url) as client:
+    async with serving(once(data)) as url, client_of(url, timeout_s=10) as client:
         with pytest.raises(SourceUnavailable) as caught:
             await client.ports(PortQuery(limit=1))
         assert words in caught.value.message
