@@ -85,7 +85,7 @@ def test_who_is_unknown_is_told_so_in_one_line_but_not_where_a_token_is_awaited(
 
 @pytest.mark.alone
 def test_no_more_than_32_requests_of_a_network_are_held(world: World) -> None:
-    strangers, known = _flooded_network(world)
+    strangers, known = _flooded_network(world, "crowd")
     addresses = _invent(strangers, 40)
     green = world.lab.guest("green", 62)
     with ThreadPoolExecutor(len(addresses) + 1) as pool:
@@ -122,12 +122,12 @@ def _invent(guest: Guest, number: int) -> list[str]:
     return addresses
 
 
-def _flooded_network(world: World) -> tuple[Guest, Guest]:
-    """Two guests of a network of their own, whose share stays used up for a while: one is known."""
-    network = world.lab.namespace_network("flood")
-    known = world.lab.guest("flood", 5)
-    world.daemon.put([network], [instance("flood-5", "flood")])
-    return world.lab.guest("flood", 63), known
+def _flooded_network(world: World, name: str) -> tuple[Guest, Guest]:
+    """Two guests of a network of its own, whose share stays used up for a while: one is known."""
+    network = world.lab.namespace_network(name)
+    known = world.lab.guest(name, 5)
+    world.daemon.put([network], [instance(f"{name}-5", name)])
+    return world.lab.guest(name, 63), known
 
 
 class _Flood:
@@ -164,7 +164,7 @@ class _Flood:
 
 @pytest.mark.alone
 def test_a_guest_that_invents_addresses_slows_no_known_one(world: World) -> None:
-    flooder, neighbour = _flooded_network(world)
+    flooder, neighbour = _flooded_network(world, "invent")
     addresses = _invent(flooder, 100)
     known = [neighbour, world.guests["green"]]
     alone = _slowest(known)
@@ -176,7 +176,7 @@ def test_a_guest_that_invents_addresses_slows_no_known_one(world: World) -> None
 
 
 def test_a_flood_that_is_refused_does_not_keep_all_others_of_its_network_out(world: World) -> None:
-    flooder, _ = _flooded_network(world)
+    flooder, _ = _flooded_network(world, "flood")
     stranger = world.lab.guest("flood", 64)
     with _Flood(flooder, _invent(flooder, 50)) as flood:
         until(lambda: flood.statuses.count(503) > 2 * _MISSES_PER_S, what="refusals")
@@ -286,7 +286,7 @@ def test_an_unknown_address_is_503_while_a_source_has_not_told_all_it_knows() ->
 
 
 def test_a_load_of_misses_leaves_the_controller_answering(world: World) -> None:
-    flooder, neighbour = _flooded_network(world)
+    flooder, neighbour = _flooded_network(world, "misses")
     with _Flood(flooder, _invent(flooder, 50)), Load([neighbour], _TARGET, own) as load:
         load.wait_answers(50)
         text = "changed while flooded"
