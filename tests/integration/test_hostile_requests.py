@@ -159,6 +159,9 @@ def test_who_never_ends_a_request_is_told_so_and_keeps_nobody_waiting(
 # In front of Nova
 
 
+_IDLE_S: Final = 10.0
+
+
 @dataclass(slots=True)
 class _Nova:
     """A world with Nova's recorder, and a guest beside the one that means harm."""
@@ -166,6 +169,7 @@ class _Nova:
     world: NovaWorld
     token: str
     other: Connection
+    heard: float = field(default_factory=time.monotonic)
     asked: int = field(default=0)
     seen: int = field(default=0)
 
@@ -210,7 +214,12 @@ class _Nova:
         return wrong
 
     def _unharmed(self) -> list[str]:
+        if time.monotonic() - self.heard > _IDLE_S:
+            # On a busy machine twenty harms may take longer than HAProxy keeps a connection that asks nothing.
+            self.other.close()
+            self.other = self.world.green.connect()
         got = self.other.request("/latest/user-data")
+        self.heard = time.monotonic()
         return [] if (got.status, got.text) == (200, OTHER_INSTANCE) else [f"the other one: {got}"]
 
 
@@ -222,8 +231,12 @@ def _who(request: Received) -> Answer:
 
 @pytest.fixture(scope="module")
 def nova() -> Iterator[_Nova]:
-    with open_nova_world() as world, world.green.connect() as other:
-        yield _Nova(world, _token(world.green), other)
+    with open_nova_world() as world:
+        made = _Nova(world, _token(world.green), world.green.connect())
+        try:
+            yield made
+        finally:
+            made.other.close()
 
 
 def test_nova_sees_no_hand_written_harm(nova: _Nova) -> None:

@@ -63,7 +63,7 @@ async def serving(serve: Serve) -> AsyncIterator[str]:
 
 
 @contextlib.asynccontextmanager
-async def client_of(url: str, *, timeout_s: float = _TIMEOUT_S) -> AsyncIterator[NeutronRest]:
+async def client_of(url: str, *, timeout_s: float = 10) -> AsyncIterator[NeutronRest]:
     client = NeutronRest(
         lambda: connect_endpoint(url, timeout_s), timeout_s=timeout_s, max_queries=2
     )
@@ -155,7 +155,7 @@ async def test_connections_are_kept() -> None:
     ],
 )
 async def test_what_is_no_good_answer_is_a_failure_in_words(data: bytes, words: str) -> None:
-    async with serving(once(data)) as url, client_of(url, timeout_s=10) as client:
+    async with serving(once(data)) as url, client_of(url) as client:
         with pytest.raises(SourceUnavailable) as caught:
             await client.ports(PortQuery(limit=1))
         assert words in caught.value.message
@@ -208,7 +208,7 @@ async def _slow(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> N
 
 @pytest.mark.parametrize("serve", [_silent, _slow])
 async def test_an_answer_that_does_not_come_in_time_is_given_up(serve: Serve) -> None:
-    async with serving(serve) as url, client_of(url) as client:
+    async with serving(serve) as url, client_of(url, timeout_s=_TIMEOUT_S) as client:
         began = time.monotonic()
         with pytest.raises(QueryTimedOut):
             await client.ports(PortQuery(limit=1))
