@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
 from bench.context import Bench
-from bench.figures import median
+from bench.figures import Bar, Row, judge, median
 from bench.lab import network_name
 from bench.place import BenchError
 from bench.procs import cpu_seconds, pin
 from bench.wrk import Load, run_wrk
 
-__all__ = ["CONNECTIONS", "Side", "cost_ratio", "load_in_turn", "rate_ratio", "without_errors"]
+__all__ = [
+    "CONNECTIONS",
+    "Side",
+    "compare",
+    "cost_ratio",
+    "load_in_turn",
+    "rate_ratio",
+    "without_errors",
+]
 
 CONNECTIONS: Final = 64
 
@@ -112,3 +120,48 @@ def rate_ratio(ours: Side, other: Side) -> float:
 def cost_ratio(ours: Side, other: Side) -> float:
     """The same by HAProxy's processor time for a request."""
     return other.cost_us / ours.cost_us
+
+
+def compare(
+    key: str,
+    ours: Side,
+    other: Side,
+    *,
+    what: str,
+    how: str,
+    bar: Bar | None = None,
+    beside: str = "off",
+    more: Mapping[str, object] | None = None,
+) -> Row:
+    """What one side reaches of the other, as a row: judged by the rate, and told by processor time as well.
+
+    Args:
+        key: The row's.
+        ours: Judged.
+        other: What it is beside.
+        what: What was done.
+        how: How it was measured.
+        bar: Of the rates.
+        beside: What the JSON calls the other side.
+        more: What the JSON has beside the numbers.
+    """
+    ratio, by_cost = rate_ratio(ours, other), cost_ratio(ours, other)
+    return Row(
+        key=key,
+        what=what,
+        figure=(
+            f"{ratio:.2f} x ({ours.rate:,.0f} to {other.rate:,.0f} requests/s); by HAProxy's processor "
+            f"time {by_cost:.2f} x ({ours.cost_us:.1f} to {other.cost_us:.1f} µs a request)"
+        ),
+        verdict=judge(ratio, bar),
+        bar="" if bar is None else bar.text,
+        value=ratio,
+        how=how,
+        data={
+            "ours": ours.numbers(),
+            beside: other.numbers(),
+            "ratio": ratio,
+            "cpu_ratio": by_cost,
+            **(more or {}),
+        },
+    )

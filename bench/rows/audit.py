@@ -9,13 +9,19 @@ from typing import Final
 
 from bench.context import Bench
 from bench.daemon import Daemon
-from bench.figures import Bar, Row, Verdict, judge
+from bench.figures import Bar, Row, Verdict
 from bench.lab import GUESTS, PLUGGED, network_name
 from bench.nova import PATH, nova_guest, nova_settings, run_stub
 from bench.place import BenchError
 from bench.procs import pin
 from bench.records import instance, network
-from bench.sides import CONNECTIONS, Side, cost_ratio, load_in_turn, rate_ratio, without_errors
+from bench.sides import (
+    CONNECTIONS,
+    Side,
+    compare,
+    load_in_turn,
+    without_errors,
+)
 
 __all__ = ["ROWS", "measure_audit"]
 
@@ -137,22 +143,16 @@ def _row(
     bar: Bar | None = None,
     path: str = _PATH,
 ) -> Row:
-    ratio, by_cost = rate_ratio(ours, other), cost_ratio(ours, other)
-    return Row(
-        key=key,
+    return compare(
+        key,
+        ours,
+        other,
         what=(
             f"{path} read by a guest behind a veth link, {what} in a file, beside no audit log, "
             f"{CONNECTIONS} connections"
         ),
-        figure=(
-            f"{ratio:.2f} x ({ours.rate:,.0f} to {other.rate:,.0f} requests/s); by HAProxy's processor "
-            f"time {by_cost:.2f} x ({ours.cost_us:.1f} to {other.cost_us:.1f} µs a request)"
-        ),
-        verdict=judge(ratio, bar),
-        bar="" if bar is None else bar.text,
-        value=ratio,
         how=(
             f"median of {len(ours.rates)} pairs of runs of {bench.scale.seconds:g} s in turn, by equal daemons"
         ),
-        data={"ours": ours.numbers(), "off": other.numbers(), "ratio": ratio, "cpu_ratio": by_cost},
+        bar=bar,
     )

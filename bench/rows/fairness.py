@@ -14,13 +14,19 @@ from typing import Final
 
 from bench.context import Bench
 from bench.daemon import Daemon
-from bench.figures import Row, Verdict, judge, median, percentile
+from bench.figures import Row, Verdict, median, percentile
 from bench.guest import Guest, measure_latency
 from bench.lab import network_name
 from bench.nova import PATH, nova_guest, nova_settings, run_stub
 from bench.procs import pin
 from bench.records import first_guest
-from bench.sides import CONNECTIONS, Side, cost_ratio, load_in_turn, rate_ratio, without_errors
+from bench.sides import (
+    CONNECTIONS,
+    Side,
+    compare,
+    load_in_turn,
+    without_errors,
+)
 from bench.wrk import Load, wrk_command
 from imdsproxy.config.limits import LimitsSettings
 
@@ -130,21 +136,15 @@ def _signed(bench: Bench) -> Row:
 def _cost(bench: Bench, key: str, what: str, ours: Side, other: Side) -> Row:
     load_in_turn(bench, [other, ours], bench.scale.seconds)
     without_errors(ours, other)
-    ratio, by_cost = rate_ratio(ours, other), cost_ratio(ours, other)
-    return Row(
-        key=key,
+    return compare(
+        key,
+        ours,
+        other,
         what=f"a document {what}, {CONNECTIONS} connections: with limits that are kept to, beside none",
-        figure=(
-            f"{ratio:.2f} x ({ours.rate:,.0f} to {other.rate:,.0f} requests/s); by HAProxy's processor "
-            f"time {by_cost:.2f} x ({ours.cost_us:.1f} to {other.cost_us:.1f} µs a request)"
-        ),
-        verdict=judge(ratio, None),
-        value=ratio,
         how=(
             f"median of {len(ours.rates)} runs of {bench.scale.seconds:g} s in turn; two daemons, the HAProxy of each "
             "on one processor, wrk on the other"
         ),
-        data={"on": ours.numbers(), "off": other.numbers(), "ratio": ratio, "cpu_ratio": by_cost},
     )
 
 

@@ -10,7 +10,7 @@ from typing import Final
 from bench.bare import Bare, forwarding, render_bare, run_bare, worker_limits
 from bench.context import Bench
 from bench.daemon import Daemon
-from bench.figures import Bar, Row, judge
+from bench.figures import Bar, Row
 from bench.guest import Guest
 from bench.lab import guest, network_name
 from bench.nova import (
@@ -25,7 +25,13 @@ from bench.nova import (
 )
 from bench.place import BenchError
 from bench.procs import pin
-from bench.sides import CONNECTIONS, Side, cost_ratio, load_in_turn, rate_ratio, without_errors
+from bench.sides import (
+    CONNECTIONS,
+    Side,
+    compare,
+    load_in_turn,
+    without_errors,
+)
 
 __all__ = ["measure_forwarding"]
 
@@ -104,27 +110,17 @@ class _Stage:
         other = Side(f"http://169.254.169.254:{_BARE_PORT}{PATH}", self.bare.pid, kind.headers)
         load_in_turn(self.bench, [other, ours], scale.seconds)
         without_errors(ours, other)
-        value, by_cost = rate_ratio(ours, other), cost_ratio(ours, other)
-        return Row(
-            key=kind.key,
+        return compare(
+            kind.key,
+            ours,
+            other,
             what=f"{kind.what}, {CONNECTIONS} connections",
-            figure=(
-                f"{value:.2f} x ({ours.rate:,.0f} to {other.rate:,.0f} requests/s); by HAProxy's processor "
-                f"time {by_cost:.2f} x ({ours.cost_us:.1f} to {other.cost_us:.1f} µs a request)"
-            ),
-            verdict=judge(value, kind.bar),
-            bar="" if kind.bar is None else kind.bar.text,
-            value=value,
             how=(
                 f"median of {len(ours.rates)} runs of {scale.seconds:g} s, in turn with a bare HAProxy that sets four "
                 "constant headers and forwards over kept connections; both to the same stand-in for Nova (HAProxy, "
                 "1.1 kB), which checks the signature; HAProxy on one processor, wrk and the stand-in on the other"
             ),
-            data={
-                "ours": ours.numbers(),
-                "bare": other.numbers(),
-                "ratio": value,
-                "cpu_ratio": by_cost,
-                "bare_config": self.bare.config,
-            },
+            bar=kind.bar,
+            beside="bare",
+            more={"bare_config": self.bare.config},
         )

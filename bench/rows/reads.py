@@ -15,7 +15,13 @@ from bench.lab import network_name
 from bench.place import BenchError
 from bench.procs import pin
 from bench.records import USER_DATA_BYTES, first_guest
-from bench.sides import Side, cost_ratio, load_in_turn, rate_ratio, without_errors
+from bench.sides import (
+    Side,
+    compare,
+    load_in_turn,
+    rate_ratio,
+    without_errors,
+)
 
 __all__ = ["measure_reads"]
 
@@ -103,29 +109,18 @@ def _repeated(stage: _Stage, key: str, path: str, size: int) -> Row:
         other = Side(stage.url("/", _BARE_PORT), bare.pid)
         load_in_turn(stage.bench, [other, ours], stage.bench.scale.seconds)
         without_errors(ours, other)
-    ratio = rate_ratio(ours, other)
-    cpu_ratio = cost_ratio(ours, other)
-    return Row(
-        key=key,
+    return compare(
+        key,
+        ours,
+        other,
         what=f"repeated reads of {path} ({size} bytes), keep-alive, 64 connections",
-        figure=(
-            f"{ratio:.2f} x ({ours.rate:,.0f} to {other.rate:,.0f} requests/s); by HAProxy's processor "
-            f"time {cpu_ratio:.2f} x ({ours.cost_us:.1f} to {other.cost_us:.1f} µs a request)"
-        ),
-        verdict=judge(ratio, _READS_BAR),
-        bar=_READS_BAR.text,
-        value=ratio,
         how=(
             f"median of {len(ours.rates)} runs of {stage.bench.scale.seconds:g} s, in turn with a bare HAProxy "
             "that answers with `http-request return`; HAProxy on one processor, wrk on the other"
         ),
-        data={
-            "ours": ours.numbers(),
-            "bare": other.numbers(),
-            "ratio": ratio,
-            "cpu_ratio": cpu_ratio,
-            "bare_config": bare.config,
-        },
+        bar=_READS_BAR,
+        beside="bare",
+        more={"bare_config": bare.config},
     )
 
 

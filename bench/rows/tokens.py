@@ -7,12 +7,18 @@ from typing import Final
 
 from bench.context import Bench
 from bench.daemon import Daemon
-from bench.figures import Bar, Row, judge
+from bench.figures import Bar, Row
 from bench.guest import Guest
 from bench.lab import network_name
 from bench.place import BenchError
 from bench.records import first_guest
-from bench.sides import CONNECTIONS, Side, cost_ratio, load_in_turn, rate_ratio, without_errors
+from bench.sides import (
+    CONNECTIONS,
+    Side,
+    compare,
+    load_in_turn,
+    without_errors,
+)
 
 __all__ = ["ROWS", "measure_tokens"]
 
@@ -70,20 +76,14 @@ def _token(bench: Bench, name: str) -> str:
 def _row(
     bench: Bench, key: str, what: str, ours: Side, other: Side, *, bar: Bar | None = _BAR
 ) -> Row:
-    ratio, by_cost = rate_ratio(ours, other), cost_ratio(ours, other)
-    return Row(
-        key=key,
+    return compare(
+        key,
+        ours,
+        other,
         what=f"{_PATH} read {what}, beside tokens off, {CONNECTIONS} connections",
-        figure=(
-            f"{ratio:.2f} x ({ours.rate:,.0f} to {other.rate:,.0f} requests/s); by HAProxy's processor "
-            f"time {by_cost:.2f} x ({ours.cost_us:.1f} to {other.cost_us:.1f} µs a request)"
-        ),
-        verdict=judge(ratio, bar),
-        bar="" if bar is None else bar.text,
-        value=ratio,
         how=(
             f"median of {len(ours.rates)} runs of {bench.scale.seconds:g} s in turn, the same HAProxy; "
             "out of its cache, so that nothing else costs much"
         ),
-        data={"ours": ours.numbers(), "off": other.numbers(), "ratio": ratio, "cpu_ratio": by_cost},
+        bar=bar,
     )
