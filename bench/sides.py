@@ -17,7 +17,6 @@ __all__ = [
     "CONNECTIONS",
     "Side",
     "compare",
-    "cost_ratio",
     "load_in_turn",
     "rate_ratio",
     "without_errors",
@@ -117,7 +116,7 @@ def rate_ratio(ours: Side, other: Side) -> float:
     return median([one / two for one, two in zip(ours.rates, other.rates, strict=True)])
 
 
-def cost_ratio(ours: Side, other: Side) -> float:
+def _cost_ratio(ours: Side, other: Side) -> float:
     """The same by HAProxy's processor time for a request."""
     return other.cost_us / ours.cost_us
 
@@ -145,7 +144,7 @@ def compare(
         beside: What the JSON calls the other side.
         more: What the JSON has beside the numbers.
     """
-    ratio, by_cost = rate_ratio(ours, other), cost_ratio(ours, other)
+    ratio, by_cost = rate_ratio(ours, other), _cost_ratio(ours, other)
     return Row(
         key=key,
         what=what,

@@ -7,27 +7,20 @@ from collections.abc import Iterable
 from typing import Final
 
 from imdsproxy.core.gates import ANSWER_DSCP
-from imdsproxy.core.haproxy.audit import (
-    silence_told,
-)
-from imdsproxy.core.haproxy.counting import (
-    COUNTED,
-)
+from imdsproxy.core.haproxy.audit import silence_told
+from imdsproxy.core.haproxy.counting import COUNTED
 from imdsproxy.core.haproxy.guard import (
     looked_at,
     send_forwarded,
     tell_forwarded,
 )
-from imdsproxy.core.haproxy.limits import (
-    bound_body,
-)
+from imdsproxy.core.haproxy.limits import bound_body
 from imdsproxy.core.haproxy.model import DataplaneSpec, Section, Words
-from imdsproxy.core.haproxy.nova import (
-    longest_s,
-)
+from imdsproxy.core.haproxy.nova import longest_s
 from imdsproxy.core.haproxy.rules import (
     GUEST_HEADERS,
     KNOWN,
+    READS,
     TOKEN_HEADERS,
     allow_methods,
     delete_guest_headers,
@@ -142,7 +135,7 @@ def documents_backend(spec: DataplaneSpec, kind: str = "") -> Section:
             *_plain_request(),
             ("http-request", "set-header", HEADER_INSTANCE, "%[var(txn.record),field(1,|)]"),
             ("http-request", "set-header", HEADER_REVISION, "%[var(txn.record),field(2,|)]"),
-            ("http-request", "disable-l7-retry", "if", "!{", "method", "GET", "HEAD", "}"),
+            ("http-request", "disable-l7-retry", "if", *negated(READS)),
             *keep_short(spec),
             *_cached(spec, ("http-response", "cache-store", "documents")),
             # A worker that hangs is given up on before its check says so; the other one answers.

@@ -6,9 +6,7 @@ evaluation; rules that cost time stand behind `cache-use`, where repeated reads 
 
 from __future__ import annotations
 
-from imdsproxy.core.haproxy.audit import (
-    audit_ring,
-)
+from imdsproxy.core.haproxy.audit import audit_ring
 from imdsproxy.core.haproxy.backends import conflict_backend, documents_backend, resolver_backend
 from imdsproxy.core.haproxy.counting import (
     COUNTED,
@@ -22,9 +20,7 @@ from imdsproxy.core.haproxy.frontends import (
     unverified_frontend,
     without_guests,
 )
-from imdsproxy.core.haproxy.guard import (
-    GUARDED,
-)
+from imdsproxy.core.haproxy.guard import GUARDED
 from imdsproxy.core.haproxy.limits import (
     limit_sections,
     local_peer,

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Final
 from urllib.parse import unquote_to_bytes
 
-from imdsproxy.core.haproxy.rules import KNOWN, NOVA, negated
+from imdsproxy.core.haproxy.rules import KNOWN, NOVA, READS, negated
 from imdsproxy.core.haproxy.section import Section, Words
 from imdsproxy.core.wire import HEADER_OPERATOR
 
@@ -78,7 +78,6 @@ _READER_KEY: Final = "|".join(
 _BARE: Final = ("{", "var(txn.bare)", "-m", "found", "}")
 _UNMET: Final = ("{", "var(txn.unmet)", "-m", "found", "}")
 _NO_TOKEN: Final = ("!{", "var(txn.left)", "-m", "found", "}")
-_READS: Final = ("{", "method", "GET", "HEAD", "}")
 _EC2: Final = ("!{", "path_beg", "/openstack", "/nocloud", "}")
 _OF_AN_OPERATOR: Final = ("{", "var(txn.by_operator)", "-m", "found", "}")
 
@@ -160,7 +159,7 @@ def sample_reads(
     if not one_in:
         return ()
     of_guests = negated(_OF_AN_OPERATOR) if found else ()
-    counts = (*negated(asked), *_NO_TOKEN, *KNOWN, *_READS, *_EC2, *of_guests)
+    counts = (*negated(asked), *_NO_TOKEN, *KNOWN, *READS, *_EC2, *of_guests)
     # The throw comes first: it is all that most requests pay for.
     return tuple(
         ("http-request", "set-var(txn.asked)", "str(sampled)", "if", *chance, *counts)
@@ -186,12 +185,12 @@ def count_in_passing(one_in: int, *required: Words) -> tuple[Words, ...]:
         required: Conditions, each of which makes a read count, whatever tree it is of.
     """
     bare: Words = ("http-request", "set-var(txn.bare)", "bool(true)", "if")
-    passing = (*thrown(one_in), *_NO_TOKEN, *_READS)
+    passing = (*thrown(one_in), *_NO_TOKEN, *READS)
     sampled = ((*KNOWN, *_EC2), *required) if one_in else ()
     met = negated(_UNMET)
     return (
         *((*bare, *passing, *one) for one in sampled),
-        (*bare, *_UNMET, *_READS),
+        (*bare, *_UNMET, *READS),
         ("http-request", "unset-var(txn.bare)", "if", *_OF_AN_OPERATOR),
         ("http-request", "set-var(txn.instance)", "var(txn.record),field(1,|)", "if", *_BARE),
         ("http-request", "set-var(txn.instance)", "var(txn.record),field(3,|)", "if", *_BARE, *NOVA),

@@ -35,9 +35,7 @@ from imdsproxy.core.haproxy.limits import (
     has_said_share,
 )
 from imdsproxy.core.haproxy.model import Bind, DataplaneSpec, Section, Words
-from imdsproxy.core.haproxy.nova import (
-    use_nova,
-)
+from imdsproxy.core.haproxy.nova import use_nova
 from imdsproxy.core.haproxy.rules import (
     CONFLICT,
     KNOWN,

@@ -22,6 +22,7 @@ from imdsproxy.core.haproxy.rules import (
     KNOWN,
     NOVA,
     OF_A_PROXY,
+    READS,
     TOKEN_HEADERS,
     TOKEN_ROUTE,
     negated,
@@ -97,7 +98,6 @@ _GIVEN: Final = ("{", _THE_TOKEN, "-m", "found", "}")
 _SEEN: Final = ("{", "var(txn.claim),strcmp(sess.good)", "-m", "int", "0", "}")
 _NO_GOOD_TOKEN: Final = ("!{", "var(txn.left)", "-m", "found", "}")
 _UNMET: Final = ("{", "var(txn.unmet)", "-m", "found", "}")
-_READS: Final = ("{", "method", "GET", "HEAD", "}")
 _PUT: Final = ("{", "method", "PUT", "}")
 _PLAIN_ROUTE: Final = ("{", "path", TOKEN_PATH, "}")
 _IS_FORWARDED: Final = ("{", "var(txn.forwarded)", "-m", "found", "}")
@@ -147,7 +147,7 @@ def pass_at_once(key_map: str, unless: Words = ()) -> tuple[Words, ...]:
         key_map: The file of `core.tokens.render_key_map`.
         unless: A condition under which a guarded backend has something else to look at.
     """
-    plain = (_READS, *_none_of(_PLAIN_ROUTE), *((negated(unless),) if unless else ()))
+    plain = (READS, *_none_of(_PLAIN_ROUTE), *((negated(unless),) if unless else ()))
     return (
         # By parts: what would have to be put together and kept first costs as much again.
         _set("left", "date,neg,add(sess.until)", _GIVEN,

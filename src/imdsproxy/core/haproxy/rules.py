@@ -16,6 +16,7 @@ __all__ = [
     "TOKEN_HEADERS",
     "HAS_POLICY",
     "OF_A_PROXY",
+    "READS",
     "TOKEN_ROUTE",
     "allow_methods",
     "delete_guest_headers",
@@ -55,6 +56,8 @@ NOVA: Final[Words] = ("{", "var(txn.record)", "-m", "beg", MAP_NOVA, "}")
 
 CONFLICT: Final[Words] = ("{", "var(txn.record)", "-m", "str", MAP_CONFLICT, "}")
 
+
+READS: Final[Words] = ("{", "method", "GET", "HEAD", "}")
 
 HAS_POLICY: Final[Words] = ("{", "var(txn.policy)", "-m", "found", "}")
 """The record has a policy word."""

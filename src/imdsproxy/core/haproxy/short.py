@@ -21,7 +21,7 @@ from imdsproxy.core.documents.tree import TEXT
 from imdsproxy.core.haproxy.counting import thrown
 from imdsproxy.core.haproxy.guard import TOKENS_OFF
 from imdsproxy.core.haproxy.model import DataplaneSpec, Words
-from imdsproxy.core.haproxy.rules import HAS_POLICY, KNOWN, TOKEN_HEADERS, negated
+from imdsproxy.core.haproxy.rules import HAS_POLICY, KNOWN, READS, TOKEN_HEADERS, negated
 
 __all__ = ["KEPT_SHORT", "answer_counted", "answer_plain", "answer_short", "keep_short"]
 
@@ -38,7 +38,6 @@ _PRINTABLE: Final = r"^(?:[2-6][0-9A-F]|7[0-9A-E])+\z"
 """One line of ASCII, in hexadecimal: of bytes a pattern sees what is before the first NUL. Others HAProxy 3.0 encodes
 when it writes a value."""
 
-_READS: Final = ("{", "method", "GET", "HEAD", "}")
 KEPT_SHORT: Final = ("{", "var(txn.short)", "-m", "found", "}")
 """There is a short document for the request, which `answer_plain` has not answered with: it is to be counted."""
 
@@ -56,7 +55,7 @@ def answer_plain(spec: DataplaneSpec, unless: Words) -> tuple[Words, ...]:
     if spec.count_reads == 1 or not _kept(spec):
         return ()
     no_token = ("!{", f"req.fhdr({TOKEN_HEADERS[0]})", "-m", "found", "}")
-    may = (*no_token, *_READS)
+    may = (*no_token, *READS)
     off = (*TOKENS_OFF, *(negated(unless) if unless else ()))
     passing = negated(thrown(spec.count_reads)) if spec.count_reads else ()
     return _answer(spec, *negated(HAS_POLICY), *may, "or", *off, *may, passing=passing)
@@ -74,12 +73,12 @@ def answer_short(spec: DataplaneSpec, unless: Words) -> tuple[Words, ...]:
     may = negated(unless)
     # With a token that was good before; whoever has none was looked up before.
     good = ("{", "var(txn.left)", "-m", "found", "}")
-    return _answer(spec, *good, *may, *_READS, passing=may if spec.count_reads else ())
+    return _answer(spec, *good, *may, *READS, passing=may if spec.count_reads else ())
 
 
 def answer_counted(spec: DataplaneSpec) -> tuple[Words, ...]:
     """For the backend of reads that were just counted."""
-    return _answer(spec, *_READS) if _kept(spec) else ()
+    return _answer(spec, *READS) if _kept(spec) else ()
 
 
 def keep_short(spec: DataplaneSpec) -> tuple[Words, ...]:
