@@ -74,11 +74,14 @@ _THE_TOKEN: Final = "var(txn.token)"  # noqa: S105 - where it is
 _SAID_LENGTH: Final = 19
 """Of `KID.EXPIRY`: eight hexadecimal digits, a dot, ten decimal ones (`core.tokens.TOKEN_PATTERN`)."""
 
-_CLAIM: Final = f"{_THE_TOKEN},concat(|,sess.network),concat(|,txn.policy),concat(|,txn.record)"
-"""All that a token's being good depends on, beside its end and its key."""
-
 _BEARER: Final = "var(txn.record),concat(|,txn.policy),concat(|,sess.network)"
-"""What of it is not the token."""
+"""All that a token's being good depends on, beside itself, its end and its key."""
+
+_AS_BEFORE: Final = (
+    ("{", f"{_THE_TOKEN},strcmp(sess.token)", "-m", "int", "0", "}"),
+    ("{", f"{_BEARER},strcmp(sess.bearer)", "-m", "int", "0", "}"),
+)
+"""It was good on this connection, for the same. By parts: to put them together first costs as much again."""
 
 _MAC: Final = (
     "concat(|,sess.network),concat(|,txn.instance),concat(|,txn.epoch),hmac(sha256,txn.key),ub64enc"
@@ -95,7 +98,7 @@ TOKENS_OFF: Final = ("{", "var(txn.policy)", "-m", "beg", f"{POLICY_WORD}1-ooo--
 """The policy's letters say that tokens are off, and nothing else."""
 
 _GIVEN: Final = ("{", _THE_TOKEN, "-m", "found", "}")
-_SEEN: Final = ("{", "var(txn.claim),strcmp(sess.good)", "-m", "int", "0", "}")
+_SEEN: Final = ("{", "var(txn.seen)", "-m", "found", "}")
 _NO_GOOD_TOKEN: Final = ("!{", "var(txn.left)", "-m", "found", "}")
 _UNMET: Final = ("{", "var(txn.unmet)", "-m", "found", "}")
 _PUT: Final = ("{", "method", "PUT", "}")
@@ -149,10 +152,7 @@ def pass_at_once(key_map: str, unless: Words = ()) -> tuple[Words, ...]:
     """
     plain = (READS, *_none_of(_PLAIN_ROUTE), *((negated(unless),) if unless else ()))
     return (
-        # By parts: what would have to be put together and kept first costs as much again.
-        _set("left", "date,neg,add(sess.until)", _GIVEN,
-             ("{", f"{_THE_TOKEN},strcmp(sess.token)", "-m", "int", "0", "}"),
-             ("{", f"{_BEARER},strcmp(sess.bearer)", "-m", "int", "0", "}")),
+        _set("left", "date,neg,add(sess.until)", _GIVEN, *_AS_BEFORE),
         _rule(("http-request", "unset-var(txn.asked)"), ("{", "var(txn.left)", "-m", "int", "gt", "0", "}"), *plain,
               ("{", f"{_THE_TOKEN},bytes(0,8),map_str({key_map})", "-m", "found", "}"),
               ("{", f"req.fhdr_cnt({_TOKEN_HEADER})", "1", "}")),
@@ -349,7 +349,7 @@ def _check(key_map: str) -> tuple[Words, ...]:
         _set("key", f"{_THE_TOKEN},bytes(0,8),map_str({key_map})", _GIVEN),
         # Also of one that was good before: a key that was taken away is nobody's.
         _answer(401, _GIVEN, ("!{", "var(txn.key)", "-m", "found", "}")),
-        _set("claim", _CLAIM, _GIVEN),
+        _set("seen", "bool(true)", _GIVEN, *_AS_BEFORE),
         # The whole of it: what is cut out below says nothing of what stands behind.
         _answer(401, *fresh, ("!{", _THE_TOKEN, "-m", "reg", TOKEN_PATTERN, "}")),
         *_whose(*fresh),
@@ -366,7 +366,6 @@ def _check(key_map: str) -> tuple[Words, ...]:
               ("token", _THE_TOKEN),
               ("bearer", _BEARER),
               ("until", f"{_THE_TOKEN},field(2,.),add(0)"),
-              ("good", "var(txn.claim)"),
           )),
     )  # fmt: skip
 
