@@ -18,6 +18,7 @@ from imdsproxy.core.path_rules import (
     plain_path,
     undo_spelling,
 )
+from imdsproxy.core.policy import boot_is_over
 
 __all__ = ["Decided", "decide_read"]
 
@@ -84,7 +85,7 @@ def _token_route(word: str, path: bytes) -> Decided:
 
 
 def _read(word: str, now: int, path: bytes, paths: PathRules, *, token: bool) -> Decided:
-    modes, booted = word[3:6], int(word.split(":")[2]) <= now
+    modes, booted = word[3:6], boot_is_over(int(word.split(":")[2]), now)
     tree, rule, mode = "EC2's tree", "tokens", modes[0]
     for (name, begin), one in zip(_TREES, modes[1:], strict=True):
         if path.startswith(begin.encode()):

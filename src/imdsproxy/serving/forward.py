@@ -170,7 +170,5 @@ def _headers(request: FoundRequest) -> Iterable[Header]:
     yield HEADER_ADDRESS.encode(), request.address.encode()
     if request.by_operator:
         yield HEADER_OPERATOR.encode(), b"yes"
-    if request.by_operator:
-        yield HEADER_OPERATOR.encode(), b"yes"
     if request.body or request.method not in _BODILESS:
         yield b"content-length", b"%d" % len(request.body)
