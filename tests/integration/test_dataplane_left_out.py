@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Final
 
 import pytest
+import yaml
 
 from support.daemon import instance
 from support.guest import IPV4, IPV6, Guest, Load, Lost
@@ -108,6 +109,47 @@ def test_a_listener_that_cannot_bind_is_reported_and_blocks_no_other_change(
     world.daemon.put([later], [instance("later-5", "later")])
     assert own(late, late.ask("/latest/user-data")) is None
     assert "bad" in world.daemon.left_out()
+    world.all_right()
+
+
+def test_a_second_network_on_a_listener_in_use_is_refused_and_the_first_is_served_on(
+    world: World,
+) -> None:
+    for kind, network in (("namespace", "red"), ("bridge", "blue"), ("interface", "grey")):
+        place = world.lab.name(network) if kind == "namespace" else network
+        done = world.daemon.command("network", "add", "second", f"--{kind}", place)
+        assert done.status == 69
+        assert f"network {network} has this listener" in done.err
+        assert "second" not in world.daemon.command("network", "list", "--json").out
+    world.all_right()
+
+
+def test_of_two_sources_networks_on_one_listener_the_first_is_served_on(
+    world: World,
+) -> None:
+    records = world.daemon.directory / "records"
+    records.mkdir()
+    before = world.daemon.settings
+    world.daemon.configure(
+        {**before, "sources": {"file": {"enabled": True, "directory": str(records)}}}
+    )
+    world.daemon.kill_controller()
+    world.daemon.start()
+    file = records / "second.yaml"
+    # By its id it would be first.
+    second = {"id": "a-second", "listener": {"namespace": world.lab.name("red")}}
+    file.write_text(yaml.safe_dump({"networks": [second]}))
+    with Load([world.red], "/latest/user-data", own) as load:
+        assert "network red has" in _reported(world, "a-second", "listener-shared")
+        load.wait_answers(20)
+        world.daemon.kill_controller()
+        world.daemon.start()
+        assert "network red has" in _reported(world, "a-second", "listener-shared")
+        load.wait_answers(20)
+    assert load.report.lost == []
+    file.unlink()
+    until(lambda: world.daemon.left_out() == {}, within_s=RIGHT_WITHIN_S)
+    world.daemon.configure(before)
     world.all_right()
 
 

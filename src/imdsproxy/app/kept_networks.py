@@ -35,13 +35,14 @@ class KeptNetworks:
         """The networks to listen for: what sources tell, and until all have told, what was kept."""
         if in_sync:
             return dict(told)
-        return {**self._load(), **told}
+        return {**self.load(), **told}
 
     def keep(self, networks: Mapping[NetworkId, Network]) -> None:
         """Note what HAProxy is configured for now.
 
         That it cannot be noted costs nothing as long as this process lives, so it is only logged.
         """
+        self._networks = dict(networks)
         if networks == self._written:
             return
         text = json.dumps([render_network(networks[one]) for one in sorted(networks)])
@@ -52,10 +53,10 @@ class KeptNetworks:
                 "networks not kept", code=error.code, error=error.message, hint=error.hint
             )
             return
-        self._written = dict(networks)
-        self._networks = self._written
+        self._written = self._networks
 
-    def _load(self) -> Mapping[NetworkId, Network]:
+    def load(self) -> Mapping[NetworkId, Network]:
+        """The networks that HAProxy is configured for."""
         if self._networks is None:
             self._networks = _read(self.path)
         return self._networks

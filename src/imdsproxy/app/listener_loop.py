@@ -180,8 +180,8 @@ class ListenerLoop:
     rounds: int = 0
     seconds: float = 0.0
     operations: Counter[str] = field(default_factory=Counter)
+    seen: ObservedHost = field(default_factory=ObservedHost)
     _observed: ObservedHost | None = None
-    _seen: ObservedHost = field(default_factory=ObservedHost)
     _listening: GatePlan | None = None
     _memo: PlanMemo = field(default_factory=dict)
     _known: dict[NetworkId, Network] = field(default_factory=dict)
@@ -298,7 +298,11 @@ class ListenerLoop:
             await self._choose_unix()
             await self._apply_again(plan.endpoints, reasons)
         if self.kept is not None:
-            self.kept.keep(networks)
+            # Without those that another network keeps from their listener: that one has it in the next round too.
+            shared = {
+                one.network for one in plan.left_out if one.code is LeftOutCode.LISTENER_SHARED
+            }
+            self.kept.keep({key: one for key, one in networks.items() if key not in shared})
         if self.unexported is not None:
             problems = (*problems, self.unexported)
         if self.unix is not None and self.unix.problem is not None:
@@ -341,7 +345,7 @@ class ListenerLoop:
         for turn in range(_HOST_ROUNDS):
             if turn:
                 observed = await self._observe(networks)
-            self._seen = observed
+            self.seen = observed
             plan = plan_listeners(
                 networks,
                 observed,
@@ -349,6 +353,7 @@ class ListenerLoop:
                 sweep=self.inventory.in_sync,
                 managed=self.host.managed(),
                 memo=self._memo,
+                first={} if self.kept is None else self.kept.load(),
             )
             if not plan.ops or failures:
                 break
@@ -445,7 +450,7 @@ class ListenerLoop:
             self._listening = await self.gates.open(
                 self._networks(),
                 endpoints,
-                self._seen,
+                self.seen,
                 running=self.haproxy.processes is not None,
             )
         # The old worker does not look at the links any more, the next one needs all of its own.

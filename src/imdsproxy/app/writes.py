@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from imdsproxy.admin.operations import Written
 from imdsproxy.app.listener_loop import ListenerLoop
 from imdsproxy.app.record_loop import RecordLoop
 from imdsproxy.core.inventory import Inventory
+from imdsproxy.core.listeners import find_shared
 from imdsproxy.core.model import Instance, InstanceId, Network, NetworkId
 from imdsproxy.core.plan import networks_of
 from imdsproxy.errors import AlreadyExists, NotFound, Problem, SourceRefused
@@ -34,11 +36,14 @@ class Writes:
     listeners: ListenerLoop
     store: WritableSource | None
     problems: Callable[[], tuple[Problem, ...]]
+    _claiming: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     async def put_network(self, network: Network, *, create: bool = False) -> Written:
         """See `Operations.put_network`."""
         store = self._store_for([network], [], create=create)
-        await store.put_network(network)
+        async with self._claiming:
+            self._refuse_shared([network], lambda _: "")
+            await store.put_network(network)
         return await self._in_force([network.id])
 
     async def put_instance(self, instance: Instance, *, create: bool = False) -> Written:
@@ -56,7 +61,9 @@ class Writes:
         self._refuse_strangers(
             {one.id for one in networks}, instances, lambda number: f"instances[{number}]."
         )
-        await store.put_records(networks, instances)
+        async with self._claiming if networks else contextlib.nullcontext():
+            self._refuse_shared(networks, lambda number: f"networks[{number}].")
+            await store.put_records(networks, instances)
         return await self._in_force([one.id for one in networks], instances=len(instances))
 
     def _store_for(
@@ -99,6 +106,25 @@ class Writes:
         ]
         if problems:
             raise SourceRefused("a port is in a network that does not exist", problems=problems)
+
+    def _refuse_shared(self, networks: Sequence[Network], prefix: Callable[[int], str]) -> None:
+        """Refuse listeners that another network has, each with its field."""
+        known = self.inventory.networks
+        shared = find_shared(
+            {**known, **{one.id: one for one in networks}}.values(), self.listeners.seen, known
+        )
+        problems = [
+            Problem(
+                f"{prefix(place)}listener",
+                f"network {shared[network.id]} has this listener",
+                "give one of the two another, or remove one",
+            )
+            for place, network in enumerate(networks)
+            if network.id in shared
+            and (network.id not in known or known[network.id].listener != network.listener)
+        ]
+        if problems:
+            raise SourceRefused("a listener is in use", problems=problems)
 
     async def remove_network(self, network: NetworkId) -> Written:
         """See `Operations.remove_network`."""

@@ -57,6 +57,7 @@ __all__ = [
     "OpFailure",
     "PlanMemo",
     "explain_pending",
+    "find_shared",
     "plan_listeners",
 ]
 
@@ -92,6 +93,7 @@ def plan_listeners(
     sweep: bool = True,
     managed: Collection[ManagedPlace] | None = None,
     memo: PlanMemo | None = None,
+    first: Mapping[NetworkId, Network] | None = None,
 ) -> ListenerPlan:
     """What to bind, what to leave out and what to do, for all networks at once.
 
@@ -103,10 +105,11 @@ def plan_listeners(
         managed: Where we have put addresses, by our own journal; only there are they removed again. The
             mark on an address is one of 128 and may be another daemon's too. `None`: anywhere.
         memo: Empty at first and then the same one again: most of a plan is that of before.
+        first: The networks that HAProxy is configured for: they keep a listener that another one claims too.
     """
     naming = naming or Naming()
     memo = {} if memo is None else memo
-    shared = _shared(networks.values(), observed)
+    shared = find_shared(networks.values(), observed, first or {})
     parts: list[Part] = []
     for network_id in sorted(networks):
         if network_id in shared:
@@ -270,26 +273,34 @@ def _check_device(
     return None
 
 
-def _shared(
-    networks: Iterable[Network], observed: ObservedHost
-) -> dict[NetworkId, tuple[NetworkId, ...]]:
-    """Networks whose listener is also another's, each with those others."""
-    places: dict[_Place, dict[str | None, list[NetworkId]]] = {}
-    for network in networks:
+def find_shared(
+    networks: Iterable[Network], observed: ObservedHost, first: Mapping[NetworkId, Network]
+) -> dict[NetworkId, NetworkId]:
+    """Networks whose listener another network has, each with that other one.
+
+    Args:
+        networks: All of them.
+        observed: The host: two names may lead to one namespace.
+        first: The networks as HAProxy is configured for them. One that is unchanged keeps its listener; of the
+            others the first by id has it.
+    """
+    places: dict[_Place, dict[str | None, NetworkId]] = {}
+    shared: dict[NetworkId, NetworkId] = {}
+    for network in sorted(networks, key=lambda one: (not _unchanged(one, first), one.id)):
         place, device = _place(network, observed)
-        places.setdefault(place, {}).setdefault(device, []).append(network.id)
-    shared: dict[NetworkId, tuple[NetworkId, ...]] = {}
-    for devices in places.values():
-        everywhere = devices.get(None, [])
-        for device, members in devices.items():
-            rivals = set(members) | set(everywhere)
-            if device is None:
-                rivals.update(one for others in devices.values() for one in others)
-            for member in members:
-                others = tuple(sorted(rivals - {member}))
-                if others:
-                    shared[member] = others
+        taken = places.setdefault(place, {})
+        holders = taken.values() if device is None else (taken.get(None), taken.get(device))
+        holder = next((one for one in holders if one is not None), None)
+        if holder is None:
+            taken[device] = network.id
+        else:
+            shared[network.id] = holder
     return shared
+
+
+def _unchanged(network: Network, first: Mapping[NetworkId, Network]) -> bool:
+    known = first.get(network.id)
+    return known is not None and known.listener == network.listener
 
 
 def _place(network: Network, observed: ObservedHost) -> tuple[_Place, str | None]:
@@ -308,10 +319,10 @@ def _place(network: Network, observed: ObservedHost) -> tuple[_Place, str | None
     assert_never(listener)
 
 
-def _left_out_as_shared(network: NetworkId, others: tuple[NetworkId, ...]) -> Part:
+def _left_out_as_shared(network: NetworkId, holder: NetworkId) -> Part:
     return leave_out(
         network,
         LeftOutCode.LISTENER_SHARED,
-        f"its listener is also that of {', '.join(others)}: whose guest asks could not be told",
-        "give each network a listener of its own",
+        f"network {holder} has this listener",
+        "give each network a listener of its own, or remove one of the two",
     )

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from ipaddress import IPv4Address
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from imdsproxy.app.listener_loop import ListenerReport
 from imdsproxy.app.tickets import Tickets
 from imdsproxy.app.writes import Writes
 from imdsproxy.core.endpoints import Endpoint, LeftOut, LeftOutCode
-from imdsproxy.core.hoststate import Family, NamespaceRef
+from imdsproxy.core.hoststate import Family, NamespaceRef, ObservedHost
 from imdsproxy.core.inventory import Inventory
 from imdsproxy.core.model import (
     METADATA_IPV4,
@@ -42,6 +42,7 @@ class _Loop:
     tickets: Tickets = field(default_factory=Tickets)
     report: ListenerReport = field(default_factory=lambda: ListenerReport(0.0))
     withheld: frozenset[AddressKey] = frozenset()
+    seen: ObservedHost = field(default_factory=ObservedHost)
 
 
 @dataclass
@@ -176,3 +177,41 @@ async def test_without_a_writable_source_nothing_can_be_written(tmp_path: Path) 
         rig.writes.store = None
         with pytest.raises(SourceRefused, match="no source can be written to"):
             await rig.writes.put_network(_RED)
+
+
+async def test_a_listener_in_use_is_refused_with_the_network_that_has_it(tmp_path: Path) -> None:
+    async with _rig(tmp_path) as rig:
+        rig.inventory.observe(Observation("file", full=True, networks={_BLUE.id: _BLUE}))
+        second = Network(NetworkId("aqua"), NamespaceListener("blue", "br0"))
+        with pytest.raises(SourceRefused) as one:
+            await rig.writes.put_network(second)
+        assert [problem.field for problem in one.value.problems] == ["listener"]
+        assert "network blue has" in str(one.value)
+        with pytest.raises(SourceRefused) as many:
+            await rig.writes.put_records([_RED, second], [])
+        assert [problem.field for problem in many.value.problems] == ["networks[1].listener"]
+        with pytest.raises(SourceRefused):
+            await rig.writes.put_records([_RED, replace(_RED, id=NetworkId("rose"))], [])
+        await rig.writes.put_network(_RED)
+        with pytest.raises(SourceRefused):
+            await rig.writes.put_network(replace(_RED, listener=_BLUE.listener))
+        assert set(rig.inventory.networks) == {"blue", "red"}
+
+
+async def test_of_two_networks_added_at_once_on_one_listener_one_is_refused(tmp_path: Path) -> None:
+    async with _rig(tmp_path) as rig:
+        puts = (rig.writes.put_network(replace(_RED, id=NetworkId(name))) for name in ("a", "b"))
+        done = await asyncio.gather(*puts, return_exceptions=True)
+        assert sorted(type(one).__name__ for one in done) == ["SourceRefused", "Written"]
+        assert len(rig.inventory.networks) == 1
+
+
+async def test_a_network_that_shares_its_listener_already_can_be_changed_otherwise(
+    tmp_path: Path,
+) -> None:
+    async with _rig(tmp_path) as rig:
+        await rig.writes.put_network(_RED)
+        second = replace(_RED, id=NetworkId("rose"))
+        rig.inventory.observe(Observation("file", full=True, networks={second.id: second}))
+        await rig.writes.put_network(replace(_RED, name="Red"))
+        assert rig.inventory.networks[_RED.id].name == "Red"

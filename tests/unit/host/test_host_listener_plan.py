@@ -354,25 +354,38 @@ def test_our_own_sockets_are_not_foreign() -> None:
         (BridgeListener("br0"), BridgeListener("br0")),
     ],
 )
-def test_two_networks_with_one_listener_are_both_left_out(one: Listener, other: Listener) -> None:
+@pytest.mark.parametrize("first", ["a", "b"])
+def test_of_two_networks_with_one_listener_the_one_in_force_keeps_it(
+    one: Listener, other: Listener, first: str
+) -> None:
     bridge = ObservedDevice("br0", 5, up=True, mtu=1500, kind="bridge")
     again = replace(FULL, ref=NamespaceRef("same-by-another-name", REF.inode))
-    root = ObservedNamespace(None, {"br0": bridge})
-    free = InterfaceListener("eth9")
+    host = _host(FULL, again, root=ObservedNamespace(None, {"br0": bridge}))
+    networks = _networks({"a": one, "b": other})
+    in_force = {NetworkId(first): networks[NetworkId(first)]}
+    second = "b" if first == "a" else "a"
 
-    plan = plan_listeners(
-        _networks({"a": one, "b": other, "c": free}), _host(FULL, again, root=root)
-    )
+    plan = plan_listeners(networks, host, first=in_force)
 
-    codes = {left.network: left.code for left in plan.left_out}
-    assert codes == {
-        "a": LeftOutCode.LISTENER_SHARED,
-        "b": LeftOutCode.LISTENER_SHARED,
-        "c": LeftOutCode.DEVICE_MISSING,
-    }
-    assert "of b" in plan.left_out[0].reason
-    assert not plan.endpoints
-    assert not plan.ops
+    assert plan.endpoints == plan_listeners(in_force, host).endpoints
+    assert plan.ops == plan_listeners(in_force, host).ops
+    (left,) = (left for left in plan.left_out if left.network == second)
+    assert left.code is LeftOutCode.LISTENER_SHARED
+    assert f"network {first} " in left.reason
+
+
+def test_of_two_new_networks_with_one_listener_the_first_by_id_has_it() -> None:
+    networks = _networks({"b": NamespaceListener("ns-blue"), "a": NamespaceListener("ns-blue")})
+    plan = plan_listeners(networks, _host(FULL))
+    assert {one.network for one in plan.endpoints} == {"a"}
+    assert {left.network for left in plan.left_out} == {"b"}
+
+
+def test_a_network_that_moves_to_another_ones_listener_does_not_take_it() -> None:
+    networks = _networks({"a": NamespaceListener("ns-blue"), "b": NamespaceListener("ns-blue")})
+    in_force = _networks({"a": NamespaceListener("ns-red"), "b": NamespaceListener("ns-blue")})
+    plan = plan_listeners(networks, _host(FULL), first=in_force)
+    assert {one.network for one in plan.endpoints} == {"b"}
 
 
 def test_two_devices_of_one_namespace_are_two_listeners() -> None:
