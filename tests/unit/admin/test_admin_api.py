@@ -14,6 +14,9 @@ from imdsproxy.admin import bodies
 from imdsproxy.admin.operations import DocumentAnswer
 from imdsproxy.admin.refusals import status_of
 from imdsproxy.core.model import InstanceId, NetworkId
+from imdsproxy.core.records.instance import INSTANCE_KEYS
+from imdsproxy.core.records.network import NETWORK_KEYS
+from imdsproxy.core.records.policy import POLICY_KEYS
 from imdsproxy.errors import (
     AlreadyExists,
     ConfigInvalid,
@@ -474,13 +477,7 @@ def test_answers_have_the_shape_that_is_described(filled: AdminServer) -> None:
 
 
 def test_the_described_records_are_the_ones_that_are_read() -> None:
-    from imdsproxy.core.records import (  # noqa: PLC0415 - their private key lists
-        instance,
-        network,
-        policy,
-    )
-
     described = set(bodies.InstanceRecord.model_fields)
-    assert described == set(instance._KEYS) - {"user_data_file"}
-    assert set(bodies.NetworkRecord.model_fields) == set(network._KEYS)
-    assert set(bodies.PolicyRecord.model_fields) == set(policy.POLICY_KEYS)
+    assert described == set(INSTANCE_KEYS) - {"user_data_file"}
+    assert set(bodies.NetworkRecord.model_fields) == set(NETWORK_KEYS)
+    assert set(bodies.PolicyRecord.model_fields) == set(POLICY_KEYS)

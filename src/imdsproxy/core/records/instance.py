@@ -33,7 +33,7 @@ from imdsproxy.core.records.ssh_keys import parse_ssh_keys
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["parse_instance"]
+__all__ = ["INSTANCE_KEYS", "PORT_KEYS", "parse_instance"]
 
 _DOCUMENTS: Final = (
     "ssh_keys",
@@ -47,7 +47,7 @@ _DOCUMENTS: Final = (
 )
 """What Nova has of its instances itself."""
 
-_KEYS: Final = (
+INSTANCE_KEYS: Final = (
     "id",
     "name",
     "hostname",
@@ -58,6 +58,8 @@ _KEYS: Final = (
     "created_at",
     *_DOCUMENTS,
 )
+
+PORT_KEYS: Final = ("network", "mac", "addresses", "project")
 
 _TAG_VALUE: Final = re.compile("[^\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]{0,4096}")
 
@@ -80,7 +82,7 @@ def parse_instance(
         path: Where the record stands in its document, as `("instances", 3)`.
     """
     field, findings = root(record, file=file, line_of=line_of, path=path)
-    entries = field.mapping(_KEYS, required=("id", "name"))
+    entries = field.mapping(INSTANCE_KEYS, required=("id", "name"))
     if entries is None:
         return Refused(tuple(findings.problems))
     instance_id = optional(entries, "id", parse_instance_id)
@@ -138,7 +140,7 @@ def _parse_ports(field: Field) -> tuple[Port, ...]:
     addresses: set[tuple[NetworkId, IpAddress]] = set()
     macs: set[tuple[NetworkId, MacAddress]] = set()
     for item in field.items():
-        entries = item.mapping(("network", "mac", "addresses", "project"), required=("network",))
+        entries = item.mapping(PORT_KEYS, required=("network",))
         if entries is None:
             continue
         network = optional(entries, "network", parse_network_id)

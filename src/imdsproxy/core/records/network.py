@@ -27,9 +27,9 @@ from imdsproxy.core.records.scalars import (
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["parse_network"]
+__all__ = ["NETWORK_KEYS", "parse_network"]
 
-_KEYS: Final = (
+NETWORK_KEYS: Final = (
     "id",
     "name",
     "project",
@@ -58,7 +58,7 @@ def parse_network(
         path: Where the record stands in its document, as `("networks", 3)`.
     """
     field, findings = root(record, file=file, line_of=line_of, path=path)
-    entries = field.mapping(_KEYS, required=("id", "listener"))
+    entries = field.mapping(NETWORK_KEYS, required=("id", "listener"))
     if entries is None:
         return Refused(tuple(findings.problems))
     network_id = optional(entries, "id", parse_network_id)

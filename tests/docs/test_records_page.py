@@ -1,0 +1,55 @@
+"""docs/records.md names every field of a record, and its examples are records that are taken."""
+
+from __future__ import annotations
+
+import re
+from typing import Final
+
+import pytest
+
+from imdsproxy.config.yaml_document import parse_yaml
+from imdsproxy.core.records import parse_records
+from imdsproxy.core.records.instance import INSTANCE_KEYS, PORT_KEYS
+from imdsproxy.core.records.network import NETWORK_KEYS
+from imdsproxy.core.records.policy import POLICY_KEYS
+from support.demonstration import REPOSITORY
+from support.document_blocks import section
+
+_PAGE: Final = REPOSITORY / "docs/records.md"
+_EXAMPLES: Final = re.findall(r"^```yaml\n(.*?)^```", _PAGE.read_text(), re.MULTILINE | re.DOTALL)
+
+
+def _fields(heading: str) -> list[set[str]]:
+    """The fields in the first column of each table below a heading."""
+    text = "\n".join(section(_PAGE, heading)[1])
+    tables = re.findall(r"^\| field \| is \|\n\| --- \| --- \|\n((?:\|.*\n?)+)", text, re.MULTILINE)
+    return [
+        {name for row in table.splitlines() for name in re.findall(r"`(\w+)`", row.split("|")[1])}
+        for table in tables
+    ]
+
+
+def test_the_page_has_examples() -> None:
+    assert len(_EXAMPLES) >= 6
+
+
+@pytest.mark.parametrize("example", _EXAMPLES)
+def test_every_example_is_taken_whole(example: str) -> None:
+    document = parse_yaml(example, "page").data
+    records = parse_records(document)
+    assert records.problems == ()
+    assert isinstance(document, dict)
+    written = [*document.get("networks", []), *document.get("instances", [])]
+    assert len(records.networks) + len(records.instances) == len(written) > 0
+
+
+def test_every_field_of_a_network_is_explained() -> None:
+    assert _fields("## A network") == [set(NETWORK_KEYS)]
+
+
+def test_every_field_of_an_instance_and_of_a_port_is_explained() -> None:
+    assert _fields("## An instance") == [set(INSTANCE_KEYS), set(PORT_KEYS)]
+
+
+def test_every_field_of_a_policy_is_explained() -> None:
+    assert _fields("## Policy") == [set(POLICY_KEYS)]
