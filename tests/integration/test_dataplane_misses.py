@@ -70,6 +70,32 @@ def test_an_unknown_address_is_404_after_the_hold_when_all_is_known(world: World
     assert _HOLD_S <= took < _HOLD_S + 1 * patience()
 
 
+def test_an_unknown_address_waits_once_until_its_record_comes(world: World) -> None:
+    stranger = world.lab.guest("red", 71)
+    _, first = _timed(lambda: stranger.ask(_TARGET))
+    assert first >= _HOLD_S
+    for _ in range(3):
+        reply, took = _timed(lambda: stranger.ask(_TARGET))
+        assert reply.status == 404
+        assert took < _AT_ONCE_S * patience()
+    world.daemon.put(instances=[instance("red-71", "red", 71)])
+    assert own(stranger, stranger.ask(_TARGET)) is None
+    world.daemon.remove_instance("red-71")
+    _, again = _timed(lambda: stranger.ask(_TARGET))
+    assert again >= _HOLD_S
+
+
+def test_a_client_that_gives_up_does_not_make_the_next_one_wait(world: World) -> None:
+    stranger = world.lab.guest("red", 72)
+    asked = time.monotonic()
+    with pytest.raises(Lost):
+        stranger.ask(_TARGET, timeout_s=0.5)
+    until(lambda: time.monotonic() - asked > _HOLD_S, what="the end of the wait")
+    reply, took = _timed(lambda: stranger.ask(_TARGET))
+    assert reply.status == 404
+    assert took < _AT_ONCE_S * patience()
+
+
 def test_who_is_unknown_is_told_so_in_one_line_but_not_where_a_token_is_awaited(
     world: World,
 ) -> None:

@@ -335,7 +335,7 @@ async def run_controller(
             sources.look_up,
             gates,
         )
-        resolver = Resolver(lookup.look, lambda: _hold_limits(holder.settings))
+        resolver = Resolver(lookup.look, lambda: _hold_limits(holder.settings), clock.monotonic)
         watch = HostWatch(
             thread,
             host.observer,

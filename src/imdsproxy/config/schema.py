@@ -211,7 +211,8 @@ class ResolverSettings(Section):
     hold_s: float = setting(
         5.0,
         "Seconds that a request of an unknown address is held while its record may still come (a "
-        "guest can be faster than its own announcement); 0 answers at once.",
+        "guest can be faster than its own announcement); 0 answers at once. Each address waits once: further "
+        "requests get 404 at once, until a source reports the address or it has asked for nothing for a minute.",
         Change.RELOAD,
         ge=0,
         le=30,

@@ -2,17 +2,20 @@
 
 The address may be about to become known (a guest can be faster than its own announcement), so the request
 waits for it, within bounds: a guest that invents addresses fills its own network's share and nobody
-else's. What is found goes back to HAProxy once, with its record; from then on its maps have it.
+else's. An address waits once: until a source reports it, further requests get their 404 at once. What is found
+goes back to HAProxy once, with its record; from then on its maps have it.
 """
 
 from __future__ import annotations
 
 import asyncio
+import math
 from collections import Counter
 from collections.abc import Awaitable, Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Protocol, TypeAlias, assert_never
+from itertools import islice
+from typing import Final, Protocol, TypeAlias, assert_never
 
 from imdsproxy.core.model import InstanceId, NetworkId, Scope
 from imdsproxy.core.observation import AddressKey
@@ -29,6 +32,11 @@ __all__ = [
     "Resolver",
     "ResolverCounts",
 ]
+
+_QUIET_S: Final = 60.0
+"""An address that asks for nothing this long may be another guest's by then, and waits again."""
+_MAX_ENDED: Final = 10_000
+"""Addresses whose wait is remembered; an inventive guest must not fill the memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,13 +124,17 @@ class Resolver:
     Args:
         look: The look-up; called once at first and again whenever `wake` names the address.
         limits: Asked at each request, so that a new setting counts at once.
+        now: Monotonic seconds.
     """
 
     look: Look
     limits: Callable[[], HoldLimits]
+    now: Callable[[], float]
     counts: ResolverCounts = field(default_factory=ResolverCounts)
     _waiting: dict[AddressKey, set[asyncio.Event]] = field(default_factory=dict)
     _held: Counter[NetworkId] = field(default_factory=Counter)
+    _wait_ends: dict[AddressKey, float] = field(default_factory=dict)
+    """When each address's one wait ends, or when it last asked after that; in about that order."""
 
     @property
     def held(self) -> int:
@@ -131,19 +143,20 @@ class Resolver:
 
     def wake(self, keys: Iterable[AddressKey]) -> None:
         """These addresses may have become known."""
-        if not self._waiting:
+        if not (self._wait_ends or self._waiting):
             return
         for key in keys:
+            self._wait_ends.pop(key, None)
             for event in self._waiting.get(key, ()):
                 event.set()
 
     def wake_all(self) -> None:
         """Something changed for every address, as a source that came in sync."""
-        self.wake(tuple(self._waiting))
+        self.wake((*self._wait_ends, *self._waiting))
 
     def wake_networks(self, networks: Collection[NetworkId]) -> None:
         """Any address of these networks may have become known: whose it is, its MAC says."""
-        self.wake([key for key in self._waiting if key[0] in networks])
+        self.wake([key for key in (*self._wait_ends, *self._waiting) if key[0] in networks])
 
     async def resolve(
         self, key: AddressKey, scope: Scope | None = None, port: int | None = None
@@ -153,13 +166,30 @@ class Resolver:
         if not isinstance(resolution, Missing):
             return self._outcome(key, resolution)
         limits = self.limits()
-        if limits.hold_s <= 0:
+        hold_s = self._left(key, limits.hold_s) if resolution.in_sync else limits.hold_s
+        if hold_s <= 0:
+            self._remember(key, 0)
             return self._outcome(key, resolution)
         if self._held[key[0]] >= limits.per_network or self.held >= limits.in_all:
             self.counts.over_limit += 1
             return Refused(503, "too many unknown addresses are waiting in this network")
+        if resolution.in_sync:
+            self._remember(key, hold_s)
         look = partial(self.look, key, scope, port)
-        return self._outcome(key, await self._hold(key, look, resolution, limits.hold_s))
+        return self._outcome(key, await self._hold(key, look, resolution, hold_s))
+
+    def _left(self, key: AddressKey, hold_s: float) -> float:
+        """Seconds of an address's one wait that are left; all of them where it has not begun."""
+        ends, now = self._wait_ends.get(key, -math.inf), self.now()
+        return hold_s if now - ends >= _QUIET_S else max(0.0, min(hold_s, ends - now))
+
+    def _remember(self, key: AddressKey, left_s: float) -> None:
+        now = self.now()
+        self._wait_ends.pop(key, None)
+        self._wait_ends[key] = now + left_s
+        for oldest, ends in tuple(islice(self._wait_ends.items(), 2)):
+            if len(self._wait_ends) > _MAX_ENDED or now - ends >= _QUIET_S:
+                del self._wait_ends[oldest]
 
     async def _hold(
         self,

@@ -82,6 +82,13 @@ async def test_our_headers_are_ours_and_the_body_has_its_length(tmp_path: Path) 
         assert body == b"pass"
 
 
+async def test_an_operator_s_request_is_marked_once(tmp_path: Path) -> None:
+    async with _peer(tmp_path) as (peer, forwarder):
+        request = replace(_request(), by_operator=True)
+        await forwarder.forward(request, CollectedAnswer().take)
+        assert peer.seen.count(b"x-imdsproxy-operator") == 1
+
+
 async def test_a_post_without_a_body_says_so(tmp_path: Path) -> None:
     async with _peer(tmp_path) as (peer, forwarder):
         await forwarder.forward(_request("POST"), CollectedAnswer().take)

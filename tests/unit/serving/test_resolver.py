@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from ipaddress import IPv4Address
 
 import pytest
@@ -32,6 +33,10 @@ class World:
         self.otherwise: Resolution = Missing(in_sync=True)
         self.looks = 0
         self.scopes: list[Scope | None] = []
+        self.clock = 1000.0
+
+    def now(self) -> float:
+        return self.clock
 
     async def look(self, key: AddressKey, scope: Scope | None, port: int | None, /) -> Resolution:
         del port
@@ -41,7 +46,7 @@ class World:
 
 
 def _resolver(world: World, hold_s: float = 5, per_network: int = 32, in_all: int = 64) -> Resolver:
-    return Resolver(world.look, lambda: HoldLimits(hold_s, per_network, in_all))
+    return Resolver(world.look, lambda: HoldLimits(hold_s, per_network, in_all), world.now)
 
 
 async def _held(resolver: Resolver, count: int) -> None:
@@ -160,3 +165,106 @@ async def test_a_guest_that_leaves_frees_its_place() -> None:
     world.found[_key()] = _WEB
     resolver.wake_all()
     assert await again == _WEB
+
+
+async def test_an_address_that_nobody_has_waits_once_and_is_then_answered_at_once() -> None:
+    world = World()
+    resolver = _resolver(world, hold_s=0.01)
+    await resolver.resolve(_key())
+    world.clock += 1
+    for _ in range(100):
+        world.clock += 50
+        looks = world.looks
+        outcome = await resolver.resolve(_key())
+        assert outcome == Refused(404, "no instance has this address")
+        assert world.looks == looks + 1
+    assert resolver.counts.held == 1
+    world.found[_key()] = _WEB
+    assert await resolver.resolve(_key()) == _WEB
+
+
+async def test_who_gives_up_early_uses_up_the_wait_of_the_address_too() -> None:
+    world = World()
+    resolver = _resolver(world)
+    impatient = asyncio.create_task(resolver.resolve(_key()))
+    await _held(resolver, 1)
+    impatient.cancel()
+    await asyncio.gather(impatient, return_exceptions=True)
+    world.clock += 4.99
+    outcome = await resolver.resolve(_key())
+    assert resolver.counts.held == 2
+    world.clock += 0.02
+    assert await resolver.resolve(_key()) == outcome == Refused(404, "no instance has this address")
+    assert resolver.counts.held == 2
+
+
+@pytest.mark.parametrize(
+    "reported",
+    [
+        lambda resolver: resolver.wake([_key()]),
+        lambda resolver: resolver.wake_all(),
+        lambda resolver: resolver.wake_networks({_key()[0]}),
+    ],
+)
+async def test_an_address_that_a_source_has_reported_waits_again_when_it_is_gone(
+    reported: Callable[[Resolver], None],
+) -> None:
+    world = World()
+    resolver = _resolver(world, hold_s=0.01)
+    await resolver.resolve(_key())
+    await resolver.resolve(_key("blue"))
+    world.clock += 1
+    reported(resolver)
+    request = asyncio.create_task(resolver.resolve(_key()))
+    await _held(resolver, 1)
+    world.found[_key()] = _WEB
+    resolver.wake([_key()])
+    assert await request == _WEB
+
+
+async def test_an_address_that_was_quiet_for_a_minute_may_be_a_new_guest_s_and_waits_again() -> (
+    None
+):
+    world = World()
+    resolver = _resolver(world, hold_s=0.01)
+    await resolver.resolve(_key())
+    world.clock += 61
+    await resolver.resolve(_key())
+    assert resolver.counts.held == 2
+
+
+async def test_while_a_source_is_not_in_sync_each_request_waits() -> None:
+    world = World()
+    resolver = _resolver(world, hold_s=0.01)
+    await resolver.resolve(_key())
+    world.clock += 1
+    world.otherwise = Missing(in_sync=False)
+    for _ in range(2):
+        await resolver.resolve(_key())
+    assert resolver.counts.held == 3
+
+
+async def test_who_found_no_place_to_wait_has_not_waited() -> None:
+    world = World()
+    resolver = _resolver(world, per_network=1, hold_s=0.01)
+    waiting = asyncio.create_task(resolver.resolve(_key(last=9)))
+    await _held(resolver, 1)
+    assert await resolver.resolve(_key()) == Refused(
+        503, "too many unknown addresses are waiting in this network"
+    )
+    await waiting
+    world.clock += 1
+    await resolver.resolve(_key())
+    assert resolver.counts.held == 2
+
+
+async def test_invented_addresses_fill_no_memory() -> None:
+    world = World()
+    resolver = _resolver(world, hold_s=0)
+    for number in range(10_500):
+        await resolver.resolve((NetworkId("red"), IPv4Address(number)))
+    assert len(resolver._wait_ends) == 10_000
+    world.clock += 100
+    for number in range(6000):
+        await resolver.resolve((NetworkId("blue"), IPv4Address(number)))
+    assert len(resolver._wait_ends) == 6000

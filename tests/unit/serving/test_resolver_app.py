@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import MutableMapping
 from dataclasses import dataclass, field
 
@@ -62,7 +63,7 @@ class Look:
 async def test_what_a_guest_asked_that_went_away_meanwhile_is_not_sent_on() -> None:
     """HAProxy has told it to come again: a password would arrive twice."""
     client, look, forwarded, answer = Client(), Look(), Forwarded(), CollectedAnswer()
-    resolver = Resolver(look, HoldLimits)
+    resolver = Resolver(look, HoldLimits, time.monotonic)
     app = resolver_app(resolver, forwarded)
     async with asyncio.timeout(5), asyncio.TaskGroup() as group:
 
@@ -80,7 +81,7 @@ async def test_what_a_guest_asked_that_went_away_meanwhile_is_not_sent_on() -> N
 async def test_what_a_guest_asked_that_is_still_there_is_sent_in_its_networks_name() -> None:
     client, look, forwarded, answer = Client(), Look(), Forwarded(), CollectedAnswer()
     look.known.set()
-    app = resolver_app(Resolver(look, HoldLimits), forwarded)
+    app = resolver_app(Resolver(look, HoldLimits, time.monotonic), forwarded)
     async with asyncio.timeout(5):
         await app(_SCOPE, client.receive, answer.take)
     (request,) = forwarded.requests
@@ -101,7 +102,7 @@ async def test_what_is_said_twice_of_who_asks_is_400(name: str) -> None:
     """HAProxy says each once, so one of the two is not HAProxy's."""
     look, forwarded, answer = Look(), Forwarded(), CollectedAnswer()
     look.known.set()
-    app = resolver_app(Resolver(look, HoldLimits), forwarded)
+    app = resolver_app(Resolver(look, HoldLimits, time.monotonic), forwarded)
     told = [*_SCOPE_HEADERS, (f"x-imdsproxy-{name}".encode(), b"1")]
     twice = told if name in ("network", "address") else [*told, told[-1]]
     await app({**_SCOPE, "headers": twice}, Client().receive, answer.take)
@@ -119,6 +120,6 @@ async def test_what_is_said_twice_of_who_asks_is_400(name: str) -> None:
 )
 async def test_what_haproxy_would_never_say_is_400(headers: list[tuple[bytes, bytes]]) -> None:
     answer = CollectedAnswer()
-    app = resolver_app(Resolver(Look(), HoldLimits), Forwarded())
+    app = resolver_app(Resolver(Look(), HoldLimits, time.monotonic), Forwarded())
     await app({**_SCOPE, "headers": headers}, Client().receive, answer.take)
     assert answer.status == 400
