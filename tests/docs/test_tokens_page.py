@@ -94,7 +94,7 @@ def test_the_other_examples_say_what_the_page_says_of_them() -> None:
 def test_the_numbers_of_the_page_are_those_of_the_code() -> None:
     text = _PAGE.read_text()
     assert f"1 to {TTL_LIMIT_S:,}" in text
-    assert f"made, {BOOT_GRACE_S} where" in text
+    assert f"creation, {BOOT_GRACE_S} by default" in text
 
 
 def test_the_command_that_makes_a_key_makes_one(tmp_path: Path) -> None:
