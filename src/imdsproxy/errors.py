@@ -4,6 +4,7 @@
     ├── ConfigError            the operator must change a file        exit 78
     │   ├── ConfigInvalid          all problems at once, each with path and hint
     │   ├── ConfigUnreadable
+    │   ├── SettingsDropped        a settings file was emptied, or every policy is missing from it
     │   └── SecretUnreadable
     ├── SourceError            somebody must mend a source             exit 69
     │   ├── SourceUnavailable      try again later
@@ -56,6 +57,7 @@ __all__ = [
     "RequestRefused",
     "RuntimeUnavailable",
     "SecretUnreadable",
+    "SettingsDropped",
     "SourceCorrupt",
     "SourceError",
     "SourceRefused",
@@ -127,6 +129,12 @@ class ConfigUnreadable(ConfigError):
     """A configuration file is missing, unreadable or not YAML."""
 
     code = "config-unreadable"
+
+
+class SettingsDropped(ConfigError):
+    """A settings file is blank, was emptied or removed, or every policy is missing; `problems` says which."""
+
+    code = "settings-dropped"
 
 
 class SecretUnreadable(ConfigError):

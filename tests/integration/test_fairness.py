@@ -46,7 +46,7 @@ def _say(world: World, policy: Mapping[str, Any]) -> None:
     world.daemon.configure(
         {"limits": _DEFAULT, "resolver": {"hold_s": 1.0}, "policy": {"instances": policy}}
     )
-    reloaded = world.daemon.command("reload")
+    reloaded = world.daemon.command("reload", "--allow-dropped")
     assert reloaded.status == 0, reloaded
 
 

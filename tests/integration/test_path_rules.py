@@ -47,7 +47,7 @@ def world(shared_world: World) -> Iterator[World]:
 def _settings(world: World, policy: Mapping[str, Any]) -> None:
     """Have this policy in force."""
     world.daemon.configure({**_OPEN, "policy": policy})
-    reloaded = world.daemon.command("reload")
+    reloaded = world.daemon.command("reload", "--allow-dropped")
     assert reloaded.status == 0, reloaded
 
 
@@ -285,7 +285,7 @@ def test_behind_neutrons_proxies_guests_of_nova_and_ours_are_held_to_the_same() 
 
         def say(paths: Mapping[str, str]) -> None:
             agents.daemon.configure({**agents.settings, "policy": {"host": {"paths": paths}}})
-            assert agents.daemon.command("reload").status == 0
+            assert agents.daemon.command("reload", "--allow-dropped").status == 0
 
         say({_USER_DATA: "deny", _HOSTNAME: "required"})
         for address in ("10.0.0.5", "10.0.0.6"):

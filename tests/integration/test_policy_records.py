@@ -42,7 +42,7 @@ def world(shared_world: World) -> Iterator[World]:
 
 def _settings(world: World, policy: Mapping[str, Any]) -> None:
     world.daemon.configure({**world.daemon.settings, "policy": policy})
-    reloaded = world.daemon.command("reload")
+    reloaded = world.daemon.command("reload", "--allow-dropped")
     assert reloaded.status == 0, reloaded
 
 

@@ -41,7 +41,7 @@ def world(shared_world: World) -> Iterator[World]:
 def _say(world: World, policy: Mapping[str, Any]) -> None:
     """Have this policy in force."""
     world.daemon.configure({"resolver": {"hold_s": 1.0}, "policy": policy})
-    reloaded = world.daemon.command("reload")
+    reloaded = world.daemon.command("reload", "--allow-dropped")
     assert reloaded.status == 0, reloaded
 
 

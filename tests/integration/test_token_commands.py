@@ -148,7 +148,7 @@ def test_reopen_unseals_and_opens_what_is_locked_after_the_boot(world: World) ->
     world.daemon.put(instances=both)
     world.daemon.configure({"resolver": {"hold_s": 1.0}, "policy": {"host": host}})
     try:
-        assert world.daemon.command("reload").status == 0
+        assert world.daemon.command("reload", "--allow-dropped").status == 0
         green = world.guests["green"]
         for guest in (world.red, green):
             assert [guest.ask(path).status for path in (_USER_DATA, _META)] == [403, 401]
@@ -162,7 +162,7 @@ def test_reopen_unseals_and_opens_what_is_locked_after_the_boot(world: World) ->
         assert green.ask(_USER_DATA).status == 403
     finally:
         world.daemon.configure({"resolver": {"hold_s": 1.0}})
-        assert world.daemon.command("reload").status == 0
+        assert world.daemon.command("reload", "--allow-dropped").status == 0
 
 
 def test_a_damaged_guard_file_stops_the_start_and_guests_are_served_on(world: World) -> None:
@@ -231,7 +231,7 @@ def test_what_explain_says_of_a_path_is_what_haproxy_does(
     token = _token(world.red)
     world.daemon.configure({"resolver": {"hold_s": 1.0}, "policy": {"host": said}})
     try:
-        assert world.daemon.command("reload").status == 0
+        assert world.daemon.command("reload", "--allow-dropped").status == 0
         for path in _PATHS:
             query = {"network": "red", "address": "10.0.0.5", "path": path}
             told = cast("Mapping[str, Any]", world.daemon.admin.get("/v1/explain", query))
@@ -244,4 +244,4 @@ def test_what_explain_says_of_a_path_is_what_haproxy_does(
                     assert status == decided["status"], (path, way, decided)
     finally:
         world.daemon.configure({"resolver": {"hold_s": 1.0}})
-        assert world.daemon.command("reload").status == 0
+        assert world.daemon.command("reload", "--allow-dropped").status == 0

@@ -68,6 +68,7 @@ class FakeOperations:
     failure: ImdsproxyError | None = None
     crash: Exception | None = None
     reloads: int = 0
+    dropped_allowed: bool | None = None
     watched: list[Watched] = field(default_factory=list)
     missed: bool = False
     shared_keys: str | None = None
@@ -349,8 +350,9 @@ class FakeOperations:
         self._check()
         return "global\n  maxconn 200\n"
 
-    async def reload(self) -> SettingsReload:
+    async def reload(self, *, allow_dropped: bool = False) -> SettingsReload:
         self._check()
+        self.dropped_allowed = allow_dropped
         self.reloads += 1
         return SettingsReload(
             changes=(

@@ -7,7 +7,7 @@ from ipaddress import ip_address
 from typing import Annotated
 
 from fastapi import APIRouter, Query
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import JSONResponse, PlainTextResponse
 
 from imdsproxy.admin.dependencies import Ops, answers
@@ -47,6 +47,18 @@ class StopBody(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     data_plane: bool = False
+
+
+class ReloadBody(BaseModel):
+    """What may go."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    allow_dropped: bool = Field(
+        default=False,
+        description="Accept that settings files were emptied or removed, and that every policy, or every `deny`, is "
+        "missing.",
+    )
 
 
 class Stopping(BaseModel):
@@ -124,9 +136,10 @@ async def render(operations: Ops) -> PlainTextResponse:
 
 
 @router.post("/reload", responses=answers(SettingsReload))
-async def reload(operations: Ops) -> JSONResponse:
-    """Read the settings again and take over what can be; a broken file changes nothing."""
-    return JSONResponse(to_json(await operations.reload()))
+async def reload(operations: Ops, body: ReloadBody | None = None) -> JSONResponse:
+    """Read the settings again and take over what can be; a broken or emptied file changes nothing."""
+    allow_dropped = body is not None and body.allow_dropped
+    return JSONResponse(to_json(await operations.reload(allow_dropped=allow_dropped)))
 
 
 @router.post("/stop", status_code=202, responses=answers(Stopping, status=202))

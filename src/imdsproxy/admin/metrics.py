@@ -144,6 +144,13 @@ METRICS: Final[tuple[MetricDescription, ...]] = (
         _one(lambda snapshot: snapshot.started_at),
     ),
     MetricDescription(
+        "imdsproxy_settings_refused",
+        "gauge",
+        "1 while the last reload of the settings files was refused: those before stay in force.",
+        (),
+        _one(lambda snapshot: snapshot.settings_refused),
+    ),
+    MetricDescription(
         "imdsproxy_networks_serving",
         "gauge",
         "Networks whose listener answers.",

@@ -357,8 +357,10 @@ class Operations(Protocol):
         """The HAProxy configuration as it would be written now; nothing is touched."""
         ...
 
-    async def reload(self) -> SettingsReload:
+    async def reload(self, *, allow_dropped: bool = False) -> SettingsReload:
         """Read the settings again and take over what can be; `ConfigError` changes nothing.
+
+        `SettingsDropped` where files or policies are missing that were there, unless `allow_dropped`.
 
         Returns once guests are answered by them, or says in `pending` why they are not yet.
         """

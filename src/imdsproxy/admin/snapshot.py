@@ -92,6 +92,7 @@ class MetricsSnapshot:
         gates_refused: Networks where it should, and cannot.
         unix_serving: `None` where the unix listener is off.
         unix_taken_over: How often its path was taken from a process that lives.
+        settings_refused: The settings files were refused at the last reload.
         audit_failing: `None` where there is no audit log.
         audit_left_out: Requests that have no line in it, because HAProxy's ring or the journal had no room.
         no_token: Reads without a session token (`imdsproxy.core.haproxy.counting`), by network.
@@ -135,6 +136,7 @@ class MetricsSnapshot:
     audit_failing: bool | None = None
     no_token: Mapping[str, int] = field(default_factory=dict)
     no_token_rejected: Mapping[str, int] = field(default_factory=dict)
+    settings_refused: bool = False
     neutron: NeutronCounts | None = None
 
 

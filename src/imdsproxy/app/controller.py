@@ -62,7 +62,7 @@ from imdsproxy.core.model import NetworkId
 from imdsproxy.core.observation import AddressKey, Observation
 from imdsproxy.core.upstream import changed_secrets
 from imdsproxy.dataplane.launch import read_program
-from imdsproxy.errors import ConfigError, DataplaneError, HostRefused
+from imdsproxy.errors import DataplaneError, HostRefused, ImdsproxyError
 from imdsproxy.host.clock import Clock
 from imdsproxy.host.files import hold_directory, write_atomic
 from imdsproxy.host.notify import ServiceNotifier, kept_sockets
@@ -135,12 +135,12 @@ class _Controller:
                 await self.face.figures.refresh()
             await asyncio.sleep(_FIGURES_EVERY_S)
 
-    async def reload(self) -> SettingsReload:
+    async def reload(self, allow_dropped: bool) -> SettingsReload:  # noqa: FBT001 - as `end`
         """Read the settings again; what can be taken over live or by a reload is.
 
         Returns once guests are answered by them: whoever gives a Nova its next secret must know when.
         """
-        result, taken_over = self._begin_reload()
+        result, taken_over = self._begin_reload(allow_dropped=allow_dropped)
         if taken_over is None or (await asyncio.wait([taken_over], timeout=_TAKE_OVER_S))[0]:
             return result
         own = () if self.face is None else self.face.operations.own_problems()
@@ -148,7 +148,9 @@ class _Controller:
         pending = ("the data plane has not confirmed it yet", *problems)
         return replace(result, haproxy_reloaded=False, pending=pending)
 
-    def _begin_reload(self) -> tuple[SettingsReload, asyncio.Task[None] | None]:
+    def _begin_reload(
+        self, *, allow_dropped: bool = False
+    ) -> tuple[SettingsReload, asyncio.Task[None] | None]:
         self.notifier.reloading(int(self.parts.clock.monotonic() * 1e6))
         before, resigned = self.parts.nova.backends(), False
         routing = self.parts.nova.routing
@@ -161,7 +163,7 @@ class _Controller:
             resigned = self.parts.nova.read(after.nova)
 
         try:
-            result = self.parts.holder.reload(accept)
+            result = self.parts.holder.reload(accept, allow_dropped=allow_dropped)
         finally:
             self.notifier.ready()
         result = with_contents(result, changed_secrets(routing, self.parts.nova.routing))
@@ -210,7 +212,7 @@ class _Controller:
         """SIGHUP: as `imdsproxy reload`, but nobody waits for the answer."""
         try:
             result, _ = self._begin_reload()
-        except ConfigError as error:
+        except ImdsproxyError as error:
             structlog.get_logger().error("settings not reloaded", code=error.code, error=str(error))
             return
         structlog.get_logger().info(

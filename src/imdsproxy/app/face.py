@@ -60,14 +60,15 @@ class Face:
 def build_face(
     parts: Parts,
     *,
-    reload_settings: Callable[[], Awaitable[SettingsReload]],
+    reload_settings: Callable[[bool], Awaitable[SettingsReload]],
     end: Callable[[bool], None],
 ) -> Face:
     """Make it.
 
     Args:
         parts: Those of the controller.
-        reload_settings: Reads the settings again; returns once guests are answered by them.
+        reload_settings: Reads the settings again, with `True` also where settings were dropped; returns once
+            guests are answered by them.
         end: Ends the controller, and with `True` the data plane too.
     """
     forwarder = FoundForwarder(str(parts.layout.found_socket), _FORWARD_S)
@@ -116,6 +117,7 @@ def build_face(
         watching=parts.watching,
         audit=parts.audit,
         counting=parts.counting,
+        settings_problems=lambda: parts.holder.problems,
         reload_settings=reload_settings,
         end=end,
     )

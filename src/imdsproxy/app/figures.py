@@ -177,6 +177,7 @@ class Figures:
             no_token=dict(operations.counting.ledger.read),
             no_token_rejected=dict(operations.counting.ledger.refused),
             nova_refused=operations.nova_watch.refused.totals,
+            settings_refused=bool(operations.settings_problems()),
             neutron=None if self.neutron is None else _neutron(self.neutron.figures),
         )
 

@@ -9,6 +9,8 @@ from pathlib import Path
 
 from imdsproxy.app.controller import run_controller
 from imdsproxy.app.settings_reload import SettingsHolder
+from imdsproxy.config.dropped import refuse_dropped
+from imdsproxy.config.load import Loaded
 from imdsproxy.config.schema import Settings
 from imdsproxy.errors import ImdsproxyError
 from imdsproxy.host.clock import SystemClock
@@ -20,9 +22,7 @@ from imdsproxy.host.notify import ServiceNotifier
 __all__ = ["run"]
 
 
-def run(
-    load: Callable[[], Settings], *, config: Path | None, environment: Mapping[str, str]
-) -> None:
+def run(load: Callable[[], Loaded], *, config: Path | None, environment: Mapping[str, str]) -> None:
     """Be the controller until told to stop.
 
     Args:
@@ -35,12 +35,13 @@ def run(
     """
     clock = SystemClock()
 
-    def load_and_log() -> Settings:
-        settings = load()
+    def open_log(settings: Settings) -> None:
         open_logging(settings.log.level, settings.log.format, sys.stderr, clock=clock)
-        return settings
 
-    holder = SettingsHolder(load_and_log(), load_and_log)
+    loaded = load()
+    open_log(loaded.settings)
+    refuse_dropped(None, loaded)
+    holder = SettingsHolder(loaded, load, open_log)
     raise_descriptor_limit()
     leave_no_dumps()
     try:

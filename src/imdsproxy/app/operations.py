@@ -111,7 +111,8 @@ class ControllerOperations:
     watching: Watching
     audit: Audit
     counting: TokenCounting
-    reload_settings: Callable[[], Awaitable[SettingsReload]]
+    settings_problems: Callable[[], tuple[Problem, ...]]
+    reload_settings: Callable[[bool], Awaitable[SettingsReload]]
     end: Callable[[bool], None]
 
     # Reading
@@ -180,7 +181,8 @@ class ControllerOperations:
 
     def _unnoticed(self) -> tuple[Problem, ...]:
         """What is wrong and no guest notices."""
-        return () if (problem := self.audit.problem) is None else (problem,)
+        audit = () if (problem := self.audit.problem) is None else (problem,)
+        return (*audit, *self.settings_problems())
 
     def _audit(self) -> AuditReport | None:
         settings, problem = self.audit.settings(), self.audit.problem
@@ -474,9 +476,9 @@ class ControllerOperations:
         """See `Operations.render`."""
         return render_config(self.listeners.spec(self.listeners.report.endpoints))
 
-    async def reload(self) -> SettingsReload:
+    async def reload(self, *, allow_dropped: bool = False) -> SettingsReload:
         """See `Operations.reload`."""
-        return await self.reload_settings()
+        return await self.reload_settings(allow_dropped)
 
     async def stop(self, *, data_plane: bool) -> None:
         """See `Operations.stop`."""

@@ -8,7 +8,10 @@ from typing import TYPE_CHECKING
 
 from imdsproxy.config.change import Change
 from imdsproxy.config.diff import diff_settings
+from imdsproxy.config.dropped import refuse_dropped
+from imdsproxy.config.load import Loaded
 from imdsproxy.config.schema import Settings
+from imdsproxy.errors import ImdsproxyError, Problem
 
 if TYPE_CHECKING:
     from imdsproxy.admin.operations import SettingsReload
@@ -21,29 +24,50 @@ class SettingsHolder:
     """What every part asks for settings that may change while it runs.
 
     Settings that need a restart are reported and change nothing until then: parts read them once.
+
+    Attributes:
+        taken: Called with settings that have come into force.
+        problems: Why the last reload was refused; empty once one succeeds.
     """
 
-    settings: Settings
-    load: Callable[[], Settings]
+    loaded: Loaded
+    load: Callable[[], Loaded]
+    taken: Callable[[Settings], None] = lambda _: None
+    problems: tuple[Problem, ...] = ()
 
-    def reload(self, accept: Callable[[Settings], None]) -> SettingsReload:
+    @property
+    def settings(self) -> Settings:
+        """Those in force."""
+        return self.loaded.settings
+
+    def reload(
+        self, accept: Callable[[Settings], None], *, allow_dropped: bool = False
+    ) -> SettingsReload:
         """Read the files again.
 
         Args:
             accept: Reads what the settings name, and takes it over, before they are in force themselves.
+            allow_dropped: As `allowed` of `refuse_dropped`.
 
         Raises:
-            ConfigError: They, or what they name, are not acceptable; the settings in force stay.
+            ImdsproxyError: They, or what they name, are not acceptable; the settings in force stay.
         """
         from imdsproxy.admin.operations import (  # noqa: PLC0415 - known guests do not wait for it
             SettingChange,
             SettingsReload,
         )
 
-        after = self.load()
-        accept(after)
-        changed = diff_settings(self.settings, after)
-        self.settings = after
+        try:
+            after = self.load()
+            refuse_dropped(self.loaded, after, allowed=allow_dropped)
+            accept(after.settings)
+        except ImdsproxyError as error:
+            reason = f"the last reload was refused: {error.message}"
+            self.problems = (Problem("settings", reason, error.hint), *error.problems)
+            raise
+        changed = diff_settings(self.settings, after.settings)
+        self.loaded, self.problems = after, ()
+        self.taken(self.settings)
         return SettingsReload(
             changes=tuple(
                 SettingChange(one.path, one.before, one.after, one.change.value) for one in changed

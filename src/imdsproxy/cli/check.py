@@ -97,6 +97,7 @@ def _ask(run: options.Invocation) -> list[Finding]:
         settings = loaded.settings
         files = ", ".join(str(path) for path in loaded.files) or "no file: all defaults"
         findings.append(preflight.Finding("settings", files))
+        findings += preflight.check_empty(loaded)
     except ConfigError as error:
         # The rest is asked with the defaults: one run shows as much as can be shown.
         findings += preflight.findings_of("settings", error)

@@ -22,6 +22,7 @@ from imdsproxy.errors import (
 
 if TYPE_CHECKING:
     from imdsproxy.config.endpoint import Endpoint
+    from imdsproxy.config.load import Loaded
     from imdsproxy.config.schema import Settings
     from imdsproxy.core.records.document import Records
     from imdsproxy.dataplane.launch import HaproxyProgram
@@ -31,6 +32,7 @@ __all__ = [
     "check_accounts",
     "check_daemon",
     "check_directories",
+    "check_empty",
     "check_haproxy",
     "check_namespaces",
     "check_ports",
@@ -82,6 +84,21 @@ def findings_of(area: str, error: ImdsproxyError) -> list[Finding]:
     if not error.problems:
         return [Finding(area, error.message, error.hint, error.exit_status)]
     return [Finding(area, str(problem), "", error.exit_status) for problem in error.problems]
+
+
+def check_empty(loaded: Loaded) -> list[Finding]:
+    """Settings files that hold nothing; a start takes the defaults instead, or is refused."""
+    return [
+        Finding(
+            "settings",
+            f"{path} holds no settings",
+            "it was emptied, most likely: restore it, write `{}`, or remove it",
+            ConfigError.exit_status if path in loaded.blank else 0,
+            warning=path not in loaded.blank,
+        )
+        for path in loaded.files
+        if path in loaded.empty
+    ]
 
 
 def check_haproxy(

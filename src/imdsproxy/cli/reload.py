@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TypeAlias, cast
+from typing import Annotated, TypeAlias, cast
 
 import typer
 
 from imdsproxy.cli import options
 from imdsproxy.cli.output import Column, Output, clean
+from imdsproxy.errors import AdminUnavailable, SettingsDropped
 
 __all__ = ["reload"]
 
@@ -21,10 +22,28 @@ def reload(
     as_json: options.Json = False,
     socket: options.Socket = None,
     config: options.Config = None,
+    allow_dropped: Annotated[
+        bool,
+        typer.Option(
+            "--allow-dropped",
+            help="Accept that settings files were emptied or removed, or that every policy is missing.",
+            show_default=False,
+        ),
+    ] = False,
 ) -> None:
-    """Have the daemon read its settings again; a broken file changes nothing and says why."""
+    """Have the daemon read its settings again; a broken or emptied file changes nothing and says why."""
     run = options.invocation(context, as_json=as_json, socket=socket, config=config)
-    done = cast("_Shape", run.daemon().request("POST", "/v1/reload"))
+    body = {"allow_dropped": True} if allow_dropped else None
+    try:
+        done = cast("_Shape", run.daemon().request("POST", "/v1/reload", body=body))
+    except AdminUnavailable as error:
+        if run.socket is None and (empty := sorted(run.load().empty)):
+            # It may have named the socket.
+            raise SettingsDropped(
+                f"{empty[0]} holds no settings, and {error.message}",
+                hint="restore the file, or name the daemon's socket with --socket",
+            ) from error
+        raise
     if run.output.as_json:
         run.output.json(done)
     else:

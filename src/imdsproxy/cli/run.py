@@ -20,4 +20,4 @@ def run(context: typer.Context, *, config: options.Config = None) -> None:
     from imdsproxy.app import main  # noqa: PLC0415 - the other commands need not load it
 
     invocation = options.invocation(context, config=config)
-    main.run(lambda: invocation.settings, config=invocation.config, environment=dict(os.environ))
+    main.run(invocation.load, config=invocation.config, environment=dict(os.environ))

@@ -43,11 +43,20 @@ class Origin:
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """Settings, and where each came from; a path that is not in `origins` is the default."""
+    """Settings, and where each came from.
+
+    Attributes:
+        origins: By path; what is not there is the default.
+        empty: Those of `files` that hold nothing but comments; one that holds `{}` is not empty.
+        blank: Those of `empty` without a single character but white space: a write failed, most likely. A device
+            (`/dev/null`) is none.
+    """
 
     settings: Settings
     origins: Mapping[str, Origin]
     files: tuple[Path, ...] = ()
+    empty: frozenset[Path] = frozenset()
+    blank: frozenset[Path] = frozenset()
 
 
 @dataclass(slots=True)
@@ -72,7 +81,8 @@ def load_settings(
     """
     files = _files(config, default)
     merged = _Merged()
-    for path, document in _read_all(files):
+    documents = _read_all(files)
+    for path, document in documents:
         _merge_file(merged, path, document)
     problems = _merge_environment(merged, environment)
     try:
@@ -85,7 +95,9 @@ def load_settings(
     nodes = walk_values(settings.model_dump(mode="json"))
     leaves = {node.path for node in nodes if node.setting is not None}
     origins = {path: origin for path, origin in merged.origins.items() if path in leaves}
-    return Loaded(settings, origins, tuple(files))
+    empty = frozenset(path for path, document in documents if document.data is None)
+    blank = frozenset(path for path in empty if path.is_file() and not path.read_text().strip())
+    return Loaded(settings, origins, tuple(files), empty, blank)
 
 
 def _invalid(problems: Sequence[Problem]) -> ConfigInvalid:
@@ -138,9 +150,7 @@ def _read(path: Path) -> YamlDocument:
     except (OSError, UnicodeDecodeError) as error:
         raise _unreadable(path, error) from error
     document = parse_yaml(text, str(path))
-    if document.data is None:
-        return YamlDocument({})
-    if not isinstance(document.data, dict):
+    if not isinstance(document.data, dict | None):
         raise ConfigUnreadable(
             f"{path} holds no sections", hint="begin with `haproxy:` or another section's name"
         )

@@ -340,6 +340,16 @@ def test_reload_and_stop_reach_the_controller(server: AdminServer) -> None:
     assert (server.operations.reloads, server.operations.stopped) == (1, [True])
 
 
+@pytest.mark.parametrize(
+    ("body", "allowed"), [(None, False), ({}, False), ({"allow_dropped": True}, True)]
+)
+def test_a_reload_may_drop_settings_only_where_the_body_allows_it(
+    server: AdminServer, body: object, *, allowed: bool
+) -> None:
+    server.client.request("POST", "/v1/reload", body=body)
+    assert server.operations.dropped_allowed is allowed
+
+
 @pytest.mark.parametrize("body", [{"data_plane": "yes"}, {"all": True}, [], None])
 def test_stop_takes_nothing_that_it_does_not_know(server: AdminServer, body: object) -> None:
     status, _ = _problem(server, "POST", "/v1/stop", body)

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import pytest
 
 from imdsproxy.app.settings_reload import SettingsHolder
+from imdsproxy.config.load import Loaded
 from imdsproxy.config.schema import HaproxySettings, LogSettings, Settings
 from imdsproxy.errors import ConfigError, ConfigUnreadable
 
@@ -12,7 +13,7 @@ _OTHER = Settings(haproxy=HaproxySettings(maxconn_per_network=77))
 
 
 def _holder(after: Settings) -> SettingsHolder:
-    return SettingsHolder(Settings(), lambda: after)
+    return SettingsHolder(Loaded(Settings(), {}), lambda: Loaded(after, {}))
 
 
 def _nothing(_: Settings) -> None:

@@ -674,6 +674,14 @@ def test_reload_shows_what_was_taken_over(cli: Cli) -> None:
     assert lines[3].split() == ["admin.mode", "0660", "0600", "at", "the", "next", "restart"]
 
 
+@pytest.mark.parametrize(("flags", "allowed"), [((), False), (("--allow-dropped",), True)])
+def test_reload_may_drop_settings_only_with_its_flag(
+    cli: Cli, flags: tuple[str, ...], *, allowed: bool
+) -> None:
+    cli("reload", *flags)
+    assert cli.operations.dropped_allowed is allowed
+
+
 def test_reload_says_what_is_not_in_force_yet(cli: Cli) -> None:
     cli.operations.pending = ("the data plane has not confirmed it yet",)
 

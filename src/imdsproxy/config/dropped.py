@@ -1,0 +1,77 @@
+"""Settings that were lost, not changed: files that were emptied, cut short or removed.
+
+A write that fails, a full disk or a crash leaves an empty or shorter file. It is valid YAML, so only a comparison
+with the settings in force shows that something is missing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from imdsproxy.config.load import Loaded
+from imdsproxy.errors import Problem, SettingsDropped
+
+__all__ = ["refuse_dropped"]
+
+_ALLOW = "restore them; if they should go: `imdsproxy reload --allow-dropped`"
+
+
+def refuse_dropped(before: Loaded | None, after: Loaded, *, allowed: bool = False) -> None:
+    """Accept new settings, or raise.
+
+    Args:
+        before: In force; `None` at a start.
+        after: Read now.
+        allowed: The operator wants files and policies to go. A blank file is refused even so: it would be
+            refused at the next start.
+
+    Raises:
+        SettingsDropped: `problems` has every file and policy that is missing.
+    """
+    problems = [
+        Problem("settings", "is blank", "restore it, write `{}`, or remove it", str(path))
+        for path in after.files
+        if path in after.blank
+    ]
+    if before is not None and not allowed:
+        problems += _files(before, after)
+        problems += _policies(before, after)
+    if problems:
+        raise SettingsDropped(
+            "settings are missing that were there before" if before else "a settings file is blank",
+            problems=problems,
+            hint="" if before is None else _ALLOW,
+        )
+
+
+def _files(before: Loaded, after: Loaded) -> Iterator[Problem]:
+    for path in before.files:
+        if path in before.empty or path in after.blank:
+            continue
+        if path not in after.files:
+            yield Problem("settings", "is gone", file=str(path))
+        elif path in after.empty:
+            yield Problem("settings", "holds no settings any more", file=str(path))
+
+
+def _policies(before: Loaded, after: Loaded) -> Iterator[Problem]:
+    old, new = _rules(before), _rules(after)
+    if old and not new:
+        yield Problem("policy", f"every policy is missing ({', '.join(old)})")
+        return
+    denied = [place for place, value in old.items() if value == "deny"]
+    if denied and "deny" not in new.values() and not any(place in new for place in denied):
+        yield Problem("policy", f"every `deny` is missing ({', '.join(denied)})")
+
+
+def _rules(loaded: Loaded) -> dict[str, object]:
+    """Each policy rule that the settings set, by its path."""
+    return dict(_leaves("policy", loaded.settings.policy.model_dump(exclude_none=True)))
+
+
+def _leaves(place: str, value: object) -> Iterator[tuple[str, object]]:
+    if isinstance(value, Mapping):
+        for name, part in value.items():
+            yield from _leaves(f"{place}.{name}", part)
+    else:
+        yield place, value

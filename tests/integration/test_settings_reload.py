@@ -1,0 +1,182 @@
+"""Settings files that were emptied, cut short or removed: what was in force stays in force."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+from collections.abc import Iterator
+from typing import Any, Final
+
+import pytest
+import yaml
+
+from support.daemon import Command
+from support.lab import until, within
+from support.world import World, open_world
+
+pytestmark = pytest.mark.root
+
+_DENIED: Final = "/latest/user-data"
+_PAGE: Final = "/latest/meta-data/hostname"
+_POLICY: Final = {"host": {"paths": {_DENIED: "deny"}}, "networks": {"red": {"tokens": "required"}}}
+
+
+@pytest.fixture(scope="module")
+def shared_world() -> Iterator[World]:
+    with open_world({"policy": _POLICY, "metrics": {"listen": "127.0.0.1:9465"}}) as world:
+        yield world
+
+
+@pytest.fixture
+def world(shared_world: World) -> Iterator[World]:
+    yield shared_world
+    shared_world.daemon.configure({**shared_world.daemon.settings, "policy": _POLICY})
+    for path in _conf_d(shared_world).glob("*"):
+        path.unlink()
+    assert _reload(shared_world, "--allow-dropped").status == 0
+
+
+def _conf_d(world: World) -> Any:  # noqa: ANN401 - a path
+    return world.daemon.directory / "conf.d"
+
+
+def _reload(world: World, *flags: str) -> Command:
+    socket = str(world.daemon.runtime / "admin.sock")
+    return world.daemon.command("reload", "--socket", socket, *flags)
+
+
+def _hang_up(world: World) -> None:
+    assert world.daemon.process is not None
+    before = len(world.daemon.log_entries())
+    world.daemon.process.send_signal(signal.SIGHUP)
+    until(lambda: len(world.daemon.log_entries()) > before, what="a line in the log")
+
+
+def _answers(world: World) -> tuple[int, int]:
+    green = world.guests["green"]
+    return green.ask(_DENIED).status, world.red.ask(_PAGE).status
+
+
+def _metric(world: World) -> str:
+    done = subprocess.run(
+        (*within(world.lab.host), "curl", "-s", "http://127.0.0.1:9465/metrics"),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return next(one for one in done.stdout.splitlines() if one.startswith("imdsproxy_settings_"))
+
+
+def _is_refused(world: World) -> None:
+    """Everywhere an operator may look; and the exit status of what systemd runs."""
+    assert _answers(world) == (403, 401)
+    assert world.daemon.log_entries()[-1]["code"] == "settings-dropped"
+    status = world.daemon.status()
+    assert any("settings" in line for line in status["readiness"]["degraded"])
+    assert any(one["field"] == "settings" for one in status["problems"])
+    assert _metric(world) == "imdsproxy_settings_refused 1.0"
+    done = _reload(world)
+    assert done.status == 78
+    assert "--allow-dropped" in done.err
+    assert _answers(world) == (403, 401)
+
+
+@pytest.mark.parametrize("text", ["", "# nothing here\n", "{}\n"])
+def test_a_settings_file_that_was_emptied_is_refused_and_the_settings_before_stay(
+    world: World, text: str
+) -> None:
+    world.daemon.config.write_text(text)
+    _hang_up(world)
+    _is_refused(world)
+
+
+def test_a_settings_file_that_was_cut_before_its_policy_is_refused(world: World) -> None:
+    text = world.daemon.config.read_text()
+    world.daemon.config.write_text(text[: text.index("policy:")])
+    _hang_up(world)
+    _is_refused(world)
+
+
+def test_a_settings_file_that_lost_its_last_deny_is_refused(world: World) -> None:
+    settings = yaml.safe_load(world.daemon.config.read_text())
+    del settings["policy"]["host"]
+    world.daemon.config.write_text(yaml.safe_dump(settings))
+    _hang_up(world)
+    _is_refused(world)
+
+
+@pytest.mark.parametrize("text", ["", "# nothing here\n", None])
+def test_a_file_of_conf_d_that_was_emptied_or_removed_is_refused(
+    world: World, text: str | None
+) -> None:
+    _conf_d(world).mkdir(exist_ok=True)
+    file = _conf_d(world) / "50-limits.yaml"
+    file.write_text("resolver: {hold_s: 0.5}\n")
+    assert _reload(world).status == 0
+    if text is None:
+        file.unlink()
+    else:
+        file.write_text(text)
+    _hang_up(world)
+    _is_refused(world)
+
+
+def test_policies_are_dropped_where_the_operator_allows_it_and_the_alarm_ends(
+    world: World,
+) -> None:
+    settings = yaml.safe_load(world.daemon.config.read_text())
+    del settings["policy"]
+    world.daemon.config.write_text(yaml.safe_dump(settings))
+    assert _reload(world).status == 78
+    assert _answers(world) == (403, 401)
+    assert _reload(world, "--allow-dropped").status == 0
+    assert _answers(world) == (200, 200)
+    assert world.daemon.status()["readiness"]["degraded"] == []
+    assert _metric(world) == "imdsproxy_settings_refused 0.0"
+
+
+def test_a_deny_that_is_replaced_by_another_word_is_no_dropped_one(world: World) -> None:
+    settings = yaml.safe_load(world.daemon.config.read_text())
+    settings["policy"]["host"]["paths"][_DENIED] = "allow"
+    world.daemon.config.write_text(yaml.safe_dump(settings))
+    assert _reload(world).status == 0
+    assert _answers(world) == (200, 401)
+
+
+def test_a_reload_that_finds_the_file_broken_is_in_status_until_one_succeeds(world: World) -> None:
+    text = world.daemon.config.read_text()
+    world.daemon.config.write_text(f"{text}haproxy: [\n")
+    _hang_up(world)
+    assert any("not YAML" in line for line in world.daemon.status()["readiness"]["degraded"])
+    world.daemon.config.write_text(text)
+    _hang_up(world)
+    assert world.daemon.status()["readiness"]["degraded"] == []
+
+
+def test_refused_settings_do_not_change_what_is_logged(world: World) -> None:
+    world.daemon.config.write_text("log: {format: text}\nhost: {name_prefix: other}\n")
+    _hang_up(world)
+    assert world.daemon.log_entries()[-1]["code"] == "settings-dropped"
+
+
+def test_the_command_says_why_where_the_emptied_file_named_the_socket(world: World) -> None:
+    world.daemon.config.write_text("# nothing here\n")
+    done = world.daemon.command("reload")
+    assert done.status == 78
+    assert "holds no settings" in done.err
+    checked = world.daemon.command("check")
+    assert "holds no settings" in checked.out
+
+
+def test_a_start_with_a_blank_file_is_refused_and_guests_are_answered_as_before(
+    world: World,
+) -> None:
+    text = world.daemon.config.read_text()
+    world.daemon.kill_controller()
+    world.daemon.config.write_text("\n")
+    done = world.daemon.command("run")
+    assert done.status == 78
+    assert "is blank" in done.err
+    assert _answers(world) == (403, 401)
+    world.daemon.config.write_text(text)
+    world.daemon.start()
