@@ -19,7 +19,7 @@ _SHORTEST_REASON: Final = 20
 
 
 def _rows() -> Iterator[tuple[str, str]]:
-    _, lines = section(_PAGE, "## Which test shows it")
+    _, lines = section(_PAGE, "## Tests by threat")
     for line in lines:
         cells = [cell.strip() for cell in line.strip("|").split("|")]
         if line.startswith("| ") and cells[1] != "test":
