@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -30,7 +31,7 @@ def parse_packages(depends: str) -> list[str]:
 
 
 def download(cache: Path, *, say: Callable[[str], None]) -> Path:
-    """The directory with the packages, filled now or by an earlier run.
+    """The directory with the packages, filled now or by an earlier run; one run at a time fills it.
 
     They are kept as long as the system's Python stays the same: some hold compiled modules.
 
@@ -39,17 +40,20 @@ def download(cache: Path, *, say: Callable[[str], None]) -> Path:
     """
     python = run(["/usr/bin/python3", "-c", "import sys; print(*sys.version_info[:2])"])
     target = cache / f"cloud-init-debs-python{'.'.join(python.out.decode().split())}"
-    if target.is_dir():
-        return target
-    say("downloading cloud-init's packages (to be unpacked here, not installed)")
     building = cache / "cloud-init-debs.part"
-    shutil.rmtree(building, ignore_errors=True)
-    building.mkdir(parents=True)
-    try:
-        _fill(building)
-        building.rename(target)
-    finally:
+    cache.mkdir(parents=True, exist_ok=True)
+    with (cache / "cloud-init-debs.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if target.is_dir():
+            return target
+        say("downloading cloud-init's packages (to be unpacked here, not installed)")
         shutil.rmtree(building, ignore_errors=True)
+        building.mkdir()
+        try:
+            _fill(building)
+            building.rename(target)
+        finally:
+            shutil.rmtree(building, ignore_errors=True)
     return target
 
 

@@ -7,7 +7,6 @@ import json
 import socket
 import struct
 import subprocess
-import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from imdsproxy.host.nftables import INET, Batch, NetfilterSocket
 from imdsproxy.host.nlmessages import attribute
 from support.daemon import instance
 from support.guest import IPV4, IPV6, Connection, Guest, Lost, Reply, inside
-from support.lab import Lab, batch, ip, until, within
+from support.lab import Lab, batch, ip, patience, until, within
 from support.world import World, open_world, own
 
 pytestmark = pytest.mark.root
@@ -80,7 +79,7 @@ class _Wire:
             return sock
 
         self._socket = inside(guest.namespace, listen)
-        self._socket.settimeout(5)
+        self._socket.settimeout(5 * patience())
 
     def __enter__(self) -> Self:
         return self
@@ -155,7 +154,8 @@ def _container(world: World, guest: Guest, number: int = 77) -> Iterator[Guest]:
     )
     inner = Guest("container", name, guest.network, guest.mac, (address,))
     try:
-        until(lambda: inner.ask(_USER_DATA, timeout_s=1).status == 200, what="the way through")
+        until(lambda: inner.reaches(timeout_s=1), what="the way through")
+        assert inner.ask(_USER_DATA).status == 200
         yield inner
     finally:
         ip("-n", guest.namespace, "link", "del", "inner")
@@ -163,8 +163,9 @@ def _container(world: World, guest: Guest, number: int = 77) -> Iterator[Guest]:
 
 
 def _route() -> None:
-    for key in ("ip_forward", "conf/eth0/proxy_arp"):
-        Path("/proc/sys/net/ipv4", key).write_text("1")
+    # By default the kernel answers for others after up to 0.8 s.
+    for key, value in (("ip_forward", 1), ("conf/eth0/proxy_arp", 1), ("neigh/eth0/proxy_delay", 0)):
+        Path("/proc/sys/net/ipv4", key).write_text(str(value))
 
 
 def test_without_a_limit_answers_are_the_kernels_own_and_there_is_no_rule(world: World) -> None:
@@ -196,8 +197,10 @@ def test_behind_a_hop_a_limit_of_1_does_not_arrive_and_2_does(world: World) -> N
     with _container(world, world.red) as inner:
         _say(world, {"instances": {"red-5": {"hop_limit": 1}}})
         _given(world.red)
-        with pytest.raises(Lost), inner.connect(timeout_s=1) as connection:
-            _put(connection)
+        with inner.connect() as connection:
+            connection.socket.settimeout(1)
+            with pytest.raises(Lost):
+                _put(connection)
         assert inner.ask(_USER_DATA).status == 200
         _say(world, {"instances": {"red-5": {"hop_limit": 2}}})
         with inner.connect() as connection:
@@ -213,12 +216,16 @@ def test_what_got_lost_is_not_sent_farther_when_more_is_asked_for(world: World) 
         _given(world.red)
         get = f"GET {_USER_DATA} HTTP/1.1\r\nHost: x\r\n\r\n"
         put = f"PUT {_TOKEN} HTTP/1.1\r\nHost: x\r\n{_TTL[0]}\r\n\r\n"
-        with inner.connect(timeout_s=1) as connection:
+        with _Wire(world.red) as wire, inner.connect() as connection:
             connection.send((put + get).encode())
-            time.sleep(0.1)
+            first = wire.seen(b"200 OK")
             connection.send(get.encode())
-            with pytest.raises(TimeoutError):
+            again = [wire.seen(b"200 OK") for _ in range(4)]
+            assert {one.limit for one in (first, *again)} == {1}
+            connection.socket.setblocking(False)
+            with pytest.raises(BlockingIOError):
                 connection.socket.recv(65_536)
+        assert inner.ask(_USER_DATA).status == 200
 
 
 def test_it_is_one_instances_and_changes_without_a_reload(world: World) -> None:

@@ -119,7 +119,8 @@ class Server:
         self._notify = notify
         self._processes: list[subprocess.Popen[bytes]] = []
 
-    def spawn(self, *, fault: str = "") -> subprocess.Popen[bytes]:
+    def spawn(self, *, fault: str = "", log: Path | None = None) -> subprocess.Popen[bytes]:
+        """Start one more below the directory; it writes to the log that all share unless it has its own."""
         options = {
             "sockets": [str(path) for path in self.sockets],
             "records": str(self.records),
@@ -129,9 +130,9 @@ class Server:
             "notify": self._notify,
             "fault": fault,
         }
-        with self.log.open("ab") as log:
+        with (log or self.log).open("ab") as output:
             process = subprocess.Popen(
-                [sys.executable, "-c", _PROGRAM, json.dumps(options)], stdout=log, stderr=log
+                [sys.executable, "-c", _PROGRAM, json.dumps(options)], stdout=output, stderr=output
             )
         self._processes.append(process)
         return process

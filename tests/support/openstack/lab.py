@@ -8,7 +8,6 @@ import hmac
 import secrets
 import sqlite3
 import tempfile
-import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from http import HTTPStatus
@@ -19,7 +18,7 @@ from support.openstack.front import FrontWriter
 from support.openstack.install import environments
 from support.openstack.neutron_rest import Answer, NeutronRest, Refused, ask
 from support.openstack.processes import Place, agent_server, neutron_server, nova_server
-from support.openstack.servers import NotUp, Server, ends_with_us, free_port
+from support.openstack.servers import Server, ends_with_us, free_port
 from support.openstack.settings import render_clouds
 from support.openstack.table import INSTANCES, Instance, Lookup, Port, Seed, lookups_of
 from support.openstack.template import fill
@@ -27,7 +26,6 @@ from support.openstack.template import fill
 __all__ = ["Nova", "OpenStack", "open_openstack"]
 
 _NOVA_CACHE_S: Final = 15
-_ALLOWS_S: Final = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,11 +219,9 @@ class OpenStack:
         """Everything runs again that a test has ended or paused, and the ports are gone that it made."""
         for server in (self.neutron, self.nova.server, self.agent):
             server.resume()
-        ended = [one for one in (self.neutron, self.nova.server) if not one.running]
-        for server in ended:
-            server.start()
-        if ended or self.created:
-            self._until_neutron_allows()
+        for server in (self.neutron, self.nova.server):
+            if not server.running:
+                server.start()
         for ident in tuple(self.created):
             try:
                 self.delete_port(ident)
@@ -234,14 +230,6 @@ class OpenStack:
                 if refused.answer.status != HTTPStatus.NOT_FOUND:
                     raise
                 self.created.remove(ident)
-
-    def _until_neutron_allows(self) -> None:
-        # While a thread of one that has just started reads its rules, the others let nobody see or do anything.
-        deadline = time.monotonic() + _ALLOWS_S
-        while len(self.rest.list("network")) < len(self.seed.networks):
-            if time.monotonic() > deadline:
-                raise NotUp("neutron shows nobody its networks")
-            time.sleep(0.05)
 
 
 @contextlib.contextmanager
@@ -287,7 +275,7 @@ def start_openstack(
     stack.callback(front.close)
     clouds = place.path / "clouds.yaml"
     clouds.write_text(render_clouds(neutron_url=neutron_url))
-    lab = OpenStack(
+    return OpenStack(
         place=place,
         seed=seed,
         nova=nova,
@@ -300,8 +288,6 @@ def start_openstack(
         clouds_yaml=clouds,
         front=front,
     )
-    lab._until_neutron_allows()
-    return lab
 
 
 def _nova(

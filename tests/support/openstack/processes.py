@@ -83,7 +83,7 @@ def nova_server(place: Place, name: str, *, port: int, keep_alive: bool = False)
         # The first must be the one for paste.
         "OS_NOVA_CONFIG_FILES": f"api-paste.ini;{name}.conf",
     }
-    module = "nova.wsgi.metadata:application"
+    module = ("--module", "nova.wsgi.metadata:application")
     return _wsgi(
         place, name, "nova", module, environment, port=port, ready="/", keep_alive=keep_alive
     )
@@ -95,7 +95,7 @@ def neutron_server(place: Place, *, port: int) -> Server:
         "OS_NEUTRON_CONFIG_DIR": str(place.etc),
         "OS_NEUTRON_CONFIG_FILES": "neutron.conf",
     }
-    module = "neutron.wsgi.api:application"
+    module = ("--wsgi-file", str(INSIDE / "neutron_app.py"))
     ready = "/v2.0/networks"
     return _wsgi(place, "neutron", "neutron", module, environment, port=port, ready=ready)
 
@@ -128,7 +128,7 @@ def _wsgi(
     place: Place,
     name: str,
     package: str,
-    module: str,
+    module: tuple[str, str],
     environment: dict[str, str],
     *,
     port: int,
@@ -146,7 +146,7 @@ def _wsgi(
         str(place.environments.uwsgi(package)),
         *protocol,
         *("--virtualenv", str(place.environments.python(package).parents[1])),
-        *("--module", module, "--need-app"),
+        *(*module, "--need-app"),
         *("--processes", "1", "--threads", str(_THREADS), "--buffer-size", "65535"),
         *("--reuse-port", "--die-on-term"),
     )

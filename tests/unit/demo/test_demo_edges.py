@@ -4,13 +4,16 @@ import contextlib
 import io
 import json
 import socket
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
 from demo.boot import Boot
-from demo.cloudinit import parse_packages
+from demo import cloudinit
+from demo.cloudinit import download, parse_packages
 from demo.daemon import Pids
 from demo.place import alone, prepare, unfit
 from demo.processes import CommandError, run
@@ -40,6 +43,28 @@ def test_only_cloud_init_and_its_python_libraries_are_fetched() -> None:
 
 def test_no_package_lists_means_no_packages() -> None:
     assert parse_packages("") == []
+
+
+def test_runs_that_begin_together_fetch_the_packages_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    both_want_them = threading.Barrier(2)
+    filled: list[Path] = []
+
+    def fill(debs: Path) -> None:
+        filled.append(debs)
+        (debs / "one.deb").touch()
+
+    def fetch(_: int) -> Path:
+        both_want_them.wait()
+        return download(tmp_path, say=lambda _: None)
+
+    monkeypatch.setattr(cloudinit, "_fill", fill)
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(fetch, range(2))
+    assert first == second
+    assert [path.name for path in first.iterdir()] == ["one.deb"]
+    assert len(filled) == 1
 
 
 def test_a_directory_with_too_long_a_name_for_sockets_is_unfit() -> None:
