@@ -247,7 +247,10 @@ def test_a_second_one_is_refused_in_one_line_and_harms_nothing(server: Server) -
     log = server.directory / "second.log"
     second = server.spawn(log=log)
     assert second.wait(timeout=20) == 71
-    assert log.read_text() == f"error: a document server runs here already (pid {server.running.parent})\n"
+    assert (
+        log.read_text()
+        == f"error: a document server runs here already (pid {server.running.parent})\n"
+    )
     assert ask(server.sockets[0], "/latest").status == 200
 
 
