@@ -4,7 +4,7 @@
 
 set -euo pipefail
 
-repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
 script=script/$(basename "$0")
 cache=$repository/.cache
 setup_log=$cache/setup.log
@@ -187,12 +187,18 @@ venv_stamp() {
     (cd "$repository" && sha256sum requirements/*.txt pyproject.toml && pwd) | sha256sum
 }
 
+# own_venv: true when .venv was made for this work tree; a linked or copied one runs another tree's programs
+own_venv() {
+    [[ ! -L $venv && $(sed -n 's/^command = .* //p' "$venv/pyvenv.cfg" 2>/dev/null) == "$venv" ]]
+}
+
 build_venv() {
     local python stamp=$venv/.set-up
-    if [[ -f $stamp && $(<"$stamp") == "$(venv_stamp)" ]]; then
+    if own_venv && [[ -f $stamp && $(<"$stamp") == "$(venv_stamp)" ]]; then
         return
     fi
-    if ! { [[ -x $venv/bin/python ]] && usable_python "$venv/bin/python"; }; then
+    if ! { own_venv && [[ -x $venv/bin/python ]] && usable_python "$venv/bin/python"; }; then
+        [[ ! -L $venv ]] || rm "$venv"
         python=$(find_python)
         [[ -n $python ]] || die "needs Python 3.11 or later with the venv module"
         say "making a virtual environment with $("$python" --version)"

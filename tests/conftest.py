@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, settings
 
 from support.libvirt_daemon import Libvirtd, open_libvirtd
 from support.openstack.lab import OpenStack, open_openstack
+from support.own_tree import foreign_programs
 
 # The first test that uses it pays for its start, and once in a checkout for its installation.
 _OPENSTACK_S = 300
@@ -20,7 +21,9 @@ settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCh
 settings.load_profile("busy")
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
+    if not hasattr(config, "workerinput") and (foreign := foreign_programs(config.rootpath)):
+        raise pytest.UsageError(f"{foreign}: run script/setup in this clone, and use its .venv")
     # A shell ignores Ctrl-C for what it starts in the background, and so would every program that tests start.
     signal.signal(signal.SIGINT, signal.default_int_handler)
 

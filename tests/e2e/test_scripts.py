@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import time
 from pathlib import Path
@@ -94,6 +95,20 @@ def test_only_what_is_missing_is_installed() -> None:
 
     assert status == 0
     assert output.split() == ["one", "two"]
+
+
+def test_a_virtual_environment_of_another_work_tree_is_not_taken_for_the_own_one(
+    tmp_path: Path,
+) -> None:
+    own = REPOSITORY / ".venv"
+    (tmp_path / "copied").mkdir()
+    shutil.copy(own / "pyvenv.cfg", tmp_path / "copied")
+    (tmp_path / "linked").symlink_to(own)
+    for venv, is_own in (
+        (own, True),
+        *((tmp_path / name, False) for name in ("copied", "linked", "none")),
+    ):
+        assert (library(f"venv={venv}; own_venv")[0] == 0) is is_own, venv
 
 
 @pytest.mark.root

@@ -9,14 +9,15 @@ import signal
 import threading
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 from typing import Final, Self
 
 import pytest
 
 from imdsproxy.errors import ImdsproxyError
-from support.daemon import alive, instance, user_data_of
+from support.daemon import Daemon, alive, instance, user_data_of
 from support.guest import Guest, Load, Reply
-from support.lab import patience, until
+from support.lab import Lab, patience, until
 from support.world import World, open_world, own, own_name
 
 pytestmark = pytest.mark.root
@@ -297,3 +298,16 @@ def test_a_start_from_nothing_serves_what_the_store_holds() -> None:
         daemon.start()
         until(lambda: daemon.status()["serving"] == 4)
         world.all_right()
+
+
+def test_a_document_server_finds_modules_where_its_controller_does(tmp_path: Path) -> None:
+    """Else a controller that runs from a work tree starts the document server of the installed package."""
+    lab = Lab()
+    daemon = Daemon(lab, environment={"PYTHONPATH": str(tmp_path)})
+    try:
+        documents = daemon.start().pids().documents
+        environment = Path(f"/proc/{documents}/environ").read_text().split("\0")
+    finally:
+        daemon.close()
+        lab.close()
+    assert f"PYTHONPATH={tmp_path}" in environment

@@ -164,7 +164,11 @@ def _container(world: World, guest: Guest, number: int = 77) -> Iterator[Guest]:
 
 def _route() -> None:
     # By default the kernel answers for others after up to 0.8 s.
-    for key, value in (("ip_forward", 1), ("conf/eth0/proxy_arp", 1), ("neigh/eth0/proxy_delay", 0)):
+    for key, value in (
+        ("ip_forward", 1),
+        ("conf/eth0/proxy_arp", 1),
+        ("neigh/eth0/proxy_delay", 0),
+    ):
         Path("/proc/sys/net/ipv4", key).write_text(str(value))
 
 

@@ -379,6 +379,10 @@ def documents_arguments(config: Path | None) -> Sequence[str]:
 
 
 def _own_environment(environment: Mapping[str, str]) -> dict[str, str]:
-    """What a process of ours is to know of our environment: the settings in it, and where programs are."""
-    kept = {name: value for name, value in environment.items() if name.startswith("IMDSPROXY_")}
+    """What a process of ours is to know of our environment: the settings in it, and where programs and modules are."""
+    kept = {
+        name: value
+        for name, value in environment.items()
+        if name.startswith("IMDSPROXY_") or name == "PYTHONPATH"
+    }
     return {**kept, "PATH": os.defpath, "LANG": "C.UTF-8"}

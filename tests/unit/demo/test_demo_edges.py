@@ -12,7 +12,6 @@ import pytest
 from rich.console import Console
 
 from demo.boot import Boot
-from demo import cloudinit
 from demo.cloudinit import download, parse_packages
 from demo.daemon import Pids
 from demo.place import alone, prepare, unfit
@@ -59,7 +58,7 @@ def test_runs_that_begin_together_fetch_the_packages_once(
         both_want_them.wait()
         return download(tmp_path, say=lambda _: None)
 
-    monkeypatch.setattr(cloudinit, "_fill", fill)
+    monkeypatch.setattr("demo.cloudinit._fill", fill)
     with ThreadPoolExecutor(2) as pool:
         first, second = pool.map(fetch, range(2))
     assert first == second
