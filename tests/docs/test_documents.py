@@ -134,16 +134,16 @@ def test_a_decision_says_what_was_decided_and_why(page: Path) -> None:
         assert re.findall(r"^## (.+)$", text, re.MULTILINE) == parts
 
 
-def test_the_runbook_knows_every_reason_for_which_a_listener_is_left_out() -> None:
+def test_the_runbook_knows_every_reason_for_which_a_network_is_not_served() -> None:
     table = (REPOSITORY / "docs/operating.md").read_text()
-    section = table.partition("### A listener is left out")[2].partition("\n### ")[0]
+    section = table.partition("### A network is not served")[2].partition("\n### ")[0]
     told = {
         code
         for line in section.splitlines()
         if line.startswith("| `")
         for code in _CODE.findall(line.split("|")[1])
     }
-    assert told == {code.value for code in LeftOutCode} | {"foreign-listener"}
+    assert told == {code.value for code in LeftOutCode}
 
 
 def test_the_error_codes_of_the_runbook_exist() -> None:

@@ -160,9 +160,17 @@ METRICS: Final[tuple[MetricDescription, ...]] = (
     MetricDescription(
         "imdsproxy_networks_left_out",
         "gauge",
-        "Networks that are not served now, by the code of the reason.",
+        "Networks that are configured and not served now, by the code of the reason.",
         ("code",),
         _each(lambda snapshot: snapshot.left_out),
+    ),
+    MetricDescription(
+        "imdsproxy_foreign_listeners",
+        "gauge",
+        "Sockets of other programs at networks' addresses and port, by effect: `blocks` (ours cannot listen), "
+        "`shares` (guests get both answers), `yields` (guests get ours). `status` and the log name them.",
+        ("effect",),
+        _each(lambda snapshot: snapshot.foreign),
     ),
     MetricDescription(
         "imdsproxy_instances",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Final
 
 # The OpenAPI document is made from these annotations, so they are imported for real.
 from imdsproxy.core.limited import Asker
@@ -26,7 +27,10 @@ __all__ = [
     "SourceReport",
     "StatusReport",
     "UnixListenerReport",
+    "list_degraded",
 ]
+
+_NETWORKS_SHOWN: Final = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +53,7 @@ class SourceReport:
 
 @dataclass(frozen=True, slots=True)
 class LeftOut:
-    """A network whose listener cannot be served now.
+    """A network that is configured and not served now.
 
     Attributes:
         code: Stable and kebab-case, as `namespace-missing`, `port-busy`, `foreign-listener`.
@@ -205,12 +209,23 @@ class Readiness:
 
     Attributes:
         reasons: Why not, a line each.
-        degraded: What is wrong and no guest notices, a line each, with who must act.
+        degraded: Networks that are configured and not served, then what is wrong and no guest notices; a line each.
     """
 
     ready: bool
     reasons: tuple[str, ...] = ()
     degraded: tuple[str, ...] = ()
+
+
+def list_degraded(networks: Iterable[LeftOut]) -> list[str]:
+    """A line for each network that is not served, up to twenty; the others are counted."""
+    found = list(networks)
+    lines = [
+        f"network {one.network}: {one.reason} ({one.code})" + (f"; {one.hint}" if one.hint else "")
+        for one in found[:_NETWORKS_SHOWN]
+    ]
+    more = len({one.network for one in found[_NETWORKS_SHOWN:]})
+    return [*lines, f"and {more} more networks: imdsproxy status"] if more else lines
 
 
 @dataclass(frozen=True, slots=True)

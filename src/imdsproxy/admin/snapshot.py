@@ -77,7 +77,8 @@ class MetricsSnapshot:
     """What `/metrics` shows, at one moment. Counters only ever grow while the controller lives.
 
     Attributes:
-        left_out: Networks that are not served now, by the reason's code.
+        left_out: Networks that are configured and not served now, by the reason's code.
+        foreign: Sockets of other programs at networks' addresses and port, by what they do to ours.
         reloads: HAProxy's reloads by result, `ok` or `failed`.
         restarts: Processes started again because they died or hung, by process.
         operations: Operations of applied plans by result, `ok` or `failed`.
@@ -107,6 +108,7 @@ class MetricsSnapshot:
     addresses: int = 0
     conflicts: int = 0
     left_out: Mapping[str, int] = field(default_factory=dict)
+    foreign: Mapping[str, int] = field(default_factory=dict)
     sources: Mapping[str, SourceFigures] = field(default_factory=dict)
     haproxy_up: bool = False
     haproxy_old_workers: int = 0

@@ -68,8 +68,8 @@ class Explainer:
         report = self.listeners.report
         steps = [self._origin(network)]
         steps += [
-            f"its listener is left out: {one.reason}"
-            for one in report.left_out
+            f"its listener is not as it should be: {one.reason}"
+            for one in self.listeners.degraded()
             if one.network == network
         ]
         declared = network in self.inventory.networks

@@ -101,14 +101,14 @@ def build_face(
             parts.records,
             parts.listeners,
             parts.sources.writable,
-            lambda: operations.own_problems(),  # noqa: PLW0108 - made here
+            lambda: operations.unapplied(),  # noqa: PLW0108 - made here
         ),
         guard_writes=GuardWrites(
             parts.inventory,
             parts.records,
             parts.guarding,
             parts.clock,
-            lambda: operations.own_problems(),  # noqa: PLW0108 - made here
+            lambda: operations.unapplied(),  # noqa: PLW0108 - made here
         ),
         documents_pids=lambda: read_pids(parts.layout.documents_pid).pids,
         documents_problem=lambda: companion.failure,
@@ -118,6 +118,7 @@ def build_face(
         audit=parts.audit,
         counting=parts.counting,
         settings_problems=lambda: parts.holder.problems,
+        settings=lambda: parts.holder.settings,
         reload_settings=reload_settings,
         end=end,
     )

@@ -15,6 +15,7 @@ from imdsproxy.admin.snapshot import (
 )
 from imdsproxy.app.operations import ControllerOperations
 from imdsproxy.core.haproxy.unix_listener import AGENTS
+from imdsproxy.core.hoststate import Effect
 from imdsproxy.core.plan import networks_of
 from imdsproxy.dataplane.master import WorkerEnded
 from imdsproxy.errors import DataplaneError
@@ -114,6 +115,7 @@ class Figures:
         counts = self.resolver.counts
         report = operations.listeners.report
         processes = operations.haproxy.processes
+        degraded = {(one.network, one.code.value) for one in operations.listeners.degraded()}
         unix, listener = operations.unix_listener(), operations.listeners.unix
         return MetricsSnapshot(
             version=operations.version,
@@ -123,7 +125,11 @@ class Figures:
             instances=len(inventory.instances),
             addresses=inventory.address_count,
             conflicts=inventory.conflict_count,
-            left_out=Counter(one.code.value for one in report.left_out),
+            left_out=Counter(code for _, code in degraded),
+            foreign={
+                effect.value: len({one.socket for one in report.foreign if one.effect is effect})
+                for effect in Effect
+            },
             sources={
                 name: SourceFigures(
                     in_sync,

@@ -21,6 +21,7 @@ from imdsproxy.app.kept_networks import KeptNetworks
 from imdsproxy.app.tickets import Tickets
 from imdsproxy.app.unix_listener import UnixListener, bound_path
 from imdsproxy.core.arp import answering_devices
+from imdsproxy.core.degraded import find_degraded
 from imdsproxy.core.diversion import Diversion, plan_diversions
 from imdsproxy.core.endpoints import Endpoint, Foreign, LeftOut, LeftOutCode
 from imdsproxy.core.gates import GatePlan
@@ -204,6 +205,13 @@ class ListenerLoop:
         self._wake.set()
         return self.tickets.take()
 
+    def degraded(self) -> tuple[LeftOut, ...]:
+        """Networks that are configured and not served, as of the last round."""
+        known, last = self.inventory, self.report
+        return find_degraded(
+            known.networks, known.contradictory, last.endpoints, last.left_out, last.foreign
+        )
+
     def spec(self, endpoints: Iterable[Endpoint]) -> DataplaneSpec:
         """The configuration for these endpoints, with the settings of now."""
         settings = self.settings()
@@ -289,14 +297,14 @@ class ListenerLoop:
         plan, problems, operations = await self._settle_host(networks)
         await self._choose_unix()
         try:
-            await self._apply(plan.endpoints, reasons)
+            endpoints = await self._apply(plan.endpoints, reasons)
         except (ConfigRejected, ReloadFailed):
             # Something went away between looking and loading: look again, once, before giving up.
             self._observed = None
             plan, problems, more = await self._settle_host(networks)
             operations += more
             await self._choose_unix()
-            await self._apply_again(plan.endpoints, reasons)
+            endpoints = await self._apply_again(plan.endpoints, reasons)
         if self.kept is not None:
             # Without those that another network keeps from their listener: that one has it in the next round too.
             shared = {
@@ -319,7 +327,7 @@ class ListenerLoop:
         self.seconds += self.clock.monotonic() - began
         self.report = ListenerReport(
             at=self.clock.now().timestamp(),
-            endpoints=plan.endpoints,
+            endpoints=endpoints,
             left_out=plan.left_out,
             foreign=plan.foreign,
             problems=problems,
@@ -430,19 +438,24 @@ class ListenerLoop:
         if self.unix is not None:
             await self.unix.choose()
 
-    async def _apply_again(self, endpoints: tuple[Endpoint, ...], reasons: tuple[str, ...]) -> None:
+    async def _apply_again(
+        self, endpoints: tuple[Endpoint, ...], reasons: tuple[str, ...]
+    ) -> tuple[Endpoint, ...]:
         try:
-            await self._apply(endpoints, reasons)
+            return await self._apply(endpoints, reasons)
         except (ConfigRejected, ReloadFailed) as error:
             if self.unix is None or not self.unix.blame(error):
                 raise
             try:
-                await self._apply(endpoints, reasons)
+                return await self._apply(endpoints, reasons)
             except (ConfigRejected, ReloadFailed):
                 self.unix.acquit()
                 raise
 
-    async def _apply(self, endpoints: tuple[Endpoint, ...], reasons: tuple[str, ...]) -> None:
+    async def _apply(
+        self, endpoints: tuple[Endpoint, ...], reasons: tuple[str, ...]
+    ) -> tuple[Endpoint, ...]:
+        """Have HAProxy listen there; where it does now."""
         if self.hops is not None:
             unsafe = await self.hops.open(endpoints)
             endpoints = tuple(one for one in endpoints if one.network not in unsafe)
@@ -480,6 +493,7 @@ class ListenerLoop:
                 networks=len(networks_of(endpoints)),
                 took_ms=round(done.seconds * 1000),
             )
+        return endpoints
 
     async def _bring(self, spec: DataplaneSpec, reasons: tuple[str, ...]) -> bool:
         checking = replace(spec, paths=self.layout.haproxy_paths(checking=True))
@@ -504,6 +518,7 @@ class ListenerLoop:
                     network=foreign.network,
                     effect=foreign.effect.value,
                     pids=[owner.pid for owner in foreign.socket.owners],
+                    programs=[owner.command for owner in foreign.socket.owners],
                 )
         for problem in problems:
             if problem not in self.report.problems:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import assert_never
 
@@ -30,6 +30,7 @@ from imdsproxy.admin.reports import (
     SourceReport,
     StatusReport,
     UnixListenerReport,
+    list_degraded,
 )
 from imdsproxy.app.audit import Audit
 from imdsproxy.app.explain import Explainer
@@ -45,9 +46,9 @@ from imdsproxy.app.record_loop import RecordLoop
 from imdsproxy.app.token_report import TokenCounting
 from imdsproxy.app.watching import Watching
 from imdsproxy.app.writes import Writes
+from imdsproxy.config.schema import Settings
 from imdsproxy.core import endpoints
 from imdsproxy.core.haproxy.render import render_config
-from imdsproxy.core.hoststate import ListeningSocket
 from imdsproxy.core.identity import Ambiguous, Found, Mismatch, Unknown
 from imdsproxy.core.inventory import Inventory
 from imdsproxy.core.model import (
@@ -113,12 +114,13 @@ class ControllerOperations:
     counting: TokenCounting
     settings_problems: Callable[[], tuple[Problem, ...]]
     reload_settings: Callable[[bool], Awaitable[SettingsReload]]
+    settings: Callable[[], Settings]
     end: Callable[[bool], None]
 
     # Reading
 
     def readiness(self) -> Readiness:
-        """In sync, last plan applied, a probe through HAProxy answered; else why not."""
+        """In sync, last plan applied, a probe through HAProxy answered, and all networks served; else why not."""
         reasons = [
             f"source {name} is not in sync"
             for name, in_sync in self.inventory.sources.items()
@@ -128,9 +130,12 @@ class ControllerOperations:
             reasons.append("HAProxy does not run")
         elif not self.guard.answering:
             reasons.append("HAProxy does not answer a probe")
-        reasons += [problem.reason for problem in self.own_problems()]
-        degraded = tuple(str(problem) for problem in self._unnoticed())
-        return Readiness(ready=not reasons, reasons=tuple(reasons), degraded=degraded)
+        reasons += [str(problem) for problem in self.own_problems()]
+        degraded = list_degraded(map(_left_out, self.listeners.degraded()))
+        degraded += [str(problem) for problem in self._unnoticed()]
+        if self.settings().metrics.degraded == "not-ready":
+            reasons += degraded
+        return Readiness(ready=not reasons, reasons=tuple(reasons), degraded=tuple(degraded))
 
     async def status(self) -> StatusReport:
         """See `Operations.status`."""
@@ -146,7 +151,7 @@ class ControllerOperations:
             serving=len(networks_of(report.endpoints)),
             instances=len(self.inventory.instances),
             addresses=self.inventory.address_count,
-            left_out=tuple(_left_out(one) for one in report.left_out) + self._foreign(),
+            left_out=tuple(map(_left_out, self.listeners.degraded())),
             sources=tuple(
                 SourceReport(
                     name,
@@ -223,35 +228,21 @@ class ControllerOperations:
 
     def own_problems(self) -> tuple[Problem, ...]:
         """What is wrong and belongs to no source, network or instance."""
-        found = list(self.records.failures.values())
+        found = list(self.unapplied())
         keys = self.guard_writes.guarding.keys
-        parts = (
-            self.listeners.failure,
-            self.guard.failure,
-            self.documents_problem(),
-            keys.failure,
-        )
-        found += [problem for problem in parts if problem is not None]
-        found += self.listeners.report.problems
+        found += [] if keys.failure is None else [keys.failure]
         if self.records.revisions and not self.documents_needed:
             found.append(_unserved(len(self.records.revisions)))
         found += self.nova.problems
         found += self.nova_watch.problems
         return tuple(found)
 
-    def _foreign(self) -> tuple[LeftOut, ...]:
-        """Somebody else at the same address and port: served, perhaps, but not by us alone."""
-        return tuple(
-            LeftOut(
-                one.network,
-                "foreign-listener",
-                f"{_who(one.socket)} also listens on {one.socket.address} port {one.socket.port} "
-                f"({one.effect.value})",
-                "stop it: guests reach it instead of imdsproxy",
-            )
-            for one in self.listeners.report.foreign
-            if one.effect.value == "shares"
-        )
+    def unapplied(self) -> tuple[Problem, ...]:
+        """What keeps a change from guests."""
+        parts = (self.listeners.failure, self.guard.failure, self.documents_problem())
+        found = list(self.records.failures.values())
+        found += [problem for problem in parts if problem is not None]
+        return (*found, *self.listeners.report.problems)
 
     def unix_listener(self) -> UnixListenerReport | None:
         """The socket for Neutron's proxies; `None` where it is off."""
@@ -294,24 +285,27 @@ class ControllerOperations:
 
     async def list_networks(self) -> Sequence[NetworkReport]:
         """See `Operations.list_networks`."""
-        return [
-            self._network(self.inventory.networks[one]) for one in sorted(self.inventory.networks)
-        ]
+        degraded = self._degraded()
+        networks = self.inventory.networks
+        return [self._network(networks[one], degraded) for one in sorted(networks)]
 
     async def get_network(self, network: NetworkId) -> NetworkReport:
         """See `Operations.get_network`."""
         found = self.inventory.networks.get(network)
         if found is None:
             raise NotFound(f"there is no network {network}", hint="imdsproxy network list")
-        return self._network(found)
+        return self._network(found, self._degraded())
 
-    def _network(self, network: Network) -> NetworkReport:
-        left = [one for one in self.listeners.report.left_out if one.network == network.id]
+    def _degraded(self) -> Mapping[NetworkId, LeftOut]:
+        """Of each degraded network the first reason."""
+        return {one.network: _left_out(one) for one in reversed(self.listeners.degraded())}
+
+    def _network(self, network: Network, degraded: Mapping[NetworkId, LeftOut]) -> NetworkReport:
         return NetworkReport(
             network,
             ", ".join(self.inventory.sources_of_network(network.id)),
             len(self.inventory.instances_in(network.id)),
-            _left_out(left[0]) if left else None,
+            degraded.get(network.id),
         )
 
     async def list_instances(self, network: NetworkId | None = None) -> Sequence[InstanceReport]:
@@ -496,9 +490,3 @@ def _unserved(count: int) -> Problem:
 def _left_out(one: endpoints.LeftOut) -> LeftOut:
     family = "" if one.family is None else f"IPv{one.family.value}: "
     return LeftOut(one.network, one.code.value, f"{family}{one.reason}", one.hint)
-
-
-def _who(socket: ListeningSocket) -> str:
-    return (
-        " and ".join(f"{owner.command} (pid {owner.pid})" for owner in socket.owners) or "somebody"
-    )

@@ -10,16 +10,19 @@ from dataclasses import dataclass, field
 from imdsproxy.admin.operations import Written
 from imdsproxy.app.listener_loop import ListenerLoop
 from imdsproxy.app.record_loop import RecordLoop
+from imdsproxy.core.endpoints import LeftOut, LeftOutCode
 from imdsproxy.core.inventory import Inventory
 from imdsproxy.core.listeners import find_shared
 from imdsproxy.core.model import Instance, InstanceId, Network, NetworkId
-from imdsproxy.core.plan import networks_of
 from imdsproxy.errors import AlreadyExists, NotFound, Problem, SourceRefused
 from imdsproxy.sources.api import WritableSource
 
 __all__ = ["Writes"]
 
 _APPLY_DEADLINE_S = 10.0
+_LISTENER_DEADLINE_S = 2.0
+_POLL_S = 0.05
+_COMING = frozenset({LeftOutCode.PENDING, LeftOutCode.ADDRESS_TENTATIVE})
 
 
 @dataclass(slots=True)
@@ -162,6 +165,16 @@ class Writes:
                 f"{kind} {subject} belongs to source {', '.join(sources)}", hint="change it there"
             )
 
+    async def _unserved(self, networks: frozenset[NetworkId]) -> list[LeftOut]:
+        """Why these are not served, once what comes by itself had its time to come."""
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + _LISTENER_DEADLINE_S
+        while True:
+            found = [one for one in self.listeners.degraded() if one.network in networks]
+            if not any(one.code in _COMING for one in found) or loop.time() > deadline:
+                return found
+            await asyncio.sleep(_POLL_S)
+
     async def _in_force(self, networks: Sequence[NetworkId], *, instances: int = 0) -> Written:
         pending: list[str] = []
         waits = [self.records.tickets.wait(self.records.tickets.given)]
@@ -178,10 +191,10 @@ class Writes:
             pending.append("the data plane has not confirmed it yet")
         pending += [problem.reason for problem in self.problems()]
         if networks:
-            report = self.listeners.report
-            # A network that is served over one family is served; `status` tells of the other.
-            unserved = set(networks) - networks_of(report.endpoints)
-            pending += [one.reason for one in report.left_out if one.network in unserved]
+            pending += [
+                f"{one.reason} ({one.hint})" if one.hint else one.reason
+                for one in await self._unserved(frozenset(networks))
+            ]
         return Written(
             len(networks), instances, applied=not pending, pending=tuple(dict.fromkeys(pending))
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal, TypeAlias, cast
 
+from imdsproxy.cli.exitcodes import NOT_IN_FORCE
 from imdsproxy.errors import RequestRefused
 
 if TYPE_CHECKING:
@@ -13,7 +14,14 @@ if TYPE_CHECKING:
     from imdsproxy.cli.options import Invocation
     from imdsproxy.core.records import Json
 
-__all__ = ["Kind", "change_one", "change_from_file", "order_instance", "remove_each"]
+__all__ = [
+    "Kind",
+    "change_from_file",
+    "change_one",
+    "exit_unless_in_force",
+    "order_instance",
+    "remove_each",
+]
 
 Kind: TypeAlias = Literal["network", "instance"]
 
@@ -44,6 +52,7 @@ def change_one(
     done = "added" if create else "changed"
     what = f"{kind} {name} {done}"
     say_written(run.output, what, cast("Mapping[str, object]", answer))
+    exit_unless_in_force(answer)
 
 
 def change_from_file(
@@ -62,6 +71,7 @@ def change_from_file(
     written = cast("Mapping[str, object]", answer)
     counts = f"{_counted(written, 'network')}, {_counted(written, 'instance')}"
     say_written(run.output, f"{counts} {'added' if create else 'stored'}", written)
+    exit_unless_in_force(written)
 
 
 def remove_each(run: Invocation, kind: Kind, names: Sequence[str]) -> None:
@@ -79,6 +89,7 @@ def remove_each(run: Invocation, kind: Kind, names: Sequence[str]) -> None:
             say_written(run.output, f"{kind} {name} removed", written)
     if run.output.as_json:
         run.output.json(answers)
+    exit_unless_in_force(*answers)
 
 
 def order_instance(run: Invocation, name: str, order: str, done: str) -> None:
@@ -95,6 +106,15 @@ def order_instance(run: Invocation, name: str, order: str, done: str) -> None:
 
     answer = run.daemon().request("POST", path_to("instances", name, order))
     say_written(run.output, done, cast("Mapping[str, object]", answer))
+    exit_unless_in_force(answer)
+
+
+def exit_unless_in_force(*answers: object) -> None:
+    """End with a status of its own where a change is stored and not in force."""
+    import typer  # noqa: PLC0415 - as above
+
+    if not all(cast("Mapping[str, object]", one)["applied"] for one in answers):
+        raise typer.Exit(NOT_IN_FORCE)
 
 
 def _counted(written: Mapping[str, object], kind: Kind) -> str:

@@ -11,11 +11,21 @@ from typing import Final
 from imdsproxy import errors
 from imdsproxy.errors import ImdsproxyError
 
-__all__ = ["EXIT_STATUSES", "INTERRUPTED", "NO", "OK", "PIPE_CLOSED", "USAGE", "errors_by_status"]
+__all__ = [
+    "EXIT_STATUSES",
+    "INTERRUPTED",
+    "NO",
+    "NOT_IN_FORCE",
+    "OK",
+    "PIPE_CLOSED",
+    "USAGE",
+    "errors_by_status",
+]
 
 OK: Final = 0
 NO: Final = 1
 USAGE: Final = 64
+NOT_IN_FORCE: Final = 75
 INTERRUPTED: Final = 130
 PIPE_CLOSED: Final = 141
 
@@ -29,6 +39,8 @@ EXIT_STATUSES: Final[Mapping[int, str]] = {
     70: "HAProxy refuses a configuration or command, or imdsproxy has a fault.",
     71: "The operating system refuses, or HAProxy is missing or too old.",
     73: "What should be made is there already.",
+    NOT_IN_FORCE: "Stored, and not in force: the answer says why and what helps; `status --check` found a network that "
+    "is configured and not served.",
     77: "Root, a capability, or access to the admin socket is needed.",
     78: "A configuration file must be changed.",
     INTERRUPTED: "Interrupted (Ctrl-C).",

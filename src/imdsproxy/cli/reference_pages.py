@@ -85,8 +85,8 @@ Logs, metrics, the admin API (`code`) and the command line (`--json`) use the sa
 says whether trying again can help without anybody acting."""
 
 _LEFT_OUT: Final = """\
-A network whose listener cannot be served is left out and never holds up another one; `status`, `network
-list` and `imdsproxy_networks_left_out` say which and why:"""
+A network that is configured and not served never holds up another one; `status`, `network list`, `/readyz` and
+`imdsproxy_networks_left_out` say which and why:"""
 
 _ADMIN_API: Final = """\
 HTTP over the unix socket `admin.socket`, whose mode and owner say who may use it; `/openapi.json`

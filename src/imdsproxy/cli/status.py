@@ -8,7 +8,7 @@ from typing import Annotated, Final, TypeAlias, cast
 import typer
 
 from imdsproxy.cli import options
-from imdsproxy.cli.exitcodes import NO
+from imdsproxy.cli.exitcodes import NO, NOT_IN_FORCE
 from imdsproxy.cli.output import Column, Output, clean
 
 __all__ = ["status"]
@@ -19,7 +19,12 @@ _HOUR_S: Final = 3600
 _MINUTE_S: Final = 60
 
 Check: TypeAlias = Annotated[
-    bool, typer.Option("--check", help="Exit 1 while the daemon is not ready.", show_default=False)
+    bool,
+    typer.Option(
+        "--check",
+        help="Exit 1 while the daemon is not ready, 75 while it is degraded.",
+        show_default=False,
+    ),
 ]
 
 
@@ -38,8 +43,11 @@ def status(
         run.output.json(report)
     else:
         show_status(run.output, report)
-    if check and not _shape(report, "readiness")["ready"]:
+    readiness = _shape(report, "readiness")
+    if check and not readiness["ready"]:
         raise typer.Exit(NO)
+    if check and readiness["degraded"]:
+        raise typer.Exit(NOT_IN_FORCE)
 
 
 def show_status(output: Output, report: _Shape) -> None:
@@ -56,7 +64,10 @@ def _facts(report: _Shape) -> dict[str, str]:
     readiness = _shape(report, "readiness")
     reasons = [clean(reason) for reason in cast("Sequence[str]", readiness["reasons"])]
     degraded = [f"[yellow]{clean(one)}[/]" for one in cast("Sequence[str]", readiness["degraded"])]
-    state = "[green]ready[/]" if readiness["ready"] else "[red]not ready[/]"
+    if not readiness["ready"]:
+        state = "[red]not ready[/]"
+    else:
+        state = "[yellow]ready, degraded[/]" if degraded else "[green]ready[/]"
     networks, serving = report["networks"], report["serving"]
     colour = "green" if networks == serving else "red"
     return {

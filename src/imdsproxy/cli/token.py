@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, TypeAlias, cast
 import typer
 
 from imdsproxy.cli import completers, options
-from imdsproxy.cli.changing import order_instance
+from imdsproxy.cli.changing import exit_unless_in_force, order_instance
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -54,6 +54,7 @@ def rotate(
     answer = run.daemon().request("POST", path_to("token-keys", "rotate"))
     done = cast("Mapping[str, object]", answer)
     say_written(run.output, f"key {done['kid']} signs tokens, {done['file']} has it", done)
+    exit_unless_in_force(done)
 
 
 @app.command("report")

@@ -339,6 +339,13 @@ class MetricsSettings(Section):
         "Address and port of HAProxy's own exporter; null for none. Same rule.",
         Change.RELOAD,
     )
+    degraded: Literal["ready", "not-ready"] = setting(
+        "ready",
+        "What `/readyz` and `imdsproxy_ready` say while a network is configured and not served: `ready` "
+        "(200, with the reasons under `degraded`), because the other networks are served, or "
+        "`not-ready` (503).",
+        Change.LIVE,
+    )
     network_series: int = setting(
         100,
         "Networks up to which the controller's `/metrics` has series for each one; with more "

@@ -32,6 +32,7 @@ __all__ = [
     "effect_of",
     "leave_out",
     "listen",
+    "owners_of",
 ]
 
 LOOPBACK = "lo"
@@ -60,7 +61,7 @@ class Endpoint:
 
 
 class LeftOutCode(StrEnum):
-    """Why a network (or one family of it) has no endpoint."""
+    """Why a network (or one family of it) is not served."""
 
     PENDING = "pending"
     NAMESPACE_MISSING = "namespace-missing"
@@ -78,6 +79,9 @@ class LeftOutCode(StrEnum):
     BIND_REFUSED = "bind-refused"
     LISTENER_SHARED = "listener-shared"
     HOST_METADATA = "host-metadata"
+    FOREIGN_LISTENER = "foreign-listener"
+    NETWORK_CONFLICT = "network-conflict"
+    HOST_REFUSED = "host-refused"
 
     @property
     def silent(self) -> bool:
@@ -93,8 +97,6 @@ class LeftOutCode(StrEnum):
             LeftOutCode.HOST_REFUSED,
         }
 
-    HOST_REFUSED = "host-refused"
-
 
 @dataclass(frozen=True, slots=True)
 class LeftOut:
@@ -104,7 +106,7 @@ class LeftOut:
         family: Only this one; both when `None`.
         reason: What is wrong, in one sentence without a full stop.
         hint: Who can mend it and how; empty when it mends itself.
-        sockets: For `PORT_BUSY`: the sockets in the way, as far as they are known.
+        sockets: Those of other programs at its address and port, as far as they are known.
     """
 
     network: NetworkId
@@ -281,17 +283,21 @@ def _not_blocking(foreign: Iterable[Foreign]) -> Iterator[Foreign]:
 
 def _busy(network: NetworkId, family: Family, foreign: tuple[Foreign, ...]) -> Part:
     blocking = tuple(Foreign(one.network, one.family, Effect.BLOCKS, one.socket) for one in foreign)
-    people = sorted({f"{who.command} (pid {who.pid})" for b in blocking for who in b.socket.owners})
-    by = " and ".join(people) if people else "somebody who cannot be seen from here"
     left = LeftOut(
         network,
         family,
         LeftOutCode.PORT_BUSY,
-        f"{family.metadata_address} port {METADATA_PORT} is in use by {by}",
+        f"{family.metadata_address} port {METADATA_PORT} is in use by {owners_of(one.socket for one in blocking)}",
         "stop it; the listener comes back within a second",
         tuple(one.socket for one in blocking),
     )
     return Part(left_out=(left,), foreign=blocking)
+
+
+def owners_of(sockets: Iterable[ListeningSocket]) -> str:
+    """The programs that hold the sockets, with their pids."""
+    names = sorted({f"{who.command} (pid {who.pid})" for one in sockets for who in one.owners})
+    return " and ".join(names) or "a program that cannot be seen from here"
 
 
 def _foreign(

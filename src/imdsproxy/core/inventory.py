@@ -124,6 +124,11 @@ class Inventory:
         return MappingProxyType(self._networks)
 
     @property
+    def contradictory(self) -> frozenset[NetworkId]:
+        """Networks without a listener, because sources differ on it."""
+        return frozenset(self._network_conflicts - self._networks.keys())
+
+    @property
     def instances(self) -> Mapping[InstanceId, Instance]:
         """Those with documents: told of by one source, or alike by several."""
         return MappingProxyType(self._instances)

@@ -158,7 +158,7 @@ class Rig:
     @property
     def explainer(self) -> Explainer:
         listeners = SimpleNamespace(
-            report=SimpleNamespace(left_out=(), endpoints=()), unix=self.unix
+            report=SimpleNamespace(endpoints=()), degraded=tuple, unix=self.unix
         )
         haproxy = SimpleNamespace(processes=None)
         return Explainer(

@@ -15,6 +15,7 @@ import pytest
 from imdsproxy.app.listener_loop import ListenerReport
 from imdsproxy.app.tickets import Tickets
 from imdsproxy.app.writes import Writes
+from imdsproxy.core.degraded import find_degraded
 from imdsproxy.core.endpoints import Endpoint, LeftOut, LeftOutCode
 from imdsproxy.core.hoststate import Family, NamespaceRef, ObservedHost
 from imdsproxy.core.inventory import Inventory
@@ -43,6 +44,13 @@ class _Loop:
     report: ListenerReport = field(default_factory=lambda: ListenerReport(0.0))
     withheld: frozenset[AddressKey] = frozenset()
     seen: ObservedHost = field(default_factory=ObservedHost)
+    inventory: Inventory = field(default_factory=Inventory)
+
+    def degraded(self) -> tuple[LeftOut, ...]:
+        endpoints, left_out = self.report.endpoints, self.report.left_out
+        known = self.inventory.networks
+        listening = {one.network: known[one.network] for one in endpoints}
+        return find_degraded(listening, (), endpoints, left_out, ())
 
 
 @dataclass
@@ -71,7 +79,7 @@ async def _rig(directory: Path) -> AsyncIterator[Rig]:
     try:
         async with asyncio.timeout(10):
             await known.wait()
-        listeners = _Loop()
+        listeners = _Loop(inventory=inventory)
         writes = Writes(
             inventory,
             _Loop(),  # type: ignore[arg-type]  # the part that is used
@@ -215,3 +223,13 @@ async def test_a_network_that_shares_its_listener_already_can_be_changed_otherwi
         rig.inventory.observe(Observation("file", full=True, networks={second.id: second}))
         await rig.writes.put_network(replace(_RED, name="Red"))
         assert rig.inventory.networks[_RED.id].name == "Red"
+
+
+async def test_a_listener_that_is_coming_is_waited_for(tmp_path: Path) -> None:
+    async with _rig(tmp_path) as rig:
+        coming = LeftOut(_RED.id, None, LeftOutCode.PENDING, "being made")
+        rig.listeners.report = ListenerReport(0.0, left_out=(coming,))
+        asyncio.get_running_loop().call_later(
+            0.1, lambda: setattr(rig.listeners, "report", ListenerReport(0.0))
+        )
+        assert (await rig.writes.put_network(_RED)).applied

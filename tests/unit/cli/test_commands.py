@@ -423,7 +423,7 @@ def test_a_change_that_is_not_in_force_yet_says_why(filled: Cli) -> None:
 
     ran = filled("network", "set", "blue", "--mtu", "1400")
 
-    assert ran.status == 0
+    assert ran.status == 75
     assert ran.out.splitlines() == [
         "stored: network blue changed; not in force yet:",
         "  namespace blue is missing",

@@ -82,7 +82,7 @@ def test_what_is_not_in_force_yet_is_said_with_its_reason(
 ) -> None:
     server.operations.pending = ("HAProxy does not answer",)
     status, out, _ = _run(server, capsys, *command)
-    assert status == 0
+    assert status == 75
     assert out.startswith("stored: ")
     assert "not in force yet:\n  HAProxy does not answer" in out
     assert '"applied": false' in _run(server, capsys, "--json", *command)[1]

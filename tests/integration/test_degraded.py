@@ -1,0 +1,183 @@
+"""A network that is configured and not served is degraded: in the command's answer and its status, `readyz`,
+`status --check` and metrics, until it is mended."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+
+from support.guest import IPV4, Guest, Lost
+from support.lab import RecordMapping, ip, until, within
+from support.world import World, open_world
+
+pytestmark = pytest.mark.root
+
+_METRICS: Final = {"listen": "127.0.0.1:9465"}
+_NOT_IN_FORCE: Final = 75
+_MANY: Final = 1_000
+
+
+@pytest.fixture(scope="module")
+def shared_world() -> Iterator[World]:
+    # What listens is not changed while it runs.
+    with open_world({"metrics": _METRICS}) as world:
+        yield world
+
+
+def _fetch(world: World, path: str) -> tuple[int, str]:
+    host = Guest("operator", world.lab.host, "", "", (), "lo", port=9465)
+    reply = host.ask(path, to="127.0.0.1")
+    return reply.status, reply.text
+
+
+def _readyz(world: World) -> dict[str, Any]:
+    status, text = _fetch(world, "/readyz")
+    return {"status": status, **json.loads(text)}
+
+
+def _metric(world: World, name: str) -> float:
+    lines = _fetch(world, "/metrics")[1].splitlines()
+    return next((float(line.split()[-1]) for line in lines if line.startswith(f"{name} ")), 0.0)
+
+
+def _degraded(world: World, code: str, *words: str, count: int = 1) -> None:
+    """Every report has it."""
+    until(
+        lambda: _metric(world, f'imdsproxy_networks_left_out{{code="{code}"}}') == count,
+        what=f"{count} networks that are {code}",
+    )
+    ready = _readyz(world)
+    assert (ready["status"], ready["reasons"]) == (200, [])
+    assert all(word in ready["degraded"][0] for word in (code, *words)), ready
+    checked = world.daemon.command("status", "--check")
+    assert checked.status == _NOT_IN_FORCE
+    assert "degraded" in checked.out
+    assert world.daemon.status()["readiness"]["ready"]
+
+
+def _mended(world: World) -> None:
+    until(lambda: _readyz(world)["degraded"] == [], what="the end of it")
+    assert world.daemon.command("status", "--check").status == 0
+    world.all_right()
+
+
+def _answered(guest: Guest) -> bool:
+    try:
+        return guest.ask("/", timeout_s=0.5).status == 200
+    except Lost:
+        return False
+
+
+def test_a_network_whose_port_another_program_has_is_degraded_and_named_by_the_command(
+    world: World,
+) -> None:
+    world.lab.namespace_network("busy")
+    name = world.lab.name("busy")
+    guest = world.lab.guest("busy", 5)
+    server = subprocess.Popen(
+        (*within(name), sys.executable, "-m", "http.server", "80", "--bind", IPV4),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        until(lambda: _answered(guest), what="the other program's answer")
+        added = world.daemon.command("network", "add", "busy", "--namespace", name)
+        assert added.status == _NOT_IN_FORCE
+        assert f"(pid {server.pid})" in added.out
+        assert "stop it" in added.out
+        again = world.daemon.command("network", "set", "busy", "--name", "Busy", "--json")
+        assert again.status == _NOT_IN_FORCE
+        assert not json.loads(again.out)["applied"]
+        _degraded(world, "port-busy", f"(pid {server.pid})")
+        assert _metric(world, 'imdsproxy_foreign_listeners{effect="blocks"}') == 1
+    finally:
+        server.kill()
+        server.wait()
+    _mended(world)
+    assert world.daemon.command("network", "set", "busy", "--name", "Free").status == 0
+
+
+def test_a_program_that_shares_the_port_is_degraded_and_named(world: World) -> None:
+    name = world.lab.name("shared")
+    world.lab.namespace_network("shared")
+    intruder = world.lab.intrude(name, IPV4, reuse_port=True)
+    added = world.daemon.command("network", "add", "shared", "--namespace", name)
+    assert added.status == _NOT_IN_FORCE
+    assert f"(pid {intruder.pid})" in added.out
+    _degraded(world, "foreign-listener", f"(pid {intruder.pid})")
+    assert _metric(world, 'imdsproxy_foreign_listeners{effect="shares"}') == 1
+    logged = [one for one in world.daemon.log_entries() if one["message"] == "foreign listener"]
+    command = Path(f"/proc/{intruder.pid}/comm").read_text().strip()
+    assert (logged[-1]["pids"], logged[-1]["programs"]) == ([intruder.pid], [command])
+    intruder.stop()
+    _mended(world)
+
+
+def test_a_device_that_is_renamed_makes_its_network_degraded_until_it_has_its_name_again(
+    world: World,
+) -> None:
+    world.lab.namespace_network("named")
+    name = world.lab.name("named")
+    command = ("network", "add", "named", "--namespace", name, "--device", "br0")
+    assert world.daemon.command(*command).status == 0
+    for old, new in (("br0", "br1"), ("br1", "br0")):
+        batch = [f"link set {old} down", f"link set {old} name {new}", f"link set {new} up"]
+        for line in batch:
+            ip("-n", name, *line.split())
+        if new == "br1":
+            _degraded(world, "device-missing", "no device br0")
+    # With the device down its addresses of IPv6 went.
+    ip("-n", name, "address", "replace", "fe80::a9fe:a9fe/64", "dev", "br0", "nodad")
+    _mended(world)
+
+
+def test_a_thousand_missing_devices_are_counted_and_the_first_are_named(world: World) -> None:
+    world.lab.namespace_network("many")
+    name = world.lab.name("many")
+    networks: list[RecordMapping] = [
+        {"id": f"m{number:04}", "listener": {"namespace": name, "device": f"d{number}"}}
+        for number in range(_MANY)
+    ]
+    answer = world.daemon.put(networks)
+    assert not answer["applied"]
+    _degraded(world, "device-missing", "m0000", count=_MANY)
+    ready = _readyz(world)
+    assert ready["degraded"][-1] == "and 980 more networks: imdsproxy status"
+    assert len(ready["degraded"]) == 21
+
+
+def test_degraded_is_not_ready_where_the_settings_say_so(world: World) -> None:
+    before = world.daemon.settings
+    world.daemon.put([{"id": "lost", "listener": {"namespace": world.lab.name("nowhere")}}])
+    world.daemon.configure({**before, "metrics": {**_METRICS, "degraded": "not-ready"}})
+    assert world.daemon.command("reload").status == 0
+    ready = _readyz(world)
+    assert (ready["status"], ready["ready"]) == (503, False)
+    assert "no network namespace" in ready["reasons"][0]
+    assert world.daemon.command("status", "--check").status == 1
+    assert _metric(world, "imdsproxy_ready") == 0
+    world.daemon.configure(before)
+    assert world.daemon.command("reload").status == 0
+    assert _readyz(world)["status"] == 200
+
+
+def test_a_network_that_two_sources_reach_differently_is_degraded(world: World) -> None:
+    records = world.daemon.directory / "records"
+    records.mkdir()
+    before = world.daemon.settings
+    source = {"sources": {"file": {"enabled": True, "directory": str(records)}}}
+    world.daemon.configure({**before, **source})
+    world.daemon.kill_controller()
+    world.daemon.start()
+    file = records / "red.yaml"
+    file.write_text(f"networks: [{{id: red, listener: {{namespace: {world.lab.name('green')}x}}}}]")
+    _degraded(world, "network-conflict", "red")
+    file.unlink()
+    _mended(world)
+    world.daemon.configure(before)
