@@ -12,6 +12,8 @@ from support.libvirt_daemon import Libvirtd, open_libvirtd
 from support.openstack.lab import OpenStack, open_openstack
 from support.own_tree import foreign_programs
 
+pytest_plugins = ("support.flaky",)
+
 # The first test that uses it pays for its start, and once in a checkout for its installation.
 _OPENSTACK_S = 300
 

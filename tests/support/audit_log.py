@@ -47,5 +47,5 @@ def order_audit(
     audit = {"mode": mode, "destination": destination, "sample": 1000}
     settings: dict[str, Any] = {"resolver": {"hold_s": 1.0}, "audit": audit, **more}
     world.daemon.configure(settings)
-    reloaded = world.daemon.command("reload")
+    reloaded = world.daemon.command("reload", "--allow-dropped")
     assert reloaded.status == 0, reloaded
