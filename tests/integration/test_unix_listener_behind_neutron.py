@@ -16,6 +16,7 @@ import pytest
 from support.agent_socket import AgentWorld, open_agents
 from support.guest import IPV4, IPV6, Guest, Load, Reply
 from support.lab import RecordMapping, record, until, within
+from support.namespace_proxy import PROGRAM
 from support.openstack.front import FrontKind, FrontWriter
 from support.openstack.install import environments
 from support.openstack.processes import Place
@@ -32,8 +33,12 @@ _KINDS: Final[Mapping[str, FrontKind]] = {
 }
 """By the network's or router's id; the addresses in all of them are the same."""
 
+_OTHER_WAYS: Final = ("own", "namespace-proxy")
+"""A listener in the network's namespace, and imdsproxy's own proxy of a network in front of the socket."""
+
 _IDS: Final = {
-    name: f"{number:08d}-0000-4000-8000-000000000000" for number, name in enumerate(_KINDS)
+    name: f"{number:08d}-0000-4000-8000-000000000000"
+    for number, name in enumerate((*_KINDS, *_OTHER_WAYS))
 }
 
 
@@ -63,7 +68,19 @@ def shared() -> Iterator[_Fronts]:
             file.write_text(_config(writer, name, socket=agents.path, state=state))
             _start_haproxy(lab.name(name), file)
         guests["routed"] = replace(guests["routed"], port=_ROUTER_PORT)
-        agents.daemon.put(networks, [_instance(name) for name in _KINDS])
+        networks.append(lab.namespace_network("own"))
+        lab.furnish("namespace-proxy")
+        uuid = _IDS["namespace-proxy"]
+        networks.append(record(uuid, {"namespace": lab.name("nowhere-proxy")}))
+        _start_namespace_proxy(lab.name("namespace-proxy"), uuid, agents.path, state)
+        guests |= {name: lab.guest(name) for name in _OTHER_WAYS}
+        agents.daemon.put(
+            networks,
+            [
+                *(_instance(name, name) for name in (*_KINDS, "own")),
+                _instance("namespace-proxy", uuid),
+            ],
+        )
         yield _Fronts(agents, guests)
 
 
@@ -100,9 +117,22 @@ def _start_haproxy(namespace: str, file: Path) -> None:
     assert done.returncode == 0, done.stderr.decode()
 
 
-def _instance(name: str) -> RecordMapping:
+def _start_namespace_proxy(namespace: str, uuid: str, socket: Path, state: Path) -> None:
+    words = (
+        f"--network-id={uuid}",
+        "--metadata-port=80",
+        f"--metadata-proxy-socket={socket}",
+        "--metadata-proxy-user=nobody",
+        "--metadata-proxy-group=nogroup",
+        f"--state-path={state}",
+    )
+    done = subprocess.run((*within(namespace), PROGRAM, *words), capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr.decode()
+
+
+def _instance(name: str, network: str) -> RecordMapping:
     addresses = ["10.0.0.5", "2001:db8::5"]
-    port = {"network": name, "mac": "fa:16:3e:00:00:05", "addresses": addresses}
+    port = {"network": network, "mac": "fa:16:3e:00:00:05", "addresses": addresses}
     return {
         "id": _IDS[name],
         "name": name,
@@ -185,6 +215,75 @@ def test_what_a_guest_says_in_other_words_is_nothing(fronts: _Fronts, name: str)
         *(b"host", b"x-forwarded-for", b"x-instance-id", b"x-instance-id-signature"),
         b"x-tenant-id",
     }
+
+
+_TOKEN: Final = "/latest/api/token"
+_TTL: Final = "X-aws-ec2-metadata-token-ttl-seconds: 60"
+_FORWARDED_FOR: Final = (
+    ("X-Forwarded-For: 1.2.3.4",),
+    ("x-forwarded-for:",),
+    ("X-FORWARDED-FOR: 10.0.0.5, 10.0.0.5",),
+    ("X-Forwarded-For: a", "X-Forwarded-For: b"),
+    ("Connection: X-Forwarded-For", "X-Forwarded-For: 1.2.3.4"),
+)
+_FORWARDED: Final = (
+    "Forwarded: for=1.2.3.4",
+    "X-Forwarded-Host: a",
+    "X-Forwarded-Port: 1",
+    "x-forwarded-for-ip4: a",
+    "Via: 1.1 a",
+    "Origin: http://a",
+    "Referer: http://a",
+    "Sec-Fetch-Site: same-origin",
+)
+_NOTHING: Final = ("X_Forwarded_For: 1.2.3.4", "X-Real-IP: 1.2.3.4", "X-Forwarded: a")
+
+
+def _answers(fronts: _Fronts, target: str, *headers: str, method: str = "GET") -> list[int]:
+    """The status by each way: our own listener, Neutron's proxies, our own proxy."""
+    ways = (fronts.guests[name] for name in ("own", "isolated", "routed", "ovn", "namespace-proxy"))
+    found = [guest.ask(target, method=method, headers=headers) for guest in ways]
+    # Some clients take an error's text for a token.
+    assert not any(one.body for one in found if one.status == 403)
+    return [one.status for one in found]
+
+
+@pytest.mark.parametrize(
+    "target",
+    [_TOKEN, f"{_TOKEN}/", "/latest/api/%74oken", "//latest/./api//token", "/2021-01-01/api/token"],
+)
+def test_a_token_request_that_was_forwarded_is_refused_by_each_way(
+    fronts: _Fronts, target: str
+) -> None:
+    for lines in _FORWARDED_FOR:
+        found = _answers(fronts, target, *lines, _TTL, method="PUT")
+        assert found == [403] * 5, lines
+
+
+def test_a_token_is_given_by_each_way_whatever_other_header_comes_with_the_request(
+    fronts: _Fronts,
+) -> None:
+    for lines in ((), *((one,) for one in (*_FORWARDED, *_NOTHING))):
+        assert _answers(fronts, _TOKEN, *lines, _TTL, method="PUT") == [200] * 5, lines
+        assert _answers(fronts, "/openstack", *lines) == [200] * 5, lines
+
+
+def test_each_way_refuses_what_was_forwarded_where_the_policy_says_so(fronts: _Fronts) -> None:
+    daemon = fronts.agents.daemon
+    settings = daemon.settings
+    daemon.configure({**settings, "policy": {"host": {"refuse_forwarded": True}}})
+    assert daemon.command("reload").status == 0
+    try:
+        assert _answers(fronts, "/openstack") == [200] * 5
+        for one in _FORWARDED:
+            assert _answers(fronts, "/openstack", one) == [403] * 5, one
+            assert _answers(fronts, _TOKEN, one, _TTL, method="PUT") == [403] * 5, one
+        for lines in _FORWARDED_FOR:
+            # Neutron's proxies add their own: whose the request is can't be known from two.
+            assert _answers(fronts, "/openstack", *lines) == [403, 400, 400, 400, 403], lines
+    finally:
+        daemon.configure(settings)
+        assert daemon.command("reload", "--allow-dropped").status == 0
 
 
 def test_reloads_and_another_controller_lose_no_request(fronts: _Fronts) -> None:

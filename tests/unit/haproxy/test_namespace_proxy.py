@@ -92,8 +92,9 @@ def test_every_other_header_of_a_guest_passes(name: str) -> None:
 def test_our_headers_are_set_after_the_guests_are_deleted() -> None:
     actions = [line[1] for line in _rules()]
     names = [line[2] for line in _rules() if line[1] == "set-header"]
-    assert actions.index("del-header") < actions.index("set-header")
-    assert names == ["X-Neutron-Network-ID", "X-Forwarded-For", "X-Forwarded-For"]
+    set_at = [index for index, line in enumerate(_rules()) if line[1] == "set-header"]
+    assert set_at[0] < actions.index("del-header") < set_at[1]
+    assert names == ["X-Forwarded-By", "X-Neutron-Network-ID", "X-Forwarded-For", "X-Forwarded-For"]
 
 
 def test_a_router_is_named_by_its_own_header_and_no_other() -> None:

@@ -22,9 +22,11 @@ from imdsproxy.core.haproxy.rules import (
     KNOWN,
     NOVA,
     OF_A_PROXY,
+    PUT,
     READS,
     TOKEN_HEADERS,
     TOKEN_ROUTE,
+    UNDONE,
     negated,
     retry_later,
 )
@@ -59,7 +61,6 @@ _FOREIGN_HOST: Final = (
     "!{", "req.fhdr(host)", "-m", "reg", r"(?i)^(?:169\.254\.169\.254|\[fe80::a9fe:a9fe(?:%[^\]]*)?\])?(?::80)?$", "}"
 )  # fmt: skip
 
-_UNDONE: Final = r'path,url_dec,regsub("/(?:\.?/)*(?:\.$)?",/,g),regsub("^/ec2(?=/|$)","")'
 _LATEST: Final = (
     'var(txn.path),regsub("^/openstack/(?!content(?:/|$))[^/]+",/openstack/latest)'
     ',regsub("^/(?!(?:openstack|nocloud)(?:/|$))[^/]+",/latest)'
@@ -101,7 +102,6 @@ _GIVEN: Final = ("{", _THE_TOKEN, "-m", "found", "}")
 _SEEN: Final = ("{", "var(txn.seen)", "-m", "found", "}")
 _NO_GOOD_TOKEN: Final = ("!{", "var(txn.left)", "-m", "found", "}")
 _UNMET: Final = ("{", "var(txn.unmet)", "-m", "found", "}")
-_PUT: Final = ("{", "method", "PUT", "}")
 _PLAIN_ROUTE: Final = ("{", "path", TOKEN_PATH, "}")
 _IS_FORWARDED: Final = ("{", "var(txn.forwarded)", "-m", "found", "}")
 _IS_FORWARDED_FOR: Final = ("{", "var(txn.forwarded_for)", "-m", "found", "}")
@@ -136,7 +136,7 @@ def note_asked() -> tuple[Words, ...]:
         _set("token", f"req.fhdr({_TOKEN_HEADER})"),
         ("http-request", "set-var(txn.asked)", "bool(true)", "if", *HAS_POLICY, "or", *_GIVEN, *KNOWN,
          # A PUT asks for a token, or for nothing that there is.
-         "or", *_PUT, *KNOWN, "or", *_PLAIN_ROUTE, *KNOWN),
+         "or", *PUT, *KNOWN, "or", *_PLAIN_ROUTE, *KNOWN),
     )  # fmt: skip
 
 
@@ -213,9 +213,9 @@ def _give(key_map: str) -> tuple[Words, ...]:
         marked("token-request"),
         _answer(404, TOKEN_ROUTE, _letter(2, "-")),
         # Under a dated version there is none (AWS).
-        _answer(403, TOKEN_ROUTE, _PUT, *_none_of(latest)),
+        _answer(403, TOKEN_ROUTE, PUT, *_none_of(latest)),
         _answer(404, TOKEN_ROUTE, *_none_of(latest)),
-        _answer(405, TOKEN_ROUTE, *_none_of(_PUT), allow="OPTIONS, PUT"),
+        _answer(405, TOKEN_ROUTE, *_none_of(PUT), allow="OPTIONS, PUT"),
         # Whoever has a proxy fetch a token has it fetch the rest as well.
         _answer(403, TOKEN_ROUTE, _IS_FORWARDED_FOR),
         _answer(403, TOKEN_ROUTE, _FORWARDED_FOR, *_none_of(OF_A_PROXY)),
@@ -244,7 +244,7 @@ def tell_forwarded() -> tuple[Words, ...]:
     """Note for the resolver what the guest's headers say, before they are deleted; then comes `send_forwarded`."""
     return (
         *(_set("forwarded", "bool(true)", *sign) for sign in _SIGNS),
-        _set("forwarded_for", "bool(true)", _PUT, _FORWARDED_FOR, *_none_of(OF_A_PROXY)),
+        _set("forwarded_for", "bool(true)", PUT, _FORWARDED_FOR, *_none_of(OF_A_PROXY)),
     )
 
 
@@ -318,7 +318,7 @@ def _path() -> tuple[Words, ...]:
         marked("path"),
         _set("odd", "bool(true)", _ODD),
         _set("path", "path", *_none_of(odd)),
-        _set("path", _UNDONE, odd),
+        _set("path", UNDONE, odd),
         # Nothing that there is has such a path: whoever sends it tries to pass by a rule.
         _answer(400, odd, HAS_POLICY, ("!{", "var(txn.path)", "-m", "found", "}")),
         _answer(400, odd, HAS_POLICY, _UP),

@@ -11,6 +11,7 @@ import re
 from dataclasses import dataclass
 from typing import Final, Literal, TypeAlias
 
+from imdsproxy.core.haproxy.rules import refuse_forwarded_token
 from imdsproxy.core.haproxy.section import Section, Words, render_sections
 from imdsproxy.core.wire import RETRY_AFTER_S
 from imdsproxy.errors import RequestRefused
@@ -55,6 +56,8 @@ _FORGEABLE: Final = (
     "x-tenant-id",
 )
 """What a guest may not say, as regular expressions on lower-case names."""
+
+_FORWARDED_FOR: Final = ("{", "req.fhdr_cnt(x-forwarded-for)", "gt", "0", "}")
 
 _MAXCONN: Final = 1024
 _UNANSWERED: Final = ("502", "503", "504")
@@ -201,6 +204,9 @@ def _listen(spec: NamespaceProxySpec) -> Section:
             ("bind", address.format(spec.port), *family, "proto", "h1"),
             # A tunnel, as that of an upgrade.
             ("http-request", "return", "status", "405", "if", "METH_CONNECT"),
+            *refuse_forwarded_token(*_FORWARDED_FOR),
+            # The guest's own header is replaced below; a receiver's `refuse_forwarded` looks at this one.
+            ("http-request", "set-header", "X-Forwarded-By", "guest", "if", *_FORWARDED_FOR),
             ("http-request", "del-header", f"^(?:{'|'.join(_FORGEABLE)})$", "-m", "reg"),
             ("http-request", "set-header", spec.resource.header, spec.resource.uuid),
             ("http-request", "set-header", "X-Forwarded-For", "%[src]"),

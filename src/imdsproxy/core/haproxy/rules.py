@@ -17,12 +17,15 @@ __all__ = [
     "HAS_POLICY",
     "OF_A_PROXY",
     "READS",
+    "PUT",
     "TOKEN_ROUTE",
+    "UNDONE",
     "allow_methods",
     "delete_guest_headers",
     "milliseconds",
     "negated",
     "originate",
+    "refuse_forwarded_token",
     "refuse_lengths",
     "retry_later",
     "tell_to_continue",
@@ -58,6 +61,10 @@ CONFLICT: Final[Words] = ("{", "var(txn.record)", "-m", "str", MAP_CONFLICT, "}"
 
 
 READS: Final[Words] = ("{", "method", "GET", "HEAD", "}")
+PUT: Final[Words] = ("{", "method", "PUT", "}")
+
+UNDONE: Final = r'path,url_dec,regsub("/(?:\.?/)*(?:\.$)?",/,g),regsub("^/ec2(?=/|$)","")'
+"""The path without escapes, doubled slashes and dot segments that lead nowhere."""
 
 HAS_POLICY: Final[Words] = ("{", "var(txn.policy)", "-m", "found", "}")
 """The record has a policy word."""
@@ -90,6 +97,21 @@ def tell_to_continue() -> Words:
     """Ask for the body that a guest holds back (RFC 9110 §10.1.1): `Expect` does not go on, so nobody else would."""
     return ("http-request", "wait-for-body", "time", "10s",
             "if", "{", "req.fhdr(expect)", "-m", "found", "}")  # fmt: skip
+
+
+def refuse_forwarded_token(*forwarded: str) -> tuple[Words, ...]:
+    """Refuse a request for a token that another program forwarded, however its path is spelled.
+
+    For those that delete `X-Forwarded-For`, or can't know whose a request is that has two: before `haproxy.guard`.
+
+    Args:
+        forwarded: The condition under which it was.
+    """
+    return (
+        ("http-request", "set-var(txn.path)", UNDONE, "if", *PUT),
+        ("http-request", "return", "status", "403",
+         "if", *PUT, *forwarded, "{", "var(txn.path)", "-m", "end", "/api/token", "/api/token/", "}"),
+    )  # fmt: skip
 
 
 def refuse_lengths() -> Words:

@@ -10,8 +10,7 @@ from __future__ import annotations
 from typing import Final
 
 from imdsproxy.core.haproxy.model import UnixBind, Words
-from imdsproxy.core.haproxy.rules import retry_later
-from imdsproxy.core.path_rules import TOKEN_PATH
+from imdsproxy.core.haproxy.rules import refuse_forwarded_token, retry_later
 
 __all__ = ["AGENTS", "agent_rules", "share_rules", "unix_bind"]
 
@@ -70,9 +69,8 @@ def agent_rules() -> tuple[Words, ...]:
         ("http-request", "set-var(txn.ipv6)", "var(txn.peer),lower",
          "if", "{", "var(txn.ipv6)", "-m", "found", "}", "{", "var(txn.peer)", "-m", "beg", "2002:", "}"),
         ("http-request", "set-var(sess.address)", "var(txn.ipv6)", "if", "{", "var(txn.ipv6)", "-m", "sub", ":", "}"),
-        # The second one is the guest's: whoever had a proxy ask for a token gets none.
-        ("http-request", "deny", "status", "403", "if", "{", "method", "PUT", "}", "{", "path", TOKEN_PATH, "}",
-         "{", f"req.fhdr_cnt({_PEER})", "gt", "1", "}"),
+        # Neutron's proxies add theirs: with two, one is the guest's.
+        *refuse_forwarded_token("{", f"req.fhdr_cnt({_PEER})", "gt", "1", "}"),
         (*_refuse("exactly one X-Forwarded-For with one address is needed"),
          "unless", "{", "var(sess.address)", "-m", "found", "}"),
         ("http-request", "set-var(sess.key)", "var(sess.network),concat(/,sess.address)"),
