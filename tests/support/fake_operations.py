@@ -13,6 +13,7 @@ from imdsproxy.admin.operations import (
     KeyRotation,
     NetworkReport,
     PathDecision,
+    Probe,
     SettingChange,
     SettingsReload,
     WatchReport,
@@ -31,6 +32,8 @@ from imdsproxy.admin.reports import (
     UnixListenerReport,
 )
 from imdsproxy.core.haproxy.watching import Watched
+from imdsproxy.core.model import InstanceId, NetworkId, Upstream
+from imdsproxy.core.naming import find_id
 from imdsproxy.core.observation import Claimant, Conflict, ConflictKind
 from imdsproxy.core.policy import Guard, PolicyBook, PolicyPlace
 from imdsproxy.core.policy_decides import decide_read
@@ -47,7 +50,7 @@ from imdsproxy.errors import (
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from imdsproxy.core.model import Instance, InstanceId, IpAddress, Network, NetworkId
+    from imdsproxy.core.model import Instance, IpAddress, Network
 
 
 @dataclass
@@ -76,6 +79,22 @@ class FakeOperations:
     pending: tuple[str, ...] = ()
     stopped: list[bool] = field(default_factory=list)
     on_stop: Callable[[], None] = lambda: None
+
+    passwords: dict[InstanceId, bytes] = field(default_factory=dict)
+
+    def network_id(self, text: str) -> NetworkId:
+        return find_id(NetworkId(text), self.networks)
+
+    def instance_id(self, text: str) -> InstanceId:
+        return find_id(InstanceId(text), self.instances)
+
+    async def read_password(self, instance: InstanceId) -> bytes | None:
+        await self.get_instance(instance)
+        return self.passwords.get(instance)
+
+    async def clear_password(self, instance: InstanceId) -> bool:
+        await self.get_instance(instance)
+        return self.passwords.pop(instance, None) is not None
 
     def _check(self) -> None:
         if self.crash is not None:
@@ -266,10 +285,31 @@ class FakeOperations:
                 return one
         return None
 
+    async def explain_instance(
+        self, instance: InstanceId, path: str | None = None, *, probe: bool = False
+    ) -> Sequence[Explanation]:
+        ports = (await self.get_instance(instance)).instance.ports
+        keys = [(port.network, address) for port in ports for address in port.addresses]
+        return [await self.explain(*key, path, probe=probe) for key in keys]
+
     async def explain(
-        self, network: NetworkId, address: IpAddress, path: str | None = None
+        self,
+        network: NetworkId,
+        address: IpAddress,
+        path: str | None = None,
+        *,
+        probe: bool = False,
     ) -> Explanation:
         self._check()
+        explained = self._explain(network, address, path)
+        if not probe:
+            return explained
+        asked = path or "/latest/meta-data/"
+        return replace(
+            explained, probe=Probe(asked, (await self.get(network, address, asked)).status)
+        )
+
+    def _explain(self, network: NetworkId, address: IpAddress, path: str | None) -> Explanation:
         if self.conflicts:
             return Explanation(
                 network,
@@ -298,7 +338,7 @@ class FakeOperations:
             network,
             address,
             "found",
-            200,
+            None if holder.upstream is Upstream.NOVA else 200,
             why=("the address is one of the port's addresses",),
             instance=holder.id,
             instance_name=holder.name,

@@ -18,30 +18,39 @@ from imdsproxy.core.records import Records, Refused, parse_instance, parse_netwo
 from imdsproxy.errors import Problem, RequestRefused
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from starlette.requests import Request
 
+    from imdsproxy.admin.operations import Operations
     from imdsproxy.core.model import Instance, Network
 
 __all__ = [
+    "DocumentBody",
     "InstanceRecord",
     "InstanceSummary",
     "InstanceView",
     "MAX_BODY",
     "NetworkRecord",
     "NetworkView",
+    "PASSWORD",
+    "PasswordBody",
     "RecordsBody",
     "merge_patch",
+    "name_networks",
     "read_instance",
     "read_json",
     "read_network",
     "read_records",
+    "refuse_unclearable",
     "refuse_unlike",
 ]
 
 MAX_BODY: Final = 64 * 1024 * 1024
 """Bytes of a request: 16 MiB of user-data in base64, twice, or some 100,000 plain instances."""
+
+PASSWORD: Final = "password"  # noqa: S105 - a key of a patch
+"""What can be cleared beside the keys of an instance's record."""
 
 _INLINE: Final = 64 * 1024
 _T = TypeVar("_T")
@@ -197,6 +206,28 @@ class InstanceRecord(_Record):
     )
 
 
+class DocumentBody(BaseModel):
+    """A document's bytes: `text` where they are UTF-8, else `base64`."""
+
+    text: str | None = None
+    base64: str | None = None
+
+
+class PasswordBody(_Record):
+    """A password that a guest posted: `text` where it is UTF-8, else `base64`."""
+
+    instance: str
+    password: DocumentBody
+
+
+_PARTS: Final[Mapping[str, tuple[type[BaseModel], ...]]] = {
+    "listener": (NamespaceListenerRecord, InterfaceListenerRecord, BridgeListenerRecord),
+    "policy": (PolicyRecord,),
+    "dialects": (DialectsRecord,),
+}
+"""The parts of records whose keys are known, each of which can be cleared."""
+
+
 class RecordsBody(_Record):
     """Many records at once; all are stored, or none."""
 
@@ -280,6 +311,45 @@ def refuse_unlike(body: object, identity: str) -> dict[str, object]:
             problems=[Problem("id", f"is not {identity}", hint="leave it out")],
         )
     return {**body, "id": identity}
+
+
+def refuse_unclearable(patch: Mapping[str, object], record: type[BaseModel], *more: str) -> None:
+    """Refuse null for what no record of this kind can be without, and for what none has.
+
+    Args:
+        patch: RFC 7396.
+        record: Which kind of record it changes.
+        more: What else can be cleared.
+    """
+    fields = record.model_fields.items()
+    clearable = [name for name, field in fields if not field.is_required()] + [*more]
+    problems = list(_unclearable(patch, clearable))
+    for part, models in _PARTS.items():
+        inner = patch.get(part)
+        if isinstance(inner, dict):
+            known = [name for model in models for name in model.model_fields]
+            problems += _unclearable(inner, known, f"{part}.")
+    if problems:
+        names = ", ".join(one.field for one in problems)
+        raise RequestRefused(f"{names} cannot be cleared", hint=problems[0].hint, problems=problems)
+
+
+def _unclearable(
+    patch: Mapping[str, object], clearable: Sequence[str], prefix: str = ""
+) -> Iterator[Problem]:
+    for key, value in patch.items():
+        if value is None and key not in clearable:
+            hint = f"can be cleared: {', '.join(clearable)}"
+            yield Problem(f"{prefix}{key}", "cannot be cleared", hint=hint)
+
+
+def name_networks(body: object, operations: Operations) -> object:
+    """An instance's body with the ids of the networks that its ports name."""
+    ports = body.get("ports") if isinstance(body, dict) else None
+    for port in ports if isinstance(ports, list) else ():
+        if isinstance(port, dict) and isinstance(port.get("network"), str):
+            port["network"] = operations.network_id(port["network"])
+    return body
 
 
 def merge_patch(target: object, patch: object) -> object:

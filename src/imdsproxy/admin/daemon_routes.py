@@ -10,27 +10,24 @@ from fastapi import APIRouter, Query
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import JSONResponse, PlainTextResponse
 
-from imdsproxy.admin.dependencies import Ops, answers
+from imdsproxy.admin.bodies import DocumentBody
+from imdsproxy.admin.dependencies import NamedInstance, NamedNetwork, Ops, answers
 from imdsproxy.admin.operations import Explanation, SettingsReload, TokenReport, WatchReport
 from imdsproxy.admin.reports import StatusReport
 from imdsproxy.admin.shapes import to_json
 from imdsproxy.core.addresses import normalise_address
-from imdsproxy.core.model import InstanceId, IpAddress, NetworkId
+from imdsproxy.core.model import IpAddress
 from imdsproxy.errors import Problem, RequestRefused
 
 __all__ = ["router"]
 
 router = APIRouter(prefix="/v1")
 
-_Network = Annotated[str, Query(description="The network that the guest sits in.")]
 _Address = Annotated[str, Query(description="The guest's address, as its packets carry it.")]
-
-
-class DocumentBody(BaseModel):
-    """A document's bytes: `text` where they are UTF-8, else `base64`."""
-
-    text: str | None = None
-    base64: str | None = None
+_Path = Annotated[str | None, Query(description="Also what the policy says to a GET of it.")]
+_Probe = Annotated[
+    bool, Query(description="Also send a GET of it, as the guest would, and say the status.")
+]
 
 
 class DocumentView(BaseModel):
@@ -76,30 +73,39 @@ async def show_status(operations: Ops) -> JSONResponse:
 
 @router.get("/explain", responses=answers(Explanation))
 async def explain(
-    network: _Network,
+    network: NamedNetwork,
     address: _Address,
     operations: Ops,
-    path: Annotated[
-        str | None, Query(description="Tell what the policy says to a GET of it as well.")
-    ] = None,
+    path: _Path = None,
+    probe: _Probe = False,  # noqa: FBT002 - FastAPI passes it by name
 ) -> JSONResponse:
     """Who has this address in this network, why, from which source, and what it gets."""
-    if path is not None:
-        _refuse_relative(path)
-    told = await operations.explain(NetworkId(network), _ip(address), path)
-    return JSONResponse(to_json(told))
+    _refuse_relative(path)
+    return JSONResponse(to_json(await operations.explain(network, _ip(address), path, probe=probe)))
+
+
+@router.get("/instances/{instance}/explain", responses=answers(list[Explanation]))
+async def explain_instance(
+    instance: NamedInstance,
+    operations: Ops,
+    path: _Path = None,
+    probe: _Probe = False,  # noqa: FBT002 - FastAPI passes it by name
+) -> JSONResponse:
+    """The same of each address that the instance is known by."""
+    _refuse_relative(path)
+    return JSONResponse(to_json(await operations.explain_instance(instance, path, probe=probe)))
 
 
 @router.get("/documents", responses=answers(DocumentView))
 async def get_document(
-    network: _Network,
+    network: NamedNetwork,
     address: _Address,
     path: Annotated[str, Query(description="As the guest would write it, with its query.")],
     operations: Ops,
 ) -> JSONResponse:
     """What this guest would be told for `GET path`."""
     _refuse_relative(path)
-    answer = await operations.get(NetworkId(network), _ip(address), path)
+    answer = await operations.get(network, _ip(address), path)
     return JSONResponse(to_json(answer))
 
 
@@ -113,8 +119,8 @@ async def watch(
     """What guests asked for and were answered since `cursor`; HAProxy tells while this is asked every few seconds."""
     told = await operations.watch(
         cursor,
-        network=None if network is None else NetworkId(network),
-        instance=None if instance is None else InstanceId(instance),
+        network=None if network is None else operations.network_id(network),
+        instance=None if instance is None else operations.instance_id(instance),
     )
     return JSONResponse(to_json(told))
 
@@ -157,8 +163,8 @@ def _ip(text: str) -> IpAddress:
         raise _refused("address", f"{text} is no IP address", "10.0.0.5 or 2001:db8::5") from error
 
 
-def _refuse_relative(path: str) -> None:
-    if not path.startswith("/"):
+def _refuse_relative(path: str | None) -> None:
+    if path is not None and not path.startswith("/"):
         raise _refused("path", f"{path} does not begin with /", "/latest/meta-data/")
 
 

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Annotated, Any, TypeAlias, cast
+from typing import TYPE_CHECKING, Annotated, Any, Final, TypeAlias, cast
 
 from fastapi import Depends, Request
+from pydantic import Field
 
 from imdsproxy.admin.operations import Operations
 from imdsproxy.admin.refusals import ProblemBody
+from imdsproxy.core.model import InstanceId, NetworkId
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
-__all__ = ["Ops", "Patching", "Responses", "answers", "takes"]
+__all__ = ["NamedInstance", "NamedNetwork", "Ops", "Patching", "Responses", "answers", "takes"]
 
 Responses: TypeAlias = "dict[int | str, dict[str, Any]]"
 
@@ -27,6 +29,23 @@ async def _patching(request: Request) -> asyncio.Lock:
 
 
 Ops: TypeAlias = Annotated[Operations, Depends(_operations)]
+
+
+_NAMED: Final = Field(description="Its id, or its name where no other has that.")
+
+
+async def _network_id(network: Annotated[str, _NAMED], operations: Ops) -> NetworkId:
+    return operations.network_id(network)
+
+
+async def _instance_id(instance: Annotated[str, _NAMED], operations: Ops) -> InstanceId:
+    return operations.instance_id(instance)
+
+
+NamedNetwork: TypeAlias = Annotated[NetworkId, Depends(_network_id)]
+"""The `network` of the path or the query, by id or by name."""
+
+NamedInstance: TypeAlias = Annotated[InstanceId, Depends(_instance_id)]
 
 Patching: TypeAlias = Annotated[asyncio.Lock, Depends(_patching)]
 """Held from reading a record until its change is stored: two PATCHes must not undo each other."""

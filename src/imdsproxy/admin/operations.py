@@ -37,6 +37,7 @@ __all__ = [
     "Operations",
     "PairReport",
     "PathDecision",
+    "Probe",
     "SettingChange",
     "SettingsReload",
     "TokenReport",
@@ -157,12 +158,21 @@ class PathDecision:
 
 
 @dataclass(frozen=True, slots=True)
+class Probe:
+    """A GET as the guest sends it, without a session token, and the status of its answer."""
+
+    path: str
+    status: int
+
+
+@dataclass(frozen=True, slots=True)
 class Explanation:
     """Who a guest is, why, and what it gets.
 
     Attributes:
         verdict: `found`, `unknown`, `mismatch`, `conflict`, `no-network` or `left-out`.
-        answer: The HTTP status a document of an enabled dialect has: 200, 403, 404 or 503.
+        answer: The HTTP status a document of an enabled dialect has: 200, 403, 404 or 503; `None` where the
+            request is sent to Nova, which decides.
         why: The steps that led there, one sentence each, in order.
         how: `address`, `eui64`, `neighbour` or `router` where an instance was found.
         installed: The value in HAProxy's map, as its worker has it; `None` when it has none or
@@ -171,12 +181,13 @@ class Explanation:
         pair: The address and its MAC; `None` where the network does not check them.
         rules: What the guest may read and who said so, where an instance was found.
         decision: Of the policy, where it was asked for by a path and an instance was found.
+        probe: What a GET got, where one was asked for.
     """
 
     network: NetworkId
     address: IpAddress
     verdict: str
-    answer: int
+    answer: int | None
     why: tuple[str, ...] = ()
     instance: InstanceId | None = None
     instance_name: str | None = None
@@ -189,6 +200,7 @@ class Explanation:
     pair: PairReport | None = None
     rules: PolicyInForce | None = None
     decision: PathDecision | None = None
+    probe: Probe | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,6 +248,18 @@ class Operations(Protocol):
 
     async def status(self) -> StatusReport:
         """Everything at one moment."""
+        ...
+
+    def network_id(self, text: str) -> NetworkId:
+        """The id of the network that has this id or name; the text itself where none has.
+
+        Raises:
+            RequestRefused: Several have the name.
+        """
+        ...
+
+    def instance_id(self, text: str) -> InstanceId:
+        """The same of instances."""
         ...
 
     async def list_networks(self) -> Sequence[NetworkReport]:
@@ -313,13 +337,37 @@ class Operations(Protocol):
         """
         ...
 
+    async def read_password(self, instance: InstanceId) -> bytes | None:
+        """The password that the instance's guest posted, as it was posted; `None` where it has posted none.
+
+        Raises:
+            NotFound: There is no such instance.
+        """
+        ...
+
+    async def clear_password(self, instance: InstanceId) -> bool:
+        """Forget it, so that the guest can post another; `False` where there is none. Raises as `read_password`."""
+        ...
+
     async def explain(
-        self, network: NetworkId, address: IpAddress, path: str | None = None
+        self,
+        network: NetworkId,
+        address: IpAddress,
+        path: str | None = None,
+        *,
+        probe: bool = False,
     ) -> Explanation:
         """Who has `address` in `network`, and why; never raises for an unknown one.
 
-        With `path`, also what the policy says to a GET of it.
+        With `path`, also what the policy says to a GET of it. With `probe`, also what a GET of it gets, or of a
+        document that every instance has.
         """
+        ...
+
+    async def explain_instance(
+        self, instance: InstanceId, path: str | None = None, *, probe: bool = False
+    ) -> Sequence[Explanation]:
+        """The same of each address that the instance is known by; `NotFound` where there is no such instance."""
         ...
 
     async def get(

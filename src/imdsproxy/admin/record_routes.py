@@ -10,20 +10,31 @@ from fastapi import APIRouter, Query, Request
 from starlette.responses import JSONResponse
 
 from imdsproxy.admin.bodies import (
+    PASSWORD,
     InstanceRecord,
     InstanceSummary,
     InstanceView,
     NetworkRecord,
     NetworkView,
+    PasswordBody,
     RecordsBody,
     merge_patch,
+    name_networks,
     read_instance,
     read_json,
     read_network,
     read_records,
+    refuse_unclearable,
     refuse_unlike,
 )
-from imdsproxy.admin.dependencies import Ops, Patching, answers, takes
+from imdsproxy.admin.dependencies import (
+    NamedInstance,
+    NamedNetwork,
+    Ops,
+    Patching,
+    answers,
+    takes,
+)
 from imdsproxy.admin.operations import Written
 from imdsproxy.admin.shapes import (
     JsonObject,
@@ -32,8 +43,9 @@ from imdsproxy.admin.shapes import (
     network_shape,
     to_json,
 )
-from imdsproxy.core.model import InstanceId, NetworkId
+from imdsproxy.core.model import InstanceId
 from imdsproxy.core.records import render_record
+from imdsproxy.errors import NotFound
 
 __all__ = ["router"]
 
@@ -61,9 +73,9 @@ async def add_network(request: Request, operations: Ops) -> JSONResponse:
 
 
 @router.get("/networks/{network}", responses=answers(NetworkView))
-async def show_network(network: str, operations: Ops) -> JSONResponse:
+async def show_network(network: NamedNetwork, operations: Ops) -> JSONResponse:
     """One network."""
-    return JSONResponse(network_shape(await operations.get_network(NetworkId(network))))
+    return JSONResponse(network_shape(await operations.get_network(network)))
 
 
 @router.put("/networks/{network}", responses=answers(Written), openapi_extra=takes(NetworkRecord))
@@ -75,20 +87,21 @@ async def put_network(network: str, request: Request, operations: Ops) -> JSONRe
 
 @router.patch("/networks/{network}", responses=answers(Written), openapi_extra=takes(NetworkRecord))
 async def patch_network(
-    network: str, request: Request, operations: Ops, patching: Patching
+    network: NamedNetwork, request: Request, operations: Ops, patching: Patching
 ) -> JSONResponse:
     """Change some keys of a network (RFC 7396: null takes a key away)."""
     patch = refuse_unlike(await read_json(request), network)
+    refuse_unclearable(patch, NetworkRecord)
     async with patching:
-        known = await operations.get_network(NetworkId(network))
+        known = await operations.get_network(network)
         body = merge_patch(render_record(known.network), patch)
         return JSONResponse(to_json(await operations.put_network(read_network(body))))
 
 
 @router.delete("/networks/{network}", responses=answers(Written))
-async def remove_network(network: str, operations: Ops) -> JSONResponse:
+async def remove_network(network: NamedNetwork, operations: Ops) -> JSONResponse:
     """Remove a network; refused while instances have ports in it."""
-    return JSONResponse(to_json(await operations.remove_network(NetworkId(network))))
+    return JSONResponse(to_json(await operations.remove_network(network)))
 
 
 @router.get("/instances", responses=answers(list[InstanceSummary]))
@@ -97,7 +110,7 @@ async def list_instances(
     network: Annotated[str | None, Query(description="Only those with a port in it.")] = None,
 ) -> JSONResponse:
     """Every instance, by id, without payloads."""
-    chosen = None if network is None else NetworkId(network)
+    chosen = None if network is None else operations.network_id(network)
     return await _listed(await operations.list_instances(chosen), instance_summary)
 
 
@@ -109,14 +122,14 @@ async def list_instances(
 )
 async def add_instance(request: Request, operations: Ops) -> JSONResponse:
     """Add an instance; refused when there is one of this id."""
-    instance = read_instance(await read_json(request))
+    instance = read_instance(name_networks(await read_json(request), operations))
     return JSONResponse(to_json(await operations.put_instance(instance, create=True)), 201)
 
 
 @router.get("/instances/{instance}", responses=answers(InstanceView))
-async def show_instance(instance: str, operations: Ops) -> JSONResponse:
+async def show_instance(instance: NamedInstance, operations: Ops) -> JSONResponse:
     """One instance, payloads included."""
-    return JSONResponse(instance_shape(await operations.get_instance(InstanceId(instance))))
+    return JSONResponse(instance_shape(await operations.get_instance(instance)))
 
 
 @router.put(
@@ -124,7 +137,7 @@ async def show_instance(instance: str, operations: Ops) -> JSONResponse:
 )
 async def put_instance(instance: str, request: Request, operations: Ops) -> JSONResponse:
     """Add an instance, or replace its whole record."""
-    body = refuse_unlike(await read_json(request), instance)
+    body = refuse_unlike(name_networks(await read_json(request), operations), instance)
     return JSONResponse(to_json(await operations.put_instance(read_instance(body))))
 
 
@@ -132,20 +145,50 @@ async def put_instance(instance: str, request: Request, operations: Ops) -> JSON
     "/instances/{instance}", responses=answers(Written), openapi_extra=takes(InstanceRecord)
 )
 async def patch_instance(
-    instance: str, request: Request, operations: Ops, patching: Patching
+    instance: NamedInstance, request: Request, operations: Ops, patching: Patching
 ) -> JSONResponse:
-    """Change some keys of an instance (RFC 7396: null takes a key away, lists are replaced)."""
-    patch = refuse_unlike(await read_json(request), instance)
+    """Change some keys of an instance (RFC 7396: null takes a key away, lists are replaced).
+
+    `password: null` forgets the password that its guest posted.
+    """
+    patch = refuse_unlike(name_networks(await read_json(request), operations), instance)
+    refuse_unclearable(patch, InstanceRecord, PASSWORD)
+    clears_password = patch.get(PASSWORD, "") is None
+    if clears_password:
+        del patch[PASSWORD]
     async with patching:
-        known = await operations.get_instance(InstanceId(instance))
+        known = await operations.get_instance(instance)
         body = merge_patch(render_record(known.instance), patch)
-        return JSONResponse(to_json(await operations.put_instance(read_instance(body))))
+        changed = read_instance(body)
+        # A password is no part of the record, which may be another source's.
+        unchanged = clears_password and patch.keys() == {"id"}
+        written = Written(instances=1) if unchanged else await operations.put_instance(changed)
+        if clears_password:
+            await operations.clear_password(instance)
+        return JSONResponse(to_json(written))
+
+
+@router.get("/instances/{instance}/password", responses=answers(PasswordBody))
+async def show_password(instance: NamedInstance, operations: Ops) -> JSONResponse:
+    """The password that its guest posted, as it was posted: encrypted with the instance's key."""
+    password = await operations.read_password(instance)
+    if password is None:
+        raise _no_password(instance)
+    return JSONResponse({"instance": instance, "password": to_json(password)})
+
+
+@router.delete("/instances/{instance}/password", responses=answers(Written))
+async def clear_password(instance: NamedInstance, operations: Ops) -> JSONResponse:
+    """Forget that password, so that the guest can post another."""
+    if not await operations.clear_password(instance):
+        raise _no_password(instance)
+    return JSONResponse(to_json(Written(instances=1)))
 
 
 @router.delete("/instances/{instance}", responses=answers(Written))
-async def remove_instance(instance: str, operations: Ops) -> JSONResponse:
+async def remove_instance(instance: NamedInstance, operations: Ops) -> JSONResponse:
     """Remove an instance."""
-    return JSONResponse(to_json(await operations.remove_instance(InstanceId(instance))))
+    return JSONResponse(to_json(await operations.remove_instance(instance)))
 
 
 @router.post("/records", responses=answers(Written), openapi_extra=takes(RecordsBody))
@@ -162,6 +205,13 @@ async def put_records(
         create=create,
     )
     return JSONResponse(to_json(written))
+
+
+def _no_password(instance: InstanceId) -> NotFound:
+    return NotFound(
+        f"the guest of instance {instance} has posted no password",
+        hint="a guest posts it to /openstack/latest/password; Nova keeps those of its own instances",
+    )
 
 
 async def _listed(

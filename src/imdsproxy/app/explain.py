@@ -53,6 +53,7 @@ class Explainer:
     listeners: ListenerLoop
     haproxy: Haproxy
     lookup: Lookup
+    documents_needed: bool
 
     async def explain(
         self, network: NetworkId, address: IpAddress, path: str | None = None
@@ -142,11 +143,13 @@ class Explainer:
         identity = identify(self.inventory, found.network, key[1])
         known = self._known((found.network, key[1]), identity)
         if isinstance(identity, Found):
+            rules = self._rules(key[0], identity)
             known = replace(
                 known,
                 how=How.ROUTER.value,
+                answer=self._answer(identity.instance, key, rules),
                 policy=self._policy(identity.instance, key),
-                rules=self._rules(key[0], identity),
+                rules=rules,
             )
         behind = f"router {key[0]} leads to network {found.network}"
         return replace(known, network=key[0], why=(behind, *known.why))
@@ -156,11 +159,12 @@ class Explainer:
         match identity:
             case Found(instance=instance, how=how) as found:
                 known = f"instance {instance.id} has {address}, known by {how.value}"
+                rules = self._rules(network, found)
                 return Explanation(
                     network,
                     address,
                     "found",
-                    200,
+                    self._answer(instance, key, rules),
                     (known, *self._freshness(network, address)),
                     instance=instance.id,
                     instance_name=instance.name,
@@ -168,7 +172,7 @@ class Explainer:
                     how=how.value,
                     revision=self.records.revisions.get(instance.id),
                     policy=self._policy(instance, key),
-                    rules=self._rules(network, found),
+                    rules=rules,
                 )
             case Ambiguous(claimants=claimants):
                 why = ("more than one record claims the address, and none is preferred",)
@@ -219,6 +223,14 @@ class Explainer:
         if confirmation.stale:
             step += f"; stale since, because {source.name} does not answer"
         return (step,)
+
+    def _answer(self, instance: Instance, key: AddressKey, rules: PolicyInForce) -> int | None:
+        """See `Explanation.answer`."""
+        if rules.endpoint_off:
+            return 403
+        if instance.upstream is Upstream.NOVA:
+            return None if isinstance(self.records.planned(key), NovaRecord) else 503
+        return 200 if self.documents_needed else 503
 
     def _policy(self, instance: Instance, key: AddressKey) -> dict[str, str]:
         if instance.upstream is Upstream.EMBEDDED:

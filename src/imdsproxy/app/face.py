@@ -28,6 +28,7 @@ from imdsproxy.app.writes import Writes
 from imdsproxy.serving.asgi import AsgiApp
 from imdsproxy.serving.forward import FoundForwarder
 from imdsproxy.serving.listen import HttpListener
+from imdsproxy.serving.passwords import PasswordStore
 from imdsproxy.serving.pidfile import read_pids
 from imdsproxy.serving.resolver_app import resolver_app
 
@@ -92,7 +93,12 @@ def build_face(
         nova_watch=NovaWatch(parts.haproxy, lambda: (one.name for one in nova.routing.sets)),
         limit_watch=LimitWatch(parts.haproxy, parts.clock, lambda: parts.holder.settings.limits),
         explainer=Explainer(
-            parts.inventory, parts.records, parts.listeners, parts.haproxy, parts.lookup
+            parts.inventory,
+            parts.records,
+            parts.listeners,
+            parts.haproxy,
+            parts.lookup,
+            documents_needed=companion.needed,
         ),
         forwarder=forwarder,
         sources=parts.sources.all,
@@ -114,6 +120,7 @@ def build_face(
         documents_problem=lambda: companion.failure,
         documents_restarts=lambda: companion.restarts,
         documents_needed=companion.needed,
+        passwords=PasswordStore(parts.layout.passwords),
         watching=parts.watching,
         audit=parts.audit,
         counting=parts.counting,

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import assert_never
+from typing import Final, assert_never
 
 from imdsproxy.admin.operations import (
     DocumentAnswer,
@@ -14,6 +15,7 @@ from imdsproxy.admin.operations import (
     InstanceReport,
     KeyRotation,
     NetworkReport,
+    Probe,
     SettingsReload,
     WatchReport,
     Written,
@@ -52,6 +54,7 @@ from imdsproxy.core.haproxy.render import render_config
 from imdsproxy.core.identity import Ambiguous, Found, Mismatch, Unknown
 from imdsproxy.core.inventory import Inventory
 from imdsproxy.core.model import (
+    Dialect,
     Instance,
     InstanceId,
     IpAddress,
@@ -59,6 +62,7 @@ from imdsproxy.core.model import (
     NetworkId,
     Scope,
 )
+from imdsproxy.core.naming import find_id
 from imdsproxy.core.observation import AddressKey, Conflict
 from imdsproxy.core.plan import networks_of
 from imdsproxy.core.token_report import TokenReport, open_trees
@@ -70,13 +74,18 @@ from imdsproxy.errors import (
 )
 from imdsproxy.host.clock import Clock
 from imdsproxy.serving.forward import CollectedAnswer, Forwarder, FoundRequest
+from imdsproxy.serving.passwords import PasswordStore
 from imdsproxy.serving.resolver import Contested, Known, Mismatched, Missing
 from imdsproxy.sources.api import Source
 
 __all__ = ["ControllerOperations"]
 
-_APPLY_DEADLINE_S = 10.0
 _MISMATCHES_SHOWN = 20
+_COMMON: Final[Mapping[Dialect, str]] = {
+    Dialect.EC2: "/latest/meta-data/",
+    Dialect.OPENSTACK: "/openstack/latest/meta_data.json",
+    Dialect.NOCLOUD: "/nocloud/meta-data",
+}
 
 
 @dataclass(slots=True)
@@ -109,6 +118,7 @@ class ControllerOperations:
     documents_problem: Callable[[], Problem | None]
     documents_restarts: Callable[[], int]
     documents_needed: bool
+    passwords: PasswordStore
     watching: Watching
     audit: Audit
     counting: TokenCounting
@@ -371,13 +381,70 @@ class ControllerOperations:
         """See `Operations.rotate_token_keys`."""
         return await self.guard_writes.rotate()
 
+    async def read_password(self, instance: InstanceId) -> bytes | None:
+        """See `Operations.read_password`."""
+        self._refuse_unknown(instance)
+        return await asyncio.to_thread(self.passwords.read, instance)
+
+    async def clear_password(self, instance: InstanceId) -> bool:
+        """See `Operations.clear_password`."""
+        self._refuse_unknown(instance)
+        return await asyncio.to_thread(self.passwords.remove, instance)
+
+    def _refuse_unknown(self, instance: InstanceId) -> None:
+        if not self.inventory.sources_of_instance(instance):
+            raise NotFound(f"there is no instance {instance}", hint="imdsproxy instance list")
+
     # Asking about guests
 
+    def network_id(self, text: str) -> NetworkId:
+        """See `Operations.network_id`."""
+        network = NetworkId(text)
+        return (
+            network if self.inventory.knows(network) else find_id(network, self.inventory.networks)
+        )
+
+    def instance_id(self, text: str) -> InstanceId:
+        """See `Operations.instance_id`."""
+        instance = InstanceId(text)
+        if self.inventory.sources_of_instance(instance):
+            return instance
+        return find_id(instance, self.inventory.instances)
+
     async def explain(
-        self, network: NetworkId, address: IpAddress, path: str | None = None
+        self,
+        network: NetworkId,
+        address: IpAddress,
+        path: str | None = None,
+        *,
+        probe: bool = False,
     ) -> Explanation:
         """See `Operations.explain`."""
-        return await self.explainer.explain(network, address, path)
+        explained = await self.explainer.explain(network, address, path)
+        if not probe or explained.verdict == "no-network":
+            return explained
+        asked = path or self._common_path(explained.instance)
+        answer = await self.get(network, address, asked)
+        return replace(explained, probe=Probe(asked, answer.status))
+
+    def _common_path(self, instance: InstanceId | None) -> str:
+        """A document that every instance has which has any."""
+        record = None if instance is None else self.inventory.instances.get(instance)
+        dialects = frozenset(Dialect) if record is None else record.dialects
+        return next((path for dialect, path in _COMMON.items() if dialect in dialects), "/")
+
+    async def explain_instance(
+        self, instance: InstanceId, path: str | None = None, *, probe: bool = False
+    ) -> Sequence[Explanation]:
+        """See `Operations.explain_instance`."""
+        self._refuse_unknown(instance)
+        learned = self.records.learned.items()
+        keys = self.inventory.addresses_of(instance)
+        keys |= {key for key, entry in learned if entry.instance == instance}
+        # Made of its MAC: what few guests ask from, where they have another one.
+        chosen = {key for key in keys if not key[1].is_link_local} or keys
+        ordered = sorted(chosen, key=lambda key: (key[0], key[1].version, int(key[1])))
+        return [await self.explain(*key, path, probe=probe) for key in ordered]
 
     async def get(
         self,

@@ -7,7 +7,8 @@ import json
 import socket
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from pathlib import Path
+from typing import Final
 from urllib.parse import quote, urlencode
 
 from imdsproxy import errors
@@ -19,13 +20,23 @@ from imdsproxy.errors import (
     Problem,
 )
 
-if TYPE_CHECKING:
-    from pathlib import Path
-
 __all__ = ["AdminClient", "path_to"]
 
 _TIMEOUT_S: Final = 60.0
 _FIRST_ERROR: Final = 400
+_UNIT: Final = "imdsproxy.service"
+_UNIT_DIRECTORIES: Final = tuple(
+    map(
+        Path,
+        (
+            "/etc/systemd/system",
+            "/run/systemd/system",
+            "/usr/local/lib/systemd/system",
+            "/usr/lib/systemd/system",
+        ),
+    )
+)
+"""systemd.unit(5), of the system manager."""
 
 
 class _UnixConnection(http.client.HTTPConnection):
@@ -100,7 +111,7 @@ class AdminClient:
         if isinstance(error, FileNotFoundError | ConnectionRefusedError):
             return AdminUnavailable(
                 f"no daemon answers on {self.socket}",
-                hint="start it with `imdsproxy run`, or name its socket with --socket or --config",
+                hint=f"start it with `{_start_command()}`, or name its socket with --socket or --config",
             )
         if isinstance(error, TimeoutError):
             return AdminUnavailable(
@@ -111,6 +122,11 @@ class AdminClient:
             f"the daemon's answer on {self.socket} broke off: {str(error) or type(error).__name__}",
             hint="its log says why",
         )
+
+
+def _start_command() -> str:
+    installed = any((directory / _UNIT).exists() for directory in _UNIT_DIRECTORIES)
+    return "systemctl start imdsproxy" if installed else "imdsproxy run"
 
 
 def _error(status: int, body: object) -> ImdsproxyError:

@@ -41,7 +41,8 @@ def change_one(
 
     if name is None:
         raise _usage("", f"the {kind}'s id is missing", f"imdsproxy {kind} … ID, or --file FILE")
-    body = {**dict.fromkeys(clear), **keys}
+    # Flags have hyphens where keys have underscores.
+    body = {**dict.fromkeys(key.replace("-", "_") for key in clear), **keys}
     if create:
         route = path_to(f"{kind}s")
         answer = run.daemon().request("POST", route, body={"id": name, **body})

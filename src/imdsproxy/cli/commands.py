@@ -7,14 +7,18 @@ all of them.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Final
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Annotated, Any, Final, TypeAlias
 
 import typer
+import typer.main
 
+from imdsproxy import __version__
 from imdsproxy.cli import options
+from imdsproxy.cli.examples import EXAMPLES
 
-__all__ = ["COMMANDS", "build_app", "named_command"]
+__all__ = ["COMMANDS", "build_app", "build_program", "iterate_commands", "named_command"]
 
 _DAEMON, _GUESTS, _RECORDS = "Daemon", "Guests", "Records"
 
@@ -51,13 +55,33 @@ _ALSO: Final[Mapping[str, str]] = {"tokens": "token"}
 _WITH_VALUE: Final = frozenset({"--config", "-c", "--socket", "-s"})
 
 
+def _show_version(wanted: bool) -> None:  # noqa: FBT001 - typer passes it so
+    if wanted:
+        sys.stdout.write(f"imdsproxy {__version__}\n")
+        raise typer.Exit
+
+
+Version: TypeAlias = Annotated[
+    bool,
+    typer.Option(
+        "--version",
+        help="The version of this program.",
+        show_default=False,
+        is_eager=True,
+        callback=_show_version,
+    ),
+]
+
+
 def _root(
     context: typer.Context,
     *,
     config: options.Config = None,
     socket: options.Socket = None,
     as_json: options.Json = False,
+    version: Version = False,
 ) -> None:
+    del version
     options.invocation(context, config=config, socket=socket, as_json=as_json)
 
 
@@ -89,6 +113,39 @@ def build_app(names: Iterable[str] = COMMANDS) -> typer.Typer:
     return app
 
 
+def build_program(names: Iterable[str] = COMMANDS) -> Any:  # noqa: ANN401 - typer keeps its command classes private
+    """The same as the command that is run, with an example in each command's help."""
+    program = typer.main.get_command(build_app(names))
+    for path, command in iterate_commands(program):
+        example = EXAMPLES.get(path)
+        if example is not None:
+            command.epilog = f"Example: {example}"
+        _hide_types_of_switches(command)
+    return program
+
+
+def iterate_commands(command: Any, path: str = "") -> Iterator[tuple[str, Any]]:  # noqa: ANN401 - as above
+    """A command and those inside it, each with what calls it: `network add`, and nothing for the first."""
+    yield path, command
+    for name, inner in getattr(command, "commands", {}).items():
+        yield from iterate_commands(inner, f"{path} {name}".strip())
+
+
+def _hide_types_of_switches(command: Any) -> None:  # noqa: ANN401 - as above
+    for parameter in command.params:
+        if getattr(parameter, "is_flag", False):
+            parameter.metavar = ""
+    make_help_option = command.get_help_option
+
+    def help_option(context: typer.Context) -> Any:  # noqa: ANN401 - as above
+        option = make_help_option(context)
+        if option is not None:
+            option.metavar = ""
+        return option
+
+    command.get_help_option = help_option
+
+
 def named_command(arguments: Sequence[str]) -> str | None:
     """The command that a command line names; `None` where it names none that there is, or asks for help."""
     waiting = iter(arguments)
@@ -98,6 +155,6 @@ def named_command(arguments: Sequence[str]) -> str | None:
         elif not word.startswith("-"):
             meant = _ALSO.get(word, word)
             return meant if meant in COMMANDS else None
-        elif word in {"--", "-h", "--help"}:
+        elif word in {"--", "-h", "--help", "--version"}:
             return None
     return None

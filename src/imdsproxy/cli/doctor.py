@@ -26,20 +26,6 @@ Url: TypeAlias = Annotated[
         show_default=False,
     ),
 ]
-Network: TypeAlias = Annotated[
-    str | None,
-    typer.Option(
-        "--network",
-        "-n",
-        metavar="NET",
-        help="The network that the guest sits in.",
-        show_default=False,
-    ),
-]
-Address: TypeAlias = Annotated[
-    str | None,
-    typer.Option("--from", metavar="ADDRESS", help="The guest's address.", show_default=False),
-]
 Headers: TypeAlias = Annotated[
     list[str] | None,
     typer.Option(
@@ -70,8 +56,8 @@ def doctor(
     context: typer.Context,
     url: Url = None,
     *,
-    network: Network = None,
-    address: Address = None,
+    network: options.MaybeNetwork = None,
+    address: options.MaybeAddress = None,
     header: Headers = None,
     as_json: options.Json = False,
     socket: options.Socket = None,

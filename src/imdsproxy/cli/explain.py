@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
+from http import HTTPStatus
 from typing import Annotated, Final, TypeAlias, cast
 
 import typer
 
-from imdsproxy.cli import options
+from imdsproxy.cli import completers, options
 from imdsproxy.cli.exitcodes import NO
 from imdsproxy.cli.output import Output, clean
+from imdsproxy.errors import RequestRefused
 
 __all__ = ["explain"]
 
@@ -35,26 +37,75 @@ Path: TypeAlias = Annotated[
 ]
 
 
+Instance: TypeAlias = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="[INSTANCE]",
+        help="An instance's id or name: explain each address that it is known by.",
+        show_default=False,
+        autocompletion=completers.instances,
+    ),
+]
+Probe: TypeAlias = Annotated[
+    bool,
+    typer.Option(
+        "--probe",
+        help="Also send a GET as the guest would, of --path or a common document; exit 1 from status 400 up.",
+        show_default=False,
+    ),
+]
+
+
 def explain(
     context: typer.Context,
-    network: options.Network,
-    address: options.Address,
+    instance: Instance = None,
     *,
+    network: options.MaybeNetwork = None,
+    address: options.MaybeAddress = None,
     path: Path = None,
+    probe: Probe = False,
     as_json: options.Json = False,
     socket: options.Socket = None,
     config: options.Config = None,
 ) -> None:
-    """Who has this address in this network, why, from which source, and what it gets."""
+    """Who has an address in a network, why, from which source, and what it gets; or the same of an instance."""
+    from imdsproxy.cli.admin_client import path_to  # noqa: PLC0415 - `--help` need not load it
+
     run = options.invocation(context, as_json=as_json, socket=socket, config=config)
-    query = {"network": network, "address": address} | ({} if path is None else {"path": path})
-    told = cast("_Shape", run.daemon().get("/v1/explain", query))
-    if run.output.as_json:
-        run.output.json(told)
+    query = {} if path is None else {"path": path}
+    if probe:
+        query["probe"] = "true"
+    explained: Sequence[_Shape]
+    if instance is None and network is not None and address is not None:
+        query |= {"network": network, "address": address}
+        one = cast("_Shape", run.daemon().get("/v1/explain", query))
+        explained = [one]
+        shown: object = one
+    elif instance is not None and network is None and address is None:
+        answer = run.daemon().get(path_to("instances", instance, "explain"), query)
+        explained = cast("Sequence[_Shape]", answer)
+        shown = explained
     else:
-        show_explanation(run.output, told)
-    if told["verdict"] != _FOUND:
+        raise RequestRefused(
+            "explain takes either an INSTANCE or both --network and --from",
+            hint="`imdsproxy explain web`, or `imdsproxy explain -n red --from 10.0.0.5`",
+        )
+    if run.output.as_json:
+        run.output.json(shown)
+    elif not explained:
+        run.output.text(f"instance {instance} has no address: no network serves it yet")
+    for number, each in enumerate(() if run.output.as_json else explained):
+        if number:
+            run.output.text("")
+        show_explanation(run.output, each)
+    if not explained or not all(map(_is_served, explained)):
         raise typer.Exit(NO)
+
+
+def _is_served(explained: _Shape) -> bool:
+    probe = cast("_Shape | None", explained["probe"])
+    refused = probe is not None and cast("int", probe["status"]) >= HTTPStatus.BAD_REQUEST
+    return explained["verdict"] == _FOUND and not refused
 
 
 def show_explanation(output: Output, told: _Shape) -> None:
@@ -62,9 +113,14 @@ def show_explanation(output: Output, told: _Shape) -> None:
     colour = "green" if told["verdict"] == _FOUND else "red"
     facts = {
         "guest": f"{clean(told['address'])} in network {clean(told['network'])}",
-        "verdict": f"[{colour}]{clean(told['verdict'])}[/], its documents are answered "
-        f"{told['answer']}",
+        "verdict": f"[{colour}]{clean(told['verdict'])}[/], {_outcome(told)}",
     }
+    probe = cast("_Shape | None", told["probe"])
+    if probe is not None:
+        status = cast("int", probe["status"])
+        phrase = HTTPStatus(status).phrase if status in set(HTTPStatus) else ""
+        colour = "red" if status >= HTTPStatus.BAD_REQUEST else "green"
+        facts["probe"] = f"GET {clean(probe['path'])}: [{colour}]{status} {phrase}[/]"
     if told["instance"] is not None:
         facts["instance"] = f"{clean(told['instance'])} ({clean(told['instance_name'])})"
         facts["known"] = f"{_how(told['how'])}, from source {clean(told['source'])}"
@@ -93,6 +149,14 @@ def show_explanation(output: Output, told: _Shape) -> None:
     if why:
         facts["why"] = "\n".join(f"{number}. {clean(step)}" for number, step in enumerate(why, 1))
     output.facts(facts)
+
+
+def _outcome(told: _Shape) -> str:
+    if told["answer"] is None:
+        return "its requests are sent to Nova"
+    if told["verdict"] == "left-out":
+        return "no listener serves it"
+    return f"its documents are answered {told['answer']}"
 
 
 def _how(how: object) -> str:

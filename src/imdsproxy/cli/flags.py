@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeAlias
 
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
     from typer.models import OptionInfo
 
 __all__ = [
+    "reshape",
     "Clear",
     "NoPathRules",
     "PathRules",
@@ -23,7 +25,11 @@ __all__ = [
 
 
 def flag(
-    name: str, metavar: str, help_text: str, complete: Callable[..., list[str]] | None = None
+    name: str,
+    metavar: str,
+    help_text: str,
+    complete: Callable[..., list[str]] | None = None,
+    short: str | None = None,
 ) -> OptionInfo:
     """An option with a value; without it the record's key stays as it is.
 
@@ -32,11 +38,34 @@ def flag(
         metavar: What stands for the value in the help.
         help_text: What it is.
         complete: What a shell may complete it to (`imdsproxy.cli.completers`).
+        short: Another name, of one letter.
     """
     option: OptionInfo = typer.Option(
-        name, metavar=metavar, help=help_text, show_default=False, autocompletion=complete
+        *((name,) if short is None else (name, short)),
+        metavar=metavar,
+        help=help_text,
+        show_default=False,
+        autocompletion=complete,
     )
     return option
+
+
+def reshape(
+    command: Callable[..., None], *, without: Collection[str] = (), **annotations: object
+) -> Callable[..., None]:
+    """A command of which typer sees other annotations, and some parameters not at all: these keep their defaults."""
+    signature = inspect.signature(command, eval_str=True)
+    parameters = [
+        one.replace(annotation=annotations.get(name, one.annotation))
+        for name, one in signature.parameters.items()
+        if name not in without
+    ]
+
+    def reshaped(*args: object, **kwargs: object) -> None:
+        command(*args, **kwargs)
+
+    vars(reshaped)["__signature__"] = signature.replace(parameters=parameters)
+    return reshaped
 
 
 RecordFile: TypeAlias = Annotated[
@@ -50,7 +79,7 @@ RecordFile: TypeAlias = Annotated[
     ),
 ]
 Clear: TypeAlias = Annotated[
-    list[str] | None, flag("--clear", "KEY", "Take a key away, as user_data; may be repeated.")
+    list[str] | None, flag("--clear", "KEY", "Clear a key, as user_data; may be repeated.")
 ]
 Tokens: TypeAlias = Annotated[
     str | None,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import sys
 from collections.abc import Mapping, Sequence
 from http import HTTPStatus
@@ -12,6 +11,7 @@ import typer
 
 from imdsproxy.cli import options
 from imdsproxy.cli.exitcodes import NO
+from imdsproxy.cli.output import read_bytes_shape
 
 __all__ = ["get"]
 
@@ -47,7 +47,7 @@ def get(
             lines = [f"HTTP/1.1 {status} {_phrase(status)}"]
             run.output.text("\n".join([*lines, *(f"{name}: {value}" for name, value in headers)]))
             run.output.text("")
-        body = _body(cast("Mapping[str, str]", answer["body"]))
+        body = read_bytes_shape(cast("Mapping[str, str]", answer["body"]))
         run.output.raw(body)
         if sys.stdout.isatty() and body[-1:] not in {b"", b"\n"}:
             run.output.text("")  # only so that the prompt has a line of its own
@@ -55,10 +55,6 @@ def get(
         if not (include or run.output.as_json):
             sys.stderr.write(f"imdsproxy: the guest is answered {status} {_phrase(status)}\n")
         raise typer.Exit(NO)
-
-
-def _body(body: Mapping[str, str]) -> bytes:
-    return base64.b64decode(body["base64"]) if "base64" in body else body["text"].encode()
 
 
 def _phrase(status: int) -> str:

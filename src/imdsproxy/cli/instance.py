@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeAlias, cast
+from typing import TYPE_CHECKING, Annotated, Final, TypeAlias, cast
 
 import typer
 
@@ -18,43 +18,46 @@ if TYPE_CHECKING:
 
 __all__ = ["app"]
 
-app = typer.Typer(help="Instances: add, list, show, set, remove, reopen.", no_args_is_help=True)
+app = typer.Typer(
+    help="Instances: add, list, show, set, remove, reopen, password.", no_args_is_help=True
+)
 
 Id: TypeAlias = Annotated[
     str,
-    typer.Argument(metavar="ID", help="The instance's id.", autocompletion=completers.instances),
+    typer.Argument(
+        metavar="ID", help="The instance's id or name.", autocompletion=completers.instances
+    ),
 ]
 MaybeId: TypeAlias = Annotated[
     str | None,
     typer.Argument(
         metavar="[ID]",
-        help="The instance's id; `add` makes one of --name, or takes the domain's UUID, without it.",
+        help="The instance's id or name; none with --file.",
         show_default=False,
         autocompletion=completers.instances,
     ),
 ]
 Ids: TypeAlias = Annotated[
     list[str],
-    typer.Argument(metavar="ID...", help="Their ids.", autocompletion=completers.instances),
+    typer.Argument(
+        metavar="ID...", help="Their ids or names.", autocompletion=completers.instances
+    ),
 ]
-Name: TypeAlias = Annotated[
-    str | None, flags.flag("--name", "NAME", "Its name; the id without it.")
-]
-Hostname: TypeAlias = Annotated[
-    str | None, flags.flag("--hostname", "NAME", "Its host name; made of the name without it.")
-]
+Name: TypeAlias = Annotated[str | None, flags.flag("--name", "NAME", "Its name.")]
+Hostname: TypeAlias = Annotated[str | None, flags.flag("--hostname", "NAME", "Its host name.")]
 Project: TypeAlias = Annotated[str | None, flags.flag("--project", "ID", "Whose it is.")]
 Network: TypeAlias = Annotated[
     str | None,
-    flags.flag("--network", "NET", "The network that its port is in.", completers.networks),
+    flags.flag("--network", "NET", "Only those in this network.", completers.networks, "-n"),
 ]
 OfPort: TypeAlias = Annotated[
     str | None,
     flags.flag(
         "--network",
         "NET",
-        "The network that its port is in; `add` takes the only one without it.",
+        "The network of its port, by id or name; with --mac and --address it replaces all ports.",
         completers.networks,
+        "-n",
     ),
 ]
 FromLibvirt: TypeAlias = Annotated[
@@ -105,13 +108,46 @@ def _switch(name: str, documents: str) -> object:
     )
 
 
+ClearPassword: TypeAlias = Annotated[
+    bool,
+    typer.Option(
+        "--clear", help="Forget it, so that the guest can post another.", show_default=False
+    ),
+]
 Ec2: TypeAlias = Annotated[bool | None, _switch("ec2", "EC2")]
 Openstack: TypeAlias = Annotated[bool | None, _switch("openstack", "OpenStack")]
 Nocloud: TypeAlias = Annotated[bool | None, _switch("nocloud", "NoCloud")]
 
 
+_ADDED: Final[Mapping[str, object]] = {
+    "instance": Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[ID]",
+            help="Its id; made of --name, or the domain's UUID, without it.",
+            show_default=False,
+        ),
+    ],
+    "name": Annotated[str | None, flags.flag("--name", "NAME", "Its name; the id without it.")],
+    "hostname": Annotated[
+        str | None, flags.flag("--hostname", "NAME", "Its host name; made of the name without it.")
+    ],
+    "network": Annotated[
+        str | None,
+        flags.flag(
+            "--network",
+            "NET",
+            "The network of its port, by id or name; the only one without it.",
+            completers.networks,
+            "-n",
+        ),
+    ],
+}
+"""What `add` says of parameters that `set` has too."""
+
+
 def _register(command: str, help_text: str, *, create: bool) -> None:
-    """`add` and `set` have the same flags."""
+    """`add` and `set` have the same flags, except --clear."""
 
     def change(
         context: typer.Context,
@@ -192,7 +228,8 @@ def _register(command: str, help_text: str, *, create: bool) -> None:
             keys.setdefault("name", instance)
         change_one(run, "instance", instance, keys, create=create, clear=clear or ())
 
-    app.command(command, help=help_text)(change)
+    added = flags.reshape(change, without=("clear",), **_ADDED)
+    app.command(command, help=help_text)(added if create else change)
 
 
 def _only_network(run: options.Invocation) -> str:
@@ -283,6 +320,34 @@ def remove(
     """Remove instances; their guests are told nothing more."""
     run = options.invocation(context, as_json=as_json, socket=socket, config=config)
     remove_each(run, "instance", instances)
+
+
+@app.command("password")
+def password(
+    context: typer.Context,
+    instance: Id,
+    *,
+    clear: ClearPassword = False,
+    as_json: options.Json = False,
+    socket: options.Socket = None,
+    config: options.Config = None,
+) -> None:
+    """The password that its guest posted, encrypted with the instance's key; with --clear forget it."""
+    from imdsproxy.cli.admin_client import path_to  # noqa: PLC0415 - `--help` need not load it
+    from imdsproxy.cli.output import read_bytes_shape  # noqa: PLC0415 - as above
+    from imdsproxy.cli.record_output import say_written  # noqa: PLC0415 - as above
+
+    run = options.invocation(context, as_json=as_json, socket=socket, config=config)
+    route = path_to("instances", instance, "password")
+    if clear:
+        cleared = cast("Mapping[str, object]", run.daemon().request("DELETE", route))
+        say_written(run.output, f"password of instance {instance} cleared", cleared)
+        return
+    shape = cast("Mapping[str, Mapping[str, str]]", run.daemon().get(route))
+    if run.output.as_json:
+        run.output.json(shape)
+    else:
+        run.output.raw(read_bytes_shape(shape["password"]))
 
 
 @app.command("reopen")

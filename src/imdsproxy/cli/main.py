@@ -3,19 +3,33 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Final
 
 import typer
 
 from imdsproxy.cli import exitcodes, options
 from imdsproxy.cli.command_line_error import CommandLineError
-from imdsproxy.cli.commands import COMMANDS, build_app, named_command
+from imdsproxy.cli.commands import COMMANDS, build_app, build_program, named_command
 from imdsproxy.cli.completion import is_completing, learn_shells, words_so_far
 from imdsproxy.cli.output import Output
 from imdsproxy.errors import ImdsproxyError, RequestRefused
 
 __all__ = ["main"]
+
+_MEANT: Final[Mapping[str, str]] = {
+    **dict.fromkeys(("delete", "del", "rm", "destroy"), "remove"),
+    **dict.fromkeys(("create", "new", "define"), "add"),
+    **dict.fromkeys(("update", "edit", "change", "modify"), "set"),
+    **dict.fromkeys(("get", "info", "describe", "inspect"), "show"),
+    "ls": "list",
+    "start": "run",
+    "networks": "network",
+    "instances": "instance",
+}
+"""What other programs call our commands."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -55,9 +69,9 @@ def _complete() -> int:
 
 def _run(arguments: list[str], invocation: options.Invocation) -> int:
     named = named_command(arguments)
-    app = build_app(COMMANDS if named is None else (named,))
+    program = build_program(COMMANDS if named is None else (named,))
     try:
-        ended = app(arguments, prog_name="imdsproxy", standalone_mode=False, obj=invocation)
+        ended = program(arguments, prog_name="imdsproxy", standalone_mode=False, obj=invocation)
         sys.stdout.flush()
     except typer.Abort as error:
         raise KeyboardInterrupt from error
@@ -75,5 +89,13 @@ def _usage(error: CommandLineError, invocation: options.Invocation) -> int:
         return exitcodes.USAGE
     context = getattr(error, "ctx", None)
     command = "imdsproxy" if context is None else context.command_path
-    invocation.output.error(RequestRefused(message, hint=f"`{command} --help` says what it takes"))
+    hint = f"`{command} --help` says what it takes"
+    unknown = re.search("No such command '([^']+)'", message)
+    known = getattr(getattr(context, "command", None), "commands", {})
+    meant = None if unknown is None else _MEANT.get(unknown[1])
+    if meant in known:
+        hint = f"did you mean `{command} {meant}`?"
+    # The list of what an option may be comes with line breaks and tabs.
+    message = " ".join(message.split())
+    invocation.output.error(RequestRefused(message, hint=hint))
     return exitcodes.USAGE

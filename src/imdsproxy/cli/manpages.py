@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Final
 
 from imdsproxy.app.namespace_proxy.options import describe_options
+from imdsproxy.cli.commands import build_program, iterate_commands
 from imdsproxy.cli.completion import SHELLS, render_completion
 from imdsproxy.cli.exitcodes import EXIT_STATUSES
 from imdsproxy.cli.reference_pages import (
     CLI_INTRODUCTION,
     SETTINGS_INTRODUCTION,
-    iterate_commands,
     one_line,
-    program,
     spell_parameter,
 )
 from imdsproxy.config.schema import Settings
@@ -43,7 +42,7 @@ _UNITS: Final = """\
 
 def render_program_page() -> str:
     """imdsproxy(1)."""
-    root = program()
+    root = build_program()
     commands = list(iterate_commands(root, "imdsproxy"))
     lines = _head(
         "imdsproxy", 1, "instance metadata at 169.254.169.254 for every network of a host"
@@ -60,6 +59,8 @@ def render_program_page() -> str:
     lines += [".SH COMMANDS"]
     for path, command in commands[1:]:
         lines += [f".SS {_text(path)}", _text(one_line(command.help)), *_parameters(command)]
+        if command.epilog:
+            lines += [".PP", _text(command.epilog)]
     lines += [".SH EXIT STATUS", *_items((str(key), value) for key, value in EXIT_STATUSES.items())]
     lines += [".SH UNITS", _text(_UNITS)]
     lines += [".SH FILES", *_items(_FILES)]

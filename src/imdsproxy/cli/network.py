@@ -8,6 +8,7 @@ import typer
 
 from imdsproxy.cli import completers, flags, options
 from imdsproxy.cli.changing import change_from_file, change_one, remove_each
+from imdsproxy.errors import RequestRefused
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -18,20 +19,30 @@ app = typer.Typer(help="Networks: add, list, show, set, remove.", no_args_is_hel
 
 Id: TypeAlias = Annotated[
     str,
-    typer.Argument(metavar="ID", help="The network's id.", autocompletion=completers.networks),
+    typer.Argument(
+        metavar="ID", help="The network's id or name.", autocompletion=completers.networks
+    ),
 ]
 MaybeId: TypeAlias = Annotated[
     str | None,
     typer.Argument(
         metavar="[ID]",
-        help="The network's id; `add` takes the name of the bridge, interface or namespace without it.",
+        help="The network's id or name; none with --file.",
         show_default=False,
         autocompletion=completers.networks,
     ),
 ]
+_NewId: TypeAlias = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="[ID]",
+        help="Its id; the name of the bridge, interface or namespace without it.",
+        show_default=False,
+    ),
+]
 Ids: TypeAlias = Annotated[
     list[str],
-    typer.Argument(metavar="ID...", help="Their ids.", autocompletion=completers.networks),
+    typer.Argument(metavar="ID...", help="Their ids or names.", autocompletion=completers.networks),
 ]
 Name: TypeAlias = Annotated[str | None, flags.flag("--name", "NAME", "A name for people.")]
 Project: TypeAlias = Annotated[str | None, flags.flag("--project", "ID", "Whose it is.")]
@@ -81,7 +92,7 @@ MacCheck: TypeAlias = Annotated[
 
 
 def _register(command: str, help_text: str, *, create: bool) -> None:
-    """`add` and `set` have the same flags."""
+    """`add` and `set` have the same flags, except --clear."""
 
     def change(
         context: typer.Context,
@@ -119,6 +130,11 @@ def _register(command: str, help_text: str, *, create: bool) -> None:
             manage_addresses=manage_addresses,
             changing=not create,
         )
+        if file is None and listener is None and create:
+            raise RequestRefused(
+                "a network needs a listener: --bridge DEV | --interface DEV | --namespace NAME",
+                hint="`imdsproxy network add red --bridge br-red`, or --file FILE",
+            )
         if file is None and network is None and create:
             from imdsproxy.cli.deducing import (  # noqa: PLC0415 - `--help` need not load it
                 name_of_listener,
@@ -147,7 +163,8 @@ def _register(command: str, help_text: str, *, create: bool) -> None:
         else:
             change_one(run, "network", network, keys, create=create, clear=clear or ())
 
-    app.command(command, help=help_text)(change)
+    added = flags.reshape(change, without=("clear",), network=_NewId)
+    app.command(command, help=help_text)(added if create else change)
 
 
 _register(

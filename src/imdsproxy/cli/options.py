@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, TypeAlias
+from typing import Annotated, Final, TypeAlias
 
 import typer
 
 from imdsproxy.cli import completers
+from imdsproxy.cli.flags import flag
 from imdsproxy.cli.invocation import Invocation, invocation
 
-__all__ = ["Address", "Config", "Invocation", "Json", "Network", "Socket", "invocation"]
+__all__ = [
+    "Address",
+    "Config",
+    "Invocation",
+    "Json",
+    "MaybeAddress",
+    "MaybeNetwork",
+    "Network",
+    "Socket",
+    "invocation",
+]
 
 Config: TypeAlias = Annotated[
     Path | None,
@@ -35,16 +46,11 @@ Socket: TypeAlias = Annotated[
 Json: TypeAlias = Annotated[
     bool, typer.Option("--json", help="Say it in JSON, for programs.", show_default=False)
 ]
-Network: TypeAlias = Annotated[
-    str,
-    typer.Option(
-        "--network",
-        "-n",
-        metavar="NET",
-        help="The network that the guest sits in.",
-        autocompletion=completers.networks,
-    ),
-]
-Address: TypeAlias = Annotated[
-    str, typer.Option("--from", metavar="ADDRESS", help="The guest's address.")
-]
+_NETWORK: Final = flag(
+    "--network", "NET", "The guest's network, by id or name.", completers.networks, "-n"
+)
+_ADDRESS: Final = flag("--from", "ADDRESS", "The guest's address.")
+Network: TypeAlias = Annotated[str, _NETWORK]
+Address: TypeAlias = Annotated[str, _ADDRESS]
+MaybeNetwork: TypeAlias = Annotated[str | None, _NETWORK]
+MaybeAddress: TypeAlias = Annotated[str | None, _ADDRESS]

@@ -6,6 +6,7 @@ are as long as they are, so that `grep` and `awk` see everything.
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import json
 import sys
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
     from imdsproxy.errors import ImdsproxyError
 
-__all__ = ["Column", "Output", "clean"]
+__all__ = ["Column", "Output", "clean", "read_bytes_shape"]
 
 _UNCUT: Final = 4000
 
@@ -150,6 +151,11 @@ class Output:
         console = _console(sys.stderr)
         for line in lines:
             console.print(line, soft_wrap=not sys.stderr.isatty())
+
+
+def read_bytes_shape(shape: Mapping[str, str]) -> bytes:
+    """Bytes of the admin API, which are `text` or `base64`."""
+    return base64.b64decode(shape["base64"]) if "base64" in shape else shape["text"].encode()
 
 
 def clean(text: object) -> str:

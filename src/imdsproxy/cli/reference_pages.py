@@ -7,14 +7,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-import typer.main
-
 from imdsproxy import errors
 from imdsproxy.admin.api import admin_app
 from imdsproxy.admin.metrics import METRICS
 from imdsproxy.admin.refusals import status_of
 from imdsproxy.admin.snapshot import NETWORK_SUM
-from imdsproxy.cli.commands import build_app
+from imdsproxy.cli.commands import build_program, iterate_commands
 from imdsproxy.cli.exitcodes import EXIT_STATUSES, errors_by_status
 from imdsproxy.config.neutron_options import NEUTRON_OPTIONS
 from imdsproxy.config.schema import Settings
@@ -27,9 +25,7 @@ __all__ = [
     "CLI_INTRODUCTION",
     "PAGES",
     "SETTINGS_INTRODUCTION",
-    "iterate_commands",
     "one_line",
-    "program",
     "spell_parameter",
     "write_pages",
 ]
@@ -130,11 +126,10 @@ def _settings_table(settings: Iterable[Setting], section: str) -> list[str]:
 
 def render_cli_page() -> str:
     """docs/reference/cli.md."""
-    root = program()
     statuses = [(str(key), value) for key, value in EXIT_STATUSES.items()]
     lines = [*_head("Command line", CLI_INTRODUCTION), "", "## Exit statuses", ""]
     lines += _table(("status", "meaning"), statuses)
-    for path, command in iterate_commands(root, "imdsproxy"):
+    for path, command in iterate_commands(build_program(), "imdsproxy"):
         lines += ["", f"## {path}", "", one_line(command.help)]
         rows = [
             (f"`{spell_parameter(parameter)}`", one_line(getattr(parameter, "help", "")))
@@ -143,6 +138,8 @@ def render_cli_page() -> str:
         ]
         if rows:
             lines += ["", *_table(("option or argument", "meaning"), rows)]
+        if command.epilog:
+            lines += ["", "Example:", "", f"    {command.epilog.removeprefix('Example: ')}"]
     return _page(lines)
 
 
@@ -273,19 +270,7 @@ def _is_error(kind: object) -> bool:
     return isinstance(kind, type) and issubclass(kind, ImdsproxyError)
 
 
-def program() -> Any:  # noqa: ANN401 - typer keeps its command classes private
-    """The whole command line."""
-    return typer.main.get_command(build_app())
-
-
-def iterate_commands(command: Any, path: str) -> Iterator[tuple[str, Any]]:  # noqa: ANN401 - as above
-    """A command and those inside it, each with what calls it: `imdsproxy network add`."""
-    yield path, command
-    for name, inner in getattr(command, "commands", {}).items():
-        yield from iterate_commands(inner, f"{path} {name}")
-
-
-def spell_parameter(parameter: Any) -> str:  # noqa: ANN401 - as above
+def spell_parameter(parameter: Any) -> str:  # noqa: ANN401 - typer keeps its command classes private
     """An option or argument as it is written: `--config, -c FILE`."""
     names = [name for name in parameter.opts if name.startswith("-")]
     if not names:

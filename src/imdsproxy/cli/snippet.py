@@ -24,7 +24,7 @@ __all__ = ["snippet"]
 InstanceName: TypeAlias = Annotated[
     str,
     typer.Argument(
-        metavar="INSTANCE", help="The instance's id.", autocompletion=completers.instances
+        metavar="INSTANCE", help="The instance's id or name.", autocompletion=completers.instances
     ),
 ]
 For: TypeAlias = Annotated[

@@ -19,7 +19,7 @@ app = typer.Typer(help="Session tokens (IMDSv2): revoke, rotate, report.", no_ar
 Id: TypeAlias = Annotated[
     str,
     typer.Argument(
-        metavar="INSTANCE", help="The instance's id.", autocompletion=completers.instances
+        metavar="INSTANCE", help="The instance's id or name.", autocompletion=completers.instances
     ),
 ]
 

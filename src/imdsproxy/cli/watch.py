@@ -22,10 +22,11 @@ _EVERY_S: Final = 0.5
 
 Network: TypeAlias = Annotated[
     str | None,
-    flags.flag("--network", "NET", "Only the guests of this network.", completers.networks),
+    flags.flag("--network", "NET", "Only the guests of this network.", completers.networks, "-n"),
 ]
 Instance: TypeAlias = Annotated[
-    str | None, flags.flag("--instance", "ID", "Only this instance.", completers.instances)
+    str | None,
+    flags.flag("--instance", "ID", "Only this instance, by id or name.", completers.instances),
 ]
 
 

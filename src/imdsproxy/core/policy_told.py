@@ -50,6 +50,11 @@ class PolicyInForce:
     word: str
 
     @property
+    def endpoint_off(self) -> bool:
+        """Every request is refused."""
+        return self.word[1:2] == "0"
+
+    @property
     def paths(self) -> PathRules:
         """The rules for paths among them."""
         named = ((path_of_rule(rule.name), rule.value) for rule in self.rules)

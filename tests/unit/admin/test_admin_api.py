@@ -152,6 +152,49 @@ def test_a_patch_to_something_unacceptable_changes_nothing(filled: AdminServer) 
     assert filled.operations.networks[NetworkId("blue")] == before
 
 
+@pytest.mark.parametrize(
+    ("path", "patch", "fields"),
+    [
+        ("networks/blue", {"nonsense": None, "listener": None}, ["nonsense", "listener"]),
+        ("networks/blue", {"listener": {"vlan": None}}, ["listener.vlan"]),
+        ("instances/web-1", {"policy": {"nonsense": None}}, ["policy.nonsense"]),
+        ("instances/web-1", {"dialects": {"ec3": None}}, ["dialects.ec3"]),
+        ("instances/web-1", {"name": None}, ["name"]),
+    ],
+)
+def test_null_for_what_no_record_has_or_all_must_have_is_refused(
+    filled: AdminServer, path: str, patch: dict[str, object], fields: list[str]
+) -> None:
+    status, decoded = _problem(filled, "PATCH", f"/v1/{path}", patch)
+    assert (status, _fields(decoded)) == (422, fields)
+    assert cast("str", decoded["hint"]).startswith("can be cleared: ")
+
+
+@pytest.mark.parametrize("record", [bodies.NetworkRecord, bodies.InstanceRecord])
+def test_all_that_is_said_to_be_clearable_can_be_cleared(
+    filled: AdminServer, record: type[bodies.NetworkRecord | bodies.InstanceRecord]
+) -> None:
+    kind = "networks/blue" if record is bodies.NetworkRecord else "instances/web-1"
+    before = filled.client.get(f"/v1/{kind}")
+    for name, field in record.model_fields.items():
+        if not field.is_required():
+            filled.client.request("PATCH", f"/v1/{kind}", body={name: None})
+    assert isinstance(before, dict)
+    after = filled.client.get(f"/v1/{kind}")
+    assert isinstance(after, dict)
+    assert after["record"].keys() >= {"id"}
+
+
+def test_a_password_is_cleared_without_touching_the_record(filled: AdminServer) -> None:
+    filled.operations.passwords[InstanceId("web-1")] = b"x"
+    before = filled.operations.instances[InstanceId("web-1")]
+    filled.client.request("PATCH", "/v1/instances/web-1", body={"password": None})
+    assert filled.operations.passwords == {}
+    assert filled.operations.instances[InstanceId("web-1")] is before
+    status, decoded = _problem(filled, "PATCH", "/v1/instances/web-1", {"password": "x"})
+    assert (status, _fields(decoded)) == (422, ["password"])
+
+
 def test_bytes_that_are_no_text_go_and_come_as_base64(filled: AdminServer) -> None:
     body = {"user_data": {"base64": "H4sIAP8="}}
     filled.client.request("PATCH", "/v1/instances/web-1", body=body)

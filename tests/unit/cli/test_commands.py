@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,9 +13,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
+import typer
 
 from imdsproxy.admin.operations import DocumentAnswer
 from imdsproxy.admin.reports import AuditReport, LeftOut, UnixListenerReport
+from imdsproxy.cli import admin_client
+from imdsproxy.cli.commands import build_program, iterate_commands
+from imdsproxy.cli.examples import EXAMPLES
 from imdsproxy.cli.main import main
 from imdsproxy.core.model import BridgeListener, Dialect, InstanceId, NamespaceListener, NetworkId
 from imdsproxy.core.path_rules import PathRules, PathWord
@@ -243,12 +248,12 @@ def test_set_replaces_a_listener_as_a_whole(filled: Cli) -> None:
     ("arguments", "words"),
     [
         (["network", "set", "blue"], "nothing to change"),
-        (["network", "add"], "id is missing"),
+        (["network", "add"], "--bridge DEV | --interface DEV | --namespace NAME"),
         (["instance", "add", "--project", "x"], "id is missing"),
         (["network", "add", "x", "--bridge", "a", "--interface", "b"], "exactly one kind"),
         (["network", "add", "x", "--device", "tap0"], "exactly one kind"),
         (["network", "add", "x", "--bridge", "a", "--device", "b"], "exactly one kind"),
-        (["network", "add", "x"], "listener: is missing"),
+        (["network", "add", "x"], "--bridge DEV | --interface DEV | --namespace NAME"),
         (["network", "add", "x", "--bridge", "a", "--subnet", "10.0.0.0/24,gw=1"], "gw=1"),
         (["network", "add", "x", "--bridge", "a", "--subnet", "10.0.0.1/24"], "subnets[0].cidr"),
         (["instance", "set", "x", "--address", "10.0.0.1"], "need a --network"),
@@ -260,6 +265,12 @@ def test_set_replaces_a_listener_as_a_whole(filled: Cli) -> None:
         (["network", "add", "x", "--file", "y"], "no other flag"),
         (["explain", "--network", "blue", "--from", "10.0.0"], "is no IP address"),
         (["explain", "--network", "blue"], "--from"),
+        (["explain", "web-1", "--network", "blue"], "either an INSTANCE or both"),
+        (["instance", "set", "web-1", "--clear", "nonsense"], "nonsense cannot be cleared"),
+        (["instance", "set", "web-1", "--clear", "name"], "name cannot be cleared"),
+        (["network", "set", "blue", "--clear", "listener"], "listener cannot be cleared"),
+        (["instance", "add", "x", "--clear", "tags"], "--clear"),
+        (["snippet", "web-1"], "Choose from: qemu, libvirt, proxmox, incus"),
         (["network", "add", "x", "--mtu", "wide"], "--mtu"),
         (["nonsense"], "nonsense"),
         (["status", "--nonsense"], "--nonsense"),
@@ -296,12 +307,95 @@ def test_what_is_there_is_73_and_what_is_not_there_66(filled: Cli) -> None:
     ]
 
 
-def test_a_daemon_that_is_not_there_is_69(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("installed", [True, False])
+def test_a_daemon_that_is_not_there_is_69_and_the_hint_starts_it_as_it_is_installed(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    installed: bool,
 ) -> None:
+    monkeypatch.setattr(admin_client, "_UNIT_DIRECTORIES", (tmp_path / "units",))
+    if installed:
+        (tmp_path / "units").mkdir()
+        (tmp_path / "units" / "imdsproxy.service").touch()
+
     assert main(["status", "--socket", str(tmp_path / "none.sock")]) == 69
 
-    assert "no daemon answers" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "no daemon answers" in said
+    assert ("`systemctl start imdsproxy`" in said, "`imdsproxy run`" in said) == (
+        installed,
+        not installed,
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "meant"),
+    [
+        ("network delete blue", "imdsproxy network remove"),
+        ("instance rm web-1", "imdsproxy instance remove"),
+        ("instance create web-1", "imdsproxy instance add"),
+        ("instance update web-1", "imdsproxy instance set"),
+        ("networks", "imdsproxy network"),
+    ],
+)
+def test_what_other_programs_call_a_command_gets_a_suggestion(
+    cli: Cli, words: str, meant: str
+) -> None:
+    ran = cli(*words.split())
+    assert ran.status == 64
+    assert f"hint: did you mean `{meant}`?" in ran.err
+
+
+def test_the_version_is_an_option_too(cli: Cli) -> None:
+    assert (cli("--version").out, cli("--version").status) == (cli("version").out, 0)
+
+
+def _commands() -> dict[str, list[str]]:
+    """Each command that can be run, and the words of its example."""
+    everything = iterate_commands(build_program())
+    return {
+        path: shlex.split(EXAMPLES[path].partition("|")[0])
+        for path, command in everything
+        if path and not hasattr(command, "commands")
+    }
+
+
+@pytest.mark.parametrize("path", _commands())
+def test_each_command_has_an_example_in_its_help_that_is_no_wrong_command_line(path: str) -> None:
+    program, *words = _commands()[path]
+    assert program == "imdsproxy"
+    assert words[: len(path.split())] == path.split()
+    context = typer.Context(build_program())
+    command = build_program()
+    for name in path.split():
+        command = command.commands[name]
+    command.make_context(path, words[len(path.split()) :], parent=context)
+    assert command.epilog == f"Example: {EXAMPLES[path]}"
+
+
+@pytest.mark.parametrize("path", [one for one in _commands() if one != "namespace-proxy"])
+def test_no_help_shows_a_type_for_a_switch(cli: Cli, path: str) -> None:
+    shown = cli(*path.split(), "--help").out
+    assert "--help" in shown
+    assert "bool" not in shown.lower()
+
+
+@pytest.mark.parametrize("kind", ["network", "instance"])
+def test_set_describes_set_and_add_describes_add(kind: str) -> None:
+    commands = build_program().commands[kind].commands
+    added, changed = (
+        {
+            one.name: one.help
+            for one in commands[name].params
+            if one.name not in ("config", "socket")
+        }
+        for name in ("add", "set")
+    )
+    assert changed.keys() - added.keys() == {"clear"}
+    assert any("without it" in text for text in added.values())
+    assert not any("without it" in text or "`add`" in text for text in changed.values())
 
 
 def test_an_error_is_json_where_json_was_asked_for(filled: Cli) -> None:
@@ -615,6 +709,61 @@ def test_explain_says_which_rule_decides_about_a_path(filled: Cli) -> None:
     refused = filled(*asked, "latest")
     assert (refused.status, "does not begin with /" in refused.err) == (64, True)
     assert "policy" not in filled("explain", "--network", "blue", "--from", "10.0.0.5").out
+
+
+def test_explain_of_an_instance_explains_each_of_its_addresses(filled: Cli) -> None:
+    port = "network=blue,address=10.0.0.6"
+    filled("instance", "set", "web-1", "-n", "blue", "--address", "10.0.0.5", "--port", port)
+    ran = filled("explain", "web-1")
+    assert (ran.status, ran.out.count("verdict ")) == (0, 2)
+    told = json.loads(filled("explain", "web-1", "--json").out)
+    assert [one["address"] for one in told] == ["10.0.0.5", "10.0.0.6"]
+    filled("instance", "set", "web-1", "--clear", "ports")
+    nowhere = filled("explain", "web-1")
+    assert (nowhere.status, "has no address" in nowhere.out) == (1, True)
+    assert filled("explain", "nobody").status == 66
+
+
+def test_explain_sends_a_probe_only_where_one_is_asked_for(documented: Cli) -> None:
+    asked = ("explain", *GUEST, "--path", "/latest/user-data")
+    assert "probe" not in documented(*asked).out
+    probed = documented(*asked, "--probe")
+    assert (probed.status, "GET /latest/user-data: 200 OK" in probed.out) == (0, True)
+    refused = documented("explain", *GUEST, "--path", "/nothing", "--probe")
+    assert (refused.status, "GET /nothing: 404 Not Found" in refused.out) == (1, True)
+
+
+def test_explain_of_novas_guest_says_that_nova_decides(filled: Cli) -> None:
+    filled("instance", "set", "web-1", "--upstream", "nova", "--project", "p1")
+    assert "found, its requests are sent to Nova" in filled("explain", "web-1").out
+    assert filled("explain", *GUEST, "--json").json["answer"] is None
+
+
+def test_a_name_stands_for_an_id_where_one_alone_has_it(filled: Cli) -> None:
+    filled("network", "set", "blue", "--name", "Blue")
+    filled("instance", "set", "web-1", "--name", "front")
+    assert filled("instance", "set", "front", "--tag", "a=b").status == 0
+    assert filled("instance", "add", "web-2", "-n", "Blue", "--name", "front").status == 0
+    refused = filled("instance", "remove", "front")
+    assert refused.status == 64
+    assert refused.err == "imdsproxy: 2 have the name front\nhint: use an id: web-1, web-2\n"
+    assert filled("instance", "add", "front", "--network", "blue").status == 0
+    assert filled("instance", "remove", "front").status == 0
+    assert set(filled.operations.instances) == {"web-1", "web-2"}
+
+
+@pytest.mark.parametrize(
+    "clear", ["instance set web-1 --clear password", "instance password web-1 --clear"]
+)
+def test_a_posted_password_is_shown_and_cleared(filled: Cli, clear: str) -> None:
+    filled.operations.passwords[InstanceId("web-1")] = b"c2VjcmV0"
+    assert filled("instance", "password", "web-1").out == "c2VjcmV0"
+    shown = filled("instance", "password", "web-1", "--json").json
+    assert shown == {"instance": "web-1", "password": {"text": "c2VjcmV0"}}
+    assert filled(*clear.split()).status == 0
+    assert filled.operations.passwords == {}
+    none = filled("instance", "password", "web-1")
+    assert (none.status, "has posted no password" in none.err) == (66, True)
 
 
 def test_explain_of_nobody_is_1(filled: Cli) -> None:

@@ -54,7 +54,7 @@ def bash_completes(*words: str) -> list[str]:
         (["inst"], ["instance"]),
         (["instance", "re"], ["remove", "reopen"]),
         (["instance", "add", "--from"], ["--from-libvirt"]),
-        (["instance", ""], ["add", "set", "list", "show", "remove", "reopen"]),
+        (["instance", ""], ["add", "set", "list", "show", "remove", "password", "reopen"]),
         (["token", "r"], ["revoke", "rotate", "report"]),
         (["instance", "nothing"], []),
     ],

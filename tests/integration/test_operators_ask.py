@@ -1,0 +1,175 @@
+"""What operators ask about instances and do to them: by name, with a probe, and about a posted password."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final, cast
+
+import pytest
+
+from support.daemon import instance
+from support.nova_world import NovaWorld, open_nova_world
+from support.recorder import reply
+from support.world import World, open_world
+
+pytestmark = pytest.mark.root
+
+_PASSWORD: Final = "/openstack/latest/password"
+
+
+@pytest.fixture(scope="module")
+def shared_world() -> Iterator[World]:
+    with open_world({"resolver": {"hold_s": 1.0}}) as world:
+        yield world
+
+
+@pytest.fixture(scope="module")
+def shared_nova() -> Iterator[NovaWorld]:
+    with open_nova_world() as world:
+        yield world
+
+
+@pytest.fixture
+def nova(shared_nova: NovaWorld) -> NovaWorld:
+    shared_nova.forget()
+    return shared_nova
+
+
+@pytest.mark.parametrize("status", [200, 403, 404])
+def test_a_probe_shows_what_nova_answers_the_guest(nova: NovaWorld, status: int) -> None:
+    nova.nova.always(reply(b"x", status=status))
+    asked = ("--network", "red", "--from", "10.0.0.5")
+    guest = nova.red.ask("/latest/meta-data/")
+    (sent,) = nova.requests()
+    nova.nova.forget()
+    nova.nova.always(reply(b"x", status=status))
+
+    explained = nova.daemon.command("explain", *asked)
+    assert nova.requests() == [], "nothing is asked without --probe"
+    probed = nova.daemon.command("explain", *asked, "--probe")
+
+    assert guest.status == status
+    assert explained.status == 0
+    assert "found, its requests are sent to Nova" in explained.out
+    assert f"GET /latest/meta-data/: {status} " in probed.out
+    assert probed.status == (0 if status == 200 else 1)
+    (as_operator,) = nova.requests()
+    identity = nova.identity("red").items()
+    for one in (sent, as_operator):
+        assert one.target == b"/latest/meta-data/"
+        assert identity <= dict(one.headers).items() or all(
+            one.values(name.decode()) == (value,) for name, value in identity
+        )
+
+
+def test_a_probe_shows_what_our_documents_and_rules_answer(world: World) -> None:
+    asked = ("explain", "red-5", "--probe")
+    assert "GET /latest/meta-data/: 200 OK" in world.daemon.command(*asked).out
+    nothing = world.daemon.command(*asked, "--path", "/latest/meta-data/nothing")
+    assert (nothing.status, "nothing: 404 Not Found" in nothing.out) == (1, True)
+    world.daemon.command("instance", "set", "red-5", "--no-ec2", "--no-openstack")
+    assert "GET /nocloud/meta-data: 200 OK" in world.daemon.command(*asked).out
+    world.daemon.command("instance", "set", "red-5", "--ec2", "--openstack", "--tokens", "required")
+    refused = world.daemon.command(*asked)
+    assert (refused.status, "401 Unauthorized" in refused.out) == (1, True)
+    world.daemon.command("instance", "set", "red-5", "--clear", "policy")
+
+
+def test_explain_of_an_endpoint_that_is_off_says_403(world: World) -> None:
+    world.daemon.admin.request("PATCH", "/v1/instances/red-5", body={"policy": {"endpoint": False}})
+    explained = world.daemon.command("explain", "red-5", "--probe").out
+    assert "its documents are answered 403" in explained
+    assert "GET /latest/meta-data/: 403 Forbidden" in explained
+    world.daemon.command("instance", "set", "red-5", "--clear", "policy")
+
+
+def _name(world: World, instance_id: str, name: str) -> None:
+    world.daemon.admin.request("PATCH", f"/v1/instances/{instance_id}", body={"name": name})
+
+
+def test_an_instance_is_addressed_by_its_name_where_it_alone_has_it(world: World) -> None:
+    daemon = world.daemon
+    daemon.put([], [instance("first", "red", 70), instance("second", "red", 71)])
+    _name(world, "first", "red-a")
+    for words in (
+        ("instance", "show", "red-a"),
+        ("instance", "set", "red-a", "--tag", "a=b"),
+        ("token", "revoke", "red-a"),
+        ("explain", "red-a"),
+        ("snippet", "red-a", "--for", "qemu"),
+    ):
+        done = daemon.command(*words)
+        assert done.status == 0, (words, done)
+    record = cast("dict[str, dict[str, object]]", daemon.admin.get("/v1/instances/first"))["record"]
+    assert record["tags"] == {"a": "b"}
+    # An id wins over a name.
+    _name(world, "second", "first")
+    shown = cast("dict[str, dict[str, object]]", daemon.admin.get("/v1/instances/first"))["record"]
+    assert shown["name"] == "red-a"
+    _name(world, "second", "red-a")
+    for words in (("remove", "red-a"), ("set", "red-a", "--tag", "a=c")):
+        refused = daemon.command("instance", *words)
+        assert refused.status == 64
+        assert refused.err == ("imdsproxy: 2 have the name red-a\nhint: use an id: first, second\n")
+    assert daemon.command("instance", "remove", "first", "red-a").status == 0
+    assert daemon.command("instance", "show", "red-a").status == 66
+
+
+def test_a_network_is_addressed_by_its_name(world: World) -> None:
+    daemon = world.daemon
+    daemon.command("network", "set", "red", "--name", "Red network")
+    asked = ("-n", "Red network", "--from", "10.0.0.5")
+    for words in (
+        ("network", "show", "Red network"),
+        ("explain", *asked),
+        ("get", *asked, "/latest/user-data"),
+        ("instance", "list", "-n", "Red network"),
+        ("instance", "add", "more", "-n", "Red network", "--address", "10.0.0.80"),
+        ("instance", "set", "more", "--port", "network=Red network,address=10.0.0.81"),
+    ):
+        done = daemon.command(*words)
+        assert done.status == 0, (words, done)
+    assert daemon.explain("red", "10.0.0.81")["instance"] == "more"
+    assert daemon.command("instance", "remove", "more").status == 0
+
+
+def test_a_posted_password_is_shown_and_cleared(world: World) -> None:
+    daemon, guest = world.daemon, world.red
+    none = daemon.command("instance", "password", "red-5")
+    assert (none.status, "has posted no password" in none.err) == (66, True)
+    for clear in (
+        ("instance", "password", "red-5", "--clear"),
+        ("instance", "set", "red-5", "--clear", "password"),
+    ):
+        assert guest.ask(_PASSWORD, method="POST", body=b"c2VjcmV0").status == 200
+        assert guest.ask(_PASSWORD, method="POST", body=b"another").status == 409
+        assert daemon.command("instance", "password", "red-5").out == "c2VjcmV0"
+        assert "c2VjcmV0" not in daemon.command("instance", "show", "red-5", "--json").out
+        assert daemon.command(*clear).status == 0
+        assert guest.ask(_PASSWORD).body == b""
+    assert daemon.command("instance", "set", "red-5", "--clear", "password").status == 0
+    assert daemon.command("instance", "password", "red-5", "--clear").status == 66
+
+
+def test_a_link_in_the_place_of_a_password_is_not_followed(world: World, tmp_path: Path) -> None:
+    secret = tmp_path / "secret"
+    secret.write_text("of the host")
+    link = world.daemon.state / "passwords" / "red-5"
+    link.symlink_to(secret)
+    try:
+        shown = world.daemon.command("instance", "password", "red-5")
+    finally:
+        link.unlink()
+    assert (shown.status, shown.out) == (71, "")
+
+
+def test_what_no_record_has_cannot_be_cleared(world: World) -> None:
+    for words in (("instance", "set", "red-5"), ("network", "set", "red")):
+        refused = world.daemon.command(*words, "--clear", "nonsense")
+        assert refused.status == 64
+        assert "nonsense cannot be cleared" in refused.err
+        assert "can be cleared: " in refused.err
+    assert "password" in world.daemon.command("instance", "set", "red-5", "--clear", "name").err
+    assert world.daemon.command("instance", "set", "red-5", "--clear", "user-data").status == 0
+    assert world.red.ask("/latest/user-data").status == 404
