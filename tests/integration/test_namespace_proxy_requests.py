@@ -180,7 +180,8 @@ def test_whatever_a_guest_forges_only_the_proxy_says_whose_a_request_is(
 ) -> None:
     # What is refused without a word, or waits for more, is lost: what matters is what arrived.
     with contextlib.suppress(Lost):
-        place.guest.raw(forgery.data, timeout_s=1)
+        place.guest.raw(forgery.data, timeout_s=10 if forgery.seen else 1)
+    assert place.recorder.heads or not forgery.seen
     for received in place.recorder.heads:
         assert identity(received) == ours()
         names = {name.lower().replace(b"_", b"-") for name, _ in received.headers}

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 from collections.abc import Iterator
 
 import pytest
 
+from support.daemon import Daemon
 from support.guest import IPV6
+from support.lab import RecordMapping
+from support.nova_world import SECRET
+from support.recorder import Recorder, reply
 from support.world import World, open_world, own
 
 pytestmark = pytest.mark.root
@@ -17,15 +22,57 @@ _PATH = "/latest/user-data"
 
 
 @pytest.fixture(scope="module")
-def shared_world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+def both(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[World, Recorder]]:
     secret = tmp_path_factory.mktemp("nova") / "secret"
-    secret.write_text("a secret\n")
+    secret.write_text(f"{SECRET}\n")
     secret.chmod(0o600)
-    nova = {"endpoints": [{"url": "http://127.0.0.1:9"}], "secret_file": str(secret)}
-    # Nobody is there, and nothing is to be said of that.
-    sets = {"health_check": "off", "endpoint_sets": {"default": nova}}
-    with open_world({"resolver": {"hold_s": 1.0}, "nova": sets}) as world:
-        yield world
+    with contextlib.ExitStack() as stack:
+        novas: list[Recorder] = []
+
+        def prepare(daemon: Daemon) -> None:
+            nova = stack.enter_context(Recorder(namespace=daemon.lab.host, secret=SECRET))
+            novas.append(nova)
+            one = {"endpoints": [{"url": nova.url}], "secret_file": str(secret)}
+            # Only what guests ask arrives there.
+            sets = {"health_check": "off", "endpoint_sets": {"default": one}}
+            daemon.configure({**daemon.settings, "nova": sets})
+
+        world = stack.enter_context(open_world({"resolver": {"hold_s": 1.0}}, prepare=prepare))
+        yield world, novas[0]
+
+
+@pytest.fixture(scope="module")
+def shared_world(both: tuple[World, Recorder]) -> World:
+    return both[0]
+
+
+@pytest.fixture
+def nova(both: tuple[World, Recorder]) -> Recorder:
+    both[1].forget()
+    return both[1]
+
+
+def test_a_guest_of_novas_and_guests_with_documents_read_each_their_own(
+    world: World, nova: Recorder
+) -> None:
+    guest, ident = world.lab.guest("red", 70), "aaaaaaaa-0000-4000-8000-000000000070"
+    port = {"network": "red", "mac": guest.mac, "addresses": list(guest.addresses)}
+    record: RecordMapping = {
+        "id": ident,
+        "name": "n",
+        "upstream": "nova",
+        "project": "p",
+        "ports": [port],
+    }
+    world.daemon.put(instances=[record])
+    nova.always(reply(b"nova's"))
+    for start in ("", "http://169.254.169.254"):
+        for _ in range(3):
+            assert guest.ask(f"{start}{_PATH}").body == b"nova's"
+            for other in world.everybody:
+                assert own(other, other.ask(f"{start}{_PATH}")) is None
+    # Nova is asked each time, and for nobody else.
+    assert [one.values("x-instance-id") for one in nova.requests] == [(ident.encode(),)] * 6
 
 
 def test_no_request_reads_what_another_instance_left_in_the_cache(world: World) -> None:

@@ -6,13 +6,13 @@ import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, cast
 
 import pytest
 
 from support.certificates import Authority, Certificate, make_authority, server_context
 from support.lab import until
-from support.nova_world import SECRET, NovaWorld, open_nova_world
+from support.nova_world import PROJECTS, SECRET, NovaWorld, open_nova_world
 from support.recorder import Recorder, close_without_a_byte, hang, reply, reset
 
 pytestmark = pytest.mark.root
@@ -245,6 +245,43 @@ def test_a_renewed_certificate_is_taken_over_though_no_setting_has_changed(
         assert done.status == 0
         assert "HAProxy was reloaded." in done.out
         until(lambda: _answered(world, nova), what="an answer over TLS")
+
+
+@pytest.mark.parametrize("by", ["networks", "projects"])
+def test_requests_of_two_cells_do_not_cross(world: NovaWorld, by: str) -> None:
+    """An endpoint set each, with a secret of its own; one's failure is not the other's."""
+    first, second = world.novas
+    settings = world.settings([{"url": first.url}])
+    sets: dict[str, object] = {
+        "cell2": {
+            "endpoints": [{"url": second.url}],
+            "secret_file": str(world.secret_file("cell2", _NEXT_SECRET)),
+            by: ["green" if by == "networks" else PROJECTS["green"]],
+        },
+        **cast("Mapping[str, object]", settings["nova"]["endpoint_sets"]),
+    }
+    second.secret = _NEXT_SECRET
+    try:
+        world.take_over({**settings, "nova": {**settings["nova"], "endpoint_sets": sets}})
+        until(lambda: _statuses(world) == {200} == {world.green.ask("/openstack").status})
+        world.forget()
+        with world.red.connect() as red, world.green.connect() as green:
+            for _ in range(20):
+                assert red.request("/openstack").status == 200
+                assert green.request("/openstack").status == 200
+        for nova, network, secret in (
+            (first, "red", SECRET),
+            (second, "green", _NEXT_SECRET),
+        ):
+            assert len(nova.requests) == 20
+            for received in nova.requests:
+                assert world.identity(network, secret).items() <= dict(received.headers).items()
+        second.always(close_without_a_byte())
+        assert world.green.ask("/openstack").status == 503
+        assert _statuses(world) == {200}
+    finally:
+        second.secret = SECRET
+        world.forget()
 
 
 # A secret that is being replaced

@@ -13,9 +13,9 @@ import pytest
 
 from imdsproxy.core.model import InstanceId, NetworkId
 from imdsproxy.core.tokens import TOKEN_PATTERN, mint_token, parse_token_keys
-from support.daemon import instance
+from support.daemon import Daemon, instance
 from support.guest import IPV4, IPV6, Connection, Guest, Reply
-from support.lab import patience, until
+from support.lab import Lab, patience, until
 from support.world import World, open_world, own
 
 pytestmark = pytest.mark.root
@@ -203,6 +203,25 @@ def test_it_outlives_haproxys_reload_and_death_and_the_controllers(world: World)
     world.daemon.command("stop", "--data-plane")
     world.daemon.start()
     assert world.red.ask(_USER_DATA, headers=_with(token)).status == 200
+
+
+def test_a_token_of_one_host_is_good_on_another_that_has_the_same_key(world: World) -> None:
+    keys = {"key_file": str(world.daemon.state / "token-keys")}
+    lab = Lab()
+    other = Daemon(lab, {"tokens": keys})
+    try:
+        network, red = lab.namespace_network("red"), lab.guest("red")
+        other.start().put([network], [instance("red-5", "red")])
+        until(lambda: other.status()["serving"] == 1, what="the other host's service")
+        for giver, reader in ((world.red, red), (red, world.red)):
+            token = _token(giver)
+            assert own(reader, reader.ask(_USER_DATA, headers=_with(token))) is None
+            assert reader.ask(_USER_DATA, headers=_with(token[:-1])).status == 401
+        foreign = _token(world.guests["green"])
+        assert red.ask(_USER_DATA, headers=_with(foreign)).status == 401
+    finally:
+        other.close()
+        lab.close()
 
 
 def test_required_means_ec2s_tree(world: World) -> None:

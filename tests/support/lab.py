@@ -22,6 +22,7 @@ from support.guest import Guest, inside
 from support.holders import holders
 
 __all__ = [
+    "BRIDGE_MAC",
     "GUEST_CIDR4",
     "GUEST_CIDR6",
     "INTRUDER",
@@ -42,6 +43,8 @@ RecordMapping = dict[str, object]
 GUEST_CIDR4: Final = "10.0.0.0/24"
 GUEST_CIDR6: Final = "2001:db8::/64"
 NETNS: Final = Path("/run/netns")
+BRIDGE_MAC: Final = "02:fe:a9:fe:a9:fe"
+"""Of every bridge that guests are on."""
 
 _SETTINGS: Final = {
     "ipv6/conf/all/disable_ipv6": "0",
@@ -51,7 +54,6 @@ _SETTINGS: Final = {
     "ipv6/conf/default/addr_gen_mode": "0",
     "ipv6/conf/default/accept_ra": "0",
 }
-_BRIDGE_MAC: Final = "02:fe:a9:fe:a9:fe"
 _PLAIN: Final = "forward_delay 0 stp_state 0 mcast_snooping 0"
 _METADATA: Final = (("169.254.169.254/32",), ("fe80::a9fe:a9fe/64", "nodad"))
 
@@ -388,7 +390,7 @@ def _links(namespace: str) -> set[str]:
 def _bridge(name: str) -> list[str]:
     return [
         # A bridge that has no address of its own changes it with its ports: guests would not find it.
-        f"link add {name} address {_BRIDGE_MAC} type bridge {_PLAIN}",
+        f"link add {name} address {BRIDGE_MAC} type bridge {_PLAIN}",
         f"link set {name} up",
     ]
 

@@ -52,10 +52,6 @@ def test_a_readers_entry_tells_path_and_client_and_lines_that_are_none_are_left_
     ]
 
 
-def test_a_boot_of_a_hundred_reads_is_seen_with_more_than_99_percent() -> None:
-    assert (1 - 1 / ONE_IN) ** 100 < 0.01
-
-
 def test_an_answer_that_is_an_error_has_no_rows() -> None:
     assert parse_guests("Unknown table 'x'") == []
     assert parse_readers("") == []

@@ -56,8 +56,20 @@ def test_the_manager_hears_every_state(manager: tuple[socket.socket, str]) -> No
     ]
 
 
-def test_without_a_manager_nothing_is_sent() -> None:
-    ServiceNotifier().ready("up")
+def test_without_a_manager_nothing_is_sent(
+    manager: tuple[socket.socket, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listening, address = manager
+    monkeypatch.setenv("NOTIFY_SOCKET", address)
+    opened: list[object] = []
+    monkeypatch.setattr("imdsproxy.host.notify.socket.socket", lambda *words: opened.append(words))
+    for send in (ServiceNotifier().ready, ServiceNotifier().watchdog, ServiceNotifier().stopping):
+        send()
+    assert opened == []
+    monkeypatch.undo()
+    listening.setblocking(False)
+    with pytest.raises(BlockingIOError):
+        listening.recv(1000)
 
 
 def test_what_the_manager_keeps_is_had_by_the_next(manager: tuple[socket.socket, str]) -> None:
