@@ -53,7 +53,9 @@ def test_the_worker_has_no_privileges_and_is_locked_in(world: World) -> None:
 
 
 def test_the_document_workers_have_no_privileges(world: World) -> None:
-    for pid in world.pids().document_workers:
+    workers = world.pids().document_workers
+    assert len(workers) == 2
+    for pid in workers:
         status = _status_of(pid)
         assert "0" not in status["Uid"].split()
         assert int(status["CapEff"], 16) == 0

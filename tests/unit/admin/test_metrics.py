@@ -177,4 +177,6 @@ def test_registering_takes_no_snapshot() -> None:
     def take() -> MetricsSnapshot:
         raise AssertionError("asked too early")
 
-    metrics_registry(take, network_series=lambda: 100)
+    registry = metrics_registry(take, network_series=lambda: 100)
+    with pytest.raises(AssertionError, match="too early"):
+        generate_latest(registry)

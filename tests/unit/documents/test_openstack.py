@@ -126,11 +126,12 @@ def test_user_data_is_exact_or_404() -> None:
 @pytest.mark.parametrize("version", OPENSTACK_VERSIONS)
 def test_json_documents_are_json_by_their_type(version: str) -> None:
     asked = Guest(guest(vendor_data=b"#cloud-config\n"))
-    for name in asked.lines(f"/openstack/{version}"):
-        if name.endswith(".json"):
-            response = asked.ask(f"/openstack/{version}/{name}")
-            assert header(response, b"content-type") == b"application/json"
-            json.loads(asked.read(f"/openstack/{version}/{name}"))
+    names = [name for name in asked.lines(f"/openstack/{version}") if name.endswith(".json")]
+    assert "meta_data.json" in names
+    for name in names:
+        response = asked.ask(f"/openstack/{version}/{name}")
+        assert header(response, b"content-type") == b"application/json"
+        json.loads(asked.read(f"/openstack/{version}/{name}"))
 
 
 def test_vendor_data_is_an_empty_object_without_any() -> None:

@@ -133,6 +133,9 @@ def test_the_seed_and_the_password_are_asked_for_only_where_needed() -> None:
 
     for path in (b"/", b"/latest/user-data", b"/openstack/latest/vendor_data.json", b"/nothing"):
         respond(DocumentRequest("GET", path), asked.tree, random_seed=refuse, password=refuse)
+    for path in (b"/openstack/latest/meta_data.json", b"/openstack/latest/password"):
+        with pytest.raises(AssertionError):
+            respond(DocumentRequest("GET", path), asked.tree, random_seed=refuse, password=refuse)
 
 
 def seconds_per_call(asked: Guest, path: str) -> float:

@@ -216,11 +216,16 @@ def test_different_specs_never_give_the_same_text(one: DataplaneSpec, other: Dat
 
 @given(_SPECS)
 def test_every_bind_speaks_http_1_only_and_has_its_own_limit(spec: DataplaneSpec) -> None:
-    for section in build_sections(spec):
-        for line in section.lines:
-            if line[0] == "bind":
-                assert section.header[0] == "peers" or line[line.index("proto") + 1] == "h1"
-                assert "maxconn" in line or _is_ours_alone(section)
+    binds = [
+        (section, line)
+        for section in build_sections(spec)
+        for line in section.lines
+        if line[0] == "bind"
+    ]
+    assert binds
+    for section, line in binds:
+        assert section.header[0] == "peers" or line[line.index("proto") + 1] == "h1"
+        assert "maxconn" in line or _is_ours_alone(section)
 
 
 def _is_ours_alone(section: Section) -> bool:
