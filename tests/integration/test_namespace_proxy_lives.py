@@ -51,6 +51,49 @@ def place(shared: Place) -> Iterator[Place]:
     shared.clear()
 
 
+def _write_settings(place: Place, text: str) -> tuple[str, ...]:
+    """The words that have this section of the settings read."""
+    file = place.state / "imdsproxy.yaml"
+    file.write_text(text)
+    return ("--config", str(file))
+
+
+@pytest.mark.parametrize(
+    "program", [(PROGRAM,), (sys.executable, "-m", "imdsproxy", "namespace-proxy")], ids=len
+)
+def test_a_proxy_is_what_the_settings_and_the_environment_say(
+    place: Place, program: tuple[str, ...]
+) -> None:
+    named = _write_settings(
+        place,
+        f"namespace_proxy:\n  state_path: {place.state}\n  metadata_port: 81\n"
+        "  metadata_proxy_user: nobody\n  metadata_proxy_group: nogroup\n",
+    )
+    words = (f"--network-id={NETWORK}", f"--pid-file={place.pid_file}")
+    variables = {"IMDSPROXY_NAMESPACE_PROXY__METADATA_PORT": "80"}
+    started = place.run(*named, *words, program=program, environment=variables)
+    assert (started.status, started.said) == (0, "")
+    assert place.guest.ask("/").status == 200
+    assert process_status(place.pid())["Uid"] == [str(_NOBODY.pw_uid)] * 4
+    assert place.config.exists()
+
+
+def test_the_programs_own_option_for_settings_stands_before_the_command_too(place: Place) -> None:
+    named = _write_settings(place, f"namespace_proxy: {{state_path: {place.state}}}\n")
+    program = (sys.executable, "-m", "imdsproxy", *named, "namespace-proxy")
+    started = place.run(f"--network-id={NETWORK}", "--metadata-port=80", program=program)
+    assert (started.status, started.said) == (0, "")
+    assert place.guest.ask("/").status == 200
+
+
+def test_settings_that_break_the_schema_start_no_proxy(place: Place) -> None:
+    named = _write_settings(place, "namespace_proxy: {metadata_prot: 80}\n")
+    started = place.run(*named, *place.words())
+    assert started.status == 78
+    assert "imdsproxy.yaml:1: namespace_proxy.metadata_prot" in started.said
+    assert place.proxies() == []
+
+
 # In the background
 
 

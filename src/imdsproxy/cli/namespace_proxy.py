@@ -6,6 +6,8 @@ from typing import Annotated, Final, TypeAlias
 
 import typer
 
+from imdsproxy.cli import options
+
 __all__ = ["SETTINGS", "namespace_proxy"]
 
 SETTINGS: Final = {
@@ -25,8 +27,9 @@ Words: TypeAlias = Annotated[
 ]
 
 
-def namespace_proxy(words: Words = None) -> int:
+def namespace_proxy(context: typer.Context, words: Words = None) -> int:
     """Be one network's own metadata proxy, as Neutron's agents spawn it in each namespace."""
     from imdsproxy.app.namespace_proxy import main  # noqa: PLC0415 - the others need not load it
 
-    return main(words or [], program="imdsproxy namespace-proxy")
+    config = options.invocation(context).config
+    return main(words or [], program="imdsproxy namespace-proxy", config=config)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import difflib
 from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated, Any, Final, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin
 
 from pydantic import TypeAdapter, ValidationError
 from pydantic_settings import BaseSettings, EnvSettingsSource, SettingsConfigDict
 
+from imdsproxy.config.files import ENVIRONMENT_PREFIX
 from imdsproxy.config.schema import Settings
 from imdsproxy.config.shape import spot_at
 from imdsproxy.config.words import Setting, iterate_settings
@@ -20,8 +21,6 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 __all__ = ["ENVIRONMENT_PREFIX", "read_environment", "unknown_variables"]
-
-ENVIRONMENT_PREFIX: Final = "IMDSPROXY_"
 
 
 class _Overridable(Settings, BaseSettings):

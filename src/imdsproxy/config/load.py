@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 from pydantic import ValidationError
 
+from imdsproxy.config.files import DEFAULT_CONFIG, ENVIRONMENT_PREFIX, find_files, unreadable
 from imdsproxy.config.schema import Settings
 from imdsproxy.config.tree import walk_values
 from imdsproxy.config.words import explain_finding, iterate_settings
@@ -23,9 +24,6 @@ if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
 
 __all__ = ["DEFAULT_CONFIG", "Loaded", "Origin", "load_settings"]
-
-DEFAULT_CONFIG: Final = Path("/etc/imdsproxy/imdsproxy.yaml")
-_PREFIX: Final = "IMDSPROXY_"
 
 _OriginOf: TypeAlias = "Callable[[str], Origin]"
 
@@ -79,7 +77,7 @@ def load_settings(
         ConfigUnreadable: A file is missing, unreadable or not YAML.
         ConfigInvalid: `problems` has every breach of the schema and every unknown variable.
     """
-    files = _files(config, default)
+    files = find_files(config, default)
     merged = _Merged()
     documents = _read_all(files)
     for path, document in documents:
@@ -109,20 +107,6 @@ def _invalid(problems: Sequence[Problem]) -> ConfigInvalid:
     )
 
 
-def _files(config: Path | None, default: Path) -> list[Path]:
-    main = default if config is None else config
-    try:
-        mains = [main] if config is not None or main.exists() else []
-        extra = sorted(
-            path
-            for path in (main.parent / "conf.d").glob("*.yaml")
-            if not path.name.startswith(".")
-        )
-    except OSError as error:
-        raise _unreadable(main, error) from error
-    return [*mains, *extra]
-
-
 def _read_all(files: Sequence[Path]) -> list[tuple[Path, YamlDocument]]:
     """Every file, or one error that names every file that cannot be read."""
     documents: list[tuple[Path, YamlDocument]] = []
@@ -148,19 +132,13 @@ def _read(path: Path) -> YamlDocument:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise _unreadable(path, error) from error
+        raise unreadable(path, error) from error
     document = parse_yaml(text, str(path))
     if not isinstance(document.data, dict | None):
         raise ConfigUnreadable(
             f"{path} holds no sections", hint="begin with `haproxy:` or another section's name"
         )
     return document
-
-
-def _unreadable(path: Path, error: OSError | UnicodeDecodeError) -> ConfigUnreadable:
-    reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-    hint = "give the right --config" if isinstance(error, FileNotFoundError) else ""
-    return ConfigUnreadable(f"cannot read {path}: {reason}", hint=hint)
 
 
 def _merge_file(merged: _Merged, path: Path, document: YamlDocument) -> None:
@@ -209,7 +187,7 @@ def _remember(origins: dict[str, Origin], here: str, value: object, origin_of: _
 
 
 def _merge_environment(merged: _Merged, environment: Mapping[str, str]) -> list[Problem]:
-    if not any(name.upper().startswith(_PREFIX) for name in environment):
+    if not any(name.upper().startswith(ENVIRONMENT_PREFIX) for name in environment):
         return []
     # pydantic-settings costs memory and start-up time that most hosts need not pay.
     from imdsproxy.config.environment import read_environment, unknown_variables  # noqa: PLC0415

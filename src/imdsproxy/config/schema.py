@@ -17,6 +17,7 @@ from imdsproxy.config.change import Change
 from imdsproxy.config.endpoint import Endpoint
 from imdsproxy.config.libvirt import LibvirtSourceSettings
 from imdsproxy.config.limits import LimitsSettings
+from imdsproxy.config.namespace_proxy import NamespaceProxySettings
 from imdsproxy.config.neutron import NeutronSourceSettings
 from imdsproxy.config.nova import NovaSettings
 from imdsproxy.config.policy import PolicySettings, TokensSettings
@@ -408,6 +409,9 @@ class Settings(Section):
     nova: NovaSettings = section("The upstream `nova`.", NovaSettings)
     unix_listener: UnixListenerSettings = section(
         "Neutron's agent protocol on a unix socket.", UnixListenerSettings
+    )
+    namespace_proxy: NamespaceProxySettings = section(
+        "Defaults of `imdsproxy namespace-proxy`.", NamespaceProxySettings
     )
     limits: LimitsSettings = section("What one instance may ask for.", LimitsSettings)
     policy: PolicySettings = section("What guests may read, and how.", PolicySettings)

@@ -113,6 +113,14 @@ OTHER: dict[str, object] = {
     "unix_listener.proxy_user": "1000",
     "unix_listener.proxy_group": "other",
     "unix_listener.maxconn": 1025,
+    "namespace_proxy.state_path": "/x",
+    "namespace_proxy.metadata_port": 80,
+    "namespace_proxy.metadata_proxy_socket": "/x.sock",
+    "namespace_proxy.metadata_proxy_user": "1000",
+    "namespace_proxy.metadata_proxy_group": "other",
+    "namespace_proxy.debug": True,
+    "namespace_proxy.use_syslog": True,
+    "namespace_proxy.syslog_log_facility": "LOG_USER",
     "policy.host.endpoint": False,
     "policy.host.tokens": "required",
     "policy.host.openstack_tokens": "required",
@@ -154,6 +162,7 @@ OTHER: dict[str, object] = {
 
 # The contract with operators: changing this table changes what SIGHUP does.
 TAKES: dict[Change, set[str]] = {
+    Change.NOTHING: {path for path in OTHER if path.startswith("namespace_proxy.")},
     Change.LIVE: {
         "resolver.max_held_per_network",
         "resolver.max_held",

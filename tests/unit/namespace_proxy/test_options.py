@@ -1,11 +1,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 
+from imdsproxy.app.namespace_proxy.option_files import read_settings
 from imdsproxy.app.namespace_proxy.options import CleanUp, Run, parse_command_line
 from imdsproxy.errors import ConfigInvalid, ConfigUnreadable, RequestRefused
 
@@ -37,8 +40,8 @@ _NAMES = {
 }
 
 
-def parse(*arguments: str) -> Run:
-    found = parse_command_line(arguments, program="ns")
+def parse(*arguments: str, environment: Mapping[str, str] = MappingProxyType({})) -> Run:
+    found = parse_command_line(arguments, program="ns", environment=environment)
     assert isinstance(found, Run)
     return found
 
@@ -215,13 +218,103 @@ def test_a_reference_to_nothing_is_refused_with_its_place(tmp_path: Path) -> Non
     assert "n.conf:2: metadata_proxy_socket: refers to $nothing" in str(refused.value.problems[0])
 
 
+_WRITTEN = """
+namespace_proxy:
+  state_path: /opt/n
+  metadata_port: 80
+  metadata_proxy_socket: /run/sock
+  metadata_proxy_user: neutron
+  metadata_proxy_group: "112"
+  debug: true
+  use_syslog: false
+  syslog_log_facility: LOG_USER
+"""
+
+
+def test_settings_have_each_option_and_the_environment_a_neutron_file_and_the_command_line_win(
+    tmp_path: Path,
+) -> None:
+    settings, ini = tmp_path / "imdsproxy.yaml", tmp_path / "n.conf"
+    settings.write_text(_WRITTEN)
+    named = ("--config", str(settings))
+    written = replace(
+        _DEFAULT,
+        state_path="/opt/n",
+        port="80",
+        socket="/run/sock",
+        user="neutron",
+        group="112",
+        debug=True,
+        use_syslog=False,
+        facility="user",
+    )
+    assert parse(*named) == written
+    variables = {
+        "IMDSPROXY_NAMESPACE_PROXY__METADATA_PORT": "81",
+        "IMDSPROXY_NAMESPACE_PROXY__DEBUG": "false",
+    }
+    in_environment = replace(written, port="81", debug=False)
+    assert parse(*named, environment=variables) == in_environment
+    ini.write_text("[DEFAULT]\nmetadata_port = 82\nmetadata_proxy_user = nobody\n")
+    in_ini = replace(in_environment, port="82", user="nobody")
+    assert parse(*named, "--config-file", str(ini), environment=variables) == in_ini
+    words = (*named, "--config-file", str(ini), "--metadata-port", "83", "--use-syslog")
+    on_the_line = replace(in_ini, port="83", use_syslog=True)
+    assert parse(*words, environment=variables) == on_the_line
+
+
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [
+        ("namespace_proxy: {port: 80}", "namespace_proxy.port"),
+        ("namespace_proxy: {metadata_port: 0}", "namespace_proxy.metadata_port"),
+        ("namespace_proxy: {metadata_proxy_user: a b}", "namespace_proxy.metadata_proxy_user"),
+        (
+            "namespace_proxy: {syslog_log_facility: LOG_X}",
+            "namespace_proxy.syslog_log_facility: 'LOG_X' is no facility",
+        ),
+    ],
+)
+def test_settings_that_break_the_schema_are_refused_with_their_place(
+    tmp_path: Path, text: str, what: str
+) -> None:
+    settings = tmp_path / "imdsproxy.yaml"
+    settings.write_text(text)
+    with pytest.raises(ConfigInvalid, match=re.escape(what)):
+        parse("--config", str(settings))
+
+
+def test_a_variable_that_no_setting_has_is_refused() -> None:
+    with pytest.raises(ConfigInvalid, match="IMDSPROXY_NAMESPACE_PROXY_DEBUG"):
+        parse(environment={"IMDSPROXY_NAMESPACE_PROXY_DEBUG": "1"})
+
+
+def test_the_default_file_is_read_only_where_it_has_the_section(tmp_path: Path) -> None:
+    file = tmp_path / "imdsproxy.yaml"
+    assert read_settings(None, {}, default=file) == {}
+    file.write_text("no such section: 1\n")
+    assert read_settings(None, {}, default=file) == {}
+    file.write_text("")
+    (tmp_path / "conf.d").mkdir()
+    (tmp_path / "conf.d" / "a.yaml").write_text("namespace_proxy: {metadata_port: 80}\n")
+    assert read_settings(None, {}, default=file) == {"metadata_port": 80}
+    file.write_text("no such section: 1\n")
+    with pytest.raises(ConfigInvalid, match="no such section"):
+        read_settings(None, {}, default=file)
+
+
 def test_cleaning_up_takes_an_id_a_pid_file_and_a_state_path() -> None:
     found = parse_command_line(
-        ["cleanup", _UUID, "--pid_file=/run/p", "--state-path", "/srv"], program="ns"
+        ["cleanup", _UUID, "--pid_file=/run/p", "--state-path", "/srv"],
+        program="ns",
+        environment={},
     )
     assert found == CleanUp(_UUID, "/run/p", "/srv")
-    plain = parse_command_line(["cleanup", _UUID], program="ns")
+    plain = parse_command_line(["cleanup", _UUID], program="ns", environment={})
     assert plain == CleanUp(_UUID, None, "/var/lib/neutron")
+    moved = {"IMDSPROXY_NAMESPACE_PROXY__STATE_PATH": "/srv"}
+    placed = parse_command_line(["cleanup", _UUID], program="ns", environment=moved)
+    assert placed == CleanUp(_UUID, None, "/srv")
 
 
 def test_the_help_has_todays_spellings_and_none_of_old(capsys: pytest.CaptureFixture[str]) -> None:
@@ -231,9 +324,14 @@ def test_the_help_has_todays_spellings_and_none_of_old(capsys: pytest.CaptureFix
     assert set(re.findall(r"^  (--[\w-]+)", options, re.MULTILINE)) == {
         *(f"--{name}" for name in _NAMES),
         *("--daemonize", "--no-daemonize", "--debug", "--use-syslog", "--no-use-syslog"),
-        *("--syslog-log-facility", "--config-file", "--config-dir"),
+        *("--syslog-log-facility", "--config-file", "--config-dir", "--config"),
     }
-    assert "--log-file" in rest
+    without = set(rest.partition("options without effect")[2].partition("Exit statuses")[0].split())
+    assert {one.strip(",.") for one in without if one.startswith("--")} == {
+        *("--log-file", "--logfile", "--log-dir", "--logdir", "--log-config", "--verbose"),
+        *("--log-config-append", "--log-date-format", "--metadata-proxy-watch-log"),
+        *("--use-stderr", "--use-journal", "--use-json", "--watch-log-file"),
+    }
 
 
 def test_the_page_has_every_option(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,6 +1,6 @@
 """`neutron-ns-metadata-proxy`: one network's or router's own HAProxy, for agents that spawn one per namespace.
 
-Apart from the daemon: it needs no settings and no controller, and is gone once HAProxy runs. Agents start it by the
+Apart from the daemon: it needs no controller, and is gone once HAProxy runs. Agents start it by the
 hundred, so nothing here imports what it does not need.
 """
 

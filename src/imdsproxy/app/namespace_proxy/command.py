@@ -27,6 +27,7 @@ def main(
     arguments: Sequence[str] | None = None,
     *,
     program: str = "neutron-ns-metadata-proxy",
+    config: Path | None = None,
     surroundings: Surroundings | None = None,
     say: Callable[[str], object] | None = None,
 ) -> int:
@@ -35,13 +36,14 @@ def main(
     Args:
         arguments: Without the program's name; `None` takes this process's own.
         program: Its name, for the help.
+        config: imdsproxy's settings file, where the command line named it before this program's own words.
         surroundings: The host.
         say: Takes an error's text; `None` for standard error.
     """
     _open_standard_files()
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        match parse_command_line(words, program=program):
+        match parse_command_line(words, program=program, environment=os.environ, config=config):
             case CleanUp() as asked:
                 _clean_up(asked)
             case Run() as asked:

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Final, NoReturn
 
 from imdsproxy.app.namespace_proxy.handler import (
-    DEFAULT_PORT,
     Launch,
     NetworkMetadataProxyHandler,
     start_failure,
 )
 from imdsproxy.app.namespace_proxy.surroundings import Surroundings, check_directory, runs_with
+from imdsproxy.core.haproxy.namespace_proxy import DEFAULT_PORT
 from imdsproxy.errors import HostRefused
 from imdsproxy.host.files import write_atomic
 from imdsproxy.host.refusal import host_refused
@@ -35,7 +35,7 @@ class ProxyDaemon:
 
     Args:
         pidfile: Where the pid goes, or `None`.
-        watch_log: Of the program of old; it has no meaning.
+        watch_log: Without effect, as `--metadata-proxy-watch-log`.
         proxy_socket: As `NetworkMetadataProxyHandler.unix_socket_path`; and so the others.
         runs_with: Whether a pid is that of a HAProxy with a file of that name in its command line.
         end: Ends a process that must not stay (kill(2)).

@@ -14,6 +14,8 @@ from imdsproxy.app.namespace_proxy.surroundings import (
     check_directory,
 )
 from imdsproxy.core.haproxy.namespace_proxy import (
+    DEFAULT_PORT,
+    DEFAULT_STATE_PATH,
     NamespaceProxySpec,
     Resource,
     Syslog,
@@ -33,16 +35,11 @@ from imdsproxy.errors import (
 )
 
 __all__ = [
-    "DEFAULT_PORT",
-    "DEFAULT_STATE_PATH",
     "Launch",
     "NetworkMetadataProxyHandler",
     "cleanup_config_file",
     "start_failure",
 ]
-
-DEFAULT_PORT: Final = 9697
-DEFAULT_STATE_PATH: Final = "/var/lib/neutron"
 
 _DIRECTORY: Final = "ns-metadata-proxy"
 _SOCKET: Final = "metadata_proxy"

@@ -1,8 +1,11 @@
-"""The ini files of Neutron's that the command line names; without one, nothing of them is loaded."""
+"""Options that are not on the command line: of Neutron's ini files, and of imdsproxy's settings.
+
+What reads them is loaded only where there is something to read: agents start a proxy by the hundred.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -11,10 +14,47 @@ from imdsproxy.errors import ConfigInvalid, ConfigUnreadable, Problem
 if TYPE_CHECKING:
     from imdsproxy.core.neutron_ini import IniOption
 
-__all__ = ["OptionFiles"]
+__all__ = ["OptionFiles", "read_settings"]
 
 _TRUE: Final = frozenset(("1", "t", "true", "on", "y", "yes"))
 _FALSE: Final = frozenset(("0", "f", "false", "off", "n", "no"))
+_SECTION: Final = "namespace_proxy"
+
+
+def read_settings(
+    config: Path | None, environment: Mapping[str, str], *, default: Path | None = None
+) -> Mapping[str, object]:
+    """What imdsproxy's settings have in the section `namespace_proxy`, by the option's name; without the defaults.
+
+    Args:
+        config: The file that was named; without one, the default one, unless the section is not in it at all.
+        environment: The process's variables.
+        default: In the place of the default file.
+
+    Raises:
+        ConfigUnreadable: A file cannot be read.
+        ConfigInvalid: Settings break the schema.
+    """
+    from imdsproxy.config.files import (  # noqa: PLC0415 - as above
+        DEFAULT_CONFIG,
+        ENVIRONMENT_PREFIX,
+        find_files,
+        unreadable,
+    )
+
+    default = default or DEFAULT_CONFIG
+    prefix = f"{ENVIRONMENT_PREFIX}{_SECTION}".upper()
+    if config is None and not any(name.upper().startswith(prefix) for name in environment):
+        files = find_files(None, default)
+        try:
+            if not any(_SECTION.encode() in path.read_bytes() for path in files):
+                return {}
+        except OSError as error:
+            raise unreadable(Path(str(error.filename)), error) from error
+    from imdsproxy.config.load import load_settings  # noqa: PLC0415 - as above
+
+    loaded = load_settings(config, environment, default=default)
+    return loaded.settings.namespace_proxy.model_dump(exclude_unset=True)
 
 
 class OptionFiles:

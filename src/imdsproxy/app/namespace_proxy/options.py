@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final, NoReturn
 
-from imdsproxy.app.namespace_proxy.handler import DEFAULT_PORT, DEFAULT_STATE_PATH
-from imdsproxy.app.namespace_proxy.option_files import OptionFiles
-from imdsproxy.core.haproxy.namespace_proxy import parse_facility
+from imdsproxy.app.namespace_proxy.option_files import OptionFiles, read_settings
+from imdsproxy.core.haproxy.namespace_proxy import (
+    DEFAULT_PORT,
+    DEFAULT_STATE_PATH,
+    parse_facility,
+)
 from imdsproxy.errors import RequestRefused
 
 __all__ = ["CleanUp", "Run", "describe_options", "parse_command_line"]
@@ -17,18 +21,6 @@ __all__ = ["CleanUp", "Run", "describe_options", "parse_command_line"]
 _DESCRIPTION: Final = """\
 Be the metadata proxy of one network or router: HAProxy, in the network namespace that this is started in, which
 sends what guests ask to a unix socket, and says there whose they are."""
-
-_EPILOG: Final = """\
-`%(prog)s cleanup ID` removes what a proxy that has ended left; `cleanup --help` says more.
-
-The spellings of old are taken too: underscores for dashes, --nodaemonize, --nodebug. So are options of oslo.log that
-have no meaning here, since HAProxy has no log file and writes nothing to the terminal once it runs: --log-file,
---log-dir, --log-config-append, --log-date-format, --use-stderr, --use-journal, --use-json, --watch-log-file,
---verbose; and --metadata-proxy-watch-log, since nothing needs to be watched when HAProxy gives up its privileges.
-
-Exit statuses: 0 HAProxy runs and has bound the port (or was ended, with --no-daemonize); 64 the command line is not
-acceptable; 70 HAProxy refuses; 71 the host refuses: no HAProxy, no such user, group or directory, the port is in use,
-the proxy runs already; 77 privileges are missing; 78 a --config-file must be changed."""
 
 _IGNORED_VALUES: Final = (
     "log-file",
@@ -46,6 +38,26 @@ _IGNORED_FLAGS: Final = (
     "use-json",
     "watch-log-file",
     "verbose",
+)
+
+_EPILOG: Final = f"""\
+`%(prog)s cleanup ID` removes what a proxy that has ended left; `cleanup --help` says more.
+
+For each option the command line wins over --config-file and --config-dir, these over the environment
+(IMDSPROXY_NAMESPACE_PROXY__METADATA_PORT and so on), that over the settings file.
+
+Old spellings are accepted: underscores for dashes, --nodaemonize, --nodebug. So are these options without effect, since
+HAProxy has no log file and writes nothing to the terminal once it runs:
+{", ".join(f"--{name}" for name in (*_IGNORED_VALUES, *_IGNORED_FLAGS))}.
+
+Exit statuses: 0 HAProxy runs and has bound the port (or was ended, with --no-daemonize); 64 the command line is not
+acceptable; 70 HAProxy refuses; 71 the host refuses: no HAProxy, no such user, group or directory, the port is in use,
+the proxy runs already; 77 privileges are missing; 78 a configuration file must be changed."""
+
+
+_CONFIG_HELP: Final = (
+    "imdsproxy's settings: the section namespace_proxy has the same options (default: "
+    "/etc/imdsproxy/imdsproxy.yaml and conf.d beside it, where they have this section)"
 )
 
 
@@ -83,23 +95,36 @@ class _Parser(argparse.ArgumentParser):
         raise RequestRefused(message, hint=f"`{self.prog} --help` says what it takes")
 
 
-def parse_command_line(arguments: Sequence[str], *, program: str) -> Run | CleanUp:
+def parse_command_line(
+    arguments: Sequence[str],
+    *,
+    program: str,
+    environment: Mapping[str, str],
+    config: Path | None = None,
+) -> Run | CleanUp:
     """What is asked for.
 
     Args:
         arguments: Without the program's name.
         program: Its name, for the help.
+        environment: The process's variables.
+        config: Stands for --config where that is not among the arguments.
 
     Raises:
         RequestRefused: An option is unknown or wrong.
-        ConfigUnreadable: A file of --config-file or --config-dir is not there.
-        ConfigInvalid: One makes no sense.
+        ConfigUnreadable: A file of --config-file, --config-dir or --config is not there.
+        ConfigInvalid: One makes no sense, or settings break the schema.
         SystemExit: --help was asked for, and given.
     """
     if list(arguments[:1]) == ["cleanup"]:
-        return _clean_up(arguments[1:], program)
-    found = _run_parser(program).parse_args(list(arguments))
-    return _run(found, OptionFiles(found.config_file, found.config_dir))
+        found = _clean_up_parser(program).parse_args(list(arguments[1:]))
+    else:
+        found = _run_parser(program).parse_args(list(arguments))
+    settings = read_settings(config if found.config is None else Path(found.config), environment)
+    if "id" in found:
+        state_path = found.state_path or settings.get("state_path") or DEFAULT_STATE_PATH
+        return CleanUp(found.id, found.pid_file or None, str(state_path))
+    return _run(found, OptionFiles(found.config_file, found.config_dir), settings)
 
 
 def describe_options(program: str) -> tuple[str, list[tuple[str, str]], str]:
@@ -112,7 +137,7 @@ def describe_options(program: str) -> tuple[str, list[tuple[str, str]], str]:
     return _DESCRIPTION, options, _EPILOG.replace("%(prog)s", program)
 
 
-def _clean_up(arguments: Sequence[str], program: str) -> CleanUp:
+def _clean_up_parser(program: str) -> argparse.ArgumentParser:
     parser = _Parser(
         prog=f"{program} cleanup",
         description="Remove the configuration, and the pid file, of a proxy that has ended. One that runs is left "
@@ -122,8 +147,8 @@ def _clean_up(arguments: Sequence[str], program: str) -> CleanUp:
     parser.add_argument("id", metavar="ID", help="UUID of its network or router")
     _value(parser, "pid-file", "FILE", "its pid file, to be removed too")
     _value(parser, "state-path", "DIR", f"as it was started with (default: {DEFAULT_STATE_PATH})")
-    found = parser.parse_args(list(arguments))
-    return CleanUp(found.id, found.pid_file or None, found.state_path or DEFAULT_STATE_PATH)
+    _value(parser, "config", "FILE", _CONFIG_HELP)
+    return parser
 
 
 def _run_parser(program: str) -> argparse.ArgumentParser:
@@ -163,8 +188,9 @@ def _run_parser(program: str) -> argparse.ArgumentParser:
     _value(parser, "syslog-log-facility", "NAME", "as LOG_USER (default: LOG_LOCAL0)")
     _value(parser, "config-file", "FILE",
            "read the options above, but ids, pid file and daemonize, from [DEFAULT] of an ini file of Neutron's; may "
-           "be repeated. The command line wins. Without it no file is read.", action="append")  # fmt: skip
+           "be repeated", action="append")  # fmt: skip
     _value(parser, "config-dir", "DIR", "the same, of every *.conf in it", action="append")
+    _value(parser, "config", "FILE", _CONFIG_HELP)
     for name in _IGNORED_VALUES:
         _value(parser, name, "IGNORED", argparse.SUPPRESS)
     for name in _IGNORED_FLAGS:
@@ -210,14 +236,14 @@ def _flag(parser: argparse.ArgumentParser, name: str, on: str, off: str | None) 
         parser.add_argument(spelling, action=action, help=argparse.SUPPRESS, **words)  # type: ignore[arg-type]  # as above
 
 
-def _run(found: argparse.Namespace, written: OptionFiles) -> Run:
+def _run(found: argparse.Namespace, written: OptionFiles, settings: Mapping[str, object]) -> Run:
     def take(name: str, state_path: str | None = None) -> str | None:
-        told: str | None = getattr(found, name)
-        return told if told is not None else written.value(name, state_path)
+        values = (getattr(found, name), written.value(name, state_path), settings.get(name))
+        return next((str(value) for value in values if value is not None), None)
 
     def decide(name: str) -> bool | None:
-        told: bool | None = getattr(found, name)
-        return told if told is not None else written.decision(name)
+        values = (getattr(found, name), written.decision(name), settings.get(name))
+        return next((bool(value) for value in values if value is not None), None)
 
     state_path = take("state_path") or DEFAULT_STATE_PATH
     return Run(

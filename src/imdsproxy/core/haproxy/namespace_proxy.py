@@ -17,6 +17,8 @@ from imdsproxy.core.wire import RETRY_AFTER_S
 from imdsproxy.errors import RequestRefused
 
 __all__ = [
+    "DEFAULT_PORT",
+    "DEFAULT_STATE_PATH",
     "FACILITIES",
     "MAX_PORT",
     "NamespaceProxySpec",
@@ -34,6 +36,8 @@ __all__ = [
 
 ResourceKind: TypeAlias = Literal["network", "router"]
 
+DEFAULT_PORT: Final = 9697
+DEFAULT_STATE_PATH: Final = "/var/lib/neutron"
 MAX_PORT: Final = 65535
 
 _HEADERS: Final = {"network": "X-Neutron-Network-ID", "router": "X-Neutron-Router-ID"}

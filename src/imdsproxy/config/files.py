@@ -1,0 +1,43 @@
+"""Where settings are: known without loading what checks them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Final
+
+from imdsproxy.errors import ConfigUnreadable
+
+__all__ = ["DEFAULT_CONFIG", "ENVIRONMENT_PREFIX", "find_files", "unreadable"]
+
+DEFAULT_CONFIG: Final = Path("/etc/imdsproxy/imdsproxy.yaml")
+ENVIRONMENT_PREFIX: Final = "IMDSPROXY_"
+
+
+def find_files(config: Path | None, default: Path = DEFAULT_CONFIG) -> list[Path]:
+    """The file and those of `conf.d/` beside it, in the order in which they are merged.
+
+    Args:
+        config: The file that the operator named; `None` takes `default`, if it is there.
+        default: As above.
+
+    Raises:
+        ConfigUnreadable: A directory cannot be looked into.
+    """
+    main = default if config is None else config
+    try:
+        mains = [main] if config is not None or main.exists() else []
+        extra = sorted(
+            path
+            for path in (main.parent / "conf.d").glob("*.yaml")
+            if not path.name.startswith(".")
+        )
+    except OSError as error:
+        raise unreadable(main, error) from error
+    return [*mains, *extra]
+
+
+def unreadable(path: Path, error: OSError | UnicodeDecodeError) -> ConfigUnreadable:
+    """The error for a file that can't be read."""
+    reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+    hint = "give the right --config" if isinstance(error, FileNotFoundError) else ""
+    return ConfigUnreadable(f"cannot read {path}: {reason}", hint=hint)
