@@ -75,6 +75,7 @@ class Problem:
         hint: What would be right, if that can be said.
         file: The file it came from, or `None` when it came another way.
         line: 1-based, or `None`.
+        record: The id of the record that it is in, where it is known.
     """
 
     field: str
@@ -82,6 +83,7 @@ class Problem:
     hint: str = ""
     file: str | None = None
     line: int | None = None
+    record: str | None = None
 
     def __str__(self) -> str:
         place = "" if self.file is None else self.file

@@ -121,6 +121,7 @@ def test_a_killed_haproxy_is_started_again(world: World, which: str) -> None:
 
 
 def test_a_haproxy_killed_again_and_again_comes_back_each_time(world: World) -> None:
+    before = len(world.daemon.log_entries())
     for _ in range(6):
         master = world.settled().master
         os.kill(master, signal.SIGKILL)
@@ -130,6 +131,8 @@ def test_a_haproxy_killed_again_and_again_comes_back_each_time(world: World) -> 
         # Its new sockets are nobody else's, whenever somebody looked.
         world.lab.furnish(f"look{master}")
         until(lambda: not world.daemon.left_out(), within_s=1)
+    logged = world.daemon.log_entries()[before:]
+    assert not [one for one in logged if one["message"] == "foreign listener"]
 
 
 def test_a_worker_that_hangs_is_noticed_and_replaced(world: World) -> None:

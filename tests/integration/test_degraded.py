@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -181,3 +182,33 @@ def test_a_network_that_two_sources_reach_differently_is_degraded(world: World) 
     file.unlink()
     _mended(world)
     world.daemon.configure(before)
+
+
+def test_instances_whose_record_is_not_in_force_are_listed_so_with_the_reason(world: World) -> None:
+    records = world.daemon.directory / "more"
+    records.mkdir()
+    before = world.daemon.settings
+    source = {"sources": {"file": {"enabled": True, "directory": str(records)}}}
+    world.daemon.configure({**before, **source})
+    world.daemon.kill_controller()
+    world.daemon.start()
+    file = records / "web.yaml"
+    port = {"network": "red", "addresses": ["10.0.0.77"]}
+    web: dict[str, object] = {"id": "web", "name": "web", "ports": [port]}
+    file.write_text(json.dumps({"instances": [web]}))
+    until(lambda: _states(world).get("web") == "ok", what="the record")
+    file.write_text(json.dumps({"instances": [{**web, "tags": 5}]}))
+    until(lambda: _states(world)["web"] == "not in force", what="the refused version")
+    shown = world.daemon.command("instance", "show", "web")
+    assert "# not in force 1: a newer version is refused:" in shown.out
+    world.lab.delete_namespace("green")
+    until(lambda: _states(world)["green-5"] == "not in force", what="the network that went")
+    assert _states(world)["red-5"] == "ok"
+    file.unlink()
+    until(lambda: "web" not in _states(world), what="its end")
+    world.daemon.configure(before)
+
+
+def _states(world: World) -> dict[str, str]:
+    lines = world.daemon.command("instance", "list").out.splitlines()
+    return {line.split()[0]: re.split(r"\s{2,}", line.strip())[-1] for line in lines[1:]}

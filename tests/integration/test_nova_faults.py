@@ -101,6 +101,18 @@ def _post(guest: Guest) -> Reply:
     return guest.ask(_PASSWORD, method="POST", body=_BODY)
 
 
+def test_status_lists_each_endpoint_once_and_readiness_names_the_set_that_is_down(
+    both: NovaWorld,
+) -> None:
+    listed = [(one["endpoint_set"], one["endpoint"]) for one in both.daemon.status()["nova"]]
+    assert sorted(listed) == sorted(("default", f"127.0.0.1:{nova.port}") for nova in both.novas)
+    for nova in both.novas:
+        nova.kill()
+    until(lambda: not both.daemon.status()["readiness"]["ready"], what="not being ready")
+    (reason,) = both.daemon.status()["readiness"]["reasons"]
+    assert reason.startswith("nova.endpoint_sets.default.endpoints: no endpoint answers")
+
+
 @pytest.mark.parametrize("name", sorted(_FAULTS))
 def test_whatever_nova_does_a_guest_is_told_to_come_again_in_time(
     one: NovaWorld, name: str

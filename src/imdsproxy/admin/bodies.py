@@ -254,6 +254,7 @@ class InstanceView(_Record):
     source: str
     revision: str
     conflicts: list[Conflict]
+    pending: list[str] = Field(description="Why guests do not get it, or not its newest version.")
 
 
 class InstanceSummary(InstanceView):

@@ -63,12 +63,14 @@ class InstanceReport:
     Attributes:
         revision: Hash of the compiled record; empty while it is not compiled.
         conflicts: What others claim as well.
+        pending: Why guests do not get the record, or not its newest version.
     """
 
     instance: Instance
     source: SourceName
     revision: str = ""
     conflicts: tuple[Conflict, ...] = ()
+    pending: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

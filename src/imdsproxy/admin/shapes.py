@@ -74,6 +74,7 @@ def instance_shape(report: InstanceReport) -> JsonObject:
         "source": report.source,
         "revision": report.revision,
         "conflicts": to_json(report.conflicts),
+        "pending": list(report.pending),
     }
 
 

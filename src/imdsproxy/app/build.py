@@ -44,6 +44,7 @@ from imdsproxy.host.hop_table import KernelHops
 from imdsproxy.host.namespaces import NamespaceDirectory, NamespaceThread
 from imdsproxy.host.nslinks import haproxy_name
 from imdsproxy.host.observe import HostObserver
+from imdsproxy.host.sockets import SocketOwners
 from imdsproxy.serving.passwords import PasswordStore
 from imdsproxy.sources.api import Source, WritableSource
 from imdsproxy.sources.libvirt import LibvirtPace, LibvirtSource
@@ -169,7 +170,7 @@ def build_host(
     thread = NamespaceThread(NamespaceDirectory(settings.paths.netns_dir))
     host = SystemHost(
         thread,
-        HostObserver(thread, naming),
+        HostObserver(thread, naming, SocketOwners(config=layout.config)),
         HostApplier(thread),
         naming,
         layout.namespace_links,

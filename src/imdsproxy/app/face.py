@@ -20,6 +20,7 @@ from imdsproxy.admin.operations import SettingsReload
 from imdsproxy.app.explain import Explainer
 from imdsproxy.app.figures import Figures
 from imdsproxy.app.guard_writes import GuardWrites
+from imdsproxy.app.instance_reports import InstanceReports
 from imdsproxy.app.limited import LimitWatch
 from imdsproxy.app.nova_watch import NovaWatch
 from imdsproxy.app.operations import ControllerOperations
@@ -102,6 +103,9 @@ def build_face(
         ),
         forwarder=forwarder,
         sources=parts.sources.all,
+        instance_reports=InstanceReports(
+            parts.inventory, parts.records, parts.listeners, companion.needed
+        ),
         writes=Writes(
             parts.inventory,
             parts.records,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 import structlog
@@ -110,19 +110,18 @@ class NovaWatch:
         self.refused.add(
             worker, {one: count for one, count in refused.items() if count is not None}
         )
-        found: list[NovaEndpointReport] = []
+        found: dict[tuple[str, str], NovaEndpointReport] = {}
         good: Counter[str] = Counter()
         for row in rows:
             name = set_of_backend(row["pxname"])
             if name is None or row["type"] != _SERVER:
                 continue
             good[name] += _number(row, "hrsp_2xx")
+            # A set has a backend for each way in which its requests are looked at and sent again.
             report = _endpoint(name, row)
-            if row["pxname"].endswith(".once"):
-                found = [_sum(one, report) for one in found]
-            else:
-                found.append(report)
-        self.endpoints = tuple(found)
+            before_it = found.get((name, report.endpoint))
+            found[name, report.endpoint] = report if before_it is None else _sum(before_it, report)
+        self.endpoints = tuple(found.values())
         self._good.add(worker, good)
         for name in names:
             more = self.refused.totals[name] - before[name]
@@ -157,16 +156,8 @@ def _endpoint(name: str, row: Mapping[str, str]) -> NovaEndpointReport:
 
 
 def _sum(one: NovaEndpointReport, other: NovaEndpointReport) -> NovaEndpointReport:
-    if (one.endpoint_set, one.endpoint) != (other.endpoint_set, other.endpoint):
-        return one
-    return NovaEndpointReport(
-        one.endpoint_set,
-        one.endpoint,
-        one.up,
-        one.reason,
-        one.requests + other.requests,
-        one.failures + other.failures,
-    )
+    requests, failures = one.requests + other.requests, one.failures + other.failures
+    return replace(one, requests=requests, failures=failures)
 
 
 def _refused(name: str) -> Problem:

@@ -39,6 +39,7 @@ from imdsproxy.app.explain import Explainer
 from imdsproxy.app.gates import Gates
 from imdsproxy.app.guard import HaproxyGuard
 from imdsproxy.app.guard_writes import GuardWrites
+from imdsproxy.app.instance_reports import InstanceReports
 from imdsproxy.app.limited import LimitWatch
 from imdsproxy.app.listener_loop import ListenerLoop
 from imdsproxy.app.lookup import Lookup
@@ -63,7 +64,7 @@ from imdsproxy.core.model import (
     Scope,
 )
 from imdsproxy.core.naming import find_id
-from imdsproxy.core.observation import AddressKey, Conflict
+from imdsproxy.core.observation import AddressKey
 from imdsproxy.core.plan import networks_of
 from imdsproxy.core.token_report import TokenReport, open_trees
 from imdsproxy.core.wire import HEADER_TOLD, MISMATCH_TEXT, MapRecord, render_map_value
@@ -112,6 +113,7 @@ class ControllerOperations:
     limit_watch: LimitWatch
     forwarder: Forwarder
     sources: Sequence[Source]
+    instance_reports: InstanceReports
     writes: Writes
     guard_writes: GuardWrites
     documents_pids: Callable[[], tuple[int, ...]]
@@ -320,30 +322,11 @@ class ControllerOperations:
 
     async def list_instances(self, network: NetworkId | None = None) -> Sequence[InstanceReport]:
         """See `Operations.list_instances`."""
-        ids = set(self.inventory.instances)
-        if network is not None:
-            ids &= self.inventory.instances_in(network)
-        conflicts = self.inventory.conflicts()
-        return [self._instance(self.inventory.instances[one], conflicts) for one in sorted(ids)]
+        return self.instance_reports.all(network)
 
     async def get_instance(self, instance: InstanceId) -> InstanceReport:
         """See `Operations.get_instance`."""
-        found = self.inventory.instances.get(instance)
-        if found is None:
-            raise NotFound(f"there is no instance {instance}", hint="imdsproxy instance list")
-        return self._instance(found, self.inventory.conflicts())
-
-    def _instance(self, instance: Instance, conflicts: Sequence[Conflict]) -> InstanceReport:
-        return InstanceReport(
-            instance,
-            ", ".join(self.inventory.sources_of_instance(instance.id)),
-            self.records.revisions.get(instance.id, ""),
-            tuple(
-                conflict
-                for conflict in conflicts
-                if any(claimant.instance == instance.id for claimant in conflict.claimants)
-            ),
-        )
+        return self.instance_reports.get(instance)
 
     # Writing
 

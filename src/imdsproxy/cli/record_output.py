@@ -58,7 +58,7 @@ def show_instances(output: Output, shapes: Sequence[_Shape]) -> None:
             clean(_ports(_record(shape))),
             _size(shape["user_data_bytes"]),
             clean(shape["source"]),
-            "[red]conflict[/]" if shape["conflicts"] else "[green]ok[/]",
+            _in_force(shape),
         )
         for shape in shapes
     ]
@@ -89,6 +89,8 @@ def show_instance(output: Output, shape: _Shape) -> None:
     conflicts = cast("Sequence[_Shape]", shape["conflicts"])
     for index, conflict in enumerate(conflicts, 1):
         notes[f"conflict {index}"] = f"{conflict['kind']} {conflict['subject']}"
+    for index, reason in enumerate(cast("Sequence[str]", shape["pending"]), 1):
+        notes[f"not in force {index}"] = reason
     output.text(_yaml("instances", _record(shape), notes))
 
 
@@ -128,6 +130,12 @@ def _serving(shape: _Shape) -> str:
     if isinstance(left_out, dict):
         return f"[red]{clean(left_out['code'])}[/]"
     return "[green]serving[/]"
+
+
+def _in_force(shape: _Shape) -> str:
+    if shape["conflicts"]:
+        return "[red]conflict[/]"
+    return "[red]not in force[/]" if shape["pending"] else "[green]ok[/]"
 
 
 def _ports(record: _Shape) -> str:

@@ -123,10 +123,13 @@ class SocketOwners:
 
     Args:
         proc: `/proc`, or a directory of a test.
+        config: HAProxy's configuration: whose command line names it is ours too. A HAProxy that has just been
+            started again listens before its pids are known.
     """
 
-    def __init__(self, proc: Path = Path("/proc")) -> None:
+    def __init__(self, proc: Path = Path("/proc"), config: Path | None = None) -> None:
         self._proc = proc
+        self._config = None if config is None else os.fsencode(config)
         self._ours: dict[int, int] = {}
         self._foreign: dict[int, dict[int, str]] = {}
         self._fruitless: dict[int, int] = {}
@@ -180,7 +183,15 @@ class SocketOwners:
     def _is_ours(self, pid: int, our_pids: Collection[int]) -> bool:
         if pid in our_pids:
             return True
-        return bool(our_pids) and self._parent(pid) in our_pids
+        if our_pids and self._parent(pid) in our_pids:
+            return True
+        return self._config is not None and self._config in self._arguments(pid)
+
+    def _arguments(self, pid: int) -> list[bytes]:
+        try:
+            return (self._proc / str(pid) / "cmdline").read_bytes().split(b"\0")
+        except OSError:
+            return []
 
     def _find_foreign(self, wanted: Collection[int], namespaces: Collection[int]) -> None:
         missing = {inode for inode in wanted if not self._still_held(inode)}

@@ -172,6 +172,7 @@ class InForce(Generic[_Record]):
 
     def _noted(self, problem: Problem, entry: Entry[_Record]) -> Problem:
         held = self._held.get(entry.id)
+        problem = replace(problem, record=entry.id)
         if held is None or held.file != entry.file:
             return problem
         note = "the version before it stays in force"

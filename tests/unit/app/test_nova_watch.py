@@ -54,22 +54,27 @@ def _look(
     return [entry["event"] for entry in logs]
 
 
-def test_each_endpoint_is_told_once_with_both_its_backends_added_up() -> None:
+def test_each_endpoint_is_listed_once_with_all_its_backends_added_up() -> None:
     watch = _watch()
     _look(
         watch,
         [
             _row("documents", "documents-0"),
+            _row("documents.guarded", "documents-0"),
+            _row("documents.counted", "documents-0"),
             _row("nova.default", "BACKEND", kind="1"),
             _row("nova.default", requests=5),
             _row("nova.default", _TWO, "DOWN", failed=2),
             _row("nova.default.once", requests=3),
+            _row("nova.default.guarded", requests=4),
+            _row("nova.default.once.guarded", requests=1),
+            _row("nova.default.counted", requests=2, failed=1),
             _row("nova.default.once", _TWO, "DOWN"),
             _row("nova.default.hop.192.0.2.1:8775"),
         ],
     )
     assert watch.endpoints == (
-        NovaEndpointReport("default", _ONE, True, "", 8, 0),
+        NovaEndpointReport("default", _ONE, True, "", 15, 1),
         NovaEndpointReport("default", _TWO, False, "L4CON Connection refused", 0, 2),
     )
     assert watch.problems == ()

@@ -80,10 +80,10 @@ def longest_s(times: NovaTimes) -> float:
 
 def set_of_backend(backend: str) -> str | None:
     """The endpoint set that a backend of HAProxy's counters stands for; `None` for any other proxy."""
-    name = backend.removeprefix("nova.")
+    nova, _, name = backend.partition(".")
     for ending in (COUNTED, GUARDED, ".once"):
         name = name.removesuffix(ending)
-    return None if name == backend or "." in name else name
+    return name if nova == "nova" and "." not in name else None
 
 
 def nova_counters(spec: DataplaneSpec) -> tuple[Words, ...]:
