@@ -98,6 +98,16 @@ def test_nothing_that_may_be_secret_is_shown(world: World) -> None:
         assert _SECRET not in watcher.text
 
 
+def test_a_connection_without_a_request_is_not_shown(world: World) -> None:
+    with watching(world) as watcher:
+        for _ in range(5):
+            world.red.connect().close()
+        with world.red.connect() as connection:
+            connection.send(b"no request\r\n\r\n")
+            until(lambda: watcher.saw(status=400, method=""), what="what is no request is shown")
+        assert len([one for one in watcher.lines if one["status"] == 400]) == 1
+
+
 def test_a_guest_of_another_network_is_not_shown(world: World) -> None:
     with watching(world, "--network", "red") as watcher:
         world.guests["green"].ask("/latest/meta-data/hostname")

@@ -50,6 +50,8 @@ _AGENTS: Final[Mapping[str, str]] = {
     "metadata_agent": "neutron-metadata-agent",
 }
 """What stands in the command line of an agent of Neutron's, and what it is called."""
+_SECRETS: Final = ("password", "secret", "passcode", "token")
+"""What is in the name of each of keystoneauth's options that is a secret."""
 _SETS: Final = "nova.endpoint_sets"
 
 
@@ -101,10 +103,23 @@ def check_clouds(settings: Settings) -> list[Finding]:
     if not isinstance(clouds, dict) or source.cloud not in clouds:
         text = f"sources.neutron.cloud: {path} has no cloud {source.cloud}"
         return [Finding("neutron", text, "add it under `clouds:`", ConfigError.exit_status)]
-    if path.stat().st_mode & stat.S_IRWXO:
-        text = f"every user of this host can read {path}, which holds a password"
+    if path.stat().st_mode & stat.S_IRWXO and (secret := _secret_key(data)):
+        text = f"every user of this host can read {path}, which holds a secret ({secret})"
         return [Finding("neutron", text, f"chmod o-rwx {path}", warning=True)]
     return [Finding("neutron", f"cloud {source.cloud} of {path}")]
+
+
+def _secret_key(data: object) -> str | None:
+    """The first key with a secret in a clouds.yaml; with `auth_type: none` there need be none."""
+    if not isinstance(data, dict):
+        return None
+    for key, value in data.items():
+        if value and any(word in str(key) for word in _SECRETS) and not isinstance(value, dict):
+            return str(key)
+        found = _secret_key(value)
+        if found is not None:
+            return found
+    return None
 
 
 def check_endpoints(

@@ -247,7 +247,17 @@ def _clouds(path: Path, **source: object) -> Settings:
     ("content", "mode", "told"),
     [
         (b"clouds: {here: {}}\n", 0o600, (True, False, "cloud here of")),
-        (b"clouds: {here: {}}\n", 0o644, (True, True, "every user of this host can read")),
+        (b"clouds: {here: {auth_type: none}}\n", 0o644, (True, False, "cloud here of")),
+        (
+            b"clouds: {here: {auth_type: none}, there: {auth: {password: x}}}\n",
+            0o644,
+            (True, True, "which holds a secret (password)"),
+        ),
+        (
+            b"clouds: {here: {auth: {application_credential_secret: x}}}\n",
+            0o644,
+            (True, True, "a secret (application_credential_secret)"),
+        ),
         (b"clouds: {there: {}}\n", 0o600, (False, False, "has no cloud here")),
         (b"- 1\n", 0o600, (False, False, "has no cloud here")),
         (b"a: [\n", 0o600, (False, False, "is not YAML")),

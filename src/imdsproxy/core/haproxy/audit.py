@@ -95,6 +95,8 @@ def audit_rules(
     return (
         ("log", f"ring@{_RING}", "len", str(AUDIT_LONGEST), "format", "raw", *sample, "local0"),
         ("log-format", _format(nova=nova, headers=headers)),
+        # A connection without a byte is no request.
+        ("option", "dontlognull"),
         ("capture", "request", "header", "User-Agent", "len", str(_AGENT_BYTES)),
         # In a sample, what few requests these are may be missing: another level would unsay the silence.
         *(leaving if every else ()),

@@ -130,6 +130,8 @@ def watch_rules(*, audited: bool = False) -> tuple[Words, ...]:
     return (
         ("log", f"ring@{RING}", "len", str(_LONGEST), "format", "raw", "local0"),
         ("log-format", " ".join(_FIELDS)),
+        # A connection without a byte is no request.
+        ("option", "dontlognull"),
         ("http-request", "set-var-fmt(txn.watched)", "%[method] %[path]"),
     )
 
