@@ -99,7 +99,7 @@ def test_one_connection_carries_many_requests(server: Server) -> None:
     try:
         for _ in range(100):
             connection.request("GET", "/latest", headers={"X-Imdsproxy-Instance": GUEST.id})
-            assert connection.getresponse().read() == b"meta-data\nuser-data"
+            assert connection.getresponse().read() == b"dynamic\nmeta-data\nuser-data"
     finally:
         connection.close()
 

@@ -68,15 +68,15 @@ def guest(**changes: object) -> Instance:
     return replace(GUEST, **changes)  # type: ignore[arg-type] # each test names real fields
 
 
-def compiled(instance: Instance) -> CompiledRecord:
-    return compile_instance(instance, NETWORKS)
+def compiled(instance: Instance, region: str | None = None) -> CompiledRecord:
+    return compile_instance(instance, NETWORKS, region)
 
 
 class Guest:
     """A guest with its record, its password, and a fixed random seed."""
 
-    def __init__(self, instance: Instance = GUEST) -> None:
-        self.content = compiled(instance).content
+    def __init__(self, instance: Instance = GUEST, *, region: str | None = None) -> None:
+        self.content = compiled(instance, region).content
         self.tree = DocumentTree(parse_compiled(self.content))
         self.password: bytes | None = None
 

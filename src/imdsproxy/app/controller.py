@@ -152,15 +152,17 @@ class _Controller:
         self, *, allow_dropped: bool = False
     ) -> tuple[SettingsReload, asyncio.Task[None] | None]:
         self.notifier.reloading(int(self.parts.clock.monotonic() * 1e6))
-        before, resigned = self.parts.nova.backends(), False
+        before, remade = self.parts.nova.backends(), False
         routing = self.parts.nova.routing
         guarding = GuardingChange(records=False, keys=False)
 
         def accept(after: Settings) -> None:
-            nonlocal resigned, guarding
+            nonlocal remade, guarding
             prepare_jail(after, self.parts.layout)
             guarding = self.parts.guarding.read(after)
-            resigned = self.parts.nova.read(after.nova)
+            remade = self.parts.nova.read(after.nova)
+            # Which is in every record that is compiled, as Nova's signatures are.
+            remade |= after.documents.region != self.parts.holder.settings.documents.region
 
         try:
             result = self.parts.holder.reload(accept, allow_dropped=allow_dropped)
@@ -172,9 +174,9 @@ class _Controller:
             result = replace(result, haproxy_reloaded=True)
         if guarding.keys:
             result = with_contents(result, ("tokens.key_file",))
-        if not (resigned or guarding.records or guarding.keys or result.haproxy_reloaded):
+        if not (remade or guarding.records or guarding.keys or result.haproxy_reloaded):
             return result, None
-        ticket = self.parts.records.resync() if resigned or guarding.records else None
+        ticket = self.parts.records.resync() if remade or guarding.records else None
         return result, self._later(self._take_over(ticket, guarding))
 
     async def _take_over(self, ticket: int | None, guarding: GuardingChange) -> None:
@@ -294,6 +296,7 @@ async def run_controller(
             gates,
             hops,
             build_rule_sets(layout, applier, clock),
+            lambda: holder.settings.documents.region,
         )
         listeners = ListenerLoop(
             inventory,

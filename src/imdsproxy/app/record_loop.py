@@ -88,6 +88,7 @@ class RecordLoop:
         pairs: Who lets addresses through by their MACs.
         hops: Who sees to hop limits.
         sets: Who has HAProxy know path rules.
+        region: The region that the settings name, as of now; `resync` after it changed.
 
     Attributes:
         withheld: Addresses that the last round kept from HAProxy, because nobody looks at their MACs yet.
@@ -106,6 +107,7 @@ class RecordLoop:
     pairs: PairKeeper = field(default_factory=NoPairs)
     hops: HopKeeper = field(default_factory=NoHops)
     sets: SetKeeper = field(default_factory=NoSets)
+    region: Callable[[], str | None] = lambda: None
     revisions: dict[InstanceId, str] = field(default_factory=dict)
     learned: dict[AddressKey, Learned] = field(default_factory=dict)
     tickets: Tickets = field(default_factory=Tickets)
@@ -330,7 +332,9 @@ class RecordLoop:
 
     def _compile(self, instance: InstanceId) -> None:
         name = f"instances.{instance}"
-        record = compile_instance(self.inventory.instances[instance], self.inventory.networks)
+        record = compile_instance(
+            self.inventory.instances[instance], self.inventory.networks, self.region()
+        )
         if self.revisions.get(instance) == record.revision and name not in self.failures:
             return
         try:

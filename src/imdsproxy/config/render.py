@@ -101,7 +101,11 @@ def _words(node: Node, indent: str) -> list[str]:
         line
         for words in (setting.description, takes)
         for line in textwrap.wrap(
-            words, _WIDTH, initial_indent=f"{indent}# ", subsequent_indent=f"{indent}# "
+            words,
+            _WIDTH,
+            initial_indent=f"{indent}# ",
+            subsequent_indent=f"{indent}# ",
+            break_on_hyphens=False,
         )
     ]
 

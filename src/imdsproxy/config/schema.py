@@ -25,6 +25,7 @@ from imdsproxy.config.section import (
     AbsolutePath,
     AccountName,
     HostEndpoint,
+    Region,
     Section,
     UnitName,
     cross,
@@ -203,6 +204,13 @@ class DocumentsSettings(Section):
     )
     unit: UnitName = setting(
         "imdsproxy-documents.service", "The systemd unit of the document server.", Change.RESTART
+    )
+    region: Region | None = setting(
+        None,
+        "What `placement/region` says. Null derives it from the instance's availability zone: `eu-west-1a` lies in "
+        "`eu-west-1`, and a zone that is not named after its region counts as one. botocore and the AWS CLI do not "
+        "ask for it: they take the zone without its last letter.",
+        Change.LIVE,
     )
 
 

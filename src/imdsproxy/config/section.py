@@ -25,6 +25,7 @@ __all__ = [
     "AccountName",
     "HostEndpoint",
     "OffIsFalse",
+    "Region",
     "Section",
     "UnitName",
     "cross",
@@ -64,6 +65,7 @@ HostEndpoint = Annotated[
     WithJsonSchema({"type": "string", "examples": ["127.0.0.1:9465", "[::1]:9465"]}),
 ]
 AccountName = Annotated[str, Field(pattern=r"^[a-z_][a-z0-9_-]{0,30}\$?$")]
+Region = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 UnitName = Annotated[str, Field(pattern=r"^[A-Za-z0-9:_.@-]{1,200}\.service$")]
 
 

@@ -1,6 +1,6 @@
 r"""The compiled record: all that the document server needs of one instance, as the bytes of one file.
 
-    {"revision":"<16 hex>","format":1,…,"vendor_data":[length,digest],"user_data":[length,digest]}\n
+    {"revision":"<16 hex>","format":2,…,"vendor_data":[length,digest],"user_data":[length,digest]}\n
     <vendor_data><user_data>
 
 The first line is JSON in ASCII; the two pieces of data follow raw, byte for byte. `revision` is the
@@ -15,7 +15,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from hashlib import blake2b
-from typing import Final, TypedDict, cast
+from typing import Final, NotRequired, TypedDict, cast
 
 from imdsproxy.core.model import (
     Dialect,
@@ -40,9 +40,10 @@ __all__ = [
     "parse_compiled",
 ]
 
-_FORMAT: Final = 1
+_FORMAT: Final = 2
 """Raise it when a document's text changes for the same instance: revisions, and with them what HAProxy has
-cached, then differ from those of the older version."""
+cached, then differ from those of the older version. During an upgrade each version reads the records of the other, so
+a key that is new here may be missing."""
 
 _HEAD_START: Final = b'{"revision":"'
 _REVISION_LENGTH: Final = 16
@@ -105,6 +106,8 @@ class DocumentRecord:
     """A compiled record, read again.
 
     Attributes:
+        revision: Empty where the record is of another format: its documents are right, but not to be cached.
+        region: As the settings say; `None` where they do not.
         user_data: Where it lies in the content; `None` when there is none.
         vendor_data: Its bytes; `None` when there is none.
     """
@@ -117,6 +120,7 @@ class DocumentRecord:
     hostname: str
     project: str | None
     availability_zone: str | None
+    region: str | None
     instance_type: str | None
     dialects: frozenset[Dialect]
     ssh_keys: tuple[SshKey, ...]
@@ -150,6 +154,7 @@ class _Head(TypedDict):
     hostname: str
     project: str | None
     availability_zone: str | None
+    region: NotRequired[str | None]
     instance_type: str | None
     dialects: list[str]
     ssh_keys: list[list[str]]
@@ -159,8 +164,10 @@ class _Head(TypedDict):
     user_data: list[int | str] | None
 
 
-def compile_instance(instance: Instance, networks: Mapping[NetworkId, Network]) -> CompiledRecord:
-    """The instance's record; equal instances in equal networks give equal bytes.
+def compile_instance(
+    instance: Instance, networks: Mapping[NetworkId, Network], region: str | None = None
+) -> CompiledRecord:
+    """The instance's record; equal instances in equal networks and regions give equal bytes.
 
     A port in a network that is not in `networks` keeps its addresses and loses what the network would say.
     """
@@ -173,6 +180,7 @@ def compile_instance(instance: Instance, networks: Mapping[NetworkId, Network]) 
         "hostname": instance.hostname,
         "project": instance.project,
         "availability_zone": instance.availability_zone,
+        "region": region,
         "instance_type": instance.instance_type,
         "dialects": sorted(instance.dialects),
         "ssh_keys": [[key.name, key.key] for key in instance.ssh_keys],
@@ -236,10 +244,19 @@ def parse_compiled(content: bytes) -> DocumentRecord:
     """Read a record and verify every byte of it.
 
     Raises:
-        RecordCorrupt: The content is cut short, has bytes too many, fails a checksum, or is of another
-            format.
+        RecordCorrupt: The content is cut short, has bytes too many, fails a checksum, or is of a format that lacks
+            what this one needs.
     """
     head = _parse_head(content)
+    try:
+        return _parse_record(head, content)
+    except KeyError as error:
+        raise RecordCorrupt(
+            f"compiled record is of format {head['format']}, not {_FORMAT}"
+        ) from error
+
+
+def _parse_record(head: _Head, content: bytes) -> DocumentRecord:
     offset = content.index(b"\n") + 1
     vendor = _locate(content, head["vendor_data"], offset)
     user = _locate(content, head["user_data"], offset + (vendor.length if vendor else 0))
@@ -247,7 +264,7 @@ def parse_compiled(content: bytes) -> DocumentRecord:
     if end != len(content):
         raise RecordCorrupt(f"compiled record has {len(content)} bytes where {end} are due")
     return DocumentRecord(
-        revision=head["revision"],
+        revision=head["revision"] if head["format"] == _FORMAT else "",
         id=InstanceId(head["id"]),
         uuid=head["uuid"],
         ec2_id=head["ec2_id"],
@@ -255,6 +272,7 @@ def parse_compiled(content: bytes) -> DocumentRecord:
         hostname=head["hostname"],
         project=head["project"],
         availability_zone=head["availability_zone"],
+        region=head.get("region"),
         instance_type=head["instance_type"],
         dialects=frozenset(Dialect(word) for word in head["dialects"]),
         ssh_keys=tuple(SshKey(name, key) for name, key in head["ssh_keys"]),
@@ -275,10 +293,7 @@ def _parse_head(content: bytes) -> _Head:
     if _digest(memoryview(content)[_HEAD_REST:end]).encode("ascii") != revision:
         raise RecordCorrupt("compiled record's head fails its checksum")
     # The checksum has just shown that `compile_instance` wrote this line.
-    head = cast("_Head", json.loads(content[:end]))
-    if head["format"] != _FORMAT:
-        raise RecordCorrupt(f"compiled record is of format {head['format']}, not {_FORMAT}")
-    return head
+    return cast("_Head", json.loads(content[:end]))
 
 
 def _locate(content: bytes, described: list[int | str] | None, offset: int) -> Blob | None:

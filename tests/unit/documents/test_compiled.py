@@ -130,12 +130,34 @@ def test_bytes_too_many_are_found(instance: object) -> None:
         parse_compiled(compiled(instance).content + b"\n")  # type: ignore[arg-type] # instances all
 
 
-def test_another_format_is_refused_by_its_number() -> None:
-    rest = compiled(GUEST).content.partition(b'","')[2].replace(b'format":1,', b'format":99,')
+def _changed(old: bytes, new: bytes) -> bytes:
+    """The compiled `GUEST` with another head, whose checksum is right."""
+    rest = compiled(GUEST).content.partition(b'","')[2].replace(old, new)
     line = b'","' + rest[: rest.index(b"\n") + 1]
     revision = blake2b(line, digest_size=8).hexdigest().encode()
+    return b'{"revision":"' + revision + b'","' + rest
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (b'format":2,', b'format":99,"more":1,'),
+        (b'format":2,', b'format":1,'),
+        (b'"region":null,', b""),
+    ],
+)
+def test_a_record_of_another_format_is_read_without_a_revision(old: bytes, new: bytes) -> None:
+    record = parse_compiled(_changed(old, new))
+    here = parse_compiled(compiled(GUEST).content)
+    assert replace(record, revision="", user_data=None) == replace(
+        here, revision="", user_data=None
+    )
+    assert bool(record.revision) is (old == b'"region":null,')
+
+
+def test_a_format_that_lacks_what_is_needed_is_refused_by_its_number() -> None:
     with pytest.raises(RecordCorrupt, match="format 99"):
-        parse_compiled(b'{"revision":"' + revision + b'","' + rest)
+        parse_compiled(_changed(b'format":2,"id":', b'format":99,"name_of_it":'))
 
 
 def test_paths_spread_over_directories_and_never_move() -> None:

@@ -16,8 +16,9 @@ def test_the_root_lists_the_versions_and_ends_with_latest() -> None:
 
 
 def test_a_version_lists_what_it_has() -> None:
-    assert Guest().text("/latest") == "meta-data\nuser-data"
-    assert Guest(guest(user_data=None)).text("/latest") == "meta-data"
+    assert Guest().text("/latest") == "dynamic\nmeta-data\nuser-data"
+    assert Guest(guest(user_data=None)).text("/latest") == "dynamic\nmeta-data"
+    assert Guest().text("/2008-09-01") == "meta-data\nuser-data"
 
 
 def test_meta_data_lists_leaves_and_directories_in_order() -> None:
@@ -25,6 +26,7 @@ def test_meta_data_lists_leaves_and_directories_in_order() -> None:
         "ami-id",
         "ami-launch-index",
         "ami-manifest-path",
+        "block-device-mapping/",
         "hostname",
         "instance-action",
         "instance-id",
@@ -53,6 +55,9 @@ def test_meta_data_lists_leaves_and_directories_in_order() -> None:
         ("mac", "fa:16:3e:00:00:01"),
         ("instance-type", "m1.small"),
         ("ami-launch-index", "0"),
+        ("block-device-mapping", "ami\nroot"),
+        ("block-device-mapping/ami", "vda"),
+        ("block-device-mapping/root", "/dev/vda"),
         ("instance-action", "none"),
         ("placement/availability-zone", "eu-north-1b"),
         ("placement/region", "eu-north-1"),
@@ -136,7 +141,7 @@ def test_what_a_guest_does_not_have_is_neither_listed_nor_served() -> None:
         "/latest/meta-data/security-groups/default",
         "/latest/meta-data/public-ipv4",
         "/latest/meta-data/iam/security-credentials/",
-        "/latest/meta-data/block-device-mapping/",
+        "/latest/meta-data/block-device-mapping/swap",
         "/latest/meta-data/services/domain",
         "/latest/meta-data/public-keys/0=alice",
         "/latest/meta-data/public-keys/1",
@@ -155,9 +160,29 @@ def test_what_is_not_there_is_404_without_a_body(path: str) -> None:
     assert header(response, b"content-length") == b"0"
 
 
-@pytest.mark.parametrize("zone", ["nova", "az-1", "eu-north-1", "rack7", "EU-NORTH-1b"])
-def test_a_zone_that_amazon_could_not_have_named_gives_no_region(zone: str) -> None:
-    assert Guest(guest(availability_zone=zone)).text(f"{META}/placement") == "availability-zone"
+@pytest.mark.parametrize(
+    ("zone", "region"),
+    [
+        ("eu-north-1b", "eu-north-1"),
+        ("EU-NORTH-1b", "EU-NORTH-1"),
+        ("europe-west4-a", "europe-west4"),
+        ("eu-north-1", "eu-north-1"),
+        ("zone-red", "zone-red"),
+        ("nova", "nova"),
+        ("rack7", "rack7"),
+        ("b", "b"),
+    ],
+)
+def test_a_zone_that_is_not_named_after_its_region_is_one(zone: str, region: str) -> None:
+    asked = Guest(guest(availability_zone=zone))
+    assert asked.text(f"{META}/placement") == "availability-zone\nregion"
+    assert asked.text(f"{META}/placement/region") == region
+
+
+@pytest.mark.parametrize("zone", ["eu-north-1b", "zone-red", None])
+def test_the_region_of_the_settings_is_that_of_every_zone(zone: str | None) -> None:
+    asked = Guest(guest(availability_zone=zone), region="red-1")
+    assert asked.text(f"{META}/placement/region") == "red-1"
 
 
 @pytest.mark.parametrize(
@@ -168,6 +193,8 @@ def test_a_zone_that_amazon_could_not_have_named_gives_no_region(zone: str) -> N
         ("2007-01-19", "local-hostname", True),
         ("2007-03-01", "instance-type", False),
         ("2007-08-29", "instance-type", True),
+        ("2007-10-10", "block-device-mapping/root", False),
+        ("2007-12-15", "block-device-mapping/root", True),
         ("2007-12-15", "placement", False),
         ("2008-02-01", "placement/availability-zone", True),
         ("2009-04-04", "mac", False),
@@ -188,7 +215,6 @@ def test_a_dated_version_has_what_it_had_then(version: str, name: str, there: bo
 def test_cloud_init_with_amazons_dmi_finds_an_empty_identity() -> None:
     assert Guest().read("/latest/dynamic/instance-identity") == b""
     assert Guest().text("/latest/dynamic/") == "instance-identity/"
-    assert "dynamic" not in Guest().lines("/latest")
 
 
 def test_each_interface_with_a_mac_is_listed_once() -> None:

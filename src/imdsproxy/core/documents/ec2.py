@@ -2,7 +2,7 @@
 
 Categories and the version that brought each are those of AWS's "Instance metadata categories" page; a dated
 version has what it had there. What this service cannot say truthfully is neither listed nor served: public
-addresses, block devices, IAM, services, and the identity document, which nobody here signs and which would make
+addresses, further block devices, IAM, services, and the identity document, which nobody here signs and which would make
 agents report that they run at Amazon. `dynamic/instance-identity` is there, empty, because cloud-init on a guest
 with Amazon's DMI asks for it and spends minutes on its absence.
 """
@@ -72,7 +72,12 @@ EC2_VERSIONS: Final = (
 _NO_IMAGE: Final = "ami-00000000"
 """No record knows of images, and every EC2 client expects an `ami-id`."""
 
-_AWS_ZONE: Final = re.compile(r"([a-z]{2,}(?:-[a-z]+)+-\d+)[a-z]")
+_LETTERED_ZONE: Final = re.compile(r"(.*\d)-?[a-z]")
+"""A region and a letter, as `eu-west-1a` (EC2) and `europe-west4-a` (GCE)."""
+
+_ROOT_DEVICE: Final = b"vda"
+"""Where virtio disks are; Nova has its name from the hypervisor (`nova/block_device.py`, `instance_block_mapping`)."""
+
 _TAG_KEY: Final = re.compile(r"[A-Za-z0-9+\-=.,_:@]+")
 _RESERVED_TAG_KEYS: Final = frozenset({".", "..", "_index"})
 _UNLISTABLE: Final = re.compile(r"[=/\s\x00-\x1f\x7f]+")
@@ -94,10 +99,10 @@ def ec2_directory(record: DocumentRecord, version: str) -> Directory:
     children: dict[str, Node] = {"meta-data": directory(meta_data)}
     if record.user_data is not None:
         children["user-data"] = Data(record.user_data)
-    names = listing(children)
     if version >= _DYNAMIC_SINCE:
         children["dynamic"] = directory({"instance-identity": directory({})})
-    return Directory(children, names)
+    # Without slashes, as EC2 lists these.
+    return Directory(children, listing(sorted(children)))
 
 
 def permitted_tags(tags: Iterable[tuple[str, str]]) -> dict[str, str]:
@@ -181,14 +186,22 @@ def _placement(record: DocumentRecord) -> Directory | None:
 
 
 def _placement_with_region(record: DocumentRecord) -> Directory | None:
-    zone = record.availability_zone
-    match = None if zone is None else _AWS_ZONE.fullmatch(zone)
     return _some(
         {
-            "availability-zone": _text(zone),
-            "region": None if match is None else _text(match[1]),
+            "availability-zone": _text(record.availability_zone),
+            "region": _text(record.region or _region_of(record.availability_zone)),
         }
     )
+
+
+def _region_of(zone: str | None) -> str | None:
+    """A zone that is not named after its region counts as a region of its own."""
+    match = None if zone is None else _LETTERED_ZONE.fullmatch(zone)
+    return zone if match is None else match[1]
+
+
+def _block_devices(_: DocumentRecord) -> Directory:
+    return directory({"ami": Leaf(_ROOT_DEVICE), "root": Leaf(b"/dev/" + _ROOT_DEVICE)})
 
 
 def _tags(record: DocumentRecord) -> Directory | None:
@@ -258,6 +271,7 @@ _CATEGORIES: Final[tuple[tuple[str, str, Callable[[DocumentRecord], Node | None]
     ("1.0", "security-groups", lambda _: _text("default")),
     ("2007-01-19", "local-hostname", _hostname),
     ("2007-08-29", "instance-type", lambda record: _text(record.instance_type)),
+    ("2007-12-15", "block-device-mapping", _block_devices),
     ("2008-02-01", "placement", _placement),
     ("2008-09-01", "instance-action", lambda _: _text("none")),
     ("2011-01-01", "mac", _mac),

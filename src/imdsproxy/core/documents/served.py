@@ -15,7 +15,6 @@ _ANYTHING: Final = None
 _NOTHING: Final[_Names] = {}
 _OF_NOVA: Final = (
     "ancestor-ami-ids",
-    "block-device-mapping",
     "kernel-id",
     "product-codes",
     "public-hostname",

@@ -65,10 +65,10 @@ def _identity_headers() -> tuple[Words, ...]:
     )
 
 
-def _plain_request(kept: Iterable[str] = GUEST_HEADERS) -> tuple[Words, ...]:
+def _plain_request(kept: Iterable[str] = GUEST_HEADERS, *, nova: bool = False) -> tuple[Words, ...]:
     """What the document server and the resolver get: an allowed method, the path, our word on who asks."""
     return (
-        allow_methods(),
+        *allow_methods(nova=nova),
         ("http-request", "set-uri", r"%[path,regsub(^/[^/]*/?,/)]", "if", *_ODD),
         refuse_lengths(),
         *bound_body(),
@@ -176,7 +176,7 @@ def resolver_backend(spec: DataplaneSpec) -> Section:
             ("http-request", "sc-inc-gpc0(0)"),
             *((originate(),) if spec.nova else ()),
             *tell_forwarded(),
-            *_plain_request((*GUEST_HEADERS, *TOKEN_HEADERS)),
+            *_plain_request((*GUEST_HEADERS, *TOKEN_HEADERS), nova=bool(spec.nova)),
             *send_forwarded(),
             *(_tell_unverified() if spec.unverified else ()),
             *silence_told(spec.audit),

@@ -215,7 +215,7 @@ def _give(key_map: str) -> tuple[Words, ...]:
         # Under a dated version there is none (AWS).
         _answer(403, TOKEN_ROUTE, PUT, *_none_of(latest)),
         _answer(404, TOKEN_ROUTE, *_none_of(latest)),
-        _answer(405, TOKEN_ROUTE, *_none_of(PUT), allow="OPTIONS, PUT"),
+        _answer(405, TOKEN_ROUTE, *_none_of(PUT), allow="PUT"),
         # Whoever has a proxy fetch a token has it fetch the rest as well.
         _answer(403, TOKEN_ROUTE, _IS_FORWARDED_FOR),
         _answer(403, TOKEN_ROUTE, _FORWARDED_FOR, *_none_of(OF_A_PROXY)),

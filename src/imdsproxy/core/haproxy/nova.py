@@ -194,7 +194,7 @@ def _backend(
 def _plain_request(spec: DataplaneSpec, *, once: bool) -> tuple[Words, ...]:
     return (
         # What may be repeated came here by its method.
-        *((allow_methods(),) if once else ()),
+        *(allow_methods(nova=True) if once else ()),
         originate(),
         refuse_lengths(),
         *(bound_body(spec) if once else ()),

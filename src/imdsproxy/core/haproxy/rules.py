@@ -81,10 +81,21 @@ def negated(condition: Words) -> Words:
     return ("!" + condition[0], *condition[1:])
 
 
-def allow_methods() -> Words:
-    """Refuse methods that nothing here knows: CONNECT came back 200 from HAProxy itself."""
-    return ("http-request", "return", "status", "405", "hdr", "Allow", ", ".join(_METHODS),
-            "if", "!{", "method", *_METHODS, "}")  # fmt: skip
+def allow_methods(*, nova: bool = False) -> tuple[Words, ...]:
+    """Refuse methods that nothing here knows: CONNECT came back 200 from HAProxy itself.
+
+    `Allow` names what the resource takes (RFC 9110 §10.2.1): Nova takes every method, of our documents only a
+    password's place takes more than reads.
+    """
+    refuse: Words = ("http-request", "return", "status", "405", "hdr", "Allow")
+    unknown: Words = ("if", "!{", "method", *_METHODS, "}")
+    if nova:
+        return ((*refuse, ", ".join(_METHODS), *unknown),)
+    password = ("{", "path", "-m", "reg", "^/openstack/[^/]+/password/*$", "}")
+    return (
+        (*refuse, "GET, HEAD, POST", *unknown, *password),
+        (*refuse, "GET, HEAD", *unknown),
+    )
 
 
 def originate() -> Words:
