@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import struct
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -190,6 +191,43 @@ async def test_a_marked_answer_reaches_only_the_mac_that_it_is_for(rig: Rig, *, 
                 _ask(connection)
 
 
+@pytest.mark.parametrize("first", [True, False])
+async def test_answers_on_a_connection_never_go_to_a_second_mac(rig: Rig, *, first: bool) -> None:
+    await rig.have({})
+    rig.unverified.marks = True
+    _believe(rig, rig.mac if first else _OTHER, "permanent")
+    with rig.connect() as connection, _wire(rig) as wire:
+        address, port = ip_address(_ADDRESS), connection.getsockname()[1]
+        macs = (rig.mac, _OTHER) if first else (_OTHER, rig.mac)
+        told = [await rig.kernel.tell(rig.gate, address, port, mac) for mac in (macs[0], *macs)]
+        assert told == [True, True, False]
+        if first:
+            assert _ask(connection) == b"u"
+        else:
+            with pytest.raises(TimeoutError):
+                _ask(connection)
+        heard = {frame[:6] for frame in _heard(wire) if frame[-1:] == b"u"}
+    assert heard == {bytes.fromhex(macs[0].replace(":", ""))}
+
+
+def _wire(rig: Rig) -> socket.socket:
+    """What arrives at the guest, also for other MACs: the bridge does not know where those are."""
+    wire = inside(
+        rig.guest, lambda: socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(3))
+    )
+    wire.bind(("eth0", 0))
+    wire.settimeout(0.2)
+    return wire
+
+
+def _heard(wire: socket.socket) -> list[bytes]:
+    heard = []
+    with contextlib.suppress(TimeoutError):
+        while True:
+            heard.append(wire.recv(2000))
+    return heard
+
+
 async def test_a_verified_answer_reaches_only_the_mac_of_its_pair(rig: Rig) -> None:
     await rig.have(rig.pair)
     with rig.connect() as connection:
@@ -201,19 +239,10 @@ async def test_a_verified_answer_reaches_only_the_mac_of_its_pair(rig: Rig) -> N
             *("-n", place.name, "neigh", "replace", _ADDRESS, "lladdr", _OTHER, "dev", "br0"),
             *("nud", "permanent"),
         )
-        # Frames for that MAC reach the guest's wire, since the bridge does not know where it is.
-        wire = inside(
-            rig.guest, lambda: socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(3))
-        )
-        with wire:
-            wire.bind(("eth0", 0))
-            wire.settimeout(0.2)
+        with _wire(rig) as wire:
             with pytest.raises(TimeoutError):
                 _ask(connection)
-            heard = []
-            with contextlib.suppress(TimeoutError):
-                while True:
-                    heard.append(wire.recv(2000))
+            heard = _heard(wire)
         theirs = bytes.fromhex(_OTHER.replace(":", ""))
         assert not [frame for frame in heard if frame[:6] == theirs and frame[12:14] == b"\x08\0"]
 
@@ -251,3 +280,70 @@ async def test_many_pairs_are_let_through_at_once(rig: Rig) -> None:
     assert opened == Opened(pairs, fresh=False)
     with rig.connect() as connection:
         assert _ask(connection) == b"v"
+
+
+def _believe(rig: Rig, mac: MacAddress, nud: str = "reachable") -> None:
+    """Have the host take the guest's address for another's."""
+    words = ("neigh", "replace", _ADDRESS, "lladdr", mac, "dev", "br0", "nud", nud)
+    rig.lab.ip("-n", _place(rig), *words)
+
+
+def _place(rig: Rig) -> str:
+    assert rig.gate.namespace is not None
+    return rig.gate.namespace.name
+
+
+def _believed(rig: Rig) -> str:
+    return rig.lab.ip("-n", _place(rig), "neigh", "show", _ADDRESS, "dev", "br0")
+
+
+async def test_what_is_unverified_is_answered_to_the_mac_that_it_came_from(rig: Rig) -> None:
+    await rig.have({})
+    _believe(rig, _OTHER, "permanent")
+    with rig.connect() as connection:
+        assert _ask(connection) == b"u"
+        port = connection.getsockname()[1]
+        address = ip_address(_ADDRESS)
+        assert await rig.kernel.sender(rig.gate, address, port) == rig.mac
+        assert await rig.kernel.sender(rig.gate, address, port ^ 1) is None
+        assert await rig.kernel.sender(rig.gate, ip_address("fe80::5"), port) is None
+    await rig.kernel.close([(_place(rig), rig.gate.table)])
+    assert await rig.kernel.sender(rig.gate, address, port) is None
+
+
+async def test_a_port_that_another_guest_uses_again_is_answered_to_that_one(rig: Rig) -> None:
+    await rig.have({})
+    with rig.connect() as connection:
+        used = connection.getsockname()
+        # Reset, not closed: the port is free at once.
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    rig.lab.ip("-n", rig.guest, "link", "set", "eth0", "address", _OTHER)
+    with inside(rig.guest, socket.socket) as again:
+        again.settimeout(5)
+        again.bind(used)
+        again.connect((str(METADATA_IPV4), 80))
+        assert _ask(again) == b"u"
+    assert await rig.kernel.sender(rig.gate, ip_address(_ADDRESS), used[1]) == _OTHER
+
+
+@pytest.mark.parametrize("others", [0, 100])
+async def test_who_gets_a_pair_is_answered_though_the_host_takes_its_address_for_another_s(
+    rig: Rig, others: int
+) -> None:
+    await rig.have({})
+    _believe(rig, _OTHER)
+    many = {ip_address(0x0A010000 + number): _OTHER for number in range(others)}
+    await rig.kernel.grant(rig.gate, rig.pair | many)
+    assert rig.mac in _believed(rig)
+    with rig.connect() as connection:
+        assert _ask(connection) == b"v"
+
+
+async def test_what_an_operator_made_permanent_stays_and_what_nobody_knows_is_not_made_up(
+    rig: Rig,
+) -> None:
+    await rig.have({})
+    _believe(rig, _OTHER, "permanent")
+    await rig.kernel.grant(rig.gate, rig.pair | {ip_address("10.0.0.77"): _OTHER})
+    assert _OTHER in _believed(rig)
+    assert "10.0.0.77" not in rig.lab.ip("-n", _place(rig), "neigh")

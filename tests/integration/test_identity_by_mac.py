@@ -14,7 +14,7 @@ from imdsproxy.core.model import NetworkId
 from support.daemon import instance, user_data_of
 from support.guest import IPV4, IPV6, Connection, Guest, Lost, inside
 from support.impostor import Impostor, syn_frame
-from support.lab import batch, ip, run, until, within
+from support.lab import batch, ip, patience, run, until, within
 from support.world import World, open_world, own
 
 pytestmark = pytest.mark.root
@@ -147,6 +147,51 @@ def test_a_kept_connection_ends_with_the_lease(world: World) -> None:
         reads(second, "second", source=first.addresses[0])
         kept.socket.settimeout(0.5)
         assert cut(kept)
+
+
+@pytest.mark.parametrize("network", ["red", "blue", "grey"])
+@pytest.mark.parametrize("to", [IPV4, IPV6])
+def test_a_guest_that_replaces_another_without_arp_is_answered_at_once(
+    world: World, network: str, to: str
+) -> None:
+    first, second = world.lab.guest(network, 96), world.lab.guest(network, 97)
+    world.daemon.put(instances=[by_mac(first, "first"), by_mac(second, "second")])
+    address = "10.0.0.88" if to == IPV4 else "fe80::88"
+    give(first, address)
+    for source in (address, None):
+        assert first.ask(_TARGET, to=to, source=source).body == user_data_of("first")
+    # It knows the way to the metadata address, and asks nobody for it.
+    assert second.ask(_TARGET, to=to).body == user_data_of("second")
+    batch(first.namespace, ["link set eth0 down"])
+    give(second, address)
+    for _ in range(2):
+        reply = second.ask(_TARGET, to=to, source=address, timeout_s=0.9 * patience())
+        assert (reply.status, reply.body) == (200, user_data_of("second"))
+
+
+@pytest.mark.parametrize("to", [IPV4, IPV6])
+def test_a_guest_that_has_the_address_of_its_record_from_another_is_answered_at_once(
+    world: World, to: str
+) -> None:
+    first, second = world.lab.guest("red", 94), world.lab.guest("red", 95)
+    address = "10.0.0.88" if to == IPV4 else "2001:db8::88"
+    port = {"network": "red", "mac": first.mac, "addresses": [address]}
+    world.daemon.put(instances=[{**instance("web", "red"), "ports": [port]}])
+    give(first, address)
+    for _ in range(2):
+        assert first.ask(_TARGET, to=to, source=address).body == user_data_of("web")
+    second.ask(_TARGET, to=to)
+    batch(first.namespace, ["link set eth0 down"])
+    give(second, address)
+    world.daemon.put(instances=[{**instance("web", "red"), "ports": [{**port, "mac": second.mac}]}])
+    reply = second.ask(_TARGET, to=to, source=address, timeout_s=0.9 * patience())
+    assert (reply.status, reply.body) == (200, user_data_of("web"))
+
+
+def give(guest: Guest, address: str) -> None:
+    """Have a guest take an address without announcing it."""
+    length = "24" if "." in address else "64 nodad"
+    batch(guest.namespace, [f"address add {address}/{length} dev eth0"])
 
 
 def test_another_mac_in_the_record_resets_kept_connections(world: World) -> None:

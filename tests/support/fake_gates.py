@@ -27,6 +27,7 @@ class FakeGates:
     tables: dict[NetworkId, dict[IpAddress, MacAddress]] = field(default_factory=dict)
     log: list[str] = field(default_factory=list)
     told: list[tuple[IpAddress, int, MacAddress]] = field(default_factory=list)
+    senders: dict[tuple[IpAddress, int], MacAddress] = field(default_factory=dict)
     watch: Callable[[], None] = lambda: None
     refuse: str = ""
     busy: list[frozenset[NetworkId]] = field(default_factory=list)
@@ -81,9 +82,14 @@ class FakeGates:
             self.log.append(f"grant {address}")
             self.watch()
 
-    async def tell(self, gate: Gate, address: IpAddress, port: int, mac: MacAddress) -> None:
+    async def sender(self, gate: Gate, address: IpAddress, port: int) -> MacAddress | None:
+        self._table(gate)
+        return self.senders.get((address, port))
+
+    async def tell(self, gate: Gate, address: IpAddress, port: int, mac: MacAddress) -> bool:
         self._table(gate)
         self.told.append((address, port, mac))
+        return True
 
     async def close(self, places: Collection[tuple[str | None, str]]) -> None:
         names = {table for _, table in places}

@@ -58,8 +58,12 @@ class GateKernel(Protocol):
         """Let these through from now on."""
         ...
 
-    async def tell(self, gate: Gate, address: IpAddress, port: int, mac: MacAddress) -> None:
-        """Let the answer to an unverified request go to this MAC only."""
+    async def sender(self, gate: Gate, address: IpAddress, port: int) -> MacAddress | None:
+        """The MAC that an unverified connection came from, where that is known."""
+        ...
+
+    async def tell(self, gate: Gate, address: IpAddress, port: int, mac: MacAddress) -> bool:
+        """Let answers on an unverified connection go to this MAC only; false where they go to another one."""
         ...
 
     async def close(self, places: Collection[Place]) -> None:
@@ -363,8 +367,17 @@ class Gates:
                 self._granted.setdefault(network, {}).update(some)
             self._known = True
 
+    async def sender(self, key: AddressKey, port: int) -> MacAddress | None:
+        """The MAC that an unverified connection came from; `None` where that is not known.
+
+        Raises:
+            HostRefused: The kernel refuses.
+        """
+        gate = self._open.get(key[0])
+        return None if gate is None else await self.kernel.sender(gate, key[1], port)
+
     async def tell(self, key: AddressKey, port: int, mac: MacAddress) -> bool:
-        """Let the answer to an unverified request go to this MAC only; false where no gate sees to that.
+        """Let answers on an unverified connection go to this MAC only; false where no gate sees to that.
 
         Raises:
             HostRefused: The kernel refuses.
@@ -374,11 +387,10 @@ class Gates:
         if gate is None or network not in self._full:
             return False
         try:
-            await self.kernel.tell(gate, address, port, mac)
+            return await self.kernel.tell(gate, address, port, mac)
         except GateMissing:
             self._missing(network)
             return False
-        return True
 
     async def _do(
         self,

@@ -83,8 +83,12 @@ class PairKeeper(Protocol):
         """Every address that has a pair."""
         ...
 
+    async def sender(self, key: AddressKey, port: int) -> MacAddress | None:
+        """The MAC that an unverified connection came from; `None` where that is not known."""
+        ...
+
     async def tell(self, key: AddressKey, port: int, mac: MacAddress) -> bool:
-        """Let the answer to an unverified request go to this MAC only; false where nobody sees to that."""
+        """Let answers on an unverified connection go to this MAC only; false where that is not seen to."""
         ...
 
 
@@ -109,6 +113,11 @@ class NoPairs:
     def keys(self) -> Iterable[AddressKey]:
         """See `PairKeeper.keys`."""
         return ()
+
+    async def sender(self, key: AddressKey, port: int) -> MacAddress | None:
+        """See `PairKeeper.sender`."""
+        del key, port
+        return None
 
     async def tell(self, key: AddressKey, port: int, mac: MacAddress) -> bool:
         """See `PairKeeper.tell`."""
@@ -208,9 +217,12 @@ class Lookup:
                 assert_never(never)
 
     async def _look_at_pair(self, key: AddressKey, port: int) -> Resolution:
-        """Whose an address is together with the MAC that the neighbour table has for it now."""
+        """Whose an address is together with the MAC that the connection came from.
+
+        Where that is not known any more, the neighbour table's MAC counts.
+        """
         for _ in range(_LOOKS):
-            mac = await self.neighbour(key)
+            mac = await self.pairs.sender(key, port) or await self.neighbour(key)
             identity = identify(self.inventory, *key, neighbour_mac=mac)
             if isinstance(identity, Unknown):
                 resolution = await self._look_elsewhere(key, None)
@@ -219,24 +231,28 @@ class Lookup:
                 return resolution
             if not isinstance(identity, Found):
                 return await self._resolve(key, identity, mac)
-            expected = mac if identity.how is How.NEIGHBOUR else identity.port.mac
-            if mac is None and expected is not None:
+            if mac is None and identity.port.mac is not None:
                 return Mismatched()
             if not self.pairs.is_up(key[0]):
                 # Nobody would see to it that the answer goes to the instance.
                 return Missing(in_sync=False)
-            if identity.how is How.NEIGHBOUR and mac is not None:
-                await self._learn(key, identity.instance, mac)
-            elif self.pairs.granted(key) != (expected or ANY_MAC):
-                await self.records.tickets.wait(self.records.touch(key))
-            if await self._told(key, port, mac, expected):
-                return self._known(identity.instance, key)
+            if await self._let_answer(key, port, identity, mac):
+                known = self._known(identity.instance, key)
+                if isinstance(known, Known):
+                    return known
         # It changes hands while we look.
         return Missing(in_sync=False)
 
-    async def _told(
-        self, key: AddressKey, port: int, mac: MacAddress | None, expected: MacAddress | None
+    async def _let_answer(
+        self, key: AddressKey, port: int, found: Found, mac: MacAddress | None
     ) -> bool:
+        """Put the pair in force, and have the answer go to its MAC only; false where the address has moved on."""
+        expected = found.port.mac
+        if found.how is How.NEIGHBOUR and mac is not None:
+            expected = mac
+            await self._learn(key, found.instance, mac)
+        elif self.pairs.granted(key) != (expected or ANY_MAC):
+            await self.records.tickets.wait(self.records.touch(key))
         if self.pairs.granted(key) != (expected or ANY_MAC):
             return False
         if expected is None or mac is None:
@@ -298,9 +314,10 @@ class Lookup:
 
     def _known(self, instance: Instance, key: AddressKey) -> Resolution:
         record = self.records.planned(key)
-        if isinstance(record, MapRecord):
+        if isinstance(record, MapRecord) and record.instance == instance.id:
             return Known(instance.id, render_map_value(record))
-        # No endpoint set takes it, and the operator has to say where Nova is; or its record is not on disk yet.
+        # No endpoint set takes it, and the operator has to say where Nova is; or its record is not on disk yet; or
+        # the address has become another instance's since.
         return Missing(in_sync=False)
 
     async def neighbour(self, key: AddressKey) -> MacAddress | None:

@@ -11,6 +11,8 @@ In nft(8)'s words, for IPv4 (and the same for IPv6), where M is the metadata add
       tcp dport != 80 return
       ip saddr . ether saddr @good4 goto pass4
       ip saddr @free4 goto pass4
+      tcp flags & (fin|syn|rst|ack) == syn delete @from4 { ip saddr . tcp sport : ether saddr }
+      tcp flags & (fin|syn|rst|ack) == syn update @from4 { ip saddr . tcp sport : ether saddr }
       update @open4 { ip saddr . tcp sport }      # began unverified, and ends so
     chain pass4
       tcp flags & (fin|syn|rst|ack) == syn delete @open4 { ip saddr . tcp sport }
@@ -21,9 +23,10 @@ In nft(8)'s words, for IPv4 (and the same for IPv6), where M is the metadata add
     chain out4
       tcp sport 254 goto back4
       tcp sport != 80 return
+      ether daddr set ip daddr . tcp dport map @from4
       ip dscp != 0x2f return                      # a refusal: anybody may have it
       ip daddr @free4 return
-      ip daddr . tcp dport . ether daddr @told4 return
+      ether daddr set ip daddr . tcp dport map @told4 return
       drop
     chain back4
       ip daddr . ether daddr @good4 tcp sport set 80 return
@@ -33,6 +36,9 @@ In nft(8)'s words, for IPv4 (and the same for IPv6), where M is the metadata add
 Nothing is tracked: each packet is looked at by itself, and what no longer has its pair arrives at port 80, where
 the kernel knows no such connection and resets it. The way back is looked at because of ARP: who makes the host
 believe that a neighbour's address is his would get the neighbour's answers otherwise.
+
+What began unverified is answered to the MAC that it came from: the neighbour table may still have the guest that had
+the address before, and nothing but an answer shows the newcomer to us.
 """
 
 from __future__ import annotations
@@ -68,16 +74,28 @@ from imdsproxy.host.nftables import (
     present6,
     remember,
     rewrite,
+    store,
     verdict,
 )
 
-__all__ = ["FORMAT", "SETS", "element_of", "fill_table", "flow_of", "pair_of", "set_of", "told_of"]
+__all__ = [
+    "FORMAT",
+    "SETS",
+    "element_of",
+    "fill_table",
+    "flow_of",
+    "packed_mac",
+    "pair_of",
+    "set_of",
+]
 
-FORMAT: Final = 1
+FORMAT: Final = 2
 """Kept with each table: one of another format is made anew."""
 
 _OPEN_MS: Final = 600_000
 _OPEN_SIZE: Final = 8192
+_FROM_MS: Final = 30_000
+_FROM_SIZE: Final = 8192
 _TOLD_MS: Final = 120_000
 _TOLD_SIZE: Final = 8192
 
@@ -191,11 +209,21 @@ def _sets(layout: _Layout) -> tuple[SetKind, ...]:
             dynamic=True,
         ),
         SetKind(
+            layout.name("from"),
+            (address, _SERVICE),
+            length + 4,
+            size=_FROM_SIZE,
+            timeout_ms=_FROM_MS,
+            dynamic=True,
+            value=(_ETHER, _MAC_BYTES),
+        ),
+        SetKind(
             layout.name("told"),
-            (address, _SERVICE, _ETHER),
-            length + 12,
+            (address, _SERVICE),
+            length + 4,
             size=_TOLD_SIZE,
             timeout_ms=_TOLD_MS,
+            value=(_ETHER, _MAC_BYTES),
         ),
     )
 
@@ -220,9 +248,13 @@ def _inward(batch: Batch, layout: _Layout) -> None:
     batch.make_rule(chain, pair, lookup(name("good")), verdict(Verdict.GOTO, name("pass")))
     batch.make_rule(chain, source, lookup(name("free")), verdict(Verdict.GOTO, name("pass")))
     tcp = meta(L4_PROTOCOL) + compare(_TCP)
+    begins = tcp + payload(TRANSPORT, _FLAGS, 1) + bitwise(b"\x17") + compare(b"\x02")
+    sender = flow + payload(LINK, _SADDR_MAC, _MAC_BYTES, into=words + 1)
+    # An update alone would leave the MAC of an earlier connection.
+    for what in ("delete", "update"):
+        batch.make_rule(chain, begins, sender, remember(name("from"), what, value=words + 1))
     batch.make_rule(chain, tcp, flow, remember(name("open"), "update"))
     chain = name("pass")
-    begins = tcp + payload(TRANSPORT, _FLAGS, 1) + bitwise(b"\x17") + compare(b"\x02")
     batch.make_rule(chain, begins, flow, remember(name("open"), "delete"))
     batch.make_rule(chain, tcp, flow, lookup(name("open")), verdict(Verdict.RETURN))
     batch.make_rule(chain, tcp, rewrite(_DPORT, _VERIFIED, checksum=_CHECKSUM))
@@ -232,17 +264,19 @@ def _outward(batch: Batch, layout: _Layout) -> None:
     name, words = layout.name, layout.words
     target = payload(NETWORK, layout.target, layout.length)
     pair = target + payload(LINK, _DADDR_MAC, _MAC_BYTES, into=words)
-    told = target + payload(TRANSPORT, _DPORT, 2, into=words)
-    told += payload(LINK, _DADDR_MAC, _MAC_BYTES, into=words + 1)
+    flow = target + payload(TRANSPORT, _DPORT, 2, into=words)
     offset, mask, marked = layout.dscp
     dscp = payload(NETWORK, offset, len(mask)) + bitwise(mask)
     tcp = meta(L4_PROTOCOL) + compare(_TCP)
     chain = name("out")
     batch.make_rule(chain, _port(_SPORT), compare(_VERIFIED), verdict(Verdict.GOTO, name("back")))
     batch.make_rule(chain, _port(_SPORT), differs(_GUESTS), verdict(Verdict.RETURN))
+    to = store(LINK, _DADDR_MAC, _MAC_BYTES, register=words + 1)
+    batch.make_rule(chain, tcp, flow, lookup(name("from"), into=words + 1), to)
     batch.make_rule(chain, dscp, differs(marked), verdict(Verdict.RETURN))
     batch.make_rule(chain, target, lookup(name("free")), verdict(Verdict.RETURN))
-    batch.make_rule(chain, tcp, told, lookup(name("told")), verdict(Verdict.RETURN))
+    told = flow + lookup(name("told"), into=words + 1) + to
+    batch.make_rule(chain, tcp, told, verdict(Verdict.RETURN))
     batch.make_rule(chain, tcp, verdict(Verdict.DROP))
     chain = name("back")
     answer = rewrite(_SPORT, _GUESTS, checksum=_CHECKSUM)
@@ -275,10 +309,10 @@ def flow_of(address: IpAddress, port: int) -> bytes:
     return address.packed + struct.pack(">Hxx", port)
 
 
-def told_of(address: IpAddress, port: int, mac: MacAddress) -> bytes:
-    """Who may read the answer on a connection, as the key of `told`."""
-    return flow_of(address, port) + _padded_mac(mac)
+def packed_mac(mac: MacAddress) -> bytes:
+    """A MAC as a map's value."""
+    return bytes.fromhex(mac.replace(":", ""))
 
 
 def _padded_mac(mac: MacAddress) -> bytes:
-    return bytes.fromhex(mac.replace(":", "")) + b"\0\0"
+    return packed_mac(mac) + b"\0\0"

@@ -13,6 +13,7 @@ from typing import Final, TypeVar
 from imdsproxy.core.gates import VERIFIED_PORT, Gate
 from imdsproxy.core.hoststate import Family, NamespaceRef
 from imdsproxy.core.model import METADATA_PORT, IpAddress, MacAddress, NetworkId
+from imdsproxy.core.pairs import ANY_MAC
 from imdsproxy.errors import DataplaneError, HostRefused
 from imdsproxy.host.established import end_connections, list_connections
 from imdsproxy.host.gate_table import (
@@ -21,11 +22,12 @@ from imdsproxy.host.gate_table import (
     element_of,
     fill_table,
     flow_of,
+    packed_mac,
     pair_of,
     set_of,
-    told_of,
 )
 from imdsproxy.host.namespaces import NamespaceThread
+from imdsproxy.host.netlink import correct_neighbours
 from imdsproxy.host.nftables import Batch, NetfilterSocket
 from imdsproxy.host.nlmessages import NetlinkRefused, NetlinkSocket
 from imdsproxy.host.refusal import host_refused
@@ -134,22 +136,53 @@ class KernelGates:
         """
         await self._change(gate, lambda: _add(gate, pairs))
 
-    async def tell(self, gate: Gate, address: IpAddress, port: int, mac: MacAddress) -> None:
-        """Let the answer to an unverified request go to this MAC, and to no other.
+    async def tell(self, gate: Gate, address: IpAddress, port: int, mac: MacAddress) -> bool:
+        """Let answers on an unverified connection go to this MAC, and to no other.
+
+        Returns:
+            False where those on a connection from that port go to another MAC already: what was sent to that one may
+            have to be sent again.
 
         Raises:
             GateMissing: There is no such gate.
             HostRefused: The kernel refuses.
         """
+        told = True
 
         def tell() -> None:
+            nonlocal told
             batch = Batch(gate.table)
-            name = f"told{address.version}"
-            batch.add_elements(name, [told_of(address, port, mac)])
-            with NetfilterSocket() as channel:
-                channel.commit(batch)
+            batch.add_value(f"told{address.version}", flow_of(address, port), packed_mac(mac))
+            try:
+                with NetfilterSocket() as channel:
+                    channel.commit(batch)
+            except NetlinkRefused as error:
+                if error.errno not in (errno.EEXIST, errno.EBUSY):
+                    raise
+                told = False
 
         await self._change(gate, tell)
+        return told
+
+    async def sender(self, gate: Gate, address: IpAddress, port: int) -> MacAddress | None:
+        """The MAC that an unverified connection came from; `None` where that is not known (any more).
+
+        Raises:
+            HostRefused: The kernel refuses.
+        """
+
+        def ask() -> bytes | None:
+            name = f"from{address.version}"
+            with NetfilterSocket() as channel:
+                return channel.value(gate.table, name, flow_of(address, port))
+
+        try:
+            found = await self.thread.run(lambda: self._at(gate, ask))
+        except GateMissing:
+            return None
+        except NetlinkRefused as error:
+            raise host_refused(f"look at network {gate.network}", error, hint=_HINT) from error
+        return None if found is None else MacAddress(found.hex(":"))
 
     async def _change(self, gate: Gate, work: Callable[[], None]) -> None:
         def change() -> None:
@@ -257,6 +290,11 @@ def _add(gate: Gate, pairs: PairMap) -> None:
     _put(batch, pairs)
     with NetfilterSocket() as channel:
         channel.commit(batch)
+    # Where another guest had the address, the kernel would look for that one, for up to a minute.
+    macs = {address: mac for address, mac in pairs.items() if mac != ANY_MAC}
+    with NetlinkSocket() as route:
+        for _, index in gate.devices:
+            correct_neighbours(route, index, macs)
 
 
 def _withdraw(gate: Gate, pairs: PairMap) -> None:

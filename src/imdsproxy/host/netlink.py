@@ -10,7 +10,7 @@ from __future__ import annotations
 import errno
 import socket
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address
 from typing import Final
@@ -49,6 +49,7 @@ __all__ = [
     "address_index",
     "assign_nsid",
     "bridge_ports",
+    "correct_neighbours",
     "create_veth",
     "default_routes",
     "delete_link",
@@ -118,6 +119,10 @@ _FIB_MATCH: Final = 0x2000
 
 _NDA_DST: Final = 1
 _NDA_LLADDR: Final = 2
+_NUD_STALE: Final = 0x04
+_NUD_PERMANENT: Final = 0x80
+_MANY: Final = 32
+"""More are looked for in a dump of the whole table, of at most some thousand entries (gc_thresh3)."""
 _NUD_UNKNOWN: Final = 0x01 | 0x20  # INCOMPLETE and FAILED have no address to rely on
 
 _NETNSA_NSID: Final = 1
@@ -304,19 +309,48 @@ def neighbour_mac(
 
     `None` when it knows nobody, or knows several: two devices may each have a guest of one address.
     """
-    question = _NDMSG.pack(_family_of(address), index, 0, 0, 0)
     if index:
-        question += attribute(_NDA_DST, address.packed)
-        try:
-            answers = [channel.get(RTM_GETNEIGH, question)]
-        except NetlinkRefused as error:
-            if error.errno in (errno.ENOENT, errno.ENODEV):
-                return None
-            raise
+        answers = _neighbour(channel, index, address)
     else:
-        answers = channel.dump(RTM_GETNEIGH, question)
+        answers = channel.dump(RTM_GETNEIGH, _NDMSG.pack(_family_of(address), 0, 0, 0, 0))
     found = set(_neighbours(answers, address.packed))
     return found.pop() if len(found) == 1 else None
+
+
+def _neighbour(channel: NetlinkSocket, index: int, address: IpAddress) -> list[Message]:
+    question = _NDMSG.pack(_family_of(address), index, 0, 0, 0)
+    try:
+        return [channel.get(RTM_GETNEIGH, question + attribute(_NDA_DST, address.packed))]
+    except NetlinkRefused as error:
+        if error.errno in (errno.ENOENT, errno.ENODEV):
+            return []
+        raise
+
+
+def correct_neighbours(
+    channel: NetlinkSocket, index: int, macs: Mapping[IpAddress, MacAddress]
+) -> None:
+    """Give addresses of which the kernel has another MAC these ones, to be confirmed when they are next used.
+
+    What the kernel does not know it finds out by itself, and what somebody has made permanent stays.
+
+    Raises:
+        NetlinkRefused: A change was refused.
+    """
+    if len(macs) > _MANY:
+        answers = channel.dump(RTM_GETNEIGH, _NDMSG.pack(0, 0, 0, 0, 0))
+    else:
+        answers = [one for address in macs for one in _neighbour(channel, index, address)]
+    wanted = {address.packed: (address, mac) for address, mac in macs.items()}
+    for found in map(parse_neighbour, (message.payload for message in answers)):
+        address, mac = wanted.get(found.packed, (None, None))
+        if address is None or mac is None or found.index != index or found.permanent:
+            continue
+        if found.mac not in (None, mac):
+            entry = _NDMSG.pack(_family_of(address), index, _NUD_STALE, 0, 0)
+            entry += attribute(_NDA_DST, address.packed)
+            entry += attribute(_NDA_LLADDR, bytes.fromhex(mac.replace(":", "")))
+            channel.change(RTM_NEWNEIGH, entry, REPLACE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -327,11 +361,13 @@ class ObservedNeighbour:
         index: The device's.
         packed: The address.
         mac: `None` where nobody has answered for it.
+        permanent: An operator made it.
     """
 
     index: int
     packed: bytes
     mac: MacAddress | None
+    permanent: bool = False
 
 
 def parse_neighbour(payload: bytes) -> ObservedNeighbour:
@@ -339,7 +375,12 @@ def parse_neighbour(payload: bytes) -> ObservedNeighbour:
     _, index, state, _, _ = _NDMSG.unpack_from(payload)
     found = parse_attributes(payload, _NDMSG.size)
     mac = "" if state & _NUD_UNKNOWN else _mac(found.get(_NDA_LLADDR))
-    return ObservedNeighbour(index, found.get(_NDA_DST, b""), MacAddress(mac) if mac else None)
+    return ObservedNeighbour(
+        index,
+        found.get(_NDA_DST, b""),
+        MacAddress(mac) if mac else None,
+        permanent=bool(state & _NUD_PERMANENT),
+    )
 
 
 def _neighbours(answers: Iterable[Message], packed: bytes) -> Iterator[MacAddress]:

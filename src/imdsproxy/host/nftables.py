@@ -106,10 +106,11 @@ class Verdict(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class SetKind:
-    """A set.
+    """A set, or a map.
 
     Attributes:
         types: Of its key's parts, in nft(8)'s numbers, for whoever lists it.
+        value: For a map: type and length of what each key leads to.
         length: Of the key in bytes, each part filled up to four.
         size: The most elements; 0 for no limit. Needed where packets add them.
         timeout_ms: After which an element goes; 0 for never.
@@ -122,6 +123,7 @@ class SetKind:
     size: int = 0
     timeout_ms: int = 0
     dynamic: bool = False
+    value: tuple[int, int] | None = None
 
 
 def _number(kind: int, value: int) -> bytes:
@@ -195,26 +197,35 @@ def swap_bytes() -> bytes:
     )
 
 
-def store(base: int, offset: int, length: int, *, checksum: int | None = None) -> bytes:
-    """Write the first register over bytes of a header, and mend the checksum at `checksum` in it."""
+def store(
+    base: int, offset: int, length: int, *, checksum: int | None = None, register: int = 0
+) -> bytes:
+    """Write a register over bytes of a header, and mend the checksum at `checksum` in it."""
     mended = () if checksum is None else (_number(6, 1), _number(7, checksum))
     return _expression(
         "payload",
-        *(_number(5, _REGISTER), _number(2, base), _number(3, offset), _number(4, length)),
+        *(
+            _number(5, _REGISTER + register),
+            _number(2, base),
+            _number(3, offset),
+            _number(4, length),
+        ),
         *mended,
     )
 
 
-def lookup(name: str, *, absent: bool = False) -> bytes:
-    """Go on only where what the registers hold is in a set, or is not."""
+def lookup(name: str, *, absent: bool = False, into: int | None = None) -> bytes:
+    """Go on only where what the registers hold is in a set, or is not; a map's value goes into a register."""
     flags = (_number(5, 1),) if absent else ()
-    return _expression("lookup", text(1, name), _number(2, _REGISTER), *flags)
+    value = () if into is None else (_number(3, _REGISTER + into),)
+    return _expression("lookup", text(1, name), _number(2, _REGISTER), *flags, *value)
 
 
-def remember(name: str, what: str) -> bytes:
-    """Have what the registers hold in a set (`update`), or not (`delete`)."""
+def remember(name: str, what: str, *, value: int | None = None) -> bytes:
+    """Have what the registers hold in a set (`update`), or not (`delete`); a map's value is in a register."""
+    data = () if value is None else (_number(5, _REGISTER + value),)
     return _expression(
-        "dynset", text(1, name), _number(3, _DYNAMIC_OPS[what]), _number(4, _REGISTER)
+        "dynset", text(1, name), _number(3, _DYNAMIC_OPS[what]), _number(4, _REGISTER), *data
     )
 
 
@@ -279,8 +290,11 @@ class Batch:
         for one in kind.types:
             types = types << 6 | one
         flags = (0x10 if kind.timeout_ms else 0) | (0x20 if kind.dynamic else 0)
+        flags |= 0 if kind.value is None else 0x08
         parts = [self._table, text(2, kind.name), _number(10, number), _number(3, flags)]
         parts += [_number(4, types), _number(5, kind.length)]
+        if kind.value is not None:
+            parts += [_number(6, kind.value[0]), _number(7, kind.value[1])]
         if kind.timeout_ms:
             parts.append(attribute(11, struct.pack(">Q", kind.timeout_ms)))
         if kind.size:
@@ -313,6 +327,11 @@ class Batch:
     def add_elements(self, name: str, keys: Iterable[bytes]) -> None:
         """Have these keys in a set; those that are in it stay."""
         self._elements(_NEWSETELEM, CREATE, name, keys)
+
+    def add_value(self, name: str, key: bytes, value: bytes) -> None:
+        """Have a map lead from a key to a value; refused (EEXIST, EBUSY) where it leads to another one."""
+        element = _nested(1, _nested(1, attribute(1, key)), _nested(2, attribute(1, value)))
+        self._add(_NEWSETELEM, CREATE, self._table, text(2, name), _nested(3, element))
 
     def remove_elements(self, name: str, keys: Iterable[bytes]) -> None:
         """Have these keys no more; each must be in it."""
@@ -407,6 +426,18 @@ class NetfilterSocket:
         """The keys in a set."""
         found = self._ask(_GETSETELEM, DUMP, text(1, table) + text(2, name))
         return [key for message in found for key in _keys(message.payload)]
+
+    def value(self, table: str, name: str, key: bytes) -> bytes | None:
+        """What a map has for a key."""
+        wanted = _nested(3, _nested(1, _nested(1, attribute(1, key))))
+        try:
+            found = self._ask(_GETSETELEM, 0, text(1, table) + text(2, name) + wanted)
+        except NetlinkRefused as error:
+            if error.errno == errno.ENOENT:
+                return None
+            raise
+        (element,) = parse_list(parse_attributes(found[0].payload, _NFGEN.size).get(3, b""))
+        return parse_attributes(parse_attributes(element).get(2, b"")).get(1)
 
     def _ask(self, kind: int, flags: int, body: bytes, family: int = _NETDEV) -> list[Message]:
         self._sequence += 1

@@ -226,6 +226,7 @@ async def test_a_kernel_that_refuses_leaves_nobody_verified_and_is_told_of(tmp_p
         "do something",
     )
     assert not await rig.gates.tell(_KEY, 4711, _MAC)
+    assert await rig.gates.sender(_KEY, 4711) is None
     rig.kernel.refuse = ""
     await rig.round()
     assert rig.gates.problems == ()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from datetime import UTC, datetime
 from ipaddress import IPv4Address, IPv6Address
 
@@ -68,6 +69,8 @@ class _Pairs:
         self.up = True
         self.plain = False
         self.told: list[tuple[AddressKey, int, MacAddress]] = []
+        self.senders: dict[tuple[AddressKey, int], MacAddress] = {}
+        self.on_tell: Callable[[], None] = lambda: None
 
     def is_plain(self, network: NetworkId) -> bool:
         del network
@@ -83,8 +86,12 @@ class _Pairs:
     def keys(self) -> list[AddressKey]:
         return []
 
+    async def sender(self, key: AddressKey, port: int) -> MacAddress | None:
+        return self.senders.get((key, port))
+
     async def tell(self, key: AddressKey, port: int, mac: MacAddress) -> bool:
         self.told.append((key, port, mac))
+        self.on_tell()
         return True
 
 
@@ -94,6 +101,7 @@ class _Records:
     def __init__(self) -> None:
         self.learned: dict[AddressKey, Learned] = {}
         self.tickets = Tickets()
+        self.owner = "web"
 
     def learn(self, key: AddressKey, learned: Learned) -> int:
         self.learned[key] = learned
@@ -109,7 +117,7 @@ class _Records:
 
     def planned(self, key: AddressKey) -> EmbeddedRecord:
         del key
-        return EmbeddedRecord(InstanceId("web"), _REVISION)
+        return EmbeddedRecord(InstanceId(self.owner), _REVISION)
 
 
 class Rig:
@@ -271,6 +279,26 @@ async def test_a_guest_is_known_by_its_mac_alone_at_whatever_address() -> None:
     assert await rig.lookup.look(_ASKED, None, 4711) == _WEB
     assert rig.records.learned == {_ASKED: Learned(InstanceId("web"), 130.0, mac=_MAC)}
     assert rig.pairs.told == [(_ASKED, 4711, _MAC)]
+
+
+async def test_the_mac_that_a_connection_came_from_counts_and_not_the_neighbour_table_s() -> None:
+    rig = Rig(_web(), mac_check=True)
+    rig.neighbours.mac = MacAddress("02:00:00:00:00:99")
+    rig.pairs.senders[_ASKED, 4711] = _MAC
+    assert await rig.lookup.look(_ASKED, None, 4711) == _WEB
+    assert rig.pairs.told == [(_ASKED, 4711, _MAC)]
+    assert await rig.lookup.look(_ASKED, None, 4712) == Mismatched()
+
+
+async def test_an_address_that_another_takes_meanwhile_never_gives_that_one_s_record() -> None:
+    rig = Rig(_bare(), mac_check=True)
+    rig.neighbours.mac = _MAC
+
+    def take() -> None:
+        rig.records.owner = "thief"
+
+    rig.pairs.on_tell = take
+    assert await rig.lookup.look(_ASKED, None, 4711) == Missing(in_sync=False)
 
 
 async def test_what_is_told_of_needs_no_second_look() -> None:
