@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +11,11 @@ from typing import Final, Protocol
 
 import structlog
 
-from imdsproxy.dataplane.launch import wait_gone
+from imdsproxy.dataplane.launch import UNIT_S, wait_gone
 from imdsproxy.errors import DataplaneError, HostRefused, Problem
 from imdsproxy.host.files import open_log
 from imdsproxy.host.process import ProcessHandle, spawn_detached
+from imdsproxy.host.programs import run_program
 from imdsproxy.serving.pidfile import stop_documents
 
 __all__ = ["Companion", "CompanionLauncher", "SpawnCompanion", "UnitCompanion"]
@@ -191,9 +191,5 @@ class UnitCompanion:
                 f"systemctl {verb} {self.unit}: {words}", hint=f"journalctl -u {self.unit}"
             )
 
-    async def _systemctl(self, verb: str) -> tuple[int | None, str]:
-        process = await asyncio.create_subprocess_exec(
-            "systemctl", verb, self.unit, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-        )
-        words = (await process.communicate())[0].decode("utf-8", "replace").strip()
-        return process.returncode, words
+    async def _systemctl(self, verb: str) -> tuple[int, str]:
+        return await run_program("systemctl", verb, self.unit, deadline_s=UNIT_S)

@@ -12,50 +12,14 @@ import structlog
 from imdsproxy.core.haproxy.runtime import Processes
 from imdsproxy.dataplane.haproxy import Haproxy
 from imdsproxy.errors import DataplaneError, HostRefused, Problem, RuntimeUnavailable
-from imdsproxy.host.vitals import Vitals, read_vitals
+from imdsproxy.host.doubt import Doubt
+from imdsproxy.host.process import ProcessStat, read_stat
 
-__all__ = ["Doubt", "HaproxyGuard"]
+__all__ = ["HaproxyGuard"]
 
 _PROBE_EVERY_S: Final = 1.0
-_SILENT_PROBES: Final = 2
-"""Unanswered probes after which a worker that does nothing counts as hung: within four seconds."""
-
-_BUSY_PROBES: Final = 8
-"""The same for one that works all the while: on a host that is out of processor time it is only slow."""
-
 _RESTART_FIRST_S: Final = 0.05
 _RESTART_LAST_S: Final = 5.0
-
-
-@dataclass(frozen=True, slots=True)
-class Doubt:
-    """What unanswered probes, one after the other, say of a worker.
-
-    Attributes:
-        worker: Whom they were for.
-        silent: How many there were.
-        ticks: Processor time that it had used at the first one.
-        vitals: How it was at the last one.
-    """
-
-    worker: int = 0
-    silent: int = 0
-    ticks: int = 0
-    vitals: Vitals | None = None
-
-    def after_silence(self, worker: int, vitals: Vitals | None) -> Doubt:
-        """One more probe was not answered."""
-        if worker != self.worker or not self.silent:
-            return Doubt(worker, 1, 0 if vitals is None else vitals.ticks, vitals)
-        return Doubt(worker, self.silent + 1, self.ticks, vitals)
-
-    @property
-    def hung(self) -> bool:
-        """Waiting longer helps nobody; one that has ended is its master's business."""
-        if self.vitals is None or self.silent < _SILENT_PROBES:
-            return False
-        idle = self.vitals.stopped or self.vitals.ticks == self.ticks
-        return idle or self.silent >= _BUSY_PROBES
 
 
 @dataclass(slots=True)
@@ -70,7 +34,7 @@ class HaproxyGuard:
     haproxy: Haproxy
     on_return: Callable[[str], object]
     on_trouble: Callable[[str], object]
-    read_vitals: Callable[[int], Vitals | None] = read_vitals
+    read_stat: Callable[[int], ProcessStat | None] = read_stat
     failure: Problem | None = None
     restarts: int = 0
     hangs: int = 0
@@ -154,7 +118,7 @@ class HaproxyGuard:
             if self.haproxy.processes is not before or before.worker is None:
                 doubt = Doubt()
                 continue
-            doubt = doubt.after_silence(before.worker, self.read_vitals(before.worker))
+            doubt = doubt.after_silence(before.worker, self.read_stat(before.worker))
             if not doubt.hung:
                 continue
             doubt = Doubt()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import grp
 import os
 import pwd
+import signal
 import socket as sockets
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -13,7 +14,13 @@ import typer
 
 from imdsproxy.cli import options
 from imdsproxy.cli.output import Column, Output, clean
-from imdsproxy.errors import AdminUnavailable, ConfigError, HaproxyMissing, ImdsproxyError
+from imdsproxy.errors import (
+    AdminUnavailable,
+    ConfigError,
+    HaproxyMissing,
+    HostRefused,
+    ImdsproxyError,
+)
 
 if TYPE_CHECKING:
     import ssl
@@ -40,6 +47,8 @@ def check(
     The exit status is that of the first problem; a warning is none.
     """
     run = options.invocation(context, as_json=as_json, socket=socket, config=config)
+    # Ended by SIGTERM it takes with it what it has started, as it does after Ctrl-C.
+    signal.signal(signal.SIGTERM, lambda _number, _frame: signal.raise_signal(signal.SIGINT))
     findings = _ask(run)
     if run.output.as_json:
         run.output.json(
@@ -112,8 +121,11 @@ def _ask(run: options.Invocation) -> list[Finding]:
     findings += preflight.check_privileges(preflight.read_capabilities(own))
     findings += preflight.check_namespaces(settings.paths.netns_dir)
     findings += told
-    findings += _macs(run, settings, reachable=status is not None)
-    findings += _paths(run, settings, reachable=status is not None)
+    for look in (_macs, _paths):
+        try:
+            findings += look(run, settings, reachable=status is not None)
+        except HostRefused as error:
+            findings += preflight.findings_of("host", error)
     findings += preflight.check_directories(
         {
             "paths.runtime_dir": settings.paths.runtime_dir,

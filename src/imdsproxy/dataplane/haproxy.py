@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import subprocess
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
@@ -20,10 +19,13 @@ from imdsproxy.dataplane.master import MasterClient
 from imdsproxy.dataplane.records import RecordApplier, Writer
 from imdsproxy.errors import ConfigRejected, HostRefused, ReloadFailed, RuntimeUnavailable
 from imdsproxy.host.clock import Clock
+from imdsproxy.host.programs import run_program
 
 __all__ = ["Haproxy", "LastReload"]
 
 _PROBE_DEADLINE_S = 1.0
+_CHECK_DEADLINE_S = 60.0
+"""The binds of 5,000 networks take a few seconds; the records are not in it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,17 +167,11 @@ class Haproxy:
 
     async def _check(self, candidate: str, text: str, reason: str) -> None:
         self.write(self.layout.candidate, candidate.encode())
-        process = await asyncio.create_subprocess_exec(
-            self.program,
-            "-c",
-            "-f",
-            str(self.layout.candidate),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
+        candidate_file = str(self.layout.candidate)
+        status, words = await run_program(
+            self.program, "-c", "-f", candidate_file, deadline_s=_CHECK_DEADLINE_S
         )
-        words = (await process.communicate())[0].decode("utf-8", "replace").strip()
-        if process.returncode == 0:
+        if status == 0:
             return
         self.write(self.layout.rejected, text.encode())
         alerts = [line for line in words.splitlines() if "ALERT" in line]

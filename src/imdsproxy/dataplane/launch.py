@@ -6,7 +6,6 @@ import asyncio
 import os
 import shutil
 import signal
-import subprocess
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,11 +14,13 @@ from typing import Final, Protocol
 from imdsproxy.core.haproxy.runtime import Processes, Version, parse_features, parse_version
 from imdsproxy.dataplane.layout import Layout
 from imdsproxy.dataplane.master import MasterClient
-from imdsproxy.errors import ConfigRejected, HaproxyMissing, RuntimeUnavailable
+from imdsproxy.errors import ConfigRejected, HaproxyMissing, HostRefused, RuntimeUnavailable
 from imdsproxy.host.files import open_log, write_atomic
 from imdsproxy.host.process import ProcessHandle, open_process, spawn_detached
+from imdsproxy.host.programs import run_program
 
 __all__ = [
+    "UNIT_S",
     "HaproxyProgram",
     "Launcher",
     "SpawnLauncher",
@@ -35,6 +36,9 @@ _MAXCONN: Final = 4096
 _POLL_S: Final = 0.01
 _SEARCH_PATH: Final = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _STOP_GRACE_S: Final = 10.0
+_ASK_S: Final = 10.0
+UNIT_S: Final = 90.0
+"""Longer than our units may take to start or to stop."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,23 +54,18 @@ async def read_program(binary: str) -> HaproxyProgram:
     """Ask the program what it is.
 
     Raises:
-        HaproxyMissing: There is none, it is older than 3.0, or was built without namespaces.
+        HaproxyMissing: There is none, it hangs, is older than 3.0, or was built without namespaces.
     """
     path = shutil.which(binary, path=_SEARCH_PATH) or binary
     try:
-        process = await asyncio.create_subprocess_exec(
-            path,
-            "-vv",
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            stdin=subprocess.DEVNULL,
-        )
+        _, text = await run_program(path, "-vv", deadline_s=_ASK_S, errors=False)
     except OSError as error:
         raise HaproxyMissing(
             f"cannot run {binary}: {error.strerror}",
             hint="install HAProxy 3.0 or newer (Debian 13: apt install haproxy)",
         ) from error
-    text = (await process.communicate())[0].decode("utf-8", "replace")
+    except HostRefused as error:
+        raise HaproxyMissing(error.message, hint=error.hint) from error
     version = parse_version(text)
     if version is None:
         raise HaproxyMissing(f"{binary} -vv does not look like HAProxy", hint="set haproxy.binary")
@@ -236,7 +235,7 @@ class SystemdLauncher:
         write_atomic(self.layout.environment, options.encode(), mode=0o644)
         # Without it, each restart since the unit's last rest would make systemd wait longer.
         await self._run("systemctl", "reset-failed", self.unit)
-        status, words = await self._run("systemctl", "start", self.unit)
+        status, words = await self._run("systemctl", "start", self.unit, deadline_s=UNIT_S)
         if status != 0:
             raise await self._failure(words)
 
@@ -256,7 +255,7 @@ class SystemdLauncher:
 
     async def stop(self) -> None:
         """See `Launcher.stop`."""
-        status, words = await self._run("systemctl", "stop", self.unit)
+        status, words = await self._run("systemctl", "stop", self.unit, deadline_s=UNIT_S)
         if status != 0:
             raise RuntimeUnavailable(f"systemctl stop {self.unit}: {words}")
 
@@ -274,19 +273,12 @@ class SystemdLauncher:
         status, words = await self._run("journalctl", *options)
         return find_alerts(words, self.unit) if status == 0 else ""
 
-    async def _run(self, *arguments: str) -> tuple[int, str]:
-        """Run a command of systemd's: its exit status and what it said."""
+    async def _run(self, *arguments: str, deadline_s: float = _ASK_S) -> tuple[int, str]:
+        """Run a command of systemd's: its exit status and its output."""
         try:
-            process = await asyncio.create_subprocess_exec(
-                *arguments,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-            )
+            return await run_program(*arguments, deadline_s=deadline_s)
         except OSError as error:
             raise HaproxyMissing(f"cannot run {arguments[0]}: {error.strerror}") from error
-        words = (await process.communicate())[0].decode("utf-8", "replace").strip()
-        return process.returncode if process.returncode is not None else -1, words
 
 
 def find_alerts(journal: str, unit: str) -> str:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import shutil
 import socket
 import struct
-import subprocess
 import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -18,6 +18,7 @@ from imdsproxy.host.namespaces import unshare_network
 from imdsproxy.host.netlink import RTM_GETLINK, bridge_ports, find_link
 from imdsproxy.host.nftables import Batch, NetfilterSocket
 from imdsproxy.host.nlmessages import NetlinkSocket, parse_attributes
+from imdsproxy.host.programs import run_program
 
 __all__ = ["GuardedPort", "observe_bridge", "read_rules", "rules_for", "try_gate"]
 
@@ -101,16 +102,18 @@ def rules_for(port: str, rules: str) -> str:
 
 
 def read_rules(commands: Iterable[tuple[str, ...]] = _RULE_READERS) -> str:
-    """Every rule for bridges and devices, as far as there are programs that list them."""
+    """Every rule for bridges and devices, as far as there are programs that list them.
+
+    Raises:
+        HostRefused: One of them hangs.
+    """
     texts: list[str] = []
     for program, *arguments in commands:
         path = shutil.which(program)
         if path is None:
             continue
-        done = subprocess.run(
-            (path, *arguments), capture_output=True, text=True, timeout=_READ_S, check=False
-        )
-        texts.append(done.stdout)
+        _, text = asyncio.run(run_program(path, *arguments, deadline_s=_READ_S, errors=False))
+        texts.append(text)
     return "\n".join(texts)
 
 

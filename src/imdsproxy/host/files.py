@@ -19,6 +19,8 @@ __all__ = [
     "MAX_SECRET_BYTES",
     "ensure_directory",
     "hold_directory",
+    "is_file_at",
+    "open_locked",
     "open_log",
     "read_secret",
     "sweep_unfinished",
@@ -176,6 +178,30 @@ def open_log(path: Path) -> int:
     return descriptor
 
 
+def open_locked(path: Path, flags: int, mode: int = 0o600) -> int | None:
+    """Open a file and lock it (flock(2)) until its last copy is closed; `None` when another has it locked.
+
+    Raises:
+        OSError: As of `open`.
+    """
+    descriptor = os.open(path, flags | os.O_CLOEXEC, mode)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(descriptor)
+        if isinstance(error, BlockingIOError):
+            return None
+        raise
+    return descriptor
+
+
+def is_file_at(descriptor: int, path: Path) -> bool:
+    """Whether an open file is still the one of that name."""
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        return os.path.samestat(os.fstat(descriptor), path.lstat())
+    return False
+
+
 @contextlib.contextmanager
 def hold_directory(path: Path) -> Iterator[None]:
     """Have a directory of ours for this process alone; nobody else that asks for it by this gets it meanwhile.
@@ -185,20 +211,14 @@ def hold_directory(path: Path) -> Iterator[None]:
         PrivilegeMissing: We may not open it.
     """
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        descriptor = open_locked(path, os.O_RDONLY | os.O_DIRECTORY)
     except OSError as error:
-        raise host_refused(f"open {path}", error) from error
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(descriptor)
+        raise host_refused(f"lock {path}", error) from error
+    if descriptor is None:
         raise HostRefused(
             f"another controller keeps its state in {path}",
             hint="end it, or give this one a state directory of its own: paths.state_dir",
-        ) from error
-    except OSError as error:
-        os.close(descriptor)
-        raise host_refused(f"lock {path}", error) from error
+        )
     try:
         yield
     finally:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import shutil
-import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from ipaddress import IPv4Address
@@ -13,6 +13,7 @@ from typing import Final, cast
 
 from imdsproxy.host.netlink import find_link, route_device
 from imdsproxy.host.nlmessages import NetlinkSocket
+from imdsproxy.host.programs import run_program
 
 __all__ = [
     "DroppingChain",
@@ -47,13 +48,18 @@ class DroppingChain:
 
 
 def read_dropping_chains() -> tuple[DroppingChain, ...]:
-    """Those in force, as nft(8) knows them; none where it cannot be asked. iptables-legacy has its own."""
+    """Those in force, as nft(8) knows them; none where it cannot be asked. iptables-legacy has its own.
+
+    Raises:
+        HostRefused: nft hangs.
+    """
     program = shutil.which("nft")
     if program is None:
         return ()
-    words = (program, "--json", "list", "ruleset")
-    done = subprocess.run(words, capture_output=True, text=True, timeout=_READ_S, check=False)
-    return parse_dropping_chains(done.stdout) if done.returncode == 0 else ()
+    status, text = asyncio.run(
+        run_program(program, "--json", "list", "ruleset", deadline_s=_READ_S, errors=False)
+    )
+    return parse_dropping_chains(text) if status == 0 else ()
 
 
 def parse_dropping_chains(ruleset: str) -> tuple[DroppingChain, ...]:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import asyncio
-import subprocess
 from abc import ABC, abstractmethod
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import ClassVar, Generic, TypeVar
+from typing import ClassVar, Final, Generic, TypeVar
 
 from imdsproxy.errors import HostRefused
+from imdsproxy.host.programs import run_program
 
 __all__ = ["NftTable", "NftWords"]
+
+_DEADLINE_S: Final = 30.0
 
 T = TypeVar("T", bound=Collection[object])
 
@@ -57,18 +58,14 @@ class NftTable(ABC, Generic[T]):
         """Have exactly this in force; with nothing wanted, no table at all.
 
         Raises:
-            HostRefused: nft is not installed or refuses.
+            HostRefused: nft is not installed, refuses, or hangs.
         """
         if wanted == self.applied:
             return
         try:
-            process = await asyncio.create_subprocess_exec(
-                self.program,
-                "-f",
-                "-",
-                stdin=subprocess.PIPE,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
+            # A kernel that knows no such tables refuses to remove one as well: then there is none.
+            status, words = await run_program(
+                self.program, "-f", "-", deadline_s=_DEADLINE_S, text=self.render(wanted)
             )
         except FileNotFoundError as error:
             if not wanted and self.applied is None:
@@ -78,9 +75,6 @@ class NftTable(ABC, Generic[T]):
             raise HostRefused(
                 f"{self.words.missing}: no nft", hint=f"apt install nftables; {self.words.until}"
             ) from error
-        # A kernel that knows no such tables refuses to remove one as well: then there is none.
-        _, said = await process.communicate(self.render(wanted).encode())
-        if process.returncode != 0 and (wanted or self.applied):
-            told = said.decode("utf-8", "replace").strip()[:500]
-            raise HostRefused(f"{self.words.refused} {told}", hint=self.words.hint)
+        if status != 0 and (wanted or self.applied):
+            raise HostRefused(f"{self.words.refused} {words[:500]}", hint=self.words.hint)
         self.applied = wanted

@@ -13,7 +13,7 @@ import errno
 import os
 import signal
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -22,12 +22,16 @@ from imdsproxy.host.files import write_atomic
 from imdsproxy.host.refusal import host_refused
 
 __all__ = [
-    "ProcessIdentity",
     "ProcessHandle",
+    "ProcessIdentity",
+    "ProcessStat",
+    "command_name",
     "identify",
     "open_process",
+    "open_sockets",
     "pss_bytes",
     "read_pid_file",
+    "read_stat",
     "remove_pid_file",
     "spawn_detached",
     "write_pid_file",
@@ -37,12 +41,69 @@ PROC: Final = Path("/proc")
 
 
 @dataclass(frozen=True, slots=True)
+class ProcessStat:
+    """What `/proc/PID/stat` shows (proc_pid_stat(5)).
+
+    Attributes:
+        state: One letter: R running, S sleeping, D in the disk, T stopped, t traced, Z and X ended.
+        parent: Its parent's pid.
+        ticks: Processor time used, in clock ticks (usually 10 ms each).
+        started: Clock ticks after boot: with the pid, the identity of a process.
+    """
+
+    state: str
+    parent: int
+    ticks: int
+    started: int
+
+    @property
+    def stopped(self) -> bool:
+        """It does nothing until a signal lets it go on."""
+        return self.state in {"T", "t"}
+
+
+def read_stat(pid: int, proc: Path = PROC) -> ProcessStat | None:
+    """How a process is; `None` when there is none that we may see, or a zombie that only waits to be reaped."""
+    try:
+        text = (proc / str(pid) / "stat").read_text(errors="replace")
+    except OSError:
+        return None
+    # The name, in parentheses, may hold blanks and parentheses itself.
+    fields = text.rpartition(")")[2].split()
+    if fields[0] in {"Z", "X"}:
+        return None
+    return ProcessStat(
+        fields[0], int(fields[1]), int(fields[11]) + int(fields[12]), int(fields[19])
+    )
+
+
+def command_name(pid: int, proc: Path = PROC) -> str:
+    """The short name of a process; `?` where there is none, or we may not look."""
+    try:
+        return (proc / str(pid) / "comm").read_text(errors="replace").rstrip("\n")
+    except OSError:
+        return "?"
+
+
+def open_sockets(pid: int, proc: Path = PROC) -> Iterator[tuple[int, str]]:
+    """The inode of each socket that a process has open, with the path of its descriptor."""
+    # A process that ends while it is looked at holds nothing any more.
+    with contextlib.suppress(OSError), os.scandir(proc / str(pid) / "fd") as entries:
+        for entry in entries:
+            target = ""
+            with contextlib.suppress(OSError):
+                target = os.readlink(entry.path)  # noqa: PTH115 - called for every descriptor of a host
+            if target.startswith("socket:["):
+                yield int(target[8:-1]), entry.path
+
+
+@dataclass(frozen=True, slots=True)
 class ProcessIdentity:
     """A process as `/proc` shows it.
 
     Attributes:
-        started: Clock ticks after boot (field 22 of `/proc/PID/stat`): with the pid, its identity.
-        parent: Its parent's pid.
+        started: As of `ProcessStat`.
+        parent: As of `ProcessStat`.
         executable: Target of `/proc/PID/exe`; ` (deleted)` at its end after an upgrade of the file;
             empty where we may not look.
         arguments: Its command line.
@@ -58,18 +119,18 @@ class ProcessIdentity:
 def identify(pid: int) -> ProcessIdentity | None:
     """Who has this pid now; `None` when nobody has, or a zombie that only waits to be reaped."""
     place = PROC / str(pid)
+    stat = read_stat(pid)
+    if stat is None:
+        return None
     try:
-        fields = (place / "stat").read_text(errors="replace").rpartition(")")[2].split()
         command = (place / "cmdline").read_bytes()
     except (FileNotFoundError, ProcessLookupError):
-        return None
-    if fields[0] in ("Z", "X"):
         return None
     executable = ""
     with contextlib.suppress(OSError):
         executable = str((place / "exe").readlink())
     arguments = tuple(os.fsdecode(one) for one in command.split(b"\0")[:-1])
-    return ProcessIdentity(pid, int(fields[19]), int(fields[1]), executable, arguments)
+    return ProcessIdentity(pid, stat.started, stat.parent, executable, arguments)
 
 
 class ProcessHandle:
@@ -88,7 +149,7 @@ class ProcessHandle:
 
     def alive(self) -> bool:
         """Whether it has not ended yet; a zombie has."""
-        now = identify(self.pid)
+        now = read_stat(self.pid)
         return now is not None and now.started == self.identity.started
 
     async def wait(self) -> int | None:

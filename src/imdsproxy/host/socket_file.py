@@ -21,6 +21,7 @@ from imdsproxy.core.hoststate import SocketOwner
 from imdsproxy.core.unix_socket import SeenSocket, SocketState
 from imdsproxy.errors import HostRefused
 from imdsproxy.host.nlmessages import NetlinkRefused, NetlinkSocket, parse_attributes
+from imdsproxy.host.process import command_name, open_sockets
 from imdsproxy.host.refusal import host_refused
 from imdsproxy.host.sockets import SOCK_DIAG
 
@@ -100,7 +101,7 @@ class SocketFiles:
         self._ours = {inode: pid for inode, pid in self._ours.items() if pid in our_pids}
         if any(one.inode not in self._ours for one in named):
             for pid in our_pids:
-                self._ours.update(dict.fromkeys(self._sockets(pid), pid))
+                self._ours.update({inode: pid for inode, _ in open_sockets(pid, self._proc)})
         return [one for one in named if one.inode in self._ours]
 
     def _ask(self, path: Path, our_pids: Collection[int], *, held: bool) -> SeenSocket:
@@ -120,28 +121,14 @@ class SocketFiles:
         # Whoever began to listen may have handed the socket to another worker and ended.
         if pid in our_pids or (held and not (self._proc / str(pid)).exists()):
             return SeenSocket(SocketState.OURS)
-        owners = (SocketOwner(pid, self._command(pid)),) if pid else ()
+        owners = (SocketOwner(pid, command_name(pid, self._proc)),) if pid else ()
         return SeenSocket(SocketState.FOREIGN, owners, orphaned=held)
 
     def _owners(self, inode: int) -> Iterator[SocketOwner]:
         pids = sorted(int(one.name) for one in self._proc.iterdir() if one.name.isdigit())
         for pid in pids:
-            if inode in self._sockets(pid):
-                yield SocketOwner(pid, self._command(pid))
-
-    def _sockets(self, pid: int) -> Iterator[int]:
-        # A process that ends while it is looked at holds nothing any more.
-        with contextlib.suppress(OSError), os.scandir(self._proc / str(pid) / "fd") as entries:
-            for entry in entries:
-                target = _link(entry.path)
-                if target.startswith("socket:["):
-                    yield int(target[8:-1])
-
-    def _command(self, pid: int) -> str:
-        try:
-            return (self._proc / str(pid) / "comm").read_text(errors="replace").rstrip("\n")
-        except OSError:
-            return "?"
+            if any(inode == one for one, _ in open_sockets(pid, self._proc)):
+                yield SocketOwner(pid, command_name(pid, self._proc))
 
 
 def give_socket(path: Path, *, mode: int, owner: tuple[int, int]) -> None:
@@ -241,10 +228,3 @@ def _listening() -> list[_Listening]:
             major, minor = device >> _MINOR_BITS, device & ((1 << _MINOR_BITS) - 1)
             found.append(_Listening(inode, name, file, os.makedev(major, minor)))
     return found
-
-
-def _link(path: str) -> str:
-    try:
-        return os.readlink(path)  # noqa: PTH115 - called for every descriptor of a process
-    except OSError:
-        return ""

@@ -9,11 +9,10 @@ without listening, and lets go.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import socket
 import struct
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable
 from dataclasses import replace
 from ipaddress import IPv4Address, IPv6Address
 from pathlib import Path
@@ -22,6 +21,7 @@ from typing import Final
 from imdsproxy.core.hoststate import Family, ListeningSocket, SocketOwner
 from imdsproxy.core.model import METADATA_IPV4, METADATA_IPV6, METADATA_PORT, IpAddress
 from imdsproxy.host.nlmessages import NetlinkSocket, parse_attributes
+from imdsproxy.host.process import command_name, open_sockets, read_arguments, read_stat
 
 __all__ = ["SOCK_DIAG", "SocketOwners", "listening_sockets", "try_bind", "try_tcp_listen"]
 
@@ -129,7 +129,7 @@ class SocketOwners:
 
     def __init__(self, proc: Path = Path("/proc"), config: Path | None = None) -> None:
         self._proc = proc
-        self._config = None if config is None else os.fsencode(config)
+        self._config = None if config is None else str(config)
         self._ours: dict[int, int] = {}
         self._foreign: dict[int, dict[int, str]] = {}
         self._fruitless: dict[int, int] = {}
@@ -168,7 +168,7 @@ class SocketOwners:
         owners: list[SocketOwner] = []
         for holder in holders:
             if holder not in commands:
-                commands[holder] = self._command(holder)
+                commands[holder] = command_name(holder, self._proc)
             owners.append(SocketOwner(holder, commands[holder]))
         ours = pid is not None or any(self._is_ours(holder, our_pids) for holder in holders)
         return replace(one, owners=tuple(owners), ours=ours)
@@ -177,21 +177,16 @@ class SocketOwners:
         if wanted <= self._ours.keys():
             return
         for pid in our_pids:
-            for inode, _ in self._sockets_of(pid):
+            for inode, _ in open_sockets(pid, self._proc):
                 self._ours.setdefault(inode, pid)
 
     def _is_ours(self, pid: int, our_pids: Collection[int]) -> bool:
         if pid in our_pids:
             return True
-        if our_pids and self._parent(pid) in our_pids:
+        stat = read_stat(pid, self._proc) if our_pids else None
+        if stat is not None and stat.parent in our_pids:
             return True
-        return self._config is not None and self._config in self._arguments(pid)
-
-    def _arguments(self, pid: int) -> list[bytes]:
-        try:
-            return (self._proc / str(pid) / "cmdline").read_bytes().split(b"\0")
-        except OSError:
-            return []
+        return self._config is not None and self._config in read_arguments(pid, self._proc)
 
     def _find_foreign(self, wanted: Collection[int], namespaces: Collection[int]) -> None:
         missing = {inode for inode in wanted if not self._still_held(inode)}
@@ -202,7 +197,7 @@ class SocketOwners:
         inside, outside = self._split(namespaces)
         for pids in (inside, outside):
             for pid in pids:
-                for inode, path in self._sockets_of(pid):
+                for inode, path in open_sockets(pid, self._proc):
                     if inode in missing:
                         found.setdefault(inode, {})[pid] = path
             if missing <= found.keys():
@@ -228,28 +223,6 @@ class SocketOwners:
         links = {f"net:[{namespace}]" for namespace in namespaces}
         inside = [pid for pid in pids if _link(f"{self._proc}/{pid}/ns/net") in links]
         return inside, sorted(set(pids) - set(inside))
-
-    def _sockets_of(self, pid: int) -> Iterator[tuple[int, str]]:
-        directory = f"{self._proc}/{pid}/fd"
-        # A process that ends while it is looked at holds nothing any more.
-        with contextlib.suppress(OSError), os.scandir(directory) as entries:
-            for entry in entries:
-                target = _link(entry.path)
-                if target.startswith("socket:["):
-                    yield int(target[8:-1]), entry.path
-
-    def _command(self, pid: int) -> str:
-        try:
-            return (self._proc / str(pid) / "comm").read_text(errors="replace").rstrip("\n")
-        except OSError:
-            return "?"
-
-    def _parent(self, pid: int) -> int:
-        try:
-            status = (self._proc / str(pid) / "stat").read_text(errors="replace")
-        except OSError:
-            return 0
-        return int(status.rpartition(")")[2].split()[1])
 
 
 def _link(path: str) -> str:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from imdsproxy.host.process import open_sockets
 from imdsproxy.host.socket_file import find_socket_at
 
 __all__ = ["UnixListener", "find_unix_listener"]
@@ -41,15 +42,18 @@ def find_unix_listener(path: Path, proc: Path = Path("/proc")) -> UnixListener |
     if len(inodes) > 1:
         # A HAProxy whose socket somebody else has replaced listens still, or an agent whose socket it has replaced;
         # nobody reaches them. Where the kernel does not say who is reached, who bound by the path's own name is.
-        at = {str(inode) for inode in find_socket_at(path)}
-        inodes = inodes & at or {inode for inode, exact in listening if exact} or inodes
-    for process in sorted(proc.glob("[0-9]*"), key=lambda one: int(one.name)):
-        if inodes & set(_sockets(process / "fd")):
-            return UnixListener(int(process.name), _command(process / "cmdline"))
+        inodes = (
+            inodes & find_socket_at(path)
+            or {inode for inode, exact in listening if exact}
+            or inodes
+        )
+    for pid in sorted(int(one.name) for one in proc.glob("[0-9]*")):
+        if any(inode in inodes for inode, _ in open_sockets(pid, proc)):
+            return UnixListener(pid, _command(proc / str(pid) / "cmdline"))
     return UnixListener()
 
 
-def _listening(path: Path, proc: Path) -> Iterator[tuple[str, bool]]:
+def _listening(path: Path, proc: Path) -> Iterator[tuple[int, bool]]:
     """Inodes of what listens there, and whether it was bound under exactly this name."""
     try:
         lines = (proc / "net" / "unix").read_text(errors="surrogateescape").splitlines()
@@ -63,21 +67,7 @@ def _listening(path: Path, proc: Path) -> Iterator[tuple[str, bool]]:
         rest = fields[7].removeprefix(str(path))
         exact = fields[7] == str(path)
         if exact or (rest != fields[7] and _HAPROXYS.fullmatch(rest)):
-            yield fields[6], exact
-
-
-def _sockets(directory: Path) -> Iterator[str]:
-    try:
-        links = list(directory.iterdir())
-    except OSError:  # not ours to see, or just gone
-        return
-    for link in links:
-        try:
-            target = str(link.readlink())
-        except OSError:
-            continue
-        if target.startswith("socket:["):
-            yield target[len("socket:[") : -1]
+            yield int(fields[6]), exact
 
 
 def _command(file: Path) -> tuple[str, ...]:

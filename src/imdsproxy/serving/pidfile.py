@@ -7,7 +7,6 @@ the parent's first, then its workers'; START is the process's start time in the 
 
 from __future__ import annotations
 
-import fcntl
 import os
 import signal
 import time
@@ -17,11 +16,12 @@ from pathlib import Path
 from typing import Final
 
 from imdsproxy.errors import HostRefused
+from imdsproxy.host.files import open_locked
+from imdsproxy.host.process import read_stat
 from imdsproxy.host.refusal import host_refused
 
 __all__ = ["DocumentProcesses", "PidFile", "read_pids", "stop_documents"]
 
-_START_FIELD: Final = 22
 _POLL_S: Final = 0.02
 
 
@@ -53,23 +53,20 @@ class PidFile:
             PrivilegeMissing: This process may not write there.
         """
         try:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            descriptor = open_locked(path, os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:
             raise host_refused(f"open {path}", error) from error
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            os.close(descriptor)
+        if descriptor is None:
             lines = _lines(path)
             who = f" (pid {lines[0].split()[0]})" if lines else ""
             raise HostRefused(
                 f"a document server runs here already{who}", hint=f"its pid file is {path}"
-            ) from error
+            )
         return cls(descriptor)
 
     def write(self, pids: Sequence[int]) -> None:
         """Say who runs: the parent, then the workers."""
-        text = "".join(f"{pid} {start}\n" for pid in pids if (start := _start_time(pid)))
+        text = "".join(f"{pid} {stat.started}\n" for pid in pids if (stat := read_stat(pid)))
         data = text.encode("ascii")
         os.pwrite(self.descriptor, data, 0)
         os.ftruncate(self.descriptor, len(data))
@@ -85,7 +82,8 @@ def read_pids(path: Path) -> DocumentProcesses:
     alive: list[int | None] = []
     for line in _lines(path):
         pid, _, start = line.partition(" ")
-        alive.append(int(pid) if pid.isdigit() and _start_time(int(pid)) == start else None)
+        stat = read_stat(int(pid)) if pid.isdigit() else None
+        alive.append(int(pid) if stat is not None and str(stat.started) == start else None)
     workers = tuple(pid for pid in alive[1:] if pid is not None)
     return DocumentProcesses(alive[0] if alive else None, workers)
 
@@ -130,14 +128,3 @@ def _lines(path: Path) -> list[str]:
     except OSError:
         # Without the file nobody is known to run.
         return []
-
-
-def _start_time(pid: int) -> str | None:
-    """The process's start; `None` when there is none, or only its remains (a zombie)."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return None
-    fields = stat.rpartition(")")[2].split()
-    state, start = fields[0], fields[_START_FIELD - 3]
-    return None if state in {"Z", "X"} else start

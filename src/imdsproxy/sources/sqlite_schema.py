@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import sqlite3
 from typing import TYPE_CHECKING, Final
 
 from imdsproxy.errors import SourceRefused, SourceUnavailable
+from imdsproxy.host.files import open_locked
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -56,16 +56,13 @@ def lock_store(path: Path) -> int:
         OSError: The lock file cannot be made.
     """
     lock = path.with_name(f"{path.name}.lock")
-    descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        holder = os.pread(descriptor, 32, 0).decode("ascii", "replace").strip() or "unknown"
-        os.close(descriptor)
+    descriptor = open_locked(lock, os.O_RDWR | os.O_CREAT)
+    if descriptor is None:
+        holder = lock.read_text("ascii", "replace").strip() or "unknown"
         raise SourceUnavailable(
             f"the store {path} is in use by another imdsproxy, process {holder}",
             hint="stop that one; a store has one writer",
-        ) from error
+        )
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
     return descriptor

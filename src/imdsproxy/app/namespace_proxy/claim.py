@@ -7,8 +7,6 @@ removed. No pid is asked, and none can be another's by now.
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import os
 import stat
 import threading
@@ -16,7 +14,7 @@ from pathlib import Path
 from typing import Final
 
 from imdsproxy.errors import HostRefused
-from imdsproxy.host.files import sweep_unfinished
+from imdsproxy.host.files import is_file_at, open_locked, sweep_unfinished
 from imdsproxy.host.refusal import host_refused
 
 __all__ = ["claim_file", "make_directories", "remove_unclaimed"]
@@ -75,36 +73,26 @@ def _lock_existing(path: Path) -> int | None:
     """The file that is there, locked; `None` when none is."""
     while True:
         try:
-            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+            descriptor = open_locked(path, os.O_RDONLY | os.O_NOFOLLOW)
         except FileNotFoundError:
             return None
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            os.close(descriptor)
+        if descriptor is None:
             raise HostRefused(
                 f"{path} is in use: its proxy runs, or is being started",
                 hint=f"end the haproxy that has it in its command line: pgrep -af {path.stem}",
-            ) from error
-        if _is(descriptor, path):
+            )
+        if is_file_at(descriptor, path):
             return descriptor
         os.close(descriptor)
-
-
-def _is(descriptor: int, path: Path) -> bool:
-    """Whether the open file is still the one of that name."""
-    with contextlib.suppress(FileNotFoundError):
-        return os.path.samestat(os.fstat(descriptor), path.lstat())
-    return False
 
 
 def _write_locked(path: Path, data: bytes, *, replace: bool) -> int | None:
     """The new file; `None` when somebody has made one meanwhile."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
-    flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
-    descriptor = os.open(temporary, flags, 0o600)
+    descriptor = open_locked(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW)
+    if descriptor is None:
+        return None
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         rest = memoryview(data)
         while rest:
             rest = rest[os.write(descriptor, rest) :]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -120,7 +122,8 @@ def run_to_end(
         try:
             output, said = process.communicate(timeout=deadline_s)
         except subprocess.TimeoutExpired as error:
-            process.kill()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
             raise HostRefused(
                 f"{arguments[0]} has not come up within {deadline_s:g} s",
                 hint=f"see what it waits for: {' '.join(arguments)}",

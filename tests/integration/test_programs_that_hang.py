@@ -1,0 +1,107 @@
+"""Every program that is started and waited for has a deadline, and leaves no process behind."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from imdsproxy.errors import HaproxyMissing, HostRefused
+from imdsproxy.host.programs import run_program
+from support.daemon import alive
+from support.lab import until
+
+
+@pytest.fixture
+def hanging(tmp_path: Path) -> Iterator[Path]:
+    """A program that never ends, nor does its child; each call leaves its two pids in `started`."""
+    path = tmp_path / "haproxy"
+    path.write_text(f"#!/bin/sh\nsleep 300 &\necho $$ $! >>{tmp_path}/started\nwait\n")
+    path.chmod(0o755)
+    yield path
+    for pid in started(path):
+        if alive(pid):
+            os.kill(pid, signal.SIGKILL)
+
+
+def started(hanging: Path) -> list[int]:
+    file = hanging.with_name("started")
+    return [int(pid) for pid in file.read_text().split()] if file.exists() else []
+
+
+def nothing_is_left(hanging: Path) -> None:
+    pids = started(hanging)
+    assert pids
+    until(lambda: not any(map(alive, pids)), what="the end of everything that was started")
+
+
+def _check(hanging: Path) -> subprocess.Popen[str]:
+    settings = hanging.with_name("imdsproxy.yaml")
+    settings.write_text(f"haproxy: {{binary: {hanging}}}\n")
+    return subprocess.Popen(
+        (sys.executable, "-m", "imdsproxy", "--config", str(settings), "check"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+@pytest.mark.slow
+def test_check_says_that_haproxy_hangs_and_leaves_none_of_it(hanging: Path) -> None:
+    process = _check(hanging)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == HaproxyMissing.exit_status
+    assert "-vv did not end within 10 s and was killed" in " ".join(output.split())
+    nothing_is_left(hanging)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_check_that_is_ended_leaves_nothing_that_it_started(
+    hanging: Path, number: signal.Signals
+) -> None:
+    process = _check(hanging)
+    until(lambda: len(started(hanging)) == 2, what="HAProxy's start")
+    process.send_signal(number)
+    process.communicate(timeout=60)
+    nothing_is_left(hanging)
+
+
+async def test_a_program_is_killed_with_its_children_at_the_deadline(hanging: Path) -> None:
+    began = time.monotonic()
+    with pytest.raises(HostRefused, match=r"haproxy -c did not end within 0\.5 s and was killed"):
+        await run_program(str(hanging), "-c", deadline_s=0.5)
+    assert time.monotonic() - began < 30
+    nothing_is_left(hanging)
+
+
+async def test_a_program_is_killed_with_its_children_when_nobody_waits_any_more(
+    hanging: Path,
+) -> None:
+    task = asyncio.create_task(run_program(str(hanging), deadline_s=60))
+    async with asyncio.timeout(30):
+        while len(started(hanging)) < 2:
+            await asyncio.sleep(0.01)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    nothing_is_left(hanging)
+
+
+async def test_a_program_gets_its_text_and_its_output_comes_back_with_its_status() -> None:
+    script = "read word; echo got $word; echo wrong >&2; exit 3"
+    assert await run_program("/bin/sh", "-c", script, deadline_s=30, text="a\n") == (
+        3,
+        "got a\nwrong",
+    )
+    assert await run_program("/bin/sh", "-c", script, deadline_s=30, text="a\n", errors=False) == (
+        3,
+        "got a",
+    )
