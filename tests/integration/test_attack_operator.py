@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from support.daemon import alive
 from support.lab import until, within
 from support.nova_world import SECRET, NovaWorld, open_nova_world
 
@@ -92,7 +91,6 @@ def test_who_empties_the_runtime_directory_is_told_of_it_and_a_start_mends_all(
     until(lambda: process.poll() is not None, within_s=15, what="the controller's end")
     assert process.returncode == 71
     assert f"somebody has removed our files in {daemon.runtime}" in daemon.log.read_text()
-    # Nobody can know of it any more, but systemd where that started it.
-    os.kill(documents, signal.SIGTERM)
+    until(lambda: not alive(documents), what="the end of the document server of before")
     daemon.start()
     assert world.red.ask("/openstack").status == 200

@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -233,11 +235,17 @@ def test_a_document_worker_that_hangs_loses_no_request(world: World) -> None:
     with _Loads(world) as loads:
         loads.go_on()
         os.kill(worker, signal.SIGSTOP)
-        loads.go_on()
-        loads.go_on()
-        os.kill(worker, signal.SIGCONT)
+        until(lambda: len(set(world.pids().document_workers) - {worker}) == 2, what="another")
         loads.go_on()
     assert loads.lost == []
+
+
+def test_a_master_of_haproxy_that_hangs_is_replaced(world: World) -> None:
+    master = world.settled().master
+    os.kill(master, signal.SIGSTOP)
+    until(lambda: world.has_other_master(master), what="another master")
+    world.settled()
+    world.all_right()
 
 
 def test_a_killed_document_server_is_started_again(world: World) -> None:
@@ -251,6 +259,29 @@ def test_a_killed_document_server_is_started_again(world: World) -> None:
     until(other_is_there, within_s=5, what="another document server")
     until(lambda: world.red.ask(_FRESH).status == 200, within_s=5)
     assert world.settled().master == before.master
+
+
+def test_documents_come_again_within_five_seconds_after_all_workers_hang(world: World) -> None:
+    before = world.settled()
+    began = time.monotonic()
+    for pid in before.document_workers:
+        os.kill(pid, signal.SIGSTOP)
+    until(lambda: world.red.ask(_FRESH).status == 200, within_s=5, what="documents again")
+    assert time.monotonic() - began < 5 * patience()
+    until(lambda: len(world.pids().document_workers) == 2, what="all workers")
+    assert world.pids().documents == before.documents
+
+
+def test_a_document_servers_parent_that_hangs_is_replaced_and_no_request_lost(world: World) -> None:
+    before = world.settled()
+    with _Loads(world) as loads:
+        loads.go_on()
+        os.kill(before.documents, signal.SIGSTOP)
+        until(lambda: world.pids().documents != before.documents, what="another parent")
+        until(lambda: not any(map(alive, before.document_workers)), what="the old workers' end")
+        loads.go_on()
+    assert loads.lost == []
+    assert not alive(before.documents)
 
 
 def test_replacing_the_document_server_loses_no_request(world: World) -> None:
@@ -279,6 +310,26 @@ def test_stop_with_the_data_plane_ends_everything(how: str) -> None:
         assert not world.lab.made_by_daemon()
         assert not [name for name in world.lab.host_links() if name.startswith(world.lab.prefix)]
         assert not world.red.reaches()
+
+
+@pytest.mark.parametrize("then", ["start", "stop"])
+def test_who_empties_the_runtime_directory_leaves_no_process_of_before(then: str) -> None:
+    with open_world() as world:
+        daemon = world.daemon
+        before = world.pids()
+        daemon.kill_controller()
+        for entry in daemon.runtime.iterdir():
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        if then == "start":
+            daemon.start()
+            world.all_right()
+            until(lambda: not any(map(alive, before.data_plane)), what="the end of the old ones")
+            assert len(daemon.processes()) == len(
+                {*world.pids().data_plane, world.pids().controller}
+            )
+        done = daemon.command("stop", "--data-plane")
+        assert done.status == 0, done.err
+        until(lambda: not daemon.processes(), what="the end of everything")
 
 
 def test_stop_without_the_data_plane_ends_only_the_controller(world: World) -> None:

@@ -6,6 +6,7 @@ import signal
 import socket
 import stat
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from http.client import HTTPException
@@ -15,10 +16,11 @@ from typing import Self
 import pytest
 
 from imdsproxy.core.compiled import compiled_path
-from imdsproxy.serving.pidfile import stop_documents
+from imdsproxy.serving.pidfile import read_beat, stop_documents
 from imdsproxy.serving.store import apply_record
-from support.document_server import Server, UnixConnection, ask, pss_kib, wait_for
+from support.document_server import DEADLINE_S, Server, UnixConnection, ask, pss_kib, wait_for
 from support.guest_records import GUEST, compiled, guest
+from support.lab import patience
 
 PASSWORD = "/openstack/latest/password"
 
@@ -208,6 +210,95 @@ def test_a_worker_that_dies_again_and_again_comes_back_and_spares_the_other(serv
                 seen.add(pid)
     assert ask(server.sockets[1], "/latest").status == 200
     wait_for("it comes back all the same", lambda: ask_quietly(server.sockets[0]) == 200)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_workers_that_hang_are_replaced_within_five_seconds(server: Server, count: int) -> None:
+    parent, hung = server.running.parent, server.running.workers[:count]
+    began = time.monotonic()
+    for pid in hung:
+        os.kill(pid, signal.SIGSTOP)
+    wait_for(
+        "others", lambda: server.is_up(parent or 0) and not set(hung) & set(server.running.workers)
+    )
+    assert time.monotonic() - began < 5 * patience()
+    assert not any(map(is_alive, hung))
+    assert server.text().count("a worker does not answer: ending it") == count
+
+
+def test_a_worker_that_is_only_idle_or_slow_is_left_alone(server: Server) -> None:
+    workers = server.running.workers
+    connections = [socket.socket(socket.AF_UNIX) for _ in range(20)]
+    for connection in connections:
+        connection.connect(str(server.sockets[0]))
+    beats: set[int | None] = set()
+
+    def have_looked() -> bool:
+        beats.add(read_beat(server.pid_file))
+        return len(beats) > 4
+
+    wait_for("five looks", have_looked)
+    assert server.running.workers == workers
+    for connection in connections:
+        connection.close()
+
+
+@pytest.mark.slow
+def test_a_hung_worker_does_not_outlive_the_program_that_it_is_of(server: Server) -> None:
+    old = server.running.workers
+    os.kill(old[0], signal.SIGSTOP)
+    os.kill(server.running.parent or 0, signal.SIGHUP)
+    wait_for("the old workers' end", lambda: not any(map(is_alive, old)))
+    assert len(server.running.workers) == 2
+
+
+@pytest.mark.slow
+def test_a_hung_orphan_ends_after_another_parent_has_started(make: Callable[..., Server]) -> None:
+    server = make()
+    first = server.start()
+    orphans = server.running.workers
+    os.kill(orphans[1], signal.SIGSTOP)
+    first.kill()
+    first.wait()
+    server.spawn()
+    wait_for("the orphans' end", lambda: not any(map(is_alive, orphans)))
+    wait_for("it answers", lambda: all(ask_quietly(path) == 200 for path in server.sockets))
+
+
+def test_one_whose_pid_file_is_removed_ends_with_its_workers(make: Callable[..., Server]) -> None:
+    server = make()
+    parent = server.start()
+    workers = server.running.workers
+    server.pid_file.unlink()
+    assert parent.wait(timeout=DEADLINE_S) == 0
+    assert not any(map(is_alive, workers))
+    assert "the pid file was removed, or is another document server's: ending" in server.text()
+
+
+def test_one_whose_files_are_anothers_ends_and_leaves_those_alone(
+    make: Callable[..., Server],
+) -> None:
+    server = make()
+    first = server.start()
+    for path in (server.pid_file, *server.sockets):
+        path.unlink()
+    second = server.start()
+    first.wait(timeout=DEADLINE_S)
+    assert server.is_up(second.pid)
+    assert "was taken away" not in server.text()
+
+
+def test_what_hangs_is_stopped_too(make: Callable[..., Server]) -> None:
+    server = make()
+    parent = server.start()
+    processes = server.running.pids
+    for pid in processes:
+        os.kill(pid, signal.SIGSTOP)
+    reaper = threading.Thread(target=parent.wait)
+    reaper.start()
+    assert stop_documents(server.pid_file, timeout_s=0.5)
+    reaper.join(DEADLINE_S)
+    assert not any(map(is_alive, processes))
 
 
 def ask_quietly(path: Path) -> int:
@@ -404,7 +495,8 @@ def test_an_idle_server_sleeps(server: Server) -> None:
     before, woken = ticks(), switches()
     assert not threading.Event().wait(1.0)
     assert ticks() - before <= 1
-    assert switches() - woken <= 6
+    # Once a second the parent looks, and asks each worker on a new connection.
+    assert switches() - woken <= 12
 
 
 @pytest.mark.root

@@ -51,7 +51,7 @@ def test_what_is_no_bridge_has_no_ports(lab: HostLab) -> None:
 
 
 def test_rules_are_read_where_there_is_somebody_to_list_them() -> None:
-    assert read_rules((("echo", "table"), ("no-such-program",))) == "table\n"
+    assert read_rules((("echo", "table"), ("no-such-program",))) == "table"
 
 
 def _check(world: World) -> list[dict[str, Any]]:

@@ -151,6 +151,9 @@ class FakeLauncher:
     async def kill(self, processes: Processes) -> None:
         self.killed.append(processes)
 
+    async def end_lost(self) -> None:
+        """None is lost: the fake's socket is always there."""
+
     async def stop(self) -> None:
         await self.fake.close()
 

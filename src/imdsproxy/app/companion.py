@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +14,9 @@ import structlog
 
 from imdsproxy.dataplane.launch import UNIT_S, wait_gone
 from imdsproxy.errors import DataplaneError, HostRefused, Problem
+from imdsproxy.host.doubt import Doubt
 from imdsproxy.host.files import open_log
-from imdsproxy.host.process import ProcessHandle, spawn_detached
+from imdsproxy.host.process import ProcessHandle, open_process, read_stat, spawn_detached
 from imdsproxy.host.programs import run_program
 from imdsproxy.serving.pidfile import stop_documents
 
@@ -24,6 +26,7 @@ _RESTART_FIRST_S: Final = 0.1
 _RESTART_LAST_S: Final = 5.0
 _START_DEADLINE_S: Final = 15.0
 _POLL_S: Final = 0.02
+_LOOK_EVERY_S: Final = 1.5
 _STOP_GRACE_S: Final = 10.0
 
 
@@ -50,12 +53,14 @@ class Companion:
     Args:
         find: Its pid if it runs (the pid file's, verified), else `None`.
         answering: Whether its sockets answer.
+        beat: What changes every second while it makes progress.
         needed: Off where nobody's documents are ours, as in front of Nova alone.
     """
 
     launcher: CompanionLauncher
     find: Callable[[], int | None]
     answering: Callable[[], bool]
+    beat: Callable[[], object]
     needed: bool = True
     failure: Problem | None = None
     restarts: int = 0
@@ -110,8 +115,28 @@ class Companion:
             if not first:
                 self.restarts += 1
             first = False
-            await self.launcher.wait(pid)
+            await self._watch(pid)
             structlog.get_logger().error("document server ended", pid=pid)
+
+    async def _watch(self, pid: int) -> None:
+        """Return when it has ended; it is ended when it makes no progress."""
+        ended = asyncio.ensure_future(self.launcher.wait(pid))
+        doubt, last, beating = Doubt(), self.beat(), False
+        try:
+            while not (await asyncio.wait([ended], timeout=_LOOK_EVERY_S))[0]:
+                beat, stat = self.beat(), read_stat(pid)
+                if beat != last:
+                    doubt, last, beating = Doubt(), beat, True
+                elif beating or (stat is not None and stat.stopped):
+                    # One that has never been seen to move may be of an earlier version, which does not.
+                    doubt = doubt.after_silence(pid, stat)
+                if doubt.hung and (handle := open_process(pid)) is not None:
+                    structlog.get_logger().error("document server hangs: ending it", pid=pid)
+                    handle.kill(signal.SIGKILL)
+                    handle.close()
+            await ended
+        finally:
+            ended.cancel()
 
 
 @dataclass(slots=True)

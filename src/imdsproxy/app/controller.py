@@ -69,7 +69,6 @@ from imdsproxy.host.notify import ServiceNotifier, kept_sockets
 from imdsproxy.host.socket_file import SocketFiles
 from imdsproxy.host.sockets import try_tcp_listen
 from imdsproxy.host.watch import EventKind, HostWatch, WatchPace
-from imdsproxy.serving.pidfile import read_pids
 from imdsproxy.serving.resolver import HoldLimits, Resolver
 
 if TYPE_CHECKING:
@@ -327,8 +326,6 @@ async def run_controller(
             settings,
             layout,
             config=config,
-            find=lambda: read_pids(layout.documents_pid).parent,
-            answering=lambda: len(read_pids(layout.documents_pid).workers) > 0,
             environment=environment,
         )
         lookup = Lookup(

@@ -24,7 +24,7 @@ _RESTART_LAST_S: Final = 5.0
 
 @dataclass(slots=True)
 class HaproxyGuard:
-    """Starts HAProxy again when its master ends, and ends it when its worker hangs.
+    """Starts HAProxy again when its master ends, and ends it when its master or its worker hangs.
 
     Args:
         on_return: HAProxy came back, or turned out to run with a worker that we did not ask for.
@@ -37,8 +37,8 @@ class HaproxyGuard:
     read_stat: Callable[[int], ProcessStat | None] = read_stat
     failure: Problem | None = None
     restarts: int = 0
-    hangs: int = 0
     _answering: bool = field(default=True)
+    _doubt: Doubt = field(default_factory=Doubt)
 
     @property
     def answering(self) -> bool:
@@ -122,11 +122,13 @@ class HaproxyGuard:
             if not doubt.hung:
                 continue
             doubt = Doubt()
-            self.hangs += 1
-            structlog.get_logger().error(
-                "haproxy does not answer: ending it", master=before.master, worker=before.worker
-            )
-            await self.haproxy.kill()
+            await self._end_hung(before)
+
+    async def _end_hung(self, processes: Processes) -> None:
+        structlog.get_logger().error(
+            "haproxy does not answer: ending it", master=processes.master, worker=processes.worker
+        )
+        await self.haproxy.kill()
 
     async def _look_for_strangers(self, before: Processes) -> None:
         """A reload that we did not order left a worker with the files of some moment: make it equal."""
@@ -136,8 +138,12 @@ class HaproxyGuard:
             now = await self.haproxy.master.read_processes()
         except RuntimeUnavailable as error:
             self.failure = Problem("haproxy", error.message, error.hint)
+            self._doubt = self._doubt.after_silence(before.master, self.read_stat(before.master))
+            if self._doubt.hung:
+                await self._end_hung(before)
             return
         self.failure = None
+        self._doubt = Doubt()
         if now.master == before.master and set(now.workers) <= self.haproxy.records.known:
             self.haproxy.processes = now
             return

@@ -26,7 +26,6 @@ from imdsproxy.dataplane.launch import Launcher
 from imdsproxy.errors import HostRefused, Problem
 from imdsproxy.host.clock import SystemClock
 from imdsproxy.host.socket_file import SocketFiles
-from imdsproxy.serving.pidfile import read_pids
 
 __all__ = ["end_processes", "stop_data_plane", "sweep_host"]
 
@@ -73,8 +72,6 @@ async def stop_data_plane(settings: Settings, environment: Mapping[str, str]) ->
         settings,
         layout,
         config=None,
-        find=lambda: read_pids(layout.documents_pid).parent,
-        answering=lambda: True,
         environment=environment,
     )
     try:

@@ -148,6 +148,7 @@ class Haproxy:
         try:
             processes = await self.master.read_processes()
         except RuntimeUnavailable:
+            await self.launcher.end_lost()
             return
         await self.launcher.kill(processes)
         await self.launcher.wait(processes.master)

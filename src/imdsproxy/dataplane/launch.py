@@ -16,7 +16,7 @@ from imdsproxy.dataplane.layout import Layout
 from imdsproxy.dataplane.master import MasterClient
 from imdsproxy.errors import ConfigRejected, HaproxyMissing, HostRefused, RuntimeUnavailable
 from imdsproxy.host.files import open_log, write_atomic
-from imdsproxy.host.process import ProcessHandle, open_process, spawn_detached
+from imdsproxy.host.process import ProcessHandle, find_processes, open_process, spawn_detached
 from imdsproxy.host.programs import run_program
 
 __all__ = [
@@ -96,6 +96,10 @@ class Launcher(Protocol):
 
     async def kill(self, processes: Processes) -> None:
         """End the master and its workers at once, whatever state they are in."""
+        ...
+
+    async def end_lost(self) -> None:
+        """End a master of ours that its socket doesn't lead to: its files were removed, or it hangs."""
         ...
 
     async def stop(self) -> None:
@@ -206,11 +210,21 @@ class SpawnLauncher:
         """See `Launcher.kill`."""
         _kill_all(processes)
 
+    async def end_lost(self) -> None:
+        """See `Launcher.end_lost`."""
+        arguments = self.arguments()
+        places = {arguments[3], arguments[-1]}
+        for handle in find_processes("haproxy", places):
+            handle.kill(signal.SIGKILL)
+            await handle.wait()
+            handle.close()
+
     async def stop(self) -> None:
         """See `Launcher.stop`."""
         try:
             processes = await self.master.read_processes()
         except RuntimeUnavailable:
+            await self.end_lost()
             return
         # The master passes SIGTERM on to its workers and ends when they have.
         for pid in (processes.master, *processes.workers):
@@ -252,6 +266,10 @@ class SystemdLauncher:
     async def kill(self, processes: Processes) -> None:
         """See `Launcher.kill`."""
         _kill_all(processes)
+
+    async def end_lost(self) -> None:
+        """See `Launcher.end_lost`."""
+        await self.stop()
 
     async def stop(self) -> None:
         """See `Launcher.stop`."""

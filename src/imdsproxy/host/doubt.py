@@ -43,5 +43,7 @@ class Doubt:
         """Waiting longer helps nobody; one that has ended is its master's business."""
         if self.stat is None or self.silent < _SILENT_PROBES:
             return False
-        idle = self.stat.stopped or self.stat.ticks == self.ticks
+        # One that waits for a disk can't be ended before the disk answers.
+        waits = self.stat.state == "D"
+        idle = self.stat.stopped or (self.stat.ticks == self.ticks and not waits)
         return idle or self.silent >= _BUSY_PROBES

@@ -14,6 +14,7 @@ import os
 import signal
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -26,6 +27,7 @@ __all__ = [
     "ProcessIdentity",
     "ProcessStat",
     "command_name",
+    "find_processes",
     "identify",
     "open_process",
     "open_sockets",
@@ -237,6 +239,20 @@ def open_process(pid: int, *, started: int | None = None) -> ProcessHandle | Non
         os.close(descriptor)
         return None
     return ProcessHandle(identity, descriptor)
+
+
+def find_processes(program: str, arguments: AbstractSet[str]) -> list[ProcessHandle]:
+    """Every running process whose program's name holds `program`, and that has all these arguments."""
+    found: list[ProcessHandle] = []
+    for entry in PROC.iterdir():
+        if not entry.name.isdecimal():
+            continue
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            words = os.fsdecode((entry / "cmdline").read_bytes()).split("\0")
+            if program in Path(words[0]).name and arguments <= set(words):
+                handle = open_process(int(entry.name))
+                found += [] if handle is None else [handle]
+    return found
 
 
 def spawn_detached(

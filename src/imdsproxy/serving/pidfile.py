@@ -2,7 +2,8 @@
 
 The parent holds a lock on the file (flock(2)) as long as it lives, whatever kills it. Each line is `PID START`,
 the parent's first, then its workers'; START is the process's start time in the kernel's ticks
-(proc_pid_stat(5), field 22), so that a number given to somebody else since is not taken for ours.
+(proc_pid_stat(5), field 22), so that a number given to another process since is not taken for ours. The parent touches
+the file every second: one that does not is hung.
 """
 
 from __future__ import annotations
@@ -16,11 +17,11 @@ from pathlib import Path
 from typing import Final
 
 from imdsproxy.errors import HostRefused
-from imdsproxy.host.files import open_locked
+from imdsproxy.host.files import is_file_at, open_locked
 from imdsproxy.host.process import read_stat
 from imdsproxy.host.refusal import host_refused
 
-__all__ = ["DocumentProcesses", "PidFile", "read_pids", "stop_documents"]
+__all__ = ["DocumentProcesses", "PidFile", "read_beat", "read_pids", "stop_documents"]
 
 _POLL_S: Final = 0.02
 
@@ -41,7 +42,8 @@ class DocumentProcesses:
 class PidFile:
     """The locked file; made by `claim`, or taken over with an inherited descriptor."""
 
-    def __init__(self, descriptor: int) -> None:
+    def __init__(self, path: Path, descriptor: int) -> None:
+        self.path = path
         self.descriptor = descriptor
 
     @classmethod
@@ -62,7 +64,12 @@ class PidFile:
             raise HostRefused(
                 f"a document server runs here already{who}", hint=f"its pid file is {path}"
             )
-        return cls(descriptor)
+        return cls(path, descriptor)
+
+    def touch(self) -> bool:
+        """Show that the parent makes progress; false when the file was removed, or is another server's by now."""
+        os.utime(self.descriptor)
+        return is_file_at(self.descriptor, self.path)
 
     def write(self, pids: Sequence[int]) -> None:
         """Say who runs: the parent, then the workers."""
@@ -88,6 +95,14 @@ def read_pids(path: Path) -> DocumentProcesses:
     return DocumentProcesses(alive[0] if alive else None, workers)
 
 
+def read_beat(path: Path) -> int | None:
+    """What is another one a second later while the parent makes progress; `None` without a file."""
+    try:
+        return path.stat().st_mtime_ns
+    except OSError:
+        return None
+
+
 def stop_documents(
     path: Path,
     *,
@@ -97,29 +112,39 @@ def stop_documents(
 ) -> bool:
     """Stop the document server, and workers whose parent was killed; `False` when nothing runs.
 
+    What has not ended after `timeout_s` seconds is killed.
+
     Raises:
-        HostRefused: A process is still there after `timeout_s` seconds.
+        HostRefused: A process is still there after twice that time.
         PrivilegeMissing: They belong to somebody else.
     """
     running = read_pids(path)
     if not running.pids:
         return False
-    for pid in running.workers if running.parent is None else (running.parent,):
+    _signal(running.workers if running.parent is None else (running.parent,), signal.SIGTERM)
+    deadline = monotonic() + timeout_s
+    killed = False
+    while left := read_pids(path).pids:
+        if monotonic() >= deadline:
+            if killed:
+                raise HostRefused(
+                    f"the document server's processes {', '.join(map(str, left))} do not end",
+                    hint="a disk or a file system that hangs keeps them: see dmesg",
+                )
+            _signal(left, signal.SIGKILL)
+            killed, deadline = True, deadline + timeout_s
+        sleep(_POLL_S)
+    return True
+
+
+def _signal(pids: Sequence[int], number: signal.Signals) -> None:
+    for pid in pids:
         try:
-            os.kill(pid, signal.SIGTERM)
+            os.kill(pid, number)
         except ProcessLookupError:
             continue
         except OSError as error:
             raise host_refused(f"stop the document server's process {pid}", error) from error
-    deadline = monotonic() + timeout_s
-    while left := read_pids(path).pids:
-        if monotonic() >= deadline:
-            raise HostRefused(
-                f"the document server's processes {', '.join(map(str, left))} do not end",
-                hint="see what they say in the log, or kill them",
-            )
-        sleep(_POLL_S)
-    return True
 
 
 def _lines(path: Path) -> list[str]:

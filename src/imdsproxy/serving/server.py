@@ -25,7 +25,7 @@ from imdsproxy.host.notify import ServiceNotifier
 from imdsproxy.serving.account import Account, find_account
 from imdsproxy.serving.bind import open_unix_socket
 from imdsproxy.serving.handover import Handover, accept_handover, write_handover
-from imdsproxy.serving.pidfile import PidFile
+from imdsproxy.serving.pidfile import PidFile, read_pids
 from imdsproxy.serving.supervisor import HANDLED_SIGNALS, Ending, Supervisor
 from imdsproxy.serving.worker import Place
 
@@ -78,7 +78,12 @@ def run_documents(
     account = find_account(options.user, options.group)
     handover_file = options.pid_file.with_suffix(".handover")
     handover = accept_handover(handover_file)
-    pid_file = PidFile.claim(options.pid_file) if handover is None else PidFile(handover.lock)
+    if handover is None:
+        predecessors = read_pids(options.pid_file).workers
+        pid_file = PidFile.claim(options.pid_file)
+    else:
+        predecessors = handover.workers
+        pid_file = PidFile(options.pid_file, handover.lock)
     places = _places(options, account, handover)
     supervisor = Supervisor(
         places,
@@ -90,7 +95,7 @@ def run_documents(
         bind=lambda path: _bind(path, account),
         monotonic=monotonic,
     )
-    supervisor.start(predecessors=() if handover is None else handover.workers)
+    supervisor.start(predecessors)
     if handover is not None:
         os.close(handover.alive)
     notifier = notifier or ServiceNotifier()

@@ -1,15 +1,17 @@
-"""Keeps worker processes alive: one for each socket, a new one at once when one dies."""
+"""Keeps worker processes alive: one for each socket, a new one at once when one dies or hangs."""
 
 from __future__ import annotations
 
 import gc
+import math
 import os
 import select
 import signal
+import socket
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 from types import FrameType
@@ -19,8 +21,11 @@ import structlog
 
 from imdsproxy.errors import HostRefused, ImdsproxyError
 from imdsproxy.host.descriptors import raise_descriptor_limit
+from imdsproxy.host.doubt import Doubt
+from imdsproxy.host.process import ProcessHandle, open_process, read_stat
 from imdsproxy.host.refusal import host_refused
 from imdsproxy.serving.account import Account
+from imdsproxy.serving.asgi import LIVENESS_PATH
 from imdsproxy.serving.pidfile import PidFile
 from imdsproxy.serving.worker import Place, WorkerTask, run_worker
 
@@ -62,6 +67,8 @@ class _Worker:
         ready: The reading end of the pipe in which the process announces itself, until it has.
         failures: Processes in a row that died young.
         due: When the next one is to start, while there is none.
+        question: A connection with a request on it; within a second there is to be an answer.
+        doubt: What requests without an answer say of the process.
     """
 
     place: Place
@@ -70,6 +77,8 @@ class _Worker:
     started: float = 0.0
     failures: int = 0
     due: float = 0.0
+    question: socket.socket | None = None
+    doubt: Doubt = field(default_factory=Doubt)
 
     @property
     def answers(self) -> bool:
@@ -116,7 +125,9 @@ class Supervisor:
         self._monotonic = monotonic
         self._ending: Ending | None = None
         self._complaint = ""
-        self._predecessors: set[int] = set()
+        self._predecessors: list[ProcessHandle] = []
+        self._predecessors_until = math.inf
+        self._next_look = 0.0
         self._alive, self.alive = os.pipe()
         self._wakeup, self._wakeup_writer = os.pipe()
         self._log = structlog.get_logger()
@@ -130,15 +141,18 @@ class Supervisor:
     def pids(self) -> tuple[int, ...]:
         """Every worker process, predecessors that have not ended yet included."""
         workers = (worker.pid for worker in self._workers if worker.pid is not None)
-        return (*workers, *self._predecessors)
+        return (*workers, *(one.pid for one in self._predecessors))
 
     def start(self, predecessors: Iterable[int] = ()) -> None:
         """Start all workers and wait until they answer; then end the predecessors.
 
+        Args:
+            predecessors: Workers of an earlier program or parent: children of this process, or not.
+
         Raises:
             HostRefused: A worker does not come up; none is left running.
         """
-        self._predecessors = set(predecessors)
+        self._predecessors = [one for one in map(open_process, predecessors) if one is not None]
         self._catch_signals()
         raise_descriptor_limit()
         gc.collect()
@@ -152,8 +166,9 @@ class Supervisor:
                     "the document server's workers do not come up", hint="see what they said before"
                 )
             self._step()
-        for pid in self._predecessors:
-            _signal(pid, signal.SIGTERM)
+        for one in self._predecessors:
+            one.kill(signal.SIGTERM)
+        self._predecessors_until = self._monotonic() + _STOP_WITHIN_S
 
     def run(self) -> Ending:
         """Keep the workers alive until a signal says what is next."""
@@ -189,8 +204,18 @@ class Supervisor:
             left.intersection_update(self.pids)
 
     def _step(self) -> None:
+        if not self._pid_file.touch():
+            self._log.error(
+                "the pid file was removed, or is another document server's: ending",
+                file=str(self._pid_file.path),
+            )
+            self._ending = Ending.STOP
+            return
         self._restore_places()
         now = self._monotonic()
+        if now >= self._next_look:
+            self._next_look = now + _LOOK_EVERY_S
+            self._end_hung()
         for worker in self._workers:
             if worker.pid is None and worker.due <= now:
                 self._fork(worker)
@@ -198,6 +223,28 @@ class Supervisor:
         self._wait(min([_LOOK_EVERY_S, *(max(0.0, moment - now) for moment in due)]))
         self._reap(stopping=False)
         self._hear()
+
+    def _end_hung(self) -> None:
+        """Ask each worker; end one that does not answer, and predecessors that do not end."""
+        for worker in self._workers:
+            if worker.pid is None:
+                continue
+            if worker.question is not None:
+                if _answered(worker.question):
+                    worker.doubt = Doubt()
+                else:
+                    worker.doubt = worker.doubt.after_silence(worker.pid, read_stat(worker.pid))
+            worker.question = _ask(worker.place.path)
+            if worker.doubt.hung:
+                self._log.error(
+                    "a worker does not answer: ending it",
+                    pid=worker.pid,
+                    socket=str(worker.place.path),
+                )
+                _signal(worker.pid, signal.SIGKILL)
+        if self._monotonic() > self._predecessors_until:
+            for one in self._predecessors:
+                one.kill(signal.SIGKILL)
 
     def _restore_places(self) -> None:
         """Listen again where a socket's file is gone: nobody finds a worker without it."""
@@ -238,9 +285,12 @@ class Supervisor:
                 self._log.info("a worker answers", pid=worker.pid, socket=str(worker.place.path))
 
     def _reap(self, *, stopping: bool) -> None:
-        ended = {pid for pid in self._predecessors if _ended(pid) is not None}
+        ended = [one for one in self._predecessors if not one.alive()]
+        for one in ended:
+            _ended(one.pid)
+            one.close()
+            self._predecessors.remove(one)
         if ended:
-            self._predecessors -= ended
             self._pid_file.write((os.getpid(), *self.pids))
         for worker in self._workers:
             if worker.pid is None:
@@ -314,6 +364,8 @@ class Supervisor:
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, HANDLED_SIGNALS)
         for other in self._workers:
+            if other.question is not None:
+                other.question.close()
             if other is not worker:
                 other.place.listener.close()
                 if other.ready is not None:
@@ -355,6 +407,25 @@ def _announce(descriptor: int) -> None:
 def _signal(pid: int, number: signal.Signals) -> None:
     with suppress(ProcessLookupError):
         os.kill(pid, number)
+
+
+def _ask(path: Path) -> socket.socket:
+    """Send a request, without waiting for anything; where that is not possible there will be no answer."""
+    question = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    question.setblocking(False)
+    with suppress(OSError):
+        question.connect(os.fspath(path))
+        question.send(
+            b"GET %b HTTP/1.1\r\nHost: documents\r\nConnection: close\r\n\r\n" % LIVENESS_PATH
+        )
+    return question
+
+
+def _answered(question: socket.socket) -> bool:
+    """Whether an answer has begun; the connection is closed."""
+    with question, suppress(OSError):
+        return bool(question.recv(1))
+    return False
 
 
 def _ended(pid: int) -> int | None:

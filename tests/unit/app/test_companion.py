@@ -32,7 +32,7 @@ class Launcher:
 
 
 def _companion(launcher: Launcher, *, needed: bool = True) -> Companion:
-    return Companion(launcher, lambda: launcher.pid, lambda: True, needed=needed)
+    return Companion(launcher, lambda: launcher.pid, lambda: True, lambda: None, needed=needed)
 
 
 async def test_what_is_not_there_is_started_and_what_is_there_is_adopted() -> None:

@@ -37,6 +37,12 @@ def test_a_worker_that_works_is_only_slow_for_a_while() -> None:
     assert _after(*slow[:8]).hung
 
 
+def test_a_worker_that_waits_for_a_disk_is_given_more_time() -> None:
+    waiting = [_stat("D", 5)] * 8
+    assert not _after(*waiting[:7]).hung
+    assert _after(*waiting).hung
+
+
 def test_a_worker_that_has_ended_is_left_to_its_master() -> None:
     assert not _after(None, None, None).hung
 
