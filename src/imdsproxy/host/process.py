@@ -32,6 +32,7 @@ __all__ = [
     "open_process",
     "open_sockets",
     "pss_bytes",
+    "read_arguments",
     "read_pid_file",
     "read_stat",
     "remove_pid_file",
@@ -87,6 +88,15 @@ def command_name(pid: int, proc: Path = PROC) -> str:
         return "?"
 
 
+def read_arguments(pid: int, proc: Path = PROC) -> tuple[str, ...]:
+    """The command line of a process, its program first; nothing where there is none, or we may not look."""
+    try:
+        command = (proc / str(pid) / "cmdline").read_bytes()
+    except OSError:
+        return ()
+    return tuple(os.fsdecode(one) for one in command.split(b"\0")[:-1])
+
+
 def open_sockets(pid: int, proc: Path = PROC) -> Iterator[tuple[int, str]]:
     """The inode of each socket that a process has open, with the path of its descriptor."""
     # A process that ends while it is looked at holds nothing any more.
@@ -120,19 +130,13 @@ class ProcessIdentity:
 
 def identify(pid: int) -> ProcessIdentity | None:
     """Who has this pid now; `None` when nobody has, or a zombie that only waits to be reaped."""
-    place = PROC / str(pid)
     stat = read_stat(pid)
     if stat is None:
         return None
-    try:
-        command = (place / "cmdline").read_bytes()
-    except (FileNotFoundError, ProcessLookupError):
-        return None
     executable = ""
     with contextlib.suppress(OSError):
-        executable = str((place / "exe").readlink())
-    arguments = tuple(os.fsdecode(one) for one in command.split(b"\0")[:-1])
-    return ProcessIdentity(pid, stat.started, stat.parent, executable, arguments)
+        executable = str((PROC / str(pid) / "exe").readlink())
+    return ProcessIdentity(pid, stat.started, stat.parent, executable, read_arguments(pid))
 
 
 class ProcessHandle:
@@ -245,13 +249,10 @@ def find_processes(program: str, arguments: AbstractSet[str]) -> list[ProcessHan
     """Every running process whose program's name holds `program`, and that has all these arguments."""
     found: list[ProcessHandle] = []
     for entry in PROC.iterdir():
-        if not entry.name.isdecimal():
-            continue
-        with contextlib.suppress(OSError):  # it has ended meanwhile
-            words = os.fsdecode((entry / "cmdline").read_bytes()).split("\0")
-            if program in Path(words[0]).name and arguments <= set(words):
-                handle = open_process(int(entry.name))
-                found += [] if handle is None else [handle]
+        words = read_arguments(int(entry.name)) if entry.name.isdecimal() else ()
+        if words and program in Path(words[0]).name and arguments <= set(words):
+            handle = open_process(int(entry.name))
+            found += [] if handle is None else [handle]
     return found
 
 

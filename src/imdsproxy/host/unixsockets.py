@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from imdsproxy.host.process import open_sockets
+from imdsproxy.host.process import open_sockets, read_arguments
 from imdsproxy.host.socket_file import find_socket_at
 
 __all__ = ["UnixListener", "find_unix_listener"]
@@ -49,7 +49,7 @@ def find_unix_listener(path: Path, proc: Path = Path("/proc")) -> UnixListener |
         )
     for pid in sorted(int(one.name) for one in proc.glob("[0-9]*")):
         if any(inode in inodes for inode, _ in open_sockets(pid, proc)):
-            return UnixListener(pid, _command(proc / str(pid) / "cmdline"))
+            return UnixListener(pid, read_arguments(pid, proc))
     return UnixListener()
 
 
@@ -68,10 +68,3 @@ def _listening(path: Path, proc: Path) -> Iterator[tuple[int, bool]]:
         exact = fields[7] == str(path)
         if exact or (rest != fields[7] and _HAPROXYS.fullmatch(rest)):
             yield int(fields[6]), exact
-
-
-def _command(file: Path) -> tuple[str, ...]:
-    try:
-        return tuple(file.read_text(errors="replace").rstrip("\0").split("\0"))
-    except OSError:
-        return ()

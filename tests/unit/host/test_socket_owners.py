@@ -25,7 +25,7 @@ def test_a_haproxy_with_our_configuration_is_ours_before_its_pids_are_known(
     (process / "fd/3").symlink_to("socket:[55]")
     (process / "cmdline").write_bytes(b"\0".join((b"haproxy", b"-W", b"-f", bytes(config), b"")))
     (process / "comm").write_text("haproxy\n")
-    (process / "stat").write_text("4711 (haproxy) S 1")
+    (process / "stat").write_text("4711 (haproxy) S 1 " + "0 " * 20)
 
     found = SocketOwners(tmp_path, _CONFIG).resolve([_SOCKET], our_pids=[12])
 
