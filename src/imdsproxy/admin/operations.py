@@ -80,12 +80,14 @@ class Written:
     Attributes:
         applied: HAProxy has it. Off: it is stored, and comes in force when `pending` is mended.
         pending: Why it is not in force yet, as `namespace n1 is missing`.
+        warnings: Names in the records that documents change or lack; twenty at most, then how many more.
     """
 
     networks: int = 0
     instances: int = 0
     applied: bool = True
     pending: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

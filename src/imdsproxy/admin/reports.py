@@ -237,6 +237,7 @@ class StatusReport:
         serving: Networks whose listener answers.
         problems: What is wrong and belongs to no source, network or instance.
         unix_listener: `None` where it is off.
+        warnings: Names in records that documents change or lack; twenty at most, then how many more.
         policy_for_nobody: Where settings speak of a network, project or instance that no source tells of.
         busiest: Who is kept to its limits now, and then who asks for most; ten at most.
         audit: `None` where there is none.
@@ -261,6 +262,7 @@ class StatusReport:
     nova: tuple[NovaEndpointReport, ...] = ()
     unix_listener: UnixListenerReport | None = None
     macs: MacsReport = field(default_factory=MacsReport)
+    warnings: tuple[str, ...] = ()
     policy_for_nobody: tuple[str, ...] = ()
     busiest: tuple[Asker, ...] = ()
     audit: AuditReport | None = None

@@ -51,6 +51,7 @@ from imdsproxy.app.watching import Watching
 from imdsproxy.app.writes import Writes
 from imdsproxy.config.schema import Settings
 from imdsproxy.core import endpoints
+from imdsproxy.core.documents.renamed import list_warnings
 from imdsproxy.core.haproxy.render import render_config
 from imdsproxy.core.identity import Ambiguous, Found, Mismatch, Unknown
 from imdsproxy.core.inventory import Inventory
@@ -191,6 +192,9 @@ class ControllerOperations:
             nova=self.nova_watch.endpoints,
             unix_listener=self.unix_listener(),
             macs=self.macs(),
+            warnings=list_warnings(
+                one for found in self.records.warnings.values() for one in found
+            ),
             policy_for_nobody=self.guard_writes.guarding.for_nobody(self.inventory),
             busiest=await self.limit_watch.busiest(),
             audit=self._audit(),

@@ -23,6 +23,7 @@ from imdsproxy.app.keepers import (
 )
 from imdsproxy.app.tickets import Tickets
 from imdsproxy.core.compiled import compile_instance
+from imdsproxy.core.documents.renamed import warn_of_names
 from imdsproxy.core.identity import Learned
 from imdsproxy.core.inventory import Inventory
 from imdsproxy.core.model import InstanceId, NetworkId, Upstream
@@ -91,6 +92,7 @@ class RecordLoop:
         region: The region that the settings name, as of now; `resync` after it changed.
 
     Attributes:
+        warnings: Of instances whose documents differ from their records.
         withheld: Addresses that the last round kept from HAProxy, because nobody looks at their MACs yet.
         rounds: Rounds that put observations in force.
         seconds: From the first observation of each of them to the acknowledgement, added up.
@@ -113,6 +115,7 @@ class RecordLoop:
     tickets: Tickets = field(default_factory=Tickets)
     last: RoundReport | None = None
     failures: dict[str, Problem] = field(default_factory=dict)
+    warnings: dict[InstanceId, tuple[Problem, ...]] = field(default_factory=dict)
     withheld: frozenset[AddressKey] = frozenset()
     in_sync: asyncio.Event = field(default_factory=asyncio.Event)
     rounds: int = 0
@@ -348,6 +351,10 @@ class RecordLoop:
             return
         self.failures.pop(name, None)
         self.revisions[instance] = record.revision
+        if found := warn_of_names(self.inventory.instances[instance]):
+            self.warnings[instance] = found
+        else:
+            self.warnings.pop(instance, None)
 
     def _remove(self, instance: InstanceId) -> None:
         name = f"instances.{instance}"
@@ -358,3 +365,4 @@ class RecordLoop:
             return
         self.failures.pop(name, None)
         self.revisions.pop(instance, None)
+        self.warnings.pop(instance, None)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from imdsproxy.admin.operations import Written
 from imdsproxy.app.listener_loop import ListenerLoop
 from imdsproxy.app.record_loop import RecordLoop
+from imdsproxy.core.documents.renamed import list_warnings, warn_of_names
 from imdsproxy.core.endpoints import LeftOut, LeftOutCode
 from imdsproxy.core.inventory import Inventory
 from imdsproxy.core.listeners import find_shared
@@ -54,7 +55,7 @@ class Writes:
         store = self._store_for([], [instance], create=create)
         self._refuse_strangers(set(), [instance], lambda _: "")
         await store.put_instance(instance)
-        return await self._in_force([], instances=1)
+        return _warned(await self._in_force([], instances=1), [instance])
 
     async def put_records(
         self, networks: Sequence[Network], instances: Sequence[Instance], *, create: bool = False
@@ -67,7 +68,8 @@ class Writes:
         async with self._claiming if networks else contextlib.nullcontext():
             self._refuse_shared(networks, lambda number: f"networks[{number}].")
             await store.put_records(networks, instances)
-        return await self._in_force([one.id for one in networks], instances=len(instances))
+        written = await self._in_force([one.id for one in networks], instances=len(instances))
+        return _warned(written, instances)
 
     def _store_for(
         self, networks: Sequence[Network], instances: Sequence[Instance], *, create: bool
@@ -198,3 +200,8 @@ class Writes:
         return Written(
             len(networks), instances, applied=not pending, pending=tuple(dict.fromkeys(pending))
         )
+
+
+def _warned(written: Written, instances: Sequence[Instance]) -> Written:
+    found = (warning for instance in instances for warning in warn_of_names(instance))
+    return replace(written, warnings=list_warnings(found))

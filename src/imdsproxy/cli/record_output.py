@@ -106,6 +106,8 @@ def say_written(output: Output, what: str, written: _Shape) -> None:
         output.styled(f"[yellow]stored:[/] {clean(what)}; not in force yet:")
         for reason in pending:
             output.styled(f"  {clean(reason)}")
+    for warning in cast("Sequence[str]", written.get("warnings", ())):
+        output.styled(f"[yellow]warning:[/] {clean(warning)}")
     shared = written.get("shared")
     if shared is not None:
         output.styled(

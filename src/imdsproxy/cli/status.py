@@ -261,6 +261,10 @@ def _show_problems(output: Output, report: _Shape) -> None:
         lines.append(
             f"{conflict['kind']} {conflict['subject']}: claimed by {claimants}; guests get 503"
         )
+    warnings = [f"  {clean(one)}" for one in cast("Sequence[str]", report.get("warnings", ()))]
+    if warnings:
+        output.text("")
+        output.styled("[bold yellow]names that guests see otherwise, or not at all[/]", *warnings)
     if lines:
         output.text("")
         output.styled(

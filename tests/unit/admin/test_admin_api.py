@@ -85,7 +85,13 @@ def _fields(decoded: dict[str, object]) -> list[str]:
 def test_a_network_is_added_shown_replaced_and_removed(server: AdminServer) -> None:
     status, _, answer = _raw(server, "POST", "/v1/networks", json.dumps(NETWORK).encode())
     assert status == 201
-    assert json.loads(answer) == {"networks": 1, "instances": 0, "applied": True, "pending": []}
+    assert json.loads(answer) == {
+        "networks": 1,
+        "instances": 0,
+        "applied": True,
+        "pending": [],
+        "warnings": [],
+    }
 
     assert server.client.get("/v1/networks/blue") == {
         "record": NETWORK,

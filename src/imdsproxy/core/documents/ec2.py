@@ -31,6 +31,7 @@ __all__ = [
     "LATEST",
     "ec2_directory",
     "ec2_generation",
+    "is_listed_tag",
     "permitted_tags",
     "unique_names",
 ]
@@ -115,6 +116,15 @@ def permitted_tags(tags: Iterable[tuple[str, str]]) -> dict[str, str]:
         for name, value in tags
         if _TAG_KEY.fullmatch(name) and name not in _RESERVED_TAG_KEYS
     }
+
+
+def is_listed_tag(name: str) -> bool:
+    """A permitted tag with `=` in its key can be read and is not listed.
+
+    In any listing crawlers take `a=b` for an entry of `public-keys`: os-collect-config asks for `a/`, cloud-init
+    (where `a` is a number) for `a/openssh-key`, and on the 404 both drop everything that they have read.
+    """
+    return "=" not in name
 
 
 def unique_names(names: Iterable[str]) -> tuple[str, ...]:
@@ -205,13 +215,8 @@ def _block_devices(_: DocumentRecord) -> Directory:
 
 
 def _tags(record: DocumentRecord) -> Directory | None:
-    """A tag with `=` in its key can be read and is not listed.
-
-    In any listing crawlers take `a=b` for an entry of `public-keys`: os-collect-config asks for `a/`, cloud-init
-    (where `a` is a number) for `a/openssh-key`, and on the 404 both drop everything that they have read.
-    """
     tags = permitted_tags(record.tags)
-    listed = sorted(name for name in tags if "=" not in name)
+    listed = sorted(filter(is_listed_tag, tags))
     if not listed:
         return None
     leaves = {name: Leaf(encode_text(value)) for name, value in tags.items()}
