@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from types import FrameType
 from typing import Final
@@ -56,20 +57,23 @@ _FLEET: Final = (
 WITH_PEER: Final = (*agents.WITH_PEER, *replacing.WITH_PEER)
 """Rows that need Neutron's own agents beside."""
 
-ROWS: Final = (
-    *_READS,
-    *_GROWTH,
-    *tokens.ROWS,
-    *audit.ROWS,
-    *fairness.ROWS,
-    *_NOVA,
-    *agents.OURS,
-    *replacing.OURS,
-    *_MISSES,
-    *WITH_PEER,
-    *_FLEET,
+GROUPS: Final = (
+    _READS,
+    _GROWTH,
+    tokens.ROWS,
+    audit.ROWS,
+    fairness.ROWS,
+    _NOVA,
+    agents.OURS,
+    replacing.OURS,
+    _MISSES,
+    _FLEET,
 )
+"""Rows that are measured together, without those of `WITH_PEER`."""
+
+ROWS: Final = (*chain.from_iterable(GROUPS), *WITH_PEER)
 _SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_PATIENCE_S: Final = 600.0
 _EXIT_SHORT: Final = 1
 _EXIT_MISSING: Final = 2
 
@@ -78,18 +82,25 @@ _EXIT_MISSING: Final = 2
 class Options:
     """The command line."""
 
-    quick: bool
+    scale: Scale
     strict: bool
     only: frozenset[str]
     json: Path | None
     keep: bool
     peer: Path | None = None
+    patience_s: float = 0
 
 
 def parse_options(argv: Sequence[str]) -> Options:
     """Read the command line; ends the process with 2 where it is wrong."""
     parser = argparse.ArgumentParser(prog="script/bench", description=__doc__, allow_abbrev=False)
-    parser.add_argument("--quick", action="store_true", help="fewer of everything, in two minutes")
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--quick", action="store_true", help="fewer of everything, in two minutes")
+    size.add_argument(
+        "--smallest",
+        action="store_true",
+        help="fewest of everything: whether each row can be measured; waits for others of its kind",
+    )
     parser.add_argument(
         "--only", metavar="ROW,…", default="", help=f"only these rows: {', '.join(ROWS)}"
     )
@@ -109,7 +120,11 @@ def parse_options(argv: Sequence[str]) -> Options:
     if found.peer is None and (without := only & set(WITH_PEER)):
         parser.error(f"--peer DIR is needed for {', '.join(sorted(without))}")
     every = frozenset(ROWS) - (frozenset(WITH_PEER) if found.peer is None else frozenset())
-    return Options(found.quick, found.strict, only or every, found.json, found.keep, found.peer)
+    scale = Scale.of(quick=found.quick, smallest=found.smallest)
+    patience_s = _PATIENCE_S if found.smallest else 0
+    return Options(
+        scale, found.strict, only or every, found.json, found.keep, found.peer, patience_s
+    )
 
 
 def exit_status(rows: Sequence[Row], wanted: frozenset[str], *, strict: bool) -> int:
@@ -143,7 +158,7 @@ def main(argv: Sequence[str]) -> int:
         signal.signal(number, _interrupt)
     load = os.getloadavg()[0]
     try:
-        with alone():
+        with alone(options.patience_s):
             rows = _measure(options, console)
     except BenchError as failed:
         console.print(f"script/bench: {failed}", style="red", markup=False, soft_wrap=True)
@@ -169,7 +184,7 @@ def _measure(options: Options, console: Console) -> list[Row]:
     prepare(directory)
     # As an installed package is: to compile changed modules again at each start takes longer than to import them.
     compileall.compile_dir(_REPOSITORY / "src", quiet=2)
-    bench = Bench(directory, lab, Scale.of(quick=options.quick), say)
+    bench = Bench(directory, lab, options.scale, say)
     peer = None if options.peer is None else peer_at(options.peer, directory, say)
     if peer is None:
         say(f"without --peer, so without {', '.join(WITH_PEER)}")

@@ -19,7 +19,14 @@ HAPROXY: Final = "/usr/sbin/haproxy"
 
 @dataclass(frozen=True, slots=True)
 class Scale:
-    """How much is measured; the quick one shows that all rows work and roughly where they are."""
+    """How much is measured: all of it, enough to see roughly where rows are, or just that each can be measured.
+
+    Attributes:
+        flood_s: How long a guest reads while another network is flooded.
+        settle_s: How long to wait before memory and idle time are read.
+        replacing: Numbers of networks in front of Nova.
+        warm_up: Load each side once more at first.
+    """
 
     networks: int
     rounds: int
@@ -35,10 +42,35 @@ class Scale:
     starts: int
     processes: int
     peer_rounds: int
+    flood_s: float
+    settle_s: float = 2
+    replacing: tuple[int, ...] = (100, 500)
+    warm_up: bool = True
 
     @staticmethod
-    def of(*, quick: bool) -> Scale:
-        """The whole or the quick one."""
+    def of(*, quick: bool = False, smallest: bool = False) -> Scale:
+        """The whole, the quick or the smallest one."""
+        if smallest:
+            return Scale(
+                networks=10,
+                rounds=1,
+                seconds=1,
+                adds=4,
+                network_adds=2,
+                moves=20,
+                reloads=2,
+                kills=1,
+                instances=20,
+                records=40,
+                idle_s=0.3,
+                starts=1,
+                processes=2,
+                peer_rounds=1,
+                flood_s=0.3,
+                settle_s=0.1,
+                replacing=(1, 2),
+                warm_up=False,
+            )
         if quick:
             return Scale(
                 networks=200,
@@ -55,6 +87,7 @@ class Scale:
                 starts=1,
                 processes=10,
                 peer_rounds=1,
+                flood_s=3,
             )
         return Scale(
             networks=1_000,
@@ -71,6 +104,7 @@ class Scale:
             starts=3,
             processes=50,
             peer_rounds=3,
+            flood_s=6,
         )
 
 

@@ -81,17 +81,24 @@ class Lab:
         self._thread.enter(name, lambda _: _furnish())
         self.names.append(name)
 
-    def plug(self, name: str) -> str:
-        """A guest of a network behind a veth link; the namespace that is its own.
+    def plug(self, name: str, mac: str = "") -> str:
+        """A guest of a network behind a veth link, plugged in unless it is; the namespace that is its own.
+
+        Args:
+            name: The network's.
+            mac: The guest's; by default, the kernel's choice.
 
         Raises:
             subprocess.CalledProcessError: The link could not be made.
         """
         own = f"{name}-guest"
+        if own in self._directory.names():
+            return own
         self._thread.create_now(own)
+        address = f"address {mac} " if mac else ""
         host = PLUGGED.network[1]
         for words in (
-            f"-n {own} link add eth0 type veth peer name plug0 netns {name}",
+            f"-n {own} link add eth0 {address}type veth peer name plug0 netns {name}",
             f"-n {name} address add {host}/{PLUGGED.network.prefixlen} dev plug0",
             f"-n {name} link set plug0 up",
             f"-n {own} address add {PLUGGED} dev eth0",

@@ -1,6 +1,7 @@
 """A stand-in for Neutron, as a program, since it is to have an interpreter of its own.
 
-It knows a port of every address in every network, and takes `DELAY_MS` for each answer.
+It knows a port of every address in every network, and takes `DELAY_MS` for each answer. All ports of a network have
+one MAC: that of a guest that `plug_stranger` plugs in, whose addresses they are.
 
 usage: python -m bench.neutron
 """
@@ -13,19 +14,41 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from hashlib import sha256
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Final
 from urllib.parse import parse_qs, urlsplit
 
+from bench.lab import Lab
 from bench.nova import identity
 from bench.place import BenchError
 
-__all__ = ["DELAY_MS", "answer_ports", "main", "neutron_settings", "port_name", "run_neutron"]
+__all__ = [
+    "DELAY_MS",
+    "answer_ports",
+    "mac_of",
+    "main",
+    "neutron_settings",
+    "plug_stranger",
+    "port_name",
+    "run_neutron",
+]
 
 DELAY_MS: Final = 5
 
 _REPOSITORY: Final = Path(__file__).resolve().parent.parent
+
+
+def mac_of(network: str) -> str:
+    """The MAC of a network's ports."""
+    octets = sha256(network.encode()).digest()[:3]
+    return ":".join(("fa", "16", "3e", *(f"{octet:02x}" for octet in octets)))
+
+
+def plug_stranger(lab: Lab, network: str) -> str:
+    """A guest of a network that only Neutron knows, behind a veth link; the namespace that is its own."""
+    return lab.plug(network, mac_of(network))
 
 
 def port_name(network: str, address: str) -> str:
@@ -46,7 +69,7 @@ def answer_ports(query: str) -> Mapping[str, object]:
                 {
                     "id": owner.instance,
                     "network_id": network,
-                    "mac_address": "fa:16:3e:00:00:01",
+                    "mac_address": mac_of(network),
                     "fixed_ips": [{"ip_address": address}],
                     "device_id": owner.instance,
                     "device_owner": "compute:nova",

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Final
 
 from bench.lab import Lab
-from bench.procs import end_all, find_by_argument
+from bench.procs import end_all, find_by_argument, wait_until
 
 __all__ = [
     "ALTERNATIVE",
@@ -113,15 +113,23 @@ def clear(directory: Path) -> None:
 
 
 @contextlib.contextmanager
-def alone() -> Iterator[None]:
+def alone(patience_s: float = 0) -> Iterator[None]:
     """Holds a lock that leaves no file and ends with the process.
+
+    Args:
+        patience_s: How long to wait for others.
 
     Raises:
         BenchError: Other measurements run on this machine.
     """
     with socket.socket(socket.AF_UNIX) as lock:
-        try:
-            lock.bind("\0imdsproxy-bench")
-        except OSError as error:
-            raise BenchError("another script/bench runs on this machine") from error
+
+        def bound() -> bool:
+            with contextlib.suppress(OSError):
+                lock.bind("\0imdsproxy-bench")
+                return True
+            return False
+
+        if not bound() and not wait_until(bound, patience_s, every_s=0.2):
+            raise BenchError("another script/bench runs on this machine")
         yield

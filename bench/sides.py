@@ -74,14 +74,16 @@ def load_in_turn(bench: Bench, sides: Sequence[Side], seconds: float, *, rounds:
         bench: Says which processors, and how often.
         sides: In this order.
         seconds: Of each load.
-        rounds: Instead of what the scale says, unless 0. One more comes first, that does not count.
+        rounds: Instead of what the scale says, unless 0. One more comes first, that does not count, unless the
+            scale leaves it out.
     """
     haproxy_cpu, load_cpu = bench.cpus
     for one in sides:
         if one.pid is not None:
             pin(one.pid, {haproxy_cpu})
-    for number in range((rounds or bench.scale.rounds) + 1):
-        warm_up = number == 0
+    warm_ups = 1 if bench.scale.warm_up else 0
+    for number in range((rounds or bench.scale.rounds) + warm_ups):
+        warm_up = number < warm_ups
         for one in sides:
             load = Load(
                 connections=CONNECTIONS,

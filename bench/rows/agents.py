@@ -112,7 +112,8 @@ def _round(bench: Bench, rounds: _Rounds, peer: Peer | None) -> None:
 
 def _loaded(bench: Bench, port: int) -> WrkReport:
     url = f"http://169.254.169.254:{port}{PATH}"
-    run_wrk(network_name(0), url, Load(connections=4, seconds=1))
+    if bench.scale.warm_up:
+        run_wrk(network_name(0), url, Load(connections=4, seconds=1))
     load = Load(connections=CONNECTIONS, seconds=bench.scale.seconds)
     report = run_wrk(network_name(0), url, load)
     if report.errors:

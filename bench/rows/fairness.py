@@ -159,7 +159,7 @@ class _Seen:
 
 def _floods(bench: Bench, keys: list[str]) -> Iterator[Row]:
     """Each flood comes from a network of its own, and so within limits at first; so does each that reads beside it."""
-    rounds, seconds = bench.scale.rounds, max(3.0, 1.5 * bench.scale.seconds)
+    rounds, seconds = bench.scale.rounds, min(3.0, bench.scale.flood_s)
     names = [network_name(number) for number in range(2 * rounds * len(keys))]
     left = iter(names)
     bench.lab.grow(len(names))

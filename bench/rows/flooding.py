@@ -27,7 +27,7 @@ _REPOSITORY = Path(__file__).resolve().parent.parent.parent
 
 def measure_flood(bench: Bench, daemon: Daemon) -> Row:
     """The row `flood`."""
-    seconds = max(3.0, bench.scale.seconds * 3)
+    seconds = bench.scale.flood_s
     known = Guest(bench.lab, network_name(1))
     alone = _milliseconds(known, seconds)
     controller = daemon.processes().controller

@@ -69,7 +69,7 @@ class _OneEach:
 
 def measure_growth(bench: Bench, wanted: Callable[[str], bool]) -> Iterator[Row]:
     """The rows `memory` and `start`."""
-    counts = sorted({1, 100, bench.scale.networks})
+    counts = sorted({1, min(100, bench.scale.networks), bench.scale.networks})
     daemon = Daemon(bench.directory / "growth")
     try:
         steps = [_step(bench, daemon, count) for count in counts]

@@ -14,16 +14,15 @@ from bench.daemon import Daemon, Processes
 from bench.figures import Bar, Row, judge, median
 from bench.front import in_front, unanswered
 from bench.guest import Guest
-from bench.lab import guest, network_name
-from bench.neutron import neutron_settings, run_neutron
+from bench.lab import PLUGGED, network_name
+from bench.neutron import neutron_settings, plug_stranger, run_neutron
 from bench.nova import PATH, run_stub
 from bench.peer import Peer, PeerScale, parse_scale
 from bench.place import BenchError
 from bench.procs import memory, wait_until
 
-__all__ = ["NETWORKS", "OURS", "WITH_PEER", "measure_replacing"]
+__all__ = ["OURS", "WITH_PEER", "measure_replacing"]
 
-NETWORKS: Final = (100, 500)
 OURS: Final = ("nova-memory", "nova-restart")
 WITH_PEER: Final = ("peer-memory-100", "peer-memory-500", "peer-restart", "peer-cold")
 
@@ -33,7 +32,6 @@ _MEMORY_BARS: Final = {
 }
 _RESTART_BAR: Final = Bar("≥ 20 x faster", at_least=20.0)
 _PATIENCE_S: Final = 60.0
-_STRANGER: Final = 3000
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,14 +75,14 @@ def measure_replacing(
 ) -> Iterator[Row]:
     """The rows `nova-memory` and `nova-restart`, and with a peer `peer-memory-…`, `peer-restart` and `peer-cold`."""
     with run_stub(bench.binary, bench.directory) as stub, run_neutron() as neutron:
-        steps = [_step(bench, stub.port, neutron, count) for count in NETWORKS]
+        steps = [_step(bench, stub.port, neutron, count) for count in bench.scale.replacing]
         theirs: dict[int, PeerScale] = {}
         if peer is not None and any(wanted(key) for key in WITH_PEER):
             bench.say("the peer with a proxy for each network")
-            found = peer.scale(NETWORKS, bench.scale.starts)
-            theirs = {count: parse_scale(found, count) for count in NETWORKS}
+            found = peer.scale(bench.scale.replacing, bench.scale.starts)
+            theirs = {count: parse_scale(found, count) for count in bench.scale.replacing}
             # Theirs take minutes: whatever else the machine does by then, ours have to bear as well.
-            again = _step(bench, stub.port, neutron, NETWORKS[-1], name="again")
+            again = _step(bench, stub.port, neutron, bench.scale.replacing[-1], name="again")
             steps[-1] = steps[-1].with_times_of(again)
     rows = [_memory_row(steps), _restart_row(steps[-1])]
     if theirs:
@@ -106,13 +104,13 @@ def _step(bench: Bench, port: int, neutron: int, count: int, *, name: str = "rep
             haproxy.append(_haproxy(bench, daemon, names))
         _miss(bench)
         processes = daemon.wait_settled()
-        time.sleep(1)
+        time.sleep(bench.scale.settle_s)
         return _Step(count, tuple(whole), tuple(haproxy), _pss(processes))
 
 
 def _miss(bench: Bench) -> None:
     """Have Neutron asked, so that what this needs is in memory too."""
-    one = Guest(bench.lab, network_name(0), guest(_STRANGER))
+    one = Guest(bench.lab, plug_stranger(bench.lab, network_name(0)), str(PLUGGED.ip))
     answer = one.get(PATH)
     one.close()
     if answer.status != 200:  # noqa: PLR2004 - HTTP's OK

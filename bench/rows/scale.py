@@ -67,13 +67,13 @@ def _store(bench: Bench, daemon: Daemon, *, addresses: int) -> float:
 
 def _controller(bench: Bench, daemon: Daemon, stored_s: float) -> Row:
     processes = daemon.wait_settled()
-    time.sleep(2)  # what follows a change has come to rest
+    time.sleep(bench.scale.settle_s)  # what follows a change has come to rest
     grown = memory([processes.controller])
     percent = _idle_percent(processes, bench.scale.idle_s)
     daemon.stop_controller()
     daemon.start()
     processes = daemon.wait_settled()
-    time.sleep(2)
+    time.sleep(bench.scale.settle_s)
     started = memory([processes.controller])
     again = _idle_percent(processes, bench.scale.idle_s / 3)
     value = max(grown.rss, started.rss) / 1e6

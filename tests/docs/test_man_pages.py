@@ -26,7 +26,7 @@ def test_there_are_no_other_manual_pages() -> None:
 @pytest.mark.parametrize("name", MAN_PAGES)
 def test_a_manual_page_can_be_shown(name: str) -> None:
     command = ["man", "--warnings", "--encoding=UTF-8", "--local-file", str(PAGES / name)]
-    shown = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
+    shown = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
 
     assert shown.stderr == ""
     assert "SEE ALSO" in shown.stdout

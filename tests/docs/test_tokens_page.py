@@ -103,7 +103,7 @@ def test_the_command_that_makes_a_key_makes_one(tmp_path: Path) -> None:
     assert file is not None
     script = block.script.replace(str(file), str(tmp_path / "keys"))
     assert script != block.script
-    subprocess.run(script, shell=True, check=True, timeout=10)  # noqa: S602 - the page's own words, which a shell reads
+    subprocess.run(script, shell=True, check=True, timeout=60)  # noqa: S602 - the page's own words, which a shell reads
     assert len(parse_token_keys((tmp_path / "keys").read_text())) == 1
     assert (tmp_path / "keys").stat().st_mode & 0o777 == 0o600
 

@@ -10,9 +10,9 @@ import pytest
 
 from support.demonstration import REPOSITORY
 from support.document_blocks import blocks_of, missing_lines
-from support.lab import patience
 from support.packaged_daemon import machine_with_dependencies
 from support.packages import build_packages
+from support.patience import patience
 from support.systemd_machine import Machine
 from support.vm.image import Image, vm_image
 

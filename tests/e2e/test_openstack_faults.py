@@ -20,10 +20,11 @@ from typing import Final
 import pytest
 
 from support.guest import Guest, Load, Reply
-from support.lab import patience, until
+from support.lab import until
 from support.openstack.lab import Nova, OpenStack
 from support.openstack.neutron_rest import ask
 from support.openstack.ways import RESPONSE_TIMEOUT_S, Way, Ways, open_ways
+from support.patience import patience
 
 pytestmark = [pytest.mark.root, pytest.mark.timeout(300)]
 

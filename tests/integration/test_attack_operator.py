@@ -73,7 +73,7 @@ def test_a_second_controller_with_the_same_state_is_refused_whatever_else_is_its
     config = tmp_path / "second.yaml"
     config.write_text(yaml.safe_dump(settings))
     program = (*within(world.lab.host), *world.daemon.program, "--config", str(config), "run")
-    done = subprocess.run(program, capture_output=True, text=True, check=False, timeout=20)
+    done = subprocess.run(program, capture_output=True, text=True, check=False, timeout=60)
     assert done.returncode == 71
     assert f"another controller keeps its state in {world.daemon.state}" in done.stderr
     assert world.red.ask("/openstack").status == 200

@@ -17,7 +17,8 @@ import pytest
 from imdsproxy.errors import ImdsproxyError
 from support.daemon import Daemon, instance, user_data_of
 from support.guest import IPV6, Load
-from support.lab import patience, until
+from support.lab import until
+from support.patience import patience
 from support.world import World, open_world, own
 
 pytestmark = pytest.mark.root

@@ -17,7 +17,8 @@ import pytest
 
 from support.daemon import Daemon, alive, instance
 from support.guest import IPV4, IPV6, Guest, Load, Lost
-from support.lab import INTRUDER, NETNS, batch, patience, until
+from support.lab import INTRUDER, NETNS, batch, until
+from support.patience import patience
 from support.world import World, open_world, own
 
 pytestmark = pytest.mark.root

@@ -13,7 +13,8 @@ import yaml
 from support.daemon import instance
 from support.guest import IPV4, IPV6, Guest, Load, Lost
 from support.holders import holders
-from support.lab import NETNS, Lab, RecordMapping, ip, patience, until
+from support.lab import NETNS, Lab, RecordMapping, ip, until
+from support.patience import patience
 from support.world import RIGHT_WITHIN_S, World, own
 
 pytestmark = pytest.mark.root

@@ -19,7 +19,8 @@ import pytest
 from imdsproxy.errors import ImdsproxyError
 from support.daemon import Daemon, alive, instance, user_data_of
 from support.guest import Guest, Load, Reply
-from support.lab import Lab, patience, until
+from support.lab import Lab, until
+from support.patience import patience
 from support.world import World, open_world, own, own_name
 
 pytestmark = pytest.mark.root

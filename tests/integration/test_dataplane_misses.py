@@ -16,7 +16,8 @@ import pytest
 from imdsproxy.config.schema import ResolverSettings
 from support.daemon import Daemon, instance, user_data_of
 from support.guest import IPV6, Guest, Load, Lost, Reply
-from support.lab import Lab, batch, patience, until
+from support.lab import Lab, batch, until
+from support.patience import patience
 from support.world import World, open_world, own
 
 pytestmark = pytest.mark.root

@@ -17,7 +17,8 @@ import pytest
 
 from support.daemon import instance, user_data_of
 from support.guest import IPV6, Guest, Reply
-from support.lab import patience, until
+from support.lab import until
+from support.patience import patience
 from support.world import World, own
 
 pytestmark = pytest.mark.root

@@ -18,7 +18,8 @@ from imdsproxy.host.nftables import INET, Batch, NetfilterSocket
 from imdsproxy.host.nlmessages import attribute
 from support.daemon import instance
 from support.guest import IPV4, IPV6, Connection, Guest, Lost, Reply, inside
-from support.lab import Lab, batch, ip, patience, until, within
+from support.lab import Lab, batch, ip, until, within
+from support.patience import patience
 from support.world import World, open_world, own
 
 pytestmark = pytest.mark.root

@@ -12,6 +12,7 @@ from imdsproxy.errors import HostRefused
 from imdsproxy.host.namespaces import NamespaceDirectory, NamespaceThread
 from imdsproxy.host.nswatch import NamespaceCame, NamespaceChange, NamespaceWatch, NamespaceWent
 from support.hostlab import HostLab, host_lab
+from support.patience import patience
 
 pytestmark = pytest.mark.root
 
@@ -24,7 +25,7 @@ def lab() -> Iterator[HostLab]:
 
 async def _next(watch: NamespaceWatch, *names: str, within_s: float = 1.0) -> NamespaceChange:
     """The next change of these names (others on this host come and go too)."""
-    async with asyncio.timeout(within_s):
+    async with asyncio.timeout(within_s * patience()):
         async for change in watch:
             if change.ref.name in names:
                 return change
@@ -101,7 +102,7 @@ async def test_a_hundred_at_once_are_all_told_of_within_a_second(lab: HostLab) -
     async with NamespaceWatch(thread.directory) as watch:
         made = [await thread.create(name) for name in sorted(names)]
         came: set[NamespaceRef] = set()
-        async with asyncio.timeout(1):
+        async with asyncio.timeout(1 * patience()):
             while len(came) < len(made):
                 came.add((await _next(watch, *names)).ref)
     assert came == set(made)

@@ -24,6 +24,7 @@ from imdsproxy.host.nlmessages import NetlinkRefused, NetlinkSocket
 from imdsproxy.host.observe import HostObserver
 from imdsproxy.host.watch import EventKind, HostEvent, HostWatch, WatchPace
 from support.hostlab import HostLab, host_lab
+from support.patience import patience
 
 pytestmark = pytest.mark.root
 
@@ -60,7 +61,7 @@ class _Watched:
             return
 
     async def next(self, *kinds: EventKind, within_s: float = 1.0) -> HostEvent:
-        async with asyncio.timeout(within_s):
+        async with asyncio.timeout(within_s * patience()):
             async for event in self.watch:
                 if event.kind in kinds:
                     return event

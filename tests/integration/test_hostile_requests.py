@@ -20,8 +20,8 @@ from hypothesis import given, settings
 from support.forgeries import OTHER_ADDRESS, OTHER_INSTANCE, OTHER_PROJECT
 from support.guest import Connection, Guest, Lost
 from support.hostile import HARMFUL, Harm, harms
-from support.lab import patience
 from support.nova_world import NovaWorld, open_nova_world
+from support.patience import patience
 from support.recorder import Answer, Received, reply
 from support.world import World, open_world
 
@@ -126,7 +126,8 @@ _HEAD: Final = b"GET /latest/user-data HTTP/1.1\r\nHost: x\r\nAccept: "
 
 def _slowly(guest: Guest, first: bytes, then: bytes) -> bytes:
     """What a guest is told that goes on with a byte at a time and never ends."""
-    with guest.connect(timeout_s=0.4) as connection:
+    with guest.connect() as connection:
+        connection.socket.settimeout(0.4)
         connection.send(first)
         while True:
             try:

@@ -12,8 +12,9 @@ from typing import Final
 import pytest
 
 from support.guest import Guest, Load, Lost, Reply
-from support.lab import patience, until
+from support.lab import until
 from support.nova_world import RESPONSE_TIMEOUT_S, NovaWorld, open_nova_world
+from support.patience import patience
 from support.recorder import (
     Answer,
     Recorder,

@@ -13,8 +13,9 @@ import pytest
 
 from imdsproxy.dataplane.master import MasterClient
 from support.guest import IPV6, Reply
-from support.lab import patience, until
+from support.lab import until
 from support.nova_world import SECRET, NovaWorld, open_nova_world
+from support.patience import patience
 from support.recorder import Answer, End, Received, hang, reply
 
 pytestmark = pytest.mark.root

@@ -15,7 +15,8 @@ from imdsproxy.core.model import InstanceId, NetworkId
 from imdsproxy.core.tokens import TOKEN_PATTERN, mint_token, parse_token_keys
 from support.daemon import Daemon, instance
 from support.guest import IPV4, IPV6, Connection, Guest, Reply
-from support.lab import Lab, patience, until
+from support.lab import Lab, until
+from support.patience import patience
 from support.world import World, open_world, own
 
 pytestmark = pytest.mark.root

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Final, Self, TypeVar
 
 from imdsproxy.host.namespaces import DEFAULT_DIRECTORY, NamespaceDirectory, NamespaceThread
+from support.patience import patience
 
 __all__ = [
     "IPV4",
@@ -213,15 +214,18 @@ class Guest:
         return eui64(self.mac)
 
     def connect(
-        self, *, to: str = IPV4, source: str | None = None, timeout_s: float = _TIMEOUT_S
+        self, *, to: str = IPV4, source: str | None = None, timeout_s: float | None = None
     ) -> Connection:
         """Open a connection, from `source` where it matters.
+
+        Args:
+            timeout_s: For each step of what is done with it; by default, as long as this machine may need.
 
         Raises:
             Lost: Nobody takes it.
         """
         sock, scope = inside(self.namespace, lambda: self._socket(to), directory=self.directory)
-        sock.settimeout(timeout_s)
+        sock.settimeout(_TIMEOUT_S * patience() if timeout_s is None else timeout_s)
         try:
             if source or self.source:
                 sock.bind(_target(source or self.source or "", 0, scope))
@@ -242,7 +246,7 @@ class Guest:
         *,
         to: str = IPV4,
         source: str | None = None,
-        timeout_s: float = _TIMEOUT_S,
+        timeout_s: float | None = None,
         method: str = "GET",
         host: str | None = IPV4,
         headers: Sequence[str] = (),
@@ -252,7 +256,7 @@ class Guest:
         with self.connect(to=to, source=source, timeout_s=timeout_s) as connection:
             return connection.request(target, method=method, host=host, headers=headers, body=body)
 
-    def raw(self, data: bytes, *, method: str = "GET", timeout_s: float = _TIMEOUT_S) -> Reply:
+    def raw(self, data: bytes, *, method: str = "GET", timeout_s: float | None = None) -> Reply:
         """Exactly these bytes on a connection of their own."""
         with self.connect(timeout_s=timeout_s) as connection:
             connection.send(data)
@@ -334,9 +338,10 @@ class Load:
     def wait_answers(self, number: int, *, within_s: float = 10.0) -> None:
         """Wait until so many more requests were answered."""
         target = self.report.answered + number
-        deadline = time.monotonic() + within_s
+        start = time.monotonic()
         while self.report.answered < target:
-            assert time.monotonic() < deadline, f"no {number} answers within {within_s} s"
+            passed = time.monotonic() - start
+            assert passed < within_s * patience(), f"no {number} answers after {passed:.1f} s"
             time.sleep(0.005)
 
     def _run(self, guest: Guest) -> None:

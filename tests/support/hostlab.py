@@ -20,6 +20,7 @@ from typing import Final
 from imdsproxy.core.hostnames import Naming
 from imdsproxy.core.model import NetworkId
 from imdsproxy.host.namespaces import DEFAULT_DIRECTORY, NamespaceDirectory
+from support.patience import patience
 
 __all__ = ["DEADLINE_S", "HostLab", "Server", "eventually", "host_lab"]
 
@@ -246,11 +247,12 @@ def host_lab() -> Iterator[HostLab]:
 async def eventually(
     holds: Callable[[], bool] | Callable[[], Awaitable[bool]], *, within_s: float = DEADLINE_S
 ) -> float:
-    """Poll until something holds; how many seconds that took. Fails when it takes too long."""
+    """Poll until something holds; how many seconds that took. Fails when it takes too long (see `patience`)."""
     start = time.monotonic()
     while True:
         answer = holds()
         if (await answer) if isinstance(answer, Awaitable) else answer:
             return time.monotonic() - start
-        assert time.monotonic() - start < within_s, f"not so after {within_s} s"
+        passed = time.monotonic() - start
+        assert passed < within_s * patience(), f"not so after {passed:.2f} s"
         await asyncio.sleep(0.01)

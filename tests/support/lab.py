@@ -20,6 +20,7 @@ from typing import Final
 
 from support.guest import Guest, inside
 from support.holders import holders
+from support.patience import patience
 
 __all__ = [
     "BRIDGE_MAC",
@@ -74,13 +75,6 @@ while True:
     connection.sendall(b"HTTP/1.1 200 OK\\r\\nContent-Length: 7\\r\\nConnection: close\\r\\n\\r\\nforeign")
     connection.close()
 """
-
-
-def patience() -> float:
-    """By how much longer things may take because this machine has more to do than it has processors."""
-    words = Path("/proc/loadavg").read_text().split()
-    busy = max(float(words[0]), float(words[3].partition("/")[0]))
-    return max(1.0, busy / (os.cpu_count() or 1))
 
 
 def until(

@@ -115,7 +115,7 @@ async def test_a_revocation_tells_of_keys_that_other_hosts_have_too(
     rig.keys.read(path)
     rig.tell()
     revoking = asyncio.create_task(rig.writes.revoke(_WEB))
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         while not rig.records.touched:
             await asyncio.sleep(0.01)
     await rig.records.end_round()

@@ -159,7 +159,7 @@ class Workers:
 async def _running(rig: Rig, workers: Workers) -> AsyncIterator[None]:
     task = asyncio.create_task(rig.keys.run(cast("RecordApplier", workers)))
     try:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             yield
     finally:
         task.cancel()

@@ -77,7 +77,7 @@ async def _rig(directory: Path) -> AsyncIterator[Rig]:
 
     task = asyncio.create_task(store.run(publish))
     try:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             await known.wait()
         listeners = _Loop(inventory=inventory)
         writes = Writes(

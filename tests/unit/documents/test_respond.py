@@ -139,11 +139,16 @@ def test_the_seed_and_the_password_are_asked_for_only_where_needed() -> None:
 
 
 def seconds_per_call(asked: Guest, path: str) -> float:
+    """The best of some: another thread of the same core makes any of them slower."""
     asked.ask(path)
-    started = time.process_time()
-    for _ in range(500):
-        asked.ask(path)
-    return (time.process_time() - started) / 500
+
+    def a_hundred() -> float:
+        started = time.process_time()
+        for _ in range(100):
+            asked.ask(path)
+        return (time.process_time() - started) / 100
+
+    return min(a_hundred() for _ in range(10))
 
 
 def test_a_leaf_takes_well_under_100_microseconds() -> None:

@@ -94,7 +94,7 @@ def test_a_program_that_is_missing_is_refused_by_name() -> None:
 
 async def test_waiting_gives_the_exit_status_to_everybody_who_waits(spawn: _Spawner) -> None:
     handle, _ = spawn("print('up', flush=True); raise SystemExit(7)")
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         assert list(await asyncio.gather(handle.wait(), handle.wait())) == [7, 7]
     assert await handle.wait() == 7
     assert not handle.alive()
@@ -104,7 +104,7 @@ async def test_waiting_for_a_signal_gives_its_number_negative(spawn: _Spawner) -
     handle, _ = spawn(_SLEEP)
     assert handle.alive()
     assert handle.kill(signal.SIGKILL)
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         assert await handle.wait() == -signal.SIGKILL
 
 
@@ -127,14 +127,14 @@ async def test_the_end_of_a_process_that_is_not_our_child_is_noticed_too(spawn: 
     handle = open_process(int(line))
     assert handle is not None
     handle.kill(signal.SIGKILL)
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         assert await handle.wait() is None
     handle.close()
 
 
 async def test_stopping_kills_what_does_not_end_by_itself(spawn: _Spawner) -> None:
     handle, _ = spawn(_STUBBORN)
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         assert not await handle.stop(0.05)
     assert not handle.alive()
 

@@ -148,7 +148,7 @@ async def test_a_network_has_its_share_of_the_connections_and_waits_for_it(tmp_p
             taking.release()
             await go_on.wait()
 
-        async with asyncio.timeout(5), asyncio.TaskGroup() as group:
+        async with asyncio.timeout(30), asyncio.TaskGroup() as group:
             for _ in range(5):
                 group.create_task(forwarder.forward(_request(), take_slowly))
             for _ in range(2):

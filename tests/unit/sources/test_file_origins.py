@@ -43,7 +43,7 @@ async def test_a_port_of_an_unknown_network_is_told_with_file_line_and_field(
 
     task = asyncio.create_task(source.run(publish))
     try:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             await seen.wait()
         assert [(one.source, one.number, one.network) for one in inventory.stranded()] == [
             ("file", 1, "beyond"),

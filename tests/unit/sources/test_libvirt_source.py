@@ -133,7 +133,7 @@ async def test_a_failure_that_goes_on_is_told_once() -> None:
     libvirt = FakeLibvirt()
     libvirt.failure = "no such file"
     async with running(LibvirtSource(libvirt, pace=NEVER)) as heard:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             while libvirt.connections < 5:
                 await asyncio.sleep(0.001)
         assert len(heard.observations) == 1

@@ -14,6 +14,7 @@ import pytest
 from imdsproxy.sources import file as file_source
 from imdsproxy.sources.file import FileSource
 from imdsproxy.sources.watch import Place, Watch
+from support.patience import patience
 from support.source_runs import Heard, running
 
 
@@ -87,7 +88,7 @@ async def test_a_change_is_told_within_a_tenth_of_a_second(directory: Path) -> N
             write(directory / "x.json", record("a", text))
             await _until_data_is(heard, text)
             took.append(time.monotonic() - begin)
-    assert sorted(took)[len(took) // 2] < 0.1, took
+    assert sorted(took)[len(took) // 2] < 0.1 * patience(), took
 
 
 async def _until_data_is(heard: Heard, text: str) -> None:
@@ -298,6 +299,6 @@ async def test_a_cancelled_source_leaves_no_inotify_behind(directory: Path) -> N
     before = _descriptors()
     async with running(FileSource(directory)):
         assert _descriptors() != before
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         while _descriptors() - before:
             await asyncio.sleep(0.01)

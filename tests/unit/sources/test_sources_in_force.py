@@ -226,9 +226,9 @@ def test_ten_thousand_changes_to_one_address_are_settled_in_seconds() -> None:
     many = [made(f"i{n}") for n in range(10_000)]
     files.write("x", *many)
     wrong = [made(f"i{n}", 1) for n in range(10_000)]
-    begin = time.monotonic()
+    begin = time.process_time()
     files.write("x", *wrong)
-    assert time.monotonic() - begin < 10
+    assert time.process_time() - begin < 10
     assert sum(bool(each.ports[0].addresses) for each in files.records.values()) == 1
 
 
