@@ -12,6 +12,7 @@ import pytest
 
 from imdsproxy.host.namespaces import NamespaceDirectory, NamespaceThread
 from imdsproxy.host.nslinks import haproxy_name
+from support.hostlab import create_namespace
 
 _GOLDEN = sorted((Path(__file__).parents[1] / "golden" / "haproxy").glob("*.cfg"))
 
@@ -40,7 +41,7 @@ def test_haproxy_accepts_the_golden_file(golden: Path, place: Path) -> None:
     ):
         (place / name).touch()
     (place / "unavailable.http").write_text("HTTP/1.1 503 No\r\n\r\n")
-    asyncio.run(thread.create("imdst-golden"))
+    asyncio.run(create_namespace(thread, "imdst-golden"))
     try:
         for link in ("imds-1@42", "qrouter-1@43"):
             (place / "netns" / link).symlink_to(directory.path / "imdst-golden")

@@ -12,7 +12,7 @@ import pytest
 from imdsproxy.core.hoststate import NamespaceRef
 from imdsproxy.errors import HostRefused
 from imdsproxy.host.namespaces import NamespaceDirectory, NamespaceThread
-from support.hostlab import HostLab, host_lab
+from support.hostlab import HostLab, create_namespace, host_lab
 
 pytestmark = pytest.mark.root
 
@@ -38,7 +38,7 @@ async def test_a_created_namespace_is_one_for_ip_netns_too(
     lab: HostLab, thread: NamespaceThread
 ) -> None:
     name = lab.own_namespace("blue")
-    ref = await thread.create(name)
+    ref = await create_namespace(thread, name)
 
     assert name in lab.ip("netns", "list")
     assert lab.ip("netns", "exec", name, "/usr/bin/stat", "-Lc", "%i", "/proc/self/ns/net") == (
@@ -50,7 +50,7 @@ async def test_creating_a_namespace_that_exists_takes_it_as_it_is(
     lab: HostLab, thread: NamespaceThread
 ) -> None:
     name = lab.own_namespace("blue")
-    assert await thread.create(name) == await thread.create(name)
+    assert await create_namespace(thread, name) == await create_namespace(thread, name)
 
 
 async def test_a_namespace_whose_maker_was_killed_half_way_is_made_whole(
@@ -63,7 +63,7 @@ async def test_a_namespace_whose_maker_was_killed_half_way_is_made_whole(
     assert name in thread.directory.names()
     assert name not in thread.directory.namespaces()
 
-    ref = await thread.create(name)
+    ref = await create_namespace(thread, name)
 
     assert thread.directory.identity(name) == ref
 
@@ -72,7 +72,7 @@ async def test_a_deleted_namespace_is_gone_and_deleting_it_again_is_no_error(
     lab: HostLab, thread: NamespaceThread
 ) -> None:
     name = lab.own_namespace("blue")
-    await thread.create(name)
+    await create_namespace(thread, name)
 
     assert thread.directory.delete(name)
 
@@ -152,7 +152,7 @@ async def test_a_directory_of_ones_own_is_made_shared_so_that_others_see_its_nam
     place = tmp_path / "netns"
     thread = NamespaceThread(NamespaceDirectory(place))
     try:
-        await thread.create("first")
+        await create_namespace(thread, "first")
         # Somebody in a mount namespace of his own, as every unit with a private /tmp is.
         other = subprocess.Popen(  # noqa: ASYNC220 - it ends when its input does
             ("/usr/bin/unshare", "--mount", "--propagation", "slave", "/bin/cat"),
@@ -165,7 +165,7 @@ async def test_a_directory_of_ones_own_is_made_shared_so_that_others_see_its_nam
         other.stdin.flush()
         await asyncio.to_thread(other.stdout.readline)
 
-        second = await thread.create("second")
+        second = await create_namespace(thread, "second")
 
         assert _inode(f"/proc/{other.pid}/root{place}/second") == second.inode
         other.communicate()
@@ -200,6 +200,13 @@ async def test_who_looks_at_many_namespaces_does_not_hold_up_the_end() -> None:
     thread = NamespaceThread(NamespaceDirectory())
     begun, going_on = threading.Event(), threading.Event()
 
+    def ending() -> bool:
+        try:
+            thread.enter("nothing", lambda _: None)
+        except HostRefused:
+            return True
+        return False
+
     def look() -> None:
         begun.set()
         going_on.wait(5)
@@ -209,7 +216,7 @@ async def test_who_looks_at_many_namespaces_does_not_hold_up_the_end() -> None:
     await asyncio.to_thread(begun.wait, 5)
     closing = asyncio.create_task(asyncio.to_thread(thread.close))
     async with asyncio.timeout(30):
-        while not thread.closed:
+        while not ending():
             await asyncio.sleep(0.01)
     going_on.set()
     with pytest.raises(HostRefused, match="ending"):

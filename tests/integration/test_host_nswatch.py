@@ -11,7 +11,7 @@ from imdsproxy.core.hoststate import NamespaceRef
 from imdsproxy.errors import HostRefused
 from imdsproxy.host.namespaces import NamespaceDirectory, NamespaceThread
 from imdsproxy.host.nswatch import NamespaceCame, NamespaceChange, NamespaceWatch, NamespaceWent
-from support.hostlab import HostLab, host_lab
+from support.hostlab import HostLab, create_namespace, host_lab
 from support.patience import patience
 
 pytestmark = pytest.mark.root
@@ -100,7 +100,7 @@ async def test_a_hundred_at_once_are_all_told_of_within_a_second(lab: HostLab) -
     thread = NamespaceThread(NamespaceDirectory())
     names = {lab.own_namespace(str(number)) for number in range(100)}
     async with NamespaceWatch(thread.directory) as watch:
-        made = [await thread.create(name) for name in sorted(names)]
+        made = [await create_namespace(thread, name) for name in sorted(names)]
         came: set[NamespaceRef] = set()
         async with asyncio.timeout(1 * patience()):
             while len(came) < len(made):
@@ -117,7 +117,7 @@ async def test_a_directory_that_comes_late_and_goes_and_comes_again_is_followed(
     async with NamespaceWatch(thread.directory) as watch:
         assert watch.current == {}
         for _ in range(2):
-            ref = await thread.create("blue")
+            ref = await create_namespace(thread, "blue")
             assert await _next(watch, "blue") == NamespaceCame(ref)
             thread.directory.delete("blue")
             assert await _next(watch, "blue") == NamespaceWent(ref)

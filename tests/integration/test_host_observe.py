@@ -28,7 +28,7 @@ from imdsproxy.host.namespaces import NamespaceDirectory, NamespaceThread
 from imdsproxy.host.netlink import find_link, list_links, neighbour_mac
 from imdsproxy.host.nlmessages import NetlinkSocket
 from imdsproxy.host.observe import HostObserver
-from support.hostlab import HostLab, host_lab
+from support.hostlab import HostLab, create_namespace, host_lab
 
 pytestmark = pytest.mark.root
 
@@ -417,7 +417,7 @@ async def test_a_thousand_networks_are_seen_in_a_third_of_a_second_and_one_in_3_
     names = [lab.own_namespace(f"n{number}") for number in range(1000)]
     networks = {}
     for name in names:
-        await host.thread.create(name)
+        await create_namespace(host.thread, name)
         listener = NamespaceListener(name, "lo", manage_addresses=True)
         networks[NetworkId(name)] = Network(NetworkId(name), listener)
 

@@ -93,7 +93,8 @@ async def test_networks_are_told_of_while_they_run(libvirtd: Libvirtd) -> None:
         await heard.until(macs)
         await asyncio.to_thread(inside.destroy)
         await heard.until(lambda each: set(each.inventory.networks) == {"nat"})
-        assert not heard.inventory.problems()
+        assert not heard.last.problems
+        assert not list(heard.inventory.stranded())
 
 
 async def test_metadata_that_is_set_is_told_of_at_once(libvirtd: Libvirtd) -> None:

@@ -56,15 +56,9 @@ def _visible(inventory: Inventory) -> dict[str, object]:
         "instances": dict(inventory.instances),
         "addresses": dict(inventory.addresses()),
         "members": {name: inventory.instances_in(NetworkId(name)) for name in "abc"},
-        "macs": {
-            (name, octet): inventory.instances_with_mac(
-                NetworkId(name), MacAddress(f"52:54:00:00:00:0{octet}")
-            )
-            for name in "abc"
-            for octet in (1, 2)
-        },
         "conflicts": inventory.conflicts(),
-        "problems": inventory.problems(),
+        "problems": {name: inventory.problems_of(name) for name in inventory.sources},
+        "stranded": tuple(inventory.stranded()),
         "in_sync": inventory.in_sync,
     }
 

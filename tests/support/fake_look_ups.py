@@ -53,7 +53,3 @@ class FakeLookUps:
     def confirmation(self, network: NetworkId, address: IpAddress) -> Confirmation | None:
         del network, address
         return self.confirmed
-
-    def staleness(self, instance: InstanceId) -> float | None:
-        del instance
-        return None

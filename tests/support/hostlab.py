@@ -18,11 +18,16 @@ from pathlib import Path
 from typing import Final
 
 from imdsproxy.core.hostnames import Naming
+from imdsproxy.core.hoststate import NamespaceRef
 from imdsproxy.core.model import NetworkId
-from imdsproxy.host.namespaces import DEFAULT_DIRECTORY, NamespaceDirectory
+from imdsproxy.host.namespaces import (
+    DEFAULT_DIRECTORY,
+    NamespaceDirectory,
+    NamespaceThread,
+)
 from support.patience import patience
 
-__all__ = ["DEADLINE_S", "HostLab", "Server", "eventually", "host_lab"]
+__all__ = ["DEADLINE_S", "HostLab", "Server", "create_namespace", "eventually", "host_lab"]
 
 DEADLINE_S: Final = 10.0
 """How long a test waits for what must come; what must come *soon* is measured."""
@@ -68,6 +73,10 @@ scope = socket.if_nametoindex(device) if v6 else 0
 client.connect((address, 80, 0, scope) if v6 else (address, 80))
 print(client.recv(1000).decode())
 """
+
+
+async def create_namespace(thread: NamespaceThread, name: str) -> NamespaceRef:
+    return await thread.run(lambda: thread.create_now(name))
 
 
 @dataclass(frozen=True, slots=True)

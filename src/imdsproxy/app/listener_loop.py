@@ -220,12 +220,12 @@ class ListenerLoop:
         binds = plan_binds((*listening.plain, *listening.verified), settings.links)
         unverified = plan_binds(listening.unverified, settings.links)
         count = len(binds) + len(unverified)
-        budget = compute_maxconn(settings.maxconn, count, settings.descriptors)
+        maxconn = compute_maxconn(settings.maxconn, count, settings.descriptors)
         return DataplaneSpec(
             binds=binds,
             unverified=unverified,
             paths=self.layout.haproxy_paths(),
-            limits=replace(settings.limits, maxconn=budget.maxconn),
+            limits=replace(settings.limits, maxconn=maxconn),
             user=settings.user,
             group=settings.group,
             exporter=exporter,

@@ -37,20 +37,10 @@ from imdsproxy.dataplane.records import RecordApplier
 from imdsproxy.errors import DataplaneError, ImdsproxyError, Problem
 from imdsproxy.host.clock import Clock
 
-__all__ = ["RecordLoop", "RoundReport"]
+__all__ = ["RecordLoop"]
 
 _RETRY_FIRST_S = 0.2
 _RETRY_LAST_S = 5.0
-
-
-@dataclass(frozen=True, slots=True)
-class RoundReport:
-    """What the last round did; `at` is Unix time."""
-
-    at: float
-    changes: int
-    failed: tuple[Problem, ...]
-    seconds: float
 
 
 @dataclass(slots=True)
@@ -113,7 +103,6 @@ class RecordLoop:
     revisions: dict[InstanceId, str] = field(default_factory=dict)
     learned: dict[AddressKey, Learned] = field(default_factory=dict)
     tickets: Tickets = field(default_factory=Tickets)
-    last: RoundReport | None = None
     failures: dict[str, Problem] = field(default_factory=dict)
     warnings: dict[InstanceId, tuple[Problem, ...]] = field(default_factory=dict)
     withheld: frozenset[AddressKey] = frozenset()
@@ -123,7 +112,6 @@ class RecordLoop:
     _since: float | None = None
     _work: _Work = field(default_factory=_Work)
     _wake: asyncio.Event = field(default_factory=asyncio.Event)
-    _live: bool = False
     _swept: bool = False
 
     def observe(self, observation: Observation) -> int:
@@ -183,7 +171,6 @@ class RecordLoop:
     async def run(self) -> None:
         """Work until cancelled; what fails is kept and tried again, ever more slowly."""
         log = structlog.get_logger()
-        self._live = True
         delay = _RETRY_FIRST_S
         while True:
             await self._wake.wait()
@@ -230,7 +217,6 @@ class RecordLoop:
         asyncio.get_running_loop().call_later(_RETRY_LAST_S, again)
 
     async def _round(self, work: _Work) -> None:
-        began = self.clock.monotonic()
         if work.everything or (self.inventory.in_sync and not self._swept):
             work = self._all_work(work)
         gone, keys = self._compile_all_of(work.instances)
@@ -253,7 +239,7 @@ class RecordLoop:
         armed = self.hops.hold(wanted)
         # Whoever has an address now is not let through any more when it becomes another's.
         await self.pairs.withdraw(pairs)
-        changed = await self.applier.apply(wanted)
+        await self.applier.apply(wanted)
         await self.pairs.grant(pairs)
         self.withheld = withheld
         if withheld:
@@ -265,12 +251,6 @@ class RecordLoop:
             self._swept = True
         self.hops.settled(armed, complete=self._swept)
         self.on_applied(None if work.everything else keys)
-        self.last = RoundReport(
-            self.clock.now().timestamp(),
-            changed,
-            tuple(self.failures.values()),
-            self.clock.monotonic() - began,
-        )
 
     def _compile_all_of(
         self, instances: Iterable[InstanceId]

@@ -26,11 +26,6 @@ class Tickets:
         """The last number that was handed out."""
         return self._given
 
-    @property
-    def settled(self) -> bool:
-        """Nothing is outstanding."""
-        return self._done >= self._given
-
     async def close(self, number: int) -> None:
         """All work up to this number is in force."""
         async with self._changed:

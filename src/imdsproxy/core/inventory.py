@@ -24,7 +24,7 @@ from __future__ import annotations
 from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import TypeAlias, TypeVar
+from typing import TypeVar
 
 from imdsproxy.core.addresses import link_local_of
 from imdsproxy.core.agreement import agreed, distinct, without_vaguer
@@ -33,7 +33,6 @@ from imdsproxy.core.model import (
     Instance,
     InstanceId,
     IpAddress,
-    MacAddress,
     Network,
     NetworkId,
 )
@@ -51,7 +50,6 @@ from imdsproxy.errors import Problem
 
 __all__ = ["Inventory", "address_keys"]
 
-_MacKey: TypeAlias = tuple[NetworkId, MacAddress]
 
 _K = TypeVar("_K", bound=Hashable)
 _V = TypeVar("_V")
@@ -67,10 +65,6 @@ def address_keys(instance: Instance) -> frozenset[AddressKey]:
         if port.mac is not None:
             keys.add((port.network, link_local_of(port.mac)))
     return frozenset(keys)
-
-
-def _mac_keys(instance: Instance) -> frozenset[_MacKey]:
-    return frozenset((port.network, port.mac) for port in instance.ports if port.mac is not None)
 
 
 @dataclass(slots=True)
@@ -97,10 +91,9 @@ class _Change:
 class Inventory:
     """The sources' records, merged and indexed.
 
-    Mutable: `observe` and `forget` are its only writers, and everything read from it is as of the
-        last of them. An observation costs time in proportion to what it changes (a full one: to
-        what the source has), not to what the inventory holds. The mappings given out are live
-        views: iterate over them only while nobody observes.
+    Mutable: `observe` is its only writer. An observation costs time in proportion to what it changes (a full one: to
+    what the source has), not to what the inventory holds. The mappings given out are live views: iterate over them
+    only while nothing is observed.
 
     Args:
         sources: Those expected to report; `in_sync` waits for each of them.
@@ -113,7 +106,6 @@ class Inventory:
         self._instances: dict[InstanceId, Instance] = {}
         self._instance_conflicts: dict[InstanceId, tuple[Instance, ...]] = {}
         self._addresses: Claims[AddressKey] = Claims()
-        self._macs: Claims[_MacKey] = Claims()
         self._members: dict[NetworkId, set[InstanceId]] = {}
 
     # What is in force
@@ -167,10 +159,6 @@ class Inventory:
     def instances_in(self, network: NetworkId) -> frozenset[InstanceId]:
         """The instances with a port in the network, conflicting ones included."""
         return frozenset(self._members.get(network, ()))
-
-    def instances_with_mac(self, network: NetworkId, mac: MacAddress) -> frozenset[InstanceId]:
-        """The instances with a port of that MAC in the network: more than one is a conflict."""
-        return self._macs.of((network, mac)) if self.knows(network) else frozenset()
 
     def carries_macs(self, network: NetworkId) -> bool:
         """Whether any port in the network has a MAC."""
@@ -236,20 +224,6 @@ class Inventory:
         found += [self._address_conflict(*key) for key in contested if self.knows(key[0])]
         return tuple(found)
 
-    def problems(self) -> tuple[Problem, ...]:
-        """Every refused record, every conflict, and every port of an unknown network."""
-        found = [problem for report in self._reports.values() for problem in report.problems]
-        found += [
-            Problem(
-                field=f"{conflict.kind}s.{conflict.subject}",
-                reason=str(conflict),
-                hint="leave it in one place only; until then the addresses concerned get 503",
-            )
-            for conflict in self.conflicts()
-        ]
-        found += [stranded.problem() for stranded in self.stranded()]
-        return tuple(found)
-
     def stranded(self) -> Iterator[StrandedPort]:
         """Every port in a network that no source tells of, by network and instance."""
         for network in sorted(self._members):
@@ -292,15 +266,6 @@ class Inventory:
         report.problems = observation.problems
         report.in_sync = observation.in_sync
         return self._affected(change, in_sync_before=in_sync)
-
-    def forget(self, source: SourceName) -> Affected:
-        """A source is no longer used: its records go, and nobody waits for it."""
-        in_sync = self.in_sync
-        affected = self.observe(Observation(source, full=True))
-        del self._reports[source]
-        return Affected(
-            affected.networks, affected.instances, affected.addresses, self.in_sync != in_sync
-        )
 
     def _affected(self, change: _Change, *, in_sync_before: bool) -> Affected:
         for network in change.networks:
@@ -379,9 +344,6 @@ class Inventory:
     def _index(
         self, instance_id: InstanceId, before: tuple[Instance, ...], after: tuple[Instance, ...]
     ) -> None:
-        self._macs.replace(
-            instance_id, _union(map(_mac_keys, before)), _union(map(_mac_keys, after))
-        )
         networks_before = {port.network for version in before for port in version.ports}
         networks_after = {port.network for version in after for port in version.ports}
         for network in networks_after - networks_before:

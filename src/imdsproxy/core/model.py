@@ -7,7 +7,6 @@ text into these values belongs to the edges (`imdsproxy.core.records`), acting o
 from __future__ import annotations
 
 import uuid
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
@@ -226,6 +225,3 @@ class Instance:
         if self.id.startswith("i-"):
             return self.id
         return f"i-{uuid.UUID(self.uuid).hex[:17]}"
-
-
-Networks: TypeAlias = Mapping[NetworkId, Network]

@@ -27,12 +27,10 @@ class OpenUserData:
     """The same user-data is kept in one place and given in others.
 
     Attributes:
-        needs_token: EC2's tree takes a token for it.
         denied: Paths under which it is denied.
         trees: Those that give it without a token: `/latest` for EC2's, `/openstack`, `/nocloud`.
     """
 
-    needs_token: bool
     denied: tuple[str, ...]
     trees: tuple[str, ...]
 
@@ -48,7 +46,7 @@ def open_user_data(policy: Policy, served: Collection[str] = tuple(USER_DATA)) -
         served: The trees that there are.
     """
     if not policy.endpoint or policy.seal_user_data:
-        return OpenUserData(needs_token=False, denied=(), trees=())
+        return OpenUserData(denied=(), trees=())
     needs_token = _EC2 in served and _state(policy, _EC2) is PathWord.REQUIRED
     denied = tuple(
         path
@@ -56,7 +54,7 @@ def open_user_data(policy: Policy, served: Collection[str] = tuple(USER_DATA)) -
         if tree in served and (path, PathWord.DENY) in policy.paths
     )
     trees = tuple(_open(policy, served)) if needs_token or denied else ()
-    return OpenUserData(needs_token, denied, trees)
+    return OpenUserData(denied, trees)
 
 
 def _open(policy: Policy, served: Collection[str]) -> Iterator[str]:

@@ -20,7 +20,6 @@ from imdsproxy.core.upstream import NovaRouting
 from imdsproxy.core.wire import MAP_CONFLICT, EmbeddedRecord, MapRecord, render_map_value
 
 __all__ = [
-    "DescriptorBudget",
     "PlannedRecords",
     "compute_maxconn",
     "link_name",
@@ -211,15 +210,7 @@ def plan_binds(endpoints: Iterable[Endpoint], links: str) -> tuple[Bind, ...]:
     )
 
 
-@dataclass(frozen=True, slots=True)
-class DescriptorBudget:
-    """How many connections HAProxy may have, and what decided it."""
-
-    maxconn: int
-    limited_by_descriptors: bool
-
-
-def compute_maxconn(wanted: int, binds: int, hard_limit: int) -> DescriptorBudget:
+def compute_maxconn(wanted: int, binds: int, hard_limit: int) -> int:
     """The largest `maxconn` that HAProxy starts with.
 
     HAProxy refuses to start when `maxconn` needs more descriptors than the hard limit: a connection
@@ -232,9 +223,9 @@ def compute_maxconn(wanted: int, binds: int, hard_limit: int) -> DescriptorBudge
     """
     preferred = wanted or min(65_536, max(4_096, binds * 8))
     if hard_limit < 0:
-        return DescriptorBudget(preferred, limited_by_descriptors=False)
+        return preferred
     possible = max(64, (hard_limit - 2 * binds - _RESERVED_DESCRIPTORS) // 2)
-    return DescriptorBudget(min(preferred, possible), limited_by_descriptors=possible < preferred)
+    return min(preferred, possible)
 
 
 def networks_of(endpoints: Iterable[Endpoint]) -> frozenset[NetworkId]:

@@ -250,11 +250,6 @@ class NamespaceThread:
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="namespaces")
         self._closed = False
 
-    @property
-    def closed(self) -> bool:
-        """Whether it ends, or has ended: no namespace is entered any more."""
-        return self._closed
-
     def is_home(self, name: str) -> bool:
         """Whether a name leads to the namespace that the process started in."""
         ref = self.directory.identity(name)
@@ -290,15 +285,6 @@ class NamespaceThread:
                 self._come_home()
         finally:
             opened.close()
-
-    async def create(self, name: str) -> NamespaceRef:
-        """Make a named namespace that `ip netns` sees; one that exists is taken as it is.
-
-        Raises:
-            HostRefused: The kernel refused.
-            PrivilegeMissing: CAP_SYS_ADMIN is needed.
-        """
-        return await self.run(lambda: self.create_now(name))
 
     def create_now(self, name: str) -> NamespaceRef:
         """The same for code that runs in this thread already."""

@@ -109,7 +109,6 @@ _IFA_F_TENTATIVE: Final = 0x40
 
 _RTA_DST: Final = 1
 _RTA_OIF: Final = 4
-_RTA_TABLE: Final = 15
 _TABLE_MAIN: Final = 254
 _PROTO_STATIC: Final = 4
 _SCOPE_UNIVERSE: Final = 0

@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from imdsproxy.host.files import write_atomic
 from imdsproxy.host.refusal import host_refused
 
 __all__ = [
@@ -31,13 +30,9 @@ __all__ = [
     "identify",
     "open_process",
     "open_sockets",
-    "pss_bytes",
     "read_arguments",
-    "read_pid_file",
     "read_stat",
-    "remove_pid_file",
     "spawn_detached",
-    "write_pid_file",
 ]
 
 PROC: Final = Path("/proc")
@@ -297,50 +292,3 @@ def spawn_detached(
     # It is ours to reap, by `ProcessHandle.wait`: Popen would warn of it when it is collected.
     child.returncode = 0
     return ProcessHandle(identity, descriptor)
-
-
-def write_pid_file(path: Path, identity: ProcessIdentity) -> None:
-    """Write down a process: pid and start time on one line.
-
-    Raises:
-        HostRefused: The file system refused.
-    """
-    write_atomic(path, f"{identity.pid} {identity.started}\n".encode(), mode=0o644)
-
-
-def read_pid_file(path: Path) -> ProcessHandle | None:
-    """The process that was written down, if it is the same and still runs.
-
-    A file with only a pid in it, as HAProxy and systemd write them, is believed.
-    """
-    try:
-        words = path.read_text(errors="replace").split()
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise host_refused(f"read {path}", error) from error
-    if not words or not all(word.isdecimal() for word in words[:2]):
-        return None
-    return open_process(int(words[0]), started=int(words[1]) if len(words) > 1 else None)
-
-
-def remove_pid_file(path: Path) -> None:
-    """Remove it if it is there."""
-    try:
-        path.unlink(missing_ok=True)
-    except OSError as error:
-        raise host_refused(f"remove {path}", error) from error
-
-
-def pss_bytes(pid: int) -> int | None:
-    """Proportional set size in bytes (`/proc/PID/smaps_rollup`); `None` when it has ended."""
-    try:
-        lines = (PROC / str(pid) / "smaps_rollup").read_text().splitlines()
-    except (FileNotFoundError, ProcessLookupError):
-        return None
-    except OSError as error:
-        raise host_refused(f"read the memory of process {pid}", error) from error
-    for line in lines:
-        if line.startswith("Pss:"):
-            return int(line.split()[1]) * 1024
-    return None

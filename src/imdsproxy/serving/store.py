@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections import OrderedDict
-from collections.abc import Container, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Final, TypeAlias
@@ -27,7 +27,6 @@ __all__ = [
     "apply_record",
     "list_records",
     "remove_record",
-    "sweep_records",
 ]
 
 _SUFFIX: Final = ".rec"
@@ -107,26 +106,6 @@ def list_records(directory: Path) -> Iterator[InstanceId]:
     for path in _files(directory):
         if path.suffix == _SUFFIX and not path.name.startswith("."):
             yield InstanceId(path.name.removesuffix(_SUFFIX))
-
-
-def sweep_records(directory: Path, keep: Container[InstanceId]) -> tuple[InstanceId, ...]:
-    """Remove the records of all instances that are not in `keep`, and what a killed writer left.
-
-    Returns:
-        Whose records went.
-
-    Raises:
-        HostRefused: The file system is read-only, or the directory cannot be read.
-        PrivilegeMissing: This process may not read or write it.
-    """
-    for path in _files(directory):
-        if path.name.startswith(".") and path.suffix == ".tmp":
-            try:
-                path.unlink(missing_ok=True)
-            except OSError as error:
-                raise _refused(f"remove {path}", error) from error
-    gone = [instance_id for instance_id in list_records(directory) if instance_id not in keep]
-    return tuple(instance_id for instance_id in gone if remove_record(directory, instance_id))
 
 
 def _files(directory: Path) -> list[Path]:

@@ -186,6 +186,3 @@ class LookUpSource(Source, Protocol):
 
     def confirmation(self, network: NetworkId, address: IpAddress) -> Confirmation | None:
         """How fresh it is what is known of an address in its own network; `None` if nothing is."""
-
-    def staleness(self, instance: InstanceId) -> float | None:
-        """Seconds since an instance was last confirmed while the source cannot be asked; `None` when it can."""

@@ -5,7 +5,7 @@ Source: https://libvirt.org/formatnetwork.html (connectivity, addressing, static
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from ipaddress import IPv4Interface, IPv6Interface, ip_interface
 from typing import TYPE_CHECKING, Final, TypeAlias
@@ -124,7 +124,3 @@ def _subnet(network: LibvirtNetwork, address: _Interface) -> dict[str, Json]:
     if network.resolves:
         subnet["dns"] = [str(address.ip)]
     return subnet
-
-
-Networks: TypeAlias = Mapping[str, LibvirtNetwork]
-"""By name."""

@@ -149,14 +149,6 @@ class NeutronSource:
         age = self._clock.monotonic() - known.confirmed
         return Confirmation(known.port.id, age, running.asking.outage is not None)
 
-    def staleness(self, instance: InstanceId) -> float | None:
-        """Seconds since Neutron last confirmed an instance, while it does not answer."""
-        running = self._running
-        ports = () if running is None else running.known.of(instance)
-        if running is None or running.asking.outage is None or not ports:
-            return None
-        return self._clock.monotonic() - min(known.confirmed for known in ports)
-
     @property
     def figures(self) -> NeutronFigures:
         """What is so now."""

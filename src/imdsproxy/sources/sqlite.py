@@ -113,18 +113,6 @@ class SqliteSource:
         """Remove an instance; `False` when there is none of that id."""
         return await self._usable().remove_instance(instance)
 
-    async def get_network(self, network: NetworkId) -> Network | None:
-        """The store's record, whatever other sources say."""
-        return await self._usable().ask(lambda store: store.get_network(network))
-
-    async def get_instance(self, instance: InstanceId) -> Instance | None:
-        """The store's record, whatever other sources say."""
-        return await self._usable().ask(lambda store: store.get_instance(instance))
-
-    async def list_records(self) -> Contents:
-        """Everything in the store, with the rows that are no good records."""
-        return await self._usable().ask(lambda store: store.load())
-
     def _usable(self) -> _Running:
         if self._running is not None:
             return self._running

@@ -143,24 +143,6 @@ class Store:
                     contents.problems["instances", str(key)] = instance
         return contents
 
-    def get_network(self, network: NetworkId) -> Network | None:
-        """One network, `None` when there is no good record of that id."""
-        with store_failures(self._path):
-            row = self._connection.execute(
-                "SELECT id, record FROM networks WHERE id = ?", (network,)
-            ).fetchone()
-        found = None if row is None else self._read_network(*row)
-        return found if isinstance(found, Network) else None
-
-    def get_instance(self, instance: InstanceId) -> Instance | None:
-        """One instance, `None` when there is no good record of that id."""
-        with store_failures(self._path):
-            row = self._connection.execute(
-                "SELECT id, record, user_data FROM instances WHERE id = ?", (instance,)
-            ).fetchone()
-        found = None if row is None else self._read_instance(*row)
-        return found if isinstance(found, Instance) else None
-
     # Writing
 
     def put(

@@ -12,14 +12,9 @@ import pytest
 from imdsproxy.errors import HostRefused
 from imdsproxy.host.process import (
     ProcessHandle,
-    ProcessIdentity,
     identify,
     open_process,
-    pss_bytes,
-    read_pid_file,
-    remove_pid_file,
     spawn_detached,
-    write_pid_file,
 )
 
 _SLEEP = "import time; print('up', flush=True); time.sleep(600)"
@@ -137,52 +132,3 @@ async def test_stopping_kills_what_does_not_end_by_itself(spawn: _Spawner) -> No
     async with asyncio.timeout(30):
         assert not await handle.stop(0.05)
     assert not handle.alive()
-
-
-def test_a_pid_file_leads_back_to_its_process_and_to_no_other(
-    tmp_path: Path, spawn: _Spawner
-) -> None:
-    path = tmp_path / "pid"
-    assert read_pid_file(path) is None
-    handle, _ = spawn(_SLEEP)
-    write_pid_file(path, handle.identity)
-    again = read_pid_file(path)
-    assert again is not None
-    assert again.identity.started == handle.identity.started
-    assert "import time" in again.identity.arguments[2]
-    again.close()
-
-    # The same pid, but a process that started at another time: somebody else by now.
-    other = ProcessIdentity(handle.pid, handle.identity.started + 1, 1, "", ())
-    write_pid_file(path, other)
-    assert read_pid_file(path) is None
-    remove_pid_file(path)
-    remove_pid_file(path)
-    assert not path.exists()
-
-
-@pytest.mark.parametrize("text", ["", "x\n", "12x 4\n", "-1\n", "0\n", "99999999999\n"])
-def test_a_pid_file_of_nonsense_leads_nowhere(tmp_path: Path, text: str) -> None:
-    path = tmp_path / "pid"
-    path.write_text(text)
-    assert read_pid_file(path) is None
-
-
-def test_a_pid_file_with_only_a_pid_is_believed(tmp_path: Path) -> None:
-    path = tmp_path / "pid"
-    path.write_text(f"{os.getpid()}\n")
-    handle = read_pid_file(path)
-    assert handle is not None
-    assert handle.pid == os.getpid()
-    handle.close()
-    handle.close()
-
-
-def test_a_process_has_memory_until_it_ends(spawn: _Spawner) -> None:
-    handle, _ = spawn(_SLEEP)
-    used = pss_bytes(handle.pid)
-    assert used is not None
-    assert 100_000 < used < 100_000_000
-    handle.kill(signal.SIGKILL)
-    os.waitid(os.P_PID, handle.pid, os.WEXITED)
-    assert pss_bytes(handle.pid) is None

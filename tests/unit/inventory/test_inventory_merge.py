@@ -10,7 +10,6 @@ from imdsproxy.core.model import (
     BridgeListener,
     Instance,
     InstanceId,
-    MacAddress,
     Network,
     NetworkId,
     Upstream,
@@ -37,7 +36,6 @@ def test_an_instance_owns_its_addresses_and_the_link_local_one_of_its_mac() -> N
         key("n1", "10.0.0.5"): "a",
         key("n1", LINK_LOCAL): "a",
     }
-    assert inventory.instances_with_mac(N1, MacAddress(MAC)) == {"a"}
     assert inventory.instances_in(N1) == {"a"}
 
 
@@ -90,7 +88,7 @@ def test_a_conflict_ends_when_one_source_gives_way() -> None:
     affected = inventory.observe(Observation("sqlite", instances_removed=[InstanceId("a")]))
     assert affected.addresses == {key("n1", "10.0.0.5"), key("n1", "10.0.0.6")}
     assert dict(inventory.addresses()) == {key("n1", "10.0.0.5"): "a"}
-    assert not inventory.problems()
+    assert not inventory.conflicts()
 
 
 def test_an_address_of_two_instances_is_contested_and_their_others_are_not() -> None:
@@ -118,20 +116,18 @@ def test_one_mac_on_two_instances_contests_its_link_local_address() -> None:
     )
     assert isinstance(inventory.owner(key("n1", LINK_LOCAL)), Conflict)
     assert inventory.owner(key("n1", "10.0.0.5")) == "a"
-    assert inventory.instances_with_mac(N1, MacAddress(MAC)) == {"a", "b"}
 
 
 def test_a_port_of_an_unknown_network_claims_nothing_until_the_network_comes() -> None:
     inventory = loaded(full("file", [], [instance("a", "10.0.0.5", mac=MAC)]))
     assert not dict(inventory.addresses())
-    assert not inventory.instances_with_mac(N1, MacAddress(MAC))
-    assert [problem.field for problem in inventory.problems()] == ["instances.a.ports[0].network"]
+    assert [one.problem().field for one in inventory.stranded()] == ["instances.a.ports[0].network"]
     affected = inventory.observe(Observation("sqlite", networks={N1: network("n1")}))
     assert affected.networks == {"n1"}
     assert affected.instances == {"a"}
     assert affected.addresses == {key("n1", "10.0.0.5"), key("n1", LINK_LOCAL)}
     assert inventory.owner(key("n1", "10.0.0.5")) == "a"
-    assert not inventory.problems()
+    assert not list(inventory.stranded())
 
 
 def test_sources_that_differ_on_a_network_but_not_its_listener_keep_it_bare() -> None:
@@ -155,16 +151,16 @@ def test_sources_that_differ_on_a_listener_leave_the_network_without_one() -> No
     assert isinstance(inventory.owner(key("n1", "10.0.0.5")), Conflict)
 
 
-def test_conflicts_and_refused_records_are_problems() -> None:
+def test_conflicts_and_refused_records_are_kept() -> None:
     refused = Problem("instances[0].id", "is empty", file="x.yaml", line=3)
     inventory = loaded(
         full("file", [network("n1")], [instance("a", "10.0.0.5")]),
         full("sqlite", [], [instance("b", "10.0.0.5")]),
         Observation("file", problems=(refused,)),
     )
-    problems = inventory.problems()
-    assert refused in problems
-    assert any("a (file), b (sqlite)" in problem.reason for problem in problems)
+    assert inventory.problems_of("file") == (refused,)
+    (conflict,) = inventory.conflicts()
+    assert "a (file), b (sqlite)" in str(conflict)
 
 
 def test_a_changed_instance_affects_its_old_and_its_new_addresses() -> None:
@@ -213,19 +209,6 @@ def test_it_is_in_sync_when_every_expected_source_is() -> None:
 
 def test_without_any_source_it_is_not_in_sync() -> None:
     assert not Inventory().in_sync
-
-
-def test_a_forgotten_source_takes_its_records_along_and_is_not_waited_for() -> None:
-    inventory = Inventory(["file", "sqlite"])
-    inventory.observe(full("file", [network("n1")]))
-    inventory.observe(
-        Observation("sqlite", instances={InstanceId("a"): instance("a", "10.0.0.5")}, in_sync=False)
-    )
-    affected = inventory.forget("sqlite")
-    assert affected.addresses == {key("n1", "10.0.0.5")}
-    assert affected.in_sync
-    assert not dict(inventory.addresses())
-    assert inventory.in_sync
 
 
 def _seconds_of_a_change(inventory: Inventory, size: int) -> float:

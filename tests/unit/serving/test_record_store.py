@@ -16,7 +16,6 @@ from imdsproxy.serving.store import (
     apply_record,
     list_records,
     remove_record,
-    sweep_records,
 )
 from support.guest_records import GUEST, compiled, guest
 
@@ -96,19 +95,6 @@ def test_all_records_are_listed(tmp_path: Path) -> None:
     ids = {write(tmp_path, name) for name in ("a", "b.rec", "c-1")}
     assert set(list_records(tmp_path)) == ids
     assert list(list_records(tmp_path / "nothing")) == []
-
-
-def test_a_sweep_removes_strangers_and_what_a_killed_writer_left(tmp_path: Path) -> None:
-    kept, gone = write(tmp_path, "kept"), write(tmp_path, "gone")
-    left = file_of(tmp_path, kept).with_name(".kept.rec.4711.tmp")
-    left.write_bytes(b"half")
-    assert sweep_records(tmp_path, {kept}) == (gone,)
-    assert list(list_records(tmp_path)) == [kept]
-    assert not left.exists()
-
-
-def test_a_sweep_of_nothing_is_nothing(tmp_path: Path) -> None:
-    assert sweep_records(tmp_path / "nothing", set()) == ()
 
 
 def test_a_loaded_record_is_kept_while_its_file_is_the_same(tmp_path: Path) -> None:

@@ -89,7 +89,8 @@ async def test_an_event_of_a_network_has_networks_read_again() -> None:
         libvirt.network = NetworkXml(NETWORK, active=False)
         libvirt.tell(NetworksChanged())
         await heard.until(lambda each: not each.inventory.networks)
-        assert not heard.inventory.problems()
+        assert not heard.last.problems
+        assert not list(heard.inventory.stranded())
 
 
 async def test_networks_are_read_again_without_an_event() -> None:

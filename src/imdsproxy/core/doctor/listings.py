@@ -11,7 +11,6 @@ from imdsproxy.core.doctor.finding import Finding, Severity
 
 __all__ = ["check_listings"]
 
-_NOT_FOUND: Final = 404
 _OLD: Final = "2009-04-04"
 _TAG: Final = re.compile(r"[A-Za-z0-9+\-=.,_:@]+")
 _TAGS: Final = "/tags/instance/"
