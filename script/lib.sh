@@ -205,7 +205,7 @@ build_venv() {
         logged "$python" -m venv --clear "$venv"
     fi
     say "installing the pinned Python packages"
-    local pip=("$venv/bin/python" -m pip --quiet --disable-pip-version-check install)
+    local pip=("$venv/bin/python" -m pip --quiet --disable-pip-version-check install --no-compile)
     logged "${pip[@]}" --require-hashes -r "$repository/requirements/build.txt"
     logged "${pip[@]}" --require-hashes -r "$repository/requirements/dev.txt"
     logged "${pip[@]}" --no-deps --no-build-isolation -e "$repository"

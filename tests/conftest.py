@@ -36,8 +36,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if uses and item.get_closest_marker("timeout") is None:
             item.add_marker(pytest.mark.timeout(_OPENSTACK_S))
     if hasattr(config, "workerinput"):
-        # What takes minutes begins at once, so that nothing of it is left for one of the workers at the end.
-        items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+        # What takes minutes begins at once, and what takes moments comes last: nothing long is left for one worker.
+        items.sort(
+            key=lambda item: [item.get_closest_marker(name) is None for name in ("slow", "root")]
+        )
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
+import fcntl
 import subprocess
 import tempfile
 from pathlib import Path
@@ -19,17 +19,17 @@ _APT: Final = ("apt-get", "-q", "-o", "APT::Sandbox::User=root", "-o", "DPkg::Lo
 def unpacked(package: str) -> Path:
     """The root that the package unpacks to; the first call fetches it."""
     target = _CACHE / package
-    if target.is_dir():
-        return target
     _CACHE.mkdir(parents=True, exist_ok=True)
-    building = Path(tempfile.mkdtemp(dir=_CACHE, prefix=f"{package}."))
-    try:
-        _fetch(package, building)
-        (deb,) = building.glob("*.deb")
-        _run("dpkg-deb", "--extract", str(deb), str(building / "root"), cwd=building)
-        (building / "root").rename(target)
-    finally:
-        shutil.rmtree(building)
+    with (_CACHE / f"{package}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if target.is_dir():
+            return target
+        with tempfile.TemporaryDirectory(dir=_CACHE, prefix=f"{package}.") as name:
+            building = Path(name)
+            _fetch(package, building)
+            (deb,) = building.glob("*.deb")
+            _run("dpkg-deb", "--extract", str(deb), str(building / "root"), cwd=building)
+            (building / "root").rename(target)
     return target
 
 

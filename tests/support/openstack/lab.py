@@ -307,3 +307,9 @@ def _nova(
     server = nova_server(place, name, port=port, keep_alive=keep_alive)
     stack.callback(server.stop)
     return Nova(server, f"http://127.0.0.1:{port}", secret)
+
+
+if __name__ == "__main__":
+    # What is made once is made.
+    with open_openstack():
+        pass
