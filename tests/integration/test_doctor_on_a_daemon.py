@@ -5,6 +5,10 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final
 
 import pytest
 
@@ -16,6 +20,8 @@ from support.guest import IPV4, IPV6, Guest, inside
 from support.lab import until
 from support.world import World
 
+_QEMU: Final = "/usr/bin/qemu-system-x86_64"
+
 pytestmark = pytest.mark.root
 
 _URL = f"http://{IPV4}"
@@ -24,7 +30,7 @@ _EVERYTHING = {
     "ssh_keys": ["ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIGnJ a=b/c", "ssh-ed25519 AAAA second"],
     "tags": {"role": "web", "a key": "x"},
     "vendor_data": "#cloud-config\n{}\n",
-    "availability_zone": "az1",
+    "availability_zone": "az-1a",
     "instance_type": "m1",
 }
 
@@ -95,3 +101,68 @@ def test_a_stranger_is_told_that_nobody_knows_him(world: World) -> None:
     # His questions are held for a while, because his record may be on its way.
     assert "nothing-served" in codes
     assert codes <= {"nothing-served", "slow"}, codes
+
+
+_LACKED: Final = "fa:16:3e:77:00:02"
+
+
+def _with_two_cards(world: World) -> None:
+    """The record of `red-5` has a second port, and its guest no such card."""
+    ports = [
+        {"network": network, "mac": mac, "addresses": [address]}
+        for network, mac, address in (
+            ("red", world.red.mac, "10.0.0.5"),
+            ("green", _LACKED, "10.0.0.77"),
+        )
+    ]
+    world.daemon.put([], [instance("red-5", "red", fields={"ports": ports})])
+    assert world.red.ask("/openstack").status == 200
+
+
+def _operators_doctor(world: World) -> tuple[int, dict[str, str]]:
+    ran = world.daemon.command("doctor", "--network", "red", "--from", "10.0.0.5", "--json")
+    found = json.loads(ran.out)["findings"]
+    return ran.status, {one["code"]: one["what"] for one in found}
+
+
+@contextmanager
+def _machine(macs: Sequence[str]) -> Iterator[None]:
+    """A virtual machine with these network cards, which does not run; its command line is all that is looked at."""
+    cards = [word for mac in macs for word in ("-device", f"virtio-net-pci,mac={mac}")]
+    command = [_QEMU, "-S", "-nodefaults", "-display", "none", "-accel", "tcg", "-m", "16", *cards]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    try:
+        # Until it is executed, its command line is that of this process.
+        shown = Path(f"/proc/{process.pid}/cmdline")
+        until(lambda: b"qemu" in shown.read_bytes().partition(b"\0")[0])
+        yield
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_the_operator_reads_that_a_virtual_machine_lacks_a_card_of_its_record(world: World) -> None:
+    _with_two_cards(world)
+    with _machine([world.red.mac]):
+        status, found = _operators_doctor(world)
+    assert (status, set(found)) == (1, {"gate", "mac-mismatch"})
+    assert _LACKED in found["mac-mismatch"]
+    with _machine([world.red.mac, _LACKED]):
+        assert _operators_doctor(world) == (0, {"gate": found["gate"]})
+
+
+def test_the_operator_reads_that_a_card_of_a_record_was_never_met(world: World) -> None:
+    _with_two_cards(world)
+    status, found = _operators_doctor(world)
+    assert (status, set(found)) == (0, {"gate", "card-unseen"})
+    assert _LACKED in found["card-unseen"]
+
+
+def test_the_operator_reads_that_the_guest_has_another_mac_than_its_record(world: World) -> None:
+    (network,) = (one for one in world.networks if one["id"] == "red")
+    wrong = instance("red-5", "red", 5, mac="fa:16:3e:ff:ff:ff")
+    world.daemon.put([{**network, "mac_check": False}], [wrong])
+    until(lambda: world.red.ask("/openstack").status == 200)
+    status, found = _operators_doctor(world)
+    assert (status, set(found)) == (1, {"gate", "mac-mismatch"})
+    assert world.red.mac in found["mac-mismatch"]

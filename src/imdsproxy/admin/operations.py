@@ -28,6 +28,7 @@ from imdsproxy.core.policy_told import PolicyInForce
 from imdsproxy.core.token_report import TokenReport
 
 __all__ = [
+    "CardReport",
     "DocumentAnswer",
     "Explanation",
     "GuardChange",
@@ -147,6 +148,19 @@ class PairReport:
 
 
 @dataclass(frozen=True, slots=True)
+class CardReport:
+    """A network card of the record.
+
+    Attributes:
+        seen: The MACs that the neighbour table has for its addresses: those of the guest's real network cards.
+    """
+
+    network: NetworkId
+    mac: MacAddress
+    seen: tuple[MacAddress, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class PathDecision:
     """What the policy says to a GET; whether there is such a document is another question.
 
@@ -183,6 +197,7 @@ class Explanation:
             could not be asked.
         policy: What applies to the guest's requests, as name and value (dialects, endpoint, hold).
         pair: The address and its MAC; `None` where the network does not check them.
+        cards: The record's network cards, where an instance was found.
         rules: What the guest may read and who said so, where an instance was found.
         decision: Of the policy, where it was asked for by a path and an instance was found.
         probe: What a GET got, where one was asked for.
@@ -202,6 +217,7 @@ class Explanation:
     claimants: tuple[Claimant, ...] = ()
     policy: Mapping[str, str] = field(default_factory=dict)
     pair: PairReport | None = None
+    cards: tuple[CardReport, ...] = ()
     rules: PolicyInForce | None = None
     decision: PathDecision | None = None
     probe: Probe | None = None

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass, replace
 from typing import Final, assert_never
 
-from imdsproxy.admin.operations import Explanation, PairReport, PathDecision
+from imdsproxy.admin.operations import CardReport, Explanation, PairReport, PathDecision
 from imdsproxy.app.listener_loop import ListenerLoop
 from imdsproxy.app.lookup import Lookup
 from imdsproxy.app.record_loop import RecordLoop
@@ -21,7 +21,7 @@ from imdsproxy.core.identity import (
     identify,
 )
 from imdsproxy.core.inventory import Inventory
-from imdsproxy.core.model import Instance, IpAddress, NetworkId, Scope, Upstream
+from imdsproxy.core.model import Instance, InstanceId, IpAddress, NetworkId, Scope, Upstream
 from imdsproxy.core.observation import AddressKey
 from imdsproxy.core.pairs import ANY_MAC, plan_pair
 from imdsproxy.core.plan import networks_of, policy_place, record_key
@@ -82,6 +82,7 @@ class Explainer:
             found,
             why=(*steps, *told, *found.why),
             pair=pair,
+            cards=await self._cards(found.instance),
             installed=await self._installed(network, address),
         )
 
@@ -204,6 +205,17 @@ class Explainer:
         if not gate and not self.lookup.pairs.is_plain(key[0]):
             steps.append("there is no gate: nobody with a MAC in its record is answered")
         return tuple(steps), PairReport(seen, wanted, granted, gate)
+
+    async def _cards(self, instance: InstanceId | None) -> tuple[CardReport, ...]:
+        known = None if instance is None else self.inventory.instances.get(instance)
+        cards = []
+        for port in () if known is None else known.ports:
+            if port.mac is None:
+                continue
+            met = [await self.lookup.neighbour((port.network, one)) for one in port.addresses]
+            seen = tuple(dict.fromkeys(mac for mac in met if mac is not None))
+            cards.append(CardReport(port.network, port.mac, seen))
+        return tuple(cards)
 
     def _unknown(self, key: AddressKey, reason: str) -> Explanation:
         in_sync = self.inventory.in_sync

@@ -108,7 +108,8 @@ def _server(url: str, headers: list[str]) -> _Subject:
 
 def _guest(run: Invocation, network: str, address: str) -> _Subject:
     from imdsproxy.cli.doctor_fetch import DaemonFetch  # noqa: PLC0415 - `--help` need not load it
-    from imdsproxy.core.doctor import Surroundings  # noqa: PLC0415 - as above
+    from imdsproxy.cli.doctor_guest import machine_macs  # noqa: PLC0415 - as above
+    from imdsproxy.core.doctor import Card, Surroundings  # noqa: PLC0415 - as above
 
     daemon = run.daemon()
     query = {"network": network, "address": address}
@@ -116,7 +117,18 @@ def _guest(run: Invocation, network: str, address: str) -> _Subject:
     instance = None if told["instance"] is None else str(told["instance"])
     name = f"{address} in network {network}" + (f" ({instance})" if instance else "")
     why = tuple(str(one) for one in cast("Sequence[object]", told["why"]))
-    around = Surroundings(instance=instance, verdict=str(told["verdict"]), why=why)
+    cards = tuple(
+        Card(str(one["network"]), str(one["mac"]), frozenset(cast("Sequence[str]", one["seen"])))
+        for one in cast("Sequence[Mapping[str, object]]", told.get("cards", ()))
+    )
+    known = frozenset(mac for card in cards for mac in (card.mac, *card.seen))
+    around = Surroundings(
+        macs=machine_macs(known),
+        cards=cards,
+        instance=instance,
+        verdict=str(told["verdict"]),
+        why=why,
+    )
     return _Subject(name, DaemonFetch(daemon, network, address), around, direct=False)
 
 

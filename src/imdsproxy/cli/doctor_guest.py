@@ -1,4 +1,4 @@
-"""What the doctor sees of the machine it runs on, when that is the guest."""
+"""What the doctor sees of the machine it runs on: of the guest, or on a host of the guest's virtual machine."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from typing import Final
 from imdsproxy.core.doctor.finding import Surroundings
 from imdsproxy.core.model import METADATA_IPV4, METADATA_IPV6
 
-__all__ = ["is_metadata_address", "look_around"]
+__all__ = ["is_metadata_address", "look_around", "machine_macs"]
 
 _DMI: Final = ("sys_vendor", "product_name", "product_serial", "product_uuid", "chassis_asset_tag")
 _SOURCES: Final = re.compile(r"^datasource_list:\s*\[(.*)\]", re.MULTILINE)
+_QEMU_MAC: Final = re.compile(r"\bmac\"?[=:]\"?((?:[0-9A-Fa-f]{2}:){5}[0-9A-Fa-f]{2})")
 _LOOPBACK: Final = "00:00:00:00:00:00"
 
 
@@ -48,6 +49,33 @@ def look_around(root: Path = Path("/")) -> Surroundings:
         environment={name: value for name, _, value in pairs if name},
         container=container,
     )
+
+
+def machine_macs(known: frozenset[str], root: Path = Path("/")) -> frozenset[str] | None:
+    """The MACs of the virtual machine on this host that has one of `known`; `None` where QEMU runs none.
+
+    A card that was plugged in later is not on QEMU's command line. It is counted where a tap device has its MAC, with
+    the first byte that libvirt gives these, `fe` (`virNetDevTapCreateInBridgePort`).
+
+    Args:
+        known: In lower case.
+        root: What stands for `/`.
+    """
+    commands = (
+        _text(process / "cmdline")
+        for process in (root / "proc").iterdir()
+        if process.name.isdigit()
+    )
+    machines = (
+        {mac.lower() for mac in _QEMU_MAC.findall(command)}
+        for command in commands
+        if "qemu" in command.partition("\0")[0]
+    )
+    found = next((macs for macs in machines if macs & known), None)
+    if found is None:
+        return None
+    taps = set(_macs(root / "sys/class/net"))
+    return frozenset(found | {mac for mac in known if f"fe{mac[2:]}" in taps})
 
 
 def _sources(result: str) -> tuple[str, ...] | None:

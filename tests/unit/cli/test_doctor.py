@@ -12,7 +12,7 @@ import pytest
 
 from imdsproxy.admin.operations import DocumentAnswer
 from imdsproxy.cli.doctor_fetch import HttpFetch, parse_url
-from imdsproxy.cli.doctor_guest import is_metadata_address, look_around
+from imdsproxy.cli.doctor_guest import is_metadata_address, look_around, machine_macs
 from imdsproxy.cli.main import main
 from imdsproxy.core.doctor import Answer, Ask, Framing, Unanswered
 from imdsproxy.core.doctor.crawl import TOKEN
@@ -340,3 +340,23 @@ def test_a_server_like_tootles_is_seen_for_what_it_is(
         "token-refused",
         "root-versions",
     }
+
+
+def test_a_hosts_virtual_machine_is_known_by_one_of_its_macs(tmp_path: Path) -> None:
+    first, second, later = "52:54:00:00:00:01", "52:54:00:00:00:02", "52:54:00:00:00:03"
+    commands = {
+        "7": f"/usr/bin/python3\0-c\0mac={first}\0",
+        "8": "/usr/bin/qemu-system-x86_64\0-device\0virtio-net-pci,mac=52:54:00:00:00:09\0",
+        "9": f'/usr/bin/qemu-system-x86_64\0-device\0{{"driver":"e1000","mac":"{first}"}}\0'
+        f"-device\0virtio-net-pci,netdev=a,mac={second.upper()}\0",
+    }
+    for pid, command in commands.items():
+        (tmp_path / "proc" / pid).mkdir(parents=True)
+        (tmp_path / "proc" / pid / "cmdline").write_text(command)
+    (tmp_path / "proc/self").mkdir()
+    assert machine_macs(frozenset({second}), tmp_path) == frozenset({first, second})
+    assert machine_macs(frozenset({later}), tmp_path) is None
+    tap = tmp_path / "sys/class/net/vnet0"
+    tap.mkdir(parents=True)
+    (tap / "address").write_text("fe:54:00:00:00:03\n")
+    assert machine_macs(frozenset({second, later}), tmp_path) == frozenset({first, second, later})

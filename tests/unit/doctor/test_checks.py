@@ -393,6 +393,17 @@ def test_a_mac_that_no_card_has_is_found_in_every_dialect() -> None:
     assert found(server, around)["mac-mismatch"].severity is WARNING
 
 
+def test_a_zone_that_some_clients_make_another_region_of_is_noted() -> None:
+    server = MetadataServer()
+    replace(f"{LIST}/placement", "availability-zone\nregion")(server)
+    replace(f"{LIST}/placement/region", "az1")(server)
+    note = found(server)["region-of-zone"]
+    assert (note.severity, note.clients) == (Severity.NOTE, ("botocore and the AWS CLI",))
+    assert "takes az" in note.what
+    replace(f"{LIST}/placement/region", "az")(server)
+    assert "region-of-zone" not in found(server)
+
+
 def test_a_server_that_knows_nobody_serves_nothing() -> None:
     assert found(MetadataServer(replies={}))["nothing-served"].severity is ERROR
 

@@ -9,12 +9,13 @@ from __future__ import annotations
 from imdsproxy.core.doctor.crawl import Crawl, crawl, run_crawl
 from imdsproxy.core.doctor.examine import examine
 from imdsproxy.core.doctor.exchange import Answer, Answered, Ask, Exchange, Framing, Unanswered
-from imdsproxy.core.doctor.finding import Finding, Severity, Surroundings
+from imdsproxy.core.doctor.finding import Card, Finding, Severity, Surroundings
 
 __all__ = [
     "Answer",
     "Answered",
     "Ask",
+    "Card",
     "Crawl",
     "Exchange",
     "Finding",

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-__all__ = ["Finding", "Severity", "Surroundings"]
+__all__ = ["Card", "Finding", "Severity", "Surroundings"]
 
 
 class Severity(StrEnum):
@@ -43,10 +43,24 @@ class Finding:
 
 
 @dataclass(frozen=True, slots=True)
+class Card:
+    """A network card of the record, as the host knows it.
+
+    Attributes:
+        seen: The MACs that have answered for its addresses in its network.
+    """
+
+    network: str
+    mac: str
+    seen: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
 class Surroundings:
     """What is known of the guest itself.
 
     Attributes:
+        cards: Of the record, where the daemon was asked.
         macs: Of its network cards, in lower case; `None` where nobody could look.
         dmi: Names below /sys/class/dmi/id and their values; `None` where nobody could look.
         dmi_complete: All of it may be read; the serial number is for root alone.
@@ -60,6 +74,7 @@ class Surroundings:
     """
 
     macs: frozenset[str] | None = None
+    cards: tuple[Card, ...] = ()
     dmi: Mapping[str, str] | None = None
     dmi_complete: bool = True
     sources: tuple[str, ...] | None = None

@@ -32,6 +32,7 @@ def check_listings(crawl: Crawl) -> Iterator[Finding]:
     yield from _keys(crawl)
     yield from _tags(crawl)
     yield from _spellings(crawl)
+    yield from _region(crawl)
     yield from _root(crawl)
 
 
@@ -187,6 +188,25 @@ def _spellings(crawl: Crawl) -> Iterator[Finding]:
             "take several slashes for one",
             ("amazon-ec2-utils", "CloudStack images"),
             (f"{base}//meta-data/instance-id",),
+        )
+
+
+def _region(crawl: Crawl) -> Iterator[Finding]:
+    path = f"{crawl.base}/meta-data/placement/region"
+    zone, region = (
+        crawl.said(f"{crawl.base}/meta-data/placement/availability-zone"),
+        crawl.said(path),
+    )
+    if zone is None or region is None or not (zone.ok and region.ok):
+        return
+    if zone.text[:-1] != region.text:
+        yield Finding(
+            "region-of-zone",
+            Severity.NOTE,
+            f"the region is {region.text}, and who makes it of the zone takes {zone.text[:-1]}",
+            "name the zone by its region and one letter, as red-1a, or set AWS_DEFAULT_REGION in the guest",
+            ("botocore and the AWS CLI",),
+            (path,),
         )
 
 

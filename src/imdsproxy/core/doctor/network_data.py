@@ -8,7 +8,7 @@ from typing import Final
 
 from imdsproxy.core.doctor.crawl import Crawl
 from imdsproxy.core.doctor.exchange import json_of
-from imdsproxy.core.doctor.finding import Finding, Severity, Surroundings
+from imdsproxy.core.doctor.finding import Card, Finding, Severity, Surroundings
 
 __all__ = ["MAC_CHANGE", "check_network_data"]
 
@@ -31,6 +31,8 @@ def check_network_data(crawl: Crawl, around: Surroundings) -> Iterator[Finding]:
     if around.macs is not None:
         yield from _openstack_macs(links, around.macs, path)
         yield from _other_macs(crawl, around.macs)
+    elif links:
+        yield from _cards(around.cards, path)
 
 
 def _objects(value: object) -> list[Mapping[str, object]]:
@@ -110,6 +112,32 @@ def _openstack_macs(
             ("cloud-init, which gives up the OpenStack documents", "cloudbase-init"),
             (path,),
         )
+
+
+def _cards(cards: tuple[Card, ...], path: str) -> Iterator[Finding]:
+    """What the host knows of the record's network cards, while nobody looks into the guest."""
+    met = any(card.mac in card.seen for card in cards)
+    for card in cards:
+        if card.seen and card.mac not in card.seen:
+            yield Finding(
+                "mac-mismatch",
+                Severity.ERROR,
+                f"network_data.json describes a network card {card.mac} in network {card.network}, and the guest "
+                f"has {', '.join(sorted(card.seen))} at its address there",
+                MAC_CHANGE,
+                ("cloud-init, which gives up the OpenStack documents", "cloudbase-init"),
+                (path,),
+            )
+        elif met and not card.seen:
+            yield Finding(
+                "card-unseen",
+                Severity.WARNING,
+                f"network_data.json describes a network card {card.mac} in network {card.network}; the host has met "
+                "another one of the guest, and not this one",
+                "see that the guest has it; if not, remove its port from the record",
+                ("cloud-init, which gives up the OpenStack documents where the guest lacks it",),
+                (path,),
+            )
 
 
 def _other_macs(crawl: Crawl, macs: frozenset[str]) -> Iterator[Finding]:
