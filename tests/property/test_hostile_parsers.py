@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from imdsproxy.app.guards import read_guards
 from imdsproxy.config.load import load_settings
+from imdsproxy.config.strict_yaml import decode_yaml
 from imdsproxy.core.haproxy import maps, runtime
 from imdsproxy.core.model import Instance, Network
 from imdsproxy.core.policy import Guard
@@ -23,7 +24,6 @@ from imdsproxy.core.records import Refused, parse_instance, parse_network, parse
 from imdsproxy.core.tokens import TokenKeysUnreadable, parse_token_keys
 from imdsproxy.errors import ConfigError, HostRefused
 from imdsproxy.sources.strict_json import decode_json
-from imdsproxy.sources.strict_yaml import decode_yaml
 
 _FIXED: Final = settings(max_examples=300, derandomize=True, deadline=None, database=None)
 

@@ -5,6 +5,7 @@ import json
 from hypothesis import given
 from hypothesis import strategies as st
 
+from imdsproxy.config.strict_yaml import Decoded, decode_yaml
 from imdsproxy.core.model import Instance, Network
 from imdsproxy.core.records import (
     Refused,
@@ -14,7 +15,6 @@ from imdsproxy.core.records import (
     render_record,
 )
 from imdsproxy.sources.strict_json import decode_json
-from imdsproxy.sources.strict_yaml import Decoded, decode_yaml
 from support.record_strategies import instances, networks
 
 

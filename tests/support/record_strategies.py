@@ -24,7 +24,7 @@ from imdsproxy.core.model import (
     Upstream,
 )
 from imdsproxy.core.path_rules import PathRules, PathWord, find_path_fault, sort_paths
-from imdsproxy.core.policy import PolicyRules, TokenMode
+from imdsproxy.core.policy import BOUNDS, PolicyRules, TokenMode
 
 __all__ = [
     "instances",
@@ -97,11 +97,10 @@ policies = st.builds(
     tokens=_modes,
     openstack_tokens=_modes,
     nocloud_tokens=_modes,
-    boot_grace_s=st.none() | st.integers(0, 604_800),
     seal_user_data=_switches,
     refuse_forwarded=_switches,
-    hop_limit=st.none() | st.integers(1, 64),
     paths=path_rules.map(lambda rules: rules or None),
+    **{name: st.none() | st.integers(*bounds) for name, bounds in BOUNDS.items()},
 )
 moments = st.none() | st.integers(0, 9_999_999_999)
 networks = st.builds(

@@ -8,13 +8,19 @@ from __future__ import annotations
 
 import asyncio
 import json
-from typing import TYPE_CHECKING, Final, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from imdsproxy.admin.reports import LeftOut
+from imdsproxy.core.model import ID_PATTERN
 from imdsproxy.core.observation import Conflict
+from imdsproxy.core.path_rules import MOST_PATH_RULES
+from imdsproxy.core.policy import BOUNDS
 from imdsproxy.core.records import Records, Refused, parse_instance, parse_network, parse_records
+from imdsproxy.core.records.fields import MAX_TEXT
+from imdsproxy.core.records.network import MTU_BOUNDS
+from imdsproxy.core.records.scalars import DEVICE_PATTERN, MAC_PATTERN, NAMESPACE_PATTERN
 from imdsproxy.errors import Problem, RequestRefused
 
 if TYPE_CHECKING:
@@ -56,6 +62,15 @@ _INLINE: Final = 64 * 1024
 _T = TypeVar("_T")
 
 
+_Id = Annotated[str, Field(pattern=ID_PATTERN)]
+_Device = Annotated[str, Field(pattern=DEVICE_PATTERN)]
+_Line = Annotated[str, Field(min_length=1, max_length=MAX_TEXT)]
+
+
+def _number(bounds: tuple[int, int], description: str | None = None) -> Any:  # noqa: ANN401 - as pydantic's Field
+    return Field(default=None, description=description, ge=bounds[0], le=bounds[1])
+
+
 class _Record(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
@@ -63,21 +78,21 @@ class _Record(BaseModel):
 class NamespaceListenerRecord(_Record):
     """An existing network namespace."""
 
-    namespace: str
-    device: str | None = None
+    namespace: str = Field(pattern=NAMESPACE_PATTERN)
+    device: _Device | None = None
     manage_addresses: bool = False
 
 
 class InterfaceListenerRecord(_Record):
     """A host interface."""
 
-    interface: str
+    interface: _Device
 
 
 class BridgeListenerRecord(_Record):
     """A bridge of the host."""
 
-    bridge: str
+    bridge: _Device
 
 
 class SubnetRecord(_Record):
@@ -104,9 +119,9 @@ class PolicyRecord(_Record):
     nocloud_tokens: Literal["off", "optional", "required"] | None = Field(
         default=None, description="The same for `/nocloud`."
     )
-    boot_grace_s: int | None = Field(
-        default=None,
-        description="Seconds after the instance's creation at which its boot is over; at most a week.",
+    boot_grace_s: int | None = _number(
+        BOUNDS["boot_grace_s"],
+        "Seconds after the instance's creation at which its boot is over; at most a week.",
     )
     seal_user_data: bool | None = Field(
         default=None, description="Refuse user-data with 403 once the boot is over."
@@ -115,14 +130,13 @@ class PolicyRecord(_Record):
         default=None,
         description="Without a token, refuse with 403 what has headers of proxies or browsers.",
     )
-    hop_limit: int | None = Field(
-        default=None, description="Hops that the answer with a token goes, 1 to 64."
-    )
-    requests_per_s: int | None = Field(default=None, description="Requests a second, on average.")
-    burst: int | None = Field(default=None, description="Requests in ten seconds.")
-    connections: int | None = Field(default=None, description="Connections at once.")
+    hop_limit: int | None = _number(BOUNDS["hop_limit"], "Hops that the answer with a token goes.")
+    requests_per_s: int | None = _number(BOUNDS["requests_per_s"], "Requests a second, on average.")
+    burst: int | None = _number(BOUNDS["burst"], "Requests in ten seconds.")
+    connections: int | None = _number(BOUNDS["connections"], "Connections at once.")
     paths: dict[str, Literal["deny", "allow", "required", "optional"]] | None = Field(
         default=None,
+        max_length=MOST_PATH_RULES,
         description="What is said of single paths and what is beneath them; `latest` stands for every version.",
     )
 
@@ -130,12 +144,12 @@ class PolicyRecord(_Record):
 class NetworkRecord(_Record):
     """A network."""
 
-    id: str
-    name: str | None = None
-    project: str | None = None
+    id: _Id
+    name: _Line | None = None
+    project: _Id | None = None
     listener: NamespaceListenerRecord | InterfaceListenerRecord | BridgeListenerRecord
     subnets: list[SubnetRecord] = Field(default_factory=list)
-    mtu: int | None = None
+    mtu: int | None = _number(MTU_BOUNDS)
     scope: Literal["network", "router"] = Field(
         default="network", description="`router` where the id is a router's."
     )
@@ -151,10 +165,10 @@ class NetworkRecord(_Record):
 class PortRecord(_Record):
     """An instance's place in a network."""
 
-    network: str
-    mac: str | None = None
+    network: _Id
+    mac: str | None = Field(default=None, pattern=MAC_PATTERN)
     addresses: list[str] = Field(default_factory=list)
-    project: str | None = Field(
+    project: _Id | None = Field(
         default=None, description="The port's own, where it is another one than the instance's."
     )
 
@@ -183,10 +197,10 @@ class DialectsRecord(_Record):
 class InstanceRecord(_Record):
     """An instance."""
 
-    id: str
-    name: str
+    id: _Id
+    name: _Line
     hostname: str | None = Field(default=None, description="Made of the name when left out.")
-    project: str | None = None
+    project: _Id | None = None
     ports: list[PortRecord] = Field(default_factory=list)
     ssh_keys: list[str | SshKeyRecord] = Field(default_factory=list)
     tags: dict[str, str] = Field(default_factory=dict)

@@ -43,6 +43,9 @@ all at once, each with its file and line. `imdsproxy config sample` prints a fil
 default, `config show --origin` where each value in force was written, `config schema` a JSON
 Schema.
 
+Settings and record files are read as YAML 1.2: `no`, `0123` and `52:54:00:12:34:56` are text, `0x10` is the number 16.
+Aliases and the merge key `<<` work; tags other than YAML's own for text, numbers, true and false, and bytes do not.
+
 A change of a setting takes nothing, is taken over live, reloads HAProxy (without losing a request),
 or takes a restart of the process concerned. `imdsproxy reload` (or SIGHUP) says which."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from imdsproxy.config.change import Change
 from imdsproxy.config.section import Section, setting
-from imdsproxy.core.policy import MOST_BURST, MOST_CONNECTIONS, MOST_REQUESTS_PER_S
+from imdsproxy.core.policy import BOUNDS
 
 __all__ = ["LimitsSettings"]
 
@@ -22,7 +22,7 @@ class LimitsSettings(Section):
         "Requests a second on average. Only answered ones count, so being refused lengthens nothing.",
         Change.RELOAD,
         ge=1,
-        le=MOST_REQUESTS_PER_S,
+        le=BOUNDS["requests_per_s"][1],
     )
     burst: int = setting(
         4000,
@@ -30,7 +30,7 @@ class LimitsSettings(Section):
         "Counted over the time that so many take at `requests_per_s`, 40 seconds as it is here.",
         Change.RELOAD,
         ge=1,
-        le=MOST_BURST,
+        le=BOUNDS["burst"][1],
     )
     connections: int = setting(
         160,
@@ -38,7 +38,7 @@ class LimitsSettings(Section):
         "had. The first 32 beyond are told 503, further ones are closed.",
         Change.RELOAD,
         ge=1,
-        le=MOST_CONNECTIONS,
+        le=BOUNDS["connections"][1],
     )
     body_kib: int = setting(
         1024,

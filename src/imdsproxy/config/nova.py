@@ -18,6 +18,7 @@ from pydantic_core import PydanticCustomError
 from imdsproxy.config.change import Change
 from imdsproxy.config.nova_url import NovaUrl, parse_nova_url
 from imdsproxy.config.section import AbsolutePath, Section, cross, setting
+from imdsproxy.core.model import ID_PATTERN
 
 __all__ = ["DEFAULT_SET", "EndpointSetSettings", "NovaEndpointSettings", "NovaSettings"]
 
@@ -41,7 +42,7 @@ Url = Annotated[
     WithJsonSchema({"type": "string", "examples": ["http://192.0.2.10:8775"]}),
 ]
 SetName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9-]{0,31}$")]
-Identifier = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+Identifier = Annotated[str, StringConstraints(pattern=ID_PATTERN)]
 HostHeader = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9.:\[\]-]{1,255}$")]
 ServerName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9.-]{1,253}$")]
 

@@ -17,6 +17,7 @@ from imdsproxy.config.section import (
     setting,
 )
 from imdsproxy.core.haproxy.counting import ONE_IN
+from imdsproxy.core.model import ID_PATTERN
 from imdsproxy.core.path_rules import (
     MOST_PATH_RULES,
     PathRules,
@@ -26,10 +27,7 @@ from imdsproxy.core.path_rules import (
 )
 from imdsproxy.core.policy import (
     BOOT_GRACE_S,
-    LONGEST_BOOT_S,
-    MOST_BURST,
-    MOST_CONNECTIONS,
-    MOST_REQUESTS_PER_S,
+    BOUNDS,
     PolicyBook,
     PolicyRules,
     TokenMode,
@@ -37,7 +35,7 @@ from imdsproxy.core.policy import (
 
 __all__ = ["PolicyRulesSettings", "PolicySettings", "TokensSettings"]
 
-_Id = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+_Id = Annotated[str, Field(pattern=ID_PATTERN)]
 
 
 _Mode = Annotated[Literal["off", "optional", "required"], OffIsFalse]
@@ -59,10 +57,10 @@ _Paths = Annotated[
 ]
 
 
-def _rule(description: str, **limits: Any) -> Any:  # noqa: ANN401 - as `setting`
-    return setting(
-        None, f"{description} Null leaves it to the less specific scope.", Change.LIVE, **limits
-    )
+def _rule(description: str, *, bounds: str | None = None) -> Any:  # noqa: ANN401 - as `setting`
+    least, most = (None, None) if bounds is None else BOUNDS[bounds]
+    text = f"{description} Null leaves it to the less specific scope."
+    return setting(None, text, Change.LIVE, ge=least, le=most)
 
 
 class PolicyRulesSettings(Section):
@@ -83,8 +81,7 @@ class PolicyRulesSettings(Section):
     boot_grace_s: int | None = _rule(
         f"Seconds after an instance's creation at which its boot is over; {BOOT_GRACE_S} unless something says "
         "otherwise. An instance of which no source tells when it was made has booted already.",
-        ge=0,
-        le=LONGEST_BOOT_S,
+        bounds="boot_grace_s",
     )
     seal_user_data: bool | None = _rule(
         "Refuse user-data with 403 once the boot is over, until `imdsproxy instance reopen`. It often holds passwords, "
@@ -98,25 +95,21 @@ class PolicyRulesSettings(Section):
         "How many hops the answer that holds a token goes (IP TTL, hop limit): at 1 it reaches no container behind "
         "the guest. 64, as the kernel sends by itself, unless something says otherwise; 47 goes as 46. It has no "
         "effect where guests come by the unix listener.",
-        ge=1,
-        le=64,
+        bounds="hop_limit",
     )
 
     requests_per_s: int | None = _rule(
         "Requests a second that an instance may make on average, over the time of `limits` (40 seconds). "
         "Where this or `burst` is said, `limits.requests_per_s` and `limits.burst` are of no account.",
-        ge=1,
-        le=MOST_REQUESTS_PER_S,
+        bounds="requests_per_s",
     )
     burst: int | None = _rule(
         "Requests of an instance in ten seconds, beside `requests_per_s` or alone.",
-        ge=1,
-        le=MOST_BURST,
+        bounds="burst",
     )
     connections: int | None = _rule(
         "Connections of an instance at once; `limits.connections` unless something says otherwise.",
-        ge=1,
-        le=MOST_CONNECTIONS,
+        bounds="connections",
     )
 
     paths: _Paths | None = setting(

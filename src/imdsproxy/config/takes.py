@@ -12,6 +12,7 @@ from typing import Annotated, Final, Literal, Union, get_args, get_origin
 from imdsproxy.config.endpoint import Endpoint
 from imdsproxy.config.nova_url import NovaUrl
 from imdsproxy.config.shape import held_sections
+from imdsproxy.core.model import ID_PATTERN
 
 __all__ = ["describe_kind", "render_value"]
 
@@ -24,7 +25,7 @@ _PATTERNS: Final[Mapping[str, str]] = {
     r"^0?[0-7]{3}$": 'three octal digits in quotes, as "0660"',
     r"^[a-z][a-z0-9]{1,5}$": "2 to 6 lower-case letters and digits, a letter first",
     r"^[a-z0-9][a-z0-9-]{0,31}$": "1 to 32 lower-case letters, digits and hyphens, no hyphen first",
-    r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$": (
+    ID_PATTERN: (
         "an id: 1 to 64 letters, digits, dots, hyphens and underscores, a letter or digit first"
     ),
     r"^[A-Za-z0-9.:\[\]-]{1,255}$": "a host as in a Host header: a name or an address, and a port",

@@ -17,6 +17,7 @@ from imdsproxy.core.policy import NOTHING_SAID, PolicyRules
 __all__ = [
     "BridgeListener",
     "Dialect",
+    "ID_PATTERN",
     "Instance",
     "InstanceId",
     "InterfaceListener",
@@ -36,6 +37,9 @@ __all__ = [
     "Subnet",
     "Upstream",
 ]
+
+ID_PATTERN: Final = "^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
+"""Ids of networks, instances and projects, in every language that matches them: they stand in paths, maps, headers."""
 
 NetworkId = NewType("NetworkId", str)
 """1 to 64 of `A-Za-z0-9._-`, begins with a letter or digit: it is a bind's name and a map key."""

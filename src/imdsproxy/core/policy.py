@@ -23,11 +23,9 @@ from imdsproxy.core.path_rules import (
 
 __all__ = [
     "BOOT_GRACE_S",
+    "BOUNDS",
     "DEFAULT",
     "LONGEST_BOOT_S",
-    "MOST_BURST",
-    "MOST_CONNECTIONS",
-    "MOST_REQUESTS_PER_S",
     "Folded",
     "Guard",
     "NOTHING_SAID",
@@ -51,9 +49,14 @@ LONGEST_BOOT_S: Final = 604_800
 BOOT_GRACE_S: Final = 900
 """Seconds that a boot may take: a stock image under emulation needs five minutes, a slow disk as long again."""
 
-MOST_REQUESTS_PER_S: Final = 1_000_000
-MOST_BURST: Final = 10_000_000
-MOST_CONNECTIONS: Final = 100_000
+BOUNDS: Final[Mapping[str, tuple[int, int]]] = {
+    "boot_grace_s": (0, LONGEST_BOOT_S),
+    "hop_limit": (1, 64),
+    "requests_per_s": (1, 1_000_000),
+    "burst": (1, 10_000_000),
+    "connections": (1, 100_000),
+}
+"""The least and the most of each number among `PolicyRules`: in settings, in records, and as the schemas show."""
 
 POLICY_WORD: Final = "+"
 """How a record begins that has a policy word; no instance's id and no other kind of record begins so."""

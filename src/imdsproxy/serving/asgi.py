@@ -11,7 +11,7 @@ import structlog
 
 from imdsproxy.core.documents import DocumentRequest
 from imdsproxy.core.documents.respond import Header
-from imdsproxy.core.model import InstanceId
+from imdsproxy.core.model import ID_PATTERN, InstanceId
 from imdsproxy.core.wire import HEADER_INSTANCE, HEADER_REVISION
 from imdsproxy.serving.documents import Answer, DocumentService, refusal, retry_later
 
@@ -45,7 +45,7 @@ LIVENESS_PATH: Final = b"/livez"
 _CHUNK: Final = 256 * 1024
 _INSTANCE_HEADER: Final = HEADER_INSTANCE.encode("ascii")
 _REVISION_HEADER: Final = HEADER_REVISION.encode("ascii")
-_INSTANCE_ID: Final = re.compile(rb"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_INSTANCE_ID: Final = re.compile(ID_PATTERN.encode())
 _BODILESS: Final = frozenset({"GET", "HEAD"})
 
 

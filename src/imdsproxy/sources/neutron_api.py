@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Final, Protocol
 from urllib.parse import urlencode
 
 from imdsproxy.core.addresses import link_local_of, normalise_address
-from imdsproxy.core.model import InstanceId, IpAddress, MacAddress, NetworkId
+from imdsproxy.core.model import ID_PATTERN, InstanceId, IpAddress, MacAddress, NetworkId
 from imdsproxy.core.records.moments import unix_time_of
 from imdsproxy.errors import Problem, SourceUnavailable
 
@@ -47,7 +47,7 @@ MAX_VALUES: Final = 32
 query among them twice; 32 ids of 40 bytes leave room for the token."""
 
 _SERVICE: Final = "network:"
-_FORM: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_FORM: Final = re.compile(ID_PATTERN)
 _MAC: Final = re.compile(r"[0-9a-f]{2}(?::[0-9a-f]{2}){5}")
 _PORT_ID: Final = re.compile(r"[\x21-\x7e]{1,64}")
 _FIELDS: Final = (

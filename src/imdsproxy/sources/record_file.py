@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from imdsproxy.config.strict_yaml import Decoded, Undecodable, decode_yaml
 from imdsproxy.core.records import MAX_PAYLOAD, LineOf, ReadFile, Records, Unreadable, parse_records
 from imdsproxy.errors import Problem
 from imdsproxy.sources.strict_json import decode_json
-from imdsproxy.sources.strict_yaml import Decoded, Undecodable, decode_yaml
 
 if TYPE_CHECKING:
     from pathlib import Path

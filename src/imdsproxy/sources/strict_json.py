@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from json import JSONDecodeError, decoder
 from typing import Final, TypeAlias
 
+from imdsproxy.config.strict_yaml import Decoded, Undecodable
 from imdsproxy.core.records import Fault, Path
-from imdsproxy.sources.strict_yaml import Decoded, Undecodable
 
 __all__ = ["decode_json"]
 

@@ -6,17 +6,23 @@ import socket
 from collections.abc import Iterator
 from ipaddress import ip_address
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import pytest
+from pydantic import ValidationError
 
 from imdsproxy.admin import bodies
 from imdsproxy.admin.operations import DocumentAnswer
 from imdsproxy.admin.refusals import status_of
-from imdsproxy.core.model import InstanceId, NetworkId
+from imdsproxy.config.policy import PolicyRulesSettings
+from imdsproxy.core.model import ID_PATTERN, InstanceId, Network, NetworkId
+from imdsproxy.core.path_rules import MOST_PATH_RULES
+from imdsproxy.core.policy import BOUNDS
+from imdsproxy.core.records import Refused, parse_network
 from imdsproxy.core.records.instance import INSTANCE_KEYS
-from imdsproxy.core.records.network import NETWORK_KEYS
+from imdsproxy.core.records.network import MTU_BOUNDS, NETWORK_KEYS
 from imdsproxy.core.records.policy import POLICY_KEYS
+from imdsproxy.core.records.scalars import DEVICE_PATTERN, MAC_PATTERN
 from imdsproxy.errors import (
     AlreadyExists,
     ConfigInvalid,
@@ -540,3 +546,50 @@ def test_the_described_records_are_the_ones_that_are_read() -> None:
     assert described == set(INSTANCE_KEYS) - {"user_data_file"}
     assert set(bodies.NetworkRecord.model_fields) == set(NETWORK_KEYS)
     assert set(bodies.PolicyRecord.model_fields) == set(POLICY_KEYS)
+
+
+def _shape_of(document: object, record: str, field: str) -> dict[str, object]:
+    """How OpenAPI describes a field, without that it may be null."""
+    found: dict[str, object] = cast("Any", document)["components"]["schemas"][record]["properties"][
+        field
+    ]
+    return cast("list[dict[str, object]]", found["anyOf"])[0] if "anyOf" in found else found
+
+
+@pytest.mark.parametrize(("field", "bounds"), BOUNDS.items())
+def test_openapi_the_settings_schema_and_both_parsers_have_the_same_bounds(
+    server: AdminServer, field: str, bounds: tuple[int, int]
+) -> None:
+    document = server.client.get("/openapi.json")
+    shape = _shape_of(document, "PolicyRecord", field)
+    settings = PolicyRulesSettings.model_json_schema()["properties"][field]["anyOf"][0]
+    for described in (shape, settings):
+        assert (described["minimum"], described["maximum"]) == bounds
+    for value in bounds:
+        record = parse_network({"id": "n", "listener": {"bridge": "b"}, "policy": {field: value}})
+        assert isinstance(record, Network)
+        PolicyRulesSettings.model_validate({field: value})
+    for value in (bounds[0] - 1, bounds[1] + 1):
+        policy = {field: value}
+        assert isinstance(
+            parse_network({"id": "n", "listener": {"bridge": "b"}, "policy": policy}), Refused
+        )
+        with pytest.raises(ValidationError):
+            PolicyRulesSettings.model_validate(policy)
+
+
+def test_openapi_shows_the_bounds_and_patterns_of_records(server: AdminServer) -> None:
+    document = server.client.get("/openapi.json")
+    mtu = _shape_of(document, "NetworkRecord", "mtu")
+    assert (mtu["minimum"], mtu["maximum"]) == MTU_BOUNDS
+    for record, field in [
+        ("NetworkRecord", "id"),
+        ("NetworkRecord", "project"),
+        ("InstanceRecord", "id"),
+        ("InstanceRecord", "project"),
+        ("PortRecord", "network"),
+    ]:
+        assert _shape_of(document, record, field)["pattern"] == ID_PATTERN
+    assert _shape_of(document, "PortRecord", "mac")["pattern"] == MAC_PATTERN
+    assert _shape_of(document, "BridgeListenerRecord", "bridge")["pattern"] == DEVICE_PATTERN
+    assert _shape_of(document, "PolicyRecord", "paths")["maxProperties"] == MOST_PATH_RULES

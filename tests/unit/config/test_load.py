@@ -109,7 +109,7 @@ def test_all_problems_come_at_once_each_with_its_place(tmp_path: Path) -> None:
         "  max_object_kib: 60000\n"
         "  maxcon: 5\n"
         "resolver: {max_held: 3}\n"
-        "admin: {mode: 0660}\n"
+        "admin: {mode: 660.5}\n"
         "log: loud\n"
         "paths:\n"
         "  state_dir: relative\n"
@@ -290,7 +290,7 @@ def test_endpoint_sets_in_the_environment_are_merged_over_the_files(tmp_path: Pa
         ("null", "nova.endpoint_sets", "null is not acceptable"),
         ("", "nova.endpoint_sets", "null is not acceptable"),
         ("[]", "nova.endpoint_sets", "a list is not acceptable"),
-        ('{"default": {}, "default": {}}', "nova.endpoint_sets.default", "stands twice"),
+        ('{"default": {}, "default": {}}', "nova.endpoint_sets.default", "is there twice"),
         (
             '{"default": {"endpoints": [{"url": "nova"}], "secret_file": "/x"}}',
             "nova.endpoint_sets.default.endpoints[0].url",
@@ -435,7 +435,7 @@ def test_several_unreadable_files_are_told_together(tmp_path: Path) -> None:
     text = str(caught.value)
     assert "3 files" in text
     assert "c.yaml" in text
-    assert "stands twice" in text
+    assert "is there twice" in text
     assert "not UTF-8" in text
 
 

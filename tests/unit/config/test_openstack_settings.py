@@ -212,7 +212,7 @@ def test_an_endpoint_set_has_all_that_it_needs(tmp_path: Path) -> None:
             "takes one of deduce, user, group, all",
         ),
         (
-            "unix_listener: {directory_mode: 0755}",
+            "unix_listener: {directory_mode: 755}",
             "unix_listener.directory_mode",
             "755 is not acceptable",
             "takes three octal digits in quotes",

@@ -34,7 +34,8 @@ def test_json_is_yaml_too(value: object) -> None:
         ("on", "on"),
         ("52:54:00:12:34:56", "52:54:00:12:34:56"),
         ("2024-01-01", "2024-01-01"),
-        ("0660", 660),
+        ("0660", "0660"),
+        ("0x10", 16),
         ("'0660'", "0660"),
         ("true", True),
         ("null", None),
@@ -42,7 +43,7 @@ def test_json_is_yaml_too(value: object) -> None:
         ("1.5", 1.5),
         ("1e3", 1000.0),
         ("-7", -7),
-        (".nan", ".nan"),
+        (".inf", float("inf")),
         ("!!binary aGk=", b"hi"),
     ],
 )
@@ -79,7 +80,33 @@ def test_lines_are_known_by_path() -> None:
     }
 
 
-@pytest.mark.parametrize("text", ["a: [1", "a: b: c", "\x00", "a\n  b: 1", "? [a]\n: 1\n", "!!x 1"])
+def test_a_merge_key_takes_what_is_not_there() -> None:
+    text = "a: &a {x: 1, y: 1}\nb: &b {y: 2, z: 2}\nc: {<<: *a, y: 3}\nd: {<<: [*a, *b]}\n'<<': q\n"
+    data = parse_yaml(text, "f").data
+    assert isinstance(data, dict)
+    assert data["c"] == {"x": 1, "y": 3}
+    assert data["d"] == {"x": 1, "y": 1, "z": 2}
+    assert data["<<"] == "q"
+
+
+@pytest.mark.parametrize(
+    ("text", "field"),
+    [("? [a]\n: 1\n", "configuration"), ("a: !!x 1", "a"), ("a: {<<: 1}", 'a["<<"]')],
+)
+def test_what_has_no_plain_value_is_invalid_with_its_place(text: str, field: str) -> None:
+    with pytest.raises(ConfigInvalid) as refused:
+        parse_yaml(text, "f")
+    assert [(one.field, one.line) for one in refused.value.problems] == [(field, 1)]
+
+
+def test_aliases_of_aliases_are_refused_before_they_fill_the_memory() -> None:
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 12)]
+    with pytest.raises(ConfigUnreadable, match="aliases"):
+        parse_yaml("\n".join(lines), "f")
+
+
+@pytest.mark.parametrize("text", ["a: [1", "a: b: c", "\x00", "a\n  b: 1"])
 def test_what_is_not_yaml_is_unreadable(text: str) -> None:
     with pytest.raises(ConfigUnreadable, match="is not YAML"):
         parse_yaml(text, "f")

@@ -4,13 +4,13 @@ import pytest
 from pydantic import ValidationError
 
 from imdsproxy.config.policy import PolicyRulesSettings
+from imdsproxy.config.strict_yaml import Decoded, decode_yaml
 from imdsproxy.config.words import explain_finding
 from imdsproxy.core.model import Instance, Network
 from imdsproxy.core.path_rules import MOST_PATH_RULES, PathWord
 from imdsproxy.core.policy import NOTHING_SAID, PolicyRules, TokenMode
 from imdsproxy.core.records import Refused, parse_instance, parse_network, parse_records
 from imdsproxy.core.records.policy import POLICY_KEYS
-from imdsproxy.sources.strict_yaml import Decoded, decode_yaml
 
 _INSTANCE: dict[str, object] = {"id": "i-1", "name": "web"}
 _NETWORK: dict[str, object] = {"id": "n", "listener": {"bridge": "br0"}}

@@ -11,6 +11,7 @@ from typing import Final
 
 from imdsproxy.core.haproxy.model import UnixBind, Words
 from imdsproxy.core.haproxy.rules import refuse_forwarded_token, retry_later
+from imdsproxy.core.model import ID_PATTERN
 
 __all__ = ["AGENTS", "agent_rules", "share_rules", "unix_bind"]
 
@@ -21,7 +22,6 @@ AGENTS: Final = "agents"
 _NETWORKS: Final = ("x-neutron-network-id", "x-ovn-network-id")
 _ROUTER: Final = "x-neutron-router-id"
 _PEER: Final = "x-forwarded-for"
-_ID: Final = "^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 
 _OCTET: Final = "(?:25[0-5]|2[0-4][0-9]|1[0-9][0-9]|[1-9]?[0-9])"
 _QUAD: Final = rf"(?:{_OCTET}\.){{3}}{_OCTET}"
@@ -54,7 +54,7 @@ def agent_rules() -> tuple[Words, ...]:
         ("http-request", "set-var(sess.network)", f"req.fhdr({_ROUTER})", "if", *_found("txn.routers")),
         (*_refuse("exactly one of X-Neutron-Network-ID, X-Neutron-Router-ID and X-OVN-Network-ID is needed"), "unless",
          "{", "var(txn.networks),add(txn.ovn),add(txn.routers)", "-m", "int", "1", "}",
-         "{", "var(sess.network)", "-m", "reg", _ID, "}"),
+         "{", "var(sess.network)", "-m", "reg", ID_PATTERN, "}"),
         ("http-request", "set-var(sess.router)", "bool(false)"),
         ("http-request", "set-var(sess.router)", "bool(true)", "if", *_found("txn.routers")),
         ("http-request", "set-var(txn.peer)", f"req.fhdr({_PEER})", "if", "{", f"req.fhdr_cnt({_PEER})", "1", "}"),

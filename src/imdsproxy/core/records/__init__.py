@@ -21,7 +21,9 @@ Keys (`?` may be left out or be null):
               upstream?: embedded | nova
               created_at?: UNIX TIME | "2026-11-26T12:00:00Z"
     policy    endpoint?: bool, tokens?, openstack_tokens?, nocloud_tokens?: off | optional | required,
-              boot_grace_s?, seal_user_data?: bool, refuse_forwarded?: bool, hop_limit?
+              boot_grace_s?, seal_user_data?: bool, refuse_forwarded?: bool, hop_limit?,
+              requests_per_s?, burst?, connections?,
+              paths?: {PATH: deny | allow | required | optional}
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ from imdsproxy.core.records.scalars import (
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["NETWORK_KEYS", "parse_network"]
+__all__ = ["MTU_BOUNDS", "NETWORK_KEYS", "parse_network"]
 
 NETWORK_KEYS: Final = (
     "id",
@@ -42,8 +42,7 @@ NETWORK_KEYS: Final = (
 )
 _KINDS: Final = ("namespace", "interface", "bridge")
 _LISTENER_KEYS: Final = (*_KINDS, "device", "manage_addresses")
-_LEAST_MTU: Final = 68
-_MOST_MTU: Final = 65535
+MTU_BOUNDS: Final = (68, 65535)
 
 
 def parse_network(
@@ -66,7 +65,7 @@ def parse_network(
     name = optional(entries, "name", Field.text)
     project = optional(entries, "project", Field.text)
     subnets = _parse_subnets(entries["subnets"]) if "subnets" in entries else ()
-    mtu = optional(entries, "mtu", lambda mtu: mtu.whole_number(_LEAST_MTU, _MOST_MTU))
+    mtu = optional(entries, "mtu", lambda mtu: mtu.whole_number(*MTU_BOUNDS))
     scope = optional(entries, "scope", _parse_scope)
     mac_check = optional(entries, "mac_check", Field.boolean)
     policy = optional(entries, "policy", parse_policy)

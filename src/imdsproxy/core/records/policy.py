@@ -13,10 +13,7 @@ from imdsproxy.core.path_rules import (
     sort_paths,
 )
 from imdsproxy.core.policy import (
-    LONGEST_BOOT_S,
-    MOST_BURST,
-    MOST_CONNECTIONS,
-    MOST_REQUESTS_PER_S,
+    BOUNDS,
     NOTHING_SAID,
     PolicyRules,
     TokenMode,
@@ -30,7 +27,6 @@ POLICY_KEYS: Final = tuple(one.name for one in fields(PolicyRules))
 
 _MODES: Final = tuple(mode.value for mode in TokenMode)
 _WORDS: Final = tuple(word.value for word in PathWord)
-_MOST_HOPS: Final = 64
 
 
 def parse_policy(field: Field) -> PolicyRules:
@@ -43,14 +39,14 @@ def parse_policy(field: Field) -> PolicyRules:
         tokens=optional(entries, "tokens", _parse_mode),
         openstack_tokens=optional(entries, "openstack_tokens", _parse_mode),
         nocloud_tokens=optional(entries, "nocloud_tokens", _parse_mode),
-        boot_grace_s=optional(entries, "boot_grace_s", _parse_boot_grace),
         seal_user_data=optional(entries, "seal_user_data", Field.boolean),
         refuse_forwarded=optional(entries, "refuse_forwarded", Field.boolean),
-        hop_limit=optional(entries, "hop_limit", _parse_hop_limit),
-        requests_per_s=optional(entries, "requests_per_s", _parse_requests_per_s),
-        burst=optional(entries, "burst", _parse_burst),
-        connections=optional(entries, "connections", _parse_connections),
         paths=optional(entries, "paths", _parse_paths),
+        **{
+            name: entries[name].whole_number(*bounds)
+            for name, bounds in BOUNDS.items()
+            if name in entries
+        },
     )
 
 
@@ -63,26 +59,6 @@ def _parse_mode(field: Field) -> TokenMode | None:
         return None
     word = field.one_of(_MODES)
     return None if word is None else TokenMode(word)
-
-
-def _parse_boot_grace(field: Field) -> int | None:
-    return field.whole_number(0, LONGEST_BOOT_S)
-
-
-def _parse_hop_limit(field: Field) -> int | None:
-    return field.whole_number(1, _MOST_HOPS)
-
-
-def _parse_requests_per_s(field: Field) -> int | None:
-    return field.whole_number(1, MOST_REQUESTS_PER_S)
-
-
-def _parse_burst(field: Field) -> int | None:
-    return field.whole_number(1, MOST_BURST)
-
-
-def _parse_connections(field: Field) -> int | None:
-    return field.whole_number(1, MOST_CONNECTIONS)
 
 
 def _parse_paths(field: Field) -> PathRules | None:

@@ -8,6 +8,7 @@ from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
 from typing import TYPE_CHECKING, Final
 
 from imdsproxy.core.model import (
+    ID_PATTERN,
     METADATA_IPV4,
     METADATA_IPV6,
     InstanceId,
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
     from imdsproxy.core.records.fields import Field
 
 __all__ = [
+    "DEVICE_PATTERN",
+    "MAC_PATTERN",
+    "NAMESPACE_PATTERN",
     "hostname_of",
     "parse_address",
     "parse_cidr",
@@ -35,12 +39,15 @@ __all__ = [
     "parse_project_id",
 ]
 
-_ID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_ID: Final = re.compile(ID_PATTERN)
 _ID_WANTED: Final = "1 to 64 of A-Z a-z 0-9 . _ - that begin with a letter or digit"
-_NAMESPACE: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._@:+-]{0,127}")
-_DEVICE: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._@+=-]{0,14}")
+NAMESPACE_PATTERN: Final = "^[A-Za-z0-9_][A-Za-z0-9._@:+-]{0,127}$"
+DEVICE_PATTERN: Final = "^[A-Za-z0-9_][A-Za-z0-9._@+=-]{0,14}$"
 _OCTET: Final = "[0-9A-Fa-f]{2}"
-_MAC: Final = re.compile(f"{_OCTET}(?:(?::{_OCTET}){{5}}|(?:-{_OCTET}){{5}})")
+MAC_PATTERN: Final = f"^{_OCTET}(?:(?::{_OCTET}){{5}}|(?:-{_OCTET}){{5}})$"
+_NAMESPACE: Final = re.compile(NAMESPACE_PATTERN)
+_DEVICE: Final = re.compile(DEVICE_PATTERN)
+_MAC: Final = re.compile(MAC_PATTERN)
 _LABEL: Final = r"[A-Za-z0-9_](?:[A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?"
 _HOSTNAME: Final = re.compile(rf"(?=.{{1,253}}\Z){_LABEL}(?:\.{_LABEL})*")
 _NOT_IN_HOSTNAME: Final = re.compile(r"[^A-Za-z0-9._-]+")

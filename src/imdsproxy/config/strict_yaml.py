@@ -1,8 +1,9 @@
-"""YAML without surprises: YAML 1.2's core schema, no duplicate keys, and the line of everything.
+"""The one dialect of YAML, for settings and records: YAML 1.2's core schema, no duplicate keys, the line of each part.
 
 Plain words mean what they look like: `no` is text, `52:54:00:12:34:56` is text, `0123` is text.
 Only `true` and `false` are booleans, and only decimal, `0o` and `0x` numbers are numbers.
-`!!binary` gives bytes; other tags, and merge keys, are refused.
+`!!binary` gives bytes; other tags are refused. The merge key `<<` takes the keys of a mapping, or of several, that
+are not there (YAML 1.1's, kept because settings use it).
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import base64
 import binascii
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -46,11 +47,29 @@ class Decoded:
         value: Mappings, lists, text, numbers, booleans, bytes, `None`.
         line_of: The 1-based line of a path, or of its nearest parent that exists.
         faults: Keys that stood twice, tags that are not supported.
+        root: What it was made of, where that was YAML.
     """
 
     value: object
     line_of: Callable[[Path], int | None]
     faults: tuple[Fault, ...] = ()
+    root: yaml.Node | None = None
+
+    def lines(self) -> dict[str, int]:
+        """The line of each part by its path, as `a.b[0].c`; what stands under an alias has none."""
+        lines: dict[str, int] = {}
+        surveyed: set[int] = set()
+        waiting = [("", self.root)]
+        while waiting:
+            path, node = waiting.pop()
+            if node is None or id(node) in surveyed:
+                continue
+            surveyed.add(id(node))
+            for name, part, line in _parts(node):
+                here = f"{path}{name}" if name.startswith("[") or not path else f"{path}.{name}"
+                lines.setdefault(here, line)
+                waiting.append((here, part))
+        return lines
 
 
 class _CoreSchema(BaseResolver):
@@ -107,6 +126,9 @@ def decode_yaml(text: str) -> Decoded | Undecodable:
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
         return Undecodable(f"is not YAML: {error.reason}", line=line)
+    except UnicodeEncodeError:
+        # A variable of the environment may hold bytes that are none.
+        return Undecodable("is not YAML: it is no Unicode text")
     if node is None:
         return Decoded(None, lambda _path: None)
     decoder = _Decoder(budget=2 * len(text) + 1000)
@@ -114,7 +136,16 @@ def decode_yaml(text: str) -> Decoded | Undecodable:
         value = decoder.decode(node, ())
     except _TooMuchError as error:
         return Undecodable(str(error), line=error.line)
-    return Decoded(value, lambda path: _line_of(node, path), tuple(decoder.faults))
+    return Decoded(value, lambda path: _line_of(node, path), tuple(decoder.faults), node)
+
+
+def _parts(node: yaml.Node) -> Iterator[tuple[str, yaml.Node, int]]:
+    if isinstance(node, yaml.SequenceNode):
+        for index, item in enumerate(node.value):
+            yield f"[{index}]", item, item.start_mark.line + 1
+    elif isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            yield str(key.value), value, key.start_mark.line + 1
 
 
 def _line_of(node: yaml.Node, path: Path) -> int | None:
@@ -171,6 +202,7 @@ class _Decoder:
 
     def _mapping(self, node: yaml.Node, path: Path) -> dict[object, object]:
         mapping: dict[object, object] = {}
+        merged: dict[object, object] = {}
         for key_node, value_node in node.value:
             if not isinstance(key_node, yaml.ScalarNode):
                 self.faults.append(Fault(path, "has a key that is a list or a mapping"))
@@ -178,16 +210,25 @@ class _Decoder:
             key = self.decode(key_node, path)
             step = key if isinstance(key, str) else str(key_node.value)
             here = (*path, step)
-            if key == "<<":
-                self.faults.append(
-                    Fault(here, "merge keys are not supported", "write the keys out")
-                )
+            if key == "<<" and not key_node.style:
+                merged = self._merge(value_node, here)
             elif key in mapping:
+                first = next(one for one, _ in node.value if one.value == key_node.value)
+                hint = f"keep one; the other is on line {first.start_mark.line + 1}"
                 line = key_node.start_mark.line + 1
-                self.faults.append(Fault(here, "is there twice", "keep one of the two", line))
+                self.faults.append(Fault(here, "is there twice", hint, line))
             else:
                 mapping[key] = self.decode(value_node, here)
-        return mapping
+        return {**merged, **mapping}
+
+    def _merge(self, node: yaml.Node, path: Path) -> dict[object, object]:
+        """The keys of a mapping, or of a list of them, an earlier one's over a later one's."""
+        value = self.decode(node, path)
+        found = value if isinstance(value, list) else [value]
+        if not all(isinstance(one, dict) for one in found):
+            self.faults.append(Fault(path, "merges what is no mapping", "write the keys out"))
+            return {}
+        return {key: part for one in reversed(found) for key, part in one.items()}
 
     def _scalar(self, node: yaml.Node, path: Path) -> object:
         if node.tag == _STR:
