@@ -149,7 +149,7 @@ class DocumentService:
         if body is None:
             return None
         headers = response.headers
-        if response.cacheable and loaded.tree.record.revision == revision:
+        if response.cacheable and revision and loaded.tree.record.revision == revision:
             headers = (*headers, _LIFETIME)
         return Answer(response.status, headers, body)
 

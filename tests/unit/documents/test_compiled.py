@@ -2,14 +2,13 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
-from hashlib import blake2b
 
 import pytest
 
 from imdsproxy.core.compiled import Blob, compile_instance, compiled_path, parse_compiled
 from imdsproxy.core.model import Dialect, InstanceId, NetworkId, Port
 from imdsproxy.errors import RecordCorrupt
-from support.guest_records import BLUE, GUEST, NETWORKS, compiled, guest, port
+from support.guest_records import BLUE, GUEST, NETWORKS, compiled, guest, port, with_head
 
 
 def test_a_record_comes_back_as_it_went_in() -> None:
@@ -130,14 +129,6 @@ def test_bytes_too_many_are_found(instance: object) -> None:
         parse_compiled(compiled(instance).content + b"\n")  # type: ignore[arg-type] # instances all
 
 
-def _changed(old: bytes, new: bytes) -> bytes:
-    """The compiled `GUEST` with another head, whose checksum is right."""
-    rest = compiled(GUEST).content.partition(b'","')[2].replace(old, new)
-    line = b'","' + rest[: rest.index(b"\n") + 1]
-    revision = blake2b(line, digest_size=8).hexdigest().encode()
-    return b'{"revision":"' + revision + b'","' + rest
-
-
 @pytest.mark.parametrize(
     ("old", "new"),
     [
@@ -147,7 +138,7 @@ def _changed(old: bytes, new: bytes) -> bytes:
     ],
 )
 def test_a_record_of_another_format_is_read_without_a_revision(old: bytes, new: bytes) -> None:
-    record = parse_compiled(_changed(old, new))
+    record = parse_compiled(with_head(old, new))
     here = parse_compiled(compiled(GUEST).content)
     assert replace(record, revision="", user_data=None) == replace(
         here, revision="", user_data=None
@@ -157,7 +148,7 @@ def test_a_record_of_another_format_is_read_without_a_revision(old: bytes, new: 
 
 def test_a_format_that_lacks_what_is_needed_is_refused_by_its_number() -> None:
     with pytest.raises(RecordCorrupt, match="format 99"):
-        parse_compiled(_changed(b'format":2,"id":', b'format":99,"name_of_it":'))
+        parse_compiled(with_head(b'format":2,"id":', b'format":99,"name_of_it":'))
 
 
 def test_paths_spread_over_directories_and_never_move() -> None:

@@ -13,7 +13,7 @@ from imdsproxy.core.model import Instance, InstanceId
 from imdsproxy.serving.documents import Answer, DocumentService, FilePart
 from imdsproxy.serving.passwords import PasswordStore
 from imdsproxy.serving.store import RecordReader, apply_record, remove_record
-from support.guest_records import GUEST, SEED, compiled, guest
+from support.guest_records import GUEST, SEED, compiled, guest, with_head
 
 META_DATA = "/openstack/latest/meta_data.json"
 PASSWORD = "/openstack/latest/password"
@@ -66,6 +66,17 @@ async def test_a_document_of_another_revision_is_served_and_not_cached(
     answer = await serving.ask("/latest/meta-data/instance-id", revision=revision)
     assert (answer.status, answer.body) == (200, GUEST.ec2_id.encode())
     assert b"cache-control" not in names(answer)
+
+
+async def test_a_record_of_another_version_is_served_and_not_cached(serving: Serving) -> None:
+    """During an upgrade, until both processes are of one version."""
+    serving.write(GUEST)
+    content = with_head(b'"format":2,', b'"format":3,"more":1,')
+    (serving.directory / "documents" / compiled_path(GUEST.id)).write_bytes(content)
+    for revision in (content[13:29].decode(), ""):
+        answer = await serving.ask("/latest/meta-data/instance-id", revision=revision)
+        assert (answer.status, answer.body) == (200, GUEST.ec2_id.encode())
+        assert b"cache-control" not in names(answer)
 
 
 @pytest.mark.parametrize("path", [META_DATA, PASSWORD, "/nothing", "/%"])
