@@ -75,7 +75,9 @@ def compiled(instance: Instance, region: str | None = None) -> CompiledRecord:
 
 def with_head(old: bytes, new: bytes) -> bytes:
     """The compiled `GUEST` with something else in its head, whose checksum is right."""
-    rest = compiled(GUEST).content.partition(b'","')[2].replace(old, new)
+    rest = compiled(GUEST).content.partition(b'","')[2]
+    assert old in rest
+    rest = rest.replace(old, new)
     line = b'","' + rest[: rest.index(b"\n") + 1]
     revision = blake2b(line, digest_size=8).hexdigest().encode()
     return b'{"revision":"' + revision + b'","' + rest

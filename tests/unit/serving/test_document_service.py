@@ -71,7 +71,7 @@ async def test_a_document_of_another_revision_is_served_and_not_cached(
 async def test_a_record_of_another_version_is_served_and_not_cached(serving: Serving) -> None:
     """During an upgrade, until both processes are of one version."""
     serving.write(GUEST)
-    content = with_head(b'"format":2,', b'"format":3,"more":1,')
+    content = with_head(b'format":2,', b'format":3,"more":1,')
     (serving.directory / "documents" / compiled_path(GUEST.id)).write_bytes(content)
     for revision in (content[13:29].decode(), ""):
         answer = await serving.ask("/latest/meta-data/instance-id", revision=revision)
