@@ -7,10 +7,12 @@ import gzip
 import hashlib
 import time
 from collections.abc import Iterator
+from functools import partial
 from typing import Final
 
 import pytest
 
+from imdsproxy.config.nova import NovaSettings
 from imdsproxy.dataplane.master import MasterClient
 from support.guest import IPV6, Reply
 from support.lab import until
@@ -283,6 +285,10 @@ def _row(world: NovaWorld) -> dict[str, str]:
     return next(row for row in rows if (row["pxname"], row["svname"]) == ("nova.default", name))
 
 
+def _is(world: NovaWorld, status: str) -> bool:
+    return _row(world)["status"] == status
+
+
 def test_health_checks_see_nova_go_and_come_and_leave_nothing_there(world: NovaWorld) -> None:
     world.nova.kill()
     until(lambda: _row(world)["status"] == "DOWN", what="its being known to be down")
@@ -293,12 +299,13 @@ def test_health_checks_see_nova_go_and_come_and_leave_nothing_there(world: NovaW
     assert not world.nova.fragments
 
 
-def test_a_check_by_http_asks_for_the_versions_that_nova_gives_to_anybody(
+def test_unless_settings_say_otherwise_a_nova_that_hangs_is_down_and_its_guests_come_again(
     world: NovaWorld,
 ) -> None:
     endpoints = [{"url": world.nova.url}]
     world.nova.secret = None
-    world.take_over(world.settings(endpoints, times={"health_check": "http"}))
+    default = NovaSettings().health_check
+    world.take_over(world.settings(endpoints, times={"health_check": default}))
     until(lambda: len(world.nova.requests) >= 2, what="two checks")
     assert {(one.method, one.target) for one in world.nova.requests} == {("GET", b"/")}
     assert not {name for one in world.nova.requests for name, _ in one.headers} - {
@@ -310,7 +317,9 @@ def test_a_check_by_http_asks_for_the_versions_that_nova_gives_to_anybody(
     start = time.monotonic()
     assert world.red.ask("/openstack").status == 503
     assert time.monotonic() - start < 0.5 * patience()
-    world.forget()
-    until(lambda: _row(world)["status"] == "UP", what="its being known to be well")
+    until(lambda: "no endpoint answers" in str(world.daemon.status()), what="the problem")
+    for status, seen in ((404, "UP"), (500, "DOWN"), (200, "UP")):
+        world.nova.always(reply(status=status))
+        until(partial(_is, world, seen), what=f"{seen} after {status}")
     world.take_over(world.settings(endpoints))
     world.nova.secret = SECRET

@@ -437,6 +437,13 @@ METRICS: Final[tuple[MetricDescription, ...]] = (
         lambda snapshot: [(key, float(up)) for key, up in sorted(snapshot.nova_up.items())],
     ),
     MetricDescription(
+        "imdsproxy_nova_endpoint_failures",
+        "counter",
+        "Connections to the endpoint of Nova that failed, and requests that it did not answer in time or in full.",
+        ("endpoint_set", "endpoint"),
+        lambda snapshot: [(key, float(n)) for key, n in sorted(snapshot.nova_failures.items())],
+    ),
+    MetricDescription(
         "imdsproxy_nova_refused",
         "counter",
         "Answers 403 of Nova, by endpoint set: it refuses our signature, most likely for another secret.",

@@ -124,6 +124,7 @@ class MetricsSnapshot:
     commands: Mapping[str, int] = field(default_factory=dict)
     traffic: Mapping[str, NetworkTraffic] = field(default_factory=dict)
     nova_up: Mapping[tuple[str, str], bool] = field(default_factory=dict)
+    nova_failures: Mapping[tuple[str, str], int] = field(default_factory=dict)
     mismatches: Mapping[str, int] = field(default_factory=dict)
     learned: int = 0
     pairs: int = 0

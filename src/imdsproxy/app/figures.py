@@ -172,6 +172,10 @@ class Figures:
             unix_serving=None if unix is None else unix.serving,
             unix_taken_over=0 if listener is None else listener.taken_over,
             unix_traffic=self.agents.totals.get(AGENTS, NetworkTraffic()),
+            nova_failures={
+                (one.endpoint_set, one.endpoint): one.failures
+                for one in operations.nova_watch.endpoints
+            },
             nova_up={
                 (one.endpoint_set, one.endpoint): one.up for one in operations.nova_watch.endpoints
             },

@@ -189,14 +189,20 @@ class NovaSettings(Section):
         le=600,
     )
     health_check: Literal["tcp", "http", "off"] = setting(
-        "tcp",
-        "How an endpoint is found to be up. `tcp` connects and leaves no line in Nova's log; `http` asks "
-        "for `/`, which Nova answers unsigned, and so finds one that hangs too; `off` learns from failed "
-        "requests only.",
+        "http",
+        "How an endpoint is found to be up. `http` asks for `/`, which Nova answers unsigned and without its "
+        "database: no answer within 3 s (or `response_timeout_s`), or a 5xx, twice in a row means down. `tcp` only "
+        "connects, leaves no line in Nova's log, and takes a Nova that hangs for one that is up; `off` learns from "
+        "failed requests only.",
         Change.RELOAD,
     )
     health_check_interval_s: float = setting(
-        2.0, "Seconds between two checks of one endpoint.", Change.RELOAD, ge=0.1, le=300
+        5.0,
+        "Seconds between two checks of one endpoint, a quarter more or less at random: all hosts check every "
+        "endpoint. Half a second after one that failed.",
+        Change.RELOAD,
+        ge=0.1,
+        le=300,
     )
 
     @model_validator(mode="after")

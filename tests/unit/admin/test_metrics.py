@@ -52,6 +52,7 @@ FULL = MetricsSnapshot(
     ),
     unix_serving=True,
     unix_traffic=NetworkTraffic(3, 2, 1),
+    nova_failures={("default", "192.0.2.1:8775"): 4},
     nova_up={("default", "192.0.2.1:8775"): True, ("default", "192.0.2.2:8775"): False},
     nova_refused={"default": 6},
     audit_lines=40,

@@ -102,7 +102,7 @@ OTHER: dict[str, object] = {
     "nova.endpoint_sets": SETS,
     "nova.connect_timeout_s": 3.0,
     "nova.response_timeout_s": 31.0,
-    "nova.health_check": "http",
+    "nova.health_check": "tcp",
     "nova.health_check_interval_s": 3.0,
     "unix_listener.enabled": True,
     "unix_listener.path": "/x.sock",

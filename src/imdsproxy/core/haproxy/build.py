@@ -28,7 +28,7 @@ from imdsproxy.core.haproxy.limits import (
 from imdsproxy.core.haproxy.model import DataplaneSpec, Section, Words
 from imdsproxy.core.haproxy.nova import (
     nova_backends,
-    nova_counters,
+    nova_globals,
 )
 from imdsproxy.core.haproxy.watching import watch_ring
 
@@ -74,7 +74,7 @@ def _global(spec: DataplaneSpec) -> Section:
         ("tune.maxrewrite", "1024"),
         ("tune.stick-counters", str(STICK_COUNTERS)),
         *local_peer(spec),
-        *nova_counters(spec),
+        *nova_globals(spec),
     ]
     if spec.user is not None:
         lines.append(("user", spec.user))

@@ -189,8 +189,8 @@ class NovaTimes:
 
     connect_s: float = 2.0
     response_s: float = 30.0
-    check: HealthCheck = "tcp"
-    check_interval_s: float = 2.0
+    check: HealthCheck = "http"
+    check_interval_s: float = 5.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -45,7 +45,7 @@ __all__ = [
     "longest_s",
     "set_of_backend",
     "nova_backends",
-    "nova_counters",
+    "nova_globals",
     "refused_counter",
     "use_nova",
 ]
@@ -59,6 +59,9 @@ _SIGNATURE: Final = 64
 """Characters of a signature."""
 
 _RETRIES: Final = 2
+_CHECK_S: Final = 3.0
+"""A Nova whose workers are all busy answers late; one that takes longer twice in a row would keep guests waiting."""
+_CHECK_SPREAD_PERCENT: Final = 25
 _BEYOND_HOP_S: Final = 1.0
 """How much longer a request may take that goes through a hop: the hop's own time is over first."""
 
@@ -86,9 +89,15 @@ def set_of_backend(backend: str) -> str | None:
     return name if nova == "nova" and "." not in name else None
 
 
-def nova_counters(spec: DataplaneSpec) -> tuple[Words, ...]:
-    """Lines of `global`: every counter begins at 0, so that it can be read before anything was counted."""
-    return tuple(("set-var", refused_counter(one.name), "int(0)") for one in spec.nova)
+def nova_globals(spec: DataplaneSpec) -> tuple[Words, ...]:
+    """Lines of `global`: every counter begins at 0, so that it can be read before anything was counted.
+
+    Checks are spread, or hosts that were set up together would ask Nova together.
+    """
+    if not spec.nova:
+        return ()
+    counters = (("set-var", refused_counter(one.name), "int(0)") for one in spec.nova)
+    return (("spread-checks", str(_CHECK_SPREAD_PERCENT)), *counters)
 
 
 def use_nova(spec: DataplaneSpec) -> tuple[Words, ...]:
@@ -185,7 +194,7 @@ def _backend(
                 "}",
             ),
             *_again(once=once),
-            *(_check(times) if first and not mixed else ()),
+            *(_check(backend, times) if first and not mixed else ()),
             *servers,
         ),
     )
@@ -244,8 +253,17 @@ def _again(*, once: bool) -> tuple[Words, ...]:
     )
 
 
-def _check(times: NovaTimes) -> tuple[Words, ...]:
-    return (("option", "httpchk", "GET", "/"),) if times.check == "http" else ()
+def _check(backend: NovaBackend, times: NovaTimes) -> tuple[Words, ...]:
+    if times.check != "http":
+        return ()
+    send: Words = ("http-check", "send", "meth", "GET", "uri", "/", "ver", "HTTP/1.1")
+    return (
+        ("option", "httpchk"),
+        (*send, "hdr", "host", backend.host),
+        # A proxy in front of Nova may keep `/` to itself: whatever it says of that, it is there.
+        ("http-check", "expect", "!", "rstatus", "^5"),
+        ("timeout", "check", milliseconds(min(_CHECK_S, times.response_s))),
+    )
 
 
 def _server(
@@ -266,7 +284,8 @@ def _server(
         return (*words, "track", f"{tracked}/{server.name}")
     pace = milliseconds(times.check_interval_s)
     soon = milliseconds(min(times.check_interval_s, 0.5))
-    return (*words, "check", "inter", pace, "fastinter", soon, "downinter", pace,
+    down = milliseconds(min(times.check_interval_s, 2.0))
+    return (*words, "check", "inter", pace, "fastinter", soon, "downinter", down,
             "fall", "2", "rise", "1", "observe", "layer4", "on-error", "fastinter")  # fmt: skip
 
 
@@ -304,7 +323,7 @@ def _hop(spec: DataplaneSpec, backend: NovaBackend, server: NovaServer, *, used:
             # Who is before the hop tries another endpoint when this one gives no answer.
             *(("errorfile", code, spec.paths.silence) for code in ("502", "503", "504")),
             ("http-reuse", "safe"),
-            *_check(times),
+            *_check(backend, times),
             _server(backend.tls, server, times, tracked=None),
         ),
     )  # fmt: skip
