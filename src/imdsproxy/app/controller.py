@@ -38,6 +38,7 @@ from imdsproxy.app.build import (
     prepare_directories,
     prepare_jail,
 )
+from imdsproxy.app.document_probe import DocumentProbe
 from imdsproxy.app.exporter_port import ExporterPort
 from imdsproxy.app.guard import HaproxyGuard
 from imdsproxy.app.guarding import GuardingChange
@@ -69,6 +70,7 @@ from imdsproxy.host.notify import ServiceNotifier, kept_sockets
 from imdsproxy.host.socket_file import SocketFiles
 from imdsproxy.host.sockets import try_tcp_listen
 from imdsproxy.host.watch import EventKind, HostWatch, WatchPace
+from imdsproxy.serving.account import find_account, find_closed
 from imdsproxy.serving.resolver import HoldLimits, Resolver
 
 if TYPE_CHECKING:
@@ -358,6 +360,14 @@ async def run_controller(
             haproxy_version=str(program.version),
             guard=guard,
             companion=companion,
+            documents=DocumentProbe(
+                haproxy,
+                build_files(settings, layout),
+                partial(
+                    find_closed, find_account(settings.documents.user, settings.documents.group)
+                ),
+                settings.documents.enabled,
+            ),
             lookup=lookup,
             resolver=resolver,
             nova=nova,
@@ -449,6 +459,7 @@ async def _live(controller: _Controller, admin: socket.socket) -> None:
                 parts.listeners.run,
                 parts.guard.run,
                 parts.companion.run,
+                parts.documents.run,
                 parts.watching.run,
                 controller.follow_host,
                 controller.review,
@@ -458,7 +469,7 @@ async def _live(controller: _Controller, admin: socket.socket) -> None:
                 *controller.pairs.work,
             )
         ]
-        await loading
+        await asyncio.gather(loading, parts.documents.ask())
         from imdsproxy.app.face import build_face, load_admin, serve  # noqa: PLC0415 - it is there now
 
         face = controller.face = build_face(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Final, assert_never
 
@@ -30,7 +31,7 @@ from imdsproxy.core.policy_told import PolicyInForce, tell_policy
 from imdsproxy.core.wire import NovaRecord, hide_signatures
 from imdsproxy.dataplane.haproxy import Haproxy
 from imdsproxy.dataplane.master import WorkerEnded
-from imdsproxy.errors import RuntimeUnavailable
+from imdsproxy.errors import Problem, RuntimeUnavailable
 from imdsproxy.sources.api import (
     LookUpUnavailable,
     PortAmbiguous,
@@ -54,6 +55,7 @@ class Explainer:
     haproxy: Haproxy
     lookup: Lookup
     documents_needed: bool
+    documents_problem: Callable[[], Problem | None] = lambda: None
 
     async def explain(
         self, network: NetworkId, address: IpAddress, path: str | None = None
@@ -166,7 +168,7 @@ class Explainer:
                     address,
                     "found",
                     self._answer(instance, key, rules),
-                    (known, *self._freshness(network, address)),
+                    (known, *self._freshness(network, address), *self._no_documents(instance)),
                     instance=instance.id,
                     instance_name=instance.name,
                     source=", ".join(self.inventory.sources_of_instance(instance.id)),
@@ -242,7 +244,11 @@ class Explainer:
             return 403
         if instance.upstream is Upstream.NOVA:
             return None if isinstance(self.records.planned(key), NovaRecord) else 503
-        return 200 if self.documents_needed else 503
+        return 200 if self.documents_needed and self.documents_problem() is None else 503
+
+    def _no_documents(self, instance: Instance) -> tuple[str, ...]:
+        problem = self.documents_problem() if instance.upstream is Upstream.EMBEDDED else None
+        return () if problem is None else (f"no document is answered now: {problem.reason}",)
 
     def _policy(self, instance: Instance, key: AddressKey) -> dict[str, str]:
         if instance.upstream is Upstream.EMBEDDED:

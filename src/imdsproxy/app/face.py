@@ -26,6 +26,7 @@ from imdsproxy.app.nova_watch import NovaWatch
 from imdsproxy.app.operations import ControllerOperations
 from imdsproxy.app.parts import Parts
 from imdsproxy.app.writes import Writes
+from imdsproxy.errors import Problem
 from imdsproxy.serving.asgi import AsgiApp
 from imdsproxy.serving.forward import FoundForwarder
 from imdsproxy.serving.listen import HttpListener
@@ -75,6 +76,10 @@ def build_face(
     """
     forwarder = FoundForwarder(str(parts.layout.found_socket), _FORWARD_S)
     companion, nova = parts.companion, parts.nova
+
+    def documents_problem() -> Problem | None:
+        return companion.failure or parts.documents.problem
+
     operations = ControllerOperations(
         version=__version__,
         pid=os.getpid(),
@@ -100,6 +105,7 @@ def build_face(
             parts.haproxy,
             parts.lookup,
             documents_needed=companion.needed,
+            documents_problem=documents_problem,
         ),
         forwarder=forwarder,
         sources=parts.sources.all,
@@ -121,7 +127,7 @@ def build_face(
             lambda: operations.unapplied(),  # noqa: PLW0108 - made here
         ),
         documents_pids=lambda: read_pids(parts.layout.documents_pid).pids,
-        documents_problem=lambda: companion.failure,
+        documents_problem=documents_problem,
         documents_restarts=lambda: companion.restarts,
         documents_needed=companion.needed,
         passwords=PasswordStore(parts.layout.passwords),

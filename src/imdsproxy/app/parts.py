@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from imdsproxy.app.audit import Audit
 from imdsproxy.app.build import Sources
 from imdsproxy.app.companion import Companion
+from imdsproxy.app.document_probe import DocumentProbe
 from imdsproxy.app.gates import Gates
 from imdsproxy.app.guard import HaproxyGuard
 from imdsproxy.app.guarding import Guarding
@@ -50,6 +51,7 @@ class Parts:
     haproxy_version: str
     guard: HaproxyGuard
     companion: Companion
+    documents: DocumentProbe
     lookup: Lookup
     resolver: Resolver
     nova: NovaUpstream

@@ -134,6 +134,7 @@ def _ask(run: options.Invocation) -> list[Finding]:
         },
         lambda path: os.access(path, os.W_OK | os.X_OK),
     )
+    findings += _readers(settings)
     findings += preflight.check_records(settings)
     findings += _tokens(settings)
     findings += _open_records(run, settings, reachable=status is not None)
@@ -190,6 +191,33 @@ def _paths(run: options.Invocation, settings: Settings, *, reachable: bool) -> l
         firewall.leads_by,
         bridged_are_forwarded=firewall.passes_forward_chain(),
     )
+
+
+def _readers(settings: Settings) -> list[Finding]:
+    """Whether the accounts that will read can enter the directories, tried as these accounts."""
+    from imdsproxy.cli import preflight  # noqa: PLC0415 - `--help` need not load it
+    from imdsproxy.dataplane.layout import Layout  # noqa: PLC0415 - as above
+    from imdsproxy.serving.account import find_account, find_closed  # noqa: PLC0415 - as above
+
+    layout = Layout(settings.paths.runtime_dir, settings.paths.state_dir)
+    documents, haproxy = settings.documents, settings.haproxy
+    wanted = {}
+    if documents.enabled:
+        reader = (documents.user, documents.group)
+        wanted["paths.state_dir"] = (layout.records, reader, "documents.user")
+    if not haproxy.chroot:
+        # Locked in, its worker asks for nothing above its root directory.
+        wanted["paths.runtime_dir"] = (layout.jail, (haproxy.user, haproxy.group), "haproxy.user")
+    found: list[Finding] = []
+    for setting, (path, (user, group), who) in wanted.items():
+        try:
+            account = find_account(user, group)
+        except HostRefused:
+            # The accounts have a finding of their own.
+            continue
+        closed = None if account is None else find_closed(account, path)
+        found += preflight.check_reader(setting, f"{who} ({user})", closed)
+    return found
 
 
 def _tokens(settings: Settings) -> list[Finding]:

@@ -37,6 +37,7 @@ __all__ = [
     "check_namespaces",
     "check_ports",
     "check_privileges",
+    "check_reader",
     "check_records",
     "findings_of",
     "read_capabilities",
@@ -221,6 +222,26 @@ def _directory(setting: str, path: Path, writable: Callable[[Path], bool]) -> It
         yield Finding(
             "directories", f"{setting}: everybody can write to {path}", f"chmod o-w {path}", status
         )
+
+
+def check_reader(setting: str, account: str, closed: Path | None) -> list[Finding]:
+    """That an account can enter a directory, and all above it.
+
+    Args:
+        setting: Where the directory comes from.
+        account: Who has to.
+        closed: The first directory on the way that the account cannot enter.
+    """
+    if closed is None:
+        return []
+    return [
+        Finding(
+            "directories",
+            f"{setting}: {account} cannot enter {closed}: guests would get 503",
+            f"have it enter (chmod o+x {closed}, or setfacl), or move {setting}",
+            HostRefused.exit_status,
+        )
+    ]
 
 
 def check_ports(

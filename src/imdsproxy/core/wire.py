@@ -34,6 +34,8 @@ __all__ = [
     "MISMATCH_TEXT",
     "MapRecord",
     "NovaRecord",
+    "PROBE_INSTANCE",
+    "PROBE_PATH",
     "RETRY_AFTER_S",
     "UNKNOWN_TEXT",
     "hide_signatures",
@@ -71,6 +73,11 @@ HEADER_FORWARDED: Final = "x-imdsproxy-forwarded"
 
 HEADER_OPERATOR: Final = "x-imdsproxy-operator"
 """From the controller to HAProxy: an operator asks what the guest would get, so it is no read of the guest's."""
+
+PROBE_INSTANCE: Final = InstanceId(".probe")
+"""Whose documents readiness asks for; no record may have this id."""
+
+PROBE_PATH: Final = "/latest/meta-data/instance-id"
 
 RETRY_AFTER_S: Final = 1
 """What every 503 tells a client to wait, in seconds: cloud-init's own pace."""

@@ -12,6 +12,7 @@ from typing import Literal
 from imdsproxy.core.haproxy.model import DataplaneSpec
 from imdsproxy.core.haproxy.render import render_config
 from imdsproxy.core.haproxy.runtime import Processes
+from imdsproxy.core.wire import PROBE_PATH
 from imdsproxy.dataplane.hops import sweep_hops
 from imdsproxy.dataplane.launch import Launcher
 from imdsproxy.dataplane.layout import Layout
@@ -26,6 +27,7 @@ __all__ = ["Haproxy", "LastReload"]
 _PROBE_DEADLINE_S = 1.0
 _CHECK_DEADLINE_S = 60.0
 """The binds of 5,000 networks take a few seconds; the records are not in it."""
+_DOCUMENT_DEADLINE_S = 3.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,19 +126,30 @@ class Haproxy:
 
     async def probe(self) -> bool:
         """Whether the worker answers a request within a second."""
+        return (await self._fetch("/", _PROBE_DEADLINE_S))[0] == 200  # noqa: PLR2004 - HTTP
+
+    async def fetch_probe_document(self) -> tuple[int | None, bytes]:
+        """Status and body of the probe's document; no status without an answer in time."""
+        return await self._fetch(PROBE_PATH, _DOCUMENT_DEADLINE_S)
+
+    async def _fetch(self, path: str, deadline_s: float) -> tuple[int | None, bytes]:
         writer: asyncio.StreamWriter | None = None
         try:
-            async with asyncio.timeout(_PROBE_DEADLINE_S):
+            async with asyncio.timeout(deadline_s):
                 reader, writer = await asyncio.open_unix_connection(str(self.layout.probe_socket))
-                writer.write(b"GET / HTTP/1.1\r\nHost: probe\r\nConnection: close\r\n\r\n")
-                return (await reader.read(64)).startswith(b"HTTP/1.1 200")
+                writer.write(
+                    f"GET {path} HTTP/1.1\r\nHost: probe\r\nConnection: close\r\n\r\n".encode()
+                )
+                head, _, body = (await reader.read()).partition(b"\r\n\r\n")
         except (TimeoutError, OSError):
-            return False
+            return None, b""
         finally:
             if writer is not None:
                 writer.close()
                 with contextlib.suppress(OSError):
                     await writer.wait_closed()
+        words = head.split(maxsplit=2)
+        return (int(words[1]) if len(words) > 1 and words[1].isdigit() else None), body
 
     async def kill(self) -> None:
         """End a master and workers that do not answer, so that they can be started again."""

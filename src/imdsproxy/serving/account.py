@@ -5,11 +5,17 @@ from __future__ import annotations
 import grp
 import os
 import pwd
+import subprocess
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
 
 from imdsproxy.errors import HostRefused
 
-__all__ = ["Account", "find_account"]
+__all__ = ["Account", "find_account", "find_closed"]
+
+_TRY: Final = 'for place; do cd "$place" || { printf %s "$place"; exit 1; }; done'
+_TRY_S: Final = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +34,31 @@ class Account:
         os.setgroups([])
         os.setresgid(self.group, self.group, self.group)
         os.setresuid(self.user, self.user, self.user)
+
+
+def find_closed(account: Account | None, path: Path) -> Path | None:
+    """The first directory on the way to `path`, that included, which the account cannot enter; `None` for none.
+
+    A process of that account tries: modes do not say all (access control lists, mounts, security modules).
+    What is not there yet is not tried.
+    """
+    there = [one for one in (*reversed(path.absolute().parents), path) if one.is_dir()]
+    try:
+        tried = subprocess.run(
+            ("/bin/sh", "-c", _TRY, "sh", *there),
+            user=account.user if account else None,
+            group=account.group if account else None,
+            extra_groups=[] if account else None,
+            capture_output=True,
+            cwd="/",
+            env={},
+            check=False,
+            timeout=_TRY_S,
+        )
+    except subprocess.TimeoutExpired:
+        # A mount whose server is gone.
+        return path
+    return Path(os.fsdecode(tried.stdout)) if tried.stdout else None
 
 
 def find_account(user: str | None, group: str | None) -> Account | None:

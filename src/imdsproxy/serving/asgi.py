@@ -12,7 +12,7 @@ import structlog
 from imdsproxy.core.documents import DocumentRequest
 from imdsproxy.core.documents.respond import Header
 from imdsproxy.core.model import ID_PATTERN, InstanceId
-from imdsproxy.core.wire import HEADER_INSTANCE, HEADER_REVISION
+from imdsproxy.core.wire import HEADER_INSTANCE, HEADER_REVISION, PROBE_INSTANCE
 from imdsproxy.serving.documents import Answer, DocumentService, refusal, retry_later
 
 __all__ = [
@@ -45,7 +45,7 @@ LIVENESS_PATH: Final = b"/livez"
 _CHUNK: Final = 256 * 1024
 _INSTANCE_HEADER: Final = HEADER_INSTANCE.encode("ascii")
 _REVISION_HEADER: Final = HEADER_REVISION.encode("ascii")
-_INSTANCE_ID: Final = re.compile(ID_PATTERN.encode())
+_INSTANCE_ID: Final = re.compile(f"{ID_PATTERN}|{re.escape(PROBE_INSTANCE)}".encode())
 _BODILESS: Final = frozenset({"GET", "HEAD"})
 
 

@@ -3,11 +3,13 @@ from __future__ import annotations
 import grp
 import os
 import pwd
+import tempfile
+from pathlib import Path
 
 import pytest
 
 from imdsproxy.errors import HostRefused
-from imdsproxy.serving.account import Account, find_account
+from imdsproxy.serving.account import Account, find_account, find_closed
 
 
 def test_nothing_named_changes_nothing() -> None:
@@ -43,3 +45,22 @@ def test_a_name_that_there_is_not_is_told(user: str | None, group: str | None) -
     with pytest.raises(HostRefused, match="imdsproxy-none") as refused:
         find_account(user, group)
     assert "create it" in refused.value.hint
+
+
+@pytest.mark.root
+def test_the_first_directory_that_an_account_cannot_enter_is_found() -> None:
+    nobody = pwd.getpwnam("nobody")
+    account = Account(nobody.pw_uid, nobody.pw_gid)
+    # Not below pytest's own directory, which is closed to others.
+    with tempfile.TemporaryDirectory(prefix="imdst-") as name:
+        top = Path(name)
+        top.chmod(0o755)
+        closed = top / "closed with a blank"
+        inner = closed / "inner"
+        inner.mkdir(parents=True)
+        assert find_closed(account, inner / "not there yet") is None
+        closed.chmod(0o700)
+        assert find_closed(account, inner) == closed
+        assert find_closed(None, inner) is None
+        os.chown(closed, nobody.pw_uid, -1)
+        assert find_closed(account, inner) is None

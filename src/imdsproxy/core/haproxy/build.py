@@ -31,6 +31,7 @@ from imdsproxy.core.haproxy.nova import (
     nova_globals,
 )
 from imdsproxy.core.haproxy.watching import watch_ring
+from imdsproxy.core.wire import PROBE_INSTANCE, PROBE_PATH
 
 __all__ = ["build_sections"]
 
@@ -122,20 +123,20 @@ def _defaults(spec: DataplaneSpec) -> Section:
 
 
 def _probe(spec: DataplaneSpec) -> Section:
+    alive: Words = (
+        "http-request", "return", "status", "200", "content-type", "text/plain", "string", "ok",
+    )  # fmt: skip
+    document: tuple[Words, ...] = (
+        (*alive, "unless", "{", "path", PROBE_PATH, "}"),
+        # A revision that no record has: nothing is cached, and the file is read each time.
+        ("http-request", "set-var(txn.record)", f"str({PROBE_INSTANCE}|-)"),
+        ("default_backend", "documents"),
+    )
     return Section(
         ("frontend", "probe"),
         (
             ("bind", f"unix@{spec.paths.probe}", "name", "probe", "mode", "600", "proto", "h1"),
-            (
-                "http-request",
-                "return",
-                "status",
-                "200",
-                "content-type",
-                "text/plain",
-                "string",
-                "ok",
-            ),
+            *(document if spec.paths.documents else (alive,)),
         ),
     )
 
