@@ -37,7 +37,9 @@ def test_get_says_what_a_guest_that_never_asked_would_be_told(
         # A test before may have ended Neutron, and then it is not asked for a while.
         until(lambda: " 503 " not in ways.daemon.command(*stranger).out, within_s=40)
         nobody = ways.daemon.command(*stranger)
-        explained = ways.daemon.command("explain", "--network", ident, "--from", row.address)
+        explained = ways.daemon.command(
+            "explain", "--probe", "--network", ident, "--from", row.address
+        )
     finally:
         if not declared:
             ways.daemon.put(ways.networks())
@@ -45,6 +47,8 @@ def test_get_says_what_a_guest_that_never_asked_would_be_told(
     assert (told.status, told.out) == (0, f"{row.instance.name}.novalocal")
     assert (nobody.status, nobody.out.partition("\n")[0]) == (1, "HTTP/1.1 404 Not Found")
     assert row.instance.uuid in explained.out
+    assert "its requests are sent to Nova" in explained.out
+    assert (explained.status, "GET /latest/meta-data/: 200 OK" in explained.out) == (0, True)
 
 
 def test_get_says_503_while_neutron_cannot_be_asked(ways: Ways) -> None:

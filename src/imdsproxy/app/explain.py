@@ -244,7 +244,9 @@ class Explainer:
             return 403
         if instance.upstream is Upstream.NOVA:
             return None if isinstance(self.records.planned(key), NovaRecord) else 503
-        return 200 if self.documents_needed and self.documents_problem() is None else 503
+        if not self.documents_needed or self.documents_problem() is not None:
+            return 503
+        return 200 if instance.dialects else 404
 
     def _no_documents(self, instance: Instance) -> tuple[str, ...]:
         problem = self.documents_problem() if instance.upstream is Upstream.EMBEDDED else None

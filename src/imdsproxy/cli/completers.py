@@ -17,16 +17,16 @@ _TIMEOUT_S: Final = 1.0
 
 
 def networks(ctx: typer.Context, incomplete: str) -> list[str]:
-    """Ids of networks that begin so."""
-    return _ids(ctx, "networks", incomplete)
+    """Ids and names of networks that begin so."""
+    return _words(ctx, "networks", incomplete)
 
 
 def instances(ctx: typer.Context, incomplete: str) -> list[str]:
-    """Ids of instances that begin so."""
-    return _ids(ctx, "instances", incomplete)
+    """Ids and names of instances that begin so."""
+    return _words(ctx, "instances", incomplete)
 
 
-def _ids(context: typer.Context, kind: str, incomplete: str) -> list[str]:
+def _words(context: typer.Context, kind: str, incomplete: str) -> list[str]:
     from imdsproxy.cli.admin_client import AdminClient, path_to  # noqa: PLC0415 - as all commands
     from imdsproxy.cli.invocation import Invocation  # noqa: PLC0415 - as above
 
@@ -38,8 +38,9 @@ def _ids(context: typer.Context, kind: str, incomplete: str) -> list[str]:
     except ImdsproxyError:
         # There is no place to say why: what a shell is told here it puts into the command line.
         return []
-    ids = (str(cast("Mapping[str, object]", shape["record"])["id"]) for shape in shapes)
-    return [one for one in ids if one.startswith(incomplete)]
+    records = [cast("Mapping[str, str]", shape["record"]) for shape in shapes]
+    words = [record["id"] for record in records] + [record.get("name", "") for record in records]
+    return [word for word in dict.fromkeys(words) if word and word.startswith(incomplete)]
 
 
 def _given(context: typer.Context) -> dict[str, Path]:

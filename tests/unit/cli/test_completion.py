@@ -24,7 +24,7 @@ def server(tmp_path: Path) -> Iterator[AdminServer]:
             ("network", "add", "black", "--namespace", "black"),
             ("instance", "add", "web-1", "--network", "blue"),
             ("instance", "add", "web-2", "--network", "blue"),
-            ("instance", "add", "mail", "--network", "blue"),
+            ("instance", "add", "mail", "--name", "post", "--network", "blue"),
         ):
             assert main(["--socket", str(found.socket), *arguments]) == 0
         yield found
@@ -70,6 +70,8 @@ def test_commands_and_options_are_completed(words: list[str], offered: list[str]
         (["network", "remove", "blue", "bla"], ["black"]),
         (["instance", "show", "web-"], ["web-1", "web-2"]),
         (["instance", "set", "m"], ["mail"]),
+        (["instance", "set", "po"], ["post"]),
+        (["explain", "po"], ["post"]),
         (["instance", "list", "--network", "bl"], ["black", "blue"]),
         (["instance", "add", "x", "--network", "blu"], ["blue"]),
         (["snippet", "web-"], ["web-1", "web-2"]),
