@@ -398,7 +398,10 @@ def namespaces(daemon: UnitDaemon) -> set[str]:
 
 
 def test_a_namespace_made_later_is_served_and_freed_when_it_goes(daemon: UnitDaemon) -> None:
-    daemon.command("network", "add", "late", "--namespace", "net-late")
+    status, said = daemon.machine.attempt(
+        "imdsproxy", "network", "add", "late", "--namespace", "net-late"
+    )
+    assert (status, "there is no network namespace net-late" in said) == (75, True)
     guest = daemon.plug_in_one("late", "fa:16:3e:00:00:04")
     daemon.put({}, [guest])
     wait_served(guest)

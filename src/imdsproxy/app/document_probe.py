@@ -96,5 +96,5 @@ class DocumentProbe:
         return Problem(
             "documents",
             f"a document asked of HAProxy has {answer}: guests get 503",
-            "journalctl -u imdsproxy-documents -u imdsproxy-haproxy says why",
+            "imdsproxy check; journalctl -u imdsproxy-documents -u imdsproxy-haproxy",
         )

@@ -58,6 +58,9 @@ def find_closed(account: Account | None, path: Path) -> Path | None:
     except subprocess.TimeoutExpired:
         # A mount whose server is gone.
         return path
+    except (OSError, subprocess.SubprocessError):
+        # This process may not take other accounts.
+        return None
     return Path(os.fsdecode(tried.stdout)) if tried.stdout else None
 
 

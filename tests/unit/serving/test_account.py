@@ -3,6 +3,8 @@ from __future__ import annotations
 import grp
 import os
 import pwd
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -64,3 +66,19 @@ def test_the_first_directory_that_an_account_cannot_enter_is_found() -> None:
         assert find_closed(None, inner) is None
         os.chown(closed, nobody.pw_uid, -1)
         assert find_closed(account, inner) is None
+
+
+@pytest.mark.root
+def test_without_the_right_to_take_an_account_nothing_is_found() -> None:
+    script = (
+        "from pathlib import Path\n"
+        "from imdsproxy.serving.account import Account, find_closed\n"
+        "print(find_closed(Account(65534, 65534), Path('/root')))"
+    )
+    done = subprocess.run(
+        ("/usr/bin/setpriv", "--bounding-set=-setuid,-setgid", sys.executable, "-c", script),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout == "None\n"
