@@ -94,7 +94,12 @@ up is `application/problem+json` of the shape `ProblemBody`.
 
 A change is answered once it is stored and no worker of HAProxy answers with the state before;
 `applied` is false, and `pending` says why, where it is stored and cannot be in force yet. `PATCH`
-follows RFC 7396: null takes a key away, lists are replaced.
+follows RFC 7396: null takes a key away, lists are replaced. Null for a key that no record has, or that none can be
+without, is refused.
+
+`{network}` and `{instance}` in a path, `network` and `instance` in a query, and the `network` of a port in the body of
+one instance are ids, or names where one record alone has the name. An id wins over a name. `PUT` and `/v1/records` take
+ids only.
 
     curl --unix-socket /run/imdsproxy/admin.sock http://imdsproxy/v1/status"""
 
