@@ -33,6 +33,9 @@ def test_a_write_and_status_say_which_names_guests_do_not_see(world: World) -> N
         assert "plain" not in words
     assert world.red.ask("/latest/meta-data/public-keys").text == "0=my-key"
 
+    (logged,) = [one for one in world.daemon.log_entries() if "my key" in str(one.get("warnings"))]
+    assert (logged["level"], logged["instance"]) == ("warning", "red-5")
+
     world.daemon.put([], [instance("red-5", "red")])
     assert world.daemon.status()["warnings"] == []
 

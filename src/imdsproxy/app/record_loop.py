@@ -23,7 +23,7 @@ from imdsproxy.app.keepers import (
 )
 from imdsproxy.app.tickets import Tickets
 from imdsproxy.core.compiled import compile_instance
-from imdsproxy.core.documents.renamed import warn_of_names
+from imdsproxy.core.documents.renamed import list_warnings, warn_of_names
 from imdsproxy.core.identity import Learned
 from imdsproxy.core.inventory import Inventory
 from imdsproxy.core.model import InstanceId, NetworkId, Upstream
@@ -331,10 +331,16 @@ class RecordLoop:
             return
         self.failures.pop(name, None)
         self.revisions[instance] = record.revision
+        before = self.warnings.pop(instance, ())
         if found := warn_of_names(self.inventory.instances[instance]):
             self.warnings[instance] = found
-        else:
-            self.warnings.pop(instance, None)
+        # At a start `status` lists them, and a line for each would be too many.
+        if found and found != before and self._swept:
+            structlog.get_logger().warning(
+                "guests see other names than the record has",
+                instance=instance,
+                warnings=list_warnings(found),
+            )
 
     def _remove(self, instance: InstanceId) -> None:
         name = f"instances.{instance}"
