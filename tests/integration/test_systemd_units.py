@@ -366,6 +366,65 @@ def test_a_hung_worker_is_replaced_within_five_seconds(daemon: UnitDaemon) -> No
     assert daemon.active() == dict.fromkeys(UNITS, "active")
 
 
+def test_a_hung_controller_is_started_again_and_no_request_lost(daemon: UnitDaemon) -> None:
+    drop_in = f"/etc/systemd/system/{CONTROLLER}.d/watchdog.conf"
+    daemon.machine.write(drop_in, "[Service]\nWatchdogSec=4\n")
+    daemon.machine.run("systemctl", "daemon-reload")
+    daemon.machine.run("systemctl", "restart", CONTROLLER)
+    controller, haproxy, documents = daemon.pids()
+
+    with load(daemon) as answers:
+        answers.wait_answers(20)
+        daemon.machine.run("kill", "-STOP", str(controller))
+        until(
+            lambda: daemon.machine.main_pid(CONTROLLER) not in (0, controller),
+            within_s=30,
+            what="another controller",
+        )
+        daemon.wait_active()
+        answers.wait_answers(20)
+
+    assert answers.report.lost == []
+    assert daemon.pids()[1:] == (haproxy, documents)
+    assert "Fatal Python error: Aborted" in daemon.machine.journal()
+
+
+def test_documents_come_again_within_five_seconds_whatever_of_their_server_hangs(
+    daemon: UnitDaemon,
+) -> None:
+    def fresh(guest: Guest) -> bool:
+        try:
+            reply = guest.ask("/openstack/latest/meta_data.json", timeout_s=1)
+        except Lost:
+            return False
+        return _named(guest, reply) is None
+
+    _, *workers = daemon.status()["documents"]["pids"]
+    daemon.machine.run("kill", "-STOP", *map(str, workers))
+    assert until(lambda: all(map(fresh, daemon.guests)), within_s=30, what="documents") < 8.0
+
+    parent = daemon.machine.main_pid(DOCUMENTS)
+    daemon.machine.run("kill", "-STOP", str(parent))
+    until(
+        lambda: daemon.machine.main_pid(DOCUMENTS) not in (0, parent), within_s=30, what="another"
+    )
+    until(lambda: all(map(fresh, daemon.guests)), within_s=10, what="documents")
+    until(lambda: daemon.active() == dict.fromkeys(UNITS, "active"), within_s=10, what="all units")
+
+
+def test_a_unit_whose_runtime_directory_was_emptied_serves_again(daemon: UnitDaemon) -> None:
+    _, haproxy, documents = daemon.pids()
+
+    daemon.machine.run("systemctl", "kill", "--signal=KILL", CONTROLLER)
+    daemon.machine.run("sh", "-c", "rm -rf /run/imdsproxy/*")
+
+    until(
+        lambda: not {0, haproxy, documents} & set(daemon.pids()), within_s=20, what="new processes"
+    )
+    wait_served(*daemon.guests)
+    until(lambda: daemon.active() == dict.fromkeys(UNITS, "active"), within_s=20, what="all units")
+
+
 def test_after_a_reboot_guests_are_served_from_the_store(daemon: UnitDaemon) -> None:
     daemon.machine.run("systemctl", "stop", *UNITS)
     # What a reboot leaves of /run.

@@ -2,116 +2,181 @@
 
 Three questions, three answers: is the controller's loop alive; do guests get what the sources say;
 and how much of everything. Read-only, without authentication: nothing here is about a guest's
-documents.
+documents. A thread answers: it does so from the beginning of a start, and when the controller's loop is stuck.
 """
 
 from __future__ import annotations
 
+import asyncio
 import json
-from collections.abc import Awaitable, Callable, MutableMapping
+import threading
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, TypeAlias
-
-from prometheus_client.exposition import choose_encoder
+from http import HTTPStatus
+from typing import TYPE_CHECKING, Final, Self
 
 from imdsproxy.core.wire import RETRY_AFTER_S
 
 if TYPE_CHECKING:
-    from prometheus_client.registry import CollectorRegistry
+    import socket
 
     from imdsproxy.admin.reports import Readiness
 
-__all__ = ["health_app"]
+__all__ = ["HealthReports", "HealthServer"]
 
-_Message: TypeAlias = MutableMapping[str, object]
-_Scope: TypeAlias = MutableMapping[str, object]
-_Receive: TypeAlias = Callable[[], Awaitable[_Message]]
-_Send: TypeAlias = Callable[[_Message], Awaitable[None]]
-HealthApp: TypeAlias = Callable[[_Scope, _Receive, _Send], Awaitable[None]]
-
+_ROUTES: Final = ("/livez", "/readyz", "/metrics")
 _JSON: Final = "application/json"
+_HEAD_S: Final = 5.0
+_HEAD_BYTES: Final = 16 * 1024
+_REPORT_S: Final = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class HealthReports:
+    """What the controller's loop is asked for.
+
+    Attributes:
+        readiness: In sync, last plan applied, a probe through HAProxy answered; and why not. What is wrong and no
+            guest notices does not change the status.
+        metrics: Content type and text of the metrics, for the value of a request's `Accept`.
+    """
+
+    readiness: Callable[[], Readiness]
+    metrics: Callable[[str], tuple[str, bytes]]
 
 
 @dataclass(frozen=True, slots=True)
 class _Answer:
-    status: int
-    content_type: str
+    status: HTTPStatus
     body: bytes
-    retry_after_s: int | None = None
+    content_type: str = _JSON
+    header: str = ""
 
 
-def health_app(
-    *,
-    alive: Callable[[], bool],
-    readiness: Callable[[], Readiness],
-    registry: CollectorRegistry,
-) -> HealthApp:
-    """An ASGI application with the three routes.
+class HealthServer:
+    """Answers in a thread of its own, as a context manager.
 
     Args:
-        alive: Whether the reconcile loop makes progress; off means that only a restart helps.
-        readiness: In sync, last plan applied, a probe through HAProxy answered; and why not. What is wrong and no
-            guest notices does not change the status.
-        registry: What `/metrics` shows.
+        listener: A listening TCP socket; closed at the end.
+        alive: Whether the controller's loop makes progress; called in the thread.
+
+    Attributes:
+        reports: Unset while the controller starts.
     """
 
-    def answer(path: str, accept: str) -> _Answer:
+    def __init__(self, listener: socket.socket, *, alive: Callable[[], bool]) -> None:
+        self.reports: HealthReports | None = None
+        self._listener = listener
+        self._alive = alive
+        self._controller = asyncio.get_running_loop()
+        self._own = asyncio.new_event_loop()
+        self._over = asyncio.Event()
+        self._thread = threading.Thread(target=self._run, name="health", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        self._own.call_soon_threadsafe(self._over.set)
+        self._thread.join()
+
+    def _run(self) -> None:
+        with asyncio.Runner(loop_factory=lambda: self._own) as runner:
+            runner.run(self._serve())
+
+    async def _serve(self) -> None:
+        server = await asyncio.start_server(self._converse, sock=self._listener, limit=_HEAD_BYTES)
+        await self._over.wait()
+        server.close()
+
+    async def _converse(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        # Whoever sends no request, or takes no answer, is let go.
+        with suppress(TimeoutError, OSError, asyncio.IncompleteReadError):
+            try:
+                async with asyncio.timeout(_HEAD_S):
+                    try:
+                        head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
+                    except asyncio.LimitOverrunError:
+                        head = ""
+                method, _, rest = head.partition(" ")
+                answer = await self._answer(method, rest.partition(" ")[0], _accept(head))
+                writer.write(_bytes(answer, with_body=method != "HEAD"))
+                async with asyncio.timeout(_HEAD_S):
+                    await writer.drain()
+            finally:
+                writer.close()
+
+    async def _answer(self, method: str, target: str, accept: str) -> _Answer:
+        path = target.partition("?")[0]
+        refusal = _refuse(method, path)
+        if refusal is not None:
+            return refusal
         if path == "/livez":
-            ok = alive()
-            return _Answer(200 if ok else 503, _JSON, _json({"alive": ok}))
-        if path == "/readyz":
-            ready = readiness()
-            body = _json(
-                {
-                    "ready": ready.ready,
-                    "reasons": list(ready.reasons),
-                    "degraded": list(ready.degraded),
-                }
-            )
-            if ready.ready:
-                return _Answer(200, _JSON, body)
-            return _Answer(503, _JSON, body, RETRY_AFTER_S)
+            ok = self._alive()
+            status = HTTPStatus.OK if ok else HTTPStatus.SERVICE_UNAVAILABLE
+            return _Answer(status, _json({"alive": ok}))
+        if self.reports is None:
+            return _unready("the controller is starting")
+        report = asyncio.run_coroutine_threadsafe(
+            self._report(self.reports, path, accept), self._controller
+        )
+        try:
+            async with asyncio.timeout(_REPORT_S):
+                return await asyncio.wrap_future(report)
+        except TimeoutError:
+            return _unready("the controller's event loop does not answer")
+
+    async def _report(self, reports: HealthReports, path: str, accept: str) -> _Answer:
+        """Runs in the controller's loop."""
         if path == "/metrics":
-            encode, content_type = choose_encoder(accept)
-            return _Answer(200, content_type, encode(registry))
-        routes = ["/livez", "/readyz", "/metrics"]
-        return _Answer(404, _JSON, _json({"code": "not-found", "routes": routes}))
+            content_type, text = reports.metrics(accept)
+            return _Answer(HTTPStatus.OK, text, content_type)
+        ready = reports.readiness()
+        if not ready.ready:
+            return _unready(*ready.reasons, degraded=ready.degraded)
+        body = {"ready": True, "reasons": list(ready.reasons), "degraded": list(ready.degraded)}
+        return _Answer(HTTPStatus.OK, _json(body))
 
-    async def app(scope: _Scope, _receive: _Receive, send: _Send) -> None:
-        if scope["type"] != "http":
-            return
-        if scope["method"] not in {"GET", "HEAD"}:
-            body = _json({"code": "method-not-allowed", "allowed": ["GET", "HEAD"]})
-            await _send_answer(send, _Answer(405, _JSON, body), with_body=True)
-            return
-        told = answer(str(scope["path"]), _header(scope, b"accept"))
-        await _send_answer(send, told, with_body=scope["method"] != "HEAD")
 
-    return app
+def _refuse(method: str, path: str) -> _Answer | None:
+    if not path:
+        return _Answer(HTTPStatus.BAD_REQUEST, _json({"code": "bad-request"}))
+    if method not in {"GET", "HEAD"}:
+        # RFC 9110 §15.5.6 wants the header.
+        body = _json({"code": "method-not-allowed", "allowed": ["GET", "HEAD"]})
+        return _Answer(HTTPStatus.METHOD_NOT_ALLOWED, body, header="Allow: GET, HEAD\r\n")
+    if path not in _ROUTES:
+        return _Answer(HTTPStatus.NOT_FOUND, _json({"code": "not-found", "routes": _ROUTES}))
+    return None
+
+
+def _unready(*reasons: str, degraded: tuple[str, ...] = ()) -> _Answer:
+    body = _json({"ready": False, "reasons": list(reasons), "degraded": list(degraded)})
+    header = f"Retry-After: {RETRY_AFTER_S}\r\n"
+    return _Answer(HTTPStatus.SERVICE_UNAVAILABLE, body, header=header)
 
 
 def _json(value: object) -> bytes:
     return json.dumps(value, ensure_ascii=False).encode() + b"\n"
 
 
-def _header(scope: _Scope, name: bytes) -> str:
-    headers = scope["headers"]
-    if isinstance(headers, list | tuple):
-        for key, value in headers:
-            if key == name:
-                return str(value, "latin-1")
+def _accept(head: str) -> str:
+    for line in head.split("\r\n"):
+        name, _, value = line.partition(":")
+        if name.lower() == "accept":
+            return value.strip()
     return ""
 
 
-async def _send_answer(send: _Send, answer: _Answer, *, with_body: bool) -> None:
-    headers = [
-        (b"content-type", answer.content_type.encode()),
-        (b"content-length", str(len(answer.body)).encode()),
-        (b"cache-control", b"no-store"),
-    ]
-    if answer.retry_after_s is not None:
-        headers.append((b"retry-after", str(answer.retry_after_s).encode()))
-    if answer.status == 405:  # noqa: PLR2004 - RFC 9110 §15.5.6 wants the header with this one
-        headers.append((b"allow", b"GET, HEAD"))
-    await send({"type": "http.response.start", "status": answer.status, "headers": headers})
-    await send({"type": "http.response.body", "body": answer.body if with_body else b""})
+def _bytes(answer: _Answer, *, with_body: bool) -> bytes:
+    head = (
+        f"HTTP/1.1 {answer.status.value} {answer.status.phrase}\r\n"
+        f"Content-Type: {answer.content_type}\r\n"
+        f"Content-Length: {len(answer.body)}\r\n"
+        f"{answer.header}"
+        "Cache-Control: no-store\r\n"
+        "Connection: close\r\n\r\n"
+    )
+    return head.encode("latin-1") + (answer.body if with_body else b"")

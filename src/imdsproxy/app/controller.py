@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 
 import structlog
 
+from imdsproxy.admin.health import HealthServer
 from imdsproxy.app.account import owner_of
 from imdsproxy.app.audit import KEPT_WORKERS, Audit
 from imdsproxy.app.build import (
@@ -42,6 +43,7 @@ from imdsproxy.app.document_probe import DocumentProbe
 from imdsproxy.app.exporter_port import ExporterPort
 from imdsproxy.app.guard import HaproxyGuard
 from imdsproxy.app.guarding import GuardingChange
+from imdsproxy.app.heartbeat import Heartbeat
 from imdsproxy.app.kept_networks import KeptNetworks
 from imdsproxy.app.listener_loop import ListenerLoop
 from imdsproxy.app.lookup import Lookup
@@ -102,6 +104,7 @@ class _Controller:
     watch: HostWatch
     served: asyncio.Event
     pairs: PairFollower
+    heartbeat: Heartbeat
     kept: Sequence[socket.socket] = ()
     face: Face | None = None
     ended: asyncio.Event = field(default_factory=asyncio.Event)
@@ -232,6 +235,7 @@ async def run_controller(
     environment: Mapping[str, str],
     clock: Clock,
     notifier: ServiceNotifier,
+    heartbeat: Heartbeat,
 ) -> None:
     """Run until told to stop; the data plane goes on unless it was to be stopped too.
 
@@ -240,7 +244,6 @@ async def run_controller(
         DataplaneError: HAProxy or the document server does not start, or the host refuses.
     """
     settings = holder.settings
-    program = await read_program(settings.haproxy.binary)
     layout = build_layout(settings)
     prepare_directories(settings, layout)
     nova = NovaUpstream(layout.runtime)
@@ -256,7 +259,9 @@ async def run_controller(
         contextlib.closing(admin),
         contextlib.closing(thread),
         hold_directory(layout.state),
+        _open_health(settings, heartbeat) as health,
     ):
+        program = await read_program(settings.haproxy.binary)
         guarding = open_guarding(settings, layout)
         haproxy, applier = build_haproxy(settings, layout, program, clock)
         served = asyncio.Event()
@@ -381,9 +386,9 @@ async def run_controller(
         pairs = PairFollower(records, lookup, gates, hops, listeners, resolver, watch)
         pairs.connect()
         kept = kept_sockets(environment, KEPT_WORKERS, os.getpid())
-        controller = _Controller(parts, notifier, watch, served, pairs, kept)
+        controller = _Controller(parts, notifier, watch, served, pairs, heartbeat, kept)
         try:
-            await _live(controller, admin)
+            await _live(controller, admin, health)
         finally:
             settings.admin_socket.unlink(missing_ok=True)
 
@@ -418,7 +423,16 @@ def _hold_limits(settings: Settings) -> HoldLimits:
     return HoldLimits(resolver.hold_s, resolver.max_held_per_network, resolver.max_held)
 
 
-async def _live(controller: _Controller, admin: socket.socket) -> None:
+def _open_health(
+    settings: Settings, heartbeat: Heartbeat
+) -> contextlib.AbstractContextManager[HealthServer | None]:
+    listen = settings.metrics.listen
+    if listen is None:
+        return contextlib.nullcontext()
+    return HealthServer(open_tcp_socket(listen.host, listen.port), alive=heartbeat.alive)
+
+
+async def _live(controller: _Controller, admin: socket.socket, health: HealthServer | None) -> None:
     """Start in order, serve until the end is asked for, and stop what is ours."""
     parts = controller.parts
     settings = parts.holder.settings
@@ -429,8 +443,6 @@ async def _live(controller: _Controller, admin: socket.socket) -> None:
     worker = owner_of(None, settings.haproxy.group)
     audit_socket = open_sole_socket(parts.layout.audit_socket, mode=0o660, owner=worker)
     last_socket = open_datagram_socket(parts.layout.audit_last_socket, mode=0o660, owner=worker)
-    listen = settings.metrics.listen
-    health_socket = None if listen is None else open_tcp_socket(listen.host, listen.port)
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, controller.ended.set)
     loop.add_signal_handler(signal.SIGHUP, controller.hang_up)
@@ -478,15 +490,15 @@ async def _live(controller: _Controller, admin: socket.socket) -> None:
         resolving = group.create_task(serve(face.resolver, resolver_socket))
         tasks.append(group.create_task(controller.refresh_figures()))
         make_admin = await asyncio.to_thread(load_admin)
-        apps = [(make_admin(face), admin)]
-        if health_socket is not None:
-            apps.append((face.health, health_socket))
-        tasks += [group.create_task(serve(app, listener)) for app, listener in apps]
+        administering = group.create_task(serve(make_admin(face), admin))
+        if health is not None:
+            health.reports = face.health
         # What the sources have told mostly stays, so nobody looked for garbage until here (`cli.run`). To look
         # through it again and again takes 70 ms each time at 1,000 networks, and guests wait meanwhile.
         gc.collect()
         gc.freeze()
         gc.enable()
+        controller.heartbeat.starting = False
         controller.notifier.ready(f"{len(parts.inventory.networks)} networks")
         structlog.get_logger().info(
             "ready",
@@ -495,11 +507,11 @@ async def _live(controller: _Controller, admin: socket.socket) -> None:
             admin=str(settings.admin_socket),
         )
         await controller.ended.wait()
-        for task in tasks:
+        for task in (*tasks, administering):
             task.cancel()
         if controller.with_data_plane:
-            # Who starts again what has ended is to be gone before it ends; the servers may take their time.
-            await asyncio.wait(tasks[: -len(apps)])
+            # Who starts again what has ended is to be gone before it ends; the admin API may take its time.
+            await asyncio.wait(tasks)
             await end_processes(parts.haproxy.launcher, parts.companion.launcher)
         # After HAProxy: while that runs, a request may be on its way on each connection that it keeps.
         resolving.cancel()

@@ -11,11 +11,15 @@ import os
 import socket
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Final, TypeAlias, cast
+
+from prometheus_client.exposition import choose_encoder
+from prometheus_client.registry import CollectorRegistry
 
 from imdsproxy import __version__
 from imdsproxy.admin.collector import metrics_registry
-from imdsproxy.admin.health import health_app
+from imdsproxy.admin.health import HealthReports
 from imdsproxy.admin.operations import SettingsReload
 from imdsproxy.app.explain import Explainer
 from imdsproxy.app.figures import Figures
@@ -57,7 +61,7 @@ class Face:
     operations: ControllerOperations
     figures: Figures
     resolver: AnyAsgiApp
-    health: AnyAsgiApp
+    health: HealthReports
 
 
 def build_face(
@@ -147,8 +151,13 @@ def build_face(
         operations,
         figures,
         resolver_app(parts.resolver, forwarder),
-        health_app(alive=lambda: True, readiness=operations.readiness, registry=registry),
+        HealthReports(operations.readiness, partial(_metrics, registry)),
     )
+
+
+def _metrics(registry: CollectorRegistry, accept: str) -> tuple[str, bytes]:
+    encode, content_type = choose_encoder(accept)
+    return content_type, encode(registry)
 
 
 def load_admin() -> Callable[[Face], AnyAsgiApp]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import faulthandler
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from imdsproxy.app.controller import run_controller
+from imdsproxy.app.heartbeat import Heartbeat
 from imdsproxy.app.settings_reload import SettingsHolder
 from imdsproxy.config.dropped import refuse_dropped
 from imdsproxy.config.load import Loaded
@@ -44,16 +46,27 @@ def run(load: Callable[[], Loaded], *, config: Path | None, environment: Mapping
     holder = SettingsHolder(loaded, load, open_log)
     raise_descriptor_limit()
     leave_no_dumps()
-    try:
-        asyncio.run(
-            run_controller(
+    # systemd's watchdog ends a process that hangs by SIGABRT: the log then says where it hung.
+    faulthandler.enable()
+    notifier = ServiceNotifier(environment.get("NOTIFY_SOCKET", ""))
+    heartbeat = Heartbeat(notifier, environment, clock.monotonic)
+
+    async def live() -> None:
+        beating = asyncio.create_task(heartbeat.run())
+        try:
+            await run_controller(
                 holder,
                 config=config,
                 environment=environment,
                 clock=clock,
-                notifier=ServiceNotifier(environment.get("NOTIFY_SOCKET", "")),
+                notifier=notifier,
+                heartbeat=heartbeat,
             )
-        )
+        finally:
+            beating.cancel()
+
+    try:
+        asyncio.run(live())
     except BaseExceptionGroup as group:
         expected = group.subgroup(ImdsproxyError)
         if expected is None or group.split(ImdsproxyError)[1] is not None:

@@ -13,6 +13,7 @@ from imdsproxy.host.refusal import host_refused
 
 __all__ = ["ServiceNotifier", "kept_sockets"]
 
+_PATIENCE_S: Final = 1.0
 _FIRST_KEPT: Final = 3
 """SD_LISTEN_FDS_START."""
 
@@ -43,10 +44,6 @@ class ServiceNotifier:
     def status(self, text: str) -> None:
         """One line for `systemctl status`."""
         self.send(STATUS=text)
-
-    def watchdog(self) -> None:
-        """The service is alive (`WatchdogSec=`)."""
-        self.send(WATCHDOG="1")
 
     def keep(self, name: str, descriptor: int) -> bool:
         """Have an open file kept when this process ends, for the next one (`kept_sockets`); whether it is.
@@ -86,6 +83,8 @@ class ServiceNotifier:
     def _connected(self) -> Iterator[socket.socket]:
         target = f"\0{self.address[1:]}" if self.address.startswith("@") else self.address
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as channel:
+            # Who waits for a manager that hangs would hang as well.
+            channel.settimeout(_PATIENCE_S)
             channel.connect(target)
             yield channel
 

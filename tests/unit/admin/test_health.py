@@ -1,14 +1,19 @@
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import http.client
 import json
-from collections.abc import MutableMapping
+import socket
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import pytest
+from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import CollectorRegistry
 
 from imdsproxy.admin.collector import metrics_registry
-from imdsproxy.admin.health import health_app
+from imdsproxy.admin.health import HealthReports, HealthServer
 from imdsproxy.admin.reports import Readiness
 from imdsproxy.admin.snapshot import MetricsSnapshot
 
@@ -25,40 +30,46 @@ def _registry() -> CollectorRegistry:
     return metrics_registry(lambda: snapshot, network_series=lambda: 100)
 
 
+def _metrics(accept: str) -> tuple[str, bytes]:
+    encode, content_type = choose_encoder(accept)
+    return content_type, encode(_registry())
+
+
+@contextlib.contextmanager
+def _server(
+    *,
+    alive: bool = True,
+    readiness: Readiness | None = Readiness(ready=True),  # noqa: B008 - frozen
+) -> Iterator[int]:
+    """A server of which the controller's loop is the test's; without readiness it is starting."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    with HealthServer(listener, alive=lambda: alive) as server:
+        if readiness is not None:
+            server.reports = HealthReports(lambda: readiness, _metrics)
+        yield listener.getsockname()[1]
+
+
+def _fetch(port: int, method: str, path: str, accept: str) -> Answer:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+    try:
+        connection.request(method, path, headers={"Accept": accept} if accept else {})
+        reply = connection.getresponse()
+        headers = {name.lower(): value for name, value in reply.getheaders()}
+        return Answer(reply.status, headers, reply.read())
+    finally:
+        connection.close()
+
+
 async def _ask(
     path: str,
     *,
     method: str = "GET",
     accept: str = "",
     alive: bool = True,
-    readiness: Readiness = Readiness(ready=True),  # noqa: B008 - frozen
+    readiness: Readiness | None = Readiness(ready=True),  # noqa: B008 - frozen
 ) -> Answer:
-    answer = Answer()
-
-    async def receive() -> MutableMapping[str, object]:
-        raise AssertionError("no body is read")
-
-    async def send(message: MutableMapping[str, object]) -> None:
-        if message["type"] == "http.response.start":
-            answer.status = int(str(message["status"]))
-            headers = message["headers"]
-            assert isinstance(headers, list)
-            answer.headers = {name.decode(): value.decode() for name, value in headers}
-        else:
-            body = message["body"]
-            assert isinstance(body, bytes)
-            answer.body += body
-
-    app = health_app(alive=lambda: alive, readiness=lambda: readiness, registry=_registry())
-    headers = [(b"accept", accept.encode())] if accept else []
-    scope: MutableMapping[str, object] = {
-        "type": "http",
-        "method": method,
-        "path": path,
-        "headers": headers,
-    }
-    await app(scope, receive, send)
-    return answer
+    with _server(alive=alive, readiness=readiness) as port:
+        return await asyncio.to_thread(_fetch, port, method, path, accept)
 
 
 async def test_a_living_controller_is_200_also_while_it_is_not_ready() -> None:
@@ -69,6 +80,40 @@ async def test_a_living_controller_is_200_also_while_it_is_not_ready() -> None:
 
 async def test_a_stuck_controller_is_503() -> None:
     assert (await _ask("/livez", alive=False)).status == 503
+
+
+async def test_a_controller_that_starts_is_alive_and_not_ready() -> None:
+    assert (await _ask("/livez", readiness=None)).status == 200
+    answer = await _ask("/readyz", readiness=None)
+    assert answer.status == 503
+    assert json.loads(answer.body)["reasons"] == ["the controller is starting"]
+    assert (await _ask("/metrics", readiness=None)).status == 503
+
+
+async def test_while_the_controllers_loop_is_stuck_the_answers_are_503() -> None:
+    with _server(alive=False) as port:
+        # Not awaited: this is the loop.
+        assert _fetch(port, "GET", "/livez", "").status == 503
+        answer = _fetch(port, "GET", "/readyz", "")
+    assert answer.status == 503
+    assert json.loads(answer.body)["reasons"] == ["the controller's event loop does not answer"]
+
+
+async def test_who_sends_no_request_holds_up_nobody() -> None:
+    with _server() as port:
+        idle = [socket.create_connection(("127.0.0.1", port)) for _ in range(20)]
+        assert (await asyncio.to_thread(_fetch, port, "GET", "/livez", "")).status == 200
+        for connection in idle:
+            connection.close()
+
+
+@pytest.mark.parametrize("request_bytes", [b"\r\n\r\n", b"GET\r\n\r\n", b"x" * 100_000])
+async def test_what_is_no_request_is_400(request_bytes: bytes) -> None:
+    with _server() as port:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(request_bytes)
+        assert (await reader.readline()).startswith(b"HTTP/1.1 400 ")
+        writer.close()
 
 
 async def test_ready_is_200() -> None:

@@ -45,7 +45,7 @@ def test_the_manager_hears_every_state(manager: tuple[socket.socket, str]) -> No
     notifier.ready("3 networks\nand more")
     notifier.reloading(12)
     notifier.status("busy")
-    notifier.watchdog()
+    notifier.send(WATCHDOG="1")
     notifier.stopping()
     assert [listening.recv(1000) for _ in range(5)] == [
         b"READY=1\nSTATUS=3 networks and more",
@@ -63,7 +63,7 @@ def test_without_a_manager_nothing_is_sent(
     monkeypatch.setenv("NOTIFY_SOCKET", address)
     opened: list[object] = []
     monkeypatch.setattr("imdsproxy.host.notify.socket.socket", lambda *words: opened.append(words))
-    for send in (ServiceNotifier().ready, ServiceNotifier().watchdog, ServiceNotifier().stopping):
+    for send in (ServiceNotifier().ready, ServiceNotifier().stopping):
         send()
     assert opened == []
     monkeypatch.undo()

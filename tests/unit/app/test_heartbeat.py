@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from imdsproxy.app.heartbeat import Heartbeat
+from imdsproxy.host.notify import ServiceNotifier
+
+
+@pytest.fixture
+def manager(tmp_path: Path) -> Iterator[socket.socket]:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as one:
+        one.bind(str(tmp_path / "notify"))
+        one.setblocking(False)
+        yield one
+
+
+class Clock:
+    now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+async def _beat(heartbeat: Heartbeat) -> None:
+    task = asyncio.create_task(heartbeat.run())
+    await asyncio.sleep(0)
+    task.cancel()
+
+
+async def test_a_start_is_extended_by_each_beat_until_it_is_over(
+    tmp_path: Path, manager: socket.socket
+) -> None:
+    notifier = ServiceNotifier(str(tmp_path / "notify"))
+    heartbeat = Heartbeat(notifier, {"WATCHDOG_USEC": "8000000"}, Clock())
+    await _beat(heartbeat)
+    assert manager.recv(1024) == b"WATCHDOG=1\nEXTEND_TIMEOUT_USEC=8000000"
+    heartbeat.starting = False
+    await _beat(heartbeat)
+    assert manager.recv(1024) == b"WATCHDOG=1"
+
+
+async def test_a_loop_that_does_not_come_round_for_a_minute_is_not_alive() -> None:
+    clock = Clock()
+    heartbeat = Heartbeat(ServiceNotifier(), {}, clock)
+    await _beat(heartbeat)
+    clock.now += 59
+    assert heartbeat.alive()
+    clock.now += 2
+    assert not heartbeat.alive()
+    await _beat(heartbeat)
+    assert heartbeat.alive()
+
+
+async def test_a_service_manager_that_is_away_ends_no_controller(tmp_path: Path) -> None:
+    clock = Clock()
+    heartbeat = Heartbeat(ServiceNotifier(str(tmp_path / "nobody")), {}, clock)
+    clock.now += 100
+    await _beat(heartbeat)
+    assert heartbeat.alive()
