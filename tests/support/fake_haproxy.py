@@ -60,6 +60,9 @@ class FakeHaproxy:
 
     async def close(self) -> None:
         if self.server is not None:
+            # A connection of a client that was cancelled may be on its way: accepted, made a transport, attached.
+            for _ in range(5):
+                await asyncio.sleep(0)
             self.server.close()
             await self.server.wait_closed()
 

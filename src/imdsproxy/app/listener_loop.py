@@ -184,6 +184,7 @@ class ListenerLoop:
     seen: ObservedHost = field(default_factory=ObservedHost)
     _observed: ObservedHost | None = None
     _listening: GatePlan | None = None
+    _degraded: frozenset[LeftOut] = frozenset()
     _memo: PlanMemo = field(default_factory=dict)
     _known: dict[NetworkId, Network] = field(default_factory=dict)
     _dirty: set[NetworkId] = field(default_factory=set)
@@ -319,12 +320,12 @@ class ListenerLoop:
             problems = (*problems, *self.gates.problems)
         if self.hops is not None:
             problems = (*problems, *self.hops.problems)
-        self._tell(plan, problems)
         if self._observed is not None:
             left_out = {one.network for one in plan.left_out if one.code.silent}
             self.expect(networks, self._observed, left_out, self._pids())
         self.rounds += 1
         self.seconds += self.clock.monotonic() - began
+        before, known = self.report, self._degraded
         self.report = ListenerReport(
             at=self.clock.now().timestamp(),
             endpoints=endpoints,
@@ -335,6 +336,8 @@ class ListenerLoop:
             reasons=reasons,
             seconds=self.clock.monotonic() - began,
         )
+        self._degraded = frozenset(self.degraded())
+        self._log_new(before, known)
 
     def _networks(self) -> dict[NetworkId, Network]:
         """What to listen for; nothing is given up before the sources have told everything."""
@@ -499,11 +502,12 @@ class ListenerLoop:
         checking = replace(spec, paths=self.layout.haproxy_paths(checking=True))
         return await self.haproxy.apply(spec, checking, ", ".join(reasons))
 
-    def _tell(self, plan: ListenerPlan, problems: tuple[Problem, ...]) -> None:
+    def _log_new(self, before: ListenerReport, known: frozenset[LeftOut]) -> None:
         """Log what is new since the last round, not what was known."""
         log = structlog.get_logger()
-        for left in plan.left_out:
-            if left not in self.report.left_out and left.code is not LeftOutCode.PENDING:
+        for left in sorted(self._degraded - known, key=lambda one: one.network):
+            # Those that come by themselves are no trouble; foreign listeners have their own line.
+            if left.code not in {LeftOutCode.PENDING, LeftOutCode.FOREIGN_LISTENER}:
                 log.warning(
                     "listener left out",
                     network=left.network,
@@ -511,8 +515,8 @@ class ListenerLoop:
                     reason=left.reason,
                     hint=left.hint,
                 )
-        for foreign in plan.foreign:
-            if foreign not in self.report.foreign:
+        for foreign in self.report.foreign:
+            if foreign not in before.foreign:
                 log.warning(
                     "foreign listener",
                     network=foreign.network,
@@ -520,8 +524,8 @@ class ListenerLoop:
                     pids=[owner.pid for owner in foreign.socket.owners],
                     programs=[owner.command for owner in foreign.socket.owners],
                 )
-        for problem in problems:
-            if problem not in self.report.problems:
+        for problem in self.report.problems:
+            if problem not in before.problems:
                 log.error(
                     "host refused", field=problem.field, reason=problem.reason, hint=problem.hint
                 )

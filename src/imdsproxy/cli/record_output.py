@@ -15,6 +15,7 @@ __all__ = ["say_written", "show_instance", "show_instances", "show_network", "sh
 
 _Shape = Mapping[str, object]
 _ADDRESSES_SHOWN: Final = 3
+_REASONS_SHOWN: Final = 20
 
 
 def show_networks(output: Output, shapes: Sequence[_Shape]) -> None:
@@ -104,8 +105,10 @@ def say_written(output: Output, what: str, written: _Shape) -> None:
         output.styled(f"[green]done:[/] {clean(what)}")
     else:
         output.styled(f"[yellow]stored:[/] {clean(what)}; not in force yet:")
-        for reason in pending:
+        for reason in pending[:_REASONS_SHOWN]:
             output.styled(f"  {clean(reason)}")
+        if len(pending) > _REASONS_SHOWN:
+            output.styled(f"  and {len(pending) - _REASONS_SHOWN} more: imdsproxy status")
     for warning in cast("Sequence[str]", written.get("warnings", ())):
         output.styled(f"[yellow]warning:[/] {clean(warning)}")
     shared = written.get("shared")

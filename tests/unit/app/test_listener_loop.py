@@ -9,6 +9,8 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from structlog.testing import capture_logs
+
 from imdsproxy.app.exporter_port import ExporterPort
 from imdsproxy.app.listener_loop import ListenerLoop, SpecSettings
 from imdsproxy.app.unix_listener import UnixListener
@@ -207,6 +209,19 @@ async def test_a_missing_namespace_leaves_out_its_network_and_no_other(tmp_path:
         await rig.settle("namespace-came", "blue")
         assert rig.bound() == {"red", "blue"}
         assert rig.left_out() == {}
+
+
+async def test_what_is_not_served_is_logged_once_and_a_missing_ipv6_address_is_not(
+    tmp_path: Path,
+) -> None:
+    async with _rig(tmp_path) as rig:
+        rig.host.make("red", 7)
+        rig.say("red", "blue")
+        with capture_logs() as logs:
+            await rig.settle("networks changed", "red", "blue")
+            await rig.settle("again", "red", "blue")
+        left = [one for one in logs if one["event"] == "listener left out"]
+        assert [(one["network"], one["code"]) for one in left] == [("blue", "namespace-missing")]
 
 
 async def test_a_namespace_made_again_gets_another_link(tmp_path: Path) -> None:

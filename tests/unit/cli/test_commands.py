@@ -524,6 +524,14 @@ def test_a_change_that_is_not_in_force_yet_says_why(filled: Cli) -> None:
     ]
 
 
+def test_of_a_thousand_reasons_twenty_are_shown(filled: Cli) -> None:
+    filled.operations.pending = tuple(f"reason {number}" for number in range(1000))
+    ran = filled("token", "revoke", "web-1")
+    assert ran.status == 75
+    assert len(ran.out.splitlines()) == 22
+    assert ran.out.splitlines()[-1] == "  and 980 more: imdsproxy status"
+
+
 FILE = """\
 networks:
 - {id: green, listener: {bridge: br0}}
