@@ -49,3 +49,9 @@ def order_audit(
     world.daemon.configure(settings)
     reloaded = world.daemon.command("reload", "--allow-dropped")
     assert reloaded.status == 0, reloaded
+    # HAProxy may take the change a moment later; the command then says so.
+    config = world.daemon.runtime / "haproxy.cfg"
+    until(
+        lambda: ("ring audit" in config.read_text()) == (mode != "off"),
+        what="HAProxy's configuration",
+    )

@@ -95,14 +95,11 @@ class Mismatch:
     """The address is an instance's, and another MAC than its port's has it: answered 403.
 
     Attributes:
-        seen: The MAC that the neighbour table has; `None` where it has none, as behind a router.
-        expected: The port's.
+        expected: The MAC of its port.
     """
 
     instance: Instance
-    port: Port
     expected: MacAddress
-    seen: MacAddress | None = None
 
 
 Identity: TypeAlias = Found | Unknown | Ambiguous | Mismatch
@@ -192,7 +189,7 @@ def _found(
     if port is None:
         return Unknown(UnknownReason.ADDRESS)
     if seen is not None and port.mac is not None and seen != port.mac:
-        return Mismatch(instance, port, port.mac, seen)
+        return Mismatch(instance, port.mac)
     return Found(instance, port, How.ADDRESS if address in port.addresses else How.EUI64)
 
 

@@ -111,15 +111,12 @@ class ProcessIdentity:
     Attributes:
         started: As of `ProcessStat`.
         parent: As of `ProcessStat`.
-        executable: Target of `/proc/PID/exe`; ` (deleted)` at its end after an upgrade of the file;
-            empty where we may not look.
         arguments: Its command line.
     """
 
     pid: int
     started: int
     parent: int
-    executable: str
     arguments: tuple[str, ...]
 
 
@@ -128,10 +125,7 @@ def identify(pid: int) -> ProcessIdentity | None:
     stat = read_stat(pid)
     if stat is None:
         return None
-    executable = ""
-    with contextlib.suppress(OSError):
-        executable = str((PROC / str(pid) / "exe").readlink())
-    return ProcessIdentity(pid, stat.started, stat.parent, executable, read_arguments(pid))
+    return ProcessIdentity(pid, stat.started, stat.parent, read_arguments(pid))
 
 
 class ProcessHandle:
@@ -288,7 +282,7 @@ def spawn_detached(
     except OSError as error:
         raise host_refused(f"start {arguments[0]}", error) from error
     descriptor = os.pidfd_open(child.pid)
-    identity = identify(child.pid) or ProcessIdentity(child.pid, 0, os.getpid(), "", ())
+    identity = identify(child.pid) or ProcessIdentity(child.pid, 0, os.getpid(), ())
     # It is ours to reap, by `ProcessHandle.wait`: Popen would warn of it when it is collected.
     child.returncode = 0
     return ProcessHandle(identity, descriptor)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Container
 from pathlib import Path
 from typing import Final
 
@@ -90,23 +89,6 @@ class PasswordStore:
         except OSError as error:
             raise _refused(f"remove the password of {instance_id}", error) from error
         return True
-
-    def sweep(self, keep: Container[InstanceId]) -> tuple[InstanceId, ...]:
-        """Forget the passwords of all instances that are not in `keep`; says whose went.
-
-        Raises:
-            HostRefused: The file system is read-only, or the directory cannot be read.
-            PrivilegeMissing: This process may not read or write it.
-        """
-        try:
-            names = [path.name for path in self._directory.iterdir()]
-        except FileNotFoundError:
-            return ()
-        except OSError as error:
-            raise _refused(f"list the passwords in {self._directory}", error) from error
-        present = [InstanceId(name) for name in names if not name.startswith(".")]
-        gone = [instance_id for instance_id in present if instance_id not in keep]
-        return tuple(instance_id for instance_id in gone if self.remove(instance_id))
 
     def _path(self, instance_id: InstanceId) -> Path:
         return self._directory / instance_id

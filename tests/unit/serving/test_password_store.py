@@ -78,13 +78,3 @@ def test_a_removed_password_may_be_set_again(tmp_path: Path) -> None:
     assert store.remove(VM)
     assert not store.remove(VM)
     assert store.keep(VM, b"two")
-
-
-def test_a_sweep_forgets_strangers(tmp_path: Path) -> None:
-    store = PasswordStore(tmp_path)
-    store.keep(VM, b"one")
-    store.keep(InstanceId("old"), b"two")
-    assert store.sweep({VM}) == ("old",)
-    assert store.sweep({VM}) == ()
-    assert store.read(VM) == b"one"
-    assert PasswordStore(tmp_path / "nothing").sweep(set()) == ()
