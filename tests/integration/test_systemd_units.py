@@ -287,6 +287,21 @@ def test_a_broken_file_fails_the_reload_and_changes_nothing(daemon: UnitDaemon) 
     assert daemon.machine.run("cat", "/run/imdsproxy/haproxy.cfg") == config
 
 
+def test_an_emptied_file_fails_the_reload_and_changes_nothing(daemon: UnitDaemon) -> None:
+    daemon.machine.write("/etc/imdsproxy/conf.d/test.yaml", "haproxy: {maxconn_per_network: 77}\n")
+    daemon.machine.run("systemctl", "reload", CONTROLLER)
+    before, config = daemon.pids(), daemon.machine.run("cat", "/run/imdsproxy/haproxy.cfg")
+    daemon.machine.write("/etc/imdsproxy/conf.d/test.yaml", "# nothing\n")
+
+    status, _ = daemon.machine.attempt("systemctl", "reload", CONTROLLER)
+
+    assert status != 0
+    journal = daemon.machine.journal(CONTROLLER)
+    assert "/etc/imdsproxy/conf.d/test.yaml: settings: holds no settings any more" in journal
+    assert daemon.pids() == before
+    assert daemon.machine.run("cat", "/run/imdsproxy/haproxy.cfg") == config
+
+
 def test_settings_that_are_wrong_at_the_start_leave_a_failed_unit_and_no_loop(
     daemon: UnitDaemon,
 ) -> None:

@@ -209,6 +209,12 @@ class Directory:
             reason = f"cannot be read: {error.strerror or error}"
             file.problems = (Problem("file", reason, "mend or remove it", str(path)),)
             return
+        if not data.strip() and (self._networks.has(name) or self._instances.has(name)):
+            # A write that failed, most likely: nobody takes all records away so.
+            reason = "is blank: the records that it had stay in force"
+            hint = "restore it, write `instances: []`, or remove it"
+            file.problems = (Problem("file", reason, hint, str(path)),)
+            return
         records, line_of = decode_records(data, file=str(path), read_file=read_payload)
         file.payloads = payloads
         file.problems = records.problems

@@ -110,6 +110,10 @@ class InForce(Generic[_Record]):
             if entry.id not in self._held and self._clash(entry, {}, {}) is None:
                 self._hold(entry.id, entry)
 
+    def has(self, file: str) -> bool:
+        """Whether records of this file are in force."""
+        return file in self._held_by_file
+
     def file_of(self, key: str) -> str | None:
         """The file that the record in force is from."""
         held = self._held.get(key)

@@ -243,7 +243,7 @@ def test_a_file_that_stays_away_takes_its_records_along(bench: Bench) -> None:
     assert not bench.names
 
 
-def test_a_file_cut_to_nothing_by_its_writer_keeps_its_records_for_a_while(bench: Bench) -> None:
+def test_a_blank_file_keeps_its_records_and_is_a_problem_after_a_moment(bench: Bench) -> None:
     path = bench.write("x.json", instances(record("a", "10.0.0.5")))
     bench.read()
     path.write_bytes(b"")
@@ -252,8 +252,25 @@ def test_a_file_cut_to_nothing_by_its_writer_keeps_its_records_for_a_while(bench
     path.write_text(instances(record("a", "10.0.0.6")))
     assert bench.read().instances.keys() == {"a"}
     path.write_bytes(b"")
+    reading = bench.settled()
+    (problem,) = reading.problems
+    assert (problem.file, problem.reason) == (
+        str(path),
+        "is blank: the records that it had stay in force",
+    )
+    assert bench.names == {"a"}
+    bench.directory.keep()
+    bench.restart()
+    assert len(bench.read().problems) == 1
+    assert bench.names == {"a"}
+    path.write_text("{}")
     bench.settled()
     assert not bench.names
+
+
+def test_a_blank_file_that_never_had_records_is_no_problem(bench: Bench) -> None:
+    bench.write("x.yaml", " \n")
+    assert not bench.settled().problems
 
 
 def test_a_directory_that_cannot_be_listed_changes_nothing(bench: Bench) -> None:
