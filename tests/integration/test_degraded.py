@@ -9,7 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import pytest
 
@@ -196,19 +196,21 @@ def test_instances_whose_record_is_not_in_force_are_listed_so_with_the_reason(wo
     port = {"network": "red", "addresses": ["10.0.0.77"]}
     web: dict[str, object] = {"id": "web", "name": "web", "ports": [port]}
     file.write_text(json.dumps({"instances": [web]}))
-    until(lambda: _states(world).get("web") == "ok", what="the record")
+    until(lambda: _pending(world).get("web") == [], what="the record")
     file.write_text(json.dumps({"instances": [{**web, "tags": 5}]}))
-    until(lambda: _states(world)["web"] == "not in force", what="the refused version")
+    until(lambda: _pending(world)["web"], what="the refused version")
     shown = world.daemon.command("instance", "show", "web")
     assert "# not in force 1: a newer version is refused:" in shown.out
     world.lab.delete_namespace("green")
-    until(lambda: _states(world)["green-5"] == "not in force", what="the network that went")
-    assert _states(world)["red-5"] == "ok"
+    until(lambda: _pending(world)["green-5"], what="the network that went")
+    lines = world.daemon.command("instance", "list").out.splitlines()
+    states = {line.split()[0]: re.split(r"\s{2,}", line.strip())[-1] for line in lines[1:]}
+    assert (states["web"], states["green-5"], states["red-5"]) == (*["not in force"] * 2, "ok")
     file.unlink()
-    until(lambda: "web" not in _states(world), what="its end")
+    until(lambda: "web" not in _pending(world), what="its end")
     world.daemon.configure(before)
 
 
-def _states(world: World) -> dict[str, str]:
-    lines = world.daemon.command("instance", "list").out.splitlines()
-    return {line.split()[0]: re.split(r"\s{2,}", line.strip())[-1] for line in lines[1:]}
+def _pending(world: World) -> dict[str, Any]:
+    listed = cast("list[dict[str, Any]]", world.daemon.admin.get("/v1/instances"))
+    return {one["record"]["id"]: one["pending"] for one in listed}
