@@ -347,7 +347,7 @@ def password(
     if run.output.as_json:
         run.output.json(shape)
     else:
-        run.output.raw(read_bytes_shape(shape["password"]))
+        run.output.foreign(read_bytes_shape(shape["password"]))
 
 
 @app.command("reopen")

@@ -61,6 +61,13 @@ class Output:
         sys.stdout.buffer.write(body)
         sys.stdout.buffer.flush()
 
+    def foreign(self, body: bytes) -> None:
+        """Bytes of a guest's as they are; on a terminal, which they could steer, without control characters."""
+        if sys.stdout.isatty():
+            self.text(_printable(body.decode(errors="replace")))
+        else:
+            self.raw(body)
+
     def styled(self, *lines: str) -> None:
         """Lines with rich's markup; what is foreign in them goes through `clean` first."""
         console = _console(sys.stdout)
@@ -162,11 +169,14 @@ def clean(text: object) -> str:
     """Foreign text, fit for markup and a terminal: no markup, no control characters of its own."""
     from rich.markup import escape  # noqa: PLC0415 - `--help` need not load it
 
-    shown = "".join(
+    return escape(_printable(str(text)))
+
+
+def _printable(text: str) -> str:
+    return "".join(
         letter if letter.isprintable() or letter == "\n" else f"\\x{ord(letter):02x}"
-        for letter in str(text)
+        for letter in text
     )
-    return escape(shown)
 
 
 def _table(columns: Sequence[Column], rows: Sequence[Sequence[str]], shown: Sequence[int]) -> Table:

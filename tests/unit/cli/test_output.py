@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from imdsproxy.core.model import InstanceId
 from imdsproxy.core.token_report import GuestWithoutToken, ReaderWithoutToken, TokenReport
 from support.admin_server import admin_server
 
@@ -73,6 +74,16 @@ def test_tables_fit_a_terminal_and_never_break_an_id(tmp_path: Path) -> None:
     assert max(len(line) for line in _plain(written)) <= 80
     assert network in written
     assert "serving" in written
+
+
+def test_a_posted_password_cannot_steer_a_terminal(tmp_path: Path) -> None:
+    with admin_server(tmp_path) as server:
+        body = {"id": "web", "name": "web"}
+        server.client.request("POST", "/v1/instances", body=body)
+        server.operations.passwords[InstanceId("web")] = b"abc\x1b]0;owned\x07"
+        argv = [sys.executable, "-m", "imdsproxy", "--socket", str(server.socket)]
+        shown = _on_a_terminal([*argv, "instance", "password", "web"], {})
+    assert shown.splitlines() == ["abc\\x1b]0;owned\\x07"]
 
 
 def test_on_a_narrow_terminal_spare_columns_are_left_out(tmp_path: Path) -> None:
