@@ -555,7 +555,7 @@ async def _start_data_plane(controller: _Controller) -> None:
             if not parts.inventory.in_sync:
                 told.update(applier.state.effective())
                 parts.hops.hold(told)
-            records = parts.records.compile_all()
+            records = await parts.records.compile_all()
             records = {**{key: value for key, value in told.items() if value}, **records}
             applier.write_all(records)
         await parts.listeners.first_round()

@@ -1,13 +1,13 @@
 """From observations to records in force: compile, write, tell HAProxy, acknowledge.
 
-One task does all of it, so what it reads of the inventory cannot change half-way. Observations that come while
-it works are taken together in the next round.
+One task does all of it. Between compiled instances others may work, and the inventory change; what is planned of it
+is planned at once. Observations that come while it works are taken together in the next round.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass, field, replace
 
 import structlog
@@ -41,6 +41,7 @@ __all__ = ["RecordLoop"]
 
 _RETRY_FIRST_S = 0.2
 _RETRY_LAST_S = 5.0
+_TOGETHER = 100
 
 
 @dataclass(slots=True)
@@ -65,6 +66,14 @@ class _Work:
 
     def __bool__(self) -> bool:
         return bool(self.instances or self.addresses or self.networks or self.everything)
+
+
+async def _in_turns(instances: Iterable[InstanceId]) -> AsyncIterator[InstanceId]:
+    """One after the other, letting others work in between: a hundred thousand take half a minute."""
+    for number, instance in enumerate(tuple(instances)):
+        if number and number % _TOGETHER == 0:
+            await asyncio.sleep(0)
+        yield instance
 
 
 @dataclass(slots=True)
@@ -154,10 +163,11 @@ class RecordLoop:
         self._wake.set()
         return self.tickets.take()
 
-    def compile_all(self) -> dict[str, str]:
+    async def compile_all(self) -> dict[str, str]:
         """Compile every instance and give the whole map, for a HAProxy that is yet to start."""
-        for instance, known in self.inventory.instances.items():
-            if known.upstream is Upstream.EMBEDDED:
+        async for instance in _in_turns(self.inventory.instances):
+            known = self.inventory.instances.get(instance)
+            if known is not None and known.upstream is Upstream.EMBEDDED:
                 self._compile(instance)
         keys = [*(key for key, _ in self.inventory.addresses()), *self.learned]
         pairs = plan_pairs(self.inventory, keys, self.learned)
@@ -219,7 +229,7 @@ class RecordLoop:
     async def _round(self, work: _Work) -> None:
         if work.everything or (self.inventory.in_sync and not self._swept):
             work = self._all_work(work)
-        gone, keys = self._compile_all_of(work.instances)
+        gone, keys = await self._compile_all_of(work.instances)
         keys |= work.addresses
         # A router's record says what those may read that are behind it, and no instance has a port in a router.
         keys |= {key for key in self.learned if key[0] in work.networks}
@@ -246,20 +256,22 @@ class RecordLoop:
             self.on_networks(frozenset(network for network, _ in withheld))
         # Only now can nobody be sent to the document server for these any more.
         for instance in gone:
-            self._remove(instance)
+            # One that came back meanwhile is looked at in the next round.
+            if instance not in self._work.instances:
+                self._remove(instance)
         if self.inventory.in_sync:
             self._swept = True
         self.hops.settled(armed, complete=self._swept)
         self.on_applied(None if work.everything else keys)
 
-    def _compile_all_of(
+    async def _compile_all_of(
         self, instances: Iterable[InstanceId]
     ) -> tuple[list[InstanceId], set[AddressKey]]:
         """Compile what is to be; say whose records are not needed any more, and what has changed."""
         unneeded: list[InstanceId] = []
         lost: set[InstanceId] = set()
         keys: set[AddressKey] = set()
-        for instance in instances:
+        async for instance in _in_turns(instances):
             known = self.inventory.instances.get(instance)
             if known is None:
                 if not self.inventory.sources_of_instance(instance):

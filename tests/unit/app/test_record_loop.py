@@ -252,7 +252,50 @@ async def test_a_fresh_start_compiles_everything_into_one_map(tmp_path: Path) ->
     rig.inventory.observe(
         Observation("a", full=True, networks={_RED: _NETWORK}, instances={web.id: web, db.id: db})
     )
-    assert rig.loop.compile_all() == {"red/10.0.0.5": _value(web), "red/10.0.0.6": _value(db)}
+    assert await rig.loop.compile_all() == {"red/10.0.0.5": _value(web), "red/10.0.0.6": _value(db)}
+
+
+async def test_others_work_while_very_many_records_are_compiled(tmp_path: Path) -> None:
+    rig = Rig(tmp_path)
+    many = [
+        _instance(f"i{number}", f"10.0.{number // 250}.{number % 250}") for number in range(1_000)
+    ]
+    rig.inventory.observe(
+        Observation(
+            "a", full=True, networks={_RED: _NETWORK}, instances={one.id: one for one in many}
+        )
+    )
+    turns = 0
+    compiling = asyncio.create_task(rig.loop.compile_all())
+    while not compiling.done():
+        await asyncio.sleep(0)
+        turns += 1
+    assert len(compiling.result()) == 1_000
+    assert turns >= 10
+
+
+async def test_an_instance_that_comes_back_while_others_are_compiled_keeps_its_record(
+    tmp_path: Path,
+) -> None:
+    async with _rig(tmp_path) as rig:
+        back = _instance("back", "10.0.9.9")
+        many = [_instance(f"i{number}", f"10.0.0.{number}") for number in range(1, 250)]
+        await rig.say(back, *many)
+        changed = [replace(one, hostname="other") for one in many]
+        write, written = rig.files.apply, 0
+
+        def come_back_with_the_last(instance: InstanceId, record: CompiledRecord) -> None:
+            nonlocal written
+            write(instance, record)
+            written += 1
+            if written == len(changed):
+                rig.loop.observe(Observation("a", full=False, instances={back.id: back}))
+
+        rig.files.apply = come_back_with_the_last  # type: ignore[method-assign]
+        await rig.say(*changed)
+        await rig.loop.tickets.wait(rig.loop.resync())
+        assert rig.told("10.0.9.9") == _value(back)
+        assert "remove back" not in rig.files.log
 
 
 @pytest.mark.parametrize("reload", [False, True])
@@ -329,7 +372,9 @@ async def test_no_record_refers_to_path_rules_that_haproxy_does_not_have(tmp_pat
         assert rig.told("10.0.0.5") == f"{word}|{before}"
 
 
-def test_a_haproxy_that_is_yet_to_start_finds_the_path_rules_of_all_records(tmp_path: Path) -> None:
+async def test_a_haproxy_that_is_yet_to_start_finds_the_path_rules_of_all_records(
+    tmp_path: Path,
+) -> None:
     rules = (("/latest/user-data", PathWord.DENY),)
     rig = Rig(tmp_path)
     rig.loop.sets = sets = Sets(rig)
@@ -338,5 +383,5 @@ def test_a_haproxy_that_is_yet_to_start_finds_the_path_rules_of_all_records(tmp_
     rig.loop.observe(
         Observation("a", full=True, networks={_RED: _NETWORK}, instances={web.id: web})
     )
-    assert rule_set_of(rig.loop.compile_all()["red/10.0.0.5"]) == set_id(rules)
+    assert rule_set_of((await rig.loop.compile_all())["red/10.0.0.5"]) == set_id(rules)
     assert sets.wanted == [{set_id(rules)}]
