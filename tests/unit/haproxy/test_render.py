@@ -347,6 +347,16 @@ def test_the_record_is_in_the_cache_key_before_the_cache_is_asked() -> None:
     )
 
 
+@pytest.mark.parametrize("name", sorted(_CASES))
+def test_conditions_are_deleted_before_the_cache_is_asked_and_go_on_to_nova(name: str) -> None:
+    deleted = "http-request del-header if- -m beg"
+    for section in build_sections(_CASES[name]):
+        words = [" ".join(line) for line in section.lines]
+        asked = [n for n, one in enumerate(words) if one.startswith("http-request cache-use")]
+        assert all(deleted in words[:place] for place in asked)
+        assert deleted not in words or asked, section.header
+
+
 def test_the_banner_names_the_content() -> None:
     first, _, rest = render_config(_CASES["empty"]).partition("\n")
     assert first.startswith(f"{BANNER} ")
