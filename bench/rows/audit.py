@@ -58,7 +58,7 @@ def _embedded(bench: Bench, wanted: Callable[[str], bool]) -> Iterator[Row]:
             daemon = daemons[mode] = Daemon(bench.directory / f"audit-{mode}", {"audit": settings})
             stack.callback(daemon.stop)
             sides[mode] = _side(bench, daemon, network_name(number))
-        rounds = _MORE_ROUNDS * bench.scale.rounds
+        rounds = _rounds(bench)
         load_in_turn(bench, list(sides.values()), bench.scale.seconds, rounds=rounds)
         without_errors(*sides.values())
         lines = {mode: _lines(bench, mode) for mode in modes}
@@ -91,13 +91,17 @@ def _signed(bench: Bench) -> Row:
             daemon.wait_serving(1)
             worker = daemon.wait_settled().worker
             sides[mode] = Side(f"http://169.254.169.254{PATH}", worker, (_AGENT,), network=name)
-        rounds = _MORE_ROUNDS * bench.scale.rounds
+        rounds = _rounds(bench)
         load_in_turn(bench, list(sides.values()), bench.scale.seconds, rounds=rounds)
         without_errors(*sides.values())
         left_out = _left_out(daemon)
     what = "a line for each"
     row = _row(bench, "audit-signed", what, sides["all"], sides["off"], bar=_BAR, path=PATH)
     return _with_lines(row, _lines(bench, "signed-all"), left_out)
+
+
+def _rounds(bench: Bench) -> int:
+    return (_MORE_ROUNDS if bench.scale.warm_up else 1) * bench.scale.rounds
 
 
 def _with_lines(row: Row, lines: int, left_out: int) -> Row:

@@ -124,9 +124,7 @@ def _say(world: World, holds: str, **renamed: str) -> None:
         text = text.replace(old, new)
     read = parse_yaml(text, "page")
     assert isinstance(read.data, dict)
-    world.daemon.configure(read.data)
-    done = world.daemon.command("reload", "--allow-dropped")
-    assert done.status == 0, done
+    world.daemon.reconfigure(read.data)
 
 
 def _command(world: World, begins: str) -> str:
@@ -176,8 +174,7 @@ def test_what_is_locked_after_the_boot_is_opened_again_by_the_pages_command(worl
 
 @pytest.mark.root
 def test_tokens_end_by_the_pages_command_and_not_by_the_one_for_keys(world: World) -> None:
-    world.daemon.configure({})
-    assert world.daemon.command("reload", "--allow-dropped").status == 0
+    world.daemon.reconfigure({})
     token = _token(world.red)
     assert "signs tokens" in _command(world, "imdsproxy token rotate")
     assert _ask(world.red, _USER_DATA, token).status == 200

@@ -28,8 +28,7 @@ def agents() -> Iterator[AgentWorld]:
         haproxy: dict[str, object] = {"maxconn_per_network": _SHARE}
         world.settings = {**world.settings, "haproxy": haproxy}
         world.heal()
-        world.daemon.configure(world.settings)
-        assert world.daemon.command("reload").status == 0
+        world.daemon.reconfigure(world.settings)
         world.wait_serving()
         yield world
 

@@ -171,8 +171,7 @@ def test_a_request_that_comes_back_from_the_resolver_has_one_line() -> None:
     with open_nova_world() as nova:
         log = AuditLog(nova.daemon)
         settings = {**nova.daemon.settings, "audit": {"mode": "all", "destination": str(log.path)}}
-        nova.daemon.configure(settings)
-        assert nova.daemon.command("reload").status == 0
+        nova.daemon.reconfigure(settings)
         head = "POST /openstack/2013-10-17/password HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
         reply = nova.guests["red"].raw(head.encode() + b"1\r\na\r\n0\r\n\r\n", method="POST")
         assert "x-imdsproxy-told" not in reply.headers

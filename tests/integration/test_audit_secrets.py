@@ -32,8 +32,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NovaWorld]:
     path = tmp_path_factory.mktemp("audit") / "audit.log"
     with open_nova_world() as world:
         audit = {"mode": "all", "destination": os.fspath(path)}
-        world.daemon.configure({**world.daemon.settings, "audit": audit})
-        assert world.daemon.command("reload").status == 0
+        world.daemon.reconfigure({**world.daemon.settings, "audit": audit})
         yield world
 
 

@@ -191,8 +191,7 @@ def _reads(guest: Guest) -> bool:
 @pytest.fixture
 def settings_restored(world: World) -> Iterator[World]:
     yield world
-    world.daemon.configure(_HOLD)
-    assert world.daemon.command("reload").status == 0
+    world.daemon.reconfigure(_HOLD)
 
 
 def test_a_configuration_that_haproxy_refuses_never_replaces_a_good_one(
@@ -219,8 +218,7 @@ def test_a_configuration_that_haproxy_refuses_never_replaces_a_good_one(
     # Records go on, and a mended file is taken over.
     world.daemon.put(instances=[{**instance("red-5", "red"), "user_data": "meanwhile"}])
     assert world.red.ask(_TARGET).text == "meanwhile"
-    world.daemon.configure(_HOLD)
-    assert world.daemon.command("reload").status == 0
+    world.daemon.reconfigure(_HOLD)
     until(lambda: world.daemon.status()["readiness"]["ready"], within_s=8)
 
 

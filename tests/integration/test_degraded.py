@@ -156,15 +156,13 @@ def test_a_thousand_missing_devices_are_counted_and_the_first_are_named(world: W
 def test_degraded_is_not_ready_where_the_settings_say_so(world: World) -> None:
     before = world.daemon.settings
     world.daemon.put([{"id": "lost", "listener": {"namespace": world.lab.name("nowhere")}}])
-    world.daemon.configure({**before, "metrics": {**_METRICS, "degraded": "not-ready"}})
-    assert world.daemon.command("reload").status == 0
+    world.daemon.reconfigure({**before, "metrics": {**_METRICS, "degraded": "not-ready"}})
     ready = _readyz(world)
     assert (ready["status"], ready["ready"]) == (503, False)
     assert "no network namespace" in ready["reasons"][0]
     assert world.daemon.command("status", "--check").status == 1
     assert _metric(world, "imdsproxy_ready") == 0
-    world.daemon.configure(before)
-    assert world.daemon.command("reload").status == 0
+    world.daemon.reconfigure(before)
     assert _readyz(world)["status"] == 200
 
 

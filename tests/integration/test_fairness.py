@@ -44,11 +44,9 @@ def world(shared_world: World) -> Iterator[World]:
 
 
 def _say(world: World, policy: Mapping[str, Any]) -> None:
-    world.daemon.configure(
+    world.daemon.reconfigure(
         {"limits": _DEFAULT, "resolver": {"hold_s": 1.0}, "policy": {"instances": policy}}
     )
-    reloaded = world.daemon.command("reload", "--allow-dropped")
-    assert reloaded.status == 0, reloaded
 
 
 def _statuses(guest: Guest, count: int, *, to: str = IPV4) -> list[int]:

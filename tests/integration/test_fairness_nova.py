@@ -33,9 +33,7 @@ def agents(shared_agents: AgentWorld) -> Iterator[AgentWorld]:
 
 
 def _choose(world: AgentWorld, settings: Mapping[str, Mapping[str, object]]) -> None:
-    world.daemon.configure({**world.settings, **settings})
-    done = world.daemon.command("reload", "--allow-dropped")
-    assert done.status == 0, done
+    world.daemon.reconfigure({**world.settings, **settings})
 
 
 def _through(connection: Connection, network: str) -> Reply:

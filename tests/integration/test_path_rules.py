@@ -46,9 +46,7 @@ def world(shared_world: World) -> Iterator[World]:
 
 def _settings(world: World, policy: Mapping[str, Any]) -> None:
     """Have this policy in force."""
-    world.daemon.configure({**_OPEN, "policy": policy})
-    reloaded = world.daemon.command("reload", "--allow-dropped")
-    assert reloaded.status == 0, reloaded
+    world.daemon.reconfigure({**_OPEN, "policy": policy})
 
 
 def _instance(world: World, policy: Mapping[str, Any], **fields: object) -> None:
@@ -284,8 +282,7 @@ def test_behind_neutrons_proxies_guests_of_nova_and_ours_are_held_to_the_same() 
     with open_agents() as agents:
 
         def say(paths: Mapping[str, str]) -> None:
-            agents.daemon.configure({**agents.settings, "policy": {"host": {"paths": paths}}})
-            assert agents.daemon.command("reload", "--allow-dropped").status == 0
+            agents.daemon.reconfigure({**agents.settings, "policy": {"host": {"paths": paths}}})
 
         say({_USER_DATA: "deny", _HOSTNAME: "required"})
         for address in ("10.0.0.5", "10.0.0.6"):

@@ -41,9 +41,7 @@ def world(shared_world: World) -> Iterator[World]:
 
 
 def _settings(world: World, policy: Mapping[str, Any]) -> None:
-    world.daemon.configure({**world.daemon.settings, "policy": policy})
-    reloaded = world.daemon.command("reload", "--allow-dropped")
-    assert reloaded.status == 0, reloaded
+    world.daemon.reconfigure({**world.daemon.settings, "policy": policy})
 
 
 def _network_says(world: World, name: str, policy: Mapping[str, Any]) -> None:

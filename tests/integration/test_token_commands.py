@@ -161,8 +161,7 @@ def test_reopen_unseals_and_opens_what_is_locked_after_the_boot(world: World) ->
         assert own(world.red, world.red.ask(_USER_DATA)) is None
         assert green.ask(_USER_DATA).status == 403
     finally:
-        world.daemon.configure({"resolver": {"hold_s": 1.0}})
-        assert world.daemon.command("reload", "--allow-dropped").status == 0
+        world.daemon.reconfigure({"resolver": {"hold_s": 1.0}})
 
 
 def test_a_damaged_guard_file_stops_the_start_and_guests_are_served_on(world: World) -> None:
@@ -243,5 +242,4 @@ def test_what_explain_says_of_a_path_is_what_haproxy_does(
                 else:
                     assert status == decided["status"], (path, way, decided)
     finally:
-        world.daemon.configure({"resolver": {"hold_s": 1.0}})
-        assert world.daemon.command("reload", "--allow-dropped").status == 0
+        world.daemon.reconfigure({"resolver": {"hold_s": 1.0}})

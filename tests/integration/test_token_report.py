@@ -37,8 +37,7 @@ def world() -> Iterator[World]:
 
 def _say(world: World, policy: Mapping[str, Any], count_reads: str = "all") -> None:
     settings = {**_SETTINGS, "tokens": {"count_reads": count_reads}, "policy": policy}
-    world.daemon.configure(settings)
-    assert world.daemon.command("reload", "--allow-dropped").status == 0
+    world.daemon.reconfigure(settings)
 
 
 def _report(world: World) -> dict[str, Any]:

@@ -205,8 +205,7 @@ class AgentWorld:
         """Have the settings of the beginning again, and service."""
         self.nova.forget()
         if self.daemon.settings is not self.settings:
-            self.daemon.configure(self.settings)
-            assert self.daemon.command("reload").status == 0
+            self.daemon.reconfigure(self.settings)
         self.wait_serving()
         self.daemon.wait_ready()
 

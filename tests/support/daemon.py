@@ -141,6 +141,11 @@ class Daemon:
         text = yaml.safe_dump(base, sort_keys=False)
         self.config.write_text(text.replace("{directory}", str(self.directory)))
 
+    def reconfigure(self, settings: Mapping[str, Mapping[str, object]]) -> None:
+        """Write the settings anew, and have the controller take them over, as `imdsproxy reload` does."""
+        self.configure(settings)
+        self.admin.request("POST", "/v1/reload", body={"allow_dropped": True})
+
     # Places
 
     @property

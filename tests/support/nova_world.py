@@ -98,9 +98,7 @@ class NovaWorld:
 
     def take_over(self, settings: Mapping[str, Mapping[str, object]]) -> None:
         """Change the daemon's settings while it runs; in force at the return."""
-        self.daemon.configure(settings)
-        done = self.daemon.command("reload")
-        assert done.status == 0, done.out + done.err
+        self.daemon.reconfigure(settings)
 
     def forget(self) -> None:
         """Have the recorders as at the beginning."""

@@ -10,6 +10,7 @@ from typing import Final
 from imdsproxy.core.inventory import Inventory
 from imdsproxy.core.observation import Observation
 from imdsproxy.sources.api import Source
+from support.patience import patience
 
 __all__ = ["Heard", "running"]
 
@@ -32,7 +33,7 @@ class Heard:
 
     async def until(self, holds: Callable[[Heard], object]) -> None:
         """Wait until something holds of what was heard."""
-        async with asyncio.timeout(DEADLINE_S):
+        async with asyncio.timeout(DEADLINE_S * patience()):
             while not holds(self):
                 self._news.clear()
                 await self._news.wait()

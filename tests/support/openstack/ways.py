@@ -200,9 +200,7 @@ class Ways:
 
     def take_over(self, settings: Mapping[str, Mapping[str, object]]) -> None:
         """Change the daemon's settings while it runs."""
-        self.daemon.configure(settings)
-        done = self.daemon.command("reload")
-        assert done.status == 0, done.out + done.err
+        self.daemon.reconfigure(settings)
 
     def furnish(self, way: Way, scope: str, more: Sequence[str] = ()) -> None:
         """Make a namespace with all of its guests' addresses.
