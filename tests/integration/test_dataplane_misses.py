@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import threading
@@ -14,6 +15,7 @@ from typing import Final, Self
 import pytest
 
 from imdsproxy.config.schema import ResolverSettings
+from imdsproxy.dataplane.master import MasterClient
 from support.daemon import Daemon, instance, user_data_of
 from support.guest import IPV6, Guest, Load, Lost, Reply
 from support.lab import Lab, batch, until
@@ -208,6 +210,24 @@ def test_a_flood_that_is_refused_does_not_keep_all_others_of_its_network_out(wor
     with _Flood(flooder, _invent(flooder, 50)) as flood:
         until(lambda: flood.statuses.count(503) > 2 * _MISSES_PER_S, what="refusals")
         until(lambda: _reaches_python(stranger), within_s=4, what="a request that reaches Python")
+
+
+def test_a_network_over_its_misses_waits_a_second_for_each_503(world: World) -> None:
+    stranger = world.lab.guest("red", 73)
+    client = MasterClient(world.daemon.runtime / "master.sock")
+    worker = world.pids().worker
+
+    async def exhaust() -> None:
+        # As many as a flood leaves there.
+        assert not await client.send(worker, "set table resolver key red data.gpc0_rate 100000")
+
+    asyncio.run(exhaust())
+    reply, took = _timed(lambda: stranger.ask(_TARGET))
+    assert (reply.status, reply.body) == (503, b"")
+    assert reply.headers["retry-after"]
+    assert took >= 1
+    other, _ = _timed(lambda: world.guests["green"].ask(_TARGET))
+    assert own(world.guests["green"], other) is None
 
 
 def _reaches_python(guest: Guest) -> bool:

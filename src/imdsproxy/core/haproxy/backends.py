@@ -28,6 +28,7 @@ from imdsproxy.core.haproxy.rules import (
     originate,
     refuse_lengths,
     retry_later,
+    retry_later_slowly,
     tell_to_continue,
 )
 from imdsproxy.core.haproxy.short import (
@@ -172,7 +173,7 @@ def resolver_backend(spec: DataplaneSpec) -> Section:
             ("stick-table", "type", "string", "len", "64", "size", "20k", "expire", "10s", "store", "gpc0_rate(1s)"),
             ("http-request", "track-sc0", "var(sess.network)"),
             # Before it is counted: whoever is refused would else wait the longer the more often it asks.
-            (*retry_later(), "if", "{", "sc0_gpc0_rate", "ge", str(spec.limits.misses_per_second), "}"),
+            (*retry_later_slowly(), "if", "{", "sc0_gpc0_rate", "ge", str(spec.limits.misses_per_second), "}"),
             ("http-request", "sc-inc-gpc0(0)"),
             *((originate(),) if spec.nova else ()),
             *tell_forwarded(),

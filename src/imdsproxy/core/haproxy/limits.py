@@ -14,9 +14,9 @@ import math
 from typing import Final
 
 from imdsproxy.core.haproxy.model import DataplaneSpec, Section, Words
-from imdsproxy.core.haproxy.rules import HAS_POLICY, KNOWN, NOVA, negated
+from imdsproxy.core.haproxy.rules import HAS_POLICY, KNOWN, NOVA, negated, retry_later_slowly
 from imdsproxy.core.policy import POLICY_WORD
-from imdsproxy.core.wire import MAP_NOVA, RETRY_AFTER_S
+from imdsproxy.core.wire import MAP_NOVA
 
 __all__ = [
     "COUNTERS",
@@ -281,18 +281,7 @@ def _too_many_open(default: int) -> tuple[Words, ...]:
 
 
 def _refuse(*conditions: str) -> Words:
-    # Held for `timeout tarpit`: whoever asks again at once would cost its neighbours more than by its answers.
-    return (
-        "http-request",
-        "tarpit",
-        "status",
-        "503",
-        "hdr",
-        "Retry-After",
-        str(RETRY_AFTER_S),
-        "if",
-        *conditions,
-    )
+    return (*retry_later_slowly(), "if", *conditions)
 
 
 def _connection(key: str, *conditions: str) -> Words:

@@ -28,6 +28,7 @@ __all__ = [
     "refuse_forwarded_token",
     "refuse_lengths",
     "retry_later",
+    "retry_later_slowly",
     "tell_to_continue",
 ]
 
@@ -143,6 +144,11 @@ def delete_guest_headers(kept: Iterable[str] = GUEST_HEADERS) -> Words:
 def retry_later(seconds: int = RETRY_AFTER_S) -> Words:
     """Answer 503: clients come again."""
     return ("http-request", "return", "status", "503", "hdr", "Retry-After", str(seconds))
+
+
+def retry_later_slowly() -> Words:
+    """Answer 503 after `timeout tarpit`: who asks again at once costs its neighbours more than by the answers."""
+    return ("http-request", "tarpit", "status", "503", "hdr", "Retry-After", str(RETRY_AFTER_S))
 
 
 def milliseconds(seconds: float) -> str:
