@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass
 from typing import Final, Literal, TypeAlias
 
-from imdsproxy.core.haproxy.rules import refuse_forwarded_token
+from imdsproxy.core.haproxy.rules import METHODS, refuse_forwarded_token
 from imdsproxy.core.haproxy.section import Section, Words, render_sections
 from imdsproxy.core.wire import RETRY_AFTER_S
 from imdsproxy.errors import RequestRefused
@@ -207,7 +207,7 @@ def _listen(spec: NamespaceProxySpec) -> Section:
         (
             ("bind", address.format(spec.port), *family, "proto", "h1"),
             # A tunnel, as that of an upgrade.
-            ("http-request", "return", "status", "405", "if", "METH_CONNECT"),
+            ("http-request", "return", "status", "405", "hdr", "Allow", ", ".join(METHODS), "if", "METH_CONNECT"),
             *refuse_forwarded_token(*_FORWARDED_FOR),
             # The guest's own header is replaced below; a receiver's `refuse_forwarded` looks at this one.
             ("http-request", "set-header", "X-Forwarded-By", "guest", "if", *_FORWARDED_FOR),

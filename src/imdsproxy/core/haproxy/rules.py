@@ -12,6 +12,7 @@ __all__ = [
     "CONFLICT",
     "GUEST_HEADERS",
     "KNOWN",
+    "METHODS",
     "NOVA",
     "TOKEN_HEADERS",
     "HAS_POLICY",
@@ -50,7 +51,7 @@ TOKEN_HEADERS: Final = ("x-aws-ec2-metadata-token", "x-aws-ec2-metadata-token-tt
 _LENGTH_DIGITS: Final = 18
 """As many as every number of them is less than 2 to the power of 63."""
 
-_METHODS: Final = ("GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH")
+METHODS: Final = ("GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH")
 
 KNOWN: Final[Words] = ("{", "var(txn.record)", "-m", "sub", "|", "}")
 """The record is an instance's."""
@@ -89,9 +90,9 @@ def allow_methods(*, nova: bool = False) -> tuple[Words, ...]:
     password's place takes more than reads.
     """
     refuse: Words = ("http-request", "return", "status", "405", "hdr", "Allow")
-    unknown: Words = ("if", "!{", "method", *_METHODS, "}")
+    unknown: Words = ("if", "!{", "method", *METHODS, "}")
     if nova:
-        return ((*refuse, ", ".join(_METHODS), *unknown),)
+        return ((*refuse, ", ".join(METHODS), *unknown),)
     password = ("{", "path", "-m", "reg", "^/openstack/[^/]+/password/*$", "}")
     return (
         (*refuse, "GET, HEAD, POST", *unknown, *password),
