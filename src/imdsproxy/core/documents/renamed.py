@@ -41,12 +41,14 @@ def _tags(instance: Instance) -> Iterator[Problem]:
         return
     permitted = permitted_tags(instance.tags)
     for name, _ in instance.tags:
+        if name in permitted and is_listed_tag(name):
+            continue
         field = f"instances.{instance.id}.tags[{quoted(name)}]"
-        if name not in permitted:
-            yield Problem(field, "EC2's tags/instance does not have this tag", _TAG_HINT)
-        elif not is_listed_tag(name):
+        if name in permitted:
             reason = "EC2's tags/instance does not list this tag"
             yield Problem(field, reason, "clients take a name with = for an ssh key")
+        else:
+            yield Problem(field, "EC2's tags/instance does not have this tag", _TAG_HINT)
 
 
 def list_warnings(warnings: Iterable[Problem]) -> tuple[str, ...]:
