@@ -16,6 +16,7 @@ from typing import Self
 import pytest
 
 from imdsproxy.core.compiled import compiled_path
+from imdsproxy.host.files import MAX_LOG_BYTES
 from imdsproxy.serving.pidfile import read_beat, stop_documents
 from imdsproxy.serving.store import apply_record
 from support.document_server import DEADLINE_S, Server, UnixConnection, ask, pss_kib, wait_for
@@ -241,6 +242,15 @@ def test_a_worker_that_is_only_idle_or_slow_is_left_alone(server: Server) -> Non
     assert server.running.workers == workers
     for connection in connections:
         connection.close()
+
+
+def test_its_log_is_kept_short_and_goes_on(server: Server) -> None:
+    with server.log.open("ab") as log:
+        log.write(b"x" * (MAX_LOG_BYTES + 1))
+    wait_for("a short log", lambda: server.log.stat().st_size < MAX_LOG_BYTES)
+    assert server.log.with_name("documents.log.1").stat().st_size == MAX_LOG_BYTES
+    os.kill(server.running.workers[0], signal.SIGKILL)
+    wait_for("a line", lambda: "a worker ended" in server.text())
 
 
 @pytest.mark.slow

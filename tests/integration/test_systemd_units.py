@@ -313,6 +313,9 @@ def test_settings_that_are_wrong_at_the_start_leave_a_failed_unit_and_no_loop(
     assert status != 0
     assert daemon.active()[CONTROLLER] == "failed"
     assert daemon.machine.unit(CONTROLLER, "ExecMainStatus") == "78"
+    errors = daemon.machine.run("journalctl", "-p", "err", "--output=cat", "-u", CONTROLLER)
+    assert "\nimdsproxy: " in f"\n{errors}"
+    assert "haproxy.maxcon" in errors
     assert all(serves(guest) for guest in daemon.guests)
 
 
@@ -417,6 +420,11 @@ def test_documents_come_again_within_five_seconds_whatever_of_their_server_hangs
     _, *workers = daemon.status()["documents"]["pids"]
     daemon.machine.run("kill", "-STOP", *map(str, workers))
     assert until(lambda: all(map(fresh, daemon.guests)), within_s=30, what="documents") < 8.0
+
+    errors = daemon.machine.run("journalctl", "-p", "err", "--output=cat", "-u", DOCUMENTS)
+    hung = [line for line in errors.splitlines() if "does not answer" in line]
+    assert len(hung) == 2
+    assert all(line.startswith("{") for line in hung)
 
     parent = daemon.machine.main_pid(DOCUMENTS)
     daemon.machine.run("kill", "-STOP", str(parent))

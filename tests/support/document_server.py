@@ -42,7 +42,7 @@ def run_watched(task):
     sys.addaudithook(watch)
     run_worker(task)
 supervisor.run_worker = run_watched
-for name in ("records", "passwords", "pid_file"):
+for name in ("records", "passwords", "pid_file", "log"):
     options[name] = pathlib.Path(options[name])
 options["sockets"] = tuple(map(pathlib.Path, options["sockets"]))
 try:
@@ -128,6 +128,7 @@ class Server:
             "records": str(self.records),
             "passwords": str(self.passwords),
             "pid_file": str(self.pid_file),
+            "log": str(self.log),
             "user": self._user,
             "notify": self._notify,
             "fault": fault,

@@ -15,7 +15,7 @@ import structlog
 from imdsproxy.dataplane.launch import UNIT_S, wait_gone
 from imdsproxy.errors import DataplaneError, HostRefused, Problem
 from imdsproxy.host.doubt import Doubt
-from imdsproxy.host.files import open_log
+from imdsproxy.host.files import limit_log, open_log
 from imdsproxy.host.process import ProcessHandle, open_process, read_stat, spawn_detached
 from imdsproxy.host.programs import run_program
 from imdsproxy.serving.pidfile import stop_documents
@@ -152,6 +152,7 @@ class SpawnCompanion:
 
     async def start(self) -> None:
         """See `CompanionLauncher.start`."""
+        limit_log(self.log)
         offset = self.log.stat().st_size if self.log.exists() else 0
         with os.fdopen(open_log(self.log), "ab") as sink:
             child = spawn_detached(

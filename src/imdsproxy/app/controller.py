@@ -67,7 +67,7 @@ from imdsproxy.core.upstream import changed_secrets
 from imdsproxy.dataplane.launch import read_program
 from imdsproxy.errors import DataplaneError, HostRefused, ImdsproxyError
 from imdsproxy.host.clock import Clock
-from imdsproxy.host.files import hold_directory, write_atomic
+from imdsproxy.host.files import hold_directory, limit_log, write_atomic
 from imdsproxy.host.notify import ServiceNotifier, kept_sockets
 from imdsproxy.host.socket_file import SocketFiles
 from imdsproxy.host.sockets import try_tcp_listen
@@ -133,10 +133,11 @@ class _Controller:
             await self.parts.lookup.review()
 
     async def refresh_figures(self) -> None:
-        """Read HAProxy's counters now and then, so that none is lost over a reload."""
+        """Read HAProxy's counters now and then, so that none is lost over a reload; keep its log short."""
         while True:
             if self.face is not None:
                 await self.face.figures.refresh()
+            limit_log(self.parts.layout.haproxy_log)
             await asyncio.sleep(_FIGURES_EVERY_S)
 
     async def reload(self, allow_dropped: bool) -> SettingsReload:  # noqa: FBT001 - as `end`

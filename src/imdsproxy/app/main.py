@@ -19,7 +19,7 @@ from imdsproxy.host.clock import SystemClock
 from imdsproxy.host.descriptors import raise_descriptor_limit
 from imdsproxy.host.dumps import leave_no_dumps
 from imdsproxy.host.logs import open_logging
-from imdsproxy.host.notify import ServiceNotifier
+from imdsproxy.host.notify import ServiceNotifier, is_journal
 
 __all__ = ["run"]
 
@@ -38,7 +38,9 @@ def run(load: Callable[[], Loaded], *, config: Path | None, environment: Mapping
     clock = SystemClock()
 
     def open_log(settings: Settings) -> None:
-        open_logging(settings.log.level, settings.log.format, sys.stderr, clock=clock)
+        log = settings.log
+        journal = is_journal(sys.stderr, environment)
+        open_logging(log.level, log.format, sys.stderr, clock=clock, journal=journal)
 
     loaded = load()
     open_log(loaded.settings)

@@ -18,11 +18,12 @@ def documents(context: typer.Context, *, config: options.Config = None) -> None:
     from imdsproxy.dataplane.layout import Layout  # noqa: PLC0415 - the others need not load it
     from imdsproxy.host.clock import SystemClock  # noqa: PLC0415 - as above
     from imdsproxy.host.logs import open_logging  # noqa: PLC0415 - as above
-    from imdsproxy.host.notify import ServiceNotifier  # noqa: PLC0415 - as above
+    from imdsproxy.host.notify import ServiceNotifier, is_journal  # noqa: PLC0415 - as above
     from imdsproxy.serving.server import DocumentServerOptions, run_documents  # noqa: PLC0415
 
     settings = options.invocation(context, config=config).settings
-    open_logging(settings.log.level, settings.log.format, sys.stderr, clock=SystemClock())
+    log, journal = settings.log, is_journal(sys.stderr, os.environ)
+    open_logging(log.level, log.format, sys.stderr, clock=SystemClock(), journal=journal)
     layout = Layout(
         runtime=settings.paths.runtime_dir,
         state=settings.paths.state_dir,
@@ -35,6 +36,7 @@ def documents(context: typer.Context, *, config: options.Config = None) -> None:
             records=layout.records,
             passwords=layout.passwords,
             pid_file=layout.documents_pid,
+            log=layout.documents_log,
             user=settings.documents.user,
             group=settings.documents.group,
         ),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import json
+import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -155,6 +156,10 @@ class Output:
         lines += [f"  {clean(problem)}" for problem in problems]
         if hint:
             lines.append(f"[dim]hint:[/] {clean(hint)}")
+        from imdsproxy.host.notify import is_journal  # noqa: PLC0415 - only where something is wrong
+
+        if is_journal(sys.stderr, os.environ):
+            lines = [f"<3>{line}" for line in lines]
         console = _console(sys.stderr)
         for line in lines:
             console.print(line, soft_wrap=not sys.stderr.isatty())

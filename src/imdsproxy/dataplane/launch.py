@@ -15,7 +15,7 @@ from imdsproxy.core.haproxy.runtime import Processes, Version, parse_features, p
 from imdsproxy.dataplane.layout import Layout
 from imdsproxy.dataplane.master import MasterClient
 from imdsproxy.errors import ConfigRejected, HaproxyMissing, HostRefused, RuntimeUnavailable
-from imdsproxy.host.files import open_log, write_atomic
+from imdsproxy.host.files import limit_log, open_log, write_atomic
 from imdsproxy.host.process import ProcessHandle, find_processes, open_process, spawn_detached
 from imdsproxy.host.programs import run_program
 
@@ -180,6 +180,7 @@ class SpawnLauncher:
     async def start(self) -> Processes:
         """See `Launcher.start`."""
         log = self.layout.haproxy_log
+        limit_log(log)
         offset = log.stat().st_size if log.exists() else 0
         with os.fdopen(open_log(log), "ab") as sink:
             child = spawn_detached(

@@ -12,14 +12,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
-from imdsproxy.errors import HostRefused, SecretUnreadable
+from imdsproxy.errors import HostRefused, ImdsproxyError, SecretUnreadable
 from imdsproxy.host.refusal import host_refused
 
 __all__ = [
+    "MAX_LOG_BYTES",
     "MAX_SECRET_BYTES",
     "ensure_directory",
     "hold_directory",
     "is_file_at",
+    "limit_log",
     "open_locked",
     "open_log",
     "read_secret",
@@ -30,6 +32,9 @@ __all__ = [
 
 MAX_SECRET_BYTES: Final = 64 * 1024
 """A secret is a key or a password, never a document."""
+
+MAX_LOG_BYTES: Final = 4 * 1024 * 1024
+"""Logs without systemd are in memory."""
 
 _OTHERS: Final = 0o007
 _UNFINISHED: Final = re.compile(r"\..+\.(\d+)-\d+\.tmp")
@@ -176,6 +181,26 @@ def open_log(path: Path) -> int:
         return os.open(path, flags)
     os.fchmod(descriptor, 0o640)
     return descriptor
+
+
+def limit_log(path: Path, limit: int = MAX_LOG_BYTES) -> None:
+    """Begin a log anew that has more than `limit` bytes; its end is kept beside it, as `NAME.1`.
+
+    The process that writes it, at its end (`open_log`), notices nothing.
+    """
+    try:
+        with path.open("r+b") as file:
+            size = file.seek(0, os.SEEK_END)
+            if size <= limit:
+                return
+            file.seek(size - limit)
+            # Where there is no room for its end, at least there is some again.
+            with contextlib.suppress(ImdsproxyError):
+                write_atomic(path.with_name(f"{path.name}.1"), file.read(), mode=0o640)
+            file.truncate(0)
+    except OSError:
+        # There is no such file, as under systemd.
+        return
 
 
 def open_locked(path: Path, flags: int, mode: int = 0o600) -> int | None:

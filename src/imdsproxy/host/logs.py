@@ -1,14 +1,14 @@
 """Log lines of the long-running processes: JSON for machines, aligned text on a terminal.
 
 A line is an event in a few words and key-value pairs; its time is UTC. Messages of libraries
-(uvicorn, asyncio) come the same way, from `warning` on.
+(uvicorn, asyncio) come the same way, from `warning` on. The journal is told of their priorities.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import MutableMapping
-from typing import TYPE_CHECKING, Final, Literal, TextIO, TypeAlias
+from typing import TYPE_CHECKING, Final, Literal, TextIO, TypeAlias, cast
 
 import structlog
 
@@ -24,6 +24,8 @@ LogFormat: TypeAlias = Literal["auto", "json", "text"]
 
 _Event: TypeAlias = MutableMapping[str, object]
 _CLIPPED: Final = 8192
+_PRIORITIES: Final = {"debug": 7, "info": 6, "warning": 4, "error": 3, "critical": 2}
+"""Of syslog, as sd-daemon(3) has them at the beginning of a line."""
 
 
 class _Libraries(logging.Handler):
@@ -41,7 +43,13 @@ class _Libraries(logging.Handler):
 
 
 def open_logging(
-    level: LogLevel, log_format: LogFormat, stream: TextIO, *, clock: Clock, colours: bool = False
+    level: LogLevel,
+    log_format: LogFormat,
+    stream: TextIO,
+    *,
+    clock: Clock,
+    colours: bool = False,
+    journal: bool = False,
 ) -> None:
     """Set up what `structlog.get_logger()` writes, for this process; call again to change it.
 
@@ -51,11 +59,15 @@ def open_logging(
         stream: Where lines go, usually standard error.
         clock: Whose time the lines carry.
         colours: Colour text lines; the caller knows about terminals and NO_COLOR.
+        journal: The stream is systemd's journal: `journalctl -p warning` is to find warnings.
     """
     text = log_format == "text" or (log_format == "auto" and stream.isatty())
     number = logging.getLevelNamesMapping()[level.upper()]
     structlog.configure(
-        processors=_processors(clock, text=text, colours=colours),
+        processors=[
+            *_processors(clock, text=text, colours=colours),
+            *([cast("Processor", _add_priority)] if journal else []),
+        ],
         wrapper_class=structlog.make_filtering_bound_logger(number),
         logger_factory=structlog.WriteLoggerFactory(file=stream),
         cache_logger_on_first_use=False,
@@ -92,6 +104,11 @@ def _processors(clock: Clock, *, text: bool, colours: bool) -> list[Processor]:
         structlog.processors.EventRenamer("message"),
         structlog.processors.JSONRenderer(ensure_ascii=False, default=str),
     ]
+
+
+def _add_priority(_logger: WrappedLogger, method: str, line: str) -> str:
+    prefix = f"<{_PRIORITIES[method]}>"
+    return prefix + line.replace("\n", f"\n{prefix}")
 
 
 def _clip(_logger: WrappedLogger, _method: str, event: _Event) -> _Event:

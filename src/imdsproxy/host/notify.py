@@ -7,11 +7,11 @@ import os
 import socket
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Final
+from typing import IO, Final
 
 from imdsproxy.host.refusal import host_refused
 
-__all__ = ["ServiceNotifier", "kept_sockets"]
+__all__ = ["ServiceNotifier", "is_journal", "kept_sockets"]
 
 _PATIENCE_S: Final = 1.0
 _FIRST_KEPT: Final = 3
@@ -87,6 +87,15 @@ class ServiceNotifier:
             channel.settimeout(_PATIENCE_S)
             channel.connect(target)
             yield channel
+
+
+def is_journal(stream: IO[str], environment: Mapping[str, str]) -> bool:
+    """Whether what is written to a stream goes to systemd's journal (`JOURNAL_STREAM` in systemd.exec(5))."""
+    try:
+        status = os.fstat(stream.fileno())
+    except (OSError, ValueError):  # it is no file at all
+        return False
+    return environment.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
 
 
 def kept_sockets(environment: Mapping[str, str], name: str, pid: int) -> list[socket.socket]:

@@ -44,6 +44,7 @@ class DocumentServerOptions:
         records: The directory of compiled records.
         passwords: The directory of guests' passwords; made, and given to the workers' account.
         pid_file: Locked while the server runs; lists the parent and the workers.
+        log: Where this process's standard error goes, if that is a file of ours: its size is limited.
         user: Whose account the workers take, if this process is root; `None` keeps the present one.
         group: The workers' group, and that of the sockets; `None` for the user's own.
         cache_bytes: Memory that each worker may spend on parsed records.
@@ -53,6 +54,7 @@ class DocumentServerOptions:
     records: Path
     passwords: Path
     pid_file: Path
+    log: Path | None = None
     user: str | None = None
     group: str | None = None
     cache_bytes: int = 32 * 1024 * 1024
@@ -92,6 +94,7 @@ def run_documents(
         cache_bytes=options.cache_bytes,
         account=account,
         pid_file=pid_file,
+        log=options.log,
         bind=lambda path: _bind(path, account),
         monotonic=monotonic,
     )

@@ -22,6 +22,7 @@ import structlog
 from imdsproxy.errors import HostRefused, ImdsproxyError
 from imdsproxy.host.descriptors import raise_descriptor_limit
 from imdsproxy.host.doubt import Doubt
+from imdsproxy.host.files import limit_log
 from imdsproxy.host.process import ProcessHandle, open_process, read_stat
 from imdsproxy.host.refusal import host_refused
 from imdsproxy.serving.account import Account
@@ -96,6 +97,7 @@ class Supervisor:
         cache_bytes: Memory that each worker may spend on records.
         account: What the workers become; `None` leaves them as they are.
         pid_file: Kept current.
+        log: Kept short.
         bind: Makes a socket anew where somebody has taken its file away.
         monotonic: The clock.
 
@@ -112,6 +114,7 @@ class Supervisor:
         cache_bytes: int,
         account: Account | None,
         pid_file: PidFile,
+        log: Path | None,
         bind: Callable[[Path], Place],
         monotonic: Callable[[], float],
     ) -> None:
@@ -121,6 +124,7 @@ class Supervisor:
         self._cache_bytes = cache_bytes
         self._account = account
         self._pid_file = pid_file
+        self._log_file = log
         self._bind = bind
         self._monotonic = monotonic
         self._ending: Ending | None = None
@@ -216,6 +220,8 @@ class Supervisor:
         if now >= self._next_look:
             self._next_look = now + _LOOK_EVERY_S
             self._end_hung()
+            if self._log_file is not None:
+                limit_log(self._log_file)
         for worker in self._workers:
             if worker.pid is None and worker.due <= now:
                 self._fork(worker)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import socket
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ import pytest
 
 from imdsproxy.errors import HostRefused, PrivilegeMissing
 from imdsproxy.host.clock import SystemClock
-from imdsproxy.host.notify import ServiceNotifier, kept_sockets
+from imdsproxy.host.notify import ServiceNotifier, is_journal, kept_sockets
 from imdsproxy.host.nslinks import apply_links, haproxy_name
 from imdsproxy.host.refusal import host_refused
 
@@ -70,6 +71,18 @@ def test_without_a_manager_nothing_is_sent(
     listening.setblocking(False)
     with pytest.raises(BlockingIOError):
         listening.recv(1000)
+
+
+def test_the_journal_is_known_by_the_device_and_inode_that_the_manager_names(
+    tmp_path: Path,
+) -> None:
+    with (tmp_path / "journal").open("w") as stream:
+        status = os.fstat(stream.fileno())
+        named = {"JOURNAL_STREAM": f"{status.st_dev}:{status.st_ino}"}
+        assert is_journal(stream, named)
+        assert not is_journal(stream, {"JOURNAL_STREAM": f"{status.st_dev}:1"})
+        assert not is_journal(stream, {})
+        assert not is_journal(io.StringIO(), named)
 
 
 def test_what_the_manager_keeps_is_had_by_the_next(manager: tuple[socket.socket, str]) -> None:

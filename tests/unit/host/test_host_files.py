@@ -13,6 +13,8 @@ from imdsproxy.errors import HostRefused, SecretUnreadable
 from imdsproxy.host.files import (
     MAX_SECRET_BYTES,
     ensure_directory,
+    limit_log,
+    open_log,
     read_secret,
     sweep_unfinished,
     write_atomic,
@@ -187,3 +189,34 @@ def test_a_secret_of_another_user_is_refused(tmp_path: Path) -> None:
     os.chown(path, 65534, 65534)
     with pytest.raises(SecretUnreadable, match="belongs to user 65534"):
         read_secret(path)
+
+
+def test_a_log_that_grew_too_long_begins_anew_and_its_end_is_kept(tmp_path: Path) -> None:
+    path = tmp_path / "haproxy.log"
+    with os.fdopen(open_log(path), "ab", buffering=0) as log:
+        log.write(b"0123456789")
+        limit_log(path, 10)
+        assert path.read_bytes() == b"0123456789"
+        log.write(b"ab")
+        limit_log(path, 10)
+        log.write(b"new")
+    assert path.read_bytes() == b"new"
+    assert (tmp_path / "haproxy.log.1").read_bytes() == b"23456789ab"
+
+
+def test_a_log_begins_anew_also_where_there_is_no_room_for_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_words: object, **_named: object) -> None:
+        raise HostRefused("no space left on device")
+
+    path = tmp_path / "haproxy.log"
+    path.write_bytes(b"0123456789")
+    monkeypatch.setattr("imdsproxy.host.files.write_atomic", refuse)
+    limit_log(path, 5)
+    assert path.read_bytes() == b""
+
+
+def test_where_there_is_no_log_there_is_nothing_to_limit(tmp_path: Path) -> None:
+    limit_log(tmp_path / "none.log", 5)
+    assert list(tmp_path.iterdir()) == []

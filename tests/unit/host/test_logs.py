@@ -108,6 +108,31 @@ def test_an_exception_is_part_of_the_line() -> None:
     assert "ValueError: told" in json.loads(line)["exception"]
 
 
+@pytest.mark.parametrize(
+    ("method", "priority"), [("debug", 7), ("info", 6), ("warning", 4), ("error", 3)]
+)
+def test_a_line_for_the_journal_begins_with_its_priority(method: str, priority: int) -> None:
+    stream = io.StringIO()
+    open_logging("debug", "json", stream, clock=_FixedClock(), journal=True)
+
+    getattr(structlog.get_logger(), method)("x")
+
+    prefix, line = stream.getvalue().split(">", 1)
+    assert prefix == f"<{priority}"
+    assert json.loads(line)["message"] == "x"
+
+
+def test_each_line_of_text_for_the_journal_begins_with_its_priority() -> None:
+    stream = io.StringIO()
+    open_logging("info", "text", stream, clock=_FixedClock(), journal=True)
+
+    logging.getLogger("asyncio").error("task ended", exc_info=ValueError("reason"))
+
+    lines = stream.getvalue().splitlines()
+    assert len(lines) > 1
+    assert all(line.startswith("<3>") for line in lines)
+
+
 def test_foreign_text_is_clipped() -> None:
     stream = io.StringIO()
     open_logging("info", "json", stream, clock=_FixedClock())
