@@ -72,7 +72,7 @@ from imdsproxy.host.notify import ServiceNotifier, kept_sockets
 from imdsproxy.host.socket_file import SocketFiles
 from imdsproxy.host.sockets import try_tcp_listen
 from imdsproxy.host.watch import EventKind, HostWatch, WatchPace
-from imdsproxy.serving.account import find_account, find_closed
+from imdsproxy.serving.account import find_account
 from imdsproxy.serving.resolver import HoldLimits, Resolver
 
 if TYPE_CHECKING:
@@ -369,9 +369,7 @@ async def run_controller(
             documents=DocumentProbe(
                 haproxy,
                 build_files(settings, layout),
-                partial(
-                    find_closed, find_account(settings.documents.user, settings.documents.group)
-                ),
+                partial(find_account, settings.documents.user, settings.documents.group),
                 settings.documents.enabled,
             ),
             lookup=lookup,

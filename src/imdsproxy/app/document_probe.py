@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Final
 
 import structlog
@@ -15,7 +14,8 @@ from imdsproxy.core.compiled import compile_instance, compiled_path
 from imdsproxy.core.model import Instance
 from imdsproxy.core.wire import PROBE_INSTANCE
 from imdsproxy.dataplane.haproxy import Haproxy
-from imdsproxy.errors import ImdsproxyError, Problem
+from imdsproxy.errors import HostRefused, ImdsproxyError, Problem
+from imdsproxy.serving.account import Account, find_closed
 
 __all__ = ["DocumentProbe"]
 
@@ -35,7 +35,7 @@ class DocumentProbe:
     read it. Its revision is none that is on disk, so that the file is read each time.
 
     Args:
-        find_closed: The first directory on the way to a file that the document server's account cannot enter.
+        account: The document server's.
         needed: Off where there is no document server.
 
     Attributes:
@@ -44,7 +44,7 @@ class DocumentProbe:
 
     haproxy: Haproxy
     files: DiskFiles
-    find_closed: Callable[[Path], Path | None]
+    account: Callable[[], Account | None]
     needed: bool = True
     problem: Problem | None = field(init=False)
     _failures: int = 0
@@ -85,7 +85,10 @@ class DocumentProbe:
         if status == 200 and body == _INSTANCE.ec2_id.encode():  # noqa: PLR2004 - HTTP
             return None
         path = self.files.directory / compiled_path(_INSTANCE.id)
-        closed = await asyncio.to_thread(self.find_closed, path.parent)
+        try:
+            closed = await asyncio.to_thread(find_closed, self.account(), path.parent)
+        except HostRefused as error:
+            return Problem("documents.user", error.message, error.hint)
         if closed is not None:
             return Problem(
                 "paths.state_dir",

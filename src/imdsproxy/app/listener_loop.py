@@ -364,7 +364,7 @@ class ListenerLoop:
                 sweep=self.inventory.in_sync,
                 managed=self.host.managed(),
                 memo=self._memo,
-                first={} if self.kept is None else self.kept.load(),
+                first=dict if self.kept is None else self.kept.load,
             )
             if not plan.ops or failures:
                 break

@@ -10,7 +10,7 @@ For every network and family there is at least one endpoint or exactly one `Left
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import TypeAlias, assert_never
 
@@ -93,7 +93,7 @@ def plan_listeners(
     sweep: bool = True,
     managed: Collection[ManagedPlace] | None = None,
     memo: PlanMemo | None = None,
-    first: Mapping[NetworkId, Network] | None = None,
+    first: Callable[[], Mapping[NetworkId, Network]] = dict,
 ) -> ListenerPlan:
     """What to bind, what to leave out and what to do, for all networks at once.
 
@@ -105,11 +105,13 @@ def plan_listeners(
         managed: Where we have put addresses, by our own journal; only there are they removed again. The
             mark on an address is one of 128 and may be another daemon's too. `None`: anywhere.
         memo: Empty at first and then the same one again: most of a plan is that of before.
-        first: The networks that HAProxy is configured for: they keep a listener that another one claims too.
+        first: Gives the networks that HAProxy is configured for: they keep a listener that another one claims too.
     """
     naming = naming or Naming()
     memo = {} if memo is None else memo
-    shared = find_shared(networks.values(), observed, first or {})
+    shared = find_shared(networks.values(), observed, {})
+    if shared:
+        shared = find_shared(networks.values(), observed, first())
     parts: list[Part] = []
     for network_id in sorted(networks):
         if network_id in shared:

@@ -9,6 +9,7 @@ from typing import cast
 import pytest
 from structlog.testing import capture_logs
 
+from imdsproxy.app import document_probe
 from imdsproxy.app.compiled_files import DiskFiles
 from imdsproxy.app.document_probe import DocumentProbe
 from imdsproxy.core.compiled import compiled_path
@@ -30,11 +31,9 @@ class _Haproxy:
         return self.answers.pop(0)
 
 
-def _probe(
-    directory: Path, *answers: tuple[int | None, bytes], closed: Path | None = None
-) -> DocumentProbe:
+def _probe(directory: Path, *answers: tuple[int | None, bytes]) -> DocumentProbe:
     files = DiskFiles(directory, PasswordStore(directory / "passwords"), None)
-    return DocumentProbe(cast("Haproxy", _Haproxy(answers)), files, lambda _: closed)
+    return DocumentProbe(cast("Haproxy", _Haproxy(answers)), files, lambda: None)
 
 
 async def test_documents_are_not_believed_in_before_one_was_answered(tmp_path: Path) -> None:
@@ -60,9 +59,10 @@ async def test_one_failure_is_forgiven_after_good_answers_and_the_second_is_a_pr
 
 
 async def test_a_first_failure_is_a_problem_at_once_and_names_the_closed_directory(
-    tmp_path: Path,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    probe = _probe(tmp_path, _BUSY, closed=Path("/root"))
+    monkeypatch.setattr(document_probe, "find_closed", lambda _account, _path: Path("/root"))
+    probe = _probe(tmp_path, _BUSY)
     await probe.ask()
     assert "cannot enter /root" in str(probe.problem)
 
@@ -82,7 +82,7 @@ async def test_a_record_that_cannot_be_written_is_a_problem(
 
 async def test_where_no_document_server_is_needed_nothing_is_asked(tmp_path: Path) -> None:
     probe = _probe(tmp_path)
-    probe = DocumentProbe(probe.haproxy, probe.files, probe.find_closed, needed=False)
+    probe = DocumentProbe(probe.haproxy, probe.files, probe.account, needed=False)
     await probe.run()
     await probe.ask()
     assert probe.problem is None
