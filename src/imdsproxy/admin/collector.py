@@ -5,7 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, SummaryMetricFamily
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    SummaryMetricFamily,
+)
 from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector, CollectorRegistry
 
@@ -67,6 +72,8 @@ def _family(description: MetricDescription) -> Metric:
     labels = list(description.labels)
     if description.kind == "summary":
         return SummaryMetricFamily(description.name, description.help, labels=labels)
+    if description.kind == "histogram":
+        return HistogramMetricFamily(description.name, description.help, labels=labels)
     if description.kind == "counter":
         return CounterMetricFamily(description.name, description.help, labels=labels)
     return GaugeMetricFamily(description.name, description.help, labels=labels)
@@ -78,6 +85,9 @@ def _filled(description: MetricDescription, snapshot: MetricsSnapshot) -> Metric
     if isinstance(family, SummaryMetricFamily):
         (_, count), (_, total) = samples
         family.add_metric([], count_value=int(count), sum_value=total)
+    elif isinstance(family, HistogramMetricFamily):
+        *buckets, (_, total) = samples
+        family.add_metric([], [(bound, count) for (bound,), count in buckets], total)
     elif isinstance(family, CounterMetricFamily | GaugeMetricFamily):
         for labels, value in samples:
             family.add_metric(list(labels), value)

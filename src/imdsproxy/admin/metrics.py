@@ -6,11 +6,13 @@ bounded (see `NETWORK_SUM`). HAProxy's own exporter tells of connections, queues
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final, Literal, TypeAlias
 
 from imdsproxy.admin.snapshot import (
+    Durations,
     MetricsSnapshot,
     NetworkTraffic,
     NeutronCounts,
@@ -20,7 +22,7 @@ from imdsproxy.admin.snapshot import (
 
 __all__ = ["METRICS", "MetricDescription"]
 
-_Kind: TypeAlias = Literal["gauge", "counter", "summary"]
+_Kind: TypeAlias = Literal["gauge", "counter", "summary", "histogram"]
 
 
 _Sample: TypeAlias = tuple[tuple[str, ...], float]
@@ -32,7 +34,8 @@ class MetricDescription:
 
     Attributes:
         name: As exposed, but for `_total`, `_count` and `_sum`, which follow from `kind`.
-        read: Label values and the value of each series; a summary gives its count, then its sum.
+        read: Label values and the value of each series; a summary gives its count, then its sum; a
+            histogram its buckets, then its sum.
     """
 
     name: str
@@ -44,6 +47,8 @@ class MetricDescription:
     @property
     def exposed(self) -> str:
         """The name that a query uses."""
+        if self.kind == "histogram":
+            return f"{self.name}_bucket, {self.name}_count, {self.name}_sum"
         if self.kind == "summary":
             return f"{self.name}_count, {self.name}_sum"
         return f"{self.name}_total" if self.kind == "counter" else self.name
@@ -109,6 +114,20 @@ def _timing(
     def samples(snapshot: MetricsSnapshot) -> list[_Sample]:
         timing = read(snapshot)
         return [((), float(timing.count)), ((), timing.total_s)]
+
+    return samples
+
+
+def _durations(
+    read: Callable[[MetricsSnapshot], Durations],
+) -> Callable[[MetricsSnapshot], list[_Sample]]:
+    def samples(snapshot: MetricsSnapshot) -> list[_Sample]:
+        durations = read(snapshot)
+        buckets = [
+            (("+Inf" if bound == math.inf else str(bound),), float(count))
+            for bound, count in durations.within().items()
+        ]
+        return [*buckets, ((), durations.total_s)]
 
     return samples
 
@@ -286,10 +305,10 @@ METRICS: Final[tuple[MetricDescription, ...]] = (
     ),
     MetricDescription(
         "imdsproxy_convergence_seconds",
-        "summary",
+        "histogram",
         "Time from a source's observation until every worker of HAProxy has confirmed it.",
         (),
-        _timing(lambda snapshot: snapshot.convergence),
+        _durations(lambda snapshot: snapshot.convergence),
     ),
     MetricDescription(
         "imdsproxy_resolver_requests",

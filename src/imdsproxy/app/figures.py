@@ -152,7 +152,7 @@ class Figures:
             documents_up=max(0, len(operations.documents_pids()) - 1),
             plans=Timing(operations.listeners.rounds, operations.listeners.seconds),
             operations=operations.listeners.operations,
-            convergence=Timing(operations.records.rounds, operations.records.seconds),
+            convergence=operations.records.rounds,
             commands=operations.haproxy.master.commands,
             resolver={
                 "found": counts.found,

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 
 import structlog
 
+from imdsproxy.admin.snapshot import Durations
 from imdsproxy.app.keepers import (
     CompiledFiles,
     HopKeeper,
@@ -93,8 +94,7 @@ class RecordLoop:
     Attributes:
         warnings: Of instances whose documents differ from their records.
         withheld: Addresses that the last round kept from HAProxy, because nobody looks at their MACs yet.
-        rounds: Rounds that put observations in force.
-        seconds: From the first observation of each of them to the acknowledgement, added up.
+        rounds: Rounds that put observations in force, by the time from the first observation to the acknowledgement.
     """
 
     inventory: Inventory
@@ -116,8 +116,7 @@ class RecordLoop:
     warnings: dict[InstanceId, tuple[Problem, ...]] = field(default_factory=dict)
     withheld: frozenset[AddressKey] = frozenset()
     in_sync: asyncio.Event = field(default_factory=asyncio.Event)
-    rounds: int = 0
-    seconds: float = 0.0
+    rounds: Durations = field(default_factory=Durations)
     _since: float | None = None
     _work: _Work = field(default_factory=_Work)
     _wake: asyncio.Event = field(default_factory=asyncio.Event)
@@ -203,8 +202,7 @@ class RecordLoop:
             delay = _RETRY_FIRST_S
             self.failures.pop("records", None)
             if since is not None:
-                self.rounds += 1
-                self.seconds += self.clock.monotonic() - since
+                self.rounds.add(self.clock.monotonic() - since)
             await self.tickets.close(ticket)
             if any(name.startswith("instances.") for name in self.failures):
                 self._retry_failed_later()

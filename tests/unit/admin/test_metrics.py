@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import math
 import re
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -10,6 +12,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from imdsproxy.admin.collector import metrics_registry
 from imdsproxy.admin.metrics import METRICS, MetricDescription
 from imdsproxy.admin.snapshot import (
+    Durations,
     MetricsSnapshot,
     NetworkTraffic,
     NeutronCounts,
@@ -37,7 +40,7 @@ FULL = MetricsSnapshot(
     documents_up=3,
     plans=Timing(9, 0.25),
     operations={"ok": 20},
-    convergence=Timing(10, 0.125),
+    convergence=Durations(Counter({0.005: 9, 0.1: 1}), 0.125),
     resolver={"found": 1, "unknown": 2},
     mismatches={"red": 3},
     resolver_held=2,
@@ -63,11 +66,15 @@ FULL = MetricsSnapshot(
 )
 
 
+def _exposed(snapshot: MetricsSnapshot, *, network_series: int = 100) -> str:
+    registry = metrics_registry(lambda: snapshot, network_series=lambda: network_series)
+    return generate_latest(registry).decode()
+
+
 def _samples(
     snapshot: MetricsSnapshot, *, network_series: int = 100
 ) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
-    registry = metrics_registry(lambda: snapshot, network_series=lambda: network_series)
-    families = text_string_to_metric_families(generate_latest(registry).decode())
+    families = text_string_to_metric_families(_exposed(snapshot, network_series=network_series))
     return {
         (sample.name, frozenset(sample.labels.items())): sample.value
         for family in families
@@ -93,6 +100,10 @@ def _value(snapshot: MetricsSnapshot, name: str, **labels: str) -> float:
         ("imdsproxy_haproxy_reload_seconds_count", {}, 8),
         ("imdsproxy_haproxy_reload_seconds_sum", {}, 0.5),
         ("imdsproxy_convergence_seconds_sum", {}, 0.125),
+        ("imdsproxy_convergence_seconds_count", {}, 10),
+        ("imdsproxy_convergence_seconds_bucket", {"le": "0.002"}, 0),
+        ("imdsproxy_convergence_seconds_bucket", {"le": "0.01"}, 9),
+        ("imdsproxy_convergence_seconds_bucket", {"le": "+Inf"}, 10),
         ("imdsproxy_resolver_requests_total", {"outcome": "unknown"}, 2),
         ("imdsproxy_network_connections_total", {"network": "blue"}, 100),
         ("imdsproxy_network_denied_total", {"network": "blue"}, 3),
@@ -181,3 +192,52 @@ def test_registering_takes_no_snapshot() -> None:
     registry = metrics_registry(take, network_series=lambda: 100)
     with pytest.raises(AssertionError, match="too early"):
         generate_latest(registry)
+
+
+def test_a_duration_is_counted_in_the_first_bucket_that_holds_it() -> None:
+    durations = Durations()
+    for seconds in (0.0, 0.002, 0.0021, 29.0, 31.0):
+        durations.add(seconds)
+    within = durations.within()
+    assert (within[0.002], within[0.005], within[10.0], within[30.0]) == (2, 3, 3, 4)
+    assert within[math.inf] == 5
+    assert durations.total_s == pytest.approx(60.0041)
+
+
+@pytest.mark.parametrize("metric", METRICS, ids=lambda metric: metric.name)
+def test_a_metric_is_named_as_prometheus_wants_it(metric: MetricDescription) -> None:
+    """The rules of `promtool check metrics` (promlint)."""
+    assert metric.help
+    assert re.fullmatch(r"imdsproxy(_[a-z0-9]+)+", metric.name)
+    for name in metric.exposed.split(", "):
+        assert name.endswith("_total") == (metric.kind == "counter")
+        if metric.kind in ("gauge", "counter"):
+            assert not name.endswith(("_count", "_sum", "_bucket"))
+    words = set(metric.name.split("_"))
+    assert not words & {"gauge", "counter", "summary", "histogram", "info"} or metric.name.endswith(
+        "_build_info"
+    )
+    # Seconds and bytes, without a prefix.
+    assert not words & {
+        "ms",
+        "milliseconds",
+        "microseconds",
+        "minutes",
+        "hours",
+        "kb",
+        "kib",
+        "mb",
+        "mib",
+        "percent",
+    }
+    for label in metric.labels:
+        assert re.fullmatch(r"[a-z]+(_[a-z]+)*", label)
+        assert label not in ("le", "quantile")
+
+
+def test_each_metric_is_exposed_once_with_its_help_and_type() -> None:
+    text = _exposed(FULL)
+    for word in ("HELP", "TYPE"):
+        names = re.findall(rf"^# {word} (\S+)", text, re.MULTILINE)
+        assert len(names) == len(set(names))
+        assert {name.removesuffix("_total") for name in names} >= {one.name for one in METRICS}
