@@ -34,6 +34,7 @@ _ADDRESS: Final = "192.168.122.50"
 _GATEWAY: Final = "192.168.122.1"
 _SUBNET: Final = "192.168.122.0/24"
 _ALL_CLEAR: Final = 9999
+_NOT_IN_FORCE_YET: Final = 75
 _MACS: Final = {
     "alice": "52:54:00:aa:00:01",
     "bob": "52:54:00:bb:00:02",
@@ -143,8 +144,10 @@ def _make_key(directory: Path) -> Path:
 
 def _add_networks(daemon: Daemon) -> None:
     gateway = f"{_SUBNET},gateway={_GATEWAY}"
-    _run(daemon, "network", "add", "nat", "--bridge", "virbr0", "--subnet", gateway)
-    _run(daemon, "network", "add", "isolated", "--bridge", "iso0", "--subnet", _SUBNET)
+    for name, bridge, subnet in (("nat", "virbr0", gateway), ("isolated", "iso0", _SUBNET)):
+        words = ("network", "add", name, "--bridge", bridge, "--subnet", subnet)
+        # The bridges come later.
+        assert daemon.command(*words).status == _NOT_IN_FORCE_YET
 
 
 def _add_instance(daemon: Daemon, name: str, key: Path) -> list[str]:

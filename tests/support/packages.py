@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Final
 
 from support.demonstration import REPOSITORY
+from support.patience import patience
 
 __all__ = ["EPOCH", "Packages", "build_packages", "download_dependencies", "run"]
 
@@ -85,7 +86,7 @@ def run(command: list[str], *, timeout_s: float, **environment: str) -> str:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=timeout_s,
+        timeout=timeout_s * patience(),
         check=False,
         env={**os.environ, **environment},
     )
