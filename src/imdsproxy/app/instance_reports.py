@@ -41,16 +41,22 @@ class InstanceReports:
     documents_needed: bool
 
     def all(self, network: NetworkId | None = None) -> Sequence[InstanceReport]:
-        """See `Operations.list_instances`."""
-        ids = set(self.inventory.instances)
-        if network is not None:
-            ids &= self.inventory.instances_in(network)
+        """See `Operations.list_instances`; of a contested instance the first version."""
+        contested = self.inventory.contested_instances
+        known = {**self.inventory.instances, **{key: one[0] for key, one in contested.items()}}
+        ids = known.keys() if network is None else self.inventory.instances_in(network)
         moment = self._moment()
-        return [self._report(self.inventory.instances[one], moment) for one in sorted(ids)]
+        return [self._report(known[one], moment) for one in sorted(ids)]
 
     def get(self, instance: InstanceId) -> InstanceReport:
         """See `Operations.get_instance`."""
         found = self.inventory.instances.get(instance)
+        if found is None and instance in self.inventory.contested_instances:
+            sources = " and ".join(self.inventory.sources_of_instance(instance))
+            raise NotFound(
+                f"instance {instance} has no record in force: {sources} describe it differently",
+                hint="leave it in one source only, or make its records equal",
+            )
         if found is None:
             raise NotFound(f"there is no instance {instance}", hint="imdsproxy instance list")
         return self._report(found, self._moment())

@@ -126,6 +126,11 @@ class Inventory:
         return MappingProxyType(self._instances)
 
     @property
+    def contested_instances(self) -> Mapping[InstanceId, tuple[Instance, ...]]:
+        """Those without documents, because sources describe them differently: each version."""
+        return MappingProxyType(self._instance_conflicts)
+
+    @property
     def in_sync(self) -> bool:
         """Every source has told all that it knows (and there is a source)."""
         return bool(self._reports) and all(report.in_sync for report in self._reports.values())

@@ -92,3 +92,19 @@ def test_a_record_whose_newer_version_is_refused_has_the_reason() -> None:
     assert _pending(problems=(refused, other)) == (
         "a newer version is refused: web.yaml: instances[0].name: is empty",
     )
+
+
+def test_an_instance_that_sources_describe_differently_is_listed_as_a_conflict() -> None:
+    inventory = Inventory(["a", "b"])
+    for source in ("a", "b"):
+        web = Instance(WEB, source, source)
+        inventory.observe(Observation(source, full=True, instances={WEB: web}))
+    records = SimpleNamespace(revisions={}, failures={})
+    listeners = SimpleNamespace(report=SimpleNamespace(endpoints=()), degraded=tuple)
+    reports = InstanceReports(
+        inventory, cast("RecordLoop", records), cast("ListenerLoop", listeners), True
+    )
+    (listed,) = reports.all()
+    assert (listed.instance.id, len(listed.conflicts)) == (WEB, 1)
+    with pytest.raises(NotFound, match="a and b describe it differently"):
+        reports.get(WEB)
