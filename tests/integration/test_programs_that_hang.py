@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -13,7 +14,13 @@ from pathlib import Path
 
 import pytest
 
-from imdsproxy.errors import HaproxyMissing, HostRefused
+from imdsproxy.app.companion import SpawnCompanion
+from imdsproxy.cli.admin_client import AdminClient
+from imdsproxy.cli.main import main
+from imdsproxy.dataplane.launch import SpawnLauncher
+from imdsproxy.dataplane.layout import Layout
+from imdsproxy.dataplane.master import MasterClient
+from imdsproxy.errors import HaproxyMissing, HostRefused, RuntimeUnavailable
 from imdsproxy.host.programs import run_program
 from support.daemon import alive
 from support.lab import until
@@ -105,3 +112,50 @@ async def test_a_program_gets_its_text_and_its_output_comes_back_with_its_status
         3,
         "got a",
     )
+
+
+async def test_a_haproxy_that_does_not_come_up_is_not_left_beside_the_next(
+    hanging: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("imdsproxy.dataplane.launch._START_DEADLINE_S", 0.5)
+    layout = Layout(tmp_path / "run", tmp_path / "state")
+    layout.runtime.mkdir()
+    launcher = SpawnLauncher(str(hanging), layout, MasterClient(layout.master_socket))
+    with pytest.raises(RuntimeUnavailable, match="did not come up"):
+        await launcher.start()
+    nothing_is_left(hanging)
+    (child,) = launcher.children
+    await launcher.wait(child.pid)
+
+
+async def test_a_document_server_that_does_not_come_up_is_not_left_beside_the_next(
+    hanging: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("imdsproxy.app.companion._START_DEADLINE_S", 0.5)
+    log, pid_file = tmp_path / "documents.log", tmp_path / "documents.pid"
+    companion = SpawnCompanion([str(hanging)], log, lambda: None, pid_file, {})
+    with pytest.raises(HostRefused, match="wrote no pid file"):
+        await companion.start()
+    nothing_is_left(hanging)
+    assert companion.child is not None
+    await companion.wait(companion.child.pid)
+
+
+def test_stop_leaves_the_data_plane_of_a_controller_that_hangs_and_says_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    client = AdminClient(tmp_path / "run" / "admin.sock", timeout_s=0.2)
+    monkeypatch.setattr("imdsproxy.cli.invocation.Invocation.daemon", lambda _: client)
+    settings = tmp_path / "imdsproxy.yaml"
+    settings.write_text(
+        f"paths: {{runtime_dir: {tmp_path / 'run'}, state_dir: {tmp_path / 'state'}}}\n"
+    )
+    (tmp_path / "run").mkdir()
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "run" / "admin.sock"))
+        listener.listen()
+        status = main(["--config", str(settings), "stop", "--data-plane"])
+    assert status == HostRefused.exit_status
+    error = capsys.readouterr().err
+    assert f"the controller (pid {os.getpid()}) does not answer: nothing was stopped" in error
+    assert "systemctl stop imdsproxy" in error

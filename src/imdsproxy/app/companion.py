@@ -170,6 +170,8 @@ class SpawnCompanion:
                 words = self.log.read_bytes()[offset:].decode("utf-8", "replace").strip()[-1000:]
                 raise HostRefused(f"the document server ended with {status}: {words}")
             if loop.time() > deadline:
+                # The next try would start another one beside it.
+                child.kill_group()
                 raise HostRefused("the document server wrote no pid file")
             await asyncio.sleep(_POLL_S)
 

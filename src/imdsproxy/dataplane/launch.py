@@ -192,10 +192,13 @@ class SpawnLauncher:
                 return None
             return _tail(log, offset) or "it said nothing"
 
+        self.children.add(child)
         try:
             return await _wait_for_worker(self.master, ended)
-        finally:
-            self.children.add(child)
+        except RuntimeUnavailable:
+            # The next try would start another one beside it.
+            child.kill_group()
+            raise
 
     async def wait(self, master: int) -> None:
         """See `Launcher.wait`."""

@@ -188,6 +188,11 @@ class ProcessHandle:
             raise host_refused(f"send {number.name} to process {self.pid}", error) from error
         return True
 
+    def kill_group(self) -> None:
+        """End one that `spawn_detached` started, with all of its process group."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
+
     async def stop(self, grace_s: float) -> bool:
         """SIGTERM, then SIGKILL after `grace_s` seconds; returns when it has ended.
 
