@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ssl
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,6 +59,7 @@ def _use(
     *,
     name: str | None = None,
     secrets: Sequence[str] = ("current", "current"),
+    times: Mapping[str, object] | None = None,
 ) -> None:
     """Have the daemon ask these.
 
@@ -65,6 +67,7 @@ def _use(
         fields: More of the endpoint set's settings.
         name: What they are called, in place of their address.
         secrets: Which secret each of them has.
+        times: How they are checked.
     """
     endpoints: list[Mapping[str, object]] = []
     for nova, secret in zip(novas, secrets, strict=False):
@@ -75,7 +78,7 @@ def _use(
         key: str(value) if isinstance(value, Path) else value
         for key, value in (fields or {}).items()
     }
-    world.take_over(world.settings(endpoints, fields=written))
+    world.take_over(world.settings(endpoints, fields=written, times=times))
 
 
 def _answered(world: NovaWorld, by: Recorder | None = None) -> bool:
@@ -91,6 +94,23 @@ def _never_answered(world: NovaWorld, nova: Recorder) -> None:
     # Its handshakes fail: connections come, and nothing else.
     until(lambda: nova.connections > 0, what="a try")
     assert not nova.heads
+
+
+def test_a_check_of_https_names_the_host_as_requests_do(
+    world: NovaWorld, authorities: _Authorities
+) -> None:
+    def by_name(_: object, name: str | None, __: object) -> int | None:
+        return None if name == "localhost" else ssl.ALERT_DESCRIPTION_UNRECOGNIZED_NAME
+
+    context = server_context(authorities.server)
+    context.sni_callback = by_name
+    ours = {"ca_file": authorities.right.ca_file}
+    with Recorder(namespace=world.lab.host, secret=SECRET, tls=context) as nova:
+        _use(world, [nova], ours, name="localhost", times={"health_check": "http"})
+        # More than a check, and as many as would take it down.
+        until(lambda: len(nova.requests) > 3, what="checks that are answered")
+        assert {one.target for one in nova.requests} == {b"/"}
+        assert _answered(world)
 
 
 def test_https_is_checked_against_the_named_authority(

@@ -285,6 +285,8 @@ def _server(
     pace = milliseconds(times.check_interval_s)
     soon = milliseconds(min(times.check_interval_s, 0.5))
     down = milliseconds(min(times.check_interval_s, 2.0))
+    if tls is not None:
+        words += ["check-sni", tls.name]
     return (*words, "check", "inter", pace, "fastinter", soon, "downinter", down,
             "fall", "2", "rise", "1", "observe", "layer4", "on-error", "fastinter")  # fmt: skip
 
