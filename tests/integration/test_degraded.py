@@ -59,7 +59,9 @@ def _degraded(world: World, code: str, *words: str, count: int = 1) -> None:
     checked = world.daemon.command("status", "--check")
     assert checked.status == _NOT_IN_FORCE
     assert "degraded" in checked.out
-    assert world.daemon.status()["readiness"]["ready"]
+    status = world.daemon.status()
+    assert status["readiness"]["ready"]
+    assert status["serving"] == status["networks"] - count
 
 
 def _mended(world: World) -> None:
@@ -91,6 +93,7 @@ def test_a_network_whose_port_another_program_has_is_degraded_and_named_by_the_c
         added = world.daemon.command("network", "add", "busy", "--namespace", name)
         assert added.status == _NOT_IN_FORCE
         assert f"(pid {server.pid})" in added.out
+        assert "network busy is not served over IPv4" in " ".join(added.out.split())
         assert "stop it" in added.out
         again = world.daemon.command("network", "set", "busy", "--name", "Busy", "--json")
         assert again.status == _NOT_IN_FORCE

@@ -172,7 +172,7 @@ METRICS: Final[tuple[MetricDescription, ...]] = (
     MetricDescription(
         "imdsproxy_networks_serving",
         "gauge",
-        "Networks whose listener answers.",
+        "Networks that are served as configured.",
         (),
         _one(lambda snapshot: snapshot.networks_serving),
     ),

@@ -234,7 +234,7 @@ class StatusReport:
 
     Attributes:
         started_at: Unix time of the controller's start, in seconds.
-        serving: Networks whose listener answers.
+        serving: Networks that are served as configured.
         problems: What is wrong and belongs to no source, network or instance.
         unix_listener: `None` where it is off.
         warnings: Names in records that documents change or lack; twenty at most, then how many more.

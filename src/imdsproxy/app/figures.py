@@ -16,7 +16,6 @@ from imdsproxy.admin.snapshot import (
 from imdsproxy.app.operations import ControllerOperations
 from imdsproxy.core.haproxy.unix_listener import AGENTS
 from imdsproxy.core.hoststate import Effect
-from imdsproxy.core.plan import networks_of
 from imdsproxy.dataplane.master import WorkerEnded
 from imdsproxy.errors import DataplaneError
 from imdsproxy.serving.resolver import Resolver
@@ -121,7 +120,7 @@ class Figures:
             version=operations.version,
             ready=operations.readiness().ready,
             started_at=operations.started_at,
-            networks_serving=len(networks_of(report.endpoints)),
+            networks_serving=operations.listeners.serving,
             instances=len(inventory.instances),
             addresses=inventory.address_count,
             conflicts=inventory.conflict_count,

@@ -213,6 +213,12 @@ class ListenerLoop:
             known.networks, known.contradictory, last.endpoints, last.left_out, last.foreign
         )
 
+    @property
+    def serving(self) -> int:
+        """How many networks are served over every family that their guests use, and by imdsproxy alone."""
+        wrong = {one.network for one in self.degraded()}
+        return len(networks_of(self.report.endpoints) - wrong)
+
     def spec(self, endpoints: Iterable[Endpoint]) -> DataplaneSpec:
         """The configuration for these endpoints, with the settings of now."""
         settings = self.settings()

@@ -66,7 +66,6 @@ from imdsproxy.core.model import (
 )
 from imdsproxy.core.naming import find_id
 from imdsproxy.core.observation import AddressKey
-from imdsproxy.core.plan import networks_of
 from imdsproxy.core.token_report import TokenReport, open_trees
 from imdsproxy.core.wire import HEADER_TOLD, MISMATCH_TEXT, MapRecord, render_map_value
 from imdsproxy.dataplane.haproxy import Haproxy
@@ -160,8 +159,8 @@ class ControllerOperations:
             started_at=self.started_at,
             uptime_s=self.clock.monotonic() - self.started,
             readiness=self.readiness(),
-            networks=len(self.inventory.networks),
-            serving=len(networks_of(report.endpoints)),
+            networks=len(self.inventory.networks) + len(self.inventory.contradictory),
+            serving=self.listeners.serving,
             instances=len(self.inventory.instances),
             addresses=self.inventory.address_count,
             left_out=tuple(map(_left_out, self.listeners.degraded())),

@@ -193,10 +193,7 @@ class Writes:
             pending.append("the data plane has not confirmed it yet")
         pending += [problem.reason for problem in self.problems()]
         if networks:
-            pending += [
-                f"{one.reason} ({one.hint})" if one.hint else one.reason
-                for one in await self._unserved(frozenset(networks))
-            ]
+            pending += map(str, await self._unserved(frozenset(networks)))
         return Written(
             len(networks), instances, applied=not pending, pending=tuple(dict.fromkeys(pending))
         )

@@ -116,6 +116,12 @@ class LeftOut:
     hint: str = ""
     sockets: tuple[ListeningSocket, ...] = ()
 
+    def __str__(self) -> str:
+        over = "" if self.family is None else f" over IPv{self.family.value}"
+        alone = " by imdsproxy alone" if self.code is LeftOutCode.FOREIGN_LISTENER else ""
+        hint = f" ({self.hint})" if self.hint else ""
+        return f"network {self.network} is not served{over}{alone}: {self.reason}{hint}"
+
 
 @dataclass(frozen=True, slots=True)
 class Foreign:

@@ -169,7 +169,7 @@ async def test_a_change_tells_only_of_its_own_networks_why_they_are_not_served(
         )
         written = await rig.writes.put_network(_RED)
         assert not written.applied
-        assert written.pending == ("no namespace red",)
+        assert written.pending == ("network red is not served: no namespace red",)
 
 
 async def test_a_network_that_is_served_over_one_family_is_served(tmp_path: Path) -> None:
