@@ -231,7 +231,7 @@ def open_agents(**fields: object) -> Iterator[AgentWorld]:
         settings: Mapping[str, Mapping[str, object]] = {
             "resolver": {"hold_s": 0.2},
             "metrics": {"listen": f"{_METRICS[0]}:{_METRICS[1]}", "haproxy_listen": None},
-            "nova": {"endpoint_sets": {"default": chosen}},
+            "nova": {"health_check": "tcp", "endpoint_sets": {"default": chosen}},
             "unix_listener": {"enabled": True, "path": str(path), **fields},
         }
         daemon.configure(settings)
