@@ -54,7 +54,7 @@ class Scale:
             return Scale(
                 networks=10,
                 rounds=1,
-                seconds=1,
+                seconds=0.2,
                 adds=4,
                 network_adds=2,
                 moves=20,

@@ -75,6 +75,9 @@ def wrk_command(namespace: str, url: str, load: Load) -> list[str]:
     argv = ["nsenter", f"--net=/run/netns/{namespace}", "--"]
     if load.cpu is not None:
         argv += ["taskset", "-c", str(load.cpu)]
+    if load.seconds < 1:
+        # It takes whole seconds, and tells what it has by then when it is interrupted.
+        argv += ["timeout", "--signal=INT", f"{load.seconds:g}"]
     argv += [
         "wrk",
         "-t1",

@@ -138,7 +138,7 @@ def _through(stage: _Stage, key: str, path: str, size: int, headers: tuple[str, 
         ours = Side(stage.url(path), stage.worker, headers)
         other = Side(stage.url("/", _FORWARD_PORT), bare.pid, headers)
         direct = Side(stage.url("/", _STUB_PORT), None, headers)
-        load_in_turn(stage.bench, [direct, other, ours], 1)
+        load_in_turn(stage.bench, [direct, other, ours], min(1, stage.bench.scale.seconds))
         without_errors(ours, other, direct)
     ratio = rate_ratio(ours, other)
     valid = direct.rate >= _STUB_FACTOR * other.rate

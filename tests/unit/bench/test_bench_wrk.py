@@ -48,6 +48,11 @@ def test_what_is_no_report_is_none() -> None:
 
 
 def test_the_load_runs_in_the_network_and_on_its_own_processor() -> None:
-    argv = wrk_command("imdsb-0", "http://h/", Load(cpu=1, seconds=0.4, headers=("A: b",)))
+    argv = wrk_command("imdsb-0", "http://h/", Load(cpu=1, seconds=1.4, headers=("A: b",)))
     assert argv[:6] == ["nsenter", "--net=/run/netns/imdsb-0", "--", "taskset", "-c", "1"]
     assert argv[6:] == ["wrk", "-t1", "-c64", "-d1s", "--latency", "-H", "A: b", "http://h/"]
+
+
+def test_a_load_of_less_than_its_least_second_is_interrupted() -> None:
+    argv = wrk_command("imdsb-0", "http://h/", Load(seconds=0.4))
+    assert argv[3:7] == ["timeout", "--signal=INT", "0.4", "wrk"]
