@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import socket
 import struct
 import threading
@@ -20,11 +21,14 @@ from imdsproxy.host.gates import GateMissing, KernelGates, Opened
 from imdsproxy.host.namespaces import NamespaceDirectory, NamespaceThread
 from support.guest import inside
 from support.hostlab import HostLab, host_lab
+from support.impostor import syn_frame
 
 pytestmark = pytest.mark.root
 
 _ADDRESS: Final = "10.0.0.5"
 _OTHER: Final = MacAddress("02:00:00:00:00:99")
+_SENDERS: Final = 8192
+"""Connections whose sender a gate keeps."""
 
 
 class Echo:
@@ -347,3 +351,26 @@ async def test_what_an_operator_made_permanent_stays_and_what_nobody_knows_is_no
     await rig.kernel.grant(rig.gate, rig.pair | {ip_address("10.0.0.77"): _OTHER})
     assert _OTHER in _believed(rig)
     assert "10.0.0.77" not in rig.lab.ip("-n", _place(rig), "neigh")
+
+
+async def test_where_a_flood_leaves_no_room_for_senders_the_neighbour_table_counts(
+    rig: Rig,
+) -> None:
+    await rig.have({})
+    (link,) = json.loads(rig.lab.ip("-j", "-n", _place(rig), "link", "show", "br0"))
+    to = bytes.fromhex(link["address"].replace(":", ""))
+    wire = inside(
+        rig.guest, lambda: socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(3))
+    )
+    with wire:
+        wire.bind(("eth0", 0))
+        for number in range(_SENDERS + 500):
+            source = str(ip_address(0x0A000100 + number))
+            wire.send(syn_frame(mac=rig.mac, to=to, source=source, ports=(4000, 80)))
+    with rig.connect() as connection:
+        assert _ask(connection) == b"u"
+        port = connection.getsockname()[1]
+        assert await rig.kernel.sender(rig.gate, ip_address(_ADDRESS), port) is None
+    await rig.kernel.grant(rig.gate, rig.pair)
+    with rig.connect() as connection:
+        assert _ask(connection) == b"v"
