@@ -7,18 +7,25 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from imdsproxy.errors import ConfigInvalid, ConfigUnreadable, Problem
 
-if TYPE_CHECKING:
-    from imdsproxy.core.neutron_ini import IniOption
+__all__ = ["read_ini_files", "read_settings"]
 
-__all__ = ["OptionFiles", "read_settings"]
-
+_SECTION: Final = "namespace_proxy"
+_SWITCHES: Final = frozenset(("debug", "use_syslog"))
+_OPTIONS: Final = (
+    "state_path",  # first: others may refer to it
+    "metadata_port",
+    "metadata_proxy_socket",
+    "metadata_proxy_user",
+    "metadata_proxy_group",
+    "syslog_log_facility",
+    *_SWITCHES,
+)
 _TRUE: Final = frozenset(("1", "t", "true", "on", "y", "yes"))
 _FALSE: Final = frozenset(("0", "f", "false", "off", "n", "no"))
-_SECTION: Final = "namespace_proxy"
 
 
 def read_settings(
@@ -57,84 +64,63 @@ def read_settings(
     return loaded.settings.namespace_proxy.model_dump(exclude_unset=True)
 
 
-class OptionFiles:
-    """The options of all files, a later one's over an earlier one's.
+def read_ini_files(
+    files: Sequence[str], directories: Sequence[str], state_path: str | None, otherwise: str
+) -> Mapping[str, object]:
+    """The options in [DEFAULT] of Neutron's ini files, a later file's over an earlier one's.
 
     Args:
         files: Their names.
         directories: Of each the files `*.conf`.
+        state_path: The command line's, to which values may refer.
+        otherwise: The same where no file has one either.
 
     Raises:
         ConfigUnreadable: One is not there, or no text.
-        ConfigInvalid: One is no ini file.
+        ConfigInvalid: One is no ini file, a value makes no sense, or refers to what is not there.
     """
+    if not files and not directories:
+        return {}
+    from imdsproxy.core.neutron_ini import (  # noqa: PLC0415 - as above
+        DEFAULT_SECTION,
+        decode_ini,
+        expand_value,
+        find_option,
+        parse_ini,
+    )
 
-    def __init__(self, files: Sequence[str] | None, directories: Sequence[str] | None) -> None:
-        self._files: list[Sequence[IniOption]] = []
-        paths = [Path(name) for name in files or ()]
+    paths = [Path(name) for name in files]
+    try:
+        for name in directories:
+            # A pattern would take a directory that is not there for an empty one.
+            paths += sorted(path for path in Path(name).iterdir() if path.suffix == ".conf")
+        parsed = [parse_ini(decode_ini(path.read_bytes(), str(path)), str(path)) for path in paths]
+    except OSError as error:
+        raise ConfigUnreadable(f"cannot read {error.filename}: {error.strerror}") from error
+
+    values: dict[str, object] = {}
+
+    def look_up(name: str) -> str | None:
+        if name == "state_path":
+            return str(state_path or values.get(name) or otherwise).replace("$", "$$")
+        found = find_option(parsed, [(DEFAULT_SECTION, name)])
+        return None if found is None else found.value
+
+    for name in _OPTIONS:
+        option = find_option(parsed, [(DEFAULT_SECTION, name)])
+        if option is None:
+            continue
         try:
-            for name in directories or ():
-                # A pattern would take a directory that is not there for an empty one.
-                paths += sorted(path for path in Path(name).iterdir() if path.suffix == ".conf")
-            for path in paths:
-                self._files.append(_read(path))
-        except OSError as error:
-            raise ConfigUnreadable(f"cannot read {error.filename}: {error.strerror}") from error
-
-    def find(self, name: str) -> IniOption | None:
-        """The option of [DEFAULT] that is in force."""
-        if not self._files:
-            return None
-        from imdsproxy.core.neutron_ini import DEFAULT_SECTION, find_option  # noqa: PLC0415 - seldom needed
-
-        return find_option(self._files, [(DEFAULT_SECTION, name)])
-
-    def value(self, name: str, state_path: str | None = None) -> str | None:
-        """Its value, with what it refers to in its place.
-
-        Args:
-            name: The option's.
-            state_path: What `$state_path` is, where the command line or this program says it.
-
-        Raises:
-            ConfigInvalid: It refers to what is not there.
-        """
-        found = self.find(name)
-        if found is None:
-            return None
-        from imdsproxy.core.neutron_ini import expand_value  # noqa: PLC0415 - seldom needed
-
-        def look_up(other: str) -> str | None:
-            if other == "state_path" and state_path is not None:
-                return state_path.replace("$", "$$")
-            referred = self.find(other)
-            return None if referred is None else referred.value
-
-        try:
-            return expand_value(found.value, look_up)
+            value = expand_value(option.value, look_up)
+            values[name] = _decide(value) if name in _SWITCHES else value
         except ValueError as error:
-            raise _nonsense(found, str(error)) from error
-
-    def decision(self, name: str) -> bool | None:
-        """Its value, of an option that is true or false.
-
-        Raises:
-            ConfigInvalid: It is neither.
-        """
-        found, word = self.find(name), (self.value(name) or "").lower()
-        if found is None:
-            return None
-        if word not in _TRUE | _FALSE:
-            raise _nonsense(found, f"{found.value!r} is neither true nor false")
-        return word in _TRUE
+            problem = Problem(option.name, str(error), file=option.file, line=option.line)
+            message = "a configuration file makes no sense"
+            raise ConfigInvalid(message, problems=(problem,)) from error
+    return values
 
 
-def _read(path: Path) -> Sequence[IniOption]:
-    from imdsproxy.core.neutron_ini import decode_ini, parse_ini  # noqa: PLC0415 - seldom needed
-
-    return parse_ini(decode_ini(path.read_bytes(), str(path)), str(path))
-
-
-def _nonsense(option: IniOption, reason: str) -> ConfigInvalid:
-    problem = Problem(option.name, reason, file=option.file, line=option.line)
-    return ConfigInvalid("a configuration file makes no sense", problems=(problem,))
+def _decide(value: str) -> bool:
+    if value.lower() not in _TRUE | _FALSE:
+        raise ValueError(f"{value!r} is neither true nor false")
+    return value.lower() in _TRUE

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, NoReturn
 
-from imdsproxy.app.namespace_proxy.option_files import OptionFiles, read_settings
+from imdsproxy.app.namespace_proxy.option_files import read_ini_files, read_settings
 from imdsproxy.core.haproxy.namespace_proxy import (
     DEFAULT_PORT,
     DEFAULT_STATE_PATH,
@@ -124,7 +124,11 @@ def parse_command_line(
     if "id" in found:
         state_path = found.state_path or settings.get("state_path") or DEFAULT_STATE_PATH
         return CleanUp(found.id, found.pid_file or None, str(state_path))
-    return _run(found, OptionFiles(found.config_file, found.config_dir), settings)
+    state_path = str(settings.get("state_path", DEFAULT_STATE_PATH))
+    files, directories = found.config_file or (), found.config_dir or ()
+    written = read_ini_files(files, directories, found.state_path, state_path)
+    told = {name: value for name, value in vars(found).items() if value is not None}
+    return _run(found.network_id, found.router_id, {**settings, **written, **told})
 
 
 def describe_options(program: str) -> tuple[str, list[tuple[str, str]], str]:
@@ -236,27 +240,23 @@ def _flag(parser: argparse.ArgumentParser, name: str, on: str, off: str | None) 
         parser.add_argument(spelling, action=action, help=argparse.SUPPRESS, **words)  # type: ignore[arg-type]  # as above
 
 
-def _run(found: argparse.Namespace, written: OptionFiles, settings: Mapping[str, object]) -> Run:
-    def take(name: str, state_path: str | None = None) -> str | None:
-        values = (getattr(found, name), written.value(name, state_path), settings.get(name))
-        return next((str(value) for value in values if value is not None), None)
+def _run(network_id: str | None, router_id: str | None, options: Mapping[str, object]) -> Run:
+    def text(name: str) -> str | None:
+        # Empty is as if it was not there.
+        return str(options.get(name) or "") or None
 
-    def decide(name: str) -> bool | None:
-        values = (getattr(found, name), written.decision(name), settings.get(name))
-        return next((bool(value) for value in values if value is not None), None)
-
-    state_path = take("state_path") or DEFAULT_STATE_PATH
+    syslog = options.get("use_syslog")
     return Run(
-        network_id=found.network_id,
-        router_id=found.router_id,
-        port=take("metadata_port") or str(DEFAULT_PORT),
-        socket=take("metadata_proxy_socket", state_path) or None,
-        user=take("metadata_proxy_user") or None,
-        group=take("metadata_proxy_group") or None,
-        pid_file=found.pid_file or None,
-        daemonize=found.daemonize is not False,
-        state_path=state_path,
-        use_syslog=decide("use_syslog"),
-        facility=parse_facility(take("syslog_log_facility") or "local0"),
-        debug=decide("debug") is True,
+        network_id=network_id,
+        router_id=router_id,
+        port=text("metadata_port") or str(DEFAULT_PORT),
+        socket=text("metadata_proxy_socket"),
+        user=text("metadata_proxy_user"),
+        group=text("metadata_proxy_group"),
+        pid_file=text("pid_file"),
+        daemonize=options.get("daemonize") is not False,
+        state_path=text("state_path") or DEFAULT_STATE_PATH,
+        use_syslog=None if syslog is None else bool(syslog),
+        facility=parse_facility(text("syslog_log_facility") or "local0"),
+        debug=options.get("debug") is True,
     )
