@@ -11,6 +11,7 @@ from typing import Final, Literal
 
 from support.openstack.install import INSIDE
 from support.openstack.processes import Place
+from support.patience import patience
 
 __all__ = ["FrontKind", "FrontRefused", "FrontWriter"]
 
@@ -84,7 +85,7 @@ class FrontWriter:
             with self.process as process:
                 if process.stdin is not None:
                     process.stdin.close()
-                process.wait(_END_S)
+                process.wait(_END_S * patience())
             self.process = None
 
     def _ask(self, line: str) -> object:
