@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Final
 
-from imdsproxy.core.haproxy.model import Words
+from imdsproxy.core.haproxy.section import Words
 from imdsproxy.core.wire import MAP_CONFLICT, MAP_NOVA, RETRY_AFTER_S
 
 __all__ = [
