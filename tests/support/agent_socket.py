@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from support.daemon import Command, Daemon, instance
+from support.daemon import Daemon, instance
 from support.guest import Connection, Lost, Reply, inside
 from support.lab import Lab, record, until, within
 from support.nova_world import INSTANCES, PROJECTS, SECRET, nova_instance
@@ -165,10 +165,9 @@ class AgentWorld:
         kept = {name: value for name, value in unix.items() if value is not None}
         return {**self.settings, "unix_listener": kept}
 
-    def take_over(self, **fields: object) -> Command:
+    def take_over(self, **fields: object) -> None:
         """Change settings of the unix listener while the daemon runs."""
-        self.daemon.configure(self.choose(**fields))
-        return self.daemon.command("reload")
+        self.daemon.reconfigure(self.choose(**fields))
 
     def report(self) -> Mapping[str, object]:
         """What `status` says of the unix listener."""
