@@ -14,6 +14,7 @@ from typing import Final, Self
 
 import pytest
 
+from imdsproxy.app.figures import TRAFFIC_COLUMNS
 from imdsproxy.config.schema import ResolverSettings
 from imdsproxy.dataplane.master import MasterClient
 from support.daemon import Daemon, instance, user_data_of
@@ -222,12 +223,21 @@ def test_a_network_over_its_misses_waits_a_second_for_each_503(world: World) -> 
         assert not await client.send(worker, "set table resolver key red data.gpc0_rate 100000")
 
     asyncio.run(exhaust())
+    before = _denied(world, "red")
     reply, took = _timed(lambda: stranger.ask(_TARGET))
     assert (reply.status, reply.body) == (503, b"")
     assert reply.headers["retry-after"]
     assert took >= 1
+    assert _denied(world, "red") == before + 1
     other, _ = _timed(lambda: world.guests["green"].ask(_TARGET))
     assert own(world.guests["green"], other) is None
+
+
+def _denied(world: World, network: str) -> int:
+    """As imdsproxy_network_denied_total."""
+    client = MasterClient(world.daemon.runtime / "master.sock")
+    rows = asyncio.run(client.read_stat(world.pids().worker, TRAFFIC_COLUMNS))
+    return sum(int(row["dreq"] or 0) for row in rows if row["svname"] == network)
 
 
 def _reaches_python(guest: Guest) -> bool:
