@@ -17,7 +17,7 @@ import pytest
 
 from imdsproxy.core.compiled import compiled_path
 from imdsproxy.host.files import MAX_LOG_BYTES
-from imdsproxy.serving.pidfile import read_beat, stop_documents
+from imdsproxy.serving.pidfile import stop_documents
 from imdsproxy.serving.store import apply_record
 from support.document_server import DEADLINE_S, Server, UnixConnection, ask, pss_kib, wait_for
 from support.guest_records import GUEST, compiled, guest
@@ -225,6 +225,7 @@ def test_workers_that_hang_are_replaced_within_five_seconds(server: Server, coun
     assert time.monotonic() - began < 5 * patience()
     assert not any(map(is_alive, hung))
     assert server.text().count("a worker does not answer: ending it") == count
+    assert server.running.restarts == count
 
 
 def test_a_worker_that_is_only_idle_or_slow_is_left_alone(server: Server) -> None:
@@ -235,7 +236,7 @@ def test_a_worker_that_is_only_idle_or_slow_is_left_alone(server: Server) -> Non
     beats: set[int | None] = set()
 
     def have_looked() -> bool:
-        beats.add(read_beat(server.pid_file))
+        beats.add(server.running.beat)
         return len(beats) > 4
 
     wait_for("five looks", have_looked)

@@ -133,7 +133,7 @@ async def test_a_document_server_that_does_not_come_up_is_not_left_beside_the_ne
 ) -> None:
     monkeypatch.setattr("imdsproxy.app.companion._START_DEADLINE_S", 0.5)
     log, pid_file = tmp_path / "documents.log", tmp_path / "documents.pid"
-    companion = SpawnCompanion([str(hanging)], log, lambda: None, pid_file, {})
+    companion = SpawnCompanion([str(hanging)], log, pid_file, {})
     with pytest.raises(HostRefused, match="wrote no pid file"):
         await companion.start()
     nothing_is_left(hanging)

@@ -278,7 +278,7 @@ METRICS: Final[tuple[MetricDescription, ...]] = (
     MetricDescription(
         "imdsproxy_process_restarts",
         "counter",
-        "Processes started again because they died or hung, by process: haproxy or documents.",
+        "Processes started again because they died or hung, by process: haproxy, or documents with its workers.",
         ("process",),
         _each(lambda snapshot: snapshot.restarts),
     ),

@@ -46,7 +46,7 @@ from imdsproxy.host.nslinks import haproxy_name
 from imdsproxy.host.observe import HostObserver
 from imdsproxy.host.sockets import SocketOwners
 from imdsproxy.serving.passwords import PasswordStore
-from imdsproxy.serving.pidfile import read_beat, read_pids
+from imdsproxy.serving.pidfile import read_pids
 from imdsproxy.sources.api import Source, WritableSource
 from imdsproxy.sources.libvirt import LibvirtPace, LibvirtSource
 from imdsproxy.sources.libvirt_client import SystemLibvirt
@@ -359,10 +359,6 @@ def build_companion(
 ) -> Companion:
     """What starts the document server, and watches it."""
     pid_file = layout.documents_pid
-
-    def find() -> int | None:
-        return read_pids(pid_file).parent
-
     launcher: CompanionLauncher
     if under_systemd(settings.documents.supervisor, settings.documents.unit):
         launcher = UnitCompanion(settings.documents.unit)
@@ -370,17 +366,10 @@ def build_companion(
         launcher = SpawnCompanion(
             documents_arguments(config),
             layout.documents_log,
-            find,
             pid_file,
             _own_environment(environment),
         )
-    return Companion(
-        launcher,
-        find,
-        answering=lambda: len(read_pids(pid_file).workers) > 0,
-        beat=lambda: read_beat(pid_file),
-        needed=settings.documents.enabled,
-    )
+    return Companion(launcher, partial(read_pids, pid_file), needed=settings.documents.enabled)
 
 
 def documents_arguments(config: Path | None) -> Sequence[str]:

@@ -18,7 +18,7 @@ from imdsproxy.host.doubt import Doubt
 from imdsproxy.host.files import limit_log, open_log
 from imdsproxy.host.process import ProcessHandle, open_process, read_stat, spawn_detached
 from imdsproxy.host.programs import run_program
-from imdsproxy.serving.pidfile import stop_documents
+from imdsproxy.serving.pidfile import DocumentProcesses, read_pids, stop_documents
 
 __all__ = ["Companion", "CompanionLauncher", "SpawnCompanion", "UnitCompanion"]
 
@@ -50,17 +50,16 @@ class CompanionLauncher(Protocol):
 class Companion:
     """Watches the document server's parent process.
 
+    Attributes:
+        restarts: How often it, or one of its workers, was started again.
+
     Args:
-        find: Its pid if it runs (the pid file's, verified), else `None`.
-        answering: Whether its sockets answer.
-        beat: What changes every second while it makes progress.
+        read: Its processes that run, as in its pid file.
         needed: Off where nobody's documents are ours, as in front of Nova alone.
     """
 
     launcher: CompanionLauncher
-    find: Callable[[], int | None]
-    answering: Callable[[], bool]
-    beat: Callable[[], object]
+    read: Callable[[], DocumentProcesses]
     needed: bool = True
     failure: Problem | None = None
     restarts: int = 0
@@ -71,7 +70,7 @@ class Companion:
         Raises:
             HostRefused: It does not start, or does not answer in time.
         """
-        pid = self.find()
+        pid = self.read().parent
         if not self.needed:
             if pid is not None:
                 await self.launcher.stop()
@@ -81,9 +80,9 @@ class Companion:
         loop = asyncio.get_running_loop()
         deadline = loop.time() + _START_DEADLINE_S
         while True:
-            pid = self.find()
-            if pid is not None and self.answering():
-                return pid
+            found = self.read()
+            if found.parent is not None and found.workers:
+                return found.parent
             if loop.time() > deadline:
                 raise HostRefused(
                     f"the document server did not answer within {_START_DEADLINE_S:g} s"
@@ -119,17 +118,22 @@ class Companion:
             structlog.get_logger().error("document server ended", pid=pid)
 
     async def _watch(self, pid: int) -> None:
-        """Return when it has ended; it is ended when it makes no progress."""
+        """Return when it has ended, counting its workers' restarts; it is ended when it makes no progress."""
         ended = asyncio.ensure_future(self.launcher.wait(pid))
-        doubt, last, beating = Doubt(), self.beat(), False
+        doubt, last, beating = Doubt(), self.read(), False
         try:
             while not (await asyncio.wait([ended], timeout=_LOOK_EVERY_S))[0]:
-                beat, stat = self.beat(), read_stat(pid)
-                if beat != last:
-                    doubt, last, beating = Doubt(), beat, True
+                now, stat = self.read(), read_stat(pid)
+                # One that executes itself anew begins to count anew.
+                self.restarts += now.restarts - (
+                    last.restarts if last.restarts <= now.restarts else 0
+                )
+                if now.beat != last.beat:
+                    doubt, beating = Doubt(), True
                 elif beating or (stat is not None and stat.stopped):
                     # One that has never been seen to move may be of an earlier version, which does not.
                     doubt = doubt.after_silence(pid, stat)
+                last = now
                 if doubt.hung and (handle := open_process(pid)) is not None:
                     structlog.get_logger().error("document server hangs: ending it", pid=pid)
                     handle.kill(signal.SIGKILL)
@@ -145,7 +149,6 @@ class SpawnCompanion:
 
     arguments: Sequence[str]
     log: Path
-    find: Callable[[], int | None]
     pid_file: Path
     environment: Mapping[str, str]
     child: ProcessHandle | None = None
@@ -164,7 +167,7 @@ class SpawnCompanion:
         self.child = child
         loop = asyncio.get_running_loop()
         deadline = loop.time() + _START_DEADLINE_S
-        while self.find() is None:
+        while read_pids(self.pid_file).parent is None:
             if not child.alive():
                 status = await child.wait()
                 words = self.log.read_bytes()[offset:].decode("utf-8", "replace").strip()[-1000:]

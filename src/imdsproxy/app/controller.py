@@ -540,7 +540,7 @@ async def _start_data_plane(controller: _Controller) -> None:
     await parts.hops.prime()
     if applier.load():
         adopted = await parts.haproxy.adopt()
-    found = parts.companion.find()
+    found = parts.companion.read().parent
     try:
         # The document server takes its time to start; so does a look at a thousand namespaces.
         await asyncio.gather(parts.companion.ensure(), _look(parts))

@@ -3,11 +3,12 @@
 The parent holds a lock on the file (flock(2)) as long as it lives, whatever kills it. Each line is `PID START`,
 the parent's first, then its workers'; START is the process's start time in the kernel's ticks
 (proc_pid_stat(5), field 22), so that a number given to another process since is not taken for ours. The parent touches
-the file every second: one that does not is hung.
+the file every second: one that does not is hung. The last line is `restarts N`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
@@ -21,17 +22,26 @@ from imdsproxy.host.files import is_file_at, open_locked
 from imdsproxy.host.process import read_stat
 from imdsproxy.host.refusal import host_refused
 
-__all__ = ["DocumentProcesses", "PidFile", "read_beat", "read_pids", "stop_documents"]
+__all__ = ["DocumentProcesses", "PidFile", "read_pids", "stop_documents"]
 
 _POLL_S: Final = 0.02
+_RESTARTS: Final = "restarts"
 
 
 @dataclass(frozen=True, slots=True)
 class DocumentProcesses:
-    """The processes that live, of those that the file names; `parent` is `None` when it was killed."""
+    """The processes that live, of those that the file names.
+
+    Attributes:
+        parent: `None` when it was killed.
+        restarts: Workers of this parent that ended, and were started again.
+        beat: Another number a second later, while the parent makes progress; `None` without a file.
+    """
 
     parent: int | None
     workers: tuple[int, ...]
+    restarts: int = 0
+    beat: int | None = None
 
     @property
     def pids(self) -> tuple[int, ...]:
@@ -71,10 +81,10 @@ class PidFile:
         os.utime(self.descriptor)
         return is_file_at(self.descriptor, self.path)
 
-    def write(self, pids: Sequence[int]) -> None:
-        """Say who runs: the parent, then the workers."""
+    def write(self, pids: Sequence[int], restarts: int = 0) -> None:
+        """Say who runs: the parent, then the workers; and how many of these were started again."""
         text = "".join(f"{pid} {stat.started}\n" for pid in pids if (stat := read_stat(pid)))
-        data = text.encode("ascii")
+        data = f"{text}{_RESTARTS} {restarts}\n".encode("ascii")
         os.pwrite(self.descriptor, data, 0)
         os.ftruncate(self.descriptor, len(data))
 
@@ -85,22 +95,21 @@ class PidFile:
 
 
 def read_pids(path: Path) -> DocumentProcesses:
-    """Which of the document server's processes live now."""
+    """Which of the document server's processes live now, and how they have fared."""
     alive: list[int | None] = []
+    restarts = 0
     for line in _lines(path):
-        pid, _, start = line.partition(" ")
-        stat = read_stat(int(pid)) if pid.isdigit() else None
-        alive.append(int(pid) if stat is not None and str(stat.started) == start else None)
+        word, _, value = line.partition(" ")
+        if word == _RESTARTS:
+            restarts = int(value)
+            continue
+        stat = read_stat(int(word)) if word.isdigit() else None
+        alive.append(int(word) if stat is not None and str(stat.started) == value else None)
     workers = tuple(pid for pid in alive[1:] if pid is not None)
-    return DocumentProcesses(alive[0] if alive else None, workers)
-
-
-def read_beat(path: Path) -> int | None:
-    """What is another one a second later while the parent makes progress; `None` without a file."""
-    try:
-        return path.stat().st_mtime_ns
-    except OSError:
-        return None
+    beat = None
+    with contextlib.suppress(OSError):
+        beat = path.stat().st_mtime_ns
+    return DocumentProcesses(alive[0] if alive else None, workers, restarts, beat)
 
 
 def stop_documents(

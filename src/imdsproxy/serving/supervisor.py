@@ -132,6 +132,7 @@ class Supervisor:
         self._predecessors: list[ProcessHandle] = []
         self._predecessors_until = math.inf
         self._next_look = 0.0
+        self._restarts = 0
         self._alive, self.alive = os.pipe()
         self._wakeup, self._wakeup_writer = os.pipe()
         self._log = structlog.get_logger()
@@ -297,7 +298,7 @@ class Supervisor:
             one.close()
             self._predecessors.remove(one)
         if ended:
-            self._pid_file.write((os.getpid(), *self.pids))
+            self._pid_file.write((os.getpid(), *self.pids), self._restarts)
         for worker in self._workers:
             if worker.pid is None:
                 continue
@@ -305,6 +306,7 @@ class Supervisor:
             if status is None:
                 continue
             if not stopping:
+                self._restarts += 1
                 self._log.error(
                     "a worker ended; starting another",
                     pid=worker.pid,
@@ -337,7 +339,7 @@ class Supervisor:
             os.close(announce)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, HANDLED_SIGNALS)
         worker.pid, worker.ready, worker.started = pid, ready, self._monotonic()
-        self._pid_file.write((os.getpid(), *self.pids))
+        self._pid_file.write((os.getpid(), *self.pids), self._restarts)
 
     def _child(self, worker: _Worker, ready: int, announce: int) -> None:
         """Never returns: nothing of the parent's may run twice."""

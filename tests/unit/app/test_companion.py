@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 
 from imdsproxy.app.companion import Companion
 from imdsproxy.errors import HostRefused
+from imdsproxy.serving.pidfile import DocumentProcesses
 
 
 @dataclass(slots=True)
@@ -32,7 +33,7 @@ class Launcher:
 
 
 def _companion(launcher: Launcher, *, needed: bool = True) -> Companion:
-    return Companion(launcher, lambda: launcher.pid, lambda: True, lambda: None, needed=needed)
+    return Companion(launcher, lambda: DocumentProcesses(launcher.pid, (8,)), needed=needed)
 
 
 async def test_what_is_not_there_is_started_and_what_is_there_is_adopted() -> None:
@@ -56,6 +57,30 @@ async def test_what_has_ended_is_started_again() -> None:
                 await asyncio.sleep(0)
         task.cancel()
     assert launcher.done == ["start", "7 ended", "start"]
+
+
+async def test_its_workers_restarts_are_counted_also_when_it_begins_to_count_anew(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("imdsproxy.app.companion._LOOK_EVERY_S", 0)
+    launcher, counts = Launcher(pid=7), iter([1, 1, 1, 3, 3, 0, 1])
+    seen = DocumentProcesses(7, (8,))
+
+    def read() -> DocumentProcesses:
+        nonlocal seen
+        seen = replace(seen, restarts=next(counts, seen.restarts))
+        return seen
+
+    companion = Companion(launcher, read)
+    async with asyncio.TaskGroup() as group:
+        task = group.create_task(companion.run())
+        async with asyncio.timeout(30):
+            while companion.restarts < 3:
+                await asyncio.sleep(0)
+            await asyncio.sleep(0)
+        task.cancel()
+    assert companion.restarts == 3
+    assert launcher.done == []
 
 
 async def test_where_it_is_not_needed_it_does_not_run() -> None:
