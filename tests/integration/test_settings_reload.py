@@ -168,6 +168,22 @@ def test_the_command_says_why_where_the_emptied_file_named_the_socket(world: Wor
     assert "holds no settings" in checked.out
 
 
+def test_a_start_with_a_file_of_comments_takes_the_defaults_and_warns(world: World) -> None:
+    text = world.daemon.config.read_text()
+    beside = world.daemon.directory / "conf.d" / "0-paths.yaml"
+    beside.parent.mkdir(exist_ok=True)
+    beside.write_text(text)
+    world.daemon.kill_controller()
+    world.daemon.config.write_text("# nothing here\n")
+    world.daemon.start()
+    warned = [one for one in world.daemon.log_entries() if "settings file is empty" in one.values()]
+    assert [one["file"] for one in warned] == [str(world.daemon.config)]
+    assert _reload(world).status == 0
+    world.daemon.config.write_text(text)
+    beside.write_text("{}\n")
+    assert _reload(world).status == 0
+
+
 def test_a_start_with_a_blank_file_is_refused_and_guests_are_answered_as_before(
     world: World,
 ) -> None:

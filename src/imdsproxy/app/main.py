@@ -8,6 +8,8 @@ import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import structlog
+
 from imdsproxy.app.controller import run_controller
 from imdsproxy.app.heartbeat import Heartbeat
 from imdsproxy.app.settings_reload import SettingsHolder
@@ -45,6 +47,8 @@ def run(load: Callable[[], Loaded], *, config: Path | None, environment: Mapping
     loaded = load()
     open_log(loaded.settings)
     refuse_dropped(None, loaded)
+    for path in sorted(loaded.empty):
+        structlog.get_logger().warning("settings file is empty", file=str(path))
     holder = SettingsHolder(loaded, load, open_log)
     raise_descriptor_limit()
     leave_no_dumps()
