@@ -407,6 +407,27 @@ def test_a_hung_controller_is_started_again_and_no_request_lost(daemon: UnitDaem
     assert "Fatal Python error: Aborted" in daemon.machine.journal()
 
 
+def test_a_start_that_makes_progress_may_take_longer_than_systemd_gives_it(
+    daemon: UnitDaemon,
+) -> None:
+    slow = '#!/bin/sh\n[ "$1" != -vv ] || sleep 8\nexec /usr/sbin/haproxy "$@"\n'
+    daemon.machine.write("/opt/slow-haproxy", slow)
+    daemon.machine.run("chmod", "755", "/opt/slow-haproxy")
+    daemon.machine.write(
+        "/etc/imdsproxy/conf.d/test.yaml", "haproxy: {binary: /opt/slow-haproxy}\n"
+    )
+    drop_in = f"/etc/systemd/system/{CONTROLLER}.d/time.conf"
+    daemon.machine.write(drop_in, "[Service]\nTimeoutStartSec=4\n")
+    daemon.machine.run("systemctl", "daemon-reload")
+    daemon.machine.run("systemctl", "stop", CONTROLLER)
+
+    began = time.monotonic()
+    daemon.machine.run("systemctl", "start", CONTROLLER)
+
+    assert time.monotonic() - began > 8
+    assert daemon.active() == dict.fromkeys(UNITS, "active")
+
+
 def test_documents_come_again_within_five_seconds_whatever_of_their_server_hangs(
     daemon: UnitDaemon,
 ) -> None:
