@@ -150,7 +150,7 @@ class SqliteBacking(WholeRecords):
         self, networks: Iterable[Network] = (), instances: Iterable[Instance] = ()
     ) -> tuple[Problem, ...]:
         try:
-            await self._source.put_records(networks, instances)
+            await self._source.put_records(networks, tuple(instances))
         except SourceRefused as refusal:
             return refusal.problems
         return ()

@@ -56,6 +56,7 @@ def _visible(inventory: Inventory) -> dict[str, object]:
         "instances": dict(inventory.instances),
         "addresses": dict(inventory.addresses()),
         "members": {name: inventory.instances_in(NetworkId(name)) for name in "abc"},
+        "macs": {name for name in "abc" if inventory.carries_macs(NetworkId(name))},
         "conflicts": inventory.conflicts(),
         "problems": {name: inventory.problems_of(name) for name in inventory.sources},
         "stranded": tuple(inventory.stranded()),

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from imdsproxy.app.gates import Gates
 from imdsproxy.app.record_loop import RecordLoop
 from imdsproxy.core.endpoints import Endpoint
+from imdsproxy.core.haproxy.maps import MapState
 from imdsproxy.core.hostnames import Naming
 from imdsproxy.core.hoststate import NamespaceRef, ObservedHost
 from imdsproxy.core.identity import Learned
@@ -58,7 +59,8 @@ class Noting(Gates):
     planned: Pairs
 
     async def withdraw(self, pairs: Pairs) -> None:
-        self.planned = pairs
+        before = {key: self.granted(key) for key in self.keys()}
+        self.planned = {**before, **pairs}
         await super().withdraw(pairs)
 
 
@@ -82,9 +84,7 @@ class World:
             lambda _path, _data: None,
             SystemClock(),
         )
-        applier = SimpleNamespace(
-            apply=self.apply, state=SimpleNamespace(effective=lambda: self.map)
-        )
+        applier = SimpleNamespace(apply=self.apply, state=MapState(base=self.map))
         files = SimpleNamespace(
             apply=lambda _instance, _record: None,
             remove=lambda _instance: None,
@@ -108,7 +108,7 @@ class World:
             else:
                 self.map[key] = value
                 address = ip_address(key.partition("/")[2])
-                self.owners[key] = value.partition("|")[0], self.gates.planned[_NET, address]
+                self.owners[key] = value.partition("|")[0], self.gates.planned.get((_NET, address))
             self.look()
         return len(wanted)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -38,6 +39,7 @@ from imdsproxy.core.observation import Claimant, Conflict, ConflictKind
 from imdsproxy.core.policy import Guard, PolicyBook, PolicyPlace
 from imdsproxy.core.policy_decides import decide_read
 from imdsproxy.core.policy_told import tell_policy
+from imdsproxy.core.progress import Step
 from imdsproxy.core.token_report import TokenReport
 from imdsproxy.errors import (
     AlreadyExists,
@@ -48,7 +50,7 @@ from imdsproxy.errors import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Collection, Sequence
 
     from imdsproxy.core.model import Instance, IpAddress, Network
 
@@ -61,6 +63,9 @@ class FakeOperations:
     instances: dict[InstanceId, Instance] = field(default_factory=dict)
     left_out: dict[NetworkId, LeftOut] = field(default_factory=dict)
     documents: dict[str, DocumentAnswer] = field(default_factory=dict)
+    steps: tuple[Step, ...] = ()
+    written: Written | None = None
+    under_way: tuple[Step, ...] = ()
     conflicts: tuple[Conflict, ...] = ()
     unix_listener: UnixListenerReport | None = None
     policy_for_nobody: tuple[str, ...] = ()
@@ -233,16 +238,22 @@ class FakeOperations:
         del self.instances[instance]
         return Written(instances=1)
 
+    def progress(self) -> tuple[Step, ...]:
+        return self.under_way
+
     async def put_records(
-        self, networks: Sequence[Network], instances: Sequence[Instance], *, create: bool = False
+        self, networks: Sequence[Network], instances: Collection[Instance], *, create: bool = False
     ) -> Written:
         self._check()
+        for step in self.steps:
+            self.under_way = (step,)
+            await asyncio.sleep(0.3)
         taken = [one.id for one in networks if one.id in self.networks]
         if create and taken:
             raise AlreadyExists(f"there is a network {taken[0]}")
         self.networks.update({one.id: one for one in networks})
         self.instances.update({one.id: one for one in instances})
-        return Written(len(networks), len(instances))
+        return self.written or Written(len(networks), len(instances))
 
     async def revoke_tokens(self, instance: InstanceId) -> GuardChange:
         guard = await self._guard(instance)

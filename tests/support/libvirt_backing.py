@@ -47,7 +47,7 @@ def metadata_xml(instance: Instance) -> str:
     """A record as our element; what is as without an element is left out."""
     inside = f"<imds:hostname>{escape(instance.hostname)}</imds:hostname>"
     if instance.user_data is not None:
-        encoded = base64.encodebytes(instance.user_data).decode()
+        encoded = base64.encodebytes(bytes(instance.user_data)).decode()
         inside += f"<imds:user-data encoding='base64'>{encoded}</imds:user-data>"
     return _element(inside, instance.id)
 

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from imdsproxy.admin.reports import LeftOut
 from imdsproxy.core.model import ID_PATTERN
 from imdsproxy.core.observation import Conflict
+from imdsproxy.core.packed import PackedInstances
 from imdsproxy.core.path_rules import MOST_PATH_RULES
 from imdsproxy.core.policy import BOUNDS
 from imdsproxy.core.records import Records, Refused, parse_instance, parse_network, parse_records
@@ -24,7 +25,7 @@ from imdsproxy.core.records.scalars import DEVICE_PATTERN, MAC_PATTERN, NAMESPAC
 from imdsproxy.errors import Problem, RequestRefused
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 
     from starlette.requests import Request
 
@@ -46,6 +47,7 @@ __all__ = [
     "name_networks",
     "read_instance",
     "read_json",
+    "read_lines",
     "read_network",
     "read_records",
     "refuse_unclearable",
@@ -59,6 +61,8 @@ PASSWORD: Final = "password"  # noqa: S105 - a key of a patch
 """What can be cleared beside the keys of an instance's record."""
 
 _INLINE: Final = 64 * 1024
+_MOST_PROBLEMS: Final = 1000
+_LINE_HINT: Final = '{"network": {…}} or {"instance": {…}}'
 _T = TypeVar("_T")
 
 
@@ -314,6 +318,60 @@ async def read_records(body: object) -> Records:
             "nothing was stored: some records are not acceptable", problems=records.all_problems
         )
     return records
+
+
+async def read_lines(request: Request) -> tuple[list[Network], PackedInstances]:
+    """The records of a bulk body that has one a line: `{"network": {…}}` or `{"instance": {…}}`.
+
+    Each is read as it comes, so the body may be of any length.
+
+    Raises:
+        RequestRefused: With every field of every record that is wrong, the first thousand of them.
+    """
+    networks: list[Network] = []
+    instances = PackedInstances()
+    problems: list[Problem] = []
+    counts = {"network": 0, "instance": 0}
+    async for raw in _lines(request):
+        body = _decode(raw)
+        kind = next(iter(body)) if isinstance(body, dict) and len(body) == 1 else ""
+        if not isinstance(body, dict) or kind not in counts:
+            raise _refused("has a line that is neither a network nor an instance", _LINE_HINT)
+        path = (f"{kind}s", counts[kind])
+        counts[kind] += 1
+        if kind == "network":
+            network = parse_network(body[kind], path=path)
+            if isinstance(network, Refused):
+                problems += network.problems
+            else:
+                networks.append(network)
+            continue
+        instance = parse_instance(body[kind], path=path)
+        if isinstance(instance, Refused):
+            problems += instance.problems
+        elif instance.id in instances:
+            problems.append(Problem(f"instances[{path[1]}].id", f"{instance.id} is there twice"))
+        else:
+            instances[instance.id] = instance
+    if problems:
+        raise RequestRefused(
+            "nothing was stored: some records are not acceptable",
+            problems=problems[:_MOST_PROBLEMS],
+        )
+    return networks, instances
+
+
+async def _lines(request: Request) -> AsyncIterator[bytes]:
+    rest = b""
+    async for chunk in request.stream():
+        *lines, rest = (rest + chunk).split(b"\n")
+        if len(rest) > MAX_BODY:
+            raise _refused("has a line that is too long", f"at most {MAX_BODY // 1024 // 1024} MiB")
+        for line in filter(None, lines):
+            yield line
+        await asyncio.sleep(0)
+    if rest:
+        yield rest
 
 
 def refuse_unlike(body: object, identity: str) -> dict[str, object]:

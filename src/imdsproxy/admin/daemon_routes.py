@@ -17,6 +17,7 @@ from imdsproxy.admin.reports import StatusReport
 from imdsproxy.admin.shapes import to_json
 from imdsproxy.core.addresses import normalise_address
 from imdsproxy.core.model import IpAddress
+from imdsproxy.core.progress import Step
 from imdsproxy.errors import Problem, RequestRefused
 
 __all__ = ["router"]
@@ -69,6 +70,12 @@ class Stopping(BaseModel):
 async def show_status(operations: Ops) -> JSONResponse:
     """Everything at one moment."""
     return JSONResponse(to_json(await operations.status()))
+
+
+@router.get("/progress", responses=answers(list[Step]))
+async def show_progress(operations: Ops) -> JSONResponse:
+    """What is under way that takes long; whoever waits for an answer may ask meanwhile."""
+    return JSONResponse(to_json(operations.progress()))
 
 
 @router.get("/explain", responses=answers(Explanation))

@@ -6,7 +6,7 @@ values are frozen and say what was true at one moment.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -25,6 +25,7 @@ from imdsproxy.core.model import (
 from imdsproxy.core.observation import Claimant, Conflict, SourceName
 from imdsproxy.core.policy_decides import Decided
 from imdsproxy.core.policy_told import PolicyInForce
+from imdsproxy.core.progress import Step
 from imdsproxy.core.token_report import TokenReport
 
 __all__ = [
@@ -324,8 +325,12 @@ class Operations(Protocol):
         """Remove an instance; `NotFound` when there is none."""
         ...
 
+    def progress(self) -> tuple[Step, ...]:
+        """What is under way that takes long, and how far it is."""
+        ...
+
     async def put_records(
-        self, networks: Sequence[Network], instances: Sequence[Instance], *, create: bool = False
+        self, networks: Sequence[Network], instances: Collection[Instance], *, create: bool = False
     ) -> Written:
         """Store many at once: all of them, or none and `SourceRefused` (or `AlreadyExists`)."""
         ...

@@ -22,6 +22,7 @@ from imdsproxy.admin.bodies import (
     name_networks,
     read_instance,
     read_json,
+    read_lines,
     read_network,
     read_records,
     refuse_unclearable,
@@ -197,13 +198,21 @@ async def put_records(
     operations: Ops,
     create: Annotated[bool, Query(description="Refuse ids that are there.")] = False,  # noqa: FBT002 - FastAPI passes it by name
 ) -> JSONResponse:
-    """Add or replace many networks and instances: all of them, or none."""
-    records = await read_records(await read_json(request))
-    written = await operations.put_records(
-        [network for _, network in records.networks],
-        [instance for _, instance in records.instances],
-        create=create,
-    )
+    """Add or replace many networks and instances: all of them, or none.
+
+    A body of type `application/x-ndjson` has a record a line, `{"network": {…}}` or `{"instance": {…}}`, and may be of
+    any length. It is answered when all of it is in force, which may take minutes: `/v1/progress` says how far it is.
+    """
+    if request.headers.get("content-type") == "application/x-ndjson":
+        networks, packed = await read_lines(request)
+        written = await operations.put_records(networks, packed.values(), create=create)
+    else:
+        records = await read_records(await read_json(request))
+        written = await operations.put_records(
+            [network for _, network in records.networks],
+            [instance for _, instance in records.instances],
+            create=create,
+        )
     return JSONResponse(to_json(written))
 
 

@@ -7,7 +7,7 @@ and instances their records (`imdsproxy.core.records`), and bytes `{"text": …}
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping
+from collections.abc import Mapping, Sized
 from dataclasses import fields, is_dataclass, replace
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -88,5 +88,5 @@ def instance_summary(report: InstanceReport) -> JsonObject:
     return shape
 
 
-def _size(payload: bytes | None) -> int:
+def _size(payload: Sized | None) -> int:
     return 0 if payload is None else len(payload)

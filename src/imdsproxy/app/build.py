@@ -27,6 +27,7 @@ from imdsproxy.config.schema import Settings, Supervisor
 from imdsproxy.core.haproxy.model import Limits
 from imdsproxy.core.hostnames import Naming
 from imdsproxy.core.inventory import Inventory
+from imdsproxy.core.progress import Progress
 from imdsproxy.core.wire import RETRY_AFTER_S
 from imdsproxy.dataplane.haproxy import Haproxy
 from imdsproxy.dataplane.hops import lead_back
@@ -279,7 +280,11 @@ class Sources:
 
 
 def build_sources(
-    settings: Settings, clock: Clock, *, begin: Callable[[], Awaitable[object]]
+    settings: Settings,
+    clock: Clock,
+    *,
+    begin: Callable[[], Awaitable[object]],
+    progress: Progress | None = None,
 ) -> Sources:
     """The sources that the settings enable.
 
@@ -287,11 +292,14 @@ def build_sources(
         settings: Which, and how.
         clock: For what is known for a time, and since when.
         begin: Waited for before a source does what nobody waits for.
+        progress: Where sources say how far long work is.
     """
     found: list[Source] = []
     writable: WritableSource | None = None
     if settings.sources.sqlite.enabled:
-        writable = SqliteSource(settings.store_path, now=lambda: clock.now().timestamp())
+        writable = SqliteSource(
+            settings.store_path, now=lambda: clock.now().timestamp(), progress=progress
+        )
         found.append(writable)
     if settings.sources.file.enabled:
         # With its reader of YAML a sixteenth of a start, and off where nobody asks for it.

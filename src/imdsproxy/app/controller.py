@@ -63,6 +63,7 @@ from imdsproxy.core.hostnames import Naming
 from imdsproxy.core.inventory import Inventory
 from imdsproxy.core.model import NetworkId
 from imdsproxy.core.observation import AddressKey, Observation
+from imdsproxy.core.progress import Progress
 from imdsproxy.core.upstream import changed_secrets
 from imdsproxy.dataplane.launch import read_program
 from imdsproxy.errors import DataplaneError, HostRefused, ImdsproxyError
@@ -82,7 +83,7 @@ if TYPE_CHECKING:
 __all__ = ["run_controller"]
 
 _FIRST_SYNC_S = 5.0
-"""How long the first configuration waits for the sources; HAProxy that runs already is not affected."""
+"""How long the first configuration waits for sources that publish nothing; a running HAProxy is not affected."""
 
 _REVIEW_EVERY_S = 1.0
 _FIGURES_EVERY_S = 10.0
@@ -266,7 +267,9 @@ async def run_controller(
         guarding = open_guarding(settings, layout)
         haproxy, applier = build_haproxy(settings, layout, program, clock)
         served = asyncio.Event()
-        sources = build_sources(settings, clock, begin=served.wait)
+        sources = build_sources(
+            settings, clock, begin=served.wait, progress=(progress := Progress())
+        )
         inventory = Inventory(source.name for source in sources.all)
         controller: _Controller
 
@@ -304,6 +307,7 @@ async def run_controller(
             hops,
             build_rule_sets(layout, applier, clock),
             lambda: holder.settings.documents.region,
+            progress=progress,
         )
         listeners = ListenerLoop(
             inventory,
@@ -555,7 +559,8 @@ async def _start_data_plane(controller: _Controller) -> None:
                 told.update(applier.state.effective())
                 parts.hops.hold(told)
             records = await parts.records.compile_all()
-            records = {**{key: value for key, value in told.items() if value}, **records}
+            if told:
+                records = {**{key: value for key, value in told.items() if value}, **records}
             applier.write_all(records)
         await parts.listeners.first_round()
         # From the gates that are still there: guests that are known by their MACs alone are known on.
@@ -581,11 +586,16 @@ async def _look(parts: Parts) -> None:
 
 
 async def _wait_for_sources(parts: Parts) -> None:
-    try:
-        async with asyncio.timeout(_FIRST_SYNC_S):
-            await parts.records.in_sync.wait()
-    except TimeoutError:
-        structlog.get_logger().warning(
-            "starting before all sources have told what they know",
-            waiting_for=[name for name, there in parts.inventory.sources.items() if not there],
-        )
+    known = -1
+    while not parts.inventory.in_sync:
+        # As long as records come in, nobody would be served sooner by a start without them.
+        if known == len(parts.inventory.instances):
+            structlog.get_logger().warning(
+                "starting before all sources have told what they know",
+                waiting_for=[name for name, there in parts.inventory.sources.items() if not there],
+            )
+            return
+        known = len(parts.inventory.instances)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_FIRST_SYNC_S):
+                await parts.records.in_sync.wait()

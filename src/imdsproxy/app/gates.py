@@ -8,10 +8,10 @@ gate that is made anew lets through what the one before did.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final, Protocol, TypeAlias
+from typing import Final, Protocol, TypeAlias, TypeVar
 
 import structlog
 
@@ -23,6 +23,7 @@ from imdsproxy.core.hoststate import NamespaceRef, ObservedHost
 from imdsproxy.core.inventory import Inventory
 from imdsproxy.core.model import IpAddress, MacAddress, Network, NetworkId
 from imdsproxy.core.observation import AddressKey
+from imdsproxy.core.packed import PackedPairs
 from imdsproxy.core.pairs import ANY_MAC, Pairs
 from imdsproxy.errors import DataplaneError, Problem
 from imdsproxy.host.clock import Clock
@@ -99,7 +100,7 @@ class Gates:
     _open: dict[NetworkId, Gate] = field(default_factory=dict)
     _devices: dict[tuple[NamespaceRef | None, int], NetworkId] = field(default_factory=dict)
     _full: set[NetworkId] = field(default_factory=set)
-    _granted: dict[NetworkId, dict[IpAddress, MacAddress]] = field(default_factory=dict)
+    _granted: PackedPairs = field(default_factory=PackedPairs)
     _known: bool = False
     _complete: bool = True
     _settled: bool = False
@@ -124,14 +125,15 @@ class Gates:
         """The MAC that an address is believed with now; `None` for none."""
         return self._granted.get(key[0], {}).get(key[1])
 
-    def keys(self) -> Iterable[AddressKey]:
+    def keys(self) -> Iterator[AddressKey]:
         """Every address that has a pair."""
-        return [(network, address) for network, pairs in self._granted.items() for address in pairs]
+        for network in tuple(self._granted):
+            yield from ((network, address) for address in self._granted.get(network, {}))
 
     @property
     def pair_count(self) -> int:
         """How many addresses have a pair."""
-        return sum(len(pairs) for pairs in self._granted.values())
+        return self._granted.total
 
     @property
     def problems(self) -> tuple[Problem, ...]:
@@ -290,12 +292,11 @@ class Gates:
     # For the record loop
 
     def prime(self, pairs: Pairs, *, complete: bool) -> None:
-        """Whom to let through, before HAProxy runs, and whether nobody else is."""
+        """Whom to let through beside those said before, before HAProxy runs, and whether nobody else is."""
         self._complete = complete
-        self._granted = {}
-        for (network, address), mac in pairs.items():
-            if mac is not None:
-                self._granted.setdefault(network, {})[address] = mac
+        some = _by_network((key, mac) for key, mac in pairs.items() if mac is not None)
+        for network, coming in some.items():
+            self._granted[network] = {**self._granted.get(network, {}), **coming}
         self._known = True
 
     def withheld(self, pairs: Pairs) -> frozenset[AddressKey]:
@@ -305,6 +306,16 @@ class Gates:
             for key, mac in pairs.items()
             if mac is not None and mac != ANY_MAC and key[0] in self._plain
         )
+
+    def differing(self, pairs: Pairs) -> Pairs:
+        """Those that are not granted so, and those that were to end."""
+        return {
+            (network, address): mac
+            for network, some in _by_network(pairs.items()).items()
+            for granted in (self._granted.get(network, {}),)
+            for address, mac in some.items()
+            if granted.get(address) != mac or (network, address) in self._lingering
+        }
 
     async def withdraw(self, pairs: Pairs) -> None:
         """Let nobody through any more who is not in `pairs` for an address that another has now.
@@ -317,14 +328,17 @@ class Gates:
         """
         async with self._lock:
             gone: list[AddressKey] = []
-            for key, mac in pairs.items():
-                held = self.granted(key)
-                if held is None or held == mac:
-                    self._lingering.pop(key, None)
-                elif mac is None:
-                    self._lingering.setdefault(key, self.clock.monotonic() + _LINGER_S)
-                else:
-                    gone.append(key)
+            for network, some in _by_network(pairs.items()).items():
+                granted = self._granted.get(network, {})
+                for address, mac in some.items():
+                    held = granted.get(address)
+                    if held is None or held == mac:
+                        self._lingering.pop((network, address), None)
+                    elif mac is None:
+                        until = self.clock.monotonic() + _LINGER_S
+                        self._lingering.setdefault((network, address), until)
+                    else:
+                        gone.append((network, address))
             await self._withdraw(gone)
 
     async def expire(self) -> None:
@@ -338,17 +352,17 @@ class Gates:
             await self._withdraw([key for key, until in self._lingering.items() if until <= now])
 
     async def _withdraw(self, keys: Iterable[AddressKey]) -> None:
-        gone: dict[NetworkId, dict[IpAddress, MacAddress]] = {}
-        for network, address in keys:
-            held = self._granted.get(network, {}).get(address)
-            if held is not None:
-                gone.setdefault(network, {})[address] = held
-            self._lingering.pop((network, address), None)
-        for network, some in gone.items():
-            if network in self._full:
-                await self._do(self._open[network], some, self.kernel.withdraw)
-            for address in some:
-                del self._granted[network][address]
+        for network, addresses in _by_network((key, None) for key in keys).items():
+            granted = self._granted.get(network, {})
+            gone = {one: mac for one, mac in granted.items() if one in addresses}
+            for address in addresses:
+                self._lingering.pop((network, address), None)
+            if gone and network in self._full:
+                await self._do(self._open[network], gone, self.kernel.withdraw)
+            if gone:
+                self._granted[network] = {
+                    one: mac for one, mac in granted.items() if one not in gone
+                }
 
     async def grant(self, pairs: Pairs) -> None:
         """Let these through.
@@ -357,14 +371,17 @@ class Gates:
             HostRefused: The kernel refuses.
         """
         async with self._lock:
-            come: dict[NetworkId, dict[IpAddress, MacAddress]] = {}
-            for (network, address), mac in pairs.items():
-                if mac is not None and self.granted((network, address)) != mac:
-                    come.setdefault(network, {})[address] = mac
-            for network, some in come.items():
-                if network in self._full:
-                    await self._do(self._open[network], some, self.kernel.grant)
-                self._granted.setdefault(network, {}).update(some)
+            for network, some in _by_network(pairs.items()).items():
+                granted = self._granted.get(network, {})
+                come = {
+                    address: mac
+                    for address, mac in some.items()
+                    if mac is not None and granted.get(address) != mac
+                }
+                if come and network in self._full:
+                    await self._do(self._open[network], come, self.kernel.grant)
+                if come:
+                    self._granted[network] = {**granted, **come}
             self._known = True
 
     async def sender(self, key: AddressKey, port: int) -> MacAddress | None:
@@ -452,3 +469,15 @@ class Gates:
         if places != self._places:
             self.write(self.journal, render_places(places))
             self._places = places
+
+
+_Mac = TypeVar("_Mac", MacAddress, MacAddress | None)
+
+
+def _by_network(
+    pairs: Iterable[tuple[AddressKey, _Mac]],
+) -> dict[NetworkId, dict[IpAddress, _Mac]]:
+    found: dict[NetworkId, dict[IpAddress, _Mac]] = {}
+    for (network, address), mac in pairs:
+        found.setdefault(network, {})[address] = mac
+    return found

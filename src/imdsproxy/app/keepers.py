@@ -38,11 +38,15 @@ class PairKeeper(Protocol):
         ...
 
     def prime(self, pairs: Pairs, *, complete: bool) -> None:
-        """Whom to let through, before HAProxy runs, and whether nobody else is."""
+        """Whom to let through beside those said before, before HAProxy runs, and whether nobody else is."""
         ...
 
     def withheld(self, pairs: Pairs) -> frozenset[AddressKey]:
         """Addresses that HAProxy must not know yet, because nobody looks at their MACs."""
+        ...
+
+    def differing(self, pairs: Pairs) -> Pairs:
+        """Those that are not in force as they are here."""
         ...
 
     async def withdraw(self, pairs: Pairs) -> None:
@@ -76,6 +80,11 @@ class NoPairs:
         """See `PairKeeper.withheld`."""
         del pairs
         return frozenset()
+
+    def differing(self, pairs: Pairs) -> Pairs:
+        """See `PairKeeper.differing`."""
+        del pairs
+        return {}
 
     async def withdraw(self, pairs: Pairs) -> None:
         """See `PairKeeper.withdraw`."""

@@ -177,6 +177,7 @@ class ListenerLoop:
     tickets: Tickets = field(default_factory=Tickets)
     report: ListenerReport = field(default_factory=lambda: ListenerReport(0.0))
     failure: Problem | None = None
+    working: bool = False
     unexported: Problem | None = None
     rounds: int = 0
     seconds: float = 0.0
@@ -271,6 +272,7 @@ class ListenerLoop:
             self._wake.clear()
             ticket = self.tickets.given
             reasons, self._reasons = tuple(sorted(self._reasons)) or ("recheck",), set()
+            self.working = True
             try:
                 await self._round(reasons)
             except DataplaneError as error:
@@ -283,6 +285,8 @@ class ListenerLoop:
                 delay = _RETRY_FIRST_S
                 self.failure = None
                 await self.tickets.close(ticket)
+            finally:
+                self.working = False
 
     async def _wait(self, delay: float) -> None:
         """Until there is work: an event, or a retry that is due."""

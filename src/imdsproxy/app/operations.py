@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final, assert_never
 
@@ -66,6 +66,7 @@ from imdsproxy.core.model import (
 )
 from imdsproxy.core.naming import find_id
 from imdsproxy.core.observation import AddressKey
+from imdsproxy.core.progress import Step
 from imdsproxy.core.token_report import TokenReport, open_trees
 from imdsproxy.core.wire import HEADER_TOLD, MISMATCH_TEXT, MapRecord, render_map_value
 from imdsproxy.dataplane.haproxy import Haproxy
@@ -331,6 +332,10 @@ class ControllerOperations:
         """See `Operations.get_instance`."""
         return self.instance_reports.get(instance)
 
+    def progress(self) -> tuple[Step, ...]:
+        """See `Operations.progress`."""
+        return self.records.progress.steps
+
     # Writing
 
     async def put_network(self, network: Network, *, create: bool = False) -> Written:
@@ -342,7 +347,7 @@ class ControllerOperations:
         return await self.writes.put_instance(instance, create=create)
 
     async def put_records(
-        self, networks: Sequence[Network], instances: Sequence[Instance], *, create: bool = False
+        self, networks: Sequence[Network], instances: Collection[Instance], *, create: bool = False
     ) -> Written:
         """See `Operations.put_records`."""
         return await self.writes.put_records(networks, instances, create=create)

@@ -7,8 +7,10 @@ is planned at once. Observations that come while it works are taken together in 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import chain, islice
+from typing import Final, TypeVar
 
 import structlog
 
@@ -25,13 +27,22 @@ from imdsproxy.app.keepers import (
 from imdsproxy.app.tickets import Tickets
 from imdsproxy.core.compiled import compile_instance
 from imdsproxy.core.documents.renamed import list_warnings, warn_of_names
+from imdsproxy.core.haproxy.maps import PackedMap
 from imdsproxy.core.identity import Learned
 from imdsproxy.core.inventory import Inventory
-from imdsproxy.core.model import InstanceId, NetworkId, Upstream
+from imdsproxy.core.model import InstanceId, MacAddress, NetworkId, Upstream
 from imdsproxy.core.observation import AddressKey, Affected, Conflict, Observation
 from imdsproxy.core.pairs import plan_pairs
-from imdsproxy.core.plan import PlannedRecords, plan_record, plan_records, record_key
+from imdsproxy.core.path_rules import PathRules
+from imdsproxy.core.plan import (
+    PlannedRecords,
+    parse_record_key,
+    plan_record,
+    plan_records,
+    record_key,
+)
 from imdsproxy.core.policy import PolicyBook
+from imdsproxy.core.progress import Progress
 from imdsproxy.core.upstream import NovaRouting
 from imdsproxy.core.wire import MapRecord
 from imdsproxy.dataplane.records import RecordApplier
@@ -42,7 +53,14 @@ __all__ = ["RecordLoop"]
 
 _RETRY_FIRST_S = 0.2
 _RETRY_LAST_S = 5.0
-_TOGETHER = 100
+
+_AT_ONCE: Final = 100
+"""Instances or addresses that are looked at before the loop may answer others: some milliseconds."""
+
+_MANY: Final = 20_000
+"""Addresses of which a list is not worth its memory: all are looked at instead."""
+
+_Item = TypeVar("_Item")
 
 
 @dataclass(slots=True)
@@ -69,12 +87,15 @@ class _Work:
         return bool(self.instances or self.addresses or self.networks or self.everything)
 
 
-async def _in_turns(instances: Iterable[InstanceId]) -> AsyncIterator[InstanceId]:
-    """One after the other, letting others work in between: a hundred thousand take half a minute."""
-    for number, instance in enumerate(tuple(instances)):
-        if number and number % _TOGETHER == 0:
-            await asyncio.sleep(0)
-        yield instance
+@dataclass(slots=True)
+class _RoundPlan:
+    """What a round is to bring into force, by address."""
+
+    wanted: dict[str, str | None] = field(default_factory=dict)
+    pairs: dict[AddressKey, MacAddress | None] = field(default_factory=dict)
+    withheld: frozenset[AddressKey] = frozenset()
+    sets: dict[str, PathRules] = field(default_factory=dict)
+    armed: frozenset[NetworkId] = frozenset()
 
 
 @dataclass(slots=True)
@@ -95,6 +116,8 @@ class RecordLoop:
         warnings: Of instances whose documents differ from their records.
         withheld: Addresses that the last round kept from HAProxy, because nobody looks at their MACs yet.
         rounds: Rounds that put observations in force, by the time from the first observation to the acknowledgement.
+        progress: Where long rounds say how far they are.
+        looked: How many instances and addresses were looked at; it grows as long as a round goes on.
     """
 
     inventory: Inventory
@@ -117,6 +140,8 @@ class RecordLoop:
     withheld: frozenset[AddressKey] = frozenset()
     in_sync: asyncio.Event = field(default_factory=asyncio.Event)
     rounds: Durations = field(default_factory=Durations)
+    progress: Progress = field(default_factory=Progress)
+    looked: int = 0
     _since: float | None = None
     _work: _Work = field(default_factory=_Work)
     _wake: asyncio.Event = field(default_factory=asyncio.Event)
@@ -126,6 +151,9 @@ class RecordLoop:
         """Take in what a source saw; the ticket says when it is in force."""
         affected = self.inventory.observe(observation)
         self._work.add(affected)
+        if len(self._work.addresses) > _MANY and (self.inventory.in_sync or not self._swept):
+            self._work.everything = True
+            self._work.addresses.clear()
         if affected.networks or affected.in_sync:
             self.on_networks(affected.networks)
         if self.inventory.in_sync:
@@ -137,7 +165,8 @@ class RecordLoop:
         if self._since is None:
             self._since = self.clock.monotonic()
         ticket = self.tickets.take()
-        self._wake.set()
+        if not observation.more:
+            self._wake.set()
         return ticket
 
     def learn(self, key: AddressKey, learned: Learned) -> int:
@@ -162,20 +191,45 @@ class RecordLoop:
         self._wake.set()
         return self.tickets.take()
 
-    async def compile_all(self) -> dict[str, str]:
+    async def compile_all(self) -> Mapping[str, str]:
         """Compile every instance and give the whole map, for a HAProxy that is yet to start."""
-        async for instance in _in_turns(self.inventory.instances):
-            known = self.inventory.instances.get(instance)
-            if known is not None and known.upstream is Upstream.EMBEDDED:
-                self._compile(instance)
-        keys = [*(key for key, _ in self.inventory.addresses()), *self.learned]
-        pairs = plan_pairs(self.inventory, keys, self.learned)
-        self.pairs.prime(pairs, complete=self.inventory.in_sync)
-        planned = self._plan(keys)
-        wanted = planned.values
-        self.sets.prime(planned.sets)
-        self.hops.hold(wanted)
-        return {key: value for key, value in wanted.items() if value is not None}
+        await self._compile_all_of(self.inventory.instances)
+        sets: dict[str, PathRules] = {}
+        packed, values = PackedMap(), dict[str, str]()
+        async for keys in self._parts(self._every_key()):
+            found = plan_pairs(self.inventory, keys, self.learned)
+            self.pairs.prime(found, complete=self.inventory.in_sync)
+            planned = self._plan(keys)
+            sets.update(planned.sets)
+            self.hops.hold(planned.values)
+            values.update((key, value) for key, value in planned.values.items() if value)
+            # A network's addresses come together, and networks in the order of their keys.
+            last = record_key(keys[-1]).rpartition("/")[0] + "/"
+            whole = [key for key in values if not key.startswith(last)]
+            if not self.learned:
+                packed.extend(sorted((key, values.pop(key)) for key in whole))
+        self.pairs.prime({}, complete=self.inventory.in_sync)
+        self.sets.prime(sets)
+        packed.extend(sorted(values.items()))
+        return packed
+
+    def _every_key(self) -> Iterator[AddressKey]:
+        yield from (key for key, _ in self.inventory.addresses())
+        yield from tuple(self.learned)
+
+    async def _parts(
+        self, items: Iterable[_Item], step: str = "", of: int = 0
+    ) -> AsyncIterator[list[_Item]]:
+        """Some at a time; between two the loop answers others."""
+        rest, done = iter(items), 0
+        while part := list(islice(rest, _AT_ONCE)):
+            yield part
+            done += len(part)
+            self.looked += len(part)
+            if step and of > _MANY:
+                self.progress.note(step, done, of)
+            await asyncio.sleep(0)
+        self.progress.end(step)
 
     async def run(self) -> None:
         """Work until cancelled; what fails is kept and tried again, ever more slowly."""
@@ -225,33 +279,32 @@ class RecordLoop:
         asyncio.get_running_loop().call_later(_RETRY_LAST_S, again)
 
     async def _round(self, work: _Work) -> None:
-        if work.everything or (self.inventory.in_sync and not self._swept):
-            work = self._all_work(work)
-        gone, keys = await self._compile_all_of(work.instances)
-        keys |= work.addresses
+        full = work.everything or (self.inventory.in_sync and not self._swept)
+        if full:
+            work.instances |= self.inventory.instances.keys()
+            if self.inventory.in_sync:
+                # Left over from an earlier controller.
+                work.instances |= set(self.files.instances())
+        gone, changed_keys = await self._compile_all_of(work.instances)
+        # A full round looks at every address that anybody has anyway.
+        keys = work.addresses | (set() if full else changed_keys)
         # A router's record says what those may read that are behind it, and no instance has a port in a router.
         keys |= {key for key in self.learned if key[0] in work.networks}
         # An address behind a router stands and falls with the one in its network.
         keys |= {key for key, entry in self.learned.items() if entry.via in keys}
-        planned = self._plan(keys)
-        wanted = planned.values
-        pairs = plan_pairs(self.inventory, keys, self.learned)
         # Nothing is swept before the sources have told everything.
-        sweeping = self.inventory.in_sync and (work.everything or not self._swept)
-        await self.sets.have(planned.sets, sweep=sweeping)
+        sweeping = self.inventory.in_sync and full
+        plan = await self._plan_round(chain(keys, self._every_key()) if full else keys, full=full)
         if sweeping:
-            wanted = {**dict.fromkeys(self.applier.state.effective()), **wanted}
-            pairs = {**dict.fromkeys(self.pairs.keys()), **pairs}
-        withheld = self.pairs.withheld(pairs)
-        wanted.update(dict.fromkeys(record_key(key) for key in withheld))
-        armed = self.hops.hold(wanted)
+            await self._plan_sweep(plan)
+        await self.sets.have(plan.sets, sweep=sweeping)
         # Whoever has an address now is not let through any more when it becomes another's.
-        await self.pairs.withdraw(pairs)
-        await self.applier.apply(wanted)
-        await self.pairs.grant(pairs)
-        self.withheld = withheld
-        if withheld:
-            self.on_networks(frozenset(network for network, _ in withheld))
+        await self.pairs.withdraw(plan.pairs)
+        await self.applier.apply(plan.wanted)
+        await self.pairs.grant(plan.pairs)
+        self.withheld = plan.withheld
+        if self.withheld:
+            self.on_networks(frozenset(network for network, _ in self.withheld))
         # Only now can nobody be sent to the document server for these any more.
         for instance in gone:
             # One that came back meanwhile is looked at in the next round.
@@ -259,8 +312,38 @@ class RecordLoop:
                 self._remove(instance)
         if self.inventory.in_sync:
             self._swept = True
-        self.hops.settled(armed, complete=self._swept)
-        self.on_applied(None if work.everything else keys)
+        self.hops.settled(plan.armed, complete=self._swept)
+        self.on_applied(None if full else keys)
+
+    async def _plan_round(self, keys: Iterable[AddressKey], *, full: bool) -> _RoundPlan:
+        """What these addresses are to have; of a full round only what they do not have, which is little or all."""
+        plan = _RoundPlan()
+        of = self.inventory.address_count if full else 0
+        async for part in self._parts(keys, "comparing addresses", of):
+            planned = self._plan(part)
+            wanted = planned.values
+            pairs = plan_pairs(self.inventory, part, self.learned)
+            withheld = self.pairs.withheld(pairs)
+            wanted.update(dict.fromkeys(record_key(key) for key in withheld))
+            plan.armed = self.hops.hold(wanted)
+            plan.sets.update(planned.sets)
+            plan.withheld |= withheld
+            plan.wanted.update(self.applier.state.differing(wanted) if full else wanted)
+            plan.pairs.update(self.pairs.differing(pairs) if full else pairs)
+        return plan
+
+    async def _plan_sweep(self, plan: _RoundPlan) -> None:
+        """Add what is in force and nobody has any more; what `plan` has nothing of is as it should be."""
+
+        def is_gone(key: AddressKey | None) -> bool:
+            return key is None or (key not in self.learned and self.inventory.owner(key) is None)
+
+        async for keys in self._parts(self.pairs.keys()):
+            plan.pairs.update(dict.fromkeys(key for key in keys if is_gone(key)))
+        state = self.applier.state
+        async for entries in self._parts(chain(state.base, state.overlay)):
+            gone = (one for one in entries if is_gone(parse_record_key(one)))
+            plan.wanted.update(state.differing(dict.fromkeys(gone)))
 
     async def _compile_all_of(
         self, instances: Iterable[InstanceId]
@@ -269,7 +352,22 @@ class RecordLoop:
         unneeded: list[InstanceId] = []
         lost: set[InstanceId] = set()
         keys: set[AddressKey] = set()
-        async for instance in _in_turns(instances):
+        touched = set(instances)
+        async for part in self._parts(touched, "compiling instances", len(touched)):
+            self._compile_part(part, unneeded, lost, keys)
+        keys |= {key for key, entry in self.learned.items() if entry.instance in touched}
+        for key in [key for key, entry in self.learned.items() if entry.instance in lost]:
+            del self.learned[key]
+        return unneeded, keys
+
+    def _compile_part(
+        self,
+        instances: Iterable[InstanceId],
+        unneeded: list[InstanceId],
+        lost: set[InstanceId],
+        keys: set[AddressKey],
+    ) -> None:
+        for instance in instances:
             known = self.inventory.instances.get(instance)
             if known is None:
                 if not self.inventory.sources_of_instance(instance):
@@ -283,21 +381,6 @@ class RecordLoop:
                 self._compile(instance)
                 if self.revisions.get(instance) != before:
                     keys |= self.inventory.addresses_of(instance)
-        touched = set(instances)
-        keys |= {key for key, entry in self.learned.items() if entry.instance in touched}
-        for key in [key for key, entry in self.learned.items() if entry.instance in lost]:
-            del self.learned[key]
-        return unneeded, keys
-
-    def _all_work(self, work: _Work) -> _Work:
-        everything = _Work(everything=work.everything)
-        everything.instances = set(self.inventory.instances) | work.instances
-        everything.addresses = {key for key, _ in self.inventory.addresses()} | work.addresses
-        everything.addresses |= set(self.learned)
-        if self.inventory.in_sync:
-            # Left over from an earlier controller.
-            everything.instances |= set(self.files.instances())
-        return everything
 
     def planned(self, key: AddressKey) -> MapRecord | Conflict | None:
         """What the data plane is to know of an address now."""
@@ -325,12 +408,12 @@ class RecordLoop:
 
     def _compile(self, instance: InstanceId) -> None:
         name = f"instances.{instance}"
-        record = compile_instance(
-            self.inventory.instances[instance], self.inventory.networks, self.region()
-        )
-        if self.revisions.get(instance) == record.revision and name not in self.failures:
-            return
         try:
+            record = compile_instance(
+                self.inventory.instances[instance], self.inventory.networks, self.region()
+            )
+            if self.revisions.get(instance) == record.revision and name not in self.failures:
+                return
             self.files.apply(instance, record)
         except ImdsproxyError as error:
             # The record before stays on disk and in force; guests read on, the operator is told.

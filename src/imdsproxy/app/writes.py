@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 
 from imdsproxy.admin.operations import Written
@@ -21,9 +21,12 @@ from imdsproxy.sources.api import WritableSource
 __all__ = ["Writes"]
 
 _APPLY_DEADLINE_S = 10.0
+"""How long nothing may come forward before the answer is that it is not in force yet."""
+
 _LISTENER_DEADLINE_S = 2.0
 _POLL_S = 0.05
 _COMING = frozenset({LeftOutCode.PENDING, LeftOutCode.ADDRESS_TENTATIVE})
+_AT_ONCE = 500
 
 
 @dataclass(slots=True)
@@ -44,7 +47,7 @@ class Writes:
 
     async def put_network(self, network: Network, *, create: bool = False) -> Written:
         """See `Operations.put_network`."""
-        store = self._store_for([network], [], create=create)
+        store = await self._store_for([network], [], create=create)
         async with self._claiming:
             self._refuse_shared([network], lambda _: "")
             await store.put_network(network)
@@ -52,27 +55,48 @@ class Writes:
 
     async def put_instance(self, instance: Instance, *, create: bool = False) -> Written:
         """See `Operations.put_instance`."""
-        store = self._store_for([], [instance], create=create)
-        self._refuse_strangers(set(), [instance], lambda _: "")
+        store = await self._store_for([], [instance], create=create)
+        await self._refuse_strangers(set(), [instance], lambda _: "")
         await store.put_instance(instance)
-        return _warned(await self._in_force([], instances=1), [instance])
+        return await _warned(await self._in_force([], instances=1), [instance])
 
     async def put_records(
-        self, networks: Sequence[Network], instances: Sequence[Instance], *, create: bool = False
+        self, networks: Sequence[Network], instances: Collection[Instance], *, create: bool = False
     ) -> Written:
         """See `Operations.put_records`."""
-        store = self._store_for(networks, instances, create=create)
-        self._refuse_strangers(
+        store = await self._store_for(networks, instances, create=create)
+        await self._refuse_strangers(
             {one.id for one in networks}, instances, lambda number: f"instances[{number}]."
         )
         async with self._claiming if networks else contextlib.nullcontext():
             self._refuse_shared(networks, lambda number: f"networks[{number}].")
             await store.put_records(networks, instances)
         written = await self._in_force([one.id for one in networks], instances=len(instances))
-        return _warned(written, instances)
+        return await _warned(written, instances)
 
-    def _store_for(
-        self, networks: Sequence[Network], instances: Sequence[Instance], *, create: bool
+    async def _confirmed(self, waits: Sequence[Awaitable[None]]) -> bool:
+        """Wait until it is in force, for as long as the work on it comes forward."""
+
+        async def both() -> None:
+            await asyncio.gather(*waits)
+            if self.records.withheld:
+                # The first MAC in a network: it takes another listener, and then the records again.
+                await self.listeners.tickets.wait(self.listeners.tickets.given)
+                await self.records.tickets.wait(self.records.tickets.given)
+
+        waiting = asyncio.ensure_future(both())
+        before = None
+        while not (await asyncio.wait([waiting], timeout=_APPLY_DEADLINE_S))[0]:
+            now = (self.records.looked, self.listeners.rounds)
+            failing = self.listeners.failure is not None or "records" in self.records.failures
+            if failing or (now == before and not self.listeners.working):
+                waiting.cancel()
+                return False
+            before = now
+        return True
+
+    async def _store_for(
+        self, networks: Sequence[Network], instances: Collection[Instance], *, create: bool
     ) -> WritableSource:
         """The store that these records may be written to."""
         store = self._store()
@@ -83,7 +107,9 @@ class Writes:
                 raise AlreadyExists(
                     f"there is a network {network.id} already", hint="use set to change it"
                 )
-        for instance in instances:
+        for number, instance in enumerate(instances):
+            if number % _AT_ONCE == _AT_ONCE - 1:
+                await asyncio.sleep(0)
             sources = self.inventory.sources_of_instance(instance.id)
             self._refuse_foreign(store, "instance", instance.id, sources)
             if create and sources:
@@ -92,23 +118,26 @@ class Writes:
                 )
         return store
 
-    def _refuse_strangers(
+    async def _refuse_strangers(
         self,
         coming: set[NetworkId],
-        instances: Sequence[Instance],
+        instances: Collection[Instance],
         prefix: Callable[[int], str],
     ) -> None:
         """Refuse ports in networks that nobody tells of, each with its field."""
-        problems = [
-            Problem(
-                f"{prefix(place)}ports[{number}].network",
-                f"there is no network {port.network}",
-                "imdsproxy network list",
-            )
-            for place, instance in enumerate(instances)
-            for number, port in enumerate(instance.ports)
-            if port.network not in coming and not self.inventory.knows(port.network)
-        ]
+        problems: list[Problem] = []
+        for place, instance in enumerate(instances):
+            if place % _AT_ONCE == _AT_ONCE - 1:
+                await asyncio.sleep(0)
+            problems += [
+                Problem(
+                    f"{prefix(place)}ports[{number}].network",
+                    f"there is no network {port.network}",
+                    "imdsproxy network list",
+                )
+                for number, port in enumerate(instance.ports)
+                if port.network not in coming and not self.inventory.knows(port.network)
+            ]
         if problems:
             raise SourceRefused("a port is in a network that does not exist", problems=problems)
 
@@ -182,14 +211,7 @@ class Writes:
         waits = [self.records.tickets.wait(self.records.tickets.given)]
         if networks:
             waits.append(self.listeners.tickets.wait(self.listeners.tickets.given))
-        try:
-            async with asyncio.timeout(_APPLY_DEADLINE_S):
-                await asyncio.gather(*waits)
-                if self.records.withheld:
-                    # The first MAC in a network: it takes another listener, and then the records again.
-                    await self.listeners.tickets.wait(self.listeners.tickets.given)
-                    await self.records.tickets.wait(self.records.tickets.given)
-        except TimeoutError:
+        if not await self._confirmed(waits):
             pending.append("the data plane has not confirmed it yet")
         pending += [problem.reason for problem in self.problems()]
         if networks:
@@ -199,6 +221,10 @@ class Writes:
         )
 
 
-def _warned(written: Written, instances: Sequence[Instance]) -> Written:
-    found = (warning for instance in instances for warning in warn_of_names(instance))
+async def _warned(written: Written, instances: Collection[Instance]) -> Written:
+    found: list[Problem] = []
+    for number, instance in enumerate(instances):
+        if number % _AT_ONCE == _AT_ONCE - 1:
+            await asyncio.sleep(0)
+        found += warn_of_names(instance)
     return replace(written, warnings=list_warnings(found))

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
+import select
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, cast
 from urllib.parse import quote, urlencode
 
 from imdsproxy import errors
@@ -23,6 +25,7 @@ from imdsproxy.errors import (
 __all__ = ["AdminClient", "path_to"]
 
 _TIMEOUT_S: Final = 60.0
+_LOOK_EVERY_S: Final = 0.5
 _FIRST_ERROR: Final = 400
 _UNIT: Final = "imdsproxy.service"
 _UNIT_DIRECTORIES: Final = tuple(
@@ -90,17 +93,44 @@ class AdminClient:
         connection = _UnixConnection(self.socket, self.timeout_s)
         try:
             connection.request(method, target, raw, headers)
-            response = connection.getresponse()
-            answer = response.read()
+            return _decoded(connection.getresponse())
         except (OSError, http.client.HTTPException) as error:
             raise self._unanswered(error) from error
         finally:
             connection.close()
-        kind = response.headers.get_content_type()
-        decoded = json.loads(answer) if kind.endswith("json") else answer.decode()
-        if response.status >= _FIRST_ERROR:
-            raise _error(response.status, decoded)
-        return decoded
+
+    def post_records(
+        self,
+        lines: Iterable[bytes],
+        query: Mapping[str, str],
+        on_wait: Callable[[Sequence[Mapping[str, object]]], None],
+    ) -> object:
+        """Store records, a line each; for as long as the daemon goes on answering what it is at.
+
+        Args:
+            lines: See the route `/v1/records`.
+            query: Of the request.
+            on_wait: Given `/v1/progress` now and then.
+
+        Raises:
+            ImdsproxyError: As `request`.
+        """
+        target = f"{path_to('records')}?{urlencode(query)}"
+        connection = _UnixConnection(self.socket, self.timeout_s)
+        try:
+            # A body that is refused may be so before its end: then there is an answer nevertheless.
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                connection.request("POST", target, lines, {"content-type": "application/x-ndjson"})
+            while not select.select([connection.sock], [], [], _LOOK_EVERY_S)[0]:
+                on_wait(self._progress())
+            return _decoded(connection.getresponse())
+        except (OSError, http.client.HTTPException) as error:
+            raise self._unanswered(error) from error
+        finally:
+            connection.close()
+
+    def _progress(self) -> Sequence[Mapping[str, object]]:
+        return cast("Sequence[Mapping[str, object]]", self.get(path_to("progress")))
 
     def _unanswered(self, error: Exception) -> ImdsproxyError:
         if isinstance(error, PermissionError):
@@ -127,6 +157,15 @@ class AdminClient:
 def _start_command() -> str:
     installed = any((directory / _UNIT).exists() for directory in _UNIT_DIRECTORIES)
     return "systemctl start imdsproxy" if installed else "imdsproxy run"
+
+
+def _decoded(response: http.client.HTTPResponse) -> object:
+    answer = response.read()
+    kind = response.headers.get_content_type()
+    decoded = json.loads(answer) if kind.endswith("json") else answer.decode()
+    if response.status >= _FIRST_ERROR:
+        raise _error(response.status, decoded)
+    return decoded
 
 
 def _error(status: int, body: object) -> ImdsproxyError:

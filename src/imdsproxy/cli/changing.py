@@ -60,15 +60,23 @@ def change_from_file(
     run: Invocation, file: Path, *, name: str | None, keys: Mapping[str, Json], create: bool
 ) -> None:
     """Add the records of a file, or add and replace them: all, or none."""
-    from imdsproxy.cli.admin_client import path_to  # noqa: PLC0415 - `--help` need not load it
-    from imdsproxy.cli.record_files import read_record_file  # noqa: PLC0415 - as above
+    from imdsproxy.cli.record_files import (  # noqa: PLC0415 - `--help` need not load it
+        read_record_file,
+        render_lines,
+    )
     from imdsproxy.cli.record_output import say_written  # noqa: PLC0415 - as above
 
     if name is not None or keys:
         raise _usage("--file", "goes with no id and no other flag of a record", "one or the other")
-    body = read_record_file(file)
     query = {"create": "true"} if create else {}
-    answer = run.daemon().request("POST", path_to("records"), query=query, body=body)
+    with run.output.progress() as note:
+        records = read_record_file(file, note)
+
+        def show(steps: Sequence[Mapping[str, object]]) -> None:
+            for step in steps or ({"what": "waiting until it is in force", "done": 0, "of": 0},):
+                note(str(step["what"]), int(str(step["done"])), int(str(step["of"])))
+
+        answer = run.daemon().post_records(render_lines(records, note), query, show)
     written = cast("Mapping[str, object]", answer)
     counts = f"{_counted(written, 'network')}, {_counted(written, 'instance')}"
     say_written(run.output, f"{counts} {'added' if create else 'stored'}", written)

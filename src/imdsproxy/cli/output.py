@@ -11,9 +11,10 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, TextIO
+from typing import TYPE_CHECKING, Final, TextIO, TypeAlias
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -21,9 +22,16 @@ if TYPE_CHECKING:
 
     from imdsproxy.errors import ImdsproxyError
 
-__all__ = ["Column", "Output", "clean", "read_bytes_shape"]
+__all__ = ["MOST_SHOWN", "Column", "Note", "Output", "clean", "read_bytes_shape"]
+
+MOST_SHOWN: Final = 20
+"""Lines of one kind that are printed; the rest is counted."""
 
 _UNCUT: Final = 4000
+_LINE_EVERY_S: Final = 5.0
+
+Note: TypeAlias = "Callable[[str, int, int], None]"
+"""Takes what is done, how much of it, and of how much (0: not known)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +48,20 @@ class Column:
     keep: bool = False
     right: bool = False
     spare: bool = False
+
+
+class _Lines:
+    """Progress as lines, the first after as long as nobody minds to wait."""
+
+    def __init__(self) -> None:
+        self._next = time.monotonic() + _LINE_EVERY_S
+
+    def __call__(self, what: str, done: int, of: int) -> None:
+        now = time.monotonic()
+        if now >= self._next:
+            self._next = now + _LINE_EVERY_S
+            sys.stderr.write(f"{what}: {done:,} of {of:,}\n" if of else f"{what}\n")
+            sys.stderr.flush()
 
 
 @dataclass(slots=True)
@@ -94,6 +116,37 @@ class Output:
             return
         with _console(sys.stderr).status(text):
             yield
+
+    @contextlib.contextmanager
+    def progress(self) -> Iterator[Note]:
+        """How far work has come, on standard error: a bar on a terminal, elsewhere a line now and then; no JSON."""
+        if self.as_json:
+            yield lambda _what, _done, _of: None
+            return
+        if not sys.stderr.isatty():
+            yield _Lines()
+            return
+        from rich.progress import (  # noqa: PLC0415 - `--help` need not load it
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeElapsedColumn,
+        )
+
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+        )
+        with Progress(*columns, console=_console(sys.stderr), transient=True) as bar:
+            task = bar.add_task("")
+
+            def note(what: str, done: int, of: int) -> None:
+                bar.update(task, description=clean(what), completed=done, total=of or None)
+
+            yield note
 
     def entries(self, entries: Iterable[tuple[str, Mapping[str, str]]]) -> None:
         """Headings with names and values under each, all markup, and an empty line after each entry."""
@@ -153,7 +206,9 @@ class Output:
         if len(problems) == 1 and problems[0].reason in error.message:
             hint = hint or problems.pop().hint
         lines = [f"[bold red]imdsproxy:[/] {clean(error.message)}"]
-        lines += [f"  {clean(problem)}" for problem in problems]
+        lines += [f"  {clean(problem)}" for problem in problems[:MOST_SHOWN]]
+        if len(problems) > MOST_SHOWN:
+            lines.append(f"  and {len(problems) - MOST_SHOWN:,} more: --json has all")
         if hint:
             lines.append(f"[dim]hint:[/] {clean(hint)}")
         from imdsproxy.host.notify import is_journal  # noqa: PLC0415 - only where something is wrong

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import sys
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -11,9 +13,14 @@ from imdsproxy.errors import RequestRefused
 from imdsproxy.sources.record_file import decode_records, payload_reader
 
 if TYPE_CHECKING:
-    from imdsproxy.core.records import Json
+    from collections.abc import Iterator
 
-__all__ = ["STDIN", "read_bytes", "read_record_file"]
+    from imdsproxy.cli.output import Note
+    from imdsproxy.core.records import Records
+
+__all__ = ["STDIN", "read_bytes", "read_record_file", "render_lines"]
+
+_LINES: Final = 100
 
 STDIN: Final = Path("-")
 
@@ -26,21 +33,38 @@ def read_bytes(path: Path) -> bytes:
         raise RequestRefused(f"cannot read {path}: {error.strerror}") from error
 
 
-def read_record_file(path: Path) -> dict[str, Json]:
-    """The body of a bulk request: every record of the file, or `RequestRefused` with all problems.
+def read_record_file(path: Path, note: Note) -> Records:
+    """Every record of the file, or `RequestRefused` with all problems.
 
     `user_data_file` is read here, relative to the file: the daemon reads no file for a caller.
     """
     name = "standard input" if path == STDIN else str(path)
     folder = Path.cwd() if path == STDIN else path.parent
-    records, _ = decode_records(read_bytes(path), file=name, read_file=payload_reader(folder))
+    note(f"reading {name}", 0, 0)
+    records, _ = decode_records(
+        read_bytes(path),
+        file=name,
+        read_file=payload_reader(folder),
+        note=lambda done, of: note(f"checking {name}", done, of),
+    )
     if records.all_problems:
         raise RequestRefused(f"{name} is not acceptable", problems=records.all_problems)
     if not records.networks and not records.instances:
         raise RequestRefused(
             f"{name} holds no records", hint="it needs a list `networks:` or `instances:`"
         )
-    return {
-        "networks": [render_record(network) for _, network in records.networks],
-        "instances": [render_record(instance) for _, instance in records.instances],
-    }
+    return records
+
+
+def render_lines(records: Records, note: Note) -> Iterator[bytes]:
+    """The body of a bulk request: a record a line, some thousand bytes at a time."""
+    lines: list[str] = []
+    networks = ({"network": render_record(network)} for _, network in records.networks)
+    instances = ({"instance": render_record(instance)} for _, instance in records.instances)
+    of = len(records.networks) + len(records.instances)
+    for done, record in enumerate(chain(networks, instances), 1):
+        lines.append(f"{json.dumps(record)}\n")
+        if len(lines) == _LINES or done == of:
+            note("sending records", done, of)
+            yield "".join(lines).encode()
+            lines.clear()

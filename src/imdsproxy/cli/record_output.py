@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Final, cast
 
-from imdsproxy.cli.output import Column, Output, clean
+from imdsproxy.cli.output import MOST_SHOWN, Column, Output, clean
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -105,10 +105,10 @@ def say_written(output: Output, what: str, written: _Shape) -> None:
         output.styled(f"[green]done:[/] {clean(what)}")
     else:
         output.styled(f"[yellow]stored:[/] {clean(what)}; not in force yet:")
-        for reason in pending[:_REASONS_SHOWN]:
+        for reason in pending[:MOST_SHOWN]:
             output.styled(f"  {clean(reason)}")
-        if len(pending) > _REASONS_SHOWN:
-            output.styled(f"  and {len(pending) - _REASONS_SHOWN} more: imdsproxy status")
+        if len(pending) > MOST_SHOWN:
+            output.styled(f"  and {len(pending) - MOST_SHOWN:,} more: imdsproxy status")
     for warning in cast("Sequence[str]", written.get("warnings", ())):
         output.styled(f"[yellow]warning:[/] {clean(warning)}")
     shared = written.get("shared")

@@ -1,57 +1,98 @@
-"""Which instances claim an address, a MAC, or whatever else is to belong to one."""
+"""Which instances claim an address of a network, and how many MACs there are in it."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
-from typing import Generic, TypeVar
+from collections.abc import Iterator, KeysView
+from ipaddress import IPv4Address, IPv6Address
+from typing import Final, TypeAlias
 
-from imdsproxy.core.model import InstanceId
+from imdsproxy.core.model import InstanceId, IpAddress, NetworkId
+from imdsproxy.core.observation import AddressKey
 
 __all__ = ["Claims"]
 
-_K = TypeVar("_K", bound=Hashable)
+_IPV6: Final = 1 << 128
+_Number: TypeAlias = int
+"""An address of either family; a number takes a fifth of what the address does."""
 
 
-class Claims(Generic[_K]):
-    """Who claims a key. One claimant is the rule and is stored bare: a set each is dear.
+class Claims:
+    """Who claims an address. One claimant is the rule and is stored bare: a set each is dear.
 
     Attributes:
-        contested: The keys that more than one claims.
+        contested: The addresses that more than one claims.
     """
 
-    __slots__ = ("_claimants", "contested")
+    __slots__ = ("_count", "_networks", "contested")
 
     def __init__(self) -> None:
-        self._claimants: dict[_K, InstanceId | frozenset[InstanceId]] = {}
-        self.contested: set[_K] = set()
+        self._networks: dict[NetworkId, dict[_Number, InstanceId | frozenset[InstanceId]]] = {}
+        self._count = 0
+        self.contested: set[AddressKey] = set()
 
-    def __iter__(self) -> Iterator[_K]:
-        return iter(self._claimants)
+    def __iter__(self) -> Iterator[AddressKey]:
+        # In the order of map keys (`core.plan.record_key`), as far as the networks go.
+        for network in sorted(self._networks, key=lambda one: f"{one}/"):
+            for number in tuple(self._networks.get(network, ())):
+                yield network, _address(number)
 
     def __len__(self) -> int:
-        return len(self._claimants)
+        return self._count
 
-    def of(self, key: _K) -> frozenset[InstanceId]:
+    def of(self, key: AddressKey) -> frozenset[InstanceId]:
         """All who claim it."""
-        found = self._claimants.get(key)
+        found = self.owner(key)
         if found is None:
             return frozenset()
         return found if isinstance(found, frozenset) else frozenset((found,))
 
-    def replace(self, instance: InstanceId, before: frozenset[_K], after: frozenset[_K]) -> None:
+    def owner(self, key: AddressKey) -> InstanceId | frozenset[InstanceId] | None:
+        """The one who claims it, or all where it is contested."""
+        claims = self._networks.get(key[0])
+        return None if claims is None else claims.get(_number(key[1]))
+
+    def networks(self) -> KeysView[NetworkId]:
+        """Those of which any address is claimed."""
+        return self._networks.keys()
+
+    def within(self, network: NetworkId) -> Iterator[InstanceId]:
+        """Who claims any address of a network, each at least once."""
+        for found in self._networks.get(network, {}).values():
+            if isinstance(found, frozenset):
+                yield from found
+            else:
+                yield found
+
+    def replace(
+        self, instance: InstanceId, before: frozenset[AddressKey], after: frozenset[AddressKey]
+    ) -> None:
         """Have an instance claim `after`, where it claimed `before`."""
         for key in before - after:
             self._store(key, self.of(key) - {instance})
         for key in after - before:
             self._store(key, self.of(key) | {instance})
 
-    def _store(self, key: _K, claimants: frozenset[InstanceId]) -> None:
+    def _store(self, key: AddressKey, claimants: frozenset[InstanceId]) -> None:
+        network, number = key[0], _number(key[1])
+        claims = self._networks.setdefault(network, {})
+        self._count -= number in claims
         if len(claimants) > 1:
-            self._claimants[key] = claimants
+            claims[number] = claimants
             self.contested.add(key)
-            return
-        self.contested.discard(key)
-        if claimants:
-            (self._claimants[key],) = claimants
         else:
-            self._claimants.pop(key, None)
+            self.contested.discard(key)
+            if claimants:
+                (claims[number],) = claimants
+            else:
+                claims.pop(number, None)
+        self._count += number in claims
+        if not claims:
+            del self._networks[network]
+
+
+def _number(address: IpAddress) -> _Number:
+    return int(address) if isinstance(address, IPv4Address) else int(address) | _IPV6
+
+
+def _address(number: _Number) -> IpAddress:
+    return IPv6Address(number ^ _IPV6) if number & _IPV6 else IPv4Address(number)

@@ -45,6 +45,7 @@ _FORMAT: Final = 2
 cached, then differ from those of the older version. During an upgrade each version reads the records of the other, so
 a key that is new here may be missing."""
 
+_ENCODER: Final = json.JSONEncoder(separators=(",", ":"))
 _HEAD_START: Final = b'{"revision":"'
 _REVISION_LENGTH: Final = 16
 _HEAD_REST: Final = len(_HEAD_START) + _REVISION_LENGTH
@@ -170,7 +171,11 @@ def compile_instance(
     """The instance's record; equal instances in equal networks and regions give equal bytes.
 
     A port in a network that is not in `networks` keeps its addresses and loses what the network would say.
+
+    Raises:
+        SourceError: User-data that is not in memory cannot be had now.
     """
+    user_data = None if instance.user_data is None else bytes(instance.user_data)
     head = {
         "format": _FORMAT,
         "id": instance.id,
@@ -187,16 +192,16 @@ def compile_instance(
         "tags": instance.tags,
         "ports": [_port_head(port, networks.get(port.network)) for port in instance.ports],
         "vendor_data": _describe(instance.vendor_data),
-        "user_data": _describe(instance.user_data),
+        "user_data": _describe(user_data),
     }
-    rest = b'",' + json.dumps(head, separators=(",", ":"))[1:].encode("ascii") + b"\n"
+    rest = b'",' + _ENCODER.encode(head)[1:].encode("ascii") + b"\n"
     revision = blake2b(rest, digest_size=8).hexdigest()
     parts = (
         _HEAD_START,
         revision.encode("ascii"),
         rest,
         instance.vendor_data or b"",
-        instance.user_data or b"",
+        user_data or b"",
     )
     return CompiledRecord(revision, b"".join(parts))
 

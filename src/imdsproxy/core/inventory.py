@@ -21,7 +21,8 @@ The rules, in the order in which they apply:
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TypeVar
@@ -46,15 +47,13 @@ from imdsproxy.core.observation import (
     SourceName,
     StrandedPort,
 )
+from imdsproxy.core.packed import PackedInstances
 from imdsproxy.errors import Problem
 
 __all__ = ["Inventory", "address_keys"]
 
-
 _K = TypeVar("_K", bound=Hashable)
 _V = TypeVar("_V")
-_Id = TypeVar("_Id", NetworkId, InstanceId)
-_Record = TypeVar("_Record", Network, Instance)
 
 
 def address_keys(instance: Instance) -> frozenset[AddressKey]:
@@ -67,12 +66,24 @@ def address_keys(instance: Instance) -> frozenset[AddressKey]:
     return frozenset(keys)
 
 
+def _counted(versions: Iterable[Instance]) -> tuple[Counter[NetworkId], frozenset[NetworkId]]:
+    """How many ports with a MAC there are in each network, and the networks of ports that claim nothing."""
+    macs: Counter[NetworkId] = Counter()
+    idle: set[NetworkId] = set()
+    for port in (port for version in versions for port in version.ports):
+        if port.mac is not None:
+            macs[port.network] += 1
+        elif not port.addresses:
+            idle.add(port.network)
+    return macs, frozenset(idle)
+
+
 @dataclass(slots=True)
 class _Report:
     """What one source says now."""
 
     networks: dict[NetworkId, Network] = field(default_factory=dict)
-    instances: dict[InstanceId, Instance] = field(default_factory=dict)
+    instances: PackedInstances = field(default_factory=PackedInstances)
     problems: tuple[Problem, ...] = ()
     in_sync: bool = False
     implied: frozenset[NetworkId] = frozenset()
@@ -103,10 +114,11 @@ class Inventory:
         self._reports: dict[SourceName, _Report] = {name: _Report() for name in sorted(sources)}
         self._networks: dict[NetworkId, Network] = {}
         self._network_conflicts: set[NetworkId] = set()
-        self._instances: dict[InstanceId, Instance] = {}
+        self._instances = PackedInstances()
         self._instance_conflicts: dict[InstanceId, tuple[Instance, ...]] = {}
-        self._addresses: Claims[AddressKey] = Claims()
-        self._members: dict[NetworkId, set[InstanceId]] = {}
+        self._addresses = Claims()
+        self._macs: Counter[NetworkId] = Counter()
+        self._idle: dict[NetworkId, set[InstanceId]] = {}
 
     # What is in force
 
@@ -123,7 +135,7 @@ class Inventory:
     @property
     def instances(self) -> Mapping[InstanceId, Instance]:
         """Those with documents: told of by one source, or alike by several."""
-        return MappingProxyType(self._instances)
+        return self._instances
 
     @property
     def contested_instances(self) -> Mapping[InstanceId, tuple[Instance, ...]]:
@@ -138,20 +150,22 @@ class Inventory:
     def owner(self, key: AddressKey) -> InstanceId | Conflict | None:
         """Whose address it is; a `Conflict` where that is contested, `None` if nobody claims it."""
         network, address = key
-        claimants = self._addresses.of(key)
-        if not claimants or not self.knows(network):
+        claimant = self._addresses.owner(key)
+        if claimant is None or not self.knows(network):
             return None
         if network in self._network_conflicts:
             return self._network_conflict(network)
-        if len(claimants) > 1:
+        if isinstance(claimant, frozenset):
             return self._address_conflict(network, address)
-        (instance,) = claimants
-        if instance in self._instance_conflicts:
-            return self._instance_conflict(instance)
-        return instance
+        if claimant in self._instance_conflicts:
+            return self._instance_conflict(claimant)
+        return claimant
 
     def addresses(self) -> Iterator[tuple[AddressKey, InstanceId | Conflict]]:
-        """Every address that somebody claims in a network that exists, and whose it is."""
+        """Every address that somebody claims in a network that exists, and whose it is; network by network.
+
+        It may go on while others observe: what comes or goes meanwhile is perhaps not in it.
+        """
         for key in self._addresses:
             owner = self.owner(key)
             if owner is not None:
@@ -163,16 +177,11 @@ class Inventory:
 
     def instances_in(self, network: NetworkId) -> frozenset[InstanceId]:
         """The instances with a port in the network, conflicting ones included."""
-        return frozenset(self._members.get(network, ()))
+        return frozenset(self._addresses.within(network)) | self._idle.get(network, set())
 
     def carries_macs(self, network: NetworkId) -> bool:
         """Whether any port in the network has a MAC."""
-        return any(
-            port.mac is not None and port.network == network
-            for instance in self._members.get(network, ())
-            for version in self._versions(instance)
-            for port in version.ports
-        )
+        return network in self._macs
 
     def knows(self, network: NetworkId) -> bool:
         """Some source tells of the network, be it in conflict, or vouches for it."""
@@ -231,10 +240,10 @@ class Inventory:
 
     def stranded(self) -> Iterator[StrandedPort]:
         """Every port in a network that no source tells of, by network and instance."""
-        for network in sorted(self._members):
+        for network in sorted(self._addresses.networks() | self._idle.keys()):
             if self.knows(network):
                 continue
-            for instance in sorted(self._members[network]):
+            for instance in sorted(self.instances_in(network)):
                 for source, report in self._reports.items():
                     record = report.instances.get(instance)
                     for number, port in enumerate(() if record is None else record.ports):
@@ -255,16 +264,17 @@ class Inventory:
             if observation.full
             else observation.networks_removed,
         )
-        instances = _changes(
-            report.instances,
-            observation.instances,
-            set(report.instances) - set(observation.instances)
-            if observation.full
-            else observation.instances_removed,
-        )
+        gone: Iterable[InstanceId] = observation.instances_removed
+        if observation.full:
+            gone = [one for one in report.instances if one not in observation.instances]
         change = _Change()
-        for instance_id, instance in instances.items():
-            self._set_instance(report, instance_id, instance, change)
+        for instance_id in gone:
+            if instance_id in report.instances and instance_id not in observation.instances:
+                del report.instances[instance_id]
+                self._set_instance(instance_id, change)
+        for instance_id in observation.instances:
+            if report.instances.take(instance_id, observation.instances):
+                self._set_instance(instance_id, change)
         for network_id, network in networks.items():
             self._set_network(report, network_id, network, change)
         self._imply(report, observation.implied_networks, change)
@@ -274,7 +284,7 @@ class Inventory:
 
     def _affected(self, change: _Change, *, in_sync_before: bool) -> Affected:
         for network in change.networks:
-            for instance in self._members.get(network, set()) - change.instances:
+            for instance in self.instances_in(network) - change.instances:
                 change.instances.add(instance)
                 change.addresses |= self.addresses_of(instance)
         return Affected(
@@ -298,7 +308,7 @@ class Inventory:
         report.implied = implied
         for network in differing:
             if self.knows(network) != (network in before):
-                for instance in self._members.get(network, ()):
+                for instance in self.instances_in(network):
                     change.addresses |= self.addresses_of(instance)
 
     def _set_network(
@@ -317,19 +327,16 @@ class Inventory:
         )
         change.networks.add(network_id)
 
-    def _set_instance(
-        self, report: _Report, instance_id: InstanceId, instance: Instance | None, change: _Change
-    ) -> None:
+    def _set_instance(self, instance_id: InstanceId, change: _Change) -> None:
         before = self._versions(instance_id)
-        _put(report.instances, instance_id, instance)
-        after = without_vaguer(
-            distinct(
-                counting.instances.get(instance_id) for _, counting in self._counting(instance_id)
-            )
-        )
+        counting = [report.instances for _, report in self._counting(instance_id)]
+        after = without_vaguer(distinct(instances[instance_id] for instances in counting))
         if before == after:
             return
-        _put(self._instances, instance_id, after[0] if len(after) == 1 else None)
+        if len(counting) == 1:
+            self._instances.take(instance_id, counting[0])
+        else:
+            _put(self._instances, instance_id, after[0] if len(after) == 1 else None)
         _put(self._instance_conflicts, instance_id, after if len(after) > 1 else None)
         keys = _union(map(address_keys, before)), _union(map(address_keys, after))
         self._addresses.replace(instance_id, *keys)
@@ -349,15 +356,18 @@ class Inventory:
     def _index(
         self, instance_id: InstanceId, before: tuple[Instance, ...], after: tuple[Instance, ...]
     ) -> None:
-        networks_before = {port.network for version in before for port in version.ports}
-        networks_after = {port.network for version in after for port in version.ports}
-        for network in networks_after - networks_before:
-            self._members.setdefault(network, set()).add(instance_id)
-        for network in networks_before - networks_after:
-            members = self._members[network]
-            members.discard(instance_id)
-            if not members:
-                del self._members[network]
+        macs_before, idle_before = _counted(before)
+        macs_after, idle_after = _counted(after)
+        for network in macs_before.keys() | macs_after.keys():
+            self._macs[network] += macs_after[network] - macs_before[network]
+            if not self._macs[network]:
+                del self._macs[network]
+        for network in idle_after - idle_before:
+            self._idle.setdefault(network, set()).add(instance_id)
+        for network in idle_before - idle_after:
+            self._idle[network].discard(instance_id)
+            if not self._idle[network]:
+                del self._idle[network]
 
     def _versions(self, instance: InstanceId) -> tuple[Instance, ...]:
         found = self._instances.get(instance)
@@ -383,10 +393,10 @@ class Inventory:
 
 
 def _changes(
-    has: dict[_Id, _Record], sees: Mapping[_Id, _Record], removed: Iterable[_Id]
-) -> dict[_Id, _Record | None]:
-    """What a source's new word changes: the new record, or `None` for one that went."""
-    changes: dict[_Id, _Record | None] = {key: None for key in removed if key in has}
+    has: dict[NetworkId, Network], sees: Mapping[NetworkId, Network], removed: Iterable[NetworkId]
+) -> dict[NetworkId, Network | None]:
+    """What a source's new report changes: the new record, or `None` for one that went."""
+    changes: dict[NetworkId, Network | None] = {key: None for key in removed if key in has}
     for key, record in sees.items():
         known = has.get(key)
         if known is record or known == record:
@@ -396,7 +406,7 @@ def _changes(
     return changes
 
 
-def _put(mapping: dict[_K, _V], key: _K, value: _V | None) -> None:
+def _put(mapping: MutableMapping[_K, _V], key: _K, value: _V | None) -> None:
     if value is None:
         mapping.pop(key, None)
     else:

@@ -7,8 +7,10 @@ text into these values belongs to the edges (`imdsproxy.core.records`), acting o
 from __future__ import annotations
 
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
+from hashlib import blake2b
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 from typing import Final, NewType, TypeAlias
 
@@ -34,8 +36,10 @@ __all__ = [
     "Port",
     "SshKey",
     "Scope",
+    "StoredBytes",
     "Subnet",
     "Upstream",
+    "digest_of",
 ]
 
 ID_PATTERN: Final = "^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
@@ -183,13 +187,49 @@ class SshKey:
     key: str
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class StoredBytes:
+    """Bytes that are not in memory: up to 16 MiB for each of many instances. Equal to the bytes themselves.
+
+    Attributes:
+        length: How many.
+        digest: Of `digest_of`.
+        owner: Whose user-data it is.
+        fetch: Gets them for an owner; raises `SourceError` where they cannot be had now.
+    """
+
+    length: int
+    digest: str
+    owner: InstanceId
+    fetch: Callable[[InstanceId], bytes]
+
+    def __bytes__(self) -> bytes:
+        return self.fetch(self.owner)
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __eq__(self, other: object) -> bool:
+        if isinstance(other, bytes):
+            return len(other) == self.length and digest_of(other) == self.digest
+        return isinstance(other, StoredBytes) and other.digest == self.digest
+
+    def __hash__(self) -> int:
+        return hash(self.digest)
+
+
+def digest_of(data: bytes) -> str:
+    """What tells two payloads apart: BLAKE2b-16, hexadecimal."""
+    return blake2b(data, digest_size=16).hexdigest()
+
+
 @dataclass(frozen=True, slots=True)
 class Instance:
     """Everything an instance's documents are made of.
 
     Attributes:
         id: The operator's id; a UUID is used as such (see `uuid`).
-        user_data: The bytes as stored, at most 16 MiB; `None` when there is none.
+        user_data: The bytes as stored, at most 16 MiB, or where they are; `None` when there is none.
         vendor_data: A YAML or JSON document as bytes for NoCloud's and OpenStack's vendor data;
             `None` when there is none.
         tags: Name and value pairs in name order.
@@ -206,7 +246,7 @@ class Instance:
     ports: tuple[Port, ...] = ()
     ssh_keys: tuple[SshKey, ...] = ()
     tags: tuple[tuple[str, str], ...] = ()
-    user_data: bytes | None = None
+    user_data: bytes | StoredBytes | None = None
     vendor_data: bytes | None = None
     availability_zone: str | None = None
     instance_type: str | None = None

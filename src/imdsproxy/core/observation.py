@@ -41,6 +41,7 @@ class Observation:
             whole set, not the change): ports in them are not stranded.
         defers: Its instances give way to those of the same id in other sources, because who chose the id may be
             a tenant: a port of Neutron's names any instance that its owner likes.
+        more: Another observation follows at once: what these change is looked at together.
     """
 
     source: SourceName
@@ -53,6 +54,7 @@ class Observation:
     problems: tuple[Problem, ...] = ()
     implied_networks: frozenset[NetworkId] = frozenset()
     defers: bool = False
+    more: bool = False
 
 
 @dataclass(frozen=True, slots=True)

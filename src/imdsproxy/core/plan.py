@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from ipaddress import ip_address
 from typing import Final
 
 from imdsproxy.core.addresses import link_local_of
@@ -24,6 +25,7 @@ __all__ = [
     "compute_maxconn",
     "link_name",
     "networks_of",
+    "parse_record_key",
     "plan_binds",
     "plan_links",
     "plan_record",
@@ -56,6 +58,15 @@ def record_key(key: AddressKey) -> str:
     """The map key of one (network, address): the bind's name, a slash, the address as HAProxy prints it."""
     network, address = key
     return f"{network}/{address}"
+
+
+def parse_record_key(key: str) -> AddressKey | None:
+    """The reverse of `record_key`; `None` for what is none of ours."""
+    network, _, address = key.rpartition("/")
+    try:
+        return NetworkId(network), ip_address(address)
+    except ValueError:
+        return None
 
 
 def plan_record(
@@ -124,13 +135,15 @@ def _project_at(instance: Instance, place: AddressKey) -> str | None:
     """The project of the port that has the address."""
     network, address = place
     ports = [port for port in instance.ports if port.network == network]
+    projects = {port.project or instance.project for port in ports}
+    if len(projects) == 1:
+        return projects.pop()
     for port in ports:
         if address in port.addresses or (
             port.mac is not None and address == link_local_of(port.mac)
         ):
             return port.project or instance.project
-    projects = {port.project or instance.project for port in ports}
-    return projects.pop() if len(projects) == 1 else None
+    return None
 
 
 def plan_records(

@@ -174,6 +174,9 @@ class Folded:
     origins: tuple[tuple[str, PolicyScope], ...] = ()
 
 
+_NOTHING_FOLDED: Final = Folded(DEFAULT)
+
+
 def fold_policy(said: Iterable[tuple[PolicyScope, PolicyRules]]) -> Folded:
     """The most specific word on each rule wins, and on each path (`core.path_rules.fold_paths`).
 
@@ -184,6 +187,8 @@ def fold_policy(said: Iterable[tuple[PolicyScope, PolicyRules]]) -> Folded:
     origins: dict[str, PolicyScope] = {}
     of_paths: list[tuple[PolicyScope, PathRules]] = []
     for scope, rules in said:
+        if rules is NOTHING_SAID:
+            continue
         for name in _SIMPLE:
             value = getattr(rules, name)
             if value is not None:
@@ -191,6 +196,8 @@ def fold_policy(said: Iterable[tuple[PolicyScope, PolicyRules]]) -> Folded:
                 origins[name] = scope
         if rules.paths:
             of_paths.append((scope, rules.paths))
+    if not values and not of_paths:
+        return _NOTHING_FOLDED
     if of_paths:
         paths = fold_paths(of_paths)
         values["paths"] = tuple((path, word) for path, (word, _) in paths.items())
@@ -305,7 +312,7 @@ def render_policy_word(policy: Policy, guard: Guard, created_at: int | None) -> 
         guard: What an operator did.
         created_at: As of `boot_ends_at`.
     """
-    if policy == DEFAULT and guard.epoch == 0:
+    if (policy is DEFAULT or policy == DEFAULT) and guard.epoch == 0:
         return ""
     booted_at = boot_ends_at(policy, guard, created_at) or 0
     modes = (policy.tokens, policy.openstack_tokens, policy.nocloud_tokens)

@@ -13,6 +13,7 @@ from imdsproxy.core.haproxy.maps import (
     GENERATION_KEY,
     MapChanges,
     MapState,
+    PackedMap,
     parse_map,
     plan_changes,
     render_map,
@@ -78,7 +79,11 @@ class RecordApplier:
         if generation is None:
             return False
         # An overlay of an earlier generation was already folded into this base.
-        self.state = MapState(generation, base, overlay if overlay_generation == generation else {})
+        self.state = MapState(
+            generation,
+            PackedMap(sorted(base.items())),
+            overlay if overlay_generation == generation else {},
+        )
         return True
 
     def write_all(self, records: Mapping[str, str]) -> None:
@@ -90,7 +95,8 @@ class RecordApplier:
         generation = str(int(self.state.generation) + 1)
         self.write(self.base_path, render_map(records, generation).encode())
         self.write(self.overlay_path, render_map({}, generation).encode())
-        self.state = MapState(generation, dict(records), {})
+        packed = records if isinstance(records, PackedMap) else PackedMap(sorted(records.items()))
+        self.state = MapState(generation, packed, {})
 
     async def apply_table(
         self, path: Path, entries: Mapping[str, str], write: Callable[[], None]

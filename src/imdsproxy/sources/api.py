@@ -2,13 +2,14 @@
 
 A source is made by the composition root, runs as one task, and reports by calling `publish` in the
 event loop's thread. Its first observation is full: everything that it has, in sync, once it has read all of
-it. Later ones may hold only changes. Where it cannot read its records, it reports itself out of sync with
-the reason among the problems, keeps trying, and what it told before stays; it never ends by itself.
+it; pieces of it that come before are out of sync, and say that more follows. Later ones may hold only changes.
+Where it cannot read its records, it reports itself out of sync with the reason among the problems, keeps trying,
+and what it published before stays; it never ends by itself.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Protocol, TypeAlias
@@ -97,7 +98,7 @@ class WritableSource(Source, Protocol):
         """
 
     async def put_records(
-        self, networks: Iterable[Network], instances: Iterable[Instance]
+        self, networks: Iterable[Network], instances: Collection[Instance]
     ) -> Tally:
         """Add or change many at once; all or none.
 

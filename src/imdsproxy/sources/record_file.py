@@ -7,13 +7,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from imdsproxy.config.strict_yaml import Decoded, Undecodable, decode_yaml
+from imdsproxy.config.strict_yaml import Undecodable, decode_yaml
 from imdsproxy.core.records import MAX_PAYLOAD, LineOf, ReadFile, Records, Unreadable, parse_records
 from imdsproxy.errors import Problem
 from imdsproxy.sources.strict_json import decode_json
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from imdsproxy.core.records import Note
 
 __all__ = ["SUFFIXES", "decode_records", "payload_reader"]
 
@@ -22,7 +24,7 @@ SUFFIXES = (".yaml", ".yml", ".json")
 
 
 def decode_records(
-    data: bytes, *, file: str, read_file: ReadFile | None = None
+    data: bytes, *, file: str, read_file: ReadFile | None = None, note: Note | None = None
 ) -> tuple[Records, LineOf]:
     """The records of a file, and where each part of it stands.
 
@@ -30,6 +32,7 @@ def decode_records(
         data: The file's bytes: UTF-8, JSON where `file` ends so, else YAML.
         file: Its name, for the problems.
         read_file: Reads what `user_data_file` names (`payload_reader`); without it the key is refused.
+        note: Given the number of records that were checked, of how many.
     """
     try:
         text = data.decode("utf-8-sig")
@@ -42,17 +45,15 @@ def decode_records(
     decoded = decode_json(text) if file.endswith(".json") else decode_yaml(text)
     if isinstance(decoded, Undecodable):
         return _undecodable(decoded, file)
-    return _parse(decoded, file, read_file), decoded.line_of
-
-
-def _parse(decoded: Decoded, file: str, read_file: ReadFile | None) -> Records:
-    return parse_records(
+    records = parse_records(
         decoded.value,
         read_file=read_file,
         file=file,
         line_of=decoded.line_of,
         faults=decoded.faults,
+        note=note,
     )
+    return records, decoded.line_of
 
 
 def _undecodable(fault: Undecodable, file: str) -> tuple[Records, LineOf]:

@@ -5,15 +5,18 @@ from __future__ import annotations
 import asyncio
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar
 
 from imdsproxy.core.observation import Observation
+from imdsproxy.core.progress import Progress
 from imdsproxy.errors import Problem, SourceError, SourceUnavailable
 from imdsproxy.sources.api import Origin, Tally, Written
+from imdsproxy.sources.pieces import publish_in_pieces
 from imdsproxy.sources.sqlite_store import Contents, Store
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Iterable
+    from collections.abc import Callable, Collection, Coroutine, Iterable
     from pathlib import Path
 
     from imdsproxy.core.model import Instance, InstanceId, Network, NetworkId
@@ -36,6 +39,7 @@ class SqliteSource:
         name: The source's name.
         retry_s: How long to wait before a store that cannot be used is tried again.
         now: Unix time, for when instances came.
+        progress: Where long writes say how far they are.
     """
 
     def __init__(
@@ -45,8 +49,10 @@ class SqliteSource:
         name: str = "sqlite",
         retry_s: float = 1.0,
         now: Callable[[], float] = time.time,
+        progress: Progress | None = None,
     ) -> None:
         self._path = path
+        self._progress = progress or Progress()
         self._name = name
         self._now = now
         self._retry_s = retry_s
@@ -67,7 +73,7 @@ class SqliteSource:
 
         While the store cannot be used the source is out of sync, and writes raise the reason.
         """
-        running = _Running(self._name, self._path, publish, self._now)
+        running = _Running(self._name, self._path, publish, self._now, self._progress)
         told = ""
         try:
             while True:
@@ -100,7 +106,7 @@ class SqliteSource:
         return _one(await self._usable().put([], [instance], bulk=False))
 
     async def put_records(
-        self, networks: Iterable[Network], instances: Iterable[Instance]
+        self, networks: Iterable[Network], instances: Collection[Instance]
     ) -> Tally:
         """Add or change many at once; all or none."""
         return await self._usable().put(networks, instances, bulk=True)
@@ -124,7 +130,15 @@ class SqliteSource:
 class _Running:
     """The store while its source runs: its threads, and what it has refused."""
 
-    def __init__(self, name: str, path: Path, publish: Publish, now: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        name: str,
+        path: Path,
+        publish: Publish,
+        now: Callable[[], float],
+        progress: Progress,
+    ) -> None:
+        self._progress = progress
         self._name = name
         self._path = path
         self._now = now
@@ -142,15 +156,10 @@ class _Running:
         """Open the store, read all of it, and publish that."""
         contents = await self._in_thread(self._open)
         self._problems = contents.problems
-        self._publish(
-            Observation(
-                self._name,
-                full=True,
-                networks=contents.networks,
-                instances=contents.instances,
-                problems=self._all_problems(),
-            )
+        observation = Observation(
+            self._name, full=True, networks=contents.networks, problems=self._all_problems()
         )
+        await publish_in_pieces(self._publish, observation, contents.instances)
 
     async def close(self) -> None:
         """Wait for what is being written, and close the store."""
@@ -169,24 +178,27 @@ class _Running:
         return await self._in_thread(lambda: question(store))
 
     async def put(
-        self, networks: Iterable[Network], instances: Iterable[Instance], *, bulk: bool
+        self, networks: Iterable[Network], instances: Collection[Instance], *, bulk: bool
     ) -> Tally:
         """See `Store.put`."""
 
         async def write() -> Tally:
-            written = await self.ask(lambda store: store.put(networks, instances, bulk=bulk))
+            written = await self.ask(
+                lambda store: store.put(networks, instances, bulk=bulk, progress=self._progress)
+            )
             for kind, records in (("networks", written.networks), ("instances", written.instances)):
                 for key in records:
                     self._problems.pop((kind, key), None)
             if written.networks or written.instances:
-                await self._tell(
-                    Observation(
-                        self._name,
-                        networks=written.networks,
-                        instances=written.instances,
-                        problems=self._all_problems(),
-                    )
+                observation = Observation(
+                    self._name, networks=written.networks, problems=self._all_problems()
                 )
+                if written.tally.changed:
+                    # Addresses may move among the records: nobody sees that half done.
+                    self._publish(replace(observation, instances=written.instances))
+                else:
+                    await publish_in_pieces(self._publish, observation, written.instances)
+                await self._on_disk()
             return written.tally
 
         return await self._finish(write())
@@ -199,9 +211,10 @@ class _Running:
             self._problems.pop(("networks", network), None)
             if found:
                 problems = self._all_problems()
-                await self._tell(
+                self._publish(
                     Observation(self._name, networks_removed=(network,), problems=problems)
                 )
+                await self._on_disk()
             return found
 
         return await self._finish(write())
@@ -214,9 +227,10 @@ class _Running:
             self._problems.pop(("instances", instance), None)
             if found:
                 problems = self._all_problems()
-                await self._tell(
+                self._publish(
                     Observation(self._name, instances_removed=(instance,), problems=problems)
                 )
+                await self._on_disk()
             return found
 
         return await self._finish(write())
@@ -230,9 +244,8 @@ class _Running:
         task.add_done_callback(lambda done: done.cancelled() or done.exception())
         return await asyncio.shield(task)
 
-    async def _tell(self, observation: Observation) -> None:
-        """Publish what is committed, then wait for the disk."""
-        self._publish(observation)
+    async def _on_disk(self) -> None:
+        """Wait until the disk has what is committed."""
         self._committed += 1
         mine = self._committed
         while self._synced < mine:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-__all__ = ["APPLICATION_ID", "MIGRATIONS", "lock_store", "open_store"]
+__all__ = ["APPLICATION_ID", "MIGRATIONS", "PACKED", "lock_store", "open_store"]
 
 APPLICATION_ID: Final = 0x494D4453
 """`IMDS`: SQLite's `application_id`, by which a store is told from any other database."""
@@ -38,6 +38,16 @@ CREATE INDEX addresses_by_instance ON addresses (instance)
 # Columns hold what is looked up by; all else is the record as JSON, in the form of `core.records`.
 # User data is apart, as it is: up to 16 MiB of any bytes. That no address is there twice holds for
 # whatever program writes.
+
+PACKED: Final = """
+CREATE TABLE IF NOT EXISTS packed (
+    instance TEXT PRIMARY KEY NOT NULL REFERENCES instances (id) ON DELETE CASCADE,
+    stamp BLOB NOT NULL,
+    data BLOB NOT NULL
+) STRICT, WITHOUT ROWID
+"""
+"""Records as `core.packed` has them in memory, so that a start need not parse each one. A row that is missing, or has
+another stamp than the rows beside it, is made again: it is no part of what a version of the store promises."""
 
 MIGRATIONS: Final[tuple[str, ...]] = (_VERSION_1,)
 """What takes a store from one version (`user_version`) to the next; statements between

@@ -8,16 +8,29 @@ from __future__ import annotations
 
 import json
 import os
+import sqlite3
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from hashlib import blake2b
 from pathlib import Path
+from threading import Lock
 from typing import Final
+from urllib.parse import quote
 
 from imdsproxy.core.inventory import address_keys
-from imdsproxy.core.model import Instance, InstanceId, Network, NetworkId
+from imdsproxy.core.model import (
+    Instance,
+    InstanceId,
+    Network,
+    NetworkId,
+    StoredBytes,
+    digest_of,
+)
 from imdsproxy.core.observation import AddressKey
+from imdsproxy.core.packed import FORMAT, PackedInstances
+from imdsproxy.core.progress import Progress
 from imdsproxy.core.records import (
     Path as RecordPath,
 )
@@ -28,14 +41,27 @@ from imdsproxy.core.records import (
     render_instance,
     render_network,
 )
-from imdsproxy.errors import Problem, SourceRefused
+from imdsproxy.errors import Problem, SourceRefused, SourceUnavailable
 from imdsproxy.sources.api import Tally
 from imdsproxy.sources.clash import taken_address, taken_id
 from imdsproxy.sources.sqlite_failure import store_failures
-from imdsproxy.sources.sqlite_schema import lock_store, open_store
+from imdsproxy.sources.sqlite_schema import PACKED, lock_store, open_store
 
 __all__ = ["Contents", "Store", "Written"]
 
+_EVERYTHING: Final = """
+    SELECT id, record, length(user_data),
+        (SELECT group_concat(network || '/' || address, ' ') FROM
+            (SELECT network, address FROM addresses WHERE instance = id ORDER BY network, address)),
+        (SELECT group_concat(network, ' ') FROM
+            (SELECT network FROM ports WHERE instance = id ORDER BY network)),
+        stamp, data
+    FROM instances LEFT JOIN packed ON instance = id
+"""
+"""Each instance with what others must not have, and what it was when it was packed."""
+
+_STORING: Final = "storing instances"
+_NOTED: Final = 1000
 _NAMED: Final = 20
 """How many instances a refusal names."""
 
@@ -50,7 +76,7 @@ class Contents:
     """
 
     networks: dict[NetworkId, Network] = field(default_factory=dict)
-    instances: dict[InstanceId, Instance] = field(default_factory=dict)
+    instances: PackedInstances = field(default_factory=PackedInstances)
     problems: dict[tuple[str, str], tuple[Problem, ...]] = field(default_factory=dict)
 
 
@@ -59,7 +85,7 @@ class Written:
     """What a write has done: the records that differ from those before, and how many of each kind."""
 
     networks: dict[NetworkId, Network]
-    instances: dict[InstanceId, Instance]
+    instances: PackedInstances
     tally: Tally
 
 
@@ -85,6 +111,8 @@ class Store:
             self._lock = lock_store(path)
             try:
                 self._connection = open_store(path)
+                self._connection.execute(PACKED)
+                self._payloads = _Payloads(path)
             except BaseException:
                 os.close(self._lock)
                 raise
@@ -92,6 +120,7 @@ class Store:
     def close(self) -> None:
         """Close the file and let others have it."""
         try:
+            self._payloads.close()
             self._connection.close()
         finally:
             os.close(self._lock)
@@ -130,23 +159,54 @@ class Store:
                     contents.networks[network.id] = network
                 else:
                     contents.problems["networks", str(key)] = network
-            rows = self._connection.execute(
-                "SELECT id, record, user_data FROM instances ORDER BY id"
-            )
-            for key, text, user_data in rows:
-                instance = self._read_instance(key, text, user_data)
-                if isinstance(instance, Instance):
-                    instance = self._reclaim(instance)
-                if isinstance(instance, Instance):
-                    contents.instances[instance.id] = instance
+            for (
+                key,
+                text,
+                bytes_of_user_data,
+                claims,
+                ports,
+                stamp,
+                data,
+            ) in self._connection.execute(f"{_EVERYTHING} ORDER BY id"):
+                stamped = _stamp(text, claims, ports, bytes_of_user_data)
+                if data is not None and stamp == stamped:
+                    fetch = None if bytes_of_user_data is None else self._payloads.fetch
+                    contents.instances.put_plain(InstanceId(key), data, fetch)
+                    continue
+                found = self._read_anew(key, text)
+                if isinstance(found, Instance):
+                    contents.instances[found.id] = found
+                    self._keep_packed(contents.instances, found)
                 else:
-                    contents.problems["instances", str(key)] = instance
+                    contents.problems["instances", str(key)] = found
         return contents
+
+    def _read_anew(self, key: object, text: object) -> Instance | tuple[Problem, ...]:
+        (user_data,) = self._connection.execute(
+            "SELECT user_data FROM instances WHERE id = ?", (key,)
+        ).fetchone()
+        instance = self._read_instance(key, text, user_data)
+        return self._reclaim(instance) if isinstance(instance, Instance) else instance
+
+    def _keep_packed(self, packed: PackedInstances, instance: Instance) -> None:
+        data = packed.plain(instance.id)
+        if data is None:
+            return
+        row = self._connection.execute(f"{_EVERYTHING} WHERE id = ?", (instance.id,)).fetchone()
+        self._connection.execute(
+            "INSERT OR REPLACE INTO packed (instance, stamp, data) VALUES (?, ?, ?)",
+            (instance.id, _stamp(row[1], row[3], row[4], row[2]), data),
+        )
 
     # Writing
 
     def put(
-        self, networks: Iterable[Network], instances: Iterable[Instance], *, bulk: bool = True
+        self,
+        networks: Iterable[Network],
+        instances: Collection[Instance],
+        *,
+        bulk: bool = True,
+        progress: Progress | None = None,
     ) -> Written:
         """Write all of them or none.
 
@@ -157,18 +217,22 @@ class Store:
             networks: To add or change.
             instances: The same.
             bulk: Problems name the record: `instances[3].ports[0].mac`, not `ports[0].mac`.
+            progress: Where a long write says how far it is.
 
         Raises:
             SourceRefused: An id stands twice, or an address belongs to another instance.
         """
-        networks, instances = tuple(networks), tuple(instances)
+        networks = tuple(networks)
         problems = [
             *_repeated("networks", [network.id for network in networks]),
             *_repeated("instances", [instance.id for instance in instances]),
         ]
         tally = {"added": 0, "changed": 0, "unchanged": 0}
         changed_networks: dict[NetworkId, Network] = {}
-        changed_instances: list[tuple[RecordPath, Instance]] = []
+        # Not as they are: a write may have hundreds of thousands.
+        changed: dict[InstanceId, RecordPath] = {}
+        packed = PackedInstances()
+        progress = progress or Progress()
         with store_failures(self._path), self._transaction():
             for network in networks:
                 done = self._put_row("networks", network.id, render_network(network))
@@ -180,20 +244,22 @@ class Store:
                 done = self._put_instance_row(instance)
                 tally[done] += 1
                 if done != "unchanged":
-                    path: RecordPath = ("instances", number) if bulk else ()
-                    changed_instances.append((path, instance))
+                    changed[instance.id] = ("instances", number) if bulk else ()
+                    packed[instance.id] = self._payloads.leave(instance)
+                if number % _NOTED == _NOTED - 1:
+                    progress.note(_STORING, number // 2, len(instances))
             # First let go, then take: addresses may move among the records of one write.
-            for _path, instance in changed_instances:
-                self._release(instance.id)
-            for path, instance in changed_instances:
-                problems += self._claim(instance, path)
+            for key in changed:
+                self._release(key)
+            for number, (key, path) in enumerate(changed.items()):
+                problems += self._claim(packed[key], path)
+                self._keep_packed(packed, packed[key])
+                if number % _NOTED == _NOTED - 1:
+                    progress.note(_STORING, (len(instances) + number) // 2, len(instances))
+            progress.end(_STORING)
             if problems:
                 raise SourceRefused("the store refuses the records", problems=problems)
-        return Written(
-            changed_networks,
-            {instance.id: instance for _path, instance in changed_instances},
-            Tally(**tally),
-        )
+        return Written(changed_networks, packed, Tally(**tally))
 
     def remove_network(self, network: NetworkId, *, force: bool) -> bool:
         """Remove a network; `False` when there is none.
@@ -332,7 +398,7 @@ class Store:
             record["user_data"] = user_data
         instance = parse_instance(record, path=("instances", str(key)), file=str(self._path))
         if isinstance(instance, Instance) and instance.id == key:
-            return instance
+            return self._payloads.leave(instance)
         return self._garbage("instance", key, instance)
 
     def _garbage(
@@ -348,6 +414,56 @@ class Store:
     def _quarantined(self, problem: Problem, kind: str, key: str) -> Problem:
         hint = f"it is not in force; write it again with `imdsproxy {kind} set {key}`, or remove it"
         return replace(problem, hint=hint, file=str(self._path))
+
+
+class _Payloads:
+    """Reads user-data for whoever needs some, in whichever thread: it is in memory only for as long."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._lock = Lock()
+        self._connection: sqlite3.Connection | None = None
+        self._closed = False
+
+    def leave(self, instance: Instance) -> Instance:
+        """The instance with its user-data left in the store."""
+        data = instance.user_data
+        if not isinstance(data, bytes):
+            return instance
+        stored = StoredBytes(len(data), digest_of(data), instance.id, self.fetch)
+        return replace(instance, user_data=stored)
+
+    def fetch(self, instance: InstanceId) -> bytes:
+        """The user-data that the store has now.
+
+        Raises:
+            SourceError: It has none, or cannot be read.
+        """
+        with self._lock, store_failures(self._path):
+            if self._closed:
+                raise SourceUnavailable(f"the store {self._path} is closed")
+            if self._connection is None:
+                where = f"file:{quote(str(self._path))}?mode=ro"
+                self._connection = sqlite3.connect(where, uri=True, check_same_thread=False)
+            row = self._connection.execute(
+                "SELECT user_data FROM instances WHERE id = ?", (instance,)
+            ).fetchone()
+        if row is None or row[0] is None:
+            raise SourceUnavailable(f"the store {self._path} has no user-data of {instance}")
+        return bytes(row[0])
+
+    def close(self) -> None:
+        """Read no more."""
+        with self._lock:
+            self._closed = True
+            if self._connection is not None:
+                self._connection.close()
+
+
+def _stamp(text: object, claims: object, ports: object, user_data: object) -> bytes:
+    """What a packed record was made of."""
+    made_of = f"{FORMAT}\n{claims}\n\n{ports}\n\n{user_data}\n{text}"
+    return blake2b(made_of.encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
 def _in_use(network: NetworkId, users: Sequence[str]) -> SourceRefused:

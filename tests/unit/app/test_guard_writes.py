@@ -183,11 +183,11 @@ async def test_one_that_is_gone_and_was_dealt_with_before_can_be_again(rig: Rig)
 
 async def test_what_haproxy_knows_of_a_source_that_is_silent_is_told(rig: Rig) -> None:
     rig.guards.revoke(_WEB)
-    rig.records.applier.state.base["n1/10.0.0.5"] = "+1tooo--:1:0:64|web|0f3a9c"
+    rig.records.applier.state.overlay["n1/10.0.0.5"] = "+1tooo--:1:0:64|web|0f3a9c"
     changed = await rig.writes.revoke(_WEB)
     assert (changed.epoch, changed.applied) == (2, False)
     assert "no source that is in sync tells of it" in changed.pending[0]
-    rig.records.applier.state.base["n1/10.0.0.5"] = "mail|0f3a9c"
+    rig.records.applier.state.overlay["n1/10.0.0.5"] = "mail|0f3a9c"
     assert (await rig.writes.revoke(_WEB)).applied
 
 

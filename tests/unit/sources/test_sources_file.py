@@ -38,7 +38,7 @@ def overwrite(path: Path, *records: object) -> None:
             stream.flush()
 
 
-def data_of(heard: Heard) -> dict[str, bytes | None]:
+def data_of(heard: Heard) -> dict[str, object]:
     return {key: each.user_data for key, each in heard.inventory.instances.items()}
 
 

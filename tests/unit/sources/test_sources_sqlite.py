@@ -501,4 +501,5 @@ async def test_ten_thousand_instances_are_loaded_in_seconds(path: Path) -> None:
     store.close()
     async with asyncio.timeout(20):
         async with running(source_of(path)) as heard:
+            await heard.until(lambda heard: heard.last.in_sync)
             assert len(heard.last.instances) == 10_000

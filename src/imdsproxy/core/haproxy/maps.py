@@ -8,8 +8,11 @@ a worker's base is the one that our overlay belongs to.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import zlib
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Final
 
 from imdsproxy.core.wire import MAP_TOMBSTONE
@@ -19,6 +22,7 @@ __all__ = [
     "GENERATION_KEY",
     "MapChanges",
     "MapState",
+    "PackedMap",
     "parse_map",
     "plan_changes",
     "render_map",
@@ -30,6 +34,54 @@ COMPACT_ABOVE: Final = 1024
 
 GENERATION_KEY: Final = "@generation"
 """No network id begins with `@`, so no record can have this key."""
+
+
+_BLOCK: Final = 256
+
+
+class PackedMap(Mapping[str, str]):
+    """A map's entries in a tenth of the memory: in order of their keys, in compressed blocks.
+
+    The block that was looked into last is kept open, so going through keys in their order is quick.
+    """
+
+    __slots__ = ("_blocks", "_count", "_firsts", "_open")
+
+    def __init__(self, entries: Iterable[tuple[str, str]] = ()) -> None:
+        self._firsts: list[str] = []
+        self._blocks: list[bytes] = []
+        self._count = 0
+        self._open: tuple[int, dict[str, str]] = (-1, {})
+        self.extend(entries)
+
+    def extend(self, entries: Iterable[tuple[str, str]]) -> None:
+        """Add entries that come in the order of their keys, and after all that are there."""
+        rest = iter(entries)
+        while block := list(islice(rest, _BLOCK)):
+            self._firsts.append(block[0][0])
+            text = "\n".join(f"{key} {value}" for key, value in block)
+            self._blocks.append(zlib.compress(text.encode(), 1))
+            self._count += len(block)
+
+    def __getitem__(self, key: str) -> str:
+        index = bisect_right(self._firsts, key) - 1
+        if index < 0:
+            raise KeyError(key)
+        return self._block(index)[key]
+
+    def __iter__(self) -> Iterator[str]:
+        for index in range(len(self._blocks)):
+            yield from self._block(index)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def _block(self, index: int) -> dict[str, str]:
+        if self._open[0] != index:
+            lines = zlib.decompress(self._blocks[index]).decode().split("\n")
+            entries = (line.partition(" ") for line in lines)
+            self._open = index, {key: value for key, _, value in entries}
+        return self._open[1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +105,7 @@ class MapState:
     """The two maps' content, as it is on disk; every worker mirrors it."""
 
     generation: str = "0"
-    base: dict[str, str] = field(default_factory=dict)
+    base: Mapping[str, str] = field(default_factory=dict)
     overlay: dict[str, str] = field(default_factory=dict)
 
     def lookup(self, key: str) -> str | None:
@@ -70,12 +122,14 @@ class MapState:
             del merged[key]
         return merged
 
+    def differing(self, wanted: Mapping[str, str | None]) -> dict[str, str | None]:
+        """What of `wanted` a request would not find so."""
+        return {key: wanted[key] for key in sorted(wanted) if self.lookup(key) != wanted[key]}
+
     def overlay_changes(self, wanted: Mapping[str, str | None]) -> MapChanges:
         """What the overlay needs so that each key of `wanted` has its value (`None`: is gone)."""
         target: dict[str, str | None] = {}
-        for key, value in wanted.items():
-            if self.lookup(key) == value:
-                continue
+        for key, value in self.differing(wanted).items():
             if value is None:
                 # Nothing in the base to hide: the overlay's entry itself goes.
                 target[key] = MAP_TOMBSTONE if key in self.base else None

@@ -28,7 +28,7 @@ Keys (`?` may be left out or be null):
 
 from __future__ import annotations
 
-from imdsproxy.core.records.document import Records, parse_records
+from imdsproxy.core.records.document import Note, Records, parse_records
 from imdsproxy.core.records.fields import Fault, LineOf, Path, Refused, render_path
 from imdsproxy.core.records.instance import parse_instance
 from imdsproxy.core.records.network import parse_network
@@ -38,6 +38,7 @@ from imdsproxy.core.records.render import Json, render_instance, render_network,
 __all__ = [
     "Fault",
     "Json",
+    "Note",
     "LineOf",
     "MAX_PAYLOAD",
     "Path",

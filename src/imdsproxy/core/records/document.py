@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, TypeVar
+from typing import TYPE_CHECKING, Final, TypeAlias, TypeVar
 
 from imdsproxy.core.records.fields import Fault, Field, LineOf, Path, Refused, root
 from imdsproxy.core.records.instance import parse_instance
@@ -16,9 +16,13 @@ if TYPE_CHECKING:
     from imdsproxy.core.records.payload import ReadFile
     from imdsproxy.errors import Problem
 
-__all__ = ["Records", "parse_records"]
+__all__ = ["Note", "Records", "parse_records"]
 
 _KEYS: Final = ("networks", "instances")
+
+_NOTED: Final = 500
+Note: TypeAlias = "Callable[[int, int], None]"
+"""Takes how much is done, of how much."""
 
 _Record = TypeVar("_Record", bound="Network | Instance")
 
@@ -55,6 +59,7 @@ def parse_records(
     file: str | None = None,
     line_of: LineOf | None = None,
     faults: Iterable[Fault] = (),
+    note: Note | None = None,
 ) -> Records:
     """Every record of a document `{networks: [...], instances: [...]}`; an empty one is fine.
 
@@ -67,6 +72,7 @@ def parse_records(
         line_of: Where its parts stand in that file.
         faults: What the decoder found; one inside a record refuses that record, another the
             document.
+        note: Given now and then how many records of a list were checked, of how many.
     """
     field, findings = root(document, file=file, line_of=line_of, path=())
     by_record: dict[Path, list[Fault]] = {}
@@ -79,6 +85,7 @@ def parse_records(
         entries.get("networks"),
         by_record,
         lambda item: parse_network(item.value, file=file, line_of=line_of, path=item.path),
+        note,
     )
     instances, refused_instances = _sort(
         entries.get("instances"),
@@ -86,6 +93,7 @@ def parse_records(
         lambda item: parse_instance(
             item.value, read_file=read_file, file=file, line_of=line_of, path=item.path
         ),
+        note,
     )
     for fault in (fault for left in by_record.values() for fault in left):
         findings.add(fault)
@@ -98,11 +106,15 @@ def _sort(
     listed: Field | None,
     faults: dict[Path, list[Fault]],
     parse: Callable[[Field], _Record | Refused],
+    note: Note | None,
 ) -> tuple[tuple[tuple[Path, _Record], ...], tuple[Refused, ...]]:
     """The good and the bad records of a list; takes those of `faults` that lie inside a record."""
     good: list[tuple[Path, _Record]] = []
     bad: list[Refused] = []
-    for item in () if listed is None else listed.items():
+    items = [] if listed is None else listed.items()
+    for done, item in enumerate(items, 1):
+        if note is not None and done % _NOTED == 0:
+            note(done, len(items))
         record = parse(item)
         found = faults.pop(item.path, [])
         if not found and not isinstance(record, Refused):

@@ -73,7 +73,7 @@ def render_instance(instance: Instance) -> dict[str, Json]:
     if instance.tags:
         mapping["tags"] = dict(instance.tags)
     if instance.user_data is not None:
-        mapping["user_data"] = _render_bytes(instance.user_data)
+        mapping["user_data"] = _render_bytes(bytes(instance.user_data))
     if instance.vendor_data is not None:
         mapping["vendor_data"] = instance.vendor_data.decode()
     off = [dialect for dialect in Dialect if dialect not in instance.dialects]

@@ -1,0 +1,230 @@
+"""Instances, and what goes with them, in a tenth of the memory: as compressed bytes, made again when asked for.
+
+A host may have hundreds of thousands, and next to none of them is looked at in any one second. The bytes are JSON,
+compressed against a dictionary of what records commonly say: 100 bytes instead of 1,500.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from ipaddress import IPv4Address, IPv6Address
+from typing import Any, Final, TypeAlias
+
+from imdsproxy.core.model import (
+    Dialect,
+    Instance,
+    InstanceId,
+    IpAddress,
+    MacAddress,
+    NetworkId,
+    Port,
+    SshKey,
+    StoredBytes,
+    Upstream,
+)
+from imdsproxy.core.policy import NOTHING_SAID, PolicyRules
+
+__all__ = ["FORMAT", "Fetch", "PackedInstances", "PackedPairs"]
+
+FORMAT: Final = 1
+"""Raise it when the bytes mean something else: stores keep them beside the records."""
+
+_LEVEL, _WINDOW, _MEMORY = 1, -12, 5
+_COMMON: Final = (
+    b'null,null,"0123456789abcdef-,"fedcba9876543210"],["ecdsa-sha2-nistp256 AAAAE2VjZHNhLXNoYTItbmlzdHAyNTYAAAAIbmlz'
+    b'dHAyNTY",[["ssh-rsa AAAAB3NzaC1yc2EAAAADAQABAAABAQ",[["ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAI",["fa:16:3e:52:'
+    b'54:00:",["10.0.","192.168.","172.16.","fd00:"]],null]],[],[],null,null,null,"embedded",17'
+)
+_ENCODER: Final = json.JSONEncoder(separators=(",", ":"))
+_COMPRESS: Final = zlib.compressobj(_LEVEL, zlib.DEFLATED, _WINDOW, _MEMORY, zdict=_COMMON)
+_DECOMPRESS: Final = zlib.decompressobj(_WINDOW, zdict=_COMMON)
+
+_EVERY_DIALECT: Final = frozenset(Dialect)
+
+Fetch: TypeAlias = "Callable[[InstanceId], bytes]"
+"""Gets user-data that is not in memory."""
+
+_Packed: TypeAlias = "bytes | tuple[bytes, bytes | Fetch | None, bytes | None, PolicyRules]"
+"""The record; with its user-data, vendor data and policy beside it where it has one of them."""
+
+
+class PackedInstances(MutableMapping[InstanceId, Instance]):
+    """Instances by id. What is given out is a new value each time, equal to what was put in.
+
+    The last one is kept: who asks for an instance often asks again at once, for its next address.
+    """
+
+    __slots__ = ("_last", "_packed")
+
+    def __init__(self, instances: Mapping[InstanceId, Instance] | None = None) -> None:
+        self._packed: dict[InstanceId, _Packed] = {}
+        self._last: tuple[_Packed, Instance] | None = None
+        if instances:
+            self.update(instances)
+
+    def __getitem__(self, key: InstanceId) -> Instance:
+        packed = self._packed[key]
+        if self._last is None or self._last[0] is not packed or self._last[1].id != key:
+            self._last = packed, _unpack(key, packed)
+        return self._last[1]
+
+    def __setitem__(self, key: InstanceId, instance: Instance) -> None:
+        self._packed[key] = _pack(instance)
+
+    def __delitem__(self, key: InstanceId) -> None:
+        del self._packed[key]
+
+    def __iter__(self) -> Iterator[InstanceId]:
+        return iter(self._packed)
+
+    def __len__(self) -> int:
+        return len(self._packed)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._packed
+
+    def packed(self, key: InstanceId) -> _Packed:
+        """One as it is kept."""
+        return self._packed[key]
+
+    def part(self, keys: Iterable[InstanceId]) -> PackedInstances:
+        """Some of them."""
+        part = PackedInstances()
+        part._packed = {key: self._packed[key] for key in keys}
+        return part
+
+    def plain(self, key: InstanceId) -> bytes | None:
+        """One as bytes that `put_plain` takes; `None` where that is not all of it."""
+        packed = self._packed[key]
+        if isinstance(packed, bytes):
+            return packed
+        data, user_data, vendor_data, policy = packed
+        beside = isinstance(user_data, bytes) or vendor_data is not None or policy != NOTHING_SAID
+        return None if beside else data
+
+    def put_plain(self, key: InstanceId, data: bytes, fetch: Fetch | None) -> None:
+        """Put in what `plain` gave, in this process or an earlier one of the same `FORMAT`.
+
+        Args:
+            key: The instance.
+            data: The bytes.
+            fetch: Gets its user-data, where it has any.
+        """
+        self._packed[key] = data if fetch is None else (data, fetch, None, NOTHING_SAID)
+
+    def take(self, key: InstanceId, other: Mapping[InstanceId, Instance]) -> bool:
+        """Have what `other` has for a key; whether that changed anything here."""
+        packed = other.packed(key) if isinstance(other, PackedInstances) else _pack(other[key])
+        if self._packed.get(key) == packed:
+            return False
+        self._packed[key] = packed
+        return True
+
+
+class PackedPairs(MutableMapping[NetworkId, dict[IpAddress, MacAddress]]):
+    """Which MAC goes with which address, by network. What is given out may be changed, and is to be put back then."""
+
+    __slots__ = ("_count", "_packed")
+
+    def __init__(self) -> None:
+        self._packed: dict[NetworkId, bytes] = {}
+        self._count: Counter[NetworkId] = Counter()
+
+    def __getitem__(self, key: NetworkId) -> dict[IpAddress, MacAddress]:
+        return {_unpack_address(one): mac for one, mac in _decompress(self._packed[key])}
+
+    def __setitem__(self, key: NetworkId, pairs: Mapping[IpAddress, MacAddress]) -> None:
+        self._packed[key] = _compress([(_pack_address(one), mac) for one, mac in pairs.items()])
+        self._count[key] = len(pairs)
+
+    def __delitem__(self, key: NetworkId) -> None:
+        del self._packed[key], self._count[key]
+
+    def __iter__(self) -> Iterator[NetworkId]:
+        return iter(self._packed)
+
+    def __len__(self) -> int:
+        return len(self._packed)
+
+    @property
+    def total(self) -> int:
+        """How many pairs there are in all networks."""
+        return self._count.total()
+
+
+def _compress(value: object) -> bytes:
+    packing = _COMPRESS.copy()
+    text = _ENCODER.encode(value).encode("ascii")
+    return packing.compress(text) + packing.flush()
+
+
+def _decompress(packed: bytes) -> Any:  # noqa: ANN401 - whatever was put in
+    return json.loads(_DECOMPRESS.copy().decompress(packed))
+
+
+def _pack(instance: Instance) -> _Packed:
+    every, stored = instance.dialects == _EVERY_DIALECT, instance.user_data
+    record = (
+        instance.name,
+        None if instance.hostname == instance.name else instance.hostname,
+        instance.project,
+        [
+            (port.network, port.mac, [_pack_address(one) for one in port.addresses], port.project)
+            for port in instance.ports
+        ],
+        [(key.name, key.key) for key in instance.ssh_keys],
+        instance.tags,
+        instance.availability_zone,
+        instance.instance_type,
+        None if every else sorted(instance.dialects),
+        instance.upstream,
+        instance.created_at,
+        (stored.length, stored.digest) if isinstance(stored, StoredBytes) else None,
+    )
+    user_data = stored.fetch if isinstance(stored, StoredBytes) else stored
+    packed = _compress(record)
+    beside = user_data, instance.vendor_data, instance.policy
+    return packed if beside == (None, None, NOTHING_SAID) else (packed, *beside)
+
+
+def _pack_address(address: IpAddress) -> int | str:
+    return int(address) if isinstance(address, IPv4Address) else str(address)
+
+
+def _unpack(key: InstanceId, packed: _Packed) -> Instance:
+    if isinstance(packed, bytes):
+        packed = packed, None, None, NOTHING_SAID
+    data, user_data, vendor_data, policy = packed
+    # What comes out is what `_pack` has put in.
+    record: list[Any] = _decompress(data)
+    name, hostname, project, ports, ssh_keys, tags, zone, kind, *rest = record
+    dialects, upstream, created, stored = rest
+    return Instance(
+        key,
+        name,
+        name if hostname is None else hostname,
+        project,
+        tuple(
+            Port(NetworkId(network), mac, tuple(map(_unpack_address, addresses)), of_port)
+            for network, mac, addresses, of_port in ports
+        ),
+        tuple(SshKey(*ssh_key) for ssh_key in ssh_keys),
+        tuple((tag, value) for tag, value in tags),
+        user_data
+        if user_data is None or isinstance(user_data, bytes)
+        else StoredBytes(stored[0], stored[1], key, user_data),
+        vendor_data,
+        zone,
+        kind,
+        _EVERY_DIALECT if dialects is None else frozenset(map(Dialect, dialects)),
+        Upstream(upstream),
+        policy,
+        created,
+    )
+
+
+def _unpack_address(address: int | str) -> IpAddress:
+    return IPv4Address(address) if isinstance(address, int) else IPv6Address(address)
