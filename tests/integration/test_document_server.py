@@ -17,6 +17,7 @@ import pytest
 
 from imdsproxy.core.compiled import compiled_path
 from imdsproxy.host.files import MAX_LOG_BYTES
+from imdsproxy.host.process import read_rests
 from imdsproxy.serving.pidfile import stop_documents
 from imdsproxy.serving.store import apply_record
 from support.document_server import DEADLINE_S, Server, UnixConnection, ask, pss_kib, wait_for
@@ -233,13 +234,9 @@ def test_a_worker_that_is_only_idle_or_slow_is_left_alone(server: Server) -> Non
     connections = [socket.socket(socket.AF_UNIX) for _ in range(20)]
     for connection in connections:
         connection.connect(str(server.sockets[0]))
-    beats: set[int | None] = set()
-
-    def have_looked() -> bool:
-        beats.add(server.running.beat)
-        return len(beats) > 4
-
-    wait_for("five looks", have_looked)
+    parent = server.running.parent or 0
+    before = read_rests(parent) or 0
+    wait_for("five looks", lambda: (read_rests(parent) or 0) >= before + 5)
     assert server.running.workers == workers
     for connection in connections:
         connection.close()

@@ -16,7 +16,13 @@ from imdsproxy.dataplane.launch import UNIT_S, wait_gone
 from imdsproxy.errors import DataplaneError, HostRefused, Problem
 from imdsproxy.host.doubt import Doubt
 from imdsproxy.host.files import limit_log, open_log
-from imdsproxy.host.process import ProcessHandle, open_process, read_stat, spawn_detached
+from imdsproxy.host.process import (
+    ProcessHandle,
+    open_process,
+    read_rests,
+    read_stat,
+    spawn_detached,
+)
 from imdsproxy.host.programs import run_program
 from imdsproxy.serving.pidfile import DocumentProcesses, read_pids, stop_documents
 
@@ -120,20 +126,15 @@ class Companion:
     async def _watch(self, pid: int) -> None:
         """Return when it has ended, counting its workers' restarts; it is ended when it makes no progress."""
         ended = asyncio.ensure_future(self.launcher.wait(pid))
-        doubt, last, beating = Doubt(), self.read(), False
+        doubt, restarts, rests = Doubt(), self.read().restarts, read_rests(pid)
         try:
             while not (await asyncio.wait([ended], timeout=_LOOK_EVERY_S))[0]:
-                now, stat = self.read(), read_stat(pid)
+                before, restarts = restarts, self.read().restarts
                 # One that executes itself anew begins to count anew.
-                self.restarts += now.restarts - (
-                    last.restarts if last.restarts <= now.restarts else 0
-                )
-                if now.beat != last.beat:
-                    doubt, beating = Doubt(), True
-                elif beating or (stat is not None and stat.stopped):
-                    # One that has never been seen to move may be of an earlier version, which does not.
-                    doubt = doubt.after_silence(pid, stat)
-                last = now
+                self.restarts += restarts - (before if before <= restarts else 0)
+                last, rests = rests, read_rests(pid)
+                # It looks after its workers every second, and rests in between.
+                doubt = doubt.after_silence(pid, read_stat(pid)) if rests == last else Doubt()
                 if doubt.hung and (handle := open_process(pid)) is not None:
                     structlog.get_logger().error("document server hangs: ending it", pid=pid)
                     handle.kill(signal.SIGKILL)

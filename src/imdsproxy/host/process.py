@@ -75,6 +75,19 @@ def read_stat(pid: int, proc: Path = PROC) -> ProcessStat | None:
     )
 
 
+def read_rests(pid: int, proc: Path = PROC) -> int | None:
+    """How often a process has come to rest by itself, to wait (`voluntary_ctxt_switches` in proc_pid_status(5)).
+
+    One that hangs, or is stopped, does not any more. `None` when there is none.
+    """
+    try:
+        lines = (proc / str(pid) / "status").read_text(errors="replace").splitlines()
+    except OSError:
+        return None
+    rests = (line.split()[1] for line in lines if line.startswith("voluntary_ctxt_switches:"))
+    return int(next(rests, "0"))
+
+
 def command_name(pid: int, proc: Path = PROC) -> str:
     """The short name of a process; `?` where there is none, or we may not look."""
     try:

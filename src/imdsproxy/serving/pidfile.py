@@ -2,13 +2,12 @@
 
 The parent holds a lock on the file (flock(2)) as long as it lives, whatever kills it. Each line is `PID START`,
 the parent's first, then its workers'; START is the process's start time in the kernel's ticks
-(proc_pid_stat(5), field 22), so that a number given to another process since is not taken for ours. The parent touches
-the file every second: one that does not is hung. The last line is `restarts N`.
+(proc_pid_stat(5), field 22), so that a number given to another process since is not taken for ours. The last line
+is `restarts N`.
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import time
@@ -35,13 +34,11 @@ class DocumentProcesses:
     Attributes:
         parent: `None` when it was killed.
         restarts: Workers of this parent that ended, and were started again.
-        beat: Another number a second later, while the parent makes progress; `None` without a file.
     """
 
     parent: int | None
     workers: tuple[int, ...]
     restarts: int = 0
-    beat: int | None = None
 
     @property
     def pids(self) -> tuple[int, ...]:
@@ -76,9 +73,8 @@ class PidFile:
             )
         return cls(path, descriptor)
 
-    def touch(self) -> bool:
-        """Show that the parent makes progress; false when the file was removed, or is another server's by now."""
-        os.utime(self.descriptor)
+    def is_ours(self) -> bool:
+        """Whether it was neither removed, nor is another server's by now."""
         return is_file_at(self.descriptor, self.path)
 
     def write(self, pids: Sequence[int], restarts: int = 0) -> None:
@@ -106,10 +102,7 @@ def read_pids(path: Path) -> DocumentProcesses:
         stat = read_stat(int(word)) if word.isdigit() else None
         alive.append(int(word) if stat is not None and str(stat.started) == value else None)
     workers = tuple(pid for pid in alive[1:] if pid is not None)
-    beat = None
-    with contextlib.suppress(OSError):
-        beat = path.stat().st_mtime_ns
-    return DocumentProcesses(alive[0] if alive else None, workers, restarts, beat)
+    return DocumentProcesses(alive[0] if alive else None, workers, restarts)
 
 
 def stop_documents(

@@ -209,7 +209,7 @@ class Supervisor:
             left.intersection_update(self.pids)
 
     def _step(self) -> None:
-        if not self._pid_file.touch():
+        if not self._pid_file.is_ours():
             self._log.error(
                 "the pid file was removed, or is another document server's: ending",
                 file=str(self._pid_file.path),

@@ -9,6 +9,9 @@ from imdsproxy.app.companion import Companion
 from imdsproxy.errors import HostRefused
 from imdsproxy.serving.pidfile import DocumentProcesses
 
+_PID = 2**22 + 1
+"""No process can have it: what is taken for hung is killed."""
+
 
 @dataclass(slots=True)
 class Launcher:
@@ -20,7 +23,7 @@ class Launcher:
 
     async def start(self) -> None:
         self.done.append("start")
-        self.pid = 7
+        self.pid = _PID
 
     async def wait(self, pid: int) -> None:
         await self.ended.wait()
@@ -38,8 +41,8 @@ def _companion(launcher: Launcher, *, needed: bool = True) -> Companion:
 
 async def test_what_is_not_there_is_started_and_what_is_there_is_adopted() -> None:
     launcher = Launcher()
-    assert await _companion(launcher).ensure() == 7
-    assert await _companion(launcher).ensure() == 7
+    assert await _companion(launcher).ensure() == _PID
+    assert await _companion(launcher).ensure() == _PID
     assert launcher.done == ["start"]
 
 
@@ -56,15 +59,15 @@ async def test_what_has_ended_is_started_again() -> None:
             while companion.restarts == 0:
                 await asyncio.sleep(0)
         task.cancel()
-    assert launcher.done == ["start", "7 ended", "start"]
+    assert launcher.done == ["start", f"{_PID} ended", "start"]
 
 
 async def test_its_workers_restarts_are_counted_also_when_it_begins_to_count_anew(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("imdsproxy.app.companion._LOOK_EVERY_S", 0)
-    launcher, counts = Launcher(pid=7), iter([1, 1, 1, 3, 3, 0, 1])
-    seen = DocumentProcesses(7, (8,))
+    launcher, counts = Launcher(pid=_PID), iter([1, 1, 1, 3, 3, 0, 1])
+    seen = DocumentProcesses(_PID, (8,))
 
     def read() -> DocumentProcesses:
         nonlocal seen
@@ -92,7 +95,7 @@ async def test_where_it_is_not_needed_it_does_not_run() -> None:
 
 
 async def test_where_it_is_not_needed_any_more_it_is_ended() -> None:
-    launcher = Launcher(pid=7)
+    launcher = Launcher(pid=_PID)
     await _companion(launcher, needed=False).ensure()
     assert launcher.done == ["stop"]
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from imdsproxy.host.doubt import Doubt
-from imdsproxy.host.process import ProcessStat, read_stat
+from imdsproxy.host.process import ProcessStat, read_rests, read_stat
 
 
 def _stat(state: str, ticks: int) -> ProcessStat:
@@ -63,3 +63,11 @@ def test_a_process_is_read_whatever_the_process_is_called(tmp_path: Path, name: 
     assert not _stat("S", 1).stopped
     (tmp_path / "12" / "stat").write_text(stat.replace(") S ", ") Z "))
     assert read_stat(12, tmp_path) is None
+
+
+def test_how_often_a_process_rested_is_read(tmp_path: Path) -> None:
+    (tmp_path / "12").mkdir()
+    status = "Name:\tx\nvoluntary_ctxt_switches:\t345\nnonvoluntary_ctxt_switches:\t6\n"
+    (tmp_path / "12" / "status").write_text(status)
+    assert read_rests(12, tmp_path) == 345
+    assert read_rests(13, tmp_path) is None

@@ -71,7 +71,7 @@ def test_workers_without_a_parent_are_stopped_too(
     file.release()
 
 
-def test_a_process_that_does_not_end_is_told(tmp_path: Path) -> None:
+def test_a_process_that_ignores_the_request_to_end_is_killed(tmp_path: Path) -> None:
     stubborn = subprocess.Popen(
         [
             sys.executable,
@@ -86,8 +86,21 @@ def test_a_process_that_does_not_end_is_told(tmp_path: Path) -> None:
         path = tmp_path / "documents.pid"
         file = PidFile.claim(path)
         file.write((stubborn.pid,))
-        ticks = iter(range(100))
-        with pytest.raises(HostRefused, match=str(stubborn.pid)):
-            stop_documents(path, timeout_s=5, monotonic=lambda: next(ticks), sleep=lambda _s: None)
-        stubborn.kill()
+        assert stop_documents(path, timeout_s=0.2)
+        assert stubborn.wait() == -9
         file.release()
+
+
+def test_a_process_that_cannot_be_ended_is_named(
+    tmp_path: Path, sleeper: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As one that waits for a disk.
+    monkeypatch.setattr("imdsproxy.serving.pidfile.os.kill", lambda _pid, _number: None)
+    path = tmp_path / "documents.pid"
+    file = PidFile.claim(path)
+    file.write((sleeper.pid,))
+    ticks = iter(range(100))
+    with pytest.raises(HostRefused, match=str(sleeper.pid)):
+        stop_documents(path, timeout_s=5, monotonic=lambda: next(ticks), sleep=lambda _s: None)
+    file.release()
+    monkeypatch.undo()
