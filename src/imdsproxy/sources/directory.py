@@ -3,34 +3,34 @@
 from __future__ import annotations
 
 import os
-import stat
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Final, TypeAlias
+from typing import Final
 
 from imdsproxy.core.model import Instance, Network
 from imdsproxy.core.observation import AddressKey
-from imdsproxy.core.records import LineOf, Records, Refused, Unreadable
 from imdsproxy.errors import Problem
 from imdsproxy.sources.api import Origin
 from imdsproxy.sources.clash import claim_places, taken_address, taken_id
+from imdsproxy.sources.file_contents import (
+    FileContents,
+    Signature,
+    read_contents,
+    signature_of,
+)
 from imdsproxy.sources.in_force import Clash, Entry, InForce
 from imdsproxy.sources.last_good import Kept, LastGood
-from imdsproxy.sources.record_file import SUFFIXES, decode_records, payload_reader
+from imdsproxy.sources.record_file import SUFFIXES
 from imdsproxy.sources.watch import Place, place_of
 
 __all__ = ["Directory", "Reading"]
-
-_Signature: TypeAlias = "tuple[int, ...] | None"
 
 _GONE_S: Final = 0.05
 """Some editors move the old file away before they write the new one."""
 
 _EMPTY_S: Final = 0.5
 """A writer that does not rename truncates the file first."""
-
-_LARGEST: Final = 512 * 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,8 +71,8 @@ class _File:
         doubtful_since: When it was first seen gone or empty, until that is believed.
     """
 
-    signature: _Signature = None
-    payloads: dict[Path, _Signature] = field(default_factory=dict)
+    signature: Signature = None
+    payloads: dict[Path, Signature] = field(default_factory=dict)
     problems: tuple[Problem, ...] = ()
     doubtful_since: float | None = None
 
@@ -167,17 +167,17 @@ class Directory:
 
     def _look(self, name: str, path: Path | None, changed: Collection[Path]) -> None:
         file = self._files.setdefault(name, _File())
-        signature = None if path is None else _signature(path)
+        signature = None if path is None else signature_of(path)
         if path is None or signature is None:
             if self._believe(file, _GONE_S):
                 del self._files[name]
-                self._replace(name, Records(), lambda _path: None)
+                self._replace(name, FileContents())
             return
         if (
             signature == file.signature
             and path not in changed
             and not file.payloads.keys() & set(changed)
-            and all(_signature(each) == state for each, state in file.payloads.items())
+            and all(signature_of(each) == state for each, state in file.payloads.items())
         ):
             file.doubtful_since = None
             return
@@ -196,53 +196,25 @@ class Directory:
         return self._clock() - file.doubtful_since >= after_s
 
     def _read_file(self, name: str, path: Path, file: _File) -> None:
-        payloads: dict[Path, _Signature] = {}
-        read = payload_reader(path.parent)
-
-        def read_payload(payload: str) -> bytes | Unreadable:
-            payloads[path.parent / payload] = _signature(path.parent / payload)
-            return read(payload)
-
-        try:
-            data = _read_regular(path)
-        except OSError as error:
-            reason = f"cannot be read: {error.strerror or error}"
-            file.problems = (Problem("file", reason, "mend or remove it", str(path)),)
-            return
-        if not data.strip() and (self._networks.has(name) or self._instances.has(name)):
+        contents = read_contents(path)
+        if contents.blank and (self._networks.has(name) or self._instances.has(name)):
             # A write that failed, most likely: nobody takes all records away so.
             reason = "is blank: the records that it had stay in force"
             hint = "restore it, write `instances: []`, or remove it"
             file.problems = (Problem("file", reason, hint, str(path)),)
             return
-        records, line_of = decode_records(data, file=str(path), read_file=read_payload)
-        file.payloads = payloads
-        file.problems = records.problems
-        if not records.problems:
-            file.problems = self._replace(name, records, line_of)
+        if contents.payloads or not contents.problems:
+            file.payloads = contents.payloads
+        file.problems = contents.problems
+        if not contents.problems:
+            file.problems = self._replace(name, contents)
 
-    def _replace(self, name: str, records: Records, line_of: LineOf) -> tuple[Problem, ...]:
+    def _replace(self, name: str, contents: FileContents) -> tuple[Problem, ...]:
         """Hand on what a file holds now; gives the problems of records without a readable id."""
-        networks: list[Entry[Network]] = [
-            Entry(network.id, name, _position(path), line_of(path), network)
-            for path, network in records.networks
-        ]
-        instances: list[Entry[Instance]] = [
-            Entry(
-                instance.id,
-                name,
-                _position(path),
-                line_of(path),
-                instance,
-                lines=tuple(line_of((*path, *part)) for _, part in claim_places(instance)),
-            )
-            for path, instance in records.instances
-        ]
-        nameless_networks = _add_refused(networks, name, records.refused_networks)
-        nameless_instances = _add_refused(instances, name, records.refused_instances)
-        self._networks.replace_file(name, networks, unclear=bool(nameless_networks))
-        self._instances.replace_file(name, instances, unclear=bool(nameless_instances))
-        return (*nameless_networks, *nameless_instances)
+        networks, instances = contents.nameless_networks, contents.nameless_instances
+        self._networks.replace_file(name, contents.networks, unclear=bool(networks))
+        self._instances.replace_file(name, contents.instances, unclear=bool(instances))
+        return (*networks, *instances)
 
     def _reading(self, unreadable: Problem | None) -> Reading:
         networks = self._networks.settle()
@@ -317,18 +289,6 @@ class Directory:
         return f"{self._path / entry.file}{line}"
 
 
-def _add_refused(
-    entries: list[Entry[Network]] | list[Entry[Instance]], name: str, refused: tuple[Refused, ...]
-) -> tuple[Problem, ...]:
-    nameless: list[Problem] = []
-    for each in refused:
-        if each.id is None:
-            nameless += each.problems
-        else:
-            entries.append(Entry(each.id, name, len(entries), problems=each.problems))
-    return tuple(nameless)
-
-
 def _kept(
     changes: Mapping[str, Network | None] | Mapping[str, Instance | None],
     file_of: Callable[[str], str | None],
@@ -341,30 +301,6 @@ def _kept(
 
 def _claims(instance: Instance) -> list[AddressKey]:
     return [address for address, _part in claim_places(instance)]
-
-
-def _position(path: tuple[str | int, ...]) -> int:
-    return path[1] if len(path) > 1 and isinstance(path[1], int) else 0
-
-
-def _signature(path: Path) -> _Signature:
-    try:
-        status = path.stat()
-    except OSError:
-        return None
-    return (status.st_mtime_ns, status.st_size, status.st_ino, status.st_ctime_ns, status.st_dev)
-
-
-def _read_regular(path: Path) -> bytes:
-    # Not blocking: opening a FIFO would wait for a writer for ever.
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    with os.fdopen(descriptor, "rb") as stream:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise OSError("it is no regular file")
-        if status.st_size > _LARGEST:
-            raise OSError(f"it is larger than {_LARGEST} bytes")
-        return stream.read()
 
 
 def _with_parents(paths: set[Path]) -> frozenset[Path]:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
 from imdsproxy.core.model import InstanceId, NetworkId
 from imdsproxy.core.observation import Observation
+from imdsproxy.core.packed import PackedInstances
 from imdsproxy.errors import Problem
 from imdsproxy.sources.directory import Directory, Reading
 from imdsproxy.sources.last_good import LastGood
+from imdsproxy.sources.pieces import publish_in_pieces
 from imdsproxy.sources.watch import Watch
 
 if TYPE_CHECKING:
@@ -79,16 +82,16 @@ class FileSource:
                     if watch is not None:
                         watch.close()
                     watch, unwatched = _watch(reading)
-                    reporter.report(reading, unwatched)
+                    await reporter.report(reading, unwatched)
                     if watch is not None:
                         # What changed before it began to watch is seen now.
                         changed = frozenset()
                         continue
                 else:
-                    reporter.report(reading, None)
+                    await reporter.report(reading, None)
                 # Afterwards: guests do not wait for what only a restart needs.
                 reporter.unkept = await asyncio.to_thread(directory.keep)
-                reporter.report(reading.without_changes(), unwatched)
+                await reporter.report(reading.without_changes(), unwatched)
                 changed = await self._wait(watch, reading)
         finally:
             if watch is not None:
@@ -117,7 +120,7 @@ class _Reporter:
         self._complete = False
         self.unkept: Problem | None = None
 
-    def report(self, reading: Reading, unwatched: Problem | None) -> None:
+    async def report(self, reading: Reading, unwatched: Problem | None) -> None:
         own = tuple(problem for problem in (unwatched, self.unkept) if problem is not None)
         problems = (*own, *reading.problems)
         told = (reading.readable, problems)
@@ -130,20 +133,22 @@ class _Reporter:
         self._complete = self._complete or full
         networks = self._directory.networks if everything else reading.networks
         instances = self._directory.instances if everything else reading.instances
-        self._publish(
-            Observation(
-                source=self._name,
-                full=full,
-                networks={NetworkId(key): value for key, value in networks.items() if value},
-                instances={InstanceId(key): value for key, value in instances.items() if value},
-                networks_removed=[NetworkId(key) for key, value in networks.items() if not value],
-                instances_removed=[
-                    InstanceId(key) for key, value in instances.items() if not value
-                ],
-                in_sync=reading.readable,
-                problems=problems,
-            )
+        observation = Observation(
+            source=self._name,
+            full=full,
+            networks={NetworkId(key): value for key, value in networks.items() if value},
+            networks_removed=[NetworkId(key) for key, value in networks.items() if not value],
+            instances_removed=[InstanceId(key) for key, value in instances.items() if not value],
+            in_sync=reading.readable,
+            problems=problems,
         )
+        there = {InstanceId(key): value for key, value in instances.items() if value}
+        if everything:
+            packed = await asyncio.to_thread(PackedInstances, there)
+            await publish_in_pieces(self._publish, observation, packed)
+        else:
+            # Addresses may move among the records: nobody sees that half done.
+            self._publish(replace(observation, instances=there))
 
 
 def _watch(reading: Reading) -> tuple[Watch | None, Problem | None]:
