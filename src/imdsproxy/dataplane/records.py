@@ -215,13 +215,16 @@ class RecordApplier:
         by entry, and emptied last.
         """
         before = self.state
-        merged = MapState(before.generation, before.base, overlay).effective()
+        # In a thread, as to write it: hundreds of thousands of entries take seconds.
+        merged = await asyncio.to_thread(
+            MapState(before.generation, before.base, overlay).effective
+        )
         wanted: dict[str, str | None] = {
             key: None if value == MAP_TOMBSTONE else value for key, value in overlay.items()
         }
         base_changes = plan_changes(before.base, wanted)
         overlay_first = MapState(before.generation, before.base, overlay)
-        self.write_all(merged)
+        await asyncio.to_thread(self.write_all, merged)
         processes = await self.master.read_processes()
         for worker in processes.workers:
             if worker in self.known:
