@@ -8,11 +8,16 @@ import subprocess
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 from bench.place import BenchError
 from bench.procs import end_all, wait_until
 
 __all__ = ["Bare", "answering", "forwarding", "render_bare", "run_bare", "worker_limits"]
+
+
+_START_S: Final = 20.0
+_EARLY_END_S: Final = 0.2
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +93,14 @@ def render_bare(limits: Limits, binds: Sequence[str], rules: Sequence[str]) -> s
     return "\n".join(lines) + "\n"
 
 
+def _sockets(pid: int) -> int:
+    descriptors = Path(f"/proc/{pid}/fd")
+    try:
+        return sum(one.readlink().name.startswith("socket:") for one in descriptors.iterdir())
+    except FileNotFoundError:
+        return 0  # it has ended, or a descriptor was closed just now: look again
+
+
 def _shorten(body: re.Match[str]) -> str:
     return f"xxx[{len(body[0])} bytes]"
 
@@ -113,8 +126,13 @@ def run_bare(binary: str, directory: Path, name: str, config: str) -> Iterator[B
         stderr=subprocess.DEVNULL,
         start_new_session=True,
     )
+    binds = config.count("\n  bind ")
     try:
-        wait_until(lambda: process.poll() is not None, 0.2)
+        if not wait_until(
+            lambda: process.poll() is not None or _sockets(process.pid) >= binds, _START_S
+        ):
+            raise BenchError(f"the baseline {name} does not listen after {_START_S:.0f} s")
+        wait_until(lambda: process.poll() is not None, _EARLY_END_S)
         if process.poll() is not None:
             raise BenchError(f"the baseline {name} ended at once")
         yield Bare(process.pid, re.sub("x{40,}", _shorten, config))

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,7 +25,9 @@ settings.load_profile("busy")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if not hasattr(config, "workerinput") and (foreign := foreign_programs(config.rootpath)):
+    # The test of packages runs tests on purpose with the programs that it has installed.
+    own = "IMDST_INSTALLED_PROGRAMS" not in os.environ and not hasattr(config, "workerinput")
+    if own and (foreign := foreign_programs(config.rootpath)):
         raise pytest.UsageError(f"{foreign}: run script/setup in this clone, and use its .venv")
     # A shell ignores Ctrl-C for what it starts in the background, and so would every program that tests start.
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -239,6 +239,7 @@ def test_what_stands_on_libraries_works_on_debians(
     suite = [f"tests/unit/{part}" for part in _SUITE]
     environment = (
         "env",
+        "IMDST_INSTALLED_PROGRAMS=1",
         "PYTHONDONTWRITEBYTECODE=1",
         "PYTEST_DISABLE_PLUGIN_AUTOLOAD=1",
         "HYPOTHESIS_STORAGE_DIRECTORY=/tmp/hypothesis",

@@ -178,10 +178,13 @@ def _rules(told: _Shape | None) -> Iterator[tuple[str, str]]:
     )
     yield "boot", clean(_boot(told))
     if told["token_epoch"]:
-        yield "tokens", f"of epoch {clean(told['token_epoch'])}: so often were they revoked"
+        yield "tokens", f"revoked {clean(told['token_epoch'])} times"
 
 
 def _value(value: object) -> str:
+    if value is None:
+        # Only limits have no value of their own.
+        return "as the section limits of the settings says"
     if isinstance(value, bool):
         return "on" if value else "off"
     if isinstance(value, Sequence) and not isinstance(value, str):
@@ -192,8 +195,8 @@ def _value(value: object) -> str:
 def _boot(told: _Shape) -> str:
     ends, reopened = told["boot_ends_at"], told["reopened_at"]
     if ends is None:
-        return "over: no source tells when the instance was made"
-    said = f"{'over since' if told['boot_over'] else 'until'} {_time(ends)}"
+        return "finished: no source has its creation time"
+    said = f"{'finished at' if told['boot_over'] else 'until'} {_time(ends)}"
     return said if reopened is None else f"{said}, opened again at {_time(reopened)}"
 
 
