@@ -307,7 +307,7 @@ def build_sources(
 
         # Guests keep their documents over a restart that finds a record file broken.
         kept = settings.paths.state_dir / "last-good.sqlite"
-        found.append(FileSource(settings.sources.file.directory, last_good=kept))
+        found.append(FileSource(settings.sources.file.directory, last_good=kept, progress=progress))
     neutron: NeutronSource | None = None
     if settings.sources.neutron.enabled:
         neutron = _build_neutron(settings, clock, begin)

@@ -11,9 +11,10 @@ from __future__ import annotations
 import base64
 import binascii
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
-from typing import Final
+from functools import partial
+from typing import Any, Final, TypeAlias
 
 import yaml
 from yaml.composer import Composer
@@ -24,9 +25,12 @@ from yaml.scanner import Scanner
 
 from imdsproxy.core.records import Fault, Path
 
-__all__ = ["Decoded", "Undecodable", "decode_yaml"]
+__all__ = ["Decoded", "Take", "Undecodable", "decode_yaml"]
 
 _DEEPEST: Final = 100
+_ITEM: Final = 2
+"""How deep the items of the root's lists are."""
+
 _TAG: Final = "tag:yaml.org,2002:"
 
 
@@ -115,10 +119,81 @@ else:
             _CoreSchema.__init__(self)
 
 
-def decode_yaml(text: str) -> Decoded | Undecodable:
-    """The one YAML document in `text`; an empty one is `None`."""
+Take: TypeAlias = "Callable[[Path, Decoded, float], None]"
+"""Takes an item of a list, its path, and how much of the text has been read, from 0 to 1."""
+
+
+class _ItemComposer(Composer):
+    """Composes a document, and gives away the items of lists right under its root instead of keeping them.
+
+    A list that has an anchor or a tag, or stands there for the second time, is composed as usual.
+    """
+
+    def __init__(
+        self, text: str, lists: Collection[str], take: Callable[[Path, yaml.Node, float], None]
+    ) -> None:
+        super().__init__()
+        parser = _Loader(text)
+        self.check_event, self.get_event = parser.check_event, parser.get_event
+        self.peek_event, self.resolve = parser.peek_event, parser.resolve
+        self.descend_resolver, self.ascend_resolver = (
+            parser.descend_resolver,
+            parser.ascend_resolver,
+        )
+        self._size, self._take = len(text), take
+        self._lists = set(lists)
+        self._depth = 0
+        self._given: str | None = None
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:  # noqa: ANN401 - as PyYAML has it
+        event: Any = self.peek_event()
+        opens = isinstance(event, yaml.CollectionStartEvent)
+        if opens and self._depth > _DEEPEST:
+            raise _TooMuchError(f"is nested deeper than {_DEEPEST} levels", event)
+        plain = opens and event.anchor is None and event.tag is None
+        if self._depth == 0 and not plain:
+            self._lists.clear()
+        elif self._depth == 1 and isinstance(index, yaml.ScalarNode):
+            self._given = index.value if plain and index.value in self._lists else None
+            self._lists.discard(index.value)
+        self._depth += 1
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        if self._given is not None and isinstance(node, yaml.Node):
+            if self._depth == _ITEM and isinstance(parent, yaml.SequenceNode):
+                upcoming: Any = self.peek_event()
+                share = upcoming.start_mark.index / self._size
+                self._take((self._given, index), node, share)
+                return None
+            if self._depth == 1 and isinstance(node, yaml.SequenceNode):
+                node.value.clear()
+                self._given = None
+        return node
+
+
+def decode_yaml(
+    text: str, *, lists: Collection[str] = (), take: Take | None = None
+) -> Decoded | Undecodable:
+    """The one YAML document in `text`; an empty one is `None`.
+
+    Args:
+        text: The document.
+        lists: Lists right under its root whose items go to `take` one by one, so that a large text needs little
+            memory. They are empty in what is returned, except where an alias may refer to the list itself.
+        take: Given each item as soon as it is read. What it got holds only if no `Undecodable` is returned.
+    """
+    decoder = _Decoder(budget=2 * len(text) + 1000)
+
+    def decode_item(path: Path, node: yaml.Node, share: float) -> None:
+        value = decoder.decode(node, path)
+        faults, decoder.faults = tuple(decoder.faults), []
+        if take is not None:
+            take(path, Decoded(value, lambda path: _line_of(node, path[2:]), faults), share)
+
     try:
-        node = _Loader(text).get_single_node()
+        loader = _Loader(text) if take is None else _ItemComposer(text, lists, decode_item)
+        node = loader.get_single_node()
+        value = None if node is None else decoder.decode(node, ())
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         reason = " ".join(part for part in (error.context, error.problem) if part)
@@ -129,14 +204,10 @@ def decode_yaml(text: str) -> Decoded | Undecodable:
     except UnicodeEncodeError:
         # A variable of the environment may hold bytes that are none.
         return Undecodable("is not YAML: it is no Unicode text")
-    if node is None:
-        return Decoded(None, lambda _path: None)
-    decoder = _Decoder(budget=2 * len(text) + 1000)
-    try:
-        value = decoder.decode(node, ())
     except _TooMuchError as error:
         return Undecodable(str(error), line=error.line)
-    return Decoded(value, lambda path: _line_of(node, path), tuple(decoder.faults), node)
+    line_of = (lambda _path: None) if node is None else partial(_line_of, node)
+    return Decoded(value, line_of, tuple(decoder.faults), node)
 
 
 def _parts(node: yaml.Node) -> Iterator[tuple[str, yaml.Node, int]]:
@@ -168,9 +239,10 @@ def _line_of(node: yaml.Node, path: Path) -> int | None:
 class _TooMuchError(Exception):
     """The text unfolds to more than anybody writes: nesting, or aliases of aliases."""
 
-    def __init__(self, reason: str, node: yaml.Node) -> None:
+    def __init__(self, reason: str, node: yaml.Node | yaml.CollectionStartEvent) -> None:
         super().__init__(reason)
-        self.line = node.start_mark.line + 1
+        mark: Any = node.start_mark
+        self.line: int = mark.line + 1
 
 
 @dataclass(slots=True)

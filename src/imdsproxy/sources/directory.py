@@ -10,6 +10,7 @@ from typing import Final
 
 from imdsproxy.core.model import Instance, Network
 from imdsproxy.core.observation import AddressKey
+from imdsproxy.core.progress import Progress
 from imdsproxy.errors import Problem
 from imdsproxy.sources.api import Origin
 from imdsproxy.sources.clash import claim_places, taken_address, taken_id
@@ -84,12 +85,19 @@ class Directory:
         path: The directory; it need not exist.
         clock: Monotonic seconds.
         last_good: What was in force before a restart, where that is kept.
+        progress: Where reading a large file says how far it is.
     """
 
     def __init__(
-        self, path: Path, *, clock: Callable[[], float], last_good: LastGood | None = None
+        self,
+        path: Path,
+        *,
+        clock: Callable[[], float],
+        last_good: LastGood | None = None,
+        progress: Progress | None = None,
     ) -> None:
         self._path = path
+        self._progress = progress or Progress()
         self._clock = clock
         self._files: dict[str, _File] = {}
         self._networks: InForce[Network] = InForce(lambda _network: (), self._explain_network)
@@ -196,7 +204,7 @@ class Directory:
         return self._clock() - file.doubtful_since >= after_s
 
     def _read_file(self, name: str, path: Path, file: _File) -> None:
-        contents = read_contents(path)
+        contents = read_contents(path, self._progress)
         if contents.blank and (self._networks.has(name) or self._instances.has(name)):
             # A write that failed, most likely: nobody takes all records away so.
             reason = "is blank: the records that it had stay in force"

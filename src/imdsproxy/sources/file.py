@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
+    from imdsproxy.core.progress import Progress
     from imdsproxy.sources.api import Origin, Publish
 
 __all__ = ["FileSource"]
@@ -37,6 +38,7 @@ class FileSource:
             file is broken then; `None` to do without.
         name: The source's name.
         clock: Monotonic seconds.
+        progress: Where reading a large file says how far it is.
     """
 
     def __init__(
@@ -46,7 +48,9 @@ class FileSource:
         last_good: Path | None = None,
         name: str = "file",
         clock: Callable[[], float] = time.monotonic,
+        progress: Progress | None = None,
     ) -> None:
+        self._progress = progress
         self._path = directory.absolute()
         self._last_good = last_good
         self._name = name
@@ -68,7 +72,9 @@ class FileSource:
         While the directory cannot be listed the source is out of sync, and what it told stays.
         """
         last_good = None if self._last_good is None else LastGood(self._last_good)
-        directory = Directory(self._path, clock=self._clock, last_good=last_good)
+        directory = Directory(
+            self._path, clock=self._clock, last_good=last_good, progress=self._progress
+        )
         self._directory = directory
         reporter = _Reporter(self._name, directory, publish)
         watch: Watch | None = None

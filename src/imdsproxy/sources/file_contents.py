@@ -12,20 +12,23 @@ import stat
 import subprocess
 import sys
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Final, TypeAlias
 
 import structlog
 
+from imdsproxy.core.model import Instance, Network
 from imdsproxy.errors import Problem
 from imdsproxy.sources.clash import claim_places
 from imdsproxy.sources.in_force import Entry
 from imdsproxy.sources.record_file import decode_records, payload_reader
 
 if TYPE_CHECKING:
-    from imdsproxy.core.model import Instance, Network
-    from imdsproxy.core.records import Refused, Unreadable
+    from collections.abc import Callable
+
+    from imdsproxy.core.progress import Progress
+    from imdsproxy.core.records import LineOf, Refused, Unreadable
+    from imdsproxy.core.records import Path as PathInFile
 
 __all__ = ["FileContents", "Signature", "read_contents", "send_contents", "signature_of"]
 
@@ -60,22 +63,30 @@ class FileContents:
     nameless_instances: tuple[Problem, ...] = ()
 
 
-def read_contents(path: Path) -> FileContents:
-    """Read a file; blocks for as long as that takes."""
+def read_contents(path: Path, progress: Progress) -> FileContents:
+    """Read a file; blocks for as long as that takes. `progress` shows how far a large one is."""
     signature = signature_of(path)
     if signature is None or not _APART <= signature[1] <= _LARGEST:
         return _read(path)
     log = structlog.get_logger().bind(file=str(path), bytes=signature[1])
     log.info("reading a large record file")
+    step = f"reading {path}, percent"
+
+    def note(share: float) -> None:
+        progress.note(step, int(share * 100), 100)
+
+    note(0)
     command = [sys.executable, "-P", "-c", _CHILD, str(path)]
     with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE) as process:
         try:
-            contents = None if process.stdout is None else _receive(process.stdout)
+            contents = None if process.stdout is None else _receive(process.stdout, note)
         except (EOFError, pickle.UnpicklingError):
             contents = None
         except BaseException:
             process.kill()
             raise
+        finally:
+            progress.end(step)
     if contents is None:
         reason = f"the process that read it ended with status {process.returncode}"
         hint = "split the file, or look for a lack of memory (dmesg)"
@@ -84,13 +95,21 @@ def read_contents(path: Path) -> FileContents:
     return contents
 
 
-def _read(path: Path) -> FileContents:
+def _read(path: Path, send: Callable[[FileContents, float], None] | None = None) -> FileContents:
+    """Read a file here; `send` takes away some records at a time, with the share of the file that is read."""
     contents = FileContents()
     read = payload_reader(path.parent)
 
     def read_payload(payload: str) -> bytes | Unreadable:
         contents.payloads[path.parent / payload] = signature_of(path.parent / payload)
         return read(payload)
+
+    def take(
+        place: PathInFile, record: Network | Instance | Refused, line_of: LineOf, share: float
+    ) -> None:
+        _add(contents, path.name, place, record, line_of)
+        if send is not None and len(contents.networks) + len(contents.instances) >= _TOGETHER:
+            send(contents, share)
 
     try:
         data = _read_regular(path)
@@ -99,42 +118,47 @@ def _read(path: Path) -> FileContents:
         contents.problems = (Problem("file", reason, "mend or remove it", str(path)),)
         return contents
     contents.blank = not data.strip()
-    records, line_of = decode_records(data, file=str(path), read_file=read_payload)
+    records, line_of = decode_records(data, file=str(path), read_file=read_payload, take=take)
     contents.problems = records.problems
-    contents.networks += [
-        Entry(network.id, path.name, _position(place), line_of(place), network)
-        for place, network in records.networks
-    ]
-    contents.instances += [
-        Entry(
-            instance.id,
-            path.name,
-            _position(place),
-            line_of(place),
-            instance,
-            lines=tuple(line_of((*place, *part)) for _, part in claim_places(instance)),
-        )
-        for place, instance in records.instances
-    ]
-    contents.nameless_networks = _add_refused(
-        contents.networks, path.name, records.refused_networks
-    )
-    contents.nameless_instances = _add_refused(
-        contents.instances, path.name, records.refused_instances
-    )
+    for place, network in records.networks:
+        take(place, network, line_of, 1)
+    for place, instance in records.instances:
+        take(place, instance, line_of, 1)
+    for refused in records.refused_networks:
+        take(("networks",), refused, line_of, 1)
+    for refused in records.refused_instances:
+        take(("instances",), refused, line_of, 1)
+    if contents.problems:
+        contents.networks, contents.instances = [], []
+        contents.nameless_networks = contents.nameless_instances = ()
     return contents
 
 
-def _add_refused(
-    entries: list[Entry[Network]] | list[Entry[Instance]], name: str, refused: tuple[Refused, ...]
-) -> tuple[Problem, ...]:
-    nameless: list[Problem] = []
-    for each in refused:
-        if each.id is None:
-            nameless += each.problems
+def _add(
+    contents: FileContents,
+    name: str,
+    place: PathInFile,
+    record: Network | Instance | Refused,
+    line_of: LineOf,
+) -> None:
+    position = _position(place)
+    if isinstance(record, Network):
+        entry = Entry(record.id, name, position, line_of(place), record)
+        contents.networks.append(entry)
+    elif isinstance(record, Instance):
+        lines = tuple(line_of((*place, *part)) for _, part in claim_places(record))
+        contents.instances.append(
+            Entry(record.id, name, position, line_of(place), record, lines=lines)
+        )
+    elif place[0] == "networks":
+        if record.id is None:
+            contents.nameless_networks += record.problems
         else:
-            entries.append(Entry(each.id, name, len(entries), problems=each.problems))
-    return tuple(nameless)
+            contents.networks.append(Entry(record.id, name, position, problems=record.problems))
+    elif record.id is None:
+        contents.nameless_instances += record.problems
+    else:
+        contents.instances.append(Entry(record.id, name, position, problems=record.problems))
 
 
 def _position(path: tuple[str | int, ...]) -> int:
@@ -144,23 +168,31 @@ def _position(path: tuple[str | int, ...]) -> int:
 def send_contents(path: str) -> None:
     """Write what a file holds to standard output, for the process that started this one.
 
-    In parts: to take in all of it at once would hold up the reader's other threads.
+    In parts, so that neither process has more of it in memory than it must, and the reader's other threads go on.
     """
-    contents, stream = _read(Path(path)), sys.stdout.buffer
-    networks, instances = iter(contents.networks), iter(contents.instances)
-    contents.networks, contents.instances = [], []
+    stream = sys.stdout.buffer
+
+    def send(contents: FileContents, share: float) -> None:
+        pickle.dump((share, contents.networks, contents.instances), stream)
+        stream.flush()
+        contents.networks, contents.instances = [], []
+
+    contents = _read(Path(path), send)
+    send(contents, 1)
+    pickle.dump(None, stream)
     pickle.dump(contents, stream)
-    while part := (list(islice(networks, _TOGETHER)), list(islice(instances, _TOGETHER))):
-        pickle.dump(part, stream)
-        if not any(part):
-            return
 
 
-def _receive(stream: IO[bytes]) -> FileContents:
-    contents: FileContents = pickle.load(stream)  # noqa: S301 - our own process wrote it
-    while any(part := pickle.load(stream)):  # noqa: S301 - as above
-        contents.networks += part[0]
-        contents.instances += part[1]
+def _receive(stream: IO[bytes], note: Callable[[float], None]) -> FileContents:
+    networks: list[Entry[Network]] = []
+    instances: list[Entry[Instance]] = []
+    while part := pickle.load(stream):  # noqa: S301 - our own process wrote it
+        note(part[0])
+        networks += part[1]
+        instances += part[2]
+    contents: FileContents = pickle.load(stream)  # noqa: S301 - as above
+    if not contents.problems:
+        contents.networks, contents.instances = networks, instances
     return contents
 
 

@@ -5,26 +5,46 @@ The file source, the command line's `--file` and the tests read them all through
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
-from imdsproxy.config.strict_yaml import Undecodable, decode_yaml
-from imdsproxy.core.records import MAX_PAYLOAD, LineOf, ReadFile, Records, Unreadable, parse_records
+from imdsproxy.config.strict_yaml import Decoded, Undecodable, decode_yaml
+from imdsproxy.core.records import (
+    LISTS,
+    MAX_PAYLOAD,
+    LineOf,
+    ReadFile,
+    Records,
+    Unreadable,
+    parse_listed,
+    parse_records,
+)
 from imdsproxy.errors import Problem
 from imdsproxy.sources.strict_json import decode_json
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    import pathlib
+    from collections.abc import Callable
 
-    from imdsproxy.core.records import Note
+    from imdsproxy.core.model import Instance, Network
+    from imdsproxy.core.records import Note, Path, Refused
 
-__all__ = ["SUFFIXES", "decode_records", "payload_reader"]
+__all__ = ["SUFFIXES", "TakeRecord", "decode_records", "payload_reader"]
 
 SUFFIXES = (".yaml", ".yml", ".json")
 """How the names of record files end."""
 
 
+TakeRecord: TypeAlias = "Callable[[Path, Network | Instance | Refused, LineOf, float], None]"
+"""Takes a record, its path in the file, and how much of the file has been read, from 0 to 1."""
+
+
 def decode_records(
-    data: bytes, *, file: str, read_file: ReadFile | None = None, note: Note | None = None
+    data: bytes,
+    *,
+    file: str,
+    read_file: ReadFile | None = None,
+    note: Note | None = None,
+    take: TakeRecord | None = None,
 ) -> tuple[Records, LineOf]:
     """The records of a file, and where each part of it stands.
 
@@ -33,6 +53,8 @@ def decode_records(
         file: Its name, for the problems.
         read_file: Reads what `user_data_file` names (`payload_reader`); without it the key is refused.
         note: Given the number of records that were checked, of how many.
+        take: Given the records of a YAML file one by one, as far as they can be; the others are returned. What it
+            got holds only if the file itself has no problems.
     """
     try:
         text = data.decode("utf-8-sig")
@@ -42,7 +64,23 @@ def decode_records(
         return _undecodable(
             Undecodable(reason, "save it as UTF-8; binary goes as !!binary", line), file
         )
-    decoded = decode_json(text) if file.endswith(".json") else decode_yaml(text)
+
+    def take_item(path: Path, item: Decoded, share: float) -> None:
+        record = parse_listed(
+            path,
+            item.value,
+            read_file=read_file,
+            file=file,
+            line_of=item.line_of,
+            faults=item.faults,
+        )
+        if take is not None:
+            take(path, record, item.line_of, share)
+
+    if file.endswith(".json"):
+        decoded = decode_json(text)
+    else:
+        decoded = decode_yaml(text, lists=LISTS, take=None if take is None else take_item)
     if isinstance(decoded, Undecodable):
         return _undecodable(decoded, file)
     records = parse_records(
@@ -61,7 +99,7 @@ def _undecodable(fault: Undecodable, file: str) -> tuple[Records, LineOf]:
     return Records(problems=(problem,)), lambda _path: None
 
 
-def payload_reader(directory: Path) -> ReadFile:
+def payload_reader(directory: pathlib.Path) -> ReadFile:
     """Reads files named by records; a relative name is looked up in `directory`."""
 
     def read(name: str) -> bytes | Unreadable:
@@ -79,5 +117,5 @@ def payload_reader(directory: Path) -> ReadFile:
     return read
 
 
-def _missing(path: Path) -> str:
+def _missing(path: pathlib.Path) -> str:
     return f"{path} is no regular file" if path.exists() else f"there is no file {path}"

@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import json
 import sys
+import tracemalloc
 from typing import TYPE_CHECKING
 
 import pytest
 
+from imdsproxy.core.progress import Progress
+from imdsproxy.core.records import Refused
 from imdsproxy.sources import file_contents
 from imdsproxy.sources.file_contents import read_contents
+from imdsproxy.sources.record_file import decode_records
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from imdsproxy.core.model import Instance, Network
+    from imdsproxy.core.records import LineOf
+    from imdsproxy.core.records import Path as PathInFile
 
 _COUNT = 3_000
 
@@ -34,17 +42,105 @@ def test_a_large_file_is_read_by_another_process_and_just_the_same(
 ) -> None:
     with monkeypatch.context() as patched:
         patched.setattr(file_contents, "_APART", sys.maxsize)
-        here = read_contents(large)
+        here = read_contents(large, Progress())
     assert len(here.instances) == _COUNT + 1
     assert here.nameless_instances
     monkeypatch.delattr(file_contents, "decode_records")
-    assert read_contents(large) == here
+    assert read_contents(large, Progress()) == here
 
 
 def test_a_reader_that_dies_is_a_problem_of_the_file(
     large: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "executable", "/bin/false")
-    (problem,) = read_contents(large).problems
+    (problem,) = read_contents(large, Progress()).problems
     assert problem.reason == "the process that read it ended with status 1"
     assert problem.file == str(large)
+
+
+_NETWORK = "{id: n, name: n, listener: {bridge: br0}}"
+_DOCUMENTS = {
+    "plain": f"networks: [{_NETWORK}]\ninstances:\n- {{id: a, name: a}}\n\n- id: b\n  name: b\n  tags: {{x: y}}\n",
+    "an anchor used in another item": "instances:\n- {id: a, name: a, tags: &t {x: y}}\n- {id: b, name: b, tags: *t}\n",
+    "a merge": "base: &b {name: a}\ninstances:\n- {<<: *b, id: a}\n",
+    "a merge from an item": "instances:\n- &b {id: a, name: a}\n- {<<: *b, id: b}\n",
+    "an item that is an alias": "instances:\n- &b {id: a, name: a}\n- *b\n",
+    "a key twice": "instances:\n- id: a\n  name: a\n  id: b\n- {id: c, name: c}\n",
+    "a list twice": "instances: [{id: a, name: a}]\nnetworks: []\ninstances: [{id: b, name: b}]\n",
+    "a list with an anchor": "instances: &l [{id: a, name: a}, {id: b, name: b, tags: *l}]\n",
+    "a list with a tag": "instances: !odd [{id: a, name: a}]\n",
+    "a root with an anchor": "&r\ninstances: [{id: a, name: a}, *r]\n",
+    "an item with a tag": "instances:\n- {id: a, name: a}\n- !odd {id: b, name: b}\n",
+    "bad records": "instances:\n- 7\n- {id: a, nam: a}\n- [x]\n- ~\n- {name: nameless}\n- {id: b, name: b}\n",
+    "no list": "instances: {id: a}\n",
+    "null": "instances:\nnetworks: ~\n",
+    "an unknown list": "instances: [{id: a, name: a}]\nservers: []\n",
+    "a list": "- {id: a, name: a}\n",
+    "empty": "",
+    "two documents": "instances: [{id: a, name: a}]\n---\ninstances: []\n",
+    "bad at its end": "instances:\n- {id: a, name: a}\n- {id: b\n",
+    "deep": "instances:\n- {id: a, name: a}\n- " + "[" * 500 + "]" * 500,
+    "aliases of aliases": "instances:\n- &a0 [x, x, x, x, x, x, x, x, x]\n"
+    + "".join(f"- &a{n + 1} [{', '.join([f'*a{n}'] * 9)}]\n" for n in range(9)),
+}
+
+
+@pytest.mark.parametrize("name", _DOCUMENTS)
+def test_records_taken_one_by_one_are_those_of_the_whole_document(name: str) -> None:
+    data = _DOCUMENTS[name].encode()
+    whole, line_of = decode_records(data, file="x.yaml")
+    wanted: list[object] = [
+        (record, line_of(place)) for place, record in (*whole.networks, *whole.instances)
+    ]
+    wanted += [*whole.refused_networks, *whole.refused_instances]
+    found: list[object] = []
+
+    def take(
+        place: PathInFile, record: Network | Instance | Refused, line: LineOf, _share: float
+    ) -> None:
+        found.append(record if isinstance(record, Refused) else (record, line(place)))
+
+    rest, line_of = decode_records(data, file="x.yaml", take=take)
+    assert rest.problems == whole.problems
+    if whole.problems:
+        return
+    for place, record in (*rest.networks, *rest.instances):
+        found.append((record, line_of(place)))
+    found += [*rest.refused_networks, *rest.refused_instances]
+    assert sorted(map(repr, found)) == sorted(map(repr, wanted))
+
+
+def test_only_a_little_of_a_large_yaml_file_is_kept_at_a_time() -> None:
+    data = b"instances:\n" + b"- {id: a, name: a, tags: {some: tag}}\n" * 3_000
+    shares: list[float] = []
+    tracemalloc.start()
+    try:
+        rest, _ = decode_records(
+            data, file="x.yaml", take=lambda _place, _record, _line, share: shares.append(share)
+        )
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert not rest.instances
+    assert len(shares) == 3_000
+    assert shares == sorted(shares)
+    assert shares[-1] > 0.99
+    # The whole tree takes 100 times the text.
+    assert peak < 10 * len(data)
+
+
+def test_progress_is_shown_while_a_large_file_is_read(large: Path) -> None:
+    class Seen(Progress):
+        def __init__(self) -> None:
+            super().__init__()
+            self.seen: list[str] = []
+
+        def note(self, what: str, done: int, of: int) -> None:
+            super().note(what, done, of)
+            self.seen += [f"{step.what} {step.done} {step.of}" for step in self.steps]
+
+    progress = Seen()
+    read_contents(large, progress)
+    assert progress.seen[0] == f"reading {large}, percent 0 100"
+    assert progress.seen[-1] == f"reading {large}, percent 100 100"
+    assert progress.steps == ()

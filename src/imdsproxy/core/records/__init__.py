@@ -28,7 +28,7 @@ Keys (`?` may be left out or be null):
 
 from __future__ import annotations
 
-from imdsproxy.core.records.document import Note, Records, parse_records
+from imdsproxy.core.records.document import LISTS, Note, Records, parse_listed, parse_records
 from imdsproxy.core.records.fields import Fault, LineOf, Path, Refused, render_path
 from imdsproxy.core.records.instance import parse_instance
 from imdsproxy.core.records.network import parse_network
@@ -39,6 +39,7 @@ __all__ = [
     "Fault",
     "Json",
     "Note",
+    "LISTS",
     "LineOf",
     "MAX_PAYLOAD",
     "Path",
@@ -47,6 +48,7 @@ __all__ = [
     "Refused",
     "Unreadable",
     "parse_instance",
+    "parse_listed",
     "parse_network",
     "parse_records",
     "render_instance",

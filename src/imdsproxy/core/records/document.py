@@ -10,15 +10,15 @@ from imdsproxy.core.records.instance import parse_instance
 from imdsproxy.core.records.network import parse_network
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Sequence
 
     from imdsproxy.core.model import Instance, Network
     from imdsproxy.core.records.payload import ReadFile
     from imdsproxy.errors import Problem
 
-__all__ = ["Note", "Records", "parse_records"]
+__all__ = ["LISTS", "Note", "Records", "parse_listed", "parse_records"]
 
-_KEYS: Final = ("networks", "instances")
+LISTS: Final = ("networks", "instances")
 
 _NOTED: Final = 500
 Note: TypeAlias = "Callable[[int, int], None]"
@@ -80,7 +80,7 @@ def parse_records(
         by_record.setdefault(fault.path[:2], []).append(fault)
     entries: dict[str, Field] = {}
     if document is not None:
-        entries = field.mapping(_KEYS) or {}
+        entries = field.mapping(LISTS) or {}
     networks, refused_networks = _sort(
         entries.get("networks"),
         by_record,
@@ -115,12 +115,47 @@ def _sort(
     for done, item in enumerate(items, 1):
         if note is not None and done % _NOTED == 0:
             note(done, len(items))
-        record = parse(item)
-        found = faults.pop(item.path, [])
-        if not found and not isinstance(record, Refused):
+        record = _check_faults(item, parse(item), faults.pop(item.path, ()))
+        if isinstance(record, Refused):
+            bad.append(record)
+        else:
             good.append((item.path, record))
-            continue
-        told = tuple(item.findings.describe(fault) for fault in found)
-        known = record.problems if isinstance(record, Refused) else ()
-        bad.append(Refused((*told, *known), record.id))
     return tuple(good), tuple(bad)
+
+
+def parse_listed(
+    path: Path,
+    value: object,
+    *,
+    read_file: ReadFile | None = None,
+    file: str | None = None,
+    line_of: LineOf | None = None,
+    faults: Sequence[Fault] = (),
+) -> Network | Instance | Refused:
+    """One record of a document, as `parse_records` parses each.
+
+    Args:
+        path: Its list and its place there.
+        value: The mapping.
+        read_file: As of `parse_records`, like all that follows.
+        file: The same.
+        line_of: The same.
+        faults: Those inside this record.
+    """
+    record: Network | Instance | Refused
+    if path[0] == "networks":
+        record = parse_network(value, file=file, line_of=line_of, path=path)
+    else:
+        record = parse_instance(value, read_file=read_file, file=file, line_of=line_of, path=path)
+    field, _ = root(value, file=file, line_of=line_of, path=path)
+    return _check_faults(field, record, faults)
+
+
+def _check_faults(
+    item: Field, record: _Record | Refused, faults: Sequence[Fault]
+) -> _Record | Refused:
+    if not faults:
+        return record
+    found = tuple(item.findings.describe(fault) for fault in faults)
+    known = record.problems if isinstance(record, Refused) else ()
+    return Refused((*found, *known), record.id)
