@@ -70,6 +70,15 @@ class FakeOperations:
     unix_listener: UnixListenerReport | None = None
     policy_for_nobody: tuple[str, ...] = ()
     audit: AuditReport | None = None
+    file_problems: tuple[Problem, ...] = (
+        Problem(
+            "instances[3].ports[0].mac",
+            "52:54:00 is not acceptable",
+            hint="six octets",
+            file="/etc/imdsproxy/records/web.yaml",
+            line=41,
+        ),
+    )
     guards: dict[InstanceId, Guard] = field(default_factory=dict)
     policies: PolicyBook = field(default_factory=PolicyBook)
     rotations: int = 0
@@ -134,21 +143,14 @@ class FakeOperations:
                     "file",
                     in_sync=False,
                     stale_s=12.0,
-                    problems=(
-                        Problem(
-                            "instances[3].ports[0].mac",
-                            "52:54:00 is not acceptable",
-                            hint="six octets",
-                            file="/etc/imdsproxy/records/web.yaml",
-                            line=41,
-                        ),
-                    ),
+                    problems=self.file_problems,
                 ),
             ),
             conflicts=self.conflicts,
             unix_listener=self.unix_listener,
             policy_for_nobody=self.policy_for_nobody,
             audit=self.audit,
+            progress=self.progress(),
             haproxy=HaproxyReport(
                 version="3.0.11",
                 master=100,

@@ -12,6 +12,7 @@ from imdsproxy.core.model import (
     NetworkId,
 )
 from imdsproxy.core.observation import Conflict, SourceName
+from imdsproxy.core.progress import Step
 from imdsproxy.errors import Problem
 
 __all__ = [
@@ -241,6 +242,7 @@ class StatusReport:
         policy_for_nobody: Where settings speak of a network, project or instance that no source tells of.
         busiest: Who is kept to its limits now, and then who asks for most; ten at most.
         audit: `None` where there is none.
+        progress: Long work that is under way.
     """
 
     version: str
@@ -266,3 +268,4 @@ class StatusReport:
     policy_for_nobody: tuple[str, ...] = ()
     busiest: tuple[Asker, ...] = ()
     audit: AuditReport | None = None
+    progress: tuple[Step, ...] = ()

@@ -198,6 +198,7 @@ class ControllerOperations:
             policy_for_nobody=self.guard_writes.guarding.for_nobody(self.inventory),
             busiest=await self.limit_watch.busiest(),
             audit=self._audit(),
+            progress=self.progress(),
         )
 
     def _unnoticed(self) -> tuple[Problem, ...]:

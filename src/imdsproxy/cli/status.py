@@ -9,7 +9,7 @@ import typer
 
 from imdsproxy.cli import options
 from imdsproxy.cli.exitcodes import NO, NOT_IN_FORCE
-from imdsproxy.cli.output import Column, Output, clean
+from imdsproxy.cli.output import MOST_SHOWN, Column, Output, clean
 
 __all__ = ["status"]
 
@@ -83,7 +83,18 @@ def _facts(report: _Shape) -> dict[str, str]:
         **_policy(cast("Sequence[str]", report["policy_for_nobody"])),
         **_audit(report["audit"]),
         **_plan(report["last_plan"]),
+        **_under_way(cast("Sequence[_Shape]", report.get("progress", ()))),
     }
+
+
+def _under_way(steps: Sequence[_Shape]) -> dict[str, str]:
+    lines = [
+        f"{clean(one['what'])}: {one['done']:,} of {one['of']:,}"
+        if one["of"]
+        else clean(one["what"])
+        for one in steps
+    ]
+    return {"under way": "\n".join(lines)} if lines else {}
 
 
 def _haproxy(haproxy: _Shape) -> str:
@@ -250,27 +261,35 @@ def _show_left_out(output: Output, report: _Shape) -> None:
 
 
 def _show_problems(output: Output, report: _Shape) -> None:
-    lines = [_problem(one) for one in _shapes(report, "problems")]
-    for source in _shapes(report, "sources"):
-        lines += [_problem(one) for one in cast("Sequence[_Shape]", source["problems"])]
+    groups = [
+        [_problem(one) for one in _shapes(part, "problems")]
+        for part in (report, *_shapes(report, "sources"))
+    ]
+    conflicts = []
     for conflict in _shapes(report, "conflicts"):
         claimants = ", ".join(
             f"{one['instance']} ({one['source']})" if one["instance"] else str(one["source"])
             for one in cast("Sequence[_Shape]", conflict["claimants"])
         )
-        lines.append(
+        conflicts.append(
             f"{conflict['kind']} {conflict['subject']}: claimed by {claimants}; guests get 503"
         )
+    groups.append(conflicts)
     warnings = [f"  {clean(one)}" for one in cast("Sequence[str]", report.get("warnings", ()))]
     if warnings:
         output.text("")
         output.styled("[bold yellow]names that guests see otherwise, or not at all[/]", *warnings)
-    if lines:
+    if count := sum(map(len, groups)):
         output.text("")
         output.styled(
-            f"[bold red]{len(lines)} problem{'s' if len(lines) > 1 else ''}[/]",
-            *(f"  {clean(line)}" for line in lines),
+            f"[bold red]{count:,} problem{'s' if count > 1 else ''}[/]",
+            *(f"  {clean(line)}" for group in groups for line in _cap(group)),
         )
+
+
+def _cap(lines: Sequence[str]) -> Sequence[str]:
+    more = len(lines) - MOST_SHOWN
+    return [*lines[:MOST_SHOWN], f"and {more:,} more: --json has all"] if more > 0 else lines
 
 
 def _source_state(source: _Shape) -> str:

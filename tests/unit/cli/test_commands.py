@@ -24,6 +24,7 @@ from imdsproxy.cli.main import main
 from imdsproxy.core.model import BridgeListener, Dialect, InstanceId, NamespaceListener, NetworkId
 from imdsproxy.core.path_rules import PathRules, PathWord
 from imdsproxy.core.policy import NOTHING_SAID, PolicyBook, PolicyRules, TokenMode
+from imdsproxy.core.progress import Step
 from imdsproxy.errors import ConfigInvalid, Problem, ReloadFailed, SourceUnavailable
 from support.admin_server import AdminServer, admin_server
 from support.fake_operations import CONFLICT, FakeOperations
@@ -623,6 +624,29 @@ def test_status_shows_what_is_wrong(filled: Cli) -> None:
         "2 problems",
     ):
         assert words in ran.out
+
+
+def test_status_lists_some_of_the_problems_of_a_source_and_counts_the_rest(filled: Cli) -> None:
+    filled.operations.file_problems = tuple(
+        Problem(f"instances[{number}].name", "is empty") for number in range(1_030)
+    )
+    filled.operations.conflicts = (CONFLICT,)
+
+    ran = filled("status")
+
+    assert "1,031 problems" in ran.out
+    assert ran.out.count("is empty") == 20
+    assert "and 1,010 more: --json has all" in ran.out
+    assert "address blue/10.0.0.5: claimed by" in ran.out
+    assert filled("status", "--json").out.count("is empty") == 1_030
+
+
+def test_status_shows_what_takes_long_while_it_does(filled: Cli) -> None:
+    assert "under way" not in filled("status").out
+    filled.operations.under_way = (Step("storing instances", 1_000, 2_000), Step("waiting", 0, 0))
+    ran = filled("status")
+    assert "storing instances: 1,000 of 2,000\n" in ran.out
+    assert "waiting\n" in ran.out
 
 
 def test_status_names_settings_that_are_for_nobody(filled: Cli) -> None:
