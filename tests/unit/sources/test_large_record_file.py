@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import json
+import socket
 import sys
+import time
 import tracemalloc
-from typing import TYPE_CHECKING
+import urllib.request
+from typing import TYPE_CHECKING, Final
 
 import pytest
 
+from imdsproxy.admin.health import HealthServer
+from imdsproxy.app.heartbeat import Heartbeat
 from imdsproxy.core.progress import Progress
 from imdsproxy.core.records import Refused
+from imdsproxy.host.notify import ServiceNotifier
 from imdsproxy.sources import file_contents
+from imdsproxy.sources.file import FileSource
 from imdsproxy.sources.file_contents import read_contents
 from imdsproxy.sources.record_file import decode_records
+from support.patience import patience
+from support.source_runs import DEADLINE_S, Heard
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -23,6 +34,16 @@ if TYPE_CHECKING:
     from imdsproxy.core.records import Path as PathInFile
 
 _COUNT = 3_000
+
+_SLOW_PYTHON: Final = """#!/bin/sh
+# Gives up after 60 s: a loop that waits for it never opens the gate.
+for _ in $(seq 600); do
+    [ -e {gate} ] && exec {python} "$@"
+    sleep 0.1
+done
+exit 1
+"""
+_STUCK_S: Final = 3
 
 
 @pytest.fixture
@@ -143,4 +164,51 @@ def test_progress_is_shown_while_a_large_file_is_read(large: Path) -> None:
     read_contents(large, progress)
     assert progress.seen[0] == f"reading {large}, percent 0 100"
     assert progress.seen[-1] == f"reading {large}, percent 100 100"
+    assert progress.steps == ()
+
+
+@pytest.mark.slow
+async def test_livez_is_answered_while_a_large_file_is_read(
+    large: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate, slow = tmp_path / "gate", tmp_path / "python"
+    slow.write_text(_SLOW_PYTHON.format(gate=gate, python=sys.executable))
+    slow.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(slow))
+    progress = Progress()
+    source = FileSource(large.parent, progress=progress)
+    heard = Heard(source)
+    listener = socket.create_server(("127.0.0.1", 0))
+    url = f"http://127.0.0.1:{listener.getsockname()[1]}/livez"
+    heartbeat = Heartbeat(
+        ServiceNotifier(), {"WATCHDOG_USEC": str(_STUCK_S * 1_000_000)}, time.monotonic
+    )
+
+    def livez() -> int:
+        with urllib.request.urlopen(url, timeout=20) as reply:
+            return int(reply.status)
+
+    with HealthServer(listener, alive=heartbeat.alive):
+        tasks = [
+            asyncio.create_task(heartbeat.run()),
+            asyncio.create_task(source.run(heard.publish)),
+        ]
+        try:
+            async with asyncio.timeout(DEADLINE_S * patience()):
+                while not progress.steps:
+                    await asyncio.sleep(0.01)
+            begun = time.monotonic()
+            while time.monotonic() < begun + 1.5 * _STUCK_S:
+                assert await asyncio.to_thread(livez) == 200
+                await asyncio.sleep(0.05)
+            assert progress.steps
+            gate.touch()
+            await heard.until(lambda each: each.inventory.in_sync)
+        finally:
+            gate.touch()
+            for task in tasks:
+                task.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await task
+    assert len(heard.inventory.instances) == _COUNT
     assert progress.steps == ()
