@@ -106,7 +106,7 @@ class GuardWrites:
     def _told_before(self, instance: InstanceId, keys: frozenset[AddressKey]) -> bool:
         """Whether HAProxy has the instance at an address that no source tells of now."""
         made_anew = {record_key(key) for key in keys}
-        for key, value in self.records.applier.state.effective().items():
+        for key, value in self.records.applier.state.entries():
             record = None if key in made_anew else parse_map_value(value)
             if record is not None and record.instance == instance:
                 return True

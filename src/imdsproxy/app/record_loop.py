@@ -30,7 +30,7 @@ from imdsproxy.core.documents.renamed import list_warnings, warn_of_names
 from imdsproxy.core.haproxy.maps import PackedMap
 from imdsproxy.core.identity import Learned
 from imdsproxy.core.inventory import Inventory
-from imdsproxy.core.model import InstanceId, MacAddress, NetworkId, Upstream
+from imdsproxy.core.model import Instance, InstanceId, MacAddress, NetworkId, Upstream
 from imdsproxy.core.observation import AddressKey, Affected, Conflict, Observation
 from imdsproxy.core.pairs import plan_pairs
 from imdsproxy.core.path_rules import PathRules
@@ -85,6 +85,22 @@ class _Work:
 
     def __bool__(self) -> bool:
         return bool(self.instances or self.addresses or self.networks or self.everything)
+
+
+@dataclass(slots=True)
+class _Compiling:
+    """Instances that are still to be looked at, and what was found of the others.
+
+    Attributes:
+        unneeded: Those whose records on disk are not needed any more.
+        lost: Those of them that no source has.
+        keys: Addresses whose records change; `None` where all addresses are looked at anyway.
+    """
+
+    left: set[InstanceId]
+    unneeded: list[InstanceId] = field(default_factory=list)
+    lost: set[InstanceId] = field(default_factory=set)
+    keys: set[AddressKey] | None = None
 
 
 @dataclass(slots=True)
@@ -151,9 +167,12 @@ class RecordLoop:
         """Take in what a source saw; the ticket says when it is in force."""
         affected = self.inventory.observe(observation)
         self._work.add(affected)
-        if len(self._work.addresses) > _MANY and (self.inventory.in_sync or not self._swept):
+        if len(self._work.addresses) > _MANY and not self._work.everything:
             self._work.everything = True
-            self._work.addresses.clear()
+            self._work.addresses = set(self._unowned(self._work.addresses))
+        elif self._work.everything:
+            self._work.addresses.difference_update(affected.addresses)
+            self._work.addresses.update(self._unowned(affected.addresses))
         if affected.networks or affected.in_sync:
             self.on_networks(affected.networks)
         if self.inventory.in_sync:
@@ -193,29 +212,58 @@ class RecordLoop:
 
     async def compile_all(self) -> Mapping[str, str]:
         """Compile every instance and give the whole map, for a HAProxy that is yet to start."""
-        await self._compile_all_of(self.inventory.instances)
+        whole = self.inventory.in_sync
+        if whole:
+            # All of it is looked at here. What comes meanwhile is looked at in the first round.
+            self._work = _Work()
+        compiling = _Compiling(self._everybody())
         sets: dict[str, PathRules] = {}
         packed, values = PackedMap(), dict[str, str]()
-        async for keys in self._parts(self._every_key()):
+        async for keys in self._every_part(compiling):
             found = plan_pairs(self.inventory, keys, self.learned)
-            self.pairs.prime(found, complete=self.inventory.in_sync)
+            self.pairs.prime(found, complete=whole)
             planned = self._plan(keys)
             sets.update(planned.sets)
             self.hops.hold(planned.values)
             values.update((key, value) for key, value in planned.values.items() if value)
             # A network's addresses come together, and networks in the order of their keys.
             last = record_key(keys[-1]).rpartition("/")[0] + "/"
-            whole = [key for key in values if not key.startswith(last)]
+            done = [key for key in values if not key.startswith(last)]
             if not self.learned:
-                packed.extend(sorted((key, values.pop(key)) for key in whole))
-        self.pairs.prime({}, complete=self.inventory.in_sync)
+                packed.extend(sorted((key, values.pop(key)) for key in done))
+        self.pairs.prime({}, complete=whole)
         self.sets.prime(sets)
         packed.extend(sorted(values.items()))
+        if whole:
+            self._remove_all(compiling.unneeded)
+            self._swept = True
         return packed
 
-    def _every_key(self) -> Iterator[AddressKey]:
-        yield from (key for key, _ in self.inventory.addresses())
-        yield from tuple(self.learned)
+    def _everybody(self) -> set[InstanceId]:
+        found = set(self.inventory.instances)
+        if self.inventory.in_sync:
+            # Left over from an earlier controller.
+            found.update(one for one in self.files.instances() if one not in found)
+        return found
+
+    def _unowned(self, keys: Iterable[AddressKey]) -> Iterator[AddressKey]:
+        """What a look at every address that anybody has would miss."""
+        return (key for key in keys if self.inventory.owner(key) is None)
+
+    async def _every_part(
+        self, compiling: _Compiling, keys: Iterable[AddressKey] = ()
+    ) -> AsyncIterator[list[AddressKey]]:
+        """Every address that anybody has, then `keys`, some at a time; who has them is compiled then."""
+        count = self.inventory.address_count
+        async for owned in self._parts(self.inventory.addresses(), "comparing addresses", count):
+            owners = {owner for _, owner in owned if isinstance(owner, str)}
+            self._compile_part(owners & compiling.left, compiling)
+            yield [key for key, _ in owned]
+        await self._compile_rest(compiling)
+        async for part in self._parts(
+            chain(keys, self._drop_learned(compiling), tuple(self.learned))
+        ):
+            yield part
 
     async def _parts(
         self, items: Iterable[_Item], step: str = "", of: int = 0
@@ -281,20 +329,23 @@ class RecordLoop:
     async def _round(self, work: _Work) -> None:
         full = work.everything or (self.inventory.in_sync and not self._swept)
         if full:
-            work.instances |= self.inventory.instances.keys()
-            if self.inventory.in_sync:
-                # Left over from an earlier controller.
-                work.instances |= set(self.files.instances())
-        gone, changed_keys = await self._compile_all_of(work.instances)
-        # A full round looks at every address that anybody has anyway.
-        keys = work.addresses | (set() if full else changed_keys)
-        # A router's record says what those may read that are behind it, and no instance has a port in a router.
-        keys |= {key for key in self.learned if key[0] in work.networks}
-        # An address behind a router stands and falls with the one in its network.
-        keys |= {key for key, entry in self.learned.items() if entry.via in keys}
-        # Nothing is swept before the sources have told everything.
-        sweeping = self.inventory.in_sync and full
-        plan = await self._plan_round(chain(keys, self._every_key()) if full else keys, full=full)
+            work.everything = True
+            compiling = _Compiling(work.instances | self._everybody())
+            keys = set(self._unowned(work.addresses))
+        else:
+            compiling = _Compiling(set(work.instances), keys=set())
+            await self._compile_rest(compiling)
+            keys = work.addresses | (compiling.keys or set())
+            keys |= {key for key, entry in self.learned.items() if entry.instance in work.instances}
+            self._drop_learned(compiling)
+            # A router's record says what those may read that are behind it, and no instance has a port in a router.
+            keys |= {key for key in self.learned if key[0] in work.networks}
+            # An address behind a router stands and falls with the one in its network.
+            keys |= {key for key, entry in self.learned.items() if entry.via in keys}
+        # Nothing is swept before the sources have told everything once.
+        sweeping = full and (self.inventory.in_sync or self._swept)
+        parts = self._every_part(compiling, keys) if full else self._parts(keys)
+        plan = await self._plan_round(parts, full=full)
         if sweeping:
             await self._plan_sweep(plan)
         await self.sets.have(plan.sets, sweep=sweeping)
@@ -306,26 +357,25 @@ class RecordLoop:
         if self.withheld:
             self.on_networks(frozenset(network for network, _ in self.withheld))
         # Only now can nobody be sent to the document server for these any more.
-        for instance in gone:
-            # One that came back meanwhile is looked at in the next round.
-            if instance not in self._work.instances:
-                self._remove(instance)
+        self._remove_all(compiling.unneeded)
         if self.inventory.in_sync:
             self._swept = True
         self.hops.settled(plan.armed, complete=self._swept)
         self.on_applied(None if full else keys)
 
-    async def _plan_round(self, keys: Iterable[AddressKey], *, full: bool) -> _RoundPlan:
+    async def _plan_round(
+        self, parts: AsyncIterator[list[AddressKey]], *, full: bool
+    ) -> _RoundPlan:
         """What these addresses are to have; of a full round only what they do not have, which is little or all."""
-        plan = _RoundPlan()
-        of = self.inventory.address_count if full else 0
-        async for part in self._parts(keys, "comparing addresses", of):
+        plan = _RoundPlan(armed=self.hops.hold({}))
+        async for part in parts:
             planned = self._plan(part)
             wanted = planned.values
             pairs = plan_pairs(self.inventory, part, self.learned)
             withheld = self.pairs.withheld(pairs)
             wanted.update(dict.fromkeys(record_key(key) for key in withheld))
-            plan.armed = self.hops.hold(wanted)
+            # A rule that any part counts on is one that is needed.
+            plan.armed |= self.hops.hold(wanted)
             plan.sets.update(planned.sets)
             plan.withheld |= withheld
             plan.wanted.update(self.applier.state.differing(wanted) if full else wanted)
@@ -345,42 +395,36 @@ class RecordLoop:
             gone = (one for one in entries if is_gone(parse_record_key(one)))
             plan.wanted.update(state.differing(dict.fromkeys(gone)))
 
-    async def _compile_all_of(
-        self, instances: Iterable[InstanceId]
-    ) -> tuple[list[InstanceId], set[AddressKey]]:
-        """Compile what is to be; say whose records are not needed any more, and what has changed."""
-        unneeded: list[InstanceId] = []
-        lost: set[InstanceId] = set()
-        keys: set[AddressKey] = set()
-        touched = set(instances)
-        async for part in self._parts(touched, "compiling instances", len(touched)):
-            self._compile_part(part, unneeded, lost, keys)
-        keys |= {key for key, entry in self.learned.items() if entry.instance in touched}
-        for key in [key for key, entry in self.learned.items() if entry.instance in lost]:
-            del self.learned[key]
-        return unneeded, keys
+    async def _compile_rest(self, compiling: _Compiling) -> None:
+        rest = tuple(compiling.left)
+        async for part in self._parts(rest, "compiling instances", len(rest)):
+            self._compile_part(part, compiling)
 
-    def _compile_part(
-        self,
-        instances: Iterable[InstanceId],
-        unneeded: list[InstanceId],
-        lost: set[InstanceId],
-        keys: set[AddressKey],
-    ) -> None:
+    def _compile_part(self, instances: Iterable[InstanceId], compiling: _Compiling) -> None:
         for instance in instances:
+            compiling.left.discard(instance)
             known = self.inventory.instances.get(instance)
             if known is None:
                 if not self.inventory.sources_of_instance(instance):
-                    unneeded.append(instance)
-                    lost.add(instance)
+                    compiling.unneeded.append(instance)
+                    compiling.lost.add(instance)
+                    # Were it to come back before it is compiled again, nobody may read what it was.
+                    self.revisions.pop(instance, None)
             elif known.upstream is Upstream.NOVA:
                 if instance in self.revisions or not self._swept:
-                    unneeded.append(instance)
+                    compiling.unneeded.append(instance)
             else:
                 before = self.revisions.get(instance)
-                self._compile(instance)
-                if self.revisions.get(instance) != before:
-                    keys |= self.inventory.addresses_of(instance)
+                self._compile(known)
+                if compiling.keys is not None and self.revisions.get(instance) != before:
+                    compiling.keys |= self.inventory.addresses_of(instance)
+
+    def _drop_learned(self, compiling: _Compiling) -> list[AddressKey]:
+        """Know no addresses of instances that no source has any more; which those were."""
+        lost = [key for key, entry in self.learned.items() if entry.instance in compiling.lost]
+        for key in lost:
+            del self.learned[key]
+        return lost
 
     def planned(self, key: AddressKey) -> MapRecord | Conflict | None:
         """What the data plane is to know of an address now."""
@@ -406,12 +450,11 @@ class RecordLoop:
             policies=self.policies(),
         )
 
-    def _compile(self, instance: InstanceId) -> None:
+    def _compile(self, known: Instance) -> None:
+        instance = known.id
         name = f"instances.{instance}"
         try:
-            record = compile_instance(
-                self.inventory.instances[instance], self.inventory.networks, self.region()
-            )
+            record = compile_instance(known, self.inventory.networks, self.region())
             if self.revisions.get(instance) == record.revision and name not in self.failures:
                 return
             self.files.apply(instance, record)
@@ -425,7 +468,7 @@ class RecordLoop:
         self.failures.pop(name, None)
         self.revisions[instance] = record.revision
         before = self.warnings.pop(instance, ())
-        if found := warn_of_names(self.inventory.instances[instance]):
+        if found := warn_of_names(known):
             self.warnings[instance] = found
         # At a start `status` lists them, and a line for each would be too many.
         if found and found != before and self._swept:
@@ -434,6 +477,12 @@ class RecordLoop:
                 instance=instance,
                 warnings=list_warnings(found),
             )
+
+    def _remove_all(self, instances: Iterable[InstanceId]) -> None:
+        for instance in instances:
+            # One that came back meanwhile is looked at in the next round.
+            if instance not in self._work.instances:
+                self._remove(instance)
 
     def _remove(self, instance: InstanceId) -> None:
         name = f"instances.{instance}"

@@ -95,8 +95,10 @@ class RuleSets:
 
     def _wanted(self, wanted: Mapping[str, PathRules]) -> dict[str, _Entries]:
         now = self.clock.monotonic()
-        in_force = {rule_set_of(value) for value in self.applier.state.effective().values()}
-        needed = wanted.keys() | (self._sets.keys() & in_force)
+        needed = set(wanted)
+        if self._sets:
+            in_force = {rule_set_of(value) for _, value in self.applier.state.entries()}
+            needed |= self._sets.keys() & in_force
         self._needed_at |= dict.fromkeys(needed, now)
         kept = {
             name: entries

@@ -7,11 +7,22 @@ from typing import Final
 
 from imdsproxy.core.model import IpAddress, MacAddress
 
-__all__ = ["link_local_of", "mac_of", "normalise_address"]
+__all__ = ["from_number", "link_local_of", "mac_of", "normalise_address", "to_number"]
 
 _LINK_LOCAL_PREFIX: Final = 0xFE80 << 112
 _UNIVERSAL_BIT: Final = 1 << 57
 _FILLER: Final = 0xFFFE
+_IPV6: Final = 1 << 128
+
+
+def to_number(address: IpAddress) -> int:
+    """An address of either family as one number, which takes a fifth of the memory."""
+    return int(address) if isinstance(address, IPv4Address) else int(address) | _IPV6
+
+
+def from_number(number: int) -> IpAddress:
+    """The address of which `to_number` made the number."""
+    return IPv6Address(number ^ _IPV6) if number & _IPV6 else IPv4Address(number)
 
 
 def normalise_address(address: IpAddress) -> IpAddress:

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, KeysView
-from ipaddress import IPv4Address, IPv6Address
-from typing import Final, TypeAlias
+from typing import TypeAlias
 
-from imdsproxy.core.model import InstanceId, IpAddress, NetworkId
+from imdsproxy.core.addresses import from_number, to_number
+from imdsproxy.core.model import InstanceId, NetworkId
 from imdsproxy.core.observation import AddressKey
 
 __all__ = ["Claims"]
 
-_IPV6: Final = 1 << 128
 _Number: TypeAlias = int
-"""An address of either family; a number takes a fifth of what the address does."""
+"""`to_number` of an address."""
 
 
 class Claims:
@@ -34,7 +33,7 @@ class Claims:
         # In the order of map keys (`core.plan.record_key`), as far as the networks go.
         for network in sorted(self._networks, key=lambda one: f"{one}/"):
             for number in tuple(self._networks.get(network, ())):
-                yield network, _address(number)
+                yield network, from_number(number)
 
     def __len__(self) -> int:
         return self._count
@@ -49,7 +48,7 @@ class Claims:
     def owner(self, key: AddressKey) -> InstanceId | frozenset[InstanceId] | None:
         """The one who claims it, or all where it is contested."""
         claims = self._networks.get(key[0])
-        return None if claims is None else claims.get(_number(key[1]))
+        return None if claims is None else claims.get(to_number(key[1]))
 
     def networks(self) -> KeysView[NetworkId]:
         """Those of which any address is claimed."""
@@ -73,7 +72,7 @@ class Claims:
             self._store(key, self.of(key) | {instance})
 
     def _store(self, key: AddressKey, claimants: frozenset[InstanceId]) -> None:
-        network, number = key[0], _number(key[1])
+        network, number = key[0], to_number(key[1])
         claims = self._networks.setdefault(network, {})
         self._count -= number in claims
         if len(claimants) > 1:
@@ -88,11 +87,3 @@ class Claims:
         self._count += number in claims
         if not claims:
             del self._networks[network]
-
-
-def _number(address: IpAddress) -> _Number:
-    return int(address) if isinstance(address, IPv4Address) else int(address) | _IPV6
-
-
-def _address(number: _Number) -> IpAddress:
-    return IPv6Address(number ^ _IPV6) if number & _IPV6 else IPv4Address(number)

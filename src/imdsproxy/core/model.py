@@ -6,6 +6,7 @@ text into these values belongs to the edges (`imdsproxy.core.records`), acting o
 
 from __future__ import annotations
 
+import re
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -61,6 +62,7 @@ METADATA_IPV4: Final = IPv4Address("169.254.169.254")
 METADATA_IPV6: Final = IPv6Address("fe80::a9fe:a9fe")
 METADATA_PORT: Final = 80
 
+_CANONICAL: Final = re.compile("[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 _UUID_NAMESPACE: Final = uuid.UUID("6a0f7a1e-52c5-5f0e-9d55-1f0b1a9fe169")
 
 
@@ -258,6 +260,8 @@ class Instance:
     @property
     def uuid(self) -> str:
         """The id where it is a UUID, else one derived from it that never changes (RFC 9562 §5.5)."""
+        if _CANONICAL.fullmatch(self.id):
+            return self.id
         try:
             return str(uuid.UUID(self.id))
         except ValueError:
@@ -268,4 +272,4 @@ class Instance:
         """EC2's form of the id: `i-` and 17 hexadecimal digits, derived from `uuid`."""
         if self.id.startswith("i-"):
             return self.id
-        return f"i-{uuid.UUID(self.uuid).hex[:17]}"
+        return f"i-{self.uuid.replace('-', '')[:17]}"

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMappin
 from ipaddress import IPv4Address, IPv6Address
 from typing import Any, Final, TypeAlias
 
+from imdsproxy.core.addresses import from_number, to_number
 from imdsproxy.core.model import (
     Dialect,
     Instance,
@@ -39,8 +40,12 @@ _COMMON: Final = (
     b'54:00:",["10.0.","192.168.","172.16.","fd00:"]],null]],[],[],null,null,null,"embedded",17'
 )
 _ENCODER: Final = json.JSONEncoder(separators=(",", ":"))
+_DECODER: Final = json.JSONDecoder()
 _COMPRESS: Final = zlib.compressobj(_LEVEL, zlib.DEFLATED, _WINDOW, _MEMORY, zdict=_COMMON)
 _DECOMPRESS: Final = zlib.decompressobj(_WINDOW, zdict=_COMMON)
+
+_KEPT: Final = 256
+"""How many unpacked ones are kept: those of the addresses that a round looks at in one go."""
 
 _EVERY_DIALECT: Final = frozenset(Dialect)
 
@@ -54,22 +59,27 @@ _Packed: TypeAlias = "bytes | tuple[bytes, bytes | Fetch | None, bytes | None, P
 class PackedInstances(MutableMapping[InstanceId, Instance]):
     """Instances by id. What is given out is a new value each time, equal to what was put in.
 
-    The last one is kept: who asks for an instance often asks again at once, for its next address.
+    The last ones are kept: who asks for an instance often asks again at once, for its next address.
     """
 
     __slots__ = ("_last", "_packed")
 
     def __init__(self, instances: Mapping[InstanceId, Instance] | None = None) -> None:
         self._packed: dict[InstanceId, _Packed] = {}
-        self._last: tuple[_Packed, Instance] | None = None
+        self._last: dict[InstanceId, tuple[_Packed, Instance]] = {}
         if instances:
             self.update(instances)
 
     def __getitem__(self, key: InstanceId) -> Instance:
         packed = self._packed[key]
-        if self._last is None or self._last[0] is not packed or self._last[1].id != key:
-            self._last = packed, _unpack(key, packed)
-        return self._last[1]
+        last = self._last.get(key)
+        if last is not None and last[0] is packed:
+            return last[1]
+        if len(self._last) == _KEPT:
+            self._last.clear()
+        instance = _unpack(key, packed)
+        self._last[key] = packed, instance
+        return instance
 
     def __setitem__(self, key: InstanceId, instance: Instance) -> None:
         self._packed[key] = _pack(instance)
@@ -134,10 +144,10 @@ class PackedPairs(MutableMapping[NetworkId, dict[IpAddress, MacAddress]]):
         self._count: Counter[NetworkId] = Counter()
 
     def __getitem__(self, key: NetworkId) -> dict[IpAddress, MacAddress]:
-        return {_unpack_address(one): mac for one, mac in _decompress(self._packed[key])}
+        return {from_number(one): mac for one, mac in _decompress(self._packed[key])}
 
     def __setitem__(self, key: NetworkId, pairs: Mapping[IpAddress, MacAddress]) -> None:
-        self._packed[key] = _compress([(_pack_address(one), mac) for one, mac in pairs.items()])
+        self._packed[key] = _compress([(to_number(one), mac) for one, mac in pairs.items()])
         self._count[key] = len(pairs)
 
     def __delitem__(self, key: NetworkId) -> None:
@@ -162,7 +172,7 @@ def _compress(value: object) -> bytes:
 
 
 def _decompress(packed: bytes) -> Any:  # noqa: ANN401 - whatever was put in
-    return json.loads(_DECOMPRESS.copy().decompress(packed))
+    return _DECODER.raw_decode(_DECOMPRESS.copy().decompress(packed).decode("ascii"))[0]
 
 
 def _pack(instance: Instance) -> _Packed:

@@ -217,7 +217,7 @@ class RecordApplier:
         before = self.state
         # In a thread, as to write it: hundreds of thousands of entries take seconds.
         merged = await asyncio.to_thread(
-            MapState(before.generation, before.base, overlay).effective
+            lambda: PackedMap(MapState(before.generation, before.base, overlay).entries())
         )
         wanted: dict[str, str | None] = {
             key: None if value == MAP_TOMBSTONE else value for key, value in overlay.items()

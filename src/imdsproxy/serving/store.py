@@ -110,17 +110,13 @@ def list_records(directory: Path) -> Iterator[InstanceId]:
         HostRefused: The directory cannot be read.
         PrivilegeMissing: This process may not read it.
     """
-    for path in _files(directory):
-        if path.suffix == _SUFFIX and not path.name.startswith("."):
-            yield InstanceId(path.name.removesuffix(_SUFFIX))
-
-
-def _files(directory: Path) -> list[Path]:
     try:
-        shards = [entry.path for entry in os.scandir(directory) if entry.is_dir()]
-        return [Path(entry.path) for shard in shards for entry in os.scandir(shard)]
+        for shard in os.scandir(directory):
+            for entry in os.scandir(shard.path) if shard.is_dir() else ():
+                if entry.name.endswith(_SUFFIX) and not entry.name.startswith("."):
+                    yield InstanceId(entry.name.removesuffix(_SUFFIX))
     except FileNotFoundError:
-        return []
+        return
     except OSError as error:
         raise _refused(f"list the compiled records in {directory}", error) from error
 

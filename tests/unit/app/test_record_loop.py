@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from imdsproxy.app.keepers import NoHops
 from imdsproxy.app.record_loop import RecordLoop
 from imdsproxy.core.compiled import CompiledRecord, compile_instance
 from imdsproxy.core.identity import Learned
@@ -297,6 +298,115 @@ async def test_an_instance_that_comes_back_while_others_are_compiled_keeps_its_r
         await rig.loop.tickets.wait(rig.loop.resync())
         assert rig.told("10.0.9.9") == _value(back)
         assert "remove back" not in rig.files.log
+
+
+async def test_nobody_reads_what_an_instance_was_that_is_removed_and_comes_back_as_another(
+    tmp_path: Path,
+) -> None:
+    async with _rig(tmp_path) as rig:
+        many = [_instance(f"i{number}", f"10.0.0.{number}") for number in range(1, 250)]
+        await rig.say(_instance("back", "10.0.9.9"), *many)
+        another = _instance("back", "10.0.9.9", hostname="another")
+        changed = [replace(one, hostname="other") for one in many]
+        write, written, told = rig.files.apply, 0, list[str | None]()
+
+        def come_back_with_the_last(instance: InstanceId, record: CompiledRecord) -> None:
+            nonlocal written
+            write(instance, record)
+            written += 1
+            if written == len(changed):
+                rig.loop.observe(Observation("a", full=False, instances={another.id: another}))
+
+        rig.files.apply = come_back_with_the_last  # type: ignore[method-assign]
+        rig.loop.on_applied = lambda _: told.append(rig.told("10.0.9.9"))
+        await rig.say(*changed)
+        await rig.loop.tickets.wait(rig.loop.resync())
+        assert set(told) == {None, _value(another)}
+
+
+@pytest.mark.parametrize("in_sync", [True, False])
+async def test_an_address_that_goes_among_very_many_is_unknown_when_that_is_acknowledged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, in_sync: bool
+) -> None:
+    monkeypatch.setattr("imdsproxy.app.record_loop._MANY", 10)
+    async with _rig(tmp_path) as rig:
+        many = [_instance(f"i{number}", f"10.0.0.{number}") for number in range(1, 50)]
+        if in_sync:
+            await rig.say(source="b")
+        await rig.say(*many)
+        assert rig.told("10.0.0.7") is not None
+        changed = {
+            one.id: replace(one, hostname="other") for one in many if one.name not in {"i7", "i8"}
+        }
+        rig.loop.observe(Observation("a", full=True, networks={_RED: _NETWORK}, instances=changed))
+        ticket = rig.loop.observe(
+            Observation("a", instances_removed=(InstanceId("i9"),), in_sync=False)
+        )
+        await rig.loop.tickets.wait(ticket)
+        assert [rig.told(f"10.0.0.{number}") for number in (7, 8, 9)] == [None] * 3
+        assert rig.told("10.0.0.10") == _value(changed[InstanceId("i10")])
+
+
+async def test_a_learned_address_goes_with_its_instance_when_everything_is_compared(
+    tmp_path: Path,
+) -> None:
+    async with _rig(tmp_path) as rig:
+        await rig.say(_instance("web", "10.0.0.5"))
+        key = (_RED, IPv6Address("fe80::1234"))
+        await rig.loop.tickets.wait(rig.loop.learn(key, Learned(InstanceId("web"), 0)))
+        rig.loop.resync()
+        await rig.say()
+        assert rig.told("fe80::1234") is None
+
+
+async def test_a_hop_limit_that_a_part_of_a_round_counts_on_is_settled_with_the_round(
+    tmp_path: Path,
+) -> None:
+    class Losing(NoHops):
+        """The rule is lost while a round goes on."""
+
+        def __init__(self) -> None:
+            self.asked = 0
+            self.armed: list[tuple[frozenset[NetworkId], bool]] = []
+
+        def hold(self, wanted: dict[str, str | None]) -> frozenset[NetworkId]:
+            self.asked += bool(wanted)
+            return frozenset({_RED} if self.asked == 1 else ())
+
+        def settled(self, armed: frozenset[NetworkId], *, complete: bool) -> None:
+            self.armed.append((armed, complete))
+
+    async with _rig(tmp_path) as rig:
+        rig.loop.hops = hops = Losing()
+        await rig.say(*(_instance(f"i{number}", f"10.0.0.{number}") for number in range(1, 250)))
+        assert hops.asked > 1
+        assert hops.armed == [(frozenset({_RED}), False)]
+
+
+async def test_a_fresh_start_looks_at_each_record_once_and_leaves_none_that_nobody_has(
+    tmp_path: Path,
+) -> None:
+    rig = Rig(tmp_path)
+    rig.files.records[InstanceId("old")] = CompiledRecord("1", b"")
+    for source in ("a", "b"):
+        rig.loop.observe(
+            Observation(
+                source,
+                full=True,
+                networks={_RED: _NETWORK},
+                instances={InstanceId("web"): _instance("web", "10.0.0.5")},
+            )
+        )
+    rig.applier.write_all(await rig.loop.compile_all())
+    assert rig.files.log == ["write web", "remove old"]
+    looked = rig.loop.looked
+    running = asyncio.create_task(rig.loop.run())
+    async with asyncio.timeout(30):
+        await rig.haproxy.start()
+        await rig.loop.tickets.wait(rig.loop.tickets.given)
+    assert rig.loop.looked == looked
+    running.cancel()
+    await rig.haproxy.close()
 
 
 @pytest.mark.parametrize("reload", [False, True])

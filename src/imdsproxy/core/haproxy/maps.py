@@ -12,6 +12,8 @@ import zlib
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from heapq import merge
+from io import StringIO
 from itertools import islice
 from typing import Final
 
@@ -77,11 +79,14 @@ class PackedMap(Mapping[str, str]):
         return self._count
 
     def _block(self, index: int) -> dict[str, str]:
-        if self._open[0] != index:
+        number, block = self._open
+        if number != index:
             lines = zlib.decompress(self._blocks[index]).decode().split("\n")
             entries = (line.partition(" ") for line in lines)
-            self._open = index, {key: value for key, _, value in entries}
-        return self._open[1]
+            block = {key: value for key, _, value in entries}
+            # Another thread may look into another block meanwhile.
+            self._open = index, block
+        return block
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,12 +120,15 @@ class MapState:
             value = self.base.get(key)
         return None if value == MAP_TOMBSTONE else value
 
+    def entries(self) -> Iterator[tuple[str, str]]:
+        """Base and overlay folded into one, tombstones gone, in the order of keys."""
+        base = (entry for entry in self.base.items() if entry[0] not in self.overlay)
+        overlay = sorted(entry for entry in self.overlay.items() if entry[1] != MAP_TOMBSTONE)
+        return merge(base if isinstance(self.base, PackedMap) else sorted(base), overlay)
+
     def effective(self) -> dict[str, str]:
-        """Base and overlay folded into one, tombstones gone."""
-        merged = {**self.base, **self.overlay}
-        for key in [key for key, value in self.overlay.items() if value == MAP_TOMBSTONE]:
-            del merged[key]
-        return merged
+        """`entries` as a mapping."""
+        return dict(self.entries())
 
     def differing(self, wanted: Mapping[str, str | None]) -> dict[str, str | None]:
         """What of `wanted` a request would not find so."""
@@ -161,9 +169,11 @@ def plan_changes(present: Mapping[str, str], wanted: Mapping[str, str | None]) -
 
 def render_map(entries: Mapping[str, str], generation: str) -> str:
     """A map file: the generation first, then one `KEY VALUE` a line, in the order given."""
-    lines = [f"{GENERATION_KEY} {generation}"]
-    lines += [f"{key} {value}" for key, value in entries.items()]
-    return "\n".join(lines) + "\n"
+    # One text after the other: of hundreds of thousands of entries a list would be three times as much.
+    text = StringIO()
+    text.write(f"{GENERATION_KEY} {generation}\n")
+    text.writelines(f"{key} {value}\n" for key, value in entries.items())
+    return text.getvalue()
 
 
 def parse_map(text: str) -> tuple[str | None, dict[str, str]]:
