@@ -10,6 +10,7 @@ import json
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address
 from typing import Any, Final, TypeAlias
 
@@ -28,7 +29,7 @@ from imdsproxy.core.model import (
 )
 from imdsproxy.core.policy import NOTHING_SAID, PolicyRules
 
-__all__ = ["FORMAT", "Fetch", "PackedInstances", "PackedPairs"]
+__all__ = ["FORMAT", "Fetch", "PackedInstance", "PackedInstances", "PackedPairs"]
 
 FORMAT: Final = 1
 """Raise it when the bytes mean something else: stores keep them beside the records."""
@@ -54,6 +55,23 @@ Fetch: TypeAlias = "Callable[[InstanceId], bytes]"
 
 _Packed: TypeAlias = "bytes | tuple[bytes, bytes | Fetch | None, bytes | None, PolicyRules]"
 """The record; with its user-data, vendor data and policy beside it where it has one of them."""
+
+
+@dataclass(frozen=True, slots=True)
+class PackedInstance:
+    """One instance. Two are equal where the instances are."""
+
+    id: InstanceId
+    packed: _Packed
+
+    @classmethod
+    def of(cls, instance: Instance) -> PackedInstance:
+        """Pack an instance."""
+        return cls(instance.id, _pack(instance))
+
+    def open(self) -> Instance:
+        """Make the instance again."""
+        return _unpack(self.id, self.packed)
 
 
 class PackedInstances(MutableMapping[InstanceId, Instance]):
@@ -99,6 +117,10 @@ class PackedInstances(MutableMapping[InstanceId, Instance]):
     def packed(self, key: InstanceId) -> _Packed:
         """One as it is kept."""
         return self._packed[key]
+
+    def put(self, one: PackedInstance) -> None:
+        """Put in one that is packed."""
+        self._packed[one.id] = one.packed
 
     def part(self, keys: Iterable[InstanceId]) -> PackedInstances:
         """Some of them."""

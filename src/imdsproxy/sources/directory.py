@@ -8,8 +8,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
 
-from imdsproxy.core.model import Instance, Network
+from imdsproxy.core.model import Network
 from imdsproxy.core.observation import AddressKey
+from imdsproxy.core.packed import PackedInstance
 from imdsproxy.core.progress import Progress
 from imdsproxy.errors import Problem
 from imdsproxy.sources.api import Origin
@@ -41,6 +42,7 @@ class Reading:
     Attributes:
         networks: New records, `None` for those that are gone.
         instances: The same.
+        all_new: None of `instances` was in force before, so that no address moves from one to another.
         problems: Everything wrong in the directory now.
         readable: The directory could be listed; if not, all stays as it was.
         places: The directories to watch.
@@ -49,7 +51,8 @@ class Reading:
     """
 
     networks: Mapping[str, Network | None]
-    instances: Mapping[str, Instance | None]
+    instances: Mapping[str, PackedInstance | None]
+    all_new: bool
     problems: tuple[Problem, ...]
     readable: bool
     places: frozenset[Place]
@@ -101,7 +104,7 @@ class Directory:
         self._clock = clock
         self._files: dict[str, _File] = {}
         self._networks: InForce[Network] = InForce(lambda _network: (), self._explain_network)
-        self._instances: InForce[Instance] = InForce(_claims, self._explain_instance)
+        self._instances: InForce[PackedInstance] = InForce(_claims, self._explain_instance)
         self._last_good = last_good
         self._begun = False
 
@@ -111,18 +114,21 @@ class Directory:
         return self._networks.records
 
     @property
-    def instances(self) -> dict[str, Instance]:
+    def instances(self) -> dict[str, PackedInstance]:
         """All in force."""
         return self._instances.records
 
     def origin_of_port(self, instance: str, number: int) -> Origin | None:
         """Where a port of a record in force was written; the line is that of the port's first claim."""
         entry = self._instances.entry_of(instance)
-        if entry is None or entry.record is None or number >= len(entry.record.ports):
+        if entry is None or entry.record is None:
+            return None
+        record = entry.record.open()
+        if number >= len(record.ports):
             return None
         field = f"instances[{entry.position}].ports[{number}].network"
         line = entry.line
-        for index, (_, part) in enumerate(claim_places(entry.record)):
+        for index, (_, part) in enumerate(claim_places(record)):
             if part[1] == number and index < len(entry.lines):
                 line = entry.lines[index]
                 break
@@ -156,7 +162,7 @@ class Directory:
     def _begin(self) -> None:
         kept = () if self._last_good is None else self._last_good.load()
         networks: list[Entry[Network]] = []
-        instances: list[Entry[Instance]] = []
+        instances: list[Entry[PackedInstance]] = []
         for each in kept:
             if isinstance(each.record, Network):
                 networks.append(Entry(each.record.id, each.file, 0, record=each.record))
@@ -226,6 +232,7 @@ class Directory:
 
     def _reading(self, unreadable: Problem | None) -> Reading:
         networks = self._networks.settle()
+        before = len(self._instances)
         instances = self._instances.settle()
         if self._last_good is not None:
             self._last_good.keep("networks", _kept(networks, self._networks.file_of))
@@ -240,6 +247,7 @@ class Directory:
         return Reading(
             networks,
             instances,
+            len(self._instances) - before == len(instances),
             tuple(problems),
             readable=unreadable is None,
             places=self._places(payloads),
@@ -267,14 +275,14 @@ class Directory:
     def _explain_network(self, clash: Clash[Network]) -> Iterator[Problem]:
         yield self._explain_id("networks", clash)
 
-    def _explain_instance(self, clash: Clash[Instance]) -> Iterator[Problem]:
+    def _explain_instance(self, clash: Clash[PackedInstance]) -> Iterator[Problem]:
         record = clash.entry.record
         if record is None or not clash.addresses:
             yield self._explain_id("instances", clash)
             return
         for address in clash.addresses:
             yield taken_address(
-                record,
+                record.open(),
                 address,
                 clash.other.id,
                 path=("instances", clash.entry.position),
@@ -283,7 +291,7 @@ class Directory:
                 lines=clash.entry.lines,
             )
 
-    def _explain_id(self, kind: str, clash: Clash[Network] | Clash[Instance]) -> Problem:
+    def _explain_id(self, kind: str, clash: Clash[Network] | Clash[PackedInstance]) -> Problem:
         return taken_id(
             clash.entry.id,
             path=(kind, clash.entry.position),
@@ -292,13 +300,13 @@ class Directory:
             line=clash.entry.line,
         )
 
-    def _place(self, entry: Entry[Network] | Entry[Instance]) -> str:
+    def _place(self, entry: Entry[Network] | Entry[PackedInstance]) -> str:
         line = "" if entry.line is None else f":{entry.line}"
         return f"{self._path / entry.file}{line}"
 
 
 def _kept(
-    changes: Mapping[str, Network | None] | Mapping[str, Instance | None],
+    changes: Mapping[str, Network | None] | Mapping[str, PackedInstance | None],
     file_of: Callable[[str], str | None],
 ) -> dict[str, Kept | None]:
     return {
@@ -307,8 +315,8 @@ def _kept(
     }
 
 
-def _claims(instance: Instance) -> list[AddressKey]:
-    return [address for address, _part in claim_places(instance)]
+def _claims(instance: PackedInstance) -> list[AddressKey]:
+    return [address for address, _part in claim_places(instance.open())]
 
 
 def _with_parents(paths: set[Path]) -> frozenset[Path]:

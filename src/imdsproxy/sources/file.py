@@ -148,10 +148,12 @@ class _Reporter:
             in_sync=reading.readable,
             problems=problems,
         )
-        there = {InstanceId(key): value for key, value in instances.items() if value}
-        if everything:
-            packed = await asyncio.to_thread(PackedInstances, there)
-            await publish_in_pieces(self._publish, observation, packed)
+        there = PackedInstances()
+        for instance in instances.values():
+            if instance is not None:
+                there.put(instance)
+        if everything or reading.all_new:
+            await publish_in_pieces(self._publish, observation, there)
         else:
             # Addresses may move among the records: nobody sees that half done.
             self._publish(replace(observation, instances=there))

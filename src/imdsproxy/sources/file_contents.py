@@ -18,6 +18,7 @@ from typing import IO, TYPE_CHECKING, Final, TypeAlias
 import structlog
 
 from imdsproxy.core.model import Instance, Network
+from imdsproxy.core.packed import PackedInstance
 from imdsproxy.errors import Problem
 from imdsproxy.sources.clash import claim_places
 from imdsproxy.sources.in_force import Entry
@@ -55,7 +56,7 @@ class FileContents:
     """
 
     networks: list[Entry[Network]] = field(default_factory=list)
-    instances: list[Entry[Instance]] = field(default_factory=list)
+    instances: list[Entry[PackedInstance]] = field(default_factory=list)
     payloads: dict[Path, Signature] = field(default_factory=dict)
     problems: tuple[Problem, ...] = ()
     blank: bool = False
@@ -148,7 +149,7 @@ def _add(
     elif isinstance(record, Instance):
         lines = tuple(line_of((*place, *part)) for _, part in claim_places(record))
         contents.instances.append(
-            Entry(record.id, name, position, line_of(place), record, lines=lines)
+            Entry(record.id, name, position, line_of(place), PackedInstance.of(record), lines=lines)
         )
     elif place[0] == "networks":
         if record.id is None:
@@ -185,7 +186,7 @@ def send_contents(path: str) -> None:
 
 def _receive(stream: IO[bytes], note: Callable[[float], None]) -> FileContents:
     networks: list[Entry[Network]] = []
-    instances: list[Entry[Instance]] = []
+    instances: list[Entry[PackedInstance]] = []
     while part := pickle.load(stream):  # noqa: S301 - our own process wrote it
         note(part[0])
         networks += part[1]

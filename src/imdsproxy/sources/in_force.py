@@ -13,11 +13,12 @@ from typing import Generic, TypeVar
 
 from imdsproxy.core.model import Instance, Network
 from imdsproxy.core.observation import AddressKey
+from imdsproxy.core.packed import PackedInstance
 from imdsproxy.errors import Problem
 
 __all__ = ["Clash", "Entry", "InForce"]
 
-_Record = TypeVar("_Record", bound=Network | Instance)
+_Record = TypeVar("_Record", bound=Network | Instance | PackedInstance)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +99,9 @@ class InForce(Generic[_Record]):
         self._touched: set[str] = set()
         self._clashes: dict[str, tuple[Clash[_Record], ...]] = {}
         self._unclear: set[str] = set()
+
+    def __len__(self) -> int:
+        return len(self._held)
 
     @property
     def records(self) -> dict[str, _Record]:

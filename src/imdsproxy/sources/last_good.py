@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Final
 
 from imdsproxy.core.model import Instance, Network
+from imdsproxy.core.packed import PackedInstance
 from imdsproxy.core.records import parse_instance, parse_network, render_record
 from imdsproxy.errors import Problem, SourceError
 from imdsproxy.sources.sqlite_failure import store_failures
@@ -43,7 +44,7 @@ class Kept:
     """A record in force, and the name of the file that it is from."""
 
     file: str
-    record: Network | Instance
+    record: Network | PackedInstance
 
 
 @dataclass(slots=True)
@@ -111,17 +112,19 @@ def _read(rows: sqlite3.Cursor) -> Iterator[Kept]:
         if isinstance(record, Network):
             yield Kept(file, record)
         elif isinstance(record, Instance):
-            yield Kept(file, replace(record, user_data=user_data))
+            yield Kept(file, PackedInstance.of(replace(record, user_data=user_data)))
 
 
 def _write(connection: sqlite3.Connection, kind: str, key: str, kept: Kept | None) -> None:
     if kept is None:
         connection.execute("DELETE FROM last_good WHERE kind = ? AND id = ?", (kind, key))
         return
-    record, user_data = kept.record, None
-    if isinstance(record, Instance):
-        user_data = record.user_data
-        record = replace(record, user_data=None)
+    record: Network | Instance
+    if isinstance(kept.record, PackedInstance):
+        instance = kept.record.open()
+        record, user_data = replace(instance, user_data=None), instance.user_data
+    else:
+        record, user_data = kept.record, None
     connection.execute(
         "INSERT OR REPLACE INTO last_good (kind, id, file, record, user_data)"
         " VALUES (?, ?, ?, ?, ?)",

@@ -214,14 +214,14 @@ def test_a_payload_file_is_followed(bench: Bench, tmp_path: Path) -> None:
     assert "there is no file" in told(bench.read())[0]
     payload.write_bytes(b"\x1f\x8b")
     bench.read()
-    assert bench.directory.instances["a"].user_data == b"\x1f\x8b"
+    assert bench.directory.instances["a"].open().user_data == b"\x1f\x8b"
     payload.unlink()
     reading = bench.read()
     assert "there is no file" in told(reading)[0]
-    assert bench.directory.instances["a"].user_data == b"\x1f\x8b"
+    assert bench.directory.instances["a"].open().user_data == b"\x1f\x8b"
     payload.write_bytes(b"new")
     assert bench.read().instances.keys() == {"a"}
-    assert bench.directory.instances["a"].user_data == b"new"
+    assert bench.directory.instances["a"].open().user_data == b"new"
 
 
 def test_a_file_that_is_gone_for_a_moment_only_keeps_its_records(bench: Bench) -> None:

@@ -304,3 +304,21 @@ async def test_a_cancelled_source_leaves_no_inotify_behind(directory: Path) -> N
     async with asyncio.timeout(30):
         while _descriptors() - before:
             await asyncio.sleep(0.01)
+
+
+async def test_many_new_records_come_in_pieces_and_moved_addresses_at_once(
+    directory: Path,
+) -> None:
+    def web(number: int, address: int) -> dict[str, object]:
+        addresses = [f"10.0.{address // 200}.{address % 200}"]
+        return record(f"i{number}", ports=[{"network": "n", "addresses": addresses}])
+
+    async with running(FileSource(directory)) as heard:
+        write(directory / "x.json", *(web(n, n) for n in range(500)))
+        await heard.until(lambda each: len(each.last.instances) == 500)
+        pieces = [each for each in heard.observations if each.more]
+        assert max(len(each.instances) for each in pieces) == 200
+        seen = len(heard.observations)
+        write(directory / "x.json", *(web(n, 499 - n) for n in range(500)))
+        await heard.until(lambda each: any(one.instances for one in each.observations[seen:]))
+        assert len(next(one for one in heard.observations[seen:] if one.instances).instances) == 500
