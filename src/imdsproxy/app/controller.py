@@ -69,6 +69,7 @@ from imdsproxy.dataplane.launch import read_program
 from imdsproxy.errors import DataplaneError, HostRefused, ImdsproxyError
 from imdsproxy.host.clock import Clock
 from imdsproxy.host.files import hold_directory, limit_log, write_atomic
+from imdsproxy.host.memory import release_memory
 from imdsproxy.host.notify import ServiceNotifier, kept_sockets
 from imdsproxy.host.socket_file import SocketFiles
 from imdsproxy.host.sockets import try_tcp_listen
@@ -501,6 +502,7 @@ async def _live(controller: _Controller, admin: socket.socket, health: HealthSer
         gc.collect()
         gc.freeze()
         gc.enable()
+        release_memory()
         controller.heartbeat.starting = False
         controller.notifier.ready(f"{len(parts.inventory.networks)} networks")
         structlog.get_logger().info(

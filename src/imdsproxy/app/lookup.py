@@ -366,7 +366,9 @@ class Lookup:
 
     def recall(self) -> None:
         """What an earlier controller had learned, by the pairs that it left."""
-        for key in list(self.pairs.keys()):
+        # Next to all have an owner, and what is granted to one address is as dear to ask for as that of its network.
+        keys = self.pairs.keys()
+        for key in (one for one in keys if self.inventory.owner(one) is None):
             mac = self.pairs.granted(key)
             if mac is None or mac == ANY_MAC or key in self.records.learned:
                 continue
