@@ -451,3 +451,23 @@ async def test_without_anybody_to_ask_an_unknown_network_is_none() -> None:
     rig.lookup.source = None
     told = await rig.explainer.explain(_NET, _ADDRESS)
     assert (told.verdict, told.answer) == ("no-network", 404)
+
+
+def test_what_was_learned_before_a_restart_is_looked_for_among_addresses_without_an_owner() -> None:
+    mac = MacAddress("fa:16:3e:00:00:06")
+    by_mac = Instance(InstanceId("db"), "db", "db", ports=(Port(_NET, mac, ()),))
+    rig = Rig(listed=Scope.NETWORK)
+    rig.inventory.observe(
+        Observation("neutron", full=True, instances={_WEB.id: _WEB, by_mac.id: by_mac})
+    )
+    asked: list[AddressKey] = []
+
+    def granted(key: AddressKey) -> MacAddress:
+        asked.append(key)
+        return mac
+
+    keys = [(_NET, _ADDRESS), (_NET, _EUI64), (_NET, _PRIVATE)]
+    rig.lookup.pairs = SimpleNamespace(keys=lambda: iter(keys), granted=granted)
+    rig.lookup.recall()
+    assert asked == [(_NET, _PRIVATE)]
+    assert rig.records.learned == {(_NET, _PRIVATE): Learned(by_mac.id, 100.0, mac=mac)}
