@@ -193,11 +193,11 @@ class Explainer:
         """What MACs have to do with it; nothing where the network does not check them."""
         if not checks_macs(self.inventory, key[0]):
             return (), None
-        seen = await self.lookup.neighbour(key)
+        seen = await self.lookup.last_mac(key)
         wanted = plan_pair(self.inventory, key, self.records.learned)
         granted = self.lookup.pairs.granted(key)
         gate = self.lookup.pairs.is_up(key[0])
-        steps = [f"the neighbour table has MAC {seen or 'none'} for it"]
+        steps = [f"it was last seen with MAC {seen}" if seen else "no MAC was seen with it"]
         if granted == ANY_MAC:
             steps.append("the gate lets it through with any MAC: no record has one")
         elif granted is not None:

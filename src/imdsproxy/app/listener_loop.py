@@ -443,6 +443,11 @@ class ListenerLoop:
         self._known = dict(networks)
         return seen
 
+    async def look_at(self, networks: Iterable[Network]) -> ObservedHost:
+        """The host as the last round saw it, but for the places of these networks, which are looked at now."""
+        part = await self.host.observe(networks, self._pids(), everything=False)
+        return merge_observed(self.seen, part)
+
     def _pids(self) -> tuple[int, ...]:
         processes = self.haproxy.processes
         return () if processes is None else (processes.master, *processes.workers)

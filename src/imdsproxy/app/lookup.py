@@ -52,6 +52,9 @@ from imdsproxy.sources.api import (
 
 __all__ = ["Lookup", "Neighbours"]
 
+_REFUSED: Final = 1000
+"""Addresses whose last refused MAC `explain` can show."""
+
 _LOOKS: Final = 3
 """So often an address may change hands while it is looked up."""
 
@@ -149,11 +152,25 @@ class Lookup:
     source: LookUpSource | None = None
     pairs: PairKeeper = field(default_factory=NoPairs)
     heard: Heard = lambda _: False
+    _refused: dict[AddressKey, MacAddress] = field(default_factory=dict)
 
     async def identify(self, key: AddressKey) -> Identity:
         """Whose the address is now, and how that was found, by what is known here."""
-        identity, _ = await self._identify(key)
+        identity, mac = await self._identify(key)
+        if mac is None and key in self._refused:
+            return identify(self.inventory, *key, neighbour_mac=self._refused[key])
         return identity
+
+    async def last_mac(self, key: AddressKey) -> MacAddress | None:
+        """The MAC that the neighbour table has, else that of the last request that was refused for its MAC."""
+        return await self.neighbour(key) or self._refused.get(key)
+
+    def _note_refused(self, key: AddressKey, mac: MacAddress | None) -> None:
+        self._refused.pop(key, None)
+        if mac is not None:
+            self._refused[key] = mac
+        if len(self._refused) > _REFUSED:
+            del self._refused[next(iter(self._refused))]
 
     async def _identify(self, key: AddressKey) -> tuple[Identity, MacAddress | None]:
         """Whose the address is, and the MAC that was asked for to find it."""
@@ -229,6 +246,7 @@ class Lookup:
                 if isinstance(resolution, Known):
                     continue
                 return resolution
+            self._note_refused(key, mac if isinstance(identity, Mismatch) else None)
             if not isinstance(identity, Found):
                 return await self._resolve(key, identity, mac)
             if mac is None and identity.port.mac is not None:

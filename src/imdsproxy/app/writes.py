@@ -49,7 +49,7 @@ class Writes:
         """See `Operations.put_network`."""
         store = await self._store_for([network], [], create=create)
         async with self._claiming:
-            self._refuse_shared([network], lambda _: "")
+            await self._refuse_shared([network], lambda _: "")
             await store.put_network(network)
         return await self._in_force([network.id])
 
@@ -69,7 +69,7 @@ class Writes:
             {one.id for one in networks}, instances, lambda number: f"instances[{number}]."
         )
         async with self._claiming if networks else contextlib.nullcontext():
-            self._refuse_shared(networks, lambda number: f"networks[{number}].")
+            await self._refuse_shared(networks, lambda number: f"networks[{number}].")
             await store.put_records(networks, instances)
         written = await self._in_force([one.id for one in networks], instances=len(instances))
         return await _warned(written, instances)
@@ -141,12 +141,17 @@ class Writes:
         if problems:
             raise SourceRefused("a port is in a network that does not exist", problems=problems)
 
-    def _refuse_shared(self, networks: Sequence[Network], prefix: Callable[[int], str]) -> None:
+    async def _refuse_shared(
+        self, networks: Sequence[Network], prefix: Callable[[int], str]
+    ) -> None:
         """Refuse listeners that another network has, each with its field."""
         known = self.inventory.networks
-        shared = find_shared(
-            {**known, **{one.id: one for one in networks}}.values(), self.listeners.seen, known
-        )
+        every = {**known, **{one.id: one for one in networks}}
+        shared = find_shared(every.values(), self.listeners.seen, known)
+        if shared:
+            # A namespace that was seen may be gone, and its inode another's by now.
+            involved = [every[one] for one in shared.keys() | shared.values()]
+            shared = find_shared(every.values(), await self.listeners.look_at(involved), known)
         problems = [
             Problem(
                 f"{prefix(place)}listener",

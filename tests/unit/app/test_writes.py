@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from ipaddress import IPv4Address
@@ -17,7 +17,7 @@ from imdsproxy.app.tickets import Tickets
 from imdsproxy.app.writes import Writes
 from imdsproxy.core.degraded import find_degraded
 from imdsproxy.core.endpoints import Endpoint, LeftOut, LeftOutCode
-from imdsproxy.core.hoststate import Family, NamespaceRef, ObservedHost
+from imdsproxy.core.hoststate import Family, NamespaceRef, ObservedHost, ObservedNamespace
 from imdsproxy.core.inventory import Inventory
 from imdsproxy.core.model import (
     METADATA_IPV4,
@@ -44,7 +44,12 @@ class _Loop:
     report: ListenerReport = field(default_factory=lambda: ListenerReport(0.0))
     withheld: frozenset[AddressKey] = frozenset()
     seen: ObservedHost = field(default_factory=ObservedHost)
+    now: ObservedHost = field(default_factory=ObservedHost)
     inventory: Inventory = field(default_factory=Inventory)
+
+    async def look_at(self, networks: Iterable[Network]) -> ObservedHost:
+        assert list(networks)
+        return self.now
 
     def degraded(self) -> tuple[LeftOut, ...]:
         endpoints, left_out = self.report.endpoints, self.report.left_out
@@ -204,6 +209,29 @@ async def test_a_listener_in_use_is_refused_with_the_network_that_has_it(tmp_pat
         with pytest.raises(SourceRefused):
             await rig.writes.put_network(replace(_RED, listener=_BLUE.listener))
         assert set(rig.inventory.networks) == {"blue", "red"}
+
+
+async def test_an_inode_that_a_namespace_had_before_another_one_refuses_nothing(
+    tmp_path: Path,
+) -> None:
+    async with _rig(tmp_path) as rig:
+        await rig.writes.put_network(_RED)
+        rig.listeners.seen = _named(red=1, blue=1)
+        rig.listeners.now = _named(red=1, blue=1)
+        with pytest.raises(SourceRefused):
+            await rig.writes.put_network(_BLUE)
+        rig.listeners.now = _named(red=1, blue=2)
+        await rig.writes.put_network(_BLUE)
+        assert _BLUE.id in rig.inventory.networks
+
+
+def _named(**inodes: int) -> ObservedHost:
+    """A host with these namespaces."""
+    return ObservedHost(
+        namespaces={
+            name: ObservedNamespace(NamespaceRef(name, inode)) for name, inode in inodes.items()
+        }
+    )
 
 
 async def test_of_two_networks_added_at_once_on_one_listener_one_is_refused(tmp_path: Path) -> None:
