@@ -29,8 +29,6 @@ from imdsproxy.errors import DataplaneError, Problem
 from imdsproxy.host.clock import Clock
 from imdsproxy.host.gates import GateMissing, Opened, PairMap
 
-__all__ = ["GateKernel", "Gates"]
-
 _LINGER_S: Final = 30.0
 """Longer than HAProxy keeps an idle connection."""
 

@@ -21,8 +21,6 @@ from imdsproxy.core.hop_limit import UNLIMITED, HopPlace, limit_of, plan_places,
 from imdsproxy.core.model import NetworkId
 from imdsproxy.errors import DataplaneError, Problem
 
-__all__ = ["HopKernel", "Hops"]
-
 _NONE: frozenset[NetworkId] = frozenset()
 
 

@@ -12,7 +12,8 @@ from imdsproxy.core.diversion import Diversion
 from imdsproxy.core.hostnames import Naming
 from imdsproxy.core.hostops import AddAddress, HostOp, RemoveAddress
 from imdsproxy.core.hoststate import ObservedHost
-from imdsproxy.core.listeners import ManagedPlace, OpFailure
+from imdsproxy.core.leftovers import ManagedPlace
+from imdsproxy.core.listeners import OpFailure
 from imdsproxy.core.model import (
     BridgeListener,
     InterfaceListener,
@@ -31,8 +32,6 @@ from imdsproxy.host.netlink import find_link, neighbour_mac
 from imdsproxy.host.nlmessages import NetlinkSocket
 from imdsproxy.host.nslinks import apply_links
 from imdsproxy.host.observe import HostObserver
-
-__all__ = ["SystemHost"]
 
 
 @dataclass(slots=True)

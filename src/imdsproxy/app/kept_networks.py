@@ -17,8 +17,6 @@ from imdsproxy.core.model import Network, NetworkId
 from imdsproxy.core.records import Refused, parse_network, render_network
 from imdsproxy.errors import HostRefused
 
-__all__ = ["KeptNetworks"]
-
 
 @dataclass(slots=True)
 class KeptNetworks:

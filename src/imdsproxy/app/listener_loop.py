@@ -35,10 +35,9 @@ from imdsproxy.core.hostnames import Naming
 from imdsproxy.core.hostops import HostOp
 from imdsproxy.core.hoststate import ObservedHost, merge_observed
 from imdsproxy.core.inventory import Inventory
-from imdsproxy.core.leftovers import without_removed
+from imdsproxy.core.leftovers import ManagedPlace, without_removed
 from imdsproxy.core.listeners import (
     ListenerPlan,
-    ManagedPlace,
     OpFailure,
     PlanMemo,
     explain_pending,
@@ -50,8 +49,6 @@ from imdsproxy.dataplane.haproxy import Haproxy
 from imdsproxy.dataplane.layout import Layout
 from imdsproxy.errors import ConfigRejected, DataplaneError, HostRefused, Problem, ReloadFailed
 from imdsproxy.host.clock import Clock
-
-__all__ = ["HostView", "ListenerLoop", "ListenerReport", "SpecSettings"]
 
 _HOST_ROUNDS = 4
 """Namespace, link, address: each is planned when the one before it has been seen."""
@@ -112,19 +109,6 @@ class HostView(Protocol):
         ...
 
 
-class Expect(Protocol):
-    """Told after each round what matters from now on, so that changes of it are noticed."""
-
-    def __call__(
-        self,
-        networks: Mapping[NetworkId, Network],
-        observed: ObservedHost,
-        left_out: Iterable[NetworkId],
-        our_pids: Collection[int],
-        /,
-    ) -> None: ...
-
-
 @dataclass(frozen=True, slots=True)
 class SpecSettings:
     """What of the settings shapes HAProxy's configuration."""
@@ -159,7 +143,12 @@ class ListenerReport:
 
 @dataclass(slots=True)
 class ListenerLoop:
-    """Keeps HAProxy's binds equal to what the networks want and the host allows."""
+    """Keeps HAProxy's binds equal to what the networks want and the host allows.
+
+    Attributes:
+        expect: Called after each round with what matters from now on: networks, the host as seen, networks to look
+            at again and again, HAProxy's pids.
+    """
 
     inventory: Inventory
     host: HostView
@@ -168,7 +157,9 @@ class ListenerLoop:
     naming: Naming
     clock: Clock
     settings: Callable[[], SpecSettings]
-    expect: Expect
+    expect: Callable[
+        [Mapping[NetworkId, Network], ObservedHost, Iterable[NetworkId], Collection[int]], None
+    ]
     exporter: ExporterPort
     kept: KeptNetworks | None = None
     unix: UnixListener | None = None

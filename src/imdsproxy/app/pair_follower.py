@@ -20,8 +20,6 @@ from imdsproxy.host.neighbour_watch import NeighbourChange, NeighbourWatch, Tabl
 from imdsproxy.host.watch import HostWatch
 from imdsproxy.serving.resolver import Resolver
 
-__all__ = ["PairFollower"]
-
 _EXPIRE_EVERY_S = 5.0
 _PAUSE_S = 0.5
 """After changes were lost: whoever makes the kernel tell so many is not to have us look all the time."""

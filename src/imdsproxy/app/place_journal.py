@@ -9,8 +9,6 @@ from pathlib import Path
 from imdsproxy.core.model import NetworkId
 from imdsproxy.errors import HostRefused
 
-__all__ = ["read_places", "render_places"]
-
 
 def read_places(path: Path, *, family: str) -> dict[NetworkId, list[str | None]]:
     """What was noted of each network; without a file nothing was.

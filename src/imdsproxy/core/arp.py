@@ -11,8 +11,6 @@ from collections.abc import Iterable
 
 from imdsproxy.core.model import METADATA_IPV4, InterfaceListener, Network
 
-__all__ = ["answering_devices", "render_arp_guard"]
-
 
 def answering_devices(networks: Iterable[Network]) -> frozenset[str]:
     """The host's devices on which it is to answer; none where no network listens on one."""

@@ -27,8 +27,6 @@ from imdsproxy.core.hostops import (
 from imdsproxy.core.hoststate import Family, ObservedDevice, ObservedHost, ObservedNamespace
 from imdsproxy.core.model import BridgeListener, NetworkId
 
-__all__ = ["PREFIXES", "is_unmarked_veth", "plan_bridge", "want_addresses"]
-
 PREFIXES = {Family.IPV4: 32, Family.IPV6: 64}
 """The prefix lengths with which metadata addresses are added."""
 

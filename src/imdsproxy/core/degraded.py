@@ -8,8 +8,6 @@ from imdsproxy.core.endpoints import Endpoint, Foreign, LeftOut, LeftOutCode, ow
 from imdsproxy.core.hoststate import Effect, Family
 from imdsproxy.core.model import Network, NetworkId
 
-__all__ = ["find_degraded"]
-
 _NO_ADDRESS = frozenset({LeftOutCode.ADDRESS_MISSING, LeftOutCode.ADDRESS_ON_LOOPBACK})
 
 

@@ -29,8 +29,6 @@ from imdsproxy.core.model import (
     NetworkId,
 )
 
-__all__ = ["Diversion", "plan_diversions", "render_diversions"]
-
 _GUEST_KINDS: Final = frozenset({"tun", "veth"})
 
 _ADDRESSES: Final = (("ip", METADATA_IPV4), ("ip6", METADATA_IPV6))

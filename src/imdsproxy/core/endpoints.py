@@ -21,20 +21,6 @@ from imdsproxy.core.hoststate import (
 )
 from imdsproxy.core.model import METADATA_PORT, IpAddress, NetworkId
 
-__all__ = [
-    "ENSLAVING",
-    "LOOPBACK",
-    "Endpoint",
-    "Foreign",
-    "LeftOut",
-    "LeftOutCode",
-    "Part",
-    "effect_of",
-    "leave_out",
-    "listen",
-    "owners_of",
-]
-
 LOOPBACK = "lo"
 
 ENSLAVING: Final = frozenset({"bridge", "bond", "team", "openvswitch"})

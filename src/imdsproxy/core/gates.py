@@ -19,8 +19,6 @@ from imdsproxy.core.hostnames import Naming
 from imdsproxy.core.hoststate import NamespaceRef, ObservedHost
 from imdsproxy.core.model import Network, NetworkId
 
-__all__ = ["ANSWER_DSCP", "VERIFIED_PORT", "Gate", "GatePlan", "plan_gates"]
-
 VERIFIED_PORT: Final = 254
 """Where what the gate lets through is taken. Reserved by IANA, and nobody's: below what rpc clients bind."""
 

@@ -16,16 +16,6 @@ from imdsproxy.core.hoststate import NamespaceRef
 from imdsproxy.core.model import NetworkId
 from imdsproxy.core.policy import POLICY_WORD
 
-__all__ = [
-    "NEXT_TO_MARK",
-    "UNLIMITED",
-    "WITHHELD",
-    "HopPlace",
-    "limit_of",
-    "plan_places",
-    "withhold",
-]
-
 UNLIMITED: Final = 64
 """What the kernel sends with by itself; nothing is written on such an answer."""
 

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 
 from imdsproxy.core.model import NetworkId
 
-__all__ = ["DEFAULT_PREFIX", "Naming"]
-
 DEFAULT_PREFIX = "imds"
 
 _DIGITS = 10

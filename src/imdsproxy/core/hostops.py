@@ -11,20 +11,6 @@ from typing import TypeAlias
 from imdsproxy.core.hoststate import Family
 from imdsproxy.core.model import IpAddress, NetworkId
 
-__all__ = [
-    "AddAddress",
-    "AddDefaultRoute",
-    "AttachLink",
-    "CreateNamespace",
-    "CreateVeth",
-    "DeleteLink",
-    "DeleteNamespace",
-    "HostOp",
-    "LinkUp",
-    "RemoveAddress",
-    "SetMtu",
-]
-
 
 @dataclass(frozen=True, slots=True)
 class CreateNamespace:

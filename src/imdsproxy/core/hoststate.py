@@ -8,24 +8,6 @@ from enum import IntEnum, StrEnum
 
 from imdsproxy.core.model import METADATA_IPV4, METADATA_IPV6, IpAddress
 
-__all__ = [
-    "AddressState",
-    "BindTrial",
-    "BridgePort",
-    "ChangedPlaces",
-    "Effect",
-    "Family",
-    "ListeningSocket",
-    "NamespaceRef",
-    "ObservedAddress",
-    "ObservedDevice",
-    "ObservedHost",
-    "ObservedNamespace",
-    "SocketOwner",
-    "changed_places",
-    "merge_observed",
-]
-
 
 class Family(IntEnum):
     """An address family by its version number."""

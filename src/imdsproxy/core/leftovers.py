@@ -19,8 +19,6 @@ from imdsproxy.core.model import (
     Network,
 )
 
-__all__ = ["ManagedPlace", "plan_sweep", "without_removed"]
-
 ManagedPlace: TypeAlias = tuple[str | None, str]
 """Namespace (`None`: the host's own) and device that we put the metadata addresses on."""
 

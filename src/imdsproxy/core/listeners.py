@@ -34,7 +34,7 @@ from imdsproxy.core.hostops import (
     HostOp,
     RemoveAddress,
 )
-from imdsproxy.core.hoststate import Family, NamespaceRef, ObservedHost, ObservedNamespace
+from imdsproxy.core.hoststate import Family, ObservedHost, ObservedNamespace
 from imdsproxy.core.leftovers import ManagedPlace, plan_sweep
 from imdsproxy.core.model import (
     METADATA_IPV4,
@@ -45,21 +45,6 @@ from imdsproxy.core.model import (
     Network,
     NetworkId,
 )
-
-__all__ = [
-    "Endpoint",
-    "Foreign",
-    "LeftOut",
-    "LeftOutCode",
-    "ListenerPlan",
-    "ManagedPlace",
-    "NamespaceRef",
-    "OpFailure",
-    "PlanMemo",
-    "explain_pending",
-    "find_shared",
-    "plan_listeners",
-]
 
 _Place: TypeAlias = tuple[str, str | int]
 

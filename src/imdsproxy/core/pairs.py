@@ -17,8 +17,6 @@ from imdsproxy.core.inventory import Inventory
 from imdsproxy.core.model import MacAddress
 from imdsproxy.core.observation import AddressKey, Conflict
 
-__all__ = ["ANY_MAC", "LEARNED_PER_MAC", "Pairs", "excess_learned", "plan_pair", "plan_pairs"]
-
 ANY_MAC: Final = MacAddress("*")
 """In place of a MAC: the owner's record has none."""
 

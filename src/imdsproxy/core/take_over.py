@@ -10,8 +10,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
-__all__ = ["Takings", "note_taking", "pause_left_s"]
-
 _WINDOW_S: Final = 60.0
 _AT_ONCE: Final = 3
 """So many within the window need no pause; two are what an upgrade of an agent takes."""

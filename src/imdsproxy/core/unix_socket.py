@@ -15,8 +15,6 @@ from typing import assert_never
 from imdsproxy.core.hoststate import SocketOwner
 from imdsproxy.errors import Problem
 
-__all__ = ["SeenSocket", "SocketState", "explain_pause", "judge_socket", "name_owners"]
-
 
 class SocketState(StrEnum):
     """What is at the path."""

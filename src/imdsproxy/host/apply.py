@@ -38,8 +38,6 @@ from imdsproxy.host.netlink import (
 from imdsproxy.host.nlmessages import NetlinkRefused, NetlinkSocket
 from imdsproxy.host.refusal import host_refused
 
-__all__ = ["HostApplier", "OpOutcome", "OpResult"]
-
 _CONF: Final = Path("/proc/sys/net")
 _SETTINGS: Final = {
     # What a guest sends must not give us routes or addresses, nor make a router of us.

@@ -7,8 +7,6 @@ from typing import ClassVar
 from imdsproxy.core.arp import render_arp_guard
 from imdsproxy.host.nft_table import NftTable, NftWords
 
-__all__ = ["ArpGuard"]
-
 
 class ArpGuard(NftTable[frozenset[str]]):
     """Has the host answer ARP for the metadata address on the given devices only."""

@@ -20,8 +20,6 @@ from imdsproxy.host.nftables import Batch, NetfilterSocket
 from imdsproxy.host.nlmessages import NetlinkSocket, parse_attributes
 from imdsproxy.host.programs import run_program
 
-__all__ = ["GuardedPort", "observe_bridge", "read_rules", "rules_for", "try_gate"]
-
 _GUEST_KINDS: Final = frozenset({"tun", "veth"})
 _IFINFO: Final = struct.Struct("=BxHiII")
 _LINKINFO, _SLAVE_DATA = 18, 5

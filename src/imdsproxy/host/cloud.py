@@ -10,8 +10,6 @@ from imdsproxy.core.model import METADATA_IPV4
 from imdsproxy.host.netlink import route_length
 from imdsproxy.host.nlmessages import NetlinkSocket
 
-__all__ = ["DMI", "own_metadata"]
-
 DMI: Final = Path("/sys/class/dmi/id")
 
 # As cloud-init's ds-identify knows them.

@@ -5,8 +5,6 @@ from __future__ import annotations
 import resource
 from typing import Final
 
-__all__ = ["raise_descriptor_limit"]
-
 _WANTED: Final = 65536
 """As our units have it; without them a shell's soft limit is 1024, which a few hostile networks could use up."""
 

@@ -7,8 +7,6 @@ from typing import ClassVar, Final
 from imdsproxy.core.diversion import Diversion, render_diversions
 from imdsproxy.host.nft_table import NftTable, NftWords
 
-__all__ = ["Diverter"]
-
 _WHAT: Final = "cannot lead guests' packets for 169.254.169.254 off their gateway's way"
 _UNTIL: Final = "until then guests of bridges must be told the route, by DHCP option 121"
 

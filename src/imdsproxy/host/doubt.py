@@ -7,8 +7,6 @@ from typing import Final
 
 from imdsproxy.host.process import ProcessStat
 
-__all__ = ["Doubt"]
-
 _SILENT_PROBES: Final = 2
 """Unanswered probes after which a worker that does nothing counts as hung: within four seconds."""
 

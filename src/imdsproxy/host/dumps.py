@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import resource
 
-__all__ = ["leave_no_dumps"]
-
 
 def leave_no_dumps() -> None:
     """Have no memory of this process, nor of those that it starts, written down when one crashes.

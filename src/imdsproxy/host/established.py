@@ -14,8 +14,6 @@ from imdsproxy.core.model import METADATA_IPV4, METADATA_IPV6, IpAddress
 from imdsproxy.host.nlmessages import NetlinkRefused, NetlinkSocket
 from imdsproxy.host.sockets import SOCK_DIAG
 
-__all__ = ["Established", "end_connections", "list_connections"]
-
 _BY_FAMILY: Final = 20
 _DESTROY: Final = 21
 _REQUEST: Final = struct.Struct("=BBBBI")

@@ -15,21 +15,6 @@ from typing import Final
 from imdsproxy.errors import HostRefused, ImdsproxyError, SecretUnreadable
 from imdsproxy.host.refusal import host_refused
 
-__all__ = [
-    "MAX_LOG_BYTES",
-    "MAX_SECRET_BYTES",
-    "ensure_directory",
-    "hold_directory",
-    "is_file_at",
-    "limit_log",
-    "open_locked",
-    "open_log",
-    "read_secret",
-    "sweep_unfinished",
-    "sync_directory",
-    "write_atomic",
-]
-
 MAX_SECRET_BYTES: Final = 64 * 1024
 """A secret is a key or a password, never a document."""
 

@@ -15,14 +15,6 @@ from imdsproxy.host.netlink import find_link, route_device
 from imdsproxy.host.nlmessages import NetlinkSocket
 from imdsproxy.host.programs import run_program
 
-__all__ = [
-    "DroppingChain",
-    "leads_by",
-    "parse_dropping_chains",
-    "passes_forward_chain",
-    "read_dropping_chains",
-]
-
 _FAMILIES: Final = frozenset({"inet", "ip"})
 _READ_S: Final = 5
 _BRIDGED: Final = Path("/proc/sys/net/bridge/bridge-nf-call-iptables")

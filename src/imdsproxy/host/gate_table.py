@@ -78,17 +78,6 @@ from imdsproxy.host.nftables import (
     verdict,
 )
 
-__all__ = [
-    "FORMAT",
-    "SETS",
-    "element_of",
-    "fill_table",
-    "flow_of",
-    "packed_mac",
-    "pair_of",
-    "set_of",
-]
-
 FORMAT: Final = 2
 """Kept with each table: one of another format is made anew."""
 

@@ -33,8 +33,6 @@ from imdsproxy.host.nlmessages import NetlinkRefused, NetlinkSocket
 from imdsproxy.host.refusal import host_refused
 from imdsproxy.host.sockets import SOCK_DIAG, try_bind
 
-__all__ = ["GateMissing", "KernelGates", "Opened", "PairMap"]
-
 T = TypeVar("T")
 
 _CLOSERS: Final = 32

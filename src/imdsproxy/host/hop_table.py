@@ -49,8 +49,6 @@ from imdsproxy.host.nftables import (
 from imdsproxy.host.nlmessages import NetlinkRefused
 from imdsproxy.host.refusal import host_refused
 
-__all__ = ["KernelHops"]
-
 T = TypeVar("T")
 
 _WORDS: Final = "imdsproxy hops 1"

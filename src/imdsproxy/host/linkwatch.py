@@ -21,8 +21,6 @@ from imdsproxy.host.netlink import (
 from imdsproxy.host.nlmessages import Message
 from imdsproxy.host.refusal import host_refused
 
-__all__ = ["LinkChange", "LinkWatch"]
-
 _GROUPS: Final = (1, 5, 9)
 """RTNLGRP_LINK, RTNLGRP_IPV4_IFADDR, RTNLGRP_IPV6_IFADDR."""
 

@@ -17,8 +17,6 @@ if TYPE_CHECKING:
 
     from imdsproxy.host.clock import Clock
 
-__all__ = ["LogFormat", "LogLevel", "open_logging"]
-
 LogLevel: TypeAlias = Literal["debug", "info", "warning", "error"]
 LogFormat: TypeAlias = Literal["auto", "json", "text"]
 

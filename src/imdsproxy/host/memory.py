@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import ctypes
 
-__all__ = ["release_memory"]
-
 
 def release_memory() -> None:
     """Give the kernel back what is free, as far as the C library can (`malloc_trim(3)`, of glibc alone)."""

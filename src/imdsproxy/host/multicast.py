@@ -19,8 +19,6 @@ from imdsproxy.host.nlmessages import Message, iter_messages
 from imdsproxy.host.refusal import host_refused
 from imdsproxy.host.stream import Stream
 
-__all__ = ["Multicast"]
-
 _SOL_NETLINK: Final = 270
 _LISTEN_ALL_NSID: Final = 8
 _SO_RCVBUFFORCE: Final = 33

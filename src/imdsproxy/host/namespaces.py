@@ -24,14 +24,6 @@ from imdsproxy.core.hoststate import NamespaceRef
 from imdsproxy.errors import HostRefused
 from imdsproxy.host.refusal import host_refused
 
-__all__ = [
-    "DEFAULT_DIRECTORY",
-    "NamespaceDirectory",
-    "NamespaceThread",
-    "OpenNamespace",
-    "unshare_network",
-]
-
 DEFAULT_DIRECTORY: Final = Path("/run/netns")
 
 _CLONE_NEWNET: Final = 0x40000000

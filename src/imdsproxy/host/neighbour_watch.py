@@ -14,8 +14,6 @@ from imdsproxy.host.netlink import RTM_NEWNEIGH, parse_neighbour
 from imdsproxy.host.nftables import DELTABLE, NETFILTER, table_of
 from imdsproxy.host.nlmessages import Message
 
-__all__ = ["NeighbourChange", "NeighbourWatch", "TableRemoved", "TableWatch"]
-
 _NEIGHBOURS: Final = (3,)
 _TABLES: Final = (7,)
 _ADDRESS_BYTES: Final = frozenset({4, 16})

@@ -36,37 +36,6 @@ from imdsproxy.host.nlmessages import (
     text,
 )
 
-__all__ = [
-    "RTM_DELADDR",
-    "RTM_DELLINK",
-    "RTM_GETLINK",
-    "RTM_NEWADDR",
-    "RTM_NEWLINK",
-    "RTM_NEWNEIGH",
-    "ObservedNeighbour",
-    "add_address",
-    "add_default_route",
-    "address_index",
-    "assign_nsid",
-    "bridge_ports",
-    "correct_neighbours",
-    "create_veth",
-    "default_routes",
-    "delete_link",
-    "find_link",
-    "find_link_by_index",
-    "list_links",
-    "metadata_addresses",
-    "neighbour_mac",
-    "parse_address",
-    "parse_link",
-    "parse_neighbour",
-    "remove_address",
-    "route_device",
-    "route_length",
-    "set_link",
-]
-
 RTM_NEWLINK: Final = 16
 RTM_DELLINK: Final = 17
 RTM_GETLINK: Final = 18

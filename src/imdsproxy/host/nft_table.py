@@ -10,8 +10,6 @@ from typing import ClassVar, Final, Generic, TypeVar
 from imdsproxy.errors import HostRefused
 from imdsproxy.host.programs import run_program
 
-__all__ = ["NftTable", "NftWords"]
-
 _DEADLINE_S: Final = 30.0
 
 T = TypeVar("T", bound=Collection[object])

@@ -30,32 +30,6 @@ from imdsproxy.host.nlmessages import (
     text,
 )
 
-__all__ = [
-    "Batch",
-    "DELTABLE",
-    "Hook",
-    "INET",
-    "NETFILTER",
-    "NetfilterSocket",
-    "SetKind",
-    "Verdict",
-    "bitwise",
-    "compare",
-    "differs",
-    "lookup",
-    "meta",
-    "payload",
-    "present6",
-    "remember",
-    "replace_bits",
-    "rewrite",
-    "shift_right",
-    "store",
-    "swap_bytes",
-    "table_of",
-    "verdict",
-]
-
 NETFILTER: Final = 12
 """The netlink protocol."""
 

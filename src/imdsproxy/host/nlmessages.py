@@ -16,25 +16,6 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Final, Self
 
-__all__ = [
-    "ACK",
-    "CREATE",
-    "DUMP",
-    "EXCL",
-    "Message",
-    "NetlinkSocket",
-    "NetlinkRefused",
-    "REPLACE",
-    "attribute",
-    "integer",
-    "iter_messages",
-    "pack_message",
-    "parse_attributes",
-    "parse_list",
-    "raise_error",
-    "text",
-]
-
 REQUEST: Final = 0x1
 ACK: Final = 0x4
 DUMP: Final = 0x300

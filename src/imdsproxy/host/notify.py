@@ -11,8 +11,6 @@ from typing import IO, Final
 
 from imdsproxy.host.refusal import host_refused
 
-__all__ = ["ServiceNotifier", "is_journal", "kept_sockets"]
-
 _PATIENCE_S: Final = 1.0
 _FIRST_KEPT: Final = 3
 """SD_LISTEN_FDS_START."""

@@ -17,8 +17,6 @@ from typing import Final
 
 from imdsproxy.host.refusal import host_refused
 
-__all__ = ["HAPROXY_NETNS", "apply_links", "haproxy_name"]
-
 HAPROXY_NETNS: Final = Path("/var/run/netns")
 """Where HAProxy looks (compiled in: `src/namespace.c`)."""
 

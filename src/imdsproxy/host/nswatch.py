@@ -26,8 +26,6 @@ from imdsproxy.host.namespaces import NamespaceDirectory
 from imdsproxy.host.refusal import host_refused
 from imdsproxy.host.stream import Stream
 
-__all__ = ["NamespaceCame", "NamespaceChange", "NamespaceWatch", "NamespaceWent"]
-
 _IN_MOVED_FROM: Final = 0x40
 _IN_MOVED_TO: Final = 0x80
 _IN_CREATE: Final = 0x100

@@ -10,8 +10,6 @@ from __future__ import annotations
 import sys
 from typing import Final
 
-__all__: list[str] = []
-
 _RICH: Final = "rich"
 
 if _RICH not in sys.modules:

@@ -21,20 +21,6 @@ from typing import Final
 
 from imdsproxy.host.refusal import host_refused
 
-__all__ = [
-    "ProcessHandle",
-    "ProcessIdentity",
-    "ProcessStat",
-    "command_name",
-    "find_processes",
-    "identify",
-    "open_process",
-    "open_sockets",
-    "read_arguments",
-    "read_stat",
-    "spawn_detached",
-]
-
 PROC: Final = Path("/proc")
 
 

@@ -10,8 +10,6 @@ import subprocess
 
 from imdsproxy.errors import HostRefused
 
-__all__ = ["run_program"]
-
 
 async def run_program(
     *arguments: str, deadline_s: float, text: str = "", errors: bool = True

@@ -8,8 +8,6 @@ from typing import Final
 
 from imdsproxy.errors import HostRefused, PrivilegeMissing
 
-__all__ = ["host_refused"]
-
 _HINTS: Final = {
     errno.ENOSPC: "the file system is full: free some space",
     errno.EDQUOT: "the quota of the file system is used up",

@@ -11,8 +11,6 @@ from imdsproxy.host.files import read_secret
 if TYPE_CHECKING:
     from pathlib import Path
 
-__all__ = ["read_signing_secret"]
-
 
 def read_signing_secret(path: Path) -> bytes:
     """The secret in `path`, as Nova has it.

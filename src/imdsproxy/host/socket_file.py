@@ -25,8 +25,6 @@ from imdsproxy.host.process import command_name, open_sockets
 from imdsproxy.host.refusal import host_refused
 from imdsproxy.host.sockets import SOCK_DIAG
 
-__all__ = ["SocketFiles", "find_socket_at", "give_socket", "identify_file", "remove_file"]
-
 _BY_FAMILY: Final = 20
 _QUESTION: Final = struct.Struct("=BBHIII8s")
 _ANSWER: Final = struct.Struct("=BBBBI8s")

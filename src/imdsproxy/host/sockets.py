@@ -23,8 +23,6 @@ from imdsproxy.core.model import METADATA_IPV4, METADATA_IPV6, METADATA_PORT, Ip
 from imdsproxy.host.nlmessages import NetlinkSocket, parse_attributes
 from imdsproxy.host.process import command_name, open_sockets, read_arguments, read_stat
 
-__all__ = ["SOCK_DIAG", "SocketOwners", "listening_sockets", "try_bind", "try_tcp_listen"]
-
 SOCK_DIAG: Final = 4
 """The netlink protocol whose channel `listening_sockets` needs."""
 

@@ -8,8 +8,6 @@ from typing import Generic, Self, TypeVar
 
 from imdsproxy.errors import DataplaneError
 
-__all__ = ["Stream"]
-
 T = TypeVar("T")
 
 

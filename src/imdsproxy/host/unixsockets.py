@@ -11,8 +11,6 @@ from typing import Final
 from imdsproxy.host.process import open_sockets, read_arguments
 from imdsproxy.host.socket_file import find_socket_at
 
-__all__ = ["UnixListener", "find_unix_listener"]
-
 _ACCEPTS: Final = 0x10000
 """`__SO_ACCEPTCON` in the flags of `/proc/net/unix` (proc_net(5))."""
 

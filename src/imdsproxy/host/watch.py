@@ -34,8 +34,6 @@ from imdsproxy.host.nlmessages import NetlinkRefused, NetlinkSocket
 from imdsproxy.host.nswatch import NamespaceCame, NamespaceWatch, NamespaceWent
 from imdsproxy.host.observe import HostObserver, Peek, place_of
 
-__all__ = ["EventKind", "HostEvent", "HostWatch", "WatchPace"]
-
 T = TypeVar("T")
 
 _AUDIT_INTERVAL_S: Final = 0.5

@@ -28,7 +28,8 @@ from imdsproxy.core.hoststate import (
     ObservedNamespace,
 )
 from imdsproxy.core.inventory import Inventory
-from imdsproxy.core.listeners import ManagedPlace, OpFailure
+from imdsproxy.core.leftovers import ManagedPlace
+from imdsproxy.core.listeners import OpFailure
 from imdsproxy.core.model import (
     METADATA_IPV4,
     InterfaceListener,
