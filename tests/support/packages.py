@@ -113,10 +113,9 @@ def _build(place: Path, version: str | None) -> None:
 
 
 def _set_version(sources: Path, version: str) -> None:
-    init, project = sources / "src/imdsproxy/__init__.py", sources / "pyproject.toml"
+    init = sources / "src/imdsproxy/__init__.py"
     own = init.read_text().split('__version__ = "')[1].split('"')[0]
     init.write_text(init.read_text().replace(f'"{own}"', f'"{version}"'))
-    project.write_text(project.read_text().replace(f'version = "{own}"', f'version = "{version}"'))
 
 
 def _sources() -> Iterator[Path]:
