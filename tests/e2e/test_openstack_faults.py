@@ -19,6 +19,7 @@ from typing import Final
 
 import pytest
 
+from imdsproxy.sources.neutron_kept import KeptPorts
 from support.guest import Guest, Load, Reply
 from support.lab import until
 from support.openstack.lab import Nova, OpenStack
@@ -76,9 +77,10 @@ def shared(openstack: OpenStack, nova: Nova) -> Iterator[Ways]:
 
 @pytest.fixture
 def ways(shared: Ways, nova: Nova) -> Iterator[Ways]:
-    """Everything runs, the daemon has seen that, and the guests of `KNOWN` are known."""
+    """Everything runs, the daemon has seen that, and the guests of `KNOWN` are known and stored."""
     until(lambda: neutron_answers(shared), within_s=FORGOTTEN_S, what="Neutron's being asked again")
     until(lambda: all_right(shared), what="known guests' documents")
+    until(lambda: known_are_stored(shared), what="known guests' ports in the state directory")
     yield shared
     nova.server.resume()
     nova.server.start()
@@ -87,6 +89,13 @@ def ways(shared: Ways, nova: Nova) -> Iterator[Ways]:
 def neutron_answers(ways: Ways) -> bool:
     (source,) = (one for one in ways.daemon.status()["sources"] if one["name"] == "neutron")
     return not source["problems"]
+
+
+def known_are_stored(ways: Ways) -> bool:
+    kept = KeptPorts(ways.daemon.state / "neutron.sqlite").load()
+    stored = {(port.device, str(address)) for port in kept.ports for address in port.addresses}
+    instances = ways.openstack.instances
+    return all((instances[name].uuid, address) in stored for _, _, address, name in KNOWN)
 
 
 def known(ways: Ways) -> dict[str, tuple[Guest, str]]:

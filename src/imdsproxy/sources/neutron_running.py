@@ -157,6 +157,8 @@ class Running:
             await self._sleep(_TICK_S)
 
     async def _round(self) -> None:
+        # Before Neutron is asked: an answer may take long, and the controller may be killed meanwhile.
+        await self._save()
         if self.asking.outage is None:
             # What Neutron said last stays in force until it can say something else.
             self.known.expire(self._clock.monotonic(), self._pace.aside_s)
@@ -169,9 +171,6 @@ class Running:
                 await self._refresher.probe()
             self._probed = True
         self._tell()
-        if self._something_to_save():
-            await self._save()
-            self._tell()
 
     async def _keep_listed(self) -> None:
         pace = ListPace(self._pace.list_host, self._pace.page_size)
