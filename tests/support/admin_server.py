@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from imdsproxy.admin.api import admin_app
-from imdsproxy.app.face import serve
 from imdsproxy.cli.admin_client import AdminClient
+from imdsproxy.controller.http import serve
 from imdsproxy.serving.bind import open_unix_socket
 from support.fake_operations import FakeOperations
 

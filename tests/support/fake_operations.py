@@ -15,8 +15,6 @@ from imdsproxy.admin.operations import (
     NetworkReport,
     PathDecision,
     Probe,
-    SettingChange,
-    SettingsReload,
     WatchReport,
     Written,
 )
@@ -32,6 +30,7 @@ from imdsproxy.admin.reports import (
     StatusReport,
     UnixListenerReport,
 )
+from imdsproxy.config.change import SettingChange, SettingsReload
 from imdsproxy.core.haproxy.watching import Watched
 from imdsproxy.core.model import InstanceId, NetworkId, Upstream
 from imdsproxy.core.naming import find_id

@@ -12,9 +12,10 @@ from starlette.responses import JSONResponse, PlainTextResponse
 
 from imdsproxy.admin.bodies import DocumentBody
 from imdsproxy.admin.dependencies import NamedInstance, NamedNetwork, Ops, answers
-from imdsproxy.admin.operations import Explanation, SettingsReload, TokenReport, WatchReport
+from imdsproxy.admin.operations import Explanation, TokenReport, WatchReport
 from imdsproxy.admin.reports import StatusReport
 from imdsproxy.admin.shapes import to_json
+from imdsproxy.config.change import SettingsReload
 from imdsproxy.core.addresses import normalise_address
 from imdsproxy.core.model import IpAddress
 from imdsproxy.core.progress import Step

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from typing import Final, Literal, TypeAlias
 
 from imdsproxy.admin.snapshot import (
-    Durations,
     MetricsSnapshot,
     NetworkTraffic,
     NeutronCounts,
     SourceFigures,
     Timing,
 )
+from imdsproxy.core.progress import Durations
 
 __all__ = ["METRICS", "MetricDescription"]
 

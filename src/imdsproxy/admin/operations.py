@@ -13,6 +13,7 @@ from typing import Protocol
 from imdsproxy.admin.reports import LeftOut, StatusReport
 
 # The OpenAPI document is made from these annotations, so they are imported for real.
+from imdsproxy.config.change import SettingsReload
 from imdsproxy.core.haproxy.watching import WatchReport
 from imdsproxy.core.model import (
     Instance,
@@ -40,8 +41,6 @@ __all__ = [
     "PairReport",
     "PathDecision",
     "Probe",
-    "SettingChange",
-    "SettingsReload",
     "TokenReport",
     "WatchReport",
     "Written",
@@ -231,31 +230,6 @@ class DocumentAnswer:
     status: int
     headers: tuple[tuple[str, str], ...]
     body: bytes
-
-
-@dataclass(frozen=True, slots=True)
-class SettingChange:
-    """One setting that a reload found changed; `change` is live, reload, restart or nothing."""
-
-    path: str
-    before: object
-    after: object
-    change: str
-
-
-@dataclass(frozen=True, slots=True)
-class SettingsReload:
-    """What `reload` did: which settings it took over, and for which a restart is needed.
-
-    Attributes:
-        haproxy_reloaded: HAProxy answers by them.
-        pending: Why it does not yet, although it should.
-    """
-
-    changes: tuple[SettingChange, ...] = ()
-    restart_needed: tuple[str, ...] = ()
-    haproxy_reloaded: bool = False
-    pending: tuple[str, ...] = ()
 
 
 class Operations(Protocol):

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 # The OpenAPI document is made from these annotations, so they are imported for real.
+from imdsproxy.app.nova_watch import NovaEndpointReport
 from imdsproxy.core.limited import Asker
 from imdsproxy.core.model import (
     NetworkId,
@@ -21,7 +22,6 @@ __all__ = [
     "HaproxyReport",
     "LeftOut",
     "MacsReport",
-    "NovaEndpointReport",
     "PlanReport",
     "Readiness",
     "ReloadReport",
@@ -110,25 +110,6 @@ class DocumentsReport:
     pids: tuple[int, ...] = ()
     problem: str = ""
     needed: bool = True
-
-
-@dataclass(frozen=True, slots=True)
-class NovaEndpointReport:
-    """One address of one of Nova's metadata APIs, as HAProxy sees it.
-
-    Attributes:
-        endpoint: `ADDRESS:PORT`.
-        reason: Why it is not up.
-        requests: Sent there by the worker that runs now.
-        failures: Of these, without an answer.
-    """
-
-    endpoint_set: str
-    endpoint: str
-    up: bool
-    reason: str = ""
-    requests: int = 0
-    failures: int = 0
 
 
 @dataclass(frozen=True, slots=True)

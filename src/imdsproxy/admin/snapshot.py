@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import math
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from itertools import accumulate
 from typing import Final
+
+from imdsproxy.core.progress import Durations
 
 __all__ = [
     "NETWORK_SUM",
-    "Durations",
     "MetricsSnapshot",
     "NetworkTraffic",
     "NeutronCounts",
@@ -31,46 +29,6 @@ class Timing:
 
     count: int = 0
     total_s: float = 0.0
-
-
-_BOUNDS_S: Final = (
-    0.002,
-    0.005,
-    0.01,
-    0.025,
-    0.05,
-    0.1,
-    0.25,
-    0.5,
-    1.0,
-    2.5,
-    5.0,
-    10.0,
-    30.0,
-    math.inf,
-)
-
-
-@dataclass(slots=True)
-class Durations:
-    """How often something was done, by how long it took.
-
-    Attributes:
-        counts: By the smallest bound, in seconds, that each was within.
-        total_s: All of them added up.
-    """
-
-    counts: Counter[float] = field(default_factory=Counter)
-    total_s: float = 0.0
-
-    def add(self, seconds: float) -> None:
-        """It was done once more."""
-        self.counts[next(bound for bound in _BOUNDS_S if seconds <= bound)] += 1
-        self.total_s += seconds
-
-    def within(self) -> dict[float, int]:
-        """How often it took at most so long, for each bound."""
-        return dict(zip(_BOUNDS_S, accumulate(self.counts[one] for one in _BOUNDS_S), strict=True))
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,13 +9,12 @@ from typing import Final
 
 import structlog
 
-from imdsproxy.admin.reports import NovaEndpointReport
 from imdsproxy.core.haproxy.nova import refused_counter, set_of_backend
 from imdsproxy.dataplane.haproxy import Haproxy
 from imdsproxy.dataplane.master import WorkerEnded
 from imdsproxy.errors import DataplaneError, Problem
 
-__all__ = ["NovaWatch", "WorkerTotals"]
+__all__ = ["NovaEndpointReport", "NovaWatch", "WorkerTotals"]
 
 _COLUMNS: Final = frozenset(
     {
@@ -33,6 +32,25 @@ _COLUMNS: Final = frozenset(
     }
 )
 _SERVER: Final = "2"
+
+
+@dataclass(frozen=True, slots=True)
+class NovaEndpointReport:
+    """One address of one of Nova's metadata APIs, as HAProxy sees it.
+
+    Attributes:
+        endpoint: `ADDRESS:PORT`.
+        reason: Why it is not up.
+        requests: Sent there by the worker that runs now.
+        failures: Of these, without an answer.
+    """
+
+    endpoint_set: str
+    endpoint: str
+    up: bool
+    reason: str = ""
+    requests: int = 0
+    failures: int = 0
 
 
 @dataclass(slots=True)

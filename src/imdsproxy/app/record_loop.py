@@ -14,7 +14,6 @@ from typing import Final, TypeVar
 
 import structlog
 
-from imdsproxy.admin.snapshot import Durations
 from imdsproxy.app.keepers import (
     CompiledFiles,
     HopKeeper,
@@ -42,7 +41,7 @@ from imdsproxy.core.plan import (
     record_key,
 )
 from imdsproxy.core.policy import PolicyBook
-from imdsproxy.core.progress import Progress
+from imdsproxy.core.progress import Durations, Progress
 from imdsproxy.core.upstream import NovaRouting
 from imdsproxy.core.wire import MapRecord
 from imdsproxy.dataplane.records import RecordApplier

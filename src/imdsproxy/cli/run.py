@@ -17,7 +17,7 @@ def run(context: typer.Context, *, config: options.Config = None) -> None:
     # Nothing that a start makes is garbage; to look for it takes 5 % of it. The controller enables it again.
     gc.disable()
     import imdsproxy.host.plain_structlog  # noqa: F401, PLC0415 - before all that logs
-    from imdsproxy.app import main  # noqa: PLC0415 - the other commands need not load it
+    from imdsproxy.controller import main  # noqa: PLC0415 - the other commands need not load it
 
     invocation = options.invocation(context, config=config)
     main.run(invocation.load, config=invocation.config, environment=dict(os.environ))

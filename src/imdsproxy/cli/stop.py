@@ -61,7 +61,7 @@ def stop(
 def _stop_orphaned_data_plane(run: options.Invocation, asked: Path) -> None:
     import asyncio  # noqa: PLC0415 - `--help` need not load it
 
-    from imdsproxy.app.stop import stop_data_plane  # noqa: PLC0415 - as above
+    from imdsproxy.controller.stop import stop_data_plane  # noqa: PLC0415 - as above
     from imdsproxy.host.unixsockets import find_unix_listener  # noqa: PLC0415 - as above
 
     settings = run.settings

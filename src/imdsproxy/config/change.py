@@ -1,10 +1,11 @@
-"""What it takes for a changed setting to be in force: declared beside each field of the schema."""
+"""What it takes for a changed setting to be in force, and what a reload changed."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from enum import StrEnum
 
-__all__ = ["Change"]
+__all__ = ["Change", "SettingChange", "SettingsReload"]
 
 
 class Change(StrEnum):
@@ -26,3 +27,28 @@ class Change(StrEnum):
     def rank(self) -> int:
         """0 for `nothing` up to 3 for `restart`: the larger includes the smaller."""
         return list(Change).index(self)
+
+
+@dataclass(frozen=True, slots=True)
+class SettingChange:
+    """One setting that a reload found changed; `change` is live, reload, restart or nothing."""
+
+    path: str
+    before: object
+    after: object
+    change: str
+
+
+@dataclass(frozen=True, slots=True)
+class SettingsReload:
+    """What `reload` did: which settings it took over, and for which a restart is needed.
+
+    Attributes:
+        haproxy_reloaded: HAProxy answers by them.
+        pending: Why it does not yet, although it should.
+    """
+
+    changes: tuple[SettingChange, ...] = ()
+    restart_needed: tuple[str, ...] = ()
+    haproxy_reloaded: bool = False
+    pending: tuple[str, ...] = ()

@@ -1,10 +1,14 @@
-"""How far work has come that takes long: shown to whoever waits for it."""
+"""How far long work has come, and how long work took."""
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import Final
 
-__all__ = ["Progress", "Step"]
+__all__ = ["Durations", "Progress", "Step"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,3 +38,43 @@ class Progress:
     def steps(self) -> tuple[Step, ...]:
         """All of them."""
         return tuple(self._steps.values())
+
+
+_BOUNDS_S: Final = (
+    0.002,
+    0.005,
+    0.01,
+    0.025,
+    0.05,
+    0.1,
+    0.25,
+    0.5,
+    1.0,
+    2.5,
+    5.0,
+    10.0,
+    30.0,
+    math.inf,
+)
+
+
+@dataclass(slots=True)
+class Durations:
+    """How often something was done, by how long it took.
+
+    Attributes:
+        counts: By the smallest bound, in seconds, that each was within.
+        total_s: All of them added up.
+    """
+
+    counts: Counter[float] = field(default_factory=Counter)
+    total_s: float = 0.0
+
+    def add(self, seconds: float) -> None:
+        """It was done once more."""
+        self.counts[next(bound for bound in _BOUNDS_S if seconds <= bound)] += 1
+        self.total_s += seconds
+
+    def within(self) -> dict[float, int]:
+        """How often it took at most so long, for each bound."""
+        return dict(zip(_BOUNDS_S, accumulate(self.counts[one] for one in _BOUNDS_S), strict=True))

@@ -12,7 +12,6 @@ from prometheus_client.parser import text_string_to_metric_families
 from imdsproxy.admin.collector import metrics_registry
 from imdsproxy.admin.metrics import METRICS, MetricDescription
 from imdsproxy.admin.snapshot import (
-    Durations,
     MetricsSnapshot,
     NetworkTraffic,
     NeutronCounts,
@@ -20,6 +19,7 @@ from imdsproxy.admin.snapshot import (
     Timing,
     bound_networks,
 )
+from imdsproxy.core.progress import Durations
 
 FULL = MetricsSnapshot(
     version="1.2.3",

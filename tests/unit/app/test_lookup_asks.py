@@ -11,7 +11,7 @@ from typing import Final
 
 import pytest
 
-from imdsproxy.app.explain import Explainer
+from imdsproxy.admin.explain import Explainer
 from imdsproxy.app.lookup import Lookup
 from imdsproxy.app.tickets import Tickets
 from imdsproxy.core.identity import Learned

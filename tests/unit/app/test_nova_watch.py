@@ -6,8 +6,7 @@ from typing import cast
 import pytest
 from structlog.testing import capture_logs
 
-from imdsproxy.admin.reports import NovaEndpointReport
-from imdsproxy.app.nova_watch import NovaWatch
+from imdsproxy.app.nova_watch import NovaEndpointReport, NovaWatch
 from imdsproxy.dataplane.haproxy import Haproxy
 
 _ONE = "192.0.2.1:8775"

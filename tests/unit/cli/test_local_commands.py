@@ -112,7 +112,7 @@ def test_help_starts_fast_and_loads_no_more_than_it_needs() -> None:
 def test_a_daemon_serves_known_guests_before_it_loads_what_only_others_ask_of_it() -> None:
     code = (
         "import sys\n"
-        "import imdsproxy.cli.main, imdsproxy.host.plain_structlog, imdsproxy.app.main\n"
+        "import imdsproxy.cli.main, imdsproxy.host.plain_structlog, imdsproxy.controller.main\n"
         "later = {'fastapi', 'starlette', 'uvicorn', 'prometheus_client', 'httpcore', 'keystoneauth1',"
         " 'openstack', 'rich', 'watchfiles'}\n"
         "early = ', '.join(sorted(later & sys.modules.keys()))\n"

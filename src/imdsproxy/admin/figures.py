@@ -13,7 +13,7 @@ from imdsproxy.admin.snapshot import (
     SourceFigures,
     Timing,
 )
-from imdsproxy.app.operations import ControllerOperations
+from imdsproxy.admin.status import ControllerOperations
 from imdsproxy.core.haproxy.unix_listener import AGENTS
 from imdsproxy.core.hoststate import Effect
 from imdsproxy.dataplane.master import WorkerEnded

@@ -19,17 +19,17 @@ from prometheus_client.registry import CollectorRegistry
 
 from imdsproxy import __version__
 from imdsproxy.admin.collector import metrics_registry
+from imdsproxy.admin.explain import Explainer
+from imdsproxy.admin.figures import Figures
 from imdsproxy.admin.health import HealthReports
-from imdsproxy.admin.operations import SettingsReload
-from imdsproxy.app.explain import Explainer
-from imdsproxy.app.figures import Figures
-from imdsproxy.app.guard_writes import GuardWrites
-from imdsproxy.app.instance_reports import InstanceReports
+from imdsproxy.admin.instance_reports import InstanceReports
+from imdsproxy.admin.records import Writes
+from imdsproxy.admin.status import ControllerOperations
+from imdsproxy.admin.tokens import GuardWrites
 from imdsproxy.app.limited import LimitWatch
 from imdsproxy.app.nova_watch import NovaWatch
-from imdsproxy.app.operations import ControllerOperations
-from imdsproxy.app.parts import Parts
-from imdsproxy.app.writes import Writes
+from imdsproxy.config.change import SettingsReload
+from imdsproxy.controller.parts import Parts
 from imdsproxy.errors import Problem
 from imdsproxy.serving.asgi import AsgiApp
 from imdsproxy.serving.forward import FoundForwarder

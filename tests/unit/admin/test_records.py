@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from imdsproxy.admin.records import Writes
 from imdsproxy.app.listener_loop import ListenerReport
 from imdsproxy.app.tickets import Tickets
-from imdsproxy.app.writes import Writes
 from imdsproxy.core.degraded import find_degraded
 from imdsproxy.core.endpoints import Endpoint, LeftOut, LeftOutCode
 from imdsproxy.core.hoststate import Family, NamespaceRef, ObservedHost, ObservedNamespace

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
-from imdsproxy.config.change import Change
+from imdsproxy.config.change import Change, SettingChange, SettingsReload
 from imdsproxy.config.diff import diff_settings
 from imdsproxy.config.dropped import refuse_dropped
 from imdsproxy.config.load import Loaded
 from imdsproxy.config.schema import Settings
 from imdsproxy.errors import ImdsproxyError, Problem
-
-if TYPE_CHECKING:
-    from imdsproxy.admin.operations import SettingsReload
 
 __all__ = ["SettingsHolder", "with_contents"]
 
@@ -52,11 +48,6 @@ class SettingsHolder:
         Raises:
             ImdsproxyError: They, or what they name, are not acceptable; the settings in force stay.
         """
-        from imdsproxy.admin.operations import (  # noqa: PLC0415 - known guests do not wait for it
-            SettingChange,
-            SettingsReload,
-        )
-
         try:
             after = self.load()
             refuse_dropped(self.loaded, after, allowed=allow_dropped)
@@ -79,8 +70,6 @@ class SettingsHolder:
 
 def with_contents(result: SettingsReload, files: Iterable[str]) -> SettingsReload:
     """Tell also of `files`, the paths of settings that are the same while their files have other content."""
-    from imdsproxy.admin.operations import SettingChange  # noqa: PLC0415 - as above
-
     told = {change.path for change in result.changes}
     more = (
         SettingChange(path, "its content of before", "its new content", Change.LIVE.value)

@@ -7,7 +7,7 @@ from typing import cast
 
 import pytest
 
-from imdsproxy.app.instance_reports import InstanceReports
+from imdsproxy.admin.instance_reports import InstanceReports
 from imdsproxy.app.listener_loop import ListenerLoop
 from imdsproxy.app.record_loop import RecordLoop
 from imdsproxy.core.endpoints import Endpoint, LeftOut, LeftOutCode

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from imdsproxy.app import build
 from imdsproxy.config.schema import Settings
+from imdsproxy.controller import build
 from imdsproxy.host.clock import SystemClock
 from imdsproxy.sources.libvirt import LibvirtPace, LibvirtSource
 from imdsproxy.sources.libvirt_client import SystemLibvirt

@@ -5,7 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from imdsproxy.app.build import (
+from imdsproxy.app.companion import CompanionLauncher
+from imdsproxy.app.gates import Gates
+from imdsproxy.app.hops import Hops
+from imdsproxy.app.listener_loop import HostView
+from imdsproxy.app.unix_listener import sweep_unix_socket
+from imdsproxy.config.schema import Settings
+from imdsproxy.controller.build import (
     build_companion,
     build_gates,
     build_hops,
@@ -13,12 +19,6 @@ from imdsproxy.app.build import (
     build_launcher,
     build_layout,
 )
-from imdsproxy.app.companion import CompanionLauncher
-from imdsproxy.app.gates import Gates
-from imdsproxy.app.hops import Hops
-from imdsproxy.app.listener_loop import HostView
-from imdsproxy.app.unix_listener import sweep_unix_socket
-from imdsproxy.config.schema import Settings
 from imdsproxy.core.hostnames import Naming
 from imdsproxy.core.inventory import Inventory
 from imdsproxy.core.listeners import plan_listeners

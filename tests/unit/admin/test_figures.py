@@ -1,7 +1,7 @@
 from __future__ import annotations
 
+from imdsproxy.admin.figures import TrafficCounter
 from imdsproxy.admin.snapshot import NetworkTraffic
-from imdsproxy.app.figures import TrafficCounter
 
 
 def _row(network: str, requests: int, denied: int = 0, errors: int = 0) -> dict[str, str]:

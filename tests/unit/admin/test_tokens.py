@@ -12,9 +12,9 @@ from typing import cast
 
 import pytest
 
+from imdsproxy.admin import tokens
 from imdsproxy.admin.operations import GuardChange
-from imdsproxy.app import guard_writes
-from imdsproxy.app.guard_writes import GuardWrites
+from imdsproxy.admin.tokens import GuardWrites
 from imdsproxy.app.guarding import Guarding
 from imdsproxy.app.guards import GuardFile
 from imdsproxy.app.record_loop import RecordLoop
@@ -194,7 +194,7 @@ async def test_what_haproxy_knows_of_a_source_that_is_silent_is_told(rig: Rig) -
 async def test_what_is_not_confirmed_in_time_says_why(
     rig: Rig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(guard_writes, "_APPLY_DEADLINE_S", 0.05)
+    monkeypatch.setattr(tokens, "_APPLY_DEADLINE_S", 0.05)
     rig.tell()
     rig.keys.read(None)
     pending = ("the data plane has not confirmed it yet", "HAProxy does not answer")

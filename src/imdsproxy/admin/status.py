@@ -8,6 +8,8 @@ from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final, assert_never
 
+from imdsproxy.admin.explain import Explainer
+from imdsproxy.admin.instance_reports import InstanceReports
 from imdsproxy.admin.operations import (
     DocumentAnswer,
     Explanation,
@@ -16,10 +18,10 @@ from imdsproxy.admin.operations import (
     KeyRotation,
     NetworkReport,
     Probe,
-    SettingsReload,
     WatchReport,
     Written,
 )
+from imdsproxy.admin.records import Writes
 from imdsproxy.admin.reports import (
     AuditReport,
     DocumentsReport,
@@ -34,12 +36,10 @@ from imdsproxy.admin.reports import (
     UnixListenerReport,
     list_degraded,
 )
+from imdsproxy.admin.tokens import GuardWrites
 from imdsproxy.app.audit import Audit
-from imdsproxy.app.explain import Explainer
 from imdsproxy.app.gates import Gates
 from imdsproxy.app.guard import HaproxyGuard
-from imdsproxy.app.guard_writes import GuardWrites
-from imdsproxy.app.instance_reports import InstanceReports
 from imdsproxy.app.limited import LimitWatch
 from imdsproxy.app.listener_loop import ListenerLoop
 from imdsproxy.app.lookup import Lookup
@@ -48,7 +48,7 @@ from imdsproxy.app.nova_watch import NovaWatch
 from imdsproxy.app.record_loop import RecordLoop
 from imdsproxy.app.token_report import TokenCounting
 from imdsproxy.app.watching import Watching
-from imdsproxy.app.writes import Writes
+from imdsproxy.config.change import SettingsReload
 from imdsproxy.config.schema import Settings
 from imdsproxy.core import endpoints
 from imdsproxy.core.documents.renamed import list_warnings

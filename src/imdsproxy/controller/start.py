@@ -24,7 +24,24 @@ import structlog
 from imdsproxy.admin.health import HealthServer
 from imdsproxy.app.account import owner_of
 from imdsproxy.app.audit import KEPT_WORKERS, Audit
-from imdsproxy.app.build import (
+from imdsproxy.app.document_probe import DocumentProbe
+from imdsproxy.app.exporter_port import ExporterPort
+from imdsproxy.app.guard import HaproxyGuard
+from imdsproxy.app.guarding import GuardingChange
+from imdsproxy.app.heartbeat import Heartbeat
+from imdsproxy.app.kept_networks import KeptNetworks
+from imdsproxy.app.listener_loop import ListenerLoop
+from imdsproxy.app.lookup import Lookup
+from imdsproxy.app.nova_upstream import NovaUpstream
+from imdsproxy.app.pair_follower import PairFollower
+from imdsproxy.app.record_loop import RecordLoop
+from imdsproxy.app.servers import open_datagram_socket, open_sole_socket, open_tcp_socket
+from imdsproxy.app.token_report import open_counting
+from imdsproxy.app.unix_listener import UnixListener, sweep_unix_socket
+from imdsproxy.app.watching import Watching
+from imdsproxy.config.change import SettingsReload
+from imdsproxy.config.schema import Settings
+from imdsproxy.controller.build import (
     build_companion,
     build_files,
     build_gates,
@@ -39,25 +56,9 @@ from imdsproxy.app.build import (
     prepare_directories,
     prepare_jail,
 )
-from imdsproxy.app.document_probe import DocumentProbe
-from imdsproxy.app.exporter_port import ExporterPort
-from imdsproxy.app.guard import HaproxyGuard
-from imdsproxy.app.guarding import GuardingChange
-from imdsproxy.app.heartbeat import Heartbeat
-from imdsproxy.app.kept_networks import KeptNetworks
-from imdsproxy.app.listener_loop import ListenerLoop
-from imdsproxy.app.lookup import Lookup
-from imdsproxy.app.nova_upstream import NovaUpstream
-from imdsproxy.app.pair_follower import PairFollower
-from imdsproxy.app.parts import Parts
-from imdsproxy.app.record_loop import RecordLoop
-from imdsproxy.app.servers import open_datagram_socket, open_sole_socket, open_tcp_socket
-from imdsproxy.app.settings_reload import SettingsHolder, with_contents
-from imdsproxy.app.stop import end_processes, sweep_host
-from imdsproxy.app.token_report import open_counting
-from imdsproxy.app.unix_listener import UnixListener, sweep_unix_socket
-from imdsproxy.app.watching import Watching
-from imdsproxy.config.schema import Settings
+from imdsproxy.controller.parts import Parts
+from imdsproxy.controller.settings_reload import SettingsHolder, with_contents
+from imdsproxy.controller.stop import end_processes, sweep_host
 from imdsproxy.core.addresses import normalise_address
 from imdsproxy.core.hostnames import Naming
 from imdsproxy.core.inventory import Inventory
@@ -78,8 +79,7 @@ from imdsproxy.serving.account import find_account
 from imdsproxy.serving.resolver import HoldLimits, Resolver
 
 if TYPE_CHECKING:
-    from imdsproxy.admin.operations import SettingsReload
-    from imdsproxy.app.face import Face
+    from imdsproxy.controller.http import Face
 
 __all__ = ["run_controller"]
 
@@ -486,7 +486,7 @@ async def _live(controller: _Controller, admin: socket.socket, health: HealthSer
             )
         ]
         await asyncio.gather(loading, parts.documents.ask())
-        from imdsproxy.app.face import build_face, load_admin, serve  # noqa: PLC0415 - it is there now
+        from imdsproxy.controller.http import build_face, load_admin, serve  # noqa: PLC0415 - it is there now
 
         face = controller.face = build_face(
             parts, reload_settings=controller.reload, end=controller.end
@@ -534,7 +534,7 @@ async def _load_face(controller: _Controller) -> None:
     finally:
         for one in waiting:
             one.cancel()
-    await asyncio.to_thread(importlib.import_module, "imdsproxy.app.face")
+    await asyncio.to_thread(importlib.import_module, "imdsproxy.controller.http")
 
 
 async def _start_data_plane(controller: _Controller) -> None:
