@@ -304,6 +304,17 @@ class Lab:
         for place in {place for place, _ in self._places.values()}:
             ip("-n", place, "neigh", "flush", "all")
 
+    @contextlib.contextmanager
+    def neighbour(self, network: str, address: str, mac: str) -> Iterator[None]:
+        """Have the neighbour table of a network's namespace hold a MAC for an address, whatever its guest sends."""
+        place, bridge = self._places[network]
+        entry = (address, "lladdr", mac, "dev", bridge)
+        ip("-n", place, "neigh", "replace", *entry, "nud", "permanent")
+        try:
+            yield
+        finally:
+            ip("-n", place, "neigh", "del", *entry)
+
     def _own(self) -> list[str]:
         return [name for name in self.leftovers() if not name.startswith(self.prefix)]
 

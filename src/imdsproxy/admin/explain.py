@@ -193,11 +193,17 @@ class Explainer:
         """What MACs have to do with it; nothing where the network does not check them."""
         if not checks_macs(self.inventory, key[0]):
             return (), None
-        seen = await self.lookup.last_mac(key)
+        neighbour, refusal = await self.lookup.last_seen(key)
+        seen = neighbour if refusal is None else refusal.mac
         wanted = plan_pair(self.inventory, key, self.records.learned)
         granted = self.lookup.pairs.granted(key)
         gate = self.lookup.pairs.is_up(key[0])
         steps = [f"it was last seen with MAC {seen}" if seen else "no MAC was seen with it"]
+        if refusal is not None and neighbour not in {None, refusal.mac}:
+            age_s = self.lookup.clock.monotonic() - refusal.at
+            steps.append(
+                f"its request was refused {age_s:.0f} s ago; the neighbour table has MAC {neighbour}"
+            )
         if granted == ANY_MAC:
             steps.append("the gate lets it through with any MAC: no record has one")
         elif granted is not None:

@@ -55,6 +55,12 @@ __all__ = ["Lookup", "Neighbours"]
 _REFUSED: Final = 1000
 """Addresses whose last refused MAC `explain` can show."""
 
+_REFUSED_S: Final = 300.0
+"""For how long such a MAC is what `explain` goes by."""
+
+_NOTE_S: Final = 1.0
+"""So often at most the neighbour table is read for an address that is refused again and again."""
+
 _LOOKS: Final = 3
 """So often an address may change hands while it is looked up."""
 
@@ -134,6 +140,20 @@ class Heard(Protocol):
     def __call__(self, key: AddressKey, /) -> bool: ...
 
 
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """A request that was refused for its MAC.
+
+    Attributes:
+        neighbour: What the neighbour table had for the address then.
+        at: By the monotonic clock, in seconds.
+    """
+
+    mac: MacAddress
+    neighbour: MacAddress | None
+    at: float
+
+
 @dataclass(slots=True)
 class Lookup:
     """The resolver's eyes; what the neighbour table says is kept until it says something else.
@@ -152,23 +172,36 @@ class Lookup:
     source: LookUpSource | None = None
     pairs: PairKeeper = field(default_factory=NoPairs)
     heard: Heard = lambda _: False
-    _refused: dict[AddressKey, MacAddress] = field(default_factory=dict)
+    _refused: dict[AddressKey, Refusal] = field(default_factory=dict)
 
     async def identify(self, key: AddressKey) -> Identity:
         """Whose the address is now, and how that was found, by what is known here."""
         identity, mac = await self._identify(key)
-        if mac is None and key in self._refused:
-            return identify(self.inventory, *key, neighbour_mac=self._refused[key])
+        refusal = self._refusal(key, mac)
+        if refusal is not None:
+            return identify(self.inventory, *key, neighbour_mac=refusal.mac)
         return identity
 
-    async def last_mac(self, key: AddressKey) -> MacAddress | None:
-        """The MAC that the neighbour table has, else that of the last request that was refused for its MAC."""
-        return await self.neighbour(key) or self._refused.get(key)
+    async def last_seen(self, key: AddressKey) -> tuple[MacAddress | None, Refusal | None]:
+        """The MAC that the neighbour table has for an address, and the refusal that is newer, if one is."""
+        mac = await self.neighbour(key)
+        return mac, self._refusal(key, mac)
 
-    def _note_refused(self, key: AddressKey, mac: MacAddress | None) -> None:
+    def _refusal(self, key: AddressKey, neighbour: MacAddress | None) -> Refusal | None:
+        refusal = self._refused.get(key)
+        if refusal is None or self.clock.monotonic() - refusal.at > _REFUSED_S:
+            return None
+        return refusal if neighbour in (None, refusal.neighbour) else None
+
+    async def _note_refused(self, key: AddressKey, mac: MacAddress | None) -> None:
+        before = self._refused.get(key)
+        now = self.clock.monotonic()
+        if before is not None and before.mac == mac and now - before.at < _NOTE_S:
+            return
         self._refused.pop(key, None)
         if mac is not None:
-            self._refused[key] = mac
+            neighbour = await self.neighbour(key)
+            self._refused[key] = Refusal(mac, neighbour, now)
         if len(self._refused) > _REFUSED:
             del self._refused[next(iter(self._refused))]
 
@@ -246,7 +279,7 @@ class Lookup:
                 if isinstance(resolution, Known):
                     continue
                 return resolution
-            self._note_refused(key, mac if isinstance(identity, Mismatch) else None)
+            await self._note_refused(key, mac if isinstance(identity, Mismatch) else None)
             if not isinstance(identity, Found):
                 return await self._resolve(key, identity, mac)
             if mac is None and identity.port.mac is not None:
