@@ -288,8 +288,11 @@ def _show_problems(output: Output, report: _Shape) -> None:
 
 
 def _cap(lines: Sequence[str]) -> Sequence[str]:
-    more = len(lines) - MOST_SHOWN
-    return [*lines[:MOST_SHOWN], f"and {more:,} more: --json has all"] if more > 0 else lines
+    return [*lines[:MOST_SHOWN], *_more(len(lines))]
+
+
+def _more(count: int) -> Sequence[str]:
+    return [f"and {count - MOST_SHOWN:,} more: --json has all"] if count > MOST_SHOWN else []
 
 
 def _source_state(source: _Shape) -> str:

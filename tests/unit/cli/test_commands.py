@@ -641,6 +641,19 @@ def test_status_lists_some_of_the_problems_of_a_source_and_counts_the_rest(fille
     assert filled("status", "--json").out.count("is empty") == 1_030
 
 
+def test_status_lists_some_of_the_networks_that_are_not_served_and_counts_the_rest(
+    filled: Cli,
+) -> None:
+    for number in range(1_000):
+        network = NetworkId(f"n-{number}")
+        filled.operations.left_out[network] = LeftOut(network, "no-device", "is not there", "")
+
+    ran = filled("status")
+
+    assert ran.out.count("is not there") == 20
+    assert "and 980 more: --json has all" in ran.out
+
+
 def test_status_shows_what_takes_long_while_it_does(filled: Cli) -> None:
     assert "under way" not in filled("status").out
     filled.operations.under_way = (Step("storing instances", 1_000, 2_000), Step("waiting", 0, 0))
