@@ -4,116 +4,99 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Final, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
 from imdsproxy.cli import options
-from imdsproxy.config.neutron_option import Fate
-from imdsproxy.errors import (
-    AlreadyExists,
-    ConfigError,
-    ConfigUnreadable,
-    Problem,
-    RequestRefused,
-)
+from imdsproxy.cli.flags import flag
+from imdsproxy.config.files import read_each
+from imdsproxy.errors import AlreadyExists, ConfigUnreadable, RequestRefused
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator, Mapping, Sequence
+    from collections.abc import Collection, Iterator, Mapping
 
     from imdsproxy.config.neutron_import import Imported
     from imdsproxy.core.neutron_ini import IniOption
-
-__all__ = ["import_settings"]
 
 _SECRET_NAME: Final = "nova.secret"  # noqa: S105 - a file's name
 _SECRET_MODE: Final = 0o600
 _SETTINGS_MODE: Final = 0o640
 _DIRECTORY: Final = Path("/etc/imdsproxy")
 
-Files: TypeAlias = Annotated[
-    list[Path],
-    typer.Argument(
-        metavar="FILE",
-        help="Neutron's files in the order in which its agent is given them: later ones win. Nova's nova.conf may be "
-        "among them.",
-        show_default=False,
-    ),
-]
-Neutron: TypeAlias = Annotated[
-    bool,
-    typer.Option("--neutron", help="The files are those of Neutron's agents.", show_default=False),
-]
-OutputFile: TypeAlias = Annotated[
-    Path | None,
-    typer.Option(
-        "--output",
-        "-o",
-        metavar="FILE",
-        help="Write the settings there (0640) and not to standard output.",
-        show_default=False,
-    ),
-]
-SecretFile: TypeAlias = Annotated[
-    Path | None,
-    typer.Option(
-        "--secret-file",
-        metavar="FILE",
-        help="Write the secret there (0600); nova.secret beside --output without it. It is shown nowhere.",
-        show_default=False,
-    ),
-]
-AgentUser: TypeAlias = Annotated[
-    str,
-    typer.Option(
-        "--agent-user",
-        metavar="NAME",
-        help="Account, and group, that Neutron's agents run as; neutron without it.",
-        show_default=False,
-    ),
-]
-ServerName: TypeAlias = Annotated[
-    str | None,
-    typer.Option(
-        "--server-name",
-        metavar="NAME",
-        help="The name in Nova's certificate, where Nova is given by address.",
-        show_default=False,
-    ),
-]
-Force: TypeAlias = Annotated[
-    bool, typer.Option("--force", help="Replace files that are there.", show_default=False)
-]
-
 
 def import_settings(
     context: typer.Context,
-    files: Files,
+    files: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="FILE",
+            help="Neutron's files in the order in which its agent is given them: later ones win. Nova's nova.conf "
+            "may be among them.",
+            show_default=False,
+        ),
+    ],
     *,
-    neutron: Neutron = False,
-    output: OutputFile = None,
-    secret_file: SecretFile = None,
-    agent_user: AgentUser = "neutron",
-    server_name: ServerName = None,
-    force: Force = False,
+    neutron: Annotated[
+        bool,
+        typer.Option(
+            "--neutron", help="The files are those of Neutron's agents.", show_default=False
+        ),
+    ] = False,
+    output: Annotated[
+        Path | None,
+        flag(
+            "--output",
+            "FILE",
+            "Write the settings there (0640) and not to standard output.",
+            short="-o",
+        ),
+    ] = None,
+    secret_file: Annotated[
+        Path | None,
+        flag(
+            "--secret-file",
+            "FILE",
+            "Write the secret there (0600); nova.secret beside --output without it. It is shown nowhere.",
+        ),
+    ] = None,
+    agent_user: Annotated[
+        str,
+        flag(
+            "--agent-user",
+            "NAME",
+            "Account, and group, that Neutron's agents run as; neutron without it.",
+        ),
+    ] = "neutron",
+    server_name: Annotated[
+        str | None,
+        flag(
+            "--server-name",
+            "NAME",
+            "The name in Nova's certificate, where Nova is given by address.",
+        ),
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace files that are there.", show_default=False)
+    ] = False,
     as_json: options.Json = False,
 ) -> None:
-    """Make settings out of the ini files of Neutron's agents, and say what becomes of each option.
+    """Make settings out of the ini files of Neutron's agents, and report what becomes of each option.
 
-    The settings go to standard output and what is to be said to standard error, or, with --output, to standard output.
+    The settings go to standard output and the report to standard error, or, with --output, to standard output.
     """
     from imdsproxy.config.neutron_import import (  # noqa: PLC0415 - `--help` need not load it
         Given,
         plan_import,
+        render_imported,
     )
-    from imdsproxy.config.neutron_yaml import render_imported  # noqa: PLC0415 - as above
 
     run = options.invocation(context, as_json=as_json)
     if not neutron:
-        raise RequestRefused("whose files are these?", hint="say --neutron")
+        raise RequestRefused("whose files are these?", hint="add --neutron")
     beside = _DIRECTORY if output is None else output.absolute().parent
     secret = (secret_file or beside / _SECRET_NAME).absolute()
-    imported = plan_import(_read_all(files), Given(secret, agent_user, server_name))
+    imported = plan_import(read_each(files, _read, "file"), Given(secret, agent_user, server_name))
     text = render_imported(imported)
     wanted: dict[Path, tuple[bytes, int]] = {}
     if output is not None or secret_file is not None:
@@ -130,27 +113,6 @@ def import_settings(
         sys.stderr.write(report)
     else:
         run.output.text(report)
-
-
-def _read_all(files: Sequence[Path]) -> list[tuple[IniOption, ...]]:
-    """What each file holds, or one error that says of every file what is wrong with it."""
-    read: list[tuple[IniOption, ...]] = []
-    failures: list[ConfigError] = []
-    for file in files:
-        try:
-            read.append(_read(file))
-        except ConfigError as error:
-            failures.append(error)
-    if len(failures) == 1:
-        raise failures[0]
-    if failures:
-        problems = [
-            problem
-            for failure in failures
-            for problem in failure.problems or [Problem("file", failure.message)]
-        ]
-        raise ConfigUnreadable(f"{len(failures)} files cannot be used", problems=problems)
-    return read
 
 
 def _read(file: Path) -> tuple[IniOption, ...]:
@@ -191,7 +153,11 @@ def _is_other(path: Path, data: bytes) -> bool:
 
 
 def _report(imported: Imported, written: Collection[Path]) -> Iterator[str]:
-    yield from _group("taken over", imported, Fate.TAKEN)
+    groups: dict[str, list[str]] = {"taken over": [], "by hand": [], "no equivalent": []}
+    for one in imported.reported:
+        becomes = f"{one.becomes}. " if one.becomes else ""
+        groups[one.fate.value].append(f"  {_place(one.written)}: {becomes}{one.why}")
+    yield from _titled("taken over", groups["taken over"])
     if imported.ovn is not None:
         yield (
             f"  unix_listener.take_over: true, since {_place(imported.ovn)} says that the agent is OVN's. It listens "
@@ -208,33 +174,29 @@ def _report(imported: Imported, written: Collection[Path]) -> Iterator[str]:
             f"  {imported.secret_file}: put the value of {at.name} ({at.file}:{at.line}) there"
             f"{expanded}, with mode 0600; --secret-file writes it"
         )
-    yield from _told(imported, Fate.BY_HAND)
-    yield from _group("no equivalent", imported, Fate.NONE)
-    if imported.overridden:
-        yield "counts for nothing"
-    for lost in imported.overridden:
-        yield f"  {_place(lost.written)}: {lost.by.file}:{lost.by.line} wins"
-    if imported.doubtful:
-        yield "not heeded by Neutron either"
-    for doubtful in imported.doubtful:
-        yield f"  {_place(doubtful.written)}: there is no such option; did you mean {doubtful.near}?"
+    yield from groups["by hand"]
+    yield from _titled("no equivalent", groups["no equivalent"])
+    yield from _titled(
+        "without effect",
+        [
+            f"  {_place(one.written)}: {one.by.file}:{one.by.line} wins"
+            for one in imported.overridden
+        ],
+    )
+    yield from _titled(
+        "ignored by Neutron too",
+        [
+            f"  {_place(one.written)}: there is no such option; did you mean {one.near}?"
+            for one in imported.doubtful
+        ],
+    )
     yield f"{imported.others} other options are of no concern to imdsproxy"
     for path in written:
         yield f"written: {path}"
 
 
-def _group(title: str, imported: Imported, fate: Fate) -> Iterator[str]:
-    lines = list(_told(imported, fate))
-    if lines:
-        yield title
-    yield from lines
-
-
-def _told(imported: Imported, fate: Fate) -> Iterator[str]:
-    for told in imported.told:
-        if told.fate is fate:
-            becomes = f"{told.becomes}. " if told.becomes else ""
-            yield f"  {_place(told.written)}: {becomes}{told.why}"
+def _titled(title: str, lines: list[str]) -> list[str]:
+    return [title, *lines] if lines else []
 
 
 def _place(written: IniOption) -> str:
@@ -243,15 +205,15 @@ def _place(written: IniOption) -> str:
 
 def _shape(imported: Imported) -> dict[str, object]:
     return {
-        "settings": imported.settings,
+        "settings": imported.nested,
         "options": [
             {
-                **_where(told.written),
-                "fate": told.fate.value,
-                "setting": told.becomes or None,
-                "why": told.why,
+                **_where(one.written),
+                "fate": one.fate.value,
+                "setting": one.becomes or None,
+                "why": one.why,
             }
-            for told in imported.told
+            for one in imported.reported
         ],
         "overridden": [
             {**_where(lost.written), "by": _where(lost.by)} for lost in imported.overridden

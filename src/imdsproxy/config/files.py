@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeVar
 
-from imdsproxy.errors import ConfigUnreadable
+from imdsproxy.errors import ConfigError, ConfigUnreadable, Problem
 
-__all__ = ["DEFAULT_CONFIG", "ENVIRONMENT_PREFIX", "find_files", "unreadable"]
-
+_T = TypeVar("_T")
 DEFAULT_CONFIG: Final = Path("/etc/imdsproxy/imdsproxy.yaml")
 ENVIRONMENT_PREFIX: Final = "IMDSPROXY_"
 
@@ -41,3 +41,27 @@ def unreadable(path: Path, error: OSError | UnicodeDecodeError) -> ConfigUnreada
     reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
     hint = "give the right --config" if isinstance(error, FileNotFoundError) else ""
     return ConfigUnreadable(f"cannot read {path}: {reason}", hint=hint)
+
+
+def read_each(files: Iterable[Path], read: Callable[[Path], _T], field: str) -> list[_T]:
+    """What `read` makes of each file, or one error that names every file that cannot be used.
+
+    `field` is what a problem without one of its own is about.
+    """
+    done: list[_T] = []
+    failures: list[ConfigError] = []
+    for path in files:
+        try:
+            done.append(read(path))
+        except ConfigError as error:
+            failures.append(error)
+    if len(failures) == 1:
+        raise failures[0]
+    if failures:
+        problems = [
+            problem
+            for failure in failures
+            for problem in failure.problems or [Problem(field, failure.message)]
+        ]
+        raise ConfigUnreadable(f"{len(failures)} files cannot be used", problems=problems)
+    return done

@@ -13,12 +13,18 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from pydantic import ValidationError
 
-from imdsproxy.config.files import DEFAULT_CONFIG, ENVIRONMENT_PREFIX, find_files, unreadable
+from imdsproxy.config.files import (
+    DEFAULT_CONFIG,
+    ENVIRONMENT_PREFIX,
+    find_files,
+    read_each,
+    unreadable,
+)
 from imdsproxy.config.schema import Settings
 from imdsproxy.config.tree import walk_values
 from imdsproxy.config.words import explain_finding, iterate_settings
 from imdsproxy.config.yaml_document import YamlDocument, parse_yaml
-from imdsproxy.errors import ConfigError, ConfigInvalid, ConfigUnreadable, Problem
+from imdsproxy.errors import ConfigInvalid, ConfigUnreadable, Problem
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
@@ -79,7 +85,7 @@ def load_settings(
     """
     files = find_files(config, default)
     merged = _Merged()
-    documents = _read_all(files)
+    documents = read_each(files, lambda path: (path, _read(path)), "configuration")
     for path, document in documents:
         _merge_file(merged, path, document)
     problems = _merge_environment(merged, environment)
@@ -105,27 +111,6 @@ def _invalid(problems: Sequence[Problem]) -> ConfigInvalid:
         problems=problems,
         hint="`imdsproxy config sample` prints every setting with its default",
     )
-
-
-def _read_all(files: Sequence[Path]) -> list[tuple[Path, YamlDocument]]:
-    """Every file, or one error that names every file that cannot be read."""
-    documents: list[tuple[Path, YamlDocument]] = []
-    failures: list[ConfigError] = []
-    for path in files:
-        try:
-            documents.append((path, _read(path)))
-        except ConfigError as error:
-            failures.append(error)
-    if len(failures) == 1:
-        raise failures[0]
-    if failures:
-        problems = [
-            problem
-            for failure in failures
-            for problem in failure.problems or [Problem("configuration", failure.message)]
-        ]
-        raise ConfigUnreadable(f"{len(failures)} files cannot be used", problems=problems)
-    return documents
 
 
 def _read(path: Path) -> YamlDocument:

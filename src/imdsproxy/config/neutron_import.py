@@ -1,18 +1,23 @@
-"""Settings out of Neutron's ini files: pure, from parsed options to a plan of what is to be written."""
+"""Settings out of Neutron's ini files: pure, from parsed options to the text of a settings file."""
 
 from __future__ import annotations
 
 import difflib
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, TypeAlias
 
 from pydantic import ValidationError
 
-from imdsproxy.config.neutron_option import TRUE_WORDS, Fate, NeutronOption
-from imdsproxy.config.neutron_options import NEUTRON_OPTIONS, NOVA
+from imdsproxy.config.neutron_options import (
+    NEUTRON_OPTIONS,
+    NOVA,
+    TRUE_WORDS,
+    Fate,
+    NeutronOption,
+)
 from imdsproxy.config.nova import DEFAULT_SET
 from imdsproxy.config.nova_url import NovaUrl, parse_nova_url
 from imdsproxy.config.schema import Settings
@@ -20,8 +25,6 @@ from imdsproxy.config.takes import render_value
 from imdsproxy.config.words import explain_finding
 from imdsproxy.core.neutron_ini import IniOption, expand_value, find_option
 from imdsproxy.errors import ConfigInvalid, Problem
-
-__all__ = ["Doubtful", "Given", "Imported", "Overridden", "Told", "plan_import"]
 
 _SECTIONS_OF_NOVA: Final = frozenset({"neutron", "api", "api_database", "compute", "libvirt"})
 """Sections of nova.conf that no file of Neutron's has: both have `state_path`, `host`, `metadata_workers`."""
@@ -32,14 +35,11 @@ _BEFORE_THE_FRONT_S: Final = 2
 _RESPONSE_S: Final = (1, 600)
 """What `nova.response_timeout_s` takes."""
 
-_NOTHING_TO_DO: Final[Mapping[str, bool]] = {
+_RIGHT_IN_NOVA: Final[Mapping[str, bool]] = {
     "service_metadata_proxy": True,
     "local_metadata_per_cell": False,
 }
-"""Options of Nova's with the value at which nobody has to do anything."""
-
-_SOUTHBOUND: Final = ("ovn", "ovn_sb_")
-"""Section and first letters of the options that say where OVN's agent finds its database."""
+"""Options of Nova's with the value that needs no change by hand."""
 
 _OVNS_FILE: Final = re.compile(r"(^|[._-])ovn([._-]|$)")
 """neutron_ovn_metadata_agent.ini, neutron_ovn_agent.ini, ovn_agent.ini."""
@@ -49,15 +49,37 @@ _OPTIONS: Final[Mapping[tuple[str, str], NeutronOption]] = {
     name: option for option in NEUTRON_OPTIONS for name in option.names
 }
 _SET: Final = f"nova.endpoint_sets.{DEFAULT_SET}"
-_SECRET: Final = ("DEFAULT", "metadata_proxy_shared_secret")
-_NOVAS_SECRET: Final = ("neutron", "metadata_proxy_shared_secret")
+_URL: Final = f"{_SET}.endpoints[0].url"
+_URL_OPTIONS: Final = ("nova_metadata_protocol", "nova_metadata_host", "nova_metadata_port")
+_CLIENT: Final = ("nova_client_cert", "nova_client_priv_key")
+
+_COLUMN: Final = 56
+_HEAD: Final = "# Made by `imdsproxy config import`. What is not here has its default: see `imdsproxy config sample`."
+_WITHOUT_OPTION: Final[Mapping[str, str]] = {
+    f"{_SET}.secret_file": "its value is Neutron's metadata_proxy_shared_secret",
+    f"{_SET}.server_name": "as given",
+    "documents.enabled": "all documents are Nova's",
+    "unix_listener.enabled": "in the place of neutron-metadata-agent",
+    "unix_listener.take_over": "OVN's agent listens there and has to run on",
+    "unix_listener.user": "whom Neutron's agents run as; no file says it",
+    "unix_listener.group": "its group",
+}
+_BY_HAND: Final = """\
+# To be added: Neutron's agents asked by RPC, imdsproxy asks Neutron's API, and no file says where that is. Take the
+# first # off these lines and name a cloud of /etc/openstack/clouds.yaml, or the URL of a Neutron without Keystone.
+#sources:
+#  neutron:
+#    enabled: true
+#    cloud: CLOUD
+#    # endpoint: http://127.0.0.1:9696
+"""
 
 _Files: TypeAlias = "Sequence[Sequence[IniOption]]"
 
 
 @dataclass(frozen=True, slots=True)
 class Given:
-    """What the operator says beside the files.
+    """What the operator gives beside the files.
 
     Attributes:
         secret_file: Where the secret is to be.
@@ -71,7 +93,7 @@ class Given:
 
 
 @dataclass(frozen=True, slots=True)
-class Told:
+class Reported:
     """What became of one option that the files have."""
 
     option: NeutronOption
@@ -87,7 +109,7 @@ class Told:
 
 @dataclass(frozen=True, slots=True)
 class Overridden:
-    """A value that counts for nothing, since another one of the same option was read later."""
+    """A value without effect, since another one of the same option was read later."""
 
     written: IniOption
     by: IniOption
@@ -95,7 +117,7 @@ class Overridden:
 
 @dataclass(frozen=True, slots=True)
 class Doubtful:
-    """An option that is none, and looks like one: Neutron does not heed it either."""
+    """An unknown option with a name like that of a known one: Neutron ignores it too."""
 
     written: IniOption
     near: str
@@ -103,11 +125,11 @@ class Doubtful:
 
 @dataclass(frozen=True, slots=True)
 class Imported:
-    """What is to be written, and what is to be said.
+    """What is to be written, and what is to be reported.
 
     Attributes:
-        settings: Sections, as YAML has them.
-        origins: For each setting in them (`unix_listener.path`) the options it comes from; none for a default.
+        settings: Values by path, as `unix_listener.path`, in the schema's order.
+        origins: For each of them the options it comes from; none for a default.
         secret: What goes into the secret file.
         secret_from: Where it stands.
         secret_file: As it was given.
@@ -116,17 +138,22 @@ class Imported:
         others: How many options the files have that are of no concern.
     """
 
-    settings: Mapping[str, Any]
+    settings: Mapping[str, object]
     origins: Mapping[str, tuple[IniOption, ...]]
     secret: str
     secret_from: IniOption
     secret_file: Path
     host: str | None
     ovn: IniOption | None
-    told: tuple[Told, ...]
+    reported: tuple[Reported, ...]
     overridden: tuple[Overridden, ...]
     doubtful: tuple[Doubtful, ...]
     others: int
+
+    @property
+    def nested(self) -> dict[str, Any]:
+        """The settings as sections, as YAML has them."""
+        return _nested(self.settings)
 
 
 def plan_import(files: _Files, given: Given) -> Imported:
@@ -134,17 +161,18 @@ def plan_import(files: _Files, given: Given) -> Imported:
 
     Args:
         files: What each file holds, in the order in which the agent was given them: later ones win. Nova's may be
-            among them, and are told by their sections.
+            among them, and are recognised by their sections.
         given: What they cannot say.
 
     Raises:
         ConfigInvalid: Values that Neutron would not take, or imdsproxy does not; all at once, with file and line.
     """
     reading = _Reading(files)
-    reading.check()
     url = _url(reading)
     secret = _secret(reading)
-    settings, origins = _settings(reading, url, given)
+    rows = _settings(reading, url, given)
+    settings = {path: value for path, value, _ in rows}
+    origins = {path: reading.all_written(names) for path, _, names in rows}
     if not reading.problems:
         reading.problems += _breaches(settings, origins)
     if reading.problems or secret is None:
@@ -159,90 +187,132 @@ def plan_import(files: _Files, given: Given) -> Imported:
         secret=secret[0],
         secret_from=secret[1],
         secret_file=given.secret_file,
-        host=reading.value("DEFAULT", "host"),
-        ovn=reading.ovn(),
-        told=tuple(_told(reading)),
-        overridden=tuple(reading.overridden()),
-        doubtful=tuple(_doubtful(files)),
-        others=len({(one.section, one.name) for one in _flat(files)} - _OPTIONS.keys()),
+        host=reading.value("host"),
+        ovn=reading.ovn,
+        reported=tuple(_report(reading)),
+        overridden=tuple(_overridden(reading)),
+        doubtful=tuple(_doubtful(reading)),
+        others=len({(one.section, one.name) for one in reading.each} - _OPTIONS.keys()),
     )
 
 
-@dataclass(slots=True)
+def render_imported(imported: Imported) -> str:
+    """The settings file; it loads as it is, and with the first # off its last lines too."""
+    lines = [_HEAD]
+    before: list[str] = []
+    for path, value in imported.settings.items():
+        steps = path.split(".")
+        for depth, step in enumerate(steps[:-1]):
+            if steps[: depth + 1] != before[: depth + 1]:
+                blank = [] if depth else [""]
+                lines += [*blank, f"{'  ' * depth}{step.removesuffix('[0]')}:"]
+        before = steps
+        dash = "- " if len(steps) > 1 and steps[-2].endswith("[0]") else ""
+        line = f"{'  ' * (len(steps) - 1)}{dash}{steps[-1]}: {render_value(value)}"
+        lines.append(f"{line.ljust(_COLUMN)} # {_origin(path, imported.origins[path])}")
+    host = f"#    # list_host: {render_value(imported.host)}\n" if imported.host else ""
+    return "\n".join([*lines, "", _BY_HAND + host])
+
+
+def _origin(path: str, options: Sequence[IniOption]) -> str:
+    if not options:
+        return _WITHOUT_OPTION.get(path, "Neutron's default")
+    places = ", ".join(f"{one.file}:{one.line}" for one in options)
+    # A file's name may hold anything, also the end of a line.
+    return "".join(letter if letter.isprintable() else "?" for letter in places)
+
+
+def _nested(settings: Mapping[str, object]) -> dict[str, Any]:
+    root: dict[str, Any] = {}
+    for path, value in settings.items():
+        *outer, last = path.split(".")
+        inside = root
+        for step in outer:
+            name, item, _ = step.partition("[")
+            held = inside.setdefault(name, [{}] if item else {})
+            inside = held[0] if item else held
+        inside[last] = value
+    return root
+
+
 class _Reading:
     """The files as their services read them, and what is wrong with them."""
 
-    files: _Files
-    problems: list[Problem] = field(default_factory=list)
-    _values: dict[tuple[str, str], str | None] = field(default_factory=dict)
+    def __init__(self, files: _Files) -> None:
+        self._files = files
+        self.problems: list[Problem] = []
+        self._written = {
+            option: find_option(self.of(option), option.names) for option in NEUTRON_OPTIONS
+        }
+        self._values = {
+            option: None if at is None else self._read(option, at)
+            for option, at in self._written.items()
+        }
+
+    @property
+    def each(self) -> Iterator[IniOption]:
+        """Every option of every file."""
+        return (one for file in self._files for one in file)
 
     def of(self, option: NeutronOption) -> _Files:
         """The files that the option's service reads."""
-        return [one for one in self.files if _is_novas(one) == (option.whose == NOVA)]
+        return [one for one in self._files if _is_novas(one) == (option.whose == NOVA)]
 
-    def written(self, section: str, name: str) -> IniOption | None:
+    def written(self, name: str, section: str = "DEFAULT") -> IniOption | None:
         """Where the option in force stands, by its first name."""
-        option = _OPTIONS[section, name]
-        return find_option(self.of(option), option.names)
+        return self._written[_OPTIONS[section, name]]
 
-    def value(self, section: str, name: str) -> str | None:
+    def value(self, name: str, section: str = "DEFAULT") -> str | None:
         """The value in force; `None` where no file has it, or it is refused."""
-        key = (section, name)
-        if key not in self._values:
-            self._values[key] = self._read(_OPTIONS[key])
-        return self._values[key]
+        return self._values[_OPTIONS[section, name]]
 
-    def check(self) -> None:
-        """Refuse every value that Neutron would refuse."""
-        for option in NEUTRON_OPTIONS:
-            self.value(*option.names[0])
+    def is_true(self, name: str, section: str = "DEFAULT") -> bool:
+        return (self.value(name, section) or "").lower() in TRUE_WORDS
 
+    def all_written(self, names: Sequence[str]) -> tuple[IniOption, ...]:
+        """Where those of the named options stand that the files have."""
+        section = "metadata_haproxy" if names == ("timeout_server",) else "DEFAULT"
+        found = (self.written(name, section) for name in names)
+        return tuple(one for one in found if one is not None)
+
+    @property
+    def has_client(self) -> bool:
+        """Whether Neutron identifies itself to Nova with a certificate."""
+        return all(map(self.value, _CLIENT))
+
+    @property
     def ovn(self) -> IniOption | None:
         """What shows that these are files of OVN's agent."""
-        ours = [one for file in self.files if not _is_novas(file) for one in file]
+        ours = [one for file in self._files if not _is_novas(file) for one in file]
         named = (one for one in ours if _OVNS_FILE.search(Path(one.file).name))
-        section, first = _SOUTHBOUND
-        asks = (one for one in ours if one.section == section and one.name.startswith(first))
+        asks = (one for one in ours if one.section == "ovn" and one.name.startswith("ovn_sb_"))
         return next(asks, None) or next(named, None)
 
     def refuse(self, written: IniOption, reason: str, hint: str = "") -> None:
         self.problems.append(Problem(_spelled(written), reason, hint, written.file, written.line))
 
-    def overridden(self) -> Iterator[Overridden]:
-        for option in NEUTRON_OPTIONS:
-            chosen = self.written(*option.names[0])
-            files = self.of(option)
-            for one in _flat(files):
-                same = (one.section, one.name) in option.names
-                if chosen and same and _expanded(files, one) != _expanded(files, chosen):
-                    yield Overridden(one, chosen)
-
-    def _read(self, option: NeutronOption) -> str | None:
-        written = self.written(*option.names[0])
-        if written is None:
-            return None
-        files = self.of(option)
+    def _read(self, option: NeutronOption, written: IniOption) -> str | None:
         try:
-            value = _expand(files, written)
+            value = _expand(self.of(option), written)
         except ValueError as error:
             # What is not taken over may refer to what the files of this host do not have.
             if option.fate is not Fate.NONE:
                 self.refuse(written, str(error), "write the value itself")
             return None
-        if not option.kind.accepts(value):
+        if not option.accepts(value):
             shown = "its value" if option.secret else render_value(value)
-            self.refuse(written, f"{shown} is not acceptable", f"Neutron takes {option.kind.words}")
+            self.refuse(written, f"{shown} is not acceptable", f"Neutron takes {option.takes}")
             return None
         return value
 
 
 def _url(reading: _Reading) -> NovaUrl | None:
-    host = reading.value("DEFAULT", "nova_metadata_host")
-    written = reading.written("DEFAULT", "nova_metadata_host")
+    host = reading.value("nova_metadata_host")
+    written = reading.written("nova_metadata_host")
     if written is not None and host is None:
         return None  # refused already
-    scheme = reading.value("DEFAULT", "nova_metadata_protocol") or "http"
-    port = reading.value("DEFAULT", "nova_metadata_port") or "8775"
+    scheme = reading.value("nova_metadata_protocol") or "http"
+    port = reading.value("nova_metadata_port") or "8775"
     name = "127.0.0.1" if host is None else host
     # Neutron puts brackets around IPv6 addresses itself; before it did, operators wrote them.
     bracketed = f"[{name}]" if ":" in name and not name.startswith("[") else name
@@ -255,16 +325,20 @@ def _url(reading: _Reading) -> NovaUrl | None:
 
 
 def _secret(reading: _Reading) -> tuple[str, IniOption] | None:
-    ours, novas = ((reading.value(*key), reading.written(*key)) for key in (_SECRET, _NOVAS_SECRET))
+    name = "metadata_proxy_shared_secret"
+    ours, novas = (
+        (reading.value(name, section), reading.written(name, section))
+        for section in ("DEFAULT", "neutron")
+    )
     found = next(((one, at) for one, at in (ours, novas) if one and at is not None), None)
     if found is None:
         at = ours[1] or novas[1]
-        hint = "give Neutron and Nova the same one, a long one that nobody can guess"
+        hint = "give Neutron and Nova the same long, random one"
         if at is not None:
             reading.refuse(at, "is empty: every guest could forge what it signs", hint)
         else:
             reason = "is in none of the files: nothing could be signed"
-            reading.problems.append(Problem("[DEFAULT] metadata_proxy_shared_secret", reason, hint))
+            reading.problems.append(Problem(f"[DEFAULT] {name}", reason, hint))
         return None
     if ours[0] and novas[0] and ours[0] != novas[0] and ours[1] and novas[1]:
         hint = "they have to be equal, or Nova answers 403"
@@ -276,142 +350,93 @@ def _secret(reading: _Reading) -> tuple[str, IniOption] | None:
 
 def _settings(
     reading: _Reading, url: NovaUrl | None, given: Given
-) -> tuple[dict[str, Any], dict[str, tuple[IniOption, ...]]]:
-    """What the files come to, in the order of the schema, and where each setting comes from."""
-    plan = _Plan(reading)
-    endpoint = plan.list_of_one(f"{_SET}.endpoints")
-    plan.put(
-        f"{_SET}.endpoints[0].url",
-        str(url),
-        "nova_metadata_protocol",
-        "nova_metadata_host",
-        "nova_metadata_port",
-        into=endpoint,
-    )
-    plan.put(f"{_SET}.secret_file", str(given.secret_file))
-    plan.put_text(f"{_SET}.ca_file", "auth_ca_cert")
-    if (reading.value("DEFAULT", "nova_metadata_insecure") or "").lower() in TRUE_WORDS:
-        plan.put(f"{_SET}.verify", False, "nova_metadata_insecure")
-    if given.server_name is not None:
-        plan.put(f"{_SET}.server_name", given.server_name)
-    if _has_client(reading):
-        plan.put_text(f"{_SET}.client_cert_file", "nova_client_cert")
-        plan.put_text(f"{_SET}.client_key_file", "nova_client_priv_key")
-    wait = reading.value("metadata_haproxy", "timeout_server")
-    if wait:
+) -> list[tuple[str, object, tuple[str, ...]]]:
+    """What the files come to, in the order of the schema: path, value, and the options it comes from."""
+
+    def same(path: str, name: str, *, when: bool = True) -> tuple[str, object, tuple[str, ...]]:
+        return path, (reading.value(name) or None) if when else None, (name,)
+
+    seconds: int | None = None
+    if wait := reading.value("timeout_server", "metadata_haproxy"):
         low, high = _RESPONSE_S
         seconds = min(max(int(wait) - _BEFORE_THE_FRONT_S, low), high)
-        plan.put("nova.response_timeout_s", seconds, "timeout_server", section="metadata_haproxy")
-    plan.put("documents.enabled", False)
-    plan.put("unix_listener.enabled", True)
-    socket = reading.value("DEFAULT", "metadata_proxy_socket")
-    state = reading.value("DEFAULT", "state_path") or "/var/lib/neutron"
-    if socket is not None:
-        plan.put("unix_listener.path", socket, "metadata_proxy_socket")
-    else:
-        plan.put("unix_listener.path", f"{state}/metadata_proxy", "state_path")
-    if reading.ovn() is not None:
-        plan.put("unix_listener.take_over", True)
-    plan.put_text("unix_listener.mode", "metadata_proxy_socket_mode")
-    plan.put("unix_listener.user", given.agent_user)
-    plan.put("unix_listener.group", given.agent_user)
-    plan.put_text("unix_listener.proxy_user", "metadata_proxy_user")
-    plan.put_text("unix_listener.proxy_group", "metadata_proxy_group")
-    return plan.settings, plan.origins
-
-
-@dataclass(slots=True)
-class _Plan:
-    reading: _Reading
-    settings: dict[str, Any] = field(default_factory=dict)
-    origins: dict[str, tuple[IniOption, ...]] = field(default_factory=dict)
-
-    def put(
-        self,
-        path: str,
-        value: object,
-        *names: str,
-        section: str = "DEFAULT",
-        into: dict[str, Any] | None = None,
-    ) -> None:
-        """Set a setting, and remember which of the named options the files have."""
-        *outer, last = path.split(".")
-        inside = self._inside(outer) if into is None else into
-        inside[last] = value
-        found = (self.reading.written(section, name) for name in names)
-        self.origins[path] = tuple(one for one in found if one is not None)
-
-    def put_text(self, path: str, name: str) -> None:
-        """Set a setting to an option's value, unless that is empty."""
-        value = self.reading.value("DEFAULT", name)
-        if value:
-            self.put(path, value, name)
-
-    def list_of_one(self, path: str) -> dict[str, Any]:
-        *outer, last = path.split(".")
-        item: dict[str, Any] = {}
-        self._inside(outer)[last] = [item]
-        return item
-
-    def _inside(self, names: Sequence[str]) -> dict[str, Any]:
-        inside = self.settings
-        for name in names:
-            inside = inside.setdefault(name, {})
-        return inside
+    socket = reading.value("metadata_proxy_socket")
+    state = reading.value("state_path") or "/var/lib/neutron"
+    insecure = reading.is_true("nova_metadata_insecure")
+    rows: list[tuple[str, object, tuple[str, ...]]] = [
+        (_URL, str(url), _URL_OPTIONS),
+        (f"{_SET}.secret_file", str(given.secret_file), ()),
+        same(f"{_SET}.ca_file", "auth_ca_cert"),
+        (f"{_SET}.verify", False if insecure else None, ("nova_metadata_insecure",)),
+        (f"{_SET}.server_name", given.server_name, ()),
+        same(f"{_SET}.client_cert_file", "nova_client_cert", when=reading.has_client),
+        same(f"{_SET}.client_key_file", "nova_client_priv_key", when=reading.has_client),
+        ("nova.response_timeout_s", seconds, ("timeout_server",)),
+        ("documents.enabled", False, ()),
+        ("unix_listener.enabled", True, ()),
+        ("unix_listener.path", f"{state}/metadata_proxy", ("state_path",))
+        if socket is None
+        else ("unix_listener.path", socket, ("metadata_proxy_socket",)),
+        ("unix_listener.take_over", True if reading.ovn else None, ()),
+        same("unix_listener.mode", "metadata_proxy_socket_mode"),
+        ("unix_listener.user", given.agent_user, ()),
+        ("unix_listener.group", given.agent_user, ()),
+        same("unix_listener.proxy_user", "metadata_proxy_user"),
+        same("unix_listener.proxy_group", "metadata_proxy_group"),
+    ]
+    return [row for row in rows if row[1] is not None]
 
 
 def _breaches(
-    settings: Mapping[str, Any], origins: Mapping[str, tuple[IniOption, ...]]
+    settings: Mapping[str, object], origins: Mapping[str, tuple[IniOption, ...]]
 ) -> Iterator[Problem]:
-    """What imdsproxy does not take of it, told where Neutron's file says it."""
+    """What imdsproxy does not take of it, reported where Neutron's file says it."""
     try:
-        Settings.model_validate(settings)
+        Settings.model_validate(_nested(settings))
     except ValidationError as error:
         for finding in map(explain_finding, error.errors()):
             found = origins.get(finding.field) or ()
             if finding.field == f"{_SET}.server_name" and not found:
-                found = origins[f"{_SET}.endpoints[0].url"]
+                found = origins[_URL]
                 finding = replace(finding, hint="give it with --server-name")  # noqa: PLW2901 - the same finding
             at = next((one for one in found if one.name.startswith("nova_metadata_")), None)
             at = at or next(iter(found), None)
             if at is None:
                 yield Problem(finding.field, finding.reason, finding.hint)
             else:
-                yield Problem(
-                    _spelled(at),
-                    f"{finding.field} {finding.reason}",
-                    finding.hint,
-                    at.file,
-                    at.line,
-                )
+                reason = f"{finding.field} {finding.reason}"
+                yield Problem(_spelled(at), reason, finding.hint, at.file, at.line)
 
 
-def _told(reading: _Reading) -> Iterator[Told]:
+def _report(reading: _Reading) -> Iterator[Reported]:
     for option in NEUTRON_OPTIONS:
-        written = reading.written(*option.names[0])
+        section, name = option.names[0]
+        written = reading.written(name, section)
         if written is None:
             continue
         fate, why = option.fate, option.why
-        if option.name in {"nova_client_cert", "nova_client_priv_key"} and option.becomes:
-            if not _has_client(reading):
+        if name in _CLIENT and option.becomes:
+            if not reading.has_client:
                 fate, why = Fate.NONE, "Neutron uses neither of the two where one is empty."
-        elif written.name != option.name:
-            why = f"Of old, for `{option.name}`. {why}"
-        elif option.name in _NOTHING_TO_DO:
-            is_true = (reading.value(*option.names[0]) or "").lower() in TRUE_WORDS
-            fate = Fate.NONE if is_true is _NOTHING_TO_DO[option.name] else fate
-        yield Told(option, written, fate, why)
+        elif written.name != name:
+            why = f"Of old, for `{name}`. {why}"
+        elif name in _RIGHT_IN_NOVA and reading.is_true(name, section) is _RIGHT_IN_NOVA[name]:
+            fate = Fate.NONE
+        yield Reported(option, written, fate, why)
 
 
-def _has_client(reading: _Reading) -> bool:
-    return all(
-        reading.value("DEFAULT", name) for name in ("nova_client_cert", "nova_client_priv_key")
-    )
+def _overridden(reading: _Reading) -> Iterator[Overridden]:
+    for option in NEUTRON_OPTIONS:
+        chosen = find_option(files := reading.of(option), option.names)
+        for one in (one for file in files for one in file):
+            same = (one.section, one.name) in option.names
+            if chosen and same and _expanded(files, one) != _expanded(files, chosen):
+                yield Overridden(one, chosen)
 
 
-def _doubtful(files: _Files) -> Iterator[Doubtful]:
+def _doubtful(reading: _Reading) -> Iterator[Doubtful]:
     known = [name for section, name in _OPTIONS if section == "DEFAULT"]
-    for one in _flat(files):
+    for one in reading.each:
         name = one.name.replace("-", "_")
         if (one.section, one.name) in _OPTIONS or not name.startswith(("metadata_", "nova_")):
             continue
@@ -436,8 +461,7 @@ def _look_up(files: _Files, written: IniOption, name: str) -> str | None:
     """What `$name` stands for in a value, as it is written or Neutron's default."""
     group, dot, last = name.partition(".")
     named = [(group.lower(), last)] if dot else []
-    names = [*named, (written.section, name), ("DEFAULT", name)]
-    for one in names:
+    for one in [*named, (written.section, name), ("DEFAULT", name)]:
         option = _OPTIONS.get(one)
         found = find_option(files, [one] if option is None else option.names)
         if found is not None:
@@ -449,11 +473,6 @@ def _look_up(files: _Files, written: IniOption, name: str) -> str | None:
 
 def _is_novas(options: Sequence[IniOption]) -> bool:
     return any(one.section in _SECTIONS_OF_NOVA for one in options)
-
-
-def _flat(files: _Files) -> Iterator[IniOption]:
-    for options in files:
-        yield from options
 
 
 def _spelled(written: IniOption) -> str:

@@ -9,10 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from imdsproxy.config.load import load_settings
-from imdsproxy.config.neutron_import import Given, Imported, plan_import
-from imdsproxy.config.neutron_option import Fate
-from imdsproxy.config.neutron_options import NEUTRON_OPTIONS
-from imdsproxy.config.neutron_yaml import render_imported
+from imdsproxy.config.neutron_import import Given, Imported, plan_import, render_imported
+from imdsproxy.config.neutron_options import NEUTRON_OPTIONS, Fate
 from imdsproxy.config.schema import Settings
 from imdsproxy.config.shape import spot_at
 from imdsproxy.core.neutron_ini import parse_ini
@@ -82,7 +80,7 @@ def test_every_option_that_has_an_equivalent_arrives(tmp_path: Path) -> None:
     listener = settings.unix_listener
     assert (listener.path, listener.mode) == (Path("/state/s"), "all")
     assert (listener.proxy_user, listener.proxy_group) == ("99", "www-data")
-    taken = {told.option.names[0] for told in imported.told if told.fate is Fate.TAKEN}
+    taken = {one.option.names[0] for one in imported.reported if one.fate is Fate.TAKEN}
     assert taken == {
         option.names[0]
         for option in NEUTRON_OPTIONS
@@ -144,8 +142,8 @@ def test_a_later_file_wins_and_what_it_wins_over_is_told(tmp_path: Path) -> None
     assert [one.url.host for one in endpoints] == ["c"]
     lost = [(one.written.file, one.written.line, one.by.line) for one in imported.overridden]
     assert lost == [("a.ini", 3, 3), ("b.ini", 2, 3)]
-    told = next(one for one in imported.told if one.option.name == "nova_metadata_host")
-    assert told.why.startswith("Of old, for `nova_metadata_host`.")
+    one = next(one for one in imported.reported if one.option.name == "nova_metadata_host")
+    assert one.why.startswith("Of old, for `nova_metadata_host`.")
 
 
 def test_the_same_value_twice_is_nothing_to_tell() -> None:
@@ -159,7 +157,7 @@ def test_a_client_certificate_without_its_key_is_not_used_as_in_neutron(tmp_path
     imported = _import(f"{_SECRET}nova_client_cert = /c\nnova_client_priv_key =\n")
 
     assert _settings(imported, tmp_path).nova.endpoint_sets["default"].client_cert_file is None
-    fates = {told.option.name: told.fate for told in imported.told}
+    fates = {one.option.name: one.fate for one in imported.reported}
     assert fates["nova_client_cert"] is fates["nova_client_priv_key"] is Fate.NONE
 
 
@@ -169,7 +167,7 @@ def test_novas_own_options_are_not_taken_for_neutrons(tmp_path: Path) -> None:
 
     assert _settings(imported, tmp_path).unix_listener.path.is_relative_to("/var/lib/neutron")
     assert imported.host is None
-    assert "metadata_workers" not in {told.option.name for told in imported.told}
+    assert "metadata_workers" not in {one.option.name for one in imported.reported}
 
 
 @pytest.mark.parametrize(
@@ -180,8 +178,8 @@ def test_what_nova_has_right_already_is_nothing_to_do(value: str, fates: tuple[F
     nova = f"[neutron]\nservice_metadata_proxy = {value}\n[api]\nlocal_metadata_per_cell = {value}"
     imported = _import(_SECRET, nova)
 
-    told = {one.option.name: one.fate for one in imported.told}
-    assert (told["service_metadata_proxy"], told["local_metadata_per_cell"]) == fates
+    one = {one.option.name: one.fate for one in imported.reported}
+    assert (one["service_metadata_proxy"], one["local_metadata_per_cell"]) == fates
 
 
 def test_novas_secret_stands_in_where_neutron_has_none() -> None:
@@ -348,7 +346,7 @@ def test_each_option_stands_once_and_leads_to_a_setting_there_is() -> None:
 def test_each_default_is_one_that_neutron_takes(option: object) -> None:
     found = next(one for one in NEUTRON_OPTIONS if one is option)
     if found.name not in {"metadata_workers", "host"}:  # worked out by Neutron
-        assert found.kind.accepts(found.default)
+        assert found.accepts(found.default)
 
 
 _LIKELY = ("", "1", "443", "true", "/a", "https", "::1", "nova", "$state_path/x", "user", "4")
@@ -366,4 +364,4 @@ def test_any_values_are_taken_over_or_refused(values: dict[tuple[str, str], str]
     except ConfigInvalid as error:
         assert error.problems  # noqa: PT017 - either way is right
         return
-    Settings.model_validate(imported.settings)
+    Settings.model_validate(imported.nested)
