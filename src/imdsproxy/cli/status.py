@@ -73,7 +73,7 @@ def _facts(report: _Shape) -> dict[str, str]:
     return {
         "imdsproxy": f"{clean(report['version'])}, up {_duration(report['uptime_s'])}, "
         f"pid {report['controller']}",
-        "state": "\n".join([state, *reasons, *degraded]),
+        "state": "\n".join([state, *_cap(reasons), *_cap(degraded)]),
         "networks": f"{networks}, [{colour}]{serving} serving[/]",
         "instances": f"{report['instances']} with {report['addresses']} addresses",
         "haproxy": _haproxy(_shape(report, "haproxy")),
@@ -254,10 +254,11 @@ def _show_left_out(output: Output, report: _Shape) -> None:
     columns = (Column("NOT SERVED", keep=True), Column("CODE", keep=True), Column("REASON"))
     rows = [
         (clean(one["network"]), f"[red]{clean(one['code'])}[/]", _with_hint(one))
-        for one in left_out
+        for one in left_out[:MOST_SHOWN]
     ]
     output.text("")
     output.table(columns, rows, empty="")
+    output.styled(*_more(len(left_out)))
 
 
 def _show_problems(output: Output, report: _Shape) -> None:
