@@ -8,10 +8,10 @@ from typing import Final
 import pytest
 
 from imdsproxy.config.yaml_document import parse_yaml
+from imdsproxy.core.policy import RULES
 from imdsproxy.core.records import parse_records
 from imdsproxy.core.records.instance import INSTANCE_KEYS, PORT_KEYS
 from imdsproxy.core.records.network import NETWORK_KEYS
-from imdsproxy.core.records.policy import POLICY_KEYS
 from support.demonstration import REPOSITORY
 from support.document_blocks import section
 
@@ -52,4 +52,4 @@ def test_every_field_of_an_instance_and_of_a_port_is_explained() -> None:
 
 
 def test_every_field_of_a_policy_is_explained() -> None:
-    assert _fields("## Policy") == [set(POLICY_KEYS)]
+    assert _fields("## Policy") == [set(RULES)]

@@ -24,7 +24,7 @@ from imdsproxy.core.model import (
     Upstream,
 )
 from imdsproxy.core.path_rules import PathRules, PathWord, find_path_fault, sort_paths
-from imdsproxy.core.policy import BOUNDS, PolicyRules, TokenMode
+from imdsproxy.core.policy import RULES, PolicyRules, TokenMode
 
 __all__ = [
     "instances",
@@ -91,16 +91,18 @@ rule_paths = st.builds(
 path_rules: st.SearchStrategy[PathRules] = st.dictionaries(
     rule_paths, st.sampled_from(PathWord), max_size=6
 ).map(lambda said: sort_paths(said.items()))
+_path_sets = path_rules.map(lambda rules: rules or None)
+_KINDS: dict[type[object], st.SearchStrategy[object]] = {
+    bool: _switches,
+    TokenMode: _modes,
+    tuple: _path_sets,
+}
 policies = st.builds(
     PolicyRules,
-    endpoint=_switches,
-    tokens=_modes,
-    openstack_tokens=_modes,
-    nocloud_tokens=_modes,
-    seal_user_data=_switches,
-    refuse_forwarded=_switches,
-    paths=path_rules.map(lambda rules: rules or None),
-    **{name: st.none() | st.integers(*bounds) for name, bounds in BOUNDS.items()},
+    **{
+        rule.name: st.none() | st.integers(*rule.bounds) if rule.bounds else _KINDS[rule.kind]
+        for rule in RULES.values()
+    },
 )
 moments = st.none() | st.integers(0, 9_999_999_999)
 networks = st.builds(

@@ -13,11 +13,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field
 
 from imdsproxy.admin.reports import LeftOut
+from imdsproxy.config.policy import PolicyRulesSettings
 from imdsproxy.core.model import ID_PATTERN
 from imdsproxy.core.observation import Conflict
 from imdsproxy.core.packed import PackedInstances
-from imdsproxy.core.path_rules import MOST_PATH_RULES
-from imdsproxy.core.policy import BOUNDS
 from imdsproxy.core.records import Records, Refused, parse_instance, parse_network, parse_records
 from imdsproxy.core.records.fields import MAX_TEXT
 from imdsproxy.core.records.network import MTU_BOUNDS
@@ -107,42 +106,12 @@ class SubnetRecord(_Record):
     dns: list[str] = Field(default_factory=list)
 
 
-class PolicyRecord(_Record):
-    """What guests may read and how; what is left out is left to less specific scopes.
+class PolicyRecord(PolicyRulesSettings):
+    """What guests may read and how; what is missing is left to less specific scopes.
 
-    Settings say the same of hosts, networks, projects and instances, and win over a record of the same scope.
+    Settings have the same fields for the host, networks, projects and instances, and win over a record of the same
+    scope.
     """
-
-    endpoint: bool | None = Field(default=None, description="Off, every request gets 403.")
-    tokens: Literal["off", "optional", "required"] | None = Field(
-        default=None, description="Session tokens (IMDSv2) for EC2's tree."
-    )
-    openstack_tokens: Literal["off", "optional", "required"] | None = Field(
-        default=None, description="The same for `/openstack`, from the end of the boot on."
-    )
-    nocloud_tokens: Literal["off", "optional", "required"] | None = Field(
-        default=None, description="The same for `/nocloud`."
-    )
-    boot_grace_s: int | None = _number(
-        BOUNDS["boot_grace_s"],
-        "Seconds after the instance's creation at which its boot is over; at most a week.",
-    )
-    seal_user_data: bool | None = Field(
-        default=None, description="Refuse user-data with 403 once the boot is over."
-    )
-    refuse_forwarded: bool | None = Field(
-        default=None,
-        description="Without a token, refuse with 403 what has headers of proxies or browsers.",
-    )
-    hop_limit: int | None = _number(BOUNDS["hop_limit"], "Hops that the answer with a token goes.")
-    requests_per_s: int | None = _number(BOUNDS["requests_per_s"], "Requests a second, on average.")
-    burst: int | None = _number(BOUNDS["burst"], "Requests in ten seconds.")
-    connections: int | None = _number(BOUNDS["connections"], "Connections at once.")
-    paths: dict[str, Literal["deny", "allow", "required", "optional"]] | None = Field(
-        default=None,
-        max_length=MOST_PATH_RULES,
-        description="What is said of single paths and what is beneath them; `latest` stands for every version.",
-    )
 
 
 class NetworkRecord(_Record):

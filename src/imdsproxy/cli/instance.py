@@ -172,14 +172,11 @@ def _register(command: str, help_text: str, *, create: bool) -> None:
         openstack: Openstack = None,
         nocloud: Nocloud = None,
         upstream: Upstream = None,
-        tokens: flags.Tokens = None,
-        seal_user_data: flags.SealUserData = None,
-        path_rule: flags.PathRules = None,
-        no_path_rule: flags.NoPathRules = None,
         clear: flags.Clear = None,
         as_json: options.Json = False,
         socket: options.Socket = None,
         config: options.Config = None,
+        **rules: object,
     ) -> None:
         from imdsproxy.cli import record_flags  # noqa: PLC0415 - `--help` need not load it
 
@@ -207,12 +204,7 @@ def _register(command: str, help_text: str, *, create: bool) -> None:
                 "instance_type": instance_type,
                 "dialects": record_flags.dialects_of(dialects),
                 "upstream": upstream,
-                "policy": record_flags.policy_of(
-                    tokens=tokens,
-                    seal_user_data=seal_user_data,
-                    said_of=path_rule or (),
-                    unsaid_of=no_path_rule or (),
-                ),
+                "policy": record_flags.policy_of(rules),
             }
         )
         keys = {**taken, **keys}
@@ -229,7 +221,7 @@ def _register(command: str, help_text: str, *, create: bool) -> None:
         change_one(run, "instance", instance, keys, create=create, clear=clear or ())
 
     added = flags.reshape(change, without=("clear",), **_ADDED)
-    app.command(command, help=help_text)(added if create else change)
+    app.command(command, help=help_text)(added if create else flags.reshape(change))
 
 
 def _only_network(run: options.Invocation) -> str:

@@ -110,14 +110,11 @@ def _register(command: str, help_text: str, *, create: bool) -> None:
         mtu: Mtu = None,
         scope: Scope = None,
         mac_check: MacCheck = None,
-        tokens: flags.Tokens = None,
-        seal_user_data: flags.SealUserData = None,
-        path_rule: flags.PathRules = None,
-        no_path_rule: flags.NoPathRules = None,
         clear: flags.Clear = None,
         as_json: options.Json = False,
         socket: options.Socket = None,
         config: options.Config = None,
+        **rules: object,
     ) -> None:
         from imdsproxy.cli import record_flags  # noqa: PLC0415 - `--help` need not load it
 
@@ -150,12 +147,7 @@ def _register(command: str, help_text: str, *, create: bool) -> None:
                 "mtu": mtu,
                 "scope": scope,
                 "mac_check": mac_check,
-                "policy": record_flags.policy_of(
-                    tokens=tokens,
-                    seal_user_data=seal_user_data,
-                    said_of=path_rule or (),
-                    unsaid_of=no_path_rule or (),
-                ),
+                "policy": record_flags.policy_of(rules),
             }
         )
         if file is not None:
@@ -164,7 +156,7 @@ def _register(command: str, help_text: str, *, create: bool) -> None:
             change_one(run, "network", network, keys, create=create, clear=clear or ())
 
     added = flags.reshape(change, without=("clear",), network=_NewId)
-    app.command(command, help=help_text)(added if create else change)
+    app.command(command, help=help_text)(added if create else flags.reshape(change))
 
 
 _register(

@@ -6,7 +6,7 @@ import base64
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, cast
 
 from imdsproxy.cli.record_files import read_bytes
 from imdsproxy.errors import Problem, RequestRefused
@@ -167,31 +167,25 @@ def dialects_of(chosen: Mapping[str, bool | None]) -> Json:
     return {name: on for name, on in chosen.items() if on is not None} or None
 
 
-def policy_of(
-    *,
-    tokens: str | None,
-    seal_user_data: bool | None,
-    said_of: Sequence[str],
-    unsaid_of: Sequence[str],
-) -> Json:
-    """The rules of a policy that the flags say; `None` without any.
+def policy_of(flags: Mapping[str, object]) -> Json:
+    """The rules of a policy that the flags set; `None` without any.
 
     Args:
-        tokens: A mode.
-        seal_user_data: On or off.
-        said_of: Each `PATH=WORD`.
-        unsaid_of: Paths of which nothing is said any more (null, RFC 7396).
+        flags: By the rule's name; `path_rule` holds texts `PATH=WORD`, `no_path_rule` paths whose rule is removed
+            (null, RFC 7396).
     """
-    paths: dict[str, Json] = dict.fromkeys(unsaid_of)
-    for text in said_of:
+    given = cast("dict[str, Json]", dict(flags))
+    added = cast("Sequence[str]", given.pop("path_rule", None) or ())
+    removed = cast("Sequence[str]", given.pop("no_path_rule", None) or ())
+    paths: dict[str, Json] = dict.fromkeys(removed)
+    for text in added:
         path, equals, word = text.rpartition("=")
         if not equals:
             raise _usage(
                 "policy.paths", f"{text} says nothing of it", "--path-rule /latest/user-data=deny"
             )
         paths[path] = word
-    said = {"tokens": tokens, "seal_user_data": seal_user_data, "paths": paths or None}
-    return without_missing(said) or None
+    return without_missing({**given, "paths": paths or None}) or None
 
 
 def _pairs(texts: Iterable[str], flag: str, known: Sequence[str]) -> Iterable[tuple[str, str]]:

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from imdsproxy.config.change import Change
 from imdsproxy.config.section import Section, setting
-from imdsproxy.core.policy import BOUNDS
+from imdsproxy.core.policy import RULES
 
 __all__ = ["LimitsSettings"]
+
+
+def _number(rule: str, default: int, description: str) -> Any:  # noqa: ANN401 - as `setting`
+    """A limit with the bounds of a policy's rule."""
+    least, most = RULES[rule].bounds or (None, None)
+    return setting(default, description, Change.RELOAD, ge=least, le=most)
 
 
 class LimitsSettings(Section):
@@ -17,28 +25,22 @@ class LimitsSettings(Section):
         "Count what each instance asks for, and refuse what is beyond. Without it limits in `policy` do nothing.",
         Change.RELOAD,
     )
-    requests_per_s: int = setting(
+    requests_per_s: int = _number(
+        "requests_per_s",
         100,
         "Requests a second on average. Only answered ones count, so being refused lengthens nothing.",
-        Change.RELOAD,
-        ge=1,
-        le=BOUNDS["requests_per_s"][1],
     )
-    burst: int = setting(
+    burst: int = _number(
+        "burst",
         4000,
         "Requests at once: a boot asks for much. cloud-init's whole crawl is 150; this is twenty and some. "
         "Counted over the time that so many take at `requests_per_s`, 40 seconds as it is here.",
-        Change.RELOAD,
-        ge=1,
-        le=BOUNDS["burst"][1],
     )
-    connections: int = setting(
+    connections: int = _number(
+        "connections",
         160,
         "Connections at once; behind the unix listener, requests. More than `haproxy.maxconn_per_network` can not be "
         "had. The first 32 beyond are told 503, further ones are closed.",
-        Change.RELOAD,
-        ge=1,
-        le=BOUNDS["connections"][1],
     )
     body_kib: int = setting(
         1024,

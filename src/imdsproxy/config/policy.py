@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, create_model
 
 from imdsproxy.config.change import Change
 from imdsproxy.config.section import (
@@ -20,18 +20,11 @@ from imdsproxy.core.haproxy.counting import ONE_IN
 from imdsproxy.core.model import ID_PATTERN
 from imdsproxy.core.path_rules import (
     MOST_PATH_RULES,
-    PathRules,
     PathWord,
     find_path_fault,
     sort_paths,
 )
-from imdsproxy.core.policy import (
-    BOOT_GRACE_S,
-    BOUNDS,
-    PolicyBook,
-    PolicyRules,
-    TokenMode,
-)
+from imdsproxy.core.policy import RULES, PolicyBook, PolicyRules, Rule, TokenMode
 
 __all__ = ["PolicyRulesSettings", "PolicySettings", "TokensSettings"]
 
@@ -57,94 +50,38 @@ _Paths = Annotated[
 ]
 
 
-def _rule(description: str, *, bounds: str | None = None) -> Any:  # noqa: ANN401 - as `setting`
-    least, most = (None, None) if bounds is None else BOUNDS[bounds]
-    text = f"{description} Null leaves it to the less specific scope."
-    return setting(None, text, Change.LIVE, ge=least, le=most)
+def _field(rule: Rule) -> tuple[Any, Any]:
+    """A rule as pydantic's `create_model` takes it: its type and its field."""
+    if rule.kind is tuple:
+        return _Paths | None, setting({}, rule.help, Change.LIVE)
+    least, most = rule.bounds or (None, None)
+    text = f"{rule.help} Null leaves it to the less specific scope."
+    kind: Any = _Mode if rule.kind is TokenMode else rule.kind
+    return kind | None, setting(None, text, Change.LIVE, ge=least, le=most)
 
 
-class PolicyRulesSettings(Section):
-    """What one scope says."""
+if TYPE_CHECKING:
+    _Rules = Section
+else:
+    _fields = {rule.name: _field(rule) for rule in RULES.values()}
+    _Rules = create_model("_Rules", __base__=Section, **_fields)
 
-    endpoint: bool | None = _rule(
-        "Serve at all; off, every request gets 403. On unless something says otherwise."
-    )
-    tokens: _Mode | None = _rule(
-        "Session tokens (IMDSv2) for EC2's tree. `optional`: who sends a token must send a good one. `required`: 401 "
-        "without. `off`: no tokens are given. `optional` unless something says otherwise."
-    )
-    openstack_tokens: _Mode | None = _rule(
-        "The same for `/openstack`. No client of this tree sends tokens: `required` counts from the end of the boot "
-        "on, and nothing of the tree is read then but by who was written for it."
-    )
-    nocloud_tokens: _Mode | None = _rule("The same for `/nocloud`, with the same caution.")
-    boot_grace_s: int | None = _rule(
-        f"Seconds after an instance's creation at which its boot is over; {BOOT_GRACE_S} unless something says "
-        "otherwise. An instance of which no source tells when it was made has booted already.",
-        bounds="boot_grace_s",
-    )
-    seal_user_data: bool | None = _rule(
-        "Refuse user-data with 403 once the boot is over, until `imdsproxy instance reopen`. It often holds passwords, "
-        "and is needed once."
-    )
-    refuse_forwarded: bool | None = _rule(
-        "Refuse with 403 what a web application was tricked into asking (SSRF): requests without a token, the one for "
-        "a token too, that have headers of proxies or browsers, or are for another host."
-    )
-    hop_limit: int | None = _rule(
-        "How many hops the answer that holds a token goes (IP TTL, hop limit): at 1 it reaches no container behind "
-        "the guest. 64, as the kernel sends by itself, unless something says otherwise; 47 goes as 46. It has no "
-        "effect where guests come by the unix listener.",
-        bounds="hop_limit",
-    )
 
-    requests_per_s: int | None = _rule(
-        "Requests a second that an instance may make on average, over the time of `limits` (40 seconds). "
-        "Where this or `burst` is said, `limits.requests_per_s` and `limits.burst` are of no account.",
-        bounds="requests_per_s",
-    )
-    burst: int | None = _rule(
-        "Requests of an instance in ten seconds, beside `requests_per_s` or alone.",
-        bounds="burst",
-    )
-    connections: int | None = _rule(
-        "Connections of an instance at once; `limits.connections` unless something says otherwise.",
-        bounds="connections",
-    )
-
-    paths: _Paths | None = setting(
-        {},
-        "What is said of single paths and what is beneath them, as `/latest/meta-data/tags: deny`; `latest` stands for "
-        "every version. `deny`: 403. `required`: 401 without a token (in `/openstack` and `/nocloud` from the end of "
-        "the boot on). `optional`: served without one although the tree takes it. `allow`: served as the tree is. "
-        "The most specific scope that says something of a path decides, in it the longest.",
-        Change.LIVE,
-    )
+class PolicyRulesSettings(_Rules):
+    """What one scope sets."""
 
     def rules(self) -> PolicyRules:
         """As the core has it."""
+        values = ((rule, getattr(self, rule.name)) for rule in RULES.values())
         return PolicyRules(
-            endpoint=self.endpoint,
-            tokens=_token_mode(self.tokens),
-            openstack_tokens=_token_mode(self.openstack_tokens),
-            nocloud_tokens=_token_mode(self.nocloud_tokens),
-            boot_grace_s=self.boot_grace_s,
-            seal_user_data=self.seal_user_data,
-            refuse_forwarded=self.refuse_forwarded,
-            hop_limit=self.hop_limit,
-            requests_per_s=self.requests_per_s,
-            burst=self.burst,
-            connections=self.connections,
-            paths=_paths(self.paths),
+            **{rule.name: _of_core(rule, value) for rule, value in values if value is not None}
         )
 
 
-def _paths(said: Mapping[str, str] | None) -> PathRules | None:
-    return sort_paths((path, PathWord(word)) for path, word in (said or {}).items()) or None
-
-
-def _token_mode(word: str | None) -> TokenMode | None:
-    return None if word is None else TokenMode(word)
+def _of_core(rule: Rule, value: Any) -> Any:  # noqa: ANN401 - as pydantic checked it
+    if rule.kind is tuple:
+        return sort_paths((path, PathWord(word)) for path, word in value.items()) or None
+    return TokenMode(value) if rule.kind is TokenMode else value
 
 
 class PolicySettings(Section):

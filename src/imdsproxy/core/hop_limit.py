@@ -14,7 +14,7 @@ from imdsproxy.core.endpoints import Endpoint
 from imdsproxy.core.gates import ANSWER_DSCP
 from imdsproxy.core.hoststate import NamespaceRef
 from imdsproxy.core.model import NetworkId
-from imdsproxy.core.policy import POLICY_WORD
+from imdsproxy.core.policy_word import HOP_LIMIT, word_of
 
 UNLIMITED: Final = 64
 """What the kernel sends with by itself; nothing is written on such an answer."""
@@ -25,25 +25,20 @@ WITHHELD: Final = 0
 NEXT_TO_MARK: Final = ANSWER_DSCP - 1
 """The DSCP is the limit itself. One of them is taken (`core.gates`), and a limit of that many goes as one less."""
 
-_FIELD: Final = 3
-
 HopPlace: TypeAlias = NamespaceRef | None
 """Where answers are sent from; `None` is the host's own namespace."""
 
 
 def limit_of(value: str | None) -> int:
     """The hop limit in a map value (`core.wire.render_map_value`)."""
-    if value is None or not value.startswith(POLICY_WORD):
-        return UNLIMITED
-    return int(value.partition("|")[0].split(":")[_FIELD])
+    word = word_of(value or "")
+    return int(HOP_LIMIT.read(word)) if word else UNLIMITED
 
 
 def withhold(value: str) -> str:
     """The same map value, or policy word, where no token is given."""
-    word, bar, rest = value.partition("|")
-    fields = word.split(":")
-    fields[_FIELD] = str(WITHHELD)
-    return ":".join(fields) + bar + rest
+    word = word_of(value)
+    return HOP_LIMIT.replace(word, str(WITHHELD)) + value.removeprefix(word)
 
 
 def plan_places(

@@ -1,7 +1,7 @@
-"""What guests may read and how: said for the host, networks, projects and instances, folded into one word.
+"""What guests may read and how: the rules of a policy, set for the host, networks, projects and instances.
 
-The word stands at the head of a record in HAProxy's maps, so that a new policy is in force with the change of an
-entry. An instance of which nothing is said that differs from `DEFAULT` has none.
+`Policy` is the table of rules. Settings, records, the admin API, command line flags, reference pages and the policy
+word (`core.policy_word`) are derived from it. An instance whose policy is `DEFAULT` has no word.
 """
 
 from __future__ import annotations
@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
-from typing import Final
+from typing import Any, Final
 
+from imdsproxy.core import policy_word
 from imdsproxy.core.path_rules import (
     WITHIN_OTHER_TREES,
     PathRules,
@@ -20,21 +21,22 @@ from imdsproxy.core.path_rules import (
     path_rule_name,
     set_id,
 )
+from imdsproxy.core.policy_word import Letter, Part, render_parts, word_of
 
 __all__ = [
     "BOOT_GRACE_S",
-    "BOUNDS",
     "DEFAULT",
     "LONGEST_BOOT_S",
     "Folded",
     "Guard",
     "NOTHING_SAID",
-    "POLICY_WORD",
     "Policy",
     "PolicyBook",
     "PolicyPlace",
     "PolicyRules",
     "PolicyScope",
+    "RULES",
+    "Rule",
     "TokenMode",
     "boot_ends_at",
     "boot_is_over",
@@ -48,20 +50,6 @@ LONGEST_BOOT_S: Final = 604_800
 
 BOOT_GRACE_S: Final = 900
 """Seconds that a boot may take: a stock image under emulation needs five minutes, a slow disk as long again."""
-
-BOUNDS: Final[Mapping[str, tuple[int, int]]] = {
-    "boot_grace_s": (0, LONGEST_BOOT_S),
-    "hop_limit": (1, 64),
-    "requests_per_s": (1, 1_000_000),
-    "burst": (1, 10_000_000),
-    "connections": (1, 100_000),
-}
-"""The least and the most of each number among `PolicyRules`: in settings, in records, and as the schemas show."""
-
-POLICY_WORD: Final = "+"
-"""How a record begins that has a policy word; no instance's id and no other kind of record begins so."""
-
-_SET_FIELD: Final = 7
 
 
 class TokenMode(StrEnum):
@@ -87,23 +75,127 @@ class PolicyScope(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class PolicyRules:
-    """What one scope says; `None` leaves it to the less specific ones.
+class Rule:
+    """One rule of a policy.
 
     Attributes:
-        endpoint: Off: everything is 403.
-        tokens: For EC2's tree, and whether there are tokens at all.
-        openstack_tokens: For `/openstack`; no client of that tree sends tokens, so it is locked after the boot only.
-        nocloud_tokens: The same for `/nocloud`.
-        boot_grace_s: Seconds after the instance's creation at which its boot counts as over.
-        seal_user_data: Refuse user-data from then on.
-        refuse_forwarded: Without a token, refuse what a web application was made to send: requests with headers of
-            browsers and proxies, or for another host.
-        hop_limit: IP TTL or hop limit of the answer that has the token, 1 to 64.
-        requests_per_s: How much the instance may ask for on average, over as long as settings count.
-        burst: Requests in ten seconds. Where this or the one before is said, neither of the settings' counts.
-        connections: At once, over all its addresses.
-        paths: What is said of single paths (`core.path_rules`); no scope's rules take the place of all of another's.
+        name: The key in settings and records; the flag is the same with hyphens.
+        kind: `bool`, `TokenMode`, `int` (within `bounds`), or `tuple` for path rules.
+        help: The first sentence is all that `--help` shows.
+        part: Where the policy word has it; `None` where parts of the word are computed from it.
+    """
+
+    name: str
+    kind: type[object]
+    default: object
+    help: str
+    bounds: tuple[int, int] | None = None
+    part: Part | None = None
+
+    @property
+    def summary(self) -> str:
+        """The first sentence of `help`."""
+        return self.help.partition(". ")[0].removesuffix(".") + "."
+
+
+def _rule(
+    default: object,
+    text: str,
+    *,
+    part: Part | None = None,
+    bounds: tuple[int, int] | None = None,
+) -> Any:  # noqa: ANN401 - as dataclasses.field: it takes the type it stands beside
+    return field(default=default, metadata={"help": text, "part": part, "bounds": bounds})
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """The effective policy of one instance in one network, and the table of rules.
+
+    A limit that is `None` is that of the settings' section `limits`.
+    """
+
+    endpoint: bool = _rule(
+        True,
+        "Serve at all; off, every request gets 403. On unless a scope sets it.",
+        part=policy_word.ENDPOINT,
+    )
+    tokens: TokenMode = _rule(
+        TokenMode.OPTIONAL,
+        "Session tokens (IMDSv2) for the EC2 tree. `optional`: a token that is sent must be valid. `required`: 401 "
+        "without one. `off`: no tokens are given. `optional` unless a scope sets it.",
+        part=policy_word.TOKENS,
+    )
+    openstack_tokens: TokenMode = _rule(
+        TokenMode.OPTIONAL,
+        "Session tokens for `/openstack`. No client of this tree sends tokens: `required` applies from the end of "
+        "the boot on, and then only programs written for it can read the tree.",
+        part=policy_word.OPENSTACK_TOKENS,
+    )
+    nocloud_tokens: TokenMode = _rule(
+        TokenMode.OPTIONAL,
+        "Session tokens for `/nocloud`. `required` has the same effect as for `/openstack`.",
+        part=policy_word.NOCLOUD_TOKENS,
+    )
+    boot_grace_s: int = _rule(
+        BOOT_GRACE_S,
+        f"Seconds after an instance's creation at which its boot is over; {BOOT_GRACE_S} unless a scope sets it. "
+        "Without a creation time, boot counts as finished.",
+        bounds=(0, LONGEST_BOOT_S),
+    )
+    seal_user_data: bool = _rule(
+        False,
+        "Refuse user-data with 403 once the boot is over. `imdsproxy instance reopen` opens it again. User-data "
+        "often holds passwords, and is needed once.",
+        part=policy_word.SEALED,
+    )
+    refuse_forwarded: bool = _rule(
+        False,
+        "Refuse with 403 what a web application was made to request (SSRF). These are requests without a token, "
+        "token requests too, that have headers of proxies or browsers, or name another host.",
+        part=policy_word.FORWARDED,
+    )
+    hop_limit: int = _rule(
+        64,
+        "IP TTL or hop limit of the answer that holds a token: at 1 it reaches no container behind the guest. 64, the "
+        "kernel's own, unless a scope sets it; 47 is sent as 46. It has no effect where guests come by the unix "
+        "listener.",
+        part=policy_word.HOP_LIMIT,
+        bounds=(1, 64),
+    )
+    requests_per_s: int | None = _rule(
+        None,
+        "Requests a second that an instance may make on average, over the time of `limits` (40 seconds). Where this "
+        "or `burst` is set, `limits.requests_per_s` and `limits.burst` are ignored.",
+        part=policy_word.REQUESTS_PER_S,
+        bounds=(1, 1_000_000),
+    )
+    burst: int | None = _rule(
+        None,
+        "Requests of an instance in ten seconds, beside `requests_per_s` or alone.",
+        part=policy_word.BURST,
+        bounds=(1, 10_000_000),
+    )
+    connections: int | None = _rule(
+        None,
+        "Connections of an instance at once, over all its addresses; `limits.connections` unless a scope sets it.",
+        part=policy_word.CONNECTIONS,
+        bounds=(1, 100_000),
+    )
+    paths: PathRules = _rule(
+        (),
+        "Rules for single paths and what is beneath them, as `/latest/meta-data/tags: deny`. `latest` stands for "
+        "every version. `deny`: 403. `required`: 401 without a token (in `/openstack` and `/nocloud` from the end of "
+        "the boot on). `optional`: served without one although the tree takes it. `allow`: served as the tree is. "
+        "The most specific scope that has a rule for a path decides, in it the longest.",
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyRules:
+    """What one scope sets: fields as of `Policy`; `None` leaves a rule to the less specific scopes.
+
+    Path rules of one scope are added to those of another (`core.path_rules.fold_paths`).
     """
 
     endpoint: bool | None = None
@@ -120,30 +212,17 @@ class PolicyRules:
     paths: PathRules | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Policy:
-    """What is in force for one instance in one network; attributes as of `PolicyRules`.
-
-    Limits that nobody has said anything about are those of the settings' section `limits`, which HAProxy's file has.
-    """
-
-    endpoint: bool = True
-    tokens: TokenMode = TokenMode.OPTIONAL
-    openstack_tokens: TokenMode = TokenMode.OPTIONAL
-    nocloud_tokens: TokenMode = TokenMode.OPTIONAL
-    boot_grace_s: int = BOOT_GRACE_S
-    seal_user_data: bool = False
-    refuse_forwarded: bool = False
-    hop_limit: int = 64
-    requests_per_s: int | None = None
-    burst: int | None = None
-    connections: int | None = None
-    paths: PathRules = ()
-
+RULES: Final[Mapping[str, Rule]] = {
+    one.name: Rule(
+        one.name, int if one.metadata["bounds"] else type(one.default), one.default, **one.metadata
+    )
+    for one in fields(Policy)
+}
+"""Every rule by its name, in the order of the reference pages."""
 
 DEFAULT: Final = Policy()
 NOTHING_SAID: Final = PolicyRules()
-_SIMPLE: Final = tuple(one.name for one in fields(PolicyRules) if one.name != "paths")
+_SIMPLE: Final = tuple(name for name in RULES if name != "paths")
 
 
 @dataclass(frozen=True, slots=True)
@@ -287,25 +366,7 @@ def boot_is_over(ends_at: int | None, now: int) -> bool:
 
 
 def render_policy_word(policy: Policy, guard: Guard, created_at: int | None) -> str:
-    """The word that HAProxy's rules read, empty where they do as without one.
-
-    `+` and eight letters, then by colons the epoch (nothing for the first), the end of the boot in Unix time, and the
-    hop limit:
-
-        +1troo-sb:2:1795697569:64
-
-    1 or 0: the endpoint; t or -: the token route; then r or o for EC2, OpenStack and NoCloud (the last two from the
-    end of the boot on); g or -: what was forwarded is refused; s or -: user-data is sealed from the end of the
-    boot on; b or -: something depends on the end of the boot.
-
-    Where a limit is said, the three follow: requests a second, burst, connections, each empty where it is not:
-
-        +1tooo---::0:64:20::
-
-    Where something is said of paths, there is a ninth letter p, and after the limits the id of the rules' set, which is
-    in a map of its own (`core.path_rules.render_set`):
-
-        +1tooo---p::0:64::::9f86d081884c7d65
+    """The word that HAProxy's rules read (`core.policy_word`); empty for the default policy.
 
     Args:
         policy: What is in force.
@@ -314,35 +375,37 @@ def render_policy_word(policy: Policy, guard: Guard, created_at: int | None) -> 
     """
     if (policy is DEFAULT or policy == DEFAULT) and guard.epoch == 0:
         return ""
-    booted_at = boot_ends_at(policy, guard, created_at) or 0
     modes = (policy.tokens, policy.openstack_tokens, policy.nocloud_tokens)
-    # `optional` in the other trees is what nobody said: it is no reason to give tokens where EC2's tree has none.
+    # `optional` in the other trees is their default: it is no reason to give tokens where EC2's tree has none.
     needed = [path for path, word in policy.paths if word is PathWord.REQUIRED]
     route = policy.tokens is not TokenMode.OFF or TokenMode.REQUIRED in modes or bool(needed)
     boot_counts = TokenMode.REQUIRED in modes[1:] or any(
         covers(path, tree) or covers(tree, path) for path in needed for tree in WITHIN_OTHER_TREES
     )
-    letters = (
-        "1" if policy.endpoint else "0",
-        "t" if route else "-",
-        *("r" if mode is TokenMode.REQUIRED else "o" for mode in modes),
-        "g" if policy.refuse_forwarded else "-",
-        "s" if policy.seal_user_data else "-",
-        "b" if policy.seal_user_data or boot_counts else "-",
-        *(("p",) if policy.paths else ()),
-    )
-    # No epoch is what a record without a word has.
-    word = f"{POLICY_WORD}{''.join(letters)}:{guard.epoch or ''}:{booted_at}:{policy.hop_limit}"
-    limits = (policy.requests_per_s, policy.burst, policy.connections)
-    if limits == (None, None, None) and not policy.paths:
-        return word
-    last = (set_id(policy.paths),) if policy.paths else ()
-    return ":".join((word, *("" if limit is None else str(limit) for limit in limits), *last))
+    parts = {
+        rule.part: _part_text(rule.part, getattr(policy, rule.name))
+        for rule in RULES.values()
+        if rule.part is not None
+    }
+    switches = {
+        policy_word.TOKEN_ROUTE: route,
+        policy_word.BOOT_COUNTS: policy.seal_user_data or boot_counts,
+        policy_word.HAS_PATHS: bool(policy.paths),
+    }
+    parts |= {letter: _part_text(letter, on) for letter, on in switches.items()}
+    # The first epoch is empty, as it is for a record without a word.
+    parts[policy_word.EPOCH] = str(guard.epoch or "")
+    parts[policy_word.BOOT_END] = str(boot_ends_at(policy, guard, created_at) or 0)
+    parts[policy_word.PATH_SET] = set_id(policy.paths) if policy.paths else ""
+    return render_parts(parts)
+
+
+def _part_text(part: Part, value: object) -> str:
+    if isinstance(part, Letter):
+        return part.on if value is True or value is TokenMode.REQUIRED else part.off
+    return "" if value is None else str(value)
 
 
 def rule_set_of(value: str) -> str | None:
     """The id of the set of path rules in a policy word, or in a map value that begins with one."""
-    if not value.startswith(POLICY_WORD):
-        return None
-    parts = value.partition("|")[0].split(":")
-    return parts[_SET_FIELD] if len(parts) > _SET_FIELD else None
+    return policy_word.PATH_SET.read(word_of(value)) or None

@@ -19,15 +19,25 @@ from imdsproxy.core.path_rules import (
     undo_spelling,
 )
 from imdsproxy.core.policy import boot_is_over
+from imdsproxy.core.policy_word import (
+    BOOT_END,
+    ENDPOINT,
+    NOCLOUD_TOKENS,
+    ONLY_TOKENS_OFF,
+    OPENSTACK_TOKENS,
+    SEALED,
+    TOKEN_ROUTE,
+    TOKENS,
+)
 
 __all__ = ["Decided", "decide_read"]
 
 _TOKEN_ROUTE: Final = TOKEN_PATH.encode()
-_NOTHING_BUT_OFF: Final = "+1-ooo---:"
-"""How a policy word begins where tokens are off and nothing else is said: then there is nothing to look at."""
-
 _UP: Final = re.compile(rb"(?:^|/)\.\.(?:/|$)")
-_TREES: Final = (("openstack_tokens", "/openstack"), ("nocloud_tokens", "/nocloud"))
+_TREES: Final = (
+    ("openstack_tokens", "/openstack", OPENSTACK_TOKENS),
+    ("nocloud_tokens", "/nocloud", NOCLOUD_TOKENS),
+)
 _USER_DATA: Final = re.compile(rb"/(?:openstack/[^/]+/user_data|[^/]+/user-data)(?:/|$)")
 
 
@@ -61,11 +71,12 @@ def decide_read(word: str, now: int, target: str, *, token: bool, paths: PathRul
         paths: The rules of the set that the word refers to.
     """
     path = target.partition("?")[0].encode()
-    nothing = word.startswith(_NOTHING_BUT_OFF) if word else not token
+    # With tokens off and all else as by default there is nothing to check.
+    nothing = word.startswith(ONLY_TOKENS_OFF) if word else not token
     if nothing and path != _TOKEN_ROUTE:
         return _PASSES
     undone = undo_spelling(path)
-    if word[1:2] == "0":
+    if word and not ENDPOINT.is_on(word):
         return Decided(403, "endpoint", "the endpoint is off")
     if word and (undone is None or _UP.search(undone) or b"%00" in path):
         return Decided(400, "path", "no document has such a path: it is made to pass by a rule")
@@ -77,7 +88,7 @@ def decide_read(word: str, now: int, target: str, *, token: bool, paths: PathRul
 
 
 def _token_route(word: str, path: bytes) -> Decided:
-    if word[2:3] == "-":
+    if word and not TOKEN_ROUTE.is_on(word):
         return Decided(404, "tokens", "no tokens are given")
     if path.rstrip(b"/") != _TOKEN_ROUTE:
         return Decided(404, "tokens", "a token is had under /latest alone")
@@ -85,11 +96,11 @@ def _token_route(word: str, path: bytes) -> Decided:
 
 
 def _read(word: str, now: int, path: bytes, paths: PathRules, *, token: bool) -> Decided:
-    modes, booted = word[3:6], boot_is_over(int(word.split(":")[2]), now)
-    tree, rule, mode = "EC2's tree", "tokens", modes[0]
-    for (name, begin), one in zip(_TREES, modes[1:], strict=True):
+    booted = boot_is_over(int(BOOT_END.read(word)), now)
+    tree, rule, required = "EC2's tree", "tokens", TOKENS.is_on(word)
+    for name, begin, mode in _TREES:
         if path.startswith(begin.encode()):
-            tree, rule, mode = begin, name, one
+            tree, rule, required = begin, name, mode.is_on(word)
     locked = rule == "tokens" or booted
     since = "" if rule == "tokens" else ", since the boot is over"
     said = find_rule(paths, plain_path(path).decode("latin-1"))
@@ -100,9 +111,9 @@ def _read(word: str, now: int, path: bytes, paths: PathRules, *, token: bool) ->
         if said[1] is PathWord.REQUIRED and locked and not token:
             return Decided(401, by, f"{what} takes a token{since}")
         if said[1] is not PathWord.ALLOW:
-            mode = "o"
-    if mode == "r" and not token and locked:
+            required = False
+    if required and not token and locked:
         return Decided(401, rule, f"{tree} takes a token{since}")
-    if word[7] == "s" and booted and _USER_DATA.match(path):
+    if SEALED.is_on(word) and booted and _USER_DATA.match(path):
         return Decided(403, "seal_user_data", "user-data is sealed, since the boot is over")
     return _PASSES

@@ -7,6 +7,7 @@ from typing import Final, TypeAlias
 
 from imdsproxy.core.path_rules import PathRules, PathWord, path_of_rule, path_rule_name
 from imdsproxy.core.policy import Folded, Guard, boot_ends_at, boot_is_over, render_policy_word
+from imdsproxy.core.policy_word import ENDPOINT
 
 __all__ = ["NOBODY", "PolicyInForce", "RuleInForce", "RuleValue", "tell_policy"]
 
@@ -52,7 +53,7 @@ class PolicyInForce:
     @property
     def endpoint_off(self) -> bool:
         """Every request is refused."""
-        return self.word[1:2] == "0"
+        return bool(self.word) and not ENDPOINT.is_on(self.word)
 
     @property
     def paths(self) -> PathRules:

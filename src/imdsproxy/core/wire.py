@@ -12,7 +12,7 @@ from typing import Final, TypeAlias
 
 from imdsproxy.core.model import InstanceId
 from imdsproxy.core.path_rules import PathRules
-from imdsproxy.core.policy import POLICY_WORD
+from imdsproxy.core.policy_word import POLICY_WORD
 
 __all__ = [
     "EmbeddedRecord",

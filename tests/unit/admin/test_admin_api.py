@@ -17,11 +17,10 @@ from imdsproxy.admin.refusals import status_of
 from imdsproxy.config.policy import PolicyRulesSettings
 from imdsproxy.core.model import ID_PATTERN, InstanceId, Network, NetworkId
 from imdsproxy.core.path_rules import MOST_PATH_RULES
-from imdsproxy.core.policy import BOUNDS
+from imdsproxy.core.policy import RULES
 from imdsproxy.core.records import Refused, parse_network
 from imdsproxy.core.records.instance import INSTANCE_KEYS
 from imdsproxy.core.records.network import MTU_BOUNDS, NETWORK_KEYS
-from imdsproxy.core.records.policy import POLICY_KEYS
 from imdsproxy.core.records.scalars import DEVICE_PATTERN, MAC_PATTERN
 from imdsproxy.errors import (
     AlreadyExists,
@@ -545,7 +544,7 @@ def test_the_described_records_are_the_ones_that_are_read() -> None:
     described = set(bodies.InstanceRecord.model_fields)
     assert described == set(INSTANCE_KEYS) - {"user_data_file"}
     assert set(bodies.NetworkRecord.model_fields) == set(NETWORK_KEYS)
-    assert set(bodies.PolicyRecord.model_fields) == set(POLICY_KEYS)
+    assert set(bodies.PolicyRecord.model_fields) == set(RULES)
 
 
 def _shape_of(document: object, record: str, field: str) -> dict[str, object]:
@@ -556,7 +555,9 @@ def _shape_of(document: object, record: str, field: str) -> dict[str, object]:
     return cast("list[dict[str, object]]", found["anyOf"])[0] if "anyOf" in found else found
 
 
-@pytest.mark.parametrize(("field", "bounds"), BOUNDS.items())
+@pytest.mark.parametrize(
+    ("field", "bounds"), [(rule.name, rule.bounds) for rule in RULES.values() if rule.bounds]
+)
 def test_openapi_the_settings_schema_and_both_parsers_have_the_same_bounds(
     server: AdminServer, field: str, bounds: tuple[int, int]
 ) -> None:

@@ -23,7 +23,14 @@ from imdsproxy.cli.examples import EXAMPLES
 from imdsproxy.cli.main import main
 from imdsproxy.core.model import BridgeListener, Dialect, InstanceId, NamespaceListener, NetworkId
 from imdsproxy.core.path_rules import PathRules, PathWord
-from imdsproxy.core.policy import NOTHING_SAID, PolicyBook, PolicyRules, TokenMode
+from imdsproxy.core.policy import (
+    NOTHING_SAID,
+    RULES,
+    PolicyBook,
+    PolicyRules,
+    Rule,
+    TokenMode,
+)
 from imdsproxy.core.progress import Step
 from imdsproxy.errors import ConfigInvalid, Problem, ReloadFailed, SourceUnavailable
 from support.admin_server import AdminServer, admin_server
@@ -185,6 +192,19 @@ def test_what_is_said_of_paths_is_said_and_unsaid_by_flags_path_by_path(
         assert refused.status != 0
         assert "policy.paths" in refused.err
         assert hint in " ".join(refused.err.split())
+
+
+@pytest.mark.parametrize("rule", [rule for rule in RULES.values() if rule.kind is not tuple])
+@pytest.mark.parametrize("kind", ["network", "instance"])
+def test_every_rule_of_a_policy_has_a_flag(filled: Cli, kind: str, rule: Rule) -> None:
+    flag, name = f"--{rule.name.replace('_', '-')}", {"network": "blue", "instance": "web-1"}[kind]
+    value: object = rule.bounds[1] if rule.bounds else "required"
+    words = (flag,) if rule.kind is bool else (flag, str(value))
+    assert filled(kind, "set", name, *words).status == 0
+    blue = filled.operations.networks[NetworkId("blue")]
+    web = filled.operations.instances[InstanceId("web-1")]
+    wanted = {rule.name: True if rule.kind is bool else value}
+    assert (blue if kind == "network" else web).policy == PolicyRules(**wanted)  # type: ignore[arg-type] # by the rule's kind
 
 
 def test_a_network_and_an_instance_are_added_with_a_policy(cli: Cli) -> None:

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from dataclasses import replace
 
 import pytest
 
@@ -24,10 +24,6 @@ _REQUIRED = PolicyRules(tokens=TokenMode.REQUIRED)
 _OFF = PolicyRules(tokens=TokenMode.OFF)
 _PLACE = PolicyPlace("red", "acme", "web")
 _BORN = 1_795_000_000
-
-
-def test_rules_and_policies_have_the_same_names() -> None:
-    assert [one.name for one in fields(PolicyRules)] == [one.name for one in fields(Policy)]
 
 
 def test_where_nothing_is_said_the_default_is_in_force() -> None:

@@ -8,9 +8,8 @@ from imdsproxy.config.strict_yaml import Decoded, decode_yaml
 from imdsproxy.config.words import explain_finding
 from imdsproxy.core.model import Instance, Network
 from imdsproxy.core.path_rules import MOST_PATH_RULES, PathWord
-from imdsproxy.core.policy import NOTHING_SAID, PolicyRules, TokenMode
+from imdsproxy.core.policy import NOTHING_SAID, RULES, PolicyRules, TokenMode
 from imdsproxy.core.records import Refused, parse_instance, parse_network, parse_records
-from imdsproxy.core.records.policy import POLICY_KEYS
 
 _INSTANCE: dict[str, object] = {"id": "i-1", "name": "web"}
 _NETWORK: dict[str, object] = {"id": "n", "listener": {"bridge": "br0"}}
@@ -55,7 +54,7 @@ def test_every_rule_can_be_said() -> None:
         connections=8,
         paths=(("/", PathWord.REQUIRED), ("/latest/user-data", PathWord.DENY)),
     )
-    assert set(said) == set(POLICY_KEYS)
+    assert set(said) == set(RULES)
     assert _of_instance(said) == wanted
     assert _of_network(said) == wanted
 
@@ -158,7 +157,7 @@ def test_each_bad_path_is_told_with_the_right_spelling() -> None:
 
 
 def test_records_and_settings_have_the_same_keys() -> None:
-    assert set(POLICY_KEYS) == set(PolicyRulesSettings.model_fields)
+    assert set(RULES) == set(PolicyRulesSettings.model_fields)
 
 
 @pytest.mark.parametrize("policy", [[], "required", 1, True])

@@ -31,7 +31,8 @@ from imdsproxy.core.haproxy.rules import (
     retry_later,
 )
 from imdsproxy.core.path_rules import TOKEN_PATH, WITHIN_OTHER_TREES
-from imdsproxy.core.policy import LONGEST_BOOT_S, POLICY_WORD
+from imdsproxy.core.policy import LONGEST_BOOT_S
+from imdsproxy.core.policy_word import POLICY_WORD
 from imdsproxy.core.tokens import CURRENT, TOKEN_PATTERN, TTL_LIMIT_S
 from imdsproxy.core.wire import HEADER_FORWARDED
 

@@ -15,7 +15,7 @@ from typing import Final
 
 from imdsproxy.core.haproxy.model import DataplaneSpec, Section, Words
 from imdsproxy.core.haproxy.rules import HAS_POLICY, KNOWN, NOVA, negated, retry_later_slowly
-from imdsproxy.core.policy import POLICY_WORD
+from imdsproxy.core.policy_word import POLICY_WORD
 from imdsproxy.core.wire import MAP_NOVA
 
 __all__ = [

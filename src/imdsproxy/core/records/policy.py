@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
 from typing import Final
 
 from imdsproxy.core.path_rules import (
@@ -12,47 +11,35 @@ from imdsproxy.core.path_rules import (
     find_path_fault,
     sort_paths,
 )
-from imdsproxy.core.policy import (
-    BOUNDS,
-    NOTHING_SAID,
-    PolicyRules,
-    TokenMode,
-)
-from imdsproxy.core.records.fields import Field, optional
+from imdsproxy.core.policy import NOTHING_SAID, RULES, PolicyRules, Rule, TokenMode
+from imdsproxy.core.records.fields import Field
 
-__all__ = ["POLICY_KEYS", "parse_policy"]
-
-POLICY_KEYS: Final = tuple(one.name for one in fields(PolicyRules))
-"""The keys of the mapping, which are those of the settings too."""
+__all__ = ["parse_policy"]
 
 _MODES: Final = tuple(mode.value for mode in TokenMode)
 _WORDS: Final = tuple(word.value for word in PathWord)
 
 
 def parse_policy(field: Field) -> PolicyRules:
-    """The rules of a mapping, each of which may be left out; what is refused says nothing."""
-    entries = field.mapping(POLICY_KEYS)
+    """The rules of a mapping, each of which is optional; a rule that is refused is `None`."""
+    entries = field.mapping(tuple(RULES))
     if not entries:
         return NOTHING_SAID
-    return PolicyRules(
-        endpoint=optional(entries, "endpoint", Field.boolean),
-        tokens=optional(entries, "tokens", _parse_mode),
-        openstack_tokens=optional(entries, "openstack_tokens", _parse_mode),
-        nocloud_tokens=optional(entries, "nocloud_tokens", _parse_mode),
-        seal_user_data=optional(entries, "seal_user_data", Field.boolean),
-        refuse_forwarded=optional(entries, "refuse_forwarded", Field.boolean),
-        paths=optional(entries, "paths", _parse_paths),
-        **{
-            name: entries[name].whole_number(*bounds)
-            for name, bounds in BOUNDS.items()
-            if name in entries
-        },
-    )
+    rules = {name: _parse_rule(entry, RULES[name]) for name, entry in entries.items()}
+    return PolicyRules(**rules)  # type: ignore[arg-type] # each parser gives what its rule is
+
+
+def _parse_rule(field: Field, rule: Rule) -> object:
+    if rule.bounds is not None:
+        return field.whole_number(*rule.bounds)
+    if rule.kind is TokenMode:
+        return _parse_mode(field)
+    return field.boolean() if rule.kind is bool else _parse_paths(field)
 
 
 def _parse_mode(field: Field) -> TokenMode | None:
     if field.value is False:
-        # `off` without quotes, as many a writer of YAML gives it on.
+        # `off` without quotes is false in YAML 1.1.
         return TokenMode.OFF
     if not isinstance(field.value, str):
         field.refuse("is no mode of tokens", f"one of {', '.join(_MODES)}")

@@ -18,8 +18,7 @@ from imdsproxy.core.model import (
     Subnet,
     Upstream,
 )
-from imdsproxy.core.policy import NOTHING_SAID, PolicyRules, TokenMode
-from imdsproxy.core.records.policy import POLICY_KEYS
+from imdsproxy.core.policy import NOTHING_SAID, RULES, PolicyRules, TokenMode
 
 __all__ = ["Json", "render_instance", "render_network", "render_record"]
 
@@ -125,10 +124,10 @@ def _render_port(port: Port) -> dict[str, Json]:
 
 
 def _render_policy(rules: PolicyRules) -> dict[str, Json]:
-    said = ((key, getattr(rules, key)) for key in POLICY_KEYS if key != "paths")
+    values = ((key, getattr(rules, key)) for key in RULES if key != "paths")
     mapping: dict[str, Json] = {
         key: value.value if isinstance(value, TokenMode) else value
-        for key, value in said
+        for key, value in values
         if value is not None
     }
     if rules.paths:
