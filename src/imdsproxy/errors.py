@@ -8,6 +8,7 @@
     │   └── SecretUnreadable
     ├── SourceError            somebody must mend a source             exit 69
     │   ├── SourceUnavailable      try again later
+    │   │   └── LibraryMissing         an optional library that the source needs
     │   ├── SourceRefused          a record or a store was refused
     │   └── SourceCorrupt          the store's file is damaged
     ├── DataplaneError         HAProxy or the host refused             exit 70, 71 or 77
@@ -32,7 +33,8 @@ chained with `raise … from`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -49,6 +51,7 @@ __all__ = [
     "HaproxyMissing",
     "HostRefused",
     "ImdsproxyError",
+    "LibraryMissing",
     "NotFound",
     "PrivilegeMissing",
     "Problem",
@@ -62,6 +65,7 @@ __all__ = [
     "SourceError",
     "SourceRefused",
     "SourceUnavailable",
+    "optional_library",
 ]
 
 
@@ -157,6 +161,12 @@ class SourceUnavailable(SourceError):
 
     code = "source-unavailable"
     retryable = True
+
+
+class LibraryMissing(SourceUnavailable):
+    """A source is enabled, and the optional library that it needs is not installed."""
+
+    code = "library-missing"
 
 
 class SourceRefused(SourceError):
@@ -265,3 +275,16 @@ class RequestRefused(AdminError):
     """The body of a request is not acceptable; `problems` says which fields."""
 
     code = "request-refused"
+
+
+@contextmanager
+def optional_library(name: str, hint: str) -> Iterator[None]:
+    """Import a library that need not be installed.
+
+    Raises:
+        LibraryMissing: It is not installed, or not for this Python.
+    """
+    try:
+        yield
+    except ImportError as error:
+        raise LibraryMissing(f"{name} cannot be imported: {error}", hint=hint) from error

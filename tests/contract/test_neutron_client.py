@@ -13,8 +13,13 @@ import pytest
 from imdsproxy.core.model import MacAddress, NetworkId
 from imdsproxy.core.records.moments import unix_time_of
 from imdsproxy.errors import SourceUnavailable
-from imdsproxy.sources.neutron_api import ROUTER_OWNERS, NeutronClient, NeutronPort, PortQuery
-from imdsproxy.sources.neutron_rest import NeutronRest, connect_cloud, connect_endpoint
+from imdsproxy.sources.neutron.client import (
+    NeutronClient,
+    NeutronRest,
+    connect_cloud,
+    connect_endpoint,
+)
+from imdsproxy.sources.neutron.ports import ROUTER_OWNERS, NeutronPort, PortQuery
 from support.fake_neutron import FakeNeutron, neutron_port
 from support.openstack.lab import OpenStack
 from support.openstack.table import Port
@@ -46,7 +51,7 @@ async def client(
 
 
 def _rest(connect: Callable[[], object]) -> NeutronRest:
-    return NeutronRest(connect, timeout_s=10, max_queries=2)  # type: ignore[arg-type]
+    return NeutronRest(connect, timeout_s=10, max_queries=2)
 
 
 def _port(row: dict[str, object]) -> NeutronPort:

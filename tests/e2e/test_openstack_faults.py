@@ -19,7 +19,7 @@ from typing import Final
 
 import pytest
 
-from imdsproxy.sources.neutron_kept import KeptPorts
+from imdsproxy.sources.neutron.cache import load_cache, open_cache
 from support.guest import Guest, Load, Reply
 from support.lab import until
 from support.openstack.lab import Nova, OpenStack
@@ -92,7 +92,7 @@ def neutron_answers(ways: Ways) -> bool:
 
 
 def known_are_stored(ways: Ways) -> bool:
-    kept = KeptPorts(ways.daemon.state / "neutron.sqlite").load()
+    kept = load_cache(open_cache(ways.daemon.state / "neutron.sqlite"))
     stored = {(port.device, str(address)) for port in kept.ports for address in port.addresses}
     instances = ways.openstack.instances
     return all((instances[name].uuid, address) in stored for _, _, address, name in KNOWN)

@@ -17,9 +17,9 @@ from imdsproxy.core.addresses import link_local_of
 from imdsproxy.core.model import IpAddress, MacAddress, NetworkId, Scope
 from imdsproxy.core.observation import Conflict
 from imdsproxy.sources.api import PortAmbiguous, PortFound, PortMissing
-from imdsproxy.sources.neutron import NeutronSource
-from imdsproxy.sources.neutron_api import ROUTER_OWNERS, NeutronPort
-from imdsproxy.sources.neutron_running import NeutronPace
+from imdsproxy.sources.neutron.ports import ROUTER_OWNERS, NeutronPort
+from imdsproxy.sources.neutron.settings import NeutronSourceSettings
+from imdsproxy.sources.neutron.source import NeutronSource
 from support.fake_neutron import DOWN, FakeNeutron, FakeTime, router_port
 from support.source_runs import Heard, running
 
@@ -28,7 +28,7 @@ _ROUTERS: Final = tuple(map(NetworkId, ("r1",)))
 _MACS: Final = tuple(MacAddress(f"fa:16:3e:00:00:0{number}") for number in range(2))
 _PLAIN: Final = tuple(map(ip_address, ("10.0.0.1", "10.0.0.2", "fd00::1")))
 _ADDRESSES: Final[tuple[IpAddress, ...]] = (*_PLAIN, *map(link_local_of, _MACS))
-_PACE: Final = NeutronPace(negative_ttl_s=2, refresh_s=5, lifetime_s=30)
+_SETTINGS: Final = NeutronSourceSettings(negative_ttl_s=2, refresh_s=5, lifetime_s=30)
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,9 +182,9 @@ def _play(play: Callable[[World], object]) -> None:
         neutron, time = FakeNeutron(), FakeTime()
         with tempfile.TemporaryDirectory(prefix="imdst-") as directory:
             source = NeutronSource(
-                lambda: neutron,
+                neutron,
                 Path(directory) / "kept.sqlite",
-                _PACE,
+                _SETTINGS,
                 clock=time,
                 random=lambda: 0.5,
                 sleep=time.sleep,
@@ -238,7 +238,7 @@ def test_once_neutron_has_stood_still_for_a_refresh_everything_is_as_it_says(
     async def play(world: World) -> None:
         for step in steps:
             await world.do(step)
-        await world.time.advance(2 * _PACE.refresh_s)
+        await world.time.advance(2 * _SETTINGS.refresh_s)
         world.check_inventory()
         for look in looks:
             having = world.having(look)

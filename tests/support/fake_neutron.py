@@ -10,7 +10,8 @@ from typing import Final
 
 from imdsproxy.core.model import MacAddress, NetworkId
 from imdsproxy.errors import SourceUnavailable
-from imdsproxy.sources.neutron_api import NeutronPort, PortQuery, QueryTimedOut
+from imdsproxy.sources.neutron.client import QueryTimedOut
+from imdsproxy.sources.neutron.ports import NeutronPort, PortQuery
 
 __all__ = ["DOWN", "LATE", "FakeNeutron", "FakeTime", "neutron_port", "router_port"]
 

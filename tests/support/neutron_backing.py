@@ -19,10 +19,10 @@ from imdsproxy.core.model import (
 )
 from imdsproxy.errors import Problem
 from imdsproxy.host.clock import SystemClock
-from imdsproxy.sources.neutron import NeutronSource
-from imdsproxy.sources.neutron_api import NeutronPort, PortQuery
-from imdsproxy.sources.neutron_rest import NeutronRest, connect_endpoint
-from imdsproxy.sources.neutron_running import NeutronPace
+from imdsproxy.sources.neutron.client import NeutronRest, connect_endpoint
+from imdsproxy.sources.neutron.ports import NeutronPort, PortQuery
+from imdsproxy.sources.neutron.settings import NeutronSourceSettings
+from imdsproxy.sources.neutron.source import NeutronSource
 from support.openstack.lab import OpenStack
 from support.openstack.neutron_rest import Refused
 
@@ -50,9 +50,9 @@ class NeutronBacking:
 
     def source(self) -> NeutronSource:
         return NeutronSource(
-            lambda: _InTheSuitesWords(self._url, self._networks, self._made_up),
+            _InTheSuitesWords(self._url, self._networks, self._made_up),
             self._kept,
-            NeutronPace(list_every_s=1.0, list_host=self._host, page_size=2),
+            NeutronSourceSettings(list_every_s=1.0, list_host=self._host, page_size=2),
             clock=SystemClock(),
             random=lambda: 0.0,
         )

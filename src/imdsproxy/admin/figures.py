@@ -19,9 +19,9 @@ from imdsproxy.core.hoststate import Effect
 from imdsproxy.dataplane.master import WorkerEnded
 from imdsproxy.errors import DataplaneError
 from imdsproxy.serving.resolver import Resolver
-from imdsproxy.sources.neutron import NeutronFigures, NeutronSource
-from imdsproxy.sources.neutron_asking import QueryResult
-from imdsproxy.sources.neutron_lookups import LookUpResult
+from imdsproxy.sources.neutron.look_ups import LookUpResult
+from imdsproxy.sources.neutron.queries import QueryResult
+from imdsproxy.sources.neutron.source import NeutronFigures, NeutronSource
 
 __all__ = ["TRAFFIC_COLUMNS", "Figures", "TrafficCounter"]
 

@@ -41,7 +41,6 @@ _SHORT: Final = 16
 
 _AT_ONCE: Final = 8
 _UNREACHED: Final = "until it can be reached, guests are answered by the set's others, or with 503"
-_CLOUDS: Final = Path("/etc/openstack/clouds.yaml")
 _AGENTS: Final[Mapping[str, str]] = {
     "neutron-metadata-agent": "neutron-metadata-agent",
     "neutron-ovn-metadata-agent": "neutron-ovn-metadata-agent",
@@ -91,7 +90,7 @@ def check_clouds(settings: Settings) -> list[Finding]:
         return []
     from imdsproxy.config.yaml_document import parse_yaml  # noqa: PLC0415 - rarely needed
 
-    path = source.clouds_file or _CLOUDS
+    path = source.clouds_path
     try:
         data = parse_yaml(_read(path).decode("utf-8"), str(path)).data
     except UnicodeDecodeError:

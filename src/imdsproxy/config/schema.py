@@ -18,7 +18,6 @@ from imdsproxy.config.endpoint import Endpoint
 from imdsproxy.config.libvirt import LibvirtSourceSettings
 from imdsproxy.config.limits import LimitsSettings
 from imdsproxy.config.namespace_proxy import NamespaceProxySettings
-from imdsproxy.config.neutron import NeutronSourceSettings
 from imdsproxy.config.nova import NovaSettings
 from imdsproxy.config.policy import PolicySettings, TokensSettings
 from imdsproxy.config.section import (
@@ -33,6 +32,7 @@ from imdsproxy.config.section import (
     setting,
 )
 from imdsproxy.config.unix_listener import UnixListenerSettings
+from imdsproxy.sources.neutron.settings import NeutronSourceSettings
 
 __all__ = [
     "AdminSettings",

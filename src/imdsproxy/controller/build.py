@@ -52,9 +52,8 @@ from imdsproxy.sources.api import Source, WritableSource
 from imdsproxy.sources.libvirt import LibvirtPace, LibvirtSource
 from imdsproxy.sources.libvirt_client import SystemLibvirt
 from imdsproxy.sources.libvirt_known import Selection
-from imdsproxy.sources.neutron import NeutronSource
-from imdsproxy.sources.neutron_rest import NeutronRest, connect_cloud, connect_endpoint
-from imdsproxy.sources.neutron_running import NeutronPace
+from imdsproxy.sources.neutron.client import open_client
+from imdsproxy.sources.neutron.source import NeutronSource
 from imdsproxy.sources.sqlite import SqliteSource
 
 __all__ = [
@@ -310,7 +309,14 @@ def build_sources(
         found.append(FileSource(settings.sources.file.directory, last_good=kept, progress=progress))
     neutron: NeutronSource | None = None
     if settings.sources.neutron.enabled:
-        neutron = _build_neutron(settings, clock, begin)
+        neutron = NeutronSource(
+            open_client(settings.sources.neutron),
+            settings.paths.state_dir / "neutron.sqlite",
+            settings.sources.neutron,
+            clock=clock,
+            random=SystemRandom().random,
+            begin=begin,
+        )
         found.append(neutron)
     if settings.sources.libvirt.enabled:
         found.append(_build_libvirt(settings))
@@ -326,35 +332,6 @@ def _build_libvirt(settings: Settings) -> LibvirtSource:
             marked_only=libvirt.domains == "marked",
         ),
         pace=LibvirtPace(reread_s=libvirt.reread_s),
-    )
-
-
-def _build_neutron(
-    settings: Settings, clock: Clock, begin: Callable[[], Awaitable[object]]
-) -> NeutronSource:
-    neutron = settings.sources.neutron
-    timeout_s = neutron.timeout_s
-    if neutron.cloud is not None:
-        clouds = neutron.clouds_file or _CLOUDS_FILE
-        connect = partial(connect_cloud, neutron.cloud, clouds, timeout_s)
-    else:
-        # The settings have one of the two.
-        connect = partial(connect_endpoint, neutron.endpoint or "", timeout_s)
-    return NeutronSource(
-        lambda: NeutronRest(connect, timeout_s=timeout_s, max_queries=neutron.max_queries),
-        settings.paths.state_dir / "neutron.sqlite",
-        NeutronPace(
-            max_queries=neutron.max_queries,
-            negative_ttl_s=neutron.negative_ttl_s,
-            refresh_s=neutron.refresh_s,
-            lifetime_s=neutron.lifetime_s,
-            list_every_s=neutron.list_every_s,
-            list_host=neutron.list_host,
-            page_size=neutron.page_size,
-        ),
-        clock=clock,
-        random=SystemRandom().random,
-        begin=begin,
     )
 
 

@@ -18,7 +18,7 @@ from imdsproxy.config.schema import Settings
 from imdsproxy.core.model import InstanceId, NetworkId
 from imdsproxy.core.records import Refused, parse_instance
 from imdsproxy.core.signing import sign_instance
-from imdsproxy.sources.neutron_api import PortQuery, parse_ports, render_query
+from imdsproxy.sources.neutron.ports import PortQuery, parse_ports, render_query
 
 
 def test_the_stand_in_checks_the_signature_that_the_daemon_makes(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ from imdsproxy.host.clock import SystemClock
 from imdsproxy.sources.libvirt import LibvirtPace, LibvirtSource
 from imdsproxy.sources.libvirt_client import SystemLibvirt
 from imdsproxy.sources.libvirt_known import Selection
-from imdsproxy.sources.neutron import NeutronSource
+from imdsproxy.sources.neutron import client
+from imdsproxy.sources.neutron.source import NeutronSource
 
 
 def _settings(tmp_path: Path, **neutron: object) -> Settings:
@@ -54,42 +56,22 @@ def test_without_neutron_nobody_is_asked() -> None:
         ),
     ],
 )
-async def test_neutron_is_where_the_settings_say(
+async def test_the_client_connects_where_neutron_is_configured(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     fields: dict[str, object],
     expected: tuple[object, ...],
 ) -> None:
     asked: list[tuple[object, ...]] = []
-    monkeypatch.setattr(
-        build, "connect_endpoint", lambda *where: asked.append(("endpoint", *where))
-    )
-    monkeypatch.setattr(build, "connect_cloud", lambda *where: asked.append(("cloud", *where)))
-    settings = _settings(tmp_path, timeout_s=7.0, **fields)
-    source = build.build_sources(settings, SystemClock(), begin=_begin).look_up
-    assert source is not None
-    client = source._connect()
+    for kind in ("endpoint", "cloud"):
+        connect = partial(lambda kind, *where: asked.append((kind, *where)), kind)
+        monkeypatch.setattr(client, f"connect_{kind}", connect)
+    made = client.open_client(_settings(tmp_path, timeout_s=7.0, **fields).sources.neutron)
     try:
-        client._connect()  # type: ignore[attr-defined]  # what its first query does
+        made._connect()  # what its first query does
     finally:
-        await client.close()
+        await made.close()
     assert asked == [expected]
-
-
-def test_how_neutron_is_asked_is_as_the_settings_say(tmp_path: Path) -> None:
-    said = {
-        "max_queries": 3,
-        "negative_ttl_s": 1.5,
-        "refresh_s": 20.0,
-        "lifetime_s": 600.0,
-        "list_every_s": 30.0,
-        "list_host": "here",
-        "page_size": 50,
-    }
-    settings = _settings(tmp_path, endpoint="http://127.0.0.1:9696", **said)
-    source = build.build_sources(settings, SystemClock(), begin=_begin).look_up
-    assert source is not None
-    assert {name: getattr(source._pace, name) for name in said} == said
 
 
 def test_libvirt_is_asked_as_the_settings_say() -> None:

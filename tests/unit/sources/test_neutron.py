@@ -27,8 +27,8 @@ from imdsproxy.sources.api import (
     PortFound,
     PortMissing,
 )
-from imdsproxy.sources.neutron import NeutronSource
-from imdsproxy.sources.neutron_running import NeutronPace
+from imdsproxy.sources.neutron.settings import NeutronSourceSettings
+from imdsproxy.sources.neutron.source import NeutronSource
 from support.fake_neutron import (
     DOWN,
     LATE,
@@ -89,25 +89,25 @@ def kept(tmp_path: Path) -> Path:
 async def rig(
     kept: Path,
     *ports: object,
-    pace: NeutronPace | None = None,
+    settings: NeutronSourceSettings | None = None,
     neutron: FakeNeutron | None = None,
     time: FakeTime | None = None,
 ) -> AsyncIterator[Rig]:
-    pace = NeutronPace() if pace is None else pace
+    settings = NeutronSourceSettings() if settings is None else settings
     neutron = FakeNeutron() if neutron is None else neutron
     neutron.put(*ports)  # type: ignore[arg-type]
     time = FakeTime() if time is None else time
     chances = [1.0]
     source = NeutronSource(
-        lambda: neutron,
+        neutron,
         kept,
-        pace,
+        settings,
         clock=time,
         random=lambda: chances[0],
         sleep=time.sleep,
     )
     async with running(source) as heard:
-        sleepers = 2 if pace.list_every_s else 1
+        sleepers = 2 if settings.list_every_s else 1
         made = Rig(neutron, time, source, heard, chances, sleepers)
         await time.settle(sleepers)
         neutron.queries.clear()
@@ -131,7 +131,7 @@ async def test_a_source_that_knows_nothing_is_in_sync_and_finds_out_whether_neut
 async def test_before_it_is_to_begin_neutron_is_asked_for_guests_alone(kept: Path) -> None:
     begin, neutron, time = asyncio.Event(), FakeNeutron(), FakeTime()
     neutron.put(_A)
-    source = _waiting(kept, begin, neutron, time, NeutronPace())
+    source = _waiting(kept, begin, neutron, time, NeutronSourceSettings())
     async with running(source) as heard:
         await heard.until(lambda one: bool(one.observations) and one.last.in_sync)
         assert neutron.queries == []
@@ -146,19 +146,25 @@ async def test_before_it_is_to_begin_neutron_is_asked_for_guests_alone(kept: Pat
 async def test_a_list_without_which_nothing_is_known_is_read_at_once(kept: Path) -> None:
     neutron, time = FakeNeutron(), FakeTime()
     neutron.put(_A)
-    source = _waiting(kept, asyncio.Event(), neutron, time, NeutronPace(list_every_s=60.0))
+    source = _waiting(
+        kept, asyncio.Event(), neutron, time, NeutronSourceSettings(list_every_s=60.0)
+    )
     async with running(source) as heard:
         await heard.until(lambda one: bool(one.observations) and one.last.in_sync)
         assert heard.owners["n1/10.0.0.5"] == "i-a"
 
 
 def _waiting(
-    kept: Path, begin: asyncio.Event, neutron: FakeNeutron, time: FakeTime, pace: NeutronPace
+    kept: Path,
+    begin: asyncio.Event,
+    neutron: FakeNeutron,
+    time: FakeTime,
+    settings: NeutronSourceSettings,
 ) -> NeutronSource:
     return NeutronSource(
-        lambda: neutron,
+        neutron,
         kept,
-        pace,
+        settings,
         clock=time,
         random=lambda: 1.0,
         sleep=time.sleep,
@@ -407,7 +413,7 @@ async def test_nobody_is_believed_for_seconds(kept: Path) -> None:
 
 
 async def test_with_no_time_for_it_nobody_is_asked_for_each_time(kept: Path) -> None:
-    async with rig(kept, pace=NeutronPace(negative_ttl_s=0)) as one:
+    async with rig(kept, settings=NeutronSourceSettings(negative_ttl_s=0)) as one:
         await one.look("n1", "10.0.0.5")
         await one.look("n1", "10.0.0.5")
         assert one.asked == 2
@@ -418,7 +424,7 @@ async def test_no_more_queries_at_once_than_the_settings_say(kept: Path) -> None
         neutron_port(f"p-{number:03}", f"n{number}", "10.0.0.5", device=f"i-{number}")
         for number in range(50)
     ]
-    async with rig(kept, *guests, pace=NeutronPace(max_queries=5)) as one:
+    async with rig(kept, *guests, settings=NeutronSourceSettings(max_queries=5)) as one:
         one.neutron.open.clear()
         looks = [asyncio.create_task(one.look(f"n{number}", "10.0.0.5")) for number in range(50)]
         await asyncio.sleep(0.01)
@@ -429,7 +435,7 @@ async def test_no_more_queries_at_once_than_the_settings_say(kept: Path) -> None
 
 async def test_a_network_that_invents_addresses_leaves_room_for_the_others(kept: Path) -> None:
     other = neutron_port("p-c", "n2", "10.0.0.5", device="i-c")
-    async with rig(kept, other, pace=NeutronPace(max_queries=4)) as one:
+    async with rig(kept, other, settings=NeutronSourceSettings(max_queries=4)) as one:
         one.neutron.open.clear()
         invented = [
             asyncio.create_task(one.look("n1", f"10.{number >> 8}.{number & 255}.9"))
@@ -546,7 +552,7 @@ async def test_a_port_is_gone_only_if_neutron_says_so_while_it_shows_another(kep
 
 
 async def test_a_router_that_seems_to_join_nothing_is_asked_for_again(kept: Path) -> None:
-    async with rig(kept, _A, pace=NeutronPace(negative_ttl_s=0)) as one:
+    async with rig(kept, _A, settings=NeutronSourceSettings(negative_ttl_s=0)) as one:
         assert await one.look("r", "10.0.0.5", router=True) == _NOBODY
         one.neutron.put(router_port("r-1", "n1", "r"))
         assert await one.look("r", "10.0.0.5", router=True) == _FOUND_A
@@ -606,11 +612,11 @@ async def test_a_port_given_to_another_project_is_signed_for_with_that(kept: Pat
 # Lifetimes
 
 
-_SHORT = NeutronPace(lifetime_s=100, refresh_s=5)
+_SHORT = NeutronSourceSettings(lifetime_s=100, refresh_s=5)
 
 
 async def test_who_does_not_ask_again_is_withdrawn_and_later_forgotten(kept: Path) -> None:
-    async with rig(kept, _A, pace=_SHORT) as one:
+    async with rig(kept, _A, settings=_SHORT) as one:
         one.random[0] = 0.0
         await one.look("n1", "10.0.0.5")
         await one.pass_time(99)
@@ -623,7 +629,7 @@ async def test_who_does_not_ask_again_is_withdrawn_and_later_forgotten(kept: Pat
 
 
 async def test_who_asks_again_in_time_is_found_without_a_query(kept: Path) -> None:
-    async with rig(kept, _A, pace=_SHORT) as one:
+    async with rig(kept, _A, settings=_SHORT) as one:
         one.random[0] = 0.0
         await one.look("n1", "10.0.0.5")
         await one.pass_time(110)
@@ -635,7 +641,7 @@ async def test_who_asks_again_in_time_is_found_without_a_query(kept: Path) -> No
 
 
 async def test_what_is_put_aside_is_still_kept_up_to_date(kept: Path) -> None:
-    async with rig(kept, _A, pace=_SHORT) as one:
+    async with rig(kept, _A, settings=_SHORT) as one:
         one.random[0] = 0.0
         await one.look("n1", "10.0.0.5")
         await one.pass_time(101)
@@ -645,7 +651,7 @@ async def test_what_is_put_aside_is_still_kept_up_to_date(kept: Path) -> None:
 
 
 async def test_lifetimes_that_began_together_do_not_end_together(kept: Path) -> None:
-    async with rig(kept, _A, _B, pace=_SHORT) as one:
+    async with rig(kept, _A, _B, settings=_SHORT) as one:
         one.random[0] = 0.0
         await one.look("n1", "10.0.0.5")
         one.random[0] = 1.0
@@ -661,7 +667,7 @@ async def test_lifetimes_that_began_together_do_not_end_together(kept: Path) -> 
 async def test_what_is_known_is_served_on_and_said_to_be_stale(
     kept: Path, failure: Exception
 ) -> None:
-    async with rig(kept, _A, pace=_SHORT) as one:
+    async with rig(kept, _A, settings=_SHORT) as one:
         await one.look("n1", "10.0.0.5")
         one.neutron.failure = failure  # type: ignore[assignment]
         await one.pass_time(2000, step=10)
@@ -802,7 +808,7 @@ async def test_what_is_kept_is_asked_for_again_at_once(kept: Path) -> None:
 
 async def test_what_was_forgotten_is_not_kept(kept: Path) -> None:
     neutron = FakeNeutron()
-    async with rig(kept, _A, neutron=neutron, pace=_SHORT) as one:
+    async with rig(kept, _A, neutron=neutron, settings=_SHORT) as one:
         await one.look("n1", "10.0.0.5")
         await one.pass_time(5)
         neutron.remove("p-a")
@@ -840,7 +846,7 @@ async def test_a_file_of_garbage_costs_what_was_kept_and_nothing_else(kept: Path
 # The list
 
 
-_LISTED = NeutronPace(list_every_s=60, page_size=10)
+_LISTED = NeutronSourceSettings(list_every_s=60, page_size=10)
 
 
 def _many(count: int, host: str | None = None) -> list[object]:
@@ -852,7 +858,7 @@ def _many(count: int, host: str | None = None) -> list[object]:
 
 @pytest.mark.parametrize("count", [0, 9, 10, 25, 30])
 async def test_a_list_of_all_ports_is_read_page_by_page(kept: Path, count: int) -> None:
-    async with rig(kept, *_many(count), pace=_LISTED) as one:
+    async with rig(kept, *_many(count), settings=_LISTED) as one:
         (first,) = one.heard.observations
         assert first.full
         assert first.in_sync
@@ -861,19 +867,19 @@ async def test_a_list_of_all_ports_is_read_page_by_page(kept: Path, count: int) 
 
 async def test_a_neutron_that_knows_no_pages_is_understood(kept: Path) -> None:
     neutron = FakeNeutron(ignored=frozenset({"limit", "after"}))
-    async with rig(kept, *_many(25), pace=_LISTED, neutron=neutron) as one:
+    async with rig(kept, *_many(25), settings=_LISTED, neutron=neutron) as one:
         assert len(one.owners) == 25
         assert one.source.figures.queries["ok"] == 2
 
 
 async def test_a_neutron_that_begins_each_page_anew_is_not_asked_for_ever(kept: Path) -> None:
     neutron = FakeNeutron(ignored=frozenset({"after"}))
-    async with rig(kept, *_many(25), pace=_LISTED, neutron=neutron) as one:
+    async with rig(kept, *_many(25), settings=_LISTED, neutron=neutron) as one:
         assert len(one.owners) == 10
 
 
 async def test_the_list_is_read_again_and_only_changes_are_told(kept: Path) -> None:
-    async with rig(kept, *_many(25), pace=_LISTED) as one:
+    async with rig(kept, *_many(25), settings=_LISTED) as one:
         one.neutron.remove("p-003")
         one.neutron.put(_A)
         await one.pass_time(61)
@@ -886,7 +892,7 @@ async def test_the_list_is_read_again_and_only_changes_are_told(kept: Path) -> N
 
 @pytest.mark.parametrize("shown", [0, 10])
 async def test_a_list_that_is_not_whole_takes_nothing_away(kept: Path, shown: int) -> None:
-    async with rig(kept, *_many(25), pace=_LISTED) as one:
+    async with rig(kept, *_many(25), settings=_LISTED) as one:
         before = one.owners
         one.neutron.unlisted = frozenset([*one.neutron.ports_by_id][shown:])
         await one.pass_time(59)
@@ -899,7 +905,7 @@ async def test_a_list_that_is_not_whole_takes_nothing_away(kept: Path, shown: in
 
 
 async def test_a_refused_port_is_told_of_until_it_is_not_on_the_list(kept: Path) -> None:
-    async with rig(kept, *_many(3), replace(_A, device="a|b"), pace=_LISTED) as one:
+    async with rig(kept, *_many(3), replace(_A, device="a|b"), settings=_LISTED) as one:
         assert len(one.owners) == 3
         await one.pass_time(600, step=30)
         assert one.heard.last.problems
@@ -911,9 +917,9 @@ async def test_a_refused_port_is_told_of_until_it_is_not_on_the_list(kept: Path)
 async def test_a_port_that_left_the_list_is_asked_for_at_once_if_its_guest_had_asked(
     kept: Path,
 ) -> None:
-    pace = replace(_LISTED, list_host="here", refresh_s=1000)
+    settings = _LISTED.model_copy(update={"list_host": "here", "refresh_s": 1000.0})
     gone, moved = _many(2, "here")
-    async with rig(kept, gone, moved, pace=pace) as one:
+    async with rig(kept, gone, moved, settings=settings) as one:
         await one.look("n1", "10.0.1.0")
         await one.look("n1", "10.0.1.1")
         one.neutron.remove("p-000")
@@ -925,13 +931,13 @@ async def test_a_port_that_left_the_list_is_asked_for_at_once_if_its_guest_had_a
 async def test_only_ports_of_one_host_are_listed_and_others_are_found_by_look_up(
     kept: Path,
 ) -> None:
-    pace = replace(_LISTED, list_host="here")
+    settings = _LISTED.model_copy(update={"list_host": "here"})
     mine = neutron_port("p-h", "n1", "10.0.0.7", device="i-h", host="here")
     far = replace(_A, host="there")
     for ignored in (frozenset[str](), frozenset({"host"})):
         neutron = FakeNeutron(ignored=ignored)
         path = kept.with_name(f"{len(ignored)}.sqlite")
-        async with rig(path, mine, far, pace=pace, neutron=neutron) as one:
+        async with rig(path, mine, far, settings=settings, neutron=neutron) as one:
             assert one.owners == {"n1/10.0.0.7": "i-h"}
             assert await one.look("n1", "10.0.0.5") == _FOUND_A
             await one.pass_time(130)
@@ -941,7 +947,7 @@ async def test_only_ports_of_one_host_are_listed_and_others_are_found_by_look_up
 async def test_before_the_first_list_a_source_without_memory_is_not_in_sync(kept: Path) -> None:
     neutron, time = FakeNeutron(failure=DOWN), FakeTime()
     neutron.put(*_many(3))  # type: ignore[arg-type]
-    async with rig(kept, pace=_LISTED, neutron=neutron, time=time) as one:
+    async with rig(kept, settings=_LISTED, neutron=neutron, time=time) as one:
         assert not any(each.full or each.in_sync for each in one.heard.observations)
         neutron.failure = None
         await one.pass_time(40)
@@ -949,13 +955,13 @@ async def test_before_the_first_list_a_source_without_memory_is_not_in_sync(kept
         assert [each.full for each in one.heard.observations].count(True) == 1
         assert len(one.owners) == 3
     neutron.failure = DOWN
-    async with rig(kept, pace=_LISTED, neutron=neutron, time=time) as one:
+    async with rig(kept, settings=_LISTED, neutron=neutron, time=time) as one:
         assert one.heard.observations[0].in_sync
         assert len(one.owners) == 3
 
 
 async def test_a_list_that_cannot_be_read_to_its_end_takes_nothing_away(kept: Path) -> None:
-    async with rig(kept, *_many(25), pace=_LISTED) as one:
+    async with rig(kept, *_many(25), settings=_LISTED) as one:
         one.neutron.failure = LATE
         await one.pass_time(70)
         assert len(one.owners) == 25
@@ -967,7 +973,7 @@ async def test_a_list_that_cannot_be_read_to_its_end_takes_nothing_away(kept: Pa
 
 
 async def test_listed_ports_are_not_asked_for_in_between(kept: Path) -> None:
-    async with rig(kept, *_many(5), pace=_LISTED) as one:
+    async with rig(kept, *_many(5), settings=_LISTED) as one:
         await one.pass_time(50)
         assert one.asked == 0
 
@@ -981,9 +987,6 @@ async def test_before_it_runs_and_after_it_nothing_can_be_looked_up(kept: Path) 
     assert neutron.closed
     answer = await source.look_up(Scope.NETWORK, NetworkId("n1"), ip_address("10.0.0.5"))
     assert isinstance(answer, LookUpUnavailable)
-    assert source.routes() == {}
-    assert source.confirmation(NetworkId("n1"), ip_address("10.0.0.5")) is None
-    assert source.origin_of_port(InstanceId("i-a"), 0) is None
 
 
 async def test_a_look_up_on_its_way_when_the_source_ends_is_answered(kept: Path) -> None:

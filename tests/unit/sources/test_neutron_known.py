@@ -10,9 +10,15 @@ import pytest
 
 from imdsproxy.core.addresses import link_local_of
 from imdsproxy.core.model import InstanceId, MacAddress, NetworkId
-from imdsproxy.sources.neutron_api import NeutronPort, PortQuery, parse_ports, render_query
-from imdsproxy.sources.neutron_kept import KeptPorts
-from imdsproxy.sources.neutron_known import KnownPorts, plan_instance
+from imdsproxy.sources.neutron.cache import load_cache, open_cache
+from imdsproxy.sources.neutron.known import KnownPorts
+from imdsproxy.sources.neutron.ports import (
+    NeutronPort,
+    PortQuery,
+    parse_ports,
+    plan_instance,
+    render_query,
+)
 from support.fake_neutron import neutron_port
 
 _MAC = "fa:16:3e:00:00:05"
@@ -30,8 +36,8 @@ def test_an_answer_that_is_late_does_not_undo_a_newer_one() -> None:
     known.put(replace(_A, addresses=(ip_address("10.0.0.7"),)), asked=20)
     known.put(_A, asked=10)
     known.remove("p-a", asked=15)
-    known.miss("p-a", asked=15, patience_s=0)
-    known.miss("p-a", asked=16, patience_s=0)
+    known.miss("p-a", asked=15)
+    known.miss("p-a", asked=16)
     assert owner(known, "10.0.0.7") == "p-a"
     assert owner(known, "10.0.0.5") is None
     known.remove("p-a", asked=21)
@@ -78,13 +84,14 @@ def test_what_was_told_is_told_again_only_when_it_has_changed() -> None:
     assert not known.changes().instances
     known.put(replace(_A, project="red"), asked=3)
     (changed,) = known.changes().instances.values()
+    assert changed is not None
     assert changed.project == "red"
     known.put(replace(_A, device="i-z"), asked=4)
-    changes = known.changes()
-    assert (set(changes.instances), changes.removed) == ({"i-z"}, ("i-a",))
+    changes = known.changes().instances
+    assert {key: each is not None for key, each in changes.items()} == {"i-a": False, "i-z": True}
     assert known.networks == {"n1"}
     known.remove("p-a", asked=5)
-    assert known.changes().removed == ("i-z",)
+    assert known.changes().instances == {"i-z": None}
     assert known.networks == frozenset()
 
 
@@ -107,9 +114,9 @@ def test_what_a_tenant_wrote_is_shown_escaped_and_cut() -> None:
     assert len(problem.reason) < 200
 
 
-def _told(known: KnownPorts) -> int | None:
+def _created(known: KnownPorts) -> int | None:
     known.changes()
-    return known.told[InstanceId("i-a")].created_at
+    return known.published[InstanceId("i-a")].created_at
 
 
 def _known(*ports: NeutronPort) -> KnownPorts:
@@ -130,21 +137,21 @@ def test_an_instance_was_made_when_its_oldest_port_was(
         replace(_A, id=f"p-{index}", addresses=(), mac=None, created_at=when)
         for index, when in enumerate(times)
     ]
-    assert _told(_known(*ports)) == made
-    assert _told(_known(*reversed(ports))) == made
+    assert _created(_known(*ports)) == made
+    assert _created(_known(*reversed(ports))) == made
 
 
 def test_a_port_that_goes_or_comes_later_does_not_make_an_instance_anew() -> None:
     first = replace(_A, created_at=5)
     second = replace(_B, device="i-a", created_at=900)
     known = _known(first)
-    assert _told(known) == 5
+    assert _created(known) == 5
     known.put(second, asked=20)
-    assert _told(known) == 5
+    assert _created(known) == 5
     known.remove(first.id, asked=30)
-    assert _told(known) == 5
+    assert _created(known) == 5
     known.put(replace(second, mac=MacAddress("fa:16:3e:00:00:09")), asked=40)
-    assert _told(known) == 5
+    assert _created(known) == 5
 
 
 @pytest.mark.parametrize(
@@ -168,7 +175,8 @@ def test_when_a_port_was_made_is_taken_where_it_is_a_time(told: object, wanted: 
 
 def test_when_a_port_was_made_is_asked_for_and_kept_over_a_restart(tmp_path: Path) -> None:
     assert "fields=created_at" in render_query(PortQuery())
-    kept = KeptPorts(tmp_path / "neutron.sqlite")
+    cache = open_cache(tmp_path / "neutron.sqlite")
     ports = (replace(_A, created_at=1_795_694_400), _B)
-    kept.save({port.id: port for port in ports}, None, None)
-    assert set(KeptPorts(kept.path).load().ports) == set(ports)
+    cache.keep({port.id: port for port in ports})
+    cache.save()
+    assert set(load_cache(open_cache(cache.path)).ports) == set(ports)

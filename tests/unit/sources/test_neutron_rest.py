@@ -18,8 +18,13 @@ from typing import Final
 import pytest
 
 from imdsproxy.errors import SourceUnavailable
-from imdsproxy.sources.neutron_api import PortQuery, QueryTimedOut
-from imdsproxy.sources.neutron_rest import NeutronRest, connect_cloud, connect_endpoint
+from imdsproxy.sources.neutron.client import (
+    NeutronRest,
+    QueryTimedOut,
+    connect_cloud,
+    connect_endpoint,
+)
+from imdsproxy.sources.neutron.ports import PortQuery
 from support.patience import patience
 
 # openstacksdk warns of a setting that nobody has made (its defaults for InfluxDB are not empty).
@@ -232,7 +237,7 @@ async def test_an_endless_answer_is_cut_off() -> None:
 
 async def test_nothing_is_imported_before_the_first_query() -> None:
     code = (
-        "import sys; import imdsproxy.sources.neutron_rest, imdsproxy.sources.neutron;"
+        "import sys; import imdsproxy.sources.neutron.client, imdsproxy.sources.neutron.source;"
         "print([m for m in ('openstack', 'keystoneauth1', 'requests', 'urllib3') if m in sys.modules])"
     )
     done = await asyncio.to_thread(
@@ -243,7 +248,7 @@ async def test_nothing_is_imported_before_the_first_query() -> None:
 
 async def test_without_keystone_openstacksdk_is_not_imported() -> None:
     code = (
-        "import sys; from imdsproxy.sources.neutron_rest import connect_endpoint;"
+        "import sys; from imdsproxy.sources.neutron.client import connect_endpoint;"
         "connect_endpoint('http://127.0.0.1:9', 1);"
         "print([m for m in ('openstack', 'cryptography') if m in sys.modules])"
     )

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 from pydantic import StringConstraints, model_validator
 
 from imdsproxy.config.change import Change
 from imdsproxy.config.section import AbsolutePath, Section, cross, setting
-
-__all__ = ["NeutronSourceSettings"]
 
 ApiUrl = Annotated[str, StringConstraints(pattern=r"^https?://[^\s/?#]+/?[^\s?#]*$")]
 HostName = Annotated[str, StringConstraints(pattern=r"^[\x21-\x7e]{1,255}$")]
@@ -90,6 +89,16 @@ class NeutronSourceSettings(Section):
     page_size: int = setting(
         500, "Ports in one page of that list.", Change.RESTART, ge=1, le=10_000
     )
+
+    @property
+    def clouds_path(self) -> Path:
+        """`clouds_file`, or its default."""
+        return self.clouds_file or Path("/etc/openstack/clouds.yaml")
+
+    @property
+    def aside_s(self) -> float:
+        """Seconds that a port whose time is over is still kept up to date: its guest may ask again."""
+        return max(6 * self.refresh_s, min(self.lifetime_s / 4, 900.0))
 
     @model_validator(mode="after")
     def _one_way_to_neutron(self) -> NeutronSourceSettings:

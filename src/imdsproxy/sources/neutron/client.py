@@ -1,8 +1,8 @@
-"""Neutron's REST API by keystoneauth and openstacksdk: the only place that imports them.
+"""A client of Neutron's REST API by keystoneauth and openstacksdk: the only module that imports them.
 
-They are imported when the first query is made, in its thread: 12 MB and 80 ms without Keystone, 27 MB and
-140 ms with it (openstacksdk reads `clouds.yaml` and finds Neutron by Keystone's catalogue). Hosts without this
-source pay nothing. Ports are read as JSON: openstacksdk's resource objects would say nothing more.
+They come with `imdsproxy[neutron]` and are imported with the first query, in its thread: 12 MB and 80 ms without
+Keystone, 27 MB and 140 ms with it (openstacksdk reads `clouds.yaml` and finds Neutron by Keystone's catalogue). Hosts
+without this source do not load them. Ports are read as JSON: openstacksdk's resource objects add nothing.
 """
 
 from __future__ import annotations
@@ -11,26 +11,18 @@ import asyncio
 import json
 import re
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from functools import partial
 from http import HTTPStatus
+from pathlib import Path
 from threading import Lock
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import Any, Final, Protocol, TypeAlias
 
-from imdsproxy.errors import SourceUnavailable
-from imdsproxy.sources.neutron_api import (
-    NeutronPort,
-    PortQuery,
-    QueryTimedOut,
-    parse_ports,
-    render_query,
-)
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from pathlib import Path
-    from typing import Any
-
-__all__ = ["NeutronRest", "connect_cloud", "connect_endpoint"]
+from imdsproxy.errors import SourceUnavailable, optional_library
+from imdsproxy.sources.neutron.ports import NeutronPort, PortQuery, parse_ports, render_query
+from imdsproxy.sources.neutron.settings import NeutronSourceSettings
 
 _VERSION: Final = "/v2.0"
 _CHUNK: Final = 65_536
@@ -60,42 +52,76 @@ _HINTS: Final = {
 }
 
 
-class _Session(Protocol):
-    """As much of a `keystoneauth1.adapter.Adapter` as is used."""
-
-    def get(self, url: str, **options: Any) -> Any:  # noqa: ANN401 - a `requests.Response`
-        """One request; a token is added, and fetched where it is missing, too old or refused."""
-
-    def get_endpoint(self) -> str | None:
-        """Where Neutron is, by settings or by Keystone's catalogue."""
+_Adapter: TypeAlias = Any
+"""A `keystoneauth1.adapter.Adapter`, whose types are known only where keystoneauth is installed."""
 
 
-def connect_endpoint(endpoint: str, timeout_s: float) -> _Session:
-    """A way to a Neutron that takes requests without a token."""
-    from keystoneauth1.adapter import Adapter  # noqa: PLC0415 - see above
-    from keystoneauth1.noauth import NoAuth  # noqa: PLC0415 - as above
-    from keystoneauth1.session import Session  # noqa: PLC0415 - as above
+class QueryTimedOut(SourceUnavailable):
+    """Neutron did not answer in time."""
+
+
+class NeutronClient(Protocol):
+    """Neutron's list of ports.
+
+    An answer may hold more than what was asked for: a Neutron that does not know a filter ignores it.
+    """
+
+    async def ports(self, query: PortQuery) -> tuple[NeutronPort, ...]:
+        """The ports, in Neutron's order.
+
+        Raises:
+            QueryTimedOut: It takes too long.
+            SourceUnavailable: It cannot be reached, refuses, or answers what cannot be understood.
+        """
+
+    async def close(self) -> None:
+        """Close connections and threads; queries on their way are given up."""
+
+
+def import_openstack() -> AbstractContextManager[None]:
+    """Import OpenStack's libraries.
+
+    Raises:
+        LibraryMissing: They are not installed, or not for this Python.
+    """
+    return optional_library(
+        "openstacksdk", "apt install python3-openstacksdk, or pip install 'imdsproxy[neutron]'"
+    )
+
+
+def connect_endpoint(endpoint: str, timeout_s: float) -> _Adapter:
+    """An adapter for a Neutron that takes requests without a token.
+
+    Raises:
+        LibraryMissing: As `import_openstack`.
+    """
+    with import_openstack():
+        from keystoneauth1.adapter import Adapter  # noqa: PLC0415 - see above
+        from keystoneauth1.noauth import NoAuth  # noqa: PLC0415 - as above
+        from keystoneauth1.session import Session  # noqa: PLC0415 - as above
 
     session = Session(auth=NoAuth(endpoint=endpoint), timeout=timeout_s, app_name="imdsproxy")
     return Adapter(session)
 
 
-def connect_cloud(cloud: str, clouds_file: Path, timeout_s: float) -> _Session:
-    """A way to the Neutron of a cloud in a `clouds.yaml`.
+def connect_cloud(cloud: str, clouds_file: Path, timeout_s: float) -> _Adapter:
+    """An adapter for the Neutron of a cloud in a `clouds.yaml`.
 
     Only that file and a `secure.yaml` beside it are read, whatever the environment or the working directory hold.
 
     Raises:
+        LibraryMissing: As `import_openstack`.
         SourceUnavailable: The file or the cloud cannot be used.
     """
-    from keystoneauth1.adapter import Adapter  # noqa: PLC0415 - see above
-    from keystoneauth1.exceptions import ClientException  # noqa: PLC0415 - as above
-    from openstack.config import OpenStackConfig  # noqa: PLC0415 - as above
-    from openstack.exceptions import SDKException  # noqa: PLC0415 - as above
-    from yaml import YAMLError  # noqa: PLC0415 - as above
+    with import_openstack():
+        from keystoneauth1.adapter import Adapter  # noqa: PLC0415 - see above
+        from keystoneauth1.exceptions import ClientException  # noqa: PLC0415 - as above
+        from openstack.config import OpenStackConfig  # noqa: PLC0415 - as above
+        from openstack.exceptions import SDKException  # noqa: PLC0415 - as above
+        from yaml import YAMLError  # noqa: PLC0415 - as above
 
     try:
-        # openstacksdk takes a file that it cannot read for one that is not there.
+        # openstacksdk treats a file that it cannot read as missing.
         clouds_file.read_bytes()
         settings = OpenStackConfig(
             config_files=[str(clouds_file)],
@@ -112,33 +138,43 @@ def connect_cloud(cloud: str, clouds_file: Path, timeout_s: float) -> _Session:
             endpoint_override=settings.get_endpoint("network"),
         )
     except (SDKException, ClientException, YAMLError, OSError, ValueError, TypeError) as error:
-        # YAMLError: as openstacksdk 4.4 lets it through.
+        # YAMLError: openstacksdk 4.4 does not catch it.
         raise SourceUnavailable(
             f"the cloud {cloud} of {clouds_file} cannot be used: {_words(error)}",
             hint="correct sources.neutron.cloud, or the file",
         ) from error
 
 
+def open_client(settings: NeutronSourceSettings) -> NeutronRest:
+    """A client as the settings have it; it connects with its first query."""
+    connect = (
+        partial(connect_endpoint, settings.endpoint or "", settings.timeout_s)
+        if settings.cloud is None
+        else partial(connect_cloud, settings.cloud, settings.clouds_path, settings.timeout_s)
+    )
+    return NeutronRest(connect, timeout_s=settings.timeout_s, max_queries=settings.max_queries)
+
+
 class NeutronRest:
     """Neutron over HTTP, each query in a thread of a small pool of its own.
 
     Args:
-        connect: Makes the connection, in such a thread; see above.
+        connect: Makes the adapter, in such a thread: `connect_cloud` or `connect_endpoint`.
         timeout_s: What one query may take, in seconds.
         max_queries: Threads.
     """
 
     def __init__(
-        self, connect: Callable[[], _Session], *, timeout_s: float, max_queries: int
+        self, connect: Callable[[], _Adapter], *, timeout_s: float, max_queries: int
     ) -> None:
         self._connect = connect
         self._timeout_s = timeout_s
         self._pool = ThreadPoolExecutor(max_queries, "imdsproxy-neutron")
         self._connecting = Lock()
-        self._session: _Session | None = None
+        self._session: _Adapter = None
 
     async def ports(self, query: PortQuery) -> tuple[NeutronPort, ...]:
-        """See `neutron_api.NeutronClient`."""
+        """See `NeutronClient`."""
         loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(self._timeout_s):
@@ -147,7 +183,7 @@ class NeutronRest:
             raise self._too_long() from error
 
     async def close(self) -> None:
-        """Wait for nobody: a thread ends with its query, and that with its timeout."""
+        """Does not wait: a thread ends with its query, and that with its timeout."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _ports(self, query: PortQuery) -> tuple[NeutronPort, ...]:
@@ -165,7 +201,7 @@ class NeutronRest:
                 hint="look at what answers there: it may be another service",
             ) from error
 
-    def _get(self, session: _Session, path: str, ends: float) -> bytes:
+    def _get(self, session: _Adapter, path: str, ends: float) -> bytes:
         from keystoneauth1 import exceptions  # noqa: PLC0415 - see above
         from urllib3 import exceptions as body_exceptions  # noqa: PLC0415 - as above
 
@@ -175,10 +211,10 @@ class NeutronRest:
                 raise _unfindable("no endpoint")
             answer = session.get(
                 root.rstrip("/").removesuffix(_VERSION) + path,
-                # What is to be tried again, and when, is decided in one place: `neutron_asking`.
+                # When to try again is decided in one place: `queries`.
                 connect_retries=0,
                 status_code_retries=0,
-                # Our token would go with it, to whoever was named.
+                # Our token would be sent to the other host.
                 redirect=False,
                 raise_exc=False,
                 log=False,
@@ -205,14 +241,14 @@ class NeutronRest:
             ) from error
         if answer.status_code != HTTPStatus.OK:
             there = answer.headers.get("Location")
-            said = body.decode("utf-8", "backslashreplace") if there is None else f"go to {there}"
-            raise _refused(answer.status_code, said)
+            text = body.decode("utf-8", "backslashreplace") if there is None else f"go to {there}"
+            raise _refused(answer.status_code, text)
         return body
 
     def _read(self, answer: Any, ends: float) -> bytes:  # noqa: ANN401 - a `requests.Response`
         parts: list[bytes] = []
         size = 0
-        # What comes at a time, so that an answer of a byte a second has its end too.
+        # What arrives at a time, so that an answer of a byte a second ends too.
         while part := answer.raw.read1(_CHUNK, decode_content=True):
             parts.append(part)
             size += len(part)
@@ -240,9 +276,9 @@ def _unfindable(why: object) -> SourceUnavailable:
 
 
 def _refused(status: int, text: str) -> SourceUnavailable:
-    said = f": {_words(text)}" if text else ""
+    detail = f": {_words(text)}" if text else ""
     return SourceUnavailable(
-        f"Neutron answers {status}{said}", hint=_HINTS.get(status, "look at Neutron's log")
+        f"Neutron answers {status}{detail}", hint=_HINTS.get(status, "look at Neutron's log")
     )
 
 
@@ -262,7 +298,7 @@ def _cause(error: BaseException) -> str:
 
 def _words(error: object) -> str:
     words = " ".join(str(error).split()) or type(error).__name__
-    # It is shown on terminals, and somebody else has written it.
+    # It is untrusted text, shown on terminals.
     return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in words[:_SHOWN])[
         :_SHOWN
     ]

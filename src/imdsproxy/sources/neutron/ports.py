@@ -1,39 +1,35 @@
-"""What the source asks of Neutron, and what it takes from the answers.
+"""Neutron's ports: what is asked for, what is taken from answers, and the instances that ports make.
 
-Every part of a port that a tenant may write (`device_id`, `device_owner`) is text that somebody else chose;
-so is, for this program, every part of an answer. What is not of its form is refused here.
+Tenants can write `device_id` and `device_owner`, and no part of an answer is trusted: what does not have its form is
+refused here.
 
-Neutron's own words: the API reference's "Ports" (https://docs.openstack.org/api-ref/network/v2/), and
-`neutron_lib/constants.py` for the owners of ports.
+Sources: the API reference's "Ports" (https://docs.openstack.org/api-ref/network/v2/), and `neutron_lib/constants.py`
+for the owners of ports.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from ipaddress import ip_address
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import Final
 from urllib.parse import urlencode
 
 from imdsproxy.core.addresses import link_local_of, normalise_address
-from imdsproxy.core.model import ID_PATTERN, InstanceId, IpAddress, MacAddress, NetworkId
+from imdsproxy.core.model import (
+    ID_PATTERN,
+    Instance,
+    InstanceId,
+    IpAddress,
+    MacAddress,
+    NetworkId,
+    Port,
+    Upstream,
+)
 from imdsproxy.core.records.moments import unix_time_of
-from imdsproxy.errors import Problem, SourceUnavailable
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-__all__ = [
-    "MAX_VALUES",
-    "ROUTER_OWNERS",
-    "NeutronClient",
-    "NeutronPort",
-    "PortQuery",
-    "QueryTimedOut",
-    "parse_ports",
-    "render_query",
-]
+from imdsproxy.errors import Problem
 
 ROUTER_OWNERS: Final = (
     "network:router_interface",
@@ -43,8 +39,8 @@ ROUTER_OWNERS: Final = (
 """Owners of a router's ports in the networks that it joins."""
 
 MAX_VALUES: Final = 32
-"""Values of one filter in one query. A uWSGI as it comes takes 4 KiB for a request's variables, and has the
-query among them twice; 32 ids of 40 bytes leave room for the token."""
+"""Values of one filter in one query. By default uWSGI takes 4 KiB for a request's variables, and has the query among
+them twice; 32 ids of 40 bytes leave room for the token."""
 
 _SERVICE: Final = "network:"
 _FORM: Final = re.compile(ID_PATTERN)
@@ -64,21 +60,17 @@ _HOST_FIELD: Final = "binding:host_id"
 _SHOWN: Final = 80
 
 
-class QueryTimedOut(SourceUnavailable):
-    """Neutron did not answer in time."""
-
-
 @dataclass(frozen=True, slots=True)
 class NeutronPort:
-    """A port as Neutron tells of it.
+    """A port as Neutron describes it.
 
     Attributes:
-        addresses: Of `fixed_ips`; pairs allowed beside them are anybody's to claim, and do not count.
-        device: Whose port it is: an instance's id, a router's, or empty.
-        owner: What kind of thing that is, as `compute:nova` or `network:dhcp`.
+        addresses: From `fixed_ips`. Allowed address pairs do not count: any port of the network may claim them.
+        device: The id of the instance, router or service whose port it is, or empty.
+        owner: The kind of device, as `compute:nova` or `network:dhcp`.
         project: The port's own, which is not always that of the instance it names.
-        host: Where it is bound; `None` where that was not asked or not told.
-        created_at: When it was made, Unix time; `None` where that was not told or is no time. No tenant can write it.
+        host: Where it is bound; `None` where that was not asked for or not answered.
+        created_at: Unix time; `None` where there is none, or no valid one. No tenant can write it.
     """
 
     id: str
@@ -98,18 +90,22 @@ class NeutronPort:
 
     @property
     def serves(self) -> bool:
-        """Somebody behind it may be told of an instance: it has one, and is no service of Neutron's."""
-        return bool(self.device) and not self.owner.startswith(_SERVICE) and self.problem() is None
+        """It is an instance's port with valid ids, so that its guest gets documents."""
+        return self._names_instance and self.problem() is None
+
+    @property
+    def _names_instance(self) -> bool:
+        return bool(self.device) and not self.owner.startswith(_SERVICE)
 
     def has(self, address: IpAddress) -> bool:
-        """It has the address, or the MAC that the link-local address is made of."""
+        """It has the address, or the MAC that the link-local address is derived from."""
         return address in self.addresses or (
             self.mac is not None and address == link_local_of(self.mac)
         )
 
     def problem(self) -> Problem | None:
-        """Why it can get nothing although it names a device; `None` where that is not so."""
-        if not self.device or self.owner.startswith(_SERVICE):
+        """Why its guest gets nothing although the port names an instance, if so."""
+        if not self._names_instance:
             return None
         for field, value in (
             ("device_id", self.device),
@@ -129,12 +125,12 @@ class NeutronPort:
 
 @dataclass(frozen=True, slots=True)
 class PortQuery:
-    """Ports to be told of: every filter that is there must hold, by one of its values.
+    """Filters of a list of ports: each that is given must match, by one of its values.
 
     Attributes:
         host: Where they are bound.
         limit: How many at most, in order of their ids; `None` for all.
-        after: The id that the page before ended with.
+        after: The last id of the page before.
     """
 
     ids: tuple[str, ...] = ()
@@ -148,31 +144,10 @@ class PortQuery:
     after: str | None = None
 
 
-class NeutronClient(Protocol):
-    """Neutron's list of ports.
-
-    An answer may hold more than what was asked for: a Neutron that does not know a filter ignores it.
-    """
-
-    async def ports(self, query: PortQuery) -> tuple[NeutronPort, ...]:
-        """The ports, in Neutron's order.
-
-        Raises:
-            QueryTimedOut: It takes too long.
-            SourceUnavailable: It cannot be reached, refuses, or answers what cannot be understood.
-        """
-
-    async def close(self) -> None:
-        """Let go of connections and threads; queries that are on their way are given up."""
-
-
 def render_query(query: PortQuery) -> str:
     """The query's part of the URL, after the question mark."""
-    return urlencode([*_filters(query), *(("fields", field) for field in _fields(query))])
-
-
-def _fields(query: PortQuery) -> tuple[str, ...]:
-    return _FIELDS if query.host is None else (*_FIELDS, _HOST_FIELD)
+    fields = _FIELDS if query.host is None else (*_FIELDS, _HOST_FIELD)
+    return urlencode([*_filters(query), *(("fields", field) for field in fields)])
 
 
 def _filters(query: PortQuery) -> Iterator[tuple[str, str]]:
@@ -182,15 +157,14 @@ def _filters(query: PortQuery) -> Iterator[tuple[str, str]]:
         ("mac_address", query.macs),
         ("device_id", query.devices),
         ("device_owner", query.owners),
+        ("fixed_ips", [f"ip_address={address}" for address in query.addresses]),
     ):
         for value in values:
             yield name, value
-    for address in query.addresses:
-        yield "fixed_ips", f"ip_address={address}"
     if query.host is not None:
         yield _HOST_FIELD, query.host
     if query.limit is not None:
-        # By ids: what is made or taken away meanwhile then moves no port to another page.
+        # By ids: ports that are created or deleted meanwhile then move no other to another page.
         yield from (("limit", str(query.limit)), ("sort_key", "id"), ("sort_dir", "asc"))
     if query.after is not None:
         yield "marker", query.after
@@ -204,7 +178,7 @@ def parse_ports(answer: object) -> tuple[NeutronPort, ...]:
     """
     rows = answer.get("ports") if isinstance(answer, Mapping) else None
     if not isinstance(rows, list):
-        raise ValueError("it has no list of ports")  # noqa: TRY004 - what is wrong is what it says
+        raise ValueError("it has no list of ports")  # noqa: TRY004 - an answer is not a caller's mistake
     return tuple(_parse_port(row) for row in rows)
 
 
@@ -215,7 +189,6 @@ def _parse_port(row: object) -> NeutronPort:
     if _PORT_ID.fullmatch(port_id) is None:
         raise ValueError("a port has no id")
     mac = _text(row, "mac_address").lower()
-    project = _text(row, "project_id") or _text(row, "tenant_id")
     host = row.get(_HOST_FIELD)
     created_at = row.get("created_at")
     return NeutronPort(
@@ -225,7 +198,7 @@ def _parse_port(row: object) -> NeutronPort:
         addresses=tuple(_addresses(row.get("fixed_ips"))),
         device=_text(row, "device_id"),
         owner=_text(row, "device_owner"),
-        project=project,
+        project=_text(row, "project_id") or _text(row, "tenant_id"),
         host=host if isinstance(host, str) else None,
         created_at=unix_time_of(created_at) if isinstance(created_at, str) else None,
     )
@@ -248,6 +221,69 @@ def _addresses(fixed: object) -> Iterator[IpAddress]:
         if not isinstance(text, str):
             raise ValueError("a port's fixed_ips have no ip_address")  # noqa: TRY004 - as above
         address = normalise_address(ip_address(text))
-        # Not a guest's own: every host has them, and a record of one would name whoever asks from here.
+        # Every host has those; a record of one would name this host as the guest.
         if not (address.is_unspecified or address.is_loopback or address.is_multicast):
             yield address
+
+
+def render_port(port: NeutronPort) -> dict[str, object]:
+    """A port in the form of Neutron's own answer, without its host."""
+    created_at = port.created_at
+    return {
+        "id": port.id,
+        "network_id": port.network,
+        "mac_address": port.mac,
+        "fixed_ips": [{"ip_address": str(address)} for address in port.addresses],
+        "device_id": port.device,
+        "device_owner": port.owner,
+        "project_id": port.project,
+        "created_at": None
+        if created_at is None
+        else datetime.fromtimestamp(created_at, UTC).isoformat(),
+    }
+
+
+def plan_instance(
+    instance: InstanceId, ports: Iterable[NeutronPort], *, created_at: int | None = None
+) -> Instance | None:
+    """The record of an instance whose documents Nova has, from its known ports.
+
+    Any tenant can write any instance's id on a port. So each port keeps its own project, which Nova is asked with:
+    Nova answers 404 where the instance is not that project's (OSSA-2013-033). The instance's own project, that of the
+    first port, has then no meaning.
+
+    The instance is as old as its oldest port ever seen: a port that is added later, or removed, must not start its
+    boot anew, and a port from before the instance only makes it open for less long.
+
+    Args:
+        instance: Its id.
+        ports: Those in force.
+        created_at: Unix time of its record before.
+
+    Returns:
+        `None` where there is no port.
+    """
+    known = tuple(ports)
+    if not known:
+        return None
+    project = known[0].project
+    times = [
+        time for time in (created_at, *(port.created_at for port in known)) if time is not None
+    ]
+    return Instance(
+        id=instance,
+        name=instance,
+        hostname=instance,
+        project=project,
+        ports=tuple(
+            Port(
+                port.network,
+                port.mac,
+                port.addresses,
+                project=None if port.project == project else port.project,
+            )
+            for port in known
+        ),
+        upstream=Upstream.NOVA,
+        created_at=min(times, default=None),
+    )

@@ -1,16 +1,16 @@
-"""Look-ups of guests that nobody knows: by what is known, else by one query, however many ask."""
+"""Look-ups of addresses that guests ask from: by what is known, else by one query, however many requests wait."""
 
 from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Final, Literal, TypeAlias, assert_never
+from typing import Final, Literal, TypeAlias, assert_never
 
 from imdsproxy.core.model import IpAddress, NetworkId, Scope
 from imdsproxy.errors import SourceUnavailable
+from imdsproxy.host.clock import Clock
 from imdsproxy.sources.api import (
     LookUp,
     LookUpUnavailable,
@@ -18,17 +18,10 @@ from imdsproxy.sources.api import (
     PortFound,
     PortMissing,
 )
-from imdsproxy.sources.neutron_finding import Finder
-from imdsproxy.sources.neutron_known import Known, KnownPorts
-from imdsproxy.sources.neutron_routes import Route, Routes
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from imdsproxy.host.clock import Clock
-    from imdsproxy.sources.neutron_api import NeutronPort
-
-__all__ = ["LookUpResult", "LookUpTimes", "LookUps"]
+from imdsproxy.sources.neutron.known import Known, KnownPorts, Route, Routes
+from imdsproxy.sources.neutron.ports import NeutronPort
+from imdsproxy.sources.neutron.queries import Queries
+from imdsproxy.sources.neutron.settings import NeutronSourceSettings
 
 LookUpResult: TypeAlias = Literal[
     "known", "found", "missing", "ambiguous", "unavailable", "negative-cached", "coalesced"
@@ -36,57 +29,46 @@ LookUpResult: TypeAlias = Literal[
 _Key: TypeAlias = tuple[Scope, NetworkId, IpAddress]
 
 _MAX_NEGATIVE: Final = 10_000
-"""Answers “nobody” that are kept: an inventive guest must not fill the memory."""
+"""Negative answers that are kept: guests that invent addresses must not fill the memory."""
 _SPREAD: Final = 0.1
-"""By how much of itself a lifetime is shortened at random, so that what came together does not end together."""
-
-
-@dataclass(frozen=True, slots=True)
-class LookUpTimes:
-    """How long answers are believed, in seconds."""
-
-    negative_s: float
-    lifetime_s: float
+"""By how much of itself a lifetime is shortened at random, so that those begun together do not end together."""
 
 
 class LookUps:
-    """Answers look-ups; what was found is in force, and told, before it is answered.
+    """Answers look-ups; what was found is in force, and published, before it is answered.
 
     Args:
         random: Numbers from 0 to 1.
-        settling: Whether Neutron may not show everything yet.
-        tell: Publishes what has changed.
+        report: Publishes what has changed.
 
     Attributes:
-        results: What came of each look-up.
+        results: How look-ups ended, by number.
     """
 
     def __init__(
         self,
         known: KnownPorts,
         routes: Routes,
-        finder: Finder,
-        times: LookUpTimes,
+        queries: Queries,
+        settings: NeutronSourceSettings,
         *,
         clock: Clock,
         random: Callable[[], float],
-        settling: Callable[[], bool],
-        tell: Callable[[], None],
+        report: Callable[[], None],
     ) -> None:
         self._known = known
         self._routes = routes
-        self._finder = finder
-        self._times = times
+        self._queries = queries
+        self._settings = settings
         self._clock = clock
         self._random = random
-        self._settling = settling
-        self._tell = tell
+        self._report = report
         self._negative: dict[_Key, tuple[LookUp, float]] = {}
         self._pending: dict[_Key, asyncio.Task[LookUp]] = {}
         self.results: Counter[LookUpResult] = Counter()
 
     async def look_up(self, key: _Key) -> LookUp:
-        """Whose the address is; it must be of the one spelling."""
+        """The instance that has the address, which must be normalised."""
         found = self._recall(key)
         if found is not None:
             self.results["known"] += 1
@@ -99,11 +81,10 @@ class LookUps:
         if task is not None:
             self.results["coalesced"] += 1
         else:
-            task = asyncio.create_task(self._ask(key))
-            self._pending[key] = task
+            task = self._pending[key] = asyncio.create_task(self._ask(key))
             task.add_done_callback(partial(self._asked, key))
         try:
-            # Who gives up does not take the answer from the others.
+            # A request that is given up does not cancel the look-up that others wait for.
             return await asyncio.shield(task)
         except asyncio.CancelledError:
             asker = asyncio.current_task()
@@ -112,13 +93,13 @@ class LookUps:
             raise
 
     def forget_old(self) -> None:
-        """Let go of answers “nobody” that are not believed any more."""
+        """Forget negative answers that are not believed any more."""
         now = self._clock.monotonic()
         for key in [key for key, (_, until) in self._negative.items() if until <= now]:
             del self._negative[key]
 
     async def close(self) -> None:
-        """Give up what is being asked."""
+        """Cancel what is being asked."""
         pending = tuple(self._pending.values())
         for task in pending:
             task.cancel()
@@ -138,16 +119,18 @@ class LookUps:
         return None if known is None else self._found(known)
 
     def _found(self, known: Known) -> PortFound:
-        lifetime = self._times.lifetime_s * (1 - _SPREAD * self._random())
+        lifetime = self._settings.lifetime_s * (1 - _SPREAD * self._random())
         self._known.keep(known, self._clock.monotonic() + lifetime)
-        self._tell()
+        self._report()
         return PortFound(known.port.network, known.port.instance)
 
     async def _ask(self, key: _Key) -> LookUp:
         scope, network, address = key
         try:
-            networks = await self._networks(scope, network)
-            found = await self._finder.find(networks, (address,), share=network)
+            networks: tuple[NetworkId, ...] = (network,)
+            if scope is Scope.ROUTER:
+                networks = (await self._queries.networks_of(network, share=network)).networks
+            found = await self._queries.find(networks, (address,), share=network)
         except SourceUnavailable as error:
             self.results["unavailable"] += 1
             return LookUpUnavailable(error.message)
@@ -156,7 +139,7 @@ class LookUps:
         match answer:
             case PortFound():
                 self.results["found"] += 1
-            case PortMissing() if self._settling():
+            case PortMissing() if self._queries.settling:
                 self.results["unavailable"] += 1
                 return LookUpUnavailable(
                     "Neutron has just come back, and may not show all ports yet"
@@ -170,14 +153,6 @@ class LookUps:
             case _ as never:
                 assert_never(never)
         return answer
-
-    async def _networks(self, scope: Scope, network: NetworkId) -> tuple[NetworkId, ...]:
-        match scope:
-            case Scope.NETWORK:
-                return (network,)
-            case Scope.ROUTER:
-                return (await self._finder.networks_of(network, share=network)).networks
-        assert_never(scope)
 
     def _judge(
         self, key: _Key, ports: Sequence[NeutronPort], asked: float
@@ -193,12 +168,15 @@ class LookUps:
             self._routes.put(Route(router, (port.network, address), port.id, asked))
         found = self._recall(key)
         if found is None:
-            self._tell()
+            self._report()
             return PortMissing()
         return found
 
     def _deny(self, key: _Key, answer: LookUp) -> None:
         while len(self._negative) >= _MAX_NEGATIVE:
             del self._negative[next(iter(self._negative))]
-        if self._times.negative_s > 0:
-            self._negative[key] = (answer, self._clock.monotonic() + self._times.negative_s)
+        if self._settings.negative_ttl_s > 0:
+            self._negative[key] = (
+                answer,
+                self._clock.monotonic() + self._settings.negative_ttl_s,
+            )

@@ -1,0 +1,1 @@
+"""OpenStack Neutron as a source of records."""

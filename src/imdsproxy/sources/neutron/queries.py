@@ -1,0 +1,294 @@
+"""Queries to Neutron: bounded, none for a while when it does not answer, and the ones that find an address's ports.
+
+The questions and rules are neutron-metadata-agent's (`neutron/agent/metadata/agent.py`): in a network by `fixed_ips`,
+behind a router in all of its networks, and for an IPv6 link-local address by the MAC that it is derived from (RFC 4291,
+appendix A).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Final, Literal, TypeAlias, TypeVar
+
+from imdsproxy.core.addresses import mac_of
+from imdsproxy.core.backoff import Backoff
+from imdsproxy.core.model import IpAddress, NetworkId
+from imdsproxy.errors import SourceUnavailable
+from imdsproxy.host.clock import Clock
+from imdsproxy.sources.neutron.client import NeutronClient, QueryTimedOut
+from imdsproxy.sources.neutron.ports import MAX_VALUES, ROUTER_OWNERS, NeutronPort, PortQuery
+
+QueryResult: TypeAlias = Literal["ok", "failed", "timeout"]
+
+_T = TypeVar("_T")
+_FIRST_S: Final = 2.0
+_LONGEST_S: Final = 30.0
+_SETTLES_S: Final = 3.0
+"""How long a Neutron that has just come back may omit ports (see `known`)."""
+_MAX_WAITING: Final = 64
+_HALF: Final = MAX_VALUES // 2
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """Ports, as they were when Neutron was asked (monotonic seconds) or later."""
+
+    ports: tuple[NeutronPort, ...]
+    asked: float
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """All ports that have an address, serving or not, by address; asked as in `Answer`."""
+
+    ports: Mapping[IpAddress, tuple[NeutronPort, ...]]
+    asked: float
+
+
+@dataclass(frozen=True, slots=True)
+class RouterNetworks:
+    """The networks that a router joins; asked as in `Answer`."""
+
+    networks: tuple[NetworkId, ...]
+    asked: float
+
+
+@dataclass(frozen=True, slots=True)
+class Outage:
+    """Neutron does not answer.
+
+    Attributes:
+        failure: The last one.
+        since: When the outage began, by the monotonic clock.
+        until: When the next query is due.
+    """
+
+    failure: SourceUnavailable
+    since: float
+    until: float
+
+
+class _Share:
+    """The slots of one share, and how many queries hold or wait for one."""
+
+    __slots__ = ("slots", "users")
+
+    def __init__(self, slots: int) -> None:
+        self.slots = asyncio.Semaphore(slots)
+        self.users = 0
+
+
+class Queries:
+    """Queries to Neutron.
+
+    Each belongs to a share: a network, a router, or our own refreshing. No share may use more than half of the slots,
+    so that a network whose guests invent addresses leaves room for the others.
+
+    After a failure no query is made until a back-off with full jitter is over (at most 30 s); then one is. Others fail
+    at once, meanwhile and while that one is on its way.
+
+    Args:
+        random: Numbers from 0 to 1.
+        max_queries: Slots.
+        networks_s: How long the networks that a router joins are believed, in seconds.
+        on_change: Called when an outage begins, goes on with another failure, or ends.
+
+    Attributes:
+        per_share: Queries that one share may have on their way.
+        answered: When Neutron last answered, by the monotonic clock; `None` before it ever did.
+        steady: Since when it has answered without an outage, by that clock.
+    """
+
+    def __init__(
+        self,
+        client: NeutronClient,
+        clock: Clock,
+        random: Callable[[], float],
+        *,
+        max_queries: int,
+        networks_s: float,
+        on_change: Callable[[], None],
+    ) -> None:
+        self._client = client
+        self._clock = clock
+        self._random = random
+        self._slots = asyncio.Semaphore(max_queries)
+        self._networks_s = networks_s
+        self._on_change = on_change
+        self._shares: dict[Hashable, _Share] = {}
+        self._backoff = Backoff(_FIRST_S, _LONGEST_S)
+        self._probing = False
+        self._routers: dict[NetworkId, RouterNetworks] = {}
+        self._pending: dict[NetworkId, asyncio.Task[RouterNetworks]] = {}
+        self.per_share = max(1, max_queries // 2)
+        self.outage: Outage | None = None
+        self.answered: float | None = None
+        self.steady = -math.inf
+        self.results: Counter[QueryResult] = Counter()
+
+    @property
+    def may_ask(self) -> bool:
+        """A query would be made, not refused."""
+        if self.outage is None:
+            return True
+        return not self._probing and self._clock.monotonic() >= self.outage.until
+
+    @property
+    def settling(self) -> bool:
+        """An outage has just ended: ports that Neutron omits now may appear in a moment."""
+        return self._clock.monotonic() - self.steady < _SETTLES_S
+
+    async def close(self) -> None:
+        """Cancel what is on its way, and close the client."""
+        pending = tuple(self._pending.values())
+        for task in pending:
+            task.cancel()
+        await asyncio.gather(*pending, return_exceptions=True)
+        await self._client.close()
+
+    async def ask(self, query: PortQuery, *, share: Hashable, patient: bool = False) -> Answer:
+        """Make a query.
+
+        Args:
+            query: Of what guests send it may hold an address, and nothing else.
+            share: What it counts for.
+            patient: Our own long query: its timeout is no outage.
+
+        Raises:
+            SourceUnavailable: Neutron does not answer, now or since a moment ago, or the share is full.
+        """
+        self._refuse_in_outage()
+        mine = self._shares.setdefault(share, _Share(self.per_share))
+        if mine.users >= self.per_share + _MAX_WAITING:
+            raise SourceUnavailable("too many questions about this network are waiting for Neutron")
+        mine.users += 1
+        try:
+            async with mine.slots, self._slots:
+                self._refuse_in_outage()
+                return await self._ask(query, patient=patient)
+        finally:
+            mine.users -= 1
+            if not mine.users:
+                del self._shares[share]
+
+    def _refuse_in_outage(self) -> None:
+        if self.outage is not None and not self.may_ask:
+            failure = self.outage.failure
+            raise SourceUnavailable(failure.message, hint=failure.hint)
+
+    async def _ask(self, query: PortQuery, *, patient: bool) -> Answer:
+        asked = self._clock.monotonic()
+        probe = self.outage is not None
+        self._probing = self._probing or probe
+        try:
+            ports = await self._client.ports(query)
+        except SourceUnavailable as error:
+            late = isinstance(error, QueryTimedOut)
+            self.results["timeout" if late else "failed"] += 1
+            if not (late and patient):
+                self._failed(error, probe=probe)
+            raise
+        finally:
+            if probe:
+                self._probing = False
+        self.results["ok"] += 1
+        self._succeeded()
+        return Answer(ports, asked)
+
+    def _failed(self, error: SourceUnavailable, *, probe: bool) -> None:
+        outage = self.outage
+        if outage is not None and not probe:
+            # It was on its way when another query failed: the same failure.
+            return
+        now = self._clock.monotonic()
+        since = now if outage is None else outage.since
+        self.outage = Outage(error, since, now + self._random() * self._backoff.fail())
+        self._on_change()
+
+    def _succeeded(self) -> None:
+        self.answered = self._clock.monotonic()
+        if self.outage is not None:
+            self.outage = None
+            self.steady = self.answered
+            self._backoff.succeed()
+            self._on_change()
+
+    # Who has an address
+
+    async def find(
+        self, networks: Sequence[NetworkId], addresses: Iterable[IpAddress], *, share: Hashable
+    ) -> Found:
+        """The ports in any of the networks that have the addresses.
+
+        A port of an answer counts only if it has the address: a Neutron that does not know a filter ignores it.
+
+        Raises:
+            SourceUnavailable: As `ask`.
+        """
+        asked = self._clock.monotonic()
+        found: dict[IpAddress, dict[str, NeutronPort]] = {each: {} for each in addresses}
+        by_ip = [each for each in found if not each.is_link_local]
+        by_mac = [mac for each in found if (mac := mac_of(each)) is not None]
+        for some in chunks(networks, _HALF):
+            queries = [PortQuery(networks=some, addresses=each) for each in chunks(by_ip, _HALF)]
+            queries += [PortQuery(networks=some, macs=each) for each in chunks(by_mac, _HALF)]
+            for query in queries:
+                answer = await self.ask(query, share=share)
+                asked = min(asked, answer.asked)
+                for port in answer.ports:
+                    if port.network in some:
+                        for address, ports in found.items():
+                            if port.has(address):
+                                ports[port.id] = port
+        return Found({each: tuple(ports.values()) for each, ports in found.items()}, asked)
+
+    async def networks_of(self, router: NetworkId, *, share: Hashable) -> RouterNetworks:
+        """The networks that the router has an interface in; believed for a while.
+
+        Raises:
+            SourceUnavailable: As `ask`.
+        """
+        known = self._routers.get(router)
+        if known is not None and self._clock.monotonic() - known.asked < self._networks_s:
+            return known
+        task = self._pending.get(router)
+        if task is None:
+            task = self._pending[router] = asyncio.create_task(self._ask_networks(router, share))
+            task.add_done_callback(partial(self._asked_networks, router))
+        return await asyncio.shield(task)
+
+    def _asked_networks(self, router: NetworkId, task: asyncio.Task[RouterNetworks]) -> None:
+        self._pending.pop(router, None)
+        # All who waited may be gone, and asyncio complains about a failure that is never read.
+        if not task.cancelled():
+            task.exception()
+
+    async def _ask_networks(self, router: NetworkId, share: Hashable) -> RouterNetworks:
+        query = PortQuery(devices=(router,), owners=ROUTER_OWNERS)
+        answer = await self.ask(query, share=share)
+        networks = {
+            port.network
+            for port in answer.ports
+            if port.device == router and port.owner in ROUTER_OWNERS
+        }
+        found = RouterNetworks(tuple(sorted(networks)), answer.asked)
+        if networks:
+            # A router without any may be a Neutron that has just started, and omits ports.
+            self._routers[router] = found
+        return found
+
+    def forget_old(self) -> None:
+        """Forget routers' networks that are not believed any more."""
+        oldest = self._clock.monotonic() - self._networks_s
+        for router in [each for each, known in self._routers.items() if known.asked <= oldest]:
+            del self._routers[router]
+
+
+def chunks(values: Sequence[_T], size: int) -> list[tuple[_T, ...]]:
+    """The values in tuples of that size; the last one may be shorter."""
+    return [tuple(values[start : start + size]) for start in range(0, len(values), size)]
