@@ -129,7 +129,7 @@ def test_a_decision_says_what_was_decided_and_why(page: Path) -> None:
     title = text.splitlines()[0]
     assert title.startswith(f"# {page.name[:4]}: ")
     assert f"| {title.partition(': ')[2]} |" in index
-    if "deliberately-not" not in page.name:
+    if "left-out" not in page.name:
         parts = ["The case", "The decision", "What follows"]
         assert re.findall(r"^## (.+)$", text, re.MULTILINE) == parts
 
