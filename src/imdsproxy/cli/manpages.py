@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
-from imdsproxy.app.namespace_proxy.options import describe_options
+from imdsproxy.app.namespace_proxy.command import describe_options
 from imdsproxy.cli.commands import build_program, iterate_commands
 from imdsproxy.cli.completion import SHELLS, render_completion
 from imdsproxy.cli.exitcodes import EXIT_STATUSES

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,16 +15,14 @@ from imdsproxy.core.haproxy.namespace_proxy import (
     NamespaceProxySpec,
     Resource,
     Syslog,
-    build_namespace_proxy,
     parse_facility,
+    parse_failure,
     parse_port,
     parse_resource,
     parse_uuid,
-    parse_words,
     render_namespace_proxy,
 )
 from imdsproxy.core.haproxy.quoting import UnquotableWord
-from imdsproxy.core.haproxy.section import Words
 from imdsproxy.core.wire import RETRY_AFTER_S
 from imdsproxy.errors import RequestRefused
 
@@ -60,8 +59,9 @@ _FORGEABLE = (
 )
 
 
-def _rules(spec: NamespaceProxySpec = _SPEC) -> tuple[Words, ...]:
-    return next(one.lines for one in build_namespace_proxy(spec) if one.header[0] == "listen")
+def _rules(spec: NamespaceProxySpec = _SPEC) -> list[list[str]]:
+    _, listen = render_namespace_proxy(spec).split("listen metadata\n")
+    return [shlex.split(line) for line in listen.splitlines()]
 
 
 def _deleted(spec: NamespaceProxySpec = _SPEC) -> re.Pattern[str]:
@@ -195,11 +195,11 @@ def test_what_haproxy_says_of_its_failure_is_its_alerts_each_once() -> None:
         "[ALERT]    (12) : Binding [a.conf:15] for proxy metadata: cannot bind socket\n"
         "[ALERT]    (12) : [haproxy.main()] Exiting.\n"
     )
-    assert parse_words(said) == (
+    assert parse_failure(said) == (
         "Binding [a.conf:15] for proxy metadata: cannot bind socket; [haproxy.main()] Exiting."
     )
 
 
 def test_without_alerts_it_is_all_that_it_said() -> None:
-    assert parse_words("haproxy: cannot run\n\n  because\n") == "haproxy: cannot run; because"
-    assert parse_words("") == ""
+    assert parse_failure("haproxy: cannot run\n\n  because\n") == "haproxy: cannot run; because"
+    assert parse_failure("") == ""

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from imdsproxy.app.namespace_proxy.claim import claim_file, make_directories, remove_unclaimed
+from imdsproxy.app.namespace_proxy.host import claim_file, make_directories, remove_unclaimed
 from imdsproxy.errors import HostRefused
 
 

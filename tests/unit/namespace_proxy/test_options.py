@@ -8,8 +8,7 @@ from types import MappingProxyType
 
 import pytest
 
-from imdsproxy.app.namespace_proxy.option_files import read_settings
-from imdsproxy.app.namespace_proxy.options import CleanUp, Run, parse_command_line
+from imdsproxy.app.namespace_proxy.command import CleanUp, Run, parse_command_line, read_settings
 from imdsproxy.errors import ConfigInvalid, ConfigUnreadable, RequestRefused
 
 _UUID = "8f6a1e0c-3b52-4c1d-9a57-0d2f4b6c8e10"

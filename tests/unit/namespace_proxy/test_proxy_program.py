@@ -19,8 +19,7 @@ from imdsproxy.app.namespace_proxy import (
     cleanup_config_file,
     main,
 )
-from imdsproxy.app.namespace_proxy.claim import claim_file
-from imdsproxy.app.namespace_proxy.surroundings import Ended, Surroundings
+from imdsproxy.app.namespace_proxy.host import Ended, Surroundings, claim_file
 from imdsproxy.errors import (
     ConfigRejected,
     HaproxyMissing,
@@ -246,8 +245,8 @@ def test_a_path_that_cannot_be_used_is_refused(socket: str | None, state: str, w
         NetworkMetadataProxyHandler(UUID, None, socket, state_path=state)
 
 
-def test_a_path_that_haproxy_cannot_be_told_is_refused(tmp_path: Path, host: Host) -> None:
-    with pytest.raises(RequestRefused, match="cannot be told"):
+def test_a_path_that_haproxy_cannot_take_is_refused(tmp_path: Path, host: Host) -> None:
+    with pytest.raises(RequestRefused, match="cannot take"):
         NetworkMetadataProxyHandler(
             UUID, None, tmp_path / "a\nb", state_path=tmp_path, surroundings=host.surroundings()
         ).prepare()

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from imdsproxy.app.account import group_name, user_name
-from imdsproxy.app.namespace_proxy.surroundings import (
+from imdsproxy.app.namespace_proxy.host import (
     find_haproxy,
     run_to_end,
     runs_with,
@@ -59,7 +59,7 @@ def test_a_program_is_run_apart_and_all_that_it_says_is_kept(descriptor: int) ->
         descriptor,
         alone=True,
     )
-    assert (ended.status, ended.output, ended.said) == (3, "/ True 23 []\n", "True\n")
+    assert (ended.status, ended.output, ended.errors) == (3, "/ True 23 []\n", "True\n")
 
 
 def test_it_is_waited_for_until_whoever_writes_for_it_lets_go(descriptor: int) -> None:
@@ -73,7 +73,7 @@ def test_it_is_waited_for_until_whoever_writes_for_it_lets_go(descriptor: int) -
         descriptor,
         alone=False,
     )
-    assert (ended.status, ended.said) == (0, "late\n")
+    assert (ended.status, ended.errors) == (0, "late\n")
 
 
 def test_a_program_that_hangs_is_ended(descriptor: int) -> None:

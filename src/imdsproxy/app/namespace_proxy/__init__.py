@@ -5,7 +5,10 @@ hundred, so nothing here imports what it does not need.
 """
 
 from imdsproxy.app.namespace_proxy.command import main
-from imdsproxy.app.namespace_proxy.daemon import ProxyDaemon
-from imdsproxy.app.namespace_proxy.handler import NetworkMetadataProxyHandler, cleanup_config_file
+from imdsproxy.app.namespace_proxy.proxy import (
+    NetworkMetadataProxyHandler,
+    ProxyDaemon,
+    cleanup_config_file,
+)
 
 __all__ = ["NetworkMetadataProxyHandler", "ProxyDaemon", "cleanup_config_file", "main"]

@@ -1,26 +1,148 @@
-"""The program: start a proxy, or remove what one has left, and say in one line what is in the way."""
+"""The program: start a proxy, or remove what one has left; every spelling of an option that agents have used.
+
+Options come from the command line, Neutron's ini files and imdsproxy's settings. What reads the files is loaded only
+where there is something to read: agents start a proxy by the hundred.
+"""
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple, NoReturn
 
-from imdsproxy.app.namespace_proxy.daemon import ProxyDaemon, cleanup_pid_file
-from imdsproxy.app.namespace_proxy.handler import cleanup_config_file
-from imdsproxy.app.namespace_proxy.options import CleanUp, Run, parse_command_line
-from imdsproxy.errors import ImdsproxyError
+from imdsproxy.app.namespace_proxy.proxy import ProxyDaemon, cleanup_config_file, cleanup_pid_file
+from imdsproxy.core.haproxy.namespace_proxy import (
+    DEFAULT_PORT,
+    DEFAULT_STATE_PATH,
+    parse_facility,
+)
+from imdsproxy.errors import (
+    ConfigInvalid,
+    ConfigUnreadable,
+    ImdsproxyError,
+    Problem,
+    RequestRefused,
+)
 from imdsproxy.host.refusal import host_refused
 
 if TYPE_CHECKING:
-    from imdsproxy.app.namespace_proxy.surroundings import Surroundings
-
-__all__ = ["main"]
+    from imdsproxy.app.namespace_proxy.host import Surroundings
 
 _INTERRUPTED: Final = 130
 _STANDARD_ERROR: Final = 2
+_SECTION: Final = "namespace_proxy"
+_SWITCHES: Final = frozenset(("debug", "use_syslog"))
+_IN_FILES: Final = (
+    "state_path",  # first: others may refer to it
+    "metadata_port",
+    "metadata_proxy_socket",
+    "metadata_proxy_user",
+    "metadata_proxy_group",
+    "syslog_log_facility",
+    *_SWITCHES,
+)
+_TRUE: Final = frozenset(("1", "t", "true", "on", "y", "yes"))
+_FALSE: Final = frozenset(("0", "f", "false", "off", "n", "no"))
+
+_DESCRIPTION: Final = """\
+Be the metadata proxy of one network or router: HAProxy, in the network namespace that this is started in, which
+sends what guests ask to a unix socket, and says there whose they are."""
+
+_IGNORED_VALUES: Final = (
+    "log-file",
+    "logfile",
+    "log-dir",
+    "logdir",
+    "log-config",
+    "log-config-append",
+    "log-date-format",
+)
+_IGNORED_FLAGS: Final = (
+    "metadata-proxy-watch-log",
+    "use-stderr",
+    "use-journal",
+    "use-json",
+    "watch-log-file",
+    "verbose",
+)
+
+_EPILOG: Final = f"""\
+`%(prog)s cleanup ID` removes what a proxy that has ended left; `cleanup --help` says more.
+
+For each option the command line wins over --config-file and --config-dir, these over the environment
+(IMDSPROXY_NAMESPACE_PROXY__METADATA_PORT and so on), that over the settings file.
+
+Old spellings are accepted: underscores for dashes, --nodaemonize, --nodebug. So are these options without effect, since
+HAProxy has no log file and writes nothing to the terminal once it runs:
+{", ".join(f"--{name}" for name in (*_IGNORED_VALUES, *_IGNORED_FLAGS))}.
+
+Exit statuses: 0 HAProxy runs and has bound the port (or was ended, with --no-daemonize); 64 the command line is not
+acceptable; 70 HAProxy refuses; 71 the host refuses: no HAProxy, no such user, group or directory, the port is in use,
+the proxy runs already; 77 privileges are missing; 78 a configuration file must be changed."""
+
+
+_CONFIG_HELP: Final = (
+    "imdsproxy's settings: the section namespace_proxy has the same options (default: "
+    "/etc/imdsproxy/imdsproxy.yaml and conf.d beside it, where they have this section)"
+)
+
+
+class _Option(NamedTuple):
+    """A row of the help; one without `metavar` is a switch."""
+
+    name: str
+    metavar: str
+    help: str
+    opposite: str = argparse.SUPPRESS
+
+
+_OPTIONS: Final = (
+    _Option("network-id", "UUID", "the network that all guests are on"),
+    _Option("router-id", "UUID", "the router that the guests' networks are on"),
+    _Option(
+        "metadata-port",
+        "PORT",
+        f"TCP port to listen on, at every address (default: {DEFAULT_PORT})",
+    ),
+    _Option(
+        "metadata-proxy-socket",
+        "PATH",
+        "unix socket that requests go to (default: metadata_proxy in the state path)",
+    ),
+    _Option(
+        "metadata-proxy-user",
+        "USER",
+        "name or id of the account that HAProxy takes once it listens (default: the present one)",
+    ),
+    _Option("metadata-proxy-group", "GROUP", "name or id of its group (default: the present one)"),
+    _Option("pid-file", "FILE", "where HAProxy's pid goes (default: nowhere)"),
+    _Option(
+        "daemonize",
+        "",
+        "put HAProxy in the background, and end once it listens (the default)",
+        "become HAProxy, with the same pid",
+    ),
+    _Option(
+        "state-path",
+        "DIR",
+        f"HAProxy's configuration goes to ns-metadata-proxy in it (default: {DEFAULT_STATE_PATH})",
+    ),
+    _Option("debug", "", "have HAProxy log at the level debug instead of info"),
+    _Option("use-syslog", "", "log requests to /dev/log (default: if it is there)", "log nothing"),
+    _Option("syslog-log-facility", "NAME", "as LOG_USER (default: LOG_LOCAL0)"),
+    _Option(
+        "config-file",
+        "FILE",
+        "read the options above, but ids, pid file and daemonize, from [DEFAULT] of an ini file of Neutron's; may be "
+        "repeated",
+    ),
+    _Option("config-dir", "DIR", "the same, of every *.conf in it"),
+    _Option("config", "FILE", _CONFIG_HELP),
+)
 
 
 def main(
@@ -47,12 +169,12 @@ def main(
             case CleanUp() as asked:
                 _clean_up(asked)
             case Run() as asked:
-                _run(asked, surroundings)
+                _start(asked, surroundings)
     except (ImdsproxyError, OSError) as error:
-        # Whatever nobody has thought of is a line too, not a traceback in an agent's log.
-        told = error if isinstance(error, ImdsproxyError) else host_refused("be the proxy", error)
-        (say or _say)(_told(told))
-        return told.exit_status
+        # Unforeseen errors are a line too, not a traceback in an agent's log.
+        known = error if isinstance(error, ImdsproxyError) else host_refused("be the proxy", error)
+        (say or _say)(_in_lines(known))
+        return known.exit_status
     except KeyboardInterrupt:
         return _INTERRUPTED
     except SystemExit as ended:
@@ -61,7 +183,7 @@ def main(
     return 0
 
 
-def _run(asked: Run, surroundings: Surroundings | None) -> None:
+def _start(asked: Run, surroundings: Surroundings | None) -> None:
     daemon = ProxyDaemon(
         asked.pid_file,
         asked.port,
@@ -89,7 +211,7 @@ def _clean_up(asked: CleanUp) -> None:
 
 
 def _say(text: str) -> None:
-    # There is none where whoever started us has closed it.
+    # There is none where our parent has closed it.
     if sys.stderr is not None:
         sys.stderr.write(text)
 
@@ -104,10 +226,272 @@ def _open_standard_files() -> None:
         os.set_inheritable(descriptor, True)
 
 
-def _told(error: ImdsproxyError) -> str:
+def _in_lines(error: ImdsproxyError) -> str:
     """The command line's usual form, without what makes it coloured, which takes longer than all the rest."""
     message = " ".join(error.message.split())
     lines = [f"imdsproxy: {message}", *(f"  {problem}" for problem in error.problems)]
     if error.hint:
         lines.append(f"hint: {error.hint}")
     return "\n".join(lines) + "\n"
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What a proxy is to be; see `ProxyDaemon`."""
+
+    network_id: str | None
+    router_id: str | None
+    port: str
+    socket: str | None
+    user: str | None
+    group: str | None
+    pid_file: str | None
+    daemonize: bool
+    state_path: str
+    use_syslog: bool | None
+    facility: str
+    debug: bool
+
+
+@dataclass(frozen=True, slots=True)
+class CleanUp:
+    """What a proxy has left."""
+
+    uuid: str
+    pid_file: str | None
+    state_path: str
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse, whose refusals are ours."""
+
+    def error(self, message: str) -> NoReturn:
+        raise RequestRefused(message, hint=f"`{self.prog} --help` says what it takes")
+
+
+def parse_command_line(
+    arguments: Sequence[str],
+    *,
+    program: str,
+    environment: Mapping[str, str],
+    config: Path | None = None,
+) -> Run | CleanUp:
+    """What is asked for.
+
+    Args:
+        arguments: Without the program's name.
+        program: Its name, for the help.
+        environment: The process's variables.
+        config: Stands for --config where that is not among the arguments.
+
+    Raises:
+        RequestRefused: An option is unknown or wrong.
+        ConfigUnreadable: A file of --config-file, --config-dir or --config is not there.
+        ConfigInvalid: One makes no sense, or settings break the schema.
+        SystemExit: --help was asked for, and given.
+    """
+    if list(arguments[:1]) == ["cleanup"]:
+        found = _clean_up_parser(program).parse_args(list(arguments[1:]))
+    else:
+        found = _run_parser(program).parse_args(list(arguments))
+    settings = read_settings(config if found.config is None else Path(found.config), environment)
+    if "id" in found:
+        state_path = found.state_path or settings.get("state_path") or DEFAULT_STATE_PATH
+        return CleanUp(found.id, found.pid_file or None, str(state_path))
+    state_path = str(settings.get("state_path", DEFAULT_STATE_PATH))
+    files, directories = found.config_file or (), found.config_dir or ()
+    written = read_ini_files(files, directories, found.state_path, state_path)
+    given = {name: value for name, value in vars(found).items() if value is not None}
+    return _run(found.network_id, found.router_id, {**settings, **written, **given})
+
+
+def describe_options(program: str) -> tuple[str, list[tuple[str, str]], str]:
+    """What the help says: a description, each option with its meaning, and more in paragraphs."""
+    options = [
+        (f"{', '.join(one.option_strings)} {one.metavar or ''}".rstrip(), one.help)
+        for one in _run_parser(program)._actions  # noqa: SLF001 - argparse has no other list of them
+        if one.help and one.help != argparse.SUPPRESS
+    ]
+    return _DESCRIPTION, options, _EPILOG.replace("%(prog)s", program)
+
+
+def _clean_up_parser(program: str) -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog=f"{program} cleanup",
+        description="Remove the configuration, and the pid file, of a proxy that has ended. One that runs is left "
+        "alone: end it first, with SIGTERM.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("id", metavar="ID", help="UUID of its network or router")
+    _value(parser, "pid-file", "FILE", "its pid file, to be removed too")
+    _value(parser, "state-path", "DIR", f"as it was started with (default: {DEFAULT_STATE_PATH})")
+    _value(parser, "config", "FILE", _CONFIG_HELP)
+    return parser
+
+
+def _run_parser(program: str) -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog=program,
+        usage="%(prog)s (--network-id UUID | --router-id UUID) [option ...]\n       %(prog)s cleanup ID [option ...]",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    for one in _OPTIONS:
+        if one.metavar:
+            action = "append" if one.name in {"config-file", "config-dir"} else "store"
+            _value(parser, one.name, one.metavar, one.help, action=action)
+        else:
+            _flag(parser, one.name, one.help, one.opposite)
+    for name in _IGNORED_VALUES:
+        _value(parser, name, "IGNORED", argparse.SUPPRESS)
+    for name in _IGNORED_FLAGS:
+        _flag(parser, name, argparse.SUPPRESS, argparse.SUPPRESS)
+    return parser
+
+
+def _value(
+    parser: argparse.ArgumentParser, name: str, metavar: str, text: str, *, action: str = "store"
+) -> None:
+    destination = name.replace("-", "_")
+    parser.add_argument(f"--{name}", dest=destination, metavar=metavar, help=text, action=action)
+    if "-" in name:
+        parser.add_argument(
+            f"--{destination}", dest=destination, help=argparse.SUPPRESS, action=action
+        )
+
+
+def _flag(parser: argparse.ArgumentParser, name: str, on: str, off: str) -> None:
+    """`--NAME`, and its opposite as it is spelled today, as oslo.config spells it, and with underscores."""
+    under = name.replace("-", "_")
+    spellings = {f"--{name}": on, f"--no-{name}": off}
+    old = (f"--{under}", f"--no{name}", f"--no{under}", f"--no-{under}", f"--no_{under}")
+    for spelling in (*spellings, *sorted(set(old) - set(spellings))):
+        parser.add_argument(
+            spelling,
+            dest=under,
+            default=None,
+            action="store_false" if spelling.startswith("--no") else "store_true",
+            help=spellings.get(spelling, argparse.SUPPRESS),
+        )
+
+
+def _run(network_id: str | None, router_id: str | None, options: Mapping[str, object]) -> Run:
+    def text(name: str) -> str | None:
+        # Empty is as if it was not there.
+        return str(options.get(name) or "") or None
+
+    syslog = options.get("use_syslog")
+    return Run(
+        network_id=network_id,
+        router_id=router_id,
+        port=text("metadata_port") or str(DEFAULT_PORT),
+        socket=text("metadata_proxy_socket"),
+        user=text("metadata_proxy_user"),
+        group=text("metadata_proxy_group"),
+        pid_file=text("pid_file"),
+        daemonize=options.get("daemonize") is not False,
+        state_path=text("state_path") or DEFAULT_STATE_PATH,
+        use_syslog=None if syslog is None else bool(syslog),
+        facility=parse_facility(text("syslog_log_facility") or "local0"),
+        debug=options.get("debug") is True,
+    )
+
+
+def read_settings(
+    config: Path | None, environment: Mapping[str, str], *, default: Path | None = None
+) -> Mapping[str, object]:
+    """What imdsproxy's settings have in the section `namespace_proxy`, by the option's name; without the defaults.
+
+    Args:
+        config: The file that was named; without one, the default one, unless the section is not in it at all.
+        environment: The process's variables.
+        default: In the place of the default file.
+
+    Raises:
+        ConfigUnreadable: A file cannot be read.
+        ConfigInvalid: Settings break the schema.
+    """
+    from imdsproxy.config.files import (  # noqa: PLC0415 - see above
+        DEFAULT_CONFIG,
+        ENVIRONMENT_PREFIX,
+        find_files,
+        unreadable,
+    )
+
+    default = default or DEFAULT_CONFIG
+    prefix = f"{ENVIRONMENT_PREFIX}{_SECTION}".upper()
+    if config is None and not any(name.upper().startswith(prefix) for name in environment):
+        files = find_files(None, default)
+        try:
+            if not any(_SECTION.encode() in path.read_bytes() for path in files):
+                return {}
+        except OSError as error:
+            raise unreadable(Path(str(error.filename)), error) from error
+    from imdsproxy.config.load import load_settings  # noqa: PLC0415 - see above
+
+    loaded = load_settings(config, environment, default=default)
+    return loaded.settings.namespace_proxy.model_dump(exclude_unset=True)
+
+
+def read_ini_files(
+    files: Sequence[str], directories: Sequence[str], state_path: str | None, otherwise: str
+) -> Mapping[str, object]:
+    """The options in [DEFAULT] of Neutron's ini files, a later file's over an earlier one's.
+
+    Args:
+        files: Their names.
+        directories: Of each the files `*.conf`.
+        state_path: The command line's, to which values may refer.
+        otherwise: The same where no file has one either.
+
+    Raises:
+        ConfigUnreadable: One is not there, or no text.
+        ConfigInvalid: One is no ini file, a value makes no sense, or refers to an option that is not there.
+    """
+    if not files and not directories:
+        return {}
+    from imdsproxy.core.neutron_ini import (  # noqa: PLC0415 - see above
+        DEFAULT_SECTION,
+        decode_ini,
+        expand_value,
+        find_option,
+        parse_ini,
+    )
+
+    paths = [Path(name) for name in files]
+    try:
+        for name in directories:
+            # A pattern would take a directory that is not there for an empty one.
+            paths += sorted(path for path in Path(name).iterdir() if path.suffix == ".conf")
+        parsed = [parse_ini(decode_ini(path.read_bytes(), str(path)), str(path)) for path in paths]
+    except OSError as error:
+        raise ConfigUnreadable(f"cannot read {error.filename}: {error.strerror}") from error
+
+    values: dict[str, object] = {}
+
+    def look_up(name: str) -> str | None:
+        if name == "state_path":
+            return str(state_path or values.get(name) or otherwise).replace("$", "$$")
+        found = find_option(parsed, [(DEFAULT_SECTION, name)])
+        return None if found is None else found.value
+
+    for name in _IN_FILES:
+        option = find_option(parsed, [(DEFAULT_SECTION, name)])
+        if option is None:
+            continue
+        try:
+            value = expand_value(option.value, look_up)
+            values[name] = _decide(value) if name in _SWITCHES else value
+        except ValueError as error:
+            problem = Problem(option.name, str(error), file=option.file, line=option.line)
+            message = "a configuration file makes no sense"
+            raise ConfigInvalid(message, problems=(problem,)) from error
+    return values
+
+
+def _decide(value: str) -> bool:
+    if value.lower() not in _TRUE | _FALSE:
+        raise ValueError(f"{value!r} is neither true nor false")
+    return value.lower() in _TRUE

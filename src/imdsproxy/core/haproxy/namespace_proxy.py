@@ -1,7 +1,7 @@
 """The configuration of one network's own proxy, in its namespace: what an agent of Neutron spawns for each.
 
 Its guests' requests go to one unix socket, with the network's or the router's id and the guest's address as
-headers, which is all that whoever listens there knows of them. Where nothing else is said it is as Neutron's own
+headers, which is all that the listener there knows of them. Unless a comment gives a reason it is as Neutron's own
 (`neutron/agent/metadata/driver_base.py`): a transparent proxy with the same times, limits and log.
 """
 
@@ -9,32 +9,13 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Final, Literal, TypeAlias
+from typing import Final, Literal
 
-from imdsproxy.core.haproxy.rules import METHODS, refuse_forwarded_token
-from imdsproxy.core.haproxy.section import Section, Words, render_sections
+from imdsproxy.core.haproxy.quoting import render_word
+from imdsproxy.core.haproxy.rules import METHODS, UNDONE
+from imdsproxy.core.haproxy.section import add_banner
 from imdsproxy.core.wire import RETRY_AFTER_S
 from imdsproxy.errors import RequestRefused
-
-__all__ = [
-    "DEFAULT_PORT",
-    "DEFAULT_STATE_PATH",
-    "FACILITIES",
-    "MAX_PORT",
-    "NamespaceProxySpec",
-    "Resource",
-    "ResourceKind",
-    "Syslog",
-    "build_namespace_proxy",
-    "parse_facility",
-    "parse_port",
-    "parse_resource",
-    "parse_uuid",
-    "parse_words",
-    "render_namespace_proxy",
-]
-
-ResourceKind: TypeAlias = Literal["network", "router"]
 
 DEFAULT_PORT: Final = 9697
 DEFAULT_STATE_PATH: Final = "/var/lib/neutron"
@@ -45,48 +26,73 @@ _UUID: Final = re.compile(r"[0-9a-f]{8}-(?:[0-9a-f]{4}-){3}[0-9a-f]{12}", re.IGN
 _PORT: Final = re.compile(r"[0-9]{1,5}", re.ASCII)
 _ALERT: Final = re.compile(r"\[ALERT\]\s+(?:\S+\s+)?\(\d+\) : (.*)")
 
+# Those below that need a reason:
+# - connection: a receiver that obeys RFC 9110 section 7.6.1 would take named headers out of the request again.
+# - upgrade: an answer 101 makes a tunnel, in which a guest would speak to the socket without these rules.
+# - x-imdsproxy-.*: between imdsproxy's own processes.
 _FORGEABLE: Final = (
-    # What a receiver that obeys RFC 9110 section 7.6.1 would take out of the request again: ours, for one.
-    "connection",
-    # An answer 101 makes a tunnel, in which a guest would speak to the socket without these rules.
-    "upgrade",
-    "x-forwarded-for",
-    # What imdsproxy's own processes say to each other.
-    "x-imdsproxy-.*",
-    "x-instance-id.*",
-    "x-metadata-provider.*",
-    "x-neutron-.*",
-    "x-ovn-network-id",
-    "x-tenant-id",
+    "connection|upgrade|x-forwarded-for|x-imdsproxy-.*|x-instance-id.*|x-metadata-provider.*|x-neutron-.*"
+    "|x-ovn-network-id|x-tenant-id"
 )
-"""What a guest may not say, as regular expressions on lower-case names."""
+"""Headers that a guest must not send, as a regular expression on lower-case names."""
 
-_FORWARDED_FOR: Final = ("{", "req.fhdr_cnt(x-forwarded-for)", "gt", "0", "}")
+# Where Neutron's differs, or for a reason that the text does not show:
+# - noreuseport: two that share a port would each get some of the requests. The second shall fail.
+# - log-tag: the prefix by which Debian's rsyslog files it in /var/log/haproxy.log.
+# - http-server-close: a kept connection that ends under a request would cost the guest its own.
+# - http-restrict-req-hdr-names: WSGI upstreams read X_Instance_ID as X-Instance-ID.
+# - METH_CONNECT, status 101: a tunnel, as that of an upgrade.
+# - 403: a token that another program forwarded, however its path is spelled.
+# - X-Forwarded-By: the guest's X-Forwarded-For is replaced below; a receiver's `refuse_forwarded` looks at this.
+# - ::ffff:0:0/96: on a socket for both families the kernel has IPv4 peers as ::ffff:a.b.c.d.
+# - set-status 503: what the upstream itself answers is passed on. Of the rest a guest sees 503 only, which
+#   cloud-init's OpenStack source waits on.
+_TEMPLATE: Final = """\
+global
+{process}  maxconn 1024
+  nbthread 1
+  noreuseport
 
-_MAXCONN: Final = 1024
-_UNANSWERED: Final = ("502", "503", "504")
+defaults
+  mode http
+{log}  option http-server-close
+  option http-restrict-req-hdr-names delete
+  retries 3
+  timeout http-request 30s
+  timeout connect 30s
+  timeout client 32s
+  timeout server 32s
+  timeout http-keep-alive 30s
+  http-error status 502 hdr Retry-After {retry} hdr Cache-Control no-store
+  http-error status 503 hdr Retry-After {retry} hdr Cache-Control no-store
+  http-error status 504 hdr Retry-After {retry} hdr Cache-Control no-store
 
-FACILITIES: Final = frozenset(
-    [
-        "kern",
-        "user",
-        "mail",
-        "daemon",
-        "auth",
-        "syslog",
-        "lpr",
-        "news",
-        "uucp",
-        "cron",
-        "auth2",
-        "ftp",
-        "ntp",
-        "audit",
-        "alert",
-        "cron2",
-    ]
-    + [f"local{number}" for number in range(8)]
+listen metadata
+  bind {bind} proto h1
+  http-request return status 405 hdr Allow {methods} if METH_CONNECT
+  http-request set-var(txn.path) {path} if {{ method PUT }}
+  http-request return status 403 if {{ method PUT }} {forwarded} {{ var(txn.path) -m end /api/token /api/token/ }}
+  http-request set-header X-Forwarded-By guest if {forwarded}
+  http-request del-header {forgeable} -m reg
+  http-request set-header {header} {uuid}
+  http-request set-header X-Forwarded-For %[src]
+  http-request set-header X-Forwarded-For %[src,regsub(^::ffff:,)] if {{ src ::ffff:0:0/96 }}
+  http-response deny deny_status 502 if {{ status 101 }}
+  http-response set-var(txn.answered) bool(true)
+  http-after-response set-status 503 if {{ status 502 504 }} !{{ var(txn.answered) -m bool }}
+  server metadata {upstream}
+"""
+_LOG: Final = """\
+  log global
+  option httplog
+  option dontlognull
+"""
+
+_FACILITIES: Final = (
+    "kern user mail daemon auth syslog lpr news uucp cron auth2 ftp ntp audit alert cron2 "
+    "local0 local1 local2 local3 local4 local5 local6 local7"
 )
+FACILITIES: Final = frozenset(_FACILITIES.split())
 """The names that HAProxy has for the facilities of syslog (configuration manual, `log`)."""
 
 
@@ -94,7 +100,7 @@ FACILITIES: Final = frozenset(
 class Resource:
     """What the guests of one proxy have in common: their network, or a router that their networks are on."""
 
-    kind: ResourceKind
+    kind: Literal["network", "router"]
     uuid: str
 
     @property
@@ -140,92 +146,31 @@ def render_namespace_proxy(spec: NamespaceProxySpec) -> str:
     Raises:
         UnquotableWord: A path or name holds a control character.
     """
-    return render_sections(build_namespace_proxy(spec))
-
-
-def build_namespace_proxy(spec: NamespaceProxySpec) -> tuple[Section, ...]:
-    """The whole configuration; the same spec always gives the same sections."""
-    return (_global(spec), _defaults(spec), _listen(spec))
-
-
-def _global(spec: NamespaceProxySpec) -> Section:
-    lines: list[Words] = []
-    if spec.syslog is not None:
-        lines += [
-            ("log", spec.syslog.socket, spec.syslog.facility, spec.syslog.level),
-            # The prefix by which Debian's rsyslog files it in /var/log/haproxy.log.
-            ("log-tag", f"haproxy-metadata-proxy-{spec.resource.uuid}"),
+    process: list[str] = []
+    if (log := spec.syslog) is not None:
+        process += [
+            f"log {render_word(log.socket)} {log.facility} {log.level}",
+            f"log-tag haproxy-metadata-proxy-{spec.resource.uuid}",
         ]
     if spec.user is not None:
-        lines.append(("user", spec.user))
+        process.append(f"user {render_word(spec.user)}")
     if spec.group is not None:
-        lines.append(("group", spec.group))
-    lines += [
-        ("maxconn", str(_MAXCONN)),
-        ("nbthread", "1"),
-        # Two that share a port would each get some of the requests. The second shall say that it is in use.
-        ("noreuseport",),
-    ]
-    return Section(("global",), tuple(lines))
-
-
-def _defaults(spec: NamespaceProxySpec) -> Section:
-    log: tuple[Words, ...] = (("log", "global"), ("option", "httplog"), ("option", "dontlognull"))
-    return Section(
-        ("defaults",),
-        (
-            ("mode", "http"),
-            *(() if spec.syslog is None else log),
-            # A kept connection that ends under a request would cost the guest its own.
-            ("option", "http-server-close"),
-            # WSGI upstreams read X_Instance_ID as X-Instance-ID.
-            ("option", "http-restrict-req-hdr-names", "delete"),
-            ("retries", "3"),
-            ("timeout", "http-request", "30s"),
-            ("timeout", "connect", "30s"),
-            ("timeout", "client", "32s"),
-            ("timeout", "server", "32s"),
-            ("timeout", "http-keep-alive", "30s"),
-            *_unavailable(),
-        ),
+        process.append(f"group {render_word(spec.group)}")
+    return add_banner(
+        _TEMPLATE.format(
+            process="".join(f"  {line}\n" for line in process),
+            log=_LOG if log else "",
+            retry=RETRY_AFTER_S,
+            bind=f":::{spec.port} v4v6" if spec.dual_stack else f"0.0.0.0:{spec.port}",
+            methods=render_word(", ".join(METHODS)),
+            path=render_word(UNDONE),
+            forwarded="{ req.fhdr_cnt(x-forwarded-for) gt 0 }",
+            forgeable=render_word(f"^(?:{_FORGEABLE})$"),
+            header=spec.resource.header,
+            uuid=spec.resource.uuid,
+            upstream=render_word(f"unix@{spec.upstream}"),
+        )
     )
-
-
-def _unavailable() -> tuple[Words, ...]:
-    return tuple(
-        ("http-error", "status", code, "hdr", "Retry-After", str(RETRY_AFTER_S),
-         "hdr", "Cache-Control", "no-store")
-        for code in _UNANSWERED
-    )  # fmt: skip
-
-
-def _listen(spec: NamespaceProxySpec) -> Section:
-    address = ":::{}" if spec.dual_stack else "0.0.0.0:{}"
-    family = ("v4v6",) if spec.dual_stack else ()
-    return Section(
-        ("listen", "metadata"),
-        (
-            ("bind", address.format(spec.port), *family, "proto", "h1"),
-            # A tunnel, as that of an upgrade.
-            ("http-request", "return", "status", "405", "hdr", "Allow", ", ".join(METHODS), "if", "METH_CONNECT"),
-            *refuse_forwarded_token(*_FORWARDED_FOR),
-            # The guest's own header is replaced below; a receiver's `refuse_forwarded` looks at this one.
-            ("http-request", "set-header", "X-Forwarded-By", "guest", "if", *_FORWARDED_FOR),
-            ("http-request", "del-header", f"^(?:{'|'.join(_FORGEABLE)})$", "-m", "reg"),
-            ("http-request", "set-header", spec.resource.header, spec.resource.uuid),
-            ("http-request", "set-header", "X-Forwarded-For", "%[src]"),
-            # On a socket for both families the kernel has IPv4 peers as ::ffff:a.b.c.d.
-            ("http-request", "set-header", "X-Forwarded-For", "%[src,regsub(^::ffff:,)]",
-             "if", "{", "src", "::ffff:0:0/96", "}"),
-            ("http-response", "deny", "deny_status", "502", "if", "{", "status", "101", "}"),
-            ("http-response", "set-var(txn.answered)", "bool(true)"),
-            # What the upstream itself says is passed on. Of the rest a guest sees 503 only, which cloud-init's
-            # OpenStack source waits on.
-            ("http-after-response", "set-status", "503",
-             "if", "{", "status", "502", "504", "}", "!{", "var(txn.answered)", "-m", "bool", "}"),
-            ("server", "metadata", f"unix@{spec.upstream}"),
-        ),
-    )  # fmt: skip
 
 
 def parse_resource(network_id: str | None, router_id: str | None) -> Resource:
@@ -293,12 +238,8 @@ def parse_facility(text: str) -> str:
     return name
 
 
-def parse_words(said: str) -> str:
-    """What HAProxy says of its failure, in one line: its alerts, or all of it where there are none.
-
-    Args:
-        said: Its standard error.
-    """
-    lines = [line.strip() for line in said.splitlines() if line.strip()]
+def parse_failure(errors: str) -> str:
+    """Why HAProxy failed, in one line: its alerts, or all of its standard error where there are none."""
+    lines = [line.strip() for line in errors.splitlines() if line.strip()]
     alerts = [found[1] for line in lines if (found := _ALERT.fullmatch(line)) is not None]
     return "; ".join(dict.fromkeys(alerts or lines))

@@ -9,7 +9,7 @@ from typing import Final
 
 from imdsproxy.core.haproxy.quoting import render_word
 
-__all__ = ["BANNER", "Section", "Words", "render_section", "render_sections"]
+__all__ = ["BANNER", "Section", "Words", "add_banner", "render_section", "render_sections"]
 
 BANNER: Final = "# made by imdsproxy; changes are overwritten; content"
 
@@ -31,7 +31,11 @@ def render_sections(sections: Iterable[Section]) -> str:
     Raises:
         UnquotableWord: A word holds a control character.
     """
-    body = "\n".join(render_section(section) for section in sections)
+    return add_banner("\n".join(render_section(section) for section in sections))
+
+
+def add_banner(body: str) -> str:
+    """A whole file of this text, its first line a banner with the text's hash."""
     digest = hashlib.blake2b(body.encode(), digest_size=8).hexdigest()
     return f"{BANNER} {digest}\n\n{body}"
 

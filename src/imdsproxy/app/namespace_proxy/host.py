@@ -1,11 +1,18 @@
-"""What the proxy's program asks of the host, each a function that a test can put another in the place of."""
+"""What the proxy's program does on the host: run HAProxy, look at accounts and ports, write and lock its file.
+
+A configuration file belongs to the HAProxy that runs with it. The program that starts a proxy writes its file, locks it
+(flock(2)) and hands the open file on to HAProxy, which keeps it, and so the lock, for its whole life. A locked file is
+in use: it is neither replaced nor removed. No pid can be mistaken for another process's.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import signal
+import stat
 import subprocess
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,25 +20,17 @@ from typing import Final
 
 from imdsproxy.app.account import group_name, user_name
 from imdsproxy.errors import HaproxyMissing, HostRefused
+from imdsproxy.host.files import is_file_at, open_locked, sweep_unfinished
 from imdsproxy.host.refusal import host_refused
-
-__all__ = [
-    "Ended",
-    "Surroundings",
-    "check_directory",
-    "find_haproxy",
-    "has_ipv6",
-    "has_syslog",
-    "run_to_end",
-    "runs_with",
-    "try_to_bind",
-]
 
 _SYSTEM_PATH: Final = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _IPV6: Final = Path("/proc/sys/net/ipv6/conf/default/disable_ipv6")
 _SYSLOG: Final = Path("/dev/log")
 _START_DEADLINE_S: Final = 30.0
 _UMASK: Final = 0o027
+_MODE: Final = 0o640
+_DIRECTORY_MODE: Final = 0o755
+_FOREIGN_WRITE: Final = stat.S_IWGRP | stat.S_IWOTH
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +39,7 @@ class Ended:
 
     status: int
     output: str
-    said: str
+    errors: str
 
 
 def find_haproxy(search: str | None = None) -> str | None:
@@ -64,7 +63,7 @@ def has_ipv6() -> bool:
 
 
 def has_syslog() -> bool:
-    """Whether somebody takes log messages here."""
+    """Whether a syslog daemon listens."""
     return os.access(_SYSLOG, os.F_OK)
 
 
@@ -120,7 +119,7 @@ def run_to_end(
         ) from error
     with process:
         try:
-            output, said = process.communicate(timeout=deadline_s)
+            output, errors = process.communicate(timeout=deadline_s)
         except subprocess.TimeoutExpired as error:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
@@ -129,7 +128,7 @@ def run_to_end(
                 hint=f"see what it waits for: {' '.join(arguments)}",
             ) from error
     return Ended(
-        process.returncode, output.decode("utf-8", "replace"), said.decode("utf-8", "replace")
+        process.returncode, output.decode("utf-8", "replace"), errors.decode("utf-8", "replace")
     )
 
 
@@ -149,7 +148,7 @@ def try_to_bind(port: int, *, dual_stack: bool) -> None:
     """Say now what HAProxy would say of the port, in words that its log would have to be searched for.
 
     Raises:
-        HostRefused: Somebody listens there.
+        HostRefused: Another program listens there.
         PrivilegeMissing: The port takes root.
     """
     import socket  # noqa: PLC0415 - HAProxy that goes into the background says it itself
@@ -165,6 +164,118 @@ def try_to_bind(port: int, *, dual_stack: bool) -> None:
             raise host_refused(
                 f"listen on port {port}", error, hint=f"see who does: ss -ltnp 'sport = :{port}'"
             ) from error
+
+
+def claim_file(path: Path, data: bytes) -> int:
+    """Have a file with exactly `data`, mode 0640 whatever the umask is, and the lock on it.
+
+    A reader sees the old bytes or the new ones. Of several that want the same file one gets it.
+
+    Returns:
+        The open file. The lock goes when its last copy is closed.
+
+    Raises:
+        HostRefused: It is in use, or the file system refused; then it is as it was.
+        PrivilegeMissing: This process may not write there.
+    """
+    try:
+        while True:
+            # Locked while it is replaced: no other process can come between.
+            before = _lock_existing(path)
+            new = _write_locked(path, data, replace=before is not None)
+            if before is not None:
+                os.close(before)
+            if new is not None:
+                return new
+    except OSError as error:
+        raise host_refused(f"write {path}", error) from error
+
+
+def remove_unclaimed(path: Path) -> bool:
+    """Remove the file, and what writers that were killed left beside it; whether it was there.
+
+    Raises:
+        HostRefused: It is in use, or the file system refused.
+        PrivilegeMissing: This process may not remove it.
+    """
+    try:
+        held = _lock_existing(path)
+        if held is not None:
+            path.unlink(missing_ok=True)
+            # HAProxy's own, of a start that was killed.
+            path.with_suffix(".pid").unlink(missing_ok=True)
+            os.close(held)
+    except OSError as error:
+        raise host_refused(f"remove {path}", error) from error
+    sweep_unfinished(path.parent)
+    return held is not None
+
+
+def _lock_existing(path: Path) -> int | None:
+    """The file that is there, locked; `None` when none is."""
+    while True:
+        try:
+            descriptor = open_locked(path, os.O_RDONLY | os.O_NOFOLLOW)
+        except FileNotFoundError:
+            return None
+        if descriptor is None:
+            raise HostRefused(
+                f"{path} is in use: its proxy runs, or is being started",
+                hint=f"end the haproxy that has it in its command line: pgrep -af {path.stem}",
+            )
+        if is_file_at(descriptor, path):
+            return descriptor
+        os.close(descriptor)
+
+
+def _write_locked(path: Path, data: bytes, *, replace: bool) -> int | None:
+    """The new file; `None` when another process has made one meanwhile."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
+    descriptor = open_locked(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW)
+    if descriptor is None:
+        return None
+    try:
+        rest = memoryview(data)
+        while rest:
+            rest = rest[os.write(descriptor, rest) :]
+        os.fchmod(descriptor, _MODE)
+        if replace:
+            temporary.replace(path)
+        else:
+            path.hardlink_to(temporary)
+    except FileExistsError:
+        os.close(descriptor)
+        return None
+    except BaseException:
+        os.close(descriptor)
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)
+    return descriptor
+
+
+def make_directories(path: Path) -> None:
+    """Have a directory in which nobody but its owner writes; what is made on the way is 0755 or tighter.
+
+    A directory that others may write to would let them choose the configuration of a HAProxy that root starts.
+
+    Raises:
+        HostRefused: The file system refused, or something else of that name is there.
+        PrivilegeMissing: This process may not make it, or not tighten it.
+    """
+    try:
+        for directory in (*reversed(path.parents), path):
+            if not directory.exists():
+                directory.mkdir(mode=_DIRECTORY_MODE, exist_ok=True)
+        mode = stat.S_IMODE(path.stat().st_mode)
+        if mode & _FOREIGN_WRITE:
+            path.chmod(mode & ~_FOREIGN_WRITE)
+        if not path.is_dir():
+            raise NotADirectoryError(20, "Not a directory")
+    except OSError as error:
+        raise host_refused(
+            f"create the directory {path}", error, hint="choose another place with --state-path"
+        ) from error
 
 
 def _ids() -> tuple[int, int]:
