@@ -11,10 +11,10 @@ from typing import Final
 
 import pytest
 
-from imdsproxy.core.gates import ANSWER_DSCP, VERIFIED_PORT
-from imdsproxy.core.hop_limit import NEXT_TO_MARK, HopPlace
+from imdsproxy.anti_spoofing.kernel import HopPlace, KernelHopLimits
+from imdsproxy.core.hop_limit import NEXT_TO_MARK
 from imdsproxy.core.hoststate import NamespaceRef
-from imdsproxy.host.hop_table import KernelHops
+from imdsproxy.core.wire import ANSWER_DSCP, VERIFIED_PORT
 from imdsproxy.host.namespaces import NamespaceDirectory, NamespaceThread
 from support.guest import inside
 from support.hostlab import HostLab, host_lab
@@ -27,7 +27,7 @@ _METADATA: Final = ("169.254.169.254", "fe80::a9fe:a9fe")
 @dataclass
 class Rig:
     lab: HostLab
-    kernel: KernelHops
+    kernel: KernelHopLimits
     place: NamespaceRef
 
     def sent(self, address: str, port: int, dscps: tuple[int, ...]) -> list[tuple[int, int]]:
@@ -47,7 +47,7 @@ def rig() -> Iterator[Rig]:
         ref = directory.identity(place)
         assert ref is not None
         with contextlib.closing(NamespaceThread(directory)) as thread:
-            yield Rig(lab, KernelHops(thread, f"{lab.naming.prefix}-hops"), ref)
+            yield Rig(lab, KernelHopLimits(thread, f"{lab.naming.prefix}-hops"), ref)
 
 
 def _send(address: str, port: int, dscps: tuple[int, ...]) -> list[tuple[int, int]]:

@@ -9,7 +9,12 @@ from typing import Any
 
 import pytest
 
-from imdsproxy.host.bridge_guard import GuardedPort, observe_bridge, read_rules, try_gate
+from imdsproxy.anti_spoofing.bridge_ports import (
+    GuardedPort,
+    observe_bridge,
+    read_rules,
+    try_mac_filter,
+)
 from support.hostlab import HostLab, host_lab
 from support.lab import within
 from support.world import World
@@ -24,7 +29,7 @@ def lab() -> Iterator[HostLab]:
 
 
 def test_this_kernel_can_check_macs() -> None:
-    assert try_gate() == ""
+    assert try_mac_filter() == ""
 
 
 def test_flags_of_ports_are_seen(lab: HostLab) -> None:

@@ -448,7 +448,9 @@ def test_where_the_port_behind_the_gate_is_taken_nobody_with_a_mac_is_answered(
         assert any("port 254" in one["reason"] and one["hint"] for one in told), told
         assert guest.ask(_TARGET).status == 503
         world.all_right()
-    until(lambda: macs(world)["refused"] == 0, within_s=5, what="the gate")
+    until(lambda: macs(world)["refused"] == 0, within_s=5, what="the filter")
+    # The filter is created, then HAProxy listens behind it, then it is filled.
+    until(lambda: guest.ask(_TARGET).status == 200, within_s=5, what="an answer")
     reads(guest, "busy-7")
 
 

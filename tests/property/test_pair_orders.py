@@ -13,7 +13,9 @@ from types import SimpleNamespace
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from imdsproxy.app.gates import Gates
+from imdsproxy.anti_spoofing.journal import TableJournal
+from imdsproxy.anti_spoofing.mac_filters import MacFilters
+from imdsproxy.anti_spoofing.plan import ANY_MAC, Pairs, plan_pair
 from imdsproxy.app.record_loop import RecordLoop
 from imdsproxy.core.endpoints import Endpoint
 from imdsproxy.core.haproxy.maps import MapState
@@ -33,10 +35,9 @@ from imdsproxy.core.model import (
     Port,
 )
 from imdsproxy.core.observation import Observation
-from imdsproxy.core.pairs import ANY_MAC, Pairs, plan_pair
 from imdsproxy.core.plan import record_key
 from imdsproxy.host.clock import SystemClock
-from support.fake_gates import FakeGates
+from support.fake_mac_filters import FakeMacFilters, no_hop_limits
 
 _NET = NetworkId("n")
 _ADDRESSES = [ip_address(text) for text in ("10.0.0.1", "10.0.0.2", "2001:db8::1")]
@@ -53,7 +54,7 @@ _ports = st.builds(
 _records = st.dictionaries(st.sampled_from(["a", "b", "c"]), _ports, max_size=3)
 
 
-class Noting(Gates):
+class Noting(MacFilters):
     """What a round of the record loop wants: the inventory may say something newer by now."""
 
     planned: Pairs
@@ -75,13 +76,12 @@ class World:
 
     def __post_init__(self) -> None:
         self.inventory = Inventory(["s"])
-        self.kernel = FakeGates(watch=self.look)
+        self.kernel = FakeMacFilters(watch=self.look)
         self.gates = Noting(
             self.kernel,
             self.inventory,
             Naming(),
-            Path("/nonexistent/gates.json"),
-            lambda _path, _data: None,
+            TableJournal(Path("/nonexistent/gates.json"), lambda _path, _data: None, "netdev"),
             SystemClock(),
         )
         applier = SimpleNamespace(apply=self.apply, state=MapState(base=self.map))
@@ -97,7 +97,8 @@ class World:
             SystemClock(),
             lambda _networks: None,
             lambda _keys: None,
-            pairs=self.gates,
+            self.gates,
+            no_hop_limits(),
         )
 
     async def apply(self, wanted: Mapping[str, str | None]) -> int:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Final, assert_never
 
 from imdsproxy.admin.operations import CardReport, Explanation, PairReport, PathDecision
+from imdsproxy.anti_spoofing.plan import ANY_MAC, plan_pair
 from imdsproxy.app.listener_loop import ListenerLoop
 from imdsproxy.app.lookup import Lookup
 from imdsproxy.app.record_loop import RecordLoop
@@ -24,7 +25,6 @@ from imdsproxy.core.identity import (
 from imdsproxy.core.inventory import Inventory
 from imdsproxy.core.model import Instance, InstanceId, IpAddress, NetworkId, Scope, Upstream
 from imdsproxy.core.observation import AddressKey
-from imdsproxy.core.pairs import ANY_MAC, plan_pair
 from imdsproxy.core.plan import networks_of, policy_place, record_key
 from imdsproxy.core.policy_decides import decide_read
 from imdsproxy.core.policy_told import PolicyInForce, tell_policy
@@ -196,8 +196,8 @@ class Explainer:
         neighbour, refusal = await self.lookup.last_seen(key)
         seen = neighbour if refusal is None else refusal.mac
         wanted = plan_pair(self.inventory, key, self.records.learned)
-        granted = self.lookup.pairs.granted(key)
-        gate = self.lookup.pairs.is_up(key[0])
+        granted = self.lookup.mac_filters.granted(key)
+        filtered = self.lookup.mac_filters.is_up(key[0])
         steps = [f"it was last seen with MAC {seen}" if seen else "no MAC was seen with it"]
         if refusal is not None and neighbour not in {None, refusal.mac}:
             age_s = self.lookup.clock.monotonic() - refusal.at
@@ -207,12 +207,12 @@ class Explainer:
         if granted == ANY_MAC:
             steps.append("the gate lets it through with any MAC: no record has one")
         elif granted is not None:
-            steps.append(f"the gate lets it through with MAC {granted} only")
-        elif gate:
-            steps.append("the gate has no pair for it: each request is asked about")
-        if not gate and not self.lookup.pairs.is_plain(key[0]):
-            steps.append("there is no gate: nobody with a MAC in its record is answered")
-        return tuple(steps), PairReport(seen, wanted, granted, gate)
+            steps.append(f"the MAC filter lets it through with MAC {granted} only")
+        elif filtered:
+            steps.append("the MAC filter has no pair for it: each request goes to the resolver")
+        if not filtered and not self.lookup.mac_filters.is_plain(key[0]):
+            steps.append("there is no MAC filter: no guest with a MAC in its record is answered")
+        return tuple(steps), PairReport(seen, wanted, granted, filtered)
 
     async def _cards(self, instance: InstanceId | None) -> tuple[CardReport, ...]:
         known = None if instance is None else self.inventory.instances.get(instance)

@@ -37,8 +37,8 @@ from imdsproxy.admin.reports import (
     list_degraded,
 )
 from imdsproxy.admin.tokens import GuardWrites
+from imdsproxy.anti_spoofing.mac_filters import MacFilters
 from imdsproxy.app.audit import Audit
-from imdsproxy.app.gates import Gates
 from imdsproxy.app.guard import HaproxyGuard
 from imdsproxy.app.limited import LimitWatch
 from imdsproxy.app.listener_loop import ListenerLoop
@@ -106,7 +106,7 @@ class ControllerOperations:
     haproxy_version: str
     guard: HaproxyGuard
     lookup: Lookup
-    gates: Gates
+    mac_filters: MacFilters
     mismatched: Counter[NetworkId]
     explainer: Explainer
     nova: NovaUpstream
@@ -221,9 +221,9 @@ class ControllerOperations:
     def macs(self) -> MacsReport:
         """What is made of guests' MACs."""
         return MacsReport(
-            gates=len(self.gates.plan.gates),
-            refused=len(self.gates.refused),
-            pairs=self.gates.pair_count,
+            gates=len(self.mac_filters.plan.filters),
+            refused=len(self.mac_filters.refused),
+            pairs=self.mac_filters.pair_count,
             learned=sum(entry.mac is not None for entry in self.records.learned.values()),
             mismatches=dict(self.mismatched.most_common(_MISMATCHES_SHOWN)),
         )
@@ -527,7 +527,7 @@ class ControllerOperations:
 
     async def render(self) -> str:
         """See `Operations.render`."""
-        return render_config(self.listeners.spec(self.listeners.report.endpoints))
+        return render_config(self.listeners.spec())
 
     async def reload(self, *, allow_dropped: bool = False) -> SettingsReload:
         """See `Operations.reload`."""

@@ -14,9 +14,10 @@ from typing import Protocol
 
 import structlog
 
+from imdsproxy.anti_spoofing.hop_limits import HopLimits
+from imdsproxy.anti_spoofing.mac_filters import MacFilters
+from imdsproxy.anti_spoofing.plan import MacFilterPlan
 from imdsproxy.app.exporter_port import ExporterPort
-from imdsproxy.app.gates import Gates
-from imdsproxy.app.hops import Hops
 from imdsproxy.app.kept_networks import KeptNetworks
 from imdsproxy.app.tickets import Tickets
 from imdsproxy.app.unix_listener import UnixListener, bound_path
@@ -24,7 +25,6 @@ from imdsproxy.core.arp import answering_devices
 from imdsproxy.core.degraded import find_degraded
 from imdsproxy.core.diversion import Diversion, plan_diversions
 from imdsproxy.core.endpoints import Endpoint, Foreign, LeftOut, LeftOutCode
-from imdsproxy.core.gates import GatePlan
 from imdsproxy.core.haproxy.model import (
     DataplaneSpec,
     Limits,
@@ -161,10 +161,10 @@ class ListenerLoop:
         [Mapping[NetworkId, Network], ObservedHost, Iterable[NetworkId], Collection[int]], None
     ]
     exporter: ExporterPort
+    mac_filters: MacFilters
+    hop_limits: HopLimits
     kept: KeptNetworks | None = None
     unix: UnixListener | None = None
-    gates: Gates | None = None
-    hops: Hops | None = None
     tickets: Tickets = field(default_factory=Tickets)
     report: ListenerReport = field(default_factory=lambda: ListenerReport(0.0))
     failure: Problem | None = None
@@ -175,7 +175,7 @@ class ListenerLoop:
     operations: Counter[str] = field(default_factory=Counter)
     seen: ObservedHost = field(default_factory=ObservedHost)
     _observed: ObservedHost | None = None
-    _listening: GatePlan | None = None
+    _listening: MacFilterPlan = field(default_factory=MacFilterPlan)
     _degraded: frozenset[LeftOut] = frozenset()
     _memo: PlanMemo = field(default_factory=dict)
     _known: dict[NetworkId, Network] = field(default_factory=dict)
@@ -211,11 +211,11 @@ class ListenerLoop:
         wrong = {one.network for one in self.degraded()}
         return len(networks_of(self.report.endpoints) - wrong)
 
-    def spec(self, endpoints: Iterable[Endpoint]) -> DataplaneSpec:
-        """The configuration for these endpoints, with the settings of now."""
+    def spec(self) -> DataplaneSpec:
+        """The configuration for the endpoints of the last round, with the settings of now."""
         settings = self.settings()
         exporter, self.unexported = self.exporter.choose(settings.exporter)
-        listening = self._listening or GatePlan(tuple(endpoints))
+        listening = self._listening
         binds = plan_binds((*listening.plain, *listening.verified), settings.links)
         unverified = plan_binds(listening.unverified, settings.links)
         count = len(binds) + len(unverified)
@@ -317,10 +317,7 @@ class ListenerLoop:
             problems = (*problems, self.unexported)
         if self.unix is not None and self.unix.problem is not None:
             problems = (*problems, self.unix.problem)
-        if self.gates is not None:
-            problems = (*problems, *self.gates.problems)
-        if self.hops is not None:
-            problems = (*problems, *self.hops.problems)
+        problems = (*problems, *self.mac_filters.problems, *self.hop_limits.problems)
         if self._observed is not None:
             left_out = {one.network for one in plan.left_out if one.code.silent}
             self.expect(networks, self._observed, left_out, self._pids())
@@ -465,31 +462,26 @@ class ListenerLoop:
         self, endpoints: tuple[Endpoint, ...], reasons: tuple[str, ...]
     ) -> tuple[Endpoint, ...]:
         """Have HAProxy listen there; where it does now."""
-        if self.hops is not None:
-            unsafe = await self.hops.open(endpoints)
-            endpoints = tuple(one for one in endpoints if one.network not in unsafe)
-        if self.gates is not None:
-            self._listening = await self.gates.open(
-                self._networks(),
-                endpoints,
-                self.seen,
-                running=self.haproxy.processes is not None,
-            )
+        unsafe = await self.hop_limits.open(endpoints)
+        endpoints = tuple(one for one in endpoints if one.network not in unsafe)
+        self._listening = await self.mac_filters.open(
+            self._networks(),
+            endpoints,
+            self.seen,
+            running=self.haproxy.processes is not None,
+        )
         # The old worker does not look at the links any more, the next one needs all of its own.
-        listening = endpoints if self._listening is None else self._listening.binds
-        self.host.apply_links(plan_links(listening))
+        self.host.apply_links(plan_links(self._listening.binds))
         if self.haproxy.processes is None:
             # Nothing of ours has the exporter's port any more; somebody else may.
             self.exporter.in_force = None
         before = bound_path(self.haproxy.in_force() or "")
-        spec = self.spec(endpoints)
+        spec = self.spec()
         if self.unix is not None and self.unix.rebind:
             await self._bring(replace(spec, unix=None), reasons)
         changed = await self._bring(spec, reasons)
-        if self.gates is not None and self._listening is not None:
-            await self.gates.settle(self._listening, sweep=self.inventory.in_sync)
-        if self.hops is not None:
-            await self.hops.sweep()
+        await self.mac_filters.settle(self._listening, sweep=self.inventory.in_sync)
+        await self.hop_limits.sweep()
         self.exporter.in_force = spec.exporter
         if self.unix is not None:
             await self.unix.settle(before)

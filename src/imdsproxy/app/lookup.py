@@ -1,18 +1,20 @@
-"""Whose an unknown address is: the inventory first, then the neighbour table, then who can be asked.
+"""Finds the owner of an unknown address: in the inventory, in the neighbour table, then at a source that can be asked.
 
-Where the network checks MACs, a request comes here `unverified` until its address has a pair (`core.pairs`): what is
-then found is put in force, and the answer goes to the MAC that it was found by, and to no other.
+Where the network checks MACs, a request comes here `unverified` until its address has a pair (`anti_spoofing.plan`).
+The owner that is found is put in force, and the answer goes to the MAC that it was found by, and to no other.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Final, Protocol, assert_never
 
 import structlog
 
+from imdsproxy.anti_spoofing.mac_filters import MacFilters
+from imdsproxy.anti_spoofing.plan import ANY_MAC, excess_learned
 from imdsproxy.app.record_loop import RecordLoop
 from imdsproxy.core.addresses import link_local_of, mac_of
 from imdsproxy.core.identity import (
@@ -36,7 +38,6 @@ from imdsproxy.core.model import (
     Scope,
 )
 from imdsproxy.core.observation import AddressKey, Conflict
-from imdsproxy.core.pairs import ANY_MAC, excess_learned
 from imdsproxy.core.wire import MapRecord, render_map_value
 from imdsproxy.errors import DataplaneError
 from imdsproxy.host.clock import Clock
@@ -73,73 +74,6 @@ class Neighbours(Protocol):
         ...
 
 
-class PairKeeper(Protocol):
-    """Which pairs the kernel lets through (`app.gates`)."""
-
-    def is_plain(self, network: NetworkId) -> bool:
-        """Whether nobody looks at MACs there."""
-        ...
-
-    def is_up(self, network: NetworkId) -> bool:
-        """Whether the kernel does."""
-        ...
-
-    def granted(self, key: AddressKey) -> MacAddress | None:
-        """The MAC that an address is believed with now."""
-        ...
-
-    def keys(self) -> Iterable[AddressKey]:
-        """Every address that has a pair."""
-        ...
-
-    async def sender(self, key: AddressKey, port: int) -> MacAddress | None:
-        """The MAC that an unverified connection came from; `None` where that is not known."""
-        ...
-
-    async def tell(self, key: AddressKey, port: int, mac: MacAddress) -> bool:
-        """Let answers on an unverified connection go to this MAC only; false where that is not seen to."""
-        ...
-
-
-class NoPairs:
-    """Whoever asks has been looked at by somebody else."""
-
-    def is_plain(self, network: NetworkId) -> bool:
-        """See `PairKeeper.is_plain`."""
-        del network
-        return False
-
-    def is_up(self, network: NetworkId) -> bool:
-        """See `PairKeeper.is_up`."""
-        del network
-        return False
-
-    def granted(self, key: AddressKey) -> MacAddress | None:
-        """See `PairKeeper.granted`."""
-        del key
-        return None
-
-    def keys(self) -> Iterable[AddressKey]:
-        """See `PairKeeper.keys`."""
-        return ()
-
-    async def sender(self, key: AddressKey, port: int) -> MacAddress | None:
-        """See `PairKeeper.sender`."""
-        del key, port
-        return None
-
-    async def tell(self, key: AddressKey, port: int, mac: MacAddress) -> bool:
-        """See `PairKeeper.tell`."""
-        del key, port, mac
-        return False
-
-
-class Heard(Protocol):
-    """Whether changes of a neighbour table are told of."""
-
-    def __call__(self, key: AddressKey, /) -> bool: ...
-
-
 @dataclass(frozen=True, slots=True)
 class Refusal:
     """A request that was refused for its MAC.
@@ -160,8 +94,8 @@ class Lookup:
 
     Attributes:
         source: Who is asked for an address that nobody told of, if anybody.
-        pairs: Which pairs are let through.
-        heard: Whether changes are told of; where not, what was learned is asked for again after a while.
+        is_followed: Whether the kernel reports changes of an address; where not, what was learned is read again after
+            a while.
     """
 
     inventory: Inventory
@@ -169,9 +103,9 @@ class Lookup:
     neighbours: Neighbours
     clock: Clock
     learned_ttl_s: Callable[[], float]
+    mac_filters: MacFilters
     source: LookUpSource | None = None
-    pairs: PairKeeper = field(default_factory=NoPairs)
-    heard: Heard = lambda _: False
+    is_followed: Callable[[AddressKey], bool] = lambda _: False
     _refused: dict[AddressKey, Refusal] = field(default_factory=dict)
 
     async def identify(self, key: AddressKey) -> Identity:
@@ -244,7 +178,7 @@ class Lookup:
         """
         if port is not None and checks_macs(self.inventory, key[0]):
             return await self._look_at_pair(key, port)
-        granted = self.pairs.granted(key)
+        granted = self.mac_filters.granted(key)
         if granted is None or granted == ANY_MAC:
             identity, mac = await self._identify(key)
         else:
@@ -272,7 +206,7 @@ class Lookup:
         Where that is not known any more, the neighbour table's MAC counts.
         """
         for _ in range(_LOOKS):
-            mac = await self.pairs.sender(key, port) or await self.neighbour(key)
+            mac = await self.mac_filters.sender(key, port) or await self.neighbour(key)
             identity = identify(self.inventory, *key, neighbour_mac=mac)
             if isinstance(identity, Unknown):
                 resolution = await self._look_elsewhere(key, None)
@@ -284,7 +218,7 @@ class Lookup:
                 return await self._resolve(key, identity, mac)
             if mac is None and identity.port.mac is not None:
                 return Mismatched()
-            if not self.pairs.is_up(key[0]):
+            if not self.mac_filters.is_up(key[0]):
                 # Nobody would see to it that the answer goes to the instance.
                 return Missing(in_sync=False)
             if await self._let_answer(key, port, identity, mac):
@@ -302,17 +236,17 @@ class Lookup:
         if found.how is How.NEIGHBOUR and mac is not None:
             expected = mac
             await self._learn(key, found.instance, mac)
-        elif self.pairs.granted(key) != (expected or ANY_MAC):
+        elif self.mac_filters.granted(key) != (expected or ANY_MAC):
             await self.records.tickets.wait(self.records.touch(key))
-        if self.pairs.granted(key) != (expected or ANY_MAC):
+        if self.mac_filters.granted(key) != (expected or ANY_MAC):
             return False
         if expected is None or mac is None:
             return True
-        return await self.pairs.tell(key, port, mac)
+        return await self.mac_filters.bind_answers(key, port, mac)
 
     async def _learn(self, key: AddressKey, instance: Instance, mac: MacAddress | None) -> None:
         until = math.inf
-        if mac is None or not self.heard(key):
+        if mac is None or not self.is_followed(key):
             until = self.clock.monotonic() + self.learned_ttl_s()
         for excess in () if mac is None else excess_learned(self.records.learned, key, mac):
             self.records.forget(excess)
@@ -321,7 +255,7 @@ class Lookup:
         if (
             before is not None
             and replace(before, until=until) == learned
-            and (mac is None or self.pairs.granted(key) == mac)
+            and (mac is None or self.mac_filters.granted(key) == mac)
         ):
             self.records.learned[key] = learned
             return
@@ -347,7 +281,7 @@ class Lookup:
 
     def _is_unguarded(self, network: NetworkId) -> bool:
         """Whether MACs count there and nobody looks at them yet."""
-        return checks_macs(self.inventory, network) and self.pairs.is_plain(network)
+        return checks_macs(self.inventory, network) and self.mac_filters.is_plain(network)
 
     async def _found(self, key: AddressKey, scope: Scope, found: PortFound) -> Resolution:
         if scope is Scope.NETWORK:
@@ -407,7 +341,7 @@ class Lookup:
             self.records.forget(key)
             return
         until = math.inf
-        if not self.heard(key):
+        if not self.is_followed(key):
             until = self.clock.monotonic() + self.learned_ttl_s()
         learned, before = Learned(identity.instance.id, until, mac=mac), self.records.learned[key]
         if replace(before, until=until) == learned:
@@ -418,9 +352,9 @@ class Lookup:
     def recall(self) -> None:
         """What an earlier controller had learned, by the pairs that it left."""
         # Next to all have an owner, and what is granted to one address is as dear to ask for as that of its network.
-        keys = self.pairs.keys()
+        keys = self.mac_filters.keys()
         for key in (one for one in keys if self.inventory.owner(one) is None):
-            mac = self.pairs.granted(key)
+            mac = self.mac_filters.granted(key)
             if mac is None or mac == ANY_MAC or key in self.records.learned:
                 continue
             identity = identify(self.inventory, *key, neighbour_mac=mac)

@@ -1,4 +1,4 @@
-"""Follows what neighbour tables and gates become, by the kernel's own word."""
+"""Follows changes of neighbour tables and of our own tables, as the kernel reports them."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import structlog
 
-from imdsproxy.app.gates import Gates
-from imdsproxy.app.hops import Hops
+from imdsproxy.anti_spoofing.hop_limits import HopLimits
+from imdsproxy.anti_spoofing.mac_filters import MacFilters
 from imdsproxy.app.listener_loop import ListenerLoop
 from imdsproxy.app.lookup import Lookup
 from imdsproxy.app.record_loop import RecordLoop
@@ -22,17 +22,17 @@ from imdsproxy.serving.resolver import Resolver
 
 _EXPIRE_EVERY_S = 5.0
 _PAUSE_S = 0.5
-"""After changes were lost: whoever makes the kernel tell so many is not to have us look all the time."""
+"""After changes were lost: a guest that floods us with changes must not keep us busy."""
 
 
 @dataclass(slots=True)
 class PairFollower:
-    """Takes what events say to whom it concerns."""
+    """Passes events of the kernel on to look-up, MAC filters and hop limits."""
 
     records: RecordLoop
     lookup: Lookup
-    gates: Gates
-    hops: Hops
+    mac_filters: MacFilters
+    hop_limits: HopLimits
     listeners: ListenerLoop
     resolver: Resolver
     watch: HostWatch
@@ -43,15 +43,15 @@ class PairFollower:
         return self.follow_neighbours, self.follow_tables, self.expire
 
     def connect(self) -> None:
-        """Have gates and look-up tell and ask here."""
-        self.gates.on_change = self._changed
-        self.gates.on_missing = self._missing
-        self.hops.on_change = self._changed
-        self.hops.on_need = self._needed
-        self.lookup.heard = self._hears
+        """Subscribe to MAC filters, hop limits and look-up."""
+        self.mac_filters.on_change = self._changed
+        self.mac_filters.on_missing = self._missing
+        self.hop_limits.on_change = self._changed
+        self.hop_limits.on_need = self._needed
+        self.lookup.is_followed = self._is_followed
 
     def _missing(self, network: NetworkId) -> None:
-        self.listeners.touch("gate is gone", (network,))
+        self.listeners.touch("MAC filter is gone", (network,))
 
     def _needed(self, networks: frozenset[NetworkId]) -> None:
         self.listeners.touch("hop limits", networks)
@@ -68,15 +68,17 @@ class PairFollower:
                 self.records.touch(key)
         self.resolver.wake_networks(networks)
 
-    def _hears(self, key: AddressKey) -> bool:
-        return self.gates.is_up(key[0]) and self.watch.hears(self.gates.namespace_of(key[0]))
+    def _is_followed(self, key: AddressKey) -> bool:
+        return self.mac_filters.is_up(key[0]) and self.watch.hears(
+            self.mac_filters.namespace_of(key[0])
+        )
 
     def _key(self, change: NeighbourChange) -> AddressKey | None:
-        """Whose address it is about, where somebody is known by it."""
+        """The address, where a guest is known by it."""
         namespace = None if change.nsid is None else self.watch.place_of_id(change.nsid)
         if change.nsid is not None and namespace is None:
             return None
-        network = self.gates.network_at(namespace, change.index)
+        network = self.mac_filters.network_at(namespace, change.index)
         key = None if network is None else (network, change.address)
         return key if key in self.records.learned else None
 
@@ -91,20 +93,20 @@ class PairFollower:
                     self.lookup.on_neighbour(key, change.mac)
 
     async def follow_tables(self) -> None:
-        """Have tables again that somebody else has taken away, as `nft flush ruleset` does."""
+        """Create tables again that another program has removed, as `nft flush ruleset` does."""
         async with TableWatch(self._tables) as removals:
             async for removed in removals:
-                self.gates.lost(removed.table)
-                await self.hops.lost(removed.table)
+                self.mac_filters.lost(removed.table)
+                await self.hop_limits.lost(removed.table)
 
     def _tables(self) -> Collection[str]:
-        return {*self.gates.tables(), self.hops.kernel.table}
+        return {*self.mac_filters.tables(), self.hop_limits.kernel.table}
 
     async def expire(self) -> None:
-        """Let those go whose addresses are nobody's any more."""
+        """Withdraw pairs of addresses that have no owner any more."""
         while True:
             await asyncio.sleep(_EXPIRE_EVERY_S)
             try:
-                await self.gates.expire()
+                await self.mac_filters.expire()
             except HostRefused as error:
                 structlog.get_logger().warning("pairs not withdrawn", error=error.message)

@@ -14,13 +14,12 @@ from typing import Final, TypeVar
 
 import structlog
 
+from imdsproxy.anti_spoofing.hop_limits import HopLimits
+from imdsproxy.anti_spoofing.mac_filters import MacFilters
+from imdsproxy.anti_spoofing.plan import plan_pairs
 from imdsproxy.app.keepers import (
     CompiledFiles,
-    HopKeeper,
-    NoHops,
-    NoPairs,
     NoSets,
-    PairKeeper,
     SetKeeper,
 )
 from imdsproxy.app.tickets import Tickets
@@ -31,7 +30,6 @@ from imdsproxy.core.identity import Learned
 from imdsproxy.core.inventory import Inventory
 from imdsproxy.core.model import Instance, InstanceId, MacAddress, NetworkId, Upstream
 from imdsproxy.core.observation import AddressKey, Affected, Conflict, Observation
-from imdsproxy.core.pairs import plan_pairs
 from imdsproxy.core.path_rules import PathRules
 from imdsproxy.core.plan import (
     PlannedRecords,
@@ -122,14 +120,12 @@ class RecordLoop:
         on_applied: Told of addresses whose records are in force now; `None` stands for all of them.
         routing: Where requests go whose documents Nova has, as of now; `resync` after it changed.
         policies: What settings and operators say of guests, as of now; `resync` after it changed.
-        pairs: Who lets addresses through by their MACs.
-        hops: Who sees to hop limits.
         sets: Who has HAProxy know path rules.
         region: The region that the settings name, as of now; `resync` after it changed.
 
     Attributes:
         warnings: Of instances whose documents differ from their records.
-        withheld: Addresses that the last round kept from HAProxy, because nobody looks at their MACs yet.
+        withheld: Addresses that the last round kept from HAProxy, because their MACs are not checked yet.
         rounds: Rounds that put observations in force, by the time from the first observation to the acknowledgement.
         progress: Where long rounds say how far they are.
         looked: How many instances and addresses were looked at; it grows as long as a round goes on.
@@ -141,10 +137,10 @@ class RecordLoop:
     clock: Clock
     on_networks: Callable[[frozenset[NetworkId]], None]
     on_applied: Callable[[Iterable[AddressKey] | None], None]
+    mac_filters: MacFilters
+    hop_limits: HopLimits
     routing: Callable[[], NovaRouting] = NovaRouting
     policies: Callable[[], PolicyBook] = PolicyBook
-    pairs: PairKeeper = field(default_factory=NoPairs)
-    hops: HopKeeper = field(default_factory=NoHops)
     sets: SetKeeper = field(default_factory=NoSets)
     region: Callable[[], str | None] = lambda: None
     revisions: dict[InstanceId, str] = field(default_factory=dict)
@@ -220,17 +216,17 @@ class RecordLoop:
         packed, values = PackedMap(), dict[str, str]()
         async for keys in self._every_part(compiling):
             found = plan_pairs(self.inventory, keys, self.learned)
-            self.pairs.prime(found, complete=whole)
+            self.mac_filters.preload(found, complete=whole)
             planned = self._plan(keys)
             sets.update(planned.sets)
-            self.hops.hold(planned.values)
+            self.hop_limits.restrict(planned.values)
             values.update((key, value) for key, value in planned.values.items() if value)
             # A network's addresses come together, and networks in the order of their keys.
             last = record_key(keys[-1]).rpartition("/")[0] + "/"
             done = [key for key in values if not key.startswith(last)]
             if not self.learned:
                 packed.extend(sorted((key, values.pop(key)) for key in done))
-        self.pairs.prime({}, complete=whole)
+        self.mac_filters.preload({}, complete=whole)
         self.sets.prime(sets)
         packed.extend(sorted(values.items()))
         if whole:
@@ -349,9 +345,9 @@ class RecordLoop:
             await self._plan_sweep(plan)
         await self.sets.have(plan.sets, sweep=sweeping)
         # Whoever has an address now is not let through any more when it becomes another's.
-        await self.pairs.withdraw(plan.pairs)
+        await self.mac_filters.withdraw(plan.pairs)
         await self.applier.apply(plan.wanted)
-        await self.pairs.grant(plan.pairs)
+        await self.mac_filters.grant(plan.pairs)
         self.withheld = plan.withheld
         if self.withheld:
             self.on_networks(frozenset(network for network, _ in self.withheld))
@@ -359,26 +355,26 @@ class RecordLoop:
         self._remove_all(compiling.unneeded)
         if self.inventory.in_sync:
             self._swept = True
-        self.hops.settled(plan.armed, complete=self._swept)
+        self.hop_limits.commit(plan.armed, complete=self._swept)
         self.on_applied(None if full else keys)
 
     async def _plan_round(
         self, parts: AsyncIterator[list[AddressKey]], *, full: bool
     ) -> _RoundPlan:
         """What these addresses are to have; of a full round only what they do not have, which is little or all."""
-        plan = _RoundPlan(armed=self.hops.hold({}))
+        plan = _RoundPlan(armed=self.hop_limits.restrict({}))
         async for part in parts:
             planned = self._plan(part)
             wanted = planned.values
             pairs = plan_pairs(self.inventory, part, self.learned)
-            withheld = self.pairs.withheld(pairs)
+            withheld = self.mac_filters.withheld(pairs)
             wanted.update(dict.fromkeys(record_key(key) for key in withheld))
             # A rule that any part counts on is one that is needed.
-            plan.armed |= self.hops.hold(wanted)
+            plan.armed |= self.hop_limits.restrict(wanted)
             plan.sets.update(planned.sets)
             plan.withheld |= withheld
             plan.wanted.update(self.applier.state.differing(wanted) if full else wanted)
-            plan.pairs.update(self.pairs.differing(pairs) if full else pairs)
+            plan.pairs.update(self.mac_filters.differing(pairs) if full else pairs)
         return plan
 
     async def _plan_sweep(self, plan: _RoundPlan) -> None:
@@ -387,7 +383,7 @@ class RecordLoop:
         def is_gone(key: AddressKey | None) -> bool:
             return key is None or (key not in self.learned and self.inventory.owner(key) is None)
 
-        async for keys in self._parts(self.pairs.keys()):
+        async for keys in self._parts(self.mac_filters.keys()):
             plan.pairs.update(dict.fromkeys(key for key in keys if is_gone(key)))
         state = self.applier.state
         async for entries in self._parts(chain(state.base, state.overlay)):
@@ -437,7 +433,7 @@ class RecordLoop:
         )
         if record is None or isinstance(record, Conflict) or not record.policy:
             return record
-        return replace(record, policy=self.hops.word(key[0], record.policy))
+        return replace(record, policy=self.hop_limits.effective(key[0], record.policy))
 
     def _plan(self, keys: Iterable[AddressKey]) -> PlannedRecords:
         return plan_records(

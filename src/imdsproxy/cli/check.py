@@ -154,16 +154,16 @@ def _ask(run: options.Invocation) -> list[Finding]:
 def _macs(run: options.Invocation, settings: Settings, *, reachable: bool) -> list[Finding]:
     if os.geteuid() != 0:
         return []
+    from imdsproxy.anti_spoofing.bridge_ports import (  # noqa: PLC0415 - as above
+        observe_bridge,
+        read_rules,
+        try_mac_filter,
+    )
     from imdsproxy.cli import preflight_macs  # noqa: PLC0415 - `--help` need not load it
     from imdsproxy.cli.admin_client import AdminClient  # noqa: PLC0415 - as above
     from imdsproxy.core.hostnames import Naming  # noqa: PLC0415 - as above
-    from imdsproxy.host.bridge_guard import (  # noqa: PLC0415 - as above
-        observe_bridge,
-        read_rules,
-        try_gate,
-    )
 
-    found = [preflight_macs.check_kernel(try_gate())]
+    found = [preflight_macs.check_kernel(try_mac_filter())]
     if not reachable:
         return found
     daemon = AdminClient(run.socket or settings.admin_socket, timeout_s=5)

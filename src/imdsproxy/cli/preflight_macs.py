@@ -9,7 +9,7 @@ from imdsproxy.cli.preflight import Finding
 from imdsproxy.errors import HostRefused
 
 if TYPE_CHECKING:
-    from imdsproxy.host.bridge_guard import GuardedPort
+    from imdsproxy.anti_spoofing.bridge_ports import GuardedPort
 
 __all__ = ["check_bridges", "check_kernel", "checked_devices"]
 
@@ -20,7 +20,7 @@ def check_kernel(refusal: str) -> Finding:
     """Whether the kernel can look at guests' MACs.
 
     Args:
-        refusal: Of `try_gate`.
+        refusal: Of `try_mac_filter`.
     """
     if not refusal:
         return Finding(_AREA, "the kernel can check them")

@@ -7,7 +7,6 @@ from ipaddress import IPv4Address, IPv4Network
 from typing import TYPE_CHECKING
 
 from imdsproxy.cli.preflight import Finding
-from imdsproxy.core.gates import VERIFIED_PORT
 from imdsproxy.core.model import (
     METADATA_IPV4,
     METADATA_PORT,
@@ -15,6 +14,7 @@ from imdsproxy.core.model import (
     InterfaceListener,
     Network,
 )
+from imdsproxy.core.wire import VERIFIED_PORT
 
 if TYPE_CHECKING:
     from imdsproxy.host.firewall import DroppingChain
@@ -25,7 +25,7 @@ _AREA = "paths"
 _WITH_ENDS = 4
 """A smaller range has no addresses of its own for network and broadcast (RFC 3021)."""
 
-# A guest whose MAC is right comes in by the gate's own port (`core.gates`).
+# Packets that pass the MAC filter are redirected to its own port (`anti_spoofing.plan`).
 _IN = f"ip daddr {METADATA_IPV4} tcp dport {{ {METADATA_PORT}, {VERIFIED_PORT} }} accept"
 _TO = f"ip daddr {METADATA_IPV4} tcp dport 80 accept"
 _FROM = f"ip saddr {METADATA_IPV4} tcp sport 80 accept"

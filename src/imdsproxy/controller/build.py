@@ -11,13 +11,15 @@ from functools import partial
 from pathlib import Path
 from random import SystemRandom
 
+from imdsproxy.anti_spoofing.hop_limits import HopLimits
+from imdsproxy.anti_spoofing.journal import TableJournal
+from imdsproxy.anti_spoofing.kernel import KernelHopLimits, KernelMacFilters
+from imdsproxy.anti_spoofing.mac_filters import MacFilters
 from imdsproxy.app.account import group_id
 from imdsproxy.app.companion import Companion, CompanionLauncher, SpawnCompanion, UnitCompanion
 from imdsproxy.app.compiled_files import DiskFiles
-from imdsproxy.app.gates import Gates
 from imdsproxy.app.guarding import Guarding
 from imdsproxy.app.guards import GuardFile
-from imdsproxy.app.hops import Hops
 from imdsproxy.app.host_view import SystemHost
 from imdsproxy.app.listener_loop import SpecSettings
 from imdsproxy.app.nova_upstream import NovaUpstream
@@ -40,8 +42,6 @@ from imdsproxy.host.arpguard import ArpGuard
 from imdsproxy.host.clock import Clock
 from imdsproxy.host.diversions import Diverter
 from imdsproxy.host.files import ensure_directory, write_atomic
-from imdsproxy.host.gates import KernelGates
-from imdsproxy.host.hop_table import KernelHops
 from imdsproxy.host.namespaces import NamespaceDirectory, NamespaceThread
 from imdsproxy.host.nslinks import haproxy_name
 from imdsproxy.host.observe import HostObserver
@@ -60,10 +60,10 @@ __all__ = [
     "Sources",
     "build_companion",
     "build_files",
-    "build_gates",
+    "build_mac_filters",
     "open_guarding",
     "build_haproxy",
-    "build_hops",
+    "build_hop_limits",
     "build_host",
     "build_launcher",
     "build_layout",
@@ -183,18 +183,20 @@ def build_host(
     return host, thread
 
 
-def build_gates(
+def build_mac_filters(
     layout: Layout, naming: Naming, thread: NamespaceThread, inventory: Inventory, clock: Clock
-) -> Gates:
-    """What looks at the MACs of guests."""
+) -> MacFilters:
+    """The MAC filters of this host."""
     write = partial(write_atomic, mode=0o600)
-    return Gates(KernelGates(thread), inventory, naming, layout.gates_journal, write, clock)
+    journal = TableJournal(layout.gates_journal, write, "netdev")
+    return MacFilters(KernelMacFilters(thread), inventory, naming, journal, clock)
 
 
-def build_hops(layout: Layout, naming: Naming, thread: NamespaceThread) -> Hops:
-    """What sees to hop limits."""
+def build_hop_limits(layout: Layout, naming: Naming, thread: NamespaceThread) -> HopLimits:
+    """The hop limits of this host."""
     write = partial(write_atomic, mode=0o600)
-    return Hops(KernelHops(thread, f"{naming.prefix}-hops"), layout.hops_journal, write)
+    kernel = KernelHopLimits(thread, f"{naming.prefix}-hops")
+    return HopLimits(kernel, TableJournal(layout.hops_journal, write, "inet"))
 
 
 def build_rule_sets(layout: Layout, applier: RecordApplier, clock: Clock) -> RuleSets:

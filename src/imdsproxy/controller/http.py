@@ -97,7 +97,7 @@ def build_face(
         haproxy_version=parts.haproxy_version,
         guard=parts.guard,
         lookup=parts.lookup,
-        gates=parts.gates,
+        mac_filters=parts.mac_filters,
         mismatched=parts.resolver.counts.mismatched,
         nova=nova,
         nova_watch=NovaWatch(parts.haproxy, lambda: (one.name for one in nova.routing.sets)),

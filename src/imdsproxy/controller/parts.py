@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from imdsproxy.anti_spoofing.hop_limits import HopLimits
+from imdsproxy.anti_spoofing.mac_filters import MacFilters
 from imdsproxy.app.audit import Audit
 from imdsproxy.app.companion import Companion
 from imdsproxy.app.document_probe import DocumentProbe
-from imdsproxy.app.gates import Gates
 from imdsproxy.app.guard import HaproxyGuard
 from imdsproxy.app.guarding import Guarding
-from imdsproxy.app.hops import Hops
 from imdsproxy.app.listener_loop import ListenerLoop
 from imdsproxy.app.lookup import Lookup
 from imdsproxy.app.nova_upstream import NovaUpstream
@@ -45,8 +45,8 @@ class Parts:
     inventory: Inventory
     records: RecordLoop
     listeners: ListenerLoop
-    gates: Gates
-    hops: Hops
+    mac_filters: MacFilters
+    hop_limits: HopLimits
     haproxy: Haproxy
     haproxy_version: str
     guard: HaproxyGuard

@@ -44,11 +44,11 @@ from imdsproxy.config.schema import Settings
 from imdsproxy.controller.build import (
     build_companion,
     build_files,
-    build_gates,
     build_haproxy,
-    build_hops,
+    build_hop_limits,
     build_host,
     build_layout,
+    build_mac_filters,
     build_rule_sets,
     build_sources,
     build_spec_settings,
@@ -293,8 +293,8 @@ async def run_controller(
             # All of them: who looked while HAProxy came back took its new sockets for somebody else's.
             controller.parts.listeners.touch(reason)
 
-        gates = build_gates(layout, naming, thread, inventory, clock)
-        hops = build_hops(layout, naming, thread)
+        mac_filters = build_mac_filters(layout, naming, thread, inventory, clock)
+        hop_limits = build_hop_limits(layout, naming, thread)
         records = RecordLoop(
             inventory,
             applier,
@@ -302,10 +302,10 @@ async def run_controller(
             clock,
             on_networks,
             on_applied,
+            mac_filters,
+            hop_limits,
             lambda: nova.routing,
             guarding.book,
-            gates,
-            hops,
             build_rule_sets(layout, applier, clock),
             lambda: holder.settings.documents.region,
             progress=progress,
@@ -328,8 +328,8 @@ async def run_controller(
             unix=UnixListener(
                 lambda: holder.settings.unix_listener, haproxy, SocketFiles().observe, clock
             ),
-            gates=gates,
-            hops=hops,
+            mac_filters=mac_filters,
+            hop_limits=hop_limits,
         )
         watching = Watching(
             haproxy, partial(_apply_watching, listeners), partial(_owner_of, inventory)
@@ -347,8 +347,8 @@ async def run_controller(
             host,
             clock,
             lambda: holder.settings.resolver.learned_ttl_s,
+            mac_filters,
             sources.look_up,
-            gates,
         )
         resolver = Resolver(lookup.look, lambda: _hold_limits(holder.settings), clock.monotonic)
         watch = HostWatch(
@@ -365,8 +365,8 @@ async def run_controller(
             inventory=inventory,
             records=records,
             listeners=listeners,
-            gates=gates,
-            hops=hops,
+            mac_filters=mac_filters,
+            hop_limits=hop_limits,
             haproxy=haproxy,
             haproxy_version=str(program.version),
             guard=guard,
@@ -387,7 +387,7 @@ async def run_controller(
             started_at=clock.now().timestamp(),
             started=clock.monotonic(),
         )
-        pairs = PairFollower(records, lookup, gates, hops, listeners, resolver, watch)
+        pairs = PairFollower(records, lookup, mac_filters, hop_limits, listeners, resolver, watch)
         pairs.connect()
         kept = kept_sockets(environment, KEPT_WORKERS, os.getpid())
         controller = _Controller(parts, notifier, watch, served, pairs, heartbeat, kept)
@@ -521,7 +521,9 @@ async def _live(controller: _Controller, admin: socket.socket, health: HealthSer
         # After HAProxy: while that runs, a request may be on its way on each connection that it keeps.
         resolving.cancel()
         if controller.with_data_plane:
-            await sweep_host(parts.listeners.host, parts.listeners.naming, parts.gates, parts.hops)
+            await sweep_host(
+                parts.listeners.host, parts.listeners.naming, parts.mac_filters, parts.hop_limits
+            )
             sweep_unix_socket(parts.layout.config, SocketFiles().observe)
 
 
@@ -543,7 +545,7 @@ async def _start_data_plane(controller: _Controller) -> None:
     parts = controller.parts
     applier = parts.records.applier
     adopted = False
-    await parts.hops.prime()
+    await parts.hop_limits.preload()
     if applier.load():
         adopted = await parts.haproxy.adopt()
     found = parts.companion.read().parent
@@ -559,13 +561,13 @@ async def _start_data_plane(controller: _Controller) -> None:
             told: dict[str, str | None] = {}
             if not parts.inventory.in_sync:
                 told.update(applier.state.effective())
-                parts.hops.hold(told)
+                parts.hop_limits.restrict(told)
             records = await parts.records.compile_all()
             if told:
                 records = {**{key: value for key, value in told.items() if value}, **records}
             applier.write_all(records)
         await parts.listeners.first_round()
-        # From the gates that are still there: guests that are known by their MACs alone are known on.
+        # From the MAC filters that are still there: guests that are known by their MACs alone are known on.
         parts.lookup.recall()
     except DataplaneError:
         if found is None:

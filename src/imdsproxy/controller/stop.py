@@ -5,19 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from imdsproxy.anti_spoofing.hop_limits import HopLimits
+from imdsproxy.anti_spoofing.mac_filters import MacFilters
 from imdsproxy.app.companion import CompanionLauncher
-from imdsproxy.app.gates import Gates
-from imdsproxy.app.hops import Hops
 from imdsproxy.app.listener_loop import HostView
 from imdsproxy.app.unix_listener import sweep_unix_socket
 from imdsproxy.config.schema import Settings
 from imdsproxy.controller.build import (
     build_companion,
-    build_gates,
-    build_hops,
+    build_hop_limits,
     build_host,
     build_launcher,
     build_layout,
+    build_mac_filters,
 )
 from imdsproxy.core.hostnames import Naming
 from imdsproxy.core.inventory import Inventory
@@ -40,14 +40,16 @@ async def end_processes(haproxy: Launcher, documents: CompanionLauncher) -> None
     await documents.stop()
 
 
-async def sweep_host(host: HostView, naming: Naming, gates: Gates, hops: Hops) -> None:
-    """Take away every gate, rule, namespace, link and address of ours, once nobody needs them.
+async def sweep_host(
+    host: HostView, naming: Naming, mac_filters: MacFilters, hop_limits: HopLimits
+) -> None:
+    """Remove every MAC filter, rule, namespace, link and address of ours, once they are no longer needed.
 
     Raises:
         DataplaneError: The host refuses.
     """
-    await gates.close_all()
-    await hops.close_all()
+    await mac_filters.close_all()
+    await hop_limits.close_all()
     observed = await host.observe((), (), everything=True)
     plan = plan_listeners({}, observed, naming, managed=host.managed())
     failures = await host.apply(plan.ops)
@@ -77,8 +79,8 @@ async def stop_data_plane(settings: Settings, environment: Mapping[str, str]) ->
     try:
         launcher = build_launcher(settings, layout, settings.haproxy.binary)
         await end_processes(launcher, companion.launcher)
-        gates = build_gates(layout, naming, thread, Inventory(), SystemClock())
-        await sweep_host(host, naming, gates, build_hops(layout, naming, thread))
+        mac_filters = build_mac_filters(layout, naming, thread, Inventory(), SystemClock())
+        await sweep_host(host, naming, mac_filters, build_hop_limits(layout, naming, thread))
     finally:
         thread.close()
     _remove(

@@ -1,32 +1,25 @@
-"""How far the answer that holds a session token goes: from the policy word to packets.
+"""The hop limit of an answer that holds a session token, as map values have it.
 
-HAProxy cannot set a packet's TTL. It can write a DSCP on what a connection sends, without any privilege; a rule in
-the kernel (`host.hop_table`) makes the TTL or hop limit of it, and takes it off. Without that rule the answer would go
-as far as any other, so where there is none, the record says `WITHHELD` in the limit's place, and no token is given.
+HAProxy cannot set a packet's TTL. It can set a DSCP on a connection without any privilege; a rule in the kernel
+(`anti_spoofing.hop_rules`) turns the DSCP into the TTL or hop limit. Without that rule the answer would go as far as
+any other, so where it is missing the record has `WITHHELD` in place of the limit, and no token is given.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Final, TypeAlias
+from typing import Final
 
-from imdsproxy.core.endpoints import Endpoint
-from imdsproxy.core.gates import ANSWER_DSCP
-from imdsproxy.core.hoststate import NamespaceRef
-from imdsproxy.core.model import NetworkId
 from imdsproxy.core.policy_word import HOP_LIMIT, word_of
+from imdsproxy.core.wire import ANSWER_DSCP
 
 UNLIMITED: Final = 64
-"""What the kernel sends with by itself; nothing is written on such an answer."""
+"""The kernel's own default; such an answer gets no DSCP."""
 
 WITHHELD: Final = 0
 """No token is given."""
 
 NEXT_TO_MARK: Final = ANSWER_DSCP - 1
-"""The DSCP is the limit itself. One of them is taken (`core.gates`), and a limit of that many goes as one less."""
-
-HopPlace: TypeAlias = NamespaceRef | None
-"""Where answers are sent from; `None` is the host's own namespace."""
+"""The DSCP is the limit itself. `ANSWER_DSCP` is taken, so a limit of that value becomes one less."""
 
 
 def limit_of(value: str | None) -> int:
@@ -39,14 +32,3 @@ def withhold(value: str) -> str:
     """The same map value, or policy word, where no token is given."""
     word = word_of(value)
     return HOP_LIMIT.replace(word, str(WITHHELD)) + value.removeprefix(word)
-
-
-def plan_places(
-    endpoints: Iterable[Endpoint], networks: frozenset[NetworkId]
-) -> dict[NetworkId, frozenset[HopPlace]]:
-    """Where answers to guests of these networks are sent from; without those that nobody listens in."""
-    places: dict[NetworkId, set[HopPlace]] = {}
-    for one in endpoints:
-        if one.network in networks:
-            places.setdefault(one.network, set()).add(one.namespace)
-    return {network: frozenset(some) for network, some in places.items()}

@@ -16,6 +16,7 @@ from imdsproxy.core.policy_word import POLICY_WORD
 
 __all__ = [
     "EmbeddedRecord",
+    "ANSWER_DSCP",
     "HEADER_ADDRESS",
     "HEADER_FORWARDED",
     "HEADER_INSTANCE",
@@ -38,10 +39,17 @@ __all__ = [
     "PROBE_PATH",
     "RETRY_AFTER_S",
     "UNKNOWN_TEXT",
+    "VERIFIED_PORT",
     "hide_signatures",
     "parse_map_value",
     "render_map_value",
 ]
+
+VERIFIED_PORT: Final = 254
+"""Requests that passed the kernel's MAC filter arrive here. Reserved by IANA, and below what rpc clients bind."""
+
+ANSWER_DSCP: Final = 0x2F
+"""Marks answers to unverified requests that only the instance may read (RFC 2474's pool for local use)."""
 
 HEADER_NETWORK: Final = "x-imdsproxy-network"
 HEADER_ADDRESS: Final = "x-imdsproxy-address"

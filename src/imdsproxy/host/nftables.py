@@ -18,7 +18,6 @@ from imdsproxy.host.nlmessages import (
     ACK,
     CREATE,
     DUMP,
-    EXCL,
     Message,
     NetlinkRefused,
     attribute,
@@ -37,7 +36,9 @@ _SUBSYSTEM: Final = 10 << 8
 INET: Final = 1
 """The family of tables that see packets of both families of IP."""
 
-_NETDEV: Final = 5
+NETDEV: Final = 5
+"""The family of tables on devices, which see packets with their MACs."""
+
 _BATCH_BEGIN: Final = 0x10
 _BATCH_END: Final = 0x11
 _NEWTABLE, _GETTABLE, _DELTABLE = 0, 1, 2
@@ -188,11 +189,10 @@ def store(
     )
 
 
-def lookup(name: str, *, absent: bool = False, into: int | None = None) -> bytes:
-    """Go on only where what the registers hold is in a set, or is not; a map's value goes into a register."""
-    flags = (_number(5, 1),) if absent else ()
+def lookup(name: str, *, into: int | None = None) -> bytes:
+    """Go on only where what the registers hold is in a set; a map's value goes into a register."""
     value = () if into is None else (_number(3, _REGISTER + into),)
-    return _expression("lookup", text(1, name), _number(2, _REGISTER), *flags, *value)
+    return _expression("lookup", text(1, name), _number(2, _REGISTER), *value)
 
 
 def remember(name: str, what: str, *, value: int | None = None) -> bytes:
@@ -205,11 +205,8 @@ def remember(name: str, what: str, *, value: int | None = None) -> bytes:
 
 def rewrite(offset: int, value: bytes, *, checksum: int) -> bytes:
     """Write over bytes of the transport header, and mend its checksum."""
-    return _expression("immediate", _number(1, _REGISTER), _value(2, value)) + _expression(
-        "payload",
-        *(_number(5, _REGISTER), _number(2, TRANSPORT), _number(3, offset), _number(4, len(value))),
-        *(_number(6, 1), _number(7, checksum)),
-    )
+    load = _expression("immediate", _number(1, _REGISTER), _value(2, value))
+    return load + store(TRANSPORT, offset, len(value), checksum=checksum)
 
 
 def present6(header: int) -> bytes:
@@ -231,9 +228,9 @@ def verdict(what: Verdict, chain: str = "") -> bytes:
 
 
 class Batch:
-    """Changes to one table, of family `netdev` unless another is said, to be done all at once."""
+    """Changes to one table, done all at once."""
 
-    def __init__(self, table: str, family: int = _NETDEV) -> None:
+    def __init__(self, table: str, family: int = NETDEV) -> None:
         self.table = table
         self.family = family
         self._table = text(1, table)
@@ -249,10 +246,10 @@ class Batch:
     def _add(self, kind: int, flags: int, *parts: bytes) -> None:
         self.messages.append((kind, flags, b"".join(parts)))
 
-    def make_table(self, words: str = "", *, exclusive: bool = False) -> None:
-        """Make it; one that is there stays, unless there must be none. `words` are kept with it."""
-        told = (attribute(6, words.encode()),) if words else ()
-        self._add(_NEWTABLE, CREATE | (EXCL if exclusive else 0), self._table, *told)
+    def make_table(self, comment: str = "") -> None:
+        """Make it; one that is there stays. The comment (NFTA_TABLE_USERDATA) is kept with it."""
+        kept = (attribute(6, comment.encode()),) if comment else ()
+        self._add(_NEWTABLE, CREATE, self._table, *kept)
 
     def drop_table(self) -> None:
         """Remove it with all that is in it."""
@@ -386,8 +383,8 @@ class NetfilterSocket:
         finally:
             self._socket.setblocking(True)
 
-    def words(self, table: str, family: int = _NETDEV) -> str | None:
-        """What is kept with a table; `None` where there is none of that name."""
+    def comment(self, table: str, family: int = NETDEV) -> str | None:
+        """The comment of a table; `None` where there is none of that name."""
         try:
             found = self._ask(_GETTABLE, 0, text(1, table), family)
         except NetlinkRefused as error:
@@ -413,7 +410,7 @@ class NetfilterSocket:
         (element,) = parse_list(parse_attributes(found[0].payload, _NFGEN.size).get(3, b""))
         return parse_attributes(parse_attributes(element).get(2, b"")).get(1)
 
-    def _ask(self, kind: int, flags: int, body: bytes, family: int = _NETDEV) -> list[Message]:
+    def _ask(self, kind: int, flags: int, body: bytes, family: int = NETDEV) -> list[Message]:
         self._sequence += 1
         head = _NFGEN.pack(family, 0, 0)
         # REQUEST is in every message; without DUMP the answer is one message and, asked for, its end.

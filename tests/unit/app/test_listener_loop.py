@@ -46,6 +46,7 @@ from imdsproxy.dataplane.records import RecordApplier
 from imdsproxy.errors import HostRefused
 from imdsproxy.host.clock import SystemClock
 from support.fake_haproxy import FakeHaproxy, FakeLauncher
+from support.fake_mac_filters import no_hop_limits, no_mac_filters
 
 
 @dataclass
@@ -176,6 +177,8 @@ async def _rig(directory: Path, *, agents: str | None = None) -> AsyncIterator[R
         lambda: settings,
         lambda networks, _observed, _left_out, _pids: expected.append(frozenset(networks)),
         ExporterPort(lambda _host, _port: taken[0]),
+        no_mac_filters(inventory),
+        no_hop_limits(),
         unix=UnixListener(lambda: wanted, haproxy, lambda _path, _pids: seen[0], SystemClock()),
     )
     await loop.first_round()

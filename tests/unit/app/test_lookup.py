@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from ipaddress import IPv4Address, IPv6Address
 
 import pytest
 
+from imdsproxy.anti_spoofing.mac_filters import MacFilters
+from imdsproxy.anti_spoofing.plan import LEARNED_PER_MAC, plan_pair
 from imdsproxy.app.lookup import Lookup
 from imdsproxy.app.tickets import Tickets
 from imdsproxy.core.identity import Learned
@@ -24,7 +26,6 @@ from imdsproxy.core.model import (
     Port,
 )
 from imdsproxy.core.observation import AddressKey, Observation
-from imdsproxy.core.pairs import LEARNED_PER_MAC, plan_pair
 from imdsproxy.core.wire import EmbeddedRecord
 from imdsproxy.errors import HostRefused
 from imdsproxy.serving.resolver import Contested, Known, Mismatched, Missing
@@ -61,8 +62,8 @@ class _Neighbours:
         return self.mac
 
 
-class _Pairs:
-    """Gates that follow the records at once."""
+class _Pairs(MacFilters):
+    """Filters that follow the records at once."""
 
     def __init__(self, rig: Rig) -> None:
         self.rig = rig
@@ -83,13 +84,13 @@ class _Pairs:
     def granted(self, key: AddressKey) -> MacAddress | None:
         return plan_pair(self.rig.inventory, key, self.rig.records.learned)
 
-    def keys(self) -> list[AddressKey]:
-        return []
+    def keys(self) -> Iterator[AddressKey]:
+        return iter(())
 
     async def sender(self, key: AddressKey, port: int) -> MacAddress | None:
         return self.senders.get((key, port))
 
-    async def tell(self, key: AddressKey, port: int, mac: MacAddress) -> bool:
+    async def bind_answers(self, key: AddressKey, port: int, mac: MacAddress) -> bool:
         self.told.append((key, port, mac))
         self.on_tell()
         return True
@@ -135,7 +136,7 @@ class Rig:
             self.neighbours,
             self.clock,
             lambda: 30.0,
-            pairs=self.pairs,
+            self.pairs,
         )
 
     def say(self, *instances: Instance, in_sync: bool = True) -> None:
@@ -301,7 +302,7 @@ async def test_an_address_that_another_takes_meanwhile_never_gives_that_one_s_re
 
 async def test_what_is_told_of_needs_no_second_look() -> None:
     rig = Rig(_bare(), mac_check=True)
-    rig.lookup.heard = lambda _: True
+    rig.lookup.is_followed = lambda _: True
     rig.neighbours.mac = _MAC
     await rig.lookup.look(_ASKED, None, 4711)
     asked = rig.neighbours.asked

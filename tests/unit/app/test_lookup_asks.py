@@ -45,6 +45,7 @@ from imdsproxy.sources.api import (
     PortMissing,
 )
 from support.fake_look_ups import FakeLookUps
+from support.fake_mac_filters import no_mac_filters
 
 _NET: Final = NetworkId("net")
 _ROUTER: Final = NetworkId("router")
@@ -125,6 +126,7 @@ class Rig:
             self.neighbours,
             _Clock(),
             lambda: 30.0,
+            no_mac_filters(self.inventory),
             self.source,
         )
         networks = {}
@@ -467,7 +469,8 @@ def test_what_was_learned_before_a_restart_is_looked_for_among_addresses_without
         return mac
 
     keys = [(_NET, _ADDRESS), (_NET, _EUI64), (_NET, _PRIVATE)]
-    rig.lookup.pairs = SimpleNamespace(keys=lambda: iter(keys), granted=granted)
+    filters = SimpleNamespace(keys=lambda: iter(keys), granted=granted)
+    rig.lookup.mac_filters = filters  # type: ignore[assignment]  # the part that is used
     rig.lookup.recall()
     assert asked == [(_NET, _PRIVATE)]
     assert rig.records.learned == {(_NET, _PRIVATE): Learned(by_mac.id, 100.0, mac=mac)}

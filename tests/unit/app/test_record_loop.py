@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from imdsproxy.app.keepers import NoHops
+from imdsproxy.anti_spoofing.hop_limits import HopLimits
 from imdsproxy.app.record_loop import RecordLoop
 from imdsproxy.core.compiled import CompiledRecord, compile_instance
 from imdsproxy.core.identity import Learned
@@ -41,6 +41,7 @@ from imdsproxy.dataplane.records import RecordApplier
 from imdsproxy.errors import HostRefused, RuntimeUnavailable
 from imdsproxy.host.clock import SystemClock
 from support.fake_haproxy import FakeHaproxy
+from support.fake_mac_filters import no_hop_limits, no_mac_filters
 
 _RED = NetworkId("red")
 _NETWORK = Network(_RED, NamespaceListener("red"))
@@ -86,6 +87,8 @@ class Rig:
             SystemClock(),
             self.networks.append,
             lambda keys: self.applied.append(None if keys is None else set(keys)),
+            no_mac_filters(self.inventory),
+            no_hop_limits(),
         )
 
     @staticmethod
@@ -362,22 +365,22 @@ async def test_a_learned_address_goes_with_its_instance_when_everything_is_compa
 async def test_a_hop_limit_that_a_part_of_a_round_counts_on_is_settled_with_the_round(
     tmp_path: Path,
 ) -> None:
-    class Losing(NoHops):
+    class Losing(HopLimits):
         """The rule is lost while a round goes on."""
 
         def __init__(self) -> None:
             self.asked = 0
             self.armed: list[tuple[frozenset[NetworkId], bool]] = []
 
-        def hold(self, wanted: dict[str, str | None]) -> frozenset[NetworkId]:
+        def restrict(self, wanted: dict[str, str | None]) -> frozenset[NetworkId]:
             self.asked += bool(wanted)
             return frozenset({_RED} if self.asked == 1 else ())
 
-        def settled(self, armed: frozenset[NetworkId], *, complete: bool) -> None:
+        def commit(self, armed: frozenset[NetworkId], *, complete: bool) -> None:
             self.armed.append((armed, complete))
 
     async with _rig(tmp_path) as rig:
-        rig.loop.hops = hops = Losing()
+        rig.loop.hop_limits = hops = Losing()
         await rig.say(*(_instance(f"i{number}", f"10.0.0.{number}") for number in range(1, 250)))
         assert hops.asked > 1
         assert hops.armed == [(frozenset({_RED}), False)]

@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 
+from imdsproxy.anti_spoofing.bridge_ports import GuardedPort, rules_for
 from imdsproxy.cli.preflight_macs import check_bridges, check_kernel, checked_devices
-from imdsproxy.host.bridge_guard import GuardedPort, rules_for
 
 _NFT = """
 table bridge guests {

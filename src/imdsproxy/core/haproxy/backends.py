@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterable
 from typing import Final
 
-from imdsproxy.core.gates import ANSWER_DSCP
 from imdsproxy.core.haproxy.audit import silence_told
 from imdsproxy.core.haproxy.counting import COUNTED
 from imdsproxy.core.haproxy.guard import (
@@ -37,6 +36,7 @@ from imdsproxy.core.haproxy.short import (
     keep_short,
 )
 from imdsproxy.core.wire import (
+    ANSWER_DSCP,
     HEADER_ADDRESS,
     HEADER_INSTANCE,
     HEADER_NETWORK,

@@ -216,7 +216,7 @@ class DataplaneSpec:
 
     Attributes:
         binds: Where guests are believed by their address: where it is not checked, or behind a gate.
-        unverified: Where the resolver is asked about each request (`core.gates`).
+        unverified: Where the resolver is asked about each request (`anti_spoofing.plan`).
         watched: Somebody watches who asks what.
         count_reads: Of so many reads without a token, where none is required, one is counted; 0 for none.
         audit: Of so many requests one has a line in the audit log; 0 for none.

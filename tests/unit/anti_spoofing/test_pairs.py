@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from imdsproxy.anti_spoofing.plan import (
+    ANY_MAC,
+    LEARNED_PER_MAC,
+    excess_learned,
+    plan_pair,
+    plan_pairs,
+)
 from imdsproxy.core.identity import Learned
 from imdsproxy.core.inventory import Inventory
 from imdsproxy.core.model import InstanceId, MacAddress
 from imdsproxy.core.observation import AddressKey
-from imdsproxy.core.pairs import ANY_MAC, LEARNED_PER_MAC, excess_learned, plan_pair, plan_pairs
 from support.record_builders import full, instance, key, network
 
 MAC = MacAddress("52:54:00:12:34:56")

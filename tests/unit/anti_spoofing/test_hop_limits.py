@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from ipaddress import ip_address
@@ -11,13 +10,16 @@ from pathlib import Path
 
 import pytest
 
-from imdsproxy.app.hops import Hops
+from imdsproxy.anti_spoofing.hop_limits import HopLimits, plan_places
+from imdsproxy.anti_spoofing.journal import TableJournal
+from imdsproxy.anti_spoofing.kernel import HopPlace
 from imdsproxy.core.endpoints import Endpoint
-from imdsproxy.core.hop_limit import HopPlace, limit_of, plan_places, withhold
+from imdsproxy.core.hop_limit import limit_of, withhold
 from imdsproxy.core.hoststate import NamespaceRef
 from imdsproxy.core.model import NetworkId
-from imdsproxy.errors import DataplaneError, HostRefused
+from imdsproxy.errors import HostRefused
 from imdsproxy.host.files import write_atomic
+from support.fake_mac_filters import FakeHopLimits
 
 _RED, _GREY = NetworkId("red"), NetworkId("grey")
 _ONE, _OTHER = NamespaceRef("ns-red", 1), NamespaceRef("ns-red", 2)
@@ -26,43 +28,24 @@ _WITHHELD = "+1tooo--:0:0:0|i-1|r-1"
 
 
 @dataclass
-class _Kernel:
-    """In place of nf_tables."""
-
-    table: str = "td-hops"
-    there: set[HopPlace] = field(default_factory=set)
-    refuses: set[HopPlace] = field(default_factory=set)
-
-    async def open(self, places: Iterable[HopPlace]) -> Mapping[HopPlace, DataplaneError | None]:
-        given = set(places)
-        self.there |= given - self.refuses
-        return {one: HostRefused("no") if one in self.refuses else None for one in given}
-
-    async def present(self, names: Collection[str | None]) -> frozenset[HopPlace]:
-        return frozenset(one for one in self.there if (one and one.name) in names)
-
-    async def close(self, names: Collection[str | None]) -> None:
-        self.there = {one for one in self.there if (one and one.name) not in names}
-
-
-@dataclass
 class _Case:
-    hops: Hops
-    kernel: _Kernel
+    hops: HopLimits
+    kernel: FakeHopLimits
     changed: list[frozenset[NetworkId]] = field(default_factory=list)
     needed: list[frozenset[NetworkId]] = field(default_factory=list)
 
     def records(self, *, complete: bool = True, **values: str | None) -> dict[str, str | None]:
         """A round of the record loop; what would be in force."""
         wanted: dict[str, str | None] = {f"{name}/10.0.0.5": one for name, one in values.items()}
-        armed = self.hops.hold(wanted)
-        self.hops.settled(armed, complete=complete)
+        armed = self.hops.restrict(wanted)
+        self.hops.commit(armed, complete=complete)
         return wanted
 
 
-def _case(directory: Path, kernel: _Kernel | None = None) -> _Case:
-    kernel = kernel or _Kernel()
-    hops = Hops(kernel, directory / "hops.json", partial(write_atomic, mode=0o600))
+def _case(directory: Path, kernel: FakeHopLimits | None = None) -> _Case:
+    kernel = kernel or FakeHopLimits()
+    journal = TableJournal(directory / "hops.json", partial(write_atomic, mode=0o600), "inet")
+    hops = HopLimits(kernel, journal)
     case = _Case(hops, kernel)
     hops.on_change, hops.on_need = case.changed.append, case.needed.append
     return case
@@ -93,19 +76,19 @@ def test_a_rule_is_needed_where_limited_networks_are_listened_in_only() -> None:
 async def test_a_record_waits_for_the_rule_and_then_has_its_limit(case: _Case) -> None:
     assert case.records(red=_LIMITED) == {"red/10.0.0.5": _WITHHELD}
     assert case.needed == [frozenset({_RED})]
-    assert case.hops.word(_RED, "+1tooo--:0:0:2") == "+1tooo--:0:0:0"
+    assert case.hops.effective(_RED, "+1tooo--:0:0:2") == "+1tooo--:0:0:0"
     assert await case.hops.open([_endpoint(_RED, _ONE), _endpoint(_GREY, None)]) == frozenset()
     assert case.kernel.there == {_ONE}
     assert case.changed == [frozenset({_RED})]
     assert case.records(red=_LIMITED) == {"red/10.0.0.5": _LIMITED}
-    assert case.hops.word(_RED, "+1tooo--:0:0:2") == "+1tooo--:0:0:2"
+    assert case.hops.effective(_RED, "+1tooo--:0:0:2") == "+1tooo--:0:0:2"
 
 
 async def test_nobody_who_has_no_limit_pays(case: _Case) -> None:
     case.records(red="+1trro--:0:0:64|i|r", grey="i|r")
     await case.hops.open([_endpoint(_RED, _ONE)])
     assert not case.kernel.there
-    assert not case.hops.journal.exists()
+    assert not case.hops.journal.path.exists()
 
 
 async def test_the_rule_goes_when_no_record_in_force_counts_on_it(case: _Case) -> None:
@@ -113,15 +96,15 @@ async def test_the_rule_goes_when_no_record_in_force_counts_on_it(case: _Case) -
     await case.hops.open([_endpoint(_RED, _ONE)])
     case.records(red=_LIMITED)
     wanted: dict[str, str | None] = {"red/10.0.0.5": None}
-    armed = case.hops.hold(wanted)
+    armed = case.hops.restrict(wanted)
     await case.hops.sweep()
     assert case.kernel.there == {_ONE}
-    case.hops.settled(armed, complete=True)
+    case.hops.commit(armed, complete=True)
     assert case.needed[-1] == frozenset({_RED})
     await case.hops.open([_endpoint(_RED, _ONE)])
     await case.hops.sweep()
     assert not case.kernel.there
-    assert json.loads(case.hops.journal.read_text()) == {}
+    assert json.loads(case.hops.journal.path.read_text()) == {}
 
 
 async def test_where_the_kernel_refuses_no_token_is_given_and_a_reason_is(case: _Case) -> None:
@@ -152,13 +135,13 @@ async def test_nobody_listens_where_records_count_on_a_rule_that_cannot_be_had(
 
 
 async def test_what_an_earlier_process_left_is_believed_if_it_is_there(tmp_path: Path) -> None:
-    kernel = _Kernel()
+    kernel = FakeHopLimits()
     first = _case(tmp_path, kernel)
     first.records(red=_LIMITED, grey=_LIMITED)
     await first.hops.open([_endpoint(_RED, _ONE), _endpoint(_GREY, None)])
     kernel.there.discard(None)
     second = _case(tmp_path, kernel)
-    await second.hops.prime()
+    await second.hops.preload()
     assert second.records(complete=False, red=_LIMITED, grey=_LIMITED) == {
         "red/10.0.0.5": _LIMITED,
         "grey/10.0.0.5": _WITHHELD,
@@ -168,12 +151,12 @@ async def test_what_an_earlier_process_left_is_believed_if_it_is_there(tmp_path:
 async def test_an_earlier_process_rule_stays_until_all_records_were_looked_at(
     tmp_path: Path,
 ) -> None:
-    kernel = _Kernel()
+    kernel = FakeHopLimits()
     first = _case(tmp_path, kernel)
     first.records(red=_LIMITED)
     await first.hops.open([_endpoint(_RED, _ONE)])
     second = _case(tmp_path, kernel)
-    await second.hops.prime()
+    await second.hops.preload()
     second.records(complete=False, grey="i|r")
     await second.hops.open([_endpoint(_RED, _ONE)])
     await second.hops.sweep()
@@ -201,7 +184,7 @@ async def test_a_rule_that_somebody_took_away_is_there_again_or_counted_on_no_mo
 
 
 async def test_all_of_it_is_taken_away_at_the_end(tmp_path: Path) -> None:
-    kernel = _Kernel()
+    kernel = FakeHopLimits()
     first = _case(tmp_path, kernel)
     first.records(red=_LIMITED)
     await first.hops.open([_endpoint(_RED, _ONE)])
@@ -212,4 +195,4 @@ async def test_all_of_it_is_taken_away_at_the_end(tmp_path: Path) -> None:
 def test_a_journal_that_cannot_be_read_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "hops.json").write_text("[")
     with pytest.raises(HostRefused, match="cannot read"):
-        _case(tmp_path).hops._known_places()
+        _case(tmp_path).hops.journal.load()

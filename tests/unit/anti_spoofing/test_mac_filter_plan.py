@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from imdsproxy.anti_spoofing.plan import MacFilter, MacFilterPlan, plan_mac_filters
 from imdsproxy.core.endpoints import Endpoint
-from imdsproxy.core.gates import VERIFIED_PORT, Gate, GatePlan, plan_gates
 from imdsproxy.core.hostnames import Naming
 from imdsproxy.core.hoststate import NamespaceRef, ObservedDevice, ObservedHost, ObservedNamespace
 from imdsproxy.core.model import (
@@ -17,6 +17,7 @@ from imdsproxy.core.model import (
     NetworkId,
     Scope,
 )
+from imdsproxy.core.wire import VERIFIED_PORT
 
 _RED, _GREY = NetworkId("red"), NetworkId("grey")
 _PLACE = NamespaceRef("red", 42)
@@ -45,15 +46,15 @@ _HOST = ObservedHost(
 )
 
 
-def _plan(*endpoints: Endpoint, network: Network | None = None, macs: bool = True) -> GatePlan:
+def _plan(*endpoints: Endpoint, network: Network | None = None, macs: bool = True) -> MacFilterPlan:
     given = network or Network(_RED, NamespaceListener("red"))
     networks: Mapping[NetworkId, Network] = {given.id: given}
-    return plan_gates(networks, endpoints, _HOST, _NAMING, lambda _: macs)
+    return plan_mac_filters(networks, endpoints, _HOST, _NAMING, lambda _: macs)
 
 
 def test_a_network_without_macs_has_no_gate() -> None:
     plan = _plan(_IPV4, _IPV6, macs=False)
-    assert plan == GatePlan(plain=(_IPV4, _IPV6))
+    assert plan == MacFilterPlan(plain=(_IPV4, _IPV6))
     assert plan.plain_networks == {_RED}
 
 
@@ -62,7 +63,7 @@ def test_nor_has_one_that_does_not_check_them() -> None:
         Network(_RED, NamespaceListener("red"), mac_check=False),
         Network(_RED, NamespaceListener("red"), scope=Scope.ROUTER),
     ):
-        assert _plan(_IPV4, network=network) == GatePlan(plain=(_IPV4,))
+        assert _plan(_IPV4, network=network) == MacFilterPlan(plain=(_IPV4,))
 
 
 def test_a_gate_is_on_every_device_whose_packets_bring_a_mac_to_the_host() -> None:
@@ -70,7 +71,7 @@ def test_a_gate_is_on_every_device_whose_packets_bring_a_mac_to_the_host() -> No
     assert plan.unverified == (_IPV4, _IPV6)
     # Of a bridge's port the bridge takes the packets.
     devices = (("br0", 2), ("eth9", 4))
-    assert plan.gates == {_RED: Gate(_RED, _PLACE, devices, _NAMING.link(_RED))}
+    assert plan.filters == {_RED: MacFilter(_RED, _PLACE, devices, _NAMING.link(_RED))}
     assert [(one.address, one.device, one.device_index) for one in plan.verified] == [
         (METADATA_IPV4, "br0", 2),
         (METADATA_IPV4, "eth9", 4),
@@ -84,15 +85,15 @@ def test_an_interface_of_the_host_has_its_gate_there() -> None:
     network = Network(_GREY, InterfaceListener("virbr0"))
     endpoint = Endpoint(_GREY, METADATA_IPV4, 80, "virbr0", None, 9)
     plan = _plan(endpoint, network=network)
-    assert plan.gates[_GREY].namespace is None
-    assert plan.gates[_GREY].devices == (("virbr0", 9),)
+    assert plan.filters[_GREY].namespace is None
+    assert plan.filters[_GREY].devices == (("virbr0", 9),)
 
 
 def test_without_its_gate_nobody_is_verified() -> None:
     plan = _plan(_IPV4, _IPV6).without({_RED})
-    assert plan == GatePlan(unverified=(_IPV4, _IPV6))
+    assert plan == MacFilterPlan(unverified=(_IPV4, _IPV6))
 
 
 def test_a_network_that_is_only_kept_is_checked_as_it_was() -> None:
-    plan = plan_gates({}, [_IPV4], _HOST, _NAMING, lambda _: True)
+    plan = plan_mac_filters({}, [_IPV4], _HOST, _NAMING, lambda _: True)
     assert plan.plain == (_IPV4,)

@@ -1,4 +1,4 @@
-"""What on a bridge keeps a guest from using another's MAC; looked at, never changed."""
+"""What on a bridge keeps a guest from using another's MAC, and whether the kernel can filter; read, never changed."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final
 
+from imdsproxy.anti_spoofing.filter_rules import fill_mac_filter
 from imdsproxy.core.hostnames import Naming
-from imdsproxy.host.gate_table import fill_table
 from imdsproxy.host.namespaces import unshare_network
 from imdsproxy.host.netlink import RTM_GETLINK, bridge_ports, find_link
 from imdsproxy.host.nftables import Batch, NetfilterSocket
@@ -115,8 +115,8 @@ def read_rules(commands: Iterable[tuple[str, ...]] = _RULE_READERS) -> str:
     return "\n".join(texts)
 
 
-def try_gate() -> str:
-    """Why the kernel could make no gate; empty where it can. Tried in a namespace that is gone at once."""
+def try_mac_filter() -> str:
+    """Why the kernel cannot have a MAC filter; empty where it can. Tried in a network namespace that ends at once."""
     refusals: list[str] = []
 
     def attempt() -> None:
@@ -124,7 +124,7 @@ def try_gate() -> str:
             unshare_network()
             batch = Batch("imdsproxy-check")
             batch.make_table()
-            fill_table(batch, ("lo",))
+            fill_mac_filter(batch, ("lo",))
             with NetfilterSocket() as channel:
                 channel.commit(batch)
         except OSError as error:

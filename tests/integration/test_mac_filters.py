@@ -1,4 +1,4 @@
-"""A gate in a real kernel: who gets through, and whom answers reach."""
+"""A mac_filter in a real kernel: who gets through, and whom answers reach."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from typing import Final
 
 import pytest
 
-from imdsproxy.core.gates import ANSWER_DSCP, VERIFIED_PORT, Gate
+from imdsproxy.anti_spoofing.kernel import KernelMacFilters, Opened, TableGone
+from imdsproxy.anti_spoofing.plan import ANY_MAC, MacFilter
 from imdsproxy.core.model import METADATA_IPV4, IpAddress, MacAddress, NetworkId
-from imdsproxy.core.pairs import ANY_MAC
-from imdsproxy.host.gates import GateMissing, KernelGates, Opened
+from imdsproxy.core.wire import ANSWER_DSCP, VERIFIED_PORT
 from imdsproxy.host.namespaces import NamespaceDirectory, NamespaceThread
 from support.guest import inside
 from support.hostlab import HostLab, host_lab
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.root
 _ADDRESS: Final = "10.0.0.5"
 _OTHER: Final = MacAddress("02:00:00:00:00:99")
 _SENDERS: Final = 8192
-"""Connections whose sender a gate keeps."""
+"""Connections whose sender a mac_filter keeps."""
 
 
 class Echo:
@@ -66,9 +66,9 @@ class Echo:
 @dataclass
 class Rig:
     lab: HostLab
-    kernel: KernelGates
+    kernel: KernelMacFilters
     thread: NamespaceThread
-    gate: Gate
+    mac_filter: MacFilter
     guest: str
     mac: MacAddress
     unverified: Echo
@@ -79,13 +79,13 @@ class Rig:
         return {ip_address(_ADDRESS): self.mac}
 
     async def have(self, pairs: dict[IpAddress, MacAddress]) -> None:
-        """A gate that lets these through."""
-        (opened,) = (await self.kernel.open([self.gate])).values()
+        """A mac_filter that lets these through."""
+        (opened,) = (await self.kernel.open([self.mac_filter])).values()
         assert isinstance(opened, Opened)
         assert opened.fresh
-        assert await self.kernel.fill([(self.gate, pairs)], busy={self.gate.network}) == {
-            self.gate.network: None
-        }
+        assert await self.kernel.fill(
+            [(self.mac_filter, pairs)], busy={self.mac_filter.network}
+        ) == {self.mac_filter.network: None}
 
     def connect(self) -> socket.socket:
         made = inside(self.guest, socket.socket)
@@ -116,10 +116,10 @@ def rig() -> Iterator[Rig]:
         ref = directory.identity(place)
         assert ref is not None
         network = NetworkId("net")
-        gate = Gate(network, ref, ((bridge, 2),), lab.naming.link(network))
+        mac_filter = MacFilter(network, ref, ((bridge, 2),), lab.naming.link(network))
         echoes = Echo(place, 80, b"u"), Echo(place, VERIFIED_PORT, b"v")
         with contextlib.closing(NamespaceThread(directory)) as thread:
-            yield Rig(lab, KernelGates(thread), thread, gate, guest, mac, *echoes)
+            yield Rig(lab, KernelMacFilters(thread), thread, mac_filter, guest, mac, *echoes)
         for echo in echoes:
             echo.close()
 
@@ -133,11 +133,11 @@ async def test_a_pair_gets_through_and_nobody_else(rig: Rig) -> None:
     await rig.have({})
     with rig.connect() as connection:
         assert _ask(connection) == b"u"
-    await rig.kernel.grant(rig.gate, {ip_address(_ADDRESS): _OTHER})
+    await rig.kernel.grant(rig.mac_filter, {ip_address(_ADDRESS): _OTHER})
     with rig.connect() as connection:
         assert _ask(connection) == b"u"
-    await rig.kernel.withdraw(rig.gate, {ip_address(_ADDRESS): _OTHER})
-    await rig.kernel.grant(rig.gate, rig.pair)
+    await rig.kernel.withdraw(rig.mac_filter, {ip_address(_ADDRESS): _OTHER})
+    await rig.kernel.grant(rig.mac_filter, rig.pair)
     with rig.connect() as connection:
         assert _ask(connection) == b"v"
 
@@ -153,7 +153,7 @@ async def test_what_began_unverified_goes_on_so(rig: Rig) -> None:
     await rig.have({})
     with rig.connect() as connection:
         assert _ask(connection) == b"u"
-        await rig.kernel.grant(rig.gate, rig.pair)
+        await rig.kernel.grant(rig.mac_filter, rig.pair)
         assert _ask(connection) == b"u"
 
 
@@ -170,11 +170,11 @@ async def test_a_withdrawn_pair_ends_its_connections_on_both_sides(rig: Rig) -> 
     await rig.have(rig.pair)
     with rig.connect() as connection:
         assert _ask(connection) == b"v"
-        await rig.kernel.withdraw(rig.gate, rig.pair)
+        await rig.kernel.withdraw(rig.mac_filter, rig.pair)
         with pytest.raises(ConnectionResetError):
             _ask(connection)
         listed = rig.lab.run(
-            *("/usr/bin/nsenter", f"--net=/run/netns/{rig.gate.namespace.name}", "--"),  # type: ignore[union-attr]  # it has one
+            *("/usr/bin/nsenter", f"--net=/run/netns/{rig.mac_filter.namespace.name}", "--"),  # type: ignore[union-attr]  # it has one
             *("ss", "-Htn", "state", "established", "sport", "=", f":{VERIFIED_PORT}"),
         )
         assert listed == ""
@@ -187,7 +187,7 @@ async def test_a_marked_answer_reaches_only_the_mac_that_it_is_for(rig: Rig, *, 
     with rig.connect() as connection:
         port = connection.getsockname()[1]
         mac = rig.mac if told else _OTHER
-        await rig.kernel.tell(rig.gate, ip_address(_ADDRESS), port, mac)
+        await rig.kernel.bind_answers(rig.mac_filter, ip_address(_ADDRESS), port, mac)
         if told:
             assert _ask(connection) == b"u"
         else:
@@ -203,7 +203,10 @@ async def test_answers_on_a_connection_never_go_to_a_second_mac(rig: Rig, *, fir
     with rig.connect() as connection, _wire(rig) as wire:
         address, port = ip_address(_ADDRESS), connection.getsockname()[1]
         macs = (rig.mac, _OTHER) if first else (_OTHER, rig.mac)
-        told = [await rig.kernel.tell(rig.gate, address, port, mac) for mac in (macs[0], *macs)]
+        told = [
+            await rig.kernel.bind_answers(rig.mac_filter, address, port, mac)
+            for mac in (macs[0], *macs)
+        ]
         assert told == [True, True, False]
         if first:
             assert _ask(connection) == b"u"
@@ -237,7 +240,7 @@ async def test_a_verified_answer_reaches_only_the_mac_of_its_pair(rig: Rig) -> N
     with rig.connect() as connection:
         assert _ask(connection) == b"v"
         # The host believes somebody else, as after forged ARP.
-        place = rig.gate.namespace
+        place = rig.mac_filter.namespace
         assert place is not None
         rig.lab.ip(
             *("-n", place.name, "neigh", "replace", _ADDRESS, "lladdr", _OTHER, "dev", "br0"),
@@ -261,26 +264,28 @@ async def test_a_gate_that_is_there_is_taken_as_it_is(rig: Rig) -> None:
     await rig.have(pairs)
     with rig.connect() as connection:
         assert _ask(connection) == b"v"
-        (opened,) = (await rig.kernel.open([rig.gate])).values()
+        (opened,) = (await rig.kernel.open([rig.mac_filter])).values()
         assert opened == Opened(pairs, fresh=False)
         assert _ask(connection) == b"v"
 
 
 async def test_one_that_is_gone_is_told_of(rig: Rig) -> None:
     await rig.have({})
-    place = rig.gate.namespace
+    place = rig.mac_filter.namespace
     assert place is not None
-    await rig.kernel.close([(place.name, rig.gate.table), (place.name, "never"), ("gone", "x")])
-    with pytest.raises(GateMissing):
-        await rig.kernel.grant(rig.gate, rig.pair)
-    with pytest.raises(GateMissing):
-        await rig.kernel.withdraw(rig.gate, rig.pair)
+    await rig.kernel.close(
+        [(place.name, rig.mac_filter.table), (place.name, "never"), ("gone", "x")]
+    )
+    with pytest.raises(TableGone):
+        await rig.kernel.grant(rig.mac_filter, rig.pair)
+    with pytest.raises(TableGone):
+        await rig.kernel.withdraw(rig.mac_filter, rig.pair)
 
 
 async def test_many_pairs_are_let_through_at_once(rig: Rig) -> None:
     pairs = {ip_address(0x0A010000 + number): _OTHER for number in range(5000)} | rig.pair
     await rig.have(pairs)
-    (opened,) = (await rig.kernel.open([rig.gate])).values()
+    (opened,) = (await rig.kernel.open([rig.mac_filter])).values()
     assert opened == Opened(pairs, fresh=False)
     with rig.connect() as connection:
         assert _ask(connection) == b"v"
@@ -293,8 +298,8 @@ def _believe(rig: Rig, mac: MacAddress, nud: str = "reachable") -> None:
 
 
 def _place(rig: Rig) -> str:
-    assert rig.gate.namespace is not None
-    return rig.gate.namespace.name
+    assert rig.mac_filter.namespace is not None
+    return rig.mac_filter.namespace.name
 
 
 def _believed(rig: Rig) -> str:
@@ -308,11 +313,11 @@ async def test_what_is_unverified_is_answered_to_the_mac_that_it_came_from(rig: 
         assert _ask(connection) == b"u"
         port = connection.getsockname()[1]
         address = ip_address(_ADDRESS)
-        assert await rig.kernel.sender(rig.gate, address, port) == rig.mac
-        assert await rig.kernel.sender(rig.gate, address, port ^ 1) is None
-        assert await rig.kernel.sender(rig.gate, ip_address("fe80::5"), port) is None
-    await rig.kernel.close([(_place(rig), rig.gate.table)])
-    assert await rig.kernel.sender(rig.gate, address, port) is None
+        assert await rig.kernel.sender(rig.mac_filter, address, port) == rig.mac
+        assert await rig.kernel.sender(rig.mac_filter, address, port ^ 1) is None
+        assert await rig.kernel.sender(rig.mac_filter, ip_address("fe80::5"), port) is None
+    await rig.kernel.close([(_place(rig), rig.mac_filter.table)])
+    assert await rig.kernel.sender(rig.mac_filter, address, port) is None
 
 
 async def test_a_port_that_another_guest_uses_again_is_answered_to_that_one(rig: Rig) -> None:
@@ -327,7 +332,7 @@ async def test_a_port_that_another_guest_uses_again_is_answered_to_that_one(rig:
         again.bind(used)
         again.connect((str(METADATA_IPV4), 80))
         assert _ask(again) == b"u"
-    assert await rig.kernel.sender(rig.gate, ip_address(_ADDRESS), used[1]) == _OTHER
+    assert await rig.kernel.sender(rig.mac_filter, ip_address(_ADDRESS), used[1]) == _OTHER
 
 
 @pytest.mark.parametrize("others", [0, 100])
@@ -337,7 +342,7 @@ async def test_who_gets_a_pair_is_answered_though_the_host_takes_its_address_for
     await rig.have({})
     _believe(rig, _OTHER)
     many = {ip_address(0x0A010000 + number): _OTHER for number in range(others)}
-    await rig.kernel.grant(rig.gate, rig.pair | many)
+    await rig.kernel.grant(rig.mac_filter, rig.pair | many)
     assert rig.mac in _believed(rig)
     with rig.connect() as connection:
         assert _ask(connection) == b"v"
@@ -348,7 +353,7 @@ async def test_what_an_operator_made_permanent_stays_and_what_nobody_knows_is_no
 ) -> None:
     await rig.have({})
     _believe(rig, _OTHER, "permanent")
-    await rig.kernel.grant(rig.gate, rig.pair | {ip_address("10.0.0.77"): _OTHER})
+    await rig.kernel.grant(rig.mac_filter, rig.pair | {ip_address("10.0.0.77"): _OTHER})
     assert _OTHER in _believed(rig)
     assert "10.0.0.77" not in rig.lab.ip("-n", _place(rig), "neigh")
 
@@ -370,7 +375,7 @@ async def test_where_a_flood_leaves_no_room_for_senders_the_neighbour_table_coun
     with rig.connect() as connection:
         assert _ask(connection) == b"u"
         port = connection.getsockname()[1]
-        assert await rig.kernel.sender(rig.gate, ip_address(_ADDRESS), port) is None
-    await rig.kernel.grant(rig.gate, rig.pair)
+        assert await rig.kernel.sender(rig.mac_filter, ip_address(_ADDRESS), port) is None
+    await rig.kernel.grant(rig.mac_filter, rig.pair)
     with rig.connect() as connection:
         assert _ask(connection) == b"v"

@@ -1,19 +1,19 @@
-"""A gate's table in nf_tables: what `core.gates` promises, rule by rule.
+"""The table of a MAC filter in nf_tables, rule by rule.
 
-In nft(8)'s words, for IPv4 (and the same for IPv6), where M is the metadata address:
+In nft(8)'s syntax, for IPv4 (and the same for IPv6), where M is the metadata address:
 
-    chain ingress                                 # hook ingress, the gate's devices
+    chain ingress                                 # hook ingress, the filter's devices
       ether type vlan, outer vlan id 0 → drop     # would be unpacked behind our back
       ip daddr M jump in4
     chain in4
       ip frag-off & 0x3fff != 0 drop              # ports must be where we look for them
-      tcp dport 254 drop                          # nobody goes there by himself
+      tcp dport 254 drop                          # only the filter itself leads there
       tcp dport != 80 return
       ip saddr . ether saddr @good4 goto pass4
       ip saddr @free4 goto pass4
       tcp flags & (fin|syn|rst|ack) == syn delete @from4 { ip saddr . tcp sport : ether saddr }
       tcp flags & (fin|syn|rst|ack) == syn update @from4 { ip saddr . tcp sport : ether saddr }
-      update @open4 { ip saddr . tcp sport }      # began unverified, and ends so
+      update @open4 { ip saddr . tcp sport }      # began unverified, stays unverified
     chain pass4
       tcp flags & (fin|syn|rst|ack) == syn delete @open4 { ip saddr . tcp sport }
       ip saddr . tcp sport @open4 return
@@ -24,7 +24,7 @@ In nft(8)'s words, for IPv4 (and the same for IPv6), where M is the metadata add
       tcp sport 254 goto back4
       tcp sport != 80 return
       ether daddr set ip daddr . tcp dport map @from4
-      ip dscp != 0x2f return                      # a refusal: anybody may have it
+      ip dscp != 0x2f return                      # a refusal: any MAC may have it
       ip daddr @free4 return
       ether daddr set ip daddr . tcp dport map @told4 return
       drop
@@ -33,12 +33,12 @@ In nft(8)'s words, for IPv4 (and the same for IPv6), where M is the metadata add
       ip daddr @free4 tcp sport set 80 return
       drop
 
-Nothing is tracked: each packet is looked at by itself, and what no longer has its pair arrives at port 80, where
-the kernel knows no such connection and resets it. The way back is looked at because of ARP: who makes the host
-believe that a neighbour's address is his would get the neighbour's answers otherwise.
+There is no connection tracking: each packet is checked by itself, and a packet that lost its pair arrives at port 80,
+where the kernel knows no such connection and resets it. Answers are checked because of ARP: a guest that claims a
+neighbour's address would get the neighbour's answers otherwise.
 
-What began unverified is answered to the MAC that it came from: the neighbour table may still have the guest that had
-the address before, and nothing but an answer shows the newcomer to us.
+Connections that began unverified are answered to the MAC that they came from: the neighbour table may still have the
+guest that had the address before, and only an answer makes the kernel learn the new one.
 """
 
 from __future__ import annotations
@@ -51,10 +51,10 @@ from functools import lru_cache
 from ipaddress import ip_address
 from typing import Final
 
-from imdsproxy.core.gates import ANSWER_DSCP, VERIFIED_PORT
+from imdsproxy.anti_spoofing.plan import ANY_MAC
 from imdsproxy.core.hoststate import Family
 from imdsproxy.core.model import METADATA_PORT, IpAddress, MacAddress
-from imdsproxy.core.pairs import ANY_MAC
+from imdsproxy.core.wire import ANSWER_DSCP, VERIFIED_PORT
 from imdsproxy.host.nftables import (
     L4_PROTOCOL,
     LINK,
@@ -79,14 +79,12 @@ from imdsproxy.host.nftables import (
 )
 
 FORMAT: Final = 2
-"""Kept with each table: one of another format is made anew."""
+"""In each table's comment: a table of another format is replaced."""
 
 _OPEN_MS: Final = 600_000
-_OPEN_SIZE: Final = 8192
 _FROM_MS: Final = 30_000
-_FROM_SIZE: Final = 8192
 _TOLD_MS: Final = 120_000
-_TOLD_SIZE: Final = 8192
+_FLOWS: Final = 8192
 
 _TCP: Final = bytes((socket.IPPROTO_TCP,))
 _GUESTS: Final = struct.pack(">H", METADATA_PORT)
@@ -135,13 +133,13 @@ _LAYOUTS: Final = (
 
 
 SETS: Final = tuple(f"{what}{family.value}" for family in Family for what in ("good", "free"))
-"""Those that hold pairs."""
+"""The sets that hold pairs."""
 
 
-def fill_table(batch: Batch, devices: Iterable[str]) -> None:
+def fill_mac_filter(batch: Batch, devices: Iterable[str]) -> None:
     """Put chains, rules and empty sets into a table that is new."""
     names = tuple(devices)
-    # All but what the devices go through is the same for each gate of a name's length, and takes most of the time.
+    # All but the base chains is the same for each table name of one length, and takes most of the time.
     batch.take(_inner(len(batch.table)))
     batch.make_base_chain("ingress", Hook.INGRESS, _BEFORE_OTHERS, names)
     batch.make_base_chain("egress", Hook.EGRESS, _AFTER_OTHERS, names)
@@ -185,35 +183,15 @@ def _inner(length: int) -> Batch:
 
 
 def _sets(layout: _Layout) -> tuple[SetKind, ...]:
-    address, length = layout.kind, layout.length
+    address, name = layout.kind, layout.name
+    flow = ((address, _SERVICE), layout.length + 4)
+    mac = (_ETHER, _MAC_BYTES)
     return (
-        SetKind(layout.name("good"), (address, _ETHER), length + 8),
-        SetKind(layout.name("free"), (address,), length),
-        SetKind(
-            layout.name("open"),
-            (address, _SERVICE),
-            length + 4,
-            size=_OPEN_SIZE,
-            timeout_ms=_OPEN_MS,
-            dynamic=True,
-        ),
-        SetKind(
-            layout.name("from"),
-            (address, _SERVICE),
-            length + 4,
-            size=_FROM_SIZE,
-            timeout_ms=_FROM_MS,
-            dynamic=True,
-            value=(_ETHER, _MAC_BYTES),
-        ),
-        SetKind(
-            layout.name("told"),
-            (address, _SERVICE),
-            length + 4,
-            size=_TOLD_SIZE,
-            timeout_ms=_TOLD_MS,
-            value=(_ETHER, _MAC_BYTES),
-        ),
+        SetKind(name("good"), (address, _ETHER), layout.length + 8),
+        SetKind(name("free"), (address,), layout.length),
+        SetKind(name("open"), *flow, size=_FLOWS, timeout_ms=_OPEN_MS, dynamic=True),
+        SetKind(name("from"), *flow, size=_FLOWS, timeout_ms=_FROM_MS, dynamic=True, value=mac),
+        SetKind(name("told"), *flow, size=_FLOWS, timeout_ms=_TOLD_MS, value=mac),
     )
 
 
@@ -264,8 +242,8 @@ def _outward(batch: Batch, layout: _Layout) -> None:
     batch.make_rule(chain, tcp, flow, lookup(name("from"), into=words + 1), to)
     batch.make_rule(chain, dscp, differs(marked), verdict(Verdict.RETURN))
     batch.make_rule(chain, target, lookup(name("free")), verdict(Verdict.RETURN))
-    told = flow + lookup(name("told"), into=words + 1) + to
-    batch.make_rule(chain, tcp, told, verdict(Verdict.RETURN))
+    bound = flow + lookup(name("told"), into=words + 1) + to
+    batch.make_rule(chain, tcp, bound, verdict(Verdict.RETURN))
     batch.make_rule(chain, tcp, verdict(Verdict.DROP))
     chain = name("back")
     answer = rewrite(_SPORT, _GUESTS, checksum=_CHECKSUM)
@@ -281,7 +259,7 @@ def set_of(address: IpAddress, mac: MacAddress) -> str:
 
 def element_of(address: IpAddress, mac: MacAddress) -> bytes:
     """A pair as its set's key."""
-    return address.packed if mac == ANY_MAC else address.packed + _padded_mac(mac)
+    return address.packed if mac == ANY_MAC else address.packed + packed_mac(mac) + b"\0\0"
 
 
 def pair_of(name: str, key: bytes) -> tuple[IpAddress, MacAddress]:
@@ -301,7 +279,3 @@ def flow_of(address: IpAddress, port: int) -> bytes:
 def packed_mac(mac: MacAddress) -> bytes:
     """A MAC as a map's value."""
     return bytes.fromhex(mac.replace(":", ""))
-
-
-def _padded_mac(mac: MacAddress) -> bytes:
-    return packed_mac(mac) + b"\0\0"

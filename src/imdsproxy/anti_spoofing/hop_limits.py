@@ -1,0 +1,235 @@
+"""Hop limits as records and the host want them: the kernel's rule exists before a record relies on it.
+
+Two loops work here, as with MAC filters. The record loop has every map value checked before it is in force: where the
+rule is missing, no token is given. The listener loop creates the rule where guests of such records are answered, and
+removes it where it is no longer needed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+
+import structlog
+
+from imdsproxy.anti_spoofing.journal import TableJournal
+from imdsproxy.anti_spoofing.kernel import HopPlace, KernelHopLimits
+from imdsproxy.core.endpoints import Endpoint
+from imdsproxy.core.hop_limit import UNLIMITED, limit_of, withhold
+from imdsproxy.core.model import NetworkId
+from imdsproxy.errors import Problem
+
+_NONE: frozenset[NetworkId] = frozenset()
+
+
+def plan_places(
+    endpoints: Iterable[Endpoint], networks: frozenset[NetworkId]
+) -> dict[NetworkId, frozenset[HopPlace]]:
+    """The namespaces that answers to guests of these networks are sent from; without networks that have no endpoint."""
+    places: dict[NetworkId, set[HopPlace]] = {}
+    for one in endpoints:
+        if one.network in networks:
+            places.setdefault(one.network, set()).add(one.namespace)
+    return {network: frozenset(some) for network, some in places.items()}
+
+
+@dataclass(slots=True)
+class HopLimits:
+    """Which networks have records with a hop limit, and where the rule for it is.
+
+    Args:
+        on_change: Called with networks whose records have to be planned again.
+        on_need: Called with networks whose listeners have to be looked at.
+
+    Attributes:
+        refused: Why a network has no rule.
+    """
+
+    kernel: KernelHopLimits
+    journal: TableJournal
+    on_change: Callable[[frozenset[NetworkId]], None] = lambda _: None
+    on_need: Callable[[frozenset[NetworkId]], None] = lambda _: None
+    refused: dict[NetworkId, Problem] = field(default_factory=dict)
+    _limited: dict[NetworkId, set[str]] = field(default_factory=dict)
+    _armed: frozenset[NetworkId] = _NONE
+    _promised: frozenset[NetworkId] = _NONE
+    _open: frozenset[HopPlace] = frozenset()
+    _lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+    @property
+    def problems(self) -> tuple[Problem, ...]:
+        """What keeps guests from getting tokens."""
+        return tuple(self.refused[one] for one in sorted(self.refused))
+
+    async def preload(self) -> None:
+        """Rely on what an earlier process left, as far as it is there.
+
+        Raises:
+            HostRefused: Our journal cannot be read.
+        """
+        places = self.journal.load()
+        self._open = await self.kernel.present({name for some in places.values() for name in some})
+        there = set(map(_name, self._open))
+        self._armed = frozenset(network for network, some in places.items() if there >= set(some))
+        # HAProxy may have records that rely on it until all of them have been checked.
+        self._promised = frozenset(places)
+
+    # For the record loop
+
+    def effective(self, network: NetworkId, policy: str) -> str:
+        """A record's policy field as it may be in force now."""
+        if limit_of(policy) == UNLIMITED or network in self._armed:
+            return policy
+        return withhold(policy)
+
+    def restrict(self, wanted: dict[str, str | None]) -> frozenset[NetworkId]:
+        """Change map values that rely on a rule which is not there; `commit` takes what this returns.
+
+        Args:
+            wanted: Map values by map key.
+        """
+        before = self._limited.keys()
+        come: set[NetworkId] = set()
+        for key, value in wanted.items():
+            if value is not None and limit_of(value) != UNLIMITED:
+                network = NetworkId(key.rpartition("/")[0])
+                if network not in before:
+                    come.add(network)
+                self._limited.setdefault(network, set()).add(key)
+                if network not in self._armed:
+                    wanted[key] = withhold(value)
+            elif self._limited:
+                self._drop(key)
+        self._promised |= self._limited.keys() & self._armed
+        if come:
+            self.on_need(frozenset(come))
+        return self._armed
+
+    def _drop(self, key: str) -> None:
+        network = NetworkId(key.rpartition("/")[0])
+        keys = self._limited.get(network)
+        if keys is not None:
+            keys.discard(key)
+            if not keys:
+                del self._limited[network]
+
+    def commit(self, armed: frozenset[NetworkId], *, complete: bool) -> None:
+        """What `restrict` changed is in force.
+
+        Args:
+            armed: What `restrict` returned.
+            complete: Every record has been checked by now.
+        """
+        if not complete or not self._promised:
+            return
+        gone = frozenset(
+            one for one in self._promised if one not in armed or one not in self._limited
+        )
+        if gone:
+            self._promised -= gone
+            self.on_need(gone)
+
+    # For the listener loop
+
+    async def open(self, endpoints: Iterable[Endpoint]) -> frozenset[NetworkId]:
+        """Create the rule wherever it is needed, before HAProxy listens there.
+
+        Args:
+            endpoints: What can be bound.
+
+        Returns:
+            Networks not to listen in yet: HAProxy has records that rely on a rule which cannot be created there.
+
+        Raises:
+            HostRefused: Our journal cannot be read or written.
+        """
+        needed = frozenset(self._limited) | self._promised
+        if not needed:
+            self._armed, self._open, self.refused = _NONE, frozenset(), {}
+            return _NONE
+        places = plan_places(endpoints, needed)
+        async with self._lock:
+            return await self._ensure(places)
+
+    async def _ensure(
+        self, places: Mapping[NetworkId, frozenset[HopPlace]]
+    ) -> frozenset[NetworkId]:
+        wanted = frozenset(place for some in places.values() for place in some)
+        missing = wanted - self._open
+        if missing:
+            noted = dict(self.journal.load())
+            for network, some in places.items():
+                names = {*map(_name, some), *noted.get(network, ())}
+                noted[network] = sorted(names, key=lambda name: name or "")
+            self.journal.store(noted)
+        results = await self.kernel.open(missing) if missing else {}
+        before = self._open
+        self._open = wanted - {place for place, error in results.items() if error is not None}
+        refused: dict[NetworkId, Problem] = {}
+        for network, some in places.items():
+            error = next((results[one] for one in some if results.get(one) is not None), None)
+            if error is not None:
+                refused[network] = Problem(f"networks.{network}", error.message, error.hint)
+        for name in refused.keys() - self.refused.keys():
+            structlog.get_logger().error("no hop limit", network=name, reason=refused[name].reason)
+        self.refused = refused
+        armed = frozenset(network for network, some in places.items() if some <= self._open)
+        # A network without endpoints keeps what it has: what is in force for it harms no guest.
+        self._arm(armed | (self._armed - places.keys()))
+        return frozenset(
+            network for network in self._promised & refused.keys() if not places[network] <= before
+        )
+
+    def _arm(self, armed: frozenset[NetworkId]) -> None:
+        changed, self._armed = self._armed ^ armed, armed
+        if changed:
+            self.on_change(changed)
+
+    async def sweep(self) -> None:
+        """Remove the rule where no record relies on it any more, once HAProxy listens as it should.
+
+        Raises:
+            HostRefused: The kernel refuses, or our journal cannot be written.
+        """
+        needed = self._limited.keys() | self._promised
+        if not self.journal.load().keys() <= needed:
+            await self._close(needed)
+
+    async def close_all(self) -> None:
+        """Remove all of ours."""
+        await self._close(set())
+
+    async def _close(self, needed: set[NetworkId]) -> None:
+        async with self._lock:
+            places = self.journal.load()
+            kept = {network: some for network, some in places.items() if network in needed}
+            gone = {name for some in places.values() for name in some}
+            gone -= {name for some in kept.values() for name in some}
+            await self.kernel.close(gone)
+            self._open = frozenset(one for one in self._open if _name(one) not in gone)
+            self._armed &= kept.keys()
+            self.journal.store(kept)
+
+    async def lost(self, table: str) -> None:
+        """A table of this name (empty: any) was removed, perhaps by us: create it again."""
+        if table not in ("", self.kernel.table) or not self._open:
+            return
+        async with self._lock:
+            results = await self.kernel.open(self._open)
+            gone = {place for place, error in results.items() if error is not None}
+            if not gone:
+                return
+            self._open -= gone
+            names = set(map(_name, gone))
+            hit = frozenset(
+                network
+                for network, some in self.journal.load().items()
+                if not names.isdisjoint(some)
+            )
+            self._arm(self._armed - hit)
+        self.on_need(hit)
+
+
+def _name(place: HopPlace) -> str | None:
+    return None if place is None else place.name

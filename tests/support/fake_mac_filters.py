@@ -1,0 +1,163 @@
+"""Kernels without a kernel, for MAC filters and hop limits."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from imdsproxy.anti_spoofing.hop_limits import HopLimits
+from imdsproxy.anti_spoofing.journal import TableJournal
+from imdsproxy.anti_spoofing.kernel import (
+    HopPlace,
+    KernelHopLimits,
+    KernelMacFilters,
+    Opened,
+    TableGone,
+)
+from imdsproxy.anti_spoofing.mac_filters import MacFilters
+from imdsproxy.anti_spoofing.plan import MacFilter, PairMap
+from imdsproxy.core.hostnames import Naming
+from imdsproxy.core.inventory import Inventory
+from imdsproxy.core.model import IpAddress, MacAddress, NetworkId
+from imdsproxy.errors import DataplaneError, HostRefused
+from imdsproxy.host.clock import SystemClock
+
+__all__ = ["FakeHopLimits", "FakeMacFilters", "no_hop_limits", "no_mac_filters"]
+
+
+@dataclass
+class FakeMacFilters(KernelMacFilters):
+    """Tables by network.
+
+    Attributes:
+        watch: Called after each change, to check every state in between.
+        busy: Networks in which connections might be open, at each filling.
+        refuse: Why no filter is created; empty where it is.
+    """
+
+    tables: dict[NetworkId, dict[IpAddress, MacAddress]] = field(default_factory=dict)
+    log: list[str] = field(default_factory=list)
+    bound: list[tuple[IpAddress, int, MacAddress]] = field(default_factory=list)
+    senders: dict[tuple[IpAddress, int], MacAddress] = field(default_factory=dict)
+    watch: Callable[[], None] = lambda: None
+    refuse: str = ""
+    busy: list[frozenset[NetworkId]] = field(default_factory=list)
+    _filters: dict[NetworkId, MacFilter] = field(default_factory=dict)
+
+    async def open(self, filters: Iterable[MacFilter]) -> dict[NetworkId, Opened | DataplaneError]:
+        found: dict[NetworkId, Opened | DataplaneError] = {}
+        for one in filters:
+            await asyncio.sleep(0)
+            if self.refuse:
+                found[one.network] = HostRefused(self.refuse, hint="do something")
+                continue
+            same = self._filters.get(one.network) == one and one.network in self.tables
+            if not same:
+                self.log.append(f"open {one.network}")
+                self.tables[one.network] = {}
+                self._filters[one.network] = one
+            found[one.network] = Opened(dict(self.tables[one.network]), fresh=not same)
+            self.watch()
+        return found
+
+    async def fill(
+        self, filters: Iterable[tuple[MacFilter, PairMap]], *, busy: Collection[NetworkId]
+    ) -> dict[NetworkId, DataplaneError | None]:
+        self.busy.append(frozenset(busy))
+        found: dict[NetworkId, DataplaneError | None] = {}
+        for one, pairs in filters:
+            await asyncio.sleep(0)
+            if one.network not in self.tables:
+                found[one.network] = HostRefused("it is gone")
+                continue
+            self.log.append(f"fill {one.network}")
+            self.tables[one.network].update(pairs)
+            found[one.network] = None
+            self.watch()
+        return found
+
+    async def withdraw(self, one: MacFilter, pairs: PairMap) -> None:
+        table = self._table(one)
+        for address, mac in pairs.items():
+            await asyncio.sleep(0)
+            assert table.pop(address) == mac
+            self.log.append(f"withdraw {address}")
+            self.watch()
+
+    async def grant(self, one: MacFilter, pairs: PairMap) -> None:
+        table = self._table(one)
+        for address, mac in pairs.items():
+            await asyncio.sleep(0)
+            assert address not in table, "one address has one MAC"
+            table[address] = mac
+            self.log.append(f"grant {address}")
+            self.watch()
+
+    async def sender(self, one: MacFilter, address: IpAddress, port: int) -> MacAddress | None:
+        self._table(one)
+        return self.senders.get((address, port))
+
+    async def bind_answers(
+        self, one: MacFilter, address: IpAddress, port: int, mac: MacAddress
+    ) -> bool:
+        self._table(one)
+        self.bound.append((address, port, mac))
+        return True
+
+    async def close(self, places: Collection[tuple[str | None, str]]) -> None:
+        names = {table for _, table in places}
+        for network in [one for one, it in self._filters.items() if it.table in names]:
+            self.lose(network)
+            self.log.append(f"close {network}")
+
+    def lose(self, network: NetworkId) -> None:
+        """Another program removes a table."""
+        self.tables.pop(network, None)
+        self._filters.pop(network, None)
+
+    def _table(self, one: MacFilter) -> dict[IpAddress, MacAddress]:
+        if one.network not in self.tables:
+            raise TableGone(one.network)
+        return self.tables[one.network]
+
+
+@dataclass
+class FakeHopLimits(KernelHopLimits):
+    """The rule by namespace.
+
+    Attributes:
+        refuses: Where it cannot be created.
+    """
+
+    table: str = "td-hops"
+    there: set[HopPlace] = field(default_factory=set)
+    refuses: set[HopPlace] = field(default_factory=set)
+
+    async def open(self, places: Iterable[HopPlace]) -> dict[HopPlace, DataplaneError | None]:
+        given = set(places)
+        self.there |= given - self.refuses
+        return {one: HostRefused("no") if one in self.refuses else None for one in given}
+
+    async def present(self, names: Collection[str | None]) -> frozenset[HopPlace]:
+        return frozenset(one for one in self.there if (one and one.name) in names)
+
+    async def close(self, names: Collection[str | None]) -> None:
+        self.there = {one for one in self.there if (one and one.name) not in names}
+
+
+def _journal() -> TableJournal:
+    return TableJournal(Path("/nonexistent/journal.json"), lambda _path, _data: None, "netdev")
+
+
+def no_mac_filters(inventory: Inventory | None = None) -> MacFilters:
+    """Filters of a host that has none yet."""
+    return MacFilters(
+        FakeMacFilters(), inventory or Inventory(), Naming(), _journal(), SystemClock()
+    )
+
+
+def no_hop_limits() -> HopLimits:
+    """Hop limits of a host that has none yet."""
+    return HopLimits(FakeHopLimits(), _journal())
