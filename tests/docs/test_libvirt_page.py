@@ -13,7 +13,7 @@ import pytest
 from imdsproxy.config.schema import Settings
 from imdsproxy.config.yaml_document import parse_yaml
 from imdsproxy.core.model import Instance
-from imdsproxy.sources.libvirt_known import LibvirtKnown, Selection
+from imdsproxy.sources.libvirt.records import LibvirtKnown, Selection
 from support.demonstration import REPOSITORY
 from support.libvirt_backing import domain_xml, uuid_of
 from support.libvirt_daemon import Libvirtd

@@ -21,10 +21,14 @@ from imdsproxy.core.model import (
     NetworkId,
 )
 from imdsproxy.errors import NotFound, SourceUnavailable
-from imdsproxy.sources.libvirt import LibvirtPace, LibvirtSource
-from imdsproxy.sources.libvirt_api import ConnectionLost, News
-from imdsproxy.sources.libvirt_client import SystemLibvirt, read_domain
-from imdsproxy.sources.libvirt_metadata import METADATA_URI
+from imdsproxy.sources.libvirt.client import (
+    ConnectionLost,
+    LibvirtEvent,
+    SystemLibvirt,
+    read_domain,
+)
+from imdsproxy.sources.libvirt.metadata import METADATA_URI
+from imdsproxy.sources.libvirt.source import LibvirtSource
 from support.libvirt_backing import define_domain, domain_xml, libvirt_source, uuid_of
 from support.libvirt_daemon import Libvirtd
 from support.source_runs import Heard, running
@@ -33,7 +37,6 @@ pytestmark = pytest.mark.root
 
 MAC = "52:54:00:00:00:05"
 SECOND_MAC = "52:54:00:00:00:06"
-EVENTS_ONLY = LibvirtPace(reread_s=3600, first_retry_s=0.05, last_retry_s=0.2)
 LEAST_LEAK = 3
 """Of a file each time; what one connection leaves may be closed by the event loop of the next."""
 ISOLATED = "<network><name>inside</name><bridge name='imdst0'/></network>"
@@ -51,8 +54,8 @@ def _cleared(libvirtd: Libvirtd) -> Iterator[None]:
     libvirtd.clear()
 
 
-def _setting(lost: asyncio.Event) -> Callable[[News], None]:
-    return lambda news: lost.set() if isinstance(news, ConnectionLost) else None
+def _setting(lost: asyncio.Event) -> Callable[[LibvirtEvent], None]:
+    return lambda event: lost.set() if isinstance(event, ConnectionLost) else None
 
 
 def open_files() -> int:
@@ -63,8 +66,8 @@ def library() -> Any:  # noqa: ANN401 - libvirt has no types
     return importlib.import_module("libvirt")
 
 
-def told_by_events(libvirtd: Libvirtd) -> LibvirtSource:
-    return LibvirtSource(SystemLibvirt(libvirtd.uri), pace=EVENTS_ONLY)
+def by_events_alone(libvirtd: Libvirtd) -> LibvirtSource:
+    return libvirt_source(libvirtd, reread_s=3600)
 
 
 def start_network(libvirtd: Libvirtd, text: str) -> Any:  # noqa: ANN401 - libvirt has no types
@@ -79,7 +82,7 @@ def macs(heard: Heard, name: str = "a") -> list[MacAddress | None]:
 
 
 async def test_networks_are_told_of_while_they_run(libvirtd: Libvirtd) -> None:
-    async with running(told_by_events(libvirtd)) as heard:
+    async with running(by_events_alone(libvirtd)) as heard:
         inside = await asyncio.to_thread(start_network, libvirtd, ISOLATED)
         await asyncio.to_thread(start_network, libvirtd, NAT)
         await heard.until(lambda each: len(each.inventory.networks) == 2)
@@ -98,7 +101,7 @@ async def test_networks_are_told_of_while_they_run(libvirtd: Libvirtd) -> None:
 
 
 async def test_metadata_that_is_set_is_told_of_at_once(libvirtd: Libvirtd) -> None:
-    async with running(told_by_events(libvirtd)) as heard:
+    async with running(by_events_alone(libvirtd)) as heard:
         domain = await asyncio.to_thread(
             define_domain, libvirtd, "a", ("network=inside", MAC), inside=""
         )
@@ -124,7 +127,7 @@ async def test_an_interface_that_is_plugged_into_a_running_guest_is_told_of(
         "<interface type='network'><source network='inside'/>"
         f"<mac address='{SECOND_MAC}'/><model type='virtio'/></interface>"
     )
-    async with running(told_by_events(libvirtd)) as heard:
+    async with running(by_events_alone(libvirtd)) as heard:
         # Transient and paused: what runs is all that there is of it.
         domain = await asyncio.to_thread(
             libvirtd.connection.createXML,
@@ -164,7 +167,7 @@ async def test_what_was_known_is_told_on_while_libvirtd_is_down_and_changes_when
 ) -> None:
     await asyncio.to_thread(start_network, libvirtd, ISOLATED)
     await asyncio.to_thread(define_domain, libvirtd, "a", ("network=inside", MAC), inside="")
-    async with running(told_by_events(libvirtd)) as heard:
+    async with running(by_events_alone(libvirtd)) as heard:
         await asyncio.to_thread(libvirtd.stop)
         await heard.until(lambda each: not each.last.in_sync)
         assert macs(heard) == [MAC]
@@ -189,11 +192,11 @@ async def test_a_libvirtd_that_hangs_costs_one_thread_and_no_end(libvirtd: Libvi
     os.kill(pid, signal.SIGSTOP)
     try:
         with pytest.raises(SourceUnavailable, match="does not answer within"):
-            await client.connect(lambda _news: None)
+            await client.connect(lambda _event: None)
         await client.close()
         for _ in range(3):
             with pytest.raises(SourceUnavailable, match="does not answer"):
-                await client.connect(lambda _news: None)
+                await client.connect(lambda _event: None)
             await client.close()
         assert threads() == 1
     finally:
@@ -201,7 +204,7 @@ async def test_a_libvirtd_that_hangs_costs_one_thread_and_no_end(libvirtd: Libvi
     async with asyncio.timeout(20):
         while threads():
             await asyncio.sleep(0.01)
-    await client.connect(lambda _news: None)
+    await client.connect(lambda _event: None)
     assert not await client.domains()
     await client.close()
 
@@ -210,7 +213,7 @@ async def test_connections_are_closed_for_good(libvirtd: Libvirtd) -> None:
     client = SystemLibvirt(libvirtd.uri)
 
     async def connect_and_close() -> int:
-        await client.connect(lambda _news: None)
+        await client.connect(lambda _event: None)
         await client.domains()
         await client.close()
         return open_files()
@@ -240,7 +243,7 @@ async def test_lost_connections_are_closed_for_good(libvirtd: Libvirtd) -> None:
 
 async def test_nothing_can_be_changed_by_the_sources_connection(libvirtd: Libvirtd) -> None:
     client = SystemLibvirt(libvirtd.uri)
-    await client.connect(lambda _news: None)
+    await client.connect(lambda _event: None)
     try:
         with pytest.raises(SourceUnavailable, match="read only"):
             await client._call(lambda: client._connection.defineXML(domain_xml("a", [])))

@@ -11,6 +11,7 @@ from ipaddress import ip_address, ip_network
 from typing import Any, Final
 from xml.sax.saxutils import escape, quoteattr
 
+from imdsproxy.core.backoff import Backoff
 from imdsproxy.core.model import (
     BridgeListener,
     Instance,
@@ -22,15 +23,14 @@ from imdsproxy.core.model import (
 from imdsproxy.core.observation import Observation
 from imdsproxy.errors import Problem
 from imdsproxy.sources.api import Origin, Publish
-from imdsproxy.sources.libvirt import LibvirtPace, LibvirtSource
-from imdsproxy.sources.libvirt_client import SystemLibvirt
-from imdsproxy.sources.libvirt_known import Selection
-from imdsproxy.sources.libvirt_metadata import METADATA_URI
+from imdsproxy.sources.libvirt.client import SystemLibvirt
+from imdsproxy.sources.libvirt.metadata import METADATA_URI
+from imdsproxy.sources.libvirt.settings import LibvirtSourceSettings
+from imdsproxy.sources.libvirt.source import LibvirtSource
 from support.libvirt_daemon import Libvirtd, machine
 
 __all__ = ["LibvirtBacking", "define_domain", "domain_xml", "libvirt_source", "metadata_xml"]
 
-_PACE: Final = LibvirtPace(reread_s=0.2, first_retry_s=0.05, last_retry_s=0.2)
 _GATEWAY: Final = "10.0.0.1"
 _CIDR: Final = "10.0.0.0/24"
 _SERVED: Final = "n1"
@@ -38,9 +38,10 @@ _ADD: Final = "ADD_LAST"
 _DELETE: Final = "DELETE"
 
 
-def libvirt_source(libvirtd: Libvirtd, selection: Selection | None = None) -> LibvirtSource:
+def libvirt_source(libvirtd: Libvirtd, reread_s: float = 0.2) -> LibvirtSource:
     """A source that looks often."""
-    return LibvirtSource(SystemLibvirt(libvirtd.uri), selection=selection, pace=_PACE)
+    settings = LibvirtSourceSettings.model_construct(reread_s=reread_s)
+    return LibvirtSource(SystemLibvirt(libvirtd.uri), settings, backoff=Backoff(0.05, 0.2))
 
 
 def metadata_xml(instance: Instance) -> str:

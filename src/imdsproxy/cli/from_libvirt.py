@@ -7,10 +7,15 @@ from typing import TYPE_CHECKING, cast
 
 from imdsproxy.core.records import Refused
 from imdsproxy.errors import RequestRefused
-from imdsproxy.sources.libvirt_client import read_domain
-from imdsproxy.sources.libvirt_domain import Domain, DomainInterface, parse_domain
-from imdsproxy.sources.libvirt_known import NetworkXml
-from imdsproxy.sources.libvirt_network import LibvirtNetwork, parse_libvirt_network
+from imdsproxy.sources.libvirt.client import read_domain
+from imdsproxy.sources.libvirt.records import NetworkXml
+from imdsproxy.sources.libvirt.xml import (
+    Domain,
+    DomainInterface,
+    LibvirtNetwork,
+    parse_domain,
+    parse_libvirt_network,
+)
 
 if TYPE_CHECKING:
     from imdsproxy.cli.admin_client import AdminClient

@@ -15,7 +15,6 @@ from pydantic import model_validator
 from imdsproxy.config.audit import AuditSettings
 from imdsproxy.config.change import Change
 from imdsproxy.config.endpoint import Endpoint
-from imdsproxy.config.libvirt import LibvirtSourceSettings
 from imdsproxy.config.limits import LimitsSettings
 from imdsproxy.config.namespace_proxy import NamespaceProxySettings
 from imdsproxy.config.nova import NovaSettings
@@ -32,6 +31,7 @@ from imdsproxy.config.section import (
     setting,
 )
 from imdsproxy.config.unix_listener import UnixListenerSettings
+from imdsproxy.sources.libvirt.settings import LibvirtSourceSettings
 from imdsproxy.sources.neutron.settings import NeutronSourceSettings
 
 __all__ = [

@@ -49,9 +49,8 @@ from imdsproxy.host.sockets import SocketOwners
 from imdsproxy.serving.passwords import PasswordStore
 from imdsproxy.serving.pidfile import read_pids
 from imdsproxy.sources.api import Source, WritableSource
-from imdsproxy.sources.libvirt import LibvirtPace, LibvirtSource
-from imdsproxy.sources.libvirt_client import SystemLibvirt
-from imdsproxy.sources.libvirt_known import Selection
+from imdsproxy.sources.libvirt.client import SystemLibvirt
+from imdsproxy.sources.libvirt.source import LibvirtSource
 from imdsproxy.sources.neutron.client import open_client
 from imdsproxy.sources.neutron.source import NeutronSource
 from imdsproxy.sources.sqlite import SqliteSource
@@ -321,20 +320,9 @@ def build_sources(
         )
         found.append(neutron)
     if settings.sources.libvirt.enabled:
-        found.append(_build_libvirt(settings))
+        libvirt = settings.sources.libvirt
+        found.append(LibvirtSource(SystemLibvirt(libvirt.uri), libvirt))
     return Sources(tuple(found), writable, neutron)
-
-
-def _build_libvirt(settings: Settings) -> LibvirtSource:
-    libvirt = settings.sources.libvirt
-    return LibvirtSource(
-        SystemLibvirt(libvirt.uri),
-        selection=Selection(
-            networks=None if libvirt.networks is None else frozenset(libvirt.networks),
-            marked_only=libvirt.domains == "marked",
-        ),
-        pace=LibvirtPace(reread_s=libvirt.reread_s),
-    )
 
 
 def build_companion(

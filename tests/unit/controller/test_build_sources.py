@@ -9,9 +9,9 @@ import pytest
 from imdsproxy.config.schema import Settings
 from imdsproxy.controller import build
 from imdsproxy.host.clock import SystemClock
-from imdsproxy.sources.libvirt import LibvirtPace, LibvirtSource
-from imdsproxy.sources.libvirt_client import SystemLibvirt
-from imdsproxy.sources.libvirt_known import Selection
+from imdsproxy.sources.libvirt.client import SystemLibvirt
+from imdsproxy.sources.libvirt.records import Selection
+from imdsproxy.sources.libvirt.source import LibvirtSource
 from imdsproxy.sources.neutron import client
 from imdsproxy.sources.neutron.source import NeutronSource
 
@@ -87,5 +87,5 @@ def test_libvirt_is_asked_as_the_settings_say() -> None:
     assert isinstance(source, LibvirtSource)
     assert isinstance(source._client, SystemLibvirt)
     assert source._client._uri == "test:///default"
-    assert source._selection == Selection(networks=frozenset({"default"}), marked_only=True)
-    assert source._pace == LibvirtPace(reread_s=5.0)
+    assert source._known._places.selection == Selection(frozenset({"default"}), marked_only=True)
+    assert source._reread_s == 5.0

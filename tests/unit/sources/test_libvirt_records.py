@@ -16,8 +16,9 @@ from imdsproxy.core.model import (
     Subnet,
 )
 from imdsproxy.errors import Problem
-from imdsproxy.sources.libvirt_known import Changes, LibvirtKnown, NetworkXml, Selection
-from imdsproxy.sources.libvirt_metadata import METADATA_URI
+from imdsproxy.sources.libvirt.metadata import METADATA_URI
+from imdsproxy.sources.libvirt.records import LibvirtKnown, NetworkXml, Selection
+from imdsproxy.sources.reports import RecordSet
 from support.libvirt_backing import domain_xml, uuid_of
 from support.record_builders import port
 
@@ -69,7 +70,7 @@ def told(
     networks: Iterable[str] = (NAT,),
     *,
     active: bool = True,
-) -> Changes:
+) -> RecordSet:
     """Domains are told of by the name in their XML."""
     named = {text.partition("<uuid>")[2].partition("<")[0]: text for text in domains}
     return found.update(named, [NetworkXml(text, active) for text in networks])

@@ -3,21 +3,32 @@ from __future__ import annotations
 import asyncio
 import sys
 from collections.abc import Callable, Mapping
-from typing import assert_never
 
 import pytest
 
+from imdsproxy.core.backoff import Backoff
 from imdsproxy.core.model import NetworkId
 from imdsproxy.errors import SourceUnavailable
-from imdsproxy.sources.libvirt import LibvirtPace, LibvirtSource
-from imdsproxy.sources.libvirt_api import ConnectionLost, DomainChanged, NetworksChanged, News
-from imdsproxy.sources.libvirt_client import SystemLibvirt
-from imdsproxy.sources.libvirt_known import NetworkXml
+from imdsproxy.sources.libvirt.client import (
+    ConnectionLost,
+    DomainChanged,
+    LibvirtClient,
+    LibvirtEvent,
+    NetworksChanged,
+    SystemLibvirt,
+)
+from imdsproxy.sources.libvirt.records import NetworkXml
+from imdsproxy.sources.libvirt.settings import LibvirtSourceSettings
+from imdsproxy.sources.libvirt.source import LibvirtSource
 from support.libvirt_backing import domain_xml, uuid_of
 from support.source_runs import running
 
-NEVER = LibvirtPace(reread_s=3600, first_retry_s=0.001, last_retry_s=0.002)
+NEVER = LibvirtSourceSettings(reread_s=3600)
 NETWORK = "<network><name>n1</name><uuid>u</uuid><bridge name='br1'/></network>"
+
+
+def _source(client: LibvirtClient, settings: LibvirtSourceSettings = NEVER) -> LibvirtSource:
+    return LibvirtSource(client, settings, backoff=Backoff(0.001, 0.002))
 
 
 class FakeLibvirt:
@@ -28,13 +39,13 @@ class FakeLibvirt:
         self.connections = 0
         self.open = False
         self.read = 0
-        self._tell: Callable[[News], None] = lambda _news: None
+        self._on_event: Callable[[LibvirtEvent], None] = lambda _event: None
 
-    async def connect(self, tell: Callable[[News], None]) -> None:
+    async def connect(self, on_event: Callable[[LibvirtEvent], None]) -> None:
         self.connections += 1
         self._check()
         self.open = True
-        self._tell = tell
+        self._on_event = on_event
 
     async def domains(self) -> Mapping[str, str]:
         self._check()
@@ -52,15 +63,10 @@ class FakeLibvirt:
     async def close(self) -> None:
         self.open = False
 
-    def tell(self, news: News) -> None:
-        match news:
-            case ConnectionLost():
-                self.failure = news.reason
-            case DomainChanged() | NetworksChanged():
-                pass
-            case _:
-                assert_never(news)
-        self._tell(news)
+    def send(self, event: LibvirtEvent) -> None:
+        if isinstance(event, ConnectionLost):
+            self.failure = event.reason
+        self._on_event(event)
 
     def _check(self) -> None:
         if self.failure is not None:
@@ -73,21 +79,21 @@ def a_domain(mac: str = "52:54:00:00:00:05", name: str = "a") -> str:
 
 async def test_an_event_of_a_domain_has_it_read_again() -> None:
     libvirt = FakeLibvirt(a=a_domain())
-    async with running(LibvirtSource(libvirt, pace=NEVER)) as heard:
+    async with running(_source(libvirt)) as heard:
         libvirt.xml[uuid_of("b")] = a_domain("52:54:00:00:00:06", "b")
-        libvirt.tell(DomainChanged(uuid_of("b")))
+        libvirt.send(DomainChanged(uuid_of("b")))
         await heard.until(lambda each: len(each.inventory.instances) == 2)
         del libvirt.xml[uuid_of("a")]
-        libvirt.tell(DomainChanged(uuid_of("a")))
+        libvirt.send(DomainChanged(uuid_of("a")))
         await heard.until(lambda each: list(each.inventory.instances) == [uuid_of("b")])
 
 
 async def test_an_event_of_a_network_has_networks_read_again() -> None:
     libvirt = FakeLibvirt(a=a_domain())
-    async with running(LibvirtSource(libvirt, pace=NEVER)) as heard:
+    async with running(_source(libvirt)) as heard:
         assert set(heard.inventory.networks) == {"n1"}
         libvirt.network = NetworkXml(NETWORK, active=False)
-        libvirt.tell(NetworksChanged())
+        libvirt.send(NetworksChanged())
         await heard.until(lambda each: not each.inventory.networks)
         assert not heard.last.problems
         assert not list(heard.inventory.stranded())
@@ -95,8 +101,8 @@ async def test_an_event_of_a_network_has_networks_read_again() -> None:
 
 async def test_networks_are_read_again_without_an_event() -> None:
     libvirt = FakeLibvirt()
-    often = LibvirtPace(reread_s=0.01)
-    async with running(LibvirtSource(libvirt, pace=often)) as heard:
+    often = LibvirtSourceSettings.model_construct(reread_s=0.01)
+    async with running(_source(libvirt, often)) as heard:
         text = NETWORK.replace("</name>", "</name><mtu size='1400'/>")
         libvirt.network = NetworkXml(text, active=True)
         await heard.until(lambda each: each.inventory.networks[NetworkId("n1")].mtu == 1400)
@@ -104,9 +110,9 @@ async def test_networks_are_read_again_without_an_event() -> None:
 
 async def test_what_was_known_stays_while_the_connection_is_lost() -> None:
     libvirt = FakeLibvirt(a=a_domain())
-    async with running(LibvirtSource(libvirt, pace=NEVER)) as heard:
+    async with running(_source(libvirt)) as heard:
         before = dict(heard.inventory.instances)
-        libvirt.tell(ConnectionLost("libvirt closed the connection"))
+        libvirt.send(ConnectionLost("libvirt closed the connection"))
         await heard.until(lambda each: not each.last.in_sync)
         assert [problem.reason for problem in heard.last.problems] == [
             "libvirt closed the connection"
@@ -117,8 +123,8 @@ async def test_what_was_known_stays_while_the_connection_is_lost() -> None:
 
 async def test_after_a_connection_is_made_anew_only_what_changed_meanwhile_is_told() -> None:
     libvirt = FakeLibvirt(a=a_domain(), b=a_domain("52:54:00:00:00:06", "b"))
-    async with running(LibvirtSource(libvirt, pace=NEVER)) as heard:
-        libvirt.tell(ConnectionLost("gone"))
+    async with running(_source(libvirt)) as heard:
+        libvirt.send(ConnectionLost("gone"))
         await heard.until(lambda each: not each.last.in_sync)
         libvirt.xml[uuid_of("c")] = a_domain("52:54:00:00:00:07", "c")
         del libvirt.xml[uuid_of("b")]
@@ -133,7 +139,7 @@ async def test_after_a_connection_is_made_anew_only_what_changed_meanwhile_is_to
 async def test_a_failure_that_goes_on_is_told_once() -> None:
     libvirt = FakeLibvirt()
     libvirt.failure = "no such file"
-    async with running(LibvirtSource(libvirt, pace=NEVER)) as heard:
+    async with running(_source(libvirt)) as heard:
         async with asyncio.timeout(30):
             while libvirt.connections < 5:
                 await asyncio.sleep(0.001)
@@ -146,7 +152,7 @@ async def test_a_failure_that_goes_on_is_told_once() -> None:
 
 async def test_the_connection_is_closed_at_the_end() -> None:
     libvirt = FakeLibvirt()
-    async with running(LibvirtSource(libvirt, pace=NEVER)):
+    async with running(_source(libvirt)):
         assert libvirt.open
     assert not libvirt.open
 
@@ -163,9 +169,9 @@ async def test_waits_grow_up_to_the_longest(monkeypatch: pytest.MonkeyPatch) -> 
             enough.set()
             await asyncio.Event().wait()
 
-    monkeypatch.setattr("imdsproxy.sources.libvirt.asyncio.sleep", sleep)
-    pace = LibvirtPace(first_retry_s=1, last_retry_s=10)
-    task = asyncio.create_task(LibvirtSource(libvirt, pace=pace).run(lambda _observation: None))
+    monkeypatch.setattr("imdsproxy.sources.libvirt.source.asyncio.sleep", sleep)
+    source = LibvirtSource(libvirt, NEVER, backoff=Backoff(1, 10))
+    task = asyncio.create_task(source.run(lambda _observation: None))
     await asyncio.wait_for(enough.wait(), 10)
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
@@ -176,7 +182,7 @@ async def test_without_libvirts_module_it_is_said_which_package_has_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setitem(sys.modules, "libvirt", None)
-    async with running(LibvirtSource(SystemLibvirt("qemu:///system"), pace=NEVER)) as heard:
+    async with running(_source(SystemLibvirt("qemu:///system"))) as heard:
         (problem,) = heard.last.problems
         assert not heard.last.in_sync
         assert "Python module" in problem.reason

@@ -1,49 +1,173 @@
-"""A libvirt daemon through libvirt's own Python module: nobody else here imports that.
+"""A client of a libvirt daemon by libvirt's own Python module: the only module that imports it.
 
-The module is C, installed by the distribution (Debian: python3-libvirt) or built against the library that is there
+It is C, installed by the distribution (Debian: python3-libvirt) or built against the library that is there
 (`pip install imdsproxy[libvirt]`), and imported only when the source connects.
 """
 
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import contextlib
 import importlib
+import threading
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, Final, TypeVar
+from queue import SimpleQueue
+from typing import Any, Final, Protocol, TypeAlias, TypeVar
 
-from imdsproxy.errors import NotFound, SourceUnavailable
-from imdsproxy.sources.libvirt_api import ConnectionLost, DomainChanged, NetworksChanged, News
-from imdsproxy.sources.libvirt_known import NetworkXml
-from imdsproxy.sources.libvirt_threads import CallThread, EventThread
-
-__all__ = ["SystemLibvirt", "import_library", "read_domain"]
+from imdsproxy.errors import NotFound, SourceUnavailable, optional_library
+from imdsproxy.sources.libvirt.records import NetworkXml
 
 _T = TypeVar("_T")
-_Library = Any
-_Connection = Any
-
-_EVENTS: Final = EventThread()
-"""One for the process, as libvirt has it."""
+_Library: TypeAlias = Any
+_Connection: TypeAlias = Any
 
 _CLOSE_S: Final = 2.0
 _KEEPALIVE_S: Final = 5
 _KEEPALIVE_MISSED: Final = 3
-_MISSING_HINT: Final = "apt install python3-libvirt, or pip install 'imdsproxy[libvirt]'"
+_NEVER: Final = -1
+_AT_ONCE: Final = 0
+
+
+@dataclass(frozen=True, slots=True)
+class DomainChanged:
+    """A domain was defined, started, stopped, undefined, or its metadata or devices changed."""
+
+    uuid: str
+
+
+@dataclass(frozen=True, slots=True)
+class NetworksChanged:
+    """A network was defined, started, stopped or undefined."""
+
+
+@dataclass(frozen=True, slots=True)
+class ConnectionLost:
+    """No more events arrive on this connection."""
+
+    reason: str
+
+
+LibvirtEvent: TypeAlias = DomainChanged | NetworksChanged | ConnectionLost
+
+
+class LibvirtClient(Protocol):
+    """One connection to a libvirt daemon. Every method may raise `SourceUnavailable`."""
+
+    async def connect(self, on_event: Callable[[LibvirtEvent], None]) -> None:
+        """Connect; from then on `on_event` gets events, in the event loop's thread."""
+
+    async def domains(self) -> Mapping[str, str]:
+        """The XML of every domain by its UUID: the live one where it is active."""
+
+    async def domain(self, uuid: str) -> str | None:
+        """A domain's XML; `None` when there is no such domain."""
+
+    async def networks(self) -> tuple[NetworkXml, ...]:
+        """Every network."""
+
+    async def close(self) -> None:
+        """Disconnect; no more events. Never raises, and can be called twice."""
 
 
 def import_library() -> _Library:
     """The module `libvirt`.
 
     Raises:
-        SourceUnavailable: It is not installed, or not for this Python.
+        LibraryMissing: It is not installed, or not for this Python.
     """
-    try:
+    with optional_library(
+        "libvirt's Python module",
+        "apt install python3-libvirt, or pip install 'imdsproxy[libvirt]'",
+    ):
         return importlib.import_module("libvirt")
-    except ImportError as error:
-        reason = f"libvirt's Python module cannot be used: {error}"
-        raise SourceUnavailable(reason, hint=_MISSING_HINT) from error
+
+
+class CallThread:
+    """Runs blocking calls one after the other, off the event loop's thread.
+
+    It is a daemon thread, not one of a pool: a call to a libvirtd that hangs never returns, and Python would wait for
+    a pool's threads at its end.
+    """
+
+    def __init__(self) -> None:
+        self._jobs: SimpleQueue[tuple[concurrent.futures.Future[Any], Callable[[], Any]] | None]
+        self._jobs = SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="imdsproxy-libvirt", daemon=True)
+        self._thread.start()
+
+    @property
+    def alive(self) -> bool:
+        """Whether it still runs, or hangs in a call."""
+        return self._thread.is_alive()
+
+    def call(self, work: Callable[[], _T]) -> asyncio.Future[_T]:
+        """The result of `work`, or what it raises; begun in the order of the calls."""
+        done: concurrent.futures.Future[_T] = concurrent.futures.Future()
+        # From here on cancelling does not take it back.
+        done.set_running_or_notify_cancel()
+        self._jobs.put((done, work))
+        return asyncio.wrap_future(done)
+
+    def end(self) -> None:
+        """End after the calls so far; does not wait."""
+        self._jobs.put(None)
+
+    def _run(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            done, work = job
+            try:
+                done.set_result(work())
+            except Exception as error:  # noqa: BLE001 - the caller gets it
+                done.set_exception(error)
+
+
+class EventThread:
+    """Libvirt's event loop, of which a process has one, while it is needed."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._users = 0
+        self._thread: threading.Thread | None = None
+        self._timer: int | None = None
+        self._ending = threading.Event()
+
+    def start(self, library: _Library) -> None:
+        """Run it; before the first connection is made."""
+        with self._lock:
+            self._users += 1
+            if self._thread is not None:
+                return
+            if self._timer is None:
+                # Once in the life of a process: libvirt cannot unregister it.
+                library.virEventRegisterDefaultImpl()
+                self._timer = library.virEventAddTimeout(_NEVER, lambda *_: None, None)
+            self._ending.clear()
+            self._thread = threading.Thread(
+                target=self._run, args=(library,), name="imdsproxy-libvirt-events", daemon=True
+            )
+            self._thread.start()
+
+    def stop(self, library: _Library) -> None:
+        """End it when this was its last user; waits for that."""
+        with self._lock:
+            self._users -= 1
+            if self._users or self._thread is None:
+                return
+            self._ending.set()
+            library.virEventUpdateTimeout(self._timer, _AT_ONCE)
+            self._thread.join()
+            library.virEventUpdateTimeout(self._timer, _NEVER)
+            self._thread = None
+
+    def _run(self, library: _Library) -> None:
+        while not self._ending.is_set():
+            library.virEventRunDefaultImpl()
+
+
+_EVENTS: Final = EventThread()
 
 
 class SystemLibvirt:
@@ -53,7 +177,7 @@ class SystemLibvirt:
 
     Args:
         uri: As `virsh -c` takes it.
-        connect_s: Seconds after which a daemon that takes a connection and says nothing counts as one that hangs.
+        connect_s: Seconds after which a daemon that accepts a connection and does not answer counts as hung.
     """
 
     def __init__(self, uri: str, *, connect_s: float = 10.0) -> None:
@@ -64,18 +188,18 @@ class SystemLibvirt:
         self._connection: _Connection = None
         self._undo: list[Callable[[], object]] = []
 
-    async def connect(self, tell: Callable[[News], None]) -> None:
-        """Connect, and tell in the event loop's thread what happens from now on."""
+    async def connect(self, on_event: Callable[[LibvirtEvent], None]) -> None:
+        """Connect; see `LibvirtClient`."""
         if self._thread is not None and self._thread.alive:
             raise SourceUnavailable(f"{self._uri} does not answer")
         self._thread = CallThread()
         loop = asyncio.get_running_loop()
 
-        def tell_from_thread(news: News) -> None:
+        def from_thread(event: LibvirtEvent) -> None:
             if not loop.is_closed():
-                loop.call_soon_threadsafe(tell, news)
+                loop.call_soon_threadsafe(on_event, event)
 
-        opening = self._call(lambda: self._open(tell_from_thread))
+        opening = self._call(lambda: self._open(from_thread))
         try:
             await asyncio.wait_for(opening, self._connect_s)
         except TimeoutError as error:
@@ -120,8 +244,6 @@ class SystemLibvirt:
         done, _pending = await asyncio.wait((closing,), timeout=_CLOSE_S)
         if done:
             self._thread = None
-        else:
-            closing.cancel()
 
     async def _call(self, work: Callable[[], _T]) -> _T:
         thread = self._thread
@@ -147,7 +269,7 @@ class SystemLibvirt:
 
     # In the thread
 
-    def _open(self, tell: Callable[[News], None]) -> None:
+    def _open(self, on_event: Callable[[LibvirtEvent], None]) -> None:
         library = import_library()
         self._library = library
         # Without one of ours it writes every error to standard error.
@@ -160,7 +282,8 @@ class SystemLibvirt:
             raise
         self._connection = connection
         connection.registerCloseCallback(
-            lambda _connection, reason, _opaque: tell(ConnectionLost(_why(library, reason))), None
+            lambda _connection, reason, _opaque: on_event(ConnectionLost(_why(library, reason))),
+            None,
         )
         self._undo = [connection.unregisterCloseCallback]
         for event in (
@@ -172,27 +295,27 @@ class SystemLibvirt:
             number = connection.domainEventRegisterAny(
                 None,
                 event,
-                lambda _connection, domain, *_: tell(DomainChanged(domain.UUIDString())),
+                lambda _connection, domain, *_: on_event(DomainChanged(domain.UUIDString())),
                 None,
             )
             self._undo.append(partial(connection.domainEventDeregisterAny, number))
         number = connection.networkEventRegisterAny(
             None,
             library.VIR_NETWORK_EVENT_ID_LIFECYCLE,
-            lambda *_: tell(NetworksChanged()),
+            lambda *_: on_event(NetworksChanged()),
             None,
         )
         self._undo.append(partial(connection.networkEventDeregisterAny, number))
-        # A daemon that hangs is noticed; its calls then end with an error.
+        # So that calls to a daemon that hangs end with an error.
         connection.setKeepAlive(_KEEPALIVE_S, _KEEPALIVE_MISSED)
 
     def _close(self) -> None:
         connection, self._connection = self._connection, None
         if connection is None:
             return
-        # Each callback holds on to the connection: with one left it would never be closed.
+        # Each callback references the connection: with one left it would never be closed.
         for undo in (*self._undo, connection.close):
-            # Where the daemon is gone, it refuses what only it could do; the rest is done.
+            # Where the daemon is gone, what only it could do fails; the rest is done.
             with contextlib.suppress(self._library.libvirtError):
                 undo()
         self._undo = []

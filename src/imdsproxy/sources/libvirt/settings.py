@@ -1,4 +1,4 @@
-"""The source `libvirt`: which daemon is asked, and what of all that it has is told."""
+"""The source `libvirt`: which daemon is asked, and which of its domains and networks are reported."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ from pydantic import Strict, StringConstraints
 from imdsproxy.config.change import Change
 from imdsproxy.config.section import Section, setting
 
-__all__ = ["LibvirtSourceSettings"]
-
 ConnectionUri = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9+.-]*://[\x21-\x7e]*$")]
 NetworkName = Annotated[str, StringConstraints(pattern=r"^[^\x00-\x1f/]{1,255}$")]
 
@@ -20,7 +18,7 @@ class LibvirtSourceSettings(Section):
 
     enabled: bool = setting(
         False,
-        "Ask libvirt. Off, because not every host with libvirt wants its guests to be told something.",
+        "Ask libvirt. Off, because not every host with libvirt should serve metadata to its guests.",
         Change.RESTART,
     )
     uri: ConnectionUri = setting(
@@ -41,8 +39,8 @@ class LibvirtSourceSettings(Section):
     )
     reread_s: float = setting(
         30.0,
-        "Seconds after which networks are read again without an event: of a static host that is added to a "
-        "running network libvirt tells nothing, until something happens to a domain.",
+        "Seconds after which networks are read again without an event: libvirt has none for a static host that is "
+        "added to a running network, until something happens to a domain.",
         Change.RESTART,
         ge=1,
         le=3600,

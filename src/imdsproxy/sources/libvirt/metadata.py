@@ -25,10 +25,8 @@ from imdsproxy.errors import Problem
 if TYPE_CHECKING:
     from imdsproxy.core.records import Json
 
-__all__ = ["METADATA_URI", "read_metadata"]
-
 METADATA_URI: Final = "urn:imdsproxy:libvirt:1"
-"""The element's namespace. A URN: nobody else can own it, and nothing is to be fetched there."""
+"""The element's namespace. A URN: no one else can own it, and there is nothing to fetch."""
 
 _Record: TypeAlias = "dict[str, Json]"
 
@@ -47,7 +45,7 @@ def read_metadata(element: Element, place: str) -> tuple[_Record, tuple[Problem,
 
     Args:
         element: `{urn:imdsproxy:libvirt:1}instance`.
-        place: Where it stands, for the problems: `domain web-1`.
+        place: Where it is, for the problems: `domain web-1`.
     """
     reader = _Reader(place)
     reader.attributes(element, "", ("id",))
@@ -86,7 +84,7 @@ class _Reader:
         name = _local_name(element) or ""
         self.attributes(element, name, ())
         if _TEXTS[name] in record:
-            self.refuse(name, "stands twice")
+            self.refuse(name, "is there twice")
         record[_TEXTS[name]] = (element.text or "").strip(_BLANKS)
 
     def ssh_key(self, record: _Record, element: Element) -> None:
@@ -103,7 +101,7 @@ class _Reader:
             self.refuse("tag", "has no name", '<imds:tag name="role">web</imds:tag>')
         elif isinstance(tags, dict):
             if name in tags:
-                self.refuse("tag", f"{name} stands twice")
+                self.refuse("tag", f"{name} is there twice")
             tags[name] = element.text or ""
 
     def dialect(self, record: _Record, element: Element) -> None:
@@ -120,7 +118,7 @@ class _Reader:
         self.attributes(element, name, ("encoding",))
         key = name.replace("-", "_")
         if key in record:
-            self.refuse(name, "stands twice")
+            self.refuse(name, "is there twice")
         text, encoding = element.text or "", element.get("encoding")
         if encoding is None:
             record[key] = _without_first_break(text)

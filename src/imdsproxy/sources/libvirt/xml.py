@@ -1,6 +1,7 @@
-"""A network's XML as libvirt gives it, and the record that it makes.
+"""Libvirt's XML of domains and networks, and the record that a network makes.
 
-Source: https://libvirt.org/formatnetwork.html (connectivity, addressing, static hosts).
+Sources: https://libvirt.org/formatdomain.html (general metadata, network interfaces) and
+https://libvirt.org/formatnetwork.html (connectivity, addressing, static hosts).
 """
 
 from __future__ import annotations
@@ -8,32 +9,64 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from ipaddress import IPv4Interface, IPv6Interface, ip_interface
-from typing import TYPE_CHECKING, Final, TypeAlias
-from xml.etree.ElementTree import Element
+from typing import Final, TypeAlias
+from xml.etree.ElementTree import Element, ParseError, fromstring
 
 from imdsproxy.core.model import Network
-from imdsproxy.core.records import Refused, parse_network
-from imdsproxy.sources.libvirt_domain import parse_xml
-
-if TYPE_CHECKING:
-    from imdsproxy.core.records import Json
-
-__all__ = ["LibvirtNetwork", "describe_network", "parse_libvirt_network"]
+from imdsproxy.core.records import Json, Refused, parse_network
+from imdsproxy.errors import Problem
+from imdsproxy.sources.libvirt.metadata import METADATA_URI, read_metadata
 
 _Interface: TypeAlias = IPv4Interface | IPv6Interface
 
 _ISOLATED: Final = "isolated"
-_BRIDGED_BY_LIBVIRT: Final = frozenset({_ISOLATED, "nat", "route", "open"})
 _ROUTING: Final = frozenset({"nat", "route", "open"})
 
 
 @dataclass(frozen=True, slots=True)
+class DomainInterface:
+    """A NIC on a network of libvirt's, or on a bridge of the host's.
+
+    Attributes:
+        network: The name of a network of libvirt's.
+        bridge: The bridge's device, where the domain names it itself.
+    """
+
+    mac: str
+    network: str | None = None
+    bridge: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Domain:
+    """The parts of a domain that make a record.
+
+    Attributes:
+        marked: It has an element of ours in its metadata.
+        keys: The keys of an instance's record from this element.
+        problems: What in that element is not understood.
+    """
+
+    uuid: str
+    name: str
+    interfaces: tuple[DomainInterface, ...]
+    marked: bool
+    keys: dict[str, Json]
+    problems: tuple[Problem, ...]
+
+    @property
+    def place(self) -> str:
+        """Where its record is written, for problems."""
+        return f"domain {self.name}"
+
+
+@dataclass(frozen=True, slots=True)
 class LibvirtNetwork:
-    """What of a network makes a record.
+    """The parts of a network that make a record.
 
     Attributes:
         mode: `<forward mode>`; `isolated` without that element.
-        bridge: Its bridge; libvirt makes it, or with mode `bridge` the operator.
+        bridge: Its bridge; libvirt creates it, or with mode `bridge` the operator.
         addresses: Those that the host has on the bridge, with their prefixes.
         hosts: MAC and address of each `<host>` that names both: dnsmasq gives that address to that MAC only.
         resolves: Its dnsmasq answers DNS at the host's addresses.
@@ -57,13 +90,55 @@ class LibvirtNetwork:
 
     @property
     def made_by_libvirt(self) -> bool:
-        """Its bridge is libvirt's, so that how it is reached is known here."""
-        return self.mode in _BRIDGED_BY_LIBVIRT and self.bridge is not None
+        """Its bridge is libvirt's, so that it is known how to reach it."""
+        return self.mode in {_ISOLATED, *_ROUTING} and self.bridge is not None
+
+
+def _parse(text: str, what: str) -> Element | Refused:
+    try:
+        # libvirtd wrote it: it has no DTD, and so no entities to expand.
+        return fromstring(text)  # noqa: S314 - see above
+    except ParseError as error:
+        return Refused((Problem("xml", f"cannot be parsed: {error}", file=what),))
+
+
+def parse_domain(text: str) -> Domain | Refused:
+    """A domain's XML, active or not.
+
+    Interfaces without a host bridge (macvtap, user mode, passed-through devices) are ignored: their guests do not reach
+    the host.
+    """
+    root = _parse(text, "a domain")
+    if isinstance(root, Refused):
+        return root
+    name = root.findtext("name", "")
+    element = root.find(f"metadata/{{{METADATA_URI}}}instance")
+    keys, problems = ({}, ()) if element is None else read_metadata(element, f"domain {name}")
+    return Domain(
+        uuid=root.findtext("uuid", ""),
+        name=name,
+        interfaces=tuple(_interfaces(root)),
+        marked=element is not None,
+        keys=keys,
+        problems=problems,
+    )
+
+
+def _interfaces(root: Element) -> Iterator[DomainInterface]:
+    for element in root.iterfind("devices/interface"):
+        mac, source = element.find("mac"), element.find("source")
+        if mac is None or source is None:
+            continue
+        address = mac.get("address", "")
+        if element.get("type") == "network":
+            yield DomainInterface(address, network=source.get("network"))
+        elif element.get("type") == "bridge":
+            yield DomainInterface(address, bridge=source.get("bridge"))
 
 
 def parse_libvirt_network(text: str, *, active: bool) -> LibvirtNetwork | Refused:
     """A network's XML: the live one where it is active."""
-    root = parse_xml(text, "a network")
+    root = _parse(text, "a network")
     if isinstance(root, Refused):
         return root
     forward, bridge, mtu, dns = (root.find(tag) for tag in ("forward", "bridge", "mtu", "dns"))
@@ -100,7 +175,7 @@ def _hosts(root: Element) -> Iterator[tuple[str, str]]:
 def describe_network(network: LibvirtNetwork, identity: str) -> Network | Refused:
     """The record of a network whose bridge is libvirt's.
 
-    Guests are told the host as their gateway where libvirt's DHCP does: not in an isolated network.
+    Its gateway is the host where libvirt's DHCP says the same: not in an isolated network.
 
     Args:
         network: `made_by_libvirt`.

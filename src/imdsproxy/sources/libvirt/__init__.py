@@ -1,0 +1,1 @@
+"""libvirt as a source of records."""

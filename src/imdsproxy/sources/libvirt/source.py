@@ -1,0 +1,128 @@
+"""The source `libvirt`: domains and networks of one libvirt daemon, by its events."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Final, assert_never
+
+from imdsproxy.core.backoff import Backoff
+from imdsproxy.core.model import InstanceId
+from imdsproxy.errors import Problem, SourceUnavailable
+from imdsproxy.sources.api import Origin, Publish
+from imdsproxy.sources.libvirt.client import (
+    ConnectionLost,
+    DomainChanged,
+    LibvirtClient,
+    LibvirtEvent,
+    NetworksChanged,
+)
+from imdsproxy.sources.libvirt.records import LibvirtKnown, Selection
+from imdsproxy.sources.libvirt.settings import LibvirtSourceSettings
+from imdsproxy.sources.reports import RecordSet, Reports
+
+
+class LibvirtSource:
+    """Domains as instances, networks as networks.
+
+    While libvirt does not answer, the source is out of sync, and what it reported stays: guests go on running without
+    libvirtd, and read their documents.
+
+    Args:
+        client: Libvirt; connected here, again and again.
+        settings: Which domains and networks are reported, and how often networks are read again without an event.
+        backoff: Pauses before a lost connection is made anew.
+    """
+
+    name: Final = "libvirt"
+
+    def __init__(
+        self,
+        client: LibvirtClient,
+        settings: LibvirtSourceSettings,
+        *,
+        backoff: Backoff | None = None,
+    ) -> None:
+        self._client = client
+        self._reread_s = settings.reread_s
+        self._backoff = backoff or Backoff(first_s=0.5, longest_s=30.0)
+        networks = None if settings.networks is None else frozenset(settings.networks)
+        self._known = LibvirtKnown(Selection(networks, settings.domains == "marked"))
+        self._reports = Reports(self.name, defers=True)
+
+    def origin_of_port(self, instance: InstanceId, number: int) -> Origin | None:  # noqa: ARG002 - the interface
+        """The domain that the port is of."""
+        return self._known.origin_of_port(instance)
+
+    async def run(self, publish: Publish) -> None:
+        """Report until cancelled."""
+        while True:
+            try:
+                events = _Events()
+                await self._client.connect(events.put)
+                domains, networks = await self._client.domains(), await self._client.networks()
+                self._report(publish, self._known.update(domains, networks, everything=True))
+                self._backoff.succeed()
+                await self._follow(events, publish)
+            except SourceUnavailable as error:
+                failure = Problem("libvirt", error.message, error.hint)
+                self._report(publish, RecordSet(), failure)
+            finally:
+                await self._client.close()
+            await asyncio.sleep(self._backoff.fail())
+
+    async def _follow(self, events: _Events, publish: Publish) -> None:
+        """Report changes, until the connection is lost (`SourceUnavailable`)."""
+        while True:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(events.arrived.wait(), self._reread_s)
+            domains = {uuid: await self._client.domain(uuid) for uuid in events.take()}
+            # Whatever happened to a domain, its network's static hosts may have changed just before.
+            networks = await self._client.networks()
+            self._report(publish, self._known.update(domains, networks))
+
+    def _report(self, publish: Publish, changes: RecordSet, failure: Problem | None = None) -> None:
+        observation = self._reports.next(
+            changes,
+            lambda: RecordSet(self._known.networks, self._known.instances),
+            in_sync=failure is None,
+            problems=(*(() if failure is None else (failure,)), *self._known.problems),
+            implied=self._known.implied,
+        )
+        if observation is not None:
+            publish(observation)
+
+
+@dataclass(slots=True)
+class _Events:
+    """Events since they were last taken; many of one domain are one."""
+
+    arrived: asyncio.Event = field(default_factory=asyncio.Event)
+    _domains: dict[str, None] = field(default_factory=dict)
+    _lost: ConnectionLost | None = None
+
+    def put(self, event: LibvirtEvent) -> None:
+        match event:
+            case DomainChanged(uuid):
+                self._domains[uuid] = None
+            case NetworksChanged():
+                pass  # they are read again anyway
+            case ConnectionLost():
+                self._lost = event
+            case _:
+                assert_never(event)
+        self.arrived.set()
+
+    def take(self) -> Iterable[str]:
+        """The domains that changed.
+
+        Raises:
+            SourceUnavailable: The connection is lost.
+        """
+        if self._lost is not None:
+            raise SourceUnavailable(self._lost.reason)
+        self.arrived.clear()
+        changed, self._domains = self._domains, {}
+        return changed
