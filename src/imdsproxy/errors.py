@@ -6,7 +6,7 @@
     │   ├── ConfigUnreadable
     │   ├── SettingsDropped        a settings file was emptied, or every policy is missing from it
     │   └── SecretUnreadable
-    ├── SourceError            somebody must mend a source             exit 69
+    ├── SourceError            a source must be mended             exit 69
     │   ├── SourceUnavailable      try again later
     │   │   └── LibraryMissing         an optional library that the source needs
     │   ├── SourceRefused          a record or a store was refused
@@ -71,12 +71,12 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One thing wrong with what somebody wrote.
+    """One mistake in a file, record or setting.
 
     Attributes:
         field: Where in the document, as `ports[0].addresses[1]` or `haproxy.maxconn`.
         reason: What is wrong, in one sentence.
-        hint: What would be right, if that can be said.
+        hint: What would be right, where that is known.
         file: The file it came from, or `None` when it came another way.
         line: 1-based, or `None`.
         record: The id of the record that it is in, where it is known.
@@ -150,7 +150,7 @@ class SecretUnreadable(ConfigError):
 
 
 class SourceError(ImdsproxyError):
-    """Somebody must mend a source."""
+    """A source must be mended."""
 
     code = "source"
     exit_status = 69

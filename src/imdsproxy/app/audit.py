@@ -51,7 +51,7 @@ class _Worker:
     """A connection of one of HAProxy's workers.
 
     Attributes:
-        kept: Somebody keeps it open when this controller has gone.
+        kept: The service manager keeps it open when this controller has gone.
         stirred: There is something to read, or this controller ends.
     """
 
@@ -62,10 +62,10 @@ class _Worker:
 
 @dataclass(slots=True)
 class Audit:
-    """The one who writes.
+    """Writes the audit log.
 
     Args:
-        settings: What they say now.
+        settings: The settings in force.
         keep: Has the service manager keep a connection; whether it does.
 
     Attributes:
@@ -153,9 +153,9 @@ class Audit:
         """All that one worker sends, whole lines at a time: several workers share the file."""
         begun = b""
         with contextlib.closing(worker.socket):
-            # What cannot be written is to be told before somebody asks something.
+            # A destination that cannot be written is to be reported before the first request.
             await self._write(b"")
-            # No stream of asyncio's: that reads on while nobody asks, and then HAProxy sends line by line.
+            # No stream of asyncio's: that reads on by itself, and then HAProxy sends line by line.
             while (chunk := await self._look(worker)) and not (
                 worker.kept and self._ended.is_set()
             ):
@@ -192,9 +192,9 @@ class Audit:
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._ended.wait(), seconds)
 
-    async def _write(self, said: bytes) -> None:
+    async def _write(self, raw: bytes) -> None:
         """Keep trying: meanwhile lines wait with HAProxy, or are left out there and counted."""
-        lines = read_audit(said, time.time())
+        lines = read_audit(raw, time.time())
         rest = lines.text
         async with self._lock:
             while True:
@@ -242,7 +242,7 @@ def _skip(worker: socket.socket, size: int) -> None:
 
 
 async def _aside(work: Callable[[], Written]) -> Written:
-    """In a thread that nobody waits for at the end: on a disk that hangs it may not come back."""
+    """In a thread that is not waited for at the end: on a disk that hangs it may not come back."""
     written: Future[Written] = Future()
     written.set_running_or_notify_cancel()
 

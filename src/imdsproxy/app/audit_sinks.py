@@ -44,7 +44,7 @@ class Sink(Protocol):
     """Where lines go."""
 
     def write(self, lines: bytes) -> Written:
-        """Whole lines; none sees to it that they could be written.
+        """Write whole lines; with none, only try that they could be written.
 
         Raises:
             OSError: None of them could.
@@ -61,13 +61,13 @@ class Sink(Protocol):
 
 
 def open_sink(destination: str) -> Sink:
-    """For a destination as settings say it."""
+    """For `audit.destination`."""
     return JournalSink() if destination == JOURNAL else FileSink(Path(destination))
 
 
 @dataclass(slots=True)
 class FileSink:
-    """A file that is begun anew when somebody has renamed or removed it."""
+    """A file that is begun anew when it was renamed or removed."""
 
     path: Path
     _descriptor: int = -1

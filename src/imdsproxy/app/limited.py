@@ -1,4 +1,4 @@
-"""Who is kept to its limits now: HAProxy's worker is asked when somebody asks for the status."""
+"""Instances that are limited now, as HAProxy's worker counts them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from imdsproxy.host.clock import Clock
 __all__ = ["LimitWatch"]
 
 _WORTH_A_LOOK: Final = 10
-"""Who has asked for less than one part in so many of its limit is not told of: most of 10,000 guests have."""
+"""An instance that uses less than one part in so many of its limit is not listed: most of 10,000 guests do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +33,7 @@ class LimitWatch:
     limits: Callable[[], LimitsSettings]
 
     async def busiest(self) -> tuple[Asker, ...]:
-        """Who is limited, and then who asks for most; nobody while HAProxy cannot be asked."""
+        """As `core.limited.busiest`; none while HAProxy cannot be asked."""
         limits, processes = self.limits(), self.haproxy.processes
         if not limits.enabled or processes is None or processes.worker is None:
             return ()
@@ -45,9 +45,9 @@ class LimitWatch:
         now = self.clock.now().timestamp()
         try:
             worker = processes.worker
-            said = await self.haproxy.master.send(worker, f"show table {SAID_COUNTERS}")
+            own = await self.haproxy.master.send(worker, f"show table {SAID_COUNTERS}")
             # Limits of a policy may be as small as one likes.
-            keys = (f"key {one}" for one in refused_lately(said, now))
+            keys = (f"key {one}" for one in refused_lately(own, now))
             usual = [
                 await self.haproxy.master.send(worker, f"show table {COUNTERS} {one}")
                 for one in (*filters, *keys)
@@ -56,6 +56,6 @@ class LimitWatch:
             # The guard watches over HAProxy, and the same report says how it is.
             return ()
         found = busiest(
-            "\n".join(usual), said, requests=most, connections=limits.connections, now=now
+            "\n".join(usual), own, requests=most, connections=limits.connections, now=now
         )
         return tuple(found)

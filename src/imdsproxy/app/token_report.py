@@ -1,4 +1,4 @@
-"""Who still reads without session tokens: the tables of HAProxy's workers, read when somebody asks."""
+"""Guests that read without session tokens, out of the tables of HAProxy's workers."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _BEFORE_RELOAD_S: Final = 0.5
 
 @dataclass(slots=True)
 class TokenCounting:
-    """Adds up what workers have counted: when somebody asks, and before a reload takes a worker away.
+    """Adds up what workers have counted: for a report, and before a reload ends a worker.
 
     Args:
         master: Whose workers are asked, draining ones too.

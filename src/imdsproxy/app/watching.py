@@ -1,4 +1,4 @@
-"""Who asks what, while somebody watches: what HAProxy's workers tell, kept for a moment."""
+"""The requests that `imdsproxy watch` shows: read from HAProxy's workers, and kept for a moment."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ _KEPT: Final = 5000
 """Requests that are kept for watchers who ask a little later."""
 
 _IDLE_S: Final = 5.0
-"""After nobody has asked for so long, nobody watches any more: a watcher may have been killed."""
+"""So long after the last read watching ends: the watcher may have been killed."""
 
 
 @dataclass(slots=True)
 class Watching:
-    """Has HAProxy tell of requests while somebody asks, and for no longer.
+    """Has HAProxy report requests while a watcher reads them, and for no longer.
 
     Args:
         haproxy: Whose workers are asked.
-        apply: Has the configuration be what `wanted` says; returns when it is, or it is given up on for now.
-        owner_of: Whose an address in a network is, for requests that HAProxy's maps did not know.
+        apply: Applies the configuration that `wanted` asks for; returns when it is in force, or given up for now.
+        owner_of: The instance that has an address in a network, for requests that HAProxy's maps did not know.
     """
 
     haproxy: Haproxy
@@ -48,7 +48,7 @@ class Watching:
     _lost: int = 0
 
     async def run(self) -> None:
-        """Switch off whenever nobody has asked for a while; until cancelled."""
+        """Switch off when there was no read for a while; until cancelled."""
         while True:
             await self._asked.wait()
             self._asked.clear()
@@ -72,14 +72,14 @@ class Watching:
                 self.wanted = True
                 await self.apply()
             await self._look()
-            # So that a configuration that takes long to apply does not count as nobody's asking.
+            # So that a configuration that takes long to apply does not count as a time without reads.
             self._asked.set()
             if cursor is None:
                 return WatchReport(self._last, ())
-            told = (self._named(one) for number, one in self._kept if number > cursor)
+            named = (self._named(one) for number, one in self._kept if number > cursor)
             found = tuple(
                 one
-                for one in told
+                for one in named
                 if network in (None, one.network) and instance in (None, one.instance)
             )
             return WatchReport(self._last, found, missed=self._missed(cursor))
@@ -91,7 +91,7 @@ class Watching:
     async def _look(self) -> None:
         """Take what each worker's ring has beside what it had before."""
         try:
-            # Also those of a reload that somebody else ordered.
+            # Also those of a reload that the controller did not order.
             workers = (await self.haproxy.master.read_processes()).workers
         except RuntimeUnavailable as error:
             structlog.get_logger().warning("requests cannot be watched", reason=error.message)
@@ -100,11 +100,11 @@ class Watching:
             del self._rings[gone]
         for worker in workers:
             try:
-                told = await self.haproxy.master.send(worker, f"show events {RING}")
+                events = await self.haproxy.master.send(worker, f"show events {RING}")
             except (WorkerEnded, RuntimeUnavailable):
                 # It ends, or HAProxy does: the next look shows which.
                 continue
-            self._take(worker, tuple(parse_events(told)))
+            self._take(worker, tuple(parse_events(events)))
 
     def _take(self, worker: int, ring: tuple[Watched, ...]) -> None:
         before = self._rings.get(worker, ())

@@ -59,7 +59,7 @@ class How(StrEnum):
 
 
 class UnknownReason(StrEnum):
-    """Why nobody was found."""
+    """Why no instance was found."""
 
     NETWORK = "no such network"
     ADDRESS = "no instance has the address in this network"
@@ -78,7 +78,7 @@ class Found:
 
 @dataclass(frozen=True, slots=True)
 class Unknown:
-    """Nobody; in a source that is not in sync it may still come."""
+    """No instance; in a source that is not in sync it may still come."""
 
     reason: UnknownReason
 
@@ -107,13 +107,13 @@ Identity: TypeAlias = Found | Unknown | Ambiguous | Mismatch
 
 @dataclass(frozen=True, slots=True)
 class Learned:
-    """An address that no record claims, given to an instance until somebody looks again.
+    """An address that no record claims, given to an instance until it is looked up again.
 
     Attributes:
         until: When, by the monotonic clock in seconds.
         via: For an address behind a router: the address in its own network by which the instance is known;
-            the two stand and fall together. `None` where the neighbour table told.
-        mac: What the neighbour table told.
+            the two stand and fall together. `None` where it came from the neighbour table.
+        mac: The neighbour table's.
     """
 
     instance: InstanceId
@@ -162,7 +162,7 @@ def checks_macs(inventory: Inventory, network: NetworkId) -> bool:
 
 
 def holds(inventory: Inventory, key: AddressKey, entry: Learned) -> bool:
-    """Whether what was learned is so by what is known now, were somebody to ask."""
+    """Whether what was learned is so by what is known now, were it looked up."""
     if entry.via is not None:
         return inventory.owner(entry.via) == entry.instance
     if entry.mac is None:

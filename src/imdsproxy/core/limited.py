@@ -1,4 +1,4 @@
-"""Who is kept to its limits now, and who asks for most: read out of HAProxy's tables when somebody asks."""
+"""Instances that are limited now, and those closest to their limit, out of HAProxy's tables."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ _LATELY_S: Final = 10
 
 @dataclass(frozen=True, slots=True)
 class Asker:
-    """What one instance asks for, or what of a network nobody knows.
+    """The requests of one instance, or of a network's unknown guests.
 
     Attributes:
-        instance: `None` for guests of `network` that nobody knows.
+        instance: `None` for unknown guests of `network`.
         network: `None` for an instance, which may be in several.
         requests: That were let pass, in the time over which is counted.
         connections: Open now; of one behind the unix listener, requests.
@@ -36,20 +36,20 @@ class Asker:
     limited: bool
 
 
-def busiest(usual: str, said: str, *, requests: int, connections: int, now: float) -> list[Asker]:
-    """Those who are limited, and then those who ask for most; ten of them.
+def busiest(usual: str, own: str, *, requests: int, connections: int, now: float) -> list[Asker]:
+    """Those that are limited, and then those closest to their limit; ten of them.
 
     Args:
-        usual: What `show table` says of everybody's table.
-        said: The same of the table of those whose policy has limits.
+        usual: The table of all instances, as `show table` prints it.
+        own: The same of the table of instances whose policy has limits.
         requests: The settings' limit in the time over which is counted.
         connections: The same of connections.
         now: Unix time.
     """
-    own = dict(_entries(said))
+    limited = dict(_entries(own))
     found = []
     for key, counted in dict(_entries(usual)).items():
-        theirs = own.get(key)
+        theirs = limited.get(key)
         asked_too_much = (
             counted.get("gpc0_rate", 0) >= requests if theirs is None else _is_late(theirs, now)
         )
@@ -68,14 +68,14 @@ def busiest(usual: str, said: str, *, requests: int, connections: int, now: floa
     return [one for one in found if one.requests or one.connections][:MOST_SHOWN]
 
 
-def refused_lately(said: str, now: float) -> list[str]:
+def refused_lately(own: str, now: float) -> list[str]:
     """Instances whose policy has limits, and that were refused in the last seconds; ten at most.
 
     Args:
-        said: As of `busiest`.
+        own: As of `busiest`.
         now: Unix time.
     """
-    found = [key for key, counted in _entries(said) if _is_late(counted, now)]
+    found = [key for key, counted in _entries(own) if _is_late(counted, now)]
     return found[:MOST_SHOWN]
 
 

@@ -94,14 +94,14 @@ class Scope(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class NamespaceListener:
-    """A network namespace that somebody else makes (`/run/netns/NAME`).
+    """A network namespace that another program makes (`/run/netns/NAME`).
 
     Attributes:
         namespace: The name in `/run/netns`.
         device: The interface inside that carries (or is to carry) the metadata addresses; without it
             the addresses are looked for on every interface of the namespace.
         manage_addresses: Put the metadata addresses on `device` and take them away again. Off: they
-            are the business of whoever made the namespace, and reported when missing.
+            are left to the program that made the namespace, and reported when missing.
     """
 
     namespace: str
@@ -128,7 +128,7 @@ Listener: TypeAlias = NamespaceListener | InterfaceListener | BridgeListener
 
 @dataclass(frozen=True, slots=True)
 class Subnet:
-    """One address range of a network, told to guests in `network_data.json` and `network-config`."""
+    """One address range of a network, shown to guests in `network_data.json` and `network-config`."""
 
     cidr: IpNetwork
     gateway: IpAddress | None = None
@@ -157,7 +157,7 @@ class Network:
 
     @property
     def checks_macs(self) -> bool:
-        """Whether MACs count here: behind a router nobody sees a guest's."""
+        """Whether MACs count here: behind a router a guest's is unknown."""
         return self.mac_check and self.scope is Scope.NETWORK
 
 
@@ -170,8 +170,8 @@ class Port:
     whatever address `mac` has.
 
     Attributes:
-        project: The port's own where it is another one than the instance's. Nova is told the port's, and
-            says 404 where the instance is not that project's (OSSA-2013-033: whoever names another's
+        project: The port's own where it is another one than the instance's. Nova gets the port's, and
+            answers 404 where the instance is not that project's (OSSA-2013-033: a tenant that names another's
             instance on a port of his own must get nothing).
     """
 
@@ -238,7 +238,7 @@ class Instance:
         upstream: Who has its documents. With `NOVA` all that counts of the record is `id`, `project`, `ports`,
             `policy` and `created_at`.
         policy: What its record says for it.
-        created_at: When it was made or built anew, Unix time; `None` where nobody says.
+        created_at: When it was made or built anew, Unix time; `None` where that is unknown.
     """
 
     id: InstanceId

@@ -34,7 +34,7 @@ class Observation:
         full: The mappings are everything that the source has: what is not in them is gone.
             Otherwise they hold changes only, and `*_removed` what went (removals apply before
             additions).
-        in_sync: The source has told all that it knows; before that nothing may be swept, and an
+        in_sync: The source has reported all that it knows; before that nothing may be swept, and an
             unknown address is answered 503, not 404.
         problems: Every record refused at this moment (the whole list, not the change).
         implied_networks: Networks that the source vouches for without knowing how they are reached (the
@@ -95,7 +95,7 @@ class Claimant:
 
 @dataclass(frozen=True, slots=True)
 class Conflict:
-    """Records that contradict each other; nobody of them is in force where they do.
+    """Records that contradict each other; none of them is in force where they do.
 
     Attributes:
         kind: What they contradict each other about.
@@ -131,7 +131,7 @@ class StrandedPort:
     def problem(
         self, *, field: str = "", file: str | None = None, line: int | None = None
     ) -> Problem:
-        """What is wrong, told at the place in its source where that is known."""
+        """What is wrong, with the place in its source where that is known."""
         return Problem(
             field or f"instances.{self.instance}.ports[{self.number}].network",
             f"there is no network {self.network}",

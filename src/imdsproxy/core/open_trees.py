@@ -1,4 +1,4 @@
-"""Trees that give user-data to whoever asks, while another one keeps it."""
+"""Trees that serve user-data without a token, while another tree requires one."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def open_user_data(policy: Policy, served: Collection[str] = tuple(USER_DATA)) -
     """What a policy leaves open; no `trees` where it keeps user-data nowhere, or everywhere.
 
     Who denies a tree as a whole has it turned off, and keeps nothing by that. Sealed user-data does not count: after
-    the boot nobody reads it, and no tree asks for tokens before.
+    the boot it is not served, and no tree asks for tokens before.
 
     Args:
         policy: What is in force.

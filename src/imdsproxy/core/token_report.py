@@ -1,4 +1,4 @@
-"""Who still reads without session tokens: HAProxy's counts added up over workers, and what tokens do not close."""
+"""Guests that read without session tokens: HAProxy's counts over all workers, and trees that need no token."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ class GuestWithoutToken:
 
 @dataclass(frozen=True, slots=True)
 class OpenTree:
-    """User-data takes a token in EC2's tree, or is denied somewhere, and this one gives it to whoever asks.
+    """User-data takes a token in EC2's tree, or is denied somewhere, and this tree serves it without one.
 
     Attributes:
         tree: `/latest` (EC2's), `/openstack` or `/nocloud`.

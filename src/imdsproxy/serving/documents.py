@@ -1,4 +1,4 @@
-"""Answers for guests out of compiled records, whoever carries them: document server or resolver."""
+"""Answers for guests out of compiled records, for the document server and the resolver alike."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _NOTED_AT_MOST: Final = 1024
 
 @dataclass(frozen=True, slots=True)
 class FilePart:
-    """A piece of an open file; whoever sends it closes it."""
+    """A piece of an open file; the sender closes it."""
 
     file: BinaryIO
     offset: int
@@ -95,7 +95,7 @@ class DocumentService:
     async def answer(
         self, instance_id: InstanceId, request: DocumentRequest, *, revision: str | None = None
     ) -> Answer:
-        """What the instance is told.
+        """The answer to the instance.
 
         A record that is missing, damaged or unreadable is 503 and never 404: whoever sent the request here knows
         that the instance exists. It is logged once until it is well again.

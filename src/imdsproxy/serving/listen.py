@@ -91,7 +91,7 @@ class _Protocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         super().on_headers_complete()
         # uvicorn adds trailers to the headers of the request that is being answered. Headers are HAProxy's word, and
-        # trailers the guest's: they go where nobody looks.
+        # trailers the guest's: they are dropped.
         self.headers = []
 
     def on_response_complete(self) -> None:
@@ -153,5 +153,5 @@ class HttpListener:
 
     async def _drain(self, deadline: float) -> None:
         loop = asyncio.get_running_loop()
-        while self._state.connections and loop.time() < deadline:  # noqa: ASYNC110 - uvicorn tells nobody
+        while self._state.connections and loop.time() < deadline:  # noqa: ASYNC110 - uvicorn has no event for it
             await asyncio.sleep(_DRAIN_POLL_S)

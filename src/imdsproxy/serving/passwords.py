@@ -1,7 +1,7 @@
 """The passwords that guests post, one file an instance, written once.
 
 A guest encrypts its password with its ssh key and posts it (`/openstack/…/password`); the owner reads it. It is
-posted once in an instance's life, so it is synced to the disk before the guest is told that it is kept.
+posted once in an instance's life, so it is synced to the disk before the guest gets its answer.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class PasswordStore:
     def keep(self, instance_id: InstanceId, password: bytes) -> bool:
         """Keep a password for good; `False` when the instance has one already, which stays.
 
-        Of two that come at once, one is kept, and nobody ever reads a part of it.
+        Of two that come at once, one is kept, and no reader ever sees a part of it.
 
         Raises:
             HostRefused: The file system is full or read-only; nothing is kept.

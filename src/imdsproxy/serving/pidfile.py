@@ -118,7 +118,7 @@ def stop_documents(
 
     Raises:
         HostRefused: A process is still there after twice that time.
-        PrivilegeMissing: They belong to somebody else.
+        PrivilegeMissing: They belong to another account.
     """
     running = read_pids(path)
     if not running.pids:
@@ -153,5 +153,5 @@ def _lines(path: Path) -> list[str]:
     try:
         return path.read_text(encoding="ascii", errors="replace").splitlines()
     except OSError:
-        # Without the file nobody is known to run.
+        # Without the file no process is known to run.
         return []

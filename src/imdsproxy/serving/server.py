@@ -2,7 +2,7 @@
 
 The parent makes the sockets and holds them open, so a connection to a worker that has just died waits for the
 next one instead of being refused. It imports everything before it forks: what the workers share costs once.
-It needs nobody: not the controller, not HAProxy.
+It depends on neither the controller nor HAProxy.
 
 SIGTERM and SIGINT stop it, SIGHUP makes it take up new code and settings without losing a connection.
 """
@@ -66,11 +66,11 @@ def run_documents(
     notifier: ServiceNotifier | None = None,
     monotonic: Callable[[], float] = time.monotonic,
 ) -> None:
-    """Be the document server until told to stop.
+    """Be the document server until a signal stops it.
 
     Args:
         options: What to do.
-        notifier: Told once all workers answer.
+        notifier: Notified once all workers answer.
         monotonic: The clock of restarts and their back-off.
 
     Raises:
@@ -129,7 +129,7 @@ def _places(
 
 
 def _have_directory(path: Path, owner: tuple[int, int] | None) -> None:
-    # Without an account to give it to, an existing one is as whoever made it wants it.
+    # Without an account to give it to, an existing one keeps its owner and mode.
     if owner is not None or not path.is_dir():
         ensure_directory(path, mode=_PRIVATE, owner=owner)
 

@@ -98,7 +98,7 @@ class Supervisor:
         account: What the workers become; `None` leaves them as they are.
         pid_file: Kept current.
         log: Kept short.
-        bind: Makes a socket anew where somebody has taken its file away.
+        bind: Makes a socket anew where its file was removed.
         monotonic: The clock.
 
     Attributes:
@@ -168,7 +168,7 @@ class Supervisor:
             if failed or self._monotonic() > deadline:
                 self._end(worker.pid for worker in self._workers if worker.pid is not None)
                 raise HostRefused(
-                    "the document server's workers do not come up", hint="see what they said before"
+                    "the document server's workers do not come up", hint="see their messages above"
                 )
             self._step()
         for one in self._predecessors:
@@ -185,7 +185,7 @@ class Supervisor:
     def stop(self) -> None:
         """End all workers: ask, wait while they finish their requests, then kill what is left.
 
-        The sockets go first, so that nobody connects to what will not be served.
+        The sockets go first, so that no client connects to what will not be served.
         """
         for place in self.places:
             if place.is_ours():
@@ -254,7 +254,7 @@ class Supervisor:
                 one.kill(signal.SIGKILL)
 
     def _restore_places(self) -> None:
-        """Listen again where a socket's file is gone: nobody finds a worker without it."""
+        """Listen again where a socket's file is gone: a worker is unreachable without it."""
         for worker in self._workers:
             if worker.place.is_ours():
                 continue

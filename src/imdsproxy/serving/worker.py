@@ -52,7 +52,7 @@ class WorkerTask:
     """What a worker needs to know.
 
     Attributes:
-        parent: The reading end of a pipe that nobody writes: it ends when the parent does.
+        parent: The reading end of a pipe that is never written: it ends when the parent does.
         announce: Called once, when requests are answered.
     """
 

@@ -2,7 +2,7 @@
 
 Categories and the version that brought each are those of AWS's "Instance metadata categories" page; a dated
 version has what it had there. What this service cannot say truthfully is neither listed nor served: public
-addresses, further block devices, IAM, services, and the identity document, which nobody here signs and which would make
+addresses, further block devices, IAM, services, and the identity document, which cannot be signed here and would make
 agents report that they run at Amazon. `dynamic/instance-identity` is there, empty, because cloud-init on a guest
 with Amazon's DMI asks for it and spends minutes on its absence.
 """

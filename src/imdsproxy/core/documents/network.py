@@ -1,8 +1,8 @@
 """A port's addresses in the two forms that guests configure themselves from.
 
-Only ports with a MAC are told of: cloud-init matches by it, and gives up the whole data source on an OpenStack
-link that it cannot match. A port without addresses, or with one in no known subnet, is told to ask for
-it (DHCP, or the router's advertisements): without a prefix length it cannot be set.
+Only ports with a MAC are listed: cloud-init matches by it, and gives up the whole data source on an OpenStack
+link that it cannot match. A port without addresses, or with one in no known subnet, is configured by
+DHCP, or by the router's advertisements: without a prefix length it cannot be set.
 """
 
 from __future__ import annotations

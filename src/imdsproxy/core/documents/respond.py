@@ -64,7 +64,7 @@ class DocumentRequest:
 
 @dataclass(frozen=True, slots=True)
 class DocumentResponse:
-    """What it is told.
+    """The response.
 
     Attributes:
         headers: With lower-case names; Content-Length is among them, also for HEAD.
