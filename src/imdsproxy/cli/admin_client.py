@@ -22,8 +22,6 @@ from imdsproxy.errors import (
     Problem,
 )
 
-__all__ = ["AdminClient", "path_to"]
-
 _TIMEOUT_S: Final = 60.0
 _LOOK_EVERY_S: Final = 0.5
 _FIRST_ERROR: Final = 400

@@ -32,8 +32,6 @@ if TYPE_CHECKING:
     from imdsproxy.config.schema import Settings
     from imdsproxy.dataplane.launch import HaproxyProgram
 
-__all__ = ["check"]
-
 
 def check(
     context: typer.Context,

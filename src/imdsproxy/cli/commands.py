@@ -18,8 +18,6 @@ from imdsproxy import __version__
 from imdsproxy.cli import options
 from imdsproxy.cli.examples import EXAMPLES
 
-__all__ = ["COMMANDS", "build_app", "build_program", "iterate_commands", "named_command"]
-
 _DAEMON, _GUESTS, _RECORDS = "Daemon", "Guests", "Records"
 
 COMMANDS: Final[Mapping[str, str]] = {

@@ -10,8 +10,6 @@ import typer
 
 from imdsproxy.errors import ImdsproxyError
 
-__all__ = ["instances", "networks"]
-
 _TIMEOUT_S: Final = 1.0
 """Somebody waits for it at a prompt."""
 

@@ -12,15 +12,6 @@ from imdsproxy.cli import options
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = [
-    "SHELLS",
-    "completion",
-    "is_completing",
-    "learn_shells",
-    "render_completion",
-    "words_so_far",
-]
-
 _PROGRAM: Final = "imdsproxy"
 _VARIABLE: Final = "_IMDSPROXY_COMPLETE"
 SHELLS: Final = ("bash", "zsh", "fish")

@@ -9,8 +9,6 @@ import typer
 
 from imdsproxy.cli import config_import, options
 
-__all__ = ["app"]
-
 app = typer.Typer(help="Settings: show, schema, sample, import.", no_args_is_help=True)
 
 Origin: TypeAlias = Annotated[

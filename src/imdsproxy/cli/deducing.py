@@ -11,8 +11,6 @@ if TYPE_CHECKING:
     from imdsproxy.cli.admin_client import AdminClient
     from imdsproxy.core.records import Json
 
-__all__ = ["name_of_listener", "only_network"]
-
 _NAMED: Final = 5
 
 

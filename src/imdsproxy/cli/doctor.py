@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from imdsproxy.cli.options import Invocation
     from imdsproxy.core.doctor import Answered, Ask, Crawl, Finding, Surroundings
 
-__all__ = ["doctor"]
-
 Url: TypeAlias = Annotated[
     str | None,
     typer.Argument(

@@ -16,8 +16,6 @@ from imdsproxy.errors import RequestRefused
 if TYPE_CHECKING:
     from imdsproxy.cli.admin_client import AdminClient
 
-__all__ = ["DaemonFetch", "HttpFetch", "parse_url"]
-
 _TIMEOUT_S: Final = 10.0
 _MOST_BYTES: Final = 17 << 20
 _SAFE: Final = "/?=&:%+,@;~!$'()*"

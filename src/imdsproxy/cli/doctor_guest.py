@@ -11,8 +11,6 @@ from typing import Final
 from imdsproxy.core.doctor.finding import Surroundings
 from imdsproxy.core.model import METADATA_IPV4, METADATA_IPV6
 
-__all__ = ["is_metadata_address", "look_around", "machine_macs"]
-
 _DMI: Final = ("sys_vendor", "product_name", "product_serial", "product_uuid", "chassis_asset_tag")
 _SOURCES: Final = re.compile(r"^datasource_list:\s*\[(.*)\]", re.MULTILINE)
 _QEMU_MAC: Final = re.compile(r"\bmac\"?[=:]\"?((?:[0-9A-Fa-f]{2}:){5}[0-9A-Fa-f]{2})")

@@ -9,8 +9,6 @@ import typer
 
 from imdsproxy.cli import options
 
-__all__ = ["documents"]
-
 
 def documents(context: typer.Context, *, config: options.Config = None) -> None:
     """Be the document server: answer guests from compiled records, until told to stop."""

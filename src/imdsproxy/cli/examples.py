@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Final
 
-__all__ = ["EXAMPLES"]
-
 EXAMPLES: Final[Mapping[str, str]] = {
     "run": "imdsproxy run --config /etc/imdsproxy/imdsproxy.yaml",
     "documents": "imdsproxy documents --config /etc/imdsproxy/imdsproxy.yaml",

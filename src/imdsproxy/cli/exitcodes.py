@@ -11,17 +11,6 @@ from typing import Final
 from imdsproxy import errors
 from imdsproxy.errors import ImdsproxyError
 
-__all__ = [
-    "EXIT_STATUSES",
-    "INTERRUPTED",
-    "NO",
-    "NOT_IN_FORCE",
-    "OK",
-    "PIPE_CLOSED",
-    "USAGE",
-    "errors_by_status",
-]
-
 OK: Final = 0
 NO: Final = 1
 USAGE: Final = 64

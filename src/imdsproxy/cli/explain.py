@@ -14,8 +14,6 @@ from imdsproxy.cli.exitcodes import NO
 from imdsproxy.cli.output import Output, clean
 from imdsproxy.errors import RequestRefused
 
-__all__ = ["explain"]
-
 _Shape: TypeAlias = Mapping[str, object]
 _FOUND: Final = "found"
 _HOW: Final[Mapping[str, str]] = {

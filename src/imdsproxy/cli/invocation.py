@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from imdsproxy.config.load import Loaded
     from imdsproxy.config.schema import Settings
 
-__all__ = ["Invocation", "invocation"]
-
 
 @dataclass(slots=True)
 class Invocation:

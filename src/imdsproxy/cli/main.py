@@ -17,8 +17,6 @@ from imdsproxy.cli.completion import is_completing, learn_shells, words_so_far
 from imdsproxy.cli.output import Output
 from imdsproxy.errors import ImdsproxyError, RequestRefused
 
-__all__ = ["main"]
-
 _MEANT: Final[Mapping[str, str]] = {
     **dict.fromkeys(("delete", "del", "rm", "destroy"), "remove"),
     **dict.fromkeys(("create", "new", "define"), "add"),

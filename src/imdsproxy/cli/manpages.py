@@ -21,8 +21,6 @@ from imdsproxy.config.schema import Settings
 from imdsproxy.config.takes import render_value
 from imdsproxy.config.words import Setting, iterate_inner_settings, iterate_settings
 
-__all__ = ["MAN_PAGES", "write_packaging"]
-
 _MADE: Final = '.\\" Made by `python -m imdsproxy.cli.docgen`; edit the code instead.'
 
 _COMMANDS: Final = """\

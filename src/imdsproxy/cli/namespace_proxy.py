@@ -8,8 +8,6 @@ import typer
 
 from imdsproxy.cli import options
 
-__all__ = ["SETTINGS", "namespace_proxy"]
-
 SETTINGS: Final = {
     "ignore_unknown_options": True,
     "allow_interspersed_args": False,

@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 
     from imdsproxy.errors import ImdsproxyError
 
-__all__ = ["MOST_SHOWN", "Column", "Note", "Output", "clean", "read_bytes_shape"]
-
 MOST_SHOWN: Final = 20
 """Lines of one kind that are printed; the rest is counted."""
 

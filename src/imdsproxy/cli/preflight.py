@@ -27,23 +27,6 @@ if TYPE_CHECKING:
     from imdsproxy.core.records.document import Records
     from imdsproxy.dataplane.launch import HaproxyProgram
 
-__all__ = [
-    "Finding",
-    "check_accounts",
-    "check_daemon",
-    "check_directories",
-    "check_empty",
-    "check_haproxy",
-    "check_namespaces",
-    "check_ports",
-    "check_privileges",
-    "check_reader",
-    "check_records",
-    "findings_of",
-    "read_capabilities",
-    "read_record_files",
-]
-
 _CAPABILITIES: Final[Mapping[str, tuple[int, str]]] = {
     "CAP_CHOWN": (0, "to give sockets to their groups"),
     "CAP_SETGID": (6, "to run HAProxy unprivileged"),

@@ -12,8 +12,6 @@ from imdsproxy.cli.preflight import Finding
 if TYPE_CHECKING:
     from imdsproxy.config.audit import AuditSettings
 
-__all__ = ["JOURNAL_SOCKET", "check_audit"]
-
 JOURNAL_SOCKET: Final = Path("/run/systemd/journal/socket")
 _AREA: Final = "audit"
 _OTHERS: Final = stat.S_IWGRP | stat.S_IWOTH

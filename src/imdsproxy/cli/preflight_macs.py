@@ -11,8 +11,6 @@ from imdsproxy.errors import HostRefused
 if TYPE_CHECKING:
     from imdsproxy.anti_spoofing.bridge_ports import GuardedPort
 
-__all__ = ["check_bridges", "check_kernel", "checked_devices"]
-
 _AREA = "macs"
 
 

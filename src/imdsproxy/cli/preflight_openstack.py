@@ -27,15 +27,6 @@ if TYPE_CHECKING:
     from imdsproxy.config.schema import Settings
     from imdsproxy.host.unixsockets import UnixListener
 
-__all__ = [
-    "check_certificates",
-    "check_clouds",
-    "check_endpoints",
-    "check_secrets",
-    "check_unix_listener",
-    "tls_context",
-]
-
 _SHORT: Final = 16
 """Bytes; a guest that guesses the secret can forge every instance."""
 

@@ -19,8 +19,6 @@ from imdsproxy.core.wire import VERIFIED_PORT
 if TYPE_CHECKING:
     from imdsproxy.host.firewall import DroppingChain
 
-__all__ = ["check_paths"]
-
 _AREA = "paths"
 _WITH_ENDS = 4
 """A smaller range has no addresses of its own for network and broadcast (RFC 3021)."""

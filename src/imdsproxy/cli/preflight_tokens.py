@@ -25,16 +25,6 @@ if TYPE_CHECKING:
     from imdsproxy.core.model import Instance, InstanceId, Network, NetworkId
     from imdsproxy.core.records.document import Records
 
-__all__ = [
-    "check_guards",
-    "check_hop_limits",
-    "check_instances_trees",
-    "check_path_rules",
-    "check_records_trees",
-    "check_token_keys",
-    "check_trees",
-]
-
 _AREA: Final = "tokens"
 _TREES: Final = {"/openstack": "openstack_tokens", "/nocloud": "nocloud_tokens"}
 _NAMES: Final = {"/latest": "EC2's tree", "/openstack": "/openstack", "/nocloud": "/nocloud"}

@@ -21,15 +21,6 @@ from imdsproxy.config.words import Setting, iterate_inner_settings, iterate_sett
 from imdsproxy.core.endpoints import LeftOutCode
 from imdsproxy.errors import ImdsproxyError
 
-__all__ = [
-    "CLI_INTRODUCTION",
-    "PAGES",
-    "SETTINGS_INTRODUCTION",
-    "one_line",
-    "spell_parameter",
-    "write_pages",
-]
-
 _MADE: Final = "<!-- Made by `python -m imdsproxy.cli.docgen`; edit the code instead. -->"
 
 

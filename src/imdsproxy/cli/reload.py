@@ -11,8 +11,6 @@ from imdsproxy.cli import options
 from imdsproxy.cli.output import Column, Output, clean
 from imdsproxy.errors import AdminUnavailable, SettingsDropped
 
-__all__ = ["reload"]
-
 _Shape: TypeAlias = Mapping[str, object]
 
 

@@ -6,8 +6,6 @@ import typer
 
 from imdsproxy.cli import options
 
-__all__ = ["render"]
-
 
 def render(
     context: typer.Context,

@@ -9,8 +9,6 @@ import typer
 
 from imdsproxy.cli import options
 
-__all__ = ["run"]
-
 
 def run(context: typer.Context, *, config: options.Config = None) -> None:
     """Be the controller: keep HAProxy and the documents as the sources say, until told to stop."""

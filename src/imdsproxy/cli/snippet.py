@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from imdsproxy.core.model import Instance, IpAddress, Network, Port
     from imdsproxy.core.snippets import Guest, Nic, Snippet
 
-__all__ = ["snippet"]
-
 InstanceName: TypeAlias = Annotated[
     str,
     typer.Argument(

@@ -11,8 +11,6 @@ from imdsproxy.cli import options
 from imdsproxy.cli.exitcodes import NO, NOT_IN_FORCE
 from imdsproxy.cli.output import MOST_SHOWN, Column, Output, clean
 
-__all__ = ["status"]
-
 _Shape: TypeAlias = Mapping[str, object]
 _DAY_S: Final = 86_400
 _HOUR_S: Final = 3600

@@ -13,8 +13,6 @@ import typer
 from imdsproxy.cli import options
 from imdsproxy.errors import AdminUnavailable, HostRefused
 
-__all__ = ["stop"]
-
 _END_DEADLINE_S: Final = 40.0
 _POLL_S: Final = 0.02
 

@@ -12,8 +12,6 @@ from imdsproxy.cli.changing import exit_unless_in_force, order_instance
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["app"]
-
 app = typer.Typer(help="Session tokens (IMDSv2): revoke, rotate, report.", no_args_is_help=True)
 
 Id: TypeAlias = Annotated[

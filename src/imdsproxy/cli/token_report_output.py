@@ -11,8 +11,6 @@ from imdsproxy.cli.output import Column, clean
 if TYPE_CHECKING:
     from imdsproxy.cli.output import Output
 
-__all__ = ["say_token_report"]
-
 _Shape: TypeAlias = Mapping[str, object]
 
 _TREES_SHOWN: Final = 5

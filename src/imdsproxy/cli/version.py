@@ -7,8 +7,6 @@ import typer
 from imdsproxy import __version__
 from imdsproxy.cli import options
 
-__all__ = ["version"]
-
 
 def version(context: typer.Context, *, as_json: options.Json = False) -> None:
     """The version of this program."""

@@ -14,8 +14,6 @@ from imdsproxy.cli import completers, flags, options
 if TYPE_CHECKING:
     from imdsproxy.cli.output import Output
 
-__all__ = ["watch"]
-
 _Shape: TypeAlias = Mapping[str, object]
 
 _EVERY_S: Final = 0.5

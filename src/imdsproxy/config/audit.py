@@ -11,8 +11,6 @@ from pydantic_core import PydanticCustomError
 from imdsproxy.config.change import Change
 from imdsproxy.config.section import OffIsFalse, Section, setting
 
-__all__ = ["AuditSettings"]
-
 
 def _destination(value: object) -> object:
     if value != "journal" and isinstance(value, str) and not Path(value).is_absolute():

@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
-__all__ = ["Change", "SettingChange", "SettingsReload"]
-
 
 class Change(StrEnum):
     """What a changed setting takes, from the least to the most."""

@@ -16,8 +16,6 @@ from imdsproxy.config.words import fields_of
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
-__all__ = ["Changed", "diff_settings", "needed"]
-
 
 @dataclass(frozen=True, slots=True)
 class Changed:

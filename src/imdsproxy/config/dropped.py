@@ -11,8 +11,6 @@ from collections.abc import Iterator, Mapping
 from imdsproxy.config.load import Loaded
 from imdsproxy.errors import Problem, SettingsDropped
 
-__all__ = ["refuse_dropped"]
-
 _ALLOW = "restore them; if they should go: `imdsproxy reload --allow-dropped`"
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from ipaddress import IPv6Address, ip_address
 
-__all__ = ["Endpoint", "parse_endpoint"]
-
 _MAX_PORT = 65535
 
 

@@ -8,8 +8,6 @@ from imdsproxy.config.change import Change
 from imdsproxy.config.section import Section, setting
 from imdsproxy.core.policy import RULES
 
-__all__ = ["LimitsSettings"]
-
 
 def _number(rule: str, default: int, description: str) -> Any:  # noqa: ANN401 - as `setting`
     """A limit with the bounds of a policy's rule."""

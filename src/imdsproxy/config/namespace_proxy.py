@@ -18,8 +18,6 @@ from imdsproxy.core.haproxy.namespace_proxy import (
 )
 from imdsproxy.errors import RequestRefused
 
-__all__ = ["NamespaceProxySettings"]
-
 
 def _facility(text: str) -> str:
     try:

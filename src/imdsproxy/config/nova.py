@@ -20,8 +20,6 @@ from imdsproxy.config.nova_url import NovaUrl, parse_nova_url
 from imdsproxy.config.section import AbsolutePath, Section, cross, setting
 from imdsproxy.core.model import ID_PATTERN
 
-__all__ = ["DEFAULT_SET", "EndpointSetSettings", "NovaEndpointSettings", "NovaSettings"]
-
 DEFAULT_SET = "default"
 """The endpoint set of every instance that no other set names."""
 

@@ -8,8 +8,6 @@ from ipaddress import IPv4Address, IPv6Address, ip_address
 from typing import Final, Literal
 from urllib.parse import urlsplit
 
-__all__ = ["NOVA_METADATA_PORT", "NovaUrl", "parse_nova_url"]
-
 NOVA_METADATA_PORT: Final = 8775
 """Nova's default `metadata_listen_port` (nova/conf/api.py)."""
 

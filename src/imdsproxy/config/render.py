@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from imdsproxy.config.load import Loaded
 
 
-__all__ = ["render_sample", "render_schema", "render_settings", "settings_by_origin"]
-
 _WIDTH: Final = 96
 _ORIGIN_COLUMN: Final = 48
 _CHANGE: Final[Mapping[Change, str]] = {

@@ -20,19 +20,6 @@ from pydantic_core import PydanticCustomError
 from imdsproxy.config.change import Change
 from imdsproxy.config.endpoint import Endpoint, parse_endpoint
 
-__all__ = [
-    "AbsolutePath",
-    "AccountName",
-    "HostEndpoint",
-    "OffIsFalse",
-    "Region",
-    "Section",
-    "UnitName",
-    "cross",
-    "section",
-    "setting",
-]
-
 
 def _absolute(path: Path) -> Path:
     if not path.is_absolute():

@@ -22,8 +22,6 @@ from imdsproxy.config.schema import Section, Settings
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
 
-__all__ = ["Held", "Place", "Spot", "held_sections", "join_place", "spot_at", "type_of"]
-
 Place: TypeAlias = Sequence[str | int]
 """Names and positions from the root on, as pydantic's `loc`."""
 

@@ -14,8 +14,6 @@ from imdsproxy.config.nova_url import NovaUrl
 from imdsproxy.config.shape import held_sections
 from imdsproxy.core.model import ID_PATTERN
 
-__all__ = ["describe_kind", "render_value"]
-
 _ACCOUNT: Final = r"[a-z_][a-z0-9_-]{0,30}\$?"
 _PATTERNS: Final[Mapping[str, str]] = {
     r"^[A-Za-z0-9.-]{1,253}$": "a host's name",

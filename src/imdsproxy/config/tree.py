@@ -10,8 +10,6 @@ from imdsproxy.config.schema import Section, Settings
 from imdsproxy.config.shape import join_place
 from imdsproxy.config.words import Setting, fields_of
 
-__all__ = ["Node", "walk_values"]
-
 
 @dataclass(frozen=True, slots=True)
 class Node:

@@ -12,8 +12,6 @@ from pydantic_core import PydanticCustomError
 from imdsproxy.config.change import Change
 from imdsproxy.config.section import AbsolutePath, AccountName, Section, setting
 
-__all__ = ["AccountNameOrId", "UnixListenerSettings"]
-
 _LONGEST: Final = 97
 """HAProxy binds beside the path and renames: of the kernel's 107 bytes ten are for that."""
 

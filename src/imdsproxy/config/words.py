@@ -16,15 +16,6 @@ if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
     from pydantic_core import ErrorDetails
 
-__all__ = [
-    "Finding",
-    "Setting",
-    "explain_finding",
-    "fields_of",
-    "iterate_inner_settings",
-    "iterate_settings",
-]
-
 _STEPS: Final = {"itself": "", "name": ".NAME", "position": "[N]"}
 
 _IN_WORDS: Final = frozenset({"path", "endpoint"})

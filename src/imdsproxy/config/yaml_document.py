@@ -14,8 +14,6 @@ from imdsproxy.errors import ConfigInvalid, ConfigUnreadable, Problem
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["YamlDocument", "parse_yaml"]
-
 _MAX_PROBLEMS: Final = 100
 _DEEPEST: Final = 1000
 

@@ -14,20 +14,6 @@ from typing import Final, TypeAlias
 from imdsproxy.core.doctor.exchange import Answer, Answered, Ask, Exchange, Unanswered, json_of
 from imdsproxy.core.model import Dialect
 
-__all__ = [
-    "CLOUD_INIT_OPENSTACK",
-    "Crawl",
-    "Crawling",
-    "GOOGLE",
-    "NOCLOUD_FILES",
-    "ODD_LEAF",
-    "TOKEN",
-    "TOKEN_HEADER",
-    "TTL_HEADER",
-    "crawl",
-    "run_crawl",
-]
-
 CLOUD_INIT_OPENSTACK: Final = (
     "2012-08-10",
     "2013-04-04",

@@ -15,8 +15,6 @@ from imdsproxy.core.doctor.tokens import check_tokens
 from imdsproxy.core.doctor.transport import check_transport
 from imdsproxy.core.doctor.user_data import check_user_data
 
-__all__ = ["examine"]
-
 _FORBIDDEN: Final = 403
 _OTHER_MAC: Final = "the guest has another MAC than the record that has its address"
 _ORDER: Final = tuple(Severity)

@@ -7,16 +7,6 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final, TypeAlias
 
-__all__ = [
-    "Answer",
-    "Answered",
-    "Ask",
-    "Exchange",
-    "Framing",
-    "Unanswered",
-    "json_of",
-]
-
 _OK: Final = 200
 
 

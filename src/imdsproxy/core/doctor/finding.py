@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-__all__ = ["Card", "Finding", "Severity", "Surroundings"]
-
 
 class Severity(StrEnum):
     """How bad it is, the worst first."""

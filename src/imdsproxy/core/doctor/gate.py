@@ -10,8 +10,6 @@ from imdsproxy.core.doctor.finding import Finding, Severity, Surroundings
 from imdsproxy.core.model import Dialect
 from imdsproxy.core.snippets.gate import looks_like_amazon
 
-__all__ = ["asked_by", "check_gate"]
-
 _OPENSTACK_NAMES: Final = frozenset({"OpenStack Nova", "OpenStack Compute"})
 _OPENSTACK_TAGS: Final = _OPENSTACK_NAMES | {
     "OpenTelekomCloud",

@@ -9,8 +9,6 @@ from typing import Final
 from imdsproxy.core.doctor.crawl import Crawl
 from imdsproxy.core.doctor.finding import Finding, Severity
 
-__all__ = ["check_listings"]
-
 _OLD: Final = "2009-04-04"
 _TAG: Final = re.compile(r"[A-Za-z0-9+\-=.,_:@]+")
 _TAGS: Final = "/tags/instance/"

@@ -10,8 +10,6 @@ from imdsproxy.core.doctor.crawl import Crawl
 from imdsproxy.core.doctor.exchange import json_of
 from imdsproxy.core.doctor.finding import Card, Finding, Severity, Surroundings
 
-__all__ = ["MAC_CHANGE", "check_network_data"]
-
 _MAC: Final = re.compile(r"\b[0-9A-Fa-f]{2}(?::[0-9A-Fa-f]{2}){5}\b")
 _VIRTUAL: Final = frozenset({"bond", "vlan"})
 MAC_CHANGE: Final = (

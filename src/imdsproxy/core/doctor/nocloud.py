@@ -10,8 +10,6 @@ from imdsproxy.core.doctor.crawl import NOCLOUD_FILES, Crawl
 from imdsproxy.core.doctor.finding import Finding, Severity
 from imdsproxy.core.model import Dialect
 
-__all__ = ["check_nocloud"]
-
 _ID: Final = re.compile(r"""^(?:instance-id|"instance-id"|'instance-id')\s*:\s*\S""", re.MULTILINE)
 
 

@@ -11,8 +11,6 @@ from imdsproxy.core.doctor.crawl import CLOUD_INIT_OPENSTACK, Crawl
 from imdsproxy.core.doctor.exchange import Answer, json_of
 from imdsproxy.core.doctor.finding import Finding, Severity
 
-__all__ = ["check_openstack"]
-
 _NOT_FOUND: Final = 404
 _ONCE: Final = "cloud-init, which looks at /openstack once"
 _REFUSED: Final = (401, 403)

@@ -10,8 +10,6 @@ from imdsproxy.core.doctor.exchange import Answer
 from imdsproxy.core.doctor.finding import Finding, Severity
 from imdsproxy.core.model import Dialect
 
-__all__ = ["check_tokens"]
-
 _NOT_FOUND: Final = 404
 _UNAUTHORIZED: Final = (401, 403)
 _TURN_OFF: Final = (

@@ -9,8 +9,6 @@ from imdsproxy.core.doctor.crawl import ODD_LEAF, Crawl
 from imdsproxy.core.doctor.exchange import Ask, Framing, Unanswered
 from imdsproxy.core.doctor.finding import Finding, Severity
 
-__all__ = ["check_transport"]
-
 _TIMEOUTS: Final = (
     (0.4, "New Relic"),
     (0.5, "AWS SDK for Go v2"),

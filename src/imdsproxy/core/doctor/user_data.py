@@ -11,8 +11,6 @@ from typing import Final
 from imdsproxy.core.doctor.crawl import Crawl
 from imdsproxy.core.doctor.finding import Finding, Severity
 
-__all__ = ["check_user_data", "is_known"]
-
 _GZIP: Final = b"\x1f\x8b"
 _HEAD: Final = 4096
 _CLOUD_INIT: Final = (

@@ -11,8 +11,6 @@ from imdsproxy.core.documents.nocloud import NOCLOUD_ROOT
 from imdsproxy.core.model import METADATA_IPV4, Dialect
 from imdsproxy.core.snippets.model import Target
 
-__all__ = ["PREFERENCE", "Gate", "choose_dialect", "looks_like_amazon", "plan_gate", "plan_imds"]
-
 _URL: Final = f"http://{METADATA_IPV4}"
 
 PREFERENCE: Final[Mapping[Target, tuple[Dialect, ...]]] = {

@@ -20,8 +20,6 @@ from imdsproxy.core.snippets.words import (
     wants_imds,
 )
 
-__all__ = ["incus_parts"]
-
 _MACHINE: Final = "a virtual machine, before its first start."
 _CONTAINER: Final = "before its first start."
 _ROUTE_PLACE: Final = (

@@ -19,8 +19,6 @@ from imdsproxy.core.snippets.words import (
     wants_imds,
 )
 
-__all__ = ["libvirt_parts"]
-
 _NETWORK_PLACE: Final = (
     "If libvirt serves DHCP there: with virsh net-edit, into <network>; then net-destroy and net-start. "
     "Any other DHCP server: option 121, static routes, with the same values."

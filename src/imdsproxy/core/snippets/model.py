@@ -8,8 +8,6 @@ from enum import StrEnum
 from imdsproxy.core.model import Dialect, MacAddress, NetworkId
 from imdsproxy.core.snippets.route import Route
 
-__all__ = ["Guest", "Nic", "Part", "Snippet", "Target"]
-
 
 class Target(StrEnum):
     """Whose words a snippet is in."""

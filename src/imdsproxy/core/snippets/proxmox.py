@@ -21,8 +21,6 @@ from imdsproxy.core.snippets.words import (
     wants_imds,
 )
 
-__all__ = ["proxmox_parts"]
-
 
 def proxmox_parts(guest: Guest, gate: Gate) -> tuple[Part, ...]:
     """Commands for a Proxmox VE host; VMID is the machine's number."""

@@ -21,8 +21,6 @@ from imdsproxy.core.snippets.words import (
     wants_imds,
 )
 
-__all__ = ["DHCP_PLACE", "qemu_parts", "smbios_argument"]
-
 DHCP_PLACE: Final = "The network's DHCP server must tell it; with dnsmasq (other servers: option 121, static routes):"
 
 

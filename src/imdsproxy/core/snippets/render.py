@@ -14,8 +14,6 @@ from imdsproxy.core.snippets.model import Guest, Part, Snippet, Target
 from imdsproxy.core.snippets.proxmox import proxmox_parts
 from imdsproxy.core.snippets.qemu import qemu_parts
 
-__all__ = ["render_snippet", "render_text"]
-
 _WIDTH: Final = 96
 
 _Parts: TypeAlias = Callable[[Guest, Gate], tuple[Part, ...]]

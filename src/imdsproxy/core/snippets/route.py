@@ -16,8 +16,6 @@ from imdsproxy.core.model import (
     Network,
 )
 
-__all__ = ["NoRoute", "OnLink", "Route", "SomebodyElses", "plan_route"]
-
 
 @dataclass(frozen=True, slots=True)
 class NoRoute:

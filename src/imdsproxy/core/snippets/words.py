@@ -11,20 +11,6 @@ from imdsproxy.core.snippets.gate import Gate, looks_like_amazon, plan_imds
 from imdsproxy.core.snippets.model import Guest, Nic, Part
 from imdsproxy.core.snippets.route import NoRoute, OnLink, SomebodyElses
 
-__all__ = [
-    "CMDLINE_EXTRA",
-    "IMDS_PLACE",
-    "asking",
-    "card",
-    "dnsmasq_option",
-    "each_network",
-    "quote",
-    "route_part",
-    "smbios_uuid",
-    "uuid_note",
-    "wants_imds",
-]
-
 CMDLINE_EXTRA: Final = f"io.systemd.stub.kernel-cmdline-extra={plan_imds()}"
 """An SMBIOS OEM string (type 11) that systemd-stub adds to the kernel command line of a unified image."""
 
