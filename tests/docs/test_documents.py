@@ -12,8 +12,8 @@ from typing import Final
 import pytest
 
 from imdsproxy.cli.main import main
+from imdsproxy.config.describe import schema_at
 from imdsproxy.config.schema import Settings
-from imdsproxy.config.shape import spot_at
 from imdsproxy.core.endpoints import LeftOutCode
 from imdsproxy.dataplane.layout import Layout
 from imdsproxy.errors import __all__ as error_names
@@ -104,7 +104,7 @@ def test_every_setting_that_is_named_exists(page: Path) -> None:
 
 
 def has_setting(name: str) -> bool:
-    return spot_at(name.split(".")) is not None
+    return schema_at(name.split(".")) is not None
 
 
 @pages

@@ -17,9 +17,9 @@ from imdsproxy.cli.reference_pages import (
     one_line,
     spell_parameter,
 )
+from imdsproxy.config.describe import Setting, iterate_inner_settings, iterate_settings
 from imdsproxy.config.schema import Settings
-from imdsproxy.config.takes import render_value
-from imdsproxy.config.words import Setting, iterate_inner_settings, iterate_settings
+from imdsproxy.config.yaml_text import render_value
 
 _MADE: Final = '.\\" Made by `python -m imdsproxy.cli.docgen`; edit the code instead.'
 

@@ -14,10 +14,10 @@ from imdsproxy.admin.refusals import status_of
 from imdsproxy.admin.snapshot import NETWORK_SUM
 from imdsproxy.cli.commands import build_program, iterate_commands
 from imdsproxy.cli.exitcodes import EXIT_STATUSES, errors_by_status
+from imdsproxy.config.describe import Setting, iterate_inner_settings, iterate_settings
 from imdsproxy.config.neutron_options import NEUTRON_OPTIONS
 from imdsproxy.config.schema import Settings
-from imdsproxy.config.takes import render_value
-from imdsproxy.config.words import Setting, iterate_inner_settings, iterate_settings
+from imdsproxy.config.yaml_text import render_value
 from imdsproxy.core.endpoints import LeftOutCode
 from imdsproxy.errors import ImdsproxyError
 

@@ -1,1 +1,1 @@
-"""Settings: one YAML file, one strict schema; the only package that knows pydantic-settings."""
+"""Settings: one YAML file and the environment, one strict schema."""

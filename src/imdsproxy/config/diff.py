@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from imdsproxy.config.change import Change
-from imdsproxy.config.schema import Section, Settings
-from imdsproxy.config.words import fields_of
+from imdsproxy.config.describe import Schema, fields_of, root_schema
+from imdsproxy.config.schema import Settings
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -34,25 +34,25 @@ def diff_settings(before: Settings, after: Settings) -> tuple[Changed, ...]:
     from or to `None`; within one that stayed, each of its settings is. Lists are compared whole.
     """
     old, new = before.model_dump(mode="json"), after.model_dump(mode="json")
-    return tuple(_differences(Settings, old, new, ""))
+    return tuple(_differences(root_schema(), old, new, ""))
 
 
 def _differences(
-    section: type[Section], old: Mapping[str, Any], new: Mapping[str, Any], prefix: str
+    section: Schema, old: Mapping[str, Any], new: Mapping[str, Any], prefix: str
 ) -> Iterator[Changed]:
-    for name, setting, held in fields_of(section, prefix):
-        before, after = old[name], new[name]
+    for field in fields_of(section, prefix):
+        setting, before, after = field.setting, old[field.name], new[field.name]
         if before == after:
             continue
-        if held is None or held.by == "position":
+        if field.holds in {"nothing", "items"}:
             yield Changed(setting.path, before, after, setting.change)
-        elif held.by == "itself":
-            yield from _differences(held.section, before, after, f"{setting.path}.")
+        elif field.holds == "section":
+            yield from _differences(field.section, before, after, f"{setting.path}.")
         else:
             for key in {**before, **after}:
                 path = f"{setting.path}.{key}"
                 if key in before and key in after:
-                    yield from _differences(held.section, before[key], after[key], f"{path}.")
+                    yield from _differences(field.section, before[key], after[key], f"{path}.")
                 else:
                     yield Changed(path, before.get(key), after.get(key), setting.change)
 

@@ -6,13 +6,15 @@ are merged key by key, everything else (lists too) is replaced.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 from pydantic import ValidationError
 
+from imdsproxy.config.describe import explain_finding, iterate_settings
+from imdsproxy.config.environment import read_environment
 from imdsproxy.config.files import (
     DEFAULT_CONFIG,
     ENVIRONMENT_PREFIX,
@@ -20,9 +22,7 @@ from imdsproxy.config.files import (
     read_each,
     unreadable,
 )
-from imdsproxy.config.schema import Settings
-from imdsproxy.config.tree import walk_values
-from imdsproxy.config.words import explain_finding, iterate_settings
+from imdsproxy.config.schema import Section, Settings
 from imdsproxy.config.yaml_document import YamlDocument, parse_yaml
 from imdsproxy.errors import ConfigInvalid, ConfigUnreadable, Problem
 
@@ -96,12 +96,26 @@ def load_settings(
         raise _invalid(problems) from error
     if problems:
         raise _invalid(problems)
-    nodes = walk_values(settings.model_dump(mode="json"))
-    leaves = {node.path for node in nodes if node.setting is not None}
+    leaves = set(_leaves(settings, ""))
     origins = {path: origin for path, origin in merged.origins.items() if path in leaves}
     empty = frozenset(path for path, document in documents if document.data is None)
     blank = frozenset(path for path in empty if path.is_file() and not path.read_text().strip())
     return Loaded(settings, origins, tuple(files), empty, blank)
+
+
+def _leaves(value: object, path: str) -> Iterator[str]:
+    """The paths of all settings; not by the schema, which takes longer than reading the files."""
+    if isinstance(value, Section):
+        for name in type(value).model_fields:
+            yield from _leaves(getattr(value, name), f"{path}.{name}".lstrip("."))
+        return
+    yield path
+    parts = value.items() if isinstance(value, Mapping) else ()
+    named = [(f"{path}.{key}", part) for key, part in parts]
+    items = enumerate(value if isinstance(value, tuple) else ())
+    for inside, part in [*named, *((f"{path}[{number}]", part) for number, part in items)]:
+        if isinstance(part, Section):
+            yield from _leaves(part, inside)
 
 
 def _invalid(problems: Sequence[Problem]) -> ConfigInvalid:
@@ -174,9 +188,6 @@ def _remember(origins: dict[str, Origin], here: str, value: object, origin_of: _
 def _merge_environment(merged: _Merged, environment: Mapping[str, str]) -> list[Problem]:
     if not any(name.upper().startswith(ENVIRONMENT_PREFIX) for name in environment):
         return []
-    # pydantic-settings costs memory and start-up time that most hosts need not pay.
-    from imdsproxy.config.environment import read_environment, unknown_variables  # noqa: PLC0415
-
     variables = {setting.path: setting.variable for setting in iterate_settings()}
 
     def origin_of(where: str) -> Origin:
@@ -186,7 +197,7 @@ def _merge_environment(merged: _Merged, environment: Mapping[str, str]) -> list[
 
     values, problems = read_environment(environment)
     _merge(merged.values, values, "", merged.origins, origin_of)
-    return [*problems, *unknown_variables(environment)]
+    return problems
 
 
 def _problems(error: ValidationError, origins: Mapping[str, Origin]) -> list[Problem]:

@@ -8,8 +8,7 @@ from typing import Annotated
 from pydantic import AfterValidator
 
 from imdsproxy.config.change import Change
-from imdsproxy.config.section import AbsolutePath, Section, cross, setting
-from imdsproxy.config.unix_listener import AccountNameOrId
+from imdsproxy.config.section import AbsolutePath, AccountNameOrId, Section, cross, setting
 from imdsproxy.core.haproxy.namespace_proxy import (
     DEFAULT_PORT,
     DEFAULT_STATE_PATH,

@@ -11,6 +11,7 @@ from typing import Any, Final, TypeAlias
 
 from pydantic import ValidationError
 
+from imdsproxy.config.describe import explain_finding
 from imdsproxy.config.neutron_options import (
     NEUTRON_OPTIONS,
     NOVA,
@@ -21,8 +22,7 @@ from imdsproxy.config.neutron_options import (
 from imdsproxy.config.nova import DEFAULT_SET
 from imdsproxy.config.nova_url import NovaUrl, parse_nova_url
 from imdsproxy.config.schema import Settings
-from imdsproxy.config.takes import render_value
-from imdsproxy.config.words import explain_finding
+from imdsproxy.config.yaml_text import render_value
 from imdsproxy.core.neutron_ini import IniOption, expand_value, find_option
 from imdsproxy.errors import ConfigInvalid, Problem
 

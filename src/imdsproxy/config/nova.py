@@ -9,7 +9,6 @@ from pydantic import (
     Field,
     PlainSerializer,
     Strict,
-    StringConstraints,
     WithJsonSchema,
     model_validator,
 )
@@ -17,8 +16,7 @@ from pydantic_core import PydanticCustomError
 
 from imdsproxy.config.change import Change
 from imdsproxy.config.nova_url import NovaUrl, parse_nova_url
-from imdsproxy.config.section import AbsolutePath, Section, cross, setting
-from imdsproxy.core.model import ID_PATTERN
+from imdsproxy.config.section import AbsolutePath, Identifier, Section, cross, form, setting
 
 DEFAULT_SET = "default"
 """The endpoint set of every instance that no other set names."""
@@ -37,12 +35,25 @@ Url = Annotated[
     NovaUrl,
     BeforeValidator(_nova_url),
     PlainSerializer(str, return_type=str),
-    WithJsonSchema({"type": "string", "examples": ["http://192.0.2.10:8775"]}),
+    WithJsonSchema(
+        {"type": "string", "format": "nova-url", "examples": ["http://192.0.2.10:8775"]}
+    ),
 ]
-SetName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9-]{0,31}$")]
-Identifier = Annotated[str, StringConstraints(pattern=ID_PATTERN)]
-HostHeader = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9.:\[\]-]{1,255}$")]
-ServerName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9.-]{1,253}$")]
+SetName = Annotated[
+    str,
+    form(
+        r"^[a-z0-9][a-z0-9-]{0,31}$",
+        "1 to 32 lower-case letters, digits and hyphens, no hyphen first",
+    ),
+]
+HostHeader = Annotated[
+    str,
+    form(
+        r"^[A-Za-z0-9.:\[\]-]{1,255}$",
+        "a host as in a Host header: a name or an address, and a port",
+    ),
+]
+ServerName = Annotated[str, form(r"^[A-Za-z0-9.-]{1,253}$", "a host's name")]
 
 
 class NovaEndpointSettings(Section):

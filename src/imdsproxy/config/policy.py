@@ -10,6 +10,7 @@ from pydantic import AfterValidator, Field, create_model
 from imdsproxy.config.change import Change
 from imdsproxy.config.section import (
     AbsolutePath,
+    Identifier,
     OffIsFalse,
     Section,
     cross,
@@ -17,7 +18,6 @@ from imdsproxy.config.section import (
     setting,
 )
 from imdsproxy.core.haproxy.counting import ONE_IN
-from imdsproxy.core.model import ID_PATTERN
 from imdsproxy.core.path_rules import (
     MOST_PATH_RULES,
     PathWord,
@@ -27,9 +27,6 @@ from imdsproxy.core.path_rules import (
 from imdsproxy.core.policy import RULES, PolicyBook, PolicyRules, Rule, TokenMode
 
 __all__ = ["PolicyRulesSettings", "PolicySettings", "TokensSettings"]
-
-_Id = Annotated[str, Field(pattern=ID_PATTERN)]
-
 
 _Mode = Annotated[Literal["off", "optional", "required"], OffIsFalse]
 
@@ -88,15 +85,15 @@ class PolicySettings(Section):
     """The most specific word on each rule wins: instance, project, network, host."""
 
     host: PolicyRulesSettings = section("For every guest of this host.", PolicyRulesSettings)
-    networks: dict[_Id, PolicyRulesSettings] = setting(
+    networks: dict[Identifier, PolicyRulesSettings] = setting(
         {},
         "Sections by a network's id, or by a router's where guests are reached by it.",
         Change.LIVE,
     )
-    projects: dict[_Id, PolicyRulesSettings] = setting(
+    projects: dict[Identifier, PolicyRulesSettings] = setting(
         {}, "Sections by a project's id.", Change.LIVE
     )
-    instances: dict[_Id, PolicyRulesSettings] = setting(
+    instances: dict[Identifier, PolicyRulesSettings] = setting(
         {}, "Sections by an instance's id.", Change.LIVE
     )
 

@@ -7,9 +7,9 @@ import textwrap
 from typing import TYPE_CHECKING, Final
 
 from imdsproxy.config.change import Change
+from imdsproxy.config.describe import Node, root_schema, walk_values
 from imdsproxy.config.schema import Settings
-from imdsproxy.config.takes import render_value
-from imdsproxy.config.tree import Node, walk_values
+from imdsproxy.config.yaml_text import render_value
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -53,7 +53,7 @@ def settings_by_origin(loaded: Loaded) -> dict[str, dict[str, object]]:
 
 def render_schema() -> str:
     """The JSON Schema of the configuration file, for editors."""
-    return json.dumps(Settings.model_json_schema(), indent=2, ensure_ascii=False) + "\n"
+    return json.dumps(root_schema(), indent=2, ensure_ascii=False) + "\n"
 
 
 def render_sample() -> str:

@@ -8,7 +8,7 @@ from this file, so what is said here is what operators read.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import Annotated, Literal, TypeAlias
 
 from pydantic import model_validator
 
@@ -23,10 +23,12 @@ from imdsproxy.config.section import (
     AbsolutePath,
     AccountName,
     HostEndpoint,
-    Region,
+    Identifier,
+    Mode,
     Section,
     UnitName,
     cross,
+    form,
     section,
     setting,
 )
@@ -205,7 +207,7 @@ class DocumentsSettings(Section):
     unit: UnitName = setting(
         "imdsproxy-documents.service", "The systemd unit of the document server.", Change.RESTART
     )
-    region: Region | None = setting(
+    region: Identifier | None = setting(
         None,
         "What `placement/region` says. Null derives it from the instance's availability zone: `eu-west-1a` lies in "
         "`eu-west-1`, and a zone that is not named after its region counts as one. botocore and the AWS CLI do not "
@@ -319,12 +321,11 @@ class AdminSettings(Section):
         "Path of the unix socket; null is `admin.sock` in `paths.runtime_dir`.",
         Change.RESTART,
     )
-    mode: str = setting(
+    mode: Mode = setting(
         "0660",
         "Permissions of the socket, in octal and quoted. Whoever can write to it can read and "
         "change every instance's documents.",
         Change.RESTART,
-        pattern=r"^0?[0-7]{3}$",
     )
     user: AccountName | None = setting(
         None, "Owner of the socket; null is the controller's own account.", Change.RESTART
@@ -377,13 +378,18 @@ class MetricsSettings(Section):
 class HostSettings(Section):
     """What imdsproxy makes and watches on the host."""
 
-    name_prefix: str = setting(
+    name_prefix: Annotated[
+        str,
+        form(
+            r"^[a-z][a-z0-9]{1,5}$",
+            "2 to 6 lower-case letters and digits, a letter first",
+        ),
+    ] = setting(
         "imds",
         "Begin of the names of the namespaces and links that imdsproxy makes, and may sweep "
         "away. Two daemons on one host need two. Short, because Linux allows a link 15 "
         "characters.",
         Change.RESTART,
-        pattern=r"^[a-z][a-z0-9]{1,5}$",
     )
     audit_per_second: int = setting(
         20,

@@ -19,6 +19,7 @@ from pydantic_core import PydanticCustomError
 
 from imdsproxy.config.change import Change
 from imdsproxy.config.endpoint import Endpoint, parse_endpoint
+from imdsproxy.core.model import ID_PATTERN
 
 
 def _absolute(path: Path) -> Path:
@@ -41,6 +42,20 @@ def _off(value: object) -> object:
     return "off" if value is False else value
 
 
+FORMS: dict[str, str] = {
+    "path": "an absolute path",
+    "endpoint": "an address of the host and a port, as 127.0.0.1:9465 or [::1]:9465",
+    "nova-url": "a URL that ends after the port, as http://192.0.2.10:8775 or https://[2001:db8::1]",
+}
+"""What a text takes, in words, by its pattern or format in the JSON Schema."""
+
+
+def form(pattern: str, words: str) -> Any:  # noqa: ANN401 - as pydantic's Field
+    """A text of this pattern, which `words` describe to an operator."""
+    FORMS[pattern] = words
+    return Field(pattern=pattern)
+
+
 OffIsFalse = BeforeValidator(_off)
 """For words of which one is `off`."""
 
@@ -49,11 +64,29 @@ HostEndpoint = Annotated[
     Endpoint,
     BeforeValidator(_endpoint),
     PlainSerializer(str, return_type=str),
-    WithJsonSchema({"type": "string", "examples": ["127.0.0.1:9465", "[::1]:9465"]}),
+    WithJsonSchema(
+        {"type": "string", "format": "endpoint", "examples": ["127.0.0.1:9465", "[::1]:9465"]}
+    ),
 ]
-AccountName = Annotated[str, Field(pattern=r"^[a-z_][a-z0-9_-]{0,30}\$?$")]
-Region = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
-UnitName = Annotated[str, Field(pattern=r"^[A-Za-z0-9:_.@-]{1,200}\.service$")]
+Identifier = Annotated[
+    str,
+    form(
+        ID_PATTERN,
+        "an id: 1 to 64 letters, digits, dots, hyphens and underscores, a letter or digit first",
+    ),
+]
+AccountName = Annotated[str, form(r"^[a-z_][a-z0-9_-]{0,30}\$?$", "an account name")]
+AccountNameOrId = Annotated[
+    str,
+    form(
+        r"^([a-z_][a-z0-9_-]{0,30}\$?|[0-9]{1,10})$",
+        "an account name, or its number in quotes",
+    ),
+]
+Mode = Annotated[str, form(r"^0?[0-7]{3}$", 'three octal digits in quotes, as "0660"')]
+UnitName = Annotated[
+    str, form(r"^[A-Za-z0-9:_.@-]{1,200}\.service$", "a systemd unit, as `name.service`")
+]
 
 
 def setting(
@@ -63,7 +96,6 @@ def setting(
     *,
     ge: float | None = None,
     le: float | None = None,
-    pattern: str | None = None,
     min_length: int | None = None,
     examples: list[Any] | None = None,
 ) -> Any:  # noqa: ANN401 - as pydantic's Field: it takes the type it stands beside
@@ -74,7 +106,6 @@ def setting(
         json_schema_extra={"change": change.value},
         ge=ge,
         le=le,
-        pattern=pattern,
         min_length=min_length,
         examples=examples,
     )
@@ -94,7 +125,7 @@ class Section(BaseModel):
 
 
 def cross(field: str, reason: str, hint: str) -> PydanticCustomError:
-    """Two settings that do not go together, told at the one that `field` names."""
+    """Two settings that do not go together, reported at the one that `field` names."""
     return PydanticCustomError(
         "cross", "{reason}", {"field": field, "reason": reason, "hint": hint}
     )

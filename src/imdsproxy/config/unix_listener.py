@@ -6,11 +6,18 @@ import re
 from pathlib import Path
 from typing import Annotated, Final, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator
 from pydantic_core import PydanticCustomError
 
 from imdsproxy.config.change import Change
-from imdsproxy.config.section import AbsolutePath, AccountName, Section, setting
+from imdsproxy.config.section import (
+    AbsolutePath,
+    AccountName,
+    AccountNameOrId,
+    Mode,
+    Section,
+    setting,
+)
 
 _LONGEST: Final = 97
 """HAProxy binds beside the path and renames: of the kernel's 107 bytes ten are for that."""
@@ -30,9 +37,6 @@ def _bindable(path: Path) -> Path:
             {"path": str(path), "length": len(str(path)), "most": _LONGEST},
         )
     return path
-
-
-AccountNameOrId = Annotated[str, Field(pattern=r"^([a-z_][a-z0-9_-]{0,30}\$?|[0-9]{1,10})$")]
 
 
 class UnixListenerSettings(Section):
@@ -72,12 +76,11 @@ class UnixListenerSettings(Section):
         "Group of the socket, and of its directory when that is made; null is the directory's.",
         Change.RELOAD,
     )
-    directory_mode: str = setting(
+    directory_mode: Mode = setting(
         "0755",
         "Permissions of the socket's directory, in octal and quoted, when it is made; one that is there is "
         "left as it is.",
         Change.RELOAD,
-        pattern=r"^0?[0-7]{3}$",
     )
     proxy_user: AccountNameOrId | None = setting(
         None,

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from imdsproxy.config.describe import iterate_settings
 from imdsproxy.config.endpoint import Endpoint
 from imdsproxy.config.load import load_settings
 from imdsproxy.config.schema import Settings
-from imdsproxy.config.words import iterate_settings
 from imdsproxy.errors import ConfigInvalid, ConfigUnreadable, Problem
 
 

@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from imdsproxy.config.describe import schema_at
 from imdsproxy.config.load import load_settings
 from imdsproxy.config.neutron_import import Given, Imported, plan_import, render_imported
 from imdsproxy.config.neutron_options import NEUTRON_OPTIONS, Fate
 from imdsproxy.config.schema import Settings
-from imdsproxy.config.shape import spot_at
 from imdsproxy.core.neutron_ini import parse_ini
 from imdsproxy.errors import ConfigInvalid, Problem
 
@@ -337,9 +337,9 @@ def test_each_option_stands_once_and_leads_to_a_setting_there_is() -> None:
         steps: list[str | int] = []
         for step in place if option.becomes else ():
             steps += [step, 0] if step == "endpoints" else [step]
-        assert spot_at(steps) is not None
+        assert schema_at(steps) is not None
         for word in re.findall(r"`([a-z_]+(?:\.[a-z_]+)+)`", option.why):
-            assert spot_at(word.split(".")) is not None, word
+            assert schema_at(word.split(".")) is not None, word
 
 
 @pytest.mark.parametrize("option", NEUTRON_OPTIONS, ids=lambda one: f"{one.section}-{one.name}")

@@ -6,6 +6,7 @@ from pathlib import Path
 from hypothesis import given
 from hypothesis import strategies as st
 
+from imdsproxy.config.describe import iterate_inner_settings, iterate_settings
 from imdsproxy.config.load import load_settings
 from imdsproxy.config.render import (
     render_sample,
@@ -14,9 +15,8 @@ from imdsproxy.config.render import (
     settings_by_origin,
 )
 from imdsproxy.config.schema import Settings
-from imdsproxy.config.takes import render_value
-from imdsproxy.config.words import iterate_inner_settings, iterate_settings
 from imdsproxy.config.yaml_document import parse_yaml
+from imdsproxy.config.yaml_text import render_value
 
 
 def test_the_sample_loads_back_as_the_defaults(tmp_path: Path) -> None:

@@ -3,9 +3,9 @@ from __future__ import annotations
 import pytest
 from pydantic import ValidationError
 
+from imdsproxy.config.describe import explain_finding
 from imdsproxy.config.policy import PolicyRulesSettings
 from imdsproxy.config.strict_yaml import Decoded, decode_yaml
-from imdsproxy.config.words import explain_finding
 from imdsproxy.core.model import Instance, Network
 from imdsproxy.core.path_rules import MOST_PATH_RULES, PathWord
 from imdsproxy.core.policy import NOTHING_SAID, RULES, PolicyRules, TokenMode

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Strict, StringConstraints
+from pydantic import Strict
 
 from imdsproxy.config.change import Change
-from imdsproxy.config.section import Section, setting
+from imdsproxy.config.section import Section, form, setting
 
-ConnectionUri = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9+.-]*://[\x21-\x7e]*$")]
-NetworkName = Annotated[str, StringConstraints(pattern=r"^[^\x00-\x1f/]{1,255}$")]
+ConnectionUri = Annotated[
+    str, form(r"^[a-z][a-z0-9+.-]*://[\x21-\x7e]*$", "a URI, as qemu:///system")
+]
+NetworkName = Annotated[str, form(r"^[^\x00-\x1f/]{1,255}$", "a name without a slash")]
 
 
 class LibvirtSourceSettings(Section):

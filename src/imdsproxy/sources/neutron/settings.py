@@ -5,13 +5,21 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import StringConstraints, model_validator
+from pydantic import model_validator
 
 from imdsproxy.config.change import Change
-from imdsproxy.config.section import AbsolutePath, Section, cross, setting
+from imdsproxy.config.section import AbsolutePath, Section, cross, form, setting
 
-ApiUrl = Annotated[str, StringConstraints(pattern=r"^https?://[^\s/?#]+/?[^\s?#]*$")]
-HostName = Annotated[str, StringConstraints(pattern=r"^[\x21-\x7e]{1,255}$")]
+ApiUrl = Annotated[
+    str,
+    form(
+        r"^https?://[^\s/?#]+/?[^\s?#]*$",
+        "a URL that begins with http:// or https://, without ? and #",
+    ),
+]
+HostName = Annotated[
+    str, form(r"^[\x21-\x7e]{1,255}$", "a name of 1 to 255 ASCII letters without blanks")
+]
 
 
 class NeutronSourceSettings(Section):
