@@ -16,7 +16,7 @@ from imdsproxy.app.record_loop import RecordLoop
 from imdsproxy.core.model import NetworkId
 from imdsproxy.core.observation import AddressKey
 from imdsproxy.errors import HostRefused
-from imdsproxy.host.neighbour_watch import NeighbourChange, NeighbourWatch, TableWatch
+from imdsproxy.host.events import NeighbourChange, watch_neighbours, watch_tables
 from imdsproxy.host.watch import HostWatch
 from imdsproxy.serving.resolver import Resolver
 
@@ -69,13 +69,13 @@ class PairFollower:
         self.resolver.wake_networks(networks)
 
     def _is_followed(self, key: AddressKey) -> bool:
-        return self.mac_filters.is_up(key[0]) and self.watch.hears(
+        return self.mac_filters.is_up(key[0]) and self.watch.is_watched(
             self.mac_filters.namespace_of(key[0])
         )
 
     def _key(self, change: NeighbourChange) -> AddressKey | None:
         """The address, where a guest is known by it."""
-        namespace = None if change.nsid is None else self.watch.place_of_id(change.nsid)
+        namespace = None if change.nsid is None else self.watch.namespace_of_id(change.nsid)
         if change.nsid is not None and namespace is None:
             return None
         network = self.mac_filters.network_at(namespace, change.index)
@@ -84,7 +84,7 @@ class PairFollower:
 
     async def follow_neighbours(self) -> None:
         """Follow addresses that guests are known by through the neighbour table."""
-        async with NeighbourWatch(lambda change: self._key(change) is not None) as changes:
+        async with watch_neighbours(lambda change: self._key(change) is not None) as changes:
             async for change in changes:
                 if change is None:
                     await self.lookup.review_all()
@@ -94,10 +94,10 @@ class PairFollower:
 
     async def follow_tables(self) -> None:
         """Create tables again that another program has removed, as `nft flush ruleset` does."""
-        async with TableWatch(self._tables) as removals:
-            async for removed in removals:
-                self.mac_filters.lost(removed.table)
-                await self.hop_limits.lost(removed.table)
+        async with watch_tables(self._tables) as removals:
+            async for table in removals:
+                self.mac_filters.lost(table)
+                await self.hop_limits.lost(table)
 
     def _tables(self) -> Collection[str]:
         return {*self.mac_filters.tables(), self.hop_limits.kernel.table}

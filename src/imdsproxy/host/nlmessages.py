@@ -32,7 +32,7 @@ _INTERRUPTED: Final = 0x10
 _CAPPED: Final = 0x100
 _HAS_TLVS: Final = 0x200
 _TYPE_MASK: Final = 0x3FFF
-_SOL_NETLINK: Final = 270
+SOL_NETLINK: Final = 270
 _EXT_ACK: Final = 11
 _STRICT_CHECK: Final = 12
 _RECEIVE_BYTES: Final = 32 * 1024  # as much as the kernel packs into one datagram of a dump
@@ -130,9 +130,9 @@ class NetlinkSocket:
             socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, protocol
         )
         self._sequence = 0
-        self._socket.setsockopt(_SOL_NETLINK, _EXT_ACK, 1)
+        self._socket.setsockopt(SOL_NETLINK, _EXT_ACK, 1)
         # With strict checks a dump can be narrowed to one device or table (Linux 4.20).
-        self._socket.setsockopt(_SOL_NETLINK, _STRICT_CHECK, 1)
+        self._socket.setsockopt(SOL_NETLINK, _STRICT_CHECK, 1)
 
     def __enter__(self) -> Self:
         return self

@@ -1,9 +1,8 @@
-"""Everything on the host that may change what can be listened on, as one stream of events.
+"""Everything on the host that may change what HAProxy can bind, as one stream of events.
 
-Three kinds of notice: namespaces that come and go, devices and addresses (in the host's own
-namespace and in those that are listened in), and what no event tells of, above all who else
-listens. For the last a paced audit looks at one network after the other, and at those that are
-left out every second.
+Three sources: namespaces that come and go, devices and addresses (in the host's own namespace and in those that HAProxy
+listens in), and a paced audit of what no event reports, above all other programs' listening sockets. The audit checks
+one network after the other, and those that are not served every second.
 """
 
 from __future__ import annotations
@@ -14,7 +13,6 @@ import functools
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from types import TracebackType
 from typing import Final, Self, TypeAlias, TypeVar, assert_never
 
 from imdsproxy.core.hostnames import Naming
@@ -27,11 +25,11 @@ from imdsproxy.core.model import (
     NetworkId,
 )
 from imdsproxy.errors import DataplaneError
-from imdsproxy.host.linkwatch import LinkChange, LinkWatch
+from imdsproxy.host.events import LinkChange, watch_links
+from imdsproxy.host.namespace_watch import NamespaceCame, NamespaceWatch, NamespaceWent
 from imdsproxy.host.namespaces import NamespaceThread
 from imdsproxy.host.netlink import assign_nsid
 from imdsproxy.host.nlmessages import NetlinkRefused, NetlinkSocket
-from imdsproxy.host.nswatch import NamespaceCame, NamespaceWatch, NamespaceWent
 from imdsproxy.host.observe import HostObserver, Peek, place_of
 
 T = TypeVar("T")
@@ -79,13 +77,13 @@ _EventKey: TypeAlias = tuple[EventKind, frozenset[NetworkId], NamespaceRef | Non
 
 @dataclass(frozen=True, slots=True)
 class WatchPace:
-    """How often what no event tells of is looked at.
+    """How often to check what no event reports.
 
     Attributes:
-        audits_per_s: Networks looked at in turn each second, none of them more often than every
+        audits_per_s: Networks checked in turn each second, none of them more often than every
             half second; one takes 0.1 ms. 0 for none.
-        recheck_s: Seconds between two looks at everything that is left out.
-        rechecks: At most so many left-out networks are looked at each time, in turn.
+        recheck_s: Seconds between two checks of networks that are not served.
+        rechecks: At most so many of them each time, in turn.
     """
 
     audits_per_s: float = 20.0
@@ -109,8 +107,7 @@ class _Places:
 class HostWatch:
     """One asynchronous iterator of `HostEvent`. An asynchronous context manager.
 
-    It says nothing until `expect` has said which networks matter and what is known of the host.
-    Events that say the same are one until they are taken.
+    It reports nothing until `expect` was called. Equal events are merged until they are taken.
 
     Args:
         thread: Where namespaces are entered.
@@ -150,12 +147,12 @@ class HostWatch:
         """Every usable namespace by name, as of now."""
         return self._namespace_watch.current
 
-    def place_of_id(self, nsid: int) -> NamespaceRef | None:
-        """The namespace that has an id here, as events of it carry."""
+    def namespace_of_id(self, nsid: int) -> NamespaceRef | None:
+        """The namespace that has an id, as its events carry it."""
         return self._nsids.get(nsid)
 
-    def hears(self, namespace: NamespaceRef | None) -> bool:
-        """Whether events of a namespace are heard; `None` is our own."""
+    def is_watched(self, namespace: NamespaceRef | None) -> bool:
+        """Whether events of a namespace are received; `None` is our own."""
         return namespace is None or namespace in self._nsids.values()
 
     def expect(
@@ -166,12 +163,12 @@ class HostWatch:
         left_out: Iterable[NetworkId] = (),
         our_pids: Collection[int] = (),
     ) -> None:
-        """Say what matters and what is known: an audit tells only of what differs from that.
+        """Set what matters and what is known: an audit reports only what differs from that.
 
         Args:
             networks: All of them.
             observed: The host as it is known.
-            left_out: Networks that are to be looked at every second.
+            left_out: Networks to check every second.
             our_pids: HAProxy's master and workers.
         """
         if networks != self._networks:
@@ -189,7 +186,7 @@ class HostWatch:
         self._namespace_watch = await self._closing.enter_async_context(
             NamespaceWatch(self._thread.directory)
         )
-        self._link_watch = await self._closing.enter_async_context(LinkWatch())
+        self._link_watch = await self._closing.enter_async_context(watch_links())
         for work in (
             self._follow_namespaces(),
             self._follow_links(),
@@ -202,12 +199,7 @@ class HostWatch:
             self._tasks.append(task)
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -229,7 +221,7 @@ class HostWatch:
             if task.done():
                 task.result()
 
-    def _tell(self, event: HostEvent) -> None:
+    def _publish(self, event: HostEvent) -> None:
         if event.networks:
             key = (event.kind, event.networks, event.namespace)
             # The latest wins: an audit's part is what was seen last.
@@ -242,19 +234,19 @@ class HostWatch:
             if isinstance(change, NamespaceCame):
                 if networks:
                     self._wanted_ids.set()
-                self._tell(HostEvent(EventKind.NAMESPACE_CAME, networks, change.ref))
+                self._publish(HostEvent(EventKind.NAMESPACE_CAME, networks, change.ref))
             elif isinstance(change, NamespaceWent):
                 self._nsids = {i: ref for i, ref in self._nsids.items() if ref != change.ref}
-                self._tell(HostEvent(EventKind.NAMESPACE_WENT, networks, change.ref))
+                self._publish(HostEvent(EventKind.NAMESPACE_WENT, networks, change.ref))
             else:
                 assert_never(change)
 
     async def _follow_links(self) -> None:
         async for change in self._link_watch:
             if change.overflow:
-                self._tell(HostEvent(EventKind.OVERFLOW, frozenset(self._networks)))
+                self._publish(HostEvent(EventKind.OVERFLOW, frozenset(self._networks)))
             else:
-                self._tell(HostEvent(EventKind.LINK, self._concerned(change)))
+                self._publish(HostEvent(EventKind.LINK, self._concerned(change)))
 
     def _concerned(self, change: LinkChange) -> frozenset[NetworkId]:
         if change.nsid is None:
@@ -278,7 +270,7 @@ class HostWatch:
         return frozenset(concerned)
 
     async def _give_ids(self) -> None:
-        """Give an id to each namespace that is listened in, so that its events are heard."""
+        """Give an id to each namespace that HAProxy listens in, so that its events are received."""
         while True:
             await self._wanted_ids.wait()
             self._wanted_ids.clear()
@@ -294,7 +286,7 @@ class HostWatch:
             for some in _batches(missing, _AT_ONCE):
                 given = await self._thread.run(functools.partial(self._assign, some))
                 self._nsids.update(given)
-                # What happened before the id was given was not heard.
+                # What happened before the id was given was not reported.
                 await self._look(self._listening_in(ref.name for ref in given.values()))
 
     def _assign(self, refs: Iterable[NamespaceRef]) -> dict[int, NamespaceRef]:
@@ -307,7 +299,7 @@ class HostWatch:
                 try:
                     given[assign_nsid(channel, opened.descriptor)] = opened.ref
                 except NetlinkRefused:
-                    # It is not heard then, and the audit looks at it properly every time.
+                    # No events then; the audit looks at it properly every time.
                     continue
                 finally:
                     opened.close()
@@ -326,8 +318,8 @@ class HostWatch:
             await self._audit_some([self._networks[one] for one in turn])
 
     async def _audit_some(self, networks: list[Network]) -> None:
-        # Devices and addresses are heard of where a namespace has an id. Which sockets listen is not:
-        # where others do than at the last proper look, it is time for another one.
+        # Devices and addresses are reported where a namespace has an id. Listening sockets are not:
+        # where they differ from the last proper look, it is time for another one.
         heard = {None, *(ref.name for ref in self._nsids.values())}
         places = {one.id: place_of(one, self._naming) for one in networks}
         seen = await self._observer.peek(set(places.values()))
@@ -341,7 +333,7 @@ class HostWatch:
             self._peeked.update({places[one.id]: seen[places[one.id]] for one in stale})
 
     async def _recheck(self) -> None:
-        """Look at those that are left out, every time."""
+        """Look at networks that are not served, again and again."""
         while True:
             await asyncio.sleep(self._pace.recheck_s)
             ids = [one for one in self._left_out if one in self._networks]
@@ -352,12 +344,12 @@ class HostWatch:
                 await self._look(some)
 
     async def _look(self, networks: list[Network]) -> bool:
-        """Look properly, and tell what is not as it is known; false when that was not possible."""
+        """Look properly, and report differences; false when that was not possible."""
         try:
             part = await self._observer.observe(networks, self._our_pids)
         except DataplaneError:
-            # Whoever acts on the event looks too, and has a way to tell of it and to try again.
-            self._tell(HostEvent(EventKind.OVERFLOW, frozenset(self._networks)))
+            # The listener loop, which acts on the event, looks too, reports the error and tries again.
+            self._publish(HostEvent(EventKind.OVERFLOW, frozenset(self._networks)))
             return False
         changed = changed_places(self._observed, part)
         if not changed:
@@ -369,7 +361,7 @@ class HostWatch:
             concerned |= self._places.devices.get(name, set())
         if changed.sockets:
             concerned |= self._places.interfaces
-        self._tell(HostEvent(EventKind.AUDIT, frozenset(concerned), part=part))
+        self._publish(HostEvent(EventKind.AUDIT, frozenset(concerned), part=part))
         return True
 
     def _listening_in(self, names: Iterable[str]) -> list[Network]:

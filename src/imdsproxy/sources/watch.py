@@ -1,28 +1,33 @@
-"""Wait until something changes in some directories (inotify, by watchfiles' Rust part)."""
+"""Wait until something changes in some directories."""
 
 from __future__ import annotations
 
 import asyncio
-import threading
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-# Documented as the library's lower layer (https://watchfiles.helpmanual.io/api/rust_backend/); its
-# `awatch` begins to watch at an unknown moment, so that a change just before would be missed.
-from watchfiles._rust_notify import RustNotify
+from imdsproxy.host.inotify import (
+    ENTRIES,
+    IN_ATTRIB,
+    IN_CLOSE_WRITE,
+    IN_MODIFY,
+    IN_Q_OVERFLOW,
+    ITSELF,
+    Inotify,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
 __all__ = ["Place", "Watch", "place_of"]
 
-_STEP_MS: Final = 40
-"""A change is told when nothing else has changed for so long, for writers write in several steps;
-it is also how often the Rust part looks, which costs 0.1 % of a core."""
+_CHANGES: Final = IN_MODIFY | IN_ATTRIB | IN_CLOSE_WRITE | ENTRIES | ITSELF
 
-_LONGEST_MS: Final = 200
+_STEP_S: Final = 0.04
+"""A change is reported when nothing else has changed for so long, for writers write in several steps."""
+
+_LONGEST_S: Final = 0.2
 """And at the latest so long after the first one."""
 
 
@@ -56,36 +61,44 @@ class Watch:
 
     def __init__(self, places: Iterable[Place]) -> None:
         self.places = frozenset(places)
-        self._notify = RustNotify(
-            sorted({str(place.path) for place in self.places}),
-            False,
-            False,
-            0,
-            False,
-            True,
-        )
-        self._stop = threading.Event()
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="imdsproxy-watch")
+        self._inotify = Inotify()
+        try:
+            self._paths = {
+                self._inotify.add(place.path, _CHANGES): place.path for place in self.places
+            }
+        except OSError:
+            self._inotify.close()
+            raise
 
     async def changes(self, timeout_s: float | None) -> frozenset[Path]:
-        """The paths that have changed, none after `timeout_s`; waits for ever without it."""
-        timeout_ms = 0 if timeout_s is None else max(1, round(timeout_s * 1000))
-        waiting = asyncio.get_running_loop().run_in_executor(
-            self._thread, self._notify.watch, _LONGEST_MS, _STEP_MS, timeout_ms, self._stop
-        )
-        try:
-            found = await asyncio.shield(waiting)
-        except asyncio.CancelledError:
-            # The thread must have left the Rust part before that is closed.
-            self._stop.set()
-            await asyncio.wait((waiting,))
-            raise
-        if isinstance(found, str):
+        """The paths that have changed; none after `timeout_s`, or where events were lost. Without it waits for ever."""
+        if not await self._is_readable(timeout_s):
             return frozenset()
-        return frozenset(Path(path) for _kind, path in found)
+        end = asyncio.get_running_loop().time() + _LONGEST_S
+        found: set[Path] = set()
+        lost = False
+        while True:
+            for watch, mask, name in self._inotify.read():
+                lost = lost or bool(mask & IN_Q_OVERFLOW)
+                if watch in self._paths:
+                    found.add(self._paths[watch] / name)
+            rest = end - asyncio.get_running_loop().time()
+            if rest <= 0 or not await self._is_readable(min(_STEP_S, rest)):
+                return frozenset() if lost else frozenset(found)
+
+    async def _is_readable(self, timeout_s: float | None) -> bool:
+        loop = asyncio.get_running_loop()
+        ready = asyncio.Event()
+        loop.add_reader(self._inotify.descriptor, ready.set)
+        try:
+            async with asyncio.timeout(timeout_s):
+                await ready.wait()
+        except TimeoutError:
+            return False
+        finally:
+            loop.remove_reader(self._inotify.descriptor)
+        return True
 
     def close(self) -> None:
         """Stop watching."""
-        self._stop.set()
-        self._thread.shutdown(wait=True)
-        self._notify.close()
+        self._inotify.close()

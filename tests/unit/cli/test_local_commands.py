@@ -114,7 +114,7 @@ def test_a_daemon_serves_known_guests_before_it_loads_what_only_others_ask_of_it
         "import sys\n"
         "import imdsproxy.cli.main, imdsproxy.host.plain_structlog, imdsproxy.controller.main\n"
         "later = {'fastapi', 'starlette', 'uvicorn', 'prometheus_client', 'httpcore', 'keystoneauth1',"
-        " 'openstack', 'rich', 'watchfiles'}\n"
+        " 'openstack', 'rich'}\n"
         "early = ', '.join(sorted(later & sys.modules.keys()))\n"
         "import rich.table\n"
         "sys.exit(early or 0)\n"

@@ -1,48 +1,37 @@
 """Notices named namespaces as they come and go.
 
-inotify tells of names, but IN_CREATE comes before the mount that makes the name a namespace, and
-nothing in inotify tells of mounts. `/proc/self/mountinfo` does, by POLLPRI, without saying which:
-names that are still pending are tried again, and a look at the whole directory, at most every half
-second, finds what no event told (a mount upon an existing name, an overflow of the queue).
+inotify reports names, but IN_CREATE comes before the mount that makes the name a namespace, and inotify does not report
+mounts. `/proc/self/mountinfo` does, by POLLPRI, without saying which: names that are still pending are tried again,
+and a scan of the whole directory, at most every half second, finds what no event reported (a mount upon an existing
+name, an overflow of the queue).
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import ctypes
 import errno
 import os
 import select
-import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from types import TracebackType
 from typing import Final, Self, TypeAlias
 
 from imdsproxy.core.hoststate import NamespaceRef
+from imdsproxy.host.events import Stream
+from imdsproxy.host.inotify import (
+    ENTRIES,
+    IN_DELETE,
+    IN_IGNORED,
+    IN_MOVED_FROM,
+    IN_Q_OVERFLOW,
+    IN_UNMOUNT,
+    ITSELF,
+    Inotify,
+)
 from imdsproxy.host.namespaces import NamespaceDirectory
 from imdsproxy.host.refusal import host_refused
-from imdsproxy.host.stream import Stream
-
-_IN_MOVED_FROM: Final = 0x40
-_IN_MOVED_TO: Final = 0x80
-_IN_CREATE: Final = 0x100
-_IN_DELETE: Final = 0x200
-_IN_DELETE_SELF: Final = 0x400
-_IN_MOVE_SELF: Final = 0x800
-_IN_UNMOUNT: Final = 0x2000
-_IN_Q_OVERFLOW: Final = 0x4000
-_IN_IGNORED: Final = 0x8000
-_ENTRIES: Final = _IN_MOVED_FROM | _IN_MOVED_TO | _IN_CREATE | _IN_DELETE
-_SELF: Final = _IN_DELETE_SELF | _IN_MOVE_SELF
-_EVENT: Final = struct.Struct("=iIII")
-_READ_BYTES: Final = 64 * 1024
 
 _RESCAN_DELAY_S: Final = 0.5
-
-_libc = ctypes.CDLL(None, use_errno=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,11 +81,11 @@ class NamespaceWatch(Stream[NamespaceChange]):
     async def __aenter__(self) -> Self:
         self._loop = asyncio.get_running_loop()
         try:
-            self._inotify = _inotify_init()
+            self._inotify = Inotify()
             self._mounts = os.open("/proc/self/mountinfo", os.O_RDONLY | os.O_CLOEXEC)
             # An epoll of our own, since asyncio knows no POLLPRI.
             self._epoll = select.epoll()
-            self._epoll.register(self._inotify, select.EPOLLIN)
+            self._epoll.register(self._inotify.descriptor, select.EPOLLIN)
             self._epoll.register(self._mounts, select.EPOLLPRI | select.EPOLLERR)
         except OSError as error:
             # EMFILE of inotify_init is about its instances, not about descriptors.
@@ -105,56 +94,36 @@ class NamespaceWatch(Stream[NamespaceChange]):
         self._follow()
         self._current = self._directory.namespaces()
         self._pending = set(self._directory.names()) - self._current.keys()
-        self._loop.add_reader(self._epoll.fileno(), self._ready)
+        self._loop.add_reader(self._epoll.fileno(), self.attempt, self._take)
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         self._loop.remove_reader(self._epoll.fileno())
         if self._rescan is not None:
             self._rescan.cancel()
         self._epoll.close()
         os.close(self._mounts)
-        os.close(self._inotify)
-
-    def _ready(self) -> None:
-        self._attempt(self._take)
+        self._inotify.close()
 
     def _take(self) -> None:
         # asyncio's own epoll has looked at ours to learn that it is ready, and with that the mount
         # event is used up: being called at all is the event.
         self._epoll.poll(0)
-        for watch, mask, name in self._read():
-            if mask & _IN_Q_OVERFLOW or watch != self._watch or mask & _SELF:
+        for watch, mask, name in self._inotify.read():
+            if mask & IN_Q_OVERFLOW or watch != self._watch or mask & ITSELF:
                 self._look()
-            elif mask & (_IN_UNMOUNT | _IN_IGNORED):
+            elif mask & (IN_UNMOUNT | IN_IGNORED):
                 self._watched = None
                 self._look()
             else:
-                self._entry(name, replaced=bool(mask & (_IN_DELETE | _IN_MOVED_FROM)))
+                self._entry(name, replaced=bool(mask & (IN_DELETE | IN_MOVED_FROM)))
         for name in sorted(self._pending):
             self._entry(name)
         if self._rescan is None:
             self._rescan = self._loop.call_later(self._rescan_delay_s, self._look_later)
 
-    def _read(self) -> Iterator[tuple[int, int, str]]:
-        with contextlib.suppress(BlockingIOError):
-            while True:
-                data = os.read(self._inotify, _READ_BYTES)
-                offset = 0
-                while offset < len(data):
-                    watch, mask, _, length = _EVENT.unpack_from(data, offset)
-                    offset += _EVENT.size
-                    name = data[offset : offset + length].rstrip(b"\0")
-                    offset += length
-                    yield watch, mask, os.fsdecode(name)
-
     def _entry(self, name: str, *, replaced: bool = False) -> None:
-        """See what a name leads to now, and tell when that is something else than before.
+        """Check what a name leads to now, and report a change.
 
         Args:
             name: In the directory.
@@ -170,14 +139,14 @@ class NamespaceWatch(Stream[NamespaceChange]):
             return
         if before is not None:
             del self._current[name]
-            self._tell(NamespaceWent(before))
+            self.put(NamespaceWent(before))
         if now is not None:
             self._current[name] = now
-            self._tell(NamespaceCame(now))
+            self.put(NamespaceCame(now))
 
     def _look_later(self) -> None:
         self._rescan = None
-        self._attempt(self._look)
+        self.attempt(self._look)
 
     def _look(self) -> None:
         """Look at the whole directory."""
@@ -192,35 +161,13 @@ class NamespaceWatch(Stream[NamespaceChange]):
                 status = place.stat()
                 if (status.st_dev, status.st_ino) == self._watched:
                     return
-                watch = _inotify_add(self._inotify, place)
+                watch = self._inotify.add(place, ENTRIES | ITSELF)
             except (FileNotFoundError, NotADirectoryError):
                 continue
             except OSError as error:
                 raise host_refused(f"watch {place}", error) from error
             if self._watched is not None and self._watch != watch:
-                _inotify_remove(self._inotify, self._watch)
+                self._inotify.remove(self._watch)
             self._watched = (status.st_dev, status.st_ino)
             self._watch = watch
             return
-
-
-def _inotify_init() -> int:
-    return _checked(_libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC))
-
-
-def _inotify_add(descriptor: int, path: Path) -> int:
-    return _checked(
-        _libc.inotify_add_watch(descriptor, os.fsencode(path), ctypes.c_uint32(_ENTRIES | _SELF))
-    )
-
-
-def _inotify_remove(descriptor: int, watch: int) -> None:
-    # A watch that has ended by itself is EINVAL, which is as good.
-    _libc.inotify_rm_watch(descriptor, watch)
-
-
-def _checked(result: int) -> int:
-    if result < 0:
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number))
-    return result

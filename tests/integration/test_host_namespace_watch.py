@@ -9,8 +9,13 @@ import pytest
 
 from imdsproxy.core.hoststate import NamespaceRef
 from imdsproxy.errors import HostRefused
+from imdsproxy.host.namespace_watch import (
+    NamespaceCame,
+    NamespaceChange,
+    NamespaceWatch,
+    NamespaceWent,
+)
 from imdsproxy.host.namespaces import NamespaceDirectory, NamespaceThread
-from imdsproxy.host.nswatch import NamespaceCame, NamespaceChange, NamespaceWatch, NamespaceWent
 from support.hostlab import HostLab, create_namespace, host_lab
 from support.patience import patience
 
@@ -166,6 +171,6 @@ async def test_events_that_were_lost_are_made_up_for_by_a_look_at_the_directory(
 ) -> None:
     async with NamespaceWatch(NamespaceDirectory()) as watch:
         # inotify says IN_Q_OVERFLOW with no watch and no name, in place of everything it dropped.
-        monkeypatch.setattr(watch, "_read", lambda: iter([(-1, 0x4000, "")]))
+        monkeypatch.setattr(watch._inotify, "read", lambda: iter([(-1, 0x4000, "")]))
         name = await asyncio.to_thread(lab.namespace, "blue")
         assert isinstance(await _next(watch, name), NamespaceCame)

@@ -1,0 +1,244 @@
+"""What the kernel reports by itself: devices, addresses, neighbours and removed tables, as asynchronous iterators.
+
+One netlink socket hears all namespaces that have an id in ours (NETLINK_LISTEN_ALL_NSID); `HostWatch` gives an id to
+those that HAProxy listens in.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import socket
+import struct
+from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import dataclass
+from ipaddress import ip_address
+from typing import Final, Generic, Self, TypeVar
+
+from imdsproxy.core.model import IpAddress, MacAddress
+from imdsproxy.errors import DataplaneError
+from imdsproxy.host.netlink import (
+    RTM_DELADDR,
+    RTM_DELLINK,
+    RTM_NEWADDR,
+    RTM_NEWLINK,
+    RTM_NEWNEIGH,
+    address_index,
+    parse_address,
+    parse_link,
+    parse_neighbour,
+)
+from imdsproxy.host.nftables import DELTABLE, NETFILTER, table_of
+from imdsproxy.host.nlmessages import SOL_NETLINK, Message, iter_messages
+from imdsproxy.host.refusal import host_refused
+
+_LINKS: Final = (1, 5, 9)
+"""RTNLGRP_LINK, RTNLGRP_IPV4_IFADDR, RTNLGRP_IPV6_IFADDR."""
+
+_NEIGHBOURS: Final = (3,)
+_TABLES: Final = (7,)
+_LISTEN_ALL_NSID: Final = 8
+_SO_RCVBUFFORCE: Final = 33
+_BUFFER_BYTES: Final = 4 * 1024 * 1024
+_RECEIVE_BYTES: Final = 32 * 1024
+_ANCILLARY_BYTES: Final = socket.CMSG_SPACE(4)
+_ADDRESS_BYTES: Final = frozenset({4, 16})
+_AT_ONCE: Final = 256
+"""Datagrams read before other tasks run: a guest can make the kernel report a lot."""
+
+T = TypeVar("T")
+
+
+class Stream(Generic[T]):
+    """An asynchronous iterator without an end, fed by callbacks; it raises what failed in them."""
+
+    def __init__(self) -> None:
+        self._items: asyncio.Queue[T | DataplaneError] = asyncio.Queue()
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> T:
+        item = await self._items.get()
+        if isinstance(item, DataplaneError):
+            raise item
+        return item
+
+    def put(self, item: T) -> None:
+        """Add an item."""
+        self._items.put_nowait(item)
+
+    def attempt(self, work: Callable[[], None]) -> None:
+        """Do the work of an event loop's callback: its failure would only reach the loop's log."""
+        try:
+            work()
+        except DataplaneError as error:
+            self._items.put_nowait(error)
+
+
+class KernelEvents(Stream[T]):
+    """The messages of some multicast groups. An asynchronous context manager.
+
+    Args:
+        protocol: `socket.NETLINK_ROUTE` or NETLINK_NETFILTER.
+        groups: Their numbers.
+        about: Their subject, for an error's message.
+        parse: The items in a message, given the id of its namespace; `None` for our own.
+        lost: The item that says that messages were lost.
+
+    Attributes:
+        hears_all: Whether other namespaces are heard too (takes CAP_NET_BROADCAST).
+    """
+
+    def __init__(
+        self,
+        protocol: int,
+        groups: Iterable[int],
+        about: str,
+        parse: Callable[[Message, int | None], Iterable[T]],
+        lost: T,
+    ) -> None:
+        super().__init__()
+        self._protocol = protocol
+        self._groups = sum(1 << (group - 1) for group in groups)
+        self._about = about
+        self._parse = parse
+        self._lost = lost
+        self.hears_all = False
+
+    async def __aenter__(self) -> Self:
+        flags = socket.SOCK_RAW | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK
+        try:
+            self._socket = socket.socket(socket.AF_NETLINK, flags, self._protocol)
+            with contextlib.suppress(PermissionError):  # a small buffer overflows, and says so
+                self._socket.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, _BUFFER_BYTES)
+            with contextlib.suppress(PermissionError):
+                self._socket.setsockopt(SOL_NETLINK, _LISTEN_ALL_NSID, 1)
+                self.hears_all = True
+            self._socket.bind((0, self._groups))
+        except OSError as error:
+            raise host_refused(f"watch {self._about}", error) from error
+        asyncio.get_running_loop().add_reader(self._socket.fileno(), self.attempt, self._receive)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        asyncio.get_running_loop().remove_reader(self._socket.fileno())
+        self._socket.close()
+
+    def _receive(self) -> None:
+        for _ in range(_AT_ONCE):
+            try:
+                data, ancillary, _, _ = self._socket.recvmsg(_RECEIVE_BYTES, _ANCILLARY_BYTES)
+            except BlockingIOError:
+                return
+            except OSError as error:
+                if error.errno != errno.ENOBUFS:
+                    raise host_refused(f"hear of {self._about}", error) from error
+                self.put(self._lost)
+                continue
+            nsid = _nsid_of(ancillary)
+            for kind, _, _, payload in iter_messages(data):
+                for item in self._parse(Message(kind, payload), nsid):
+                    self.put(item)
+
+
+def _nsid_of(ancillary: list[tuple[int, int, bytes]]) -> int | None:
+    for level, kind, value in ancillary:
+        if (level, kind) == (SOL_NETLINK, _LISTEN_ALL_NSID):
+            (nsid,) = struct.unpack("=i", value[:4])
+            return int(nsid) if nsid >= 0 else None
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class LinkChange:
+    """A device or a metadata address has changed.
+
+    Attributes:
+        nsid: The id of the namespace; `None` for the host's own.
+        device: Name of the device; empty when it is gone or unknown.
+        master: Index of the bridge that it is a port of; 0 for none, and `None` where the message has none.
+        overflow: Events were lost: everything may have changed.
+    """
+
+    nsid: int | None
+    device: str
+    overflow: bool = False
+    master: int | None = None
+
+
+def watch_links() -> KernelEvents[LinkChange]:
+    """Changes of devices and metadata addresses."""
+
+    def parse(message: Message, nsid: int | None) -> Iterator[LinkChange]:
+        kind, payload = message.kind, message.payload
+        if kind in (RTM_NEWLINK, RTM_DELLINK):
+            link = parse_link(payload)
+            # A port that leaves its bridge is reported as deleted, by family AF_BRIDGE.
+            yield LinkChange(nsid, link.name, master=link.master if kind == RTM_NEWLINK else 0)
+        elif kind in (RTM_NEWADDR, RTM_DELADDR) and parse_address(payload, {}) is not None:
+            yield LinkChange(nsid, _name_of(address_index(payload)) if nsid is None else "")
+
+    lost = LinkChange(None, "", overflow=True)
+    return KernelEvents(socket.NETLINK_ROUTE, _LINKS, "the host's devices", parse, lost)
+
+
+def _name_of(index: int) -> str:
+    try:
+        return socket.if_indextoname(index)
+    except OSError as error:
+        if error.errno not in (errno.ENXIO, errno.ENODEV):
+            raise host_refused(f"look up device {index}", error) from error
+        return ""
+
+
+@dataclass(frozen=True, slots=True)
+class NeighbourChange:
+    """The MAC of an address has changed.
+
+    Attributes:
+        nsid: The id of the namespace; `None` for the host's own.
+        index: The device's.
+        mac: `None` when no neighbour answers for it any more.
+    """
+
+    nsid: int | None
+    index: int
+    address: IpAddress
+    mac: MacAddress | None
+
+
+def watch_neighbours(
+    wanted: Callable[[NeighbourChange], bool],
+) -> KernelEvents[NeighbourChange | None]:
+    """Changes of neighbour tables; `None` where changes were lost.
+
+    Args:
+        wanted: Whether a change matters. A guest can make the kernel report as many others as it likes.
+    """
+
+    def parse(message: Message, nsid: int | None) -> Iterator[NeighbourChange]:
+        found = parse_neighbour(message.payload)
+        if len(found.packed) not in _ADDRESS_BYTES:
+            return
+        mac = found.mac if message.kind == RTM_NEWNEIGH else None
+        change = NeighbourChange(nsid, found.index, ip_address(found.packed), mac)
+        if wanted(change):
+            yield change
+
+    return KernelEvents(socket.NETLINK_ROUTE, _NEIGHBOURS, "the neighbour tables", parse, None)
+
+
+def watch_tables(wanted: Callable[[], Collection[str]]) -> KernelEvents[str]:
+    """Names of tables of nf_tables that were removed; empty where removals were lost.
+
+    Args:
+        wanted: The names that matter.
+    """
+
+    def parse(message: Message, _: int | None) -> Iterator[str]:
+        if message.kind == DELTABLE and (table := table_of(message.payload)) in wanted():
+            yield table
+
+    return KernelEvents(NETFILTER, _TABLES, "the tables of nf_tables", parse, "")
