@@ -1,61 +1,419 @@
-"""The admin API on a real unix socket, in a thread of its own."""
+"""The admin API on a real unix socket: its services over a real store, and a HAProxy with a fake master."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
+import itertools
 import threading
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any, cast
+
+from fastapi import FastAPI
+from structlog.testing import capture_logs
 
 from imdsproxy.admin.api import admin_app
+from imdsproxy.admin.explain import Explainer
+from imdsproxy.admin.guests import GuestService
+from imdsproxy.admin.record_reports import RecordReports
+from imdsproxy.admin.records import RecordService
+from imdsproxy.admin.reports import (
+    DocumentsReport,
+    HaproxyReport,
+    PlanReport,
+    Readiness,
+    ReloadReport,
+    SourceReport,
+    StatusReport,
+    report_left_out,
+)
+from imdsproxy.admin.services import Services
+from imdsproxy.admin.tokens import TokenService
+from imdsproxy.app.guarding import Guarding
+from imdsproxy.app.guards import GuardFile
+from imdsproxy.app.listener_loop import ListenerLoop, ListenerReport
+from imdsproxy.app.lookup import Lookup
+from imdsproxy.app.record_loop import RecordLoop
+from imdsproxy.app.tickets import Tickets
+from imdsproxy.app.token_keys import TokenKeys
+from imdsproxy.app.watching import Watching
 from imdsproxy.cli.admin_client import AdminClient
+from imdsproxy.config.change import SettingChange, SettingsReload
 from imdsproxy.controller.http import serve
+from imdsproxy.core.compiled import CompiledRecord
+from imdsproxy.core.endpoints import Endpoint, LeftOut, LeftOutCode
+from imdsproxy.core.hoststate import NamespaceRef, ObservedHost
+from imdsproxy.core.inventory import Inventory
+from imdsproxy.core.model import (
+    METADATA_IPV4,
+    Instance,
+    InstanceId,
+    IpAddress,
+    MacAddress,
+    Network,
+    NetworkId,
+)
+from imdsproxy.core.observation import Observation
+from imdsproxy.core.token_report import TokenReport
+from imdsproxy.dataplane.haproxy import Haproxy
+from imdsproxy.dataplane.layout import Layout
+from imdsproxy.dataplane.master import MasterClient
+from imdsproxy.dataplane.records import RecordApplier
+from imdsproxy.errors import Problem
+from imdsproxy.host.clock import SystemClock
+from imdsproxy.serving.asgi import Send, send_answer
 from imdsproxy.serving.bind import open_unix_socket
-from support.fake_operations import FakeOperations
+from imdsproxy.serving.documents import Answer
+from imdsproxy.serving.forward import FoundRequest
+from imdsproxy.serving.passwords import PasswordStore
+from imdsproxy.sources.sqlite import SqliteSource
+from support.fake_haproxy import FakeHaproxy, FakeLauncher
+from support.fake_mac_filters import no_hop_limits, no_mac_filters
+
+NOW = 1_760_093_784
+
+FILE_PROBLEM = Problem(
+    "instances[3].ports[0].mac",
+    "52:54:00 is not acceptable",
+    hint="six octets",
+    file="/etc/imdsproxy/records/web.yaml",
+    line=41,
+)
 
 
-@dataclass(frozen=True)
+class _StillClock(SystemClock):
+    def now(self) -> datetime:
+        return datetime.fromtimestamp(NOW, UTC)
+
+
+@dataclass
+class Listeners:
+    """A listener loop whose rounds end at once: all networks are served but those that a test leaves out."""
+
+    inventory: Inventory
+    left_out: dict[str, LeftOut] = field(default_factory=dict)
+    tickets: Tickets = field(default_factory=Tickets)
+    seen: ObservedHost = field(default_factory=ObservedHost)
+    rounds: int = 0
+    failure: Problem | None = None
+    working: bool = False
+    unix: None = None
+
+    @property
+    def report(self) -> ListenerReport:
+        served = self.inventory.networks.keys() - self.left_out.keys()
+        ref = NamespaceRef("x", 1)
+        return ListenerReport(
+            0.0, tuple(Endpoint(one, METADATA_IPV4, 80, None, ref) for one in sorted(served))
+        )
+
+    def degraded(self) -> tuple[LeftOut, ...]:
+        return tuple(self.left_out.values())
+
+    async def look_at(self, networks: Iterable[Network]) -> ObservedHost:
+        del networks
+        return self.seen
+
+
+class _NoNeighbours:
+    async def neighbour(self, network: Network, address: IpAddress) -> MacAddress | None:
+        del network, address
+        return None
+
+
+@dataclass
+class _NoFiles:
+    """Compiled records, which only the document server would read."""
+
+    passwords: PasswordStore
+
+    def apply(self, instance: InstanceId, record: CompiledRecord) -> None:
+        del instance, record
+
+    def remove(self, instance: InstanceId) -> None:
+        self.passwords.remove(instance)
+
+    def instances(self) -> Iterable[InstanceId]:
+        return ()
+
+
+@dataclass
+class Documents:
+    """What HAProxy answers to a found guest, by target; everything else is 404."""
+
+    answers: dict[str, Answer] = field(default_factory=dict)
+
+    async def forward(self, request: FoundRequest, send: Send) -> None:
+        missing = Answer(404, ((b"content-type", b"text/plain"),), b"")
+        await send_answer(self.answers.get(request.target.decode(), missing), send)
+
+
+@dataclass
 class AdminServer:
-    """A served fake: change `operations`, ask through `client`, or name `socket` to the CLI."""
+    """Served services: change what is behind them, ask through `client`, or name `socket` to the CLI.
 
-    operations: FakeOperations
+    Attributes:
+        status: Fields of the status report that differ from the usual ones.
+        unapplied: What keeps changes from guests.
+        reloads: What `reload` was asked for, in order: whether settings may be dropped.
+        stopped: What `stop` was asked for: whether the data plane ends too.
+        failure: Raised by `status` and `reload`.
+    """
+
+    services: Services
     socket: Path
+    inventory: Inventory
+    records: RecordLoop
+    listeners: Listeners
+    haproxy: FakeHaproxy
+    documents: Documents
+    guarding: Guarding
+    passwords: PasswordStore
+    loop: asyncio.AbstractEventLoop
+    status: dict[str, Any] = field(default_factory=dict)
+    token_report: TokenReport = field(default_factory=lambda: TokenReport(0.0, (), (), 0))
+    unapplied: list[Problem] = field(default_factory=list)
+    pending: tuple[str, ...] = ()
+    reloads: list[bool] = field(default_factory=list)
+    stopped: list[bool] = field(default_factory=list)
+    failure: Exception | None = None
 
     @property
     def client(self) -> AdminClient:
         return AdminClient(self.socket, timeout_s=20)
 
+    @property
+    def networks(self) -> Mapping[NetworkId, Network]:
+        return self.inventory.networks
+
+    @property
+    def instances(self) -> Mapping[InstanceId, Instance]:
+        return self.inventory.instances
+
+    def leave_out(
+        self,
+        network: str,
+        reason: str,
+        hint: str = "",
+        code: LeftOutCode = LeftOutCode.PORT_BUSY,
+    ) -> None:
+        self.listeners.left_out[network] = LeftOut(NetworkId(network), None, code, reason, hint)
+
+    def answer(self, target: str, body: bytes, *headers: tuple[bytes, bytes]) -> None:
+        self.documents.answers[target] = Answer(200, headers, body)
+
+    def claim_twice(self, *instances: Instance) -> None:
+        """A second source has these too."""
+        told = {one.id: one for one in instances}
+        self._observe(Observation("file", full=True, instances=told))
+
+    def _observe(self, observation: Observation) -> None:
+        async def observe() -> None:
+            await self.records.tickets.wait(self.records.observe(observation))
+
+        asyncio.run_coroutine_threadsafe(observe(), self.loop).result(20)
+
+    def _fail(self) -> None:
+        if self.failure is not None:
+            raise self.failure
+
+    async def report(self) -> StatusReport:
+        self._fail()
+        left_out = tuple(map(report_left_out, self.listeners.degraded()))
+        reasons = tuple(f"network {one.network} is left out" for one in left_out)
+        usual = StatusReport(
+            version="1.2.3",
+            controller=4711,
+            started_at=1_760_000_000.0,
+            uptime_s=93_784.0,
+            readiness=Readiness(not reasons, reasons),
+            networks=len(self.networks),
+            serving=len(self.networks) - len(left_out),
+            instances=len(self.instances),
+            addresses=self.inventory.address_count,
+            left_out=left_out,
+            sources=(
+                SourceReport("sqlite", True, len(self.networks), len(self.instances)),
+                SourceReport("file", in_sync=False, stale_s=12.0, problems=(FILE_PROBLEM,)),
+            ),
+            conflicts=self.inventory.conflicts(),
+            haproxy=HaproxyReport(
+                version="3.0.11",
+                master=100,
+                worker=102,
+                old_workers=(101,),
+                reloads=7,
+                last_reload=ReloadReport(
+                    7, 1_760_093_000.0, "network-added", ok=True, took_s=0.045
+                ),
+            ),
+            documents=DocumentsReport((200, 201, 202)),
+            last_plan=PlanReport(1_760_093_780.0, 3, ("instance web-1 changed",), took_s=0.002),
+        )
+        return replace(usual, **self.status)
+
+    async def reload(self, allow_dropped: bool) -> SettingsReload:  # noqa: FBT001 - as `Services.reload`
+        self._fail()
+        self.reloads.append(allow_dropped)
+        return SettingsReload(
+            changes=(
+                SettingChange("resolver.hold_s", 5.0, 2.0, "live"),
+                SettingChange("admin.mode", "0660", "0600", "restart"),
+            ),
+            restart_needed=("admin.mode",),
+            pending=self.pending,
+        )
+
+    def end(self, data_plane: bool) -> None:  # noqa: FBT001 - as `Services.end`
+        self.stopped.append(data_plane)
+        self.socket.unlink(missing_ok=True)
+
+    async def count_tokens(self) -> TokenReport:
+        return self.token_report
+
+
+def _write(path: Path, data: bytes) -> None:
+    path.write_bytes(data)
+    path.chmod(0o600)
+
+
+@contextlib.asynccontextmanager
+async def _served(directory: Path) -> Any:  # noqa: ANN401 - an asynchronous generator of one server
+    layout = Layout(directory, directory, chroot=False)
+    for made in (layout.records, layout.passwords):
+        made.mkdir(exist_ok=True)
+    numbers = itertools.count()
+    clock, inventory = _StillClock(), Inventory(["sqlite", "file"])
+    master = MasterClient(layout.master_socket, deadline_s=2)
+    applier = RecordApplier(master, layout.base_map, layout.overlay_map, _write)
+    keys = TokenKeys(
+        layout.token_keys,
+        layout.token_keys_map,
+        _write,
+        lambda count: bytes([next(numbers)]) * count,
+    )
+    guarding = Guarding(keys, GuardFile(layout.guards, _write))
+    keys.read(None)
+    keys.write_map()
+    applier.write_all({})
+    fake = FakeHaproxy(
+        layout.master_socket, (layout.base_map, layout.overlay_map, layout.token_keys_map)
+    )
+    await fake.start()
+    launcher = FakeLauncher(fake, master)
+    haproxy = Haproxy("haproxy", layout, launcher, master, applier, _write, clock)
+    await haproxy.adopt()
+    passwords = PasswordStore(layout.passwords)
+    mac_filters = no_mac_filters(inventory)
+    records = RecordLoop(
+        inventory,
+        applier,
+        _NoFiles(passwords),
+        clock,
+        lambda _: None,
+        lambda _: None,
+        mac_filters,
+        no_hop_limits(),
+        policies=guarding.book,
+    )
+    store = SqliteSource(layout.state / "store.sqlite", now=clock.now().timestamp)
+    listeners, documents = Listeners(inventory), Documents()
+    loop_of_listeners = cast("ListenerLoop", listeners)  # the part that services use
+    lookup = Lookup(inventory, records, _NoNeighbours(), clock, lambda: 60.0, mac_filters)
+    explainer = Explainer(
+        inventory, records, loop_of_listeners, haproxy, lookup, documents_needed=True
+    )
+    watching = Watching(haproxy, _nothing, lambda _network, _address: None)
+    unapplied: list[Problem] = []
+    socket = directory / "admin.sock"
+    services = Services(
+        RecordReports(inventory, records, loop_of_listeners, documents_needed=True),
+        RecordService(inventory, records, loop_of_listeners, store, lambda: tuple(unapplied)),
+        GuestService(inventory, records, lookup, explainer, documents, passwords),
+        TokenService(inventory, records, guarding, clock, lambda: tuple(unapplied)),
+        watching,
+        records.progress,
+        lambda: server.report(),  # noqa: PLW0108 - made below
+        lambda: server.count_tokens(),  # noqa: PLW0108 - as above
+        lambda: "global\n  maxconn 200\n",
+        lambda allowed: server.reload(allowed),  # noqa: PLW0108 - as above
+        lambda data_plane: server.end(data_plane),  # noqa: PLW0108 - as above
+    )
+    server = AdminServer(
+        services,
+        socket,
+        inventory,
+        records,
+        listeners,
+        fake,
+        documents,
+        guarding,
+        passwords,
+        asyncio.get_running_loop(),
+        unapplied=unapplied,
+    )
+
+    def observe(observation: Observation) -> None:
+        records.observe(observation)
+
+    app = _make_app()
+    app.state.services = services
+    listener = open_unix_socket(socket, mode=0o600)
+    records.observe(Observation("file", full=True))
+    work: Collection[asyncio.Task[None]] = [
+        asyncio.create_task(one)
+        for one in (
+            records.run(),
+            store.run(observe),
+            keys.run(applier),
+            watching.run(),
+            serve(app, listener),
+        )
+    ]
+    try:
+        async with asyncio.timeout(20):
+            await records.in_sync.wait()
+            await records.tickets.wait(records.tickets.given)
+        yield server
+    finally:
+        for task in work:
+            task.cancel()
+        await asyncio.gather(*work, return_exceptions=True)
+        await fake.close()
+        listener.close()
+        socket.unlink(missing_ok=True)
+
+
+@functools.cache
+def _make_app() -> FastAPI:
+    """Made once: that takes longer than most tests."""
+    return admin_app(None, version="1.2.3")
+
+
+async def _nothing() -> None:
+    """What watching wants is in force at once."""
+
 
 @contextlib.contextmanager
 def admin_server(directory: Path) -> Iterator[AdminServer]:
-    """Serve a fresh fake until the context ends; nothing is left behind."""
-    operations = FakeOperations()
-    path = directory / "admin.sock"
-    operations.on_stop = lambda: path.unlink(missing_ok=True)
-    listener = open_unix_socket(path, mode=0o600)
+    """Serve in a thread of its own until the context ends; nothing is left behind."""
+    home = directory / "daemon"
+    home.mkdir()
     loop = asyncio.new_event_loop()
-    started = threading.Event()
-    stop = asyncio.Event()
-
-    async def until_stopped() -> None:
-        task = asyncio.create_task(serve(admin_app(operations, version="1.2.3"), listener))
-        started.set()
-        await stop.wait()
-        task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await task
-
-    thread = threading.Thread(target=lambda: loop.run_until_complete(until_stopped()))
+    thread = threading.Thread(target=loop.run_forever)
     thread.start()
+    served = _served(home)
     try:
-        started.wait(10)
-        yield AdminServer(operations, path)
+        with capture_logs():  # the output is the command's alone
+            yield asyncio.run_coroutine_threadsafe(served.__aenter__(), loop).result(30)
     finally:
-        loop.call_soon_threadsafe(stop.set)
+        ending = asyncio.run_coroutine_threadsafe(served.__aexit__(None, None, None), loop)
+        ending.result(30)
+        asyncio.run_coroutine_threadsafe(loop.shutdown_default_executor(), loop).result(30)
+        loop.call_soon_threadsafe(loop.stop)
         thread.join(20)
-        loop.run_until_complete(loop.shutdown_default_executor())
         loop.close()
-        listener.close()
-        path.unlink(missing_ok=True)

@@ -40,6 +40,7 @@ class FakeHaproxy:
     Attributes:
         commands: Every line that was sent to a worker, with its pid.
         stop_answering_after: Commands to workers that are still answered; `None` for all.
+        events: What a ring of a worker holds.
         refuse_reload: What the master says of a reload that fails; empty for one that succeeds.
     """
 
@@ -49,6 +50,7 @@ class FakeHaproxy:
     old: list[FakeWorker] = field(default_factory=list)
     commands: list[tuple[int, str]] = field(default_factory=list)
     stop_answering_after: int | None = None
+    events: str = ""
     refuse_reload: str = ""
     reloads: int = 0
     next_pid: int = 1001
@@ -107,7 +109,8 @@ class FakeHaproxy:
         self.commands.append((pid, command))
         for worker in self.all():
             if worker.pid == pid:
-                return _run(worker, command, payload)
+                ring = command.startswith("show events ")
+                return self.events if ring else _run(worker, command, payload)
         return f"Can't find the target PID matching the prefix '@!{pid}'\n"
 
     def _show_proc(self) -> str:

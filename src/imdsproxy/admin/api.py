@@ -1,4 +1,4 @@
-"""The admin API: an ASGI application over `Operations`, described by its own OpenAPI document.
+"""The admin API: an ASGI application over services, described by its own OpenAPI document.
 
 It is served on a unix socket only, whose mode and owner say who may use it. Every answer from 400
 up has the one shape of `imdsproxy.admin.refusals`.
@@ -6,14 +6,13 @@ up has the one shape of `imdsproxy.admin.refusals`.
 
 from __future__ import annotations
 
-import asyncio
 from typing import TYPE_CHECKING, Any, Final
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
-from imdsproxy.admin import daemon_routes, guard_routes, record_routes
+from imdsproxy.admin import daemon_routes, record_routes
 from imdsproxy.admin.refusals import PROBLEM_JSON, refusal, status_of
 from imdsproxy.errors import ImdsproxyError, Problem
 
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
 
     from starlette.responses import JSONResponse
 
-    from imdsproxy.admin.operations import Operations
+    from imdsproxy.admin.services import Services
 
 __all__ = ["admin_app"]
 
@@ -46,11 +45,11 @@ class _AdminApp(FastAPI):
         return document
 
 
-def admin_app(operations: Operations, *, version: str) -> FastAPI:
+def admin_app(services: Services | None, *, version: str) -> FastAPI:
     """The application; `/openapi.json` describes it, `/v1/…` are its routes.
 
     Args:
-        operations: The controller.
+        services: What its routes use; `None` where it is only described.
         version: Of imdsproxy, for the OpenAPI document.
     """
     app = _AdminApp(
@@ -62,11 +61,9 @@ def admin_app(operations: Operations, *, version: str) -> FastAPI:
         redirect_slashes=False,
         generate_unique_id_function=lambda route: route.name,
     )
-    app.state.operations = operations
-    app.state.patching = asyncio.Lock()
+    app.state.services = services
     app.include_router(daemon_routes.router)
     app.include_router(record_routes.router)
-    app.include_router(guard_routes.router)
     app.add_exception_handler(ImdsproxyError, _told)
     app.add_exception_handler(RequestValidationError, _unacceptable)
     app.add_exception_handler(HTTPException, _no_route)

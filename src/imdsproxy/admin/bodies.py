@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from starlette.requests import Request
 
-    from imdsproxy.admin.operations import Operations
+    from imdsproxy.admin.record_reports import RecordReports
     from imdsproxy.core.model import Instance, Network
 
 __all__ = [
@@ -385,12 +385,12 @@ def _unclearable(
             yield Problem(f"{prefix}{key}", "cannot be cleared", hint=hint)
 
 
-def name_networks(body: object, operations: Operations) -> object:
+def name_networks(body: object, reports: RecordReports) -> object:
     """An instance's body with the ids of the networks that its ports name."""
     ports = body.get("ports") if isinstance(body, dict) else None
     for port in ports if isinstance(ports, list) else ():
         if isinstance(port, dict) and isinstance(port.get("network"), str):
-            port["network"] = operations.network_id(port["network"])
+            port["network"] = reports.network_id(port["network"])
     return body
 
 

@@ -11,19 +11,22 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import JSONResponse, PlainTextResponse
 
 from imdsproxy.admin.bodies import DocumentBody
-from imdsproxy.admin.dependencies import NamedInstance, NamedNetwork, Ops, answers
-from imdsproxy.admin.operations import Explanation, TokenReport, WatchReport
-from imdsproxy.admin.reports import StatusReport
+from imdsproxy.admin.refusals import ERRORS
+from imdsproxy.admin.reports import Explanation, StatusReport
+from imdsproxy.admin.services import NamedInstance, NamedNetwork, Uses
 from imdsproxy.admin.shapes import to_json
+from imdsproxy.admin.tokens import GuardChange, KeyRotation
 from imdsproxy.config.change import SettingsReload
 from imdsproxy.core.addresses import normalise_address
+from imdsproxy.core.haproxy.watching import WatchReport
 from imdsproxy.core.model import IpAddress
 from imdsproxy.core.progress import Step
+from imdsproxy.core.token_report import TokenReport
 from imdsproxy.errors import Problem, RequestRefused
 
 __all__ = ["router"]
 
-router = APIRouter(prefix="/v1")
+router = APIRouter(prefix="/v1", responses=ERRORS)
 
 _Address = Annotated[str, Query(description="The guest's address, as its packets carry it.")]
 _Path = Annotated[str | None, Query(description="Also what the policy says to a GET of it.")]
@@ -67,101 +70,112 @@ class Stopping(BaseModel):
     controller: int
 
 
-@router.get("/status", responses=answers(StatusReport))
-async def show_status(operations: Ops) -> JSONResponse:
+@router.get("/status")
+async def show_status(services: Uses) -> StatusReport:
     """Everything at one moment."""
-    return JSONResponse(to_json(await operations.status()))
+    return await services.status()
 
 
-@router.get("/progress", responses=answers(list[Step]))
-async def show_progress(operations: Ops) -> JSONResponse:
+@router.get("/progress")
+async def show_progress(services: Uses) -> list[Step]:
     """What is under way that takes long; whoever waits for an answer may ask meanwhile."""
-    return JSONResponse(to_json(operations.progress()))
+    return list(services.progress.steps)
 
 
-@router.get("/explain", responses=answers(Explanation))
+@router.get("/explain")
 async def explain(
     network: NamedNetwork,
     address: _Address,
-    operations: Ops,
+    services: Uses,
     path: _Path = None,
     probe: _Probe = False,  # noqa: FBT002 - FastAPI passes it by name
-) -> JSONResponse:
+) -> Explanation:
     """Who has this address in this network, why, from which source, and what it gets."""
     _refuse_relative(path)
-    return JSONResponse(to_json(await operations.explain(network, _ip(address), path, probe=probe)))
+    return await services.guests.explain(network, _ip(address), path, probe=probe)
 
 
-@router.get("/instances/{instance}/explain", responses=answers(list[Explanation]))
+@router.get("/instances/{instance}/explain")
 async def explain_instance(
     instance: NamedInstance,
-    operations: Ops,
+    services: Uses,
     path: _Path = None,
     probe: _Probe = False,  # noqa: FBT002 - FastAPI passes it by name
-) -> JSONResponse:
+) -> list[Explanation]:
     """The same of each address that the instance is known by."""
     _refuse_relative(path)
-    return JSONResponse(to_json(await operations.explain_instance(instance, path, probe=probe)))
+    return await services.guests.explain_instance(instance, path, probe=probe)
 
 
-@router.get("/documents", responses=answers(DocumentView))
+@router.get("/documents", responses={200: {"model": DocumentView}})
 async def get_document(
     network: NamedNetwork,
     address: _Address,
     path: Annotated[str, Query(description="As the guest would write it, with its query.")],
-    operations: Ops,
+    services: Uses,
 ) -> JSONResponse:
     """What this guest would be told for `GET path`."""
     _refuse_relative(path)
-    answer = await operations.get(network, _ip(address), path)
-    return JSONResponse(to_json(answer))
+    return JSONResponse(to_json(await services.guests.get(network, _ip(address), path)))
 
 
-@router.get("/watch", responses=answers(WatchReport))
+@router.get("/watch")
 async def watch(
-    operations: Ops,
+    services: Uses,
     cursor: Annotated[int | None, Query(description="The one that was told before.")] = None,
     network: Annotated[str | None, Query(description="Only of this network.")] = None,
     instance: Annotated[str | None, Query(description="Only of this instance.")] = None,
-) -> JSONResponse:
+) -> WatchReport:
     """What guests asked for and were answered since `cursor`; HAProxy tells while this is asked every few seconds."""
-    told = await operations.watch(
+    return await services.watching.read(
         cursor,
-        network=None if network is None else operations.network_id(network),
-        instance=None if instance is None else operations.instance_id(instance),
+        network=None if network is None else services.reports.network_id(network),
+        instance=None if instance is None else services.reports.instance_id(instance),
     )
-    return JSONResponse(to_json(told))
 
 
-@router.get("/token-report", responses=answers(TokenReport))
-async def token_report(operations: Ops) -> JSONResponse:
+@router.get("/token-report")
+async def token_report(services: Uses) -> TokenReport:
     """Guests and clients that still read without session tokens, and what required tokens leave open."""
-    return JSONResponse(to_json(await operations.token_report()))
+    return await services.token_report()
 
 
-@router.get(
-    "/haproxy-configuration",
-    response_class=PlainTextResponse,
-    responses=answers(None) | {200: {"content": {"text/plain": {}}}},
-)
-async def render(operations: Ops) -> PlainTextResponse:
+@router.get("/haproxy-configuration", response_class=PlainTextResponse)
+async def render(services: Uses) -> str:
     """HAProxy's configuration as it would be written now; nothing is touched."""
-    return PlainTextResponse(await operations.render())
+    return services.render()
 
 
-@router.post("/reload", responses=answers(SettingsReload))
-async def reload(operations: Ops, body: ReloadBody | None = None) -> JSONResponse:
+@router.post("/reload")
+async def reload(services: Uses, body: ReloadBody | None = None) -> SettingsReload:
     """Read the settings again and take over what can be; a broken or emptied file changes nothing."""
-    allow_dropped = body is not None and body.allow_dropped
-    return JSONResponse(to_json(await operations.reload(allow_dropped=allow_dropped)))
+    return await services.reload(body is not None and body.allow_dropped)
 
 
-@router.post("/stop", status_code=202, responses=answers(Stopping, status=202))
-async def stop(body: StopBody, operations: Ops) -> JSONResponse:
+@router.post("/stop", status_code=202)
+async def stop(body: StopBody, services: Uses) -> Stopping:
     """End the controller, or with `data_plane` HAProxy and the document server too."""
-    await operations.stop(data_plane=body.data_plane)
+    services.end(body.data_plane)
     ending = ["controller", *(["haproxy", "documents"] if body.data_plane else [])]
-    return JSONResponse({"stopping": ending, "controller": os.getpid()}, 202)
+    return Stopping(stopping=ending, controller=os.getpid())
+
+
+@router.post("/instances/{instance}/revoke-tokens")
+async def revoke_tokens(instance: NamedInstance, services: Uses) -> GuardChange:
+    """Have no token be good that the instance has now; fresh ones are."""
+    return await services.tokens.revoke(instance)
+
+
+@router.post("/instances/{instance}/reopen")
+async def reopen_instance(instance: NamedInstance, services: Uses) -> GuardChange:
+    """Have the instance's boot begin now: what is locked after the boot is open until that is over again."""
+    return await services.tokens.reopen(instance)
+
+
+@router.post("/token-keys/rotate")
+async def rotate_token_keys(services: Uses) -> KeyRotation:
+    """Have a fresh key sign session tokens; those that there are stay good as long as they would be."""
+    return await services.tokens.rotate()
 
 
 def _ip(text: str) -> IpAddress:

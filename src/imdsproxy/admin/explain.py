@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Final, assert_never
 
-from imdsproxy.admin.operations import CardReport, Explanation, PairReport, PathDecision
+from imdsproxy.admin.reports import CardReport, Explanation, PairReport, PathDecision
 from imdsproxy.anti_spoofing.plan import ANY_MAC, plan_pair
 from imdsproxy.app.listener_loop import ListenerLoop
 from imdsproxy.app.lookup import Lookup
@@ -60,7 +60,7 @@ class Explainer:
     async def explain(
         self, network: NetworkId, address: IpAddress, path: str | None = None
     ) -> Explanation:
-        """See `Operations.explain`."""
+        """Who has `address` in `network`, and why; never raises for an unknown one."""
         key = (network, address)
         if not self.inventory.knows(network) and self.lookup.source is None:
             why = (f"no source tells of network {network}",)

@@ -6,6 +6,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Final, get_args
 
+from imdsproxy import __version__
 from imdsproxy.admin.snapshot import (
     MetricsSnapshot,
     NetworkTraffic,
@@ -13,7 +14,8 @@ from imdsproxy.admin.snapshot import (
     SourceFigures,
     Timing,
 )
-from imdsproxy.admin.status import ControllerOperations
+from imdsproxy.admin.status import StatusService
+from imdsproxy.app.token_report import TokenCounting
 from imdsproxy.core.haproxy.unix_listener import AGENTS
 from imdsproxy.core.hoststate import Effect
 from imdsproxy.dataplane.master import WorkerEnded
@@ -79,7 +81,8 @@ def _number(row: dict[str, str], name: str) -> int:
 class Figures:
     """Everything that `/metrics` shows."""
 
-    operations: ControllerOperations
+    status: StatusService
+    counting: TokenCounting
     resolver: Resolver
     neutron: NeutronSource | None = None
     traffic: TrafficCounter = field(default_factory=TrafficCounter)
@@ -93,9 +96,9 @@ class Figures:
 
     async def refresh(self) -> None:
         """Read HAProxy's counters once."""
-        await self.operations.nova_watch.refresh()
-        await self.operations.counting.refresh()
-        haproxy = self.operations.haproxy
+        await self.status.nova_watch.refresh()
+        await self.counting.refresh()
+        haproxy = self.status.haproxy
         processes = haproxy.processes
         if processes is None or processes.worker is None:
             return
@@ -109,18 +112,18 @@ class Figures:
 
     def take(self) -> MetricsSnapshot:
         """What is so now."""
-        operations = self.operations
-        inventory = operations.inventory
+        status = self.status
+        inventory = status.inventory
         counts = self.resolver.counts
-        report = operations.listeners.report
-        processes = operations.haproxy.processes
-        degraded = {(one.network, one.code.value) for one in operations.listeners.degraded()}
-        unix, listener = operations.unix_listener(), operations.listeners.unix
+        report = status.listeners.report
+        processes = status.haproxy.processes
+        degraded = {(one.network, one.code.value) for one in status.listeners.degraded()}
+        unix, listener = status.unix_listener(), status.listeners.unix
         return MetricsSnapshot(
-            version=operations.version,
-            ready=operations.readiness().ready,
-            started_at=operations.started_at,
-            networks_serving=operations.listeners.serving,
+            version=__version__,
+            ready=status.readiness().ready,
+            started_at=status.started_at,
+            networks_serving=status.listeners.serving,
             instances=len(inventory.instances),
             addresses=inventory.address_count,
             conflicts=inventory.conflict_count,
@@ -138,21 +141,19 @@ class Figures:
                 )
                 for name, in_sync in inventory.sources.items()
             },
-            haproxy_up=operations.guard.answering and processes is not None,
+            haproxy_up=status.guard.answering and processes is not None,
             haproxy_old_workers=0 if processes is None else len(processes.draining),
-            reloads=operations.haproxy.reload_counts,
-            reload=Timing(
-                operations.haproxy.reload_counts.total(), operations.haproxy.seconds_spent
-            ),
+            reloads=status.haproxy.reload_counts,
+            reload=Timing(status.haproxy.reload_counts.total(), status.haproxy.seconds_spent),
             restarts={
-                "haproxy": operations.guard.restarts,
-                "documents": operations.documents_restarts(),
+                "haproxy": status.guard.restarts,
+                "documents": status.companion.restarts,
             },
-            documents_up=max(0, len(operations.documents_pids()) - 1),
-            plans=Timing(operations.listeners.rounds, operations.listeners.seconds),
-            operations=operations.listeners.operations,
-            convergence=operations.records.rounds,
-            commands=operations.haproxy.master.commands,
+            documents_up=max(0, len(status.companion.read().pids) - 1),
+            plans=Timing(status.listeners.rounds, status.listeners.seconds),
+            operations=status.listeners.operations,
+            convergence=status.records.rounds,
+            commands=status.haproxy.master.commands,
             resolver={
                 "found": counts.found,
                 "unknown": counts.not_found,
@@ -164,29 +165,29 @@ class Figures:
             resolver_held=self.resolver.held,
             traffic=self.traffic.totals,
             mismatches={str(name): count for name, count in counts.mismatched.items()},
-            learned=operations.macs().learned,
-            pairs=operations.macs().pairs,
-            gates=operations.macs().gates,
-            gates_refused=operations.macs().refused,
+            learned=status.macs().learned,
+            pairs=status.macs().pairs,
+            gates=status.macs().gates,
+            gates_refused=status.macs().refused,
             unix_serving=None if unix is None else unix.serving,
             unix_taken_over=0 if listener is None else listener.taken_over,
             unix_traffic=self.agents.totals.get(AGENTS, NetworkTraffic()),
             nova_failures={
                 (one.endpoint_set, one.endpoint): one.failures
-                for one in operations.nova_watch.endpoints
+                for one in status.nova_watch.endpoints
             },
             nova_up={
-                (one.endpoint_set, one.endpoint): one.up for one in operations.nova_watch.endpoints
+                (one.endpoint_set, one.endpoint): one.up for one in status.nova_watch.endpoints
             },
-            audit_lines=operations.audit.written,
-            audit_left_out=operations.audit.left_out,
+            audit_lines=status.audit.written,
+            audit_left_out=status.audit.left_out,
             audit_failing=(
-                operations.audit.problem is not None if operations.audit.settings().one_in else None
+                status.audit.problem is not None if status.audit.settings().one_in else None
             ),
-            no_token=dict(operations.counting.ledger.read),
-            no_token_rejected=dict(operations.counting.ledger.refused),
-            nova_refused=operations.nova_watch.refused.totals,
-            settings_refused=bool(operations.settings_problems()),
+            no_token=dict(self.counting.ledger.read),
+            no_token_rejected=dict(self.counting.ledger.refused),
+            nova_refused=status.nova_watch.refused.totals,
+            settings_refused=bool(status.settings.problems),
             neutron=None if self.neutron is None else _neutron(self.neutron.figures),
         )
 

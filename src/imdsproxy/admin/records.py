@@ -1,4 +1,4 @@
-"""Writing records: into the store, and back only when no worker of HAProxy answers with the state before."""
+"""Changes of records: stored, and confirmed by every worker of HAProxy."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import contextlib
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 
-from imdsproxy.admin.operations import Written
 from imdsproxy.app.listener_loop import ListenerLoop
 from imdsproxy.app.record_loop import RecordLoop
 from imdsproxy.core.documents.renamed import list_warnings, warn_of_names
@@ -18,7 +17,7 @@ from imdsproxy.core.model import Instance, InstanceId, Network, NetworkId
 from imdsproxy.errors import AlreadyExists, NotFound, Problem, SourceRefused
 from imdsproxy.sources.api import WritableSource
 
-__all__ = ["Writes"]
+__all__ = ["RecordService", "Written"]
 
 _APPLY_DEADLINE_S = 10.0
 """How long nothing may come forward before the answer is that it is not in force yet."""
@@ -29,24 +28,48 @@ _COMING = frozenset({LeftOutCode.PENDING, LeftOutCode.ADDRESS_TENTATIVE})
 _AT_ONCE = 500
 
 
+@dataclass(frozen=True, slots=True)
+class Written:
+    """What a change did: acknowledged once no worker of HAProxy answers with the old state.
+
+    Attributes:
+        applied: HAProxy has it. Off: it is stored, and comes in force when `pending` is mended.
+        pending: Why it is not in force yet, as `namespace n1 is missing`.
+        warnings: Names in the records that documents change or lack; twenty at most, then how many more.
+    """
+
+    networks: int = 0
+    instances: int = 0
+    applied: bool = True
+    pending: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+
 @dataclass(slots=True)
-class Writes:
-    """The writing half of `imdsproxy.admin.operations.Operations`.
+class RecordService:
+    """Changes records in the store. Each method returns once no worker of HAProxy answers with the state before.
+
+    Every method raises `SourceRefused` where no writable source is enabled or the record belongs to another source,
+    and `SourceUnavailable` where the store does not answer.
 
     Args:
         store: Where records are written to; `None` when no enabled source takes any.
-        problems: What keeps the data plane from being as it should.
+        unapplied: What keeps changes from guests.
+
+    Attributes:
+        patching: Held from reading a record until its change is stored: two PATCHes must not undo each other.
     """
 
     inventory: Inventory
     records: RecordLoop
     listeners: ListenerLoop
     store: WritableSource | None
-    problems: Callable[[], tuple[Problem, ...]]
+    unapplied: Callable[[], tuple[Problem, ...]]
+    patching: asyncio.Lock = field(default_factory=asyncio.Lock)
     _claiming: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     async def put_network(self, network: Network, *, create: bool = False) -> Written:
-        """See `Operations.put_network`."""
+        """Store a network, or replace it; with `create`, `AlreadyExists` when there is one."""
         store = await self._store_for([network], [], create=create)
         async with self._claiming:
             await self._refuse_shared([network], lambda _: "")
@@ -54,7 +77,12 @@ class Writes:
         return await self._in_force([network.id])
 
     async def put_instance(self, instance: Instance, *, create: bool = False) -> Written:
-        """See `Operations.put_instance`."""
+        """Store an instance, or replace it.
+
+        Raises:
+            AlreadyExists: With `create`, when there is one of this id.
+            SourceRefused: A network is unknown, or an address taken (`problems` has the fields).
+        """
         store = await self._store_for([], [instance], create=create)
         await self._refuse_strangers(set(), [instance], lambda _: "")
         await store.put_instance(instance)
@@ -63,7 +91,7 @@ class Writes:
     async def put_records(
         self, networks: Sequence[Network], instances: Collection[Instance], *, create: bool = False
     ) -> Written:
-        """See `Operations.put_records`."""
+        """Store many at once: all of them, or none. Raises as `put_instance`."""
         store = await self._store_for(networks, instances, create=create)
         await self._refuse_strangers(
             {one.id for one in networks}, instances, lambda number: f"instances[{number}]."
@@ -166,7 +194,12 @@ class Writes:
             raise SourceRefused("a listener is in use", problems=problems)
 
     async def remove_network(self, network: NetworkId) -> Written:
-        """See `Operations.remove_network`."""
+        """Remove a network.
+
+        Raises:
+            NotFound: There is none.
+            SourceRefused: Instances still have ports in it (`problems` names them).
+        """
         store = self._store()
         sources = self.inventory.sources_of_network(network)
         if not sources:
@@ -176,7 +209,7 @@ class Writes:
         return await self._in_force([network])
 
     async def remove_instance(self, instance: InstanceId) -> Written:
-        """See `Operations.remove_instance`."""
+        """Remove an instance; `NotFound` when there is none."""
         store = self._store()
         sources = self.inventory.sources_of_instance(instance)
         if not sources:
@@ -218,7 +251,7 @@ class Writes:
             waits.append(self.listeners.tickets.wait(self.listeners.tickets.given))
         if not await self._confirmed(waits):
             pending.append("the data plane has not confirmed it yet")
-        pending += [problem.reason for problem in self.problems()]
+        pending += [problem.reason for problem in self.unapplied()]
         if networks:
             pending += map(str, await self._unserved(frozenset(networks)))
         return Written(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from pydantic import BaseModel, Field
 from starlette.responses import JSONResponse
@@ -21,7 +21,7 @@ from imdsproxy.errors import (
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["PROBLEM_JSON", "ProblemBody", "ProblemField", "refusal", "status_of"]
+__all__ = ["ERRORS", "PROBLEM_JSON", "ProblemBody", "ProblemField", "refusal", "status_of"]
 
 PROBLEM_JSON: Final = "application/problem+json"
 _UNAVAILABLE: Final = 503
@@ -46,6 +46,10 @@ class ProblemBody(BaseModel):
     hint: str = ""
     problems: list[ProblemField] = Field(default_factory=list)
 
+
+_ERROR: Final = {"description": "What is wrong, with the fields", "model": ProblemBody}
+ERRORS: Final[dict[int | str, dict[str, Any]]] = {"4XX": _ERROR, "5XX": _ERROR}
+"""Every route's errors, for OpenAPI."""
 
 _STATUS: Final[tuple[tuple[type[ImdsproxyError], int], ...]] = (
     (NotFound, 404),

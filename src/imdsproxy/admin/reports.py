@@ -1,4 +1,4 @@
-"""What the controller tells of itself: the shapes of `status`, in values."""
+"""What `status` and `explain` report, as values: the admin API's JSON has their fields."""
 
 from __future__ import annotations
 
@@ -8,27 +8,34 @@ from typing import Final
 
 # The OpenAPI document is made from these annotations, so they are imported for real.
 from imdsproxy.app.nova_watch import NovaEndpointReport
+from imdsproxy.core import endpoints
 from imdsproxy.core.limited import Asker
-from imdsproxy.core.model import (
-    NetworkId,
-)
-from imdsproxy.core.observation import Conflict, SourceName
+from imdsproxy.core.model import InstanceId, IpAddress, MacAddress, NetworkId
+from imdsproxy.core.observation import Claimant, Conflict, SourceName
+from imdsproxy.core.policy_decides import Decided
+from imdsproxy.core.policy_told import PolicyInForce
 from imdsproxy.core.progress import Step
 from imdsproxy.errors import Problem
 
 __all__ = [
     "AuditReport",
+    "CardReport",
     "DocumentsReport",
+    "Explanation",
     "HaproxyReport",
     "LeftOut",
     "MacsReport",
+    "PairReport",
+    "PathDecision",
     "PlanReport",
+    "Probe",
     "Readiness",
     "ReloadReport",
     "SourceReport",
     "StatusReport",
     "UnixListenerReport",
     "list_degraded",
+    "report_left_out",
 ]
 
 _NETWORKS_SHOWN: Final = 20
@@ -250,3 +257,102 @@ class StatusReport:
     busiest: tuple[Asker, ...] = ()
     audit: AuditReport | None = None
     progress: tuple[Step, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class PairReport:
+    """An address and its MAC, in a network that checks them.
+
+    Attributes:
+        seen: The MAC that the neighbour table has.
+        expected: The one that the records want; `*` for any, `None` where nobody has the address.
+        granted: The one that the kernel lets through to HAProxy's quick answers.
+        gate: The kernel looks at MACs there; without that nobody with a MAC in its record is answered.
+    """
+
+    seen: MacAddress | None
+    expected: MacAddress | None
+    granted: MacAddress | None
+    gate: bool
+
+
+@dataclass(frozen=True, slots=True)
+class CardReport:
+    """A network card of the record.
+
+    Attributes:
+        seen: The MACs that the neighbour table has for its addresses: those of the guest's real network cards.
+    """
+
+    network: NetworkId
+    mac: MacAddress
+    seen: tuple[MacAddress, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class PathDecision:
+    """What the policy says to a GET; whether there is such a document is another question.
+
+    Attributes:
+        path: As it was asked for.
+        without_token: Where the guest sends no session token.
+        with_token: Where it sends a good one.
+    """
+
+    path: str
+    without_token: Decided
+    with_token: Decided
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """A GET as the guest sends it, without a session token, and the status of its answer."""
+
+    path: str
+    status: int
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """Who a guest is, why, and what it gets.
+
+    Attributes:
+        verdict: `found`, `unknown`, `mismatch`, `conflict`, `no-network` or `left-out`.
+        answer: The HTTP status a document of an enabled dialect has: 200, 403, 404 or 503; `None` where the
+            request is sent to Nova, which decides.
+        why: The steps that led there, one sentence each, in order.
+        how: `address`, `eui64`, `neighbour` or `router` where an instance was found.
+        installed: The value in HAProxy's map, as its worker has it; `None` when it has none or
+            could not be asked.
+        policy: What applies to the guest's requests, as name and value (dialects, endpoint, hold).
+        pair: The address and its MAC; `None` where the network does not check them.
+        cards: The record's network cards, where an instance was found.
+        rules: What the guest may read and who said so, where an instance was found.
+        decision: Of the policy, where it was asked for by a path and an instance was found.
+        probe: What a GET got, where one was asked for.
+    """
+
+    network: NetworkId
+    address: IpAddress
+    verdict: str
+    answer: int | None
+    why: tuple[str, ...] = ()
+    instance: InstanceId | None = None
+    instance_name: str | None = None
+    source: SourceName | None = None
+    how: str | None = None
+    revision: str | None = None
+    installed: str | None = None
+    claimants: tuple[Claimant, ...] = ()
+    policy: Mapping[str, str] = field(default_factory=dict)
+    pair: PairReport | None = None
+    cards: tuple[CardReport, ...] = ()
+    rules: PolicyInForce | None = None
+    decision: PathDecision | None = None
+    probe: Probe | None = None
+
+
+def report_left_out(one: endpoints.LeftOut) -> LeftOut:
+    """A network that is not served, as reports have it."""
+    family = "" if one.family is None else f"IPv{one.family.value}: "
+    return LeftOut(one.network, one.code.value, f"{family}{one.reason}", one.hint)

@@ -15,7 +15,7 @@ from imdsproxy.core.model import Instance, Network
 from imdsproxy.core.records import Json, render_record
 
 if TYPE_CHECKING:
-    from imdsproxy.admin.operations import InstanceReport, NetworkReport
+    from imdsproxy.admin.record_reports import InstanceReport, NetworkReport
 
 __all__ = ["JsonObject", "instance_shape", "instance_summary", "network_shape", "to_json"]
 
@@ -23,7 +23,7 @@ JsonObject: TypeAlias = "dict[str, Json]"
 
 
 def to_json(value: object) -> Json:
-    """Any value of `imdsproxy.admin.operations` as JSON carries it."""
+    """Any value of a report as JSON carries it."""
     if value is None or isinstance(value, bool | int | float):
         return value
     if isinstance(value, str):

@@ -1,4 +1,4 @@
-"""What operators do about tokens and boots: on disk first, and back only when no worker of HAProxy goes by the old."""
+"""What operators change about tokens and boots; a change is on disk first, and confirmed by every worker."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Final
 
-from imdsproxy.admin.operations import GuardChange, KeyRotation
 from imdsproxy.app.guarding import Guarding
 from imdsproxy.app.record_loop import RecordLoop
 from imdsproxy.core.inventory import Inventory
@@ -19,28 +18,72 @@ from imdsproxy.core.wire import parse_map_value
 from imdsproxy.errors import NotFound, Problem
 from imdsproxy.host.clock import Clock
 
-__all__ = ["GuardWrites"]
+__all__ = ["GuardChange", "KeyRotation", "TokenService"]
 
 _APPLY_DEADLINE_S: Final = 10.0
 
 
+@dataclass(frozen=True, slots=True)
+class GuardChange:
+    """What an operator did about one instance; it is on disk, and outlives every restart.
+
+    Attributes:
+        epoch: How often its tokens were revoked.
+        reopened_at: When its boot was opened again, Unix time; `None` for never.
+        applied: No worker of HAProxy goes by the state before. Off: it comes in force when `pending` is mended.
+        pending: Why it is not in force yet.
+        shared: Of a revocation, the file of keys that other hosts have too: none of them hears of it.
+    """
+
+    instance: InstanceId
+    epoch: int
+    reopened_at: int | None = None
+    applied: bool = True
+    pending: tuple[str, ...] = ()
+    shared: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class KeyRotation:
+    """A fresh key signs tokens.
+
+    Attributes:
+        kid: Its name, with which its tokens begin.
+        keys: How many keys are believed, with this one.
+        file: Where they are.
+        applied: Every worker of HAProxy knows it.
+        pending: Why not yet.
+    """
+
+    kid: str
+    keys: int
+    file: str
+    applied: bool = True
+    pending: tuple[str, ...] = ()
+
+
 @dataclass(slots=True)
-class GuardWrites:
-    """The part of `imdsproxy.admin.operations.Operations` that changes guards and token keys.
+class TokenService:
+    """Changes what operators decided about single instances, and the keys of session tokens.
 
     Args:
-        problems: What keeps the data plane from being as it should.
+        unapplied: What keeps changes from guests.
     """
 
     inventory: Inventory
     records: RecordLoop
     guarding: Guarding
     clock: Clock
-    problems: Callable[[], tuple[Problem, ...]]
+    unapplied: Callable[[], tuple[Problem, ...]]
     _lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     async def revoke(self, instance: InstanceId) -> GuardChange:
-        """See `Operations.revoke_tokens`."""
+        """Revoke the session tokens that the instance has now; fresh ones are good.
+
+        Raises:
+            NotFound: No source has the instance, and no operator ever changed anything about it.
+            HostRefused: It cannot be written; nothing has changed.
+        """
         self._refuse_unknown(instance)
         async with self._lock:
             guard = await asyncio.to_thread(self.guarding.guards.revoke, instance)
@@ -49,7 +92,7 @@ class GuardWrites:
         return done if shared is None else replace(done, shared=str(shared))
 
     async def reopen(self, instance: InstanceId) -> GuardChange:
-        """See `Operations.reopen_instance`."""
+        """Let its boot begin now: what is locked after the boot is open until it is over again. Raises as `revoke`."""
         self._refuse_unknown(instance)
         now = int(self.clock.now().timestamp())
         async with self._lock:
@@ -57,7 +100,12 @@ class GuardWrites:
         return await self._in_force(instance, guard)
 
     async def rotate(self) -> KeyRotation:
-        """See `Operations.rotate_token_keys`."""
+        """Let a fresh key sign tokens; those of the two keys before it stay good as long as they would be.
+
+        Raises:
+            SecretUnreadable: The file of the keys cannot be used; nothing has changed.
+            HostRefused: It cannot be written; nothing has changed.
+        """
         keys = self.guarding.keys
         async with self._lock:
             fresh = await asyncio.to_thread(keys.rotate)
@@ -113,5 +161,5 @@ class GuardWrites:
         return False
 
     def _unconfirmed(self) -> tuple[str, ...]:
-        reasons = (problem.reason for problem in self.problems())
+        reasons = (problem.reason for problem in self.unapplied())
         return tuple(dict.fromkeys(("the data plane has not confirmed it yet", *reasons)))

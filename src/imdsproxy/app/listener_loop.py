@@ -31,6 +31,7 @@ from imdsproxy.core.haproxy.model import (
     NovaBackend,
     NovaTimes,
 )
+from imdsproxy.core.haproxy.render import render_config
 from imdsproxy.core.hostnames import Naming
 from imdsproxy.core.hostops import HostOp
 from imdsproxy.core.hoststate import ObservedHost, merge_observed
@@ -235,6 +236,10 @@ class ListenerLoop:
             audit=settings.audit,
             unix=None if self.unix is None else self.unix.bind,
         )
+
+    def render(self) -> str:
+        """HAProxy's configuration as it would be written now; nothing is touched."""
+        return render_config(self.spec())
 
     async def first_look(self) -> None:
         """Do what is to be done on the host, before the first round, which then finds it done.

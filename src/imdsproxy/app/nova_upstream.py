@@ -82,6 +82,10 @@ class NovaUpstream:
         self.routing, self._settings = routing, settings
         return changed
 
+    def names(self) -> tuple[str, ...]:
+        """The names of the endpoint sets."""
+        return tuple(one.name for one in self.routing.sets)
+
     @property
     def times(self) -> NovaTimes:
         """Deadlines and checks, for HAProxy."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 import structlog
@@ -16,7 +16,9 @@ from imdsproxy.core.haproxy.counting import (
     parse_guests,
     parse_readers,
 )
-from imdsproxy.core.token_report import TokenLedger
+from imdsproxy.core.inventory import Inventory
+from imdsproxy.core.policy import PolicyBook
+from imdsproxy.core.token_report import TokenLedger, TokenReport, open_trees
 from imdsproxy.dataplane.haproxy import Haproxy
 from imdsproxy.dataplane.master import MasterClient, WorkerEnded
 from imdsproxy.errors import RuntimeUnavailable
@@ -68,6 +70,12 @@ class TokenCounting:
                     continue
                 now = self.clock.now().timestamp()
                 self.ledger.add(worker, parse_guests(guests), parse_readers(readers), now)
+
+    async def report(self, inventory: Inventory, policies: Callable[[], PolicyBook]) -> TokenReport:
+        """Who still reads without session tokens, and which trees required tokens leave open."""
+        await self.refresh()
+        report = self.ledger.report(open_trees(inventory, policies()))
+        return replace(report, one_in=self.one_in())
 
 
 def open_counting(haproxy: Haproxy, clock: Clock, one_in: Callable[[], int]) -> TokenCounting:

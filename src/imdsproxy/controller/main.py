@@ -11,10 +11,10 @@ from pathlib import Path
 import structlog
 
 from imdsproxy.app.heartbeat import Heartbeat
+from imdsproxy.app.settings_reload import SettingsHolder
 from imdsproxy.config.dropped import refuse_dropped
 from imdsproxy.config.load import Loaded
 from imdsproxy.config.schema import Settings
-from imdsproxy.controller.settings_reload import SettingsHolder
 from imdsproxy.controller.start import run_controller
 from imdsproxy.errors import ImdsproxyError
 from imdsproxy.host.clock import SystemClock

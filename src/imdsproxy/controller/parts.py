@@ -15,10 +15,10 @@ from imdsproxy.app.listener_loop import ListenerLoop
 from imdsproxy.app.lookup import Lookup
 from imdsproxy.app.nova_upstream import NovaUpstream
 from imdsproxy.app.record_loop import RecordLoop
+from imdsproxy.app.settings_reload import SettingsHolder
 from imdsproxy.app.token_report import TokenCounting
 from imdsproxy.app.watching import Watching
 from imdsproxy.controller.build import Sources
-from imdsproxy.controller.settings_reload import SettingsHolder
 from imdsproxy.core.inventory import Inventory
 from imdsproxy.dataplane.haproxy import Haproxy
 from imdsproxy.dataplane.layout import Layout

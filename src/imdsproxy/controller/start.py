@@ -36,6 +36,7 @@ from imdsproxy.app.nova_upstream import NovaUpstream
 from imdsproxy.app.pair_follower import PairFollower
 from imdsproxy.app.record_loop import RecordLoop
 from imdsproxy.app.servers import open_datagram_socket, open_sole_socket, open_tcp_socket
+from imdsproxy.app.settings_reload import SettingsHolder, with_contents
 from imdsproxy.app.token_report import open_counting
 from imdsproxy.app.unix_listener import UnixListener, sweep_unix_socket
 from imdsproxy.app.watching import Watching
@@ -57,7 +58,6 @@ from imdsproxy.controller.build import (
     prepare_jail,
 )
 from imdsproxy.controller.parts import Parts
-from imdsproxy.controller.settings_reload import SettingsHolder, with_contents
 from imdsproxy.controller.stop import end_processes, sweep_host
 from imdsproxy.core.addresses import normalise_address
 from imdsproxy.core.hostnames import Naming
@@ -79,7 +79,7 @@ from imdsproxy.serving.account import find_account
 from imdsproxy.serving.resolver import HoldLimits, Resolver
 
 if TYPE_CHECKING:
-    from imdsproxy.controller.http import Face
+    from imdsproxy.controller.http import HttpApps
 
 __all__ = ["run_controller"]
 
@@ -108,7 +108,7 @@ class _Controller:
     pairs: PairFollower
     heartbeat: Heartbeat
     kept: Sequence[socket.socket] = ()
-    face: Face | None = None
+    apps: HttpApps | None = None
     ended: asyncio.Event = field(default_factory=asyncio.Event)
     with_data_plane: bool = False
     _tasks: set[asyncio.Task[None]] = field(default_factory=set)
@@ -137,8 +137,8 @@ class _Controller:
     async def refresh_figures(self) -> None:
         """Read HAProxy's counters now and then, so that none is lost over a reload; keep its log short."""
         while True:
-            if self.face is not None:
-                await self.face.figures.refresh()
+            if self.apps is not None:
+                await self.apps.figures.refresh()
             limit_log(self.parts.layout.haproxy_log)
             await asyncio.sleep(_FIGURES_EVERY_S)
 
@@ -150,7 +150,7 @@ class _Controller:
         result, taken_over = self._begin_reload(allow_dropped=allow_dropped)
         if taken_over is None or (await asyncio.wait([taken_over], timeout=_TAKE_OVER_S))[0]:
             return result
-        own = () if self.face is None else self.face.operations.own_problems()
+        own = () if self.apps is None else self.apps.status.own_problems()
         problems = dict.fromkeys(problem.reason for problem in own)
         pending = ("the data plane has not confirmed it yet", *problems)
         return replace(result, haproxy_reloaded=False, pending=pending)
@@ -463,7 +463,7 @@ async def _live(controller: _Controller, admin: socket.socket, health: HealthSer
                 parts.audit.run(audit_socket, last_socket, controller.kept), name="audit"
             )
         )
-        loading = group.create_task(_load_face(controller))
+        loading = group.create_task(_load_http(controller))
         try:
             await _start_data_plane(controller)
         finally:
@@ -486,17 +486,17 @@ async def _live(controller: _Controller, admin: socket.socket, health: HealthSer
             )
         ]
         await asyncio.gather(loading, parts.documents.ask())
-        from imdsproxy.controller.http import build_face, load_admin, serve  # noqa: PLC0415 - it is there now
+        from imdsproxy.controller.http import build_apps, load_admin, serve  # noqa: PLC0415 - it is there now
 
-        face = controller.face = build_face(
+        apps = controller.apps = build_apps(
             parts, reload_settings=controller.reload, end=controller.end
         )
-        resolving = group.create_task(serve(face.resolver, resolver_socket))
+        resolving = group.create_task(serve(apps.resolver, resolver_socket))
         tasks.append(group.create_task(controller.refresh_figures()))
         make_admin = await asyncio.to_thread(load_admin)
-        administering = group.create_task(serve(make_admin(face), admin))
+        administering = group.create_task(serve(make_admin(apps), admin))
         if health is not None:
-            health.reports = face.health
+            health.reports = apps.health
         # What the sources have told mostly stays, so nobody looked for garbage until here (`cli.run`). To look
         # through it again and again takes 70 ms each time at 1,000 networks, and guests wait meanwhile.
         gc.collect()
@@ -527,7 +527,7 @@ async def _live(controller: _Controller, admin: socket.socket, health: HealthSer
             sweep_unix_socket(parts.layout.config, SocketFiles().observe)
 
 
-async def _load_face(controller: _Controller) -> None:
+async def _load_http(controller: _Controller) -> None:
     """In a thread, beside a HAProxy that reads its files; nothing that comes before is to share our processor."""
     there = (controller.parts.haproxy.starting, controller.served)
     waiting = [asyncio.ensure_future(one.wait()) for one in there]

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from imdsproxy.admin.records import Writes
+from imdsproxy.admin.records import RecordService
 from imdsproxy.app.listener_loop import ListenerReport
 from imdsproxy.app.tickets import Tickets
 from imdsproxy.core.degraded import find_degraded
@@ -61,7 +61,7 @@ class _Loop:
 @dataclass
 class Rig:
     inventory: Inventory
-    writes: Writes
+    writes: RecordService
     listeners: _Loop
 
 
@@ -85,7 +85,7 @@ async def _rig(directory: Path) -> AsyncIterator[Rig]:
         async with asyncio.timeout(30):
             await known.wait()
         listeners = _Loop(inventory=inventory)
-        writes = Writes(
+        writes = RecordService(
             inventory,
             _Loop(),  # type: ignore[arg-type]  # the part that is used
             listeners,  # type: ignore[arg-type]  # as above

@@ -13,8 +13,7 @@ from typing import cast
 import pytest
 
 from imdsproxy.admin import tokens
-from imdsproxy.admin.operations import GuardChange
-from imdsproxy.admin.tokens import GuardWrites
+from imdsproxy.admin.tokens import GuardChange, TokenService
 from imdsproxy.app.guarding import Guarding
 from imdsproxy.app.guards import GuardFile
 from imdsproxy.app.record_loop import RecordLoop
@@ -84,7 +83,7 @@ class Rig:
         self.keys = TokenKeys(
             self.directory / "keys", self.directory / "map", _put, lambda size: b"k" * size
         )
-        self.writes = GuardWrites(
+        self.writes = TokenService(
             self.inventory,
             cast("RecordLoop", self.records),
             Guarding(self.keys, self.guards),

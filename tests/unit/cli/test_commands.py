@@ -9,18 +9,19 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import typer
 
-from imdsproxy.admin.operations import DocumentAnswer
-from imdsproxy.admin.reports import AuditReport, LeftOut, UnixListenerReport
+from imdsproxy.admin import tokens
+from imdsproxy.admin.reports import AuditReport, SourceReport, UnixListenerReport
 from imdsproxy.cli import admin_client
 from imdsproxy.cli.commands import build_program, iterate_commands
 from imdsproxy.cli.examples import EXAMPLES
 from imdsproxy.cli.main import main
+from imdsproxy.core.endpoints import LeftOutCode
 from imdsproxy.core.model import BridgeListener, Dialect, InstanceId, NamespaceListener, NetworkId
 from imdsproxy.core.path_rules import PathRules, PathWord
 from imdsproxy.core.policy import (
@@ -32,9 +33,10 @@ from imdsproxy.core.policy import (
     TokenMode,
 )
 from imdsproxy.core.progress import Step
+from imdsproxy.core.upstream import EndpointSet, NovaRouting
 from imdsproxy.errors import ConfigInvalid, Problem, ReloadFailed, SourceUnavailable
 from support.admin_server import AdminServer, admin_server
-from support.fake_operations import CONFLICT, FakeOperations
+from support.record_builders import instance, port
 
 KEY = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIGnJ root@host"
 
@@ -56,9 +58,9 @@ class Cli:
     server: AdminServer
     capture: pytest.CaptureFixture[str]
 
-    @property
-    def operations(self) -> FakeOperations:
-        return self.server.operations
+    def claim_twice(self) -> None:
+        """Another source has an instance with the address of web-1."""
+        self.server.claim_twice(instance("web-2", ports=[port("blue", "10.0.0.5")]))
 
     def __call__(self, *arguments: str) -> Ran:
         status = main(["--socket", str(self.server.socket), *arguments])
@@ -89,7 +91,7 @@ def test_a_network_is_added_with_flags(cli: Cli) -> None:
     )
 
     assert (ran.status, ran.out) == (0, "done: network blue added\n")
-    network = cli.operations.networks[NetworkId("blue")]
+    network = cli.server.networks[NetworkId("blue")]
     assert network.listener == NamespaceListener("ns-blue", "tap0", manage_addresses=True)
     assert (network.name, network.project, network.mtu) == ("Blue", "p1", 1400)
     first, second = network.subnets
@@ -125,7 +127,7 @@ def test_an_instance_is_added_with_flags(cli: Cli, tmp_path: Path) -> None:
     )
 
     assert ran.status == 0, ran.err
-    instance = cli.operations.instances[InstanceId("web-1")]
+    instance = cli.server.instances[InstanceId("web-1")]
     assert (instance.name, instance.hostname) == ("Web 1", "web-1.example")
     assert [(port.network, port.mac, len(port.addresses)) for port in instance.ports] == [
         ("blue", "52:54:00:12:34:56", 2),
@@ -142,8 +144,8 @@ def test_an_instance_is_added_with_flags(cli: Cli, tmp_path: Path) -> None:
 def test_the_policy_of_a_record_is_said_by_flags_rule_by_rule(filled: Cli, kind: str) -> None:
     def policy() -> PolicyRules:
         if kind == "network":
-            return filled.operations.networks[NetworkId("blue")].policy
-        return filled.operations.instances[InstanceId("web-1")].policy
+            return filled.server.networks[NetworkId("blue")].policy
+        return filled.server.instances[InstanceId("web-1")].policy
 
     name = {"network": "blue", "instance": "web-1"}[kind]
     assert filled(kind, "set", name, "--tokens", "required").status == 0
@@ -165,8 +167,8 @@ def test_what_is_said_of_paths_is_said_and_unsaid_by_flags_path_by_path(
 ) -> None:
     def paths() -> PathRules | None:
         if kind == "network":
-            return filled.operations.networks[NetworkId("blue")].policy.paths
-        return filled.operations.instances[InstanceId("web-1")].policy.paths
+            return filled.server.networks[NetworkId("blue")].policy.paths
+        return filled.server.instances[InstanceId("web-1")].policy.paths
 
     name = {"network": "blue", "instance": "web-1"}[kind]
     for words in ("/latest/user-data=deny", "/latest/meta-data/tags/instance/a=b=optional"):
@@ -201,8 +203,8 @@ def test_every_rule_of_a_policy_has_a_flag(filled: Cli, kind: str, rule: Rule) -
     value: object = rule.bounds[1] if rule.bounds else "required"
     words = (flag,) if rule.kind is bool else (flag, str(value))
     assert filled(kind, "set", name, *words).status == 0
-    blue = filled.operations.networks[NetworkId("blue")]
-    web = filled.operations.instances[InstanceId("web-1")]
+    blue = filled.server.networks[NetworkId("blue")]
+    web = filled.server.instances[InstanceId("web-1")]
     wanted = {rule.name: True if rule.kind is bool else value}
     assert (blue if kind == "network" else web).policy == PolicyRules(**wanted)  # type: ignore[arg-type] # by the rule's kind
 
@@ -211,17 +213,18 @@ def test_a_network_and_an_instance_are_added_with_a_policy(cli: Cli) -> None:
     cli("network", "add", "blue", "--bridge", "br0", "--tokens", "required")
     said = ("--path-rule", "/latest/user-data=deny", "--no-path-rule", "/")
     cli("instance", "add", "web-1", "--network", "blue", "--seal-user-data", *said)
-    blue = cli.operations.networks[NetworkId("blue")]
+    blue = cli.server.networks[NetworkId("blue")]
     assert blue.policy == PolicyRules(tokens=TokenMode.REQUIRED)
-    web = cli.operations.instances[InstanceId("web-1")]
+    web = cli.server.instances[InstanceId("web-1")]
     paths = (("/latest/user-data", PathWord.DENY),)
     assert web.policy == PolicyRules(seal_user_data=True, paths=paths)
 
 
 def test_show_tells_the_policy_and_when_an_instance_was_made(filled: Cli, tmp_path: Path) -> None:
     filled("instance", "set", "web-1", "--tokens", "off", "--seal-user-data")
-    made = replace(filled.operations.instances[InstanceId("web-1")], created_at=1_795_694_400)
-    filled.operations.instances[made.id] = made
+    body = {"created_at": 1_795_694_400}
+    filled.server.client.request("PATCH", "/v1/instances/web-1", body=body)
+    made = filled.server.instances[InstanceId("web-1")]
     shown = filled("instance", "show", "web-1").out
     assert "# created: 2026-11-26T12:00:00Z\n" in shown
     assert "  created_at: 1795694400\n" in shown
@@ -229,11 +232,11 @@ def test_show_tells_the_policy_and_when_an_instance_was_made(filled: Cli, tmp_pa
     (tmp_path / "instance.yaml").write_text(shown)
     filled("instance", "remove", "web-1")
     assert filled("instance", "add", "--file", str(tmp_path / "instance.yaml")).status == 0
-    assert filled.operations.instances[made.id] == made
+    assert filled.server.instances[made.id] == made
 
 
 def test_an_instance_without_a_name_is_named_by_its_id(filled: Cli) -> None:
-    assert filled.operations.instances[InstanceId("web-1")].name == "web-1"
+    assert filled.server.instances[InstanceId("web-1")].name == "web-1"
 
 
 def test_user_data_comes_from_standard_input(filled: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -241,7 +244,7 @@ def test_user_data_comes_from_standard_input(filled: Cli, monkeypatch: pytest.Mo
 
     assert filled("instance", "set", "web-1", "--user-data", "-").status == 0
 
-    assert filled.operations.instances[InstanceId("web-1")].user_data == b"#!/bin/sh\r\n"
+    assert filled.server.instances[InstanceId("web-1")].user_data == b"#!/bin/sh\r\n"
 
 
 def test_set_changes_only_what_is_given(filled: Cli) -> None:
@@ -249,7 +252,7 @@ def test_set_changes_only_what_is_given(filled: Cli) -> None:
     filled("instance", "set", "web-1", "--tag", "b=2", "--clear", "project", "--no-ec2")
     filled("instance", "set", "web-1", "--ec2")
 
-    instance = filled.operations.instances[InstanceId("web-1")]
+    instance = filled.server.instances[InstanceId("web-1")]
     assert instance.tags == (("a", "1"), ("b", "2"))
     assert instance.project is None
     assert instance.dialects == frozenset(Dialect)
@@ -258,11 +261,11 @@ def test_set_changes_only_what_is_given(filled: Cli) -> None:
 
 def test_set_replaces_a_listener_as_a_whole(filled: Cli) -> None:
     filled("network", "set", "blue", "--device", "tap0", "--manage-addresses")
-    network = filled.operations.networks[NetworkId("blue")]
+    network = filled.server.networks[NetworkId("blue")]
     assert network.listener == NamespaceListener("blue", "tap0", manage_addresses=True)
 
     filled("network", "set", "blue", "--bridge", "br0")
-    assert filled.operations.networks[NetworkId("blue")].listener == BridgeListener("br0")
+    assert filled.server.networks[NetworkId("blue")].listener == BridgeListener("br0")
 
 
 @pytest.mark.parametrize(
@@ -318,13 +321,16 @@ def test_without_a_command_there_is_help(capsys: pytest.CaptureFixture[str]) -> 
 
 def test_what_is_there_is_73_and_what_is_not_there_66(filled: Cli) -> None:
     again = filled("network", "add", "blue", "--bridge", "br0")
-    assert (again.status, again.err.splitlines()[0]) == (73, "imdsproxy: there is a network blue")
+    assert (again.status, again.err.splitlines()[0]) == (
+        73,
+        "imdsproxy: there is a network blue already",
+    )
 
     missing = filled("instance", "show", "nobody")
     assert missing.status == 66
     assert missing.err.splitlines() == [
         "imdsproxy: there is no instance nobody",
-        "hint: `imdsproxy instance list`",
+        "hint: imdsproxy instance list",
     ]
 
 
@@ -426,13 +432,13 @@ def test_an_error_is_json_where_json_was_asked_for(filled: Cli) -> None:
     assert json.loads(ran.err) == {
         "code": "not-found",
         "message": "there is no instance nobody",
-        "hint": "`imdsproxy instance list`",
+        "hint": "imdsproxy instance list",
         "problems": [],
     }
 
 
 def test_every_problem_that_the_daemon_has_is_shown(filled: Cli) -> None:
-    filled.operations.failure = ConfigInvalid(
+    filled.server.failure = ConfigInvalid(
         "the configuration has 2 problems",
         problems=[
             Problem("haproxy.maxcon", "there is no such setting", hint="?", file="/c", line=3),
@@ -456,13 +462,13 @@ def test_every_problem_that_the_daemon_has_is_shown(filled: Cli) -> None:
 def test_a_failure_keeps_its_exit_status(
     cli: Cli, failure: SourceUnavailable | ReloadFailed, status: int
 ) -> None:
-    cli.operations.failure = failure
+    cli.server.failure = failure
 
     assert cli("status").status == status
 
 
 def test_a_fault_of_the_daemon_is_70(cli: Cli) -> None:
-    cli.operations.crash = RuntimeError("x")
+    cli.server.failure = RuntimeError("x")
 
     ran = cli("status")
 
@@ -471,9 +477,7 @@ def test_a_fault_of_the_daemon_is_70(cli: Cli) -> None:
 
 
 def test_tables_of_records(filled: Cli) -> None:
-    filled.operations.left_out[NetworkId("blue")] = LeftOut(
-        NetworkId("blue"), "port-busy", "pid 7 has the port"
-    )
+    filled.server.leave_out("blue", "pid 7 has the port")
 
     networks, instances = filled("network", "list").out, filled("instance", "list").out
 
@@ -509,7 +513,7 @@ def test_what_show_prints_can_be_stored_again(filled: Cli, tmp_path: Path) -> No
     data = "#cloud-config\nusers:\n  - name: a\n\n# ü: 'x'\n"
     (tmp_path / "data").write_text(data)
     filled("instance", "set", "web-1", "--user-data", str(tmp_path / "data"), "--tag", "n=0123")
-    before = dict(filled.operations.instances), dict(filled.operations.networks)
+    before = dict(filled.server.instances), dict(filled.server.networks)
     for kind, name in (("network", "blue"), ("instance", "web-1")):
         (tmp_path / f"{kind}.yaml").write_text(filled(kind, "show", name).out)
     filled("instance", "remove", "web-1")
@@ -518,7 +522,7 @@ def test_what_show_prints_can_be_stored_again(filled: Cli, tmp_path: Path) -> No
     assert filled("network", "add", "--file", str(tmp_path / "network.yaml")).status == 0
     assert filled("instance", "add", "--file", str(tmp_path / "instance.yaml")).status == 0
 
-    assert (filled.operations.instances, filled.operations.networks) == before
+    assert (filled.server.instances, filled.server.networks) == before
 
 
 def test_several_are_removed_until_one_cannot_be(filled: Cli) -> None:
@@ -528,25 +532,27 @@ def test_several_are_removed_until_one_cannot_be(filled: Cli) -> None:
 
     assert ran.status == 66
     assert ran.out == "done: instance web-1 removed\n"
-    assert list(filled.operations.instances) == ["web-2"]
+    assert list(filled.server.instances) == ["web-2"]
 
 
 def test_a_change_that_is_not_in_force_yet_says_why(filled: Cli) -> None:
-    filled.operations.left_out[NetworkId("blue")] = LeftOut(
-        NetworkId("blue"), "namespace-missing", "namespace blue is missing"
-    )
+    filled.server.leave_out("blue", "namespace blue is missing", code=LeftOutCode.NAMESPACE_MISSING)
 
     ran = filled("network", "set", "blue", "--mtu", "1400")
 
     assert ran.status == 75
     assert ran.out.splitlines() == [
         "stored: network blue changed; not in force yet:",
-        "  namespace blue is missing",
+        "  network blue is not served: namespace blue is missing",
     ]
 
 
-def test_of_a_thousand_reasons_twenty_are_shown(filled: Cli) -> None:
-    filled.operations.pending = tuple(f"reason {number}" for number in range(1000))
+def test_of_a_thousand_reasons_twenty_are_shown(
+    filled: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tokens, "_APPLY_DEADLINE_S", 0.1)
+    filled.server.haproxy.stop_answering_after = 0
+    filled.server.unapplied += [Problem("x", f"reason {number}") for number in range(999)]
     ran = filled("token", "revoke", "web-1")
     assert ran.status == 75
     assert len(ran.out.splitlines()) == 22
@@ -574,7 +580,7 @@ def test_many_records_are_added_from_a_file(cli: Cli, tmp_path: Path) -> None:
     ran = cli("instance", "add", "--file", str(tmp_path / "records.yaml"))
 
     assert ran.out == "done: 1 network, 2 instances added\n"
-    stored = cli.operations.instances
+    stored = cli.server.instances
     assert stored[InstanceId("db-1")].user_data == b"beside the file"
     assert stored[InstanceId("db-2")].user_data == b"\xff"
     assert cli("network", "add", "--file", str(tmp_path / "records.yaml")).status == 73
@@ -605,7 +611,7 @@ def test_every_bad_record_of_a_file_is_told_with_its_line(cli: Cli, tmp_path: Pa
     assert f"{path}:2: networks[0].listener: is missing" in ran.err
     assert f"{path}:5: networks[1].mtu" in ran.err
     assert f"{path}:7: instances[0].name: is missing" in ran.err
-    assert cli.operations.networks == {}
+    assert cli.server.networks == {}
 
 
 @pytest.mark.parametrize(
@@ -622,10 +628,8 @@ def test_a_file_without_records_is_refused(cli: Cli, tmp_path: Path, text: str, 
 
 
 def test_status_shows_what_is_wrong(filled: Cli) -> None:
-    filled.operations.left_out[NetworkId("blue")] = LeftOut(
-        NetworkId("blue"), "port-busy", "nginx (pid 7) has port 80", "stop it"
-    )
-    filled.operations.conflicts = (CONFLICT,)
+    filled.server.leave_out("blue", "nginx (pid 7) has port 80", "stop it")
+    filled.claim_twice()
 
     ran = filled("status")
 
@@ -640,17 +644,16 @@ def test_status_shows_what_is_wrong(filled: Cli) -> None:
         "nginx (pid 7) has port 80",
         "stop it",
         "web.yaml:41: instances[3].ports[0].mac",
-        "address blue/10.0.0.5: claimed by web-1 (file), web-2 (sqlite)",
+        "address blue/10.0.0.5: claimed by web-2 (file), web-1 (sqlite)",
         "2 problems",
     ):
         assert words in ran.out
 
 
 def test_status_lists_some_of_the_problems_of_a_source_and_counts_the_rest(filled: Cli) -> None:
-    filled.operations.file_problems = tuple(
-        Problem(f"instances[{number}].name", "is empty") for number in range(1_030)
-    )
-    filled.operations.conflicts = (CONFLICT,)
+    problems = tuple(Problem(f"instances[{number}].name", "is empty") for number in range(1_030))
+    filled.server.status["sources"] = (SourceReport("file", in_sync=True, problems=problems),)
+    filled.claim_twice()
 
     ran = filled("status")
 
@@ -665,8 +668,7 @@ def test_status_lists_some_of_the_networks_that_are_not_served_and_counts_the_re
     filled: Cli,
 ) -> None:
     for number in range(1_000):
-        network = NetworkId(f"n-{number}")
-        filled.operations.left_out[network] = LeftOut(network, "no-device", "is not there", "")
+        filled.server.leave_out(f"n-{number}", "is not there")
 
     ran = filled("status")
 
@@ -677,7 +679,10 @@ def test_status_lists_some_of_the_networks_that_are_not_served_and_counts_the_re
 
 def test_status_shows_what_takes_long_while_it_does(filled: Cli) -> None:
     assert "under way" not in filled("status").out
-    filled.operations.under_way = (Step("storing instances", 1_000, 2_000), Step("waiting", 0, 0))
+    filled.server.status["progress"] = (
+        Step("storing instances", 1_000, 2_000),
+        Step("waiting", 0, 0),
+    )
     ran = filled("status")
     assert "storing instances: 1,000 of 2,000\n" in ran.out
     assert "waiting\n" in ran.out
@@ -685,7 +690,7 @@ def test_status_shows_what_takes_long_while_it_does(filled: Cli) -> None:
 
 def test_status_names_settings_that_are_for_nobody(filled: Cli) -> None:
     assert "nobody" not in filled("status").out
-    filled.operations.policy_for_nobody = ("policy.instances.web1", "policy.networks.bleu")
+    filled.server.status["policy_for_nobody"] = ("policy.instances.web1", "policy.networks.bleu")
     said = "for nobody that is known: policy.instances.web1, policy.networks.bleu"
     assert said in filled("status").out
 
@@ -693,24 +698,24 @@ def test_status_names_settings_that_are_for_nobody(filled: Cli) -> None:
 def test_status_shows_the_unix_listener_where_there_is_one(filled: Cli) -> None:
     assert "unix listener" not in filled("status").out
     path = "/var/lib/neutron/metadata_proxy"
-    filled.operations.unix_listener = UnixListenerReport(
+    filled.server.status["unix_listener"] = UnixListenerReport(
         path, serving=True, mode="0644", user=64055, group=64056
     )
     assert f"{path}, mode 0644 64055:64056, serving" in filled("status").out
-    filled.operations.unix_listener = UnixListenerReport(
+    filled.server.status["unix_listener"] = UnixListenerReport(
         path, serving=True, mode="0644", taken_over=2, taken_from="neutron-ovn-met (pid 7)"
     )
     assert "serving, taken over from neutron-ovn-met (pid 7)" in filled("status").out
     reason = "neutron-metadat (pid 7) listens there"
-    filled.operations.unix_listener = UnixListenerReport(path, serving=False, problem=reason)
+    filled.server.status["unix_listener"] = UnixListenerReport(path, serving=False, problem=reason)
     assert f"{path}, left out {reason}" in filled("status").out
 
 
 def test_status_shows_the_audit_log_where_there_is_one(filled: Cli) -> None:
     assert "audit log" not in filled("status").out
-    filled.operations.audit = AuditReport("all", "/x.log", written=17)
+    filled.server.status["audit"] = AuditReport("all", "/x.log", written=17)
     assert "all, to /x.log, 17 lines\n" in filled("status").out
-    filled.operations.audit = AuditReport("sampled", "/x.log", 17, 3, "/x.log: no room")
+    filled.server.status["audit"] = AuditReport("sampled", "/x.log", 17, 3, "/x.log: no room")
     told = filled("status").out
     assert "sampled, to /x.log, 17 lines, 3 left out" in told
     assert "not written /x.log: no room" in told
@@ -725,7 +730,7 @@ def test_status_in_json_is_the_daemons_own(filled: Cli) -> None:
 
 def test_status_check_says_by_its_exit_status_whether_it_is_ready(filled: Cli) -> None:
     assert filled("status", "--check").status == 0
-    filled.operations.left_out[NetworkId("blue")] = LeftOut(NetworkId("blue"), "x", "y")
+    filled.server.leave_out("blue", "y")
     assert filled("status", "--check").status == 1
 
 
@@ -733,12 +738,12 @@ def test_explain_says_who_why_and_from_where(filled: Cli) -> None:
     ran = filled("explain", "--network", "blue", "--from", "10.0.0.5")
 
     assert ran.status == 0
-    for words in ("web-1 (web-1)", "source sqlite", "web-1|0f3a9c", "ec2, nocloud, openstack"):
+    for words in ("web-1 (web-1)", "source sqlite", "web-1|", "ec2, nocloud, openstack"):
         assert words in ran.out
 
 
 def test_explain_says_what_the_guest_may_and_who_said_so(filled: Cli) -> None:
-    filled.operations.policies = PolicyBook(
+    filled.server.guarding._said = PolicyBook(
         host=PolicyRules(tokens=TokenMode.REQUIRED), networks={"blue": PolicyRules(endpoint=False)}
     )
     words = " ".join(filled("explain", "--network", "blue", "--from", "10.0.0.5").out.split())
@@ -746,7 +751,7 @@ def test_explain_says_what_the_guest_may_and_who_said_so(filled: Cli) -> None:
         "endpoint off (network)",
         "tokens required (host)",
         "hop_limit 64 (default)",
-        "boot finished: no source has its creation time",
+        "boot until 2025-10-10 ",
     ):
         assert said in words
     assert "revoked" not in words
@@ -759,7 +764,7 @@ def test_explain_says_what_the_guest_may_and_who_said_so(filled: Cli) -> None:
 
 
 def test_explain_says_which_rule_decides_about_a_path(filled: Cli) -> None:
-    filled.operations.policies = PolicyBook(
+    filled.server.guarding._said = PolicyBook(
         projects={"p1": PolicyRules(tokens=TokenMode.REQUIRED)},
         instances={"web-1": PolicyRules(tokens=TokenMode.REQUIRED)},
     )
@@ -800,6 +805,8 @@ def test_explain_sends_a_probe_only_where_one_is_asked_for(documented: Cli) -> N
 
 
 def test_explain_of_novas_guest_says_that_nova_decides(filled: Cli) -> None:
+    default = EndpointSet("default", b"secret", None, frozenset(), frozenset())
+    filled.server.records.routing = lambda: NovaRouting((default,))
     filled("instance", "set", "web-1", "--upstream", "nova", "--project", "p1")
     assert "found, its requests are sent to Nova" in filled("explain", "web-1").out
     assert filled("explain", *GUEST, "--json").json["answer"] is None
@@ -815,19 +822,19 @@ def test_a_name_stands_for_an_id_where_one_alone_has_it(filled: Cli) -> None:
     assert refused.err == "imdsproxy: 2 have the name front\nhint: use an id: web-1, web-2\n"
     assert filled("instance", "add", "front", "--network", "blue").status == 0
     assert filled("instance", "remove", "front").status == 0
-    assert set(filled.operations.instances) == {"web-1", "web-2"}
+    assert set(filled.server.instances) == {"web-1", "web-2"}
 
 
 @pytest.mark.parametrize(
     "clear", ["instance set web-1 --clear password", "instance password web-1 --clear"]
 )
 def test_a_posted_password_is_shown_and_cleared(filled: Cli, clear: str) -> None:
-    filled.operations.passwords[InstanceId("web-1")] = b"c2VjcmV0"
+    assert filled.server.passwords.keep(InstanceId("web-1"), b"c2VjcmV0")
     assert filled("instance", "password", "web-1").out == "c2VjcmV0"
     shown = filled("instance", "password", "web-1", "--json").json
     assert shown == {"instance": "web-1", "password": {"text": "c2VjcmV0"}}
     assert filled(*clear.split()).status == 0
-    assert filled.operations.passwords == {}
+    assert filled.server.passwords.read(InstanceId("web-1")) is None
     none = filled("instance", "password", "web-1")
     assert (none.status, "has posted no password" in none.err) == (66, True)
 
@@ -836,16 +843,14 @@ def test_explain_of_nobody_is_1(filled: Cli) -> None:
     ran = filled("explain", "--network", "blue", "--from", "10.0.0.9")
     assert (ran.status, "unknown" in ran.out) == (1, True)
 
-    filled.operations.conflicts = (CONFLICT,)
+    filled.claim_twice()
     ran = filled("explain", "--network", "blue", "--from", "10.0.0.5", "--json")
     assert (ran.status, ran.json["verdict"], ran.json["answer"]) == (1, "conflict", 503)
 
 
 @pytest.fixture
 def documented(filled: Cli) -> Cli:
-    filled.operations.documents["/latest/user-data"] = DocumentAnswer(
-        200, (("content-type", "text/plain"),), b"\xff\x00\n"
-    )
+    filled.server.answer("/latest/user-data", b"\xff\x00\n", (b"content-type", b"text/plain"))
     return filled
 
 
@@ -862,7 +867,7 @@ def test_get_gives_the_bytes_and_nothing_else(documented: Cli) -> None:
 
 
 def test_get_shows_the_headers_when_asked(documented: Cli) -> None:
-    documented.operations.documents["/x"] = DocumentAnswer(200, (("a", "b"),), b"body")
+    documented.server.answer("/x", b"body", (b"a", b"b"))
 
     assert documented("get", "/x", *GUEST, "-i").out == "HTTP/1.1 200 OK\na: b\n\nbody"
 
@@ -894,11 +899,11 @@ def test_reload_may_drop_settings_only_with_its_flag(
     cli: Cli, flags: tuple[str, ...], *, allowed: bool
 ) -> None:
     cli("reload", *flags)
-    assert cli.operations.dropped_allowed is allowed
+    assert cli.server.reloads == [allowed]
 
 
 def test_reload_says_what_is_not_in_force_yet(cli: Cli) -> None:
-    cli.operations.pending = ("the data plane has not confirmed it yet",)
+    cli.server.pending = ("the data plane has not confirmed it yet",)
 
     lines = cli("reload").out.splitlines()
 
@@ -921,7 +926,7 @@ def test_stop_ends_the_data_plane_only_when_told_to(
     ran = cli("stop", "--json", *flags)
 
     assert (ran.status, ran.json) == (0, {"stopped": ended, "data_plane": data_plane})
-    assert cli.operations.stopped == [data_plane]
+    assert cli.server.stopped == [data_plane]
     assert not cli.server.socket.exists()
 
 
@@ -949,9 +954,7 @@ def test_render_prints_the_configuration(cli: Cli) -> None:
 
 
 def test_foreign_text_cannot_steer_the_terminal(filled: Cli) -> None:
-    filled.operations.left_out[NetworkId("blue")] = LeftOut(
-        NetworkId("blue"), "port-busy", "evil\x1b[2J [red]program[/red]"
-    )
+    filled.server.leave_out("blue", "evil\x1b[2J [red]program[/red]")
 
     ran = filled("status")
 

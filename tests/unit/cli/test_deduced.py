@@ -47,10 +47,10 @@ class Cli:
         return status, captured.out + captured.err
 
     def instance(self, name: str) -> Instance:
-        return self.server.operations.instances[InstanceId(name)]
+        return self.server.instances[InstanceId(name)]
 
     def network(self, name: str) -> Network:
-        return self.server.operations.networks[NetworkId(name)]
+        return self.server.networks[NetworkId(name)]
 
 
 @pytest.fixture
@@ -123,7 +123,7 @@ def test_a_private_key_is_not_shown_to_guests(cli: Cli, tmp_path: Path) -> None:
     assert status == 64
     assert "is a private key" in said
     assert f"{private}.pub" in said
-    assert not cli.server.operations.instances
+    assert not cli.server.instances
 
 
 # From libvirt
@@ -206,7 +206,7 @@ def test_a_domain_that_cannot_be_taken_over_is_told_with_the_reason(
     status, said = cli("instance", "add", "--from-libvirt", "web", *arguments)
     assert status == 64
     assert words in said
-    assert not cli.server.operations.instances
+    assert not cli.server.instances
 
 
 def test_libvirt_is_asked_where_the_settings_say(

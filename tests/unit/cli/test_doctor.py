@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from imdsproxy.admin.operations import DocumentAnswer
 from imdsproxy.cli.doctor_fetch import HttpFetch, parse_url
 from imdsproxy.cli.doctor_guest import is_metadata_address, look_around, machine_macs
 from imdsproxy.cli.main import main
@@ -36,10 +35,8 @@ def admin(tmp_path: Path) -> Iterator[AdminServer]:
         assert main([*socket_option, "instance", "add", "web-1", *added]) == 0
         for path, reply in GOOD.items():
             for spelling in (path, f"{path}/"):
-                running.operations.documents[spelling] = DocumentAnswer(200, (), reply.body)
-        running.operations.documents["/latest//meta-data/instance-id"] = DocumentAnswer(
-            200, (), GOOD["/latest/meta-data/instance-id"].body
-        )
+                running.answer(spelling, reply.body)
+        running.answer("/latest//meta-data/instance-id", GOOD["/latest/meta-data/instance-id"].body)
         yield running
 
 
@@ -123,7 +120,7 @@ def test_a_guest_is_asked_about_through_the_daemon(
     assert "not looked at: times, session tokens" in out
     assert "`imdsproxy snippet web-1 --for qemu|libvirt|proxmox|incus`" in out
 
-    admin.operations.documents["/latest/meta-data/hostname"] = DocumentAnswer(200, (), b"x\n")
+    admin.answer("/latest/meta-data/hostname", b"x\n")
     assert main(["--socket", str(admin.socket), "doctor", *guest, "--json"]) == 1
     told = json.loads(capsys.readouterr().out)
     assert [one["code"] for one in told["findings"]] == ["leaf-newline", "gate"]

@@ -2,19 +2,46 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from imdsproxy.admin.operations import Written
+from imdsproxy.admin.records import RecordService, Written
 from imdsproxy.cli import output
 from imdsproxy.cli.admin_client import AdminClient
 from imdsproxy.cli.main import main
+from imdsproxy.core.model import Instance, Network
 from imdsproxy.core.progress import Step
-from imdsproxy.errors import RequestRefused
+from imdsproxy.errors import Problem, RequestRefused
 from support.admin_server import AdminServer, admin_server
+
+
+@dataclass(slots=True)
+class _Slow(RecordService):
+    """Takes its time for each step before it stores anything."""
+
+    steps: tuple[Step, ...] = ()
+
+    async def put_records(
+        self, networks: Sequence[Network], instances: Collection[Instance], *, create: bool = False
+    ) -> Written:
+        for step in self.steps:
+            self.records.progress.note(step.what, step.done, step.of)
+            await asyncio.sleep(0.3)
+            self.records.progress.end(step.what)
+        return await super(_Slow, self).put_records(networks, instances, create=create)
+
+
+def _slow_down(server: AdminServer, steps: tuple[Step, ...]) -> None:
+    fast = server.services.records
+    server.services.records = _Slow(
+        fast.inventory, fast.records, fast.listeners, fast.store, fast.unapplied, steps=steps
+    )
+
 
 _STEPS = (Step("storing instances", 1000, 2000), Step("compiling instances", 2000, 2000))
 
@@ -43,7 +70,7 @@ def test_what_takes_long_is_told_line_by_line(
 ) -> None:
     monkeypatch.setattr(output, "_LINE_EVERY_S", 0.0)
     monkeypatch.setattr("imdsproxy.cli.admin_client._LOOK_EVERY_S", 0.05)
-    server.operations.steps = _STEPS
+    _slow_down(server, _STEPS)
     assert _add(server, _write(tmp_path / "many.json", 2000)) == 0
     shown = capsys.readouterr()
     assert shown.out == "done: 0 networks, 2000 instances added\n"
@@ -70,7 +97,7 @@ def test_a_program_that_reads_json_is_told_the_end_only(
 
 
 def test_work_may_take_longer_than_any_single_answer(server: AdminServer) -> None:
-    server.operations.steps = _STEPS * 4
+    _slow_down(server, _STEPS * 4)
     client = AdminClient(server.socket, timeout_s=1)
     seen: list[object] = []
     line = b'{"instance": {"id": "web", "name": "web"}}\n'
@@ -91,14 +118,13 @@ def test_records_that_come_by_line_are_stored_all_or_none(server: AdminServer) -
     with pytest.raises(RequestRefused) as caught:
         server.client.post_records(lines[:1] * 2, {}, print)
     assert [problem.field for problem in caught.value.problems] == ["instances[1].id"]
-    assert not server.operations.instances
+    assert not server.instances
 
 
 def test_of_many_reasons_some_are_printed_and_the_rest_counted(
     server: AdminServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    reasons = tuple(f"namespace n{number} is missing" for number in range(9485))
-    server.operations.written = Written(5000, 1, applied=False, pending=reasons)
+    server.unapplied += [Problem("x", f"namespace n{number} is missing") for number in range(9485)]
     assert _add(server, _write(tmp_path / "one.json", 1)) != 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[1] == "  namespace n0 is missing"

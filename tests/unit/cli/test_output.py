@@ -80,7 +80,7 @@ def test_a_posted_password_cannot_steer_a_terminal(tmp_path: Path) -> None:
     with admin_server(tmp_path) as server:
         body = {"id": "web", "name": "web"}
         server.client.request("POST", "/v1/instances", body=body)
-        server.operations.passwords[InstanceId("web")] = b"abc\x1b]0;owned\x07"
+        server.passwords.keep(InstanceId("web"), b"abc\x1b]0;owned\x07")
         argv = [sys.executable, "-m", "imdsproxy", "--socket", str(server.socket)]
         shown = _on_a_terminal([*argv, "instance", "password", "web"], {})
     assert shown.splitlines() == ["abc\\x1b]0;owned\\x07"]
@@ -123,7 +123,7 @@ def test_the_token_report_fits_a_terminal(
     tmp_path: Path, columns: int, words: tuple[str, ...]
 ) -> None:
     with admin_server(tmp_path) as server:
-        server.operations.tokens_told = _TOLD
+        server.token_report = _TOLD
         argv = [sys.executable, "-m", "imdsproxy", "--socket", str(server.socket), *words]
         lines = _plain(_on_a_terminal(argv, {"NO_COLOR": "1"}, columns))
     assert max(len(line) for line in lines) <= columns
@@ -150,7 +150,7 @@ def test_a_token_report_of_nobody_says_since_when_and_what_is_counted(
     tmp_path: Path, one_in: int, told: str
 ) -> None:
     with admin_server(tmp_path) as server:
-        server.operations.tokens_told = TokenReport(1_795_000_000.0, (), (), 0, one_in)
+        server.token_report = TokenReport(1_795_000_000.0, (), (), 0, one_in)
         argv = [
             sys.executable,
             "-m",

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from imdsproxy.admin.reports import LeftOut
 from imdsproxy.cli import preflight
 from imdsproxy.cli.preflight import Finding
 from imdsproxy.config.endpoint import Endpoint
@@ -241,12 +240,11 @@ def test_check_tells_what_the_running_daemon_leaves_out(
     from imdsproxy.cli.main import main  # noqa: PLC0415 - only here
 
     with admin_server(tmp_path) as server:
-        network = NetworkId("blue")
-        server.operations.left_out[network] = LeftOut(network, "port-busy", "pid 7 has the port")
+        server.leave_out("blue", "pid 7 has the port")
         main(["check", "--socket", str(server.socket)])
         assert "network blue is not served: pid 7 has the port" in capsys.readouterr().out
 
-        server.operations.failure = SourceUnavailable("the store is locked")
+        server.failure = SourceUnavailable("the store is locked")
         main(["check", "--socket", str(server.socket)])
         assert "the store is locked" in capsys.readouterr().out
 
@@ -289,7 +287,7 @@ def test_check_warns_of_open_user_data_that_the_daemon_tells_of(
 
     with admin_server(tmp_path) as server:
         tree = OpenTree(NetworkId("red"), InstanceId("web"), "/nocloud")
-        server.operations.tokens_told = TokenReport(0.0, (), (tree,), 12)
+        server.token_report = TokenReport(0.0, (), (tree,), 12)
         main(["check", "--json", "--socket", str(server.socket)])
     assert "keeps it: /nocloud of web in red and 11 more" in capsys.readouterr().out
 

@@ -100,7 +100,7 @@ def test_novas_instances_have_its_two_dialects(cli: Cli) -> None:
         "--network",
         "lan",
         "--mac",
-        MAC,
+        "52:54:00:12:34:57",
         "--upstream",
         "nova",
         "--project",

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 from imdsproxy.cli.main import main
-from imdsproxy.core.haproxy.watching import parse_events
 from support.admin_server import AdminServer, admin_server
 
 LINES = """\
@@ -33,7 +32,7 @@ def run(
         slept += 1
         if slept > 1:
             raise KeyboardInterrupt
-        server.operations.watched += parse_events(lines)
+        server.haproxy.events = lines
 
     monkeypatch.setattr("imdsproxy.cli.watch.time.sleep", sleep)
     return main(["--socket", str(server.socket), "watch", *arguments])
@@ -55,8 +54,8 @@ def test_only_a_network_or_an_instance_is_shown(
 ) -> None:
     run(server, monkeypatch, "--network", "red")
     assert len(capsys.readouterr().out.splitlines()) == 2
-    server.operations.watched.clear()
-    run(server, monkeypatch, "--instance", "vm-1")
+    more = LINES + LINES.replace("1 1795", "3 1795").replace("2 1795", "4 1795")
+    run(server, monkeypatch, "--instance", "vm-1", lines=more)
     assert "vm-1" in capsys.readouterr().out.splitlines()[1]
 
 
@@ -86,7 +85,7 @@ def test_that_some_were_missed_is_said(
     flags: list[str],
     said: str,
 ) -> None:
-    server.operations.missed = True
+    server.haproxy.events = LINES.replace("179568400", "179568300")
     run(server, monkeypatch, *flags)
     assert said in capsys.readouterr().out
 

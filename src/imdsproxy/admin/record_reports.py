@@ -1,20 +1,48 @@
-"""Instances as `instance list` and `show` report them: where each comes from, and why guests do not get it."""
+"""Networks and instances as `list` and `show` report them: the source of each, and why guests do not get it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from imdsproxy.admin.operations import InstanceReport
+from imdsproxy.admin.reports import LeftOut, report_left_out
 from imdsproxy.app.listener_loop import ListenerLoop
 from imdsproxy.app.record_loop import RecordLoop
 from imdsproxy.core.inventory import Inventory
-from imdsproxy.core.model import Instance, InstanceId, NetworkId, Upstream
-from imdsproxy.core.observation import Conflict
+from imdsproxy.core.model import Instance, InstanceId, Network, NetworkId, Upstream
+from imdsproxy.core.naming import find_id
+from imdsproxy.core.observation import Conflict, SourceName
 from imdsproxy.core.plan import networks_of
 from imdsproxy.errors import NotFound
 
-__all__ = ["InstanceReports"]
+__all__ = ["InstanceReport", "NetworkReport", "RecordReports"]
+
+
+@dataclass(frozen=True, slots=True)
+class NetworkReport:
+    """A network, where it comes from, and whether it is served; `left_out` says why not."""
+
+    network: Network
+    source: SourceName
+    instances: int = 0
+    left_out: LeftOut | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class InstanceReport:
+    """An instance, where it comes from, and the revision that guests see.
+
+    Attributes:
+        revision: Hash of the compiled record; empty while it is not compiled.
+        conflicts: What others claim as well.
+        pending: Why guests do not get the record, or not its newest version.
+    """
+
+    instance: Instance
+    source: SourceName
+    revision: str = ""
+    conflicts: tuple[Conflict, ...] = ()
+    pending: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,24 +60,64 @@ class _Moment:
 
 
 @dataclass(slots=True)
-class InstanceReports:
-    """Reports of instances, as of now."""
+class RecordReports:
+    """What is known now of networks and instances."""
 
     inventory: Inventory
     records: RecordLoop
     listeners: ListenerLoop
     documents_needed: bool
 
-    def all(self, network: NetworkId | None = None) -> Sequence[InstanceReport]:
-        """See `Operations.list_instances`; of a contested instance the first version."""
+    def network_id(self, text: str) -> NetworkId:
+        """The id of the network that has this id or name; the text itself where none has.
+
+        Raises:
+            RequestRefused: Several have the name.
+        """
+        network = NetworkId(text)
+        known = self.inventory.knows(network)
+        return network if known else find_id(network, self.inventory.networks)
+
+    def instance_id(self, text: str) -> InstanceId:
+        """The same for instances."""
+        instance = InstanceId(text)
+        known = self.inventory.sources_of_instance(instance)
+        return instance if known else find_id(instance, self.inventory.instances)
+
+    def networks(self) -> Sequence[NetworkReport]:
+        """Every network, by id."""
+        networks, degraded = self.inventory.networks, self._degraded()
+        return [self._network(networks[one], degraded) for one in sorted(networks)]
+
+    def network(self, network: NetworkId) -> NetworkReport:
+        """One network; `NotFound` otherwise."""
+        found = self.inventory.networks.get(network)
+        if found is None:
+            raise NotFound(f"there is no network {network}", hint="imdsproxy network list")
+        return self._network(found, self._degraded())
+
+    def _degraded(self) -> Mapping[NetworkId, LeftOut]:
+        """The first reason for each network that is not served."""
+        return {one.network: report_left_out(one) for one in reversed(self.listeners.degraded())}
+
+    def _network(self, network: Network, degraded: Mapping[NetworkId, LeftOut]) -> NetworkReport:
+        return NetworkReport(
+            network,
+            ", ".join(self.inventory.sources_of_network(network.id)),
+            len(self.inventory.instances_in(network.id)),
+            degraded.get(network.id),
+        )
+
+    def instances(self, network: NetworkId | None = None) -> Sequence[InstanceReport]:
+        """Every instance, or those with a port in `network`, by id; of a contested one the first version."""
         contested = self.inventory.contested_instances
         known = {**self.inventory.instances, **{key: one[0] for key, one in contested.items()}}
         ids = known.keys() if network is None else self.inventory.instances_in(network)
         moment = self._moment()
-        return [self._report(known[one], moment) for one in sorted(ids)]
+        return [self._instance(known[one], moment) for one in sorted(ids)]
 
-    def get(self, instance: InstanceId) -> InstanceReport:
-        """See `Operations.get_instance`."""
+    def instance(self, instance: InstanceId) -> InstanceReport:
+        """One instance; `NotFound` otherwise."""
         found = self.inventory.instances.get(instance)
         if found is None and instance in self.inventory.contested_instances:
             sources = " and ".join(self.inventory.sources_of_instance(instance))
@@ -59,7 +127,7 @@ class InstanceReports:
             )
         if found is None:
             raise NotFound(f"there is no instance {instance}", hint="imdsproxy instance list")
-        return self._report(found, self._moment())
+        return self._instance(found, self._moment())
 
     def _moment(self) -> _Moment:
         serving = networks_of(self.listeners.report.endpoints)
@@ -78,7 +146,7 @@ class InstanceReports:
             },
         )
 
-    def _report(self, instance: Instance, moment: _Moment) -> InstanceReport:
+    def _instance(self, instance: Instance, moment: _Moment) -> InstanceReport:
         return InstanceReport(
             instance,
             ", ".join(self.inventory.sources_of_instance(instance.id)),

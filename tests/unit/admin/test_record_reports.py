@@ -7,7 +7,7 @@ from typing import cast
 
 import pytest
 
-from imdsproxy.admin.instance_reports import InstanceReports
+from imdsproxy.admin.record_reports import RecordReports
 from imdsproxy.app.listener_loop import ListenerLoop
 from imdsproxy.app.record_loop import RecordLoop
 from imdsproxy.core.endpoints import Endpoint, LeftOut, LeftOutCode
@@ -55,14 +55,14 @@ def _pending(
     listeners = SimpleNamespace(
         report=SimpleNamespace(endpoints=endpoints), degraded=lambda: left_out
     )
-    reports = InstanceReports(
+    reports = RecordReports(
         inventory, cast("RecordLoop", records), cast("ListenerLoop", listeners), documents
     )
-    (listed,) = reports.all()
-    assert reports.get(WEB) == listed
-    assert [one.instance.id for one in reports.all(RED)] == [WEB] * (RED in ports)
+    (listed,) = reports.instances()
+    assert reports.instance(WEB) == listed
+    assert [one.instance.id for one in reports.instances(RED)] == [WEB] * (RED in ports)
     with pytest.raises(NotFound):
-        reports.get(InstanceId("nobody"))
+        reports.instance(InstanceId("nobody"))
     return listed.pending
 
 
@@ -101,10 +101,10 @@ def test_an_instance_that_sources_describe_differently_is_listed_as_a_conflict()
         inventory.observe(Observation(source, full=True, instances={WEB: web}))
     records = SimpleNamespace(revisions={}, failures={})
     listeners = SimpleNamespace(report=SimpleNamespace(endpoints=()), degraded=tuple)
-    reports = InstanceReports(
+    reports = RecordReports(
         inventory, cast("RecordLoop", records), cast("ListenerLoop", listeners), True
     )
-    (listed,) = reports.all()
+    (listed,) = reports.instances()
     assert (listed.instance.id, len(listed.conflicts)) == (WEB, 1)
     with pytest.raises(NotFound, match="a and b describe it differently"):
-        reports.get(WEB)
+        reports.instance(WEB)

@@ -4,9 +4,9 @@ from collections.abc import Callable
 
 import pytest
 
+from imdsproxy.app.settings_reload import SettingsHolder
 from imdsproxy.config.load import Loaded
 from imdsproxy.config.schema import HaproxySettings, LogSettings, Settings
-from imdsproxy.controller.settings_reload import SettingsHolder
 from imdsproxy.errors import ConfigError, ConfigUnreadable
 
 _OTHER = Settings(haproxy=HaproxySettings(maxconn_per_network=77))
