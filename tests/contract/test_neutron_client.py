@@ -11,7 +11,7 @@ from typing import Final
 import pytest
 
 from imdsproxy.core.model import MacAddress, NetworkId
-from imdsproxy.core.records.moments import unix_time_of
+from imdsproxy.core.records.values import unix_time_of
 from imdsproxy.errors import SourceUnavailable
 from imdsproxy.sources.neutron.client import (
     NeutronClient,

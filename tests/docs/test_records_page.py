@@ -9,9 +9,8 @@ import pytest
 
 from imdsproxy.config.yaml_document import parse_yaml
 from imdsproxy.core.policy import RULES
-from imdsproxy.core.records import parse_records
-from imdsproxy.core.records.instance import INSTANCE_KEYS, PORT_KEYS
-from imdsproxy.core.records.network import NETWORK_KEYS
+from imdsproxy.core.records import INSTANCE, NETWORK, parse_records
+from imdsproxy.core.records.instance import PORT
 from support.demonstration import REPOSITORY
 from support.document_blocks import section
 
@@ -44,11 +43,11 @@ def test_every_example_is_taken_whole(example: str) -> None:
 
 
 def test_every_field_of_a_network_is_explained() -> None:
-    assert _fields("## A network") == [set(NETWORK_KEYS)]
+    assert _fields("## A network") == [set(NETWORK.names)]
 
 
 def test_every_field_of_an_instance_and_of_a_port_is_explained() -> None:
-    assert _fields("## An instance") == [set(INSTANCE_KEYS), set(PORT_KEYS)]
+    assert _fields("## An instance") == [set(INSTANCE.names), set(PORT.names)]
 
 
 def test_every_field_of_a_policy_is_explained() -> None:

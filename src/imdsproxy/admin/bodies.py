@@ -1,26 +1,31 @@
 """Bodies of the admin API: how they are read, and how OpenAPI describes them.
 
-Records are read by `imdsproxy.core.records`, which tells every problem with its field; the models
-here only describe the same shapes to clients. A test keeps the two together.
+Records are read by `imdsproxy.core.records`, which reports every problem with its field; the models of records are
+made of its tables, and only describe them to clients.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
-from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, TypeVar
+from functools import cache
+from typing import TYPE_CHECKING, Annotated, Any, Final, TypeAlias, TypeVar, Union
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, create_model
 
 from imdsproxy.admin.reports import LeftOut
-from imdsproxy.config.policy import PolicyRulesSettings
-from imdsproxy.core.model import ID_PATTERN
 from imdsproxy.core.observation import Conflict
 from imdsproxy.core.packed import PackedInstances
-from imdsproxy.core.records import Records, Refused, parse_instance, parse_network, parse_records
-from imdsproxy.core.records.fields import MAX_TEXT
-from imdsproxy.core.records.network import MTU_BOUNDS
-from imdsproxy.core.records.scalars import DEVICE_PATTERN, MAC_PATTERN, NAMESPACE_PATTERN
+from imdsproxy.core.records import (
+    INSTANCE,
+    NETWORK,
+    Records,
+    Refused,
+    parse_instance,
+    parse_network,
+    parse_records,
+)
+from imdsproxy.core.records.schema import Key, Kind, Table
 from imdsproxy.errors import Problem, RequestRefused
 
 if TYPE_CHECKING:
@@ -30,28 +35,6 @@ if TYPE_CHECKING:
 
     from imdsproxy.admin.record_reports import RecordReports
     from imdsproxy.core.model import Instance, Network
-
-__all__ = [
-    "DocumentBody",
-    "InstanceRecord",
-    "InstanceSummary",
-    "InstanceView",
-    "MAX_BODY",
-    "NetworkRecord",
-    "NetworkView",
-    "PASSWORD",
-    "PasswordBody",
-    "RecordsBody",
-    "merge_patch",
-    "name_networks",
-    "read_instance",
-    "read_json",
-    "read_lines",
-    "read_network",
-    "read_records",
-    "refuse_unclearable",
-    "refuse_unlike",
-]
 
 MAX_BODY: Final = 64 * 1024 * 1024
 """Bytes of a request: 16 MiB of user-data in base64, twice, or some 100,000 plain instances."""
@@ -65,132 +48,42 @@ _LINE_HINT: Final = '{"network": {…}} or {"instance": {…}}'
 _T = TypeVar("_T")
 
 
-_Id = Annotated[str, Field(pattern=ID_PATTERN)]
-_Device = Annotated[str, Field(pattern=DEVICE_PATTERN)]
-_Line = Annotated[str, Field(min_length=1, max_length=MAX_TEXT)]
-
-
-def _number(bounds: tuple[int, int], description: str | None = None) -> Any:  # noqa: ANN401 - as pydantic's Field
-    return Field(default=None, description=description, ge=bounds[0], le=bounds[1])
-
-
 class _Record(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
 
-class NamespaceListenerRecord(_Record):
-    """An existing network namespace."""
-
-    namespace: str = Field(pattern=NAMESPACE_PATTERN)
-    device: _Device | None = None
-    manage_addresses: bool = False
-
-
-class InterfaceListenerRecord(_Record):
-    """A host interface."""
-
-    interface: _Device
+@cache
+def _model_of(table: Table[Any]) -> Any:  # noqa: ANN401 - a class that is made here
+    """A table of the core as a model, which only describes it to clients."""
+    fields = {key.name: _field(table, key) for key in table.keys if not key.only_in_files}
+    return create_model(table.name, __base__=_Record, __doc__=table.help, **fields)
 
 
-class BridgeListenerRecord(_Record):
-    """A bridge of the host."""
-
-    bridge: _Device
-
-
-class SubnetRecord(_Record):
-    """An address range of a network."""
-
-    cidr: str
-    gateway: str | None = None
-    dns: list[str] = Field(default_factory=list)
-
-
-class PolicyRecord(PolicyRulesSettings):
-    """What guests may read and how; what is missing is left to less specific scopes.
-
-    Settings have the same fields for the host, networks, projects and instances, and win over a record of the same
-    scope.
-    """
-
-
-class NetworkRecord(_Record):
-    """A network."""
-
-    id: _Id
-    name: _Line | None = None
-    project: _Id | None = None
-    listener: NamespaceListenerRecord | InterfaceListenerRecord | BridgeListenerRecord
-    subnets: list[SubnetRecord] = Field(default_factory=list)
-    mtu: int | None = _number(MTU_BOUNDS)
-    scope: Literal["network", "router"] = Field(
-        default="network", description="`router` where the id is a router's."
-    )
-    mac_check: bool = Field(
-        default=True,
-        description="Believe an address only together with its MAC; off where guests are behind a router.",
-    )
-    policy: PolicyRecord | None = Field(
-        default=None, description="For the guests that are reached through it."
+def _field(table: Table[Any], key: Key) -> Any:  # noqa: ANN401 - as `create_model` takes it
+    kind, description = _type_of(key.kind), key.help or None
+    if key.required:
+        return kind, Field(description=description)
+    default = table.default(key)
+    shown = None if default is None else key.kind.render(default)
+    return kind | None, Field(
+        default=shown if shown not in ([], {}) else None, description=description
     )
 
 
-class PortRecord(_Record):
-    """An instance's place in a network."""
-
-    network: _Id
-    mac: str | None = Field(default=None, pattern=MAC_PATTERN)
-    addresses: list[str] = Field(default_factory=list)
-    project: _Id | None = Field(
-        default=None, description="The port's own, where it is another one than the instance's."
-    )
+def _type_of(kind: Kind) -> Any:  # noqa: ANN401 - as above
+    if kind.item is not None:
+        return list[_type_of(kind.item)]  # type: ignore[misc] # a type that is made here
+    kinds = [_model_of(table) for table in kind.tables]
+    if kind.schema is not None:
+        kinds.insert(0, Annotated[Any, WithJsonSchema(dict(kind.schema))])
+    return Union[tuple(kinds)]  # noqa: UP007 - of a list
 
 
-class SshKeyRecord(_Record):
-    """A public key under a name."""
-
-    name: str
-    key: str
-
-
-class Base64(_Record):
-    """Bytes that are no UTF-8 text."""
-
-    base64: str
-
-
-class DialectsRecord(_Record):
-    """Which trees of documents the instance has; all are on unless false."""
-
-    ec2: bool = True
-    openstack: bool = True
-    nocloud: bool = True
-
-
-class InstanceRecord(_Record):
-    """An instance."""
-
-    id: _Id
-    name: _Line
-    hostname: str | None = Field(default=None, description="Made of the name when left out.")
-    project: _Id | None = None
-    ports: list[PortRecord] = Field(default_factory=list)
-    ssh_keys: list[str | SshKeyRecord] = Field(default_factory=list)
-    tags: dict[str, str] = Field(default_factory=dict)
-    user_data: str | Base64 | None = Field(default=None, description="At most 16 MiB.")
-    vendor_data: str | dict[str, object] | None = None
-    availability_zone: str | None = None
-    instance_type: str | None = None
-    dialects: DialectsRecord | None = None
-    upstream: Literal["embedded", "nova"] = Field(
-        default="embedded", description="Who has its documents; `nova` needs `project`."
-    )
-    policy: PolicyRecord | None = Field(default=None, description="Wins over its network's.")
-    created_at: int | str | None = Field(
-        default=None,
-        description="When it was made or built anew: Unix time, or text of RFC 3339 with its zone. Without it the "
-        "store notes when it was first put. The boot grace counts from it.",
-    )
+if TYPE_CHECKING:
+    NetworkRecord: TypeAlias = BaseModel
+    InstanceRecord: TypeAlias = BaseModel
+else:
+    NetworkRecord, InstanceRecord = _model_of(NETWORK), _model_of(INSTANCE)
 
 
 class DocumentBody(BaseModel):
@@ -205,14 +98,6 @@ class PasswordBody(_Record):
 
     instance: str
     password: DocumentBody
-
-
-_PARTS: Final[Mapping[str, tuple[type[BaseModel], ...]]] = {
-    "listener": (NamespaceListenerRecord, InterfaceListenerRecord, BridgeListenerRecord),
-    "policy": (PolicyRecord,),
-    "dialects": (DialectsRecord,),
-}
-"""The parts of records whose keys are known, each of which can be cleared."""
 
 
 class RecordsBody(_Record):
@@ -355,7 +240,7 @@ def refuse_unlike(body: object, identity: str) -> dict[str, object]:
     return {**body, "id": identity}
 
 
-def refuse_unclearable(patch: Mapping[str, object], record: type[BaseModel], *more: str) -> None:
+def refuse_unclearable(patch: Mapping[str, object], record: Table[Any], *more: str) -> None:
     """Refuse null for what no record of this kind can be without, and for what none has.
 
     Args:
@@ -363,14 +248,13 @@ def refuse_unclearable(patch: Mapping[str, object], record: type[BaseModel], *mo
         record: Which kind of record it changes.
         more: What else can be cleared.
     """
-    fields = record.model_fields.items()
-    clearable = [name for name, field in fields if not field.is_required()] + [*more]
-    problems = list(_unclearable(patch, clearable))
-    for part, models in _PARTS.items():
-        inner = patch.get(part)
-        if isinstance(inner, dict):
-            known = [name for model in models for name in model.model_fields]
-            problems += _unclearable(inner, known, f"{part}.")
+    optional = (key for key in record.keys if not (key.required or key.only_in_files))
+    problems = list(_unclearable(patch, [*(key.name for key in optional), *more]))
+    for key in record.keys:
+        inner = patch.get(key.name)
+        if key.kind.tables and isinstance(inner, dict):
+            known = [name for table in key.kind.tables for name in table.names]
+            problems += _unclearable(inner, known, f"{key.name}.")
     if problems:
         names = ", ".join(one.field for one in problems)
         raise RequestRefused(f"{names} cannot be cleared", hint=problems[0].hint, problems=problems)

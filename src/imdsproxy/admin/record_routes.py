@@ -40,7 +40,7 @@ from imdsproxy.admin.shapes import (
     to_json,
 )
 from imdsproxy.core.model import InstanceId
-from imdsproxy.core.records import render_record
+from imdsproxy.core.records import INSTANCE, NETWORK, render_record
 from imdsproxy.errors import NotFound
 
 __all__ = ["router"]
@@ -91,7 +91,7 @@ async def put_network(network: str, request: Request, services: Uses) -> Written
 async def patch_network(network: NamedNetwork, request: Request, services: Uses) -> Written:
     """Change some keys of a network (RFC 7396: null takes a key away)."""
     patch = refuse_unlike(await read_json(request), network)
-    refuse_unclearable(patch, NetworkRecord)
+    refuse_unclearable(patch, NETWORK)
     async with services.records.patching:
         known = services.reports.network(network)
         body = merge_patch(render_record(known.network), patch)
@@ -145,7 +145,7 @@ async def patch_instance(instance: NamedInstance, request: Request, services: Us
     `password: null` forgets the password that its guest posted.
     """
     patch = refuse_unlike(name_networks(await read_json(request), services.reports), instance)
-    refuse_unclearable(patch, InstanceRecord, PASSWORD)
+    refuse_unclearable(patch, INSTANCE, PASSWORD)
     clears_password = patch.get(PASSWORD, "") is None
     if clears_password:
         del patch[PASSWORD]

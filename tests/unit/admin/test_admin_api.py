@@ -17,10 +17,12 @@ from imdsproxy.config.policy import PolicyRulesSettings
 from imdsproxy.core.model import ID_PATTERN, InstanceId, Network, NetworkId
 from imdsproxy.core.path_rules import MOST_PATH_RULES
 from imdsproxy.core.policy import RULES
-from imdsproxy.core.records import Refused, parse_network
-from imdsproxy.core.records.instance import INSTANCE_KEYS
-from imdsproxy.core.records.network import MTU_BOUNDS, NETWORK_KEYS
-from imdsproxy.core.records.scalars import DEVICE_PATTERN, MAC_PATTERN
+from imdsproxy.core.records import INSTANCE as INSTANCE_TABLE
+from imdsproxy.core.records import NETWORK as NETWORK_TABLE
+from imdsproxy.core.records import POLICY, Refused, parse_network
+from imdsproxy.core.records.network import MTU_BOUNDS
+from imdsproxy.core.records.schema import Table
+from imdsproxy.core.records.values import DEVICE_PATTERN, MAC_PATTERN
 from imdsproxy.errors import (
     AlreadyExists,
     ConfigInvalid,
@@ -180,17 +182,18 @@ def test_null_for_what_no_record_has_or_all_must_have_is_refused(
     assert cast("str", decoded["hint"]).startswith("can be cleared: ")
 
 
-@pytest.mark.parametrize("record", [bodies.NetworkRecord, bodies.InstanceRecord])
-def test_all_that_is_said_to_be_clearable_can_be_cleared(
-    filled: AdminServer, record: type[bodies.NetworkRecord | bodies.InstanceRecord]
+@pytest.mark.parametrize(
+    ("record", "path"), [(NETWORK_TABLE, "networks/blue"), (INSTANCE_TABLE, "instances/web-1")]
+)
+def test_every_key_that_can_be_cleared_is_cleared(
+    filled: AdminServer, record: Table[object], path: str
 ) -> None:
-    kind = "networks/blue" if record is bodies.NetworkRecord else "instances/web-1"
-    before = filled.client.get(f"/v1/{kind}")
-    for name, field in record.model_fields.items():
-        if not field.is_required():
-            filled.client.request("PATCH", f"/v1/{kind}", body={name: None})
+    before = filled.client.get(f"/v1/{path}")
+    for key in record.keys:
+        if not (key.required or key.only_in_files):
+            filled.client.request("PATCH", f"/v1/{path}", body={key.name: None})
     assert isinstance(before, dict)
-    after = filled.client.get(f"/v1/{kind}")
+    after = filled.client.get(f"/v1/{path}")
     assert isinstance(after, dict)
     assert after["record"].keys() >= {"id"}
 
@@ -541,11 +544,13 @@ def test_answers_have_the_shape_that_is_described(filled: AdminServer) -> None:
         assert set(cast("dict[str, object]", value)) == set(shapes[name]["properties"]), name
 
 
-def test_the_described_records_are_the_ones_that_are_read() -> None:
-    described = set(bodies.InstanceRecord.model_fields)
-    assert described == set(INSTANCE_KEYS) - {"user_data_file"}
-    assert set(bodies.NetworkRecord.model_fields) == set(NETWORK_KEYS)
-    assert set(bodies.PolicyRecord.model_fields) == set(RULES)
+def test_the_described_records_are_the_ones_that_are_read(server: AdminServer) -> None:
+    document = cast("Any", server.client.get("/openapi.json"))
+    for table in (NETWORK_TABLE, INSTANCE_TABLE, POLICY):
+        described = document["components"]["schemas"][table.name]
+        assert set(described["properties"]) == set(table.names) - {"user_data_file"}
+        assert described.get("required", []) == list(table.required)
+        assert described["additionalProperties"] is False
 
 
 def _shape_of(document: object, record: str, field: str) -> dict[str, object]:
@@ -586,10 +591,9 @@ def test_openapi_shows_the_bounds_and_patterns_of_records(server: AdminServer) -
     assert (mtu["minimum"], mtu["maximum"]) == MTU_BOUNDS
     for record, field in [
         ("NetworkRecord", "id"),
-        ("NetworkRecord", "project"),
         ("InstanceRecord", "id"),
-        ("InstanceRecord", "project"),
         ("PortRecord", "network"),
+        ("PortRecord", "project"),
     ]:
         assert _shape_of(document, record, field)["pattern"] == ID_PATTERN
     assert _shape_of(document, "PortRecord", "mac")["pattern"] == MAC_PATTERN

@@ -8,9 +8,8 @@ from hypothesis import strategies as st
 
 from imdsproxy.config.strict_yaml import Decoded, decode_yaml
 from imdsproxy.core.model import Instance
-from imdsproxy.core.records import Refused, parse_instance, parse_records
-from imdsproxy.core.records.moments import LAST_SECOND, unix_time_of
-from imdsproxy.core.records.render import render_instance
+from imdsproxy.core.records import Refused, parse_instance, parse_records, render_instance
+from imdsproxy.core.records.values import LAST_SECOND, unix_time_of
 
 _NOON = 1_795_694_400
 """2026-11-26, noon in UTC."""

@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, TypeAlias, TypeVar
+from typing import Any, Final, TypeAlias, TypeVar
 
-from imdsproxy.core.records.fields import Fault, Field, LineOf, Path, Refused, root
-from imdsproxy.core.records.instance import parse_instance
-from imdsproxy.core.records.network import parse_network
+from imdsproxy.core.model import ID_PATTERN, Instance, Network
+from imdsproxy.core.records.fields import (
+    Fault,
+    Field,
+    Findings,
+    LineOf,
+    Path,
+    ReadFile,
+    Refused,
+)
+from imdsproxy.core.records.instance import INSTANCE
+from imdsproxy.core.records.network import NETWORK
+from imdsproxy.core.records.schema import Json, Table
+from imdsproxy.errors import Problem
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
-
-    from imdsproxy.core.model import Instance, Network
-    from imdsproxy.core.records.payload import ReadFile
-    from imdsproxy.errors import Problem
-
-__all__ = ["LISTS", "Note", "Records", "parse_listed", "parse_records"]
-
-LISTS: Final = ("networks", "instances")
+_TABLES: Final[Mapping[str, Table[Any]]] = {"networks": NETWORK, "instances": INSTANCE}
+LISTS: Final = tuple(_TABLES)
 
 _NOTED: Final = 500
-Note: TypeAlias = "Callable[[int, int], None]"
+Note: TypeAlias = Callable[[int, int], None]
 """Takes how much is done, of how much."""
 
 _Record = TypeVar("_Record", bound="Network | Instance")
@@ -52,6 +57,72 @@ class Records:
         return (*self.problems, *(problem for each in refused for problem in each.problems))
 
 
+def parse_network(
+    record: object, *, file: str | None = None, line_of: LineOf | None = None, path: Path = ()
+) -> Network | Refused:
+    """A network, or everything that is wrong with its record.
+
+    Args:
+        record: The mapping, as YAML or JSON gives it.
+        file: The file it comes from, for the problems.
+        line_of: Where its parts stand in that file.
+        path: Where the record stands in its document, as `("networks", 3)`.
+    """
+    return _parse(NETWORK, record, path, Findings(file, line_of))
+
+
+def parse_instance(
+    record: object,
+    *,
+    read_file: ReadFile | None = None,
+    file: str | None = None,
+    line_of: LineOf | None = None,
+    path: Path = (),
+) -> Instance | Refused:
+    """An instance, or everything that is wrong with its record.
+
+    Args:
+        record: As of `parse_network`.
+        read_file: Reads what `user_data_file` names; without it the key is refused.
+        file: As of `parse_network`.
+        line_of: As of `parse_network`.
+        path: As of `parse_network`.
+    """
+    return _parse(INSTANCE, record, path, Findings(file, line_of, read_file))
+
+
+def _parse(
+    table: Table[_Record],
+    record: object,
+    path: Path,
+    findings: Findings,
+    faults: Sequence[Fault] = (),
+) -> _Record | Refused:
+    for fault in faults:
+        findings.add(fault)
+    parsed = table.parse(Field(record, path, findings))
+    if parsed is None or findings.problems:
+        named = record.get("id") if isinstance(record, Mapping) else None
+        known = isinstance(named, str) and re.fullmatch(ID_PATTERN, named)
+        return Refused(tuple(findings.problems), named if known else None)
+    return parsed
+
+
+def render_network(network: Network) -> dict[str, Json]:
+    """A network's mapping, fit for JSON; what has its default is not in it."""
+    return NETWORK.render(network)
+
+
+def render_instance(instance: Instance) -> dict[str, Json]:
+    """An instance's mapping, as `render_network`. User data that is no UTF-8 becomes `{"base64": …}`."""
+    return INSTANCE.render(instance)
+
+
+def render_record(record: Network | Instance) -> dict[str, Json]:
+    """The mapping of either, which `parse_network` and `parse_instance` take back unchanged."""
+    return NETWORK.render(record) if isinstance(record, Network) else INSTANCE.render(record)
+
+
 def parse_records(
     document: object,
     *,
@@ -63,7 +134,7 @@ def parse_records(
 ) -> Records:
     """Every record of a document `{networks: [...], instances: [...]}`; an empty one is fine.
 
-    Ids and addresses that stand twice are not looked for: what is in force is the caller's to know.
+    Duplicate ids and addresses are not looked for: what is in force is the caller's to know.
 
     Args:
         document: The mapping, as YAML or JSON gives it; `None` for an empty file.
@@ -74,53 +145,35 @@ def parse_records(
             document.
         note: Given now and then how many records of a list were checked, of how many.
     """
-    field, findings = root(document, file=file, line_of=line_of, path=())
+    findings = Findings(file, line_of)
     by_record: dict[Path, list[Fault]] = {}
     for fault in faults:
         by_record.setdefault(fault.path[:2], []).append(fault)
-    entries: dict[str, Field] = {}
-    if document is not None:
-        entries = field.mapping(LISTS) or {}
-    networks, refused_networks = _sort(
-        entries.get("networks"),
-        by_record,
-        lambda item: parse_network(item.value, file=file, line_of=line_of, path=item.path),
-        note,
-    )
-    instances, refused_instances = _sort(
-        entries.get("instances"),
-        by_record,
-        lambda item: parse_instance(
-            item.value, read_file=read_file, file=file, line_of=line_of, path=item.path
-        ),
-        note,
-    )
+    lists = {} if document is None else Field(document, (), findings).mapping(LISTS) or {}
+    found: dict[str, list[tuple[Path, Any]]] = {name: [] for name in LISTS}
+    for name, listed in lists.items():
+        items = listed.items()
+        for done, item in enumerate(items, 1):
+            if note is not None and done % _NOTED == 0:
+                note(done, len(items))
+            own = by_record.pop(item.path, ())
+            own_findings = Findings(file, line_of, read_file)
+            record = _parse(_TABLES[name], item.value, item.path, own_findings, own)
+            found[name].append((item.path, record))
     for fault in (fault for left in by_record.values() for fault in left):
         findings.add(fault)
     if findings.problems:
         return Records(problems=tuple(findings.problems))
-    return Records(networks, instances, refused_networks, refused_instances)
+    networks, instances = found["networks"], found["instances"]
+    return Records(_good(networks), _good(instances), _refused(networks), _refused(instances))
 
 
-def _sort(
-    listed: Field | None,
-    faults: dict[Path, list[Fault]],
-    parse: Callable[[Field], _Record | Refused],
-    note: Note | None,
-) -> tuple[tuple[tuple[Path, _Record], ...], tuple[Refused, ...]]:
-    """The good and the bad records of a list; takes those of `faults` that lie inside a record."""
-    good: list[tuple[Path, _Record]] = []
-    bad: list[Refused] = []
-    items = [] if listed is None else listed.items()
-    for done, item in enumerate(items, 1):
-        if note is not None and done % _NOTED == 0:
-            note(done, len(items))
-        record = _check_faults(item, parse(item), faults.pop(item.path, ()))
-        if isinstance(record, Refused):
-            bad.append(record)
-        else:
-            good.append((item.path, record))
-    return tuple(good), tuple(bad)
+def _good(records: Iterable[tuple[Path, Any]]) -> tuple[tuple[Path, Any], ...]:
+    return tuple(one for one in records if not isinstance(one[1], Refused))
+
+
+def _refused(records: Iterable[tuple[Path, Any]]) -> tuple[Refused, ...]:
+    return tuple(record for _, record in records if isinstance(record, Refused))
 
 
 def parse_listed(
@@ -142,20 +195,7 @@ def parse_listed(
         line_of: The same.
         faults: Those inside this record.
     """
+    findings = Findings(file, line_of, read_file)
     record: Network | Instance | Refused
-    if path[0] == "networks":
-        record = parse_network(value, file=file, line_of=line_of, path=path)
-    else:
-        record = parse_instance(value, read_file=read_file, file=file, line_of=line_of, path=path)
-    field, _ = root(value, file=file, line_of=line_of, path=path)
-    return _check_faults(field, record, faults)
-
-
-def _check_faults(
-    item: Field, record: _Record | Refused, faults: Sequence[Fault]
-) -> _Record | Refused:
-    if not faults:
-        return record
-    found = tuple(item.findings.describe(fault) for fault in faults)
-    known = record.problems if isinstance(record, Refused) else ()
-    return Refused((*found, *known), record.id)
+    record = _parse(_TABLES[str(path[0])], value, path, findings, faults)
+    return record

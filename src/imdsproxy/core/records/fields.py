@@ -6,23 +6,10 @@ import difflib
 import json
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Final, TypeAlias, TypeVar
+from dataclasses import dataclass, field
+from typing import Final, TypeAlias
 
 from imdsproxy.errors import Problem
-
-__all__ = [
-    "Fault",
-    "Field",
-    "Findings",
-    "LineOf",
-    "Path",
-    "Refused",
-    "optional",
-    "quoted",
-    "render_path",
-    "root",
-]
 
 Path: TypeAlias = tuple[str | int, ...]
 """Where in a document: keys of mappings and indexes of lists, from the document's root."""
@@ -32,7 +19,8 @@ LineOf: TypeAlias = Callable[[Path], int | None]
 
 MAX_TEXT: Final = 255
 
-_T = TypeVar("_T")
+MAX_PAYLOAD: Final = 16 * 1024 * 1024
+"""The most bytes of user data, and of vendor data, of one instance."""
 
 _SHOWN: Final = 60
 
@@ -72,6 +60,18 @@ class Refused:
     id: str | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Unreadable:
+    """Why a file that a record names gave no bytes."""
+
+    reason: str
+    hint: str = ""
+
+
+ReadFile: TypeAlias = Callable[[str], bytes | Unreadable]
+"""Reads the file that `user_data_file` names, written as in the record."""
+
+
 def render_path(path: Path) -> str:
     """The path as operators read it: `instances[3].ports[0].addresses[1]`."""
     text = ""
@@ -95,15 +95,20 @@ def _is_clean(text: str) -> bool:
     return _UNPRINTABLE.search(text) is None
 
 
+@dataclass(slots=True)
 class Findings:
-    """The problems of one record, as they are found."""
+    """The problems of one record, as they are found, and what its fields are read with.
 
-    __slots__ = ("_file", "_line_of", "problems")
+    Attributes:
+        file: The file it comes from, for the problems.
+        line_of: Where its parts stand in that file.
+        read_file: Reads what `user_data_file` names; without it the key is refused.
+    """
 
-    def __init__(self, file: str | None, line_of: LineOf | None) -> None:
-        self._file = file
-        self._line_of = line_of
-        self.problems: list[Problem] = []
+    file: str | None = None
+    line_of: LineOf | None = None
+    read_file: ReadFile | None = None
+    problems: list[Problem] = field(default_factory=list)
 
     def add(self, fault: Fault) -> None:
         """Note a problem."""
@@ -112,10 +117,10 @@ class Findings:
     def describe(self, fault: Fault) -> Problem:
         """The fault with file and line, which is looked up only now: most records have none."""
         line = fault.line
-        if line is None and self._line_of is not None:
-            line = self._line_of(fault.path)
+        if line is None and self.line_of is not None:
+            line = self.line_of(fault.path)
         field = render_path(fault.path) or "record"
-        return Problem(field, fault.reason, fault.hint, self._file, line)
+        return Problem(field, fault.reason, fault.hint, self.file, line)
 
 
 @dataclass(slots=True)  # not frozen: that triples the time to make one, and they never leave here
@@ -228,19 +233,6 @@ class Field:
         elif isinstance(value, bytes):
             hint = "only user_data may be binary"
         self.refuse(f"expected text, found {_kind(value)}", hint)
-
-
-def root(
-    value: object, *, file: str | None, line_of: LineOf | None, path: Path
-) -> tuple[Field, Findings]:
-    """A record's own field, and where its problems gather."""
-    findings = Findings(file, line_of)
-    return Field(value, path, findings), findings
-
-
-def optional(entries: Mapping[str, Field], key: str, parse: Callable[[Field], _T]) -> _T | None:
-    """The entry under `key`, parsed, or `None` where there is none."""
-    return parse(entries[key]) if key in entries else None
 
 
 def _kind(value: object) -> str:

@@ -1,174 +1,156 @@
-"""Parse an instance's record."""
+"""An instance's record."""
 
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Final
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
 
-from imdsproxy.core.model import (
-    Dialect,
-    Instance,
-    IpAddress,
-    MacAddress,
-    NetworkId,
-    Port,
-    Upstream,
+from imdsproxy.core.model import Dialect, Instance, Port, SshKey, Upstream
+from imdsproxy.core.records.fields import Field, Findings, quoted
+from imdsproxy.core.records.payload import USER_DATA, USER_DATA_FILE, VENDOR_DATA
+from imdsproxy.core.records.policy import POLICY
+from imdsproxy.core.records.schema import (
+    SWITCH,
+    TEXT,
+    Json,
+    Key,
+    Kind,
+    Table,
+    choice_of,
+    list_of,
 )
-from imdsproxy.core.policy import NOTHING_SAID
-from imdsproxy.core.records.fields import Field, LineOf, Path, Refused, optional, root
-from imdsproxy.core.records.moments import parse_moment
-from imdsproxy.core.records.payload import ReadFile, parse_user_data, parse_vendor_data
-from imdsproxy.core.records.policy import parse_policy
-from imdsproxy.core.records.scalars import (
+from imdsproxy.core.records.values import (
+    GUEST_ADDRESS,
+    HOSTNAME,
+    INSTANCE_ID,
+    MAC,
+    MOMENT,
+    NETWORK_ID,
+    PROJECT_ID,
     hostname_of,
-    parse_guest_address,
-    parse_hostname,
-    parse_instance_id,
-    parse_mac,
-    parse_network_id,
-    parse_project_id,
-)
-from imdsproxy.core.records.ssh_keys import parse_ssh_keys
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-__all__ = ["INSTANCE_KEYS", "PORT_KEYS", "parse_instance"]
-
-_DOCUMENTS: Final = (
-    "ssh_keys",
-    "tags",
-    "user_data",
-    "user_data_file",
-    "vendor_data",
-    "availability_zone",
-    "instance_type",
-    "dialects",
-)
-"""What Nova has of its instances itself."""
-
-INSTANCE_KEYS: Final = (
-    "id",
-    "name",
-    "hostname",
-    "project",
-    "ports",
-    "upstream",
-    "policy",
-    "created_at",
-    *_DOCUMENTS,
 )
 
-PORT_KEYS: Final = ("network", "mac", "addresses", "project")
-
+_SSH_KEY_LINE: Final = re.compile(
+    r"(?:ssh|ecdsa|sk-ssh|sk-ecdsa)-[A-Za-z0-9@._-]+ [A-Za-z0-9+/]+={0,3}(?: (?P<comment>.+))?"
+)
+_SSH_KEY_WANTED: Final = "one line as in a .pub file: ssh-ed25519 AAAA… COMMENT"
+_LONGEST_SSH_KEY: Final = 16384
+# public-keys/ lists INDEX=NAME, which clients split at "=", and a name is a step of a path.
+_SSH_KEY_NAME: Final = re.compile("[^\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff=/]{1,255}")
+_NOT_IN_DERIVED: Final = re.compile(r"[^A-Za-z0-9@._+-]+")
 _TAG_VALUE: Final = re.compile("[^\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]{0,4096}")
 
-
-def parse_instance(
-    record: object,
-    *,
-    read_file: ReadFile | None = None,
-    file: str | None = None,
-    line_of: LineOf | None = None,
-    path: Path = (),
-) -> Instance | Refused:
-    """An instance, or everything that is wrong with its record.
-
-    Args:
-        record: The mapping, as YAML or JSON gives it.
-        read_file: Reads what `user_data_file` names; without it the key is refused.
-        file: The file it comes from, for the problems.
-        line_of: Where its parts stand in that file.
-        path: Where the record stands in its document, as `("instances", 3)`.
-    """
-    field, findings = root(record, file=file, line_of=line_of, path=path)
-    entries = field.mapping(INSTANCE_KEYS, required=("id", "name"))
-    if entries is None:
-        return Refused(tuple(findings.problems))
-    instance_id = optional(entries, "id", parse_instance_id)
-    name = optional(entries, "name", Field.text)
-    hostname = optional(entries, "hostname", parse_hostname)
-    upstream = _parse_upstream(entries)
-    of_nova = upstream is Upstream.NOVA
-    project = optional(entries, "project", parse_project_id if of_nova else Field.text)
-    ports = _parse_ports(entries["ports"]) if "ports" in entries else ()
-    ssh_keys = parse_ssh_keys(entries["ssh_keys"]) if "ssh_keys" in entries else ()
-    tags = _parse_tags(entries["tags"]) if "tags" in entries else ()
-    user_data = parse_user_data(entries, read_file)
-    vendor_data = optional(entries, "vendor_data", parse_vendor_data)
-    availability_zone = optional(entries, "availability_zone", Field.text)
-    instance_type = optional(entries, "instance_type", Field.text)
-    dialects = _parse_dialects(entries)
-    policy = optional(entries, "policy", parse_policy)
-    created_at = optional(entries, "created_at", parse_moment)
-    if findings.problems or instance_id is None or name is None:
-        return Refused(tuple(findings.problems), instance_id)
-    return Instance(
-        id=instance_id,
-        name=name,
-        hostname=hostname or hostname_of(name, instance_id),
-        project=project,
-        ports=ports,
-        ssh_keys=ssh_keys,
-        tags=tags,
-        user_data=user_data,
-        vendor_data=vendor_data,
-        availability_zone=availability_zone,
-        instance_type=instance_type,
-        dialects=dialects,
-        upstream=upstream,
-        policy=policy or NOTHING_SAID,
-        created_at=created_at,
-    )
-
-
-def _parse_upstream(entries: Mapping[str, Field]) -> Upstream:
-    field = entries.get("upstream")
-    word = None if field is None else field.one_of([upstream.value for upstream in Upstream])
-    upstream = Upstream.EMBEDDED if word is None else Upstream(word)
-    if field is not None and upstream is Upstream.NOVA:
-        if "project" not in entries:
-            field.refuse("needs project", "Nova is told whose instance it is")
-        for key in _DOCUMENTS:
-            if key in entries:
-                entries[key].refuse("does not go with upstream: nova", "Nova has it")
-    return upstream
+PORT: Final = Table(
+    "PortRecord",
+    Port,
+    "An instance's place in a network.",
+    Key("network", NETWORK_ID, required=True),
+    Key("mac", MAC),
+    Key("addresses", list_of(GUEST_ADDRESS)),
+    Key("project", PROJECT_ID, "The port's own, where it is another one than the instance's."),
+)
 
 
 def _parse_ports(field: Field) -> tuple[Port, ...]:
-    ports = []
-    addresses: set[tuple[NetworkId, IpAddress]] = set()
-    macs: set[tuple[NetworkId, MacAddress]] = set()
+    ports: list[Port] = []
+    seen: set[tuple[object, object]] = set()
     for item in field.items():
-        entries = item.mapping(PORT_KEYS, required=("network",))
-        if entries is None:
+        entries = item.mapping(PORT.names, PORT.required)
+        port = None if entries is None else PORT.build(entries)
+        if entries is None or port is None:
             continue
-        network = optional(entries, "network", parse_network_id)
-        mac = optional(entries, "mac", parse_mac)
-        project = optional(entries, "project", parse_project_id)
-        listed = entries["addresses"].items() if "addresses" in entries else []
-        found = [(each, parse_guest_address(each)) for each in listed]
-        if network is None:
-            continue
-        if mac is not None and (network, mac) in macs:
-            entries["mac"].refuse(f"{mac} is there twice in network {network}")
-        elif mac is not None:
-            macs.add((network, mac))
-        for each, address in found:
-            if address is not None and (network, address) in addresses:
-                each.refuse(f"{address} is there twice in network {network}")
-            elif address is not None:
-                addresses.add((network, address))
-        ports.append(Port(network, mac, tuple(a for _, a in found if a is not None), project))
+        ports.append(port)
+        for value in filter(None, (port.mac, *port.addresses)):
+            if (port.network, value) in seen:
+                reason = f"{value} is there twice in network {port.network}"
+                _last_place(entries, value).refuse(reason)
+            seen.add((port.network, value))
     return tuple(ports)
 
 
+def _last_place(entries: Mapping[str, Field], value: object) -> Field:
+    if isinstance(value, str):
+        return entries["mac"]
+    addresses = reversed(entries["addresses"].items())
+    return next(
+        one for one in addresses if GUEST_ADDRESS.parse(Field(one.value, (), Findings())) == value
+    )
+
+
+def _parse_ssh_keys(field: Field) -> tuple[SshKey, ...]:
+    """The keys in their order, each under a name of its own.
+
+    A key given as a bare line is named by its comment (`key-N` without one; `-2`, `-3` … is added
+    to a name that is taken).
+    """
+    found: list[tuple[str | None, str, int]] = []
+    named: set[str] = set()
+    for index, item in enumerate(field.items()):
+        if isinstance(item.value, str):
+            key = _parse_key(item)
+            name = None
+        else:
+            name, key = _parse_named(item, named)
+        if key is not None:
+            found.append((name, key, index))
+    return tuple(
+        SshKey(_derived(key, index, named) if name is None else name, key)
+        for name, key, index in found
+    )
+
+
+def _parse_key(field: Field) -> str | None:
+    text = field.text(longest=_LONGEST_SSH_KEY)
+    if text is None:
+        return None
+    return field.matched(_SSH_KEY_LINE, _SSH_KEY_WANTED)
+
+
+def _parse_named(field: Field, named: set[str]) -> tuple[str | None, str | None]:
+    entries = field.mapping(("name", "key"), required=("name", "key"))
+    if entries is None or not {"name", "key"} <= entries.keys():
+        return None, None
+    key = _parse_key(entries["key"])
+    name = entries["name"].matched(_SSH_KEY_NAME, "1 to 255 printable characters without = and /")
+    if name is None:
+        return None, None
+    if name in named:
+        entries["name"].refuse(f"the name {quoted(name)} is there twice")
+    named.add(name)
+    return name, key
+
+
+def _derived(key: str, index: int, taken: set[str]) -> str:
+    match = _SSH_KEY_LINE.fullmatch(key)
+    comment = "" if match is None else match["comment"] or ""
+    stem = _NOT_IN_DERIVED.sub("-", comment).strip("-")[:200] or f"key-{index + 1}"
+    name, number = stem, 1
+    while name in taken:
+        number += 1
+        name = f"{stem}-{number}"
+    taken.add(name)
+    return name
+
+
+_SSH_KEY: Final = Table(
+    "SshKeyRecord",
+    SshKey,
+    "A public key under a name.",
+    Key("name", TEXT, required=True),
+    Key("key", TEXT, required=True),
+)
+SSH_KEYS: Final = Kind(
+    _parse_ssh_keys,
+    render=lambda keys: [_SSH_KEY.render(key) for key in keys],
+    item=Kind(_parse_key, {"type": "string"}, tables=(_SSH_KEY,)),
+)
+
+
 def _parse_tags(field: Field) -> tuple[tuple[str, str], ...]:
-    entries = field.mapping()
-    if entries is None:
-        return ()
     tags = []
-    for key, entry in entries.items():
+    for key, entry in (field.mapping() or {}).items():
         name = field.child(key, key).text()
         value = entry.matched(_TAG_VALUE, "text, at most 4096 characters, no control characters")
         if name is not None and value is not None:
@@ -176,8 +158,91 @@ def _parse_tags(field: Field) -> tuple[tuple[str, str], ...]:
     return tuple(sorted(tags))
 
 
-def _parse_dialects(entries: Mapping[str, Field]) -> frozenset[Dialect]:
-    field = entries.get("dialects")
-    chosen = None if field is None else field.mapping([dialect.value for dialect in Dialect])
-    off = {Dialect(key) for key, entry in (chosen or {}).items() if entry.boolean() is False}
-    return frozenset(Dialect) - off
+@dataclass(frozen=True, slots=True)
+class _Dialects:
+    ec2: bool = True
+    openstack: bool = True
+    nocloud: bool = True
+
+
+_DIALECTS: Final = Table(
+    "DialectsRecord",
+    _Dialects,
+    "Which trees of documents the instance has; all are on unless false.",
+    *(Key(dialect.value, SWITCH) for dialect in Dialect),
+)
+
+
+def _parse_dialects(field: Field) -> frozenset[Dialect]:
+    chosen = _DIALECTS.parse(field)
+    return frozenset(dialect for dialect in Dialect if getattr(chosen, dialect.value, True))
+
+
+def _render_dialects(dialects: frozenset[Dialect]) -> dict[str, Json]:
+    return {dialect.value: False for dialect in Dialect if dialect not in dialects}
+
+
+_OF_NOVA: Final = ("id", "name", "hostname", "project", "ports", "upstream", "policy", "created_at")
+"""What a record may have beside Nova, which has all else of its instances itself."""
+
+
+def _check_instance(entries: Mapping[str, Field], values: dict[str, Any]) -> None:
+    if values.keys() >= {"id", "name"}:
+        values.setdefault("hostname", hostname_of(values["name"], values["id"]))
+    named = entries.get("user_data_file")
+    if named is not None and "user_data" in entries:
+        named.refuse("stands beside user_data", "one of the two")
+    if values.get("upstream") is not Upstream.NOVA:
+        return
+    if "project" in values:
+        values["project"] = PROJECT_ID.parse(entries["project"])
+    elif "project" not in entries:
+        entries["upstream"].refuse("needs project", "Nova is told whose instance it is")
+    for key in entries.keys() - set(_OF_NOVA):
+        entries[key].refuse("does not go with upstream: nova", "Nova has it")
+
+
+INSTANCE: Final = Table(
+    "InstanceRecord",
+    Instance,
+    "An instance.",
+    Key("id", INSTANCE_ID, required=True),
+    Key("name", TEXT, "A name for people.", required=True),
+    Key("hostname", HOSTNAME, "Made of the name without it."),
+    Key("project", TEXT, "The project that owns it."),
+    Key("availability_zone", TEXT, "Availability zone shown to the guest."),
+    Key("instance_type", TEXT, "Instance type shown to the guest."),
+    Key("ports", Kind(_parse_ports, render=list_of(PORT.kind).render, item=PORT.kind)),
+    Key("ssh_keys", SSH_KEYS, "Public keys, each under a name or as in a .pub file."),
+    Key(
+        "tags",
+        Kind(_parse_tags, {"type": "object", "additionalProperties": {"type": "string"}}, dict),
+    ),
+    Key("user_data", USER_DATA, "At most 16 MiB."),
+    Key(
+        "user_data_file",
+        USER_DATA_FILE,
+        "A file with the user data, relative to the record file.",
+        attribute="user_data",
+        only_in_files=True,
+    ),
+    Key(
+        "vendor_data",
+        VENDOR_DATA,
+        "Vendor data of NoCloud and OpenStack; a mapping is kept as JSON.",
+    ),
+    Key(
+        "dialects",
+        Kind(_parse_dialects, render=_render_dialects, tables=(_DIALECTS,)),
+        "Which trees of documents it has.",
+    ),
+    Key("upstream", choice_of(Upstream), "Who has its documents; `nova` needs `project`."),
+    Key("policy", POLICY.kind, "Wins over its network's."),
+    Key(
+        "created_at",
+        MOMENT,
+        "When it was made or built anew: Unix time, or text of RFC 3339 with its zone. Without it the store notes when "
+        "it was first put. The boot grace counts from it.",
+    ),
+    check=_check_instance,
+)

@@ -1,8 +1,9 @@
-"""Parse a network's record."""
+"""A network's record."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from collections.abc import Mapping
+from typing import Any, Final
 
 from imdsproxy.core.model import (
     BridgeListener,
@@ -13,88 +14,59 @@ from imdsproxy.core.model import (
     Scope,
     Subnet,
 )
-from imdsproxy.core.policy import NOTHING_SAID
-from imdsproxy.core.records.fields import Field, LineOf, Path, Refused, optional, root
-from imdsproxy.core.records.policy import parse_policy
-from imdsproxy.core.records.scalars import (
-    parse_address,
-    parse_cidr,
-    parse_device,
-    parse_namespace,
-    parse_network_id,
+from imdsproxy.core.records.fields import Field
+from imdsproxy.core.records.policy import POLICY
+from imdsproxy.core.records.schema import (
+    SWITCH,
+    TEXT,
+    Key,
+    Kind,
+    Table,
+    choice_of,
+    list_of,
+    number_between,
 )
+from imdsproxy.core.records.values import ADDRESS, CIDR, DEVICE, NAMESPACE, NETWORK_ID
 
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-__all__ = ["MTU_BOUNDS", "NETWORK_KEYS", "parse_network"]
-
-NETWORK_KEYS: Final = (
-    "id",
-    "name",
-    "project",
-    "listener",
-    "subnets",
-    "mtu",
-    "scope",
-    "mac_check",
-    "policy",
-)
-_KINDS: Final = ("namespace", "interface", "bridge")
-_LISTENER_KEYS: Final = (*_KINDS, "device", "manage_addresses")
 MTU_BOUNDS: Final = (68, 65535)
 
 
-def parse_network(
-    record: object, *, file: str | None = None, line_of: LineOf | None = None, path: Path = ()
-) -> Network | Refused:
-    """A network, or everything that is wrong with its record.
-
-    Args:
-        record: The mapping, as YAML or JSON gives it.
-        file: The file it comes from, for the problems.
-        line_of: Where its parts stand in that file.
-        path: Where the record stands in its document, as `("networks", 3)`.
-    """
-    field, findings = root(record, file=file, line_of=line_of, path=path)
-    entries = field.mapping(NETWORK_KEYS, required=("id", "listener"))
-    if entries is None:
-        return Refused(tuple(findings.problems))
-    network_id = optional(entries, "id", parse_network_id)
-    listener = optional(entries, "listener", _parse_listener)
-    name = optional(entries, "name", Field.text)
-    project = optional(entries, "project", Field.text)
-    subnets = _parse_subnets(entries["subnets"]) if "subnets" in entries else ()
-    mtu = optional(entries, "mtu", lambda mtu: mtu.whole_number(*MTU_BOUNDS))
-    scope = optional(entries, "scope", _parse_scope)
-    mac_check = optional(entries, "mac_check", Field.boolean)
-    policy = optional(entries, "policy", parse_policy)
-    if mac_check and scope is Scope.ROUTER:
-        entries["mac_check"].refuse(
-            "does not go with scope router", "nobody sees a guest's MAC through a router"
+def _check_namespace(entries: Mapping[str, Field], values: dict[str, Any]) -> None:
+    if values.get("manage_addresses") and "device" not in entries:
+        entries["manage_addresses"].refuse(
+            "needs device", "name the device that is to carry the metadata addresses"
         )
-    if findings.problems or network_id is None or listener is None:
-        return Refused(tuple(findings.problems), network_id)
-    return Network(
-        network_id,
-        listener,
-        name or "",
-        project,
-        subnets,
-        mtu,
-        scope or Scope.NETWORK,
-        mac_check is not False,
-        policy or NOTHING_SAID,
-    )
 
 
-def _parse_scope(field: Field) -> Scope | None:
-    word = field.one_of([scope.value for scope in Scope])
-    return None if word is None else Scope(word)
+_LISTENERS: Final[dict[type[Listener], Table[Any]]] = {
+    NamespaceListener: Table(
+        "NamespaceListenerRecord",
+        NamespaceListener,
+        "An existing network namespace.",
+        Key("namespace", NAMESPACE, "Reached through this network namespace.", required=True),
+        Key("device", DEVICE, "The namespace's device that guests are behind."),
+        Key("manage_addresses", SWITCH, "Put the metadata addresses on `device`."),
+        check=_check_namespace,
+    ),
+    InterfaceListener: Table(
+        "InterfaceListenerRecord",
+        InterfaceListener,
+        "A host interface.",
+        Key("interface", DEVICE, "Reached through this interface.", "device", required=True),
+    ),
+    BridgeListener: Table(
+        "BridgeListenerRecord",
+        BridgeListener,
+        "A bridge of the host.",
+        Key("bridge", DEVICE, "Reached through this bridge.", required=True),
+    ),
+}
+_KINDS: Final = {table.names[0]: table for table in _LISTENERS.values()}
+LISTENER_KEYS: Final = tuple(name for table in _LISTENERS.values() for name in table.names)
 
 
 def _parse_listener(field: Field) -> Listener | None:
-    entries = field.mapping(_LISTENER_KEYS)
+    entries = field.mapping(LISTENER_KEYS)
     if entries is None:
         return None
     kinds = [kind for kind in _KINDS if kind in entries]
@@ -102,56 +74,79 @@ def _parse_listener(field: Field) -> Listener | None:
         found = " and ".join(kinds) or "none of them"
         field.refuse(f"has {found}", f"exactly one of {', '.join(_KINDS)}")
         return None
-    if kinds == ["namespace"]:
-        return _parse_namespace_listener(entries)
-    for key in ("device", "manage_addresses"):
-        if key in entries:
-            entries[key].refuse(f"does not go with {kinds[0]}", "only with namespace")
-    device = parse_device(entries[kinds[0]])
-    if device is None:
-        return None
-    return InterfaceListener(device) if kinds == ["interface"] else BridgeListener(device)
+    table = _KINDS[kinds[0]]
+    for key in entries.keys() - set(table.names):
+        entries[key].refuse(f"does not go with {kinds[0]}", "only with namespace")
+    listener: Listener | None = table.build(entries)
+    return listener
 
 
-def _parse_namespace_listener(entries: Mapping[str, Field]) -> NamespaceListener | None:
-    namespace = parse_namespace(entries["namespace"])
-    device = optional(entries, "device", parse_device)
-    manage = optional(entries, "manage_addresses", Field.boolean)
-    if manage and "device" not in entries:
-        entries["manage_addresses"].refuse(
-            "needs device", "name the device that is to carry the metadata addresses"
-        )
-    if namespace is None:
-        return None
-    return NamespaceListener(namespace, device, manage_addresses=bool(manage))
-
-
-def _parse_subnets(field: Field) -> tuple[Subnet, ...]:
-    subnets = []
-    seen = set()
-    for item in field.items():
-        subnet = _parse_subnet(item)
-        if subnet is None:
-            continue
-        if subnet.cidr in seen:
-            item.refuse(f"{subnet.cidr} is there twice")
-        seen.add(subnet.cidr)
-        subnets.append(subnet)
-    return tuple(subnets)
-
-
-def _parse_subnet(field: Field) -> Subnet | None:
-    entries = field.mapping(("cidr", "gateway", "dns"), required=("cidr",))
-    if entries is None:
-        return None
-    cidr = optional(entries, "cidr", parse_cidr)
-    gateway = optional(entries, "gateway", parse_address)
-    dns = entries["dns"].items() if "dns" in entries else []
-    servers = [parse_address(item) for item in dns]
-    if cidr is None:
-        return None
-    if gateway is not None and gateway.version != cidr.version:
+def _check_subnet(entries: Mapping[str, Field], values: dict[str, Any]) -> None:
+    gateway, cidr = values.get("gateway"), values.get("cidr")
+    if gateway is not None and cidr is not None and gateway.version != cidr.version:
         entries["gateway"].refuse(
             f"{gateway} is IPv{gateway.version}", f"IPv{cidr.version}, as {cidr}"
         )
-    return Subnet(cidr, gateway, tuple(server for server in servers if server is not None))
+
+
+_SUBNET: Final = Table(
+    "SubnetRecord",
+    Subnet,
+    "An address range of a network.",
+    Key("cidr", CIDR, required=True),
+    Key("gateway", ADDRESS),
+    Key("dns", list_of(ADDRESS)),
+    check=_check_subnet,
+)
+
+
+def _parse_subnets(field: Field) -> tuple[Subnet, ...]:
+    subnets: dict[object, Subnet] = {}
+    for item in field.items():
+        subnet = _SUBNET.parse(item)
+        if subnet is not None:
+            if subnet.cidr in subnets:
+                item.refuse(f"{subnet.cidr} is there twice")
+            subnets[subnet.cidr] = subnet
+    return tuple(subnets.values())
+
+
+def _check_network(entries: Mapping[str, Field], values: dict[str, Any]) -> None:
+    if values.get("mac_check") and values.get("scope") is Scope.ROUTER:
+        entries["mac_check"].refuse(
+            "does not go with scope router", "nobody sees a guest's MAC through a router"
+        )
+
+
+NETWORK: Final = Table(
+    "NetworkRecord",
+    Network,
+    "A network.",
+    Key("id", NETWORK_ID, required=True),
+    Key("name", TEXT, "A name for people."),
+    Key("project", TEXT, "The project that owns it."),
+    Key(
+        "listener",
+        Kind(
+            _parse_listener,
+            render=lambda listener: _LISTENERS[type(listener)].render(listener),
+            tables=tuple(_LISTENERS.values()),
+        ),
+        "How guests are reached.",
+        required=True,
+    ),
+    Key(
+        "subnets",
+        Kind(_parse_subnets, render=list_of(_SUBNET.kind).render, item=_SUBNET.kind),
+        "Address ranges of guests.",
+    ),
+    Key("mtu", number_between(*MTU_BOUNDS), "MTU shown to guests, in bytes."),
+    Key("scope", choice_of(Scope), "`router` where the id is a router's."),
+    Key(
+        "mac_check",
+        SWITCH,
+        "Believe an address only together with its MAC. Off where guests are behind a router.",
+    ),
+    Key("policy", POLICY.kind, "For the guests that are reached through it."),
+    check=_check_network,
+)

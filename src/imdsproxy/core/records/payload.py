@@ -6,46 +6,25 @@ import base64
 import binascii
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, TypeAlias
+from typing import Final
 
-if TYPE_CHECKING:
-    from imdsproxy.core.records.fields import Field
-
-__all__ = ["MAX_PAYLOAD", "ReadFile", "Unreadable", "parse_user_data", "parse_vendor_data"]
-
-MAX_PAYLOAD: Final = 16 * 1024 * 1024
-"""The most bytes of user data, and of vendor data, of one instance."""
+from imdsproxy.core.records.fields import MAX_PAYLOAD, Field, Unreadable
+from imdsproxy.core.records.schema import Json, Key, Kind, Table
 
 _DEEPEST: Final = 64
 
 
-@dataclass(frozen=True, slots=True)
-class Unreadable:
-    """Why a file that a record names gave no bytes."""
-
-    reason: str
-    hint: str = ""
+def _parse_user_data(field: Field) -> bytes | None:
+    return _bounded(field, _decode(field))
 
 
-ReadFile: TypeAlias = Callable[[str], bytes | Unreadable]
-"""Reads the file that `user_data_file` names, written as in the record."""
+def _parse_user_data_file(field: Field) -> bytes | None:
+    return _bounded(field, _read(field))
 
 
-def parse_user_data(entries: Mapping[str, Field], read_file: ReadFile | None) -> bytes | None:
-    """The bytes of `user_data` or `user_data_file`, `None` when there is neither."""
-    inline, named = entries.get("user_data"), entries.get("user_data_file")
-    if inline is not None and named is not None:
-        named.refuse("stands beside user_data", "one of the two")
-        return None
-    if named is not None:
-        return _bounded(named, _read(named, read_file))
-    return None if inline is None else _bounded(inline, _decode(inline))
-
-
-def parse_vendor_data(field: Field) -> bytes | None:
-    """Text as UTF-8, a mapping as JSON."""
+def _parse_vendor_data(field: Field) -> bytes | None:
     value = field.value
     if isinstance(value, Mapping):
         clean = _check_json(field, 0)
@@ -73,10 +52,11 @@ def _bounded(field: Field, payload: bytes | None) -> bytes | None:
     return payload
 
 
-def _read(field: Field, read_file: ReadFile | None) -> bytes | None:
+def _read(field: Field) -> bytes | None:
     name = field.text(longest=4096)
     if name is None:
         return None
+    read_file = field.findings.read_file
     if read_file is None:
         field.refuse("files are not read here", "send the bytes as user_data")
         return None
@@ -146,3 +126,33 @@ def _check_json_scalar(field: Field) -> bool:
         return True
     field.refuse("JSON cannot carry bytes", "write text")
     return False
+
+
+def _render_user_data(payload: object) -> Json:
+    # May be `StoredBytes`, which are fetched now.
+    raw = bytes(payload)  # type: ignore[call-overload] # as above
+    try:
+        return str(raw.decode())
+    except UnicodeDecodeError:
+        return {"base64": base64.b64encode(raw).decode()}
+
+
+@dataclass(frozen=True, slots=True)
+class _Base64:
+    base64: str
+
+
+_BASE64: Final = Table(
+    "Base64",
+    _Base64,
+    "Bytes that are no UTF-8 text.",
+    Key("base64", Kind(_decode_base64, {"type": "string"}), required=True),
+)
+USER_DATA: Final = Kind(_parse_user_data, {"type": "string"}, _render_user_data, (_BASE64,))
+USER_DATA_FILE: Final = Kind(_parse_user_data_file, {"type": "string"})
+VENDOR_DATA: Final = Kind(
+    _parse_vendor_data,
+    {"anyOf": [{"type": "string"}, {"type": "object"}]},
+    lambda payload: payload.decode(),
+)
+"""Text as UTF-8, a mapping as JSON."""

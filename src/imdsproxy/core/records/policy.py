@@ -1,4 +1,4 @@
-"""Parse what a record says of how its guests may read."""
+"""What a record says of how its guests may read: a key for each rule of `core.policy`."""
 
 from __future__ import annotations
 
@@ -13,28 +13,10 @@ from imdsproxy.core.path_rules import (
 )
 from imdsproxy.core.policy import NOTHING_SAID, RULES, PolicyRules, Rule, TokenMode
 from imdsproxy.core.records.fields import Field
-
-__all__ = ["parse_policy"]
+from imdsproxy.core.records.schema import SWITCH, Key, Kind, Table, choice_of, number_between
 
 _MODES: Final = tuple(mode.value for mode in TokenMode)
 _WORDS: Final = tuple(word.value for word in PathWord)
-
-
-def parse_policy(field: Field) -> PolicyRules:
-    """The rules of a mapping, each of which is optional; a rule that is refused is `None`."""
-    entries = field.mapping(tuple(RULES))
-    if not entries:
-        return NOTHING_SAID
-    rules = {name: _parse_rule(entry, RULES[name]) for name, entry in entries.items()}
-    return PolicyRules(**rules)  # type: ignore[arg-type] # each parser gives what its rule is
-
-
-def _parse_rule(field: Field, rule: Rule) -> object:
-    if rule.bounds is not None:
-        return field.whole_number(*rule.bounds)
-    if rule.kind is TokenMode:
-        return _parse_mode(field)
-    return field.boolean() if rule.kind is bool else _parse_paths(field)
 
 
 def _parse_mode(field: Field) -> TokenMode | None:
@@ -53,11 +35,42 @@ def _parse_paths(field: Field) -> PathRules | None:
     if len(entries) > MOST_PATH_RULES:
         field.refuse(f"has {len(entries)} paths", f"at most {MOST_PATH_RULES}")
         return None
-    said: list[tuple[str, PathWord]] = []
+    rules: list[tuple[str, PathWord]] = []
     for path, entry in entries.items():
         fault = find_path_fault(path)
         if fault is not None:
             entry.refuse(fault.reason, fault.hint)
         elif (word := entry.one_of(_WORDS)) is not None:
-            said.append((path, PathWord(word)))
-    return sort_paths(said) or None
+            rules.append((path, PathWord(word)))
+    return sort_paths(rules) or None
+
+
+_MODE: Final = choice_of(TokenMode)
+_KINDS: Final[dict[type[object], Kind]] = {
+    bool: SWITCH,
+    TokenMode: Kind(_parse_mode, _MODE.schema, _MODE.render),
+    tuple: Kind(
+        _parse_paths,
+        {
+            "type": "object",
+            "additionalProperties": {"type": "string", "enum": [*_WORDS]},
+            "maxProperties": MOST_PATH_RULES,
+        },
+        lambda rules: {path: word.value for path, word in rules},
+    ),
+}
+
+
+def _key(rule: Rule) -> Key:
+    kind = _KINDS[rule.kind] if rule.bounds is None else number_between(*rule.bounds)
+    return Key(rule.name, kind, rule.help)
+
+
+POLICY: Final = Table(
+    "PolicyRecord",
+    PolicyRules,
+    "What guests may read and how; what is missing is left to less specific scopes. Settings have the same fields for "
+    "the host, networks, projects and instances, and win over a record of the same scope.",
+    *map(_key, RULES.values()),
+    make=lambda **rules: PolicyRules(**rules) if rules else NOTHING_SAID,
+)

@@ -28,7 +28,7 @@ from imdsproxy.core.model import (
     Port,
     Upstream,
 )
-from imdsproxy.core.records.moments import unix_time_of
+from imdsproxy.core.records.values import unix_time_of
 from imdsproxy.errors import Problem
 
 ROUTER_OWNERS: Final = (

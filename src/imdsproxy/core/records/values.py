@@ -1,52 +1,29 @@
-"""The small values of records: ids, addresses, MACs, names of devices."""
+"""The small values of records: ids, addresses, MACs, names of devices, points in time."""
 
 from __future__ import annotations
 
 import re
 import sys
+from datetime import datetime
 from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from imdsproxy.core.model import (
     ID_PATTERN,
     METADATA_IPV4,
     METADATA_IPV6,
-    InstanceId,
     IpAddress,
     IpNetwork,
     MacAddress,
-    NetworkId,
 )
-from imdsproxy.core.records.fields import quoted
+from imdsproxy.core.records.fields import Field, quoted
+from imdsproxy.core.records.schema import Json, Kind
 
-if TYPE_CHECKING:
-    from imdsproxy.core.records.fields import Field
-
-__all__ = [
-    "DEVICE_PATTERN",
-    "MAC_PATTERN",
-    "NAMESPACE_PATTERN",
-    "hostname_of",
-    "parse_address",
-    "parse_cidr",
-    "parse_device",
-    "parse_guest_address",
-    "parse_hostname",
-    "parse_instance_id",
-    "parse_mac",
-    "parse_namespace",
-    "parse_network_id",
-    "parse_project_id",
-]
-
-_ID: Final = re.compile(ID_PATTERN)
 _ID_WANTED: Final = "1 to 64 of A-Z a-z 0-9 . _ - that begin with a letter or digit"
 NAMESPACE_PATTERN: Final = "^[A-Za-z0-9_][A-Za-z0-9._@:+-]{0,127}$"
 DEVICE_PATTERN: Final = "^[A-Za-z0-9_][A-Za-z0-9._@+=-]{0,14}$"
 _OCTET: Final = "[0-9A-Fa-f]{2}"
 MAC_PATTERN: Final = f"^{_OCTET}(?:(?::{_OCTET}){{5}}|(?:-{_OCTET}){{5}})$"
-_NAMESPACE: Final = re.compile(NAMESPACE_PATTERN)
-_DEVICE: Final = re.compile(DEVICE_PATTERN)
 _MAC: Final = re.compile(MAC_PATTERN)
 _LABEL: Final = r"[A-Za-z0-9_](?:[A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?"
 _HOSTNAME: Final = re.compile(rf"(?=.{{1,253}}\Z){_LABEL}(?:\.{_LABEL})*")
@@ -54,33 +31,35 @@ _NOT_IN_HOSTNAME: Final = re.compile(r"[^A-Za-z0-9._-]+")
 _BROADCAST: Final = IPv4Address("255.255.255.255")
 
 
-def parse_network_id(field: Field) -> NetworkId | None:
-    """A network's id (`model.NetworkId`)."""
-    text = field.matched(_ID, _ID_WANTED)
-    # A network's id stands in each of its ports: one string for all of them.
-    return None if text is None else NetworkId(sys.intern(text))
+def _matching(pattern: str, wanted: str, *, shared: bool = False) -> Kind:
+    """Text that a pattern matches as a whole.
+
+    Args:
+        pattern: Also that of JSON Schema.
+        wanted: What it is, in words.
+        shared: The same text stands in many records: one string for all of them.
+    """
+    compiled = re.compile(pattern)
+
+    def parse(field: Field) -> str | None:
+        text = field.matched(compiled, wanted)
+        return sys.intern(text) if shared and text is not None else text
+
+    return Kind(parse, {"type": "string", "pattern": pattern})
 
 
-def parse_instance_id(field: Field) -> InstanceId | None:
-    """An instance's id (`model.InstanceId`)."""
-    text = field.matched(_ID, _ID_WANTED)
-    return None if text is None else InstanceId(text)
+INSTANCE_ID: Final = _matching(ID_PATTERN, _ID_WANTED)
+NETWORK_ID: Final = _matching(ID_PATTERN, _ID_WANTED, shared=True)
+PROJECT_ID: Final = NETWORK_ID
+"""A project's id as Keystone makes it: it is a header's value and a part of a map's."""
 
+NAMESPACE: Final = _matching(
+    NAMESPACE_PATTERN, "a name in /run/netns: 1 to 128 of A-Z a-z 0-9 . _ @ : + -"
+)
+"""The name of a file in `/run/netns` that is a plain word of HAProxy's configuration."""
 
-def parse_project_id(field: Field) -> str | None:
-    """A project's id as Keystone makes it: it is a header's value and a part of a map's."""
-    text = field.matched(_ID, _ID_WANTED)
-    return None if text is None else sys.intern(text)
-
-
-def parse_namespace(field: Field) -> str | None:
-    """The name of a file in `/run/netns` that is a plain word of HAProxy's configuration."""
-    return field.matched(_NAMESPACE, "a name in /run/netns: 1 to 128 of A-Z a-z 0-9 . _ @ : + -")
-
-
-def parse_device(field: Field) -> str | None:
-    """A network device's name, at most 15 bytes (Linux IFNAMSIZ)."""
-    return field.matched(_DEVICE, "a device's name: 1 to 15 of A-Z a-z 0-9 . _ @ + = -")
+DEVICE: Final = _matching(DEVICE_PATTERN, "a device's name: 1 to 15 of A-Z a-z 0-9 . _ @ + = -")
+"""A network device's name, at most 15 bytes (Linux IFNAMSIZ)."""
 
 
 def parse_mac(field: Field) -> MacAddress | None:
@@ -174,14 +153,62 @@ def parse_cidr(field: Field) -> IpNetwork | None:
     return network
 
 
-def parse_hostname(field: Field) -> str | None:
-    """A host name (RFC 1123, underscores let pass), at most 253 characters."""
-    return field.matched(_HOSTNAME, "labels of letters, digits and -, joined by dots")
-
-
 def hostname_of(name: str, otherwise: str) -> str:
     """The host name that an instance without one gets: its name, other characters as `-`."""
     words = _NOT_IN_HOSTNAME.sub("-", name)
     labels = (label.strip("-")[:63].strip("-") for label in words.split("."))
     hostname = ".".join(label for label in labels if label)
     return hostname if _HOSTNAME.fullmatch(hostname) else otherwise
+
+
+LAST_SECOND: Final = 9_999_999_999
+"""Ten digits of Unix time, the year 2286."""
+
+# RFC 3339 §5.6; Python's own reader takes much more (weeks, no zone, no colons).
+_MOMENT_TEXT: Final = re.compile(
+    r"[0-9]{4}-[0-9]{2}-[0-9]{2}[Tt ][0-9]{2}:[0-9]{2}:[0-9]{2}(?P<part>\.[0-9]{1,30})?"
+    r"(?:[Zz]|[+-][0-9]{2}:[0-9]{2})"
+)
+_MOMENT_WANTED: Final = 'Unix time, or a time with its zone: "2026-11-26T12:00:00Z"'
+
+
+def unix_time_of(text: str) -> int | None:
+    """The whole seconds of Unix time, rounded down, of a time as RFC 3339 writes it.
+
+    Returns:
+        `None` where it is no such text, is no time that there is, or is not of 1970 to 2286.
+    """
+    match = _MOMENT_TEXT.fullmatch(text)
+    if match is None:
+        return None
+    start, end = match.span("part")
+    whole = text if start < 0 else text[:start] + text[end:]
+    try:
+        seconds = int(datetime.fromisoformat(whole.upper()).timestamp())
+    except (ValueError, OverflowError):
+        return None
+    return seconds if 0 <= seconds <= LAST_SECOND else None
+
+
+def parse_moment(field: Field) -> int | None:
+    """A point in time as Unix time: a number, or text (`unix_time_of`)."""
+    if not isinstance(field.value, str):
+        return field.whole_number(0, LAST_SECOND)
+    seconds = unix_time_of(field.value)
+    if seconds is None:
+        field.refuse("is no point in time", _MOMENT_WANTED)
+    return seconds
+
+
+_PLAIN: Final[dict[str, Json]] = {"type": "string"}
+MAC: Final = Kind(parse_mac, {"type": "string", "pattern": MAC_PATTERN})
+ADDRESS: Final = Kind(parse_address, _PLAIN, str)
+GUEST_ADDRESS: Final = Kind(parse_guest_address, _PLAIN, str)
+CIDR: Final = Kind(parse_cidr, _PLAIN, str)
+HOSTNAME: Final = Kind(
+    lambda field: field.matched(_HOSTNAME, "labels of letters, digits and -, joined by dots"),
+    _PLAIN,
+)
+"""A host name (RFC 1123, underscores let pass), at most 253 characters."""
+
+MOMENT: Final = Kind(parse_moment, {"anyOf": [{"type": "integer"}, {"type": "string"}]})
