@@ -1,4 +1,4 @@
-"""`imdsproxy doctor`: which client would stumble over what."""
+"""`imdsproxy doctor`: which clients would fail, and why."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ _NOT_LOOKED_AT: Final = ("times", "session tokens", "framing", "headers", "other
 
 @dataclass(frozen=True, slots=True)
 class _Subject:
-    """Who is examined: what to call it, how to ask it, and what is known of the guest."""
+    """The server or guest that is examined: its name, how to ask it, and what is known of the guest."""
 
     name: str
     fetch: Callable[[Ask], Answered]
@@ -61,9 +61,9 @@ def doctor(
     socket: options.Socket = None,
     config: options.Config = None,
 ) -> None:
-    """Ask as the known clients do, and say which stumble over what and how to change it; exit 1 on errors.
+    """Ask as the known clients do, and report which would fail, why, and what to change; exit 1 on errors.
 
-    With --network and --from the daemon says what it would answer that guest. With URL a server is asked.
+    With --network and --from the daemon computes what it would answer that guest. With URL a server is asked.
     """
     from imdsproxy.core.doctor import Severity, crawl, examine, run_crawl  # noqa: PLC0415 - `--help`
 
@@ -111,20 +111,20 @@ def _guest(run: Invocation, network: str, address: str) -> _Subject:
 
     daemon = run.daemon()
     query = {"network": network, "address": address}
-    told = cast("Mapping[str, object]", daemon.get("/v1/explain", query))
-    instance = None if told["instance"] is None else str(told["instance"])
+    guest = cast("Mapping[str, object]", daemon.get("/v1/explain", query))
+    instance = None if guest["instance"] is None else str(guest["instance"])
     name = f"{address} in network {network}" + (f" ({instance})" if instance else "")
-    why = tuple(str(one) for one in cast("Sequence[object]", told["why"]))
+    why = tuple(str(one) for one in cast("Sequence[object]", guest["why"]))
     cards = tuple(
         Card(str(one["network"]), str(one["mac"]), frozenset(cast("Sequence[str]", one["seen"])))
-        for one in cast("Sequence[Mapping[str, object]]", told.get("cards", ()))
+        for one in cast("Sequence[Mapping[str, object]]", guest.get("cards", ()))
     )
     known = frozenset(mac for card in cards for mac in (card.mac, *card.seen))
     around = Surroundings(
         macs=machine_macs(known),
         cards=cards,
         instance=instance,
-        verdict=str(told["verdict"]),
+        verdict=str(guest["verdict"]),
         why=why,
     )
     return _Subject(name, DaemonFetch(daemon, network, address), around, direct=False)
@@ -203,9 +203,9 @@ def _verdict(findings: tuple[Finding, ...]) -> str:
     counts = {name: sum(one.severity.value == name for one in findings) for name in _COLOURS}
     if not any(counts.values()):
         return "[green]nothing found[/]"
-    told = [
+    shown = [
         f"[{_COLOURS[name]}]{count} {name}{'' if count == 1 else 's'}[/]"
         for name, count in counts.items()
         if count
     ]
-    return ", ".join(told)
+    return ", ".join(shown)

@@ -1,4 +1,4 @@
-"""The doctor's two ways to an answer: HTTP, with everything that can be measured, and the daemon's own word."""
+"""The doctor's two ways to an answer: HTTP, with everything that can be measured, or the daemon's own computation."""
 
 from __future__ import annotations
 
@@ -118,16 +118,16 @@ class DaemonFetch:
     def __call__(self, ask: Ask) -> Answered:
         """One question."""
         query = {"network": self.network, "address": self.address, "path": ask.path}
-        told = cast("Mapping[str, object]", self.daemon.get("/v1/documents", query))
-        headers = cast("Sequence[Sequence[str]]", told["headers"])
-        body = cast("Mapping[str, str]", told["body"])
+        document = cast("Mapping[str, object]", self.daemon.get("/v1/documents", query))
+        headers = cast("Sequence[Sequence[str]]", document["headers"])
+        body = cast("Mapping[str, str]", document["body"])
         raw = base64.b64decode(body["base64"]) if "base64" in body else body["text"].encode()
         named = tuple((name.lower(), value) for name, value in headers)
-        return Answer(int(str(told["status"])), named, raw)
+        return Answer(int(str(document["status"])), named, raw)
 
 
 def parse_url(url: str, headers: Sequence[str] = ()) -> HttpFetch:
-    """Who is asked.
+    """The server to ask.
 
     Args:
         url: `http://HOST[:PORT][/PREFIX]`, or https; a bare host is taken for http.

@@ -18,7 +18,7 @@ _LOOPBACK: Final = "00:00:00:00:00:00"
 
 
 def is_metadata_address(host: str) -> bool:
-    """Whether who asks there is a guest: elsewhere the machine's own cards and SMBIOS say nothing."""
+    """Whether a guest asks at this address: elsewhere the machine's own NICs and SMBIOS do not count."""
     try:
         return ip_address(host.partition("%")[0]) in {METADATA_IPV4, METADATA_IPV6}
     except ValueError:
@@ -26,7 +26,7 @@ def is_metadata_address(host: str) -> bool:
 
 
 def look_around(root: Path = Path("/")) -> Surroundings:
-    """This machine's network cards, SMBIOS and kernel command line, as far as they may be read.
+    """This machine's NICs, SMBIOS and kernel command line, as far as they may be read.
 
     Args:
         root: What stands for `/`.
@@ -52,7 +52,7 @@ def look_around(root: Path = Path("/")) -> Surroundings:
 def machine_macs(known: frozenset[str], root: Path = Path("/")) -> frozenset[str] | None:
     """The MACs of the virtual machine on this host that has one of `known`; `None` where QEMU runs none.
 
-    A card that was plugged in later is not on QEMU's command line. It is counted where a tap device has its MAC, with
+    A NIC that was plugged in later is not on QEMU's command line. It is counted where a tap device has its MAC, with
     the first byte that libvirt gives these, `fe` (`virNetDevTapCreateInBridgePort`).
 
     Args:

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from imdsproxy.core.doctor import Severity, Surroundings, crawl, run_crawl
-from imdsproxy.core.doctor.gate import check_gate
+from imdsproxy.core.doctor.checks_documents import check_gate
 from support.metadata_server import MetadataServer
 
 PLAIN = Surroundings(dmi={"sys_vendor": "QEMU", "product_name": "Standard PC"})

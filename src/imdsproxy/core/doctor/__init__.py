@@ -1,7 +1,7 @@
-"""A doctor for metadata servers: asks as the known clients do, and says which of them stumble over what.
+"""A doctor for metadata servers: asks as the known clients do, and reports which of them would fail, and why.
 
-`crawl` is a generator of questions; `run_crawl` drives it with whatever can fetch. `examine` looks at what was
-told, and knows nothing of where it came from.
+`crawl` is a generator of questions; `run_crawl` drives it with a function that fetches. `examine` checks the answers,
+wherever they come from. What it may find stands in findings.toml.
 """
 
 from __future__ import annotations

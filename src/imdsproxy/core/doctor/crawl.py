@@ -1,4 +1,4 @@
-"""What the known clients ask, in their order, as a generator that somebody with a socket drives.
+"""What the known clients ask, in their order, as a generator of questions that takes their answers.
 
 Taken from what they did against a logging server: cloud-init's OpenStack, Ec2 and NoCloud sources, cloudbase-init,
 os-collect-config (every listed leaf), the AWS SDKs' token, Ohai, Facter, heat-cfntools, and the libraries that look
@@ -56,10 +56,10 @@ _PATIENCE: Final = 3
 
 @dataclass(slots=True)
 class Crawl:
-    """Everything that was asked and told.
+    """Every question and its answer.
 
     Attributes:
-        direct: It was asked over HTTP; else the daemon said what it would answer, and there is nothing of
+        direct: It was asked over HTTP; else the daemon computed its answer, and there is nothing of
             times, framing, tokens and headers.
         base: What the EC2 documents lie below, as `/latest`; `None` where there are none.
         version: Of the OpenStack documents that cloud-init takes; `None` where there are none.
@@ -77,7 +77,7 @@ class Crawl:
     token: tuple[tuple[str, str], ...] = ()
     _asked: dict[Ask, Answered] = field(default_factory=dict)
 
-    def said(self, ask: Ask | str) -> Answer | None:
+    def answer(self, ask: Ask | str) -> Answer | None:
         """The answer to a question; `None` where it was not asked, or not answered."""
         answered = self._asked.get(Ask(ask) if isinstance(ask, str) else ask)
         if answered is None and self.token and isinstance(ask, str):
@@ -98,11 +98,11 @@ class Crawl:
             case Dialect.EC2:
                 return self.base is not None
             case Dialect.NOCLOUD:
-                answer = self.said("/nocloud/meta-data")
+                answer = self.answer("/nocloud/meta-data")
                 return answer is not None and answer.ok
 
     def record(self, ask: Ask, answered: Answered) -> None:
-        """Keep what was told."""
+        """Keep an answer."""
         self._asked[ask] = answered
         self.exchanges.append(Exchange(ask, answered))
 
@@ -159,7 +159,7 @@ def _ask(found: Crawl, ask: Ask) -> _Step:
         # A server that is not there need not be asked six hundred times.
         if isinstance(answered, Unanswered) and len(last) == _PATIENCE:
             found.given_up = "" if any(one.answer for one in last) else answered.why
-    return found.said(ask)
+    return found.answer(ask)
 
 
 def _get(found: Crawl, path: str) -> _Step:
@@ -189,7 +189,7 @@ def _openstack(found: Crawl) -> _Steps:
 
 
 def _contents(found: Crawl) -> Iterator[str]:
-    document = json_of(found.said(f"/openstack/{found.version}/meta_data.json"))
+    document = json_of(found.answer(f"/openstack/{found.version}/meta_data.json"))
     files = document.get("files") if isinstance(document, dict) else None
     for entry in files[:_MOST_CONTENT] if isinstance(files, list) else ():
         if isinstance(entry, Mapping) and isinstance(entry.get("content_path"), str):
@@ -212,7 +212,7 @@ def _ec2(found: Crawl) -> _Steps:
     yield from _get_ec2(found, f"{found.base}/dynamic/instance-identity")
     yield from _get_ec2(found, f"{found.base}{ODD_LEAF}")
     zone = f"{base}placement/availability-zone"
-    if found.said(zone) is not None:
+    if found.answer(zone) is not None:
         yield from _get_ec2(found, f"{zone}/")
 
 
@@ -221,7 +221,7 @@ def _enter_ec2(found: Crawl) -> _Steps:
     for version in (_LATEST, _OLD_EC2):
         path = f"/{version}/meta-data/"
         listing = yield from _get(found, path)
-        token = found.said(TOKEN)
+        token = found.answer(TOKEN)
         if listing is not None and listing.status in {401, 403} and token is not None and token.ok:
             found.token = ((TOKEN_HEADER, token.text.strip()),)
             listing = yield from _get_ec2(found, path)
@@ -238,7 +238,7 @@ def _list(found: Crawl, directory: str, depth: int) -> _Steps:
     children = tuple(_children(directory, listing.text))
     found.listed[directory] = children
     for child in children:
-        # Nobody's credentials are read for a check.
+        # No credentials are read for a check.
         if child.endswith("/iam/"):
             continue
         if child.endswith("/"):

@@ -4,16 +4,9 @@ from __future__ import annotations
 
 from typing import Final
 
+from imdsproxy.core.doctor import checks_documents, checks_http
 from imdsproxy.core.doctor.crawl import Crawl
-from imdsproxy.core.doctor.finding import Finding, Severity, Surroundings
-from imdsproxy.core.doctor.gate import check_gate
-from imdsproxy.core.doctor.listings import check_listings
-from imdsproxy.core.doctor.network_data import MAC_CHANGE, check_network_data
-from imdsproxy.core.doctor.nocloud import check_nocloud
-from imdsproxy.core.doctor.openstack import check_openstack
-from imdsproxy.core.doctor.tokens import check_tokens
-from imdsproxy.core.doctor.transport import check_transport
-from imdsproxy.core.doctor.user_data import check_user_data
+from imdsproxy.core.doctor.finding import Finding, Severity, Surroundings, found
 
 _FORBIDDEN: Final = 403
 _OTHER_MAC: Final = "the guest has another MAC than the record that has its address"
@@ -25,14 +18,14 @@ def examine(crawl: Crawl, around: Surroundings) -> tuple[Finding, ...]:
     if _refused(crawl):
         return (_refusal(around),)
     findings = [
-        *check_transport(crawl),
-        *check_gate(crawl, around),
-        *check_openstack(crawl),
-        *check_network_data(crawl, around),
-        *check_listings(crawl),
-        *check_tokens(crawl),
-        *check_nocloud(crawl),
-        *check_user_data(crawl),
+        *checks_http.check_transport(crawl),
+        *checks_documents.check_gate(crawl, around),
+        *checks_documents.check_openstack(crawl),
+        *checks_documents.check_network_data(crawl, around),
+        *checks_http.check_listings(crawl),
+        *checks_http.check_tokens(crawl),
+        *checks_documents.check_nocloud(crawl),
+        *checks_documents.check_user_data(crawl),
     ]
     return tuple(sorted(findings, key=lambda one: _ORDER.index(one.severity)))
 
@@ -43,16 +36,7 @@ def _refused(crawl: Crawl) -> bool:
 
 
 def _refusal(around: Surroundings) -> Finding:
-    told = "; ".join(around.why)
+    why = "; ".join(around.why)
     if around.verdict == "mismatch":
-        return Finding(
-            "mac-mismatch", Severity.ERROR, told or _OTHER_MAC, MAC_CHANGE, ("every client: 403",)
-        )
-    return Finding(
-        "refused",
-        Severity.ERROR,
-        "every question is answered 403" + (f": {told}" if told else ""),
-        "see on the host why: `imdsproxy explain --network NET --from ADDRESS`; imdsproxy answers so where "
-        f"{_OTHER_MAC}",
-        ("every client",),
-    )
+        return found("mac-mismatch", clients=["every client: 403"], what=why or _OTHER_MAC)
+    return found("refused", why=f": {why}" if why else "", mismatch=_OTHER_MAC)

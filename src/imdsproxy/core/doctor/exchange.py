@@ -1,4 +1,4 @@
-"""What a doctor asks and is told, as values: whoever can fetch, fetches."""
+"""Questions and answers as values; the caller fetches."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _OK: Final = 200
 
 
 class Framing(StrEnum):
-    """How an answer's end is told."""
+    """How the end of an answer is marked."""
 
     LENGTH = "length"
     CHUNKED = "chunked"
@@ -34,7 +34,7 @@ class Answer:
 
     Attributes:
         headers: With lower-case names, in their order.
-        first_byte_s: Seconds from the request to the answer's first byte; `None` where nobody measured.
+        first_byte_s: Seconds from the request to the answer's first byte; `None` where it was not measured.
         framing: `None` where it is not known.
         version: Of HTTP.
         cut: The body is shorter than its length says.
@@ -69,7 +69,7 @@ class Unanswered:
 
     Attributes:
         why: In one line.
-        timed_out: The server took the request and said nothing.
+        timed_out: The server took the request and did not answer.
     """
 
     why: str
@@ -93,7 +93,7 @@ class Exchange:
 
 
 def json_of(answer: Answer | None) -> object:
-    """What a body says in JSON; `None` when it says nothing (or null)."""
+    """A body read as JSON; `None` where it is none, or null."""
     if answer is None or not answer.ok:
         return None
     try:

@@ -1,10 +1,13 @@
-"""What a check finds."""
+"""What a check finds: the texts stand in findings.toml."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import tomllib
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from importlib.resources import files
+from typing import Any, Final
 
 
 class Severity(StrEnum):
@@ -28,7 +31,7 @@ class Finding:
         code: Stable, in kebab-case.
         what: What was seen, in a sentence.
         change: What to do about it.
-        clients: Who suffers.
+        clients: Those that it breaks; found by testing them.
         paths: Where it was seen.
     """
 
@@ -40,9 +43,41 @@ class Finding:
     paths: tuple[str, ...] = ()
 
 
+_TEXTS: Final[Mapping[str, Mapping[str, Any]]] = tomllib.loads(
+    files("imdsproxy.core.doctor").joinpath("findings.toml").read_text("utf-8")
+)
+
+
+def found(
+    code: str,
+    *paths: str,
+    severity: Severity | None = None,
+    clients: Iterable[str] | None = None,
+    **values: object,
+) -> Finding:
+    """A finding with the texts of its code.
+
+    Args:
+        code: In findings.toml.
+        paths: Where it was seen.
+        severity: In the place of the code's own.
+        clients: The same.
+        values: What stands in braces in the texts.
+    """
+    text = _TEXTS[code]
+    return Finding(
+        code,
+        severity or Severity(text["severity"]),
+        text["what"].format(**values),
+        text["change"].format(**values),
+        tuple(text.get("clients", ()) if clients is None else clients),
+        tuple(dict.fromkeys(paths)),
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class Card:
-    """A network card of the record, as the host knows it.
+    """A NIC of the record, as the host knows it.
 
     Attributes:
         seen: The MACs that have answered for its addresses in its network.
@@ -59,15 +94,15 @@ class Surroundings:
 
     Attributes:
         cards: Of the record, where the daemon was asked.
-        macs: Of its network cards, in lower case; `None` where nobody could look.
-        dmi: Names below /sys/class/dmi/id and their values; `None` where nobody could look.
+        macs: Of its NICs, in lower case; `None` where they are not known.
+        dmi: Names below /sys/class/dmi/id and their values; `None` where they are not known.
         dmi_complete: All of it may be read; the serial number is for root alone.
         sources: What cloud-init's own `ds-identify` has found on this boot; `None` where it has not run.
         kernel: Its kernel command line (of process 1 in a container).
         environment: Of process 1.
         container: It is one.
         instance: The record's id, where the daemon knows it.
-        verdict: On who the guest is, where the daemon was asked (`imdsproxy explain`).
+        verdict: On the identity of the guest, where the daemon was asked (`imdsproxy explain`).
         why: The verdict's reasons.
     """
 
