@@ -13,7 +13,7 @@ import pytest
 from support.demonstration import REPOSITORY
 from support.guest import Guest, Load, Lost, Reply
 from support.packaged_daemon import PackagedDaemon, machine_with_dependencies
-from support.packages import EPOCH, Packages, build_packages, run
+from support.packages import EPOCH, RECOMMENDED, Packages, build_packages, run
 from support.systemd_daemon import CONTROLLER, DOCUMENTS, HAPROXY, UNITS, own_user_data
 from support.systemd_machine import Machine, until
 
@@ -283,11 +283,21 @@ def test_script_package_gives_the_same_bytes_of_the_same_sources_wherever_and_wh
 def test_the_package_names_every_library_in_the_version_that_the_project_asks_for(
     packages: Packages,
 ) -> None:
-    depends = run(["dpkg-deb", "--field", str(packages.deb), "Depends"], timeout_s=20)
+    depends = _field(packages, "Depends")
     for wanted in (
         "haproxy (>= 3.0)",
         "nftables",
         "python3-typer (>= 0.15)",
         "python3-yaml (>= 6.0.2)",
     ):
-        assert wanted in depends.strip().split(", ")
+        assert wanted in depends
+
+
+def test_the_package_recommends_what_only_some_sources_need(packages: Packages) -> None:
+    recommended = _field(packages, "Recommends")
+    assert recommended == ["python3-libvirt", RECOMMENDED]
+    assert not [each for each in _field(packages, "Depends") if "openstack" in each]
+
+
+def _field(packages: Packages, name: str) -> list[str]:
+    return run(["dpkg-deb", "--field", str(packages.deb), name], timeout_s=20).strip().split(", ")

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, cast
 
-from support.packages import Packages, download_dependencies
+from support.packages import RECOMMENDED, Packages, download_dependencies
 from support.systemd_daemon import UnitDaemon
 from support.systemd_machine import Machine, systemd_machine
 
@@ -39,7 +39,7 @@ def machine_with_dependencies(work: Path, packages: Packages) -> Iterator[Machin
         # All at once instead of one package after the other: half a minute becomes some seconds.
         machine.write(_COMPILE, "#!/bin/sh\n")
         machine.run("chmod", "755", _COMPILE)
-        machine.run(*_APT, "--no-install-recommends", "satisfy", depends)
+        machine.run(*_APT, "--no-install-recommends", "satisfy", f"{depends}, {RECOMMENDED}")
         machine.run("rm", _COMPILE)
         machine.attempt("/usr/bin/python3", "-m", "compileall", "-q", "-j", "0", _LIBRARIES)
         yield machine

@@ -16,10 +16,12 @@ from typing import Final
 from support.demonstration import REPOSITORY
 from support.patience import patience
 
-__all__ = ["EPOCH", "Packages", "build_packages", "download_dependencies", "run"]
+__all__ = ["EPOCH", "RECOMMENDED", "Packages", "build_packages", "download_dependencies", "run"]
 
 _CACHE: Final = REPOSITORY / ".cache" / "packages"
 _SOURCES: Final = ("src", "packaging", "docs", "pyproject.toml", "LICENSE")
+RECOMMENDED: Final = "python3-openstacksdk (>= 4.0)"
+"""Of what the package recommends, what its tests need."""
 _LISTS: Final = Path("/var/lib/apt/lists")
 _INSTALLED: Final = Path("/var/lib/dpkg/status")
 _KEPT: Final = 4
@@ -55,8 +57,10 @@ def download_dependencies(deb: Path) -> Path:
     place = REPOSITORY / ".cache" / "package-archives"
     options = ("-q", "-o", "APT::Sandbox::User=root", "-o", "DPkg::Lock::Timeout=120")
     install = ("install", "--yes", "--no-install-recommends", "--download-only")
-    command = ["apt-get", *options, "-o", f"Dir::Cache::archives={place}", *install, str(deb)]
-    depends = run(["dpkg-deb", "--field", str(deb), "Depends"], timeout_s=20)
+    recommended = RECOMMENDED.split()[0]
+    place_option = ("-o", f"Dir::Cache::archives={place}")
+    command = ["apt-get", *options, *place_option, *install, str(deb), recommended]
+    depends = run(["dpkg-deb", "--field", str(deb), "Depends"], timeout_s=20) + recommended
     with (place.parent / "package-archives.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         stamp = place / "stamp"

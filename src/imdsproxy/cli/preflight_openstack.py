@@ -18,6 +18,7 @@ from imdsproxy.errors import (
     ConfigUnreadable,
     HostRefused,
     ImdsproxyError,
+    LibraryMissing,
     SecretUnreadable,
 )
 
@@ -75,28 +76,36 @@ def check_certificates(settings: Settings) -> list[Finding]:
 
 
 def check_clouds(settings: Settings) -> list[Finding]:
-    """The cloud that the source `neutron` names."""
+    """The library of the source `neutron`, and the cloud that it names."""
     source = settings.sources.neutron
-    if not source.enabled or source.cloud is None:
+    if not source.enabled:
         return []
+    from imdsproxy.sources.neutron.client import require_library  # noqa: PLC0415 - rarely needed
+
+    try:
+        require_library()
+    except LibraryMissing as error:
+        return findings_of("neutron", error)
+    return [] if source.cloud is None else _cloud(source.cloud, source.clouds_path)
+
+
+def _cloud(cloud: str, path: Path) -> list[Finding]:
     from imdsproxy.config.yaml_document import parse_yaml  # noqa: PLC0415 - rarely needed
 
-    path = source.clouds_path
     try:
         data = parse_yaml(_read(path).decode("utf-8"), str(path)).data
     except UnicodeDecodeError:
-        error = ConfigUnreadable(f"cannot read {path}: it is not UTF-8 text")
-        return findings_of("neutron", error)
+        return findings_of("neutron", ConfigUnreadable(f"cannot read {path}: it is not UTF-8 text"))
     except ConfigError as error:
         return _named("sources.neutron.clouds_file", error, "neutron")
     clouds = data.get("clouds") if isinstance(data, dict) else None
-    if not isinstance(clouds, dict) or source.cloud not in clouds:
-        text = f"sources.neutron.cloud: {path} has no cloud {source.cloud}"
+    if not isinstance(clouds, dict) or cloud not in clouds:
+        text = f"sources.neutron.cloud: {path} has no cloud {cloud}"
         return [Finding("neutron", text, "add it under `clouds:`", ConfigError.exit_status)]
     if path.stat().st_mode & stat.S_IRWXO and (secret := _secret_key(data)):
         text = f"every user of this host can read {path}, which holds a secret ({secret})"
         return [Finding("neutron", text, f"chmod o-rwx {path}", warning=True)]
-    return [Finding("neutron", f"cloud {source.cloud} of {path}")]
+    return [Finding("neutron", f"cloud {cloud} of {path}")]
 
 
 def _secret_key(data: object) -> str | None:

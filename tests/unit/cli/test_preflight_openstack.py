@@ -4,6 +4,7 @@ import json
 import os
 import socket
 import ssl
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -283,6 +284,14 @@ def test_a_neutron_without_keystone_needs_no_cloud() -> None:
     settings = _clouds(Path("/x"), cloud=None, clouds_file=None, endpoint="http://127.0.0.1:9696")
 
     assert preflight.check_clouds(settings) == []
+
+
+def test_without_openstacksdk_it_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "keystoneauth1", None)
+    (finding,) = preflight.check_clouds(_clouds(Path("/nonexistent")))
+    assert "openstacksdk cannot be imported" in finding.text
+    assert "apt install python3-openstacksdk" in finding.hint
+    assert "pip install 'imdsproxy[neutron]'" in finding.hint
 
 
 _LISTENING = Settings.model_validate({"unix_listener": {"enabled": True, "path": "/var/s"}})

@@ -17,7 +17,7 @@ from typing import Final
 
 import pytest
 
-from imdsproxy.errors import SourceUnavailable
+from imdsproxy.errors import LibraryMissing, SourceUnavailable
 from imdsproxy.sources.neutron.client import (
     NeutronRest,
     QueryTimedOut,
@@ -244,6 +244,21 @@ async def test_nothing_is_imported_before_the_first_query() -> None:
         subprocess.run, [sys.executable, "-c", code], capture_output=True, check=True
     )
     assert done.stdout.strip() == b"[]"
+
+
+@pytest.mark.parametrize("missing", ["keystoneauth1.adapter", "openstack.config"])
+async def test_without_its_library_a_query_says_how_to_install_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, missing: str
+) -> None:
+    monkeypatch.setitem(sys.modules, missing, None)
+    rest = NeutronRest(
+        lambda: connect_cloud("lab", tmp_path / "clouds.yaml", 5), timeout_s=5, max_queries=1
+    )
+    with pytest.raises(LibraryMissing) as caught:
+        await rest.ports(PortQuery())
+    await rest.close()
+    assert (caught.value.code, caught.value.retryable) == ("library-missing", True)
+    assert "apt install python3-openstacksdk" in caught.value.hint
 
 
 async def test_without_keystone_openstacksdk_is_not_imported() -> None:

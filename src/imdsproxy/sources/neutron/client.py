@@ -89,6 +89,16 @@ def import_openstack() -> AbstractContextManager[None]:
     )
 
 
+def require_library() -> None:
+    """Find out whether the libraries are installed, without a connection.
+
+    Raises:
+        LibraryMissing: As `import_openstack`.
+    """
+    with import_openstack():
+        import keystoneauth1  # noqa: F401, PLC0415 - a part of openstacksdk that loads in no time
+
+
 def connect_endpoint(endpoint: str, timeout_s: float) -> _Adapter:
     """An adapter for a Neutron that takes requests without a token.
 
