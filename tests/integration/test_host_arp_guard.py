@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from imdsproxy.host.arpguard import ArpGuard
+from imdsproxy.listeners.nft_tables import ArpGuard
 
 _HOST = "imdst-arp-host"
 _GUESTS = ("imdst-arp-a", "imdst-arp-b")

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 
 from imdsproxy.core.endpoints import LeftOutCode
-from imdsproxy.core.hostops import CreateVeth, DeleteLink, DeleteNamespace
-from imdsproxy.core.listeners import ListenerPlan, plan_listeners
 from imdsproxy.core.model import BridgeListener, Network, NetworkId
-from imdsproxy.host.apply import HostApplier, OpOutcome
 from imdsproxy.host.namespaces import NamespaceDirectory, NamespaceThread
-from imdsproxy.host.observe import HostObserver
+from imdsproxy.listeners.apply import HostApplier, OpOutcome
+from imdsproxy.listeners.observe import HostObserver
+from imdsproxy.listeners.ops import CreateVeth, DeleteLink, DeleteNamespace
+from imdsproxy.listeners.plan import ListenerPlan, plan_listeners
 from support.hostlab import HostLab, eventually, host_lab
 
 pytestmark = pytest.mark.root

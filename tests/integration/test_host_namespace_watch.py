@@ -9,13 +9,13 @@ import pytest
 
 from imdsproxy.core.hoststate import NamespaceRef
 from imdsproxy.errors import HostRefused
-from imdsproxy.host.namespace_watch import (
+from imdsproxy.host.namespaces import NamespaceDirectory, NamespaceThread
+from imdsproxy.listeners.namespace_watch import (
     NamespaceCame,
     NamespaceChange,
     NamespaceWatch,
     NamespaceWent,
 )
-from imdsproxy.host.namespaces import NamespaceDirectory, NamespaceThread
 from support.hostlab import HostLab, create_namespace, host_lab
 from support.patience import patience
 

@@ -12,7 +12,6 @@ import pytest
 
 from imdsproxy.core.endpoints import Endpoint, LeftOutCode
 from imdsproxy.core.hoststate import Effect, Family, ObservedDevice, ObservedHost, merge_observed
-from imdsproxy.core.listeners import ListenerPlan, plan_listeners
 from imdsproxy.core.model import (
     METADATA_IPV4,
     METADATA_IPV6,
@@ -23,11 +22,12 @@ from imdsproxy.core.model import (
     Network,
     NetworkId,
 )
-from imdsproxy.host.apply import HostApplier, OpOutcome
 from imdsproxy.host.namespaces import NamespaceDirectory, NamespaceThread
 from imdsproxy.host.netlink import find_link, list_links, neighbour_mac
 from imdsproxy.host.nlmessages import NetlinkSocket
-from imdsproxy.host.observe import HostObserver
+from imdsproxy.listeners.apply import HostApplier, OpOutcome
+from imdsproxy.listeners.observe import HostObserver
+from imdsproxy.listeners.plan import ListenerPlan, plan_listeners
 from support.hostlab import HostLab, create_namespace, host_lab
 
 pytestmark = pytest.mark.root
@@ -357,7 +357,7 @@ async def test_a_device_that_comes_while_it_is_looked_at_is_no_trouble(
         found = list_links(channel)
         return [one for one in found if one.name != device or left[0] < 0]
 
-    monkeypatch.setattr("imdsproxy.host.observe.list_links", too_early)
+    monkeypatch.setattr("imdsproxy.listeners.observe.list_links", too_early)
     seen = (await host.observe(NamespaceListener(name))).namespaces[name]
 
     # It is seen with the next question, or not at all: never half.

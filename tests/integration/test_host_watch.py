@@ -21,8 +21,8 @@ from imdsproxy.core.model import (
 from imdsproxy.errors import HostRefused
 from imdsproxy.host.namespaces import NamespaceDirectory, NamespaceThread
 from imdsproxy.host.nlmessages import NetlinkRefused, NetlinkSocket
-from imdsproxy.host.observe import HostObserver
-from imdsproxy.host.watch import EventKind, HostEvent, HostWatch, WatchPace
+from imdsproxy.listeners.observe import HostObserver
+from imdsproxy.listeners.watch import EventKind, HostEvent, HostWatch, WatchPace
 from support.hostlab import HostLab, eventually, host_lab
 from support.patience import patience
 
@@ -261,7 +261,7 @@ async def test_a_namespace_that_is_not_heard_is_looked_at_properly(
     def refuse(_channel: NetlinkSocket, _descriptor: int) -> int:
         raise NetlinkRefused(errno.ENOSPC)
 
-    monkeypatch.setattr("imdsproxy.host.watch.assign_nsid", refuse)
+    monkeypatch.setattr("imdsproxy.listeners.watch.assign_nsid", refuse)
     name = lab.namespace("blue")
     async with _watching(lab, {"blue": NamespaceListener(name)}, WatchPace()) as watched:
         await watched.quiet()

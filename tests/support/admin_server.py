@@ -35,7 +35,6 @@ from imdsproxy.admin.services import Services
 from imdsproxy.admin.tokens import TokenService
 from imdsproxy.app.guarding import Guarding
 from imdsproxy.app.guards import GuardFile
-from imdsproxy.app.listener_loop import ListenerLoop, ListenerReport
 from imdsproxy.app.lookup import Lookup
 from imdsproxy.app.record_loop import RecordLoop
 from imdsproxy.app.tickets import Tickets
@@ -65,6 +64,7 @@ from imdsproxy.dataplane.master import MasterClient
 from imdsproxy.dataplane.records import RecordApplier
 from imdsproxy.errors import Problem
 from imdsproxy.host.clock import SystemClock
+from imdsproxy.listeners.loop import ListenerLoop, ListenerReport
 from imdsproxy.serving.asgi import Send, send_answer
 from imdsproxy.serving.bind import open_unix_socket
 from imdsproxy.serving.documents import Answer

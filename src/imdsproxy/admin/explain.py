@@ -9,7 +9,6 @@ from typing import Final, assert_never
 
 from imdsproxy.admin.reports import CardReport, Explanation, PairReport, PathDecision
 from imdsproxy.anti_spoofing.plan import ANY_MAC, plan_pair
-from imdsproxy.app.listener_loop import ListenerLoop
 from imdsproxy.app.lookup import Lookup
 from imdsproxy.app.record_loop import RecordLoop
 from imdsproxy.core.identity import (
@@ -25,13 +24,15 @@ from imdsproxy.core.identity import (
 from imdsproxy.core.inventory import Inventory
 from imdsproxy.core.model import Instance, InstanceId, IpAddress, NetworkId, Scope, Upstream
 from imdsproxy.core.observation import AddressKey
-from imdsproxy.core.plan import networks_of, policy_place, record_key
+from imdsproxy.core.plan import policy_place, record_key
 from imdsproxy.core.policy_decides import decide_read
 from imdsproxy.core.policy_told import PolicyInForce, tell_policy
 from imdsproxy.core.wire import NovaRecord, hide_signatures
 from imdsproxy.dataplane.haproxy import Haproxy
 from imdsproxy.dataplane.master import WorkerEnded
 from imdsproxy.errors import Problem, RuntimeUnavailable
+from imdsproxy.listeners.binds import networks_of
+from imdsproxy.listeners.loop import ListenerLoop
 from imdsproxy.sources.api import (
     LookUpUnavailable,
     PortAmbiguous,

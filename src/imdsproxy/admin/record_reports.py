@@ -6,14 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from imdsproxy.admin.reports import LeftOut, report_left_out
-from imdsproxy.app.listener_loop import ListenerLoop
 from imdsproxy.app.record_loop import RecordLoop
 from imdsproxy.core.inventory import Inventory
 from imdsproxy.core.model import Instance, InstanceId, Network, NetworkId, Upstream
 from imdsproxy.core.naming import find_id
 from imdsproxy.core.observation import Conflict, SourceName
-from imdsproxy.core.plan import networks_of
 from imdsproxy.errors import NotFound
+from imdsproxy.listeners.binds import networks_of
+from imdsproxy.listeners.loop import ListenerLoop
 
 __all__ = ["InstanceReport", "NetworkReport", "RecordReports"]
 

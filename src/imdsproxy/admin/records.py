@@ -7,14 +7,14 @@ import contextlib
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 
-from imdsproxy.app.listener_loop import ListenerLoop
 from imdsproxy.app.record_loop import RecordLoop
 from imdsproxy.core.documents.renamed import list_warnings, warn_of_names
 from imdsproxy.core.endpoints import LeftOut, LeftOutCode
 from imdsproxy.core.inventory import Inventory
-from imdsproxy.core.listeners import find_shared
 from imdsproxy.core.model import Instance, InstanceId, Network, NetworkId
 from imdsproxy.errors import AlreadyExists, NotFound, Problem, SourceRefused
+from imdsproxy.listeners.loop import ListenerLoop
+from imdsproxy.listeners.plan import find_shared
 from imdsproxy.sources.api import WritableSource
 
 __all__ = ["RecordService", "Written"]

@@ -30,7 +30,6 @@ from imdsproxy.app.document_probe import DocumentProbe
 from imdsproxy.app.guard import HaproxyGuard
 from imdsproxy.app.guarding import Guarding
 from imdsproxy.app.limited import LimitWatch
-from imdsproxy.app.listener_loop import ListenerLoop
 from imdsproxy.app.nova_upstream import NovaUpstream
 from imdsproxy.app.nova_watch import NovaWatch
 from imdsproxy.app.record_loop import RecordLoop
@@ -41,6 +40,7 @@ from imdsproxy.core.model import NetworkId
 from imdsproxy.dataplane.haproxy import Haproxy
 from imdsproxy.errors import Problem
 from imdsproxy.host.clock import Clock
+from imdsproxy.listeners.loop import ListenerLoop
 from imdsproxy.sources.api import Source
 
 __all__ = ["StatusService"]

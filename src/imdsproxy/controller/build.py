@@ -20,8 +20,6 @@ from imdsproxy.app.companion import Companion, CompanionLauncher, SpawnCompanion
 from imdsproxy.app.compiled_files import DiskFiles
 from imdsproxy.app.guarding import Guarding
 from imdsproxy.app.guards import GuardFile
-from imdsproxy.app.host_view import SystemHost
-from imdsproxy.app.listener_loop import SpecSettings
 from imdsproxy.app.nova_upstream import NovaUpstream
 from imdsproxy.app.rule_sets import RuleSets
 from imdsproxy.app.token_keys import TokenKeys
@@ -37,15 +35,15 @@ from imdsproxy.dataplane.launch import HaproxyProgram, Launcher, SpawnLauncher, 
 from imdsproxy.dataplane.layout import Layout
 from imdsproxy.dataplane.master import MasterClient
 from imdsproxy.dataplane.records import RecordApplier, Writer
-from imdsproxy.host.apply import HostApplier
-from imdsproxy.host.arpguard import ArpGuard
 from imdsproxy.host.clock import Clock
-from imdsproxy.host.diversions import Diverter
 from imdsproxy.host.files import ensure_directory, write_atomic
 from imdsproxy.host.namespaces import NamespaceDirectory, NamespaceThread
-from imdsproxy.host.nslinks import haproxy_name
-from imdsproxy.host.observe import HostObserver
 from imdsproxy.host.sockets import SocketOwners
+from imdsproxy.listeners.apply import HostApplier
+from imdsproxy.listeners.host import SystemHost
+from imdsproxy.listeners.loop import SpecSettings
+from imdsproxy.listeners.namespace_links import haproxy_name
+from imdsproxy.listeners.observe import HostObserver
 from imdsproxy.serving.passwords import PasswordStore
 from imdsproxy.serving.pidfile import read_pids
 from imdsproxy.sources.api import Source, WritableSource
@@ -170,14 +168,11 @@ def build_host(
     thread = NamespaceThread(NamespaceDirectory(settings.paths.netns_dir))
     host = SystemHost(
         thread,
-        HostObserver(thread, naming, SocketOwners(config=layout.config)),
-        HostApplier(thread),
         naming,
-        layout.namespace_links,
-        settings.paths.netns_dir,
-        layout.managed_journal,
-        ArpGuard(naming.prefix),
-        Diverter(naming.prefix),
+        observer=HostObserver(thread, naming, SocketOwners(config=layout.config)),
+        applier=HostApplier(thread),
+        links=layout.namespace_links,
+        journal=layout.managed_journal,
     )
     return host, thread
 

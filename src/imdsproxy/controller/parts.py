@@ -11,7 +11,6 @@ from imdsproxy.app.companion import Companion
 from imdsproxy.app.document_probe import DocumentProbe
 from imdsproxy.app.guard import HaproxyGuard
 from imdsproxy.app.guarding import Guarding
-from imdsproxy.app.listener_loop import ListenerLoop
 from imdsproxy.app.lookup import Lookup
 from imdsproxy.app.nova_upstream import NovaUpstream
 from imdsproxy.app.record_loop import RecordLoop
@@ -23,6 +22,7 @@ from imdsproxy.core.inventory import Inventory
 from imdsproxy.dataplane.haproxy import Haproxy
 from imdsproxy.dataplane.layout import Layout
 from imdsproxy.host.clock import Clock
+from imdsproxy.listeners.loop import ListenerLoop
 from imdsproxy.serving.resolver import Resolver
 
 __all__ = ["Parts"]

@@ -25,15 +25,11 @@ from imdsproxy.admin.health import HealthServer
 from imdsproxy.app.account import owner_of
 from imdsproxy.app.audit import KEPT_WORKERS, Audit
 from imdsproxy.app.document_probe import DocumentProbe
-from imdsproxy.app.exporter_port import ExporterPort
 from imdsproxy.app.guard import HaproxyGuard
 from imdsproxy.app.guarding import GuardingChange
 from imdsproxy.app.heartbeat import Heartbeat
-from imdsproxy.app.kept_networks import KeptNetworks
-from imdsproxy.app.listener_loop import ListenerLoop
 from imdsproxy.app.lookup import Lookup
 from imdsproxy.app.nova_upstream import NovaUpstream
-from imdsproxy.app.pair_follower import PairFollower
 from imdsproxy.app.record_loop import RecordLoop
 from imdsproxy.app.servers import open_datagram_socket, open_sole_socket, open_tcp_socket
 from imdsproxy.app.settings_reload import SettingsHolder, with_contents
@@ -57,6 +53,7 @@ from imdsproxy.controller.build import (
     prepare_directories,
     prepare_jail,
 )
+from imdsproxy.controller.follow_kernel import PairFollower
 from imdsproxy.controller.parts import Parts
 from imdsproxy.controller.stop import end_processes, sweep_host
 from imdsproxy.core.addresses import normalise_address
@@ -74,7 +71,10 @@ from imdsproxy.host.memory import release_memory
 from imdsproxy.host.notify import ServiceNotifier, kept_sockets
 from imdsproxy.host.socket_file import SocketFiles
 from imdsproxy.host.sockets import try_tcp_listen
-from imdsproxy.host.watch import EventKind, HostWatch, WatchPace
+from imdsproxy.listeners.exporter_port import ExporterPort
+from imdsproxy.listeners.kept_networks import KeptNetworks
+from imdsproxy.listeners.loop import ListenerLoop
+from imdsproxy.listeners.watch import EventKind, HostWatch, WatchPace
 from imdsproxy.serving.account import find_account
 from imdsproxy.serving.resolver import HoldLimits, Resolver
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from imdsproxy.anti_spoofing.hop_limits import HopLimits
 from imdsproxy.anti_spoofing.mac_filters import MacFilters
 from imdsproxy.app.companion import CompanionLauncher
-from imdsproxy.app.listener_loop import HostView
 from imdsproxy.app.unix_listener import sweep_unix_socket
 from imdsproxy.config.schema import Settings
 from imdsproxy.controller.build import (
@@ -21,11 +20,12 @@ from imdsproxy.controller.build import (
 )
 from imdsproxy.core.hostnames import Naming
 from imdsproxy.core.inventory import Inventory
-from imdsproxy.core.listeners import plan_listeners
 from imdsproxy.dataplane.launch import Launcher
 from imdsproxy.errors import HostRefused, Problem
 from imdsproxy.host.clock import SystemClock
 from imdsproxy.host.socket_file import SocketFiles
+from imdsproxy.listeners.host import SystemHost
+from imdsproxy.listeners.plan import plan_listeners
 
 __all__ = ["end_processes", "stop_data_plane", "sweep_host"]
 
@@ -41,7 +41,7 @@ async def end_processes(haproxy: Launcher, documents: CompanionLauncher) -> None
 
 
 async def sweep_host(
-    host: HostView, naming: Naming, mac_filters: MacFilters, hop_limits: HopLimits
+    host: SystemHost, naming: Naming, mac_filters: MacFilters, hop_limits: HopLimits
 ) -> None:
     """Remove every MAC filter, rule, namespace, link and address of ours, once they are no longer needed.
 

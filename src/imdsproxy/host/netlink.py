@@ -1,8 +1,8 @@
 """Devices, addresses, routes and neighbours of the namespace that the calling thread is in.
 
 Every function takes a `NetlinkSocket`, which belongs to the namespace where it was made, and
-blocks for some µs. What the kernel refuses leaves as `NetlinkRefused` (an OSError): `host.apply`
-and `host.observe`, which know what it was for, make a `HostRefused` of it.
+blocks for some µs. What the kernel refuses leaves as `NetlinkRefused` (an OSError): `listeners.apply`
+and `listeners.observe`, which know what it was for, make a `HostRefused` of it.
 """
 
 from __future__ import annotations

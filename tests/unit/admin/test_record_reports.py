@@ -8,7 +8,6 @@ from typing import cast
 import pytest
 
 from imdsproxy.admin.record_reports import RecordReports
-from imdsproxy.app.listener_loop import ListenerLoop
 from imdsproxy.app.record_loop import RecordLoop
 from imdsproxy.core.endpoints import Endpoint, LeftOut, LeftOutCode
 from imdsproxy.core.inventory import Inventory
@@ -24,6 +23,7 @@ from imdsproxy.core.model import (
 )
 from imdsproxy.core.observation import Observation
 from imdsproxy.errors import NotFound, Problem
+from imdsproxy.listeners.loop import ListenerLoop
 
 RED, GONE = NetworkId("red"), NetworkId("gone")
 WEB = InstanceId("web")

@@ -13,9 +13,7 @@ from pathlib import Path
 import pytest
 
 from imdsproxy.admin.records import RecordService
-from imdsproxy.app.listener_loop import ListenerReport
 from imdsproxy.app.tickets import Tickets
-from imdsproxy.core.degraded import find_degraded
 from imdsproxy.core.endpoints import Endpoint, LeftOut, LeftOutCode
 from imdsproxy.core.hoststate import Family, NamespaceRef, ObservedHost, ObservedNamespace
 from imdsproxy.core.inventory import Inventory
@@ -30,6 +28,8 @@ from imdsproxy.core.model import (
 )
 from imdsproxy.core.observation import AddressKey, Observation
 from imdsproxy.errors import AlreadyExists, NotFound, SourceRefused
+from imdsproxy.listeners.degraded import find_degraded
+from imdsproxy.listeners.loop import ListenerReport
 from imdsproxy.sources.sqlite import SqliteSource
 
 _RED = Network(NetworkId("red"), NamespaceListener("red"))

@@ -8,16 +8,14 @@ from typing import cast
 
 import pytest
 
-from imdsproxy.app.host_view import SystemHost
 from imdsproxy.core.hostnames import Naming
-from imdsproxy.core.hostops import AddAddress, HostOp, RemoveAddress
 from imdsproxy.core.model import METADATA_IPV4, NetworkId
 from imdsproxy.errors import HostRefused
-from imdsproxy.host.apply import HostApplier, OpOutcome, OpResult
-from imdsproxy.host.arpguard import ArpGuard
-from imdsproxy.host.diversions import Diverter
 from imdsproxy.host.namespaces import NamespaceThread
-from imdsproxy.host.observe import HostObserver
+from imdsproxy.listeners.apply import HostApplier, OpOutcome, OpResult
+from imdsproxy.listeners.host import SystemHost
+from imdsproxy.listeners.observe import HostObserver
+from imdsproxy.listeners.ops import AddAddress, HostOp, RemoveAddress
 
 _ADD = AddAddress(NetworkId("red"), "red", "eth0", METADATA_IPV4, 32, 200)
 _ROOT = AddAddress(NetworkId("blue"), None, "virbr0", METADATA_IPV4, 32, 200)
@@ -40,14 +38,11 @@ class _Applier:
 def _host(tmp_path: Path, applier: _Applier) -> SystemHost:
     return SystemHost(
         cast("NamespaceThread", None),
-        cast("HostObserver", None),
-        cast("HostApplier", applier),
         Naming(),
-        tmp_path / "netns",
-        tmp_path,
-        tmp_path / "managed.json",
-        ArpGuard("imdst"),
-        Diverter("imdst"),
+        observer=cast("HostObserver", None),
+        applier=cast("HostApplier", applier),
+        links=tmp_path / "netns",
+        journal=tmp_path / "managed.json",
     )
 
 

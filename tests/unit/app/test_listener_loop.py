@@ -11,15 +11,11 @@ from pathlib import Path
 
 from structlog.testing import capture_logs
 
-from imdsproxy.app.exporter_port import ExporterPort
-from imdsproxy.app.listener_loop import ListenerLoop, SpecSettings
 from imdsproxy.app.unix_listener import UnixListener
 from imdsproxy.config.unix_listener import UnixListenerSettings
-from imdsproxy.core.diversion import Diversion
 from imdsproxy.core.endpoints import LeftOutCode
 from imdsproxy.core.haproxy.model import Limits
 from imdsproxy.core.hostnames import Naming
-from imdsproxy.core.hostops import HostOp
 from imdsproxy.core.hoststate import (
     NamespaceRef,
     ObservedAddress,
@@ -28,8 +24,6 @@ from imdsproxy.core.hoststate import (
     ObservedNamespace,
 )
 from imdsproxy.core.inventory import Inventory
-from imdsproxy.core.leftovers import ManagedPlace
-from imdsproxy.core.listeners import OpFailure
 from imdsproxy.core.model import (
     METADATA_IPV4,
     InterfaceListener,
@@ -45,12 +39,19 @@ from imdsproxy.dataplane.master import MasterClient
 from imdsproxy.dataplane.records import RecordApplier
 from imdsproxy.errors import HostRefused
 from imdsproxy.host.clock import SystemClock
+from imdsproxy.listeners.exporter_port import ExporterPort
+from imdsproxy.listeners.host import SystemHost
+from imdsproxy.listeners.leftovers import ManagedPlace
+from imdsproxy.listeners.loop import ListenerLoop, SpecSettings
+from imdsproxy.listeners.nft_scripts import Diversion
+from imdsproxy.listeners.ops import HostOp
+from imdsproxy.listeners.plan import OpFailure
 from support.fake_haproxy import FakeHaproxy, FakeLauncher
 from support.fake_mac_filters import no_hop_limits, no_mac_filters
 
 
 @dataclass
-class FakeHost:
+class FakeHost(SystemHost):
     """Namespaces by name; looked at as the real one is, whole or in part."""
 
     namespaces: dict[str, ObservedNamespace] = field(default_factory=dict)

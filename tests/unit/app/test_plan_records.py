@@ -23,19 +23,17 @@ from imdsproxy.core.model import (
     Upstream,
 )
 from imdsproxy.core.observation import AddressKey, Observation
-from imdsproxy.core.plan import (
+from imdsproxy.core.plan import plan_record, plan_records, record_key
+from imdsproxy.core.signing import sign_instance
+from imdsproxy.core.upstream import EndpointSet, NovaRouting
+from imdsproxy.core.wire import EmbeddedRecord, NovaRecord
+from imdsproxy.listeners.binds import (
     compute_maxconn,
     link_name,
     networks_of,
     plan_binds,
     plan_links,
-    plan_record,
-    plan_records,
-    record_key,
 )
-from imdsproxy.core.signing import sign_instance
-from imdsproxy.core.upstream import EndpointSet, NovaRouting
-from imdsproxy.core.wire import EmbeddedRecord, NovaRecord
 
 _RED = NetworkId("red")
 _ADDRESS = IPv4Address("10.0.0.5")

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 
-from imdsproxy.core.diversion import Diversion, plan_diversions, render_diversions
 from imdsproxy.core.hostnames import Naming
 from imdsproxy.core.hoststate import (
     BridgePort,
@@ -23,7 +22,8 @@ from imdsproxy.core.model import (
     NetworkId,
 )
 from imdsproxy.errors import HostRefused
-from imdsproxy.host.diversions import Diverter
+from imdsproxy.listeners.nft_scripts import Diversion, plan_diversions, render_diversions
+from imdsproxy.listeners.nft_tables import Diverter
 
 _NAMING = Naming("imds")
 _BLUE = NetworkId("blue")

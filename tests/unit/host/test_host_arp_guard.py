@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from imdsproxy.core.arp import answering_devices, render_arp_guard
 from imdsproxy.core.model import BridgeListener, InterfaceListener, Network, NetworkId
 from imdsproxy.errors import HostRefused
-from imdsproxy.host.arpguard import ArpGuard
+from imdsproxy.listeners.nft_scripts import answering_devices, render_arp_guard
+from imdsproxy.listeners.nft_tables import ArpGuard
 
 
 def _program(directory: Path, *, status: int = 0) -> Path:

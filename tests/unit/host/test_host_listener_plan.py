@@ -11,15 +11,6 @@ from hypothesis import strategies as st
 
 from imdsproxy.core.endpoints import Endpoint, LeftOutCode
 from imdsproxy.core.hostnames import Naming
-from imdsproxy.core.hostops import (
-    AddAddress,
-    AddDefaultRoute,
-    CreateNamespace,
-    CreateVeth,
-    DeleteLink,
-    DeleteNamespace,
-    RemoveAddress,
-)
 from imdsproxy.core.hoststate import (
     AddressState,
     BindTrial,
@@ -35,14 +26,6 @@ from imdsproxy.core.hoststate import (
     changed_places,
     merge_observed,
 )
-from imdsproxy.core.leftovers import without_removed
-from imdsproxy.core.listeners import (
-    ListenerPlan,
-    OpFailure,
-    PlanMemo,
-    explain_pending,
-    plan_listeners,
-)
 from imdsproxy.core.model import (
     METADATA_IPV4,
     METADATA_IPV6,
@@ -52,6 +35,23 @@ from imdsproxy.core.model import (
     NamespaceListener,
     Network,
     NetworkId,
+)
+from imdsproxy.listeners.leftovers import without_removed
+from imdsproxy.listeners.ops import (
+    AddAddress,
+    AddDefaultRoute,
+    CreateNamespace,
+    CreateVeth,
+    DeleteLink,
+    DeleteNamespace,
+    RemoveAddress,
+)
+from imdsproxy.listeners.plan import (
+    ListenerPlan,
+    OpFailure,
+    PlanMemo,
+    explain_pending,
+    plan_listeners,
 )
 
 NAMING = Naming()

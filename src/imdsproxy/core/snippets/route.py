@@ -78,7 +78,7 @@ def plan_route(network: Network, host_has: Callable[[IpAddress], bool]) -> Route
             return OnLink(device, via, gateway_unknown=subnet is None)
         case BridgeListener(bridge):
             if via is not None:
-                # `core.diversion` leads there what is for the gateway, whoever that is.
+                # `listeners.nft_scripts` leads there what is for the gateway, whoever that is.
                 return NoRoute(bridge)
             return OnLink(bridge, None, gateway_unknown=subnet is None, any_gateway=True)
         case NamespaceListener(namespace):

@@ -1,4 +1,4 @@
-"""Looks at the host for `core.listeners`: namespaces, devices, addresses, who listens, what can be bound.
+"""Looks at the host for `listeners.plan`: namespaces, devices, addresses, who listens, what can be bound.
 
 One look at a namespace costs about 0.2 ms, in the namespace thread. A look at some networks only
 is a part that `core.hoststate.merge_observed` lays over what was known.
@@ -26,7 +26,6 @@ from imdsproxy.core.hoststate import (
     ObservedHost,
     ObservedNamespace,
 )
-from imdsproxy.core.leftovers import ManagedPlace
 from imdsproxy.core.model import (
     BridgeListener,
     InterfaceListener,
@@ -34,7 +33,6 @@ from imdsproxy.core.model import (
     Network,
 )
 from imdsproxy.errors import DataplaneError
-from imdsproxy.host.cloud import DMI, own_metadata
 from imdsproxy.host.namespaces import NamespaceThread
 from imdsproxy.host.netlink import (
     bridge_ports,
@@ -47,6 +45,8 @@ from imdsproxy.host.netlink import (
 from imdsproxy.host.nlmessages import NetlinkRefused, NetlinkSocket
 from imdsproxy.host.refusal import host_refused
 from imdsproxy.host.sockets import SOCK_DIAG, SocketOwners, listening_sockets, try_bind
+from imdsproxy.listeners.leftovers import ManagedPlace
+from imdsproxy.listeners.own_metadata import DMI, own_metadata
 
 Peek: TypeAlias = tuple[int, frozenset[int]]
 """A namespace's inode and those of the sockets that listen in it."""

@@ -2,7 +2,7 @@
 
 HAProxy hands a listening socket over to its next worker by the names of its namespace and device. When
 one of them was deleted and made again under its name, that would be the dead one's socket; a link with
-another name (`core.plan.link_name`) makes it open a new one. HAProxy opens `/var/run/netns/NAME` and
+another name (`listeners.binds.link_name`) makes it open a new one. HAProxy opens `/var/run/netns/NAME` and
 refuses no slash in NAME, so the links live in a directory of ours, out of sight of `ip netns`:
 `bind … namespace ../imdsproxy/netns/blue@4026532317`.
 """

@@ -10,20 +10,14 @@ import asyncio
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Protocol
 
 import structlog
 
 from imdsproxy.anti_spoofing.hop_limits import HopLimits
 from imdsproxy.anti_spoofing.mac_filters import MacFilters
 from imdsproxy.anti_spoofing.plan import MacFilterPlan
-from imdsproxy.app.exporter_port import ExporterPort
-from imdsproxy.app.kept_networks import KeptNetworks
 from imdsproxy.app.tickets import Tickets
 from imdsproxy.app.unix_listener import UnixListener, bound_path
-from imdsproxy.core.arp import answering_devices
-from imdsproxy.core.degraded import find_degraded
-from imdsproxy.core.diversion import Diversion, plan_diversions
 from imdsproxy.core.endpoints import Endpoint, Foreign, LeftOut, LeftOutCode
 from imdsproxy.core.haproxy.model import (
     DataplaneSpec,
@@ -33,23 +27,27 @@ from imdsproxy.core.haproxy.model import (
 )
 from imdsproxy.core.haproxy.render import render_config
 from imdsproxy.core.hostnames import Naming
-from imdsproxy.core.hostops import HostOp
 from imdsproxy.core.hoststate import ObservedHost, merge_observed
 from imdsproxy.core.inventory import Inventory
-from imdsproxy.core.leftovers import ManagedPlace, without_removed
-from imdsproxy.core.listeners import (
+from imdsproxy.core.model import BridgeListener, Network, NetworkId
+from imdsproxy.dataplane.haproxy import Haproxy
+from imdsproxy.dataplane.layout import Layout
+from imdsproxy.errors import ConfigRejected, DataplaneError, HostRefused, Problem, ReloadFailed
+from imdsproxy.host.clock import Clock
+from imdsproxy.listeners.binds import compute_maxconn, networks_of, plan_binds, plan_links
+from imdsproxy.listeners.degraded import find_degraded
+from imdsproxy.listeners.exporter_port import ExporterPort
+from imdsproxy.listeners.host import SystemHost
+from imdsproxy.listeners.kept_networks import KeptNetworks
+from imdsproxy.listeners.leftovers import without_removed
+from imdsproxy.listeners.nft_scripts import answering_devices, plan_diversions
+from imdsproxy.listeners.plan import (
     ListenerPlan,
     OpFailure,
     PlanMemo,
     explain_pending,
     plan_listeners,
 )
-from imdsproxy.core.model import BridgeListener, Network, NetworkId
-from imdsproxy.core.plan import compute_maxconn, networks_of, plan_binds, plan_links
-from imdsproxy.dataplane.haproxy import Haproxy
-from imdsproxy.dataplane.layout import Layout
-from imdsproxy.errors import ConfigRejected, DataplaneError, HostRefused, Problem, ReloadFailed
-from imdsproxy.host.clock import Clock
 
 _HOST_ROUNDS = 4
 """Namespace, link, address: each is planned when the one before it has been seen."""
@@ -58,56 +56,6 @@ _RETRY_FIRST_S = 0.2
 _RETRY_LAST_S = 5.0
 _RECHECK_S = 1.0
 """How long what the host refused waits to be tried again, without any event."""
-
-
-class HostView(Protocol):
-    """The host, as far as listeners go."""
-
-    async def observe(
-        self, networks: Iterable[Network], our_pids: Collection[int], *, everything: bool
-    ) -> ObservedHost:
-        """Look at what these networks' listeners need; with `everything`, at the whole host.
-
-        Raises:
-            HostRefused: The host's own namespace cannot be looked at.
-        """
-        ...
-
-    async def apply(self, ops: Iterable[HostOp]) -> tuple[OpFailure, ...]:
-        """Do these things; what the host refused is told, and the others are done all the same."""
-        ...
-
-    def managed(self) -> frozenset[ManagedPlace]:
-        """Where we have put addresses, in this life or an earlier one.
-
-        Raises:
-            HostRefused: Our journal of it cannot be read.
-        """
-        ...
-
-    async def apply_arp_guard(self, devices: frozenset[str]) -> None:
-        """Have the host answer ARP for the metadata address on these devices only.
-
-        Raises:
-            HostRefused: It cannot be kept from answering elsewhere.
-        """
-        ...
-
-    async def apply_diversions(self, diversions: tuple[Diversion, ...]) -> None:
-        """Have frames for the metadata address led to our cables on these bridges, and on no others.
-
-        Raises:
-            HostRefused: They go on to the guests' gateways.
-        """
-        ...
-
-    def apply_links(self, links: Mapping[str, str]) -> None:
-        """Have exactly these symbolic links for HAProxy to open namespaces by.
-
-        Raises:
-            HostRefused: The file system refused.
-        """
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +100,7 @@ class ListenerLoop:
     """
 
     inventory: Inventory
-    host: HostView
+    host: SystemHost
     haproxy: Haproxy
     layout: Layout
     naming: Naming

@@ -1,13 +1,14 @@
-"""Frames on a bridge that are for the metadata address, whomever they are sent to, led to the bridge's listener.
+"""Scripts for nft(8) that keep guests of bridges and of the host's own devices on their listener. Pure.
 
-A guest sends a packet for 169.254.169.254 to its default gateway, unless it was told that the address is on the link.
-That gateway may be another machine, which knows nothing of it, or this host, which must keep the address for itself
-where it is a cloud's guest too. So on each port of a bridge that has a listener the kernel writes another MAC into
-such frames, that of the listener's cable, before the bridge looks where they go. Who answers a guest's ARP or ND does
-not matter any more: several hosts on one LAN may each have the address, and so may an impostor.
+ARP: the host answers for an address of its own on every device, so that a guest of any bridge could reach a listener on
+another device. It is to answer for the metadata address on the devices of interface listeners only.
 
-What a guest sends from the metadata address itself is dropped where the port is a guest's (tap, veth). One in hardware
-may lead to a cloud that has that address too, for this host.
+Diversions: a guest sends a packet for 169.254.169.254 to its default gateway unless it has a route. The gateway may be
+another machine, or this host, which must not take the address where it is a guest of a cloud itself. So on each port of
+a bridge that has a listener the kernel replaces the destination MAC of such frames by that of the listener's veth,
+before the bridge forwards them. Answers to ARP or ND do not matter any more: several hosts on one LAN may each have the
+address, and so may an impostor. Frames that a guest sends *from* the metadata address are dropped where the port is a
+guest's (tap, veth); a NIC may lead to a cloud that has that address too, for this host.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from imdsproxy.core.model import (
     METADATA_IPV6,
     METADATA_PORT,
     BridgeListener,
+    InterfaceListener,
     MacAddress,
     Network,
     NetworkId,
@@ -42,10 +44,10 @@ _NAME: Final = re.compile(r"[A-Za-z0-9._:@+-]+")
 
 @dataclass(frozen=True, slots=True, order=True)
 class Diversion:
-    """One bridge's.
+    """Of one bridge.
 
     Attributes:
-        link: Our cable's end on the bridge.
+        link: Our veth's end on the bridge.
         mac: The other end's, where HAProxy listens.
         ports: All ports of the bridge but `link`.
     """
@@ -58,42 +60,33 @@ class Diversion:
 def plan_diversions(
     networks: Mapping[NetworkId, Network], observed: ObservedHost, naming: Naming
 ) -> tuple[Diversion, ...]:
-    """A diversion for each bridge whose cable is there and that has a port."""
+    """A diversion for each bridge that has our veth and another port."""
     found: list[Diversion] = []
     for network in networks.values():
         listener = network.listener
         if not isinstance(listener, BridgeListener):
             continue
         inside = observed.namespaces.get(naming.namespace(network.id))
-        cable = inside.devices.get(naming.inner_device) if inside is not None else None
+        veth = inside.devices.get(naming.inner_device) if inside is not None else None
         link = naming.link(network.id)
         ports = observed.root.ports.get(listener.bridge, ())
         others = tuple(one for one in ports if one.name != link and _NAME.fullmatch(one.name))
-        if cable is not None and cable.mac and others:
-            found.append(Diversion(link, MacAddress(cable.mac), others))
+        if veth is not None and veth.mac and others:
+            found.append(Diversion(link, MacAddress(veth.mac), others))
     return tuple(sorted(found))
 
 
 def render_diversions(table: str, diversions: Iterable[Diversion]) -> str:
-    """An nftables script that replaces the table of that name at once; without diversions it only removes it.
+    """A script that replaces the table of that name at once; without diversions it only removes it.
 
     Args:
         table: Our own table of family `bridge`.
         diversions: Those that are to be in force.
     """
     given = tuple(diversions)
-    # Naming it before deleting it is how nft(8) deletes what may not be there.
-    script = [f"table bridge {table}", f"delete table bridge {table}"]
-    if given:
-        script += _table(table, given)
-    return "\n".join(script) + "\n"
-
-
-def _table(table: str, given: tuple[Diversion, ...]) -> list[str]:
     ports = {port.name: one.mac for one in given for port in one.ports}
     guests = sorted({port.name for one in given for port in one.ports if port.kind in _GUEST_KINDS})
-    return [
-        f"table bridge {table} {{",
+    body = [
         f"  map cables {{ type ifname : ether_addr; {_elements(_pairs(ports))} }}",
         f"  set ports {{ type ifname; {_elements(map(_quoted, sorted(ports)))} }}",
         f"  set guests {{ type ifname; {_elements(map(_quoted, guests))} }}",
@@ -108,8 +101,40 @@ def _table(table: str, given: tuple[Diversion, ...]) -> list[str]:
         "    type filter hook forward priority 0; policy accept;",
         *(f"    iifname @ports oifname != @links {one} drop" for one in _WANTED),
         "  }",
-        "}",
     ]
+    return _replace_table("bridge", table, body if given else [])
+
+
+def answering_devices(networks: Iterable[Network]) -> frozenset[str]:
+    """The host's own devices on which it may answer ARP for the metadata address."""
+    return frozenset(
+        one.listener.device for one in networks if isinstance(one.listener, InterfaceListener)
+    )
+
+
+def render_arp_guard(table: str, devices: frozenset[str]) -> str:
+    """A script that replaces the table of that name at once; without devices it only removes it.
+
+    Args:
+        table: Our own table of family `arp`.
+        devices: `answering_devices`.
+    """
+    names = ", ".join(map(_quoted, sorted(devices)))
+    body = [
+        "  chain input {",
+        "    type filter hook input priority 0; policy accept;",
+        f"    iifname != {{ {names} }} arp operation request arp daddr ip {METADATA_IPV4} drop",
+        "  }",
+    ]
+    return _replace_table("arp", table, body if devices else [])
+
+
+def _replace_table(family: str, table: str, body: list[str]) -> str:
+    # Naming it before deleting it is how nft(8) deletes what may not be there.
+    script = [f"table {family} {table}", f"delete table {family} {table}"]
+    if body:
+        script += [f"table {family} {table} {{", *body, "}"]
+    return "\n".join(script) + "\n"
 
 
 def _pairs(ports: Mapping[str, MacAddress]) -> list[str]:

@@ -26,11 +26,11 @@ from imdsproxy.core.model import (
 )
 from imdsproxy.errors import DataplaneError
 from imdsproxy.host.events import LinkChange, watch_links
-from imdsproxy.host.namespace_watch import NamespaceCame, NamespaceWatch, NamespaceWent
 from imdsproxy.host.namespaces import NamespaceThread
 from imdsproxy.host.netlink import assign_nsid
 from imdsproxy.host.nlmessages import NetlinkRefused, NetlinkSocket
-from imdsproxy.host.observe import HostObserver, Peek, place_of
+from imdsproxy.listeners.namespace_watch import NamespaceCame, NamespaceWatch, NamespaceWent
+from imdsproxy.listeners.observe import HostObserver, Peek, place_of
 
 T = TypeVar("T")
 

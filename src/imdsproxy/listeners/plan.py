@@ -14,28 +14,9 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import TypeAlias, assert_never
 
-from imdsproxy.core.bridges import plan_bridge, want_addresses
-from imdsproxy.core.endpoints import (
-    ENSLAVING,
-    Endpoint,
-    Foreign,
-    LeftOut,
-    LeftOutCode,
-    Part,
-    leave_out,
-    listen,
-)
+from imdsproxy.core.endpoints import ENSLAVING, Endpoint, Foreign, LeftOut, LeftOutCode
 from imdsproxy.core.hostnames import Naming
-from imdsproxy.core.hostops import (
-    AddAddress,
-    AddDefaultRoute,
-    DeleteLink,
-    DeleteNamespace,
-    HostOp,
-    RemoveAddress,
-)
 from imdsproxy.core.hoststate import Family, ObservedHost, ObservedNamespace
-from imdsproxy.core.leftovers import ManagedPlace, plan_sweep
 from imdsproxy.core.model import (
     METADATA_IPV4,
     BridgeListener,
@@ -44,6 +25,17 @@ from imdsproxy.core.model import (
     NamespaceListener,
     Network,
     NetworkId,
+)
+from imdsproxy.listeners.bridges import plan_bridge, want_addresses
+from imdsproxy.listeners.endpoints import Part, leave_out, listen
+from imdsproxy.listeners.leftovers import ManagedPlace, plan_sweep
+from imdsproxy.listeners.ops import (
+    AddAddress,
+    AddDefaultRoute,
+    DeleteLink,
+    DeleteNamespace,
+    HostOp,
+    RemoveAddress,
 )
 
 _Place: TypeAlias = tuple[str, str | int]

@@ -1,19 +1,14 @@
-"""The host as the loops see it: observer, applier, links and neighbour tables behind one face."""
+"""The host as loops and look-up use it: observer, applier, nft(8), links, neighbour tables and a journal."""
 
 from __future__ import annotations
 
 import json
 import os
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
-from imdsproxy.core.diversion import Diversion
 from imdsproxy.core.hostnames import Naming
-from imdsproxy.core.hostops import AddAddress, HostOp, RemoveAddress
 from imdsproxy.core.hoststate import ObservedHost
-from imdsproxy.core.leftovers import ManagedPlace
-from imdsproxy.core.listeners import OpFailure
 from imdsproxy.core.model import (
     BridgeListener,
     InterfaceListener,
@@ -23,46 +18,66 @@ from imdsproxy.core.model import (
     Network,
 )
 from imdsproxy.errors import HostRefused
-from imdsproxy.host.apply import HostApplier, OpOutcome
-from imdsproxy.host.arpguard import ArpGuard
-from imdsproxy.host.diversions import Diverter
 from imdsproxy.host.files import write_atomic
 from imdsproxy.host.namespaces import NamespaceThread
 from imdsproxy.host.netlink import find_link, neighbour_mac
 from imdsproxy.host.nlmessages import NetlinkSocket
-from imdsproxy.host.nslinks import apply_links
-from imdsproxy.host.observe import HostObserver
+from imdsproxy.listeners.apply import HostApplier, OpOutcome
+from imdsproxy.listeners.leftovers import ManagedPlace
+from imdsproxy.listeners.namespace_links import apply_links
+from imdsproxy.listeners.nft_scripts import Diversion
+from imdsproxy.listeners.nft_tables import ArpGuard, Diverter
+from imdsproxy.listeners.observe import HostObserver
+from imdsproxy.listeners.ops import AddAddress, HostOp, RemoveAddress
+from imdsproxy.listeners.plan import OpFailure
 
 
-@dataclass(slots=True)
 class SystemHost:
-    """This host."""
+    """This host.
 
-    thread: NamespaceThread
-    observer: HostObserver
-    applier: HostApplier
-    naming: Naming
-    links: Path
-    namespaces: Path
-    journal: Path
-    arp_guard: ArpGuard
-    diverter: Diverter
+    Args:
+        links: The directory of symbolic links to namespaces, for HAProxy.
+        journal: Where we have added addresses: `[[namespace or null, device], …]` as JSON.
+    """
+
+    def __init__(
+        self,
+        thread: NamespaceThread,
+        naming: Naming,
+        *,
+        observer: HostObserver,
+        applier: HostApplier,
+        links: Path,
+        journal: Path,
+    ) -> None:
+        self.observer = observer
+        self._thread = thread
+        self._applier = applier
+        self._naming = naming
+        self._links = links
+        self._journal = journal
+        self._arp_guard = ArpGuard(naming.prefix)
+        self._diverter = Diverter(naming.prefix)
 
     async def observe(
         self, networks: Iterable[Network], our_pids: Collection[int], *, everything: bool
     ) -> ObservedHost:
-        """See `HostView.observe`."""
+        """Look at what these networks' listeners need; with `everything`, at the whole host.
+
+        Raises:
+            HostRefused: The host's own namespace cannot be looked at.
+        """
         managed = self.managed() if everything else None
         return await self.observer.observe(
             networks, our_pids, everything=everything, managed=managed
         )
 
     async def apply(self, ops: Iterable[HostOp]) -> tuple[OpFailure, ...]:
-        """See `HostView.apply`."""
+        """Do these things; returns what the host refused, the others are done all the same."""
         given = tuple(ops)
         # Before anything is done: what a killed process has added is known to the next one.
         self._note({(one.namespace, one.device) for one in given if isinstance(one, AddAddress)})
-        results = await self.applier.apply(given)
+        results = await self._applier.apply(given)
         self._strike_out(
             {
                 (one.op.namespace, one.op.device)
@@ -77,14 +92,18 @@ class SystemHost:
         )
 
     def managed(self) -> frozenset[ManagedPlace]:
-        """See `HostView.managed`."""
+        """Where we have added addresses, in this process or an earlier one.
+
+        Raises:
+            HostRefused: Our journal of it cannot be read.
+        """
         try:
-            places = json.loads(self.journal.read_bytes())
+            places = json.loads(self._journal.read_bytes())
         except FileNotFoundError:
             return frozenset()
         except (OSError, ValueError) as error:
             raise HostRefused(
-                f"cannot read {self.journal}: {error}",
+                f"cannot read {self._journal}: {error}",
                 hint="remove it; addresses that nobody needs any more are then yours to remove",
             ) from error
         return frozenset((place[0], place[1]) for place in places)
@@ -101,35 +120,47 @@ class SystemHost:
 
     def _write(self, places: frozenset[ManagedPlace]) -> None:
         listed = sorted(places, key=lambda place: (place[0] or "", place[1]))
-        write_atomic(self.journal, json.dumps(listed).encode(), mode=0o600)
+        write_atomic(self._journal, json.dumps(listed).encode(), mode=0o600)
 
     def apply_links(self, links: Mapping[str, str]) -> None:
-        """See `HostView.apply_links`."""
-        base = str(self.namespaces)
+        """Have exactly these symbolic links for HAProxy to open namespaces by.
+
+        Raises:
+            HostRefused: The file system refused.
+        """
+        base = str(self._thread.directory.path)
         apply_links(
-            self.links,
+            self._links,
             {name: os.path.join(base, target) for name, target in links.items()},  # noqa: PTH118 - a Path for each network takes ten times as long
         )
 
     async def apply_arp_guard(self, devices: frozenset[str]) -> None:
-        """See `HostView.apply_arp_guard`."""
-        await self.arp_guard.apply(devices)
+        """Have the host answer ARP for the metadata address on these devices only.
+
+        Raises:
+            HostRefused: It cannot be kept from answering elsewhere.
+        """
+        await self._arp_guard.apply(devices)
 
     async def apply_diversions(self, diversions: tuple[Diversion, ...]) -> None:
-        """See `HostView.apply_diversions`."""
-        await self.diverter.apply(diversions)
+        """Redirect frames for the metadata address to our veths on these bridges, and on no others.
+
+        Raises:
+            HostRefused: They still go to the guests' gateways.
+        """
+        await self._diverter.apply(diversions)
 
     async def neighbour(self, network: Network, address: IpAddress) -> MacAddress | None:
         """See `Neighbours.neighbour`."""
         listener = network.listener
         match listener:
             case NamespaceListener(namespace=namespace, device=device):
-                return await self.thread.inside(namespace, lambda _: _ask(address, device))
+                return await self._thread.inside(namespace, lambda _: _ask(address, device))
             case BridgeListener():
-                name, device = self.naming.namespace(network.id), self.naming.inner_device
-                return await self.thread.inside(name, lambda _: _ask(address, device))
+                name, device = self._naming.namespace(network.id), self._naming.inner_device
+                return await self._thread.inside(name, lambda _: _ask(address, device))
             case InterfaceListener(device=device):
-                return await self.thread.run(lambda: _ask(address, device))
+                return await self._thread.run(lambda: _ask(address, device))
 
 
 def _ask(address: IpAddress, device: str | None) -> MacAddress | None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from imdsproxy.core.endpoints import Endpoint, Foreign, LeftOut, LeftOutCode, owners_of
+from imdsproxy.core.endpoints import Endpoint, Foreign, LeftOut, LeftOutCode
 from imdsproxy.core.hoststate import Effect, Family
 from imdsproxy.core.model import Network, NetworkId
+from imdsproxy.listeners.endpoints import owners_of
 
 _NO_ADDRESS = frozenset({LeftOutCode.ADDRESS_MISSING, LeftOutCode.ADDRESS_ON_LOOPBACK})
 

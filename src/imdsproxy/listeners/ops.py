@@ -1,4 +1,4 @@
-"""What can be done to a host for a listener: values that `host.apply` carries out.
+"""What can be done to a host for a listener: values that `listeners.apply` carries out.
 
 Each is idempotent: done twice, or on a host that is that way already, it changes nothing.
 """

@@ -10,14 +10,14 @@ import structlog
 
 from imdsproxy.anti_spoofing.hop_limits import HopLimits
 from imdsproxy.anti_spoofing.mac_filters import MacFilters
-from imdsproxy.app.listener_loop import ListenerLoop
 from imdsproxy.app.lookup import Lookup
 from imdsproxy.app.record_loop import RecordLoop
 from imdsproxy.core.model import NetworkId
 from imdsproxy.core.observation import AddressKey
 from imdsproxy.errors import HostRefused
 from imdsproxy.host.events import NeighbourChange, watch_neighbours, watch_tables
-from imdsproxy.host.watch import HostWatch
+from imdsproxy.listeners.loop import ListenerLoop
+from imdsproxy.listeners.watch import HostWatch
 from imdsproxy.serving.resolver import Resolver
 
 _EXPIRE_EVERY_S = 5.0

@@ -6,10 +6,8 @@ from collections.abc import Collection, Iterable, Iterator
 from dataclasses import replace
 from typing import TypeAlias
 
-from imdsproxy.core.bridges import is_unmarked_veth
 from imdsproxy.core.endpoints import LOOPBACK
 from imdsproxy.core.hostnames import Naming
-from imdsproxy.core.hostops import DeleteLink, DeleteNamespace, HostOp, RemoveAddress
 from imdsproxy.core.hoststate import ObservedHost, ObservedNamespace
 from imdsproxy.core.model import (
     BridgeListener,
@@ -18,6 +16,8 @@ from imdsproxy.core.model import (
     NamespaceListener,
     Network,
 )
+from imdsproxy.listeners.bridges import is_unmarked_veth
+from imdsproxy.listeners.ops import DeleteLink, DeleteNamespace, HostOp, RemoveAddress
 
 ManagedPlace: TypeAlias = tuple[str | None, str]
 """Namespace (`None`: the host's own) and device that we put the metadata addresses on."""

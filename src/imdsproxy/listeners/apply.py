@@ -1,4 +1,4 @@
-"""Does to the host what `core.listeners` planned, one idempotent step after the other."""
+"""Does to the host what `listeners.plan` planned, one idempotent step after the other."""
 
 from __future__ import annotations
 
@@ -10,19 +10,6 @@ from pathlib import Path
 from typing import Final, assert_never
 
 from imdsproxy.core.endpoints import LOOPBACK
-from imdsproxy.core.hostops import (
-    AddAddress,
-    AddDefaultRoute,
-    AttachLink,
-    CreateNamespace,
-    CreateVeth,
-    DeleteLink,
-    DeleteNamespace,
-    HostOp,
-    LinkUp,
-    RemoveAddress,
-    SetMtu,
-)
 from imdsproxy.core.model import NetworkId
 from imdsproxy.errors import DataplaneError
 from imdsproxy.host.namespaces import NamespaceThread
@@ -37,6 +24,19 @@ from imdsproxy.host.netlink import (
 )
 from imdsproxy.host.nlmessages import NetlinkRefused, NetlinkSocket
 from imdsproxy.host.refusal import host_refused
+from imdsproxy.listeners.ops import (
+    AddAddress,
+    AddDefaultRoute,
+    AttachLink,
+    CreateNamespace,
+    CreateVeth,
+    DeleteLink,
+    DeleteNamespace,
+    HostOp,
+    LinkUp,
+    RemoveAddress,
+    SetMtu,
+)
 
 _CONF: Final = Path("/proc/sys/net")
 _SETTINGS: Final = {

@@ -11,9 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from imdsproxy.core.endpoints import LOOPBACK, LeftOutCode, Part, leave_out, listen
+from imdsproxy.core.endpoints import LOOPBACK, LeftOutCode
 from imdsproxy.core.hostnames import Naming
-from imdsproxy.core.hostops import (
+from imdsproxy.core.hoststate import Family, ObservedDevice, ObservedHost, ObservedNamespace
+from imdsproxy.core.model import BridgeListener, NetworkId
+from imdsproxy.listeners.endpoints import Part, leave_out, listen
+from imdsproxy.listeners.ops import (
     AddAddress,
     AddDefaultRoute,
     AttachLink,
@@ -24,8 +27,6 @@ from imdsproxy.core.hostops import (
     LinkUp,
     SetMtu,
 )
-from imdsproxy.core.hoststate import Family, ObservedDevice, ObservedHost, ObservedNamespace
-from imdsproxy.core.model import BridgeListener, NetworkId
 
 PREFIXES = {Family.IPV4: 32, Family.IPV6: 64}
 """The prefix lengths with which metadata addresses are added."""

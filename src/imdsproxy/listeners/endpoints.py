@@ -1,0 +1,227 @@
+"""From one namespace as observed to what HAProxy can bind there, family by family."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from ipaddress import IPv4Address
+
+from imdsproxy.core.endpoints import LOOPBACK, Endpoint, Foreign, LeftOut, LeftOutCode
+from imdsproxy.core.hoststate import (
+    AddressState,
+    Effect,
+    Family,
+    ListeningSocket,
+    ObservedAddress,
+    ObservedNamespace,
+)
+from imdsproxy.core.model import METADATA_PORT, NetworkId
+from imdsproxy.listeners.ops import HostOp
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One network's share of the plan."""
+
+    endpoints: tuple[Endpoint, ...] = ()
+    left_out: tuple[LeftOut, ...] = ()
+    foreign: tuple[Foreign, ...] = ()
+    ops: tuple[HostOp, ...] = ()
+
+    def __add__(self, other: Part) -> Part:
+        return Part(
+            self.endpoints + other.endpoints,
+            self.left_out + other.left_out,
+            self.foreign + other.foreign,
+            self.ops + other.ops,
+        )
+
+
+def leave_out(
+    network: NetworkId,
+    code: LeftOutCode,
+    reason: str,
+    hint: str = "",
+    *,
+    family: Family | None = None,
+) -> Part:
+    """A part that only says why there is nothing."""
+    return Part(left_out=(LeftOut(network, family, code, reason, hint),))
+
+
+def listen(
+    network: NetworkId,
+    seen: ObservedNamespace,
+    family: Family,
+    *,
+    device: str | None,
+    managed: bool,
+) -> Part:
+    """Endpoints for one family in a namespace that was observed.
+
+    IPv4 is bound to `device` if one is given and to every device else. IPv6 is always bound to a
+    device: to each one but `lo` that carries the address (link-local on `lo` cannot be reached).
+
+    Args:
+        network: Whose listener it is.
+        seen: The namespace.
+        family: Which of the two metadata addresses.
+        device: The device that the listener names, if it does.
+        managed: We put the address there ourselves, so a missing one is pending.
+    """
+    carriers = _carriers(seen, family, device)
+    if not carriers:
+        return _missing(network, seen, family, device, managed=managed)
+    unusable = [one for one in carriers if one.state is not AddressState.USABLE]
+    usable = [one for one in carriers if one.state is AddressState.USABLE]
+    if not usable:
+        return _not_usable(network, family, unusable[0])
+    if family is Family.IPV4:
+        return _bind(network, seen, family, device)
+    part = Part()
+    for carrier in dict.fromkeys(one.device for one in usable):
+        part += _bind(network, seen, family, carrier)
+    # One device that serves is a listener that serves: sockets on the others are still reported.
+    if part.endpoints:
+        return Part(part.endpoints, foreign=part.foreign)
+    return Part(left_out=part.left_out[:1], foreign=part.foreign)
+
+
+def _carriers(seen: ObservedNamespace, family: Family, device: str | None) -> list[ObservedAddress]:
+    found = [one for one in seen.addresses if one.address == family.metadata_address]
+    if family is Family.IPV4:
+        return found
+    return [one for one in found if one.device != LOOPBACK and device in (None, one.device)]
+
+
+def _missing(
+    network: NetworkId,
+    seen: ObservedNamespace,
+    family: Family,
+    device: str | None,
+    *,
+    managed: bool,
+) -> Part:
+    address = family.metadata_address
+    where = f"on device {device}" if device else "on any device"
+    if managed:
+        reason = f"{address} is being added {where}"
+        return leave_out(network, LeftOutCode.PENDING, reason, family=family)
+    if any(one.address == address and one.device == LOOPBACK for one in seen.addresses):
+        return leave_out(
+            network,
+            LeftOutCode.ADDRESS_ON_LOOPBACK,
+            f"{address} is on lo, where no guest can reach it",
+            "put it on the device that leads to the guests, with nodad",
+            family=family,
+        )
+    return leave_out(
+        network,
+        LeftOutCode.ADDRESS_MISSING,
+        f"{address} is not {where}",
+        "add it, or name a device and set manage_addresses",
+        family=family,
+    )
+
+
+def _not_usable(network: NetworkId, family: Family, address: ObservedAddress) -> Part:
+    if address.state is AddressState.DUPLICATE:
+        return leave_out(
+            network,
+            LeftOutCode.ADDRESS_DUPLICATE,
+            f"{address.address} on {address.device} is also used by another host of the link",
+            "take it away there, then add it here again, with nodad",
+            family=family,
+        )
+    return leave_out(
+        network,
+        LeftOutCode.ADDRESS_TENTATIVE,
+        f"{address.address} on {address.device} is still tentative",
+        "add it with nodad",
+        family=family,
+    )
+
+
+def _bind(network: NetworkId, seen: ObservedNamespace, family: Family, device: str | None) -> Part:
+    foreign = tuple(_foreign(network, seen, family, device))
+    error = next(
+        (one.error for one in seen.trials if (one.family, one.device) == (family, device)), 0
+    )
+    if error == errno.EADDRINUSE:
+        return _busy(network, family, foreign)
+    if error:
+        name = errno.errorcode.get(error, str(error))
+        reason = f"the kernel refuses to bind {family.metadata_address}: {name}"
+        left = leave_out(network, LeftOutCode.BIND_REFUSED, reason, family=family)
+        return Part(left_out=left.left_out, foreign=foreign)
+    bound_to = seen.devices.get(device) if device is not None else None
+    endpoint = Endpoint(
+        network=network,
+        address=family.metadata_address,
+        port=METADATA_PORT,
+        device=device,
+        namespace=seen.ref,
+        device_index=0 if bound_to is None else bound_to.index,
+    )
+    return Part(endpoints=(endpoint,), foreign=tuple(_not_blocking(foreign)))
+
+
+def _not_blocking(foreign: Iterable[Foreign]) -> Iterator[Foreign]:
+    # The trial went through, so nothing blocks, whatever the rules made us expect.
+    for one in foreign:
+        effect = Effect.SHARES if one.effect is Effect.BLOCKS else one.effect
+        yield Foreign(one.network, one.family, effect, one.socket)
+
+
+def _busy(network: NetworkId, family: Family, foreign: tuple[Foreign, ...]) -> Part:
+    blocking = tuple(Foreign(one.network, one.family, Effect.BLOCKS, one.socket) for one in foreign)
+    left = LeftOut(
+        network,
+        family,
+        LeftOutCode.PORT_BUSY,
+        f"{family.metadata_address} port {METADATA_PORT} is in use by {owners_of(one.socket for one in blocking)}",
+        "stop it; the listener comes back within a second",
+        tuple(one.socket for one in blocking),
+    )
+    return Part(left_out=(left,), foreign=blocking)
+
+
+def owners_of(sockets: Iterable[ListeningSocket]) -> str:
+    """The programs that hold the sockets, with their pids."""
+    names = sorted({f"{who.command} (pid {who.pid})" for one in sockets for who in one.owners})
+    return " and ".join(names) or "a program that cannot be seen from here"
+
+
+def _foreign(
+    network: NetworkId, seen: ObservedNamespace, family: Family, device: str | None
+) -> Iterator[Foreign]:
+    for one in seen.sockets:
+        if one.ours:
+            continue
+        effect = effect_of(one, family, device)
+        if effect is not None:
+            yield Foreign(network, family, effect, one)
+
+
+def effect_of(other: ListeningSocket, family: Family, device: str | None) -> Effect | None:
+    """What a foreign socket that was bound with SO_REUSEPORT by root does to ours; `None`: nothing.
+
+    The kernel looks for listeners of the exact address before it looks at wildcards. Among those of
+    one address it takes the first that it finds, however precisely that is bound to a device
+    (inet_lhash2_lookup leaves its scores alone for SO_REUSEPORT). Whether a socket has SO_REUSEPORT
+    at all cannot be read: the trial bind says so.
+    """
+    if not _covers(other, family):
+        return None
+    if device is not None and other.device not in (None, device):
+        return None
+    return Effect.YIELDS if other.address.is_unspecified else Effect.SHARES
+
+
+def _covers(other: ListeningSocket, family: Family) -> bool:
+    if not other.address.is_unspecified:
+        return other.address == family.metadata_address
+    if isinstance(other.address, IPv4Address):
+        return family is Family.IPV4
+    return family is Family.IPV6 or not other.v6_only
