@@ -9,7 +9,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from xml.etree import ElementTree as ET
 
-from imdsproxy.core.snippets import Snippet, Target, render_text
+from imdsproxy.core.snippets.plan import Snippet, Target
+from imdsproxy.core.snippets.targets import render_text
 from support.ds_identify import DMI_OF_SMBIOS, Machine
 
 __all__ = ["container_of", "kernel_words", "machine_of", "qemu_arguments", "text_of"]

@@ -9,7 +9,7 @@ import typer
 
 from imdsproxy.cli import completers, options
 from imdsproxy.core.model import Dialect, Upstream
-from imdsproxy.core.snippets.model import Target
+from imdsproxy.core.snippets.plan import Target
 from imdsproxy.errors import RequestRefused
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from imdsproxy.cli.admin_client import AdminClient
     from imdsproxy.core.model import Instance, IpAddress, Network, Port
-    from imdsproxy.core.snippets import Guest, Nic, Snippet
+    from imdsproxy.core.snippets.plan import Guest, Nic, Snippet
 
 InstanceName: TypeAlias = Annotated[
     str,
@@ -28,7 +28,10 @@ InstanceName: TypeAlias = Annotated[
 For: TypeAlias = Annotated[
     Target,
     typer.Option(
-        "--for", metavar="|".join(Target), help="In whose words to say it.", show_default=False
+        "--for",
+        metavar="|".join(Target),
+        help="The hypervisor to write it for.",
+        show_default=False,
     ),
 ]
 WantedDialect: TypeAlias = Annotated[
@@ -53,8 +56,8 @@ def snippet(
     socket: options.Socket = None,
     config: options.Config = None,
 ) -> None:
-    """The SMBIOS, network card and route that make a stock image ask for this instance's metadata."""
-    from imdsproxy.core.snippets import render_snippet, render_text  # noqa: PLC0415 - `--help`
+    """The SMBIOS, NIC and route that make a stock image ask for this instance's metadata."""
+    from imdsproxy.core.snippets.targets import render_snippet, render_text  # noqa: PLC0415 - `--help`
 
     run = options.invocation(context, as_json=as_json, socket=socket, config=config)
     guest = _guest(run.daemon(), instance)
@@ -66,13 +69,13 @@ def snippet(
 
 
 def _dialect(guest: Guest, instance: str, target: Target, wanted: Dialect | None) -> Dialect:
-    from imdsproxy.core.snippets import choose_dialect  # noqa: PLC0415 - `--help` need not load it
+    from imdsproxy.core.snippets.plan import choose_dialect  # noqa: PLC0415 - `--help` need not load it
 
     had = ", ".join(sorted(guest.dialects)) or "none"
     if wanted is not None and wanted not in guest.dialects:
         raise RequestRefused(
             f"instance {instance} has no {wanted} documents (it has: {had})",
-            hint="leave out --dialect, or turn it on with `imdsproxy instance set`",
+            hint="omit --dialect, or turn it on with `imdsproxy instance set`",
         )
     chosen = wanted or choose_dialect(target, guest.dialects)
     if chosen is None:
@@ -85,7 +88,7 @@ def _dialect(guest: Guest, instance: str, target: Target, wanted: Dialect | None
 
 def _guest(daemon: AdminClient, name: str) -> Guest:
     from imdsproxy.cli.records_read import read_instance  # noqa: PLC0415 - `--help` need not load it
-    from imdsproxy.core.snippets import Guest  # noqa: PLC0415 - as above
+    from imdsproxy.core.snippets.plan import Guest  # noqa: PLC0415 - as above
 
     instance = read_instance(daemon, name)
     nics = [_nic(daemon, port) for port in instance.ports]
@@ -100,7 +103,7 @@ def _dialects(instance: Instance) -> frozenset[Dialect]:
 
 def _nic(daemon: AdminClient, port: Port) -> Nic:
     from imdsproxy.cli.records_read import read_network  # noqa: PLC0415 - `--help` need not load it
-    from imdsproxy.core.snippets import Nic, plan_route  # noqa: PLC0415 - as above
+    from imdsproxy.core.snippets.plan import Nic, plan_route  # noqa: PLC0415 - as above
 
     network = read_network(daemon, port.network)
     return Nic(port.network, port.mac, _bridge(network), plan_route(network, _host_has))

@@ -5,7 +5,7 @@ from ipaddress import IPv4Address
 import pytest
 
 from imdsproxy.core.model import BridgeListener, InterfaceListener, NamespaceListener, Network
-from imdsproxy.core.snippets import NoRoute, OnLink, Route, SomebodyElses, plan_route
+from imdsproxy.core.snippets.plan import ForeignNamespace, NoRoute, OnLink, Route, plan_route
 from support.snippet_guests import network
 
 GATEWAY = IPv4Address("10.0.0.1")
@@ -36,7 +36,7 @@ VIRBR0 = InterfaceListener("virbr0")
             id="isolated",
         ),
         pytest.param(
-            network(NamespaceListener("qdhcp-1")), True, SomebodyElses("qdhcp-1"), id="namespace"
+            network(NamespaceListener("qdhcp-1")), True, ForeignNamespace("qdhcp-1"), id="namespace"
         ),
     ],
 )

@@ -5,14 +5,8 @@ from dataclasses import replace
 import pytest
 
 from imdsproxy.core.model import Dialect, InterfaceListener, NamespaceListener, NetworkId
-from imdsproxy.core.snippets import (
-    Guest,
-    Target,
-    choose_dialect,
-    looks_like_amazon,
-    render_snippet,
-    render_text,
-)
+from imdsproxy.core.snippets.plan import Guest, Target, choose_dialect, looks_like_amazon
+from imdsproxy.core.snippets.targets import render_snippet, render_text, smbios_argument
 from support.ds_identify import DMI_OF_SMBIOS
 from support.snippet_guests import MAC, UUID, guest, network, nic
 from support.snippet_text import kernel_words, machine_of, text_of
@@ -128,8 +122,6 @@ def test_a_uuid_that_looks_like_amazons_is_not_shown(uuid: str, *, amazon: bool)
 
 
 def test_a_comma_in_a_value_is_doubled_for_qemu() -> None:
-    from imdsproxy.core.snippets.qemu import smbios_argument  # noqa: PLC0415 - not for others
-
     assert smbios_argument(1, {"serial": "a,b", "sku": "c"}) == "type=1,serial=a,,b,sku=c"
 
 
