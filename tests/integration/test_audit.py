@@ -100,7 +100,7 @@ def test_tokens_are_told_by_a_word(world: World, log: AuditLog) -> None:
     good, bad = log.wait(agent="good"), log.wait(agent="bad")
     assert (good["token"], good["refused"], good["status"]) == ("yes", "-", 200)
     assert (bad["token"], bad["refused"], bad["status"]) == ("bad", "token", 401)
-    assert bad["by"] == "documents.guarded/<NOSRV>"
+    assert bad["by"] == "documents.checked/<NOSRV>"
     assert token.rpartition(".")[2] not in log.text()
     assert _SECRET not in log.text()
 
@@ -186,7 +186,7 @@ def test_a_request_that_comes_back_from_the_resolver_has_one_line() -> None:
         nova.guests["red"].ask("/last")
         last = log.wait(path="/last")
         # One read in so many is counted, in a backend of its own.
-        by = last["by"].partition("/")[0].removesuffix(".counted")
+        by = last["by"].partition("/")[0].removesuffix(".sampled")
         assert (last["instance"], by) == (INSTANCES["red"], "nova.default")
         (line,) = [one for one in log.lines() if one["method"] == "POST"]
         assert (line["instance"], line["network"]) == (INSTANCES["red"], "red")

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from imdsproxy.core.haproxy.config import render_config
 from imdsproxy.core.haproxy.maps import render_map
 from imdsproxy.core.haproxy.model import Bind, DataplaneSpec, Limits
-from imdsproxy.core.haproxy.render import render_config
 from imdsproxy.core.model import METADATA_IPV4, NetworkId
 from imdsproxy.dataplane.launch import SpawnLauncher
 from imdsproxy.dataplane.layout import Layout

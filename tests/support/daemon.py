@@ -22,7 +22,7 @@ from typing import Any, Final, cast
 import yaml
 
 from imdsproxy.cli.admin_client import AdminClient
-from imdsproxy.core.haproxy.limits import COUNTERS, SAID_COUNTERS
+from imdsproxy.core.haproxy.limits import COUNTERS, POLICY_COUNTERS
 from imdsproxy.core.haproxy.maps import MapState, parse_map
 from imdsproxy.dataplane.master import MasterClient
 from imdsproxy.errors import AdminUnavailable
@@ -231,7 +231,7 @@ class Daemon:
         """Have HAProxy's worker forget who asked for how much: it refuses more for a while."""
         client = MasterClient(self.runtime / "master.sock")
         fair = self.settings.get("limits", {}).get("enabled", True)
-        tables = ("resolver", *((COUNTERS, SAID_COUNTERS) if fair else ()))
+        tables = ("resolver", *((COUNTERS, POLICY_COUNTERS) if fair else ()))
 
         async def forget() -> str:
             worker = (await client.read_processes()).worker

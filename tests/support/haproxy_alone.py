@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from imdsproxy.core.haproxy.config import render_config
 from imdsproxy.core.haproxy.model import DataplaneSpec, Paths
-from imdsproxy.core.haproxy.render import render_config
 
 __all__ = ["paths_below", "run_haproxy"]
 

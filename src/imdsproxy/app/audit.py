@@ -24,7 +24,7 @@ import structlog
 
 from imdsproxy.app.audit_sinks import Sink, Written, open_sink
 from imdsproxy.config.audit import AuditSettings
-from imdsproxy.core.haproxy.audit_lines import read_audit
+from imdsproxy.core.haproxy.audit import read_audit
 from imdsproxy.errors import Problem
 
 __all__ = ["KEPT_WORKERS", "Audit"]

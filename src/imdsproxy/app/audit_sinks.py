@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Protocol
 
-from imdsproxy.core.haproxy.audit_lines import left_out_line
+from imdsproxy.core.haproxy.audit import left_out_line
 from imdsproxy.host.files import open_log
 
 __all__ = ["JOURNAL", "FileSink", "JournalSink", "Sink", "Written", "open_sink"]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from imdsproxy.config.limits import LimitsSettings
-from imdsproxy.core.haproxy.limits import COUNTERS, SAID_COUNTERS, most_in_window
+from imdsproxy.core.haproxy.limits import COUNTERS, POLICY_COUNTERS, most_in_window
 from imdsproxy.core.limited import Asker, busiest, refused_lately
 from imdsproxy.dataplane.haproxy import Haproxy
 from imdsproxy.dataplane.master import WorkerEnded
@@ -45,7 +45,7 @@ class LimitWatch:
         now = self.clock.now().timestamp()
         try:
             worker = processes.worker
-            own = await self.haproxy.master.send(worker, f"show table {SAID_COUNTERS}")
+            own = await self.haproxy.master.send(worker, f"show table {POLICY_COUNTERS}")
             # Limits of a policy may be as small as one likes.
             keys = (f"key {one}" for one in refused_lately(own, now))
             usual = [

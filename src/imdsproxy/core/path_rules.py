@@ -103,7 +103,7 @@ def sort_paths(said: Iterable[tuple[str, PathWord]]) -> PathRules:
 def undo_spelling(path: bytes) -> bytes | None:
     """The path without what Nova or our documents undo; `None` where an escape is broken.
 
-    HAProxy does the same (`core.haproxy.guard`), and a test holds the two together.
+    HAProxy does the same (`core.haproxy.access_rules`), and a test holds the two together.
     """
     if not _ODD.search(path):
         return path

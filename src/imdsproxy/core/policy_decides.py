@@ -1,4 +1,4 @@
-"""What HAProxy's rules (`core.haproxy.guard`) answer to one request for a path, said by the same policy word.
+"""What HAProxy's rules (`core.haproxy.access_rules`) answer to one request for a path, said by the same policy word.
 
 For `explain`: the rules themselves tell nobody which of them it was. An integration test holds the two together.
 """

@@ -9,8 +9,8 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
+from imdsproxy.core.haproxy.config import render_config
 from imdsproxy.core.haproxy.model import DataplaneSpec
-from imdsproxy.core.haproxy.render import render_config
 from imdsproxy.core.haproxy.runtime import Processes
 from imdsproxy.core.wire import PROBE_PATH
 from imdsproxy.dataplane.hops import sweep_hops
@@ -21,8 +21,6 @@ from imdsproxy.dataplane.records import RecordApplier, Writer
 from imdsproxy.errors import ConfigRejected, HostRefused, ReloadFailed, RuntimeUnavailable
 from imdsproxy.host.clock import Clock
 from imdsproxy.host.programs import run_program
-
-__all__ = ["Haproxy", "LastReload"]
 
 _PROBE_DEADLINE_S = 1.0
 _CHECK_DEADLINE_S = 60.0

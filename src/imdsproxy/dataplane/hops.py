@@ -9,8 +9,6 @@ from imdsproxy.core.haproxy.nova import hop_sockets
 from imdsproxy.host.files import ensure_directory
 from imdsproxy.host.refusal import host_refused
 
-__all__ = ["lead_back", "sweep_hops"]
-
 
 def sweep_hops(directory: Path, config: str) -> None:
     """Remove the sockets of hops that the configuration in force does not have any more.

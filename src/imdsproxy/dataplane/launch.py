@@ -19,17 +19,6 @@ from imdsproxy.host.files import limit_log, open_log, write_atomic
 from imdsproxy.host.process import ProcessHandle, find_processes, open_process, spawn_detached
 from imdsproxy.host.programs import run_program
 
-__all__ = [
-    "UNIT_S",
-    "HaproxyProgram",
-    "Launcher",
-    "SpawnLauncher",
-    "SystemdLauncher",
-    "find_alerts",
-    "read_program",
-    "wait_gone",
-]
-
 MINIMUM: Final = Version(3, 0)
 _START_DEADLINE_S: Final = 20.0
 _MAXCONN: Final = 4096

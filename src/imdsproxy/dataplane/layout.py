@@ -7,8 +7,6 @@ from pathlib import Path
 
 from imdsproxy.core.haproxy.model import Paths
 
-__all__ = ["Layout"]
-
 
 @dataclass(frozen=True, slots=True)
 class Layout:

@@ -22,8 +22,6 @@ from imdsproxy.core.haproxy.runtime import (
 )
 from imdsproxy.errors import CommandRefused, RuntimeUnavailable
 
-__all__ = ["MasterClient", "WorkerEnded"]
-
 _PAYLOAD_LIMIT: Final = 14_000
 """Bytes of data in one command: HAProxy's buffer is 16 kB and holds the command line too."""
 

@@ -23,8 +23,6 @@ from imdsproxy.core.wire import MAP_TOMBSTONE
 from imdsproxy.dataplane.master import MasterClient, WorkerEnded
 from imdsproxy.errors import HostRefused
 
-__all__ = ["RecordApplier", "Writer"]
-
 _SWAP_ABOVE = 256
 """Changes beyond which replacing the overlay at once is cheaper than command after command."""
 

@@ -19,13 +19,13 @@ from imdsproxy.anti_spoofing.plan import MacFilterPlan
 from imdsproxy.app.tickets import Tickets
 from imdsproxy.app.unix_listener import UnixListener, bound_path
 from imdsproxy.core.endpoints import Endpoint, Foreign, LeftOut, LeftOutCode
+from imdsproxy.core.haproxy.config import render_config
 from imdsproxy.core.haproxy.model import (
     DataplaneSpec,
     Limits,
     NovaBackend,
     NovaTimes,
 )
-from imdsproxy.core.haproxy.render import render_config
 from imdsproxy.core.hostnames import Naming
 from imdsproxy.core.hoststate import ObservedHost, merge_observed
 from imdsproxy.core.inventory import Inventory

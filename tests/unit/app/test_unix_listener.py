@@ -12,8 +12,8 @@ import pytest
 
 from imdsproxy.app.unix_listener import UnixListener, bound_path, sweep_unix_socket
 from imdsproxy.config.unix_listener import UnixListenerSettings
+from imdsproxy.core.haproxy.config import render_config
 from imdsproxy.core.haproxy.model import DataplaneSpec, UnixBind
-from imdsproxy.core.haproxy.render import render_config
 from imdsproxy.core.haproxy.runtime import Processes
 from imdsproxy.core.hoststate import SocketOwner
 from imdsproxy.core.unix_socket import SeenSocket, SocketState

@@ -15,8 +15,8 @@ from structlog.testing import capture_logs
 
 from imdsproxy.app.unix_listener import UnixListener
 from imdsproxy.config.unix_listener import UnixListenerSettings
+from imdsproxy.core.haproxy.config import render_config
 from imdsproxy.core.haproxy.model import DataplaneSpec, UnixBind
-from imdsproxy.core.haproxy.render import render_config
 from imdsproxy.core.haproxy.runtime import Processes
 from imdsproxy.core.hoststate import SocketOwner
 from imdsproxy.core.take_over import Takings, note_taking, pause_left_s

@@ -15,9 +15,9 @@ from bench.place import BenchError, mounts_below, prepare
 from bench.records import USER_DATA_BYTES, first_guest, instance, network, user_data
 from bench.rows.moves import is_stale
 from imdsproxy.config.schema import Settings
+from imdsproxy.core.haproxy.config import render_config
 from imdsproxy.core.haproxy.model import Bind, DataplaneSpec, Paths
 from imdsproxy.core.haproxy.model import Limits as OurLimits
-from imdsproxy.core.haproxy.render import render_config
 from imdsproxy.core.model import METADATA_IPV4, NetworkId
 from imdsproxy.core.records import Refused, parse_instance, parse_network
 

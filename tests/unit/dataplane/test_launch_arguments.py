@@ -2,8 +2,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from imdsproxy.core.haproxy.config import render_config
 from imdsproxy.core.haproxy.model import Bind, DataplaneSpec, Limits
-from imdsproxy.core.haproxy.render import render_config
 from imdsproxy.core.model import METADATA_IPV4, NetworkId
 from imdsproxy.dataplane.launch import SpawnLauncher
 from imdsproxy.dataplane.layout import Layout

@@ -1,26 +1,25 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from imdsproxy.core.haproxy.audit import (
-    AUDIT_LONGEST,
-    audit_found,
-    audit_ring,
-    audit_rules,
-    marked,
-    passed,
-    silence_told,
-    without_marks,
-)
-from imdsproxy.core.haproxy.guard import guard_rules
-from imdsproxy.core.haproxy.watching import AnsweredBy, Watched, parse_events, watch_rules
+from imdsproxy.core.haproxy.audit import AUDIT_LONGEST
+from imdsproxy.core.haproxy.config import render_config
+from imdsproxy.core.haproxy.model import Bind, DataplaneSpec, NovaBackend, UnixBind
+from imdsproxy.core.haproxy.watching import AnsweredBy, Watched, parse_events
+from imdsproxy.core.model import METADATA_IPV4, NetworkId
 from imdsproxy.dataplane.layout import Layout
+from support.haproxy_config import read_sections
 
-PATHS = Layout(runtime=Path("/run/x"), state=Path("/var/x")).haproxy_paths()
-LAST = "/audit-last.sock"
+SPEC = DataplaneSpec(
+    (Bind(NetworkId("blue"), METADATA_IPV4, 80),),
+    Layout(runtime=Path("/run/x"), state=Path("/var/x")).haproxy_paths(),
+    unix=UnixBind("/run/a", "0600", 0, 0),
+    audit=1,
+)
 LINE = (
     '{"time":1795684004.318,"number":17,"network":"blue","address":"10.0.0.5","instance":"vm-1",'
     '"method":"GET","path":"\\/latest\\/user-data","status":200,"token":"no","refused":"-",'
@@ -28,31 +27,36 @@ LINE = (
 )
 
 
-def _text(**options: bool) -> str:
-    return " ".join(word for rule in audit_rules(1, LAST, **options) for word in rule)
+def _rules(header: str = "frontend guests", **options: object) -> list[tuple[str, ...]]:
+    return read_sections(render_config(replace(SPEC, **options)))[header]  # type: ignore[arg-type] # any field
+
+
+def _text(*, nova: bool = False, headers: bool = False) -> str:
+    """The frontend's rules for its log."""
+    sets = (NovaBackend("default", (), "nova"),) if nova else ()
+    rules = _rules("frontend agents" if headers else "frontend guests", nova=sets)
+    return " ".join(" ".join(rule) for rule in rules if rule[0] in {"log", "log-format", "capture"})
 
 
 def test_there_are_no_rules_where_it_is_off() -> None:
-    assert not (
-        *audit_rules(0, LAST),
-        *audit_rules(0, LAST, watched=True),
-        *audit_found(0),
-        *silence_told(0),
-    )
+    text = render_config(replace(SPEC, audit=0))
+    assert not re.search("audit|log|txn.refused|txn.auth", text)
+    assert "ring@audit" not in render_config(replace(SPEC, audit=0, watched=True))
 
 
 def test_a_sample_is_silent_but_for_one_of_so_many() -> None:
     silent = ("http-request", "set-log-level", "silent", "unless", "{", "rand(7)", "0", "}")
-    assert silent in audit_rules(7, LAST)
-    assert silent not in audit_rules(1, LAST)
+    assert silent in _rules(audit=7)
+    assert not [rule for rule in _rules(audit=1) if "silent" in rule]
 
 
 def test_who_watches_sees_all_while_a_sample_is_audited() -> None:
-    rules = audit_rules(7, LAST, watched=True)
+    rules = _rules(audit=7, watched=True)
     assert not [rule for rule in rules if "silent" in rule]
-    assert "sample 1:7" in " ".join(rules[0])
-    assert watch_rules(audited=True)[0][:2] == ("log", "ring@watched")
-    assert not [rule for rule in watch_rules(audited=True) if rule[0] == "log-format"]
+    logs = [" ".join(rule) for rule in rules if rule[0] == "log"]
+    assert [("sample 1:7" in log) for log in logs] == [False, True, True]
+    assert logs[0].startswith("log ring@watched")
+    assert len([rule for rule in rules if rule[0] == "log-format"]) == 1
 
 
 @pytest.mark.parametrize("nova", [False, True])
@@ -61,7 +65,7 @@ def test_a_line_has_nothing_that_may_be_secret(*, nova: bool, headers: bool) -> 
     text = _text(nova=nova, headers=headers)
     assert "capture.req.uri,field(1,?)" in text
     assert not re.search(
-        r"query|pathq|\burl\b|%r\b|%HQ|%HU|%hr|txn\.token|txn\.said|txn\.mac|field\(2", text
+        r"query|pathq|\burl\b|%r\b|%HQ|%HU|%hr|txn\.token|txn\.path_rule|txn\.mac|field\(2", text
     )
     assert text.count("txn.record") == 1
     assert re.findall(r"capture request header \S+", text) == ["capture request header User-Agent"]
@@ -82,15 +86,15 @@ def test_the_longest_line_has_room() -> None:
     # HAProxy's copy of a request line, all quotes; 200 bytes of `User-Agent`, the same.
     most = 2 * 1024 + 2 * 200 + 2 * 2 * 64 + 4 * 64 + 300
     assert most < AUDIT_LONGEST
-    ring = dict(words[:2] for words in audit_ring("/audit.sock").lines if len(words) == 2)
+    ring = dict(words[:2] for words in _rules("ring audit") if len(words) == 2)
     assert int(ring["maxlen"]) == AUDIT_LONGEST
     assert f"len {AUDIT_LONGEST} " in _text()
 
 
 def test_refusals_are_marked_only_where_lines_are_written() -> None:
-    rules = guard_rules(PATHS, audited=True)
-    told = [rule[2] for rule in rules if rule[1] == "set-var(txn.refused)"]
-    assert told == [
+    rules = _rules("backend documents.checked")
+    marks = [rule[2] for rule in rules if rule[1] == "set-var(txn.refused)"]
+    assert marks == [
         "str(endpoint)",
         "str(path)",
         "str(token)",
@@ -104,32 +108,23 @@ def test_refusals_are_marked_only_where_lines_are_written() -> None:
         "str(forwarded)",
         "str(sealed)",
     ]
-    assert rules[-1][1] == "unset-var(txn.refused)"
-    assert guard_rules(PATHS) == without_marks(rules)
-    text = str(without_marks(rules))
-    assert "txn.refused" not in text
-    assert "heard" not in text
+    unmarked = [rule for rule in rules if not re.search(r"txn\.(refused|auth)\b", rule[1])]
+    assert unmarked == _rules("backend documents.checked", audit=0)
 
 
-def test_each_refusal_of_the_guard_comes_after_a_mark() -> None:
-    marks = 0
-    for rule in guard_rules(PATHS, audited=True):
-        marks += rule[1] == "set-var(txn.refused)"
-        assert marks or rule[1] != "return"
-    assert marks
-
-
-def test_marks_have_the_condition_that_they_are_given() -> None:
-    asked = ("{", "var(txn.asked)", "-m", "found", "}")
-    assert marked("seal") == ("http-request", "set-var(txn.refused)", "str(seal)")
-    assert marked("seal", asked) == (
-        "http-request",
-        "set-var(txn.refused)",
-        "str(seal)",
-        "if",
-        *asked,
-    )
-    assert passed() == ("http-request", "unset-var(txn.refused)")
+def test_each_refusal_of_a_checked_backend_comes_after_a_mark_and_others_after_none() -> None:
+    marked = False
+    checks = 0
+    for rule in _rules("backend documents.checked"):
+        marked = rule[1] == "set-var(txn.refused)" or (
+            marked and not (rule[1] == "unset-var(txn.refused)" and "if" not in rule)
+        )
+        if rule[1:3] == ("return", "status") and rule[3] not in {"200", "405"}:
+            checks += 1
+            # Lengths of bodies are refused for everybody, and that is no rule of a policy.
+            assert marked or rule[3] == "400"
+    assert checks
+    assert not marked
 
 
 def test_who_watches_reads_lines_of_the_audit_log() -> None:

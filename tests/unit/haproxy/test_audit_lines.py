@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from imdsproxy.core.haproxy.audit_lines import AuditLines, read_audit
+from imdsproxy.core.haproxy.audit import AuditLines, read_audit
 from imdsproxy.core.model import InstanceId, NetworkId
 from imdsproxy.core.tokens import TokenKey, mint_token
 

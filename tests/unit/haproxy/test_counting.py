@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
+import pytest
+
+from imdsproxy.core.haproxy.config import render_config
 from imdsproxy.core.haproxy.counting import (
     GUESTS_TABLE,
     ONE_IN,
@@ -11,15 +15,15 @@ from imdsproxy.core.haproxy.counting import (
     STICK_COUNTERS,
     GuestRow,
     ReaderRow,
-    count_in_passing,
-    count_sampled,
-    counting_tables,
     parse_guests,
     parse_readers,
-    sample_reads,
 )
-from imdsproxy.core.haproxy.guard import ASKED
-from imdsproxy.core.haproxy.section import render_sections
+from imdsproxy.core.haproxy.model import Bind, DataplaneSpec
+from imdsproxy.core.model import METADATA_IPV4, NetworkId
+from imdsproxy.dataplane.layout import Layout
+from support.haproxy_config import read_sections
+
+PATHS = Layout(runtime=Path("/run/x"), state=Path("/var/x")).haproxy_paths()
 
 # As HAProxy 3.0.11 gave them; the second has letters of its escaping.
 _GUESTS = """\
@@ -57,23 +61,35 @@ def test_an_answer_that_is_an_error_has_no_rows() -> None:
     assert parse_readers("") == []
 
 
+def _sections(**options: int) -> dict[str, list[tuple[str, ...]]]:
+    binds = (Bind(NetworkId("blue"), METADATA_IPV4, 80),)
+    return read_sections(render_config(DataplaneSpec(binds, PATHS, **options)))  # type: ignore[arg-type] # counts
+
+
 def test_tables_are_bounded_and_rules_use_them_by_their_names() -> None:
-    text = render_sections(counting_tables())
-    assert f"backend {GUESTS_TABLE}\n" in text
-    assert "size 50k" in text
-    assert "size 10k" in text
-    for rules in (count_sampled(ONE_IN, nova=True), count_in_passing(0)):
-        tracked = [line for line in rules if line[1].startswith("track-sc")]
+    sections = _sections(count_reads=ONE_IN)
+    assert "size 50k" in " ".join(sections[f"backend {GUESTS_TABLE}"][0])
+    assert "size 10k" in " ".join(sections[f"backend {READERS_TABLE}"][0])
+    for kind in ("checked", "sampled"):
+        tracked = [
+            line for line in sections[f"backend documents.{kind}"] if line[1].startswith("track-sc")
+        ]
         assert [line[line.index("table") + 1] for line in tracked] == [GUESTS_TABLE, READERS_TABLE]
         assert all(int(line[1][-1]) < STICK_COUNTERS for line in tracked)
 
 
-def test_no_rule_is_longer_than_haproxy_takes() -> None:
-    for rules in (count_sampled(1, nova=False), count_in_passing(1), sample_reads(1, ASKED)):
-        assert max(len(line) for line in rules) <= 64
+@pytest.mark.parametrize("one_in", [0, 1, ONE_IN])
+def test_no_rule_is_longer_than_haproxy_takes(one_in: int) -> None:
+    lines = [line for lines in _sections(count_reads=one_in).values() for line in lines]
+    assert max(map(len, lines)) <= 64
 
 
 def test_what_is_not_chosen_pays_for_no_more_than_the_throw() -> None:
-    (rule,) = sample_reads(ONE_IN, ASKED)
-    assert rule[3:8] == ("if", "{", f"rand({ONE_IN})", "0", "}")
-    assert sample_reads(0, ASKED) == ()
+    first, _ = _samples(ONE_IN)
+    assert first[3:8] == ("if", "{", f"rand({ONE_IN})", "0", "}")
+    assert _samples(0) == []
+
+
+def _samples(one_in: int) -> list[tuple[str, ...]]:
+    rules = _sections(count_reads=one_in)["frontend guests"]
+    return [rule for rule in rules if rule[1:3] == ("set-var(txn.needs_check)", "str(sampled)")]

@@ -22,7 +22,7 @@ from imdsproxy.core.haproxy.namespace_proxy import (
     parse_uuid,
     render_namespace_proxy,
 )
-from imdsproxy.core.haproxy.quoting import UnquotableWord
+from imdsproxy.core.haproxy.text import UnquotableWord
 from imdsproxy.core.wire import RETRY_AFTER_S
 from imdsproxy.errors import RequestRefused
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from imdsproxy.core.haproxy.build import build_sections
+from imdsproxy.core.haproxy.config import render_config
 from imdsproxy.core.haproxy.limits import COUNTERS
 from imdsproxy.core.haproxy.model import (
     Bind,
@@ -21,11 +21,10 @@ from imdsproxy.core.haproxy.model import (
     NovaTimes,
     NovaTls,
     Paths,
-    Section,
     UnixBind,
 )
-from imdsproxy.core.haproxy.render import BANNER, render_config
-from imdsproxy.core.haproxy.rules import TOKEN_HEADERS
+from imdsproxy.core.haproxy.names import TOKEN_HEADERS
+from imdsproxy.core.haproxy.text import BANNER
 from imdsproxy.core.model import METADATA_IPV4, METADATA_IPV6, InstanceId, NetworkId
 from imdsproxy.core.wire import (
     HEADER_ADDRESS,
@@ -35,6 +34,7 @@ from imdsproxy.core.wire import (
     NovaRecord,
     render_map_value,
 )
+from support.haproxy_config import read_sections
 
 _GOLDEN = Path(__file__).parents[2] / "golden" / "haproxy"
 
@@ -190,8 +190,8 @@ _SPECS = st.builds(
 )
 
 
-def _section(spec: DataplaneSpec, *header: str) -> Section:
-    return next(one for one in build_sections(spec) if one.header == header)
+def _section(spec: DataplaneSpec, header: str) -> list[tuple[str, ...]]:
+    return read_sections(render_config(spec))[header]
 
 
 @pytest.mark.parametrize("name", sorted(_CASES))
@@ -217,26 +217,26 @@ def test_different_specs_never_give_the_same_text(one: DataplaneSpec, other: Dat
 @given(_SPECS)
 def test_every_bind_speaks_http_1_only_and_has_its_own_limit(spec: DataplaneSpec) -> None:
     binds = [
-        (section, line)
-        for section in build_sections(spec)
-        for line in section.lines
+        (header, line)
+        for header, lines in read_sections(render_config(spec)).items()
+        for line in lines
         if line[0] == "bind"
     ]
     assert binds
-    for section, line in binds:
-        assert section.header[0] == "peers" or line[line.index("proto") + 1] == "h1"
-        assert "maxconn" in line or _is_ours_alone(section)
+    for header, line in binds:
+        assert header.startswith("peers ") or line[line.index("proto") + 1] == "h1"
+        assert "maxconn" in line or _is_ours_alone(header)
 
 
-def _is_ours_alone(section: Section) -> bool:
-    """Nobody but ourselves can connect there."""
-    return section.header[1] in {"probe", "found", COUNTERS} or ".hop." in section.header[1]
+def _is_ours_alone(header: str) -> bool:
+    """Only our own processes can connect there."""
+    return header.split()[1] in {"probe", "found", COUNTERS} or ".hop." in header
 
 
 def test_nova_gets_its_four_headers_after_everything_of_the_guest_is_deleted() -> None:
     spec = _CASES["in-front-of-nova"]
-    for backend in ("nova.default", "nova.default.once", "nova.default.guarded"):
-        lines = _section(spec, "backend", backend).lines
+    for backend in ("nova.default", "nova.default.once", "nova.default.checked"):
+        lines = _section(spec, f"backend {backend}")
         deletion = next(index for index, line in enumerate(lines) if line[1] == "del-header")
         set_after = [line[2] for line in lines[deletion:] if line[1] == "set-header"]
         assert sorted(set_after) == [
@@ -251,31 +251,31 @@ def test_nova_gets_its_four_headers_after_everything_of_the_guest_is_deleted() -
 
 
 def test_what_must_not_be_repeated_is_sent_over_a_connection_of_its_own() -> None:
-    once = _section(_CASES["in-front-of-nova"], "backend", "nova.default.once").lines
+    once = _section(_CASES["in-front-of-nova"], "backend nova.default.once")
     assert ("retry-on", "conn-failure") in once
     assert ("http-reuse", "never") in once
 
 
 def test_the_cache_is_only_where_no_request_of_nova_s_comes() -> None:
-    sections = build_sections(_CASES["in-front-of-nova"])
+    sections = read_sections(render_config(_CASES["in-front-of-nova"]))
     cached = {
-        section.header
-        for section in sections
-        for line in section.lines
+        header
+        for header, lines in sections.items()
+        for line in lines
         if {"cache-use", "cache-store"} & set(line)
     }
-    assert cached == {("backend", "documents"), ("backend", "documents.guarded")}
+    assert cached == {"backend documents", "backend documents.checked"}
 
 
 def test_without_nova_a_document_in_the_cache_is_found_before_a_backend_is_chosen() -> None:
-    lines = _section(_CASES["three-networks"], "frontend", "guests").lines
+    lines = _section(_CASES["three-networks"], "frontend guests")
     assert any("cache-use" in line for line in lines)
 
 
 @pytest.mark.parametrize("field", ["x-instance-id", "x-tenant-id", "x-instance-id-signature"])
 def test_fields_are_cut_out_of_a_record_as_it_is_rendered(field: str) -> None:
     record = NovaRecord("cell-2", InstanceId("i"), "p", ("a" * 64, "b" * 64))
-    lines = _section(_CASES["in-front-of-nova"], "backend", "nova.cell-2").lines
+    lines = _section(_CASES["in-front-of-nova"], "backend nova.cell-2")
     (text,) = [line[3] for line in lines if line[1:3] == ("set-header", field)]
     expected = {
         "x-instance-id": "i",
@@ -302,7 +302,7 @@ def test_no_secret_is_in_a_configuration(name: str) -> None:
 
 @pytest.mark.parametrize("backend", ["documents", "resolver"])
 def test_identity_headers_are_set_after_everything_of_the_guest_is_deleted(backend: str) -> None:
-    lines = _section(_CASES["three-networks"], "backend", backend).lines
+    lines = _section(_CASES["three-networks"], f"backend {backend}")
     deletion = next(index for index, line in enumerate(lines) if line[1] == "del-header")
     ours = [HEADER_NETWORK, HEADER_ADDRESS]
     if backend == "documents":
@@ -317,7 +317,7 @@ def test_identity_headers_are_set_after_everything_of_the_guest_is_deleted(backe
 
 
 def test_the_allow_list_lets_no_identity_header_through() -> None:
-    lines = _section(_CASES["three-networks"], "backend", "documents").lines
+    lines = _section(_CASES["three-networks"], "backend documents")
     pattern = next(line[2] for line in lines if line[1] == "del-header")
     for header in (
         HEADER_INSTANCE,
@@ -336,9 +336,9 @@ def test_the_allow_list_lets_no_identity_header_through() -> None:
 
 
 def test_the_record_is_in_the_cache_key_before_the_cache_is_asked() -> None:
-    lines = _section(_CASES["three-networks"], "frontend", "guests").lines
+    lines = _section(_CASES["three-networks"], "frontend guests")
     words = [" ".join(line) for line in lines]
-    plain = "!{ var(txn.asked) -m found }"
+    plain = "!{ var(txn.needs_check) -m found }"
     use = f"http-request cache-use documents if {plain} {{ var(txn.record) -m sub | }}"
     asked = words.index(use)
     assert words.index(f"http-request set-header host %[var(txn.record)] if {plain}") < asked
@@ -350,11 +350,11 @@ def test_the_record_is_in_the_cache_key_before_the_cache_is_asked() -> None:
 @pytest.mark.parametrize("name", sorted(_CASES))
 def test_conditions_are_deleted_before_the_cache_is_asked_and_go_on_to_nova(name: str) -> None:
     deleted = "http-request del-header if- -m beg"
-    for section in build_sections(_CASES[name]):
-        words = [" ".join(line) for line in section.lines]
+    for header, lines in read_sections(render_config(_CASES[name])).items():
+        words = [" ".join(line) for line in lines]
         asked = [n for n, one in enumerate(words) if one.startswith("http-request cache-use")]
         assert all(deleted in words[:place] for place in asked)
-        assert deleted not in words or asked, section.header
+        assert deleted not in words or asked, header
 
 
 def test_the_banner_names_the_content() -> None:
@@ -366,8 +366,7 @@ def test_the_banner_names_the_content() -> None:
 
 
 def test_without_networks_there_is_no_frontend_for_guests() -> None:
-    headers = [section.header for section in build_sections(_CASES["empty"])]
-    assert ("frontend", "guests") not in headers
+    assert "frontend guests" not in read_sections(render_config(_CASES["empty"]))
 
 
 def test_an_address_family_decides_the_brackets() -> None:
@@ -378,7 +377,7 @@ def test_an_address_family_decides_the_brackets() -> None:
         ),
         _PATHS,
     )
-    lines = _section(spec, "frontend", "guests").lines
+    lines = _section(spec, "frontend guests")
     assert lines[0][1] == "[fe80::a9fe:a9fe]:80"
     assert lines[1][1] == "169.254.169.254:80"
 

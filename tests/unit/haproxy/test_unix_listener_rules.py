@@ -4,21 +4,32 @@ from __future__ import annotations
 
 import re
 from ipaddress import IPv4Address, IPv6Address, ip_address
+from pathlib import Path
 
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from imdsproxy.core.haproxy.unix_listener import agent_rules
+from imdsproxy.core.haproxy.config import render_config
+from imdsproxy.core.haproxy.model import DataplaneSpec, UnixBind
+from imdsproxy.dataplane.layout import Layout
+from support.haproxy_config import read_sections
 
-_LINES = [" ".join(line) for line in agent_rules()]
+_PATHS = Layout(runtime=Path("/run/x"), state=Path("/var/x")).haproxy_paths()
+_SPEC = DataplaneSpec((), _PATHS, unix=UnixBind("/run/a", "0600", 0, 0))
+_RULES = [
+    line
+    for line in read_sections(render_config(_SPEC))["frontend agents"]
+    if line[0] == "http-request"
+]
+_LINES = [" ".join(line) for line in _RULES]
 
 
 def _pattern(variable: str, source: str) -> re.Pattern[str]:
     """The regular expression under which a variable is set."""
     (line,) = (
         one
-        for one in agent_rules()
+        for one in _RULES
         if one[1] == f"set-var({variable})" and source in one[2] and "reg" in one
     )
     return re.compile(line[-2])
@@ -80,5 +91,7 @@ def test_nothing_of_the_request_before_is_left_when_one_begins() -> None:
         "http-request unset-var(sess.address)",
     ]
     # What identifies is set last: a request that is refused never gets so far.
-    assert _LINES[-1].startswith("http-request set-var(sess.key)")
-    assert [one for one in _LINES if "deny" in one][-1] == _LINES[-2]
+    (last,) = (
+        n for n, one in enumerate(_LINES) if one.startswith("http-request set-var(sess.key)")
+    )
+    assert [n for n, one in enumerate(_LINES) if "deny" in one][-1] == last - 1

@@ -1,8 +1,15 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from imdsproxy.core.haproxy.watching import AnsweredBy, Watched, parse_events, watch_rules
+from imdsproxy.core.haproxy.config import render_config
+from imdsproxy.core.haproxy.model import Bind, DataplaneSpec
+from imdsproxy.core.haproxy.watching import AnsweredBy, Watched, parse_events
+from imdsproxy.core.model import METADATA_IPV4, NetworkId
+from imdsproxy.dataplane.layout import Layout
+from support.haproxy_config import read_sections
 
 LINE = "17 1795684004318 blue 10.0.0.5 vm-1 - 200 3 documents documents-0 GET /latest/user-data"
 
@@ -51,7 +58,7 @@ def test_the_instance_is_the_records(first: str, third: str, instance: str | Non
         ("conflict <NOSRV>", AnsweredBy.CONFLICT),
         ("guests <NOSRV>", AnsweredBy.CACHE),
         ("agents <NOSRV>", AnsweredBy.CACHE),
-        ("documents.guarded <NOSRV>", AnsweredBy.DOCUMENTS),
+        ("documents.checked <NOSRV>", AnsweredBy.DOCUMENTS),
     ],
 )
 def test_who_answered_is_told(served: str, by: AnsweredBy) -> None:
@@ -79,7 +86,18 @@ def test_what_is_no_line_of_ours_is_left_out(line: str) -> None:
 
 
 def test_a_line_has_nothing_that_may_be_secret() -> None:
-    text = " ".join(word for rule in watch_rules() for word in rule)
+    spec = DataplaneSpec(
+        (Bind(NetworkId("blue"), METADATA_IPV4, 80),),
+        Layout(Path("/run/x"), Path("/var/x")).haproxy_paths(),
+        watched=True,
+    )
+    rules = read_sections(render_config(spec))["frontend guests"]
+    text = " ".join(
+        " ".join(one)
+        for one in rules
+        if one[0] == "log-format" or "set-var-fmt(txn.watched)" in one
+    )
+    assert "%[method] %[path]" in text
     assert "query" not in text
     assert "pathq" not in text
     assert "hdr" not in text

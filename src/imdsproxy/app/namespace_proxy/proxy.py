@@ -31,7 +31,7 @@ from imdsproxy.core.haproxy.namespace_proxy import (
     parse_uuid,
     render_namespace_proxy,
 )
-from imdsproxy.core.haproxy.quoting import UnquotableWord
+from imdsproxy.core.haproxy.text import UnquotableWord
 from imdsproxy.errors import (
     ConfigRejected,
     HaproxyMissing,

@@ -1,54 +1,17 @@
-"""Who answers a request behind a frontend: the document server, the resolver, or a rule."""
+"""The backends behind a frontend: the document server, the resolver, or a rule."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from typing import Final
 
-from imdsproxy.core.haproxy.audit import silence_told
-from imdsproxy.core.haproxy.counting import COUNTED
-from imdsproxy.core.haproxy.guard import (
-    looked_at,
-    send_forwarded,
-    tell_forwarded,
-)
-from imdsproxy.core.haproxy.limits import bound_body
-from imdsproxy.core.haproxy.model import DataplaneSpec, Section, Words
-from imdsproxy.core.haproxy.nova import longest_s
-from imdsproxy.core.haproxy.rules import (
-    GUEST_HEADERS,
-    KNOWN,
-    READS,
-    TOKEN_HEADERS,
-    allow_methods,
-    delete_guest_headers,
-    negated,
-    originate,
-    refuse_lengths,
-    retry_later,
-    retry_later_slowly,
-    tell_to_continue,
-)
-from imdsproxy.core.haproxy.short import (
-    KEPT_SHORT,
-    answer_counted,
-    keep_short,
-)
-from imdsproxy.core.wire import (
-    ANSWER_DSCP,
-    HEADER_ADDRESS,
-    HEADER_INSTANCE,
-    HEADER_NETWORK,
-    HEADER_REFUSED,
-    HEADER_REVISION,
-    HEADER_SCOPE,
-    HEADER_TARGET,
-    HEADER_UNVERIFIED,
-)
-
-__all__ = ["ask_the_cache", "conflict_backend", "documents_backend", "resolver_backend"]
-
+from imdsproxy.core.haproxy.access_rules import NOTE_FORWARDING, SEND_FORWARDING, first_rules
+from imdsproxy.core.haproxy.audit import HIDE_LOGGED
+from imdsproxy.core.haproxy.model import DataplaneSpec
+from imdsproxy.core.haproxy.names import SAMPLED
+from imdsproxy.core.haproxy.nova import ALL_METHODS, ORIGIN_FORM, longest_s
+from imdsproxy.core.haproxy.short_documents import KEEP_SHORT, answer_sampled
+from imdsproxy.core.haproxy.text import Form, Text, Word
 
 _BEYOND_HOLD_S: Final = 3
 """How much longer than a request may be held HAProxy waits for the resolver."""
@@ -56,34 +19,92 @@ _BEYOND_HOLD_S: Final = 3
 _LARGEST_HEAD: Final = 15_000
 """Bytes of what of a request's head goes to the resolver. A buffer has 16,384, and some are HAProxy's own."""
 
-_ODD: Final = ("{", "var(txn.target)", "-m", "found", "}")
+_ASK_THE_CACHE: Final = """
+    # The cache would answer 304 by the time at which it stored a document (ADR 39).
+    [cache] http-request del-header if- -m beg
+    [cache] http-request set-header host %[var(txn.record)] if <unchecked>
+    [cache] http-request set-var(txn.original_target) pathq unless { url_beg / } !{ url_sub ? }
+    [cache] http-request set-uri /%[var(txn.record)]%[path] if <rewritten> <unchecked>
+    [cache] http-request cache-use documents if <unchecked> <known>
+    # The lifetime is between the document server and the cache; a guest must not keep documents. `http-response` sees
+    # nothing of what comes out of the cache, and what rules return has no lifetime.
+    http-after-response del-header cache-control unless <has_short_document>
+    http-after-response del-header age unless <has_short_document>
+"""
+
+_DOCUMENT_METHODS: Final = """
+    # A method that nothing here knows: CONNECT came back 200 from HAProxy itself. `Allow` names what the resource takes
+    # (RFC 9110 section 10.2.1): of our documents only a password's place takes more than reads.
+    http-request return status 405 hdr Allow 'GET, HEAD, POST'
+        if !{ method <methods> } { path -m reg '^/openstack/[^/]+/password/*$' }
+    http-request return status 405 hdr Allow 'GET, HEAD' if !{ method <methods> }
+"""
+
+_PLAIN_REQUEST: Final = """
+    http-request set-uri %[path,regsub(^/[^/]*/?,/)] if <rewritten>
+    # HAProxy 3.0.11 takes a length of `18446744073709551616` for 0 and one more for 1, and sends it on as it is: the
+    # server waits for the rest, and takes the next guest's request on that connection for it.
+    http-request return status 400 if { req.fhdr(content-length) -m len 19: }
+    # 408 for a body that is not there in time.
+    http-request wait-for-body time 10s if { method POST PUT PATCH }
+    # `Expect` (RFC 9110 section 10.1.1) does not go on, so HAProxy asks for the body.
+    http-request wait-for-body time 10s if { req.fhdr(expect) -m found }
+    http-request del-header <other_headers> -m reg
+    http-request set-header <header_network> %[var(sess.network)]
+    http-request set-header <header_address> %[var(sess.address)]
+"""
+"""What the document server and the resolver get: an allowed method, the path, the guest's network and address."""
+
+_DOCUMENTS: Final = """
+    http-request set-header <header_instance> %[<instance>]
+    http-request set-header <header_revision> %[<revision>]
+    http-request disable-l7-retry if !<reads>
+    <keep_short>
+    [cache] http-response cache-store documents
+    # A worker that hangs is given up on before its check fails; the other one answers.
+    timeout server 2s
+    retries 3
+    option redispatch 1
+    retry-on conn-failure empty-response response-timeout
+    # One of the backends checks the servers for all.
+    [checks] option httpchk GET /livez
+    http-reuse always
+"""
+
+_LIMIT_MISSES: Final = """
+    timeout server <resolver_s>s
+    # A guest that invents addresses may not keep Python busy.
+    stick-table type string len 64 size 20k expire 10s store gpc0_rate(1s)
+    http-request track-sc0 var(sess.network)
+    # Before it is counted: a refused guest would otherwise wait the longer the more often it asks.
+    http-request tarpit status 503 hdr Retry-After <retry_after_s> if { sc0_gpc0_rate ge <misses_per_second> }
+    http-request sc-inc-gpc0(0)
+"""
+
+_RESOLVER: Final = """
+    [gated] http-request set-header <header_unverified> %[var(sess.unverified)] if { var(sess.unverified) -m found }
+    # The kernel's filter lets what is so marked go to the instance only, against ARP spoofing.
+    [gated] http-response set-fc-tos <answer_tos>
+        if { var(sess.unverified) -m found } !{ res.fhdr(<header_refused>) -m found }
+    [gated] http-response del-header <header_refused>
+    <hide_logged>
+    # The target is there twice, and a head that outgrows HAProxy's buffer by that would be 500.
+    http-request set-var(txn.header_bytes) req.hdrs,length
+    http-request return status 431 if { url,length,mul(2),add(txn.header_bytes) -m int gt <largest_head> }
+    http-request set-header <header_target> %[pathq]
+    http-request set-header <header_target> %[var(txn.original_target)] if <rewritten>
+    http-request set-header <header_scope> router if { var(sess.router) -m bool }
+    option httpchk GET /livez
+    # A connection that was used before and ends without an answer makes HAProxy close the guest's without an answer,
+    # and so does `shutdown-sessions`. On one of its own each request gets its 503, of a resolver that hangs by the
+    # time-out.
+    option http-server-close
+    # Checked ten times a second while it is away: until it counts as back, misses get 503.
+    server resolver <resolver_socket> check inter 1s downinter 100ms fall 2 rise 1
+"""
 
 
-def _identity_headers() -> tuple[Words, ...]:
-    return (
-        ("http-request", "set-header", HEADER_NETWORK, "%[var(sess.network)]"),
-        ("http-request", "set-header", HEADER_ADDRESS, "%[var(sess.address)]"),
-    )
-
-
-def _plain_request(kept: Iterable[str] = GUEST_HEADERS, *, nova: bool = False) -> tuple[Words, ...]:
-    """What the document server and the resolver get: an allowed method, the path, our word on who asks."""
-    return (
-        *allow_methods(nova=nova),
-        ("http-request", "set-uri", r"%[path,regsub(^/[^/]*/?,/)]", "if", *_ODD),
-        refuse_lengths(),
-        *bound_body(),
-        tell_to_continue(),
-        delete_guest_headers(kept),
-        *_identity_headers(),
-    )
-
-
-def _cached(spec: DataplaneSpec, *rules: Words) -> tuple[Words, ...]:
-    return rules if spec.limits.cache_mb else ()
-
-
-def ask_the_cache(spec: DataplaneSpec, unless: Words = ()) -> tuple[Words, ...]:
+def ask_the_cache(form: Form, *, checked_elsewhere: bool = False) -> Text:
     """Look a document up, and hide how HAProxy keeps it.
 
     The cache's key is the Host and the URI, so the record makes the Host. Of a URI in absolute form it is the URI
@@ -91,130 +112,57 @@ def ask_the_cache(spec: DataplaneSpec, unless: Words = ()) -> tuple[Words, ...]:
     the URI as well; and a query, which no document looks at, goes.
 
     Args:
-        spec: What is to be built.
-        unless: A condition under which another backend does all of it.
+        form: The configuration's values.
+        checked_elsewhere: Another backend does all of it for requests that need a check.
     """
-    plain = ("{", "url_beg", "/", "}", "!{", "url_sub", "?", "}")
-    passing = negated(unless) if unless else ()
-    return (
-        *_cached(
-            spec,
-            # The cache would answer 304 by the time at which it stored a document (ADR 39).
-            ("http-request", "del-header", "if-", "-m", "beg"),
-            ("http-request", "set-header", "host", "%[var(txn.record)]", *(("if", *passing) if passing else ())),
-            ("http-request", "set-var(txn.target)", "pathq", "unless", *plain),
-            ("http-request", "set-uri", "/%[var(txn.record)]%[path]", "if", *_ODD, *passing),
-            ("http-request", "cache-use", "documents", "if", *passing, *KNOWN),
+    unchecked = form.fill("!<needs_check>") if checked_elsewhere else Text()
+    return form.fill(_ASK_THE_CACHE, unchecked=unchecked)
+
+
+def documents_backend(spec: DataplaneSpec, form: Form, kind: str = "") -> Text:
+    """The document server's workers; `kind` as of `access_rules.first_rules`."""
+    return form.section(
+        "backend documents<kind>",
+        first_rules(spec, form, kind),
+        answer_sampled(form) if kind == SAMPLED else Text(),
+        ask_the_cache(form) if spec.nova or kind else Text(),
+        _DOCUMENT_METHODS,
+        _PLAIN_REQUEST,
+        _DOCUMENTS,
+        *(
+            form.fill(
+                "[checks] server documents-<index> <socket> check inter 1s fall 2 rise 1\n"
+                "[!checks] server documents-<index> <socket> track documents/documents-<index>",
+                index=index,
+                socket=Word(f"unix@{path}"),
+                checks=not kind,
+            )
+            for index, path in enumerate(spec.paths.documents)
         ),
-        *_hide_lifetime(),
-    )  # fmt: skip
-
-
-def _hide_lifetime() -> tuple[Words, ...]:
-    # It is between the document server and the cache; a guest must not keep documents. `http-response` sees nothing of
-    # what comes out of the cache, and what rules return has no lifetime.
-    other = ("unless", *KEPT_SHORT)
-    return (
-        ("http-after-response", "del-header", "cache-control", *other),
-        ("http-after-response", "del-header", "age", *other),
+        kind=Text((kind,)),
+        checks=not kind,
+        keep_short=form.fill(KEEP_SHORT),
+        other_headers=form.values["other_than_guest_headers"],
     )
 
 
-def documents_backend(spec: DataplaneSpec, kind: str = "") -> Section:
-    """The document server's workers.
-
-    Args:
-        spec: What is to be built.
-        kind: How the name ends of one that looks at requests first (`guard.GUARDED`, `counting.COUNTED`).
-    """
-    # One of the backends looks after the servers for all.
-    checks = ("check", "inter", "1s", "fall", "2", "rise", "1")
-    return Section(
-        ("backend", f"documents{kind}"),
-        (
-            *looked_at(spec, kind),
-            *(answer_counted(spec) if kind == COUNTED else ()),
-            *(ask_the_cache(spec) if spec.nova or kind else ()),
-            *_plain_request(),
-            ("http-request", "set-header", HEADER_INSTANCE, "%[var(txn.record),field(1,|)]"),
-            ("http-request", "set-header", HEADER_REVISION, "%[var(txn.record),field(2,|)]"),
-            ("http-request", "disable-l7-retry", "if", *negated(READS)),
-            *keep_short(spec),
-            *_cached(spec, ("http-response", "cache-store", "documents")),
-            # A worker that hangs is given up on before its check says so; the other one answers.
-            ("timeout", "server", "2s"),
-            ("retries", "3"),
-            ("option", "redispatch", "1"),
-            ("retry-on", "conn-failure", "empty-response", "response-timeout"),
-            *(() if kind else (("option", "httpchk", "GET", "/livez"),)),
-            ("http-reuse", "always"),
-            *(
-                ("server", f"documents-{index}", f"unix@{path}",
-                 *(("track", f"documents/documents-{index}") if kind else checks))
-                for index, path in enumerate(spec.paths.documents)
-            ),
-        ),
-    )  # fmt: skip
-
-
-def _resolver_s(spec: DataplaneSpec) -> int:
-    """The resolver holds a request at first; then it may have to wait for Nova as long as HAProxy itself would."""
-    held = spec.limits.hold_s + _BEYOND_HOLD_S
-    return math.ceil(held + longest_s(spec.nova_times) if spec.nova else held)
-
-
-def resolver_backend(spec: DataplaneSpec) -> Section:
-    """Who finds out who asks; it is told by headers, and what a guest says in such headers is deleted before."""
-    return Section(
-        ("backend", "resolver"),
-        (
-            ("timeout", "server", f"{_resolver_s(spec)}s"),
-            # A guest that invents addresses may not keep Python busy.
-            ("stick-table", "type", "string", "len", "64", "size", "20k", "expire", "10s", "store", "gpc0_rate(1s)"),
-            ("http-request", "track-sc0", "var(sess.network)"),
-            # Before it is counted: whoever is refused would else wait the longer the more often it asks.
-            (*retry_later_slowly(), "if", "{", "sc0_gpc0_rate", "ge", str(spec.limits.misses_per_second), "}"),
-            ("http-request", "sc-inc-gpc0(0)"),
-            *((originate(),) if spec.nova else ()),
-            *tell_forwarded(),
-            *_plain_request((*GUEST_HEADERS, *TOKEN_HEADERS), nova=bool(spec.nova)),
-            *send_forwarded(),
-            *(_tell_unverified() if spec.unverified else ()),
-            *silence_told(spec.audit),
-            # The target is there twice, and a head that outgrows HAProxy's buffer by that would be 500.
-            ("http-request", "set-var(txn.head)", "req.hdrs,length"),
-            ("http-request", "return", "status", "431",
-             "if", "{", "url,length,mul(2),add(txn.head)", "-m", "int", "gt", str(_LARGEST_HEAD), "}"),
-            ("http-request", "set-header", HEADER_TARGET, "%[pathq]"),
-            ("http-request", "set-header", HEADER_TARGET, "%[var(txn.target)]",
-             "if", *_ODD),
-            ("http-request", "set-header", HEADER_SCOPE, "router", "if", "{", "var(sess.router)", "-m", "bool", "}"),
-            ("option", "httpchk", "GET", "/livez"),
-            # A connection that was used before and ends without an answer makes HAProxy close the guest's
-            # without a word, and so does `shutdown-sessions`. On one of its own each request gets its 503, of a
-            # resolver that hangs by the time-out.
-            ("option", "http-server-close"),
-            # Looked for ten times a second while it is away: until it counts as back, misses get 503.
-            ("server", "resolver", f"unix@{spec.paths.resolver}", "check", "inter", "1s",
-             "downinter", "100ms", "fall", "2", "rise", "1"),
-        ),
-    )  # fmt: skip
-
-
-def _tell_unverified() -> tuple[Words, ...]:
-    unverified = ("{", "var(sess.unverified)", "-m", "found", "}")
-    refused = ("!{", f"res.fhdr({HEADER_REFUSED})", "-m", "found", "}")
-    return (
-        ("http-request", "set-header", HEADER_UNVERIFIED, "%[var(sess.unverified)]", "if", *unverified),
-        # The gate lets what is so marked go to the instance only, whoever makes us believe what of ARP.
-        ("http-response", "set-fc-tos", str(ANSWER_DSCP << 2), "if", *unverified, *refused),
-        ("http-response", "del-header", HEADER_REFUSED),
-    )  # fmt: skip
-
-
-def conflict_backend() -> Section:
-    """For an address that two instances claim: never a guess."""
-    return Section(
-        ("backend", "conflict"),
-        (retry_later(5),),
+def resolver_backend(spec: DataplaneSpec, form: Form) -> Text:
+    """The controller, which looks addresses up; what a guest sends in our headers is deleted before."""
+    # The resolver holds a request at first; then it may have to wait for Nova as long as HAProxy itself would.
+    held_s = spec.limits.hold_s + _BEYOND_HOLD_S
+    return form.section(
+        "backend resolver",
+        _LIMIT_MISSES,
+        ORIGIN_FORM if spec.nova else Text(),
+        NOTE_FORWARDING,
+        ALL_METHODS if spec.nova else _DOCUMENT_METHODS,
+        _PLAIN_REQUEST,
+        SEND_FORWARDING,
+        _RESOLVER,
+        resolver_s=math.ceil(held_s + longest_s(spec.nova_times) if spec.nova else held_s),
+        misses_per_second=spec.limits.misses_per_second,
+        other_headers=form.values["other_than_guest_and_token_headers"],
+        gated=bool(spec.unverified),
+        hide_logged=form.fill(HIDE_LOGGED),
+        largest_head=_LARGEST_HEAD,
     )

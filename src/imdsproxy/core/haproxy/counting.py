@@ -16,28 +16,8 @@ from dataclasses import dataclass
 from typing import Final
 from urllib.parse import unquote_to_bytes
 
-from imdsproxy.core.haproxy.rules import KNOWN, NOVA, READS, negated
-from imdsproxy.core.haproxy.section import Section, Words
-from imdsproxy.core.wire import HEADER_OPERATOR
-
-__all__ = [
-    "COUNTED",
-    "GUESTS_TABLE",
-    "ONE_IN",
-    "READERS_TABLE",
-    "SAMPLED",
-    "STICK_COUNTERS",
-    "GuestRow",
-    "ReaderRow",
-    "count_in_passing",
-    "count_sampled",
-    "counting_tables",
-    "hear_operator",
-    "parse_guests",
-    "parse_readers",
-    "sample_reads",
-    "thrown",
-]
+from imdsproxy.core.haproxy.model import DataplaneSpec
+from imdsproxy.core.haproxy.text import Form, Text
 
 GUESTS_TABLE: Final = "without-token"
 READERS_TABLE: Final = "without-token-readers"
@@ -47,39 +27,74 @@ ONE_IN: Final = 20
 
 CLOSE_LOOKS: Final = 64
 
-COUNTED: Final = ".counted"
-"""How the name of a backend ends that counts a read (`count_sampled`) before it does what the other one does."""
-
-SAMPLED: Final = ("{", "var(txn.asked)", "-m", "str", "sampled", "}")
-"""It is to be counted, and there is nothing else to look at."""
-
 STICK_COUNTERS: Final = 5
 """HAProxy has three for each request if nothing is said; other rules have those."""
 
-_GUEST, _READER = 3, 4
-
 # The counters of an entry. A read that was chosen by chance stands for `ONE_IN`, so that sums stay right when settings
 # change; HAProxy 3.0 could add that at once, but takes no `sc-add-gpc` for a number above 2 of what it tracks.
-_ONE_BY_ONE, _BY_CHANCE, _REFUSED, _LOOKS = range(4)
+_ONE_BY_ONE, _BY_CHANCE, _REFUSED = range(3)
 _KEPT_S: Final = 7 * 86_400
 _LONGEST_ID: Final = 64
 _LONGEST_PATH: Final = 48
 _LONGEST_CLIENT: Final = 64
 
-_READER_KEY: Final = "|".join(
-    (
-        "%[var(sess.network)]",
-        "%[var(txn.instance)]",
-        f"%[path,field(2,/,3),bytes(0,{_LONGEST_PATH}),url_enc]",
-        f"%[req.fhdr(user-agent),bytes(0,{_LONGEST_CLIENT}),url_enc]",
-    )
-)
+READ_OPERATOR: Final = """
+    http-request set-var(txn.by_operator) bool(true) if { req.fhdr(<header_operator>) -m found }
+"""
+"""Where requests come from the controller: an operator's among them is no read of the guest's."""
 
-_BARE: Final = ("{", "var(txn.bare)", "-m", "found", "}")
-_UNMET: Final = ("{", "var(txn.unmet)", "-m", "found", "}")
-_NO_TOKEN: Final = ("!{", "var(txn.left)", "-m", "found", "}")
-_EC2: Final = ("!{", "path_beg", "/openstack", "/nocloud", "}")
-_OF_AN_OPERATOR: Final = ("{", "var(txn.by_operator)", "-m", "found", "}")
+# Where one in so many is counted, the throw comes first: it is all that most requests pay for.
+_SAMPLE: Final = """
+    http-request set-var(txn.needs_check) str(sampled)
+        if <chosen> !<needs_check> !<good_token> <known> <reads> !<in_other_trees> <by_guest>
+"""
+
+_COUNT_SAMPLED: Final = """
+    http-request set-var(txn.instance) <counted_instance>
+    <track>
+    http-request sc-inc-gpc(<kind>,3)
+    http-request sc-inc-gpc(<kind>,4)
+"""
+
+_COUNT_IN_PASSING: Final = """
+    [counts_reads] http-request set-var(txn.count_read) bool(true)
+        if <by_chance> !<good_token> <reads> <known> !<in_other_trees>
+    [counts_reads] http-request set-var(txn.count_read) bool(true)
+        if <by_chance> !<good_token> <reads> <has_policy> <policy_openstack_tokens_on> <openstack>
+    [counts_reads] http-request set-var(txn.count_read) bool(true)
+        if <by_chance> !<good_token> <reads> <has_policy> <policy_nocloud_tokens_on> <nocloud>
+    http-request set-var(txn.count_read) bool(true) if <token_missing> <reads>
+    http-request unset-var(txn.count_read) if { var(txn.by_operator) -m found }
+    http-request set-var(txn.instance) <instance> if <count_read>
+    http-request set-var(txn.instance) <instance_of_nova> if <count_read> <of_nova>
+    <track>
+    [counts_reads] http-request sc-inc-gpc(<kind>,3) if !<token_missing>
+    [counts_reads] http-request sc-inc-gpc(<kind>,4) if !<token_missing>
+    http-request sc-inc-gpc(2,3) if <token_missing>
+    http-request sc-inc-gpc(2,4) if <token_missing>
+"""
+
+# Find or make the entries of a request; that of its reader if the guest is looked at closely.
+_TRACK: Final = """
+    http-request track-sc3 var(sess.network),concat(|,txn.instance) table without-token if <condition>
+    # What is not tracked is not counted, nor is its rate below anything.
+    http-request set-var-fmt(txn.reader)
+        %[var(sess.network)]|%[var(txn.instance)]|%[<branch>,url_enc]|%[<client>,url_enc]
+        if { sc_gpc_rate(3,3) lt <close_looks> }
+    http-request track-sc4 var(txn.reader) table without-token-readers
+    http-request sc-inc-gpc(3,3) if { var(txn.reader) -m found }
+"""
+
+_TABLES: Final = (
+    (
+        "backend without-token",
+        "stick-table type string len <guest> size 50k expire <kept_s>s store gpc(4),gpc_rate(4,1h)",
+    ),
+    (
+        "backend without-token-readers",
+        "stick-table type string len <reader> size 10k expire <kept_s>s store gpc(3)",
+    ),
+)
 
 _ODD: Final = re.compile(rb"[^\w/.+:;#()-]")
 _LINE: Final = re.compile(r"^0x[0-9a-f]+: key=((?:\\.|[^ \\])*) .*?\bexp=(\d+) (.*)$")
@@ -123,106 +138,63 @@ class ReaderRow:
     age_s: float
 
 
-def counting_tables() -> tuple[Section, ...]:
+def counting_tables(form: Form) -> tuple[Text, ...]:
     """Where HAProxy counts: full, it forgets who was seen longest ago; and all of it with the worker."""
     guest = 2 * _LONGEST_ID + 1
     # A letter that is encoded takes three.
     reader = guest + 3 * (_LONGEST_PATH + _LONGEST_CLIENT) + 2
-    return (
-        _table(GUESTS_TABLE, guest, "50k", f"gpc({_LOOKS + 1}),gpc_rate({_LOOKS + 1},1h)"),
-        _table(READERS_TABLE, reader, "10k", f"gpc({_REFUSED + 1})"),
+    return tuple(
+        form.section(header, table, guest=guest, reader=reader, kept_s=_KEPT_S)
+        for header, table in _TABLES
     )
 
 
-def _table(name: str, length: int, size: str, stored: str) -> Section:
-    table = ("stick-table", "type", "string", "len", str(length), "size", size)
-    return Section(("backend", name), ((*table, "expire", f"{_KEPT_S}s", "store", stored),))
-
-
-def hear_operator() -> Words:
-    """Where requests come from the controller: an operator's among them is no read of the guest's."""
-    told = ("{", f"req.fhdr({HEADER_OPERATOR})", "-m", "found", "}")
-    return ("http-request", "set-var(txn.by_operator)", "bool(true)", "if", *told)
-
-
-def sample_reads(
-    one_in: int, asked: Words, *, chosen: Words = (), found: bool = False
-) -> tuple[Words, ...]:
-    """In a frontend, once it is known what there is to look at of a request: which of the rest are counted.
+def sample_reads(spec: DataplaneSpec, form: Form, *, found: bool = False) -> Text:
+    """In a frontend, once it is known what there is to check of a request: which of the rest are counted.
 
     Args:
-        one_in: Of so many reads; 0 for none.
-        asked: The condition that a guarded backend takes the request.
-        chosen: The condition that chance has chosen it before.
+        spec: What is to be built.
+        form: Its values.
         found: It is the resolver's frontend, where operators are among the guests.
     """
-    if not one_in:
-        return ()
-    of_guests = negated(_OF_AN_OPERATOR) if found else ()
-    counts = (*negated(asked), *_NO_TOKEN, *KNOWN, *READS, *_EC2, *of_guests)
-    # The throw comes first: it is all that most requests pay for.
-    return tuple(
-        ("http-request", "set-var(txn.asked)", "str(sampled)", "if", *chance, *counts)
-        for chance in (thrown(one_in), *((chosen,) if chosen and one_in > 1 else ()))
-    )
+    if not spec.count_reads:
+        return Text()
+    chosen = [form.values["by_chance"]]
+    if spec.count_reads > 1 and not (spec.nova or found):
+        # `short.ANSWER_PLAIN` has thrown before, and left these.
+        chosen.append(form.values["has_short_document"])
+    by_guest = Text(("!{ var(txn.by_operator) -m found }",) if found else ())
+    return form.fill(*(form.fill(_SAMPLE, chosen=one, by_guest=by_guest) for one in chosen))
 
 
-def count_sampled(one_in: int, *, nova: bool) -> tuple[Words, ...]:
+def count_sampled(spec: DataplaneSpec, form: Form, *, nova: bool) -> Text:
     """First in the backend of what `sample_reads` has chosen, which is all counted; its record is of Nova, or not."""
-    reads = _ONE_BY_ONE if one_in == 1 else _BY_CHANCE
-    return (
-        ("http-request", "set-var(txn.instance)", f"var(txn.record),field({3 if nova else 1},|)"),
-        *_track(),
-        *_count(reads),
+    return form.fill(
+        _COUNT_SAMPLED,
+        counted_instance=form.values["instance_of_nova" if nova else "instance"],
+        track=_track(form, None),
+        kind=_kind(spec.count_reads),
     )
 
 
-def count_in_passing(one_in: int, *required: Words) -> tuple[Words, ...]:
-    """In a guarded backend, after tokens are checked and `txn.unmet` is set where one is required.
-
-    Args:
-        one_in: Of so many reads that are not refused one is counted; 0 for none.
-        required: Conditions, each of which makes a read count, whatever tree it is of.
-    """
-    bare: Words = ("http-request", "set-var(txn.bare)", "bool(true)", "if")
-    passing = (*thrown(one_in), *_NO_TOKEN, *READS)
-    sampled = ((*KNOWN, *_EC2), *required) if one_in else ()
-    met = negated(_UNMET)
-    return (
-        *((*bare, *passing, *one) for one in sampled),
-        (*bare, *_UNMET, *READS),
-        ("http-request", "unset-var(txn.bare)", "if", *_OF_AN_OPERATOR),
-        ("http-request", "set-var(txn.instance)", "var(txn.record),field(1,|)", "if", *_BARE),
-        ("http-request", "set-var(txn.instance)", "var(txn.record),field(3,|)", "if", *_BARE, *NOVA),
-        *_track(_BARE),
-        *(_count(_ONE_BY_ONE if one_in == 1 else _BY_CHANCE, met) if one_in else ()),
-        *_count(_REFUSED, _UNMET),
-    )  # fmt: skip
+def count_in_passing(spec: DataplaneSpec, form: Form) -> Text:
+    """In a checked backend, after tokens are checked and `txn.token_missing` is set where one is required."""
+    return form.fill(
+        _COUNT_IN_PASSING, track=_track(form, "count_read"), kind=_kind(spec.count_reads)
+    )
 
 
-def thrown(one_in: int) -> Words:
-    """That chance has chosen a request, one of so many."""
-    return () if one_in == 1 else ("{", f"rand({one_in})", "0", "}")
+def _kind(one_in: int) -> int:
+    return _ONE_BY_ONE if one_in == 1 else _BY_CHANCE
 
 
-def _track(condition: Words = ()) -> tuple[Words, ...]:
-    """Find or make the entries of a request; the one of its reader if the guest is looked at closely."""
-    only = ("if", *condition) if condition else ()
-    return (
-        ("http-request", f"track-sc{_GUEST}", "var(sess.network),concat(|,txn.instance)",
-         "table", GUESTS_TABLE, *only),
-        # What is not tracked is not counted, nor is its rate below anything.
-        ("http-request", "set-var-fmt(txn.reader)", _READER_KEY,
-         "if", "{", f"sc_gpc_rate({_LOOKS},{_GUEST})", "lt", str(CLOSE_LOOKS), "}"),
-        ("http-request", f"track-sc{_READER}", "var(txn.reader)", "table", READERS_TABLE),
-        ("http-request", f"sc-inc-gpc({_LOOKS},{_GUEST})", "if", "{", "var(txn.reader)", "-m", "found", "}"),
-    )  # fmt: skip
-
-
-def _count(kind: int, condition: Words = ()) -> tuple[Words, ...]:
-    only = ("if", *condition) if condition else ()
-    return tuple(
-        ("http-request", f"sc-inc-gpc({kind},{tracked})", *only) for tracked in (_GUEST, _READER)
+def _track(form: Form, condition: str | None) -> Text:
+    return form.fill(
+        _TRACK,
+        condition=Text() if condition is None else form.values[condition],
+        branch=Text((f"path,field(2,/,3),bytes(0,{_LONGEST_PATH})",)),
+        client=Text((f"req.fhdr(user-agent),bytes(0,{_LONGEST_CLIENT})",)),
+        close_looks=CLOSE_LOOKS,
     )
 
 

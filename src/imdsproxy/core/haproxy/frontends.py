@@ -2,269 +2,199 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from functools import lru_cache
+from typing import Final
 
-from imdsproxy.core.haproxy.audit import (
-    audit_found,
-    audit_rules,
-    hear_tokens,
-    marked,
-    passed,
-    without_marks,
+from imdsproxy.core.haproxy.access_rules import (
+    NOTE_CHECKS,
+    READ_FORWARDING,
+    READ_POLICY,
+    SKIP_CHECKS,
+    TELL_TOKEN_LIFE,
 )
+from imdsproxy.core.haproxy.audit import NOTE_GOOD_TOKEN, audit_rules
 from imdsproxy.core.haproxy.backends import ask_the_cache
-from imdsproxy.core.haproxy.counting import (
-    COUNTED,
-    SAMPLED,
-    hear_operator,
-    sample_reads,
-)
-from imdsproxy.core.haproxy.guard import (
-    ASKED,
-    GUARDED,
-    hear_forwarded,
-    note_asked,
-    pass_at_once,
-    policy_rules,
-)
+from imdsproxy.core.haproxy.counting import READ_OPERATOR, sample_reads
 from imdsproxy.core.haproxy.limits import (
-    count_connections,
-    count_newcomers,
-    fair_share,
-    has_said_share,
+    COUNT_CONNECTIONS,
+    COUNT_NEWCOMERS,
+    SHARE_BY_CONNECTION,
+    SHARE_BY_REQUEST,
+    SHARE_OF_FOUND,
 )
-from imdsproxy.core.haproxy.model import Bind, DataplaneSpec, Section, Words
+from imdsproxy.core.haproxy.model import Bind, DataplaneSpec
 from imdsproxy.core.haproxy.nova import use_nova
-from imdsproxy.core.haproxy.rules import (
-    CONFLICT,
-    KNOWN,
-    NOVA,
-)
-from imdsproxy.core.haproxy.short import (
-    KEPT_SHORT,
-    answer_plain,
-    answer_short,
-)
-from imdsproxy.core.haproxy.unix_listener import agent_rules, share_rules, unix_bind
+from imdsproxy.core.haproxy.short_documents import answer_plain, answer_short
+from imdsproxy.core.haproxy.text import Form, Option, Text, quote
+from imdsproxy.core.haproxy.unix_listener import AGENT_RULES, UNIX_BIND, names_of_agents
 from imdsproxy.core.haproxy.watching import watch_rules
 from imdsproxy.core.model import IpAddress
-from imdsproxy.core.wire import (
-    HEADER_ADDRESS,
-    HEADER_NETWORK,
-    HEADER_RECORD,
+
+# The guest's address is a property of the connection; what that means is looked up for each request.
+# As text: an address would be spelled anew for each request.
+_PEER: Final = """
+    tcp-request connection set-var(sess.address) src,concat()
+    tcp-request connection set-var(sess.network) so_name
+"""
+
+_LOOK_UP: Final = (
+    """
+    http-request set-var(txn.record) var(sess.key),map_str(<overlay_map>)
+    http-request set-var(txn.record) var(sess.key),map_str(<base_map>) if !{ var(txn.record) -m found }
+"""
+    + READ_POLICY
 )
 
-__all__ = [
-    "agents_frontend",
-    "found_frontend",
-    "guests_frontend",
-    "unverified_frontend",
-    "without_guests",
-]
+_READ_FOUND: Final = (
+    """
+    # No second line in the audit log: here it is known who asks.
+    [audited] http-after-response set-header <header_logged> yes
+    http-request set-var(txn.record) req.fhdr(<header_record>)
+    http-request set-var(sess.address) req.fhdr(<header_address>)
+    http-request set-var(sess.network) req.fhdr(<header_network>)
+"""
+    + READ_POLICY
+    + READ_FORWARDING
+    + READ_OPERATOR
+    + SHARE_OF_FOUND
+    + """
+    http-request set-var(sess.from_resolver) bool(true)
+"""
+)
+
+_CHOOSE_DOCUMENTS: Final = """
+    [counts_reads] use_backend documents.sampled if <is_sampled>
+    use_backend documents.checked if <needs_check> <known>
+    use_backend documents if <known>
+    use_backend conflict if <in_conflict>
+"""
 
 
-@lru_cache(maxsize=64)
-def _spelled(address: IpAddress) -> str:
-    # There are two metadata addresses and thousands of binds; an IPv6 address takes 4 µs to spell.
-    return str(address)
-
-
-def _bind(bind: Bind, maxconn: int) -> Words:
-    address = _spelled(bind.address)
-    host = f"[{address}]" if bind.address.version == 6 else address  # noqa: PLR2004 - IP version
-    words: list[str] = ["bind", f"{host}:{bind.port}", "name", bind.network]
-    if bind.device is not None:
-        words += ["interface", bind.device]
-    if bind.namespace is not None:
-        words += ["namespace", bind.namespace]
-    return (*words, "proto", "h1", "maxconn", str(maxconn))
-
-
-def guests_frontend(spec: DataplaneSpec) -> Section:
+def guests_frontend(spec: DataplaneSpec, form: Form) -> Text:
     """Where guests connect; a connection is one guest's."""
-    return Section(
-        ("frontend", "guests"),
-        (
-            *_binds(spec.binds, spec),
-            *_peer(),
-            ("tcp-request", "connection", "set-var(sess.key)", "so_name,concat(/,sess.address)"),
-            *count_connections(spec),
-            *_told(spec),
-            *_look_up(spec),
-            *fair_share(spec, by_connection=True),
-            *answer_plain(spec, unless=has_said_share(spec)),
-            *note_asked(),
-            *(
-                ()
-                if spec.nova
-                else pass_at_once(spec.paths.token_keys, unless=has_said_share(spec))
-            ),
-            *hear_tokens(spec.audit),
-            *_answer(spec),
-        ),
+    return form.section(
+        "frontend guests",
+        _binds(spec.binds, spec),
+        _PEER,
+        "tcp-request connection set-var(sess.key) so_name,concat(/,sess.address)",
+        COUNT_CONNECTIONS,
+        _logs(spec, form),
+        _LOOK_UP,
+        SHARE_BY_CONNECTION,
+        answer_plain(spec, form),
+        _answer(spec, form),
     )
 
 
-def unverified_frontend(spec: DataplaneSpec) -> Section:
-    """Whoever the kernel has not let through to `guests`: the resolver asks whose the address is now."""
-    return Section(
-        ("frontend", "unverified"),
-        (
-            *_binds(spec.unverified, spec),
-            *_peer(),
-            ("tcp-request", "connection", "set-var(sess.unverified)", "src_port"),
-            *count_newcomers(spec),
-            *_told(spec),
-            # The next request comes verified, if it may.
-            ("option", "httpclose"),
-            ("default_backend", "resolver"),
-        ),
+def unverified_frontend(spec: DataplaneSpec, form: Form) -> Text:
+    """Connections that the kernel has not let through to `guests`: the resolver looks up whose each address is now."""
+    return form.section(
+        "frontend unverified",
+        _binds(spec.unverified, spec),
+        _PEER,
+        "tcp-request connection set-var(sess.unverified) src_port",
+        COUNT_NEWCOMERS,
+        _logs(spec, form),
+        # The next request comes verified, if it may.
+        "option httpclose",
+        "default_backend resolver",
     )
 
 
-def _told(spec: DataplaneSpec, *, headers: bool = False) -> tuple[Words, ...]:
-    """Whom the requests of a frontend are told: who watches, and the audit log."""
-    audit = audit_rules(
-        spec.audit,
-        spec.paths.audit_last,
-        nova=bool(spec.nova),
-        headers=headers,
-        watched=spec.watched,
-    )
-    return (*(watch_rules(audited=bool(audit)) if spec.watched else ()), *audit)
-
-
-def _marks(spec: DataplaneSpec, rules: tuple[Words, ...]) -> tuple[Words, ...]:
-    return rules if spec.audit else without_marks(rules)
-
-
-def _binds(binds: Iterable[Bind], spec: DataplaneSpec) -> Iterator[Words]:
-    for bind in sorted(binds, key=_bind_order):
-        yield _bind(bind, spec.limits.maxconn_per_network)
-
-
-def _peer() -> tuple[Words, ...]:
-    # Who asks is a property of the connection; what that means is looked up for each request.
-    # As text: an address would be spelled anew for each request.
-    return (
-        ("tcp-request", "connection", "set-var(sess.address)", "src,concat()"),
-        ("tcp-request", "connection", "set-var(sess.network)", "so_name"),
-    )
-
-
-def agents_frontend(spec: DataplaneSpec) -> Section:
-    """Where Neutron's proxies connect; each request says whose it is."""
+def agents_frontend(spec: DataplaneSpec, form: Form) -> Text:
+    """Where Neutron's proxies connect; each request names its guest."""
     assert spec.unix is not None  # noqa: S101 - for the type checker; the caller has looked
-    return Section(
-        ("frontend", "agents"),
-        (
-            unix_bind(spec.unix),
-            *_told(spec, headers=True),
-            *_marks(spec, (marked("unix-listener"),)),
-            *agent_rules(),
-            *_marks(spec, (marked("share"),)),
-            *share_rules(spec.limits.maxconn_per_network, spec.unix.maxconn),
-            *_marks(spec, (passed(),)),
-            *_look_up(spec),
-            *fair_share(spec, by_connection=False),
-            *answer_plain(spec, unless=has_said_share(spec)),
-            *note_asked(),
-            *(
-                ()
-                if spec.nova
-                else pass_at_once(spec.paths.token_keys, unless=has_said_share(spec))
-            ),
-            *hear_tokens(spec.audit),
-            *_answer(spec),
-        ),
+    names = names_of_agents(spec.unix, spec.limits.maxconn_per_network, form)
+    return form.section(
+        "frontend agents",
+        form.fill(UNIX_BIND, **names),
+        _logs(spec, form, headers=True),
+        form.fill(AGENT_RULES, **names),
+        _LOOK_UP,
+        SHARE_BY_REQUEST,
+        answer_plain(spec, form),
+        _answer(spec, form),
     )
 
 
-def found_frontend(spec: DataplaneSpec) -> Section:
+def found_frontend(spec: DataplaneSpec, form: Form) -> Text:
     """Where the resolver hands in requests of guests that it has just found; only we can open it."""
-    return Section(
-        ("frontend", "found"),
-        (
-            ("bind", f"unix@{spec.paths.found}", "name", "found", "mode", "600", "proto", "h1"),
-            *(_told(spec, headers=True) if spec.audit else ()),
-            *audit_found(spec.audit),
-            ("http-request", "set-var(txn.record)", f"req.fhdr({HEADER_RECORD})"),
-            ("http-request", "set-var(sess.address)", f"req.fhdr({HEADER_ADDRESS})"),
-            ("http-request", "set-var(sess.network)", f"req.fhdr({HEADER_NETWORK})"),
-            *policy_rules(),
-            *hear_forwarded(),
-            hear_operator(),
-            *fair_share(spec, by_connection=False, counted=False),
-            ("http-request", "set-var(sess.found)", "bool(true)"),
-            *note_asked(),
-            *(
-                ()
-                if spec.nova
-                else pass_at_once(spec.paths.token_keys, unless=has_said_share(spec))
-            ),
-            *hear_tokens(spec.audit),
-            *_answer(spec, found=True),
-        ),
+    return form.section(
+        "frontend found",
+        "bind <found_socket> name found mode 600 proto h1",
+        _logs(spec, form, headers=True) if spec.audit else Text(),
+        _READ_FOUND,
+        _answer(spec, form, found=True),
     )
 
 
-def _answer(spec: DataplaneSpec, *, found: bool = False) -> tuple[Words, ...]:
-    """From `txn.record` to whoever answers."""
-    return (
-        *sample_reads(
-            spec.count_reads, ASKED, chosen=() if spec.nova or found else KEPT_SHORT, found=found
-        ),
-        # In front of Nova most requests have nothing to do with the cache, and its filter would cost each of them
-        # a tenth. Elsewhere all have, and a hit that first chose a backend takes a third more instructions.
-        *(() if spec.nova or found else answer_short(spec, unless=ASKED)),
-        *(() if spec.nova else ask_the_cache(spec, unless=ASKED)),
-        *(_choose_nova(spec, found=found) if spec.nova else ()),
-        *((("use_backend", f"documents{COUNTED}", "if", *SAMPLED),) if spec.count_reads else ()),
-        ("use_backend", f"documents{GUARDED}", "if", *ASKED, *KNOWN),
-        ("use_backend", "documents", "if", *KNOWN),
-        ("use_backend", "conflict", "if", *CONFLICT),
-        # What comes from the resolver does not go back to it.
-        ("default_backend", "conflict" if found else "resolver"),
-    )
-
-
-def _choose_nova(spec: DataplaneSpec, *, found: bool) -> tuple[Words, ...]:
-    if found:
-        # A set that a reload took away meanwhile.
-        return (*use_nova(spec), ("use_backend", "conflict", "if", *NOVA))
-    return (
-        # Nova reads a body by its Content-Length, and HAProxy cannot add one.
-        ("use_backend", "resolver", "if", "{", "req.fhdr(transfer-encoding)", "-m", "found", "}", *NOVA),
-        *use_nova(spec),
-        # An endpoint set that is not in this configuration yet, or not any more.
-        ("use_backend", "resolver", "if", *NOVA),
-    )  # fmt: skip
-
-
-def _look_up(spec: DataplaneSpec) -> tuple[Words, ...]:
-    return (
-        ("http-request", "set-var(txn.record)", f"var(sess.key),map_str({spec.paths.overlay_map})"),
-        ("http-request", "set-var(txn.record)", f"var(sess.key),map_str({spec.paths.base_map})",
-         "if", "!{", "var(txn.record)", "-m", "found", "}"),
-        *policy_rules(),
-    )  # fmt: skip
-
-
-def without_guests(spec: DataplaneSpec) -> Section:
-    """What stands in the place of frontends while nobody can be listened to.
+def records_backend(form: Form) -> Text:
+    """What stands in the place of frontends while there is nothing to listen to.
 
     HAProxy knows a map only by a rule that uses it, and records come before listeners: without this, none could be
     taken in.
     """
-    return Section(("backend", "records"), _look_up(spec))
+    return form.section("backend records", _LOOK_UP)
+
+
+def _logs(spec: DataplaneSpec, form: Form, *, headers: bool = False) -> Text:
+    return form.fill(
+        watch_rules(form) if spec.watched else Text(), audit_rules(spec, form, headers=headers)
+    )
+
+
+def _answer(spec: DataplaneSpec, form: Form, *, found: bool = False) -> Text:
+    """From `txn.record` to the backend that answers."""
+    # What comes from the resolver does not go back to it.
+    default = "default_backend conflict" if found else "default_backend resolver"
+    if spec.nova:
+        return form.fill(
+            NOTE_CHECKS,
+            NOTE_GOOD_TOKEN,
+            sample_reads(spec, form, found=found),
+            use_nova(spec, form, found=found),
+            _CHOOSE_DOCUMENTS,
+            default,
+        )
+    # In front of Nova most requests have nothing to do with the cache, and its filter would cost each of them
+    # a tenth. Elsewhere all have, and a hit that first chose a backend takes a third more instructions.
+    return form.fill(
+        NOTE_CHECKS,
+        SKIP_CHECKS,
+        TELL_TOKEN_LIFE,
+        NOTE_GOOD_TOKEN,
+        sample_reads(spec, form, found=found),
+        Text() if found else answer_short(spec, form),
+        ask_the_cache(form, checked_elsewhere=True),
+        _CHOOSE_DOCUMENTS,
+        default,
+    )
+
+
+@lru_cache(maxsize=64)
+def _host(address: IpAddress) -> str:
+    # There are two metadata addresses and thousands of binds; an IPv6 address takes 4 µs to spell.
+    return f"[{address}]" if address.version == 6 else str(address)  # noqa: PLR2004 - IP version
+
+
+def _binds(binds: Iterable[Bind], spec: DataplaneSpec) -> Text:
+    # Not by a template: there may be 20,000, and each is a few microseconds of every change of a network.
+    end = f"proto h1 maxconn {spec.limits.maxconn_per_network}"
+    return Text(tuple(f"{_bind(bind)} {end}" for bind in sorted(binds, key=_bind_order)))
+
+
+def _bind(bind: Bind) -> str:
+    words = [f"bind {_host(bind.address)}:{bind.port} name {quote(bind.network)}"]
+    options = (Option("interface", bind.device), Option("namespace", bind.namespace))
+    return " ".join((*words, *(str(one) for one in options if one.word is not None)))
 
 
 def _bind_order(bind: Bind) -> tuple[str, int, str, int, str, str]:
     return (
         bind.network,
         bind.address.version,
-        _spelled(bind.address),
+        _host(bind.address),
         bind.port,
         bind.device or "",
         bind.namespace or "",

@@ -19,18 +19,6 @@ from typing import Final
 
 from imdsproxy.core.wire import MAP_TOMBSTONE
 
-__all__ = [
-    "COMPACT_ABOVE",
-    "GENERATION_KEY",
-    "MapChanges",
-    "MapState",
-    "PackedMap",
-    "parse_map",
-    "plan_changes",
-    "render_map",
-    "split_payload",
-]
-
 COMPACT_ABOVE: Final = 1024
 """Entries of the overlay beyond which it is folded into the base."""
 

@@ -9,23 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from imdsproxy.core.haproxy.section import Section, Words
 from imdsproxy.core.model import IpAddress, NetworkId
-
-__all__ = [
-    "Bind",
-    "DataplaneSpec",
-    "HealthCheck",
-    "Limits",
-    "NovaBackend",
-    "NovaServer",
-    "NovaTimes",
-    "NovaTls",
-    "Paths",
-    "Section",
-    "UnixBind",
-    "Words",
-]
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -58,11 +42,11 @@ class Paths:
         token_keys: The map of the keys of session tokens (`core.tokens.render_key_map`).
         path_rules: The map of sets of path rules (`core.path_rules.render_set`).
         found: The socket by which the resolver hands in requests of guests that it has found.
-        short: An empty file, by whose name HAProxy knows the map that it fills itself (`core.haproxy.short`).
+        short: An empty file, by whose name HAProxy knows the map that it fills itself (`core.haproxy.short_documents`).
         silence: An empty file: the answer that is none.
-        hops: Directory of HAProxy's sockets to itself, as whoever binds them sees it.
+        hops: Directory of HAProxy's sockets to itself, as the master sees it.
         hops_inside: The same directory as the worker sees it.
-        audit: The socket of whoever writes the audit log.
+        audit: The socket of the audit log's writer.
         audit_last: The same for datagrams.
     """
 
@@ -217,7 +201,7 @@ class DataplaneSpec:
     Attributes:
         binds: Where guests are believed by their address: where it is not checked, or behind a gate.
         unverified: Where the resolver is asked about each request (`anti_spoofing.plan`).
-        watched: Somebody watches who asks what.
+        watched: A client of the admin API watches requests.
         count_reads: Of so many reads without a token, where none is required, one is counted; 0 for none.
         audit: Of so many requests one has a line in the audit log; 0 for none.
     """

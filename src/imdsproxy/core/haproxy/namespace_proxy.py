@@ -11,10 +11,9 @@ import re
 from dataclasses import dataclass
 from typing import Final, Literal
 
-from imdsproxy.core.haproxy.quoting import render_word
-from imdsproxy.core.haproxy.rules import METHODS, UNDONE
-from imdsproxy.core.haproxy.section import add_banner
-from imdsproxy.core.wire import RETRY_AFTER_S
+from imdsproxy.core.haproxy.access_rules import REFUSE_FORWARDED_TOKEN
+from imdsproxy.core.haproxy.names import CONSTANTS
+from imdsproxy.core.haproxy.text import Form, Option, Text, Word, render
 from imdsproxy.errors import RequestRefused
 
 DEFAULT_PORT: Final = 9697
@@ -36,56 +35,57 @@ _FORGEABLE: Final = (
 )
 """Headers that a guest must not send, as a regular expression on lower-case names."""
 
-# Where Neutron's differs, or for a reason that the text does not show:
-# - noreuseport: two that share a port would each get some of the requests. The second shall fail.
-# - log-tag: the prefix by which Debian's rsyslog files it in /var/log/haproxy.log.
-# - http-server-close: a kept connection that ends under a request would cost the guest its own.
-# - http-restrict-req-hdr-names: WSGI upstreams read X_Instance_ID as X-Instance-ID.
-# - METH_CONNECT, status 101: a tunnel, as that of an upgrade.
-# - 403: a token that another program forwarded, however its path is spelled.
-# - X-Forwarded-By: the guest's X-Forwarded-For is replaced below; a receiver's `refuse_forwarded` looks at this.
-# - ::ffff:0:0/96: on a socket for both families the kernel has IPv4 peers as ::ffff:a.b.c.d.
-# - set-status 503: what the upstream itself answers is passed on. Of the rest a guest sees 503 only, which
-#   cloud-init's OpenStack source waits on.
-_TEMPLATE: Final = """\
-global
-{process}  maxconn 1024
-  nbthread 1
-  noreuseport
-
-defaults
-  mode http
-{log}  option http-server-close
-  option http-restrict-req-hdr-names delete
-  retries 3
-  timeout http-request 30s
-  timeout connect 30s
-  timeout client 32s
-  timeout server 32s
-  timeout http-keep-alive 30s
-  http-error status 502 hdr Retry-After {retry} hdr Cache-Control no-store
-  http-error status 503 hdr Retry-After {retry} hdr Cache-Control no-store
-  http-error status 504 hdr Retry-After {retry} hdr Cache-Control no-store
-
-listen metadata
-  bind {bind} proto h1
-  http-request return status 405 hdr Allow {methods} if METH_CONNECT
-  http-request set-var(txn.path) {path} if {{ method PUT }}
-  http-request return status 403 if {{ method PUT }} {forwarded} {{ var(txn.path) -m end /api/token /api/token/ }}
-  http-request set-header X-Forwarded-By guest if {forwarded}
-  http-request del-header {forgeable} -m reg
-  http-request set-header {header} {uuid}
-  http-request set-header X-Forwarded-For %[src]
-  http-request set-header X-Forwarded-For %[src,regsub(^::ffff:,)] if {{ src ::ffff:0:0/96 }}
-  http-response deny deny_status 502 if {{ status 101 }}
-  http-response set-var(txn.answered) bool(true)
-  http-after-response set-status 503 if {{ status 502 504 }} !{{ var(txn.answered) -m bool }}
-  server metadata {upstream}
+_GLOBAL: Final = """
+    [logs] log <log>
+    # The prefix by which Debian's rsyslog files it in /var/log/haproxy.log.
+    [logs] log-tag haproxy-metadata-proxy-<uuid>
+    <user>
+    <group>
+    maxconn 1024
+    nbthread 1
+    # Two that share a port would each get some of the requests. The second is to fail because the port is in use.
+    noreuseport
 """
-_LOG: Final = """\
-  log global
-  option httplog
-  option dontlognull
+
+_DEFAULTS: Final = """
+    mode http
+    [logs] log global
+    [logs] option httplog
+    [logs] option dontlognull
+    # A kept connection that ends under a request would cost the guest its own.
+    option http-server-close
+    # WSGI upstreams read X_Instance_ID as X-Instance-ID.
+    option http-restrict-req-hdr-names delete
+    retries 3
+    timeout http-request 30s
+    timeout connect 30s
+    timeout client 32s
+    timeout server 32s
+    timeout http-keep-alive 30s
+    http-error status 502 hdr Retry-After <retry_after_s> hdr Cache-Control no-store
+    http-error status 503 hdr Retry-After <retry_after_s> hdr Cache-Control no-store
+    http-error status 504 hdr Retry-After <retry_after_s> hdr Cache-Control no-store
+"""
+
+_LISTEN: Final = """
+    [dual_stack] bind :::<port> v4v6 proto h1
+    [!dual_stack] bind 0.0.0.0:<port> proto h1
+    # A tunnel, as that of an upgrade.
+    http-request return status 405 hdr Allow <allow_methods> if METH_CONNECT
+    <refuse_forwarded>
+    # The guest's own header is replaced below; a receiver's `refuse_forwarded` looks at this one.
+    http-request set-header X-Forwarded-By guest if <forwarded_for>
+    http-request del-header <forgeable> -m reg
+    http-request set-header <header> <uuid>
+    http-request set-header X-Forwarded-For %[src]
+    # On a socket for both families the kernel has IPv4 peers as ::ffff:a.b.c.d.
+    http-request set-header X-Forwarded-For %[src,regsub(^::ffff:,)] if { src ::ffff:0:0/96 }
+    http-response deny deny_status 502 if { status 101 }
+    http-response set-var(txn.answered) bool(true)
+    # The upstream's own answers are passed on. Of the rest a guest sees 503 only, which cloud-init's OpenStack source
+    # waits on.
+    http-after-response set-status 503 if { status 502 504 } !{ var(txn.answered) -m bool }
+    server metadata <upstream>
 """
 
 _FACILITIES: Final = (
@@ -146,30 +146,38 @@ def render_namespace_proxy(spec: NamespaceProxySpec) -> str:
     Raises:
         UnquotableWord: A path or name holds a control character.
     """
-    process: list[str] = []
-    if (log := spec.syslog) is not None:
-        process += [
-            f"log {render_word(log.socket)} {log.facility} {log.level}",
-            f"log-tag haproxy-metadata-proxy-{spec.resource.uuid}",
-        ]
-    if spec.user is not None:
-        process.append(f"user {render_word(spec.user)}")
-    if spec.group is not None:
-        process.append(f"group {render_word(spec.group)}")
-    return add_banner(
-        _TEMPLATE.format(
-            process="".join(f"  {line}\n" for line in process),
-            log=_LOG if log else "",
-            retry=RETRY_AFTER_S,
-            bind=f":::{spec.port} v4v6" if spec.dual_stack else f"0.0.0.0:{spec.port}",
-            methods=render_word(", ".join(METHODS)),
-            path=render_word(UNDONE),
-            forwarded="{ req.fhdr_cnt(x-forwarded-for) gt 0 }",
-            forgeable=render_word(f"^(?:{_FORGEABLE})$"),
-            header=spec.resource.header,
-            uuid=spec.resource.uuid,
-            upstream=render_word(f"unix@{spec.upstream}"),
+    syslog = spec.syslog
+    form = Form(
+        {
+            **CONSTANTS,
+            "logs": syslog is not None,
+            "log": Text() if syslog is None else _log(syslog),
+            "uuid": Word(spec.resource.uuid),
+            "user": Option("user", spec.user),
+            "group": Option("group", spec.group),
+            "dual_stack": spec.dual_stack,
+            "port": spec.port,
+            "forgeable": Word(f"^(?:{_FORGEABLE})$"),
+            "header": Word(spec.resource.header),
+            "upstream": Word(f"unix@{spec.upstream}"),
+        }
+    )
+    refuse_forwarded = form.fill(REFUSE_FORWARDED_TOKEN, forwarded=form.values["forwarded_for"])
+    return render(
+        (
+            form.section("global", _GLOBAL),
+            form.section("defaults", _DEFAULTS),
+            form.section("listen metadata", _LISTEN, refuse_forwarded=refuse_forwarded),
         )
+    )
+
+
+def _log(syslog: Syslog) -> Text:
+    return Form().fill(
+        "<socket> <facility> <level>",
+        socket=Word(syslog.socket),
+        facility=Word(syslog.facility),
+        level=Word(syslog.level),
     )
 
 

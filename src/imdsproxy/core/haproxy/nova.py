@@ -3,7 +3,7 @@
 Of a guest's request Nova gets method, path, query, body and the allow-listed headers, each as it was, and four
 headers that we set out of the record. Two backends stand for each endpoint set: what may be asked twice is asked
 again when an endpoint fails; everything else is sent once, over a connection of its own, since a kept one may
-close just then and nobody could say whether it had arrived.
+close just then and there is no way to know whether it had arrived.
 
 Endpoints of one set that have different secrets, as while these are replaced, are reached by a hop through
 HAProxy itself: which signature is right depends on the endpoint, and rules run before one is chosen.
@@ -17,57 +17,134 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Final
 
-from imdsproxy.core.haproxy.counting import COUNTED, SAMPLED
-from imdsproxy.core.haproxy.guard import ASKED, GUARDED, looked_at
-from imdsproxy.core.haproxy.limits import bound_body
-from imdsproxy.core.haproxy.model import (
-    DataplaneSpec,
-    NovaBackend,
-    NovaServer,
-    NovaTimes,
-    NovaTls,
-    Section,
-    Words,
-)
-from imdsproxy.core.haproxy.rules import (
-    allow_methods,
-    delete_guest_headers,
-    milliseconds,
-    negated,
-    originate,
-    refuse_lengths,
-    tell_to_continue,
-)
+from imdsproxy.core.haproxy.access_rules import first_rules
+from imdsproxy.core.haproxy.model import DataplaneSpec, NovaBackend, NovaServer, NovaTimes, NovaTls
+from imdsproxy.core.haproxy.names import CHECKED, SAMPLED, milliseconds
+from imdsproxy.core.haproxy.text import Form, Option, Text, Value, Word
 from imdsproxy.core.wire import MAP_NOVA
 
-__all__ = [
-    "hop_sockets",
-    "longest_s",
-    "set_of_backend",
-    "nova_backends",
-    "nova_globals",
-    "refused_counter",
-    "use_nova",
-]
-
-_NEXT: Final = "x-imdsproxy-next-signature"
-"""Between HAProxy and itself only."""
-
 _HOP_SOCKET: Final = re.compile(r"\bhop-[0-9a-f]{16}\.sock\b")
-_REPEATABLE: Final = ("{", "method", "GET", "HEAD", "OPTIONS", "}")
 _SIGNATURE: Final = 64
 """Characters of a signature."""
 
 _RETRIES: Final = 2
 _CHECK_S: Final = 3.0
 """A Nova whose workers are all busy answers late; one that takes longer twice in a row would keep guests waiting."""
-_CHECK_SPREAD_PERCENT: Final = 25
 _BEYOND_HOP_S: Final = 1.0
 """How much longer a request may take that goes through a hop: the hop's own time is over first."""
 
 
+ORIGIN_FORM: Final = """
+    # The absolute form of a target becomes the origin form (RFC 9112 section 3.2); nothing else of it is touched.
+    http-request set-uri %[pathq] unless { url_beg / } or { url -m str * }
+"""
+
+ALL_METHODS: Final = """
+    # Nova takes every method that is known.
+    http-request return status 405 hdr Allow <allow_methods> if !{ method <methods> }
+"""
+
+_USE_FIRST: Final = """
+    # Nova reads a body by its Content-Length, and HAProxy cannot add one.
+    use_backend resolver if { req.fhdr(transfer-encoding) -m found } <of_nova>
+"""
+
+_USE_LAST: Final = """
+    # An endpoint set that is not in this configuration yet, or not any more.
+    [found] use_backend conflict if <of_nova>
+    [!found] use_backend resolver if <of_nova>
+"""
+
+_USE_FOR_READS: Final = """
+    use_backend nova.<set> if <of_set> <repeatable> !<needs_check>
+"""
+
+_USE_FOR_OTHERS: Final = """
+    [counts_reads] use_backend nova.<set>.sampled if <is_sampled> <of_set>
+    use_backend nova.<set>.checked if <of_set> <repeatable>
+    use_backend nova.<set>.once.checked if <of_set> <needs_check>
+    use_backend nova.<set>.once if <of_set>
+"""
+
+_SEND: Final = """
+    # The same text is no reload; a renewed certificate has to be one.
+    description <certificates>
+    # What may be repeated came here by its method.
+    [once] <all_methods>
+    <origin_form>
+    # As for the document server.
+    http-request return status 400 if { req.fhdr(content-length) -m len 19: }
+    [once] http-request return status 413 if { req.fhdr(content-length) -m int gt <body_bytes> }
+    [once] http-request wait-for-body time 10s if { method POST PUT PATCH }
+    http-request wait-for-body time 10s if { req.fhdr(expect) -m found }
+    http-request del-header <other_than_guest_headers> -m reg
+    http-request set-header host <host>
+    # Out of the record: `@SET|SIGNATURE|INSTANCE|PROJECT`, perhaps `|NEXT-SIGNATURE`.
+    http-request set-header x-instance-id %[<rest>,field(1,|)]
+    http-request set-header x-tenant-id %[<rest>,field(2,|)]
+    http-request set-header x-instance-id-signature %[var(txn.record),bytes(<begin>,<signature_length>)]
+    [mixed] http-request set-header x-imdsproxy-next-signature %[<rest>,field(3,|)]
+    # After the last step of a replacement there is one signature again before these rules are.
+    [next] http-request set-header x-instance-id-signature %[<rest>,field(3,|)] if { <rest>,field(3,|) -m found }
+    http-request set-header x-forwarded-for %[var(sess.address)]
+    timeout connect <connect_ms>
+    timeout server <server_ms>
+    http-response set-var(<refused>) var(<refused>),add(1) if { status 403 }
+    retries <retries>
+    option redispatch 1
+    # A slow answer is not asked for again: a slow server has enough to do.
+    [!once] retry-on conn-failure empty-response junk-response
+    # A request over a connection that others have used gets no answer, not even 503, when its last try fails: HAProxy
+    # closes the guest's and leaves the rest to the guest. So a guest's first request has its own.
+    [!once] http-reuse safe
+    # `http-reuse never` alone would let a guest's next request have the connection of its last one. Pretending keeps
+    # `connection: close` from Nova.
+    [once] retry-on conn-failure
+    [once] http-reuse never
+    [once] option http-server-close
+    [once] option http-pretend-keepalive
+"""
+
+_CHECK: Final = """
+    option httpchk
+    http-check send meth GET uri / ver HTTP/1.1 hdr host <host>
+    # A proxy in front of Nova may keep `/` to itself: with any answer but 5xx, it is there.
+    http-check expect ! rstatus ^5
+    timeout check <check_ms>
+"""
+
+_SERVER: Final = """
+    server <name> <authority> <tls> <sni> <check>
+"""
+
+_TLS: Final = """
+    [verify] ssl sni str(<name>) alpn http/1.1 verify required ca-file <ca> verifyhost <name> <client>
+    [!verify] ssl sni str(<name>) alpn http/1.1 verify none <client>
+"""
+
+_CHECKED: Final = """
+    check inter <pace> fastinter <soon> downinter <down> fall 2 rise 1 observe layer4 on-error fastinter
+"""
+
+_HOP: Final = """
+    # The master binds the socket, as root; the worker that connects to it is another user.
+    bind <socket> <user> mode 600 proto h1
+    [next] http-request set-header x-instance-id-signature %[req.fhdr(x-imdsproxy-next-signature)]
+        if { req.fhdr(x-imdsproxy-next-signature) -m found }
+    http-request del-header x-imdsproxy-next-signature
+    timeout connect <connect_ms>
+    timeout server <server_ms>
+    retries 0
+    # The backend before the hop tries another endpoint when this one gives no answer.
+    errorfile 502 <silence>
+    errorfile 503 <silence>
+    errorfile 504 <silence>
+    http-reuse safe
+"""
+
+
 def refused_counter(endpoint_set: str) -> str:
-    """The variable of HAProxy that counts how often the set's Nova said 403: it refuses our signature."""
+    """The variable of HAProxy that counts how often the set's Nova answered 403: it refuses our signature."""
     return f"proc.nova_refused_{endpoint_set.replace('-', '_')}"
 
 
@@ -84,248 +161,174 @@ def longest_s(times: NovaTimes) -> float:
 def set_of_backend(backend: str) -> str | None:
     """The endpoint set that a backend of HAProxy's counters stands for; `None` for any other proxy."""
     nova, _, name = backend.partition(".")
-    for ending in (COUNTED, GUARDED, ".once"):
+    for ending in (SAMPLED, CHECKED, ".once"):
         name = name.removesuffix(ending)
     return name if nova == "nova" and "." not in name else None
 
 
-def nova_globals(spec: DataplaneSpec) -> tuple[Words, ...]:
-    """Lines of `global`: every counter begins at 0, so that it can be read before anything was counted.
+def nova_counters(spec: DataplaneSpec, form: Form) -> Text:
+    """For `global`: every counter begins at 0, so that it can be read before anything was counted."""
+    template = "set-var <refused> int(0)"
+    return form.fill(*(form.fill(template, refused=_refused(one)) for one in spec.nova))
 
-    Checks are spread, or hosts that were set up together would ask Nova together.
+
+def use_nova(spec: DataplaneSpec, form: Form, *, found: bool) -> Text:
+    """Which backend takes a request whose record is of Nova; what is most often so comes first.
+
+    Args:
+        spec: What is to be built.
+        form: Its values.
+        found: It is the resolver's frontend: nothing goes back to it.
     """
-    if not spec.nova:
-        return ()
-    counters = (("set-var", refused_counter(one.name), "int(0)") for one in spec.nova)
-    return (("spread-checks", str(_CHECK_SPREAD_PERCENT)), *counters)
+    names = [_names(backend) for backend in spec.nova]
+    return form.fill(
+        Text() if found else _USE_FIRST,
+        *(form.fill(_USE_FOR_READS, **one) for one in names),
+        *(form.fill(_USE_FOR_OTHERS, **one) for one in names),
+        _USE_LAST,
+        found=found,
+    )
 
 
-def use_nova(spec: DataplaneSpec) -> tuple[Words, ...]:
-    """Which backend takes a request whose record is of Nova; what is most often so comes first."""
-    plain = negated(ASKED)
-    reads: list[Words] = []
-    others: list[Words] = []
+def nova_backends(spec: DataplaneSpec, form: Form) -> Iterator[Text]:
+    """The backends of each endpoint set, by what is checked and sent again, and hops of a set with two secrets."""
+    kinds = [(kind, once) for kind in ("", CHECKED) for once in (False, True)]
+    if spec.count_reads:
+        kinds.append((SAMPLED, False))
     for backend in spec.nova:
-        mine = ("{", "var(txn.record)", "-m", "beg", f"{MAP_NOVA}{backend.name}|", "}")
-        name, once = _name(backend), _once(backend)
-        reads.append(("use_backend", name, "if", *mine, *_REPEATABLE, *plain))
-        if spec.count_reads:
-            others.append(("use_backend", f"{name}{COUNTED}", "if", *SAMPLED, *mine))
-        others.append(("use_backend", f"{name}{GUARDED}", "if", *mine, *_REPEATABLE))
-        others.append(("use_backend", f"{once}{GUARDED}", "if", *mine, *ASKED))
-        others.append(("use_backend", once, "if", *mine))
-    return (*reads, *others)
-
-
-def nova_backends(spec: DataplaneSpec) -> Iterator[Section]:
-    """The backends of each endpoint set, by what is looked at and sent again, and hops of a set with two secrets."""
-    for backend in spec.nova:
-        mixed = _mixed(backend)
-        for kind in ("", GUARDED):
-            for once in (False, True):
-                yield _backend(spec, backend, kind, once=once, mixed=mixed)
-        if spec.count_reads:
-            yield _backend(spec, backend, COUNTED, once=False, mixed=mixed)
+        mixed = len({server.slot for server in backend.servers}) > 1
+        for kind, once in kinds:
+            yield _backend(spec, form, backend, kind, once=once, mixed=mixed)
         if mixed or backend.hops:
             for server in backend.servers:
-                yield _hop(spec, backend, server, used=mixed)
+                yield _hop(spec, form, backend, server, used=mixed)
 
 
-def _mixed(backend: NovaBackend) -> bool:
-    return len({server.slot for server in backend.servers}) > 1
+def _refused(backend: NovaBackend) -> Word:
+    return Word(refused_counter(backend.name))
 
 
-def _name(backend: NovaBackend) -> str:
-    return f"nova.{backend.name}"
-
-
-def _once(backend: NovaBackend) -> str:
-    return f"{_name(backend)}.once"
+def _names(backend: NovaBackend) -> dict[str, Value]:
+    mine = f"{MAP_NOVA}{backend.name}|"
+    begin = len(mine)
+    return {
+        "set": Word(backend.name),
+        "of_set": Text((f"{{ var(txn.record) -m beg {Word(mine)} }}",)),
+        "begin": begin,
+        "signature_length": _SIGNATURE,
+        "rest": Text((f"var(txn.record),bytes({begin + _SIGNATURE + 1})",)),
+        "host": Word(backend.host),
+        "refused": _refused(backend),
+    }
 
 
 def _hop_name(backend: NovaBackend, server: NovaServer) -> str:
-    return f"{_name(backend)}.hop.{server.name}"
+    return f"nova.{backend.name}.hop.{server.name}"
 
 
-def _hop_socket(directory: str, backend: NovaBackend, server: NovaServer) -> str:
+def _hop_socket(directory: str, backend: NovaBackend, server: NovaServer) -> Word:
     # HAProxy takes paths of 97 characters, and set and address alone may have 65.
     name = hashlib.sha256(f"{backend.name} {server.name}".encode()).hexdigest()[:16]
-    return f"unix@{directory}/hop-{name}.sock"
-
-
-def _contents(tls: NovaTls | None) -> tuple[Words, ...]:
-    # The same text is no reload; a renewed certificate has to be one.
-    return (("description", f"certificates {tls.contents}"),) if tls and tls.contents else ()
+    return Word(f"unix@{directory}/hop-{name}.sock")
 
 
 def _backend(
-    spec: DataplaneSpec, backend: NovaBackend, kind: str, *, once: bool, mixed: bool
-) -> Section:
+    spec: DataplaneSpec, form: Form, backend: NovaBackend, kind: str, *, once: bool, mixed: bool
+) -> Text:
+    times, tls = spec.nova_times, backend.tls
     first = not once and not kind
-    times = spec.nova_times
-    response_s = times.response_s + (_BEYOND_HOP_S if mixed else 0.0)
-    if mixed:
-        servers = tuple(_to_hop(spec, backend, server) for server in backend.servers)
-    else:
-        servers = tuple(
-            _server(backend.tls, server, times, tracked=None if first else _name(backend))
+    names = _names(backend)
+    contents = tls.contents if tls else ""
+    return form.section(
+        "backend nova.<set><once_name><kind>",
+        first_rules(spec, form, kind, nova=True),
+        _SEND,
+        _check(backend, times, form) if first and not mixed else Text(),
+        *(
+            _to_hop(spec, form, backend, server)
+            if mixed
+            else _server(form, tls, server, times, track=None if first else f"nova.{backend.name}")
             for server in backend.servers
-        )
-    counter = refused_counter(backend.name)
-    return Section(
-        ("backend", f"{_once(backend) if once else _name(backend)}{kind}"),
-        (
-            *looked_at(spec, kind, nova=True),
-            *_contents(backend.tls),
-            *_plain_request(spec, once=once),
-            ("http-request", "set-header", "host", backend.host),
-            *_identity(backend, mixed=mixed),
-            ("http-request", "set-header", "x-forwarded-for", "%[var(sess.address)]"),
-            ("timeout", "connect", milliseconds(times.connect_s)),
-            ("timeout", "server", milliseconds(response_s)),
-            (
-                "http-response",
-                f"set-var({counter})",
-                f"var({counter}),add(1)",
-                "if",
-                "{",
-                "status",
-                "403",
-                "}",
-            ),
-            *_again(once=once),
-            *(_check(backend, times) if first and not mixed else ()),
-            *servers,
         ),
+        **names,
+        once_name=Text((".once" if once else "",)),
+        kind=Text((kind,)),
+        certificates=Word(f"certificates {contents}") if contents else None,
+        once=once,
+        all_methods=form.fill(ALL_METHODS),
+        origin_form=form.fill(ORIGIN_FORM),
+        body_bytes=spec.limits.body_bytes,
+        mixed=mixed,
+        next=not mixed and bool(backend.servers and backend.servers[0].slot),
+        connect_ms=milliseconds(times.connect_s),
+        server_ms=milliseconds(times.response_s + (_BEYOND_HOP_S if mixed else 0.0)),
+        retries=_RETRIES,
     )
 
 
-def _plain_request(spec: DataplaneSpec, *, once: bool) -> tuple[Words, ...]:
-    return (
-        # What may be repeated came here by its method.
-        *(allow_methods(nova=True) if once else ()),
-        originate(),
-        refuse_lengths(),
-        *(bound_body(spec) if once else ()),
-        tell_to_continue(),
-        delete_guest_headers(),
-    )
-
-
-def _identity(backend: NovaBackend, *, mixed: bool) -> tuple[Words, ...]:
-    """Who asks, out of the record: `@SET|SIGNATURE|INSTANCE|PROJECT`, perhaps `|NEXT-SIGNATURE`."""
-    begin = len(f"{MAP_NOVA}{backend.name}|")
-    rest = f"var(txn.record),bytes({begin + _SIGNATURE + 1})"
-    following = f"{rest},field(3,|)"
-    signature: Words = ("http-request", "set-header", "x-instance-id-signature")
-    rules: list[Words] = [
-        ("http-request", "set-header", "x-instance-id", f"%[{rest},field(1,|)]"),
-        ("http-request", "set-header", "x-tenant-id", f"%[{rest},field(2,|)]"),
-        (*signature, f"%[var(txn.record),bytes({begin},{_SIGNATURE})]"),
-    ]
-    if mixed:
-        rules.append(("http-request", "set-header", _NEXT, f"%[{following}]"))
-    elif backend.servers and backend.servers[0].slot:
-        # After the last step of a replacement there is one signature again before these rules are.
-        rules.append((*signature, f"%[{following}]", "if", "{", following, "-m", "found", "}"))
-    return tuple(rules)
-
-
-def _again(*, once: bool) -> tuple[Words, ...]:
-    tries: tuple[Words, ...] = (("retries", str(_RETRIES)), ("option", "redispatch", "1"))
-    if once:
-        return (
-            *tries,
-            ("retry-on", "conn-failure"),
-            # `http-reuse never` alone would let a guest's next request have the connection of its last one.
-            # Pretending keeps `connection: close` from Nova.
-            ("http-reuse", "never"),
-            ("option", "http-server-close"),
-            ("option", "http-pretend-keepalive"),
-        )
-    return (
-        *tries,
-        # Slow answers are not asked for again: whoever is slow has enough to do.
-        ("retry-on", "conn-failure", "empty-response", "junk-response"),
-        # A request over a connection that others have used gets no answer, not even 503, when its last try fails:
-        # HAProxy closes the guest's and leaves the rest to the guest. So a guest's first request has its own.
-        ("http-reuse", "safe"),
-    )
-
-
-def _check(backend: NovaBackend, times: NovaTimes) -> tuple[Words, ...]:
+def _check(backend: NovaBackend, times: NovaTimes, form: Form) -> Text:
     if times.check != "http":
-        return ()
-    send: Words = ("http-check", "send", "meth", "GET", "uri", "/", "ver", "HTTP/1.1")
-    return (
-        ("option", "httpchk"),
-        (*send, "hdr", "host", backend.host),
-        # A proxy in front of Nova may keep `/` to itself: whatever it says of that, it is there.
-        ("http-check", "expect", "!", "rstatus", "^5"),
-        ("timeout", "check", milliseconds(min(_CHECK_S, times.response_s))),
-    )
+        return Text()
+    check_ms = milliseconds(min(_CHECK_S, times.response_s))
+    return form.fill(_CHECK, host=Word(backend.host), check_ms=check_ms)
 
 
 def _server(
-    tls: NovaTls | None, server: NovaServer, times: NovaTimes, *, tracked: str | None
-) -> Words:
-    words: list[str] = ["server", server.name, server.authority]
-    if tls is not None:
-        words += ["ssl", "sni", f"str({tls.name})", "alpn", "http/1.1"]
-        if tls.verify:
-            words += ["verify", "required", "ca-file", tls.ca, "verifyhost", tls.name]
-        else:
-            words += ["verify", "none"]
-        if tls.client is not None:
-            words += ["crt", tls.client]
-    if times.check == "off":
-        return tuple(words)
-    if tracked is not None:
-        return (*words, "track", f"{tracked}/{server.name}")
-    pace = milliseconds(times.check_interval_s)
-    soon = milliseconds(min(times.check_interval_s, 0.5))
-    down = milliseconds(min(times.check_interval_s, 2.0))
-    if tls is not None:
-        words += ["check-sni", tls.name]
-    return (*words, "check", "inter", pace, "fastinter", soon, "downinter", down,
-            "fall", "2", "rise", "1", "observe", "layer4", "on-error", "fastinter")  # fmt: skip
+    form: Form, tls: NovaTls | None, server: NovaServer, times: NovaTimes, *, track: str | None
+) -> Text:
+    """An endpoint, checked here, or by the backend whose name is `track`."""
+    checks = track is None and times.check != "off"
+    tracked = f"{track}/{server.name}" if track and times.check != "off" else None
+    return form.fill(
+        _SERVER,
+        name=Word(server.name),
+        authority=Word(server.authority),
+        tls=_tls(form, tls) if tls else Text(),
+        sni=Option("check-sni", tls.name if tls and checks else None),
+        check=_checked(form, times.check_interval_s) if checks else Option("track", tracked),
+    )
 
 
-def _to_hop(spec: DataplaneSpec, backend: NovaBackend, server: NovaServer) -> Words:
-    words = ("server", server.name, _hop_socket(spec.paths.hops_inside, backend, server))
-    if spec.nova_times.check == "off":
-        return words
-    return (*words, "track", f"{_hop_name(backend, server)}/{server.name}")
+def _checked(form: Form, interval_s: float) -> Text:
+    return form.fill(
+        _CHECKED,
+        pace=milliseconds(interval_s),
+        soon=milliseconds(min(interval_s, 0.5)),
+        down=milliseconds(min(interval_s, 2.0)),
+    )
 
 
-def _hop(spec: DataplaneSpec, backend: NovaBackend, server: NovaServer, *, used: bool) -> Section:
+def _tls(form: Form, tls: NovaTls) -> Text:
+    client = Option("crt", tls.client)
+    return form.fill(_TLS, name=Word(tls.name), verify=tls.verify, ca=Word(tls.ca), client=client)
+
+
+def _to_hop(spec: DataplaneSpec, form: Form, backend: NovaBackend, server: NovaServer) -> Text:
+    tracked = f"{_hop_name(backend, server)}/{server.name}"
+    return form.fill(
+        "server <name> <socket> <track>",
+        name=Word(server.name),
+        socket=_hop_socket(spec.paths.hops_inside, backend, server),
+        track=Option("track", None if spec.nova_times.check == "off" else tracked),
+    )
+
+
+def _hop(
+    spec: DataplaneSpec, form: Form, backend: NovaBackend, server: NovaServer, *, used: bool
+) -> Text:
     """One endpoint behind a socket of our own, which takes the signature that it wants.
 
     One that is not `used` is there for workers that still have the configuration before: the sockets are the same.
     """
     times = spec.nova_times if used else replace(spec.nova_times, check="off")
-    if server.slot:
-        choose: tuple[Words, ...] = (
-            ("http-request", "set-header", "x-instance-id-signature", f"%[req.fhdr({_NEXT})]",
-             "if", "{", f"req.fhdr({_NEXT})", "-m", "found", "}"),
-        )  # fmt: skip
-    else:
-        choose = ()
-    # The master binds the socket, as root; the worker that connects to it is another user.
-    owner = () if spec.user is None else ("user", spec.user)
-    return Section(
-        ("listen", _hop_name(backend, server)),
-        (
-            ("bind", _hop_socket(spec.paths.hops, backend, server), *owner, "mode", "600", "proto", "h1"),
-            *choose,
-            ("http-request", "del-header", _NEXT),
-            ("timeout", "connect", milliseconds(times.connect_s)),
-            ("timeout", "server", milliseconds(times.response_s)),
-            ("retries", "0"),
-            # Who is before the hop tries another endpoint when this one gives no answer.
-            *(("errorfile", code, spec.paths.silence) for code in ("502", "503", "504")),
-            ("http-reuse", "safe"),
-            *_check(backend, times),
-            _server(backend.tls, server, times, tracked=None),
-        ),
-    )  # fmt: skip
+    return form.section(
+        "listen <hop>",
+        _HOP,
+        _check(backend, times, form),
+        _server(form, backend.tls, server, times, track=None),
+        hop=Word(_hop_name(backend, server)),
+        socket=_hop_socket(spec.paths.hops, backend, server),
+        next=bool(server.slot),
+        connect_ms=milliseconds(times.connect_s),
+        server_ms=milliseconds(times.response_s),
+    )

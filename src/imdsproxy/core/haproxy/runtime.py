@@ -10,17 +10,6 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Final
 
-__all__ = [
-    "Processes",
-    "ReloadOutcome",
-    "Version",
-    "parse_features",
-    "parse_processes",
-    "parse_reload",
-    "parse_stat",
-    "parse_version",
-]
-
 _VERSION: Final = re.compile(r"HAProxy version ([0-9]{1,9})\.([0-9]{1,9})(?:[.-](\S+))?")
 _NUMBER: Final = re.compile(r"[0-9]{1,18}")
 

@@ -1,6 +1,6 @@
-"""Who asks what, told by HAProxy while somebody watches: its rules, and its lines read into values.
+"""Requests as `imdsproxy watch` shows them: HAProxy's rules for it, and its lines read into values.
 
-HAProxy writes a line a request into a ring in its own memory. The rules are in the configuration only while somebody
+HAProxy writes a line a request into a ring in its own memory. The rules are in the configuration only while a client
 watches: a switch that they looked at would cost every request a twentieth of its time, and they themselves a sixth
 (measured on documents out of the cache). A line has no query, no header and no body of a request, and of a record
 neither revision nor signature.
@@ -18,29 +18,17 @@ from http import HTTPStatus
 from typing import Any, Final
 
 from imdsproxy.core.haproxy.audit import AUDIT_LONGEST
-from imdsproxy.core.haproxy.counting import COUNTED
-from imdsproxy.core.haproxy.guard import GUARDED
-from imdsproxy.core.haproxy.section import Section, Words
+from imdsproxy.core.haproxy.names import CHECKED, SAMPLED
+from imdsproxy.core.haproxy.text import Form, Text, Value, Word
 from imdsproxy.core.wire import MAP_NOVA
 
-__all__ = [
-    "RING",
-    "AnsweredBy",
-    "WatchReport",
-    "Watched",
-    "parse_events",
-    "watch_ring",
-    "watch_rules",
-]
-
 RING: Final = "watched"
-_RING_BYTES: Final = 131_072
 _LONGEST: Final = 1024
 """Bytes of a line; what is beyond is cut off, and that is of the path."""
 
 _CACHE: Final = "<CACHE>"
 _FRONTENDS: Final = ("guests", "agents")
-_NOBODY: Final = "-"
+_NOTHING: Final = "-"
 _NO_REQUEST: Final = "<BADREQ>"
 _FIELDS: Final = (
     "%rt",
@@ -58,6 +46,15 @@ _FIELDS: Final = (
 )
 
 
+_RULES: Final = """
+    log ring@watched len <watch_longest> format raw local0
+    [!audited] log-format <watch_format>
+    # A connection without a byte is no request.
+    [!audited] option dontlognull
+    [!audited] http-request set-var-fmt(txn.watched) '%[method] %[path]'
+"""
+
+
 class AnsweredBy(StrEnum):
     """Who gave the answer."""
 
@@ -67,7 +64,7 @@ class AnsweredBy(StrEnum):
     RESOLVER = "resolver"
     CONFLICT = "conflict"
     HAPROXY = "haproxy"
-    """Itself: a refusal, or nobody was there to answer."""
+    """Itself: a refusal, or nothing was there to answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +75,7 @@ class Watched:
         number: HAProxy's own, which no two requests of one worker share.
         at: When it was answered, Unix time.
         network: Empty where HAProxy refused the request before it looked.
-        instance: `None` where HAProxy's maps had nobody: then the resolver answered.
+        instance: `None` where HAProxy's maps had none: then the resolver answered.
         method: Empty where the request was no HTTP.
         path: Without the query.
         milliseconds: From its first byte to the end of the answer.
@@ -98,7 +95,7 @@ class Watched:
 
 @dataclass(frozen=True, slots=True)
 class WatchReport:
-    """What guests were answered since somebody asked before.
+    """What guests were answered since the question before.
 
     Attributes:
         cursor: To be given at the next question.
@@ -111,29 +108,23 @@ class WatchReport:
     missed: bool = False
 
 
-def watch_ring(*, audited: bool = False) -> Section:
+def watch_ring(form: Form) -> Text:
     """Where lines are kept until they are read, the oldest overwritten first."""
-    return Section(
-        ("ring", RING),
-        (
-            ("format", "raw"),
-            ("maxlen", str(AUDIT_LONGEST if audited else _LONGEST)),
-            ("size", str(_RING_BYTES)),
-        ),
+    return form.section(
+        "ring watched", "format raw\nmaxlen <watch_longest>\nsize 131072", **_names(form)
     )
 
 
-def watch_rules(*, audited: bool = False) -> tuple[Words, ...]:
+def watch_rules(form: Form) -> Text:
     """For a frontend of guests; before any rule that changes the path."""
-    if audited:
-        return (("log", f"ring@{RING}", "len", str(AUDIT_LONGEST), "format", "raw", "local0"),)
-    return (
-        ("log", f"ring@{RING}", "len", str(_LONGEST), "format", "raw", "local0"),
-        ("log-format", " ".join(_FIELDS)),
-        # A connection without a byte is no request.
-        ("option", "dontlognull"),
-        ("http-request", "set-var-fmt(txn.watched)", "%[method] %[path]"),
-    )
+    return form.fill(_RULES, **_names(form))
+
+
+def _names(form: Form) -> dict[str, Value]:
+    return {
+        "watch_longest": AUDIT_LONGEST if form.values["audited"] else _LONGEST,
+        "watch_format": Word(" ".join(_FIELDS)),
+    }
 
 
 def parse_events(text: str) -> list[Watched]:
@@ -166,20 +157,20 @@ def _parse(line: str) -> Watched | None:
 
 def _parse_audited(line: str) -> Watched | None:
     try:
-        told: dict[str, Any] = json.loads(line, strict=False)
-        backend, _, server = told["by"].partition("/")
-        method = told["method"]
+        found: dict[str, Any] = json.loads(line, strict=False)
+        backend, _, server = found["by"].partition("/")
+        method = found["method"]
         return Watched(
-            number=told["number"],
-            at=told["time"],
-            network=_named(told["network"]) or "",
-            address=_named(told["address"]) or "",
-            instance=_instance(told["instance"]),
+            number=found["number"],
+            at=found["time"],
+            network=_named(found["network"]) or "",
+            address=_named(found["address"]) or "",
+            instance=_instance(found["instance"]),
             method="" if method == _NO_REQUEST else method,
-            path=_named(told["path"]) or "",
-            status=told["status"],
-            answered_by=_answered_by(backend, server, told["status"]),
-            milliseconds=max(0, told["ms"]),
+            path=_named(found["path"]) or "",
+            status=found["status"],
+            answered_by=_answered_by(backend, server, found["status"]),
+            milliseconds=max(0, found["ms"]),
         )
     except (ValueError, KeyError):
         return None
@@ -190,12 +181,12 @@ def _numbers(*words: str) -> bool:
 
 
 def _named(word: str) -> str | None:
-    return None if word in (_NOBODY, "") else word
+    return None if word in (_NOTHING, "") else word
 
 
 def _instance(word: str) -> str | None:
     # A conflict is `!`; no instance's id begins so.
-    return None if word[:1] in ("!", _NOBODY) else _named(word)
+    return None if word[:1] in ("!", _NOTHING) else _named(word)
 
 
 def _answered_by(backend: str, server: str, status: int) -> AnsweredBy:
@@ -209,5 +200,5 @@ def _answered_by(backend: str, server: str, status: int) -> AnsweredBy:
         AnsweredBy.RESOLVER,
         AnsweredBy.CONFLICT,
     )
-    name = backend.removesuffix(COUNTED).removesuffix(GUARDED)
+    name = backend.removesuffix(SAMPLED).removesuffix(CHECKED)
     return next((one for one in known if name == one.value), AnsweredBy.HAPROXY)

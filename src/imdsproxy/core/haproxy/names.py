@@ -1,0 +1,260 @@
+"""What templates of the configuration may name: conditions of requests, and the values of a `DataplaneSpec`.
+
+The places of fields in records and in the policy word are here and nowhere else in these rules.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from imdsproxy.core import policy_word as layout
+from imdsproxy.core.documents.tree import TEXT
+from imdsproxy.core.haproxy.audit import AUDIT_LONGEST
+from imdsproxy.core.haproxy.limits import names_of_limits
+from imdsproxy.core.haproxy.model import DataplaneSpec
+from imdsproxy.core.haproxy.text import Form, Option, Text, Value, Word
+from imdsproxy.core.hop_limit import NEXT_TO_MARK, UNLIMITED, WITHHELD
+from imdsproxy.core.path_rules import TOKEN_PATH, WITHIN_OTHER_TREES
+from imdsproxy.core.policy import LONGEST_BOOT_S
+from imdsproxy.core.policy_word import POLICY_WORD, Field, Letter
+from imdsproxy.core.tokens import CURRENT, TOKEN_PATTERN, TTL_LIMIT_S
+from imdsproxy.core.wire import (
+    ANSWER_DSCP,
+    HEADER_ADDRESS,
+    HEADER_FORWARDED,
+    HEADER_INSTANCE,
+    HEADER_NETWORK,
+    HEADER_OPERATOR,
+    HEADER_RECORD,
+    HEADER_REFUSED,
+    HEADER_REVISION,
+    HEADER_SCOPE,
+    HEADER_TARGET,
+    HEADER_TOLD,
+    HEADER_UNVERIFIED,
+    MAP_CONFLICT,
+    MAP_NOVA,
+    RETRY_AFTER_S,
+)
+
+METHODS: Final = ("GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH")
+
+GUEST_HEADERS: Final = (
+    "accept",
+    "content-length",
+    "content-type",
+    "host",
+    "if-[a-z-]+",
+    "range",
+    "transfer-encoding",
+    "user-agent",
+)
+"""What of a guest's headers goes on, as regular expressions on lower-case names; all else is deleted."""
+
+TOKEN_HEADERS: Final = ("x-aws-ec2-metadata-token", "x-aws-ec2-metadata-token-ttl-seconds")
+"""What goes on to our own processes beside; Nova has nothing to do with tokens."""
+
+CHECKED: Final = ".checked"
+"""How a backend's name ends that checks a request (`access_rules`) before it does what the other one does."""
+
+SAMPLED: Final = ".sampled"
+"""How a backend's name ends that counts a read (`counting`) before it does what the other one does."""
+
+_SHORT_PER_MB: Final = 256
+"""Short documents for each MiB of the cache: with its key an entry is below 1 kB."""
+
+_LONGEST_SHORT: Final = 256
+"""Bytes of a short document. HAProxy writes a value letter by letter, at 30 instructions each."""
+
+_FORWARDING_HEADERS: Final = (
+    r"(?im)^(?:forwarded|via|origin|referer|sec-fetch-[^:]*|x-forwarded(?!-for:)[^:]*):"
+)
+_OWN_HOST: Final = r"(?i)^(?:169\.254\.169\.254|\[fe80::a9fe:a9fe(?:%[^\]]*)?\])?(?::80)?$"
+
+_CONDITIONS: Final = """
+    # The record, without the policy word.
+    acl known               var(txn.record) -m sub |
+    acl of_nova             var(txn.record) -m beg <nova_mark>
+    acl in_conflict         var(txn.record) -m str <conflict_mark>
+
+    # The policy word.
+    acl has_policy          var(txn.policy) -m found
+    acl endpoint_off        var(txn.policy) -m beg <endpoint_off_word>
+    acl only_tokens_off     var(txn.policy) -m beg <only_tokens_off_word>
+    # A rate or a burst: then neither of the settings' counts.
+    acl has_own_limits      var(txn.policy),field(<rate_field>,:,2) -m len gt 1
+
+    # The record of a connection.
+    acl connection_known    var(sess.record) -m sub |
+    acl connection_has_policy var(sess.record) -m beg <policy_mark>
+    acl newcomer            var(sess.newcomer) -m found
+
+    # The request.
+    acl reads               method GET HEAD
+    acl put                 method PUT
+    acl repeatable          method GET HEAD OPTIONS
+    # It comes through one of Neutron's proxies: `X-Forwarded-For` is that one's, and so are its packets.
+    acl by_proxy            var(sess.router) -m found
+    acl forwarded_for       req.fhdr_cnt(x-forwarded-for) gt 0
+    # A guest's own programs send no such header: a browser or a proxy was made to ask (SSRF).
+    acl forwarding_header   req.hdrs -m reg <forwarding_headers>
+    acl own_host            req.fhdr(host) -m reg <own_host_pattern>
+    acl in_other_trees      path_beg <other_trees>
+
+    # What rules have found of it.
+    acl needs_check         var(txn.needs_check) -m found
+    acl is_sampled          var(txn.needs_check) -m str sampled
+    acl noncanonical        var(txn.noncanonical_path) -m found
+    # What else begins so is nothing to Nova or to our documents.
+    acl openstack           var(txn.path) -m beg /openstack
+    acl nocloud             var(txn.path) -m beg /nocloud
+    # As `core.policy.boot_is_over`.
+    acl booting             var(txn.booting) -m int 1:<longest_boot_s>
+    acl has_token           var(txn.token) -m found
+    acl token_seen          var(txn.token_seen) -m found
+    acl good_token          var(txn.seconds_left) -m found
+    # It was good on this connection, in the same context. By parts: to put them together first costs as much again.
+    acl same_token          var(txn.token),strcmp(sess.token) -m int 0
+    acl same_context        <token_context>,strcmp(sess.token_context) -m int 0
+    acl token_missing       var(txn.token_missing) -m found
+    acl token_route         var(txn.token_route) -m found
+    acl latest_token_path   var(txn.path) -m str <token_path> <token_path>/
+    acl limited_hops        var(txn.hop_limit) -m int lt <unlimited_hops>
+    acl count_read          var(txn.count_read) -m found
+    acl rewritten           var(txn.original_target) -m found
+    acl has_short_document  var(txn.short_document) -m found
+"""
+"""Written into rules as anonymous conditions, `{ … }`."""
+
+
+def _all_but(kept: tuple[str, ...]) -> Word:
+    return Word(f"^(?!(?:{'|'.join(kept)})$)")
+
+
+def _text(line: str) -> Text:
+    return Text((line,))
+
+
+_VALUES: Final[dict[str, Value]] = {
+    # Records, and the policy word before them.
+    "nova_mark": _text(MAP_NOVA),
+    "conflict_mark": _text(MAP_CONFLICT),
+    "policy_mark": _text(POLICY_WORD),
+    "instance": _text("var(txn.record),field(1,|)"),
+    "instance_of_nova": _text("var(txn.record),field(3,|)"),
+    "revision": _text("var(txn.record),field(2,|)"),
+    "endpoint_off_word": _text(f"{POLICY_WORD}{layout.ENDPOINT.off}"),
+    "only_tokens_off_word": _text(layout.ONLY_TOKENS_OFF),
+    "rate_field": layout.REQUESTS_PER_S.number,
+    "connection_policy_limit": _text(layout.CONNECTIONS.of("var(sess.record),field(1,|)")),
+    # Patterns and expressions.
+    "forwarding_headers": Word(_FORWARDING_HEADERS),
+    "own_host_pattern": Word(_OWN_HOST),
+    "other_than_guest_headers": _all_but(GUEST_HEADERS),
+    "other_than_guest_and_token_headers": _all_but((*GUEST_HEADERS, *TOKEN_HEADERS)),
+    # The path without escapes, doubled slashes and dot segments that lead to the same place.
+    "canonical_path": Word(
+        r'path,url_dec,regsub("/(?:\.?/)*(?:\.$)?",/,g),regsub("^/ec2(?=/|$)","")'
+    ),
+    "token_pattern": Word(TOKEN_PATTERN),
+    # All that a good token depends on, beside itself, its end and its key.
+    "token_context": _text("var(txn.record),concat(|,txn.policy),concat(|,sess.network)"),
+    # Of `KID.EXPIRY`, for whom a token is (`core.tokens.mint_token`).
+    "mac": _text(
+        "concat(|,sess.network),concat(|,txn.instance),concat(|,txn.epoch),hmac(sha256,txn.key),ub64enc"
+    ),
+    # Headers, texts, numbers.
+    "token_header": _text(TOKEN_HEADERS[0]),
+    "ttl_header": _text(TOKEN_HEADERS[1]),
+    "header_address": _text(HEADER_ADDRESS),
+    "header_forwarded": _text(HEADER_FORWARDED),
+    "header_instance": _text(HEADER_INSTANCE),
+    "header_network": _text(HEADER_NETWORK),
+    "header_operator": _text(HEADER_OPERATOR),
+    "header_record": _text(HEADER_RECORD),
+    "header_refused": _text(HEADER_REFUSED),
+    "header_revision": _text(HEADER_REVISION),
+    "header_scope": _text(HEADER_SCOPE),
+    "header_target": _text(HEADER_TARGET),
+    "header_logged": _text(HEADER_TOLD),
+    "header_unverified": _text(HEADER_UNVERIFIED),
+    "methods": _text(" ".join(METHODS)),
+    "allow_methods": Word(", ".join(METHODS)),
+    "token_path": _text(TOKEN_PATH),
+    "other_trees": _text(" ".join(WITHIN_OTHER_TREES)),
+    "current_key": _text(CURRENT),
+    "text_plain": Word(TEXT.decode("ascii")),
+    "longest_short": _LONGEST_SHORT,
+    "audit_longest": AUDIT_LONGEST,
+    "retry_after_s": RETRY_AFTER_S,
+    "longest_ttl_s": TTL_LIMIT_S,
+    "longest_boot_s": LONGEST_BOOT_S,
+    "unlimited_hops": UNLIMITED,
+    "withheld": WITHHELD,
+    "next_to_mark": NEXT_TO_MARK,
+    "answer_mark": ANSWER_DSCP,
+    "answer_tos": ANSWER_DSCP << 2,
+}
+
+
+def _policy() -> dict[str, Value]:
+    """`policy_epoch` for the part `EPOCH` of the policy word, `policy_sealed_on` and `_off` for the letter `SEALED`."""
+    names: dict[str, Value] = {}
+    for name, part in vars(layout).items():
+        if isinstance(part, Letter | Field):
+            names[f"policy_{name.lower()}"] = _text(part.sample)
+        if isinstance(part, Letter):
+            for state, letter in (("on", part.on), ("off", part.off)):
+                condition = f"{{ {part.sample} -m str -- {letter} }}"
+                names[f"policy_{name.lower()}_{state}"] = _text(condition)
+    return names
+
+
+def _conditions() -> dict[str, Value]:
+    acls = (line.split(maxsplit=2) for line in Form(_VALUES).fill(_CONDITIONS).lines)
+    return {name: _text(f"{{ {condition} }}") for _, name, condition in acls}
+
+
+CONSTANTS: Final[dict[str, Value]] = _VALUES | _policy() | _conditions()
+"""What is the same in every configuration."""
+
+
+def milliseconds(seconds: float) -> Word:
+    """A time as HAProxy takes it."""
+    return Word(f"{round(seconds * 1000)}ms")
+
+
+def form_of(spec: DataplaneSpec) -> Form:
+    """What templates may name: `CONSTANTS`, and what is of this configuration."""
+    limits, paths = spec.limits, spec.paths
+    return Form(
+        CONSTANTS
+        | names_of_limits(limits)
+        | {
+            "nova": bool(spec.nova),
+            "cache": limits.cache_mb > 0,
+            "audited": spec.audit > 0,
+            "counts_reads": spec.count_reads > 0,
+            # In front of Nova most requests have nothing to do with documents of ours.
+            "keeps_short": limits.cache_mb > 0 and not spec.nova,
+            "base_map": Word(paths.base_map),
+            "overlay_map": Word(paths.overlay_map),
+            "token_keys": Word(paths.token_keys),
+            "path_rules": Word(paths.path_rules),
+            "short_slots": limits.cache_mb * _SHORT_PER_MB,
+            "short": Word(paths.short),
+            "unavailable": Word(paths.unavailable),
+            "silence": Word(paths.silence),
+            "probe_socket": Word(f"unix@{paths.probe}"),
+            "found_socket": Word(f"unix@{paths.found}"),
+            "resolver_socket": Word(f"unix@{paths.resolver}"),
+            "audit_socket": Word(f"unix@{paths.audit}"),
+            "audit_last": Word(paths.audit_last),
+            "user": Option("user", spec.user),
+            "maxconn_per_network": limits.maxconn_per_network,
+            # `POLICY_SHARE` has something to count of a request.
+            "without_own_limits": _text(f"!{CONSTANTS['has_own_limits']}" if limits.fair else ""),
+            # One in so many requests: chance has chosen this one.
+            "by_chance": _text(f"{{ rand({spec.count_reads}) 0 }}" if spec.count_reads > 1 else ""),
+        }
+    )

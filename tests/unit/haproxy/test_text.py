@@ -1,0 +1,133 @@
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from imdsproxy.core import haproxy
+from imdsproxy.core.haproxy.text import Form, Option, Text, UnquotableWord, Word, quote
+
+
+def _unquote(text: str) -> str:
+    """HAProxy's own reading of one word, as far as `quote` writes it (manual, section 2.2)."""
+    out: list[str] = []
+    quoted = False
+    position = 0
+    while position < len(text):
+        character = text[position]
+        if character == "'":
+            quoted = not quoted
+        elif character == "\\" and not quoted:
+            position += 1
+            out.append(text[position])
+        else:
+            out.append(character)
+        position += 1
+    assert not quoted
+    return "".join(out)
+
+
+@pytest.mark.parametrize("word", ["127.0.0.1:80", "%[so_name]", "unix@/run/x.sock", "a|b"])
+def test_a_harmless_word_stays_bare(word: str) -> None:
+    assert quote(word) == word
+
+
+@pytest.mark.parametrize(
+    ("word", "expected"),
+    [
+        ("", "''"),
+        ("a b", "'a b'"),
+        ("a#b", "'a#b'"),
+        ("it's", "'it'\\''s'"),
+        ('"', "'\"'"),
+        ("$HOME", "'$HOME'"),
+        ("a\\b", "'a\\b'"),
+    ],
+)
+def test_a_word_that_haproxy_would_read_otherwise_is_quoted(word: str, expected: str) -> None:
+    assert quote(word) == expected
+
+
+@pytest.mark.parametrize("word", ["a\nb", "\0", "a\rb", "\x1b[0m"])
+def test_control_characters_are_refused(word: str) -> None:
+    with pytest.raises(UnquotableWord):
+        quote(word)
+
+
+@given(st.text(st.characters(exclude_categories=("Cc", "Cs"))))
+def test_what_is_written_is_read_as_the_same_word(word: str) -> None:
+    text = quote(word)
+    assert _unquote(text) == word
+    assert text
+
+
+def test_a_value_quotes_itself_inside_a_word_and_alone() -> None:
+    form = Form({"map": Word("/a b.map"), "user": Option("user", "it's"), "most": 7})
+    assert form.fill("set-var(x) map_str(<map>) <user> if { x gt <most> }").lines == (
+        "set-var(x) map_str('/a b.map') user 'it'\\''s' if { x gt 7 }",
+    )
+
+
+@pytest.mark.parametrize("value", ["/plain", True, 1.5, b"x"])
+def test_what_does_not_quote_itself_is_refused(value: Any) -> None:  # noqa: ANN401 - anything
+    with pytest.raises(TypeError, match=r"<map> is .*, which doesn't quote itself"):
+        Form({"map": value}).fill("map_str(<map>)")
+
+
+def test_a_name_without_a_value_is_refused() -> None:
+    with pytest.raises(KeyError, match="map"):
+        Form().fill("map_str(<map>)")
+
+
+def test_a_line_is_there_only_under_its_flags_and_with_its_values() -> None:
+    template = """
+        # A comment.
+        [nova] one
+        [!nova] [fair] two <user>
+        three <none>
+    """
+    user = Option("user", None)
+    assert Form({"nova": True, "fair": False, "user": user}).fill(template, none=None).lines == (
+        "one",
+    )
+    lines = Form({"nova": False, "fair": True, "user": user}).fill(template, none=Word("x")).lines
+    assert lines == ("two", "three x")
+
+
+def test_a_line_that_is_indented_further_continues_the_one_before() -> None:
+    template = """
+        return status 403
+            if { a }
+            { b }
+        next
+    """
+    assert Form().fill(template).lines == ("return status 403 if { a } { b }", "next")
+
+
+def test_an_empty_condition_takes_its_if_with_it() -> None:
+    fill = Form().fill
+    assert fill("rule if <when>", when=Text()).lines == ("rule",)
+    assert fill("rule if <when> { b }", when=Text()).lines == ("rule if { b }",)
+    assert fill("rule if <when>", when=fill("!{ a }")).lines == ("rule if !{ a }",)
+
+
+def test_lines_that_are_finished_are_not_filled_again() -> None:
+    form = Form({"network": Word("<user>"), "user": Word("root")})
+    inner = form.fill("bind name <network>")
+    assert form.section("frontend x", inner, "<inner>", inner=inner).lines == (
+        "frontend x",
+        "  bind name <user>",
+        "  bind name <user>",
+    )
+
+
+def test_no_template_of_a_rule_is_an_f_string() -> None:
+    """What is put in by an f-string is not quoted."""
+    for path in Path(haproxy.__file__).parent.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and getattr(node.func, "attr", "") in {"fill", "section"}:
+                assert not [one for one in node.args if isinstance(one, ast.JoinedStr)], path
