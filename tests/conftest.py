@@ -15,10 +15,6 @@ from support.own_tree import foreign_programs
 
 pytest_plugins = ("support.flaky",)
 
-# The first test that uses it pays for its start, and once in a checkout for its installation.
-_OPENSTACK_S = 300
-
-
 # How long an example takes is the machine's business, which may have other work.
 settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("busy")
@@ -34,10 +30,6 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    for item in items:
-        uses = "openstack" in getattr(item, "fixturenames", ())
-        if uses and item.get_closest_marker("timeout") is None:
-            item.add_marker(pytest.mark.timeout(_OPENSTACK_S))
     if hasattr(config, "workerinput"):
         # What takes minutes begins at once, and what takes moments comes last: nothing long is left for one worker.
         items.sort(

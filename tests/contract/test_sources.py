@@ -188,7 +188,7 @@ WRITERS: Final[dict[str, Callable[[Path], Backing]]] = {
 }
 # Libvirt needs a second for whatever is done to a network.
 KEEPERS: Final = (*WRITERS, pytest.param("libvirt", marks=pytest.mark.slow))
-BACKINGS: Final = (*KEEPERS, pytest.param("neutron", marks=pytest.mark.timeout(300)))
+BACKINGS: Final = (*KEEPERS, "neutron")
 
 
 def _made(request: pytest.FixtureRequest, directory: Path) -> Backing:

@@ -14,7 +14,7 @@ import pytest
 from demo.roster import guests
 from support.demonstration import HostView, demo_directory, start, wait_until
 
-pytestmark = [pytest.mark.root, pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.root, pytest.mark.slow]
 
 UP_S = 240.0
 

@@ -15,7 +15,7 @@ import pytest
 
 from support.demonstration import Demonstration, HostView, demo_directory, start, wait_until
 
-pytestmark = [pytest.mark.root, pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.root, pytest.mark.slow]
 
 UP_S = 240.0
 BOTOCORE = """

@@ -20,7 +20,7 @@ from support.openstack.ways import open_ways
 from support.spellings import HAND_WRITTEN, spellings
 from support.twins import Asker, answers
 
-pytestmark = [pytest.mark.root, pytest.mark.timeout(300)]
+pytestmark = pytest.mark.root
 
 _ADDRESS: Final = "10.0.0.99"
 _EVERYTHING: Final = {"tokens": "required", "openstack_tokens": "required"}

@@ -10,7 +10,7 @@ from support.lab import until
 from support.openstack.lab import OpenStack
 from support.openstack.ways import Ways, open_ways
 
-pytestmark = [pytest.mark.root, pytest.mark.timeout(300)]
+pytestmark = pytest.mark.root
 
 _HOSTNAME = "/latest/meta-data/hostname"
 

@@ -19,7 +19,7 @@ from support.document_blocks import Block, blocks_of, missing_lines
 from support.lab import until
 from support.openstack.install import REPOSITORY
 
-pytestmark = [pytest.mark.root, pytest.mark.timeout(300)]
+pytestmark = pytest.mark.root
 
 _PAGE: Final = REPOSITORY / "docs/openstack.md"
 _HEADING: Final = "## Trying it here"

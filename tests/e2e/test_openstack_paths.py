@@ -26,7 +26,7 @@ from support.openstack.table import (
 )
 from support.openstack.ways import WAYS, Way, Ways, goes, open_ways
 
-pytestmark = [pytest.mark.root, pytest.mark.timeout(300)]
+pytestmark = pytest.mark.root
 
 ROWS: Final = [
     pytest.param(way, name, id=f"{way}: {name}")

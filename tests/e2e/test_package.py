@@ -12,10 +12,11 @@ import pytest
 
 from support.demonstration import REPOSITORY
 from support.guest import Guest, Load, Lost, Reply
+from support.lab import until
 from support.packaged_daemon import PackagedDaemon, machine_with_dependencies
 from support.packages import EPOCH, RECOMMENDED, Packages, build_packages, run
 from support.systemd_daemon import CONTROLLER, DOCUMENTS, HAPROXY, UNITS, own_user_data
-from support.systemd_machine import Machine, until
+from support.systemd_machine import Machine
 
 pytestmark = [pytest.mark.root, pytest.mark.slow, pytest.mark.timeout(400)]
 

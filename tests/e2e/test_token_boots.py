@@ -16,7 +16,7 @@ from demo.roster import Guest, guests, records
 from support.demonstration import REPOSITORY
 from support.world import World, open_world
 
-pytestmark = [pytest.mark.root, pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.root, pytest.mark.slow]
 
 _AWS_MACHINE: Final = {
     # What cloud-init asks where the kernel shows it no SMBIOS; a machine at Amazon has a UUID that begins so.

@@ -21,7 +21,7 @@ from support.guest import Guest
 from support.lab import until, within
 from support.world import World, open_world
 
-pytestmark = [pytest.mark.root, pytest.mark.timeout(120)]
+pytestmark = pytest.mark.root
 
 _ZONE: Final = "eu-west-1a"
 _REGION: Final = "eu-west-1"

@@ -15,8 +15,8 @@ from typing import Final
 import pytest
 
 from support.demonstration import REPOSITORY
+from support.lab import until
 from support.packages import Packages, build_packages, run
-from support.systemd_machine import until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 

@@ -7,9 +7,9 @@ import pytest
 from support.world import World, open_world
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def shared_world() -> Iterator[World]:
-    """One lab and daemon for a module; use `world`, which mends what a test has done to it."""
+    """One lab and daemon for a process; use `world`, which restores it after each test."""
     # Unknown addresses need not be held for as long as guests need.
     with open_world({"resolver": {"hold_s": 1.0}}) as world:
         yield world

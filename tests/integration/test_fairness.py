@@ -39,14 +39,11 @@ def world(shared_world: World) -> Iterator[World]:
     # A worker that ends may tell the next one once more what the test before has asked for.
     until(lambda: _forgotten(shared_world), what="a guest of which nothing is counted")
     yield shared_world
-    _say(shared_world, {})
     shared_world.heal()
 
 
 def _say(world: World, policy: Mapping[str, Any]) -> None:
-    world.daemon.reconfigure(
-        {"limits": _DEFAULT, "resolver": {"hold_s": 1.0}, "policy": {"instances": policy}}
-    )
+    world.daemon.reconfigure({**world.settings, "policy": {"instances": policy}})
 
 
 def _statuses(guest: Guest, count: int, *, to: str = IPV4) -> list[int]:

@@ -20,32 +20,18 @@ from support.daemon import instance
 from support.guest import IPV4, IPV6, Connection, Guest, Lost, Reply, inside
 from support.lab import Lab, batch, ip, until, within
 from support.patience import patience
-from support.world import World, open_world, own
+from support.world import World, own
 
 pytestmark = pytest.mark.root
 
 _TOKEN: Final = "/latest/api/token"
 _USER_DATA: Final = "/latest/user-data"
 _TTL: Final = ("X-aws-ec2-metadata-token-ttl-seconds: 60",)
-_SETTINGS: Final = {"resolver": {"hold_s": 1.0}}
-
-
-@pytest.fixture(scope="module")
-def shared_world() -> Iterator[World]:
-    with open_world(_SETTINGS) as world:
-        yield world
-
-
-@pytest.fixture
-def world(shared_world: World) -> Iterator[World]:
-    yield shared_world
-    shared_world.heal()
-    _say(shared_world, {})
 
 
 def _say(world: World, policy: Mapping[str, Any]) -> None:
     """Have this policy in force."""
-    world.daemon.reconfigure({**_SETTINGS, "policy": policy})
+    world.daemon.reconfigure({**world.settings, "policy": policy})
 
 
 def _put(connection: Connection) -> Reply:

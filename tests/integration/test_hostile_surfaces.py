@@ -17,7 +17,7 @@ from support.guest import IPV4, IPV6, Guest, Lost, inside
 from support.lab import until
 from support.world import World, open_world
 
-pytestmark = [pytest.mark.root, pytest.mark.timeout(300)]
+pytestmark = pytest.mark.root
 
 _METADATA: Final = 80
 _UNVERIFIED: Final = 254

@@ -328,7 +328,6 @@ def server_of(argv: list[str], directory: Path) -> Server:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_people_bring_a_lab_up_stop_a_server_and_bring_all_down(tmp_path: Path) -> None:
     directory = tmp_path / "up"
     told = lab_command(directory, "up")

@@ -15,10 +15,11 @@ import pytest
 
 from support.demonstration import REPOSITORY
 from support.document_blocks import Block, blocks_of
+from support.lab import until
 from support.systemd_daemon import CONTROLLER, UNITS, UnitDaemon
-from support.systemd_machine import Machine, systemd_machine, until
+from support.systemd_machine import Machine, systemd_machine
 
-pytestmark = [pytest.mark.root, pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.root, pytest.mark.slow]
 
 _PAGE: Final = REPOSITORY / "docs/openstack.md"
 _AGENT: Final = "neutron-metadata-agent"

@@ -11,17 +11,11 @@ import pytest
 from support.daemon import instance
 from support.nova_world import NovaWorld, open_nova_world
 from support.recorder import reply
-from support.world import World, open_world
+from support.world import World
 
 pytestmark = pytest.mark.root
 
 _PASSWORD: Final = "/openstack/latest/password"
-
-
-@pytest.fixture(scope="module")
-def shared_world() -> Iterator[World]:
-    with open_world({"resolver": {"hold_s": 1.0}}) as world:
-        yield world
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from support.guest import inside
 from support.lab import Lab, batch, ip, run, until, within
 from support.vm.networks import VmHost
 
-pytestmark = [pytest.mark.root, pytest.mark.timeout(120)]
+pytestmark = pytest.mark.root
 
 _SUBNET: Final = "192.168.122"
 _MAC: Final = "52:54:00:00:00:{:02x}"

@@ -7,7 +7,7 @@ import json
 import os
 import signal
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, Final
 
 import pytest
@@ -19,7 +19,7 @@ from support.guest import Guest
 from support.lab import until
 from support.spellings import HAND_WRITTEN
 from support.twins import Asker
-from support.world import World, open_world, own
+from support.world import World, own
 
 pytestmark = pytest.mark.root
 
@@ -28,25 +28,11 @@ _HOSTNAME: Final = "/latest/meta-data/hostname"
 _META: Final = "/openstack/latest/meta_data.json"
 _NOCLOUD: Final = "/nocloud/user-data"
 _TOKEN_HEADER: Final = "X-aws-ec2-metadata-token"
-_OPEN: Final = {"resolver": {"hold_s": 1.0}}
-
-
-@pytest.fixture(scope="module")
-def shared_world() -> Iterator[World]:
-    with open_world(_OPEN) as world:
-        yield world
-
-
-@pytest.fixture
-def world(shared_world: World) -> Iterator[World]:
-    yield shared_world
-    _settings(shared_world, {})
-    shared_world.heal()
 
 
 def _settings(world: World, policy: Mapping[str, Any]) -> None:
     """Have this policy in force."""
-    world.daemon.reconfigure({**_OPEN, "policy": policy})
+    world.daemon.reconfigure({**world.settings, "policy": policy})
 
 
 def _instance(world: World, policy: Mapping[str, Any], **fields: object) -> None:

@@ -32,16 +32,8 @@ def shared_world() -> Iterator[World]:
         yield world
 
 
-@pytest.fixture
-def world(shared_world: World) -> Iterator[World]:
-    yield shared_world
-    _settings(shared_world, {})
-    # Whole records, so that what a test has said of policies is taken back.
-    shared_world.heal()
-
-
 def _settings(world: World, policy: Mapping[str, Any]) -> None:
-    world.daemon.reconfigure({**world.daemon.settings, "policy": policy})
+    world.daemon.reconfigure({**world.settings, "policy": policy})
 
 
 def _network_says(world: World, name: str, policy: Mapping[str, Any]) -> None:

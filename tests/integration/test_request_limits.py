@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Final
 
@@ -13,7 +12,7 @@ import pytest
 from support.guest import Connection, Guest, Reply
 from support.lab import until
 from support.patience import patience
-from support.world import World, open_world
+from support.world import World
 
 pytestmark = pytest.mark.root
 
@@ -22,12 +21,6 @@ _HEAD: Final = b"GET /latest/user-data HTTP/1.1\r\nHost: x\r\n"
 _PASSWORD: Final = "POST /openstack/latest/password HTTP/1.1\r\nHost: x\r\n"
 _TOO_SLOW_S: Final = 14.0
 """More than the ten seconds that a head may take, and than those that a body may take after it."""
-
-
-@pytest.fixture(scope="module")
-def world() -> Iterator[World]:
-    with open_world({"resolver": {"hold_s": 1.0}}) as one:
-        yield one
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import json
 import math
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 import pytest
@@ -17,7 +17,7 @@ from support.daemon import Daemon, instance
 from support.guest import IPV4, IPV6, Connection, Guest, Reply
 from support.lab import Lab, until
 from support.patience import patience
-from support.world import World, open_world, own
+from support.world import World, own
 
 pytestmark = pytest.mark.root
 
@@ -27,22 +27,9 @@ _META: Final = "/openstack/latest/meta_data.json"
 _NOCLOUD: Final = "/nocloud/user-data"
 
 
-@pytest.fixture(scope="module")
-def shared_world() -> Iterator[World]:
-    with open_world({"resolver": {"hold_s": 1.0}}) as world:
-        yield world
-
-
-@pytest.fixture
-def world(shared_world: World) -> Iterator[World]:
-    yield shared_world
-    _say(shared_world, {})
-    shared_world.heal()
-
-
 def _say(world: World, policy: Mapping[str, Any]) -> None:
     """Have this policy in force."""
-    world.daemon.reconfigure({"resolver": {"hold_s": 1.0}, "policy": policy})
+    world.daemon.reconfigure({**world.settings, "policy": policy})
 
 
 def _ask_token(

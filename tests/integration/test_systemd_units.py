@@ -1,8 +1,9 @@
-"""The three units under a real systemd: who brings up whom, and what survives what."""
+"""The three units under a real systemd: what starts what, what survives what, and what is right only there."""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import sys
 import time
 from collections.abc import Iterator
@@ -13,14 +14,29 @@ from typing import Final, Literal
 import pytest
 
 from support.guest import Guest, Load, Lost, Reply
+from support.lab import until
 from support.patience import patience
 from support.systemd_daemon import CONTROLLER, DOCUMENTS, HAPROXY, UNITS, UnitDaemon, own_user_data
-from support.systemd_machine import systemd_machine, until
+from support.systemd_machine import systemd_machine
 
 pytestmark = [pytest.mark.root, pytest.mark.slow]
 
 _USER_DATA: Final = "/latest/user-data"
 _STRANGER: Final = "10.0.0.99"
+_ERRORS: Final = ("--priority=err", "--output=cat")
+_NEUTRON: Final = "64999"
+_NEUTRON_DIRECTORY: Final = "/var/lib/neutron"
+_SOCKET: Final = f"{_NEUTRON_DIRECTORY}/metadata_proxy"
+_ASK_SOCKET: Final = f"""
+import socket
+with socket.socket(socket.AF_UNIX) as sock:
+    sock.settimeout(10)
+    sock.connect("{_SOCKET}")
+    sock.sendall(b"GET /latest/user-data HTTP/1.1\\r\\nHost: x\\r\\nConnection: close\\r\\n"
+                 b"X-Neutron-Network-ID: blue\\r\\nX-Forwarded-For: ::ffff:10.0.0.11\\r\\n\\r\\n")
+    while data := sock.recv(65536):
+        print(data.decode(), end="")
+"""
 _MANY: Final = """
 set -eu
 for number in $(seq 0 299); do
@@ -48,22 +64,41 @@ def installed(
     work.mkdir()
     with systemd_machine(work, propagation=propagation) as machine:
         daemon = UnitDaemon(machine)
-        try:
+        with journal_of_failures(daemon):
             daemon.install()
             yield daemon
-        except BaseException:
-            print(machine.journal())  # noqa: T201 - pytest shows it of a test that failed
-            raise
 
 
-@pytest.fixture
-def daemon(tmp_path: Path) -> Iterator[UnitDaemon]:
-    """Started, every guest served."""
-    with installed(tmp_path) as daemon:
+@contextlib.contextmanager
+def journal_of_failures(daemon: UnitDaemon) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        print(daemon.machine.journal())  # noqa: T201 - pytest shows it of a test that failed
+        raise
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[UnitDaemon]:
+    """One machine for the module; use `daemon`, which restores it after each test."""
+    with installed(tmp_path_factory.mktemp("shared")) as daemon:
         daemon.plug_in()
         daemon.raise_limits()
         daemon.start()
+        daemon.machine.forget_journal()
         yield daemon
+
+
+@pytest.fixture
+def daemon(shared: UnitDaemon, request: pytest.FixtureRequest) -> Iterator[UnitDaemon]:
+    """Started, every guest served."""
+    before = request.session.testsfailed
+    yield shared
+    if request.session.testsfailed > before:
+        print(shared.machine.journal())  # noqa: T201 - pytest shows it of a test that failed
+    with journal_of_failures(shared):
+        shared.restore()
+        wait_served(*shared.guests)
 
 
 def load(daemon: UnitDaemon) -> Load:
@@ -165,10 +200,12 @@ def test_without_a_controller_guests_read_every_document(daemon: UnitDaemon) -> 
 
 def test_without_a_controller_a_stranger_is_told_to_try_again(daemon: UnitDaemon) -> None:
     guest = daemon.guests[0]
-    daemon.inside(guest.namespace, "ip", "addr", "add", f"{_STRANGER}/24", "dev", "eth0")
+    address = (f"{_STRANGER}/24", "dev", "eth0")
+    daemon.inside(guest.namespace, "ip", "addr", "add", *address)
     daemon.machine.run("systemctl", "stop", CONTROLLER)
 
     reply = guest.ask(_USER_DATA, source=_STRANGER)
+    daemon.inside(guest.namespace, "ip", "addr", "del", *address)
 
     assert reply.status == 503
     assert reply.headers["retry-after"] == "1"
@@ -240,21 +277,25 @@ def test_reloading_the_document_server_keeps_its_process_and_every_request(
     assert set(daemon.status()["documents"]["pids"][1:]).isdisjoint(workers)
 
 
-def test_an_upgrade_loses_no_request_and_keeps_haproxy(daemon: UnitDaemon) -> None:
-    daemon.use_a_copy_of_the_program()
-    daemon.machine.run("systemctl", "restart", CONTROLLER, DOCUMENTS)
-    before = daemon.pids()
-    with load(daemon) as cached, seeded(daemon) as rendered:
-        cached.wait_answers(50)
-        daemon.upgrade_the_copy("9.9.9")
-        # As docs/operating.md says.
-        daemon.machine.run("systemctl", "restart", CONTROLLER)
-        daemon.machine.run("systemctl", "reload", DOCUMENTS)
-        cached.wait_answers(50)
-        rendered.wait_answers(50)
-    assert (cached.report.lost, rendered.report.lost) == ([], [])
-    assert daemon.status()["version"] == "9.9.9"
-    assert daemon.pids()[1:] == before[1:]
+def test_an_upgrade_loses_no_request_and_keeps_haproxy(tmp_path: Path) -> None:
+    with installed(tmp_path) as daemon:
+        daemon.use_a_copy_of_the_program()
+        daemon.plug_in()
+        daemon.raise_limits()
+        daemon.start()
+        wait_served(*daemon.guests)
+        before = daemon.pids()
+        with load(daemon) as cached, seeded(daemon) as rendered:
+            cached.wait_answers(50)
+            daemon.upgrade_the_copy("9.9.9")
+            # As docs/operating.md says.
+            daemon.machine.run("systemctl", "restart", CONTROLLER)
+            daemon.machine.run("systemctl", "reload", DOCUMENTS)
+            cached.wait_answers(50)
+            rendered.wait_answers(50)
+        assert (cached.report.lost, rendered.report.lost) == ([], [])
+        assert daemon.status()["version"] == "9.9.9"
+        assert daemon.pids()[1:] == before[1:]
 
 
 def test_reload_takes_over_settings_and_keeps_haproxys_master(daemon: UnitDaemon) -> None:
@@ -262,7 +303,7 @@ def test_reload_takes_over_settings_and_keeps_haproxys_master(daemon: UnitDaemon
     with load(daemon) as running:
         running.wait_answers(50)
         settings = "haproxy: {maxconn_per_network: 77}\n"
-        daemon.machine.write("/etc/imdsproxy/conf.d/test.yaml", settings)
+        daemon.configure(settings)
         daemon.machine.run("systemctl", "reload", CONTROLLER)
         until(
             lambda: "maxconn 77" in daemon.machine.run("cat", "/run/imdsproxy/haproxy.cfg"),
@@ -276,7 +317,7 @@ def test_reload_takes_over_settings_and_keeps_haproxys_master(daemon: UnitDaemon
 
 def test_a_broken_file_fails_the_reload_and_changes_nothing(daemon: UnitDaemon) -> None:
     before, config = daemon.pids(), daemon.machine.run("cat", "/run/imdsproxy/haproxy.cfg")
-    daemon.machine.write("/etc/imdsproxy/conf.d/test.yaml", "haproxy: {maxcon: 77}\n")
+    daemon.configure("haproxy: {maxcon: 77}\n")
 
     status, _ = daemon.machine.attempt("systemctl", "reload", CONTROLLER)
 
@@ -288,10 +329,10 @@ def test_a_broken_file_fails_the_reload_and_changes_nothing(daemon: UnitDaemon) 
 
 
 def test_an_emptied_file_fails_the_reload_and_changes_nothing(daemon: UnitDaemon) -> None:
-    daemon.machine.write("/etc/imdsproxy/conf.d/test.yaml", "haproxy: {maxconn_per_network: 77}\n")
+    daemon.configure("haproxy: {maxconn_per_network: 77}\n")
     daemon.machine.run("systemctl", "reload", CONTROLLER)
     before, config = daemon.pids(), daemon.machine.run("cat", "/run/imdsproxy/haproxy.cfg")
-    daemon.machine.write("/etc/imdsproxy/conf.d/test.yaml", "# nothing\n")
+    daemon.configure("# nothing\n")
 
     status, _ = daemon.machine.attempt("systemctl", "reload", CONTROLLER)
 
@@ -306,14 +347,14 @@ def test_settings_that_are_wrong_at_the_start_leave_a_failed_unit_and_no_loop(
     daemon: UnitDaemon,
 ) -> None:
     daemon.machine.run("systemctl", "stop", CONTROLLER)
-    daemon.machine.write("/etc/imdsproxy/conf.d/test.yaml", "haproxy: {maxcon: 77}\n")
+    daemon.configure("haproxy: {maxcon: 77}\n")
 
     status, _ = daemon.machine.attempt("systemctl", "start", CONTROLLER)
 
     assert status != 0
     assert daemon.active()[CONTROLLER] == "failed"
     assert daemon.machine.unit(CONTROLLER, "ExecMainStatus") == "78"
-    errors = daemon.machine.run("journalctl", "-p", "err", "--output=cat", "-u", CONTROLLER)
+    errors = daemon.machine.journal(CONTROLLER, options=_ERRORS)
     assert "\nimdsproxy: " in f"\n{errors}"
     assert "haproxy.maxcon" in errors
     assert all(serves(guest) for guest in daemon.guests)
@@ -385,9 +426,7 @@ def test_a_hung_worker_is_replaced_within_five_seconds(daemon: UnitDaemon) -> No
 
 
 def test_a_hung_controller_is_started_again_and_no_request_lost(daemon: UnitDaemon) -> None:
-    drop_in = f"/etc/systemd/system/{CONTROLLER}.d/watchdog.conf"
-    daemon.machine.write(drop_in, "[Service]\nWatchdogSec=4\n")
-    daemon.machine.run("systemctl", "daemon-reload")
+    daemon.set_service("WatchdogSec=4")
     daemon.machine.run("systemctl", "restart", CONTROLLER)
     controller, haproxy, documents = daemon.pids()
 
@@ -413,12 +452,8 @@ def test_a_start_that_makes_progress_may_take_longer_than_systemd_gives_it(
     slow = '#!/bin/sh\n[ "$1" != -vv ] || sleep 8\nexec /usr/sbin/haproxy "$@"\n'
     daemon.machine.write("/opt/slow-haproxy", slow)
     daemon.machine.run("chmod", "755", "/opt/slow-haproxy")
-    daemon.machine.write(
-        "/etc/imdsproxy/conf.d/test.yaml", "haproxy: {binary: /opt/slow-haproxy}\n"
-    )
-    drop_in = f"/etc/systemd/system/{CONTROLLER}.d/time.conf"
-    daemon.machine.write(drop_in, "[Service]\nTimeoutStartSec=4\n")
-    daemon.machine.run("systemctl", "daemon-reload")
+    daemon.configure("haproxy: {binary: /opt/slow-haproxy}\n")
+    daemon.set_service("TimeoutStartSec=4")
     daemon.machine.run("systemctl", "stop", CONTROLLER)
 
     began = time.monotonic()
@@ -442,7 +477,7 @@ def test_documents_come_again_within_five_seconds_whatever_of_their_server_hangs
     daemon.machine.run("kill", "-STOP", *map(str, workers))
     assert until(lambda: all(map(fresh, daemon.guests)), within_s=30, what="documents") < 8.0
 
-    errors = daemon.machine.run("journalctl", "-p", "err", "--output=cat", "-u", DOCUMENTS)
+    errors = daemon.machine.journal(DOCUMENTS, options=_ERRORS)
     hung = [line for line in errors.splitlines() if "does not answer" in line]
     assert len(hung) == 2
     assert all(line.startswith("{") for line in hung)
@@ -637,3 +672,72 @@ def test_an_exporter_whose_port_is_taken_costs_no_guest_its_answers(daemon: Unit
 def test_systemd_finds_nothing_wrong_with_the_units(daemon: UnitDaemon) -> None:
     status, words = daemon.machine.attempt("systemd-analyze", "verify", *UNITS)
     assert (status, [line for line in words.splitlines() if "imdsproxy" in line]) == (0, [])
+
+
+@pytest.mark.parametrize("end", ["kill --signal=KILL", "restart"])
+def test_every_request_has_its_audit_line_when_a_controller_is_killed_or_restarted(
+    daemon: UnitDaemon, end: str
+) -> None:
+    log = f"/var/log/imdsproxy/{end.split(maxsplit=1)[0]}.log"
+    daemon.configure(json.dumps({"audit": {"mode": "all", "destination": log}}))
+    daemon.machine.run("systemctl", "restart", CONTROLLER)
+    before = daemon.machine.main_pid(CONTROLLER)
+    with load(daemon) as running:
+        running.wait_answers(300)
+        daemon.machine.run("systemctl", *end.split(), CONTROLLER)
+        running.wait_answers(300)
+        until(
+            lambda: daemon.machine.main_pid(CONTROLLER) not in (0, before),
+            within_s=20,
+            what="another controller",
+        )
+        running.wait_answers(300)
+    assert not running.report.lost
+    asked = running.report.answered
+
+    def numbers() -> list[int]:
+        text = (daemon.machine.root / log.lstrip("/")).read_text()
+        lines = [json.loads(line) for line in text.splitlines()]
+        return [line["number"] for line in lines if line.get("path") == _USER_DATA]
+
+    until(lambda: len(set(numbers())) >= asked, within_s=20, what=f"{asked} lines")
+    assert len(set(numbers())) == asked
+    if end == "restart":
+        # A controller that is killed between writing and taking out leaves both to the next.
+        assert len(numbers()) == asked
+
+
+def test_neutrons_account_has_the_unix_socket_whichever_process_starts_haproxy(
+    daemon: UnitDaemon,
+) -> None:
+    def access() -> str:
+        return daemon.machine.run("stat", "--format=%A %u %g", _SOCKET).strip()
+
+    def answered() -> bool:
+        command = ("setpriv", f"--reuid={_NEUTRON}", f"--regid={_NEUTRON}", "--clear-groups")
+        status, printed = daemon.machine.attempt(*command, "python3", "-", text=_ASK_SOCKET)
+        return status == 0 and "echo blue" in printed
+
+    owner = ("-o", _NEUTRON, "-g", _NEUTRON)
+    daemon.machine.run("install", "-d", "-m", "755", *owner, _NEUTRON_DIRECTORY)
+    daemon.configure("unix_listener:\n  enabled: true\n")
+    daemon.machine.run("systemctl", "restart", CONTROLLER)
+    expected = f"srw-r--r-- {_NEUTRON} {_NEUTRON}"
+    assert access() == expected
+    assert answered()
+    before = daemon.machine.main_pid(HAPROXY)
+    daemon.machine.run("systemctl", "stop", CONTROLLER)
+    daemon.machine.run("systemctl", "kill", "--signal=KILL", HAPROXY)
+    until(
+        lambda: daemon.machine.main_pid(HAPROXY) not in (0, before),
+        within_s=20,
+        what="another HAProxy",
+    )
+    until(answered, within_s=20, what="the guest's documents")
+    assert access() == expected
+    daemon.machine.run("systemctl", "start", CONTROLLER)
+    unix = daemon.status()["unix_listener"]
+    assert (unix["serving"], unix["problem"]) == (True, "")
+    assert answered()
+    daemon.command("stop", "--data-plane")
+    assert daemon.machine.run("ls", _NEUTRON_DIRECTORY) == ""

@@ -22,6 +22,7 @@ _META: Final = "/openstack/latest/meta_data.json"
 
 @pytest.fixture(scope="module")
 def shared_world() -> Iterator[World]:
+    """One of its own: that an instance was reopened or its tokens revoked stays, whatever its record is."""
     with open_world({"resolver": {"hold_s": 1.0}}) as world:
         yield world
 

@@ -22,7 +22,7 @@ from support.openstack.install import environments
 from support.openstack.processes import Place
 from support.recorder import Answer, Received, reply
 
-pytestmark = [pytest.mark.root, pytest.mark.timeout(300)]
+pytestmark = pytest.mark.root
 
 _ROUTER_PORT: Final = 9697
 _KINDS: Final[Mapping[str, FrontKind]] = {

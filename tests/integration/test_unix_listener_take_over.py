@@ -27,7 +27,7 @@ from support.openstack.processes import Place
 from support.recorder import Answer, Received, reply
 from support.world import own
 
-pytestmark = [pytest.mark.root, pytest.mark.timeout(300)]
+pytestmark = pytest.mark.root
 
 _WITHIN_S: Final = 3.0
 """A look a second, and two reloads."""

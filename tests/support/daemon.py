@@ -26,7 +26,9 @@ from imdsproxy.core.haproxy.limits import COUNTERS, POLICY_COUNTERS
 from imdsproxy.core.haproxy.maps import MapState, parse_map
 from imdsproxy.dataplane.master import MasterClient
 from imdsproxy.errors import AdminUnavailable
+from support.commands import Command, run_command
 from support.lab import Lab, RecordMapping, until, within
+from support.reaper import reap_at_the_end
 
 __all__ = ["Command", "Daemon", "Pids", "alive", "instance", "user_data_of"]
 
@@ -49,15 +51,6 @@ class Pids:
     @property
     def data_plane(self) -> tuple[int, ...]:
         return (self.master, self.worker, self.documents, *self.document_workers)
-
-
-@dataclass(frozen=True, slots=True)
-class Command:
-    """How a command of the command line ended."""
-
-    status: int
-    out: str
-    err: str
 
 
 def alive(pid: int) -> bool:
@@ -119,6 +112,7 @@ class Daemon:
     process: subprocess.Popen[bytes] | None = None
 
     def __post_init__(self) -> None:
+        reap_at_the_end(directory=self.directory)
         # The workers of HAProxy and of the document server are other users.
         self.directory.chmod(0o755)
         self.configure(self.settings)
@@ -295,16 +289,8 @@ class Daemon:
 
     def command(self, *arguments: str, stdin: str = "") -> Command:
         """Run the command line."""
-        done = subprocess.run(
-            (*self.program, "--config", str(self.config), *arguments),
-            input=stdin,
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=60,
-            env=self._environment(),
-        )
-        return Command(done.returncode, done.stdout, done.stderr)
+        words = ("--config", str(self.config), *arguments)
+        return run_command(words, environment=self._environment(), stdin=stdin)
 
     def status(self) -> Shape:
         return cast("Shape", self.admin.get("/v1/status"))

@@ -293,7 +293,7 @@ class LoadReport:
 
 
 class Load:
-    """Requests without a pause worth mentioning, until the end of the `with` block.
+    """Requests with short pauses, until the end of the `with` block.
 
     Args:
         guests: Who asks; each has `connections` connections.
@@ -310,7 +310,7 @@ class Load:
         *,
         keep_alive: bool = True,
         connections: int = 1,
-        pause_s: float = 0.001,
+        pause_s: float = 0.005,
     ) -> None:
         self.report = LoadReport()
         self._target = target

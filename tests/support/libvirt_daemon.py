@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from support.lab import until
+from support.openstack.servers import ends_with_us
 
 __all__ = ["Libvirtd", "machine", "open_libvirtd"]
 
@@ -172,7 +173,7 @@ def open_libvirtd() -> Iterator[Libvirtd]:
         own = ["--mount", "--net", "--pid", "--mount-proc", "--fork", "--kill-child=SIGKILL"]
         with (home / "holder.out").open("wb") as told:
             holder = subprocess.Popen(
-                [_UNSHARE, *own, "sh", "-c", script], stdout=told, stderr=told
+                [*ends_with_us(), _UNSHARE, *own, "sh", "-c", script], stdout=told, stderr=told
             )
         libvirtd = Libvirtd(home, holder)
         try:

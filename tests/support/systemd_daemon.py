@@ -11,7 +11,8 @@ from typing import Any, Final, cast
 from imdsproxy.cli.admin_client import AdminClient
 from support.demonstration import REPOSITORY
 from support.guest import Guest, Reply
-from support.systemd_machine import Machine, until
+from support.lab import until
+from support.systemd_machine import Machine
 
 __all__ = ["CONTROLLER", "DOCUMENTS", "HAPROXY", "UNITS", "UnitDaemon", "own_user_data"]
 
@@ -21,6 +22,18 @@ DOCUMENTS: Final = "imdsproxy-documents.service"
 UNITS: Final = (CONTROLLER, HAPROXY, DOCUMENTS)
 
 _LOAD_SETTINGS: Final = "/etc/imdsproxy/conf.d/load.yaml"
+_TEST_SETTINGS: Final = "/etc/imdsproxy/conf.d/test.yaml"
+_DROP_IN: Final = f"/etc/systemd/system/{CONTROLLER}.d/test.conf"
+_REMOVE_PLUGGED: Final = """
+for namespace in $(ip netns list | cut -d " " -f 1); do
+    case $namespace in net-blue | net-red | guest-blue | guest-red | imds*) ;;
+        *) ip netns delete "$namespace" ;;
+    esac
+done
+for bridge in $(ip -o link show type bridge | cut -d " " -f 2 | tr -d :); do
+    ip link delete "$bridge"
+done
+"""
 _PROGRAM: Final = "/usr/local/bin/imdsproxy"
 _COPY: Final = "/opt/imdsproxy"
 _GUESTS: Final = {"blue": "fa:16:3e:00:00:01", "red": "fa:16:3e:00:00:02"}
@@ -43,6 +56,33 @@ class UnitDaemon:
 
     machine: Machine
     guests: tuple[Guest, ...] = ()
+
+    def configure(self, text: str) -> None:
+        """Write settings that `restore` takes away; they are read at the next start or reload."""
+        self.machine.write(_TEST_SETTINGS, text)
+
+    def set_service(self, *lines: str) -> None:
+        """Set options in the section `Service` of the controller's unit, until `restore`."""
+        self.machine.write(_DROP_IN, "\n".join(("[Service]", *lines, "")))
+        self.machine.run("systemctl", "daemon-reload")
+
+    def restore(self) -> None:
+        """Make everything as it was after `plug_in`, `raise_limits` and `start`; forget what was logged."""
+        places = (_TEST_SETTINGS, _DROP_IN)
+        removed = self.machine.run("rm", "--force", "--verbose", *places)
+        if removed:
+            self.machine.run("systemctl", "stop", CONTROLLER)
+            self.machine.run("systemctl", "daemon-reload")
+        self.machine.run("systemctl", "reset-failed")
+        self.machine.run("systemctl", "start", CONTROLLER)
+        for unit in UNITS:
+            self.wait_active(unit)
+        for kind in ("instances", "networks"):
+            listed = cast("list[Mapping[str, Any]]", self.admin.get(f"/v1/{kind}"))
+            for ident in {one["record"]["id"] for one in listed} - _GUESTS.keys():
+                self.admin.request("DELETE", f"/v1/{kind}/{ident}")
+        self.machine.run("sh", "-eu", "-c", _REMOVE_PLUGGED)
+        self.machine.forget_journal()
 
     def install(self) -> None:
         """Install it as docs/install.md says, with the program of this repository."""

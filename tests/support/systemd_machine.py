@@ -12,15 +12,16 @@ import secrets
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Literal
 
 from support.demonstration import REPOSITORY
+from support.lab import until
+from support.openstack.servers import ends_with_us
 
-__all__ = ["BOOT_DEADLINE_S", "Machine", "systemd_machine", "until"]
+__all__ = ["BOOT_DEADLINE_S", "Machine", "systemd_machine"]
 
 BOOT_DEADLINE_S: Final = 40.0
 _INIT: Final = "/usr/lib/systemd/systemd"
@@ -85,15 +86,6 @@ exec env -i container=imdst PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/b
 """.replace("INIT", _INIT)
 
 
-def until(holds: Callable[[], bool], *, within_s: float, what: str) -> float:
-    """Poll until something holds; how many seconds that took."""
-    start = time.monotonic()
-    while not holds():
-        assert time.monotonic() - start < within_s, f"not within {within_s} s: {what}"
-        time.sleep(0.02)
-    return time.monotonic() - start
-
-
 @dataclass(slots=True)
 class Machine:
     """A booted systemd.
@@ -104,6 +96,7 @@ class Machine:
 
     init: int
     _children: list[subprocess.Popen[str]] = field(default_factory=list)
+    _journal_from: tuple[str, ...] = ()
 
     @property
     def root(self) -> Path:
@@ -169,10 +162,16 @@ class Machine:
         """A unit's main process, as the machine counts; 0 when it has none."""
         return int(self.unit(name, "MainPID"))
 
-    def journal(self, *units: str) -> str:
-        """What units said, or all of the machine."""
-        options = [f"--unit={unit}" for unit in units]
-        return self.run("journalctl", "--no-pager", "--output=short-precise", *options)
+    def journal(self, *units: str, options: Sequence[str] = ("--output=short-precise",)) -> str:
+        """What units have logged, or the whole machine, since `forget_journal`."""
+        chosen = [f"--unit={unit}" for unit in units]
+        return self.run("journalctl", "--no-pager", *self._journal_from, *options, *chosen)
+
+    def forget_journal(self) -> None:
+        """Have `journal` show only what is logged from now on."""
+        self.run("journalctl", "--sync")
+        last = self.run("journalctl", "--lines=0", "--show-cursor", "--quiet")
+        self._journal_from = (f"--after-cursor={last.partition('cursor: ')[2].strip()}",)
 
     def close(self) -> None:
         """End everything in it."""
@@ -200,7 +199,7 @@ def systemd_machine(
     with output.open("wb") as sink:
         outer = subprocess.Popen(
             [
-                *("/usr/bin/unshare", *namespaces, "/bin/sh", "-c", _SET_UP, "sh"),
+                *(*ends_with_us(), "/usr/bin/unshare", *namespaces, "/bin/sh", "-c", _SET_UP, "sh"),
                 *(str(work), sys.base_prefix, str(REPOSITORY), propagation, group),
             ],
             stdin=subprocess.DEVNULL,

@@ -40,12 +40,14 @@ class World:
     """What most tests of the data plane begin with.
 
     Attributes:
+        settings: Those that it was opened with, over those that every test has.
         guests: One in each network, by network: `red` and `green` are namespaces, `blue` is a bridge,
             `grey` an interface.
     """
 
     lab: Lab
     daemon: Daemon
+    settings: Mapping[str, Mapping[str, object]]
     guests: dict[str, Guest]
     networks: list[RecordMapping]
     instances: list[RecordMapping]
@@ -84,6 +86,8 @@ class World:
         process = self.daemon.process
         if process is None or process.poll() is not None:
             self.daemon.start(ready=False)
+        if self.daemon.settings != self.settings:
+            self.daemon.reconfigure(self.settings)
         self._restore_records()
         self._flipped, self._spare = False, None
         self.lab.restore(self.state, self.everybody)
@@ -99,6 +103,7 @@ class World:
             raise
         until(self.daemon.resolver_up, what="the resolver's return")
         self.daemon.forget_floods()
+        os.truncate(self.daemon.log, 0)
 
     def _restore_records(self) -> None:
         instances = cast("list[Mapping[str, Any]]", self.daemon.admin.get("/v1/instances"))
@@ -191,4 +196,4 @@ def _fill(lab: Lab, daemon: Daemon) -> World:
     daemon.start()
     daemon.put(networks, instances)
     until(lambda: daemon.status()["serving"] == len(networks), what="all networks' service")
-    return World(lab, daemon, guests, networks, instances, lab.state())
+    return World(lab, daemon, daemon.settings, guests, networks, instances, lab.state())

@@ -1,0 +1,92 @@
+"""Takes away what a test process that was killed leaves behind: processes, namespaces, directories.
+
+It is a process that waits for the end of its input, which comes with the end of the tests however they end.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+__all__ = ["reap_at_the_end"]
+
+_NETNS = Path("/run/netns")
+
+
+def reap_at_the_end(*, directory: Path | None = None, namespaces: str | None = None) -> None:
+    """Have these gone when this process has ended.
+
+    Args:
+        directory: With every process that has it on its command line, and every mount below it.
+        namespaces: All whose names begin so, with the processes in them.
+    """
+    line = f"directory {directory}" if directory is not None else f"namespaces {namespaces}"
+    reaper = _reaper(os.getpid())
+    reaper.write(f"{line}\n")
+    reaper.flush()
+
+
+@functools.cache
+def _reaper(_pid: int) -> IO[str]:
+    words = [sys.executable, "-S", __file__]
+    # Not to be waited for: it ends after this process.
+    process = subprocess.Popen(
+        words,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        start_new_session=True,
+    )
+    process.returncode = 0
+    assert process.stdin is not None
+    return process.stdin
+
+
+def _reap(lines: list[str]) -> None:
+    directories = [Path(one.split(maxsplit=1)[1]) for one in lines if one.startswith("directory")]
+    begins = tuple(one.split(maxsplit=1)[1] for one in lines if one.startswith("namespaces"))
+    left = [one for one in directories if one.exists()]
+    # What one of them starts again while it ends goes the second time.
+    for _ in range(2):
+        for pid in _processes_of(left):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+    for name in sorted(_NETNS.iterdir()) if _NETNS.is_dir() and begins else ():
+        if name.name.startswith(begins):
+            listed = subprocess.run(
+                ["/usr/sbin/ip", "netns", "pids", name.name],
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+            for word in listed.stdout.split():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(int(word), signal.SIGKILL)
+            subprocess.run(["/usr/sbin/ip", "netns", "del", name.name], check=False)
+    for directory in left:
+        for line in Path("/proc/self/mounts").read_text().splitlines():
+            if line.split()[1].startswith(f"{directory}/"):
+                subprocess.run(["/usr/bin/umount", "--lazy", line.split()[1]], check=False)
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def _processes_of(directories: list[Path]) -> Iterator[int]:
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdecimal() and int(entry.name) != os.getpid():
+            with contextlib.suppress(OSError):
+                words = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+                if any(f"{one}/" in words for one in directories):
+                    yield int(entry.name)
+
+
+if __name__ == "__main__":
+    _reap(sys.stdin.read().splitlines())
