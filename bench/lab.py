@@ -6,7 +6,6 @@ the way from guest to host is to count, a guest is plugged in: a namespace of it
 
 from __future__ import annotations
 
-import contextlib
 import socket
 import struct
 import subprocess
@@ -122,7 +121,7 @@ class Lab:
 
 
 def _furnish() -> None:
-    with contextlib.closing(NetlinkSocket()) as channel:
+    with NetlinkSocket() as channel:
         set_link(channel, _LOOPBACK, up=True)
         add_address(channel, _LOOPBACK, METADATA_IPV4, 32, protocol=0)
         add_address(channel, _LOOPBACK, IPv4Address(guest(0)), GUESTS.network.prefixlen, protocol=0)

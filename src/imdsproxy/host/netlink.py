@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import socket
 import struct
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address
@@ -110,10 +111,7 @@ def _family_of(address: IpAddress) -> int:
 
 
 def _number(value: bytes | None) -> int:
-    return int.from_bytes(value, "little" if _LITTLE else "big") if value else 0
-
-
-_LITTLE: Final = struct.pack("=H", 1) == b"\1\0"
+    return int.from_bytes(value, sys.byteorder) if value else 0
 
 
 def _string(value: bytes | None) -> str:
@@ -141,45 +139,37 @@ def parse_link(payload: bytes) -> ObservedDevice:
     )
 
 
+def _link_question(index: int = 0) -> bytes:
+    return _IFINFO.pack(0, 0, index, 0, 0) + integer(_IFLA_EXT_MASK, _SKIP_STATISTICS)
+
+
 def list_links(channel: NetlinkSocket) -> list[ObservedDevice]:
     """Every device, in the order of their indexes."""
-    question = _IFINFO.pack(0, 0, 0, 0, 0) + integer(_IFLA_EXT_MASK, _SKIP_STATISTICS)
-    return [parse_link(one.payload) for one in channel.dump(RTM_GETLINK, question)]
+    return [parse_link(one.payload) for one in channel.dump(RTM_GETLINK, _link_question())]
 
 
 def bridge_ports(channel: NetlinkSocket, index: int) -> tuple[BridgePort, ...]:
     """The ports of the bridge of an index, in the order of their names."""
-    question = (
-        _IFINFO.pack(0, 0, 0, 0, 0)
-        + integer(_IFLA_EXT_MASK, _SKIP_STATISTICS)
-        + integer(_IFLA_MASTER, index)
-    )
+    question = _link_question() + integer(_IFLA_MASTER, index)
     found = (parse_link(one.payload) for one in channel.dump(RTM_GETLINK, question))
     return tuple(sorted(BridgePort(one.name, one.kind) for one in found if one.master == index))
 
 
 def find_link(channel: NetlinkSocket, name: str) -> ObservedDevice | None:
     """The device of a name (up to 15 bytes); `None` when there is none."""
-    question = (
-        _IFINFO.pack(0, 0, 0, 0, 0)
-        + integer(_IFLA_EXT_MASK, _SKIP_STATISTICS)
-        + text(_IFLA_IFNAME, name)
-    )
-    try:
-        return parse_link(channel.get(RTM_GETLINK, question).payload)
-    except NetlinkRefused as error:
-        if error.errno in (errno.ENODEV, errno.ENOENT, errno.ERANGE):
-            return None
-        raise
+    return _find_link(channel, _link_question() + text(_IFLA_IFNAME, name))
 
 
 def find_link_by_index(channel: NetlinkSocket, index: int) -> ObservedDevice | None:
     """The device of an index; `None` when there is none."""
-    question = _IFINFO.pack(0, 0, index, 0, 0) + integer(_IFLA_EXT_MASK, _SKIP_STATISTICS)
+    return _find_link(channel, _link_question(index))
+
+
+def _find_link(channel: NetlinkSocket, question: bytes) -> ObservedDevice | None:
     try:
         return parse_link(channel.get(RTM_GETLINK, question).payload)
     except NetlinkRefused as error:
-        if error.errno == errno.ENODEV:
+        if error.errno in (errno.ENODEV, errno.ENOENT, errno.ERANGE):
             return None
         raise
 
@@ -241,41 +231,39 @@ def _default_device(message: Message) -> int:
 
 
 def route_device(channel: NetlinkSocket, address: IpAddress) -> int:
-    """The index of the device by which the host's own packets to an address go; 0 where there is no way."""
-    bits = 8 * len(address.packed)
-    question = _RTMSG.pack(_family_of(address), bits, 0, 0, 0, 0, 0, 0, 0)
-    try:
-        answer = channel.get(RTM_GETROUTE, question + attribute(_RTA_DST, address.packed))
-    except NetlinkRefused as error:
-        if error.errno in (errno.ENETUNREACH, errno.EHOSTUNREACH):
-            return 0
-        raise
+    """The index of the device that the host's own packets to an address leave by; 0 without a route."""
+    answer = _route(channel, address, 0)
+    if answer is None:
+        return 0
     return _number(parse_attributes(answer.payload, _RTMSG.size).get(_RTA_OIF))
 
 
 def route_length(channel: NetlinkSocket, address: IpAddress) -> int:
-    """The prefix length of the route by which others' packets to an address would go; 0 for none, and for our own.
-
-    One to an address of the host's own does not count.
-    """
-    bits = 8 * len(address.packed)
-    question = _RTMSG.pack(_family_of(address), bits, 0, 0, 0, 0, 0, 0, _FIB_MATCH)
-    try:
-        answer = channel.get(RTM_GETROUTE, question + attribute(_RTA_DST, address.packed))
-    except NetlinkRefused as error:
-        if error.errno in (errno.ENETUNREACH, errno.EHOSTUNREACH):
-            return 0
-        raise
+    """The prefix length of the route for forwarded packets to an address; 0 for none, or to an address of our own."""
+    answer = _route(channel, address, _FIB_MATCH)
+    if answer is None:
+        return 0
     fields = _RTMSG.unpack_from(answer.payload)
     return int(fields[1]) if fields[7] == _UNICAST else 0
+
+
+def _route(channel: NetlinkSocket, address: IpAddress, flags: int) -> Message | None:
+    bits = 8 * len(address.packed)
+    question = _RTMSG.pack(_family_of(address), bits, 0, 0, 0, 0, 0, 0, flags)
+    try:
+        return channel.get(RTM_GETROUTE, question + attribute(_RTA_DST, address.packed))
+    except NetlinkRefused as error:
+        if error.errno in (errno.ENETUNREACH, errno.EHOSTUNREACH):
+            return None
+        raise
 
 
 def neighbour_mac(
     channel: NetlinkSocket, address: IpAddress, *, index: int = 0
 ) -> MacAddress | None:
-    """Whom the kernel last met under an address, on one device (by index) or on all.
+    """The MAC of an address in the neighbour table, of one device (by index) or of all.
 
-    `None` when it knows nobody, or knows several: two devices may each have a guest of one address.
+    `None` when there is none, or several: two devices may each have a guest of one address.
     """
     if index:
         answers = _neighbour(channel, index, address)
@@ -300,7 +288,7 @@ def correct_neighbours(
 ) -> None:
     """Give addresses of which the kernel has another MAC these ones, to be confirmed when they are next used.
 
-    What the kernel does not know it finds out by itself, and what somebody has made permanent stays.
+    Addresses that the kernel does not know it resolves by itself, and permanent entries stay.
 
     Raises:
         NetlinkRefused: A change was refused.
@@ -328,7 +316,7 @@ class ObservedNeighbour:
     Attributes:
         index: The device's.
         packed: The address.
-        mac: `None` where nobody has answered for it.
+        mac: `None` where no neighbour has answered for it.
         permanent: An operator made it.
     """
 

@@ -7,19 +7,17 @@ Changes are batches: all of one is done, or nothing.
 from __future__ import annotations
 
 import errno
-import socket
 import struct
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Final, Self
+from typing import Final
 
 from imdsproxy.host.nlmessages import (
     ACK,
     CREATE,
-    DUMP,
-    Message,
     NetlinkRefused,
+    NetlinkSocket,
     attribute,
     iter_messages,
     pack_message,
@@ -48,7 +46,6 @@ _APPEND: Final = 0x800
 _NESTED: Final = 0x8000
 _NFGEN: Final = struct.Struct(">BBH")
 _ERROR: Final = 2
-_DONE: Final = 3
 _RECEIVE_BYTES: Final = 64 * 1024
 _ELEMENTS_AT_ONCE: Final = 512
 """What fits into an attribute, whose length has 16 bits."""
@@ -315,20 +312,11 @@ class Batch:
             self._add(kind, flags, self._table, text(2, name), _nested(3, *some))
 
 
-class NetfilterSocket:
+class NetfilterSocket(NetlinkSocket):
     """Speaks to nf_tables in the namespace of the thread that makes it."""
 
     def __init__(self) -> None:
-        self._socket = socket.socket(
-            socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, NETFILTER
-        )
-        self._sequence = 0
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._socket.close()
+        super().__init__(NETFILTER)
 
     def commit(self, batch: Batch) -> None:
         """Do a batch, or a part of a very large one after the other.
@@ -385,50 +373,32 @@ class NetfilterSocket:
 
     def comment(self, table: str, family: int = NETDEV) -> str | None:
         """The comment of a table; `None` where there is none of that name."""
-        try:
-            found = self._ask(_GETTABLE, 0, text(1, table), family)
-        except NetlinkRefused as error:
-            if error.errno == errno.ENOENT:
-                return None
-            raise
-        return parse_attributes(found[0].payload, _NFGEN.size).get(6, b"").decode(errors="replace")
+        found = self._find(_GETTABLE, text(1, table), family)
+        return None if found is None else found.get(6, b"").decode(errors="replace")
 
     def elements(self, table: str, name: str) -> list[bytes]:
         """The keys in a set."""
-        found = self._ask(_GETSETELEM, DUMP, text(1, table) + text(2, name))
-        return [key for message in found for key in _keys(message.payload)]
+        question = _NFGEN.pack(NETDEV, 0, 0) + text(1, table) + text(2, name)
+        answers = self.dump(_SUBSYSTEM | _GETSETELEM, question)
+        return [key for one in answers for key in _keys(one.payload)]
 
     def value(self, table: str, name: str, key: bytes) -> bytes | None:
         """What a map has for a key."""
         wanted = _nested(3, _nested(1, _nested(1, attribute(1, key))))
+        found = self._find(_GETSETELEM, text(1, table) + text(2, name) + wanted, NETDEV)
+        if found is None:
+            return None
+        (element,) = parse_list(found.get(3, b""))
+        return parse_attributes(parse_attributes(element).get(2, b"")).get(1)
+
+    def _find(self, kind: int, body: bytes, family: int) -> dict[int, bytes] | None:
         try:
-            found = self._ask(_GETSETELEM, 0, text(1, table) + text(2, name) + wanted)
+            answer = self.get(_SUBSYSTEM | kind, _NFGEN.pack(family, 0, 0) + body)
         except NetlinkRefused as error:
             if error.errno == errno.ENOENT:
                 return None
             raise
-        (element,) = parse_list(parse_attributes(found[0].payload, _NFGEN.size).get(3, b""))
-        return parse_attributes(parse_attributes(element).get(2, b"")).get(1)
-
-    def _ask(self, kind: int, flags: int, body: bytes, family: int = NETDEV) -> list[Message]:
-        self._sequence += 1
-        head = _NFGEN.pack(family, 0, 0)
-        # REQUEST is in every message; without DUMP the answer is one message and, asked for, its end.
-        packed = pack_message(
-            _SUBSYSTEM | kind, flags | (0 if flags else ACK), self._sequence, head + body
-        )
-        self._socket.send(packed)
-        answers: list[Message] = []
-        while True:
-            for got, mark, sequence, content in iter_messages(self._socket.recv(_RECEIVE_BYTES)):
-                if sequence != self._sequence:
-                    continue
-                if got == _ERROR:
-                    raise_error(content, mark)
-                    return answers
-                if got == _DONE:
-                    return answers
-                answers.append(Message(got, content))
+        return parse_attributes(answer.payload, _NFGEN.size)
 
 
 def table_of(payload: bytes) -> str:

@@ -13,7 +13,6 @@ import socket
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Final, Self
 
 REQUEST: Final = 0x1
@@ -122,7 +121,7 @@ class NetlinkSocket:
     """Asks the kernel and waits for its answer, in the namespace of the thread that makes it.
 
     Args:
-        protocol: `socket.NETLINK_ROUTE` or NETLINK_SOCK_DIAG (4).
+        protocol: `socket.NETLINK_ROUTE`, NETLINK_SOCK_DIAG (4) or NETLINK_NETFILTER (12).
     """
 
     def __init__(self, protocol: int = socket.NETLINK_ROUTE) -> None:
@@ -137,16 +136,7 @@ class NetlinkSocket:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Close the socket."""
+    def __exit__(self, *_: object) -> None:
         self._socket.close()
 
     def change(self, kind: int, payload: bytes, flags: int = 0) -> None:

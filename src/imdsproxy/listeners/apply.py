@@ -27,15 +27,13 @@ from imdsproxy.host.refusal import host_refused
 from imdsproxy.listeners.ops import (
     AddAddress,
     AddDefaultRoute,
-    AttachLink,
     CreateNamespace,
     CreateVeth,
     DeleteLink,
     DeleteNamespace,
     HostOp,
-    LinkUp,
     RemoveAddress,
-    SetMtu,
+    SetLink,
 )
 
 _CONF: Final = Path("/proc/sys/net")
@@ -92,7 +90,7 @@ class HostApplier:
         results: list[OpResult] = []
         broken: set[NetworkId] = set()
         for op in ops:
-            network = _network_of(op)
+            network = op.network
             if network in broken:
                 results.append(OpResult(op, OpOutcome.SKIPPED))
                 continue
@@ -116,39 +114,29 @@ class HostApplier:
             return refused
         return None
 
-    def _do(self, op: HostOp) -> None:  # noqa: C901 - a flat choice among ten
-        if isinstance(op, CreateNamespace):
-            self._thread.create_now(op.namespace)
-            self._at(op.namespace, lambda channel: _prepare(channel, op.alias))
-        elif isinstance(op, DeleteNamespace):
-            self._thread.directory.delete(op.namespace)
-        elif isinstance(op, CreateVeth):
-            self._create_veth(op)
-        elif isinstance(op, DeleteLink):
-            self._at(None, lambda channel: _delete_link(channel, op.link))
-        elif isinstance(op, AttachLink):
-            self._at(None, lambda channel: _attach(channel, op.link, op.bridge))
-        elif isinstance(op, SetMtu):
-            self._at(
-                op.namespace,
-                lambda channel: set_link(channel, _index(channel, op.device), mtu=op.mtu),
-            )
-        elif isinstance(op, LinkUp):
-            self._at(
-                op.namespace,
-                lambda channel: set_link(channel, _index(channel, op.device), up=True),
-            )
-        elif isinstance(op, AddAddress):
-            self._at(op.namespace, lambda channel: _add_address(channel, op))
-        elif isinstance(op, RemoveAddress):
-            self._at(op.namespace, lambda channel: _remove_address(channel, op), must_exist=False)
-        elif isinstance(op, AddDefaultRoute):
-            self._at(
-                op.namespace,
-                lambda channel: add_default_route(channel, _index(channel, op.device), op.family),
-            )
-        else:
-            assert_never(op)
+    def _do(self, op: HostOp) -> None:
+        match op:
+            case CreateNamespace():
+                self._thread.create_now(op.namespace)
+                self._at(op.namespace, lambda channel: _prepare(channel, op.alias))
+            case DeleteNamespace():
+                self._thread.directory.delete(op.namespace)
+            case CreateVeth():
+                self._create_veth(op)
+            case DeleteLink():
+                self._at(None, lambda channel: _delete_link(channel, op.link))
+            case SetLink():
+                self._at(op.namespace, lambda channel: _set_link(channel, op))
+            case AddAddress():
+                self._at(op.namespace, lambda channel: _add_address(channel, op))
+            case RemoveAddress():
+                self._at(
+                    op.namespace, lambda channel: _remove_address(channel, op), must_exist=False
+                )
+            case AddDefaultRoute():
+                self._at(op.namespace, lambda channel: _add_route(channel, op))
+            case _ as never:
+                assert_never(never)
 
     def _at(
         self,
@@ -193,12 +181,6 @@ class HostApplier:
         )
 
 
-def _network_of(op: HostOp) -> NetworkId | None:
-    if isinstance(op, DeleteNamespace | DeleteLink | RemoveAddress):
-        return None
-    return op.network
-
-
 def _index(channel: NetlinkSocket, device: str) -> int:
     found = find_link(channel, device)
     if found is None:
@@ -223,8 +205,14 @@ def _delete_link(channel: NetlinkSocket, name: str) -> None:
         delete_link(channel, found.index)
 
 
-def _attach(channel: NetlinkSocket, link: str, bridge: str) -> None:
-    set_link(channel, _index(channel, link), master=_index(channel, bridge), up=True)
+def _set_link(channel: NetlinkSocket, op: SetLink) -> None:
+    master = None if op.bridge is None else _index(channel, op.bridge)
+    index = _index(channel, op.device)
+    set_link(channel, index, up=op.up or None, mtu=op.mtu, master=master)
+
+
+def _add_route(channel: NetlinkSocket, op: AddDefaultRoute) -> None:
+    add_default_route(channel, _index(channel, op.device), op.family)
 
 
 def _add_address(channel: NetlinkSocket, op: AddAddress) -> None:
@@ -250,20 +238,10 @@ def _remove_address(channel: NetlinkSocket, op: RemoveAddress) -> None:
 
 def _action(op: HostOp) -> str:
     """What an op does, for an error's message."""
-    if isinstance(op, CreateNamespace | DeleteNamespace):
-        verb = "create" if isinstance(op, CreateNamespace) else "delete"
-        return f"{verb} namespace {op.namespace}"
-    if isinstance(op, CreateVeth | AttachLink):
-        return f"attach {op.link} to bridge {op.bridge}"
-    if isinstance(op, DeleteLink):
-        return f"delete link {op.link}"
-    place = f" in namespace {op.namespace}" if op.namespace is not None else ""
-    if isinstance(op, SetMtu | LinkUp):
-        return f"set up device {op.device}{place}"
-    if isinstance(op, AddDefaultRoute):
-        return f"add a route to device {op.device}{place}"
-    verb = "add" if isinstance(op, AddAddress) else "remove"
-    return f"{verb} {op.address} on device {op.device}{place}"
+    action = op.action.format(op)
+    if isinstance(op, SetLink | AddAddress | RemoveAddress | AddDefaultRoute) and op.namespace:
+        return f"{action} in namespace {op.namespace}"
+    return action
 
 
 def _hint(op: HostOp, error: OSError) -> str:

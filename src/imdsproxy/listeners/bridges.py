@@ -19,13 +19,11 @@ from imdsproxy.listeners.endpoints import Part, leave_out, listen
 from imdsproxy.listeners.ops import (
     AddAddress,
     AddDefaultRoute,
-    AttachLink,
     CreateNamespace,
     CreateVeth,
     DeleteLink,
     HostOp,
-    LinkUp,
-    SetMtu,
+    SetLink,
 )
 
 PREFIXES = {Family.IPV4: 32, Family.IPV6: 64}
@@ -152,13 +150,11 @@ def _mend_link(
     inside: ObservedDevice,
     namespace: str,
 ) -> Iterator[HostOp]:
-    if link.master != bridge.index:
-        yield AttachLink(network, link.name, bridge.name)
-    for place, device in ((None, link), (namespace, inside)):
-        if device.mtu != bridge.mtu:
-            yield SetMtu(network, place, device.name, bridge.mtu)
-        if not device.up:
-            yield LinkUp(network, place, device.name)
+    wanted = bridge.name if link.master != bridge.index else None
+    for place, device, master in ((None, link, wanted), (namespace, inside, None)):
+        mtu = bridge.mtu if device.mtu != bridge.mtu else None
+        if master is not None or mtu is not None or not device.up:
+            yield SetLink(network, place, device.name, not device.up, mtu, master)
 
 
 def want_addresses(

@@ -1,12 +1,13 @@
 """What can be done to a host for a listener: values that `listeners.apply` carries out.
 
-Each is idempotent: done twice, or on a host that is that way already, it changes nothing.
+Each is idempotent: done twice, or on a host that is that way already, it changes nothing. Removals belong to no
+network. `action` says what an op does, for an error's message.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import ClassVar, TypeAlias
 
 from imdsproxy.core.hoststate import Family
 from imdsproxy.core.model import IpAddress, NetworkId
@@ -16,6 +17,7 @@ from imdsproxy.core.model import IpAddress, NetworkId
 class CreateNamespace:
     """Make a namespace of ours: `lo` up and marked, router advertisements ignored."""
 
+    action: ClassVar[str] = "create namespace {0.namespace}"
     network: NetworkId
     namespace: str
     alias: str
@@ -25,6 +27,9 @@ class CreateNamespace:
 class DeleteNamespace:
     """Remove a namespace of ours, and with it the veth pair that ends in it."""
 
+    action: ClassVar[str] = "delete namespace {0.namespace}"
+    network: ClassVar[None] = None
+
     namespace: str
 
 
@@ -32,6 +37,7 @@ class DeleteNamespace:
 class CreateVeth:
     """Make a veth pair between a bridge and a namespace of ours, both ends up and marked."""
 
+    action: ClassVar[str] = "attach {0.link} to bridge {0.bridge}"
     network: NetworkId
     link: str
     bridge: str
@@ -45,41 +51,36 @@ class CreateVeth:
 class DeleteLink:
     """Remove a link of ours from the host's own namespace."""
 
+    action: ClassVar[str] = "delete link {0.link}"
+    network: ClassVar[None] = None
+
     link: str
 
 
 @dataclass(frozen=True, slots=True)
-class AttachLink:
-    """Make a link of ours a port of a bridge."""
+class SetLink:
+    """Change a device; `namespace` is `None` for the host's own.
 
-    network: NetworkId
-    link: str
-    bridge: str
+    Attributes:
+        up: Set it up; false leaves it as it is.
+        mtu: In bytes, `None` to leave it.
+        bridge: Make it a port of this bridge, `None` to leave it.
+    """
 
-
-@dataclass(frozen=True, slots=True)
-class SetMtu:
-    """Give a device an MTU in bytes; `namespace` is `None` for the host's own."""
-
+    action: ClassVar[str] = "set up device {0.device}"
     network: NetworkId
     namespace: str | None
     device: str
-    mtu: int
-
-
-@dataclass(frozen=True, slots=True)
-class LinkUp:
-    """Set a device up; `namespace` is `None` for the host's own."""
-
-    network: NetworkId
-    namespace: str | None
-    device: str
+    up: bool = False
+    mtu: int | None = None
+    bridge: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class AddAddress:
     """Put an address on a device, without duplicate address detection, marked with `protocol`."""
 
+    action: ClassVar[str] = "add {0.address} on device {0.device}"
     network: NetworkId
     namespace: str | None
     device: str
@@ -92,6 +93,9 @@ class AddAddress:
 class RemoveAddress:
     """Take an address away again."""
 
+    action: ClassVar[str] = "remove {0.address} on device {0.device}"
+    network: ClassVar[None] = None
+
     namespace: str | None
     device: str
     address: IpAddress
@@ -102,6 +106,7 @@ class RemoveAddress:
 class AddDefaultRoute:
     """Reach every address of a family directly on a device (scope link, no gateway)."""
 
+    action: ClassVar[str] = "add a route to device {0.device}"
     network: NetworkId
     namespace: str
     device: str
@@ -113,9 +118,7 @@ HostOp: TypeAlias = (
     | DeleteNamespace
     | CreateVeth
     | DeleteLink
-    | AttachLink
-    | SetMtu
-    | LinkUp
+    | SetLink
     | AddAddress
     | RemoveAddress
     | AddDefaultRoute

@@ -32,10 +32,7 @@ from imdsproxy.listeners.leftovers import ManagedPlace, plan_sweep
 from imdsproxy.listeners.ops import (
     AddAddress,
     AddDefaultRoute,
-    DeleteLink,
-    DeleteNamespace,
     HostOp,
-    RemoveAddress,
 )
 
 _Place: TypeAlias = tuple[str, str | int]
@@ -138,7 +135,7 @@ def _explain(left: LeftOut, failures: Iterable[OpFailure]) -> LeftOut:
 
 
 def _concerns(op: HostOp, left: LeftOut) -> bool:
-    if isinstance(op, DeleteNamespace | DeleteLink | RemoveAddress) or op.network != left.network:
+    if op.network != left.network:
         return False
     if isinstance(op, AddAddress) and left.family is not None:
         return op.address == left.family.metadata_address
