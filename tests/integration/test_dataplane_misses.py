@@ -14,7 +14,7 @@ from typing import Final, Self
 
 import pytest
 
-from imdsproxy.admin.figures import TRAFFIC_COLUMNS
+from imdsproxy.admin.metrics import TRAFFIC_COLUMNS
 from imdsproxy.config.schema import ResolverSettings
 from imdsproxy.dataplane.master import MasterClient
 from support.daemon import Daemon, instance, user_data_of

@@ -12,7 +12,7 @@ from typing import Any, Final
 
 import pytest
 
-from imdsproxy.admin.figures import TRAFFIC_COLUMNS
+from imdsproxy.admin.metrics import TRAFFIC_COLUMNS
 from imdsproxy.config.limits import LimitsSettings
 from imdsproxy.dataplane.master import MasterClient
 from support.daemon import instance

@@ -1,48 +1,71 @@
-"""Every figure that the controller tells Prometheus: names, labels and meaning, in one place.
+"""What the controller counts for Prometheus: every metric's name, help and labels, and where its value comes from.
 
-No label takes what guests or operators write freely, except `network`, whose number of series is
-bounded (see `NETWORK_SUM`). HAProxy's own exporter tells of connections, queues and bytes.
+No label has values that guests or operators choose freely, except `network`, whose number of series is bounded (see
+`NETWORK_SUM`). HAProxy's own exporter has connections, queues and bytes.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from typing import Final, Literal, TypeAlias
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Final, Literal, TypeAlias, get_args
 
-from imdsproxy.admin.snapshot import (
-    MetricsSnapshot,
-    NetworkTraffic,
-    NeutronCounts,
-    SourceFigures,
-    Timing,
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    SummaryMetricFamily,
 )
-from imdsproxy.core.progress import Durations
+from prometheus_client.exposition import choose_encoder
+from prometheus_client.metrics_core import Metric as Family
+from prometheus_client.process_collector import ProcessCollector
+from prometheus_client.registry import Collector, CollectorRegistry
 
-__all__ = ["METRICS", "MetricDescription"]
+from imdsproxy import __version__
+from imdsproxy.admin.status import StatusService
+from imdsproxy.app.nova_watch import NovaEndpointReport, WorkerTotals
+from imdsproxy.app.token_report import TokenCounting
+from imdsproxy.core.haproxy.unix_listener import AGENTS
+from imdsproxy.core.hoststate import Effect
+from imdsproxy.dataplane.master import WorkerEnded
+from imdsproxy.errors import DataplaneError
+from imdsproxy.serving.resolver import Resolver
+from imdsproxy.sources.neutron.look_ups import LookUpResult
+from imdsproxy.sources.neutron.queries import QueryResult
+from imdsproxy.sources.neutron.source import NeutronFigures, NeutronSource
 
-_Kind: TypeAlias = Literal["gauge", "counter", "summary", "histogram"]
+__all__ = ["METRICS", "NETWORK_SUM", "TRAFFIC_COLUMNS", "Metric", "Metrics", "count_traffic"]
 
+NETWORK_SUM: Final = "*"
+"""The `network` label of the one sum that stands for all, where there are too many for each."""
+
+TRAFFIC_COLUMNS: Final = frozenset({"pxname", "svname", "type", "stot", "dreq", "ereq"})
+"""What `count_traffic` reads of `show stat`."""
+
+_GUESTS: Final = ("guests", "unverified")
+_LISTENER: Final = "3"
 
 _Sample: TypeAlias = tuple[tuple[str, ...], float]
+_TrafficKey: TypeAlias = tuple[str, str, str]
 
 
 @dataclass(frozen=True, slots=True)
-class MetricDescription:
-    """One metric family: what it is called, what it says, and how it is read from a snapshot.
+class Metric:
+    """One metric family.
 
     Attributes:
-        name: As exposed, but for `_total`, `_count` and `_sum`, which follow from `kind`.
-        read: Label values and the value of each series; a summary gives its count, then its sum; a
-            histogram its buckets, then its sum.
+        name: As exposed, but for `_total`, `_bucket`, `_count` and `_sum`, which follow from `kind`.
+        read: Label values and the value of each series; a summary gives its count, then its sum; a histogram its
+            buckets, then its sum.
     """
 
     name: str
-    kind: _Kind
+    kind: Literal["gauge", "counter", "summary", "histogram"]
     help: str
     labels: tuple[str, ...]
-    read: Callable[[MetricsSnapshot], Iterable[_Sample]]
+    read: Callable[[Metrics], Iterable[_Sample]]
 
     @property
     def exposed(self) -> str:
@@ -54,456 +77,582 @@ class MetricDescription:
         return f"{self.name}_total" if self.kind == "counter" else self.name
 
 
-def _one(read: Callable[[MetricsSnapshot], float]) -> Callable[[MetricsSnapshot], list[_Sample]]:
-    return lambda snapshot: [((), float(read(snapshot)))]
+@dataclass(eq=False)
+class Metrics(Collector):
+    """Reads every metric when Prometheus asks for it.
+
+    Args:
+        network_series: Networks up to which each has its own series.
+    """
+
+    status: StatusService
+    counting: TokenCounting
+    resolver: Resolver
+    neutron: NeutronSource | None
+    network_series: Callable[[], int]
+    traffic: WorkerTotals[_TrafficKey] = field(default_factory=WorkerTotals)
+
+    def __post_init__(self) -> None:
+        self._registry = CollectorRegistry(auto_describe=False)
+        self._registry.register(self)
+        ProcessCollector(registry=self._registry)
+
+    async def refresh(self) -> None:
+        """Read HAProxy's counters once."""
+        await self.status.nova_watch.refresh()
+        await self.counting.refresh()
+        haproxy = self.status.haproxy
+        processes = haproxy.processes
+        if processes is None or processes.worker is None:
+            return
+        try:
+            rows = await haproxy.master.read_stat(processes.worker, TRAFFIC_COLUMNS)
+        except (DataplaneError, WorkerEnded):
+            # The watchdog restarts it; these counters come back with it.
+            return
+        self.traffic.add(processes.worker, count_traffic(rows))
+
+    def expose(self, accept: str) -> tuple[str, bytes]:
+        """Content type and text of all metrics, for the value of a request's `Accept`."""
+        encode, content_type = choose_encoder(accept)
+        return content_type, encode(self._registry)
+
+    def collect(self) -> Iterator[Family]:
+        """Every family with the values of now."""
+        for metric in METRICS:
+            samples = list(metric.read(self))
+            if metric.kind == "summary":
+                (_, count), (_, total) = samples
+                yield SummaryMetricFamily(
+                    metric.name, metric.help, count_value=int(count), sum_value=total
+                )
+            elif metric.kind == "histogram":
+                *buckets, (_, total) = samples
+                counts = [(bound, count) for (bound,), count in buckets]
+                yield HistogramMetricFamily(metric.name, metric.help, counts, total)
+            else:
+                make = CounterMetricFamily if metric.kind == "counter" else GaugeMetricFamily
+                family = make(metric.name, metric.help, labels=metric.labels)
+                for labels, value in samples:
+                    family.add_metric(labels, value)
+                yield family
 
 
-def _each(
-    read: Callable[[MetricsSnapshot], Mapping[str, int]],
-) -> Callable[[MetricsSnapshot], list[_Sample]]:
-    return lambda snapshot: [
-        ((key,), float(value)) for key, value in sorted(read(snapshot).items())
-    ]
+def count_traffic(rows: Iterable[Mapping[str, str]]) -> Counter[_TrafficKey]:
+    """Connections, refused and malformed requests by frontend, bind name and column of one worker's `show stat`."""
+    found: Counter[_TrafficKey] = Counter()
+    for row in rows:
+        frontend = _GUESTS[0] if row.get("pxname") in _GUESTS else row.get("pxname")
+        if frontend in {_GUESTS[0], AGENTS} and row.get("type") == _LISTENER:
+            for column in ("stot", "dreq", "ereq"):
+                text = row.get(column, "")
+                found[frontend, row["svname"], column] += int(text) if text.isdigit() else 0
+    return found
 
 
-def _per_source(
-    read: Callable[[SourceFigures], float],
-) -> Callable[[MetricsSnapshot], list[_Sample]]:
-    return lambda snapshot: [
-        ((name,), float(read(figures))) for name, figures in sorted(snapshot.sources.items())
-    ]
+_Read: TypeAlias = Callable[[Metrics], Iterable[_Sample]]
 
 
-def _per_network(
-    read: Callable[[NetworkTraffic], int],
-) -> Callable[[MetricsSnapshot], list[_Sample]]:
-    return lambda snapshot: [
-        ((network,), float(read(traffic))) for network, traffic in sorted(snapshot.traffic.items())
-    ]
+def _one(read: Callable[[Metrics], float]) -> _Read:
+    return lambda now: [((), float(read(now)))]
 
 
-def _neutron(
-    read: Callable[[NeutronCounts], float],
-) -> Callable[[MetricsSnapshot], list[_Sample]]:
-    return lambda snapshot: (
-        [] if snapshot.neutron is None else [((), float(read(snapshot.neutron)))]
+def _known(read: Callable[[Metrics], bool | None]) -> _Read:
+    """No series where there is no value."""
+    return lambda now: [] if (value := read(now)) is None else [((), float(value))]
+
+
+def _each(read: Callable[[Metrics], Mapping[str, float]]) -> _Read:
+    return lambda now: [((key,), float(value)) for key, value in sorted(read(now).items())]
+
+
+def _per_network(read: Callable[[Metrics], Mapping[str, int]]) -> _Read:
+    """Each network's own count, or with more than `network_series` of them their sum."""
+
+    def bounded(now: Metrics) -> Mapping[str, float]:
+        counts = read(now)
+        few = len(counts) <= now.network_series()
+        return counts if few else {NETWORK_SUM: sum(counts.values())}
+
+    return _each(bounded)
+
+
+def _traffic(column: str) -> _Read:
+    return _per_network(
+        lambda now: {
+            network: count
+            for (frontend, network, counted), count in now.traffic.totals.items()
+            if frontend == _GUESTS[0] and counted == column
+        }
     )
 
 
-def _neutron_each(
-    read: Callable[[NeutronCounts], Mapping[str, int]],
-) -> Callable[[MetricsSnapshot], list[_Sample]]:
-    return lambda snapshot: (
-        []
-        if snapshot.neutron is None
-        else [((key,), float(value)) for key, value in sorted(read(snapshot.neutron).items())]
+def _agents(column: str) -> _Read:
+    return _one(lambda now: now.traffic.totals[AGENTS, AGENTS, column])
+
+
+def _timing(read: Callable[[Metrics], tuple[float, float]]) -> _Read:
+    return lambda now: [((), float(one)) for one in read(now)]
+
+
+def _neutron(read: Callable[[NeutronFigures], float]) -> _Read:
+    return lambda now: [] if now.neutron is None else [((), float(read(now.neutron.figures)))]
+
+
+def _neutron_each(read: Callable[[NeutronFigures], Mapping[str, float]]) -> _Read:
+    return _each(lambda now: {} if now.neutron is None else read(now.neutron.figures))
+
+
+def _endpoints(read: Callable[[NovaEndpointReport], float]) -> _Read:
+    return lambda now: sorted(
+        ((one.endpoint_set, one.endpoint), float(read(one)))
+        for one in now.status.nova_watch.endpoints
     )
 
 
-def _unix_serving(snapshot: MetricsSnapshot) -> list[_Sample]:
-    return [] if snapshot.unix_serving is None else [((), float(snapshot.unix_serving))]
+def _not_served(now: Metrics) -> Mapping[str, int]:
+    degraded = {(one.network, one.code.value) for one in now.status.listeners.degraded()}
+    return Counter(code for _, code in degraded)
 
 
-def _audit_failing(snapshot: MetricsSnapshot) -> list[_Sample]:
-    return [] if snapshot.audit_failing is None else [((), float(snapshot.audit_failing))]
+def _foreign(now: Metrics) -> Mapping[str, int]:
+    foreign = now.status.listeners.report.foreign
+    return {
+        effect.value: len({one.socket for one in foreign if one.effect is effect})
+        for effect in Effect
+    }
 
 
-def _timing(
-    read: Callable[[MetricsSnapshot], Timing],
-) -> Callable[[MetricsSnapshot], list[_Sample]]:
-    def samples(snapshot: MetricsSnapshot) -> list[_Sample]:
-        timing = read(snapshot)
-        return [((), float(timing.count)), ((), timing.total_s)]
-
-    return samples
+def _source_records(now: Metrics) -> Iterator[_Sample]:
+    inventory = now.status.inventory
+    for name in sorted(inventory.sources):
+        for kind, count in zip(("network", "instance"), inventory.record_counts(name), strict=True):
+            yield (name, kind), float(count)
 
 
-def _durations(
-    read: Callable[[MetricsSnapshot], Durations],
-) -> Callable[[MetricsSnapshot], list[_Sample]]:
-    def samples(snapshot: MetricsSnapshot) -> list[_Sample]:
-        durations = read(snapshot)
-        buckets = [
-            (("+Inf" if bound == math.inf else str(bound),), float(count))
-            for bound, count in durations.within().items()
-        ]
-        return [*buckets, ((), durations.total_s)]
-
-    return samples
+def _refused_records(now: Metrics) -> Mapping[str, int]:
+    inventory = now.status.inventory
+    return {name: len(inventory.problems_of(name)) for name in inventory.sources}
 
 
-def _source_records(snapshot: MetricsSnapshot) -> list[_Sample]:
-    samples: list[_Sample] = []
-    for name, figures in sorted(snapshot.sources.items()):
-        samples.append(((name, "network"), float(figures.networks)))
-        samples.append(((name, "instance"), float(figures.instances)))
-    return samples
+def _source_failures(now: Metrics) -> Mapping[str, int]:
+    found = dict.fromkeys(now.status.inventory.sources, 0)
+    if now.neutron is not None:
+        queries = now.neutron.figures.queries
+        found[now.neutron.name] = sum(count for result, count in queries.items() if result != "ok")
+    return found
 
 
-METRICS: Final[tuple[MetricDescription, ...]] = (
-    MetricDescription(
+def _old_workers(now: Metrics) -> int:
+    processes = now.status.haproxy.processes
+    return 0 if processes is None else len(processes.draining)
+
+
+def _convergence(now: Metrics) -> Iterator[_Sample]:
+    durations = now.status.records.rounds
+    for bound, count in durations.within().items():
+        yield ("+Inf" if bound == math.inf else str(bound),), float(count)
+    yield (), durations.total_s
+
+
+def _resolver_requests(now: Metrics) -> Mapping[str, int]:
+    counts = now.resolver.counts
+    return {
+        "found": counts.found,
+        "unknown": counts.not_found,
+        "unavailable": counts.not_in_sync,
+        "conflict": counts.contested,
+        "over-limit": counts.over_limit,
+        "mismatch": counts.mismatched.total(),
+    }
+
+
+def _mac_filters(now: Metrics) -> Mapping[str, int]:
+    macs = now.status.macs()
+    return {"open": macs.gates, "refused": macs.refused}
+
+
+def _mismatches(now: Metrics) -> Mapping[str, int]:
+    return {str(network): count for network, count in now.resolver.counts.mismatched.items()}
+
+
+def _audit_failing(now: Metrics) -> bool | None:
+    audit = now.status.audit
+    return audit.problem is not None if audit.settings().one_in else None
+
+
+METRICS: Final[tuple[Metric, ...]] = (
+    Metric(
         "imdsproxy_build_info",
         "gauge",
         "Always 1; the label says which version runs.",
         ("version",),
-        lambda snapshot: [((snapshot.version,), 1.0)],
+        lambda _: [((__version__,), 1)],
     ),
-    MetricDescription(
+    Metric(
         "imdsproxy_ready",
         "gauge",
         "1 while guests get what the sources say; /readyz has the reasons for a 0.",
         (),
-        _one(lambda snapshot: snapshot.ready),
+        _one(lambda now: now.status.readiness().ready),
     ),
-    MetricDescription(
+    Metric(
         "imdsproxy_start_time_seconds",
         "gauge",
         "Unix time of the controller's start.",
         (),
-        _one(lambda snapshot: snapshot.started_at),
+        _one(lambda now: now.status.started_at),
     ),
-    MetricDescription(
+    Metric(
         "imdsproxy_settings_refused",
         "gauge",
         "1 while the last reload of the settings files was refused: those before stay in force.",
         (),
-        _one(lambda snapshot: snapshot.settings_refused),
+        _one(lambda now: bool(now.status.settings.problems)),
     ),
-    MetricDescription(
+    Metric(
         "imdsproxy_networks_serving",
         "gauge",
         "Networks that are served as configured.",
         (),
-        _one(lambda snapshot: snapshot.networks_serving),
+        _one(lambda now: now.status.listeners.serving),
     ),
-    MetricDescription(
+    Metric(
         "imdsproxy_networks_left_out",
         "gauge",
         "Networks that are configured and not served now, by the code of the reason.",
         ("code",),
-        _each(lambda snapshot: snapshot.left_out),
+        _each(_not_served),
     ),
-    MetricDescription(
+    Metric(
         "imdsproxy_foreign_listeners",
         "gauge",
         "Sockets of other programs at networks' addresses and port, by effect: `blocks` (ours cannot listen), "
         "`shares` (guests get both answers), `yields` (guests get ours). `status` and the log name them.",
         ("effect",),
-        _each(lambda snapshot: snapshot.foreign),
+        _each(_foreign),
     ),
-    MetricDescription(
+    Metric(
         "imdsproxy_instances",
         "gauge",
         "Instances known.",
         (),
-        _one(lambda snapshot: snapshot.instances),
+        _one(lambda now: len(now.status.inventory.instances)),
     ),
-    MetricDescription(
+    Metric(
         "imdsproxy_addresses",
         "gauge",
         "Addresses of guests known to HAProxy.",
         (),
-        _one(lambda snapshot: snapshot.addresses),
+        _one(lambda now: now.status.inventory.address_count),
     ),
-    MetricDescription(
+    Metric(
         "imdsproxy_conflicts",
         "gauge",
         "Ids and addresses that several records claim; their guests get 503.",
         (),
-        _one(lambda snapshot: snapshot.conflicts),
+        _one(lambda now: now.status.inventory.conflict_count),
     ),
-    MetricDescription(
+    Metric(
         "imdsproxy_source_in_sync",
         "gauge",
         "1 while the source has told all that it knows.",
         ("source",),
-        _per_source(lambda figures: figures.in_sync),
+        _each(lambda now: now.status.inventory.sources),
     ),
-    MetricDescription(
+    Metric(
         "imdsproxy_source_records",
         "gauge",
         "Records in force from the source, by kind: network or instance.",
         ("source", "kind"),
         _source_records,
     ),
-    MetricDescription(
+    Metric(
         "imdsproxy_source_refused_records",
         "gauge",
         "Records of the source that are refused now.",
         ("source",),
-        _per_source(lambda figures: figures.refused_records),
+        _each(_refused_records),
     ),
-    MetricDescription(
+    Metric(
         "imdsproxy_source_failures",
         "counter",
         "Times that the source did not answer or its store was refused.",
         ("source",),
-        _per_source(lambda figures: figures.failures),
+        _each(_source_failures),
     ),
-    MetricDescription(
+    Metric(
         "imdsproxy_haproxy_up",
         "gauge",
         "1 while HAProxy's worker answers.",
         (),
-        _one(lambda snapshot: snapshot.haproxy_up),
+        _one(lambda now: now.status.guard.answering and now.status.haproxy.processes is not None),
     ),
-    MetricDescription(
+    Metric(
         "imdsproxy_haproxy_old_workers",
         "gauge",
         "Workers from before a reload that still have connections.",
         (),
-        _one(lambda snapshot: snapshot.haproxy_old_workers),
+        _one(_old_workers),
     ),
-    MetricDescription(
+    Metric(
         "imdsproxy_haproxy_reloads",
         "counter",
         "Reloads of HAProxy by result: ok or failed.",
         ("result",),
-        _each(lambda snapshot: snapshot.reloads),
+        _each(lambda now: now.status.haproxy.reload_counts),
     ),
-    MetricDescription(
+    Metric(
         "imdsproxy_haproxy_reload_seconds",
         "summary",
         "Time from ordering a reload until the new worker serves.",
         (),
-        _timing(lambda snapshot: snapshot.reload),
+        _timing(
+            lambda now: (now.status.haproxy.reload_counts.total(), now.status.haproxy.seconds_spent)
+        ),
     ),
-    MetricDescription(
+    Metric(
         "imdsproxy_haproxy_commands",
         "counter",
         "Runtime API commands by result: ok or failed.",
         ("result",),
-        _each(lambda snapshot: snapshot.commands),
+        _each(lambda now: now.status.haproxy.master.commands),
     ),
-    MetricDescription(
+    Metric(
         "imdsproxy_process_restarts",
         "counter",
         "Processes started again because they died or hung, by process: haproxy, or documents with its workers.",
         ("process",),
-        _each(lambda snapshot: snapshot.restarts),
+        _each(
+            lambda now: {
+                "haproxy": now.status.guard.restarts,
+                "documents": now.status.companion.restarts,
+            }
+        ),
     ),
-    MetricDescription(
+    Metric(
         "imdsproxy_documents_processes",
         "gauge",
         "Processes of the document server that run.",
         (),
-        _one(lambda snapshot: snapshot.documents_up),
+        _one(lambda now: max(0, len(now.status.companion.read().pids) - 1)),
     ),
-    MetricDescription(
+    Metric(
         "imdsproxy_plan_seconds",
         "summary",
         "Time that applying a plan took.",
         (),
-        _timing(lambda snapshot: snapshot.plans),
+        _timing(lambda now: (now.status.listeners.rounds, now.status.listeners.seconds)),
     ),
-    MetricDescription(
+    Metric(
         "imdsproxy_plan_operations",
         "counter",
         "Operations of plans by result: ok or failed (failed ones are tried again).",
         ("result",),
-        _each(lambda snapshot: snapshot.operations),
+        _each(lambda now: now.status.listeners.operations),
     ),
-    MetricDescription(
+    Metric(
         "imdsproxy_convergence_seconds",
         "histogram",
         "Time from a source's observation until every worker of HAProxy has confirmed it.",
         (),
-        _durations(lambda snapshot: snapshot.convergence),
+        _convergence,
     ),
-    MetricDescription(
+    Metric(
         "imdsproxy_resolver_requests",
         "counter",
         "Requests of unknown addresses by outcome: found, unknown, unavailable, conflict, "
         "over-limit or gone (the guest left).",
         ("outcome",),
-        _each(lambda snapshot: snapshot.resolver),
+        _each(_resolver_requests),
     ),
-    MetricDescription(
+    Metric(
         "imdsproxy_resolver_held",
         "gauge",
         "Requests of unknown addresses that are held now.",
         (),
-        _one(lambda snapshot: snapshot.resolver_held),
+        _one(lambda now: now.resolver.held),
     ),
-    MetricDescription(
+    Metric(
         "imdsproxy_network_connections",
         "counter",
         'Guests\' connections by network; one series "*" for all above metrics.network_series.',
         ("network",),
-        _per_network(lambda traffic: traffic.connections),
+        _traffic("stot"),
     ),
-    MetricDescription(
+    Metric(
         "imdsproxy_network_denied",
         "counter",
         "Guests' requests that were refused, by network as above.",
         ("network",),
-        _per_network(lambda traffic: traffic.denied),
+        _traffic("dreq"),
     ),
-    MetricDescription(
+    Metric(
         "imdsproxy_network_malformed",
         "counter",
         "Guests' requests that were no proper HTTP, by network as above.",
         ("network",),
-        _per_network(lambda traffic: traffic.malformed),
+        _traffic("ereq"),
     ),
-    MetricDescription(
+    Metric(
         "imdsproxy_mac_mismatches",
         "counter",
         "Requests that got 403 because the address goes with another MAC, by network as above.",
         ("network",),
-        _each(lambda snapshot: snapshot.mismatches),
+        _per_network(_mismatches),
     ),
-    MetricDescription(
+    Metric(
         "imdsproxy_metadata_no_token",
         "counter",
         "Reads of EC2's tree, or of one that requires tokens, without a session token and not refused for it, by "
         "network as above: each, or an estimate by one in 20, or none, as `tokens.count_reads` says.",
         ("network",),
-        _each(lambda snapshot: snapshot.no_token),
+        _per_network(lambda now: now.counting.ledger.read),
     ),
-    MetricDescription(
+    Metric(
         "imdsproxy_metadata_no_token_rejected",
         "counter",
         "Reads that were refused because a session token is required, each of them, by network as above.",
         ("network",),
-        _each(lambda snapshot: snapshot.no_token_rejected),
+        _per_network(lambda now: now.counting.ledger.refused),
     ),
-    MetricDescription(
+    Metric(
         "imdsproxy_learned_addresses",
         "gauge",
         "Addresses that guests are known by because the neighbour table has their MAC there.",
         (),
-        _one(lambda snapshot: snapshot.learned),
+        _one(lambda now: now.status.macs().learned),
     ),
-    MetricDescription(
+    Metric(
         "imdsproxy_pairs",
         "gauge",
         "Addresses that the kernel lets through to HAProxy's maps with one MAC only, or with any.",
         (),
-        _one(lambda snapshot: snapshot.pairs),
+        _one(lambda now: now.status.macs().pairs),
     ),
-    MetricDescription(
+    Metric(
         "imdsproxy_gates",
         "gauge",
         "Networks in which the kernel looks at guests' MACs: open, or refused where it should and cannot.",
         ("state",),
-        lambda snapshot: [
-            (("open",), float(snapshot.gates)),
-            (("refused",), float(snapshot.gates_refused)),
-        ],
+        _each(_mac_filters),
     ),
-    MetricDescription(
+    Metric(
         "imdsproxy_unix_listener_serving",
         "gauge",
         "1 while HAProxy's socket is at unix_listener.path; no series where that is off.",
         (),
-        _unix_serving,
+        _known(lambda now: None if (unix := now.status.unix_listener()) is None else unix.serving),
     ),
-    MetricDescription(
+    Metric(
         "imdsproxy_unix_listener_taken_over",
         "counter",
         "Times that unix_listener.path was taken from a process that lives; it grows whenever that takes it back.",
         (),
-        _one(lambda snapshot: snapshot.unix_taken_over),
+        _one(lambda now: 0 if (unix := now.status.listeners.unix) is None else unix.taken_over),
     ),
-    MetricDescription(
+    Metric(
         "imdsproxy_unix_listener_connections",
         "counter",
         "Connections of Neutron's proxies, all networks together.",
         (),
-        _one(lambda snapshot: snapshot.unix_traffic.connections),
+        _agents("stot"),
     ),
-    MetricDescription(
+    Metric(
         "imdsproxy_unix_listener_denied",
         "counter",
         "Requests of theirs that were refused: without exactly one network or router and one address.",
         (),
-        _one(lambda snapshot: snapshot.unix_traffic.denied),
+        _agents("dreq"),
     ),
-    MetricDescription(
+    Metric(
         "imdsproxy_unix_listener_malformed",
         "counter",
         "Requests of theirs that were no proper HTTP.",
         (),
-        _one(lambda snapshot: snapshot.unix_traffic.malformed),
+        _agents("ereq"),
     ),
-    MetricDescription(
+    Metric(
         "imdsproxy_audit_lines",
         "counter",
         "Lines of the audit log that were written.",
         (),
-        _one(lambda snapshot: snapshot.audit_lines),
+        _one(lambda now: now.status.audit.written),
     ),
-    MetricDescription(
+    Metric(
         "imdsproxy_audit_left_out",
         "counter",
         "Requests that have no line in the audit log, because HAProxy's ring or the journal had no room.",
         (),
-        _one(lambda snapshot: snapshot.audit_left_out),
+        _one(lambda now: now.status.audit.left_out),
     ),
-    MetricDescription(
+    Metric(
         "imdsproxy_audit_failing",
         "gauge",
         "1 while the audit log cannot be written; `imdsproxy status` says why. Guests are served.",
         (),
-        _audit_failing,
+        _known(_audit_failing),
     ),
-    MetricDescription(
+    Metric(
         "imdsproxy_nova_endpoint_up",
         "gauge",
         "1 while HAProxy takes the endpoint of Nova for one that answers.",
         ("endpoint_set", "endpoint"),
-        lambda snapshot: [(key, float(up)) for key, up in sorted(snapshot.nova_up.items())],
+        _endpoints(lambda endpoint: endpoint.up),
     ),
-    MetricDescription(
+    Metric(
         "imdsproxy_nova_endpoint_failures",
         "counter",
         "Connections to the endpoint of Nova that failed, and requests that it did not answer in time or in full.",
         ("endpoint_set", "endpoint"),
-        lambda snapshot: [(key, float(n)) for key, n in sorted(snapshot.nova_failures.items())],
+        _endpoints(lambda endpoint: endpoint.failures),
     ),
-    MetricDescription(
+    Metric(
         "imdsproxy_nova_refused",
         "counter",
         "Answers 403 of Nova, by endpoint set: it refuses our signature, most likely for another secret.",
         ("endpoint_set",),
-        _each(lambda snapshot: snapshot.nova_refused),
+        _each(lambda now: now.status.nova_watch.refused.totals),
     ),
-    MetricDescription(
+    Metric(
         "imdsproxy_neutron_queries",
         "counter",
         "Queries to Neutron by result: ok, failed or timeout.",
         ("result",),
-        _neutron_each(lambda neutron: neutron.queries),
+        _neutron_each(
+            lambda figures: {one: figures.queries.get(one, 0) for one in get_args(QueryResult)}
+        ),
     ),
-    MetricDescription(
+    Metric(
         "imdsproxy_neutron_look_ups",
         "counter",
         "Look-ups of guests that HAProxy did not know, by result: found, known (without a query), missing, "
         "negative-cached (missing, without a query), coalesced (waited for another's query), ambiguous or "
         "unavailable.",
         ("result",),
-        _neutron_each(lambda neutron: neutron.look_ups),
+        _neutron_each(
+            lambda figures: {one: figures.look_ups.get(one, 0) for one in get_args(LookUpResult)}
+        ),
     ),
-    MetricDescription(
+    Metric(
         "imdsproxy_neutron_ports",
         "gauge",
         "Neutron's ports that are known and kept up to date.",
         (),
-        _neutron(lambda neutron: neutron.ports),
+        _neutron(lambda figures: figures.ports),
     ),
-    MetricDescription(
+    Metric(
         "imdsproxy_neutron_stale_seconds",
         "gauge",
         "Seconds since Neutron answered last, while it does not; else 0. What is known is served on.",
         (),
-        _neutron(lambda neutron: neutron.stale_s),
+        _neutron(lambda figures: figures.stale_s),
     ),
-    MetricDescription(
+    Metric(
         "imdsproxy_neutron_backoff_seconds",
         "gauge",
         "Seconds until Neutron is asked again, while it does not answer; else 0.",
         (),
-        _neutron(lambda neutron: neutron.backoff_s),
+        _neutron(lambda figures: figures.backoff_s),
     ),
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Final
+from typing import Final, Generic, TypeVar
 
 import structlog
 
@@ -33,6 +33,8 @@ _COLUMNS: Final = frozenset(
 )
 _SERVER: Final = "2"
 
+_Key = TypeVar("_Key")
+
 
 @dataclass(frozen=True, slots=True)
 class NovaEndpointReport:
@@ -54,14 +56,14 @@ class NovaEndpointReport:
 
 
 @dataclass(slots=True)
-class WorkerTotals:
+class WorkerTotals(Generic[_Key]):
     """Adds up counters that begin at 0 with each worker of HAProxy."""
 
-    totals: Counter[str] = field(default_factory=Counter)
+    totals: Counter[_Key] = field(default_factory=Counter)
     _worker: int | None = None
-    _base: Counter[str] = field(default_factory=Counter)
+    _base: Counter[_Key] = field(default_factory=Counter)
 
-    def add(self, worker: int, now: Mapping[str, int]) -> None:
+    def add(self, worker: int, now: Mapping[_Key, int]) -> None:
         """Take in one worker's counters."""
         if worker != self._worker:
             self._base, self._worker = Counter(self.totals), worker
@@ -87,8 +89,8 @@ class NovaWatch:
     haproxy: Haproxy
     sets: Callable[[], Iterable[str]]
     endpoints: tuple[NovaEndpointReport, ...] = ()
-    refused: WorkerTotals = field(default_factory=WorkerTotals)
-    _good: WorkerTotals = field(default_factory=WorkerTotals)
+    refused: WorkerTotals[str] = field(default_factory=WorkerTotals)
+    _good: WorkerTotals[str] = field(default_factory=WorkerTotals)
     _refusing: set[str] = field(default_factory=set)
 
     @property

@@ -9,9 +9,8 @@ from typing import Any, Final
 
 from imdsproxy import errors
 from imdsproxy.admin.api import admin_app
-from imdsproxy.admin.metrics import METRICS
+from imdsproxy.admin.metrics import METRICS, NETWORK_SUM
 from imdsproxy.admin.refusals import status_of
-from imdsproxy.admin.snapshot import NETWORK_SUM
 from imdsproxy.cli.commands import build_program, iterate_commands
 from imdsproxy.cli.exitcodes import EXIT_STATUSES, errors_by_status
 from imdsproxy.config.describe import Setting, iterate_inner_settings, iterate_settings

@@ -13,15 +13,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Final, TypeAlias, cast
 
-from prometheus_client.exposition import choose_encoder
-from prometheus_client.registry import CollectorRegistry
-
 from imdsproxy import __version__
-from imdsproxy.admin.collector import metrics_registry
 from imdsproxy.admin.explain import Explainer
-from imdsproxy.admin.figures import Figures
 from imdsproxy.admin.guests import GuestService
 from imdsproxy.admin.health import HealthReports
+from imdsproxy.admin.metrics import Metrics
 from imdsproxy.admin.record_reports import RecordReports
 from imdsproxy.admin.records import RecordService
 from imdsproxy.admin.services import Services
@@ -60,7 +56,7 @@ class HttpApps:
 
     status: StatusService
     services: Services
-    figures: Figures
+    metrics: Metrics
     resolver: AnyAsgiApp
     health: HealthReports
 
@@ -131,22 +127,20 @@ def build_apps(
         reload_settings,
         end,
     )
-    figures = Figures(status, parts.counting, parts.resolver, parts.sources.look_up)
-    registry = metrics_registry(
-        figures.take, network_series=lambda: parts.holder.settings.metrics.network_series
+    metrics = Metrics(
+        status,
+        parts.counting,
+        parts.resolver,
+        parts.sources.look_up,
+        lambda: parts.holder.settings.metrics.network_series,
     )
     return HttpApps(
         status,
         services,
-        figures,
+        metrics,
         resolver_app(parts.resolver, forwarder),
-        HealthReports(status.readiness, partial(_metrics, registry)),
+        HealthReports(status.readiness, metrics.expose),
     )
-
-
-def _metrics(registry: CollectorRegistry, accept: str) -> tuple[str, bytes]:
-    encode, content_type = choose_encoder(accept)
-    return content_type, encode(registry)
 
 
 def load_admin() -> Callable[[HttpApps], AnyAsgiApp]:

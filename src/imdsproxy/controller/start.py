@@ -138,7 +138,7 @@ class _Controller:
         """Read HAProxy's counters now and then, so that none is lost over a reload; keep its log short."""
         while True:
             if self.apps is not None:
-                await self.apps.figures.refresh()
+                await self.apps.metrics.refresh()
             limit_log(self.parts.layout.haproxy_log)
             await asyncio.sleep(_FIGURES_EVERY_S)
 

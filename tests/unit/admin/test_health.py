@@ -9,13 +9,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import pytest
+from prometheus_client import Gauge
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import CollectorRegistry
 
-from imdsproxy.admin.collector import metrics_registry
 from imdsproxy.admin.health import HealthReports, HealthServer
 from imdsproxy.admin.reports import Readiness
-from imdsproxy.admin.snapshot import MetricsSnapshot
 
 
 @dataclass
@@ -25,14 +24,11 @@ class Answer:
     body: bytes = b""
 
 
-def _registry() -> CollectorRegistry:
-    snapshot = MetricsSnapshot("1.2.3", ready=True, started_at=0.0)
-    return metrics_registry(lambda: snapshot, network_series=lambda: 100)
-
-
 def _metrics(accept: str) -> tuple[str, bytes]:
+    registry = CollectorRegistry()
+    Gauge("imdsproxy_build_info", "x", ("version",), registry=registry).labels("1.2.3").set(1)
     encode, content_type = choose_encoder(accept)
-    return content_type, encode(_registry())
+    return content_type, encode(registry)
 
 
 @contextlib.contextmanager

@@ -3,99 +3,147 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
-from prometheus_client.exposition import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from imdsproxy.admin.collector import metrics_registry
-from imdsproxy.admin.metrics import METRICS, MetricDescription
-from imdsproxy.admin.snapshot import (
-    MetricsSnapshot,
-    NetworkTraffic,
-    NeutronCounts,
-    SourceFigures,
-    Timing,
-    bound_networks,
-)
+from imdsproxy import __version__
+from imdsproxy.admin.metrics import METRICS, Metric, Metrics, count_traffic
+from imdsproxy.app.nova_watch import NovaEndpointReport, WorkerTotals
+from imdsproxy.core.hoststate import Effect
 from imdsproxy.core.progress import Durations
+from imdsproxy.serving.resolver import ResolverCounts
+from imdsproxy.sources.neutron.source import NeutronFigures
 
-FULL = MetricsSnapshot(
-    version="1.2.3",
-    ready=True,
-    started_at=1_760_000_000.0,
-    networks_serving=2,
-    instances=3,
-    addresses=4,
-    conflicts=1,
-    left_out={"port-busy": 1},
-    foreign={"blocks": 2},
-    sources={"sqlite": SourceFigures(True, 2, 3, 1, 5)},
-    haproxy_up=True,
-    haproxy_old_workers=1,
-    reloads={"ok": 7, "failed": 1},
-    reload=Timing(8, 0.5),
-    restarts={"haproxy": 1},
-    documents_up=3,
-    plans=Timing(9, 0.25),
-    operations={"ok": 20},
-    convergence=Durations(Counter({0.005: 9, 0.1: 1}), 0.125),
-    resolver={"found": 1, "unknown": 2},
-    mismatches={"red": 3},
-    resolver_held=2,
-    commands={"ok": 30},
-    traffic={"blue": NetworkTraffic(100, 3, 1), "red": NetworkTraffic(10, 0, 0)},
-    neutron=NeutronCounts(
+_ONE, _TWO = "192.0.2.1:8775", "192.0.2.2:8775"
+
+
+def _row(network: str, requests: int, denied: int = 0, errors: int = 0) -> dict[str, str]:
+    return {
+        "pxname": "guests",
+        "svname": network,
+        "type": "3",
+        "stot": str(requests),
+        "dreq": str(denied),
+        "ereq": str(errors),
+    }
+
+
+def _inventory() -> SimpleNamespace:
+    return SimpleNamespace(
+        sources={"neutron": True, "sqlite": True},
+        instances=range(3),
+        address_count=4,
+        conflict_count=1,
+        record_counts={"neutron": (0, 0), "sqlite": (2, 3)}.__getitem__,
+        problems_of={"neutron": (), "sqlite": ("bad",)}.__getitem__,
+    )
+
+
+def _listeners() -> SimpleNamespace:
+    foreign = [SimpleNamespace(socket=one, effect=Effect.BLOCKS) for one in (1, 2, 2)]
+    busy = SimpleNamespace(network="red", code=SimpleNamespace(value="port-busy"))
+    return SimpleNamespace(
+        serving=2,
+        degraded=lambda: (busy, busy),
+        report=SimpleNamespace(foreign=foreign),
+        rounds=9,
+        seconds=0.25,
+        operations={"ok": 20},
+        unix=SimpleNamespace(taken_over=2),
+    )
+
+
+def _full(*, network_series: int = 100, neutron: bool = True, audit: int = 1) -> Metrics:
+    """Parts of a controller as far as metrics read them."""
+    endpoints = (
+        NovaEndpointReport("default", _ONE, up=True, failures=4),
+        NovaEndpointReport("default", _TWO, up=False),
+    )
+    status: Any = SimpleNamespace(
+        readiness=lambda: SimpleNamespace(ready=True),
+        started_at=1_760_000_000.0,
+        settings=SimpleNamespace(problems=()),
+        inventory=_inventory(),
+        listeners=_listeners(),
+        records=SimpleNamespace(rounds=Durations(Counter({0.005: 9, 0.1: 1}), 0.125)),
+        guard=SimpleNamespace(answering=True, restarts=1),
+        haproxy=SimpleNamespace(
+            processes=SimpleNamespace(draining=(7,)),
+            reload_counts=Counter(ok=7, failed=1),
+            seconds_spent=0.5,
+            master=SimpleNamespace(commands={"ok": 30}),
+        ),
+        companion=SimpleNamespace(restarts=0, read=lambda: SimpleNamespace(pids=(1, 2, 3))),
+        macs=lambda: SimpleNamespace(learned=1, pairs=2, gates=3, refused=4),
+        unix_listener=lambda: SimpleNamespace(serving=True),
+        audit=SimpleNamespace(
+            written=40,
+            left_out=4,
+            problem="disk full",
+            settings=lambda: SimpleNamespace(one_in=audit),
+        ),
+        nova_watch=SimpleNamespace(
+            endpoints=endpoints, refused=SimpleNamespace(totals={"default": 6})
+        ),
+    )
+    ledger = SimpleNamespace(read={"blue": 8, "red": 1}, refused={"blue": 2})
+    counts = ResolverCounts(found=1, not_found=2, mismatched=Counter({"red": 3}))  # type: ignore[dict-item] # as a name
+    figures = NeutronFigures(
         queries={"ok": 9, "failed": 2, "timeout": 1},
         look_ups={"found": 5, "negative-cached": 3},
         ports=7,
         stale_s=12.5,
         backoff_s=0.75,
-    ),
-    unix_serving=True,
-    unix_traffic=NetworkTraffic(3, 2, 1),
-    nova_failures={("default", "192.0.2.1:8775"): 4},
-    nova_up={("default", "192.0.2.1:8775"): True, ("default", "192.0.2.2:8775"): False},
-    nova_refused={"default": 6},
-    audit_lines=40,
-    audit_left_out=4,
-    audit_failing=True,
-    no_token={"blue": 8, "red": 1},
-    no_token_rejected={"blue": 2},
-)
+    )
+    source: Any = SimpleNamespace(name="neutron", figures=figures)
+    counting: Any = SimpleNamespace(ledger=ledger)
+    resolver: Any = SimpleNamespace(counts=counts, held=2)
+    metrics = Metrics(
+        status, counting, resolver, source if neutron else None, lambda: network_series
+    )
+    agents = {**_row("agents", 3, 2, 1), "pxname": "agents"}
+    metrics.traffic.add(1, count_traffic([_row("blue", 100, 3, 1), _row("red", 10), agents]))
+    return metrics
 
 
-def _exposed(snapshot: MetricsSnapshot, *, network_series: int = 100) -> str:
-    registry = metrics_registry(lambda: snapshot, network_series=lambda: network_series)
-    return generate_latest(registry).decode()
+def _exposed(metrics: Metrics) -> str:
+    return metrics.expose("")[1].decode()
 
 
-def _samples(
-    snapshot: MetricsSnapshot, *, network_series: int = 100
-) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
-    families = text_string_to_metric_families(_exposed(snapshot, network_series=network_series))
+def _samples(metrics: Metrics) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
     return {
         (sample.name, frozenset(sample.labels.items())): sample.value
-        for family in families
+        for family in text_string_to_metric_families(_exposed(metrics))
         for sample in family.samples
     }
 
 
-def _value(snapshot: MetricsSnapshot, name: str, **labels: str) -> float:
-    return _samples(snapshot)[name, frozenset(labels.items())]
+def _value(metrics: Metrics, name: str, **labels: str) -> float:
+    return _samples(metrics)[name, frozenset(labels.items())]
 
 
 @pytest.mark.parametrize(
     ("name", "labels", "value"),
     [
-        ("imdsproxy_build_info", {"version": "1.2.3"}, 1),
+        ("imdsproxy_build_info", {"version": __version__}, 1),
         ("imdsproxy_ready", {}, 1),
         ("imdsproxy_networks_left_out", {"code": "port-busy"}, 1),
         ("imdsproxy_foreign_listeners", {"effect": "blocks"}, 2),
         ("imdsproxy_source_in_sync", {"source": "sqlite"}, 1),
         ("imdsproxy_source_records", {"source": "sqlite", "kind": "instance"}, 3),
-        ("imdsproxy_source_failures_total", {"source": "sqlite"}, 5),
+        ("imdsproxy_source_failures_total", {"source": "neutron"}, 3),
+        ("imdsproxy_gates", {"state": "refused"}, 4),
+        ("imdsproxy_unix_listener_denied_total", {}, 2),
+        ("imdsproxy_unix_listener_taken_over_total", {}, 2),
+        ("imdsproxy_mac_mismatches_total", {"network": "red"}, 3),
+        (
+            "imdsproxy_nova_endpoint_failures_total",
+            {"endpoint_set": "default", "endpoint": _ONE},
+            4,
+        ),
         ("imdsproxy_haproxy_reloads_total", {"result": "failed"}, 1),
         ("imdsproxy_haproxy_reload_seconds_count", {}, 8),
         ("imdsproxy_haproxy_reload_seconds_sum", {}, 0.5),
@@ -126,29 +174,26 @@ def _value(snapshot: MetricsSnapshot, name: str, **labels: str) -> float:
     ],
 )
 def test_a_figure_is_told_under_its_name(name: str, labels: dict[str, str], value: float) -> None:
-    assert _value(FULL, name, **labels) == value
+    assert _value(_full(), name, **labels) == value
 
 
 def test_without_the_source_neutron_nothing_is_told_of_it() -> None:
-    snapshot = replace(FULL, neutron=None)
-    assert not any("neutron" in name for name, _ in _samples(snapshot))
+    assert not any("neutron" in name for name, _ in _samples(_full(neutron=False)))
 
 
 def test_nothing_fails_where_there_is_no_audit_log() -> None:
-    assert ("imdsproxy_audit_failing", frozenset()) not in _samples(
-        replace(FULL, audit_failing=None)
-    )
+    assert ("imdsproxy_audit_failing", frozenset()) not in _samples(_full(audit=0))
 
 
 def test_every_described_metric_is_exposed_and_no_other_of_ours() -> None:
-    exposed = {name for name, _ in _samples(FULL) if name.startswith("imdsproxy_")}
+    exposed = {name for name, _ in _samples(_full()) if name.startswith("imdsproxy_")}
 
     described = {name for metric in METRICS for name in metric.exposed.split(", ")}
     assert exposed == described
 
 
 def test_with_more_networks_than_wanted_there_is_one_sum() -> None:
-    samples = _samples(FULL, network_series=1)
+    samples = _samples(_full(network_series=1))
 
     networks = {
         dict(labels)["network"]: value
@@ -159,22 +204,14 @@ def test_with_more_networks_than_wanted_there_is_one_sum() -> None:
 
 
 def test_the_number_of_series_is_bounded_at_a_thousand_networks() -> None:
-    traffic = {f"net-{number}": NetworkTraffic(1, 1, 1) for number in range(1000)}
-    snapshot = MetricsSnapshot("1", ready=True, started_at=0.0, traffic=traffic)
+    metrics = _full()
+    metrics.traffic.add(2, count_traffic([_row(f"net-{number}", 1) for number in range(1000)]))
 
-    assert len(_samples(snapshot)) < 100
-
-
-def test_the_sum_is_the_sum_of_each_part() -> None:
-    bounded = bound_networks({"a": NetworkTraffic(1, 2, 3), "b": NetworkTraffic(10, 20, 30)}, 1)
-
-    assert bounded == {"*": NetworkTraffic(11, 22, 33)}
-    assert bound_networks({"a": NetworkTraffic(1, 2, 3)}, 1) == {"a": NetworkTraffic(1, 2, 3)}
-    assert bound_networks({}, 0) == {}
+    assert len(_samples(metrics)) < 150
 
 
 @pytest.mark.parametrize("metric", METRICS, ids=lambda metric: metric.name)
-def test_names_follow_the_conventions(metric: MetricDescription) -> None:
+def test_names_follow_the_conventions(metric: Metric) -> None:
     assert re.fullmatch(r"imdsproxy(_[a-z]+)+", metric.name)
     assert not metric.name.endswith(("_total", "_count", "_sum"))
     assert (metric.kind == "summary") <= metric.name.endswith("_seconds")
@@ -182,16 +219,7 @@ def test_names_follow_the_conventions(metric: MetricDescription) -> None:
 
 
 def test_the_process_tells_of_itself() -> None:
-    assert _value(FULL, "process_resident_memory_bytes") > 0
-
-
-def test_registering_takes_no_snapshot() -> None:
-    def take() -> MetricsSnapshot:
-        raise AssertionError("asked too early")
-
-    registry = metrics_registry(take, network_series=lambda: 100)
-    with pytest.raises(AssertionError, match="too early"):
-        generate_latest(registry)
+    assert _value(_full(), "process_resident_memory_bytes") > 0
 
 
 def test_a_duration_is_counted_in_the_first_bucket_that_holds_it() -> None:
@@ -205,7 +233,7 @@ def test_a_duration_is_counted_in_the_first_bucket_that_holds_it() -> None:
 
 
 @pytest.mark.parametrize("metric", METRICS, ids=lambda metric: metric.name)
-def test_a_metric_is_named_as_prometheus_wants_it(metric: MetricDescription) -> None:
+def test_a_metric_is_named_as_prometheus_wants_it(metric: Metric) -> None:
     """The rules of `promtool check metrics` (promlint)."""
     assert metric.help
     assert re.fullmatch(r"imdsproxy(_[a-z0-9]+)+", metric.name)
@@ -236,8 +264,38 @@ def test_a_metric_is_named_as_prometheus_wants_it(metric: MetricDescription) -> 
 
 
 def test_each_metric_is_exposed_once_with_its_help_and_type() -> None:
-    text = _exposed(FULL)
+    text = _exposed(_full())
     for word in ("HELP", "TYPE"):
         names = re.findall(rf"^# {word} (\S+)", text, re.MULTILINE)
         assert len(names) == len(set(names))
         assert {name.removesuffix("_total") for name in names} >= {one.name for one in METRICS}
+
+
+def test_both_families_of_a_network_are_one_sum() -> None:
+    found = count_traffic([_row("red", 5, 1), _row("red", 2, 0, 3), _row("blue", 1)])
+    red = [found["guests", "red", column] for column in ("stot", "dreq", "ereq")]
+    assert (red, found["guests", "blue", "stot"]) == ([7, 1, 3], 1)
+
+
+def test_what_a_worker_has_counted_is_counted_once_and_the_sum_never_falls() -> None:
+    totals: WorkerTotals[tuple[str, str, str]] = WorkerTotals()
+    for worker, rows in ((1, (5, 4)), (1, (6, 4)), (2, (1, 0)), (2, (3, 0))):
+        names = zip(("red", "blue"), rows, strict=True)
+        totals.add(worker, count_traffic([_row(name, count) for name, count in names]))
+    assert totals.totals["guests", "red", "stot"] == 9
+    assert totals.totals["guests", "blue", "stot"] == 4
+
+
+def test_other_proxies_and_lines_are_not_counted() -> None:
+    frontend = {**_row("FRONTEND", 9), "type": "0"}
+    found = count_traffic(
+        [frontend, {**_row("x", 9), "pxname": "probe"}, {**_row("red", 0), "stot": ""}]
+    )
+    assert set(found) == {("guests", "red", one) for one in ("stot", "dreq", "ereq")}
+    assert not found.total()
+
+
+def test_neutrons_proxies_are_counted_apart_from_a_network_of_that_name() -> None:
+    found = count_traffic([_row("agents", 5), {**_row("agents", 7, 2, 1), "pxname": "agents"}])
+    assert found["guests", "agents", "stot"] == 5
+    assert [found["agents", "agents", one] for one in ("stot", "dreq", "ereq")] == [7, 2, 1]
