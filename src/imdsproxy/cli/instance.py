@@ -1,112 +1,26 @@
-"""`imdsproxy instance add|list|show|set|remove|reopen`."""
+"""`imdsproxy instance add|list|show|set|remove|reopen|password`."""
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Final, TypeAlias, cast
+import re
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Final, TypeAlias, cast
 
 import typer
 
-from imdsproxy.cli import completers, flags, options
-from imdsproxy.cli.changing import change_from_file, change_one, order_instance, remove_each
+from imdsproxy.cli import completers
+from imdsproxy.cli.admin_client import AdminClient, path_to
+from imdsproxy.cli.flags import flag
+from imdsproxy.cli.options import Invocation, command
+from imdsproxy.cli.output import read_bytes_shape
+from imdsproxy.cli.record_output import say_written, show_instance, show_instances
+from imdsproxy.cli.records import RecordKind, make_app, order_instance
+from imdsproxy.core.records import INSTANCE, Json
 from imdsproxy.errors import RequestRefused
 
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
-    from imdsproxy.core.records import Json
-
-__all__ = ["app"]
-
-app = typer.Typer(
-    help="Instances: add, list, show, set, remove, reopen, password.", no_args_is_help=True
-)
-
-Id: TypeAlias = Annotated[
-    str,
-    typer.Argument(
-        metavar="ID", help="The instance's id or name.", autocompletion=completers.instances
-    ),
-]
-MaybeId: TypeAlias = Annotated[
-    str | None,
-    typer.Argument(
-        metavar="[ID]",
-        help="The instance's id or name; none with --file.",
-        show_default=False,
-        autocompletion=completers.instances,
-    ),
-]
-Ids: TypeAlias = Annotated[
-    list[str],
-    typer.Argument(
-        metavar="ID...", help="Their ids or names.", autocompletion=completers.instances
-    ),
-]
-Name: TypeAlias = Annotated[str | None, flags.flag("--name", "NAME", "Its name.")]
-Hostname: TypeAlias = Annotated[str | None, flags.flag("--hostname", "NAME", "Its host name.")]
-Project: TypeAlias = Annotated[str | None, flags.flag("--project", "ID", "Whose it is.")]
-Network: TypeAlias = Annotated[
-    str | None,
-    flags.flag("--network", "NET", "Only those in this network.", completers.networks, "-n"),
-]
-OfPort: TypeAlias = Annotated[
-    str | None,
-    flags.flag(
-        "--network",
-        "NET",
-        "The network of its port, by id or name; with --mac and --address it replaces all ports.",
-        completers.networks,
-        "-n",
-    ),
-]
-FromLibvirt: TypeAlias = Annotated[
-    str | None,
-    flags.flag(
-        "--from-libvirt",
-        "DOMAIN",
-        "Take cards, keys, user data and id of a domain, once; other flags of a record win.",
-    ),
-]
-Mac: TypeAlias = Annotated[str | None, flags.flag("--mac", "MAC", "The port's MAC.")]
-Addresses: TypeAlias = Annotated[
-    list[str] | None,
-    flags.flag("--address", "ADDRESS", "An address of the port; may be repeated."),
-]
-Ports: TypeAlias = Annotated[
-    list[str] | None,
-    flags.flag("--port", "network=NET[,mac=M][,address=A]...", "A further port; may be repeated."),
-]
-SshKeys: TypeAlias = Annotated[
-    list[str] | None,
-    flags.flag("--ssh-key", "FILE|KEY", "Public key, or a file of them; may be repeated."),
-]
-Tags: TypeAlias = Annotated[
-    list[str] | None, flags.flag("--tag", "NAME=VALUE", "A tag; may be repeated.")
-]
-UserData: TypeAlias = Annotated[
-    Path | None, flags.flag("--user-data", "FILE", "Its bytes as they are; - is standard input.")
-]
-VendorData: TypeAlias = Annotated[
-    Path | None, flags.flag("--vendor-data", "FILE", "Text; - is standard input.")
-]
-Zone: TypeAlias = Annotated[
-    str | None, flags.flag("--availability-zone", "ZONE", "Where it says that it runs.")
-]
-Type: TypeAlias = Annotated[
-    str | None, flags.flag("--instance-type", "TYPE", "What it says that it is.")
-]
-
-Upstream: TypeAlias = Annotated[
-    str | None, flags.flag("--upstream", "embedded|nova", "Who has its documents.")
-]
-
-
-def _switch(name: str, documents: str) -> object:
-    return typer.Option(
-        f"--{name}/--no-{name}", help=f"Serve the {documents} documents.", show_default=False
-    )
-
+_NAMED: Final = 5
+_NOT_IN_ID: Final = re.compile(r"[^A-Za-z0-9._-]+")
+_LONGEST_ID: Final = 64
 
 ClearPassword: TypeAlias = Annotated[
     bool,
@@ -114,130 +28,70 @@ ClearPassword: TypeAlias = Annotated[
         "--clear", help="Forget it, so that the guest can post another.", show_default=False
     ),
 ]
-Ec2: TypeAlias = Annotated[bool | None, _switch("ec2", "EC2")]
-Openstack: TypeAlias = Annotated[bool | None, _switch("openstack", "OpenStack")]
-Nocloud: TypeAlias = Annotated[bool | None, _switch("nocloud", "NoCloud")]
+Id: TypeAlias = Annotated[
+    str,
+    typer.Argument(
+        metavar="ID", help="The instance's id or name.", autocompletion=completers.instances
+    ),
+]
 
 
-_ADDED: Final[Mapping[str, object]] = {
-    "instance": Annotated[
-        str | None,
-        typer.Argument(
-            metavar="[ID]",
-            help="Its id; made of --name, or the domain's UUID, without it.",
-            show_default=False,
-        ),
-    ],
-    "name": Annotated[str | None, flags.flag("--name", "NAME", "Its name; the id without it.")],
-    "hostname": Annotated[
-        str | None, flags.flag("--hostname", "NAME", "Its host name; made of the name without it.")
-    ],
-    "network": Annotated[
-        str | None,
-        flags.flag(
-            "--network",
-            "NET",
-            "The network of its port, by id or name; the only one without it.",
-            completers.networks,
-            "-n",
-        ),
-    ],
-}
-"""What `add` says of parameters that `set` has too."""
+def _complete(
+    run: Invocation,
+    instance: str | None,
+    values: dict[str, Any],
+    create: bool,  # noqa: FBT001 - as every kind of record has it
+) -> tuple[str | None, dict[str, Json]]:
+    keys: dict[str, Json] = {}
+    domain, name = values.pop("from_libvirt", None), values.get("name")
+    if domain is not None:
+        keys = _from_libvirt(run, domain, values["network"], values["mac"], values["address"])
+        values["network"] = None
+    elif create and values["network"] is None and (values["mac"] or values["address"]):
+        values["network"] = _only_network(run.daemon())
+    identity = keys.pop("id", None)
+    if instance is None and isinstance(identity, str):
+        instance = identity
+    if create and instance is None and name is not None:
+        instance = _id_of_name(name)
+    if create and instance is not None:
+        keys.setdefault("name", instance)
+    return instance, keys
 
 
-def _register(command: str, help_text: str, *, create: bool) -> None:
-    """`add` and `set` have the same flags, except --clear."""
+def _id_of_name(name: str) -> str | None:
+    return _NOT_IN_ID.sub("-", name)[:_LONGEST_ID].strip("._-") or None
 
-    def change(
-        context: typer.Context,
-        instance: MaybeId = None,
-        *,
-        file: flags.RecordFile = None,
-        from_libvirt: FromLibvirt = None,
-        name: Name = None,
-        hostname: Hostname = None,
-        project: Project = None,
-        network: OfPort = None,
-        mac: Mac = None,
-        address: Addresses = None,
-        port: Ports = None,
-        ssh_key: SshKeys = None,
-        tag: Tags = None,
-        user_data: UserData = None,
-        vendor_data: VendorData = None,
-        availability_zone: Zone = None,
-        instance_type: Type = None,
-        ec2: Ec2 = None,
-        openstack: Openstack = None,
-        nocloud: Nocloud = None,
-        upstream: Upstream = None,
-        clear: flags.Clear = None,
-        as_json: options.Json = False,
-        socket: options.Socket = None,
-        config: options.Config = None,
-        **rules: object,
-    ) -> None:
-        from imdsproxy.cli import record_flags  # noqa: PLC0415 - `--help` need not load it
 
-        run = options.invocation(context, as_json=as_json, socket=socket, config=config)
-        dialects = {"ec2": ec2, "openstack": openstack, "nocloud": nocloud}
-        taken: dict[str, Json] = {}
-        if from_libvirt is not None:
-            taken = _from_libvirt(run, from_libvirt, network, mac, address)
-            network = None
-        elif create and file is None and network is None and (mac or address):
-            network = _only_network(run)
-        keys = record_flags.without_missing(
-            {
-                "name": name,
-                "hostname": hostname,
-                "project": project,
-                "ports": record_flags.ports_of(
-                    network=network, mac=mac, addresses=address or (), more=port or ()
-                ),
-                "ssh_keys": record_flags.ssh_keys_of(ssh_key or ()),
-                "tags": record_flags.tags_of(tag or ()),
-                "user_data": record_flags.payload_of(user_data),
-                "vendor_data": record_flags.text_of(vendor_data),
-                "availability_zone": availability_zone,
-                "instance_type": instance_type,
-                "dialects": record_flags.dialects_of(dialects),
-                "upstream": upstream,
-                "policy": record_flags.policy_of(rules),
-            }
+def _only_network(daemon: AdminClient) -> str:
+    """The one network that there is.
+
+    Raises:
+        RequestRefused: There is none, or more than one.
+    """
+    shapes = cast("Sequence[Mapping[str, object]]", daemon.get("/v1/networks"))
+    ids = [str(cast("Mapping[str, object]", shape["record"])["id"]) for shape in shapes]
+    if len(ids) == 1:
+        return ids[0]
+    if not ids:
+        raise RequestRefused(
+            "there is no network yet for --mac and --address to be in",
+            hint="`imdsproxy network add --bridge DEV` makes one of a bridge",
         )
-        keys = {**taken, **keys}
-        if file is not None:
-            change_from_file(run, file, name=instance, keys=keys, create=create)
-            return
-        identity = keys.pop("id", None)
-        if instance is None:
-            instance = identity if isinstance(identity, str) else None
-        if create and instance is None and name is not None:
-            instance = record_flags.id_of_name(name)
-        if create and instance is not None:
-            keys.setdefault("name", instance)
-        change_one(run, "instance", instance, keys, create=create, clear=clear or ())
-
-    added = flags.reshape(change, without=("clear",), **_ADDED)
-    app.command(command, help=help_text)(added if create else flags.reshape(change))
-
-
-def _only_network(run: options.Invocation) -> str:
-    from imdsproxy.cli.deducing import only_network  # noqa: PLC0415 - `--help` need not load it
-
-    return only_network(run.daemon())
+    shown = ", ".join(ids[:_NAMED]) + (", …" if len(ids) > _NAMED else "")
+    raise RequestRefused(
+        f"--mac and --address need a --network: there are {len(ids)}", hint=f"one of {shown}"
+    )
 
 
 def _from_libvirt(
-    run: options.Invocation,
+    run: Invocation,
     domain: str,
     network: str | None,
     mac: str | None,
     addresses: Sequence[str] | None,
 ) -> dict[str, Json]:
-    from imdsproxy.cli.from_libvirt import import_domain  # noqa: PLC0415 - `--help` need not
+    from imdsproxy.cli.from_libvirt import import_domain  # noqa: PLC0415 - needs libvirt
 
     if mac or addresses:
         raise RequestRefused(
@@ -247,89 +101,49 @@ def _from_libvirt(
     return import_domain(run.daemon(), run.settings.sources.libvirt.uri, domain, network)
 
 
-_register(
-    "add", "Add an instance; with --file many instances and networks, all or none.", create=True
+def _network(text: str) -> object:
+    return Annotated[str | None, flag("--network", "NET", text, completers.networks, "-n")]
+
+
+app = make_app(
+    RecordKind(
+        name="instance",
+        table=INSTANCE,
+        names=completers.instances,
+        help="Instances: add, list, show, set, remove, reopen, password.",
+        new_id="Its id; made of --name, or the domain's UUID, without it.",
+        remove_help="Remove instances; their guests get no more answers.",
+        list_help="Every instance, or those with a port in --network.",
+        show_list=show_instances,
+        show=show_instance,
+        complete=_complete,
+        flags={
+            "from_libvirt": Annotated[
+                str | None,
+                flag(
+                    "--from-libvirt",
+                    "DOMAIN",
+                    "Take network cards, keys, user data and id of a domain, once; other flags of a record win.",
+                ),
+            ]
+        },
+        add_flags={
+            "network": _network("The network of its port, by id or name; the only one without it.")
+        },
+        list_flags={"network": _network("Only those in this network.")},
+    )
 )
-_register(
-    "set",
-    "Change what is given of an instance (ports, keys as a whole); with --file add and replace "
-    "many.",
-    create=False,
-)
-
-
-@app.command("list")
-def list_(
-    context: typer.Context,
-    *,
-    network: Network = None,
-    as_json: options.Json = False,
-    socket: options.Socket = None,
-    config: options.Config = None,
-) -> None:
-    """Every instance, or those with a port in --network."""
-    from imdsproxy.cli.record_output import show_instances  # noqa: PLC0415 - `--help` need not
-
-    run = options.invocation(context, as_json=as_json, socket=socket, config=config)
-    query = {} if network is None else {"network": network}
-    shapes = cast("Sequence[Mapping[str, object]]", run.daemon().get("/v1/instances", query))
-    if run.output.as_json:
-        run.output.json(shapes)
-    else:
-        show_instances(run.output, shapes)
-
-
-@app.command("show")
-def show(
-    context: typer.Context,
-    instance: Id,
-    *,
-    as_json: options.Json = False,
-    socket: options.Socket = None,
-    config: options.Config = None,
-) -> None:
-    """One instance as a record that --file takes back."""
-    from imdsproxy.cli.admin_client import path_to  # noqa: PLC0415 - `--help` need not load it
-    from imdsproxy.cli.record_output import show_instance  # noqa: PLC0415 - as above
-
-    run = options.invocation(context, as_json=as_json, socket=socket, config=config)
-    shape = cast("Mapping[str, object]", run.daemon().get(path_to("instances", instance)))
-    if run.output.as_json:
-        run.output.json(shape)
-    else:
-        show_instance(run.output, shape)
-
-
-@app.command("remove")
-def remove(
-    context: typer.Context,
-    instances: Ids,
-    *,
-    as_json: options.Json = False,
-    socket: options.Socket = None,
-    config: options.Config = None,
-) -> None:
-    """Remove instances; their guests are told nothing more."""
-    run = options.invocation(context, as_json=as_json, socket=socket, config=config)
-    remove_each(run, "instance", instances)
 
 
 @app.command("password")
+@command
 def password(
-    context: typer.Context,
+    run: Invocation,
     instance: Id,
     *,
     clear: ClearPassword = False,
-    as_json: options.Json = False,
-    socket: options.Socket = None,
-    config: options.Config = None,
 ) -> None:
     """The password that its guest posted, encrypted with the instance's key; with --clear forget it."""
-    from imdsproxy.cli.admin_client import path_to  # noqa: PLC0415 - `--help` need not load it
-    from imdsproxy.cli.output import read_bytes_shape  # noqa: PLC0415 - as above
-    from imdsproxy.cli.record_output import say_written  # noqa: PLC0415 - as above
-
-    run = options.invocation(context, as_json=as_json, socket=socket, config=config)
     route = path_to("instances", instance, "password")
     if clear:
         cleared = cast("Mapping[str, object]", run.daemon().request("DELETE", route))
@@ -343,14 +157,10 @@ def password(
 
 
 @app.command("reopen")
+@command
 def reopen(
-    context: typer.Context,
+    run: Invocation,
     instance: Id,
-    *,
-    as_json: options.Json = False,
-    socket: options.Socket = None,
-    config: options.Config = None,
 ) -> None:
     """Have its boot begin anew: sealed user-data and locked trees are open until that is over."""
-    run = options.invocation(context, as_json=as_json, socket=socket, config=config)
     order_instance(run, instance, "reopen", f"instance {instance} boots anew")

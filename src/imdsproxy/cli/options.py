@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Final, TypeAlias
 
@@ -20,6 +22,7 @@ __all__ = [
     "MaybeNetwork",
     "Network",
     "Socket",
+    "command",
     "invocation",
 ]
 
@@ -54,3 +57,50 @@ Network: TypeAlias = Annotated[str, _NETWORK]
 Address: TypeAlias = Annotated[str, _ADDRESS]
 MaybeNetwork: TypeAlias = Annotated[str | None, _NETWORK]
 MaybeAddress: TypeAlias = Annotated[str | None, _ADDRESS]
+
+
+def command(
+    function: Callable[..., None],
+    flags: Mapping[str, object] | None = None,
+    **annotations: object,
+) -> Callable[..., None]:
+    """A function of an `Invocation` as a command: in its place typer sees --json, --socket and --config.
+
+    Args:
+        function: Its first parameter is the invocation.
+        flags: Annotations of what typer sees in the place of `**values`, by name. Their default is `None`.
+        annotations: Of parameters that are described in another way than the function does.
+    """
+    signature = inspect.signature(function, eval_str=True)
+    shared = {"as_json": (Json, False), "socket": (Socket, None), "config": (Config, None)}
+    parameters = [
+        inspect.Parameter(
+            "context", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context
+        )
+    ]
+    for one in list(signature.parameters.values())[1:]:
+        if one.kind is inspect.Parameter.VAR_KEYWORD:
+            parameters += [_keyword(name, kind, None) for name, kind in (flags or {}).items()]
+        else:
+            parameters.append(one.replace(annotation=annotations.get(one.name, one.annotation)))
+    parameters += [_keyword(name, *kind) for name, kind in shared.items()]
+
+    def run(
+        context: typer.Context,
+        *,
+        as_json: bool,
+        socket: Path | None,
+        config: Path | None,
+        **values: object,
+    ) -> None:
+        function(invocation(context, as_json=as_json, socket=socket, config=config), **values)
+
+    run.__name__, run.__doc__ = function.__name__, function.__doc__
+    vars(run)["__signature__"] = signature.replace(parameters=parameters, return_annotation=None)
+    return run
+
+
+def _keyword(name: str, annotation: object, default: object) -> inspect.Parameter:
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation
+    )

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Final
 
 from imdsproxy.core.records import render_record
 from imdsproxy.errors import RequestRefused
-from imdsproxy.sources.record_file import decode_records, payload_reader
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -38,6 +37,11 @@ def read_record_file(path: Path, note: Note) -> Records:
 
     `user_data_file` is read here, relative to the file: the daemon reads no file for a caller.
     """
+    from imdsproxy.sources.record_file import (  # noqa: PLC0415 - `--help` need not load YAML
+        decode_records,
+        payload_reader,
+    )
+
     name = "standard input" if path == STDIN else str(path)
     folder = Path.cwd() if path == STDIN else path.parent
     note(f"reading {name}", 0, 0)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, TypeAlias, cast
 import typer
 
 from imdsproxy.cli import completers, options
-from imdsproxy.cli.changing import exit_unless_in_force, order_instance
+from imdsproxy.cli.records import exit_unless_in_force, order_instance
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

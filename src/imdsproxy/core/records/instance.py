@@ -169,7 +169,9 @@ _DIALECTS: Final = Table(
     "DialectsRecord",
     _Dialects,
     "Which trees of documents the instance has; all are on unless false.",
-    *(Key(dialect.value, SWITCH) for dialect in Dialect),
+    Key("ec2", SWITCH, "Serve the EC2 documents."),
+    Key("openstack", SWITCH, "Serve the OpenStack documents."),
+    Key("nocloud", SWITCH, "Serve the NoCloud documents."),
 )
 
 
@@ -208,7 +210,7 @@ INSTANCE: Final = Table(
     "An instance.",
     Key("id", INSTANCE_ID, required=True),
     Key("name", TEXT, "A name for people.", required=True),
-    Key("hostname", HOSTNAME, "Made of the name without it."),
+    Key("hostname", HOSTNAME, "Host name shown to the guest. Derived from the name by default."),
     Key("project", TEXT, "The project that owns it."),
     Key("availability_zone", TEXT, "Availability zone shown to the guest."),
     Key("instance_type", TEXT, "Instance type shown to the guest."),

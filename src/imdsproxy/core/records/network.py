@@ -45,20 +45,30 @@ _LISTENERS: Final[dict[type[Listener], Table[Any]]] = {
         "An existing network namespace.",
         Key("namespace", NAMESPACE, "Reached through this network namespace.", required=True),
         Key("device", DEVICE, "The namespace's device that guests are behind."),
-        Key("manage_addresses", SWITCH, "Put the metadata addresses on `device`."),
+        Key(
+            "manage_addresses",
+            SWITCH,
+            "Put the metadata addresses on the device, or leave that to others.",
+        ),
         check=_check_namespace,
     ),
     InterfaceListener: Table(
         "InterfaceListenerRecord",
         InterfaceListener,
         "A host interface.",
-        Key("interface", DEVICE, "Reached through this interface.", "device", required=True),
+        Key(
+            "interface",
+            DEVICE,
+            "Reached through this interface of the host.",
+            "device",
+            required=True,
+        ),
     ),
     BridgeListener: Table(
         "BridgeListenerRecord",
         BridgeListener,
         "A bridge of the host.",
-        Key("bridge", DEVICE, "Reached through this bridge.", required=True),
+        Key("bridge", DEVICE, "Reached through this bridge of the host.", required=True),
     ),
 }
 _KINDS: Final = {table.names[0]: table for table in _LISTENERS.values()}
@@ -141,7 +151,11 @@ NETWORK: Final = Table(
         "Address ranges of guests.",
     ),
     Key("mtu", number_between(*MTU_BOUNDS), "MTU shown to guests, in bytes."),
-    Key("scope", choice_of(Scope), "`router` where the id is a router's."),
+    Key(
+        "scope",
+        choice_of(Scope),
+        "What the id stands for: a network, or a router with several networks behind it.",
+    ),
     Key(
         "mac_check",
         SWITCH,
