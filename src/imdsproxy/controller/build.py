@@ -29,8 +29,7 @@ from imdsproxy.core.hostnames import Naming
 from imdsproxy.core.inventory import Inventory
 from imdsproxy.core.progress import Progress
 from imdsproxy.core.wire import RETRY_AFTER_S
-from imdsproxy.dataplane.haproxy import Haproxy
-from imdsproxy.dataplane.hops import lead_back
+from imdsproxy.dataplane.haproxy import Haproxy, link_jail_to_itself
 from imdsproxy.dataplane.launch import HaproxyProgram, Launcher, SpawnLauncher, SystemdLauncher
 from imdsproxy.dataplane.layout import Layout
 from imdsproxy.dataplane.master import MasterClient
@@ -139,7 +138,7 @@ def prepare_jail(settings: Settings, layout: Layout) -> None:
         HostRefused: The file system refuses.
     """
     if settings.limits.enabled:
-        lead_back(layout.jail)
+        link_jail_to_itself(layout.jail)
 
 
 def build_haproxy(

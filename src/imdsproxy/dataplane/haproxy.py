@@ -7,20 +7,23 @@ import contextlib
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
-from typing import Literal
+from pathlib import Path
+from typing import Literal, TypeAlias
 
 from imdsproxy.core.haproxy.config import render_config
 from imdsproxy.core.haproxy.model import DataplaneSpec
-from imdsproxy.core.haproxy.runtime import Processes
+from imdsproxy.core.haproxy.nova import hop_sockets
+from imdsproxy.core.haproxy.runtime import Processes, parse_failure
 from imdsproxy.core.wire import PROBE_PATH
-from imdsproxy.dataplane.hops import sweep_hops
 from imdsproxy.dataplane.launch import Launcher
 from imdsproxy.dataplane.layout import Layout
 from imdsproxy.dataplane.master import MasterClient
 from imdsproxy.dataplane.records import RecordApplier, Writer
 from imdsproxy.errors import ConfigRejected, HostRefused, ReloadFailed, RuntimeUnavailable
 from imdsproxy.host.clock import Clock
+from imdsproxy.host.files import ensure_directory
 from imdsproxy.host.programs import run_program
+from imdsproxy.host.refusal import host_refused
 
 _PROBE_DEADLINE_S = 1.0
 _CHECK_DEADLINE_S = 60.0
@@ -28,24 +31,27 @@ _CHECK_DEADLINE_S = 60.0
 _DOCUMENT_DEADLINE_S = 3.0
 
 
+ReloadResult: TypeAlias = Literal["started", "reloaded", "rejected", "failed"]
+
+
 @dataclass(frozen=True, slots=True)
 class LastReload:
-    """What the last attempt to bring a configuration into force came to; `at` is Unix time."""
+    """The last attempt to bring a configuration into force; `at` is Unix time."""
 
     number: int
     at: float
     reason: str
-    result: Literal["started", "reloaded", "rejected", "failed"]
+    result: ReloadResult
     message: str = ""
     seconds: float = 0.0
 
 
 @dataclass(slots=True)
 class Haproxy:
-    """Brings configurations into force and says whether HAProxy lives.
+    """Brings configurations into force and checks that HAProxy answers.
 
     Attributes:
-        before_reload: What wants to read something of the workers that will then be gone; raises nothing.
+        before_reload: Reads something of the workers that will then be gone; raises nothing.
         starting: Set once a start has begun; while HAProxy reads its files, the processor has time for others.
 
     Every start and reload happens under the records' lock, so that a new worker's maps are the files'.
@@ -109,7 +115,7 @@ class Haproxy:
             else:
                 await self._reload(reason, began)
             self.write(self.layout.last_good, text.encode())
-        sweep_hops(self.layout.jail, text)
+        _sweep_sockets(self.layout.jail, text)
         return True
 
     async def restart(self, reason: str) -> None:
@@ -155,7 +161,7 @@ class Haproxy:
             await self.launcher.kill(self.processes)
 
     async def end_stray(self) -> None:
-        """End a master of ours whose records are lost: nobody could say what its workers answer."""
+        """End a master of ours whose records are lost: what its workers answer is unknown."""
         try:
             processes = await self.master.read_processes()
         except RuntimeUnavailable:
@@ -186,8 +192,7 @@ class Haproxy:
         if status == 0:
             return
         self.write(self.layout.rejected, text.encode())
-        alerts = [line for line in words.splitlines() if "ALERT" in line]
-        message = "; ".join(alerts) or words
+        message = parse_failure(words)
         self._note(reason, "rejected", message)
         raise ConfigRejected(f"HAProxy refuses the configuration: {message}")
 
@@ -202,7 +207,7 @@ class Haproxy:
             self._note(reason, "failed", error.message)
             raise
         self.records.known.clear()
-        await self.records.trust(self.processes)
+        self.records.trust(self.processes)
         self._note(reason, "started", seconds=asyncio.get_running_loop().time() - began)
 
     async def _reload(self, reason: str, began: float) -> None:
@@ -212,22 +217,21 @@ class Haproxy:
         self.processes = await self.master.read_processes()
         seconds = asyncio.get_running_loop().time() - began
         if outcome.success:
-            await self.records.trust(self.processes)
+            self.records.trust(self.processes)
             self._note(reason, "reloaded", seconds=seconds)
             return
         # What the master reads at its next start must be what the worker in force runs with.
         with contextlib.suppress(FileNotFoundError):
             self.write(self.layout.rejected, self.layout.config.read_bytes())
             self.write(self.layout.config, self.layout.last_good.read_bytes())
-        alerts = [line for line in outcome.log.splitlines() if "ALERT" in line]
-        message = "; ".join(alerts) or outcome.log
+        message = parse_failure(outcome.log)
         self._note(reason, "failed", message, seconds=seconds)
         raise ReloadFailed(f"HAProxy could not reload: {message}")
 
     def _note(
         self,
         reason: str,
-        result: Literal["started", "reloaded", "rejected", "failed"],
+        result: ReloadResult,
         message: str = "",
         *,
         seconds: float = 0.0,
@@ -242,3 +246,35 @@ class Haproxy:
             message,
             seconds,
         )
+
+
+def _sweep_sockets(directory: Path, config: str) -> None:
+    """Remove sockets of HAProxy to itself that the configuration does not have any more: HAProxy never does.
+
+    Raises:
+        HostRefused: The file system refuses.
+        PrivilegeMissing: We may not do that.
+    """
+    kept = hop_sockets(config)
+    try:
+        for path in directory.glob("hop-*.sock"):
+            if path.name not in kept:
+                path.unlink(missing_ok=True)
+    except OSError as error:
+        raise host_refused(f"remove what is not needed any more in {directory}", error) from error
+
+
+def link_jail_to_itself(jail: Path) -> None:
+    """Make the jail's own path lead to it from inside: HAProxy connects to a peer by the path that it has bound.
+
+    Raises:
+        HostRefused: The file system refuses.
+        PrivilegeMissing: We may not do that.
+    """
+    inside = jail.joinpath(*jail.parts[1:])
+    ensure_directory(inside.parent)
+    try:
+        with contextlib.suppress(FileExistsError):
+            inside.symlink_to("/")
+    except OSError as error:
+        raise host_refused(f"make the link {inside}", error) from error

@@ -11,7 +11,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Protocol
 
-from imdsproxy.core.haproxy.runtime import Processes, Version, parse_features, parse_version
+from imdsproxy.core.haproxy.runtime import (
+    Processes,
+    Version,
+    parse_failure,
+    parse_features,
+    parse_version,
+)
 from imdsproxy.dataplane.layout import Layout
 from imdsproxy.dataplane.master import MasterClient
 from imdsproxy.errors import ConfigRejected, HaproxyMissing, HostRefused, RuntimeUnavailable
@@ -73,7 +79,7 @@ class Launcher(Protocol):
         """Start the master and wait until its worker accepts.
 
         Raises:
-            ConfigRejected: It ends at once; the message has its own words.
+            ConfigRejected: It ends at once; the message has its alerts.
             HaproxyMissing: The program cannot be run.
             RuntimeUnavailable: It runs and does not answer on its socket.
         """
@@ -81,25 +87,30 @@ class Launcher(Protocol):
 
     async def wait(self, master: int) -> None:
         """Return when this master has ended."""
-        ...
+        await wait_gone(master)
 
     async def kill(self, processes: Processes) -> None:
         """End the master and its workers at once, whatever state they are in."""
-        ...
+        # The master first: it would take a dead worker for a failure of its own and write about it.
+        for pid in (processes.master, *processes.workers):
+            handle = open_process(pid)
+            if handle is not None:
+                handle.kill(signal.SIGKILL)
+                handle.close()
 
     async def end_lost(self) -> None:
         """End a master of ours that its socket doesn't lead to: its files were removed, or it hangs."""
         ...
 
     async def stop(self) -> None:
-        """End the master for good; nobody starts it again."""
+        """End the master for good; it isn't started again."""
         ...
 
 
 async def _wait_for_worker(
     master: MasterClient, ended: Callable[[], Awaitable[str | None]]
 ) -> Processes:
-    """Poll the master socket until a worker is named; `ended` gives the last words of a dead master."""
+    """Poll the master socket until a worker is named; `ended` gives the output of a dead master."""
     loop = asyncio.get_running_loop()
     deadline = loop.time() + _START_DEADLINE_S
     while True:
@@ -121,17 +132,8 @@ async def _wait_for_worker(
         await asyncio.sleep(_POLL_S)
 
 
-def _kill_all(processes: Processes) -> None:
-    # The master first: it would take a dead worker for a failure of its own and write about it.
-    for pid in (processes.master, *processes.workers):
-        handle = open_process(pid)
-        if handle is not None:
-            handle.kill(signal.SIGKILL)
-            handle.close()
-
-
 def _maxconn(config: Path) -> int:
-    """The configuration's own `maxconn`, to be said again on the command line.
+    """The configuration's own `maxconn`, for the command line.
 
     The master, which reads no configuration once it waits, would take 100. It keeps a socket whose number is
     above those of the namespaces that were open when it was made, and ends at its start when that is more than
@@ -143,8 +145,8 @@ def _maxconn(config: Path) -> int:
 
 
 @dataclass(slots=True)
-class SpawnLauncher:
-    """HAProxy as a process of its own session: it outlives whoever started it."""
+class SpawnLauncher(Launcher):
+    """HAProxy as a process of its own session: it outlives the controller."""
 
     program: str
     layout: Layout
@@ -179,7 +181,8 @@ class SpawnLauncher:
         async def ended() -> str | None:
             if child.alive():
                 return None
-            return _tail(log, offset) or "it said nothing"
+            output = log.read_bytes()[offset:].decode("utf-8", "replace")
+            return parse_failure(output)[-2000:] or "it said nothing"
 
         self.children.add(child)
         try:
@@ -198,10 +201,6 @@ class SpawnLauncher:
             self.children.discard(child)
             return
         await wait_gone(master)
-
-    async def kill(self, processes: Processes) -> None:
-        """See `Launcher.kill`."""
-        _kill_all(processes)
 
     async def end_lost(self) -> None:
         """See `Launcher.end_lost`."""
@@ -228,7 +227,7 @@ class SpawnLauncher:
 
 
 @dataclass(slots=True)
-class SystemdLauncher:
+class SystemdLauncher(Launcher):
     """HAProxy as a unit; systemd starts it again by itself when it ends."""
 
     unit: str
@@ -248,17 +247,9 @@ class SystemdLauncher:
 
         async def ended() -> str | None:
             code, _ = await self._run("systemctl", "is-failed", "--quiet", self.unit)
-            return await self._last_words() or f"{self.unit} has failed" if code == 0 else None
+            return await self._read_alerts() or f"{self.unit} has failed" if code == 0 else None
 
         return await _wait_for_worker(self.master, ended)
-
-    async def wait(self, master: int) -> None:
-        """See `Launcher.wait`."""
-        await wait_gone(master)
-
-    async def kill(self, processes: Processes) -> None:
-        """See `Launcher.kill`."""
-        _kill_all(processes)
 
     async def end_lost(self) -> None:
         """See `Launcher.end_lost`."""
@@ -272,12 +263,12 @@ class SystemdLauncher:
 
     async def _failure(self, words: str) -> ConfigRejected:
         hint = f"journalctl -u {self.unit}"
-        alerts = await self._last_words()
+        alerts = await self._read_alerts()
         if alerts:
             return ConfigRejected(f"HAProxy did not start: {alerts}", hint=hint)
         return ConfigRejected(f"systemctl start {self.unit}: {words}", hint=hint)
 
-    async def _last_words(self) -> str:
+    async def _read_alerts(self) -> str:
         """What HAProxy wrote into the journal before it ended; empty where that cannot be read."""
         await self._run("journalctl", "--sync")
         options = ("--unit", self.unit, "--output=cat", "--no-pager", "--lines=40")
@@ -300,18 +291,9 @@ def find_alerts(journal: str, unit: str) -> str:
         unit: The unit's name.
     """
     for start in reversed(journal.split(f"Starting {unit}")):
-        alerts = [line for line in start.splitlines() if "[ALERT]" in line]
-        if alerts:
-            # Master and worker say the same under two pids.
-            return "; ".join(dict.fromkeys(line.partition(") : ")[2] or line for line in alerts))
+        if "[ALERT]" in start:
+            return parse_failure(start)
     return ""
-
-
-def _tail(path: Path, offset: int) -> str:
-    """What HAProxy wrote since `offset`: its alerts, or all of it where there are none."""
-    lines = path.read_bytes()[offset:].decode("utf-8", "replace").splitlines()
-    alerts = [line for line in lines if "ALERT" in line]
-    return "; ".join(alerts or lines)[-2000:]
 
 
 async def wait_gone(pid: int) -> None:

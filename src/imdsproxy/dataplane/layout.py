@@ -9,6 +9,17 @@ from imdsproxy.core.haproxy.model import Paths
 
 
 @dataclass(frozen=True, slots=True)
+class _Below:
+    """A path below the runtime directory, or below the state directory."""
+
+    name: str
+    state: bool = False
+
+    def __get__(self, layout: Layout, owner: type[Layout]) -> Path:
+        return (layout.state if self.state else layout.runtime) / self.name
+
+
+@dataclass(frozen=True, slots=True)
 class Layout:
     """Every path of the data plane below one runtime directory.
 
@@ -20,130 +31,80 @@ class Layout:
     documents_workers: int = 2
     chroot: bool = True
 
-    @property
-    def config(self) -> Path:
-        """HAProxy's configuration: what its master reads at each start and reload."""
-        return self.runtime / "haproxy.cfg"
+    config = _Below("haproxy.cfg")
+    """HAProxy's configuration: what its master reads at each start and reload."""
 
-    @property
-    def candidate(self) -> Path:
-        """A configuration that is still to be checked."""
-        return self.runtime / "haproxy.cfg.candidate"
+    candidate = _Below("haproxy.cfg.candidate")
+    """A configuration that is still to be checked."""
 
-    @property
-    def rejected(self) -> Path:
-        """The last configuration that HAProxy refused."""
-        return self.runtime / "haproxy.cfg.rejected"
+    rejected = _Below("haproxy.cfg.rejected")
+    """The last configuration that HAProxy refused."""
 
-    @property
-    def last_good(self) -> Path:
-        """The last configuration with which a worker came up."""
-        return self.runtime / "haproxy.cfg.last-good"
+    last_good = _Below("haproxy.cfg.last-good")
+    """The last configuration with which a worker came up."""
 
-    @property
-    def environment(self) -> Path:
-        """What HAProxy's unit puts on its command line beside what never changes."""
-        return self.runtime / "haproxy.env"
+    environment = _Below("haproxy.env")
+    """What HAProxy's unit puts on its command line beside what never changes."""
 
-    @property
-    def pid_file(self) -> Path:
-        """The pid of a master that we started ourselves."""
-        return self.runtime / "haproxy.pid"
+    pid_file = _Below("haproxy.pid")
+    """The pid of a master that we started ourselves."""
 
-    @property
-    def haproxy_log(self) -> Path:
-        """What a master that we started ourselves says."""
-        return self.runtime / "haproxy.log"
+    haproxy_log = _Below("haproxy.log")
+    """The output of a master that we started ourselves."""
 
-    @property
-    def documents_log(self) -> Path:
-        """What a document server that we started ourselves says."""
-        return self.runtime / "documents.log"
+    documents_log = _Below("documents.log")
+    """The output of a document server that we started ourselves."""
 
-    @property
-    def documents_pid(self) -> Path:
-        """The document server's own file: its parent's pid, then its workers'."""
-        return self.runtime / "documents.pid"
+    documents_pid = _Below("documents.pid")
+    """The document server's own file: its parent's pid, then its workers'."""
 
-    @property
-    def master_socket(self) -> Path:
-        """HAProxy's master CLI."""
-        return self.runtime / "master.sock"
+    master_socket = _Below("master.sock")
+    """HAProxy's master CLI."""
 
-    @property
-    def probe_socket(self) -> Path:
-        """Answered by the worker itself: is it alive?"""
-        return self.runtime / "probe.sock"
+    probe_socket = _Below("probe.sock")
+    """Answered by the worker itself: is it alive?"""
 
-    @property
-    def base_map(self) -> Path:
-        """The records."""
-        return self.runtime / "base.map"
+    base_map = _Below("base.map")
+    """The records."""
 
-    @property
-    def overlay_map(self) -> Path:
-        """What has changed since the base was written."""
-        return self.runtime / "overlay.map"
+    overlay_map = _Below("overlay.map")
+    """What has changed since the base was written."""
 
-    @property
-    def empty_map(self) -> Path:
-        """Stands in for the records when a candidate is checked: their content is not its business."""
-        return self.runtime / "empty.map"
+    empty_map = _Below("empty.map")
+    """Stands in for the records when a candidate is checked: their content is not checked."""
 
-    @property
-    def networks(self) -> Path:
-        """The networks that the configuration in force was made for."""
-        return self.runtime / "networks.json"
+    networks = _Below("networks.json")
+    """The networks that the configuration in force was made for."""
 
-    @property
-    def unavailable(self) -> Path:
-        """The answer that guests get instead of HAProxy's 502, 503 and 504."""
-        return self.runtime / "unavailable.http"
+    unavailable = _Below("unavailable.http")
+    """The answer that guests get instead of HAProxy's 502, 503 and 504."""
 
-    @property
-    def jail(self) -> Path:
-        """The worker's root directory."""
-        return self.runtime / "jail"
+    jail = _Below("jail")
+    """The worker's root directory."""
 
-    @property
-    def resolver_socket(self) -> Path:
-        """The resolver, in the controller."""
-        return self.jail / "resolver.sock"
+    resolver_socket = _Below("jail/resolver.sock")
+    """The resolver, in the controller."""
 
-    @property
-    def audit_socket(self) -> Path:
-        """Where HAProxy sends the lines of the audit log, in the controller."""
-        return self.jail / "audit.sock"
+    audit_socket = _Below("jail/audit.sock")
+    """Where HAProxy sends the lines of the audit log, in the controller."""
 
-    @property
-    def audit_last_socket(self) -> Path:
-        """The same for datagrams, of workers that are being replaced."""
-        return self.jail / "audit-last.sock"
+    audit_last_socket = _Below("jail/audit-last.sock")
+    """The same for datagrams, of workers that are being replaced."""
 
-    @property
-    def found_socket(self) -> Path:
-        """Where the resolver hands in requests of guests that it has found, mode 600."""
-        return self.runtime / "found.sock"
+    found_socket = _Below("found.sock")
+    """Where the resolver hands in requests of guests that it has found, mode 600."""
 
-    @property
-    def token_keys_map(self) -> Path:
-        """The keys of session tokens, as HAProxy looks them up; root's alone."""
-        return self.runtime / "token-keys.map"
+    token_keys_map = _Below("token-keys.map")
+    """The keys of session tokens, as HAProxy looks them up; root's alone."""
 
-    @property
-    def short_map(self) -> Path:
-        """An empty file: a worker begins without the short documents that it keeps by itself."""
-        return self.runtime / "short.map"
+    short_map = _Below("short.map")
+    """An empty file: a worker begins without the short documents that it keeps by itself."""
 
-    @property
-    def path_rules_map(self) -> Path:
-        """The sets of path rules that records refer to."""
-        return self.runtime / "path-rules.map"
+    path_rules_map = _Below("path-rules.map")
+    """The sets of path rules that records refer to."""
 
-    @property
-    def silence(self) -> Path:
-        """An empty file: what HAProxy answers itself when an endpoint behind a hop gives no answer."""
-        return self.runtime / "silence.http"
+    silence = _Below("silence.http")
+    """An empty file: what HAProxy answers itself when an endpoint behind a hop gives no answer."""
 
     @property
     def documents_sockets(self) -> tuple[Path, ...]:
@@ -152,45 +113,29 @@ class Layout:
             self.jail / f"documents-{index}.sock" for index in range(self.documents_workers)
         )
 
-    @property
-    def namespace_links(self) -> Path:
-        """Symbolic links by name and inode, through which HAProxy opens namespaces."""
-        return self.runtime / "netns"
+    namespace_links = _Below("netns")
+    """Symbolic links by name and inode, through which HAProxy opens namespaces."""
 
-    @property
-    def managed_journal(self) -> Path:
-        """Devices that we have put the metadata addresses on."""
-        return self.runtime / "managed.json"
+    managed_journal = _Below("managed.json")
+    """Devices that we have put the metadata addresses on."""
 
-    @property
-    def gates_journal(self) -> Path:
-        """Where we have put tables that look at MACs."""
-        return self.runtime / "gates.json"
+    gates_journal = _Below("gates.json")
+    """Where we have put tables that look at MACs."""
 
-    @property
-    def hops_journal(self) -> Path:
-        """Where we have put the rule for hop limits."""
-        return self.runtime / "hops.json"
+    hops_journal = _Below("hops.json")
+    """Where we have put the rule for hop limits."""
 
-    @property
-    def records(self) -> Path:
-        """Compiled records, one file an instance."""
-        return self.state / "documents"
+    records = _Below("documents", state=True)
+    """Compiled records, one file an instance."""
 
-    @property
-    def token_keys(self) -> Path:
-        """The keys of session tokens, where settings name no other file."""
-        return self.state / "token-keys"
+    token_keys = _Below("token-keys", state=True)
+    """The keys of session tokens, where settings name no other file."""
 
-    @property
-    def guards(self) -> Path:
-        """What operators did about single instances."""
-        return self.state / "guards.json"
+    guards = _Below("guards.json", state=True)
+    """What operators did about single instances."""
 
-    @property
-    def passwords(self) -> Path:
-        """What guests posted."""
-        return self.state / "passwords"
+    passwords = _Below("passwords", state=True)
+    """What guests posted."""
 
     def haproxy_paths(self, *, checking: bool = False) -> Paths:
         """The paths as the configuration names them; `checking` puts an empty map in the records' place."""

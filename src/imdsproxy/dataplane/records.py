@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable, Coroutine, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import TypeAlias
 
 from imdsproxy.core.haproxy.maps import (
     COMPACT_ABOVE,
@@ -27,25 +27,21 @@ _SWAP_ABOVE = 256
 """Changes beyond which replacing the overlay at once is cheaper than command after command."""
 
 
-class Writer(Protocol):
-    """Replaces a file by exactly these bytes, or leaves it and raises `HostRefused`."""
-
-    def __call__(self, path: Path, data: bytes) -> None:
-        """Replace `path`."""
-        ...
+Writer: TypeAlias = Callable[[Path, bytes], None]
+"""Replaces a file by exactly these bytes, or leaves it and raises `HostRefused`."""
 
 
 @dataclass(slots=True)
 class RecordApplier:
     """Keeps the two map files and every worker's two maps equal to what is wanted.
 
-    `lock` is held by whoever changes records or reloads: a worker that starts reads the files at a
-    moment when nobody writes, so no change can fall between its files and its sockets.
+    `lock` is held while records change and during reloads: a worker that starts reads the files at a
+    moment when nothing writes them, so no change can fall between its files and its sockets.
 
     Attributes:
         known: Workers whose maps are known to mirror the files.
         behind: A change reached the files and perhaps not every worker; the next one makes up for it.
-        tables: What `apply_table` was last told, by file: a worker that we know nothing of is told as well.
+        tables: What `apply_table` last got, by file: a worker that we know nothing of gets it as well.
     """
 
     master: MasterClient
@@ -99,7 +95,7 @@ class RecordApplier:
     async def apply_table(
         self, path: Path, entries: Mapping[str, str], write: Callable[[], None]
     ) -> None:
-        """Have a small map be exactly this, on disk (which `write` does) and in every worker.
+        """Make a small map exactly this, on disk (which `write` does) and in every worker.
 
         Raises:
             HostRefused: `write` failed; nothing has changed anywhere.
@@ -114,7 +110,7 @@ class RecordApplier:
                 )
 
     async def apply(self, wanted: Mapping[str, str | None]) -> int:
-        """Have each key's value be as wanted (`None`: gone) on disk and in all workers; how many changed.
+        """Make each key's value as wanted (`None`: gone) on disk and in all workers; how many changed.
 
         Returns when every worker has confirmed or ended: from then on no guest gets an older answer.
 
@@ -139,7 +135,7 @@ class RecordApplier:
                 self.state.overlay = overlay
                 await self._send_changes(changes)
             self.behind = False
-            return len(changes.removed) + len(changes.replaced) + len(changes.added)
+            return len(changes)
 
     async def adopt(self) -> None:
         """Make every running worker mirror the files, whatever it had.
@@ -153,7 +149,7 @@ class RecordApplier:
             self.known &= set(processes.workers)
             await self._greet(processes, skip=self.known)
 
-    async def trust(self, processes: Processes) -> None:
+    def trust(self, processes: Processes) -> None:
         """The accepting worker was started under our lock: it read the files as they are."""
         if processes.worker is not None:
             self.known.add(processes.worker)
@@ -164,10 +160,9 @@ class RecordApplier:
         fresh = await self._greet(processes, skip=self.known)
         workers = [pid for pid in processes.workers if pid in self.known and pid not in fresh]
         path = str(self.overlay_path)
-        size = len(changes.removed) + len(changes.replaced) + len(changes.added)
-        if size > _SWAP_ABOVE:
+        if len(changes) > _SWAP_ABOVE:
             for worker in workers:
-                await self._unless_ended(worker, self._swap_overlay(worker))
+                await self._unless_ended(worker, self._swap_overlay(worker, self.state))
             return
         going, coming = _by_effect(changes)
         for worker in workers:
@@ -197,13 +192,16 @@ class RecordApplier:
             await self.master.send_swap(worker, str(path), list(table.items()))
         base = str(self.base_path)
         if await self.master.read_entry(worker, base, GENERATION_KEY) != self.state.generation:
-            entries = [(GENERATION_KEY, self.state.generation), *self.state.base.items()]
-            await self.master.send_swap(worker, base, entries)
-        await self._swap_overlay(worker)
+            await self._swap_base(worker)
+        await self._swap_overlay(worker, self.state)
         self.known.add(worker)
 
-    async def _swap_overlay(self, worker: int) -> None:
-        entries = [(GENERATION_KEY, self.state.generation), *self.state.overlay.items()]
+    async def _swap_base(self, worker: int) -> None:
+        entries = [(GENERATION_KEY, self.state.generation), *self.state.base.items()]
+        await self.master.send_swap(worker, str(self.base_path), entries)
+
+    async def _swap_overlay(self, worker: int, state: MapState) -> None:
+        entries = [(GENERATION_KEY, state.generation), *state.overlay.items()]
         await self.master.send_swap(worker, str(self.overlay_path), entries)
 
     async def _compact(self, overlay: dict[str, str]) -> None:
@@ -232,18 +230,15 @@ class RecordApplier:
         await self._greet(processes, skip=self.known)
 
     async def _compact_worker(self, worker: int, full: MapState, changes: MapChanges) -> None:
-        base, overlay = str(self.base_path), str(self.overlay_path)
-        entries = [(GENERATION_KEY, full.generation), *full.overlay.items()]
-        await self.master.send_swap(worker, overlay, entries)
-        if len(changes.added) + len(changes.replaced) + len(changes.removed) > len(full.base) // 2:
-            await self.master.send_swap(
-                worker, base, [(GENERATION_KEY, self.state.generation), *self.state.base.items()]
-            )
+        base = str(self.base_path)
+        await self._swap_overlay(worker, full)
+        if len(changes) > len(full.base) // 2:
+            await self._swap_base(worker)
         else:
             await self._send_going(worker, base, changes.removed, changes.replaced)
             await self.master.send_additions(worker, base, list(changes.added))
             await self.master.send_upsert(worker, base, GENERATION_KEY, self.state.generation)
-        await self._swap_overlay(worker)
+        await self._swap_overlay(worker, self.state)
 
     async def _unless_ended(self, worker: int, step: Coroutine[object, object, None]) -> None:
         try:

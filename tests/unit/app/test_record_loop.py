@@ -119,7 +119,7 @@ async def _rig(directory: Path, records: dict[str, str] | None = None) -> AsyncI
     rig = Rig(directory)
     rig.applier.write_all(records or {})
     await rig.haproxy.start()
-    await rig.applier.trust(await rig.applier.master.read_processes())
+    rig.applier.trust(await rig.applier.master.read_processes())
     task = asyncio.create_task(rig.loop.run())
     try:
         yield rig

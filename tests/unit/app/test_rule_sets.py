@@ -173,7 +173,7 @@ async def test_a_worker_that_somebody_else_has_started_gets_them_before_its_reco
     tmp_path: Path,
 ) -> None:
     async with _rig(tmp_path) as rig:
-        await rig.applier.trust(await rig.applier.master.read_processes())
+        rig.applier.trust(await rig.applier.master.read_processes())
         await rig.sets.have(_sets(_ONE), sweep=False)
         stranger = rig.haproxy.fork()
         stranger.maps[str(rig.path)] = []

@@ -47,7 +47,7 @@ class Rig:
     async def start(self, records: dict[str, str]) -> None:
         self.applier.write_all(records)
         await self.haproxy.start()
-        await self.applier.trust(await self.applier.master.read_processes())
+        self.applier.trust(await self.applier.master.read_processes())
 
     def told(self, key: str) -> set[str | None]:
         """What the workers would answer with, draining ones included."""
@@ -76,7 +76,7 @@ def test_a_change_is_on_disk_and_in_every_worker_when_it_is_acknowledged() -> No
     async def work(rig: Rig) -> None:
         await rig.start({"n/1": "a|1"})
         await rig.applier.master.send_reload()
-        await rig.applier.trust(await rig.applier.master.read_processes())
+        rig.applier.trust(await rig.applier.master.read_processes())
         assert len(rig.haproxy.all()) == 2
         assert await rig.applier.apply({"n/1": "b|1", "n/2": "a|1"}) == 2
         for key, value in (("n/1", "b|1"), ("n/2", "a|1")):
@@ -229,7 +229,7 @@ def test_after_any_history_all_workers_and_the_disk_say_what_was_wanted_last(
         for number, (wanted, event) in enumerate(steps):
             if event == "reload":
                 await rig.applier.master.send_reload()
-                await rig.applier.trust(await rig.applier.master.read_processes())
+                rig.applier.trust(await rig.applier.master.read_processes())
             elif event == "stranger":
                 rig.haproxy.workers = [rig.haproxy.fork()]
             elif event == "silent":

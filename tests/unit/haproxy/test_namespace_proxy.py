@@ -16,7 +16,6 @@ from imdsproxy.core.haproxy.namespace_proxy import (
     Resource,
     Syslog,
     parse_facility,
-    parse_failure,
     parse_port,
     parse_resource,
     parse_uuid,
@@ -185,21 +184,3 @@ def test_a_facility_is_known_by_the_names_of_neutron_and_of_haproxy() -> None:
 def test_a_facility_that_nobody_knows_is_refused() -> None:
     with pytest.raises(RequestRefused, match="is no facility"):
         parse_facility("LOG_LOCAL8")
-
-
-def test_what_haproxy_says_of_its_failure_is_its_alerts_each_once() -> None:
-    said = (
-        "[NOTICE]   (12) : haproxy version is 3.0.11\n"
-        "[WARNING]  (12) : config : nothing of weight\n"
-        "[ALERT]    (12) : Binding [a.conf:15] for proxy metadata: cannot bind socket\n"
-        "[ALERT]    (12) : Binding [a.conf:15] for proxy metadata: cannot bind socket\n"
-        "[ALERT]    (12) : [haproxy.main()] Exiting.\n"
-    )
-    assert parse_failure(said) == (
-        "Binding [a.conf:15] for proxy metadata: cannot bind socket; [haproxy.main()] Exiting."
-    )
-
-
-def test_without_alerts_it_is_all_that_it_said() -> None:
-    assert parse_failure("haproxy: cannot run\n\n  because\n") == "haproxy: cannot run; because"
-    assert parse_failure("") == ""

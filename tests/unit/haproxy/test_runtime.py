@@ -6,6 +6,7 @@ from imdsproxy.core.haproxy.runtime import (
     Processes,
     ReloadOutcome,
     Version,
+    parse_failure,
     parse_features,
     parse_processes,
     parse_reload,
@@ -91,3 +92,22 @@ def test_of_statistics_only_the_columns_that_are_wanted_and_there_are_taken() ->
         {"svname": "red", "dreq": "1"},
         {"svname": "cut"},
     ]
+
+
+def test_a_failure_is_the_alerts_each_once_and_without_pids() -> None:
+    output = (
+        "[NOTICE]   (12) : haproxy version is 3.0.11\n"
+        "[WARNING]  (12) : config : nothing of weight\n"
+        "[ALERT]    (12) : Binding [a.conf:15] for proxy metadata: cannot bind socket\n"
+        "[ALERT]    (12) : Binding [a.conf:15] for proxy metadata: cannot bind socket\n"
+        "[ALERT]    (12) : [haproxy.main()] Exiting.\n"
+    )
+    assert parse_failure(output) == (
+        "Binding [a.conf:15] for proxy metadata: cannot bind socket; [haproxy.main()] Exiting."
+    )
+
+
+def test_a_failure_without_alerts_is_all_of_the_output() -> None:
+    assert parse_failure("haproxy: cannot run\n\n  because\n") == "haproxy: cannot run; because"
+    assert parse_failure("") == ""
+    assert parse_failure("[NOTICE] x\n[ALERT] unknown keyword") == "unknown keyword"

@@ -25,12 +25,12 @@ from imdsproxy.core.haproxy.namespace_proxy import (
     NamespaceProxySpec,
     Resource,
     Syslog,
-    parse_failure,
     parse_port,
     parse_resource,
     parse_uuid,
     render_namespace_proxy,
 )
+from imdsproxy.core.haproxy.runtime import parse_failure
 from imdsproxy.core.haproxy.text import UnquotableWord
 from imdsproxy.errors import (
     ConfigRejected,

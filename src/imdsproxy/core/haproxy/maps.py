@@ -89,8 +89,8 @@ class MapChanges:
     replaced: tuple[tuple[str, str], ...] = ()
     added: tuple[tuple[str, str], ...] = ()
 
-    def __bool__(self) -> bool:
-        return bool(self.removed or self.replaced or self.added)
+    def __len__(self) -> int:
+        return len(self.removed) + len(self.replaced) + len(self.added)
 
 
 @dataclass(slots=True)

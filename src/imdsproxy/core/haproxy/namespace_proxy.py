@@ -23,7 +23,6 @@ MAX_PORT: Final = 65535
 _HEADERS: Final = {"network": "X-Neutron-Network-ID", "router": "X-Neutron-Router-ID"}
 _UUID: Final = re.compile(r"[0-9a-f]{8}-(?:[0-9a-f]{4}-){3}[0-9a-f]{12}", re.IGNORECASE | re.ASCII)
 _PORT: Final = re.compile(r"[0-9]{1,5}", re.ASCII)
-_ALERT: Final = re.compile(r"\[ALERT\]\s+(?:\S+\s+)?\(\d+\) : (.*)")
 
 # Those below that need a reason:
 # - connection: a receiver that obeys RFC 9110 section 7.6.1 would take named headers out of the request again.
@@ -244,10 +243,3 @@ def parse_facility(text: str) -> str:
             hint="they are called LOG_USER, LOG_LOCAL0 and so on",
         )
     return name
-
-
-def parse_failure(errors: str) -> str:
-    """Why HAProxy failed, in one line: its alerts, or all of its standard error where there are none."""
-    lines = [line.strip() for line in errors.splitlines() if line.strip()]
-    alerts = [found[1] for line in lines if (found := _ALERT.fullmatch(line)) is not None]
-    return "; ".join(dict.fromkeys(alerts or lines))

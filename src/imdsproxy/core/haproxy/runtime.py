@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Final
 
 _VERSION: Final = re.compile(r"HAProxy version ([0-9]{1,9})\.([0-9]{1,9})(?:[.-](\S+))?")
+_ALERT: Final = re.compile(r"\[ALERT\]\s+(?:(?:\S+\s+)?\(\d+\) : )?(.*)")
 _NUMBER: Final = re.compile(r"[0-9]{1,18}")
 
 
@@ -31,7 +32,7 @@ class Processes:
 
 @dataclass(frozen=True, slots=True)
 class ReloadOutcome:
-    """What the master said of a `reload`: whether the new worker is up, and its words."""
+    """The master's answer to a `reload`: whether the new worker is up, and its log."""
 
     success: bool
     log: str
@@ -121,3 +122,10 @@ def parse_stat(text: str, columns: Collection[str] | None = None) -> list[dict[s
     wanted = [(name, index) for index, name in enumerate(names) if name in columns]
     rows = (line.split(",") for line in lines[1:])
     return [{name: row[index] for name, index in wanted if index < len(row)} for row in rows]
+
+
+def parse_failure(output: str) -> str:
+    """Why HAProxy failed, in one line: its alerts, each once, or all of its output where there are none."""
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    alerts = [found[1] for line in lines if (found := _ALERT.fullmatch(line)) is not None]
+    return "; ".join(dict.fromkeys(alerts or lines))
