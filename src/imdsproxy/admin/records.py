@@ -15,7 +15,7 @@ from imdsproxy.core.model import Instance, InstanceId, Network, NetworkId
 from imdsproxy.errors import AlreadyExists, NotFound, Problem, SourceRefused
 from imdsproxy.listeners.loop import ListenerLoop
 from imdsproxy.listeners.plan import find_shared
-from imdsproxy.sources.api import WritableSource
+from imdsproxy.sources.sqlite import SqliteSource
 
 __all__ = ["RecordService", "Written"]
 
@@ -63,7 +63,7 @@ class RecordService:
     inventory: Inventory
     records: RecordLoop
     listeners: ListenerLoop
-    store: WritableSource | None
+    store: SqliteSource | None
     unapplied: Callable[[], tuple[Problem, ...]]
     patching: asyncio.Lock = field(default_factory=asyncio.Lock)
     _claiming: asyncio.Lock = field(default_factory=asyncio.Lock)
@@ -125,7 +125,7 @@ class RecordService:
 
     async def _store_for(
         self, networks: Sequence[Network], instances: Collection[Instance], *, create: bool
-    ) -> WritableSource:
+    ) -> SqliteSource:
         """The store that these records may be written to."""
         store = self._store()
         for network in networks:
@@ -218,7 +218,7 @@ class RecordService:
         await store.remove_instance(instance)
         return await self._in_force([], instances=1)
 
-    def _store(self) -> WritableSource:
+    def _store(self) -> SqliteSource:
         if self.store is None:
             raise SourceRefused(
                 "no source can be written to", hint="set sources.sqlite.enabled: true"
@@ -227,7 +227,7 @@ class RecordService:
 
     @staticmethod
     def _refuse_foreign(
-        store: WritableSource, kind: str, subject: str, sources: Sequence[str]
+        store: SqliteSource, kind: str, subject: str, sources: Sequence[str]
     ) -> None:
         if sources and store.name not in sources:
             raise SourceRefused(

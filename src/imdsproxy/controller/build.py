@@ -45,7 +45,7 @@ from imdsproxy.listeners.namespace_links import haproxy_name
 from imdsproxy.listeners.observe import HostObserver
 from imdsproxy.serving.passwords import PasswordStore
 from imdsproxy.serving.pidfile import read_pids
-from imdsproxy.sources.api import Source, WritableSource
+from imdsproxy.sources.api import Source
 from imdsproxy.sources.libvirt.client import SystemLibvirt
 from imdsproxy.sources.libvirt.source import LibvirtSource
 from imdsproxy.sources.neutron.client import open_client
@@ -269,7 +269,7 @@ class Sources:
     """
 
     all: tuple[Source, ...]
-    writable: WritableSource | None = field(default=None)
+    writable: SqliteSource | None = field(default=None)
     look_up: NeutronSource | None = field(default=None)
 
 
@@ -289,7 +289,7 @@ def build_sources(
         progress: Where sources say how far long work is.
     """
     found: list[Source] = []
-    writable: WritableSource | None = None
+    writable: SqliteSource | None = None
     if settings.sources.sqlite.enabled:
         writable = SqliteSource(
             settings.store_path, now=lambda: clock.now().timestamp(), progress=progress

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TypeAlias
@@ -17,6 +17,7 @@ __all__ = [
     "Conflict",
     "ConflictKind",
     "Observation",
+    "RecordSet",
     "SourceName",
     "StrandedPort",
 ]
@@ -55,6 +56,35 @@ class Observation:
     implied_networks: frozenset[NetworkId] = frozenset()
     defers: bool = False
     more: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class RecordSet:
+    """Records as an `Observation` has them: everything in force, or what has changed."""
+
+    networks: Mapping[NetworkId, Network] = field(default_factory=dict)
+    instances: Mapping[InstanceId, Instance] = field(default_factory=dict)
+    networks_removed: Collection[NetworkId] = ()
+    instances_removed: Collection[InstanceId] = ()
+
+    @classmethod
+    def changes(
+        cls,
+        networks: Mapping[NetworkId, Network | None],
+        instances: Mapping[InstanceId, Instance | None],
+    ) -> RecordSet:
+        """What has changed, by id; `None` stands for a record that is gone."""
+        return cls(
+            {key: value for key, value in networks.items() if value is not None},
+            {key: value for key, value in instances.items() if value is not None},
+            [key for key, value in networks.items() if value is None],
+            [key for key, value in instances.items() if value is None],
+        )
+
+    def __bool__(self) -> bool:
+        return bool(
+            self.networks or self.instances or self.networks_removed or self.instances_removed
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,6 @@
 """What a source of records is, seen from who consumes it.
 
-A source is made by the composition root, runs as one task, and reports by calling `publish` in the
+A source is made by the controller, runs once, as one task, and reports by calling `publish` in the
 event loop's thread. Its first observation is full: everything that it has, in sync, once it has read all of
 it; pieces of it that come before are out of sync, and say that more follows. Later ones may hold only changes.
 Where it cannot read its records, it reports itself out of sync with the reason among the problems, keeps trying,
@@ -9,31 +9,15 @@ and what it published before stays; it never ends by itself.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import TYPE_CHECKING, Protocol, TypeAlias
+from typing import Protocol, TypeAlias
 
-if TYPE_CHECKING:
-    from imdsproxy.core.model import Instance, InstanceId, IpAddress, Network, NetworkId, Scope
-    from imdsproxy.core.observation import AddressKey, Observation, SourceName
+from imdsproxy.core.model import InstanceId, IpAddress, NetworkId, Scope
+from imdsproxy.core.observation import AddressKey, Observation, SourceName
 
-__all__ = [
-    "Confirmation",
-    "LookUp",
-    "LookUpSource",
-    "LookUpUnavailable",
-    "Origin",
-    "PortAmbiguous",
-    "PortFound",
-    "PortMissing",
-    "Publish",
-    "Source",
-    "WritableSource",
-    "Written",
-]
-
-Publish: TypeAlias = "Callable[[Observation], None]"
+Publish: TypeAlias = Callable[[Observation], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,51 +60,9 @@ class Tally:
     unchanged: int = 0
 
 
-class WritableSource(Source, Protocol):
-    """A source that the admin API can write to.
-
-    A write is on disk, and its observation published, when it returns. It is refused as a whole
-    (`SourceRefused` with the fields) or done as a whole. While the source is not running or its store
-    cannot be used, writes raise `SourceUnavailable` or `SourceCorrupt`.
-    """
-
-    async def put_network(self, network: Network) -> Written:
-        """Add a network, or change the one with its id."""
-
-    async def put_instance(self, instance: Instance) -> Written:
-        """Add an instance, or change the one with its id.
-
-        One that does not say when it was made keeps the time that the source has, and has come now where the
-        source does not have it.
-
-        Raises:
-            SourceRefused: Another instance of the store has one of its addresses or MACs.
-        """
-
-    async def put_records(
-        self, networks: Iterable[Network], instances: Collection[Instance]
-    ) -> Tally:
-        """Add or change many at once; all or none.
-
-        Raises:
-            SourceRefused: As above; a problem's field begins with `networks[i]` or `instances[i]`.
-        """
-
-    async def remove_network(self, network: NetworkId, *, force: bool = False) -> bool:
-        """Remove a network; `False` when there is none of that id.
-
-        Raises:
-            SourceRefused: Instances of the store have ports in it, unless `force`: then these claim
-                nothing until the network comes again.
-        """
-
-    async def remove_instance(self, instance: InstanceId) -> bool:
-        """Remove an instance; `False` when there is none of that id."""
-
-
 @dataclass(frozen=True, slots=True)
 class PortFound:
-    """One port has the address; its instance was published before this is told.
+    """One port has the address; its instance was published before.
 
     Attributes:
         network: The port's own: behind a router it is not the id that was asked for.
@@ -132,19 +74,19 @@ class PortFound:
 
 @dataclass(frozen=True, slots=True)
 class PortMissing:
-    """Nobody who may be told anything has the address."""
+    """No port that serves has the address."""
 
 
 @dataclass(frozen=True, slots=True)
 class PortAmbiguous:
-    """So many ports have it; whose guest asks is not guessed."""
+    """So many ports have it, and none is chosen."""
 
     count: int
 
 
 @dataclass(frozen=True, slots=True)
 class LookUpUnavailable:
-    """It cannot be found out now, and nothing is known of the address."""
+    """It cannot be looked up now, and nothing is known of the address."""
 
     reason: str
 
@@ -154,7 +96,7 @@ LookUp: TypeAlias = PortFound | PortMissing | PortAmbiguous | LookUpUnavailable
 
 @dataclass(frozen=True, slots=True)
 class Confirmation:
-    """How fresh it is what is known of an address.
+    """How fresh the information about an address is.
 
     Attributes:
         port: The port's id.
@@ -168,13 +110,13 @@ class Confirmation:
 
 
 class LookUpSource(Source, Protocol):
-    """A source that does not tell everything by itself, but can be asked for an address.
+    """A source that does not report everything by itself, but can look an address up.
 
-    It is in sync also while it cannot be asked: who is not known is then told so by `LookUpUnavailable`.
+    It is in sync also while it cannot: then look-ups of unknown addresses give `LookUpUnavailable`.
     """
 
     async def look_up(self, scope: Scope, network: NetworkId, address: IpAddress) -> LookUp:
-        """Whose the address is, for a guest that asks; never raises.
+        """The instance that has the address, for a guest that asks; never raises.
 
         Args:
             scope: What `network` stands for.
@@ -186,4 +128,4 @@ class LookUpSource(Source, Protocol):
         """Every address behind a router (the router's id in the key) that was looked up and holds now."""
 
     def confirmation(self, network: NetworkId, address: IpAddress) -> Confirmation | None:
-        """How fresh it is what is known of an address in its own network; `None` if nothing is."""
+        """How fresh the information about an address in its own network is; `None` if there is none."""

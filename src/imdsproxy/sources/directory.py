@@ -22,7 +22,7 @@ from imdsproxy.sources.file_contents import (
     signature_of,
 )
 from imdsproxy.sources.in_force import Clash, Entry, InForce
-from imdsproxy.sources.last_good import Kept, LastGood
+from imdsproxy.sources.last_good import Kept, LastGood, load_last_good
 from imdsproxy.sources.record_file import SUFFIXES
 from imdsproxy.sources.watch import Place, place_of
 
@@ -43,6 +43,7 @@ class Reading:
         networks: New records, `None` for those that are gone.
         instances: The same.
         all_new: None of `instances` was in force before, so that no address moves from one to another.
+        whole: Nothing was in force before: these are all records.
         problems: Everything wrong in the directory now.
         readable: The directory could be listed; if not, all stays as it was.
         places: The directories to watch.
@@ -53,6 +54,7 @@ class Reading:
     networks: Mapping[str, Network | None]
     instances: Mapping[str, PackedInstance | None]
     all_new: bool
+    whole: bool
     problems: tuple[Problem, ...]
     readable: bool
     places: frozenset[Place]
@@ -60,8 +62,8 @@ class Reading:
     again_s: float | None
 
     def without_changes(self) -> Reading:
-        """The same once its changes are told."""
-        return replace(self, networks={}, instances={})
+        """The same once its changes are reported."""
+        return replace(self, networks={}, instances={}, whole=False)
 
 
 @dataclass(slots=True)
@@ -160,7 +162,7 @@ class Directory:
         return self._last_good.problem
 
     def _begin(self) -> None:
-        kept = () if self._last_good is None else self._last_good.load()
+        kept = () if self._last_good is None else load_last_good(self._last_good)
         networks: list[Entry[Network]] = []
         instances: list[Entry[PackedInstance]] = []
         for each in kept:
@@ -231,12 +233,12 @@ class Directory:
         return (*networks, *instances)
 
     def _reading(self, unreadable: Problem | None) -> Reading:
+        networks_before, before = len(self._networks), len(self._instances)
         networks = self._networks.settle()
-        before = len(self._instances)
         instances = self._instances.settle()
         if self._last_good is not None:
-            self._last_good.keep("networks", _kept(networks, self._networks.file_of))
-            self._last_good.keep("instances", _kept(instances, self._instances.file_of))
+            self._last_good.keep(_kept("networks", networks, self._networks.file_of))
+            self._last_good.keep(_kept("instances", instances, self._instances.file_of))
         problems = [] if unreadable is None else [unreadable]
         for name in sorted(self._files):
             problems += self._files[name].problems
@@ -247,8 +249,9 @@ class Directory:
         return Reading(
             networks,
             instances,
-            len(self._instances) - before == len(instances),
-            tuple(problems),
+            all_new=len(self._instances) - before == len(instances),
+            whole=not (networks_before or before),
+            problems=tuple(problems),
             readable=unreadable is None,
             places=self._places(payloads),
             relevant=_with_parents({self._path, *payloads}),
@@ -306,11 +309,12 @@ class Directory:
 
 
 def _kept(
+    kind: str,
     changes: Mapping[str, Network | None] | Mapping[str, PackedInstance | None],
     file_of: Callable[[str], str | None],
-) -> dict[str, Kept | None]:
+) -> dict[tuple[str, str], Kept | None]:
     return {
-        key: None if record is None else Kept(file_of(key) or "", record)
+        (kind, key): None if record is None else Kept(file_of(key) or "", record)
         for key, record in changes.items()
     }
 

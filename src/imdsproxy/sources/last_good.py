@@ -7,26 +7,18 @@ were in force when the process before ended are taken as in force, and the files
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import closing
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Final
+import sqlite3
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Final, TypeAlias
 
 from imdsproxy.core.model import Instance, Network
 from imdsproxy.core.packed import PackedInstance
 from imdsproxy.core.records import parse_instance, parse_network, render_record
-from imdsproxy.errors import Problem, SourceError
-from imdsproxy.sources.sqlite_failure import store_failures
-from imdsproxy.sources.sqlite_schema import open_store
+from imdsproxy.sources.side_cache import SideCache
 
-if TYPE_CHECKING:
-    import sqlite3
-    from pathlib import Path
-
-__all__ = ["Kept", "LastGood"]
-
-_SCHEMA: Final = (
-    """
+_SCHEMA: Final = """
 CREATE TABLE last_good (
     kind TEXT NOT NULL,
     id TEXT NOT NULL,
@@ -35,8 +27,7 @@ CREATE TABLE last_good (
     user_data BLOB,
     PRIMARY KEY (kind, id)
 ) STRICT
-""",
-)
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,62 +38,22 @@ class Kept:
     record: Network | PackedInstance
 
 
-@dataclass(slots=True)
-class LastGood:
-    """The file at `path`. Nothing depends on it but a start with broken files: it may be deleted.
-
-    Attributes:
-        path: An SQLite file; made when there is something to keep.
-        problem: Why it cannot be used, while that is so.
-    """
-
-    path: Path
-    problem: Problem | None = None
-    _unsaved: dict[tuple[str, str], Kept | None] = field(default_factory=dict)
-
-    def load(self) -> tuple[Kept, ...]:
-        """Everything kept; nothing where there is no such file or it cannot be used."""
-        try:
-            with store_failures(self.path):
-                if not self.path.exists():
-                    return ()
-                with closing(open_store(self.path, _SCHEMA)) as connection:
-                    rows = connection.execute("SELECT kind, file, record, user_data FROM last_good")
-                    return tuple(_read(rows))
-        except SourceError as error:
-            self._note(error)
-            return ()
-
-    def keep(self, kind: str, changes: Mapping[str, Kept | None]) -> None:
-        """Have `save` write what has changed; `None` for what is no longer in force."""
-        self._unsaved.update({(kind, key): kept for key, kept in changes.items()})
-
-    def save(self) -> None:
-        """Write what is to be kept; what cannot be written now is tried again the next time."""
-        if not self._unsaved:
-            return
-        try:
-            with store_failures(self.path), closing(open_store(self.path, _SCHEMA)) as connection:
-                connection.execute("BEGIN IMMEDIATE")
-                for (kind, key), kept in self._unsaved.items():
-                    _write(connection, kind, key, kept)
-                connection.execute("COMMIT")
-        except SourceError as error:
-            self._note(error)
-        else:
-            self.problem = None
-            self._unsaved.clear()
-
-    def _note(self, error: SourceError) -> None:
-        self.problem = Problem(
-            "last-good",
-            f"records in force are not kept over a restart: {error.message}",
-            f"{error.hint}; it may be deleted, it is made again",
-            str(self.path),
-        )
+LastGood: TypeAlias = "SideCache[tuple[str, str], Kept]"
+"""By kind (`networks` or `instances`) and id."""
 
 
-def _read(rows: sqlite3.Cursor) -> Iterator[Kept]:
+def open_last_good(path: Path) -> LastGood:
+    """The cache in the file at `path`."""
+    return SideCache(path, _SCHEMA, _write, "last-good", "records in force are not kept")
+
+
+def load_last_good(cache: LastGood) -> tuple[Kept, ...]:
+    """Everything kept; nothing where there is no such file or it cannot be used. Blocks."""
+    return cache.load(lambda connection: tuple(_read(connection)), ())
+
+
+def _read(connection: sqlite3.Connection) -> Iterator[Kept]:
+    rows = connection.execute("SELECT kind, file, record, user_data FROM last_good")
     for kind, file, text, user_data in rows:
         try:
             mapping = json.loads(text)
@@ -115,9 +66,9 @@ def _read(rows: sqlite3.Cursor) -> Iterator[Kept]:
             yield Kept(file, PackedInstance.of(replace(record, user_data=user_data)))
 
 
-def _write(connection: sqlite3.Connection, kind: str, key: str, kept: Kept | None) -> None:
+def _write(connection: sqlite3.Connection, key: tuple[str, str], kept: Kept | None) -> None:
     if kept is None:
-        connection.execute("DELETE FROM last_good WHERE kind = ? AND id = ?", (kind, key))
+        connection.execute("DELETE FROM last_good WHERE kind = ? AND id = ?", key)
         return
     record: Network | Instance
     if isinstance(kept.record, PackedInstance):
@@ -128,5 +79,5 @@ def _write(connection: sqlite3.Connection, kind: str, key: str, kept: Kept | Non
     connection.execute(
         "INSERT OR REPLACE INTO last_good (kind, id, file, record, user_data)"
         " VALUES (?, ?, ?, ?, ?)",
-        (kind, key, kept.file, json.dumps(render_record(record)), user_data),
+        (*key, kept.file, json.dumps(render_record(record)), user_data),
     )

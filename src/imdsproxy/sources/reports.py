@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import Final
 
-from imdsproxy.core.model import Instance, InstanceId, Network, NetworkId
-from imdsproxy.core.observation import Observation
+from imdsproxy.core.model import NetworkId
+from imdsproxy.core.observation import Observation, RecordSet
+from imdsproxy.core.packed import PackedInstances
 from imdsproxy.errors import Problem
+from imdsproxy.sources.api import Publish
 
-
-@dataclass(frozen=True, slots=True)
-class RecordSet:
-    """Records by id; among changes, `None` stands for one that is gone."""
-
-    networks: Mapping[NetworkId, Network | None] = field(default_factory=dict)
-    instances: Mapping[InstanceId, Instance | None] = field(default_factory=dict)
-
-    def __bool__(self) -> bool:
-        return bool(self.networks or self.instances)
+_PIECE: Final = 200
 
 
 @dataclass(slots=True)
@@ -41,7 +37,7 @@ class Reports:
         changes: RecordSet,
         everything: Callable[[], RecordSet],
         *,
-        in_sync: bool,
+        in_sync: bool = True,
         problems: tuple[Problem, ...] = (),
         implied: frozenset[NetworkId] = frozenset(),
     ) -> Observation | None:
@@ -60,16 +56,42 @@ class Reports:
             return None
         records = changes if self._begun and not full else everything()
         self._last, self._begun, self._complete = state, True, self._complete or full
-        networks, instances = records.networks, records.instances
         return Observation(
             self.source,
             full=full,
-            networks={key: value for key, value in networks.items() if value},
-            instances={key: value for key, value in instances.items() if value},
-            networks_removed=[key for key, value in networks.items() if not value],
-            instances_removed=[key for key, value in instances.items() if not value],
+            networks=records.networks,
+            instances=records.instances,
+            networks_removed=records.networks_removed,
+            instances_removed=records.instances_removed,
             in_sync=in_sync,
             problems=problems,
             implied_networks=implied,
             defers=self.defers,
         )
+
+
+async def publish_in_pieces(publish: Publish, observation: Observation) -> None:
+    """Publish many packed instances a few at a time, so that the event loop does other work in between.
+
+    Args:
+        publish: Takes each piece; the last one is the observation itself.
+        observation: No address in it moves from one instance to another.
+    """
+    instances = observation.instances
+    if isinstance(instances, PackedInstances) and len(instances) > _PIECE:
+        first = replace(
+            observation,
+            full=False,
+            instances={},
+            in_sync=observation.in_sync and not observation.full,
+            networks_removed=(),
+            instances_removed=(),
+            more=True,
+        )
+        publish(first)
+        piece = replace(first, networks={})
+        keys = iter(instances)
+        while part := tuple(islice(keys, _PIECE)):
+            publish(replace(piece, instances=instances.part(part)))
+            await asyncio.sleep(0)
+    publish(observation)

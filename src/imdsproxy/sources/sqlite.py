@@ -4,65 +4,62 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable, Collection, Coroutine, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
-from typing import TYPE_CHECKING, TypeVar
+from pathlib import Path
+from typing import Final, TypeVar
 
-from imdsproxy.core.observation import Observation
+from imdsproxy.core.model import Instance, InstanceId, Network, NetworkId
+from imdsproxy.core.observation import RecordSet
 from imdsproxy.core.progress import Progress
 from imdsproxy.errors import Problem, SourceError, SourceUnavailable
-from imdsproxy.sources.api import Origin, Tally, Written
-from imdsproxy.sources.pieces import publish_in_pieces
+from imdsproxy.sources.api import Origin, Publish, Tally, Written
+from imdsproxy.sources.reports import Reports, publish_in_pieces
 from imdsproxy.sources.sqlite_store import Contents, Store
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Coroutine, Iterable
-    from pathlib import Path
-
-    from imdsproxy.core.model import Instance, InstanceId, Network, NetworkId
-    from imdsproxy.sources.api import Publish
-
-__all__ = ["SqliteSource"]
 
 _T = TypeVar("_T")
 
 
 class SqliteSource:
-    """The store at `path`; see `api.WritableSource` for what its methods promise.
+    """The store at `path`.
 
     SQLite works in a thread of its own. A write is published as soon as it is committed, so that
     guests do not wait for the disk, and acknowledged when the disk has it; writes at the same time
-    share one wait.
+    share one wait. A write is done as a whole or refused as a whole (`SourceRefused` with the fields). While the
+    source is not running or its store cannot be used, writes raise `SourceUnavailable` or `SourceCorrupt`.
 
     Args:
         path: The file; made when it is not there.
-        name: The source's name.
         retry_s: How long to wait before a store that cannot be used is tried again.
         now: Unix time, for when instances came.
         progress: Where long writes say how far they are.
     """
 
+    name: Final = "sqlite"
+
     def __init__(
         self,
         path: Path,
         *,
-        name: str = "sqlite",
         retry_s: float = 1.0,
         now: Callable[[], float] = time.time,
         progress: Progress | None = None,
     ) -> None:
         self._path = path
-        self._progress = progress or Progress()
-        self._name = name
-        self._now = now
         self._retry_s = retry_s
-        self._running: _Running | None = None
+        self._now = now
+        self._progress = progress or Progress()
+        self._reports = Reports(self.name)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="imdsproxy-store")
+        self._sync_thread = ThreadPoolExecutor(1, thread_name_prefix="imdsproxy-store-sync")
+        self._publish: Publish | None = None
+        self._store: Store | None = None
         self._failure: SourceError | None = None
-
-    @property
-    def name(self) -> str:
-        """The source's name."""
-        return self._name
+        self._problems: dict[tuple[str, str], tuple[Problem, ...]] = {}
+        self._writes: set[asyncio.Task[object]] = set()
+        self._committed = 0
+        self._synced = 0
+        self._syncing: asyncio.Task[None] | None = None
 
     def origin_of_port(self, instance: InstanceId, number: int) -> Origin | None:
         """The record's own field: nobody reads the store's file."""
@@ -73,179 +70,149 @@ class SqliteSource:
 
         While the store cannot be used the source is out of sync, and writes raise the reason.
         """
-        running = _Running(self._name, self._path, publish, self._now, self._progress)
-        told = ""
         try:
-            while True:
-                try:
-                    await running.open()
-                except SourceError as error:
-                    self._failure = error
-                    if told != str(error):
-                        told = str(error)
-                        publish(self._unusable(error))
-                    await asyncio.sleep(self._retry_s)
-                    continue
-                self._failure = None
-                self._running = running
-                await asyncio.Event().wait()
+            await self._open(publish)
+            self._publish = publish
+            await asyncio.Event().wait()
         finally:
-            self._running = None
-            await running.close()
+            self._publish = None
+            if self._writes:
+                await asyncio.wait(self._writes)
+            # After whatever the thread still does: it works in order.
+            await self._in_thread(self._close_store)
+            self._thread.shutdown(wait=False)
+            self._sync_thread.shutdown(wait=False)
 
-    def _unusable(self, error: SourceError) -> Observation:
-        problem = Problem("store", error.message, error.hint, str(self._path))
-        return Observation(self._name, in_sync=False, problems=(problem,))
+    async def _open(self, publish: Publish) -> None:
+        while True:
+            try:
+                contents = await self._in_thread(self._open_store)
+            except SourceError as error:
+                self._failure = error
+                problem = Problem("store", error.message, error.hint, str(self._path))
+                unusable = self._reports.next(
+                    RecordSet(), RecordSet, in_sync=False, problems=(problem,)
+                )
+                if unusable is not None:
+                    publish(unusable)
+                await asyncio.sleep(self._retry_s)
+            else:
+                break
+        self._failure = None
+        self._problems = contents.problems
+        await self._report(publish, RecordSet(contents.networks, contents.instances))
+
+    def _open_store(self) -> Contents:
+        store = Store(self._path, now=self._now)
+        try:
+            contents = store.load()
+        except BaseException:
+            store.close()
+            raise
+        self._store = store
+        return contents
+
+    def _close_store(self) -> None:
+        if self._store is not None:
+            self._store.close()
+            self._store = None
+
+    # Writes
 
     async def put_network(self, network: Network) -> Written:
         """Add a network, or change the one with its id."""
-        return _one(await self._usable().put([network], [], bulk=False))
+        return _one(await self._put([network], [], bulk=False))
 
     async def put_instance(self, instance: Instance) -> Written:
-        """Add an instance, or change the one with its id."""
-        return _one(await self._usable().put([], [instance], bulk=False))
+        """Add an instance, or change the one with its id.
+
+        Without a creation time, it keeps the one that the store has, or, if it is new, gets the present.
+
+        Raises:
+            SourceRefused: Another instance of the store has one of its addresses or MACs.
+        """
+        return _one(await self._put([], [instance], bulk=False))
 
     async def put_records(
         self, networks: Iterable[Network], instances: Collection[Instance]
     ) -> Tally:
-        """Add or change many at once; all or none."""
-        return await self._usable().put(networks, instances, bulk=True)
+        """Add or change many at once; all or none.
+
+        Raises:
+            SourceRefused: As above; a problem's field begins with `networks[i]` or `instances[i]`.
+        """
+        return await self._put(networks, instances, bulk=True)
 
     async def remove_network(self, network: NetworkId, *, force: bool = False) -> bool:
-        """Remove a network; `False` when there is none of that id."""
-        return await self._usable().remove_network(network, force=force)
+        """Remove a network; `False` when there is none of that id.
+
+        Raises:
+            SourceRefused: Instances of the store have ports in it, unless `force`: then these claim
+                nothing until the network comes again.
+        """
+        return await self._remove(
+            lambda store: store.remove_network(network, force=force),
+            ("networks", network),
+            RecordSet(networks_removed=(network,)),
+        )
 
     async def remove_instance(self, instance: InstanceId) -> bool:
         """Remove an instance; `False` when there is none of that id."""
-        return await self._usable().remove_instance(instance)
-
-    def _usable(self) -> _Running:
-        if self._running is not None:
-            return self._running
-        if self._failure is not None:
-            raise self._failure
-        raise SourceUnavailable(f"the store {self._path} is not open yet", hint="try again")
-
-
-class _Running:
-    """The store while its source runs: its threads, and what it has refused."""
-
-    def __init__(
-        self,
-        name: str,
-        path: Path,
-        publish: Publish,
-        now: Callable[[], float],
-        progress: Progress,
-    ) -> None:
-        self._progress = progress
-        self._name = name
-        self._path = path
-        self._now = now
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="imdsproxy-store")
-        self._sync_thread = ThreadPoolExecutor(1, thread_name_prefix="imdsproxy-store-sync")
-        self._publish = publish
-        self._store: Store | None = None
-        self._committed = 0
-        self._synced = 0
-        self._syncing: asyncio.Task[None] | None = None
-        self._problems: dict[tuple[str, str], tuple[Problem, ...]] = {}
-        self._writes: set[asyncio.Task[object]] = set()
-
-    async def open(self) -> None:
-        """Open the store, read all of it, and publish that."""
-        contents = await self._in_thread(self._open)
-        self._problems = contents.problems
-        observation = Observation(
-            self._name, full=True, networks=contents.networks, problems=self._all_problems()
+        return await self._remove(
+            lambda store: store.remove_instance(instance),
+            ("instances", instance),
+            RecordSet(instances_removed=(instance,)),
         )
-        await publish_in_pieces(self._publish, observation, contents.instances)
 
-    async def close(self) -> None:
-        """Wait for what is being written, and close the store."""
-        if self._writes:
-            await asyncio.wait(self._writes)
-        # After whatever the thread still does: it works in order.
-        await self._in_thread(self._close)
-        self._thread.shutdown(wait=False)
-        self._sync_thread.shutdown(wait=False)
-
-    async def ask(self, question: Callable[[Store], _T]) -> _T:
-        """Read from the store."""
-        store = self._store
-        if store is None:
-            raise SourceUnavailable(f"the store {self._path} is closed")
-        return await self._in_thread(lambda: question(store))
-
-    async def put(
+    async def _put(
         self, networks: Iterable[Network], instances: Collection[Instance], *, bulk: bool
     ) -> Tally:
-        """See `Store.put`."""
-
-        async def write() -> Tally:
-            written = await self.ask(
-                lambda store: store.put(networks, instances, bulk=bulk, progress=self._progress)
+        async def put(publish: Publish, store: Store) -> Tally:
+            written = await self._in_thread(
+                lambda: store.put(networks, instances, bulk=bulk, progress=self._progress)
             )
             for kind, records in (("networks", written.networks), ("instances", written.instances)):
                 for key in records:
                     self._problems.pop((kind, key), None)
-            if written.networks or written.instances:
-                observation = Observation(
-                    self._name, networks=written.networks, problems=self._all_problems()
-                )
-                if written.tally.changed:
-                    # Addresses may move among the records: nobody sees that half done.
-                    self._publish(replace(observation, instances=written.instances))
-                else:
-                    await publish_in_pieces(self._publish, observation, written.instances)
-                await self._on_disk()
+            changes = RecordSet(written.networks, written.instances)
+            # Where addresses may move among the records, all are published at once.
+            await self._publish_stored(publish, changes, in_pieces=not written.tally.changed)
             return written.tally
 
-        return await self._finish(write())
+        return await self._write(put)
 
-    async def remove_network(self, network: NetworkId, *, force: bool) -> bool:
-        """See `Store.remove_network`."""
-
-        async def write() -> bool:
-            found = await self.ask(lambda store: store.remove_network(network, force=force))
-            self._problems.pop(("networks", network), None)
+    async def _remove(
+        self, work: Callable[[Store], bool], key: tuple[str, str], removed: RecordSet
+    ) -> bool:
+        async def remove(publish: Publish, store: Store) -> bool:
+            found = await self._in_thread(lambda: work(store))
+            self._problems.pop(key, None)
             if found:
-                problems = self._all_problems()
-                self._publish(
-                    Observation(self._name, networks_removed=(network,), problems=problems)
-                )
-                await self._on_disk()
+                await self._publish_stored(publish, removed)
             return found
 
-        return await self._finish(write())
+        return await self._write(remove)
 
-    async def remove_instance(self, instance: InstanceId) -> bool:
-        """See `Store.remove_instance`."""
-
-        async def write() -> bool:
-            found = await self.ask(lambda store: store.remove_instance(instance))
-            self._problems.pop(("instances", instance), None)
-            if found:
-                problems = self._all_problems()
-                self._publish(
-                    Observation(self._name, instances_removed=(instance,), problems=problems)
-                )
-                await self._on_disk()
-            return found
-
-        return await self._finish(write())
-
-    async def _finish(self, write: Coroutine[object, object, _T]) -> _T:
-        """Do a write and publish it even if whoever asked for it goes away meanwhile."""
-        task = asyncio.ensure_future(write)
+    async def _write(self, write: Callable[[Publish, Store], Coroutine[object, object, _T]]) -> _T:
+        """Complete a write and publish it even if its caller is cancelled meanwhile."""
+        if self._failure is not None:
+            raise self._failure
+        if self._publish is None or self._store is None:
+            raise SourceUnavailable(f"the store {self._path} is not open yet", hint="try again")
+        task = asyncio.ensure_future(write(self._publish, self._store))
         self._writes.add(task)
         task.add_done_callback(self._writes.discard)
-        # Looked at here too, for nobody may be left to: a task complains of an exception unseen.
+        # A task complains about an exception that is never read; the caller may be gone.
         task.add_done_callback(lambda done: done.cancelled() or done.exception())
         return await asyncio.shield(task)
 
-    async def _on_disk(self) -> None:
-        """Wait until the disk has what is committed."""
+    async def _publish_stored(
+        self, publish: Publish, changes: RecordSet, *, in_pieces: bool = False
+    ) -> None:
+        """Publish what is committed, and wait until the disk has it."""
+        if not changes:
+            return
+        await self._report(publish, changes, in_pieces=in_pieces)
         self._committed += 1
         mine = self._committed
         while self._synced < mine:
@@ -262,26 +229,20 @@ class _Running:
         finally:
             self._syncing = None
 
-    def _all_problems(self) -> tuple[Problem, ...]:
-        return tuple(problem for key in sorted(self._problems) for problem in self._problems[key])
+    async def _report(
+        self, publish: Publish, changes: RecordSet, *, in_pieces: bool = True
+    ) -> None:
+        problems = (problem for key in sorted(self._problems) for problem in self._problems[key])
+        observation = self._reports.next(changes, lambda: changes, problems=tuple(problems))
+        if observation is None:
+            return
+        if in_pieces:
+            await publish_in_pieces(publish, observation)
+        else:
+            publish(observation)
 
     async def _in_thread(self, work: Callable[[], _T]) -> _T:
         return await asyncio.get_running_loop().run_in_executor(self._thread, work)
-
-    def _open(self) -> Contents:
-        store = Store(self._path, now=self._now)
-        try:
-            contents = store.load()
-        except BaseException:
-            store.close()
-            raise
-        self._store = store
-        return contents
-
-    def _close(self) -> None:
-        if self._store is not None:
-            self._store.close()
-            self._store = None
 
 
 def _one(tally: Tally) -> Written:

@@ -10,15 +10,16 @@ from imdsproxy.core.model import (
     BridgeListener,
     Dialect,
     Instance,
+    InstanceId,
     Network,
     NetworkId,
     SshKey,
     Subnet,
 )
+from imdsproxy.core.observation import RecordSet
 from imdsproxy.errors import Problem
 from imdsproxy.sources.libvirt.metadata import METADATA_URI
 from imdsproxy.sources.libvirt.records import LibvirtKnown, NetworkXml, Selection
-from imdsproxy.sources.reports import RecordSet
 from support.libvirt_backing import domain_xml, uuid_of
 from support.record_builders import port
 
@@ -71,7 +72,7 @@ def told(
     *,
     active: bool = True,
 ) -> RecordSet:
-    """Domains are told of by the name in their XML."""
+    """What libvirt reports; domains by the UUID in their XML."""
     named = {text.partition("<uuid>")[2].partition("<")[0]: text for text in domains}
     return found.update(named, [NetworkXml(text, active) for text in networks])
 
@@ -305,8 +306,9 @@ def test_what_is_told_again_unchanged_is_no_change() -> None:
 def test_what_is_gone_from_everything_is_gone() -> None:
     found = known([web()])
     changes = found.update({}, [], everything=True)
-    assert changes.instances == {uuid_of("web"): None}
-    assert changes.networks == {"default": None}
+    assert changes == RecordSet(
+        networks_removed=[NetworkId("default")], instances_removed=[InstanceId(uuid_of("web"))]
+    )
     assert not found.instances
 
 

@@ -84,14 +84,13 @@ def test_what_was_told_is_told_again_only_when_it_has_changed() -> None:
     assert not known.changes().instances
     known.put(replace(_A, project="red"), asked=3)
     (changed,) = known.changes().instances.values()
-    assert changed is not None
     assert changed.project == "red"
     known.put(replace(_A, device="i-z"), asked=4)
-    changes = known.changes().instances
-    assert {key: each is not None for key, each in changes.items()} == {"i-a": False, "i-z": True}
+    changes = known.changes()
+    assert (set(changes.instances), changes.instances_removed) == ({"i-z"}, ["i-a"])
     assert known.networks == {"n1"}
     known.remove("p-a", asked=5)
-    assert known.changes().instances == {"i-z": None}
+    assert known.changes().instances_removed == ["i-z"]
     assert known.networks == frozenset()
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from imdsproxy.sources.directory import Directory, Reading
-from imdsproxy.sources.last_good import LastGood
+from imdsproxy.sources.last_good import load_last_good, open_last_good
 
 NETWORK = "networks:\n- id: n\n  listener: {bridge: br0}\n"
 
@@ -35,7 +35,7 @@ class Bench:
 
     def restart(self) -> None:
         """A new process reads the directory."""
-        last_good = LastGood(self.kept)
+        last_good = open_last_good(self.kept)
         self.directory = Directory(self.path, clock=lambda: self.now, last_good=last_good)
 
     def write(self, name: str, text: str | bytes) -> Path:
@@ -410,4 +410,4 @@ def test_a_memory_that_cannot_be_written_is_told_and_written_later(bench: Bench)
     assert bench.directory.keep() is not None
     bench.kept.rmdir()
     assert bench.directory.keep() is None
-    assert len(LastGood(bench.kept).load()) == 1
+    assert len(load_last_good(open_last_good(bench.kept))) == 1

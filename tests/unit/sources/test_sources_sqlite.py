@@ -119,7 +119,7 @@ async def test_a_write_is_done_and_told_though_its_caller_has_gone(path: Path) -
         await asyncio.sleep(0)
         asked.cancel()
         await heard.until(lambda each: each.inventory.instances.keys() == {"a"})
-    async with running(source) as again:
+    async with running(source_of(path)) as again:
         assert again.last.instances == {"a": A}
 
 
@@ -359,10 +359,8 @@ async def test_a_store_that_may_not_be_written_is_told_and_tells_nothing_else(pa
     async with running(source) as heard:
         await source.put_instance(A)
         told = len(heard.observations)
-        running_store = source._running
-        assert running_store is not None
-        assert running_store._store is not None
-        await running_store.ask(lambda store: store._connection.execute("PRAGMA query_only = ON"))
+        connection = source._store._connection  # type: ignore[union-attr]  # it runs
+        await source._in_thread(lambda: connection.execute("PRAGMA query_only = ON"))
         with pytest.raises(SourceUnavailable) as caught:
             await source.put_instance(B)
         assert "writable" in caught.value.hint
@@ -466,14 +464,12 @@ async def test_the_disk_has_a_write_before_it_is_acknowledged(
     source = source_of(path)
     async with running(source) as heard:
         publish = heard.publish
-        source_running = source._running
-        assert source_running is not None
 
         def noted(observation: Observation) -> None:
             steps.append("told")
             publish(observation)
 
-        source_running._publish = noted
+        source._publish = noted
         await source.put_instance(A)
         steps.append("acknowledged")
     assert steps == ["told", "disk", "acknowledged"]

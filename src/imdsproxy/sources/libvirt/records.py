@@ -10,6 +10,7 @@ from typing import Final
 
 from imdsproxy.core.inventory import address_keys
 from imdsproxy.core.model import ID_PATTERN, Instance, InstanceId, Network, NetworkId
+from imdsproxy.core.observation import RecordSet
 from imdsproxy.core.records import Json, Refused, parse_instance
 from imdsproxy.errors import Problem
 from imdsproxy.sources.api import Origin
@@ -23,7 +24,6 @@ from imdsproxy.sources.libvirt.xml import (
     parse_domain,
     parse_libvirt_network,
 )
-from imdsproxy.sources.reports import RecordSet
 
 _NETWORK_ID: Final = re.compile(ID_PATTERN)
 
@@ -205,7 +205,7 @@ class LibvirtKnown:
         for uuid in sorted(stale | set(domains) | gone):
             self._derive(uuid)
         after, changed = self._networks, self._instances.settle()
-        return RecordSet(
+        return RecordSet.changes(
             {
                 key: after.get(key)
                 for key in before.keys() | after.keys()

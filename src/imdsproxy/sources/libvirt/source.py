@@ -10,6 +10,7 @@ from typing import Final, assert_never
 
 from imdsproxy.core.backoff import Backoff
 from imdsproxy.core.model import InstanceId
+from imdsproxy.core.observation import RecordSet
 from imdsproxy.errors import Problem, SourceUnavailable
 from imdsproxy.sources.api import Origin, Publish
 from imdsproxy.sources.libvirt.client import (
@@ -21,7 +22,7 @@ from imdsproxy.sources.libvirt.client import (
 )
 from imdsproxy.sources.libvirt.records import LibvirtKnown, Selection
 from imdsproxy.sources.libvirt.settings import LibvirtSourceSettings
-from imdsproxy.sources.reports import RecordSet, Reports
+from imdsproxy.sources.reports import Reports
 
 
 class LibvirtSource:

@@ -10,10 +10,9 @@ from typing import Final
 
 from imdsproxy.core.addresses import link_local_of, mac_of
 from imdsproxy.core.model import Instance, InstanceId, IpAddress, NetworkId
-from imdsproxy.core.observation import AddressKey
+from imdsproxy.core.observation import AddressKey, RecordSet
 from imdsproxy.errors import Problem
 from imdsproxy.sources.neutron.ports import NeutronPort, plan_instance
-from imdsproxy.sources.reports import RecordSet
 
 _MAX_REFUSED: Final = 100
 _REFUSED_S: Final = 300.0
@@ -279,7 +278,7 @@ class KnownPorts:
         if changed:
             self._networks = +self._networks
         self._touched.clear()
-        return RecordSet(instances=changed)
+        return RecordSet.changes({}, changed)
 
     def _drop(self, port_id: str) -> None:
         known = self._ports.pop(port_id, None)

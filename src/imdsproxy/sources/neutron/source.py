@@ -12,7 +12,7 @@ import structlog
 
 from imdsproxy.core.addresses import normalise_address
 from imdsproxy.core.model import InstanceId, IpAddress, NetworkId, Scope
-from imdsproxy.core.observation import AddressKey
+from imdsproxy.core.observation import AddressKey, RecordSet
 from imdsproxy.errors import Problem, SourceUnavailable
 from imdsproxy.host.clock import Clock
 from imdsproxy.sources.api import (
@@ -30,7 +30,7 @@ from imdsproxy.sources.neutron.look_ups import LookUpResult, LookUps
 from imdsproxy.sources.neutron.queries import Queries, QueryResult
 from imdsproxy.sources.neutron.refresh import Refresher
 from imdsproxy.sources.neutron.settings import NeutronSourceSettings
-from imdsproxy.sources.reports import RecordSet, Reports
+from imdsproxy.sources.reports import Reports
 
 _TICK_S: Final = 1.0
 _SAVE_S: Final = 60.0
@@ -247,7 +247,7 @@ class NeutronSource:
             return
         observation = self._reports.next(
             self._known.changes(),
-            lambda: RecordSet(instances=self._known.published),
+            lambda: RecordSet(instances=dict(self._known.published)),
             # Whether Neutron answers does not count: what is known is published, the rest is looked up.
             in_sync=self._complete,
             problems=tuple(self._problems()),
