@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from imdsproxy.cli import preflight
-from imdsproxy.cli.preflight import Finding
+from imdsproxy.cli.checks import guests, host
+from imdsproxy.cli.checks.finding import Area, Finding
 from imdsproxy.config.endpoint import Endpoint
 from imdsproxy.config.schema import FileSourceSettings, Settings, SourcesSettings
 from imdsproxy.core.haproxy.runtime import Version
@@ -40,7 +40,7 @@ def _wrong(findings: list[Finding]) -> list[tuple[str, int]]:
 def test_a_haproxy_with_all_it_needs_is_fine() -> None:
     program = HaproxyProgram("haproxy", Version(3, 0, "11"), frozenset({"NS", "PROMEX"}))
 
-    (finding,) = preflight.check_haproxy(program, exporter_wanted=True)
+    (finding,) = host.check_haproxy(program, exporter_wanted=True)
 
     assert finding.ok
     assert "3.0.11" in finding.text
@@ -49,8 +49,8 @@ def test_a_haproxy_with_all_it_needs_is_fine() -> None:
 def test_a_missing_exporter_matters_only_where_it_is_wanted() -> None:
     program = HaproxyProgram("haproxy", Version(3, 0, "11"), frozenset({"NS"}))
 
-    assert _wrong(preflight.check_haproxy(program, exporter_wanted=False)) == []
-    ((text, status),) = _wrong(preflight.check_haproxy(program, exporter_wanted=True))
+    assert _wrong(host.check_haproxy(program, exporter_wanted=False)) == []
+    ((text, status),) = _wrong(host.check_haproxy(program, exporter_wanted=True))
     assert "Prometheus" in text
     assert status == 71
 
@@ -58,13 +58,13 @@ def test_a_missing_exporter_matters_only_where_it_is_wanted() -> None:
 def test_an_old_haproxy_is_one_line() -> None:
     error = HaproxyMissing("HAProxy 2.6.12 is too old: imdsproxy needs 3.0 or newer")
 
-    assert _wrong(preflight.check_haproxy(error, exporter_wanted=True)) == [(error.message, 71)]
+    assert _wrong(host.check_haproxy(error, exporter_wanted=True)) == [(error.message, 71)]
 
 
 def test_each_missing_account_is_named_by_its_setting() -> None:
     wanted = [("haproxy.user", "haproxy"), ("haproxy.group", "www"), ("admin.group", "ops")]
 
-    found = preflight.check_accounts(wanted, lambda kind, name: (kind, name) == ("group", "ops"))
+    found = host.check_accounts(wanted, lambda kind, name: (kind, name) == ("group", "ops"))
 
     assert [text for text, _ in _wrong(found)] == [
         "haproxy.user: this host has no user haproxy",
@@ -74,31 +74,31 @@ def test_each_missing_account_is_named_by_its_setting() -> None:
 
 
 def test_capabilities_are_read_from_proc() -> None:
-    assert preflight.read_capabilities("Name:\tx\nCapEff:\t000001ffffffffff\n") == ALL
-    assert preflight.read_capabilities("") == 0
+    assert host.read_capabilities("Name:\tx\nCapEff:\t000001ffffffffff\n") == ALL
+    assert host.read_capabilities("") == 0
 
 
 def test_each_missing_capability_is_told_with_what_it_is_for() -> None:
-    assert _wrong(preflight.check_privileges(ALL)) == []
-    found = _wrong(preflight.check_privileges(ALL & ~(1 << 21) & ~(1 << 10)))
+    assert _wrong(host.check_privileges(ALL)) == []
+    found = _wrong(host.check_privileges(ALL & ~(1 << 21) & ~(1 << 10)))
     assert [text.split()[0] for text, _ in found] == ["CAP_NET_BIND_SERVICE", "CAP_SYS_ADMIN"]
     assert {status for _, status in found} == {77}
-    assert len(_wrong(preflight.check_privileges(0))) == 7
+    assert len(_wrong(host.check_privileges(0))) == 7
 
 
 def test_named_namespaces_are_counted(tmp_path: Path) -> None:
     (tmp_path / "blue").touch()
 
-    assert preflight.check_namespaces(tmp_path)[0].text == "1 named namespace"
-    assert preflight.check_namespaces(tmp_path / "none")[0].ok
-    assert _wrong(preflight.check_namespaces(tmp_path / "blue"))
-    assert _wrong(preflight.check_namespaces(tmp_path, own=tmp_path / "none"))
+    assert host.check_namespaces(tmp_path)[0].text == "1 named namespace"
+    assert host.check_namespaces(tmp_path / "none")[0].ok
+    assert _wrong(host.check_namespaces(tmp_path / "blue"))
+    assert _wrong(host.check_namespaces(tmp_path, own=tmp_path / "none"))
 
 
 def test_directories_that_are_there_or_can_be_made_are_fine(tmp_path: Path) -> None:
     wanted = {"a": tmp_path, "b": tmp_path / "x" / "y"}
 
-    assert _wrong(preflight.check_directories(wanted, lambda _path: True)) == []
+    assert _wrong(host.check_directories(wanted, lambda _path: True)) == []
 
 
 def test_a_directory_is_refused_for_each_reason(tmp_path: Path) -> None:
@@ -107,20 +107,20 @@ def test_a_directory_is_refused_for_each_reason(tmp_path: Path) -> None:
     (tmp_path / "open").chmod(0o777)
 
     found = _wrong(
-        preflight.check_directories(
+        host.check_directories(
             {"a": tmp_path / "file" / "x", "b": tmp_path / "open"}, lambda _path: True
         )
     )
 
     assert [text for text, _ in found] == [
         f"a: {tmp_path}/file is no directory",
-        f"b: everybody can write to {tmp_path}/open",
+        f"b: every account can write to {tmp_path}/open",
     ]
 
 
 def test_a_directory_that_cannot_be_written_to_is_refused(tmp_path: Path) -> None:
     ((text, status),) = _wrong(
-        preflight.check_directories({"a": tmp_path / "x"}, lambda path: path != tmp_path)
+        host.check_directories({"a": tmp_path / "x"}, lambda path: path != tmp_path)
     )
 
     assert text == f"a: {tmp_path} cannot be written to"
@@ -130,7 +130,7 @@ def test_a_directory_that_cannot_be_written_to_is_refused(tmp_path: Path) -> Non
 def test_each_port_that_is_taken_is_told() -> None:
     taken, free = Endpoint("127.0.0.1", 1), Endpoint("127.0.0.1", 2)
 
-    found = preflight.check_ports(
+    found = host.check_ports(
         {"metrics.listen": taken, "metrics.haproxy_listen": free, "other": None},
         lambda endpoint: "Address already in use" if endpoint == taken else None,
     )
@@ -151,7 +151,7 @@ def test_every_bad_record_is_told_with_its_file_and_line(tmp_path: Path) -> None
     (tmp_path / "c.yaml").write_text("networks: [")
     (tmp_path / "notes.txt").write_text("networks: [")
 
-    found = _wrong(preflight.check_records(_settings(tmp_path)))
+    found = _wrong(guests.check_records(_settings(tmp_path)))
 
     assert len(found) == 3
     assert found[0][0].startswith(f"{tmp_path}/a.yaml:4: networks[0].mtu")
@@ -161,15 +161,15 @@ def test_every_bad_record_is_told_with_its_file_and_line(tmp_path: Path) -> None
 def test_good_records_are_counted(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text("networks:\n- id: a\n  listener: {bridge: b}\n")
 
-    (finding,) = preflight.check_records(_settings(tmp_path))
+    (finding,) = guests.check_records(_settings(tmp_path))
 
     assert finding.ok
     assert finding.text.startswith("1 in ")
 
 
 def test_a_missing_record_directory_is_told(tmp_path: Path) -> None:
-    assert _wrong(preflight.check_records(_settings(tmp_path / "none")))
-    assert preflight.check_records(Settings()) == []
+    assert _wrong(guests.check_records(_settings(tmp_path / "none")))
+    assert guests.check_records(Settings()) == []
 
 
 def test_a_running_daemon_says_what_it_leaves_out() -> None:
@@ -180,7 +180,7 @@ def test_a_running_daemon_says_what_it_leaves_out() -> None:
         "controller": 7,
     }
 
-    found = _wrong(preflight.check_daemon(status))
+    found = _wrong(guests.check_daemon(status))
 
     assert [text for text, _ in found] == [
         "network blue is not served: no namespace",
@@ -191,9 +191,9 @@ def test_a_running_daemon_says_what_it_leaves_out() -> None:
 def test_an_error_becomes_one_finding_for_each_problem() -> None:
     several = ConfigInvalid("2 problems", problems=[Problem("a", "x"), Problem("b", "y")])
 
-    assert _wrong(preflight.findings_of("settings", several)) == [("a: x", 78), ("b: y", 78)]
+    assert _wrong(Area("settings").of(several)) == [("a: x", 78), ("b: y", 78)]
     single = ConfigUnreadable("cannot read", hint="h")
-    assert _wrong(preflight.findings_of("settings", single)) == [("cannot read", 78)]
+    assert _wrong(Area("settings").of(single)) == [("cannot read", 78)]
 
 
 def test_check_shows_all_problems_at_once(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from imdsproxy.cli.preflight_audit import check_audit
+from imdsproxy.cli.checks.host import check_audit
 from imdsproxy.config.audit import AuditSettings
 
 

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from imdsproxy.cli import preflight_openstack as preflight
-from imdsproxy.cli.check import _unreachable
+from imdsproxy.cli.checks import openstack as preflight
+from imdsproxy.cli.checks.every import why_unreachable
+from imdsproxy.cli.checks.finding import Finding
 from imdsproxy.cli.main import main
-from imdsproxy.cli.preflight import Finding
 from imdsproxy.config.nova_url import NovaUrl
 from imdsproxy.config.schema import Settings
 from imdsproxy.host.unixsockets import UnixListener
@@ -220,7 +220,7 @@ def test_a_way_is_tried_as_far_as_the_certificate(secret: Path, authority: Autho
             settings = _settings(secret, **{**one, **words})
             found = settings.nova.endpoint_sets["default"]
             context = preflight.tls_context(found)
-            return _unreachable(url, context, found.server_name or url.host, 5)
+            return why_unreachable(url, context, found.server_name or url.host, 5)
 
         assert reason(ca_file=str(authority.ca_file)) is None
         assert reason(verify=False) is None
@@ -231,9 +231,9 @@ def test_a_way_is_tried_as_far_as_the_certificate(secret: Path, authority: Autho
 
 def test_a_way_that_leads_nowhere_has_a_reason() -> None:
     with _server() as port:
-        assert _unreachable(NovaUrl("http", "127.0.0.1", port), None, "", 5) is None
-    assert "refused" in str(_unreachable(NovaUrl("http", "127.0.0.1", port), None, "", 5))
-    assert _unreachable(NovaUrl("http", "nova.invalid", 1), None, "", 5)
+        assert why_unreachable(NovaUrl("http", "127.0.0.1", port), None, "", 5) is None
+    assert "refused" in str(why_unreachable(NovaUrl("http", "127.0.0.1", port), None, "", 5))
+    assert why_unreachable(NovaUrl("http", "nova.invalid", 1), None, "", 5)
 
 
 def _clouds(path: Path, **source: object) -> Settings:
@@ -300,7 +300,7 @@ _LISTENING = Settings.model_validate({"unix_listener": {"enabled": True, "path":
 @pytest.mark.parametrize(
     ("listener", "status", "words", "hint"),
     [
-        (None, 0, "nobody listens at /var/s", ""),
+        (None, 0, "no process listens at /var/s", ""),
         (
             UnixListener(7, ("haproxy", "-Ws", "-f", "/run/haproxy.cfg")),
             0,

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from imdsproxy.cli.preflight_tokens import (
+from imdsproxy.cli.checks.tokens import (
     check_guards,
     check_hop_limits,
     check_path_rules,

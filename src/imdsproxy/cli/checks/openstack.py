@@ -1,6 +1,6 @@
-"""What a host must have before imdsproxy stands in front of Nova: secrets, certificates, ways, the socket.
+"""What a host must have before imdsproxy stands in front of Nova: secrets, certificates, endpoints, the socket.
 
-What another host can mend, or only time, is a warning: `run` starts without it and serves as soon as it is there.
+What is repaired on another host, or by waiting, is a warning: `run` starts without it, and serves once it is there.
 """
 
 from __future__ import annotations
@@ -10,9 +10,13 @@ import stat
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
-from imdsproxy.cli.preflight import Finding, findings_of
+from imdsproxy.cli.checks.finding import Area, Finding
+from imdsproxy.config.nova import EndpointSetSettings
+from imdsproxy.config.nova_url import NovaUrl
+from imdsproxy.config.schema import Settings
+from imdsproxy.config.yaml_document import parse_yaml
 from imdsproxy.errors import (
     ConfigError,
     ConfigUnreadable,
@@ -21,12 +25,14 @@ from imdsproxy.errors import (
     LibraryMissing,
     SecretUnreadable,
 )
+from imdsproxy.host.files import read_secret
+from imdsproxy.host.signing_secret import read_signing_secret
+from imdsproxy.host.unixsockets import UnixListener
+from imdsproxy.sources.neutron.client import require_library
 
-if TYPE_CHECKING:
-    from imdsproxy.config.nova import EndpointSetSettings
-    from imdsproxy.config.nova_url import NovaUrl
-    from imdsproxy.config.schema import Settings
-    from imdsproxy.host.unixsockets import UnixListener
+_NOVA: Final = Area("nova")
+_NEUTRON: Final = Area("neutron")
+_UNIX_LISTENER: Final = Area("unix listener")
 
 _SHORT: Final = 16
 """Bytes; a guest that guesses the secret can forge every instance."""
@@ -80,32 +86,30 @@ def check_clouds(settings: Settings) -> list[Finding]:
     source = settings.sources.neutron
     if not source.enabled:
         return []
-    from imdsproxy.sources.neutron.client import require_library  # noqa: PLC0415 - rarely needed
 
     try:
         require_library()
     except LibraryMissing as error:
-        return findings_of("neutron", error)
+        return _NEUTRON.of(error)
     return [] if source.cloud is None else _cloud(source.cloud, source.clouds_path)
 
 
 def _cloud(cloud: str, path: Path) -> list[Finding]:
-    from imdsproxy.config.yaml_document import parse_yaml  # noqa: PLC0415 - rarely needed
 
     try:
         data = parse_yaml(_read(path).decode("utf-8"), str(path)).data
     except UnicodeDecodeError:
-        return findings_of("neutron", ConfigUnreadable(f"cannot read {path}: it is not UTF-8 text"))
+        return _NEUTRON.of(ConfigUnreadable(f"cannot read {path}: it is not UTF-8 text"))
     except ConfigError as error:
-        return _named("sources.neutron.clouds_file", error, "neutron")
+        return _named("sources.neutron.clouds_file", error, _NEUTRON)
     clouds = data.get("clouds") if isinstance(data, dict) else None
     if not isinstance(clouds, dict) or cloud not in clouds:
         text = f"sources.neutron.cloud: {path} has no cloud {cloud}"
-        return [Finding("neutron", text, "add it under `clouds:`", ConfigError.exit_status)]
+        return [_NEUTRON.wrong(text, "add it under `clouds:`", ConfigError)]
     if path.stat().st_mode & stat.S_IRWXO and (secret := _secret_key(data)):
         text = f"every user of this host can read {path}, which holds a secret ({secret})"
-        return [Finding("neutron", text, f"chmod o-rwx {path}", warning=True)]
-    return [Finding("neutron", f"cloud {cloud} of {path}")]
+        return [_NEUTRON.warn(text, f"chmod o-rwx {path}")]
+    return [_NEUTRON.ok(f"cloud {cloud} of {path}")]
 
 
 def _secret_key(data: object) -> str | None:
@@ -136,36 +140,34 @@ def check_endpoints(
         try:
             context = tls_context(one)
         except OSError:
-            continue  # told by check_certificates
+            continue  # reported by check_certificates
         for number, endpoint in enumerate(one.endpoints):
             places.append(f"{_SETS}.{name}.endpoints[{number}]")
             ways.append((endpoint.url, context, one.server_name or endpoint.url.host))
     with ThreadPoolExecutor(_AT_ONCE) as pool:
         reasons = list(pool.map(lambda way: reach(*way), ways))
     found = [
-        Finding("nova", f"{place}: {url}: {reason}", _UNREACHED, warning=True)
+        _NOVA.warn(f"{place}: {url}: {reason}", _UNREACHED)
         for place, (url, _, _), reason in zip(places, ways, reasons, strict=True)
         if reason is not None
     ]
     count = len(ways)
     return found or (
-        [Finding("nova", f"{count} endpoint{'' if count == 1 else 's'} can be reached")]
-        if count
-        else []
+        [_NOVA.ok(f"{count} endpoint{'' if count == 1 else 's'} can be reached")] if count else []
     )
 
 
 def check_unix_listener(
     settings: Settings, find: Callable[[Path], UnixListener | None], haproxy_config: Path
 ) -> list[Finding]:
-    """That nobody else listens at the path of the listener `unix`; an agent that still does is a warning.
+    """That no other process listens at the path of the listener `unix`; an agent that still does is a warning.
 
-    Where the path is to be taken over it is a warning whoever listens: the way to serve guests is clear then, and
-    whoever set it should see from whom.
+    Where the path is to be taken over it is always a warning: imdsproxy can serve guests then, and
+    the operator should see from which process it takes the path.
 
     Args:
         settings: All of them.
-        find: Who listens at a path.
+        find: The process that listens at a path.
         haproxy_config: Our HAProxy's; it stands in that one's command line.
     """
     if not settings.unix_listener.enabled:
@@ -173,11 +175,9 @@ def check_unix_listener(
     path = settings.unix_listener.path
     listener = find(path)
     if listener is None:
-        return [Finding("unix listener", f"nobody listens at {path}")]
+        return [_UNIX_LISTENER.ok(f"no process listens at {path}")]
     if str(haproxy_config) in listener.command:
-        return [
-            Finding("unix listener", f"imdsproxy's HAProxy listens at {path} (pid {listener.pid})")
-        ]
+        return [_UNIX_LISTENER.ok(f"imdsproxy's HAProxy listens at {path} (pid {listener.pid})")]
     words = " ".join(listener.command)
     agent = next((name for mark, name in _AGENTS.items() if mark in words), None)
     who = agent or words[:80] or "a process that cannot be seen"
@@ -187,19 +187,12 @@ def check_unix_listener(
         hint = (
             f"imdsproxy takes the path over as it starts, and each time that {agent or 'it'} starts"
         )
-        return [Finding("unix listener", text, f"{hint} (unix_listener.take_over)", warning=True)]
+        return [_UNIX_LISTENER.warn(text, f"{hint} (unix_listener.take_over)")]
     if agent is not None:
         # As it is on the day of the move: both run for a moment, and going back is starting it again.
         hint = f"guests are its own until you stop {agent}; imdsproxy takes its place within a second then"
-        return [Finding("unix listener", text, hint, warning=True)]
-    return [
-        Finding(
-            "unix listener",
-            text,
-            "stop it, or change unix_listener.path",
-            HostRefused.exit_status,
-        )
-    ]
+        return [_UNIX_LISTENER.warn(text, hint)]
+    return [_UNIX_LISTENER.wrong(text, "stop it, or change unix_listener.path", HostRefused)]
 
 
 def tls_context(one: EndpointSetSettings) -> ssl.SSLContext | None:
@@ -244,7 +237,6 @@ def _load_authorities(path: Path) -> None:
 
 
 def _tried(setting: str, path: Path, load: Callable[[Path], None]) -> Iterator[Finding]:
-    status = ConfigError.exit_status
     try:
         _read(path)
         load(path)
@@ -253,7 +245,7 @@ def _tried(setting: str, path: Path, load: Callable[[Path], None]) -> Iterator[F
     except ssl.SSLError as error:
         words = (error.reason or str(error)).lower().replace("_", " ")
         text = f"{setting}: {path} cannot be used: {words}"
-        yield Finding("nova", text, "a PEM file is needed, and a key that belongs to it", status)
+        yield _NOVA.wrong(text, "a PEM file is needed, and a key that belongs to it", ConfigError)
 
 
 def _no_password() -> str:
@@ -268,22 +260,18 @@ def _weak(name: str, secrets: Mapping[str, bytes]) -> Iterator[Finding]:
             hint = (
                 "a guest that guesses it can read every instance's metadata: `openssl rand -hex 32`"
             )
-            yield Finding("nova", text, hint, warning=True)
+            yield _NOVA.warn(text, hint)
     if len(secrets) > 1 and len(set(secrets.values())) == 1:
         text = f"{_SETS}.{name}: the next secret is the same as the current one"
-        yield Finding("nova", text, "put the new one into next_secret_file", warning=True)
+        yield _NOVA.warn(text, "put the new one into next_secret_file")
 
 
 def _secret(path: Path) -> bytes:
-    from imdsproxy.host.signing_secret import (  # noqa: PLC0415 - `--help` need not load it
-        read_signing_secret,
-    )
 
     return read_signing_secret(path)
 
 
 def _key(path: Path) -> bytes:
-    from imdsproxy.host.files import read_secret  # noqa: PLC0415 - as above
 
     return read_secret(path)
 
@@ -295,9 +283,9 @@ def _read(path: Path) -> bytes:
         raise ConfigUnreadable(f"cannot read {path}: {error.strerror}") from error
 
 
-def _named(setting: str, error: ImdsproxyError, area: str = "nova") -> list[Finding]:
-    return [Finding(area, f"{setting}: {error.message}", error.hint, error.exit_status)]
+def _named(setting: str, error: ImdsproxyError, area: Area = _NOVA) -> list[Finding]:
+    return [area.wrong(f"{setting}: {error.message}", error.hint, error)]
 
 
 def _fine(settings: Settings, text: str) -> list[Finding]:
-    return [Finding("nova", text)] if settings.nova.endpoint_sets else []
+    return [_NOVA.ok(text)] if settings.nova.endpoint_sets else []

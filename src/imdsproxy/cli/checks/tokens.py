@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import stat
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
-from imdsproxy.cli.preflight import Finding, findings_of
+from imdsproxy.app.guards import read_guards
+from imdsproxy.app.token_keys import read_token_keys
+from imdsproxy.cli.checks.finding import Area, Finding
+from imdsproxy.config.schema import Settings
 from imdsproxy.core.documents.served import can_be_served
+from imdsproxy.core.inventory import Inventory
+from imdsproxy.core.model import Instance, InstanceId, Network, NetworkId
+from imdsproxy.core.observation import Observation, SourceName
 from imdsproxy.core.open_trees import USER_DATA, OpenUserData, open_user_data
 from imdsproxy.core.policy import (
     DEFAULT,
@@ -18,14 +25,11 @@ from imdsproxy.core.policy import (
     PolicyScope,
     fold_policy,
 )
+from imdsproxy.core.records.document import Records
+from imdsproxy.core.token_report import open_trees
 from imdsproxy.errors import ImdsproxyError
 
-if TYPE_CHECKING:
-    from imdsproxy.config.schema import Settings
-    from imdsproxy.core.model import Instance, InstanceId, Network, NetworkId
-    from imdsproxy.core.records.document import Records
-
-_AREA: Final = "tokens"
+_TOKENS: Final = Area("tokens")
 _TREES: Final = {"/openstack": "openstack_tokens", "/nocloud": "nocloud_tokens"}
 _NAMES: Final = {"/latest": "EC2's tree", "/openstack": "/openstack", "/nocloud": "/nocloud"}
 _CONCERNED: Final = ("tokens", "seal_user_data", "paths", *_TREES.values())
@@ -47,7 +51,7 @@ def check_trees(book: PolicyBook) -> list[Finding]:
         elif any(getattr(rules, name) is not None for name in _CONCERNED):
             policy = fold_policy([(PolicyScope.HOST, book.host), (scope, rules)]).policy
         else:
-            # What the host's section says was told there.
+            # Reported for the host's section.
             continue
         left = open_user_data(policy)
         if left.trees:
@@ -62,32 +66,26 @@ def _of_open_trees(place: str, left: OpenUserData) -> Finding:
         kept = f"{' and '.join(left.denied)} {'are' if len(left.denied) > 1 else 'is'} denied"
         denied = ", ".join(f"{USER_DATA[tree]}: deny" for tree in left.trees)
         hint = f"paths: {{{denied}}}, seal_user_data: true, or no such dialect in the records"
-        return Finding(_AREA, f"{place}: {kept}, and {trees} {gives} the same", hint, warning=True)
+        return _TOKENS.warn(f"{place}: {kept}, and {trees} {gives} the same", hint)
     modes = " and ".join(f"{_TREES[tree]}: required" for tree in left.trees)
-    return Finding(
-        _AREA,
+    return _TOKENS.warn(
         f"{place}: EC2's tree takes a token, and {trees} {gives} the same user-data without",
         f"{modes} (no client of theirs sends tokens: they are locked when the boot is over), "
         "seal_user_data: true, or no such dialect in the records",
-        warning=True,
     )
 
 
-def check_records_trees(told: Iterable[Records], book: PolicyBook) -> list[Finding]:
-    """The same of what records say beside the settings, while no daemon can be asked.
+def check_records_trees(given: Iterable[Records], book: PolicyBook) -> list[Finding]:
+    """The same of records beside the settings, where no daemon can be asked.
 
     Args:
-        told: What each place holds.
+        given: What each place holds.
         book: What the settings say.
     """
-    from imdsproxy.core.inventory import Inventory  # noqa: PLC0415 - `--help` need not load it
-    from imdsproxy.core.observation import Observation, SourceName  # noqa: PLC0415 - as above
-    from imdsproxy.core.token_report import open_trees  # noqa: PLC0415 - as above
-
     source = SourceName("records")
     networks: dict[NetworkId, Network] = {}
     instances: dict[InstanceId, Instance] = {}
-    for records in told:
+    for records in given:
         networks |= {one.id: one for _, one in records.networks}
         instances |= {one.id: one for _, one in records.instances}
     inventory = Inventory([source])
@@ -114,7 +112,7 @@ def check_instances_trees(named: Sequence[tuple[str, str, str]], count: int) -> 
         "openstack_tokens, nocloud_tokens or seal_user_data lock it after the boot, paths at once; "
         "`dialects` in a record takes a tree away"
     )
-    return [Finding(_AREA, text, hint, warning=True)]
+    return [_TOKENS.warn(text, hint)]
 
 
 def check_path_rules(book: PolicyBook) -> list[Finding]:
@@ -124,11 +122,9 @@ def check_path_rules(book: PolicyBook) -> list[Finding]:
         book: What the settings say.
     """
     return [
-        Finding(
-            _AREA,
+        _TOKENS.warn(
             f"{place}.paths: nothing is ever served at {path} or beneath it",
             "imdsproxy get lists what there is; nothing is lost by the rule, if it was meant so",
-            warning=True,
         )
         for place, _, rules in _scopes(book)
         for path, _ in rules.paths or ()
@@ -146,12 +142,10 @@ def check_hop_limits(book: PolicyBook, *, unix_listener: bool) -> list[Finding]:
     if not unix_listener:
         return []
     return [
-        Finding(
-            _AREA,
+        _TOKENS.warn(
             f"{place}: hop_limit {rules.hop_limit} does nothing for guests that come through the unix listener: the "
             "packet that reaches them is Neutron's proxy's",
-            "only a listener of its own can keep a token from what is behind such a guest; or leave hop_limit out",
-            warning=True,
+            "only a listener of its own can keep a token from what is behind such a guest; or remove hop_limit",
         )
         for place, _, rules in _scopes(book)
         if rules.hop_limit is not None and rules.hop_limit < DEFAULT.hop_limit
@@ -159,64 +153,57 @@ def check_hop_limits(book: PolicyBook, *, unix_listener: bool) -> list[Finding]:
 
 
 def check_token_keys(settings: Settings, default: Path) -> list[Finding]:
-    """The file of the keys: it can be used, and nobody but root can make tokens with it.
+    """The file of the keys: it can be used, and only root can make tokens with it.
 
     Args:
         settings: All of them.
         default: Where the keys are while the settings name no other file; made at the first start.
     """
-    from imdsproxy.app.token_keys import read_token_keys  # noqa: PLC0415 - `--help` need not load it
-
     configured = settings.tokens.key_file
     path = configured or default
     if configured is None and not _is_there(path):
-        return [Finding(_AREA, f"the first key will be made in {path}")]
+        return [_TOKENS.ok(f"the first key will be made in {path}")]
     try:
         keys = read_token_keys(path)
         mode = path.stat().st_mode
     except ImdsproxyError as error:
-        return [
-            Finding(_AREA, f"tokens.key_file: {one.text}", one.hint, one.exit_status)
-            for one in findings_of(_AREA, error)
-        ]
+        return [replace(one, text=f"tokens.key_file: {one.text}") for one in _TOKENS.of(error)]
     except OSError as error:
-        return [Finding(_AREA, f"tokens.key_file: {path}: {error.strerror}", warning=True)]
+        return [_TOKENS.warn(f"tokens.key_file: {path}: {error.strerror}")]
     if mode & _GROUP:
-        text = f"a group can use {path}: whoever reads it can make tokens for any instance"
-        return [Finding(_AREA, text, f"chmod 0600 {path}", warning=True)]
+        text = f"a group can use {path}: its members can make tokens for any instance"
+        return [_TOKENS.warn(text, f"chmod 0600 {path}")]
     number = "1 key" if len(keys) == 1 else f"{len(keys)} keys"
-    return [Finding(_AREA, f"{number} in {path}")]
+    return [_TOKENS.ok(f"{number} in {path}")]
 
 
 def check_guards(path: Path) -> list[Finding]:
     """What operators did about instances can be read; `run` does not start where it cannot."""
-    from imdsproxy.app.guards import read_guards  # noqa: PLC0415 - as above
-
     try:
         guards = read_guards(path)
     except ImdsproxyError as error:
-        return findings_of(_AREA, error)
+        return _TOKENS.of(error)
     if not guards:
         return []
     number = "1 instance" if len(guards) == 1 else f"{len(guards)} instances"
-    return [Finding(_AREA, f"tokens of {number} were revoked, or boots opened again")]
+    return [_TOKENS.ok(f"tokens of {number} were revoked, or boots opened again")]
 
 
 def _is_there(path: Path) -> bool:
     try:
         return path.exists()
     except OSError:
-        # Who may not look is told so by whatever reads it.
+        # Reading it reports the reason.
         return True
 
 
 def _scopes(book: PolicyBook) -> Iterator[tuple[str, PolicyScope, PolicyRules]]:
     yield "policy.host", PolicyScope.HOST, book.host
-    for section, scope, said in (
+    for section, scope, scopes in (
         ("networks", PolicyScope.NETWORK, book.networks),
         ("projects", PolicyScope.PROJECT, book.projects),
         ("instances", PolicyScope.INSTANCE, book.instances),
     ):
-        for name, rules in said.items():
+        for name, rules in scopes.items():
             if rules != NOTHING_SAID:
                 yield f"policy.{section}.{name}", scope, rules

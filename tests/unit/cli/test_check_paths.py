@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from imdsproxy.cli.preflight_paths import check_paths
+from imdsproxy.cli.checks.guests import check_paths
 from imdsproxy.core.model import (
     BridgeListener,
     InterfaceListener,

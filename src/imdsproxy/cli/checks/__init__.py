@@ -1,0 +1,1 @@
+"""What `imdsproxy check` looks at; loaded by that command alone."""
