@@ -59,7 +59,7 @@ def _write(place: Path, endpoints: tuple[Endpoint, ...], word: str) -> Path:
     links = plan_links(endpoints)
     apply_links(place / "links", {n: NamespaceDirectory().path / t for n, t in links.items()})
     binds = []
-    for one in plan_binds(endpoints, str(Path(haproxy_name(place / "links", "x")).parent)):
+    for one in plan_binds(endpoints, haproxy_name(place / "links")):
         address = f"[{one.address}]" if one.address.version == 6 else str(one.address)
         device = f" interface {one.device}" if one.device else ""
         binds.append(f"    bind {address}:80{device} namespace {one.namespace} name blue")

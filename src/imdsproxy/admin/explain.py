@@ -98,13 +98,12 @@ class Explainer:
         )
         if self._agents_served():
             return said
-        unix = self.listeners.unix
-        why = "off" if unix is None or unix.problem is None else f"left out: {unix.problem.reason}"
+        problem = self.listeners.unix.problem
+        why = "off" if problem is None else f"left out: {problem.reason}"
         return f"{said}, which is {why}"
 
     def _agents_served(self) -> bool:
-        unix = self.listeners.unix
-        return unix is not None and unix.serving
+        return self.listeners.unix.serving
 
     async def _identity(self, key: AddressKey) -> Explanation:
         identity = await self.lookup.identify(key)

@@ -549,7 +549,7 @@ METRICS: Final[tuple[Metric, ...]] = (
         "counter",
         "Times that unix_listener.path was taken from a process that lives; it grows whenever that takes it back.",
         (),
-        _one(lambda now: 0 if (unix := now.status.listeners.unix) is None else unix.taken_over),
+        _one(lambda now: now.status.listeners.unix.taken_over),
     ),
     Metric(
         "imdsproxy_unix_listener_connections",

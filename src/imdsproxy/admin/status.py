@@ -216,7 +216,7 @@ class StatusService:
     def unix_listener(self) -> UnixListenerReport | None:
         """The socket for Neutron's proxies; `None` where it is off."""
         unix = self.listeners.unix
-        if unix is None or not unix.settings().enabled:
+        if not unix.settings().enabled:
             return None
         bind = unix.bind
         return UnixListenerReport(

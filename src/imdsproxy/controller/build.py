@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import resource
 import sys
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,7 +23,7 @@ from imdsproxy.app.nova_upstream import NovaUpstream
 from imdsproxy.app.rule_sets import RuleSets
 from imdsproxy.app.token_keys import TokenKeys
 from imdsproxy.config.schema import Settings, Supervisor
-from imdsproxy.core.haproxy.model import Limits
+from imdsproxy.core.haproxy.model import DataplaneSpec, Limits
 from imdsproxy.core.hostnames import Naming
 from imdsproxy.core.inventory import Inventory
 from imdsproxy.core.progress import Progress
@@ -40,8 +39,6 @@ from imdsproxy.host.namespaces import NamespaceDirectory, NamespaceThread
 from imdsproxy.host.sockets import SocketOwners
 from imdsproxy.listeners.apply import HostApplier
 from imdsproxy.listeners.host import SystemHost
-from imdsproxy.listeners.loop import SpecSettings
-from imdsproxy.listeners.namespace_links import haproxy_name
 from imdsproxy.listeners.observe import HostObserver
 from imdsproxy.serving.passwords import PasswordStore
 from imdsproxy.serving.pidfile import read_pids
@@ -65,7 +62,7 @@ __all__ = [
     "build_layout",
     "build_rule_sets",
     "build_sources",
-    "build_spec_settings",
+    "build_spec",
     "prepare_directories",
     "prepare_jail",
     "under_systemd",
@@ -77,7 +74,6 @@ _UNIT_DIRECTORIES = (
     Path("/usr/lib/systemd/system"),
     Path("/lib/systemd/system"),
 )
-_LINKS_PROBE = "x"
 _CLOUDS_FILE = Path("/etc/openstack/clouds.yaml")
 
 
@@ -228,12 +224,14 @@ def build_files(settings: Settings, layout: Layout) -> DiskFiles:
     )
 
 
-def build_spec_settings(settings: Settings, layout: Layout, nova: NovaUpstream) -> SpecSettings:
-    """What of the settings shapes HAProxy's configuration."""
-    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+def build_spec(settings: Settings, layout: Layout, nova: NovaUpstream) -> DataplaneSpec:
+    """HAProxy's configuration as the settings have it, without binds."""
     listen = settings.metrics.haproxy_listen
-    return SpecSettings(
+    return DataplaneSpec(
+        binds=(),
+        paths=layout.haproxy_paths(),
         limits=Limits(
+            maxconn=settings.haproxy.maxconn,
             nbthread=settings.haproxy.nbthread,
             maxconn_per_network=settings.haproxy.maxconn_per_network,
             cache_mb=settings.haproxy.cache_mb,
@@ -246,12 +244,9 @@ def build_spec_settings(settings: Settings, layout: Layout, nova: NovaUpstream) 
             connections=settings.limits.connections,
             body_bytes=settings.limits.body_kib * 1024,
         ),
-        maxconn=settings.haproxy.maxconn,
-        descriptors=-1 if hard == resource.RLIM_INFINITY else hard,
         user=settings.haproxy.user,
         group=settings.haproxy.group,
         exporter=None if listen is None else str(listen),
-        links=str(Path(haproxy_name(layout.namespace_links, _LINKS_PROBE)).parent),
         nova=nova.backends(),
         nova_times=nova.times,
         count_reads=settings.tokens.one_in,

@@ -18,10 +18,9 @@ from imdsproxy.config.schema import Settings
 from imdsproxy.controller.start import run_controller
 from imdsproxy.errors import ImdsproxyError
 from imdsproxy.host.clock import SystemClock
-from imdsproxy.host.descriptors import raise_descriptor_limit
-from imdsproxy.host.dumps import leave_no_dumps
 from imdsproxy.host.logs import open_logging
 from imdsproxy.host.notify import ServiceNotifier, is_journal
+from imdsproxy.host.process_limits import leave_no_dumps, raise_descriptor_limit
 
 __all__ = ["run"]
 

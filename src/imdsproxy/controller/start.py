@@ -48,7 +48,7 @@ from imdsproxy.controller.build import (
     build_mac_filters,
     build_rule_sets,
     build_sources,
-    build_spec_settings,
+    build_spec,
     open_guarding,
     prepare_directories,
     prepare_jail,
@@ -67,8 +67,8 @@ from imdsproxy.dataplane.launch import read_program
 from imdsproxy.errors import DataplaneError, HostRefused, ImdsproxyError
 from imdsproxy.host.clock import Clock
 from imdsproxy.host.files import hold_directory, limit_log, write_atomic
-from imdsproxy.host.memory import release_memory
 from imdsproxy.host.notify import ServiceNotifier, kept_sockets
+from imdsproxy.host.process_limits import descriptor_limit, release_memory
 from imdsproxy.host.socket_file import SocketFiles
 from imdsproxy.host.sockets import try_tcp_listen
 from imdsproxy.listeners.exporter_port import ExporterPort
@@ -210,11 +210,10 @@ class _Controller:
         await self.parts.guarding.keys.run(self.parts.records.applier)
 
     async def follow_unix(self) -> None:
-        """Look after the unix listener's socket: the kernel tells nobody that a path leads elsewhere."""
+        """Look after the unix listener's socket: no event of the kernel says that a path leads elsewhere."""
         while True:
             await asyncio.sleep(_REVIEW_EVERY_S)
-            unix = self.parts.listeners.unix
-            if unix is not None and unix.changed():
+            if self.parts.listeners.unix.changed():
                 self.parts.listeners.touch("unix socket changed", ())
 
     def hang_up(self) -> None:
@@ -317,19 +316,18 @@ async def run_controller(
             layout,
             naming,
             clock,
-            lambda: replace(
-                build_spec_settings(holder.settings, layout, nova), watched=watching.wanted
-            ),
+            lambda: replace(build_spec(holder.settings, layout, nova), watched=watching.wanted),
+            descriptor_limit(),
             lambda networks, observed, left_out, pids: controller.watch.expect(
                 networks, observed, left_out=left_out, our_pids=pids
             ),
             ExporterPort(try_tcp_listen),
+            mac_filters,
+            hop_limits,
             kept=KeptNetworks(layout.networks, partial(write_atomic, mode=0o640)),
             unix=UnixListener(
                 lambda: holder.settings.unix_listener, haproxy, SocketFiles().observe, clock
             ),
-            mac_filters=mac_filters,
-            hop_limits=hop_limits,
         )
         watching = Watching(
             haproxy, partial(_apply_watching, listeners), partial(_owner_of, inventory)

@@ -22,9 +22,6 @@ from imdsproxy.core.endpoints import Endpoint, Foreign, LeftOut, LeftOutCode
 from imdsproxy.core.haproxy.config import render_config
 from imdsproxy.core.haproxy.model import (
     DataplaneSpec,
-    Limits,
-    NovaBackend,
-    NovaTimes,
 )
 from imdsproxy.core.hostnames import Naming
 from imdsproxy.core.hoststate import ObservedHost, merge_observed
@@ -40,6 +37,7 @@ from imdsproxy.listeners.exporter_port import ExporterPort
 from imdsproxy.listeners.host import SystemHost
 from imdsproxy.listeners.kept_networks import KeptNetworks
 from imdsproxy.listeners.leftovers import without_removed
+from imdsproxy.listeners.namespace_links import haproxy_name
 from imdsproxy.listeners.nft_scripts import answering_devices, plan_diversions
 from imdsproxy.listeners.plan import (
     ListenerPlan,
@@ -56,24 +54,6 @@ _RETRY_FIRST_S = 0.2
 _RETRY_LAST_S = 5.0
 _RECHECK_S = 1.0
 """How long what the host refused waits to be tried again, without any event."""
-
-
-@dataclass(frozen=True, slots=True)
-class SpecSettings:
-    """What of the settings shapes HAProxy's configuration."""
-
-    limits: Limits
-    maxconn: int
-    descriptors: int
-    user: str | None
-    group: str | None
-    exporter: str | None
-    links: str
-    nova: tuple[NovaBackend, ...] = ()
-    nova_times: NovaTimes = field(default_factory=NovaTimes)
-    watched: bool = False
-    count_reads: int = 0
-    audit: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +75,8 @@ class ListenerLoop:
     """Keeps HAProxy's binds equal to what the networks want and the host allows.
 
     Attributes:
+        settings: HAProxy's configuration as the settings have it, without binds; `maxconn` 0 to have it computed.
+        descriptors: How many HAProxy may open, -1 for no limit.
         expect: Called after each round with what matters from now on: networks, the host as seen, networks to look
             at again and again, HAProxy's pids.
     """
@@ -105,15 +87,16 @@ class ListenerLoop:
     layout: Layout
     naming: Naming
     clock: Clock
-    settings: Callable[[], SpecSettings]
+    settings: Callable[[], DataplaneSpec]
+    descriptors: int
     expect: Callable[
         [Mapping[NetworkId, Network], ObservedHost, Iterable[NetworkId], Collection[int]], None
     ]
     exporter: ExporterPort
     mac_filters: MacFilters
     hop_limits: HopLimits
-    kept: KeptNetworks | None = None
-    unix: UnixListener | None = None
+    kept: KeptNetworks
+    unix: UnixListener
     tickets: Tickets = field(default_factory=Tickets)
     report: ListenerReport = field(default_factory=lambda: ListenerReport(0.0))
     failure: Problem | None = None
@@ -164,25 +147,19 @@ class ListenerLoop:
         """The configuration for the endpoints of the last round, with the settings of now."""
         settings = self.settings()
         exporter, self.unexported = self.exporter.choose(settings.exporter)
+        links = haproxy_name(self.layout.namespace_links)
         listening = self._listening
-        binds = plan_binds((*listening.plain, *listening.verified), settings.links)
-        unverified = plan_binds(listening.unverified, settings.links)
+        binds = plan_binds((*listening.plain, *listening.verified), links)
+        unverified = plan_binds(listening.unverified, links)
         count = len(binds) + len(unverified)
-        maxconn = compute_maxconn(settings.maxconn, count, settings.descriptors)
-        return DataplaneSpec(
+        maxconn = compute_maxconn(settings.limits.maxconn, count, self.descriptors)
+        return replace(
+            settings,
             binds=binds,
             unverified=unverified,
-            paths=self.layout.haproxy_paths(),
             limits=replace(settings.limits, maxconn=maxconn),
-            user=settings.user,
-            group=settings.group,
             exporter=exporter,
-            nova=settings.nova,
-            nova_times=settings.nova_times,
-            watched=settings.watched,
-            count_reads=settings.count_reads,
-            audit=settings.audit,
-            unix=None if self.unix is None else self.unix.bind,
+            unix=self.unix.bind,
         )
 
     def render(self) -> str:
@@ -250,7 +227,7 @@ class ListenerLoop:
         began = self.clock.monotonic()
         networks = self._networks()
         plan, problems, operations = await self._settle_host(networks)
-        await self._choose_unix()
+        await self.unix.choose()
         try:
             endpoints = await self._apply(plan.endpoints, reasons)
         except (ConfigRejected, ReloadFailed):
@@ -258,19 +235,13 @@ class ListenerLoop:
             self._observed = None
             plan, problems, more = await self._settle_host(networks)
             operations += more
-            await self._choose_unix()
+            await self.unix.choose()
             endpoints = await self._apply_again(plan.endpoints, reasons)
-        if self.kept is not None:
-            # Without those that another network keeps from their listener: that one has it in the next round too.
-            shared = {
-                one.network for one in plan.left_out if one.code is LeftOutCode.LISTENER_SHARED
-            }
-            self.kept.keep({key: one for key, one in networks.items() if key not in shared})
-        if self.unexported is not None:
-            problems = (*problems, self.unexported)
-        if self.unix is not None and self.unix.problem is not None:
-            problems = (*problems, self.unix.problem)
-        problems = (*problems, *self.mac_filters.problems, *self.hop_limits.problems)
+        # Without those that another network keeps from their listener: that one has it in the next round too.
+        shared = {one.network for one in plan.left_out if one.code is LeftOutCode.LISTENER_SHARED}
+        self.kept.keep({key: one for key, one in networks.items() if key not in shared})
+        own = (one for one in (self.unexported, self.unix.problem) if one is not None)
+        problems = (*problems, *own, *self.mac_filters.problems, *self.hop_limits.problems)
         if self._observed is not None:
             left_out = {one.network for one in plan.left_out if one.code.silent}
             self.expect(networks, self._observed, left_out, self._pids())
@@ -291,11 +262,8 @@ class ListenerLoop:
         self._log_new(before, known)
 
     def _networks(self) -> dict[NetworkId, Network]:
-        """What to listen for; nothing is given up before the sources have told everything."""
-        told = self.inventory.networks
-        if self.kept is None:
-            return dict(told)
-        return self.kept.beside(told, in_sync=self.inventory.in_sync)
+        """What to listen for; until all sources are in sync, also the networks of before."""
+        return self.kept.beside(self.inventory.networks, in_sync=self.inventory.in_sync)
 
     async def _settle_host(
         self, networks: Mapping[NetworkId, Network]
@@ -315,7 +283,7 @@ class ListenerLoop:
                 sweep=self.inventory.in_sync,
                 managed=self.host.managed(),
                 memo=self._memo,
-                first=dict if self.kept is None else self.kept.load,
+                first=self.kept.load,
             )
             if not plan.ops or failures:
                 break
@@ -393,17 +361,13 @@ class ListenerLoop:
         processes = self.haproxy.processes
         return () if processes is None else (processes.master, *processes.workers)
 
-    async def _choose_unix(self) -> None:
-        if self.unix is not None:
-            await self.unix.choose()
-
     async def _apply_again(
         self, endpoints: tuple[Endpoint, ...], reasons: tuple[str, ...]
     ) -> tuple[Endpoint, ...]:
         try:
             return await self._apply(endpoints, reasons)
         except (ConfigRejected, ReloadFailed) as error:
-            if self.unix is None or not self.unix.blame(error):
+            if not self.unix.blame(error):
                 raise
             try:
                 return await self._apply(endpoints, reasons)
@@ -430,14 +394,13 @@ class ListenerLoop:
             self.exporter.in_force = None
         before = bound_path(self.haproxy.in_force() or "")
         spec = self.spec()
-        if self.unix is not None and self.unix.rebind:
+        if self.unix.rebind:
             await self._bring(replace(spec, unix=None), reasons)
         changed = await self._bring(spec, reasons)
         await self.mac_filters.settle(self._listening, sweep=self.inventory.in_sync)
         await self.hop_limits.sweep()
         self.exporter.in_force = spec.exporter
-        if self.unix is not None:
-            await self.unix.settle(before)
+        await self.unix.settle(before)
         if changed and self.haproxy.last_reload is not None:
             done = self.haproxy.last_reload
             structlog.get_logger().info(

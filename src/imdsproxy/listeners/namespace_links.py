@@ -23,10 +23,9 @@ HAPROXY_NETNS: Final = Path("/var/run/netns")
 _TEMPORARY: Final = ".tmp-"
 
 
-def haproxy_name(directory: Path, name: str) -> str:
-    """What to write after `namespace` in a bind line so that HAProxy opens `directory/name`."""
-    base = os.path.realpath(HAPROXY_NETNS)
-    return os.path.relpath(Path(os.path.realpath(directory)) / name, base)
+def haproxy_name(directory: Path) -> str:
+    """What to write after `namespace` in a bind line, before `/NAME`, so that HAProxy opens `directory/NAME`."""
+    return os.path.relpath(os.path.realpath(directory), os.path.realpath(HAPROXY_NETNS))
 
 
 def apply_links(directory: Path, links: Mapping[str, Path | str]) -> bool:

@@ -14,7 +14,7 @@ from structlog.testing import capture_logs
 from imdsproxy.app.unix_listener import UnixListener
 from imdsproxy.config.unix_listener import UnixListenerSettings
 from imdsproxy.core.endpoints import LeftOutCode
-from imdsproxy.core.haproxy.model import Limits
+from imdsproxy.core.haproxy.model import DataplaneSpec, Limits
 from imdsproxy.core.hostnames import Naming
 from imdsproxy.core.hoststate import (
     NamespaceRef,
@@ -41,8 +41,9 @@ from imdsproxy.errors import HostRefused
 from imdsproxy.host.clock import SystemClock
 from imdsproxy.listeners.exporter_port import ExporterPort
 from imdsproxy.listeners.host import SystemHost
+from imdsproxy.listeners.kept_networks import KeptNetworks
 from imdsproxy.listeners.leftovers import ManagedPlace
-from imdsproxy.listeners.loop import ListenerLoop, SpecSettings
+from imdsproxy.listeners.loop import ListenerLoop
 from imdsproxy.listeners.nft_scripts import Diversion
 from imdsproxy.listeners.ops import HostOp
 from imdsproxy.listeners.plan import OpFailure
@@ -167,7 +168,7 @@ async def _rig(directory: Path, *, agents: str | None = None) -> AsyncIterator[R
     seen = [SeenSocket(SocketState.MISSING)]
     path = directory / "agents" / (agents or "metadata_proxy")
     wanted = UnixListenerSettings(enabled=agents is not None, path=path)
-    settings = SpecSettings(Limits(), 0, -1, None, None, "127.0.0.1:9", "../x/netns")
+    spec = DataplaneSpec((), layout.haproxy_paths(), Limits(maxconn=0), exporter="127.0.0.1:9")
     loop = ListenerLoop(
         inventory,
         host,
@@ -175,11 +176,13 @@ async def _rig(directory: Path, *, agents: str | None = None) -> AsyncIterator[R
         layout,
         Naming(),
         SystemClock(),
-        lambda: settings,
+        lambda: spec,
+        -1,
         lambda networks, _observed, _left_out, _pids: expected.append(frozenset(networks)),
         ExporterPort(lambda _host, _port: taken[0]),
         no_mac_filters(inventory),
         no_hop_limits(),
+        kept=KeptNetworks(directory / "networks.json", write),
         unix=UnixListener(lambda: wanted, haproxy, lambda _path, _pids: seen[0], SystemClock()),
     )
     await loop.first_round()
