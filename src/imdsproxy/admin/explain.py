@@ -13,12 +13,14 @@ from imdsproxy.app.lookup import Lookup
 from imdsproxy.app.record_loop import RecordLoop
 from imdsproxy.core.identity import (
     Ambiguous,
+    Denial,
     Found,
     How,
     Identity,
     Mismatch,
     Unknown,
     checks_macs,
+    deny,
     identify,
 )
 from imdsproxy.core.inventory import Inventory
@@ -107,10 +109,8 @@ class Explainer:
 
     async def _identity(self, key: AddressKey) -> Explanation:
         identity = await self.lookup.identify(key)
-        if not isinstance(identity, Unknown):
-            return self._known(key, identity)
-        unknown = self._unknown(key, identity.reason.value)
-        if self.lookup.source is None:
+        unknown = self._known(key, identity)
+        if self.lookup.source is None or not isinstance(identity, Unknown):
             return unknown
         told = self.inventory.networks.get(key[0])
         # Of an id that no record has, only a request says whether it is a router's.
@@ -128,7 +128,7 @@ class Explainer:
                     return replace(unknown, why=(why, *unknown.why[1:]))
                 case LookUpUnavailable(reason=reason):
                     why = f"nothing is known of it, and {self.lookup.source.name} cannot be asked: {reason}"
-                    return replace(unknown, answer=503, why=(why,))
+                    return replace(unknown, answer=Denial.UNAVAILABLE.status, why=(why,))
                 case PortMissing() | None:
                     continue
                 case _ as never:
@@ -159,34 +159,41 @@ class Explainer:
 
     def _known(self, key: AddressKey, identity: Identity) -> Explanation:
         network, address = key
+        if isinstance(identity, Found):
+            instance = identity.instance
+            known = f"instance {instance.id} has {address}, known by {identity.how.value}"
+            rules = self._rules(network, identity)
+            return Explanation(
+                network,
+                address,
+                "found",
+                self._answer(instance, key, rules),
+                (known, *self._freshness(network, address), *self._no_documents(instance)),
+                instance=instance.id,
+                instance_name=instance.name,
+                source=", ".join(self.inventory.sources_of_instance(instance.id)),
+                how=identity.how.value,
+                revision=self.records.revisions.get(instance.id),
+                policy=self._policy(instance, key),
+                rules=rules,
+            )
+        denial = deny(identity, in_sync=self.inventory.in_sync)
         match identity:
-            case Found(instance=instance, how=how) as found:
-                known = f"instance {instance.id} has {address}, known by {how.value}"
-                rules = self._rules(network, found)
-                return Explanation(
-                    network,
-                    address,
-                    "found",
-                    self._answer(instance, key, rules),
-                    (known, *self._freshness(network, address), *self._no_documents(instance)),
-                    instance=instance.id,
-                    instance_name=instance.name,
-                    source=", ".join(self.inventory.sources_of_instance(instance.id)),
-                    how=how.value,
-                    revision=self.records.revisions.get(instance.id),
-                    policy=self._policy(instance, key),
-                    rules=rules,
-                )
             case Ambiguous(claimants=claimants):
                 why = ("more than one record claims the address, and none is preferred",)
-                return Explanation(network, address, "conflict", 503, why, claimants=claimants)
+                return Explanation(*key, denial.value, denial.status, why, claimants=claimants)
             case Mismatch(instance=instance, expected=expected):
                 why = (f"instance {instance.id} has {address} with MAC {expected} only",)
                 return Explanation(
-                    network, address, "mismatch", 403, why, instance.id, instance.name
+                    *key, denial.value, denial.status, why, instance.id, instance.name
                 )
             case Unknown(reason=reason):
-                return self._unknown(key, reason.value)
+                then = (
+                    "requests are held for a while, then answered 404"
+                    if denial is Denial.UNKNOWN
+                    else "a source is not in sync: it may still come"
+                )
+                return Explanation(*key, "unknown", denial.status, (reason.value, then))
         assert_never(identity)
 
     async def _pair(self, key: AddressKey) -> tuple[tuple[str, ...], PairReport | None]:
@@ -224,15 +231,6 @@ class Explainer:
             seen = tuple(dict.fromkeys(mac for mac in met if mac is not None))
             cards.append(CardReport(port.network, port.mac, seen))
         return tuple(cards)
-
-    def _unknown(self, key: AddressKey, reason: str) -> Explanation:
-        in_sync = self.inventory.in_sync
-        then = (
-            "requests are held for a while, then answered 404"
-            if in_sync
-            else "a source is not in sync: it may still come"
-        )
-        return Explanation(*key, "unknown", 404 if in_sync else 503, (reason, then))
 
     def _freshness(self, network: NetworkId, address: IpAddress) -> tuple[str, ...]:
         source = self.lookup.source

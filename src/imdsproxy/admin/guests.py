@@ -5,21 +5,21 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Final, assert_never
+from typing import Final
 
 from imdsproxy.admin.explain import Explainer
 from imdsproxy.admin.reports import Explanation, Probe
 from imdsproxy.app.lookup import Lookup
 from imdsproxy.app.record_loop import RecordLoop
-from imdsproxy.core.identity import Ambiguous, Found, Mismatch, Unknown
+from imdsproxy.core.identity import Denial, Found, Unknown, deny
 from imdsproxy.core.inventory import Inventory
 from imdsproxy.core.model import Dialect, InstanceId, IpAddress, NetworkId, Scope
 from imdsproxy.core.observation import AddressKey
-from imdsproxy.core.wire import HEADER_TOLD, MISMATCH_TEXT, MapRecord, render_map_value
+from imdsproxy.core.wire import HEADER_TOLD, MISMATCH_TEXT
 from imdsproxy.errors import NotFound
 from imdsproxy.serving.forward import CollectedAnswer, Forwarder, FoundRequest
 from imdsproxy.serving.passwords import PasswordStore
-from imdsproxy.serving.resolver import Contested, Known, Mismatched, Missing
+from imdsproxy.serving.resolver import Known, Outcome
 
 __all__ = ["DocumentAnswer", "GuestService"]
 
@@ -123,41 +123,28 @@ class GuestService:
         if not self.inventory.knows(network) and self.lookup.source is None:
             raise NotFound(f"there is no network {network}", hint="imdsproxy network list")
         key = (network, address)
-        identity = await self.lookup.identify(key)
-        match identity:
-            case Found():
-                record = self.records.planned(key)
-                if not isinstance(record, MapRecord):
-                    return DocumentAnswer(503, (), b"")
-                return await self._get_as_guest(key, render_map_value(record), path)
-            case Ambiguous():
-                return DocumentAnswer(503, (("retry-after", "5"),), b"")
-            case Mismatch():
-                return DocumentAnswer(403, (), MISMATCH_TEXT.encode())
-            case Unknown():
-                return await self._get_of_unknown(key, path)
-            case _ as never:
-                assert_never(never)
+        outcome = await self._look(key)
+        if isinstance(outcome, Known):
+            return await self._get_as_guest(key, outcome.record, path)
+        headers = (("retry-after", "5"),) if outcome is Denial.CONFLICT else ()
+        text = MISMATCH_TEXT if outcome is Denial.MISMATCH else ""
+        return DocumentAnswer(outcome.status, headers, text.encode())
 
-    async def _get_of_unknown(self, key: AddressKey, path: str) -> DocumentAnswer:
-        """Look it up, and put it in force, as a request of its would."""
+    async def _look(self, key: AddressKey) -> Outcome:
+        """As for a request, except that a known guest need not have its MAC checked; an unknown one is not held."""
+        identity = await self.lookup.identify(key)
+        if isinstance(identity, Found):
+            return self.lookup.known(identity.instance, key)
+        if not isinstance(identity, Unknown):
+            return deny(identity, in_sync=self.inventory.in_sync)
         declared = key[0] in self.inventory.networks
+        outcome: Outcome = Denial.UNKNOWN
         # Of an id that no record has, only a request says whether it is a router's.
         for scope in (None,) if declared else (Scope.NETWORK, Scope.ROUTER):
-            match await self.lookup.look(key, scope):
-                case Known(record=record):
-                    return await self._get_as_guest(key, record, path)
-                case Contested():
-                    return DocumentAnswer(503, (("retry-after", "5"),), b"")
-                case Mismatched():
-                    return DocumentAnswer(403, (), MISMATCH_TEXT.encode())
-                case Missing(in_sync=False):
-                    return DocumentAnswer(503, (), b"")
-                case Missing():
-                    continue
-                case _ as never:
-                    assert_never(never)
-        return DocumentAnswer(404, (), b"")
+            outcome = await self.lookup.look(key, scope)
+            if outcome is not Denial.UNKNOWN:
+                break
+        return outcome
 
     async def _get_as_guest(self, key: AddressKey, record: str, path: str) -> DocumentAnswer:
         request = FoundRequest(

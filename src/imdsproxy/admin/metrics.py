@@ -29,6 +29,7 @@ from imdsproxy.app.nova_watch import NovaEndpointReport, WorkerTotals
 from imdsproxy.app.token_report import TokenCounting
 from imdsproxy.core.haproxy.unix_listener import AGENTS
 from imdsproxy.core.hoststate import Effect
+from imdsproxy.core.identity import Denial
 from imdsproxy.dataplane.master import WorkerEnded
 from imdsproxy.errors import DataplaneError
 from imdsproxy.serving.resolver import Resolver
@@ -257,14 +258,7 @@ def _convergence(now: Metrics) -> Iterator[_Sample]:
 
 def _resolver_requests(now: Metrics) -> Mapping[str, int]:
     counts = now.resolver.counts
-    return {
-        "found": counts.found,
-        "unknown": counts.not_found,
-        "unavailable": counts.not_in_sync,
-        "conflict": counts.contested,
-        "over-limit": counts.over_limit,
-        "mismatch": counts.mismatched.total(),
-    }
+    return {"found": counts.found, **{one.value: counts.denied[one] for one in Denial}}
 
 
 def _mac_filters(now: Metrics) -> Mapping[str, int]:

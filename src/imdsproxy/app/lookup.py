@@ -18,7 +18,7 @@ from imdsproxy.anti_spoofing.plan import ANY_MAC, excess_learned
 from imdsproxy.app.record_loop import RecordLoop
 from imdsproxy.core.addresses import link_local_of, mac_of
 from imdsproxy.core.identity import (
-    Ambiguous,
+    Denial,
     Found,
     How,
     Identity,
@@ -26,6 +26,7 @@ from imdsproxy.core.identity import (
     Mismatch,
     Unknown,
     checks_macs,
+    deny,
     identify,
 )
 from imdsproxy.core.inventory import Inventory
@@ -41,7 +42,7 @@ from imdsproxy.core.observation import AddressKey, Conflict
 from imdsproxy.core.wire import MapRecord, render_map_value
 from imdsproxy.errors import DataplaneError
 from imdsproxy.host.clock import Clock
-from imdsproxy.serving.resolver import Contested, Known, Mismatched, Missing, Resolution
+from imdsproxy.serving.resolver import Known, Outcome
 from imdsproxy.sources.api import (
     LookUp,
     LookUpSource,
@@ -168,7 +169,7 @@ class Lookup:
 
     async def look(
         self, key: AddressKey, scope: Scope | None = None, port: int | None = None
-    ) -> Resolution:
+    ) -> Outcome:
         """What the resolver is to do with a request from this address.
 
         Args:
@@ -188,19 +189,19 @@ class Lookup:
             return await self._resolve(key, identity, mac)
         return await self._look_elsewhere(key, scope)
 
-    async def _look_elsewhere(self, key: AddressKey, scope: Scope | None) -> Resolution:
+    async def _look_elsewhere(self, key: AddressKey, scope: Scope | None) -> Outcome:
         scope = self.scope(key, scope)
         match await self.ask(key, scope):
             case PortFound() as found:
                 return await self._found(key, scope, found)
             case LookUpUnavailable():
-                return Missing(in_sync=False)
+                return Denial.UNAVAILABLE
             case None | PortMissing() | PortAmbiguous():
-                return Missing(in_sync=self.inventory.in_sync)
+                return Denial.UNKNOWN if self.inventory.in_sync else Denial.UNAVAILABLE
             case _ as never:
                 assert_never(never)
 
-    async def _look_at_pair(self, key: AddressKey, port: int) -> Resolution:
+    async def _look_at_pair(self, key: AddressKey, port: int) -> Outcome:
         """Whose an address is together with the MAC that the connection came from.
 
         Where that is not known any more, the neighbour table's MAC counts.
@@ -209,24 +210,24 @@ class Lookup:
             mac = await self.mac_filters.sender(key, port) or await self.neighbour(key)
             identity = identify(self.inventory, *key, neighbour_mac=mac)
             if isinstance(identity, Unknown):
-                resolution = await self._look_elsewhere(key, None)
-                if isinstance(resolution, Known):
+                outcome = await self._look_elsewhere(key, None)
+                if isinstance(outcome, Known):
                     continue
-                return resolution
+                return outcome
             await self._note_refused(key, mac if isinstance(identity, Mismatch) else None)
             if not isinstance(identity, Found):
                 return await self._resolve(key, identity, mac)
             if mac is None and identity.port.mac is not None:
-                return Mismatched()
+                return Denial.MISMATCH
             if not self.mac_filters.is_up(key[0]):
                 # Nobody would see to it that the answer goes to the instance.
-                return Missing(in_sync=False)
+                return Denial.UNAVAILABLE
             if await self._let_answer(key, port, identity, mac):
-                known = self._known(identity.instance, key)
+                known = self.known(identity.instance, key)
                 if isinstance(known, Known):
                     return known
         # It changes hands while we look.
-        return Missing(in_sync=False)
+        return Denial.UNAVAILABLE
 
     async def _let_answer(
         self, key: AddressKey, port: int, found: Found, mac: MacAddress | None
@@ -263,47 +264,44 @@ class Lookup:
 
     async def _resolve(
         self, key: AddressKey, identity: Identity, mac: MacAddress | None
-    ) -> Resolution:
+    ) -> Outcome:
         match identity:
             case Found(instance=instance, port=port, how=how):
                 if how is How.NEIGHBOUR:
                     await self._learn(key, instance, mac)
                 elif port.mac is not None and self._is_unguarded(key[0]):
-                    return Missing(in_sync=False)
-                return self._known(instance, key)
-            case Ambiguous():
-                return Contested()
-            case Mismatch():
-                return Mismatched()
-            case Unknown():
-                # It was found, and something else is known by now.
-                return Missing(in_sync=False)
+                    return Denial.UNAVAILABLE
+                return self.known(instance, key)
+            case _:
+                # Unknown now, it was found a moment ago: the guest is to ask again.
+                return deny(identity, in_sync=False)
 
     def _is_unguarded(self, network: NetworkId) -> bool:
         """Whether MACs count there and nobody looks at them yet."""
         return checks_macs(self.inventory, network) and self.mac_filters.is_plain(network)
 
-    async def _found(self, key: AddressKey, scope: Scope, found: PortFound) -> Resolution:
+    async def _found(self, key: AddressKey, scope: Scope, found: PortFound) -> Outcome:
         if scope is Scope.NETWORK:
             await self.records.tickets.wait(self.records.touch(key))
             # By the inventory: another source may claim the address too.
             return await self._resolve(key, *await self._identify(key))
         owner = self.inventory.owner((found.network, key[1]))
         if isinstance(owner, Conflict):
-            return Contested()
+            return Denial.CONFLICT
         instance = self.inventory.instances.get(found.instance)
         if instance is None or owner != found.instance:
-            return Missing(in_sync=False)
+            return Denial.UNAVAILABLE
         await self.records.tickets.wait(self.records.learn(key, _behind_router(key, found)))
-        return self._known(instance, key)
+        return self.known(instance, key)
 
-    def _known(self, instance: Instance, key: AddressKey) -> Resolution:
+    def known(self, instance: Instance, key: AddressKey) -> Outcome:
+        """By which record HAProxy answers the instance at this address."""
         record = self.records.planned(key)
         if isinstance(record, MapRecord) and record.instance == instance.id:
-            return Known(instance.id, render_map_value(record))
+            return Known(render_map_value(record))
         # No endpoint set takes it, and the operator has to say where Nova is; or its record is not on disk yet; or
         # the address has become another instance's since.
-        return Missing(in_sync=False)
+        return Denial.UNAVAILABLE
 
     async def neighbour(self, key: AddressKey) -> MacAddress | None:
         """The MAC that the kernel has for an address; `None` where it has none, or cannot be asked."""

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Ambiguous",
+    "Denial",
     "Found",
     "How",
     "Identity",
@@ -40,6 +41,7 @@ __all__ = [
     "Unknown",
     "UnknownReason",
     "checks_macs",
+    "deny",
     "holds",
     "identify",
     "link_local_of",
@@ -102,6 +104,23 @@ class Mismatch:
     expected: MacAddress
 
 
+class Denial(StrEnum):
+    """Why a guest gets no document, as metrics name it, and with which HTTP status: the only place that decides it."""
+
+    UNKNOWN = "unknown"
+    UNAVAILABLE = "unavailable"
+    """It cannot be found out now, or it is found and not in force yet."""
+    CONFLICT = "conflict"
+    MISMATCH = "mismatch"
+    OVER_LIMIT = "over-limit"
+    """Too many requests of unknown addresses are waiting."""
+
+    @property
+    def status(self) -> int:
+        """Of the answer to the guest."""
+        return {Denial.UNKNOWN: 404, Denial.MISMATCH: 403}.get(self, 503)
+
+
 Identity: TypeAlias = Found | Unknown | Ambiguous | Mismatch
 
 
@@ -153,6 +172,22 @@ def identify(
     if neighbour_mac is None or not (checked or address.is_link_local):
         return Unknown(UnknownReason.ADDRESS)
     return _by_neighbour(inventory, network, address, neighbour_mac)
+
+
+def deny(identity: Unknown | Ambiguous | Mismatch, *, in_sync: bool) -> Denial:
+    """Why the guest is denied.
+
+    Args:
+        identity: What was found.
+        in_sync: All sources have reported what they have: an unknown address is not just late.
+    """
+    match identity:
+        case Ambiguous():
+            return Denial.CONFLICT
+        case Mismatch():
+            return Denial.MISMATCH
+        case Unknown():
+            return Denial.UNKNOWN if in_sync else Denial.UNAVAILABLE
 
 
 def checks_macs(inventory: Inventory, network: NetworkId) -> bool:

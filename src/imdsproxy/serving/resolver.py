@@ -15,20 +15,16 @@ from collections.abc import Awaitable, Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
-from typing import Final, Protocol, TypeAlias, assert_never
+from typing import Final, Protocol, TypeAlias
 
-from imdsproxy.core.model import InstanceId, NetworkId, Scope
+from imdsproxy.core.identity import Denial
+from imdsproxy.core.model import NetworkId, Scope
 from imdsproxy.core.observation import AddressKey
 
 __all__ = [
-    "Contested",
     "HoldLimits",
     "Known",
-    "Mismatched",
-    "Missing",
     "Outcome",
-    "Refused",
-    "Resolution",
     "Resolver",
     "ResolverCounts",
 ]
@@ -41,45 +37,18 @@ _MAX_ENDED: Final = 10_000
 
 @dataclass(frozen=True, slots=True)
 class Known:
-    """The address is this instance's, and its documents can be served.
+    """The address is an instance's, and its documents can be served.
 
     Attributes:
         record: The map value by which HAProxy answers.
     """
 
-    instance: InstanceId
     record: str
 
 
-@dataclass(frozen=True, slots=True)
-class Contested:
-    """Two instances claim it."""
+Outcome: TypeAlias = Known | Denial
 
-
-@dataclass(frozen=True, slots=True)
-class Missing:
-    """Nobody has it; in a source that is not in sync it may only be late."""
-
-    in_sync: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Mismatched:
-    """It is an instance's, and another MAC than that one's asks."""
-
-
-Resolution: TypeAlias = Known | Contested | Missing | Mismatched
-
-
-@dataclass(frozen=True, slots=True)
-class Refused:
-    """What a request gets that no instance was found for."""
-
-    status: int
-    reason: str
-
-
-Outcome: TypeAlias = Known | Refused
+_MAY_COME: Final = (Denial.UNKNOWN, Denial.UNAVAILABLE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,11 +66,8 @@ class ResolverCounts:
 
     found: int = 0
     held: int = 0
-    not_found: int = 0
-    not_in_sync: int = 0
-    contested: int = 0
+    denied: Counter[Denial] = field(default_factory=Counter)
     mismatched: Counter[NetworkId] = field(default_factory=Counter)
-    over_limit: int = 0
 
 
 class Look(Protocol):
@@ -114,7 +80,7 @@ class Look(Protocol):
 
     def __call__(
         self, key: AddressKey, scope: Scope | None, port: int | None, /
-    ) -> Awaitable[Resolution]: ...
+    ) -> Awaitable[Outcome]: ...
 
 
 @dataclass(slots=True)
@@ -162,21 +128,20 @@ class Resolver:
         self, key: AddressKey, scope: Scope | None = None, port: int | None = None
     ) -> Outcome:
         """Whose the address is, or what to answer where it stays unknown (design §6)."""
-        resolution = await self.look(key, scope, port)
-        if not isinstance(resolution, Missing):
-            return self._outcome(key, resolution)
-        limits = self.limits()
-        hold_s = self._left(key, limits.hold_s) if resolution.in_sync else limits.hold_s
+        outcome = await self.look(key, scope, port)
+        if outcome not in _MAY_COME:
+            return self._counted(key, outcome)
+        limits, in_sync = self.limits(), outcome is Denial.UNKNOWN
+        hold_s = self._left(key, limits.hold_s) if in_sync else limits.hold_s
         if hold_s <= 0:
             self._remember(key, 0)
-            return self._outcome(key, resolution)
+            return self._counted(key, outcome)
         if self._held[key[0]] >= limits.per_network or self.held >= limits.in_all:
-            self.counts.over_limit += 1
-            return Refused(503, "too many unknown addresses are waiting in this network")
-        if resolution.in_sync:
+            return self._counted(key, Denial.OVER_LIMIT)
+        if in_sync:
             self._remember(key, hold_s)
         look = partial(self.look, key, scope, port)
-        return self._outcome(key, await self._hold(key, look, resolution, hold_s))
+        return self._counted(key, await self._hold(key, look, outcome, hold_s))
 
     def _left(self, key: AddressKey, hold_s: float) -> float:
         """Seconds of an address's one wait that are left; all of them where it has not begun."""
@@ -194,26 +159,26 @@ class Resolver:
     async def _hold(
         self,
         key: AddressKey,
-        look: Callable[[], Awaitable[Resolution]],
-        resolution: Resolution,
+        look: Callable[[], Awaitable[Outcome]],
+        outcome: Outcome,
         hold_s: float,
-    ) -> Resolution:
+    ) -> Outcome:
         self.counts.held += 1
         event = asyncio.Event()
         self._held[key[0]] += 1
         self._waiting.setdefault(key, set()).add(event)
         try:
             async with asyncio.timeout(hold_s):
-                while isinstance(resolution, Missing):
+                while outcome in _MAY_COME:
                     await event.wait()
                     event.clear()
-                    resolution = await look()
+                    outcome = await look()
         except TimeoutError:
             # The time is over, and what was last known of the source still holds.
             return await look()
         finally:
             self._release(key, event)
-        return resolution
+        return outcome
 
     def _release(self, key: AddressKey, event: asyncio.Event) -> None:
         waiting = self._waiting[key]
@@ -224,22 +189,11 @@ class Resolver:
         if not self._held[key[0]]:
             del self._held[key[0]]
 
-    def _outcome(self, key: AddressKey, resolution: Resolution) -> Outcome:
-        match resolution:
-            case Known():
-                self.counts.found += 1
-                return resolution
-            case Contested():
-                self.counts.contested += 1
-                return Refused(503, "more than one instance claims this address")
-            case Mismatched():
-                self.counts.mismatched[key[0]] += 1
-                return Refused(403, "this address goes with another MAC")
-            case Missing(in_sync=in_sync) if in_sync:
-                self.counts.not_found += 1
-                return Refused(404, "no instance has this address")
-            case Missing():
-                self.counts.not_in_sync += 1
-                return Refused(503, "the source of instances is not in sync yet")
-            case _ as never:
-                assert_never(never)
+    def _counted(self, key: AddressKey, outcome: Outcome) -> Outcome:
+        if isinstance(outcome, Known):
+            self.counts.found += 1
+        else:
+            self.counts.denied[outcome] += 1
+        if outcome is Denial.MISMATCH:
+            self.counts.mismatched[key[0]] += 1
+        return outcome

@@ -8,6 +8,7 @@ from ipaddress import ip_address
 from typing import cast
 
 from imdsproxy.core.documents.respond import Header
+from imdsproxy.core.identity import Denial
 from imdsproxy.core.model import NetworkId
 from imdsproxy.core.model import Scope as IdScope
 from imdsproxy.core.observation import AddressKey
@@ -35,7 +36,7 @@ from imdsproxy.serving.asgi import (
 )
 from imdsproxy.serving.documents import Answer, refusal, retry_later
 from imdsproxy.serving.forward import Forwarder, FoundRequest
-from imdsproxy.serving.resolver import Refused, Resolver
+from imdsproxy.serving.resolver import Resolver
 
 __all__ = ["resolver_app"]
 
@@ -47,7 +48,6 @@ _UNVERIFIED = HEADER_UNVERIFIED.encode("ascii")
 _REFUSED = HEADER_REFUSED.encode("ascii"), b"1"
 _OURS = b"x-imdsproxy-"
 _UNAVAILABLE = 503
-_FORBIDDEN = 403
 _CHANGES_NOTHING = frozenset({"GET", "HEAD", "OPTIONS", "PUT"})
 
 
@@ -74,37 +74,32 @@ def resolver_app(resolver: Resolver, forwarder: Forwarder) -> AsgiApp:
             await while_there(receive, answer(asked, send))
 
     async def answer(asked: _Asked, send: Send) -> None:
-        found = await _answer(resolver, asked)
-        if isinstance(found, FoundRequest):
-            await forwarder.forward(found, send)
+        told, method = asked.told, asked.method
+        outcome = await resolver.resolve(told.key, told.scope, told.port)
+        if isinstance(outcome, Denial):
+            await send_answer(_to_anybody(told, _refuse(outcome, method)), send)
+        elif told.port is not None and method not in _CHANGES_NOTHING:
+            # The sender is not verified, whoever gets the answer. Once it is, the request comes again.
+            await send_answer(_to_anybody(told, retry_later()), send)
         else:
-            await send_answer(found, send)
+            network, address = told.key
+            target = told.target or asked.path
+            found = FoundRequest(
+                outcome.record, network, str(address), method, target, asked.headers, asked.body
+            )
+            await forwarder.forward(found, send)
 
     return app
 
 
-async def _answer(resolver: Resolver, asked: _Asked) -> Answer | FoundRequest:
-    told, method = asked.told, asked.method
-    outcome = await resolver.resolve(told.key, told.scope, told.port)
-    if isinstance(outcome, Refused):
-        return _to_anybody(told, _refuse(outcome.status, method))
-    if told.port is not None and method not in _CHANGES_NOTHING:
-        # Who really sends it nobody knows; that the instance gets the answer is no help. Verified, it comes again.
-        return _to_anybody(told, retry_later())
-    network, address = told.key
-    target = told.target or asked.path
-    return FoundRequest(
-        outcome.record, network, str(address), method, target, asked.headers, asked.body
-    )
-
-
-def _refuse(status: int, method: str) -> Answer:
+def _refuse(denial: Denial, method: str) -> Answer:
+    status = denial.status
     if status == _UNAVAILABLE:
         return retry_later()
     # PUT is how tokens are asked for, and some clients take any body for one.
     if method == "PUT":
         return refusal(status)
-    answer = refusal(status, text=MISMATCH_TEXT if status == _FORBIDDEN else UNKNOWN_TEXT)
+    answer = refusal(status, text=MISMATCH_TEXT if denial is Denial.MISMATCH else UNKNOWN_TEXT)
     return replace(answer, body=b"") if method == "HEAD" else answer
 
 

@@ -13,6 +13,8 @@ from imdsproxy import __version__
 from imdsproxy.admin.metrics import METRICS, Metric, Metrics, count_traffic
 from imdsproxy.app.nova_watch import NovaEndpointReport, WorkerTotals
 from imdsproxy.core.hoststate import Effect
+from imdsproxy.core.identity import Denial
+from imdsproxy.core.model import NetworkId
 from imdsproxy.core.progress import Durations
 from imdsproxy.serving.resolver import ResolverCounts
 from imdsproxy.sources.neutron.source import NeutronFigures
@@ -90,7 +92,9 @@ def _full(*, network_series: int = 100, neutron: bool = True, audit: int = 1) ->
         ),
     )
     ledger = SimpleNamespace(read={"blue": 8, "red": 1}, refused={"blue": 2})
-    counts = ResolverCounts(found=1, not_found=2, mismatched=Counter({"red": 3}))  # type: ignore[dict-item] # as a name
+    counts = ResolverCounts(
+        found=1, denied=Counter({Denial.UNKNOWN: 2}), mismatched=Counter({NetworkId("red"): 3})
+    )
     figures = NeutronFigures(
         queries={"ok": 9, "failed": 2, "timeout": 1},
         look_ups={"found": 5, "negative-cached": 3},

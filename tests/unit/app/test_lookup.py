@@ -13,7 +13,7 @@ from imdsproxy.anti_spoofing.mac_filters import MacFilters
 from imdsproxy.anti_spoofing.plan import LEARNED_PER_MAC, plan_pair
 from imdsproxy.app.lookup import Lookup
 from imdsproxy.app.tickets import Tickets
-from imdsproxy.core.identity import Learned
+from imdsproxy.core.identity import Denial, Learned
 from imdsproxy.core.inventory import Inventory
 from imdsproxy.core.model import (
     Instance,
@@ -28,11 +28,11 @@ from imdsproxy.core.model import (
 from imdsproxy.core.observation import AddressKey, Observation
 from imdsproxy.core.wire import EmbeddedRecord
 from imdsproxy.errors import HostRefused
-from imdsproxy.serving.resolver import Contested, Known, Mismatched, Missing
+from imdsproxy.serving.resolver import Known
 
 _RED = NetworkId("red")
 _REVISION = "0123456789abcdef"
-_WEB = Known(InstanceId("web"), f"web|{_REVISION}")
+_WEB = Known(f"web|{_REVISION}")
 _MAC = MacAddress("02:00:00:00:00:05")
 _PRIVATE: AddressKey = (_RED, IPv6Address("fe80::1234"))
 
@@ -175,21 +175,21 @@ async def test_a_private_link_local_address_is_known_by_its_mac_and_kept_for_a_w
 async def test_an_unknown_mac_is_nobody(mac: MacAddress | None) -> None:
     rig = Rig(_web())
     rig.neighbours.mac = mac
-    assert await rig.lookup.look(_PRIVATE) == Missing(in_sync=True)
+    assert await rig.lookup.look(_PRIVATE) == Denial.UNKNOWN
     assert rig.records.learned == {}
 
 
 async def test_an_ipv4_address_is_never_looked_for_in_the_neighbour_table() -> None:
     rig = Rig(_web())
     rig.neighbours.mac = _MAC
-    assert await rig.lookup.look((_RED, IPv4Address("10.0.0.99"))) == Missing(in_sync=True)
+    assert await rig.lookup.look((_RED, IPv4Address("10.0.0.99"))) == Denial.UNKNOWN
     assert rig.neighbours.asked == 0
 
 
 async def test_a_table_that_cannot_be_read_makes_nobody_known() -> None:
     rig = Rig(_web())
     rig.neighbours.broken = True
-    assert await rig.lookup.look(_PRIVATE) == Missing(in_sync=True)
+    assert await rig.lookup.look(_PRIVATE) == Denial.UNKNOWN
 
 
 async def test_a_mac_of_two_instances_is_contested() -> None:
@@ -198,13 +198,13 @@ async def test_a_mac_of_two_instances_is_contested() -> None:
     )
     rig = Rig(_web(), other)
     rig.neighbours.mac = _MAC
-    assert await rig.lookup.look(_PRIVATE) == Contested()
+    assert await rig.lookup.look(_PRIVATE) == Denial.CONFLICT
 
 
 async def test_an_unknown_network_and_a_source_out_of_sync_are_told_apart() -> None:
-    assert await Rig(in_sync=False).lookup.look(_PRIVATE) == Missing(in_sync=False)
+    assert await Rig(in_sync=False).lookup.look(_PRIVATE) == Denial.UNAVAILABLE
     nowhere = (NetworkId("blue"), IPv4Address("10.0.0.5"))
-    assert await Rig(_web()).lookup.look(nowhere) == Missing(in_sync=True)
+    assert await Rig(_web()).lookup.look(nowhere) == Denial.UNKNOWN
 
 
 async def test_what_was_learned_is_looked_at_again_when_its_time_is_over() -> None:
@@ -268,7 +268,7 @@ async def test_an_unverified_guest_with_another_mac_or_none_is_a_mismatch(
 ) -> None:
     rig = Rig(_web(), mac_check=True)
     rig.neighbours.mac = mac
-    assert await rig.lookup.look(_ASKED, None, 4711) == Mismatched()
+    assert await rig.lookup.look(_ASKED, None, 4711) == Denial.MISMATCH
     assert rig.pairs.told == []
 
 
@@ -286,7 +286,7 @@ async def test_the_mac_that_a_connection_came_from_counts_and_not_the_neighbour_
     rig.pairs.senders[_ASKED, 4711] = _MAC
     assert await rig.lookup.look(_ASKED, None, 4711) == _WEB
     assert rig.pairs.told == [(_ASKED, 4711, _MAC)]
-    assert await rig.lookup.look(_ASKED, None, 4712) == Mismatched()
+    assert await rig.lookup.look(_ASKED, None, 4712) == Denial.MISMATCH
 
 
 async def test_an_address_that_another_takes_meanwhile_never_gives_that_one_s_record() -> None:
@@ -297,7 +297,7 @@ async def test_an_address_that_another_takes_meanwhile_never_gives_that_one_s_re
         rig.records.owner = "thief"
 
     rig.pairs.on_tell = take
-    assert await rig.lookup.look(_ASKED, None, 4711) == Missing(in_sync=False)
+    assert await rig.lookup.look(_ASKED, None, 4711) == Denial.UNAVAILABLE
 
 
 async def test_what_is_told_of_needs_no_second_look() -> None:
@@ -316,10 +316,10 @@ async def test_without_a_gate_nobody_with_a_mac_is_answered() -> None:
     rig = Rig(_web(), mac_check=True)
     rig.neighbours.mac = _MAC
     rig.pairs.up = False
-    assert await rig.lookup.look(_ASKED, None, 4711) == Missing(in_sync=False)
+    assert await rig.lookup.look(_ASKED, None, 4711) == Denial.UNAVAILABLE
     # Nor where HAProxy listens as if nobody looked at MACs.
     rig.pairs.plain = True
-    assert await rig.lookup.look(_ASKED) == Missing(in_sync=False)
+    assert await rig.lookup.look(_ASKED) == Denial.UNAVAILABLE
 
 
 async def test_a_verified_guest_is_known_whatever_the_neighbour_table_has_by_now() -> None:

@@ -14,7 +14,7 @@ import pytest
 from imdsproxy.admin.explain import Explainer
 from imdsproxy.app.lookup import Lookup
 from imdsproxy.app.tickets import Tickets
-from imdsproxy.core.identity import Learned
+from imdsproxy.core.identity import Denial, Learned
 from imdsproxy.core.inventory import Inventory
 from imdsproxy.core.model import (
     Instance,
@@ -35,7 +35,7 @@ from imdsproxy.core.policy_told import NOBODY, PolicyInForce
 from imdsproxy.core.upstream import EndpointSet, NovaRouting
 from imdsproxy.core.wire import MapRecord, NovaRecord, parse_map_value
 from imdsproxy.errors import Problem
-from imdsproxy.serving.resolver import Contested, Known, Missing, Resolution
+from imdsproxy.serving.resolver import Known, Outcome
 from imdsproxy.sources.api import (
     Confirmation,
     LookUp,
@@ -154,7 +154,7 @@ class Rig:
             )
         )
 
-    async def look(self, key: AddressKey, scope: Scope | None = None) -> Resolution:
+    async def look(self, key: AddressKey, scope: Scope | None = None) -> Outcome:
         return await self.lookup.look(key, scope)
 
     @property
@@ -194,7 +194,7 @@ def _rig(listed: Scope | None = None) -> Rig:
     return rig
 
 
-def _record(resolution: Resolution) -> NovaRecord:
+def _record(resolution: Outcome) -> NovaRecord:
     assert isinstance(resolution, Known)
     record = parse_map_value(resolution.record)
     assert isinstance(record, NovaRecord)
@@ -221,20 +221,20 @@ async def test_without_an_endpoint_set_nobody_is_asked_again() -> None:
     rig = _rig()
     rig.publish(_WEB)
     rig.records.routing = NovaRouting()
-    assert await rig.look((_NET, _ADDRESS)) == Missing(in_sync=False)
+    assert await rig.look((_NET, _ADDRESS)) == Denial.UNAVAILABLE
     assert rig.source.asked == []
 
 
 @pytest.mark.parametrize(
     ("answer", "expected"),
     [
-        (PortMissing(), Missing(in_sync=True)),
-        (PortAmbiguous(2), Missing(in_sync=True)),
-        (LookUpUnavailable("down"), Missing(in_sync=False)),
+        (PortMissing(), Denial.UNKNOWN),
+        (PortAmbiguous(2), Denial.UNKNOWN),
+        (LookUpUnavailable("down"), Denial.UNAVAILABLE),
     ],
 )
 async def test_what_is_not_found_is_404_and_what_cannot_be_asked_for_503(
-    answer: object, expected: Missing
+    answer: object, expected: Denial
 ) -> None:
     rig = _rig()
     rig.answer(answer)
@@ -244,13 +244,13 @@ async def test_what_is_not_found_is_404_and_what_cannot_be_asked_for_503(
 async def test_nobody_is_404_only_when_all_other_sources_have_told_everything() -> None:
     rig = _rig()
     rig.inventory.observe(Observation("file", in_sync=False))
-    assert await rig.look((_NET, _ADDRESS)) == Missing(in_sync=False)
+    assert await rig.look((_NET, _ADDRESS)) == Denial.UNAVAILABLE
 
 
 async def test_what_is_found_and_gone_again_is_to_be_asked_for_once_more() -> None:
     rig = Rig()
     rig.answer(_FOUND)
-    assert await rig.look((_NET, _ADDRESS)) == Missing(in_sync=False)
+    assert await rig.look((_NET, _ADDRESS)) == Denial.UNAVAILABLE
 
 
 async def test_an_address_that_another_source_claims_for_somebody_else_is_contested() -> None:
@@ -259,10 +259,10 @@ async def test_an_address_that_another_source_claims_for_somebody_else_is_contes
     other = replace(_WEB, id=InstanceId("other"), upstream=Upstream.EMBEDDED)
     rig.answer(_FOUND, scope=Scope.ROUTER)
     rig.inventory.observe(Observation("file", full=True, instances={other.id: other}))
-    assert await rig.look((_NET, _ADDRESS)) == Contested()
+    assert await rig.look((_NET, _ADDRESS)) == Denial.CONFLICT
     # So it is behind a router.
     rig.publish(_WEB)
-    assert await rig.look((_ROUTER, _ADDRESS), Scope.ROUTER) == Contested()
+    assert await rig.look((_ROUTER, _ADDRESS), Scope.ROUTER) == Denial.CONFLICT
 
 
 @pytest.mark.parametrize("listed", [None, Scope.ROUTER])
@@ -312,7 +312,7 @@ async def test_a_private_link_local_address_is_asked_for_by_the_mac_of_the_neigh
 ):
     rig = _rig(Scope.NETWORK)
     rig.answer(_FOUND, _EUI64)
-    assert await rig.look((_NET, _PRIVATE)) == Missing(in_sync=True)
+    assert await rig.look((_NET, _PRIVATE)) == Denial.UNKNOWN
     assert rig.source.asked == []
     rig.neighbours.mac = _MAC
     assert isinstance(await rig.look((_NET, _PRIVATE)), Known)

@@ -6,19 +6,17 @@ from ipaddress import IPv4Address
 
 import pytest
 
-from imdsproxy.core.model import InstanceId, NetworkId, Scope
+from imdsproxy.core.identity import Denial
+from imdsproxy.core.model import NetworkId, Scope
 from imdsproxy.core.observation import AddressKey
 from imdsproxy.serving.resolver import (
-    Contested,
     HoldLimits,
     Known,
-    Missing,
-    Refused,
-    Resolution,
+    Outcome,
     Resolver,
 )
 
-_WEB = Known(InstanceId("web"), "web|0123456789abcdef")
+_WEB = Known("web|0123456789abcdef")
 
 
 def _key(network: str = "red", last: int = 5) -> AddressKey:
@@ -29,8 +27,8 @@ class World:
     """What the look-up finds; it may change while requests wait."""
 
     def __init__(self) -> None:
-        self.found: dict[AddressKey, Resolution] = {}
-        self.otherwise: Resolution = Missing(in_sync=True)
+        self.found: dict[AddressKey, Outcome] = {}
+        self.otherwise: Outcome = Denial.UNKNOWN
         self.looks = 0
         self.scopes: list[Scope | None] = []
         self.clock = 1000.0
@@ -38,7 +36,7 @@ class World:
     def now(self) -> float:
         return self.clock
 
-    async def look(self, key: AddressKey, scope: Scope | None, port: int | None, /) -> Resolution:
+    async def look(self, key: AddressKey, scope: Scope | None, port: int | None, /) -> Outcome:
         del port
         self.looks += 1
         self.scopes.append(scope)
@@ -66,9 +64,9 @@ async def test_a_known_address_is_answered_at_once() -> None:
 
 async def test_a_contested_address_is_never_a_guess() -> None:
     world = World()
-    world.found[_key()] = Contested()
+    world.found[_key()] = Denial.CONFLICT
     outcome = await _resolver(world).resolve(_key())
-    assert isinstance(outcome, Refused)
+    assert isinstance(outcome, Denial)
     assert outcome.status == 503
 
 
@@ -97,9 +95,9 @@ async def test_a_wake_for_nothing_keeps_the_request_waiting() -> None:
         while world.looks == looks:
             await asyncio.sleep(0)
     assert not request.done()
-    world.found[_key()] = Contested()
+    world.found[_key()] = Denial.CONFLICT
     resolver.wake_all()
-    assert isinstance(await request, Refused)
+    assert isinstance(await request, Denial)
 
 
 @pytest.mark.parametrize(("in_sync", "status"), [(True, 404), (False, 503)])
@@ -108,9 +106,9 @@ async def test_what_stays_unknown_is_404_only_when_the_sources_have_told_everyth
     status: int,
 ) -> None:
     world = World()
-    world.otherwise = Missing(in_sync=in_sync)
+    world.otherwise = Denial.UNKNOWN if in_sync else Denial.UNAVAILABLE
     outcome = await _resolver(world, hold_s=0.01).resolve(_key())
-    assert isinstance(outcome, Refused)
+    assert isinstance(outcome, Denial)
     assert outcome.status == status
 
 
@@ -118,7 +116,7 @@ async def test_without_a_hold_nobody_waits() -> None:
     world = World()
     resolver = _resolver(world, hold_s=0)
     outcome = await resolver.resolve(_key())
-    assert isinstance(outcome, Refused)
+    assert isinstance(outcome, Denial)
     assert resolver.counts.held == 0
     assert world.looks == 1
 
@@ -129,8 +127,8 @@ async def test_one_network_s_share_is_bounded_and_leaves_the_others_theirs() -> 
     waiting = [asyncio.create_task(resolver.resolve(_key(last=n))) for n in range(1, 4)]
     await _held(resolver, 3)
     outcome = await resolver.resolve(_key(last=100))
-    assert outcome == Refused(503, "too many unknown addresses are waiting in this network")
-    assert resolver.counts.over_limit == 1
+    assert outcome == Denial.OVER_LIMIT
+    assert resolver.counts.denied[Denial.OVER_LIMIT] == 1
     other = asyncio.create_task(resolver.resolve(_key("blue")))
     await _held(resolver, 4)
     for request in (*waiting, other):
@@ -145,7 +143,7 @@ async def test_all_networks_together_are_bounded_too() -> None:
     waiting = [asyncio.create_task(resolver.resolve(_key(f"n{n}"))) for n in range(2)]
     await _held(resolver, 2)
     outcome = await resolver.resolve(_key("n9"))
-    assert isinstance(outcome, Refused)
+    assert isinstance(outcome, Denial)
     assert outcome.status == 503
     for request in waiting:
         request.cancel()
@@ -176,7 +174,7 @@ async def test_an_address_that_nobody_has_waits_once_and_is_then_answered_at_onc
         world.clock += 50
         looks = world.looks
         outcome = await resolver.resolve(_key())
-        assert outcome == Refused(404, "no instance has this address")
+        assert outcome == Denial.UNKNOWN
         assert world.looks == looks + 1
     assert resolver.counts.held == 1
     world.found[_key()] = _WEB
@@ -194,7 +192,7 @@ async def test_who_gives_up_early_uses_up_the_wait_of_the_address_too() -> None:
     outcome = await resolver.resolve(_key())
     assert resolver.counts.held == 2
     world.clock += 0.02
-    assert await resolver.resolve(_key()) == outcome == Refused(404, "no instance has this address")
+    assert await resolver.resolve(_key()) == outcome == Denial.UNKNOWN
     assert resolver.counts.held == 2
 
 
@@ -238,7 +236,7 @@ async def test_while_a_source_is_not_in_sync_each_request_waits() -> None:
     resolver = _resolver(world, hold_s=0.01)
     await resolver.resolve(_key())
     world.clock += 1
-    world.otherwise = Missing(in_sync=False)
+    world.otherwise = Denial.UNAVAILABLE
     for _ in range(2):
         await resolver.resolve(_key())
     assert resolver.counts.held == 3
@@ -249,9 +247,7 @@ async def test_who_found_no_place_to_wait_has_not_waited() -> None:
     resolver = _resolver(world, per_network=1, hold_s=0.01)
     waiting = asyncio.create_task(resolver.resolve(_key(last=9)))
     await _held(resolver, 1)
-    assert await resolver.resolve(_key()) == Refused(
-        503, "too many unknown addresses are waiting in this network"
-    )
+    assert await resolver.resolve(_key()) == Denial.OVER_LIMIT
     await waiting
     world.clock += 1
     await resolver.resolve(_key())

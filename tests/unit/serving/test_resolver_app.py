@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from imdsproxy.core.model import InstanceId, Scope
+from imdsproxy.core.model import Scope
 from imdsproxy.core.observation import AddressKey
 from imdsproxy.serving.asgi import Send, while_there
 from imdsproxy.serving.forward import CollectedAnswer, FoundRequest
-from imdsproxy.serving.resolver import HoldLimits, Known, Resolution, Resolver
+from imdsproxy.serving.resolver import HoldLimits, Known, Outcome, Resolver
 from imdsproxy.serving.resolver_app import resolver_app
 
 _SCOPE_HEADERS = [(b"x-imdsproxy-network", b"red"), (b"x-imdsproxy-address", b"10.0.0.5")]
@@ -50,14 +50,12 @@ class Look:
     known: asyncio.Event = field(default_factory=asyncio.Event)
     asked: asyncio.Event = field(default_factory=asyncio.Event)
 
-    async def __call__(
-        self, key: AddressKey, scope: Scope | None, port: int | None, /
-    ) -> Resolution:
+    async def __call__(self, key: AddressKey, scope: Scope | None, port: int | None, /) -> Outcome:
         del port
         del key, scope
         self.asked.set()
         await self.known.wait()
-        return Known(InstanceId("i"), "record")
+        return Known("record")
 
 
 async def test_what_a_guest_asked_that_went_away_meanwhile_is_not_sent_on() -> None:
