@@ -60,7 +60,7 @@ def _stop_orphaned_data_plane(run: options.Invocation, asked: Path) -> None:
     import asyncio  # noqa: PLC0415 - `--help` need not load it
 
     from imdsproxy.controller.stop import stop_data_plane  # noqa: PLC0415 - as above
-    from imdsproxy.host.unixsockets import find_unix_listener  # noqa: PLC0415 - as above
+    from imdsproxy.host.socket_file import find_socket_holder  # noqa: PLC0415 - as above
 
     settings = run.settings
     if settings.admin_socket != asked:
@@ -69,7 +69,7 @@ def _stop_orphaned_data_plane(run: options.Invocation, asked: Path) -> None:
             f"no daemon answers on {asked}, and the settings are of another one",
             hint="name its settings with --config, to end the data plane that it left",
         )
-    hung = find_unix_listener(asked)
+    hung = find_socket_holder(asked)
     if hung is not None:
         # It would start again what is ended here, as soon as it goes on.
         raise HostRefused(

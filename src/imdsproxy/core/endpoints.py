@@ -64,9 +64,9 @@ class LeftOutCode(StrEnum):
 
     @property
     def silent(self) -> bool:
-        """No event tells that it has come right: one has to look again and again.
+        """No event says that it has come right: it has to be checked again and again.
 
-        Namespaces, devices and addresses tell when they come; sockets and refusals do not.
+        There are events for namespaces, devices and addresses, and none for sockets and refusals.
         """
         return self in {
             LeftOutCode.PORT_BUSY,
@@ -104,7 +104,7 @@ class LeftOut:
 
 @dataclass(frozen=True, slots=True)
 class Foreign:
-    """A listening socket of somebody else at a network's address and port."""
+    """A listening socket of another program at a network's address and port."""
 
     network: NetworkId
     family: Family

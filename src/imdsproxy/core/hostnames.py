@@ -60,7 +60,7 @@ class Naming:
         return f"imdsproxy:{self.prefix}:{network}"
 
     def owner_of(self, alias: str) -> NetworkId | None:
-        """The network in an alias of ours; `None` when it is somebody else's."""
+        """The network in an alias of ours; `None` when it is not ours."""
         start = f"imdsproxy:{self.prefix}:"
         return NetworkId(alias.removeprefix(start)) if alias.startswith(start) else None
 

@@ -74,7 +74,7 @@ class ObservedAddress:
     """An address on a device. Only the two metadata addresses are ever observed.
 
     Attributes:
-        protocol: The kernel's IFA_PROTO: who added it; 0 when nobody said.
+        protocol: The kernel's IFA_PROTO: who added it; 0 when unknown.
     """
 
     device: str
@@ -130,7 +130,7 @@ class ListeningSocket:
 
 @dataclass(frozen=True, slots=True)
 class BindTrial:
-    """What the kernel said to a bind just like HAProxy's, made and dropped at once.
+    """The kernel's answer to a bind just like HAProxy's, made and dropped at once.
 
     Attributes:
         error: The errno, 0 when it went through.

@@ -8,7 +8,7 @@ from typing import Protocol
 
 
 class Clock(Protocol):
-    """What everything that measures or tells time is given."""
+    """Passed to everything that needs the time."""
 
     def monotonic(self) -> float:
         """Seconds since an arbitrary start; never goes back, whatever is done to the wall clock."""

@@ -38,7 +38,7 @@ class Doubt:
 
     @property
     def hung(self) -> bool:
-        """Waiting longer helps nobody; one that has ended is its master's business."""
+        """Waiting longer is no use. A worker that has ended is its master's business."""
         if self.stat is None or self.silent < _SILENT_PROBES:
             return False
         # One that waits for a disk can't be ended before the disk answers.

@@ -162,7 +162,7 @@ def open_log(path: Path) -> int:
     try:
         descriptor = os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o640)
     except FileExistsError:
-        # Whoever made it, logrotate perhaps, has said its mode.
+        # Its mode stays as logrotate, for one, has made it.
         return os.open(path, flags)
     os.fchmod(descriptor, 0o640)
     return descriptor
@@ -214,7 +214,7 @@ def is_file_at(descriptor: int, path: Path) -> bool:
 
 @contextlib.contextmanager
 def hold_directory(path: Path) -> Iterator[None]:
-    """Have a directory of ours for this process alone; nobody else that asks for it by this gets it meanwhile.
+    """Lock a directory of ours for this process, against others that lock it in the same way.
 
     Raises:
         HostRefused: Another process has it.
@@ -240,7 +240,7 @@ def read_secret(path: Path) -> bytes:
 
     Raises:
         SecretUnreadable: There is no such file, it is empty, too big, not a regular file, belongs
-            to somebody other than root or this process's user, or others may read or write it.
+            to another user than root or this process's, or others may read or write it.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)

@@ -1,7 +1,7 @@
 """Log lines of the long-running processes: JSON for machines, aligned text on a terminal.
 
 A line is an event in a few words and key-value pairs; its time is UTC. Messages of libraries
-(uvicorn, asyncio) come the same way, from `warning` on. The journal is told of their priorities.
+(uvicorn, asyncio) come the same way, from `warning` on. The journal gets their priorities.
 """
 
 from __future__ import annotations

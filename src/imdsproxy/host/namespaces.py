@@ -52,7 +52,7 @@ def _setns(descriptor: int) -> None:
 
 
 def unshare_network() -> None:
-    """Have the calling thread in a new network namespace, which ends with it unless somebody holds it.
+    """Move the calling thread to a new network namespace, which ends with it unless it is held open.
 
     Raises:
         OSError: The kernel refuses.
@@ -259,7 +259,7 @@ class NamespaceThread:
         """The same for code that runs in this thread already (given to `run`).
 
         Raises:
-            HostRefused: The kernel refused, or the thread is ending: who looks at a thousand is not waited for.
+            HostRefused: The kernel refused, or the thread is ending: looks at namespaces must not delay that.
         """
         if self._closed:
             raise HostRefused("the namespace thread is ending")
@@ -303,7 +303,7 @@ class NamespaceThread:
         try:
             _setns(self._home)
         except OSError as error:
-            # Going on in somebody else's namespace would put our sockets there.
+            # Going on in another namespace would open our sockets there.
             raise HostRefused("the namespace thread cannot come home") from error
 
     def close(self) -> None:

@@ -81,7 +81,7 @@ class SetKind:
     """A set, or a map.
 
     Attributes:
-        types: Of its key's parts, in nft(8)'s numbers, for whoever lists it.
+        types: Of its key's parts, in nft(8)'s numbers, for `nft list`.
         value: For a map: type and length of what each key leads to.
         length: Of the key in bytes, each part filled up to four.
         size: The most elements; 0 for no limit. Needed where packets add them.

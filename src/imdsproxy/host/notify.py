@@ -1,4 +1,4 @@
-"""Tells the service manager how we are: the protocol of sd_notify(3), version-independent part."""
+"""Reports our state to the service manager: the protocol of sd_notify(3), version-independent part."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ class ServiceNotifier:
     def _connected(self) -> Iterator[socket.socket]:
         target = f"\0{self.address[1:]}" if self.address.startswith("@") else self.address
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as channel:
-            # Who waits for a manager that hangs would hang as well.
+            # A manager that hangs must not make us hang.
             channel.settimeout(_PATIENCE_S)
             channel.connect(target)
             yield channel

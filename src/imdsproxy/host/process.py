@@ -1,6 +1,6 @@
 """Processes that outlive us: started detached, known again by /proc, waited for and ended by pidfd.
 
-A pid alone says nothing: it may have been given to somebody else since it was written down. A
+A pid alone says nothing: another process may have it since it was written down. A
 process is known by its pid *and* its start time, and acted on through a pidfd, which never changes
 its meaning.
 """
@@ -13,7 +13,7 @@ import errno
 import os
 import signal
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,6 +91,13 @@ def read_arguments(pid: int, proc: Path = PROC) -> tuple[str, ...]:
     return tuple(os.fsdecode(one) for one in command.split(b"\0")[:-1])
 
 
+def socket_holders(inodes: Collection[int], proc: Path = PROC) -> Iterator[int]:
+    """The processes that have one of these sockets open, by pid."""
+    for pid in sorted(int(one.name) for one in proc.glob("[0-9]*")):
+        if any(inode in inodes for inode, _ in open_sockets(pid, proc)):
+            yield pid
+
+
 def open_sockets(pid: int, proc: Path = PROC) -> Iterator[tuple[int, str]]:
     """The inode of each socket that a process has open, with the path of its descriptor."""
     # A process that ends while it is looked at holds nothing any more.
@@ -120,7 +127,7 @@ class ProcessIdentity:
 
 
 def identify(pid: int) -> ProcessIdentity | None:
-    """Who has this pid now; `None` when nobody has, or a zombie that only waits to be reaped."""
+    """The process that has this pid now; `None` without one, or for a zombie that only waits to be reaped."""
     stat = read_stat(pid)
     if stat is None:
         return None
@@ -177,7 +184,7 @@ class ProcessHandle:
         """Send a signal; false when it has ended already.
 
         Raises:
-            PrivilegeMissing: It belongs to somebody else.
+            PrivilegeMissing: It belongs to another user.
         """
         try:
             signal.pidfd_send_signal(self._descriptor, number)

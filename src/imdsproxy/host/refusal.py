@@ -16,7 +16,7 @@ _HINTS: Final = {
     errno.ENFILE: "raise fs.file-max of the host",
     errno.ENOMEM: "the host is short of memory",
     errno.ENODEV: "the device is gone; it is looked at again when it comes back",
-    errno.EBUSY: "somebody else uses it",
+    errno.EBUSY: "another process uses it",
     errno.EOPNOTSUPP: "this kernel lacks the feature",
     errno.ENOENT: "it does not exist (any more)",
     errno.EEXIST: "something else of that name is there already",

@@ -1,14 +1,15 @@
-"""Whose socket is at a path: sock_diag(7) for unix sockets, /proc, and a connection where these do not tell.
+"""The process that listens on the socket at a path, by sock_diag(7), /proc, and a connection as the last resort.
 
-A process that binds elsewhere and renames, as HAProxy does, is not listed under the path; the kernel tells the
-socket file's inode instead. It lists the sockets of one network namespace only, while a path leads to sockets of
-any: only to what is not listed does somebody have to connect.
+A process that binds elsewhere and renames, as HAProxy does, is not listed under the path; the kernel lists the socket
+file's inode as well. It lists the sockets of one network namespace only, while a path leads to sockets of any: only to
+a socket that is not listed a connection is made.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import re
 import socket
 import stat
 import struct
@@ -21,7 +22,7 @@ from imdsproxy.core.hoststate import SocketOwner
 from imdsproxy.core.unix_socket import SeenSocket, SocketState
 from imdsproxy.errors import HostRefused
 from imdsproxy.host.nlmessages import NetlinkRefused, NetlinkSocket, parse_attributes
-from imdsproxy.host.process import command_name, open_sockets
+from imdsproxy.host.process import command_name, open_sockets, read_arguments, socket_holders
 from imdsproxy.host.refusal import host_refused
 from imdsproxy.host.sockets import SOCK_DIAG
 
@@ -37,6 +38,11 @@ _VFS: Final = 1
 _CREDENTIALS: Final = struct.Struct("=iII")
 _PATIENCE_S: Final = 1.0
 _MINOR_BITS: Final = 20
+_ACCEPTS: Final = 0x10000
+"""`__SO_ACCEPTCON` in the flags of `/proc/net/unix` (proc_net(5))."""
+
+_BEFORE_RENAME: Final = re.compile(r"\.[0-9]+\.tmp")
+"""What HAProxy appends to a path when it binds; the socket is then renamed, and the kernel keeps the first name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,23 +116,21 @@ class SocketFiles:
             except (ConnectionRefusedError, FileNotFoundError):
                 return SeenSocket(SocketState.STALE, orphaned=held)
             except (TimeoutError, BlockingIOError):
-                # Its queue is full: it lives.
+                # Its queue is full: a process listens.
                 return SeenSocket(SocketState.FOREIGN, orphaned=held)
             except OSError as error:
                 raise host_refused(f"find out who listens on {path}", error) from error
             data = probe.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
         pid = _CREDENTIALS.unpack(data)[0]
-        # Whoever began to listen may have handed the socket to another worker and ended.
+        # The process that began to listen may have handed the socket to another worker and ended.
         if pid in our_pids or (held and not (self._proc / str(pid)).exists()):
             return SeenSocket(SocketState.OURS)
         owners = (SocketOwner(pid, command_name(pid, self._proc)),) if pid else ()
         return SeenSocket(SocketState.FOREIGN, owners, orphaned=held)
 
     def _owners(self, inode: int) -> Iterator[SocketOwner]:
-        pids = sorted(int(one.name) for one in self._proc.iterdir() if one.name.isdigit())
-        for pid in pids:
-            if any(inode == one for one, _ in open_sockets(pid, self._proc)):
-                yield SocketOwner(pid, command_name(pid, self._proc))
+        for pid in socket_holders({inode}, self._proc):
+            yield SocketOwner(pid, command_name(pid, self._proc))
 
 
 def give_socket(path: Path, *, mode: int, owner: tuple[int, int]) -> None:
@@ -180,7 +184,7 @@ def remove_file(path: Path, identity: tuple[int, int]) -> None:
     try:
         path.rename(aside)
         if identify_file(aside) != identity:
-            # Somebody has bound here meanwhile, and yet another one may have by now.
+            # Another process has bound here meanwhile, and yet another one may have by now.
             with contextlib.suppress(FileExistsError):
                 os.link(aside, path, follow_symlinks=False)
         aside.unlink()
@@ -191,11 +195,11 @@ def remove_file(path: Path, identity: tuple[int, int]) -> None:
 
 
 def find_socket_at(path: Path) -> frozenset[int]:
-    """Inodes of the listening sockets that a path leads to: one, as a rule; none where the kernel does not tell."""
+    """Inodes of the listening sockets that a path leads to: usually one; none where the kernel does not list them."""
     identity = identify_file(path)
     if identity is None:
         return frozenset()
-    # Not the device, as above: who bound here, or beside it to rename, is told apart by name.
+    # Not the device, as above: the name tells whether it was bound here, or beside it to be renamed.
     name = os.fsencode(path)
     return frozenset(
         one.inode
@@ -213,7 +217,7 @@ def _listening() -> list[_Listening]:
         with NetlinkSocket(SOCK_DIAG) as channel:
             messages = channel.dump(_BY_FAMILY, question)
     except (NetlinkRefused, OSError):
-        # A kernel without unix_diag: a connection tells then.
+        # A kernel without unix_diag: a connection is made then.
         return []
     found: list[_Listening] = []
     for message in messages:
@@ -226,3 +230,49 @@ def _listening() -> list[_Listening]:
             major, minor = device >> _MINOR_BITS, device & ((1 << _MINOR_BITS) - 1)
             found.append(_Listening(inode, name, file, os.makedev(major, minor)))
     return found
+
+
+@dataclass(frozen=True, slots=True)
+class SocketHolder:
+    """The process that has a listening socket open; `pid` is `None` where none can be seen."""
+
+    pid: int | None = None
+    command: tuple[str, ...] = ()
+
+
+def find_socket_holder(path: Path, proc: Path = Path("/proc")) -> SocketHolder | None:
+    """The process that listens at a path, found without connecting; `None` without one, even if there is a file.
+
+    Args:
+        path: The socket's absolute path, as it was bound.
+        proc: Where the kernel shows processes.
+    """
+    listening = list(_bound_at(path, proc))
+    if not listening:
+        return None
+    inodes = {inode for inode, _ in listening}
+    if len(inodes) > 1:
+        # A HAProxy or an agent whose socket was replaced still listens, and cannot be reached. Where the kernel does
+        # not say which socket is reached, it is the one that was bound by the path's own name.
+        exact = {inode for inode, same in listening if same}
+        inodes = inodes & find_socket_at(path) or exact or inodes
+    for pid in socket_holders(inodes, proc):
+        return SocketHolder(pid, read_arguments(pid, proc))
+    return SocketHolder()
+
+
+def _bound_at(path: Path, proc: Path) -> Iterator[tuple[int, bool]]:
+    """Inodes of the sockets that listen there, and whether each was bound under exactly this name."""
+    try:
+        lines = (proc / "net" / "unix").read_text(errors="surrogateescape").splitlines()
+    except OSError:
+        return
+    for line in lines[1:]:
+        # Num RefCount Protocol Flags Type St Inode Path
+        fields = line.split(maxsplit=7)
+        if len(fields) < 8 or not int(fields[3], 16) & _ACCEPTS:  # noqa: PLR2004 - as above
+            continue
+        rest = fields[7].removeprefix(str(path))
+        exact = fields[7] == str(path)
+        if exact or (rest != fields[7] and _BEFORE_RENAME.fullmatch(rest)):
+            yield int(fields[6]), exact

@@ -1,8 +1,8 @@
-"""Who listens where guests ask for metadata: sock_diag(7), /proc, and a bind to try.
+"""Listening sockets on the metadata addresses: sock_diag(7), /proc, and a trial bind.
 
 HAProxy binds with SO_REUSEADDR and SO_REUSEPORT as root. A socket that listens on an address that
 covers ours, on the same device or either on none, is in its way unless it too has SO_REUSEPORT and
-belongs to root (inet_csk_bind_conflict). No interface of the kernel tells of a foreign socket's
+belongs to root (inet_csk_bind_conflict). No interface of the kernel shows a foreign socket's
 SO_REUSEPORT, so the question is put to the kernel itself: `try_bind` does what HAProxy does,
 without listening, and lets go.
 """
@@ -231,9 +231,9 @@ def _link(path: str) -> str:
 
 
 def try_tcp_listen(host: str, port: int) -> str | None:
-    """Why nobody can listen at an address of the host now; `None` when one can.
+    """Why an address of the host cannot be listened on now; `None` when it can.
 
-    Without SO_REUSEPORT: a port that somebody shares is not free.
+    Without SO_REUSEPORT: a port that another process would share is not free.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as trial:

@@ -20,7 +20,7 @@ def link_name(namespace: NamespaceRef | None, device_index: int = 0) -> str:
     """A name that changes when the namespace or the device is another one under the same name.
 
     HAProxy hands listening sockets to its next worker by name, also those of a namespace or device that
-    was deleted and made again; inode and index are what tells them apart.
+    was deleted and made again; inode and index distinguish them.
 
     Args:
         namespace: `None` for the host's own.

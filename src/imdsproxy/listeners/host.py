@@ -104,7 +104,7 @@ class SystemHost:
         except (OSError, ValueError) as error:
             raise HostRefused(
                 f"cannot read {self._journal}: {error}",
-                hint="remove it; addresses that nobody needs any more are then yours to remove",
+                hint="remove it; addresses that are no longer needed are then yours to remove",
             ) from error
         return frozenset((place[0], place[1]) for place in places)
 

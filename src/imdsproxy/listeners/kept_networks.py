@@ -1,7 +1,7 @@
 """The networks that HAProxy was last configured for, kept beside its configuration.
 
-A controller that starts while a source cannot tell what it knows (a damaged store, a directory that is
-missing) would otherwise take every network for removed, and its guests would find nobody listening.
+A controller that starts while a source cannot be read (a damaged store, a missing directory) would otherwise take
+every network for removed, and HAProxy would stop listening in it.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ class KeptNetworks:
     _written: Mapping[NetworkId, Network] = field(default_factory=dict)
 
     def beside(
-        self, told: Mapping[NetworkId, Network], *, in_sync: bool
+        self, known: Mapping[NetworkId, Network], *, in_sync: bool
     ) -> dict[NetworkId, Network]:
-        """The networks to listen for: what sources tell, and until all have told, what was kept."""
+        """The networks to listen for: those of the sources, and until all are in sync, also those that were kept."""
         if in_sync:
-            return dict(told)
-        return {**self.load(), **told}
+            return dict(known)
+        return {**self.load(), **known}
 
     def keep(self, networks: Mapping[NetworkId, Network]) -> None:
         """Note what HAProxy is configured for now.
 
-        That it cannot be noted costs nothing as long as this process lives, so it is only logged.
+        Only the next process needs it, so a failure is only logged.
         """
         self._networks = dict(networks)
         if networks == self._written:

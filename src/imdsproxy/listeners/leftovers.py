@@ -1,4 +1,4 @@
-"""What is ours on the host and is nobody's any more."""
+"""What is ours on the host and belongs to no network any more."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def plan_sweep(
         served: The networks whose listeners are wanted.
         observed: The host.
         naming: How our own objects are named.
-        managed: Where we have put addresses; `None`: nobody has written that down.
+        managed: Where we have put addresses; `None`: unknown.
     """
     bridged = [one.id for one in served if isinstance(one.listener, BridgeListener)]
     namespaces = {naming.namespace(network) for network in bridged}
@@ -92,7 +92,7 @@ def _managed(listener: Listener) -> ManagedPlace | None:
 
 
 def without_removed(observed: ObservedHost, ops: Iterable[HostOp]) -> ObservedHost:
-    """The host as it is known, once removals have been carried out: nobody looks there again.
+    """The host as it is known, once removals have been carried out, without another look.
 
     Args:
         observed: The host that the plan was made from.

@@ -1,7 +1,7 @@
 """From networks to listeners in force: observe the host, plan, act on the host, reload HAProxy.
 
-Every round looks at the host before it decides. A listener that cannot be bound is left out and told of,
-and never keeps another one from coming into force.
+Every round looks at the host before it decides. A listener that cannot be bound is reported, and never keeps another
+one from coming into force.
 """
 
 from __future__ import annotations
@@ -198,7 +198,7 @@ class ListenerLoop:
                 await self._round(reasons)
             except DataplaneError as error:
                 self.failure = Problem("listeners", error.message, error.hint)
-                log.error(  # noqa: TRY400 - expected, and told in full
+                log.error(  # noqa: TRY400 - expected, and logged in full
                     "listeners not applied", code=error.code, error=error.message, retry_in_s=delay
                 )
                 delay = min(delay * 2, _RETRY_LAST_S)
@@ -291,7 +291,7 @@ class ListenerLoop:
             self._dirty.update(one.network for one in plan.left_out)
             failures = await self.host.apply(plan.ops)
             if not failures and self._observed is observed:
-                # Nobody looks again at the place of a network that is gone.
+                # The place of a network that is gone is not looked at again.
                 self._observed = without_removed(observed, plan.ops)
             self.operations["failed"] += len(failures)
             self.operations["ok"] += len(plan.ops) - len(failures)
@@ -390,7 +390,7 @@ class ListenerLoop:
         # The old worker does not look at the links any more, the next one needs all of its own.
         self.host.apply_links(plan_links(self._listening.binds))
         if self.haproxy.processes is None:
-            # Nothing of ours has the exporter's port any more; somebody else may.
+            # Nothing of ours has the exporter's port any more; another program may.
             self.exporter.in_force = None
         before = bound_path(self.haproxy.in_force() or "")
         spec = self.spec()

@@ -58,7 +58,7 @@ def apply_links(directory: Path, links: Mapping[str, Path | str]) -> bool:
 def _present(directory: Path) -> dict[str, str]:
     with os.scandir(directory) as entries:
         # At each reload, for every network: a Path for each costs more than the kernel's part.
-        return {one.name: os.readlink(one.path) for one in entries if one.is_symlink()}  # noqa: PTH115 - as said
+        return {one.name: os.readlink(one.path) for one in entries if one.is_symlink()}  # noqa: PTH115 - as above
 
 
 def _place(path: str, target: str) -> None:

@@ -74,7 +74,7 @@ class HostObserver:
         thread: Where namespaces are entered.
         naming: How our own objects are named.
         owners: Finds who holds a socket; handed in by tests.
-        dmi: Where the kernel tells SMBIOS.
+        dmi: Where the kernel shows SMBIOS.
     """
 
     def __init__(
@@ -106,11 +106,11 @@ class HostObserver:
             everything: Look at all namespaces and all devices of the host, for what earlier
                 processes may have left there.
             managed: Where they have put addresses: other namespaces that are not ours by their name, of which a
-                host may have thousands, are not looked at then. `None`: nobody has written that down.
+                host may have thousands, are not looked at then. `None`: unknown.
 
         Raises:
             HostRefused: The host's own namespace cannot be looked at. (Trouble in another one is
-                told as its `problem`.)
+                reported as its `problem`.)
         """
         given = list(networks)
         pids = frozenset(our_pids)

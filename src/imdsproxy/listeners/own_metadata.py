@@ -32,7 +32,7 @@ def own_metadata(channel: NetlinkSocket, dmi: Path = DMI) -> str:
 
     Args:
         channel: Of the host's own namespace.
-        dmi: Where the kernel tells SMBIOS.
+        dmi: Where the kernel shows SMBIOS.
     """
     for name, known in _SIGNS.items():
         try:

@@ -75,7 +75,7 @@ def plan_listeners(
         networks: All of them: what is ours on the host and belongs to none is removed.
         observed: The host. What was not looked at counts as not there.
         naming: How our own objects are named.
-        sweep: Also plan removals; off while the sources have not told everything yet.
+        sweep: Also plan removals; off until all sources are in sync.
         managed: Where we have put addresses, by our own journal; only there are they removed again. The
             mark on an address is one of 128 and may be another daemon's too. `None`: anywhere.
         memo: Empty at first and then the same one again: most of a plan is that of before.
@@ -114,7 +114,7 @@ class OpFailure:
 
 
 def explain_pending(plan: ListenerPlan, failures: Iterable[OpFailure]) -> ListenerPlan:
-    """The same plan, with what is pending only because of a failed op told by its failure.
+    """The same plan; what is pending because an op failed gets the failure as its reason.
 
     Args:
         plan: Made from what was observed after the ops were tried.
@@ -285,7 +285,7 @@ def _place(network: Network, observed: ObservedHost) -> tuple[_Place, str | None
     if isinstance(listener, NamespaceListener):
         seen = observed.namespaces.get(listener.namespace)
         if seen is not None and seen.ref is not None:
-            # Two names may lead to one namespace (`ip netns attach`): the inode tells.
+            # Two names may lead to one namespace (`ip netns attach`): the inode is its identity.
             return ("inode", seen.ref.inode), listener.device
         return ("namespace", listener.namespace), listener.device
     if isinstance(listener, InterfaceListener):

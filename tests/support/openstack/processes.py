@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from imdsproxy.host.unixsockets import find_unix_listener
+from imdsproxy.host.socket_file import find_socket_holder
 from support.openstack.install import INSIDE, Environments, run
 from support.openstack.neutron_rest import ask
 from support.openstack.servers import Server
@@ -120,7 +120,7 @@ def agent_server(place: Place, *, nova_port: int, secret: str) -> Server:
 
 def _agent_listens(path: Path) -> bool:
     # Somebody else may have the place until the agent takes it.
-    found = find_unix_listener(path)
+    found = find_socket_holder(path)
     return found is not None and any(_AGENT in word for word in found.command)
 
 

@@ -18,7 +18,7 @@ from imdsproxy.cli.checks.finding import Finding
 from imdsproxy.cli.main import main
 from imdsproxy.config.nova_url import NovaUrl
 from imdsproxy.config.schema import Settings
-from imdsproxy.host.unixsockets import UnixListener
+from imdsproxy.host.socket_file import SocketHolder
 from support.certificates import Authority, make_authority, server_context
 
 _SECRET = b"0123456789abcdef"
@@ -53,7 +53,7 @@ def test_without_nova_nothing_is_asked() -> None:
     assert preflight.check_certificates(settings) == []
     assert preflight.check_clouds(settings) == []
     assert preflight.check_endpoints(settings, lambda *_: "never asked") == []
-    assert preflight.check_unix_listener(settings, lambda _: UnixListener(), Path("/x")) == []
+    assert preflight.check_unix_listener(settings, lambda _: SocketHolder(), Path("/x")) == []
 
 
 def test_a_secret_for_us_only_is_fine(secret: Path) -> None:
@@ -302,13 +302,13 @@ _LISTENING = Settings.model_validate({"unix_listener": {"enabled": True, "path":
     [
         (None, 0, "no process listens at /var/s", ""),
         (
-            UnixListener(7, ("haproxy", "-Ws", "-f", "/run/haproxy.cfg")),
+            SocketHolder(7, ("haproxy", "-Ws", "-f", "/run/haproxy.cfg")),
             0,
             "imdsproxy's HAProxy listens at /var/s (pid 7)",
             "",
         ),
         (
-            UnixListener(
+            SocketHolder(
                 8, ("/usr/bin/python3", "/usr/bin/neutron-metadata-agent", "--config-file")
             ),
             0,
@@ -316,17 +316,17 @@ _LISTENING = Settings.model_validate({"unix_listener": {"enabled": True, "path":
             "guests are its own until you stop neutron-metadata-agent",
         ),
         (
-            UnixListener(8, ("python3", "-m", "neutron.agent.metadata_agent")),
+            SocketHolder(8, ("python3", "-m", "neutron.agent.metadata_agent")),
             0,
             "neutron-metadata-agent (pid 8) listens at /var/s",
             "guests are its own until you stop neutron-metadata-agent",
         ),
-        (UnixListener(9, ("socat", "x")), 71, "socat x (pid 9) listens", "stop it, or change"),
-        (UnixListener(), 71, "a process that cannot be seen listens", "stop it, or change"),
+        (SocketHolder(9, ("socat", "x")), 71, "socat x (pid 9) listens", "stop it, or change"),
+        (SocketHolder(), 71, "a process that cannot be seen listens", "stop it, or change"),
     ],
 )
 def test_who_is_in_the_sockets_place_is_told(
-    listener: UnixListener | None, status: int, words: str, hint: str
+    listener: SocketHolder | None, status: int, words: str, hint: str
 ) -> None:
     (finding,) = preflight.check_unix_listener(
         _LISTENING, lambda _: listener, Path("/run/haproxy.cfg")
@@ -342,16 +342,16 @@ def test_who_is_in_the_sockets_place_is_told(
     ("listener", "words", "hint"),
     [
         (
-            UnixListener(8, ("/usr/bin/python3", "/usr/bin/neutron-ovn-agent")),
+            SocketHolder(8, ("/usr/bin/python3", "/usr/bin/neutron-ovn-agent")),
             "neutron-ovn-agent (pid 8) listens at /var/s",
             "each time that neutron-ovn-agent starts (unix_listener.take_over)",
         ),
-        (UnixListener(9, ("socat", "x")), "socat x (pid 9) listens", "each time that it starts"),
-        (UnixListener(), "a process that cannot be seen listens", "imdsproxy takes the path over"),
+        (SocketHolder(9, ("socat", "x")), "socat x (pid 9) listens", "each time that it starts"),
+        (SocketHolder(), "a process that cannot be seen listens", "imdsproxy takes the path over"),
     ],
 )
 def test_who_is_to_be_taken_over_is_told_and_no_reason_not_to_start(
-    listener: UnixListener, words: str, hint: str
+    listener: SocketHolder, words: str, hint: str
 ) -> None:
     unix = _LISTENING.unix_listener.model_copy(update={"take_over": True})
     settings = _LISTENING.model_copy(update={"unix_listener": unix})

@@ -34,7 +34,7 @@ from imdsproxy.errors import (
     ImdsproxyError,
 )
 from imdsproxy.host import firewall
-from imdsproxy.host.unixsockets import find_unix_listener
+from imdsproxy.host.socket_file import find_socket_holder
 from imdsproxy.serving.account import find_account, find_closed
 from imdsproxy.sources.sqlite_reading import read_store
 
@@ -244,7 +244,7 @@ def _openstack(on: Subject) -> list[Finding]:
         *openstack.check_endpoints(
             on.settings, lambda url, context, name: why_unreachable(url, context, name, timeout_s)
         ),
-        *openstack.check_unix_listener(on.settings, find_unix_listener, on.layout.config),
+        *openstack.check_unix_listener(on.settings, find_socket_holder, on.layout.config),
     ]
 
 

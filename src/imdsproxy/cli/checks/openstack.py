@@ -27,7 +27,7 @@ from imdsproxy.errors import (
 )
 from imdsproxy.host.files import read_secret
 from imdsproxy.host.signing_secret import read_signing_secret
-from imdsproxy.host.unixsockets import UnixListener
+from imdsproxy.host.socket_file import SocketHolder
 from imdsproxy.sources.neutron.client import require_library
 
 _NOVA: Final = Area("nova")
@@ -158,7 +158,7 @@ def check_endpoints(
 
 
 def check_unix_listener(
-    settings: Settings, find: Callable[[Path], UnixListener | None], haproxy_config: Path
+    settings: Settings, find: Callable[[Path], SocketHolder | None], haproxy_config: Path
 ) -> list[Finding]:
     """That no other process listens at the path of the listener `unix`; an agent that still does is a warning.
 

@@ -6,17 +6,17 @@ import subprocess
 import sys
 from pathlib import Path
 
-from imdsproxy.host.unixsockets import UnixListener, find_unix_listener
+from imdsproxy.host.socket_file import SocketHolder, find_socket_holder
 
 
 def test_who_listens_is_found_without_connecting(tmp_path: Path) -> None:
     path = tmp_path / "with blank.sock"
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(path))
-        assert find_unix_listener(path) is None, "bound and not listening yet"
+        assert find_socket_holder(path) is None, "bound and not listening yet"
         listener.listen()
 
-        found = find_unix_listener(path)
+        found = find_socket_holder(path)
 
         assert found is not None
         assert found.pid == os.getpid()
@@ -29,7 +29,7 @@ def test_who_listens_is_found_without_connecting(tmp_path: Path) -> None:
         else:
             raise AssertionError("somebody connected")
     assert path.exists()
-    assert find_unix_listener(path) is None, "only the file is left"
+    assert find_socket_holder(path) is None, "only the file is left"
 
 
 def test_a_listener_of_a_process_that_cannot_be_seen_is_one_too(tmp_path: Path) -> None:
@@ -41,9 +41,9 @@ def test_a_listener_of_a_process_that_cannot_be_seen_is_one_too(tmp_path: Path) 
         "0: 00000002 00000000 00010000 0001 01 79\n"
     )
 
-    assert find_unix_listener(Path("/run/a.sock"), tmp_path) == UnixListener()
-    assert find_unix_listener(Path("/run/b.sock"), tmp_path) is None
-    assert find_unix_listener(Path("/run/a.sock"), tmp_path / "none") is None
+    assert find_socket_holder(Path("/run/a.sock"), tmp_path) == SocketHolder()
+    assert find_socket_holder(Path("/run/b.sock"), tmp_path) is None
+    assert find_socket_holder(Path("/run/a.sock"), tmp_path / "none") is None
 
 
 def test_a_haproxy_is_found_by_the_name_that_it_bound_unless_another_has_taken_the_place(
@@ -58,7 +58,7 @@ def test_a_haproxy_is_found_by_the_name_that_it_bound_unless_another_has_taken_t
         haproxys.bind(str(bound))
         haproxys.listen()
         bound.rename(path)
-        found = find_unix_listener(path)
+        found = find_socket_holder(path)
         assert found is not None
         assert found.pid == os.getpid()
 
@@ -66,12 +66,12 @@ def test_a_haproxy_is_found_by_the_name_that_it_bound_unless_another_has_taken_t
         agents.bind(str(path))
         agents.listen()
         haproxys.close()
-        assert find_unix_listener(path) is not None
+        assert find_socket_holder(path) is not None
         agents.close()
 
         others.bind(str(tmp_path / "a.sock.7.tmpx"))
         others.listen()
-        assert find_unix_listener(path) is None
+        assert find_socket_holder(path) is None
 
 
 def test_an_agent_whose_socket_haproxy_has_replaced_is_not_who_is_reached(tmp_path: Path) -> None:
@@ -85,14 +85,14 @@ def test_an_agent_whose_socket_haproxy_has_replaced_is_not_who_is_reached(tmp_pa
     ):
         assert agent.stdout is not None
         agent.stdout.readline()
-        found = find_unix_listener(path)
+        found = find_socket_holder(path)
         assert found is not None
         assert found.pid == agent.pid
 
         haproxys.bind(str(bound))
         haproxys.listen()
         bound.rename(path)
-        found = find_unix_listener(path)
+        found = find_socket_holder(path)
         assert found is not None
         assert found.pid == os.getpid()
         agent.communicate()
