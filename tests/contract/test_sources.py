@@ -24,8 +24,8 @@ from imdsproxy.core.model import Instance, InstanceId, Network, NetworkId
 from imdsproxy.core.records import render_instance, render_network
 from imdsproxy.errors import Problem, SourceRefused
 from imdsproxy.sources.api import Source
-from imdsproxy.sources.file import FileSource
-from imdsproxy.sources.sqlite import SqliteSource
+from imdsproxy.sources.file.source import FileSource
+from imdsproxy.sources.sqlite.source import SqliteSource
 from support.libvirt_backing import LibvirtBacking
 from support.neutron_backing import NeutronBacking
 from support.record_builders import instance, network, port

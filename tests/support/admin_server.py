@@ -70,7 +70,7 @@ from imdsproxy.serving.bind import open_unix_socket
 from imdsproxy.serving.documents import Answer
 from imdsproxy.serving.forward import FoundRequest
 from imdsproxy.serving.passwords import PasswordStore
-from imdsproxy.sources.sqlite import SqliteSource
+from imdsproxy.sources.sqlite.source import SqliteSource
 from support.fake_haproxy import FakeHaproxy, FakeLauncher
 from support.fake_mac_filters import no_hop_limits, no_mac_filters
 

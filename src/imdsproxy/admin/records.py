@@ -15,7 +15,7 @@ from imdsproxy.core.model import Instance, InstanceId, Network, NetworkId
 from imdsproxy.errors import AlreadyExists, NotFound, Problem, SourceRefused
 from imdsproxy.listeners.loop import ListenerLoop
 from imdsproxy.listeners.plan import find_shared
-from imdsproxy.sources.sqlite import SqliteSource
+from imdsproxy.sources.sqlite.source import SqliteSource
 
 __all__ = ["RecordService", "Written"]
 

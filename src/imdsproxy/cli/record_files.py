@@ -37,7 +37,7 @@ def read_record_file(path: Path, note: Note) -> Records:
 
     `user_data_file` is read here, relative to the file: the daemon reads no file for a caller.
     """
-    from imdsproxy.sources.record_file import (  # noqa: PLC0415 - `--help` need not load YAML
+    from imdsproxy.sources.file.record_file import (  # noqa: PLC0415 - `--help` need not load YAML
         decode_records,
         payload_reader,
     )

@@ -33,8 +33,10 @@ from imdsproxy.config.section import (
     setting,
 )
 from imdsproxy.config.unix_listener import UnixListenerSettings
+from imdsproxy.sources.file.settings import FileSourceSettings
 from imdsproxy.sources.libvirt.settings import LibvirtSourceSettings
 from imdsproxy.sources.neutron.settings import NeutronSourceSettings
+from imdsproxy.sources.sqlite.settings import SqliteSourceSettings
 
 __all__ = [
     "AdminSettings",
@@ -263,36 +265,6 @@ class ResolverSettings(Section):
         return self
 
 
-class FileSourceSettings(Section):
-    """Records from a directory of YAML and JSON files."""
-
-    enabled: bool = setting(
-        False,
-        "Read and watch the directory. Off, because an empty or missing directory is no empty "
-        "inventory.",
-        Change.RESTART,
-    )
-    directory: AbsolutePath = setting(
-        Path("/etc/imdsproxy/records"),
-        "Directory of `*.yaml`, `*.yml` and `*.json` files with `networks:` and `instances:` "
-        "lists.",
-        Change.RESTART,
-    )
-
-
-class SqliteSourceSettings(Section):
-    """Records in the embedded store, written by the command line and the admin API."""
-
-    enabled: bool = setting(
-        True,
-        "Use the store. On, because it is what `network add` and `instance add` write to.",
-        Change.RESTART,
-    )
-    path: AbsolutePath | None = setting(
-        None, "The database file; null is `store.sqlite` in `paths.state_dir`.", Change.RESTART
-    )
-
-
 class SourcesSettings(Section):
     """Where networks, ports and instances come from. Several at once are allowed."""
 
@@ -303,8 +275,7 @@ class SourcesSettings(Section):
 
     @model_validator(mode="after")
     def _one_is_enabled(self) -> SourcesSettings:
-        each = (self.file, self.sqlite, self.neutron, self.libvirt)
-        if not any(source.enabled for source in each):
+        if not any(getattr(self, name).enabled for name in type(self).model_fields):
             raise cross(
                 "",
                 "no source is enabled, so no instance could ever be known",

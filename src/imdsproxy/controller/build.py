@@ -47,7 +47,7 @@ from imdsproxy.sources.libvirt.client import SystemLibvirt
 from imdsproxy.sources.libvirt.source import LibvirtSource
 from imdsproxy.sources.neutron.client import open_client
 from imdsproxy.sources.neutron.source import NeutronSource
-from imdsproxy.sources.sqlite import SqliteSource
+from imdsproxy.sources.sqlite.source import SqliteSource
 
 __all__ = [
     "Sources",
@@ -292,7 +292,7 @@ def build_sources(
         found.append(writable)
     if settings.sources.file.enabled:
         # With its reader of YAML a sixteenth of a start, and off where nobody asks for it.
-        from imdsproxy.sources.file import FileSource  # noqa: PLC0415 - as said above
+        from imdsproxy.sources.file.source import FileSource  # noqa: PLC0415 - as said above
 
         # Guests keep their documents over a restart that finds a record file broken.
         kept = settings.paths.state_dir / "last-good.sqlite"

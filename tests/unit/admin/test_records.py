@@ -30,7 +30,7 @@ from imdsproxy.core.observation import AddressKey, Observation
 from imdsproxy.errors import AlreadyExists, NotFound, SourceRefused
 from imdsproxy.listeners.degraded import find_degraded
 from imdsproxy.listeners.loop import ListenerReport
-from imdsproxy.sources.sqlite import SqliteSource
+from imdsproxy.sources.sqlite.source import SqliteSource
 
 _RED = Network(NetworkId("red"), NamespaceListener("red"))
 _BLUE = Network(NetworkId("blue"), NamespaceListener("blue"))

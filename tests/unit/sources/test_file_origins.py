@@ -10,7 +10,7 @@ from imdsproxy.core.inventory import Inventory
 from imdsproxy.core.model import InstanceId
 from imdsproxy.core.observation import Observation
 from imdsproxy.sources.api import Origin
-from imdsproxy.sources.file import FileSource
+from imdsproxy.sources.file.source import FileSource
 
 _TEXT = """\
 instances:

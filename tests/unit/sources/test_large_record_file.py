@@ -19,10 +19,10 @@ from imdsproxy.app.heartbeat import Heartbeat
 from imdsproxy.core.progress import Progress
 from imdsproxy.core.records import Refused
 from imdsproxy.host.notify import ServiceNotifier
-from imdsproxy.sources import file_contents
-from imdsproxy.sources.file import FileSource
-from imdsproxy.sources.file_contents import read_contents
-from imdsproxy.sources.record_file import decode_records
+from imdsproxy.sources.file import contents as file_contents
+from imdsproxy.sources.file.contents import read_contents
+from imdsproxy.sources.file.record_file import decode_records
+from imdsproxy.sources.file.source import FileSource
 from support.patience import patience
 from support.source_runs import DEADLINE_S, Heard
 

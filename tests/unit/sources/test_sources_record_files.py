@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 from imdsproxy.core.records import MAX_PAYLOAD, Unreadable
-from imdsproxy.sources.record_file import decode_records, payload_reader
+from imdsproxy.sources.file.record_file import decode_records, payload_reader
 
 GOOD = "instances:\n- id: a\n  name: a\n"
 

@@ -19,9 +19,10 @@ from imdsproxy.core.observation import Observation
 from imdsproxy.core.records import parse_instance, render_instance
 from imdsproxy.errors import SourceCorrupt, SourceError, SourceRefused, SourceUnavailable
 from imdsproxy.sources.api import Tally, Written
-from imdsproxy.sources.sqlite import SqliteSource
-from imdsproxy.sources.sqlite_schema import APPLICATION_ID, MIGRATIONS, open_store
-from imdsproxy.sources.sqlite_store import Store
+from imdsproxy.sources.sqlite.schema import MIGRATIONS
+from imdsproxy.sources.sqlite.source import SqliteSource
+from imdsproxy.sources.sqlite.store import Store
+from imdsproxy.sources.sqlite_file import APPLICATION_ID, open_store
 from support.record_builders import instance, network, port
 from support.source_runs import running
 
@@ -408,7 +409,7 @@ import sys
 from pathlib import Path
 from ipaddress import ip_address
 from imdsproxy.core.model import Instance, InstanceId, NetworkId, Port
-from imdsproxy.sources.sqlite_store import Store
+from imdsproxy.sources.sqlite.store import Store
 
 store, turn, number = Store(Path(sys.argv[1])), sys.argv[2], 0
 while True:

@@ -12,8 +12,8 @@ import pytest
 from imdsproxy.core.compiled import compile_instance
 from imdsproxy.core.model import Instance, InstanceId, NetworkId, Port, StoredBytes
 from imdsproxy.errors import SourceUnavailable
-from imdsproxy.sources import sqlite_store
-from imdsproxy.sources.sqlite_store import Store
+from imdsproxy.sources.sqlite import store as sqlite_store
+from imdsproxy.sources.sqlite.store import Store
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -13,8 +13,8 @@ from imdsproxy.app.guards import GuardFile, read_guards
 from imdsproxy.core.model import InstanceId
 from imdsproxy.core.policy import Policy, render_policy_word
 from imdsproxy.errors import SourceUnavailable
-from imdsproxy.sources.sqlite_reading import read_store
-from imdsproxy.sources.sqlite_store import Store
+from imdsproxy.sources.sqlite.schema import read_store
+from imdsproxy.sources.sqlite.store import Store
 from support.record_builders import instance, network
 
 _BORN = 1_795_000_000

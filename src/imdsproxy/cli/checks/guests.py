@@ -21,7 +21,7 @@ from imdsproxy.core.records.document import Records
 from imdsproxy.core.wire import VERIFIED_PORT
 from imdsproxy.errors import HostRefused, SourceRefused
 from imdsproxy.host.firewall import DroppingChain
-from imdsproxy.sources.record_file import SUFFIXES, decode_records, payload_reader
+from imdsproxy.sources.file.record_file import SUFFIXES, decode_records, payload_reader
 
 _RECORDS: Final = Area("records")
 _NAMESPACES: Final = Area("namespaces")

@@ -14,7 +14,7 @@ from imdsproxy.core.model import NetworkId
 from imdsproxy.core.observation import AddressKey
 from imdsproxy.sources.neutron.known import Route
 from imdsproxy.sources.neutron.ports import NeutronPort, parse_ports, render_port
-from imdsproxy.sources.side_cache import SideCache
+from imdsproxy.sources.sqlite_file import SideCache
 
 _SCHEMA: Final = """
 CREATE TABLE ports (id TEXT PRIMARY KEY NOT NULL, port TEXT NOT NULL) STRICT;

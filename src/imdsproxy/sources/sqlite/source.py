@@ -15,7 +15,7 @@ from imdsproxy.core.progress import Progress
 from imdsproxy.errors import Problem, SourceError, SourceUnavailable
 from imdsproxy.sources.api import Origin, Publish, Tally, Written
 from imdsproxy.sources.reports import Reports, publish_in_pieces
-from imdsproxy.sources.sqlite_store import Contents, Store
+from imdsproxy.sources.sqlite.store import Contents, Store
 
 _T = TypeVar("_T")
 

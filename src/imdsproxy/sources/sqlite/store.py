@@ -1,6 +1,6 @@
 """The embedded store, one call at a time: records as rows, written as a whole or not at all.
 
-Everything here blocks and, `sync` apart, belongs to one thread; `imdsproxy.sources.sqlite` brings
+Everything here blocks and, `sync` apart, belongs to one thread; `source` brings
 it into the event loop.
 """
 
@@ -44,8 +44,8 @@ from imdsproxy.core.records import (
 from imdsproxy.errors import Problem, SourceRefused, SourceUnavailable
 from imdsproxy.sources.api import Tally
 from imdsproxy.sources.clash import taken_address, taken_id
-from imdsproxy.sources.sqlite_failure import store_failures
-from imdsproxy.sources.sqlite_schema import PACKED, lock_store, open_store
+from imdsproxy.sources.sqlite.schema import MIGRATIONS, PACKED, lock_store
+from imdsproxy.sources.sqlite_file import open_store, store_failures
 
 __all__ = ["Contents", "Store", "Written"]
 
@@ -110,7 +110,7 @@ class Store:
             path.parent.mkdir(mode=0o750, parents=True, exist_ok=True)
             self._lock = lock_store(path)
             try:
-                self._connection = open_store(path)
+                self._connection = open_store(path, MIGRATIONS)
                 self._connection.execute(PACKED)
                 self._payloads = _Payloads(path)
             except BaseException:

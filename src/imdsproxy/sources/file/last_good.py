@@ -16,7 +16,7 @@ from typing import Final, TypeAlias
 from imdsproxy.core.model import Instance, Network
 from imdsproxy.core.packed import PackedInstance
 from imdsproxy.core.records import parse_instance, parse_network, render_record
-from imdsproxy.sources.side_cache import SideCache
+from imdsproxy.sources.sqlite_file import SideCache
 
 _SCHEMA: Final = """
 CREATE TABLE last_good (

@@ -21,8 +21,8 @@ from imdsproxy.core.model import Instance, Network
 from imdsproxy.core.packed import PackedInstance
 from imdsproxy.errors import Problem
 from imdsproxy.sources.clash import claim_places
+from imdsproxy.sources.file.record_file import decode_records, payload_reader
 from imdsproxy.sources.in_force import Entry
-from imdsproxy.sources.record_file import decode_records, payload_reader
 
 if TYPE_CHECKING:
     from collections.abc import Callable

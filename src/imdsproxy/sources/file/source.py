@@ -14,10 +14,10 @@ from imdsproxy.core.packed import PackedInstance, PackedInstances
 from imdsproxy.core.progress import Progress
 from imdsproxy.errors import Problem
 from imdsproxy.sources.api import Origin, Publish
-from imdsproxy.sources.directory import Directory, Reading
-from imdsproxy.sources.last_good import open_last_good
+from imdsproxy.sources.file.directory import Directory, Reading
+from imdsproxy.sources.file.last_good import open_last_good
+from imdsproxy.sources.file.watch import Watch
 from imdsproxy.sources.reports import Reports, publish_in_pieces
-from imdsproxy.sources.watch import Watch
 
 _UNWATCHED_S: Final = 1.0
 """How often to look where inotify cannot be used."""

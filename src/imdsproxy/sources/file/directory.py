@@ -15,16 +15,16 @@ from imdsproxy.core.progress import Progress
 from imdsproxy.errors import Problem
 from imdsproxy.sources.api import Origin
 from imdsproxy.sources.clash import claim_places, taken_address, taken_id
-from imdsproxy.sources.file_contents import (
+from imdsproxy.sources.file.contents import (
     FileContents,
     Signature,
     read_contents,
     signature_of,
 )
+from imdsproxy.sources.file.last_good import Kept, LastGood, load_last_good
+from imdsproxy.sources.file.record_file import SUFFIXES
+from imdsproxy.sources.file.watch import Place, place_of
 from imdsproxy.sources.in_force import Clash, Entry, InForce
-from imdsproxy.sources.last_good import Kept, LastGood, load_last_good
-from imdsproxy.sources.record_file import SUFFIXES
-from imdsproxy.sources.watch import Place, place_of
 
 __all__ = ["Directory", "Reading"]
 

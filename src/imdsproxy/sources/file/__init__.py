@@ -1,0 +1,1 @@
+"""A directory of record files as a source of records."""

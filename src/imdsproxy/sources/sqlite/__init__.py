@@ -1,0 +1,1 @@
+"""The embedded SQLite store as a source of records."""
