@@ -8,7 +8,6 @@ from typing import Final
 import pytest
 
 from imdsproxy.config.yaml_document import parse_yaml
-from imdsproxy.core.policy import RULES
 from imdsproxy.core.records import INSTANCE, NETWORK, parse_records
 from imdsproxy.core.records.instance import PORT
 from support.demonstration import REPOSITORY
@@ -48,7 +47,3 @@ def test_every_field_of_a_network_is_explained() -> None:
 
 def test_every_field_of_an_instance_and_of_a_port_is_explained() -> None:
     assert _fields("## An instance") == [set(INSTANCE.names), set(PORT.names)]
-
-
-def test_every_field_of_a_policy_is_explained() -> None:
-    assert _fields("## Policy") == [set(RULES)]

@@ -15,12 +15,9 @@ if TYPE_CHECKING:
     from imdsproxy.cli.checks.finding import Finding
 
 
+@options.command
 def check(
-    context: typer.Context,
-    *,
-    as_json: options.Json = False,
-    socket: options.Socket = None,
-    config: options.Config = None,
+    run: options.Invocation,
 ) -> None:
     """Settings, HAProxy, privileges, namespaces, directories, ports, records, tokens, Nova: all problems at once.
 
@@ -28,7 +25,6 @@ def check(
     """
     from imdsproxy.cli.checks.every import run_checks  # noqa: PLC0415 - `--help` need not load it
 
-    run = options.invocation(context, as_json=as_json, socket=socket, config=config)
     # Ended by SIGTERM it takes with it what it has started, as it does after Ctrl-C.
     signal.signal(signal.SIGTERM, lambda _number, _frame: signal.raise_signal(signal.SIGINT))
     findings = run_checks(run)

@@ -50,16 +50,14 @@ class _Subject:
     direct: bool
 
 
+@options.command
 def doctor(
-    context: typer.Context,
+    run: options.Invocation,
     url: Url = None,
     *,
     network: options.MaybeNetwork = None,
     address: options.MaybeAddress = None,
     header: Headers = None,
-    as_json: options.Json = False,
-    socket: options.Socket = None,
-    config: options.Config = None,
 ) -> None:
     """Ask as the known clients do, and report which would fail, why, and what to change; exit 1 on errors.
 
@@ -67,7 +65,6 @@ def doctor(
     """
     from imdsproxy.core.doctor import Severity, crawl, examine, run_crawl  # noqa: PLC0415 - `--help`
 
-    run = options.invocation(context, as_json=as_json, socket=socket, config=config)
     subject = _subject(run, url, network, address, header or [])
     with run.output.waiting("asking as the known clients do"):
         crawled = run_crawl(crawl(direct=subject.direct), subject.fetch)

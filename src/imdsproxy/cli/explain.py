@@ -54,22 +54,19 @@ Probe: TypeAlias = Annotated[
 ]
 
 
+@options.command
 def explain(
-    context: typer.Context,
+    run: options.Invocation,
     instance: Instance = None,
     *,
     network: options.MaybeNetwork = None,
     address: options.MaybeAddress = None,
     path: Path = None,
     probe: Probe = False,
-    as_json: options.Json = False,
-    socket: options.Socket = None,
-    config: options.Config = None,
 ) -> None:
     """Who has an address in a network, why, from which source, and what it gets; or the same of an instance."""
     from imdsproxy.cli.admin_client import path_to  # noqa: PLC0415 - `--help` need not load it
 
-    run = options.invocation(context, as_json=as_json, socket=socket, config=config)
     query = {} if path is None else {"path": path}
     if probe:
         query["probe"] = "true"

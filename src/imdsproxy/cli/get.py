@@ -23,19 +23,16 @@ Include: TypeAlias = Annotated[
 ]
 
 
+@options.command
 def get(
-    context: typer.Context,
+    run: options.Invocation,
     path: Path,
     network: options.Network,
     address: options.Address,
     *,
     include: Include = False,
-    as_json: options.Json = False,
-    socket: options.Socket = None,
-    config: options.Config = None,
 ) -> None:
     """What the guest at this address would be told; exit 1 from status 400 up."""
-    run = options.invocation(context, as_json=as_json, socket=socket, config=config)
     query = {"network": network, "address": address, "path": path}
     answer = cast("Mapping[str, object]", run.daemon().get("/v1/documents", query))
     status = int(str(answer["status"]))

@@ -14,12 +14,10 @@ from imdsproxy.errors import AdminUnavailable, SettingsDropped
 _Shape: TypeAlias = Mapping[str, object]
 
 
+@options.command
 def reload(
-    context: typer.Context,
+    run: options.Invocation,
     *,
-    as_json: options.Json = False,
-    socket: options.Socket = None,
-    config: options.Config = None,
     allow_dropped: Annotated[
         bool,
         typer.Option(
@@ -30,7 +28,6 @@ def reload(
     ] = False,
 ) -> None:
     """Have the daemon read its settings again; a broken or emptied file changes nothing and says why."""
-    run = options.invocation(context, as_json=as_json, socket=socket, config=config)
     body = {"allow_dropped": True} if allow_dropped else None
     try:
         done = cast("_Shape", run.daemon().request("POST", "/v1/reload", body=body))

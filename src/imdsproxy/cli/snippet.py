@@ -46,20 +46,17 @@ WantedDialect: TypeAlias = Annotated[
 ]
 
 
+@options.command
 def snippet(
-    context: typer.Context,
+    run: options.Invocation,
     instance: InstanceName,
     target: For,
     *,
     dialect: WantedDialect = None,
-    as_json: options.Json = False,
-    socket: options.Socket = None,
-    config: options.Config = None,
 ) -> None:
     """The SMBIOS, NIC and route that make a stock image ask for this instance's metadata."""
     from imdsproxy.core.snippets.targets import render_snippet, render_text  # noqa: PLC0415 - `--help`
 
-    run = options.invocation(context, as_json=as_json, socket=socket, config=config)
     guest = _guest(run.daemon(), instance)
     made = render_snippet(guest, target, _dialect(guest, instance, target, dialect))
     if run.output.as_json:

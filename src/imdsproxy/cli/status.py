@@ -26,16 +26,13 @@ Check: TypeAlias = Annotated[
 ]
 
 
+@options.command
 def status(
-    context: typer.Context,
+    run: options.Invocation,
     *,
     check: Check = False,
-    as_json: options.Json = False,
-    socket: options.Socket = None,
-    config: options.Config = None,
 ) -> None:
     """Networks, instances, sources, HAProxy, and everything that is wrong."""
-    run = options.invocation(context, as_json=as_json, socket=socket, config=config)
     report = cast("_Shape", run.daemon().get("/v1/status"))
     if run.output.as_json:
         run.output.json(report)

@@ -26,16 +26,13 @@ DataPlane: TypeAlias = Annotated[
 ]
 
 
+@options.command
 def stop(
-    context: typer.Context,
+    run: options.Invocation,
     *,
     data_plane: DataPlane = False,
-    as_json: options.Json = False,
-    socket: options.Socket = None,
-    config: options.Config = None,
 ) -> None:
     """End the controller; known guests are served on. With --data-plane, end everything."""
-    run = options.invocation(context, as_json=as_json, socket=socket, config=config)
     daemon = run.daemon()
     try:
         answer = cast(

@@ -23,32 +23,24 @@ Id: TypeAlias = Annotated[
 
 
 @app.command("revoke")
+@options.command
 def revoke(
-    context: typer.Context,
+    run: options.Invocation,
     instance: Id,
-    *,
-    as_json: options.Json = False,
-    socket: options.Socket = None,
-    config: options.Config = None,
 ) -> None:
     """Have no token be good that the instance has now; it can get a fresh one at once."""
-    run = options.invocation(context, as_json=as_json, socket=socket, config=config)
     order_instance(run, instance, "revoke-tokens", f"all tokens of instance {instance} revoked")
 
 
 @app.command("rotate")
+@options.command
 def rotate(
-    context: typer.Context,
-    *,
-    as_json: options.Json = False,
-    socket: options.Socket = None,
-    config: options.Config = None,
+    run: options.Invocation,
 ) -> None:
     """Have a fresh key sign tokens; those that there are stay good, by the two keys before it."""
     from imdsproxy.cli.admin_client import path_to  # noqa: PLC0415 - `--help` need not load it
     from imdsproxy.cli.record_output import say_written  # noqa: PLC0415 - as above
 
-    run = options.invocation(context, as_json=as_json, socket=socket, config=config)
     answer = run.daemon().request("POST", path_to("token-keys", "rotate"))
     done = cast("Mapping[str, object]", answer)
     say_written(run.output, f"key {done['kid']} signs tokens, {done['file']} has it", done)
@@ -56,17 +48,13 @@ def rotate(
 
 
 @app.command("report")
+@options.command
 def report(
-    context: typer.Context,
-    *,
-    as_json: options.Json = False,
-    socket: options.Socket = None,
-    config: options.Config = None,
+    run: options.Invocation,
 ) -> None:
     """Name guests and clients that still read without tokens, and what required tokens leave open."""
     from imdsproxy.cli.token_report_output import say_token_report  # noqa: PLC0415 - as above
 
-    run = options.invocation(context, as_json=as_json, socket=socket, config=config)
     told = cast("Mapping[str, object]", run.daemon().get("/v1/token-report"))
     if run.output.as_json:
         run.output.json(told)

@@ -7,8 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Annotated, Final, TypeAlias, cast
 
-import typer
-
 from imdsproxy.cli import completers, flags, options
 
 if TYPE_CHECKING:
@@ -28,17 +26,14 @@ Instance: TypeAlias = Annotated[
 ]
 
 
+@options.command
 def watch(
-    context: typer.Context,
+    run: options.Invocation,
     *,
     network: Network = None,
     instance: Instance = None,
-    as_json: options.Json = False,
-    socket: options.Socket = None,
-    config: options.Config = None,
 ) -> None:
     """Every request of a guest as it is answered, until Ctrl-C; with --json a line each."""
-    run = options.invocation(context, as_json=as_json, socket=socket, config=config)
     daemon = run.daemon()
     chosen = {"network": network, "instance": instance}
     query = {name: value for name, value in chosen.items() if value is not None}

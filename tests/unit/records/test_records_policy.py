@@ -8,7 +8,7 @@ from imdsproxy.config.policy import PolicyRulesSettings
 from imdsproxy.config.strict_yaml import Decoded, decode_yaml
 from imdsproxy.core.model import Instance, Network
 from imdsproxy.core.path_rules import MOST_PATH_RULES, PathWord
-from imdsproxy.core.policy import NOTHING_SAID, RULES, PolicyRules, TokenMode
+from imdsproxy.core.policy import NOTHING_SAID, RULES, PolicyRules, Rule, TokenMode
 from imdsproxy.core.records import Refused, parse_instance, parse_network, parse_records
 
 _INSTANCE: dict[str, object] = {"id": "i-1", "name": "web"}
@@ -25,38 +25,17 @@ def _of_network(policy: object) -> PolicyRules | Refused:
     return found.policy if isinstance(found, Network) else found
 
 
-def test_every_rule_can_be_said() -> None:
-    said = {
-        "endpoint": True,
-        "tokens": "required",
-        "openstack_tokens": "optional",
-        "nocloud_tokens": "off",
-        "boot_grace_s": 0,
-        "seal_user_data": True,
-        "refuse_forwarded": False,
-        "hop_limit": 1,
-        "requests_per_s": 20,
-        "burst": 300,
-        "connections": 8,
-        "paths": {"/latest/user-data": "deny", "/": "required"},
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+def test_every_rule_can_be_set(rule: Rule) -> None:
+    written: dict[object, tuple[object, object]] = {
+        bool: (False, False),
+        TokenMode: ("required", TokenMode.REQUIRED),
+        tuple: ({"/": "deny"}, (("/", PathWord.DENY),)),
+        int: (rule.bounds and rule.bounds[0], rule.bounds and rule.bounds[0]),
     }
-    wanted = PolicyRules(
-        endpoint=True,
-        tokens=TokenMode.REQUIRED,
-        openstack_tokens=TokenMode.OPTIONAL,
-        nocloud_tokens=TokenMode.OFF,
-        boot_grace_s=0,
-        seal_user_data=True,
-        refuse_forwarded=False,
-        hop_limit=1,
-        requests_per_s=20,
-        burst=300,
-        connections=8,
-        paths=(("/", PathWord.REQUIRED), ("/latest/user-data", PathWord.DENY)),
-    )
-    assert set(said) == set(RULES)
-    assert _of_instance(said) == wanted
-    assert _of_network(said) == wanted
+    value, wanted = written[rule.kind]
+    for rules in (_of_instance({rule.name: value}), _of_network({rule.name: value})):
+        assert rules == PolicyRules(**{rule.name: wanted})  # type: ignore[arg-type] # by its kind
 
 
 @pytest.mark.parametrize("policy", [None, {}, {"tokens": None}, {"paths": {}}, {"paths": None}])
@@ -80,18 +59,16 @@ def test_nova_has_the_documents_and_the_record_says_who_may_read_them() -> None:
     assert found.policy.tokens is TokenMode.REQUIRED
 
 
-_VALUES: dict[str, tuple[object, ...]] = {
-    **dict.fromkeys(
-        ("endpoint", "seal_user_data", "refuse_forwarded"),
-        (True, False, None, 1, 0, "true", "yes", "", 1.5, [], {}),
-    ),
-    **dict.fromkeys(
-        ("tokens", "openstack_tokens", "nocloud_tokens"),
-        ("off", "optional", "required", None, False, True, "OFF", "on", "", 0, 1, [], {}),
-    ),
-    "boot_grace_s": (0, 900, 604_800, None, -1, 604_801, True, 1.5, "900", "", [], {}),
-    "hop_limit": (1, 64, None, 0, 65, -1, True, 1.5, "1", [], {}),
-}
+def _values_of(rule: Rule) -> tuple[object, ...]:
+    if rule.bounds is not None:
+        least, most = rule.bounds
+        return (least, most, None, least - 1, most + 1, -1, True, 1.5, "1", "", [], {})
+    if rule.kind is bool:
+        return (True, False, None, 1, 0, "true", "yes", "", 1.5, [], {})
+    return ("off", "optional", "required", None, False, True, "OFF", "on", "", 0, 1, [], {})
+
+
+_VALUES = {name: _values_of(rule) for name, rule in RULES.items() if rule.kind is not tuple}
 
 
 @pytest.mark.parametrize(
