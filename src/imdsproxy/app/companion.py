@@ -12,6 +12,7 @@ from typing import Final, Protocol
 
 import structlog
 
+from imdsproxy.core.backoff import Backoff
 from imdsproxy.dataplane.launch import UNIT_S, wait_gone
 from imdsproxy.errors import DataplaneError, HostRefused, Problem
 from imdsproxy.host.doubt import Doubt
@@ -28,8 +29,6 @@ from imdsproxy.serving.pidfile import DocumentProcesses, read_pids, stop_documen
 
 __all__ = ["Companion", "CompanionLauncher", "SpawnCompanion", "UnitCompanion"]
 
-_RESTART_FIRST_S: Final = 0.1
-_RESTART_LAST_S: Final = 5.0
 _START_DEADLINE_S: Final = 15.0
 _POLL_S: Final = 0.02
 _LOOK_EVERY_S: Final = 1.5
@@ -97,13 +96,14 @@ class Companion:
 
     async def run(self) -> None:
         """Keep it running until cancelled; or see that it does not, where it is not needed."""
-        delay = _RESTART_FIRST_S
+        backoff = Backoff(0.1, 5.0)
         first = True
         while True:
             try:
                 pid = await self.ensure()
             except DataplaneError as error:
                 self.failure = Problem("documents", error.message, error.hint)
+                delay = backoff.fail()
                 structlog.get_logger().error(
                     "document server not started",
                     code=error.code,
@@ -111,10 +111,9 @@ class Companion:
                     retry_in_s=delay,
                 )
                 await asyncio.sleep(delay)
-                delay = min(delay * 2, _RESTART_LAST_S)
                 continue
             self.failure = None
-            delay = _RESTART_FIRST_S
+            backoff.succeed()
             if pid is None:
                 return
             if not first:

@@ -9,6 +9,7 @@ from typing import Final
 
 import structlog
 
+from imdsproxy.core.backoff import Backoff
 from imdsproxy.core.haproxy.runtime import Processes
 from imdsproxy.dataplane.haproxy import Haproxy
 from imdsproxy.errors import DataplaneError, HostRefused, Problem, RuntimeUnavailable
@@ -19,7 +20,6 @@ __all__ = ["HaproxyGuard"]
 
 _PROBE_EVERY_S: Final = 1.0
 _RESTART_FIRST_S: Final = 0.05
-_RESTART_LAST_S: Final = 5.0
 
 
 @dataclass(slots=True)
@@ -56,7 +56,7 @@ class HaproxyGuard:
             group.create_task(self._watch_worker(), name="haproxy-worker")
 
     async def _watch_master(self) -> None:
-        delay = _RESTART_FIRST_S
+        backoff = Backoff(_RESTART_FIRST_S, 5.0)
         while True:
             processes = self.haproxy.processes
             if processes is None:
@@ -70,25 +70,26 @@ class HaproxyGuard:
             ):
                 continue
             structlog.get_logger().error("haproxy ended", master=processes.master)
-            delay = await self._bring_back(delay)
+            await self._bring_back(backoff)
 
-    async def _bring_back(self, delay: float) -> float:
+    async def _bring_back(self, backoff: Backoff) -> None:
         try:
             await self.haproxy.restart("haproxy ended")
         except DataplaneError as error:
             self.failure = Problem("haproxy", error.message, error.hint)
+            delay = backoff.fail()
             structlog.get_logger().error(
                 "haproxy not started", code=error.code, error=error.message, retry_in_s=delay
             )
             self._give_up_where_nothing_is_left()
             self.on_trouble("haproxy did not start")
             await asyncio.sleep(delay)
-            return min(delay * 2, _RESTART_LAST_S)
+            return
+        backoff.succeed()
         self.restarts += 1
         self.failure = None
         structlog.get_logger().info("haproxy started again", master=self._pid())
         self.on_return("haproxy started again")
-        return _RESTART_FIRST_S
 
     def _give_up_where_nothing_is_left(self) -> None:
         # Sockets, maps and links have gone with it. A start makes all of them; nothing else does.

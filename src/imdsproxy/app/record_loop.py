@@ -23,6 +23,7 @@ from imdsproxy.app.keepers import (
     SetKeeper,
 )
 from imdsproxy.app.tickets import Tickets
+from imdsproxy.core.backoff import Backoff
 from imdsproxy.core.compiled import compile_instance
 from imdsproxy.core.documents.renamed import list_warnings, warn_of_names
 from imdsproxy.core.haproxy.maps import PackedMap
@@ -48,7 +49,6 @@ from imdsproxy.host.clock import Clock
 
 __all__ = ["RecordLoop"]
 
-_RETRY_FIRST_S = 0.2
 _RETRY_LAST_S = 5.0
 
 _AT_ONCE: Final = 100
@@ -277,7 +277,7 @@ class RecordLoop:
     async def run(self) -> None:
         """Work until cancelled; what fails is kept and tried again, ever more slowly."""
         log = structlog.get_logger()
-        delay = _RETRY_FIRST_S
+        backoff = Backoff(0.2, _RETRY_LAST_S)
         while True:
             await self._wake.wait()
             self._wake.clear()
@@ -290,13 +290,13 @@ class RecordLoop:
                 self._work.merge(work)
                 self._since = since
                 self.failures["records"] = Problem("records", error.message, error.hint)
-                log.error(  # noqa: TRY400 - expected, and told in full
+                delay = backoff.fail()
+                log.error(  # noqa: TRY400 - expected, and logged in full
                     "records not applied", code=error.code, error=error.message, retry_in_s=delay
                 )
                 await self._wait_for_retry(delay)
-                delay = min(delay * 2, _RETRY_LAST_S)
                 continue
-            delay = _RETRY_FIRST_S
+            backoff.succeed()
             self.failures.pop("records", None)
             if since is not None:
                 self.rounds.add(self.clock.monotonic() - since)

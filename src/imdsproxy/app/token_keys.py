@@ -6,10 +6,10 @@ import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final
 
 import structlog
 
+from imdsproxy.core.backoff import Backoff
 from imdsproxy.core.tokens import (
     KEY_BYTES,
     TokenKey,
@@ -24,9 +24,6 @@ from imdsproxy.errors import DataplaneError, Problem, SecretUnreadable
 from imdsproxy.host.files import read_secret
 
 __all__ = ["TokenKeys", "read_token_keys"]
-
-_RETRY_FIRST_S: Final = 0.2
-_RETRY_LAST_S: Final = 10.0
 
 
 @dataclass(slots=True)
@@ -95,7 +92,7 @@ class TokenKeys:
 
         A HAProxy that was there before the controller may have read another map, so it is told at the start too.
         """
-        delay = _RETRY_FIRST_S
+        backoff = Backoff(0.2, 10.0)
         while True:
             await self._changed.wait()
             self._changed.clear()
@@ -104,6 +101,7 @@ class TokenKeys:
             except DataplaneError as error:
                 self._changed.set()
                 self.failure = Problem("tokens.key_file", error.message, error.hint)
+                delay = backoff.fail()
                 structlog.get_logger().error(
                     "token keys not applied",
                     code=error.code,
@@ -111,9 +109,9 @@ class TokenKeys:
                     retry_in_s=delay,
                 )
                 await asyncio.sleep(delay)
-                delay = min(delay * 2, _RETRY_LAST_S)
                 continue
-            delay, self.failure = _RETRY_FIRST_S, None
+            backoff.succeed()
+            self.failure = None
             if not self._changed.is_set():
                 self._told.set()
 

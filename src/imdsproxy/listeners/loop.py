@@ -18,6 +18,7 @@ from imdsproxy.anti_spoofing.mac_filters import MacFilters
 from imdsproxy.anti_spoofing.plan import MacFilterPlan
 from imdsproxy.app.tickets import Tickets
 from imdsproxy.app.unix_listener import UnixListener, bound_path
+from imdsproxy.core.backoff import Backoff
 from imdsproxy.core.endpoints import Endpoint, Foreign, LeftOut, LeftOutCode
 from imdsproxy.core.haproxy.config import render_config
 from imdsproxy.core.haproxy.model import (
@@ -50,8 +51,6 @@ from imdsproxy.listeners.plan import (
 _HOST_ROUNDS = 4
 """Namespace, link, address: each is planned when the one before it has been seen."""
 
-_RETRY_FIRST_S = 0.2
-_RETRY_LAST_S = 5.0
 _RECHECK_S = 1.0
 """How long what the host refused waits to be tried again, without any event."""
 
@@ -187,7 +186,7 @@ class ListenerLoop:
     async def run(self) -> None:
         """Work until cancelled; what fails is tried again, ever more slowly."""
         log = structlog.get_logger()
-        delay = _RETRY_FIRST_S
+        backoff, delay = Backoff(0.2, 5.0), 0.0
         while True:
             await self._wait(delay)
             self._wake.clear()
@@ -198,12 +197,12 @@ class ListenerLoop:
                 await self._round(reasons)
             except DataplaneError as error:
                 self.failure = Problem("listeners", error.message, error.hint)
+                delay = backoff.fail()
                 log.error(  # noqa: TRY400 - expected, and logged in full
                     "listeners not applied", code=error.code, error=error.message, retry_in_s=delay
                 )
-                delay = min(delay * 2, _RETRY_LAST_S)
             else:
-                delay = _RETRY_FIRST_S
+                backoff.succeed()
                 self.failure = None
                 await self.tickets.close(ticket)
             finally:
