@@ -32,11 +32,11 @@ from imdsproxy.config.section import (
     section,
     setting,
 )
-from imdsproxy.config.unix_listener import UnixListenerSettings
 from imdsproxy.sources.file.settings import FileSourceSettings
 from imdsproxy.sources.libvirt.settings import LibvirtSourceSettings
 from imdsproxy.sources.neutron.settings import NeutronSourceSettings
 from imdsproxy.sources.sqlite.settings import SqliteSourceSettings
+from imdsproxy.unix_listener.settings import UnixListenerSettings
 
 __all__ = [
     "AdminSettings",

@@ -14,7 +14,6 @@ from imdsproxy.anti_spoofing.hop_limits import HopLimits
 from imdsproxy.anti_spoofing.journal import TableJournal
 from imdsproxy.anti_spoofing.kernel import KernelHopLimits, KernelMacFilters
 from imdsproxy.anti_spoofing.mac_filters import MacFilters
-from imdsproxy.app.account import group_id
 from imdsproxy.app.companion import Companion, CompanionLauncher, SpawnCompanion, UnitCompanion
 from imdsproxy.app.compiled_files import DiskFiles
 from imdsproxy.app.guarding import Guarding
@@ -33,6 +32,7 @@ from imdsproxy.dataplane.launch import HaproxyProgram, Launcher, SpawnLauncher, 
 from imdsproxy.dataplane.layout import Layout
 from imdsproxy.dataplane.master import MasterClient
 from imdsproxy.dataplane.records import RecordApplier, Writer
+from imdsproxy.host.account import group_id
 from imdsproxy.host.clock import Clock
 from imdsproxy.host.files import ensure_directory, write_atomic
 from imdsproxy.host.namespaces import NamespaceDirectory, NamespaceThread

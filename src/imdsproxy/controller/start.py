@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING
 import structlog
 
 from imdsproxy.admin.health import HealthServer
-from imdsproxy.app.account import owner_of
 from imdsproxy.app.audit import KEPT_WORKERS, Audit
 from imdsproxy.app.document_probe import DocumentProbe
 from imdsproxy.app.guard import HaproxyGuard
@@ -34,7 +33,6 @@ from imdsproxy.app.record_loop import RecordLoop
 from imdsproxy.app.servers import open_datagram_socket, open_sole_socket, open_tcp_socket
 from imdsproxy.app.settings_reload import SettingsHolder, with_contents
 from imdsproxy.app.token_report import open_counting
-from imdsproxy.app.unix_listener import UnixListener, sweep_unix_socket
 from imdsproxy.app.watching import Watching
 from imdsproxy.config.change import SettingsReload
 from imdsproxy.config.schema import Settings
@@ -65,6 +63,7 @@ from imdsproxy.core.progress import Progress
 from imdsproxy.core.upstream import changed_secrets
 from imdsproxy.dataplane.launch import read_program
 from imdsproxy.errors import DataplaneError, HostRefused, ImdsproxyError
+from imdsproxy.host.account import owner_of
 from imdsproxy.host.clock import Clock
 from imdsproxy.host.files import hold_directory, limit_log, write_atomic
 from imdsproxy.host.notify import ServiceNotifier, kept_sockets
@@ -77,6 +76,7 @@ from imdsproxy.listeners.loop import ListenerLoop
 from imdsproxy.listeners.watch import EventKind, HostWatch, WatchPace
 from imdsproxy.serving.account import find_account
 from imdsproxy.serving.resolver import HoldLimits, Resolver
+from imdsproxy.unix_listener.listener import UnixListener, sweep_unix_socket
 
 if TYPE_CHECKING:
     from imdsproxy.controller.http import HttpApps

@@ -8,7 +8,6 @@ from pathlib import Path
 from imdsproxy.anti_spoofing.hop_limits import HopLimits
 from imdsproxy.anti_spoofing.mac_filters import MacFilters
 from imdsproxy.app.companion import CompanionLauncher
-from imdsproxy.app.unix_listener import sweep_unix_socket
 from imdsproxy.config.schema import Settings
 from imdsproxy.controller.build import (
     build_companion,
@@ -26,6 +25,7 @@ from imdsproxy.host.clock import SystemClock
 from imdsproxy.host.socket_file import SocketFiles
 from imdsproxy.listeners.host import SystemHost
 from imdsproxy.listeners.plan import plan_listeners
+from imdsproxy.unix_listener.listener import sweep_unix_socket
 
 __all__ = ["end_processes", "stop_data_plane", "sweep_host"]
 

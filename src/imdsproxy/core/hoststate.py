@@ -105,6 +105,36 @@ class SocketOwner:
     command: str
 
 
+class SocketState(StrEnum):
+    """What is at the path."""
+
+    MISSING = "missing"
+    STALE = "stale"
+    """A socket without a listener any more."""
+
+    OURS = "ours"
+    FOREIGN = "foreign"
+    """Another running process's."""
+
+    OCCUPIED = "occupied"
+    """Something that is no socket."""
+
+
+@dataclass(frozen=True, slots=True)
+class SeenSocket:
+    """A socket's path at one moment.
+
+    Attributes:
+        owners: The processes that listen, for `FOREIGN`, as far as that can be seen.
+        orphaned: HAProxy listens on a socket that was at the path, and is not any more: no client can connect to it,
+            and the next worker would be handed the same one.
+    """
+
+    state: SocketState
+    owners: tuple[SocketOwner, ...] = ()
+    orphaned: bool = False
+
+
 @dataclass(frozen=True, slots=True)
 class ListeningSocket:
     """A TCP socket in state LISTEN that covers a metadata address.

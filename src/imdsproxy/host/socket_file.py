@@ -18,8 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from imdsproxy.core.hoststate import SocketOwner
-from imdsproxy.core.unix_socket import SeenSocket, SocketState
+from imdsproxy.core.hoststate import SeenSocket, SocketOwner, SocketState
 from imdsproxy.errors import HostRefused
 from imdsproxy.host.nlmessages import NetlinkRefused, NetlinkSocket, parse_attributes
 from imdsproxy.host.process import command_name, open_sockets, read_arguments, socket_holders

@@ -17,7 +17,6 @@ from imdsproxy.anti_spoofing.hop_limits import HopLimits
 from imdsproxy.anti_spoofing.mac_filters import MacFilters
 from imdsproxy.anti_spoofing.plan import MacFilterPlan
 from imdsproxy.app.tickets import Tickets
-from imdsproxy.app.unix_listener import UnixListener, bound_path
 from imdsproxy.core.backoff import Backoff
 from imdsproxy.core.endpoints import Endpoint, Foreign, LeftOut, LeftOutCode
 from imdsproxy.core.haproxy.config import render_config
@@ -47,6 +46,7 @@ from imdsproxy.listeners.plan import (
     explain_pending,
     plan_listeners,
 )
+from imdsproxy.unix_listener.listener import UnixListener, bound_path
 
 _HOST_ROUNDS = 4
 """Namespace, link, address: each is planned when the one before it has been seen."""

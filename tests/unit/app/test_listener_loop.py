@@ -11,8 +11,6 @@ from pathlib import Path
 
 from structlog.testing import capture_logs
 
-from imdsproxy.app.unix_listener import UnixListener
-from imdsproxy.config.unix_listener import UnixListenerSettings
 from imdsproxy.core.endpoints import LeftOutCode
 from imdsproxy.core.haproxy.model import DataplaneSpec, Limits
 from imdsproxy.core.hostnames import Naming
@@ -22,6 +20,8 @@ from imdsproxy.core.hoststate import (
     ObservedDevice,
     ObservedHost,
     ObservedNamespace,
+    SeenSocket,
+    SocketState,
 )
 from imdsproxy.core.inventory import Inventory
 from imdsproxy.core.model import (
@@ -32,7 +32,6 @@ from imdsproxy.core.model import (
     NetworkId,
 )
 from imdsproxy.core.observation import Observation
-from imdsproxy.core.unix_socket import SeenSocket, SocketState
 from imdsproxy.dataplane.haproxy import Haproxy
 from imdsproxy.dataplane.layout import Layout
 from imdsproxy.dataplane.master import MasterClient
@@ -47,6 +46,8 @@ from imdsproxy.listeners.loop import ListenerLoop
 from imdsproxy.listeners.nft_scripts import Diversion
 from imdsproxy.listeners.ops import HostOp
 from imdsproxy.listeners.plan import OpFailure
+from imdsproxy.unix_listener.listener import UnixListener
+from imdsproxy.unix_listener.settings import UnixListenerSettings
 from support.fake_haproxy import FakeHaproxy, FakeLauncher
 from support.fake_mac_filters import no_hop_limits, no_mac_filters
 

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from imdsproxy.core.unix_socket import SeenSocket, SocketState, judge_socket
+from imdsproxy.core.hoststate import SeenSocket, SocketState
 from imdsproxy.errors import HostRefused
 from imdsproxy.host import socket_file
 from imdsproxy.host.socket_file import SocketFiles, give_socket, identify_file, remove_file
+from imdsproxy.unix_listener.plan import judge_socket
 
 _US = os.getpid()
 

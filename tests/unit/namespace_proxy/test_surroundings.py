@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from imdsproxy.app.account import group_name, user_name
 from imdsproxy.app.namespace_proxy.host import (
     find_haproxy,
     run_to_end,
@@ -17,6 +16,7 @@ from imdsproxy.app.namespace_proxy.host import (
     try_to_bind,
 )
 from imdsproxy.errors import HaproxyMissing, HostRefused
+from imdsproxy.host.account import group_name, user_name
 
 
 @pytest.fixture

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from imdsproxy.app.account import group_name, user_name
 from imdsproxy.errors import HaproxyMissing, HostRefused
+from imdsproxy.host.account import group_name, user_name
 from imdsproxy.host.files import is_file_at, open_locked, sweep_unfinished
 from imdsproxy.host.refusal import host_refused
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from imdsproxy.core.socket_mode import SocketMode, SocketModeWord, deduce_socket_mode
+from imdsproxy.unix_listener.plan import SocketMode, deduce_socket_mode
 
 _OWNER, _GROUP, _OTHER = 1, 2, 3
 
@@ -14,9 +14,7 @@ _OWNER, _GROUP, _OTHER = 1, 2, 3
     [("user", SocketMode.USER), ("group", SocketMode.GROUP), ("all", SocketMode.ALL)],
 )
 @pytest.mark.parametrize("proxy", [None, 0, _OWNER, _OTHER])
-def test_a_word_is_its_mode_whoever_asks(
-    word: SocketModeWord, mode: SocketMode, proxy: int | None
-) -> None:
+def test_a_word_is_its_mode_whoever_asks(word: str, mode: SocketMode, proxy: int | None) -> None:
     found = deduce_socket_mode(
         word, owner=_OWNER, group=_GROUP, proxy_user=proxy, proxy_group=proxy
     )

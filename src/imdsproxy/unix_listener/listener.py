@@ -1,7 +1,7 @@
-"""The listener `unix`: whether its socket can be bound, whose it is, and that it stays so.
+"""The listener `unix`: whether HAProxy may bind its socket, and whether the socket stays HAProxy's.
 
-It never keeps another listener from coming into force: what is wrong with it leaves out it alone. A path that a
-living process has is left to it, unless the settings say to take it over.
+It never keeps another listener from coming into force: its problems disable it alone. A running process keeps the path,
+unless the settings say to take it over.
 """
 
 from __future__ import annotations
@@ -14,27 +14,26 @@ from typing import Final, TypeAlias
 
 import structlog
 
-from imdsproxy.app.account import group_id, user_id
-from imdsproxy.config.unix_listener import UnixListenerSettings
 from imdsproxy.core.haproxy.model import UnixBind
 from imdsproxy.core.haproxy.unix_listener import AGENTS
-from imdsproxy.core.socket_mode import deduce_socket_mode
-from imdsproxy.core.take_over import Takings, note_taking, pause_left_s
-from imdsproxy.core.unix_socket import (
-    SeenSocket,
-    SocketState,
-    explain_pause,
-    judge_socket,
-    name_owners,
-)
+from imdsproxy.core.hoststate import SeenSocket, SocketState
 from imdsproxy.dataplane.haproxy import Haproxy
 from imdsproxy.errors import DataplaneError, HostRefused, Problem, RuntimeUnavailable
+from imdsproxy.host.account import group_id, user_id
 from imdsproxy.host.clock import Clock
 from imdsproxy.host.files import ensure_directory
 from imdsproxy.host.refusal import host_refused
 from imdsproxy.host.socket_file import give_socket, identify_file, remove_file
-
-__all__ = ["SocketLook", "UnixListener", "bound_path", "plan_unix_bind", "sweep_unix_socket"]
+from imdsproxy.unix_listener.plan import (
+    Takings,
+    deduce_socket_mode,
+    explain_pause,
+    judge_socket,
+    name_owners,
+    note_taking,
+    pause_left_s,
+)
+from imdsproxy.unix_listener.settings import UnixListenerSettings
 
 _BIND: Final = re.compile(rf"^\s*bind unix@(\S+) name {AGENTS}\b", re.MULTILINE)
 _LARGEST_ID: Final = 2**32 - 2
@@ -50,15 +49,15 @@ SocketLook: TypeAlias = Callable[[Path, Collection[int]], SeenSocket]
 
 @dataclass(slots=True)
 class UnixListener:
-    """Chooses what HAProxy binds, before each change of its configuration, and looks at it afterwards.
+    """Decides what HAProxy binds, before each change of its configuration, and checks the socket afterwards.
 
     Attributes:
-        bind: What the configuration is to have; `None` where it is off or left out.
-        problem: Why it is left out.
+        bind: For the configuration; `None` where the listener is off or disabled by a problem.
+        problem: Why it is disabled.
         serving: The socket at the path is HAProxy's.
-        rebind: HAProxy would hand on a socket that nobody can reach: it must let go of it first.
-        taken_over: How often the path was taken from a process that lives.
-        taken_from: Who that was the last time.
+        rebind: HAProxy would hand on a socket that no client can reach: it must let go of it first.
+        taken_over: How often the path was taken from a running process.
+        taken_from: The last of these processes.
     """
 
     settings: Callable[[], UnixListenerSettings]
@@ -96,7 +95,7 @@ class UnixListener:
             self._decide(None, Problem("unix_listener", reason, error.hint))
             return
         if seen is None:
-            # HAProxy is just being started: nobody can say whose the socket is. As it was, then.
+            # HAProxy is just being started, so whose socket it is can't be known: as it was, then.
             bound = bound_path(self.haproxy.in_force() or "")
             self._decide(wanted if bound == wanted.path else None, self.problem)
             return
@@ -105,18 +104,18 @@ class UnixListener:
         self._decide(wanted if problem is None else None, problem)
         if problem is None:
             self._taking = seen if taking else None
-            # A HAProxy that is asked for what it has would do nothing.
+            # For the configuration that it has, HAProxy would do nothing.
             runs = taking and self.haproxy.processes is not None
             has = runs and bound_path(self.haproxy.in_force() or "") == wanted.path
             self.rebind = seen.orphaned or has
 
     def blame(self, error: DataplaneError) -> bool:
-        """Leave it out when HAProxy refused a configuration because of it; whether that was so, or may be."""
+        """Disable it when HAProxy refused a configuration because of it; whether that was so, or may be."""
         bind = self.bind
         if bind is None:
             return False
         words = (f"[{bind.path}]", f"frontend {AGENTS}")
-        # Where nothing runs it is worth a trial, whatever HAProxy said or whoever kept it from us.
+        # Where no HAProxy runs it is worth a try without it, whatever the reason.
         if self.haproxy.processes is not None and not any(word in error.message for word in words):
             return False
         reason = f"{error.message}: the unix listener is left out"
@@ -130,11 +129,11 @@ class UnixListener:
         return True
 
     def acquit(self) -> None:
-        """Without it the configuration was refused as well: it may be had again at once."""
+        """The configuration was refused without it as well: it may be tried again at once."""
         self._refused = None
 
     async def settle(self, before: str | None) -> None:
-        """After a configuration has come into force: mode and owner, and no file that nobody listens on.
+        """After a configuration has come into force: mode and owner, and no file without a listener.
 
         Args:
             before: The path that the configuration of before had bound.
@@ -161,7 +160,7 @@ class UnixListener:
         self.bind, self.problem = bind, problem
 
     def _pause(self, wanted: UnixBind, seen: SeenSocket) -> Problem | None:
-        """Why the path is not taken from a living process now, if it is not."""
+        """Why the path isn't taken from a running process now; `None` where it is."""
         if not pause_left_s(self._takings, self.clock.monotonic()):
             return None
         return explain_pause(wanted.path, seen, self._takings.pause_s)
@@ -177,7 +176,7 @@ class UnixListener:
         )
 
     def _waits(self, wanted: UnixBind) -> bool:
-        """What HAProxy refused is not tried again at once: each trial costs a worker."""
+        """Whether a bind that HAProxy refused has to wait: each try costs a worker."""
         if self._refused is None or self._refused[0] != wanted:
             self._refused = None
             return False
@@ -191,7 +190,7 @@ class UnixListener:
         seen = self.look(path, () if processes is None else (processes.master, *processes.workers))
         if seen.state is not SocketState.FOREIGN or processes is None:
             return seen
-        # A HAProxy that was started a moment ago, by us or by systemd, is no stranger.
+        # It may be a HAProxy that was started a moment ago, by us or by systemd.
         async with self.haproxy.records.lock:
             try:
                 processes = await self.haproxy.master.read_processes()
@@ -215,7 +214,7 @@ class UnixListener:
         if file is None or seen is None:
             return
         if seen.state in {SocketState.OURS, SocketState.STALE}:
-            # Not who has bound here since we looked.
+            # Not a socket that was bound here since.
             remove_file(path, file)
 
 
@@ -243,7 +242,7 @@ def bound_path(config: str) -> str | None:
 
 
 def sweep_unix_socket(config: Path, look: SocketLook) -> None:
-    """Remove the socket of a HAProxy that has ended, if nobody listens on it.
+    """Remove the socket of a HAProxy that has ended, if no process listens on it.
 
     Args:
         config: The configuration that it ran with.

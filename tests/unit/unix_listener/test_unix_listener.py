@@ -10,15 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from imdsproxy.app.unix_listener import UnixListener, bound_path, sweep_unix_socket
-from imdsproxy.config.unix_listener import UnixListenerSettings
 from imdsproxy.core.haproxy.config import render_config
 from imdsproxy.core.haproxy.model import DataplaneSpec, UnixBind
 from imdsproxy.core.haproxy.runtime import Processes
-from imdsproxy.core.hoststate import SocketOwner
-from imdsproxy.core.unix_socket import SeenSocket, SocketState
+from imdsproxy.core.hoststate import SeenSocket, SocketOwner, SocketState
 from imdsproxy.dataplane.layout import Layout
 from imdsproxy.errors import DataplaneError, ReloadFailed, RuntimeUnavailable
+from imdsproxy.unix_listener.listener import UnixListener, bound_path, sweep_unix_socket
+from imdsproxy.unix_listener.settings import UnixListenerSettings
 
 _FOREIGN = SeenSocket(SocketState.FOREIGN, (SocketOwner(77, "neutron-metadat"),))
 _OURS = SeenSocket(SocketState.OURS)

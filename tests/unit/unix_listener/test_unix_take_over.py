@@ -13,16 +13,15 @@ from typing import Final
 import pytest
 from structlog.testing import capture_logs
 
-from imdsproxy.app.unix_listener import UnixListener
-from imdsproxy.config.unix_listener import UnixListenerSettings
 from imdsproxy.core.haproxy.config import render_config
 from imdsproxy.core.haproxy.model import DataplaneSpec, UnixBind
 from imdsproxy.core.haproxy.runtime import Processes
-from imdsproxy.core.hoststate import SocketOwner
-from imdsproxy.core.take_over import Takings, note_taking, pause_left_s
-from imdsproxy.core.unix_socket import SeenSocket, SocketState
+from imdsproxy.core.hoststate import SeenSocket, SocketOwner, SocketState
 from imdsproxy.dataplane.layout import Layout
 from imdsproxy.errors import ReloadFailed, RuntimeUnavailable
+from imdsproxy.unix_listener.listener import UnixListener
+from imdsproxy.unix_listener.plan import Takings, note_taking, pause_left_s
+from imdsproxy.unix_listener.settings import UnixListenerSettings
 
 _AGENT: Final = SeenSocket(SocketState.FOREIGN, (SocketOwner(77, "neutron-ovn-met"),))
 _OURS: Final = SeenSocket(SocketState.OURS)
