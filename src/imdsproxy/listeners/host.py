@@ -9,14 +9,7 @@ from pathlib import Path
 
 from imdsproxy.core.hostnames import Naming
 from imdsproxy.core.hoststate import ObservedHost
-from imdsproxy.core.model import (
-    BridgeListener,
-    InterfaceListener,
-    IpAddress,
-    MacAddress,
-    NamespaceListener,
-    Network,
-)
+from imdsproxy.core.model import IpAddress, MacAddress, Network
 from imdsproxy.errors import HostRefused
 from imdsproxy.host.files import write_atomic
 from imdsproxy.host.namespaces import NamespaceThread
@@ -29,6 +22,7 @@ from imdsproxy.listeners.nft_scripts import Diversion
 from imdsproxy.listeners.nft_tables import ArpGuard, Diverter
 from imdsproxy.listeners.observe import HostObserver
 from imdsproxy.listeners.ops import AddAddress, HostOp, RemoveAddress
+from imdsproxy.listeners.places import place_of
 from imdsproxy.listeners.plan import OpFailure
 
 
@@ -152,15 +146,10 @@ class SystemHost:
 
     async def neighbour(self, network: Network, address: IpAddress) -> MacAddress | None:
         """See `Neighbours.neighbour`."""
-        listener = network.listener
-        match listener:
-            case NamespaceListener(namespace=namespace, device=device):
-                return await self._thread.inside(namespace, lambda _: _ask(address, device))
-            case BridgeListener():
-                name, device = self._naming.namespace(network.id), self._naming.inner_device
-                return await self._thread.inside(name, lambda _: _ask(address, device))
-            case InterfaceListener(device=device):
-                return await self._thread.run(lambda: _ask(address, device))
+        place = place_of(network, self._naming)
+        if place.namespace is None:
+            return await self._thread.run(lambda: _ask(address, place.device))
+        return await self._thread.inside(place.namespace, lambda _: _ask(address, place.device))
 
 
 def _ask(address: IpAddress, device: str | None) -> MacAddress | None:

@@ -10,7 +10,7 @@ import errno
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TypeAlias, assert_never
+from typing import TypeAlias
 
 from imdsproxy.core.endpoints import LOOPBACK
 from imdsproxy.core.hostnames import Naming
@@ -26,12 +26,7 @@ from imdsproxy.core.hoststate import (
     ObservedHost,
     ObservedNamespace,
 )
-from imdsproxy.core.model import (
-    BridgeListener,
-    InterfaceListener,
-    NamespaceListener,
-    Network,
-)
+from imdsproxy.core.model import Network
 from imdsproxy.errors import DataplaneError
 from imdsproxy.host.namespaces import NamespaceThread
 from imdsproxy.host.netlink import (
@@ -47,6 +42,7 @@ from imdsproxy.host.refusal import host_refused
 from imdsproxy.host.sockets import SOCK_DIAG, SocketOwners, listening_sockets, try_bind
 from imdsproxy.listeners.leftovers import ManagedPlace
 from imdsproxy.listeners.own_metadata import DMI, own_metadata
+from imdsproxy.listeners.places import place_of
 
 Peek: TypeAlias = tuple[int, frozenset[int]]
 """A namespace's inode and those of the sockets that listen in it."""
@@ -62,9 +58,9 @@ class _Interest:
     """What to look at: which devices are listened on in which namespace (`None`: on any)."""
 
     namespaces: dict[str, set[str | None]] = field(default_factory=dict)
-    interfaces: set[str] = field(default_factory=set)
+    interfaces: set[str | None] = field(default_factory=set)
     bridges: set[str] = field(default_factory=set)
-    root_devices: set[str] = field(default_factory=set)
+    host_devices: set[str] = field(default_factory=set)
 
 
 class HostObserver:
@@ -166,7 +162,7 @@ class HostObserver:
             namespaces={name: _with_owners(seen, owned) for name, seen in namespaces.items()},
             half_made=frozenset(self._half_made(present, namespaces)),
             asked_namespaces=None if everything else frozenset(interest.namespaces),
-            asked_devices=None if everything else frozenset(interest.root_devices),
+            asked_devices=None if everything else frozenset(interest.host_devices),
         )
 
     def _find_owners(
@@ -218,14 +214,14 @@ class HostObserver:
         )
 
     def _root(self, interest: _Interest, *, everything: bool) -> ObservedNamespace:
-        if not everything and not interest.root_devices:
+        if not everything and not interest.host_devices:
             return ObservedNamespace(None)
         try:
             with NetlinkSocket() as channel:
-                if everything or len(interest.root_devices) > _FEW_DEVICES:
+                if everything or len(interest.host_devices) > _FEW_DEVICES:
                     devices, addresses = _devices_and_addresses(channel)
                 else:
-                    devices = _some_devices(channel, interest.root_devices)
+                    devices = _some_devices(channel, interest.host_devices)
                     addresses = tuple(_addresses_on(channel, devices))
                 ports = _ports(channel, devices, interest.bridges)
                 own = own_metadata(channel, self._dmi)
@@ -234,28 +230,15 @@ class HostObserver:
                 sockets = listening_sockets(channel, names) if interest.interfaces else []
         except OSError as error:
             raise host_refused("look at the host's devices", error) from error
-        wanted: set[str | None] = set(interest.interfaces)
         return ObservedNamespace(
             ref=None,
             devices=devices,
             addresses=addresses,
             sockets=tuple(sockets),
-            trials=tuple(_trials(wanted, addresses, devices)),
+            trials=tuple(_trials(interest.interfaces, addresses, devices)),
             ports=ports,
             own_metadata=own,
         )
-
-
-def place_of(network: Network, naming: Naming) -> str | None:
-    """The namespace that a network is listened for in; `None` for the host's own."""
-    listener = network.listener
-    if isinstance(listener, NamespaceListener):
-        return listener.namespace
-    if isinstance(listener, InterfaceListener):
-        return None
-    if isinstance(listener, BridgeListener):
-        return naming.namespace(network.id)
-    assert_never(listener)
 
 
 def _listening_inodes() -> frozenset[int]:
@@ -272,19 +255,14 @@ def _with_owners(seen: ObservedNamespace, owned: dict[int, ListeningSocket]) -> 
 def _interest(networks: Iterable[Network], naming: Naming) -> _Interest:
     found = _Interest()
     for network in networks:
-        listener = network.listener
-        if isinstance(listener, NamespaceListener):
-            found.namespaces.setdefault(listener.namespace, set()).add(listener.device)
-        elif isinstance(listener, InterfaceListener):
-            found.interfaces.add(listener.device)
-            found.root_devices.add(listener.device)
-        elif isinstance(listener, BridgeListener):
-            name = naming.namespace(network.id)
-            found.namespaces.setdefault(name, set()).add(naming.inner_device)
-            found.root_devices.update((listener.bridge, naming.link(network.id)))
-            found.bridges.add(listener.bridge)
+        place = place_of(network, naming)
+        if place.namespace is not None:
+            found.namespaces.setdefault(place.namespace, set()).add(place.device)
         else:
-            assert_never(listener)
+            found.interfaces.add(place.device)
+        found.host_devices.update(place.host_devices)
+        if place.bridge is not None:
+            found.bridges.add(place.bridge)
     return found
 
 

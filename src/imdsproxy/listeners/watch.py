@@ -13,24 +13,19 @@ import functools
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Final, Self, TypeAlias, TypeVar, assert_never
+from typing import Final, Self, TypeVar, assert_never
 
 from imdsproxy.core.hostnames import Naming
 from imdsproxy.core.hoststate import NamespaceRef, ObservedHost, changed_places
-from imdsproxy.core.model import (
-    BridgeListener,
-    InterfaceListener,
-    NamespaceListener,
-    Network,
-    NetworkId,
-)
+from imdsproxy.core.model import Network, NetworkId
 from imdsproxy.errors import DataplaneError
 from imdsproxy.host.events import LinkChange, watch_links
 from imdsproxy.host.namespaces import NamespaceThread
 from imdsproxy.host.netlink import assign_nsid
 from imdsproxy.host.nlmessages import NetlinkRefused, NetlinkSocket
 from imdsproxy.listeners.namespace_watch import NamespaceCame, NamespaceWatch, NamespaceWent
-from imdsproxy.listeners.observe import HostObserver, Peek, place_of
+from imdsproxy.listeners.observe import HostObserver, Peek
+from imdsproxy.listeners.places import place_of
 
 T = TypeVar("T")
 
@@ -62,17 +57,10 @@ class HostEvent:
 
     Attributes:
         networks: Those whose listener it concerns; never empty.
-        namespace: The one that came or went.
-        part: For an audit, what was seen: to be merged into what was known.
     """
 
     kind: EventKind
     networks: frozenset[NetworkId]
-    namespace: NamespaceRef | None = None
-    part: ObservedHost | None = None
-
-
-_EventKey: TypeAlias = tuple[EventKind, frozenset[NetworkId], NamespaceRef | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +122,7 @@ class HostWatch:
         self._our_pids: frozenset[int] = frozenset()
         self._nsids: dict[int, NamespaceRef] = {}
         self._wanted_ids = asyncio.Event()
-        self._events: dict[_EventKey, HostEvent] = {}
+        self._events: dict[HostEvent, None] = {}
         self._some = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
         self._closing = contextlib.AsyncExitStack()
@@ -213,7 +201,9 @@ class HostWatch:
             self._raise_failure()
             self._some.clear()
             await self._some.wait()
-        return self._events.pop(next(iter(self._events)))
+        event = next(iter(self._events))
+        del self._events[event]
+        return event
 
     def _raise_failure(self) -> None:
         # One that has ended by itself has failed, and so has the watch.
@@ -223,9 +213,7 @@ class HostWatch:
 
     def _publish(self, event: HostEvent) -> None:
         if event.networks:
-            key = (event.kind, event.networks, event.namespace)
-            # The latest wins: an audit's part is what was seen last.
-            self._events[key] = event
+            self._events[event] = None
             self._some.set()
 
     async def _follow_namespaces(self) -> None:
@@ -234,10 +222,10 @@ class HostWatch:
             if isinstance(change, NamespaceCame):
                 if networks:
                     self._wanted_ids.set()
-                self._publish(HostEvent(EventKind.NAMESPACE_CAME, networks, change.ref))
+                self._publish(HostEvent(EventKind.NAMESPACE_CAME, networks))
             elif isinstance(change, NamespaceWent):
                 self._nsids = {i: ref for i, ref in self._nsids.items() if ref != change.ref}
-                self._publish(HostEvent(EventKind.NAMESPACE_WENT, networks, change.ref))
+                self._publish(HostEvent(EventKind.NAMESPACE_WENT, networks))
             else:
                 assert_never(change)
 
@@ -321,7 +309,7 @@ class HostWatch:
         # Devices and addresses are reported where a namespace has an id. Listening sockets are not:
         # where they differ from the last proper look, it is time for another one.
         heard = {None, *(ref.name for ref in self._nsids.values())}
-        places = {one.id: place_of(one, self._naming) for one in networks}
+        places = {one.id: place_of(one, self._naming).namespace for one in networks}
         seen = await self._observer.peek(set(places.values()))
         stale = [
             one
@@ -361,7 +349,7 @@ class HostWatch:
             concerned |= self._places.devices.get(name, set())
         if changed.sockets:
             concerned |= self._places.interfaces
-        self._publish(HostEvent(EventKind.AUDIT, frozenset(concerned), part=part))
+        self._publish(HostEvent(EventKind.AUDIT, frozenset(concerned)))
         return True
 
     def _listening_in(self, names: Iterable[str]) -> list[Network]:
@@ -385,16 +373,11 @@ def _batches(things: list[T], size: int) -> Iterator[list[T]]:
 def _places(networks: Iterable[Network], naming: Naming) -> _Places:
     places = _Places()
     for network in networks:
-        listener = network.listener
-        if isinstance(listener, NamespaceListener):
-            places.namespaces.setdefault(listener.namespace, set()).add(network.id)
-        elif isinstance(listener, InterfaceListener):
-            places.devices.setdefault(listener.device, set()).add(network.id)
-            places.interfaces.add(network.id)
-        elif isinstance(listener, BridgeListener):
-            places.namespaces.setdefault(naming.namespace(network.id), set()).add(network.id)
-            for device in (listener.bridge, naming.link(network.id)):
-                places.devices.setdefault(device, set()).add(network.id)
+        place = place_of(network, naming)
+        if place.namespace is not None:
+            places.namespaces.setdefault(place.namespace, set()).add(network.id)
         else:
-            assert_never(listener)
+            places.interfaces.add(network.id)
+        for device in place.host_devices:
+            places.devices.setdefault(device, set()).add(network.id)
     return places
