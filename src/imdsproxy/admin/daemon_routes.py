@@ -162,7 +162,7 @@ async def stop(body: StopBody, services: Uses) -> Stopping:
 
 @router.post("/instances/{instance}/revoke-tokens")
 async def revoke_tokens(instance: NamedInstance, services: Uses) -> GuardChange:
-    """Have no token be good that the instance has now; fresh ones are."""
+    """Revoke the instance's tokens; new ones are valid."""
     return await services.tokens.revoke(instance)
 
 

@@ -40,7 +40,7 @@ class GuardFile:
         self.guards = read_guards(self.path)
 
     def revoke(self, instance: InstanceId) -> Guard:
-        """Have no token be good that the instance has now.
+        """Revoke the instance's tokens.
 
         Raises:
             HostRefused: The file system refuses; nothing has changed.

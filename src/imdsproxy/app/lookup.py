@@ -91,7 +91,7 @@ class Refusal:
 
 @dataclass(slots=True)
 class Lookup:
-    """The resolver's eyes; what the neighbour table says is kept until it says something else.
+    """Looks for a guest's MAC in the neighbour table; keeps what it found until the table changes.
 
     Attributes:
         source: Who is asked for an address that nobody told of, if anybody.

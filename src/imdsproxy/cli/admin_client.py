@@ -67,7 +67,7 @@ class AdminClient:
     timeout_s: float = _TIMEOUT_S
 
     def get(self, path: str, query: Mapping[str, str] | None = None) -> object:
-        """What the daemon says, decoded."""
+        """The daemon's answer, decoded."""
         return self.request("GET", path, query=query)
 
     def request(
@@ -81,7 +81,7 @@ class AdminClient:
         """One request and its decoded answer; text where the answer is no JSON.
 
         Raises:
-            AdminUnavailable: Nobody answers on the socket, or not in time.
+            AdminUnavailable: No daemon answers on the socket, or not in time.
             PrivilegeMissing: The socket is not for this account.
             ImdsproxyError: What the daemon refused, as the class that it raised.
         """
@@ -144,11 +144,11 @@ class AdminClient:
         if isinstance(error, TimeoutError):
             return AdminUnavailable(
                 f"the daemon did not answer on {self.socket} within {self.timeout_s:.0f} s",
-                hint="its log says what it is busy with",
+                hint="its log shows what it is busy with",
             )
         return AdminUnavailable(
             f"the daemon's answer on {self.socket} broke off: {str(error) or type(error).__name__}",
-            hint="its log says why",
+            hint="its log has the reason",
         )
 
 

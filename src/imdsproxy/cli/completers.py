@@ -11,7 +11,7 @@ import typer
 from imdsproxy.errors import ImdsproxyError
 
 _TIMEOUT_S: Final = 1.0
-"""Somebody waits for it at a prompt."""
+"""An operator waits for it at a prompt."""
 
 
 def networks(ctx: typer.Context, incomplete: str) -> list[str]:
@@ -34,7 +34,7 @@ def _words(context: typer.Context, kind: str, incomplete: str) -> list[str]:
         client = AdminClient(socket, _TIMEOUT_S)
         shapes = cast("Sequence[Mapping[str, object]]", client.get(path_to(kind)))
     except ImdsproxyError:
-        # There is no place to say why: what a shell is told here it puts into the command line.
+        # There is no place for an error: the shell puts all output into the command line.
         return []
     records = [cast("Mapping[str, str]", shape["record"]) for shape in shapes]
     words = [record["id"] for record in records] + [record.get("name", "") for record in records]

@@ -37,7 +37,7 @@ def render_completion(shell: str) -> str:
 
 
 def is_completing(environment: Mapping[str, str]) -> bool:
-    """Whether a shell's script runs us to be told words, and no command is to be run."""
+    """Whether a shell's script asks for words, and no command is to be run."""
     return _VARIABLE in environment
 
 

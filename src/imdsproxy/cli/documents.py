@@ -11,7 +11,7 @@ from imdsproxy.cli import options
 
 
 def documents(context: typer.Context, *, config: options.Config = None) -> None:
-    """Be the document server: answer guests from compiled records, until told to stop."""
+    """Be the document server: answer guests from compiled records, until stopped."""
     import imdsproxy.host.plain_structlog  # noqa: F401, PLC0415 - before all that logs
     from imdsproxy.dataplane.layout import Layout  # noqa: PLC0415 - the others need not load it
     from imdsproxy.host.clock import SystemClock  # noqa: PLC0415 - as above

@@ -20,8 +20,8 @@ PIPE_CLOSED: Final = 141
 
 EXIT_STATUSES: Final[Mapping[int, str]] = {
     OK: "Done.",
-    NO: "Done, and the answer is no: `get` or `explain --probe` was answered 400 or above, `explain` found nobody, "
-    "`doctor` found an error, `status --check` found the daemon not ready.",
+    NO: "Done, and the answer is no: `get` or `explain --probe` was answered 400 or above, `explain` found no "
+    "instance, `doctor` found an error, `status --check` found the daemon not ready.",
     USAGE: "The command line, or what it asked of the daemon, is not acceptable.",
     66: "There is no network or instance of that name.",
     69: "The daemon, or a source of records, does not answer or refuses.",

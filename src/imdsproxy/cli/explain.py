@@ -1,4 +1,4 @@
-"""`imdsproxy explain`: who is this guest, and why."""
+"""`imdsproxy explain`: which instance a guest is, and why."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Path: TypeAlias = Annotated[
     typer.Option(
         "--path",
         metavar="PATH",
-        help="Also what its policy says to a GET of it: /latest/user-data.",
+        help="Also whether its policy allows a GET of it: /latest/user-data.",
         show_default=False,
     ),
 ]
@@ -103,65 +103,65 @@ def _is_served(explained: _Shape) -> bool:
     return explained["verdict"] == _FOUND and not refused
 
 
-def show_explanation(output: Output, told: _Shape) -> None:
+def show_explanation(output: Output, shape: _Shape) -> None:
     """The explanation for people."""
-    colour = "green" if told["verdict"] == _FOUND else "red"
+    colour = "green" if shape["verdict"] == _FOUND else "red"
     facts = {
-        "guest": f"{clean(told['address'])} in network {clean(told['network'])}",
-        "verdict": f"[{colour}]{clean(told['verdict'])}[/], {_outcome(told)}",
+        "guest": f"{clean(shape['address'])} in network {clean(shape['network'])}",
+        "verdict": f"[{colour}]{clean(shape['verdict'])}[/], {_outcome(shape)}",
     }
-    probe = cast("_Shape | None", told["probe"])
+    probe = cast("_Shape | None", shape["probe"])
     if probe is not None:
         status = cast("int", probe["status"])
         phrase = HTTPStatus(status).phrase if status in set(HTTPStatus) else ""
         colour = "red" if status >= HTTPStatus.BAD_REQUEST else "green"
         facts["probe"] = f"GET {clean(probe['path'])}: [{colour}]{status} {phrase}[/]"
-    if told["instance"] is not None:
-        facts["instance"] = f"{clean(told['instance'])} ({clean(told['instance_name'])})"
-        facts["known"] = f"{_how(told['how'])}, from source {clean(told['source'])}"
-        if "upstream" not in cast("Mapping[str, str]", told["policy"]):
-            facts["revision"] = clean(told["revision"] or "not compiled yet")
-        facts["in HAProxy"] = clean(told["installed"] or "not there")
+    if shape["instance"] is not None:
+        facts["instance"] = f"{clean(shape['instance'])} ({clean(shape['instance_name'])})"
+        facts["known"] = f"{_how(shape['how'])}, from source {clean(shape['source'])}"
+        if "upstream" not in cast("Mapping[str, str]", shape["policy"]):
+            facts["revision"] = clean(shape["revision"] or "not compiled yet")
+        facts["in HAProxy"] = clean(shape["installed"] or "not there")
     claimants = [
         f"{clean(one['instance'])} (source {clean(one['source'])})"
-        for one in cast("Sequence[_Shape]", told["claimants"])
+        for one in cast("Sequence[_Shape]", shape["claimants"])
     ]
     if claimants:
         facts["claimed by"] = "\n".join(claimants)
-    policy = cast("Mapping[str, str]", told["policy"])
+    policy = cast("Mapping[str, str]", shape["policy"])
     facts |= {clean(name): clean(value) for name, value in policy.items()}
-    facts |= dict(_rules(cast("_Shape | None", told["rules"])))
-    decision = cast("_Shape | None", told["decision"])
+    facts |= dict(_rules(cast("_Shape | None", shape["rules"])))
+    decision = cast("_Shape | None", shape["decision"])
     if decision is not None:
         facts["policy"] = f"to GET {clean(decision['path'])}:\n" + "\n".join(
-            f"{words}: {_decided(cast('_Shape', decision[key]), told['rules'])}"
+            f"{words}: {_decided(cast('_Shape', decision[key]), shape['rules'])}"
             for words, key in (
                 ("without a token", "without_token"),
                 ("with a good one", "with_token"),
             )
         )
-    why = cast("Sequence[str]", told["why"])
+    why = cast("Sequence[str]", shape["why"])
     if why:
         facts["why"] = "\n".join(f"{number}. {clean(step)}" for number, step in enumerate(why, 1))
     output.facts(facts)
 
 
-def _outcome(told: _Shape) -> str:
-    if told["answer"] is None:
+def _outcome(shape: _Shape) -> str:
+    if shape["answer"] is None:
         return "its requests are sent to Nova"
-    if told["verdict"] == "left-out":
+    if shape["verdict"] == "left-out":
         return "no listener serves it"
-    return f"its documents are answered {told['answer']}"
+    return f"its documents are answered {shape['answer']}"
 
 
 def _how(how: object) -> str:
     return _HOW.get(str(how), clean(how))
 
 
-def _rules(told: _Shape | None) -> Iterator[tuple[str, str]]:
-    if told is None:
+def _rules(shape: _Shape | None) -> Iterator[tuple[str, str]]:
+    if shape is None:
         return
-    rules = cast("Sequence[_Shape]", told["rules"])
+    rules = cast("Sequence[_Shape]", shape["rules"])
     width = max((len(str(rule["name"])) for rule in rules), default=0)
     yield (
         "may",
@@ -171,15 +171,15 @@ def _rules(told: _Shape | None) -> Iterator[tuple[str, str]]:
             for rule in rules
         ),
     )
-    yield "boot", clean(_boot(told))
-    if told["token_epoch"]:
-        yield "tokens", f"revoked {clean(told['token_epoch'])} times"
+    yield "boot", clean(_boot(shape))
+    if shape["token_epoch"]:
+        yield "tokens", f"revoked {clean(shape['token_epoch'])} times"
 
 
 def _value(value: object) -> str:
     if value is None:
         # Only limits have no value of their own.
-        return "as the section limits of the settings says"
+        return "as set in the section limits of the settings"
     if isinstance(value, bool):
         return "on" if value else "off"
     if isinstance(value, Sequence) and not isinstance(value, str):
@@ -187,23 +187,23 @@ def _value(value: object) -> str:
     return str(value)
 
 
-def _boot(told: _Shape) -> str:
-    ends, reopened = told["boot_ends_at"], told["reopened_at"]
+def _boot(shape: _Shape) -> str:
+    ends, reopened = shape["boot_ends_at"], shape["reopened_at"]
     if ends is None:
         return "finished: no source has its creation time"
-    said = f"{'finished at' if told['boot_over'] else 'until'} {_time(ends)}"
-    return said if reopened is None else f"{said}, opened again at {_time(reopened)}"
+    ends_text = f"{'finished at' if shape['boot_over'] else 'until'} {_time(ends)}"
+    return ends_text if reopened is None else f"{ends_text}, opened again at {_time(reopened)}"
 
 
 def _time(at: object) -> str:
     return f"{datetime.fromtimestamp(cast('float', at), UTC).astimezone():%Y-%m-%d %H:%M:%S %Z}"
 
 
-def _decided(decided: _Shape, told: object) -> str:
-    """What is answered, by which rule, and who set it."""
+def _decided(decided: _Shape, shape: object) -> str:
+    """What is answered, by which rule, and which scope set it."""
     if decided["status"] is None:
         return "[green]it passes[/]"
-    rules = cast("Sequence[_Shape]", cast("_Shape", told)["rules"])
+    rules = cast("Sequence[_Shape]", cast("_Shape", shape)["rules"])
     origin = next((rule["origin"] for rule in rules if rule["name"] == decided["rule"]), None)
     by = clean(decided["rule"]) if origin is None else f"{clean(decided['rule'])}, {clean(origin)}"
     return f"[red]{decided['status']}[/], {clean(decided['why'])} [dim]({by})[/]"

@@ -1,4 +1,4 @@
-"""`imdsproxy get`: what a guest would be told, byte for byte."""
+"""`imdsproxy get`: the answer that a guest would get, byte for byte."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def get(
     *,
     include: Include = False,
 ) -> None:
-    """What the guest at this address would be told; exit 1 from status 400 up."""
+    """The answer that the guest at this address would get; exit 1 from status 400 up."""
     query = {"network": network, "address": address, "path": path}
     answer = cast("Mapping[str, object]", run.daemon().get("/v1/documents", query))
     status = int(str(answer["status"]))

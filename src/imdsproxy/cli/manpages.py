@@ -24,8 +24,8 @@ from imdsproxy.config.yaml_text import render_value
 _MADE: Final = '.\\" Made by `python -m imdsproxy.cli.docgen`; edit the code instead.'
 
 _COMMANDS: Final = """\
-To begin with, `network add` tells of a network and how it is reached, `instance add` of an instance in it;
-`explain` says who an address is taken for, and `get` what it would be told."""
+To begin with, `network add` adds a network and how it is reached, `instance add` an instance in it;
+`explain` shows which instance an address belongs to, and `get` the answer that it would get."""
 
 _FILES: Final = (
     ("/etc/imdsproxy/imdsproxy.yaml", "Settings; see imdsproxy.yaml(5)."),

@@ -47,7 +47,7 @@ Socket: TypeAlias = Annotated[
     ),
 ]
 Json: TypeAlias = Annotated[
-    bool, typer.Option("--json", help="Say it in JSON, for programs.", show_default=False)
+    bool, typer.Option("--json", help="Print JSON, for programs.", show_default=False)
 ]
 _NETWORK: Final = flag(
     "--network", "NET", "The guest's network, by id or name.", completers.networks, "-n"

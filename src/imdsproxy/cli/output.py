@@ -1,4 +1,4 @@
-"""What commands say: tables for people, JSON for programs, errors as one line and a hint.
+"""What commands print: tables for people, JSON for programs, errors as one line and a hint.
 
 Colour and cutting to the width happen only on a terminal; rich honours NO_COLOR. Elsewhere lines
 are as long as they are, so that `grep` and `awk` see everything.
@@ -39,7 +39,7 @@ class Column:
     Attributes:
         keep: Its cells are never broken.
         right: Its cells are numbers.
-        spare: It is left out where the terminal is too narrow for all.
+        spare: It is dropped where the terminal is too narrow for all.
     """
 
     title: str
@@ -49,7 +49,7 @@ class Column:
 
 
 class _Lines:
-    """Progress as lines, the first after as long as nobody minds to wait."""
+    """Progress as lines, the first after a few seconds."""
 
     def __init__(self) -> None:
         self._next = time.monotonic() + _LINE_EVERY_S
@@ -164,7 +164,7 @@ class Output:
     def table(
         self, columns: Sequence[Column], rows: Iterable[Sequence[str]], *, empty: str
     ) -> None:
-        """Rows under headings; the cells may hold markup. Without rows, what `empty` says."""
+        """Rows under headings; the cells may hold markup. Without rows, `empty`."""
         filled = list(rows)
         if not filled:
             self.styled(f"[dim]{empty}[/]")

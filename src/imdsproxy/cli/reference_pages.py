@@ -54,8 +54,8 @@ of Neutron, of Nova, and of releases gone by. Files are read as oslo.config read
 the agent is given them. All other options of these files are of no concern to imdsproxy.
 
 - *taken over*: it becomes a setting.
-- *by hand*: it says something that is needed and cannot be translated; the import says so.
-- *no equivalent*: imdsproxy needs none, or whoever reads it goes on reading it.
+- *by hand*: it is needed and cannot be translated; the import reports it.
+- *no equivalent*: imdsproxy needs none, or the service that reads it goes on reading it.
 
 No file says where Neutron's API is, since the agents asked by RPC: `sources.neutron` has to be added by hand."""
 
@@ -71,7 +71,7 @@ all. The process's own figures (`process_resident_memory_bytes`, `process_cpu_se
 
 _ERRORS: Final = """\
 Logs, metrics, the admin API (`code`) and the command line (`--json`) use the same codes. “Again”
-says whether trying again can help without anybody acting."""
+means that trying again can help without any action."""
 
 _LEFT_OUT: Final = """\
 A network that is configured and not served never holds up another one; `status`, `network list`, `/readyz` and

@@ -11,7 +11,7 @@ from imdsproxy.cli import options
 
 
 def run(context: typer.Context, *, config: options.Config = None) -> None:
-    """Be the controller: keep HAProxy and the documents as the sources say, until told to stop."""
+    """Be the controller: keep HAProxy and the documents in step with the sources, until stopped."""
     # Nothing that a start makes is garbage; to look for it takes 5 % of it. The controller enables it again.
     gc.disable()
     import imdsproxy.host.plain_structlog  # noqa: F401, PLC0415 - before all that logs

@@ -101,9 +101,9 @@ def _haproxy(haproxy: _Shape) -> str:
     lines = [f"{clean(haproxy['version'])}, {pids}{draining}"]
     reload = haproxy["last_reload"]
     if isinstance(reload, dict):
-        told = "[green]ok[/]" if reload["ok"] else f"[red]{clean(reload['result'])}[/]"
+        result = "[green]ok[/]" if reload["ok"] else f"[red]{clean(reload['result'])}[/]"
         took = f"{float(reload['took_s']) * 1000:.0f} ms"
-        lines.append(f"reload {reload['number']} ({clean(reload['reason'])}): {told}, {took}")
+        lines.append(f"reload {reload['number']} ({clean(reload['reason'])}): {result}, {took}")
     if haproxy["problem"]:
         lines.append(f"[red]{clean(haproxy['problem'])}[/]")
     return "\n".join(lines)

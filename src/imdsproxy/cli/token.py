@@ -1,4 +1,4 @@
-"""`imdsproxy token revoke|rotate|report`: session tokens, as operators deal with them."""
+"""`imdsproxy token revoke|rotate|report`: session tokens."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def revoke(
     run: options.Invocation,
     instance: Id,
 ) -> None:
-    """Have no token be good that the instance has now; it can get a fresh one at once."""
+    """Revoke the instance's tokens; it can get a new one at once."""
     order_instance(run, instance, "revoke-tokens", f"all tokens of instance {instance} revoked")
 
 
@@ -37,7 +37,7 @@ def revoke(
 def rotate(
     run: options.Invocation,
 ) -> None:
-    """Have a fresh key sign tokens; those that there are stay good, by the two keys before it."""
+    """Sign tokens with a new key; existing tokens stay valid, by the two keys before it."""
     from imdsproxy.cli.admin_client import path_to  # noqa: PLC0415 - `--help` need not load it
     from imdsproxy.cli.record_output import say_written  # noqa: PLC0415 - as above
 
@@ -55,8 +55,8 @@ def report(
     """Name guests and clients that still read without tokens, and what required tokens leave open."""
     from imdsproxy.cli.token_report_output import say_token_report  # noqa: PLC0415 - as above
 
-    told = cast("Mapping[str, object]", run.daemon().get("/v1/token-report"))
+    answer = cast("Mapping[str, object]", run.daemon().get("/v1/token-report"))
     if run.output.as_json:
-        run.output.json(told)
+        run.output.json(answer)
     else:
-        say_token_report(run.output, told)
+        say_token_report(run.output, answer)

@@ -26,19 +26,19 @@ _COLUMNS: Final = (
 )
 
 
-def say_token_report(output: Output, told: _Shape) -> None:
+def say_token_report(output: Output, report: _Shape) -> None:
     """A line for each client of each guest, then the trees that stay open.
 
     Args:
         output: Where to.
-        told: The answer of `GET /v1/token-report`.
+        report: The answer of `GET /v1/token-report`.
     """
-    guests, one_in = cast("Sequence[_Shape]", told["guests"]), cast("int", told["one_in"])
-    since = _time(told["since"])
+    guests, one_in = cast("Sequence[_Shape]", report["guests"]), cast("int", report["one_in"])
+    since = _time(report["since"])
     output.table(
         _COLUMNS,
         (row for guest in guests for row in _rows(guest, "~" if one_in > 1 else "")),
-        empty=f"since {since} nobody was seen reading without a token",
+        empty=f"since {since} no read without a token was seen",
     )
     if guests:
         output.styled(
@@ -51,16 +51,16 @@ def say_token_report(output: Output, told: _Shape) -> None:
         )
     elif one_in > 1:
         output.styled(
-            f"[dim]READS is about: one read in {one_in} is counted, by chance. Who reads a hundred times is seen, who "
-            "reads seldom may not be: tokens.count_reads: all counts each[/]"
+            f"[dim]READS is about: one read in {one_in} is counted, by chance. Frequent readers are seen, "
+            "rare ones may not be: tokens.count_reads: all counts each[/]"
         )
-    trees = cast("Sequence[_Shape]", told["open_trees"])[:_TREES_SHOWN]
+    trees = cast("Sequence[_Shape]", report["open_trees"])[:_TREES_SHOWN]
     for one in trees:
         output.styled(
             f"[yellow]warning:[/] {clean(one['tree'])} gives instance {clean(one['instance'])} in "
             f"{clean(one['network'])} the user-data that another tree denies, or gives for a token only"
         )
-    more = cast("int", told["open_tree_count"]) - len(trees)
+    more = cast("int", report["open_tree_count"]) - len(trees)
     if more > 0:
         output.styled(f"[yellow]warning:[/] so do {more} more")
     if trees:

@@ -1,4 +1,4 @@
-"""`imdsproxy watch`: who is asking what, as it happens."""
+"""`imdsproxy watch`: guests' requests as they are answered."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def watch(
 def follow(
     ask: Callable[[int | None], _Shape], output: Output, sleep: Callable[[float], None]
 ) -> None:
-    """Print what is told, for ever; HAProxy itself spells what is not printable as `#XX`.
+    """Print requests for ever; HAProxy itself spells what is not printable as `#XX`.
 
     Args:
         ask: What happened since a cursor.
@@ -57,12 +57,12 @@ def follow(
     """
     cursor: int | None = None
     while True:
-        told = ask(cursor)
+        answer = ask(cursor)
         lines = [] if cursor is not None or output.as_json else [_HEAD]
-        cursor = cast("int", told["cursor"])
-        if told["missed"]:
-            lines.append('{"missed": true}' if output.as_json else "… some were too many to tell")
-        requests = cast("Sequence[_Shape]", told["requests"])
+        cursor = cast("int", answer["cursor"])
+        if answer["missed"]:
+            lines.append('{"missed": true}' if output.as_json else "… some were too many to show")
+        requests = cast("Sequence[_Shape]", answer["requests"])
         lines += [_line_of(one, as_json=output.as_json) for one in requests]
         # At once, also into a pipe.
         output.raw("".join(f"{line}\n" for line in lines).encode())

@@ -15,13 +15,13 @@ from imdsproxy.config.section import OffIsFalse, Section, setting
 def _destination(value: object) -> object:
     if value != "journal" and isinstance(value, str) and not Path(value).is_absolute():
         raise PydanticCustomError(
-            "destination", "{said} is neither `journal` nor an absolute path", {"said": value}
+            "destination", "{written} is neither `journal` nor an absolute path", {"written": value}
         )
     return value
 
 
 class AuditSettings(Section):
-    """Who asked what, and what became of it: one JSON line a request."""
+    """The audit log: one JSON line for each request and its answer."""
 
     mode: Annotated[Literal["off", "sampled", "all"], OffIsFalse] = setting(
         "off",

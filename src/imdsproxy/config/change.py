@@ -13,7 +13,7 @@ class Change(StrEnum):
     """The new value is only looked at where it is used next: no running part keeps a copy."""
 
     LIVE = "live"
-    """The controller takes it over at once; nobody notices."""
+    """The controller takes it over at once; no request is disturbed."""
 
     RELOAD = "reload"
     """HAProxy is reloaded without losing a request."""

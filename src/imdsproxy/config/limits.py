@@ -1,4 +1,4 @@
-"""How much one instance may ask for, where the policy says nothing else."""
+"""How much one instance may ask for, unless its policy sets another limit."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def _number(rule: str, default: int, description: str) -> Any:  # noqa: ANN401 -
 
 
 class LimitsSettings(Section):
-    """Of each instance, over IPv4 and IPv6 together; beyond, 503 with Retry-After. `policy` says it for some."""
+    """Of each instance, over IPv4 and IPv6 together; beyond, 503 with Retry-After. `policy` overrides them for some."""
 
     enabled: bool = setting(
         True,
@@ -38,7 +38,7 @@ class LimitsSettings(Section):
         "connections",
         160,
         "Connections at once; behind the unix listener, requests. More than `haproxy.maxconn_per_network` can not be "
-        "had. The first 32 beyond are told 503, further ones are closed.",
+        "had. The first 32 beyond are answered 503, further ones are closed.",
     )
     body_kib: int = setting(
         1024,

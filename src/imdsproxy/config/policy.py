@@ -82,7 +82,7 @@ def _of_core(rule: Rule, value: Any) -> Any:  # noqa: ANN401 - as pydantic check
 
 
 class PolicySettings(Section):
-    """The most specific word on each rule wins: instance, project, network, host."""
+    """For each rule, the most specific scope wins: instance, project, network, host."""
 
     host: PolicyRulesSettings = section("For every guest of this host.", PolicyRulesSettings)
     networks: dict[Identifier, PolicyRulesSettings] = setting(

@@ -2,7 +2,7 @@
 
 The components get their own section and nothing more; `core` gets plain values. Secrets would be
 file names here, never values. The reference page, `config schema` and `config sample` are generated
-from this file, so what is said here is what operators read.
+from this file, so its texts are what operators read.
 """
 
 from __future__ import annotations
@@ -176,12 +176,12 @@ class HaproxySettings(Section):
 
 
 class DocumentsSettings(Section):
-    """The document server: renders documents from compiled records, needs nobody else."""
+    """The document server: renders documents from compiled records, needs no other process."""
 
     enabled: bool = setting(
         True,
         "Run it. Off in front of Nova alone, where it would be two fifths of all memory, for nothing; an "
-        "instance whose documents are ours is then told as a problem, and its guests get 503.",
+        "instance whose documents are ours is then reported as a problem, and its guests get 503.",
         Change.RESTART,
     )
     workers: int = setting(
@@ -193,9 +193,9 @@ class DocumentsSettings(Section):
     )
     user: AccountName | None = setting(
         "haproxy",
-        "Account of the workers; null keeps the account of whoever starts them (a systemd unit "
-        "names it itself). HAProxy's own, because it has to open their sockets and sees all they "
-        "say anyway.",
+        "Account of the workers; null keeps the account of their parent (a systemd unit "
+        "names it itself). HAProxy's own, because it has to open their sockets and sees all their "
+        "answers anyway.",
         Change.RESTART,
     )
     group: AccountName | None = setting(
@@ -211,7 +211,7 @@ class DocumentsSettings(Section):
     )
     region: Identifier | None = setting(
         None,
-        "What `placement/region` says. Null derives it from the instance's availability zone: `eu-west-1a` lies in "
+        "The value of `placement/region`. Null derives it from the instance's availability zone: `eu-west-1a` lies in "
         "`eu-west-1`, and a zone that is not named after its region counts as one. botocore and the AWS CLI do not "
         "ask for it: they take the zone without its last letter.",
         Change.LIVE,
@@ -219,7 +219,7 @@ class DocumentsSettings(Section):
 
 
 class ResolverSettings(Section):
-    """Requests of addresses that nobody knows yet."""
+    """Requests of unknown addresses."""
 
     hold_s: float = setting(
         5.0,
@@ -294,7 +294,7 @@ class AdminSettings(Section):
     )
     mode: Mode = setting(
         "0660",
-        "Permissions of the socket, in octal and quoted. Whoever can write to it can read and "
+        "Permissions of the socket, in octal and quoted. Every account that can write to it can read and "
         "change every instance's documents.",
         Change.RESTART,
     )
@@ -322,7 +322,7 @@ class MetricsSettings(Section):
     )
     degraded: Literal["ready", "not-ready"] = setting(
         "ready",
-        "What `/readyz` and `imdsproxy_ready` say while a network is configured and not served: `ready` "
+        "What `/readyz` and `imdsproxy_ready` report while a network is configured and not served: `ready` "
         "(200, with the reasons under `degraded`), because the other networks are served, or "
         "`not-ready` (503).",
         Change.LIVE,
@@ -373,7 +373,7 @@ class HostSettings(Section):
 
 
 class LogSettings(Section):
-    """What the controller and the document server say on standard error."""
+    """Messages of the controller and the document server on standard error."""
 
     level: Literal["debug", "info", "warning", "error"] = setting(
         "info", "Least important message that is written.", Change.LIVE

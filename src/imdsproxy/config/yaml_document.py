@@ -74,6 +74,6 @@ def _too_deep(text: str) -> Undecodable | None:
             elif isinstance(event, yaml.CollectionEndEvent):
                 depth -= 1
     except (yaml.YAMLError, ValueError):
-        # Whoever decodes it says where.
+        # Decoding it reports where.
         return None
     return None

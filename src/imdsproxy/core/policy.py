@@ -257,7 +257,7 @@ _NOTHING_FOLDED: Final = Folded(DEFAULT)
 
 
 def fold_policy(said: Iterable[tuple[PolicyScope, PolicyRules]]) -> Folded:
-    """The most specific word on each rule wins, and on each path (`core.path_rules.fold_paths`).
+    """For each rule, and for each path, the most specific scope wins (`core.path_rules.fold_paths`).
 
     Args:
         said: From the least specific scope to the most; a scope may come twice, and then its later word wins.

@@ -44,7 +44,7 @@ class UnixListenerSettings(Section):
 
     enabled: bool = setting(
         False,
-        "Listen on it. Off, because only hosts with Neutron's L3, DHCP or OVN agents have who connects.",
+        "Listen on it. Off, because only hosts with Neutron's L3, DHCP or OVN agents have clients of this socket.",
         Change.RELOAD,
     )
     path: Annotated[AbsolutePath, AfterValidator(_bindable)] = setting(

@@ -141,8 +141,8 @@ def test_the_token_report_fits_a_terminal(
 @pytest.mark.parametrize(
     ("one_in", "told"),
     [
-        (20, "nobody was seen reading without a token"),
-        (1, "nobody was seen reading without a token"),
+        (20, "no read without a token was seen"),
+        (1, "no read without a token was seen"),
         (0, "only refused reads are counted"),
     ],
 )

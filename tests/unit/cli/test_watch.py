@@ -77,7 +77,7 @@ def test_programs_get_a_line_of_json_each(
     }
 
 
-@pytest.mark.parametrize(("flags", "said"), [([], "too many to tell"), (["--json"], '"missed"')])
+@pytest.mark.parametrize(("flags", "said"), [([], "too many to show"), (["--json"], '"missed"')])
 def test_that_some_were_missed_is_said(
     server: AdminServer,
     monkeypatch: pytest.MonkeyPatch,

@@ -404,7 +404,7 @@ def test_a_haproxy_that_ends_at_once_is_a_failure(tmp_path: Path, host: Host) ->
     with pytest.raises(ConfigRejected, match="Cannot set uid"):
         daemon(host, tmp_path, pid_file=tmp_path / "p").start()
     host.ended = Ended(0, "", "")
-    with pytest.raises(ConfigRejected, match="it said nothing"):
+    with pytest.raises(ConfigRejected, match="wrote nothing"):
         daemon(host, tmp_path).start()
 
 

@@ -92,7 +92,7 @@ def run_to_end(
     """Start a program in a session of its own, and wait until it and all that write for it have ended or let go.
 
     Args:
-        arguments: Its path and what it is told.
+        arguments: Its path and its arguments.
         descriptor: An open file that it inherits beside the standard ones.
         alone: Without this process's supplementary groups, which takes root.
         deadline_s: After that it is ended.
@@ -255,7 +255,7 @@ def _write_locked(path: Path, data: bytes, *, replace: bool) -> int | None:
 
 
 def make_directories(path: Path) -> None:
-    """Have a directory in which nobody but its owner writes; what is made on the way is 0755 or tighter.
+    """Ensure a directory in which only its owner writes; what is made on the way is 0755 or tighter.
 
     A directory that others may write to would let them choose the configuration of a HAProxy that root starts.
 

@@ -201,7 +201,7 @@ class NetworkMetadataProxyHandler:
     def run_proxy(self, launch: Launch | None = None) -> NoReturn:
         """Become HAProxy, which keeps this process's pid and has the uuid in its command line.
 
-        Whatever HAProxy would refuse at its start is found out before, as long as it can be told in one line.
+        What HAProxy would refuse at its start is found before, while an error can still be one line.
 
         Args:
             launch: What `prepare` gave; `None` prepares.
@@ -243,7 +243,7 @@ def start_failure(
     ended: Ended, launch: Launch, port: int
 ) -> ConfigRejected | HostRefused | PrivilegeMissing:
     """The exception for a HAProxy that did not start, with its own words."""
-    words = parse_failure(ended.errors) or f"it said nothing and ended with {ended.status}"
+    words = parse_failure(ended.errors) or f"it ended with {ended.status} and wrote nothing"
     message = f"HAProxy did not start: {words}"
     if "Address already in use" in words:
         return HostRefused(message, hint=f"see who listens: ss -ltnp 'sport = :{port}'")

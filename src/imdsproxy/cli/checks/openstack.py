@@ -46,7 +46,7 @@ _AGENTS: Final[Mapping[str, str]] = {
     # Its module, and its file of options, however it is started.
     "metadata_agent": "neutron-metadata-agent",
 }
-"""What stands in the command line of an agent of Neutron's, and what it is called."""
+"""Agents of Neutron by what is in their command line."""
 _SECRETS: Final = ("password", "secret", "passcode", "token")
 """What is in the name of each of keystoneauth's options that is a secret."""
 _SETS: Final = "nova.endpoint_sets"

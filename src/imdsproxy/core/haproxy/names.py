@@ -81,7 +81,7 @@ _CONDITIONS: Final = """
     acl has_policy          var(txn.policy) -m found
     acl endpoint_off        var(txn.policy) -m beg <endpoint_off_word>
     acl only_tokens_off     var(txn.policy) -m beg <only_tokens_off_word>
-    # A rate or a burst: then neither of the settings' counts.
+    # A rate or a burst: then both global values are ignored.
     acl has_own_limits      var(txn.policy),field(<rate_field>,:,2) -m len gt 1
 
     # The record of a connection.
