@@ -7,6 +7,7 @@ import json
 import re
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final, cast
@@ -66,6 +67,11 @@ def _degraded(world: World, code: str, *words: str, count: int = 1) -> None:
 
 def _mended(world: World) -> None:
     until(lambda: _readyz(world)["degraded"] == [], what="the end of it")
+    # HAProxy's reload, which brings the network back, takes a moment more.
+    until(
+        lambda: (status := world.daemon.status())["serving"] == status["networks"],
+        what="the service of all networks",
+    )
     assert world.daemon.command("status", "--check").status == 0
     world.all_right()
 
@@ -170,30 +176,15 @@ def test_degraded_is_not_ready_where_the_settings_say_so(world: World) -> None:
 
 
 def test_a_network_that_two_sources_reach_differently_is_degraded(world: World) -> None:
-    records = world.daemon.directory / "records"
-    records.mkdir()
-    before = world.daemon.settings
-    source = {"sources": {"file": {"enabled": True, "directory": str(records)}}}
-    world.daemon.configure({**before, **source})
-    world.daemon.kill_controller()
-    world.daemon.start()
-    file = records / "red.yaml"
+    file = _file_source(world) / "red.yaml"
     file.write_text(f"networks: [{{id: red, listener: {{namespace: {world.lab.name('green')}x}}}}]")
     _degraded(world, "network-conflict", "red")
     file.unlink()
     _mended(world)
-    world.daemon.configure(before)
 
 
 def test_instances_whose_record_is_not_in_force_are_listed_so_with_the_reason(world: World) -> None:
-    records = world.daemon.directory / "more"
-    records.mkdir()
-    before = world.daemon.settings
-    source = {"sources": {"file": {"enabled": True, "directory": str(records)}}}
-    world.daemon.configure({**before, **source})
-    world.daemon.kill_controller()
-    world.daemon.start()
-    file = records / "web.yaml"
+    file = _file_source(world) / "web.yaml"
     port = {"network": "red", "addresses": ["10.0.0.77"]}
     web: dict[str, object] = {"id": "web", "name": "web", "ports": [port]}
     file.write_text(json.dumps({"instances": [web]}))
@@ -209,7 +200,16 @@ def test_instances_whose_record_is_not_in_force_are_listed_so_with_the_reason(wo
     assert (states["web"], states["green-5"], states["red-5"]) == (*["not in force"] * 2, "ok")
     file.unlink()
     until(lambda: "web" not in _pending(world), what="its end")
-    world.daemon.configure(before)
+
+
+def _file_source(world: World) -> Path:
+    """Start the controller with a source that reads files, until the end of the test; where they are."""
+    records = Path(tempfile.mkdtemp(dir=world.daemon.directory))
+    source = {"sources": {"file": {"enabled": True, "directory": str(records)}}}
+    world.daemon.configure({**world.settings, **source})
+    world.daemon.kill_controller()
+    world.daemon.start()
+    return records
 
 
 def _pending(world: World) -> dict[str, Any]:

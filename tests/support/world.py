@@ -66,7 +66,8 @@ class World:
     def all_right(self) -> None:
         """Every guest reads its own."""
         for guest in self.everybody:
-            assert own(guest, guest.ask("/latest/user-data")) is None
+            wrong = own(guest, guest.ask("/latest/user-data"))
+            assert wrong is None, wrong
 
     def reload(self) -> None:
         """Have HAProxy reload: a network comes, or goes."""
