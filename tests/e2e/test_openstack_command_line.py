@@ -32,10 +32,10 @@ def test_get_says_what_a_guest_that_never_asked_would_be_told(
     try:
         row = next(one for one in ways.openstack.lookups if one.scope == scope and one.instance)
         assert row.instance is not None
-        told = ways.daemon.command("get", "--network", ident, "--from", row.address, _HOSTNAME)
         stranger = ("get", "--include", "--network", ident, "--from", "10.0.0.251", _HOSTNAME)
         # A test before may have ended Neutron, and then it is not asked for a while.
         until(lambda: " 503 " not in ways.daemon.command(*stranger).out, within_s=40)
+        told = ways.daemon.command("get", "--network", ident, "--from", row.address, _HOSTNAME)
         nobody = ways.daemon.command(*stranger)
         explained = ways.daemon.command(
             "explain", "--probe", "--network", ident, "--from", row.address
