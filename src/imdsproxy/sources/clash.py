@@ -1,20 +1,15 @@
-"""Tell people which part of a record clashes with which other record."""
+"""Problems for people: which part of a record clashes with which other record."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
 
 from imdsproxy.core.addresses import link_local_of
+from imdsproxy.core.model import Instance
+from imdsproxy.core.observation import AddressKey
 from imdsproxy.core.records import Path, render_path
 from imdsproxy.errors import Problem
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from imdsproxy.core.model import Instance
-    from imdsproxy.core.observation import AddressKey
-
-__all__ = ["claim_places", "taken_address", "taken_id"]
+from imdsproxy.sources.in_force import Clash, Record
 
 
 def claim_places(instance: Instance) -> Iterator[tuple[AddressKey, Path]]:
@@ -78,3 +73,25 @@ def taken_id(
     return Problem(
         render_path((*path, "id")), f"{key} is also in {place}", "keep one of the two", file, line
     )
+
+
+def clash_problems(
+    clash: Clash[Record], instance: Instance | None, *, path: Path, place: str, file: str | None
+) -> Iterator[Problem]:
+    """Why an entry is refused: each address that another has, or its id.
+
+    Args:
+        clash: The entry and the other one.
+        instance: The refused record, where it is an instance.
+        path: Where it is in its document.
+        place: Where the other record is.
+        file: The file of the refused record.
+    """
+    entry = clash.entry
+    if instance is None or not clash.addresses:
+        yield taken_id(entry.id, path=path, place=place, file=file, line=entry.line)
+        return
+    for address in clash.addresses:
+        yield taken_address(
+            instance, address, clash.other.id, path=path, place=place, file=file, lines=entry.lines
+        )

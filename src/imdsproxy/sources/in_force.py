@@ -16,13 +16,11 @@ from imdsproxy.core.observation import AddressKey
 from imdsproxy.core.packed import PackedInstance
 from imdsproxy.errors import Problem
 
-__all__ = ["Clash", "Entry", "InForce"]
-
-_Record = TypeVar("_Record", bound=Network | Instance | PackedInstance)
+Record = TypeVar("Record", bound=Network | Instance | PackedInstance)
 
 
 @dataclass(frozen=True, slots=True)
-class Entry(Generic[_Record]):
+class Entry(Generic[Record]):
     """A record as it stands in a file.
 
     Attributes:
@@ -39,7 +37,7 @@ class Entry(Generic[_Record]):
     file: str
     position: int
     line: int | None = None
-    record: _Record | None = None
+    record: Record | None = None
     problems: tuple[Problem, ...] = ()
     lines: tuple[int | None, ...] = ()
 
@@ -50,7 +48,7 @@ class Entry(Generic[_Record]):
 
 
 @dataclass(frozen=True, slots=True)
-class Clash(Generic[_Record]):
+class Clash(Generic[Record]):
     """An entry that is refused for the sake of another.
 
     Attributes:
@@ -59,20 +57,20 @@ class Clash(Generic[_Record]):
         addresses: What both claim; none when it is the id.
     """
 
-    entry: Entry[_Record]
-    other: Entry[_Record]
+    entry: Entry[Record]
+    other: Entry[Record]
     addresses: tuple[AddressKey, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
-class _Wish(Generic[_Record]):
+class _Wish(Generic[Record]):
     """What an id has in force if no address stands against it, and the entries that repeat the id."""
 
-    entry: Entry[_Record]
-    rivals: tuple[Entry[_Record], ...] = ()
+    entry: Entry[Record]
+    rivals: tuple[Entry[Record], ...] = ()
 
 
-class InForce(Generic[_Record]):
+class InForce(Generic[Record]):
     """The entries of all files of one kind, and those in force.
 
     `replace_file` says what a file holds now; `settle` works out what that changes. The time of both
@@ -85,30 +83,30 @@ class InForce(Generic[_Record]):
 
     def __init__(
         self,
-        claims: Callable[[_Record], Iterable[AddressKey]],
-        explain: Callable[[Clash[_Record]], Iterable[Problem]],
+        claims: Callable[[Record], Iterable[AddressKey]],
+        explain: Callable[[Clash[Record]], Iterable[Problem]],
     ) -> None:
         self._claims = claims
         self._explain = explain
-        self._files: dict[str, tuple[Entry[_Record], ...]] = {}
-        self._bad: dict[str, tuple[Entry[_Record], ...]] = {}
-        self._entries: dict[str, tuple[Entry[_Record], ...]] = {}
-        self._held: dict[str, Entry[_Record]] = {}
+        self._files: dict[str, tuple[Entry[Record], ...]] = {}
+        self._bad: dict[str, tuple[Entry[Record], ...]] = {}
+        self._entries: dict[str, tuple[Entry[Record], ...]] = {}
+        self._held: dict[str, Entry[Record]] = {}
         self._held_by_file: dict[str, set[str]] = {}
         self._holders: dict[AddressKey, str] = {}
         self._touched: set[str] = set()
-        self._clashes: dict[str, tuple[Clash[_Record], ...]] = {}
+        self._clashes: dict[str, tuple[Clash[Record], ...]] = {}
         self._unclear: set[str] = set()
 
     def __len__(self) -> int:
         return len(self._held)
 
     @property
-    def records(self) -> dict[str, _Record]:
+    def records(self) -> dict[str, Record]:
         """Everything in force."""
         return {key: held.record for key, held in self._held.items() if held.record is not None}
 
-    def prime(self, entries: Iterable[Entry[_Record]]) -> None:
+    def prime(self, entries: Iterable[Entry[Record]]) -> None:
         """Take as in force what a process before had, until `replace_file` tells of its files."""
         for entry in entries:
             if entry.id not in self._held and self._clash(entry, {}, {}) is None:
@@ -123,12 +121,12 @@ class InForce(Generic[_Record]):
         held = self._held.get(key)
         return None if held is None else held.file
 
-    def entry_of(self, key: str) -> Entry[_Record] | None:
+    def entry_of(self, key: str) -> Entry[Record] | None:
         """The entry in force."""
         return self._held.get(key)
 
     def replace_file(
-        self, file: str, entries: Sequence[Entry[_Record]], *, unclear: bool = False
+        self, file: str, entries: Sequence[Entry[Record]], *, unclear: bool = False
     ) -> None:
         """What the file holds now: nothing, when it is gone.
 
@@ -151,14 +149,14 @@ class InForce(Generic[_Record]):
         _store(self._files, file, tuple(entries))
         _store(self._bad, file, tuple(entry for entry in entries if entry.problems))
 
-    def settle(self) -> dict[str, _Record | None]:
+    def settle(self) -> dict[str, Record | None]:
         """What has changed since the last time: the new record, or `None` for one that is gone."""
         before = {key: self._held.get(key) for key in self._touched | self._clashes.keys()}
         self._touched.clear()
         self._decide(set(before))
         while self._give_second_chance():
             pass
-        changes: dict[str, _Record | None] = {}
+        changes: dict[str, Record | None] = {}
         for key, old in before.items():
             new = self._held.get(key)
             old_record = None if old is None else old.record
@@ -178,7 +176,7 @@ class InForce(Generic[_Record]):
                 for problem in self._explain(clash):
                     yield self._noted(problem, clash.entry)
 
-    def _noted(self, problem: Problem, entry: Entry[_Record]) -> Problem:
+    def _noted(self, problem: Problem, entry: Entry[Record]) -> Problem:
         held = self._held.get(entry.id)
         problem = replace(problem, record=entry.id)
         if held is None or held.file != entry.file:
@@ -186,10 +184,10 @@ class InForce(Generic[_Record]):
         note = "the version before it stays in force"
         return replace(problem, hint=f"{problem.hint}; {note}" if problem.hint else note)
 
-    def _put(self, key: str, entries: list[Entry[_Record]]) -> None:
+    def _put(self, key: str, entries: list[Entry[Record]]) -> None:
         _store(self._entries, key, tuple(sorted(entries, key=lambda entry: entry.order)))
 
-    def _wish(self, key: str) -> _Wish[_Record] | None:
+    def _wish(self, key: str) -> _Wish[Record] | None:
         entries = self._entries.get(key, ())
         good = tuple(entry for entry in entries if entry.record is not None)
         held = self._held.get(key)
@@ -211,7 +209,7 @@ class InForce(Generic[_Record]):
     def _decide(self, keys: set[str]) -> None:
         """Put in force what `keys` wish for, all together, as far as addresses allow."""
         wishes = {key: self._wish(key) for key in keys}
-        fallen: dict[str, Clash[_Record]] = {}
+        fallen: dict[str, Clash[Record]] = {}
         while True:
             clashes = self._contest(wishes, fallen)
             # Who falls back claims its old addresses again, which another may have taken meanwhile.
@@ -220,7 +218,7 @@ class InForce(Generic[_Record]):
                 break
             fallen.update(fall)
         refused = {**clashes, **fallen}
-        after: dict[str, Entry[_Record]] = {}
+        after: dict[str, Entry[Record]] = {}
         for key, wish in wishes.items():
             held = self._held.get(key)
             if key in refused:
@@ -235,11 +233,11 @@ class InForce(Generic[_Record]):
             self._hold(key, entry)
 
     def _contest(
-        self, wishes: Mapping[str, _Wish[_Record] | None], fallen: Mapping[str, Clash[_Record]]
-    ) -> dict[str, Clash[_Record]]:
+        self, wishes: Mapping[str, _Wish[Record] | None], fallen: Mapping[str, Clash[Record]]
+    ) -> dict[str, Clash[Record]]:
         """Who loses an address, going through the changed records by their order."""
-        taken: dict[AddressKey, Entry[_Record]] = {}
-        changed: list[Entry[_Record]] = []
+        taken: dict[AddressKey, Entry[Record]] = {}
+        changed: list[Entry[Record]] = []
         for key, wish in wishes.items():
             held = self._held.get(key)
             if key in fallen and held is not None:
@@ -253,7 +251,7 @@ class InForce(Generic[_Record]):
             if held is not None:
                 kept = set(self._claimed(held)).intersection(self._claimed(entry))
                 taken.update((address, entry) for address in kept)
-        clashes: dict[str, Clash[_Record]] = {}
+        clashes: dict[str, Clash[Record]] = {}
         for entry in sorted(changed, key=lambda each: each.order):
             clash = self._clash(entry, taken, wishes)
             if clash is None:
@@ -264,12 +262,12 @@ class InForce(Generic[_Record]):
 
     def _clash(
         self,
-        entry: Entry[_Record],
-        taken: Mapping[AddressKey, Entry[_Record]],
+        entry: Entry[Record],
+        taken: Mapping[AddressKey, Entry[Record]],
         moving: Mapping[str, object],
-    ) -> Clash[_Record] | None:
+    ) -> Clash[Record] | None:
         """What stands against an entry: `taken`, and what is held by those that are not `moving`."""
-        against: dict[str, tuple[Entry[_Record], list[AddressKey]]] = {}
+        against: dict[str, tuple[Entry[Record], list[AddressKey]]] = {}
         for address in self._claimed(entry):
             other = taken.get(address)
             if other is None:
@@ -298,13 +296,13 @@ class InForce(Generic[_Record]):
                 moved = True
         return moved
 
-    def _note(self, key: str, wish: _Wish[_Record] | None, refused: Clash[_Record] | None) -> None:
+    def _note(self, key: str, wish: _Wish[Record] | None, refused: Clash[Record] | None) -> None:
         found = [] if refused is None else [refused]
         if wish is not None:
             found += [Clash(rival, wish.entry) for rival in wish.rivals]
         _store(self._clashes, key, tuple(found))
 
-    def _claimed(self, entry: Entry[_Record]) -> Iterable[AddressKey]:
+    def _claimed(self, entry: Entry[Record]) -> Iterable[AddressKey]:
         return () if entry.record is None else self._claims(entry.record)
 
     def _release(self, key: str) -> None:
@@ -318,7 +316,7 @@ class InForce(Generic[_Record]):
         for address in self._claimed(held):
             self._holders.pop(address, None)
 
-    def _hold(self, key: str, entry: Entry[_Record]) -> None:
+    def _hold(self, key: str, entry: Entry[Record]) -> None:
         self._held[key] = entry
         self._held_by_file.setdefault(entry.file, set()).add(key)
         for address in self._claimed(entry):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -14,7 +15,7 @@ from imdsproxy.core.packed import PackedInstance
 from imdsproxy.core.progress import Progress
 from imdsproxy.errors import Problem
 from imdsproxy.sources.api import Origin
-from imdsproxy.sources.clash import claim_places, taken_address, taken_id
+from imdsproxy.sources.clash import claim_places, clash_problems
 from imdsproxy.sources.file.contents import (
     FileContents,
     Signature,
@@ -24,7 +25,7 @@ from imdsproxy.sources.file.contents import (
 from imdsproxy.sources.file.last_good import Kept, LastGood, load_last_good
 from imdsproxy.sources.file.record_file import SUFFIXES
 from imdsproxy.sources.file.watch import Place, place_of
-from imdsproxy.sources.in_force import Clash, Entry, InForce
+from imdsproxy.sources.in_force import Clash, Entry, InForce, Record
 
 __all__ = ["Directory", "Reading"]
 
@@ -105,8 +106,12 @@ class Directory:
         self._progress = progress or Progress()
         self._clock = clock
         self._files: dict[str, _File] = {}
-        self._networks: InForce[Network] = InForce(lambda _network: (), self._explain_network)
-        self._instances: InForce[PackedInstance] = InForce(_claims, self._explain_instance)
+        self._networks: InForce[Network] = InForce(
+            lambda _network: (), partial(self._explain, "networks")
+        )
+        self._instances: InForce[PackedInstance] = InForce(
+            _claims, partial(self._explain, "instances")
+        )
         self._last_good = last_good
         self._begun = False
 
@@ -259,7 +264,7 @@ class Directory:
         )
 
     def _places(self, payloads: set[Path]) -> frozenset[Place]:
-        # The parent tells when the directory itself is made, removed or replaced.
+        # In the parent it shows when the directory itself is made, removed or replaced.
         wanted = {self._path, self._path.parent, *(path.parent for path in payloads)}
         for name in self._files:
             path = self._path / name
@@ -275,35 +280,17 @@ class Directory:
             str(self._path),
         )
 
-    def _explain_network(self, clash: Clash[Network]) -> Iterator[Problem]:
-        yield self._explain_id("networks", clash)
-
-    def _explain_instance(self, clash: Clash[PackedInstance]) -> Iterator[Problem]:
+    def _explain(self, kind: str, clash: Clash[Record]) -> Iterator[Problem]:
         record = clash.entry.record
-        if record is None or not clash.addresses:
-            yield self._explain_id("instances", clash)
-            return
-        for address in clash.addresses:
-            yield taken_address(
-                record.open(),
-                address,
-                clash.other.id,
-                path=("instances", clash.entry.position),
-                place=self._place(clash.other),
-                file=str(self._path / clash.entry.file),
-                lines=clash.entry.lines,
-            )
-
-    def _explain_id(self, kind: str, clash: Clash[Network] | Clash[PackedInstance]) -> Problem:
-        return taken_id(
-            clash.entry.id,
+        return clash_problems(
+            clash,
+            record.open() if isinstance(record, PackedInstance) else None,
             path=(kind, clash.entry.position),
             place=self._place(clash.other),
             file=str(self._path / clash.entry.file),
-            line=clash.entry.line,
         )
 
-    def _place(self, entry: Entry[Network] | Entry[PackedInstance]) -> str:
+    def _place(self, entry: Entry[Record]) -> str:
         line = "" if entry.line is None else f":{entry.line}"
         return f"{self._path / entry.file}{line}"
 

@@ -14,7 +14,7 @@ from imdsproxy.core.observation import RecordSet
 from imdsproxy.core.records import Json, Refused, parse_instance
 from imdsproxy.errors import Problem
 from imdsproxy.sources.api import Origin
-from imdsproxy.sources.clash import taken_address, taken_id
+from imdsproxy.sources.clash import clash_problems
 from imdsproxy.sources.in_force import Clash, Entry, InForce
 from imdsproxy.sources.libvirt.xml import (
     Domain,
@@ -247,17 +247,10 @@ class LibvirtKnown:
 
     def _explain(self, clash: Clash[Instance]) -> Iterable[Problem]:
         domain, other = (self._domains.get(one.file) for one in (clash.entry, clash.other))
-        file = None if domain is None else domain.place
-        place = "" if other is None else other.place
-        if not clash.addresses or clash.entry.record is None:
-            yield taken_id(clash.entry.id, path=("instance",), place=place, file=file)
-            return
-        for address in clash.addresses:
-            yield taken_address(
-                clash.entry.record,
-                address,
-                clash.other.id,
-                path=("instance",),
-                place=place,
-                file=file,
-            )
+        return clash_problems(
+            clash,
+            clash.entry.record,
+            path=("instance",),
+            place="" if other is None else other.place,
+            file=None if domain is None else domain.place,
+        )

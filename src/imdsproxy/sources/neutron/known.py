@@ -80,11 +80,13 @@ class KnownPorts:
     A network has an address once: it is the port's that was confirmed last, and the other is out of date.
 
     Attributes:
+        routes: The addresses behind routers that they have.
         published: The instances as `changes` last had them.
         unsaved: Ids of ports that came, changed or went; emptied by who saves them.
     """
 
     def __init__(self) -> None:
+        self.routes = Routes(self)
         self.published: dict[InstanceId, Instance] = {}
         self.unsaved: set[str] = set()
         self._ports: dict[str, Known] = {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Final, Literal, TypeAlias, assert_never
 
@@ -18,7 +19,7 @@ from imdsproxy.sources.api import (
     PortFound,
     PortMissing,
 )
-from imdsproxy.sources.neutron.known import Known, KnownPorts, Route, Routes
+from imdsproxy.sources.neutron.known import Known, KnownPorts, Route
 from imdsproxy.sources.neutron.ports import NeutronPort
 from imdsproxy.sources.neutron.queries import Queries
 from imdsproxy.sources.neutron.settings import NeutronSourceSettings
@@ -34,38 +35,25 @@ _SPREAD: Final = 0.1
 """By how much of itself a lifetime is shortened at random, so that those begun together do not end together."""
 
 
+@dataclass(slots=True)
 class LookUps:
     """Answers look-ups; what was found is in force, and published, before it is answered.
 
-    Args:
-        random: Numbers from 0 to 1.
-        report: Publishes what has changed.
-
     Attributes:
+        random: Gives numbers from 0 to 1.
+        report: Publishes what has changed.
         results: How look-ups ended, by number.
     """
 
-    def __init__(
-        self,
-        known: KnownPorts,
-        routes: Routes,
-        queries: Queries,
-        settings: NeutronSourceSettings,
-        *,
-        clock: Clock,
-        random: Callable[[], float],
-        report: Callable[[], None],
-    ) -> None:
-        self._known = known
-        self._routes = routes
-        self._queries = queries
-        self._settings = settings
-        self._clock = clock
-        self._random = random
-        self._report = report
-        self._negative: dict[_Key, tuple[LookUp, float]] = {}
-        self._pending: dict[_Key, asyncio.Task[LookUp]] = {}
-        self.results: Counter[LookUpResult] = Counter()
+    known: KnownPorts
+    queries: Queries
+    settings: NeutronSourceSettings
+    clock: Clock
+    random: Callable[[], float]
+    report: Callable[[], None]
+    results: Counter[LookUpResult] = field(default_factory=Counter)
+    _negative: dict[_Key, tuple[LookUp, float]] = field(default_factory=dict)
+    _pending: dict[_Key, asyncio.Task[LookUp]] = field(default_factory=dict)
 
     async def look_up(self, key: _Key) -> LookUp:
         """The instance that has the address, which must be normalised."""
@@ -74,7 +62,7 @@ class LookUps:
             self.results["known"] += 1
             return found
         negative = self._negative.get(key)
-        if negative is not None and negative[1] > self._clock.monotonic():
+        if negative is not None and negative[1] > self.clock.monotonic():
             self.results["negative-cached"] += 1
             return negative[0]
         task = self._pending.get(key)
@@ -94,7 +82,7 @@ class LookUps:
 
     def forget_old(self) -> None:
         """Forget negative answers that are not believed any more."""
-        now = self._clock.monotonic()
+        now = self.clock.monotonic()
         for key in [key for key, (_, until) in self._negative.items() if until <= now]:
             del self._negative[key]
 
@@ -112,16 +100,16 @@ class LookUps:
     def _recall(self, key: _Key) -> PortFound | None:
         scope, network, address = key
         known = (
-            self._known.at(network, address)
+            self.known.at(network, address)
             if scope is Scope.NETWORK
-            else self._routes.port_behind((network, address))
+            else self.known.routes.port_behind((network, address))
         )
         return None if known is None else self._found(known)
 
     def _found(self, known: Known) -> PortFound:
-        lifetime = self._settings.lifetime_s * (1 - _SPREAD * self._random())
-        self._known.keep(known, self._clock.monotonic() + lifetime)
-        self._report()
+        lifetime = self.settings.lifetime_s * (1 - _SPREAD * self.random())
+        self.known.keep(known, self.clock.monotonic() + lifetime)
+        self.report()
         return PortFound(known.port.network, known.port.instance)
 
     async def _ask(self, key: _Key) -> LookUp:
@@ -129,8 +117,8 @@ class LookUps:
         try:
             networks: tuple[NetworkId, ...] = (network,)
             if scope is Scope.ROUTER:
-                networks = (await self._queries.networks_of(network, share=network)).networks
-            found = await self._queries.find(networks, (address,), share=network)
+                networks = (await self.queries.networks_of(network, share=network)).networks
+            found = await self.queries.find(networks, (address,), share=network)
         except SourceUnavailable as error:
             self.results["unavailable"] += 1
             return LookUpUnavailable(error.message)
@@ -139,7 +127,7 @@ class LookUps:
         match answer:
             case PortFound():
                 self.results["found"] += 1
-            case PortMissing() if self._queries.settling:
+            case PortMissing() if self.queries.settling:
                 self.results["unavailable"] += 1
                 return LookUpUnavailable(
                     "Neutron has just come back, and may not show all ports yet"
@@ -163,20 +151,20 @@ class LookUps:
         if len(ports) > 1:
             return PortAmbiguous(len(ports))
         port = ports[0]
-        self._known.put(port, asked)
+        self.known.put(port, asked)
         if scope is Scope.ROUTER and port.serves:
-            self._routes.put(Route(router, (port.network, address), port.id, asked))
+            self.known.routes.put(Route(router, (port.network, address), port.id, asked))
         found = self._recall(key)
         if found is None:
-            self._report()
+            self.report()
             return PortMissing()
         return found
 
     def _deny(self, key: _Key, answer: LookUp) -> None:
         while len(self._negative) >= _MAX_NEGATIVE:
             del self._negative[next(iter(self._negative))]
-        if self._settings.negative_ttl_s > 0:
+        if self.settings.negative_ttl_s > 0:
             self._negative[key] = (
                 answer,
-                self._clock.monotonic() + self._settings.negative_ttl_s,
+                self.clock.monotonic() + self.settings.negative_ttl_s,
             )

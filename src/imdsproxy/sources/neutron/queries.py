@@ -11,7 +11,7 @@ import asyncio
 import math
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Final, Literal, TypeAlias, TypeVar
 
@@ -73,16 +73,15 @@ class Outage:
     until: float
 
 
+@dataclass(slots=True)
 class _Share:
     """The slots of one share, and how many queries hold or wait for one."""
 
-    __slots__ = ("slots", "users")
-
-    def __init__(self, slots: int) -> None:
-        self.slots = asyncio.Semaphore(slots)
-        self.users = 0
+    slots: asyncio.Semaphore
+    users: int = 0
 
 
+@dataclass(slots=True)
 class Queries:
     """Queries to Neutron.
 
@@ -92,56 +91,51 @@ class Queries:
     After a failure no query is made until a back-off with full jitter is over (at most 30 s); then one is. Others fail
     at once, meanwhile and while that one is on its way.
 
-    Args:
-        random: Numbers from 0 to 1.
+    Attributes:
+        random: Gives numbers from 0 to 1.
         max_queries: Slots.
         networks_s: How long the networks that a router joins are believed, in seconds.
         on_change: Called when an outage begins, goes on with another failure, or ends.
-
-    Attributes:
-        per_share: Queries that one share may have on their way.
         answered: When Neutron last answered, by the monotonic clock; `None` before it ever did.
         steady: Since when it has answered without an outage, by that clock.
     """
 
-    def __init__(
-        self,
-        client: NeutronClient,
-        clock: Clock,
-        random: Callable[[], float],
-        *,
-        max_queries: int,
-        networks_s: float,
-        on_change: Callable[[], None],
-    ) -> None:
-        self._client = client
-        self._clock = clock
-        self._random = random
-        self._slots = asyncio.Semaphore(max_queries)
-        self._networks_s = networks_s
-        self._on_change = on_change
-        self._shares: dict[Hashable, _Share] = {}
-        self._backoff = Backoff(_FIRST_S, _LONGEST_S)
-        self._probing = False
-        self._routers: dict[NetworkId, RouterNetworks] = {}
-        self._pending: dict[NetworkId, asyncio.Task[RouterNetworks]] = {}
-        self.per_share = max(1, max_queries // 2)
-        self.outage: Outage | None = None
-        self.answered: float | None = None
-        self.steady = -math.inf
-        self.results: Counter[QueryResult] = Counter()
+    client: NeutronClient
+    clock: Clock
+    random: Callable[[], float]
+    max_queries: int
+    networks_s: float
+    on_change: Callable[[], None]
+    outage: Outage | None = None
+    answered: float | None = None
+    steady: float = -math.inf
+    results: Counter[QueryResult] = field(default_factory=Counter)
+    _backoff: Backoff = field(default_factory=lambda: Backoff(_FIRST_S, _LONGEST_S))
+    _probing: bool = False
+    _shares: dict[Hashable, _Share] = field(default_factory=dict)
+    _routers: dict[NetworkId, RouterNetworks] = field(default_factory=dict)
+    _pending: dict[NetworkId, asyncio.Task[RouterNetworks]] = field(default_factory=dict)
+    _slots: asyncio.Semaphore = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._slots = asyncio.Semaphore(self.max_queries)
+
+    @property
+    def per_share(self) -> int:
+        """Queries that one share may have on their way."""
+        return max(1, self.max_queries // 2)
 
     @property
     def may_ask(self) -> bool:
         """A query would be made, not refused."""
         if self.outage is None:
             return True
-        return not self._probing and self._clock.monotonic() >= self.outage.until
+        return not self._probing and self.clock.monotonic() >= self.outage.until
 
     @property
     def settling(self) -> bool:
         """An outage has just ended: ports that Neutron omits now may appear in a moment."""
-        return self._clock.monotonic() - self.steady < _SETTLES_S
+        return self.clock.monotonic() - self.steady < _SETTLES_S
 
     async def close(self) -> None:
         """Cancel what is on its way, and close the client."""
@@ -149,7 +143,7 @@ class Queries:
         for task in pending:
             task.cancel()
         await asyncio.gather(*pending, return_exceptions=True)
-        await self._client.close()
+        await self.client.close()
 
     async def ask(self, query: PortQuery, *, share: Hashable, patient: bool = False) -> Answer:
         """Make a query.
@@ -163,7 +157,7 @@ class Queries:
             SourceUnavailable: Neutron does not answer, now or since a moment ago, or the share is full.
         """
         self._refuse_in_outage()
-        mine = self._shares.setdefault(share, _Share(self.per_share))
+        mine = self._shares.setdefault(share, _Share(asyncio.Semaphore(self.per_share)))
         if mine.users >= self.per_share + _MAX_WAITING:
             raise SourceUnavailable("too many questions about this network are waiting for Neutron")
         mine.users += 1
@@ -182,11 +176,11 @@ class Queries:
             raise SourceUnavailable(failure.message, hint=failure.hint)
 
     async def _ask(self, query: PortQuery, *, patient: bool) -> Answer:
-        asked = self._clock.monotonic()
+        asked = self.clock.monotonic()
         probe = self.outage is not None
         self._probing = self._probing or probe
         try:
-            ports = await self._client.ports(query)
+            ports = await self.client.ports(query)
         except SourceUnavailable as error:
             late = isinstance(error, QueryTimedOut)
             self.results["timeout" if late else "failed"] += 1
@@ -205,18 +199,18 @@ class Queries:
         if outage is not None and not probe:
             # It was on its way when another query failed: the same failure.
             return
-        now = self._clock.monotonic()
+        now = self.clock.monotonic()
         since = now if outage is None else outage.since
-        self.outage = Outage(error, since, now + self._random() * self._backoff.fail())
-        self._on_change()
+        self.outage = Outage(error, since, now + self.random() * self._backoff.fail())
+        self.on_change()
 
     def _succeeded(self) -> None:
-        self.answered = self._clock.monotonic()
+        self.answered = self.clock.monotonic()
         if self.outage is not None:
             self.outage = None
             self.steady = self.answered
             self._backoff.succeed()
-            self._on_change()
+            self.on_change()
 
     # Who has an address
 
@@ -230,7 +224,7 @@ class Queries:
         Raises:
             SourceUnavailable: As `ask`.
         """
-        asked = self._clock.monotonic()
+        asked = self.clock.monotonic()
         found: dict[IpAddress, dict[str, NeutronPort]] = {each: {} for each in addresses}
         by_ip = [each for each in found if not each.is_link_local]
         by_mac = [mac for each in found if (mac := mac_of(each)) is not None]
@@ -254,7 +248,7 @@ class Queries:
             SourceUnavailable: As `ask`.
         """
         known = self._routers.get(router)
-        if known is not None and self._clock.monotonic() - known.asked < self._networks_s:
+        if known is not None and self.clock.monotonic() - known.asked < self.networks_s:
             return known
         task = self._pending.get(router)
         if task is None:
@@ -284,7 +278,7 @@ class Queries:
 
     def forget_old(self) -> None:
         """Forget routers' networks that are not believed any more."""
-        oldest = self._clock.monotonic() - self._networks_s
+        oldest = self.clock.monotonic() - self.networks_s
         for router in [each for each, known in self._routers.items() if known.asked <= oldest]:
             del self._routers[router]
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import dataclass
 from typing import Final, TypeVar
 
 from imdsproxy.errors import SourceUnavailable
 from imdsproxy.host.clock import Clock
-from imdsproxy.sources.neutron.known import KnownPorts, Route, Routes
+from imdsproxy.sources.neutron.known import KnownPorts, Route
 from imdsproxy.sources.neutron.ports import MAX_VALUES, NeutronPort, PortQuery
 from imdsproxy.sources.neutron.queries import Queries, chunks
 
@@ -18,35 +19,25 @@ _LIST_SHARE: Final = ("list",)
 _MAX_LISTED: Final = 1_000_000
 
 
+@dataclass(slots=True)
 class Refresher:
     """Keeps what is known equal to Neutron.
 
-    Args:
+    Attributes:
         refresh_s: How old what is known may become; in seconds.
         report: Publishes what has changed.
     """
 
-    def __init__(
-        self,
-        known: KnownPorts,
-        routes: Routes,
-        queries: Queries,
-        *,
-        clock: Clock,
-        refresh_s: float,
-        report: Callable[[], None],
-    ) -> None:
-        self._known = known
-        self._routes = routes
-        self._queries = queries
-        self._clock = clock
-        self._refresh_s = refresh_s
-        self._report = report
+    known: KnownPorts
+    queries: Queries
+    clock: Clock
+    refresh_s: float
+    report: Callable[[], None]
 
     async def probe(self) -> None:
         """Find out whether Neutron answers."""
         try:
-            await self._queries.ask(PortQuery(limit=1), share=_SHARE)
+            await self.queries.ask(PortQuery(limit=1), share=_SHARE)
         except SourceUnavailable:
             # The outage has been noted, or was already.
             return
@@ -56,12 +47,12 @@ class Refresher:
 
         What cannot be asked for now stays as it is.
         """
-        before = self._clock.monotonic() - self._refresh_s
-        ids = self._known.due(before)
+        before = self.clock.monotonic() - self.refresh_s
+        ids = self.known.due(before)
         await self._each(self._batches(ids), self._refresh_ports)
         routes = [
             some
-            for behind_one in self._routes.due(before).values()
+            for behind_one in self.known.routes.due(before).values()
             for some in chunks(behind_one, MAX_VALUES)
         ]
         await self._each(routes, self._refresh_routes)
@@ -69,7 +60,7 @@ class Refresher:
 
     def _batches(self, ids: list[str]) -> list[tuple[str, ...]]:
         """The ids in parts, each with the port that was seen last: its presence confirms that an answer is whole."""
-        sure = [known for known in self._known if not known.doubted and known.unseen is None]
+        sure = [known for known in self.known if not known.doubted and known.unseen is None]
         last = max(sure, key=lambda known: known.confirmed, default=None)
         parts = chunks(ids, MAX_VALUES - 1)
         if last is None:
@@ -84,7 +75,7 @@ class Refresher:
                 await work(job)
 
         async with asyncio.TaskGroup() as group:
-            for _ in range(self._queries.per_share):
+            for _ in range(self.queries.per_share):
                 group.create_task(worker())
 
     async def _refresh_ports(self, ids: tuple[str, ...]) -> None:
@@ -96,14 +87,14 @@ class Refresher:
             return
         for port_id in missing:
             if witness is not None:
-                self._known.remove(port_id, asked)
+                self.known.remove(port_id, asked)
             else:
-                self._known.miss(port_id, asked, steady=self._queries.steady)
-        self._report()
+                self.known.miss(port_id, asked, steady=self.queries.steady)
+        self.report()
 
     async def _ask_again(self, ids: tuple[str, ...]) -> tuple[tuple[str, ...], str | None, float]:
         """Ask for known ports; which are missing, one that is not, and when that was asked."""
-        answer = await self._queries.ask(PortQuery(ids=ids), share=_SHARE)
+        answer = await self.queries.ask(PortQuery(ids=ids), share=_SHARE)
         found = {port.id: port for port in answer.ports}
         for port in found.values():
             self._update(port, answer.asked)
@@ -112,21 +103,21 @@ class Refresher:
 
     def _update(self, port: NeutronPort, asked: float) -> None:
         # A port that was forgotten while the query was on its way stays forgotten.
-        if self._known.get(port.id) is not None:
-            self._known.put(port, asked)
+        if self.known.get(port.id) is not None:
+            self.known.put(port, asked)
 
     async def _refresh_routes(self, routes: tuple[Route, ...]) -> None:
         try:
-            joined = await self._queries.networks_of(routes[0].router, share=_SHARE)
+            joined = await self.queries.networks_of(routes[0].router, share=_SHARE)
             addresses = [route.key[1] for route in routes]
-            found = await self._queries.find(joined.networks, addresses, share=_SHARE)
+            found = await self.queries.find(joined.networks, addresses, share=_SHARE)
         except SourceUnavailable:
             return
         asked = min(joined.asked, found.asked)
         nothing = not any(found.ports.values())
         for route in routes:
             self._judge(route, found.ports[route.key[1]], asked, nothing=nothing)
-        self._report()
+        self.report()
 
     def _judge(
         self, route: Route, ports: tuple[NeutronPort, ...], asked: float, *, nothing: bool
@@ -136,11 +127,11 @@ class Refresher:
             self._update(port, asked)
         if len(ports) == 1 and ports[0].id == route.port:
             key = (ports[0].network, address)
-            self._routes.put(Route(route.router, key, route.port, asked))
+            self.known.routes.put(Route(route.router, key, route.port, asked))
         elif nothing:
-            self._routes.miss((route.router, address), asked, steady=self._queries.steady)
+            self.known.routes.miss((route.router, address), asked, steady=self.queries.steady)
         else:
-            self._routes.remove((route.router, address), asked)
+            self.known.routes.remove((route.router, address), asked)
 
     async def list_all(self, host: str | None, page_size: int) -> None:
         """Read the list of ports, and have in force what is on it.
@@ -152,12 +143,12 @@ class Refresher:
         Raises:
             SourceUnavailable: It could not be read to its end; what was in force before still is.
         """
-        began = self._clock.monotonic()
+        began = self.clock.monotonic()
         seen: dict[str, tuple[NeutronPort, float]] = {}
         after: str | None = None
         while True:
             query = PortQuery(host=host, limit=page_size, after=after)
-            answer = await self._queries.ask(query, share=_LIST_SHARE, patient=True)
+            answer = await self.queries.ask(query, share=_LIST_SHARE, patient=True)
             fresh = [port for port in answer.ports if port.id not in seen]
             seen.update((port.id, (port, answer.asked)) for port in fresh)
             # Another number than was asked for: the last page, or everything from a Neutron without pages.
@@ -169,4 +160,4 @@ class Refresher:
                     hint="set sources.neutron.list_host",
                 )
             after = answer.ports[-1].id
-        self._known.take_list(seen, host, began)
+        self.known.take_list(seen, host, began)

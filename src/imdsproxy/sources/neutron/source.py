@@ -25,7 +25,7 @@ from imdsproxy.sources.api import (
 )
 from imdsproxy.sources.neutron.cache import load_cache, open_cache
 from imdsproxy.sources.neutron.client import NeutronClient
-from imdsproxy.sources.neutron.known import KnownPorts, Routes
+from imdsproxy.sources.neutron.known import KnownPorts
 from imdsproxy.sources.neutron.look_ups import LookUpResult, LookUps
 from imdsproxy.sources.neutron.queries import Queries, QueryResult
 from imdsproxy.sources.neutron.refresh import Refresher
@@ -98,32 +98,17 @@ class NeutronSource:
         self._list_failure: SourceUnavailable | None = None
         self._saved = clock.monotonic()
         self._known = KnownPorts()
-        self._routes = Routes(self._known)
         self._queries = Queries(
             client,
             clock,
             random,
-            max_queries=settings.max_queries,
-            networks_s=settings.refresh_s / 2,
-            on_change=self._outage_changed,
+            settings.max_queries,
+            settings.refresh_s / 2,
+            self._outage_changed,
         )
-        self._look_ups = LookUps(
-            self._known,
-            self._routes,
-            self._queries,
-            settings,
-            clock=clock,
-            random=random,
-            report=self._report,
-        )
-        self._refresher = Refresher(
-            self._known,
-            self._routes,
-            self._queries,
-            clock=clock,
-            refresh_s=max(0.0, settings.refresh_s - _TICK_S),
-            report=self._report,
-        )
+        self._look_ups = LookUps(self._known, self._queries, settings, clock, random, self._report)
+        refresh_s = max(0.0, settings.refresh_s - _TICK_S)
+        self._refresher = Refresher(self._known, self._queries, clock, refresh_s, self._report)
 
     async def run(self, publish: Publish) -> None:
         """Report what is known, and keep it up to date, until cancelled.
@@ -164,7 +149,7 @@ class NeutronSource:
         """Every address behind a router that was looked up and holds now."""
         return {
             key: PortFound(known.port.network, known.port.instance)
-            for key, known in self._routes.in_force()
+            for key, known in self._known.routes.in_force()
         }
 
     def confirmation(self, network: NetworkId, address: IpAddress) -> Confirmation | None:
@@ -204,7 +189,7 @@ class NeutronSource:
         if self._queries.outage is None:
             # During an outage Neutron's last answers stay in force.
             self._known.expire(self._clock.monotonic(), self._settings.aside_s)
-            self._routes.prune()
+            self._known.routes.prune()
         self._look_ups.forget_old()
         self._queries.forget_old()
         if self._queries.may_ask:
@@ -286,13 +271,13 @@ class NeutronSource:
             if self._settings.list_every_s:
                 self._known.enlist(known)
         for route in kept.routes:
-            self._routes.put(route)
+            self._known.routes.put(route)
         self._known.unsaved.clear()
-        self._routes.unsaved.clear()
+        self._known.routes.unsaved.clear()
         self._complete = bool(kept.ports) or not self._settings.list_every_s
 
     async def _save(self) -> None:
-        known, routes, now = self._known, self._routes, self._clock.monotonic()
+        known, routes, now = self._known, self._known.routes, self._clock.monotonic()
         late = now - self._saved >= _SAVE_S
         if not (known.unsaved or routes.unsaved or (late and len(known) > 0)):
             return
