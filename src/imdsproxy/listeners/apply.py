@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from enum import StrEnum
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Final, assert_never
 
@@ -32,6 +30,7 @@ from imdsproxy.listeners.ops import (
     DeleteLink,
     DeleteNamespace,
     HostOp,
+    OpFailure,
     RemoveAddress,
     SetLink,
 )
@@ -51,24 +50,6 @@ _SETTINGS: Final = {
 }
 
 
-class OpOutcome(StrEnum):
-    """What became of an op."""
-
-    DONE = "done"
-    FAILED = "failed"
-    SKIPPED = "skipped"
-    """Not tried: what it builds upon failed."""
-
-
-@dataclass(frozen=True, slots=True)
-class OpResult:
-    """An op and what became of it; `error` says why it failed."""
-
-    op: HostOp
-    outcome: OpOutcome
-    error: DataplaneError | None = None
-
-
 class HostApplier:
     """Carries out host ops.
 
@@ -79,40 +60,34 @@ class HostApplier:
     def __init__(self, thread: NamespaceThread) -> None:
         self._thread = thread
 
-    async def apply(self, ops: Iterable[HostOp]) -> tuple[OpResult, ...]:
-        """Carry out ops in order; one that fails never stops those of other networks."""
+    async def apply(self, ops: Iterable[HostOp]) -> tuple[OpFailure, ...]:
+        """Carry out ops in order; one that fails never stops those of other networks.
+
+        Returns:
+            Those that failed. Ops that build upon one of them are not tried.
+        """
         given = tuple(ops)
         if not given:
             return ()
-        return await self._thread.run(lambda: self._apply(given))
+        return await self._thread.run(lambda: tuple(self._apply(given)))
 
-    def _apply(self, ops: tuple[HostOp, ...]) -> tuple[OpResult, ...]:
-        results: list[OpResult] = []
+    def _apply(self, ops: tuple[HostOp, ...]) -> Iterator[OpFailure]:
         broken: set[NetworkId] = set()
         for op in ops:
-            network = op.network
-            if network in broken:
-                results.append(OpResult(op, OpOutcome.SKIPPED))
+            if op.network in broken:
                 continue
-            error = self._try(op)
-            if error is None:
-                results.append(OpResult(op, OpOutcome.DONE))
+            refused: DataplaneError
+            try:
+                self._do(op)
+            except DataplaneError as error:
+                refused = error
+            except OSError as error:
+                refused = host_refused(_action(op), error, hint=_hint(op, error))
+            else:
                 continue
-            results.append(OpResult(op, OpOutcome.FAILED, error))
-            if network is not None and isinstance(op, CreateNamespace | CreateVeth):
-                broken.add(network)
-        return tuple(results)
-
-    def _try(self, op: HostOp) -> DataplaneError | None:
-        try:
-            self._do(op)
-        except DataplaneError as error:
-            return error
-        except OSError as error:
-            refused = host_refused(_action(op), error, hint=_hint(op, error))
-            refused.__cause__ = error
-            return refused
-        return None
+            yield OpFailure(op, refused.message, refused.hint)
+            if isinstance(op, CreateNamespace | CreateVeth):
+                broken.add(op.network)
 
     def _do(self, op: HostOp) -> None:
         match op:

@@ -15,15 +15,14 @@ from imdsproxy.host.files import write_atomic
 from imdsproxy.host.namespaces import NamespaceThread
 from imdsproxy.host.netlink import find_link, neighbour_mac
 from imdsproxy.host.nlmessages import NetlinkSocket
-from imdsproxy.listeners.apply import HostApplier, OpOutcome
+from imdsproxy.listeners.apply import HostApplier
 from imdsproxy.listeners.leftovers import ManagedPlace
 from imdsproxy.listeners.namespace_links import apply_links
 from imdsproxy.listeners.nft_scripts import Diversion
 from imdsproxy.listeners.nft_tables import ArpGuard, Diverter
 from imdsproxy.listeners.observe import HostObserver
-from imdsproxy.listeners.ops import AddAddress, HostOp, RemoveAddress
+from imdsproxy.listeners.ops import AddAddress, HostOp, OpFailure, RemoveAddress
 from imdsproxy.listeners.places import place_of
-from imdsproxy.listeners.plan import OpFailure
 
 
 class SystemHost:
@@ -71,19 +70,12 @@ class SystemHost:
         given = tuple(ops)
         # Before anything is done: what a killed process has added is known to the next one.
         self._note({(one.namespace, one.device) for one in given if isinstance(one, AddAddress)})
-        results = await self._applier.apply(given)
+        failures = await self._applier.apply(given)
+        done = set(given) - {one.op for one in failures}
         self._strike_out(
-            {
-                (one.op.namespace, one.op.device)
-                for one in results
-                if isinstance(one.op, RemoveAddress) and one.outcome is OpOutcome.DONE
-            }
+            {(one.namespace, one.device) for one in done if isinstance(one, RemoveAddress)}
         )
-        return tuple(
-            OpFailure(result.op, result.error.message, result.error.hint)
-            for result in results
-            if result.outcome is OpOutcome.FAILED and result.error is not None
-        )
+        return failures
 
     def managed(self) -> frozenset[ManagedPlace]:
         """Where we have added addresses, in this process or an earlier one.

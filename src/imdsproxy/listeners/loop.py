@@ -39,9 +39,9 @@ from imdsproxy.listeners.kept_networks import KeptNetworks
 from imdsproxy.listeners.leftovers import without_removed
 from imdsproxy.listeners.namespace_links import haproxy_name
 from imdsproxy.listeners.nft_scripts import answering_devices, plan_diversions
+from imdsproxy.listeners.ops import OpFailure
 from imdsproxy.listeners.plan import (
     ListenerPlan,
-    OpFailure,
     PlanMemo,
     explain_pending,
     plan_listeners,

@@ -123,3 +123,12 @@ HostOp: TypeAlias = (
     | RemoveAddress
     | AddDefaultRoute
 )
+
+
+@dataclass(frozen=True, slots=True)
+class OpFailure:
+    """An op that the host refused, in words for the operator."""
+
+    op: HostOp
+    reason: str
+    hint: str = ""

@@ -33,6 +33,7 @@ from imdsproxy.listeners.ops import (
     AddAddress,
     AddDefaultRoute,
     HostOp,
+    OpFailure,
 )
 
 _Place: TypeAlias = tuple[str, str | int]
@@ -102,15 +103,6 @@ def plan_listeners(
         foreign=tuple(one for part in parts for one in part.foreign),
         ops=removals + tuple(one for part in parts for one in part.ops),
     )
-
-
-@dataclass(frozen=True, slots=True)
-class OpFailure:
-    """An op that the host refused, in words for the operator."""
-
-    op: HostOp
-    reason: str
-    hint: str = ""
 
 
 def explain_pending(plan: ListenerPlan, failures: Iterable[OpFailure]) -> ListenerPlan:

@@ -12,10 +12,10 @@ from imdsproxy.core.hostnames import Naming
 from imdsproxy.core.model import METADATA_IPV4, NetworkId
 from imdsproxy.errors import HostRefused
 from imdsproxy.host.namespaces import NamespaceThread
-from imdsproxy.listeners.apply import HostApplier, OpOutcome, OpResult
+from imdsproxy.listeners.apply import HostApplier
 from imdsproxy.listeners.host import SystemHost
 from imdsproxy.listeners.observe import HostObserver
-from imdsproxy.listeners.ops import AddAddress, HostOp, RemoveAddress
+from imdsproxy.listeners.ops import AddAddress, HostOp, OpFailure, RemoveAddress
 
 _ADD = AddAddress(NetworkId("red"), "red", "eth0", METADATA_IPV4, 32, 200)
 _ROOT = AddAddress(NetworkId("blue"), None, "virbr0", METADATA_IPV4, 32, 200)
@@ -25,14 +25,14 @@ _REMOVE = RemoveAddress("red", "eth0", METADATA_IPV4, 32)
 class _Applier:
     """Says what becomes of each op, and whether the journal was there before."""
 
-    def __init__(self, journal: Path, outcome: OpOutcome = OpOutcome.DONE) -> None:
+    def __init__(self, journal: Path, *, fails: bool = False) -> None:
         self.journal = journal
-        self.outcome = outcome
+        self.fails = fails
         self.noted_first = False
 
-    async def apply(self, ops: Iterable[HostOp]) -> tuple[OpResult, ...]:
+    async def apply(self, ops: Iterable[HostOp]) -> tuple[OpFailure, ...]:
         self.noted_first = self.journal.exists()
-        return tuple(OpResult(op, self.outcome) for op in ops)
+        return tuple(OpFailure(op, "no") for op in ops if self.fails)
 
 
 def _host(tmp_path: Path, applier: _Applier) -> SystemHost:
@@ -47,7 +47,7 @@ def _host(tmp_path: Path, applier: _Applier) -> SystemHost:
 
 
 async def test_a_place_is_noted_before_anything_is_put_there(tmp_path: Path) -> None:
-    applier = _Applier(tmp_path / "managed.json", OpOutcome.FAILED)
+    applier = _Applier(tmp_path / "managed.json", fails=True)
     host = _host(tmp_path, applier)
     assert host.managed() == frozenset()
     await host.apply([_ADD, _ROOT])
@@ -64,7 +64,7 @@ async def test_a_place_is_struck_out_when_it_is_free_again(tmp_path: Path) -> No
 
 async def test_a_removal_that_failed_is_still_to_be_done(tmp_path: Path) -> None:
     await _host(tmp_path, _Applier(tmp_path / "managed.json")).apply([_ADD])
-    failing = _host(tmp_path, _Applier(tmp_path / "managed.json", OpOutcome.FAILED))
+    failing = _host(tmp_path, _Applier(tmp_path / "managed.json", fails=True))
     await failing.apply([_REMOVE])
     assert failing.managed() == {("red", "eth0")}
 

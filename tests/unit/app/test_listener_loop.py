@@ -44,8 +44,7 @@ from imdsproxy.listeners.kept_networks import KeptNetworks
 from imdsproxy.listeners.leftovers import ManagedPlace
 from imdsproxy.listeners.loop import ListenerLoop
 from imdsproxy.listeners.nft_scripts import Diversion
-from imdsproxy.listeners.ops import HostOp
-from imdsproxy.listeners.plan import OpFailure
+from imdsproxy.listeners.ops import HostOp, OpFailure
 from imdsproxy.unix_listener.listener import UnixListener
 from imdsproxy.unix_listener.settings import UnixListenerSettings
 from support.fake_haproxy import FakeHaproxy, FakeLauncher

@@ -44,11 +44,11 @@ from imdsproxy.listeners.ops import (
     CreateVeth,
     DeleteLink,
     DeleteNamespace,
+    OpFailure,
     RemoveAddress,
 )
 from imdsproxy.listeners.plan import (
     ListenerPlan,
-    OpFailure,
     PlanMemo,
     explain_pending,
     plan_listeners,
