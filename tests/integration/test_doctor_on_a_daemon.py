@@ -12,7 +12,7 @@ from typing import Final
 
 import pytest
 
-from imdsproxy.cli.doctor_fetch import parse_url
+from imdsproxy.cli.doctor_input import parse_url
 from imdsproxy.core.doctor import Crawl, Surroundings, crawl, examine, run_crawl
 from imdsproxy.core.model import Dialect
 from support.daemon import instance

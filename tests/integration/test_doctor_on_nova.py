@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 
-from imdsproxy.cli.doctor_fetch import parse_url
+from imdsproxy.cli.doctor_input import parse_url
 from imdsproxy.core.doctor import Severity, Surroundings, crawl, examine, run_crawl
 from imdsproxy.core.model import Dialect
 from support.openstack.lab import OpenStack

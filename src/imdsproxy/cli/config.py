@@ -3,11 +3,237 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated, TypeAlias
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Final, TypeAlias
 
 import typer
 
-from imdsproxy.cli import config_import, options
+from imdsproxy.cli import options
+from imdsproxy.cli.flags import flag
+from imdsproxy.config.files import read_each
+from imdsproxy.errors import AlreadyExists, ConfigUnreadable, RequestRefused
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterator, Mapping
+
+    from imdsproxy.config.neutron_import import Imported
+    from imdsproxy.core.neutron_ini import IniOption
+
+_SECRET_NAME: Final = "nova.secret"  # noqa: S105 - a file's name
+_SECRET_MODE: Final = 0o600
+_SETTINGS_MODE: Final = 0o640
+_DIRECTORY: Final = Path("/etc/imdsproxy")
+
+
+def import_settings(
+    context: typer.Context,
+    files: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="FILE",
+            help="Neutron's files in the order in which its agent is given them: later ones win. Nova's nova.conf "
+            "may be among them.",
+            show_default=False,
+        ),
+    ],
+    *,
+    neutron: Annotated[
+        bool,
+        typer.Option(
+            "--neutron", help="The files are those of Neutron's agents.", show_default=False
+        ),
+    ] = False,
+    output: Annotated[
+        Path | None,
+        flag(
+            "--output",
+            "FILE",
+            "Write the settings there (0640) and not to standard output.",
+            short="-o",
+        ),
+    ] = None,
+    secret_file: Annotated[
+        Path | None,
+        flag(
+            "--secret-file",
+            "FILE",
+            "Write the secret there (0600); nova.secret beside --output without it. It is shown nowhere.",
+        ),
+    ] = None,
+    agent_user: Annotated[
+        str,
+        flag(
+            "--agent-user",
+            "NAME",
+            "Account, and group, that Neutron's agents run as; neutron without it.",
+        ),
+    ] = "neutron",
+    server_name: Annotated[
+        str | None,
+        flag(
+            "--server-name",
+            "NAME",
+            "The name in Nova's certificate, where Nova is given by address.",
+        ),
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace files that are there.", show_default=False)
+    ] = False,
+    as_json: options.Json = False,
+) -> None:
+    """Make settings out of the ini files of Neutron's agents, and report what becomes of each option.
+
+    The settings go to standard output and the report to standard error, or, with --output, to standard output.
+    """
+    from imdsproxy.config.neutron_import import (  # noqa: PLC0415 - `--help` need not load it
+        Given,
+        plan_import,
+        render_imported,
+    )
+
+    run = options.invocation(context, as_json=as_json)
+    if not neutron:
+        raise RequestRefused("whose files are these?", hint="add --neutron")
+    beside = _DIRECTORY if output is None else output.absolute().parent
+    secret = (secret_file or beside / _SECRET_NAME).absolute()
+    imported = plan_import(read_each(files, _read, "file"), Given(secret, agent_user, server_name))
+    text = render_imported(imported)
+    wanted: dict[Path, tuple[bytes, int]] = {}
+    if output is not None or secret_file is not None:
+        wanted[secret] = (imported.secret.encode(), _SECRET_MODE)
+    if output is not None:
+        wanted[output.absolute()] = (text.encode(), _SETTINGS_MODE)
+    _write(wanted, force=force)
+    if run.output.as_json:
+        run.output.json({**_shape(imported), "yaml": text, "written": list(map(str, wanted))})
+        return
+    report = "\n".join(_report(imported, wanted)) + "\n"
+    if output is None:
+        run.output.text(text)
+        sys.stderr.write(report)
+    else:
+        run.output.text(report)
+
+
+def _read(file: Path) -> tuple[IniOption, ...]:
+    from imdsproxy.core.neutron_ini import (  # noqa: PLC0415 - `--help` need not load it
+        decode_ini,
+        parse_ini,
+    )
+
+    try:
+        data = file.read_bytes()
+    except OSError as error:
+        raise ConfigUnreadable(f"cannot read {file}: {error.strerror}") from error
+    return parse_ini(decode_ini(data, str(file)), str(file))
+
+
+def _write(files: Mapping[Path, tuple[bytes, int]], *, force: bool) -> None:
+    """Write each file with its mode, or none where one is there already."""
+    from imdsproxy.host.files import write_atomic  # noqa: PLC0415 - `--help` need not load it
+
+    there = [path for path, (data, _) in files.items() if not force and _is_other(path, data)]
+    if there:
+        raise AlreadyExists(
+            f"{' and '.join(map(str, there))} would be replaced",
+            hint="give another name, or --force",
+        )
+    for path, (data, mode) in files.items():
+        write_atomic(path, data, mode=mode, durable=True)
+
+
+def _is_other(path: Path, data: bytes) -> bool:
+    """Whether there is something at the path that is not this already."""
+    try:
+        return path.is_symlink() or path.read_bytes() != data
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+
+
+def _report(imported: Imported, written: Collection[Path]) -> Iterator[str]:
+    groups: dict[str, list[str]] = {"taken over": [], "by hand": [], "no equivalent": []}
+    for one in imported.reported:
+        becomes = f"{one.becomes}. " if one.becomes else ""
+        groups[one.fate.value].append(f"  {_place(one.written)}: {becomes}{one.why}")
+    yield from _titled("taken over", groups["taken over"])
+    if imported.ovn is not None:
+        yield (
+            f"  unix_listener.take_over: true, since {_place(imported.ovn)} says that the agent is OVN's. It listens "
+            "on the socket and makes the networks' namespaces, so it has to run on: imdsproxy takes the path from it "
+            "as soon as it starts, and each time that the agent starts. How to look first, and the way back: "
+            "docs/openstack.md"
+        )
+    yield "to be done by hand"
+    yield "  sources.neutron: add where Neutron's API is; the last lines of the settings say how"
+    if imported.secret_file not in written:
+        at = imported.secret_from
+        expanded = "" if imported.secret == at.value else ", with what $ stands for in its place"
+        yield (
+            f"  {imported.secret_file}: put the value of {at.name} ({at.file}:{at.line}) there"
+            f"{expanded}, with mode 0600; --secret-file writes it"
+        )
+    yield from groups["by hand"]
+    yield from _titled("no equivalent", groups["no equivalent"])
+    yield from _titled(
+        "without effect",
+        [
+            f"  {_place(one.written)}: {one.by.file}:{one.by.line} wins"
+            for one in imported.overridden
+        ],
+    )
+    yield from _titled(
+        "ignored by Neutron too",
+        [
+            f"  {_place(one.written)}: there is no such option; did you mean {one.near}?"
+            for one in imported.doubtful
+        ],
+    )
+    yield f"{imported.others} other options are of no concern to imdsproxy"
+    for path in written:
+        yield f"written: {path}"
+
+
+def _titled(title: str, lines: list[str]) -> list[str]:
+    return [title, *lines] if lines else []
+
+
+def _place(written: IniOption) -> str:
+    return f"[{written.section}] {written.name} ({written.file}:{written.line})"
+
+
+def _shape(imported: Imported) -> dict[str, object]:
+    return {
+        "settings": imported.nested,
+        "options": [
+            {
+                **_where(one.written),
+                "fate": one.fate.value,
+                "setting": one.becomes or None,
+                "why": one.why,
+            }
+            for one in imported.reported
+        ],
+        "overridden": [
+            {**_where(lost.written), "by": _where(lost.by)} for lost in imported.overridden
+        ],
+        "doubtful": [{**_where(one.written), "near": one.near} for one in imported.doubtful],
+        "ovn": None if imported.ovn is None else _where(imported.ovn),
+        "others": imported.others,
+        "secret_file": str(imported.secret_file),
+    }
+
+
+def _where(written: IniOption) -> dict[str, object]:
+    return {
+        "section": written.section,
+        "option": written.name,
+        "file": written.file,
+        "line": written.line,
+    }
+
 
 app = typer.Typer(help="Settings: show, schema, sample, import.", no_args_is_help=True)
 
@@ -62,4 +288,4 @@ def sample(context: typer.Context, *, as_json: options.Json = False) -> None:
         run.output.text(render_sample())
 
 
-app.command("import")(config_import.import_settings)
+app.command("import")(import_settings)

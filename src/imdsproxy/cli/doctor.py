@@ -92,8 +92,11 @@ def _subject(
 
 
 def _server(url: str, headers: list[str]) -> _Subject:
-    from imdsproxy.cli.doctor_fetch import parse_url  # noqa: PLC0415 - `--help` need not load it
-    from imdsproxy.cli.doctor_guest import is_metadata_address, look_around  # noqa: PLC0415 - as above
+    from imdsproxy.cli.doctor_input import (  # noqa: PLC0415 - `--help` need not load it
+        is_metadata_address,
+        look_around,
+        parse_url,
+    )
     from imdsproxy.core.doctor import Surroundings  # noqa: PLC0415 - as above
 
     fetch = parse_url(url, headers)
@@ -102,8 +105,10 @@ def _server(url: str, headers: list[str]) -> _Subject:
 
 
 def _guest(run: Invocation, network: str, address: str) -> _Subject:
-    from imdsproxy.cli.doctor_fetch import DaemonFetch  # noqa: PLC0415 - `--help` need not load it
-    from imdsproxy.cli.doctor_guest import machine_macs  # noqa: PLC0415 - as above
+    from imdsproxy.cli.doctor_input import (  # noqa: PLC0415 - `--help` need not load it
+        DaemonFetch,
+        machine_macs,
+    )
     from imdsproxy.core.doctor import Card, Surroundings  # noqa: PLC0415 - as above
 
     daemon = run.daemon()

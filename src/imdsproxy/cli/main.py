@@ -11,11 +11,15 @@ from typing import Final
 import typer
 
 from imdsproxy.cli import exitcodes, options
-from imdsproxy.cli.command_line_error import CommandLineError
 from imdsproxy.cli.commands import COMMANDS, build_app, build_program, named_command
 from imdsproxy.cli.completion import is_completing, learn_shells, words_so_far
 from imdsproxy.cli.output import Output
 from imdsproxy.errors import ImdsproxyError, RequestRefused
+
+try:  # typer has an error class of its own since it brings its own click; click's with Debian 13's 0.15
+    from typer import TyperException as CommandLineError
+except ImportError:
+    from click import ClickException as CommandLineError  # type: ignore[assignment] # of one shape
 
 _MEANT: Final[Mapping[str, str]] = {
     **dict.fromkeys(("delete", "del", "rm", "destroy"), "remove"),

@@ -495,7 +495,7 @@ async def _live(controller: _Controller, admin: socket.socket, health: HealthSer
         administering = group.create_task(serve(make_admin(apps), admin))
         if health is not None:
             health.reports = apps.health
-        # What the sources have told mostly stays, so nobody looked for garbage until here (`cli.run`). To look
+        # What the sources have told mostly stays, so nobody looked for garbage until here (`cli.daemon`). To look
         # through it again and again takes 70 ms each time at 1,000 networks, and guests wait meanwhile.
         gc.collect()
         gc.freeze()

@@ -10,8 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from imdsproxy.cli.doctor_fetch import HttpFetch, parse_url
-from imdsproxy.cli.doctor_guest import is_metadata_address, look_around, machine_macs
+from imdsproxy.cli.doctor_input import (
+    HttpFetch,
+    is_metadata_address,
+    look_around,
+    machine_macs,
+    parse_url,
+)
 from imdsproxy.cli.main import main
 from imdsproxy.core.doctor import Answer, Ask, Framing, Unanswered
 from imdsproxy.core.doctor.crawl import TOKEN

@@ -1,0 +1,224 @@
+"""`imdsproxy run|documents|render|reload|stop|version`: the daemon's processes."""
+
+from __future__ import annotations
+
+import gc
+import os
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Final, TypeAlias, cast
+
+import typer
+
+from imdsproxy import __version__
+from imdsproxy.cli import options
+from imdsproxy.cli.output import Column, Output, clean
+from imdsproxy.errors import AdminUnavailable, HostRefused, SettingsDropped
+
+
+def run(context: typer.Context, *, config: options.Config = None) -> None:
+    """Be the controller: keep HAProxy and the documents in step with the sources, until stopped."""
+    # Nothing that a start makes is garbage; to look for it takes 5 % of it. The controller enables it again.
+    gc.disable()
+    import imdsproxy.host.plain_structlog  # noqa: F401, PLC0415 - before all that logs
+    from imdsproxy.controller import main  # noqa: PLC0415 - the other commands need not load it
+
+    invocation = options.invocation(context, config=config)
+    main.run(invocation.load, config=invocation.config, environment=dict(os.environ))
+
+
+def documents(context: typer.Context, *, config: options.Config = None) -> None:
+    """Be the document server: answer guests from compiled records, until stopped."""
+    import imdsproxy.host.plain_structlog  # noqa: F401, PLC0415 - before all that logs
+    from imdsproxy.dataplane.layout import Layout  # noqa: PLC0415 - the others need not load it
+    from imdsproxy.host.clock import SystemClock  # noqa: PLC0415 - as above
+    from imdsproxy.host.logs import open_logging  # noqa: PLC0415 - as above
+    from imdsproxy.host.notify import ServiceNotifier, is_journal  # noqa: PLC0415 - as above
+    from imdsproxy.serving.server import DocumentServerOptions, run_documents  # noqa: PLC0415
+
+    settings = options.invocation(context, config=config).settings
+    log, journal = settings.log, is_journal(sys.stderr, os.environ)
+    open_logging(log.level, log.format, sys.stderr, clock=SystemClock(), journal=journal)
+    layout = Layout(
+        runtime=settings.paths.runtime_dir,
+        state=settings.paths.state_dir,
+        documents_workers=settings.documents.workers,
+        chroot=settings.haproxy.chroot,
+    )
+    run_documents(
+        DocumentServerOptions(
+            sockets=layout.documents_sockets,
+            records=layout.records,
+            passwords=layout.passwords,
+            pid_file=layout.documents_pid,
+            log=layout.documents_log,
+            user=settings.documents.user,
+            group=settings.documents.group,
+        ),
+        # The service manager's variable, not a setting: where it listens for "ready".
+        notifier=ServiceNotifier(os.environ.get("NOTIFY_SOCKET", "")),
+    )
+
+
+@options.command
+def render(
+    run: options.Invocation,
+) -> None:
+    """HAProxy's configuration as it would be written now; nothing is touched."""
+    text = str(run.daemon().get("/v1/haproxy-configuration"))
+    if run.output.as_json:
+        run.output.json({"haproxy_configuration": text})
+    else:
+        run.output.text(text)
+
+
+_Shape: TypeAlias = Mapping[str, object]
+
+
+@options.command
+def reload(
+    run: options.Invocation,
+    *,
+    allow_dropped: Annotated[
+        bool,
+        typer.Option(
+            "--allow-dropped",
+            help="Accept that settings files were emptied or removed, or that every policy is missing.",
+            show_default=False,
+        ),
+    ] = False,
+) -> None:
+    """Have the daemon read its settings again; a broken or emptied file changes nothing and says why."""
+    body = {"allow_dropped": True} if allow_dropped else None
+    try:
+        done = cast("_Shape", run.daemon().request("POST", "/v1/reload", body=body))
+    except AdminUnavailable as error:
+        if run.socket is None and (empty := sorted(run.load().empty)):
+            # It may have named the socket.
+            raise SettingsDropped(
+                f"{empty[0]} holds no settings, and {error.message}",
+                hint="restore the file, or name the daemon's socket with --socket",
+            ) from error
+        raise
+    if run.output.as_json:
+        run.output.json(done)
+    else:
+        show_reload(run.output, done)
+
+
+def show_reload(output: Output, done: _Shape) -> None:
+    """What changed, and what still needs a restart."""
+    columns = (
+        Column("SETTING", keep=True),
+        Column("BEFORE"),
+        Column("NOW"),
+        Column("TAKEN OVER"),
+    )
+    waiting = set(cast("Sequence[str]", done["restart_needed"]))
+    rows = [
+        (
+            clean(change["path"]),
+            clean(change["before"]),
+            clean(change["after"]),
+            "[yellow]at the next restart[/]"
+            if change["path"] in waiting
+            else f"[green]{'by a reload' if change['change'] == 'reload' else 'at once'}[/]",
+        )
+        for change in cast("Sequence[_Shape]", done["changes"])
+    ]
+    output.table(columns, rows, empty="no setting has changed")
+    if done["haproxy_reloaded"]:
+        output.styled("HAProxy was reloaded.")
+    pending = cast("Sequence[str]", done["pending"])
+    if pending:
+        output.styled("[yellow]HAProxy has not taken it over:[/]")
+    for reason in pending:
+        output.styled(f"  {clean(reason)}")
+
+
+_END_DEADLINE_S: Final = 40.0
+_POLL_S: Final = 0.02
+
+DataPlane: TypeAlias = Annotated[
+    bool,
+    typer.Option(
+        "--data-plane",
+        help="End HAProxy and the document server too: guests get no answer.",
+        show_default=False,
+    ),
+]
+
+
+@options.command
+def stop(
+    run: options.Invocation,
+    *,
+    data_plane: DataPlane = False,
+) -> None:
+    """End the controller; known guests are served on. With --data-plane, end everything."""
+    daemon = run.daemon()
+    try:
+        answer = cast(
+            "Mapping[str, object]",
+            daemon.request("POST", "/v1/stop", body={"data_plane": data_plane}),
+        )
+        stopped = list(cast("Sequence[str]", answer["stopping"]))
+        _wait_until_gone(daemon.socket, int(str(answer["controller"])))
+    except AdminUnavailable:
+        # A dead controller is no reason to leave what it left running.
+        if not data_plane:
+            raise
+        _stop_orphaned_data_plane(run, daemon.socket)
+        stopped = []
+    if run.output.as_json:
+        run.output.json({"stopped": stopped, "data_plane": data_plane})
+    else:
+        run.output.text(f"stopped: {', '.join(stopped) or 'the data plane; no controller ran'}")
+
+
+def _stop_orphaned_data_plane(run: options.Invocation, asked: Path) -> None:
+    import asyncio  # noqa: PLC0415 - `--help` need not load it
+
+    from imdsproxy.controller.stop import stop_data_plane  # noqa: PLC0415 - as above
+    from imdsproxy.host.socket_file import find_socket_holder  # noqa: PLC0415 - as above
+
+    settings = run.settings
+    if settings.admin_socket != asked:
+        # The settings are another daemon's: its data plane must not be taken for the dead one's.
+        raise AdminUnavailable(
+            f"no daemon answers on {asked}, and the settings are of another one",
+            hint="name its settings with --config, to end the data plane that it left",
+        )
+    hung = find_socket_holder(asked)
+    if hung is not None:
+        # It would start again what is ended here, as soon as it goes on.
+        raise HostRefused(
+            f"the controller (pid {hung.pid or 'unknown'}) does not answer: nothing was stopped",
+            hint="end it first: systemctl stop imdsproxy, or kill -KILL and its pid; then try again",
+        )
+    asyncio.run(stop_data_plane(settings, os.environ))
+
+
+def _wait_until_gone(path: Path, pid: int) -> None:
+    """Until the controller has taken its socket away, which it does last, or has died."""
+    from imdsproxy.host.process import identify  # noqa: PLC0415 - `--help` need not load it
+
+    deadline = time.monotonic() + _END_DEADLINE_S
+    while path.exists() and identify(pid) is not None:
+        if time.monotonic() > deadline:
+            raise HostRefused(
+                f"the controller (pid {pid}) has not ended within {_END_DEADLINE_S:.0f} s",
+                hint="its log says what it waits for",
+            )
+        time.sleep(_POLL_S)
+
+
+def version(context: typer.Context, *, as_json: options.Json = False) -> None:
+    """The version of this program."""
+    run = options.invocation(context, as_json=as_json)
+    if run.output.as_json:
+        run.output.json({"version": __version__})
+    else:
+        run.output.text(f"imdsproxy {__version__}")
