@@ -236,7 +236,11 @@ set_up() {
         flock 9
         : >"$setup_log"
         remove_policy # of a run that was killed
-        install_missing "$@"
+        ! is_there haproxy || need_haproxy_3
+        # At once: each of them uses one processor, and waits for the network.
+        install_missing "$@" &
+        [[ $(id -u) -ne 0 || -z $(find_python) ]] || build_venv
+        wait "$!"
         need_haproxy_3
         build_venv
         link_libvirt
