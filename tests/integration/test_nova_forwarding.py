@@ -12,8 +12,8 @@ from typing import Final
 
 import pytest
 
-from imdsproxy.config.nova import NovaSettings
 from imdsproxy.dataplane.master import MasterClient
+from imdsproxy.nova.settings import NovaSettings
 from support.guest import IPV6, Reply
 from support.lab import until
 from support.nova_world import SECRET, NovaWorld, open_nova_world

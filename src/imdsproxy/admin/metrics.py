@@ -25,13 +25,14 @@ from prometheus_client.registry import Collector, CollectorRegistry
 
 from imdsproxy import __version__
 from imdsproxy.admin.status import StatusService
-from imdsproxy.app.nova_watch import NovaEndpointReport, WorkerTotals
 from imdsproxy.app.token_report import TokenCounting
+from imdsproxy.core.haproxy.runtime import WorkerTotals
 from imdsproxy.core.haproxy.unix_listener import AGENTS
 from imdsproxy.core.hoststate import Effect
 from imdsproxy.core.identity import Denial
 from imdsproxy.dataplane.master import WorkerEnded
 from imdsproxy.errors import DataplaneError
+from imdsproxy.nova.watch import NovaEndpointReport
 from imdsproxy.serving.resolver import Resolver
 from imdsproxy.sources.neutron.look_ups import LookUpResult
 from imdsproxy.sources.neutron.queries import QueryResult

@@ -6,8 +6,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
-# The OpenAPI document is made from these annotations, so they are imported for real.
-from imdsproxy.app.nova_watch import NovaEndpointReport
 from imdsproxy.core import endpoints
 from imdsproxy.core.limited import Asker
 from imdsproxy.core.model import InstanceId, IpAddress, MacAddress, NetworkId
@@ -16,6 +14,9 @@ from imdsproxy.core.policy_decides import Decided
 from imdsproxy.core.policy_told import PolicyInForce
 from imdsproxy.core.progress import Step
 from imdsproxy.errors import Problem
+
+# The OpenAPI document is made from these annotations, so they are imported for real.
+from imdsproxy.nova.watch import NovaEndpointReport
 
 __all__ = [
     "AuditReport",

@@ -30,8 +30,6 @@ from imdsproxy.app.document_probe import DocumentProbe
 from imdsproxy.app.guard import HaproxyGuard
 from imdsproxy.app.guarding import Guarding
 from imdsproxy.app.limited import LimitWatch
-from imdsproxy.app.nova_upstream import NovaUpstream
-from imdsproxy.app.nova_watch import NovaWatch
 from imdsproxy.app.record_loop import RecordLoop
 from imdsproxy.app.settings_reload import SettingsHolder
 from imdsproxy.core.documents.renamed import list_warnings
@@ -41,6 +39,8 @@ from imdsproxy.dataplane.haproxy import Haproxy
 from imdsproxy.errors import Problem
 from imdsproxy.host.clock import Clock
 from imdsproxy.listeners.loop import ListenerLoop
+from imdsproxy.nova.upstream import NovaUpstream
+from imdsproxy.nova.watch import NovaWatch
 from imdsproxy.sources.api import Source
 
 __all__ = ["StatusService"]

@@ -30,6 +30,7 @@ from imdsproxy.core.haproxy.maps import PackedMap
 from imdsproxy.core.identity import Learned
 from imdsproxy.core.inventory import Inventory
 from imdsproxy.core.model import Instance, InstanceId, MacAddress, NetworkId, Upstream
+from imdsproxy.core.nova import NovaRouting
 from imdsproxy.core.observation import AddressKey, Affected, Conflict, Observation
 from imdsproxy.core.path_rules import PathRules
 from imdsproxy.core.plan import (
@@ -41,7 +42,6 @@ from imdsproxy.core.plan import (
 )
 from imdsproxy.core.policy import PolicyBook
 from imdsproxy.core.progress import Durations, Progress
-from imdsproxy.core.upstream import NovaRouting
 from imdsproxy.core.wire import MapRecord
 from imdsproxy.dataplane.records import RecordApplier
 from imdsproxy.errors import DataplaneError, ImdsproxyError, Problem

@@ -19,12 +19,11 @@ from imdsproxy.config.neutron_options import (
     Fate,
     NeutronOption,
 )
-from imdsproxy.config.nova import DEFAULT_SET
-from imdsproxy.config.nova_url import NovaUrl, parse_nova_url
 from imdsproxy.config.schema import Settings
 from imdsproxy.config.yaml_text import render_value
 from imdsproxy.core.neutron_ini import IniOption, expand_value, find_option
 from imdsproxy.errors import ConfigInvalid, Problem
+from imdsproxy.nova.settings import DEFAULT_SET, NovaUrl, parse_nova_url
 
 _SECTIONS_OF_NOVA: Final = frozenset({"neutron", "api", "api_database", "compute", "libvirt"})
 """Sections of nova.conf that no file of Neutron's has: both have `state_path`, `host`, `metadata_workers`."""

@@ -17,7 +17,6 @@ from imdsproxy.config.change import Change
 from imdsproxy.config.endpoint import Endpoint
 from imdsproxy.config.limits import LimitsSettings
 from imdsproxy.config.namespace_proxy import NamespaceProxySettings
-from imdsproxy.config.nova import NovaSettings
 from imdsproxy.config.policy import PolicySettings, TokensSettings
 from imdsproxy.config.section import (
     AbsolutePath,
@@ -32,6 +31,7 @@ from imdsproxy.config.section import (
     section,
     setting,
 )
+from imdsproxy.nova.settings import NovaSettings
 from imdsproxy.sources.file.settings import FileSourceSettings
 from imdsproxy.sources.libvirt.settings import LibvirtSourceSettings
 from imdsproxy.sources.neutron.settings import NeutronSourceSettings

@@ -18,7 +18,6 @@ from imdsproxy.app.companion import Companion, CompanionLauncher, SpawnCompanion
 from imdsproxy.app.compiled_files import DiskFiles
 from imdsproxy.app.guarding import Guarding
 from imdsproxy.app.guards import GuardFile
-from imdsproxy.app.nova_upstream import NovaUpstream
 from imdsproxy.app.rule_sets import RuleSets
 from imdsproxy.app.token_keys import TokenKeys
 from imdsproxy.config.schema import Settings, Supervisor
@@ -40,6 +39,7 @@ from imdsproxy.host.sockets import SocketOwners
 from imdsproxy.listeners.apply import HostApplier
 from imdsproxy.listeners.host import SystemHost
 from imdsproxy.listeners.observe import HostObserver
+from imdsproxy.nova.upstream import NovaUpstream
 from imdsproxy.serving.passwords import PasswordStore
 from imdsproxy.serving.pidfile import read_pids
 from imdsproxy.sources.api import Source

@@ -24,9 +24,9 @@ from imdsproxy.admin.services import Services
 from imdsproxy.admin.status import StatusService
 from imdsproxy.admin.tokens import TokenService
 from imdsproxy.app.limited import LimitWatch
-from imdsproxy.app.nova_watch import NovaWatch
 from imdsproxy.config.change import SettingsReload
 from imdsproxy.controller.parts import Parts
+from imdsproxy.nova.watch import NovaWatch
 from imdsproxy.serving.asgi import AsgiApp
 from imdsproxy.serving.forward import FoundForwarder
 from imdsproxy.serving.listen import HttpListener

@@ -12,7 +12,6 @@ from imdsproxy.app.document_probe import DocumentProbe
 from imdsproxy.app.guard import HaproxyGuard
 from imdsproxy.app.guarding import Guarding
 from imdsproxy.app.lookup import Lookup
-from imdsproxy.app.nova_upstream import NovaUpstream
 from imdsproxy.app.record_loop import RecordLoop
 from imdsproxy.app.settings_reload import SettingsHolder
 from imdsproxy.app.token_report import TokenCounting
@@ -23,6 +22,7 @@ from imdsproxy.dataplane.haproxy import Haproxy
 from imdsproxy.dataplane.layout import Layout
 from imdsproxy.host.clock import Clock
 from imdsproxy.listeners.loop import ListenerLoop
+from imdsproxy.nova.upstream import NovaUpstream
 from imdsproxy.serving.resolver import Resolver
 
 __all__ = ["Parts"]

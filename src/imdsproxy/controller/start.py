@@ -28,7 +28,6 @@ from imdsproxy.app.guard import HaproxyGuard
 from imdsproxy.app.guarding import GuardingChange
 from imdsproxy.app.heartbeat import Heartbeat
 from imdsproxy.app.lookup import Lookup
-from imdsproxy.app.nova_upstream import NovaUpstream
 from imdsproxy.app.record_loop import RecordLoop
 from imdsproxy.app.servers import open_datagram_socket, open_sole_socket, open_tcp_socket
 from imdsproxy.app.settings_reload import SettingsHolder, with_contents
@@ -58,9 +57,9 @@ from imdsproxy.core.addresses import normalise_address
 from imdsproxy.core.hostnames import Naming
 from imdsproxy.core.inventory import Inventory
 from imdsproxy.core.model import NetworkId
+from imdsproxy.core.nova import changed_secrets
 from imdsproxy.core.observation import AddressKey, Observation
 from imdsproxy.core.progress import Progress
-from imdsproxy.core.upstream import changed_secrets
 from imdsproxy.dataplane.launch import read_program
 from imdsproxy.errors import DataplaneError, HostRefused, ImdsproxyError
 from imdsproxy.host.account import owner_of
@@ -74,6 +73,7 @@ from imdsproxy.listeners.exporter_port import ExporterPort
 from imdsproxy.listeners.kept_networks import KeptNetworks
 from imdsproxy.listeners.loop import ListenerLoop
 from imdsproxy.listeners.watch import EventKind, HostWatch, WatchPace
+from imdsproxy.nova.upstream import NovaUpstream
 from imdsproxy.serving.account import find_account
 from imdsproxy.serving.resolver import HoldLimits, Resolver
 from imdsproxy.unix_listener.listener import UnixListener, sweep_unix_socket

@@ -11,10 +11,10 @@ from imdsproxy.core.addresses import link_local_of
 from imdsproxy.core.identity import Learned, holds
 from imdsproxy.core.inventory import Inventory
 from imdsproxy.core.model import Instance, InstanceId, NetworkId, Upstream
+from imdsproxy.core.nova import NovaRouting
 from imdsproxy.core.observation import AddressKey, Conflict
 from imdsproxy.core.path_rules import PathRules, set_id
 from imdsproxy.core.policy import NOTHING_SAID, PolicyBook, PolicyPlace
-from imdsproxy.core.upstream import NovaRouting
 from imdsproxy.core.wire import MAP_CONFLICT, EmbeddedRecord, MapRecord, render_map_value
 
 __all__ = [

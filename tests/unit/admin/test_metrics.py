@@ -11,11 +11,12 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from imdsproxy import __version__
 from imdsproxy.admin.metrics import METRICS, Metric, Metrics, count_traffic
-from imdsproxy.app.nova_watch import NovaEndpointReport, WorkerTotals
+from imdsproxy.core.haproxy.runtime import WorkerTotals
 from imdsproxy.core.hoststate import Effect
 from imdsproxy.core.identity import Denial
 from imdsproxy.core.model import NetworkId
 from imdsproxy.core.progress import Durations
+from imdsproxy.nova.watch import NovaEndpointReport
 from imdsproxy.serving.resolver import ResolverCounts
 from imdsproxy.sources.neutron.source import NeutronFigures
 

@@ -28,11 +28,11 @@ from imdsproxy.core.model import (
     Scope,
     Upstream,
 )
+from imdsproxy.core.nova import EndpointSet, NovaRouting
 from imdsproxy.core.observation import AddressKey, Conflict, Observation
 from imdsproxy.core.plan import plan_record
 from imdsproxy.core.policy import Guard, PolicyBook, PolicyRules, TokenMode
 from imdsproxy.core.policy_told import NOBODY, PolicyInForce
-from imdsproxy.core.upstream import EndpointSet, NovaRouting
 from imdsproxy.core.wire import MapRecord, NovaRecord, parse_map_value
 from imdsproxy.errors import Problem
 from imdsproxy.serving.resolver import Known, Outcome

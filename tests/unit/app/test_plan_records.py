@@ -22,10 +22,9 @@ from imdsproxy.core.model import (
     Port,
     Upstream,
 )
+from imdsproxy.core.nova import EndpointSet, NovaRouting, sign_instance
 from imdsproxy.core.observation import AddressKey, Observation
 from imdsproxy.core.plan import plan_record, plan_records, record_key
-from imdsproxy.core.signing import sign_instance
-from imdsproxy.core.upstream import EndpointSet, NovaRouting
 from imdsproxy.core.wire import EmbeddedRecord, NovaRecord
 from imdsproxy.listeners.binds import (
     compute_maxconn,

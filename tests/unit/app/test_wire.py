@@ -8,8 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from imdsproxy.core.model import InstanceId
-from imdsproxy.core.signing import sign_instance
-from imdsproxy.core.upstream import EndpointSet
+from imdsproxy.core.nova import EndpointSet, sign_instance
 from imdsproxy.core.wire import (
     MAP_CONFLICT,
     MAP_TOMBSTONE,

@@ -16,8 +16,8 @@ from bench.neutron import answer_ports, neutron_settings, port_name
 from bench.nova import identity, names_itself, nova_guest, nova_settings, render_stub
 from imdsproxy.config.schema import Settings
 from imdsproxy.core.model import InstanceId, NetworkId
+from imdsproxy.core.nova import sign_instance
 from imdsproxy.core.records import Refused, parse_instance
-from imdsproxy.core.signing import sign_instance
 from imdsproxy.sources.neutron.ports import PortQuery, parse_ports, render_query
 
 

@@ -16,9 +16,9 @@ from imdsproxy.cli.checks import openstack as preflight
 from imdsproxy.cli.checks.every import why_unreachable
 from imdsproxy.cli.checks.finding import Finding
 from imdsproxy.cli.main import main
-from imdsproxy.config.nova_url import NovaUrl
 from imdsproxy.config.schema import Settings
 from imdsproxy.host.socket_file import SocketHolder
+from imdsproxy.nova.settings import NovaUrl
 from support.certificates import Authority, make_authority, server_context
 
 _SECRET = b"0123456789abcdef"

@@ -22,6 +22,7 @@ from imdsproxy.cli.commands import EXAMPLES, build_program, iterate_commands
 from imdsproxy.cli.main import main
 from imdsproxy.core.endpoints import LeftOutCode
 from imdsproxy.core.model import BridgeListener, Dialect, InstanceId, NamespaceListener, NetworkId
+from imdsproxy.core.nova import EndpointSet, NovaRouting
 from imdsproxy.core.path_rules import PathRules, PathWord
 from imdsproxy.core.policy import (
     NOTHING_SAID,
@@ -32,7 +33,6 @@ from imdsproxy.core.policy import (
     TokenMode,
 )
 from imdsproxy.core.progress import Step
-from imdsproxy.core.upstream import EndpointSet, NovaRouting
 from imdsproxy.errors import ConfigInvalid, Problem, ReloadFailed, SourceUnavailable
 from support.admin_server import AdminServer, admin_server
 from support.record_builders import instance, port

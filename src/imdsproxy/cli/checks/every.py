@@ -20,7 +20,6 @@ from imdsproxy.cli.checks.finding import Area, Finding
 from imdsproxy.cli.invocation import Invocation
 from imdsproxy.cli.records_read import read_networks
 from imdsproxy.config.endpoint import Endpoint
-from imdsproxy.config.nova_url import NovaUrl
 from imdsproxy.config.schema import Settings
 from imdsproxy.core.hostnames import Naming
 from imdsproxy.core.records.document import Records
@@ -35,6 +34,7 @@ from imdsproxy.errors import (
 )
 from imdsproxy.host import firewall
 from imdsproxy.host.socket_file import find_socket_holder
+from imdsproxy.nova.settings import NovaUrl
 from imdsproxy.serving.account import find_account, find_closed
 from imdsproxy.sources.sqlite.schema import read_store
 

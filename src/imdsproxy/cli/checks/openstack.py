@@ -13,8 +13,6 @@ from pathlib import Path
 from typing import Final
 
 from imdsproxy.cli.checks.finding import Area, Finding
-from imdsproxy.config.nova import EndpointSetSettings
-from imdsproxy.config.nova_url import NovaUrl
 from imdsproxy.config.schema import Settings
 from imdsproxy.config.yaml_document import parse_yaml
 from imdsproxy.errors import (
@@ -26,8 +24,9 @@ from imdsproxy.errors import (
     SecretUnreadable,
 )
 from imdsproxy.host.files import read_secret
-from imdsproxy.host.signing_secret import read_signing_secret
 from imdsproxy.host.socket_file import SocketHolder
+from imdsproxy.nova.settings import EndpointSetSettings, NovaUrl
+from imdsproxy.nova.upstream import read_signing_secret
 from imdsproxy.sources.neutron.client import require_library
 
 _NOVA: Final = Area("nova")

@@ -6,12 +6,14 @@ Source: HAProxy management guide, sections 9.3 "Unix Socket commands" and 9.4 "M
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
-from dataclasses import dataclass
-from typing import Final
+from collections import Counter
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Final, Generic, TypeVar
 
 _VERSION: Final = re.compile(r"HAProxy version ([0-9]{1,9})\.([0-9]{1,9})(?:[.-](\S+))?")
 _ALERT: Final = re.compile(r"\[ALERT\]\s+(?:(?:\S+\s+)?\(\d+\) : )?(.*)")
+_Key = TypeVar("_Key")
 _NUMBER: Final = re.compile(r"[0-9]{1,18}")
 
 
@@ -48,6 +50,22 @@ class Version:
 
     def __str__(self) -> str:
         return f"{self.major}.{self.minor}" + (f".{self.rest}" if self.rest else "")
+
+
+@dataclass(slots=True)
+class WorkerTotals(Generic[_Key]):
+    """Adds up counters that begin at 0 with each worker of HAProxy."""
+
+    totals: Counter[_Key] = field(default_factory=Counter)
+    _worker: int | None = None
+    _base: Counter[_Key] = field(default_factory=Counter)
+
+    def add(self, worker: int, now: Mapping[_Key, int]) -> None:
+        """Take in one worker's counters."""
+        if worker != self._worker:
+            self._base, self._worker = Counter(self.totals), worker
+        for name, count in now.items():
+            self.totals[name] = self._base[name] + count
 
 
 def parse_processes(text: str) -> Processes | None:

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from imdsproxy.app.nova_upstream import NovaUpstream
-from imdsproxy.config.nova import NovaSettings
 from imdsproxy.core.haproxy.model import NovaServer, NovaTls
 from imdsproxy.core.model import InstanceId, IpAddress, NetworkId
-from imdsproxy.core.signing import sign_instance
+from imdsproxy.core.nova import sign_instance
 from imdsproxy.errors import ConfigUnreadable, SecretUnreadable
+from imdsproxy.nova.settings import NovaSettings
+from imdsproxy.nova.upstream import NovaUpstream
 
 
 class Names:

@@ -1,14 +1,51 @@
-"""Which Nova an instance's requests go to, and with what they are signed."""
+"""Which Nova an instance's requests go to, and how they are signed (nova/api/metadata/handler.py)."""
 
 from __future__ import annotations
 
+import hashlib
+import hmac
+import re
 from dataclasses import dataclass, field
+from typing import Final
 
 from imdsproxy.core.model import InstanceId, NetworkId
-from imdsproxy.core.signing import sign_instance
 from imdsproxy.core.wire import NovaRecord
 
-__all__ = ["EndpointSet", "NovaRouting", "changed_secrets"]
+_BYTE_ORDER_MARK: Final = b"\xef\xbb\xbf"
+_OPTION: Final = re.compile(rb"metadata_proxy_shared_secret\s*=")
+_CONTROL: Final = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
+
+
+def find_secret_fault(secret: bytes) -> str | None:
+    """Why no value of Nova's `metadata_proxy_shared_secret` looks so: Nova would refuse its signatures.
+
+    Args:
+        secret: Without blanks around it, which oslo.config removes.
+    """
+    if secret.startswith(_BYTE_ORDER_MARK):
+        return "begins with a byte order mark"
+    if b"\n" in secret or b"\r" in secret:
+        return "has more than one line"
+    if _CONTROL.search(secret):
+        return "holds a control character"
+    if _OPTION.match(secret):
+        return "holds Nova's whole option, and has to hold only the secret"
+    return None
+
+
+def sign_instance(secret: bytes, instance: InstanceId) -> str:
+    """`X-Instance-ID-Signature`: HMAC-SHA256 of the instance's id, 64 lower-case hexadecimal digits.
+
+    Args:
+        secret: Nova's `[neutron] metadata_proxy_shared_secret`.
+        instance: The id that is signed, as it stands in `X-Instance-ID`.
+
+    Raises:
+        ValueError: The secret is empty: anybody could sign with it.
+    """
+    if not secret:
+        raise ValueError("an empty secret signs nothing")
+    return hmac.new(secret, instance.encode(), hashlib.sha256).hexdigest()
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +79,7 @@ class NovaRouting:
     default: str = "default"
 
     def choose(self, network: NetworkId, project: str) -> EndpointSet | None:
-        """Who is asked for a guest of this project in this network (or behind this router)."""
+        """The set for a guest of this project in this network (or behind this router)."""
         for one in self.sets:
             if network in one.networks:
                 return one
@@ -52,7 +89,7 @@ class NovaRouting:
         return next((one for one in self.sets if one.name == self.default), None)
 
     def record(self, network: NetworkId, instance: InstanceId, project: str) -> NovaRecord | None:
-        """What the data plane must know to ask Nova; `None` where there is no Nova to ask."""
+        """The data plane's record for requests to Nova; `None` where there is no Nova to send them to."""
         chosen = self.choose(network, project)
         if chosen is None:
             return None

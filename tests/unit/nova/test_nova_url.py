@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from imdsproxy.config.nova_url import NovaUrl, parse_nova_url
+from imdsproxy.nova.settings import NovaUrl, parse_nova_url
 
 
 @pytest.mark.parametrize(

@@ -1,23 +1,22 @@
-"""What HAProxy sees of Nova: which endpoints answer, and whether Nova takes our signature."""
+"""Nova as HAProxy sees it: which endpoints answer, and whether Nova accepts our signature."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Final, Generic, TypeVar
+from typing import Final
 
 import structlog
 
 from imdsproxy.core.haproxy.nova import refused_counter, set_of_backend
+from imdsproxy.core.haproxy.runtime import WorkerTotals
 from imdsproxy.dataplane.haproxy import Haproxy
 from imdsproxy.dataplane.master import WorkerEnded
 from imdsproxy.errors import DataplaneError, Problem
 
-__all__ = ["NovaEndpointReport", "NovaWatch", "WorkerTotals"]
-
 _COLUMNS: Final = frozenset(
-    {
+    [
         "pxname",
         "svname",
         "type",
@@ -29,11 +28,9 @@ _COLUMNS: Final = frozenset(
         "econ",
         "eresp",
         "hrsp_5xx",
-    }
+    ]
 )
 _SERVER: Final = "2"
-
-_Key = TypeVar("_Key")
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,27 +53,11 @@ class NovaEndpointReport:
 
 
 @dataclass(slots=True)
-class WorkerTotals(Generic[_Key]):
-    """Adds up counters that begin at 0 with each worker of HAProxy."""
-
-    totals: Counter[_Key] = field(default_factory=Counter)
-    _worker: int | None = None
-    _base: Counter[_Key] = field(default_factory=Counter)
-
-    def add(self, worker: int, now: Mapping[_Key, int]) -> None:
-        """Take in one worker's counters."""
-        if worker != self._worker:
-            self._base, self._worker = Counter(self.totals), worker
-        for name, count in now.items():
-            self.totals[name] = self._base[name] + count
-
-
-@dataclass(slots=True)
 class NovaWatch:
-    """Looks at HAProxy's counters now and then.
+    """Reads HAProxy's counters from time to time.
 
-    A Nova that refuses our signature answers 403 to everything that its guests ask: that is told once, and
-    again only after it had been well in between.
+    A Nova that refuses our signature answers 403 to every request of its guests: that is logged once, and
+    again only after it was well in between.
 
     Args:
         sets: The names of the endpoint sets in force.
@@ -184,7 +165,7 @@ def _refused(name: str) -> Problem:
     return Problem(
         f"nova.endpoint_sets.{name}.secret_file",
         "Nova refuses our signature (403): its guests get no metadata",
-        "have the secret of Nova's `[neutron] metadata_proxy_shared_secret` in the file, then `imdsproxy reload`",
+        "put the secret of Nova's `[neutron] metadata_proxy_shared_secret` into the file, then run `imdsproxy reload`",
     )
 
 
@@ -192,7 +173,7 @@ def _silent(name: str) -> Problem:
     return Problem(
         f"nova.endpoint_sets.{name}.endpoints",
         "no endpoint answers: its guests get 503",
-        "start nova-api-metadata, or mend the URLs",
+        "start nova-api-metadata, or correct the URLs",
     )
 
 

@@ -1,4 +1,4 @@
-"""Nova as the settings name it: secrets read, names looked up, all as values for the planner."""
+"""Nova as the settings name it: secrets read, names resolved, all as values for the planner."""
 
 from __future__ import annotations
 
@@ -13,18 +13,15 @@ from typing import Final, TypeAlias
 
 import structlog
 
-from imdsproxy.config.nova import EndpointSetSettings, NovaSettings
 from imdsproxy.core.haproxy.model import NovaBackend, NovaServer, NovaTimes, NovaTls
 from imdsproxy.core.model import IpAddress
-from imdsproxy.core.upstream import EndpointSet, NovaRouting
-from imdsproxy.errors import ConfigUnreadable, Problem
+from imdsproxy.core.nova import EndpointSet, NovaRouting, find_secret_fault
+from imdsproxy.errors import ConfigUnreadable, Problem, SecretUnreadable
 from imdsproxy.host.files import read_secret, write_atomic
-from imdsproxy.host.signing_secret import read_signing_secret
-
-__all__ = ["NovaUpstream", "Resolve", "resolve_name"]
+from imdsproxy.nova.settings import EndpointSetSettings, NovaSettings
 
 Resolve: TypeAlias = Callable[[str], Awaitable[tuple[IpAddress, ...]]]
-"""A host's name to its addresses; none when it has none, `OSError` when nobody can say."""
+"""A host's name to its addresses; none when it has none, `OSError` when the look-up fails."""
 
 RESOLVE_EVERY_S: Final = 30.0
 _MAX_ADDRESSES: Final = 8
@@ -47,11 +44,11 @@ async def resolve_name(name: str) -> tuple[IpAddress, ...]:
 
 @dataclass(slots=True)
 class NovaUpstream:
-    """What of Nova is in force: changed by `read`, and by `resolve` when a name leads elsewhere.
+    """Nova as it is in force: changed by `read`, and by `resolve` when a name resolves to other addresses.
 
     Attributes:
-        directory: For the files that HAProxy reads and that are made of others.
-        routing: Where requests go and with what they are signed.
+        directory: For files that HAProxy reads and that are made of others.
+        routing: Where requests go and how they are signed.
         problems: Names that cannot be looked up.
     """
 
@@ -64,7 +61,7 @@ class NovaUpstream:
     _addresses: dict[str, tuple[IpAddress, ...]] = field(default_factory=dict)
 
     def read(self, settings: NovaSettings) -> bool:
-        """Take over settings and the secrets that they name; whether records have to be made anew.
+        """Take over settings and the secrets that they name; whether records change.
 
         Raises:
             SecretUnreadable: A secret is missing or empty; what was in force stays.
@@ -195,7 +192,7 @@ class _Files:
 
 
 def _read_files(name: str, one: EndpointSetSettings) -> _Files:
-    """See that HAProxy can read what it is given: one missing file would fail its whole configuration."""
+    """Check that HAProxy can read its files: a missing one would fail its whole configuration."""
     where = f"nova.endpoint_sets.{name}"
     certificates = [
         b"" if path is None else _read_file(path, f"{where}.{key}")
@@ -209,6 +206,22 @@ def _read_files(name: str, one: EndpointSetSettings) -> _Files:
         return _Files(contents)
     key = read_secret(one.client_key_file)
     return _Files(contents, b"\n".join((certificates[1].rstrip(), key.strip(), b"")))
+
+
+def read_signing_secret(path: Path) -> bytes:
+    """The secret in `path`, as Nova has it.
+
+    Raises:
+        SecretUnreadable: As `read_secret`; or it cannot be what Nova has.
+    """
+    secret = read_secret(path).strip()
+    fault = find_secret_fault(secret)
+    if fault is None:
+        return secret
+    raise SecretUnreadable(
+        f"the secret {path} {fault}",
+        hint="put the value of Nova's `[neutron] metadata_proxy_shared_secret` into it, and nothing else",
+    )
 
 
 def _endpoint_set(name: str, one: EndpointSetSettings) -> EndpointSet:

@@ -6,8 +6,8 @@ from typing import cast
 import pytest
 from structlog.testing import capture_logs
 
-from imdsproxy.app.nova_watch import NovaEndpointReport, NovaWatch
 from imdsproxy.dataplane.haproxy import Haproxy
+from imdsproxy.nova.watch import NovaEndpointReport, NovaWatch
 
 _ONE = "192.0.2.1:8775"
 _TWO = "192.0.2.2:8775"
