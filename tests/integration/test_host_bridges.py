@@ -10,9 +10,10 @@ from imdsproxy.core.endpoints import LeftOutCode
 from imdsproxy.core.model import BridgeListener, Network, NetworkId
 from imdsproxy.host.namespaces import NamespaceDirectory, NamespaceThread
 from imdsproxy.listeners.apply import HostApplier
+from imdsproxy.listeners.endpoints import ListenerPlan
 from imdsproxy.listeners.observe import HostObserver
 from imdsproxy.listeners.ops import AddAddress, CreateVeth, DeleteLink, DeleteNamespace
-from imdsproxy.listeners.plan import ListenerPlan, plan_listeners
+from imdsproxy.listeners.plan import plan_listeners
 from support.hostlab import HostLab, eventually, host_lab
 
 pytestmark = pytest.mark.root

@@ -26,8 +26,9 @@ from imdsproxy.host.namespaces import NamespaceDirectory, NamespaceThread
 from imdsproxy.host.netlink import find_link, list_links, neighbour_mac
 from imdsproxy.host.nlmessages import NetlinkSocket
 from imdsproxy.listeners.apply import HostApplier
+from imdsproxy.listeners.endpoints import ListenerPlan
 from imdsproxy.listeners.observe import HostObserver
-from imdsproxy.listeners.plan import ListenerPlan, plan_listeners
+from imdsproxy.listeners.plan import plan_listeners
 from support.hostlab import HostLab, create_namespace, host_lab
 
 pytestmark = pytest.mark.root

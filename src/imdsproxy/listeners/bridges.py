@@ -15,7 +15,7 @@ from imdsproxy.core.endpoints import LOOPBACK, LeftOutCode
 from imdsproxy.core.hostnames import Naming
 from imdsproxy.core.hoststate import Family, ObservedDevice, ObservedHost, ObservedNamespace
 from imdsproxy.core.model import BridgeListener, NetworkId
-from imdsproxy.listeners.endpoints import Part, leave_out, listen
+from imdsproxy.listeners.endpoints import ListenerPlan, leave_out, listen
 from imdsproxy.listeners.ops import (
     AddAddress,
     AddDefaultRoute,
@@ -32,19 +32,19 @@ PREFIXES = {Family.IPV4: 32, Family.IPV6: 64}
 
 def plan_bridge(
     network: NetworkId, listener: BridgeListener, observed: ObservedHost, naming: Naming
-) -> Part:
+) -> ListenerPlan:
     """Endpoints, or what is to be done first."""
     bridge = observed.root.devices.get(listener.bridge)
     refused = _check_bridge(network, listener.bridge, bridge)
     if refused is not None or bridge is None:
-        return refused or Part()
+        return refused or ListenerPlan()
     name = naming.namespace(network)
     seen = observed.namespaces.get(name)
     taken = _taken(network, seen, observed.root.devices.get(naming.link(network)), naming)
     if taken is not None:
         return taken
     ops = tuple(_build(network, bridge, seen, observed, naming))
-    part = Part(ops=ops)
+    part = ListenerPlan(ops=ops)
     if seen is None or naming.inner_device not in seen.devices:
         reason = f"namespace {name} is being made"
         return part + leave_out(network, LeftOutCode.PENDING, reason)
@@ -53,7 +53,9 @@ def plan_bridge(
     return part
 
 
-def _check_bridge(network: NetworkId, name: str, bridge: ObservedDevice | None) -> Part | None:
+def _check_bridge(
+    network: NetworkId, name: str, bridge: ObservedDevice | None
+) -> ListenerPlan | None:
     if bridge is None:
         return leave_out(
             network,
@@ -78,7 +80,7 @@ def _check_bridge(network: NetworkId, name: str, bridge: ObservedDevice | None) 
 
 def _taken(
     network: NetworkId, seen: ObservedNamespace | None, link: ObservedDevice | None, naming: Naming
-) -> Part | None:
+) -> ListenerPlan | None:
     alias = naming.alias(network)
     if link is not None and link.alias != alias and not is_unmarked_veth(link):
         reason = f"a link {link.name} that is not ours is there"

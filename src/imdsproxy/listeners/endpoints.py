@@ -21,16 +21,23 @@ from imdsproxy.listeners.ops import HostOp
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
-    """One network's share of the plan."""
+class ListenerPlan:
+    """What to do for a network, or for all of them in the order of their ids.
+
+    Attributes:
+        endpoints: What to bind.
+        left_out: What cannot be bound, with reasons; `PENDING` ones come right by `ops`.
+        foreign: Who else listens at those addresses and what that does.
+        ops: What to do on the host, in this order: removals first.
+    """
 
     endpoints: tuple[Endpoint, ...] = ()
     left_out: tuple[LeftOut, ...] = ()
     foreign: tuple[Foreign, ...] = ()
     ops: tuple[HostOp, ...] = ()
 
-    def __add__(self, other: Part) -> Part:
-        return Part(
+    def __add__(self, other: ListenerPlan) -> ListenerPlan:
+        return ListenerPlan(
             self.endpoints + other.endpoints,
             self.left_out + other.left_out,
             self.foreign + other.foreign,
@@ -45,9 +52,9 @@ def leave_out(
     hint: str = "",
     *,
     family: Family | None = None,
-) -> Part:
+) -> ListenerPlan:
     """A part that only says why there is nothing."""
-    return Part(left_out=(LeftOut(network, family, code, reason, hint),))
+    return ListenerPlan(left_out=(LeftOut(network, family, code, reason, hint),))
 
 
 def listen(
@@ -57,7 +64,7 @@ def listen(
     *,
     device: str | None,
     managed: bool,
-) -> Part:
+) -> ListenerPlan:
     """Endpoints for one family in a namespace that was observed.
 
     IPv4 is bound to `device` if one is given and to every device else. IPv6 is always bound to a
@@ -79,13 +86,13 @@ def listen(
         return _not_usable(network, family, unusable[0])
     if family is Family.IPV4:
         return _bind(network, seen, family, device)
-    part = Part()
+    part = ListenerPlan()
     for carrier in dict.fromkeys(one.device for one in usable):
         part += _bind(network, seen, family, carrier)
     # One device that serves is a listener that serves: sockets on the others are still reported.
     if part.endpoints:
-        return Part(part.endpoints, foreign=part.foreign)
-    return Part(left_out=part.left_out[:1], foreign=part.foreign)
+        return ListenerPlan(part.endpoints, foreign=part.foreign)
+    return ListenerPlan(left_out=part.left_out[:1], foreign=part.foreign)
 
 
 def _carriers(seen: ObservedNamespace, family: Family, device: str | None) -> list[ObservedAddress]:
@@ -102,7 +109,7 @@ def _missing(
     device: str | None,
     *,
     managed: bool,
-) -> Part:
+) -> ListenerPlan:
     address = family.metadata_address
     where = f"on device {device}" if device else "on any device"
     if managed:
@@ -125,7 +132,7 @@ def _missing(
     )
 
 
-def _not_usable(network: NetworkId, family: Family, address: ObservedAddress) -> Part:
+def _not_usable(network: NetworkId, family: Family, address: ObservedAddress) -> ListenerPlan:
     if address.state is AddressState.DUPLICATE:
         return leave_out(
             network,
@@ -143,7 +150,9 @@ def _not_usable(network: NetworkId, family: Family, address: ObservedAddress) ->
     )
 
 
-def _bind(network: NetworkId, seen: ObservedNamespace, family: Family, device: str | None) -> Part:
+def _bind(
+    network: NetworkId, seen: ObservedNamespace, family: Family, device: str | None
+) -> ListenerPlan:
     foreign = tuple(_foreign(network, seen, family, device))
     error = next(
         (one.error for one in seen.trials if (one.family, one.device) == (family, device)), 0
@@ -154,7 +163,7 @@ def _bind(network: NetworkId, seen: ObservedNamespace, family: Family, device: s
         name = errno.errorcode.get(error, str(error))
         reason = f"the kernel refuses to bind {family.metadata_address}: {name}"
         left = leave_out(network, LeftOutCode.BIND_REFUSED, reason, family=family)
-        return Part(left_out=left.left_out, foreign=foreign)
+        return ListenerPlan(left_out=left.left_out, foreign=foreign)
     bound_to = seen.devices.get(device) if device is not None else None
     endpoint = Endpoint(
         network=network,
@@ -164,7 +173,7 @@ def _bind(network: NetworkId, seen: ObservedNamespace, family: Family, device: s
         namespace=seen.ref,
         device_index=0 if bound_to is None else bound_to.index,
     )
-    return Part(endpoints=(endpoint,), foreign=tuple(_not_blocking(foreign)))
+    return ListenerPlan(endpoints=(endpoint,), foreign=tuple(_not_blocking(foreign)))
 
 
 def _not_blocking(foreign: Iterable[Foreign]) -> Iterator[Foreign]:
@@ -174,7 +183,7 @@ def _not_blocking(foreign: Iterable[Foreign]) -> Iterator[Foreign]:
         yield Foreign(one.network, one.family, effect, one.socket)
 
 
-def _busy(network: NetworkId, family: Family, foreign: tuple[Foreign, ...]) -> Part:
+def _busy(network: NetworkId, family: Family, foreign: tuple[Foreign, ...]) -> ListenerPlan:
     blocking = tuple(Foreign(one.network, one.family, Effect.BLOCKS, one.socket) for one in foreign)
     left = LeftOut(
         network,
@@ -184,7 +193,7 @@ def _busy(network: NetworkId, family: Family, foreign: tuple[Foreign, ...]) -> P
         "stop it; the listener comes back within a second",
         tuple(one.socket for one in blocking),
     )
-    return Part(left_out=(left,), foreign=blocking)
+    return ListenerPlan(left_out=(left,), foreign=blocking)
 
 
 def owners_of(sockets: Iterable[ListeningSocket]) -> str:

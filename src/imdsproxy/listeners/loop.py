@@ -33,6 +33,7 @@ from imdsproxy.errors import ConfigRejected, DataplaneError, HostRefused, Proble
 from imdsproxy.host.clock import Clock
 from imdsproxy.listeners.binds import compute_maxconn, networks_of, plan_binds, plan_links
 from imdsproxy.listeners.degraded import find_degraded
+from imdsproxy.listeners.endpoints import ListenerPlan
 from imdsproxy.listeners.exporter_port import ExporterPort
 from imdsproxy.listeners.host import SystemHost
 from imdsproxy.listeners.kept_networks import KeptNetworks
@@ -41,7 +42,6 @@ from imdsproxy.listeners.namespace_links import haproxy_name
 from imdsproxy.listeners.nft_scripts import answering_devices, plan_diversions
 from imdsproxy.listeners.ops import OpFailure
 from imdsproxy.listeners.plan import (
-    ListenerPlan,
     PlanMemo,
     explain_pending,
     plan_listeners,

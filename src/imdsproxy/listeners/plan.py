@@ -11,10 +11,10 @@ For every network and family there is at least one endpoint or exactly one `Left
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TypeAlias, assert_never
 
-from imdsproxy.core.endpoints import ENSLAVING, Endpoint, Foreign, LeftOut, LeftOutCode
+from imdsproxy.core.endpoints import ENSLAVING, LeftOut, LeftOutCode
 from imdsproxy.core.hostnames import Naming
 from imdsproxy.core.hoststate import Family, ObservedHost, ObservedNamespace
 from imdsproxy.core.model import (
@@ -27,7 +27,7 @@ from imdsproxy.core.model import (
     NetworkId,
 )
 from imdsproxy.listeners.bridges import plan_bridge, want_addresses
-from imdsproxy.listeners.endpoints import Part, leave_out, listen
+from imdsproxy.listeners.endpoints import ListenerPlan, leave_out, listen
 from imdsproxy.listeners.leftovers import ManagedPlace, plan_sweep
 from imdsproxy.listeners.ops import (
     AddAddress,
@@ -39,25 +39,8 @@ from imdsproxy.listeners.ops import (
 _Place: TypeAlias = tuple[str, str | int]
 
 
-PlanMemo: TypeAlias = dict[NetworkId, tuple[Network, ObservedNamespace | None, Part]]
+PlanMemo: TypeAlias = dict[NetworkId, tuple[Network, ObservedNamespace | None, ListenerPlan]]
 """Plans of networks in namespaces, with what each was made of. For one `Naming` only."""
-
-
-@dataclass(frozen=True, slots=True)
-class ListenerPlan:
-    """Everything in the order of the networks' ids.
-
-    Attributes:
-        endpoints: What to bind.
-        left_out: What cannot be bound, with reasons; `PENDING` ones come right by `ops`.
-        foreign: Who else listens at those addresses and what that does.
-        ops: What to do on the host, in this order: removals first.
-    """
-
-    endpoints: tuple[Endpoint, ...] = ()
-    left_out: tuple[LeftOut, ...] = ()
-    foreign: tuple[Foreign, ...] = ()
-    ops: tuple[HostOp, ...] = ()
 
 
 def plan_listeners(
@@ -87,7 +70,7 @@ def plan_listeners(
     shared = find_shared(networks.values(), observed, {})
     if shared:
         shared = find_shared(networks.values(), observed, first())
-    parts: list[Part] = []
+    parts: list[ListenerPlan] = []
     for network_id in sorted(networks):
         if network_id in shared:
             parts.append(_left_out_as_shared(network_id, shared[network_id]))
@@ -134,7 +117,9 @@ def _concerns(op: HostOp, left: LeftOut) -> bool:
     return not isinstance(op, AddDefaultRoute) or left.family in (None, op.family)
 
 
-def _plan_again(network: Network, observed: ObservedHost, naming: Naming, memo: PlanMemo) -> Part:
+def _plan_again(
+    network: Network, observed: ObservedHost, naming: Naming, memo: PlanMemo
+) -> ListenerPlan:
     """Plan a network, or remember the plan where it is made of the same things as before."""
     if not isinstance(network.listener, NamespaceListener):
         return _plan_one(network, observed, naming)
@@ -148,7 +133,7 @@ def _plan_again(network: Network, observed: ObservedHost, naming: Naming, memo: 
     return part
 
 
-def _plan_one(network: Network, observed: ObservedHost, naming: Naming) -> Part:
+def _plan_one(network: Network, observed: ObservedHost, naming: Naming) -> ListenerPlan:
     listener = network.listener
     if isinstance(listener, NamespaceListener):
         return _plan_namespace(network.id, listener, observed, naming)
@@ -161,7 +146,7 @@ def _plan_one(network: Network, observed: ObservedHost, naming: Naming) -> Part:
 
 def _plan_namespace(
     network: NetworkId, listener: NamespaceListener, observed: ObservedHost, naming: Naming
-) -> Part:
+) -> ListenerPlan:
     seen = observed.namespaces.get(listener.namespace)
     if seen is None:
         return leave_out(
@@ -178,10 +163,10 @@ def _plan_namespace(
         if refused is not None:
             return refused
     managed = device is not None and listener.manage_addresses
-    part = Part()
+    part = ListenerPlan()
     if managed and device is not None:
         ops = want_addresses(network, listener.namespace, seen, device, naming)
-        part = Part(ops=tuple(ops))
+        part = ListenerPlan(ops=tuple(ops))
     for family in Family:
         part += listen(network, seen, family, device=device, managed=managed)
     return part
@@ -189,7 +174,7 @@ def _plan_namespace(
 
 def _plan_interface(
     network: NetworkId, listener: InterfaceListener, observed: ObservedHost, naming: Naming
-) -> Part:
+) -> ListenerPlan:
     root, device = observed.root, listener.device
     refused = _check_device(network, root, device, "")
     if refused is not None:
@@ -197,14 +182,14 @@ def _plan_interface(
     on_device = {one.address for one in root.addresses if one.device == device}
     if root.own_metadata and METADATA_IPV4 not in on_device:
         return _left_out_for_the_host(network, device, root.own_metadata)
-    part = Part(ops=tuple(want_addresses(network, None, root, device, naming)))
+    part = ListenerPlan(ops=tuple(want_addresses(network, None, root, device, naming)))
     seen = replace(root, addresses=tuple(a for a in root.addresses if a.device == device))
     for family in Family:
         part += listen(network, seen, family, device=device, managed=True)
     return part
 
 
-def _left_out_for_the_host(network: NetworkId, device: str, sign: str) -> Part:
+def _left_out_for_the_host(network: NetworkId, device: str, sign: str) -> ListenerPlan:
     return leave_out(
         network,
         LeftOutCode.HOST_METADATA,
@@ -217,7 +202,7 @@ def _left_out_for_the_host(network: NetworkId, device: str, sign: str) -> Part:
 
 def _check_device(
     network: NetworkId, seen: ObservedNamespace, name: str, where: str
-) -> Part | None:
+) -> ListenerPlan | None:
     device = seen.devices.get(name)
     if device is None:
         return leave_out(
@@ -287,7 +272,7 @@ def _place(network: Network, observed: ObservedHost) -> tuple[_Place, str | None
     assert_never(listener)
 
 
-def _left_out_as_shared(network: NetworkId, holder: NetworkId) -> Part:
+def _left_out_as_shared(network: NetworkId, holder: NetworkId) -> ListenerPlan:
     return leave_out(
         network,
         LeftOutCode.LISTENER_SHARED,

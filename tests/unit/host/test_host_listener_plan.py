@@ -36,6 +36,7 @@ from imdsproxy.core.model import (
     Network,
     NetworkId,
 )
+from imdsproxy.listeners.endpoints import ListenerPlan
 from imdsproxy.listeners.leftovers import without_removed
 from imdsproxy.listeners.ops import (
     AddAddress,
@@ -47,12 +48,7 @@ from imdsproxy.listeners.ops import (
     OpFailure,
     RemoveAddress,
 )
-from imdsproxy.listeners.plan import (
-    ListenerPlan,
-    PlanMemo,
-    explain_pending,
-    plan_listeners,
-)
+from imdsproxy.listeners.plan import PlanMemo, explain_pending, plan_listeners
 
 NAMING = Naming()
 BLUE = NetworkId("blue")
