@@ -106,11 +106,10 @@ class InForce(Generic[Record]):
         """Everything in force."""
         return {key: held.record for key, held in self._held.items() if held.record is not None}
 
-    def prime(self, entries: Iterable[Entry[Record]]) -> None:
-        """Take as in force what a process before had, until `replace_file` tells of its files."""
-        for entry in entries:
-            if entry.id not in self._held and self._clash(entry, {}, {}) is None:
-                self._hold(entry.id, entry)
+    def prime(self, entry: Entry[Record]) -> None:
+        """Take as in force what a process before had, until `replace_file` is called for its file."""
+        if entry.id not in self._held and self._clash(entry, {}, {}) is None:
+            self._hold(entry.id, entry)
 
     def has(self, file: str) -> bool:
         """Whether records of this file are in force."""

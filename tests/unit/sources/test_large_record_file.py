@@ -65,7 +65,7 @@ def test_a_large_file_is_read_by_another_process_and_just_the_same(
         patched.setattr(file_contents, "_APART", sys.maxsize)
         here = read_contents(large, Progress())
     assert len(here.instances) == _COUNT + 1
-    assert here.nameless_instances
+    assert here.nameless["instances"]
     monkeypatch.delattr(file_contents, "decode_records")
     assert read_contents(large, Progress()) == here
 

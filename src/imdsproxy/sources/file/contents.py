@@ -11,27 +11,22 @@ import pickle
 import stat
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Final, TypeAlias
+from typing import IO, Any, Final, TypeAlias
 
 import structlog
 
 from imdsproxy.core.model import Instance, Network
 from imdsproxy.core.packed import PackedInstance
+from imdsproxy.core.progress import Progress
+from imdsproxy.core.records import LineOf, Refused, Unreadable
+from imdsproxy.core.records import Path as PathInFile
 from imdsproxy.errors import Problem
 from imdsproxy.sources.clash import claim_places
 from imdsproxy.sources.file.record_file import decode_records, payload_reader
 from imdsproxy.sources.in_force import Entry
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from imdsproxy.core.progress import Progress
-    from imdsproxy.core.records import LineOf, Refused, Unreadable
-    from imdsproxy.core.records import Path as PathInFile
-
-__all__ = ["FileContents", "Signature", "read_contents", "send_contents", "signature_of"]
 
 Signature: TypeAlias = "tuple[int, ...] | None"
 
@@ -51,8 +46,7 @@ class FileContents:
         payloads: The files that its records name, with their state when they were read.
         problems: What is wrong with it as a whole; then it has no records.
         blank: There is nothing in it at all.
-        nameless_networks: What is wrong with networks whose id cannot be read.
-        nameless_instances: The same of instances.
+        nameless: What is wrong with records whose id cannot be read, by kind.
     """
 
     networks: list[Entry[Network]] = field(default_factory=list)
@@ -60,8 +54,9 @@ class FileContents:
     payloads: dict[Path, Signature] = field(default_factory=dict)
     problems: tuple[Problem, ...] = ()
     blank: bool = False
-    nameless_networks: tuple[Problem, ...] = ()
-    nameless_instances: tuple[Problem, ...] = ()
+    nameless: dict[str, tuple[Problem, ...]] = field(
+        default_factory=lambda: {"networks": (), "instances": ()}
+    )
 
 
 def read_contents(path: Path, progress: Progress) -> FileContents:
@@ -130,8 +125,9 @@ def _read(path: Path, send: Callable[[FileContents, float], None] | None = None)
     for refused in records.refused_instances:
         take(("instances",), refused, line_of, 1)
     if contents.problems:
-        contents.networks, contents.instances = [], []
-        contents.nameless_networks = contents.nameless_instances = ()
+        return FileContents(
+            payloads=contents.payloads, problems=contents.problems, blank=contents.blank
+        )
     return contents
 
 
@@ -142,24 +138,21 @@ def _add(
     record: Network | Instance | Refused,
     line_of: LineOf,
 ) -> None:
-    position = _position(place)
-    if isinstance(record, Network):
+    kind, position = str(place[0]), _position(place)
+    if isinstance(record, Refused):
+        if record.id is None:
+            contents.nameless[kind] += record.problems
+        else:
+            refused: Entry[Any] = Entry(record.id, name, position, problems=record.problems)
+            (contents.networks if kind == "networks" else contents.instances).append(refused)
+    elif isinstance(record, Network):
         entry = Entry(record.id, name, position, line_of(place), record)
         contents.networks.append(entry)
-    elif isinstance(record, Instance):
+    else:
         lines = tuple(line_of((*place, *part)) for _, part in claim_places(record))
         contents.instances.append(
             Entry(record.id, name, position, line_of(place), PackedInstance.of(record), lines=lines)
         )
-    elif place[0] == "networks":
-        if record.id is None:
-            contents.nameless_networks += record.problems
-        else:
-            contents.networks.append(Entry(record.id, name, position, problems=record.problems))
-    elif record.id is None:
-        contents.nameless_instances += record.problems
-    else:
-        contents.instances.append(Entry(record.id, name, position, problems=record.problems))
 
 
 def _position(path: tuple[str | int, ...]) -> int:

@@ -1,4 +1,4 @@
-"""Read a directory of record files again and again, and say what has changed in force."""
+"""A directory of record files, read again and again: what has changed in force."""
 
 from __future__ import annotations
 
@@ -27,8 +27,6 @@ from imdsproxy.sources.file.record_file import SUFFIXES
 from imdsproxy.sources.file.watch import Place, place_of
 from imdsproxy.sources.in_force import Clash, Entry, InForce, Record
 
-__all__ = ["Directory", "Reading"]
-
 _GONE_S: Final = 0.05
 """Some editors move the old file away before they write the new one."""
 
@@ -49,7 +47,7 @@ class Reading:
         readable: The directory could be listed; if not, all stays as it was.
         places: The directories to watch.
         relevant: The paths in them that matter, beside everything in the directory itself.
-        again_s: Look again after so many seconds, even if nothing is told to have changed.
+        again_s: Look again after so many seconds, even without an event.
     """
 
     networks: Mapping[str, Network | None]
@@ -168,17 +166,13 @@ class Directory:
 
     def _begin(self) -> None:
         kept = () if self._last_good is None else load_last_good(self._last_good)
-        networks: list[Entry[Network]] = []
-        instances: list[Entry[PackedInstance]] = []
         for each in kept:
             if isinstance(each.record, Network):
-                networks.append(Entry(each.record.id, each.file, 0, record=each.record))
+                self._networks.prime(Entry(each.record.id, each.file, 0, record=each.record))
             else:
-                instances.append(Entry(each.record.id, each.file, 0, record=each.record))
+                self._instances.prime(Entry(each.record.id, each.file, 0, record=each.record))
             # So that it is looked for, and what is from it goes if it is not there.
             self._files.setdefault(each.file, _File())
-        self._networks.prime(networks)
-        self._instances.prime(instances)
 
     def _list(self) -> Iterator[tuple[str, Path]]:
         with os.scandir(self._path) as entries:
@@ -219,7 +213,7 @@ class Directory:
     def _read_file(self, name: str, path: Path, file: _File) -> None:
         contents = read_contents(path, self._progress)
         if contents.blank and (self._networks.has(name) or self._instances.has(name)):
-            # A write that failed, most likely: nobody takes all records away so.
+            # A write that failed, most likely: to remove all records, people remove the file.
             reason = "is blank: the records that it had stay in force"
             hint = "restore it, write `instances: []`, or remove it"
             file.problems = (Problem("file", reason, hint, str(path)),)
@@ -232,7 +226,7 @@ class Directory:
 
     def _replace(self, name: str, contents: FileContents) -> tuple[Problem, ...]:
         """Hand on what a file holds now; gives the problems of records without a readable id."""
-        networks, instances = contents.nameless_networks, contents.nameless_instances
+        networks, instances = contents.nameless["networks"], contents.nameless["instances"]
         self._networks.replace_file(name, contents.networks, unclear=bool(networks))
         self._instances.replace_file(name, contents.instances, unclear=bool(instances))
         return (*networks, *instances)

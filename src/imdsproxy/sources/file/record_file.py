@@ -5,30 +5,27 @@ The file source, the command line's `--file` and the tests read them all through
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, TypeAlias
+import pathlib
+from collections.abc import Callable
+from typing import TypeAlias
 
 from imdsproxy.config.strict_yaml import Decoded, Undecodable, decode_yaml
+from imdsproxy.core.model import Instance, Network
 from imdsproxy.core.records import (
     LISTS,
     MAX_PAYLOAD,
     LineOf,
+    Note,
+    Path,
     ReadFile,
     Records,
+    Refused,
     Unreadable,
     parse_listed,
     parse_records,
 )
 from imdsproxy.errors import Problem
 from imdsproxy.sources.strict_json import decode_json
-
-if TYPE_CHECKING:
-    import pathlib
-    from collections.abc import Callable
-
-    from imdsproxy.core.model import Instance, Network
-    from imdsproxy.core.records import Note, Path, Refused
-
-__all__ = ["SUFFIXES", "TakeRecord", "decode_records", "payload_reader"]
 
 SUFFIXES = (".yaml", ".yml", ".json")
 """How the names of record files end."""

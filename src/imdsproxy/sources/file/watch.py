@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from imdsproxy.host.inotify import (
     ENTRIES,
@@ -16,11 +17,6 @@ from imdsproxy.host.inotify import (
     ITSELF,
     Inotify,
 )
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable
-
-__all__ = ["Place", "Watch", "place_of"]
 
 _CHANGES: Final = IN_MODIFY | IN_ATTRIB | IN_CLOSE_WRITE | ENTRIES | ITSELF
 

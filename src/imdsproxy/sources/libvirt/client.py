@@ -19,6 +19,7 @@ from typing import Any, Final, Protocol, TypeAlias, TypeVar
 
 from imdsproxy.errors import NotFound, SourceUnavailable, optional_library
 from imdsproxy.sources.libvirt.records import NetworkXml
+from imdsproxy.sources.libvirt.xml import Domain, parse_domain
 
 _T = TypeVar("_T")
 _Library: TypeAlias = Any
@@ -263,7 +264,7 @@ class SystemLibvirt:
             hint = (
                 ""
                 if self._connection is not None
-                else f"`virsh -r -c {self._uri} list` asks the same"
+                else f"`virsh -r -c {self._uri} list` asks the same; sources.libvirt.uri says where"
             )
             raise SourceUnavailable(f"{self._uri}: {error}", hint=hint) from error
 
@@ -345,28 +346,22 @@ def read_domain(uri: str, name: str) -> tuple[str, tuple[NetworkXml, ...]]:
         SourceUnavailable: The daemon, or libvirt's Python module, cannot be used.
         NotFound: There is no such domain.
     """
-    library = import_library()
-    library.registerErrorHandler(lambda *_: None, None)
-    try:
-        connection = library.openReadOnly(uri)
-    except library.libvirtError as error:
-        hint = f"`virsh -r -c {uri} list` asks the same; sources.libvirt.uri says where"
-        raise SourceUnavailable(f"{uri}: {error}", hint=hint) from error
-    try:
-        found = [
-            each for each in connection.listAllDomains() if name in (each.name(), each.UUIDString())
-        ]
-        if not found:
-            hint = f"`virsh -r -c {uri} list --all --name` lists all"
-            raise NotFound(f"libvirt has no domain {name}", hint=hint)
-        networks = connection.listAllNetworks()
-        return found[0].XMLDesc(0), tuple(
-            NetworkXml(each.XMLDesc(0), bool(each.isActive())) for each in networks
-        )
-    except library.libvirtError as error:
-        raise SourceUnavailable(f"{uri}: {error}") from error
-    finally:
-        connection.close()
+
+    async def read() -> tuple[Mapping[str, str], tuple[NetworkXml, ...]]:
+        client = SystemLibvirt(uri)
+        try:
+            await client.connect(lambda _event: None)
+            return await client.domains(), await client.networks()
+        finally:
+            await client.close()
+
+    domains, networks = asyncio.run(read())
+    for text in domains.values():
+        domain = parse_domain(text)
+        if isinstance(domain, Domain) and name in (domain.name, domain.uuid):
+            return text, networks
+    hint = f"`virsh -r -c {uri} list --all --name` lists all"
+    raise NotFound(f"libvirt has no domain {name}", hint=hint)
 
 
 def _why(library: _Library, reason: int) -> str:

@@ -17,13 +17,11 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Final, TypeAlias
+from typing import Final, TypeAlias
 from xml.etree.ElementTree import Element
 
+from imdsproxy.core.records import Json
 from imdsproxy.errors import Problem
-
-if TYPE_CHECKING:
-    from imdsproxy.core.records import Json
 
 METADATA_URI: Final = "urn:imdsproxy:libvirt:1"
 """The element's namespace. A URN: no one else can own it, and there is nothing to fetch."""

@@ -117,12 +117,12 @@ class LookUps:
         try:
             networks: tuple[NetworkId, ...] = (network,)
             if scope is Scope.ROUTER:
-                networks = (await self.queries.networks_of(network, share=network)).networks
+                networks = (await self.queries.networks_of(network, share=network)).value
             found = await self.queries.find(networks, (address,), share=network)
         except SourceUnavailable as error:
             self.results["unavailable"] += 1
             return LookUpUnavailable(error.message)
-        answer = self._judge(key, found.ports[address], found.asked)
+        answer = self._judge(key, found.value[address], found.asked)
         self._negative.pop(key, None)
         match answer:
             case PortFound():

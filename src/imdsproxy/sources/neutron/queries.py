@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Final, Literal, TypeAlias, TypeVar
+from typing import Final, Generic, Literal, TypeAlias, TypeVar
 
 from imdsproxy.core.addresses import mac_of
 from imdsproxy.core.backoff import Backoff
@@ -35,27 +35,14 @@ _HALF: Final = MAX_VALUES // 2
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
-    """Ports, as they were when Neutron was asked (monotonic seconds) or later."""
+class Answer(Generic[_T]):
+    """What Neutron has, not older than when it was asked (monotonic seconds)."""
 
-    ports: tuple[NeutronPort, ...]
+    value: _T
     asked: float
 
 
-@dataclass(frozen=True, slots=True)
-class Found:
-    """All ports that have an address, serving or not, by address; asked as in `Answer`."""
-
-    ports: Mapping[IpAddress, tuple[NeutronPort, ...]]
-    asked: float
-
-
-@dataclass(frozen=True, slots=True)
-class RouterNetworks:
-    """The networks that a router joins; asked as in `Answer`."""
-
-    networks: tuple[NetworkId, ...]
-    asked: float
+RouterNetworks: TypeAlias = "Answer[tuple[NetworkId, ...]]"
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +132,9 @@ class Queries:
         await asyncio.gather(*pending, return_exceptions=True)
         await self.client.close()
 
-    async def ask(self, query: PortQuery, *, share: Hashable, patient: bool = False) -> Answer:
+    async def ask(
+        self, query: PortQuery, *, share: Hashable, patient: bool = False
+    ) -> Answer[tuple[NeutronPort, ...]]:
         """Make a query.
 
         Args:
@@ -175,7 +164,7 @@ class Queries:
             failure = self.outage.failure
             raise SourceUnavailable(failure.message, hint=failure.hint)
 
-    async def _ask(self, query: PortQuery, *, patient: bool) -> Answer:
+    async def _ask(self, query: PortQuery, *, patient: bool) -> Answer[tuple[NeutronPort, ...]]:
         asked = self.clock.monotonic()
         probe = self.outage is not None
         self._probing = self._probing or probe
@@ -216,8 +205,8 @@ class Queries:
 
     async def find(
         self, networks: Sequence[NetworkId], addresses: Iterable[IpAddress], *, share: Hashable
-    ) -> Found:
-        """The ports in any of the networks that have the addresses.
+    ) -> Answer[Mapping[IpAddress, tuple[NeutronPort, ...]]]:
+        """By address, all ports in any of the networks that have it, serving or not.
 
         A port of an answer counts only if it has the address: a Neutron that does not know a filter ignores it.
 
@@ -234,12 +223,12 @@ class Queries:
             for query in queries:
                 answer = await self.ask(query, share=share)
                 asked = min(asked, answer.asked)
-                for port in answer.ports:
+                for port in answer.value:
                     if port.network in some:
                         for address, ports in found.items():
                             if port.has(address):
                                 ports[port.id] = port
-        return Found({each: tuple(ports.values()) for each, ports in found.items()}, asked)
+        return Answer({each: tuple(ports.values()) for each, ports in found.items()}, asked)
 
     async def networks_of(self, router: NetworkId, *, share: Hashable) -> RouterNetworks:
         """The networks that the router has an interface in; believed for a while.
@@ -267,10 +256,10 @@ class Queries:
         answer = await self.ask(query, share=share)
         networks = {
             port.network
-            for port in answer.ports
+            for port in answer.value
             if port.device == router and port.owner in ROUTER_OWNERS
         }
-        found = RouterNetworks(tuple(sorted(networks)), answer.asked)
+        found = Answer(tuple(sorted(networks)), answer.asked)
         if networks:
             # A router without any may be a Neutron that has just started, and omits ports.
             self._routers[router] = found

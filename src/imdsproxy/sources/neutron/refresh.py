@@ -95,7 +95,7 @@ class Refresher:
     async def _ask_again(self, ids: tuple[str, ...]) -> tuple[tuple[str, ...], str | None, float]:
         """Ask for known ports; which are missing, one that is not, and when that was asked."""
         answer = await self.queries.ask(PortQuery(ids=ids), share=_SHARE)
-        found = {port.id: port for port in answer.ports}
+        found = {port.id: port for port in answer.value}
         for port in found.values():
             self._update(port, answer.asked)
         missing = tuple(port_id for port_id in ids if port_id not in found)
@@ -110,13 +110,13 @@ class Refresher:
         try:
             joined = await self.queries.networks_of(routes[0].router, share=_SHARE)
             addresses = [route.key[1] for route in routes]
-            found = await self.queries.find(joined.networks, addresses, share=_SHARE)
+            found = await self.queries.find(joined.value, addresses, share=_SHARE)
         except SourceUnavailable:
             return
         asked = min(joined.asked, found.asked)
-        nothing = not any(found.ports.values())
+        nothing = not any(found.value.values())
         for route in routes:
-            self._judge(route, found.ports[route.key[1]], asked, nothing=nothing)
+            self._judge(route, found.value[route.key[1]], asked, nothing=nothing)
         self.report()
 
     def _judge(
@@ -149,15 +149,15 @@ class Refresher:
         while True:
             query = PortQuery(host=host, limit=page_size, after=after)
             answer = await self.queries.ask(query, share=_LIST_SHARE, patient=True)
-            fresh = [port for port in answer.ports if port.id not in seen]
+            fresh = [port for port in answer.value if port.id not in seen]
             seen.update((port.id, (port, answer.asked)) for port in fresh)
             # Another number than was asked for: the last page, or everything from a Neutron without pages.
-            if len(answer.ports) != page_size or not fresh:
+            if len(answer.value) != page_size or not fresh:
                 break
             if len(seen) > _MAX_LISTED:
                 raise SourceUnavailable(
                     f"Neutron's list of ports has more than {_MAX_LISTED}",
                     hint="set sources.neutron.list_host",
                 )
-            after = answer.ports[-1].id
+            after = answer.value[-1].id
         self.known.take_list(seen, host, began)

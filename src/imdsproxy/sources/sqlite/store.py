@@ -47,8 +47,6 @@ from imdsproxy.sources.clash import taken_address, taken_id
 from imdsproxy.sources.sqlite.schema import MIGRATIONS, PACKED, lock_store
 from imdsproxy.sources.sqlite_file import open_store, store_failures
 
-__all__ = ["Contents", "Store", "Written"]
-
 _EVERYTHING: Final = """
     SELECT id, record, length(user_data),
         (SELECT group_concat(network || '/' || address, ' ') FROM
