@@ -21,6 +21,7 @@ from imdsproxy.app.guards import GuardFile
 from imdsproxy.app.rule_sets import RuleSets
 from imdsproxy.app.token_keys import TokenKeys
 from imdsproxy.config.schema import Settings, Supervisor
+from imdsproxy.core.events import Events
 from imdsproxy.core.haproxy.model import DataplaneSpec, Limits
 from imdsproxy.core.hostnames import Naming
 from imdsproxy.core.inventory import Inventory
@@ -156,12 +157,10 @@ def build_launcher(settings: Settings, layout: Layout, program: str) -> Launcher
     return SpawnLauncher(program, layout, master)
 
 
-def build_host(
-    settings: Settings, layout: Layout, naming: Naming
-) -> tuple[SystemHost, NamespaceThread]:
-    """The host, and the thread that enters namespaces."""
+def build_host(settings: Settings, layout: Layout, naming: Naming) -> SystemHost:
+    """The host; close its thread at the end."""
     thread = NamespaceThread(NamespaceDirectory(settings.paths.netns_dir))
-    host = SystemHost(
+    return SystemHost(
         thread,
         naming,
         observer=HostObserver(thread, naming, SocketOwners(config=layout.config)),
@@ -169,23 +168,31 @@ def build_host(
         links=layout.namespace_links,
         journal=layout.managed_journal,
     )
-    return host, thread
 
 
 def build_mac_filters(
-    layout: Layout, naming: Naming, thread: NamespaceThread, inventory: Inventory, clock: Clock
+    layout: Layout, host: SystemHost, inventory: Inventory, clock: Clock, events: Events
 ) -> MacFilters:
     """The MAC filters of this host."""
     write = partial(write_atomic, mode=0o600)
     journal = TableJournal(layout.gates_journal, write, "netdev")
-    return MacFilters(KernelMacFilters(thread), inventory, naming, journal, clock)
+    return MacFilters(
+        KernelMacFilters(host.thread),
+        inventory,
+        host.naming,
+        journal,
+        clock,
+        events.trust_changed,
+        events.filter_removed,
+    )
 
 
-def build_hop_limits(layout: Layout, naming: Naming, thread: NamespaceThread) -> HopLimits:
+def build_hop_limits(layout: Layout, host: SystemHost, events: Events) -> HopLimits:
     """The hop limits of this host."""
     write = partial(write_atomic, mode=0o600)
-    kernel = KernelHopLimits(thread, f"{naming.prefix}-hops")
-    return HopLimits(kernel, TableJournal(layout.hops_journal, write, "inet"))
+    kernel = KernelHopLimits(host.thread, f"{host.naming.prefix}-hops")
+    journal = TableJournal(layout.hops_journal, write, "inet")
+    return HopLimits(kernel, journal, events.trust_changed, events.hop_limits_needed)
 
 
 def build_rule_sets(layout: Layout, applier: RecordApplier, clock: Clock) -> RuleSets:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Collection, Coroutine
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import structlog
@@ -16,9 +16,7 @@ from imdsproxy.core.model import NetworkId
 from imdsproxy.core.observation import AddressKey
 from imdsproxy.errors import HostRefused
 from imdsproxy.host.events import NeighbourChange, watch_neighbours, watch_tables
-from imdsproxy.listeners.loop import ListenerLoop
 from imdsproxy.listeners.watch import HostWatch
-from imdsproxy.serving.resolver import Resolver
 
 _EXPIRE_EVERY_S = 5.0
 _PAUSE_S = 0.5
@@ -33,30 +31,10 @@ class PairFollower:
     lookup: Lookup
     mac_filters: MacFilters
     hop_limits: HopLimits
-    listeners: ListenerLoop
-    resolver: Resolver
     watch: HostWatch
 
-    @property
-    def work(self) -> tuple[Callable[[], Coroutine[object, object, None]], ...]:
-        """What runs as long as the controller does."""
-        return self.follow_neighbours, self.follow_tables, self.expire
-
-    def connect(self) -> None:
-        """Subscribe to MAC filters, hop limits and look-up."""
-        self.mac_filters.on_change = self._changed
-        self.mac_filters.on_missing = self._missing
-        self.hop_limits.on_change = self._changed
-        self.hop_limits.on_need = self._needed
-        self.lookup.is_followed = self._is_followed
-
-    def _missing(self, network: NetworkId) -> None:
-        self.listeners.touch("MAC filter is gone", (network,))
-
-    def _needed(self, networks: frozenset[NetworkId]) -> None:
-        self.listeners.touch("hop limits", networks)
-
-    def _changed(self, networks: frozenset[NetworkId]) -> None:
+    def plan_again(self, networks: frozenset[NetworkId]) -> None:
+        """Plan the records of these networks again."""
         inventory = self.records.inventory
         for network in networks:
             for instance in inventory.instances_in(network):
@@ -66,12 +44,6 @@ class PairFollower:
         for key in self.records.learned:
             if key[0] in networks:
                 self.records.touch(key)
-        self.resolver.wake_networks(networks)
-
-    def _is_followed(self, key: AddressKey) -> bool:
-        return self.mac_filters.is_up(key[0]) and self.watch.is_watched(
-            self.mac_filters.namespace_of(key[0])
-        )
 
     def _key(self, change: NeighbourChange) -> AddressKey | None:
         """The address, where a guest is known by it."""

@@ -24,8 +24,7 @@ from imdsproxy.admin.services import Services
 from imdsproxy.admin.status import StatusService
 from imdsproxy.admin.tokens import TokenService
 from imdsproxy.app.limited import LimitWatch
-from imdsproxy.config.change import SettingsReload
-from imdsproxy.controller.parts import Parts
+from imdsproxy.controller.controller import Controller
 from imdsproxy.nova.watch import NovaWatch
 from imdsproxy.serving.asgi import AsgiApp
 from imdsproxy.serving.forward import FoundForwarder
@@ -54,91 +53,74 @@ class HttpApps:
         health: Health and metrics.
     """
 
-    status: StatusService
     services: Services
     metrics: Metrics
     resolver: AnyAsgiApp
     health: HealthReports
 
 
-def build_apps(
-    parts: Parts,
-    *,
-    reload_settings: Callable[[bool], Awaitable[SettingsReload]],
-    end: Callable[[bool], None],
-) -> HttpApps:
-    """Make them.
-
-    Args:
-        parts: Those of the controller.
-        reload_settings: See `Services.reload`.
-        end: See `Services.end`.
-    """
-    forwarder = FoundForwarder(str(parts.layout.found_socket), _FORWARD_S)
+def build_apps(controller: Controller) -> HttpApps:
+    """Make them of a controller's parts."""
+    one, settings = controller, controller.holder
+    inventory, records, listeners = one.inventory, one.records, one.listeners
+    needed = one.companion.needed
+    forwarder = FoundForwarder(str(one.layout.found_socket), _FORWARD_S)
     status = StatusService(
-        settings=parts.holder,
-        clock=parts.clock,
-        started_at=parts.started_at,
-        started=parts.started,
-        inventory=parts.inventory,
-        sources=parts.sources.all,
-        records=parts.records,
-        listeners=parts.listeners,
-        haproxy=parts.haproxy,
-        haproxy_version=parts.haproxy_version,
-        guard=parts.guard,
-        mac_filters=parts.mac_filters,
-        mismatched=parts.resolver.counts.mismatched,
-        nova=parts.nova,
-        nova_watch=NovaWatch(parts.haproxy, parts.nova.names),
-        limit_watch=LimitWatch(parts.haproxy, parts.clock, lambda: parts.holder.settings.limits),
-        companion=parts.companion,
-        probe=parts.documents,
-        guarding=parts.guarding,
-        audit=parts.audit,
+        settings,
+        one.clock,
+        one.started_at,
+        one.started,
+        inventory,
+        one.sources.all,
+        records,
+        listeners,
+        one.haproxy,
+        one.haproxy_version,
+        one.guard,
+        one.mac_filters,
+        one.resolver.counts.mismatched,
+        one.nova,
+        NovaWatch(one.haproxy, one.nova.names),
+        LimitWatch(one.haproxy, one.clock, lambda: settings.settings.limits),
+        one.companion,
+        one.probe,
+        one.guarding,
+        one.audit,
     )
-    inventory, records, listeners = parts.inventory, parts.records, parts.listeners
-    needed = parts.companion.needed
+    explainer = Explainer(
+        inventory,
+        records,
+        listeners,
+        one.haproxy,
+        one.lookup,
+        documents_needed=needed,
+        documents_problem=status.documents_problem,
+    )
+    passwords = PasswordStore(one.layout.passwords)
     services = Services(
         RecordReports(inventory, records, listeners, needed),
-        RecordService(inventory, records, listeners, parts.sources.writable, status.unapplied),
-        GuestService(
-            inventory,
-            records,
-            parts.lookup,
-            Explainer(
-                inventory,
-                records,
-                listeners,
-                parts.haproxy,
-                parts.lookup,
-                documents_needed=needed,
-                documents_problem=status.documents_problem,
-            ),
-            forwarder,
-            PasswordStore(parts.layout.passwords),
-        ),
-        TokenService(inventory, records, parts.guarding, parts.clock, status.unapplied),
-        parts.watching,
+        RecordService(inventory, records, listeners, one.sources.writable, status.unapplied),
+        GuestService(inventory, records, one.lookup, explainer, forwarder, passwords),
+        TokenService(inventory, records, one.guarding, one.clock, status.unapplied),
+        one.watching,
         records.progress,
         status.report,
-        partial(parts.counting.report, inventory, records.policies),
+        partial(one.counting.report, inventory, records.policies),
         listeners.render,
-        reload_settings,
-        end,
+        partial(one.reloader.reload, status.own_problems),
+        one.end,
     )
     metrics = Metrics(
         status,
-        parts.counting,
-        parts.resolver,
-        parts.sources.look_up,
-        lambda: parts.holder.settings.metrics.network_series,
+        one.counting,
+        one.resolver,
+        one.sources.look_up,
+        lambda: settings.settings.metrics.network_series,
     )
     return HttpApps(
-        status,
         services,
         metrics,
-        resolver_app(parts.resolver, forwarder),
+        resolver_app(one.resolver, forwarder),
         HealthReports(status.readiness, metrics.expose),
     )
 

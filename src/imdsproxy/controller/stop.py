@@ -17,6 +17,7 @@ from imdsproxy.controller.build import (
     build_layout,
     build_mac_filters,
 )
+from imdsproxy.core.events import Events
 from imdsproxy.core.hostnames import Naming
 from imdsproxy.core.inventory import Inventory
 from imdsproxy.dataplane.launch import Launcher
@@ -40,9 +41,7 @@ async def end_processes(haproxy: Launcher, documents: CompanionLauncher) -> None
     await documents.stop()
 
 
-async def sweep_host(
-    host: SystemHost, naming: Naming, mac_filters: MacFilters, hop_limits: HopLimits
-) -> None:
+async def sweep_host(host: SystemHost, mac_filters: MacFilters, hop_limits: HopLimits) -> None:
     """Remove every MAC filter, rule, namespace, link and address of ours, once they are no longer needed.
 
     Raises:
@@ -51,7 +50,7 @@ async def sweep_host(
     await mac_filters.close_all()
     await hop_limits.close_all()
     observed = await host.observe((), (), everything=True)
-    plan = plan_listeners({}, observed, naming, managed=host.managed())
+    plan = plan_listeners({}, observed, host.naming, managed=host.managed())
     failures = await host.apply(plan.ops)
     host.apply_links({})
     await host.apply_arp_guard(frozenset())
@@ -68,8 +67,7 @@ async def stop_data_plane(settings: Settings, environment: Mapping[str, str]) ->
         DataplaneError: A process does not end, or the host refuses.
     """
     layout = build_layout(settings)
-    naming = Naming(settings.host.name_prefix)
-    host, thread = build_host(settings, layout, naming)
+    host = build_host(settings, layout, Naming(settings.host.name_prefix))
     companion = build_companion(
         settings,
         layout,
@@ -79,10 +77,11 @@ async def stop_data_plane(settings: Settings, environment: Mapping[str, str]) ->
     try:
         launcher = build_launcher(settings, layout, settings.haproxy.binary)
         await end_processes(launcher, companion.launcher)
-        mac_filters = build_mac_filters(layout, naming, thread, Inventory(), SystemClock())
-        await sweep_host(host, naming, mac_filters, build_hop_limits(layout, naming, thread))
+        events = Events()
+        mac_filters = build_mac_filters(layout, host, Inventory(), SystemClock(), events)
+        await sweep_host(host, mac_filters, build_hop_limits(layout, host, events))
     finally:
-        thread.close()
+        host.thread.close()
     _remove(
         layout.master_socket, layout.probe_socket, layout.resolver_socket, settings.admin_socket
     )

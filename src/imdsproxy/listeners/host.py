@@ -44,9 +44,9 @@ class SystemHost:
         journal: Path,
     ) -> None:
         self.observer = observer
-        self._thread = thread
+        self.thread = thread
         self._applier = applier
-        self._naming = naming
+        self.naming = naming
         self._links = links
         self._journal = journal
         self._arp_guard = ArpGuard(naming.prefix)
@@ -114,7 +114,7 @@ class SystemHost:
         Raises:
             HostRefused: The file system refused.
         """
-        base = str(self._thread.directory.path)
+        base = str(self.thread.directory.path)
         apply_links(
             self._links,
             {name: os.path.join(base, target) for name, target in links.items()},  # noqa: PTH118 - a Path for each network takes ten times as long
@@ -138,10 +138,10 @@ class SystemHost:
 
     async def neighbour(self, network: Network, address: IpAddress) -> MacAddress | None:
         """See `Neighbours.neighbour`."""
-        place = place_of(network, self._naming)
+        place = place_of(network, self.naming)
         if place.namespace is None:
-            return await self._thread.run(lambda: _ask(address, place.device))
-        return await self._thread.inside(place.namespace, lambda _: _ask(address, place.device))
+            return await self.thread.run(lambda: _ask(address, place.device))
+        return await self.thread.inside(place.namespace, lambda _: _ask(address, place.device))
 
 
 def _ask(address: IpAddress, device: str | None) -> MacAddress | None:
