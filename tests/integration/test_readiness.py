@@ -98,7 +98,7 @@ def test_the_probes_record_is_no_guests_and_no_instance(world: World) -> None:
     sockets = world.daemon.runtime / "probe.sock"
     assert stat.S_IMODE(sockets.stat().st_mode) == 0o600
     own_id = world.daemon.admin.get("/v1/instances/red-5")
-    assert world.red.ask(PROBE_PATH).text == own_id["ec2_id"]  # type: ignore[index]  # JSON
+    assert world.red.ask(PROBE_PATH).text == own_id["ec2_id"]
     listed = world.daemon.command("instance", "list", "--json").out
     assert PROBE_INSTANCE not in listed
     refused = world.daemon.command("instance", "add", PROBE_INSTANCE, "--name", "probe")

@@ -10,7 +10,7 @@ import socket
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, cast
+from typing import Any, Final
 from urllib.parse import quote, urlencode
 
 from imdsproxy import errors
@@ -66,7 +66,7 @@ class AdminClient:
     socket: Path
     timeout_s: float = _TIMEOUT_S
 
-    def get(self, path: str, query: Mapping[str, str] | None = None) -> object:
+    def get(self, path: str, query: Mapping[str, str] | None = None) -> Any:  # noqa: ANN401 - JSON
         """The daemon's answer, decoded."""
         return self.request("GET", path, query=query)
 
@@ -77,7 +77,7 @@ class AdminClient:
         *,
         query: Mapping[str, str] | None = None,
         body: object = None,
-    ) -> object:
+    ) -> Any:  # noqa: ANN401 - JSON
         """One request and its decoded answer; text where the answer is no JSON.
 
         Raises:
@@ -102,7 +102,7 @@ class AdminClient:
         lines: Iterable[bytes],
         query: Mapping[str, str],
         on_wait: Callable[[Sequence[Mapping[str, object]]], None],
-    ) -> object:
+    ) -> Any:  # noqa: ANN401 - JSON
         """Store records, a line each; for as long as the daemon goes on answering what it is at.
 
         Args:
@@ -120,15 +120,12 @@ class AdminClient:
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):
                 connection.request("POST", target, lines, {"content-type": "application/x-ndjson"})
             while not select.select([connection.sock], [], [], _LOOK_EVERY_S)[0]:
-                on_wait(self._progress())
+                on_wait(self.get(path_to("progress")))
             return _decoded(connection.getresponse())
         except (OSError, http.client.HTTPException) as error:
             raise self._unanswered(error) from error
         finally:
             connection.close()
-
-    def _progress(self) -> Sequence[Mapping[str, object]]:
-        return cast("Sequence[Mapping[str, object]]", self.get(path_to("progress")))
 
     def _unanswered(self, error: Exception) -> ImdsproxyError:
         if isinstance(error, PermissionError):
@@ -157,7 +154,7 @@ def _start_command() -> str:
     return "systemctl start imdsproxy" if installed else "imdsproxy run"
 
 
-def _decoded(response: http.client.HTTPResponse) -> object:
+def _decoded(response: http.client.HTTPResponse) -> Any:  # noqa: ANN401 - JSON
     answer = response.read()
     kind = response.headers.get_content_type()
     decoded = json.loads(answer) if kind.endswith("json") else answer.decode()

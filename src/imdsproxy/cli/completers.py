@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Final, cast
+from typing import Any, Final
 
 import typer
 
@@ -32,11 +32,11 @@ def _words(context: typer.Context, kind: str, incomplete: str) -> list[str]:
     try:
         socket = given.get("socket") or Invocation(given.get("config")).settings.admin_socket
         client = AdminClient(socket, _TIMEOUT_S)
-        shapes = cast("Sequence[Mapping[str, object]]", client.get(path_to(kind)))
+        shapes = client.get(path_to(kind))
     except ImdsproxyError:
         # There is no place for an error: the shell puts all output into the command line.
         return []
-    records = [cast("Mapping[str, str]", shape["record"]) for shape in shapes]
+    records = [shape["record"] for shape in shapes]
     words = [record["id"] for record in records] + [record.get("name", "") for record in records]
     return [word for word in dict.fromkeys(words) if word and word.startswith(incomplete)]
 
@@ -47,7 +47,7 @@ def _given(context: typer.Context) -> dict[str, Path]:
     # Those around it are click's, of which typer has brought its own lately.
     place: object = context
     while place is not None:
-        params: Mapping[str, object] = getattr(place, "params", {})
+        params: Mapping[str, Any] = getattr(place, "params", {})
         for name in ("socket", "config"):
             value = params.get(name)
             if value is not None:

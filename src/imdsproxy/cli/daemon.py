@@ -6,9 +6,9 @@ import gc
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Final, TypeAlias, cast
+from typing import Annotated, Any, Final, TypeAlias
 
 import typer
 
@@ -74,7 +74,7 @@ def render(
         run.output.text(text)
 
 
-_Shape: TypeAlias = Mapping[str, object]
+_Shape: TypeAlias = Mapping[str, Any]
 
 
 @options.command
@@ -93,7 +93,7 @@ def reload(
     """Have the daemon read its settings again; a broken or emptied file changes nothing and says why."""
     body = {"allow_dropped": True} if allow_dropped else None
     try:
-        done = cast("_Shape", run.daemon().request("POST", "/v1/reload", body=body))
+        done = run.daemon().request("POST", "/v1/reload", body=body)
     except AdminUnavailable as error:
         if run.socket is None and (empty := sorted(run.load().empty)):
             # It may have named the socket.
@@ -116,7 +116,7 @@ def show_reload(output: Output, done: _Shape) -> None:
         Column("NOW"),
         Column("TAKEN OVER"),
     )
-    waiting = set(cast("Sequence[str]", done["restart_needed"]))
+    waiting = set(done["restart_needed"])
     rows = [
         (
             clean(change["path"]),
@@ -126,12 +126,12 @@ def show_reload(output: Output, done: _Shape) -> None:
             if change["path"] in waiting
             else f"[green]{'by a reload' if change['change'] == 'reload' else 'at once'}[/]",
         )
-        for change in cast("Sequence[_Shape]", done["changes"])
+        for change in done["changes"]
     ]
     output.table(columns, rows, empty="no setting has changed")
     if done["haproxy_reloaded"]:
         output.styled("HAProxy was reloaded.")
-    pending = cast("Sequence[str]", done["pending"])
+    pending = done["pending"]
     if pending:
         output.styled("[yellow]HAProxy has not taken it over:[/]")
     for reason in pending:
@@ -160,12 +160,9 @@ def stop(
     """End the controller; known guests are served on. With --data-plane, end everything."""
     daemon = run.daemon()
     try:
-        answer = cast(
-            "Mapping[str, object]",
-            daemon.request("POST", "/v1/stop", body={"data_plane": data_plane}),
-        )
-        stopped = list(cast("Sequence[str]", answer["stopping"]))
-        _wait_until_gone(daemon.socket, int(str(answer["controller"])))
+        answer = daemon.request("POST", "/v1/stop", body={"data_plane": data_plane})
+        stopped = list(answer["stopping"])
+        _wait_until_gone(daemon.socket, answer["controller"])
     except AdminUnavailable:
         # A dead controller is no reason to leave what it left running.
         if not data_plane:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Final, TypeAlias, cast
+from typing import TYPE_CHECKING, Annotated, Any, Final, TypeAlias
 
 import typer
 
@@ -113,13 +113,13 @@ def _guest(run: Invocation, network: str, address: str) -> _Subject:
 
     daemon = run.daemon()
     query = {"network": network, "address": address}
-    guest = cast("Mapping[str, object]", daemon.get("/v1/explain", query))
+    guest = daemon.get("/v1/explain", query)
     instance = None if guest["instance"] is None else str(guest["instance"])
     name = f"{address} in network {network}" + (f" ({instance})" if instance else "")
-    why = tuple(str(one) for one in cast("Sequence[object]", guest["why"]))
+    why = tuple(str(one) for one in guest["why"])
     cards = tuple(
-        Card(str(one["network"]), str(one["mac"]), frozenset(cast("Sequence[str]", one["seen"])))
-        for one in cast("Sequence[Mapping[str, object]]", guest.get("cards", ()))
+        Card(str(one["network"]), str(one["mac"]), frozenset(one["seen"]))
+        for one in guest.get("cards", ())
     )
     known = frozenset(mac for card in cards for mac in (card.mac, *card.seen))
     around = Surroundings(
@@ -138,9 +138,7 @@ def _served(crawled: Crawl) -> list[str]:
     return [one.value for one in Dialect if crawled.serves(one)]
 
 
-def _shape(
-    subject: _Subject, crawled: Crawl, findings: tuple[Finding, ...]
-) -> Mapping[str, object]:
+def _shape(subject: _Subject, crawled: Crawl, findings: tuple[Finding, ...]) -> Mapping[str, Any]:
     return {
         "subject": subject.name,
         "questions": len(crawled.exchanges),

@@ -7,11 +7,11 @@ import http.client
 import os
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from ipaddress import ip_address
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, cast
+from typing import TYPE_CHECKING, Final
 from urllib.parse import quote, unquote, urlsplit
 
 from imdsproxy.core.doctor.exchange import Answer, Answered, Ask, Framing, Unanswered
@@ -124,12 +124,12 @@ class DaemonFetch:
     def __call__(self, ask: Ask) -> Answered:
         """One question."""
         query = {"network": self.network, "address": self.address, "path": ask.path}
-        document = cast("Mapping[str, object]", self.daemon.get("/v1/documents", query))
-        headers = cast("Sequence[Sequence[str]]", document["headers"])
-        body = cast("Mapping[str, str]", document["body"])
+        document = self.daemon.get("/v1/documents", query)
+        headers = document["headers"]
+        body = document["body"]
         raw = base64.b64decode(body["base64"]) if "base64" in body else body["text"].encode()
         named = tuple((name.lower(), value) for name, value in headers)
-        return Answer(int(str(document["status"])), named, raw)
+        return Answer(document["status"], named, raw)
 
 
 def parse_url(url: str, headers: Sequence[str] = ()) -> HttpFetch:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from http import HTTPStatus
-from typing import Annotated, Final, TypeAlias, cast
+from typing import Annotated, Any, Final, TypeAlias
 
 import typer
 
@@ -14,7 +14,7 @@ from imdsproxy.cli.exitcodes import NO
 from imdsproxy.cli.output import Output, clean
 from imdsproxy.errors import RequestRefused
 
-_Shape: TypeAlias = Mapping[str, object]
+_Shape: TypeAlias = Mapping[str, Any]
 _FOUND: Final = "found"
 _HOW: Final[Mapping[str, str]] = {
     "address": "by one of its port's addresses",
@@ -73,12 +73,12 @@ def explain(
     explained: Sequence[_Shape]
     if instance is None and network is not None and address is not None:
         query |= {"network": network, "address": address}
-        one = cast("_Shape", run.daemon().get("/v1/explain", query))
+        one = run.daemon().get("/v1/explain", query)
         explained = [one]
         shown: object = one
     elif instance is not None and network is None and address is None:
         answer = run.daemon().get(path_to("instances", instance, "explain"), query)
-        explained = cast("Sequence[_Shape]", answer)
+        explained = answer
         shown = explained
     else:
         raise RequestRefused(
@@ -98,8 +98,8 @@ def explain(
 
 
 def _is_served(explained: _Shape) -> bool:
-    probe = cast("_Shape | None", explained["probe"])
-    refused = probe is not None and cast("int", probe["status"]) >= HTTPStatus.BAD_REQUEST
+    probe = explained["probe"]
+    refused = probe is not None and probe["status"] >= HTTPStatus.BAD_REQUEST
     return explained["verdict"] == _FOUND and not refused
 
 
@@ -110,37 +110,36 @@ def show_explanation(output: Output, shape: _Shape) -> None:
         "guest": f"{clean(shape['address'])} in network {clean(shape['network'])}",
         "verdict": f"[{colour}]{clean(shape['verdict'])}[/], {_outcome(shape)}",
     }
-    probe = cast("_Shape | None", shape["probe"])
+    probe = shape["probe"]
     if probe is not None:
-        status = cast("int", probe["status"])
+        status = probe["status"]
         phrase = HTTPStatus(status).phrase if status in set(HTTPStatus) else ""
         colour = "red" if status >= HTTPStatus.BAD_REQUEST else "green"
         facts["probe"] = f"GET {clean(probe['path'])}: [{colour}]{status} {phrase}[/]"
     if shape["instance"] is not None:
         facts["instance"] = f"{clean(shape['instance'])} ({clean(shape['instance_name'])})"
         facts["known"] = f"{_how(shape['how'])}, from source {clean(shape['source'])}"
-        if "upstream" not in cast("Mapping[str, str]", shape["policy"]):
+        if "upstream" not in shape["policy"]:
             facts["revision"] = clean(shape["revision"] or "not compiled yet")
         facts["in HAProxy"] = clean(shape["installed"] or "not there")
     claimants = [
-        f"{clean(one['instance'])} (source {clean(one['source'])})"
-        for one in cast("Sequence[_Shape]", shape["claimants"])
+        f"{clean(one['instance'])} (source {clean(one['source'])})" for one in shape["claimants"]
     ]
     if claimants:
         facts["claimed by"] = "\n".join(claimants)
-    policy = cast("Mapping[str, str]", shape["policy"])
+    policy = shape["policy"]
     facts |= {clean(name): clean(value) for name, value in policy.items()}
-    facts |= dict(_rules(cast("_Shape | None", shape["rules"])))
-    decision = cast("_Shape | None", shape["decision"])
+    facts |= dict(_rules(shape["rules"]))
+    decision = shape["decision"]
     if decision is not None:
         facts["policy"] = f"to GET {clean(decision['path'])}:\n" + "\n".join(
-            f"{words}: {_decided(cast('_Shape', decision[key]), shape['rules'])}"
+            f"{words}: {_decided(decision[key], shape['rules'])}"
             for words, key in (
                 ("without a token", "without_token"),
                 ("with a good one", "with_token"),
             )
         )
-    why = cast("Sequence[str]", shape["why"])
+    why = shape["why"]
     if why:
         facts["why"] = "\n".join(f"{number}. {clean(step)}" for number, step in enumerate(why, 1))
     output.facts(facts)
@@ -161,7 +160,7 @@ def _how(how: object) -> str:
 def _rules(shape: _Shape | None) -> Iterator[tuple[str, str]]:
     if shape is None:
         return
-    rules = cast("Sequence[_Shape]", shape["rules"])
+    rules = shape["rules"]
     width = max((len(str(rule["name"])) for rule in rules), default=0)
     yield (
         "may",
@@ -195,15 +194,15 @@ def _boot(shape: _Shape) -> str:
     return ends_text if reopened is None else f"{ends_text}, opened again at {_time(reopened)}"
 
 
-def _time(at: object) -> str:
-    return f"{datetime.fromtimestamp(cast('float', at), UTC).astimezone():%Y-%m-%d %H:%M:%S %Z}"
+def _time(at: float) -> str:
+    return f"{datetime.fromtimestamp(at, UTC).astimezone():%Y-%m-%d %H:%M:%S %Z}"
 
 
-def _decided(decided: _Shape, shape: object) -> str:
+def _decided(decided: _Shape, shape: _Shape) -> str:
     """What is answered, by which rule, and which scope set it."""
     if decided["status"] is None:
         return "[green]it passes[/]"
-    rules = cast("Sequence[_Shape]", cast("_Shape", shape)["rules"])
+    rules = shape["rules"]
     origin = next((rule["origin"] for rule in rules if rule["name"] == decided["rule"]), None)
     by = clean(decided["rule"]) if origin is None else f"{clean(decided['rule'])}, {clean(origin)}"
     return f"[red]{decided['status']}[/], {clean(decided['why'])} [dim]({by})[/]"

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
 from http import HTTPStatus
-from typing import Annotated, TypeAlias, cast
+from typing import Annotated, TypeAlias
 
 import typer
 
@@ -34,17 +33,17 @@ def get(
 ) -> None:
     """The answer that the guest at this address would get; exit 1 from status 400 up."""
     query = {"network": network, "address": address, "path": path}
-    answer = cast("Mapping[str, object]", run.daemon().get("/v1/documents", query))
-    status = int(str(answer["status"]))
+    answer = run.daemon().get("/v1/documents", query)
+    status = answer["status"]
     if run.output.as_json:
         run.output.json(answer)
     else:
         if include:
-            headers = cast("Sequence[Sequence[str]]", answer["headers"])
+            headers = answer["headers"]
             lines = [f"HTTP/1.1 {status} {_phrase(status)}"]
             run.output.text("\n".join([*lines, *(f"{name}: {value}" for name, value in headers)]))
             run.output.text("")
-        body = read_bytes_shape(cast("Mapping[str, str]", answer["body"]))
+        body = read_bytes_shape(answer["body"])
         run.output.raw(body)
         if sys.stdout.isatty() and body[-1:] not in {b"", b"\n"}:
             run.output.text("")  # only so that the prompt has a line of its own

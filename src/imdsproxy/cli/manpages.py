@@ -12,8 +12,7 @@ from imdsproxy.cli.commands import build_program, iterate_commands
 from imdsproxy.cli.completion import SHELLS, render_completion
 from imdsproxy.cli.exitcodes import EXIT_STATUSES
 from imdsproxy.cli.reference_pages import (
-    CLI_INTRODUCTION,
-    SETTINGS_INTRODUCTION,
+    TEXTS,
     one_line,
     spell_parameter,
 )
@@ -23,19 +22,12 @@ from imdsproxy.config.yaml_text import render_value
 
 _MADE: Final = '.\\" Made by `python -m imdsproxy.cli.docgen`; edit the code instead.'
 
-_COMMANDS: Final = """\
-To begin with, `network add` adds a network and how it is reached, `instance add` an instance in it;
-`explain` shows which instance an address belongs to, and `get` the answer that it would get."""
-
 _FILES: Final = (
     ("/etc/imdsproxy/imdsproxy.yaml", "Settings; see imdsproxy.yaml(5)."),
     ("/etc/imdsproxy/conf.d/*.yaml", "More of them, merged over it in the order of their names."),
     ("/var/lib/imdsproxy", "Records, documents made of them, and passwords that guests posted."),
     ("/run/imdsproxy/admin.sock", "The admin socket, which the commands ask."),
 )
-_UNITS: Final = """\
-`imdsproxy.service` is the controller and starts the two others, `imdsproxy-haproxy.service` and
-`imdsproxy-documents.service`. Guests need those two only: the controller may be stopped and restarted at any time."""
 
 
 def render_program_page() -> str:
@@ -51,8 +43,8 @@ def render_program_page() -> str:
         "[\\fIOPTION\\fR...]",
         "\\fICOMMAND\\fR [\\fIARGUMENT\\fR...]",
     ]
-    lines += [".SH DESCRIPTION", _text(root.help or ""), ".PP", _text(CLI_INTRODUCTION)]
-    lines += [".PP", _text(_COMMANDS), ".SH OPTIONS"]
+    lines += [".SH DESCRIPTION", _text(root.help or ""), ".PP", _text(TEXTS["command_line"])]
+    lines += [".PP", _text(TEXTS["commands"]), ".SH OPTIONS"]
     lines += _parameters(root)
     lines += [".SH COMMANDS"]
     for path, command in commands[1:]:
@@ -60,7 +52,7 @@ def render_program_page() -> str:
         if command.epilog:
             lines += [".PP", _text(command.epilog)]
     lines += [".SH EXIT STATUS", *_items((str(key), value) for key, value in EXIT_STATUSES.items())]
-    lines += [".SH UNITS", _text(_UNITS)]
+    lines += [".SH UNITS", _text(TEXTS["units"])]
     lines += [".SH FILES", *_items(_FILES)]
     return _page(lines, "imdsproxy.yaml(5)", "neutron-ns-metadata-proxy(1)", "haproxy(1)")
 
@@ -69,7 +61,7 @@ def render_settings_page() -> str:
     """imdsproxy.yaml(5)."""
     lines = _head("imdsproxy.yaml", 5, "settings of imdsproxy")
     lines += [".SH DESCRIPTION"]
-    lines += _join(_text(part) for part in SETTINGS_INTRODUCTION.split("\n\n"))
+    lines += _join(_text(part) for part in TEXTS["settings"].split("\n\n"))
     lines += [".SH SETTINGS"]
     settings = [*iterate_settings(), *iterate_inner_settings()]
     for name, field in Settings.model_fields.items():

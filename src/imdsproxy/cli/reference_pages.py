@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import tomllib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from importlib.resources import files
 from pathlib import Path
 from typing import Any, Final
 
@@ -20,89 +22,23 @@ from imdsproxy.config.yaml_text import render_value
 from imdsproxy.core.endpoints import LeftOutCode
 from imdsproxy.errors import ImdsproxyError
 
+TEXTS: Final[Mapping[str, str]] = tomllib.loads(
+    files("imdsproxy.cli").joinpath("reference_texts.toml").read_text("utf-8")
+)
+"""Introductions of pages."""
+
 _MADE: Final = "<!-- Made by `python -m imdsproxy.cli.docgen`; edit the code instead. -->"
-
-
-SETTINGS_INTRODUCTION: Final = """\
-One YAML file, `/etc/imdsproxy/imdsproxy.yaml` or the one of `--config`; the `*.yaml` files of
-`conf.d/` beside it are merged over it in the order of their names, and over both the environment:
-`IMDSPROXY_SECTION__FIELD` (`null` for null; JSON for a mapping, as
-`IMDSPROXY_NOVA__ENDPOINT_SETS`). No other variable is a setting. Mappings are merged key by key,
-lists are replaced. Unknown keys, keys that stand twice, and values of the wrong type are refused,
-all at once, each with its file and line. `imdsproxy config sample` prints a file with every
-default, `config show --origin` where each value in force was written, `config schema` a JSON
-Schema.
-
-Settings and record files are read as YAML 1.2: `no`, `0123` and `52:54:00:12:34:56` are text, `0x10` is the number 16.
-Aliases and the merge key `<<` work; tags other than YAML's own for text, numbers, true and false, and bytes do not.
-
-A change of a setting takes nothing, is taken over live, reloads HAProxy (without losing a request),
-or takes a restart of the process concerned. `imdsproxy reload` (or SIGHUP) says which."""
-
-_INNER: Final = """\
-Inside it, `NAME` stands for a name that you choose and `[N]` for one item of a list:"""
-
-CLI_INTRODUCTION: Final = """\
-`--config`, `--socket` and `--json` may stand before the command's name or after it. Output is a
-table for people or, with `--json`, JSON of a stable shape; errors go to standard error as one line
-with a hint (with `--json` as an object `{code, message, hint, problems}`). Colour is used on a
-terminal only, and not with `NO_COLOR`."""
-
-_NEUTRON: Final = """\
-What `imdsproxy config import --neutron FILE...` makes of each option on the way of metadata in OpenStack: of the agents
-of Neutron, of Nova, and of releases gone by. Files are read as oslo.config reads them; give them in the order in which
-the agent is given them. All other options of these files are of no concern to imdsproxy.
-
-- *taken over*: it becomes a setting.
-- *by hand*: it is needed and cannot be translated; the import reports it.
-- *no equivalent*: imdsproxy needs none, or the service that reads it goes on reading it.
-
-No file says where Neutron's API is, since the agents asked by RPC: `sources.neutron` has to be added by hand."""
-
-_METRICS: Final = f"""\
-The controller's `/metrics` is on `metrics.listen`, beside `/livez` (503 when only a restart helps)
-and `/readyz` (503 with the reasons while guests may not get what the sources say). HAProxy's own
-exporter is on `metrics.haproxy_listen`. Neither is ever on a guest's network.
-
-The number of series does not grow with guests. Series with the label `network` are there for up to
-`metrics.network_series` networks; with more there is one, `network="{NETWORK_SUM}"`, the sum over
-all. The process's own figures (`process_resident_memory_bytes`, `process_cpu_seconds_total`,
-`process_open_fds` …) are as prometheus-client names them."""
-
-_ERRORS: Final = """\
-Logs, metrics, the admin API (`code`) and the command line (`--json`) use the same codes. “Again”
-means that trying again can help without any action."""
-
-_LEFT_OUT: Final = """\
-A network that is configured and not served never holds up another one; `status`, `network list`, `/readyz` and
-`imdsproxy_networks_left_out` say which and why:"""
-
-_ADMIN_API: Final = """\
-HTTP over the unix socket `admin.socket`, whose mode and owner say who may use it; `/openapi.json`
-describes it for programs. Bodies are JSON of at most 64 MiB, each key once. Every answer from 400
-up is `application/problem+json` of the shape `ProblemBody`.
-
-A change is answered once it is stored and no worker of HAProxy answers with the state before;
-`applied` is false, and `pending` says why, where it is stored and cannot be in force yet. `PATCH`
-follows RFC 7396: null takes a key away, lists are replaced. Null for a key that no record has, or that none can be
-without, is refused.
-
-`{network}` and `{instance}` in a path, `network` and `instance` in a query, and the `network` of a port in the body of
-one instance are ids, or names where one record alone has the name. An id wins over a name. `PUT` and `/v1/records` take
-ids only.
-
-    curl --unix-socket /run/imdsproxy/admin.sock http://imdsproxy/v1/status"""
 
 
 def render_settings_page() -> str:
     """docs/reference/settings.md."""
-    lines = _head("Settings", SETTINGS_INTRODUCTION)
+    lines = _head("Settings", TEXTS["settings"])
     for name, field in Settings.model_fields.items():
         lines += ["", f"## {name}", "", field.description or "", ""]
         lines += _settings_table(iterate_settings(), name)
         inner = _settings_table(iterate_inner_settings(), name)
         if inner:
-            lines += ["", _INNER, "", *inner]
+            lines += ["", TEXTS["inner_settings"], "", *inner]
     return _page(lines)
 
 
@@ -125,7 +61,7 @@ def _settings_table(settings: Iterable[Setting], section: str) -> list[str]:
 def render_cli_page() -> str:
     """docs/reference/cli.md."""
     statuses = [(str(key), value) for key, value in EXIT_STATUSES.items()]
-    lines = [*_head("Command line", CLI_INTRODUCTION), "", "## Exit statuses", ""]
+    lines = [*_head("Command line", TEXTS["command_line"]), "", "## Exit statuses", ""]
     lines += _table(("status", "meaning"), statuses)
     for path, command in iterate_commands(build_program(), "imdsproxy"):
         lines += ["", f"## {path}", "", one_line(command.help)]
@@ -153,7 +89,7 @@ def render_metrics_page() -> str:
         for metric in METRICS
     ]
     table = _table(("metric", "type", "labels", "meaning"), rows)
-    return _page([*_head("Metrics", _METRICS), "", *table])
+    return _page([*_head("Metrics", TEXTS["metrics"].format(network_sum=NETWORK_SUM)), "", *table])
 
 
 def render_errors_page() -> str:
@@ -174,17 +110,19 @@ def render_errors_page() -> str:
         (str(status), meaning, ", ".join(f"`{kind.code}`" for kind in errors_by_status(status)))
         for status, meaning in EXIT_STATUSES.items()
     ]
-    lines = [*_head("Error codes", _ERRORS), ""]
+    lines = [*_head("Error codes", TEXTS["errors"]), ""]
     lines += _table(("code", "exit status", "HTTP status", "again", "meaning"), rows)
     lines += ["", "## Exit statuses", ""]
     lines += _table(("status", "meaning", "codes"), by_status)
-    return _page([*lines, "", "## Networks that are not served", "", _LEFT_OUT, "", *_codes()])
+    return _page(
+        [*lines, "", "## Networks that are not served", "", TEXTS["not_served"], "", *_codes()]
+    )
 
 
 def render_admin_api_page() -> str:
     """docs/reference/admin-api.md."""
     document = admin_app(None, version="0").openapi()
-    lines = _head("Admin API", _ADMIN_API)
+    lines = _head("Admin API", TEXTS["admin_api"])
     for path, operations in document["paths"].items():
         for method, operation in operations.items():
             lines += ["", f"## {method.upper()} {path}", "", one_line(operation["description"])]
@@ -216,7 +154,7 @@ def render_neutron_page() -> str:
         for option in NEUTRON_OPTIONS
     ]
     titles = ("whose", "option", "default", "what becomes of it", "setting", "how, or why not")
-    return _page([*_head("Neutron's options", _NEUTRON), "", *_table(titles, rows)])
+    return _page([*_head("Neutron's options", TEXTS["neutron_options"]), "", *_table(titles, rows)])
 
 
 PAGES: Final[Mapping[str, Callable[[], str]]] = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Final, TypeAlias, cast
+from typing import Annotated, Any, Final, TypeAlias
 
 import typer
 
@@ -11,7 +11,7 @@ from imdsproxy.cli import options
 from imdsproxy.cli.exitcodes import NO, NOT_IN_FORCE
 from imdsproxy.cli.output import MOST_SHOWN, Column, Output, clean
 
-_Shape: TypeAlias = Mapping[str, object]
+_Shape: TypeAlias = Mapping[str, Any]
 _DAY_S: Final = 86_400
 _HOUR_S: Final = 3600
 _MINUTE_S: Final = 60
@@ -33,12 +33,12 @@ def status(
     check: Check = False,
 ) -> None:
     """Networks, instances, sources, HAProxy, and everything that is wrong."""
-    report = cast("_Shape", run.daemon().get("/v1/status"))
+    report = run.daemon().get("/v1/status")
     if run.output.as_json:
         run.output.json(report)
     else:
         show_status(run.output, report)
-    readiness = _shape(report, "readiness")
+    readiness = report["readiness"]
     if check and not readiness["ready"]:
         raise typer.Exit(NO)
     if check and readiness["degraded"]:
@@ -56,9 +56,9 @@ def show_status(output: Output, report: _Shape) -> None:
 
 
 def _facts(report: _Shape) -> dict[str, str]:
-    readiness = _shape(report, "readiness")
-    reasons = [clean(reason) for reason in cast("Sequence[str]", readiness["reasons"])]
-    degraded = [f"[yellow]{clean(one)}[/]" for one in cast("Sequence[str]", readiness["degraded"])]
+    readiness = report["readiness"]
+    reasons = [clean(reason) for reason in readiness["reasons"]]
+    degraded = [f"[yellow]{clean(one)}[/]" for one in readiness["degraded"]]
     if not readiness["ready"]:
         state = "[red]not ready[/]"
     else:
@@ -71,14 +71,14 @@ def _facts(report: _Shape) -> dict[str, str]:
         "state": "\n".join([state, *_cap(reasons), *_cap(degraded)]),
         "networks": f"{networks}, [{colour}]{serving} serving[/]",
         "instances": f"{report['instances']} with {report['addresses']} addresses",
-        "haproxy": _haproxy(_shape(report, "haproxy")),
-        "documents": _documents(_shape(report, "documents")),
+        "haproxy": _haproxy(report["haproxy"]),
+        "documents": _documents(report["documents"]),
         **_unix_listener(report["unix_listener"]),
-        **_macs(_shape(report, "macs")),
-        **_policy(cast("Sequence[str]", report["policy_for_nobody"])),
+        **_macs(report["macs"]),
+        **_policy(report["policy_for_nobody"]),
         **_audit(report["audit"]),
         **_plan(report["last_plan"]),
-        **_under_way(cast("Sequence[_Shape]", report.get("progress", ()))),
+        **_under_way(report.get("progress", ())),
     }
 
 
@@ -96,7 +96,7 @@ def _haproxy(haproxy: _Shape) -> str:
     if haproxy["master"] is None:
         return f"[red]not running[/] {clean(haproxy['problem'])}".rstrip()
     pids = f"master {haproxy['master']}, worker {haproxy['worker'] or '[red]none[/]'}"
-    old = cast("Sequence[int]", haproxy["old_workers"])
+    old = haproxy["old_workers"]
     draining = f", draining {' '.join(str(pid) for pid in old)}" if old else ""
     lines = [f"{clean(haproxy['version'])}, {pids}{draining}"]
     reload = haproxy["last_reload"]
@@ -110,7 +110,7 @@ def _haproxy(haproxy: _Shape) -> str:
 
 
 def _documents(documents: _Shape) -> str:
-    pids = cast("Sequence[int]", documents["pids"])
+    pids = documents["pids"]
     if not documents["needed"]:
         return "off: all documents are Nova's"
     if not pids:
@@ -140,7 +140,7 @@ def _macs(macs: _Shape) -> dict[str, str]:
     lines = [line]
     if macs["refused"]:
         lines.append(f"[red]cannot be checked in {macs['refused']}[/]")
-    mismatches = cast("Mapping[str, int]", macs["mismatches"])
+    mismatches = macs["mismatches"]
     if mismatches:
         most = ", ".join(f"{clean(network)} {count}" for network, count in mismatches.items())
         lines.append(f"[yellow]refused for another MAC[/]: {most}")
@@ -186,16 +186,16 @@ def _show_sources(output: Output, report: _Shape) -> None:
             _source_state(source),
             str(source["networks"]),
             str(source["instances"]),
-            _count(len(cast("Sequence[object]", source["problems"]))),
+            _count(len(source["problems"])),
         )
-        for source in _shapes(report, "sources")
+        for source in report["sources"]
     ]
     output.text("")
     output.table(columns, rows, empty="no sources")
 
 
 def _show_nova(output: Output, report: _Shape) -> None:
-    endpoints = _shapes(report, "nova")
+    endpoints = report["nova"]
     if not endpoints:
         return
     columns = (
@@ -211,7 +211,7 @@ def _show_nova(output: Output, report: _Shape) -> None:
             clean(one["endpoint_set"]),
             "[green]up[/]" if one["up"] else f"[red]down[/] {clean(one['reason'])}".rstrip(),
             str(one["requests"]),
-            _count(int(str(one["failures"]))),
+            _count(one["failures"]),
         )
         for one in endpoints
     ]
@@ -220,7 +220,7 @@ def _show_nova(output: Output, report: _Shape) -> None:
 
 
 def _show_busiest(output: Output, report: _Shape) -> None:
-    askers = _shapes(report, "busiest")
+    askers = report["busiest"]
     if not askers:
         return
     columns = (
@@ -243,7 +243,7 @@ def _show_busiest(output: Output, report: _Shape) -> None:
 
 
 def _show_left_out(output: Output, report: _Shape) -> None:
-    left_out = _shapes(report, "left_out")
+    left_out = report["left_out"]
     if not left_out:
         return
     columns = (Column("NOT SERVED", keep=True), Column("CODE", keep=True), Column("REASON"))
@@ -257,21 +257,18 @@ def _show_left_out(output: Output, report: _Shape) -> None:
 
 
 def _show_problems(output: Output, report: _Shape) -> None:
-    groups = [
-        [_problem(one) for one in _shapes(part, "problems")]
-        for part in (report, *_shapes(report, "sources"))
-    ]
+    groups = [[_problem(one) for one in part["problems"]] for part in (report, *report["sources"])]
     conflicts = []
-    for conflict in _shapes(report, "conflicts"):
+    for conflict in report["conflicts"]:
         claimants = ", ".join(
             f"{one['instance']} ({one['source']})" if one["instance"] else str(one["source"])
-            for one in cast("Sequence[_Shape]", conflict["claimants"])
+            for one in conflict["claimants"]
         )
         conflicts.append(
             f"{conflict['kind']} {conflict['subject']}: claimed by {claimants}; guests get 503"
         )
     groups.append(conflicts)
-    warnings = [f"  {clean(one)}" for one in cast("Sequence[str]", report.get("warnings", ()))]
+    warnings = [f"  {clean(one)}" for one in report.get("warnings", ())]
     if warnings:
         output.text("")
         output.styled("[bold yellow]names that guests see otherwise, or not at all[/]", *warnings)
@@ -292,7 +289,7 @@ def _more(count: int) -> Sequence[str]:
 
 
 def _source_state(source: _Shape) -> str:
-    stale = float(str(source["stale_s"]))
+    stale = source["stale_s"]
     if stale:
         return f"[red]silent for {_duration(stale)}[/]"
     return "[green]in sync[/]" if source["in_sync"] else "[yellow]not in sync[/]"
@@ -324,11 +321,3 @@ def _duration(seconds: object) -> str:
     if whole >= _MINUTE_S:
         return f"{whole // _MINUTE_S} min {whole % _MINUTE_S} s"
     return f"{whole} s"
-
-
-def _shape(shape: _Shape, key: str) -> _Shape:
-    return cast("_Shape", shape[key])
-
-
-def _shapes(shape: _Shape, key: str) -> Sequence[_Shape]:
-    return cast("Sequence[_Shape]", shape[key])

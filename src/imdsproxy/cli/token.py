@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
-from typing import Annotated, Final, TypeAlias, cast
+from typing import Annotated, Any, Final, TypeAlias
 
 import typer
 
@@ -41,7 +41,7 @@ def rotate(
 ) -> None:
     """Sign tokens with a new key; existing tokens stay valid, by the two keys before it."""
     answer = run.daemon().request("POST", path_to("token-keys", "rotate"))
-    done = cast("Mapping[str, object]", answer)
+    done = answer
     say_written(run.output, f"key {done['kid']} signs tokens, {done['file']} has it", done)
     exit_unless_in_force(done)
 
@@ -52,14 +52,14 @@ def report(
     run: options.Invocation,
 ) -> None:
     """Name guests and clients that still read without tokens, and what required tokens leave open."""
-    answer = cast("Mapping[str, object]", run.daemon().get("/v1/token-report"))
+    answer = run.daemon().get("/v1/token-report")
     if run.output.as_json:
         run.output.json(answer)
     else:
         say_token_report(run.output, answer)
 
 
-_Shape: TypeAlias = Mapping[str, object]
+_Shape: TypeAlias = Mapping[str, Any]
 
 _TREES_SHOWN: Final = 5
 
@@ -81,7 +81,7 @@ def say_token_report(output: Output, report: _Shape) -> None:
         output: Where to.
         report: The answer of `GET /v1/token-report`.
     """
-    guests, one_in = cast("Sequence[_Shape]", report["guests"]), cast("int", report["one_in"])
+    guests, one_in = report["guests"], report["one_in"]
     since = _time(report["since"])
     output.table(
         _COLUMNS,
@@ -102,13 +102,13 @@ def say_token_report(output: Output, report: _Shape) -> None:
             f"[dim]READS is about: one read in {one_in} is counted, by chance. Frequent readers are seen, "
             "rare ones may not be: tokens.count_reads: all counts each[/]"
         )
-    trees = cast("Sequence[_Shape]", report["open_trees"])[:_TREES_SHOWN]
+    trees = report["open_trees"][:_TREES_SHOWN]
     for one in trees:
         output.styled(
             f"[yellow]warning:[/] {clean(one['tree'])} gives instance {clean(one['instance'])} in "
             f"{clean(one['network'])} the user-data that another tree denies, or gives for a token only"
         )
-    more = cast("int", report["open_tree_count"]) - len(trees)
+    more = report["open_tree_count"] - len(trees)
     if more > 0:
         output.styled(f"[yellow]warning:[/] so do {more} more")
     if trees:
@@ -122,7 +122,7 @@ def _rows(guest: _Shape, about: str) -> Iterator[tuple[str, ...]]:
     who = (clean(guest["network"]), clean(guest["instance"]))
     reads = guest["reads"]
     counts = (f"{about if reads else ''}{reads}", str(guest["refused"]))
-    readers = cast("Sequence[_Shape]", guest["readers"])
+    readers = guest["readers"]
     if not readers:
         yield (*who, *counts, _time(guest["last_at"]), "-", "-")
     for reader in readers:
@@ -130,5 +130,5 @@ def _rows(guest: _Shape, about: str) -> Iterator[tuple[str, ...]]:
         yield (*who, *counts, _time(reader["last_at"]), path, client)
 
 
-def _time(at: object) -> str:
-    return f"{datetime.fromtimestamp(cast('float', at), UTC).astimezone():%Y-%m-%d %H:%M:%S}"
+def _time(at: float) -> str:
+    return f"{datetime.fromtimestamp(at, UTC).astimezone():%Y-%m-%d %H:%M:%S}"

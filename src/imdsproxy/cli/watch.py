@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Annotated, Final, TypeAlias, cast
+from typing import TYPE_CHECKING, Annotated, Any, Final, TypeAlias
 
 from imdsproxy.cli import completers, flags, options
 
 if TYPE_CHECKING:
     from imdsproxy.cli.output import Output
 
-_Shape: TypeAlias = Mapping[str, object]
+_Shape: TypeAlias = Mapping[str, Any]
 
 _EVERY_S: Final = 0.5
 
@@ -40,7 +40,8 @@ def watch(
 
     def ask(cursor: int | None) -> _Shape:
         more = {} if cursor is None else {"cursor": str(cursor)}
-        return cast("_Shape", daemon.get("/v1/watch", query | more))
+        shape: _Shape = daemon.get("/v1/watch", query | more)
+        return shape
 
     follow(ask, run.output, time.sleep)
 
@@ -59,10 +60,10 @@ def follow(
     while True:
         answer = ask(cursor)
         lines = [] if cursor is not None or output.as_json else [_HEAD]
-        cursor = cast("int", answer["cursor"])
+        cursor = answer["cursor"]
         if answer["missed"]:
             lines.append('{"missed": true}' if output.as_json else "… some were too many to show")
-        requests = cast("Sequence[_Shape]", answer["requests"])
+        requests = answer["requests"]
         lines += [_line_of(one, as_json=output.as_json) for one in requests]
         # At once, also into a pipe.
         output.raw("".join(f"{line}\n" for line in lines).encode())
@@ -80,7 +81,7 @@ def _line_of(request: _Shape, *, as_json: bool) -> str:
 
         shown = {name: value for name, value in request.items() if name != "number"}
         return json.dumps(shown, ensure_ascii=True)
-    at = datetime.fromtimestamp(cast("float", request["at"]), UTC).astimezone()
+    at = datetime.fromtimestamp(request["at"], UTC).astimezone()
     who = f"{request['network'] or '-':16} {request['address'] or '-':15} {request['instance'] or '-':20}"
     how = f"{request['answered_by']:9} {request['milliseconds']:>5} {request['status']:3}"
     asked = f"{request['method'] or '-'} {request['path']}"

@@ -724,7 +724,7 @@ def test_status_in_json_is_the_daemons_own(filled: Cli) -> None:
     told = filled("status", "--json").json
 
     assert told["controller"] == 4711
-    assert told["haproxy"] == filled.server.client.get("/v1/status")["haproxy"]  # type: ignore[index] # an object
+    assert told["haproxy"] == filled.server.client.get("/v1/status")["haproxy"]
 
 
 def test_status_check_says_by_its_exit_status_whether_it_is_ready(filled: Cli) -> None:

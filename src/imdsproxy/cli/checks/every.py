@@ -8,10 +8,10 @@ import os
 import pwd
 import socket
 import ssl
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, TypeAlias, cast
+from typing import Final, TypeAlias
 
 from imdsproxy.anti_spoofing.bridge_ports import observe_bridge, read_rules, try_mac_filter
 from imdsproxy.cli.admin_client import AdminClient
@@ -85,7 +85,7 @@ def _subject(run: Invocation) -> Subject:
     layout = Layout(settings.paths.runtime_dir, settings.paths.state_dir)
     daemon = AdminClient(run.socket or settings.admin_socket, timeout_s=_ADMIN_TIMEOUT_S)
     try:
-        status = cast("Mapping[str, object]", daemon.get("/v1/status"))
+        status = daemon.get("/v1/status")
     except AdminUnavailable:
         return Subject(settings, layout, None, found, [])
     except ImdsproxyError as error:
@@ -148,7 +148,7 @@ def _macs(on: Subject) -> list[Finding]:
     found = [guests.check_kernel(try_mac_filter())]
     if on.daemon is None:
         return found
-    networks = cast("Sequence[Mapping[str, Mapping[str, object]]]", on.daemon.get("/v1/networks"))
+    networks = on.daemon.get("/v1/networks")
     devices = guests.checked_devices(one["record"] for one in networks)
     if devices:
         rules, naming = read_rules(), Naming(on.settings.host.name_prefix)
@@ -219,10 +219,10 @@ def _tokens(on: Subject) -> list[Finding]:
 def _open_records(on: Subject) -> list[Finding]:
     """Of the daemon's instances where it runs, else of those in record files and in the store."""
     if on.daemon is not None:
-        report = cast("Mapping[str, object]", on.daemon.get("/v1/token-report"))
-        trees = cast("Sequence[Mapping[str, str]]", report["open_trees"])
+        report = on.daemon.get("/v1/token-report")
+        trees = report["open_trees"]
         named = [(one["instance"], one["network"], one["tree"]) for one in trees]
-        return tokens.check_instances_trees(named, cast("int", report["open_tree_count"]))
+        return tokens.check_instances_trees(named, report["open_tree_count"])
     sources, records, found = on.settings.sources, list[Records](), list[Finding]()
     if sources.file.enabled and sources.file.directory.is_dir():
         files = guests.read_record_files(sources.file.directory)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
-from typing import Final, cast
+from typing import Any, Final
 
 from imdsproxy.anti_spoofing.bridge_ports import GuardedPort
 from imdsproxy.cli.checks.finding import Area, Finding
@@ -77,20 +77,20 @@ def read_record_files(directory: Path) -> Iterator[tuple[Path, Records | OSError
         yield path, decode_records(data, file=str(path), read_file=payload_reader(directory))[0]
 
 
-def check_daemon(status: Mapping[str, object]) -> list[Finding]:
+def check_daemon(status: Mapping[str, Any]) -> list[Finding]:
     """What the running daemon reports: networks that are not served, and what else is wrong."""
-    left_out = cast("Sequence[Mapping[str, str]]", status["left_out"])
+    left_out = status["left_out"]
     found = [
         _NAMESPACES.wrong(
             f"network {one['network']} is not served: {one['reason']}", one["hint"], HostRefused
         )
         for one in left_out
     ]
-    readiness = cast("Mapping[str, object]", status["readiness"])
+    readiness = status["readiness"]
     pid = status["controller"]
     if readiness["ready"]:
         return [*found, _DAEMON.ok(f"runs and is ready (pid {pid})")]
-    reasons = "; ".join(cast("Sequence[str]", readiness["reasons"]))
+    reasons = "; ".join(readiness["reasons"])
     text = f"runs and is not ready (pid {pid}): {reasons}"
     return [*found, _DAEMON.wrong(text, "`imdsproxy status`", HostRefused)]
 
@@ -110,7 +110,7 @@ def check_kernel(refusal: str) -> Finding:
     )
 
 
-def checked_devices(networks: Iterable[Mapping[str, object]]) -> list[str]:
+def checked_devices(networks: Iterable[Mapping[str, Any]]) -> list[str]:
     """The devices that networks with `mac_check` name, of records as mappings; a bridge perhaps, or not."""
     found: set[str] = set()
     for network in networks:
