@@ -222,7 +222,8 @@ class NeutronSource:
         if outage is None:
             log.info("neutron answers again")
         elif not self._down:
-            log.warning("neutron does not answer", error=outage.failure.message)
+            failure = outage.failure
+            log.warning("neutron does not answer", code=failure.code, error=failure.message)
         self._down = outage is not None
         self._report()
 
