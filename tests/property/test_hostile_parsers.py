@@ -14,12 +14,12 @@ import yaml
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from imdsproxy.app.guards import read_guards
+from imdsproxy.app.policy_store import read_overrides
 from imdsproxy.config.load import load_settings
 from imdsproxy.config.strict_yaml import decode_yaml
 from imdsproxy.core.haproxy import maps, runtime
 from imdsproxy.core.model import Instance, Network
-from imdsproxy.core.policy import Guard
+from imdsproxy.core.policy import OperatorOverride
 from imdsproxy.core.records import Refused, parse_instance, parse_network, parse_records
 from imdsproxy.core.tokens import TokenKeysUnreadable, parse_token_keys
 from imdsproxy.errors import ConfigError, HostRefused
@@ -270,8 +270,8 @@ _GUARDS: Final = st.one_of(
 def test_guards_are_read_or_refused_as_damaged(text: str) -> None:
     def read(path: Path) -> None:
         with contextlib.suppress(HostRefused):
-            for one in read_guards(path).values():
-                assert type(one) is Guard
+            for one in read_overrides(path).values():
+                assert type(one) is OperatorOverride
                 assert min(one.epoch, one.reopened_at) >= 0
 
     _in_file(_bytes(text), read)
@@ -282,4 +282,4 @@ def test_guards_that_are_no_text_are_damaged(tmp_path: Path, content: bytes) -> 
     path = tmp_path / "guards"
     path.write_bytes(content)
     with pytest.raises(HostRefused):
-        read_guards(path)
+        read_overrides(path)

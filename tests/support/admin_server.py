@@ -33,9 +33,8 @@ from imdsproxy.admin.reports import (
 )
 from imdsproxy.admin.services import Services
 from imdsproxy.admin.tokens import TokenService
-from imdsproxy.app.guarding import Guarding
-from imdsproxy.app.guards import GuardFile
 from imdsproxy.app.lookup import Lookup
+from imdsproxy.app.policy_store import OverrideFile, PolicyStore
 from imdsproxy.app.record_loop import RecordLoop
 from imdsproxy.app.tickets import Tickets
 from imdsproxy.app.token_keys import TokenKeys
@@ -171,7 +170,7 @@ class AdminServer:
     listeners: Listeners
     haproxy: FakeHaproxy
     documents: Documents
-    guarding: Guarding
+    policy_store: PolicyStore
     passwords: PasswordStore
     loop: asyncio.AbstractEventLoop
     status: dict[str, Any] = field(default_factory=dict)
@@ -296,7 +295,7 @@ async def _served(directory: Path) -> Any:  # noqa: ANN401 - an asynchronous gen
         _write,
         lambda count: bytes([next(numbers)]) * count,
     )
-    guarding = Guarding(keys, GuardFile(layout.guards, _write))
+    policy_store = PolicyStore(keys, OverrideFile(layout.guards, _write))
     keys.read(None)
     keys.write_map()
     applier.write_all({})
@@ -318,7 +317,7 @@ async def _served(directory: Path) -> Any:  # noqa: ANN401 - an asynchronous gen
         lambda _: None,
         mac_filters,
         no_hop_limits(),
-        policies=guarding.book,
+        policies=policy_store.book,
     )
     store = SqliteSource(layout.state / "store.sqlite", now=clock.now().timestamp)
     listeners, documents = Listeners(inventory), Documents()
@@ -334,7 +333,7 @@ async def _served(directory: Path) -> Any:  # noqa: ANN401 - an asynchronous gen
         RecordReports(inventory, records, loop_of_listeners, documents_needed=True),
         RecordService(inventory, records, loop_of_listeners, store, lambda: tuple(unapplied)),
         GuestService(inventory, records, lookup, explainer, documents, passwords),
-        TokenService(inventory, records, guarding, clock, lambda: tuple(unapplied)),
+        TokenService(inventory, records, policy_store, clock, lambda: tuple(unapplied)),
         watching,
         records.progress,
         lambda: server.report(),  # noqa: PLW0108 - made below
@@ -351,7 +350,7 @@ async def _served(directory: Path) -> Any:  # noqa: ANN401 - an asynchronous gen
         listeners,
         fake,
         documents,
-        guarding,
+        policy_store,
         passwords,
         asyncio.get_running_loop(),
         unapplied=unapplied,

@@ -27,8 +27,7 @@ from imdsproxy.core.inventory import Inventory
 from imdsproxy.core.model import Instance, InstanceId, IpAddress, NetworkId, Scope, Upstream
 from imdsproxy.core.observation import AddressKey
 from imdsproxy.core.plan import policy_place, record_key
-from imdsproxy.core.policy_decides import decide_read
-from imdsproxy.core.policy_told import PolicyInForce, tell_policy
+from imdsproxy.core.policy_report import PolicyInForce, decide_read, report_policy
 from imdsproxy.core.wire import NovaRecord, hide_signatures
 from imdsproxy.dataplane.haproxy import Haproxy
 from imdsproxy.dataplane.master import WorkerEnded
@@ -268,9 +267,9 @@ class Explainer:
         """What is in force for a guest of the network, or of the router, that it asks by."""
         book, instance = self.records.policies(), found.instance
         project = found.port.project or instance.project
-        return tell_policy(
+        return report_policy(
             book.fold(policy_place(self.inventory, network, project, instance)),
-            book.guard(instance.id),
+            book.override(instance.id),
             instance.created_at,
             self._now(),
         )

@@ -10,8 +10,7 @@ from imdsproxy.core import endpoints
 from imdsproxy.core.limited import Asker
 from imdsproxy.core.model import InstanceId, IpAddress, MacAddress, NetworkId
 from imdsproxy.core.observation import Claimant, Conflict, SourceName
-from imdsproxy.core.policy_decides import Decided
-from imdsproxy.core.policy_told import PolicyInForce
+from imdsproxy.core.policy_report import Decided, PolicyInForce
 from imdsproxy.core.progress import Step
 from imdsproxy.errors import Problem
 

@@ -28,8 +28,8 @@ from imdsproxy.app.audit import Audit
 from imdsproxy.app.companion import Companion
 from imdsproxy.app.document_probe import DocumentProbe
 from imdsproxy.app.guard import HaproxyGuard
-from imdsproxy.app.guarding import Guarding
 from imdsproxy.app.limited import LimitWatch
+from imdsproxy.app.policy_store import PolicyStore
 from imdsproxy.app.record_loop import RecordLoop
 from imdsproxy.app.settings_reload import SettingsHolder
 from imdsproxy.core.documents.renamed import list_warnings
@@ -77,7 +77,7 @@ class StatusService:
     limit_watch: LimitWatch
     companion: Companion
     probe: DocumentProbe
-    guarding: Guarding
+    policy_store: PolicyStore
     audit: Audit
 
     def readiness(self) -> Readiness:
@@ -143,7 +143,7 @@ class StatusService:
             warnings=list_warnings(
                 one for found in self.records.warnings.values() for one in found
             ),
-            policy_for_nobody=self.guarding.for_nobody(self.inventory),
+            policy_for_nobody=self.policy_store.for_nobody(self.inventory),
             busiest=await self.limit_watch.busiest(),
             audit=self._audit(),
             progress=self.records.progress.steps,
@@ -194,7 +194,7 @@ class StatusService:
     def own_problems(self) -> tuple[Problem, ...]:
         """What is wrong and belongs to no source, network or instance."""
         found = list(self.unapplied())
-        keys = self.guarding.keys
+        keys = self.policy_store.keys
         found += [] if keys.failure is None else [keys.failure]
         if self.records.revisions and not self.companion.needed:
             found.append(_unserved(len(self.records.revisions)))

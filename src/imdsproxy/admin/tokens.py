@@ -7,13 +7,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Final
 
-from imdsproxy.app.guarding import Guarding
+from imdsproxy.app.policy_store import PolicyStore
 from imdsproxy.app.record_loop import RecordLoop
 from imdsproxy.core.inventory import Inventory
 from imdsproxy.core.model import InstanceId
 from imdsproxy.core.observation import AddressKey
 from imdsproxy.core.plan import record_key
-from imdsproxy.core.policy import Guard
+from imdsproxy.core.policy import OperatorOverride
 from imdsproxy.core.wire import parse_map_value
 from imdsproxy.errors import NotFound, Problem
 from imdsproxy.host.clock import Clock
@@ -72,7 +72,7 @@ class TokenService:
 
     inventory: Inventory
     records: RecordLoop
-    guarding: Guarding
+    policy_store: PolicyStore
     clock: Clock
     unapplied: Callable[[], tuple[Problem, ...]]
     _lock: asyncio.Lock = field(default_factory=asyncio.Lock)
@@ -86,9 +86,9 @@ class TokenService:
         """
         self._refuse_unknown(instance)
         async with self._lock:
-            guard = await asyncio.to_thread(self.guarding.guards.revoke, instance)
-        shared = self.guarding.keys.shared
-        done = await self._in_force(instance, guard)
+            override = await asyncio.to_thread(self.policy_store.overrides.revoke, instance)
+        shared = self.policy_store.keys.shared
+        done = await self._in_force(instance, override)
         return done if shared is None else replace(done, shared=str(shared))
 
     async def reopen(self, instance: InstanceId) -> GuardChange:
@@ -96,8 +96,8 @@ class TokenService:
         self._refuse_unknown(instance)
         now = int(self.clock.now().timestamp())
         async with self._lock:
-            guard = await asyncio.to_thread(self.guarding.guards.reopen, instance, now)
-        return await self._in_force(instance, guard)
+            override = await asyncio.to_thread(self.policy_store.overrides.reopen, instance, now)
+        return await self._in_force(instance, override)
 
     async def rotate(self) -> KeyRotation:
         """Let a fresh key sign tokens; those of the two keys before it stay good as long as they would be.
@@ -106,7 +106,7 @@ class TokenService:
             SecretUnreadable: The file of the keys cannot be used; nothing has changed.
             HostRefused: It cannot be written; nothing has changed.
         """
-        keys = self.guarding.keys
+        keys = self.policy_store.keys
         async with self._lock:
             fresh = await asyncio.to_thread(keys.rotate)
             keys.tell()
@@ -119,7 +119,10 @@ class TokenService:
         return done
 
     def _refuse_unknown(self, instance: InstanceId) -> None:
-        if self.inventory.sources_of_instance(instance) or instance in self.guarding.guards.guards:
+        if (
+            self.inventory.sources_of_instance(instance)
+            or instance in self.policy_store.overrides.overrides
+        ):
             return
         missing = [name for name, there in self.inventory.sources.items() if not there]
         hint = "imdsproxy instance list"
@@ -127,7 +130,7 @@ class TokenService:
             hint = f"source {', '.join(missing)} is not in sync yet and may tell of it: try again"
         raise NotFound(f"there is no instance {instance}", hint=hint)
 
-    async def _in_force(self, instance: InstanceId, guard: Guard) -> GuardChange:
+    async def _in_force(self, instance: InstanceId, override: OperatorOverride) -> GuardChange:
         learned = self.records.learned.items()
         keys = self.inventory.addresses_of(instance)
         keys |= {key for key, entry in learned if entry.instance == instance}
@@ -145,8 +148,8 @@ class TokenService:
             )
         return GuardChange(
             instance,
-            guard.epoch,
-            guard.reopened_at or None,
+            override.epoch,
+            override.reopened_at or None,
             applied=not pending,
             pending=tuple(pending),
         )

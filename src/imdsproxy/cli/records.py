@@ -234,7 +234,7 @@ def order_instance(run: Invocation, name: str, order: str, done: str) -> None:
         run: The command.
         name: The instance's id.
         order: The last part of its route.
-        done: What is said when it is done.
+        done: The message once it is done.
     """
     answer = run.daemon().request("POST", path_to("instances", name, order))
     say_written(run.output, done, cast("Mapping[str, object]", answer))

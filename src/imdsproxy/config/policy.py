@@ -107,8 +107,8 @@ class PolicySettings(Section):
         )
 
 
-def _each(said: Mapping[str, PolicyRulesSettings]) -> dict[str, PolicyRules]:
-    return {name: one.rules() for name, one in said.items()}
+def _each(sections: Mapping[str, PolicyRulesSettings]) -> dict[str, PolicyRules]:
+    return {name: one.rules() for name, one in sections.items()}
 
 
 class TokensSettings(Section):
@@ -117,9 +117,9 @@ class TokensSettings(Section):
     count_reads: Annotated[Literal["off", "sampled", "all"], OffIsFalse] = setting(
         "sampled",
         "Count, for `imdsproxy token report`, who reads without a token where none is required: none, one read in "
-        f"{ONE_IN} by chance, or each. A sample costs HAProxy 1 to 5 % more instructions a request and finds whoever "
-        "reads a hundred times; each costs 9 to 53 % more, and finds whoever reads once. What is refused because a "
-        "token is required is counted always, each time.",
+        f"{ONE_IN} by chance, or each. A sample costs HAProxy 1 to 5 % more instructions a request and finds a guest "
+        "that reads a hundred times; each costs 9 to 53 % more, and finds one that reads once. What is refused because "
+        "a token is required is counted always, each time.",
         Change.RELOAD,
     )
 

@@ -16,8 +16,7 @@ from imdsproxy.anti_spoofing.kernel import KernelHopLimits, KernelMacFilters
 from imdsproxy.anti_spoofing.mac_filters import MacFilters
 from imdsproxy.app.companion import Companion, CompanionLauncher, SpawnCompanion, UnitCompanion
 from imdsproxy.app.compiled_files import DiskFiles
-from imdsproxy.app.guarding import Guarding
-from imdsproxy.app.guards import GuardFile
+from imdsproxy.app.policy_store import OverrideFile, PolicyStore
 from imdsproxy.app.rule_sets import RuleSets
 from imdsproxy.app.token_keys import TokenKeys
 from imdsproxy.config.schema import Settings, Supervisor
@@ -55,7 +54,7 @@ __all__ = [
     "build_companion",
     "build_files",
     "build_mac_filters",
-    "open_guarding",
+    "open_policy_store",
     "build_haproxy",
     "build_hop_limits",
     "build_host",
@@ -206,7 +205,7 @@ def build_rule_sets(layout: Layout, applier: RecordApplier, clock: Clock) -> Rul
     return sets
 
 
-def open_guarding(settings: Settings, layout: Layout) -> Guarding:
+def open_policy_store(settings: Settings, layout: Layout) -> PolicyStore:
     """What guests may read, with the keys where HAProxy finds them; the first one is made where there is none.
 
     Raises:
@@ -216,11 +215,11 @@ def open_guarding(settings: Settings, layout: Layout) -> Guarding:
     # A revocation that a power cut takes back would make tokens good again.
     write = partial(write_atomic, mode=0o600, durable=True)
     keys = TokenKeys(layout.token_keys, layout.token_keys_map, write, SystemRandom().randbytes)
-    guarding = Guarding(keys, GuardFile(layout.guards, write))
-    guarding.read(settings)
-    guarding.guards.load()
+    policy_store = PolicyStore(keys, OverrideFile(layout.guards, write))
+    policy_store.read(settings)
+    policy_store.overrides.load()
     keys.write_map()
-    return guarding
+    return policy_store
 
 
 def build_files(settings: Settings, layout: Layout) -> DiskFiles:

@@ -32,7 +32,7 @@ from imdsproxy.controller.build import (
     build_rule_sets,
     build_sources,
     build_spec,
-    open_guarding,
+    open_policy_store,
 )
 from imdsproxy.controller.follow_kernel import PairFollower
 from imdsproxy.controller.reload import SettingsReloader
@@ -110,7 +110,7 @@ class Controller:
         self.with_data_plane = False
         self.kept = kept_sockets(environment, KEPT_WORKERS, os.getpid())
         events, progress, files = Events(), Progress(), build_files(settings, layout)
-        self.guarding = open_guarding(settings, layout)
+        self.policy_store = open_policy_store(settings, layout)
         self.haproxy, applier = build_haproxy(settings, layout, program, clock)
         self.haproxy_version = str(program.version)
         self.sources = build_sources(settings, clock, begin=self.served.wait, progress=progress)
@@ -127,7 +127,7 @@ class Controller:
             self.mac_filters,
             self.hop_limits,
             lambda: nova.routing,
-            self.guarding.book,
+            self.policy_store.book,
             build_rule_sets(layout, applier, clock),
             lambda: holder.settings.documents.region,
             progress=progress,
@@ -177,7 +177,7 @@ class Controller:
         self.audit = Audit(lambda: holder.settings.audit, self._keep_worker)
         self.counting = open_counting(self.haproxy, clock, lambda: holder.settings.tokens.one_in)
         self.reloader = SettingsReloader(
-            holder, layout, clock, notifier, nova, self.guarding, self.records, self.listeners
+            holder, layout, clock, notifier, nova, self.policy_store, self.records, self.listeners
         )
         self.follower = PairFollower(
             self.records, self.lookup, self.mac_filters, self.hop_limits, self.watch
@@ -277,7 +277,7 @@ class Controller:
 
     async def _keep_keys(self) -> None:
         """Keep the keys of session tokens in HAProxy."""
-        await self.guarding.keys.run(self.records.applier)
+        await self.policy_store.keys.run(self.records.applier)
 
     async def _review(self) -> None:
         """Read again what was learned from neighbour tables when its time is over, and look at the unix listener.

@@ -84,7 +84,7 @@ def build_apps(controller: Controller) -> HttpApps:
         LimitWatch(one.haproxy, one.clock, lambda: settings.settings.limits),
         one.companion,
         one.probe,
-        one.guarding,
+        one.policy_store,
         one.audit,
     )
     explainer = Explainer(
@@ -101,7 +101,7 @@ def build_apps(controller: Controller) -> HttpApps:
         RecordReports(inventory, records, listeners, needed),
         RecordService(inventory, records, listeners, one.sources.writable, status.unapplied),
         GuestService(inventory, records, one.lookup, explainer, forwarder, passwords),
-        TokenService(inventory, records, one.guarding, one.clock, status.unapplied),
+        TokenService(inventory, records, one.policy_store, one.clock, status.unapplied),
         one.watching,
         records.progress,
         status.report,

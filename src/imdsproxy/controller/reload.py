@@ -9,7 +9,7 @@ from typing import Final
 
 import structlog
 
-from imdsproxy.app.guarding import Guarding, GuardingChange
+from imdsproxy.app.policy_store import PolicyChange, PolicyStore
 from imdsproxy.app.record_loop import RecordLoop
 from imdsproxy.app.settings_reload import SettingsHolder, with_contents
 from imdsproxy.config.change import SettingsReload
@@ -37,7 +37,7 @@ class SettingsReloader:
     clock: Clock
     notifier: ServiceNotifier
     nova: NovaUpstream
-    guarding: Guarding
+    policy_store: PolicyStore
     records: RecordLoop
     listeners: ListenerLoop
     _tasks: set[asyncio.Task[None]] = field(default_factory=set)
@@ -68,12 +68,12 @@ class SettingsReloader:
         self.notifier.reloading(int(self.clock.monotonic() * 1e6))
         before, remade = self.nova.backends(), False
         routing = self.nova.routing
-        guarding = GuardingChange(records=False, keys=False)
+        policy_store = PolicyChange(records=False, keys=False)
 
         def accept(after: Settings) -> None:
-            nonlocal remade, guarding
+            nonlocal remade, policy_store
             prepare_jail(after, self.layout)
-            guarding = self.guarding.read(after)
+            policy_store = self.policy_store.read(after)
             remade = self.nova.read(after.nova)
             # Which is in every record that is compiled, as Nova's signatures are.
             remade |= after.documents.region != self.holder.settings.documents.region
@@ -86,16 +86,16 @@ class SettingsReloader:
         if self.nova.backends() != before:
             # Also where the settings are the same, and a file that they name is not.
             result = replace(result, haproxy_reloaded=True)
-        if guarding.keys:
+        if policy_store.keys:
             result = with_contents(result, ("tokens.key_file",))
-        if not (remade or guarding.records or guarding.keys or result.haproxy_reloaded):
+        if not (remade or policy_store.records or policy_store.keys or result.haproxy_reloaded):
             return result, None
-        ticket = self.records.resync() if remade or guarding.records else None
-        return result, self._later(self._take_over(ticket, guarding))
+        ticket = self.records.resync() if remade or policy_store.records else None
+        return result, self._later(self._take_over(ticket, policy_store))
 
-    async def _take_over(self, ticket: int | None, guarding: GuardingChange) -> None:
-        if guarding.keys:
-            await self.guarding.keys.told()
+    async def _take_over(self, ticket: int | None, policy_store: PolicyChange) -> None:
+        if policy_store.keys:
+            await self.policy_store.keys.told()
         # Rules that take another signature, or another set, find it in the records already.
         if ticket is not None:
             await self.records.tickets.wait(ticket)

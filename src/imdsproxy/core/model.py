@@ -15,7 +15,7 @@ from hashlib import blake2b
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 from typing import Final, NewType, TypeAlias
 
-from imdsproxy.core.policy import NOTHING_SAID, PolicyRules
+from imdsproxy.core.policy import NO_RULES, PolicyRules
 
 __all__ = [
     "BridgeListener",
@@ -153,7 +153,7 @@ class Network:
     mtu: int | None = None
     scope: Scope = Scope.NETWORK
     mac_check: bool = True
-    policy: PolicyRules = NOTHING_SAID
+    policy: PolicyRules = NO_RULES
 
     @property
     def checks_macs(self) -> bool:
@@ -254,7 +254,7 @@ class Instance:
     instance_type: str | None = None
     dialects: frozenset[Dialect] = field(default_factory=lambda: frozenset(Dialect))
     upstream: Upstream = Upstream.EMBEDDED
-    policy: PolicyRules = NOTHING_SAID
+    policy: PolicyRules = NO_RULES
     created_at: int | None = None
 
     @property

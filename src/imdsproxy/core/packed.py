@@ -27,7 +27,7 @@ from imdsproxy.core.model import (
     StoredBytes,
     Upstream,
 )
-from imdsproxy.core.policy import NOTHING_SAID, PolicyRules
+from imdsproxy.core.policy import NO_RULES, PolicyRules
 
 __all__ = ["FORMAT", "Fetch", "PackedInstance", "PackedInstances", "PackedPairs"]
 
@@ -134,7 +134,7 @@ class PackedInstances(MutableMapping[InstanceId, Instance]):
         if isinstance(packed, bytes):
             return packed
         data, user_data, vendor_data, policy = packed
-        beside = isinstance(user_data, bytes) or vendor_data is not None or policy != NOTHING_SAID
+        beside = isinstance(user_data, bytes) or vendor_data is not None or policy != NO_RULES
         return None if beside else data
 
     def put_plain(self, key: InstanceId, data: bytes, fetch: Fetch | None) -> None:
@@ -145,7 +145,7 @@ class PackedInstances(MutableMapping[InstanceId, Instance]):
             data: The bytes.
             fetch: Gets its user-data, where it has any.
         """
-        self._packed[key] = data if fetch is None else (data, fetch, None, NOTHING_SAID)
+        self._packed[key] = data if fetch is None else (data, fetch, None, NO_RULES)
 
     def take(self, key: InstanceId, other: Mapping[InstanceId, Instance]) -> bool:
         """Have what `other` has for a key; whether that changed anything here."""
@@ -219,7 +219,7 @@ def _pack(instance: Instance) -> _Packed:
     user_data = stored.fetch if isinstance(stored, StoredBytes) else stored
     packed = _compress(record)
     beside = user_data, instance.vendor_data, instance.policy
-    return packed if beside == (None, None, NOTHING_SAID) else (packed, *beside)
+    return packed if beside == (None, None, NO_RULES) else (packed, *beside)
 
 
 def _pack_address(address: IpAddress) -> int | str:
@@ -228,7 +228,7 @@ def _pack_address(address: IpAddress) -> int | str:
 
 def _unpack(key: InstanceId, packed: _Packed) -> Instance:
     if isinstance(packed, bytes):
-        packed = packed, None, None, NOTHING_SAID
+        packed = packed, None, None, NO_RULES
     data, user_data, vendor_data, policy = packed
     # What comes out is what `_pack` has put in.
     record: list[Any] = _decompress(data)

@@ -69,7 +69,7 @@ class PathWord(StrEnum):
     """403, with a token too."""
 
     ALLOW = "allow"
-    """Served, with or without a token as the tree's mode has it: it takes back what was said of more."""
+    """Served, with or without a token as the tree's mode has it: it undoes a rule for more paths."""
 
     REQUIRED = "required"
     """401 without a token; in other trees than EC2's once the boot is over."""
@@ -95,9 +95,9 @@ class PathFault:
     hint: str
 
 
-def sort_paths(said: Iterable[tuple[str, PathWord]]) -> PathRules:
+def sort_paths(rules: Iterable[tuple[str, PathWord]]) -> PathRules:
     """The rules of a mapping."""
-    return tuple(sorted(said))
+    return tuple(sorted(rules))
 
 
 def undo_spelling(path: bytes) -> bytes | None:
@@ -175,16 +175,16 @@ def find_rule(rules: PathRules, plain: str) -> tuple[str, PathWord] | None:
     return max(found, key=lambda rule: len(rule[0]), default=None)
 
 
-def fold_paths(said: Iterable[tuple[_Scope, PathRules]]) -> dict[str, tuple[PathWord, _Scope]]:
+def fold_paths(scopes: Iterable[tuple[_Scope, PathRules]]) -> dict[str, tuple[PathWord, _Scope]]:
     """Rules of which the longest that covers a path is that of the most specific scope which says something of it.
 
-    What a scope says of a path takes away what less specific ones said of it and beneath it.
+    A rule for a path removes the rules of less specific scopes for it and for what is beneath it.
 
     Args:
-        said: From the least specific scope to the most.
+        scopes: From the least specific to the most.
     """
     folded: dict[str, tuple[PathWord, _Scope]] = {}
-    for scope, rules in said:
+    for scope, rules in scopes:
         for path in [path for path in folded if any(covers(rule, path) for rule, _ in rules)]:
             del folded[path]
         folded.update({path: (word, scope) for path, word in rules})
@@ -203,8 +203,8 @@ def path_of_rule(name: str) -> str | None:
 
 def set_id(rules: PathRules) -> str:
     """What a record refers to them by: made of all that they say, so that a set never changes."""
-    said = "".join(f"{path} {word.letter}\n" for path, word in rules)
-    return hashlib.sha256(said.encode()).hexdigest()[:_ID_LENGTH]
+    text = "".join(f"{path} {word.letter}\n" for path, word in rules)
+    return hashlib.sha256(text.encode()).hexdigest()[:_ID_LENGTH]
 
 
 def render_set(rules: PathRules) -> dict[str, str]:

@@ -14,7 +14,7 @@ from imdsproxy.core.model import Instance, InstanceId, NetworkId, Upstream
 from imdsproxy.core.nova import NovaRouting
 from imdsproxy.core.observation import AddressKey, Conflict
 from imdsproxy.core.path_rules import PathRules, set_id
-from imdsproxy.core.policy import NOTHING_SAID, PolicyBook, PolicyPlace
+from imdsproxy.core.policy import NO_RULES, PolicyBook, PolicyPlace
 from imdsproxy.core.wire import MAP_CONFLICT, EmbeddedRecord, MapRecord, render_map_value
 
 __all__ = [
@@ -116,7 +116,7 @@ def policy_place(
         instance: Whose address it is.
     """
     known = inventory.networks.get(network)
-    of_network = NOTHING_SAID if known is None else known.policy
+    of_network = NO_RULES if known is None else known.policy
     return PolicyPlace(network, project, instance.id, of_network, instance.policy)
 
 

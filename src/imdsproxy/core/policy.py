@@ -28,8 +28,8 @@ __all__ = [
     "DEFAULT",
     "LONGEST_BOOT_S",
     "Folded",
-    "Guard",
-    "NOTHING_SAID",
+    "OperatorOverride",
+    "NO_RULES",
     "Policy",
     "PolicyBook",
     "PolicyPlace",
@@ -66,7 +66,7 @@ class TokenMode(StrEnum):
 
 
 class PolicyScope(StrEnum):
-    """Where a rule is said; a later one is more specific."""
+    """Where a rule is set; a later scope is more specific."""
 
     HOST = "host"
     NETWORK = "network"
@@ -221,29 +221,29 @@ RULES: Final[Mapping[str, Rule]] = {
 """Every rule by its name, in the order of the reference pages."""
 
 DEFAULT: Final = Policy()
-NOTHING_SAID: Final = PolicyRules()
+NO_RULES: Final = PolicyRules()
 _SIMPLE: Final = tuple(name for name in RULES if name != "paths")
 
 
 @dataclass(frozen=True, slots=True)
-class Guard:
-    """What an operator did about one instance, and what it has been through; it outlives every restart.
+class OperatorOverride:
+    """What an operator did about one instance; it outlives every restart.
 
     Attributes:
         epoch: How often its tokens were revoked; each token is of one epoch.
-        reopened_at: When an operator said that it boots anew, Unix time; 0 for never.
+        reopened_at: When an operator let it boot anew, Unix time; 0 for never.
     """
 
     epoch: int = 0
     reopened_at: int = 0
 
 
-_UNTOUCHED: Final = Guard()
+_UNTOUCHED: Final = OperatorOverride()
 
 
 @dataclass(frozen=True, slots=True)
 class Folded:
-    """A policy, and which scope each of its rules comes from; what is not there nobody has said.
+    """A policy, and which scope each of its rules comes from; a rule without a scope is the default.
 
     Attributes:
         origins: By the rule's name; that of one for a path is as `path_rule_name` has it.
@@ -256,17 +256,17 @@ class Folded:
 _NOTHING_FOLDED: Final = Folded(DEFAULT)
 
 
-def fold_policy(said: Iterable[tuple[PolicyScope, PolicyRules]]) -> Folded:
-    """For each rule, and for each path, the most specific scope wins (`core.path_rules.fold_paths`).
+def fold_policy(scopes: Iterable[tuple[PolicyScope, PolicyRules]]) -> Folded:
+    """For each rule, and for each path (`core.path_rules.fold_paths`), the most specific scope wins.
 
     Args:
-        said: From the least specific scope to the most; a scope may come twice, and then its later word wins.
+        scopes: From the least specific to the most. One may come twice, and then its later rules win.
     """
     values: dict[str, object] = {}
     origins: dict[str, PolicyScope] = {}
     of_paths: list[tuple[PolicyScope, PathRules]] = []
-    for scope, rules in said:
-        if rules is NOTHING_SAID:
+    for scope, rules in scopes:
+        if rules is NO_RULES:
             continue
         for name in _SIMPLE:
             value = getattr(rules, name)
@@ -290,37 +290,37 @@ class PolicyBook:
 
     Attributes:
         networks: By the id of a network, or of a router whose guests come through one listener.
-        guards: What operators did, by instance.
+        overrides: What operators did, by instance.
     """
 
-    host: PolicyRules = NOTHING_SAID
+    host: PolicyRules = NO_RULES
     networks: Mapping[str, PolicyRules] = field(default_factory=dict)
     projects: Mapping[str, PolicyRules] = field(default_factory=dict)
     instances: Mapping[str, PolicyRules] = field(default_factory=dict)
-    guards: Mapping[str, Guard] = field(default_factory=dict)
+    overrides: Mapping[str, OperatorOverride] = field(default_factory=dict)
 
     def fold(self, place: PolicyPlace) -> Folded:
         """What is in force for an instance there."""
-        return fold_policy(self._said(place))
+        return fold_policy(self._scopes(place))
 
-    def guard(self, instance: str) -> Guard:
+    def override(self, instance: str) -> OperatorOverride:
         """What an operator did about an instance, or nothing."""
-        return self.guards.get(instance, _UNTOUCHED)
+        return self.overrides.get(instance, _UNTOUCHED)
 
     def word(self, place: PolicyPlace, created_at: int | None) -> tuple[str, PathRules]:
         """The word of `render_policy_word`, and the path rules that it refers to."""
         policy = self.fold(place).policy
-        return render_policy_word(policy, self.guard(place.instance), created_at), policy.paths
+        return render_policy_word(policy, self.override(place.instance), created_at), policy.paths
 
-    def _said(self, place: PolicyPlace) -> Iterator[tuple[PolicyScope, PolicyRules]]:
-        # Settings come after the record of the same scope: who has the host has the last word.
+    def _scopes(self, place: PolicyPlace) -> Iterator[tuple[PolicyScope, PolicyRules]]:
+        # Settings come after the record of the same scope: the host's operator decides last.
         yield PolicyScope.HOST, self.host
         yield PolicyScope.NETWORK, place.of_network
-        yield PolicyScope.NETWORK, self.networks.get(place.network, NOTHING_SAID)
+        yield PolicyScope.NETWORK, self.networks.get(place.network, NO_RULES)
         if place.project is not None:
-            yield PolicyScope.PROJECT, self.projects.get(place.project, NOTHING_SAID)
+            yield PolicyScope.PROJECT, self.projects.get(place.project, NO_RULES)
         yield PolicyScope.INSTANCE, place.of_instance
-        yield PolicyScope.INSTANCE, self.instances.get(place.instance, NOTHING_SAID)
+        yield PolicyScope.INSTANCE, self.instances.get(place.instance, NO_RULES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -336,19 +336,19 @@ class PolicyPlace:
     network: str
     project: str | None
     instance: str
-    of_network: PolicyRules = NOTHING_SAID
-    of_instance: PolicyRules = NOTHING_SAID
+    of_network: PolicyRules = NO_RULES
+    of_instance: PolicyRules = NO_RULES
 
 
-def boot_ends_at(policy: Policy, guard: Guard, created_at: int | None) -> int | None:
-    """When the boot is over, Unix time; `None` where nobody says when it began: then it is over.
+def boot_ends_at(policy: Policy, override: OperatorOverride, created_at: int | None) -> int | None:
+    """When the boot is over, Unix time; `None` without a known begin: then it is over.
 
     Args:
         policy: What is in force.
-        guard: What an operator did.
-        created_at: Of the instance, Unix time; one of which nobody says when it was made has booted already.
+        override: What an operator did.
+        created_at: Of the instance, Unix time. Without it, boot counts as finished.
     """
-    begun = max(created_at or 0, guard.reopened_at)
+    begun = max(created_at or 0, override.reopened_at)
     return begun + policy.boot_grace_s if begun else None
 
 
@@ -365,15 +365,15 @@ def boot_is_over(ends_at: int | None, now: int) -> bool:
     return ends_at is None or not 0 < ends_at - now <= LONGEST_BOOT_S
 
 
-def render_policy_word(policy: Policy, guard: Guard, created_at: int | None) -> str:
+def render_policy_word(policy: Policy, override: OperatorOverride, created_at: int | None) -> str:
     """The word that HAProxy's rules read (`core.policy_word`); empty for the default policy.
 
     Args:
         policy: What is in force.
-        guard: What an operator did.
+        override: What an operator did.
         created_at: As of `boot_ends_at`.
     """
-    if (policy is DEFAULT or policy == DEFAULT) and guard.epoch == 0:
+    if (policy is DEFAULT or policy == DEFAULT) and override.epoch == 0:
         return ""
     modes = (policy.tokens, policy.openstack_tokens, policy.nocloud_tokens)
     # `optional` in the other trees is their default: it is no reason to give tokens where EC2's tree has none.
@@ -394,8 +394,8 @@ def render_policy_word(policy: Policy, guard: Guard, created_at: int | None) -> 
     }
     parts |= {letter: _part_text(letter, on) for letter, on in switches.items()}
     # The first epoch is empty, as it is for a record without a word.
-    parts[policy_word.EPOCH] = str(guard.epoch or "")
-    parts[policy_word.BOOT_END] = str(boot_ends_at(policy, guard, created_at) or 0)
+    parts[policy_word.EPOCH] = str(override.epoch or "")
+    parts[policy_word.BOOT_END] = str(boot_ends_at(policy, override, created_at) or 0)
     parts[policy_word.PATH_SET] = set_id(policy.paths) if policy.paths else ""
     return render_parts(parts)
 

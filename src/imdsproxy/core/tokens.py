@@ -1,6 +1,6 @@
 """Session tokens, as HAProxy makes and checks them: `KID.EXPIRY.MAC`, bound to network, instance and epoch.
 
-A token says nothing and is kept nowhere: whoever has the key can tell a good one. So it outlives reloads and
+A token holds no data and is stored nowhere: any process that has the key can verify it. So it outlives reloads and
 restarts, and works on every host that has the key. (AWS, "Use the Instance Metadata Service to access instance
 metadata"; the form of a token is nowhere prescribed.)
 """
@@ -102,7 +102,7 @@ def parse_token_keys(text: str) -> tuple[TokenKey, ...]:
 
 def render_token_keys(keys: Iterable[TokenKey]) -> str:
     """The reverse of `parse_token_keys`."""
-    head = "# imdsproxy: keys of session tokens, the one in force first; whoever reads them can make tokens\n"
+    head = "# imdsproxy: keys of session tokens, the one in force first; a reader of this file can make tokens\n"
     return head + "".join(f"{key.text}\n" for key in keys)
 
 
@@ -129,7 +129,7 @@ def mint_token(
         epoch: How often its tokens were revoked.
         expires_at: Unix time.
     """
-    said = f"{key.kid}.{expires_at}"
-    bound = f"{said}|{network}|{instance}|{epoch or ''}"
+    head = f"{key.kid}.{expires_at}"
+    bound = f"{head}|{network}|{instance}|{epoch or ''}"
     mac = hmac.new(key.secret, bound.encode("utf-8"), hashlib.sha256).digest()
-    return f"{said}.{base64.urlsafe_b64encode(mac).rstrip(b'=').decode('ascii')}"
+    return f"{head}.{base64.urlsafe_b64encode(mac).rstrip(b'=').decode('ascii')}"

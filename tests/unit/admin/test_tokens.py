@@ -14,8 +14,7 @@ import pytest
 
 from imdsproxy.admin import tokens
 from imdsproxy.admin.tokens import GuardChange, TokenService
-from imdsproxy.app.guarding import Guarding
-from imdsproxy.app.guards import GuardFile
+from imdsproxy.app.policy_store import OverrideFile, PolicyStore
 from imdsproxy.app.record_loop import RecordLoop
 from imdsproxy.app.tickets import Tickets
 from imdsproxy.app.token_keys import TokenKeys
@@ -24,7 +23,7 @@ from imdsproxy.core.identity import Learned
 from imdsproxy.core.inventory import Inventory
 from imdsproxy.core.model import InstanceId
 from imdsproxy.core.observation import AddressKey
-from imdsproxy.core.policy import Guard
+from imdsproxy.core.policy import OperatorOverride
 from imdsproxy.dataplane.records import RecordApplier
 from imdsproxy.errors import NotFound, Problem
 from imdsproxy.host.clock import SystemClock
@@ -79,14 +78,14 @@ class Rig:
     records: _Records = field(default_factory=_Records)
 
     def __post_init__(self) -> None:
-        self.guards = GuardFile(self.directory / "guards.json", _put)
+        self.file = OverrideFile(self.directory / "guards.json", _put)
         self.keys = TokenKeys(
             self.directory / "keys", self.directory / "map", _put, lambda size: b"k" * size
         )
         self.writes = TokenService(
             self.inventory,
             cast("RecordLoop", self.records),
-            Guarding(self.keys, self.guards),
+            PolicyStore(self.keys, self.file),
             _Noon(),
             lambda: (Problem("records", "HAProxy does not answer"),),
         )
@@ -131,7 +130,7 @@ async def test_a_revocation_returns_when_every_address_is_in_force_and_not_befor
     revoking = asyncio.create_task(rig.writes.revoke(_WEB))
     done, _ = await asyncio.wait([revoking], timeout=0.1)
     assert not done
-    assert rig.guards.guards == {_WEB: Guard(1)}, "on disk first"
+    assert rig.file.overrides == {_WEB: OperatorOverride(1)}, "on disk first"
     assert rig.records.touched == {key("n1", "10.0.0.5"), key("n1", "2001:db8::5"), learned[0]}
     await rig.records.end_round()
     assert await revoking == GuardChange(_WEB, 1)
@@ -144,13 +143,13 @@ async def test_a_boot_begins_anew_at_the_second_that_it_is(rig: Rig) -> None:
         await asyncio.sleep(0)
     await rig.records.end_round()
     assert await reopening == GuardChange(_WEB, 0, _NOW)
-    assert rig.guards.guards == {_WEB: Guard(0, _NOW)}
+    assert rig.file.overrides == {_WEB: OperatorOverride(0, _NOW)}
 
 
 async def test_two_at_once_are_two_epochs(rig: Rig) -> None:
     rig.tell()
     both = [asyncio.create_task(rig.writes.revoke(_WEB)) for _ in range(2)]
-    while rig.guards.guards.get(_WEB) != Guard(2):
+    while rig.file.overrides.get(_WEB) != OperatorOverride(2):
         await asyncio.sleep(0.01)
     while not all(one.done() for one in both):
         await rig.records.end_round()
@@ -176,12 +175,12 @@ async def test_nobody_s_instance_is_refused_with_a_hint(rig: Rig, *, in_sync: bo
 async def test_one_that_is_gone_and_was_dealt_with_before_can_be_again(rig: Rig) -> None:
     rig.tell()
     gone = InstanceId("gone")
-    rig.guards.revoke(gone)
+    rig.file.revoke(gone)
     assert await rig.writes.revoke(gone) == GuardChange(gone, 2)
 
 
 async def test_what_haproxy_knows_of_a_source_that_is_silent_is_told(rig: Rig) -> None:
-    rig.guards.revoke(_WEB)
+    rig.file.revoke(_WEB)
     rig.records.applier.state.overlay["n1/10.0.0.5"] = "+1tooo--:1:0:64|web|0f3a9c"
     changed = await rig.writes.revoke(_WEB)
     assert (changed.epoch, changed.applied) == (2, False)

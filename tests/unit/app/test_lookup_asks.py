@@ -31,8 +31,8 @@ from imdsproxy.core.model import (
 from imdsproxy.core.nova import EndpointSet, NovaRouting
 from imdsproxy.core.observation import AddressKey, Conflict, Observation
 from imdsproxy.core.plan import plan_record
-from imdsproxy.core.policy import Guard, PolicyBook, PolicyRules, TokenMode
-from imdsproxy.core.policy_told import NOBODY, PolicyInForce
+from imdsproxy.core.policy import OperatorOverride, PolicyBook, PolicyRules, TokenMode
+from imdsproxy.core.policy_report import DEFAULT_ORIGIN, PolicyInForce
 from imdsproxy.core.wire import MapRecord, NovaRecord, parse_map_value
 from imdsproxy.errors import Problem
 from imdsproxy.serving.resolver import Known, Outcome
@@ -367,7 +367,7 @@ async def test_one_that_neutron_cannot_confirm_is_said_to_be_stale() -> None:
 
 def _origins(told: PolicyInForce | None) -> dict[str, tuple[object, str]]:
     assert told is not None
-    return {one.name: (one.value, one.origin) for one in told.rules if one.origin != NOBODY}
+    return {one.name: (one.value, one.origin) for one in told.rules if one.origin != DEFAULT_ORIGIN}
 
 
 async def test_each_rule_is_told_with_the_scope_that_set_it_and_what_operators_did() -> None:
@@ -380,7 +380,7 @@ async def test_each_rule_is_told_with_the_scope_that_set_it_and_what_operators_d
             "red": PolicyRules(endpoint=False),
         },
         instances={"web": PolicyRules(refuse_forwarded=True)},
-        guards={"web": Guard(2, 41)},
+        overrides={"web": OperatorOverride(2, 41)},
     )
     said: dict[str, tuple[object, str]] = {
         "tokens": ("optional", "project"),

@@ -12,7 +12,7 @@ import pytest
 from imdsproxy.app.rule_sets import RuleSets
 from imdsproxy.core.haproxy.maps import parse_map
 from imdsproxy.core.path_rules import PathRules, PathWord, render_set, set_id
-from imdsproxy.core.policy import Guard, Policy, render_policy_word
+from imdsproxy.core.policy import OperatorOverride, Policy, render_policy_word
 from imdsproxy.dataplane.master import MasterClient
 from imdsproxy.dataplane.records import RecordApplier
 from imdsproxy.errors import HostRefused, RuntimeUnavailable
@@ -36,7 +36,7 @@ def _sets(*rules: PathRules) -> dict[str, PathRules]:
 
 
 def _record(rules: PathRules) -> str:
-    return f"{render_policy_word(Policy(paths=rules), Guard(), None)}|web|r1"
+    return f"{render_policy_word(Policy(paths=rules), OperatorOverride(), None)}|web|r1"
 
 
 @dataclass

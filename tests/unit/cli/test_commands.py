@@ -25,7 +25,7 @@ from imdsproxy.core.model import BridgeListener, Dialect, InstanceId, NamespaceL
 from imdsproxy.core.nova import EndpointSet, NovaRouting
 from imdsproxy.core.path_rules import PathRules, PathWord
 from imdsproxy.core.policy import (
-    NOTHING_SAID,
+    NO_RULES,
     RULES,
     PolicyBook,
     PolicyRules,
@@ -153,7 +153,7 @@ def test_the_policy_of_a_record_is_said_by_flags_rule_by_rule(filled: Cli, kind:
     filled(kind, "set", name, "--tokens", "off", "--no-seal-user-data")
     assert policy() == PolicyRules(tokens=TokenMode.OFF, seal_user_data=False)
     filled(kind, "set", name, "--clear", "policy")
-    assert policy() == NOTHING_SAID
+    assert policy() == NO_RULES
     refused = filled(kind, "set", name, "--tokens", "sometimes")
     assert refused.status != 0
     assert "policy.tokens" in refused.err
@@ -742,7 +742,7 @@ def test_explain_says_who_why_and_from_where(filled: Cli) -> None:
 
 
 def test_explain_says_what_the_guest_may_and_who_said_so(filled: Cli) -> None:
-    filled.server.guarding._said = PolicyBook(
+    filled.server.policy_store._book = PolicyBook(
         host=PolicyRules(tokens=TokenMode.REQUIRED), networks={"blue": PolicyRules(endpoint=False)}
     )
     words = " ".join(filled("explain", "--network", "blue", "--from", "10.0.0.5").out.split())
@@ -763,7 +763,7 @@ def test_explain_says_what_the_guest_may_and_who_said_so(filled: Cli) -> None:
 
 
 def test_explain_says_which_rule_decides_about_a_path(filled: Cli) -> None:
-    filled.server.guarding._said = PolicyBook(
+    filled.server.policy_store._book = PolicyBook(
         projects={"p1": PolicyRules(tokens=TokenMode.REQUIRED)},
         instances={"web-1": PolicyRules(tokens=TokenMode.REQUIRED)},
     )

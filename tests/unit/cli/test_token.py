@@ -10,7 +10,7 @@ import pytest
 from imdsproxy.admin import tokens
 from imdsproxy.cli.main import main
 from imdsproxy.core.model import InstanceId
-from imdsproxy.core.policy import Guard
+from imdsproxy.core.policy import OperatorOverride
 from imdsproxy.errors import Problem
 from support.admin_server import NOW, AdminServer, admin_server
 
@@ -44,13 +44,13 @@ def test_tokens_are_revoked_and_a_boot_is_opened_again(
     assert revoked == (0, "done: all tokens of instance web-1 revoked\n", "")
     reopened = _run(server, capsys, "instance", "reopen", "web-1")
     assert reopened == (0, "done: instance web-1 boots anew\n", "")
-    assert server.guarding.guards.guards == {_WEB: Guard(1, NOW)}
+    assert server.policy_store.overrides.overrides == {_WEB: OperatorOverride(1, NOW)}
 
 
 def test_a_revocation_says_that_hosts_with_the_same_keys_do_not_hear_of_it(
     server: AdminServer, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    server.guarding.keys._path = Path("/etc/imdsproxy/token-keys")
+    server.policy_store.keys._path = Path("/etc/imdsproxy/token-keys")
     status, out, _ = _run(server, capsys, "token", "revoke", "web-1")
     assert status == 0
     assert "good on every other host that has the keys of /etc/imdsproxy/token-keys" in out
@@ -62,7 +62,7 @@ def test_rotation_tells_the_new_key_by_its_name(
 ) -> None:
     status, out, _ = _run(server, capsys, "token", "rotate")
     assert status == 0
-    keys = server.guarding.keys
+    keys = server.policy_store.keys
     assert out == f"done: key {keys.keys[0].kid} signs tokens, {keys.path} has it\n"
     assert len(keys.keys) == 2
 

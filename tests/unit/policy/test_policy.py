@@ -7,8 +7,8 @@ import pytest
 from imdsproxy.core.path_rules import PathRules, PathWord, set_id
 from imdsproxy.core.policy import (
     DEFAULT,
-    NOTHING_SAID,
-    Guard,
+    NO_RULES,
+    OperatorOverride,
     Policy,
     PolicyBook,
     PolicyPlace,
@@ -27,7 +27,7 @@ _BORN = 1_795_000_000
 
 
 def test_where_nothing_is_said_the_default_is_in_force() -> None:
-    folded = fold_policy([(PolicyScope.HOST, NOTHING_SAID)])
+    folded = fold_policy([(PolicyScope.HOST, NO_RULES)])
     assert folded.policy == DEFAULT
     assert folded.origins == ()
 
@@ -73,7 +73,7 @@ def test_settings_have_the_last_word_over_a_record_of_the_same_scope() -> None:
 
 
 def test_the_default_needs_no_word() -> None:
-    assert render_policy_word(DEFAULT, Guard(), _BORN) == ""
+    assert render_policy_word(DEFAULT, OperatorOverride(), _BORN) == ""
     # A boot that ends later is no difference while nothing depends on its end.
     assert PolicyBook().word(_PLACE, None) == ("", ())
 
@@ -95,7 +95,7 @@ def test_the_default_needs_no_word() -> None:
     ],
 )
 def test_each_rule_has_its_place_in_the_word(policy: Policy, word: str) -> None:
-    assert render_policy_word(policy, Guard(), _BORN) == word
+    assert render_policy_word(policy, OperatorOverride(), _BORN) == word
 
 
 def test_without_tokens_for_ec2_there_is_a_token_route_only_where_another_tree_requires_them() -> (
@@ -103,22 +103,24 @@ def test_without_tokens_for_ec2_there_is_a_token_route_only_where_another_tree_r
 ):
     off = TokenMode.OFF
     for others in (off, TokenMode.OPTIONAL):
-        word = render_policy_word(Policy(True, off, others, others), Guard(), None)
+        word = render_policy_word(Policy(True, off, others, others), OperatorOverride(), None)
         assert word.startswith("+1-ooo")
-    word = render_policy_word(Policy(True, off, TokenMode.REQUIRED, off), Guard(), None)
+    word = render_policy_word(Policy(True, off, TokenMode.REQUIRED, off), OperatorOverride(), None)
     assert word.startswith("+1toro")
 
 
 def test_revoked_tokens_are_of_another_epoch_whatever_the_policy() -> None:
-    assert render_policy_word(DEFAULT, Guard(epoch=3), _BORN) == "+1tooo---:3:1795000900:64"
+    assert (
+        render_policy_word(DEFAULT, OperatorOverride(epoch=3), _BORN) == "+1tooo---:3:1795000900:64"
+    )
 
 
 def test_who_is_not_known_to_be_new_has_booted() -> None:
-    assert "::0:" in render_policy_word(Policy(seal_user_data=True), Guard(), None)
+    assert "::0:" in render_policy_word(Policy(seal_user_data=True), OperatorOverride(), None)
 
 
 def test_an_operator_opens_a_boot_again() -> None:
-    guard = Guard(reopened_at=_BORN + 5000)
+    guard = OperatorOverride(reopened_at=_BORN + 5000)
     word = render_policy_word(Policy(seal_user_data=True), guard, _BORN)
     assert f":{_BORN + 5900}:" in word
     assert f":{_BORN + 5900}:" in render_policy_word(Policy(seal_user_data=True), guard, None)
@@ -136,7 +138,7 @@ _DENIED: PathRules = (("/latest/user-data", PathWord.DENY),)
     ],
 )
 def test_what_is_said_of_paths_is_a_set_that_the_word_names(policy: Policy, word: str) -> None:
-    said = render_policy_word(replace(policy, paths=_DENIED), Guard(), _BORN)
+    said = render_policy_word(replace(policy, paths=_DENIED), OperatorOverride(), _BORN)
     assert said == f"{word}{set_id(_DENIED)}"
     assert rule_set_of(said) == set_id(_DENIED)
     assert rule_set_of(f"{said}|web|r1") == set_id(_DENIED)
@@ -162,14 +164,16 @@ def test_where_nothing_is_said_of_paths_there_is_no_set(value: str) -> None:
 )
 def test_the_boot_counts_where_another_trees_path_takes_a_token(path: str, *, counts: bool) -> None:
     for word in PathWord:
-        said = render_policy_word(Policy(paths=((path, word),)), Guard(), _BORN)
+        said = render_policy_word(Policy(paths=((path, word),)), OperatorOverride(), _BORN)
         assert said[8] == ("b" if counts and word is PathWord.REQUIRED else "-")
 
 
 def test_tokens_are_given_where_a_path_takes_one_although_they_are_off() -> None:
     for word in PathWord:
         paths = (("/latest/user-data", word),)
-        said = render_policy_word(Policy(tokens=TokenMode.OFF, paths=paths), Guard(), None)
+        said = render_policy_word(
+            Policy(tokens=TokenMode.OFF, paths=paths), OperatorOverride(), None
+        )
         assert said[2] == ("t" if word is PathWord.REQUIRED else "-")
 
 

@@ -13,7 +13,7 @@ from imdsproxy.core import policy_word
 from imdsproxy.core.policy import (
     DEFAULT,
     RULES,
-    Guard,
+    OperatorOverride,
     Policy,
     PolicyRules,
     Rule,
@@ -49,9 +49,9 @@ def test_no_two_parts_of_the_word_have_one_place() -> None:
     assert {rule.part for rule in RULES.values()} - {None} <= set(_PARTS.values())
 
 
-@given(policies, st.builds(Guard, st.integers(0, 99), st.integers(0, 10**9)))
+@given(policies, st.builds(OperatorOverride, st.integers(0, 99), st.integers(0, 10**9)))
 def test_each_part_is_read_from_the_word_as_it_was_written(
-    rules: PolicyRules, guard: Guard
+    rules: PolicyRules, guard: OperatorOverride
 ) -> None:
     given = {one.name: getattr(rules, one.name) for one in fields(rules)}
     policy = replace(DEFAULT, **{name: one for name, one in given.items() if one is not None})

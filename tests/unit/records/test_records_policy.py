@@ -8,7 +8,7 @@ from imdsproxy.config.policy import PolicyRulesSettings
 from imdsproxy.config.strict_yaml import Decoded, decode_yaml
 from imdsproxy.core.model import Instance, Network
 from imdsproxy.core.path_rules import MOST_PATH_RULES, PathWord
-from imdsproxy.core.policy import NOTHING_SAID, RULES, PolicyRules, Rule, TokenMode
+from imdsproxy.core.policy import NO_RULES, RULES, PolicyRules, Rule, TokenMode
 from imdsproxy.core.records import Refused, parse_instance, parse_network, parse_records
 
 _INSTANCE: dict[str, object] = {"id": "i-1", "name": "web"}
@@ -40,8 +40,8 @@ def test_every_rule_can_be_set(rule: Rule) -> None:
 
 @pytest.mark.parametrize("policy", [None, {}, {"tokens": None}, {"paths": {}}, {"paths": None}])
 def test_what_is_not_said_is_left_to_other_scopes(policy: object) -> None:
-    assert _of_instance(policy) == NOTHING_SAID
-    assert _of_network(policy) == NOTHING_SAID
+    assert _of_instance(policy) == NO_RULES
+    assert _of_network(policy) == NO_RULES
 
 
 @pytest.mark.parametrize("key", ["tokens", "openstack_tokens", "nocloud_tokens"])

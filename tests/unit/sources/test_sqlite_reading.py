@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from imdsproxy.app.guards import GuardFile, read_guards
+from imdsproxy.app.policy_store import OverrideFile, read_overrides
 from imdsproxy.core.model import InstanceId
 from imdsproxy.core.policy import Policy, render_policy_word
 from imdsproxy.errors import SourceUnavailable
@@ -69,7 +69,7 @@ def test_what_was_sealed_stays_so_where_the_store_and_the_state_are_copied_to(
     here, there = tmp_path / "here", tmp_path / "there"
     here.mkdir()
     _fill(here / "store.sqlite").close()
-    guards = GuardFile(here / "guards.json", _write)
+    guards = OverrideFile(here / "guards.json", _write)
     guards.revoke(_WEB)
     guards.reopen(_WEB, _BORN + 50)
     shutil.copytree(here, there)
@@ -79,6 +79,6 @@ def test_what_was_sealed_stays_so_where_the_store_and_the_state_are_copied_to(
         store.put([], [replace(instance("web", "10.0.0.5"), user_data=b"new")])
         again = store.load().instances[_WEB]
     assert (web.created_at, again.created_at) == (_BORN, _BORN)
-    guard = read_guards(there / "guards.json")[_WEB]
+    guard = read_overrides(there / "guards.json")[_WEB]
     word = render_policy_word(Policy(seal_user_data=True, boot_grace_s=60), guard, again.created_at)
     assert word.split(":")[1:3] == ["1", str(_BORN + 50 + 60)]

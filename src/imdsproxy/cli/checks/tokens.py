@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
-from imdsproxy.app.guards import read_guards
+from imdsproxy.app.policy_store import read_overrides
 from imdsproxy.app.token_keys import read_token_keys
 from imdsproxy.cli.checks.finding import Area, Finding
 from imdsproxy.config.schema import Settings
@@ -19,7 +19,7 @@ from imdsproxy.core.observation import Observation, SourceName
 from imdsproxy.core.open_trees import USER_DATA, OpenUserData, open_user_data
 from imdsproxy.core.policy import (
     DEFAULT,
-    NOTHING_SAID,
+    NO_RULES,
     PolicyBook,
     PolicyRules,
     PolicyScope,
@@ -180,7 +180,7 @@ def check_token_keys(settings: Settings, default: Path) -> list[Finding]:
 def check_guards(path: Path) -> list[Finding]:
     """What operators did about instances can be read; `run` does not start where it cannot."""
     try:
-        guards = read_guards(path)
+        guards = read_overrides(path)
     except ImdsproxyError as error:
         return _TOKENS.of(error)
     if not guards:
@@ -205,5 +205,5 @@ def _scopes(book: PolicyBook) -> Iterator[tuple[str, PolicyScope, PolicyRules]]:
         ("instances", PolicyScope.INSTANCE, book.instances),
     ):
         for name, rules in scopes.items():
-            if rules != NOTHING_SAID:
+            if rules != NO_RULES:
                 yield f"policy.{section}.{name}", scope, rules

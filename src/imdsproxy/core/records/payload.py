@@ -86,7 +86,7 @@ def _decode_base64(field: Field) -> bytes | None:
         try:
             return base64.b64decode(field.value, validate=True)
         except (binascii.Error, ValueError):
-            pass  # told below, with everything else that is no base64
+            pass  # refused below, with everything else that is no base64
     field.refuse("is not base64 (RFC 4648 §4)", "A-Z a-z 0-9 + / and = at the end")
     return None
 

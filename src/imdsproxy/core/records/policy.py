@@ -11,7 +11,7 @@ from imdsproxy.core.path_rules import (
     find_path_fault,
     sort_paths,
 )
-from imdsproxy.core.policy import NOTHING_SAID, RULES, PolicyRules, Rule, TokenMode
+from imdsproxy.core.policy import NO_RULES, RULES, PolicyRules, Rule, TokenMode
 from imdsproxy.core.records.fields import Field
 from imdsproxy.core.records.schema import SWITCH, Key, Kind, Table, choice_of, number_between
 
@@ -72,5 +72,5 @@ POLICY: Final = Table(
     "What guests may read and how; what is missing is left to less specific scopes. Settings have the same fields for "
     "the host, networks, projects and instances, and win over a record of the same scope.",
     *map(_key, RULES.values()),
-    make=lambda **rules: PolicyRules(**rules) if rules else NOTHING_SAID,
+    make=lambda **rules: PolicyRules(**rules) if rules else NO_RULES,
 )

@@ -1,24 +1,32 @@
-"""What HAProxy's rules (`core.haproxy.access_rules`) answer to one request for a path, said by the same policy word.
+"""A policy as `explain` shows it: each rule with the scope that sets it, and what it does to one request.
 
-For `explain`: the rules themselves tell nobody which of them it was. An integration test holds the two together.
+HAProxy's rules (`core.haproxy.access_rules`) do not say which of them refused. `decide_read` decides by the same policy
+word; an integration test holds the two together.
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
-from typing import Final
+from dataclasses import dataclass, fields
+from typing import Final, TypeAlias
 
 from imdsproxy.core.path_rules import (
     TOKEN_PATH,
     PathRules,
     PathWord,
     find_rule,
+    path_of_rule,
     path_rule_name,
     plain_path,
     undo_spelling,
 )
-from imdsproxy.core.policy import boot_is_over
+from imdsproxy.core.policy import (
+    Folded,
+    OperatorOverride,
+    boot_ends_at,
+    boot_is_over,
+    render_policy_word,
+)
 from imdsproxy.core.policy_word import (
     BOOT_END,
     ENDPOINT,
@@ -30,7 +38,86 @@ from imdsproxy.core.policy_word import (
     TOKENS,
 )
 
-__all__ = ["Decided", "decide_read"]
+RuleValue: TypeAlias = bool | int | str | tuple[str, ...]
+
+DEFAULT_ORIGIN: Final = "default"
+"""The origin of a rule that no scope sets."""
+
+
+@dataclass(frozen=True, slots=True)
+class RuleInForce:
+    """One rule.
+
+    Attributes:
+        name: As the settings have it; each path rule has one of its own (`path_rule_name`).
+        origin: The scope that set it: `host`, `network`, `project` or `instance`; `default` where none did.
+    """
+
+    name: str
+    value: RuleValue
+    origin: str
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyInForce:
+    """What a guest may read, and which scope sets it.
+
+    Attributes:
+        token_epoch: How often the instance's tokens were revoked.
+        boot_ends_at: When the boot is over, Unix time; `None` without a creation time.
+        boot_over: What is locked after the boot is locked.
+        reopened_at: When an operator let it boot anew, Unix time; `None` for never.
+        word: What HAProxy goes by, empty where that is the default.
+    """
+
+    rules: tuple[RuleInForce, ...]
+    token_epoch: int
+    boot_ends_at: int | None
+    boot_over: bool
+    reopened_at: int | None
+    word: str
+
+    @property
+    def endpoint_off(self) -> bool:
+        """Every request is refused."""
+        return bool(self.word) and not ENDPOINT.is_on(self.word)
+
+    @property
+    def paths(self) -> PathRules:
+        """The rules for paths among them."""
+        named = ((path_of_rule(rule.name), rule.value) for rule in self.rules)
+        return tuple((path, PathWord(str(word))) for path, word in named if path is not None)
+
+
+def report_policy(
+    folded: Folded, override: OperatorOverride, created_at: int | None, now: int
+) -> PolicyInForce:
+    """A policy with its origins.
+
+    Args:
+        folded: For one instance in one network.
+        override: What an operator did about the instance.
+        created_at: Of the instance, Unix time, if known.
+        now: Unix time.
+    """
+    origins = dict(folded.origins)
+    values = {one.name: getattr(folded.policy, one.name) for one in fields(folded.policy)}
+    for path, word in values.pop("paths"):
+        values[path_rule_name(path)] = word.value
+    rules = tuple(
+        RuleInForce(name, value, origins[name].value if name in origins else DEFAULT_ORIGIN)
+        for name, value in values.items()
+    )
+    ends = boot_ends_at(folded.policy, override, created_at)
+    return PolicyInForce(
+        rules,
+        override.epoch,
+        ends,
+        boot_over=boot_is_over(ends, now),
+        reopened_at=override.reopened_at or None,
+        word=render_policy_word(folded.policy, override, created_at),
+    )
+
 
 _TOKEN_ROUTE: Final = TOKEN_PATH.encode()
 _UP: Final = re.compile(rb"(?:^|/)\.\.(?:/|$)")
@@ -103,14 +190,14 @@ def _read(word: str, now: int, path: bytes, paths: PathRules, *, token: bool) ->
             tree, rule, required = begin, name, mode.is_on(word)
     locked = rule == "tokens" or booted
     since = "" if rule == "tokens" else ", since the boot is over"
-    said = find_rule(paths, plain_path(path).decode("latin-1"))
-    if said is not None:
-        by, what = path_rule_name(said[0]), f"{said[0]} and what is beneath it"
-        if said[1] is PathWord.DENY:
+    found = find_rule(paths, plain_path(path).decode("latin-1"))
+    if found is not None:
+        by, what = path_rule_name(found[0]), f"{found[0]} and what is beneath it"
+        if found[1] is PathWord.DENY:
             return Decided(403, by, f"{what} is denied")
-        if said[1] is PathWord.REQUIRED and locked and not token:
+        if found[1] is PathWord.REQUIRED and locked and not token:
             return Decided(401, by, f"{what} takes a token{since}")
-        if said[1] is not PathWord.ALLOW:
+        if found[1] is not PathWord.ALLOW:
             required = False
     if required and not token and locked:
         return Decided(401, rule, f"{tree} takes a token{since}")

@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 
 from imdsproxy.core.path_rules import PathWord
-from imdsproxy.core.policy import Guard, Policy, TokenMode, render_policy_word
-from imdsproxy.core.policy_decides import decide_read
+from imdsproxy.core.policy import OperatorOverride, Policy, TokenMode, render_policy_word
+from imdsproxy.core.policy_report import decide_read
 
 _NOW = 1_795_000_000
 _REQUIRED = TokenMode.REQUIRED
@@ -15,7 +15,7 @@ _META = "/openstack/latest/meta_data.json"
 def _decided(
     policy: Policy, target: str, *, token: bool = False, born: int | None = None, epoch: int = 0
 ) -> tuple[int | None, str]:
-    word = render_policy_word(policy, Guard(epoch), born)
+    word = render_policy_word(policy, OperatorOverride(epoch), born)
     decided = decide_read(word, _NOW, target, token=token, paths=policy.paths)
     assert bool(decided.rule) == bool(decided.why) == (decided.status is not None)
     return decided.status, decided.rule

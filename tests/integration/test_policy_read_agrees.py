@@ -25,12 +25,12 @@ from imdsproxy.core.path_rules import PathRules, PathWord, render_set, sort_path
 from imdsproxy.core.policy import (
     BOOT_GRACE_S,
     LONGEST_BOOT_S,
-    Guard,
+    OperatorOverride,
     Policy,
     TokenMode,
     render_policy_word,
 )
-from imdsproxy.core.policy_decides import decide_read
+from imdsproxy.core.policy_report import decide_read
 from imdsproxy.core.tokens import TokenKey, mint_token, render_key_map
 from imdsproxy.core.wire import (
     HEADER_ADDRESS,
@@ -80,17 +80,17 @@ _SETS: Final = (
     (("/", PathWord.DENY),),
     *_rule_sets(),
 )
-_Clock: TypeAlias = Callable[[int], tuple[int | None, Guard]]
+_Clock: TypeAlias = Callable[[int], tuple[int | None, OperatorOverride]]
 """When the instance was made and reopened, by the time that it is now."""
 
 
 def _created(ago: int) -> _Clock:
-    return lambda now: (now - ago, Guard())
+    return lambda now: (now - ago, OperatorOverride())
 
 
 _LONG_AGO: Final[_Clock] = _created(10 * LONGEST_BOOT_S)
 _CLOCKS: Final[Mapping[str, _Clock]] = {
-    "of unknown age": lambda _: (None, Guard()),
+    "of unknown age": lambda _: (None, OperatorOverride()),
     "made long ago": _LONG_AGO,
     "made now": _created(0),
     "in the last second of its boot": _created(BOOT_GRACE_S - 1),
@@ -98,11 +98,14 @@ _CLOCKS: Final[Mapping[str, _Clock]] = {
     "with the longest boot ahead": _created(BOOT_GRACE_S - LONGEST_BOOT_S),
     "with a second more ahead": _created(BOOT_GRACE_S - LONGEST_BOOT_S - 1),
     "made eight days ahead": _created(-8 * 86_400),
-    "made in the last second of a signed 32-bit clock": lambda _: (2**31 - 1, Guard()),
-    "reopened now": lambda now: (1, Guard(1, now)),
-    "reopened long ago": lambda now: (1, Guard(2, now - BOOT_GRACE_S)),
-    "reopened eight days ahead": lambda now: (1, Guard(1, now + 8 * 86_400)),
-    "made eight days ahead and reopened now": lambda now: (now + 8 * 86_400, Guard(1, now)),
+    "made in the last second of a signed 32-bit clock": lambda _: (2**31 - 1, OperatorOverride()),
+    "reopened now": lambda now: (1, OperatorOverride(1, now)),
+    "reopened long ago": lambda now: (1, OperatorOverride(2, now - BOOT_GRACE_S)),
+    "reopened eight days ahead": lambda now: (1, OperatorOverride(1, now + 8 * 86_400)),
+    "made eight days ahead and reopened now": lambda now: (
+        now + 8 * 86_400,
+        OperatorOverride(1, now),
+    ),
 }
 _REQUIRED: Final = TokenMode.REQUIRED
 _TABLE: Final[Mapping[str, Policy]] = {

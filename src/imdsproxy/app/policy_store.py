@@ -1,0 +1,164 @@
+"""The policies in force: settings, what operators did about single instances, and the keys of session tokens.
+
+What operators did is on disk before it counts, and outlives every restart.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Final, cast
+
+from imdsproxy.app.token_keys import TokenKeys
+from imdsproxy.config.schema import Settings
+from imdsproxy.core.inventory import Inventory
+from imdsproxy.core.model import InstanceId, NetworkId
+from imdsproxy.core.policy import OperatorOverride, PolicyBook
+from imdsproxy.dataplane.records import Writer
+from imdsproxy.errors import HostRefused
+
+_FORMAT: Final = 1
+
+
+@dataclass(slots=True)
+class OverrideFile:
+    """An override for each instance that an operator did something about.
+
+    Attributes:
+        overrides: By instance, also those that are gone: one that comes again under its id must not get its old
+            tokens back.
+    """
+
+    path: Path
+    write: Writer
+    overrides: Mapping[str, OperatorOverride] = field(default_factory=dict)
+
+    def load(self) -> None:
+        """Read the file; none is no override.
+
+        Raises:
+            HostRefused: It is there and cannot be read. To go on without would make revoked tokens good again.
+        """
+        self.overrides = read_overrides(self.path)
+
+    def revoke(self, instance: InstanceId) -> OperatorOverride:
+        """Revoke the instance's tokens.
+
+        Raises:
+            HostRefused: The file system refuses; nothing has changed.
+        """
+        override = self.overrides.get(instance, OperatorOverride())
+        return self._keep(instance, replace(override, epoch=override.epoch + 1))
+
+    def reopen(self, instance: InstanceId, now: int) -> OperatorOverride:
+        """Have it boot anew, from `now` (Unix time) on.
+
+        Raises:
+            HostRefused: As `revoke`.
+        """
+        return self._keep(
+            instance, replace(self.overrides.get(instance, OperatorOverride()), reopened_at=now)
+        )
+
+    def _keep(self, instance: InstanceId, override: OperatorOverride) -> OperatorOverride:
+        overrides = {**self.overrides, instance: override}
+        shown = {name: [one.epoch, one.reopened_at] for name, one in sorted(overrides.items())}
+        text = json.dumps({"format": _FORMAT, "instances": shown}, indent=1)
+        self.write(self.path, text.encode())
+        self.overrides = overrides
+        return override
+
+
+def read_overrides(path: Path) -> Mapping[str, OperatorOverride]:
+    """What the file says, by instance; without a file nothing was done.
+
+    Raises:
+        HostRefused: It cannot be read, or is damaged.
+    """
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        return {}
+    except OSError as error:
+        raise HostRefused(f"cannot read {path}: {error.strerror}") from error
+    try:
+        return _parse(data.decode())
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        why = f"there is no {error}" if isinstance(error, KeyError) else str(error)
+        raise HostRefused(
+            f"{path} is damaged: {why}",
+            hint="it says whose tokens were revoked: from a backup, or remove it together with the token keys",
+        ) from error
+
+
+def _parse(text: str) -> dict[str, OperatorOverride]:
+    head = cast("dict[str, object]", json.loads(text))
+    if head["format"] != _FORMAT:
+        raise ValueError(f"it is of format {head['format']}, not {_FORMAT}")
+    instances = cast("dict[str, list[object]]", head["instances"])
+    return {name: _override(name, *numbers) for name, numbers in instances.items()}
+
+
+def _override(name: str, epoch: object, reopened_at: object) -> OperatorOverride:
+    if type(epoch) is not int or type(reopened_at) is not int or min(epoch, reopened_at) < 0:
+        raise ValueError(f"instance {name} has something else than two numbers")
+    return OperatorOverride(epoch, reopened_at)
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyChange:
+    """What new settings mean: whether all `records` are compiled again, and whether workers get other `keys`."""
+
+    records: bool
+    keys: bool
+
+
+@dataclass(slots=True)
+class PolicyStore:
+    """Changed by `read`, and by what operators do."""
+
+    keys: TokenKeys
+    overrides: OverrideFile
+    _book: PolicyBook = field(default_factory=PolicyBook)
+
+    def read(self, settings: Settings) -> PolicyChange:
+        """Take over settings, and the keys in the file that they name.
+
+        Raises:
+            SecretUnreadable: The keys cannot be used; everything stays as it was.
+            HostRefused: The first key cannot be written.
+        """
+        keys = self.keys.read(settings.tokens.key_file)
+        book = settings.policy.book()
+        records, self._book = book != self._book, book
+        return PolicyChange(records, keys)
+
+    def for_nobody(self, inventory: Inventory) -> tuple[str, ...]:
+        """Sections of settings for a network, project or instance that no source has.
+
+        A name that is mistyped does nothing at all, and what it was to protect stays open.
+        """
+        book = self._book
+        projects: set[str | None] = set()
+        if book.projects:
+            for instance in inventory.instances.values():
+                projects |= {instance.project, *(port.project for port in instance.ports)}
+        return (
+            *(
+                f"policy.networks.{one}"
+                for one in book.networks
+                if not inventory.knows(NetworkId(one))
+            ),
+            *(f"policy.projects.{one}" for one in book.projects if one not in projects),
+            *(
+                f"policy.instances.{one}"
+                for one in book.instances
+                if not inventory.sources_of_instance(InstanceId(one))
+            ),
+        )
+
+    def book(self) -> PolicyBook:
+        """All policy rules except those in records."""
+        return replace(self._book, overrides=self.overrides.overrides)
