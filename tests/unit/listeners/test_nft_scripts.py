@@ -1,7 +1,6 @@
-from __future__ import annotations
+"""What nft(8) gets to read for bridges and ARP."""
 
-import asyncio
-from pathlib import Path
+from __future__ import annotations
 
 import pytest
 
@@ -21,9 +20,13 @@ from imdsproxy.core.model import (
     Network,
     NetworkId,
 )
-from imdsproxy.errors import HostRefused
-from imdsproxy.listeners.nft_scripts import Diversion, plan_diversions, render_diversions
-from imdsproxy.listeners.nft_tables import Diverter
+from imdsproxy.listeners.nft_scripts import (
+    Diversion,
+    answering_devices,
+    plan_diversions,
+    render_arp_guard,
+    render_diversions,
+)
 
 _NAMING = Naming("imds")
 _BLUE = NetworkId("blue")
@@ -39,14 +42,14 @@ def _networks(listener: Listener | None = None) -> dict[NetworkId, Network]:
 
 
 def _observed(*ports: BridgePort, mac: str = _MAC) -> ObservedHost:
-    cable = ObservedDevice(_NAMING.inner_device, 2, up=True, mtu=1500, mac=mac)
+    veth = ObservedDevice(_NAMING.inner_device, 2, up=True, mtu=1500, mac=mac)
     name = _NAMING.namespace(_BLUE)
-    inside = ObservedNamespace(NamespaceRef(name, 1), {_NAMING.inner_device: cable})
+    inside = ObservedNamespace(NamespaceRef(name, 1), {_NAMING.inner_device: veth})
     root = ObservedNamespace(None, ports={"br0": ports})
     return ObservedHost(root, {name: inside})
 
 
-def test_every_port_of_a_bridge_but_our_own_is_led_to_our_cable() -> None:
+def test_frames_of_every_port_of_a_bridge_but_our_own_go_to_our_veth() -> None:
     seen = _observed(_UPLINK, BridgePort(_LINK, "veth"), _TAP)
     assert plan_diversions(_networks(), seen, _NAMING) == (_DIVERSION,)
 
@@ -56,11 +59,11 @@ def test_every_port_of_a_bridge_but_our_own_is_led_to_our_cable() -> None:
     [ObservedHost(), _observed(), _observed(_TAP, mac=""), _observed(BridgePort('a"*', "tun"))],
     ids=["no namespace yet", "no port", "no MAC", "only a name that nft would not take literally"],
 )
-def test_nothing_is_diverted_before_there_is_somebody_and_somewhere(seen: ObservedHost) -> None:
+def test_nothing_is_diverted_without_a_namespace_a_mac_and_a_port(seen: ObservedHost) -> None:
     assert plan_diversions(_networks(), seen, _NAMING) == ()
 
 
-def test_an_interface_listener_needs_none() -> None:
+def test_an_interface_listener_needs_no_diversion() -> None:
     seen = _observed(_TAP)
     assert plan_diversions(_networks(InterfaceListener("br0")), seen, _NAMING) == ()
 
@@ -75,32 +78,21 @@ def test_without_diversions_the_table_is_only_removed() -> None:
     assert render_diversions("imds", ()) == "table bridge imds\ndelete table bridge imds\n"
 
 
-def _program(directory: Path, status: int = 0) -> str:
-    program = directory / "nft"
-    program.write_text(f'#!/bin/sh\ncat >>"{directory}/told"\nexit {status}\n')
-    program.chmod(0o755)
-    return str(program)
+def test_only_devices_of_interface_listeners_answer_arp() -> None:
+    networks = [
+        Network(NetworkId("a"), InterfaceListener("virbr0")),
+        Network(NetworkId("b"), BridgeListener("br1")),
+    ]
+    assert answering_devices(networks) == {"virbr0"}
+    assert answering_devices([]) == frozenset()
 
 
-def test_nft_is_called_only_when_something_changes(tmp_path: Path) -> None:
-    diverter = Diverter("imds", _program(tmp_path))
-    for wanted in ((_DIVERSION,), (_DIVERSION,), ()):
-        asyncio.run(diverter.apply(wanted))
-    assert (tmp_path / "told").read_text().count("delete table") == 2
+def test_the_arp_rule_replaces_the_one_before_in_one_transaction() -> None:
+    script = render_arp_guard("imds", frozenset({"virbr1", "virbr0"}))
+    assert script.splitlines()[:2] == ["table arp imds", "delete table arp imds"]
+    assert 'iifname != { "virbr0", "virbr1" }' in script
+    assert "169.254.169.254 drop" in script
 
 
-def test_what_nft_refuses_is_told_and_tried_again(tmp_path: Path) -> None:
-    diverter = Diverter("imds", _program(tmp_path, status=1))
-    for _ in range(2):
-        with pytest.raises(HostRefused, match="gateway"):
-            asyncio.run(diverter.apply((_DIVERSION,)))
-    assert (tmp_path / "told").read_text().count("delete table") == 2
-    # Where there never was a table, none is missed.
-    asyncio.run(Diverter("imds", _program(tmp_path, status=1)).apply(()))
-
-
-def test_without_nft_only_a_host_that_needs_it_hears_of_it(tmp_path: Path) -> None:
-    diverter = Diverter("imds", str(tmp_path / "none"))
-    asyncio.run(diverter.apply(()))
-    with pytest.raises(HostRefused, match="no nft"):
-        asyncio.run(diverter.apply((_DIVERSION,)))
+def test_without_devices_the_arp_table_is_only_removed() -> None:
+    assert render_arp_guard("imds", frozenset()) == "table arp imds\ndelete table arp imds\n"
