@@ -145,7 +145,7 @@ def test_stop_leaves_the_data_plane_of_a_controller_that_hangs_and_says_what_to_
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     client = AdminClient(tmp_path / "run" / "admin.sock", timeout_s=0.2)
-    monkeypatch.setattr("imdsproxy.cli.invocation.Invocation.daemon", lambda _: client)
+    monkeypatch.setattr("imdsproxy.cli.options.Invocation.daemon", lambda _: client)
     settings = tmp_path / "imdsproxy.yaml"
     settings.write_text(
         f"paths: {{runtime_dir: {tmp_path / 'run'}, state_dir: {tmp_path / 'state'}}}\n"

@@ -6,8 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 from imdsproxy.config.change import Change, SettingChange, SettingsReload
-from imdsproxy.config.diff import diff_settings
-from imdsproxy.config.dropped import refuse_dropped
+from imdsproxy.config.changes import diff_settings, refuse_dropped
 from imdsproxy.config.load import Loaded
 from imdsproxy.config.schema import Settings
 from imdsproxy.errors import ImdsproxyError, Problem

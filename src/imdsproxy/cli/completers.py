@@ -26,7 +26,7 @@ def instances(ctx: typer.Context, incomplete: str) -> list[str]:
 
 def _words(context: typer.Context, kind: str, incomplete: str) -> list[str]:
     from imdsproxy.cli.admin_client import AdminClient, path_to  # noqa: PLC0415 - as all commands
-    from imdsproxy.cli.invocation import Invocation  # noqa: PLC0415 - as above
+    from imdsproxy.cli.options import Invocation  # noqa: PLC0415 - as above
 
     given = _given(context)
     try:

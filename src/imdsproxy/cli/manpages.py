@@ -18,7 +18,7 @@ from imdsproxy.cli.reference_pages import (
 )
 from imdsproxy.config.describe import Setting, iterate_inner_settings, iterate_settings
 from imdsproxy.config.schema import Settings
-from imdsproxy.config.yaml_text import render_value
+from imdsproxy.config.yaml_document import render_value
 
 _MADE: Final = '.\\" Made by `python -m imdsproxy.cli.docgen`; edit the code instead.'
 

@@ -1,30 +1,24 @@
-"""Options that commands share, beside the run that they belong to."""
+"""What commands share: their options, and one run with its settings, daemon and output."""
 
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Final, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Final, TypeAlias
 
 import typer
 
 from imdsproxy.cli import completers
 from imdsproxy.cli.flags import flag
-from imdsproxy.cli.invocation import Invocation, invocation
+from imdsproxy.cli.output import Output
 
-__all__ = [
-    "Address",
-    "Config",
-    "Invocation",
-    "Json",
-    "MaybeAddress",
-    "MaybeNetwork",
-    "Network",
-    "Socket",
-    "command",
-    "invocation",
-]
+if TYPE_CHECKING:
+    from imdsproxy.cli.admin_client import AdminClient
+    from imdsproxy.config.load import Loaded
+    from imdsproxy.config.schema import Settings
 
 Config: TypeAlias = Annotated[
     Path | None,
@@ -57,6 +51,48 @@ Network: TypeAlias = Annotated[str, _NETWORK]
 Address: TypeAlias = Annotated[str, _ADDRESS]
 MaybeNetwork: TypeAlias = Annotated[str | None, _NETWORK]
 MaybeAddress: TypeAlias = Annotated[str | None, _ADDRESS]
+
+
+@dataclass(slots=True)
+class Invocation:
+    """One run of the command line: what was asked for before and after the command's name."""
+
+    config: Path | None = None
+    socket: Path | None = None
+    output: Output = field(default_factory=Output)
+
+    def load(self) -> Loaded:
+        """The settings; `ConfigError` with every problem."""
+        from imdsproxy.config.load import load_settings  # noqa: PLC0415 - `--help` need not load it
+
+        return load_settings(self.config, os.environ)
+
+    @property
+    def settings(self) -> Settings:
+        """The settings; `ConfigError` with every problem."""
+        return self.load().settings
+
+    def daemon(self) -> AdminClient:
+        """The daemon, by the socket that was named or that the settings name."""
+        from imdsproxy.cli.admin_client import AdminClient  # noqa: PLC0415 - as above
+
+        return AdminClient(self.socket or self.settings.admin_socket)
+
+
+def invocation(
+    context: typer.Context,
+    *,
+    as_json: bool = False,
+    config: Path | None = None,
+    socket: Path | None = None,
+) -> Invocation:
+    """What was asked for, options after the command's name winning over those before it."""
+    root = context.find_root()
+    run = root.obj if isinstance(root.obj, Invocation) else Invocation()
+    run.config = config or run.config
+    run.socket = socket or run.socket
+    run.output.as_json = as_json or run.output.as_json
+    return run
 
 
 def command(

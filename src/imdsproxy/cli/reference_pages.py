@@ -18,7 +18,7 @@ from imdsproxy.cli.exitcodes import EXIT_STATUSES, errors_by_status
 from imdsproxy.config.describe import Setting, iterate_inner_settings, iterate_settings
 from imdsproxy.config.neutron_options import NEUTRON_OPTIONS
 from imdsproxy.config.schema import Settings
-from imdsproxy.config.yaml_text import render_value
+from imdsproxy.config.yaml_document import render_value
 from imdsproxy.core.endpoints import LeftOutCode
 from imdsproxy.errors import ImdsproxyError
 

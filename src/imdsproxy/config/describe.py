@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, TypeAlias
 from imdsproxy.config.change import Change
 from imdsproxy.config.schema import Settings
 from imdsproxy.config.section import FORMS
-from imdsproxy.config.yaml_text import render_value
+from imdsproxy.config.yaml_document import render_value
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails

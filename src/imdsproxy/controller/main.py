@@ -12,7 +12,7 @@ import structlog
 
 from imdsproxy.app.heartbeat import Heartbeat
 from imdsproxy.app.settings_reload import SettingsHolder
-from imdsproxy.config.dropped import refuse_dropped
+from imdsproxy.config.changes import refuse_dropped
 from imdsproxy.config.load import Loaded
 from imdsproxy.config.schema import Settings
 from imdsproxy.controller.start import run_controller

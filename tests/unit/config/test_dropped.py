@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from imdsproxy.config.dropped import refuse_dropped
+from imdsproxy.config.changes import refuse_dropped
 from imdsproxy.config.load import Loaded, load_settings
 from imdsproxy.errors import SettingsDropped
 

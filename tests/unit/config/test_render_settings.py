@@ -15,8 +15,7 @@ from imdsproxy.config.render import (
     settings_by_origin,
 )
 from imdsproxy.config.schema import Settings
-from imdsproxy.config.yaml_document import parse_yaml
-from imdsproxy.config.yaml_text import render_value
+from imdsproxy.config.yaml_document import parse_yaml, render_value
 
 
 def test_the_sample_loads_back_as_the_defaults(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from imdsproxy.anti_spoofing.bridge_ports import observe_bridge, read_rules, try
 from imdsproxy.cli.admin_client import AdminClient
 from imdsproxy.cli.checks import guests, host, openstack, tokens
 from imdsproxy.cli.checks.finding import Area, Finding
-from imdsproxy.cli.invocation import Invocation
+from imdsproxy.cli.options import Invocation
 from imdsproxy.cli.records_read import read_networks
 from imdsproxy.config.endpoint import Endpoint
 from imdsproxy.config.schema import Settings

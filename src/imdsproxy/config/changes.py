@@ -1,15 +1,71 @@
-"""Settings that were lost, not changed: files that were emptied, cut short or removed.
+"""What changed settings take (nothing, live, a reload of HAProxy, or a restart), and settings that were lost.
 
-A write that fails, a full disk or a crash leaves an empty or shorter file. It is valid YAML, so only a comparison
-with the settings in force shows that something is missing.
+The answer to the first stands beside each field of the schema; here it is only looked up. A write that fails, a full
+disk or a crash leaves an empty or shorter file. It is valid YAML, so only a comparison with the settings in force shows
+that something is missing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
 
+from imdsproxy.config.change import Change
+from imdsproxy.config.describe import Schema, fields_of, root_schema
 from imdsproxy.config.load import Loaded
+from imdsproxy.config.schema import Settings
 from imdsproxy.errors import Problem, SettingsDropped
+
+
+@dataclass(frozen=True, slots=True)
+class Changed:
+    """One setting that differs; `before` and `after` are as YAML and JSON write them."""
+
+    path: str
+    before: object
+    after: object
+    change: Change
+
+
+def diff_settings(before: Settings, after: Settings) -> tuple[Changed, ...]:
+    """Every setting that differs, in the schema's order.
+
+    A name that came or went in a mapping of sections (`nova.endpoint_sets.cell1`) is one change,
+    from or to `None`; within one that stayed, each of its settings is. Lists are compared whole.
+    """
+    old, new = before.model_dump(mode="json"), after.model_dump(mode="json")
+    return tuple(_differences(root_schema(), old, new, ""))
+
+
+def _differences(
+    section: Schema, old: Mapping[str, Any], new: Mapping[str, Any], prefix: str
+) -> Iterator[Changed]:
+    for field in fields_of(section, prefix):
+        setting, before, after = field.setting, old[field.name], new[field.name]
+        if before == after:
+            continue
+        if field.holds in {"nothing", "items"}:
+            yield Changed(setting.path, before, after, setting.change)
+        elif field.holds == "section":
+            yield from _differences(field.section, before, after, f"{setting.path}.")
+        else:
+            for key in {**before, **after}:
+                path = f"{setting.path}.{key}"
+                if key in before and key in after:
+                    yield from _differences(field.section, before[key], after[key], f"{path}.")
+                else:
+                    yield Changed(path, before.get(key), after.get(key), setting.change)
+
+
+def needed(changes: Iterable[Changed]) -> Change:
+    """The most that any of `changes` takes."""
+    return max(
+        (changed.change for changed in changes),
+        key=lambda change: change.rank,
+        default=Change.NOTHING,
+    )
+
 
 _ALLOW = "restore them; if they should go: `imdsproxy reload --allow-dropped`"
 

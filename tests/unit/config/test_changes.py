@@ -5,8 +5,8 @@ from collections.abc import Mapping
 import pytest
 
 from imdsproxy.config.change import Change
+from imdsproxy.config.changes import Changed, diff_settings, needed
 from imdsproxy.config.describe import Setting, iterate_inner_settings, iterate_settings
-from imdsproxy.config.diff import Changed, diff_settings, needed
 from imdsproxy.config.schema import Settings
 
 SETTINGS = {setting.path: setting for setting in iterate_settings()}
