@@ -24,7 +24,7 @@ from support.fake_neutron import FakeNeutron, neutron_port
 from support.openstack.lab import OpenStack
 from support.openstack.table import Port
 
-# openstacksdk warns of a setting that nobody has made (its defaults for InfluxDB are not empty).
+# openstacksdk warns of a setting that is not set (its defaults for InfluxDB are not empty).
 pytestmark = pytest.mark.filterwarnings("ignore:Support for InfluxDB:PendingDeprecationWarning")
 
 KINDS: Final = ("fake", "endpoint", "cloud")
@@ -78,7 +78,7 @@ def _seeded(openstack: OpenStack, network: str, address: str) -> Port:
     )
 
 
-async def test_a_port_is_told_with_all_that_counts_of_it(
+async def test_a_port_is_answered_with_all_that_counts_of_it(
     client: NeutronClient, openstack: OpenStack
 ) -> None:
     seeded = _seeded(openstack, "net-blue2", "10.0.1.7")
@@ -160,7 +160,7 @@ async def test_a_page_after_a_port_that_is_gone_is_refused(client: NeutronClient
         await client.ports(PortQuery(limit=4, after="00000000-0000-4000-8000-000000000000"))
 
 
-async def test_where_a_port_is_bound_is_told_when_it_is_asked_for(
+async def test_where_a_port_is_bound_is_answered_when_it_is_asked_for(
     client: NeutronClient, openstack: OpenStack
 ) -> None:
     found = await client.ports(PortQuery(host="lab", limit=100))

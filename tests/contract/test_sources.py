@@ -143,7 +143,7 @@ class SqliteBacking(WholeRecords):
         return self._source
 
     def seen(self, instance: Instance) -> Instance:
-        # When an instance came that stands in the place of garbage nobody knows.
+        # The creation time of an instance that replaces garbage is unknown.
         return replace(instance, created_at=None if instance.id in self._spoilt else _NOW)
 
     async def put(
@@ -258,7 +258,7 @@ async def test_the_first_report_has_the_networks(keeper: Backing) -> None:
         assert dict(heard.observations[0].networks) == {"n1": keeper.seen_network(N1)}
 
 
-async def test_after_the_first_report_only_changes_are_told(backing: Backing) -> None:
+async def test_after_the_first_report_only_changes_are_reported(backing: Backing) -> None:
     await fill(backing, A, B)
     async with running(backing.source()) as heard:
         changed = replace(B, ports=(port("n1", "10.0.0.7"),))
@@ -268,14 +268,14 @@ async def test_after_the_first_report_only_changes_are_told(backing: Backing) ->
         assert all(InstanceId("a") not in each.instances for each in heard.observations[1:])
 
 
-async def test_an_added_record_is_told(backing: Backing) -> None:
+async def test_an_added_record_is_reported(backing: Backing) -> None:
     async with running(backing.source()) as heard:
         await backing.put([N1], [A])
         await heard.until(lambda each: each.owners.get("n1/10.0.0.5") == "a")
         assert heard.owners["n1/fe80::5054:ff:fe00:5"] == "a"
 
 
-async def test_a_changed_network_is_told(keeper: Backing) -> None:
+async def test_a_changed_network_is_reported(keeper: Backing) -> None:
     await fill(keeper, A)
     async with running(keeper.source()) as heard:
         changed = replace(N1, mtu=1400)
@@ -284,21 +284,21 @@ async def test_a_changed_network_is_told(keeper: Backing) -> None:
         await heard.until(lambda each: dict(each.inventory.networks) == {"n1": seen})
 
 
-async def test_a_removed_instance_is_told(backing: Backing) -> None:
+async def test_a_removed_instance_is_reported(backing: Backing) -> None:
     await fill(backing, A, B)
     async with running(backing.source()) as heard:
         await backing.remove_instance("a")
         await heard.until(has(backing, B))
 
 
-async def test_a_removed_network_is_told(keeper: Backing) -> None:
+async def test_a_removed_network_is_reported(keeper: Backing) -> None:
     await fill(keeper, A)
     async with running(keeper.source()) as heard:
         await keeper.remove_network("n1")
         await heard.until(lambda each: not each.inventory.networks)
 
 
-async def test_what_is_written_again_unchanged_is_not_told(backing: Backing) -> None:
+async def test_what_is_written_again_unchanged_is_not_reported(backing: Backing) -> None:
     await fill(backing, A)
     async with running(backing.source()) as heard:
         await backing.put([N1], [A])
@@ -321,7 +321,7 @@ async def test_a_restart_reports_what_the_run_before_ended_with(backing: Backing
         assert dict(again.observations[0].instances) == instances
 
 
-async def test_a_record_that_is_garbage_is_refused_alone_and_told(backing: Backing) -> None:
+async def test_a_record_that_is_garbage_is_refused_alone_and_reported(backing: Backing) -> None:
     await fill(backing, A, B)
     field = await backing.spoil("b")
     async with running(backing.source()) as heard:
@@ -333,7 +333,7 @@ async def test_a_record_that_is_garbage_is_refused_alone_and_told(backing: Backi
             assert problem.hint or problem.reason
 
 
-async def test_a_refused_record_is_told_with_its_file(keeper: Backing) -> None:
+async def test_a_refused_record_is_reported_with_its_file(keeper: Backing) -> None:
     await fill(keeper, A)
     await keeper.spoil("b")
     async with running(keeper.source()) as heard:
@@ -341,7 +341,7 @@ async def test_a_refused_record_is_told_with_its_file(keeper: Backing) -> None:
         assert all(problem.file for problem in heard.last.problems)
 
 
-async def test_a_garbage_record_is_told_until_it_is_mended(backing: Backing) -> None:
+async def test_a_garbage_record_is_reported_until_it_is_mended(backing: Backing) -> None:
     await fill(backing, A)
     await backing.spoil("b")
     async with running(backing.source()) as heard:

@@ -81,7 +81,7 @@ def macs(heard: Heard, name: str = "a") -> list[MacAddress | None]:
     return [] if instance is None else [each.mac for each in instance.ports]
 
 
-async def test_networks_are_told_of_while_they_run(libvirtd: Libvirtd) -> None:
+async def test_networks_are_reported_while_they_run(libvirtd: Libvirtd) -> None:
     async with running(by_events_alone(libvirtd)) as heard:
         inside = await asyncio.to_thread(start_network, libvirtd, ISOLATED)
         await asyncio.to_thread(start_network, libvirtd, NAT)
@@ -100,7 +100,7 @@ async def test_networks_are_told_of_while_they_run(libvirtd: Libvirtd) -> None:
         assert not list(heard.inventory.stranded())
 
 
-async def test_metadata_that_is_set_is_told_of_at_once(libvirtd: Libvirtd) -> None:
+async def test_metadata_that_is_set_is_reported_at_once(libvirtd: Libvirtd) -> None:
     async with running(by_events_alone(libvirtd)) as heard:
         domain = await asyncio.to_thread(
             define_domain, libvirtd, "a", ("network=inside", MAC), inside=""
@@ -119,7 +119,7 @@ async def test_metadata_that_is_set_is_told_of_at_once(libvirtd: Libvirtd) -> No
         assert heard.inventory.instances[identity].user_data == b"#!/bin/sh\n"
 
 
-async def test_an_interface_that_is_plugged_into_a_running_guest_is_told_of(
+async def test_an_interface_that_is_plugged_into_a_running_guest_is_reported(
     libvirtd: Libvirtd,
 ) -> None:
     await asyncio.to_thread(start_network, libvirtd, ISOLATED)
@@ -141,7 +141,7 @@ async def test_an_interface_that_is_plugged_into_a_running_guest_is_told_of(
         await heard.until(lambda each: not macs(each))
 
 
-async def test_a_static_host_of_a_running_network_is_seen_though_libvirt_tells_nothing(
+async def test_a_static_host_of_a_running_network_is_seen_though_libvirt_has_no_event(
     libvirtd: Libvirtd,
 ) -> None:
     nat = await asyncio.to_thread(start_network, libvirtd, NAT)
@@ -162,7 +162,7 @@ async def test_a_static_host_of_a_running_network_is_seen_though_libvirt_tells_n
         await heard.until(lambda each: each.owners.get("nat/10.7.0.5") == uuid_of("a"))
 
 
-async def test_what_was_known_is_told_on_while_libvirtd_is_down_and_changes_when_it_is_back(
+async def test_what_was_known_stays_while_libvirtd_is_down_and_changes_when_it_is_back(
     libvirtd: Libvirtd,
 ) -> None:
     await asyncio.to_thread(start_network, libvirtd, ISOLATED)

@@ -23,7 +23,7 @@ from imdsproxy.core.policy import OperatorOverride
 from imdsproxy.core.records import Refused, parse_instance, parse_network, parse_records
 from imdsproxy.core.tokens import TokenKeysUnreadable, parse_token_keys
 from imdsproxy.errors import ConfigError, HostRefused
-from imdsproxy.sources.strict_json import decode_json
+from imdsproxy.sources.file.strict_json import decode_json
 
 _FIXED: Final = settings(max_examples=300, derandomize=True, deadline=None, database=None)
 

@@ -261,8 +261,8 @@ class _WithoutMadeUp:
 
     async def run(self, publish: Publish) -> None:
         def rewritten(observation: Observation) -> None:
-            told = {key: self._rewrite(each) for key, each in observation.instances.items()}
-            publish(replace(observation, instances=told))
+            reported = {key: self._rewrite(each) for key, each in observation.instances.items()}
+            publish(replace(observation, instances=reported))
 
         await self._source.run(rewritten)
 

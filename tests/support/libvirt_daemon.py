@@ -119,8 +119,8 @@ class Libvirtd:
         try:
             until(self._answers, within_s=30, what="libvirtd answers")
         except AssertionError as error:
-            told = (self.home / "libvirtd.out").read_text()[-2000:]
-            raise AssertionError(f"{error}: {told}") from error
+            output = (self.home / "libvirtd.out").read_text()[-2000:]
+            raise AssertionError(f"{error}: {output}") from error
 
     @property
     def pid(self) -> int:
@@ -171,9 +171,9 @@ def open_libvirtd() -> Iterator[Libvirtd]:
         )
         script = _INSIDE.format(home=home, mounts="\n".join(mounts))
         own = ["--mount", "--net", "--pid", "--mount-proc", "--fork", "--kill-child=SIGKILL"]
-        with (home / "holder.out").open("wb") as told:
+        with (home / "holder.out").open("wb") as output:
             holder = subprocess.Popen(
-                [*ends_with_us(), _UNSHARE, *own, "sh", "-c", script], stdout=told, stderr=told
+                [*ends_with_us(), _UNSHARE, *own, "sh", "-c", script], stdout=output, stderr=output
             )
         libvirtd = Libvirtd(home, holder)
         try:

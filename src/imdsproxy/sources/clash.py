@@ -37,8 +37,8 @@ def taken_address(
         instance: The refused one.
         address: What both claim.
         holder: The id of the instance that has it.
-        path: Where the refused record stands in its document.
-        place: Where the other record stands, if that can be said.
+        path: Where the refused record is in its document.
+        place: Where the other record is, if that is known.
         file: The file of the refused record.
         lines: The lines of its claims, in the order of `claim_places`.
     """

@@ -41,7 +41,7 @@ class Reports:
         problems: tuple[Problem, ...] = (),
         implied: frozenset[NetworkId] = frozenset(),
     ) -> Observation | None:
-        """The report that is due; `None` where it would say what the one before said.
+        """The report that is due; `None` where it would repeat the one before.
 
         Args:
             changes: Since this was called last.

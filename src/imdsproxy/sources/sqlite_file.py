@@ -38,7 +38,7 @@ def store_failures(path: Path) -> Iterator[None]:
 
     Raises:
         SourceCorrupt: The file is damaged, or no SQLite database.
-        SourceUnavailable: Anything else; trying again can help once somebody has acted.
+        SourceUnavailable: Anything else; trying again can help once the cause is gone.
     """
     try:
         yield

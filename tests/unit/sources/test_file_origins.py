@@ -1,4 +1,4 @@
-"""Where a port in a network that nobody tells of stands: file, line and field."""
+"""The origin of a port in a network that no source has: file, line and field."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ instances:
 """
 
 
-async def test_a_port_of_an_unknown_network_is_told_with_file_line_and_field(
+async def test_a_port_of_an_unknown_network_is_reported_with_file_line_and_field(
     tmp_path: Path,
 ) -> None:
     path = tmp_path / "a.yaml"

@@ -61,11 +61,11 @@ def known(
     active: bool = True,
 ) -> LibvirtKnown:
     found = LibvirtKnown(selection or Selection())
-    told(found, domains, networks, active=active)
+    update(found, domains, networks, active=active)
     return found
 
 
-def told(
+def update(
     found: LibvirtKnown,
     domains: Iterable[str],
     networks: Iterable[str] = (NAT,),
@@ -92,7 +92,7 @@ def the_problem(found: LibvirtKnown) -> Problem:
     return problem
 
 
-def test_a_nat_network_is_reached_by_its_bridge_and_told_as_libvirts_dhcp_tells_it() -> None:
+def test_a_nat_network_is_reached_by_its_bridge_and_described_as_by_libvirts_dhcp() -> None:
     (network,) = known().networks.values()
     gateway4, gateway6 = ip_address("192.168.122.1"), ip_address("fd00:122::1")
     assert network == Network(
@@ -207,7 +207,7 @@ def test_user_data_that_begins_at_the_tag_is_as_it_is() -> None:
         ("<i:dialect name='gce' serve='no'/>", "instance.dialects.gce", "unknown key"),
     ],
 )
-def test_what_is_wrong_with_the_element_is_told_with_the_domain(
+def test_what_is_wrong_with_the_element_is_reported_with_the_domain(
     inside: str, field: str, words: str
 ) -> None:
     found = known([web(element(inside))])
@@ -219,7 +219,7 @@ def test_what_is_wrong_with_the_element_is_told_with_the_domain(
 
 def test_an_element_that_breaks_leaves_what_was_in_force() -> None:
     found = known([web(element("<i:hostname>good</i:hostname>"))])
-    assert not told(found, [web(element("<i:nonsense/>", "id='bad id'"))]).instances
+    assert not update(found, [web(element("<i:nonsense/>", "id='bad id'"))]).instances
     (instance,) = found.instances.values()
     assert instance.hostname == "good"
     assert any("stays in force" in problem.hint for problem in found.problems)
@@ -229,7 +229,7 @@ def test_of_two_domains_with_one_id_the_one_in_force_keeps_it() -> None:
     first = web(element("", "id='x'"), name="second")
     clone = web(element("", "id='x'"), ("network=default", "52:54:00:00:00:09"), name="clone")
     found = known([first])
-    told(found, [clone])
+    update(found, [clone])
     assert {each.name for each in found.instances.values()} == {"second"}
     problem = the_problem(found)
     assert (problem.field, problem.file) == ("instance.id", "domain clone")
@@ -238,7 +238,7 @@ def test_of_two_domains_with_one_id_the_one_in_force_keeps_it() -> None:
 
 def test_of_two_domains_with_one_mac_the_one_in_force_keeps_it() -> None:
     found = known([web(name="second")])
-    told(found, [web(name="clone")])
+    update(found, [web(name="clone")])
     assert {each.name for each in found.instances.values()} == {"second"}
     assert {problem.file for problem in found.problems} == {"domain clone"}
     assert any("192.168.122.5" in problem.reason for problem in found.problems)
@@ -260,12 +260,12 @@ def test_an_interface_whose_guest_cannot_reach_the_host_is_no_port(place: str) -
     assert not known([web("", (place, MAC))], [MACVTAP]).instances
 
 
-def test_a_domain_with_our_element_is_told_of_without_a_port() -> None:
+def test_a_domain_with_our_element_is_reported_without_a_port() -> None:
     found = known([web(element(""), ("network=direct", MAC))], [MACVTAP])
     assert the_instance(found).ports == ()
 
 
-def test_only_the_chosen_networks_are_told_of() -> None:
+def test_only_the_chosen_networks_are_reported() -> None:
     domain = web("", ("network=default", MAC), ("network=inside", "52:54:00:00:00:06"))
     chosen = Selection(networks=frozenset({"inside"}))
     found = known([domain, web(name="other")], [NAT, ISOLATED], selection=chosen)
@@ -287,7 +287,7 @@ def test_marked_domains_only_where_that_is_chosen() -> None:
 
 def test_a_static_host_that_changes_changes_its_domains_record() -> None:
     found = known([web()])
-    changes = told(found, [], [NAT.replace("192.168.122.5", "192.168.122.50")])
+    changes = update(found, [], [NAT.replace("192.168.122.5", "192.168.122.50")])
     ((changed, record),) = changes.instances.items()
     assert record == replace(
         the_instance(found), ports=(port("default", "192.168.122.50", mac=MAC),)
@@ -296,9 +296,9 @@ def test_a_static_host_that_changes_changes_its_domains_record() -> None:
     assert not changes.networks
 
 
-def test_what_is_told_again_unchanged_is_no_change() -> None:
+def test_what_is_read_again_unchanged_is_no_change() -> None:
     found = known([web()])
-    changes = told(found, [web()])
+    changes = update(found, [web()])
     assert not changes.instances
     assert not changes.networks
 
@@ -312,7 +312,7 @@ def test_what_is_gone_from_everything_is_gone() -> None:
     assert not found.instances
 
 
-def test_xml_that_cannot_be_parsed_is_told_and_hurts_nobody_else() -> None:
+def test_xml_that_cannot_be_parsed_is_reported_and_affects_nothing_else() -> None:
     found = known([web()])
     found.update(
         {"u": "<domain"}, [NetworkXml("<network", active=True), NetworkXml(NAT, active=True)]
@@ -322,7 +322,7 @@ def test_xml_that_cannot_be_parsed_is_told_and_hurts_nobody_else() -> None:
     assert len(found.instances) == 1
 
 
-def test_a_problem_of_a_port_is_told_with_its_domain() -> None:
+def test_a_problem_of_a_port_is_reported_with_its_domain() -> None:
     found = known([web()])
     (instance,) = found.instances
     origin = found.origin_of_port(instance)

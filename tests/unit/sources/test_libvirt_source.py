@@ -121,7 +121,7 @@ async def test_what_was_known_stays_while_the_connection_is_lost() -> None:
         assert set(heard.inventory.networks) == {"n1"}
 
 
-async def test_after_a_connection_is_made_anew_only_what_changed_meanwhile_is_told() -> None:
+async def test_after_a_connection_is_made_anew_only_what_changed_meanwhile_is_reported() -> None:
     libvirt = FakeLibvirt(a=a_domain(), b=a_domain("52:54:00:00:00:06", "b"))
     async with running(_source(libvirt)) as heard:
         libvirt.send(ConnectionLost("gone"))
@@ -136,7 +136,7 @@ async def test_after_a_connection_is_made_anew_only_what_changed_meanwhile_is_to
         assert not heard.last.problems
 
 
-async def test_a_failure_that_goes_on_is_told_once() -> None:
+async def test_a_failure_that_goes_on_is_reported_once() -> None:
     libvirt = FakeLibvirt()
     libvirt.failure = "no such file"
     async with running(_source(libvirt)) as heard:
@@ -178,7 +178,7 @@ async def test_waits_grow_up_to_the_longest(monkeypatch: pytest.MonkeyPatch) -> 
     assert waits == [1, 2, 4, 8, 10, 10]
 
 
-async def test_without_libvirts_module_it_is_said_which_package_has_it(
+async def test_without_libvirts_module_the_hint_names_the_package(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setitem(sys.modules, "libvirt", None)

@@ -44,7 +44,7 @@ _ELSEWHERE = "fa:16:3e:00:00:06"
 _A = neutron_port("p-a", "n1", "10.0.0.5", "fd00::5", device="i-a", mac=_MAC)
 _B = neutron_port("p-b", "n1", "10.0.0.6", device="i-b")
 _FOUND_A = PortFound(NetworkId("n1"), InstanceId("i-a"))
-_NOBODY = PortMissing()
+_MISSING = PortMissing()
 
 
 @dataclass
@@ -197,12 +197,12 @@ async def test_any_address_of_a_port_finds_it(kept: Path, address: str) -> None:
         assert one.asked == 0
 
 
-async def test_the_same_address_in_another_network_is_somebody_else(kept: Path) -> None:
+async def test_the_same_address_in_another_network_is_another_instance(kept: Path) -> None:
     other = neutron_port("p-c", "n2", "10.0.0.5", device="i-c", project="red")
     async with rig(kept, _A, other) as one:
         assert await one.look("n1", "10.0.0.5") == _FOUND_A
         assert await one.look("n2", "10.0.0.5") == PortFound(NetworkId("n2"), InstanceId("i-c"))
-        assert await one.look("n3", "10.0.0.5") == _NOBODY
+        assert await one.look("n3", "10.0.0.5") == _MISSING
 
 
 @pytest.mark.parametrize(
@@ -218,7 +218,7 @@ async def test_the_same_address_in_another_network_is_somebody_else(kept: Path) 
 )
 async def test_a_port_of_no_instance_gets_nothing(kept: Path, port: object) -> None:
     async with rig(kept, port) as one:
-        assert await one.look("n1", "10.0.0.5") == _NOBODY
+        assert await one.look("n1", "10.0.0.5") == _MISSING
         assert not one.owners
         assert not one.heard.last.problems
 
@@ -234,11 +234,11 @@ async def test_a_port_of_no_instance_gets_nothing(kept: Path, port: object) -> N
         ({"project": ""}, "project_id"),
     ],
 )
-async def test_an_id_that_is_none_is_refused_and_told_of(
+async def test_an_id_that_is_none_is_refused_and_reported(
     kept: Path, change: dict[str, str], field_name: str
 ) -> None:
     async with rig(kept, replace(_A, **change)) as one:  # type: ignore[arg-type]
-        assert await one.look("n1", "10.0.0.5") == _NOBODY
+        assert await one.look("n1", "10.0.0.5") == _MISSING
         (problem,) = one.heard.last.problems
         assert problem.field == f"ports.p-a.{field_name}"
         one.neutron.put(_A)
@@ -247,7 +247,7 @@ async def test_an_id_that_is_none_is_refused_and_told_of(
         assert not one.heard.last.problems
 
 
-async def test_refused_ports_are_told_of_for_a_while_only(kept: Path) -> None:
+async def test_refused_ports_are_reported_for_a_while_only(kept: Path) -> None:
     async with rig(kept, replace(_A, device="a|b")) as one:
         await one.look("n1", "10.0.0.5")
         assert one.heard.last.problems
@@ -266,19 +266,19 @@ async def test_each_port_is_signed_for_with_its_own_project(kept: Path) -> None:
         assert not one.heard.last.problems
 
 
-async def test_neutrons_word_on_what_it_was_asked_for_is_not_believed_blindly(kept: Path) -> None:
+async def test_answers_are_filtered_again_by_what_was_asked_for(kept: Path) -> None:
     async with rig(kept, _A, _B) as one:
         one.neutron.ignored = frozenset({"addresses", "networks", "macs"})
         assert await one.look("n1", "10.0.0.5") == _FOUND_A
-        assert await one.look("n1", "10.0.0.77") == _NOBODY
-        assert await one.look("n2", "10.0.0.5") == _NOBODY
-        assert await one.look("n1", "fe80::f816:3eff:fe00:77") == _NOBODY
+        assert await one.look("n1", "10.0.0.77") == _MISSING
+        assert await one.look("n2", "10.0.0.5") == _MISSING
+        assert await one.look("n1", "fe80::f816:3eff:fe00:77") == _MISSING
         assert set(one.heard.inventory.instances) == {"i-a"}
 
 
-async def test_a_private_link_local_address_is_nobodys_and_costs_no_query(kept: Path) -> None:
+async def test_a_private_link_local_address_is_missing_and_costs_no_query(kept: Path) -> None:
     async with rig(kept, _A) as one:
-        assert await one.look("n1", "fe80::1234") == _NOBODY
+        assert await one.look("n1", "fe80::1234") == _MISSING
         assert one.asked == 0
 
 
@@ -308,9 +308,9 @@ async def test_behind_a_router_all_its_networks_are_looked_at(kept: Path, owner:
 async def test_a_routers_gateway_network_is_none_of_its_networks(kept: Path) -> None:
     gateway = router_port("r-1", "n1", "r", "network:router_gateway")
     async with rig(kept, gateway, _A) as one:
-        assert await one.look("r", "10.0.0.5", router=True) == _NOBODY
+        assert await one.look("r", "10.0.0.5", router=True) == _MISSING
         one.neutron.ignored = frozenset({"owners", "devices"})
-        assert await one.look("other", "10.0.0.5", router=True) == _NOBODY
+        assert await one.look("other", "10.0.0.5", router=True) == _MISSING
 
 
 async def test_an_address_in_two_of_a_routers_networks_is_refused(kept: Path) -> None:
@@ -372,7 +372,7 @@ async def test_many_addresses_behind_a_router_are_asked_for_with_few_queries(kep
         assert len(one.source.routes()) == 64
 
 
-# Many at once, and nobody
+# Many at once, and negative answers
 
 
 async def test_a_hundred_misses_of_one_address_are_one_query(kept: Path) -> None:
@@ -387,7 +387,7 @@ async def test_a_hundred_misses_of_one_address_are_one_query(kept: Path) -> None
         assert one.source.figures.look_ups["coalesced"] == 99
 
 
-async def test_who_gives_up_first_does_not_take_the_answer_from_the_others(kept: Path) -> None:
+async def test_a_cancelled_look_up_does_not_take_the_answer_from_the_others(kept: Path) -> None:
     async with rig(kept, _A) as one:
         one.neutron.open.clear()
         first = asyncio.create_task(one.look("n1", "10.0.0.5"))
@@ -400,19 +400,19 @@ async def test_who_gives_up_first_does_not_take_the_answer_from_the_others(kept:
         assert one.asked == 1
 
 
-async def test_nobody_is_believed_for_seconds(kept: Path) -> None:
+async def test_a_negative_answer_is_believed_for_seconds(kept: Path) -> None:
     async with rig(kept) as one:
-        assert await one.look("n1", "10.0.0.5") == _NOBODY
+        assert await one.look("n1", "10.0.0.5") == _MISSING
         one.neutron.put(_A)
         await one.pass_time(2)
-        assert await one.look("n1", "10.0.0.5") == _NOBODY
+        assert await one.look("n1", "10.0.0.5") == _MISSING
         assert one.asked == 1
         await one.pass_time(1)
         assert await one.look("n1", "10.0.0.5") == _FOUND_A
         assert one.source.figures.look_ups == {"missing": 1, "negative-cached": 1, "found": 1}
 
 
-async def test_with_no_time_for_it_nobody_is_asked_for_each_time(kept: Path) -> None:
+async def test_without_a_negative_lifetime_each_look_up_is_a_query(kept: Path) -> None:
     async with rig(kept, settings=NeutronSourceSettings(negative_ttl_s=0)) as one:
         await one.look("n1", "10.0.0.5")
         await one.look("n1", "10.0.0.5")
@@ -464,11 +464,11 @@ async def test_ports_in_use_are_asked_for_again_many_with_one_query(kept: Path) 
     async with rig(kept, *guests) as one:
         for number in range(62):
             await one.look("n1", f"10.0.1.{number}")
-        told = len(one.heard.observations)
+        reported = len(one.heard.observations)
         assert one.asked == 62
         await one.pass_time(10)
         assert one.asked == 2
-        assert len(one.heard.observations) == told
+        assert len(one.heard.observations) == reported
 
 
 async def test_a_port_that_is_gone_is_withdrawn(kept: Path) -> None:
@@ -479,7 +479,7 @@ async def test_a_port_that_is_gone_is_withdrawn(kept: Path) -> None:
         await one.pass_time(10)
         assert one.owners == {"n1/10.0.0.6": "i-b"}
         assert not one.heard.last.full
-        assert await one.look("n1", "10.0.0.5") == _NOBODY
+        assert await one.look("n1", "10.0.0.5") == _MISSING
 
 
 async def test_a_neutron_that_shows_nothing_for_a_moment_takes_nothing_away(kept: Path) -> None:
@@ -513,7 +513,7 @@ async def test_what_a_neutron_leaves_out_before_and_after_an_outage_is_still_the
         await one.look("n1", "10.0.0.5")
         await one.look("r", "10.0.0.6", router=True)
         before = one.owners
-        # Whoever does not answer is asked again with the next tick.
+        # It is asked again with the next tick.
         one.random[0] = 0.0
         await one.pass_time(9)
         one.neutron.ports_by_id.clear()
@@ -526,7 +526,9 @@ async def test_what_a_neutron_leaves_out_before_and_after_an_outage_is_still_the
         assert one.source.routes()
 
 
-async def test_nobody_is_not_believed_of_a_neutron_that_has_just_come_back(kept: Path) -> None:
+async def test_a_negative_answer_is_not_believed_of_a_neutron_that_has_just_come_back(
+    kept: Path,
+) -> None:
     async with rig(kept, _A) as one:
         one.neutron.failure = DOWN
         await one.look("n1", "10.0.0.5")
@@ -537,7 +539,7 @@ async def test_nobody_is_not_believed_of_a_neutron_that_has_just_come_back(kept:
         one.neutron.put(hidden)
         assert await one.look("n1", "10.0.0.5") == _FOUND_A
         await one.pass_time(3)
-        assert await one.look("n1", "10.0.0.6") == _NOBODY
+        assert await one.look("n1", "10.0.0.6") == _MISSING
 
 
 async def test_a_port_is_gone_only_if_neutron_says_so_while_it_shows_another(kept: Path) -> None:
@@ -553,7 +555,7 @@ async def test_a_port_is_gone_only_if_neutron_says_so_while_it_shows_another(kep
 
 async def test_a_router_that_seems_to_join_nothing_is_asked_for_again(kept: Path) -> None:
     async with rig(kept, _A, settings=NeutronSourceSettings(negative_ttl_s=0)) as one:
-        assert await one.look("r", "10.0.0.5", router=True) == _NOBODY
+        assert await one.look("r", "10.0.0.5", router=True) == _MISSING
         one.neutron.put(router_port("r-1", "n1", "r"))
         assert await one.look("r", "10.0.0.5", router=True) == _FOUND_A
 
@@ -568,7 +570,7 @@ async def test_an_address_that_moved_is_its_new_ports(kept: Path) -> None:
         assert "n1/10.0.0.6" not in one.owners
 
 
-async def test_the_newer_word_on_an_address_wins_at_once(kept: Path) -> None:
+async def test_the_newer_answer_about_an_address_wins_at_once(kept: Path) -> None:
     async with rig(kept, _A) as one:
         await one.look("n1", "10.0.0.5")
         await one.pass_time(1)
@@ -590,7 +592,7 @@ async def test_the_newer_word_on_an_address_wins_at_once(kept: Path) -> None:
         ({"network": NetworkId("n7")}, {"n7/10.0.0.5": "i-a"}),
     ],
 )
-async def test_what_changes_of_a_port_is_told(
+async def test_what_changes_of_a_port_is_reported(
     kept: Path, change: dict[str, str], expected: dict[str, str]
 ) -> None:
     port = replace(_A, mac=None, addresses=_A.addresses[:1])
@@ -615,7 +617,7 @@ async def test_a_port_given_to_another_project_is_signed_for_with_that(kept: Pat
 _SHORT = NeutronSourceSettings(lifetime_s=100, refresh_s=5)
 
 
-async def test_who_does_not_ask_again_is_withdrawn_and_later_forgotten(kept: Path) -> None:
+async def test_a_guest_that_does_not_ask_again_is_withdrawn_and_later_forgotten(kept: Path) -> None:
     async with rig(kept, _A, settings=_SHORT) as one:
         one.random[0] = 0.0
         await one.look("n1", "10.0.0.5")
@@ -628,7 +630,7 @@ async def test_who_does_not_ask_again_is_withdrawn_and_later_forgotten(kept: Pat
         assert one.source.figures.ports == 0
 
 
-async def test_who_asks_again_in_time_is_found_without_a_query(kept: Path) -> None:
+async def test_a_guest_that_asks_again_in_time_is_found_without_a_query(kept: Path) -> None:
     async with rig(kept, _A, settings=_SHORT) as one:
         one.random[0] = 0.0
         await one.look("n1", "10.0.0.5")
@@ -647,7 +649,7 @@ async def test_what_is_put_aside_is_still_kept_up_to_date(kept: Path) -> None:
         await one.pass_time(101)
         one.neutron.remove("p-a")
         await one.pass_time(6)
-        assert await one.look("n1", "10.0.0.5") == _NOBODY
+        assert await one.look("n1", "10.0.0.5") == _MISSING
 
 
 async def test_lifetimes_that_began_together_do_not_end_together(kept: Path) -> None:
@@ -664,7 +666,7 @@ async def test_lifetimes_that_began_together_do_not_end_together(kept: Path) -> 
 
 
 @pytest.mark.parametrize("failure", [DOWN, LATE])
-async def test_what_is_known_is_served_on_and_said_to_be_stale(
+async def test_what_is_known_is_still_served_and_marked_stale(
     kept: Path, failure: Exception
 ) -> None:
     async with rig(kept, _A, settings=_SHORT) as one:
@@ -688,7 +690,7 @@ async def test_what_is_known_is_served_on_and_said_to_be_stale(
         assert not one.heard.last.problems
 
 
-async def test_the_unknown_are_told_at_once_that_neutron_cannot_be_asked(kept: Path) -> None:
+async def test_look_ups_of_the_unknown_fail_at_once_while_neutron_is_down(kept: Path) -> None:
     async with rig(kept, _A) as one:
         one.neutron.failure = DOWN
         assert await one.look("n1", "10.0.0.5") == LookUpUnavailable("connection refused")
@@ -760,7 +762,7 @@ async def test_queries_that_take_too_long_are_counted_apart(kept: Path) -> None:
         assert one.source.figures.look_ups == {"unavailable": 1}
 
 
-async def test_a_neutron_that_is_down_from_the_start_is_told_of(kept: Path) -> None:
+async def test_a_neutron_that_is_down_from_the_start_is_reported(kept: Path) -> None:
     neutron = FakeNeutron(failure=DOWN)
     async with rig(kept, neutron=neutron) as one:
         assert one.heard.observations[0].in_sync
@@ -878,7 +880,7 @@ async def test_a_neutron_that_begins_each_page_anew_is_not_asked_for_ever(kept: 
         assert len(one.owners) == 10
 
 
-async def test_the_list_is_read_again_and_only_changes_are_told(kept: Path) -> None:
+async def test_the_list_is_read_again_and_only_changes_are_reported(kept: Path) -> None:
     async with rig(kept, *_many(25), settings=_LISTED) as one:
         one.neutron.remove("p-003")
         one.neutron.put(_A)
@@ -886,8 +888,8 @@ async def test_the_list_is_read_again_and_only_changes_are_told(kept: Path) -> N
         assert "n1/10.0.1.3" not in one.owners
         assert one.owners["n1/10.0.0.5"] == "i-a"
         assert [each.full for each in one.heard.observations].count(True) == 1
-        told = [set(each.instances) for each in one.heard.observations[1:]]
-        assert set().union(*told) == {"i-a"}
+        reported = [set(each.instances) for each in one.heard.observations[1:]]
+        assert set().union(*reported) == {"i-a"}
 
 
 @pytest.mark.parametrize("shown", [0, 10])
@@ -904,7 +906,7 @@ async def test_a_list_that_is_not_whole_takes_nothing_away(kept: Path, shown: in
         assert one.owners == before
 
 
-async def test_a_refused_port_is_told_of_until_it_is_not_on_the_list(kept: Path) -> None:
+async def test_a_refused_port_is_reported_until_it_is_not_on_the_list(kept: Path) -> None:
     async with rig(kept, *_many(3), replace(_A, device="a|b"), settings=_LISTED) as one:
         assert len(one.owners) == 3
         await one.pass_time(600, step=30)

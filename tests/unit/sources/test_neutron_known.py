@@ -76,7 +76,7 @@ def test_a_port_that_lost_an_address_to_another_gets_it_back_when_neutron_says_s
     assert owner(known, "10.0.0.5") == "p-a"
 
 
-def test_what_was_told_is_told_again_only_when_it_has_changed() -> None:
+def test_an_instance_is_reported_again_only_when_it_has_changed() -> None:
     known = KnownPorts()
     known.put(_A, asked=1)
     assert set(known.changes().instances) == {"i-a"}
@@ -94,7 +94,7 @@ def test_what_was_told_is_told_again_only_when_it_has_changed() -> None:
     assert known.networks == frozenset()
 
 
-def test_no_more_than_a_hundred_refused_ports_are_told_of() -> None:
+def test_at_most_a_hundred_refused_ports_are_reported() -> None:
     known = KnownPorts()
     for number in range(150):
         known.put(neutron_port(f"p-{number}", "n1", "10.0.0.5", device="a|b"), asked=1)
@@ -154,7 +154,7 @@ def test_a_port_that_goes_or_comes_later_does_not_make_an_instance_anew() -> Non
 
 
 @pytest.mark.parametrize(
-    ("told", "wanted"),
+    ("reported", "wanted"),
     [
         ("2026-11-26T12:00:00Z", 1_795_694_400),
         ("2026-11-26T12:00:00", None),
@@ -165,8 +165,10 @@ def test_a_port_that_goes_or_comes_later_does_not_make_an_instance_anew() -> Non
         ([], None),
     ],
 )
-def test_when_a_port_was_made_is_taken_where_it_is_a_time(told: object, wanted: int | None) -> None:
-    (port,) = parse_ports({"ports": [{"id": "p", "created_at": told}]})
+def test_when_a_port_was_made_is_taken_where_it_is_a_time(
+    reported: object, wanted: int | None
+) -> None:
+    (port,) = parse_ports({"ports": [{"id": "p", "created_at": reported}]})
     assert port.created_at == wanted
     (without,) = parse_ports({"ports": [{"id": "p"}]})
     assert without.created_at is None

@@ -27,7 +27,7 @@ from imdsproxy.sources.neutron.client import (
 from imdsproxy.sources.neutron.ports import PortQuery
 from support.patience import patience
 
-# openstacksdk warns of a setting that nobody has made (its defaults for InfluxDB are not empty).
+# openstacksdk warns of a setting that is not set (its defaults for InfluxDB are not empty).
 pytestmark = pytest.mark.filterwarnings("ignore:Support for InfluxDB:PendingDeprecationWarning")
 
 _TIMEOUT_S: Final = 0.7
@@ -187,16 +187,16 @@ async def test_no_token_goes_where_a_redirection_leads(status: str) -> None:
     assert not asked.is_set()
 
 
-async def test_the_same_failure_is_told_in_the_same_words_whatever_was_asked() -> None:
+async def test_the_same_failure_has_the_same_message_whatever_was_asked() -> None:
     async with serving(once(_GOOD)) as url:
         pass
     async with client_of(url) as client:
-        said = set()
+        messages = set()
         for number in range(2):
             with pytest.raises(SourceUnavailable) as caught:
                 await client.ports(PortQuery(ids=(f"p-{number}",)))
-            said.add(caught.value.message)
-        assert said == {f"Neutron cannot be asked: {url}: Connection refused"}
+            messages.add(caught.value.message)
+        assert messages == {f"Neutron cannot be asked: {url}: Connection refused"}
 
 
 async def _silent(reader: asyncio.StreamReader, _writer: asyncio.StreamWriter) -> None:
@@ -417,7 +417,7 @@ async def test_a_token_that_is_about_to_end_is_fetched_again(tmp_path: Path) -> 
         assert len(one.tokens) == before + 1
 
 
-async def test_a_wrong_password_is_told_of_without_telling_it(tmp_path: Path) -> None:
+async def test_a_wrong_password_is_reported_without_showing_it(tmp_path: Path) -> None:
     async with keystone(tmp_path, password="another") as (_, client):
         with pytest.raises(SourceUnavailable) as caught:
             await client.ports(PortQuery(limit=1))
@@ -426,14 +426,14 @@ async def test_a_wrong_password_is_told_of_without_telling_it(tmp_path: Path) ->
         assert "right" not in str(caught.value)
 
 
-async def test_a_catalogue_without_neutron_is_told_of(tmp_path: Path) -> None:
+async def test_a_catalogue_without_neutron_is_reported(tmp_path: Path) -> None:
     async with keystone(tmp_path, neutron=None) as (_, client):
         with pytest.raises(SourceUnavailable, match="catalogue has no Neutron"):
             await client.ports(PortQuery(limit=1))
 
 
 @pytest.mark.parametrize("text", [None, "", "clouds: {}", "clouds: [", "clouds: {here: {auth: 7}}"])
-async def test_a_clouds_file_that_cannot_be_used_is_told_of(
+async def test_a_clouds_file_that_cannot_be_used_is_reported(
     tmp_path: Path, text: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     elsewhere = tmp_path / "elsewhere"

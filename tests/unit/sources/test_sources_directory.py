@@ -67,7 +67,7 @@ def bench(tmp_path: Path) -> Bench:
     return Bench(tmp_path / "records")
 
 
-def told(reading: Reading) -> list[str]:
+def reported(reading: Reading) -> list[str]:
     return [str(problem) for problem in reading.problems]
 
 
@@ -104,7 +104,7 @@ def test_only_a_file_that_changed_is_read_again(
     assert reading.instances.keys() == {"i3"}
 
 
-def test_a_file_told_to_have_changed_is_read_though_it_looks_the_same(bench: Bench) -> None:
+def test_a_file_with_an_event_is_read_though_it_looks_the_same(bench: Bench) -> None:
     path = bench.write("x.json", instances(record("a", "10.0.0.5")))
     before = path.stat()
     bench.read()
@@ -133,7 +133,7 @@ def test_a_file_that_cannot_be_read_keeps_all_its_records(
     reading = bench.read()
     assert bench.names == {"a", "b"}
     assert not reading.instances
-    assert any(line.startswith(f"{path}{place}") for line in told(reading)), told(reading)
+    assert any(line.startswith(f"{path}{place}") for line in reported(reading)), reported(reading)
     bench.write("x.yaml", instances(record("b", "10.0.0.6")))
     assert bench.read().instances == {"a": None}
     assert not bench.read().problems
@@ -177,7 +177,7 @@ instances:
     reading = bench.read()
     assert bench.names == {"good"}
     assert bench.directory.networks.keys() == {"n"}
-    lines = told(reading)
+    lines = reported(reading)
     for wanted in (
         f"{path}:7: networks[1].subnets[0].cidr: ",
         f"{path}:13: instances[1].name: is there twice",
@@ -190,7 +190,7 @@ instances:
     assert len(lines) == 6
 
 
-def test_a_newcomer_is_told_the_file_line_and_field_of_both(bench: Bench) -> None:
+def test_a_refused_newcomer_is_reported_with_file_line_and_field_of_both(bench: Bench) -> None:
     holder = bench.write(
         "z.yaml", "instances:\n- id: a\n  name: a\n  ports: [{network: n, addresses: [10.0.0.5]}]\n"
     )
@@ -200,7 +200,7 @@ def test_a_newcomer_is_told_the_file_line_and_field_of_both(bench: Bench) -> Non
         "instances:\n- id: b\n  name: b\n  ports:\n  - network: n\n    addresses:\n"
         "    - 10.0.0.4\n    - 10.0.0.5\n",
     )
-    (line,) = told(bench.read())
+    (line,) = reported(bench.read())
     assert line.startswith(
         f"{path}:8: instances[0].ports[0].addresses[1]: 10.0.0.5 in network n belongs to instance a"
         f" ({holder}:2)"
@@ -211,13 +211,13 @@ def test_a_newcomer_is_told_the_file_line_and_field_of_both(bench: Bench) -> Non
 def test_a_payload_file_is_followed(bench: Bench, tmp_path: Path) -> None:
     payload = tmp_path / "user-data"
     bench.write("x.json", instances(record("a", "10.0.0.5", user_data_file="../user-data")))
-    assert "there is no file" in told(bench.read())[0]
+    assert "there is no file" in reported(bench.read())[0]
     payload.write_bytes(b"\x1f\x8b")
     bench.read()
     assert bench.directory.instances["a"].open().user_data == b"\x1f\x8b"
     payload.unlink()
     reading = bench.read()
-    assert "there is no file" in told(reading)[0]
+    assert "there is no file" in reported(reading)[0]
     assert bench.directory.instances["a"].open().user_data == b"\x1f\x8b"
     payload.write_bytes(b"new")
     assert bench.read().instances.keys() == {"a"}
@@ -279,18 +279,18 @@ def test_a_directory_that_cannot_be_listed_changes_nothing(bench: Bench) -> None
     away = bench.path.rename(bench.path.with_name("away"))
     reading = bench.read()
     assert not reading.readable
-    assert "cannot be listed" in told(reading)[0]
+    assert "cannot be listed" in reported(reading)[0]
     assert bench.names == {"a"}
     away.rename(bench.path)
     assert bench.read().readable
 
 
-def test_what_is_no_regular_file_is_told_and_never_waited_for(bench: Bench) -> None:
+def test_what_is_no_regular_file_is_reported_and_never_waited_for(bench: Bench) -> None:
     os.mkfifo(bench.path / "pipe.yaml")
     (bench.path / "directory.yaml").mkdir()
     (bench.path / "dangling.yaml").symlink_to(bench.path / "nowhere")
     bench.write("x.json", instances(record("a", "10.0.0.5")))
-    lines = told(bench.settled())
+    lines = reported(bench.settled())
     assert bench.names == {"a"}
     assert len(lines) == 2
     assert all("cannot be read" in line for line in lines)
@@ -347,7 +347,7 @@ def test_what_was_in_force_stays_over_a_restart_with_broken_files(bench: Bench) 
     bench.write("y.json", instances(record("b", "10.0.0.999"), record("c", "10.0.0.8")))
     bench.restart()
     reading = bench.read()
-    assert len(told(reading)) == 3
+    assert len(reported(reading)) == 3
     assert bench.directory.networks.keys() == {"n"}
     assert bench.directory.instances["a"] == before["a"]
     assert bench.directory.instances["b"] == before["b"]
@@ -355,7 +355,7 @@ def test_what_was_in_force_stays_over_a_restart_with_broken_files(bench: Bench) 
     assert reading.instances.keys() == {"c"}
 
 
-def test_what_was_taken_out_while_nobody_looked_is_gone_after_a_restart(bench: Bench) -> None:
+def test_what_was_removed_while_stopped_is_gone_after_a_restart(bench: Bench) -> None:
     gone = bench.write("x.json", instances(record("a", "10.0.0.5")))
     bench.write("y.json", instances(record("b", "10.0.0.6"), record("c", "10.0.0.7")))
     bench.read()
@@ -387,7 +387,7 @@ def test_a_directory_that_is_gone_at_a_restart_leaves_what_was_in_force(bench: B
     assert bench.names == {"a"}
 
 
-def test_a_memory_that_is_damaged_is_told_and_does_without(bench: Bench) -> None:
+def test_a_memory_that_is_damaged_is_reported_and_does_without(bench: Bench) -> None:
     bench.kept.write_bytes(b"no database " * 1000)
     bench.write("x.json", instances(record("a", "10.0.0.5")))
     bench.read()
@@ -403,7 +403,7 @@ def test_a_memory_that_is_damaged_is_told_and_does_without(bench: Bench) -> None
     assert bench.names == {"a"}
 
 
-def test_a_memory_that_cannot_be_written_is_told_and_written_later(bench: Bench) -> None:
+def test_a_memory_that_cannot_be_written_is_reported_and_written_later(bench: Bench) -> None:
     bench.kept.mkdir()
     bench.write("x.json", instances(record("a", "10.0.0.5")))
     bench.read()

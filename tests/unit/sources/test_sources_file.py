@@ -49,7 +49,7 @@ def directory(tmp_path: Path) -> Path:
     return path
 
 
-async def test_files_that_come_change_and_go_are_told(directory: Path) -> None:
+async def test_files_that_come_change_and_go_are_reported(directory: Path) -> None:
     async with running(FileSource(directory)) as heard:
         write(directory / "x.json", record("a", "1"))
         await heard.until(lambda each: data_of(each) == {"a": b"1"})
@@ -81,7 +81,7 @@ async def test_a_file_overwritten_in_place_a_hundred_times_never_loses_its_recor
         assert not any(each.instances_removed for each in heard.observations)
 
 
-async def test_a_change_is_told_within_a_tenth_of_a_second(directory: Path) -> None:
+async def test_a_change_is_reported_within_a_tenth_of_a_second(directory: Path) -> None:
     took = []
     async with running(FileSource(directory)) as heard:
         for turn in range(9):
@@ -161,7 +161,7 @@ def _make_with(directory: Path, *records: object) -> None:
     write(directory / "x.json", *records)
 
 
-async def test_a_restart_with_a_broken_file_tells_of_what_was_in_force(
+async def test_a_restart_with_a_broken_file_reports_what_was_in_force(
     directory: Path, tmp_path: Path
 ) -> None:
     kept = tmp_path / "state" / "last-good.sqlite"
@@ -181,7 +181,7 @@ async def test_a_restart_with_a_broken_file_tells_of_what_was_in_force(
         assert data_of(third) == {"a": b"2"}
 
 
-async def test_a_memory_that_cannot_be_kept_is_told(directory: Path, tmp_path: Path) -> None:
+async def test_a_memory_that_cannot_be_kept_is_reported(directory: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     write(directory / "x.json", record("a", "1"))
     source = FileSource(directory, last_good=tmp_path / "file" / "last-good.sqlite")
@@ -226,7 +226,7 @@ def _rename(path: Path, target: Path) -> None:
     path.rename(target)
 
 
-async def test_a_problem_is_told_when_it_comes_and_when_it_goes(directory: Path) -> None:
+async def test_a_problem_is_reported_when_it_comes_and_when_it_goes(directory: Path) -> None:
     write(directory / "x.json", record("a", "1"))
     async with running(FileSource(directory)) as heard:
         write(directory / "x.json", record("a", "1", mtu=7))
@@ -237,7 +237,7 @@ async def test_a_problem_is_told_when_it_comes_and_when_it_goes(directory: Path)
         await heard.until(lambda each: not each.last.problems)
 
 
-async def test_what_changes_nothing_in_force_is_not_told(directory: Path) -> None:
+async def test_what_changes_nothing_in_force_is_not_reported(directory: Path) -> None:
     write(directory / "x.json", record("a", "1"))
     async with running(FileSource(directory)) as heard:
         write(directory / "x.json", record("a", "1"))

@@ -63,7 +63,7 @@ class Files:
         return self.in_force.records
 
     @property
-    def told(self) -> list[str]:
+    def reported(self) -> list[str]:
         return [f"{problem.field}: {problem.reason}" for problem in self.in_force.problems()]
 
 
@@ -87,7 +87,7 @@ def test_a_record_that_breaks_keeps_its_version_before() -> None:
     (problem,) = files.in_force.problems()
     assert "stays in force" in problem.hint
     assert files.write("x", made("a", 2)) == {"a"}
-    assert not files.told
+    assert not files.reported
 
 
 def test_a_broken_record_taken_out_is_gone() -> None:
@@ -100,7 +100,7 @@ def test_a_broken_record_taken_out_is_gone() -> None:
 def test_a_record_that_was_never_good_is_not_in_force() -> None:
     files = Files()
     assert files.write("x", "a") == set()
-    assert files.told == ["name: is bad"]
+    assert files.reported == ["name: is bad"]
 
 
 def test_while_a_record_has_no_readable_id_nothing_of_its_file_goes() -> None:
@@ -117,7 +117,7 @@ def test_from_the_start_the_first_by_file_and_position_has_the_address() -> None
     files.stage("y", made("a", 1), made("b", 1))
     files.in_force.settle()
     assert files.records.keys() == {"a"}
-    assert files.told == ["b: 10.0.0.1 of a", "c: 10.0.0.1 of a"]
+    assert files.reported == ["b: 10.0.0.1 of a", "c: 10.0.0.1 of a"]
 
 
 def test_a_newcomer_is_refused_an_address_in_force_wherever_its_file_stands() -> None:
@@ -125,7 +125,7 @@ def test_a_newcomer_is_refused_an_address_in_force_wherever_its_file_stands() ->
     files.write("z", made("a", 1))
     files.write("a", made("b", 1, 2))
     assert files.records.keys() == {"a"}
-    assert files.told == ["b: 10.0.0.1 of a"]
+    assert files.reported == ["b: 10.0.0.1 of a"]
 
 
 def test_who_was_refused_comes_in_force_when_the_address_is_free() -> None:
@@ -134,7 +134,7 @@ def test_who_was_refused_comes_in_force_when_the_address_is_free() -> None:
     files.write("y", made("b", 1))
     assert files.write("z") == {"a", "b"}
     assert files.records.keys() == {"b"}
-    assert not files.told
+    assert not files.reported
 
 
 def test_a_record_that_changes_keeps_its_address_against_a_newcomer() -> None:
@@ -151,7 +151,7 @@ def test_a_change_to_a_taken_address_keeps_the_version_before() -> None:
     files.write("x", made("a", 1), made("b", 2))
     assert files.write("x", made("a", 1), made("b", 1)) == set()
     assert files.records == by_id(made("a", 1), made("b", 2))
-    assert files.told == ["b: 10.0.0.1 of a"]
+    assert files.reported == ["b: 10.0.0.1 of a"]
 
 
 def test_addresses_are_swapped_and_rotated_in_one_step() -> None:
@@ -167,7 +167,7 @@ def test_who_took_an_address_gives_it_back_when_its_holder_falls_back() -> None:
     # b gives 2 to c, but may not have 1: it falls back to 2, and so c to 3.
     files.write("x", made("a", 1), made("b", 1), made("c", 2))
     assert files.records == by_id(made("a", 1), made("b", 2), made("c", 3))
-    assert sorted(files.told) == ["b: 10.0.0.1 of a", "c: 10.0.0.2 of b"]
+    assert sorted(files.reported) == ["b: 10.0.0.1 of a", "c: 10.0.0.2 of b"]
 
 
 def test_who_lost_to_one_that_fell_back_is_in_force_after_all() -> None:
@@ -191,10 +191,10 @@ def test_an_id_twice_is_in_force_once_and_stays_with_who_had_it() -> None:
     files.write("z", made("a", 1))
     files.write("b", made("a", 2))
     assert files.records == by_id(made("a", 1))
-    assert files.told == ["a: id of a"]
+    assert files.reported == ["a: id of a"]
     files.write("z")
     assert files.records == by_id(made("a", 2))
-    assert not files.told
+    assert not files.reported
 
 
 def test_an_id_twice_in_one_file_stays_with_the_one_in_force() -> None:
@@ -254,7 +254,7 @@ def _addresses(records: Iterable[Instance]) -> list[AddressKey]:
 
 @given(_steps)
 @settings(max_examples=400, deadline=None)
-def test_whatever_happens_no_address_is_in_force_twice_and_changes_are_told(
+def test_whatever_happens_no_address_is_in_force_twice_and_changes_are_reported(
     steps: list[tuple[str, list[Instance | str], bool]],
 ) -> None:
     files = Files()

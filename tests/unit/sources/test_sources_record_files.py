@@ -9,7 +9,7 @@ from imdsproxy.sources.file.record_file import decode_records, payload_reader
 GOOD = "instances:\n- id: a\n  name: a\n"
 
 
-def test_a_file_that_is_no_utf8_is_told_with_its_line() -> None:
+def test_a_file_that_is_no_utf8_is_reported_with_its_line() -> None:
     records, _ = decode_records(b"# fine\n# fine\n# \xe4\n", file="x.yaml")
     assert [str(problem) for problem in records.problems] == [
         "x.yaml:3: file: is not UTF-8: byte 0xe4 (save it as UTF-8; binary goes as !!binary)"
@@ -41,7 +41,7 @@ def test_a_payload_is_read_beside_the_record_file_or_by_its_whole_path(tmp_path:
     assert read(str(tmp_path / "data")) == b"\x00\xff"
 
 
-def test_a_payload_that_is_missing_large_or_no_file_is_told(tmp_path: Path) -> None:
+def test_a_payload_that_is_missing_large_or_no_file_is_reported(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo")
     (tmp_path / "directory").mkdir()
     with (tmp_path / "large").open("wb") as stream:

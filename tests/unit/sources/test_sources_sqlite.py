@@ -113,7 +113,7 @@ async def test_a_write_is_published_when_it_returns(path: Path) -> None:
         assert not heard.inventory.instances
 
 
-async def test_a_write_is_done_and_told_though_its_caller_has_gone(path: Path) -> None:
+async def test_a_write_is_done_and_published_though_its_caller_is_gone(path: Path) -> None:
     source = source_of(path)
     async with running(source) as heard:
         asked = asyncio.create_task(source.put_instance(A))
@@ -200,7 +200,7 @@ def test_no_time_is_made_up_for_what_was_there_before(path: Path, row: str) -> N
     store.close()
 
 
-def test_nobody_else_can_read_the_store(path: Path) -> None:
+def test_only_its_owner_can_read_the_store(path: Path) -> None:
     mask = os.umask(0)
     try:
         store = Store(path)
@@ -250,7 +250,7 @@ def _taken_away(path: Path) -> bytes:
 
 
 @pytest.mark.parametrize("spoil", [_spoil_header, _spoil_pages])
-async def test_a_damaged_store_is_told_with_what_to_do_and_left_as_it_is(
+async def test_a_damaged_store_is_reported_with_what_to_do_and_left_as_it_is(
     path: Path, spoil: Callable[[Path], None]
 ) -> None:
     store = Store(path)
@@ -273,7 +273,7 @@ async def test_a_damaged_store_is_told_with_what_to_do_and_left_as_it_is(
         assert await source.put_instance(A) is Written.ADDED
 
 
-async def test_an_unusable_store_is_told_once_not_at_every_try(path: Path) -> None:
+async def test_an_unusable_store_is_reported_once_not_at_every_try(path: Path) -> None:
     _spoil_header(path)
     async with running(source_of(path)) as heard:
         await asyncio.sleep(0.2)  # some ten tries: that nothing comes cannot be polled for
@@ -339,7 +339,7 @@ def small_disk(path: Path) -> Callable[[int], Store]:
     return make
 
 
-def test_a_full_disk_is_told_and_what_was_stored_stays(
+def test_a_full_disk_is_reported_and_what_was_stored_stays(
     small_disk: Callable[[int], Store], path: Path
 ) -> None:
     store = small_disk(20)
@@ -355,28 +355,28 @@ def test_a_full_disk_is_told_and_what_was_stored_stays(
     store.close()
 
 
-async def test_a_store_that_may_not_be_written_is_told_and_tells_nothing_else(path: Path) -> None:
+async def test_a_write_that_the_store_refuses_is_an_error_and_publishes_nothing(path: Path) -> None:
     source = source_of(path)
     async with running(source) as heard:
         await source.put_instance(A)
-        told = len(heard.observations)
+        reported = len(heard.observations)
         connection = source._store._connection  # type: ignore[union-attr]  # it runs
         await source._in_thread(lambda: connection.execute("PRAGMA query_only = ON"))
         with pytest.raises(SourceUnavailable) as caught:
             await source.put_instance(B)
         assert "writable" in caught.value.hint
-        assert len(heard.observations) == told
+        assert len(heard.observations) == reported
         assert heard.inventory.instances.keys() == {"a"}
 
 
-async def test_a_directory_that_cannot_be_made_is_told(tmp_path: Path) -> None:
+async def test_a_directory_that_cannot_be_made_is_reported(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     async with running(source_of(tmp_path / "file" / "store.sqlite")) as heard:
         assert not heard.last.in_sync
         assert "cannot be used" in heard.last.problems[0].reason
 
 
-def test_rows_that_other_programs_wrote_are_mended_or_told(path: Path) -> None:
+def test_rows_that_other_programs_wrote_are_mended_or_reported(path: Path) -> None:
     store = Store(path)
     store.put([N1], [A, B])
     store.close()
@@ -467,13 +467,13 @@ async def test_the_disk_has_a_write_before_it_is_acknowledged(
         publish = heard.publish
 
         def noted(observation: Observation) -> None:
-            steps.append("told")
+            steps.append("reported")
             publish(observation)
 
         source._publish = noted
         await source.put_instance(A)
         steps.append("acknowledged")
-    assert steps == ["told", "disk", "acknowledged"]
+    assert steps == ["reported", "disk", "acknowledged"]
 
 
 async def test_a_disk_that_does_not_confirm_is_no_acknowledgement(

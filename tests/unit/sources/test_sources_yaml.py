@@ -4,7 +4,7 @@ import pytest
 
 from imdsproxy.config.strict_yaml import Decoded, Undecodable, decode_yaml
 from imdsproxy.core.records import render_path
-from imdsproxy.sources.strict_json import decode_json
+from imdsproxy.sources.file.strict_json import decode_json
 
 
 def decoded(text: str) -> Decoded:
@@ -62,7 +62,7 @@ def test_infinity_and_nan_are_numbers() -> None:
 
 
 @pytest.mark.parametrize("decode", [decode_yaml, decode_json])
-def test_a_duplicate_key_is_told_with_its_path_and_line(decode: object) -> None:
+def test_a_duplicate_key_is_reported_with_its_path_and_line(decode: object) -> None:
     assert callable(decode)
     text = '{"a": 1,\n "b": [0, {"c": 1,\n"c": 2}]}'
     found = decode(text)
@@ -93,12 +93,12 @@ def test_a_merge_key_and_an_alias_are_what_they_stand_for() -> None:
 
 
 @pytest.mark.parametrize("tag", ["!!python/object:os.system", "!!set", "!mine", "!!timestamp"])
-def test_an_unknown_tag_is_told(tag: str) -> None:
+def test_an_unknown_tag_is_reported(tag: str) -> None:
     assert decoded(f"a: {tag} {{}}").faults or decoded(f"a: {tag} x").faults
 
 
 @pytest.mark.parametrize("text", ["!!int x", "!!bool no", "!!float x", "!!binary H4s"])
-def test_a_tag_that_its_word_does_not_fit_is_told(text: str) -> None:
+def test_a_tag_that_its_word_does_not_fit_is_reported(text: str) -> None:
     assert decoded(f"a: {text}").faults
 
 
@@ -113,7 +113,7 @@ def test_a_tag_that_its_word_does_not_fit_is_told(text: str) -> None:
         ("a: 'x\n", 2),
     ],
 )
-def test_what_is_no_yaml_is_told_with_its_line(text: str, line: int) -> None:
+def test_what_is_no_yaml_is_reported_with_its_line(text: str, line: int) -> None:
     found = refused(text)
     assert found.line is not None
     assert abs(found.line - line) <= 1
@@ -157,7 +157,7 @@ def test_nesting_without_end_is_refused(depth: int) -> None:
         ('"a', 1),
     ],
 )
-def test_what_is_no_json_is_told_with_its_line(text: str, line: int) -> None:
+def test_what_is_no_json_is_reported_with_its_line(text: str, line: int) -> None:
     found = decode_json(text)
     assert isinstance(found, Undecodable)
     assert found.line == line

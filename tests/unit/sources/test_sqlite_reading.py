@@ -42,12 +42,12 @@ def _told(path: Path) -> dict[str, tuple[bool, int | None]]:
 _HELD = {"web": (True, _BORN), "mail": (False, _BORN)}
 
 
-def test_it_is_read_while_somebody_has_it(tmp_path: Path) -> None:
+def test_it_is_read_while_another_process_has_it(tmp_path: Path) -> None:
     with closing(_fill(tmp_path / "store.sqlite")):
         assert _told(tmp_path / "store.sqlite") == _HELD
 
 
-def test_one_that_nobody_has_is_read_and_nothing_is_changed(tmp_path: Path) -> None:
+def test_one_that_is_not_open_is_read_and_nothing_is_changed(tmp_path: Path) -> None:
     path = tmp_path / "store.sqlite"
     _fill(path).close()
     before = sorted(tmp_path.iterdir()), path.read_bytes()
@@ -55,7 +55,7 @@ def test_one_that_nobody_has_is_read_and_nothing_is_changed(tmp_path: Path) -> N
     assert (sorted(tmp_path.iterdir()), path.read_bytes()) == before
 
 
-def test_none_is_empty_and_what_is_no_store_is_said(tmp_path: Path) -> None:
+def test_none_is_empty_and_what_is_no_store_is_an_error(tmp_path: Path) -> None:
     assert read_store(tmp_path / "none.sqlite").instances == ()
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "other.sqlite").write_bytes(b"hello" * 100)

@@ -25,7 +25,7 @@ from imdsproxy.core.records import (
     parse_records,
 )
 from imdsproxy.errors import Problem
-from imdsproxy.sources.strict_json import decode_json
+from imdsproxy.sources.file.strict_json import decode_json
 
 SUFFIXES = (".yaml", ".yml", ".json")
 """How the names of record files end."""

@@ -62,7 +62,7 @@ class SqliteSource:
         self._syncing: asyncio.Task[None] | None = None
 
     def origin_of_port(self, instance: InstanceId, number: int) -> Origin | None:
-        """The record's own field: nobody reads the store's file."""
+        """The record's own field: people do not read the store's file."""
         return Origin(f"instances.{instance}.ports[{number}].network")
 
     async def run(self, publish: Publish) -> None:
