@@ -9,13 +9,13 @@ from typing import Final
 
 import structlog
 
-from imdsproxy.app.compiled_files import DiskFiles
 from imdsproxy.core.compiled import compile_instance, compiled_path
 from imdsproxy.core.model import Instance
 from imdsproxy.core.wire import PROBE_INSTANCE
 from imdsproxy.dataplane.haproxy import Haproxy
 from imdsproxy.errors import HostRefused, ImdsproxyError, Problem
 from imdsproxy.serving.account import Account, find_closed
+from imdsproxy.serving.store import DiskFiles
 
 __all__ = ["DocumentProbe"]
 

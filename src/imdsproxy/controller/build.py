@@ -15,7 +15,6 @@ from imdsproxy.anti_spoofing.journal import TableJournal
 from imdsproxy.anti_spoofing.kernel import KernelHopLimits, KernelMacFilters
 from imdsproxy.anti_spoofing.mac_filters import MacFilters
 from imdsproxy.app.companion import Companion, CompanionLauncher, SpawnCompanion, UnitCompanion
-from imdsproxy.app.compiled_files import DiskFiles
 from imdsproxy.app.policy_store import OverrideFile, PolicyStore
 from imdsproxy.app.rule_sets import RuleSets
 from imdsproxy.app.token_keys import TokenKeys
@@ -42,6 +41,7 @@ from imdsproxy.listeners.observe import HostObserver
 from imdsproxy.nova.upstream import NovaUpstream
 from imdsproxy.serving.passwords import PasswordStore
 from imdsproxy.serving.pidfile import read_pids
+from imdsproxy.serving.store import DiskFiles
 from imdsproxy.sources.api import Source
 from imdsproxy.sources.libvirt.client import SystemLibvirt
 from imdsproxy.sources.libvirt.source import LibvirtSource

@@ -41,7 +41,7 @@ from imdsproxy.core.events import Events
 from imdsproxy.core.haproxy.model import DataplaneSpec
 from imdsproxy.core.inventory import Inventory
 from imdsproxy.core.model import NetworkId
-from imdsproxy.core.observation import AddressKey, Observation
+from imdsproxy.core.observation import AddressKey
 from imdsproxy.core.progress import Progress
 from imdsproxy.dataplane.launch import HaproxyProgram
 from imdsproxy.dataplane.layout import Layout
@@ -236,10 +236,6 @@ class Controller:
             # Lines go on; those that are not read when this controller ends are lost.
             structlog.get_logger().warning("connection not kept", reason=error.message)
             return False
-
-    def publish(self, observation: Observation) -> None:
-        """Take in what a source saw."""
-        self.records.observe(observation)
 
     def end(self, data_plane: bool) -> None:  # noqa: FBT001 - as `Services.end`
         """Ask for the end; the admin API gives the answers that it has begun before it ends."""

@@ -130,7 +130,7 @@ async def _live(
         await stack.enter_async_context(controller.watch)
         group = await stack.enter_async_context(asyncio.TaskGroup())
         tasks = [
-            group.create_task(source.run(controller.publish), name=f"source-{source.name}")
+            group.create_task(source.run(controller.records.observe), name=f"source-{source.name}")
             for source in controller.sources.all
         ]
         tasks.append(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Final, TypeAlias
@@ -20,8 +20,10 @@ from imdsproxy.core.model import InstanceId
 from imdsproxy.errors import HostRefused, PrivilegeMissing
 from imdsproxy.host.files import ensure_directory, write_atomic
 from imdsproxy.host.refusal import host_refused
+from imdsproxy.serving.passwords import PasswordStore
 
 __all__ = [
+    "DiskFiles",
     "LoadedRecord",
     "RecordReader",
     "apply_record",
@@ -239,3 +241,31 @@ def _refused(action: str, error: OSError) -> HostRefused | PrivilegeMissing:
         error,
         hint="" if not isinstance(error, PermissionError) else "check the owner and mode of it",
     )
+
+
+@dataclass(slots=True)
+class DiskFiles:
+    """Compiled records and passwords, as the record loop writes them.
+
+    Args:
+        directory: Of the records.
+        passwords: Of their instances.
+        group: Who may read them; `None` for this process's.
+    """
+
+    directory: Path
+    passwords: PasswordStore
+    group: int | None
+
+    def apply(self, instance: InstanceId, record: CompiledRecord) -> None:
+        """Write exactly this record."""
+        apply_record(self.directory, instance, record, group=self.group)
+
+    def remove(self, instance: InstanceId) -> None:
+        """Remove the record and the password of the instance."""
+        remove_record(self.directory, instance)
+        self.passwords.remove(instance)
+
+    def instances(self) -> Iterable[InstanceId]:
+        """Every instance that has a record on disk."""
+        return list_records(self.directory)

@@ -17,7 +17,7 @@ from typing import Protocol, TypeAlias
 from imdsproxy.core.model import InstanceId, IpAddress, NetworkId, Scope
 from imdsproxy.core.observation import AddressKey, Observation, SourceName
 
-Publish: TypeAlias = Callable[[Observation], None]
+Publish: TypeAlias = Callable[[Observation], object]
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,6 @@ import pytest
 from structlog.testing import capture_logs
 
 from imdsproxy.app import document_probe
-from imdsproxy.app.compiled_files import DiskFiles
 from imdsproxy.app.document_probe import DocumentProbe
 from imdsproxy.core.compiled import compiled_path
 from imdsproxy.core.model import Instance
@@ -18,6 +17,7 @@ from imdsproxy.core.wire import PROBE_INSTANCE
 from imdsproxy.dataplane.haproxy import Haproxy
 from imdsproxy.errors import HostRefused
 from imdsproxy.serving.passwords import PasswordStore
+from imdsproxy.serving.store import DiskFiles
 
 _GOOD = (200, Instance(PROBE_INSTANCE, "probe", "probe").ec2_id.encode())
 _BUSY = (503, b"")
