@@ -150,7 +150,9 @@ def _macs(macs: _Shape) -> dict[str, str]:
 def _policy(for_nobody: Sequence[str]) -> dict[str, str]:
     if not for_nobody:
         return {}
-    return {"policy": f"[yellow]for nobody that is known[/]: {', '.join(map(clean, for_nobody))}"}
+    return {
+        "policy": f"[yellow]for names that are not known[/]: {', '.join(map(clean, for_nobody))}"
+    }
 
 
 def _audit(audit: object) -> dict[str, str]:
@@ -195,9 +197,6 @@ def _show_sources(output: Output, report: _Shape) -> None:
 
 
 def _show_nova(output: Output, report: _Shape) -> None:
-    endpoints = report["nova"]
-    if not endpoints:
-        return
     columns = (
         Column("NOVA", keep=True),
         Column("SET"),
@@ -213,16 +212,12 @@ def _show_nova(output: Output, report: _Shape) -> None:
             str(one["requests"]),
             _count(one["failures"]),
         )
-        for one in endpoints
+        for one in report["nova"]
     ]
-    output.text("")
-    output.table(columns, rows, empty="")
+    _table(output, columns, rows)
 
 
 def _show_busiest(output: Output, report: _Shape) -> None:
-    askers = report["busiest"]
-    if not askers:
-        return
     columns = (
         Column("ASKS FOR MOST", keep=True),
         Column("REQUESTS", right=True),
@@ -236,24 +231,27 @@ def _show_busiest(output: Output, report: _Shape) -> None:
             str(one["connections"]),
             "[red]limited[/]" if one["limited"] else "",
         )
-        for one in askers
+        for one in report["busiest"]
     ]
-    output.text("")
-    output.table(columns, rows, empty="")
+    _table(output, columns, rows)
 
 
 def _show_left_out(output: Output, report: _Shape) -> None:
     left_out = report["left_out"]
-    if not left_out:
-        return
     columns = (Column("NOT SERVED", keep=True), Column("CODE", keep=True), Column("REASON"))
     rows = [
         (clean(one["network"]), f"[red]{clean(one['code'])}[/]", _with_hint(one))
         for one in left_out[:MOST_SHOWN]
     ]
-    output.text("")
-    output.table(columns, rows, empty="")
+    _table(output, columns, rows)
     output.styled(*_more(len(left_out)))
+
+
+def _table(output: Output, columns: Sequence[Column], rows: Sequence[Sequence[str]]) -> None:
+    """A table with a blank line before it; nothing where it has no rows."""
+    if rows:
+        output.text("")
+        output.table(columns, rows, empty="")
 
 
 def _show_problems(output: Output, report: _Shape) -> None:

@@ -690,7 +690,7 @@ def test_status_shows_what_takes_long_while_it_does(filled: Cli) -> None:
 def test_status_names_settings_that_are_for_nobody(filled: Cli) -> None:
     assert "nobody" not in filled("status").out
     filled.server.status["policy_for_nobody"] = ("policy.instances.web1", "policy.networks.bleu")
-    said = "for nobody that is known: policy.instances.web1, policy.networks.bleu"
+    said = "for names that are not known: policy.instances.web1, policy.networks.bleu"
     assert said in filled("status").out
 
 

@@ -17,10 +17,10 @@ _DEFAULT = Run(
     network_id=None,
     router_id=None,
     port="9697",
-    socket=None,
+    proxy_socket=None,
     user=None,
     group=None,
-    pid_file=None,
+    pidfile=None,
     daemonize=True,
     state_path="/var/lib/neutron",
     use_syslog=None,
@@ -31,10 +31,10 @@ _NAMES = {
     "network-id": "network_id",
     "router-id": "router_id",
     "metadata-port": "port",
-    "metadata-proxy-socket": "socket",
+    "metadata-proxy-socket": "proxy_socket",
     "metadata-proxy-user": "user",
     "metadata-proxy-group": "group",
-    "pid-file": "pid_file",
+    "pid-file": "pidfile",
     "state-path": "state_path",
 }
 
@@ -108,7 +108,7 @@ def test_options_without_a_meaning_here_are_taken_and_change_nothing(
 
 def test_what_an_agent_of_old_says_is_understood() -> None:
     found = parse(
-        f"--pid_file=/run/{_UUID}.pid",
+        f"--pidfile=/run/{_UUID}.pid",
         "--metadata_proxy_socket=/var/lib/neutron/metadata_proxy",
         f"--router_id={_UUID}",
         "--state_path=/var/lib/neutron",
@@ -122,8 +122,8 @@ def test_what_an_agent_of_old_says_is_understood() -> None:
     )
     assert found == replace(
         _DEFAULT,
-        pid_file=f"/run/{_UUID}.pid",
-        socket="/var/lib/neutron/metadata_proxy",
+        pidfile=f"/run/{_UUID}.pid",
+        proxy_socket="/var/lib/neutron/metadata_proxy",
         router_id=_UUID,
         user="107",
         group="112",
@@ -132,7 +132,7 @@ def test_what_an_agent_of_old_says_is_understood() -> None:
 
 
 def test_an_empty_user_is_the_present_one() -> None:
-    assert parse("--metadata_proxy_user=", "--metadata_proxy_group=", "--pid_file=") == _DEFAULT
+    assert parse("--metadata_proxy_user=", "--metadata_proxy_group=", "--pidfile=") == _DEFAULT
 
 
 @pytest.mark.parametrize(
@@ -169,7 +169,7 @@ def test_files_of_neutron_are_read_and_the_command_line_wins(tmp_path: Path) -> 
         _DEFAULT,
         state_path="/opt/n",
         port="81",
-        socket="/opt/n/sock",
+        proxy_socket="/opt/n/sock",
         user="nobody",
         facility="user",
         debug=True,
@@ -181,7 +181,7 @@ def test_a_socket_below_the_state_path_follows_the_command_lines(tmp_path: Path)
     file = tmp_path / "neutron.conf"
     file.write_text("[DEFAULT]\nstate_path=/opt/n\nmetadata_proxy_socket=$state_path/sock\n")
     found = parse("--config-file", str(file), "--state-path", "/srv")
-    assert found == replace(_DEFAULT, state_path="/srv", socket="/srv/sock")
+    assert found == replace(_DEFAULT, state_path="/srv", proxy_socket="/srv/sock")
 
 
 def test_the_files_of_a_directory_are_read_in_order(tmp_path: Path) -> None:
@@ -240,7 +240,7 @@ def test_settings_have_each_option_and_the_environment_a_neutron_file_and_the_co
         _DEFAULT,
         state_path="/opt/n",
         port="80",
-        socket="/run/sock",
+        proxy_socket="/run/sock",
         user="neutron",
         group="112",
         debug=True,
@@ -304,7 +304,7 @@ def test_the_default_file_is_read_only_where_it_has_the_section(tmp_path: Path) 
 
 def test_cleaning_up_takes_an_id_a_pid_file_and_a_state_path() -> None:
     found = parse_command_line(
-        ["cleanup", _UUID, "--pid_file=/run/p", "--state-path", "/srv"],
+        ["cleanup", _UUID, "--pidfile=/run/p", "--state-path", "/srv"],
         program="ns",
         environment={},
     )

@@ -7,6 +7,7 @@ where there is something to read: agents start a proxy by the hundred.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -184,20 +185,9 @@ def main(
 
 
 def _start(asked: Run, surroundings: Surroundings | None) -> None:
-    daemon = ProxyDaemon(
-        asked.pid_file,
-        asked.port,
-        asked.network_id,
-        asked.router_id,
-        asked.user,
-        asked.group,
-        proxy_socket=asked.socket,
-        state_path=asked.state_path,
-        use_syslog=asked.use_syslog,
-        facility=asked.facility,
-        debug=asked.debug,
-        surroundings=surroundings,
-    )
+    options = dataclasses.asdict(asked)
+    del options["daemonize"]
+    daemon = ProxyDaemon(**options, surroundings=surroundings)
     if asked.daemonize:
         daemon.start()
     else:
@@ -237,15 +227,15 @@ def _in_lines(error: ImdsproxyError) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """What a proxy is to be; see `ProxyDaemon`."""
+    """The arguments of `ProxyDaemon`, and whether it goes into the background."""
 
     network_id: str | None
     router_id: str | None
     port: str
-    socket: str | None
+    proxy_socket: str | None
     user: str | None
     group: str | None
-    pid_file: str | None
+    pidfile: str | None
     daemonize: bool
     state_path: str
     use_syslog: bool | None
@@ -387,10 +377,10 @@ def _run(network_id: str | None, router_id: str | None, options: Mapping[str, ob
         network_id=network_id,
         router_id=router_id,
         port=text("metadata_port") or str(DEFAULT_PORT),
-        socket=text("metadata_proxy_socket"),
+        proxy_socket=text("metadata_proxy_socket"),
         user=text("metadata_proxy_user"),
         group=text("metadata_proxy_group"),
-        pid_file=text("pid_file"),
+        pidfile=text("pid_file"),
         daemonize=options.get("daemonize") is not False,
         state_path=text("state_path") or DEFAULT_STATE_PATH,
         use_syslog=None if syslog is None else bool(syslog),
