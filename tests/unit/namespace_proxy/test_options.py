@@ -108,7 +108,7 @@ def test_options_without_a_meaning_here_are_taken_and_change_nothing(
 
 def test_what_an_agent_of_old_says_is_understood() -> None:
     found = parse(
-        f"--pidfile=/run/{_UUID}.pid",
+        f"--pid_file=/run/{_UUID}.pid",
         "--metadata_proxy_socket=/var/lib/neutron/metadata_proxy",
         f"--router_id={_UUID}",
         "--state_path=/var/lib/neutron",
@@ -132,7 +132,7 @@ def test_what_an_agent_of_old_says_is_understood() -> None:
 
 
 def test_an_empty_user_is_the_present_one() -> None:
-    assert parse("--metadata_proxy_user=", "--metadata_proxy_group=", "--pidfile=") == _DEFAULT
+    assert parse("--metadata_proxy_user=", "--metadata_proxy_group=", "--pid_file=") == _DEFAULT
 
 
 @pytest.mark.parametrize(
@@ -304,7 +304,7 @@ def test_the_default_file_is_read_only_where_it_has_the_section(tmp_path: Path) 
 
 def test_cleaning_up_takes_an_id_a_pid_file_and_a_state_path() -> None:
     found = parse_command_line(
-        ["cleanup", _UUID, "--pidfile=/run/p", "--state-path", "/srv"],
+        ["cleanup", _UUID, "--pid_file=/run/p", "--state-path", "/srv"],
         program="ns",
         environment={},
     )
