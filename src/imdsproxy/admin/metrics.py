@@ -381,7 +381,9 @@ METRICS: Final[tuple[Metric, ...]] = (
         "gauge",
         "1 while HAProxy's worker answers.",
         (),
-        _one(lambda now: now.status.guard.answering and now.status.haproxy.processes is not None),
+        _one(
+            lambda now: now.status.watchdog.answering and now.status.haproxy.processes is not None
+        ),
     ),
     Metric(
         "imdsproxy_haproxy_old_workers",
@@ -420,7 +422,7 @@ METRICS: Final[tuple[Metric, ...]] = (
         ("process",),
         _each(
             lambda now: {
-                "haproxy": now.status.guard.restarts,
+                "haproxy": now.status.watchdog.restarts,
                 "documents": now.status.companion.restarts,
             }
         ),

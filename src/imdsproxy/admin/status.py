@@ -27,11 +27,11 @@ from imdsproxy.anti_spoofing.mac_filters import MacFilters
 from imdsproxy.app.audit import Audit
 from imdsproxy.app.companion import Companion
 from imdsproxy.app.document_probe import DocumentProbe
-from imdsproxy.app.guard import HaproxyGuard
 from imdsproxy.app.limited import LimitWatch
 from imdsproxy.app.policy_store import PolicyStore
 from imdsproxy.app.record_loop import RecordLoop
 from imdsproxy.app.settings_reload import SettingsHolder
+from imdsproxy.app.watchdog import HaproxyWatchdog
 from imdsproxy.core.documents.renamed import list_warnings
 from imdsproxy.core.inventory import Inventory
 from imdsproxy.core.model import NetworkId
@@ -69,7 +69,7 @@ class StatusService:
     listeners: ListenerLoop
     haproxy: Haproxy
     haproxy_version: str
-    guard: HaproxyGuard
+    watchdog: HaproxyWatchdog
     mac_filters: MacFilters
     mismatched: Counter[NetworkId]
     nova: NovaUpstream
@@ -89,7 +89,7 @@ class StatusService:
         ]
         if self.haproxy.processes is None:
             reasons.append("HAProxy does not run")
-        elif not self.guard.answering:
+        elif not self.watchdog.answering:
             reasons.append("HAProxy does not answer a probe")
         reasons += [str(problem) for problem in self.own_problems()]
         degraded = list_degraded(map(report_left_out, self.listeners.degraded()))
@@ -208,7 +208,7 @@ class StatusService:
 
     def unapplied(self) -> tuple[Problem, ...]:
         """What keeps a change from guests."""
-        parts = (self.listeners.failure, self.guard.failure, self.documents_problem())
+        parts = (self.listeners.failure, self.watchdog.failure, self.documents_problem())
         found = list(self.records.failures.values())
         found += [problem for problem in parts if problem is not None]
         return (*found, *self.listeners.report.problems)
@@ -249,7 +249,7 @@ class StatusService:
                 result=last.message,
                 took_s=last.seconds,
             ),
-            problem="" if self.guard.failure is None else self.guard.failure.reason,
+            problem="" if self.watchdog.failure is None else self.watchdog.failure.reason,
         )
 
 

@@ -17,11 +17,11 @@ import structlog
 
 from imdsproxy.app.audit import KEPT_WORKERS, Audit
 from imdsproxy.app.document_probe import DocumentProbe
-from imdsproxy.app.guard import HaproxyGuard
 from imdsproxy.app.lookup import Lookup
 from imdsproxy.app.record_loop import RecordLoop
 from imdsproxy.app.settings_reload import SettingsHolder
 from imdsproxy.app.token_report import open_counting
+from imdsproxy.app.watchdog import HaproxyWatchdog
 from imdsproxy.app.watching import Watching
 from imdsproxy.controller.build import (
     build_companion,
@@ -159,7 +159,9 @@ class Controller:
                 lambda: holder.settings.unix_listener, self.haproxy, SocketFiles().observe, clock
             ),
         )
-        self.guard = HaproxyGuard(self.haproxy, events.haproxy_returned, events.haproxy_failed)
+        self.watchdog = HaproxyWatchdog(
+            self.haproxy, events.haproxy_returned, events.haproxy_failed
+        )
         self.companion = build_companion(settings, layout, config=config, environment=environment)
         account = partial(find_account, settings.documents.user, settings.documents.group)
         self.probe = DocumentProbe(self.haproxy, files, account, settings.documents.enabled)
@@ -248,7 +250,7 @@ class Controller:
         return (
             self.records.run,
             self.listeners.run,
-            self.guard.run,
+            self.watchdog.run,
             self.companion.run,
             self.probe.run,
             self.watching.run,

@@ -76,7 +76,7 @@ def build_apps(controller: Controller) -> HttpApps:
         listeners,
         one.haproxy,
         one.haproxy_version,
-        one.guard,
+        one.watchdog,
         one.mac_filters,
         one.resolver.counts.mismatched,
         one.nova,

@@ -72,7 +72,7 @@ def _full(*, network_series: int = 100, neutron: bool = True, audit: int = 1) ->
         inventory=_inventory(),
         listeners=_listeners(),
         records=SimpleNamespace(rounds=Durations(Counter({0.005: 9, 0.1: 1}), 0.125)),
-        guard=SimpleNamespace(answering=True, restarts=1),
+        watchdog=SimpleNamespace(answering=True, restarts=1),
         haproxy=SimpleNamespace(
             processes=SimpleNamespace(draining=(7,)),
             reload_counts=Counter(ok=7, failed=1),

@@ -16,14 +16,14 @@ from imdsproxy.errors import DataplaneError, HostRefused, Problem, RuntimeUnavai
 from imdsproxy.host.doubt import Doubt
 from imdsproxy.host.process import ProcessStat, read_stat
 
-__all__ = ["HaproxyGuard"]
+__all__ = ["HaproxyWatchdog"]
 
 _PROBE_EVERY_S: Final = 1.0
 _RESTART_FIRST_S: Final = 0.05
 
 
 @dataclass(slots=True)
-class HaproxyGuard:
+class HaproxyWatchdog:
     """Starts HAProxy again when its master ends, and ends it when its master or its worker hangs.
 
     Args:
