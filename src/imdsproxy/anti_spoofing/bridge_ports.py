@@ -1,4 +1,4 @@
-"""What on a bridge keeps a guest from using another's MAC, and whether the kernel can filter; read, never changed."""
+"""Protection of a bridge against guests that use another's MAC, and whether the kernel can filter. Read only."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How everything that we make on a host is named, so that a later process knows it for ours."""
+"""Names of everything that we create on a host, by which a later process recognises it as ours."""
 
 from __future__ import annotations
 

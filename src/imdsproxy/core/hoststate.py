@@ -1,4 +1,4 @@
-"""What was seen of the host: namespaces, devices, addresses and who listens. Values only."""
+"""The observed state of the host: namespaces, devices, addresses and listening sockets. Values only."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ class ObservedAddress:
 
 
 class Effect(StrEnum):
-    """What a foreign listening socket does to ours (see `host.sockets`)."""
+    """Effect of a foreign listening socket on ours (see `host.sockets`)."""
 
     BLOCKS = "blocks"
     """Ours cannot be bound."""
@@ -173,7 +173,7 @@ class BindTrial:
 
 @dataclass(frozen=True, slots=True)
 class ObservedNamespace:
-    """What matters of one namespace; the host's own when `ref` is `None` and there is no problem.
+    """The observed state of one namespace; the host's own when `ref` is `None` and there is no problem.
 
     Attributes:
         devices: By name. In the host's own namespace perhaps only those that were asked for.
@@ -218,7 +218,7 @@ class ObservedHost:
 
 
 def merge_observed(before: ObservedHost, part: ObservedHost) -> ObservedHost:
-    """What is known after `part` was looked at anew: everything that it asked for is replaced."""
+    """Replace in `before` everything that `part` asked for."""
     return ObservedHost(
         root=_merge_root(before, part),
         namespaces=_merge_namespaces(before, part),
@@ -230,7 +230,7 @@ def merge_observed(before: ObservedHost, part: ObservedHost) -> ObservedHost:
 
 @dataclass(frozen=True, slots=True)
 class ChangedPlaces:
-    """Where a part shows something else than what was known.
+    """Places in which a part differs from what was known.
 
     Attributes:
         namespaces: Names.

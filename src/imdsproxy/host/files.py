@@ -120,7 +120,7 @@ def sync_directory(path: Path) -> None:
 def ensure_directory(
     path: Path, *, mode: int = 0o755, owner: tuple[int, int] | None = None
 ) -> None:
-    """Have a directory with exactly this mode (and owner), whatever the umask is; parents get 0755.
+    """Create a directory, or give it exactly this mode (and owner), whatever the umask is; parents get 0755.
 
     Raises:
         HostRefused: Something else of that name is there, or the file system refused.
@@ -153,7 +153,7 @@ def _have_owner_and_mode(descriptor: int, mode: int, owner: tuple[int, int] | No
 
 
 def open_log(path: Path) -> int:
-    """Have a file to write at the end of, 0640 whatever the umask is where it has to be made.
+    """Open a file for appending; a new one gets mode 0640 whatever the umask is.
 
     Raises:
         OSError: As of `open`, also where a symbolic link is in its place.

@@ -40,7 +40,7 @@ class DroppingChain:
 
 
 def read_dropping_chains() -> tuple[DroppingChain, ...]:
-    """Those in force, as nft(8) knows them; none where it cannot be asked. iptables-legacy has its own.
+    """The dropping chains that nft(8) lists, which are not those of iptables-legacy; none without nft(8).
 
     Raises:
         HostRefused: nft hangs.

@@ -199,7 +199,7 @@ def address_index(payload: bytes) -> int:
 def metadata_addresses(
     channel: NetlinkSocket, devices: Iterable[ObservedDevice], *, index: int = 0
 ) -> list[ObservedAddress]:
-    """Where the metadata addresses are, on one device (by index) or on all."""
+    """The metadata addresses on one device (by index) or on all."""
     names = {one.index: one.name for one in devices}
     question = _IFADDR.pack(0, 0, 0, 0, index)
     answers = channel.dump(RTM_GETADDR, question)

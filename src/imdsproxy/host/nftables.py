@@ -48,7 +48,7 @@ _NFGEN: Final = struct.Struct(">BBH")
 _ERROR: Final = 2
 _RECEIVE_BYTES: Final = 64 * 1024
 _ELEMENTS_AT_ONCE: Final = 512
-"""What fits into an attribute, whose length has 16 bits."""
+"""Fits into an attribute, whose length has 16 bits."""
 
 _REGISTER: Final = 8
 """The first of sixteen registers of four bytes; what is looked up lies in several, one after the other."""
@@ -59,7 +59,7 @@ _DYNAMIC_OPS: Final = {"add": 0, "update": 1, "delete": 2}
 
 
 class Hook(IntEnum):
-    """Where a chain begins: the first two in family `netdev`, the last in `inet`."""
+    """The hook of a base chain: the first two of family `netdev`, the last of `inet`."""
 
     INGRESS = 0
     EGRESS = 1
@@ -67,7 +67,7 @@ class Hook(IntEnum):
 
 
 class Verdict(IntEnum):
-    """What a rule decides."""
+    """The verdict of a rule."""
 
     DROP = 0
     ACCEPT = 1
@@ -193,7 +193,7 @@ def lookup(name: str, *, into: int | None = None) -> bytes:
 
 
 def remember(name: str, what: str, *, value: int | None = None) -> bytes:
-    """Have what the registers hold in a set (`update`), or not (`delete`); a map's value is in a register."""
+    """Add the registers' content to a set (`update`) or remove it (`delete`); a map's value is in a register."""
     data = () if value is None else (_number(5, _REGISTER + value),)
     return _expression(
         "dynset", text(1, name), _number(3, _DYNAMIC_OPS[what]), _number(4, _REGISTER), *data
@@ -293,16 +293,16 @@ class Batch:
         self._add(_NEWRULE, CREATE | _APPEND, *parts)
 
     def add_elements(self, name: str, keys: Iterable[bytes]) -> None:
-        """Have these keys in a set; those that are in it stay."""
+        """Add keys to a set; those that are in it stay."""
         self._elements(_NEWSETELEM, CREATE, name, keys)
 
     def add_value(self, name: str, key: bytes, value: bytes) -> None:
-        """Have a map lead from a key to a value; refused (EEXIST, EBUSY) where it leads to another one."""
+        """Map a key to a value; refused (EEXIST, EBUSY) where the key has another one."""
         element = _nested(1, _nested(1, attribute(1, key)), _nested(2, attribute(1, value)))
         self._add(_NEWSETELEM, CREATE, self._table, text(2, name), _nested(3, element))
 
     def remove_elements(self, name: str, keys: Iterable[bytes]) -> None:
-        """Have these keys no more; each must be in it."""
+        """Remove keys from a set; each must be in it."""
         self._elements(_DELSETELEM, 0, name, keys)
 
     def _elements(self, kind: int, flags: int, name: str, keys: Iterable[bytes]) -> None:
@@ -383,7 +383,7 @@ class NetfilterSocket(NetlinkSocket):
         return [key for one in answers for key in _keys(one.payload)]
 
     def value(self, table: str, name: str, key: bytes) -> bytes | None:
-        """What a map has for a key."""
+        """The value of a key in a map."""
         wanted = _nested(3, _nested(1, _nested(1, attribute(1, key))))
         found = self._find(_GETSETELEM, text(1, table) + text(2, name) + wanted, NETDEV)
         if found is None:

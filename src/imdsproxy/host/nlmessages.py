@@ -198,7 +198,7 @@ class NetlinkSocket:
 
 
 def raise_error(payload: bytes, flags: int) -> None:
-    """What an NLMSG_ERROR says; nothing when it is an acknowledgement.
+    """Raise the error in an NLMSG_ERROR, unless it is an acknowledgement.
 
     Raises:
         NetlinkRefused: It is an error.

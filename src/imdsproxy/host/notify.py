@@ -44,7 +44,7 @@ class ServiceNotifier:
         self.send(STATUS=text)
 
     def keep(self, name: str, descriptor: int) -> bool:
-        """Have an open file kept when this process ends, for the next one (`kept_sockets`); whether it is.
+        """Let the manager keep an open file for the next process (`kept_sockets`); false without a manager.
 
         The manager lets go of it by itself when the other side hangs up.
 
@@ -97,7 +97,7 @@ def is_journal(stream: IO[str], environment: Mapping[str, str]) -> bool:
 
 
 def kept_sockets(environment: Mapping[str, str], name: str, pid: int) -> list[socket.socket]:
-    """What a process before this one had the service manager keep by a name, not blocking.
+    """The sockets that the service manager kept by a name for an earlier process, set to non-blocking.
 
     Args:
         environment: Where the manager says what it hands over (sd_listen_fds(3)).

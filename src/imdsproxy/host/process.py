@@ -26,7 +26,7 @@ PROC: Final = Path("/proc")
 
 @dataclass(frozen=True, slots=True)
 class ProcessStat:
-    """What `/proc/PID/stat` shows (proc_pid_stat(5)).
+    """The state of a process, from `/proc/PID/stat` (proc_pid_stat(5)).
 
     Attributes:
         state: One letter: R running, S sleeping, D in the disk, T stopped, t traced, Z and X ended.
@@ -47,7 +47,7 @@ class ProcessStat:
 
 
 def read_stat(pid: int, proc: Path = PROC) -> ProcessStat | None:
-    """How a process is; `None` when there is none that we may see, or a zombie that only waits to be reaped."""
+    """The state of a process; `None` when we can see none, or a zombie that only waits to be reaped."""
     try:
         text = (proc / str(pid) / "stat").read_text(errors="replace")
     except OSError:
@@ -62,7 +62,7 @@ def read_stat(pid: int, proc: Path = PROC) -> ProcessStat | None:
 
 
 def read_rests(pid: int, proc: Path = PROC) -> int | None:
-    """How often a process has come to rest by itself, to wait (`voluntary_ctxt_switches` in proc_pid_status(5)).
+    """How often a process has blocked voluntarily (`voluntary_ctxt_switches` in proc_pid_status(5)).
 
     One that hangs, or is stopped, does not any more. `None` when there is none.
     """

@@ -1,4 +1,4 @@
-"""What a process may open, what it leaves behind when it crashes, and memory that it does not need any more."""
+"""Limits on open files and core dumps, and freeing of memory."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _WANTED: Final = 65536
 
 
 def raise_descriptor_limit() -> None:
-    """Have this process, and those that it starts, open as many files as our units allow, if the hard limit does."""
+    """Raise the limit of open files of this process and its children to that of our units, as the hard limit allows."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = _WANTED if hard == resource.RLIM_INFINITY else min(hard, _WANTED)
     if soft != resource.RLIM_INFINITY and soft < wanted:

@@ -98,7 +98,7 @@ class SocketFiles:
     def _held(
         self, path: Path, listening: Iterable[_Listening], our_pids: Collection[int]
     ) -> list[_Listening]:
-        """What our processes listen on and bound under this path, or beside it to be renamed."""
+        """Sockets of our processes that were bound under this path, or beside it to be renamed."""
         name = os.fsencode(path)
         named = [one for one in listening if one.name == name or one.name.startswith(name + b".")]
         self._ours = {inode: pid for inode, pid in self._ours.items() if pid in our_pids}
@@ -133,7 +133,7 @@ class SocketFiles:
 
 
 def give_socket(path: Path, *, mode: int, owner: tuple[int, int]) -> None:
-    """Have a socket file with this mode and owner.
+    """Set mode and owner of a socket file.
 
     Its directory may be another account's, who could put a link to any file in its place meanwhile: both are given
     to the file that was looked at.

@@ -84,7 +84,7 @@ def _parse_socket(payload: bytes, names: dict[int, str]) -> ListeningSocket:
 
 
 def try_bind(family: Family, device: str | None, index: int = 0, port: int = METADATA_PORT) -> int:
-    """What the kernel says to a bind like HAProxy's in the calling thread's namespace: errno or 0.
+    """Try a bind like HAProxy's in the calling thread's namespace: errno or 0.
 
     The socket never listens, so no connection can come to it, and it is closed at once.
 

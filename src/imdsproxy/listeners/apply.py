@@ -212,7 +212,7 @@ def _remove_address(channel: NetlinkSocket, op: RemoveAddress) -> None:
 
 
 def _action(op: HostOp) -> str:
-    """What an op does, for an error's message."""
+    """An op's action, for an error's message."""
     action = op.action.format(op)
     if isinstance(op, SetLink | AddAddress | RemoveAddress | AddDefaultRoute) and op.namespace:
         return f"{action} in namespace {op.namespace}"

@@ -13,7 +13,7 @@ _RESERVED_DESCRIPTORS = 256
 """HAProxy's own: logs, pipes, the sockets of an old worker being taken over."""
 
 _OWN_NAMESPACE = "/proc/self/ns/net"
-"""Where a link leads for what is bound in the host's own namespace."""
+"""Target of a link for binds in the host's own namespace."""
 
 
 def link_name(namespace: NamespaceRef | None, device_index: int = 0) -> str:

@@ -214,7 +214,7 @@ def _foreign(
 
 
 def effect_of(other: ListeningSocket, family: Family, device: str | None) -> Effect | None:
-    """What a foreign socket that was bound with SO_REUSEPORT by root does to ours; `None`: nothing.
+    """The effect on ours of a foreign socket that root bound with SO_REUSEPORT; `None`: none.
 
     The kernel looks for listeners of the exact address before it looks at wildcards. Among those of
     one address it takes the first that it finds, however precisely that is bound to a device

@@ -37,7 +37,7 @@ class ExporterPort:
         self.in_force = None if found is None else found[1]
 
     def choose(self, wanted: str | None) -> tuple[str | None, Problem | None]:
-        """What to bind, and what is wrong if that is nothing though something is wanted."""
+        """The address to bind, and why a wanted one is not bound."""
         if wanted is None or wanted == self.in_force:
             return wanted, None
         host, _, port = wanted.rpartition(":")

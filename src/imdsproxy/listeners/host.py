@@ -109,7 +109,7 @@ class SystemHost:
         write_atomic(self._journal, json.dumps(listed).encode(), mode=0o600)
 
     def apply_links(self, links: Mapping[str, str]) -> None:
-        """Have exactly these symbolic links for HAProxy to open namespaces by.
+        """Create exactly these symbolic links, by which HAProxy opens namespaces.
 
         Raises:
             HostRefused: The file system refused.
@@ -121,7 +121,7 @@ class SystemHost:
         )
 
     async def apply_arp_guard(self, devices: frozenset[str]) -> None:
-        """Have the host answer ARP for the metadata address on these devices only.
+        """Make the host answer ARP for the metadata address on these devices only.
 
         Raises:
             HostRefused: It cannot be kept from answering elsewhere.

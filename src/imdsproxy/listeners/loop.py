@@ -52,12 +52,12 @@ _HOST_ROUNDS = 4
 """Namespace, link, address: each is planned when the one before it has been seen."""
 
 _RECHECK_S = 1.0
-"""How long what the host refused waits to be tried again, without any event."""
+"""Seconds until what the host refused is tried again, without any event."""
 
 
 @dataclass(frozen=True, slots=True)
 class ListenerReport:
-    """What the last round came to; `at` is Unix time."""
+    """The result of the last round; `at` is Unix time."""
 
     at: float
     endpoints: tuple[Endpoint, ...] = ()
@@ -261,7 +261,7 @@ class ListenerLoop:
         self._log_new(before, known)
 
     def _networks(self) -> dict[NetworkId, Network]:
-        """What to listen for; until all sources are in sync, also the networks of before."""
+        """Networks to listen in; until all sources are in sync, also the networks of before."""
         return self.kept.beside(self.inventory.networks, in_sync=self.inventory.in_sync)
 
     async def _settle_host(
@@ -377,7 +377,7 @@ class ListenerLoop:
     async def _apply(
         self, endpoints: tuple[Endpoint, ...], reasons: tuple[str, ...]
     ) -> tuple[Endpoint, ...]:
-        """Have HAProxy listen there; where it does now."""
+        """Make HAProxy listen there; returns where it does now."""
         unsafe = await self.hop_limits.open(endpoints)
         endpoints = tuple(one for one in endpoints if one.network not in unsafe)
         self._listening = await self.mac_filters.open(

@@ -155,7 +155,7 @@ class NamespaceWatch(Stream[NamespaceChange]):
             self._entry(name)
 
     def _follow(self) -> None:
-        """Have the inotify watch on the directory, or on its nearest parent that exists."""
+        """Put the inotify watch on the directory, or on its nearest parent that exists."""
         for place in (self._directory.path, *self._directory.path.parents):
             try:
                 status = place.stat()

@@ -39,7 +39,7 @@ _WANTED: Final = tuple(
 )
 
 _NAME: Final = re.compile(r"[A-Za-z0-9._:@+-]+")
-"""What nft(8) takes literally; no hypervisor names a device otherwise."""
+"""Names that nft(8) takes literally; no hypervisor uses others."""
 
 
 @dataclass(frozen=True, slots=True, order=True)

@@ -40,7 +40,7 @@ class NftTable(ABC, Generic[T]):
         """A script that replaces the table at once; with nothing wanted it only removes it."""
 
     async def apply(self, wanted: T) -> None:
-        """Have exactly this in force; with nothing wanted, no table at all.
+        """Put exactly this in force; with nothing wanted, remove the table.
 
         Raises:
             HostRefused: nft is not installed, refuses, or hangs.
@@ -66,7 +66,7 @@ class NftTable(ABC, Generic[T]):
 
 
 class ArpGuard(NftTable[frozenset[str]]):
-    """Has the host answer ARP for the metadata address on the given devices only."""
+    """Makes the host answer ARP for the metadata address on the given devices only."""
 
     failing = "cannot keep the host from answering ARP for 169.254.169.254 on other devices"
     until = "until then guests of other networks may reach the wrong one: nft list tables arp"

@@ -94,7 +94,7 @@ class HostObserver:
         everything: bool = False,
         managed: Collection[ManagedPlace] | None = None,
     ) -> ObservedHost:
-        """What is there for these networks.
+        """Look at what these networks need.
 
         Args:
             networks: Those of interest; for a part, also those that have just gone.

@@ -1,4 +1,4 @@
-"""Where each kind of listener is: the one place that knows. Pure."""
+"""Namespace and devices of each kind of listener. Pure."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ def plan_listeners(
     memo: PlanMemo | None = None,
     first: Callable[[], Mapping[NetworkId, Network]] = dict,
 ) -> ListenerPlan:
-    """What to bind, what to leave out and what to do, for all networks at once.
+    """Plan the listeners of all networks at once.
 
     Args:
         networks: All of them: what is ours on the host and belongs to none is removed.
@@ -257,7 +257,7 @@ def _unchanged(network: Network, first: Mapping[NetworkId, Network]) -> bool:
 
 
 def _place(network: Network, observed: ObservedHost) -> tuple[_Place, str | None]:
-    """Where a network listens and on which device there (`None`: on all)."""
+    """The place of a network's listener, and its device there (`None`: all)."""
     listener: Listener = network.listener
     if isinstance(listener, NamespaceListener):
         seen = observed.namespaces.get(listener.namespace)

@@ -37,7 +37,7 @@ _AT_ONCE: Final = 64
 
 
 class EventKind(StrEnum):
-    """What was noticed."""
+    """Kinds of events."""
 
     NAMESPACE_CAME = "namespace-came"
     NAMESPACE_WENT = "namespace-went"
@@ -358,7 +358,7 @@ class HostWatch:
 
 
 def _known_sockets(observed: ObservedHost, place: str | None) -> Peek | None:
-    """What a peek shows when nothing has changed since the last proper look."""
+    """The peek that is expected when nothing has changed since the last proper look."""
     seen = observed.root if place is None else observed.namespaces.get(place)
     if seen is None or seen.problem:
         return None
