@@ -43,8 +43,6 @@ from imdsproxy.core.model import InstanceId
 from imdsproxy.core.records import INSTANCE, NETWORK, render_record
 from imdsproxy.errors import NotFound
 
-__all__ = ["router"]
-
 _Report = TypeVar("_Report")
 
 router = APIRouter(prefix="/v1", responses=ERRORS)

@@ -17,8 +17,6 @@ from imdsproxy.core.records import Json, render_record
 if TYPE_CHECKING:
     from imdsproxy.admin.record_reports import InstanceReport, NetworkReport
 
-__all__ = ["JsonObject", "instance_shape", "instance_summary", "network_shape", "to_json"]
-
 JsonObject: TypeAlias = "dict[str, Json]"
 
 

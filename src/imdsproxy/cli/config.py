@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Final, TypeAlias
 import typer
 
 from imdsproxy.cli import options
-from imdsproxy.cli.flags import flag
+from imdsproxy.cli.options import flag
 from imdsproxy.config.files import read_each
 from imdsproxy.errors import AlreadyExists, ConfigUnreadable, RequestRefused
 

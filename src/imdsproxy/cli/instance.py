@@ -10,8 +10,7 @@ import typer
 
 from imdsproxy.cli import completers
 from imdsproxy.cli.admin_client import AdminClient, path_to
-from imdsproxy.cli.flags import flag
-from imdsproxy.cli.options import Invocation, command
+from imdsproxy.cli.options import Invocation, command, flag
 from imdsproxy.cli.output import read_bytes_shape
 from imdsproxy.cli.record_output import say_written, show_instance, show_instances
 from imdsproxy.cli.records import RecordKind, make_app, order_instance

@@ -12,13 +12,41 @@ from typing import TYPE_CHECKING, Annotated, Final, TypeAlias
 import typer
 
 from imdsproxy.cli import completers
-from imdsproxy.cli.flags import flag
 from imdsproxy.cli.output import Output
 
 if TYPE_CHECKING:
+    from typer.models import OptionInfo
+
     from imdsproxy.cli.admin_client import AdminClient
     from imdsproxy.config.load import Loaded
     from imdsproxy.config.schema import Settings
+
+
+def flag(
+    name: str,
+    metavar: str,
+    help_text: str,
+    complete: Callable[..., list[str]] | None = None,
+    short: str | None = None,
+) -> OptionInfo:
+    """An option with a value; without it the record's key stays as it is.
+
+    Args:
+        name: With its hyphens.
+        metavar: What stands for the value in the help.
+        help_text: What it is.
+        complete: What a shell may complete it to (`imdsproxy.cli.completers`).
+        short: Another name, of one letter.
+    """
+    option: OptionInfo = typer.Option(
+        *((name,) if short is None else (name, short)),
+        metavar=metavar,
+        help=help_text,
+        show_default=False,
+        autocompletion=complete,
+    )
+    return option
+
 
 Config: TypeAlias = Annotated[
     Path | None,

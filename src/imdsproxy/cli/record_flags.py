@@ -15,7 +15,7 @@ from typing import Annotated, Any, Final, cast
 import typer
 
 from imdsproxy.cli import completers
-from imdsproxy.cli.flags import flag
+from imdsproxy.cli.options import flag
 from imdsproxy.cli.record_files import read_bytes
 from imdsproxy.core.path_rules import PathWord
 from imdsproxy.core.records import Json

@@ -11,8 +11,7 @@ import typer
 
 from imdsproxy.cli.admin_client import path_to
 from imdsproxy.cli.exitcodes import NOT_IN_FORCE
-from imdsproxy.cli.flags import flag
-from imdsproxy.cli.options import Invocation, command
+from imdsproxy.cli.options import Invocation, command, flag
 from imdsproxy.cli.output import Output
 from imdsproxy.cli.record_files import read_record_file, render_lines
 from imdsproxy.cli.record_flags import flags_of, keys_of

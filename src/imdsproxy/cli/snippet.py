@@ -84,7 +84,7 @@ def _dialect(guest: Guest, instance: str, target: Target, wanted: Dialect | None
 
 
 def _guest(daemon: AdminClient, name: str) -> Guest:
-    from imdsproxy.cli.records_read import read_instance  # noqa: PLC0415 - `--help` need not load it
+    from imdsproxy.cli.record_files import read_instance  # noqa: PLC0415 - `--help` need not load it
     from imdsproxy.core.snippets.plan import Guest  # noqa: PLC0415 - as above
 
     instance = read_instance(daemon, name)
@@ -99,7 +99,7 @@ def _dialects(instance: Instance) -> frozenset[Dialect]:
 
 
 def _nic(daemon: AdminClient, port: Port) -> Nic:
-    from imdsproxy.cli.records_read import read_network  # noqa: PLC0415 - `--help` need not load it
+    from imdsproxy.cli.record_files import read_network  # noqa: PLC0415 - `--help` need not load it
     from imdsproxy.core.snippets.plan import Nic, plan_route  # noqa: PLC0415 - as above
 
     network = read_network(daemon, port.network)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Annotated, Any, Final, TypeAlias
 
-from imdsproxy.cli import completers, flags, options
+from imdsproxy.cli import completers, options
 
 if TYPE_CHECKING:
     from imdsproxy.cli.output import Output
@@ -18,11 +18,11 @@ _EVERY_S: Final = 0.5
 
 Network: TypeAlias = Annotated[
     str | None,
-    flags.flag("--network", "NET", "Only the guests of this network.", completers.networks, "-n"),
+    options.flag("--network", "NET", "Only the guests of this network.", completers.networks, "-n"),
 ]
 Instance: TypeAlias = Annotated[
     str | None,
-    flags.flag("--instance", "ID", "Only this instance, by id or name.", completers.instances),
+    options.flag("--instance", "ID", "Only this instance, by id or name.", completers.instances),
 ]
 
 

@@ -26,8 +26,6 @@ from imdsproxy.core.path_rules import (
 )
 from imdsproxy.core.policy import RULES, PolicyBook, PolicyRules, Rule, TokenMode
 
-__all__ = ["PolicyRulesSettings", "PolicySettings", "TokensSettings"]
-
 _Mode = Annotated[Literal["off", "optional", "required"], OffIsFalse]
 
 

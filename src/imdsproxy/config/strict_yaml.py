@@ -25,8 +25,6 @@ from yaml.scanner import Scanner
 
 from imdsproxy.core.records import Fault, Path
 
-__all__ = ["Decoded", "Take", "Undecodable", "decode_yaml"]
-
 _DEEPEST: Final = 100
 _ITEM: Final = 2
 """How deep the items of the root's lists are."""

@@ -17,32 +17,6 @@ from typing import Final, NewType, TypeAlias
 
 from imdsproxy.core.policy import NO_RULES, PolicyRules
 
-__all__ = [
-    "BridgeListener",
-    "Dialect",
-    "ID_PATTERN",
-    "Instance",
-    "InstanceId",
-    "InterfaceListener",
-    "IpAddress",
-    "IpNetwork",
-    "Listener",
-    "METADATA_IPV4",
-    "METADATA_IPV6",
-    "METADATA_PORT",
-    "MacAddress",
-    "NamespaceListener",
-    "Network",
-    "NetworkId",
-    "Port",
-    "SshKey",
-    "Scope",
-    "StoredBytes",
-    "Subnet",
-    "Upstream",
-    "digest_of",
-]
-
 ID_PATTERN: Final = "^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 """Ids of networks, instances and projects, in every language that matches them: they stand in paths, maps, headers."""
 

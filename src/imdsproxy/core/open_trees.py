@@ -9,8 +9,6 @@ from typing import Final
 from imdsproxy.core.path_rules import PathWord, find_rule
 from imdsproxy.core.policy import Policy, TokenMode
 
-__all__ = ["USER_DATA", "OpenUserData", "open_user_data"]
-
 _EC2: Final = "/latest"
 USER_DATA: Final[Mapping[str, str]] = {
     _EC2: "/latest/user-data",

@@ -29,8 +29,6 @@ from imdsproxy.core.model import (
 )
 from imdsproxy.core.policy import NO_RULES, PolicyRules
 
-__all__ = ["FORMAT", "Fetch", "PackedInstance", "PackedInstances", "PackedPairs"]
-
 FORMAT: Final = 1
 """Raise it when the bytes mean something else: stores keep them beside the records."""
 

@@ -13,27 +13,6 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final, TypeAlias, TypeVar
 
-__all__ = [
-    "MOST_PATH_RULES",
-    "PathFault",
-    "PathRules",
-    "PathWord",
-    "TOKEN_PATH",
-    "WITHIN_OTHER_TREES",
-    "covers",
-    "find_path_fault",
-    "find_rule",
-    "fold_paths",
-    "group_sets",
-    "path_of_rule",
-    "path_rule_name",
-    "plain_path",
-    "render_set",
-    "set_id",
-    "sort_paths",
-    "undo_spelling",
-]
-
 MOST_PATH_RULES: Final = 64
 """Of one scope."""
 

@@ -23,28 +23,6 @@ from imdsproxy.core.path_rules import (
 )
 from imdsproxy.core.policy_word import Letter, Part, render_parts, word_of
 
-__all__ = [
-    "BOOT_GRACE_S",
-    "DEFAULT",
-    "LONGEST_BOOT_S",
-    "Folded",
-    "OperatorOverride",
-    "NO_RULES",
-    "Policy",
-    "PolicyBook",
-    "PolicyPlace",
-    "PolicyRules",
-    "PolicyScope",
-    "RULES",
-    "Rule",
-    "TokenMode",
-    "boot_ends_at",
-    "boot_is_over",
-    "fold_policy",
-    "render_policy_word",
-    "rule_set_of",
-]
-
 LONGEST_BOOT_S: Final = 604_800
 """A week."""
 

@@ -19,32 +19,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final, TypeAlias
 
-__all__ = [
-    "BOOT_COUNTS",
-    "BOOT_END",
-    "BURST",
-    "CONNECTIONS",
-    "ENDPOINT",
-    "EPOCH",
-    "FORWARDED",
-    "Field",
-    "HAS_PATHS",
-    "HOP_LIMIT",
-    "Letter",
-    "NOCLOUD_TOKENS",
-    "ONLY_TOKENS_OFF",
-    "OPENSTACK_TOKENS",
-    "PATH_SET",
-    "POLICY_WORD",
-    "Part",
-    "REQUESTS_PER_S",
-    "SEALED",
-    "TOKENS",
-    "TOKEN_ROUTE",
-    "render_parts",
-    "word_of",
-]
-
 POLICY_WORD: Final = "+"
 """How a record begins that has a policy word. No instance id and no other kind of record begins so."""
 

@@ -17,21 +17,6 @@ from typing import Final
 
 from imdsproxy.core.model import InstanceId, NetworkId
 
-__all__ = [
-    "CURRENT",
-    "KEPT_KEYS",
-    "KEY_BYTES",
-    "TOKEN_PATTERN",
-    "TTL_LIMIT_S",
-    "TokenKey",
-    "TokenKeysUnreadable",
-    "mint_token",
-    "parse_token_keys",
-    "render_key_map",
-    "render_token_keys",
-    "rotate_token_keys",
-]
-
 TTL_LIMIT_S: Final = 21_600
 """Six hours, EC2's own limit."""
 

@@ -14,37 +14,6 @@ from imdsproxy.core.model import InstanceId
 from imdsproxy.core.path_rules import PathRules
 from imdsproxy.core.policy_word import POLICY_WORD
 
-__all__ = [
-    "EmbeddedRecord",
-    "ANSWER_DSCP",
-    "HEADER_ADDRESS",
-    "HEADER_FORWARDED",
-    "HEADER_INSTANCE",
-    "HEADER_NETWORK",
-    "HEADER_OPERATOR",
-    "HEADER_RECORD",
-    "HEADER_REFUSED",
-    "HEADER_REVISION",
-    "HEADER_SCOPE",
-    "HEADER_TARGET",
-    "HEADER_TOLD",
-    "HEADER_UNVERIFIED",
-    "MAP_CONFLICT",
-    "MAP_NOVA",
-    "MAP_TOMBSTONE",
-    "MISMATCH_TEXT",
-    "MapRecord",
-    "NovaRecord",
-    "PROBE_INSTANCE",
-    "PROBE_PATH",
-    "RETRY_AFTER_S",
-    "UNKNOWN_TEXT",
-    "VERIFIED_PORT",
-    "hide_signatures",
-    "parse_map_value",
-    "render_map_value",
-]
-
 VERIFIED_PORT: Final = 254
 """Requests that passed the kernel's MAC filter arrive here. Reserved by IANA, and below what rpc clients bind."""
 

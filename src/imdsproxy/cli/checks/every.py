@@ -18,7 +18,7 @@ from imdsproxy.cli.admin_client import AdminClient
 from imdsproxy.cli.checks import guests, host, openstack, tokens
 from imdsproxy.cli.checks.finding import Area, Finding
 from imdsproxy.cli.options import Invocation
-from imdsproxy.cli.records_read import read_networks
+from imdsproxy.cli.record_files import read_networks
 from imdsproxy.config.endpoint import Endpoint
 from imdsproxy.config.schema import Settings
 from imdsproxy.core.hostnames import Naming

@@ -35,28 +35,3 @@ from imdsproxy.core.records.instance import INSTANCE
 from imdsproxy.core.records.network import NETWORK
 from imdsproxy.core.records.policy import POLICY
 from imdsproxy.core.records.schema import Json
-
-__all__ = [
-    "INSTANCE",
-    "LISTS",
-    "MAX_PAYLOAD",
-    "NETWORK",
-    "POLICY",
-    "Fault",
-    "Json",
-    "LineOf",
-    "Note",
-    "Path",
-    "ReadFile",
-    "Records",
-    "Refused",
-    "Unreadable",
-    "parse_instance",
-    "parse_listed",
-    "parse_network",
-    "parse_records",
-    "render_instance",
-    "render_network",
-    "render_path",
-    "render_record",
-]

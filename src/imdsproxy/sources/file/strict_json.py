@@ -16,8 +16,6 @@ from typing import Final, TypeAlias
 from imdsproxy.config.strict_yaml import Decoded, Undecodable
 from imdsproxy.core.records import Fault, Path
 
-__all__ = ["decode_json"]
-
 _DEEPEST: Final = 100
 _BLANK: Final = re.compile(r"[ \t\r\n]*")
 _NUMBER: Final = re.compile(r"-?(?:0|[1-9][0-9]{0,1000})(\.[0-9]+)?([eE][-+]?[0-9]+)?")
