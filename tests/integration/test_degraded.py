@@ -67,13 +67,8 @@ def _degraded(world: World, code: str, *words: str, count: int = 1) -> None:
 
 def _mended(world: World) -> None:
     until(lambda: _readyz(world)["degraded"] == [], what="the end of it")
-    # HAProxy's reload, which brings the network back, takes a moment more.
-    until(
-        lambda: (status := world.daemon.status())["serving"] == status["networks"],
-        what="the service of all networks",
-    )
+    world.wait_all_right()
     assert world.daemon.command("status", "--check").status == 0
-    world.all_right()
 
 
 def _answered(guest: Guest) -> bool:

@@ -255,12 +255,12 @@ _SPELLINGS: Final = (
 )
 
 
-@pytest.mark.parametrize("target", _SPELLINGS)
-def test_no_spelling_of_a_path_reads_without_a_token(world: World, target: str) -> None:
+def test_no_spelling_of_a_path_reads_without_a_token(world: World) -> None:
     _say(world, {"host": {"tokens": "required"}})
-    reply = world.red.ask(target)
-    assert reply.status in (400, 401), reply
-    assert b"red-5" not in reply.body
+    for target in _SPELLINGS:
+        reply = world.red.ask(target)
+        assert reply.status in (400, 401), (target, reply)
+        assert b"red-5" not in reply.body, target
 
 
 def test_the_most_specific_word_wins_and_is_in_force_without_a_reload(world: World) -> None:

@@ -26,14 +26,15 @@ from imdsproxy.core.haproxy.limits import COUNTERS, POLICY_COUNTERS
 from imdsproxy.core.haproxy.maps import MapState, parse_map
 from imdsproxy.dataplane.master import MasterClient
 from imdsproxy.errors import AdminUnavailable
-from support.commands import Command, run_command
-from support.lab import Lab, RecordMapping, until, within
-from support.reaper import reap_at_the_end
+from support.commands import Command, Forked, run_command, start_controller
+from support.lab import NETNS, Lab, RecordMapping, until, within
+from support.reaper import processes_of, reap_at_the_end
 
 __all__ = ["Command", "Daemon", "Pids", "alive", "instance", "user_data_of"]
 
 Shape = Mapping[str, Any]
 
+_PROGRAM: Final = (sys.executable, "-m", "imdsproxy")
 _START_S: Final = 20.0
 _STOP_S: Final = 15.0
 
@@ -105,11 +106,11 @@ class Daemon:
 
     lab: Lab
     settings: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
-    program: Sequence[str] = (sys.executable, "-m", "imdsproxy")
+    program: Sequence[str] = _PROGRAM
     environment: Mapping[str, str] = field(default_factory=dict)
     directory: Path = field(default_factory=lambda: Path(tempfile.mkdtemp(prefix="imdst-")))
     in_lab: bool = True
-    process: subprocess.Popen[bytes] | None = None
+    process: subprocess.Popen[bytes] | Forked | None = None
 
     def __post_init__(self) -> None:
         reap_at_the_end(directory=self.directory)
@@ -179,20 +180,30 @@ class Daemon:
 
     def start(self, *, ready: bool = True) -> Daemon:
         """Start a controller and wait until it says that all is in force."""
-        where = within(self.lab.host) if self.in_lab else ()
-        with self.log.open("ab") as log:
-            self.process = subprocess.Popen(
-                (*where, *self.program, "--config", str(self.config), "run"),
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                env=self._environment(),
-                start_new_session=True,
-            )
+        self.process = self._started()
         until(self._answers, within_s=_START_S, what="the daemon's answer")
         if ready:
             self.wait_ready()
         return self
+
+    def _started(self) -> subprocess.Popen[bytes] | Forked:
+        environment = self._environment()
+        if self.program == _PROGRAM and not self.environment:
+            namespace = NETNS / self.lab.host if self.in_lab else None
+            return start_controller(
+                self.config, environment=environment, log=self.log, namespace=namespace
+            )
+        # What changes how an interpreter starts has one of its own.
+        where = within(self.lab.host) if self.in_lab else ()
+        with self.log.open("ab") as log:
+            return subprocess.Popen(
+                (*where, *self.program, "--config", str(self.config), "run"),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=environment,
+                start_new_session=True,
+            )
 
     def _environment(self) -> dict[str, str]:
         kept = {name: os.environ[name] for name in ("PATH", "PYTHONPATH") if name in os.environ}
@@ -275,15 +286,8 @@ class Daemon:
             self.process.wait()
 
     def processes(self) -> dict[int, str]:
-        """Every process that has this directory on its command line."""
-        found: dict[int, str] = {}
-        for entry in Path("/proc").iterdir():
-            if entry.name.isdecimal():
-                with contextlib.suppress(OSError):
-                    words = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
-                    if f"{self.directory}/" in words and alive(int(entry.name)):
-                        found[int(entry.name)] = words
-        return found
+        """Every process that has this directory on its command line or works there."""
+        return {pid: words for pid, words in processes_of([self.directory]) if alive(pid)}
 
     # Asking and telling
 

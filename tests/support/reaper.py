@@ -12,11 +12,11 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
-__all__ = ["reap_at_the_end"]
+__all__ = ["processes_of", "reap_at_the_end"]
 
 _NETNS = Path("/run/netns")
 
@@ -57,7 +57,7 @@ def _reap(lines: list[str]) -> None:
     left = [one for one in directories if one.exists()]
     # What one of them starts again while it ends goes the second time.
     for _ in range(2):
-        for pid in _processes_of(left):
+        for pid, _ in processes_of(left):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
     for name in sorted(_NETNS.iterdir()) if _NETNS.is_dir() and begins else ():
@@ -79,13 +79,15 @@ def _reap(lines: list[str]) -> None:
         shutil.rmtree(directory, ignore_errors=True)
 
 
-def _processes_of(directories: list[Path]) -> Iterator[int]:
+def processes_of(directories: Sequence[Path]) -> Iterator[tuple[int, str]]:
+    """The processes that have one of these on their command lines, or are in it, with those lines."""
     for entry in Path("/proc").iterdir():
         if entry.name.isdecimal() and int(entry.name) != os.getpid():
             with contextlib.suppress(OSError):
                 words = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
-                if any(f"{one}/" in words for one in directories):
-                    yield int(entry.name)
+                place = (entry / "cwd").readlink()
+                if any(f"{one}/" in words or one == place for one in directories):
+                    yield int(entry.name), words
 
 
 if __name__ == "__main__":

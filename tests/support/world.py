@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Final, cast
 
 from support.daemon import Daemon, Pids, alive, instance, user_data_of
-from support.guest import Guest, Reply
+from support.guest import Guest, Lost, Reply
 from support.lab import Lab, LabState, RecordMapping, until
 
 __all__ = ["RIGHT_WITHIN_S", "World", "open_world", "own", "own_name"]
@@ -68,6 +68,10 @@ class World:
         for guest in self.everybody:
             wrong = own(guest, guest.ask("/latest/user-data"))
             assert wrong is None, wrong
+
+    def wait_all_right(self) -> None:
+        """Wait until every guest reads its own: a reload under way may have begun with the state of before."""
+        until(lambda: all(map(_reads_own, self.everybody)), what="every guest's own documents")
 
     def reload(self) -> None:
         """Have HAProxy reload: a network comes, or goes."""
@@ -144,6 +148,13 @@ class World:
         """The processes, once no old worker drains any more."""
         until(lambda: not self.daemon.status()["haproxy"]["old_workers"], what="old workers' end")
         return self.daemon.pids()
+
+
+def _reads_own(guest: Guest) -> bool:
+    try:
+        return own(guest, guest.ask("/latest/user-data")) is None
+    except Lost:
+        return False
 
 
 def _extra(present: Iterable[Mapping[str, Any]], wanted: Iterable[RecordMapping]) -> list[str]:
