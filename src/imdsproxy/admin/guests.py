@@ -15,7 +15,7 @@ from imdsproxy.core.identity import Denial, Found, Unknown, deny
 from imdsproxy.core.inventory import Inventory
 from imdsproxy.core.model import Dialect, InstanceId, IpAddress, NetworkId, Scope
 from imdsproxy.core.observation import AddressKey
-from imdsproxy.core.wire import HEADER_TOLD, MISMATCH_TEXT
+from imdsproxy.core.wire import HEADER_LOGGED, MISMATCH_TEXT
 from imdsproxy.errors import NotFound
 from imdsproxy.serving.forward import CollectedAnswer, Forwarder, FoundRequest
 from imdsproxy.serving.passwords import PasswordStore
@@ -162,6 +162,6 @@ class GuestService:
         headers = tuple(
             (name.decode("latin-1"), value.decode("latin-1"))
             for name, value in answer.headers
-            if name != HEADER_TOLD.encode()
+            if name != HEADER_LOGGED.encode()
         )
         return DocumentAnswer(answer.status, headers, bytes(answer.body))

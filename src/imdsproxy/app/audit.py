@@ -27,8 +27,6 @@ from imdsproxy.config.audit import AuditSettings
 from imdsproxy.core.haproxy.audit import read_audit
 from imdsproxy.errors import Problem
 
-__all__ = ["KEPT_WORKERS", "Audit"]
-
 KEPT_WORKERS: Final = "audit-worker"
 """By this name the service manager knows connections of workers."""
 

@@ -15,8 +15,6 @@ from typing import Final, Protocol
 from imdsproxy.core.haproxy.audit import left_out_line
 from imdsproxy.host.files import open_log
 
-__all__ = ["JOURNAL", "FileSink", "JournalSink", "Sink", "Written", "open_sink"]
-
 JOURNAL: Final = "journal"
 _JOURNAL_SOCKET: Final = Path("/run/systemd/journal/socket")
 _IDENTIFIER: Final = "imdsproxy-audit"

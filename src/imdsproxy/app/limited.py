@@ -14,8 +14,6 @@ from imdsproxy.dataplane.master import WorkerEnded
 from imdsproxy.errors import DataplaneError
 from imdsproxy.host.clock import Clock
 
-__all__ = ["LimitWatch"]
-
 _WORTH_A_LOOK: Final = 10
 """An instance that uses less than one part in so many of its limit is not listed: most of 10,000 guests do."""
 
@@ -53,7 +51,7 @@ class LimitWatch:
                 for one in (*filters, *keys)
             ]
         except (DataplaneError, WorkerEnded):
-            # The guard watches over HAProxy, and the same report says how it is.
+            # The watchdog handles that, and the same report has HAProxy's state.
             return ()
         found = busiest(
             "\n".join(usual), own, requests=most, connections=limits.connections, now=now

@@ -1,4 +1,4 @@
-"""The sets of path rules that records refer to: every worker of HAProxy has one before a record says its id.
+"""The sets of path rules that records refer to: every worker of HAProxy has one before a record has its id.
 
 A set never changes, so there is nothing to keep in step: a new one is added, and the record is changed after it. One
 that no record refers to any more is taken away later, when a request that began by it has long ended.
@@ -17,8 +17,6 @@ from imdsproxy.core.policy import rule_set_of
 from imdsproxy.dataplane.records import RecordApplier, Writer
 from imdsproxy.errors import HostRefused
 from imdsproxy.host.clock import Clock
-
-__all__ = ["RuleSets"]
 
 _KEPT_S: Final = 60.0
 """Longer than any request takes from its look-up to its answer."""
@@ -75,7 +73,7 @@ class RuleSets:
 
         Args:
             wanted: By their ids.
-            sweep: Look also for what nobody needs any more; else that is done where something else is to do.
+            sweep: Also remove sets that no record needs any more; otherwise only together with another change.
 
         Raises:
             HostRefused: The file cannot be written; nothing has changed.

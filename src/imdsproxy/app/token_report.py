@@ -24,8 +24,6 @@ from imdsproxy.dataplane.master import MasterClient, WorkerEnded
 from imdsproxy.errors import RuntimeUnavailable
 from imdsproxy.host.clock import Clock
 
-__all__ = ["TokenCounting", "open_counting"]
-
 _BEFORE_RELOAD_S: Final = 0.5
 
 

@@ -17,8 +17,6 @@ from imdsproxy.errors import RuntimeUnavailable
 if TYPE_CHECKING:
     from imdsproxy.dataplane.haproxy import Haproxy
 
-__all__ = ["Watching"]
-
 _KEPT: Final = 5000
 """Requests that are kept for watchers who ask a little later."""
 

@@ -29,17 +29,6 @@ from imdsproxy.core.model import (
 )
 from imdsproxy.errors import RecordCorrupt
 
-__all__ = [
-    "Blob",
-    "CompiledRecord",
-    "DocumentAddress",
-    "DocumentPort",
-    "DocumentRecord",
-    "compile_instance",
-    "compiled_path",
-    "parse_compiled",
-]
-
 _FORMAT: Final = 2
 """Raise it when a document's text changes for the same instance: revisions, and with them what HAProxy has
 cached, then differ from those of the older version. During an upgrade each version reads the records of the other, so

@@ -7,8 +7,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Final
 
-__all__ = ["MOST_SHOWN", "Asker", "busiest", "refused_lately"]
-
 MOST_SHOWN: Final = 10
 
 _LINE: Final = re.compile(r"^0x[0-9a-f]+: key=((?:\\.|[^ \\])*) (.*)$")

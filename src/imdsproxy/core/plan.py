@@ -17,15 +17,6 @@ from imdsproxy.core.path_rules import PathRules, set_id
 from imdsproxy.core.policy import NO_RULES, PolicyBook, PolicyPlace
 from imdsproxy.core.wire import MAP_CONFLICT, EmbeddedRecord, MapRecord, render_map_value
 
-__all__ = [
-    "PlannedRecords",
-    "parse_record_key",
-    "plan_record",
-    "plan_records",
-    "policy_place",
-    "record_key",
-]
-
 
 @dataclass(frozen=True, slots=True)
 class PlannedRecords:
@@ -107,7 +98,7 @@ def plan_record(
 def policy_place(
     inventory: Inventory, network: NetworkId, project: str | None, instance: Instance
 ) -> PolicyPlace:
-    """Where policies look for what is said of an instance.
+    """The scopes whose policies apply to an instance.
 
     Args:
         inventory: Everything known.

@@ -93,7 +93,7 @@ class TokenReport:
     """Attributes as of their classes.
 
     Attributes:
-        since: From when on it tells, Unix time; what is a week old is forgotten.
+        since: Its first second, Unix time; what is a week old is forgotten.
         guests: The last seen first.
         open_trees: At most a hundred of `open_tree_count`.
         one_in: Of so many reads that are not refused one is counted now; 0 for none (`tokens.count_reads`).

@@ -1,4 +1,4 @@
-"""What the three processes say to each other, declared once: headers, map values, socket names.
+"""What the three processes exchange, declared once: headers, map values, socket names.
 
 A guest's request reaches the document server and the resolver with these headers, set by HAProxy after
 everything the guest sent under any other name than the allow-list has been deleted.
@@ -39,34 +39,34 @@ HEADER_UNVERIFIED: Final = "x-imdsproxy-unverified"
 the kernel has not seen the two together yet."""
 
 HEADER_REFUSED: Final = "x-imdsproxy-refused"
-"""From the resolver back to HAProxy: this answer tells nothing of an instance, and anybody may read it."""
+"""From the resolver back to HAProxy: this answer has nothing of an instance, and any guest may read it."""
 
-HEADER_TOLD: Final = "x-imdsproxy-told"
+HEADER_LOGGED: Final = "x-imdsproxy-told"
 """From HAProxy through the resolver back to HAProxy: the audit log has a line of this request already."""
 
 HEADER_FORWARDED: Final = "x-imdsproxy-forwarded"
-"""To the resolver and back: `by` where headers say that somebody had the guest ask, `for` where it is
+"""To the resolver and back: `by` where headers show that the guest was made to ask (SSRF), `for` where it is
 `X-Forwarded-For` in a PUT."""
 
 HEADER_OPERATOR: Final = "x-imdsproxy-operator"
 """From the controller to HAProxy: an operator asks what the guest would get, so it is no read of the guest's."""
 
 PROBE_INSTANCE: Final = InstanceId(".probe")
-"""Whose documents readiness asks for; no record may have this id."""
+"""Its documents are what readiness asks for; no record may have this id."""
 
 PROBE_PATH: Final = "/latest/meta-data/instance-id"
 
 RETRY_AFTER_S: Final = 1
-"""What every 503 tells a client to wait, in seconds: cloud-init's own pace."""
+"""Seconds that every 503 asks a client to wait: cloud-init's own pace."""
 
 UNKNOWN_TEXT: Final = "no instance has this address in this network"
-"""What a guest that nobody knows is told with its 404, for whoever looks into it with curl.
+"""The body of an unknown guest's 404, for people who try it with curl.
 
 One line without its end: some clients take an error's body for the value that they asked for.
 """
 
 MISMATCH_TEXT: Final = "this address goes with another MAC in this network"
-"""What a guest is told that has another's address."""
+"""The body for a guest that has another's address."""
 
 MAP_TOMBSTONE: Final = "-"
 """An overlay's word for "not in the base any more": the address is unknown."""
@@ -102,7 +102,7 @@ class NovaRecord:
         project: The port's.
         signatures: By the secret in force, then, while it is being replaced, by the next one.
         policy: The policy word, empty where the default is in force (`core.policy.render_policy_word`).
-        paths: The rules of the set that the word refers to. They are in another map, and the value says none of them.
+        paths: The rules of the set that the word refers to. They are in another map, and not in the value.
     """
 
     endpoint_set: str

@@ -182,7 +182,7 @@ class SpawnLauncher(Launcher):
             if child.alive():
                 return None
             output = log.read_bytes()[offset:].decode("utf-8", "replace")
-            return parse_failure(output)[-2000:] or "it said nothing"
+            return parse_failure(output)[-2000:] or "it wrote nothing"
 
         self.children.add(child)
         try:

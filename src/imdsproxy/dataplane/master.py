@@ -113,7 +113,7 @@ class MasterClient:
         """Give a key its value, whether the map has it or not.
 
         Raises:
-            CommandRefused: HAProxy says anything but yes.
+            CommandRefused: HAProxy answers with an error.
             RuntimeUnavailable: The master does not answer.
             WorkerEnded: The worker is gone.
         """
@@ -128,7 +128,7 @@ class MasterClient:
         """Add entries that the map does not have.
 
         Raises:
-            CommandRefused: HAProxy says anything but yes.
+            CommandRefused: HAProxy answers with an error.
             RuntimeUnavailable: The master does not answer.
             WorkerEnded: The worker is gone.
         """
@@ -139,7 +139,7 @@ class MasterClient:
         """Take a key out; that it is not there is as good.
 
         Raises:
-            CommandRefused: HAProxy says anything but yes.
+            CommandRefused: HAProxy answers with an error.
             RuntimeUnavailable: The master does not answer.
             WorkerEnded: The worker is gone.
         """
@@ -151,7 +151,7 @@ class MasterClient:
         """Replace a map's whole content at once (`prepare`, `add @version`, `commit`).
 
         Raises:
-            CommandRefused: HAProxy says anything but yes.
+            CommandRefused: HAProxy answers with an error.
             RuntimeUnavailable: The master does not answer.
             WorkerEnded: The worker is gone.
         """
@@ -185,7 +185,7 @@ class MasterClient:
             async with asyncio.timeout(deadline_s):
                 reader, writer = await asyncio.open_unix_connection(str(self._path))
                 writer.write(f"{line}\n".encode())
-                # The end of our side tells HAProxy that no other command follows.
+                # The end of our side shows HAProxy that no other command follows.
                 writer.write_eof()
                 answer = await _read_answer(reader)
         except TimeoutError as error:
@@ -213,10 +213,10 @@ class MasterClient:
 
 
 async def _read_answer(reader: asyncio.StreamReader) -> bytes:
-    """All that is said until the end of the connection.
+    """Everything until the end of the connection.
 
     After a refusal of the target's pid the master may miss that our side has ended, and would keep the connection
-    open until somebody's time is over.
+    open until a time-out.
     """
     answer = b""
     while chunk := await reader.read(65_536):

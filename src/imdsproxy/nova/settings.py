@@ -159,7 +159,7 @@ class NovaEndpointSettings(Section):
     secret: Literal["current", "next"] = setting(
         "current",
         "Which of the set's two secrets this Nova has. While secrets are changed, Nova hosts take the "
-        "next one after another, and this says who has.",
+        "next one after another, and this shows which ones have it.",
         Change.RELOAD,
     )
 

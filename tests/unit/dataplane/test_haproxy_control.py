@@ -1,4 +1,4 @@
-"""A configuration comes into force, or the one before stays and HAProxy's own words are told."""
+"""A configuration comes into force, or the one before stays and HAProxy's alerts are reported."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Rig:
         return await self.haproxy.apply(self.spec(*networks), self.spec(*networks), "a test")
 
     def judge(self, script: str) -> None:
-        """What `haproxy -c` says from now on."""
+        """The output of `haproxy -c` from now on."""
         Path(self.haproxy.program).write_text(script)
 
 

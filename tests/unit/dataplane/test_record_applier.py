@@ -1,4 +1,4 @@
-"""Records reach the disk, then every worker; whatever breaks half-way, nobody gets somebody else's."""
+"""Records reach the disk, then every worker; whatever breaks half-way, no guest gets another's."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Rig:
         await self.haproxy.start()
         self.applier.trust(await self.applier.master.read_processes())
 
-    def told(self, key: str) -> set[str | None]:
+    def answers(self, key: str) -> set[str | None]:
         """What the workers would answer with, draining ones included."""
         return {worker.lookup(self.overlay, self.base, key) for worker in self.haproxy.all()}
 
@@ -80,7 +80,7 @@ def test_a_change_is_on_disk_and_in_every_worker_when_it_is_acknowledged() -> No
         assert len(rig.haproxy.all()) == 2
         assert await rig.applier.apply({"n/1": "b|1", "n/2": "a|1"}) == 2
         for key, value in (("n/1", "b|1"), ("n/2", "a|1")):
-            assert rig.told(key) == {value}
+            assert rig.answers(key) == {value}
             assert rig.on_disk(key) == value
 
     _in_rig(work)
@@ -112,8 +112,8 @@ def test_when_an_address_moves_nobody_has_it_twice_at_any_moment() -> None:
         )
         assert names[taken] in {"set", "add"}
         assert given_at > taken
-        assert rig.told("n/1") == {None}
-        assert rig.told("n/2") == {"a|1"}
+        assert rig.answers("n/1") == {None}
+        assert rig.answers("n/2") == {"a|1"}
 
     _in_rig(work)
 
@@ -125,8 +125,8 @@ def test_a_worker_that_nobody_ordered_is_made_equal_before_the_change_is_acknowl
         await rig.applier.apply({"n/1": "b|1"})
         rig.haproxy.workers = [stale]
         await rig.applier.apply({"n/2": "a|1"})
-        assert rig.told("n/1") == {"b|1"}
-        assert rig.told("n/2") == {"a|1"}
+        assert rig.answers("n/1") == {"b|1"}
+        assert rig.answers("n/2") == {"a|1"}
 
     _in_rig(work)
 
@@ -138,8 +138,8 @@ def test_a_worker_with_an_older_base_gets_the_whole_base() -> None:
         rig.applier.write_all({"n/2": "b|1"})
         rig.haproxy.workers = [stale]
         await rig.applier.adopt()
-        assert rig.told("n/1") == {None}
-        assert rig.told("n/2") == {"b|1"}
+        assert rig.answers("n/1") == {None}
+        assert rig.answers("n/2") == {"b|1"}
 
     _in_rig(work)
 
@@ -150,12 +150,12 @@ def test_a_full_disk_changes_nothing_anywhere() -> None:
         rig.full = True
         with pytest.raises(HostRefused):
             await rig.applier.apply({"n/1": None, "n/2": "b|1"})
-        assert rig.told("n/1") == {"a|1"}
-        assert rig.told("n/2") == {None}
+        assert rig.answers("n/1") == {"a|1"}
+        assert rig.answers("n/2") == {None}
         rig.full = False
         await rig.applier.apply({"n/1": None, "n/2": "b|1"})
-        assert rig.told("n/1") == {None}
-        assert rig.told("n/2") == {"b|1"}
+        assert rig.answers("n/1") == {None}
+        assert rig.answers("n/2") == {"b|1"}
 
     _in_rig(work)
 
@@ -173,7 +173,7 @@ def test_a_master_that_falls_silent_half_way_is_made_up_for(answered: int) -> No
         rig.haproxy.stop_answering_after = None
         await rig.applier.apply(wanted)
         for key, value in wanted.items():
-            assert rig.told(key) == {value}
+            assert rig.answers(key) == {value}
             assert rig.on_disk(key) == value
 
     _in_rig(work)
@@ -243,7 +243,7 @@ def test_after_any_history_all_workers_and_the_disk_say_what_was_wanted_last(
                 rig.haproxy.stop_answering_after = None
                 await rig.applier.apply(wanted)
             for key in _KEYS:
-                assert rig.told(key) == {expected.get(key)}, (key, event)
+                assert rig.answers(key) == {expected.get(key)}, (key, event)
                 assert rig.on_disk(key) == expected.get(key)
 
     _in_rig(work, compact_above=compact_above)
@@ -258,8 +258,8 @@ def test_a_grown_overlay_is_folded_into_the_base() -> None:
         assert generation != "1"
         assert len(rig.applier.state.overlay) <= 5
         assert base["n/0"] == "b|1"
-        assert rig.told("n/0") == {"b|1"}
-        assert rig.told("n/1") == {None}
-        assert rig.told("n/20") == {"a|1"}
+        assert rig.answers("n/0") == {"b|1"}
+        assert rig.answers("n/1") == {None}
+        assert rig.answers("n/20") == {"a|1"}
 
     _in_rig(work, compact_above=5)

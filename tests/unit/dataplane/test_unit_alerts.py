@@ -1,4 +1,4 @@
-"""What HAProxy said in the journal before it ended."""
+"""HAProxy's alerts in the journal before it ended."""
 
 from __future__ import annotations
 

@@ -73,12 +73,12 @@ def test_a_line_has_nothing_that_may_be_secret(*, nova: bool, headers: bool) -> 
 
 @pytest.mark.parametrize("headers", [False, True])
 def test_whatever_a_guest_says_is_escaped(*, headers: bool) -> None:
-    said = (
+    pattern = (
         r"%(\S{7})?\[(capture|req|var\(sess)[^\]]*\]"
         if headers
         else r"%(\S{7})?\[(capture|req)[^\]]*\]"
     )
-    found = re.findall(said, _text(headers=headers))
+    found = re.findall(pattern, _text(headers=headers))
     assert [escape for escape, _ in found] == ["{+json}"] * (4 if headers else 2)
 
 

@@ -1,4 +1,4 @@
-"""What HAProxy is to bind for Neutron's proxies, decided by what is at the path and by what it said before."""
+"""What HAProxy is to bind for Neutron's proxies, decided by what is at the path and by its answers before."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _OURS = SeenSocket(SocketState.OURS)
 
 @dataclass
 class _Haproxy:
-    """A master with one worker, and what it says of itself."""
+    """A master with one worker, and its processes."""
 
     processes: Processes | None = field(default_factory=lambda: Processes(10, 11))
     now: Processes | None = None
@@ -37,7 +37,7 @@ class _Haproxy:
         self.master = self
 
     async def read_processes(self) -> Processes:
-        assert self.lock.locked(), "somebody may just be starting it"
+        assert self.lock.locked(), "it may just be starting"
         if self.now is None:
             raise RuntimeUnavailable("no answer")
         return self.now

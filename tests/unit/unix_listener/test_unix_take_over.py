@@ -50,7 +50,7 @@ def _after(*times: float) -> Takings:
         ((0, 1, 2, 17), 30),
         ((0, 1, 2, 17, 47), 60),
         ((0, 1, 2, 17, 106), 60),
-        # Beside the pause, a minute without a word: whoever fought has stopped.
+        # Beside the pause, a minute without a takeover: the other process has stopped.
         ((0, 1, 2, 17, 107), 0),
         ((0, 1, 2, 77), 0),
     ],
@@ -113,7 +113,7 @@ class _Clock:
 
 @dataclass
 class _Rig:
-    """The listener with a HAProxy that binds what it is told, and a path that anybody may take."""
+    """The listener with a HAProxy that binds what it is configured to, and a path that any process may take."""
 
     directory: Path
     fields: Mapping[str, object] = field(default_factory=dict)
@@ -158,7 +158,7 @@ class _Rig:
         return self.seen is _OURS
 
     async def lose(self, *, after_s: float = 1.0) -> bool:
-        """Somebody takes the path; whether HAProxy has it again after the next round."""
+        """Another process takes the path; whether HAProxy has it again after the next round."""
         self.clock.seconds += after_s
         self.seen = SeenSocket(SocketState.FOREIGN, _AGENT.owners, orphaned=True)
         return await self.round()
@@ -185,9 +185,9 @@ async def test_whom_it_was_taken_from_is_told_once(rig: _Rig) -> None:
         assert await rig.round()
         for _ in range(3):
             assert await rig.round()
-    (told,) = logs
-    assert (told["event"], told["log_level"]) == ("unix listener taken over", "info")
-    assert told["taken_from"] == rig.unix.taken_from == "neutron-ovn-met (pid 77)"
+    (line,) = logs
+    assert (line["event"], line["log_level"]) == ("unix listener taken over", "info")
+    assert line["taken_from"] == rig.unix.taken_from == "neutron-ovn-met (pid 77)"
     assert (rig.unix.taken_over, rig.unix.problem) == (1, None)
 
 
@@ -202,7 +202,7 @@ async def test_a_haproxy_that_has_lost_the_path_lets_go_of_its_socket_first(
     rig: _Rig, *, orphaned: bool
 ) -> None:
     await rig.round()
-    # Where the kernel lists no unix sockets nobody knows that ours is one without a path.
+    # Where the kernel lists no unix sockets ours can't be known to be one without a path.
     rig.seen = SeenSocket(SocketState.FOREIGN, orphaned=orphaned)
     await rig.unix.choose()
     assert (rig.unix.bind is not None, rig.unix.rebind) == (True, True)
@@ -235,7 +235,7 @@ async def test_who_takes_it_back_each_time_has_it_for_a_while_and_status_says_so
     assert before.startswith(f"neutron-ovn-met (pid 77) listens on {rig.path}, and took it back")
     assert "15 s" in before
     assert rig.unix.bind is None
-    # Word for word the same: what is told already is not logged again.
+    # The same text: what is logged already is not logged again.
     rig.clock.seconds += 10
     assert not await rig.round()
     assert (rig.reason, rig.unix.taken_over) == (before, count)

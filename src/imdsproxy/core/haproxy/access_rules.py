@@ -39,7 +39,7 @@ not so.
 TELL_TOKEN_LIFE: Final = """
     http-after-response set-header <ttl_header> %[var(txn.seconds_left)] if { var(txn.seconds_left) -m int gt 0 }
 """
-"""Each answer to a good token says how many seconds it has left, as EC2's do."""
+"""Each answer to a good token has the seconds that it is still valid, as EC2's have."""
 
 SKIP_CHECKS: Final = """
     # A token that was good on this connection, for the same record and under the same policy.

@@ -1,7 +1,7 @@
 """The whole configuration of a `DataplaneSpec`.
 
-Each rule that guards something says what it guards. The order inside a frontend is the order of evaluation; rules that
-cost time stand behind `cache-use`, where repeated reads never come.
+The order inside a frontend is the order of evaluation; rules that cost time stand behind `cache-use`, where repeated
+reads never come.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ ONE_IN: Final = 20
 CLOSE_LOOKS: Final = 64
 
 STICK_COUNTERS: Final = 5
-"""HAProxy has three for each request if nothing is said; other rules have those."""
+"""HAProxy's default is three for each request, which other rules use."""
 
 # The counters of an entry. A read that was chosen by chance stands for `ONE_IN`, so that sums stay right when settings
 # change; HAProxy 3.0 could add that at once, but takes no `sc-add-gpc` for a number above 2 of what it tracks.

@@ -81,8 +81,8 @@ class PackedMap(Mapping[str, str]):
 class MapChanges:
     """What to do to the entries of a map, in this order.
 
-    Removals and new values come before additions: when an address moves, there is a moment at which nobody
-    has it, and none at which two have it.
+    Removals and new values come before additions: when an address moves, there is a moment at which no
+    instance has it, and none at which two have it.
     """
 
     removed: tuple[str, ...] = ()
@@ -149,7 +149,7 @@ def plan_changes(present: Mapping[str, str], wanted: Mapping[str, str | None]) -
             added.append((key, value))
         else:
             replaced.append((key, value))
-    # Tombstones count as removals: nobody may be added while somebody is still to go.
+    # Tombstones count as removals: nothing may be added while something is still to go.
     going = [(key, value) for key, value in added if value == MAP_TOMBSTONE]
     coming = [(key, value) for key, value in added if value != MAP_TOMBSTONE]
     return MapChanges(tuple(removed), tuple(replaced), (*going, *coming))

@@ -81,7 +81,7 @@ class Limits:
         misses_per_second: Unknown addresses per network and second that may reach Python.
         hard_stop_after_s: How long an old worker may go on serving open connections.
         fair: Count what each instance asks for; without, the next three are of no account.
-        requests_per_s: Of one instance, on average; this and the next two where no policy says otherwise.
+        requests_per_s: Of one instance, on average; this and the next two are defaults that a policy overrides.
         burst: Requests of one instance at once.
         connections: Of one instance at once; behind the unix listener, requests.
         body_bytes: Longest body that goes on to Nova.
