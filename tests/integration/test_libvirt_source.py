@@ -27,8 +27,8 @@ from imdsproxy.sources.libvirt.client import (
     SystemLibvirt,
     read_domain,
 )
-from imdsproxy.sources.libvirt.metadata import METADATA_URI
 from imdsproxy.sources.libvirt.source import LibvirtSource
+from imdsproxy.sources.libvirt.xml import METADATA_URI
 from support.libvirt_backing import define_domain, domain_xml, libvirt_source, uuid_of
 from support.libvirt_daemon import Libvirtd
 from support.source_runs import Heard, running

@@ -16,8 +16,8 @@ from imdsproxy.core.model import (
     NetworkId,
 )
 from imdsproxy.errors import SourceUnavailable
-from imdsproxy.sources.libvirt.metadata import METADATA_URI
 from imdsproxy.sources.libvirt.records import NetworkXml
+from imdsproxy.sources.libvirt.xml import METADATA_URI
 from support.admin_server import AdminServer, admin_server
 from support.libvirt_backing import domain_xml, uuid_of
 from support.record_builders import port

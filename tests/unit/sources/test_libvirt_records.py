@@ -18,8 +18,8 @@ from imdsproxy.core.model import (
 )
 from imdsproxy.core.observation import RecordSet
 from imdsproxy.errors import Problem
-from imdsproxy.sources.libvirt.metadata import METADATA_URI
 from imdsproxy.sources.libvirt.records import LibvirtKnown, NetworkXml, Selection
+from imdsproxy.sources.libvirt.xml import METADATA_URI
 from support.libvirt_backing import domain_xml, uuid_of
 from support.record_builders import port
 

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from imdsproxy.host.inotify import Place, Watch
 from imdsproxy.sources.file import source as file_source
 from imdsproxy.sources.file.source import FileSource
-from imdsproxy.sources.file.watch import Place, Watch
 from support.patience import patience
 from support.source_runs import Heard, running
 

@@ -14,6 +14,7 @@ from imdsproxy.core.observation import AddressKey
 from imdsproxy.core.packed import PackedInstance
 from imdsproxy.core.progress import Progress
 from imdsproxy.errors import Problem
+from imdsproxy.host.inotify import Place, place_of
 from imdsproxy.sources.api import Origin
 from imdsproxy.sources.clash import claim_places, clash_problems
 from imdsproxy.sources.file.contents import (
@@ -24,7 +25,6 @@ from imdsproxy.sources.file.contents import (
 )
 from imdsproxy.sources.file.last_good import Kept, LastGood, load_last_good
 from imdsproxy.sources.file.record_file import SUFFIXES
-from imdsproxy.sources.file.watch import Place, place_of
 from imdsproxy.sources.in_force import Clash, Entry, InForce, Record
 
 _GONE_S: Final = 0.05

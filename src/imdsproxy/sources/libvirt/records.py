@@ -11,16 +11,17 @@ from typing import Final
 from imdsproxy.core.inventory import address_keys
 from imdsproxy.core.model import ID_PATTERN, Instance, InstanceId, Network, NetworkId
 from imdsproxy.core.observation import RecordSet
-from imdsproxy.core.records import Json, Refused, parse_instance
+from imdsproxy.core.records import Json, Refused, parse_instance, parse_network
 from imdsproxy.errors import Problem
 from imdsproxy.sources.api import Origin
 from imdsproxy.sources.clash import clash_problems
 from imdsproxy.sources.in_force import Clash, Entry, InForce
 from imdsproxy.sources.libvirt.xml import (
+    ROUTING,
     Domain,
     DomainInterface,
+    Interface,
     LibvirtNetwork,
-    describe_network,
     parse_domain,
     parse_libvirt_network,
 )
@@ -115,6 +116,35 @@ class Places:
 def _id_of(network: LibvirtNetwork) -> str:
     """A network's id: its name, or its UUID where the name is no id."""
     return network.name if _NETWORK_ID.fullmatch(network.name) else network.uuid
+
+
+def describe_network(network: LibvirtNetwork, identity: str) -> Network | Refused:
+    """The record of a network whose bridge is libvirt's.
+
+    Its gateway is the host where libvirt's DHCP says the same: not in an isolated network.
+
+    Args:
+        network: `made_by_libvirt`.
+        identity: The record's id.
+    """
+    record: dict[str, Json] = {"id": identity, "listener": {"bridge": network.bridge or ""}}
+    if identity != network.name:
+        record["name"] = network.name
+    if network.mtu is not None:
+        record["mtu"] = network.mtu
+    subnets = [_subnet(network, each) for each in network.addresses]
+    if subnets:
+        record["subnets"] = list(subnets)
+    return parse_network(record, file=network.place, path=("network",))
+
+
+def _subnet(network: LibvirtNetwork, address: Interface) -> dict[str, Json]:
+    subnet: dict[str, Json] = {"cidr": str(address.network)}
+    if network.mode in ROUTING:
+        subnet["gateway"] = str(address.ip)
+    if network.resolves:
+        subnet["dns"] = [str(address.ip)]
+    return subnet
 
 
 def describe_domain(domain: Domain, places: Places) -> Instance | Refused | None:

@@ -1,26 +1,53 @@
-"""Libvirt's XML of domains and networks, and the record that a network makes.
+"""Libvirt's XML of domains and networks, and our element in a domain's metadata.
 
 Sources: https://libvirt.org/formatdomain.html (general metadata, network interfaces) and
 https://libvirt.org/formatnetwork.html (connectivity, addressing, static hosts).
+
+The element that a domain's `<metadata>` carries for us, as keys of an instance's record:
+
+    <imds:instance xmlns:imds="urn:imdsproxy:libvirt:1" id="ID">      id: the domain's UUID without it
+      <imds:hostname>NAME</imds:hostname>                             made of the domain's name without it
+      <imds:ssh-key name="NAME">ssh-ed25519 AAAA…</imds:ssh-key>      as many as there are; name is optional
+      <imds:user-data encoding="base64">…</imds:user-data>            without encoding: text
+      <imds:vendor-data>…</imds:vendor-data>                          the same
+      <imds:tag name="NAME">VALUE</imds:tag>                          as many as there are
+      <imds:project>, <imds:availability-zone>, <imds:instance-type>
+      <imds:dialect name="ec2" serve="no"/>
+    </imds:instance>
+
+No element names a file: otherwise an account that may define a domain could have root pass any file to a guest.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import difflib
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from ipaddress import IPv4Interface, IPv6Interface, ip_interface
 from typing import Final, TypeAlias
 from xml.etree.ElementTree import Element, ParseError, fromstring
 
-from imdsproxy.core.model import Network
-from imdsproxy.core.records import Json, Refused, parse_network
+from imdsproxy.core.records import Json, Refused
 from imdsproxy.errors import Problem
-from imdsproxy.sources.libvirt.metadata import METADATA_URI, read_metadata
 
-_Interface: TypeAlias = IPv4Interface | IPv6Interface
+Interface: TypeAlias = IPv4Interface | IPv6Interface
 
 _ISOLATED: Final = "isolated"
-_ROUTING: Final = frozenset({"nat", "route", "open"})
+ROUTING: Final = frozenset({"nat", "route", "open"})
+
+METADATA_URI: Final = "urn:imdsproxy:libvirt:1"
+"""The element's namespace. A URN: no one else can own it, and there is nothing to fetch."""
+
+_Record: TypeAlias = "dict[str, Json]"
+
+_TEXTS: Final = {
+    "hostname": "hostname",
+    "project": "project",
+    "availability-zone": "availability_zone",
+    "instance-type": "instance_type",
+}
+_SWITCHES: Final = {"yes": True, "no": False}
+_BLANKS: Final = " \t\r\n"
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +104,7 @@ class LibvirtNetwork:
     name: str
     mode: str
     bridge: str | None
-    addresses: tuple[_Interface, ...]
+    addresses: tuple[Interface, ...]
     hosts: tuple[tuple[str, str], ...]
     mtu: int | None
     resolves: bool
@@ -91,7 +118,7 @@ class LibvirtNetwork:
     @property
     def made_by_libvirt(self) -> bool:
         """Its bridge is libvirt's, so that it is known how to reach it."""
-        return self.mode in {_ISOLATED, *_ROUTING} and self.bridge is not None
+        return self.mode in {_ISOLATED, *ROUTING} and self.bridge is not None
 
 
 def _parse(text: str, what: str) -> Element | Refused:
@@ -157,7 +184,7 @@ def parse_libvirt_network(text: str, *, active: bool) -> LibvirtNetwork | Refuse
     )
 
 
-def _addresses(root: Element) -> Iterator[_Interface]:
+def _addresses(root: Element) -> Iterator[Interface]:
     for element in root.iterfind("ip"):
         prefix = element.get("prefix") or element.get("netmask")
         address = element.get("address")
@@ -172,30 +199,115 @@ def _hosts(root: Element) -> Iterator[tuple[str, str]]:
             yield mac.lower(), address
 
 
-def describe_network(network: LibvirtNetwork, identity: str) -> Network | Refused:
-    """The record of a network whose bridge is libvirt's.
-
-    Its gateway is the host where libvirt's DHCP says the same: not in an isolated network.
+def read_metadata(element: Element, place: str) -> tuple[_Record, tuple[Problem, ...]]:
+    """The keys of an instance's record that the element gives, and what in it is not understood.
 
     Args:
-        network: `made_by_libvirt`.
-        identity: The record's id.
+        element: `{urn:imdsproxy:libvirt:1}instance`.
+        place: Where it is, for the problems: `domain web-1`.
     """
-    record: dict[str, Json] = {"id": identity, "listener": {"bridge": network.bridge or ""}}
-    if identity != network.name:
-        record["name"] = network.name
-    if network.mtu is not None:
-        record["mtu"] = network.mtu
-    subnets = [_subnet(network, each) for each in network.addresses]
-    if subnets:
-        record["subnets"] = list(subnets)
-    return parse_network(record, file=network.place, path=("network",))
+    reader = _Reader(place)
+    reader.attributes(element, "", ("id",))
+    record: _Record = {}
+    identity = element.get("id")
+    if identity is not None:
+        record["id"] = identity
+    if element.text is not None and element.text.strip(_BLANKS):
+        reader.refuse("", "holds text outside its elements", "put it into <imds:user-data>")
+    for child in element:
+        name = _local_name(child)
+        read = _ELEMENTS.get(name or "")
+        if read is None:
+            reader.refuse(name or child.tag, "unknown element", _nearest(name or child.tag))
+        else:
+            read(reader, record, child)
+    return record, tuple(reader.problems)
 
 
-def _subnet(network: LibvirtNetwork, address: _Interface) -> dict[str, Json]:
-    subnet: dict[str, Json] = {"cidr": str(address.network)}
-    if network.mode in _ROUTING:
-        subnet["gateway"] = str(address.ip)
-    if network.resolves:
-        subnet["dns"] = [str(address.ip)]
-    return subnet
+class _Reader:
+    def __init__(self, place: str) -> None:
+        self._place = place
+        self.problems: list[Problem] = []
+
+    def refuse(self, name: str, reason: str, hint: str = "") -> None:
+        field = f"instance.{name}" if name else "instance"
+        self.problems.append(Problem(field, reason, hint, self._place))
+
+    def attributes(self, element: Element, name: str, known: tuple[str, ...]) -> None:
+        for key in element.attrib:
+            if key not in known:
+                hint = f"known: {', '.join(known)}" if known else "it has none"
+                self.refuse(name, f"unknown attribute {key}", hint)
+
+    def text(self, record: _Record, element: Element) -> None:
+        name = _local_name(element) or ""
+        self.attributes(element, name, ())
+        if _TEXTS[name] in record:
+            self.refuse(name, "is there twice")
+        record[_TEXTS[name]] = (element.text or "").strip(_BLANKS)
+
+    def ssh_key(self, record: _Record, element: Element) -> None:
+        self.attributes(element, "ssh-key", ("name",))
+        keys = record.setdefault("ssh_keys", [])
+        key, name = (element.text or "").strip(_BLANKS), element.get("name")
+        if isinstance(keys, list):
+            keys.append(key if name is None else {"name": name, "key": key})
+
+    def tag(self, record: _Record, element: Element) -> None:
+        self.attributes(element, "tag", ("name",))
+        tags, name = record.setdefault("tags", {}), element.get("name")
+        if name is None:
+            self.refuse("tag", "has no name", '<imds:tag name="role">web</imds:tag>')
+        elif isinstance(tags, dict):
+            if name in tags:
+                self.refuse("tag", f"{name} is there twice")
+            tags[name] = element.text or ""
+
+    def dialect(self, record: _Record, element: Element) -> None:
+        self.attributes(element, "dialect", ("name", "serve"))
+        dialects, name = record.setdefault("dialects", {}), element.get("name")
+        serve = _SWITCHES.get(element.get("serve", ""))
+        if name is None or serve is None:
+            self.refuse("dialect", "is not understood", '<imds:dialect name="ec2" serve="no"/>')
+        elif isinstance(dialects, dict):
+            dialects[name] = serve
+
+    def payload(self, record: _Record, element: Element) -> None:
+        name = _local_name(element) or ""
+        self.attributes(element, name, ("encoding",))
+        key = name.replace("-", "_")
+        if key in record:
+            self.refuse(name, "is there twice")
+        text, encoding = element.text or "", element.get("encoding")
+        if encoding is None:
+            record[key] = _without_first_break(text)
+        elif encoding == "base64" and key == "user_data":
+            record[key] = {"base64": "".join(text.split())}
+        else:
+            self.refuse(name, f"unknown encoding {encoding}", "base64 (user-data), or none: text")
+
+
+_ELEMENTS: Final[Mapping[str, Callable[[_Reader, _Record, Element], None]]] = {
+    **dict.fromkeys(_TEXTS, _Reader.text),
+    "ssh-key": _Reader.ssh_key,
+    "tag": _Reader.tag,
+    "dialect": _Reader.dialect,
+    "user-data": _Reader.payload,
+    "vendor-data": _Reader.payload,
+}
+
+
+def _without_first_break(text: str) -> str:
+    """The text without the line end that follows the opening tag: `#cloud-config` must be first."""
+    first, end, rest = text.partition("\n")
+    return rest if end and not first.strip(_BLANKS) else text
+
+
+def _local_name(element: Element) -> str | None:
+    prefix = f"{{{METADATA_URI}}}"
+    return element.tag.removeprefix(prefix) if element.tag.startswith(prefix) else None
+
+
+def _nearest(name: str) -> str:
+    near = difflib.get_close_matches(name, _ELEMENTS, n=1)
+    return f"did you mean {near[0]}?" if near else f"known: {', '.join(sorted(_ELEMENTS))}"
