@@ -63,7 +63,7 @@ def check_secrets(settings: Settings) -> list[Finding]:
             if path is None:
                 continue
             try:
-                secrets[setting] = _secret(path)
+                secrets[setting] = read_signing_secret(path)
             except SecretUnreadable as error:
                 found += _named(f"{_SETS}.{name}.{setting}", error)
         found += _weak(name, secrets)
@@ -85,7 +85,6 @@ def check_clouds(settings: Settings) -> list[Finding]:
     source = settings.sources.neutron
     if not source.enabled:
         return []
-
     try:
         require_library()
     except LibraryMissing as error:
@@ -94,7 +93,6 @@ def check_clouds(settings: Settings) -> list[Finding]:
 
 
 def _cloud(cloud: str, path: Path) -> list[Finding]:
-
     try:
         data = parse_yaml(_read(path).decode("utf-8"), str(path)).data
     except UnicodeDecodeError:
@@ -217,7 +215,7 @@ def _certificates(name: str, one: EndpointSetSettings) -> Iterator[Finding]:
         yield from _tried(f"{where}.ca_file", one.ca_file, _load_authorities)
     if one.client_key_file is not None:
         try:
-            _key(one.client_key_file)
+            read_secret(one.client_key_file)
         except SecretUnreadable as error:
             yield from _named(f"{where}.client_key_file", error)
             return
@@ -263,16 +261,6 @@ def _weak(name: str, secrets: Mapping[str, bytes]) -> Iterator[Finding]:
     if len(secrets) > 1 and len(set(secrets.values())) == 1:
         text = f"{_SETS}.{name}: the next secret is the same as the current one"
         yield _NOVA.warn(text, "put the new one into next_secret_file")
-
-
-def _secret(path: Path) -> bytes:
-
-    return read_signing_secret(path)
-
-
-def _key(path: Path) -> bytes:
-
-    return read_secret(path)
 
 
 def _read(path: Path) -> bytes:
