@@ -14,6 +14,7 @@ from typing import Final, TypeAlias
 
 import structlog
 
+from imdsproxy.core.backoff import Backoff
 from imdsproxy.core.haproxy.model import UnixBind
 from imdsproxy.core.haproxy.unix_listener import AGENTS
 from imdsproxy.core.hoststate import SeenSocket, SocketState
@@ -37,8 +38,6 @@ from imdsproxy.unix_listener.settings import UnixListenerSettings
 
 _BIND: Final = re.compile(rf"^\s*bind unix@(\S+) name {AGENTS}\b", re.MULTILINE)
 _LARGEST_ID: Final = 2**32 - 2
-_FIRST_AGAIN_S: Final = 5.0
-_LAST_AGAIN_S: Final = 60.0
 
 _Signature: TypeAlias = tuple[int, int, int, int, int]
 
@@ -74,7 +73,7 @@ class UnixListener:
     _takings: Takings = field(default_factory=Takings)
     _signature: _Signature | None = None
     _refused: tuple[UnixBind, Problem] | None = None
-    _again_s: float = _FIRST_AGAIN_S
+    _backoff: Backoff = field(default_factory=lambda: Backoff(5.0, 60.0))
     _again_at: float = field(default=0.0)
 
     async def choose(self) -> None:
@@ -120,9 +119,9 @@ class UnixListener:
             return False
         reason = f"{error.message}: the unix listener is left out"
         problem = Problem("unix_listener.path", reason, "see which user and unit HAProxy runs as")
-        same = self._refused is not None and self._refused[0] == bind
-        self._again_s = min(self._again_s * 2, _LAST_AGAIN_S) if same else _FIRST_AGAIN_S
-        self._again_at = self.clock.monotonic() + self._again_s
+        if self._refused is None or self._refused[0] != bind:
+            self._backoff.succeed()
+        self._again_at = self.clock.monotonic() + self._backoff.fail()
         self._refused = (bind, problem)
         self._decide(None, problem)
         self.rebind = False
