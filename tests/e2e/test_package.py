@@ -18,7 +18,7 @@ from support.packages import EPOCH, RECOMMENDED, Packages, build_packages, run
 from support.systemd_daemon import CONTROLLER, DOCUMENTS, HAPROXY, UNITS, own_user_data
 from support.systemd_machine import Machine
 
-pytestmark = [pytest.mark.root, pytest.mark.slow, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.root, pytest.mark.slow, pytest.mark.timeout(900)]
 
 _USER_DATA: Final = "/latest/user-data"
 _META_DATA: Final = "/openstack/latest/meta_data.json"

@@ -21,7 +21,7 @@ def run(argv: list[str], **environment: str) -> tuple[int, str]:
         argv,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=60 * patience(),
         check=False,
         env={**os.environ, **environment},
         cwd=REPOSITORY,

@@ -18,7 +18,7 @@ from support.demonstration import REPOSITORY
 from support.lab import until
 from support.packages import Packages, build_packages, run
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 _SETTINGS: Final = """
 paths: {{runtime_dir: {run}, state_dir: {state}}}

@@ -117,7 +117,7 @@ def test_a_private_link_local_address_is_known_by_the_neighbour_table(world: Wor
 def test_a_private_link_local_address_of_an_unknown_mac_is_nobodys(world: World) -> None:
     stranger = world.lab.guest("red", 51, mac="fa:16:3e:ff:ff:51", privacy="fe80::5eed:2")
     world.daemon.put(instances=[instance("red-51", "red", 51)])
-    reply = stranger.ask("/latest/user-data", to=IPV6, source="fe80::5eed:2", timeout_s=10)
+    reply = stranger.ask("/latest/user-data", to=IPV6, source="fe80::5eed:2")
     assert reply.status == 404
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Final
 
 from imdsproxy.cli.main import main
+from support.patience import patience
 
 __all__ = ["Command", "Forked", "run_command", "start_controller"]
 
@@ -59,7 +60,7 @@ def run_command(
         files[0].write_text(stdin)
         process = _CONTEXT.Process(target=_run, args=(arguments, environment, files))
         process.start()
-        process.join(_WITHIN_S)
+        process.join(_WITHIN_S * patience())
         if process.exitcode is None:
             process.kill()
             process.join()

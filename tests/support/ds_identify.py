@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Final
 
 from support.debian_files import unpacked
+from support.patience import patience
 
 __all__ = ["DMI_OF_SMBIOS", "Machine", "identify", "write_dmi"]
 
@@ -76,7 +77,7 @@ def identify(machine: Machine, root: Path) -> list[str]:
         },
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=60 * patience(),
         check=False,
     )
     log = (root / "run/cloud-init/ds-identify.log").read_text()

@@ -18,6 +18,7 @@ from typing import Final
 from support.daemon import alive
 from support.guest import Guest
 from support.lab import Lab, processes_in, until
+from support.patience import patience
 from support.recorder import Recorder
 
 __all__ = [
@@ -122,7 +123,7 @@ class Place:
             text=True,
             check=False,
             umask=umask,
-            timeout=60,
+            timeout=60 * patience(),
             env={**os.environ, **(environment or {})},
         )
         return Started(done.returncode, done.stdout, done.stderr)

@@ -20,6 +20,7 @@ from typing import Final, Literal
 from support.demonstration import REPOSITORY
 from support.lab import until
 from support.openstack.servers import ends_with_us
+from support.patience import patience
 
 __all__ = ["BOOT_DEADLINE_S", "Machine", "systemd_machine"]
 
@@ -126,7 +127,7 @@ class Machine:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            timeout=within_s,
+            timeout=within_s * patience(),
             check=False,
         )
         return done.returncode, done.stdout

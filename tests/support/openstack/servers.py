@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
+from support.patience import patience
+
 __all__ = ["NotUp", "Server", "ends_with_us", "free_port"]
 
 _UP_S: Final = 90.0
@@ -89,7 +91,7 @@ class Server:
         Raises:
             NotUp: It ended, or does not answer in time; with the end of its log.
         """
-        deadline = time.monotonic() + _UP_S
+        deadline = time.monotonic() + _UP_S * patience()
         while not self.is_up():
             if not self.running or time.monotonic() > deadline:
                 lines = self.log.read_text(errors="replace").splitlines()[-30:]

@@ -28,6 +28,7 @@ from support.guest import IPV4, IPV6, Connection, Guest
 from support.lab import Lab, RecordMapping, batch, until, within
 from support.openstack.lab import OpenStack
 from support.openstack.table import BLUE, NETWORKS, ROUTERS, Lookup
+from support.patience import patience
 
 __all__ = ["WAYS", "RESPONSE_TIMEOUT_S", "Source", "Way", "Ways", "goes", "open_ways"]
 
@@ -270,7 +271,11 @@ class Ways:
 
 def _run(namespace: str, words: Sequence[str]) -> None:
     done = subprocess.run(
-        [*within(namespace), *words], capture_output=True, text=True, check=False, timeout=60
+        [*within(namespace), *words],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60 * patience(),
     )
     assert done.returncode == 0, f"{words}: {done.stdout}{done.stderr}"
 
