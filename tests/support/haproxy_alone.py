@@ -31,8 +31,8 @@ def paths_below(directory: Path) -> Paths:
         short=str(directory / "short.map"),
         found=str(directory / "s.sock"),
         silence=str(directory / "none.http"),
-        hops=str(directory),
-        hops_inside=str(directory),
+        loopback=str(directory),
+        loopback_inside=str(directory),
         audit=str(directory / "audit.sock"),
         audit_last=str(directory / "audit-last.sock"),
     )

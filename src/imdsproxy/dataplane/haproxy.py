@@ -12,7 +12,7 @@ from typing import Literal, TypeAlias
 
 from imdsproxy.core.haproxy.config import render_config
 from imdsproxy.core.haproxy.model import DataplaneSpec
-from imdsproxy.core.haproxy.nova import hop_sockets
+from imdsproxy.core.haproxy.nova import loopback_sockets
 from imdsproxy.core.haproxy.runtime import Processes, parse_failure
 from imdsproxy.core.wire import PROBE_PATH
 from imdsproxy.dataplane.launch import Launcher
@@ -255,7 +255,7 @@ def _sweep_sockets(directory: Path, config: str) -> None:
         HostRefused: The file system refuses.
         PrivilegeMissing: We may not do that.
     """
-    kept = hop_sockets(config)
+    kept = loopback_sockets(config)
     try:
         for path in directory.glob("hop-*.sock"):
             if path.name not in kept:

@@ -155,6 +155,6 @@ class Layout:
             silence=str(self.silence),
             audit=inside(self.audit_socket),
             audit_last=inside(self.audit_last_socket),
-            hops=str(self.jail),
-            hops_inside="" if self.chroot else str(self.jail),
+            loopback=str(self.jail),
+            loopback_inside="" if self.chroot else str(self.jail),
         )

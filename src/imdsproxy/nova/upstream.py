@@ -164,8 +164,8 @@ class NovaUpstream:
             )
         host = one.host or first.authority
         # From the first step of a replacement to the last, so that no step takes away what a worker still uses.
-        hops = one.next_secret_file is not None and len(servers) > 1
-        return NovaBackend(name, tuple(servers.values()), host, tls, hops)
+        loopback = one.next_secret_file is not None and len(servers) > 1
+        return NovaBackend(name, tuple(servers.values()), host, tls, loopback)
 
     def _client(self, name: str, one: EndpointSetSettings) -> str | None:
         if one.client_cert_file is None:

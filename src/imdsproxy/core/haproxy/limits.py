@@ -160,7 +160,7 @@ def limit_sections(spec: DataplaneSpec, form: Form) -> tuple[Text, ...]:
         form.section(
             "peers fairness",
             "bind <socket> <user> mode 600\nserver imdsproxy",
-            socket=Word(f"unix@{spec.paths.hops}/{COUNTERS_SOCKET}"),
+            socket=Word(f"unix@{spec.paths.loopback}/{COUNTERS_SOCKET}"),
         ),
         *(
             form.section(

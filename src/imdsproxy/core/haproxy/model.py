@@ -35,7 +35,7 @@ class Bind:
 class Paths:
     """Files and sockets that the configuration names, as the reading process sees them.
 
-    `documents`, `resolver`, `audit`, `audit_last` and `hops_inside` are looked up by the worker inside `jail`,
+    `documents`, `resolver`, `audit`, `audit_last` and `loopback_inside` are looked up by the worker inside `jail`,
     everything else before it enters.
 
     Attributes:
@@ -44,8 +44,8 @@ class Paths:
         found: The socket by which the resolver hands in requests of guests that it has found.
         short: An empty file, by whose name HAProxy knows the map that it fills itself (`core.haproxy.short_documents`).
         silence: An empty file: the answer that is none.
-        hops: Directory of HAProxy's sockets to itself, as the master sees it.
-        hops_inside: The same directory as the worker sees it.
+        loopback: Directory of HAProxy's sockets to itself, as the master sees it.
+        loopback_inside: The same directory as the worker sees it.
         audit: The socket of the audit log's writer.
         audit_last: The same for datagrams.
     """
@@ -62,8 +62,8 @@ class Paths:
     resolver: str
     found: str
     silence: str
-    hops: str
-    hops_inside: str
+    loopback: str
+    loopback_inside: str
     audit: str
     audit_last: str
 
@@ -157,14 +157,14 @@ class NovaBackend:
         name: The set's; it begins the records that are sent there.
         servers: None while no endpoint's name can be resolved: guests get 503.
         host: The Host header that Nova gets.
-        hops: Have the endpoints' hops there although none is needed: a worker of before may still use them.
+        loopback: Reach endpoints through HAProxy itself also where no need is left: an earlier worker may still do so.
     """
 
     name: str
     servers: tuple[NovaServer, ...]
     host: str
     tls: NovaTls | None = None
-    hops: bool = False
+    loopback: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ headers that we set out of the record. Two backends stand for each endpoint set:
 again when an endpoint fails; everything else is sent once, over a connection of its own, since a kept one may
 close just then and there is no way to know whether it had arrived.
 
-Endpoints of one set that have different secrets, as while these are replaced, are reached by a hop through
+Endpoints of one set that have different secrets, as while these are replaced, are reached by a loopback through
 HAProxy itself: which signature is right depends on the endpoint, and rules run before one is chosen.
 """
 
@@ -23,15 +23,15 @@ from imdsproxy.core.haproxy.names import CHECKED, SAMPLED, milliseconds
 from imdsproxy.core.haproxy.text import Form, Option, Text, Value, Word
 from imdsproxy.core.wire import MAP_NOVA
 
-_HOP_SOCKET: Final = re.compile(r"\bhop-[0-9a-f]{16}\.sock\b")
+_LOOPBACK_SOCKET: Final = re.compile(r"\bhop-[0-9a-f]{16}\.sock\b")
 _SIGNATURE: Final = 64
 """Characters of a signature."""
 
 _RETRIES: Final = 2
 _CHECK_S: Final = 3.0
 """A Nova whose workers are all busy answers late; one that takes longer twice in a row would keep guests waiting."""
-_BEYOND_HOP_S: Final = 1.0
-"""How much longer a request may take that goes through a hop: the hop's own time is over first."""
+_BEYOND_LOOPBACK_S: Final = 1.0
+"""How much longer a request may take that goes through the loopback: that one's own time is over first."""
 
 
 ORIGIN_FORM: Final = """
@@ -126,7 +126,7 @@ _CHECKED: Final = """
     check inter <pace> fastinter <soon> downinter <down> fall 2 rise 1 observe layer4 on-error fastinter
 """
 
-_HOP: Final = """
+_LOOPBACK: Final = """
     # The master binds the socket, as root; the worker that connects to it is another user.
     bind <socket> <user> mode 600 proto h1
     [next] http-request set-header x-instance-id-signature %[req.fhdr(x-imdsproxy-next-signature)]
@@ -135,7 +135,7 @@ _HOP: Final = """
     timeout connect <connect_ms>
     timeout server <server_ms>
     retries 0
-    # The backend before the hop tries another endpoint when this one gives no answer.
+    # The backend before it tries another endpoint when this one gives no answer.
     errorfile 502 <silence>
     errorfile 503 <silence>
     errorfile 504 <silence>
@@ -148,14 +148,14 @@ def refused_counter(endpoint_set: str) -> str:
     return f"proc.nova_refused_{endpoint_set.replace('-', '_')}"
 
 
-def hop_sockets(config: str) -> frozenset[str]:
-    """The file names of the hops' sockets that a configuration binds or connects to."""
-    return frozenset(_HOP_SOCKET.findall(config))
+def loopback_sockets(config: str) -> frozenset[str]:
+    """The file names of HAProxy's sockets to itself that a configuration binds or connects to."""
+    return frozenset(_LOOPBACK_SOCKET.findall(config))
 
 
 def longest_s(times: NovaTimes) -> float:
     """After how many seconds HAProxy has either Nova's answer or one of its own."""
-    return (_RETRIES + 1) * times.connect_s + times.response_s + _BEYOND_HOP_S
+    return (_RETRIES + 1) * times.connect_s + times.response_s + _BEYOND_LOOPBACK_S
 
 
 def set_of_backend(backend: str) -> str | None:
@@ -191,7 +191,7 @@ def use_nova(spec: DataplaneSpec, form: Form, *, found: bool) -> Text:
 
 
 def nova_backends(spec: DataplaneSpec, form: Form) -> Iterator[Text]:
-    """The backends of each endpoint set, by what is checked and sent again, and hops of a set with two secrets."""
+    """The backends of each endpoint set, by checks and repetition, and the loopback of a set with two secrets."""
     kinds = [(kind, once) for kind in ("", CHECKED) for once in (False, True)]
     if spec.count_reads:
         kinds.append((SAMPLED, False))
@@ -199,9 +199,9 @@ def nova_backends(spec: DataplaneSpec, form: Form) -> Iterator[Text]:
         mixed = len({server.slot for server in backend.servers}) > 1
         for kind, once in kinds:
             yield _backend(spec, form, backend, kind, once=once, mixed=mixed)
-        if mixed or backend.hops:
+        if mixed or backend.loopback:
             for server in backend.servers:
-                yield _hop(spec, form, backend, server, used=mixed)
+                yield _loopback(spec, form, backend, server, used=mixed)
 
 
 def _refused(backend: NovaBackend) -> Word:
@@ -222,11 +222,11 @@ def _names(backend: NovaBackend) -> dict[str, Value]:
     }
 
 
-def _hop_name(backend: NovaBackend, server: NovaServer) -> str:
+def _loopback_name(backend: NovaBackend, server: NovaServer) -> str:
     return f"nova.{backend.name}.hop.{server.name}"
 
 
-def _hop_socket(directory: str, backend: NovaBackend, server: NovaServer) -> Word:
+def _socket(directory: str, backend: NovaBackend, server: NovaServer) -> Word:
     # HAProxy takes paths of 97 characters, and set and address alone may have 65.
     name = hashlib.sha256(f"{backend.name} {server.name}".encode()).hexdigest()[:16]
     return Word(f"unix@{directory}/hop-{name}.sock")
@@ -245,7 +245,7 @@ def _backend(
         _SEND,
         _check(backend, times, form) if first and not mixed else Text(),
         *(
-            _to_hop(spec, form, backend, server)
+            _to_loopback(spec, form, backend, server)
             if mixed
             else _server(form, tls, server, times, track=None if first else f"nova.{backend.name}")
             for server in backend.servers
@@ -261,7 +261,7 @@ def _backend(
         mixed=mixed,
         next=not mixed and bool(backend.servers and backend.servers[0].slot),
         connect_ms=milliseconds(times.connect_s),
-        server_ms=milliseconds(times.response_s + (_BEYOND_HOP_S if mixed else 0.0)),
+        server_ms=milliseconds(times.response_s + (_BEYOND_LOOPBACK_S if mixed else 0.0)),
         retries=_RETRIES,
     )
 
@@ -303,17 +303,17 @@ def _tls(form: Form, tls: NovaTls) -> Text:
     return form.fill(_TLS, name=Word(tls.name), verify=tls.verify, ca=Word(tls.ca), client=client)
 
 
-def _to_hop(spec: DataplaneSpec, form: Form, backend: NovaBackend, server: NovaServer) -> Text:
-    tracked = f"{_hop_name(backend, server)}/{server.name}"
+def _to_loopback(spec: DataplaneSpec, form: Form, backend: NovaBackend, server: NovaServer) -> Text:
+    tracked = f"{_loopback_name(backend, server)}/{server.name}"
     return form.fill(
         "server <name> <socket> <track>",
         name=Word(server.name),
-        socket=_hop_socket(spec.paths.hops_inside, backend, server),
+        socket=_socket(spec.paths.loopback_inside, backend, server),
         track=Option("track", None if spec.nova_times.check == "off" else tracked),
     )
 
 
-def _hop(
+def _loopback(
     spec: DataplaneSpec, form: Form, backend: NovaBackend, server: NovaServer, *, used: bool
 ) -> Text:
     """One endpoint behind a socket of our own, which takes the signature that it wants.
@@ -322,12 +322,12 @@ def _hop(
     """
     times = spec.nova_times if used else replace(spec.nova_times, check="off")
     return form.section(
-        "listen <hop>",
-        _HOP,
+        "listen <listener>",
+        _LOOPBACK,
         _check(backend, times, form),
         _server(form, backend.tls, server, times, track=None),
-        hop=Word(_hop_name(backend, server)),
-        socket=_hop_socket(spec.paths.hops, backend, server),
+        listener=Word(_loopback_name(backend, server)),
+        socket=_socket(spec.paths.loopback, backend, server),
         next=bool(server.slot),
         connect_ms=milliseconds(times.connect_s),
         server_ms=milliseconds(times.response_s),
