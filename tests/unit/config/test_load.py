@@ -443,3 +443,12 @@ def test_several_unreadable_files_are_told_together(tmp_path: Path) -> None:
 def test_a_file_without_sections_is_unreadable(tmp_path: Path, text: str) -> None:
     with pytest.raises(ConfigUnreadable, match="no sections"):
         load_settings(_write(tmp_path / "c.yaml", text), {})
+
+
+@pytest.mark.parametrize("text", ['["red", "blue"]', "[red, blue]"])
+def test_a_list_in_the_environment_is_json_or_yaml(text: str) -> None:
+    variable = "IMDSPROXY_SOURCES__LIBVIRT__NETWORKS"
+    loaded = load_settings(None, {variable: text}, default=Path("/nonexistent/x.yaml"))
+
+    assert loaded.settings.sources.libvirt.networks == ("red", "blue")
+    assert str(loaded.origins["sources.libvirt.networks"]) == variable
