@@ -227,7 +227,9 @@ def _describe_collection(schema: Schema) -> str:
 
 def _range(schema: Schema, low: str, high: str, words: str) -> str:
     if low in schema and high in schema:
-        return words.format(schema[low], schema[high])
+        # pydantic 2.10 writes the whole bounds of numbers as 30.0.
+        bounds = (schema[low], schema[high])
+        return words.format(*(int(one) if one == int(one) else one for one in bounds))
     return ""
 
 
