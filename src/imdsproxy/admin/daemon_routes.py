@@ -11,9 +11,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import JSONResponse, PlainTextResponse
 
 from imdsproxy.admin.bodies import DocumentBody
+from imdsproxy.admin.dependencies import NamedInstance, NamedNetwork, Uses
 from imdsproxy.admin.refusals import ERRORS
 from imdsproxy.admin.reports import Explanation, StatusReport
-from imdsproxy.admin.services import NamedInstance, NamedNetwork, Uses
 from imdsproxy.admin.shapes import to_json
 from imdsproxy.admin.tokens import GuardChange, KeyRotation
 from imdsproxy.config.change import SettingsReload
@@ -36,7 +36,7 @@ _Probe = Annotated[
 
 
 class DocumentView(BaseModel):
-    """What a guest would be told."""
+    """The answer that a guest gets."""
 
     status: int
     headers: list[list[str]]
@@ -64,7 +64,7 @@ class ReloadBody(BaseModel):
 
 
 class Stopping(BaseModel):
-    """Said before it happens; `controller` is the pid to wait for."""
+    """Sent before it happens; `controller` is the pid to wait for."""
 
     stopping: list[str]
     controller: int
@@ -78,7 +78,7 @@ async def show_status(services: Uses) -> StatusReport:
 
 @router.get("/progress")
 async def show_progress(services: Uses) -> list[Step]:
-    """What is under way that takes long; whoever waits for an answer may ask meanwhile."""
+    """Long work that is under way; for a client that waits for its answer."""
     return list(services.progress.steps)
 
 
@@ -114,7 +114,7 @@ async def get_document(
     path: Annotated[str, Query(description="As the guest would write it, with its query.")],
     services: Uses,
 ) -> JSONResponse:
-    """What this guest would be told for `GET path`."""
+    """The answer that this guest gets to `GET path`."""
     _refuse_relative(path)
     return JSONResponse(to_json(await services.guests.get(network, _ip(address), path)))
 
@@ -122,7 +122,7 @@ async def get_document(
 @router.get("/watch")
 async def watch(
     services: Uses,
-    cursor: Annotated[int | None, Query(description="The one that was told before.")] = None,
+    cursor: Annotated[int | None, Query(description="The one of the answer before.")] = None,
     network: Annotated[str | None, Query(description="Only of this network.")] = None,
     instance: Annotated[str | None, Query(description="Only of this instance.")] = None,
 ) -> WatchReport:
@@ -168,13 +168,13 @@ async def revoke_tokens(instance: NamedInstance, services: Uses) -> GuardChange:
 
 @router.post("/instances/{instance}/reopen")
 async def reopen_instance(instance: NamedInstance, services: Uses) -> GuardChange:
-    """Have the instance's boot begin now: what is locked after the boot is open until that is over again."""
+    """Let the instance's boot begin now: what is locked after the boot is open until that is over again."""
     return await services.tokens.reopen(instance)
 
 
 @router.post("/token-keys/rotate")
 async def rotate_token_keys(services: Uses) -> KeyRotation:
-    """Have a fresh key sign session tokens; those that there are stay good as long as they would be."""
+    """Let a new key sign session tokens; existing tokens stay valid until they expire."""
     return await services.tokens.rotate()
 
 

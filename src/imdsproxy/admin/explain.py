@@ -81,10 +81,10 @@ class Explainer:
         if not (network in networks_of(report.endpoints) if declared else self._agents_served()):
             # Nobody listens there: the guest gets no answer, whatever it would be.
             found = replace(found, verdict="left-out", answer=503)
-        told, pair = await self._pair(key)
+        pair_steps, pair = await self._pair(key)
         return replace(
             found,
-            why=(*steps, *told, *found.why),
+            why=(*steps, *pair_steps, *found.why),
             pair=pair,
             cards=await self._cards(found.instance),
             installed=await self._installed(network, address),
@@ -94,14 +94,14 @@ class Explainer:
         sources = self.inventory.sources_of_network(network)
         if sources:
             return f"network {network} comes from {', '.join(sources)}"
-        said = (
+        unreported = (
             f"no source tells how {network} is reached: its guests come through the unix listener"
         )
         if self._agents_served():
-            return said
+            return unreported
         problem = self.listeners.unix.problem
         why = "off" if problem is None else f"left out: {problem.reason}"
-        return f"{said}, which is {why}"
+        return f"{unreported}, which is {why}"
 
     def _agents_served(self) -> bool:
         return self.listeners.unix.serving
@@ -111,9 +111,9 @@ class Explainer:
         unknown = self._known(key, identity)
         if self.lookup.source is None or not isinstance(identity, Unknown):
             return unknown
-        told = self.inventory.networks.get(key[0])
+        declared = self.inventory.networks.get(key[0])
         # Of an id that no record has, only a request says whether it is a router's.
-        scopes = (Scope.NETWORK, Scope.ROUTER) if told is None else (told.scope,)
+        scopes = (Scope.NETWORK, Scope.ROUTER) if declared is None else (declared.scope,)
         for scope in scopes:
             answer = await self.lookup.ask(key, scope)
             match answer:
@@ -133,7 +133,7 @@ class Explainer:
                 case _ as never:
                     assert_never(never)
         why = f"{self.lookup.source.name} was asked and has no port that may be told anything"
-        if told is None and not _UUID.fullmatch(key[0]):
+        if declared is None and not _UUID.fullmatch(key[0]):
             why += f"; it knows networks and routers by their ids, and {key[0]} is no UUID"
         return replace(unknown, why=(why, *unknown.why[1:]))
 
@@ -242,7 +242,7 @@ class Explainer:
         return (step,)
 
     def _answer(self, instance: Instance, key: AddressKey, rules: PolicyInForce) -> int | None:
-        """See `Explanation.answer`."""
+        """The status that a document has (`Explanation.answer`)."""
         if rules.endpoint_off:
             return 403
         if instance.upstream is Upstream.NOVA:
@@ -274,10 +274,10 @@ class Explainer:
             self._now(),
         )
 
-    def _decision(self, told: PolicyInForce, path: str) -> PathDecision:
+    def _decision(self, rules: PolicyInForce, path: str) -> PathDecision:
         now = self._now()
         without, given = (
-            decide_read(told.word, now, path, token=token, paths=told.paths)
+            decide_read(rules.word, now, path, token=token, paths=rules.paths)
             for token in (False, True)
         )
         return PathDecision(path, without, given)

@@ -351,7 +351,7 @@ METRICS: Final[tuple[Metric, ...]] = (
     Metric(
         "imdsproxy_source_in_sync",
         "gauge",
-        "1 while the source has told all that it knows.",
+        "1 while the source has reported all its records.",
         ("source",),
         _each(lambda now: now.status.inventory.sources),
     ),

@@ -29,9 +29,9 @@ from imdsproxy.admin.bodies import (
     refuse_unclearable,
     refuse_unlike,
 )
+from imdsproxy.admin.dependencies import NamedInstance, NamedNetwork, Uses
 from imdsproxy.admin.records import Written
 from imdsproxy.admin.refusals import ERRORS
-from imdsproxy.admin.services import NamedInstance, NamedNetwork, Uses
 from imdsproxy.admin.shapes import (
     JsonObject,
     instance_shape,

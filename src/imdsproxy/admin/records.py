@@ -152,7 +152,7 @@ class RecordService:
         instances: Collection[Instance],
         prefix: Callable[[int], str],
     ) -> None:
-        """Refuse ports in networks that nobody tells of, each with its field."""
+        """Refuse ports in unknown networks, each with its field."""
         problems: list[Problem] = []
         for place, instance in enumerate(instances):
             if place % _AT_ONCE == _AT_ONCE - 1:

@@ -46,7 +46,7 @@ class SourceReport:
     """One source of records.
 
     Attributes:
-        in_sync: It has told all that it knows.
+        in_sync: It has reported all its records.
         stale_s: Seconds for which it has not answered, 0 while it does; its last records stay.
         problems: Every record that it refuses now.
     """
@@ -130,7 +130,7 @@ class UnixListenerReport:
         group: Its group's gid.
         problem: Why it is left out.
         taken_over: How often the path was taken from a process that lives, since the controller started.
-        taken_from: Who that was the last time; empty for nobody.
+        taken_from: The process, the last time; empty for none.
     """
 
     path: str
@@ -160,7 +160,7 @@ class MacsReport:
 
     Attributes:
         gates: Networks where the kernel looks at them.
-        refused: Networks where it should, and cannot: nobody with a MAC in its record is answered there.
+        refused: Networks where it should, and cannot: guests with a MAC in their records get no answer there.
         pairs: Addresses that are let through with a MAC, or with any.
         learned: Addresses that guests have by their MAC alone.
         mismatches: Requests with an address of one and the MAC of another since the controller started, by network;
@@ -265,9 +265,9 @@ class PairReport:
 
     Attributes:
         seen: The MAC that the neighbour table has.
-        expected: The one that the records want; `*` for any, `None` where nobody has the address.
+        expected: The one that the records want; `*` for any, `None` where no instance has the address.
         granted: The one that the kernel lets through to HAProxy's quick answers.
-        gate: The kernel looks at MACs there; without that nobody with a MAC in its record is answered.
+        gate: The kernel looks at MACs there; without that, guests with a MAC in their records get no answer.
     """
 
     seen: MacAddress | None
@@ -327,7 +327,7 @@ class Explanation:
         policy: What applies to the guest's requests, as name and value (dialects, endpoint, hold).
         pair: The address and its MAC; `None` where the network does not check them.
         cards: The record's network cards, where an instance was found.
-        rules: What the guest may read and who said so, where an instance was found.
+        rules: What the guest may read and which scope sets it, where an instance was found.
         decision: Of the policy, where it was asked for by a path and an instance was found.
         probe: What a GET got, where one was asked for.
     """

@@ -1,13 +1,9 @@
-"""What routes use: the services behind the admin API, and the network or instance that a request names."""
+"""The services behind the admin API. The resolver waits for this module, and not for FastAPI."""
 
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Annotated, Final, TypeAlias, cast
-
-from fastapi import Depends, Request
-from pydantic import Field
 
 from imdsproxy.admin.guests import GuestService
 from imdsproxy.admin.record_reports import RecordReports
@@ -16,11 +12,10 @@ from imdsproxy.admin.reports import StatusReport
 from imdsproxy.admin.tokens import TokenService
 from imdsproxy.app.watching import Watching
 from imdsproxy.config.change import SettingsReload
-from imdsproxy.core.model import InstanceId, NetworkId
 from imdsproxy.core.progress import Progress
 from imdsproxy.core.token_report import TokenReport
 
-__all__ = ["NamedInstance", "NamedNetwork", "Services", "Uses"]
+__all__ = ["Services"]
 
 
 @dataclass(slots=True)
@@ -47,26 +42,3 @@ class Services:
     render: Callable[[], str]
     reload: Callable[[bool], Awaitable[SettingsReload]]
     end: Callable[[bool], None]
-
-
-async def _services(request: Request) -> Services:
-    return cast("Services", request.app.state.services)
-
-
-Uses: TypeAlias = Annotated[Services, Depends(_services)]
-
-_NAMED: Final = Field(description="Its id, or its name where no other has that.")
-
-
-async def _network_id(network: Annotated[str, _NAMED], services: Uses) -> NetworkId:
-    return services.reports.network_id(network)
-
-
-async def _instance_id(instance: Annotated[str, _NAMED], services: Uses) -> InstanceId:
-    return services.reports.instance_id(instance)
-
-
-NamedNetwork: TypeAlias = Annotated[NetworkId, Depends(_network_id)]
-"""The `network` of the path or the query, by id or by name."""
-
-NamedInstance: TypeAlias = Annotated[InstanceId, Depends(_instance_id)]

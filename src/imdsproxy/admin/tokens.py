@@ -109,11 +109,11 @@ class TokenService:
         keys = self.policy_store.keys
         async with self._lock:
             fresh = await asyncio.to_thread(keys.rotate)
-            keys.tell()
+            keys.send()
         done = KeyRotation(fresh.kid, len(keys.keys), str(keys.path))
         try:
             async with asyncio.timeout(_APPLY_DEADLINE_S):
-                await keys.told()
+                await keys.confirmed()
         except TimeoutError:
             return replace(done, applied=False, pending=self._unconfirmed())
         return done

@@ -60,7 +60,7 @@ class Companion:
 
     Args:
         read: Its processes that run, as in its pid file.
-        needed: Off where nobody's documents are ours, as in front of Nova alone.
+        needed: Off where no instance has documents of ours, as in front of Nova alone.
     """
 
     launcher: CompanionLauncher

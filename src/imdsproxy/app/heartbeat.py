@@ -58,6 +58,6 @@ class Heartbeat:
                     WATCHDOG="1", EXTEND_TIMEOUT_USEC=extension if self.starting else ""
                 )
             except HostRefused as error:
-                # It may be executing itself anew; should it stay away, it ends nobody either.
+                # It may be executing itself anew; while it is gone, it ends no service either.
                 structlog.get_logger().warning("service manager not notified", reason=error.message)
             await asyncio.sleep(min(_LONGEST_BEAT_S, self._stuck_s / 4))

@@ -94,7 +94,7 @@ class Lookup:
     """Looks for a guest's MAC in the neighbour table; keeps what it found until the table changes.
 
     Attributes:
-        source: Who is asked for an address that nobody told of, if anybody.
+        source: Asked for an address that no source has reported.
         is_followed: Whether the kernel reports changes of an address; where not, what was learned is read again after
             a while.
     """
@@ -149,13 +149,13 @@ class Lookup:
         mac = await self.neighbour(key)
         return identify(self.inventory, *key, neighbour_mac=mac), mac
 
-    def scope(self, key: AddressKey, said: Scope | None = None) -> Scope:
-        """What the key's id stands for: as the network's record has it, else as the request said."""
+    def scope(self, key: AddressKey, requested: Scope | None = None) -> Scope:
+        """What the key's id stands for: as the network's record has it, else as the request has it."""
         network = self.inventory.networks.get(key[0])
-        return network.scope if network is not None else said or Scope.NETWORK
+        return network.scope if network is not None else requested or Scope.NETWORK
 
     async def ask(self, key: AddressKey, scope: Scope) -> LookUp | None:
-        """What the source says of an address that nobody told of; `None` where there is none to ask."""
+        """What the source has of an address that was not reported; `None` where no source can be asked."""
         if self.source is None:
             return None
         network, address = key
@@ -174,7 +174,7 @@ class Lookup:
 
         Args:
             key: The address.
-            scope: What the request said that the id is, where it did.
+            scope: What the id stands for, where the request has that.
             port: The guest's, where the kernel has not seen the address together with its MAC.
         """
         if port is not None and checks_macs(self.inventory, key[0]):
@@ -220,7 +220,7 @@ class Lookup:
             if mac is None and identity.port.mac is not None:
                 return Denial.MISMATCH
             if not self.mac_filters.is_up(key[0]):
-                # Nobody would see to it that the answer goes to the instance.
+                # Nothing would make sure that the answer goes to the instance.
                 return Denial.UNAVAILABLE
             if await self._let_answer(key, port, identity, mac):
                 known = self.known(identity.instance, key)
@@ -277,7 +277,7 @@ class Lookup:
                 return deny(identity, in_sync=False)
 
     def _is_unguarded(self, network: NetworkId) -> bool:
-        """Whether MACs count there and nobody looks at them yet."""
+        """Whether MACs are to be checked there and are not yet."""
         return checks_macs(self.inventory, network) and self.mac_filters.is_plain(network)
 
     async def _found(self, key: AddressKey, scope: Scope, found: PortFound) -> Outcome:
@@ -324,7 +324,7 @@ class Lookup:
             self._review(key, await self.neighbour(key))
 
     async def review_all(self) -> None:
-        """Ask again for every address that the neighbour table told of: changes of it were lost."""
+        """Ask again for every address that was learned from the neighbour table: changes of it were lost."""
         for key in [key for key, entry in self.records.learned.items() if entry.via is None]:
             self._review(key, await self.neighbour(key))
 
@@ -357,7 +357,7 @@ class Lookup:
                 continue
             identity = identify(self.inventory, *key, neighbour_mac=mac)
             if isinstance(identity, Found) and identity.how is How.NEIGHBOUR:
-                # Asked for soon: it may have changed while nobody followed.
+                # Asked for soon: it may have changed meanwhile.
                 now = self.clock.monotonic()
                 self.records.learn(key, Learned(identity.instance.id, now, mac=mac))
 

@@ -69,10 +69,10 @@ class SettingsHolder:
 
 def with_contents(result: SettingsReload, files: Iterable[str]) -> SettingsReload:
     """Tell also of `files`, the paths of settings that are the same while their files have other content."""
-    told = {change.path for change in result.changes}
+    known = {change.path for change in result.changes}
     more = (
         SettingChange(path, "its content of before", "its new content", Change.LIVE.value)
         for path in files
-        if path not in told
+        if path not in known
     )
     return replace(result, changes=(*result.changes, *more))

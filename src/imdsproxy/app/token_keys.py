@@ -48,7 +48,7 @@ class TokenKeys:
     failure: Problem | None = None
     _path: Path | None = None
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
-    _told: asyncio.Event = field(default_factory=asyncio.Event)
+    _confirmed: asyncio.Event = field(default_factory=asyncio.Event)
 
     def read(self, configured: Path | None) -> bool:
         """Take over the keys of the file; whether they are others than before.
@@ -65,7 +65,7 @@ class TokenKeys:
         changed = keys != self.keys
         self.keys, self._path = keys, path
         if changed:
-            self.tell()
+            self.send()
         return changed
 
     def write_map(self) -> None:
@@ -78,19 +78,19 @@ class TokenKeys:
         text = "".join(f"{name} {value}\n" for name, value in entries.items())
         self.write(self.map_path, text.encode())
 
-    def tell(self) -> None:
-        """Have `run` tell every worker the keys; `told` waits for it."""
-        self._told.clear()
+    def send(self) -> None:
+        """Let `run` send the keys to every worker; `confirmed` waits for it."""
+        self._confirmed.clear()
         self._changed.set()
 
-    async def told(self) -> None:
+    async def confirmed(self) -> None:
         """Return once every worker knows the keys, and every one to come."""
-        await self._told.wait()
+        await self._confirmed.wait()
 
     async def run(self, applier: RecordApplier) -> None:
-        """Tell until cancelled; what fails is kept and tried again, ever more slowly.
+        """Send until cancelled; what fails is kept and tried again, ever more slowly.
 
-        A HAProxy that was there before the controller may have read another map, so it is told at the start too.
+        A HAProxy that was there before the controller may have read another map, so it gets them at the start too.
         """
         backoff = Backoff(0.2, 10.0)
         while True:
@@ -113,7 +113,7 @@ class TokenKeys:
             backoff.succeed()
             self.failure = None
             if not self._changed.is_set():
-                self._told.set()
+                self._confirmed.set()
 
     @property
     def shared(self) -> Path | None:
@@ -126,9 +126,9 @@ class TokenKeys:
         return self._path or self.default
 
     def rotate(self) -> TokenKey:
-        """Put a fresh key in the file; tokens of those before it are good as long as they would be. Then `tell`.
+        """Put a fresh key in the file; tokens of those before it are good as long as they would be. Then `send`.
 
-        What is before it is read from the file once more: somebody may have changed it without a reload.
+        What is before it is read from the file once more: an operator may have changed it without a reload.
 
         Raises:
             SecretUnreadable: The file cannot be used; the keys stay as they are.

@@ -1,4 +1,4 @@
-"""Watching over HAProxy: it ends, it hangs, somebody else reloads it; guests must not notice for long."""
+"""Watches HAProxy: when it ends, hangs, or is reloaded by another program, guests must not notice for long."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ class HaproxyWatchdog:
             await asyncio.sleep(_PROBE_EVERY_S)
             before = self.haproxy.processes
             if before is None or self.haproxy.records.lock.locked():
-                # It is being started or reloaded; whoever does that has a deadline of its own.
+                # It is being started or reloaded; that has a deadline of its own.
                 continue
             self._answering = await self.haproxy.probe()
             if self._answering:

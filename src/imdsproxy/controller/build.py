@@ -266,7 +266,7 @@ class Sources:
 
     Attributes:
         writable: The one that the admin API writes to.
-        look_up: The one that is asked for addresses which nobody told of.
+        look_up: The one that is asked for addresses that were not reported.
     """
 
     all: tuple[Source, ...]
@@ -286,7 +286,7 @@ def build_sources(
     Args:
         settings: Which, and how.
         clock: For what is known for a time, and since when.
-        begin: Waited for before a source does what nobody waits for.
+        begin: Waited for before a source does what is not urgent.
         progress: Where sources say how far long work is.
     """
     found: list[Source] = []
@@ -297,8 +297,8 @@ def build_sources(
         )
         found.append(writable)
     if settings.sources.file.enabled:
-        # With its reader of YAML a sixteenth of a start, and off where nobody asks for it.
-        from imdsproxy.sources.file.source import FileSource  # noqa: PLC0415 - as said above
+        # With its reader of YAML a sixteenth of a start, and off by default.
+        from imdsproxy.sources.file.source import FileSource  # noqa: PLC0415 - see above
 
         # Guests keep their documents over a restart that finds a record file broken.
         kept = settings.paths.state_dir / "last-good.sqlite"

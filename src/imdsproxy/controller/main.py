@@ -26,7 +26,7 @@ __all__ = ["run"]
 
 
 def run(load: Callable[[], Loaded], *, config: Path | None, environment: Mapping[str, str]) -> None:
-    """Be the controller until told to stop.
+    """Be the controller until stopped.
 
     Args:
         load: Reads the settings; called again at each reload.

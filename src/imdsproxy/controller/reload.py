@@ -95,7 +95,7 @@ class SettingsReloader:
 
     async def _take_over(self, ticket: int | None, policy_store: PolicyChange) -> None:
         if policy_store.keys:
-            await self.policy_store.keys.told()
+            await self.policy_store.keys.confirmed()
         # Rules that take another signature, or another set, find it in the records already.
         if ticket is not None:
             await self.records.tickets.wait(ticket)

@@ -57,7 +57,7 @@ async def run_controller(
     notifier: ServiceNotifier,
     heartbeat: Heartbeat,
 ) -> None:
-    """Run until told to stop; the data plane goes on unless it was to be stopped too.
+    """Run until stopped; the data plane goes on unless it was to be stopped too.
 
     Raises:
         ConfigError: A setting cannot be used here.
@@ -250,10 +250,10 @@ async def _look(controller: Controller) -> None:
 async def _wait_for_sources(controller: Controller) -> None:
     known = -1
     while not controller.inventory.in_sync:
-        # As long as records come in, nobody would be served sooner by a start without them.
+        # As long as records come in, a start without them would serve no guest sooner.
         if known == len(controller.inventory.instances):
             structlog.get_logger().warning(
-                "starting before all sources have told what they know",
+                "starting before all sources are in sync",
                 waiting_for=[
                     name for name, there in controller.inventory.sources.items() if not there
                 ],

@@ -89,7 +89,7 @@ async def stop_data_plane(settings: Settings, environment: Mapping[str, str]) ->
 
 
 def _remove(*paths: Path) -> None:
-    """Sockets of processes that have ended: nobody answers on them any more."""
+    """Remove sockets of processes that have ended."""
     for path in paths:
         try:
             path.unlink(missing_ok=True)

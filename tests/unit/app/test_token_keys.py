@@ -171,15 +171,15 @@ async def test_workers_are_told_at_the_start_and_of_each_change(rig: Rig) -> Non
     rig.keys.read(None)
     workers = Workers()
     async with _running(rig, workers):
-        await rig.keys.told()
+        await rig.keys.confirmed()
         rig.keys.rotate()
-        rig.keys.tell()
-        await rig.keys.told()
+        rig.keys.send()
+        await rig.keys.confirmed()
         # Nothing has changed.
         rig.keys.read(None)
-        await rig.keys.told()
+        await rig.keys.confirmed()
         rig.keys.read(rig.put(rig.directory / "shared", _key(7)))
-        await rig.keys.told()
+        await rig.keys.confirmed()
     wanted = [(_key(1),), (_key(2), _key(1)), (_key(7),)]
     assert workers.told == [render_key_map(keys) for keys in wanted]
     assert _key(7).text in (rig.directory / "token-keys.map").read_text()
@@ -197,7 +197,7 @@ async def test_workers_that_do_not_listen_are_told_again_and_it_is_said_meanwhil
     async with _running(rig, workers):
         assert await _failure(rig) == "HAProxy does not answer"
         rig.keys.rotate()
-        rig.keys.tell()
-        await rig.keys.told()
+        rig.keys.send()
+        await rig.keys.confirmed()
     assert rig.keys.failure is None
     assert workers.told == [render_key_map([_key(2), _key(1)])]

@@ -109,12 +109,23 @@ def test_help_starts_fast_and_loads_no_more_than_it_needs() -> None:
     assert min(_seconds([*PROGRAM, "--help"]) for _ in range(5)) < 0.4 * patience()
 
 
-def test_a_daemon_serves_known_guests_before_it_loads_what_only_others_ask_of_it() -> None:
+@pytest.mark.parametrize(
+    ("module", "later"),
+    [
+        (
+            "main",
+            "fastapi starlette uvicorn prometheus_client httpcore keystoneauth1 openstack rich",
+        ),
+        ("http", "fastapi starlette keystoneauth1 openstack rich"),
+    ],
+)
+def test_guests_are_served_before_a_daemon_loads_what_only_others_need(
+    module: str, later: str
+) -> None:
     code = (
         "import sys\n"
-        "import imdsproxy.cli.main, imdsproxy.host.plain_structlog, imdsproxy.controller.main\n"
-        "later = {'fastapi', 'starlette', 'uvicorn', 'prometheus_client', 'httpcore', 'keystoneauth1',"
-        " 'openstack', 'rich'}\n"
+        f"import imdsproxy.cli.main, imdsproxy.host.plain_structlog, imdsproxy.controller.{module}\n"
+        f"later = set('{later}'.split())\n"
         "early = ', '.join(sorted(later & sys.modules.keys()))\n"
         "import rich.table\n"
         "sys.exit(early or 0)\n"
