@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from imdsproxy.core import endpoints
-from imdsproxy.core.limited import Asker
+from imdsproxy.core.haproxy.limits import Asker
 from imdsproxy.core.model import InstanceId, IpAddress, MacAddress, NetworkId
 from imdsproxy.core.observation import Claimant, Conflict, SourceName
 from imdsproxy.core.policy_report import Decided, PolicyInForce

@@ -7,8 +7,14 @@ from dataclasses import dataclass
 from typing import Final
 
 from imdsproxy.config.limits import LimitsSettings
-from imdsproxy.core.haproxy.limits import COUNTERS, POLICY_COUNTERS, most_in_window
-from imdsproxy.core.limited import Asker, busiest, refused_lately
+from imdsproxy.core.haproxy.limits import (
+    COUNTERS,
+    POLICY_COUNTERS,
+    Asker,
+    busiest,
+    most_in_window,
+    refused_lately,
+)
 from imdsproxy.dataplane.haproxy import Haproxy
 from imdsproxy.dataplane.master import WorkerEnded
 from imdsproxy.errors import DataplaneError
@@ -31,7 +37,7 @@ class LimitWatch:
     limits: Callable[[], LimitsSettings]
 
     async def busiest(self) -> tuple[Asker, ...]:
-        """As `core.limited.busiest`; none while HAProxy cannot be asked."""
+        """As `core.haproxy.limits.busiest`; none while HAProxy cannot be asked."""
         limits, processes = self.limits(), self.haproxy.processes
         if not limits.enabled or processes is None or processes.worker is None:
             return ()

@@ -17,6 +17,7 @@ from typing import Final
 from urllib.parse import unquote_to_bytes
 
 from imdsproxy.core.haproxy.model import DataplaneSpec
+from imdsproxy.core.haproxy.runtime import parse_table
 from imdsproxy.core.haproxy.text import Form, Text
 
 GUESTS_TABLE: Final = "without-token"
@@ -97,8 +98,6 @@ _TABLES: Final = (
 )
 
 _ODD: Final = re.compile(rb"[^\w/.+:;#()-]")
-_LINE: Final = re.compile(r"^0x[0-9a-f]+: key=((?:\\.|[^ \\])*) .*?\bexp=(\d+) (.*)$")
-_COUNTER: Final = re.compile(r"\bgpc(\d)=(\d+)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +160,7 @@ def sample_reads(spec: DataplaneSpec, form: Form, *, found: bool = False) -> Tex
         return Text()
     chosen = [form.values["by_chance"]]
     if spec.count_reads > 1 and not (spec.nova or found):
-        # `short.ANSWER_PLAIN` has thrown before, and left these.
+        # `short_documents.answer_plain` has thrown before, and left these.
         chosen.append(form.values["has_short_document"])
     by_guest = Text(("!{ var(txn.by_operator) -m found }",) if found else ())
     return form.fill(*(form.fill(_SAMPLE, chosen=one, by_guest=by_guest) for one in chosen))
@@ -221,13 +220,8 @@ def _harmless(encoded: str) -> str:
 
 def _entries(text: str, parts: int) -> Iterator[tuple[list[str], tuple[int, int, int], float]]:
     """The parts of each key; reads counted one by one, by chance, and refused; the age in seconds."""
-    for line in text.splitlines():
-        found = _LINE.match(line)
-        if found is None:
-            continue
-        key = re.sub(r"\\(.)", r"\1", found[1]).split("|")
-        if len(key) != parts:
-            continue
-        counted = {int(kind): int(number) for kind, number in _COUNTER.findall(found[3])}
-        counts = (counted.get(_ONE_BY_ONE, 0), counted.get(_BY_CHANCE, 0), counted.get(_REFUSED, 0))
-        yield key, counts, max(0.0, _KEPT_S - int(found[2]) / 1000)
+    for key, numbers in parse_table(text):
+        names = key.split("|")
+        if len(names) == parts and "exp" in numbers:
+            counts = (numbers.get("gpc0", 0), numbers.get("gpc1", 0), numbers.get("gpc2", 0))
+            yield names, counts, max(0.0, _KEPT_S - numbers["exp"] / 1000)

@@ -6,14 +6,19 @@ an address can be invented, a network cannot.
 
 A connection looks its instance up once, so that requests on it cost no search of the table. Where rules do not know
 the connection's guest (the unix listener, what the resolver hands in) each request looks it up.
+
+The tables are read into values for reports, at the end.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Final
 
 from imdsproxy.core.haproxy.model import DataplaneSpec, Limits
+from imdsproxy.core.haproxy.runtime import parse_table
 from imdsproxy.core.haproxy.text import Form, Text, Value, Word
 
 COUNTERS: Final = "fairness"
@@ -116,7 +121,7 @@ POLICY_SHARE: Final = """
     # A field that is empty sets no variable.
     [fair] http-request set-var(txn.policy_rate) <policy_requests_per_s>,mul(<window_s>) if <has_policy>
     [fair] http-request set-var(txn.policy_burst) <policy_burst>,add(0) if <has_policy>
-    # The time of a refusal is kept for reports (`core.limited`).
+    # The time of a refusal is kept for reports (`refused_lately`).
     [fair] http-request sc-set-gpt0(0) date
         if { var(txn.policy_rate) -m found } { sc0_gpc0_rate,sub(txn.policy_rate) -m int ge 0 }
     [fair] http-request tarpit status 503 hdr Retry-After <retry_after_s>
@@ -134,6 +139,33 @@ _TABLE: Final = """
     # A window reaches back by its own length.
     stick-table type string len 72 size 100k expire <kept_s>s store <counters> peers fairness
 """
+
+MOST_SHOWN: Final = 10
+"""Instances in a report."""
+
+_NETWORK: Final = "/"
+"""How the key of a network's unknown guests begins."""
+
+_LATELY_S: Final = 10
+
+
+@dataclass(frozen=True, slots=True)
+class Asker:
+    """The requests of one instance, or of a network's unknown guests.
+
+    Attributes:
+        instance: `None` for unknown guests of `network`.
+        network: `None` for an instance, which may be in several.
+        requests: That were let pass, in the time over which is counted.
+        connections: Open now; of one behind the unix listener, requests.
+        limited: Some of what it asks for is refused, or was in the last seconds.
+    """
+
+    instance: str | None
+    network: str | None
+    requests: int
+    connections: int
+    limited: bool
 
 
 def names_of_limits(limits: Limits) -> dict[str, Value]:
@@ -189,3 +221,50 @@ def _window_s(requests_per_s: int, burst: int) -> int:
     So one counter keeps both: in such a time come no more than a burst, and on average no more than the rate.
     """
     return min(_LONGEST_WINDOW_S, math.ceil(burst / requests_per_s))
+
+
+def busiest(usual: str, own: str, *, requests: int, connections: int, now: float) -> list[Asker]:
+    """Those that are limited, and then those closest to their limit; ten of them.
+
+    Args:
+        usual: The table of all instances, as `show table` prints it.
+        own: The same of the table of instances whose policy has limits.
+        requests: The settings' limit in the time over which is counted.
+        connections: The same of connections.
+        now: Unix time.
+    """
+    limited = dict(parse_table(own))
+    found = []
+    for key, counted in dict(parse_table(usual)).items():
+        theirs = limited.get(key)
+        asked_too_much = (
+            counted.get("gpc0_rate", 0) >= requests if theirs is None else _is_late(theirs, now)
+        )
+        over = asked_too_much or counted.get("conn_cur", 0) > connections
+        unknown = key.startswith(_NETWORK)
+        found.append(
+            Asker(
+                None if unknown else key,
+                key.removeprefix(_NETWORK) if unknown else None,
+                counted.get("gpc0_rate", 0) if theirs is None else theirs.get("gpc0_rate", 0),
+                counted.get("conn_cur", 0),
+                over and not unknown,
+            )
+        )
+    found.sort(key=lambda one: (-one.limited, -one.requests, -one.connections, one.instance or ""))
+    return [one for one in found if one.requests or one.connections][:MOST_SHOWN]
+
+
+def refused_lately(own: str, now: float) -> list[str]:
+    """Instances whose policy has limits, and that were refused in the last seconds; ten at most.
+
+    Args:
+        own: As of `busiest`.
+        now: Unix time.
+    """
+    found = [key for key, counted in parse_table(own) if _is_late(counted, now)]
+    return found[:MOST_SHOWN]
+
+
+def _is_late(counted: Mapping[str, int], now: float) -> bool:
+    return now - counted.get("gpt0", 0) <= _LATELY_S

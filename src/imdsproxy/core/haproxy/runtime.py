@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Final, Generic, TypeVar
 
 _VERSION: Final = re.compile(r"HAProxy version ([0-9]{1,9})\.([0-9]{1,9})(?:[.-](\S+))?")
 _ALERT: Final = re.compile(r"\[ALERT\]\s+(?:(?:\S+\s+)?\(\d+\) : )?(.*)")
 _Key = TypeVar("_Key")
+_ENTRY: Final = re.compile(r"^0x[0-9a-f]+: key=((?:\\.|[^ \\])*) (.*)$")
+_COUNTER: Final = re.compile(r"\b([a-z0-9_]+)(?:\(\d+\))?=(\d+)")
 _NUMBER: Final = re.compile(r"[0-9]{1,18}")
 
 
@@ -147,3 +149,12 @@ def parse_failure(output: str) -> str:
     lines = [line.strip() for line in output.splitlines() if line.strip()]
     alerts = [found[1] for line in lines if (found := _ALERT.fullmatch(line)) is not None]
     return "; ".join(dict.fromkeys(alerts or lines))
+
+
+def parse_table(text: str) -> Iterator[tuple[str, dict[str, int]]]:
+    """The answer of `show table`: each key, with its counters and `exp`, the milliseconds until it is forgotten."""
+    for line in text.splitlines():
+        found = _ENTRY.match(line)
+        if found is not None:
+            key = re.sub(r"\\(.)", r"\1", found[1])
+            yield key, {name: int(number) for name, number in _COUNTER.findall(found[2])}

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from imdsproxy.core.limited import MOST_SHOWN, Asker, busiest, refused_lately
+from imdsproxy.core.haproxy.limits import MOST_SHOWN, Asker, busiest, refused_lately
 
 _HEAD = "# table: fairness, type: string, size:102400, used:3"
 _NOW = 1_800_000_000.0
@@ -14,10 +14,10 @@ def _line(key: str, **counted: int) -> str:
     return f"0x55d8: key={key} use=1 exp=139000 shard=0 {numbers}"
 
 
-def _busiest(usual: list[str], said: list[str] | None = None) -> list[Asker]:
+def _busiest(usual: list[str], own: list[str] | None = None) -> list[Asker]:
     return busiest(
         "\n".join([_HEAD, *usual]),
-        "\n".join([_HEAD, *(said or [])]),
+        "\n".join([_HEAD, *(own or [])]),
         requests=4000,
         connections=160,
         now=_NOW,
