@@ -238,8 +238,19 @@ _CHOSEN: Final = (
 )
 
 
+_OTHERS: Final = (
+    "/latest/user%2ddata",
+    "/%6catest/user-data",
+    "/latest/user-data?x=/openstack/",
+    "http://openstack/latest/user-data",
+    "/ec2//2009-04-04/user-data",
+    "/openstack/..%2flatest/user-data",
+)
+
+
 def _by_hand() -> Iterator[str]:
     yield from PATHS
+    yield from _OTHERS
     for path in _CHOSEN:
         for head in _HEADS:
             yield head + path
