@@ -113,6 +113,10 @@ class Listeners:
     def degraded(self) -> tuple[LeftOut, ...]:
         return tuple(self.left_out.values())
 
+    @property
+    def settler(self) -> Listeners:
+        return self
+
     async def look_at(self, networks: Iterable[Network]) -> ObservedHost:
         del networks
         return self.seen

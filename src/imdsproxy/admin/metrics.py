@@ -446,7 +446,7 @@ METRICS: Final[tuple[Metric, ...]] = (
         "counter",
         "Operations of plans by result: ok or failed (failed ones are tried again).",
         ("result",),
-        _each(lambda now: now.status.listeners.operations),
+        _each(lambda now: now.status.listeners.settler.operations),
     ),
     Metric(
         "imdsproxy_convergence_seconds",

@@ -175,11 +175,13 @@ class RecordService:
         """Refuse listeners that another network has, each with its field."""
         known = self.inventory.networks
         every = {**known, **{one.id: one for one in networks}}
-        shared = find_shared(every.values(), self.listeners.seen, known)
+        shared = find_shared(every.values(), self.listeners.settler.seen, known)
         if shared:
             # A namespace that was seen may be gone, and its inode another's by now.
             involved = [every[one] for one in shared.keys() | shared.values()]
-            shared = find_shared(every.values(), await self.listeners.look_at(involved), known)
+            shared = find_shared(
+                every.values(), await self.listeners.settler.look_at(involved), known
+            )
         problems = [
             Problem(
                 f"{prefix(place)}listener",

@@ -7,7 +7,6 @@ one from coming into force.
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
@@ -24,32 +23,21 @@ from imdsproxy.core.haproxy.model import (
     DataplaneSpec,
 )
 from imdsproxy.core.hostnames import Naming
-from imdsproxy.core.hoststate import ObservedHost, merge_observed
+from imdsproxy.core.hoststate import ObservedHost
 from imdsproxy.core.inventory import Inventory
-from imdsproxy.core.model import BridgeListener, Network, NetworkId
+from imdsproxy.core.model import Network, NetworkId
 from imdsproxy.dataplane.haproxy import Haproxy
 from imdsproxy.dataplane.layout import Layout
-from imdsproxy.errors import ConfigRejected, DataplaneError, HostRefused, Problem, ReloadFailed
+from imdsproxy.errors import ConfigRejected, DataplaneError, Problem, ReloadFailed
 from imdsproxy.host.clock import Clock
 from imdsproxy.listeners.binds import compute_maxconn, networks_of, plan_binds, plan_links
 from imdsproxy.listeners.degraded import find_degraded
-from imdsproxy.listeners.endpoints import ListenerPlan
 from imdsproxy.listeners.exporter_port import ExporterPort
 from imdsproxy.listeners.host import SystemHost
 from imdsproxy.listeners.kept_networks import KeptNetworks
-from imdsproxy.listeners.leftovers import without_removed
 from imdsproxy.listeners.namespace_links import haproxy_name
-from imdsproxy.listeners.nft_scripts import answering_devices, plan_diversions
-from imdsproxy.listeners.ops import OpFailure
-from imdsproxy.listeners.plan import (
-    PlanMemo,
-    explain_pending,
-    plan_listeners,
-)
+from imdsproxy.listeners.settle import HostSettler
 from imdsproxy.unix_listener.listener import UnixListener, bound_path
-
-_HOST_ROUNDS = 4
-"""Namespace, link, address: each is planned when the one before it has been seen."""
 
 _RECHECK_S = 1.0
 """Seconds until what the host refused is tried again, without any event."""
@@ -103,16 +91,14 @@ class ListenerLoop:
     unexported: Problem | None = None
     rounds: int = 0
     seconds: float = 0.0
-    operations: Counter[str] = field(default_factory=Counter)
-    seen: ObservedHost = field(default_factory=ObservedHost)
-    _observed: ObservedHost | None = None
+    settler: HostSettler = field(init=False)
     _listening: MacFilterPlan = field(default_factory=MacFilterPlan)
     _degraded: frozenset[LeftOut] = frozenset()
-    _memo: PlanMemo = field(default_factory=dict)
-    _known: dict[NetworkId, Network] = field(default_factory=dict)
-    _dirty: set[NetworkId] = field(default_factory=set)
     _reasons: set[str] = field(default_factory=set)
     _wake: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def __post_init__(self) -> None:
+        self.settler = HostSettler(self.host, self.naming, self.inventory, self.kept, self._pids)
 
     def touch(self, reason: str, networks: Iterable[NetworkId] | None = None) -> int:
         """Look at the host again; the ticket says when what was found is in force.
@@ -121,10 +107,7 @@ class ListenerLoop:
             reason: For the log and `status`.
             networks: Whose listeners to look at; `None` looks at the whole host.
         """
-        if networks is None:
-            self._observed = None
-        else:
-            self._dirty.update(networks)
+        self.settler.touch(networks)
         self._reasons.add(reason)
         self._wake.set()
         return self.tickets.take()
@@ -171,7 +154,7 @@ class ListenerLoop:
         Raises:
             HostRefused: The host's own namespace cannot be looked at.
         """
-        await self._settle_host(self._networks())
+        await self.settler.settle(self._networks())
 
     async def first_round(self) -> None:
         """Bring HAProxy up, or its configuration up to date.
@@ -220,19 +203,19 @@ class ListenerLoop:
             async with asyncio.timeout(patience):
                 await self._wake.wait()
         except TimeoutError:
-            self._dirty.update(one.network for one in self.report.left_out)
+            self.settler.touch(one.network for one in self.report.left_out)
 
     async def _round(self, reasons: tuple[str, ...]) -> None:
         began = self.clock.monotonic()
         networks = self._networks()
-        plan, problems, operations = await self._settle_host(networks)
+        plan, problems, operations = await self.settler.settle(networks)
         await self.unix.choose()
         try:
             endpoints = await self._apply(plan.endpoints, reasons)
         except (ConfigRejected, ReloadFailed):
             # Something went away between looking and loading: look again, once, before giving up.
-            self._observed = None
-            plan, problems, more = await self._settle_host(networks)
+            self.settler.touch(None)
+            plan, problems, more = await self.settler.settle(networks)
             operations += more
             await self.unix.choose()
             endpoints = await self._apply_again(plan.endpoints, reasons)
@@ -241,9 +224,9 @@ class ListenerLoop:
         self.kept.keep({key: one for key, one in networks.items() if key not in shared})
         own = (one for one in (self.unexported, self.unix.problem) if one is not None)
         problems = (*problems, *own, *self.mac_filters.problems, *self.hop_limits.problems)
-        if self._observed is not None:
+        if self.settler.known is not None:
             left_out = {one.network for one in plan.left_out if one.code.silent}
-            self.expect(networks, self._observed, left_out, self._pids())
+            self.expect(networks, self.settler.known, left_out, self._pids())
         self.rounds += 1
         self.seconds += self.clock.monotonic() - began
         before, known = self.report, self._degraded
@@ -263,98 +246,6 @@ class ListenerLoop:
     def _networks(self) -> dict[NetworkId, Network]:
         """Networks to listen in; until all sources are in sync, also the networks of before."""
         return self.kept.beside(self.inventory.networks, in_sync=self.inventory.in_sync)
-
-    async def _settle_host(
-        self, networks: Mapping[NetworkId, Network]
-    ) -> tuple[ListenerPlan, tuple[Problem, ...], int]:
-        """Observe and act until there is nothing more to do on the host."""
-        problems, observed = await self._guard_and_observe(networks)
-        failures: tuple[OpFailure, ...] = ()
-        operations = 0
-        for turn in range(_HOST_ROUNDS):
-            if turn:
-                observed = await self._observe(networks)
-            self.seen = observed
-            plan = plan_listeners(
-                networks,
-                observed,
-                self.naming,
-                sweep=self.inventory.in_sync,
-                managed=self.host.managed(),
-                memo=self._memo,
-                first=self.kept.load,
-            )
-            if not plan.ops or failures:
-                break
-            operations += len(plan.ops)
-            self._dirty.update(one.network for one in plan.left_out)
-            failures = await self.host.apply(plan.ops)
-            if not failures and self._observed is observed:
-                # The place of a network that is gone is not looked at again.
-                self._observed = without_removed(observed, plan.ops)
-            self.operations["failed"] += len(failures)
-            self.operations["ok"] += len(plan.ops) - len(failures)
-        problems += tuple(Problem("host", one.reason, one.hint) for one in failures)
-        if _has_bridges(networks):
-            problems += await self._divert(networks, observed)
-        return explain_pending(plan, failures), problems, operations
-
-    async def _guard_and_observe(
-        self, networks: Mapping[NetworkId, Network]
-    ) -> tuple[tuple[Problem, ...], ObservedHost]:
-        """Both at once: a look changes nothing, and nft takes its time."""
-        guarding = asyncio.get_running_loop().create_task(self._guard_arp(networks))
-        try:
-            observed = await self._observe(networks)
-            return await guarding, observed
-        finally:
-            guarding.cancel()
-
-    async def _guard_arp(self, networks: Mapping[NetworkId, Network]) -> tuple[Problem, ...]:
-        # First of all: from the moment that an address is there, the host answers for it.
-        problems: tuple[Problem, ...] = ()
-        try:
-            await self.host.apply_arp_guard(answering_devices(networks.values()))
-        except HostRefused as error:
-            problems = (Problem("host", error.message, error.hint),)
-        if not _has_bridges(networks):
-            problems += await self._divert(networks, ObservedHost())
-        return problems
-
-    async def _divert(
-        self, networks: Mapping[NetworkId, Network], observed: ObservedHost
-    ) -> tuple[Problem, ...]:
-        try:
-            await self.host.apply_diversions(plan_diversions(networks, observed, self.naming))
-        except HostRefused as error:
-            return (Problem("host", error.message, error.hint),)
-        return ()
-
-    async def _observe(self, networks: Mapping[NetworkId, Network]) -> ObservedHost:
-        """Look at all of the host, or at what may have changed and lay it over what was known."""
-        pids = self._pids()
-        dirty, self._dirty = self._dirty, set()
-        known = self._observed
-        if known is None:
-            # In place while we look: who asks for all of it meanwhile takes it away again.
-            known = self._observed = ObservedHost()
-            seen = await self.host.observe(networks.values(), pids, everything=True)
-        elif dirty:
-            both = (networks.get(one) for one in dirty), (self._known.get(one) for one in dirty)
-            some = {network for group in both for network in group if network is not None}
-            part = await self.host.observe(some, pids, everything=False)
-            seen = merge_observed(known, part)
-        else:
-            return known
-        if self._observed is known:
-            self._observed = seen
-        self._known = dict(networks)
-        return seen
-
-    async def look_at(self, networks: Iterable[Network]) -> ObservedHost:
-        """The host as the last round saw it, but for the places of these networks, which are looked at now."""
-        part = await self.host.observe(networks, self._pids(), everything=False)
-        return merge_observed(self.seen, part)
 
     def _pids(self) -> tuple[int, ...]:
         processes = self.haproxy.processes
@@ -383,7 +274,7 @@ class ListenerLoop:
         self._listening = await self.mac_filters.open(
             self._networks(),
             endpoints,
-            self.seen,
+            self.settler.seen,
             running=self.haproxy.processes is not None,
         )
         # The old worker does not look at the links any more, the next one needs all of its own.
@@ -442,7 +333,3 @@ class ListenerLoop:
                 log.error(
                     "host refused", field=problem.field, reason=problem.reason, hint=problem.hint
                 )
-
-
-def _has_bridges(networks: Mapping[NetworkId, Network]) -> bool:
-    return any(isinstance(one.listener, BridgeListener) for one in networks.values())

@@ -54,7 +54,7 @@ def _listeners() -> SimpleNamespace:
         report=SimpleNamespace(foreign=foreign),
         rounds=9,
         seconds=0.25,
-        operations={"ok": 20},
+        settler=SimpleNamespace(operations={"ok": 20}),
         unix=SimpleNamespace(taken_over=2),
     )
 

@@ -47,6 +47,10 @@ class _Loop:
     now: ObservedHost = field(default_factory=ObservedHost)
     inventory: Inventory = field(default_factory=Inventory)
 
+    @property
+    def settler(self) -> _Loop:
+        return self
+
     async def look_at(self, networks: Iterable[Network]) -> ObservedHost:
         assert list(networks)
         return self.now

@@ -313,7 +313,7 @@ async def test_what_the_host_refuses_is_told_and_tried_again(tmp_path: Path) -> 
         await rig.settle("networks changed", "red")
         assert {problem.reason for problem in rig.loop.report.problems} == {"no permission"}
         assert rig.left_out() == {"red": LeftOutCode.HOST_REFUSED}
-        assert rig.loop.operations["failed"] >= 1
+        assert rig.loop.settler.operations["failed"] >= 1
         tried = len(rig.host.done)
         rig.host.refusal = ""
         async with asyncio.timeout(30):

@@ -1,0 +1,158 @@
+"""Brings the host to what the networks' listeners need: observe, plan, act, and again."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+
+from imdsproxy.core.hostnames import Naming
+from imdsproxy.core.hoststate import ObservedHost, merge_observed
+from imdsproxy.core.inventory import Inventory
+from imdsproxy.core.model import BridgeListener, Network, NetworkId
+from imdsproxy.errors import HostRefused, Problem
+from imdsproxy.listeners.endpoints import ListenerPlan
+from imdsproxy.listeners.host import SystemHost
+from imdsproxy.listeners.kept_networks import KeptNetworks
+from imdsproxy.listeners.leftovers import without_removed
+from imdsproxy.listeners.nft_scripts import answering_devices, plan_diversions
+from imdsproxy.listeners.ops import OpFailure
+from imdsproxy.listeners.plan import PlanMemo, explain_pending, plan_listeners
+
+_HOST_ROUNDS = 4
+"""Namespace, link, address: each is planned when the one before it has been seen."""
+
+
+@dataclass(slots=True)
+class HostSettler:
+    """The host's side of the listener loop.
+
+    Attributes:
+        pids: HAProxy's master and workers.
+        seen: The host as of the last round.
+        known: The same, `None` when all of it has to be looked at again.
+        operations: Ops so far, by `ok` and `failed`.
+    """
+
+    host: SystemHost
+    naming: Naming
+    inventory: Inventory
+    kept: KeptNetworks
+    pids: Callable[[], tuple[int, ...]]
+    seen: ObservedHost = field(default_factory=ObservedHost)
+    known: ObservedHost | None = None
+    operations: Counter[str] = field(default_factory=Counter)
+    _memo: PlanMemo = field(default_factory=dict)
+    _networks: dict[NetworkId, Network] = field(default_factory=dict)
+    _dirty: set[NetworkId] = field(default_factory=set)
+
+    def touch(self, networks: Iterable[NetworkId] | None) -> None:
+        """Look at these networks' places again in the next round; `None` for the whole host."""
+        if networks is None:
+            self.known = None
+        else:
+            self._dirty.update(networks)
+
+    async def settle(
+        self, networks: Mapping[NetworkId, Network]
+    ) -> tuple[ListenerPlan, tuple[Problem, ...], int]:
+        """Observe and act until there is nothing more to do on the host.
+
+        Returns:
+            What to bind, what the host refused, and how many ops there were.
+
+        Raises:
+            HostRefused: The host's own namespace cannot be looked at, or our journal cannot be read.
+        """
+        problems, observed = await self._guard_and_observe(networks)
+        failures: tuple[OpFailure, ...] = ()
+        operations = 0
+        for turn in range(_HOST_ROUNDS):
+            if turn:
+                observed = await self._observe(networks)
+            self.seen = observed
+            plan = plan_listeners(
+                networks,
+                observed,
+                self.naming,
+                sweep=self.inventory.in_sync,
+                managed=self.host.managed(),
+                memo=self._memo,
+                first=self.kept.load,
+            )
+            if not plan.ops or failures:
+                break
+            operations += len(plan.ops)
+            self._dirty.update(one.network for one in plan.left_out)
+            failures = await self.host.apply(plan.ops)
+            if not failures and self.known is observed:
+                # The place of a network that is gone is not looked at again.
+                self.known = without_removed(observed, plan.ops)
+            self.operations["failed"] += len(failures)
+            self.operations["ok"] += len(plan.ops) - len(failures)
+        problems += tuple(Problem("host", one.reason, one.hint) for one in failures)
+        if _has_bridges(networks):
+            problems += await self._divert(networks, observed)
+        return explain_pending(plan, failures), problems, operations
+
+    async def _guard_and_observe(
+        self, networks: Mapping[NetworkId, Network]
+    ) -> tuple[tuple[Problem, ...], ObservedHost]:
+        """Both at once: a look changes nothing, and nft takes its time."""
+        guarding = asyncio.get_running_loop().create_task(self._guard_arp(networks))
+        try:
+            observed = await self._observe(networks)
+            return await guarding, observed
+        finally:
+            guarding.cancel()
+
+    async def _guard_arp(self, networks: Mapping[NetworkId, Network]) -> tuple[Problem, ...]:
+        # First of all: from the moment that an address is there, the host answers for it.
+        problems: tuple[Problem, ...] = ()
+        try:
+            await self.host.apply_arp_guard(answering_devices(networks.values()))
+        except HostRefused as error:
+            problems = (Problem("host", error.message, error.hint),)
+        if not _has_bridges(networks):
+            problems += await self._divert(networks, ObservedHost())
+        return problems
+
+    async def _divert(
+        self, networks: Mapping[NetworkId, Network], observed: ObservedHost
+    ) -> tuple[Problem, ...]:
+        try:
+            await self.host.apply_diversions(plan_diversions(networks, observed, self.naming))
+        except HostRefused as error:
+            return (Problem("host", error.message, error.hint),)
+        return ()
+
+    async def _observe(self, networks: Mapping[NetworkId, Network]) -> ObservedHost:
+        """Look at all of the host, or at what may have changed and lay it over what was known."""
+        pids = self.pids()
+        dirty, self._dirty = self._dirty, set()
+        known = self.known
+        if known is None:
+            # In place while we look: who asks for all of it meanwhile takes it away again.
+            known = self.known = ObservedHost()
+            seen = await self.host.observe(networks.values(), pids, everything=True)
+        elif dirty:
+            both = (networks.get(one) for one in dirty), (self._networks.get(one) for one in dirty)
+            some = {network for group in both for network in group if network is not None}
+            part = await self.host.observe(some, pids, everything=False)
+            seen = merge_observed(known, part)
+        else:
+            return known
+        if self.known is known:
+            self.known = seen
+        self._networks = dict(networks)
+        return seen
+
+    async def look_at(self, networks: Iterable[Network]) -> ObservedHost:
+        """The host as the last round saw it, but for the places of these networks, which are looked at now."""
+        part = await self.host.observe(networks, self.pids(), everything=False)
+        return merge_observed(self.seen, part)
+
+
+def _has_bridges(networks: Mapping[NetworkId, Network]) -> bool:
+    return any(isinstance(one.listener, BridgeListener) for one in networks.values())
