@@ -6,15 +6,14 @@ import gc
 import os
 import sys
 import time
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Final, TypeAlias
+from typing import Annotated, Final, TypeAlias
 
 import typer
 
 from imdsproxy import __version__
 from imdsproxy.cli import options
-from imdsproxy.cli.output import Column, Output, clean
+from imdsproxy.cli.output import Column, Output, Shape, clean
 from imdsproxy.errors import AdminUnavailable, HostRefused, SettingsDropped
 
 
@@ -74,9 +73,6 @@ def render(
         run.output.text(text)
 
 
-_Shape: TypeAlias = Mapping[str, Any]
-
-
 @options.command
 def reload(
     run: options.Invocation,
@@ -108,7 +104,7 @@ def reload(
         show_reload(run.output, done)
 
 
-def show_reload(output: Output, done: _Shape) -> None:
+def show_reload(output: Output, done: Shape) -> None:
     """What changed, and what still needs a restart."""
     columns = (
         Column("SETTING", keep=True),

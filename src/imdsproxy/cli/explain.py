@@ -5,16 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from http import HTTPStatus
-from typing import Annotated, Any, Final, TypeAlias
+from typing import Annotated, Final, TypeAlias
 
 import typer
 
 from imdsproxy.cli import completers, options
 from imdsproxy.cli.exitcodes import NO
-from imdsproxy.cli.output import Output, clean
+from imdsproxy.cli.output import Output, Shape, clean, spell_status
 from imdsproxy.errors import RequestRefused
 
-_Shape: TypeAlias = Mapping[str, Any]
 _FOUND: Final = "found"
 _HOW: Final[Mapping[str, str]] = {
     "address": "by one of its port's addresses",
@@ -70,7 +69,7 @@ def explain(
     query = {} if path is None else {"path": path}
     if probe:
         query["probe"] = "true"
-    explained: Sequence[_Shape]
+    explained: Sequence[Shape]
     if instance is None and network is not None and address is not None:
         query |= {"network": network, "address": address}
         one = run.daemon().get("/v1/explain", query)
@@ -97,13 +96,13 @@ def explain(
         raise typer.Exit(NO)
 
 
-def _is_served(explained: _Shape) -> bool:
+def _is_served(explained: Shape) -> bool:
     probe = explained["probe"]
     refused = probe is not None and probe["status"] >= HTTPStatus.BAD_REQUEST
     return explained["verdict"] == _FOUND and not refused
 
 
-def show_explanation(output: Output, shape: _Shape) -> None:
+def show_explanation(output: Output, shape: Shape) -> None:
     """The explanation for people."""
     colour = "green" if shape["verdict"] == _FOUND else "red"
     facts = {
@@ -113,9 +112,8 @@ def show_explanation(output: Output, shape: _Shape) -> None:
     probe = shape["probe"]
     if probe is not None:
         status = probe["status"]
-        phrase = HTTPStatus(status).phrase if status in set(HTTPStatus) else ""
         colour = "red" if status >= HTTPStatus.BAD_REQUEST else "green"
-        facts["probe"] = f"GET {clean(probe['path'])}: [{colour}]{status} {phrase}[/]"
+        facts["probe"] = f"GET {clean(probe['path'])}: [{colour}]{spell_status(status)}[/]"
     if shape["instance"] is not None:
         facts["instance"] = f"{clean(shape['instance'])} ({clean(shape['instance_name'])})"
         facts["known"] = f"{_how(shape['how'])}, from source {clean(shape['source'])}"
@@ -145,7 +143,7 @@ def show_explanation(output: Output, shape: _Shape) -> None:
     output.facts(facts)
 
 
-def _outcome(shape: _Shape) -> str:
+def _outcome(shape: Shape) -> str:
     if shape["answer"] is None:
         return "its requests are sent to Nova"
     if shape["verdict"] == "left-out":
@@ -157,7 +155,7 @@ def _how(how: object) -> str:
     return _HOW.get(str(how), clean(how))
 
 
-def _rules(shape: _Shape | None) -> Iterator[tuple[str, str]]:
+def _rules(shape: Shape | None) -> Iterator[tuple[str, str]]:
     if shape is None:
         return
     rules = shape["rules"]
@@ -186,7 +184,7 @@ def _value(value: object) -> str:
     return str(value)
 
 
-def _boot(shape: _Shape) -> str:
+def _boot(shape: Shape) -> str:
     ends, reopened = shape["boot_ends_at"], shape["reopened_at"]
     if ends is None:
         return "finished: no source has its creation time"
@@ -198,7 +196,7 @@ def _time(at: float) -> str:
     return f"{datetime.fromtimestamp(at, UTC).astimezone():%Y-%m-%d %H:%M:%S %Z}"
 
 
-def _decided(decided: _Shape, shape: _Shape) -> str:
+def _decided(decided: Shape, shape: Shape) -> str:
     """What is answered, by which rule, and which scope set it."""
     if decided["status"] is None:
         return "[green]it passes[/]"

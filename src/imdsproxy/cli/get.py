@@ -10,7 +10,7 @@ import typer
 
 from imdsproxy.cli import options
 from imdsproxy.cli.exitcodes import NO
-from imdsproxy.cli.output import read_bytes_shape
+from imdsproxy.cli.output import read_bytes_shape, spell_status
 
 __all__ = ["get"]
 
@@ -40,7 +40,7 @@ def get(
     else:
         if include:
             headers = answer["headers"]
-            lines = [f"HTTP/1.1 {status} {_phrase(status)}"]
+            lines = [f"HTTP/1.1 {spell_status(status)}"]
             run.output.text("\n".join([*lines, *(f"{name}: {value}" for name, value in headers)]))
             run.output.text("")
         body = read_bytes_shape(answer["body"])
@@ -49,9 +49,5 @@ def get(
             run.output.text("")  # only so that the prompt has a line of its own
     if status >= HTTPStatus.BAD_REQUEST:
         if not (include or run.output.as_json):
-            sys.stderr.write(f"imdsproxy: the guest is answered {status} {_phrase(status)}\n")
+            sys.stderr.write(f"imdsproxy: the guest is answered {spell_status(status)}\n")
         raise typer.Exit(NO)
-
-
-def _phrase(status: int) -> str:
-    return HTTPStatus(status).phrase if status in set(HTTPStatus) else ""

@@ -14,7 +14,8 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, TextIO, TypeAlias
+from http import HTTPStatus
+from typing import TYPE_CHECKING, Any, Final, TextIO, TypeAlias
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -27,6 +28,9 @@ MOST_SHOWN: Final = 20
 
 _UNCUT: Final = 4000
 _LINE_EVERY_S: Final = 5.0
+
+Shape: TypeAlias = "Mapping[str, Any]"
+"""An object in the daemon's JSON."""
 
 Note: TypeAlias = "Callable[[str, int, int], None]"
 """Takes what is done, how much of it, and of how much (0: not known)."""
@@ -216,6 +220,12 @@ class Output:
         console = _console(sys.stderr)
         for line in lines:
             console.print(line, soft_wrap=not sys.stderr.isatty())
+
+
+def spell_status(status: int) -> str:
+    """`404 Not Found`."""
+    phrase = HTTPStatus(status).phrase if status in set(HTTPStatus) else ""
+    return f"{status} {phrase}".rstrip()
 
 
 def read_bytes_shape(shape: Mapping[str, str]) -> bytes:

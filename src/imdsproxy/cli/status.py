@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Final, TypeAlias
+from collections.abc import Sequence
+from typing import Annotated, Final, TypeAlias
 
 import typer
 
 from imdsproxy.cli import options
 from imdsproxy.cli.exitcodes import NO, NOT_IN_FORCE
-from imdsproxy.cli.output import MOST_SHOWN, Column, Output, clean
+from imdsproxy.cli.output import MOST_SHOWN, Column, Output, Shape, clean
 
-_Shape: TypeAlias = Mapping[str, Any]
 _DAY_S: Final = 86_400
 _HOUR_S: Final = 3600
 _MINUTE_S: Final = 60
@@ -45,7 +44,7 @@ def status(
         raise typer.Exit(NOT_IN_FORCE)
 
 
-def show_status(output: Output, report: _Shape) -> None:
+def show_status(output: Output, report: Shape) -> None:
     """The report for people."""
     output.facts(_facts(report))
     _show_sources(output, report)
@@ -55,7 +54,7 @@ def show_status(output: Output, report: _Shape) -> None:
     _show_problems(output, report)
 
 
-def _facts(report: _Shape) -> dict[str, str]:
+def _facts(report: Shape) -> dict[str, str]:
     readiness = report["readiness"]
     reasons = [clean(reason) for reason in readiness["reasons"]]
     degraded = [f"[yellow]{clean(one)}[/]" for one in readiness["degraded"]]
@@ -82,7 +81,7 @@ def _facts(report: _Shape) -> dict[str, str]:
     }
 
 
-def _under_way(steps: Sequence[_Shape]) -> dict[str, str]:
+def _under_way(steps: Sequence[Shape]) -> dict[str, str]:
     lines = [
         f"{clean(one['what'])}: {one['done']:,} of {one['of']:,}"
         if one["of"]
@@ -92,7 +91,7 @@ def _under_way(steps: Sequence[_Shape]) -> dict[str, str]:
     return {"under way": "\n".join(lines)} if lines else {}
 
 
-def _haproxy(haproxy: _Shape) -> str:
+def _haproxy(haproxy: Shape) -> str:
     if haproxy["master"] is None:
         return f"[red]not running[/] {clean(haproxy['problem'])}".rstrip()
     pids = f"master {haproxy['master']}, worker {haproxy['worker'] or '[red]none[/]'}"
@@ -109,7 +108,7 @@ def _haproxy(haproxy: _Shape) -> str:
     return "\n".join(lines)
 
 
-def _documents(documents: _Shape) -> str:
+def _documents(documents: Shape) -> str:
     pids = documents["pids"]
     if not documents["needed"]:
         return "off: all documents are Nova's"
@@ -133,7 +132,7 @@ def _unix_listener(unix: object) -> dict[str, str]:
     return {"unix listener": line}
 
 
-def _macs(macs: _Shape) -> dict[str, str]:
+def _macs(macs: Shape) -> dict[str, str]:
     if not macs["gates"] and not macs["refused"]:
         return {}
     line = f"checked in {macs['gates']} networks, {macs['pairs']} pairs, {macs['learned']} by MAC alone"
@@ -174,7 +173,7 @@ def _plan(plan: object) -> dict[str, str]:
     return {"last plan": "\n".join([f"{head}: {reasons}" if reasons else head, *failed])}
 
 
-def _show_sources(output: Output, report: _Shape) -> None:
+def _show_sources(output: Output, report: Shape) -> None:
     columns = (
         Column("SOURCE", keep=True),
         Column("STATE"),
@@ -196,7 +195,7 @@ def _show_sources(output: Output, report: _Shape) -> None:
     output.table(columns, rows, empty="no sources")
 
 
-def _show_nova(output: Output, report: _Shape) -> None:
+def _show_nova(output: Output, report: Shape) -> None:
     columns = (
         Column("NOVA", keep=True),
         Column("SET"),
@@ -217,7 +216,7 @@ def _show_nova(output: Output, report: _Shape) -> None:
     _table(output, columns, rows)
 
 
-def _show_busiest(output: Output, report: _Shape) -> None:
+def _show_busiest(output: Output, report: Shape) -> None:
     columns = (
         Column("ASKS FOR MOST", keep=True),
         Column("REQUESTS", right=True),
@@ -236,7 +235,7 @@ def _show_busiest(output: Output, report: _Shape) -> None:
     _table(output, columns, rows)
 
 
-def _show_left_out(output: Output, report: _Shape) -> None:
+def _show_left_out(output: Output, report: Shape) -> None:
     left_out = report["left_out"]
     columns = (Column("NOT SERVED", keep=True), Column("CODE", keep=True), Column("REASON"))
     rows = [
@@ -254,7 +253,7 @@ def _table(output: Output, columns: Sequence[Column], rows: Sequence[Sequence[st
         output.table(columns, rows, empty="")
 
 
-def _show_problems(output: Output, report: _Shape) -> None:
+def _show_problems(output: Output, report: Shape) -> None:
     groups = [[_problem(one) for one in part["problems"]] for part in (report, *report["sources"])]
     conflicts = []
     for conflict in report["conflicts"]:
@@ -286,19 +285,19 @@ def _more(count: int) -> Sequence[str]:
     return [f"and {count - MOST_SHOWN:,} more: --json has all"] if count > MOST_SHOWN else []
 
 
-def _source_state(source: _Shape) -> str:
+def _source_state(source: Shape) -> str:
     stale = source["stale_s"]
     if stale:
         return f"[red]silent for {_duration(stale)}[/]"
     return "[green]in sync[/]" if source["in_sync"] else "[yellow]not in sync[/]"
 
 
-def _with_hint(shape: _Shape) -> str:
+def _with_hint(shape: Shape) -> str:
     reason = clean(shape["reason"])
     return f"{reason}\n[dim]{clean(shape['hint'])}[/]" if shape["hint"] else reason
 
 
-def _problem(problem: _Shape) -> str:
+def _problem(problem: Shape) -> str:
     place = "" if problem["file"] is None else f"{problem['file']}"
     if problem["line"] is not None:
         place = f"{place}:{problem['line']}"

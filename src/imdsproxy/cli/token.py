@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from datetime import UTC, datetime
-from typing import Annotated, Any, Final, TypeAlias
+from typing import Annotated, Final, TypeAlias
 
 import typer
 
 from imdsproxy.cli import completers, options
 from imdsproxy.cli.admin_client import path_to
-from imdsproxy.cli.output import Column, Output, clean
+from imdsproxy.cli.output import Column, Output, Shape, clean
 from imdsproxy.cli.record_output import say_written
 from imdsproxy.cli.records import exit_unless_in_force, order_instance
 
@@ -59,8 +59,6 @@ def report(
         say_token_report(run.output, answer)
 
 
-_Shape: TypeAlias = Mapping[str, Any]
-
 _TREES_SHOWN: Final = 5
 
 _COLUMNS: Final = (
@@ -74,7 +72,7 @@ _COLUMNS: Final = (
 )
 
 
-def say_token_report(output: Output, report: _Shape) -> None:
+def say_token_report(output: Output, report: Shape) -> None:
     """A line for each client of each guest, then the trees that stay open.
 
     Args:
@@ -118,7 +116,7 @@ def say_token_report(output: Output, report: _Shape) -> None:
         )
 
 
-def _rows(guest: _Shape, about: str) -> Iterator[tuple[str, ...]]:
+def _rows(guest: Shape, about: str) -> Iterator[tuple[str, ...]]:
     who = (clean(guest["network"]), clean(guest["instance"]))
     reads = guest["reads"]
     counts = (f"{about if reads else ''}{reads}", str(guest["refused"]))

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Annotated, Any, Final, TypeAlias
+from typing import Annotated, Final, TypeAlias
 
 from imdsproxy.cli import completers, options
-
-if TYPE_CHECKING:
-    from imdsproxy.cli.output import Output
-
-_Shape: TypeAlias = Mapping[str, Any]
+from imdsproxy.cli.output import Output, Shape
 
 _EVERY_S: Final = 0.5
 
@@ -38,16 +34,16 @@ def watch(
     chosen = {"network": network, "instance": instance}
     query = {name: value for name, value in chosen.items() if value is not None}
 
-    def ask(cursor: int | None) -> _Shape:
+    def ask(cursor: int | None) -> Shape:
         more = {} if cursor is None else {"cursor": str(cursor)}
-        shape: _Shape = daemon.get("/v1/watch", query | more)
+        shape: Shape = daemon.get("/v1/watch", query | more)
         return shape
 
     follow(ask, run.output, time.sleep)
 
 
 def follow(
-    ask: Callable[[int | None], _Shape], output: Output, sleep: Callable[[float], None]
+    ask: Callable[[int | None], Shape], output: Output, sleep: Callable[[float], None]
 ) -> None:
     """Print requests for ever; HAProxy itself spells what is not printable as `#XX`.
 
@@ -75,7 +71,7 @@ _HEAD: Final = (
 )
 
 
-def _line_of(request: _Shape, *, as_json: bool) -> str:
+def _line_of(request: Shape, *, as_json: bool) -> str:
     if as_json:
         import json  # noqa: PLC0415 - `--help` need not load it
 
