@@ -89,7 +89,7 @@ def _send(address: str, port: int, dscps: tuple[int, ...]) -> list[tuple[int, in
 
 @pytest.mark.parametrize("port", [80, VERIFIED_PORT])
 @pytest.mark.parametrize("address", _METADATA)
-async def test_the_dscp_becomes_the_limit_and_the_gates_mark_stays(
+async def test_the_dscp_becomes_the_limit_and_the_mac_filters_mark_stays(
     rig: Rig, address: str, port: int
 ) -> None:
     assert await rig.kernel.open([rig.place]) == {rig.place: None}

@@ -280,7 +280,7 @@ def test_the_same_guest_reads_all_of_it_where_nobody_checks(world: World) -> Non
     assert secret in heard
     assert table(world, "red") == ""
     world.daemon.put([network])
-    until(lambda: table(world, "red"), what="the gate")
+    until(lambda: table(world, "red"), what="the filter")
     is_itself_again(world.red, "red-5")
     world.all_right()
 
@@ -360,7 +360,7 @@ def test_who_flushes_all_tables_does_not_let_anybody_in(world: World) -> None:
     assert "10.0.0.5 . fa:16:3e:00:00:05" in table(world, "red")
 
 
-def test_without_its_table_a_gate_lets_nobody_through(world: World) -> None:
+def test_without_its_table_a_filter_lets_no_guest_through(world: World) -> None:
     with world.looking_away():
         run(*within(world.lab.name("red")), "nft", "flush", "ruleset")
         with pytest.raises(Lost):
@@ -378,9 +378,9 @@ _TAGS: Final = {
 
 
 @pytest.mark.parametrize("tags", _TAGS.values(), ids=_TAGS)
-def test_nobody_gets_behind_a_gate_by_himself(world: World, tags: bytes) -> None:
+def test_no_guest_gets_around_a_filter(world: World, tags: bytes) -> None:
     ports = (20_000 + len(tags), 254)
-    # A good pair: what is tried is to go around the gate, not to get through it.
+    # A good pair: the test goes around the filter, not through it.
     frame = syn_frame(
         mac=world.red.mac,
         to=bytes.fromhex("02fea9fea9fe"),
@@ -405,7 +405,7 @@ def test_nobody_gets_behind_a_gate_by_himself(world: World, tags: bytes) -> None
             assert not answered, heard.hex()
 
 
-def test_a_network_without_macs_has_no_gate_until_the_first_one(world: World) -> None:
+def test_a_network_without_macs_has_no_filter_until_the_first_one(world: World) -> None:
     network = world.lab.namespace_network("plain")
     plain, checked = world.lab.guest("plain", 7), world.lab.guest("plain", 8)
     bare = {
@@ -434,7 +434,7 @@ def test_a_post_is_taken_from_who_is_verified_only(world: World) -> None:
     assert guest.ask(target).body == b"secret"
 
 
-def test_where_the_port_behind_the_gate_is_taken_nobody_with_a_mac_is_answered(
+def test_where_the_port_behind_the_filter_is_taken_no_guest_with_a_mac_is_answered(
     world: World,
 ) -> None:
     network = world.lab.namespace_network("busy")

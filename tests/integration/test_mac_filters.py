@@ -129,7 +129,7 @@ def _ask(connection: socket.socket) -> bytes:
     return connection.recv(1)
 
 
-async def test_a_pair_gets_through_and_nobody_else(rig: Rig) -> None:
+async def test_only_a_pair_gets_through(rig: Rig) -> None:
     await rig.have({})
     with rig.connect() as connection:
         assert _ask(connection) == b"u"
@@ -157,7 +157,7 @@ async def test_what_began_unverified_goes_on_so(rig: Rig) -> None:
         assert _ask(connection) == b"u"
 
 
-async def test_what_was_open_before_the_gate_goes_on(rig: Rig) -> None:
+async def test_connections_from_before_the_filter_go_on(rig: Rig) -> None:
     with rig.connect() as connection:
         assert _ask(connection) == b"u"
         await rig.have(rig.pair)
@@ -254,7 +254,7 @@ async def test_a_verified_answer_reaches_only_the_mac_of_its_pair(rig: Rig) -> N
         assert not [frame for frame in heard if frame[:6] == theirs and frame[12:14] == b"\x08\0"]
 
 
-async def test_a_gate_that_is_there_is_taken_as_it_is(rig: Rig) -> None:
+async def test_a_filter_that_is_there_is_kept_as_it_is(rig: Rig) -> None:
     pairs = {
         ip_address(_ADDRESS): rig.mac,
         ip_address("2001:db8::5"): _OTHER,
@@ -269,7 +269,7 @@ async def test_a_gate_that_is_there_is_taken_as_it_is(rig: Rig) -> None:
         assert _ask(connection) == b"v"
 
 
-async def test_one_that_is_gone_is_told_of(rig: Rig) -> None:
+async def test_a_filter_that_is_gone_is_an_error(rig: Rig) -> None:
     await rig.have({})
     place = rig.mac_filter.namespace
     assert place is not None

@@ -67,7 +67,7 @@ class Noting(MacFilters):
 
 @dataclass
 class World:
-    """Maps and gates, looked at after every single change of either."""
+    """Maps and filters, checked after every single change of either."""
 
     map: dict[str, str] = field(default_factory=dict)
     owners: dict[str, tuple[str, MacAddress | None]] = field(default_factory=dict)
@@ -77,7 +77,7 @@ class World:
     def __post_init__(self) -> None:
         self.inventory = Inventory(["s"])
         self.kernel = FakeMacFilters(watch=self.look)
-        self.gates = Noting(
+        self.filters = Noting(
             self.kernel,
             self.inventory,
             Naming(),
@@ -97,7 +97,7 @@ class World:
             SystemClock(),
             lambda _networks: None,
             lambda _keys: None,
-            self.gates,
+            self.filters,
             no_hop_limits(),
         )
 
@@ -109,7 +109,10 @@ class World:
             else:
                 self.map[key] = value
                 address = ip_address(key.partition("/")[2])
-                self.owners[key] = value.partition("|")[0], self.gates.planned.get((_NET, address))
+                self.owners[key] = (
+                    value.partition("|")[0],
+                    self.filters.planned.get((_NET, address)),
+                )
             self.look()
         return len(wanted)
 
@@ -136,11 +139,11 @@ class World:
         )
 
     async def listen(self) -> None:
-        plan = await self.gates.open(
+        plan = await self.filters.open(
             self.inventory.networks, [_ENDPOINT], ObservedHost(), running=True
         )
         await asyncio.sleep(0)
-        await self.gates.settle(plan, sweep=True)
+        await self.filters.settle(plan, sweep=True)
 
 
 def _say(ports: dict[str, Port], *, checked: bool) -> Callable[[World], Awaitable[None]]:
@@ -163,7 +166,7 @@ async def _listen(world: World) -> None:
 
 async def _lose(world: World) -> None:
     world.kernel.lose(_NET)
-    world.gates.lost("")
+    world.filters.lost("")
 
 
 async def _settle(world: World) -> None:
@@ -175,8 +178,8 @@ async def _settle(world: World) -> None:
 
 
 async def _expire(world: World) -> None:
-    world.gates._lingering = dict.fromkeys(world.gates._lingering, 0.0)
-    await world.gates.expire()
+    world.filters._lingering = dict.fromkeys(world.filters._lingering, 0.0)
+    await world.filters.expire()
 
 
 _steps = st.one_of(
@@ -218,10 +221,10 @@ def test_no_entry_is_reached_by_another_s_mac(
     world = asyncio.run(run())
     wanted = {
         address: mac
-        for (_, address) in {*world.gates.keys(), *((_NET, one) for one in _ADDRESSES)}
+        for (_, address) in {*world.filters.keys(), *((_NET, one) for one in _ADDRESSES)}
         if (mac := plan_pair(world.inventory, (_NET, address), world.records.learned)) is not None
     }
     held = world.kernel.tables.get(_NET)
     if held is not None:
-        lingering = {address for _, address in world.gates._lingering}
+        lingering = {address for _, address in world.filters._lingering}
         assert {a: m for a, m in held.items() if a not in lingering} == wanted

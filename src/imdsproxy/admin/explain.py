@@ -211,7 +211,7 @@ class Explainer:
                 f"its request was refused {age_s:.0f} s ago; the neighbour table has MAC {neighbour}"
             )
         if granted == ANY_MAC:
-            steps.append("the gate lets it through with any MAC: no record has one")
+            steps.append("the MAC filter lets it through with any MAC: no record has one")
         elif granted is not None:
             steps.append(f"the MAC filter lets it through with MAC {granted} only")
         elif filtered:

@@ -104,7 +104,7 @@ def _refuse(denial: Denial, method: str) -> Answer:
 
 
 def _to_anybody(told: _Told, answer: Answer) -> Answer:
-    """Have the gate let it through to whoever asked: it tells nothing of an instance."""
+    """Mark an answer that holds nothing of an instance, so that the MAC filter lets it through to any MAC."""
     if told.port is None:
         return answer
     return replace(answer, headers=(*answer.headers, _REFUSED))

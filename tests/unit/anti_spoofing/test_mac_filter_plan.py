@@ -52,7 +52,7 @@ def _plan(*endpoints: Endpoint, network: Network | None = None, macs: bool = Tru
     return plan_mac_filters(networks, endpoints, _HOST, _NAMING, lambda _: macs)
 
 
-def test_a_network_without_macs_has_no_gate() -> None:
+def test_a_network_without_macs_has_no_filter() -> None:
     plan = _plan(_IPV4, _IPV6, macs=False)
     assert plan == MacFilterPlan(plain=(_IPV4, _IPV6))
     assert plan.plain_networks == {_RED}
@@ -66,7 +66,7 @@ def test_nor_has_one_that_does_not_check_them() -> None:
         assert _plan(_IPV4, network=network) == MacFilterPlan(plain=(_IPV4,))
 
 
-def test_a_gate_is_on_every_device_whose_packets_bring_a_mac_to_the_host() -> None:
+def test_a_filter_is_on_every_device_whose_packets_bring_a_mac_to_the_host() -> None:
     plan = _plan(_IPV4, _IPV6)
     assert plan.unverified == (_IPV4, _IPV6)
     # Of a bridge's port the bridge takes the packets.
@@ -81,7 +81,7 @@ def test_a_gate_is_on_every_device_whose_packets_bring_a_mac_to_the_host() -> No
     assert plan.binds == (*plan.verified, *plan.unverified)
 
 
-def test_an_interface_of_the_host_has_its_gate_there() -> None:
+def test_an_interface_of_the_host_has_its_filter_there() -> None:
     network = Network(_GREY, InterfaceListener("virbr0"))
     endpoint = Endpoint(_GREY, METADATA_IPV4, 80, "virbr0", None, 9)
     plan = _plan(endpoint, network=network)
@@ -89,7 +89,7 @@ def test_an_interface_of_the_host_has_its_gate_there() -> None:
     assert plan.filters[_GREY].devices == (("virbr0", 9),)
 
 
-def test_without_its_gate_nobody_is_verified() -> None:
+def test_without_its_filter_no_guest_is_verified() -> None:
     plan = _plan(_IPV4, _IPV6).without({_RED})
     assert plan == MacFilterPlan(unverified=(_IPV4, _IPV6))
 

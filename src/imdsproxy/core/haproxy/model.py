@@ -199,7 +199,7 @@ class DataplaneSpec:
     """Everything that the configuration file is a function of.
 
     Attributes:
-        binds: Where guests are believed by their address: where it is not checked, or behind a gate.
+        binds: Where guests are identified by their address: where MACs are not checked, or behind a MAC filter.
         unverified: Where the resolver is asked about each request (`anti_spoofing.plan`).
         watched: A client of the admin API watches requests.
         count_reads: Of so many reads without a token, where none is required, one is counted; 0 for none.
