@@ -10,21 +10,17 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import chain, islice
-from typing import Final, TypeVar
+from typing import Final, Protocol, TypeVar
 
 import structlog
 
 from imdsproxy.anti_spoofing.hop_limits import HopLimits
 from imdsproxy.anti_spoofing.mac_filters import MacFilters
 from imdsproxy.anti_spoofing.plan import plan_pairs
-from imdsproxy.app.keepers import (
-    CompiledFiles,
-    NoSets,
-    SetKeeper,
-)
+from imdsproxy.app.rule_sets import RuleSets
 from imdsproxy.app.tickets import Tickets
 from imdsproxy.core.backoff import Backoff
-from imdsproxy.core.compiled import compile_instance
+from imdsproxy.core.compiled import CompiledRecord, compile_instance
 from imdsproxy.core.documents.renamed import list_warnings, warn_of_names
 from imdsproxy.core.haproxy.maps import PackedMap
 from imdsproxy.core.identity import Learned
@@ -111,6 +107,22 @@ class _RoundPlan:
     armed: frozenset[NetworkId] = frozenset()
 
 
+class CompiledFiles(Protocol):
+    """Where the document server reads from."""
+
+    def apply(self, instance: InstanceId, record: CompiledRecord) -> None:
+        """Write exactly this record; `HostRefused` leaves the one before."""
+        ...
+
+    def remove(self, instance: InstanceId) -> None:
+        """Remove the record and the password of the instance."""
+        ...
+
+    def instances(self) -> Iterable[InstanceId]:
+        """Every instance that has a record on disk."""
+        ...
+
+
 @dataclass(slots=True)
 class RecordLoop:
     """Keeps compiled records and HAProxy's maps equal to the inventory.
@@ -141,7 +153,7 @@ class RecordLoop:
     hop_limits: HopLimits
     routing: Callable[[], NovaRouting] = NovaRouting
     policies: Callable[[], PolicyBook] = PolicyBook
-    sets: SetKeeper = field(default_factory=NoSets)
+    sets: RuleSets | None = None
     region: Callable[[], str | None] = lambda: None
     revisions: dict[InstanceId, str] = field(default_factory=dict)
     learned: dict[AddressKey, Learned] = field(default_factory=dict)
@@ -227,7 +239,8 @@ class RecordLoop:
             if not self.learned:
                 packed.extend(sorted((key, values.pop(key)) for key in done))
         self.mac_filters.preload({}, complete=whole)
-        self.sets.prime(sets)
+        if self.sets is not None:
+            self.sets.preload(sets)
         packed.extend(sorted(values.items()))
         if whole:
             self._remove_all(compiling.unneeded)
@@ -343,7 +356,8 @@ class RecordLoop:
         plan = await self._plan_round(parts, full=full)
         if sweeping:
             await self._plan_sweep(plan)
-        await self.sets.have(plan.sets, sweep=sweeping)
+        if self.sets is not None:
+            await self.sets.ensure(plan.sets, sweep=sweeping)
         # Whoever has an address now is not let through any more when it becomes another's.
         await self.mac_filters.withdraw(plan.pairs)
         await self.applier.apply(plan.wanted)

@@ -57,7 +57,7 @@ class RuleSets:
         self._sets = dict(group_sets(entries))
         self._needed_at = dict.fromkeys(self._sets, self.clock.monotonic())
 
-    def prime(self, wanted: Mapping[str, PathRules]) -> None:
+    def preload(self, wanted: Mapping[str, PathRules]) -> None:
         """Have these where a HAProxy finds them that is yet to start.
 
         Raises:
@@ -68,7 +68,7 @@ class RuleSets:
         self._write(self._sets)
         self._told = True
 
-    async def have(self, wanted: Mapping[str, PathRules], *, sweep: bool) -> None:
+    async def ensure(self, wanted: Mapping[str, PathRules], *, sweep: bool) -> None:
         """Return once every worker knows these, and every one to come.
 
         Args:

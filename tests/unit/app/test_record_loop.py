@@ -10,11 +10,13 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from ipaddress import IPv4Address, IPv6Address
 from pathlib import Path
+from typing import cast
 
 import pytest
 
 from imdsproxy.anti_spoofing.hop_limits import HopLimits
 from imdsproxy.app.record_loop import RecordLoop
+from imdsproxy.app.rule_sets import RuleSets
 from imdsproxy.core.compiled import CompiledRecord, compile_instance
 from imdsproxy.core.identity import Learned
 from imdsproxy.core.inventory import Inventory
@@ -457,10 +459,10 @@ class Sets:
     wanted: list[set[str]] = field(default_factory=list)
     told_before: list[str | None] = field(default_factory=list)
 
-    def prime(self, wanted: Mapping[str, PathRules]) -> None:
+    def preload(self, wanted: Mapping[str, PathRules]) -> None:
         self.wanted.append(set(wanted))
 
-    async def have(self, wanted: Mapping[str, PathRules], *, sweep: bool) -> None:
+    async def ensure(self, wanted: Mapping[str, PathRules], *, sweep: bool) -> None:
         del sweep
         self.wanted.append(set(wanted))
         self.told_before.append(self.rig.told("10.0.0.5"))
@@ -474,7 +476,8 @@ async def test_no_record_refers_to_path_rules_that_haproxy_does_not_have(tmp_pat
     async with _rig(tmp_path) as rig:
         await rig.say(_instance("web", "10.0.0.5"))
         before = rig.told("10.0.0.5")
-        rig.loop.sets = sets = Sets(rig, refusals=2)
+        sets = Sets(rig, refusals=2)
+        rig.loop.sets = cast("RuleSets", sets)
         rig.loop.policies = lambda: PolicyBook(host=PolicyRules(paths=rules))
         ticket = rig.loop.resync()
         async with asyncio.timeout(30):
@@ -491,7 +494,8 @@ async def test_a_haproxy_that_is_yet_to_start_finds_the_path_rules_of_all_record
 ) -> None:
     rules = (("/latest/user-data", PathWord.DENY),)
     rig = Rig(tmp_path)
-    rig.loop.sets = sets = Sets(rig)
+    sets = Sets(rig)
+    rig.loop.sets = cast("RuleSets", sets)
     rig.loop.policies = lambda: PolicyBook(host=PolicyRules(paths=rules))
     web = _instance("web", "10.0.0.5")
     rig.loop.observe(

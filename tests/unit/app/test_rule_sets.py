@@ -92,7 +92,7 @@ async def test_the_file_is_there_before_anything_is_said_and_nobody_is_told(tmp_
     async with _rig(tmp_path) as rig:
         assert rig.on_disk() == {}
         for sweep in (False, True):
-            await rig.sets.have({}, sweep=sweep)
+            await rig.sets.ensure({}, sweep=sweep)
         assert rig.haproxy.commands == []
 
 
@@ -100,28 +100,28 @@ async def test_a_new_set_is_in_every_worker_draining_ones_too(tmp_path: Path) ->
     async with _rig(tmp_path) as rig:
         await rig.applier.master.send_reload()
         assert len(rig.haproxy.all()) == 2
-        await rig.sets.have(_sets(_ONE), sweep=False)
+        await rig.sets.ensure(_sets(_ONE), sweep=False)
         rig.have(_ONE)
-        await rig.sets.have(_sets(_TWO), sweep=False)
+        await rig.sets.ensure(_sets(_TWO), sweep=False)
         rig.have(_ONE, _TWO)
         told = len(rig.haproxy.commands)
-        await rig.sets.have(_sets(_ONE, _TWO), sweep=False)
+        await rig.sets.ensure(_sets(_ONE, _TWO), sweep=False)
         assert len(rig.haproxy.commands) == told, "nobody is told what he knows"
 
 
 async def test_a_set_goes_when_no_record_has_referred_to_it_for_a_minute(tmp_path: Path) -> None:
     async with _rig(tmp_path) as rig:
-        await rig.sets.have(_sets(_ONE, _TWO), sweep=False)
+        await rig.sets.ensure(_sets(_ONE, _TWO), sweep=False)
         await rig.applier.apply({"red/10.0.0.5": _record(_ONE), "red/10.0.0.6": _record(_TWO)})
         rig.clock.now_s += 3600
-        await rig.sets.have({}, sweep=True)
+        await rig.sets.ensure({}, sweep=True)
         await rig.applier.apply({"red/10.0.0.6": None})
         # A request that has looked the record up before may be under way.
         rig.clock.now_s += 59
-        await rig.sets.have({}, sweep=True)
+        await rig.sets.ensure({}, sweep=True)
         rig.have(_ONE, _TWO)
         rig.clock.now_s += 1
-        await rig.sets.have({}, sweep=True)
+        await rig.sets.ensure({}, sweep=True)
         rig.have(_ONE)
 
 
@@ -129,22 +129,22 @@ async def test_what_an_earlier_controller_left_stays_while_records_refer_to_it(
     tmp_path: Path,
 ) -> None:
     async with _rig(tmp_path) as rig:
-        await rig.sets.have(_sets(_ONE), sweep=False)
+        await rig.sets.ensure(_sets(_ONE), sweep=False)
         await rig.applier.apply({"red/10.0.0.5": _record(_ONE)})
         later = rig.begun()
         rig.clock.now_s += 3600
-        await later.have(_sets(_TWO), sweep=True)
+        await later.ensure(_sets(_TWO), sweep=True)
         rig.have(_ONE, _TWO)
 
 
 async def test_a_haproxy_that_is_yet_to_start_finds_all_of_them(tmp_path: Path) -> None:
     async with _rig(tmp_path) as rig:
-        await rig.sets.have(_sets(_ONE), sweep=False)
+        await rig.sets.ensure(_sets(_ONE), sweep=False)
         later = rig.begun()
-        later.prime(_sets(_TWO))
+        later.preload(_sets(_TWO))
         assert rig.on_disk() == {**render_set(_ONE), **render_set(_TWO)}
         told = len(rig.haproxy.commands)
-        await later.have(_sets(_ONE, _TWO), sweep=False)
+        await later.ensure(_sets(_ONE, _TWO), sweep=False)
         assert len(rig.haproxy.commands) == told
 
 
@@ -152,9 +152,9 @@ async def test_a_worker_that_may_have_missed_it_is_told_again(tmp_path: Path) ->
     async with _rig(tmp_path) as rig:
         rig.haproxy.stop_answering_after = 1
         with pytest.raises(RuntimeUnavailable):
-            await rig.sets.have(_sets(_ONE), sweep=False)
+            await rig.sets.ensure(_sets(_ONE), sweep=False)
         rig.haproxy.stop_answering_after = None
-        await rig.sets.have(_sets(_ONE), sweep=False)
+        await rig.sets.ensure(_sets(_ONE), sweep=False)
         rig.have(_ONE)
 
 
@@ -162,10 +162,10 @@ async def test_a_disk_that_is_full_has_nobody_told(tmp_path: Path) -> None:
     async with _rig(tmp_path) as rig:
         rig.full = True
         with pytest.raises(HostRefused):
-            await rig.sets.have(_sets(_ONE), sweep=False)
+            await rig.sets.ensure(_sets(_ONE), sweep=False)
         assert rig.haproxy.commands == []
         rig.full = False
-        await rig.sets.have(_sets(_ONE), sweep=False)
+        await rig.sets.ensure(_sets(_ONE), sweep=False)
         rig.have(_ONE)
 
 
@@ -174,7 +174,7 @@ async def test_a_worker_that_somebody_else_has_started_gets_them_before_its_reco
 ) -> None:
     async with _rig(tmp_path) as rig:
         rig.applier.trust(await rig.applier.master.read_processes())
-        await rig.sets.have(_sets(_ONE), sweep=False)
+        await rig.sets.ensure(_sets(_ONE), sweep=False)
         stranger = rig.haproxy.fork()
         stranger.maps[str(rig.path)] = []
         rig.haproxy.workers.append(stranger)
