@@ -7,7 +7,7 @@ import importlib
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,7 @@ from imdsproxy.core.model import (
     NetworkId,
 )
 from imdsproxy.errors import NotFound, SourceUnavailable
-from imdsproxy.sources.libvirt.client import (
-    ConnectionLost,
-    LibvirtEvent,
-    SystemLibvirt,
-    read_domain,
-)
+from imdsproxy.sources.libvirt.client import LibvirtEvents, SystemLibvirt, read_domain
 from imdsproxy.sources.libvirt.source import LibvirtSource
 from imdsproxy.sources.libvirt.xml import METADATA_URI
 from support.libvirt_backing import define_domain, domain_xml, libvirt_source, uuid_of
@@ -52,10 +47,6 @@ def _cleared(libvirtd: Libvirtd) -> Iterator[None]:
     yield
     libvirtd.start()
     libvirtd.clear()
-
-
-def _setting(lost: asyncio.Event) -> Callable[[LibvirtEvent], None]:
-    return lambda event: lost.set() if isinstance(event, ConnectionLost) else None
 
 
 def open_files() -> int:
@@ -192,11 +183,11 @@ async def test_a_libvirtd_that_hangs_costs_one_thread_and_no_end(libvirtd: Libvi
     os.kill(pid, signal.SIGSTOP)
     try:
         with pytest.raises(SourceUnavailable, match="does not answer within"):
-            await client.connect(lambda _event: None)
+            await client.connect(LibvirtEvents())
         await client.close()
         for _ in range(3):
             with pytest.raises(SourceUnavailable, match="does not answer"):
-                await client.connect(lambda _event: None)
+                await client.connect(LibvirtEvents())
             await client.close()
         assert threads() == 1
     finally:
@@ -204,7 +195,7 @@ async def test_a_libvirtd_that_hangs_costs_one_thread_and_no_end(libvirtd: Libvi
     async with asyncio.timeout(20):
         while threads():
             await asyncio.sleep(0.01)
-    await client.connect(lambda _event: None)
+    await client.connect(LibvirtEvents())
     assert not await client.domains()
     await client.close()
 
@@ -213,7 +204,7 @@ async def test_connections_are_closed_for_good(libvirtd: Libvirtd) -> None:
     client = SystemLibvirt(libvirtd.uri)
 
     async def connect_and_close() -> int:
-        await client.connect(lambda _event: None)
+        await client.connect(LibvirtEvents())
         await client.domains()
         await client.close()
         return open_files()
@@ -228,10 +219,12 @@ async def test_lost_connections_are_closed_for_good(libvirtd: Libvirtd) -> None:
     client = SystemLibvirt(libvirtd.uri)
     files = []
     for _ in range(4):
-        lost = asyncio.Event()
-        await client.connect(_setting(lost))
+        events = LibvirtEvents()
+        await client.connect(events)
         await asyncio.to_thread(libvirtd.stop)
-        await asyncio.wait_for(lost.wait(), 10)
+        while events.lost is None:
+            events.arrived.clear()
+            await asyncio.wait_for(events.arrived.wait(), 10)
         with pytest.raises(SourceUnavailable):
             await client.domains()
         await client.close()
@@ -243,7 +236,7 @@ async def test_lost_connections_are_closed_for_good(libvirtd: Libvirtd) -> None:
 
 async def test_nothing_can_be_changed_by_the_sources_connection(libvirtd: Libvirtd) -> None:
     client = SystemLibvirt(libvirtd.uri)
-    await client.connect(lambda _event: None)
+    await client.connect(LibvirtEvents())
     try:
         with pytest.raises(SourceUnavailable, match="read only"):
             await client._call(lambda: client._connection.defineXML(domain_xml("a", [])))

@@ -2,21 +2,14 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import pytest
 
 from imdsproxy.core.backoff import Backoff
 from imdsproxy.core.model import NetworkId
 from imdsproxy.errors import SourceUnavailable
-from imdsproxy.sources.libvirt.client import (
-    ConnectionLost,
-    DomainChanged,
-    LibvirtClient,
-    LibvirtEvent,
-    NetworksChanged,
-    SystemLibvirt,
-)
+from imdsproxy.sources.libvirt.client import LibvirtClient, LibvirtEvents, SystemLibvirt
 from imdsproxy.sources.libvirt.records import NetworkXml
 from imdsproxy.sources.libvirt.settings import LibvirtSourceSettings
 from imdsproxy.sources.libvirt.source import LibvirtSource
@@ -39,13 +32,13 @@ class FakeLibvirt:
         self.connections = 0
         self.open = False
         self.read = 0
-        self._on_event: Callable[[LibvirtEvent], None] = lambda _event: None
+        self.events = LibvirtEvents()
 
-    async def connect(self, on_event: Callable[[LibvirtEvent], None]) -> None:
+    async def connect(self, events: LibvirtEvents) -> None:
         self.connections += 1
         self._check()
         self.open = True
-        self._on_event = on_event
+        self.events = events
 
     async def domains(self) -> Mapping[str, str]:
         self._check()
@@ -63,10 +56,9 @@ class FakeLibvirt:
     async def close(self) -> None:
         self.open = False
 
-    def send(self, event: LibvirtEvent) -> None:
-        if isinstance(event, ConnectionLost):
-            self.failure = event.reason
-        self._on_event(event)
+    def lose(self, reason: str) -> None:
+        self.failure = reason
+        self.events.lose(reason)
 
     def _check(self) -> None:
         if self.failure is not None:
@@ -81,10 +73,10 @@ async def test_an_event_of_a_domain_has_it_read_again() -> None:
     libvirt = FakeLibvirt(a=a_domain())
     async with running(_source(libvirt)) as heard:
         libvirt.xml[uuid_of("b")] = a_domain("52:54:00:00:00:06", "b")
-        libvirt.send(DomainChanged(uuid_of("b")))
+        libvirt.events.change(uuid_of("b"))
         await heard.until(lambda each: len(each.inventory.instances) == 2)
         del libvirt.xml[uuid_of("a")]
-        libvirt.send(DomainChanged(uuid_of("a")))
+        libvirt.events.change(uuid_of("a"))
         await heard.until(lambda each: list(each.inventory.instances) == [uuid_of("b")])
 
 
@@ -93,7 +85,7 @@ async def test_an_event_of_a_network_has_networks_read_again() -> None:
     async with running(_source(libvirt)) as heard:
         assert set(heard.inventory.networks) == {"n1"}
         libvirt.network = NetworkXml(NETWORK, active=False)
-        libvirt.send(NetworksChanged())
+        libvirt.events.change()
         await heard.until(lambda each: not each.inventory.networks)
         assert not heard.last.problems
         assert not list(heard.inventory.stranded())
@@ -112,7 +104,7 @@ async def test_what_was_known_stays_while_the_connection_is_lost() -> None:
     libvirt = FakeLibvirt(a=a_domain())
     async with running(_source(libvirt)) as heard:
         before = dict(heard.inventory.instances)
-        libvirt.send(ConnectionLost("libvirt closed the connection"))
+        libvirt.lose("libvirt closed the connection")
         await heard.until(lambda each: not each.last.in_sync)
         assert [problem.reason for problem in heard.last.problems] == [
             "libvirt closed the connection"
@@ -124,7 +116,7 @@ async def test_what_was_known_stays_while_the_connection_is_lost() -> None:
 async def test_after_a_connection_is_made_anew_only_what_changed_meanwhile_is_reported() -> None:
     libvirt = FakeLibvirt(a=a_domain(), b=a_domain("52:54:00:00:00:06", "b"))
     async with running(_source(libvirt)) as heard:
-        libvirt.send(ConnectionLost("gone"))
+        libvirt.lose("gone")
         await heard.until(lambda each: not each.last.in_sync)
         libvirt.xml[uuid_of("c")] = a_domain("52:54:00:00:00:07", "c")
         del libvirt.xml[uuid_of("b")]

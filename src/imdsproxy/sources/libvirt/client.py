@@ -11,8 +11,8 @@ import concurrent.futures
 import contextlib
 import importlib
 import threading
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from queue import SimpleQueue
 from typing import Any, Final, Protocol, TypeAlias, TypeVar
@@ -32,33 +32,48 @@ _NEVER: Final = -1
 _AT_ONCE: Final = 0
 
 
-@dataclass(frozen=True, slots=True)
-class DomainChanged:
-    """A domain was defined, started, stopped, undefined, or its metadata or devices changed."""
+@dataclass(slots=True)
+class LibvirtEvents:
+    """Events since they were last taken; many of one domain are one. For the event loop's thread only.
 
-    uuid: str
+    Attributes:
+        arrived: There are some.
+        lost: Why no more events arrive on this connection, if so.
+    """
 
+    arrived: asyncio.Event = field(default_factory=asyncio.Event)
+    lost: str | None = None
+    _domains: dict[str, None] = field(default_factory=dict)
 
-@dataclass(frozen=True, slots=True)
-class NetworksChanged:
-    """A network was defined, started, stopped or undefined."""
+    def change(self, domain: str = "") -> None:
+        """The domain of that UUID, or without one a network, was defined, started, stopped, undefined or changed."""
+        if domain:
+            self._domains[domain] = None
+        self.arrived.set()
 
+    def lose(self, reason: str) -> None:
+        """The connection is lost."""
+        self.lost = reason
+        self.arrived.set()
 
-@dataclass(frozen=True, slots=True)
-class ConnectionLost:
-    """No more events arrive on this connection."""
+    def take(self) -> Iterable[str]:
+        """The domains that changed.
 
-    reason: str
-
-
-LibvirtEvent: TypeAlias = DomainChanged | NetworksChanged | ConnectionLost
+        Raises:
+            SourceUnavailable: The connection is lost.
+        """
+        if self.lost is not None:
+            raise SourceUnavailable(self.lost)
+        self.arrived.clear()
+        changed, self._domains = self._domains, {}
+        return changed
 
 
 class LibvirtClient(Protocol):
     """One connection to a libvirt daemon. Every method may raise `SourceUnavailable`."""
 
-    async def connect(self, on_event: Callable[[LibvirtEvent], None]) -> None:
-        """Connect; from then on `on_event` gets events, in the event loop's thread."""
+    async def connect(self, events: LibvirtEvents) -> None:
+        """Connect; from then on events are noted in `events`."""
 
     async def domains(self) -> Mapping[str, str]:
         """The XML of every domain by its UUID: the live one where it is active."""
@@ -189,18 +204,20 @@ class SystemLibvirt:
         self._connection: _Connection = None
         self._undo: list[Callable[[], object]] = []
 
-    async def connect(self, on_event: Callable[[LibvirtEvent], None]) -> None:
+    async def connect(self, events: LibvirtEvents) -> None:
         """Connect; see `LibvirtClient`."""
         if self._thread is not None and self._thread.alive:
             raise SourceUnavailable(f"{self._uri} does not answer")
         self._thread = CallThread()
         loop = asyncio.get_running_loop()
 
-        def from_thread(event: LibvirtEvent) -> None:
+        def note(event: Callable[[str], None], about: str) -> None:
             if not loop.is_closed():
-                loop.call_soon_threadsafe(on_event, event)
+                loop.call_soon_threadsafe(event, about)
 
-        opening = self._call(lambda: self._open(from_thread))
+        opening = self._call(
+            lambda: self._open(partial(note, events.change), partial(note, events.lose))
+        )
         try:
             await asyncio.wait_for(opening, self._connect_s)
         except TimeoutError as error:
@@ -270,7 +287,7 @@ class SystemLibvirt:
 
     # In the thread
 
-    def _open(self, on_event: Callable[[LibvirtEvent], None]) -> None:
+    def _open(self, change: Callable[[str], None], lose: Callable[[str], None]) -> None:
         library = import_library()
         self._library = library
         # Without one of ours it writes every error to standard error.
@@ -283,7 +300,7 @@ class SystemLibvirt:
             raise
         self._connection = connection
         connection.registerCloseCallback(
-            lambda _connection, reason, _opaque: on_event(ConnectionLost(_why(library, reason))),
+            lambda _connection, reason, _opaque: lose(_why(library, reason)),
             None,
         )
         self._undo = [connection.unregisterCloseCallback]
@@ -296,14 +313,14 @@ class SystemLibvirt:
             number = connection.domainEventRegisterAny(
                 None,
                 event,
-                lambda _connection, domain, *_: on_event(DomainChanged(domain.UUIDString())),
+                lambda _connection, domain, *_: change(domain.UUIDString()),
                 None,
             )
             self._undo.append(partial(connection.domainEventDeregisterAny, number))
         number = connection.networkEventRegisterAny(
             None,
             library.VIR_NETWORK_EVENT_ID_LIFECYCLE,
-            lambda *_: on_event(NetworksChanged()),
+            lambda *_: change(""),
             None,
         )
         self._undo.append(partial(connection.networkEventDeregisterAny, number))
@@ -350,7 +367,7 @@ def read_domain(uri: str, name: str) -> tuple[str, tuple[NetworkXml, ...]]:
     async def read() -> tuple[Mapping[str, str], tuple[NetworkXml, ...]]:
         client = SystemLibvirt(uri)
         try:
-            await client.connect(lambda _event: None)
+            await client.connect(LibvirtEvents())
             return await client.domains(), await client.networks()
         finally:
             await client.close()

@@ -4,22 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Iterable
-from dataclasses import dataclass, field
-from typing import Final, assert_never
+from typing import Final
 
 from imdsproxy.core.backoff import Backoff
 from imdsproxy.core.model import InstanceId
 from imdsproxy.core.observation import RecordSet
 from imdsproxy.errors import Problem, SourceUnavailable
 from imdsproxy.sources.api import Origin, Publish
-from imdsproxy.sources.libvirt.client import (
-    ConnectionLost,
-    DomainChanged,
-    LibvirtClient,
-    LibvirtEvent,
-    NetworksChanged,
-)
+from imdsproxy.sources.libvirt.client import LibvirtClient, LibvirtEvents
 from imdsproxy.sources.libvirt.records import LibvirtKnown, Selection
 from imdsproxy.sources.libvirt.settings import LibvirtSourceSettings
 from imdsproxy.sources.reports import Reports
@@ -61,8 +53,8 @@ class LibvirtSource:
         """Report until cancelled."""
         while True:
             try:
-                events = _Events()
-                await self._client.connect(events.put)
+                events = LibvirtEvents()
+                await self._client.connect(events)
                 domains, networks = await self._client.domains(), await self._client.networks()
                 self._report(publish, self._known.update(domains, networks, everything=True))
                 self._backoff.succeed()
@@ -74,7 +66,7 @@ class LibvirtSource:
                 await self._client.close()
             await asyncio.sleep(self._backoff.fail())
 
-    async def _follow(self, events: _Events, publish: Publish) -> None:
+    async def _follow(self, events: LibvirtEvents, publish: Publish) -> None:
         """Report changes, until the connection is lost (`SourceUnavailable`)."""
         while True:
             with contextlib.suppress(TimeoutError):
@@ -94,36 +86,3 @@ class LibvirtSource:
         )
         if observation is not None:
             publish(observation)
-
-
-@dataclass(slots=True)
-class _Events:
-    """Events since they were last taken; many of one domain are one."""
-
-    arrived: asyncio.Event = field(default_factory=asyncio.Event)
-    _domains: dict[str, None] = field(default_factory=dict)
-    _lost: ConnectionLost | None = None
-
-    def put(self, event: LibvirtEvent) -> None:
-        match event:
-            case DomainChanged(uuid):
-                self._domains[uuid] = None
-            case NetworksChanged():
-                pass  # they are read again anyway
-            case ConnectionLost():
-                self._lost = event
-            case _:
-                assert_never(event)
-        self.arrived.set()
-
-    def take(self) -> Iterable[str]:
-        """The domains that changed.
-
-        Raises:
-            SourceUnavailable: The connection is lost.
-        """
-        if self._lost is not None:
-            raise SourceUnavailable(self._lost.reason)
-        self.arrived.clear()
-        changed, self._domains = self._domains, {}
-        return changed
