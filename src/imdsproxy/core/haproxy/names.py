@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Final
 
 from imdsproxy.core import policy_word as layout
+from imdsproxy.core import wire
 from imdsproxy.core.documents.tree import TEXT
 from imdsproxy.core.haproxy.audit import AUDIT_LONGEST
 from imdsproxy.core.haproxy.limits import names_of_limits
@@ -20,18 +21,6 @@ from imdsproxy.core.policy_word import POLICY_WORD, Field, Letter
 from imdsproxy.core.tokens import CURRENT, TOKEN_PATTERN, TTL_LIMIT_S
 from imdsproxy.core.wire import (
     ANSWER_DSCP,
-    HEADER_ADDRESS,
-    HEADER_FORWARDED,
-    HEADER_INSTANCE,
-    HEADER_LOGGED,
-    HEADER_NETWORK,
-    HEADER_OPERATOR,
-    HEADER_RECORD,
-    HEADER_REFUSED,
-    HEADER_REVISION,
-    HEADER_SCOPE,
-    HEADER_TARGET,
-    HEADER_UNVERIFIED,
     MAP_CONFLICT,
     MAP_NOVA,
     RETRY_AFTER_S,
@@ -163,21 +152,9 @@ _VALUES: Final[dict[str, Value]] = {
     "mac": _text(
         "concat(|,sess.network),concat(|,txn.instance),concat(|,txn.epoch),hmac(sha256,txn.key),ub64enc"
     ),
-    # Headers, texts, numbers.
+    # Texts, numbers.
     "token_header": _text(TOKEN_HEADERS[0]),
     "ttl_header": _text(TOKEN_HEADERS[1]),
-    "header_address": _text(HEADER_ADDRESS),
-    "header_forwarded": _text(HEADER_FORWARDED),
-    "header_instance": _text(HEADER_INSTANCE),
-    "header_network": _text(HEADER_NETWORK),
-    "header_operator": _text(HEADER_OPERATOR),
-    "header_record": _text(HEADER_RECORD),
-    "header_refused": _text(HEADER_REFUSED),
-    "header_revision": _text(HEADER_REVISION),
-    "header_scope": _text(HEADER_SCOPE),
-    "header_target": _text(HEADER_TARGET),
-    "header_logged": _text(HEADER_LOGGED),
-    "header_unverified": _text(HEADER_UNVERIFIED),
     "methods": _text(" ".join(METHODS)),
     "allow_methods": Word(", ".join(METHODS)),
     "token_path": _text(TOKEN_PATH),
@@ -210,12 +187,21 @@ def _policy() -> dict[str, Value]:
     return names
 
 
+def _headers() -> dict[str, Value]:
+    """`header_network` for `core.wire.HEADER_NETWORK`."""
+    return {
+        name.lower(): _text(header)
+        for name, header in vars(wire).items()
+        if name.startswith("HEADER_")
+    }
+
+
 def _conditions() -> dict[str, Value]:
     acls = (line.split(maxsplit=2) for line in Form(_VALUES).fill(_CONDITIONS).lines)
     return {name: _text(f"{{ {condition} }}") for _, name, condition in acls}
 
 
-CONSTANTS: Final[dict[str, Value]] = _VALUES | _policy() | _conditions()
+CONSTANTS: Final[dict[str, Value]] = _VALUES | _headers() | _policy() | _conditions()
 """What is the same in every configuration."""
 
 
