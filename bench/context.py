@@ -23,6 +23,7 @@ class Scale:
 
     Attributes:
         flood_s: How long a guest reads while another network is flooded.
+        many: Instances of the rows about very many records; half of them where they are in files.
         settle_s: How long to wait before memory and idle time are read.
         replacing: Numbers of networks in front of Nova.
         warm_up: Load each side once more at first.
@@ -43,6 +44,8 @@ class Scale:
     processes: int
     peer_rounds: int
     flood_s: float
+    many: int = 200_000
+    many_networks: int = 5_000
     settle_s: float = 2
     replacing: tuple[int, ...] = (100, 500)
     warm_up: bool = True
@@ -67,6 +70,8 @@ class Scale:
                 processes=2,
                 peer_rounds=1,
                 flood_s=0.3,
+                many=40,
+                many_networks=4,
                 settle_s=0.1,
                 replacing=(1, 2),
                 warm_up=False,
@@ -88,6 +93,8 @@ class Scale:
                 processes=10,
                 peer_rounds=1,
                 flood_s=3,
+                many=20_000,
+                many_networks=500,
             )
         return Scale(
             networks=1_000,

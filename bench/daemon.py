@@ -143,22 +143,22 @@ class Daemon:
                 start_new_session=True,
             )
 
-    def start(self) -> None:
+    def start(self, patience_s: float = _START_S) -> None:
         """Start the controller and wait until its admin API answers and HAProxy runs.
 
         Raises:
             BenchError: It ended, or did not answer in time.
         """
         self.spawn()
-        self.wait_ready()
+        self.wait_ready(patience_s)
 
-    def wait_ready(self) -> None:
+    def wait_ready(self, patience_s: float = _START_S) -> None:
         """Wait until the admin API answers and HAProxy runs.
 
         Raises:
             BenchError: The controller ended, or did not answer in time.
         """
-        if not wait_until(self._ready, _START_S, every_s=0.02):
+        if not wait_until(self._ready, patience_s, every_s=0.02):
             raise BenchError(f"the daemon does not answer: {self.last_words()}")
 
     def _ready(self) -> bool:

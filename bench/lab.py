@@ -69,15 +69,15 @@ class Lab:
         self.names.clear()
         return len(left)
 
-    def grow(self, count: int) -> None:
-        """Have `count` networks, the ones that are there included."""
+    def grow(self, count: int, *, ipv6: bool = True) -> None:
+        """Have `count` networks, the ones that are there included; those that are new with IPv6 or without."""
         for number in range(len(self.names), count):
-            self.add(network_name(number))
+            self.add(network_name(number), ipv6=ipv6)
 
-    def add(self, name: str) -> None:
+    def add(self, name: str, *, ipv6: bool = True) -> None:
         """One more network, of any name with the prefix."""
         self._thread.create_now(name)
-        self._thread.enter(name, lambda _: _furnish())
+        self._thread.enter(name, lambda _: _furnish(ipv6=ipv6))
         self.names.append(name)
 
     def plug(self, name: str, mac: str = "") -> str:
@@ -120,13 +120,14 @@ class Lab:
         self._thread.close()
 
 
-def _furnish() -> None:
+def _furnish(*, ipv6: bool) -> None:
     with NetlinkSocket() as channel:
         set_link(channel, _LOOPBACK, up=True)
         add_address(channel, _LOOPBACK, METADATA_IPV4, 32, protocol=0)
         add_address(channel, _LOOPBACK, IPv4Address(guest(0)), GUESTS.network.prefixlen, protocol=0)
         _prefer_source(channel, IPv4Address(guest(0)))
-        _add_device(channel)
+        if ipv6:
+            _add_device(channel)
 
 
 def _prefer_source(channel: NetlinkSocket, source: IPv4Address) -> None:
