@@ -17,7 +17,7 @@ from bench.lab import network_name
 from bench.place import BenchError
 from bench.procs import Memory, end_all, memory, wait_until
 
-__all__ = ["measure_growth", "timed_start"]
+__all__ = ["measure_growth"]
 
 _PATH = "/latest/meta-data/instance-id"
 _MEMORY_BAR = Bar("HAProxy ≤ 12 kB", at_most=12.0)
@@ -90,7 +90,7 @@ def _step(bench: Bench, daemon: Daemon, count: int) -> _Step:
     times = []
     for _ in range(bench.scale.starts if count == bench.scale.networks else 1):
         daemon.stop()
-        times.append(timed_start(bench, daemon, count))
+        times.append(_timed_start(bench, daemon, count))
         daemon.wait_ready()
     processes = daemon.wait_settled()
     step = _Step(
@@ -105,21 +105,19 @@ def _step(bench: Bench, daemon: Daemon, count: int) -> _Step:
     return step
 
 
-def timed_start(
-    bench: Bench, daemon: Daemon, count: int, patience_s: float = _PATIENCE_S
-) -> tuple[float, float]:
+def _timed_start(bench: Bench, daemon: Daemon, count: int) -> tuple[float, float]:
     """Seconds from `imdsproxy run` to the first answer and to the last network's."""
     waiting = [network_name(number) for number in range(count)]
     began = time.perf_counter()
     daemon.spawn()
     while not _answers(bench, waiting[-1]):
-        if time.perf_counter() - began > patience_s:
+        if time.perf_counter() - began > _PATIENCE_S:
             raise BenchError("no network answers after a start")
         time.sleep(0.005)
     first = time.perf_counter() - began
     while waiting:
         waiting = _unanswered(bench, waiting)
-        if time.perf_counter() - began > patience_s:
+        if time.perf_counter() - began > _PATIENCE_S:
             raise BenchError(f"{len(waiting)} of {count} networks do not answer after a start")
     return first, time.perf_counter() - began
 

@@ -86,9 +86,11 @@ class World:
         )
         applier = SimpleNamespace(apply=self.apply, state=MapState(base=self.map))
         files = SimpleNamespace(
-            apply=lambda _instance, _record: None,
+            unchanged=lambda _compiled_of: {},
+            apply=lambda _instance, _record, _compiled_of: None,
             remove=lambda _instance: None,
             instances=tuple,
+            settle=lambda: None,
         )
         self.records = RecordLoop(
             self.inventory,

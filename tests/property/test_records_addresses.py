@@ -8,7 +8,7 @@ from ipaddress import IPv4Address, IPv6Address
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from imdsproxy.core.addresses import link_local_of
+from imdsproxy.core.addresses import link_local_of, text_of
 from imdsproxy.core.model import Instance, MacAddress
 from imdsproxy.core.records import parse_instance
 
@@ -38,10 +38,20 @@ def test_an_accepted_address_is_spelt_as_the_kernel_and_haproxy_spell_it(
     if isinstance(found, Instance):
         (accepted,) = found.ports[0].addresses
         family = socket.AF_INET if accepted.version == 4 else socket.AF_INET6
-        assert str(accepted) == socket.inet_ntop(family, accepted.packed)
+        assert text_of(accepted) == socket.inet_ntop(family, accepted.packed)
+
+
+@given(_ipv6 | st.integers(0, 2**64 - 1).map(lambda low: IPv6Address(0xFE80 << 112 | low)))
+@example(IPv6Address("fe80::ff:fe00:0"))
+@example(IPv6Address("fe80::1:ff:fe00:0"))
+@example(IPv6Address("fe80:1::ff:fe00:0"))
+def test_addresses_are_spelt_as_python_spells_them(address: IPv6Address) -> None:
+    assert text_of(address) == str(address)
 
 
 @given(st.integers(0, 2**48 - 1))
+@example(0x020000000000)
+@example(0x0000FF000000)
 def test_a_link_local_address_of_a_mac_is_spelt_alike_too(number: int) -> None:
     address = link_local_of(MacAddress(number.to_bytes(6, "big").hex(":")))
-    assert str(address) == socket.inet_ntop(socket.AF_INET6, address.packed)
+    assert text_of(address) == socket.inet_ntop(socket.AF_INET6, address.packed)

@@ -134,14 +134,21 @@ class _NoFiles:
 
     passwords: PasswordStore
 
-    def apply(self, instance: InstanceId, record: CompiledRecord) -> None:
-        del instance, record
+    def unchanged(self, compiled_of: Mapping[InstanceId, bytes]) -> Mapping[InstanceId, str]:
+        del compiled_of
+        return {}
+
+    def apply(self, instance: InstanceId, record: CompiledRecord, compiled_of: bytes) -> None:
+        del instance, record, compiled_of
 
     def remove(self, instance: InstanceId) -> None:
         self.passwords.remove(instance)
 
     def instances(self) -> Iterable[InstanceId]:
         return ()
+
+    def settle(self) -> None:
+        """Nothing is kept back."""
 
 
 @dataclass

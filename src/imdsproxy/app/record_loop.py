@@ -14,20 +14,30 @@ from typing import Final, Protocol, TypeVar
 
 import structlog
 
+from imdsproxy import __version__
 from imdsproxy.anti_spoofing.hop_limits import HopLimits
 from imdsproxy.anti_spoofing.mac_filters import MacFilters
 from imdsproxy.anti_spoofing.plan import plan_pairs
 from imdsproxy.app.rule_sets import RuleSets
 from imdsproxy.app.tickets import Tickets
 from imdsproxy.core.backoff import Backoff
-from imdsproxy.core.compiled import CompiledRecord, compile_instance
+from imdsproxy.core.compiled import FORMAT as COMPILED_FORMAT
+from imdsproxy.core.compiled import CompiledRecord, compile_instance, network_mark
 from imdsproxy.core.documents.renamed import list_warnings, warn_of_names
 from imdsproxy.core.haproxy.maps import PackedMap
 from imdsproxy.core.identity import Learned
 from imdsproxy.core.inventory import Inventory
-from imdsproxy.core.model import Instance, InstanceId, MacAddress, NetworkId, Upstream
+from imdsproxy.core.model import (
+    Instance,
+    InstanceId,
+    MacAddress,
+    Network,
+    NetworkId,
+    Upstream,
+)
 from imdsproxy.core.nova import NovaRouting
 from imdsproxy.core.observation import AddressKey, Affected, Conflict, Observation
+from imdsproxy.core.packed import FORMAT as PACKED_FORMAT
 from imdsproxy.core.path_rules import PathRules
 from imdsproxy.core.plan import (
     PlannedRecords,
@@ -52,6 +62,9 @@ _AT_ONCE: Final = 100
 
 _MANY: Final = 20_000
 """Addresses of which a list is not worth its memory: all are looked at instead."""
+
+_COMPILER: Final = f"{__version__} {COMPILED_FORMAT} {PACKED_FORMAT} ".encode()
+"""Which program compiled a record: another one may make another record of the same."""
 
 _Item = TypeVar("_Item")
 
@@ -108,18 +121,26 @@ class _RoundPlan:
 
 
 class CompiledFiles(Protocol):
-    """Where the document server reads from."""
+    """Where the document server reads from (`app.compiled_files`)."""
 
-    def apply(self, instance: InstanceId, record: CompiledRecord) -> None:
-        """Write exactly this record; `HostRefused` leaves the one before."""
+    def unchanged(self, compiled_of: Mapping[InstanceId, bytes]) -> Mapping[InstanceId, str]:
+        """The revisions of those whose records on disk were compiled of just this."""
+        ...
+
+    def apply(self, instance: InstanceId, record: CompiledRecord, compiled_of: bytes) -> None:
+        """Have exactly this record on disk; `HostRefused` leaves the one before."""
         ...
 
     def remove(self, instance: InstanceId) -> None:
-        """Remove the record and the password of the instance."""
+        """Have no record and no password of the instance."""
         ...
 
     def instances(self) -> Iterable[InstanceId]:
         """Every instance that has a record on disk."""
+        ...
+
+    def settle(self) -> None:
+        """Everything has been looked at."""
         ...
 
 
@@ -169,17 +190,19 @@ class RecordLoop:
     _work: _Work = field(default_factory=_Work)
     _wake: asyncio.Event = field(default_factory=asyncio.Event)
     _swept: bool = False
+    _marks: dict[NetworkId, tuple[Network | None, bytes]] = field(default_factory=dict)
 
     def observe(self, observation: Observation) -> int:
         """Take in what a source saw; the ticket says when it is in force."""
         affected = self.inventory.observe(observation)
+        if self._work.everything:
+            if self._work.addresses:
+                self._work.addresses -= affected.addresses
+            affected = replace(affected, addresses=frozenset(self._unowned(affected.addresses)))
         self._work.add(affected)
         if len(self._work.addresses) > _MANY and not self._work.everything:
             self._work.everything = True
             self._work.addresses = set(self._unowned(self._work.addresses))
-        elif self._work.everything:
-            self._work.addresses.difference_update(affected.addresses)
-            self._work.addresses.update(self._unowned(affected.addresses))
         if affected.networks or affected.in_sync:
             self.on_networks(affected.networks)
         if self.inventory.in_sync:
@@ -245,6 +268,7 @@ class RecordLoop:
         if whole:
             self._remove_all(compiling.unneeded)
             self._swept = True
+        self.files.settle()
         return packed
 
     def _everybody(self) -> set[InstanceId]:
@@ -256,7 +280,7 @@ class RecordLoop:
 
     def _unowned(self, keys: Iterable[AddressKey]) -> Iterator[AddressKey]:
         """What a look at every address that anybody has would miss."""
-        return (key for key in keys if self.inventory.owner(key) is None)
+        return (key for key in keys if not self.inventory.is_owned(key))
 
     async def _every_part(
         self, compiling: _Compiling, keys: Iterable[AddressKey] = ()
@@ -369,6 +393,8 @@ class RecordLoop:
         self._remove_all(compiling.unneeded)
         if self.inventory.in_sync:
             self._swept = True
+        if full:
+            self.files.settle()
         self.hop_limits.commit(plan.armed, complete=self._swept)
         self.on_applied(None if full else keys)
 
@@ -410,6 +436,9 @@ class RecordLoop:
             self._compile_part(part, compiling)
 
     def _compile_part(self, instances: Iterable[InstanceId], compiling: _Compiling) -> None:
+        compiled_of: dict[InstanceId, bytes] = {}
+        networks = self.inventory.networks
+        salt = _COMPILER + repr(self.region()).encode()
         for instance in instances:
             compiling.left.discard(instance)
             known = self.inventory.instances.get(instance)
@@ -423,10 +452,29 @@ class RecordLoop:
                 if instance in self.revisions or not self._swept:
                     compiling.unneeded.append(instance)
             else:
-                before = self.revisions.get(instance)
-                self._compile(known)
-                if compiling.keys is not None and self.revisions.get(instance) != before:
-                    compiling.keys |= self.inventory.addresses_of(instance)
+                compiled_of[instance] = self._fingerprint(known, networks, salt)
+        # Of one that has just changed this could not be.
+        unchanged = self.files.unchanged(compiled_of) if compiling.keys is None else {}
+        for instance, made_of in compiled_of.items():
+            before = self.revisions.get(instance)
+            self._compile(self.inventory.instances[instance], made_of, unchanged.get(instance))
+            if compiling.keys is not None and self.revisions.get(instance) != before:
+                compiling.keys |= self.inventory.addresses_of(instance)
+
+    def _fingerprint(
+        self, known: Instance, networks: Mapping[NetworkId, Network], salt: bytes
+    ) -> bytes:
+        """What the instance's record is compiled of."""
+        marks = (self._mark(port.network, networks) for port in known.ports)
+        return self.inventory.instances.digest(known.id, b"".join((salt, *marks)))
+
+    def _mark(self, network_id: NetworkId, networks: Mapping[NetworkId, Network]) -> bytes:
+        network = networks.get(network_id)
+        known, mark = self._marks.get(network_id, (None, b"-"))
+        if network is not known:
+            mark = b"-" if network is None else network_mark(network)
+            self._marks[network_id] = network, mark
+        return mark
 
     def _drop_learned(self, compiling: _Compiling) -> list[AddressKey]:
         """Know no addresses of instances that no source has any more; which those were."""
@@ -459,14 +507,20 @@ class RecordLoop:
             policies=self.policies(),
         )
 
-    def _compile(self, known: Instance) -> None:
+    def _compile(self, known: Instance, compiled_of: bytes, revision: str | None) -> None:
+        """Have an instance's record on disk; it is there if its `revision` is given."""
         instance = known.id
         name = f"instances.{instance}"
         try:
-            record = compile_instance(known, self.inventory.networks, self.region())
-            if self.revisions.get(instance) == record.revision and name not in self.failures:
+            if revision is None:
+                record = compile_instance(known, self.inventory.networks, self.region())
+                revision = record.revision
+                if self.revisions.get(instance) == revision and name not in self.failures:
+                    return
+                self.files.apply(instance, record, compiled_of)
+            elif self.revisions.get(instance) == revision:
+                self.failures.pop(name, None)
                 return
-            self.files.apply(instance, record)
         except ImdsproxyError as error:
             # The record before stays on disk and in force; guests read on, the operator is told.
             self.failures[name] = Problem(name, error.message, error.hint)
@@ -475,7 +529,7 @@ class RecordLoop:
             )
             return
         self.failures.pop(name, None)
-        self.revisions[instance] = record.revision
+        self.revisions[instance] = revision
         before = self.warnings.pop(instance, ())
         if found := warn_of_names(known):
             self.warnings[instance] = found

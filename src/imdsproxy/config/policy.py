@@ -24,7 +24,7 @@ from imdsproxy.core.path_rules import (
     find_path_fault,
     sort_paths,
 )
-from imdsproxy.core.policy import RULES, PolicyBook, PolicyRules, Rule, TokenMode
+from imdsproxy.core.policy import NOTHING_SAID, RULES, PolicyBook, PolicyRules, Rule, TokenMode
 
 _Mode = Annotated[Literal["off", "optional", "required"], OffIsFalse]
 
@@ -68,9 +68,8 @@ class PolicyRulesSettings(_Rules):
     def rules(self) -> PolicyRules:
         """As the core has it."""
         values = ((rule, getattr(self, rule.name)) for rule in RULES.values())
-        return PolicyRules(
-            **{rule.name: _of_core(rule, value) for rule, value in values if value is not None}
-        )
+        rules = {rule.name: _of_core(rule, value) for rule, value in values if value is not None}
+        return PolicyRules(**rules) if rules else NOTHING_SAID
 
 
 def _of_core(rule: Rule, value: Any) -> Any:  # noqa: ANN401 - as pydantic checked it

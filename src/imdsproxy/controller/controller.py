@@ -16,6 +16,7 @@ from typing import Final
 import structlog
 
 from imdsproxy.app.audit import KEPT_WORKERS, Audit
+from imdsproxy.app.compiled_files import CompiledIndex, IndexedFiles
 from imdsproxy.app.document_probe import DocumentProbe
 from imdsproxy.app.lookup import Lookup
 from imdsproxy.app.record_loop import RecordLoop
@@ -120,7 +121,7 @@ class Controller:
         self.records = RecordLoop(
             inventory,
             applier,
-            files,
+            IndexedFiles(files, CompiledIndex(layout.compiled_index)),
             clock,
             events.networks_changed,
             events.records_applied,

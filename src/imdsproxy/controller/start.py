@@ -169,6 +169,7 @@ async def _live(
             admin=str(settings.admin_socket),
         )
         await controller.ended.wait()
+        parts.records.files.settle()
         for task in (*tasks, administering):
             task.cancel()
         if controller.with_data_plane:
@@ -205,30 +206,20 @@ async def _load_http(controller: Controller) -> None:
 async def _start_data_plane(controller: Controller) -> None:
     """Adopt what runs; start what does not, with everything that the sources know by now."""
     log = structlog.get_logger()
-    applier = controller.records.applier
-    adopted = False
     await controller.hop_limits.preload()
-    if applier.load():
-        adopted = await controller.haproxy.adopt()
+    adopted = await controller.haproxy.adopt()
     found = controller.companion.read().parent
     try:
         # The document server takes its time to start; so does a look at a thousand namespaces.
-        await asyncio.gather(controller.companion.ensure(), _look(controller))
+        await asyncio.gather(controller.companion.ensure(), _wait_for_records(controller))
         if adopted:
             processes = controller.haproxy.processes
             log.info("haproxy adopted", master=None if processes is None else processes.master)
             controller.records.resync()
+            await controller.listeners.first_look()
         else:
             await controller.haproxy.end_stray()
-            # Records of a source that is not in sync yet are served on as they were.
-            before: dict[str, str | None] = {}
-            if not controller.inventory.in_sync:
-                before.update(applier.state.effective())
-                controller.hop_limits.restrict(before)
-            records = await controller.records.compile_all()
-            if before:
-                records = {**{key: value for key, value in before.items() if value}, **records}
-            applier.write_all(records)
+            await asyncio.gather(controller.listeners.first_look(), _write_records(controller))
         await controller.listeners.first_round()
         # From the MAC filters that are still there: guests that are known by their MACs alone are known on.
         controller.lookup.recall()
@@ -239,19 +230,33 @@ async def _start_data_plane(controller: Controller) -> None:
         raise
 
 
-async def _look(controller: Controller) -> None:
+async def _write_records(controller: Controller) -> None:
+    """What a HAProxy reads that is yet to start."""
+    applier = controller.records.applier
+    # Records of a source that is not in sync yet are served on as they were.
+    before: dict[str, str | None] = {}
+    if not controller.inventory.in_sync and applier.load():
+        before.update(applier.state.effective())
+        controller.hop_limits.restrict(before)
+    records = await controller.records.compile_all()
+    if before:
+        records = {**{key: value for key, value in before.items() if value}, **records}
+    applier.write_all(records)
+
+
+async def _wait_for_records(controller: Controller) -> None:
     await controller.nova.resolve()
     await _wait_for_sources(controller)
     # Before anything is swept: guests behind routers are known on, as they were before a restart.
     controller.lookup.follow_routes()
-    await controller.listeners.first_look()
 
 
 async def _wait_for_sources(controller: Controller) -> None:
-    known = -1
+    before: object = None
     while not controller.inventory.in_sync:
         # As long as records come in, a start without them would serve no guest sooner.
-        if known == len(controller.inventory.instances):
+        known = len(controller.inventory.instances), controller.records.progress.steps
+        if known == before:
             structlog.get_logger().warning(
                 "starting before all sources are in sync",
                 waiting_for=[
@@ -259,7 +264,7 @@ async def _wait_for_sources(controller: Controller) -> None:
                 ],
             )
             return
-        known = len(controller.inventory.instances)
+        before = known
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_FIRST_SYNC_S):
                 await controller.records.in_sync.wait()

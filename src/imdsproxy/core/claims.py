@@ -29,11 +29,14 @@ class Claims:
         self._count = 0
         self.contested: set[AddressKey] = set()
 
-    def __iter__(self) -> Iterator[AddressKey]:
+    def items(self) -> Iterator[tuple[AddressKey, InstanceId | frozenset[InstanceId]]]:
+        """Every address that is claimed, and by whom; others may change that meanwhile."""
         # In the order of map keys (`core.plan.record_key`), as far as the networks go.
         for network in sorted(self._networks, key=lambda one: f"{one}/"):
             for number in tuple(self._networks.get(network, ())):
-                yield network, from_number(number)
+                found = self._networks.get(network, {}).get(number)
+                if found is not None:
+                    yield (network, from_number(number)), found
 
     def __len__(self) -> int:
         return self._count
@@ -69,7 +72,17 @@ class Claims:
         for key in before - after:
             self._store(key, self.of(key) - {instance})
         for key in after - before:
+            self.add(instance, key[0], to_number(key[1]))
+
+    def add(self, instance: InstanceId, network: NetworkId, number: _Number) -> None:
+        """Have an instance claim one more address, given as its number."""
+        claims = self._networks.setdefault(network, {})
+        if number in claims:
+            key = network, from_number(number)
             self._store(key, self.of(key) | {instance})
+        else:
+            claims[number] = instance
+            self._count += 1
 
     def _store(self, key: AddressKey, claimants: frozenset[InstanceId]) -> None:
         network, number = key[0], to_number(key[1])

@@ -29,7 +29,7 @@ from imdsproxy.core.model import (
 )
 from imdsproxy.errors import RecordCorrupt
 
-_FORMAT: Final = 2
+FORMAT: Final = 2
 """Raise it when a document's text changes for the same instance: revisions, and with them what HAProxy has
 cached, then differ from those of the older version. During an upgrade each version reads the records of the other, so
 a key that is new here may be missing."""
@@ -166,7 +166,7 @@ def compile_instance(
     """
     user_data = None if instance.user_data is None else bytes(instance.user_data)
     head = {
-        "format": _FORMAT,
+        "format": FORMAT,
         "id": instance.id,
         "uuid": instance.uuid,
         "ec2_id": instance.ec2_id,
@@ -193,6 +193,11 @@ def compile_instance(
         user_data or b"",
     )
     return CompiledRecord(revision, b"".join(parts))
+
+
+def network_mark(network: Network) -> bytes:
+    """What tells a network from one of which a port's record would be compiled differently."""
+    return blake2b(repr((network.mtu, network.subnets)).encode(), digest_size=8).digest()
 
 
 def _describe(data: bytes | None) -> list[int | str] | None:
@@ -246,7 +251,7 @@ def parse_compiled(content: bytes) -> DocumentRecord:
         return _parse_record(head, content)
     except KeyError as error:
         raise RecordCorrupt(
-            f"compiled record is of format {head['format']}, not {_FORMAT}"
+            f"compiled record is of format {head['format']}, not {FORMAT}"
         ) from error
 
 
@@ -258,7 +263,7 @@ def _parse_record(head: _Head, content: bytes) -> DocumentRecord:
     if end != len(content):
         raise RecordCorrupt(f"compiled record has {len(content)} bytes where {end} are due")
     return DocumentRecord(
-        revision=head["revision"] if head["format"] == _FORMAT else "",
+        revision=head["revision"] if head["format"] == FORMAT else "",
         id=InstanceId(head["id"]),
         uuid=head["uuid"],
         ec2_id=head["ec2_id"],

@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TypeVar
 
-from imdsproxy.core.addresses import link_local_of
+from imdsproxy.core.addresses import from_number, link_local_of, to_number
 from imdsproxy.core.agreement import agreed, distinct, without_vaguer
 from imdsproxy.core.claims import Claims
 from imdsproxy.core.model import (
@@ -133,7 +133,7 @@ class Inventory:
         return frozenset(self._network_conflicts - self._networks.keys())
 
     @property
-    def instances(self) -> Mapping[InstanceId, Instance]:
+    def instances(self) -> PackedInstances:
         """Those with documents: told of by one source, or alike by several."""
         return self._instances
 
@@ -161,13 +161,26 @@ class Inventory:
             return self._instance_conflict(claimant)
         return claimant
 
+    def is_owned(self, key: AddressKey) -> bool:
+        """Whether `owner` gives anything but `None`."""
+        return self._addresses.owner(key) is not None and self.knows(key[0])
+
     def addresses(self) -> Iterator[tuple[AddressKey, InstanceId | Conflict]]:
         """Every address that somebody claims in a network that exists, and whose it is; network by network.
 
         It may go on while others observe: what comes or goes meanwhile is perhaps not in it.
         """
-        for key in self._addresses:
-            owner = self.owner(key)
+        for key, claimant in self._addresses.items():
+            owner: InstanceId | Conflict | None
+            if (
+                isinstance(claimant, str)
+                and claimant in self._instances
+                and key[0] in self._networks
+                and key[0] not in self._network_conflicts
+            ):
+                owner = claimant
+            else:
+                owner = self.owner(key)
             if owner is not None:
                 yield key, owner
 
@@ -330,7 +343,11 @@ class Inventory:
     def _set_instance(self, instance_id: InstanceId, change: _Change) -> None:
         before = self._versions(instance_id)
         counting = [report.instances for _, report in self._counting(instance_id)]
-        after = without_vaguer(distinct(instances[instance_id] for instances in counting))
+        if not before and len(counting) == 1:
+            self._add_instance(instance_id, counting[0], change)
+            return
+        versions = distinct(instances[instance_id] for instances in counting)
+        after = versions if len(versions) == 1 else without_vaguer(versions)
         if before == after:
             return
         if len(counting) == 1:
@@ -342,7 +359,25 @@ class Inventory:
         self._addresses.replace(instance_id, *keys)
         self._index(instance_id, before, after)
         change.instances.add(instance_id)
-        change.addresses.update(*keys)
+        for some in keys:
+            change.addresses |= some
+
+    def _add_instance(
+        self, instance_id: InstanceId, told: PackedInstances, change: _Change
+    ) -> None:
+        """Take a new one that one source has, as at a start all are: a third of the work of `_set_instance`."""
+        self._instances.take(instance_id, told)
+        change.instances.add(instance_id)
+        for network, mac, numbers in told.ports(instance_id):
+            found = numbers
+            if mac is not None:
+                self._macs[network] += 1
+                found = [*numbers, to_number(link_local_of(mac))]
+            elif not numbers:
+                self._idle.setdefault(network, set()).add(instance_id)
+            for number in found:
+                self._addresses.add(instance_id, network, number)
+                change.addresses.add((network, from_number(number)))
 
     def _counting(self, instance_id: InstanceId) -> Collection[tuple[SourceName, _Report]]:
         """The reports whose word counts for an id: those that defer count where no other has it."""

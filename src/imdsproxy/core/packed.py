@@ -11,7 +11,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
-from ipaddress import IPv4Address, IPv6Address
+from hashlib import blake2b
 from typing import Any, Final, TypeAlias
 
 from imdsproxy.core.addresses import from_number, to_number
@@ -29,7 +29,7 @@ from imdsproxy.core.model import (
 )
 from imdsproxy.core.policy import NO_RULES, PolicyRules
 
-FORMAT: Final = 1
+FORMAT: Final = 2
 """Raise it when the bytes mean something else: stores keep them beside the records."""
 
 _LEVEL, _WINDOW, _MEMORY = 1, -12, 5
@@ -42,6 +42,9 @@ _ENCODER: Final = json.JSONEncoder(separators=(",", ":"))
 _DECODER: Final = json.JSONDecoder()
 _COMPRESS: Final = zlib.compressobj(_LEVEL, zlib.DEFLATED, _WINDOW, _MEMORY, zdict=_COMMON)
 _DECOMPRESS: Final = zlib.decompressobj(_WINDOW, zdict=_COMMON)
+
+_PORTS: Final = 3
+"""Where they are in a packed record."""
 
 _KEPT: Final = 256
 """How many unpacked ones are kept: those of the addresses that a round looks at in one go."""
@@ -135,6 +138,25 @@ class PackedInstances(MutableMapping[InstanceId, Instance]):
         beside = isinstance(user_data, bytes) or vendor_data is not None or policy != NO_RULES
         return None if beside else data
 
+    def ports(self, key: InstanceId) -> list[tuple[NetworkId, MacAddress | None, list[int]]]:
+        """Network, MAC and addresses (`to_number`) of each port, without the instance being made."""
+        packed = self._packed[key]
+        record: list[Any] = _decompress(packed if isinstance(packed, bytes) else packed[0])
+        return [(network, mac, addresses) for network, mac, addresses, _ in record[_PORTS]]
+
+    def digest(self, key: InstanceId, salt: bytes) -> bytes:
+        """What tells one from any other, its policy and its id apart; `salt` goes into it."""
+        packed = self._packed[key]
+        data, *beside = (packed,) if isinstance(packed, bytes) else packed[:3]
+        made_of = blake2b(salt, digest_size=16)
+        # Of user-data that is fetched, length and digest are in the record.
+        for part in (data, *(one for one in beside if isinstance(one, bytes))):
+            made_of.update(b"%d:" % len(part))
+            made_of.update(part)
+        if len(beside) > 1 and not isinstance(beside[0], bytes):
+            made_of.update(b"-")
+        return made_of.digest()
+
     def put_plain(self, key: InstanceId, data: bytes, fetch: Fetch | None) -> None:
         """Put in what `plain` gave, in this process or an earlier one of the same `FORMAT`.
 
@@ -202,7 +224,7 @@ def _pack(instance: Instance) -> _Packed:
         None if instance.hostname == instance.name else instance.hostname,
         instance.project,
         [
-            (port.network, port.mac, [_pack_address(one) for one in port.addresses], port.project)
+            (port.network, port.mac, [to_number(one) for one in port.addresses], port.project)
             for port in instance.ports
         ],
         [(key.name, key.key) for key in instance.ssh_keys],
@@ -220,10 +242,6 @@ def _pack(instance: Instance) -> _Packed:
     return packed if beside == (None, None, NO_RULES) else (packed, *beside)
 
 
-def _pack_address(address: IpAddress) -> int | str:
-    return int(address) if isinstance(address, IPv4Address) else str(address)
-
-
 def _unpack(key: InstanceId, packed: _Packed) -> Instance:
     if isinstance(packed, bytes):
         packed = packed, None, None, NO_RULES
@@ -238,7 +256,7 @@ def _unpack(key: InstanceId, packed: _Packed) -> Instance:
         name if hostname is None else hostname,
         project,
         tuple(
-            Port(NetworkId(network), mac, tuple(map(_unpack_address, addresses)), of_port)
+            Port(NetworkId(network), mac, tuple(map(from_number, addresses)), of_port)
             for network, mac, addresses, of_port in ports
         ),
         tuple(SshKey(*ssh_key) for ssh_key in ssh_keys),
@@ -254,7 +272,3 @@ def _unpack(key: InstanceId, packed: _Packed) -> Instance:
         policy,
         created,
     )
-
-
-def _unpack_address(address: int | str) -> IpAddress:
-    return IPv4Address(address) if isinstance(address, int) else IPv6Address(address)

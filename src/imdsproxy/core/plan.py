@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from ipaddress import ip_address
 from typing import Final
 
-from imdsproxy.core.addresses import link_local_of
+from imdsproxy.core.addresses import link_local_of, text_of
 from imdsproxy.core.identity import Learned, holds
 from imdsproxy.core.inventory import Inventory
 from imdsproxy.core.model import Instance, InstanceId, NetworkId, Upstream
@@ -37,7 +37,7 @@ _NO_POLICIES: Final = PolicyBook()
 def record_key(key: AddressKey) -> str:
     """The map key of one (network, address): the bind's name, a slash, the address as HAProxy prints it."""
     network, address = key
-    return f"{network}/{address}"
+    return f"{network}/{text_of(address)}"
 
 
 def parse_record_key(key: str) -> AddressKey | None:
@@ -84,12 +84,26 @@ def plan_record(
     if instance is None:
         return None
     project = _project_at(instance, place)
-    of_instance = policy_place(inventory, key[0], project, instance)
+    return _record_of(inventory, key[0], instance, project, revisions, routing, policies)
+
+
+def _record_of(  # noqa: PLR0917 - as `plan_record`
+    inventory: Inventory,
+    network: NetworkId,
+    instance: Instance,
+    project: str | None,
+    revisions: Mapping[InstanceId, str],
+    routing: NovaRouting,
+    policies: PolicyBook,
+) -> MapRecord | None:
+    """The record of an instance in a network, by the project of its port there."""
+    owner = instance.id
+    of_instance = policy_place(inventory, network, project, instance)
     word, paths = policies.word(of_instance, instance.created_at)
     if instance.upstream is Upstream.NOVA:
         if project is None:
             return None
-        record = routing.record(key[0], owner, project)
+        record = routing.record(network, owner, project)
         return record if record is None or not word else replace(record, policy=word, paths=paths)
     revision = revisions.get(owner)
     return None if revision is None else EmbeddedRecord(owner, revision, word, paths)
@@ -114,16 +128,19 @@ def policy_place(
 def _project_at(instance: Instance, place: AddressKey) -> str | None:
     """The project of the port that has the address."""
     network, address = place
-    ports = [port for port in instance.ports if port.network == network]
-    projects = {port.project or instance.project for port in ports}
+    projects = _projects_in(instance, network)
     if len(projects) == 1:
         return projects.pop()
-    for port in ports:
+    for port in (port for port in instance.ports if port.network == network):
         if address in port.addresses or (
             port.mac is not None and address == link_local_of(port.mac)
         ):
             return port.project or instance.project
     return None
+
+
+def _projects_in(instance: Instance, network: NetworkId) -> set[str | None]:
+    return {port.project or instance.project for port in instance.ports if port.network == network}
 
 
 def plan_records(
@@ -138,12 +155,22 @@ def plan_records(
     """`plan_record` for many addresses."""
     values: dict[str, str | None] = {}
     sets: dict[str, PathRules] = {}
+    shared: dict[tuple[InstanceId, NetworkId], str | None] = {}
     for key in keys:
+        owner = inventory.owner(key)
+        # An instance's addresses in one network mostly have the same record.
+        place = None if isinstance(owner, Conflict | None) else (owner, key[0])
+        if place is not None and place in shared:
+            values[record_key(key)] = shared[place]
+            continue
         record = plan_record(inventory, key, revisions, learned, routing, policies=policies)
         if isinstance(record, Conflict):
             values[record_key(key)] = MAP_CONFLICT
             continue
-        values[record_key(key)] = None if record is None else render_map_value(record)
+        value = values[record_key(key)] = None if record is None else render_map_value(record)
+        instance = None if place is None else inventory.instances.get(place[0])
+        if place is not None and instance and len(_projects_in(instance, place[1])) == 1:
+            shared[place] = value
         if record is not None and record.paths:
             sets[set_id(record.paths)] = record.paths
     return PlannedRecords(values, sets)

@@ -72,7 +72,7 @@ class Haproxy:
     before_reload: list[Callable[[], Awaitable[None]]] = field(default_factory=list)
 
     async def adopt(self) -> bool:
-        """Take over a master that runs already; whether there is one.
+        """Take over a master that runs already; whether there is one, and the maps that it was started with.
 
         Raises:
             RuntimeUnavailable: It went away meanwhile.
@@ -81,6 +81,9 @@ class Haproxy:
         try:
             self.processes = await self.master.read_processes()
         except RuntimeUnavailable:
+            return False
+        if not self.records.load():
+            self.processes = None
             return False
         await self.records.adopt()
         return True

@@ -131,6 +131,9 @@ class Layout:
     token_keys = _Below("token-keys", state=True)
     """The keys of session tokens, where settings name no other file."""
 
+    compiled_index = _Below("compiled.sqlite", state=True)
+    """What compiled records were made of."""
+
     guards = _Below("guards.json", state=True)
     """What operators did about single instances."""
 

@@ -23,9 +23,9 @@ from imdsproxy.core.model import (
     Upstream,
 )
 from imdsproxy.core.nova import EndpointSet, NovaRouting, sign_instance
-from imdsproxy.core.observation import AddressKey, Observation
+from imdsproxy.core.observation import AddressKey, Conflict, Observation
 from imdsproxy.core.plan import plan_record, plan_records, record_key
-from imdsproxy.core.wire import EmbeddedRecord, NovaRecord
+from imdsproxy.core.wire import EmbeddedRecord, NovaRecord, render_map_value
 from imdsproxy.listeners.binds import (
     compute_maxconn,
     link_name,
@@ -232,3 +232,21 @@ def test_maxconn_never_needs_more_descriptors_than_there_are(
     wanted: int, binds: int, hard: int, expected: int
 ) -> None:
     assert compute_maxconn(wanted, binds, hard) == expected
+
+
+def test_each_address_has_the_record_of_its_own_port() -> None:
+    ports = (
+        Port(_RED, MacAddress("02:00:00:00:00:05"), (IPv4Address("10.0.0.5"),), "p"),
+        Port(_RED, None, (IPv4Address("10.0.0.6"), IPv4Address("10.0.0.7")), "q"),
+    )
+    one = replace(_instance("web"), ports=ports, upstream=Upstream.NOVA, project="p")
+    inventory = _inventory(("a", one), ("a", _instance("db", IPv4Address("10.0.0.8"))))
+    routing = NovaRouting((EndpointSet("s", b"secret"),))
+    keys: list[AddressKey] = [(_RED, IPv4Address(f"10.0.0.{number}")) for number in range(4, 10)]
+    keys += [(_RED, link_local_of(MacAddress("02:00:00:00:00:05")))]
+    planned = plan_records(inventory, keys, {}, {}, routing).values
+    for key in keys:
+        record = plan_record(inventory, key, {}, {}, routing)
+        assert not isinstance(record, Conflict)
+        value = None if record is None else render_map_value(record)
+        assert planned[record_key(key)] == value

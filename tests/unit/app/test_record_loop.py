@@ -15,6 +15,7 @@ from typing import cast
 import pytest
 
 from imdsproxy.anti_spoofing.hop_limits import HopLimits
+from imdsproxy.app.compiled_files import CompiledIndex, DiskFiles
 from imdsproxy.app.record_loop import RecordLoop
 from imdsproxy.app.rule_sets import RuleSets
 from imdsproxy.core.compiled import CompiledRecord, compile_instance
@@ -42,6 +43,7 @@ from imdsproxy.dataplane.master import MasterClient
 from imdsproxy.dataplane.records import RecordApplier
 from imdsproxy.errors import HostRefused, RuntimeUnavailable
 from imdsproxy.host.clock import SystemClock
+from imdsproxy.serving.passwords import PasswordStore
 from support.fake_haproxy import FakeHaproxy
 from support.fake_mac_filters import no_hop_limits, no_mac_filters
 
@@ -54,21 +56,51 @@ class MemoryFiles:
 
     def __init__(self) -> None:
         self.records: dict[InstanceId, CompiledRecord] = {}
+        self.compiled_of: dict[InstanceId, bytes] = {}
         self.refuse: set[InstanceId] = set()
         self.log: list[str] = []
 
-    def apply(self, instance: InstanceId, record: CompiledRecord) -> None:
+    def unchanged(self, compiled_of: Mapping[InstanceId, bytes]) -> Mapping[InstanceId, str]:
+        return {
+            one: self.records[one].revision
+            for one, made_of in compiled_of.items()
+            if self.compiled_of.get(one) == made_of
+        }
+
+    def apply(self, instance: InstanceId, record: CompiledRecord, compiled_of: bytes) -> None:
         if instance in self.refuse:
             raise HostRefused("the disk is full", hint="make room")
         self.log.append(f"write {instance}")
         self.records[instance] = record
+        self.compiled_of[instance] = compiled_of
 
     def remove(self, instance: InstanceId) -> None:
         self.log.append(f"remove {instance}")
         self.records.pop(instance, None)
+        self.compiled_of.pop(instance, None)
 
     def instances(self) -> Iterable[InstanceId]:
         return tuple(self.records)
+
+    def settle(self) -> None:
+        """Nothing is kept back."""
+
+
+class CountingFiles(DiskFiles):
+    """Those on disk, and which were written."""
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__(
+            directory / "documents",
+            PasswordStore(directory / "passwords"),
+            None,
+            CompiledIndex(directory / "compiled.sqlite"),
+        )
+        self.written: list[str] = []
+
+    def apply(self, instance: InstanceId, record: CompiledRecord, compiled_of: bytes) -> None:
+        self.written.append(instance)
+        super().apply(instance, record, compiled_of)
 
 
 class Rig:
@@ -262,6 +294,40 @@ async def test_a_fresh_start_compiles_everything_into_one_map(tmp_path: Path) ->
     assert await rig.loop.compile_all() == {"red/10.0.0.5": _value(web), "red/10.0.0.6": _value(db)}
 
 
+async def test_a_start_compiles_only_what_is_not_on_disk_as_it_should_be(tmp_path: Path) -> None:
+    web, db = _instance("web", "10.0.0.5"), _instance("db", "10.0.0.6")
+
+    async def start(*instances: Instance) -> tuple[list[str], Mapping[str, str]]:
+        rig = Rig(tmp_path)
+        files = CountingFiles(tmp_path)
+        rig.loop.files = files
+        for source in ("a", "b"):
+            rig.loop.observe(
+                Observation(
+                    source,
+                    full=True,
+                    networks={_RED: _NETWORK},
+                    instances={one.id: one for one in instances},
+                )
+            )
+        records = await rig.loop.compile_all()
+        return files.written, records
+
+    first = await start(web, db)
+    assert sorted(first[0]) == ["db", "web"]
+    assert await start(web, db) == ([], first[1])
+    other = replace(db, hostname="other")
+    assert await start(web, other) == (
+        ["db"],
+        {"red/10.0.0.5": _value(web), "red/10.0.0.6": _value(other)},
+    )
+    assert (await start(web))[0] == []
+    assert await start(web, other) == (
+        ["db"],
+        {"red/10.0.0.5": _value(web), "red/10.0.0.6": _value(other)},
+    )
+
+
 async def test_others_work_while_very_many_records_are_compiled(tmp_path: Path) -> None:
     rig = Rig(tmp_path)
     many = [
@@ -291,9 +357,11 @@ async def test_an_instance_that_comes_back_while_others_are_compiled_keeps_its_r
         changed = [replace(one, hostname="other") for one in many]
         write, written = rig.files.apply, 0
 
-        def come_back_with_the_last(instance: InstanceId, record: CompiledRecord) -> None:
+        def come_back_with_the_last(
+            instance: InstanceId, record: CompiledRecord, compiled_of: bytes
+        ) -> None:
             nonlocal written
-            write(instance, record)
+            write(instance, record, compiled_of)
             written += 1
             if written == len(changed):
                 rig.loop.observe(Observation("a", full=False, instances={back.id: back}))
@@ -315,9 +383,11 @@ async def test_nobody_reads_what_an_instance_was_that_is_removed_and_comes_back_
         changed = [replace(one, hostname="other") for one in many]
         write, written, told = rig.files.apply, 0, list[str | None]()
 
-        def come_back_with_the_last(instance: InstanceId, record: CompiledRecord) -> None:
+        def come_back_with_the_last(
+            instance: InstanceId, record: CompiledRecord, compiled_of: bytes
+        ) -> None:
             nonlocal written
-            write(instance, record)
+            write(instance, record, compiled_of)
             written += 1
             if written == len(changed):
                 rig.loop.observe(Observation("a", full=False, instances={another.id: another}))

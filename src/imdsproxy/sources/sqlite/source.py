@@ -105,7 +105,7 @@ class SqliteSource:
     def _open_store(self) -> Contents:
         store = Store(self._path, now=self._now)
         try:
-            contents = store.load()
+            contents = store.load(self._progress)
         except BaseException:
             store.close()
             raise

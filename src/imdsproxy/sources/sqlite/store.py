@@ -59,6 +59,7 @@ _EVERYTHING: Final = """
 """Each instance with what others must not have, and what it was when it was packed."""
 
 _STORING: Final = "storing instances"
+_READING: Final = "reading the store"
 _NOTED: Final = 1000
 _NAMED: Final = 20
 """How many instances a refusal names."""
@@ -141,9 +142,10 @@ class Store:
 
     # Reading
 
-    def load(self) -> Contents:
-        """Everything; rows that hold no good record are told and left alone."""
+    def load(self, progress: Progress | None = None) -> Contents:
+        """Everything; rows that hold no good record are reported and not changed."""
         contents = Contents()
+        progress = progress or Progress()
         with store_failures(self._path), self._transaction():
             # Programs other than this one do not keep references unless they are told to.
             for table in ("addresses", "ports"):
@@ -157,15 +159,12 @@ class Store:
                     contents.networks[network.id] = network
                 else:
                     contents.problems["networks", str(key)] = network
-            for (
-                key,
-                text,
-                bytes_of_user_data,
-                claims,
-                ports,
-                stamp,
-                data,
-            ) in self._connection.execute(f"{_EVERYTHING} ORDER BY id"):
+            (total,) = self._connection.execute("SELECT count(*) FROM instances").fetchone()
+            every = self._connection.execute(f"{_EVERYTHING} ORDER BY id")
+            for number, row in enumerate(every):
+                key, text, bytes_of_user_data, claims, ports, stamp, data = row
+                if number % _NOTED == _NOTED - 1:
+                    progress.note(_READING, number, total)
                 stamped = _stamp(text, claims, ports, bytes_of_user_data)
                 if data is not None and stamp == stamped:
                     fetch = None if bytes_of_user_data is None else self._payloads.fetch
@@ -177,6 +176,7 @@ class Store:
                     self._keep_packed(contents.instances, found)
                 else:
                     contents.problems["instances", str(key)] = found
+        progress.end(_READING)
         return contents
 
     def _read_anew(self, key: object, text: object) -> Instance | tuple[Problem, ...]:
