@@ -52,6 +52,7 @@ from imdsproxy.core.wire import MapRecord
 from imdsproxy.dataplane.records import RecordApplier
 from imdsproxy.errors import DataplaneError, ImdsproxyError, Problem
 from imdsproxy.host.clock import Clock
+from imdsproxy.host.process_limits import release_memory
 
 __all__ = ["RecordLoop"]
 
@@ -338,6 +339,10 @@ class RecordLoop:
             if since is not None:
                 self.rounds.add(self.clock.monotonic() - since)
             await self.tickets.close(ticket)
+            if work.everything and self.inventory.address_count > _MANY:
+                # What lists and plans of all addresses took.
+                work = _Work()
+                release_memory()
             if any(name.startswith("instances.") for name in self.failures):
                 self._retry_failed_later()
 

@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
-from imdsproxy.core.model import Instance, Network
+from imdsproxy.core.addresses import to_number
+from imdsproxy.core.model import Instance, Network, NetworkId
 from imdsproxy.core.observation import AddressKey
 from imdsproxy.core.packed import PackedInstance
 from imdsproxy.errors import Problem
@@ -30,7 +31,8 @@ class Entry(Generic[Record]):
         line: Where it begins, 1-based.
         record: `None` when it was refused.
         problems: Why.
-        lines: Where its claims stand, in the order of `clash.claim_places`.
+        offsets: Where its claims stand, in lines after `line`, in the order of `clash.claim_places`. Many entries share
+            one tuple.
     """
 
     id: str
@@ -39,7 +41,15 @@ class Entry(Generic[Record]):
     line: int | None = None
     record: Record | None = None
     problems: tuple[Problem, ...] = ()
-    lines: tuple[int | None, ...] = ()
+    offsets: tuple[int | None, ...] = ()
+
+    @property
+    def lines(self) -> tuple[int | None, ...]:
+        """Where its claims stand, in the order of `clash.claim_places`."""
+        first = self.line
+        if first is None:
+            return (None,) * len(self.offsets)
+        return tuple(None if one is None else first + one for one in self.offsets)
 
     @property
     def order(self) -> tuple[str, int]:
@@ -93,7 +103,8 @@ class InForce(Generic[Record]):
         self._entries: dict[str, tuple[Entry[Record], ...]] = {}
         self._held: dict[str, Entry[Record]] = {}
         self._held_by_file: dict[str, set[str]] = {}
-        self._holders: dict[AddressKey, str] = {}
+        # By number, which takes a third of the memory.
+        self._holders: dict[NetworkId, dict[int, str]] = {}
         self._touched: set[str] = set()
         self._clashes: dict[str, tuple[Clash[Record], ...]] = {}
         self._unclear: set[str] = set()
@@ -270,7 +281,7 @@ class InForce(Generic[Record]):
         for address in self._claimed(entry):
             other = taken.get(address)
             if other is None:
-                holder = self._holders.get(address)
+                holder = self._holders.get(address[0], {}).get(to_number(address[1]))
                 if holder is not None and holder not in moving:
                     other = self._held[holder]
             if other is not None and other.id != entry.id:
@@ -312,14 +323,17 @@ class InForce(Generic[Record]):
         beside.discard(key)
         if not beside:
             del self._held_by_file[held.file]
-        for address in self._claimed(held):
-            self._holders.pop(address, None)
+        for network, address in self._claimed(held):
+            holders = self._holders.get(network, {})
+            holders.pop(to_number(address), None)
+            if not holders:
+                self._holders.pop(network, None)
 
     def _hold(self, key: str, entry: Entry[Record]) -> None:
         self._held[key] = entry
         self._held_by_file.setdefault(entry.file, set()).add(key)
-        for address in self._claimed(entry):
-            self._holders[address] = key
+        for network, address in self._claimed(entry):
+            self._holders.setdefault(network, {})[to_number(address)] = key
 
 
 _Key = TypeVar("_Key")

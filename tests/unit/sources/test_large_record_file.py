@@ -16,8 +16,10 @@ import pytest
 
 from imdsproxy.admin.health import HealthServer
 from imdsproxy.app.heartbeat import Heartbeat
+from imdsproxy.config.strict_yaml import Undecodable, decode_yaml
 from imdsproxy.core.progress import Progress
-from imdsproxy.core.records import Refused
+from imdsproxy.core.records import LineOf, Records, Refused, parse_records
+from imdsproxy.errors import Problem
 from imdsproxy.host.notify import ServiceNotifier
 from imdsproxy.sources.file import contents as file_contents
 from imdsproxy.sources.file.contents import read_contents
@@ -30,7 +32,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from imdsproxy.core.model import Instance, Network
-    from imdsproxy.core.records import LineOf
     from imdsproxy.core.records import Path as PathInFile
 
 _COUNT = 3_000
@@ -106,10 +107,19 @@ _DOCUMENTS = {
 }
 
 
+def _decode_as_one_tree(data: bytes) -> tuple[Records, LineOf]:
+    decoded = decode_yaml(data.decode())
+    if isinstance(decoded, Undecodable):
+        problem = Problem("file", decoded.reason, decoded.hint, "x.yaml", decoded.line)
+        return Records(problems=(problem,)), lambda _path: None
+    line_of, faults = decoded.line_of, decoded.faults
+    return parse_records(decoded.value, file="x.yaml", line_of=line_of, faults=faults), line_of
+
+
 @pytest.mark.parametrize("name", _DOCUMENTS)
 def test_records_taken_one_by_one_are_those_of_the_whole_document(name: str) -> None:
     data = _DOCUMENTS[name].encode()
-    whole, line_of = decode_records(data, file="x.yaml")
+    whole, line_of = _decode_as_one_tree(data)
     wanted: list[object] = [
         (record, line_of(place)) for place, record in (*whole.networks, *whole.instances)
     ]
@@ -123,6 +133,7 @@ def test_records_taken_one_by_one_are_those_of_the_whole_document(name: str) -> 
 
     rest, line_of = decode_records(data, file="x.yaml", take=take)
     assert rest.problems == whole.problems
+    assert decode_records(data, file="x.yaml")[0] == whole
     if whole.problems:
         return
     for place, record in (*rest.networks, *rest.instances):
@@ -212,3 +223,23 @@ async def test_livez_is_answered_while_a_large_file_is_read(
                     await task
     assert len(heard.inventory.instances) == _COUNT
     assert progress.steps == ()
+
+
+def test_a_large_yaml_file_is_decoded_without_its_whole_tree() -> None:
+    listed = "".join(f"- {{id: i{number}, name: i{number}}}\n" for number in range(2_000))
+    data = f"networks:\n- {{id: red, listener: {{namespace: red}}}}\ninstances:\n{listed}".encode()
+    steps: list[tuple[int, int]] = []
+    tracemalloc.start()
+    try:
+        records, _ = decode_records(
+            data, file="many.yaml", note=lambda done, of: steps.append((done, of))
+        )
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert [one.id for _, one in records.instances] == [f"i{number}" for number in range(2_000)]
+    assert [one.id for _, one in records.networks] == ["red"]
+    # Its tree takes 9 kB a record.
+    assert peak < 2_000 * 3_000
+    assert [done for done, _ in steps] == [500, 1_000, 1_500, 2_000]
+    assert all(1_500 < of < 2_500 for _, of in steps)

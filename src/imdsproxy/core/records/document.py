@@ -56,6 +56,19 @@ class Records:
         refused = (*self.refused_networks, *self.refused_instances)
         return (*self.problems, *(problem for each in refused for problem in each.problems))
 
+    def with_listed(self, listed: Sequence[tuple[Path, Network | Instance | Refused]]) -> Records:
+        """With those of `parse_listed` before its own, unless the document itself has problems."""
+        if self.problems or not listed:
+            return self
+        networks = [one for one in listed if one[0][0] == "networks"]
+        instances = [one for one in listed if one[0][0] == "instances"]
+        return Records(
+            (*_good(networks), *self.networks),
+            (*_good(instances), *self.instances),
+            (*_refused(networks), *self.refused_networks),
+            (*_refused(instances), *self.refused_instances),
+        )
+
 
 def parse_network(
     record: object, *, file: str | None = None, line_of: LineOf | None = None, path: Path = ()

@@ -12,7 +12,8 @@ import stat
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any, Final, TypeAlias
 
@@ -149,10 +150,24 @@ def _add(
         entry = Entry(record.id, name, position, line_of(place), record)
         contents.networks.append(entry)
     else:
-        lines = tuple(line_of((*place, *part)) for _, part in claim_places(record))
+        first = line_of(place) or 0
+        lines = (line_of((*place, *part)) for _, part in claim_places(record))
+        offsets = tuple(None if one is None else one - first for one in lines)
         contents.instances.append(
-            Entry(record.id, name, position, line_of(place), PackedInstance.of(record), lines=lines)
+            Entry(
+                record.id,
+                name,
+                position,
+                line_of(place),
+                PackedInstance.of(record),
+                offsets=_share(offsets),
+            )
         )
+
+
+@lru_cache
+def _share(offsets: tuple[int | None, ...]) -> tuple[int | None, ...]:
+    return offsets
 
 
 def _position(path: tuple[str | int, ...]) -> int:
@@ -183,7 +198,7 @@ def _receive(stream: IO[bytes], note: Callable[[float], None]) -> FileContents:
     while part := pickle.load(stream):  # noqa: S301 - our own process wrote it
         note(part[0])
         networks += part[1]
-        instances += part[2]
+        instances += (replace(one, offsets=_share(one.offsets)) for one in part[2])
     contents: FileContents = pickle.load(stream)  # noqa: S301 - as above
     if not contents.problems:
         contents.networks, contents.instances = networks, instances

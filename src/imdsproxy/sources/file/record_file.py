@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pathlib
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import Final, TypeAlias
 
 from imdsproxy.config.strict_yaml import Decoded, Undecodable, decode_yaml
 from imdsproxy.core.model import Instance, Network
@@ -26,6 +26,8 @@ from imdsproxy.core.records import (
 )
 from imdsproxy.errors import Problem
 from imdsproxy.sources.file.strict_json import decode_json
+
+_NOTED: Final = 500
 
 SUFFIXES = (".yaml", ".yml", ".json")
 """How the names of record files end."""
@@ -49,10 +51,11 @@ def decode_records(
         data: The file's bytes: UTF-8, JSON where `file` ends so, else YAML.
         file: Its name, for the problems.
         read_file: Reads what `user_data_file` names (`payload_reader`); without it the key is refused.
-        note: Given the number of records that were checked, of how many.
+        note: Given the number of records that were checked, of how many; of a YAML file the latter is estimated.
         take: Given the records of a YAML file one by one, as far as they can be; the others are returned. What it
             got holds only if the file itself has no problems.
     """
+    found: list[tuple[Path, Network | Instance | Refused]] = []
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -73,11 +76,17 @@ def decode_records(
         )
         if take is not None:
             take(path, record, item.line_of, share)
+            return
+        found.append((path, record))
+        if note is not None and len(found) % _NOTED == 0:
+            note(len(found), max(len(found), round(len(found) / share)))
 
-    if file.endswith(".json"):
-        decoded = decode_json(text)
-    else:
-        decoded = decode_yaml(text, lists=LISTS, take=None if take is None else take_item)
+    # YAML record by record: the tree of a large file is 60 times its size.
+    decoded = (
+        decode_json(text)
+        if file.endswith(".json")
+        else decode_yaml(text, lists=LISTS, take=take_item)
+    )
     if isinstance(decoded, Undecodable):
         return _undecodable(decoded, file)
     records = parse_records(
@@ -88,7 +97,7 @@ def decode_records(
         faults=decoded.faults,
         note=note,
     )
-    return records, decoded.line_of
+    return records.with_listed(found), decoded.line_of
 
 
 def _undecodable(fault: Undecodable, file: str) -> tuple[Records, LineOf]:

@@ -84,6 +84,8 @@ class FileSource:
                 # Afterwards: guests do not wait for what only a restart needs.
                 unkept = await asyncio.to_thread(self._directory.keep)
                 await self._report(publish, reading.without_changes(), unwatched, unkept)
+                # What it has changed is not needed any more, and may be all there is.
+                reading = reading.without_changes()
                 changed = await self._wait(watch, reading)
         finally:
             if watch is not None:
