@@ -14,7 +14,7 @@ import structlog
 from imdsproxy.core.compiled import CompiledRecord, compiled_path
 from imdsproxy.core.model import InstanceId
 from imdsproxy.errors import SourceError
-from imdsproxy.serving.store import DiskFiles
+from imdsproxy.serving.store import DiskFiles, list_records
 from imdsproxy.sources.sqlite_file import open_store, store_failures
 
 _SCHEMA: Final = (
@@ -153,7 +153,7 @@ class IndexedFiles:
 
     def instances(self) -> Iterable[InstanceId]:
         """Every instance that has a record on disk."""
-        return self.files.instances()
+        return list_records(self.files.directory)
 
     def settle(self) -> None:
         """Everything has been looked at."""

@@ -78,7 +78,7 @@ class DocumentProbe:
 
     async def _ask(self) -> Problem | None:
         try:
-            self.files.apply(_INSTANCE.id, compile_instance(_INSTANCE, {}), b"")
+            self.files.apply(_INSTANCE.id, compile_instance(_INSTANCE, {}))
         except ImdsproxyError as error:
             return Problem("documents", error.message, error.hint)
         status, body = await self.haproxy.fetch_probe_document()

@@ -24,7 +24,7 @@ from imdsproxy.core.path_rules import (
     find_path_fault,
     sort_paths,
 )
-from imdsproxy.core.policy import NOTHING_SAID, RULES, PolicyBook, PolicyRules, Rule, TokenMode
+from imdsproxy.core.policy import NO_RULES, RULES, PolicyBook, PolicyRules, Rule, TokenMode
 
 _Mode = Annotated[Literal["off", "optional", "required"], OffIsFalse]
 
@@ -69,7 +69,7 @@ class PolicyRulesSettings(_Rules):
         """As the core has it."""
         values = ((rule, getattr(self, rule.name)) for rule in RULES.values())
         rules = {rule.name: _of_core(rule, value) for rule, value in values if value is not None}
-        return PolicyRules(**rules) if rules else NOTHING_SAID
+        return PolicyRules(**rules) if rules else NO_RULES
 
 
 def _of_core(rule: Rule, value: Any) -> Any:  # noqa: ANN401 - as pydantic checked it

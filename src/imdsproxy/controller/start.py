@@ -169,7 +169,7 @@ async def _live(
             admin=str(settings.admin_socket),
         )
         await controller.ended.wait()
-        parts.records.files.settle()
+        controller.records.files.settle()
         for task in (*tasks, administering):
             task.cancel()
         if controller.with_data_plane:

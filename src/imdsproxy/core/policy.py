@@ -287,9 +287,9 @@ class PolicyBook:
 
     def word(self, place: PolicyPlace, created_at: int | None) -> tuple[str, PathRules]:
         """The word of `render_policy_word`, and the path rules that it refers to."""
-        silent = place.of_network is NOTHING_SAID and place.of_instance is NOTHING_SAID
-        silent = silent and self.host is NOTHING_SAID
-        if silent and not (self.networks or self.projects or self.instances or self.guards):
+        silent = place.of_network is NO_RULES and place.of_instance is NO_RULES
+        silent = silent and self.host is NO_RULES
+        if silent and not (self.networks or self.projects or self.instances or self.overrides):
             # As on most hosts, and asked for each instance.
             return "", ()
         policy = self.fold(place).policy

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from imdsproxy.app.compiled_files import CompiledIndex, DiskFiles
+from imdsproxy.app.compiled_files import CompiledIndex, IndexedFiles
 from imdsproxy.core.compiled import CompiledRecord, compiled_path, network_mark
 from imdsproxy.core.model import (
     Dialect,
@@ -25,14 +25,16 @@ from imdsproxy.core.model import (
 )
 from imdsproxy.core.packed import PackedInstances
 from imdsproxy.serving.passwords import PasswordStore
+from imdsproxy.serving.store import DiskFiles
 
 _A, _B = InstanceId("a"), InstanceId("b")
 _RECORD = CompiledRecord("0123456789abcdef", b"content\n")
 
 
-def _files(directory: Path) -> DiskFiles:
-    index = CompiledIndex(directory / "compiled.sqlite")
-    return DiskFiles(directory / "documents", PasswordStore(directory / "passwords"), None, index)
+def _files(directory: Path) -> IndexedFiles:
+    passwords = PasswordStore(directory / "passwords")
+    files = DiskFiles(directory / "documents", passwords, None)
+    return IndexedFiles(files, CompiledIndex(directory / "compiled.sqlite"))
 
 
 def _after_a_restart(directory: Path, of: bytes = b"1") -> Mapping[InstanceId, str]:

@@ -15,7 +15,7 @@ from typing import cast
 import pytest
 
 from imdsproxy.anti_spoofing.hop_limits import HopLimits
-from imdsproxy.app.compiled_files import CompiledIndex, DiskFiles
+from imdsproxy.app.compiled_files import CompiledIndex, IndexedFiles
 from imdsproxy.app.record_loop import RecordLoop
 from imdsproxy.app.rule_sets import RuleSets
 from imdsproxy.core.compiled import CompiledRecord, compile_instance
@@ -44,6 +44,7 @@ from imdsproxy.dataplane.records import RecordApplier
 from imdsproxy.errors import HostRefused, RuntimeUnavailable
 from imdsproxy.host.clock import SystemClock
 from imdsproxy.serving.passwords import PasswordStore
+from imdsproxy.serving.store import DiskFiles
 from support.fake_haproxy import FakeHaproxy
 from support.fake_mac_filters import no_hop_limits, no_mac_filters
 
@@ -86,16 +87,13 @@ class MemoryFiles:
         """Nothing is kept back."""
 
 
-class CountingFiles(DiskFiles):
+class CountingFiles(IndexedFiles):
     """Those on disk, and which were written."""
 
     def __init__(self, directory: Path) -> None:
-        super().__init__(
-            directory / "documents",
-            PasswordStore(directory / "passwords"),
-            None,
-            CompiledIndex(directory / "compiled.sqlite"),
-        )
+        passwords = PasswordStore(directory / "passwords")
+        files = DiskFiles(directory / "documents", passwords, None)
+        super().__init__(files, CompiledIndex(directory / "compiled.sqlite"))
         self.written: list[str] = []
 
     def apply(self, instance: InstanceId, record: CompiledRecord, compiled_of: bytes) -> None:
