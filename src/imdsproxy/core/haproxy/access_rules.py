@@ -36,7 +36,7 @@ Most often there is not, so no more than this is in everybody's way. In each con
 not so.
 """
 
-TELL_TOKEN_LIFE: Final = """
+SHOW_TOKEN_LIFE: Final = """
     http-after-response set-header <ttl_header> %[var(txn.seconds_left)] if { var(txn.seconds_left) -m int gt 0 }
 """
 """Each answer to a good token has the seconds that it is still valid, as EC2's have."""
@@ -258,7 +258,7 @@ def _check(spec: DataplaneSpec, form: Form) -> Text:
     """Refuse, give a token, or let pass."""
     return form.fill(
         POLICY_SHARE,
-        TELL_TOKEN_LIFE,
+        SHOW_TOKEN_LIFE,
         _CANONICAL_PATH,
         _CHECK_TOKEN,
         _GIVE_TOKEN,

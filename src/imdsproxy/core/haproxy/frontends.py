@@ -10,8 +10,8 @@ from imdsproxy.core.haproxy.access_rules import (
     NOTE_CHECKS,
     READ_FORWARDING,
     READ_POLICY,
+    SHOW_TOKEN_LIFE,
     SKIP_CHECKS,
-    TELL_TOKEN_LIFE,
 )
 from imdsproxy.core.haproxy.audit import NOTE_GOOD_TOKEN, audit_rules
 from imdsproxy.core.haproxy.backends import ask_the_cache
@@ -162,7 +162,7 @@ def _answer(spec: DataplaneSpec, form: Form, *, found: bool = False) -> Text:
     return form.fill(
         NOTE_CHECKS,
         SKIP_CHECKS,
-        TELL_TOKEN_LIFE,
+        SHOW_TOKEN_LIFE,
         NOTE_GOOD_TOKEN,
         sample_reads(spec, form, found=found),
         Text() if found else answer_short(spec, form),

@@ -13,7 +13,7 @@ from typing import Final, Literal
 
 from imdsproxy.core.haproxy.access_rules import REFUSE_FORWARDED_TOKEN
 from imdsproxy.core.haproxy.names import CONSTANTS
-from imdsproxy.core.haproxy.text import Form, Option, Text, Word, render
+from imdsproxy.core.haproxy.text import Form, Option, Word, render
 from imdsproxy.errors import RequestRefused
 
 DEFAULT_PORT: Final = 9697
@@ -35,7 +35,7 @@ _FORGEABLE: Final = (
 """Headers that a guest must not send, as a regular expression on lower-case names."""
 
 _GLOBAL: Final = """
-    [logs] log <log>
+    log <log_socket> <facility> <level>
     # The prefix by which Debian's rsyslog files it in /var/log/haproxy.log.
     [logs] log-tag haproxy-metadata-proxy-<uuid>
     <user>
@@ -150,7 +150,9 @@ def render_namespace_proxy(spec: NamespaceProxySpec) -> str:
         {
             **CONSTANTS,
             "logs": syslog is not None,
-            "log": Text() if syslog is None else _log(syslog),
+            "log_socket": None if syslog is None else Word(syslog.socket),
+            "facility": None if syslog is None else Word(syslog.facility),
+            "level": None if syslog is None else Word(syslog.level),
             "uuid": Word(spec.resource.uuid),
             "user": Option("user", spec.user),
             "group": Option("group", spec.group),
@@ -168,15 +170,6 @@ def render_namespace_proxy(spec: NamespaceProxySpec) -> str:
             form.section("defaults", _DEFAULTS),
             form.section("listen metadata", _LISTEN, refuse_forwarded=refuse_forwarded),
         )
-    )
-
-
-def _log(syslog: Syslog) -> Text:
-    return Form().fill(
-        "<socket> <facility> <level>",
-        socket=Word(syslog.socket),
-        facility=Word(syslog.facility),
-        level=Word(syslog.level),
     )
 
 
