@@ -206,7 +206,9 @@ def _paths_of(added: Sequence[str], removed: Sequence[str]) -> Json:
         path, equals, word = text.rpartition("=")
         if not equals:
             raise _usage(
-                "policy.paths", f"{text} says nothing of it", "--path-rule /latest/user-data=deny"
+                "policy.paths",
+                f"{text} has no rule for the path",
+                "--path-rule /latest/user-data=deny",
             )
         paths[path] = word
     return paths or None

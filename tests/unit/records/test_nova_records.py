@@ -21,10 +21,10 @@ def test_an_instance_of_nova_is_its_id_project_and_ports() -> None:
     assert instance.ports[0].project == "p2"
 
 
-def test_nova_must_be_told_whose_instance_it_is() -> None:
+def test_an_instance_of_nova_needs_its_project() -> None:
     record = {key: value for key, value in _GOOD.items() if key != "project"}
     assert _problems(parse_instance(record)) == [
-        "upstream: needs project (Nova is told whose instance it is)"
+        "upstream: needs project (Nova has to know whose instance it is)"
     ]
 
 

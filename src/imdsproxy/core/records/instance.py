@@ -46,9 +46,9 @@ PORT: Final = Table(
     "PortRecord",
     Port,
     "An instance's place in a network.",
-    Key("network", NETWORK_ID, required=True),
-    Key("mac", MAC),
-    Key("addresses", list_of(GUEST_ADDRESS)),
+    Key("network", NETWORK_ID, "The network's id.", required=True),
+    Key("mac", MAC, "The MAC. Without addresses the guest is known by it alone."),
+    Key("addresses", list_of(GUEST_ADDRESS), "IPv4 and IPv6 addresses."),
     Key("project", PROJECT_ID, "The port's own, where it is another one than the instance's."),
 )
 
@@ -199,7 +199,7 @@ def _check_instance(entries: Mapping[str, Field], values: dict[str, Any]) -> Non
     if "project" in values:
         values["project"] = PROJECT_ID.parse(entries["project"])
     elif "project" not in entries:
-        entries["upstream"].refuse("needs project", "Nova is told whose instance it is")
+        entries["upstream"].refuse("needs project", "Nova has to know whose instance it is")
     for key in entries.keys() - set(_OF_NOVA):
         entries[key].refuse("does not go with upstream: nova", "Nova has it")
 
@@ -214,7 +214,11 @@ INSTANCE: Final = Table(
     Key("project", TEXT, "The project that owns it."),
     Key("availability_zone", TEXT, "Availability zone shown to the guest."),
     Key("instance_type", TEXT, "Instance type shown to the guest."),
-    Key("ports", Kind(_parse_ports, render=list_of(PORT.kind).render, item=PORT.kind)),
+    Key(
+        "ports",
+        Kind(_parse_ports, render=list_of(PORT.kind).render, item=PORT.kind),
+        "Its places in networks.",
+    ),
     Key("ssh_keys", SSH_KEYS, "Public keys, each under a name or as in a .pub file."),
     Key(
         "tags",

@@ -124,7 +124,7 @@ def _parse_subnets(field: Field) -> tuple[Subnet, ...]:
 def _check_network(entries: Mapping[str, Field], values: dict[str, Any]) -> None:
     if values.get("mac_check") and values.get("scope") is Scope.ROUTER:
         entries["mac_check"].refuse(
-            "does not go with scope router", "nobody sees a guest's MAC through a router"
+            "does not go with scope router", "a router hides the MACs of the guests behind it"
         )
 
 

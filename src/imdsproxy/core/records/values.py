@@ -72,7 +72,7 @@ def parse_mac(field: Field) -> MacAddress | None:
         field.refuse(f"{mac} is a multicast address", "the first octet of a port's MAC is even")
         return None
     if mac == "00:00:00:00:00:00":
-        field.refuse("the all-zero MAC belongs to nobody")
+        field.refuse("the all-zero MAC is no port's")
         return None
     return MacAddress(mac)
 
