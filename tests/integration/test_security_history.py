@@ -152,7 +152,7 @@ def test_haproxy_compares_macs_by_its_function_of_constant_time_alone(world: Wor
     assert checked.startswith("http-request return status 401 ")
     # The other one only knows again what this connection was given, once it has been found good.
     (again,) = compared.values()
-    assert again.startswith("http-request set-fc-tos 0 if { var(txn.left) -m found } ")
+    assert again.startswith("http-request set-fc-tos 0 if { var(txn.seconds_left) -m found } ")
 
 
 def test_nobody_else_may_write_or_read_what_it_writes_though_its_umask_is_0(world: World) -> None:

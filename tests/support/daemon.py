@@ -268,6 +268,9 @@ class Daemon:
         """End everything and take the directory away; nothing may be left."""
         try:
             self.stop()
+            # Workers end a moment after their parents.
+            with contextlib.suppress(AssertionError):
+                until(lambda: not self.processes(), within_s=2)
             left = self.processes()
         finally:
             self._kill_all()

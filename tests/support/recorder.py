@@ -363,10 +363,19 @@ class Recorder:
         return sock
 
     async def _accept(self, listener: socket.socket) -> None:
-        # Not asyncio's own server: closed, it forgets a connection that it has just taken.
-        with listener:
+        # Not asyncio's own: cancelled, they forget a connection that they have just taken.
+        readable = asyncio.Event()
+        with listener, contextlib.ExitStack() as stack:
+            self._loop.add_reader(listener, readable.set)
+            stack.callback(self._loop.remove_reader, listener)
             while True:
-                sock, _ = await self._loop.sock_accept(listener)
+                await readable.wait()
+                readable.clear()
+                try:
+                    sock, _ = listener.accept()
+                except BlockingIOError:
+                    continue
+                sock.setblocking(False)
                 self.connections += 1
                 self._number += 1
                 task = asyncio.create_task(self._serve(self._number, sock))
