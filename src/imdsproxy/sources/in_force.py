@@ -105,12 +105,19 @@ class InForce(Generic[Record]):
         self._held_by_file: dict[str, set[str]] = {}
         # By number, which takes a third of the memory.
         self._holders: dict[NetworkId, dict[int, str]] = {}
+        self._freed: dict[tuple[NetworkId, int], str] = {}
+        self._moved = False
         self._touched: set[str] = set()
         self._clashes: dict[str, tuple[Clash[Record], ...]] = {}
         self._unclear: set[str] = set()
 
     def __len__(self) -> int:
         return len(self._held)
+
+    @property
+    def moved(self) -> bool:
+        """Whether an address went from one record to another in the last `settle`."""
+        return self._moved
 
     @property
     def records(self) -> dict[str, Record]:
@@ -163,9 +170,11 @@ class InForce(Generic[Record]):
         """What has changed since the last time: the new record, or `None` for one that is gone."""
         before = {key: self._held.get(key) for key in self._touched | self._clashes.keys()}
         self._touched.clear()
+        self._moved = False
         self._decide(set(before))
         while self._give_second_chance():
             pass
+        self._freed.clear()
         changes: dict[str, Record | None] = {}
         for key, old in before.items():
             new = self._held.get(key)
@@ -326,6 +335,7 @@ class InForce(Generic[Record]):
         for network, address in self._claimed(held):
             holders = self._holders.get(network, {})
             holders.pop(to_number(address), None)
+            self._freed[network, to_number(address)] = key
             if not holders:
                 self._holders.pop(network, None)
 
@@ -333,7 +343,9 @@ class InForce(Generic[Record]):
         self._held[key] = entry
         self._held_by_file.setdefault(entry.file, set()).add(key)
         for network, address in self._claimed(entry):
-            self._holders.setdefault(network, {})[to_number(address)] = key
+            number = to_number(address)
+            self._holders.setdefault(network, {})[number] = key
+            self._moved = self._moved or self._freed.get((network, number), key) != key
 
 
 _Key = TypeVar("_Key")

@@ -306,19 +306,28 @@ async def test_a_cancelled_source_leaves_no_inotify_behind(directory: Path) -> N
             await asyncio.sleep(0.01)
 
 
-async def test_many_new_records_come_in_pieces_and_moved_addresses_at_once(
+async def test_many_records_come_in_pieces_and_moved_addresses_at_once(
     directory: Path,
 ) -> None:
-    def web(number: int, address: int) -> dict[str, object]:
-        addresses = [f"10.0.{address // 200}.{address % 200}"]
-        return record(f"i{number}", ports=[{"network": "n", "addresses": addresses}])
+    def web(number: int, address: int, hostname: str = "h") -> dict[str, object]:
+        ports = [{"network": "n", "addresses": [f"10.0.{address // 200}.{address % 200}"]}]
+        return record(f"i{number}", ports=ports, hostname=hostname)
 
     async with running(FileSource(directory)) as heard:
         write(directory / "x.json", *(web(n, n) for n in range(500)))
         await heard.until(lambda each: len(each.last.instances) == 500)
         pieces = [each for each in heard.observations if each.more]
         assert max(len(each.instances) for each in pieces) == 200
+        write(directory / "x.json", *(web(n, n, "other") for n in range(500)))
+        await heard.until(
+            lambda each: (
+                all(one.hostname == "other" for one in each.inventory.instances.values())
+                and not each.last.more
+            )
+        )
+        edited = [each for each in heard.observations if each.more][len(pieces) :]
+        assert sorted(len(each.instances) for each in edited) == [0, 100, 200, 200]
         seen = len(heard.observations)
-        write(directory / "x.json", *(web(n, 499 - n) for n in range(500)))
+        write(directory / "x.json", *(web(n, 499 - n, "other") for n in range(500)))
         await heard.until(lambda each: any(one.instances for one in each.observations[seen:]))
         assert len(next(one for one in heard.observations[seen:] if one.instances).instances) == 500

@@ -133,6 +133,37 @@ async def test_many_writes_at_once_all_come_through(path: Path) -> None:
         assert len(heard.inventory.instances) == 60
 
 
+async def test_many_edited_records_are_published_in_pieces_and_later_writes_after_them(
+    path: Path,
+) -> None:
+    source = source_of(path)
+    many = [instance(f"i{n}", f"10.1.{n // 250}.{n % 250}") for n in range(700)]
+    edited = [replace(each, hostname="edited") for each in many]
+    async with running(source) as heard:
+        await source.put_records([], many)
+        seen = len(heard.observations)
+        later = replace(many[0], hostname="later")
+        await asyncio.gather(source.put_records([], edited), source.put_instance(later))
+        sizes = [len(each.instances) for each in heard.observations[seen:] if each.more]
+        assert sizes == [0, 200, 200, 200, 100]
+        known = heard.inventory.instances
+        assert known[later.id].hostname == "later"
+        assert {known[each.id].hostname for each in edited[1:]} == {"edited"}
+
+
+async def test_many_records_among_which_an_address_moves_are_published_at_once(path: Path) -> None:
+    source = source_of(path)
+    many = [instance(f"i{n}", f"10.1.{n // 250}.{n % 250}") for n in range(300)]
+    async with running(source) as heard:
+        await source.put_records([], many)
+        seen = len(heard.observations)
+        ports = [each.ports for each in many]
+        ports[:2] = ports[1], ports[0]
+        moved = [replace(one, ports=its) for one, its in zip(many, ports, strict=True)]
+        await source.put_records([], [replace(each, hostname="edited") for each in moved])
+        assert [len(each.instances) for each in heard.observations[seen:]] == [300]
+
+
 async def test_before_it_runs_and_after_writes_are_unavailable(path: Path) -> None:
     source = source_of(path)
     with pytest.raises(SourceUnavailable):

@@ -41,7 +41,7 @@ class Reading:
     Attributes:
         networks: New records, `None` for those that are gone.
         instances: The same.
-        all_new: None of `instances` was in force before, so that no address moves from one to another.
+        moved: An address goes from one of `instances` to another.
         whole: Nothing was in force before: these are all records.
         problems: Everything wrong in the directory now.
         readable: The directory could be listed; if not, all stays as it was.
@@ -52,7 +52,7 @@ class Reading:
 
     networks: Mapping[str, Network | None]
     instances: Mapping[str, PackedInstance | None]
-    all_new: bool
+    moved: bool
     whole: bool
     problems: tuple[Problem, ...]
     readable: bool
@@ -248,7 +248,7 @@ class Directory:
         return Reading(
             networks,
             instances,
-            all_new=len(self._instances) - before == len(instances),
+            moved=self._instances.moved,
             whole=not (networks_before or before),
             problems=tuple(problems),
             readable=unreadable is None,

@@ -112,10 +112,10 @@ class FileSource:
         )
         if observation is None:
             return
-        if observation.full or reading.all_new:
+        if observation.full or not reading.moved:
             await publish_in_pieces(publish, observation)
         else:
-            # Addresses may move among the records: that is published at once.
+            # An address moves among the records: that is published at once.
             publish(observation)
 
 

@@ -53,6 +53,7 @@ class SqliteSource:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="imdsproxy-store")
         self._sync_thread = ThreadPoolExecutor(1, thread_name_prefix="imdsproxy-store-sync")
         self._publish: Publish | None = None
+        self._publishing = asyncio.Lock()
         self._store: Store | None = None
         self._failure: SourceError | None = None
         self._problems: dict[tuple[str, str], tuple[Problem, ...]] = {}
@@ -175,8 +176,8 @@ class SqliteSource:
                 for key in records:
                     self._problems.pop((kind, key), None)
             changes = RecordSet(written.networks, written.instances)
-            # Where addresses may move among the records, all are published at once.
-            await self._publish_stored(publish, changes, in_pieces=not written.tally.changed)
+            # Where an address moves among the records, all are published at once.
+            await self._publish_stored(publish, changes, in_pieces=not written.moved)
             return written.tally
 
         return await self._write(put)
@@ -236,10 +237,12 @@ class SqliteSource:
         observation = self._reports.next(changes, lambda: changes, problems=tuple(problems))
         if observation is None:
             return
-        if in_pieces:
-            await publish_in_pieces(publish, observation)
-        else:
-            publish(observation)
+        # In the order of the commits: the last piece of one write must not undo the next write.
+        async with self._publishing:
+            if in_pieces:
+                await publish_in_pieces(publish, observation)
+            else:
+                publish(observation)
 
     async def _in_thread(self, work: Callable[[], _T]) -> _T:
         return await asyncio.get_running_loop().run_in_executor(self._thread, work)

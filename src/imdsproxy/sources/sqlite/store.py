@@ -10,7 +10,7 @@ import json
 import os
 import sqlite3
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
@@ -81,11 +81,16 @@ class Contents:
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """What a write has done: the records that differ from those before, and how many of each kind."""
+    """What a write has done: the records that differ from those before, and how many of each kind.
+
+    Attributes:
+        moved: An address went from one instance to another.
+    """
 
     networks: dict[NetworkId, Network]
     instances: PackedInstances
     tally: Tally
+    moved: bool = False
 
 
 class Store:
@@ -247,17 +252,21 @@ class Store:
                 if number % _NOTED == _NOTED - 1:
                     progress.note(_STORING, number // 2, len(instances))
             # First let go, then take: addresses may move among the records of one write.
+            freed: dict[tuple[str, str], InstanceId] = {}
             for key in changed:
-                self._release(key)
+                freed.update(dict.fromkeys(self._release(key), key))
+            moved = False
             for number, (key, path) in enumerate(changed.items()):
-                problems += self._claim(packed[key], path)
+                instance = packed[key]
+                problems += self._claim(instance, path)
+                moved = moved or _takes(instance, freed)
                 self._keep_packed(packed, packed[key])
                 if number % _NOTED == _NOTED - 1:
                     progress.note(_STORING, (len(instances) + number) // 2, len(instances))
             progress.end(_STORING)
             if problems:
                 raise SourceRefused("the store refuses the records", problems=problems)
-        return Written(changed_networks, packed, Tally(**tally))
+        return Written(changed_networks, packed, Tally(**tally), moved)
 
     def remove_network(self, network: NetworkId, *, force: bool) -> bool:
         """Remove a network; `False` when there is none.
@@ -331,9 +340,13 @@ class Store:
 
     # Who claims what
 
-    def _release(self, instance: InstanceId) -> None:
+    def _release(self, instance: InstanceId) -> list[tuple[str, str]]:
+        """Have it claim nothing; what it claimed, as network and address."""
+        query = "SELECT network, address FROM addresses WHERE instance = ?"
+        claimed = self._connection.execute(query, (instance,)).fetchall()
         self._connection.execute("DELETE FROM addresses WHERE instance = ?", (instance,))
         self._connection.execute("DELETE FROM ports WHERE instance = ?", (instance,))
+        return claimed
 
     def _claim(self, instance: Instance, path: RecordPath) -> tuple[Problem, ...]:
         self._connection.executemany(
@@ -456,6 +469,12 @@ class _Payloads:
             self._closed = True
             if self._connection is not None:
                 self._connection.close()
+
+
+def _takes(instance: Instance, freed: Mapping[tuple[str, str], InstanceId]) -> bool:
+    """Whether an instance claims what another one has let go."""
+    places = ((network, str(address)) for network, address in address_keys(instance))
+    return any(freed.get(place, instance.id) != instance.id for place in places)
 
 
 def _stamp(text: object, claims: object, ports: object, user_data: object) -> bytes:
