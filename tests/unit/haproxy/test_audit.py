@@ -2,24 +2,16 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
 from imdsproxy.core.haproxy.audit import AUDIT_LONGEST
 from imdsproxy.core.haproxy.config import render_config
-from imdsproxy.core.haproxy.model import Bind, DataplaneSpec, NovaBackend, UnixBind
+from imdsproxy.core.haproxy.model import NovaBackend, UnixBind
 from imdsproxy.core.haproxy.watching import AnsweredBy, Watched, parse_events
-from imdsproxy.core.model import METADATA_IPV4, NetworkId
-from imdsproxy.dataplane.layout import Layout
-from support.haproxy_config import read_sections
+from support.haproxy_config import SPEC, read_rules
 
-SPEC = DataplaneSpec(
-    (Bind(NetworkId("blue"), METADATA_IPV4, 80),),
-    Layout(runtime=Path("/run/x"), state=Path("/var/x")).haproxy_paths(),
-    unix=UnixBind("/run/a", "0600", 0, 0),
-    audit=1,
-)
+AUDITED = replace(SPEC, unix=UnixBind("/run/a", "0600", 0, 0), audit=1)
 LINE = (
     '{"time":1795684004.318,"number":17,"network":"blue","address":"10.0.0.5","instance":"vm-1",'
     '"method":"GET","path":"\\/latest\\/user-data","status":200,"token":"no","refused":"-",'
@@ -28,7 +20,7 @@ LINE = (
 
 
 def _rules(header: str = "frontend guests", **options: object) -> list[tuple[str, ...]]:
-    return read_sections(render_config(replace(SPEC, **options)))[header]  # type: ignore[arg-type] # any field
+    return read_rules(replace(AUDITED, **options), header)  # type: ignore[arg-type] # any field
 
 
 def _text(*, nova: bool = False, headers: bool = False) -> str:
@@ -39,9 +31,9 @@ def _text(*, nova: bool = False, headers: bool = False) -> str:
 
 
 def test_there_are_no_rules_where_it_is_off() -> None:
-    text = render_config(replace(SPEC, audit=0))
+    text = render_config(replace(AUDITED, audit=0))
     assert not re.search("audit|log|txn.refused|txn.auth", text)
-    assert "ring@audit" not in render_config(replace(SPEC, audit=0, watched=True))
+    assert "ring@audit" not in render_config(replace(AUDITED, audit=0, watched=True))
 
 
 def test_a_sample_is_silent_but_for_one_of_so_many() -> None:

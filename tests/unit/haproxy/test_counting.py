@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
@@ -18,12 +17,7 @@ from imdsproxy.core.haproxy.counting import (
     parse_guests,
     parse_readers,
 )
-from imdsproxy.core.haproxy.model import Bind, DataplaneSpec
-from imdsproxy.core.model import METADATA_IPV4, NetworkId
-from imdsproxy.dataplane.layout import Layout
-from support.haproxy_config import read_sections
-
-PATHS = Layout(runtime=Path("/run/x"), state=Path("/var/x")).haproxy_paths()
+from support.haproxy_config import SPEC, read_sections
 
 # As HAProxy 3.0.11 gave them; the second has letters of its escaping.
 _GUESTS = """\
@@ -61,13 +55,12 @@ def test_an_answer_that_is_an_error_has_no_rows() -> None:
     assert parse_readers("") == []
 
 
-def _sections(**options: int) -> dict[str, list[tuple[str, ...]]]:
-    binds = (Bind(NetworkId("blue"), METADATA_IPV4, 80),)
-    return read_sections(render_config(DataplaneSpec(binds, PATHS, **options)))  # type: ignore[arg-type] # counts
+def _sections(one_in: int) -> dict[str, list[tuple[str, ...]]]:
+    return read_sections(render_config(replace(SPEC, count_reads=one_in)))
 
 
 def test_tables_are_bounded_and_rules_use_them_by_their_names() -> None:
-    sections = _sections(count_reads=ONE_IN)
+    sections = _sections(ONE_IN)
     assert "size 50k" in " ".join(sections[f"backend {GUESTS_TABLE}"][0])
     assert "size 10k" in " ".join(sections[f"backend {READERS_TABLE}"][0])
     for kind in ("checked", "sampled"):
@@ -80,7 +73,7 @@ def test_tables_are_bounded_and_rules_use_them_by_their_names() -> None:
 
 @pytest.mark.parametrize("one_in", [0, 1, ONE_IN])
 def test_no_rule_is_longer_than_haproxy_takes(one_in: int) -> None:
-    lines = [line for lines in _sections(count_reads=one_in).values() for line in lines]
+    lines = [line for lines in _sections(one_in).values() for line in lines]
     assert max(map(len, lines)) <= 64
 
 
@@ -91,5 +84,5 @@ def test_what_is_not_chosen_pays_for_no_more_than_the_throw() -> None:
 
 
 def _samples(one_in: int) -> list[tuple[str, ...]]:
-    rules = _sections(count_reads=one_in)["frontend guests"]
+    rules = _sections(one_in)["frontend guests"]
     return [rule for rule in rules if rule[1:3] == ("set-var(txn.needs_check)", "str(sampled)")]

@@ -3,25 +3,18 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from ipaddress import IPv4Address, IPv6Address, ip_address
-from pathlib import Path
 
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from imdsproxy.core.haproxy.config import render_config
-from imdsproxy.core.haproxy.model import DataplaneSpec, UnixBind
-from imdsproxy.dataplane.layout import Layout
-from support.haproxy_config import read_sections
+from imdsproxy.core.haproxy.model import UnixBind
+from support.haproxy_config import SPEC, read_rules
 
-_PATHS = Layout(runtime=Path("/run/x"), state=Path("/var/x")).haproxy_paths()
-_SPEC = DataplaneSpec((), _PATHS, unix=UnixBind("/run/a", "0600", 0, 0))
-_RULES = [
-    line
-    for line in read_sections(render_config(_SPEC))["frontend agents"]
-    if line[0] == "http-request"
-]
+_SPEC = replace(SPEC, unix=UnixBind("/run/a", "0600", 0, 0))
+_RULES = [line for line in read_rules(_SPEC, "frontend agents") if line[0] == "http-request"]
 _LINES = [" ".join(line) for line in _RULES]
 
 

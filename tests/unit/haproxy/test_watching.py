@@ -1,15 +1,11 @@
 from __future__ import annotations
 
-from pathlib import Path
+from dataclasses import replace
 
 import pytest
 
-from imdsproxy.core.haproxy.config import render_config
-from imdsproxy.core.haproxy.model import Bind, DataplaneSpec
 from imdsproxy.core.haproxy.watching import AnsweredBy, Watched, parse_events
-from imdsproxy.core.model import METADATA_IPV4, NetworkId
-from imdsproxy.dataplane.layout import Layout
-from support.haproxy_config import read_sections
+from support.haproxy_config import SPEC, read_rules
 
 LINE = "17 1795684004318 blue 10.0.0.5 vm-1 - 200 3 documents documents-0 GET /latest/user-data"
 
@@ -86,12 +82,7 @@ def test_what_is_no_line_of_ours_is_left_out(line: str) -> None:
 
 
 def test_a_line_has_nothing_that_may_be_secret() -> None:
-    spec = DataplaneSpec(
-        (Bind(NetworkId("blue"), METADATA_IPV4, 80),),
-        Layout(Path("/run/x"), Path("/var/x")).haproxy_paths(),
-        watched=True,
-    )
-    rules = read_sections(render_config(spec))["frontend guests"]
+    rules = read_rules(replace(SPEC, watched=True), "frontend guests")
     text = " ".join(
         " ".join(one)
         for one in rules
