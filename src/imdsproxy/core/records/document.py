@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, TypeAlias, TypeVar
+from typing import Any, Final, TypeAlias, TypedDict, TypeVar, Unpack
 
 from imdsproxy.core.model import ID_PATTERN, Instance, Network
 from imdsproxy.core.records.fields import (
@@ -70,38 +70,54 @@ class Records:
         )
 
 
+class Reading(TypedDict, total=False):
+    """How records are read, as `Findings` has it.
+
+    Attributes:
+        file: The file they come from, for the problems.
+        line_of: Where their parts stand in that file.
+        read_file: Reads what `user_data_file` names; without it the key is refused.
+    """
+
+    file: str | None
+    line_of: LineOf | None
+    read_file: ReadFile | None
+
+
 def parse_network(
-    record: object, *, file: str | None = None, line_of: LineOf | None = None, path: Path = ()
+    record: object, *, path: Path = (), **reading: Unpack[Reading]
 ) -> Network | Refused:
     """A network, or everything that is wrong with its record.
 
     Args:
         record: The mapping, as YAML or JSON gives it.
-        file: The file it comes from, for the problems.
-        line_of: Where its parts stand in that file.
         path: Where the record stands in its document, as `("networks", 3)`.
+        reading: See `Reading`.
     """
-    return _parse(NETWORK, record, path, Findings(file, line_of))
+    return _parse(NETWORK, record, path, Findings(**reading))
 
 
 def parse_instance(
-    record: object,
-    *,
-    read_file: ReadFile | None = None,
-    file: str | None = None,
-    line_of: LineOf | None = None,
-    path: Path = (),
+    record: object, *, path: Path = (), **reading: Unpack[Reading]
 ) -> Instance | Refused:
-    """An instance, or everything that is wrong with its record.
+    """An instance, or everything that is wrong with its record; arguments as of `parse_network`."""
+    return _parse(INSTANCE, record, path, Findings(**reading))
+
+
+def parse_listed(
+    path: Path, value: object, *, faults: Sequence[Fault] = (), **reading: Unpack[Reading]
+) -> Network | Instance | Refused:
+    """One record of a document, as `parse_records` parses each.
 
     Args:
-        record: As of `parse_network`.
-        read_file: Reads what `user_data_file` names; without it the key is refused.
-        file: As of `parse_network`.
-        line_of: As of `parse_network`.
-        path: As of `parse_network`.
+        path: Its list and its place there.
+        value: The mapping.
+        faults: Those inside this record.
+        reading: See `Reading`.
     """
-    return _parse(INSTANCE, record, path, Findings(file, line_of, read_file))
+    record: Network | Instance | Refused
+    record = _parse(_TABLES[str(path[0])], value, path, Findings(**reading), faults)
+    return record
 
 
 def _parse(
@@ -139,11 +155,9 @@ def render_record(record: Network | Instance) -> dict[str, Json]:
 def parse_records(
     document: object,
     *,
-    read_file: ReadFile | None = None,
-    file: str | None = None,
-    line_of: LineOf | None = None,
     faults: Iterable[Fault] = (),
     note: Note | None = None,
+    **reading: Unpack[Reading],
 ) -> Records:
     """Every record of a document `{networks: [...], instances: [...]}`; an empty one is fine.
 
@@ -151,14 +165,12 @@ def parse_records(
 
     Args:
         document: The mapping, as YAML or JSON gives it; `None` for an empty file.
-        read_file: Reads what `user_data_file` names; without it the key is refused.
-        file: The file it comes from, for the problems.
-        line_of: Where its parts stand in that file.
         faults: What the decoder found; one inside a record refuses that record, another the
             document.
         note: Given now and then how many records of a list were checked, of how many.
+        reading: See `Reading`.
     """
-    findings = Findings(file, line_of)
+    findings = Findings(**reading)
     by_record: dict[Path, list[Fault]] = {}
     for fault in faults:
         by_record.setdefault(fault.path[:2], []).append(fault)
@@ -170,8 +182,7 @@ def parse_records(
             if note is not None and done % _NOTED == 0:
                 note(done, len(items))
             own = by_record.pop(item.path, ())
-            own_findings = Findings(file, line_of, read_file)
-            record = _parse(_TABLES[name], item.value, item.path, own_findings, own)
+            record = _parse(_TABLES[name], item.value, item.path, Findings(**reading), own)
             found[name].append((item.path, record))
     for fault in (fault for left in by_record.values() for fault in left):
         findings.add(fault)
@@ -187,28 +198,3 @@ def _good(records: Iterable[tuple[Path, Any]]) -> tuple[tuple[Path, Any], ...]:
 
 def _refused(records: Iterable[tuple[Path, Any]]) -> tuple[Refused, ...]:
     return tuple(record for _, record in records if isinstance(record, Refused))
-
-
-def parse_listed(
-    path: Path,
-    value: object,
-    *,
-    read_file: ReadFile | None = None,
-    file: str | None = None,
-    line_of: LineOf | None = None,
-    faults: Sequence[Fault] = (),
-) -> Network | Instance | Refused:
-    """One record of a document, as `parse_records` parses each.
-
-    Args:
-        path: Its list and its place there.
-        value: The mapping.
-        read_file: As of `parse_records`, like all that follows.
-        file: The same.
-        line_of: The same.
-        faults: Those inside this record.
-    """
-    findings = Findings(file, line_of, read_file)
-    record: Network | Instance | Refused
-    record = _parse(_TABLES[str(path[0])], value, path, findings, faults)
-    return record
