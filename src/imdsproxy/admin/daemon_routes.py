@@ -14,7 +14,7 @@ from imdsproxy.admin.bodies import DocumentBody
 from imdsproxy.admin.dependencies import NamedInstance, NamedNetwork, Uses
 from imdsproxy.admin.refusals import ERRORS
 from imdsproxy.admin.reports import Explanation, StatusReport
-from imdsproxy.admin.shapes import to_json
+from imdsproxy.admin.shapes import document_shape
 from imdsproxy.admin.tokens import GuardChange, KeyRotation
 from imdsproxy.config.change import SettingsReload
 from imdsproxy.core.addresses import normalise_address
@@ -116,7 +116,7 @@ async def get_document(
 ) -> JSONResponse:
     """The answer that this guest gets to `GET path`."""
     _refuse_relative(path)
-    return JSONResponse(to_json(await services.guests.get(network, _ip(address), path)))
+    return JSONResponse(document_shape(await services.guests.get(network, _ip(address), path)))
 
 
 @router.get("/watch")

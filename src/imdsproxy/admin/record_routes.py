@@ -34,10 +34,10 @@ from imdsproxy.admin.records import Written
 from imdsproxy.admin.refusals import ERRORS
 from imdsproxy.admin.shapes import (
     JsonObject,
+    bytes_shape,
     instance_shape,
     instance_summary,
     network_shape,
-    to_json,
 )
 from imdsproxy.core.model import InstanceId
 from imdsproxy.core.records import INSTANCE, NETWORK, render_record
@@ -167,7 +167,7 @@ async def show_password(instance: NamedInstance, services: Uses) -> JSONResponse
     password = await services.guests.read_password(instance)
     if password is None:
         raise _no_password(instance)
-    return JSONResponse({"instance": instance, "password": to_json(password)})
+    return JSONResponse({"instance": instance, "password": bytes_shape(password)})
 
 
 @router.delete("/instances/{instance}/password")

@@ -1,55 +1,33 @@
-"""Values as the admin API writes them in JSON: one rule for all, so that shapes are stable.
-
-Fields of a dataclass keep their names, addresses and paths become text, sets sorted lists, networks
-and instances their records (`imdsproxy.core.records`), and bytes `{"text": …}` or `{"base64": …}`.
-"""
+"""What FastAPI does not make of a route's return type: records in their own form, and bytes as text or base64."""
 
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping, Sized
-from dataclasses import fields, is_dataclass, replace
+from collections.abc import Sized
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, TypeAlias
 
-from imdsproxy.core.model import Instance, Network
 from imdsproxy.core.records import Json, render_record
 
 if TYPE_CHECKING:
+    from imdsproxy.admin.guests import DocumentAnswer
     from imdsproxy.admin.record_reports import InstanceReport, NetworkReport
 
 JsonObject: TypeAlias = "dict[str, Json]"
 
 
-def to_json(value: object) -> Json:
-    """Any value of a report as JSON carries it."""
-    if value is None or isinstance(value, bool | int | float):
-        return value
-    if isinstance(value, str):
-        return str(value)
-    if isinstance(value, bytes):
-        return _bytes(value)
-    if isinstance(value, Network | Instance):
-        return render_record(value)
-    return _structure(value)
-
-
-def _structure(value: object) -> Json:
-    if is_dataclass(value) and not isinstance(value, type):
-        return {field.name: to_json(getattr(value, field.name)) for field in fields(value)}
-    if isinstance(value, Mapping):
-        return {str(key): to_json(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [to_json(item) for item in value]
-    if isinstance(value, frozenset | set):
-        return sorted((to_json(item) for item in value), key=str)
-    return str(value)
-
-
-def _bytes(value: bytes) -> JsonObject:
+def bytes_shape(value: bytes) -> JsonObject:
+    """`{"text": …}` where they are UTF-8, else `{"base64": …}`."""
     try:
         return {"text": value.decode()}
     except UnicodeDecodeError:
         return {"base64": base64.b64encode(value).decode()}
+
+
+def document_shape(answer: DocumentAnswer) -> JsonObject:
+    """An answer to a guest."""
+    headers: list[Json] = [[name, value] for name, value in answer.headers]
+    return {"status": answer.status, "headers": headers, "body": bytes_shape(answer.body)}
 
 
 def network_shape(report: NetworkReport) -> JsonObject:
@@ -59,7 +37,7 @@ def network_shape(report: NetworkReport) -> JsonObject:
         "source": report.source,
         "instances": report.instances,
         "serving": report.left_out is None,
-        "left_out": to_json(report.left_out),
+        "left_out": None if report.left_out is None else asdict(report.left_out),
     }
 
 
@@ -71,7 +49,7 @@ def instance_shape(report: InstanceReport) -> JsonObject:
         "uuid": report.instance.uuid,
         "source": report.source,
         "revision": report.revision,
-        "conflicts": to_json(report.conflicts),
+        "conflicts": [asdict(one) for one in report.conflicts],
         "pending": list(report.pending),
     }
 
