@@ -234,6 +234,7 @@ set_up() {
     mkdir -p "$cache"
     (
         flock 9
+        umask 022 # other accounts run what is installed, as the workers of the document server do
         : >"$setup_log"
         remove_policy # of a run that was killed
         ! is_there haproxy || need_haproxy_3
