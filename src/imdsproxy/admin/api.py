@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 
     from imdsproxy.admin.services import Services
 
-__all__ = ["admin_app"]
-
 _CODES: Final = {404: "no-such-route", 405: "method-not-allowed"}
 
 

@@ -24,8 +24,6 @@ from imdsproxy.core.progress import Step
 from imdsproxy.core.token_report import TokenReport
 from imdsproxy.errors import Problem, RequestRefused
 
-__all__ = ["router"]
-
 router = APIRouter(prefix="/v1", responses=ERRORS)
 
 _Address = Annotated[str, Query(description="The guest's address, as its packets carry it.")]

@@ -10,8 +10,6 @@ from pydantic import Field
 from imdsproxy.admin.services import Services
 from imdsproxy.core.model import InstanceId, NetworkId
 
-__all__ = ["NamedInstance", "NamedNetwork", "Uses"]
-
 
 async def _services(request: Request) -> Services:
     return cast("Services", request.app.state.services)

@@ -41,8 +41,6 @@ from imdsproxy.sources.api import (
     PortMissing,
 )
 
-__all__ = ["Explainer"]
-
 _UUID: Final = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 """As Neutron writes the ids that it makes."""
 

@@ -21,8 +21,6 @@ from imdsproxy.serving.forward import CollectedAnswer, Forwarder, FoundRequest
 from imdsproxy.serving.passwords import PasswordStore
 from imdsproxy.serving.resolver import Known, Outcome
 
-__all__ = ["DocumentAnswer", "GuestService"]
-
 _COMMON: Final[Mapping[Dialect, str]] = {
     Dialect.EC2: "/latest/meta-data/",
     Dialect.OPENSTACK: "/openstack/latest/meta_data.json",

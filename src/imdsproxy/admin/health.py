@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 
     from imdsproxy.admin.reports import Readiness
 
-__all__ = ["HealthReports", "HealthServer"]
-
 _ROUTES: Final = ("/livez", "/readyz", "/metrics")
 _JSON: Final = "application/json"
 _HEAD_S: Final = 5.0

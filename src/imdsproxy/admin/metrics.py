@@ -38,8 +38,6 @@ from imdsproxy.sources.neutron.look_ups import LookUpResult
 from imdsproxy.sources.neutron.queries import QueryResult
 from imdsproxy.sources.neutron.source import NeutronFigures, NeutronSource
 
-__all__ = ["METRICS", "NETWORK_SUM", "TRAFFIC_COLUMNS", "Metric", "Metrics", "count_traffic"]
-
 NETWORK_SUM: Final = "*"
 """The `network` label of the one sum that stands for all, where there are too many for each."""
 

@@ -15,8 +15,6 @@ from imdsproxy.errors import NotFound
 from imdsproxy.listeners.binds import networks_of
 from imdsproxy.listeners.loop import ListenerLoop
 
-__all__ = ["InstanceReport", "NetworkReport", "RecordReports"]
-
 
 @dataclass(frozen=True, slots=True)
 class NetworkReport:

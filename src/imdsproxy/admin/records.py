@@ -17,8 +17,6 @@ from imdsproxy.listeners.loop import ListenerLoop
 from imdsproxy.listeners.plan import find_shared
 from imdsproxy.sources.sqlite.source import SqliteSource
 
-__all__ = ["RecordService", "Written"]
-
 _APPLY_DEADLINE_S = 10.0
 """How long nothing may come forward before the answer is that it is not in force yet."""
 

@@ -21,8 +21,6 @@ from imdsproxy.errors import (
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["ERRORS", "PROBLEM_JSON", "ProblemBody", "ProblemField", "refusal", "status_of"]
-
 PROBLEM_JSON: Final = "application/problem+json"
 _UNAVAILABLE: Final = 503
 

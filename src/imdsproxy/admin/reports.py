@@ -17,27 +17,6 @@ from imdsproxy.errors import Problem
 # The OpenAPI document is made from these annotations, so they are imported for real.
 from imdsproxy.nova.watch import NovaEndpointReport
 
-__all__ = [
-    "AuditReport",
-    "CardReport",
-    "DocumentsReport",
-    "Explanation",
-    "HaproxyReport",
-    "LeftOut",
-    "MacsReport",
-    "PairReport",
-    "PathDecision",
-    "PlanReport",
-    "Probe",
-    "Readiness",
-    "ReloadReport",
-    "SourceReport",
-    "StatusReport",
-    "UnixListenerReport",
-    "list_degraded",
-    "report_left_out",
-]
-
 _NETWORKS_SHOWN: Final = 20
 
 

@@ -15,8 +15,6 @@ from imdsproxy.config.change import SettingsReload
 from imdsproxy.core.progress import Progress
 from imdsproxy.core.token_report import TokenReport
 
-__all__ = ["Services"]
-
 
 @dataclass(slots=True)
 class Services:

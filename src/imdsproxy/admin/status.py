@@ -43,8 +43,6 @@ from imdsproxy.nova.upstream import NovaUpstream
 from imdsproxy.nova.watch import NovaWatch
 from imdsproxy.sources.api import Source
 
-__all__ = ["StatusService"]
-
 _MISMATCHES_SHOWN: Final = 20
 
 

@@ -18,8 +18,6 @@ from imdsproxy.core.wire import parse_map_value
 from imdsproxy.errors import NotFound, Problem
 from imdsproxy.host.clock import Clock
 
-__all__ = ["GuardChange", "KeyRotation", "TokenService"]
-
 _APPLY_DEADLINE_S: Final = 10.0
 
 

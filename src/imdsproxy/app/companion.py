@@ -27,8 +27,6 @@ from imdsproxy.host.process import (
 from imdsproxy.host.programs import run_program
 from imdsproxy.serving.pidfile import DocumentProcesses, read_pids, stop_documents
 
-__all__ = ["Companion", "CompanionLauncher", "SpawnCompanion", "UnitCompanion"]
-
 _START_DEADLINE_S: Final = 15.0
 _POLL_S: Final = 0.02
 _LOOK_EVERY_S: Final = 1.5

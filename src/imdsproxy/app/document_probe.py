@@ -17,8 +17,6 @@ from imdsproxy.errors import HostRefused, ImdsproxyError, Problem
 from imdsproxy.serving.account import Account, find_closed
 from imdsproxy.serving.store import DiskFiles
 
-__all__ = ["DocumentProbe"]
-
 _EVERY_S: Final = 2.0
 _FAILURES: Final = 2
 """One may fail while a worker is replaced."""

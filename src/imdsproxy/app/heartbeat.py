@@ -11,8 +11,6 @@ import structlog
 from imdsproxy.errors import HostRefused
 from imdsproxy.host.notify import ServiceNotifier
 
-__all__ = ["Heartbeat"]
-
 _STUCK_S: Final = 120.0
 """As `WatchdogSec=` of our unit. To plan 100,000 instances at once stops the loop for 3 s, on a busy host for 17 s."""
 

@@ -52,8 +52,6 @@ from imdsproxy.sources.api import (
     PortMissing,
 )
 
-__all__ = ["Lookup", "Neighbours"]
-
 _REFUSED: Final = 1000
 """Addresses whose last refused MAC `explain` can show."""
 

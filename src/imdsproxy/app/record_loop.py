@@ -54,8 +54,6 @@ from imdsproxy.errors import DataplaneError, ImdsproxyError, Problem
 from imdsproxy.host.clock import Clock
 from imdsproxy.host.process_limits import release_memory
 
-__all__ = ["RecordLoop"]
-
 _RETRY_LAST_S = 5.0
 
 _AT_ONCE: Final = 100

@@ -12,8 +12,6 @@ from imdsproxy.errors import HostRefused
 from imdsproxy.host.refusal import host_refused
 from imdsproxy.serving.bind import open_unix_socket
 
-__all__ = ["open_datagram_socket", "open_sole_socket", "open_tcp_socket"]
-
 _BACKLOG: Final = 128
 
 

@@ -11,8 +11,6 @@ from imdsproxy.config.load import Loaded
 from imdsproxy.config.schema import Settings
 from imdsproxy.errors import ImdsproxyError, Problem
 
-__all__ = ["SettingsHolder", "with_contents"]
-
 
 @dataclass(slots=True)
 class SettingsHolder:

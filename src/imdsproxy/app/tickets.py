@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass, field
 
-__all__ = ["Tickets"]
-
 
 @dataclass(slots=True)
 class Tickets:

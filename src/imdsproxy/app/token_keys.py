@@ -23,8 +23,6 @@ from imdsproxy.dataplane.records import RecordApplier, Writer
 from imdsproxy.errors import DataplaneError, Problem, SecretUnreadable
 from imdsproxy.host.files import read_secret
 
-__all__ = ["TokenKeys", "read_token_keys"]
-
 
 @dataclass(slots=True)
 class TokenKeys:

@@ -16,8 +16,6 @@ from imdsproxy.errors import DataplaneError, HostRefused, Problem, RuntimeUnavai
 from imdsproxy.host.doubt import Doubt
 from imdsproxy.host.process import ProcessStat, read_stat
 
-__all__ = ["HaproxyWatchdog"]
-
 _PROBE_EVERY_S: Final = 1.0
 _RESTART_FIRST_S: Final = 0.05
 

@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from imdsproxy.cli.admin_client import AdminClient
     from imdsproxy.core.records import Json
 
-__all__ = ["import_domain"]
-
 _Shape = Mapping[str, object]
 
 

@@ -12,8 +12,6 @@ from imdsproxy.cli import options
 from imdsproxy.cli.exitcodes import NO
 from imdsproxy.cli.output import read_bytes_shape, spell_status
 
-__all__ = ["get"]
-
 Path: TypeAlias = Annotated[
     str, typer.Argument(metavar="PATH", help="As the guest asks: /latest/meta-data/.")
 ]

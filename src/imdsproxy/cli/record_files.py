@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from imdsproxy.cli.output import Note
     from imdsproxy.core.records import Records
 
-__all__ = ["STDIN", "read_bytes", "read_record_file", "render_lines"]
-
 _LINES: Final = 100
 
 STDIN: Final = Path("-")

@@ -11,8 +11,6 @@ from imdsproxy.cli.output import MOST_SHOWN, Column, Output, clean
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["say_written", "show_instance", "show_instances", "show_network", "show_networks"]
-
 _Shape = Mapping[str, object]
 _ADDRESSES_SHOWN: Final = 3
 _REASONS_SHOWN: Final = 20

@@ -22,14 +22,13 @@ from imdsproxy.config.files import (
     read_each,
     unreadable,
 )
-from imdsproxy.config.schema import Section, Settings
+from imdsproxy.config.schema import Settings
+from imdsproxy.config.section import Section
 from imdsproxy.config.yaml_document import YamlDocument, parse_yaml
 from imdsproxy.errors import ConfigInvalid, ConfigUnreadable, Problem
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
-
-__all__ = ["DEFAULT_CONFIG", "Loaded", "Origin", "load_settings"]
 
 _OriginOf: TypeAlias = "Callable[[str], Origin]"
 

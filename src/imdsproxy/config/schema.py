@@ -38,23 +38,6 @@ from imdsproxy.sources.neutron.settings import NeutronSourceSettings
 from imdsproxy.sources.sqlite.settings import SqliteSourceSettings
 from imdsproxy.unix_listener.settings import UnixListenerSettings
 
-__all__ = [
-    "AdminSettings",
-    "DocumentsSettings",
-    "FileSourceSettings",
-    "HaproxySettings",
-    "HostSettings",
-    "LogSettings",
-    "MetricsSettings",
-    "PathsSettings",
-    "ResolverSettings",
-    "Section",
-    "Settings",
-    "SourcesSettings",
-    "SqliteSourceSettings",
-    "Supervisor",
-]
-
 Supervisor: TypeAlias = Literal["auto", "spawn", "systemd"]
 
 _SUPERVISOR_WORDS = (

@@ -49,25 +49,6 @@ from imdsproxy.sources.neutron.client import open_client
 from imdsproxy.sources.neutron.source import NeutronSource
 from imdsproxy.sources.sqlite.source import SqliteSource
 
-__all__ = [
-    "Sources",
-    "build_companion",
-    "build_files",
-    "build_mac_filters",
-    "open_policy_store",
-    "build_haproxy",
-    "build_hop_limits",
-    "build_host",
-    "build_launcher",
-    "build_layout",
-    "build_rule_sets",
-    "build_sources",
-    "build_spec",
-    "prepare_directories",
-    "prepare_jail",
-    "under_systemd",
-]
-
 _SYSTEMD = Path("/run/systemd/system")
 _UNIT_DIRECTORIES = (
     Path("/etc/systemd/system"),

@@ -63,8 +63,6 @@ from imdsproxy.serving.account import find_account
 from imdsproxy.serving.resolver import HoldLimits, Resolver
 from imdsproxy.unix_listener.listener import UnixListener
 
-__all__ = ["Controller"]
-
 _REVIEW_EVERY_S: Final = 1.0
 _WATCH_S: Final = 10.0
 

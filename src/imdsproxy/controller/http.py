@@ -32,8 +32,6 @@ from imdsproxy.serving.listen import HttpListener
 from imdsproxy.serving.passwords import PasswordStore
 from imdsproxy.serving.resolver_app import resolver_app
 
-__all__ = ["AnyAsgiApp", "HttpApps", "build_apps", "load_admin", "serve"]
-
 AnyAsgiApp: TypeAlias = Callable[..., Awaitable[None]]
 """FastAPI's, Starlette's and our own spell the three arguments each in their way."""
 

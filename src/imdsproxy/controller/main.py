@@ -22,8 +22,6 @@ from imdsproxy.host.logs import open_logging
 from imdsproxy.host.notify import ServiceNotifier, is_journal
 from imdsproxy.host.process_limits import leave_no_dumps, raise_descriptor_limit
 
-__all__ = ["run"]
-
 
 def run(load: Callable[[], Loaded], *, config: Path | None, environment: Mapping[str, str]) -> None:
     """Be the controller until stopped.

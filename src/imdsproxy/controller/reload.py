@@ -23,8 +23,6 @@ from imdsproxy.host.notify import ServiceNotifier
 from imdsproxy.listeners.loop import ListenerLoop
 from imdsproxy.nova.upstream import NovaUpstream
 
-__all__ = ["SettingsReloader"]
-
 _TAKE_OVER_S: Final = 10.0
 
 

@@ -40,8 +40,6 @@ from imdsproxy.unix_listener.listener import sweep_unix_socket
 if TYPE_CHECKING:
     from imdsproxy.admin.metrics import Metrics
 
-__all__ = ["run_controller"]
-
 _FIRST_SYNC_S = 5.0
 """How long the first configuration waits for sources that publish nothing; a running HAProxy is not affected."""
 

@@ -28,8 +28,6 @@ from imdsproxy.listeners.host import SystemHost
 from imdsproxy.listeners.plan import plan_listeners
 from imdsproxy.unix_listener.listener import sweep_unix_socket
 
-__all__ = ["end_processes", "stop_data_plane", "sweep_host"]
-
 
 async def end_processes(haproxy: Launcher, documents: CompanionLauncher) -> None:
     """End both; the one that keeps connections to the other first.

@@ -7,8 +7,6 @@ from typing import Final
 
 from imdsproxy.core.model import IpAddress, MacAddress
 
-__all__ = ["from_number", "link_local_of", "mac_of", "normalise_address", "to_number"]
-
 _LINK_LOCAL_PREFIX: Final = 0xFE80 << 112
 _UNIVERSAL_BIT: Final = 1 << 57
 _FILLER: Final = 0xFFFE

@@ -8,8 +8,6 @@ from typing import TypeVar
 
 from imdsproxy.core.model import Instance, Network
 
-__all__ = ["agreed", "distinct", "without_vaguer"]
-
 _V = TypeVar("_V")
 
 

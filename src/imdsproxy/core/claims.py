@@ -9,8 +9,6 @@ from imdsproxy.core.addresses import from_number, to_number
 from imdsproxy.core.model import InstanceId, NetworkId
 from imdsproxy.core.observation import AddressKey
 
-__all__ = ["Claims"]
-
 _Number: TypeAlias = int
 """`to_number` of an address."""
 

@@ -8,8 +8,6 @@ from typing import Generic, TypeVar
 from imdsproxy.core.model import NetworkId
 from imdsproxy.core.observation import AddressKey
 
-__all__ = ["Event", "Events"]
-
 _What = TypeVar("_What")
 
 

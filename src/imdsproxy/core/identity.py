@@ -30,26 +30,6 @@ if TYPE_CHECKING:
         Port,
     )
 
-__all__ = [
-    "Ambiguous",
-    "Denial",
-    "Found",
-    "How",
-    "Identity",
-    "Learned",
-    "Mismatch",
-    "Unknown",
-    "UnknownReason",
-    "checks_macs",
-    "deny",
-    "holds",
-    "identify",
-    "link_local_of",
-    "mac_of",
-    "normalise_address",
-    "port_at",
-]
-
 
 class How(StrEnum):
     """By what a guest was known."""

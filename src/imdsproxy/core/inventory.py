@@ -50,8 +50,6 @@ from imdsproxy.core.observation import (
 from imdsproxy.core.packed import PackedInstances
 from imdsproxy.errors import Problem
 
-__all__ = ["Inventory", "address_keys"]
-
 _K = TypeVar("_K", bound=Hashable)
 _V = TypeVar("_V")
 

@@ -8,8 +8,6 @@ from typing import Final, TypeVar
 from imdsproxy.core.model import Instance, InstanceId, Network, NetworkId
 from imdsproxy.errors import RequestRefused
 
-__all__ = ["find_id"]
-
 _Id = TypeVar("_Id", NetworkId, InstanceId)
 _SHOWN: Final = 5
 

@@ -13,8 +13,6 @@ from typing import Final
 
 from imdsproxy.errors import ConfigInvalid, ConfigUnreadable, Problem
 
-__all__ = ["DEFAULT_SECTION", "IniOption", "decode_ini", "expand_value", "find_option", "parse_ini"]
-
 DEFAULT_SECTION: Final = "DEFAULT"
 _LINE_END: Final = re.compile(r"\r\n|\r|\n")
 _REFERENCE: Final = re.compile(

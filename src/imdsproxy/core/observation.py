@@ -10,18 +10,6 @@ from typing import TypeAlias
 from imdsproxy.core.model import Instance, InstanceId, IpAddress, Network, NetworkId
 from imdsproxy.errors import Problem
 
-__all__ = [
-    "AddressKey",
-    "Affected",
-    "Claimant",
-    "Conflict",
-    "ConflictKind",
-    "Observation",
-    "RecordSet",
-    "SourceName",
-    "StrandedPort",
-]
-
 SourceName: TypeAlias = str
 AddressKey: TypeAlias = tuple[NetworkId, IpAddress]
 

@@ -8,8 +8,6 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Final
 
-__all__ = ["Durations", "Progress", "Step"]
-
 
 @dataclass(frozen=True, slots=True)
 class Step:

@@ -13,15 +13,6 @@ from imdsproxy.core.open_trees import open_user_data
 from imdsproxy.core.plan import policy_place
 from imdsproxy.core.policy import PolicyBook
 
-__all__ = [
-    "GuestWithoutToken",
-    "OpenTree",
-    "ReaderWithoutToken",
-    "TokenLedger",
-    "TokenReport",
-    "open_trees",
-]
-
 _GUESTS_KEPT: Final = 50_000
 _READERS_KEPT: Final = 10_000
 _KEPT_S: Final = 7 * 86_400

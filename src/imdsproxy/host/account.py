@@ -7,8 +7,6 @@ import pwd
 
 from imdsproxy.errors import HostRefused
 
-__all__ = ["group_id", "group_name", "owner_of", "user_id", "user_name"]
-
 
 def user_id(name: str) -> int:
     """The uid of an account; `HostRefused` when there is none."""

@@ -12,8 +12,6 @@ from typing import Final
 
 from imdsproxy.errors import Problem
 
-__all__ = ["ExporterPort"]
-
 _BIND: Final = re.compile(r"^\s*bind (\S+) name exporter\b", re.MULTILINE)
 
 

@@ -12,8 +12,6 @@ from typing import Final
 
 from imdsproxy.errors import HostRefused
 
-__all__ = ["Account", "find_account", "find_closed"]
-
 _TRY: Final = 'for place; do cd "$place" || { printf %s "$place"; exit 1; }; done'
 _TRY_S: Final = 5.0
 

@@ -15,21 +15,6 @@ from imdsproxy.core.model import ID_PATTERN, InstanceId
 from imdsproxy.core.wire import HEADER_INSTANCE, HEADER_REVISION, PROBE_INSTANCE
 from imdsproxy.serving.documents import Answer, DocumentService, refusal, retry_later
 
-__all__ = [
-    "BODY_LIMIT",
-    "LIVENESS_PATH",
-    "AsgiApp",
-    "BodyTooLarge",
-    "Receive",
-    "Scope",
-    "Send",
-    "Unfinished",
-    "documents_app",
-    "read_body",
-    "send_answer",
-    "while_there",
-]
-
 Scope: TypeAlias = Mapping[str, object]
 Message: TypeAlias = MutableMapping[str, object]
 Receive: TypeAlias = Callable[[], Awaitable[Message]]

@@ -11,8 +11,6 @@ from typing import Final
 from imdsproxy.errors import HostRefused
 from imdsproxy.host.refusal import host_refused
 
-__all__ = ["open_unix_socket"]
-
 _BACKLOG: Final = 2048
 
 

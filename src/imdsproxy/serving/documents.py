@@ -25,8 +25,6 @@ from imdsproxy.errors import HostRefused, PrivilegeMissing, RecordCorrupt
 from imdsproxy.serving.passwords import PasswordStore
 from imdsproxy.serving.store import LoadedRecord, RecordReader
 
-__all__ = ["Answer", "DocumentService", "FilePart", "refusal", "retry_later"]
-
 _LIFETIME: Final = (b"cache-control", b"max-age=3600")
 """Between here and HAProxy's cache, whose key holds the revision; HAProxy takes it away again."""
 

@@ -27,8 +27,6 @@ from imdsproxy.core.wire import (
 from imdsproxy.serving.asgi import Send, send_answer
 from imdsproxy.serving.documents import retry_later
 
-__all__ = ["CollectedAnswer", "Forwarder", "FoundForwarder", "FoundRequest"]
-
 _OURS: Final = b"x-imdsproxy-"
 _FORWARDED: Final = HEADER_FORWARDED.encode("ascii")
 _HOP_BY_HOP: Final = frozenset(

@@ -17,8 +17,6 @@ from typing import TypedDict, cast
 from imdsproxy.host.files import write_atomic
 from imdsproxy.serving.worker import Place
 
-__all__ = ["Handover", "accept_handover", "write_handover"]
-
 
 @dataclass(frozen=True, slots=True)
 class Handover:

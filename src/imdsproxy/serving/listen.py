@@ -15,8 +15,6 @@ from uvicorn.server import ServerState
 
 from imdsproxy.serving.asgi import AsgiApp
 
-__all__ = ["HttpListener"]
-
 _BACKLOG: Final = 2048
 _KEEP_ALIVE_S: Final = 300
 """Longer than HAProxy keeps an idle connection to a server, so that it is HAProxy who closes."""

@@ -16,8 +16,6 @@ from imdsproxy.errors import HostRefused, PrivilegeMissing
 from imdsproxy.host.files import sync_directory, write_atomic
 from imdsproxy.host.refusal import host_refused
 
-__all__ = ["PasswordStore"]
-
 _FILE_MODE: Final = 0o640
 _PERMISSION_HINT: Final = "the document server's account must be able to write the directory"
 

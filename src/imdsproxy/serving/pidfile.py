@@ -21,8 +21,6 @@ from imdsproxy.host.files import is_file_at, open_locked
 from imdsproxy.host.process import read_stat
 from imdsproxy.host.refusal import host_refused
 
-__all__ = ["DocumentProcesses", "PidFile", "read_pids", "stop_documents"]
-
 _POLL_S: Final = 0.02
 _RESTARTS: Final = "restarts"
 

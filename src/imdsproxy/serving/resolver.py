@@ -21,14 +21,6 @@ from imdsproxy.core.identity import Denial
 from imdsproxy.core.model import NetworkId, Scope
 from imdsproxy.core.observation import AddressKey
 
-__all__ = [
-    "HoldLimits",
-    "Known",
-    "Outcome",
-    "Resolver",
-    "ResolverCounts",
-]
-
 _QUIET_S: Final = 60.0
 """An address that asks for nothing this long may be another guest's by then, and waits again."""
 _MAX_ENDED: Final = 10_000
@@ -71,16 +63,19 @@ class ResolverCounts:
 
 
 class Look(Protocol):
-    """Finds out whose an address is, now; may ask the kernel's neighbour table, or Neutron.
-
-    Args:
-        scope: What the request said that the id is, where it did.
-        port: The guest's, where its address is to be believed with its MAC only and nobody has seen to that yet.
-    """
+    """Finds the instance of an address, now."""
 
     def __call__(
         self, key: AddressKey, scope: Scope | None, port: int | None, /
-    ) -> Awaitable[Outcome]: ...
+    ) -> Awaitable[Outcome]:
+        """Look an address up; this may read the kernel's neighbour table, or query Neutron.
+
+        Args:
+            key: The network or router, and the address.
+            scope: What the id in the request is, where the request has it.
+            port: The guest's, where the kernel has not yet checked the address together with its MAC.
+        """
+        ...
 
 
 @dataclass(slots=True)

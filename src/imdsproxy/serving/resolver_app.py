@@ -38,8 +38,6 @@ from imdsproxy.serving.documents import Answer, refusal, retry_later
 from imdsproxy.serving.forward import Forwarder, FoundRequest
 from imdsproxy.serving.resolver import Resolver
 
-__all__ = ["resolver_app"]
-
 _NETWORK = HEADER_NETWORK.encode("ascii")
 _ADDRESS = HEADER_ADDRESS.encode("ascii")
 _SCOPE = HEADER_SCOPE.encode("ascii")

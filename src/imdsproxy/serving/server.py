@@ -29,8 +29,6 @@ from imdsproxy.serving.pidfile import PidFile, read_pids
 from imdsproxy.serving.supervisor import HANDLED_SIGNALS, Ending, Supervisor
 from imdsproxy.serving.worker import Place
 
-__all__ = ["DocumentServerOptions", "run_documents"]
-
 _SOCKET_MODE = 0o660
 _PRIVATE = 0o750
 

@@ -22,15 +22,6 @@ from imdsproxy.host.files import ensure_directory, write_atomic
 from imdsproxy.host.refusal import host_refused
 from imdsproxy.serving.passwords import PasswordStore
 
-__all__ = [
-    "DiskFiles",
-    "LoadedRecord",
-    "RecordReader",
-    "apply_record",
-    "list_records",
-    "remove_record",
-]
-
 _SUFFIX: Final = ".rec"
 _FILE_MODE: Final = 0o640
 _DIRECTORY_MODE: Final = 0o750

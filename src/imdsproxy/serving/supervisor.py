@@ -30,8 +30,6 @@ from imdsproxy.serving.asgi import LIVENESS_PATH
 from imdsproxy.serving.pidfile import PidFile
 from imdsproxy.serving.worker import Place, WorkerTask, run_worker
 
-__all__ = ["HANDLED_SIGNALS", "Ending", "Supervisor", "restart_delay"]
-
 _START_WITHIN_S: Final = 15.0
 _LOOK_EVERY_S: Final = 1.0
 _STOP_WITHIN_S: Final = 8.0

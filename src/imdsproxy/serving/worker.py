@@ -21,8 +21,6 @@ from imdsproxy.serving.listen import HttpListener
 from imdsproxy.serving.passwords import PasswordStore
 from imdsproxy.serving.store import RecordReader
 
-__all__ = ["Place", "WorkerTask", "run_worker"]
-
 # Libraries import the modules marked above when they first need them. Here that is too late: an unprivileged
 # worker may not be able to read them, and after an upgrade they would not fit the rest.
 

@@ -12,7 +12,7 @@ import pytest
 from imdsproxy.cli.checks import guests, host
 from imdsproxy.cli.checks.finding import Area, Finding
 from imdsproxy.config.endpoint import Endpoint
-from imdsproxy.config.schema import FileSourceSettings, Settings, SourcesSettings
+from imdsproxy.config.schema import Settings, SourcesSettings
 from imdsproxy.core.haproxy.runtime import Version
 from imdsproxy.core.model import InstanceId, NetworkId, Port
 from imdsproxy.core.policy import PolicyRules, TokenMode
@@ -26,6 +26,7 @@ from imdsproxy.errors import (
     Problem,
     SourceUnavailable,
 )
+from imdsproxy.sources.file.settings import FileSourceSettings
 from imdsproxy.sources.sqlite.store import Store
 from support.admin_server import admin_server
 from support.record_builders import instance, network

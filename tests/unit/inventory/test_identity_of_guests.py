@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from imdsproxy.core.addresses import link_local_of, mac_of, normalise_address
 from imdsproxy.core.identity import (
     Ambiguous,
     Found,
@@ -16,9 +17,6 @@ from imdsproxy.core.identity import (
     UnknownReason,
     holds,
     identify,
-    link_local_of,
-    mac_of,
-    normalise_address,
 )
 from imdsproxy.core.inventory import Inventory
 from imdsproxy.core.model import MacAddress, NetworkId

@@ -25,17 +25,6 @@ from imdsproxy.core.documents.tree import (
     listing,
 )
 
-__all__ = [
-    "EC2_CATEGORIES",
-    "EC2_VERSIONS",
-    "LATEST",
-    "ec2_directory",
-    "ec2_generation",
-    "is_listed_tag",
-    "permitted_tags",
-    "unique_names",
-]
-
 LATEST: Final = "latest"
 
 EC2_VERSIONS: Final = (

@@ -15,8 +15,6 @@ from typing import Final, TypeAlias
 
 from imdsproxy.core.compiled import DocumentAddress, DocumentPort, DocumentRecord
 
-__all__ = ["JsonValue", "render_network_config", "render_network_data"]
-
 JsonValue: TypeAlias = "str | int | bool | list[JsonValue] | dict[str, JsonValue] | None"
 
 _ANYWHERE: Final = ("0.0.0.0", "::")  # noqa: S104 - a route's destination, not a bind

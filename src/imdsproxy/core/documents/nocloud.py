@@ -15,8 +15,6 @@ from imdsproxy.core.documents.network import JsonValue, render_network_config
 from imdsproxy.core.documents.tree import BINARY, Data, Directory, Leaf, Node, listing
 from imdsproxy.core.documents.vendor import vendor_text
 
-__all__ = ["NOCLOUD_ROOT", "nocloud_directory", "render_yaml"]
-
 NOCLOUD_ROOT: Final = "nocloud"
 """The first name of the tree's paths."""
 

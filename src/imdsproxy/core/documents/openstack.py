@@ -20,8 +20,6 @@ from imdsproxy.core.documents.tree import (
 )
 from imdsproxy.core.documents.vendor import vendor_object
 
-__all__ = ["OPENSTACK_VERSIONS", "openstack_directory", "openstack_listing", "openstack_version"]
-
 _FOLSOM: Final = "2012-08-10"
 _GRIZZLY: Final = "2013-04-04"
 _HAVANA: Final = "2013-10-17"

@@ -10,8 +10,6 @@ from imdsproxy.core.model import Dialect, Instance, Upstream
 from imdsproxy.core.records.fields import quoted
 from imdsproxy.errors import Problem
 
-__all__ = ["list_warnings", "warn_of_names"]
-
 _SHOWN: Final = 20
 _TAG_HINT: Final = (
     "keys there have letters, digits and +-=.,_:@ only, and are not `.`, `..` or `_index`"

@@ -32,16 +32,6 @@ from imdsproxy.core.documents.tree import (
 )
 from imdsproxy.core.model import Dialect
 
-__all__ = [
-    "PASSWORD_LIMIT",
-    "SEED_LENGTH",
-    "DocumentRequest",
-    "DocumentResponse",
-    "DocumentTree",
-    "Header",
-    "respond",
-]
-
 SEED_LENGTH: Final = 512
 """Bytes of `random_seed`, as Nova gives them."""
 

@@ -7,8 +7,6 @@ from typing import Final, TypeAlias
 
 from imdsproxy.core.documents.ec2 import EC2_CATEGORIES
 
-__all__ = ["can_be_served"]
-
 _Names: TypeAlias = "Mapping[str, _Names | None]"
 
 _ANYTHING: Final = None

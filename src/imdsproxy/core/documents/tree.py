@@ -10,24 +10,6 @@ from urllib.parse import unquote_to_bytes
 
 from imdsproxy.core.compiled import Blob
 
-__all__ = [
-    "BINARY",
-    "JSON",
-    "TEXT",
-    "BadPath",
-    "Data",
-    "Directory",
-    "Leaf",
-    "Node",
-    "Password",
-    "Seeded",
-    "directory",
-    "encode_text",
-    "find_node",
-    "listing",
-    "parse_path",
-]
-
 TEXT: Final = b"text/plain; charset=utf-8"
 JSON: Final = b"application/json"
 BINARY: Final = b"application/octet-stream"

@@ -13,8 +13,6 @@ from typing import cast
 from imdsproxy.core.documents.network import JsonValue
 from imdsproxy.core.documents.tree import encode_text
 
-__all__ = ["vendor_object", "vendor_text"]
-
 _MEMBER = "cloud-init"
 
 
