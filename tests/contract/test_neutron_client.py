@@ -23,6 +23,7 @@ from imdsproxy.sources.neutron.ports import ROUTER_OWNERS, NeutronPort, PortQuer
 from support.fake_neutron import FakeNeutron, neutron_port
 from support.openstack.lab import OpenStack
 from support.openstack.table import Port
+from support.patience import patience
 
 # openstacksdk warns of a setting that is not set (its defaults for InfluxDB are not empty).
 pytestmark = pytest.mark.filterwarnings("ignore:Support for InfluxDB:PendingDeprecationWarning")
@@ -51,7 +52,7 @@ async def client(
 
 
 def _rest(connect: Callable[[], object]) -> NeutronRest:
-    return NeutronRest(connect, timeout_s=10, max_queries=2)
+    return NeutronRest(connect, timeout_s=10 * patience(), max_queries=2)
 
 
 def _port(row: dict[str, object]) -> NeutronPort:
