@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from functools import lru_cache
 from typing import Final
 
 from imdsproxy.core.documents.ec2 import is_listed_tag, permitted_tags, unique_names
@@ -20,7 +21,18 @@ def warn_of_names(instance: Instance) -> tuple[Problem, ...]:
     """A warning for each ssh key that guests see under another name, and each tag that EC2's documents lack."""
     if instance.upstream is Upstream.NOVA:
         return ()
+    names = tuple(key.name for key in instance.ssh_keys)
+    if _are_kept(names, tuple(name for name, _ in instance.tags)):
+        return ()
     return (*_keys(instance), *_tags(instance))
+
+
+@lru_cache(1024)
+def _are_kept(keys: tuple[str, ...], tags: tuple[str, ...]) -> bool:
+    """Whether guests see all of these names as they are: many instances have the same ones."""
+    permitted = permitted_tags((name, "") for name in tags)
+    kept = all(name in permitted and is_listed_tag(name) for name in tags)
+    return kept and unique_names(keys) == keys
 
 
 def _keys(instance: Instance) -> Iterator[Problem]:
