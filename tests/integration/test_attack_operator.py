@@ -90,7 +90,7 @@ def test_who_empties_the_runtime_directory_is_told_of_it_and_a_start_mends_all(
     process = daemon.process
     until(lambda: process.poll() is not None, within_s=15, what="the controller's end")
     assert process.returncode == 71
-    assert f"somebody has removed our files in {daemon.runtime}" in daemon.log.read_text()
+    assert f"the files were removed in {daemon.runtime}" in daemon.log.read_text()
     until(lambda: not alive(documents), what="the end of the document server of before")
     daemon.start()
     assert world.red.ask("/openstack").status == 200

@@ -77,7 +77,7 @@ class Explainer:
         ]
         declared = network in self.inventory.networks
         if not (network in networks_of(report.endpoints) if declared else self._agents_served()):
-            # Nobody listens there: the guest gets no answer, whatever it would be.
+            # No listener is there: the guest gets no answer, whatever it would be.
             found = replace(found, verdict="left-out", answer=503)
         pair_steps, pair = await self._pair(key)
         return replace(
@@ -130,7 +130,7 @@ class Explainer:
                     continue
                 case _ as never:
                     assert_never(never)
-        why = f"{self.lookup.source.name} was asked and has no port that may be told anything"
+        why = f"{self.lookup.source.name} was asked and has no port that may get metadata"
         if declared is None and not _UUID.fullmatch(key[0]):
             why += f"; it knows networks and routers by their ids, and {key[0]} is no UUID"
         return replace(unknown, why=(why, *unknown.why[1:]))

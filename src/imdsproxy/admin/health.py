@@ -90,7 +90,7 @@ class HealthServer:
         server.close()
 
     async def _converse(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        # Whoever sends no request, or takes no answer, is let go.
+        # A client that sends no request, or takes no answer, is disconnected.
         with suppress(TimeoutError, OSError, asyncio.IncompleteReadError):
             try:
                 async with asyncio.timeout(_HEAD_S):

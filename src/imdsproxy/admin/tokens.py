@@ -140,9 +140,9 @@ class TokenService:
                 await self.records.tickets.wait(self.records.tickets.given)
         except TimeoutError:
             pending += self._unconfirmed()
-        if not self.inventory.in_sync and self._told_before(instance, keys):
+        if not self.inventory.in_sync and self._was_in_force(instance, keys):
             pending.append(
-                "no source that is in sync tells of it: HAProxy goes on with what it was told before"
+                "no source that is in sync reports it: HAProxy keeps the record that it has"
             )
         return GuardChange(
             instance,
@@ -152,7 +152,7 @@ class TokenService:
             pending=tuple(pending),
         )
 
-    def _told_before(self, instance: InstanceId, keys: frozenset[AddressKey]) -> bool:
+    def _was_in_force(self, instance: InstanceId, keys: frozenset[AddressKey]) -> bool:
         """Whether HAProxy has the instance at an address that no source tells of now."""
         made_anew = {record_key(key) for key in keys}
         for key, value in self.records.applier.state.entries():

@@ -162,7 +162,7 @@ class Audit:
                     await self._write(begun + chunk[:whole])
                     begun = b""
                 else:
-                    # A part of a line. Were it left there, its end could not be told from that of the connection.
+                    # A part of a line. Were it left there, its end would look like that of the connection.
                     whole = len(chunk)
                     begun += chunk
                 _skip(worker.socket, whole)

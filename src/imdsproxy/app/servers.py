@@ -24,7 +24,7 @@ def open_sole_socket(path: Path, *, mode: int, owner: tuple[int, int]) -> socket
         owner: User and group ids, -1 to leave one.
 
     Raises:
-        HostRefused: Somebody listens there, or it cannot be bound.
+        HostRefused: Another process listens there, or it cannot be bound.
         PrivilegeMissing: This process may not do that there.
     """
     _refuse_living(path)

@@ -94,7 +94,7 @@ class HaproxyWatchdog:
         layout = self.haproxy.layout
         if not layout.unavailable.exists():
             raise HostRefused(
-                f"somebody has removed our files in {layout.runtime}: only a start makes them again",
+                f"the files were removed in {layout.runtime}: only a start makes them again",
                 hint="find out who did: a clean-up of /run, tmpfiles.d, another unit's RuntimeDirectory=",
             )
 
@@ -147,4 +147,4 @@ class HaproxyWatchdog:
             self.haproxy.processes = now
             return
         if await self.haproxy.adopt():
-            self.on_return("haproxy was reloaded by somebody else")
+            self.on_return("haproxy was reloaded by another process")

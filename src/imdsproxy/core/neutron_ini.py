@@ -63,7 +63,7 @@ def parse_ini(text: str, file: str) -> tuple[IniOption, ...]:
 
     Args:
         text: The file's text.
-        file: Its name, for what is said about it.
+        file: Its name, for messages about it.
 
     Raises:
         ConfigInvalid: A line is neither section, option, comment, nor goes on with an option before it, or an option

@@ -95,7 +95,7 @@ class DocumentService:
     ) -> Answer:
         """The answer to the instance.
 
-        A record that is missing, damaged or unreadable is 503 and never 404: whoever sent the request here knows
+        A record that is missing, damaged or unreadable is 503 and never 404: the sender of the request knows
         that the instance exists. It is logged once until it is well again.
 
         Args:

@@ -1,8 +1,8 @@
 """The miss path: a request of an address that the data plane does not know.
 
 The address may be about to become known (a guest can be faster than its own announcement), so the request
-waits for it, within bounds: a guest that invents addresses fills its own network's share and nobody
-else's. An address waits once: until a source reports it, further requests get their 404 at once. What is found
+waits for it, within bounds: a guest that invents addresses fills only its own network's
+share. An address waits once: until a source reports it, further requests get their 404 at once. What is found
 goes back to HAProxy once, with its record; from then on its maps have it.
 """
 

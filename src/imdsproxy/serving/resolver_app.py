@@ -56,32 +56,36 @@ def resolver_app(resolver: Resolver, forwarder: Forwarder) -> AsgiApp:
         if scope["type"] != "http":
             raise ValueError(f"the resolver does not speak {scope['type']}")
         headers = tuple(cast("Iterable[Header]", scope["headers"]))
-        told = _told(headers)
-        if told is None:
+        origin = _parse_origin(headers)
+        if origin is None:
             # Only HAProxy can reach this socket; without an identity it is HAProxy's own check.
             await send_answer(refusal(200 if scope["raw_path"] == LIVENESS_PATH else 400), send)
             return
         body = await read_body(receive)
         if isinstance(body, BodyTooLarge):
-            await send_answer(_to_anybody(told, refusal(413)), send)
+            await send_answer(_to_any_mac(origin, refusal(413)), send)
         elif not isinstance(body, Unfinished):
             asked = _Asked(
-                told, cast("str", scope["method"]), cast("bytes", scope["raw_path"]), headers, body
+                origin,
+                cast("str", scope["method"]),
+                cast("bytes", scope["raw_path"]),
+                headers,
+                body,
             )
-            # HAProxy may have said 503 by then, and a POST that is sent all the same would arrive twice.
+            # HAProxy may have answered 503 by then, and a POST that is sent all the same would arrive twice.
             await while_there(receive, answer(asked, send))
 
     async def answer(asked: _Asked, send: Send) -> None:
-        told, method = asked.told, asked.method
-        outcome = await resolver.resolve(told.key, told.scope, told.port)
+        origin, method = asked.origin, asked.method
+        outcome = await resolver.resolve(origin.key, origin.scope, origin.port)
         if isinstance(outcome, Denial):
-            await send_answer(_to_anybody(told, _refuse(outcome, method)), send)
-        elif told.port is not None and method not in _CHANGES_NOTHING:
-            # The sender is not verified, whoever gets the answer. Once it is, the request comes again.
-            await send_answer(_to_anybody(told, retry_later()), send)
+            await send_answer(_to_any_mac(origin, _refuse(outcome, method)), send)
+        elif origin.port is not None and method not in _CHANGES_NOTHING:
+            # The sender is not verified. Once it is, the request comes again.
+            await send_answer(_to_any_mac(origin, retry_later()), send)
         else:
-            network, address = told.key
-            target = told.target or asked.path
+            network, address = origin.key
+            target = origin.target or asked.path
             found = FoundRequest(
                 outcome.record, network, str(address), method, target, asked.headers, asked.body
             )
@@ -101,16 +105,16 @@ def _refuse(denial: Denial, method: str) -> Answer:
     return replace(answer, body=b"") if method == "HEAD" else answer
 
 
-def _to_anybody(told: _Told, answer: Answer) -> Answer:
+def _to_any_mac(origin: _Origin, answer: Answer) -> Answer:
     """Mark an answer that holds nothing of an instance, so that the MAC filter lets it through to any MAC."""
-    if told.port is None:
+    if origin.port is None:
         return answer
     return replace(answer, headers=(*answer.headers, _REFUSED))
 
 
 @dataclass(frozen=True, slots=True)
-class _Told:
-    """What HAProxy says of a request."""
+class _Origin:
+    """Where a request comes from, by HAProxy's headers."""
 
     key: AddressKey
     scope: IdScope | None
@@ -122,25 +126,25 @@ class _Told:
 class _Asked:
     """A guest's whole request."""
 
-    told: _Told
+    origin: _Origin
     method: str
     path: bytes
     headers: tuple[Header, ...]
     body: bytes
 
 
-def _told(headers: Iterable[Header]) -> _Told | None:
-    said = [(name, value) for name, value in headers if name.startswith(_OURS)]
-    ours = dict(said)
-    if len(ours) < len(said):
-        # HAProxy says each once.
+def _parse_origin(headers: Iterable[Header]) -> _Origin | None:
+    sent = [(name, value) for name, value in headers if name.startswith(_OURS)]
+    ours = dict(sent)
+    if len(ours) < len(sent):
+        # HAProxy sends each once.
         return None
     network, address = ours.get(_NETWORK), ours.get(_ADDRESS)
     if network is None or address is None:
         return None
     word, port = ours.get(_SCOPE), ours.get(_UNVERIFIED)
     try:
-        return _Told(
+        return _Origin(
             (NetworkId(network.decode("latin-1")), ip_address(address.decode("latin-1"))),
             None if word is None else IdScope(word.decode("latin-1")),
             ours.get(_TARGET),

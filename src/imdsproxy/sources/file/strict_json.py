@@ -20,7 +20,7 @@ _DEEPEST: Final = 100
 _BLANK: Final = re.compile(r"[ \t\r\n]*")
 _NUMBER: Final = re.compile(r"-?(?:0|[1-9][0-9]{0,1000})(\.[0-9]+)?([eE][-+]?[0-9]+)?")
 # Public by its name and in C; only the stubs leave it out.
-_scan_string: Final = decoder.scanstring  # type: ignore[attr-defined]  # as said above
+_scan_string: Final = decoder.scanstring  # type: ignore[attr-defined]  # see above
 _WORDS: Final = {"true": True, "false": False, "null": None}
 
 _Tree: TypeAlias = "tuple[int, dict[str, _Tree] | list[_Tree] | None]"
