@@ -184,7 +184,7 @@ async def test_what_haproxy_knows_of_a_source_that_is_silent_is_told(rig: Rig) -
     rig.records.applier.state.overlay["n1/10.0.0.5"] = "+1tooo--:1:0:64|web|0f3a9c"
     changed = await rig.writes.revoke(_WEB)
     assert (changed.epoch, changed.applied) == (2, False)
-    assert "no source that is in sync tells of it" in changed.pending[0]
+    assert "no source that is in sync reports it" in changed.pending[0]
     rig.records.applier.state.overlay["n1/10.0.0.5"] = "mail|0f3a9c"
     assert (await rig.writes.revoke(_WEB)).applied
 

@@ -422,7 +422,7 @@ async def test_a_guest_behind_a_router_is_explained_by_the_router() -> None:
 @pytest.mark.parametrize(
     ("answer", "status", "words"),
     [
-        (PortMissing(), 404, "has no port that may be told anything"),
+        (PortMissing(), 404, "has no port that may get metadata"),
         (
             PortAmbiguous(2),
             404,
