@@ -148,8 +148,8 @@ class RecordLoop:
     """Keeps compiled records and HAProxy's maps equal to the inventory.
 
     Args:
-        on_networks: Told of networks that came, changed or went.
-        on_applied: Told of addresses whose records are in force now; `None` stands for all of them.
+        on_networks: Called with networks that came, changed or went.
+        on_applied: Called with addresses whose records are in force now; `None` stands for all of them.
         routing: Where requests go whose documents Nova has, as of now; `resync` after it changed.
         policies: What settings and operators say of guests, as of now; `resync` after it changed.
         sets: Who has HAProxy know path rules.
@@ -223,7 +223,7 @@ class RecordLoop:
         return self.touch(key)
 
     def forget(self, key: AddressKey) -> int:
-        """Who told of it says otherwise now, or its word is too old."""
+        """Its source reports otherwise now, or its report is too old."""
         self.learned.pop(key, None)
         return self.touch(key)
 
@@ -377,7 +377,7 @@ class RecordLoop:
             keys |= {key for key in self.learned if key[0] in work.networks}
             # An address behind a router stands and falls with the one in its network.
             keys |= {key for key, entry in self.learned.items() if entry.via in keys}
-        # Nothing is swept before the sources have told everything once.
+        # Nothing is swept before the sources have reported everything once.
         sweeping = full and (self.inventory.in_sync or self._swept)
         parts = self._every_part(compiling, keys) if full else self._parts(keys)
         plan = await self._plan_round(parts, full=full)
@@ -385,14 +385,14 @@ class RecordLoop:
             await self._plan_sweep(plan)
         if self.sets is not None:
             await self.sets.ensure(plan.sets, sweep=sweeping)
-        # Whoever has an address now is not let through any more when it becomes another's.
+        # The present owner of an address is not let through any more when it becomes another's.
         await self.mac_filters.withdraw(plan.pairs)
         await self.applier.apply(plan.wanted)
         await self.mac_filters.grant(plan.pairs)
         self.withheld = plan.withheld
         if self.withheld:
             self.on_networks(frozenset(network for network, _ in self.withheld))
-        # Only now can nobody be sent to the document server for these any more.
+        # Only now can no request reach the document server for these any more.
         self._remove_all(compiling.unneeded)
         if self.inventory.in_sync:
             self._swept = True
@@ -421,7 +421,7 @@ class RecordLoop:
         return plan
 
     async def _plan_sweep(self, plan: _RoundPlan) -> None:
-        """Add what is in force and nobody has any more; what `plan` has nothing of is as it should be."""
+        """Add what is in force and has no owner any more; what `plan` has nothing of is as it should be."""
 
         def is_gone(key: AddressKey | None) -> bool:
             return key is None or (key not in self.learned and self.inventory.owner(key) is None)
@@ -449,7 +449,7 @@ class RecordLoop:
                 if not self.inventory.sources_of_instance(instance):
                     compiling.unneeded.append(instance)
                     compiling.lost.add(instance)
-                    # Were it to come back before it is compiled again, nobody may read what it was.
+                    # Were it to come back before it is compiled again, no guest may read what it was.
                     self.revisions.pop(instance, None)
             elif known.upstream is Upstream.NOVA:
                 if instance in self.revisions or not self._swept:
@@ -525,7 +525,7 @@ class RecordLoop:
                 self.failures.pop(name, None)
                 return
         except ImdsproxyError as error:
-            # The record before stays on disk and in force; guests read on, the operator is told.
+            # The record before stays on disk and in force; guests read on, the operator sees why.
             self.failures[name] = Problem(name, error.message, error.hint)
             structlog.get_logger().error(
                 "record not written", instance=instance, code=error.code, error=error.message

@@ -8,15 +8,15 @@ a race.
 The rules, in the order in which they apply:
 
 - The same network or instance in two sources with the same content is one record. Who does not say when an
-  instance was made contradicts nobody who does.
+  instance was made contradicts no source that does.
 - A network that two sources describe differently is a conflict. Where they agree on the listener it
   stays, bare (no name, subnets or MTU), so that guests are answered; where they do not it has none.
 - An instance that two sources describe differently is a conflict: it has no documents, and every
-  address that any of the versions claims is contested. A source that defers contradicts nobody: what
+  address that any of the versions claims is contested. A source that defers contradicts none: what
   it tells of an id that another source has does not count.
 - An address (or the link-local address of a MAC) that two instances claim in one network is
   contested. Their other addresses are not.
-- A port of a network that nobody told of claims nothing until the network comes.
+- A port of an unknown network claims nothing until the network comes.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ class Inventory:
 
     @property
     def networks(self) -> Mapping[NetworkId, Network]:
-        """Those with a listener: told of by one source, or alike by several."""
+        """Those with a listener: reported by one source, or alike by several."""
         return MappingProxyType(self._networks)
 
     @property
@@ -132,7 +132,7 @@ class Inventory:
 
     @property
     def instances(self) -> PackedInstances:
-        """Those with documents: told of by one source, or alike by several."""
+        """Those with documents: reported by one source, or alike by several."""
         return self._instances
 
     @property
@@ -142,11 +142,11 @@ class Inventory:
 
     @property
     def in_sync(self) -> bool:
-        """Every source has told all that it knows (and there is a source)."""
+        """Every source has reported all that it knows (and there is a source)."""
         return bool(self._reports) and all(report.in_sync for report in self._reports.values())
 
     def owner(self, key: AddressKey) -> InstanceId | Conflict | None:
-        """Whose address it is; a `Conflict` where that is contested, `None` if nobody claims it."""
+        """Whose address it is; a `Conflict` where that is contested, `None` if no record claims it."""
         network, address = key
         claimant = self._addresses.owner(key)
         if claimant is None or not self.knows(network):
@@ -164,7 +164,7 @@ class Inventory:
         return self._addresses.owner(key) is not None and self.knows(key[0])
 
     def addresses(self) -> Iterator[tuple[AddressKey, InstanceId | Conflict]]:
-        """Every address that somebody claims in a network that exists, and whose it is; network by network.
+        """Every claimed address of a network that exists, and whose it is; network by network.
 
         It may go on while others observe: what comes or goes meanwhile is perhaps not in it.
         """
@@ -219,7 +219,7 @@ class Inventory:
 
     @property
     def address_count(self) -> int:
-        """How many addresses somebody claims, in networks that exist or not."""
+        """How many addresses are claimed, in networks that exist or not."""
         return len(self._addresses)
 
     @property
@@ -361,12 +361,12 @@ class Inventory:
             change.addresses |= some
 
     def _add_instance(
-        self, instance_id: InstanceId, told: PackedInstances, change: _Change
+        self, instance_id: InstanceId, packed: PackedInstances, change: _Change
     ) -> None:
         """Take a new one that one source has, as at a start all are: a third of the work of `_set_instance`."""
-        self._instances.take(instance_id, told)
+        self._instances.take(instance_id, packed)
         change.instances.add(instance_id)
-        for network, mac, numbers in told.ports(instance_id):
+        for network, mac, numbers in packed.ports(instance_id):
             found = numbers
             if mac is not None:
                 self._macs[network] += 1

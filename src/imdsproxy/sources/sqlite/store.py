@@ -152,7 +152,7 @@ class Store:
         contents = Contents()
         progress = progress or Progress()
         with store_failures(self._path), self._transaction():
-            # Programs other than this one do not keep references unless they are told to.
+            # Programs other than this one do not enforce references by default.
             for table in ("addresses", "ports"):
                 self._connection.execute(
                     f"DELETE FROM {table} WHERE instance NOT IN (SELECT id FROM instances)"  # noqa: S608 - a constant
@@ -242,8 +242,8 @@ class Store:
                 tally[done] += 1
                 if done != "unchanged":
                     changed_networks[network.id] = network
-            for number, told in enumerate(instances):
-                instance = self._with_creation(told)
+            for number, reported in enumerate(instances):
+                instance = self._with_creation(reported)
                 done = self._put_instance_row(instance)
                 tally[done] += 1
                 if done != "unchanged":
@@ -373,7 +373,7 @@ class Store:
         return None if row is None else str(row[0])
 
     def _reclaim(self, instance: Instance) -> Instance | tuple[Problem, ...]:
-        """Mend the claims of a record that another program has written, if nobody else has them."""
+        """Mend the claims of a record that another program has written, if no other record has them."""
         stored = self._connection.execute(
             "SELECT network, address FROM addresses WHERE instance = ?", (instance.id,)
         ).fetchall()
@@ -428,7 +428,7 @@ class Store:
 
 
 class _Payloads:
-    """Reads user-data for whoever needs some, in whichever thread: it is in memory only for as long."""
+    """Reads user-data on demand, in any thread: it is in memory only for as long."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
