@@ -192,6 +192,7 @@ class StatusService:
     def own_problems(self) -> tuple[Problem, ...]:
         """What is wrong and belongs to no source, network or instance."""
         found = list(self.unapplied())
+        found += [] if self.haproxy.full is None else [self.haproxy.full]
         keys = self.policy_store.keys
         found += [] if keys.failure is None else [keys.failure]
         if self.records.revisions and not self.companion.needed:

@@ -82,6 +82,9 @@ class DocumentProbe:
         status, body = await self.haproxy.fetch_probe_document()
         if status == 200 and body == _INSTANCE.ec2_id.encode():  # noqa: PLR2004 - HTTP
             return None
+        if status is None and self.haproxy.full is not None:
+            # It waits, as guests do: the watchdog reports that, and nothing is known of the documents.
+            return self.problem
         path = self.files.directory / compiled_path(_INSTANCE.id)
         try:
             closed = await asyncio.to_thread(find_closed, self.account(), path.parent)

@@ -10,14 +10,18 @@ from typing import Final
 import structlog
 
 from imdsproxy.core.backoff import Backoff
-from imdsproxy.core.haproxy.runtime import Processes
-from imdsproxy.dataplane.haproxy import Haproxy
+from imdsproxy.core.haproxy.runtime import Load, Processes
+from imdsproxy.dataplane.haproxy import PROBE_DEADLINE_S, Haproxy
+from imdsproxy.dataplane.master import WorkerEnded
 from imdsproxy.errors import DataplaneError, HostRefused, Problem, RuntimeUnavailable
 from imdsproxy.host.doubt import Doubt
 from imdsproxy.host.process import ProcessStat, read_stat
 
 _PROBE_EVERY_S: Final = 1.0
 _RESTART_FIRST_S: Final = 0.05
+_PATIENCE_S: Final = 0.2
+"""How long a probe may take before the worker's own socket is asked too. That ends with the probe, so that asking
+does not delay the notice of a hung worker."""
 
 
 @dataclass(slots=True)
@@ -37,10 +41,11 @@ class HaproxyWatchdog:
     restarts: int = 0
     _answering: bool = field(default=True)
     _doubt: Doubt = field(default_factory=Doubt)
+    _reached: int = 0
 
     @property
     def answering(self) -> bool:
-        """The last probe was answered."""
+        """The last probe was answered, or had to wait because HAProxy is full."""
         return self._answering
 
     async def run(self) -> None:
@@ -109,10 +114,14 @@ class HaproxyWatchdog:
             if before is None or self.haproxy.records.lock.locked():
                 # It is being started or reloaded; that has a deadline of its own.
                 continue
-            self._answering = await self.haproxy.probe()
+            answered, full = await self._probe(before)
+            self._answering = answered or full is not None
+            self._report_full(full)
             if self._answering:
                 doubt = Doubt()
+            if answered:
                 await self._look_for_strangers(before)
+            if self._answering:
                 continue
             if self.haproxy.processes is not before or before.worker is None:
                 doubt = Doubt()
@@ -122,6 +131,46 @@ class HaproxyWatchdog:
                 continue
             doubt = Doubt()
             await self._end_hung(before)
+
+    async def _probe(self, processes: Processes) -> tuple[bool, Load | None]:
+        """Whether the worker answers a probe; if not, its load where it is full.
+
+        `maxconn` counts the probe, so a full worker leaves it waiting; it does not count the worker's own socket.
+        """
+        load: Load | None = None
+        async with asyncio.TaskGroup() as group:
+            probe = group.create_task(self.haproxy.probe())
+            await asyncio.wait([probe], timeout=_PATIENCE_S)
+            if not probe.done() and processes.worker is not None:
+                load = await self._read_load(processes.worker)
+        if probe.result() or load is None:
+            return probe.result(), None
+        # Between two guests there may be room for a moment.
+        full = load.connections >= load.most or load.reached != self._reached
+        self._reached = load.reached
+        return False, load if full else None
+
+    async def _read_load(self, worker: int) -> Load | None:
+        try:
+            async with asyncio.timeout(PROBE_DEADLINE_S - _PATIENCE_S):
+                return await self.haproxy.master.read_load(worker)
+        except (TimeoutError, RuntimeUnavailable, WorkerEnded):
+            return None
+
+    def _report_full(self, load: Load | None) -> None:
+        before = self.haproxy.full
+        if load is None:
+            self.haproxy.full = None
+            if before is not None and self._answering:
+                structlog.get_logger().info("haproxy has room again")
+            return
+        self.haproxy.full = found = Problem(
+            "haproxy.maxconn",
+            f"HAProxy is full: it has the {load.most} connections that it may have, and more guests wait",
+            "raise haproxy.maxconn, or LimitNOFILE= where the limit on open files bounds it; then restart HAProxy",
+        )
+        if before is None:
+            structlog.get_logger().error("haproxy is full", reason=found.reason, hint=found.hint)
 
     async def _end_hung(self, processes: Processes) -> None:
         structlog.get_logger().error(

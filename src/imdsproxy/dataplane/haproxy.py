@@ -19,13 +19,19 @@ from imdsproxy.dataplane.launch import Launcher
 from imdsproxy.dataplane.layout import Layout
 from imdsproxy.dataplane.master import MasterClient
 from imdsproxy.dataplane.records import RecordApplier, Writer
-from imdsproxy.errors import ConfigRejected, HostRefused, ReloadFailed, RuntimeUnavailable
+from imdsproxy.errors import (
+    ConfigRejected,
+    HostRefused,
+    Problem,
+    ReloadFailed,
+    RuntimeUnavailable,
+)
 from imdsproxy.host.clock import Clock
 from imdsproxy.host.files import ensure_directory
 from imdsproxy.host.programs import run_program
 from imdsproxy.host.refusal import host_refused
 
-_PROBE_DEADLINE_S = 1.0
+PROBE_DEADLINE_S = 1.0
 _CHECK_DEADLINE_S = 60.0
 """The binds of 5,000 networks take a few seconds; the records are not in it."""
 _DOCUMENT_DEADLINE_S = 3.0
@@ -51,6 +57,7 @@ class Haproxy:
     """Brings configurations into force and checks that HAProxy answers.
 
     Attributes:
+        full: Why guests wait, while HAProxy has all the connections that it may have.
         before_reload: Reads something of the workers that will then be gone; raises nothing.
         starting: Set once a start has begun; while HAProxy reads its files, the processor has time for others.
 
@@ -65,6 +72,7 @@ class Haproxy:
     write: Writer
     clock: Clock
     processes: Processes | None = None
+    full: Problem | None = None
     starting: asyncio.Event = field(default_factory=asyncio.Event)
     last_reload: LastReload | None = None
     reload_counts: Counter[str] = field(default_factory=Counter)
@@ -133,7 +141,7 @@ class Haproxy:
 
     async def probe(self) -> bool:
         """Whether the worker answers a request within a second."""
-        return (await self._fetch("/", _PROBE_DEADLINE_S))[0] == 200  # noqa: PLR2004 - HTTP
+        return (await self._fetch("/", PROBE_DEADLINE_S))[0] == 200  # noqa: PLR2004 - HTTP
 
     async def fetch_probe_document(self) -> tuple[int | None, bytes]:
         """Status and body of the probe's document; no status without an answer in time."""

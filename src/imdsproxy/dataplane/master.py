@@ -14,8 +14,10 @@ from typing import Final
 
 from imdsproxy.core.haproxy.maps import split_payload
 from imdsproxy.core.haproxy.runtime import (
+    Load,
     Processes,
     ReloadOutcome,
+    parse_load,
     parse_processes,
     parse_reload,
     parse_stat,
@@ -69,6 +71,15 @@ class MasterClient:
             RuntimeUnavailable: The master does not answer within the deadline.
         """
         return parse_reload(await self._send("reload", self._reload_deadline_s))
+
+    async def read_load(self, worker: int) -> Load | None:
+        """How full a worker is; its own socket answers even when it is full.
+
+        Raises:
+            RuntimeUnavailable: The master does not answer.
+            WorkerEnded: The worker is gone.
+        """
+        return parse_load(await self.send(worker, "show info"))
 
     async def read_stat(
         self, worker: int, columns: Collection[str] | None = None

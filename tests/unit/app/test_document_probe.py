@@ -15,7 +15,7 @@ from imdsproxy.core.compiled import compiled_path
 from imdsproxy.core.model import Instance
 from imdsproxy.core.wire import PROBE_INSTANCE
 from imdsproxy.dataplane.haproxy import Haproxy
-from imdsproxy.errors import HostRefused
+from imdsproxy.errors import HostRefused, Problem
 from imdsproxy.serving.passwords import PasswordStore
 from imdsproxy.serving.store import DiskFiles
 
@@ -24,6 +24,8 @@ _BUSY = (503, b"")
 
 
 class _Haproxy:
+    full: Problem | None = None
+
     def __init__(self, answers: Iterable[tuple[int | None, bytes]]) -> None:
         self.answers = list(answers)
 
@@ -34,6 +36,19 @@ class _Haproxy:
 def _probe(directory: Path, *answers: tuple[int | None, bytes]) -> DocumentProbe:
     files = DiskFiles(directory, PasswordStore(directory / "passwords"), None)
     return DocumentProbe(cast("Haproxy", _Haproxy(answers)), files, lambda: None)
+
+
+async def test_a_full_haproxy_changes_nothing(tmp_path: Path) -> None:
+    for before in (_GOOD, _BUSY):
+        probe = _probe(tmp_path, before, *[(None, b"")] * 3)
+        await probe.ask()
+        problem = probe.problem
+        probe.haproxy.full = Problem("haproxy.maxconn", "full")
+        with capture_logs() as logs:
+            for _ in range(3):
+                await probe.ask()
+        assert probe.problem == problem
+        assert logs == []
 
 
 async def test_documents_are_not_believed_in_before_one_was_answered(tmp_path: Path) -> None:

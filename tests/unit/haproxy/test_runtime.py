@@ -3,11 +3,13 @@ from __future__ import annotations
 import pytest
 
 from imdsproxy.core.haproxy.runtime import (
+    Load,
     Processes,
     ReloadOutcome,
     Version,
     parse_failure,
     parse_features,
+    parse_load,
     parse_processes,
     parse_reload,
     parse_stat,
@@ -42,6 +44,15 @@ def test_a_master_without_a_worker_has_none() -> None:
 @pytest.mark.parametrize("text", ["", "Unknown command\n", "# workers\n4077 worker 0 0d 3.0\n"])
 def test_without_a_master_there_is_nothing(text: str) -> None:
     assert parse_processes(text) is None
+
+
+def test_the_load_of_a_worker_is_read_from_its_information() -> None:
+    text = (
+        "Name: HAProxy\nMaxconn: 8\nHard_maxconn: 8\nCurrConns: 7\nMaxconnReached: 3\nnode: a: b\n"
+    )
+    assert parse_load(text) == Load(connections=7, most=8, reached=3)
+    assert parse_load(text.replace("CurrConns", "Other")) is None
+    assert parse_load("Unknown command") is None
 
 
 def test_a_reload_tells_success_and_its_log() -> None:

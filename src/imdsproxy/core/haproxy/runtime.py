@@ -35,6 +35,15 @@ class Processes:
 
 
 @dataclass(frozen=True, slots=True)
+class Load:
+    """A worker's connections now, the most that it may have, and how often one more had to wait."""
+
+    connections: int
+    most: int
+    reached: int
+
+
+@dataclass(frozen=True, slots=True)
 class ReloadOutcome:
     """The master's answer to a `reload`: whether the new worker is up, and its log."""
 
@@ -123,6 +132,15 @@ def parse_features(text: str) -> frozenset[str]:
         if line.startswith("Feature list"):
             return frozenset(word[1:] for word in line.split() if word.startswith("+"))
     return frozenset()
+
+
+def parse_load(text: str) -> Load | None:
+    """The answer of `show info` (`CurrConns`, `Maxconn`, `MaxconnReached`); `None` where one of them is missing."""
+    found = dict(line.split(": ", 1) for line in text.splitlines() if ": " in line)
+    numbers = [found.get(name, "") for name in ("CurrConns", "Maxconn", "MaxconnReached")]
+    if not all(map(_NUMBER.fullmatch, numbers)):
+        return None
+    return Load(*map(int, numbers))
 
 
 def parse_stat(text: str, columns: Collection[str] | None = None) -> list[dict[str, str]]:
