@@ -12,13 +12,17 @@ from imdsproxy.core.model import METADATA_IPV4, NetworkId
 from imdsproxy.dataplane.launch import SpawnLauncher
 from imdsproxy.dataplane.layout import Layout
 from imdsproxy.dataplane.master import MasterClient
+from imdsproxy.errors import HostRefused
 from imdsproxy.host.namespaces import DEFAULT_DIRECTORY, NamespaceDirectory, NamespaceThread
 from imdsproxy.host.netlink import add_address, set_link
 from imdsproxy.host.nlmessages import NetlinkSocket
+from imdsproxy.listeners.binds import compute_maxconn
 
 pytestmark = pytest.mark.root
 
 _COUNT = 300
+_LEAST = 2 * (_COUNT // 2 + 64) + _COUNT + 256
+"""Open files for a namespace and a listening socket of each network, 64 connections, and HAProxy's own."""
 _NAMES = [f"imdst-cold-{number}" for number in range(_COUNT)]
 
 
@@ -28,7 +32,7 @@ def _furnish() -> None:
         add_address(channel, 1, METADATA_IPV4, 32, protocol=0)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def namespaces() -> Iterator[list[str]]:
     directory = NamespaceDirectory(DEFAULT_DIRECTORY)
     thread = NamespaceThread(directory)
@@ -43,12 +47,33 @@ def namespaces() -> Iterator[list[str]]:
         thread.close()
 
 
-async def test_haproxy_starts_cold_with_more_namespaces_than_a_waiting_master_has_room_for(
-    namespaces: list[str], tmp_path: Path
+def _program(directory: Path, limit: int) -> str:
+    """HAProxy with a limit on open files; -1 for that of the tests."""
+    if limit < 0:
+        return "/usr/sbin/haproxy"
+    program = directory / "limited"
+    program.write_text(f'#!/bin/sh\nulimit -n {limit}\nexec /usr/sbin/haproxy "$@"\n')
+    program.chmod(0o755)
+    return str(program)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "limit"),
+    [
+        pytest.param(2000, -1, id="more-namespaces-than-a-waiting-master-has-room-for"),
+        pytest.param(100, -1, id="more-namespaces-than-connections"),
+        pytest.param(0, _LEAST, id="no-more-open-files-than-needed"),
+    ],
+)
+async def test_haproxy_starts_cold_and_reloads_with_many_namespaces(
+    namespaces: list[str], tmp_path: Path, wanted: int, limit: int
 ) -> None:
     layout = Layout(runtime=tmp_path, state=tmp_path, chroot=False)
     binds = tuple(Bind(NetworkId(name), METADATA_IPV4, 80, None, name) for name in namespaces)
-    spec = DataplaneSpec(binds, layout.haproxy_paths(), Limits(maxconn=2000))
+    with pytest.raises(HostRefused, match=f"at least {_LEAST} "):
+        compute_maxconn(wanted, binds, _LEAST - 1)
+    maxconn = compute_maxconn(wanted, binds, limit)
+    spec = DataplaneSpec(binds, layout.haproxy_paths(), Limits(maxconn=maxconn))
     layout.config.write_text(render_config(spec))
     layout.base_map.write_text(render_map({}, "1"))
     layout.overlay_map.write_text(render_map({}, "1"))
@@ -58,7 +83,7 @@ async def test_haproxy_starts_cold_with_more_namespaces_than_a_waiting_master_ha
     layout.unavailable.write_bytes(b"HTTP/1.1 503 Service Unavailable\r\ncontent-length: 0\r\n\r\n")
     layout.jail.mkdir()
     master = MasterClient(layout.master_socket)
-    launcher = SpawnLauncher("/usr/sbin/haproxy", layout, master)
+    launcher = SpawnLauncher(_program(tmp_path, limit), layout, master)
     try:
         processes = await launcher.start()
         assert processes.worker is not None

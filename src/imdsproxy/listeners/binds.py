@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from imdsproxy.core.endpoints import Endpoint
 from imdsproxy.core.haproxy.model import Bind
 from imdsproxy.core.hoststate import NamespaceRef
 from imdsproxy.core.model import NetworkId
+from imdsproxy.errors import HostRefused
 
 _RESERVED_DESCRIPTORS = 256
-"""HAProxy's own: logs, pipes, the sockets of an old worker being taken over."""
+"""HAProxy's own: logs, pipes, its sockets to itself and to its master."""
+
+_LEAST_CONNECTIONS = 64
+"""Fewer than these are no service: a limit that leaves no more is reported."""
 
 _OWN_NAMESPACE = "/proc/self/ns/net"
 """Target of a link for binds in the host's own namespace."""
@@ -66,22 +70,35 @@ def plan_binds(endpoints: Iterable[Endpoint], links: str) -> tuple[Bind, ...]:
     )
 
 
-def compute_maxconn(wanted: int, binds: int, hard_limit: int) -> int:
-    """The largest `maxconn` that HAProxy starts with.
+def compute_maxconn(wanted: int, binds: Collection[Bind], hard_limit: int) -> int:
+    """The `maxconn` for the setting, as the limit on open files allows.
 
-    HAProxy refuses to start when `maxconn` needs more descriptors than the hard limit: a connection
-    takes two (the guest's and the server's), each bind one, and a reload holds the old ones as well.
+    HAProxy makes room for two descriptors a connection (the guest's and the server's) and one a bind, and refuses to
+    start when that is more than the hard limit. It does not count the one that it holds for each network namespace,
+    which takes the room of half a connection: with too few connections it cannot open its last binds.
 
     Args:
         wanted: The setting, 0 to have it computed.
-        binds: Listening sockets.
+        binds: All listening sockets.
         hard_limit: `RLIMIT_NOFILE`'s hard value, -1 for none.
+
+    Raises:
+        HostRefused: The limit is too low for these binds.
     """
-    preferred = wanted or min(65_536, max(4_096, binds * 8))
+    namespaces = len({bind.namespace for bind in binds if bind.namespace is not None})
+    preferred = wanted or min(65_536, max(4_096, len(binds) * 8))
+    least = (namespaces + 1) // 2 + min(preferred, _LEAST_CONNECTIONS)
     if hard_limit < 0:
-        return preferred
-    possible = max(64, (hard_limit - 2 * binds - _RESERVED_DESCRIPTORS) // 2)
-    return min(preferred, possible)
+        return max(preferred, least)
+    possible = (hard_limit - len(binds) - _RESERVED_DESCRIPTORS) // 2
+    if possible < least:
+        needed = 2 * least + len(binds) + _RESERVED_DESCRIPTORS
+        raise HostRefused(
+            f"the limit on open files (RLIMIT_NOFILE) is {hard_limit}; HAProxy needs at least {needed} "
+            f"for {len(binds)} listening sockets in {namespaces} network namespaces",
+            hint="raise LimitNOFILE= of imdsproxy and imdsproxy-haproxy, or `ulimit -Hn` without systemd",
+        )
+    return min(max(preferred, least), possible)
 
 
 def networks_of(endpoints: Iterable[Endpoint]) -> frozenset[NetworkId]:

@@ -126,15 +126,18 @@ class ListenerLoop:
         return len(networks_of(self.report.endpoints) - wrong)
 
     def spec(self) -> DataplaneSpec:
-        """The configuration for the endpoints of the last round, with the settings of now."""
+        """The configuration for the endpoints of the last round, with the settings of now.
+
+        Raises:
+            HostRefused: The limit on open files is too low for them.
+        """
         settings = self.settings()
         exporter, self.unexported = self.exporter.choose(settings.exporter)
         links = haproxy_name(self.layout.namespace_links)
         listening = self._listening
         binds = plan_binds((*listening.plain, *listening.verified), links)
         unverified = plan_binds(listening.unverified, links)
-        count = len(binds) + len(unverified)
-        maxconn = compute_maxconn(settings.limits.maxconn, count, self.descriptors)
+        maxconn = compute_maxconn(settings.limits.maxconn, binds + unverified, self.descriptors)
         return replace(
             settings,
             binds=binds,
@@ -145,7 +148,11 @@ class ListenerLoop:
         )
 
     def render(self) -> str:
-        """HAProxy's configuration as it would be written now; nothing is touched."""
+        """HAProxy's configuration as it would be written now; nothing is touched.
+
+        Raises:
+            HostRefused: The limit on open files is too low for it.
+        """
         return render_config(self.spec())
 
     async def first_look(self) -> None:

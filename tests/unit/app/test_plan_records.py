@@ -26,6 +26,7 @@ from imdsproxy.core.nova import EndpointSet, NovaRouting, sign_instance
 from imdsproxy.core.observation import AddressKey, Conflict, Observation
 from imdsproxy.core.plan import plan_record, plan_records, record_key
 from imdsproxy.core.wire import EmbeddedRecord, NovaRecord, render_map_value
+from imdsproxy.errors import HostRefused
 from imdsproxy.listeners.binds import (
     compute_maxconn,
     link_name,
@@ -217,21 +218,44 @@ def test_an_interface_of_unknown_index_needs_no_link() -> None:
     assert networks_of(endpoints) == {_RED}
 
 
+def _binds(count: int, namespaces: int) -> list[Bind]:
+    """So many binds, in so many namespaces; with none, in the host's own."""
+    places = [f"../x/{number % namespaces}" if namespaces else None for number in range(count)]
+    return [Bind(_RED, METADATA_IPV4, 80, None, place) for place in places]
+
+
 @pytest.mark.parametrize(
-    ("wanted", "binds", "hard", "expected"),
+    ("wanted", "binds", "namespaces", "hard", "expected"),
     [
-        (0, 2, -1, 4096),
-        (0, 2, 20_000, 4096),
-        (0, 2000, 20_000, 7872),
-        (100, 2, 20_000, 100),
-        (50_000, 2, 1024, 382),
-        (0, 0, 100, 64),
+        (0, 2, 0, -1, 4096),
+        (0, 2, 2, 20_000, 4096),
+        (0, 2000, 1000, 20_000, 8872),
+        (100, 2, 0, 20_000, 100),
+        (20, 2, 2, 20_000, 21),
+        # Each namespace takes the room of half a connection, which a small setting would not have.
+        (100, 600, 300, -1, 214),
+        (50_000, 2, 0, 1024, 383),
+        (0, 10_000, 5000, 20_000, 4872),
+        (0, 10_000, 5000, 15_384, 2564),
     ],
 )
 def test_maxconn_never_needs_more_descriptors_than_there_are(
-    wanted: int, binds: int, hard: int, expected: int
+    wanted: int, binds: int, namespaces: int, hard: int, expected: int
 ) -> None:
-    assert compute_maxconn(wanted, binds, hard) == expected
+    assert compute_maxconn(wanted, _binds(binds, namespaces), hard) == expected
+
+
+@pytest.mark.parametrize(
+    ("binds", "namespaces", "hard", "needed"),
+    [(0, 0, 100, 384), (10_000, 5000, 15_383, 15_384), (10_000, 5000, 4096, 15_384)],
+)
+def test_a_limit_on_open_files_that_is_too_low_is_named_with_what_is_needed(
+    binds: int, namespaces: int, hard: int, needed: int
+) -> None:
+    with pytest.raises(HostRefused) as refused:
+        compute_maxconn(0, _binds(binds, namespaces), hard)
+    assert f"(RLIMIT_NOFILE) is {hard}; HAProxy needs at least {needed} " in refused.value.message
+    assert "LimitNOFILE=" in refused.value.hint
 
 
 def test_each_address_has_the_record_of_its_own_port() -> None:
