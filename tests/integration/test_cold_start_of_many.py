@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import asyncio
+import socket
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -17,12 +20,13 @@ from imdsproxy.host.namespaces import DEFAULT_DIRECTORY, NamespaceDirectory, Nam
 from imdsproxy.host.netlink import add_address, set_link
 from imdsproxy.host.nlmessages import NetlinkSocket
 from imdsproxy.listeners.binds import compute_maxconn
+from support.patience import patience
 
 pytestmark = pytest.mark.root
 
 _COUNT = 300
-_LEAST = 2 * (_COUNT // 2 + 64) + _COUNT + 256
-"""Open files for a namespace and a listening socket of each network, 64 connections, and HAProxy's own."""
+_LEAST = 2 * (_COUNT // 2 + 16) + 2 * _COUNT + 256
+"""Open files for each network's namespace and listening socket, the fewest connections, and HAProxy's own."""
 _NAMES = [f"imdst-cold-{number}" for number in range(_COUNT)]
 
 
@@ -89,6 +93,18 @@ async def test_haproxy_starts_cold_and_reloads_with_many_namespaces(
         assert processes.worker is not None
         # A master that has no room ends after its worker was forked.
         assert (await master.send_reload()).success
-        assert (await master.read_processes()).master == processes.master
+        after = await master.read_processes()
+        assert after.master == processes.master
+        assert after.worker is not None
+        with ExitStack() as stack:
+            for _ in range(420):
+                guest = stack.enter_context(socket.socket(socket.AF_UNIX))
+                guest.connect(str(layout.probe_socket))
+            # A worker that has no room for a connection's descriptor ends itself.
+            async with asyncio.timeout(10 * patience()):
+                while (load := await master.read_load(after.worker)) is None or (
+                    load.connections < min(maxconn, 420)
+                ):
+                    await asyncio.sleep(0.01)
     finally:
         await launcher.stop()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 
 from imdsproxy.core.endpoints import Endpoint
-from imdsproxy.core.haproxy.model import Bind
+from imdsproxy.core.haproxy.model import Bind, count_namespaces
 from imdsproxy.core.hoststate import NamespaceRef
 from imdsproxy.core.model import NetworkId
 from imdsproxy.errors import HostRefused
@@ -15,6 +15,9 @@ _RESERVED_DESCRIPTORS = 256
 
 _LEAST_CONNECTIONS = 64
 """Fewer than these are no service: a limit that leaves no more is reported."""
+
+_MASTER_SOCKETS = 16
+"""Connections that make room for the sockets of the master beside its namespaces."""
 
 _OWN_NAMESPACE = "/proc/self/ns/net"
 """Target of a link for binds in the host's own namespace."""
@@ -73,9 +76,9 @@ def plan_binds(endpoints: Iterable[Endpoint], links: str) -> tuple[Bind, ...]:
 def compute_maxconn(wanted: int, binds: Collection[Bind], hard_limit: int) -> int:
     """The `maxconn` for the setting, as the limit on open files allows.
 
-    HAProxy makes room for two descriptors a connection (the guest's and the server's) and one a bind, and refuses to
-    start when that is more than the hard limit. It does not count the one that it holds for each network namespace,
-    which takes the room of half a connection: with too few connections it cannot open its last binds.
+    HAProxy needs two descriptors a connection (the guest's and the server's), one a bind and one a network namespace,
+    and refuses to start when that is more than the hard limit. Its master counts none for namespaces, and ends when its
+    sockets have higher numbers than its connections alone could have.
 
     Args:
         wanted: The setting, 0 to have it computed.
@@ -85,14 +88,15 @@ def compute_maxconn(wanted: int, binds: Collection[Bind], hard_limit: int) -> in
     Raises:
         HostRefused: The limit is too low for these binds.
     """
-    namespaces = len({bind.namespace for bind in binds if bind.namespace is not None})
+    namespaces = count_namespaces(binds)
     preferred = wanted or min(65_536, max(4_096, len(binds) * 8))
-    least = (namespaces + 1) // 2 + min(preferred, _LEAST_CONNECTIONS)
+    least = max(namespaces // 2 + _MASTER_SOCKETS, min(preferred, _LEAST_CONNECTIONS))
     if hard_limit < 0:
         return max(preferred, least)
-    possible = (hard_limit - len(binds) - _RESERVED_DESCRIPTORS) // 2
+    fixed = len(binds) + namespaces + _RESERVED_DESCRIPTORS
+    possible = (hard_limit - fixed) // 2
     if possible < least:
-        needed = 2 * least + len(binds) + _RESERVED_DESCRIPTORS
+        needed = 2 * least + fixed
         raise HostRefused(
             f"the limit on open files (RLIMIT_NOFILE) is {hard_limit}; HAProxy needs at least {needed} "
             f"for {len(binds)} listening sockets in {namespaces} network namespaces",

@@ -229,14 +229,14 @@ def _binds(count: int, namespaces: int) -> list[Bind]:
     [
         (0, 2, 0, -1, 4096),
         (0, 2, 2, 20_000, 4096),
-        (0, 2000, 1000, 20_000, 8872),
+        (0, 2000, 1000, 20_000, 8372),
         (100, 2, 0, 20_000, 100),
-        (20, 2, 2, 20_000, 21),
-        # Each namespace takes the room of half a connection, which a small setting would not have.
-        (100, 600, 300, -1, 214),
+        (20, 2, 2, 20_000, 20),
+        # The master needs them for its namespaces.
+        (100, 600, 300, -1, 166),
         (50_000, 2, 0, 1024, 383),
-        (0, 10_000, 5000, 20_000, 4872),
-        (0, 10_000, 5000, 15_384, 2564),
+        (0, 5000, 5000, 20_000, 4872),
+        (0, 10_000, 5000, 20_288, 2516),
     ],
 )
 def test_maxconn_never_needs_more_descriptors_than_there_are(
@@ -247,7 +247,7 @@ def test_maxconn_never_needs_more_descriptors_than_there_are(
 
 @pytest.mark.parametrize(
     ("binds", "namespaces", "hard", "needed"),
-    [(0, 0, 100, 384), (10_000, 5000, 15_383, 15_384), (10_000, 5000, 4096, 15_384)],
+    [(0, 0, 100, 384), (10_000, 5000, 20_000, 20_288), (10_000, 5000, 4096, 20_288)],
 )
 def test_a_limit_on_open_files_that_is_too_low_is_named_with_what_is_needed(
     binds: int, namespaces: int, hard: int, needed: int

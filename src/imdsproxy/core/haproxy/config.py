@@ -20,7 +20,7 @@ from imdsproxy.core.haproxy.frontends import (
     unverified_frontend,
 )
 from imdsproxy.core.haproxy.limits import limit_sections
-from imdsproxy.core.haproxy.model import DataplaneSpec
+from imdsproxy.core.haproxy.model import DataplaneSpec, count_namespaces
 from imdsproxy.core.haproxy.names import CHECKED, SAMPLED, form_of
 from imdsproxy.core.haproxy.nova import nova_backends, nova_counters
 from imdsproxy.core.haproxy.text import Form, Option, Text, Word, render
@@ -30,6 +30,9 @@ from imdsproxy.core.wire import PROBE_INSTANCE, PROBE_PATH
 _GLOBAL: Final = """
     nbthread <nbthread>
     maxconn <maxconn>
+    # HAProxy makes room for connections, binds and pipes (two descriptors each), not for namespaces; we use no pipes.
+    # Without room it ends itself (BUG_ON) at its next connection.
+    [namespaces] maxpipes <pipes>
     hard-stop-after <hard_stop_after_s>s
     # HAProxy ends older workers at once, requests that they still work on included (ADR 22).
     mworker-max-reloads 20
@@ -138,9 +141,12 @@ def _sections(spec: DataplaneSpec, form: Form) -> Iterator[Text]:
 
 
 def _global(spec: DataplaneSpec, form: Form) -> Text:
+    namespaces = count_namespaces((*spec.binds, *spec.unverified))
     return form.section(
         "global",
         _GLOBAL,
+        namespaces=namespaces > 0,
+        pipes=(namespaces + 1) // 2,
         nbthread=spec.limits.nbthread,
         maxconn=spec.limits.maxconn,
         hard_stop_after_s=spec.limits.hard_stop_after_s,

@@ -6,6 +6,7 @@ behind, how large things may grow. Records are not in it: they live in maps and 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -66,6 +67,11 @@ class Paths:
     loopback_inside: str
     audit: str
     audit_last: str
+
+
+def count_namespaces(binds: Iterable[Bind]) -> int:
+    """How many network namespaces HAProxy holds open for its binds."""
+    return len({bind.namespace for bind in binds if bind.namespace is not None})
 
 
 @dataclass(frozen=True, slots=True)
