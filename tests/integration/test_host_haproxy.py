@@ -22,6 +22,7 @@ from imdsproxy.listeners.namespace_links import apply_links, haproxy_name
 from imdsproxy.listeners.observe import HostObserver
 from imdsproxy.listeners.plan import plan_listeners
 from support.hostlab import DEADLINE_S, HostLab, eventually, host_lab
+from support.patience import patience
 
 pytestmark = pytest.mark.root
 
@@ -153,7 +154,7 @@ async def test_a_namespace_made_again_is_served_after_a_reload_and_the_old_one_i
     try:
         assert _has_bound(master, place)
         assert "first" in lab.fetch(name)
-        # Somebody else holds the old one, so that its inode is not used again.
+        # Another process holds the old one, so that its inode is not used again.
         held = NamespaceDirectory().open(name)
         assert held is not None
         lab.delete_namespace(name)
@@ -167,7 +168,7 @@ async def test_a_namespace_made_again_is_served_after_a_reload_and_the_old_one_i
         freed = await eventually(
             lambda: str(first.inode) not in lab.run("/usr/bin/lsns", "-nt", "net")
         )
-        assert freed < 1
+        assert freed < 1 * patience()
     finally:
         master.send_signal(signal.SIGTERM)
         master.wait()

@@ -26,7 +26,9 @@ __all__ = ["SERVERS", "NotBroughtUp", "Standing", "bring_down", "bring_up", "fin
 # In the order in which they start.
 SERVERS: Final = ("neutron", "nova", "agent")
 _STATE: Final = "state.json"
-_CACHE_S: Final = 15
+_CACHE_S: Final = 600
+"""Once its cache is over Nova asks Neutron for security groups, and answers 500 while that is stopped."""
+
 _END_S: Final = 20.0
 
 
