@@ -167,7 +167,8 @@ class HaproxyWatchdog:
         self.haproxy.full = found = Problem(
             "haproxy.maxconn",
             f"HAProxy is full: it has the {load.most} connections that it may have, and more guests wait",
-            "raise haproxy.maxconn, or LimitNOFILE= where the limit on open files bounds it; then restart HAProxy",
+            "raise haproxy.maxconn, or LimitNOFILE= where the limit on open files bounds it; then "
+            "`imdsproxy stop --data-plane`, and start again",
         )
         if before is None:
             structlog.get_logger().error("haproxy is full", reason=found.reason, hint=found.hint)
