@@ -133,11 +133,6 @@ class InForce(Generic[Record]):
         """Whether records of this file are in force."""
         return file in self._held_by_file
 
-    def file_of(self, key: str) -> str | None:
-        """The file that the record in force is from."""
-        held = self._held.get(key)
-        return None if held is None else held.file
-
     def entry_of(self, key: str) -> Entry[Record] | None:
         """The entry in force."""
         return self._held.get(key)

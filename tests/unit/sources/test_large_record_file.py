@@ -23,6 +23,7 @@ from imdsproxy.errors import Problem
 from imdsproxy.host.notify import ServiceNotifier
 from imdsproxy.sources.file import contents as file_contents
 from imdsproxy.sources.file.contents import read_contents
+from imdsproxy.sources.file.directory import Directory
 from imdsproxy.sources.file.record_file import decode_records
 from imdsproxy.sources.file.source import FileSource
 from support.patience import patience
@@ -161,20 +162,30 @@ def test_only_a_little_of_a_large_yaml_file_is_kept_at_a_time() -> None:
     assert peak < 10 * len(data)
 
 
+class _Seen(Progress):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def note(self, what: str, done: int, of: int) -> None:
+        super().note(what, done, of)
+        self.seen += [f"{step.what} {step.done} {step.of}" for step in self.steps]
+
+
 def test_progress_is_shown_while_a_large_file_is_read(large: Path) -> None:
-    class Seen(Progress):
-        def __init__(self) -> None:
-            super().__init__()
-            self.seen: list[str] = []
-
-        def note(self, what: str, done: int, of: int) -> None:
-            super().note(what, done, of)
-            self.seen += [f"{step.what} {step.done} {step.of}" for step in self.steps]
-
-    progress = Seen()
+    progress = _Seen()
     read_contents(large, progress)
     assert progress.seen[0] == f"reading {large}, percent 0 100"
     assert progress.seen[-1] == f"reading {large}, percent 100 100"
+    assert progress.steps == ()
+
+
+def test_progress_is_shown_while_many_records_are_compared(large: Path) -> None:
+    progress = _Seen()
+    Directory(large.parent, clock=time.monotonic, progress=progress).read()
+    compared = [one for one in progress.seen if one.startswith("comparing the addresses")]
+    assert len(compared) >= _COUNT // 1000
+    assert len(set(compared)) == len(compared)
     assert progress.steps == ()
 
 

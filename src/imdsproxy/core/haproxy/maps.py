@@ -48,8 +48,9 @@ class PackedMap(Mapping[str, str]):
         """Add entries that come in the order of their keys, and after all that are there."""
         rest = iter(entries)
         while block := list(islice(rest, _BLOCK)):
-            self._firsts.append(block[0][0])
             text = "\n".join(f"{key} {value}" for key, value in block)
+            # A copy: the key itself would hold on to the memory of all that was made along with it.
+            self._firsts.append(text[: text.index(" ")])
             self._blocks.append(zlib.compress(text.encode(), 1))
             self._count += len(block)
 

@@ -23,7 +23,7 @@ from imdsproxy.sources.file.contents import (
     read_contents,
     signature_of,
 )
-from imdsproxy.sources.file.last_good import Kept, LastGood, load_last_good
+from imdsproxy.sources.file.last_good import LastGood, load_last_good
 from imdsproxy.sources.file.record_file import SUFFIXES
 from imdsproxy.sources.in_force import Clash, Entry, InForce, Record
 
@@ -32,6 +32,9 @@ _GONE_S: Final = 0.05
 
 _EMPTY_S: Final = 0.5
 """A writer that does not rename truncates the file first."""
+
+_SETTLING: Final = "comparing the addresses of records"
+_NOTED: Final = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,8 +111,9 @@ class Directory:
             lambda _network: (), partial(self._explain, "networks")
         )
         self._instances: InForce[PackedInstance] = InForce(
-            _claims, partial(self._explain, "instances")
+            self._claims, partial(self._explain, "instances")
         )
+        self._opened = 0
         self._last_good = last_good
         self._begun = False
 
@@ -166,13 +170,13 @@ class Directory:
 
     def _begin(self) -> None:
         kept = () if self._last_good is None else load_last_good(self._last_good)
-        for each in kept:
-            if isinstance(each.record, Network):
-                self._networks.prime(Entry(each.record.id, each.file, 0, record=each.record))
+        for file, record in kept:
+            if isinstance(record, Network):
+                self._networks.prime(Entry(record.id, file, 0, record=record))
             else:
-                self._instances.prime(Entry(each.record.id, each.file, 0, record=each.record))
+                self._instances.prime(Entry(record.id, file, 0, record=record))
             # So that it is looked for, and what is from it goes if it is not there.
-            self._files.setdefault(each.file, _File())
+            self._files.setdefault(file, _File())
 
     def _list(self) -> Iterator[tuple[str, Path]]:
         with os.scandir(self._path) as entries:
@@ -235,9 +239,12 @@ class Directory:
         networks_before, before = len(self._networks), len(self._instances)
         networks = self._networks.settle()
         instances = self._instances.settle()
+        self._progress.end(_SETTLING)
         if self._last_good is not None:
-            self._last_good.keep(_kept("networks", networks, self._networks.file_of))
-            self._last_good.keep(_kept("instances", instances, self._instances.file_of))
+            entry = self._networks.entry_of
+            self._last_good.keep({("networks", key): entry(key) for key in networks})
+            entry_of = self._instances.entry_of
+            self._last_good.keep({("instances", key): entry_of(key) for key in instances})
         problems = [] if unreadable is None else [unreadable]
         for name in sorted(self._files):
             problems += self._files[name].problems
@@ -256,6 +263,13 @@ class Directory:
             relevant=_with_parents({self._path, *payloads}),
             again_s=_GONE_S if doubtful else None,
         )
+
+    def _claims(self, instance: PackedInstance) -> list[AddressKey]:
+        # A start waits for the records as long as it sees progress, and this takes seconds for very many of them.
+        self._opened += 1
+        if self._opened % _NOTED == 0:
+            self._progress.note(_SETTLING, self._opened, 0)
+        return [address for address, _part in claim_places(instance.open())]
 
     def _places(self, payloads: set[Path]) -> frozenset[Place]:
         # In the parent it shows when the directory itself is made, removed or replaced.
@@ -287,21 +301,6 @@ class Directory:
     def _place(self, entry: Entry[Record]) -> str:
         line = "" if entry.line is None else f":{entry.line}"
         return f"{self._path / entry.file}{line}"
-
-
-def _kept(
-    kind: str,
-    changes: Mapping[str, Network | None] | Mapping[str, PackedInstance | None],
-    file_of: Callable[[str], str | None],
-) -> dict[tuple[str, str], Kept | None]:
-    return {
-        (kind, key): None if record is None else Kept(file_of(key) or "", record)
-        for key, record in changes.items()
-    }
-
-
-def _claims(instance: PackedInstance) -> list[AddressKey]:
-    return [address for address, _part in claim_places(instance.open())]
 
 
 def _with_parents(paths: set[Path]) -> frozenset[Path]:

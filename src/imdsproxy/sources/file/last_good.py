@@ -9,13 +9,14 @@ from __future__ import annotations
 import json
 import sqlite3
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Final, TypeAlias
 
 from imdsproxy.core.model import Instance, Network
 from imdsproxy.core.packed import PackedInstance
 from imdsproxy.core.records import parse_instance, parse_network, render_record
+from imdsproxy.sources.in_force import Entry
 from imdsproxy.sources.sqlite_file import SideCache
 
 _SCHEMA: Final = """
@@ -30,16 +31,10 @@ CREATE TABLE last_good (
 """
 
 
-@dataclass(frozen=True, slots=True)
-class Kept:
-    """A record in force, and the name of the file that it is from."""
+_InForce: TypeAlias = "Entry[Network] | Entry[PackedInstance]"
 
-    file: str
-    record: Network | PackedInstance
-
-
-LastGood: TypeAlias = "SideCache[tuple[str, str], Kept]"
-"""By kind (`networks` or `instances`) and id."""
+LastGood: TypeAlias = "SideCache[tuple[str, str], _InForce]"
+"""By kind (`networks` or `instances`) and id. Of an entry in force, the file and the record are kept."""
 
 
 def open_last_good(path: Path) -> LastGood:
@@ -47,12 +42,12 @@ def open_last_good(path: Path) -> LastGood:
     return SideCache(path, _SCHEMA, _write, "last-good", "records in force are not kept")
 
 
-def load_last_good(cache: LastGood) -> tuple[Kept, ...]:
-    """Everything kept; nothing where there is no such file or it cannot be used. Blocks."""
+def load_last_good(cache: LastGood) -> tuple[tuple[str, Network | PackedInstance], ...]:
+    """Everything kept, each with its file; nothing where there is no such cache or it cannot be used. Blocks."""
     return cache.load(lambda connection: tuple(_read(connection)), ())
 
 
-def _read(connection: sqlite3.Connection) -> Iterator[Kept]:
+def _read(connection: sqlite3.Connection) -> Iterator[tuple[str, Network | PackedInstance]]:
     rows = connection.execute("SELECT kind, file, record, user_data FROM last_good")
     for kind, file, text, user_data in rows:
         try:
@@ -61,13 +56,13 @@ def _read(connection: sqlite3.Connection) -> Iterator[Kept]:
             continue
         record = parse_network(mapping) if kind == "networks" else parse_instance(mapping)
         if isinstance(record, Network):
-            yield Kept(file, record)
+            yield file, record
         elif isinstance(record, Instance):
-            yield Kept(file, PackedInstance.of(replace(record, user_data=user_data)))
+            yield file, PackedInstance.of(replace(record, user_data=user_data))
 
 
-def _write(connection: sqlite3.Connection, key: tuple[str, str], kept: Kept | None) -> None:
-    if kept is None:
+def _write(connection: sqlite3.Connection, key: tuple[str, str], kept: _InForce | None) -> None:
+    if kept is None or kept.record is None:
         connection.execute("DELETE FROM last_good WHERE kind = ? AND id = ?", key)
         return
     record: Network | Instance
