@@ -25,7 +25,7 @@ from imdsproxy.cli.admin_client import AdminClient
 from imdsproxy.core.haproxy.limits import COUNTERS, POLICY_COUNTERS
 from imdsproxy.core.haproxy.maps import MapState, parse_map
 from imdsproxy.dataplane.master import MasterClient
-from imdsproxy.errors import AdminUnavailable
+from imdsproxy.errors import AdminUnavailable, RuntimeUnavailable
 from support.commands import Command, Forked, run_command, start_controller
 from support.lab import NETNS, Lab, RecordMapping, until, within
 from support.reaper import processes_of, reap_at_the_end
@@ -229,7 +229,11 @@ class Daemon:
             worker = (await client.read_processes()).worker
             return [] if worker is None else await client.read_stat(worker)
 
-        rows = asyncio.run(read())
+        try:
+            rows = asyncio.run(read())
+        except RuntimeUnavailable:
+            # The master refuses connections for some 30 ms of a reload.
+            return False
         return any(row["svname"] == "resolver" and row["status"] == "UP" for row in rows)
 
     def forget_floods(self) -> None:

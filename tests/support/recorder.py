@@ -285,6 +285,7 @@ class Recorder:
     _thread: threading.Thread | None = None
     _accepting: asyncio.Task[None] | None = None
     _open: set[asyncio.Task[None]] = field(default_factory=set)
+    _transports: list[asyncio.Transport] = field(default_factory=list)
 
     def __enter__(self) -> Self:
         self._thread = threading.Thread(target=self._loop.run_forever, name="recorder")
@@ -395,6 +396,11 @@ class Recorder:
         for task in self._open:
             task.cancel()
         await asyncio.gather(*self._open, return_exceptions=True)
+        # One that is closed while its client does not read stays until what is written has gone.
+        for transport in self._transports:
+            transport.abort()
+        self._transports.clear()
+        await asyncio.sleep(0)
 
     async def _serve(self, connection: int, sock: socket.socket) -> None:
         reader = asyncio.StreamReader(limit=_LIMIT, loop=self._loop)
@@ -404,6 +410,7 @@ class Recorder:
             transport, _ = await self._loop.connect_accepted_socket(
                 lambda: protocol, sock, ssl=self.tls
             )
+            self._transports.append(transport)
             writer = asyncio.StreamWriter(transport, protocol, reader, self._loop)
             try:
                 await self._converse(connection, reader, writer)
