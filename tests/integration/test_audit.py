@@ -54,7 +54,9 @@ def test_a_line_says_who_asked_what_and_what_became_of_it(world: World, log: Aud
     assert begun - 1 <= line["time"] <= time.time() + 1
     assert (line["token"], line["refused"]) == ("no", "-")
     # HAProxy may have the document, or only what the first read left behind.
-    assert line["by"] in ("documents/documents-0", "documents/documents-1", "guests/<CACHE>")
+    # One read in some is looked at closely, by chance.
+    by = line["by"].replace("documents.sampled/", "documents/")
+    assert by in ("documents/documents-0", "documents/documents-1", "guests/<CACHE>")
     assert line["ms"] >= 0
     world.red.ask("/latest/user-data")
     world.red.ask("/latest/user-data", headers=("User-Agent: again",))
@@ -218,9 +220,10 @@ def test_lines_outlast_a_reload_and_a_controller(world: World, log: AuditLog) ->
     world.red.ask("/after-the-reload")
     log.wait(path="/after-the-reload")
     world.daemon.kill_controller()
-    # HAProxy sees that nobody reads by a line that it can send no more; on a busy machine it may send some at once.
-    for _ in range(10):
-        world.red.ask("/the-first")
+    # HAProxy notices that the reader is gone by a line that it cannot send. On a busy machine it may send
+    # some together, so these come with pauses between them.
+    left = iter(range(15, -1, -1))
+    until(lambda: world.red.ask("/the-first").status and next(left) == 0, what="15 requests")
     world.red.ask("/without-a-controller")
     world.daemon.start()
     log.wait(path="/without-a-controller")
