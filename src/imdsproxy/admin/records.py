@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable, Collection, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 from imdsproxy.app.record_loop import RecordLoop
@@ -133,9 +133,7 @@ class RecordService:
                 raise AlreadyExists(
                     f"there is a network {network.id} already", hint="use set to change it"
                 )
-        for number, instance in enumerate(instances):
-            if number % _AT_ONCE == _AT_ONCE - 1:
-                await asyncio.sleep(0)
+        async for _, instance in _enumerated(instances):
             sources = self.inventory.sources_of_instance(instance.id)
             self._refuse_foreign(store, "instance", instance.id, sources)
             if create and sources:
@@ -152,9 +150,7 @@ class RecordService:
     ) -> None:
         """Refuse ports in unknown networks, each with its field."""
         problems: list[Problem] = []
-        for place, instance in enumerate(instances):
-            if place % _AT_ONCE == _AT_ONCE - 1:
-                await asyncio.sleep(0)
+        async for place, instance in _enumerated(instances):
             problems += [
                 Problem(
                     f"{prefix(place)}ports[{number}].network",
@@ -201,10 +197,7 @@ class RecordService:
             SourceRefused: Instances still have ports in it (`problems` names them).
         """
         store = self._store()
-        sources = self.inventory.sources_of_network(network)
-        if not sources:
-            raise NotFound(f"there is no network {network}", hint="imdsproxy network list")
-        self._refuse_foreign(store, "network", network, sources)
+        self._refuse_removal(store, "network", network, self.inventory.sources_of_network(network))
         await store.remove_network(network)
         return await self._in_force([network])
 
@@ -212,9 +205,7 @@ class RecordService:
         """Remove an instance; `NotFound` when there is none."""
         store = self._store()
         sources = self.inventory.sources_of_instance(instance)
-        if not sources:
-            raise NotFound(f"there is no instance {instance}", hint="imdsproxy instance list")
-        self._refuse_foreign(store, "instance", instance, sources)
+        self._refuse_removal(store, "instance", instance, sources)
         await store.remove_instance(instance)
         return await self._in_force([], instances=1)
 
@@ -224,6 +215,13 @@ class RecordService:
                 "no source can be written to", hint="set sources.sqlite.enabled: true"
             )
         return self.store
+
+    def _refuse_removal(
+        self, store: SqliteSource, kind: str, subject: str, sources: Sequence[str]
+    ) -> None:
+        if not sources:
+            raise NotFound(f"there is no {kind} {subject}", hint=f"imdsproxy {kind} list")
+        self._refuse_foreign(store, kind, subject, sources)
 
     @staticmethod
     def _refuse_foreign(
@@ -259,10 +257,16 @@ class RecordService:
         )
 
 
-async def _warned(written: Written, instances: Collection[Instance]) -> Written:
-    found: list[Problem] = []
+async def _enumerated(instances: Iterable[Instance]) -> AsyncIterator[tuple[int, Instance]]:
+    """Instances with their numbers; between some of them the event loop does other work."""
     for number, instance in enumerate(instances):
         if number % _AT_ONCE == _AT_ONCE - 1:
             await asyncio.sleep(0)
+        yield number, instance
+
+
+async def _warned(written: Written, instances: Collection[Instance]) -> Written:
+    found: list[Problem] = []
+    async for _, instance in _enumerated(instances):
         found += warn_of_names(instance)
     return replace(written, warnings=list_warnings(found))

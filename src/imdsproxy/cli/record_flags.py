@@ -52,7 +52,7 @@ def flags_of(table: Table[Any]) -> Iterator[tuple[str, object]]:
 
 def _annotation(key: Key) -> object:
     name, schema = key.name.replace("_", "-"), key.kind.schema or {}
-    text = key.help.partition(". ")[0].removesuffix(".").replace("`", "") + "."
+    text = key.summary.replace("`", "")
     match schema.get("type"):
         case "boolean":
             off = _OFF.get(key.name, f"no-{name}")

@@ -112,10 +112,8 @@ async def _live(
     """Start in order, serve until the end is asked for, and stop what is ours."""
     settings = controller.holder.settings
     loop = asyncio.get_running_loop()
-    resolver_socket = open_sole_socket(
-        controller.layout.resolver_socket, mode=0o660, owner=owner_of(None, settings.haproxy.group)
-    )
     worker = owner_of(None, settings.haproxy.group)
+    resolver_socket = open_sole_socket(controller.layout.resolver_socket, mode=0o660, owner=worker)
     audit_socket = open_sole_socket(controller.layout.audit_socket, mode=0o660, owner=worker)
     last_socket = open_datagram_socket(
         controller.layout.audit_last_socket, mode=0o660, owner=worker

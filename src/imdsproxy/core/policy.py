@@ -70,11 +70,6 @@ class Rule:
     bounds: tuple[int, int] | None = None
     part: Part | None = None
 
-    @property
-    def summary(self) -> str:
-        """The first sentence of `help`."""
-        return self.help.partition(". ")[0].removesuffix(".") + "."
-
 
 def _rule(
     default: object,

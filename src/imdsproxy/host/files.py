@@ -61,6 +61,27 @@ def write_atomic(
         sync_directory(path.parent)
 
 
+def remove_file(path: Path, action: str, *, denied: str = "") -> bool:
+    """Remove a file; `False` when there was none.
+
+    Args:
+        path: The file.
+        action: For the error's message, as "remove the record of web".
+        denied: The hint where this process may not remove it.
+
+    Raises:
+        HostRefused: The file system is read-only.
+        PrivilegeMissing: This process may not write there.
+    """
+    try:
+        path.unlink()
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        raise host_refused(action, error, denied=denied) from error
+    return True
+
+
 def sweep_unfinished(directory: Path) -> int:
     """Remove what writers that were killed half-way have left in a directory; how many files.
 

@@ -22,6 +22,7 @@ from typing import Final, TypeVar
 
 from imdsproxy.core.hoststate import NamespaceRef
 from imdsproxy.errors import HostRefused
+from imdsproxy.host.files import remove_file
 from imdsproxy.host.refusal import host_refused
 
 DEFAULT_DIRECTORY: Final = Path("/run/netns")
@@ -173,13 +174,7 @@ class NamespaceDirectory:
         except OSError as error:
             if error.errno != errno.EINVAL:  # EINVAL: not a mount point, only a file is left
                 raise host_refused(f"unmount namespace {name}", error) from error
-        try:
-            path.unlink()
-        except FileNotFoundError:
-            return False
-        except OSError as error:
-            raise host_refused(f"remove namespace {name}", error) from error
-        return True
+        return remove_file(path, f"remove namespace {name}")
 
     def prepare(self) -> None:
         """Make the directory and mark it shared: other mount namespaces get the mounts made here.

@@ -23,10 +23,12 @@ _HINTS: Final = {
 }
 
 
-def host_refused(action: str, error: OSError, *, hint: str = "") -> HostRefused | PrivilegeMissing:
+def host_refused(
+    action: str, error: OSError, *, hint: str = "", denied: str = ""
+) -> HostRefused | PrivilegeMissing:
     """The exception to raise for `error`, met while doing `action` ("create namespace blue").
 
-    Without a `hint` one is chosen by the errno. EPERM and EACCES become `PrivilegeMissing`.
+    Without a `hint` one is chosen by the errno. EPERM and EACCES become `PrivilegeMissing`, with the hint `denied`.
     """
     number = error.errno or 0
     name = errno.errorcode.get(number, "unknown error")
@@ -34,6 +36,6 @@ def host_refused(action: str, error: OSError, *, hint: str = "") -> HostRefused 
     message = f"cannot {action}: {text} ({name})"
     if number in (errno.EPERM, errno.EACCES):
         return PrivilegeMissing(
-            message, hint=hint or "run as root, or with CAP_SYS_ADMIN and CAP_NET_ADMIN"
+            message, hint=hint or denied or "run as root, or with CAP_SYS_ADMIN and CAP_NET_ADMIN"
         )
     return HostRefused(message, hint=hint or _HINTS.get(number, ""))

@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Final
 
 from imdsproxy.core.model import InstanceId
-from imdsproxy.errors import HostRefused, PrivilegeMissing
-from imdsproxy.host.files import sync_directory, write_atomic
+from imdsproxy.host.files import remove_file, sync_directory, write_atomic
 from imdsproxy.host.refusal import host_refused
 
 _FILE_MODE: Final = 0o640
@@ -47,7 +46,8 @@ class PasswordStore:
         except FileNotFoundError:
             return None
         except OSError as error:
-            raise _refused(f"read the password of {instance_id}", error) from error
+            action = f"read the password of {instance_id}"
+            raise host_refused(action, error, denied=_PERMISSION_HINT) from error
 
     def keep(self, instance_id: InstanceId, password: bytes) -> bool:
         """Keep a password for good; `False` when the instance has one already, which stays.
@@ -67,7 +67,8 @@ class PasswordStore:
         except FileExistsError:
             return False
         except OSError as error:
-            raise _refused(f"keep the password of {instance_id}", error) from error
+            action = f"keep the password of {instance_id}"
+            raise host_refused(action, error, denied=_PERMISSION_HINT) from error
         finally:
             new.unlink(missing_ok=True)
         sync_directory(self._directory)
@@ -80,18 +81,8 @@ class PasswordStore:
             HostRefused: The file system is read-only.
             PrivilegeMissing: This process may not write there.
         """
-        try:
-            self._path(instance_id).unlink()
-        except FileNotFoundError:
-            return False
-        except OSError as error:
-            raise _refused(f"remove the password of {instance_id}", error) from error
-        return True
+        action = f"remove the password of {instance_id}"
+        return remove_file(self._path(instance_id), action, denied=_PERMISSION_HINT)
 
     def _path(self, instance_id: InstanceId) -> Path:
         return self._directory / instance_id
-
-
-def _refused(action: str, error: OSError) -> HostRefused | PrivilegeMissing:
-    hint = _PERMISSION_HINT if isinstance(error, PermissionError) else ""
-    return host_refused(action, error, hint=hint)

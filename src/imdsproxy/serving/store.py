@@ -17,8 +17,8 @@ from typing import BinaryIO, Final, TypeAlias
 from imdsproxy.core.compiled import CompiledRecord, compiled_path, parse_compiled
 from imdsproxy.core.documents import DocumentTree
 from imdsproxy.core.model import InstanceId
-from imdsproxy.errors import HostRefused, PrivilegeMissing
-from imdsproxy.host.files import ensure_directory, write_atomic
+from imdsproxy.errors import HostRefused
+from imdsproxy.host.files import ensure_directory, remove_file, write_atomic
 from imdsproxy.host.refusal import host_refused
 from imdsproxy.serving.passwords import PasswordStore
 
@@ -30,6 +30,8 @@ _KEPT_CONTENT: Final = 256 * 1024
 
 _TREE_COST: Final = 32 * 1024
 """What a parsed record with its documents is reckoned at, in bytes; measured: 10 to 30 kB."""
+
+_DENIED: Final = "check the owner and mode of it"
 
 _Signature: TypeAlias = tuple[int, int, int]
 
@@ -87,13 +89,7 @@ def remove_record(directory: Path, instance_id: InstanceId) -> bool:
         PrivilegeMissing: This process may not write there.
     """
     path = directory / compiled_path(instance_id)
-    try:
-        path.unlink()
-    except FileNotFoundError:
-        return False
-    except OSError as error:
-        raise _refused(f"remove the compiled record {path}", error) from error
-    return True
+    return remove_file(path, f"remove the compiled record {path}", denied=_DENIED)
 
 
 def list_records(directory: Path) -> Iterator[InstanceId]:
@@ -111,7 +107,8 @@ def list_records(directory: Path) -> Iterator[InstanceId]:
     except FileNotFoundError:
         return
     except OSError as error:
-        raise _refused(f"list the compiled records in {directory}", error) from error
+        action = f"list the compiled records in {directory}"
+        raise host_refused(action, error, denied=_DENIED) from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,7 +179,8 @@ class RecordReader:
         except FileNotFoundError:
             return None
         except OSError as error:
-            raise _refused(f"read the compiled record {loaded.path}", error) from error
+            action = f"read the compiled record {loaded.path}"
+            raise host_refused(action, error, denied=_DENIED) from error
         if _signature(os.fstat(file.fileno())) != loaded.signature:
             file.close()
             return None
@@ -204,7 +202,8 @@ class RecordReader:
         except FileNotFoundError:
             return None
         except OSError as error:
-            raise _refused(f"read the compiled record {path}", error) from error
+            action = f"read the compiled record {path}"
+            raise host_refused(action, error, denied=_DENIED) from error
         record = parse_compiled(content)
         kept = content if len(content) <= _KEPT_CONTENT else None
         return LoadedRecord(path, DocumentTree(record), kept, signature)
@@ -224,14 +223,6 @@ class RecordReader:
 
 def _signature(status: os.stat_result) -> _Signature:
     return status.st_mtime_ns, status.st_ino, status.st_size
-
-
-def _refused(action: str, error: OSError) -> HostRefused | PrivilegeMissing:
-    return host_refused(
-        action,
-        error,
-        hint="" if not isinstance(error, PermissionError) else "check the owner and mode of it",
-    )
 
 
 @dataclass(slots=True)

@@ -126,7 +126,7 @@ class InForce(Generic[Record]):
 
     def prime(self, entry: Entry[Record]) -> None:
         """Take as in force what a process before had, until `replace_file` is called for its file."""
-        if entry.id not in self._held and self._clash(entry, {}, {}) is None:
+        if entry.id not in self._held and self._clash(entry, self._claimed(entry), {}, {}) is None:
             self._hold(entry.id, entry)
 
     def has(self, file: str) -> bool:
@@ -267,9 +267,10 @@ class InForce(Generic[Record]):
                 taken.update((address, entry) for address in kept)
         clashes: dict[str, Clash[Record]] = {}
         for entry in sorted(changed, key=lambda each: each.order):
-            clash = self._clash(entry, taken, wishes)
+            claimed = tuple(self._claimed(entry))
+            clash = self._clash(entry, claimed, taken, wishes)
             if clash is None:
-                taken.update((address, entry) for address in self._claimed(entry))
+                taken.update((address, entry) for address in claimed)
             else:
                 clashes[entry.id] = clash
         return clashes
@@ -277,12 +278,13 @@ class InForce(Generic[Record]):
     def _clash(
         self,
         entry: Entry[Record],
+        claimed: Iterable[AddressKey],
         taken: Mapping[AddressKey, Entry[Record]],
         moving: Mapping[str, object],
     ) -> Clash[Record] | None:
         """What stands against an entry: `taken`, and what is held by those that are not `moving`."""
         against: dict[str, tuple[Entry[Record], list[AddressKey]]] = {}
-        for address in self._claimed(entry):
+        for address in claimed:
             other = taken.get(address)
             if other is None:
                 holder = self._holders.get(address[0], {}).get(to_number(address[1]))
@@ -303,7 +305,7 @@ class InForce(Generic[Record]):
         ]
         moved = False
         for entry in sorted(waiting, key=lambda each: each.order):
-            if self._clash(entry, {}, {}) is None:
+            if self._clash(entry, self._claimed(entry), {}, {}) is None:
                 self._release(entry.id)
                 self._hold(entry.id, entry)
                 self._note(entry.id, self._wish(entry.id), None)

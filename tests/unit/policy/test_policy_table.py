@@ -21,6 +21,7 @@ from imdsproxy.core.policy import (
     render_policy_word,
 )
 from imdsproxy.core.policy_word import Field, Letter, Part
+from imdsproxy.core.records.policy import POLICY
 from support.record_strategies import policies
 
 _PARTS: dict[str, Part] = {
@@ -39,8 +40,9 @@ def test_a_scope_sets_what_the_effective_policy_has_or_leaves_it_open(rule: Rule
 
 @_EACH
 def test_every_rule_has_a_sentence_of_its_own_and_numbers_have_bounds(rule: Rule) -> None:
-    assert rule.summary.endswith(".")
-    assert [one.summary for one in RULES.values()].count(rule.summary) == 1
+    summaries = {key.name: key.summary for key in POLICY.keys}
+    assert summaries[rule.name].endswith(".")
+    assert list(summaries.values()).count(summaries[rule.name]) == 1
     assert (rule.kind is int) == (rule.bounds is not None)
 
 

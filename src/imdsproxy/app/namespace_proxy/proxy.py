@@ -39,7 +39,7 @@ from imdsproxy.errors import (
     PrivilegeMissing,
     RequestRefused,
 )
-from imdsproxy.host.files import write_atomic
+from imdsproxy.host.files import remove_file, write_atomic
 from imdsproxy.host.refusal import host_refused
 
 _PID_MODE: Final = 0o644
@@ -427,10 +427,4 @@ def cleanup_pid_file(
     pid = live_pid(path, name, runs_with=runs_with)
     if pid is not None:
         raise HostRefused(f"the proxy runs (pid {pid})", hint=f"end it first: kill {pid}")
-    try:
-        path.unlink()
-    except FileNotFoundError:
-        return False
-    except OSError as error:
-        raise host_refused(f"remove {path}", error) from error
-    return True
+    return remove_file(path, f"remove {path}")

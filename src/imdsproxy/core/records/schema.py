@@ -60,6 +60,11 @@ class Key:
         """The name in the dataclass."""
         return self.attribute or self.name
 
+    @property
+    def summary(self) -> str:
+        """The first sentence of `help`, which is all that `--help` shows."""
+        return self.help.partition(". ")[0].removesuffix(".") + "."
+
 
 def _no_check(_entries: Mapping[str, Field], _values: dict[str, Any]) -> None:
     pass

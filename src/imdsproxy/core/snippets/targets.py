@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import textwrap
+from abc import ABC, abstractmethod
 from base64 import b64encode
 from collections.abc import Iterator, Mapping
 from html import escape
@@ -138,7 +139,7 @@ def smbios_argument(kind: int, fields: Mapping[str, str]) -> str:
     return ",".join((f"type={kind}", *values))
 
 
-class _Writer:
+class _Writer(ABC):
     """One hypervisor's syntax; what most have in common."""
 
     nic_place = ""
@@ -155,13 +156,13 @@ class _Writer:
         if wants_imds(guest):
             yield from self.imds(guest)
 
+    @abstractmethod
     def identity(self, guest: Guest, hints: DetectionHints) -> Iterator[Part]:
         """What the guest sees of the machine."""
-        raise NotImplementedError
 
+    @abstractmethod
     def nic(self, guest: Guest, number: int, nic: Nic) -> str:
         """The lines that plug in a NIC."""
-        raise NotImplementedError
 
     def route(self, nic: Nic) -> Part:
         """The way to 169.254.169.254."""
