@@ -5,9 +5,9 @@ from hypothesis import strategies as st
 
 from imdsproxy.core.addresses import from_number
 from imdsproxy.core.haproxy.maps import PackedMap
-from imdsproxy.core.model import Instance, InstanceId
-from imdsproxy.core.packed import PackedInstances
-from support.record_strategies import ids, instances
+from imdsproxy.core.model import Instance, InstanceId, IpAddress, MacAddress, NetworkId
+from imdsproxy.core.packed import PackedInstances, PackedPairs
+from support.record_strategies import ids, instances, ipv4, macs
 
 
 @given(st.lists(instances, unique_by=lambda one: one.id, max_size=4))
@@ -36,3 +36,22 @@ def test_a_packed_map_has_the_entries_that_it_was_made_of(
     assert packed == entries
     assert len(packed) == len(entries)
     assert packed.get(other) is None
+
+
+_ADDRESSES = st.dictionaries(ipv4, macs, max_size=3)
+
+
+@given(st.lists(st.tuples(st.sampled_from("abc"), st.none() | _ADDRESSES), max_size=12))
+def test_packed_pairs_are_what_was_put_in_whichever_network_was_used_last(
+    steps: list[tuple[str, dict[IpAddress, MacAddress] | None]],
+) -> None:
+    packed, plain = PackedPairs(), dict[NetworkId, dict[IpAddress, MacAddress]]()
+    for name, pairs in steps:
+        network = NetworkId(name)
+        if pairs is None:
+            assert packed.pop(network, None) == plain.pop(network, None)
+        else:
+            packed[network] = plain[network] = pairs
+        assert packed.get(NetworkId("a")) == plain.get(NetworkId("a"))
+    assert dict(packed) == plain
+    assert packed.total == sum(map(len, plain.values()))

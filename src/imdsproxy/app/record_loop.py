@@ -247,7 +247,7 @@ class RecordLoop:
             self._work = _Work()
         compiling = _Compiling(self._everybody())
         sets: dict[str, PathRules] = {}
-        packed, values = PackedMap(), dict[str, str]()
+        packed, values, last = PackedMap(), dict[str, str](), ""
         async for keys in self._every_part(compiling):
             found = plan_pairs(self.inventory, keys, self.learned)
             self.mac_filters.preload(found, complete=whole)
@@ -256,9 +256,9 @@ class RecordLoop:
             self.hop_limits.restrict(planned.values)
             values.update((key, value) for key, value in planned.values.items() if value)
             # A network's addresses come together, and networks in the order of their keys.
-            last = record_key(keys[-1]).rpartition("/")[0] + "/"
-            done = [key for key in values if not key.startswith(last)]
-            if not self.learned:
+            last, before = record_key(keys[-1]).rpartition("/")[0] + "/", last
+            if last != before and not self.learned:
+                done = [key for key in values if not key.startswith(last)]
                 packed.extend(sorted((key, values.pop(key)) for key in done))
         self.mac_filters.preload({}, complete=whole)
         if self.sets is not None:

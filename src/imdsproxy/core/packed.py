@@ -176,24 +176,46 @@ class PackedInstances(MutableMapping[InstanceId, Instance]):
         return True
 
 
-class PackedPairs(MutableMapping[NetworkId, dict[IpAddress, MacAddress]]):
-    """Which MAC goes with which address, by network. What is given out may be changed, and is to be put back then."""
+class PackedPairs(MutableMapping[NetworkId, Mapping[IpAddress, MacAddress]]):
+    """Which MAC goes with which address, by network. The network that was used last is not packed.
 
-    __slots__ = ("_count", "_packed")
+    Guests of one network mostly ask one after the other, and a start adds a network's pairs some at a time.
+    """
+
+    __slots__ = ("_changed", "_count", "_open", "_packed")
 
     def __init__(self) -> None:
         self._packed: dict[NetworkId, bytes] = {}
         self._count: Counter[NetworkId] = Counter()
+        self._open: tuple[NetworkId, Mapping[IpAddress, MacAddress]] | None = None
+        self._changed = False
 
-    def __getitem__(self, key: NetworkId) -> dict[IpAddress, MacAddress]:
-        return {from_number(one): mac for one, mac in _decompress(self._packed[key])}
+    def __getitem__(self, key: NetworkId) -> Mapping[IpAddress, MacAddress]:
+        if self._open is not None and self._open[0] == key:
+            return self._open[1]
+        packed = self._packed[key]
+        self._pack_open()
+        pairs = {from_number(one): mac for one, mac in _decompress(packed)}
+        self._open = key, pairs
+        return pairs
 
     def __setitem__(self, key: NetworkId, pairs: Mapping[IpAddress, MacAddress]) -> None:
-        self._packed[key] = _compress([(to_number(one), mac) for one, mac in pairs.items()])
+        if self._open is not None and self._open[0] != key:
+            self._pack_open()
+        self._open, self._changed = (key, pairs), True
+        self._packed.setdefault(key, b"")
         self._count[key] = len(pairs)
 
     def __delitem__(self, key: NetworkId) -> None:
         del self._packed[key], self._count[key]
+        if self._open is not None and self._open[0] == key:
+            self._open, self._changed = None, False
+
+    def _pack_open(self) -> None:
+        if self._open is not None and self._changed:
+            key, pairs = self._open
+            self._packed[key] = _compress([(to_number(one), mac) for one, mac in pairs.items()])
+            self._changed = False
 
     def __iter__(self) -> Iterator[NetworkId]:
         return iter(self._packed)
