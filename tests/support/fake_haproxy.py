@@ -11,8 +11,12 @@ from pathlib import Path
 
 from imdsproxy.core.haproxy.maps import GENERATION_KEY, parse_map
 from imdsproxy.core.haproxy.runtime import Processes
+from imdsproxy.dataplane.haproxy import Haproxy
+from imdsproxy.dataplane.layout import Layout
 from imdsproxy.dataplane.master import MasterClient
+from imdsproxy.dataplane.records import RecordApplier
 from imdsproxy.errors import ConfigRejected
+from imdsproxy.host.clock import SystemClock
 
 
 @dataclass(slots=True)
@@ -162,6 +166,36 @@ class FakeLauncher:
 
     async def stop(self) -> None:
         await self.fake.close()
+
+
+def write_file(path: Path, data: bytes) -> None:
+    path.write_bytes(data)
+
+
+def control_fake(
+    layout: Layout, script: str, *, judged: Path | None = None
+) -> tuple[FakeHaproxy, FakeLauncher, Haproxy]:
+    """A fake without records that is not started yet, and what controls it.
+
+    Args:
+        layout: Of a directory that is there.
+        script: What runs as `haproxy -c`.
+        judged: As of `FakeLauncher`.
+    """
+    master = MasterClient(layout.master_socket, deadline_s=2)
+    fake = FakeHaproxy(layout.master_socket, (layout.base_map, layout.overlay_map))
+    records = RecordApplier(master, layout.base_map, layout.overlay_map, write_file)
+    records.write_all({})
+    program = layout.runtime / "haproxy"
+    program.write_text(script)
+    program.chmod(0o755)
+    launcher = FakeLauncher(fake, master, judged=judged)
+    clock = SystemClock()
+    return (
+        fake,
+        launcher,
+        Haproxy(str(program), layout, launcher, master, records, write_file, clock),
+    )
 
 
 def _run(worker: FakeWorker, command: str, payload: str) -> str:  # noqa: PLR0911 - a flat choice of commands

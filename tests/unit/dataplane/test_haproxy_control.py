@@ -19,7 +19,7 @@ from imdsproxy.dataplane.master import MasterClient
 from imdsproxy.dataplane.records import RecordApplier
 from imdsproxy.errors import ConfigRejected, HostRefused, ReloadFailed
 from imdsproxy.host.clock import SystemClock
-from support.fake_haproxy import FakeHaproxy, FakeLauncher
+from support.fake_haproxy import FakeHaproxy, FakeLauncher, control_fake
 
 _ACCEPTS = "#!/bin/sh\nexit 0\n"
 _REFUSES = "#!/bin/sh\necho '[NOTICE] hello' >&2\necho '[ALERT] unknown keyword' >&2\nexit 1\n"
@@ -47,19 +47,7 @@ class Rig:
 @asynccontextmanager
 async def _rig(directory: Path) -> AsyncIterator[Rig]:
     layout = Layout(directory, directory, chroot=False)
-    master = MasterClient(layout.master_socket, deadline_s=2)
-
-    def write(path: Path, data: bytes) -> None:
-        path.write_bytes(data)
-
-    fake = FakeHaproxy(layout.master_socket, (layout.base_map, layout.overlay_map))
-    records = RecordApplier(master, layout.base_map, layout.overlay_map, write)
-    records.write_all({})
-    launcher = FakeLauncher(fake, master)
-    program = directory / "haproxy"
-    program.write_text(_ACCEPTS)
-    program.chmod(0o755)
-    haproxy = Haproxy(str(program), layout, launcher, master, records, write, SystemClock())
+    fake, launcher, haproxy = control_fake(layout, _ACCEPTS)
     try:
         yield Rig(layout, fake, launcher, haproxy)
     finally:

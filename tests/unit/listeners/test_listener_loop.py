@@ -32,10 +32,7 @@ from imdsproxy.core.model import (
     NetworkId,
 )
 from imdsproxy.core.observation import Observation
-from imdsproxy.dataplane.haproxy import Haproxy
 from imdsproxy.dataplane.layout import Layout
-from imdsproxy.dataplane.master import MasterClient
-from imdsproxy.dataplane.records import RecordApplier
 from imdsproxy.errors import HostRefused
 from imdsproxy.host.clock import SystemClock
 from imdsproxy.listeners.exporter_port import ExporterPort
@@ -47,7 +44,7 @@ from imdsproxy.listeners.nft_scripts import Diversion
 from imdsproxy.listeners.ops import HostOp, OpFailure
 from imdsproxy.unix_listener.listener import UnixListener
 from imdsproxy.unix_listener.settings import UnixListenerSettings
-from support.fake_haproxy import FakeHaproxy, FakeLauncher
+from support.fake_haproxy import FakeHaproxy, control_fake, write_file
 from support.fake_mac_filters import no_hop_limits, no_mac_filters
 
 
@@ -148,19 +145,8 @@ class Rig:
 @asynccontextmanager
 async def _rig(directory: Path, *, agents: str | None = None) -> AsyncIterator[Rig]:
     layout = Layout(directory, directory, chroot=False)
-    master = MasterClient(layout.master_socket, deadline_s=2)
-
-    def write(path: Path, data: bytes) -> None:
-        path.write_bytes(data)
-
-    fake = FakeHaproxy(layout.master_socket, (layout.base_map, layout.overlay_map))
-    records = RecordApplier(master, layout.base_map, layout.overlay_map, write)
-    records.write_all({})
-    program = directory / "haproxy"
-    program.write_text('#!/bin/sh\n! grep -q POISON "$3"\n')
-    program.chmod(0o755)
-    launcher = FakeLauncher(fake, master, judged=layout.config)
-    haproxy = Haproxy(str(program), layout, launcher, master, records, write, SystemClock())
+    script = '#!/bin/sh\n! grep -q POISON "$3"\n'
+    fake, _, haproxy = control_fake(layout, script, judged=layout.config)
     host = FakeHost()
     inventory = Inventory(["a"])
     expected: list[frozenset[NetworkId]] = []
@@ -182,7 +168,7 @@ async def _rig(directory: Path, *, agents: str | None = None) -> AsyncIterator[R
         ExporterPort(lambda _host, _port: taken[0]),
         no_mac_filters(inventory),
         no_hop_limits(),
-        kept=KeptNetworks(directory / "networks.json", write),
+        kept=KeptNetworks(directory / "networks.json", write_file),
         unix=UnixListener(lambda: wanted, haproxy, lambda _path, _pids: seen[0], SystemClock()),
     )
     await loop.first_round()
