@@ -42,9 +42,15 @@ def _with(token: str) -> tuple[str, ...]:
     return (f"X-aws-ec2-metadata-token: {token}",)
 
 
-def _given(guest: Guest) -> None:
-    """Wait until the rule is where the record counts on it."""
-    until(lambda: guest.ask(_TOKEN, method="PUT", headers=_TTL).status == 200, what="a token")
+def _given(guest: Guest, limit: int) -> None:
+    """Wait until tokens are sent with this limit, or an answer by the settings before would do."""
+
+    def is_sent() -> bool:
+        with _Wire(guest) as wire, guest.connect() as connection:
+            reply = _put(connection)
+            return reply.status == 200 and wire.seen(reply.body).limit == limit
+
+    until(is_sent, what=f"a token sent with {limit}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,7 +174,7 @@ def test_it_is_on_the_wire_in_each_kind_of_network_and_gone_by_the_next_answer(
 ) -> None:
     _say(world, {"host": {"hop_limit": 7}})
     for guest in world.everybody:
-        _given(guest)
+        _given(guest, 7)
         assert _limits(guest) == (7, 64), guest.name
         assert _limits(guest, IPV6) == (7, 64), guest.name
 
@@ -178,14 +184,14 @@ def test_each_limit_is_kept_though_one_goes_as_one_less(
     world: World, limit: int, sent: int
 ) -> None:
     _say(world, {"networks": {"red": {"hop_limit": limit}}})
-    _given(world.red)
+    _given(world.red, sent)
     assert _limits(world.red) == (sent, 64)
 
 
 def test_behind_a_hop_a_limit_of_1_does_not_arrive_and_2_does(world: World) -> None:
     with _container(world, world.red) as inner:
         _say(world, {"instances": {"red-5": {"hop_limit": 1}}})
-        _given(world.red)
+        _given(world.red, 1)
         with inner.connect() as connection:
             connection.socket.settimeout(1)
             with pytest.raises(Lost):
@@ -202,7 +208,7 @@ def test_what_got_lost_is_not_sent_farther_when_more_is_asked_for(world: World) 
     """The kernel sends it again, with what the connection has by then."""
     with _container(world, world.red) as inner:
         _say(world, {"instances": {"red-5": {"hop_limit": 1}}})
-        _given(world.red)
+        _given(world.red, 1)
         get = f"GET {_USER_DATA} HTTP/1.1\r\nHost: x\r\n\r\n"
         put = f"PUT {_TOKEN} HTTP/1.1\r\nHost: x\r\n{_TTL[0]}\r\n\r\n"
         with _Wire(world.red) as wire, inner.connect() as connection:
@@ -220,7 +226,7 @@ def test_what_got_lost_is_not_sent_farther_when_more_is_asked_for(world: World) 
 def test_it_is_one_instances_and_changes_without_a_reload(world: World) -> None:
     pids = world.settled()
     _say(world, {"instances": {"red-5": {"hop_limit": 3}}})
-    _given(world.red)
+    _given(world.red, 3)
     table = f"{world.lab.prefix}-hops"
     assert _limits(world.red) == (3, 64)
     assert _limits(world.guests["green"]) == (64, 64)
@@ -237,7 +243,7 @@ def test_it_is_one_instances_and_changes_without_a_reload(world: World) -> None:
 def test_it_outlives_a_reload_and_the_controllers_death(world: World) -> None:
     _say(world, {"host": {"hop_limit": 5}})
     for guest in world.everybody:
-        _given(guest)
+        _given(guest, 5)
     world.reload()
     assert _limits(world.red) == (5, 64)
     world.daemon.kill_controller()
@@ -251,12 +257,12 @@ def test_it_outlives_a_reload_and_the_controllers_death(world: World) -> None:
 
 def test_whoever_flushes_the_ruleset_takes_it_away_for_a_moment_only(world: World) -> None:
     _say(world, {"networks": {"red": {"hop_limit": 6}}})
-    _given(world.red)
+    _given(world.red, 6)
     place = world.lab.name("red")
     subprocess.run((*within(place), "/usr/sbin/nft", "flush", "ruleset"), check=True)
     until(lambda: f"{world.lab.prefix}-hops" in _tables(place), within_s=2, what="the rule")
     until(lambda: world.red.ask(_USER_DATA).status == 200, what="the gate's return")
-    _given(world.red)
+    _given(world.red, 6)
     assert _limits(world.red) == (6, 64)
 
 
@@ -265,7 +271,7 @@ def test_the_very_first_request_of_a_guest_that_a_source_has_told_of_is_given_it
 ) -> None:
     """Its record is in force before it asks for anything, so it does not come by the resolver."""
     _say(world, {"networks": {"red": {"hop_limit": 2}}})
-    _given(world.red)
+    _given(world.red, 2)
     guest = world.lab.guest("red", 82)
     world.daemon.put(instances=[instance("red-82", "red", 82)])
     assert _limits(guest) == (2, 64)
@@ -274,20 +280,20 @@ def test_the_very_first_request_of_a_guest_that_a_source_has_told_of_is_given_it
 def test_a_guest_that_is_not_known_yet_gets_its_token_as_far_as_everybody(world: World) -> None:
     """What comes by the resolver is sent on a connection that is not ours to mark: it is to ask again."""
     _say(world, {"networks": {"red": {"hop_limit": 2}}})
-    _given(world.red)
+    _given(world.red, 2)
     guest = world.lab.guest("red", 81)
     ports = {"ports": [{"network": "red", "mac": guest.mac}]}
     world.daemon.put(instances=[instance("red-81", "red", 81, fields=ports)])
     first = guest.ask(_TOKEN, method="PUT", headers=_TTL)
     assert (first.status, first.headers["retry-after"], first.body) == (503, "1", b"")
-    _given(guest)
+    _given(guest, 2)
     assert _limits(guest) == (2, 64)
 
 
 def test_where_the_rule_cannot_be_had_there_is_no_token_and_status_says_so(world: World) -> None:
     with _somebody_elses_table(world.lab, "red"):
         _say(world, {"host": {"hop_limit": 2}})
-        _given(world.guests["green"])
+        _given(world.guests["green"], 2)
         until(
             lambda: "limit the hops" in json.dumps(world.daemon.status()),
             what="a problem in status",
@@ -296,7 +302,7 @@ def test_where_the_rule_cannot_be_had_there_is_no_token_and_status_says_so(world
             reply = world.red.ask(_TOKEN, method="PUT", headers=_TTL)
             assert (reply.status, reply.headers["retry-after"]) == (503, "1")
         assert own(world.red, world.red.ask(_USER_DATA)) is None
-    _given(world.red)
+    _given(world.red, 2)
     assert _limits(world.red) == (2, 64)
 
 

@@ -92,6 +92,8 @@ def _make(path: Path, environments: Environments) -> None:
 def _sow(rest: NeutronRest) -> Seed:
     networks, subnets = _sow_networks(rest)
     routers = _sow_routers(rest, networks, subnets)
+    # Neutron makes it when somebody first lists groups. Two who do at once lock SQLite, and Nova answers 500.
+    rest.list("security_group")
     groups = {"web": rest.create("security_group", name="web", project_id=BLUE)["id"]}
     ports = tuple(_sow_port(rest, plan, networks, subnets, groups) for plan in PORTS)
     floating = rest.create(
