@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, TypeAlias, cast
 
 from imdsproxy.config.change import Change
 from imdsproxy.config.schema import Settings
@@ -97,7 +98,15 @@ class Field(NamedTuple):
 @cache
 def root_schema() -> Schema:
     """The JSON Schema of all settings."""
-    return Settings.model_json_schema()
+    schema = json.dumps(Settings.model_json_schema())
+    return cast("Schema", json.loads(schema, object_hook=_describe_on_one_line))
+
+
+def _describe_on_one_line(schema: dict[str, Any]) -> dict[str, Any]:
+    # A description is a docstring, which may have several lines.
+    if isinstance(schema.get("description"), str):
+        schema["description"] = " ".join(schema["description"].split())
+    return schema
 
 
 @cache

@@ -29,37 +29,28 @@ def _facility(text: str) -> str:
 class NamespaceProxySettings(Section):
     """Defaults of `imdsproxy namespace-proxy`, by the names of its options; its command line wins."""
 
-    state_path: AbsolutePath = setting(
-        Path(DEFAULT_STATE_PATH),
-        "Directory in which `ns-metadata-proxy` gets HAProxy's configurations.",
-        Change.NOTHING,
-    )
-    metadata_port: int = setting(
-        DEFAULT_PORT,
-        "TCP port to listen on, at every address of the namespace.",
-        Change.NOTHING,
-        ge=1,
-        le=MAX_PORT,
-    )
-    metadata_proxy_socket: AbsolutePath | None = setting(
-        None,
-        "Unix socket that requests go to; null is `metadata_proxy` in the state path.",
-        Change.NOTHING,
-    )
-    metadata_proxy_user: AccountNameOrId | None = setting(
-        None,
-        "Account that HAProxy takes once it listens; null keeps the present one.",
-        Change.NOTHING,
-    )
-    metadata_proxy_group: AccountNameOrId | None = setting(
-        None, "Its group; null keeps the present one.", Change.NOTHING
-    )
-    debug: bool = setting(
-        False, "Have HAProxy log at the level debug instead of info.", Change.NOTHING
-    )
-    use_syslog: bool | None = setting(
-        None, "Log requests to /dev/log; null does if it is there.", Change.NOTHING
-    )
+    state_path: AbsolutePath = setting(Path(DEFAULT_STATE_PATH), Change.NOTHING)
+    """Directory in which `ns-metadata-proxy` gets HAProxy's configurations."""
+
+    metadata_port: int = setting(DEFAULT_PORT, Change.NOTHING, ge=1, le=MAX_PORT)
+    """TCP port to listen on, at every address of the namespace."""
+
+    metadata_proxy_socket: AbsolutePath | None = setting(None, Change.NOTHING)
+    """Unix socket that requests go to; null is `metadata_proxy` in the state path."""
+
+    metadata_proxy_user: AccountNameOrId | None = setting(None, Change.NOTHING)
+    """Account that HAProxy takes once it listens; null keeps the present one."""
+
+    metadata_proxy_group: AccountNameOrId | None = setting(None, Change.NOTHING)
+    """Its group; null keeps the present one."""
+
+    debug: bool = setting(False, Change.NOTHING)
+    """Have HAProxy log at the level debug instead of info."""
+
+    use_syslog: bool | None = setting(None, Change.NOTHING)
+    """Log requests to /dev/log; null does if it is there."""
+
     syslog_log_facility: Annotated[str, AfterValidator(_facility)] = setting(
-        "LOG_LOCAL0", "Syslog's facility, by Neutron's or HAProxy's name.", Change.NOTHING
+        "LOG_LOCAL0", Change.NOTHING
     )
+    """Syslog's facility, by Neutron's or HAProxy's name."""

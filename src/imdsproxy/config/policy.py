@@ -48,11 +48,11 @@ _Paths = Annotated[
 def _field(rule: Rule) -> tuple[Any, Any]:
     """A rule as pydantic's `create_model` takes it: its type and its field."""
     if rule.kind is tuple:
-        return _Paths | None, setting({}, rule.help, Change.LIVE)
+        return _Paths | None, setting({}, Change.LIVE, description=rule.help)
     least, most = rule.bounds or (None, None)
     text = f"{rule.help} Null leaves it to the less specific scope."
     kind: Any = _Mode if rule.kind is TokenMode else rule.kind
-    return kind | None, setting(None, text, Change.LIVE, ge=least, le=most)
+    return kind | None, setting(None, Change.LIVE, description=text, ge=least, le=most)
 
 
 if TYPE_CHECKING:
@@ -81,18 +81,17 @@ def _of_core(rule: Rule, value: Any) -> Any:  # noqa: ANN401 - as pydantic check
 class PolicySettings(Section):
     """For each rule, the most specific scope wins: instance, project, network, host."""
 
-    host: PolicyRulesSettings = section("For every guest of this host.", PolicyRulesSettings)
-    networks: dict[Identifier, PolicyRulesSettings] = setting(
-        {},
-        "Sections by a network's id, or by a router's where guests are reached by it.",
-        Change.LIVE,
-    )
-    projects: dict[Identifier, PolicyRulesSettings] = setting(
-        {}, "Sections by a project's id.", Change.LIVE
-    )
-    instances: dict[Identifier, PolicyRulesSettings] = setting(
-        {}, "Sections by an instance's id.", Change.LIVE
-    )
+    host: PolicyRulesSettings = section(PolicyRulesSettings)
+    """For every guest of this host."""
+
+    networks: dict[Identifier, PolicyRulesSettings] = setting({}, Change.LIVE)
+    """Sections by a network's id, or by a router's where guests are reached by it."""
+
+    projects: dict[Identifier, PolicyRulesSettings] = setting({}, Change.LIVE)
+    """Sections by a project's id."""
+
+    instances: dict[Identifier, PolicyRulesSettings] = setting({}, Change.LIVE)
+    """Sections by an instance's id."""
 
     def book(self) -> PolicyBook:
         """As the core has it, without what operators did."""
@@ -113,20 +112,18 @@ class TokensSettings(Section):
 
     count_reads: Annotated[Literal["off", "sampled", "all"], OffIsFalse] = setting(
         "sampled",
-        "Count, for `imdsproxy token report`, who reads without a token where none is required: none, one read in "
-        f"{ONE_IN} by chance, or each. A sample costs HAProxy 1 to 5 % more instructions a request and finds a guest "
-        "that reads a hundred times; each costs 9 to 53 % more, and finds one that reads once. What is refused because "
-        "a token is required is counted always, each time.",
         Change.RELOAD,
+        description="Count, for `imdsproxy token report`, who reads without a token where none is required: none, one "
+        f"read in {ONE_IN} by chance, or each. A sample costs HAProxy 1 to 5 % more instructions a request and finds "
+        "a guest that reads a hundred times; each costs 9 to 53 % more, and finds one that reads once. What is "
+        "refused because a token is required is counted always, each time.",
     )
 
-    key_file: AbsolutePath | None = setting(
-        None,
-        "File of the keys, one a line in base64, the one in force first; root's alone. Hosts that share it take each "
-        "other's tokens, so that one works after a migration. Null is `token-keys` in `paths.state_dir`, which is "
-        "made at the first start; another file has to be there. Read again at each reload.",
-        Change.LIVE,
-    )
+    key_file: AbsolutePath | None = setting(None, Change.LIVE)
+    """File of the keys, one a line in base64, the one in force first; root's alone. Hosts that share it take each
+    other's tokens, so that one works after a migration. Null is `token-keys` in `paths.state_dir`, which is made at
+    the first start; another file has to be there. Read again at each reload.
+    """
 
     @property
     def one_in(self) -> int:

@@ -50,102 +50,74 @@ _SUPERVISOR_WORDS = (
 class PathsSettings(Section):
     """Where imdsproxy keeps its files."""
 
-    runtime_dir: AbsolutePath = setting(
-        Path("/run/imdsproxy"),
-        "Directory of HAProxy's configuration, maps and all sockets. On tmpfs, because all of it "
-        "is made again from the sources after a boot.",
-        Change.RESTART,
-    )
-    state_dir: AbsolutePath = setting(
-        Path("/var/lib/imdsproxy"),
-        "Directory of what has to outlive a boot: the SQLite store, compiled records, guests' "
-        "passwords.",
-        Change.RESTART,
-    )
-    netns_dir: AbsolutePath = setting(
-        Path("/run/netns"),
-        "Directory of the named network namespaces. iproute2 and HAProxy have this one built in; "
-        "change it only for tests.",
-        Change.RESTART,
-    )
+    runtime_dir: AbsolutePath = setting(Path("/run/imdsproxy"), Change.RESTART)
+    """Directory of HAProxy's configuration, maps and all sockets. On tmpfs, because all of it is made again from the
+    sources after a boot.
+    """
+
+    state_dir: AbsolutePath = setting(Path("/var/lib/imdsproxy"), Change.RESTART)
+    """Directory of what has to outlive a boot: the SQLite store, compiled records, guests' passwords."""
+
+    netns_dir: AbsolutePath = setting(Path("/run/netns"), Change.RESTART)
+    """Directory of the named network namespaces. iproute2 and HAProxy have this one built in; change it only for
+    tests.
+    """
 
 
 class HaproxySettings(Section):
     """The one HAProxy that answers every guest."""
 
-    binary: str = setting(
-        "haproxy",
-        "Program to run, 3.0 or later: a name looked up in PATH, or an absolute path.",
-        Change.RESTART,
-        min_length=1,
-    )
-    user: AccountName = setting(
-        "haproxy",
-        "Account of the worker once its sockets are bound. Debian's package makes this one.",
-        Change.RELOAD,
-    )
-    group: AccountName = setting("haproxy", "Group of the worker.", Change.RELOAD)
-    nbthread: int = setting(
-        1,
-        "Threads of the worker. One answers more than 10,000 requests/s, was faster than two on "
-        "two shared cores, and leaves the others to guests.",
-        Change.RELOAD,
-        ge=1,
-        le=64,
-    )
-    maxconn_per_network: int = setting(
-        200,
-        "Connections that one network may have open at once, so that no network can take all; behind "
-        "the unix listener, requests. Guests open few: cloud-init uses one at a time.",
-        Change.RELOAD,
-        ge=1,
-        le=100_000,
-    )
-    maxconn: int = setting(
-        0,
-        "Connections in all; 0 computes it from the number of networks and the limit on open "
-        "files. HAProxy takes it when its master starts, so a new value waits for that: "
-        "`imdsproxy stop --data-plane`, then start again.",
-        Change.RESTART,
-        ge=0,
-        le=1_000_000,
-    )
-    hard_stop_after_s: int = setting(
-        30,
-        "Seconds that an old worker may go on with its connections after a reload. HAProxy "
-        "itself has no limit, and old workers would pile up.",
-        Change.RELOAD,
-        ge=1,
-        le=3600,
-    )
-    chroot: bool = setting(
-        True,
-        "Lock the worker into a directory that holds nothing but the sockets it connects to, so that "
-        "a hole in it opens nothing else.",
-        Change.RELOAD,
-    )
+    binary: str = setting("haproxy", Change.RESTART, min_length=1)
+    """Program to run, 3.0 or later: a name looked up in PATH, or an absolute path."""
+
+    user: AccountName = setting("haproxy", Change.RELOAD)
+    """Account of the worker once its sockets are bound. Debian's package makes this one."""
+
+    group: AccountName = setting("haproxy", Change.RELOAD)
+    """Group of the worker."""
+
+    nbthread: int = setting(1, Change.RELOAD, ge=1, le=64)
+    """Threads of the worker. One answers more than 10,000 requests/s, was faster than two on two shared cores, and
+    leaves the others to guests.
+    """
+
+    maxconn_per_network: int = setting(200, Change.RELOAD, ge=1, le=100_000)
+    """Connections that one network may have open at once, so that no network can take all; behind the unix listener,
+    requests. Guests open few: cloud-init uses one at a time.
+    """
+
+    maxconn: int = setting(0, Change.RESTART, ge=0, le=1_000_000)
+    """Connections in all; 0 computes it from the number of networks and the limit on open files. HAProxy takes it
+    when its master starts, so a new value waits for that: `imdsproxy stop --data-plane`, then start again.
+    """
+
+    hard_stop_after_s: int = setting(30, Change.RELOAD, ge=1, le=3600)
+    """Seconds that an old worker may go on with its connections after a reload. HAProxy itself has no limit, and old
+    workers would pile up.
+    """
+
+    chroot: bool = setting(True, Change.RELOAD)
+    """Lock the worker into a directory that holds nothing but the sockets it connects to, so that a hole in it opens
+    nothing else.
+    """
+
     supervisor: Supervisor = setting(
-        "auto", f"Who starts HAProxy and starts it again. {_SUPERVISOR_WORDS}", Change.RESTART
+        "auto",
+        Change.RESTART,
+        description=f"Who starts HAProxy and starts it again. {_SUPERVISOR_WORDS}",
     )
-    unit: UnitName = setting(
-        "imdsproxy-haproxy.service", "The systemd unit of HAProxy's master.", Change.RESTART
-    )
-    cache_mb: int = setting(
-        64,
-        "Megabytes of documents kept in HAProxy's memory; 0 switches the cache off. Enough for "
-        "the boot documents of some thousand instances; HAProxy takes at most 4095.",
-        Change.RELOAD,
-        ge=0,
-        le=4095,
-    )
-    max_object_kib: int = setting(
-        1024,
-        "KiB of the largest document that is cached, at most half the cache. Larger user-data is "
-        "read once a boot and would push everything else out.",
-        Change.RELOAD,
-        ge=1,
-        le=65_536,
-    )
+    unit: UnitName = setting("imdsproxy-haproxy.service", Change.RESTART)
+    """The systemd unit of HAProxy's master."""
+
+    cache_mb: int = setting(64, Change.RELOAD, ge=0, le=4095)
+    """Megabytes of documents kept in HAProxy's memory; 0 switches the cache off. Enough for the boot documents of
+    some thousand instances; HAProxy takes at most 4095.
+    """
+
+    max_object_kib: int = setting(1024, Change.RELOAD, ge=1, le=65_536)
+    """KiB of the largest document that is cached, at most half the cache. Larger user-data is read once a boot and
+    would push everything else out.
+    """
 
     @model_validator(mode="after")
     def _object_fits_the_cache(self) -> HaproxySettings:
@@ -161,81 +133,58 @@ class HaproxySettings(Section):
 class DocumentsSettings(Section):
     """The document server: renders documents from compiled records, needs no other process."""
 
-    enabled: bool = setting(
-        True,
-        "Run it. Off in front of Nova alone, where it would be two fifths of all memory, for nothing; an "
-        "instance whose documents are ours is then reported as a problem, and its guests get 503.",
-        Change.RESTART,
-    )
-    workers: int = setting(
-        2,
-        "Processes. With two, one can die or be replaced without a guest noticing.",
-        Change.RESTART,
-        ge=1,
-        le=32,
-    )
-    user: AccountName | None = setting(
-        "haproxy",
-        "Account of the workers; null keeps the account of their parent (a systemd unit "
-        "names it itself). HAProxy's own, because it has to open their sockets and sees all their "
-        "answers anyway.",
-        Change.RESTART,
-    )
-    group: AccountName | None = setting(
-        "haproxy", "Group of the workers and of their sockets; null as for `user`.", Change.RESTART
-    )
+    enabled: bool = setting(True, Change.RESTART)
+    """Run it. Off in front of Nova alone, where it would be two fifths of all memory, for nothing; an instance whose
+    documents are ours is then reported as a problem, and its guests get 503.
+    """
+
+    workers: int = setting(2, Change.RESTART, ge=1, le=32)
+    """Processes. With two, one can die or be replaced without a guest noticing."""
+
+    user: AccountName | None = setting("haproxy", Change.RESTART)
+    """Account of the workers; null keeps the account of their parent (a systemd unit names it itself). HAProxy's own,
+    because it has to open their sockets and sees all their answers anyway.
+    """
+
+    group: AccountName | None = setting("haproxy", Change.RESTART)
+    """Group of the workers and of their sockets; null as for `user`."""
+
     supervisor: Supervisor = setting(
         "auto",
-        f"Who starts the document server and starts it again. {_SUPERVISOR_WORDS}",
         Change.RESTART,
+        description=f"Who starts the document server and starts it again. {_SUPERVISOR_WORDS}",
     )
-    unit: UnitName = setting(
-        "imdsproxy-documents.service", "The systemd unit of the document server.", Change.RESTART
-    )
-    region: Identifier | None = setting(
-        None,
-        "The value of `placement/region`. Null derives it from the instance's availability zone: `eu-west-1a` lies in "
-        "`eu-west-1`, and a zone that is not named after its region counts as one. botocore and the AWS CLI do not "
-        "ask for it: they take the zone without its last letter.",
-        Change.LIVE,
-    )
+    unit: UnitName = setting("imdsproxy-documents.service", Change.RESTART)
+    """The systemd unit of the document server."""
+
+    region: Identifier | None = setting(None, Change.LIVE)
+    """The value of `placement/region`. Null derives it from the instance's availability zone: `eu-west-1a` lies in
+    `eu-west-1`, and a zone that is not named after its region counts as one. botocore and the AWS CLI do not ask for
+    it: they take the zone without its last letter.
+    """
 
 
 class ResolverSettings(Section):
     """Requests of unknown addresses."""
 
-    hold_s: float = setting(
-        5.0,
-        "Seconds that a request of an unknown address is held while its record may still come (a "
-        "guest can be faster than its own announcement); 0 answers at once. Each address waits once: further "
-        "requests get 404 at once, until a source reports the address or it has asked for nothing for a minute.",
-        Change.RELOAD,
-        ge=0,
-        le=30,
-    )
-    max_held_per_network: int = setting(
-        32,
-        "Requests held at once for one network; further ones get 503 at once. A guest that invents "
-        "source addresses fills only its own network's share.",
-        Change.LIVE,
-        ge=1,
-        le=10_000,
-    )
-    max_held: int = setting(
-        256,
-        "Requests held at once in all; each keeps a connection and some memory.",
-        Change.LIVE,
-        ge=1,
-        le=10_000,
-    )
-    learned_ttl_s: int = setting(
-        30,
-        "Seconds that an address learned from a network's neighbour table is believed. Short, "
-        "because the next guest may take it over.",
-        Change.LIVE,
-        ge=1,
-        le=3600,
-    )
+    hold_s: float = setting(5.0, Change.RELOAD, ge=0, le=30)
+    """Seconds that a request of an unknown address is held while its record may still come (a guest can be faster
+    than its own announcement); 0 answers at once. Each address waits once: further requests get 404 at once, until a
+    source reports the address or it has asked for nothing for a minute.
+    """
+
+    max_held_per_network: int = setting(32, Change.LIVE, ge=1, le=10_000)
+    """Requests held at once for one network; further ones get 503 at once. A guest that invents source addresses
+    fills only its own network's share.
+    """
+
+    max_held: int = setting(256, Change.LIVE, ge=1, le=10_000)
+    """Requests held at once in all; each keeps a connection and some memory."""
+
+    learned_ttl_s: int = setting(30, Change.LIVE, ge=1, le=3600)
+    """Seconds that an address learned from a network's neighbour table is believed. Short, because the next guest may
+    take it over.
+    """
 
     @model_validator(mode="after")
     def _a_network_share_fits(self) -> ResolverSettings:
@@ -251,10 +200,17 @@ class ResolverSettings(Section):
 class SourcesSettings(Section):
     """Where networks, ports and instances come from. Several at once are allowed."""
 
-    file: FileSourceSettings = section("Files in a directory.", FileSourceSettings)
-    sqlite: SqliteSourceSettings = section("The embedded store.", SqliteSourceSettings)
-    neutron: NeutronSourceSettings = section("OpenStack's Neutron.", NeutronSourceSettings)
-    libvirt: LibvirtSourceSettings = section("Libvirt.", LibvirtSourceSettings)
+    file: FileSourceSettings = section(FileSourceSettings)
+    """Files in a directory."""
+
+    sqlite: SqliteSourceSettings = section(SqliteSourceSettings)
+    """The embedded store."""
+
+    neutron: NeutronSourceSettings = section(NeutronSourceSettings)
+    """OpenStack's Neutron."""
+
+    libvirt: LibvirtSourceSettings = section(LibvirtSourceSettings)
+    """Libvirt."""
 
     @model_validator(mode="after")
     def _one_is_enabled(self) -> SourcesSettings:
@@ -270,55 +226,41 @@ class SourcesSettings(Section):
 class AdminSettings(Section):
     """The admin API, whose first client is the command line."""
 
-    socket: AbsolutePath | None = setting(
-        None,
-        "Path of the unix socket; null is `admin.sock` in `paths.runtime_dir`.",
-        Change.RESTART,
-    )
-    mode: Mode = setting(
-        "0660",
-        "Permissions of the socket, in octal and quoted. Every account that can write to it can read and "
-        "change every instance's documents.",
-        Change.RESTART,
-    )
-    user: AccountName | None = setting(
-        None, "Owner of the socket; null is the controller's own account.", Change.RESTART
-    )
-    group: AccountName | None = setting(
-        None, "Group of the socket; null is the controller's own group.", Change.RESTART
-    )
+    socket: AbsolutePath | None = setting(None, Change.RESTART)
+    """Path of the unix socket; null is `admin.sock` in `paths.runtime_dir`."""
+
+    mode: Mode = setting("0660", Change.RESTART)
+    """Permissions of the socket, in octal and quoted. Every account that can write to it can read and change every
+    instance's documents.
+    """
+
+    user: AccountName | None = setting(None, Change.RESTART)
+    """Owner of the socket; null is the controller's own account."""
+
+    group: AccountName | None = setting(None, Change.RESTART)
+    """Group of the socket; null is the controller's own group."""
 
 
 class MetricsSettings(Section):
     """Health and figures, on addresses of the host that no guest reaches."""
 
-    listen: HostEndpoint | None = setting(
-        Endpoint("127.0.0.1", 9465),
-        "Address and port of `/livez`, `/readyz` and the controller's `/metrics`; null for none. "
-        "Link-local and wildcard addresses are refused: guests could read them.",
-        Change.RESTART,
-    )
-    haproxy_listen: HostEndpoint | None = setting(
-        Endpoint("127.0.0.1", 9466),
-        "Address and port of HAProxy's own exporter; null for none. Same rule.",
-        Change.RELOAD,
-    )
-    degraded: Literal["ready", "not-ready"] = setting(
-        "ready",
-        "What `/readyz` and `imdsproxy_ready` report while a network is configured and not served: `ready` "
-        "(200, with the reasons under `degraded`), because the other networks are served, or "
-        "`not-ready` (503).",
-        Change.LIVE,
-    )
-    network_series: int = setting(
-        100,
-        "Networks up to which the controller's `/metrics` has series for each one; with more "
-        "there is one sum over all. 1,000 networks would be several thousand series for every "
-        "host.",
-        Change.LIVE,
-        ge=0,
-        le=10_000,
-    )
+    listen: HostEndpoint | None = setting(Endpoint("127.0.0.1", 9465), Change.RESTART)
+    """Address and port of `/livez`, `/readyz` and the controller's `/metrics`; null for none. Link-local and wildcard
+    addresses are refused: guests could read them.
+    """
+
+    haproxy_listen: HostEndpoint | None = setting(Endpoint("127.0.0.1", 9466), Change.RELOAD)
+    """Address and port of HAProxy's own exporter; null for none. Same rule."""
+
+    degraded: Literal["ready", "not-ready"] = setting("ready", Change.LIVE)
+    """What `/readyz` and `imdsproxy_ready` report while a network is configured and not served: `ready` (200, with
+    the reasons under `degraded`), because the other networks are served, or `not-ready` (503).
+    """
+
+    network_series: int = setting(100, Change.LIVE, ge=0, le=10_000)
+    """Networks up to which the controller's `/metrics` has series for each one; with more there is one sum over all.
+    1,000 networks would be several thousand series for every host.
+    """
 
     @model_validator(mode="after")
     def _two_ports(self) -> MetricsSettings:
@@ -338,57 +280,77 @@ class HostSettings(Section):
             r"^[a-z][a-z0-9]{1,5}$",
             "2 to 6 lower-case letters and digits, a letter first",
         ),
-    ] = setting(
-        "imds",
-        "Begin of the names of the namespaces and links that imdsproxy makes, and may sweep "
-        "away. Two daemons on one host need two. Short, because Linux allows a link 15 "
-        "characters.",
-        Change.RESTART,
-    )
-    audit_per_second: int = setting(
-        20,
-        "Listeners a second that are compared with the kernel although no event asked for it; 0 "
-        "for none. At 20, a thousand are seen within a minute.",
-        Change.LIVE,
-        ge=0,
-        le=1000,
-    )
+    ] = setting("imds", Change.RESTART)
+    """Begin of the names of the namespaces and links that imdsproxy makes, and may sweep away. Two daemons on one
+    host need two. Short, because Linux allows a link 15 characters.
+    """
+
+    audit_per_second: int = setting(20, Change.LIVE, ge=0, le=1000)
+    """Listeners a second that are compared with the kernel although no event asked for it; 0 for none. At 20, a
+    thousand are seen within a minute.
+    """
 
 
 class LogSettings(Section):
     """Messages of the controller and the document server on standard error."""
 
-    level: Literal["debug", "info", "warning", "error"] = setting(
-        "info", "Least important message that is written.", Change.LIVE
-    )
-    format: Literal["auto", "json", "text"] = setting(
-        "auto", "`auto` is text on a terminal and JSON lines elsewhere.", Change.LIVE
-    )
+    level: Literal["debug", "info", "warning", "error"] = setting("info", Change.LIVE)
+    """Least important message that is written."""
+
+    format: Literal["auto", "json", "text"] = setting("auto", Change.LIVE)
+    """`auto` is text on a terminal and JSON lines elsewhere."""
 
 
 class Settings(Section):
     """All settings of one host."""
 
-    paths: PathsSettings = section("Where files are kept.", PathsSettings)
-    haproxy: HaproxySettings = section("The data plane.", HaproxySettings)
-    documents: DocumentsSettings = section("The document server.", DocumentsSettings)
-    resolver: ResolverSettings = section("Unknown addresses.", ResolverSettings)
-    sources: SourcesSettings = section("Where records come from.", SourcesSettings)
-    nova: NovaSettings = section("The upstream `nova`.", NovaSettings)
-    unix_listener: UnixListenerSettings = section(
-        "Neutron's agent protocol on a unix socket.", UnixListenerSettings
-    )
-    namespace_proxy: NamespaceProxySettings = section(
-        "Defaults of `imdsproxy namespace-proxy`.", NamespaceProxySettings
-    )
-    limits: LimitsSettings = section("What one instance may ask for.", LimitsSettings)
-    policy: PolicySettings = section("What guests may read, and how.", PolicySettings)
-    tokens: TokensSettings = section("Keys of session tokens.", TokensSettings)
-    audit: AuditSettings = section("A line for each request.", AuditSettings)
-    admin: AdminSettings = section("The admin API.", AdminSettings)
-    metrics: MetricsSettings = section("Health and figures.", MetricsSettings)
-    host: HostSettings = section("What is made on the host.", HostSettings)
-    log: LogSettings = section("Messages.", LogSettings)
+    paths: PathsSettings = section(PathsSettings)
+    """Where files are kept."""
+
+    haproxy: HaproxySettings = section(HaproxySettings)
+    """The data plane."""
+
+    documents: DocumentsSettings = section(DocumentsSettings)
+    """The document server."""
+
+    resolver: ResolverSettings = section(ResolverSettings)
+    """Unknown addresses."""
+
+    sources: SourcesSettings = section(SourcesSettings)
+    """Where records come from."""
+
+    nova: NovaSettings = section(NovaSettings)
+    """The upstream `nova`."""
+
+    unix_listener: UnixListenerSettings = section(UnixListenerSettings)
+    """Neutron's agent protocol on a unix socket."""
+
+    namespace_proxy: NamespaceProxySettings = section(NamespaceProxySettings)
+    """Defaults of `imdsproxy namespace-proxy`."""
+
+    limits: LimitsSettings = section(LimitsSettings)
+    """What one instance may ask for."""
+
+    policy: PolicySettings = section(PolicySettings)
+    """What guests may read, and how."""
+
+    tokens: TokensSettings = section(TokensSettings)
+    """Keys of session tokens."""
+
+    audit: AuditSettings = section(AuditSettings)
+    """A line for each request."""
+
+    admin: AdminSettings = section(AdminSettings)
+    """The admin API."""
+
+    metrics: MetricsSettings = section(MetricsSettings)
+    """Health and figures."""
+
+    host: HostSettings = section(HostSettings)
+    """What is made on the host."""
+
+    log: LogSettings = section(LogSettings)
+    """Messages."""
 
     @model_validator(mode="after")
     def _neutron_needs_nova(self) -> Settings:

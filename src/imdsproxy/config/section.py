@@ -91,36 +91,38 @@ UnitName = Annotated[
 
 def setting(
     default: object,
-    description: str,
     change: Change,
     *,
-    ge: float | None = None,
-    le: float | None = None,
-    min_length: int | None = None,
-    examples: list[Any] | None = None,
+    description: str | None = None,
+    **limits: Any,  # noqa: ANN401 - as below
 ) -> Any:  # noqa: ANN401 - as pydantic's Field: it takes the type it stands beside
-    """One documented field; the limits are pydantic's own, the first example goes into the sample."""
+    """One field, which the docstring below it describes; `description` does so where it is computed.
+
+    The limits are pydantic's own, the first of its `examples` goes into the sample.
+    """
     return Field(
         default=default,
         description=description,
         json_schema_extra={"change": change.value},
-        ge=ge,
-        le=le,
-        min_length=min_length,
-        examples=examples,
+        **limits,
     )
 
 
-def section(description: str, model: type[Section]) -> Any:  # noqa: ANN401 - as above
+def section(model: type[Section]) -> Any:  # noqa: ANN401 - as above
     """A section inside another, with its own defaults."""
-    return Field(default_factory=model, description=description)
+    return Field(default_factory=model)
 
 
 class Section(BaseModel):
     """What all sections share: frozen, no unknown keys, no silent conversions."""
 
     model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=True, validate_default=True, allow_inf_nan=False
+        frozen=True,
+        extra="forbid",
+        strict=True,
+        validate_default=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
     )
 
 

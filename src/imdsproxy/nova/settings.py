@@ -10,7 +10,6 @@ from urllib.parse import urlsplit
 
 from pydantic import (
     BeforeValidator,
-    Field,
     PlainSerializer,
     Strict,
     WithJsonSchema,
@@ -150,81 +149,62 @@ ServerName = Annotated[str, form(r"^[A-Za-z0-9.-]{1,253}$", "a host's name")]
 class NovaEndpointSettings(Section):
     """One Nova metadata API."""
 
-    url: Url = Field(
-        description="`http://HOST:PORT` or `https://HOST:PORT`; HOST is a name, an IPv4 address or an IPv6 "
-        "address in brackets, PORT is 8775 when left out. A name is looked up again every half minute, and "
-        "each of its addresses is one endpoint.",
-        json_schema_extra={"change": Change.RELOAD.value},
-    )
-    secret: Literal["current", "next"] = setting(
-        "current",
-        "Which of the set's two secrets this Nova has. While secrets are changed, Nova hosts take the "
-        "next one after another, and this shows which ones have it.",
-        Change.RELOAD,
-    )
+    url: Url = setting(..., Change.RELOAD)
+    """`http://HOST:PORT` or `https://HOST:PORT`; HOST is a name, an IPv4 address or an IPv6 address in brackets, PORT
+    is 8775 when left out. A name is looked up again every half minute, and each of its addresses is one endpoint.
+    """
+
+    secret: Literal["current", "next"] = setting("current", Change.RELOAD)
+    """Which of the set's two secrets this Nova has. While secrets are changed, Nova hosts take the next one after
+    another, and this shows which ones have it.
+    """
 
 
 class EndpointSetSettings(Section):
     """Nova metadata APIs that know the same instances: one cell's, or all of them."""
 
-    endpoints: Annotated[tuple[NovaEndpointSettings, ...], Strict(strict=False)] = Field(
-        min_length=1,
-        max_length=32,
-        description="The metadata APIs; requests are spread over those that answer.",
-        json_schema_extra={"change": Change.RELOAD.value},
+    endpoints: Annotated[tuple[NovaEndpointSettings, ...], Strict(strict=False)] = setting(
+        ..., Change.RELOAD, min_length=1, max_length=32
     )
-    secret_file: AbsolutePath = Field(
-        description="File of the secret that signs requests: Nova's `[neutron] "
-        "metadata_proxy_shared_secret`. Blanks around it do not count; an empty file is refused. Read at "
-        "start and at each reload.",
-        json_schema_extra={"change": Change.RELOAD.value},
-    )
-    next_secret_file: AbsolutePath | None = setting(
-        None,
-        "File of the secret that is to replace it. While there is one, records carry both signatures.",
-        Change.RELOAD,
-    )
-    networks: Annotated[tuple[Identifier, ...], Strict(strict=False)] = setting(
-        (),
-        "Networks and routers whose guests are sent to this set, before any project's.",
-        Change.RELOAD,
-    )
-    projects: Annotated[tuple[Identifier, ...], Strict(strict=False)] = setting(
-        (), "Projects whose instances are sent to this set.", Change.RELOAD
-    )
-    ca_file: AbsolutePath | None = setting(
-        None,
-        "PEM file of the authorities that may have signed https endpoints; null takes the system's. Read again at each "
-        "reload, also where only the file has changed.",
-        Change.RELOAD,
-    )
-    verify: bool = setting(
-        True,
-        "Check https endpoints' certificate and name. Off, anybody in between can read and change what "
-        "guests get.",
-        Change.RELOAD,
-    )
-    server_name: ServerName | None = setting(
-        None,
-        "The name that https endpoints' certificates are for; null takes the first URL's. Needed where that "
-        "is an address, since HAProxy compares names only.",
-        Change.RELOAD,
-    )
-    client_cert_file: AbsolutePath | None = setting(
-        None,
-        "PEM file of the certificate shown to https endpoints; its key may be in it. Read "
-        "again at each reload.",
-        Change.RELOAD,
-    )
-    client_key_file: AbsolutePath | None = setting(
-        None, "PEM file of that certificate's key; null when it is in the same file.", Change.RELOAD
-    )
-    host: HostHeader | None = setting(
-        None,
-        "The Host header that Nova gets; null takes host and port of the set's first endpoint. What the "
-        "guest sent never goes there.",
-        Change.RELOAD,
-    )
+    """The metadata APIs; requests are spread over those that answer."""
+
+    secret_file: AbsolutePath = setting(..., Change.RELOAD)
+    """File of the secret that signs requests: Nova's `[neutron] metadata_proxy_shared_secret`. Blanks around it do
+    not count; an empty file is refused. Read at start and at each reload.
+    """
+
+    next_secret_file: AbsolutePath | None = setting(None, Change.RELOAD)
+    """File of the secret that is to replace it. While there is one, records carry both signatures."""
+
+    networks: Annotated[tuple[Identifier, ...], Strict(strict=False)] = setting((), Change.RELOAD)
+    """Networks and routers whose guests are sent to this set, before any project's."""
+
+    projects: Annotated[tuple[Identifier, ...], Strict(strict=False)] = setting((), Change.RELOAD)
+    """Projects whose instances are sent to this set."""
+
+    ca_file: AbsolutePath | None = setting(None, Change.RELOAD)
+    """PEM file of the authorities that may have signed https endpoints; null takes the system's. Read again at each
+    reload, also where only the file has changed.
+    """
+
+    verify: bool = setting(True, Change.RELOAD)
+    """Check https endpoints' certificate and name. Off, anybody in between can read and change what guests get."""
+
+    server_name: ServerName | None = setting(None, Change.RELOAD)
+    """The name that https endpoints' certificates are for; null takes the first URL's. Needed where that is an
+    address, since HAProxy compares names only.
+    """
+
+    client_cert_file: AbsolutePath | None = setting(None, Change.RELOAD)
+    """PEM file of the certificate shown to https endpoints; its key may be in it. Read again at each reload."""
+
+    client_key_file: AbsolutePath | None = setting(None, Change.RELOAD)
+    """PEM file of that certificate's key; null when it is in the same file."""
+
+    host: HostHeader | None = setting(None, Change.RELOAD)
+    """The Host header that Nova gets; null takes host and port of the set's first endpoint. What the guest sent never
+    goes there.
+    """
 
     @model_validator(mode="after")
     def _go_together(self) -> EndpointSetSettings:
@@ -261,8 +241,6 @@ class NovaSettings(Section):
 
     endpoint_sets: dict[SetName, EndpointSetSettings] = setting(
         {},
-        "Endpoint sets by name; none where there is no Nova. `default` takes every instance that no other "
-        "one names. Several are for cells that have metadata APIs of their own.",
         Change.RELOAD,
         examples=[
             {
@@ -273,37 +251,28 @@ class NovaSettings(Section):
             }
         ],
     )
-    connect_timeout_s: float = setting(
-        2.0,
-        "Seconds to wait for a connection before another endpoint is tried.",
-        Change.RELOAD,
-        ge=0.1,
-        le=30,
-    )
-    response_timeout_s: float = setting(
-        30.0,
-        "Seconds to wait for Nova's answer; then the guest gets 503 and Retry-After. Shorter than the 32 s "
-        "of a Neutron proxy in front, long enough for dynamic vendor data.",
-        Change.RELOAD,
-        ge=1,
-        le=600,
-    )
-    health_check: Literal["tcp", "http", "off"] = setting(
-        "http",
-        "How an endpoint is found to be up. `http` asks for `/`, which Nova answers unsigned and without its "
-        "database: no answer within 3 s (or `response_timeout_s`), or a 5xx, twice in a row means down. `tcp` only "
-        "connects, leaves no line in Nova's log, and takes a Nova that hangs for one that is up; `off` learns from "
-        "failed requests only.",
-        Change.RELOAD,
-    )
-    health_check_interval_s: float = setting(
-        5.0,
-        "Seconds between two checks of one endpoint, a quarter more or less at random: all hosts check every "
-        "endpoint. Half a second after one that failed.",
-        Change.RELOAD,
-        ge=0.1,
-        le=300,
-    )
+    """Endpoint sets by name; none where there is no Nova. `default` takes every instance that no other one names.
+    Several are for cells that have metadata APIs of their own.
+    """
+
+    connect_timeout_s: float = setting(2.0, Change.RELOAD, ge=0.1, le=30)
+    """Seconds to wait for a connection before another endpoint is tried."""
+
+    response_timeout_s: float = setting(30.0, Change.RELOAD, ge=1, le=600)
+    """Seconds to wait for Nova's answer; then the guest gets 503 and Retry-After. Shorter than the 32 s of a Neutron
+    proxy in front, long enough for dynamic vendor data.
+    """
+
+    health_check: Literal["tcp", "http", "off"] = setting("http", Change.RELOAD)
+    """How an endpoint is found to be up. `http` asks for `/`, which Nova answers unsigned and without its database:
+    no answer within 3 s (or `response_timeout_s`), or a 5xx, twice in a row means down. `tcp` only connects, leaves
+    no line in Nova's log, and takes a Nova that hangs for one that is up; `off` learns from failed requests only.
+    """
+
+    health_check_interval_s: float = setting(5.0, Change.RELOAD, ge=0.1, le=300)
+    """Seconds between two checks of one endpoint, a quarter more or less at random: all hosts check every endpoint.
+    Half a second after one that failed.
+    """
 
     @model_validator(mode="after")
     def _every_instance_has_one_set(self) -> NovaSettings:

@@ -42,58 +42,43 @@ def _bindable(path: Path) -> Path:
 class UnixListenerSettings(Section):
     """A unix socket that takes the place of neutron-metadata-agent's."""
 
-    enabled: bool = setting(
-        False,
-        "Listen on it. Off, because only hosts with Neutron's L3, DHCP or OVN agents have clients of this socket.",
-        Change.RELOAD,
-    )
+    enabled: bool = setting(False, Change.RELOAD)
+    """Listen on it. Off, because only hosts with Neutron's L3, DHCP or OVN agents have clients of this socket."""
+
     path: Annotated[AbsolutePath, AfterValidator(_bindable)] = setting(
-        Path("/var/lib/neutron/metadata_proxy"),
-        "The socket; the agents' `metadata_proxy_socket` is the same.",
-        Change.RELOAD,
+        Path("/var/lib/neutron/metadata_proxy"), Change.RELOAD
     )
-    take_over: bool = setting(
-        False,
-        "Take the path also from a process that lives, and again when it takes it back, with pauses when it does so "
-        "time after time. For OVN, whose agent listens there and has to run on; off, starting the agent again is "
-        "the way back to it.",
-        Change.RELOAD,
-    )
-    mode: Literal["deduce", "user", "group", "all"] = setting(
-        "deduce",
-        "Who may connect, as Neutron's `metadata_proxy_socket_mode`: `user` 0644, `group` 0664, `all` 0666. "
-        "`deduce` takes the narrowest that lets `proxy_user` and `proxy_group` in.",
-        Change.RELOAD,
-    )
-    user: AccountName | None = setting(
-        None,
-        "Owner of the socket, and of its directory when that is made. Null is the directory's owner, who is the "
-        "agents' account already; root when the directory is made.",
-        Change.RELOAD,
-    )
-    group: AccountName | None = setting(
-        None,
-        "Group of the socket, and of its directory when that is made; null is the directory's.",
-        Change.RELOAD,
-    )
-    directory_mode: Mode = setting(
-        "0755",
-        "Permissions of the socket's directory, in octal and quoted, when it is made; one that is there is "
-        "left as it is.",
-        Change.RELOAD,
-    )
-    proxy_user: AccountNameOrId | None = setting(
-        None,
-        "Account that the proxies in front run as, for `deduce`: the agents' `metadata_proxy_user`.",
-        Change.RELOAD,
-    )
-    proxy_group: AccountNameOrId | None = setting(
-        None, "Their group: the agents' `metadata_proxy_group`.", Change.RELOAD
-    )
-    maxconn: int = setting(
-        1024,
-        "Connections open at once, of all networks behind it together.",
-        Change.RELOAD,
-        ge=1,
-        le=100_000,
-    )
+    """The socket; the agents' `metadata_proxy_socket` is the same."""
+
+    take_over: bool = setting(False, Change.RELOAD)
+    """Take the path also from a process that lives, and again when it takes it back, with pauses when it does so time
+    after time. For OVN, whose agent listens there and has to run on; off, starting the agent again is the way back to
+    it.
+    """
+
+    mode: Literal["deduce", "user", "group", "all"] = setting("deduce", Change.RELOAD)
+    """Who may connect, as Neutron's `metadata_proxy_socket_mode`: `user` 0644, `group` 0664, `all` 0666. `deduce`
+    takes the narrowest that lets `proxy_user` and `proxy_group` in.
+    """
+
+    user: AccountName | None = setting(None, Change.RELOAD)
+    """Owner of the socket, and of its directory when that is made. Null is the directory's owner, who is the agents'
+    account already; root when the directory is made.
+    """
+
+    group: AccountName | None = setting(None, Change.RELOAD)
+    """Group of the socket, and of its directory when that is made; null is the directory's."""
+
+    directory_mode: Mode = setting("0755", Change.RELOAD)
+    """Permissions of the socket's directory, in octal and quoted, when it is made; one that is there is left as it
+    is.
+    """
+
+    proxy_user: AccountNameOrId | None = setting(None, Change.RELOAD)
+    """Account that the proxies in front run as, for `deduce`: the agents' `metadata_proxy_user`."""
+
+    proxy_group: AccountNameOrId | None = setting(None, Change.RELOAD)
+    """Their group: the agents' `metadata_proxy_group`."""
+
+    maxconn: int = setting(1024, Change.RELOAD, ge=1, le=100_000)
+    """Connections open at once, of all networks behind it together."""

@@ -18,32 +18,23 @@ NetworkName = Annotated[str, form(r"^[^\x00-\x1f/]{1,255}$", "a name without a s
 class LibvirtSourceSettings(Section):
     """Domains and networks of a libvirt daemon."""
 
-    enabled: bool = setting(
-        False,
-        "Ask libvirt. Off, because not every host with libvirt should serve metadata to its guests.",
-        Change.RESTART,
-    )
-    uri: ConnectionUri = setting(
-        "qemu:///system",
-        "The daemon, as `virsh -c` takes it. It is opened read-only.",
-        Change.RESTART,
-    )
+    enabled: bool = setting(False, Change.RESTART)
+    """Ask libvirt. Off, because not every host with libvirt should serve metadata to its guests."""
+
+    uri: ConnectionUri = setting("qemu:///system", Change.RESTART)
+    """The daemon, as `virsh -c` takes it. It is opened read-only."""
+
     networks: Annotated[tuple[NetworkName, ...], Strict(strict=False)] | None = setting(
-        None,
-        "Only these: networks of libvirt's by name, bridges of the host's by device; null for all.",
-        Change.RESTART,
+        None, Change.RESTART
     )
-    domains: Literal["all", "marked"] = setting(
-        "all",
-        "`marked`: only domains with an `<imds:instance>` in their metadata. Others get their name as host name, "
-        "their UUID as instance id, and nothing else.",
-        Change.RESTART,
-    )
-    reread_s: float = setting(
-        30.0,
-        "Seconds after which networks are read again without an event: libvirt has none for a static host that is "
-        "added to a running network, until something happens to a domain.",
-        Change.RESTART,
-        ge=1,
-        le=3600,
-    )
+    """Only these: networks of libvirt's by name, bridges of the host's by device; null for all."""
+
+    domains: Literal["all", "marked"] = setting("all", Change.RESTART)
+    """`marked`: only domains with an `<imds:instance>` in their metadata. Others get their name as host name, their
+    UUID as instance id, and nothing else.
+    """
+
+    reread_s: float = setting(30.0, Change.RESTART, ge=1, le=3600)
+    """Seconds after which networks are read again without an event: libvirt has none for a static host that is added
+    to a running network, until something happens to a domain.
+    """

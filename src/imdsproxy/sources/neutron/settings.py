@@ -25,78 +25,51 @@ HostName = Annotated[
 class NeutronSourceSettings(Section):
     """Ports from Neutron's API; their instances' documents come from Nova."""
 
-    enabled: bool = setting(
-        False, "Ask Neutron. Off, because most hosts have none.", Change.RESTART
-    )
-    cloud: str | None = setting(
-        None,
-        "Name of the cloud in `clouds_file`: where Keystone is and who asks. The account needs to see every "
-        "project's ports (the role `admin` or a policy for `get_port`).",
-        Change.RESTART,
-        min_length=1,
-    )
-    clouds_file: AbsolutePath | None = setting(
-        None,
-        "An openstacksdk `clouds.yaml`; null is `/etc/openstack/clouds.yaml`. It holds a password: 0600.",
-        Change.RESTART,
-    )
-    endpoint: ApiUrl | None = setting(
-        None,
-        "URL of a Neutron that takes requests without a token, as `http://127.0.0.1:9696`; instead of "
-        "`cloud`.",
-        Change.RESTART,
-    )
-    timeout_s: float = setting(
-        5.0, "Seconds that one query may take.", Change.RESTART, ge=0.5, le=60
-    )
-    max_queries: int = setting(
-        8,
-        "Queries at once. More would only wait in Neutron instead of here.",
-        Change.RESTART,
-        ge=1,
-        le=100,
-    )
-    negative_ttl_s: float = setting(
-        3.0,
-        "Seconds that the answer “no such port” is believed, so that a guest without a port does not cost a "
-        "query a request.",
-        Change.RESTART,
-        ge=0,
-        le=60,
-    )
-    refresh_s: float = setting(
-        10.0,
-        "Seconds after which a port in use is asked for again, many with one query. It is the longest that "
-        "an address which moved from one instance to another is answered as the first.",
-        Change.RESTART,
-        ge=1,
-        le=3600,
-    )
-    lifetime_s: float = setting(
-        3600.0,
-        "Seconds after which an address has to be asked for by its guest once more to be kept; who does "
-        "not is forgotten.",
-        Change.RESTART,
-        ge=10,
-        le=604_800,
-    )
-    list_every_s: float = setting(
-        0.0,
-        "Seconds between two readings of all ports, so that no guest's first request waits for Neutron; 0 for "
-        "none: ports are looked up when a guest asks. What is on the list is as old as the list, unless its guest "
-        "asked.",
-        Change.RESTART,
-        ge=0,
-        le=86_400,
-    )
-    list_host: HostName | None = setting(
-        None,
-        "Only ports bound to this host (`binding:host_id`) are listed; null lists all.",
-        Change.RESTART,
-    )
-    page_size: int = setting(
-        500, "Ports in one page of that list.", Change.RESTART, ge=1, le=10_000
-    )
+    enabled: bool = setting(False, Change.RESTART)
+    """Ask Neutron. Off, because most hosts have none."""
+
+    cloud: str | None = setting(None, Change.RESTART, min_length=1)
+    """Name of the cloud in `clouds_file`: where Keystone is and who asks. The account needs to see every project's
+    ports (the role `admin` or a policy for `get_port`).
+    """
+
+    clouds_file: AbsolutePath | None = setting(None, Change.RESTART)
+    """An openstacksdk `clouds.yaml`; null is `/etc/openstack/clouds.yaml`. It holds a password: 0600."""
+
+    endpoint: ApiUrl | None = setting(None, Change.RESTART)
+    """URL of a Neutron that takes requests without a token, as `http://127.0.0.1:9696`; instead of `cloud`."""
+
+    timeout_s: float = setting(5.0, Change.RESTART, ge=0.5, le=60)
+    """Seconds that one query may take."""
+
+    max_queries: int = setting(8, Change.RESTART, ge=1, le=100)
+    """Queries at once. More would only wait in Neutron instead of here."""
+
+    negative_ttl_s: float = setting(3.0, Change.RESTART, ge=0, le=60)
+    """Seconds that the answer “no such port” is believed, so that a guest without a port does not cost a query a
+    request.
+    """
+
+    refresh_s: float = setting(10.0, Change.RESTART, ge=1, le=3600)
+    """Seconds after which a port in use is asked for again, many with one query. It is the longest that an address
+    which moved from one instance to another is answered as the first.
+    """
+
+    lifetime_s: float = setting(3600.0, Change.RESTART, ge=10, le=604_800)
+    """Seconds after which an address has to be asked for by its guest once more to be kept; who does not is
+    forgotten.
+    """
+
+    list_every_s: float = setting(0.0, Change.RESTART, ge=0, le=86_400)
+    """Seconds between two readings of all ports, so that no guest's first request waits for Neutron; 0 for none:
+    ports are looked up when a guest asks. What is on the list is as old as the list, unless its guest asked.
+    """
+
+    list_host: HostName | None = setting(None, Change.RESTART)
+    """Only ports bound to this host (`binding:host_id`) are listed; null lists all."""
+
+    page_size: int = setting(500, Change.RESTART, ge=1, le=10_000)
+    """Ports in one page of that list."""
 
     @property
     def clouds_path(self) -> Path:
