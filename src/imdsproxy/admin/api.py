@@ -1,29 +1,70 @@
 """The admin API: an ASGI application over services, described by its own OpenAPI document.
 
 It is served on a unix socket only, whose mode and owner say who may use it. Every answer from 400
-up has the one shape of `imdsproxy.admin.refusals`.
+up is one `ProblemBody` (RFC 9457).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse
 
-from imdsproxy.admin import daemon_routes, record_routes
-from imdsproxy.admin.refusals import PROBLEM_JSON, refusal, status_of
-from imdsproxy.errors import ImdsproxyError, Problem
+from imdsproxy.admin.routes import router
+from imdsproxy.core.wire import RETRY_AFTER_S
+from imdsproxy.errors import (
+    AlreadyExists,
+    ConfigError,
+    ImdsproxyError,
+    NotFound,
+    Problem,
+    RequestRefused,
+    SourceRefused,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from starlette.responses import JSONResponse
-
     from imdsproxy.admin.services import Services
 
+_PROBLEM_JSON: Final = "application/problem+json"
+_UNAVAILABLE: Final = 503
 _CODES: Final = {404: "no-such-route", 405: "method-not-allowed"}
+_STATUS: Final[tuple[tuple[type[ImdsproxyError], int], ...]] = (
+    (NotFound, 404),
+    (AlreadyExists, 409),
+    (RequestRefused, 422),
+    (SourceRefused, 409),
+    (ConfigError, 422),
+)
+
+
+class ProblemField(BaseModel):
+    """One thing wrong, and where."""
+
+    model_config = ConfigDict(from_attributes=True)
+
+    field: str = Field(description="Path in the body or the configuration.")
+    reason: str
+    hint: str = ""
+    file: str | None = None
+    line: int | None = None
+
+
+class ProblemBody(BaseModel):
+    """Every answer from 400 up."""
+
+    status: int
+    code: str = Field(description="Stable and kebab-case; the reference lists them.")
+    message: str
+    hint: str = ""
+    problems: list[ProblemField] = Field(default_factory=list)
+
+
+_ERROR: Final = {"description": "What is wrong, with the fields", "model": ProblemBody}
 
 
 class _AdminApp(FastAPI):
@@ -39,7 +80,7 @@ class _AdminApp(FastAPI):
                     for status in ("4XX", "5XX"):
                         answer = operation["responses"][status]
                         (described,) = answer["content"].values()
-                        answer["content"] = {PROBLEM_JSON: described}
+                        answer["content"] = {_PROBLEM_JSON: described}
         return document
 
 
@@ -60,55 +101,55 @@ def admin_app(services: Services | None, *, version: str) -> FastAPI:
         generate_unique_id_function=lambda route: route.name,
     )
     app.state.services = services
-    app.include_router(daemon_routes.router)
-    app.include_router(record_routes.router)
-    app.add_exception_handler(ImdsproxyError, _told)
+    app.include_router(router, prefix="/v1", responses={"4XX": _ERROR, "5XX": _ERROR})
+    app.add_exception_handler(ImdsproxyError, _refused)
     app.add_exception_handler(RequestValidationError, _unacceptable)
     app.add_exception_handler(HTTPException, _no_route)
     app.add_exception_handler(Exception, _internal)
     return app
 
 
-async def _told(_request: Request, error: Exception) -> JSONResponse:
-    if not isinstance(error, ImdsproxyError):  # only to tell the type checker what Starlette knows
+def status_of(error: ImdsproxyError | type[ImdsproxyError]) -> int:
+    """The HTTP status of an error: by its class, then 503 where trying again helps, else 500."""
+    kind = error if isinstance(error, type) else type(error)
+    for known, status in _STATUS:
+        if issubclass(kind, known):
+            return status
+    return _UNAVAILABLE if kind.retryable else 500
+
+
+async def _refused(_request: Request, error: Exception) -> JSONResponse:
+    if not isinstance(error, ImdsproxyError):  # for the type checker: Starlette knows
         raise error
-    return refusal(
-        status_of(error), error.code, error.message, hint=error.hint, problems=error.problems
-    )
+    return _answer(status_of(error), error.code, error.message, error.hint, error.problems)
 
 
 async def _unacceptable(_request: Request, error: Exception) -> JSONResponse:
-    found = error.errors() if isinstance(error, RequestValidationError) else []
-    return refusal(
-        422, "request-refused", "the request is not acceptable", problems=_problems(found)
-    )
-
-
-def _problems(found: Sequence[dict[str, object]]) -> list[Problem]:
     problems = []
-    for each in found:
-        location = each.get("loc", ())
-        steps = [str(step) for step in location] if isinstance(location, tuple | list) else []
-        field = ".".join(steps[1:]) or ".".join(steps)
-        problems.append(Problem(field, str(each.get("msg", "is not acceptable"))))
-    return problems
+    for each in error.errors() if isinstance(error, RequestValidationError) else ():
+        steps = [str(step) for step in each["loc"]]
+        problems.append(Problem(".".join(steps[1:]) or ".".join(steps), each["msg"]))
+    return _answer(422, "request-refused", "the request is not acceptable", problems=problems)
 
 
 async def _no_route(request: Request, error: Exception) -> JSONResponse:
     status = error.status_code if isinstance(error, HTTPException) else 500
     message = f"{request.method} {request.url.path} is not part of this API"
-    return refusal(
-        status,
-        _CODES.get(status, "request-refused"),
-        message,
-        hint="/openapi.json lists all routes",
-    )
+    code = _CODES.get(status, "request-refused")
+    return _answer(status, code, message, "/openapi.json lists all routes")
 
 
 async def _internal(_request: Request, error: Exception) -> JSONResponse:
-    return refusal(
-        500,
-        "internal",
-        f"imdsproxy has a fault: {type(error).__name__}",
-        hint="the daemon's log has the details; please report them",
-    )
+    message = f"imdsproxy has a fault: {type(error).__name__}"
+    hint = "the daemon's log has the details; please report them"
+    return _answer(500, "internal", message, hint)
+
+
+def _answer(
+    status: int, code: str, message: str, hint: str = "", problems: Sequence[Problem] = ()
+) -> JSONResponse:
+    """What is wrong; 503 says when to try again."""
+    fields = [ProblemField.model_validate(problem) for problem in problems]
+    body = ProblemBody(status=status, code=code, message=message, hint=hint, problems=fields)
+    headers = {"retry-after": str(RETRY_AFTER_S)} if status == _UNAVAILABLE else None
+    return JSONResponse(body.model_dump(), status, headers, media_type=_PROBLEM_JSON)

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+from base64 import b64encode
 from functools import cache
-from typing import TYPE_CHECKING, Annotated, Any, Final, TypeAlias, TypeVar, Union
+from typing import TYPE_CHECKING, Annotated, Any, Final, Self, TypeAlias, TypeVar, Union
 
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, create_model
 
 from imdsproxy.admin.reports import LeftOut
+from imdsproxy.core.model import Network
 from imdsproxy.core.observation import Conflict
 from imdsproxy.core.packed import PackedInstances
 from imdsproxy.core.records import (
@@ -22,6 +24,7 @@ from imdsproxy.core.records import (
     Records,
     Refused,
     parse_instance,
+    parse_listed,
     parse_network,
     parse_records,
 )
@@ -34,7 +37,7 @@ if TYPE_CHECKING:
     from starlette.requests import Request
 
     from imdsproxy.admin.record_reports import RecordReports
-    from imdsproxy.core.model import Instance, Network
+    from imdsproxy.core.model import Instance
 
 MAX_BODY: Final = 64 * 1024 * 1024
 """Bytes of a request: 16 MiB of user-data in base64, twice, or some 100,000 plain instances."""
@@ -91,6 +94,22 @@ class DocumentBody(BaseModel):
 
     text: str | None = None
     base64: str | None = None
+
+    @classmethod
+    def of(cls, value: bytes) -> Self:
+        """Only one of the two is set."""
+        try:
+            return cls(text=value.decode())
+        except UnicodeDecodeError:
+            return cls(base64=b64encode(value).decode())
+
+
+class DocumentView(BaseModel):
+    """The answer that a guest gets."""
+
+    status: int
+    headers: list[list[str]]
+    body: DocumentBody
 
 
 class PasswordBody(_Record):
@@ -167,10 +186,7 @@ def read_instance(body: object) -> Instance:
 async def read_records(body: object) -> Records:
     """The records of a bulk body; `RequestRefused` with every field of every record."""
     records = await asyncio.to_thread(parse_records, body)
-    if records.all_problems:
-        raise RequestRefused(
-            "nothing was stored: some records are not acceptable", problems=records.all_problems
-        )
+    _refuse_bad(records.all_problems)
     return records
 
 
@@ -193,26 +209,24 @@ async def read_lines(request: Request) -> tuple[list[Network], PackedInstances]:
             raise _refused("has a line that is neither a network nor an instance", _LINE_HINT)
         path = (f"{kind}s", counts[kind])
         counts[kind] += 1
-        if kind == "network":
-            network = parse_network(body[kind], path=path)
-            if isinstance(network, Refused):
-                problems += network.problems
-            else:
+        match parse_listed(path, body[kind]):
+            case Refused(problems=found):
+                problems += found
+            case Network() as network:
                 networks.append(network)
-            continue
-        instance = parse_instance(body[kind], path=path)
-        if isinstance(instance, Refused):
-            problems += instance.problems
-        elif instance.id in instances:
-            problems.append(Problem(f"instances[{path[1]}].id", f"{instance.id} is there twice"))
-        else:
-            instances[instance.id] = instance
-    if problems:
-        raise RequestRefused(
-            "nothing was stored: some records are not acceptable",
-            problems=problems[:_MOST_PROBLEMS],
-        )
+            case instance if instance.id in instances:
+                field = f"instances[{path[1]}].id"
+                problems.append(Problem(field, f"{instance.id} is there twice"))
+            case instance:
+                instances[instance.id] = instance
+    _refuse_bad(problems[:_MOST_PROBLEMS])
     return networks, instances
+
+
+def _refuse_bad(problems: Sequence[Problem]) -> None:
+    if problems:
+        message = "nothing was stored: some records are not acceptable"
+        raise RequestRefused(message, problems=problems)
 
 
 async def _lines(request: Request) -> AsyncIterator[bytes]:

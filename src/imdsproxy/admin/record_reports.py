@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 
 from imdsproxy.admin.reports import LeftOut, report_left_out
 from imdsproxy.app.record_loop import RecordLoop
@@ -11,6 +11,7 @@ from imdsproxy.core.inventory import Inventory
 from imdsproxy.core.model import Instance, InstanceId, Network, NetworkId, Upstream
 from imdsproxy.core.naming import find_id
 from imdsproxy.core.observation import Conflict, SourceName
+from imdsproxy.core.records import Json, render_record
 from imdsproxy.errors import NotFound
 from imdsproxy.listeners.binds import networks_of
 from imdsproxy.listeners.loop import ListenerLoop
@@ -24,6 +25,16 @@ class NetworkReport:
     source: SourceName
     instances: int = 0
     left_out: LeftOut | None = None
+
+    def render(self) -> dict[str, Json]:
+        """As JSON (`bodies.NetworkView`)."""
+        return {
+            "record": render_record(self.network),
+            "source": self.source,
+            "instances": self.instances,
+            "serving": self.left_out is None,
+            "left_out": None if self.left_out is None else asdict(self.left_out),
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +52,28 @@ class InstanceReport:
     revision: str = ""
     conflicts: tuple[Conflict, ...] = ()
     pending: tuple[str, ...] = ()
+
+    def render(self) -> dict[str, Json]:
+        """As JSON (`bodies.InstanceView`), with its whole record."""
+        return {
+            "record": render_record(self.instance),
+            "ec2_id": self.instance.ec2_id,
+            "uuid": self.instance.uuid,
+            "source": self.source,
+            "revision": self.revision,
+            "conflicts": [asdict(one) for one in self.conflicts],
+            "pending": list(self.pending),
+        }
+
+    def summarise(self) -> dict[str, Json]:
+        """As JSON (`bodies.InstanceSummary`): of payloads only the size in bytes."""
+        user_data, vendor_data = self.instance.user_data, self.instance.vendor_data
+        bare = replace(self.instance, user_data=None, vendor_data=None)
+        return {
+            **replace(self, instance=bare).render(),
+            "user_data_bytes": len(user_data or b""),
+            "vendor_data_bytes": len(vendor_data or b""),
+        }
 
 
 @dataclass(frozen=True, slots=True)

@@ -68,11 +68,9 @@ class RecordService:
 
     async def put_network(self, network: Network, *, create: bool = False) -> Written:
         """Store a network, or replace it; with `create`, `AlreadyExists` when there is one."""
-        store = await self._store_for([network], [], create=create)
-        async with self._claiming:
-            await self._refuse_shared([network], lambda _: "")
-            await store.put_network(network)
-        return await self._in_force([network.id])
+        return await self._put(
+            lambda store: store.put_network(network), [network], [], create=create
+        )
 
     async def put_instance(self, instance: Instance, *, create: bool = False) -> Written:
         """Store an instance, or replace it.
@@ -81,24 +79,58 @@ class RecordService:
             AlreadyExists: With `create`, when there is one of this id.
             SourceRefused: A network is unknown, or an address taken (`problems` has the fields).
         """
-        store = await self._store_for([], [instance], create=create)
-        await self._refuse_strangers(set(), [instance], lambda _: "")
-        await store.put_instance(instance)
-        return await _warned(await self._in_force([], instances=1), [instance])
+        return await self._put(
+            lambda store: store.put_instance(instance), [], [instance], create=create
+        )
 
     async def put_records(
         self, networks: Sequence[Network], instances: Collection[Instance], *, create: bool = False
     ) -> Written:
         """Store many at once: all of them, or none. Raises as `put_instance`."""
-        store = await self._store_for(networks, instances, create=create)
-        await self._refuse_strangers(
-            {one.id for one in networks}, instances, lambda number: f"instances[{number}]."
+        return await self._put(
+            lambda store: store.put_records(networks, instances),
+            networks,
+            instances,
+            create=create,
+            prefix="{}[{}].",
         )
+
+    async def _put(
+        self,
+        write: Callable[[SqliteSource], Awaitable[object]],
+        networks: Sequence[Network],
+        instances: Collection[Instance],
+        *,
+        create: bool,
+        prefix: str = "",
+    ) -> Written:
+        """Check and write them; `prefix` is of a problem's field, for the kind and number of a record."""
+        store = self._store()
+        coming = {one.id for one in networks}
+        for network in networks:
+            self._refuse_foreign("network", network.id, store, create=create)
+        strangers: list[Problem] = []
+        async for place, instance in _enumerated(instances):
+            self._refuse_foreign("instance", instance.id, store, create=create)
+            strangers += [
+                Problem(
+                    f"{prefix.format('instances', place)}ports[{number}].network",
+                    f"there is no network {port.network}",
+                    "imdsproxy network list",
+                )
+                for number, port in enumerate(instance.ports)
+                if port.network not in coming and not self.inventory.knows(port.network)
+            ]
+        if strangers:
+            raise SourceRefused("a port is in a network that does not exist", problems=strangers)
         async with self._claiming if networks else contextlib.nullcontext():
-            await self._refuse_shared(networks, lambda number: f"networks[{number}].")
-            await store.put_records(networks, instances)
+            await self._refuse_shared(networks, prefix)
+            await write(store)
         written = await self._in_force([one.id for one in networks], instances=len(instances))
-        return await _warned(written, instances)
+        found: list[Problem] = []
+        async for _, instance in _enumerated(instances):
+            found += warn_of_names(instance)
+        return replace(written, warnings=list_warnings(found))
 
     async def _confirmed(self, waits: Sequence[Awaitable[None]]) -> bool:
         """Wait until it is in force, for as long as the work on it comes forward."""
@@ -121,51 +153,7 @@ class RecordService:
             before = now
         return True
 
-    async def _store_for(
-        self, networks: Sequence[Network], instances: Collection[Instance], *, create: bool
-    ) -> SqliteSource:
-        """The store that these records may be written to."""
-        store = self._store()
-        for network in networks:
-            sources = self.inventory.sources_of_network(network.id)
-            self._refuse_foreign(store, "network", network.id, sources)
-            if create and sources:
-                raise AlreadyExists(
-                    f"there is a network {network.id} already", hint="use set to change it"
-                )
-        async for _, instance in _enumerated(instances):
-            sources = self.inventory.sources_of_instance(instance.id)
-            self._refuse_foreign(store, "instance", instance.id, sources)
-            if create and sources:
-                raise AlreadyExists(
-                    f"there is an instance {instance.id} already", hint="use set to change it"
-                )
-        return store
-
-    async def _refuse_strangers(
-        self,
-        coming: set[NetworkId],
-        instances: Collection[Instance],
-        prefix: Callable[[int], str],
-    ) -> None:
-        """Refuse ports in unknown networks, each with its field."""
-        problems: list[Problem] = []
-        async for place, instance in _enumerated(instances):
-            problems += [
-                Problem(
-                    f"{prefix(place)}ports[{number}].network",
-                    f"there is no network {port.network}",
-                    "imdsproxy network list",
-                )
-                for number, port in enumerate(instance.ports)
-                if port.network not in coming and not self.inventory.knows(port.network)
-            ]
-        if problems:
-            raise SourceRefused("a port is in a network that does not exist", problems=problems)
-
-    async def _refuse_shared(
-        self, networks: Sequence[Network], prefix: Callable[[int], str]
-    ) -> None:
+    async def _refuse_shared(self, networks: Sequence[Network], prefix: str) -> None:
         """Refuse listeners that another network has, each with its field."""
         known = self.inventory.networks
         every = {**known, **{one.id: one for one in networks}}
@@ -178,7 +166,7 @@ class RecordService:
             )
         problems = [
             Problem(
-                f"{prefix(place)}listener",
+                f"{prefix.format('networks', place)}listener",
                 f"network {shared[network.id]} has this listener",
                 "give one of the two another, or remove one",
             )
@@ -196,17 +184,12 @@ class RecordService:
             NotFound: There is none.
             SourceRefused: Instances still have ports in it (`problems` names them).
         """
-        store = self._store()
-        self._refuse_removal(store, "network", network, self.inventory.sources_of_network(network))
-        await store.remove_network(network)
+        await self._store_of("network", network).remove_network(network)
         return await self._in_force([network])
 
     async def remove_instance(self, instance: InstanceId) -> Written:
         """Remove an instance; `NotFound` when there is none."""
-        store = self._store()
-        sources = self.inventory.sources_of_instance(instance)
-        self._refuse_removal(store, "instance", instance, sources)
-        await store.remove_instance(instance)
+        await self._store_of("instance", instance).remove_instance(instance)
         return await self._in_force([], instances=1)
 
     def _store(self) -> SqliteSource:
@@ -216,21 +199,31 @@ class RecordService:
             )
         return self.store
 
-    def _refuse_removal(
-        self, store: SqliteSource, kind: str, subject: str, sources: Sequence[str]
-    ) -> None:
-        if not sources:
+    def _store_of(self, kind: str, subject: str) -> SqliteSource:
+        store = self._store()
+        if not self._refuse_foreign(kind, subject, store):
             raise NotFound(f"there is no {kind} {subject}", hint=f"imdsproxy {kind} list")
-        self._refuse_foreign(store, kind, subject, sources)
+        return store
 
-    @staticmethod
     def _refuse_foreign(
-        store: SqliteSource, kind: str, subject: str, sources: Sequence[str]
-    ) -> None:
+        self, kind: str, subject: str, store: SqliteSource, *, create: bool = False
+    ) -> bool:
+        """Whether there is such a record, which is the store's."""
+        sources = (
+            self.inventory.sources_of_network(NetworkId(subject))
+            if kind == "network"
+            else self.inventory.sources_of_instance(InstanceId(subject))
+        )
         if sources and store.name not in sources:
             raise SourceRefused(
                 f"{kind} {subject} belongs to source {', '.join(sources)}", hint="change it there"
             )
+        if sources and create:
+            article = "a" if kind == "network" else "an"
+            raise AlreadyExists(
+                f"there is {article} {kind} {subject} already", hint="use set to change it"
+            )
+        return bool(sources)
 
     async def _unserved(self, networks: frozenset[NetworkId]) -> list[LeftOut]:
         """Why these are not served, once what comes by itself had its time to come."""
@@ -263,10 +256,3 @@ async def _enumerated(instances: Iterable[Instance]) -> AsyncIterator[tuple[int,
         if number % _AT_ONCE == _AT_ONCE - 1:
             await asyncio.sleep(0)
         yield number, instance
-
-
-async def _warned(written: Written, instances: Collection[Instance]) -> Written:
-    found: list[Problem] = []
-    async for _, instance in _enumerated(instances):
-        found += warn_of_names(instance)
-    return replace(written, warnings=list_warnings(found))

@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from imdsproxy import errors
-from imdsproxy.admin.api import admin_app
+from imdsproxy.admin.api import admin_app, status_of
 from imdsproxy.admin.metrics import METRICS, NETWORK_SUM
-from imdsproxy.admin.refusals import status_of
 from imdsproxy.cli.commands import build_program, iterate_commands
 from imdsproxy.cli.exitcodes import EXIT_STATUSES, errors_by_status
 from imdsproxy.config.describe import Setting, iterate_inner_settings, iterate_settings

@@ -12,7 +12,7 @@ import pytest
 from pydantic import ValidationError
 
 from imdsproxy.admin import bodies
-from imdsproxy.admin.refusals import status_of
+from imdsproxy.admin.api import status_of
 from imdsproxy.config.policy import PolicyRulesSettings
 from imdsproxy.core.model import ID_PATTERN, InstanceId, Network, NetworkId
 from imdsproxy.core.path_rules import MOST_PATH_RULES

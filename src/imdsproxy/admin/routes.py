@@ -1,0 +1,402 @@
+"""The routes below `/v1`: records first read and checked, then handed to the services behind them."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable, Sequence
+from ipaddress import ip_address
+from typing import Annotated, Any, Final, TypeAlias, TypeVar, cast
+
+from fastapi import APIRouter, Depends, Query, Request
+from pydantic import BaseModel, ConfigDict, Field
+from starlette.responses import JSONResponse, PlainTextResponse
+
+from imdsproxy.admin.bodies import (
+    PASSWORD,
+    DocumentBody,
+    DocumentView,
+    InstanceRecord,
+    InstanceSummary,
+    InstanceView,
+    NetworkRecord,
+    NetworkView,
+    PasswordBody,
+    RecordsBody,
+    merge_patch,
+    name_networks,
+    read_instance,
+    read_json,
+    read_lines,
+    read_network,
+    read_records,
+    refuse_unclearable,
+    refuse_unlike,
+)
+from imdsproxy.admin.record_reports import InstanceReport, NetworkReport
+from imdsproxy.admin.records import Written
+from imdsproxy.admin.reports import Explanation, StatusReport
+from imdsproxy.admin.services import Services
+from imdsproxy.admin.tokens import GuardChange, KeyRotation
+from imdsproxy.config.change import SettingsReload
+from imdsproxy.core.addresses import normalise_address
+from imdsproxy.core.haproxy.watching import WatchReport
+from imdsproxy.core.model import InstanceId, IpAddress, NetworkId
+from imdsproxy.core.progress import Step
+from imdsproxy.core.records import INSTANCE, NETWORK, Json, render_record
+from imdsproxy.core.token_report import TokenReport
+from imdsproxy.errors import NotFound, Problem, RequestRefused
+
+_Report = TypeVar("_Report")
+
+router = APIRouter()
+
+
+async def _services(request: Request) -> Services:
+    return cast("Services", request.app.state.services)
+
+
+_Uses: TypeAlias = Annotated[Services, Depends(_services)]
+_NAMED: Final = Field(description="Its id, or its name where no other has that.")
+
+
+async def _network_id(network: Annotated[str, _NAMED], services: _Uses) -> NetworkId:
+    return services.reports.network_id(network)
+
+
+async def _instance_id(instance: Annotated[str, _NAMED], services: _Uses) -> InstanceId:
+    return services.reports.instance_id(instance)
+
+
+_Network: TypeAlias = Annotated[NetworkId, Depends(_network_id)]
+_Instance: TypeAlias = Annotated[InstanceId, Depends(_instance_id)]
+_Address = Annotated[str, Query(description="The guest's address, as its packets carry it.")]
+_Path = Annotated[str | None, Query(description="Also what the policy says to a GET of it.")]
+_Probe = Annotated[
+    bool, Query(description="Also send a GET of it, as the guest would, and say the status.")
+]
+
+
+def _takes(model: type[BaseModel]) -> dict[str, Any]:
+    """A route's body for OpenAPI; the routes read and check it themselves."""
+    schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
+    schema.pop("$defs", None)
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+
+
+class StopBody(BaseModel):
+    """What is to end."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    data_plane: bool = False
+
+
+class ReloadBody(BaseModel):
+    """What may go."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    allow_dropped: bool = Field(
+        default=False,
+        description="Accept that settings files were emptied or removed, and that every policy, or every `deny`, is "
+        "missing.",
+    )
+
+
+class Stopping(BaseModel):
+    """Sent before it happens; `controller` is the pid to wait for."""
+
+    stopping: list[str]
+    controller: int
+
+
+@router.get("/status")
+async def show_status(services: _Uses) -> StatusReport:
+    """Everything at one moment."""
+    return await services.status()
+
+
+@router.get("/progress")
+async def show_progress(services: _Uses) -> list[Step]:
+    """Long work that is under way; for a client that waits for its answer."""
+    return list(services.progress.steps)
+
+
+@router.get("/explain")
+async def explain(
+    network: _Network,
+    address: _Address,
+    services: _Uses,
+    path: _Path = None,
+    probe: _Probe = False,  # noqa: FBT002 - FastAPI passes it by name
+) -> Explanation:
+    """Who has this address in this network, why, from which source, and what it gets."""
+    _refuse_relative(path)
+    return await services.guests.explain(network, _ip(address), path, probe=probe)
+
+
+@router.get("/instances/{instance}/explain")
+async def explain_instance(
+    instance: _Instance,
+    services: _Uses,
+    path: _Path = None,
+    probe: _Probe = False,  # noqa: FBT002 - FastAPI passes it by name
+) -> list[Explanation]:
+    """The same of each address that the instance is known by."""
+    _refuse_relative(path)
+    return await services.guests.explain_instance(instance, path, probe=probe)
+
+
+@router.get("/documents", response_model_exclude_unset=True)
+async def get_document(
+    network: _Network,
+    address: _Address,
+    path: Annotated[str, Query(description="As the guest would write it, with its query.")],
+    services: _Uses,
+) -> DocumentView:
+    """The answer that this guest gets to `GET path`."""
+    _refuse_relative(path)
+    answer = await services.guests.get(network, _ip(address), path)
+    body = DocumentBody.of(answer.body)
+    return DocumentView(status=answer.status, headers=[*map(list, answer.headers)], body=body)
+
+
+@router.get("/watch")
+async def watch(
+    services: _Uses,
+    cursor: Annotated[int | None, Query(description="The one of the answer before.")] = None,
+    network: Annotated[str | None, Query(description="Only of this network.")] = None,
+    instance: Annotated[str | None, Query(description="Only of this instance.")] = None,
+) -> WatchReport:
+    """What guests asked for and were answered since `cursor`; HAProxy tells while this is asked every few seconds."""
+    return await services.watching.read(
+        cursor,
+        network=None if network is None else services.reports.network_id(network),
+        instance=None if instance is None else services.reports.instance_id(instance),
+    )
+
+
+@router.get("/token-report")
+async def token_report(services: _Uses) -> TokenReport:
+    """Guests and clients that still read without session tokens, and what required tokens leave open."""
+    return await services.token_report()
+
+
+@router.get("/haproxy-configuration", response_class=PlainTextResponse)
+async def render(services: _Uses) -> str:
+    """HAProxy's configuration as it would be written now; nothing is touched."""
+    return services.render()
+
+
+@router.post("/reload")
+async def reload(services: _Uses, body: ReloadBody | None = None) -> SettingsReload:
+    """Read the settings again and take over what can be; a broken or emptied file changes nothing."""
+    return await services.reload(body is not None and body.allow_dropped)
+
+
+@router.post("/stop", status_code=202)
+async def stop(body: StopBody, services: _Uses) -> Stopping:
+    """End the controller, or with `data_plane` HAProxy and the document server too."""
+    services.end(body.data_plane)
+    ending = ["controller", *(["haproxy", "documents"] if body.data_plane else [])]
+    return Stopping(stopping=ending, controller=os.getpid())
+
+
+@router.post("/instances/{instance}/revoke-tokens")
+async def revoke_tokens(instance: _Instance, services: _Uses) -> GuardChange:
+    """Revoke the instance's tokens; new ones are valid."""
+    return await services.tokens.revoke(instance)
+
+
+@router.post("/instances/{instance}/reopen")
+async def reopen_instance(instance: _Instance, services: _Uses) -> GuardChange:
+    """Let the instance's boot begin now: what is locked after the boot is open until that is over again."""
+    return await services.tokens.reopen(instance)
+
+
+@router.post("/token-keys/rotate")
+async def rotate_token_keys(services: _Uses) -> KeyRotation:
+    """Let a new key sign session tokens; existing tokens stay valid until they expire."""
+    return await services.tokens.rotate()
+
+
+@router.get("/networks", responses={200: {"model": list[NetworkView]}})
+async def list_networks(services: _Uses) -> JSONResponse:
+    """Every network, by id."""
+    return await _listed(services.reports.networks(), NetworkReport.render)
+
+
+@router.post(
+    "/networks",
+    status_code=201,
+    openapi_extra=_takes(NetworkRecord),
+)
+async def add_network(request: Request, services: _Uses) -> Written:
+    """Add a network; refused when there is one of this id."""
+    network = read_network(await read_json(request))
+    return await services.records.put_network(network, create=True)
+
+
+@router.get("/networks/{network}", responses={200: {"model": NetworkView}})
+async def show_network(network: _Network, services: _Uses) -> JSONResponse:
+    """One network."""
+    return JSONResponse(services.reports.network(network).render())
+
+
+@router.put("/networks/{network}", openapi_extra=_takes(NetworkRecord))
+async def put_network(network: str, request: Request, services: _Uses) -> Written:
+    """Add a network, or replace its whole record."""
+    body = refuse_unlike(await read_json(request), network)
+    return await services.records.put_network(read_network(body))
+
+
+@router.patch("/networks/{network}", openapi_extra=_takes(NetworkRecord))
+async def patch_network(network: _Network, request: Request, services: _Uses) -> Written:
+    """Change some keys of a network (RFC 7396: null takes a key away)."""
+    patch = refuse_unlike(await read_json(request), network)
+    refuse_unclearable(patch, NETWORK)
+    async with services.records.patching:
+        known = services.reports.network(network)
+        body = merge_patch(render_record(known.network), patch)
+        return await services.records.put_network(read_network(body))
+
+
+@router.delete("/networks/{network}")
+async def remove_network(network: _Network, services: _Uses) -> Written:
+    """Remove a network; refused while instances have ports in it."""
+    return await services.records.remove_network(network)
+
+
+@router.get("/instances", responses={200: {"model": list[InstanceSummary]}})
+async def list_instances(
+    services: _Uses,
+    network: Annotated[str | None, Query(description="Only those with a port in it.")] = None,
+) -> JSONResponse:
+    """Every instance, by id, without payloads."""
+    chosen = None if network is None else services.reports.network_id(network)
+    return await _listed(services.reports.instances(chosen), InstanceReport.summarise)
+
+
+@router.post(
+    "/instances",
+    status_code=201,
+    openapi_extra=_takes(InstanceRecord),
+)
+async def add_instance(request: Request, services: _Uses) -> Written:
+    """Add an instance; refused when there is one of this id."""
+    instance = read_instance(name_networks(await read_json(request), services.reports))
+    return await services.records.put_instance(instance, create=True)
+
+
+@router.get("/instances/{instance}", responses={200: {"model": InstanceView}})
+async def show_instance(instance: _Instance, services: _Uses) -> JSONResponse:
+    """One instance, payloads included."""
+    return JSONResponse(services.reports.instance(instance).render())
+
+
+@router.put("/instances/{instance}", openapi_extra=_takes(InstanceRecord))
+async def put_instance(instance: str, request: Request, services: _Uses) -> Written:
+    """Add an instance, or replace its whole record."""
+    body = refuse_unlike(name_networks(await read_json(request), services.reports), instance)
+    return await services.records.put_instance(read_instance(body))
+
+
+@router.patch("/instances/{instance}", openapi_extra=_takes(InstanceRecord))
+async def patch_instance(instance: _Instance, request: Request, services: _Uses) -> Written:
+    """Change some keys of an instance (RFC 7396: null takes a key away, lists are replaced).
+
+    `password: null` forgets the password that its guest posted.
+    """
+    patch = refuse_unlike(name_networks(await read_json(request), services.reports), instance)
+    refuse_unclearable(patch, INSTANCE, PASSWORD)
+    clears_password = patch.get(PASSWORD, "") is None
+    if clears_password:
+        del patch[PASSWORD]
+    async with services.records.patching:
+        known = services.reports.instance(instance)
+        body = merge_patch(render_record(known.instance), patch)
+        changed = read_instance(body)
+        # A password is no part of the record, which may be another source's.
+        unchanged = clears_password and patch.keys() == {"id"}
+        written = (
+            Written(instances=1) if unchanged else await services.records.put_instance(changed)
+        )
+        if clears_password:
+            await services.guests.clear_password(instance)
+        return written
+
+
+@router.get("/instances/{instance}/password", response_model_exclude_unset=True)
+async def show_password(instance: _Instance, services: _Uses) -> PasswordBody:
+    """The password that its guest posted, as it was posted: encrypted with the instance's key."""
+    password = await services.guests.read_password(instance)
+    if password is None:
+        raise _no_password(instance)
+    return PasswordBody(instance=instance, password=DocumentBody.of(password))
+
+
+@router.delete("/instances/{instance}/password")
+async def clear_password(instance: _Instance, services: _Uses) -> Written:
+    """Forget that password, so that the guest can post another."""
+    if not await services.guests.clear_password(instance):
+        raise _no_password(instance)
+    return Written(instances=1)
+
+
+@router.delete("/instances/{instance}")
+async def remove_instance(instance: _Instance, services: _Uses) -> Written:
+    """Remove an instance."""
+    return await services.records.remove_instance(instance)
+
+
+@router.post("/records", openapi_extra=_takes(RecordsBody))
+async def put_records(
+    request: Request,
+    services: _Uses,
+    create: Annotated[bool, Query(description="Refuse ids that are there.")] = False,  # noqa: FBT002 - FastAPI passes it by name
+) -> Written:
+    """Add or replace many networks and instances: all of them, or none.
+
+    A body of type `application/x-ndjson` has a record a line, `{"network": {…}}` or `{"instance": {…}}`, and may be of
+    any length. It is answered when all of it is in force, which may take minutes: `/v1/progress` says how far it is.
+    """
+    if request.headers.get("content-type") == "application/x-ndjson":
+        networks, packed = await read_lines(request)
+        written = await services.records.put_records(networks, packed.values(), create=create)
+    else:
+        records = await read_records(await read_json(request))
+        written = await services.records.put_records(
+            [network for _, network in records.networks],
+            [instance for _, instance in records.instances],
+            create=create,
+        )
+    return written
+
+
+def _no_password(instance: InstanceId) -> NotFound:
+    return NotFound(
+        f"the guest of instance {instance} has posted no password",
+        hint="a guest posts it to /openstack/latest/password; Nova keeps those of its own instances",
+    )
+
+
+async def _listed(reports: Sequence[_Report], render: Callable[[_Report], Json]) -> JSONResponse:
+    """A list rendered in a thread: the loop has guests waiting in the resolver."""
+    return await asyncio.to_thread(lambda: JSONResponse([render(report) for report in reports]))
+
+
+def _ip(text: str) -> IpAddress:
+    try:
+        return normalise_address(ip_address(text))
+    except ValueError as error:
+        raise _refused("address", f"{text} is no IP address", "10.0.0.5 or 2001:db8::5") from error
+
+
+def _refuse_relative(path: str | None) -> None:
+    if path is not None and not path.startswith("/"):
+        raise _refused("path", f"{path} does not begin with /", "/latest/meta-data/")
+
+
+def _refused(field: str, reason: str, hint: str) -> RequestRefused:
+    return RequestRefused(reason, problems=[Problem(field, reason, hint=hint)])
