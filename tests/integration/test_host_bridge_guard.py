@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from imdsproxy.anti_spoofing.bridge_ports import (
+from imdsproxy.anti_spoofing.host_rules import (
     GuardedPort,
     observe_bridge,
     read_rules,

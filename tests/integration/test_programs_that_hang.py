@@ -21,7 +21,7 @@ from imdsproxy.dataplane.launch import SpawnLauncher
 from imdsproxy.dataplane.layout import Layout
 from imdsproxy.dataplane.master import MasterClient
 from imdsproxy.errors import HaproxyMissing, HostRefused, RuntimeUnavailable
-from imdsproxy.host.programs import run_program
+from imdsproxy.host.process import run_program
 from support.daemon import alive
 from support.lab import until
 from support.patience import patience

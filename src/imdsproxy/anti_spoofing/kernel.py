@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Final, TypeAlias, TypeVar
 
-from imdsproxy.anti_spoofing.connections import end_connections, list_connections
 from imdsproxy.anti_spoofing.filter_rules import (
     FORMAT,
     SETS,
@@ -32,7 +31,7 @@ from imdsproxy.host.netlink import correct_neighbours
 from imdsproxy.host.nftables import INET, NETDEV, Batch, NetfilterSocket
 from imdsproxy.host.nlmessages import NetlinkRefused, NetlinkSocket
 from imdsproxy.host.refusal import host_refused
-from imdsproxy.host.sockets import SOCK_DIAG, try_bind
+from imdsproxy.host.sockets import SOCK_DIAG, end_connections, list_connections, try_bind
 
 T = TypeVar("T")
 

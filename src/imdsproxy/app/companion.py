@@ -15,16 +15,16 @@ import structlog
 from imdsproxy.core.backoff import Backoff
 from imdsproxy.dataplane.launch import UNIT_S, wait_gone
 from imdsproxy.errors import DataplaneError, HostRefused, Problem
-from imdsproxy.host.doubt import Doubt
 from imdsproxy.host.files import limit_log, open_log
 from imdsproxy.host.process import (
+    Doubt,
     ProcessHandle,
     open_process,
     read_rests,
     read_stat,
+    run_program,
     spawn_detached,
 )
-from imdsproxy.host.programs import run_program
 from imdsproxy.serving.pidfile import DocumentProcesses, read_pids, stop_documents
 
 _START_DEADLINE_S: Final = 15.0

@@ -52,7 +52,7 @@ from imdsproxy.core.wire import MapRecord
 from imdsproxy.dataplane.records import RecordApplier
 from imdsproxy.errors import DataplaneError, ImdsproxyError, Problem
 from imdsproxy.host.clock import Clock
-from imdsproxy.host.process_limits import release_memory
+from imdsproxy.host.process import release_memory
 
 _RETRY_LAST_S = 5.0
 

@@ -14,8 +14,7 @@ from imdsproxy.core.haproxy.runtime import Load, Processes
 from imdsproxy.dataplane.haproxy import PROBE_DEADLINE_S, Haproxy
 from imdsproxy.dataplane.master import WorkerEnded
 from imdsproxy.errors import DataplaneError, HostRefused, Problem, RuntimeUnavailable
-from imdsproxy.host.doubt import Doubt
-from imdsproxy.host.process import ProcessStat, read_stat
+from imdsproxy.host.process import Doubt, ProcessStat, read_stat
 
 _PROBE_EVERY_S: Final = 1.0
 _RESTART_FIRST_S: Final = 0.05

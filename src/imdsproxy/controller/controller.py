@@ -50,7 +50,7 @@ from imdsproxy.errors import HostRefused
 from imdsproxy.host.clock import Clock
 from imdsproxy.host.files import write_atomic
 from imdsproxy.host.notify import ServiceNotifier, kept_sockets
-from imdsproxy.host.process_limits import descriptor_limit
+from imdsproxy.host.process import descriptor_limit
 from imdsproxy.host.socket_file import SocketFiles
 from imdsproxy.host.sockets import try_tcp_listen
 from imdsproxy.listeners.exporter_port import ExporterPort

@@ -20,7 +20,7 @@ from imdsproxy.errors import ImdsproxyError
 from imdsproxy.host.clock import SystemClock
 from imdsproxy.host.logs import open_logging
 from imdsproxy.host.notify import ServiceNotifier, is_journal
-from imdsproxy.host.process_limits import leave_no_dumps, raise_descriptor_limit
+from imdsproxy.host.process import leave_no_dumps, raise_descriptor_limit
 
 
 def run(load: Callable[[], Loaded], *, config: Path | None, environment: Mapping[str, str]) -> None:

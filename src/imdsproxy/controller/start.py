@@ -28,11 +28,10 @@ from imdsproxy.controller.stop import end_processes, sweep_host
 from imdsproxy.core.hostnames import Naming
 from imdsproxy.dataplane.launch import read_program
 from imdsproxy.errors import DataplaneError
-from imdsproxy.host.account import owner_of
 from imdsproxy.host.clock import Clock
-from imdsproxy.host.files import hold_directory, limit_log
+from imdsproxy.host.files import hold_directory, limit_log, owner_of
 from imdsproxy.host.notify import ServiceNotifier
-from imdsproxy.host.process_limits import release_memory
+from imdsproxy.host.process import release_memory
 from imdsproxy.host.socket_file import SocketFiles
 from imdsproxy.nova.upstream import NovaUpstream
 from imdsproxy.unix_listener.listener import sweep_unix_socket

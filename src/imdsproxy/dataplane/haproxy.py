@@ -28,7 +28,7 @@ from imdsproxy.errors import (
 )
 from imdsproxy.host.clock import Clock
 from imdsproxy.host.files import ensure_directory
-from imdsproxy.host.programs import run_program
+from imdsproxy.host.process import run_program
 from imdsproxy.host.refusal import host_refused
 
 PROBE_DEADLINE_S = 1.0

@@ -22,8 +22,13 @@ from imdsproxy.dataplane.layout import Layout
 from imdsproxy.dataplane.master import MasterClient
 from imdsproxy.errors import ConfigRejected, HaproxyMissing, HostRefused, RuntimeUnavailable
 from imdsproxy.host.files import limit_log, open_log, write_atomic
-from imdsproxy.host.process import ProcessHandle, find_processes, open_process, spawn_detached
-from imdsproxy.host.programs import run_program
+from imdsproxy.host.process import (
+    ProcessHandle,
+    find_processes,
+    open_process,
+    run_program,
+    spawn_detached,
+)
 
 MINIMUM: Final = Version(3, 0)
 _START_DEADLINE_S: Final = 20.0

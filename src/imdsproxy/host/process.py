@@ -2,15 +2,17 @@
 
 A pid alone says nothing: another process may have it since it was written down. A
 process is known by its pid *and* its start time, and acted on through a pidfd, which never changes
-its meaning.
+its meaning. Also: programs that are run for their answer, and limits of our own process.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import errno
 import os
+import resource
 import signal
 import subprocess
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -19,9 +21,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from imdsproxy.errors import HostRefused
 from imdsproxy.host.refusal import host_refused
 
 PROC: Final = Path("/proc")
+
+_SILENT_PROBES: Final = 2
+"""Unanswered probes after which a worker that does nothing counts as hung: within four seconds."""
+
+_BUSY_PROBES: Final = 8
+"""The same for one that works all the while: on a host that is out of processor time it is only slow."""
+
+_OPEN_FILES: Final = 65536
+"""As our units have it; without them a shell's soft limit is 1024, which a few hostile networks could use up."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -297,3 +309,107 @@ def spawn_detached(
     # It is ours to reap, by `ProcessHandle.wait`: Popen would warn of it when it is collected.
     child.returncode = 0
     return ProcessHandle(identity, descriptor)
+
+
+@dataclass(frozen=True, slots=True)
+class Doubt:
+    """What unanswered probes, one after the other, say of a worker.
+
+    Attributes:
+        worker: Whom they were for.
+        silent: How many there were.
+        ticks: Processor time that it had used at the first one.
+        stat: How it was at the last one.
+    """
+
+    worker: int = 0
+    silent: int = 0
+    ticks: int = 0
+    stat: ProcessStat | None = None
+
+    def after_silence(self, worker: int, stat: ProcessStat | None) -> Doubt:
+        """One more probe was not answered."""
+        if worker != self.worker or not self.silent:
+            return Doubt(worker, 1, 0 if stat is None else stat.ticks, stat)
+        return Doubt(worker, self.silent + 1, self.ticks, stat)
+
+    @property
+    def hung(self) -> bool:
+        """Waiting longer is no use. A worker that has ended is its master's business."""
+        if self.stat is None or self.silent < _SILENT_PROBES:
+            return False
+        # One that waits for a disk can't be ended before the disk answers.
+        waits = self.stat.state == "D"
+        idle = self.stat.stopped or (self.stat.ticks == self.ticks and not waits)
+        return idle or self.silent >= _BUSY_PROBES
+
+
+async def run_program(
+    *arguments: str, deadline_s: float, text: str = "", errors: bool = True
+) -> tuple[int, str]:
+    """Run a program to its end: its exit status (negative: the signal), and what it wrote.
+
+    It has a process group of its own, which is killed at the deadline, and when this is cancelled.
+
+    Args:
+        arguments: Its path or name, and its arguments; no shell is involved.
+        deadline_s: Seconds until it is killed.
+        text: Its standard input.
+        errors: With what it wrote to standard error.
+
+    Raises:
+        HostRefused: It did not end in time.
+        OSError: It cannot be started.
+    """
+    # Not asyncio's own: cancelled while it starts a program, that kills the program and not its children.
+    process = subprocess.Popen(  # noqa: ASYNC220 - a millisecond
+        arguments,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT if errors else subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        output, _ = await asyncio.to_thread(process.communicate, text.encode(), deadline_s)
+    except BaseException as error:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        if isinstance(error, subprocess.TimeoutExpired):
+            if process.stdout is not None:
+                process.stdout.close()
+            raise HostRefused(
+                f"{' '.join(arguments)} did not end within {deadline_s:g} s and was killed",
+                hint="run it by hand to see what it waits for",
+            ) from error
+        raise
+    return process.returncode, output.decode("utf-8", "replace").strip()
+
+
+def raise_descriptor_limit() -> None:
+    """Raise the limit of open files of this process and its children to that of our units, as the hard limit allows."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, _OPEN_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def descriptor_limit() -> int:
+    """How many files this process and those that it starts can have open at most; -1 for no limit."""
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    return -1 if hard == resource.RLIM_INFINITY else hard
+
+
+def leave_no_dumps() -> None:
+    """Write no memory of this process, nor of those that it starts, to disk when one crashes.
+
+    It holds keys and documents. Our units say the same; without them a shell's limit would count.
+    """
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
+def release_memory() -> None:
+    """Give free memory back to the kernel, as far as the C library can (`malloc_trim(3)`, of glibc alone)."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)

@@ -9,18 +9,19 @@ without listening, and lets go.
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import struct
-from collections.abc import Collection, Iterable
-from dataclasses import replace
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass, replace
 from ipaddress import IPv4Address, IPv6Address
 from pathlib import Path
 from typing import Final
 
 from imdsproxy.core.hoststate import Family, ListeningSocket, SocketOwner
 from imdsproxy.core.model import METADATA_IPV4, METADATA_IPV6, METADATA_PORT, IpAddress
-from imdsproxy.host.nlmessages import NetlinkSocket, parse_attributes
+from imdsproxy.host.nlmessages import NetlinkRefused, NetlinkSocket, parse_attributes
 from imdsproxy.host.process import command_name, open_sockets, read_arguments, read_stat
 
 SOCK_DIAG: Final = 4
@@ -33,6 +34,14 @@ _ANSWER: Final = struct.Struct("=BBBB HH16s16sI8s IIIII")
 _V6_ONLY: Final = 11
 _LISTEN: Final = 10
 _WORTH_SEARCHING: Final = 3
+
+_BY_FAMILY: Final = 20
+_DESTROY: Final = 21
+_REQUEST: Final = struct.Struct("=BBBBI")
+_ID: Final = struct.Struct("=HH16s16sI8s")
+_ID_AT: Final = 4
+# SYN_RECV, ESTABLISHED, FIN_WAIT1, FIN_WAIT2, CLOSE_WAIT, LAST_ACK, CLOSING
+_ALIVE: Final = sum(1 << state for state in (1, 3, 4, 5, 8, 9, 11))
 
 _RELEVANT: Final = frozenset(
     (IPv4Address(0), IPv6Address(0), METADATA_IPV4, METADATA_IPV6),
@@ -244,3 +253,57 @@ def try_tcp_listen(host: str, port: int) -> str | None:
         except OSError as error:
             return f"{host} port {port}: {error.strerror}"
     return None
+
+
+@dataclass(frozen=True, slots=True)
+class Established:
+    """A connection of a guest, by its peer; `identity` is the kernel's word for the socket."""
+
+    address: IpAddress
+    port: int
+    identity: bytes
+
+
+def list_connections(channel: NetlinkSocket, port: int) -> Iterator[Established]:
+    """Connections to a metadata address and port, in the namespace of the channel.
+
+    Args:
+        channel: Speaks SOCK_DIAG.
+        port: Ours.
+    """
+    for family in (socket.AF_INET, socket.AF_INET6):
+        wanted = _ID.pack(socket.htons(port), 0, bytes(16), bytes(16), 0, b"\xff" * 8)
+        question = _REQUEST.pack(family, socket.IPPROTO_TCP, 0, 0, _ALIVE) + wanted
+        for message in channel.dump(_BY_FAMILY, question):
+            identity = message.payload[_ID_AT : _ID_AT + _ID.size]
+            _, dport, source, target, _, _ = _ID.unpack(identity)
+            ours: IpAddress
+            peer: IpAddress
+            if family == socket.AF_INET:
+                ours, peer = IPv4Address(source[:4]), IPv4Address(target[:4])
+            else:
+                ours, peer = IPv6Address(source), IPv6Address(target)
+            if ours in (METADATA_IPV4, METADATA_IPV6):
+                yield Established(peer, socket.ntohs(dport), identity)
+
+
+def end_connections(port: int, peers: Collection[IpAddress]) -> int:
+    """End what is open between some guests and a port of ours, with all that is still to be sent; how many.
+
+    In the namespace of the calling thread.
+
+    Raises:
+        NetlinkRefused: The kernel lists or ends no connections (CONFIG_INET_DIAG_DESTROY).
+    """
+    ended = 0
+    with NetlinkSocket(SOCK_DIAG) as channel:
+        for one in [one for one in list_connections(channel, port) if one.address in peers]:
+            family = socket.AF_INET if isinstance(one.address, IPv4Address) else socket.AF_INET6
+            request = _REQUEST.pack(family, socket.IPPROTO_TCP, 0, 0, _ALIVE) + one.identity
+            try:
+                channel.change(_DESTROY, request)
+            except NetlinkRefused as error:
+                if error.errno != errno.ENOENT:  # it has ended by itself
+                    raise
+            ended += 1
+    return ended

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Final, Generic, TypeVar
 
 from imdsproxy.errors import HostRefused
-from imdsproxy.host.programs import run_program
+from imdsproxy.host.process import run_program
 from imdsproxy.listeners.nft_scripts import Diversion, render_arp_guard, render_diversions
 
 _DEADLINE_S: Final = 30.0

@@ -20,10 +20,14 @@ from typing import Final
 import structlog
 
 from imdsproxy.errors import HostRefused, ImdsproxyError
-from imdsproxy.host.doubt import Doubt
 from imdsproxy.host.files import limit_log
-from imdsproxy.host.process import ProcessHandle, open_process, read_stat
-from imdsproxy.host.process_limits import raise_descriptor_limit
+from imdsproxy.host.process import (
+    Doubt,
+    ProcessHandle,
+    open_process,
+    raise_descriptor_limit,
+    read_stat,
+)
 from imdsproxy.host.refusal import host_refused
 from imdsproxy.serving.account import Account
 from imdsproxy.serving.asgi import LIVENESS_PATH

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from imdsproxy.anti_spoofing.bridge_ports import GuardedPort, rules_for
+from imdsproxy.anti_spoofing.host_rules import GuardedPort, rules_for
 from imdsproxy.cli.checks.guests import check_bridges, check_kernel, checked_devices
 
 _NFT = """

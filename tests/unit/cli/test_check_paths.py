@@ -6,6 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from imdsproxy.anti_spoofing.host_rules import (
+    DroppingChain,
+    parse_dropping_chains,
+    passes_forward_chain,
+)
 from imdsproxy.cli.checks.guests import check_paths
 from imdsproxy.core.model import (
     BridgeListener,
@@ -16,7 +21,6 @@ from imdsproxy.core.model import (
     NetworkId,
     Subnet,
 )
-from imdsproxy.host.firewall import DroppingChain, parse_dropping_chains, passes_forward_chain
 
 _INPUT = DroppingChain("inet", "filter", "input", "input")
 _FORWARD = DroppingChain("ip", "filter", "FORWARD", "forward")

@@ -4,8 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from imdsproxy.host.doubt import Doubt
-from imdsproxy.host.process import ProcessStat, read_rests, read_stat
+from imdsproxy.host.process import Doubt, ProcessStat, read_rests, read_stat
 
 
 def _stat(state: str, ticks: int) -> ProcessStat:

@@ -10,7 +10,7 @@ import pytest
 
 _PROGRAM: Final = """
 import resource
-from imdsproxy.host.process_limits import raise_descriptor_limit
+from imdsproxy.host.process import raise_descriptor_limit
 resource.setrlimit(resource.RLIMIT_NOFILE, ({soft}, {hard}))
 raise_descriptor_limit()
 print(*resource.getrlimit(resource.RLIMIT_NOFILE))

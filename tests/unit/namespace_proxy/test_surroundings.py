@@ -16,7 +16,7 @@ from imdsproxy.app.namespace_proxy.host import (
     try_to_bind,
 )
 from imdsproxy.errors import HaproxyMissing, HostRefused
-from imdsproxy.host.account import group_name, user_name
+from imdsproxy.host.files import group_name, user_name
 
 
 @pytest.fixture

@@ -19,8 +19,7 @@ from pathlib import Path
 from typing import Final
 
 from imdsproxy.errors import HaproxyMissing, HostRefused
-from imdsproxy.host.account import group_name, user_name
-from imdsproxy.host.files import is_file_at, open_locked, sweep_unfinished
+from imdsproxy.host.files import group_name, is_file_at, open_locked, sweep_unfinished, user_name
 from imdsproxy.host.refusal import host_refused
 
 _SYSTEM_PATH: Final = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"

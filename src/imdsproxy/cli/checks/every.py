@@ -13,7 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, TypeAlias
 
-from imdsproxy.anti_spoofing.bridge_ports import observe_bridge, read_rules, try_mac_filter
+from imdsproxy.anti_spoofing.host_rules import (
+    leads_by,
+    observe_bridge,
+    passes_forward_chain,
+    read_dropping_chains,
+    read_rules,
+    try_mac_filter,
+)
 from imdsproxy.cli.admin_client import AdminClient
 from imdsproxy.cli.checks import guests, host, openstack, tokens
 from imdsproxy.cli.checks.finding import Area, Finding
@@ -32,7 +39,6 @@ from imdsproxy.errors import (
     HostRefused,
     ImdsproxyError,
 )
-from imdsproxy.host import firewall
 from imdsproxy.host.socket_file import find_socket_holder
 from imdsproxy.nova.settings import NovaUrl
 from imdsproxy.serving.account import find_account, find_closed
@@ -162,9 +168,9 @@ def _paths(on: Subject) -> list[Finding]:
         return []
     return guests.check_paths(
         read_networks(on.daemon),
-        firewall.read_dropping_chains(),
-        firewall.leads_by,
-        bridged_are_forwarded=firewall.passes_forward_chain(),
+        read_dropping_chains(),
+        leads_by,
+        bridged_are_forwarded=passes_forward_chain(),
     )
 
 

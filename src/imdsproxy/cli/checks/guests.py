@@ -7,7 +7,7 @@ from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
 from typing import Any, Final
 
-from imdsproxy.anti_spoofing.bridge_ports import GuardedPort
+from imdsproxy.anti_spoofing.host_rules import DroppingChain, GuardedPort
 from imdsproxy.cli.checks.finding import Area, Finding
 from imdsproxy.config.schema import Settings
 from imdsproxy.core.model import (
@@ -20,7 +20,6 @@ from imdsproxy.core.model import (
 from imdsproxy.core.records.document import Records
 from imdsproxy.core.wire import VERIFIED_PORT
 from imdsproxy.errors import HostRefused, SourceRefused
-from imdsproxy.host.firewall import DroppingChain
 from imdsproxy.sources.file.record_file import SUFFIXES, decode_records, payload_reader
 
 _RECORDS: Final = Area("records")

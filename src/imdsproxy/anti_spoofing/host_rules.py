@@ -1,24 +1,27 @@
-"""Protection of a bridge against guests that use another's MAC, and whether the kernel can filter. Read only."""
+"""What the host does to guests' packets beside our own tables, and whether its kernel can filter by MAC. Read only."""
 
 from __future__ import annotations
 
 import asyncio
+import json
 import re
 import shutil
 import socket
 import struct
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final
+from ipaddress import IPv4Address
+from pathlib import Path
+from typing import Final, cast
 
 from imdsproxy.anti_spoofing.filter_rules import fill_mac_filter
 from imdsproxy.core.hostnames import Naming
 from imdsproxy.host.namespaces import unshare_network
-from imdsproxy.host.netlink import RTM_GETLINK, bridge_ports, find_link
+from imdsproxy.host.netlink import RTM_GETLINK, bridge_ports, find_link, route_device
 from imdsproxy.host.nftables import Batch, NetfilterSocket
 from imdsproxy.host.nlmessages import NetlinkSocket, parse_attributes
-from imdsproxy.host.programs import run_program
+from imdsproxy.host.process import run_program
 
 _GUEST_KINDS: Final = frozenset({"tun", "veth"})
 _IFINFO: Final = struct.Struct("=BxHiII")
@@ -30,6 +33,8 @@ _RULE_READERS: Final = (
     ("ebtables-legacy-save",),
 )
 _READ_S: Final = 5
+_FAMILIES: Final = frozenset({"inet", "ip"})
+_BRIDGED: Final = Path("/proc/sys/net/bridge/bridge-nf-call-iptables")
 _TABLE: Final = re.compile(r"(?m)^(?=table )")
 _SOURCE: Final = re.compile(r"ether saddr|arp saddr ether|@ll,48,48|-s ")
 
@@ -105,14 +110,16 @@ def read_rules(commands: Iterable[tuple[str, ...]] = _RULE_READERS) -> str:
     Raises:
         HostRefused: One of them hangs.
     """
-    texts: list[str] = []
-    for program, *arguments in commands:
-        path = shutil.which(program)
-        if path is None:
-            continue
-        _, text = asyncio.run(run_program(path, *arguments, deadline_s=_READ_S, errors=False))
-        texts.append(text)
-    return "\n".join(texts)
+    listed = (_run(*command) for command in commands)
+    return "\n".join(text for _, text in filter(None, listed))
+
+
+def _run(program: str, *arguments: str) -> tuple[int, str] | None:
+    """Status and output of a program; `None` where it is not installed."""
+    path = shutil.which(program)
+    if path is None:
+        return None
+    return asyncio.run(run_program(path, *arguments, deadline_s=_READ_S, errors=False))
 
 
 def try_mac_filter() -> str:
@@ -134,3 +141,67 @@ def try_mac_filter() -> str:
     thread.start()
     thread.join()
     return refusals[0] if refusals else ""
+
+
+@dataclass(frozen=True, slots=True)
+class DroppingChain:
+    """A base chain for IPv4 that drops what no rule of it accepts.
+
+    Attributes:
+        hook: `input` or `forward`.
+        rules: All rules of its table, as text to look for words in.
+    """
+
+    family: str
+    table: str
+    name: str
+    hook: str
+    rules: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.family} {self.table} {self.name}"
+
+
+def read_dropping_chains() -> tuple[DroppingChain, ...]:
+    """The dropping chains that nft(8) lists, which are not those of iptables-legacy; none without nft(8).
+
+    Raises:
+        HostRefused: nft hangs.
+    """
+    found = _run("nft", "--json", "list", "ruleset")
+    return () if found is None or found[0] != 0 else parse_dropping_chains(found[1])
+
+
+def parse_dropping_chains(ruleset: str) -> tuple[DroppingChain, ...]:
+    """Out of `nft --json list ruleset` (libnftables-json(5))."""
+    entries = cast("Sequence[Mapping[str, object]]", json.loads(ruleset)["nftables"])
+    found = []
+    for chain in _of_kind(entries, "chain"):
+        dropping = chain.get("policy") == "drop" and chain.get("hook") in ("input", "forward")
+        if dropping and chain["family"] in _FAMILIES:
+            place = (str(chain["family"]), str(chain["table"]))
+            rules = [
+                one for one in _of_kind(entries, "rule") if (one["family"], one["table"]) == place
+            ]
+            name, hook = str(chain["name"]), str(chain["hook"])
+            found.append(DroppingChain(*place, name, hook, json.dumps(rules)))
+    return tuple(found)
+
+
+def _of_kind(entries: Sequence[Mapping[str, object]], kind: str) -> Iterator[Mapping[str, object]]:
+    return (cast("Mapping[str, object]", one[kind]) for one in entries if kind in one)
+
+
+def passes_forward_chain(setting: Path = _BRIDGED) -> bool:
+    """Whether packets between a bridge's ports go through IPv4's chains (br_netfilter)."""
+    try:
+        return setting.read_text().strip() == "1"
+    except FileNotFoundError:
+        return False
+
+
+def leads_by(address: IPv4Address, device: str) -> bool | None:
+    """Whether the host's own way to an address is by a device; `None` where there is no such device."""
+    with NetlinkSocket() as channel:
+        link = find_link(channel, device)
+        return None if link is None else route_device(channel, address) == link.index
