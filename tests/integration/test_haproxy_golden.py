@@ -11,7 +11,7 @@ from tempfile import TemporaryDirectory
 import pytest
 
 from imdsproxy.host.namespaces import NamespaceDirectory, NamespaceThread
-from imdsproxy.listeners.namespace_links import haproxy_name
+from imdsproxy.listeners.host import haproxy_name
 from support.hostlab import create_namespace
 
 _GOLDEN = sorted((Path(__file__).parents[1] / "golden" / "haproxy").glob("*.cfg"))

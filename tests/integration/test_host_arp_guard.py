@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from imdsproxy.listeners.nft_tables import ArpGuard
+from imdsproxy.listeners.host import NftTable
+from imdsproxy.listeners.nft_scripts import render_arp_guard
 
 _HOST = "imdst-arp-host"
 _GUESTS = ("imdst-arp-a", "imdst-arp-b")
@@ -58,20 +59,21 @@ def _is_answered(guest: str) -> bool:
     return "lladdr" in _run("ip", "-n", guest, "neigh", "show", "169.254.169.254")
 
 
-def _guard(directory: Path) -> ArpGuard:
+def _guard(directory: Path, *devices: str) -> None:
+    """Guard as a fresh process would."""
     program = directory / "nft"
     program.write_text(f'#!/bin/sh\nexec ip netns exec {_HOST} nft "$@"\n')
     program.chmod(0o755)
-    return ArpGuard("imdst", str(program))
+    table = NftTable("", "", str(program))
+    asyncio.run(table.apply(render_arp_guard("imdst", frozenset(devices)), empty=not devices))
 
 
 @pytest.mark.usefixtures("host")
 def test_only_the_device_of_an_interface_listener_answers(tmp_path: Path) -> None:
     assert [_is_answered(guest) for guest in _GUESTS] == [True, True]
-    guard = _guard(tmp_path)
-    asyncio.run(guard.apply(frozenset({"tap0"})))
+    _guard(tmp_path, "tap0")
     assert [_is_answered(guest) for guest in _GUESTS] == [True, False]
     # A fresh process that needs no rule takes away what an earlier one left.
-    asyncio.run(_guard(tmp_path).apply(frozenset()))
+    _guard(tmp_path)
     assert [_is_answered(guest) for guest in _GUESTS] == [True, True]
     assert _run("ip", "netns", "exec", _HOST, "nft", "list", "tables") == ""

@@ -9,7 +9,7 @@ import pytest
 from imdsproxy.core.endpoints import LeftOutCode
 from imdsproxy.core.model import BridgeListener, Network, NetworkId
 from imdsproxy.host.namespaces import NamespaceDirectory, NamespaceThread
-from imdsproxy.listeners.apply import HostApplier
+from imdsproxy.listeners.apply import apply_ops
 from imdsproxy.listeners.endpoints import ListenerPlan
 from imdsproxy.listeners.observe import HostObserver
 from imdsproxy.listeners.ops import AddAddress, CreateVeth, DeleteLink, DeleteNamespace
@@ -45,7 +45,7 @@ class _Daemon:
         for _ in range(4):
             if not plan.ops:
                 return plan
-            assert await HostApplier(self.thread).apply(plan.ops) == ()
+            assert await apply_ops(self.thread, plan.ops) == ()
             plan = await self.plan(networks)
         raise AssertionError(f"never settles: {plan.ops}")
 
@@ -265,7 +265,7 @@ async def test_what_builds_on_a_failure_is_skipped_and_other_networks_are_not(
     lab.ip("link", "del", lab.link_name("c"))  # goes between the plan and its application
 
     # The addresses in there would fail as well, had they been tried.
-    (failed,) = await HostApplier(daemon.thread).apply(plan.ops)
+    (failed,) = await apply_ops(daemon.thread, plan.ops)
 
     assert isinstance(failed.op, CreateVeth)
     assert failed.op.network == "blue"
@@ -277,6 +277,5 @@ async def test_what_builds_on_a_failure_is_skipped_and_other_networks_are_not(
 
 async def test_applying_twice_changes_nothing(lab: HostLab, daemon: _Daemon) -> None:
     plan = await daemon.plan(_networks(blue=lab.bridge("b")))
-    applier = HostApplier(daemon.thread)
     for _ in range(2):
-        assert await applier.apply(plan.ops) == ()
+        assert await apply_ops(daemon.thread, plan.ops) == ()

@@ -18,7 +18,7 @@ from imdsproxy.core.model import InterfaceListener, Listener, NamespaceListener,
 from imdsproxy.host.namespaces import NamespaceDirectory, NamespaceThread
 from imdsproxy.listeners.binds import plan_binds, plan_links
 from imdsproxy.listeners.endpoints import ListenerPlan
-from imdsproxy.listeners.namespace_links import apply_links, haproxy_name
+from imdsproxy.listeners.host import apply_links, haproxy_name
 from imdsproxy.listeners.observe import HostObserver
 from imdsproxy.listeners.plan import plan_listeners
 from support.hostlab import DEADLINE_S, HostLab, eventually, host_lab

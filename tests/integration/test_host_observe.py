@@ -25,7 +25,7 @@ from imdsproxy.core.model import (
 from imdsproxy.host.namespaces import NamespaceDirectory, NamespaceThread
 from imdsproxy.host.netlink import find_link, list_links, neighbour_mac
 from imdsproxy.host.nlmessages import NetlinkSocket
-from imdsproxy.listeners.apply import HostApplier
+from imdsproxy.listeners.apply import apply_ops
 from imdsproxy.listeners.endpoints import ListenerPlan
 from imdsproxy.listeners.observe import HostObserver
 from imdsproxy.listeners.plan import plan_listeners
@@ -49,7 +49,6 @@ class _Host:
     lab: HostLab
     thread: NamespaceThread
     observer: HostObserver
-    applier: HostApplier
 
     async def observe(
         self, listener: Listener, our_pids: Collection[int] = (), *, everything: bool = False
@@ -65,7 +64,7 @@ class _Host:
         """Plan and act until there is nothing to do."""
         plan = await self.plan(listener)
         while plan.ops:
-            assert await self.applier.apply(plan.ops) == ()
+            assert await apply_ops(self.thread, plan.ops) == ()
             plan = await self.plan(listener)
         return plan
 
@@ -73,7 +72,7 @@ class _Host:
 @pytest.fixture
 def host(lab: HostLab) -> Iterator[_Host]:
     thread = NamespaceThread(NamespaceDirectory())
-    yield _Host(lab, thread, HostObserver(thread, lab.naming), HostApplier(thread))
+    yield _Host(lab, thread, HostObserver(thread, lab.naming))
     thread.close()
 
 
@@ -142,7 +141,7 @@ async def test_managed_addresses_are_put_on_the_device_and_taken_away_when_the_n
     seen = await host.observe(listener, everything=True)
     gone = plan_listeners({}, seen, lab.naming, managed=[(name, device)])
     assert len(gone.ops) == 2
-    assert await host.applier.apply(gone.ops) == ()
+    assert await apply_ops(host.thread, gone.ops) == ()
     assert "a9fe" not in lab.ip("-n", name, "addr", "show", device)
     assert "169.254" not in lab.ip("-n", name, "addr", "show", device)
 
@@ -204,7 +203,7 @@ async def test_an_interface_without_ipv6_serves_ipv4_and_says_what_to_do(
     lab.run("/usr/sbin/sysctl", "-q", f"net.ipv6.conf.{device}.disable_ipv6=1")
     plan = await host.plan(InterfaceListener(device))
 
-    (failed,) = await host.applier.apply(plan.ops)
+    (failed,) = await apply_ops(host.thread, plan.ops)
 
     assert f"net.ipv6.conf.{device}.disable_ipv6=0" in failed.hint
     plan = await host.plan(InterfaceListener(device))

@@ -34,7 +34,6 @@ from imdsproxy.host.clock import Clock
 from imdsproxy.host.files import ensure_directory, group_id, write_atomic
 from imdsproxy.host.namespaces import NamespaceDirectory, NamespaceThread
 from imdsproxy.host.sockets import SocketOwners
-from imdsproxy.listeners.apply import HostApplier
 from imdsproxy.listeners.host import SystemHost
 from imdsproxy.listeners.observe import HostObserver
 from imdsproxy.nova.upstream import NovaUpstream
@@ -143,7 +142,6 @@ def build_host(settings: Settings, layout: Layout, naming: Naming) -> SystemHost
         thread,
         naming,
         observer=HostObserver(thread, naming, SocketOwners(config=layout.config)),
-        applier=HostApplier(thread),
         links=layout.namespace_links,
         journal=layout.managed_journal,
     )

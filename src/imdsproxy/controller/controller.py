@@ -53,10 +53,9 @@ from imdsproxy.host.notify import ServiceNotifier, kept_sockets
 from imdsproxy.host.process import descriptor_limit
 from imdsproxy.host.socket_file import SocketFiles
 from imdsproxy.host.sockets import try_tcp_listen
-from imdsproxy.listeners.exporter_port import ExporterPort
 from imdsproxy.listeners.host import SystemHost
-from imdsproxy.listeners.kept_networks import KeptNetworks
-from imdsproxy.listeners.loop import ListenerLoop
+from imdsproxy.listeners.loop import ExporterPort, ListenerLoop
+from imdsproxy.listeners.settle import KeptNetworks
 from imdsproxy.listeners.watch import EventKind, HostWatch, WatchPace
 from imdsproxy.nova.upstream import NovaUpstream
 from imdsproxy.serving.account import find_account

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final, assert_never
 
@@ -50,110 +51,100 @@ _SETTINGS: Final = {
 }
 
 
-class HostApplier:
-    """Carries out host ops.
+async def apply_ops(thread: NamespaceThread, ops: tuple[HostOp, ...]) -> tuple[OpFailure, ...]:
+    """Carry out ops in order; one that fails never stops those of other networks.
 
     Args:
         thread: Where namespaces are entered.
+        ops: What to do.
+
+    Returns:
+        Those that failed. Ops that build upon one of them are not tried.
     """
+    return await thread.run(lambda: tuple(_apply(thread, ops))) if ops else ()
 
-    def __init__(self, thread: NamespaceThread) -> None:
-        self._thread = thread
 
-    async def apply(self, ops: Iterable[HostOp]) -> tuple[OpFailure, ...]:
-        """Carry out ops in order; one that fails never stops those of other networks.
-
-        Returns:
-            Those that failed. Ops that build upon one of them are not tried.
-        """
-        given = tuple(ops)
-        if not given:
-            return ()
-        return await self._thread.run(lambda: tuple(self._apply(given)))
-
-    def _apply(self, ops: tuple[HostOp, ...]) -> Iterator[OpFailure]:
-        broken: set[NetworkId] = set()
-        for op in ops:
-            if op.network in broken:
-                continue
-            refused: DataplaneError
-            try:
-                self._do(op)
-            except DataplaneError as error:
-                refused = error
-            except OSError as error:
-                refused = host_refused(_action(op), error, hint=_hint(op, error))
-            else:
-                continue
-            yield OpFailure(op, refused.message, refused.hint)
-            if isinstance(op, CreateNamespace | CreateVeth):
-                broken.add(op.network)
-
-    def _do(self, op: HostOp) -> None:
-        match op:
-            case CreateNamespace():
-                self._thread.create_now(op.namespace)
-                self._at(op.namespace, lambda channel: _prepare(channel, op.alias))
-            case DeleteNamespace():
-                self._thread.directory.delete(op.namespace)
-            case CreateVeth():
-                self._create_veth(op)
-            case DeleteLink():
-                self._at(None, lambda channel: _delete_link(channel, op.link))
-            case SetLink():
-                self._at(op.namespace, lambda channel: _set_link(channel, op))
-            case AddAddress():
-                self._at(op.namespace, lambda channel: _add_address(channel, op))
-            case RemoveAddress():
-                self._at(
-                    op.namespace, lambda channel: _remove_address(channel, op), must_exist=False
-                )
-            case AddDefaultRoute():
-                self._at(op.namespace, lambda channel: _add_route(channel, op))
-            case _ as never:
-                assert_never(never)
-
-    def _at(
-        self,
-        namespace: str | None,
-        work: Callable[[NetlinkSocket], None],
-        *,
-        must_exist: bool = True,
-    ) -> None:
-        def with_channel() -> bool:
-            with NetlinkSocket() as channel:
-                work(channel)
-            return True
-
-        if namespace is None:
-            with_channel()
-        elif self._thread.enter(namespace, lambda _: with_channel()) is None and must_exist:
-            raise NetlinkRefused(errno.ENOENT, f"no namespace {namespace}")
-
-    def _create_veth(self, op: CreateVeth) -> None:
-        opened = self._thread.directory.open(op.namespace)
-        if opened is None:
-            raise NetlinkRefused(errno.ENOENT, f"no namespace {op.namespace}")
+def _apply(thread: NamespaceThread, ops: tuple[HostOp, ...]) -> Iterator[OpFailure]:
+    broken: set[NetworkId] = set()
+    for op in ops:
+        if op.network in broken:
+            continue
+        refused: DataplaneError
         try:
-            with NetlinkSocket() as channel:
-                bridge = _index(channel, op.bridge)
-                if find_link(channel, op.link) is None:
-                    create_veth(
-                        channel,
-                        link=op.link,
-                        master=bridge,
-                        mtu=op.mtu,
-                        peer=op.inner,
-                        peer_namespace=opened.descriptor,
-                    )
-                # The kernel takes no alias for a link that is being made.
-                set_link(channel, _index(channel, op.link), up=True, master=bridge, alias=op.alias)
-        finally:
-            opened.close()
-        self._at(
-            op.namespace,
-            lambda channel: set_link(channel, _index(channel, op.inner), up=True, alias=op.alias),
-        )
+            _do(thread, op)
+        except DataplaneError as error:
+            refused = error
+        except OSError as error:
+            refused = host_refused(_action(op), error, hint=_hint(op, error))
+        else:
+            continue
+        yield OpFailure(op, refused.message, refused.hint)
+        if isinstance(op, CreateNamespace | CreateVeth):
+            broken.add(op.network)
+
+
+def _do(thread: NamespaceThread, op: HostOp) -> None:
+    match op:
+        case CreateNamespace():
+            thread.create_now(op.namespace)
+            _at(thread, op.namespace, lambda channel: _prepare(channel, op.alias))
+        case DeleteNamespace():
+            thread.directory.delete(op.namespace)
+        case CreateVeth():
+            _create_veth(thread, op)
+        case DeleteLink():
+            _at(thread, None, lambda channel: _change(channel, op))
+        case RemoveAddress():
+            _at(thread, op.namespace, lambda channel: _change(channel, op), must_exist=False)
+        case SetLink() | AddAddress() | AddDefaultRoute():
+            _at(thread, op.namespace, lambda channel: _change(channel, op))
+        case _ as never:
+            assert_never(never)
+
+
+def _at(
+    thread: NamespaceThread,
+    namespace: str | None,
+    work: Callable[[NetlinkSocket], None],
+    *,
+    must_exist: bool = True,
+) -> None:
+    def with_channel() -> bool:
+        with NetlinkSocket() as channel:
+            work(channel)
+        return True
+
+    if namespace is None:
+        with_channel()
+    elif thread.enter(namespace, lambda _: with_channel()) is None and must_exist:
+        raise NetlinkRefused(errno.ENOENT, f"no namespace {namespace}")
+
+
+def _create_veth(thread: NamespaceThread, op: CreateVeth) -> None:
+    opened = thread.directory.open(op.namespace)
+    if opened is None:
+        raise NetlinkRefused(errno.ENOENT, f"no namespace {op.namespace}")
+    try:
+        with NetlinkSocket() as channel:
+            bridge = _index(channel, op.bridge)
+            if find_link(channel, op.link) is None:
+                create_veth(
+                    channel,
+                    link=op.link,
+                    master=bridge,
+                    mtu=op.mtu,
+                    peer=op.inner,
+                    peer_namespace=opened.descriptor,
+                )
+            # The kernel takes no alias for a link that is being made.
+            set_link(channel, _index(channel, op.link), up=True, master=bridge, alias=op.alias)
+    finally:
+        opened.close()
+    _at(
+        thread,
+        op.namespace,
+        lambda channel: set_link(channel, _index(channel, op.inner), up=True, alias=op.alias),
+    )
 
 
 def _index(channel: NetlinkSocket, device: str) -> int:
@@ -174,40 +165,36 @@ def _prepare(channel: NetlinkSocket, alias: str) -> None:
     set_link(channel, _index(channel, LOOPBACK), up=True, alias=alias)
 
 
-def _delete_link(channel: NetlinkSocket, name: str) -> None:
-    found = find_link(channel, name)
-    if found is not None:
-        delete_link(channel, found.index)
-
-
-def _set_link(channel: NetlinkSocket, op: SetLink) -> None:
-    master = None if op.bridge is None else _index(channel, op.bridge)
-    index = _index(channel, op.device)
-    set_link(channel, index, up=op.up or None, mtu=op.mtu, master=master)
-
-
-def _add_route(channel: NetlinkSocket, op: AddDefaultRoute) -> None:
-    add_default_route(channel, _index(channel, op.device), op.family)
-
-
-def _add_address(channel: NetlinkSocket, op: AddAddress) -> None:
-    try:
-        add_address(
-            channel, _index(channel, op.device), op.address, op.prefix, protocol=op.protocol
-        )
-    except NetlinkRefused as error:
-        if error.errno != errno.EEXIST:
-            raise
-
-
-def _remove_address(channel: NetlinkSocket, op: RemoveAddress) -> None:
-    found = find_link(channel, op.device)
-    if found is None:
+def _change(
+    channel: NetlinkSocket, op: DeleteLink | SetLink | AddAddress | RemoveAddress | AddDefaultRoute
+) -> None:
+    name = op.link if isinstance(op, DeleteLink) else op.device
+    if isinstance(op, DeleteLink | RemoveAddress) and find_link(channel, name) is None:
         return
+    index = _index(channel, name)
+    match op:
+        case DeleteLink():
+            delete_link(channel, index)
+        case SetLink():
+            master = None if op.bridge is None else _index(channel, op.bridge)
+            set_link(channel, index, up=op.up or None, mtu=op.mtu, master=master)
+        case AddAddress():
+            with _unless(errno.EEXIST):
+                add_address(channel, index, op.address, op.prefix, protocol=op.protocol)
+        case RemoveAddress():
+            with _unless(errno.EADDRNOTAVAIL, errno.ENODEV):
+                remove_address(channel, index, op.address, op.prefix)
+        case AddDefaultRoute():
+            add_default_route(channel, index, op.family)
+
+
+@contextlib.contextmanager
+def _unless(*done: int) -> Iterator[None]:
+    """Let these errors pass: what was asked for is so already."""
     try:
-        remove_address(channel, found.index, op.address, op.prefix)
+        yield
     except NetlinkRefused as error:
-        if error.errno not in (errno.EADDRNOTAVAIL, errno.ENODEV):
+        if error.errno not in done:
             raise
 
 

@@ -1,11 +1,14 @@
-"""The host as loops and look-up use it: observer, applier, nft(8), links, neighbour tables and a journal."""
+"""The host as loops and look-up use it: observer, host ops, nft(8), links, neighbour tables and a journal."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 from imdsproxy.core.hostnames import Naming
 from imdsproxy.core.hoststate import ObservedHost
@@ -15,14 +18,19 @@ from imdsproxy.host.files import write_atomic
 from imdsproxy.host.namespaces import NamespaceThread
 from imdsproxy.host.netlink import find_link, neighbour_mac
 from imdsproxy.host.nlmessages import NetlinkSocket
-from imdsproxy.listeners.apply import HostApplier
-from imdsproxy.listeners.leftovers import ManagedPlace
-from imdsproxy.listeners.namespace_links import apply_links
-from imdsproxy.listeners.nft_scripts import Diversion
-from imdsproxy.listeners.nft_tables import ArpGuard, Diverter
-from imdsproxy.listeners.observe import HostObserver
+from imdsproxy.host.process import run_program
+from imdsproxy.host.refusal import host_refused
+from imdsproxy.listeners.apply import apply_ops
+from imdsproxy.listeners.nft_scripts import Diversion, render_arp_guard, render_diversions
+from imdsproxy.listeners.observe import HostObserver, place_of
 from imdsproxy.listeners.ops import AddAddress, HostOp, OpFailure, RemoveAddress
-from imdsproxy.listeners.places import place_of
+from imdsproxy.listeners.plan import ManagedPlace
+
+HAPROXY_NETNS: Final = Path("/var/run/netns")
+"""Where HAProxy looks (compiled in: `src/namespace.c`)."""
+
+_TEMPORARY: Final = ".tmp-"
+_NFT_DEADLINE_S: Final = 30.0
 
 
 class SystemHost:
@@ -39,18 +47,22 @@ class SystemHost:
         naming: Naming,
         *,
         observer: HostObserver,
-        applier: HostApplier,
         links: Path,
         journal: Path,
     ) -> None:
         self.observer = observer
         self.thread = thread
-        self._applier = applier
         self.naming = naming
         self._links = links
         self._journal = journal
-        self._arp_guard = ArpGuard(naming.prefix)
-        self._diverter = Diverter(naming.prefix)
+        self._arp_guard = NftTable(
+            "cannot keep the host from answering ARP for 169.254.169.254 on other devices",
+            "until then guests of other networks may reach the wrong one: nft list tables arp",
+        )
+        self._diverter = NftTable(
+            "cannot redirect guests' packets for 169.254.169.254 that go to their gateway",
+            "until then guests of bridges need a route, by DHCP option 121",
+        )
 
     async def observe(
         self, networks: Iterable[Network], our_pids: Collection[int], *, everything: bool
@@ -69,12 +81,20 @@ class SystemHost:
         """Do these things; returns what the host refused, the others are done all the same."""
         given = tuple(ops)
         # Before anything is done: what a killed process has added is known to the next one.
-        self._note({(one.namespace, one.device) for one in given if isinstance(one, AddAddress)})
-        failures = await self._applier.apply(given)
-        done = set(given) - {one.op for one in failures}
-        self._strike_out(
-            {(one.namespace, one.device) for one in done if isinstance(one, RemoveAddress)}
+        known = (
+            self.managed()
+            if any(isinstance(o, AddAddress | RemoveAddress) for o in given)
+            else None
         )
+        added = {(one.namespace, one.device) for one in given if isinstance(one, AddAddress)}
+        if known is not None and added - known:
+            known |= added
+            self._write(known)
+        failures = await apply_ops(self.thread, given)
+        done = set(given) - {one.op for one in failures}
+        removed = {(one.namespace, one.device) for one in done if isinstance(one, RemoveAddress)}
+        if known is not None and removed & known:
+            self._write(known - removed)
         return failures
 
     def managed(self) -> frozenset[ManagedPlace]:
@@ -93,16 +113,6 @@ class SystemHost:
                 hint="remove it; addresses that are no longer needed are then yours to remove",
             ) from error
         return frozenset((place[0], place[1]) for place in places)
-
-    def _note(self, places: set[ManagedPlace]) -> None:
-        known = self.managed() if places else frozenset()
-        if places - known:
-            self._write(known | places)
-
-    def _strike_out(self, places: set[ManagedPlace]) -> None:
-        known = self.managed() if places else frozenset()
-        if places & known:
-            self._write(known - places)
 
     def _write(self, places: frozenset[ManagedPlace]) -> None:
         listed = sorted(places, key=lambda place: (place[0] or "", place[1]))
@@ -126,7 +136,8 @@ class SystemHost:
         Raises:
             HostRefused: It cannot be kept from answering elsewhere.
         """
-        await self._arp_guard.apply(devices)
+        script = render_arp_guard(self.naming.prefix, devices)
+        await self._arp_guard.apply(script, empty=not devices)
 
     async def apply_diversions(self, diversions: tuple[Diversion, ...]) -> None:
         """Redirect frames for the metadata address to our veths on these bridges, and on no others.
@@ -134,7 +145,8 @@ class SystemHost:
         Raises:
             HostRefused: They still go to the guests' gateways.
         """
-        await self._diverter.apply(diversions)
+        script = render_diversions(self.naming.prefix, diversions)
+        await self._diverter.apply(script, empty=not diversions)
 
     async def neighbour(self, network: Network, address: IpAddress) -> MacAddress | None:
         """See `Neighbours.neighbour`."""
@@ -150,3 +162,110 @@ def _ask(address: IpAddress, device: str | None) -> MacAddress | None:
         if device is not None and link is None:
             return None
         return neighbour_mac(channel, address, index=0 if link is None else link.index)
+
+
+@dataclass(slots=True)
+class NftTable:
+    """A table of ours that nft(8) replaces and removes as a whole (`listeners.nft_scripts`).
+
+    Attributes:
+        failing: What cannot be done without nft(8), or when it refuses.
+        until: What holds until then, for the hint.
+        program: nft(8).
+        applied: The script in force; empty without a table, `None` while what an earlier process left is unknown.
+    """
+
+    failing: str
+    until: str
+    program: str = "nft"
+    applied: str | None = None
+
+    async def apply(self, script: str, *, empty: bool) -> None:
+        """Run a script that replaces the table, if another one was run last.
+
+        Args:
+            script: For nft(8).
+            empty: It only removes the table.
+
+        Raises:
+            HostRefused: nft is not installed, refuses, or hangs.
+        """
+        wanted = "" if empty else script
+        if wanted == self.applied:
+            return
+        try:
+            status, output = await run_program(
+                self.program, "-f", "-", deadline_s=_NFT_DEADLINE_S, text=script
+            )
+        except FileNotFoundError as error:
+            # Without the program there can be no table.
+            if wanted or self.applied is not None:
+                raise HostRefused(
+                    f"{self.failing}: no nft", hint=f"apt install nftables; {self.until}"
+                ) from error
+            status, output = 0, ""
+        # A kernel that knows no such tables refuses to remove one as well: then there is none.
+        if status != 0 and (wanted or self.applied):
+            raise HostRefused(f"{self.failing}: nft refuses: {output[:500]}", hint=self.until)
+        self.applied = wanted
+
+
+def haproxy_name(directory: Path) -> str:
+    """What to write after `namespace` in a bind line, before `/NAME`, so that HAProxy opens `directory/NAME`.
+
+    HAProxy hands a listening socket over to its next worker by the names of its namespace and device. When
+    one of them was deleted and made again under its name, that would be the dead one's socket; a link with
+    another name (`listeners.binds.link_name`) makes it open a new one. HAProxy opens `/var/run/netns/NAME` and
+    refuses no slash in NAME, so the links are in a directory of ours, out of sight of `ip netns`:
+    `bind … namespace ../imdsproxy/netns/blue@4026532317`.
+    """
+    return os.path.relpath(os.path.realpath(directory), os.path.realpath(HAPROXY_NETNS))
+
+
+def apply_links(directory: Path, links: Mapping[str, Path | str]) -> bool:
+    """Make `directory` hold exactly these symbolic links; true when something was changed.
+
+    Each link is there whole or not at all; links that stay are not touched. The directory is made
+    when it is missing. Other kinds of files in it are left alone.
+
+    Raises:
+        HostRefused: The file system refused.
+        PrivilegeMissing: This process may not write there.
+    """
+    try:
+        directory.mkdir(mode=0o755, parents=True, exist_ok=True)
+        present = _present(directory)
+        base = os.fspath(directory)
+        for name in present.keys() - links.keys():
+            os.unlink(f"{base}/{name}")  # noqa: PTH108 - for every network at a stop: see `_present`
+        missing = {n: text for n, t in links.items() if present.get(n) != (text := str(t))}
+        for name, target in missing.items():
+            if name in present:
+                _replace(directory, name, target)
+            else:
+                _place(f"{base}/{name}", target)
+    except OSError as error:
+        raise host_refused(f"link namespaces in {directory}", error) from error
+    return bool(missing) or bool(present.keys() - links.keys())
+
+
+def _present(directory: Path) -> dict[str, str]:
+    with os.scandir(directory) as entries:
+        # At each reload, for every network: a Path for each costs more than the kernel's part.
+        return {one.name: os.readlink(one.path) for one in entries if one.is_symlink()}  # noqa: PTH115 - as above
+
+
+def _place(path: str, target: str) -> None:
+    try:
+        os.symlink(target, path)  # noqa: PTH211 - for every network at a start: see `_present`
+    except FileExistsError:
+        # Some other kind of file has the name.
+        _replace(Path(path).parent, Path(path).name, target)
+
+
+def _replace(directory: Path, name: str, target: str) -> None:
+    temporary = directory / f"{_TEMPORARY}{name}"
+    with contextlib.suppress(FileNotFoundError):
+        temporary.unlink()
+    temporary.symlink_to(target)
+    temporary.replace(directory / name)

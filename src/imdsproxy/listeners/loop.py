@@ -7,8 +7,10 @@ one from coming into force.
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Final
 
 import structlog
 
@@ -31,14 +33,12 @@ from imdsproxy.dataplane.layout import Layout
 from imdsproxy.errors import ConfigRejected, DataplaneError, Problem, ReloadFailed
 from imdsproxy.host.clock import Clock
 from imdsproxy.listeners.binds import compute_maxconn, networks_of, plan_binds, plan_links
-from imdsproxy.listeners.degraded import find_degraded
-from imdsproxy.listeners.exporter_port import ExporterPort
-from imdsproxy.listeners.host import SystemHost
-from imdsproxy.listeners.kept_networks import KeptNetworks
-from imdsproxy.listeners.namespace_links import haproxy_name
-from imdsproxy.listeners.settle import HostSettler
+from imdsproxy.listeners.endpoints import find_degraded
+from imdsproxy.listeners.host import SystemHost, haproxy_name
+from imdsproxy.listeners.settle import HostSettler, KeptNetworks
 from imdsproxy.unix_listener.listener import UnixListener, bound_path
 
+_BIND: Final = re.compile(r"^\s*bind (\S+) name exporter\b", re.MULTILINE)
 _RECHECK_S = 1.0
 """Seconds until what the host refused is tried again, without any event."""
 
@@ -340,3 +340,37 @@ class ListenerLoop:
                 log.error(
                     "host refused", field=problem.field, reason=problem.reason, hint=problem.hint
                 )
+
+
+@dataclass(slots=True)
+class ExporterPort:
+    """Whether the exporter's address can be bound.
+
+    Args:
+        trial: Binds an address and port and lets go again; why that is refused, `None` if it is not.
+
+    Attributes:
+        in_force: What the running HAProxy has bound; it cannot be tried.
+    """
+
+    trial: Callable[[str, int], str | None]
+    in_force: str | None = None
+
+    def adopt(self, config: str) -> None:
+        """Take over what a HAProxy that runs already was configured with."""
+        found = _BIND.search(config)
+        self.in_force = None if found is None else found[1]
+
+    def choose(self, wanted: str | None) -> tuple[str | None, Problem | None]:
+        """The address to bind, and why a wanted one is not bound."""
+        if wanted is None or wanted == self.in_force:
+            return wanted, None
+        host, _, port = wanted.rpartition(":")
+        refused = self.trial(host.strip("[]"), int(port))
+        if refused is None:
+            return wanted, None
+        return None, Problem(
+            "metrics.haproxy_listen",
+            f"HAProxy's exporter is left out: {refused}",
+            "free the port, or choose another; guests are served all the same",
+        )

@@ -7,10 +7,10 @@ is a part that `core.hoststate.merge_observed` lays over what was known.
 from __future__ import annotations
 
 import errno
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TypeAlias
+from typing import Final, TypeAlias
 
 from imdsproxy.core.endpoints import LOOPBACK
 from imdsproxy.core.hostnames import Naming
@@ -26,7 +26,13 @@ from imdsproxy.core.hoststate import (
     ObservedHost,
     ObservedNamespace,
 )
-from imdsproxy.core.model import Network
+from imdsproxy.core.model import (
+    METADATA_IPV4,
+    BridgeListener,
+    InterfaceListener,
+    NamespaceListener,
+    Network,
+)
 from imdsproxy.errors import DataplaneError
 from imdsproxy.host.namespaces import NamespaceThread
 from imdsproxy.host.netlink import (
@@ -36,16 +42,31 @@ from imdsproxy.host.netlink import (
     find_link_by_index,
     list_links,
     metadata_addresses,
+    route_length,
 )
 from imdsproxy.host.nlmessages import NetlinkRefused, NetlinkSocket
 from imdsproxy.host.refusal import host_refused
 from imdsproxy.host.sockets import SOCK_DIAG, SocketOwners, listening_sockets, try_bind
-from imdsproxy.listeners.leftovers import ManagedPlace
-from imdsproxy.listeners.own_metadata import DMI, own_metadata
-from imdsproxy.listeners.places import place_of
+from imdsproxy.listeners.plan import ManagedPlace
 
 Peek: TypeAlias = tuple[int, frozenset[int]]
 """A namespace's inode and those of the sockets that listen in it."""
+
+DMI: Final = Path("/sys/class/dmi/id")
+
+# As cloud-init's ds-identify knows them.
+_SIGNS: Final[Mapping[str, tuple[str, ...]]] = {
+    "sys_vendor": (
+        *("Akamai", "Alibaba Cloud", "Amazon EC2", "DigitalOcean", "Google", "Hetzner"),
+        *("OpenStack Foundation", "Vultr", "e24cloud"),
+    ),
+    "product_name": ("Exoscale", "Google Compute Engine", "OpenStack Compute", "OpenStack Nova"),
+    "chassis_asset_tag": (
+        "7783-7084-3265-9085-8269-3286-77",  # Microsoft Azure's
+        *("HUAWEICLOUD", "OpenTelekomCloud", "OracleCloud.com"),
+    ),
+}
+_HOST_ROUTE: Final = 32
 
 _TRIES = 3
 
@@ -328,3 +349,52 @@ def _trials(
             index = devices[one.device].index
             error = try_bind(Family.IPV6, one.device, index)
             yield BindTrial(Family.IPV6, one.device, error)
+
+
+def own_metadata(channel: NetlinkSocket, dmi: Path = DMI) -> str:
+    """By what it shows, in words; empty when nothing shows it.
+
+    Args:
+        channel: Of the host's own namespace.
+        dmi: Where the kernel shows SMBIOS.
+    """
+    for name, known in _SIGNS.items():
+        try:
+            value = (dmi / name).read_text(errors="replace").strip()
+        except OSError:
+            continue  # not every machine has SMBIOS, and not every field may be read
+        if value in known:
+            return f"its SMBIOS says {value}"
+    if route_length(channel, METADATA_IPV4) == _HOST_ROUTE:
+        return f"it has a route to {METADATA_IPV4}"
+    return ""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a network is listened for.
+
+    Attributes:
+        namespace: By name; `None` for the host's own.
+        device: In that namespace; `None` for all.
+        host_devices: The devices of the host's own namespace that it depends on.
+        bridge: The one of them that is a bridge to attach to, if any.
+    """
+
+    namespace: str | None
+    device: str | None
+    host_devices: tuple[str, ...] = ()
+    bridge: str | None = None
+
+
+def place_of(network: Network, naming: Naming) -> Place:
+    """Where a network is listened for, whether or not it is there."""
+    match network.listener:
+        case NamespaceListener(namespace=namespace, device=device):
+            return Place(namespace, device)
+        case InterfaceListener(device=device):
+            return Place(None, device, (device,))
+        case BridgeListener(bridge=bridge):
+            link = naming.link(network.id)
+            inside = naming.namespace(network.id)
+            return Place(inside, naming.inner_device, (bridge, link), bridge)

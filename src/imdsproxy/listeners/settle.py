@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
+
+import structlog
 
 from imdsproxy.core.hostnames import Naming
 from imdsproxy.core.hoststate import ObservedHost, merge_observed
 from imdsproxy.core.inventory import Inventory
 from imdsproxy.core.model import BridgeListener, Network, NetworkId
+from imdsproxy.core.records import Refused, parse_network, render_network
 from imdsproxy.errors import HostRefused, Problem
 from imdsproxy.listeners.endpoints import ListenerPlan
 from imdsproxy.listeners.host import SystemHost
-from imdsproxy.listeners.kept_networks import KeptNetworks
-from imdsproxy.listeners.leftovers import without_removed
 from imdsproxy.listeners.nft_scripts import answering_devices, plan_diversions
 from imdsproxy.listeners.ops import OpFailure
-from imdsproxy.listeners.plan import PlanMemo, explain_pending, plan_listeners
+from imdsproxy.listeners.plan import PlanMemo, explain_pending, plan_listeners, without_removed
 
 _HOST_ROUNDS = 4
 """Namespace, link, address: each is planned when the one before it has been seen."""
@@ -156,3 +159,57 @@ class HostSettler:
 
 def _has_bridges(networks: Mapping[NetworkId, Network]) -> bool:
     return any(isinstance(one.listener, BridgeListener) for one in networks.values())
+
+
+@dataclass(slots=True)
+class KeptNetworks:
+    """The file, and what it held when this process first asked."""
+
+    path: Path
+    write: Callable[[Path, bytes], None]
+    _networks: Mapping[NetworkId, Network] | None = None
+    _written: Mapping[NetworkId, Network] = field(default_factory=dict)
+
+    def beside(
+        self, known: Mapping[NetworkId, Network], *, in_sync: bool
+    ) -> dict[NetworkId, Network]:
+        """The networks to listen for: those of the sources, and until all are in sync, also those that were kept."""
+        if in_sync:
+            return dict(known)
+        return {**self.load(), **known}
+
+    def keep(self, networks: Mapping[NetworkId, Network]) -> None:
+        """Note what HAProxy is configured for now.
+
+        Only the next process needs it, so a failure is only logged.
+        """
+        self._networks = dict(networks)
+        if networks == self._written:
+            return
+        text = json.dumps([render_network(networks[one]) for one in sorted(networks)])
+        try:
+            self.write(self.path, text.encode())
+        except HostRefused as error:
+            structlog.get_logger().warning(
+                "networks not kept", code=error.code, error=error.message, hint=error.hint
+            )
+            return
+        self._written = self._networks
+
+    def load(self) -> Mapping[NetworkId, Network]:
+        """The networks that HAProxy is configured for."""
+        if self._networks is None:
+            self._networks = _read(self.path)
+        return self._networks
+
+
+def _read(path: Path) -> dict[NetworkId, Network]:
+    try:
+        records = json.loads(path.read_text())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        structlog.get_logger().warning("kept networks not read", path=str(path), error=str(error))
+        return {}
+    parsed = [parse_network(one) for one in records] if isinstance(records, list) else []
+    return {one.id: one for one in parsed if not isinstance(one, Refused)}

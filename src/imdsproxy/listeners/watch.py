@@ -24,8 +24,7 @@ from imdsproxy.host.namespaces import NamespaceThread
 from imdsproxy.host.netlink import assign_nsid
 from imdsproxy.host.nlmessages import NetlinkRefused, NetlinkSocket
 from imdsproxy.listeners.namespace_watch import NamespaceCame, NamespaceWatch, NamespaceWent
-from imdsproxy.listeners.observe import HostObserver, Peek
-from imdsproxy.listeners.places import place_of
+from imdsproxy.listeners.observe import HostObserver, Peek, place_of
 
 T = TypeVar("T")
 

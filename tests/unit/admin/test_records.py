@@ -28,7 +28,7 @@ from imdsproxy.core.model import (
 )
 from imdsproxy.core.observation import AddressKey, Observation
 from imdsproxy.errors import AlreadyExists, NotFound, SourceRefused
-from imdsproxy.listeners.degraded import find_degraded
+from imdsproxy.listeners.endpoints import find_degraded
 from imdsproxy.listeners.loop import ListenerReport
 from imdsproxy.sources.sqlite.source import SqliteSource
 

@@ -16,7 +16,7 @@ from imdsproxy.errors import HostRefused, PrivilegeMissing
 from imdsproxy.host.clock import SystemClock
 from imdsproxy.host.notify import ServiceNotifier, is_journal, kept_sockets
 from imdsproxy.host.refusal import host_refused
-from imdsproxy.listeners.namespace_links import apply_links, haproxy_name
+from imdsproxy.listeners.host import apply_links, haproxy_name
 
 
 def test_the_clock_goes_forward_and_knows_utc() -> None:

@@ -10,7 +10,7 @@ import pytest
 from imdsproxy.core.endpoints import Endpoint, Foreign, LeftOut, LeftOutCode
 from imdsproxy.core.hoststate import Effect, Family, ListeningSocket, SocketOwner
 from imdsproxy.core.model import METADATA_IPV4, NamespaceListener, Network, NetworkId, Subnet
-from imdsproxy.listeners.degraded import find_degraded
+from imdsproxy.listeners.endpoints import find_degraded
 
 RED, BLUE = NetworkId("red"), NetworkId("blue")
 NETWORK = Network(RED, NamespaceListener("red"))

@@ -35,13 +35,12 @@ from imdsproxy.core.observation import Observation
 from imdsproxy.dataplane.layout import Layout
 from imdsproxy.errors import HostRefused
 from imdsproxy.host.clock import SystemClock
-from imdsproxy.listeners.exporter_port import ExporterPort
 from imdsproxy.listeners.host import SystemHost
-from imdsproxy.listeners.kept_networks import KeptNetworks
-from imdsproxy.listeners.leftovers import ManagedPlace
-from imdsproxy.listeners.loop import ListenerLoop
+from imdsproxy.listeners.loop import ExporterPort, ListenerLoop
 from imdsproxy.listeners.nft_scripts import Diversion
 from imdsproxy.listeners.ops import HostOp, OpFailure
+from imdsproxy.listeners.plan import ManagedPlace
+from imdsproxy.listeners.settle import KeptNetworks
 from imdsproxy.unix_listener.listener import UnixListener
 from imdsproxy.unix_listener.settings import UnixListenerSettings
 from support.fake_haproxy import FakeHaproxy, control_fake, write_file

@@ -37,7 +37,6 @@ from imdsproxy.core.model import (
     NetworkId,
 )
 from imdsproxy.listeners.endpoints import ListenerPlan
-from imdsproxy.listeners.leftovers import without_removed
 from imdsproxy.listeners.ops import (
     AddAddress,
     AddDefaultRoute,
@@ -48,7 +47,7 @@ from imdsproxy.listeners.ops import (
     OpFailure,
     RemoveAddress,
 )
-from imdsproxy.listeners.plan import PlanMemo, explain_pending, plan_listeners
+from imdsproxy.listeners.plan import PlanMemo, explain_pending, plan_listeners, without_removed
 
 NAMING = Naming()
 BLUE = NetworkId("blue")
