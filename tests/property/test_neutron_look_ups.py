@@ -18,8 +18,8 @@ from imdsproxy.core.model import IpAddress, MacAddress, NetworkId, Scope
 from imdsproxy.core.observation import Conflict
 from imdsproxy.sources.api import PortAmbiguous, PortFound, PortMissing
 from imdsproxy.sources.neutron.ports import ROUTER_OWNERS, NeutronPort
-from imdsproxy.sources.neutron.settings import NeutronSourceSettings
 from imdsproxy.sources.neutron.source import NeutronSource
+from imdsproxy.sources.settings import NeutronSourceSettings
 from support.fake_neutron import DOWN, FakeNeutron, FakeTime, router_port
 from support.source_runs import Heard, running
 

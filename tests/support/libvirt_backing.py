@@ -24,9 +24,9 @@ from imdsproxy.core.observation import Observation
 from imdsproxy.errors import Problem
 from imdsproxy.sources.api import Origin, Publish
 from imdsproxy.sources.libvirt.client import SystemLibvirt
-from imdsproxy.sources.libvirt.settings import LibvirtSourceSettings
 from imdsproxy.sources.libvirt.source import LibvirtSource
 from imdsproxy.sources.libvirt.xml import METADATA_URI
+from imdsproxy.sources.settings import LibvirtSourceSettings
 from support.libvirt_daemon import Libvirtd, machine
 
 __all__ = ["LibvirtBacking", "define_domain", "domain_xml", "libvirt_source", "metadata_xml"]

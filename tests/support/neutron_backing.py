@@ -21,8 +21,8 @@ from imdsproxy.errors import Problem
 from imdsproxy.host.clock import SystemClock
 from imdsproxy.sources.neutron.client import NeutronRest, connect_endpoint
 from imdsproxy.sources.neutron.ports import NeutronPort, PortQuery
-from imdsproxy.sources.neutron.settings import NeutronSourceSettings
 from imdsproxy.sources.neutron.source import NeutronSource
+from imdsproxy.sources.settings import NeutronSourceSettings
 from support.openstack.lab import OpenStack
 from support.openstack.neutron_rest import Refused
 

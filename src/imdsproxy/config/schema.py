@@ -32,10 +32,12 @@ from imdsproxy.config.section import (
     setting,
 )
 from imdsproxy.nova.settings import NovaSettings
-from imdsproxy.sources.file.settings import FileSourceSettings
-from imdsproxy.sources.libvirt.settings import LibvirtSourceSettings
-from imdsproxy.sources.neutron.settings import NeutronSourceSettings
-from imdsproxy.sources.sqlite.settings import SqliteSourceSettings
+from imdsproxy.sources.settings import (
+    FileSourceSettings,
+    LibvirtSourceSettings,
+    NeutronSourceSettings,
+    SqliteSourceSettings,
+)
 from imdsproxy.unix_listener.settings import UnixListenerSettings
 
 Supervisor: TypeAlias = Literal["auto", "spawn", "systemd"]

@@ -26,7 +26,7 @@ from imdsproxy.errors import (
     Problem,
     SourceUnavailable,
 )
-from imdsproxy.sources.file.settings import FileSourceSettings
+from imdsproxy.sources.settings import FileSourceSettings
 from imdsproxy.sources.sqlite.store import Store
 from support.admin_server import admin_server
 from support.record_builders import instance, network

@@ -11,8 +11,8 @@ from imdsproxy.core.model import NetworkId
 from imdsproxy.errors import SourceUnavailable
 from imdsproxy.sources.libvirt.client import LibvirtClient, LibvirtEvents, SystemLibvirt
 from imdsproxy.sources.libvirt.records import NetworkXml
-from imdsproxy.sources.libvirt.settings import LibvirtSourceSettings
 from imdsproxy.sources.libvirt.source import LibvirtSource
+from imdsproxy.sources.settings import LibvirtSourceSettings
 from support.libvirt_backing import domain_xml, uuid_of
 from support.source_runs import running
 

@@ -27,8 +27,8 @@ from imdsproxy.sources.api import (
     PortFound,
     PortMissing,
 )
-from imdsproxy.sources.neutron.settings import NeutronSourceSettings
 from imdsproxy.sources.neutron.source import NeutronSource
+from imdsproxy.sources.settings import NeutronSourceSettings
 from support.fake_neutron import (
     DOWN,
     LATE,

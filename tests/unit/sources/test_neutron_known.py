@@ -10,7 +10,6 @@ import pytest
 
 from imdsproxy.core.addresses import link_local_of
 from imdsproxy.core.model import InstanceId, MacAddress, NetworkId
-from imdsproxy.sources.neutron.cache import load_cache, open_cache
 from imdsproxy.sources.neutron.known import KnownPorts
 from imdsproxy.sources.neutron.ports import (
     NeutronPort,
@@ -19,6 +18,7 @@ from imdsproxy.sources.neutron.ports import (
     plan_instance,
     render_query,
 )
+from imdsproxy.sources.neutron.source import load_cache, open_cache
 from support.fake_neutron import neutron_port
 
 _MAC = "fa:16:3e:00:00:05"
@@ -35,12 +35,12 @@ def test_an_answer_that_is_late_does_not_undo_a_newer_one() -> None:
     known = KnownPorts()
     known.put(replace(_A, addresses=(ip_address("10.0.0.7"),)), asked=20)
     known.put(_A, asked=10)
-    known.remove("p-a", asked=15)
-    known.miss("p-a", asked=15)
-    known.miss("p-a", asked=16)
+    known.lose("p-a", asked=15)
+    known.lose("p-a", asked=15, steady=0)
+    known.lose("p-a", asked=16, steady=0)
     assert owner(known, "10.0.0.7") == "p-a"
     assert owner(known, "10.0.0.5") is None
-    known.remove("p-a", asked=21)
+    known.lose("p-a", asked=21)
     assert len(known) == 0
 
 
@@ -89,7 +89,7 @@ def test_an_instance_is_reported_again_only_when_it_has_changed() -> None:
     changes = known.changes()
     assert (set(changes.instances), changes.instances_removed) == ({"i-z"}, ["i-a"])
     assert known.networks == {"n1"}
-    known.remove("p-a", asked=5)
+    known.lose("p-a", asked=5)
     assert known.changes().instances_removed == ["i-z"]
     assert known.networks == frozenset()
 
@@ -147,7 +147,7 @@ def test_a_port_that_goes_or_comes_later_does_not_make_an_instance_anew() -> Non
     assert _created(known) == 5
     known.put(second, asked=20)
     assert _created(known) == 5
-    known.remove(first.id, asked=30)
+    known.lose(first.id, asked=30)
     assert _created(known) == 5
     known.put(replace(second, mac=MacAddress("fa:16:3e:00:00:09")), asked=40)
     assert _created(known) == 5

@@ -6,7 +6,7 @@ import pytest
 
 from imdsproxy.core.observation import Observation, RecordSet
 from imdsproxy.errors import Problem
-from imdsproxy.sources.neutron.cache import load_cache, open_cache
+from imdsproxy.sources.neutron.source import load_cache, open_cache
 from imdsproxy.sources.reports import Reports
 from support.fake_neutron import neutron_port
 from support.record_builders import instance

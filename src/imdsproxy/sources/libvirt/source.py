@@ -13,8 +13,8 @@ from imdsproxy.errors import Problem, SourceUnavailable
 from imdsproxy.sources.api import Origin, Publish
 from imdsproxy.sources.libvirt.client import LibvirtClient, LibvirtEvents
 from imdsproxy.sources.libvirt.records import LibvirtKnown, Selection
-from imdsproxy.sources.libvirt.settings import LibvirtSourceSettings
 from imdsproxy.sources.reports import Reports
+from imdsproxy.sources.settings import LibvirtSourceSettings
 
 
 class LibvirtSource:

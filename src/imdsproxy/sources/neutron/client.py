@@ -22,7 +22,7 @@ from typing import Any, Final, Protocol, TypeAlias
 
 from imdsproxy.errors import SourceUnavailable, optional_library
 from imdsproxy.sources.neutron.ports import NeutronPort, PortQuery, parse_ports, render_query
-from imdsproxy.sources.neutron.settings import NeutronSourceSettings
+from imdsproxy.sources.settings import NeutronSourceSettings
 
 _VERSION: Final = "/v2.0"
 _CHUNK: Final = 65_536

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -64,13 +63,12 @@ class Route:
     unseen: float | None = None
 
 
-def _is_absent(entry: Known | Route, asked: float, steady: float) -> bool:
-    """Whether an answer without any port is believed: not the first, and not one from before an outage."""
-    if entry.confirmed > asked:
-        return False
+def _is_gone(entry: Known | Route, asked: float, steady: float | None) -> bool:
+    """Whether it is gone by an answer that does not have it; `steady` as in `KnownPorts.lose`."""
+    if steady is None or entry.confirmed > asked:
+        return entry.confirmed <= asked
     if entry.unseen is None or entry.unseen < steady:
         entry.unseen = asked
-        return False
     return asked - entry.unseen >= _PATIENCE_S
 
 
@@ -160,23 +158,17 @@ class KnownPorts:
         self._index(known)
         return known
 
-    def remove(self, port_id: str, asked: float) -> None:
-        """There was no such port when Neutron was asked then."""
-        self._refused.pop(port_id, None)
-        known = self._ports.get(port_id)
-        if known is not None and known.confirmed <= asked:
-            self._drop(port_id)
-
-    def miss(self, port_id: str, asked: float, *, steady: float = -math.inf) -> None:
-        """An answer had no port at all: believed once another has none for some seconds.
+    def lose(self, port_id: str, asked: float, steady: float | None = None) -> None:
+        """An answer did not have the port.
 
         Args:
             port_id: The port's.
-            asked: When.
-            steady: Since when Neutron has had no outage: answers before that do not count.
+            asked: When Neutron was asked.
+            steady: Of an answer without any port: since when Neutron has had no outage. It is believed once another has
+                none for some seconds; answers before that do not count.
         """
         known = self._ports.get(port_id)
-        if known is not None and _is_absent(known, asked, steady):
+        if known is not None and _is_gone(known, asked, steady):
             self._drop(port_id)
 
     def take_list(
@@ -195,7 +187,7 @@ class KnownPorts:
                 continue
             known = self.put(replace(port, host=None), asked)
             if known is not None:
-                self.enlist(known)
+                self.keep(known)
                 listed.add(port.id)
         self._forget_refused(seen, began)
         for known in self:
@@ -228,17 +220,12 @@ class KnownPorts:
 
     # Lifetimes
 
-    def keep(self, known: Known, until: float) -> None:
-        """Its guest has asked: have it in force until then."""
-        known.until = max(known.until, until)
-        self._put_in_force(known)
-
-    def enlist(self, known: Known) -> None:
-        """It is on the list."""
-        known.listed = True
-        self._put_in_force(known)
-
-    def _put_in_force(self, known: Known) -> None:
+    def keep(self, known: Known, until: float | None = None) -> None:
+        """Have it in force: its guest has asked, until then; without a time it is on the list."""
+        if until is None:
+            known.listed = True
+        else:
+            known.until = max(known.until, until)
         if known.aside:
             known.aside = False
             self._touched.add(known.port.instance)
@@ -352,16 +339,10 @@ class Routes:
         if before is None or (before.key, before.port) != (route.key, route.port):
             self.unsaved.add(key)
 
-    def remove(self, key: AddressKey, asked: float) -> None:
-        """There was no such route when Neutron was asked then."""
+    def lose(self, key: AddressKey, asked: float, steady: float | None) -> None:
+        """As `KnownPorts.lose`, for an address behind a router."""
         route = self._routes.get(key)
-        if route is not None and route.confirmed <= asked:
-            self._drop(key)
-
-    def miss(self, key: AddressKey, asked: float, *, steady: float) -> None:
-        """As `KnownPorts.miss`, for an address behind a router."""
-        route = self._routes.get(key)
-        if route is not None and _is_absent(route, asked, steady):
+        if route is not None and _is_gone(route, asked, steady):
             self._drop(key)
 
     def prune(self) -> None:

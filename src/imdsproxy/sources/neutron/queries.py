@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Final, Generic, Literal, TypeAlias, TypeVar
@@ -26,6 +26,7 @@ from imdsproxy.sources.neutron.ports import MAX_VALUES, ROUTER_OWNERS, NeutronPo
 QueryResult: TypeAlias = Literal["ok", "failed", "timeout"]
 
 _T = TypeVar("_T")
+_Key = TypeVar("_Key", bound=Hashable)
 _FIRST_S: Final = 2.0
 _LONGEST_S: Final = 30.0
 _SETTLES_S: Final = 3.0
@@ -43,6 +44,37 @@ class Answer(Generic[_T]):
 
 
 RouterNetworks: TypeAlias = "Answer[tuple[NetworkId, ...]]"
+
+
+class Shared(Generic[_Key, _T]):
+    """One task for all who want the same at the same time."""
+
+    def __init__(self) -> None:
+        self._pending: dict[_Key, asyncio.Task[_T]] = {}
+
+    def __contains__(self, key: _Key) -> bool:
+        return key in self._pending
+
+    async def get(self, key: _Key, make: Callable[[], Coroutine[object, object, _T]]) -> _T:
+        """What `make` gives; who is cancelled does not cancel it for the others."""
+        task = self._pending.get(key)
+        if task is None:
+            task = self._pending[key] = asyncio.create_task(make())
+            task.add_done_callback(partial(self._done, key))
+        return await asyncio.shield(task)
+
+    async def close(self) -> None:
+        """Cancel what is on its way."""
+        pending = tuple(self._pending.values())
+        for task in pending:
+            task.cancel()
+        await asyncio.gather(*pending, return_exceptions=True)
+
+    def _done(self, key: _Key, task: asyncio.Task[_T]) -> None:
+        self._pending.pop(key, None)
+        # All who waited may be gone, and asyncio complains about a failure that is never read.
+        if not task.cancelled():
+            task.exception()
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +133,7 @@ class Queries:
     _probing: bool = False
     _shares: dict[Hashable, _Share] = field(default_factory=dict)
     _routers: dict[NetworkId, RouterNetworks] = field(default_factory=dict)
-    _pending: dict[NetworkId, asyncio.Task[RouterNetworks]] = field(default_factory=dict)
+    _pending: Shared[NetworkId, RouterNetworks] = field(default_factory=Shared)
     _slots: asyncio.Semaphore = field(init=False)
 
     def __post_init__(self) -> None:
@@ -126,10 +158,7 @@ class Queries:
 
     async def close(self) -> None:
         """Cancel what is on its way, and close the client."""
-        pending = tuple(self._pending.values())
-        for task in pending:
-            task.cancel()
-        await asyncio.gather(*pending, return_exceptions=True)
+        await self._pending.close()
         await self.client.close()
 
     async def ask(
@@ -239,17 +268,7 @@ class Queries:
         known = self._routers.get(router)
         if known is not None and self.clock.monotonic() - known.asked < self.networks_s:
             return known
-        task = self._pending.get(router)
-        if task is None:
-            task = self._pending[router] = asyncio.create_task(self._ask_networks(router, share))
-            task.add_done_callback(partial(self._asked_networks, router))
-        return await asyncio.shield(task)
-
-    def _asked_networks(self, router: NetworkId, task: asyncio.Task[RouterNetworks]) -> None:
-        self._pending.pop(router, None)
-        # All who waited may be gone, and asyncio complains about a failure that is never read.
-        if not task.cancelled():
-            task.exception()
+        return await self._pending.get(router, lambda: self._ask_networks(router, share))
 
     async def _ask_networks(self, router: NetworkId, share: Hashable) -> RouterNetworks:
         query = PortQuery(devices=(router,), owners=ROUTER_OWNERS)

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import json
+import sqlite3
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from ipaddress import ip_address
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeAlias
 
 import structlog
 
@@ -23,19 +27,35 @@ from imdsproxy.sources.api import (
     PortFound,
     Publish,
 )
-from imdsproxy.sources.neutron.cache import load_cache, open_cache
 from imdsproxy.sources.neutron.client import NeutronClient
-from imdsproxy.sources.neutron.known import KnownPorts
+from imdsproxy.sources.neutron.known import KnownPorts, Route
 from imdsproxy.sources.neutron.look_ups import LookUpResult, LookUps
+from imdsproxy.sources.neutron.ports import NeutronPort, PortQuery, parse_ports, render_port
 from imdsproxy.sources.neutron.queries import Queries, QueryResult
-from imdsproxy.sources.neutron.refresh import Refresher
-from imdsproxy.sources.neutron.settings import NeutronSourceSettings
 from imdsproxy.sources.reports import Reports
+from imdsproxy.sources.settings import NeutronSourceSettings
+from imdsproxy.sources.sqlite_file import SideCache
 
 _TICK_S: Final = 1.0
 _SAVE_S: Final = 60.0
 """How often it is stored that Neutron still answers, where nothing else is to be stored."""
 _LIST_AGAIN_S: Final = 10.0
+_PROBE: Final = ("probe",)
+
+_SCHEMA: Final = """
+CREATE TABLE ports (id TEXT PRIMARY KEY NOT NULL, port TEXT NOT NULL) STRICT;
+CREATE TABLE routes (
+    router TEXT NOT NULL,
+    network TEXT NOT NULL,
+    address TEXT NOT NULL,
+    port TEXT NOT NULL,
+    PRIMARY KEY (router, address)
+) STRICT;
+CREATE TABLE answered (one INTEGER PRIMARY KEY CHECK (one = 1), at REAL NOT NULL) STRICT
+"""
+
+NeutronCache: TypeAlias = "SideCache[str | AddressKey | None, NeutronPort | Route | float]"
+"""Ports by id, routes by router and address, and by `None` when Neutron last answered, in Unix time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,8 +127,6 @@ class NeutronSource:
             self._outage_changed,
         )
         self._look_ups = LookUps(self._known, self._queries, settings, clock, random, self._report)
-        refresh_s = max(0.0, settings.refresh_s - _TICK_S)
-        self._refresher = Refresher(self._known, self._queries, clock, refresh_s, self._report)
 
     async def run(self, publish: Publish) -> None:
         """Report what is known, and keep it up to date, until cancelled.
@@ -193,9 +211,11 @@ class NeutronSource:
         self._look_ups.forget_old()
         self._queries.forget_old()
         if self._queries.may_ask:
-            asked = await self._refresher.refresh()
+            asked = await self._look_ups.refresh(max(0.0, self._settings.refresh_s - _TICK_S))
             if not asked and (self._queries.outage is not None or not self._probed):
-                await self._refresher.probe()
+                # Only to find out whether Neutron answers: an outage notes itself.
+                with contextlib.suppress(SourceUnavailable):
+                    await self._queries.ask(PortQuery(limit=1), share=_PROBE)
             self._probed = True
         self._report()
 
@@ -203,7 +223,7 @@ class NeutronSource:
         settings = self._settings
         while True:
             try:
-                await self._refresher.list_all(settings.list_host, settings.page_size)
+                await self._look_ups.list_all()
             except SourceUnavailable as error:
                 self._list_failure = error
                 pause = min(settings.list_every_s, _LIST_AGAIN_S) * self._random()
@@ -270,7 +290,7 @@ class NeutronSource:
             lifetime = self._settings.lifetime_s * (0.5 + 0.5 * self._random())
             self._known.keep(known, now + lifetime)
             if self._settings.list_every_s:
-                self._known.enlist(known)
+                self._known.keep(known)
         for route in kept.routes:
             self._known.routes.put(route)
         self._known.unsaved.clear()
@@ -292,3 +312,79 @@ class NeutronSource:
         routes.unsaved.clear()
         self._saved = now
         await asyncio.to_thread(self._cache.save)
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """What the cache holds.
+
+    Attributes:
+        routes: With `confirmed` 0.
+        answered: When Neutron answered last, in Unix time; it may be a minute later than that.
+    """
+
+    ports: tuple[NeutronPort, ...] = ()
+    routes: tuple[Route, ...] = ()
+    answered: float | None = None
+
+
+def open_cache(path: Path) -> NeutronCache:
+    """The cache in the file at `path`."""
+    return SideCache(path, _SCHEMA, _write, "kept", "what is known of Neutron's ports is not kept")
+
+
+def load_cache(cache: NeutronCache) -> Kept:
+    """Everything kept; nothing where there is no such file or it cannot be used. Blocks."""
+    return cache.load(_read, Kept())
+
+
+def _read(connection: sqlite3.Connection) -> Kept:
+    ports = tuple(_ports(connection.execute("SELECT port FROM ports")))
+    routes = tuple(_routes(connection.execute("SELECT router, network, address, port FROM routes")))
+    row = connection.execute("SELECT at FROM answered").fetchone()
+    return Kept(ports, routes, None if row is None else float(row[0]))
+
+
+def _ports(rows: sqlite3.Cursor) -> Iterator[NeutronPort]:
+    for (text,) in rows:
+        # By the same rules as Neutron's own answer, because others may have written to the file.
+        try:
+            yield from parse_ports({"ports": [json.loads(text)]})
+        except ValueError:
+            continue
+
+
+def _routes(rows: sqlite3.Cursor) -> Iterator[Route]:
+    for router, network, address, port in rows:
+        try:
+            key = NetworkId(network), ip_address(address)
+        except ValueError:
+            continue
+        yield Route(NetworkId(router), key, port, confirmed=0.0)
+
+
+def _write(
+    connection: sqlite3.Connection,
+    key: str | AddressKey | None,
+    value: NeutronPort | Route | float | None,
+) -> None:
+    match key, value:
+        case _, NeutronPort() as port:
+            row: tuple[object, ...] = (port.id, json.dumps(render_port(port)))
+            connection.execute("INSERT OR REPLACE INTO ports (id, port) VALUES (?, ?)", row)
+        case _, Route(router=router, key=(network, address), port=port_id):
+            row = (router, network, str(address), port_id)
+            connection.execute(
+                "INSERT OR REPLACE INTO routes (router, network, address, port) VALUES (?, ?, ?, ?)",
+                row,
+            )
+        case None, answered:
+            connection.execute(
+                "INSERT OR REPLACE INTO answered (one, at) VALUES (1, ?)", (answered,)
+            )
+        case str(), _:
+            connection.execute("DELETE FROM ports WHERE id = ?", (key,))
+        case (router, address), _:
+            connection.execute(
+                "DELETE FROM routes WHERE router = ? AND address = ?", (router, str(address))
+            )

@@ -1,11 +1,11 @@
-"""The source `neutron`: where Neutron's API is, and how it is asked."""
+"""The settings of the sources: where each one's records are, and how they are read."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
-from pydantic import model_validator
+from pydantic import Strict, model_validator
 
 from imdsproxy.config.change import Change
 from imdsproxy.config.section import AbsolutePath, Section, cross, form, setting
@@ -20,6 +20,30 @@ ApiUrl = Annotated[
 HostName = Annotated[
     str, form(r"^[\x21-\x7e]{1,255}$", "a name of 1 to 255 ASCII letters without blanks")
 ]
+ConnectionUri = Annotated[
+    str, form(r"^[a-z][a-z0-9+.-]*://[\x21-\x7e]*$", "a URI, as qemu:///system")
+]
+NetworkName = Annotated[str, form(r"^[^\x00-\x1f/]{1,255}$", "a name without a slash")]
+
+
+class FileSourceSettings(Section):
+    """Records from a directory of YAML and JSON files."""
+
+    enabled: bool = setting(False, Change.RESTART)
+    """Read and watch the directory. Off, because an empty or missing directory is no empty inventory."""
+
+    directory: AbsolutePath = setting(Path("/etc/imdsproxy/records"), Change.RESTART)
+    """Directory of `*.yaml`, `*.yml` and `*.json` files with `networks:` and `instances:` lists."""
+
+
+class SqliteSourceSettings(Section):
+    """Records in the embedded store, written by the command line and the admin API."""
+
+    enabled: bool = setting(True, Change.RESTART)
+    """Use the store. On, because it is what `network add` and `instance add` write to."""
+
+    path: AbsolutePath | None = setting(None, Change.RESTART)
+    """The database file; null is `store.sqlite` in `paths.state_dir`."""
 
 
 class NeutronSourceSettings(Section):
@@ -94,3 +118,28 @@ class NeutronSourceSettings(Section):
         if self.clouds_file is not None and self.cloud is None:
             raise cross("clouds_file", "`cloud` does not say which of its clouds", "cloud: NAME")
         return self
+
+
+class LibvirtSourceSettings(Section):
+    """Domains and networks of a libvirt daemon."""
+
+    enabled: bool = setting(False, Change.RESTART)
+    """Ask libvirt. Off, because not every host with libvirt should serve metadata to its guests."""
+
+    uri: ConnectionUri = setting("qemu:///system", Change.RESTART)
+    """The daemon, as `virsh -c` takes it. It is opened read-only."""
+
+    networks: Annotated[tuple[NetworkName, ...], Strict(strict=False)] | None = setting(
+        None, Change.RESTART
+    )
+    """Only these: networks of libvirt's by name, bridges of the host's by device; null for all."""
+
+    domains: Literal["all", "marked"] = setting("all", Change.RESTART)
+    """`marked`: only domains with an `<imds:instance>` in their metadata. Others get their name as host name, their
+    UUID as instance id, and nothing else.
+    """
+
+    reread_s: float = setting(30.0, Change.RESTART, ge=1, le=3600)
+    """Seconds after which networks are read again without an event: libvirt has none for a static host that is added
+    to a running network, until something happens to a domain.
+    """
