@@ -28,7 +28,7 @@ from bench.sides import (
     without_errors,
 )
 from bench.wrk import Load, wrk_command
-from imdsproxy.config.limits import LimitsSettings
+from imdsproxy.config.policy import LimitsSettings
 
 __all__ = ["ROWS", "measure_fairness"]
 

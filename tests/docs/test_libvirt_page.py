@@ -11,7 +11,7 @@ from typing import Final
 import pytest
 
 from imdsproxy.config.schema import Settings
-from imdsproxy.config.yaml_document import parse_yaml
+from imdsproxy.config.strict_yaml import parse_yaml
 from imdsproxy.core.model import Instance
 from imdsproxy.sources.libvirt.records import LibvirtKnown, Selection
 from support.demonstration import REPOSITORY
@@ -48,7 +48,7 @@ def instance_of(libvirtd: Libvirtd) -> Instance:
 
 def test_the_settings_are_good_ones() -> None:
     assert Settings.model_validate(
-        parse_yaml(block("sources:"), "page").data
+        parse_yaml(block("sources:"), "page").value
     ).sources.libvirt.enabled
 
 

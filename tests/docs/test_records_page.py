@@ -7,7 +7,7 @@ from typing import Final
 
 import pytest
 
-from imdsproxy.config.yaml_document import parse_yaml
+from imdsproxy.config.strict_yaml import parse_yaml
 from imdsproxy.core.records import INSTANCE, NETWORK, parse_records
 from imdsproxy.core.records.instance import PORT
 from support.demonstration import REPOSITORY
@@ -33,7 +33,7 @@ def test_the_page_has_examples() -> None:
 
 @pytest.mark.parametrize("example", _EXAMPLES)
 def test_every_example_is_taken_whole(example: str) -> None:
-    document = parse_yaml(example, "page").data
+    document = parse_yaml(example, "page").value
     records = parse_records(document)
     assert records.problems == ()
     assert isinstance(document, dict)

@@ -12,7 +12,7 @@ from typing import Final
 import pytest
 
 from imdsproxy.config.schema import Settings
-from imdsproxy.config.yaml_document import parse_yaml
+from imdsproxy.config.strict_yaml import parse_yaml
 from imdsproxy.core.policy import BOOT_GRACE_S, Policy, PolicyPlace, TokenMode
 from imdsproxy.core.tokens import TTL_LIMIT_S, parse_token_keys
 from support.daemon import instance
@@ -41,7 +41,7 @@ def _settings(holds: str) -> Settings:
     """The settings of the one block that holds these words."""
     (block,) = (one for one in _blocks() if _is_settings(one) and holds in one.script)
     read = parse_yaml(textwrap.dedent(block.script), "page")
-    return Settings.model_validate(read.data)
+    return Settings.model_validate(read.value)
 
 
 def _policy(
@@ -55,7 +55,7 @@ def test_all_settings_of_the_page_are_good_ones() -> None:
     assert len(found) == 8
     for one in found:
         read = parse_yaml(textwrap.dedent(one.script), "page")
-        Settings.model_validate(read.data)
+        Settings.model_validate(read.value)
 
 
 def test_the_first_example_says_what_the_page_says_of_it() -> None:
@@ -86,7 +86,7 @@ def test_the_other_examples_say_what_the_page_says_of_them() -> None:
     ]
     (step,) = (one for one in _blocks() if one.script.startswith("   policy:"))
     read = parse_yaml(textwrap.dedent(step.script), "page")
-    one = Settings.model_validate(read.data)
+    one = Settings.model_validate(read.value)
     assert _policy(one, name="web-1").tokens is TokenMode.REQUIRED
     assert _policy(one).tokens is TokenMode.OPTIONAL
 
@@ -123,8 +123,8 @@ def _say(world: World, holds: str, **renamed: str) -> None:
         assert old in text
         text = text.replace(old, new)
     read = parse_yaml(text, "page")
-    assert isinstance(read.data, dict)
-    world.daemon.reconfigure(read.data)
+    assert isinstance(read.value, dict)
+    world.daemon.reconfigure(read.value)
 
 
 def _command(world: World, begins: str) -> str:

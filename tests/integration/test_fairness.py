@@ -13,7 +13,7 @@ from typing import Any, Final
 import pytest
 
 from imdsproxy.admin.metrics import TRAFFIC_COLUMNS
-from imdsproxy.config.limits import LimitsSettings
+from imdsproxy.config.policy import LimitsSettings
 from imdsproxy.dataplane.master import MasterClient
 from support.daemon import instance
 from support.guest import IPV4, IPV6, Guest, Lost, Reply

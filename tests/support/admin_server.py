@@ -40,7 +40,7 @@ from imdsproxy.app.tickets import Tickets
 from imdsproxy.app.token_keys import TokenKeys
 from imdsproxy.app.watching import Watching
 from imdsproxy.cli.admin_client import AdminClient
-from imdsproxy.config.change import SettingChange, SettingsReload
+from imdsproxy.config.changes import SettingChange, SettingsReload
 from imdsproxy.controller.http import serve
 from imdsproxy.core.compiled import CompiledRecord
 from imdsproxy.core.endpoints import Endpoint, LeftOut, LeftOutCode

@@ -38,7 +38,7 @@ from imdsproxy.admin.records import Written
 from imdsproxy.admin.reports import Explanation, StatusReport
 from imdsproxy.admin.services import Services
 from imdsproxy.admin.tokens import GuardChange, KeyRotation
-from imdsproxy.config.change import SettingsReload
+from imdsproxy.config.changes import SettingsReload
 from imdsproxy.core.addresses import normalise_address
 from imdsproxy.core.haproxy.watching import WatchReport
 from imdsproxy.core.model import InstanceId, IpAddress, NetworkId

@@ -11,7 +11,7 @@ from imdsproxy.admin.records import RecordService
 from imdsproxy.admin.reports import StatusReport
 from imdsproxy.admin.tokens import TokenService
 from imdsproxy.app.watching import Watching
-from imdsproxy.config.change import SettingsReload
+from imdsproxy.config.changes import SettingsReload
 from imdsproxy.core.progress import Progress
 from imdsproxy.core.token_report import TokenReport
 

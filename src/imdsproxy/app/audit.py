@@ -23,7 +23,7 @@ from typing import Final
 import structlog
 
 from imdsproxy.app.audit_sinks import Sink, Written, open_sink
-from imdsproxy.config.audit import AuditSettings
+from imdsproxy.config.policy import AuditSettings
 from imdsproxy.core.haproxy.audit import read_audit
 from imdsproxy.errors import Problem
 

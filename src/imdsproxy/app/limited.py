@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
-from imdsproxy.config.limits import LimitsSettings
+from imdsproxy.config.policy import LimitsSettings
 from imdsproxy.core.haproxy.limits import (
     COUNTERS,
     POLICY_COUNTERS,

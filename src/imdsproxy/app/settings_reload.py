@@ -5,10 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
-from imdsproxy.config.change import Change, SettingChange, SettingsReload
-from imdsproxy.config.changes import diff_settings, refuse_dropped
+from imdsproxy.config.changes import (
+    SettingChange,
+    SettingsReload,
+    diff_settings,
+    refuse_dropped,
+)
 from imdsproxy.config.load import Loaded
 from imdsproxy.config.schema import Settings
+from imdsproxy.config.section import Change
 from imdsproxy.errors import ImdsproxyError, Problem
 
 
@@ -57,9 +62,7 @@ class SettingsHolder:
         self.loaded, self.problems = after, ()
         self.taken(self.settings)
         return SettingsReload(
-            changes=tuple(
-                SettingChange(one.path, one.before, one.after, one.change.value) for one in changed
-            ),
+            changes=changed,
             restart_needed=tuple(one.path for one in changed if one.change is Change.RESTART),
             haproxy_reloaded=any(one.change is Change.RELOAD for one in changed),
         )

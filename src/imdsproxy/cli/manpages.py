@@ -16,9 +16,9 @@ from imdsproxy.cli.reference_pages import (
     one_line,
     spell_parameter,
 )
-from imdsproxy.config.describe import Setting, iterate_inner_settings, iterate_settings
+from imdsproxy.config.describe import Setting, iterate_settings
 from imdsproxy.config.schema import Settings
-from imdsproxy.config.yaml_document import render_value
+from imdsproxy.config.strict_yaml import render_value
 
 _MADE: Final = '.\\" Made by `python -m imdsproxy.cli.docgen`; edit the code instead.'
 
@@ -63,7 +63,7 @@ def render_settings_page() -> str:
     lines += [".SH DESCRIPTION"]
     lines += _join(_text(part) for part in TEXTS["settings"].split("\n\n"))
     lines += [".SH SETTINGS"]
-    settings = [*iterate_settings(), *iterate_inner_settings()]
+    settings = sorted(iterate_settings(), key=lambda setting: setting.inner)
     for name, field in Settings.model_fields.items():
         lines += [f".SS {_text(name)}", _text(field.description or "")]
         own = [setting for setting in settings if setting.path.startswith(f"{name}.")]

@@ -14,10 +14,10 @@ from imdsproxy.admin.api import admin_app, status_of
 from imdsproxy.admin.metrics import METRICS, NETWORK_SUM
 from imdsproxy.cli.commands import build_program, iterate_commands
 from imdsproxy.cli.exitcodes import EXIT_STATUSES, errors_by_status
-from imdsproxy.config.describe import Setting, iterate_inner_settings, iterate_settings
+from imdsproxy.config.describe import iterate_settings
 from imdsproxy.config.neutron_options import NEUTRON_OPTIONS
 from imdsproxy.config.schema import Settings
-from imdsproxy.config.yaml_document import render_value
+from imdsproxy.config.strict_yaml import render_value
 from imdsproxy.core.endpoints import LeftOutCode
 from imdsproxy.errors import ImdsproxyError
 
@@ -34,14 +34,14 @@ def render_settings_page() -> str:
     lines = _head("Settings", TEXTS["settings"])
     for name, field in Settings.model_fields.items():
         lines += ["", f"## {name}", "", field.description or "", ""]
-        lines += _settings_table(iterate_settings(), name)
-        inner = _settings_table(iterate_inner_settings(), name)
+        lines += _settings_table(name, inner=False)
+        inner = _settings_table(name, inner=True)
         if inner:
             lines += ["", TEXTS["inner_settings"], "", *inner]
     return _page(lines)
 
 
-def _settings_table(settings: Iterable[Setting], section: str) -> list[str]:
+def _settings_table(section: str, *, inner: bool) -> list[str]:
     rows = [
         (
             f"`{setting.path}`",
@@ -50,8 +50,8 @@ def _settings_table(settings: Iterable[Setting], section: str) -> list[str]:
             setting.change.value,
             setting.description,
         )
-        for setting in settings
-        if setting.path.startswith(f"{section}.")
+        for setting in iterate_settings()
+        if setting.inner is inner and setting.path.startswith(f"{section}.")
     ]
     titles = ("setting", "default", "takes", "a change takes", "what it is")
     return _table(titles, rows) if rows else []

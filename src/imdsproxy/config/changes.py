@@ -7,11 +7,10 @@ that something is missing.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from imdsproxy.config.change import Change
 from imdsproxy.config.describe import Schema, fields_of, root_schema
 from imdsproxy.config.load import Loaded
 from imdsproxy.config.schema import Settings
@@ -19,16 +18,31 @@ from imdsproxy.errors import Problem, SettingsDropped
 
 
 @dataclass(frozen=True, slots=True)
-class Changed:
-    """One setting that differs; `before` and `after` are as YAML and JSON write them."""
+class SettingChange:
+    """One setting that a reload found changed; `change` is live, reload, restart or nothing."""
 
     path: str
     before: object
     after: object
-    change: Change
+    change: str
 
 
-def diff_settings(before: Settings, after: Settings) -> tuple[Changed, ...]:
+@dataclass(frozen=True, slots=True)
+class SettingsReload:
+    """What `reload` did: which settings it took over, and for which a restart is needed.
+
+    Attributes:
+        haproxy_reloaded: HAProxy answers by them.
+        pending: Why it does not yet, although it should.
+    """
+
+    changes: tuple[SettingChange, ...] = ()
+    restart_needed: tuple[str, ...] = ()
+    haproxy_reloaded: bool = False
+    pending: tuple[str, ...] = ()
+
+
+def diff_settings(before: Settings, after: Settings) -> tuple[SettingChange, ...]:
     """Every setting that differs, in the schema's order.
 
     A name that came or went in a mapping of sections (`nova.endpoint_sets.cell1`) is one change,
@@ -40,13 +54,13 @@ def diff_settings(before: Settings, after: Settings) -> tuple[Changed, ...]:
 
 def _differences(
     section: Schema, old: Mapping[str, Any], new: Mapping[str, Any], prefix: str
-) -> Iterator[Changed]:
+) -> Iterator[SettingChange]:
     for field in fields_of(section, prefix):
         setting, before, after = field.setting, old[field.name], new[field.name]
         if before == after:
             continue
         if field.holds in {"nothing", "items"}:
-            yield Changed(setting.path, before, after, setting.change)
+            yield SettingChange(setting.path, before, after, setting.change)
         elif field.holds == "section":
             yield from _differences(field.section, before, after, f"{setting.path}.")
         else:
@@ -55,16 +69,7 @@ def _differences(
                 if key in before and key in after:
                     yield from _differences(field.section, before[key], after[key], f"{path}.")
                 else:
-                    yield Changed(path, before.get(key), after.get(key), setting.change)
-
-
-def needed(changes: Iterable[Changed]) -> Change:
-    """The most that any of `changes` takes."""
-    return max(
-        (changed.change for changed in changes),
-        key=lambda change: change.rank,
-        default=Change.NOTHING,
-    )
+                    yield SettingChange(path, before.get(key), after.get(key), setting.change)
 
 
 _ALLOW = "restore them; if they should go: `imdsproxy reload --allow-dropped`"

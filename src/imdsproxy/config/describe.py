@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, TypeAlias, cast
 
-from imdsproxy.config.change import Change
 from imdsproxy.config.schema import Settings
-from imdsproxy.config.section import FORMS
-from imdsproxy.config.yaml_document import render_value
+from imdsproxy.config.section import FORMS, Change
+from imdsproxy.config.strict_yaml import render_value
+from imdsproxy.errors import Problem
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
@@ -52,14 +52,10 @@ class Setting:
         """The environment variable that overrides it; inner settings have none."""
         return "IMDSPROXY_" + self.path.upper().replace(".", "__")
 
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """One of pydantic's errors in the operator's words; `field` is a path of the schema."""
-
-    field: str
-    reason: str
-    hint: str
+    @property
+    def inner(self) -> bool:
+        """It is inside a mapping's or a list's sections."""
+        return ".NAME." in self.path or "[N]." in self.path
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,26 +154,13 @@ def fields_of(section: Schema, prefix: str = "") -> Iterator[Field]:
 
 
 def iterate_settings(section: Schema | None = None, prefix: str = "") -> Iterator[Setting]:
-    """Every setting in the schema's order, without the inner ones."""
-    for field in fields_of(section or root_schema(), prefix):
-        if field.holds == "section":
-            yield from iterate_settings(field.section, f"{field.setting.path}.")
-        else:
-            yield field.setting
-
-
-def iterate_inner_settings(
-    section: Schema | None = None, prefix: str = "", *, inner: bool = False
-) -> Iterator[Setting]:
-    """Every setting inside a mapping's or a list's sections: `NAME` and `N` stand for the key."""
+    """Every setting in the schema's order. For inner ones `NAME` and `N` stand for the key."""
     steps = {"section": ".", "names": ".NAME.", "items": "[N]."}
     for field in fields_of(section or root_schema(), prefix):
-        if inner and field.holds != "section":
+        if field.holds != "section":
             yield field.setting
         if field.holds != "nothing":
-            below = f"{field.setting.path}{steps[field.holds]}"
-            repeated = inner or field.holds != "section"
-            yield from iterate_inner_settings(field.section, below, inner=repeated)
+            yield from iterate_settings(field.section, field.setting.path + steps[field.holds])
 
 
 def walk_values(
@@ -249,14 +232,14 @@ def _describe_text(schema: Schema) -> str:
     return "a text, not empty" if "minLength" in schema else "a text"
 
 
-def explain_finding(error: ErrorDetails) -> Finding:
-    """One pydantic error as path, reason and what would be right."""
+def explain_finding(error: ErrorDetails) -> Problem:
+    """One pydantic error in the operator's words; `field` is a path of the schema."""
     place = list(error["loc"])
     context = error.get("ctx", {})
     if error["type"] == "cross":
         place = place[:-1] if place[-1:] == ["[key]"] else place
         path = [*place, *filter(None, [str(context["field"])])]
-        return Finding(join_place(path), str(context["reason"]), str(context["hint"]))
+        return Problem(join_place(path), str(context["reason"]), str(context["hint"]))
     if error["type"] == "extra_forbidden":
         return _unknown(place)
     if place and place[-1] == "[key]":
@@ -264,11 +247,11 @@ def explain_finding(error: ErrorDetails) -> Finding:
     schema = schema_at(place)
     if schema is None or "properties" in _bare(schema):
         names = ", ".join(_names_at(place))
-        return Finding(join_place(place), "is a section, not a value", f"a mapping of {names}")
+        return Problem(join_place(place), "is a section, not a value", f"a mapping of {names}")
     takes = f"takes {describe_type(schema)}"
     if error["type"] == "missing":
-        return Finding(join_place(place), "is missing", takes)
-    return Finding(join_place(place), _reason(error), takes)
+        return Problem(join_place(place), "is missing", takes)
+    return Problem(join_place(place), _reason(error), takes)
 
 
 def _bare(schema: object) -> Schema:
@@ -324,18 +307,18 @@ def _clip(text: str, limit: int = 60) -> str:
     return text if len(text) <= limit else f"{text[: limit - 1]}…"
 
 
-def _bad_name(place: Place) -> Finding:
+def _bad_name(place: Place) -> Problem:
     patterns = _bare(schema_at(place[:-1])).get("patternProperties", {})
     takes = _describe_text({"pattern": next(iter(patterns))}) if patterns else "a text"
     name = _clip(render_value(place[-1]))
-    return Finding(join_place(place), f"{name} is not acceptable as a name", f"takes {takes}")
+    return Problem(join_place(place), f"{name} is not acceptable as a name", f"takes {takes}")
 
 
-def _unknown(place: Place) -> Finding:
+def _unknown(place: Place) -> Problem:
     siblings = _names_at(place[:-1])
     near = difflib.get_close_matches(str(place[-1]), siblings, n=1)
     hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(siblings)}"
-    return Finding(join_place(place), "there is no such setting", hint)
+    return Problem(join_place(place), "there is no such setting", hint)
 
 
 def _names_at(place: Place) -> list[str]:

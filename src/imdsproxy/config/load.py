@@ -6,15 +6,24 @@ are merged key by key, everything else (lists too) is replaced.
 
 from __future__ import annotations
 
+import contextlib
+import difflib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 
-from imdsproxy.config.describe import explain_finding, iterate_settings
-from imdsproxy.config.environment import read_environment
+from imdsproxy.config.describe import (
+    Place,
+    Setting,
+    explain_finding,
+    iterate_settings,
+    join_place,
+    type_at,
+)
 from imdsproxy.config.files import (
     DEFAULT_CONFIG,
     ENVIRONMENT_PREFIX,
@@ -24,13 +33,19 @@ from imdsproxy.config.files import (
 )
 from imdsproxy.config.schema import Settings
 from imdsproxy.config.section import Section
-from imdsproxy.config.yaml_document import YamlDocument, parse_yaml
-from imdsproxy.errors import ConfigInvalid, ConfigUnreadable, Problem
+from imdsproxy.config.strict_yaml import Decoded, parse_yaml
+from imdsproxy.errors import ConfigError, ConfigInvalid, ConfigUnreadable, Problem
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
 
-_OriginOf: TypeAlias = "Callable[[str], Origin]"
+_OriginOf: TypeAlias = "Callable[[Place], Origin]"
+_SCALARS: Final[Mapping[str, TypeAdapter[Any]]] = {
+    "boolean": TypeAdapter(bool),
+    "integer": TypeAdapter(int),
+    "number": TypeAdapter(float),
+}
+_NULL: Final = "null"
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,12 +77,6 @@ class Loaded:
     blank: frozenset[Path] = frozenset()
 
 
-@dataclass(slots=True)
-class _Merged:
-    values: dict[str, object] = field(default_factory=dict)
-    origins: dict[str, Origin] = field(default_factory=dict)
-
-
 def load_settings(
     config: Path | None, environment: Mapping[str, str], *, default: Path = DEFAULT_CONFIG
 ) -> Loaded:
@@ -83,23 +92,29 @@ def load_settings(
         ConfigInvalid: `problems` has every breach of the schema and every unknown variable.
     """
     files = find_files(config, default)
-    merged = _Merged()
+    values: dict[str, object] = {}
+    written: dict[str, Origin] = {}
     documents = read_each(files, lambda path: (path, _read(path)), "configuration")
     for path, document in documents:
-        _merge_file(merged, path, document)
-    problems = _merge_environment(merged, environment)
+        data = document.value if isinstance(document.value, Mapping) else {}
+        _merge(values, data, written, partial(_origin_in, path, document))
+    problems = _merge_environment(values, written, environment)
     try:
-        settings = Settings.model_validate(merged.values)
+        settings = Settings.model_validate(values)
     except ValidationError as error:
-        problems = [*_problems(error, merged.origins), *problems]
+        problems = [*_problems(error, written), *problems]
         raise _invalid(problems) from error
     if problems:
         raise _invalid(problems)
     leaves = set(_leaves(settings, ""))
-    origins = {path: origin for path, origin in merged.origins.items() if path in leaves}
-    empty = frozenset(path for path, document in documents if document.data is None)
+    origins = {path: origin for path, origin in written.items() if path in leaves}
+    empty = frozenset(path for path, document in documents if document.value is None)
     blank = frozenset(path for path in empty if path.is_file() and not path.read_text().strip())
     return Loaded(settings, origins, tuple(files), empty, blank)
+
+
+def _origin_in(path: Path, document: Decoded, place: Place) -> Origin:
+    return Origin(str(path), document.line_of(tuple(place)))
 
 
 def _leaves(value: object, path: str) -> Iterator[str]:
@@ -126,45 +141,37 @@ def _invalid(problems: Sequence[Problem]) -> ConfigInvalid:
     )
 
 
-def _read(path: Path) -> YamlDocument:
+def _read(path: Path) -> Decoded:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise unreadable(path, error) from error
     document = parse_yaml(text, str(path))
-    if not isinstance(document.data, dict | None):
+    if not isinstance(document.value, dict | None):
         raise ConfigUnreadable(
             f"{path} holds no sections", hint="begin with `haproxy:` or another section's name"
         )
     return document
 
 
-def _merge_file(merged: _Merged, path: Path, document: YamlDocument) -> None:
-    def origin_of(where: str) -> Origin:
-        return Origin(str(path), document.lines.get(where))
-
-    data = document.data if isinstance(document.data, Mapping) else {}
-    _merge(merged.values, data, "", merged.origins, origin_of)
-
-
 def _merge(
     into: dict[str, object],
     new: Mapping[str, object],
-    prefix: str,
     origins: dict[str, Origin],
     origin_of: _OriginOf,
+    place: tuple[str, ...] = (),
 ) -> None:
     for key, value in new.items():
         name = str(key)  # YAML has numbers as keys too; they are refused as unknown settings
-        here = f"{prefix}{name}"
+        here = (*place, name)
         old = into.get(name)
         if not (isinstance(value, Mapping) and isinstance(old, Mapping)):
-            _forget(origins, here)
+            _forget(origins, join_place(here))
             _remember(origins, here, value, origin_of)
         if isinstance(value, Mapping):
             target = dict(old) if isinstance(old, dict) else {}
             into[name] = target
-            _merge(target, value, f"{here}.", origins, origin_of)
+            _merge(target, value, origins, origin_of, here)
         else:
             into[name] = value
 
@@ -175,28 +182,70 @@ def _forget(origins: dict[str, Origin], here: str) -> None:
         del origins[path]
 
 
-def _remember(origins: dict[str, Origin], here: str, value: object, origin_of: _OriginOf) -> None:
+def _remember(origins: dict[str, Origin], here: Place, value: object, origin_of: _OriginOf) -> None:
     """Where `value` is written, and each part of a list; a mapping's parts are merged one by one."""
-    origins[here] = origin_of(here)
+    origins[join_place(here)] = origin_of(here)
     for index, item in enumerate(value if isinstance(value, list) else ()):
-        _remember(origins, f"{here}[{index}]", item, origin_of)
+        _remember(origins, (*here, index), item, origin_of)
         for name, part in item.items() if isinstance(item, Mapping) else ():
-            _remember(origins, f"{here}[{index}].{name}", part, origin_of)
+            _remember(origins, (*here, index, name), part, origin_of)
 
 
-def _merge_environment(merged: _Merged, environment: Mapping[str, str]) -> list[Problem]:
-    if not any(name.upper().startswith(ENVIRONMENT_PREFIX) for name in environment):
+def _merge_environment(
+    values: dict[str, object], origins: dict[str, Origin], environment: Mapping[str, str]
+) -> list[Problem]:
+    """Merge `IMDSPROXY_SECTION__FIELD`, the only variables that imdsproxy reads; what is wrong with them.
+
+    A mapping or a list is written as JSON, or as the YAML that a file would have.
+    """
+    ours = sorted(name for name in environment if name.upper().startswith(ENVIRONMENT_PREFIX))
+    if not ours:
         return []
-    variables = {setting.path: setting.variable for setting in iterate_settings()}
+    settings = {setting.variable: setting for setting in iterate_settings() if not setting.inner}
+    problems: list[Problem] = []
+    for name in ours:
+        if name not in settings:
+            near = difflib.get_close_matches(name.upper(), settings, n=1)
+            hint = f"did you mean {near[0]}?" if near else "see `imdsproxy config show --origin`"
+            problems.append(Problem(name, "no setting has this environment variable", hint=hint))
+            continue
 
-    def origin_of(where: str) -> Origin:
-        while where and where not in variables:
-            where = _outside(where)
-        return Origin(variables.get(where, "environment"))
+        def origin_of(_place: Place, name: str = name) -> Origin:
+            return Origin(name)
 
-    values, problems = read_environment(environment)
-    _merge(merged.values, values, "", merged.origins, origin_of)
+        setting = settings[name]
+        steps = setting.path.split(".")
+        try:
+            value = _read_variable(environment[name], name, type_at(steps))
+        except ConfigError as error:
+            problems += _problems_of_variable(setting, error)
+            continue
+        for step in reversed(steps):
+            value = {step: value}
+        _merge(values, value, origins, origin_of)
     return problems
+
+
+def _read_variable(text: str, name: str, kind: str) -> Any:  # noqa: ANN401 - as it is written
+    if text == _NULL:
+        return None
+    if kind in {"object", "array"}:
+        return parse_yaml(text, name).value
+    # What is no such thing is left as it is: the schema has the reason.
+    with contextlib.suppress(KeyError, ValidationError):
+        return _SCALARS[kind].validate_python(text)
+    return text
+
+
+def _problems_of_variable(setting: Setting, error: ConfigError) -> list[Problem]:
+    """Why a mapping's variable is refused; it is one line, so its lines are of no use."""
+    if not error.problems:
+        hint = f"takes {setting.takes}, as JSON"
+        return [Problem(setting.path, error.message, hint, setting.variable)]
+    return [
+        replace(problem, field=f"{setting.path}.{problem.field}", line=None)
+        for problem in error.problems
+    ]
 
 
 def _problems(error: ValidationError, origins: Mapping[str, Origin]) -> list[Problem]:
@@ -211,26 +260,11 @@ def _problems(error: ValidationError, origins: Mapping[str, Origin]) -> list[Pro
 
 
 def _problem(detail: ErrorDetails, origins: Mapping[str, Origin]) -> Problem:
-    finding = explain_finding(detail)
-    origin = _nearest(finding.field, origins)
-    return Problem(
-        field=finding.field,
-        reason=finding.reason,
-        hint=finding.hint,
-        file=None if origin is None else origin.file,
-        line=None if origin is None else origin.line,
-    )
-
-
-def _nearest(path: str, origins: Mapping[str, Origin]) -> Origin | None:
-    """Where `path`, or else the section around it, was written."""
+    problem = explain_finding(detail)
+    path = problem.field
     while path:
+        # Where it, or else the section around it, was written.
         if path in origins:
-            return origins[path]
-        path = _outside(path)
-    return None
-
-
-def _outside(path: str) -> str:
-    """The path of what `path` is a part of; empty at the root."""
-    return path[: max(path.rfind("."), path.rfind("["), 0)]
+            return replace(problem, file=origins[path].file, line=origins[path].line)
+        path = path[: max(path.rfind("."), path.rfind("["), 0)]
+    return problem

@@ -20,7 +20,7 @@ from imdsproxy.config.neutron_options import (
     NeutronOption,
 )
 from imdsproxy.config.schema import Settings
-from imdsproxy.config.yaml_document import render_value
+from imdsproxy.config.strict_yaml import render_value
 from imdsproxy.core.neutron_ini import IniOption, expand_value, find_option
 from imdsproxy.errors import ConfigInvalid, Problem
 from imdsproxy.nova.settings import DEFAULT_SET, NovaUrl, parse_nova_url

@@ -1,15 +1,17 @@
-"""What guests may read and how: for the host, and for networks, projects and instances by their ids."""
+"""What guests may read and how, how much they may ask for, and which of their requests are logged."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, create_model
+from pydantic import AfterValidator, BeforeValidator, Field, create_model
+from pydantic_core import PydanticCustomError
 
-from imdsproxy.config.change import Change
 from imdsproxy.config.section import (
     AbsolutePath,
+    Change,
     Identifier,
     OffIsFalse,
     Section,
@@ -129,3 +131,65 @@ class TokensSettings(Section):
     def one_in(self) -> int:
         """Of so many reads without a token one is counted; 0 for none."""
         return {"off": 0, "sampled": ONE_IN, "all": 1}[self.count_reads]
+
+
+def _number(rule: str, default: int) -> Any:  # noqa: ANN401 - as `setting`
+    """A limit with the bounds of a policy's rule."""
+    least, most = RULES[rule].bounds or (None, None)
+    return setting(default, Change.RELOAD, ge=least, le=most)
+
+
+class LimitsSettings(Section):
+    """Of each instance, over IPv4 and IPv6 together; beyond, 503 with Retry-After. `policy` overrides them for some."""
+
+    enabled: bool = setting(True, Change.RELOAD)
+    """Count what each instance asks for, and refuse what is beyond. Without it limits in `policy` do nothing."""
+
+    requests_per_s: int = _number("requests_per_s", 100)
+    """Requests a second on average. Only answered ones count, so being refused lengthens nothing."""
+
+    burst: int = _number("burst", 4000)
+    """Requests at once: a boot asks for much. cloud-init's whole crawl is 150; this is twenty and some. Counted over
+    the time that so many take at `requests_per_s`, 40 seconds as it is here.
+    """
+
+    connections: int = _number("connections", 160)
+    """Connections at once; behind the unix listener, requests. More than `haproxy.maxconn_per_network` can not be
+    had. The first 32 beyond are answered 503, further ones are closed.
+    """
+
+    body_kib: int = setting(1024, Change.RELOAD, ge=1, le=1024 * 1024)
+    """Longest body of a request that goes on to Nova, in KiB; beyond, 413. What we answer ourselves takes 64."""
+
+
+def _destination(value: object) -> object:
+    if value != "journal" and isinstance(value, str) and not Path(value).is_absolute():
+        raise PydanticCustomError(
+            "destination", "{written} is neither `journal` nor an absolute path", {"written": value}
+        )
+    return value
+
+
+class AuditSettings(Section):
+    """The audit log: one JSON line for each request and its answer."""
+
+    mode: Annotated[Literal["off", "sampled", "all"], OffIsFalse] = setting("off", Change.RELOAD)
+    """Which requests have a line: none, one of `sample` by chance, or each. Off, because a line costs HAProxy 1 to 2
+    µs, which is up to a sixth of what a request does.
+    """
+
+    sample: int = setting(100, Change.RELOAD, ge=2, le=1_000_000)
+    """With `sampled`: of how many requests one has a line."""
+
+    destination: Annotated[str, BeforeValidator(_destination), Field(min_length=1)] = setting(
+        "journal", Change.LIVE, examples=["journal", "/var/log/imdsproxy/audit.log"]
+    )
+    """`journal`, where at most 300 lines a second are written because systemd's journal takes little more from one
+    service, or the absolute path of a file, mode 0640. The file may be renamed at any time (logrotate): a new one is
+    begun.
+    """
+
+    @property
+    def one_in(self) -> int:
+        """Of so many requests one has a line; 0 where none has."""
+        return {"off": 0, "sampled": self.sample, "all": 1}[self.mode]

@@ -6,10 +6,10 @@ import json
 import textwrap
 from typing import TYPE_CHECKING, Final
 
-from imdsproxy.config.change import Change
 from imdsproxy.config.describe import Node, root_schema, walk_values
 from imdsproxy.config.schema import Settings
-from imdsproxy.config.yaml_document import render_value
+from imdsproxy.config.section import Change
+from imdsproxy.config.strict_yaml import render_value
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping

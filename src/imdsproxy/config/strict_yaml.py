@@ -10,25 +10,26 @@ from __future__ import annotations
 
 import base64
 import binascii
+import json
 import re
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Final, TypeAlias
 
 import yaml
 from yaml.composer import Composer
-from yaml.parser import Parser
-from yaml.reader import Reader
+from yaml.cyaml import CParser  # type: ignore[attr-defined] # the stubs do not export it
 from yaml.resolver import BaseResolver
-from yaml.scanner import Scanner
 
-from imdsproxy.core.records import Fault, Path
+from imdsproxy.core.records import Fault, Path, render_path
+from imdsproxy.errors import ConfigInvalid, ConfigUnreadable, Problem
 
 _DEEPEST: Final = 100
 _ITEM: Final = 2
 """How deep the items of the root's lists are."""
 
+_MAX_PROBLEMS: Final = 100
 _TAG: Final = "tag:yaml.org,2002:"
 
 
@@ -49,95 +50,31 @@ class Decoded:
         value: Mappings, lists, text, numbers, booleans, bytes, `None`.
         line_of: The 1-based line of a path, or of its nearest parent that exists.
         faults: Keys that stood twice, tags that are not supported.
-        root: What it was made of, where that was YAML.
     """
 
     value: object
     line_of: Callable[[Path], int | None]
     faults: tuple[Fault, ...] = ()
-    root: yaml.Node | None = None
-
-    def lines(self) -> dict[str, int]:
-        """The line of each part by its path, as `a.b[0].c`; what stands under an alias has none."""
-        lines: dict[str, int] = {}
-        surveyed: set[int] = set()
-        waiting = [("", self.root)]
-        while waiting:
-            path, node = waiting.pop()
-            if node is None or id(node) in surveyed:
-                continue
-            surveyed.add(id(node))
-            for name, part, line in _parts(node):
-                here = f"{path}{name}" if name.startswith("[") or not path else f"{path}.{name}"
-                lines.setdefault(here, line)
-                waiting.append((here, part))
-        return lines
-
-
-class _CoreSchema(BaseResolver):
-    """What a plain word is (YAML 1.2.2 §10.3.2), leading zeros apart: `0123` stays text."""
-
-
-for _name, _pattern, _first in (
-    ("null", r"(?:~|null|Null|NULL|)$", ["~", "n", "N", ""]),
-    ("bool", r"(?:true|True|TRUE|false|False|FALSE)$", list("tTfF")),
-    ("int", r"(?:[-+]?(?:0|[1-9][0-9]{0,100})|0o[0-7]{1,100}|0x[0-9a-fA-F]{1,100})$", None),
-    (
-        "float",
-        r"(?:[-+]?(?:(?:\.[0-9]+|[0-9]+\.[0-9]*)(?:[eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+|\.inf)|\.nan)$",
-        None,
-    ),
-):
-    _CoreSchema.add_implicit_resolver(
-        _TAG + _name, re.compile(_pattern), _first or list("-+.0123456789")
-    )
-
-if yaml.__with_libyaml__:
-    from yaml.cyaml import CParser  # type: ignore[attr-defined]  # the stubs do not export it
-
-    class _Loader(CParser, _CoreSchema):
-        """libyaml's parser, ten times as fast as the one in Python."""
-
-        def __init__(self, text: str) -> None:
-            CParser.__init__(self, text)
-            _CoreSchema.__init__(self)
-
-else:
-
-    class _Loader(  # type: ignore[no-redef]  # the same class by another way
-        Reader, Scanner, Parser, Composer, _CoreSchema
-    ):
-        """PyYAML's own parser, where it was built without libyaml."""
-
-        def __init__(self, text: str) -> None:
-            Reader.__init__(self, text)
-            Scanner.__init__(self)
-            Parser.__init__(self)
-            Composer.__init__(self)
-            _CoreSchema.__init__(self)
 
 
 Take: TypeAlias = "Callable[[Path, Decoded, float], None]"
 """Takes an item of a list, its path, and how much of the text has been read, from 0 to 1."""
 
 
-class _ItemComposer(Composer):
-    """Composes a document, and gives away the items of lists right under its root instead of keeping them.
+class _Loader(Composer, CParser, BaseResolver):
+    """libyaml's parser, ten times as fast as the one in Python, and what a plain word is (YAML 1.2.2 §10.3.2).
 
-    A list that has an anchor or a tag, or stands there for the second time, is composed as usual.
+    It gives away the items of lists right under the root instead of keeping them. A list that has an anchor or a tag,
+    or stands there for the second time, is composed as usual. Nodes are composed in Python: libyaml before 0.2.6 has no
+    limit of its own, and composing in C ends the process where a text is nested too deeply.
     """
 
     def __init__(
         self, text: str, lists: Collection[str], take: Callable[[Path, yaml.Node, float], None]
     ) -> None:
-        super().__init__()
-        parser = _Loader(text)
-        self.check_event, self.get_event = parser.check_event, parser.get_event
-        self.peek_event, self.resolve = parser.peek_event, parser.resolve
-        self.descend_resolver, self.ascend_resolver = (
-            parser.descend_resolver,
-            parser.ascend_resolver,
-        )
+        CParser.__init__(self, text)
+        Composer.__init__(self)
+        BaseResolver.__init__(self)
         self._size, self._take = len(text), take
         self._lists = set(lists)
         self._depth = 0
@@ -169,6 +106,22 @@ class _ItemComposer(Composer):
         return node
 
 
+for _name, _pattern, _first in (
+    ("null", r"(?:~|null|Null|NULL|)$", ["~", "n", "N", ""]),
+    ("bool", r"(?:true|True|TRUE|false|False|FALSE)$", list("tTfF")),
+    # Leading zeros apart, and no number beyond reason: both stay text.
+    ("int", r"(?:[-+]?(?:0|[1-9][0-9]{0,100})|0o[0-7]{1,100}|0x[0-9a-fA-F]{1,100})$", None),
+    (
+        "float",
+        r"(?:[-+]?(?:(?:\.[0-9]+|[0-9]+\.[0-9]*)(?:[eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+|\.inf)|\.nan)$",
+        None,
+    ),
+):
+    _Loader.add_implicit_resolver(
+        _TAG + _name, re.compile(_pattern), _first or list("-+.0123456789")
+    )
+
+
 def decode_yaml(
     text: str, *, lists: Collection[str] = (), take: Take | None = None
 ) -> Decoded | Undecodable:
@@ -189,8 +142,7 @@ def decode_yaml(
             take(path, Decoded(value, lambda path: _line_of(node, path[2:]), faults), share)
 
     try:
-        loader = _Loader(text) if take is None else _ItemComposer(text, lists, decode_item)
-        node = loader.get_single_node()
+        node = _Loader(text, () if take is None else lists, decode_item).get_single_node()
         value = None if node is None else decoder.decode(node, ())
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
@@ -205,16 +157,7 @@ def decode_yaml(
     except _TooMuchError as error:
         return Undecodable(str(error), line=error.line)
     line_of = (lambda _path: None) if node is None else partial(_line_of, node)
-    return Decoded(value, line_of, tuple(decoder.faults), node)
-
-
-def _parts(node: yaml.Node) -> Iterator[tuple[str, yaml.Node, int]]:
-    if isinstance(node, yaml.SequenceNode):
-        for index, item in enumerate(node.value):
-            yield f"[{index}]", item, item.start_mark.line + 1
-    elif isinstance(node, yaml.MappingNode):
-        for key, value in node.value:
-            yield str(key.value), value, key.start_mark.line + 1
+    return Decoded(value, line_of, tuple(decoder.faults))
 
 
 def _line_of(node: yaml.Node, path: Path) -> int | None:
@@ -351,3 +294,67 @@ _SCALARS: Final[dict[str, Callable[[str], object]]] = {
     f"{_TAG}float": _float,
     f"{_TAG}binary": _binary,
 }
+
+
+def parse_yaml(text: str, file: str) -> Decoded:
+    """Parse one YAML (or JSON) document of settings; `file` is only named in what is raised.
+
+    Raises:
+        ConfigUnreadable: It is not YAML; the message has the line.
+        ConfigInvalid: Keys stand twice or are no plain text, or a tag is unknown.
+    """
+    decoded = decode_yaml(text)
+    if isinstance(decoded, Undecodable):
+        place = "" if decoded.line is None else f":{decoded.line}"
+        raise ConfigUnreadable(
+            f"{file}{place} {decoded.reason}",
+            hint=decoded.hint or "indent with blanks, and quote texts that hold a colon, #, * or &",
+        )
+    if decoded.faults:
+        problems = [
+            Problem(
+                render_path(fault.path) or "configuration",
+                fault.reason,
+                fault.hint,
+                file,
+                fault.line or decoded.line_of(fault.path),
+            )
+            for fault in decoded.faults[:_MAX_PROBLEMS]
+        ]
+        raise ConfigInvalid(
+            f"{file} is ambiguous", problems=sorted(problems, key=lambda one: one.line or 0)
+        )
+    return decoded
+
+
+_PLAIN: Final = re.compile(r"(?!(?:null|true|false)$)[a-zA-Z/][a-zA-Z0-9/_.@-]*", re.IGNORECASE)
+
+
+def render_value(value: object) -> str:
+    """A default or a value as one would write it in YAML, on one line."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, Mapping):
+        pairs = (f"{render_value(key)}: {_flow(one)}" for key, one in value.items())
+        return "{" + ", ".join(pairs) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(_flow(one) for one in value) + "]"
+    if isinstance(value, str) and not _PLAIN.fullmatch(value):
+        return _quote(value)
+    return str(value)
+
+
+def _flow(value: object) -> str:
+    # Beside brackets and commas a text is safe in quotes only.
+    return _quote(value) if isinstance(value, str) else render_value(value)
+
+
+def _quote(text: str) -> str:
+    quoted = json.dumps(text, ensure_ascii=False)
+    return "".join(letter if letter.isprintable() else _escape(letter) for letter in quoted)
+
+
+def _escape(letter: str) -> str:
+    return f"\\U{ord(letter):08x}"

@@ -17,8 +17,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from imdsproxy.config.change import Change
-from imdsproxy.config.section import AbsolutePath, Identifier, Section, cross, form, setting
+from imdsproxy.config.section import AbsolutePath, Change, Identifier, Section, cross, form, setting
 
 NOVA_METADATA_PORT: Final = 8775
 """Nova's default `metadata_listen_port` (nova/conf/api.py)."""

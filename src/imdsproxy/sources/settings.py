@@ -7,8 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Strict, model_validator
 
-from imdsproxy.config.change import Change
-from imdsproxy.config.section import AbsolutePath, Section, cross, form, setting
+from imdsproxy.config.section import AbsolutePath, Change, Section, cross, form, setting
 
 ApiUrl = Annotated[
     str,

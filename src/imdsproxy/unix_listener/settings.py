@@ -9,11 +9,11 @@ from typing import Annotated, Final, Literal
 from pydantic import AfterValidator
 from pydantic_core import PydanticCustomError
 
-from imdsproxy.config.change import Change
 from imdsproxy.config.section import (
     AbsolutePath,
     AccountName,
     AccountNameOrId,
+    Change,
     Mode,
     Section,
     setting,

@@ -13,7 +13,7 @@ from typing import Literal
 import pytest
 
 from imdsproxy.app.audit import Audit
-from imdsproxy.config.audit import AuditSettings
+from imdsproxy.config.policy import AuditSettings
 
 LINE = b'{"number":1}\n'
 

@@ -11,8 +11,8 @@ import pytest
 
 from imdsproxy.cli.checks import guests, host
 from imdsproxy.cli.checks.finding import Area, Finding
-from imdsproxy.config.endpoint import Endpoint
 from imdsproxy.config.schema import Settings, SourcesSettings
+from imdsproxy.config.section import Endpoint
 from imdsproxy.core.haproxy.runtime import Version
 from imdsproxy.core.model import InstanceId, NetworkId, Port
 from imdsproxy.core.policy import PolicyRules, TokenMode

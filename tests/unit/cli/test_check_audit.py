@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from imdsproxy.cli.checks.host import check_audit
-from imdsproxy.config.audit import AuditSettings
+from imdsproxy.config.policy import AuditSettings
 
 
 def _into(path: Path | str) -> AuditSettings:

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from imdsproxy.config.endpoint import Endpoint, parse_endpoint
+from imdsproxy.config.section import Endpoint, parse_endpoint
 
 
 @pytest.mark.parametrize("text", ["127.0.0.1:9465", "[::1]:1", "192.0.2.7:65535"])

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from imdsproxy.config.yaml_document import parse_yaml
+from imdsproxy.config.strict_yaml import parse_yaml
 from imdsproxy.errors import ConfigInvalid, ConfigUnreadable
 
 JSON = st.recursive(
@@ -24,7 +24,7 @@ JSON = st.recursive(
 
 @given(JSON)
 def test_json_is_yaml_too(value: object) -> None:
-    assert parse_yaml(json.dumps(value, ensure_ascii=False), "f").data == value
+    assert parse_yaml(json.dumps(value, ensure_ascii=False), "f").value == value
 
 
 @pytest.mark.parametrize(
@@ -50,7 +50,7 @@ def test_json_is_yaml_too(value: object) -> None:
 def test_a_word_means_what_it_looks_like(text: str, value: object) -> None:
     document = parse_yaml(f"key: {text}", "f")
 
-    assert document.data == {"key": value}
+    assert document.value == {"key": value}
 
 
 def test_every_key_that_stands_twice_is_told_with_its_line() -> None:
@@ -70,19 +70,13 @@ def test_every_key_that_stands_twice_is_told_with_its_line() -> None:
 def test_lines_are_known_by_path() -> None:
     document = parse_yaml("a:\n  b: 1\nlist:\n  - 1\n  - c: 2\n", "f")
 
-    assert document.lines == {
-        "a": 1,
-        "a.b": 2,
-        "list": 3,
-        "list[0]": 4,
-        "list[1]": 5,
-        "list[1].c": 5,
-    }
+    paths = [("a",), ("a", "b"), ("list",), ("list", 0), ("list", 1), ("list", 1, "c")]
+    assert [document.line_of(path) for path in paths] == [1, 2, 3, 4, 5, 5]
 
 
 def test_a_merge_key_takes_what_is_not_there() -> None:
     text = "a: &a {x: 1, y: 1}\nb: &b {y: 2, z: 2}\nc: {<<: *a, y: 3}\nd: {<<: [*a, *b]}\n'<<': q\n"
-    data = parse_yaml(text, "f").data
+    data = parse_yaml(text, "f").value
     assert isinstance(data, dict)
     assert data["c"] == {"x": 1, "y": 3}
     assert data["d"] == {"x": 1, "y": 1, "z": 2}

@@ -26,8 +26,8 @@ from imdsproxy.cli.checks import guests, host, openstack, tokens
 from imdsproxy.cli.checks.finding import Area, Finding
 from imdsproxy.cli.options import Invocation
 from imdsproxy.cli.record_files import read_networks
-from imdsproxy.config.endpoint import Endpoint
 from imdsproxy.config.schema import Settings
+from imdsproxy.config.section import Endpoint
 from imdsproxy.core.hostnames import Naming
 from imdsproxy.core.records.document import Records
 from imdsproxy.dataplane.launch import read_program

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Final
 
 from imdsproxy.cli.checks.finding import Area, Finding
-from imdsproxy.config.audit import AuditSettings
-from imdsproxy.config.endpoint import Endpoint
 from imdsproxy.config.load import Loaded
+from imdsproxy.config.policy import AuditSettings
+from imdsproxy.config.section import Endpoint
 from imdsproxy.dataplane.launch import HaproxyProgram
 from imdsproxy.errors import ConfigError, HaproxyMissing, HostRefused, PrivilegeMissing
 

@@ -14,7 +14,7 @@ from typing import Final
 
 from imdsproxy.cli.checks.finding import Area, Finding
 from imdsproxy.config.schema import Settings
-from imdsproxy.config.yaml_document import parse_yaml
+from imdsproxy.config.strict_yaml import parse_yaml
 from imdsproxy.errors import (
     ConfigError,
     ConfigUnreadable,
@@ -94,7 +94,7 @@ def check_clouds(settings: Settings) -> list[Finding]:
 
 def _cloud(cloud: str, path: Path) -> list[Finding]:
     try:
-        data = parse_yaml(_read(path).decode("utf-8"), str(path)).data
+        data = parse_yaml(_read(path).decode("utf-8"), str(path)).value
     except UnicodeDecodeError:
         return _NEUTRON.of(ConfigUnreadable(f"cannot read {path}: it is not UTF-8 text"))
     except ConfigError as error:
