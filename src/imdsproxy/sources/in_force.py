@@ -1,4 +1,4 @@
-"""Which of a directory's records are in force, while files come, change, break and go.
+"""Which records are in force while what holds them comes, changes, breaks and goes, and why others are refused.
 
 What was good stays in force: a record whose new version is bad keeps the old one, and a record that
 claims an id or an address in force is refused, wherever its file stands in the order. Where nothing is
@@ -11,10 +11,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
-from imdsproxy.core.addresses import to_number
+from imdsproxy.core.addresses import link_local_of, to_number
 from imdsproxy.core.model import Instance, Network, NetworkId
 from imdsproxy.core.observation import AddressKey
 from imdsproxy.core.packed import PackedInstance
+from imdsproxy.core.records import Path, render_path
 from imdsproxy.errors import Problem
 
 Record = TypeVar("Record", bound=Network | Instance | PackedInstance)
@@ -31,8 +32,8 @@ class Entry(Generic[Record]):
         line: Where it begins, 1-based.
         record: `None` when it was refused.
         problems: Why.
-        offsets: Where its claims stand, in lines after `line`, in the order of `clash.claim_places`. Many entries share
-            one tuple.
+        offsets: Where its claims stand, in lines after `line`, in the order of `claim_places`. Many entries share one
+            tuple.
     """
 
     id: str
@@ -45,7 +46,7 @@ class Entry(Generic[Record]):
 
     @property
     def lines(self) -> tuple[int | None, ...]:
-        """Where its claims stand, in the order of `clash.claim_places`."""
+        """Where its claims stand, in the order of `claim_places`."""
         first = self.line
         if first is None:
             return (None,) * len(self.offsets)
@@ -88,16 +89,16 @@ class InForce(Generic[Record]):
 
     Args:
         claims: The addresses that a record claims; no two records in force have one in common.
-        explain: A clash as problems with file, line and field.
+        where: Where an entry is, for problems: its path in the document, and the document.
     """
 
     def __init__(
         self,
         claims: Callable[[Record], Iterable[AddressKey]],
-        explain: Callable[[Clash[Record]], Iterable[Problem]],
+        where: Callable[[Entry[Record]], tuple[Path, str | None]],
     ) -> None:
         self._claims = claims
-        self._explain = explain
+        self._where = where
         self._files: dict[str, tuple[Entry[Record], ...]] = {}
         self._bad: dict[str, tuple[Entry[Record], ...]] = {}
         self._entries: dict[str, tuple[Entry[Record], ...]] = {}
@@ -189,6 +190,23 @@ class InForce(Generic[Record]):
             for clash in self._clashes[key]:
                 for problem in self._explain(clash):
                     yield self._noted(problem, clash.entry)
+
+    def _explain(self, clash: Clash[Record]) -> Iterator[Problem]:
+        entry, other = clash.entry, clash.other
+        path, file = self._where(entry)
+        _, place = self._where(other)
+        place = place or ""
+        if place and other.line is not None:
+            place = f"{place}:{other.line}"
+        record = entry.record
+        instance = record.open() if isinstance(record, PackedInstance) else record
+        if not isinstance(instance, Instance) or not clash.addresses:
+            yield taken_id(entry.id, path=path, place=place, file=file, line=entry.line)
+            return
+        for address in clash.addresses:
+            yield taken_address(
+                instance, address, other.id, path=path, place=place, file=file, lines=entry.lines
+            )
 
     def _noted(self, problem: Problem, entry: Entry[Record]) -> Problem:
         held = self._held.get(entry.id)
@@ -354,3 +372,66 @@ def _store(mapping: dict[_Key, tuple[_Item, ...]], key: _Key, items: tuple[_Item
         mapping[key] = items
     else:
         mapping.pop(key, None)
+
+
+def claim_places(instance: Instance) -> Iterator[tuple[AddressKey, Path]]:
+    """Each address that the record claims, and the part of the record that does so."""
+    for number, port in enumerate(instance.ports):
+        for index, address in enumerate(port.addresses):
+            yield (port.network, address), ("ports", number, "addresses", index)
+        if port.mac is not None:
+            yield (port.network, link_local_of(port.mac)), ("ports", number, "mac")
+
+
+def taken_address(
+    instance: Instance,
+    address: AddressKey,
+    holder: str,
+    *,
+    path: Path = (),
+    place: str = "",
+    file: str | None = None,
+    lines: tuple[int | None, ...] = (),
+) -> Problem:
+    """Why an instance is refused that claims an address of another.
+
+    Args:
+        instance: The refused one.
+        address: What both claim.
+        holder: The id of the instance that has it.
+        path: Where the refused record is in its document.
+        place: Where the other record is, if that is known.
+        file: The file of the refused record.
+        lines: The lines of its claims, in the order of `claim_places`.
+    """
+    network, shown = address
+    part, line = _claim(instance, address, lines)
+    what = f"{shown} in network {network}"
+    if part and part[-1] == "mac":
+        what = f"the MAC's link-local address {what}"
+    where = f" ({place})" if place else ""
+    return Problem(
+        render_path((*path, *part)),
+        f"{what} belongs to instance {holder}{where}",
+        "give one of the two another, or remove one",
+        file,
+        line,
+    )
+
+
+def _claim(
+    instance: Instance, address: AddressKey, lines: tuple[int | None, ...]
+) -> tuple[Path, int | None]:
+    for number, (claimed, part) in enumerate(claim_places(instance)):
+        if claimed == address:
+            return part, lines[number] if number < len(lines) else None
+    return (), None
+
+
+def taken_id(
+    key: str, *, path: Path, place: str, file: str | None = None, line: int | None = None
+) -> Problem:
+    """Why a record is refused whose id another record has, at `place`."""
+    return Problem(
+        render_path((*path, "id")), f"{key} is also in {place}", "keep one of the two", file, line
+    )

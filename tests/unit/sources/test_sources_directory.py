@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from imdsproxy.sources.file.directory import Directory, Reading
-from imdsproxy.sources.file.last_good import load_last_good, open_last_good
+from imdsproxy.sources.file.directory import Directory, Reading, load_last_good, open_last_good
 
 NETWORK = "networks:\n- id: n\n  listener: {bridge: br0}\n"
 

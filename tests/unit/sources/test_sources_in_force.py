@@ -1,12 +1,13 @@
-"""What is in force of some files, step by step, without files."""
+"""Which of several records with one id or address are in force, while files change."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
 from ipaddress import ip_address
+from typing import Final, TypeAlias
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -14,220 +15,175 @@ from imdsproxy.core.inventory import address_keys
 from imdsproxy.core.model import Instance, InstanceId, NetworkId, Port
 from imdsproxy.core.observation import AddressKey
 from imdsproxy.errors import Problem
-from imdsproxy.sources.in_force import Clash, Entry, InForce
+from imdsproxy.sources.in_force import Entry, InForce
 
-N1 = NetworkId("n1")
-BAD = Problem("name", "is bad")
+_BAD: Final = Problem("name", "is bad")
+_Entry: TypeAlias = Instance | str
+"""A text in place of an instance stands for a bad record with that id."""
 
 
 def made(name: str, *numbers: int, version: str = "v1") -> Instance:
     addresses = tuple(ip_address(f"10.0.0.{number}") for number in numbers)
-    return Instance(InstanceId(name), version, "host", ports=(Port(N1, None, addresses),))
+    ports = (Port(NetworkId("n1"), None, addresses),)
+    return Instance(InstanceId(name), version, "host", ports=ports)
 
 
-def _claims(instance: Instance) -> list[AddressKey]:
-    return sorted(address_keys(instance), key=lambda key: int(key[1]))
-
-
-def _explain(clash: Clash[Instance]) -> Iterator[Problem]:
-    what = ", ".join(str(address) for _network, address in clash.addresses) or "id"
-    yield Problem(clash.entry.id, f"{what} of {clash.other.id}", file=clash.entry.file)
-
-
-@dataclass
-class Files:
-    """Files of instances; a text in place of one stands for a bad record with that id."""
-
-    in_force: InForce[Instance] = field(
-        default_factory=lambda: InForce[Instance](_claims, _explain)
-    )
-
-    def write(self, file: str, *entries: Instance | str, unclear: bool = False) -> set[str]:
-        self.stage(file, *entries, unclear=unclear)
-        return set(self.in_force.settle())
-
-    def stage(self, file: str, *entries: Instance | str, unclear: bool = False) -> None:
-        self.in_force.replace_file(
-            file,
-            [
-                Entry(entry, file, number, problems=(BAD,))
-                if isinstance(entry, str)
-                else Entry(str(entry.id), file, number, record=entry)
-                for number, entry in enumerate(entries)
-            ],
-            unclear=unclear,
+def _entries(text: str) -> list[_Entry]:
+    """`a12` has the addresses 1 and 2, `a1*` is another version of `a1`, and `a!` is bad."""
+    return [
+        each[0]
+        if each.endswith("!")
+        else made(
+            each[0],
+            *map(int, each[1:].removesuffix("*")),
+            version="v2" if each.endswith("*") else "v1",
         )
+        for each in text.split()
+    ]
+
+
+class Files:
+    """Files of instances."""
+
+    def __init__(self) -> None:
+        self.in_force: InForce[Instance] = InForce(
+            lambda instance: sorted(address_keys(instance), key=lambda key: int(key[1])),
+            lambda entry: ((entry.id,), entry.file),
+        )
+
+    def write(self, files: Mapping[str, Sequence[_Entry]], *, unclear: bool = False) -> set[str]:
+        for file, entries in files.items():
+            self.in_force.replace_file(
+                file,
+                [
+                    Entry(each, file, number, problems=(_BAD,))
+                    if isinstance(each, str)
+                    else Entry(str(each.id), file, number, record=each)
+                    for number, each in enumerate(entries)
+                ],
+                unclear=unclear,
+            )
+        return set(self.in_force.settle())
 
     @property
     def records(self) -> dict[str, Instance]:
         return self.in_force.records
 
     @property
-    def reported(self) -> list[str]:
-        return [f"{problem.field}: {problem.reason}" for problem in self.in_force.problems()]
+    def refused(self) -> str:
+        """Which records are refused, each with the file of the one that stands against it, or that it is bad."""
+        return " ".join(
+            f"{each.record}!"
+            if each.reason == _BAD.reason
+            else f"{each.record}<{each.reason.rstrip(')')[-1]}"
+            for each in self.in_force.problems()
+        )
 
 
-def by_id(*instances: Instance) -> dict[str, Instance]:
-    return {each.id: each for each in instances}
+_Step: TypeAlias = dict[str, str]
 
 
-def test_good_records_are_in_force_and_go_with_their_file() -> None:
+@pytest.mark.parametrize(
+    ("steps", "in_force", "refused"),
+    [
+        pytest.param([{"x": "a1 b2"}], "a1 b2", "", id="good records"),
+        pytest.param([{"x": "a1 b2"}, {"x": ""}], "", "", id="their file is gone"),
+        pytest.param(
+            [{"x": "a1"}, {"x": "a!"}], "a1", "a!", id="one that breaks keeps its version"
+        ),
+        pytest.param([{"x": "a1"}, {"x": "a!"}, {"x": "a2"}], "a2", "", id="until it is mended"),
+        pytest.param([{"x": "a1"}, {"x": "a!"}, {"x": ""}], "", "", id="or taken out"),
+        pytest.param([{"x": "a!"}], "", "a!", id="never good"),
+        pytest.param(
+            [{"z": "c1", "y": "a1 b1"}], "a1", "b<y c<y", id="at first by file and position"
+        ),
+        pytest.param([{"z": "a1"}, {"a": "b12"}], "a1", "b<z", id="a newcomer to a taken address"),
+        pytest.param([{"z": "a1"}, {"y": "b1"}, {"z": ""}], "b1", "", id="until that is free"),
+        pytest.param(
+            [{"z": "a1"}, {"a": "b1", "z": "a1*"}],
+            "a1*",
+            "b<z",
+            id="one that changes keeps its own",
+        ),
+        pytest.param(
+            [{"x": "a1 b2"}, {"x": "a1 b1"}], "a1 b2", "b<x", id="a change to a taken address"
+        ),
+        pytest.param(
+            [{"x": "a1 b2 c3"}, {"x": "a2 b3 c1"}], "a2 b3 c1", "", id="rotated in one step"
+        ),
+        pytest.param(
+            # b gives 2 to c, but may not have 1: it falls back to 2, and so c to 3.
+            [{"x": "a1 b2 c3"}, {"x": "a1 b1 c2"}],
+            "a1 b2 c3",
+            "b<x c<x",
+            id="an address is given back when its holder falls back",
+        ),
+        pytest.param(
+            # b wants 1 (taken) and 9; c and the new d want 9, which b does not get.
+            [{"x": "a1 b2 c3"}, {"x": "a1 b91 c9 d3"}],
+            "a1 b2 c9 d3",
+            "b<x",
+            id="lost to one that fell back",
+        ),
+        pytest.param(
+            # a takes 9 before c does, and 2 from b; but b may not have 7, so that a has to go back too.
+            [{"x": "z7 a1 b2 c3"}, {"x": "z7 a29 b7 c9"}],
+            "z7 a1 b2 c9",
+            "a<x b<x",
+            id="lost to one that had to fall back later",
+        ),
+        pytest.param([{"z": "a1"}, {"b": "a2"}], "a1", "a<z", id="an id twice"),
+        pytest.param([{"z": "a1"}, {"b": "a2"}, {"z": ""}], "a2", "", id="until it is there once"),
+        pytest.param([{"x": "a1"}, {"x": "a2 a1"}], "a1", "a<x", id="an id twice in one file"),
+        pytest.param(
+            [{"x": "a1"}, {"y": "a2"}, {"x": "a!"}], "a1", "a! a<x", id="a good double of a bad one"
+        ),
+        pytest.param([{"x": "a1"}, {"x": "", "y": "a1"}], "a1", "", id="from one file to another"),
+    ],
+)
+def test_what_is_in_force_stays_until_it_changes_itself(
+    steps: list[_Step], in_force: str, refused: str
+) -> None:
     files = Files()
-    assert files.write("x", made("a", 1), made("b", 2)) == {"a", "b"}
-    assert files.records == by_id(made("a", 1), made("b", 2))
-    assert files.write("x") == {"a", "b"}
-    assert not files.records
-
-
-def test_a_record_that_breaks_keeps_its_version_before() -> None:
-    files = Files()
-    files.write("x", made("a", 1))
-    assert files.write("x", "a") == set()
-    assert files.records == by_id(made("a", 1))
-    (problem,) = files.in_force.problems()
-    assert "stays in force" in problem.hint
-    assert files.write("x", made("a", 2)) == {"a"}
-    assert not files.reported
-
-
-def test_a_broken_record_taken_out_is_gone() -> None:
-    files = Files()
-    files.write("x", made("a", 1))
-    files.write("x", "a")
-    assert files.write("x") == {"a"}
-
-
-def test_a_record_that_was_never_good_is_not_in_force() -> None:
-    files = Files()
-    assert files.write("x", "a") == set()
-    assert files.reported == ["name: is bad"]
+    for step in steps:
+        before = files.records
+        changed = files.write({file: _entries(text) for file, text in step.items()})
+        assert changed == {
+            key
+            for key in before.keys() | files.records.keys()
+            if before.get(key) != files.records.get(key)
+        }
+    assert sorted(files.records.values(), key=str) == sorted(_entries(in_force), key=str)
+    assert files.refused == refused
 
 
 def test_while_a_record_has_no_readable_id_nothing_of_its_file_goes() -> None:
     files = Files()
-    files.write("x", made("a", 1), made("b", 2))
-    assert files.write("x", made("b", 2), unclear=True) == set()
+    files.write({"x": _entries("a1 b2")})
+    assert files.write({"x": _entries("b2")}, unclear=True) == set()
     assert files.records.keys() == {"a", "b"}
-    assert files.write("x", made("b", 2)) == {"a"}
+    assert files.write({"x": _entries("b2")}) == {"a"}
 
 
-def test_from_the_start_the_first_by_file_and_position_has_the_address() -> None:
+def test_a_refusal_names_the_field_both_records_and_what_stays() -> None:
     files = Files()
-    files.stage("z", made("c", 1))
-    files.stage("y", made("a", 1), made("b", 1))
-    files.in_force.settle()
-    assert files.records.keys() == {"a"}
-    assert files.reported == ["b: 10.0.0.1 of a", "c: 10.0.0.1 of a"]
-
-
-def test_a_newcomer_is_refused_an_address_in_force_wherever_its_file_stands() -> None:
-    files = Files()
-    files.write("z", made("a", 1))
-    files.write("a", made("b", 1, 2))
-    assert files.records.keys() == {"a"}
-    assert files.reported == ["b: 10.0.0.1 of a"]
-
-
-def test_who_was_refused_comes_in_force_when_the_address_is_free() -> None:
-    files = Files()
-    files.write("z", made("a", 1))
-    files.write("y", made("b", 1))
-    assert files.write("z") == {"a", "b"}
-    assert files.records.keys() == {"b"}
-    assert not files.reported
-
-
-def test_a_record_that_changes_keeps_its_address_against_a_newcomer() -> None:
-    files = Files()
-    files.write("z", made("a", 1))
-    files.stage("a", made("b", 1))
-    files.stage("z", made("a", 1, version="v2"))
-    files.in_force.settle()
-    assert files.records == by_id(made("a", 1, version="v2"))
-
-
-def test_a_change_to_a_taken_address_keeps_the_version_before() -> None:
-    files = Files()
-    files.write("x", made("a", 1), made("b", 2))
-    assert files.write("x", made("a", 1), made("b", 1)) == set()
-    assert files.records == by_id(made("a", 1), made("b", 2))
-    assert files.reported == ["b: 10.0.0.1 of a"]
-
-
-def test_addresses_are_swapped_and_rotated_in_one_step() -> None:
-    files = Files()
-    files.write("x", made("a", 1), made("b", 2), made("c", 3))
-    files.write("x", made("a", 2), made("b", 3), made("c", 1))
-    assert files.records == by_id(made("a", 2), made("b", 3), made("c", 1))
-
-
-def test_who_took_an_address_gives_it_back_when_its_holder_falls_back() -> None:
-    files = Files()
-    files.write("x", made("a", 1), made("b", 2), made("c", 3))
-    # b gives 2 to c, but may not have 1: it falls back to 2, and so c to 3.
-    files.write("x", made("a", 1), made("b", 1), made("c", 2))
-    assert files.records == by_id(made("a", 1), made("b", 2), made("c", 3))
-    assert sorted(files.reported) == ["b: 10.0.0.1 of a", "c: 10.0.0.2 of b"]
-
-
-def test_who_lost_to_one_that_fell_back_is_in_force_after_all() -> None:
-    files = Files()
-    files.write("x", made("a", 1), made("b", 2), made("c", 3))
-    # b wants 1 (taken) and 9; c and the new d want 9, which b does not get.
-    files.write("x", made("a", 1), made("b", 9, 1), made("c", 9), made("d", 3))
-    assert files.records == by_id(made("a", 1), made("b", 2), made("c", 9), made("d", 3))
-
-
-def test_who_lost_to_one_that_had_to_fall_back_later_is_in_force_after_all() -> None:
-    files = Files()
-    files.write("x", made("z", 7), made("a", 1), made("b", 2), made("c", 3))
-    # a takes 9 before c does, and 2 from b; but b may not have 7, so that a has to go back too.
-    files.write("x", made("z", 7), made("a", 2, 9), made("b", 7), made("c", 9))
-    assert files.records == by_id(made("z", 7), made("a", 1), made("b", 2), made("c", 9))
-
-
-def test_an_id_twice_is_in_force_once_and_stays_with_who_had_it() -> None:
-    files = Files()
-    files.write("z", made("a", 1))
-    files.write("b", made("a", 2))
-    assert files.records == by_id(made("a", 1))
-    assert files.reported == ["a: id of a"]
-    files.write("z")
-    assert files.records == by_id(made("a", 2))
-    assert not files.reported
-
-
-def test_an_id_twice_in_one_file_stays_with_the_one_in_force() -> None:
-    files = Files()
-    files.write("x", made("a", 1))
-    files.write("x", made("a", 2), made("a", 1))
-    assert files.records == by_id(made("a", 1))
-
-
-def test_a_good_double_does_not_take_over_from_one_that_broke() -> None:
-    files = Files()
-    files.write("x", made("a", 1))
-    files.write("y", made("a", 2))
-    files.write("x", "a")
-    assert files.records == by_id(made("a", 1))
-
-
-def test_a_record_moves_from_one_file_to_another() -> None:
-    files = Files()
-    files.write("x", made("a", 1))
-    files.stage("x")
-    files.stage("y", made("a", 1))
-    assert files.in_force.settle() == {}
-    assert files.records.keys() == {"a"}
+    files.write({"x": _entries("a1 b2")})
+    files.write({"x": _entries("a1 b1")})
+    (problem,) = files.in_force.problems()
+    assert (problem.field, problem.reason, problem.file, problem.record) == (
+        "b.ports[0].addresses[0]",
+        "10.0.0.1 in network n1 belongs to instance a (x)",
+        "x",
+        "b",
+    )
+    assert "the version before it stays in force" in problem.hint
 
 
 def test_ten_thousand_changes_to_one_address_are_settled_in_seconds() -> None:
     files = Files()
-    many = [made(f"i{n}") for n in range(10_000)]
-    files.write("x", *many)
-    wrong = [made(f"i{n}", 1) for n in range(10_000)]
+    files.write({"x": [made(f"i{n}") for n in range(10_000)]})
     begin = time.process_time()
-    files.write("x", *wrong)
+    files.write({"x": [made(f"i{n}", 1) for n in range(10_000)]})
     assert time.process_time() - begin < 10
     assert sum(bool(each.ports[0].addresses) for each in files.records.values()) == 1
 
@@ -261,7 +217,7 @@ def test_whatever_happens_no_address_is_in_force_twice_and_changes_are_reported(
     latest: dict[str, list[Instance | str]] = {}
     for file, entries, unclear in steps:
         before = files.records
-        changed = files.write(file, *entries, unclear=unclear)
+        changed = files.write({file: entries}, unclear=unclear)
         after = files.records
         latest[file] = entries
         assert changed == {
@@ -281,7 +237,7 @@ def test_whatever_happens_no_address_is_in_force_twice_and_changes_are_reported(
 @given(st.lists(_instances, max_size=8))
 def test_a_fresh_start_goes_by_the_order_alone(instances: list[Instance]) -> None:
     files = Files()
-    files.write("x", *instances)
+    files.write({"x": instances})
     wanted: dict[str, Instance] = {}
     first: dict[str, Instance] = {}
     for each in instances:

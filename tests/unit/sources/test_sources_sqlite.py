@@ -19,9 +19,8 @@ from imdsproxy.core.observation import Observation
 from imdsproxy.core.records import parse_instance, render_instance
 from imdsproxy.errors import SourceCorrupt, SourceError, SourceRefused, SourceUnavailable
 from imdsproxy.sources.api import Tally, Written
-from imdsproxy.sources.sqlite.schema import MIGRATIONS
 from imdsproxy.sources.sqlite.source import SqliteSource
-from imdsproxy.sources.sqlite.store import Store
+from imdsproxy.sources.sqlite.store import MIGRATIONS, Store
 from imdsproxy.sources.sqlite_file import APPLICATION_ID, open_store
 from support.record_builders import instance, network, port
 from support.source_runs import running

@@ -13,8 +13,7 @@ from imdsproxy.app.policy_store import OverrideFile, read_overrides
 from imdsproxy.core.model import InstanceId
 from imdsproxy.core.policy import Policy, render_policy_word
 from imdsproxy.errors import SourceUnavailable
-from imdsproxy.sources.sqlite.schema import read_store
-from imdsproxy.sources.sqlite.store import Store
+from imdsproxy.sources.sqlite.store import Store, read_store
 from support.record_builders import instance, network
 
 _BORN = 1_795_000_000

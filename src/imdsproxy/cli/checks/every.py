@@ -42,7 +42,7 @@ from imdsproxy.errors import (
 from imdsproxy.host.socket_file import find_socket_holder
 from imdsproxy.nova.settings import NovaUrl
 from imdsproxy.serving.account import find_account, find_closed
-from imdsproxy.sources.sqlite.schema import read_store
+from imdsproxy.sources.sqlite.store import read_store
 
 _ADMIN_TIMEOUT_S: Final = 5
 

@@ -25,9 +25,8 @@ from imdsproxy.core.progress import Progress
 from imdsproxy.core.records import LineOf, Refused, Unreadable
 from imdsproxy.core.records import Path as PathInFile
 from imdsproxy.errors import Problem
-from imdsproxy.sources.clash import claim_places
 from imdsproxy.sources.file.record_file import decode_records, payload_reader
-from imdsproxy.sources.in_force import Entry
+from imdsproxy.sources.in_force import Entry, claim_places
 
 Signature: TypeAlias = "tuple[int, ...] | None"
 

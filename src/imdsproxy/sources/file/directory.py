@@ -2,36 +2,55 @@
 
 from __future__ import annotations
 
+import json
 import os
+import sqlite3
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeAlias
 
-from imdsproxy.core.model import Network
+from imdsproxy.core.model import Instance, Network
 from imdsproxy.core.observation import AddressKey
 from imdsproxy.core.packed import PackedInstance
 from imdsproxy.core.progress import Progress
+from imdsproxy.core.records import Path as PathInFile
+from imdsproxy.core.records import parse_instance, parse_network, render_record
 from imdsproxy.errors import Problem
 from imdsproxy.host.inotify import Place, place_of
 from imdsproxy.sources.api import Origin
-from imdsproxy.sources.clash import claim_places, clash_problems
 from imdsproxy.sources.file.contents import (
     FileContents,
     Signature,
     read_contents,
     signature_of,
 )
-from imdsproxy.sources.file.last_good import LastGood, load_last_good
 from imdsproxy.sources.file.record_file import SUFFIXES
-from imdsproxy.sources.in_force import Clash, Entry, InForce, Record
+from imdsproxy.sources.in_force import Entry, InForce, Record, claim_places
+from imdsproxy.sources.sqlite_file import SideCache
 
 _GONE_S: Final = 0.05
 """Some editors move the old file away before they write the new one."""
 
 _EMPTY_S: Final = 0.5
 """A writer that does not rename truncates the file first."""
+
+_SCHEMA: Final = """
+CREATE TABLE last_good (
+    kind TEXT NOT NULL,
+    id TEXT NOT NULL,
+    file TEXT NOT NULL,
+    record TEXT NOT NULL,
+    user_data BLOB,
+    PRIMARY KEY (kind, id)
+) STRICT
+"""
+
+_InForce: TypeAlias = "Entry[Network] | Entry[PackedInstance]"
+
+LastGood: TypeAlias = "SideCache[tuple[str, str], _InForce]"
+"""By kind (`networks` or `instances`) and id. Of an entry in force, the file and the record are kept."""
 
 _SETTLING: Final = "comparing the addresses of records"
 _NOTED: Final = 1000
@@ -108,10 +127,10 @@ class Directory:
         self._clock = clock
         self._files: dict[str, _File] = {}
         self._networks: InForce[Network] = InForce(
-            lambda _network: (), partial(self._explain, "networks")
+            lambda _network: (), partial(self._where, "networks")
         )
         self._instances: InForce[PackedInstance] = InForce(
-            self._claims, partial(self._explain, "instances")
+            self._claims, partial(self._where, "instances")
         )
         self._opened = 0
         self._last_good = last_good
@@ -288,20 +307,50 @@ class Directory:
             str(self._path),
         )
 
-    def _explain(self, kind: str, clash: Clash[Record]) -> Iterator[Problem]:
-        record = clash.entry.record
-        return clash_problems(
-            clash,
-            record.open() if isinstance(record, PackedInstance) else None,
-            path=(kind, clash.entry.position),
-            place=self._place(clash.other),
-            file=str(self._path / clash.entry.file),
-        )
-
-    def _place(self, entry: Entry[Record]) -> str:
-        line = "" if entry.line is None else f":{entry.line}"
-        return f"{self._path / entry.file}{line}"
+    def _where(self, kind: str, entry: Entry[Record]) -> tuple[PathInFile, str]:
+        return (kind, entry.position), str(self._path / entry.file)
 
 
 def _with_parents(paths: set[Path]) -> frozenset[Path]:
     return frozenset(each for path in paths for each in (path, *path.parents))
+
+
+def open_last_good(path: Path) -> LastGood:
+    """The cache in the file at `path`."""
+    return SideCache(path, _SCHEMA, _write, "last-good", "records in force are not kept")
+
+
+def load_last_good(cache: LastGood) -> tuple[tuple[str, Network | PackedInstance], ...]:
+    """Everything kept, each with its file; nothing where there is no such cache or it cannot be used. Blocks."""
+    return cache.load(lambda connection: tuple(_read(connection)), ())
+
+
+def _read(connection: sqlite3.Connection) -> Iterator[tuple[str, Network | PackedInstance]]:
+    rows = connection.execute("SELECT kind, file, record, user_data FROM last_good")
+    for kind, file, text, user_data in rows:
+        try:
+            mapping = json.loads(text)
+        except ValueError:
+            continue
+        record = parse_network(mapping) if kind == "networks" else parse_instance(mapping)
+        if isinstance(record, Network):
+            yield file, record
+        elif isinstance(record, Instance):
+            yield file, PackedInstance.of(replace(record, user_data=user_data))
+
+
+def _write(connection: sqlite3.Connection, key: tuple[str, str], kept: _InForce | None) -> None:
+    if kept is None or kept.record is None:
+        connection.execute("DELETE FROM last_good WHERE kind = ? AND id = ?", key)
+        return
+    record: Network | Instance
+    if isinstance(kept.record, PackedInstance):
+        instance = kept.record.open()
+        record, user_data = replace(instance, user_data=None), instance.user_data
+    else:
+        record, user_data = kept.record, None
+    connection.execute(
+        "INSERT OR REPLACE INTO last_good (kind, id, file, record, user_data)"
+        " VALUES (?, ?, ?, ?, ?)",
+        (*key, kept.file, json.dumps(render_record(record)), user_data),
+    )

@@ -15,8 +15,7 @@ from imdsproxy.core.progress import Progress
 from imdsproxy.errors import Problem
 from imdsproxy.host.inotify import Watch
 from imdsproxy.sources.api import Origin, Publish
-from imdsproxy.sources.file.directory import Directory, Reading
-from imdsproxy.sources.file.last_good import open_last_good
+from imdsproxy.sources.file.directory import Directory, Reading, open_last_good
 from imdsproxy.sources.reports import Reports, publish_in_pieces
 
 _UNWATCHED_S: Final = 1.0

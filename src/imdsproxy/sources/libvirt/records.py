@@ -11,11 +11,10 @@ from typing import Final
 from imdsproxy.core.inventory import address_keys
 from imdsproxy.core.model import ID_PATTERN, Instance, InstanceId, Network, NetworkId
 from imdsproxy.core.observation import RecordSet
-from imdsproxy.core.records import Json, Refused, parse_instance, parse_network
+from imdsproxy.core.records import Json, Path, Refused, parse_instance, parse_network
 from imdsproxy.errors import Problem
 from imdsproxy.sources.api import Origin
-from imdsproxy.sources.clash import clash_problems
-from imdsproxy.sources.in_force import Clash, Entry, InForce
+from imdsproxy.sources.in_force import Entry, InForce
 from imdsproxy.sources.libvirt.xml import (
     ROUTING,
     Domain,
@@ -175,7 +174,7 @@ class LibvirtKnown:
         self._places: Places = Places({}, selection)
         self._networks: dict[NetworkId, Network] = {}
         self._network_problems: tuple[Problem, ...] = ()
-        self._instances: InForce[Instance] = InForce(address_keys, self._explain)
+        self._instances: InForce[Instance] = InForce(address_keys, self._where)
 
     @property
     def networks(self) -> Mapping[NetworkId, Network]:
@@ -275,12 +274,6 @@ class LibvirtKnown:
             case Instance():
                 self._instances.replace_file(uuid, (Entry(record.id, uuid, 0, record=record),))
 
-    def _explain(self, clash: Clash[Instance]) -> Iterable[Problem]:
-        domain, other = (self._domains.get(one.file) for one in (clash.entry, clash.other))
-        return clash_problems(
-            clash,
-            clash.entry.record,
-            path=("instance",),
-            place="" if other is None else other.place,
-            file=None if domain is None else domain.place,
-        )
+    def _where(self, entry: Entry[Instance]) -> tuple[Path, str | None]:
+        domain = self._domains.get(entry.file)
+        return ("instance",), None if domain is None else domain.place
