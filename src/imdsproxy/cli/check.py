@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import typer
 
 from imdsproxy.cli import options
-from imdsproxy.cli.output import Column, Output, clean
+from imdsproxy.cli.output import Column, clean
 
 if TYPE_CHECKING:
-    from imdsproxy.cli.checks.finding import Finding
+    from imdsproxy.cli.checks import Finding
 
 
 @options.command
@@ -28,41 +27,31 @@ def check(
     # Ended by SIGTERM it takes with it what it has started, as it does after Ctrl-C.
     signal.signal(signal.SIGTERM, lambda _number, _frame: signal.raise_signal(signal.SIGINT))
     findings = run_checks(run)
+    wrong = [one.exit_status for _, one in findings if not one.ok]
     if run.output.as_json:
-        run.output.json(
-            {
-                "ok": all(finding.ok for finding in findings),
-                "findings": [
-                    {name: getattr(one, name) for name in ("area", "ok", "warning", "text", "hint")}
-                    for one in findings
-                ],
-            }
-        )
+        names = ("ok", "warning", "text", "hint")
+        rows = [
+            {"area": area, **{one: getattr(found, one) for one in names}}
+            for area, found in findings
+        ]
+        run.output.json({"ok": not wrong, "findings": rows})
     else:
-        show_findings(run.output, findings)
-    worst = next((finding.exit_status for finding in findings if not finding.ok), 0)
-    if worst:
-        raise typer.Exit(worst)
-
-
-def show_findings(output: Output, findings: Sequence[Finding]) -> None:
-    """A line each: what is wrong first in colour, and what helps."""
-    columns = (Column("AREA", keep=True), Column("", keep=True), Column("FINDING"))
-    rows = [
-        (
-            finding.area,
-            _word(finding),
-            clean(finding.text) + (f"\n[dim]{clean(finding.hint)}[/]" if finding.hint else ""),
+        columns = (Column("AREA", keep=True), Column("", keep=True), Column("FINDING"))
+        run.output.table(
+            columns, [(area, _status(one), _text(one)) for area, one in findings], empty=""
         )
-        for finding in findings
-    ]
-    output.table(columns, rows, empty="")
-    wrong = sum(not finding.ok for finding in findings)
+        if wrong:
+            run.output.styled(f"[bold red]{len(wrong)} problem{'s' if len(wrong) > 1 else ''}[/]")
     if wrong:
-        output.styled(f"[bold red]{wrong} problem{'s' if wrong > 1 else ''}[/]")
+        raise typer.Exit(wrong[0])
 
 
-def _word(finding: Finding) -> str:
+def _text(finding: Finding) -> str:
+    hint = f"\n[dim]{clean(finding.hint)}[/]" if finding.hint else ""
+    return clean(finding.text) + hint
+
+
+def _status(finding: Finding) -> str:
     if not finding.ok:
         return "[red]wrong[/]"
     return "[yellow]warning[/]" if finding.warning else "[green]ok[/]"

@@ -1,1 +1,80 @@
-"""What `imdsproxy check` looks at; loaded by that command alone."""
+"""What `imdsproxy check` looks at, and what it finds. Nothing is changed by looking."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from imdsproxy.cli.admin_client import AdminClient
+from imdsproxy.config.load import Loaded
+from imdsproxy.config.schema import Settings
+from imdsproxy.dataplane.layout import Layout
+from imdsproxy.errors import ConfigError, ImdsproxyError
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """What is checked: settings, and the daemon where one answers.
+
+    Attributes:
+        settings: The defaults where the files are not acceptable.
+        loaded: The same with the files, or what is wrong with these.
+        daemon: `None` where none runs, or it cannot be asked.
+        status: What the daemon reports of itself, or why it cannot be asked; `None` where none runs.
+    """
+
+    settings: Settings
+    loaded: Loaded | ConfigError
+    daemon: AdminClient | None = None
+    status: Mapping[str, Any] | ImdsproxyError | None = None
+
+    @property
+    def layout(self) -> Layout:
+        """The data plane's paths."""
+        return Layout(self.settings.paths.runtime_dir, self.settings.paths.state_dir)
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One answer.
+
+    Attributes:
+        text: What was found.
+        hint: What helps.
+        exit_status: 0 when it is fine; else that of the error that `run` would end with.
+        warning: It is fine to start so, and an operator should look.
+    """
+
+    text: str
+    hint: str = ""
+    exit_status: int = 0
+    warning: bool = False
+
+    @property
+    def ok(self) -> bool:
+        """Whether no action is needed."""
+        return self.exit_status == 0
+
+
+def warn(text: str, hint: str = "") -> Finding:
+    """It is fine to start so, and an operator should look."""
+    return Finding(text, hint, warning=True)
+
+
+def wrong(text: str, hint: str, error: ImdsproxyError | type[ImdsproxyError]) -> Finding:
+    """`run` would end with this error, or guests would not be served."""
+    return Finding(text, hint, error.exit_status)
+
+
+def refused(error: ImdsproxyError, setting: str = "") -> list[Finding]:
+    """An error as findings: one for each of its problems, or one for itself; after the setting that it comes from."""
+    place = f"{setting}: " if setting else ""
+    if not error.problems:
+        return [wrong(f"{place}{error.message}", error.hint, error)]
+    return [wrong(f"{place}{problem}", "", error) for problem in error.problems]
+
+
+def count(number: int, noun: str) -> str:
+    """As `1 key`, `2 keys`."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
