@@ -57,18 +57,18 @@ from imdsproxy.core.model import (
 )
 from imdsproxy.core.observation import Observation
 from imdsproxy.core.token_report import TokenReport
+from imdsproxy.core.wire import MapRecord
 from imdsproxy.dataplane.haproxy import Haproxy
 from imdsproxy.dataplane.layout import Layout
 from imdsproxy.dataplane.master import MasterClient
 from imdsproxy.dataplane.records import RecordApplier
 from imdsproxy.errors import Problem
 from imdsproxy.host.clock import SystemClock
+from imdsproxy.host.servers import open_unix_socket
 from imdsproxy.listeners.loop import ListenerLoop, ListenerReport
-from imdsproxy.serving.asgi import Send, send_answer
-from imdsproxy.serving.bind import open_unix_socket
-from imdsproxy.serving.documents import Answer
-from imdsproxy.serving.forward import FoundRequest
-from imdsproxy.serving.passwords import PasswordStore
+from imdsproxy.serving.http import Answer, Send, send_answer
+from imdsproxy.serving.resolver_app import GuestRequest
+from imdsproxy.serving.store import PasswordStore
 from imdsproxy.sources.sqlite.source import SqliteSource
 from support.fake_haproxy import FakeHaproxy, FakeLauncher
 from support.fake_mac_filters import no_hop_limits, no_mac_filters
@@ -157,7 +157,7 @@ class Documents:
 
     answers: dict[str, Answer] = field(default_factory=dict)
 
-    async def forward(self, request: FoundRequest, send: Send) -> None:
+    async def forward(self, _: MapRecord, request: GuestRequest, send: Send) -> None:
         missing = Answer(404, ((b"content-type", b"text/plain"),), b"")
         await send_answer(self.answers.get(request.target.decode(), missing), send)
 
@@ -343,7 +343,7 @@ async def _served(directory: Path) -> Any:  # noqa: ANN401 - an asynchronous gen
     services = Services(
         RecordReports(inventory, records, loop_of_listeners, documents_needed=True),
         RecordService(inventory, records, loop_of_listeners, store, lambda: tuple(unapplied)),
-        GuestService(inventory, records, lookup, explainer, documents, passwords),
+        GuestService(inventory, records, lookup, explainer, documents.forward, passwords),
         TokenService(inventory, records, policy_store, clock, lambda: tuple(unapplied)),
         watching,
         records.progress,

@@ -26,22 +26,22 @@ _PROGRAM: Final = """
 import json, os, pathlib, sys
 from imdsproxy.errors import ImdsproxyError
 from imdsproxy.host.notify import ServiceNotifier
-from imdsproxy.serving import server, supervisor
+from imdsproxy.serving import server
 options = json.loads(sys.argv[1])
 notifier = ServiceNotifier(options.pop("notify"))
 fault = options.pop("fault")
-run_worker = supervisor.run_worker
+run_worker = server.run_worker
 def watch(event, arguments):
     if event == "import":
         os.write(2, f"late import of {arguments[0]}\\n".encode())
 if fault == "no program":
     sys.executable = "/nonexistent/python"
-def run_watched(task):
+def run_watched(*arguments):
     if fault and fault != "no program":
         raise RuntimeError(fault)
     sys.addaudithook(watch)
-    run_worker(task)
-supervisor.run_worker = run_watched
+    run_worker(*arguments)
+server.run_worker = run_watched
 for name in ("records", "passwords", "pid_file", "log"):
     options[name] = pathlib.Path(options[name])
 options["sockets"] = tuple(map(pathlib.Path, options["sockets"]))

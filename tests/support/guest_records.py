@@ -10,7 +10,12 @@ from ipaddress import ip_address, ip_network
 from typing import cast
 
 from imdsproxy.core.compiled import Blob, CompiledRecord, compile_instance, parse_compiled
-from imdsproxy.core.documents import DocumentRequest, DocumentResponse, DocumentTree, respond
+from imdsproxy.core.documents.respond import (
+    DocumentRequest,
+    DocumentResponse,
+    DocumentTree,
+    respond,
+)
 from imdsproxy.core.model import (
     Instance,
     InstanceId,

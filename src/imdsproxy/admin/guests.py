@@ -15,11 +15,11 @@ from imdsproxy.core.identity import Denial, Found, Unknown, deny
 from imdsproxy.core.inventory import Inventory
 from imdsproxy.core.model import Dialect, InstanceId, IpAddress, NetworkId, Scope
 from imdsproxy.core.observation import AddressKey
-from imdsproxy.core.wire import HEADER_LOGGED, MISMATCH_TEXT
+from imdsproxy.core.wire import HEADER_LOGGED, MISMATCH_TEXT, MapRecord
 from imdsproxy.errors import NotFound
-from imdsproxy.serving.forward import CollectedAnswer, Forwarder, FoundRequest
-from imdsproxy.serving.passwords import PasswordStore
-from imdsproxy.serving.resolver import Known, Outcome
+from imdsproxy.serving.resolver import Outcome
+from imdsproxy.serving.resolver_app import CollectedAnswer, Forward, GuestRequest
+from imdsproxy.serving.store import PasswordStore
 
 _COMMON: Final[Mapping[Dialect, str]] = {
     Dialect.EC2: "/latest/meta-data/",
@@ -45,7 +45,7 @@ class GuestService:
     records: RecordLoop
     lookup: Lookup
     explainer: Explainer
-    forwarder: Forwarder
+    forward: Forward
     passwords: PasswordStore
 
     async def read_password(self, instance: InstanceId) -> bytes | None:
@@ -122,8 +122,8 @@ class GuestService:
             raise NotFound(f"there is no network {network}", hint="imdsproxy network list")
         key = (network, address)
         outcome = await self._look(key)
-        if isinstance(outcome, Known):
-            return await self._get_as_guest(key, outcome.record, path)
+        if not isinstance(outcome, Denial):
+            return await self._get_as_guest(key, outcome, path)
         headers = (("retry-after", "5"),) if outcome is Denial.CONFLICT else ()
         text = MISMATCH_TEXT if outcome is Denial.MISMATCH else ""
         return DocumentAnswer(outcome.status, headers, text.encode())
@@ -144,19 +144,10 @@ class GuestService:
                 break
         return outcome
 
-    async def _get_as_guest(self, key: AddressKey, record: str, path: str) -> DocumentAnswer:
-        request = FoundRequest(
-            record=record,
-            network=key[0],
-            address=str(key[1]),
-            method="GET",
-            target=path.encode("utf-8"),
-            headers=(),
-            body=b"",
-            by_operator=True,
-        )
+    async def _get_as_guest(self, key: AddressKey, record: MapRecord, path: str) -> DocumentAnswer:
+        request = GuestRequest(key, "GET", path.encode("utf-8"), by_operator=True)
         answer = CollectedAnswer()
-        await self.forwarder.forward(request, answer.take)
+        await self.forward(record, request, answer.take)
         headers = tuple(
             (name.decode("latin-1"), value.decode("latin-1"))
             for name, value in answer.headers

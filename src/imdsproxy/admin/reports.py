@@ -15,7 +15,7 @@ from imdsproxy.core.progress import Step
 from imdsproxy.errors import Problem
 
 # The OpenAPI document is made from these annotations, so they are imported for real.
-from imdsproxy.nova.watch import NovaEndpointReport
+from imdsproxy.nova.upstream import NovaEndpointReport
 
 _NETWORKS_SHOWN: Final = 20
 

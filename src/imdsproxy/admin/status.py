@@ -39,8 +39,7 @@ from imdsproxy.dataplane.haproxy import Haproxy
 from imdsproxy.errors import Problem
 from imdsproxy.host.clock import Clock
 from imdsproxy.listeners.loop import ListenerLoop
-from imdsproxy.nova.upstream import NovaUpstream
-from imdsproxy.nova.watch import NovaWatch
+from imdsproxy.nova.upstream import NovaUpstream, NovaWatch
 from imdsproxy.sources.api import Source
 
 _MISMATCHES_SHOWN: Final = 20

@@ -14,7 +14,7 @@ from imdsproxy.core.model import Instance
 from imdsproxy.core.wire import PROBE_INSTANCE
 from imdsproxy.dataplane.haproxy import Haproxy
 from imdsproxy.errors import HostRefused, ImdsproxyError, Problem
-from imdsproxy.serving.account import Account, find_closed
+from imdsproxy.host.account import Account, find_closed
 from imdsproxy.serving.store import DiskFiles
 
 _EVERY_S: Final = 2.0

@@ -39,10 +39,10 @@ from imdsproxy.core.model import (
     Scope,
 )
 from imdsproxy.core.observation import AddressKey, Conflict
-from imdsproxy.core.wire import MapRecord, render_map_value
+from imdsproxy.core.wire import MapRecord
 from imdsproxy.errors import DataplaneError
 from imdsproxy.host.clock import Clock
-from imdsproxy.serving.resolver import Known, Outcome
+from imdsproxy.serving.resolver import Outcome
 from imdsproxy.sources.api import (
     LookUp,
     LookUpSource,
@@ -209,9 +209,9 @@ class Lookup:
             identity = identify(self.inventory, *key, neighbour_mac=mac)
             if isinstance(identity, Unknown):
                 outcome = await self._look_elsewhere(key, None)
-                if isinstance(outcome, Known):
-                    continue
-                return outcome
+                if isinstance(outcome, Denial):
+                    return outcome
+                continue
             await self._note_refused(key, mac if isinstance(identity, Mismatch) else None)
             if not isinstance(identity, Found):
                 return await self._resolve(key, identity, mac)
@@ -222,7 +222,7 @@ class Lookup:
                 return Denial.UNAVAILABLE
             if await self._let_answer(key, port, identity, mac):
                 known = self.known(identity.instance, key)
-                if isinstance(known, Known):
+                if not isinstance(known, Denial):
                     return known
         # It changes hands while we look.
         return Denial.UNAVAILABLE
@@ -296,7 +296,7 @@ class Lookup:
         """By which record HAProxy answers the instance at this address."""
         record = self.records.planned(key)
         if isinstance(record, MapRecord) and record.instance == instance.id:
-            return Known(render_map_value(record))
+            return record
         # No endpoint set takes it, and the operator has to say where Nova is; or its record is not on disk yet; or
         # the address has become another instance's since.
         return Denial.UNAVAILABLE

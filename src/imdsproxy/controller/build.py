@@ -37,9 +37,8 @@ from imdsproxy.host.sockets import SocketOwners
 from imdsproxy.listeners.host import SystemHost
 from imdsproxy.listeners.observe import HostObserver
 from imdsproxy.nova.upstream import NovaUpstream
-from imdsproxy.serving.passwords import PasswordStore
 from imdsproxy.serving.pidfile import read_pids
-from imdsproxy.serving.store import DiskFiles
+from imdsproxy.serving.store import DiskFiles, PasswordStore
 from imdsproxy.sources.api import Source
 from imdsproxy.sources.libvirt.client import SystemLibvirt
 from imdsproxy.sources.libvirt.source import LibvirtSource

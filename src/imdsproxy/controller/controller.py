@@ -47,6 +47,7 @@ from imdsproxy.core.progress import Progress
 from imdsproxy.dataplane.launch import HaproxyProgram
 from imdsproxy.dataplane.layout import Layout
 from imdsproxy.errors import HostRefused
+from imdsproxy.host.account import find_account
 from imdsproxy.host.clock import Clock
 from imdsproxy.host.files import write_atomic
 from imdsproxy.host.notify import ServiceNotifier, kept_sockets
@@ -58,8 +59,7 @@ from imdsproxy.listeners.loop import ExporterPort, ListenerLoop
 from imdsproxy.listeners.settle import KeptNetworks
 from imdsproxy.listeners.watch import EventKind, HostWatch, WatchPace
 from imdsproxy.nova.upstream import NovaUpstream
-from imdsproxy.serving.account import find_account
-from imdsproxy.serving.resolver import HoldLimits, Resolver
+from imdsproxy.serving.resolver import Resolver
 from imdsproxy.unix_listener.listener import UnixListener
 
 _REVIEW_EVERY_S: Final = 1.0
@@ -173,7 +173,9 @@ class Controller:
             self.sources.look_up,
             self._is_followed,
         )
-        self.resolver = Resolver(self.lookup.look, self._hold_limits, clock.monotonic)
+        self.resolver = Resolver(
+            self.lookup.look, lambda: self.holder.settings.resolver, clock.monotonic
+        )
         self.audit = Audit(lambda: holder.settings.audit, self._keep_worker)
         self.counting = open_counting(self.haproxy, clock, lambda: holder.settings.tokens.one_in)
         self.reloader = SettingsReloader(
@@ -224,10 +226,6 @@ class Controller:
     def _is_followed(self, key: AddressKey) -> bool:
         namespace = self.mac_filters.namespace_of(key[0])
         return self.mac_filters.is_up(key[0]) and self.watch.is_watched(namespace)
-
-    def _hold_limits(self) -> HoldLimits:
-        resolver = self.holder.settings.resolver
-        return HoldLimits(resolver.hold_s, resolver.max_held_per_network, resolver.max_held)
 
     def _keep_worker(self, worker: socket.socket) -> bool:
         try:

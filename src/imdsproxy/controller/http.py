@@ -25,12 +25,10 @@ from imdsproxy.admin.status import StatusService
 from imdsproxy.admin.tokens import TokenService
 from imdsproxy.app.limited import LimitWatch
 from imdsproxy.controller.controller import Controller
-from imdsproxy.nova.watch import NovaWatch
-from imdsproxy.serving.asgi import AsgiApp
-from imdsproxy.serving.forward import FoundForwarder
-from imdsproxy.serving.listen import HttpListener
-from imdsproxy.serving.passwords import PasswordStore
-from imdsproxy.serving.resolver_app import resolver_app
+from imdsproxy.nova.upstream import NovaWatch
+from imdsproxy.serving.http import AsgiApp, HttpListener
+from imdsproxy.serving.resolver_app import FoundForwarder, resolver_app
+from imdsproxy.serving.store import PasswordStore
 
 AnyAsgiApp: TypeAlias = Callable[..., Awaitable[None]]
 """FastAPI's, Starlette's and our own spell the three arguments each in their way."""
@@ -62,7 +60,7 @@ def build_apps(controller: Controller) -> HttpApps:
     one, settings = controller, controller.holder
     inventory, records, listeners = one.inventory, one.records, one.listeners
     needed = one.companion.needed
-    forwarder = FoundForwarder(str(one.layout.found_socket), _FORWARD_S)
+    forward = FoundForwarder(str(one.layout.found_socket), _FORWARD_S).forward
     status = StatusService(
         settings,
         one.clock,
@@ -98,7 +96,7 @@ def build_apps(controller: Controller) -> HttpApps:
     services = Services(
         RecordReports(inventory, records, listeners, needed),
         RecordService(inventory, records, listeners, one.sources.writable, status.unapplied),
-        GuestService(inventory, records, one.lookup, explainer, forwarder, passwords),
+        GuestService(inventory, records, one.lookup, explainer, forward, passwords),
         TokenService(inventory, records, one.policy_store, one.clock, status.unapplied),
         one.watching,
         records.progress,
@@ -118,7 +116,7 @@ def build_apps(controller: Controller) -> HttpApps:
     return HttpApps(
         services,
         metrics,
-        resolver_app(one.resolver, forwarder),
+        resolver_app(one.resolver, forward),
         HealthReports(status.readiness, metrics.expose),
     )
 

@@ -19,7 +19,6 @@ import structlog
 
 from imdsproxy.admin.health import HealthServer
 from imdsproxy.app.heartbeat import Heartbeat
-from imdsproxy.app.servers import open_datagram_socket, open_sole_socket, open_tcp_socket
 from imdsproxy.app.settings_reload import SettingsHolder
 from imdsproxy.config.schema import Settings
 from imdsproxy.controller.build import build_host, build_layout, prepare_directories
@@ -32,6 +31,7 @@ from imdsproxy.host.clock import Clock
 from imdsproxy.host.files import hold_directory, limit_log, owner_of
 from imdsproxy.host.notify import ServiceNotifier
 from imdsproxy.host.process import release_memory
+from imdsproxy.host.servers import open_datagram_socket, open_sole_socket, open_tcp_socket
 from imdsproxy.host.socket_file import SocketFiles
 from imdsproxy.nova.upstream import NovaUpstream
 from imdsproxy.unix_listener.listener import sweep_unix_socket

@@ -1,71 +1,53 @@
-"""Answers for guests out of compiled records, for the document server and the resolver alike."""
+"""Answers for guests out of compiled records, and the document server as an ASGI application."""
 
 from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Iterable
 from functools import partial
-from typing import BinaryIO, Final
+from typing import Final, cast
 
 import structlog
 
 from imdsproxy.core.compiled import Blob
-from imdsproxy.core.documents import (
+from imdsproxy.core.documents.respond import (
     SEED_LENGTH,
     DocumentRequest,
     DocumentResponse,
+    Header,
     respond,
 )
-from imdsproxy.core.documents.respond import Header
-from imdsproxy.core.model import InstanceId
-from imdsproxy.core.wire import RETRY_AFTER_S
+from imdsproxy.core.model import ID_PATTERN, InstanceId
+from imdsproxy.core.wire import HEADER_INSTANCE, HEADER_REVISION, PROBE_INSTANCE
 from imdsproxy.errors import HostRefused, PrivilegeMissing, RecordCorrupt
-from imdsproxy.serving.passwords import PasswordStore
-from imdsproxy.serving.store import LoadedRecord, RecordReader
+from imdsproxy.serving.http import (
+    LIVENESS_PATH,
+    Answer,
+    AsgiApp,
+    BodyTooLarge,
+    FilePart,
+    Receive,
+    Scope,
+    Send,
+    Unfinished,
+    read_body,
+    refusal,
+    retry_later,
+    send_answer,
+)
+from imdsproxy.serving.store import LoadedRecord, PasswordStore, RecordReader
 
 _LIFETIME: Final = (b"cache-control", b"max-age=3600")
 """Between here and HAProxy's cache, whose key holds the revision; HAProxy takes it away again."""
 
+_INSTANCE_HEADER: Final = HEADER_INSTANCE.encode("ascii")
+_REVISION_HEADER: Final = HEADER_REVISION.encode("ascii")
+_INSTANCE_ID: Final = re.compile(f"{ID_PATTERN}|{re.escape(PROBE_INSTANCE)}".encode())
+_BODILESS: Final = frozenset({"GET", "HEAD"})
 _REPLACED_AT_MOST: Final = 3
 _NOTED_AT_MOST: Final = 1024
-
-
-@dataclass(frozen=True, slots=True)
-class FilePart:
-    """A piece of an open file; the sender closes it."""
-
-    file: BinaryIO
-    offset: int
-    length: int
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """What goes out; header names are in lower case, Content-Length is among them."""
-
-    status: int
-    headers: tuple[Header, ...]
-    body: bytes | FilePart = b""
-
-
-def refusal(status: int, *headers: Header, text: str = "") -> Answer:
-    """An answer without a document.
-
-    Args:
-        status: Its status.
-        headers: Beside those of the body.
-        text: One line for people; without it there is no body.
-    """
-    kind = ((b"content-type", b"text/plain"),) if text else ()
-    body = text.encode("ascii")
-    return Answer(status, (*headers, *kind, (b"content-length", b"%d" % len(body))), body)
-
-
-def retry_later() -> Answer:
-    """503 that makes a client come again: what it asked for is there, but cannot be had now."""
-    return refusal(503, (b"retry-after", b"%d" % RETRY_AFTER_S))
 
 
 class DocumentService:
@@ -167,3 +149,43 @@ class DocumentService:
             self._noted.clear()
         self._noted[instance_id] = reason
         self._log.warning("an instance gets no documents", instance=instance_id, reason=reason)
+
+
+def documents_app(service: DocumentService) -> AsgiApp:
+    """The application that answers for the instances that HAProxy names in its headers."""
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            raise ValueError(f"the document server does not speak {scope['type']}")
+        try:
+            answer = await _answer(service, scope, receive)
+        except Exception:  # noqa: BLE001 - logged; a fault of ours is answered like one that goes away
+            # A 500 ends boots: cloud-init's OpenStack source comes again only on 503.
+            structlog.get_logger().exception("a request failed", path=repr(scope["raw_path"]))
+            answer = retry_later()
+        if answer is not None:
+            await send_answer(answer, send)
+
+    return app
+
+
+async def _answer(service: DocumentService, scope: Scope, receive: Receive) -> Answer | None:
+    headers = cast("Iterable[Header]", scope["headers"])
+    path = cast("bytes", scope["raw_path"])
+    instances = [value for name, value in headers if name == _INSTANCE_HEADER]
+    if not instances and path == LIVENESS_PATH:
+        return refusal(200)
+    if len(instances) != 1 or not _INSTANCE_ID.fullmatch(instances[0]):
+        return refusal(400)
+    method = cast("str", scope["method"])
+    body = b"" if method in _BODILESS else await read_body(receive)
+    if isinstance(body, BodyTooLarge):
+        return refusal(413)
+    if isinstance(body, Unfinished):
+        return None
+    revisions = (value.decode("latin-1") for name, value in headers if name == _REVISION_HEADER)
+    return await service.answer(
+        InstanceId(instances[0].decode("ascii")),
+        DocumentRequest(method, path, body),
+        revision=next(revisions, None),
+    )

@@ -15,11 +15,13 @@ from collections.abc import Awaitable, Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
-from typing import Final, Protocol, TypeAlias
+from typing import Final, TypeAlias
 
+from imdsproxy.config.schema import ResolverSettings
 from imdsproxy.core.identity import Denial
 from imdsproxy.core.model import NetworkId, Scope
 from imdsproxy.core.observation import AddressKey
+from imdsproxy.core.wire import MapRecord
 
 _QUIET_S: Final = 60.0
 """An address that asks for nothing this long may be another guest's by then, and waits again."""
@@ -27,29 +29,15 @@ _MAX_ENDED: Final = 10_000
 """Addresses whose wait is remembered; an inventive guest must not fill the memory."""
 
 
-@dataclass(frozen=True, slots=True)
-class Known:
-    """The address is an instance's, and its documents can be served.
+Outcome: TypeAlias = MapRecord | Denial
+"""By which record HAProxy answers, or why the guest gets no document."""
 
-    Attributes:
-        record: The map value by which HAProxy answers.
-    """
-
-    record: str
-
-
-Outcome: TypeAlias = Known | Denial
+Look: TypeAlias = Callable[[AddressKey, Scope | None, int | None], Awaitable[Outcome]]
+"""Looks an address up now, which may read the kernel's neighbour table or query Neutron. The scope is what the id in
+the request is, where the request has it; the port the guest's, where the kernel has not yet checked the address
+together with its MAC."""
 
 _MAY_COME: Final = (Denial.UNKNOWN, Denial.UNAVAILABLE)
-
-
-@dataclass(frozen=True, slots=True)
-class HoldLimits:
-    """How long, and how many at once."""
-
-    hold_s: float = 5.0
-    per_network: int = 32
-    in_all: int = 256
 
 
 @dataclass(slots=True)
@@ -60,22 +48,6 @@ class ResolverCounts:
     held: int = 0
     denied: Counter[Denial] = field(default_factory=Counter)
     mismatched: Counter[NetworkId] = field(default_factory=Counter)
-
-
-class Look(Protocol):
-    """Finds the instance of an address, now."""
-
-    def __call__(
-        self, key: AddressKey, scope: Scope | None, port: int | None, /
-    ) -> Awaitable[Outcome]:
-        """Look an address up; this may read the kernel's neighbour table, or query Neutron.
-
-        Args:
-            key: The network or router, and the address.
-            scope: What the id in the request is, where the request has it.
-            port: The guest's, where the kernel has not yet checked the address together with its MAC.
-        """
-        ...
 
 
 @dataclass(slots=True)
@@ -89,7 +61,7 @@ class Resolver:
     """
 
     look: Look
-    limits: Callable[[], HoldLimits]
+    limits: Callable[[], ResolverSettings]
     now: Callable[[], float]
     counts: ResolverCounts = field(default_factory=ResolverCounts)
     _waiting: dict[AddressKey, set[asyncio.Event]] = field(default_factory=dict)
@@ -131,7 +103,7 @@ class Resolver:
         if hold_s <= 0:
             self._remember(key, 0)
             return self._counted(key, outcome)
-        if self._held[key[0]] >= limits.per_network or self.held >= limits.in_all:
+        if self._held[key[0]] >= limits.max_held_per_network or self.held >= limits.max_held:
             return self._counted(key, Denial.OVER_LIMIT)
         if in_sync:
             self._remember(key, hold_s)
@@ -185,10 +157,10 @@ class Resolver:
             del self._held[key[0]]
 
     def _counted(self, key: AddressKey, outcome: Outcome) -> Outcome:
-        if isinstance(outcome, Known):
-            self.counts.found += 1
-        else:
+        if isinstance(outcome, Denial):
             self.counts.denied[outcome] += 1
+        else:
+            self.counts.found += 1
         if outcome is Denial.MISMATCH:
             self.counts.mismatched[key[0]] += 1
         return outcome

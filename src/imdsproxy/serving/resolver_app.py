@@ -1,11 +1,22 @@
-"""The resolver as an ASGI application: who is it, then back to HAProxy, which answers."""
+"""The resolver as an ASGI application: whose request is it, then back to HAProxy, which answers.
+
+A guest's first request, and what has no Content-Length, is handed to HAProxy's frontend `found` with the record that
+its maps do not have yet, so that policy, tokens, endpoints, health, TLS, deadlines and retries are HAProxy's alone.
+What comes back goes to the guest byte for byte.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+import asyncio
+import contextlib
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, MutableMapping
+from dataclasses import dataclass, field, replace
 from ipaddress import ip_address
-from typing import cast
+from typing import Final, TypeAlias, cast
+
+import httpcore
+import structlog
 
 from imdsproxy.core.documents.respond import Header
 from imdsproxy.core.identity import Denial
@@ -14,16 +25,22 @@ from imdsproxy.core.model import Scope as IdScope
 from imdsproxy.core.observation import AddressKey
 from imdsproxy.core.wire import (
     HEADER_ADDRESS,
+    HEADER_FORWARDED,
     HEADER_NETWORK,
+    HEADER_OPERATOR,
+    HEADER_RECORD,
     HEADER_REFUSED,
     HEADER_SCOPE,
     HEADER_TARGET,
     HEADER_UNVERIFIED,
     MISMATCH_TEXT,
     UNKNOWN_TEXT,
+    MapRecord,
+    render_map_value,
 )
-from imdsproxy.serving.asgi import (
+from imdsproxy.serving.http import (
     LIVENESS_PATH,
+    Answer,
     AsgiApp,
     BodyTooLarge,
     Receive,
@@ -31,70 +48,87 @@ from imdsproxy.serving.asgi import (
     Send,
     Unfinished,
     read_body,
+    refusal,
+    retry_later,
     send_answer,
     while_there,
 )
-from imdsproxy.serving.documents import Answer, refusal, retry_later
-from imdsproxy.serving.forward import Forwarder, FoundRequest
 from imdsproxy.serving.resolver import Resolver
 
-_NETWORK = HEADER_NETWORK.encode("ascii")
-_ADDRESS = HEADER_ADDRESS.encode("ascii")
-_SCOPE = HEADER_SCOPE.encode("ascii")
-_TARGET = HEADER_TARGET.encode("ascii")
-_UNVERIFIED = HEADER_UNVERIFIED.encode("ascii")
-_REFUSED = HEADER_REFUSED.encode("ascii"), b"1"
-_OURS = b"x-imdsproxy-"
-_UNAVAILABLE = 503
-_CHANGES_NOTHING = frozenset({"GET", "HEAD", "OPTIONS", "PUT"})
+_OURS: Final = "x-imdsproxy-"
+_REFUSED: Final = HEADER_REFUSED.encode("ascii"), b"1"
+_UNAVAILABLE: Final = 503
+_CHANGES_NOTHING: Final = frozenset({"GET", "HEAD", "OPTIONS", "PUT"})
+_BODILESS: Final = frozenset({"GET", "HEAD", "OPTIONS"})
+_HOP_BY_HOP: Final = frozenset({"connection", "keep-alive", "transfer-encoding"})
 
 
-def resolver_app(resolver: Resolver, forwarder: Forwarder) -> AsgiApp:
+@dataclass(frozen=True, slots=True)
+class GuestRequest:
+    """A guest's whole request, and where it comes from.
+
+    Attributes:
+        key: The network or router, and the guest's address.
+        target: Path and query as the guest sent them.
+        headers: What HAProxy let through of the guest's, and its own.
+        scope: What the id in `key` is, where HAProxy knows that.
+        port: The guest's, where the kernel has not yet checked the address together with its MAC.
+        by_operator: It takes nothing of the network's share, and is not counted as the guest's.
+    """
+
+    key: AddressKey
+    method: str
+    target: bytes
+    headers: tuple[Header, ...] = ()
+    body: bytes = b""
+    scope: IdScope | None = None
+    port: int | None = None
+    by_operator: bool = False
+
+
+Forward: TypeAlias = Callable[[MapRecord, GuestRequest, Send], Awaitable[None]]
+"""Sends a request to HAProxy and the answer to the guest; 503 where none can be had."""
+
+
+def resolver_app(resolver: Resolver, forward: Forward) -> AsgiApp:
     """The application behind HAProxy's backend `resolver`."""
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             raise ValueError(f"the resolver does not speak {scope['type']}")
-        headers = tuple(cast("Iterable[Header]", scope["headers"]))
-        origin = _parse_origin(headers)
-        if origin is None:
+        request = _parse_request(scope)
+        if request is None:
             # Only HAProxy can reach this socket; without an identity it is HAProxy's own check.
             await send_answer(refusal(200 if scope["raw_path"] == LIVENESS_PATH else 400), send)
             return
         body = await read_body(receive)
         if isinstance(body, BodyTooLarge):
-            await send_answer(_to_any_mac(origin, refusal(413)), send)
+            await _refuse(request, refusal(413), send)
         elif not isinstance(body, Unfinished):
-            asked = _Asked(
-                origin,
-                cast("str", scope["method"]),
-                cast("bytes", scope["raw_path"]),
-                headers,
-                body,
-            )
             # HAProxy may have answered 503 by then, and a POST that is sent all the same would arrive twice.
-            await while_there(receive, answer(asked, send))
+            await while_there(receive, answer(replace(request, body=body), send))
 
-    async def answer(asked: _Asked, send: Send) -> None:
-        origin, method = asked.origin, asked.method
-        outcome = await resolver.resolve(origin.key, origin.scope, origin.port)
+    async def answer(request: GuestRequest, send: Send) -> None:
+        outcome = await resolver.resolve(request.key, request.scope, request.port)
         if isinstance(outcome, Denial):
-            await send_answer(_to_any_mac(origin, _refuse(outcome, method)), send)
-        elif origin.port is not None and method not in _CHANGES_NOTHING:
+            await _refuse(request, _deny(outcome, request.method), send)
+        elif request.port is not None and request.method not in _CHANGES_NOTHING:
             # The sender is not verified. Once it is, the request comes again.
-            await send_answer(_to_any_mac(origin, retry_later()), send)
+            await _refuse(request, retry_later(), send)
         else:
-            network, address = origin.key
-            target = origin.target or asked.path
-            found = FoundRequest(
-                outcome.record, network, str(address), method, target, asked.headers, asked.body
-            )
-            await forwarder.forward(found, send)
+            await forward(outcome, request, send)
 
     return app
 
 
-def _refuse(denial: Denial, method: str) -> Answer:
+async def _refuse(request: GuestRequest, answer: Answer, send: Send) -> None:
+    if request.port is not None:
+        # It holds nothing of an instance, so the MAC filter lets it through to any MAC.
+        answer = replace(answer, headers=(*answer.headers, _REFUSED))
+    await send_answer(answer, send)
+
+
+def _deny(denial: Denial, method: str) -> Answer:
     status = denial.status
     if status == _UNAVAILABLE:
         return retry_later()
@@ -105,50 +139,132 @@ def _refuse(denial: Denial, method: str) -> Answer:
     return replace(answer, body=b"") if method == "HEAD" else answer
 
 
-def _to_any_mac(origin: _Origin, answer: Answer) -> Answer:
-    """Mark an answer that holds nothing of an instance, so that the MAC filter lets it through to any MAC."""
-    if origin.port is None:
-        return answer
-    return replace(answer, headers=(*answer.headers, _REFUSED))
-
-
-@dataclass(frozen=True, slots=True)
-class _Origin:
-    """Where a request comes from, by HAProxy's headers."""
-
-    key: AddressKey
-    scope: IdScope | None
-    target: bytes | None
-    port: int | None
-
-
-@dataclass(frozen=True, slots=True)
-class _Asked:
-    """A guest's whole request."""
-
-    origin: _Origin
-    method: str
-    path: bytes
-    headers: tuple[Header, ...]
-    body: bytes
-
-
-def _parse_origin(headers: Iterable[Header]) -> _Origin | None:
-    sent = [(name, value) for name, value in headers if name.startswith(_OURS)]
+def _parse_request(scope: Scope) -> GuestRequest | None:
+    """What HAProxy sends, but for its body; `None` where it does not say whose request it is, each thing once."""
+    headers = tuple(cast("Iterable[Header]", scope["headers"]))
+    sent = [(name.decode("latin-1"), value) for name, value in headers]
+    sent = [(name, value) for name, value in sent if name.startswith(_OURS)]
     ours = dict(sent)
-    if len(ours) < len(sent):
-        # HAProxy sends each once.
+    if len(ours) < len(sent) or not {HEADER_NETWORK, HEADER_ADDRESS} <= ours.keys():
         return None
-    network, address = ours.get(_NETWORK), ours.get(_ADDRESS)
-    if network is None or address is None:
-        return None
-    word, port = ours.get(_SCOPE), ours.get(_UNVERIFIED)
+    text = {name: value.decode("latin-1") for name, value in ours.items()}
     try:
-        return _Origin(
-            (NetworkId(network.decode("latin-1")), ip_address(address.decode("latin-1"))),
-            None if word is None else IdScope(word.decode("latin-1")),
-            ours.get(_TARGET),
-            None if port is None else int(port),
+        return GuestRequest(
+            (NetworkId(text[HEADER_NETWORK]), ip_address(text[HEADER_ADDRESS])),
+            cast("str", scope["method"]),
+            ours.get(HEADER_TARGET) or cast("bytes", scope["raw_path"]),
+            headers,
+            scope=IdScope(text[HEADER_SCOPE]) if HEADER_SCOPE in text else None,
+            port=int(text[HEADER_UNVERIFIED]) if HEADER_UNVERIFIED in text else None,
         )
     except ValueError:
         return None
+
+
+@dataclass(slots=True)
+class CollectedAnswer:
+    """An answer that is looked at instead of sent on; `take` is its `send`."""
+
+    status: int = 0
+    headers: tuple[Header, ...] = ()
+    body: bytearray = field(default_factory=bytearray)
+
+    async def take(self, message: MutableMapping[str, object]) -> None:
+        """One of ASGI's messages."""
+        if message["type"] == "http.response.start":
+            self.status = cast("int", message["status"])
+            self.headers = tuple(cast("Iterable[Header]", message["headers"]))
+        else:
+            self.body += cast("bytes", message["body"])
+
+
+@dataclass(slots=True)
+class FoundForwarder:
+    """Forwards requests to HAProxy's frontend `found`.
+
+    A guest that reads its answer slowly keeps a connection as long as it likes. So no network has more than its
+    share of them at once; what else it asks waits for these.
+
+    Args:
+        socket: Its path.
+        timeout_s: The longest that HAProxy may take; it has deadlines of its own, which are shorter.
+        per_network: A network's share of the connections.
+    """
+
+    socket: str
+    timeout_s: float
+    per_network: int = 16
+    _pool: httpcore.AsyncConnectionPool = field(init=False)
+    _shares: dict[str, asyncio.Semaphore] = field(default_factory=dict)
+    _askers: Counter[str] = field(default_factory=Counter)
+
+    def __post_init__(self) -> None:
+        # Kept connections would stay with a worker that drains after a reload; a miss is rare.
+        self._pool = httpcore.AsyncConnectionPool(
+            uds=self.socket, max_connections=256, max_keepalive_connections=0, retries=0
+        )
+
+    @contextlib.asynccontextmanager
+    async def _share(self, network: str) -> AsyncIterator[None]:
+        share = self._shares.setdefault(network, asyncio.Semaphore(self.per_network))
+        self._askers[network] += 1
+        try:
+            async with share:
+                yield
+        finally:
+            self._askers[network] -= 1
+            if not self._askers[network]:
+                del self._askers[network], self._shares[network]
+
+    async def forward(self, record: MapRecord, request: GuestRequest, send: Send) -> None:
+        """Send the request; then pass head and body on as they come."""
+        async with self._share("" if request.by_operator else request.key[0]):
+            await self._forward(record, request, send)
+
+    async def _forward(self, record: MapRecord, request: GuestRequest, send: Send) -> None:
+        started = False
+        limits = dict.fromkeys(("connect", "read", "write", "pool"), self.timeout_s)
+        try:
+            async with self._pool.stream(
+                request.method,
+                httpcore.URL(scheme=b"http", host=b"haproxy", port=80, target=request.target),
+                headers=list(_headers(record, request)),
+                content=request.body or None,
+                extensions={"timeout": limits},
+            ) as response:
+                headers = [
+                    (name.lower(), value)
+                    for name, value in response.headers
+                    if name.lower().decode("latin-1") not in _HOP_BY_HOP
+                ]
+                started = True
+                await send(
+                    {"type": "http.response.start", "status": response.status, "headers": headers}
+                )
+                async for chunk in response.aiter_stream():
+                    await send({"type": "http.response.body", "body": chunk, "more_body": True})
+                await send({"type": "http.response.body", "body": b""})
+        except (httpcore.NetworkError, httpcore.TimeoutException, httpcore.ProtocolError) as error:
+            structlog.get_logger().warning(
+                "request not handed to haproxy", error=f"{type(error).__name__}: {error}"
+            )
+            if started:
+                # The guest must see that the answer is not whole: the server closes its connection.
+                raise
+            await send_answer(retry_later(), send)
+
+
+def _headers(record: MapRecord, request: GuestRequest) -> Iterable[tuple[str | bytes, str | bytes]]:
+    for name, value in request.headers:
+        text = name.decode("latin-1")
+        if text == HEADER_FORWARDED or not (
+            text.startswith(_OURS) or text in _HOP_BY_HOP or text == "content-length"
+        ):
+            yield name, value
+    yield HEADER_RECORD, render_map_value(record)
+    yield HEADER_NETWORK, request.key[0]
+    yield HEADER_ADDRESS, str(request.key[1])
+    if request.by_operator:
+        yield HEADER_OPERATOR, "yes"
+    if request.body or request.method not in _BODILESS:
+        yield "content-length", str(len(request.body))

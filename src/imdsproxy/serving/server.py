@@ -9,28 +9,41 @@ SIGTERM and SIGINT stop it, SIGHUP makes it take up new code and settings withou
 
 from __future__ import annotations
 
+import asyncio
+import concurrent.futures.thread  # noqa: F401 - see below
+import json
 import os
 import signal
+import socket
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Final
 
 import structlog
+import uvicorn.lifespan.off  # noqa: F401 - see below
 
 from imdsproxy.errors import ImdsproxyError
-from imdsproxy.host.files import ensure_directory
+from imdsproxy.host.account import Account, find_account
+from imdsproxy.host.files import ensure_directory, write_atomic
 from imdsproxy.host.notify import ServiceNotifier
-from imdsproxy.serving.account import Account, find_account
-from imdsproxy.serving.bind import open_unix_socket
-from imdsproxy.serving.handover import Handover, accept_handover, write_handover
+from imdsproxy.host.servers import open_unix_socket
+from imdsproxy.serving.documents import DocumentService, documents_app
+from imdsproxy.serving.http import HttpListener
 from imdsproxy.serving.pidfile import PidFile, read_pids
-from imdsproxy.serving.supervisor import HANDLED_SIGNALS, Ending, Supervisor
-from imdsproxy.serving.worker import Place
+from imdsproxy.serving.store import PasswordStore, RecordReader
+from imdsproxy.serving.supervisor import HANDLED_SIGNALS, Ending, Place, Supervisor
 
-_SOCKET_MODE = 0o660
-_PRIVATE = 0o750
+# Libraries import the modules marked above when they first need them. Here that is too late: an unprivileged
+# worker may not be able to read them, and after an upgrade they would not fit the rest.
+
+_SOCKET_MODE: Final = 0o660
+_PRIVATE: Final = 0o750
+_GRACE_S: Final = 5.0
+_ORPHAN_POLL_S: Final = 0.2
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,10 +100,7 @@ def run_documents(
     places = _places(options, account, handover)
     supervisor = Supervisor(
         places,
-        records=options.records,
-        passwords=options.passwords,
-        cache_bytes=options.cache_bytes,
-        account=account,
+        serve=partial(run_worker, options, account),
         pid_file=pid_file,
         log=options.log,
         bind=lambda path: _bind(path, account),
@@ -154,3 +164,126 @@ def _become_successor(handover_file: Path, handover: Handover) -> None:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, HANDLED_SIGNALS)
         log.error("cannot be replaced; going on as before", reason=str(error))  # noqa: TRY400 - the reason says it all
         handover_file.unlink(missing_ok=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Handover:
+    """What the predecessor held: same process, same sockets, new program.
+
+    The parent writes it into a file and executes its own command line again. The next program finds the file with its
+    own pid in it, forks new workers on the same sockets, and ends the old ones when the new ones answer. No connection
+    is refused meanwhile, and the process that a supervisor watches stays.
+
+    Attributes:
+        lock: The pid file's descriptor.
+        alive: The writing end of the pipe by which its workers know that their parent lives.
+        places: Its sockets.
+        workers: Its workers, which still serve.
+    """
+
+    lock: int
+    alive: int
+    places: tuple[Place, ...]
+    workers: tuple[int, ...]
+
+
+def write_handover(path: Path, handover: Handover) -> None:
+    """Write the file and make the descriptors survive the execution.
+
+    Raises:
+        HostRefused: The file cannot be written.
+        PrivilegeMissing: This process may not write there.
+    """
+    sockets = [
+        {"path": str(one.path), "descriptor": one.listener.fileno(), "identity": one.identity}
+        for one in handover.places
+    ]
+    # The next program may be of another version.
+    text = {
+        "pid": os.getpid(),
+        "lock": handover.lock,
+        "alive": handover.alive,
+        "sockets": sockets,
+        "workers": handover.workers,
+    }
+    write_atomic(path, json.dumps(text).encode("ascii"), mode=0o600)
+    listeners = (one.listener.fileno() for one in handover.places)
+    for descriptor in (handover.lock, handover.alive, *listeners):
+        os.set_inheritable(descriptor, True)
+
+
+def accept_handover(path: Path) -> Handover | None:
+    """What this process's former program left, once; `None` when it was started anew."""
+    try:
+        text = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        # Whatever is there was not written for this process in this moment.
+        return None
+    if not isinstance(text, dict) or text.get("pid") != os.getpid():
+        return None
+    path.unlink(missing_ok=True)
+    places = []
+    for one in text["sockets"]:
+        listener = socket.socket(fileno=one["descriptor"])
+        listener.set_inheritable(False)
+        device, inode = one["identity"]
+        places.append(Place(Path(one["path"]), listener, (device, inode)))
+    for descriptor in (text["lock"], text["alive"]):
+        os.set_inheritable(descriptor, False)
+    return Handover(text["lock"], text["alive"], tuple(places), tuple(text["workers"]))
+
+
+def run_worker(
+    options: DocumentServerOptions,
+    account: Account | None,
+    place: Place,
+    parent: int,
+    announce: Callable[[], None],
+) -> None:
+    """Be a worker until SIGTERM, then finish what is begun.
+
+    A worker whose parent is gone (killed) serves on, until another one listens in its place.
+
+    Args:
+        options: What to serve.
+        account: What to become; `None` for what this process is.
+        place: The socket.
+        parent: The reading end of a pipe that is never written: it ends when the parent does.
+        announce: Called once, when requests are answered.
+    """
+    if account is not None:
+        account.assume()
+    asyncio.run(_serve(options, place, parent, announce))
+
+
+async def _serve(
+    options: DocumentServerOptions, place: Place, parent: int, announce: Callable[[], None]
+) -> None:
+    loop = asyncio.get_running_loop()
+    over, orphaned = asyncio.Event(), asyncio.Event()
+    loop.add_signal_handler(signal.SIGTERM, over.set)
+
+    def note_end() -> None:
+        loop.remove_reader(parent)
+        os.close(parent)
+        orphaned.set()
+
+    loop.add_reader(parent, note_end)
+    records = RecordReader(options.records, capacity=options.cache_bytes)
+    http = HttpListener(documents_app(DocumentService(records, PasswordStore(options.passwords))))
+    await http.open(place.listener)
+    announce()
+    succession = loop.create_task(_end_when_replaced(place, orphaned, over))
+    await over.wait()
+    succession.cancel()
+    await http.close(grace_s=_GRACE_S)
+
+
+async def _end_when_replaced(place: Place, orphaned: asyncio.Event, over: asyncio.Event) -> None:
+    await orphaned.wait()
+    log = structlog.get_logger()
+    log.warning("the document server's parent is gone; serving on", socket=str(place.path))
+    while place.is_ours():  # noqa: ASYNC110 - the file system is what changes
+        await asyncio.sleep(_ORPHAN_POLL_S)
+    log.info("another document server has taken over", socket=str(place.path))
+    over.set()

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 from types import FrameType
-from typing import Final
+from typing import Final, TypeAlias
 
 import structlog
 
@@ -29,10 +29,8 @@ from imdsproxy.host.process import (
     read_stat,
 )
 from imdsproxy.host.refusal import host_refused
-from imdsproxy.serving.account import Account
-from imdsproxy.serving.asgi import LIVENESS_PATH
+from imdsproxy.serving.http import LIVENESS_PATH
 from imdsproxy.serving.pidfile import PidFile
-from imdsproxy.serving.worker import Place, WorkerTask, run_worker
 
 _START_WITHIN_S: Final = 15.0
 _LOOK_EVERY_S: Final = 1.0
@@ -59,6 +57,28 @@ class Ending(Enum):
 
     STOP = "stop"
     REPLACE = "replace"
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A listening socket and the file it is found by (device and inode tell whether it still is)."""
+
+    path: Path
+    listener: socket.socket
+    identity: tuple[int, int]
+
+    def is_ours(self) -> bool:
+        """Whether clients that connect to the path still come to this socket."""
+        try:
+            status = self.path.stat()
+        except OSError:
+            return False
+        return (status.st_dev, status.st_ino) == self.identity
+
+
+Serve: TypeAlias = Callable[[Place, int, Callable[[], None]], None]
+"""What a worker does: serve the place; the reading end of a pipe ends when the parent does; the last is called once,
+when requests are answered."""
 
 
 @dataclass(slots=True)
@@ -94,10 +114,7 @@ class Supervisor:
 
     Args:
         places: The sockets, one for each worker.
-        records: The directory of compiled records.
-        passwords: The directory of guests' passwords.
-        cache_bytes: Memory that each worker may spend on records.
-        account: What the workers become; `None` leaves them as they are.
+        serve: Run in each worker, which ends when it returns.
         pid_file: Kept current.
         log: Kept short.
         bind: Makes a socket anew where its file was removed.
@@ -111,20 +128,14 @@ class Supervisor:
         self,
         places: Sequence[Place],
         *,
-        records: Path,
-        passwords: Path,
-        cache_bytes: int,
-        account: Account | None,
+        serve: Serve,
         pid_file: PidFile,
         log: Path | None,
         bind: Callable[[Path], Place],
         monotonic: Callable[[], float],
     ) -> None:
         self._workers = [_Worker(place) for place in places]
-        self._records = records
-        self._passwords = passwords
-        self._cache_bytes = cache_bytes
-        self._account = account
+        self._serve = serve
         self._pid_file = pid_file
         self._log_file = log
         self._bind = bind
@@ -231,7 +242,6 @@ class Supervisor:
         due = [worker.due for worker in self._workers if worker.pid is None]
         self._wait(min([_LOOK_EVERY_S, *(max(0.0, moment - now) for moment in due)]))
         self._reap(stopping=False)
-        self._hear()
 
     def _end_hung(self) -> None:
         """Ask each worker; end one that does not answer, and predecessors that do not end."""
@@ -263,7 +273,12 @@ class Supervisor:
             try:
                 place = self._bind(worker.place.path)
             except ImdsproxyError as error:
-                self._complain(worker.place.path, error)
+                reason, path = str(error), str(worker.place.path)
+                if reason != self._complaint:
+                    self._log.error(
+                        "a socket is gone and cannot be made", socket=path, reason=reason
+                    )
+                self._complaint = reason
                 continue
             self._log.warning("a socket was taken away; listening anew", socket=str(place.path))
             worker.place.listener.close()
@@ -271,25 +286,16 @@ class Supervisor:
             if worker.pid is not None:
                 _signal(worker.pid, signal.SIGTERM)
 
-    def _complain(self, path: Path, error: ImdsproxyError) -> None:
-        if self._complaint != str(error):
-            self._complaint = str(error)
-            self._log.error(
-                "a socket is gone and cannot be made", socket=str(path), reason=str(error)
-            )
-
     def _wait(self, timeout_s: float) -> None:
         pipes = [worker.ready for worker in self._workers if worker.ready is not None]
         readable, _, _ = select.select([self._wakeup, *pipes], [], [], timeout_s)
         if self._wakeup in readable:
             os.read(self._wakeup, 4096)
-
-    def _hear(self) -> None:
         for worker in self._workers:
-            if worker.ready is None or not select.select([worker.ready], [], [], 0)[0]:
-                continue
-            if os.read(worker.ready, 1):
-                os.close(worker.ready)
+            # At its end without a byte, the worker has ended too.
+            ready = worker.ready
+            if ready is not None and ready in readable and os.read(ready, 1):
+                os.close(ready)
                 worker.ready = None
                 self._log.info("a worker answers", pid=worker.pid, socket=str(worker.place.path))
 
@@ -348,15 +354,7 @@ class Supervisor:
         status = 1
         try:
             self._leave_parent(worker, ready)
-            task = WorkerTask(
-                place=worker.place,
-                records=self._records,
-                passwords=self._passwords,
-                cache_bytes=self._cache_bytes,
-                parent=self._alive,
-                announce=lambda: _announce(announce),
-            )
-            run_worker(task)
+            self._serve(worker.place, self._alive, lambda: _announce(announce))
             status = 0
         except BaseException:  # noqa: BLE001 - logged, and the process ends
             self._log.exception("a worker failed", socket=str(worker.place.path))
@@ -388,8 +386,6 @@ class Supervisor:
             self._pid_file.descriptor,
         ):
             os.close(descriptor)
-        if self._account is not None:
-            self._account.assume()
 
     def _catch_signals(self) -> None:
         for descriptor in (self._wakeup, self._wakeup_writer):

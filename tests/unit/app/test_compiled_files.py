@@ -24,8 +24,7 @@ from imdsproxy.core.model import (
     Subnet,
 )
 from imdsproxy.core.packed import PackedInstances
-from imdsproxy.serving.passwords import PasswordStore
-from imdsproxy.serving.store import DiskFiles
+from imdsproxy.serving.store import DiskFiles, PasswordStore
 
 _A, _B = InstanceId("a"), InstanceId("b")
 _RECORD = CompiledRecord("0123456789abcdef", b"content\n")

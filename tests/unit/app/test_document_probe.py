@@ -16,8 +16,7 @@ from imdsproxy.core.model import Instance
 from imdsproxy.core.wire import PROBE_INSTANCE
 from imdsproxy.dataplane.haproxy import Haproxy
 from imdsproxy.errors import HostRefused, Problem
-from imdsproxy.serving.passwords import PasswordStore
-from imdsproxy.serving.store import DiskFiles
+from imdsproxy.serving.store import DiskFiles, PasswordStore
 
 _GOOD = (200, Instance(PROBE_INSTANCE, "probe", "probe").ec2_id.encode())
 _BUSY = (503, b"")

@@ -28,11 +28,10 @@ from imdsproxy.core.model import (
 from imdsproxy.core.observation import AddressKey, Observation
 from imdsproxy.core.wire import EmbeddedRecord
 from imdsproxy.errors import HostRefused
-from imdsproxy.serving.resolver import Known
 
 _RED = NetworkId("red")
 _REVISION = "0123456789abcdef"
-_WEB = Known(f"web|{_REVISION}")
+_WEB = EmbeddedRecord(InstanceId("web"), _REVISION)
 _MAC = MacAddress("02:00:00:00:00:05")
 _PRIVATE: AddressKey = (_RED, IPv6Address("fe80::1234"))
 

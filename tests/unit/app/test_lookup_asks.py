@@ -33,9 +33,9 @@ from imdsproxy.core.observation import AddressKey, Conflict, Observation
 from imdsproxy.core.plan import plan_record
 from imdsproxy.core.policy import OperatorOverride, PolicyBook, PolicyRules, TokenMode
 from imdsproxy.core.policy_report import DEFAULT_ORIGIN, PolicyInForce
-from imdsproxy.core.wire import MapRecord, NovaRecord, parse_map_value
+from imdsproxy.core.wire import MapRecord, NovaRecord
 from imdsproxy.errors import Problem
-from imdsproxy.serving.resolver import Known, Outcome
+from imdsproxy.serving.resolver import Outcome
 from imdsproxy.sources.api import (
     Confirmation,
     LookUp,
@@ -194,11 +194,9 @@ def _rig(listed: Scope | None = None) -> Rig:
     return rig
 
 
-def _record(resolution: Outcome) -> NovaRecord:
-    assert isinstance(resolution, Known)
-    record = parse_map_value(resolution.record)
-    assert isinstance(record, NovaRecord)
-    return record
+def _record(outcome: Outcome) -> NovaRecord:
+    assert isinstance(outcome, NovaRecord)
+    return outcome
 
 
 async def test_an_address_that_nobody_told_of_is_asked_for() -> None:
@@ -213,7 +211,7 @@ async def test_an_address_that_nobody_told_of_is_asked_for() -> None:
 async def test_an_address_that_is_known_is_not_asked_for() -> None:
     rig = _rig()
     rig.publish(_WEB)
-    assert isinstance(await rig.look((_NET, _ADDRESS)), Known)
+    assert isinstance(await rig.look((_NET, _ADDRESS)), NovaRecord)
     assert rig.source.asked == []
 
 
@@ -284,7 +282,7 @@ async def test_behind_a_router_the_address_is_learned_by_way_of_its_own_network(
 async def test_a_networks_record_says_what_it_is_not_the_request() -> None:
     rig = _rig(Scope.NETWORK)
     rig.answer(_FOUND)
-    assert isinstance(await rig.look((_NET, _ADDRESS), Scope.ROUTER), Known)
+    assert isinstance(await rig.look((_NET, _ADDRESS), Scope.ROUTER), NovaRecord)
     assert rig.source.asked == [(Scope.NETWORK, _NET, _ADDRESS)]
 
 
@@ -315,7 +313,7 @@ async def test_a_private_link_local_address_is_asked_for_by_the_mac_of_the_neigh
     assert await rig.look((_NET, _PRIVATE)) == Denial.UNKNOWN
     assert rig.source.asked == []
     rig.neighbours.mac = _MAC
-    assert isinstance(await rig.look((_NET, _PRIVATE)), Known)
+    assert isinstance(await rig.look((_NET, _PRIVATE)), NovaRecord)
     assert rig.source.asked == [(Scope.NETWORK, _NET, _EUI64)]
     assert rig.records.learned == {(_NET, _PRIVATE): Learned(InstanceId("web"), 130.0, mac=_MAC)}
 

@@ -43,8 +43,7 @@ from imdsproxy.dataplane.master import MasterClient
 from imdsproxy.dataplane.records import RecordApplier
 from imdsproxy.errors import HostRefused, RuntimeUnavailable
 from imdsproxy.host.clock import SystemClock
-from imdsproxy.serving.passwords import PasswordStore
-from imdsproxy.serving.store import DiskFiles
+from imdsproxy.serving.store import DiskFiles, PasswordStore
 from support.fake_haproxy import FakeHaproxy
 from support.fake_mac_filters import no_hop_limits, no_mac_filters
 

@@ -129,7 +129,7 @@ def test_the_seed_and_the_password_are_asked_for_only_where_needed() -> None:
     def refuse() -> bytes:
         raise AssertionError
 
-    from imdsproxy.core.documents import DocumentRequest, respond  # noqa: PLC0415 - shows the bare call
+    from imdsproxy.core.documents.respond import DocumentRequest, respond  # noqa: PLC0415 - shows the bare call
 
     for path in (b"/", b"/latest/user-data", b"/openstack/latest/vendor_data.json", b"/nothing"):
         respond(DocumentRequest("GET", path), asked.tree, random_seed=refuse, password=refuse)

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from imdsproxy.core.documents.vendor import vendor_object, vendor_text
+from imdsproxy.core.documents.tree import vendor_object, vendor_text
 
 CONFIG = b"#cloud-config\nruncmd: [date]\n"
 

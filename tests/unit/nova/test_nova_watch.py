@@ -7,7 +7,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from imdsproxy.dataplane.haproxy import Haproxy
-from imdsproxy.nova.watch import NovaEndpointReport, NovaWatch
+from imdsproxy.nova.upstream import NovaEndpointReport, NovaWatch
 
 _ONE = "192.0.2.1:8775"
 _TWO = "192.0.2.2:8775"

@@ -8,11 +8,11 @@ import pytest
 import structlog
 
 from imdsproxy.core.compiled import compiled_path
-from imdsproxy.core.documents import DocumentRequest
+from imdsproxy.core.documents.respond import DocumentRequest
 from imdsproxy.core.model import Instance, InstanceId
-from imdsproxy.serving.documents import Answer, DocumentService, FilePart
-from imdsproxy.serving.passwords import PasswordStore
-from imdsproxy.serving.store import RecordReader, apply_record, remove_record
+from imdsproxy.serving.documents import DocumentService
+from imdsproxy.serving.http import Answer, FilePart
+from imdsproxy.serving.store import PasswordStore, RecordReader, apply_record, remove_record
 from support.guest_records import GUEST, SEED, compiled, guest, with_head
 
 META_DATA = "/openstack/latest/meta_data.json"

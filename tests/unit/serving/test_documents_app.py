@@ -8,18 +8,18 @@ import pytest
 import structlog
 
 from imdsproxy.core.compiled import CompiledRecord
-from imdsproxy.serving.asgi import (
+from imdsproxy.serving.documents import DocumentService, documents_app
+from imdsproxy.serving.http import (
     BODY_LIMIT,
+    Answer,
     AsgiApp,
     BodyTooLarge,
+    FilePart,
     Unfinished,
-    documents_app,
     read_body,
     send_answer,
 )
-from imdsproxy.serving.documents import Answer, DocumentService, FilePart
-from imdsproxy.serving.passwords import PasswordStore
-from imdsproxy.serving.store import RecordReader, apply_record
+from imdsproxy.serving.store import PasswordStore, RecordReader, apply_record
 from support.guest_records import GUEST, compiled, guest
 
 INSTANCE = (b"x-imdsproxy-instance", GUEST.id.encode())

@@ -4,15 +4,19 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 from dataclasses import replace
+from ipaddress import ip_address
 from pathlib import Path
 
 import httpcore
 import pytest
 from structlog.testing import capture_logs
 
-from imdsproxy.serving.forward import CollectedAnswer, FoundForwarder, FoundRequest
+from imdsproxy.core.model import InstanceId, NetworkId
+from imdsproxy.core.observation import AddressKey
+from imdsproxy.core.wire import EmbeddedRecord, render_map_value
+from imdsproxy.serving.resolver_app import CollectedAnswer, FoundForwarder, GuestRequest
 
-_RECORD = "@default|" + "0" * 64 + "|i|p"
+_RECORD = EmbeddedRecord(InstanceId("i"), "0" * 16)
 
 
 class Peer:
@@ -43,7 +47,11 @@ async def _peer(directory: Path) -> AsyncIterator[tuple[Peer, FoundForwarder]]:
         yield peer, FoundForwarder(str(path), 5.0)
 
 
-def _request(method: str = "GET", target: bytes = b"/a", body: bytes = b"") -> FoundRequest:
+def _key(network: str) -> AddressKey:
+    return NetworkId(network), ip_address("10.0.0.5")
+
+
+def _request(method: str = "GET", target: bytes = b"/a", body: bytes = b"") -> GuestRequest:
     headers = (
         (b"host", b"169.254.169.254"),
         (b"accept", b"*/*"),
@@ -53,26 +61,26 @@ def _request(method: str = "GET", target: bytes = b"/a", body: bytes = b"") -> F
         (b"x-imdsproxy-network", b"n"),
         (b"x-imdsproxy-forwarded", b"by"),
     )
-    return FoundRequest(_RECORD, "red", "10.0.0.5", method, target, headers, body)
+    return GuestRequest(_key("red"), method, target, headers, body)
 
 
 @pytest.mark.parametrize("target", [b"/a?", b"/a%2fb/../c//d?x=%3F", b"/?a#", b"*"])
 async def test_the_target_is_sent_byte_for_byte(tmp_path: Path, target: bytes) -> None:
     async with _peer(tmp_path) as (peer, forwarder):
-        await forwarder.forward(_request(target=target), CollectedAnswer().take)
+        await forwarder.forward(_RECORD, _request(target=target), CollectedAnswer().take)
         assert peer.seen.split(b"\r\n")[0] == b"GET " + target + b" HTTP/1.1"
 
 
 async def test_our_headers_are_ours_and_the_body_has_its_length(tmp_path: Path) -> None:
     async with _peer(tmp_path) as (peer, forwarder):
-        await forwarder.forward(_request("POST", body=b"pass"), CollectedAnswer().take)
+        await forwarder.forward(_RECORD, _request("POST", body=b"pass"), CollectedAnswer().take)
         head, _, body = peer.seen.partition(b"\r\n\r\n")
         lines = sorted(line.lower() for line in head.split(b"\r\n")[1:])
         assert lines == sorted(
             [
                 b"host: 169.254.169.254",
                 b"accept: */*",
-                b"x-imdsproxy-record: " + _RECORD.encode(),
+                b"x-imdsproxy-record: " + render_map_value(_RECORD).encode(),
                 b"x-imdsproxy-network: red",
                 b"x-imdsproxy-address: 10.0.0.5",
                 b"x-imdsproxy-forwarded: by",
@@ -85,13 +93,13 @@ async def test_our_headers_are_ours_and_the_body_has_its_length(tmp_path: Path) 
 async def test_an_operator_s_request_is_marked_once(tmp_path: Path) -> None:
     async with _peer(tmp_path) as (peer, forwarder):
         request = replace(_request(), by_operator=True)
-        await forwarder.forward(request, CollectedAnswer().take)
+        await forwarder.forward(_RECORD, request, CollectedAnswer().take)
         assert peer.seen.count(b"x-imdsproxy-operator") == 1
 
 
 async def test_a_post_without_a_body_says_so(tmp_path: Path) -> None:
     async with _peer(tmp_path) as (peer, forwarder):
-        await forwarder.forward(_request("POST"), CollectedAnswer().take)
+        await forwarder.forward(_RECORD, _request("POST"), CollectedAnswer().take)
         assert b"content-length: 0" in peer.seen.lower()
 
 
@@ -102,7 +110,7 @@ async def test_the_answer_is_passed_on_as_it_is(tmp_path: Path) -> None:
             b"Content-Length: 3\r\nConnection: close\r\n\r\n\x1f\x8b\xff"
         )
         answer = CollectedAnswer()
-        await forwarder.forward(_request(), answer.take)
+        await forwarder.forward(_RECORD, _request(), answer.take)
         assert answer.status == 409
         assert answer.headers == (
             (b"content-encoding", b"gzip"),
@@ -119,7 +127,7 @@ async def test_no_answer_or_none_that_can_be_read_is_503(tmp_path: Path, answer:
         peer.answer = answer
         got = CollectedAnswer()
         with capture_logs() as logs:
-            await forwarder.forward(_request(), got.take)
+            await forwarder.forward(_RECORD, _request(), got.take)
         assert got.status == 503
         assert (b"retry-after", b"1") in got.headers
         assert [entry["event"] for entry in logs] == ["request not handed to haproxy"]
@@ -128,7 +136,7 @@ async def test_no_answer_or_none_that_can_be_read_is_503(tmp_path: Path, answer:
 async def test_nobody_behind_the_socket_is_503(tmp_path: Path) -> None:
     got = CollectedAnswer()
     with capture_logs():
-        await FoundForwarder(str(tmp_path / "none"), 1.0).forward(_request(), got.take)
+        await FoundForwarder(str(tmp_path / "none"), 1.0).forward(_RECORD, _request(), got.take)
     assert got.status == 503
 
 
@@ -136,7 +144,7 @@ async def test_an_answer_that_breaks_off_is_not_made_to_look_whole(tmp_path: Pat
     async with _peer(tmp_path) as (peer, forwarder):
         peer.answer = b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\nhalf"
         with capture_logs(), pytest.raises(httpcore.RemoteProtocolError):
-            await forwarder.forward(_request(), CollectedAnswer().take)
+            await forwarder.forward(_RECORD, _request(), CollectedAnswer().take)
 
 
 async def test_a_network_has_its_share_of_the_connections_and_waits_for_it(tmp_path: Path) -> None:
@@ -150,18 +158,18 @@ async def test_a_network_has_its_share_of_the_connections_and_waits_for_it(tmp_p
 
         async with asyncio.timeout(30), asyncio.TaskGroup() as group:
             for _ in range(5):
-                group.create_task(forwarder.forward(_request(), take_slowly))
+                group.create_task(forwarder.forward(_RECORD, _request(), take_slowly))
             for _ in range(2):
                 await taking.acquire()
             got = CollectedAnswer()
-            await forwarder.forward(replace(_request(), network="green"), got.take)
+            await forwarder.forward(_RECORD, replace(_request(), key=_key("green")), got.take)
             assert got.status == 200
             # Nor does an operator wait for them.
             got = CollectedAnswer()
-            await forwarder.forward(replace(_request(), by_operator=True), got.take)
+            await forwarder.forward(_RECORD, replace(_request(), by_operator=True), got.take)
             assert got.status == 200
             assert taking.locked()
             go_on.set()
         got = CollectedAnswer()
-        await forwarder.forward(_request(), got.take)
+        await forwarder.forward(_RECORD, _request(), got.take)
         assert got.status == 200

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from imdsproxy.serving.bind import open_unix_socket
-from imdsproxy.serving.handover import Handover, accept_handover, write_handover
-from imdsproxy.serving.worker import Place
+from imdsproxy.host.servers import open_unix_socket
+from imdsproxy.serving.server import Handover, accept_handover, write_handover
+from imdsproxy.serving.supervisor import Place
 
 
 def test_what_is_handed_over_comes_back_once(tmp_path: Path) -> None:

@@ -10,9 +10,16 @@ from typing import cast
 import pytest
 
 from imdsproxy.errors import HostRefused
-from imdsproxy.serving.asgi import AsgiApp, Receive, Scope, Send, read_body
-from imdsproxy.serving.bind import open_unix_socket
-from imdsproxy.serving.listen import HttpListener, _WholeAnswers
+from imdsproxy.host.servers import open_unix_socket
+from imdsproxy.serving.http import (
+    AsgiApp,
+    HttpListener,
+    Receive,
+    Scope,
+    Send,
+    _WholeAnswers,
+    read_body,
+)
 
 ASK = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
 

@@ -10,7 +10,7 @@ import pytest
 
 from imdsproxy.core.model import InstanceId
 from imdsproxy.errors import HostRefused
-from imdsproxy.serving.passwords import PasswordStore
+from imdsproxy.serving.store import PasswordStore
 
 VM = InstanceId("vm-1")
 

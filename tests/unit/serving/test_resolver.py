@@ -6,17 +6,14 @@ from ipaddress import IPv4Address
 
 import pytest
 
+from imdsproxy.config.schema import ResolverSettings
 from imdsproxy.core.identity import Denial
-from imdsproxy.core.model import NetworkId, Scope
+from imdsproxy.core.model import InstanceId, NetworkId, Scope
 from imdsproxy.core.observation import AddressKey
-from imdsproxy.serving.resolver import (
-    HoldLimits,
-    Known,
-    Outcome,
-    Resolver,
-)
+from imdsproxy.core.wire import EmbeddedRecord
+from imdsproxy.serving.resolver import Outcome, Resolver
 
-_WEB = Known("web|0123456789abcdef")
+_WEB = EmbeddedRecord(InstanceId("web"), "0123456789abcdef")
 
 
 def _key(network: str = "red", last: int = 5) -> AddressKey:
@@ -44,7 +41,8 @@ class World:
 
 
 def _resolver(world: World, hold_s: float = 5, per_network: int = 32, in_all: int = 64) -> Resolver:
-    return Resolver(world.look, lambda: HoldLimits(hold_s, per_network, in_all), world.now)
+    settings = ResolverSettings(hold_s=hold_s, max_held_per_network=per_network, max_held=in_all)
+    return Resolver(world.look, lambda: settings, world.now)
 
 
 async def _held(resolver: Resolver, count: int) -> None:

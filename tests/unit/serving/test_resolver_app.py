@@ -4,15 +4,17 @@ import asyncio
 import time
 from collections.abc import MutableMapping
 from dataclasses import dataclass, field
+from ipaddress import ip_address
 
 import pytest
 
-from imdsproxy.core.model import Scope
+from imdsproxy.config.schema import ResolverSettings
+from imdsproxy.core.model import InstanceId, Scope
 from imdsproxy.core.observation import AddressKey
-from imdsproxy.serving.asgi import Send, while_there
-from imdsproxy.serving.forward import CollectedAnswer, FoundRequest
-from imdsproxy.serving.resolver import HoldLimits, Known, Outcome, Resolver
-from imdsproxy.serving.resolver_app import resolver_app
+from imdsproxy.core.wire import EmbeddedRecord, MapRecord
+from imdsproxy.serving.http import Send, while_there
+from imdsproxy.serving.resolver import Outcome, Resolver
+from imdsproxy.serving.resolver_app import CollectedAnswer, GuestRequest, resolver_app
 
 _SCOPE_HEADERS = [(b"x-imdsproxy-network", b"red"), (b"x-imdsproxy-address", b"10.0.0.5")]
 _SCOPE = {"type": "http", "method": "POST", "raw_path": b"/password", "headers": _SCOPE_HEADERS}
@@ -20,9 +22,9 @@ _SCOPE = {"type": "http", "method": "POST", "raw_path": b"/password", "headers":
 
 @dataclass
 class Forwarded:
-    requests: list[FoundRequest] = field(default_factory=list)
+    requests: list[GuestRequest] = field(default_factory=list)
 
-    async def forward(self, request: FoundRequest, send: Send) -> None:
+    async def forward(self, _: MapRecord, request: GuestRequest, send: Send) -> None:
         self.requests.append(request)
         await send({"type": "http.response.start", "status": 200, "headers": []})
         await send({"type": "http.response.body", "body": b""})
@@ -55,14 +57,14 @@ class Look:
         del key, scope
         self.asked.set()
         await self.known.wait()
-        return Known("record")
+        return EmbeddedRecord(InstanceId("web"), "0" * 16)
 
 
 async def test_what_a_guest_asked_that_went_away_meanwhile_is_not_sent_on() -> None:
     """HAProxy has told it to come again: a password would arrive twice."""
     client, look, forwarded, answer = Client(), Look(), Forwarded(), CollectedAnswer()
-    resolver = Resolver(look, HoldLimits, time.monotonic)
-    app = resolver_app(resolver, forwarded)
+    resolver = Resolver(look, ResolverSettings, time.monotonic)
+    app = resolver_app(resolver, forwarded.forward)
     async with asyncio.timeout(30), asyncio.TaskGroup() as group:
 
         async def ask() -> None:
@@ -79,11 +81,11 @@ async def test_what_a_guest_asked_that_went_away_meanwhile_is_not_sent_on() -> N
 async def test_what_a_guest_asked_that_is_still_there_is_sent_in_its_networks_name() -> None:
     client, look, forwarded, answer = Client(), Look(), Forwarded(), CollectedAnswer()
     look.known.set()
-    app = resolver_app(Resolver(look, HoldLimits, time.monotonic), forwarded)
+    app = resolver_app(Resolver(look, ResolverSettings, time.monotonic), forwarded.forward)
     async with asyncio.timeout(30):
         await app(_SCOPE, client.receive, answer.take)
     (request,) = forwarded.requests
-    assert (request.network, request.address, request.body) == ("red", "10.0.0.5", b"pass")
+    assert (request.key, request.body) == (("red", ip_address("10.0.0.5")), b"pass")
     assert answer.status == 200
 
 
@@ -100,7 +102,7 @@ async def test_what_is_said_twice_of_who_asks_is_400(name: str) -> None:
     """HAProxy says each once, so one of the two is not HAProxy's."""
     look, forwarded, answer = Look(), Forwarded(), CollectedAnswer()
     look.known.set()
-    app = resolver_app(Resolver(look, HoldLimits, time.monotonic), forwarded)
+    app = resolver_app(Resolver(look, ResolverSettings, time.monotonic), forwarded.forward)
     told = [*_SCOPE_HEADERS, (f"x-imdsproxy-{name}".encode(), b"1")]
     twice = told if name in ("network", "address") else [*told, told[-1]]
     await app({**_SCOPE, "headers": twice}, Client().receive, answer.take)
@@ -118,6 +120,6 @@ async def test_what_is_said_twice_of_who_asks_is_400(name: str) -> None:
 )
 async def test_what_haproxy_would_never_say_is_400(headers: list[tuple[bytes, bytes]]) -> None:
     answer = CollectedAnswer()
-    app = resolver_app(Resolver(Look(), HoldLimits, time.monotonic), Forwarded())
+    app = resolver_app(Resolver(Look(), ResolverSettings, time.monotonic), Forwarded().forward)
     await app({**_SCOPE, "headers": headers}, Client().receive, answer.take)
     assert answer.status == 400

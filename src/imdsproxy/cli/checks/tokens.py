@@ -10,7 +10,7 @@ from imdsproxy.app.policy_store import read_overrides
 from imdsproxy.app.token_keys import read_token_keys
 from imdsproxy.cli.checks import Finding, Subject, count, refused, warn
 from imdsproxy.cli.checks.guests import read_record_files
-from imdsproxy.core.documents.served import can_be_served
+from imdsproxy.core.documents.respond import can_be_served
 from imdsproxy.core.inventory import Inventory
 from imdsproxy.core.model import Instance, InstanceId, Network, NetworkId
 from imdsproxy.core.observation import Observation, SourceName

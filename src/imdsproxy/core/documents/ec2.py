@@ -147,26 +147,6 @@ def _first(values: Iterable[str | None]) -> Leaf | None:
     return _text(next((value for value in values if value), None))
 
 
-def _local_ipv4(record: DocumentRecord) -> Leaf | None:
-    return _first(_addresses(record, ipv6=False))
-
-
-def _ipv6(record: DocumentRecord) -> Leaf | None:
-    return _first(_addresses(record, ipv6=True))
-
-
-def _mac(record: DocumentRecord) -> Leaf | None:
-    return _first(port.mac for port in record.ports)
-
-
-def _hostname(record: DocumentRecord) -> Leaf | None:
-    return _text(record.hostname)
-
-
-def _reservation(record: DocumentRecord) -> Leaf | None:
-    return _text(f"r-{uuid.UUID(record.uuid).hex[:17]}")
-
-
 def _public_keys(record: DocumentRecord) -> Directory | None:
     if not record.ssh_keys:
         return None
@@ -180,27 +160,16 @@ def _public_keys(record: DocumentRecord) -> Directory | None:
     )
 
 
-def _placement(record: DocumentRecord) -> Directory | None:
-    return _some({"availability-zone": _text(record.availability_zone)})
-
-
-def _placement_with_region(record: DocumentRecord) -> Directory | None:
-    return _some(
-        {
-            "availability-zone": _text(record.availability_zone),
-            "region": _text(record.region or _region_of(record.availability_zone)),
-        }
-    )
+def _placement(record: DocumentRecord, *, with_region: bool = False) -> Directory | None:
+    zone = record.availability_zone
+    region = record.region or _region_of(zone) if with_region else None
+    return _some({"availability-zone": _text(zone), "region": _text(region)})
 
 
 def _region_of(zone: str | None) -> str | None:
     """A zone that is not named after its region counts as a region of its own."""
     match = None if zone is None else _LETTERED_ZONE.fullmatch(zone)
     return zone if match is None else match[1]
-
-
-def _block_devices(_: DocumentRecord) -> Directory:
-    return directory({"ami": Leaf(_ROOT_DEVICE), "root": Leaf(b"/dev/" + _ROOT_DEVICE)})
 
 
 def _tags(record: DocumentRecord) -> Directory | None:
@@ -231,7 +200,7 @@ def _interface(record: DocumentRecord, port: DocumentPort, number: int) -> Direc
         {
             "device-number": _text(str(number)),
             "ipv6s": _lines(address.ip for address in v6),
-            "local-hostname": _hostname(record),
+            "local-hostname": _text(record.hostname),
             "local-ipv4s": _lines(address.ip for address in v4),
             "mac": _text(port.mac),
             "owner-id": _text(record.project),
@@ -253,25 +222,29 @@ def _some(children: dict[str, Leaf | None]) -> Directory | None:
 
 _DYNAMIC_SINCE: Final = "2009-04-04"
 
+_BLOCK_DEVICES: Final = directory(
+    {"ami": Leaf(_ROOT_DEVICE), "root": Leaf(b"/dev/" + _ROOT_DEVICE)}
+)
+
 _CATEGORIES: Final[tuple[tuple[str, str, Callable[[DocumentRecord], Node | None]], ...]] = (
     ("1.0", "ami-id", lambda _: _text(_NO_IMAGE)),
     ("1.0", "ami-launch-index", lambda _: _text("0")),
     ("1.0", "ami-manifest-path", lambda _: _text("(unknown)")),
-    ("1.0", "hostname", _hostname),
+    ("1.0", "hostname", lambda record: _text(record.hostname)),
     ("1.0", "instance-id", lambda record: _text(record.ec2_id)),
-    ("1.0", "local-ipv4", _local_ipv4),
+    ("1.0", "local-ipv4", lambda record: _first(_addresses(record, ipv6=False))),
     ("1.0", "public-keys", _public_keys),
-    ("1.0", "reservation-id", _reservation),
+    ("1.0", "reservation-id", lambda record: _text(f"r-{uuid.UUID(record.uuid).hex[:17]}")),
     ("1.0", "security-groups", lambda _: _text("default")),
-    ("2007-01-19", "local-hostname", _hostname),
+    ("2007-01-19", "local-hostname", lambda record: _text(record.hostname)),
     ("2007-08-29", "instance-type", lambda record: _text(record.instance_type)),
-    ("2007-12-15", "block-device-mapping", _block_devices),
+    ("2007-12-15", "block-device-mapping", lambda _: _BLOCK_DEVICES),
     ("2008-02-01", "placement", _placement),
     ("2008-09-01", "instance-action", lambda _: _text("none")),
-    ("2011-01-01", "mac", _mac),
+    ("2011-01-01", "mac", lambda record: _first(port.mac for port in record.ports)),
     ("2011-01-01", "network", _network),
-    ("2020-10-27", "placement", _placement_with_region),
-    ("2021-01-03", "ipv6", _ipv6),
+    ("2020-10-27", "placement", lambda record: _placement(record, with_region=True)),
+    ("2021-01-03", "ipv6", lambda record: _first(_addresses(record, ipv6=True))),
     ("2021-03-23", "tags", _tags),
 )
 

@@ -11,11 +11,10 @@ import uuid
 from collections.abc import Iterator
 from functools import lru_cache
 from ipaddress import ip_network
-from typing import Final, TypeAlias
+from typing import Final
 
 from imdsproxy.core.compiled import DocumentAddress, DocumentPort, DocumentRecord
-
-JsonValue: TypeAlias = "str | int | bool | list[JsonValue] | dict[str, JsonValue] | None"
+from imdsproxy.core.documents.tree import JsonValue
 
 _ANYWHERE: Final = ("0.0.0.0", "::")  # noqa: S104 - a route's destination, not a bind
 """By `is_ipv6`."""

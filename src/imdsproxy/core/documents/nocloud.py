@@ -11,9 +11,17 @@ from typing import Final
 
 from imdsproxy.core.compiled import DocumentRecord
 from imdsproxy.core.documents.ec2 import unique_names
-from imdsproxy.core.documents.network import JsonValue, render_network_config
-from imdsproxy.core.documents.tree import BINARY, Data, Directory, Leaf, Node, listing
-from imdsproxy.core.documents.vendor import vendor_text
+from imdsproxy.core.documents.network import render_network_config
+from imdsproxy.core.documents.tree import (
+    BINARY,
+    Data,
+    Directory,
+    JsonValue,
+    Leaf,
+    Node,
+    listing,
+    vendor_text,
+)
 
 NOCLOUD_ROOT: Final = "nocloud"
 """The first name of the tree's paths."""

@@ -7,18 +7,19 @@ from typing import Final
 
 from imdsproxy.core.compiled import DocumentRecord
 from imdsproxy.core.documents.ec2 import LATEST, unique_names
-from imdsproxy.core.documents.network import JsonValue, render_network_data
+from imdsproxy.core.documents.network import render_network_data
 from imdsproxy.core.documents.tree import (
     JSON,
     Data,
     Directory,
+    JsonValue,
     Leaf,
     Node,
     Password,
     Seeded,
     listing,
+    vendor_object,
 )
-from imdsproxy.core.documents.vendor import vendor_object
 
 _FOLSOM: Final = "2012-08-10"
 _GRIZZLY: Final = "2013-04-04"

@@ -1,11 +1,17 @@
-"""The tree that every dialect's documents hang in, and how a path finds its way through it."""
+"""What the dialects share: the tree that their documents hang in, how a path leads through it, and vendor data.
+
+An operator's vendor data that is a JSON object is OpenStack's `vendor_data.json` as it is; what cloud-init is to run
+is its `cloud-init` member (a text, or a list of them). Anything else is text for cloud-init itself
+(`#cloud-config`, a script, …). So the same is run in every dialect, once.
+"""
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Final, TypeAlias
+from typing import Final, TypeAlias, cast
 from urllib.parse import unquote_to_bytes
 
 from imdsproxy.core.compiled import Blob
@@ -14,6 +20,9 @@ TEXT: Final = b"text/plain; charset=utf-8"
 JSON: Final = b"application/json"
 BINARY: Final = b"application/octet-stream"
 
+JsonValue: TypeAlias = "str | int | bool | list[JsonValue] | dict[str, JsonValue] | None"
+
+_VENDOR_MEMBER: Final = "cloud-init"
 _BROKEN_ESCAPE: Final = re.compile(rb"%(?![0-9A-Fa-f]{2})")
 
 
@@ -117,3 +126,41 @@ def find_node(root: Node, names: Iterable[str]) -> Node | None:
             return None
         node = node.children.get(name)
     return node
+
+
+def vendor_object(data: bytes | None) -> dict[str, JsonValue]:
+    """What `vendor_data.json` says; an empty object when there is none, as Nova has it.
+
+    Data that is not text (a compressed archive) has no form in JSON that cloud-init reads, and is
+    left out.
+    """
+    if not data:
+        return {}
+    parsed = _parse_object(data)
+    if parsed is not None:
+        return parsed
+    try:
+        return {_VENDOR_MEMBER: data.decode("utf-8")}
+    except UnicodeDecodeError:
+        return {}
+
+
+def vendor_text(data: bytes | None) -> bytes:
+    """What NoCloud's `vendor-data` says; empty when there is nothing to run."""
+    if not data:
+        return b""
+    parsed = _parse_object(data)
+    if parsed is None:
+        return data
+    wanted = parsed.get(_VENDOR_MEMBER)
+    if isinstance(wanted, list):
+        return b"#cloud-config-archive\n" + json.dumps(wanted).encode("ascii")
+    return encode_text(wanted) if isinstance(wanted, str) else b""
+
+
+def _parse_object(data: bytes) -> dict[str, JsonValue] | None:
+    try:
+        parsed = json.loads(data)
+    except (ValueError, RecursionError):
+        return None
+    return cast("dict[str, JsonValue]", parsed) if isinstance(parsed, dict) else None

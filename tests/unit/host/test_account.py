@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from imdsproxy.errors import HostRefused
-from imdsproxy.serving.account import Account, find_account, find_closed
+from imdsproxy.host.account import Account, find_account, find_closed
 
 
 def test_nothing_named_changes_nothing() -> None:
@@ -72,7 +72,7 @@ def test_the_first_directory_that_an_account_cannot_enter_is_found() -> None:
 def test_without_the_right_to_take_an_account_nothing_is_found() -> None:
     script = (
         "from pathlib import Path\n"
-        "from imdsproxy.serving.account import Account, find_closed\n"
+        "from imdsproxy.host.account import Account, find_closed\n"
         "print(find_closed(Account(65534, 65534), Path('/root')))"
     )
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""An ASGI application on a unix socket: uvicorn's HTTP protocol without its process handling.
+"""HTTP for our own servers: answers, what an ASGI application (ASGI 3) reads and sends, and uvicorn's protocol.
 
 `uvicorn.Server` wakes ten times a second and takes over signals; this only listens and, at the end, drains.
 """
@@ -7,14 +7,30 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from typing import Final, cast
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, MutableMapping
+from dataclasses import dataclass
+from typing import Any, BinaryIO, Final, TypeAlias, cast
 
 from uvicorn import Config
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.server import ServerState
 
-from imdsproxy.serving.asgi import AsgiApp
+from imdsproxy.core.documents.respond import Header
+from imdsproxy.core.wire import RETRY_AFTER_S
 
+Scope: TypeAlias = Mapping[str, object]
+Message: TypeAlias = MutableMapping[str, object]
+Receive: TypeAlias = Callable[[], Awaitable[Message]]
+Send: TypeAlias = Callable[[Message], Awaitable[None]]
+AsgiApp: TypeAlias = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+BODY_LIMIT: Final = 64 * 1024
+"""Bytes of a request's body; the largest that means anything is a password of 1,020."""
+
+LIVENESS_PATH: Final = b"/livez"
+"""Answered 200 to a request that names no instance: HAProxy's check."""
+
+_CHUNK: Final = 256 * 1024
 _BACKLOG: Final = 2048
 _KEEP_ALIVE_S: Final = 300
 """Longer than HAProxy keeps an idle connection to a server, so that it is HAProxy who closes."""
@@ -25,6 +41,111 @@ _INTERIM: Final = b"HTTP/1.1 100 "
 _INTERIM_LENGTH: Final = len(_INTERIM)
 _LINGER_S: Final = 1.0
 _DRAIN_POLL_S: Final = 0.02
+
+
+class BodyTooLarge:
+    """The body is longer than the limit."""
+
+
+class Unfinished:
+    """The client went away before its body was complete."""
+
+
+@dataclass(frozen=True, slots=True)
+class FilePart:
+    """A piece of an open file; the sender closes it."""
+
+    file: BinaryIO
+    offset: int
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What goes out; header names are in lower case, Content-Length is among them."""
+
+    status: int
+    headers: tuple[Header, ...]
+    body: bytes | FilePart = b""
+
+
+def refusal(status: int, *headers: Header, text: str = "") -> Answer:
+    """An answer without a document.
+
+    Args:
+        status: Its status.
+        headers: Beside those of the body.
+        text: One line for people; without it there is no body.
+    """
+    kind = ((b"content-type", b"text/plain"),) if text else ()
+    body = text.encode("ascii")
+    return Answer(status, (*headers, *kind, (b"content-length", b"%d" % len(body))), body)
+
+
+def retry_later() -> Answer:
+    """503 that makes a client come again: what it asked for is there, but cannot be had now."""
+    return refusal(503, (b"retry-after", b"%d" % RETRY_AFTER_S))
+
+
+async def read_body(receive: Receive, limit: int = BODY_LIMIT) -> bytes | BodyTooLarge | Unfinished:
+    """The request's whole body, however it is framed; at most `limit` bytes of it are ever held."""
+    parts: list[bytes] = []
+    length = 0
+    while True:
+        message = await receive()
+        if message["type"] != "http.request":
+            return Unfinished()
+        part = cast("bytes", message.get("body", b""))
+        length += len(part)
+        if length > limit:
+            return BodyTooLarge()
+        parts.append(part)
+        if not message.get("more_body", False):
+            return b"".join(parts)
+
+
+async def while_there(receive: Receive, work: Coroutine[Any, Any, None]) -> None:
+    """Do something for a client whose body was read, until it is done or the client has gone away."""
+    doing = asyncio.create_task(work)
+    leaving = asyncio.create_task(_until_gone(receive))
+    try:
+        await asyncio.wait((doing, leaving), return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        leaving.cancel()
+        if not doing.done():
+            doing.cancel()
+        await asyncio.wait((doing, leaving))
+    if not doing.cancelled():
+        doing.result()
+
+
+async def _until_gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def send_answer(answer: Answer, send: Send) -> None:
+    """Send an answer; of a file only so much is in memory as the client has not yet taken."""
+    start: Message = {
+        "type": "http.response.start",
+        "status": answer.status,
+        "headers": list(answer.headers),
+    }
+    if isinstance(answer.body, bytes):
+        await send(start)
+        await send({"type": "http.response.body", "body": answer.body})
+        return
+    with answer.body.file as file:
+        await send(start)
+        file.seek(answer.body.offset)
+        left = answer.body.length
+        while left:
+            chunk = file.read(min(left, _CHUNK))
+            if not chunk:
+                raise EOFError(f"a compiled record ends {left} bytes early")
+            left -= len(chunk)
+            await send({"type": "http.response.body", "body": chunk, "more_body": True})
+    await send({"type": "http.response.body", "body": b""})
 
 
 class _WholeAnswers(asyncio.Transport):
