@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from imdsproxy.cli.completion import SHELLS, render_completion
+from imdsproxy.cli.main import SHELLS, render_completion
 from imdsproxy.cli.manpages import MAN_PAGES
 
 PACKAGING = Path(__file__).parents[2] / "packaging"

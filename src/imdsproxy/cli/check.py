@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from imdsproxy.cli import options
-from imdsproxy.cli.output import Column, clean
+from imdsproxy.cli.output import clean
 
 if TYPE_CHECKING:
     from imdsproxy.cli.checks import Finding
@@ -36,10 +36,8 @@ def check(
         ]
         run.output.json({"ok": not wrong, "findings": rows})
     else:
-        columns = (Column("AREA", keep=True), Column("", keep=True), Column("FINDING"))
-        run.output.table(
-            columns, [(area, _status(one), _text(one)) for area, one in findings], empty=""
-        )
+        shown = ({"AREA": area, "": _status(one), "FINDING": _text(one)} for area, one in findings)
+        run.output.table(shown, keep=("AREA", ""))
         if wrong:
             run.output.styled(f"[bold red]{len(wrong)} problem{'s' if len(wrong) > 1 else ''}[/]")
     if wrong:

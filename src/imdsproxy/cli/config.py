@@ -235,7 +235,7 @@ def _where(written: IniOption) -> dict[str, object]:
     }
 
 
-app = typer.Typer(help="Settings: show, schema, sample, import.", no_args_is_help=True)
+config_app = typer.Typer(help="Settings: show, schema, sample, import.", no_args_is_help=True)
 
 Origin: TypeAlias = Annotated[
     bool,
@@ -243,7 +243,7 @@ Origin: TypeAlias = Annotated[
 ]
 
 
-@app.command("show")
+@config_app.command("show")
 def show(
     context: typer.Context,
     *,
@@ -267,7 +267,7 @@ def show(
         run.output.json(loaded.settings.model_dump(mode="json"))
 
 
-@app.command("schema")
+@config_app.command("schema")
 def schema(context: typer.Context, *, as_json: options.Json = False) -> None:
     """The JSON Schema of the configuration file, for editors."""
     from imdsproxy.config.render import render_schema  # noqa: PLC0415 - `--help` need not load it
@@ -275,7 +275,7 @@ def schema(context: typer.Context, *, as_json: options.Json = False) -> None:
     options.invocation(context, as_json=as_json).output.text(render_schema())
 
 
-@app.command("sample")
+@config_app.command("sample")
 def sample(context: typer.Context, *, as_json: options.Json = False) -> None:
     """Every setting with its default and what it is for."""
     from imdsproxy.config.render import render_sample  # noqa: PLC0415 - `--help` need not load it
@@ -288,4 +288,4 @@ def sample(context: typer.Context, *, as_json: options.Json = False) -> None:
         run.output.text(render_sample())
 
 
-app.command("import")(import_settings)
+config_app.command("import")(import_settings)

@@ -1,4 +1,4 @@
-"""`imdsproxy run|documents|render|reload|stop|version`: the daemon's processes."""
+"""`imdsproxy run|documents|namespace-proxy|render|reload|stop|version`: the daemon's processes."""
 
 from __future__ import annotations
 
@@ -7,28 +7,31 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import Annotated, Final, TypeAlias
-
-import typer
+from typing import Annotated, Final
 
 from imdsproxy import __version__
 from imdsproxy.cli import options
-from imdsproxy.cli.output import Column, Output, Shape, clean
+from imdsproxy.cli.options import switch
+from imdsproxy.cli.output import Output, Shape, clean
 from imdsproxy.errors import AdminUnavailable, HostRefused, SettingsDropped
 
+_END_DEADLINE_S: Final = 40.0
+_POLL_S: Final = 0.02
 
-def run(context: typer.Context, *, config: options.Config = None) -> None:
+
+@options.config_command
+def run(run: options.Invocation) -> None:
     """Be the controller: keep HAProxy and the documents in step with the sources, until stopped."""
     # Nothing that a start makes is garbage; to look for it takes 5 % of it. The controller enables it again.
     gc.disable()
     import imdsproxy.host.plain_structlog  # noqa: F401, PLC0415 - before all that logs
     from imdsproxy.controller import main  # noqa: PLC0415 - the other commands need not load it
 
-    invocation = options.invocation(context, config=config)
-    main.run(invocation.load, config=invocation.config, environment=dict(os.environ))
+    main.run(run.load, config=run.config, environment=dict(os.environ))
 
 
-def documents(context: typer.Context, *, config: options.Config = None) -> None:
+@options.config_command
+def documents(run: options.Invocation) -> None:
     """Be the document server: answer guests from compiled records, until stopped."""
     import imdsproxy.host.plain_structlog  # noqa: F401, PLC0415 - before all that logs
     from imdsproxy.dataplane.layout import Layout  # noqa: PLC0415 - the others need not load it
@@ -37,7 +40,7 @@ def documents(context: typer.Context, *, config: options.Config = None) -> None:
     from imdsproxy.host.notify import ServiceNotifier, is_journal  # noqa: PLC0415 - as above
     from imdsproxy.serving.server import DocumentServerOptions, run_documents  # noqa: PLC0415
 
-    settings = options.invocation(context, config=config).settings
+    settings = run.settings
     log, journal = settings.log, is_journal(sys.stderr, os.environ)
     open_logging(log.level, log.format, sys.stderr, clock=SystemClock(), journal=journal)
     layout = Layout(
@@ -61,16 +64,27 @@ def documents(context: typer.Context, *, config: options.Config = None) -> None:
     )
 
 
-@options.command
-def render(
+@options.bare_command
+def namespace_proxy(
     run: options.Invocation,
-) -> None:
+    words: Annotated[
+        list[str] | None,
+        options.argument(
+            "[OPTION]...", "As `neutron-ns-metadata-proxy`, which this is; --help says them all."
+        ),
+    ] = None,
+) -> int:
+    """Be one network's own metadata proxy, as Neutron's agents spawn it in each namespace."""
+    from imdsproxy.app.namespace_proxy import main  # noqa: PLC0415 - the others need not load it
+
+    return main(words or [], program="imdsproxy namespace-proxy", config=run.config)
+
+
+@options.command
+def render(run: options.Invocation) -> None:
     """HAProxy's configuration as it would be written now; nothing is touched."""
     text = str(run.daemon().get("/v1/haproxy-configuration"))
-    if run.output.as_json:
-        run.output.json({"haproxy_configuration": text})
-    else:
-        run.output.text(text)
+    run.output.answer({"haproxy_configuration": text}, lambda output, _: output.text(text))
 
 
 @options.command
@@ -79,10 +93,9 @@ def reload(
     *,
     allow_dropped: Annotated[
         bool,
-        typer.Option(
+        switch(
             "--allow-dropped",
-            help="Accept that settings files were emptied or removed, or that every policy is missing.",
-            show_default=False,
+            "Accept that settings files were emptied or removed, or that every policy is missing.",
         ),
     ] = False,
 ) -> None:
@@ -98,60 +111,39 @@ def reload(
                 hint="restore the file, or name the daemon's socket with --socket",
             ) from error
         raise
-    if run.output.as_json:
-        run.output.json(done)
-    else:
-        show_reload(run.output, done)
+    run.output.answer(done, _show_reload)
 
 
-def show_reload(output: Output, done: Shape) -> None:
+def _show_reload(output: Output, done: Shape) -> None:
     """What changed, and what still needs a restart."""
-    columns = (
-        Column("SETTING", keep=True),
-        Column("BEFORE"),
-        Column("NOW"),
-        Column("TAKEN OVER"),
-    )
     waiting = set(done["restart_needed"])
-    rows = [
-        (
-            clean(change["path"]),
-            clean(change["before"]),
-            clean(change["after"]),
-            "[yellow]at the next restart[/]"
+    rows = (
+        {
+            "SETTING": clean(change["path"]),
+            "BEFORE": clean(change["before"]),
+            "NOW": clean(change["after"]),
+            "TAKEN OVER": "[yellow]at the next restart[/]"
             if change["path"] in waiting
             else f"[green]{'by a reload' if change['change'] == 'reload' else 'at once'}[/]",
-        )
+        }
         for change in done["changes"]
-    ]
-    output.table(columns, rows, empty="no setting has changed")
+    )
+    output.table(rows, empty="no setting has changed", keep=("SETTING",))
     if done["haproxy_reloaded"]:
         output.styled("HAProxy was reloaded.")
-    pending = done["pending"]
-    if pending:
+    if done["pending"]:
         output.styled("[yellow]HAProxy has not taken it over:[/]")
-    for reason in pending:
-        output.styled(f"  {clean(reason)}")
-
-
-_END_DEADLINE_S: Final = 40.0
-_POLL_S: Final = 0.02
-
-DataPlane: TypeAlias = Annotated[
-    bool,
-    typer.Option(
-        "--data-plane",
-        help="End HAProxy and the document server too: guests get no answer.",
-        show_default=False,
-    ),
-]
+    output.styled(*(f"  {clean(reason)}" for reason in done["pending"]))
 
 
 @options.command
 def stop(
     run: options.Invocation,
     *,
-    data_plane: DataPlane = False,
+    data_plane: Annotated[
+        bool,
+        switch("--data-plane", "End HAProxy and the document server too: guests get no answer."),
+    ] = False,
 ) -> None:
     """End the controller; known guests are served on. With --data-plane, end everything."""
     daemon = run.daemon()
@@ -165,10 +157,11 @@ def stop(
             raise
         _stop_orphaned_data_plane(run, daemon.socket)
         stopped = []
-    if run.output.as_json:
-        run.output.json({"stopped": stopped, "data_plane": data_plane})
-    else:
-        run.output.text(f"stopped: {', '.join(stopped) or 'the data plane; no controller ran'}")
+    ended = ", ".join(stopped) or "the data plane; no controller ran"
+    run.output.answer(
+        {"stopped": stopped, "data_plane": data_plane},
+        lambda output, _: output.text(f"stopped: {ended}"),
+    )
 
 
 def _stop_orphaned_data_plane(run: options.Invocation, asked: Path) -> None:
@@ -208,10 +201,9 @@ def _wait_until_gone(path: Path, pid: int) -> None:
         time.sleep(_POLL_S)
 
 
-def version(context: typer.Context, *, as_json: options.Json = False) -> None:
+@options.json_command
+def version(run: options.Invocation) -> None:
     """The version of this program."""
-    run = options.invocation(context, as_json=as_json)
-    if run.output.as_json:
-        run.output.json({"version": __version__})
-    else:
-        run.output.text(f"imdsproxy {__version__}")
+    run.output.answer(
+        {"version": __version__}, lambda output, _: output.text(f"imdsproxy {__version__}")
+    )

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, TypeAlias
 import typer
 
 from imdsproxy.cli import options
-from imdsproxy.cli.exitcodes import NO
+from imdsproxy.cli.options import NO
 from imdsproxy.errors import RequestRefused
 
 if TYPE_CHECKING:

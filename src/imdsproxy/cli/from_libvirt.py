@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, cast
+from collections.abc import Collection
+from typing import TYPE_CHECKING
 
 from imdsproxy.core.records import Refused
 from imdsproxy.errors import RequestRefused
 from imdsproxy.sources.libvirt.client import read_domain
-from imdsproxy.sources.libvirt.records import NetworkXml
 from imdsproxy.sources.libvirt.xml import (
     Domain,
     DomainInterface,
@@ -20,8 +19,6 @@ from imdsproxy.sources.libvirt.xml import (
 if TYPE_CHECKING:
     from imdsproxy.cli.admin_client import AdminClient
     from imdsproxy.core.records import Json
-
-_Shape = Mapping[str, object]
 
 
 def import_domain(daemon: AdminClient, uri: str, name: str, network: str | None) -> dict[str, Json]:
@@ -44,41 +41,32 @@ def import_domain(daemon: AdminClient, uri: str, name: str, network: str | None)
         raise RequestRefused(
             f"the metadata of domain {domain.name} is not acceptable", problems=domain.problems
         )
-    ports = _ports(domain, _networks(described), _Known.of(daemon), network)
-    return {"id": domain.uuid, "name": domain.name, **domain.keys, "ports": list(ports)}
-
-
-class _Known:
-    """The daemon's networks: all ids, and those that are reached through a device of the host."""
-
-    def __init__(self, ids: frozenset[str], by_device: Mapping[str, str]) -> None:
-        self.ids = ids
-        self.by_device = by_device
-
-    @classmethod
-    def of(cls, daemon: AdminClient) -> _Known:
-        shapes = cast("Sequence[_Shape]", daemon.get("/v1/networks"))
-        records = [cast("_Shape", shape["record"]) for shape in shapes]
-        by_device = {
-            str(device): str(record["id"])
-            for record in records
-            for kind, device in cast("_Shape", record["listener"]).items()
-            if kind in ("interface", "bridge")
-        }
-        return cls(frozenset(str(record["id"]) for record in records), by_device)
-
-
-def _networks(described: Sequence[NetworkXml]) -> dict[str, LibvirtNetwork]:
+    _check_interfaces(domain, network)
     parsed = (parse_libvirt_network(each.text, active=each.active) for each in described)
-    return {each.name: each for each in parsed if isinstance(each, LibvirtNetwork)}
+    networks = {each.name: each for each in parsed if isinstance(each, LibvirtNetwork)}
+    records = [shape["record"] for shape in daemon.get("/v1/networks")]
+    ids = {record["id"] for record in records}
+    by_device = {
+        device: record["id"]
+        for record in records
+        for kind, device in record["listener"].items()
+        if kind in {"interface", "bridge"}
+    }
+    ports: list[Json] = []
+    for interface in domain.interfaces:
+        plugged = networks.get(interface.network or "")
+        device = interface.bridge if plugged is None else plugged.bridge
+        where = network or by_device.get(device or "")
+        if where is None:
+            where = _namesake(domain, interface, device, ids)
+        port: dict[str, Json] = {"network": where, "mac": interface.mac}
+        hosts = () if plugged is None else plugged.hosts
+        addresses: list[Json] = [at for mac, at in hosts if mac == interface.mac.lower()]
+        ports.append(port | {"addresses": addresses} if addresses else port)
+    return {"id": domain.uuid, "name": domain.name, **domain.keys, "ports": ports}
 
 
-def _ports(
-    domain: Domain,
-    networks: Mapping[str, LibvirtNetwork],
-    known: _Known,
-    network: str | None,
-) -> list[dict[str, Json]]:
+def _check_interfaces(domain: Domain, network: str | None) -> None:
     if not domain.interfaces:
         raise RequestRefused(
             f"domain {domain.name} has no network card on a bridge of this host",
@@ -89,31 +77,19 @@ def _ports(
             f"domain {domain.name} has {len(domain.interfaces)} network cards, and --network is one",
             hint="leave it out, or name each card with --port network=NET,mac=MAC",
         )
-    return [_port(domain, each, networks, known, network) for each in domain.interfaces]
 
 
-def _port(
-    domain: Domain,
-    interface: DomainInterface,
-    networks: Mapping[str, LibvirtNetwork],
-    known: _Known,
-    network: str | None,
-) -> dict[str, Json]:
-    plugged = networks.get(interface.network or "")
-    device = interface.bridge if plugged is None else plugged.bridge
-    found = network or known.by_device.get(device or "")
-    if found is None and interface.network in known.ids:
-        found = interface.network
-    if found is None:
-        hint = "--network NET says where"
-        if device is not None:
-            hint = f"`imdsproxy network add --bridge {device}` makes one; --network NET says where else"
-        where = device or interface.network
-        raise RequestRefused(
-            f"no network is reached through {where}, where {domain.name} has its card {interface.mac}",
-            hint=hint,
-        )
-    port: dict[str, Json] = {"network": found, "mac": interface.mac}
-    hosts = () if plugged is None else plugged.hosts
-    addresses: list[Json] = [where for mac, where in hosts if mac == interface.mac.lower()]
-    return {**port, "addresses": addresses} if addresses else port
+def _namesake(
+    domain: Domain, interface: DomainInterface, device: str | None, ids: Collection[str]
+) -> str:
+    """The network whose id is libvirt's name of the interface's network."""
+    if interface.network is not None and interface.network in ids:
+        return interface.network
+    hint = "--network NET says where"
+    if device is not None:
+        hint = f"`imdsproxy network add --bridge {device}` makes one; --network NET says where else"
+    where = device or interface.network
+    raise RequestRefused(
+        f"no network is reached through {where}, where {domain.name} has its card {interface.mac}",
+        hint=hint,
+    )

@@ -1,18 +1,23 @@
-"""The command line: one program, one command a module, errors as one clear line and an exit status."""
+"""The command line: one program, its commands by module, errors as one clear line and an exit status.
+
+Only the module of the command that a command line names is loaded: all of them take half as long to load as
+`imdsproxy run` takes to find its settings.
+"""
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import sys
-from collections.abc import Mapping, Sequence
-from typing import Final
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Annotated, Any, Final
 
 import typer
+import typer.main
 
-from imdsproxy.cli import exitcodes, options
-from imdsproxy.cli.commands import COMMANDS, build_app, build_program, named_command
-from imdsproxy.cli.completion import is_completing, learn_shells, words_so_far
+from imdsproxy import __version__
+from imdsproxy.cli import options
 from imdsproxy.cli.output import Output
 from imdsproxy.errors import ImdsproxyError, RequestRefused
 
@@ -20,6 +25,81 @@ try:  # typer has an error class of its own since it brings its own click; click
     from typer import TyperException as CommandLineError
 except ImportError:
     from click import ClickException as CommandLineError  # type: ignore[assignment] # of one shape
+
+_PROGRAM: Final = "imdsproxy"
+_VARIABLE: Final = "_IMDSPROXY_COMPLETE"
+SHELLS: Final = ("bash", "zsh", "fish")
+
+EXAMPLES: Final[Mapping[str, str]] = {
+    "run": "imdsproxy run --config /etc/imdsproxy/imdsproxy.yaml",
+    "documents": "imdsproxy documents --config /etc/imdsproxy/imdsproxy.yaml",
+    "check": "imdsproxy check",
+    "status": "imdsproxy status --check",
+    "reload": "imdsproxy reload",
+    "stop": "imdsproxy stop --data-plane",
+    "render": "imdsproxy render",
+    "config show": "imdsproxy config show --origin",
+    "config schema": "imdsproxy config schema",
+    "config sample": "imdsproxy config sample",
+    "config import": "imdsproxy config import --neutron /etc/neutron/metadata_agent.ini",
+    "version": "imdsproxy version",
+    "completion": "imdsproxy completion bash",
+    "network add": "imdsproxy network add red --bridge br-red --subnet 10.0.0.0/24,gateway=10.0.0.1",
+    "network set": "imdsproxy network set red --mtu 1400",
+    "network list": "imdsproxy network list",
+    "network show": "imdsproxy network show red",
+    "network remove": "imdsproxy network remove red",
+    "instance add": "imdsproxy instance add web -n red --mac 52:54:00:12:34:56 --address 10.0.0.5 --user-data web.yaml",
+    "instance set": "imdsproxy instance set web --tag role=web --clear user_data",
+    "instance list": "imdsproxy instance list -n red",
+    "instance show": "imdsproxy instance show web",
+    "instance remove": "imdsproxy instance remove web",
+    "instance reopen": "imdsproxy instance reopen web",
+    "instance password": "imdsproxy instance password web | base64 -d | openssl pkeyutl -decrypt -inkey ~/.ssh/id_rsa",
+    "namespace-proxy": "imdsproxy namespace-proxy --network-id 5c2f0c3e-0d0a-4d5e-9b1f-6a1c5d0a7e11",
+    "get": "imdsproxy get /latest/meta-data/ -n red --from 10.0.0.5",
+    "explain": "imdsproxy explain web --path /latest/user-data --probe",
+    "watch": "imdsproxy watch -n red",
+    "token revoke": "imdsproxy token revoke web",
+    "token rotate": "imdsproxy token rotate",
+    "token report": "imdsproxy token report",
+    "doctor": "imdsproxy doctor -n red --from 10.0.0.5",
+    "snippet": "imdsproxy snippet web --for libvirt",
+}
+"""One of each command, by what calls it: for its help, the reference and the manual page."""
+
+COMMANDS: Final = tuple(dict.fromkeys(path.split()[0] for path in EXAMPLES))
+"""Every command, in the order of the help.
+
+A command is a function of its name, in a module of its name or in that of `_MODULES`; a group is `NAME_app` there.
+"""
+
+_GROUPS: Final = frozenset(path.split()[0] for path in EXAMPLES if " " in path)
+_MODULES: Final[Mapping[str, str]] = {
+    **dict.fromkeys(
+        ("run", "documents", "render", "reload", "stop", "version", "namespace-proxy"), "daemon"
+    ),
+    **dict.fromkeys(("network", "instance"), "records"),
+    **dict.fromkeys(("get", "explain", "watch"), "guests"),
+    "completion": "main",
+}
+_PANELS: Final[Mapping[str, str]] = {
+    **dict.fromkeys(("network", "instance"), "Records"),
+    **dict.fromkeys(("get", "explain", "watch", "token", "doctor", "snippet"), "Guests"),
+}
+"""Headings of the help; the other commands are the daemon's."""
+
+_OTHERS_WORDS: Final = {
+    "ignore_unknown_options": True,
+    "allow_interspersed_args": False,
+    "help_option_names": [],
+}
+"""All words after the command's name are another program's, also --help."""
+
+_ALSO: Final[Mapping[str, str]] = {"tokens": "token"}
+"""A command's other name: works when it is named, and is in no help."""
+
+_WITH_VALUE: Final = frozenset({"--config", "-c", "--socket", "-s"})
 
 _MEANT: Final[Mapping[str, str]] = {
     **dict.fromkeys(("delete", "del", "rm", "destroy"), "remove"),
@@ -35,12 +115,12 @@ _MEANT: Final[Mapping[str, str]] = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command line and give its exit status (`imdsproxy.cli.exitcodes`).
+    """Run one command line and give its exit status (`imdsproxy.cli.options`).
 
     Args:
         arguments: Without the program's name; `None` takes this process's own.
     """
-    if arguments is None and is_completing(os.environ):
+    if arguments is None and _VARIABLE in os.environ:
         return _complete()
     invocation = options.Invocation(output=Output())
     try:
@@ -49,24 +129,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
         invocation.output.error(error)
         return error.exit_status
     except KeyboardInterrupt:
-        return exitcodes.INTERRUPTED
+        return options.INTERRUPTED
     except (BrokenPipeError, SystemExit):
         # typer makes a SystemExit of a closed pipe, and of nothing else when it is not standalone.
         # Python flushes standard output once more at its end, and would complain.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return exitcodes.PIPE_CLOSED
+        return options.PIPE_CLOSED
 
 
 def _complete() -> int:
     """Answer a shell that asks for words; the environment has the line, and typer reads it there."""
-    learn_shells()
-    named = named_command(words_so_far(os.environ))
+    import typer.completion  # noqa: PLC0415 - only a shell needs it
+
+    # How each shell asks, and wants to be answered.
+    getattr(typer.completion, "completion_init")()  # noqa: B009 - not in its list
+    named = named_command(_words_so_far(os.environ))
     app = build_app(COMMANDS if named is None else (named,))
     try:
         app([], prog_name="imdsproxy")
     except SystemExit as ended:
-        return ended.code if isinstance(ended.code, int) else exitcodes.USAGE
-    return exitcodes.OK
+        return ended.code if isinstance(ended.code, int) else options.USAGE
+    return options.OK
 
 
 def _run(arguments: list[str], invocation: options.Invocation) -> int:
@@ -80,15 +163,15 @@ def _run(arguments: list[str], invocation: options.Invocation) -> int:
     except CommandLineError as error:
         return _usage(error, invocation)
     if not arguments:  # click 8.1 calls the help that it gives then a success
-        return exitcodes.USAGE
-    return ended if isinstance(ended, int) else exitcodes.OK
+        return options.USAGE
+    return ended if isinstance(ended, int) else options.OK
 
 
 def _usage(error: CommandLineError, invocation: options.Invocation) -> int:
     message = error.format_message()
     if not message or type(error).__name__ == "NoArgsIsHelpError":
         sys.stderr.write(f"{message}\n")
-        return exitcodes.USAGE
+        return options.USAGE
     context = getattr(error, "ctx", None)
     command = "imdsproxy" if context is None else context.command_path
     hint = f"`{command} --help` says what it takes"
@@ -100,4 +183,132 @@ def _usage(error: CommandLineError, invocation: options.Invocation) -> int:
     # The list of what an option may be comes with line breaks and tabs.
     message = " ".join(message.split())
     invocation.output.error(RequestRefused(message, hint=hint))
-    return exitcodes.USAGE
+    return options.USAGE
+
+
+def _show_version(wanted: bool) -> None:  # noqa: FBT001 - typer passes it so
+    if wanted:
+        sys.stdout.write(f"imdsproxy {__version__}\n")
+        raise typer.Exit
+
+
+def _root(
+    context: typer.Context,
+    *,
+    config: options.Config = None,
+    socket: options.Socket = None,
+    as_json: options.Json = False,
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version",
+            help="The version of this program.",
+            show_default=False,
+            is_eager=True,
+            callback=_show_version,
+        ),
+    ] = False,
+) -> None:
+    del version
+    options.invocation(context, config=config, socket=socket, as_json=as_json)
+
+
+def build_app(names: Iterable[str] = COMMANDS) -> typer.Typer:
+    """The program with these commands; the others are not known to it."""
+    app = typer.Typer(
+        name="imdsproxy",
+        help="Metadata for every instance at http://169.254.169.254, in every network of this host.",
+        no_args_is_help=True,
+        add_completion=False,
+        rich_markup_mode="rich",
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    app.callback(no_args_is_help=True)(_root)
+    for name in names:
+        identifier = name.replace("-", "_")
+        module = importlib.import_module(f"imdsproxy.cli.{_MODULES.get(name, identifier)}")
+        panel = _PANELS.get(name, "Daemon")
+        if name in _GROUPS:
+            app.add_typer(getattr(module, f"{name}_app"), name=name, rich_help_panel=panel)
+            if names is not COMMANDS:
+                for also in (word for word, meant in _ALSO.items() if meant == name):
+                    app.add_typer(getattr(module, f"{name}_app"), name=also, hidden=True)
+        else:
+            settings = _OTHERS_WORDS if name == "namespace-proxy" else None
+            app.command(name, context_settings=settings, rich_help_panel=panel)(
+                getattr(module, identifier)
+            )
+    return app
+
+
+def build_program(names: Iterable[str] = COMMANDS) -> Any:  # noqa: ANN401 - typer keeps its command classes private
+    """The same as the command that is run, with an example in each command's help."""
+    program = typer.main.get_command(build_app(names))
+    for path, command in iterate_commands(program):
+        example = EXAMPLES.get(path)
+        if example is not None:
+            command.epilog = f"Example: {example}"
+        _hide_types_of_switches(command)
+    return program
+
+
+def iterate_commands(command: Any, path: str = "") -> Iterator[tuple[str, Any]]:  # noqa: ANN401 - as above
+    """A command and those inside it, each with what calls it: `network add`, and nothing for the first."""
+    yield path, command
+    for name, inner in getattr(command, "commands", {}).items():
+        yield from iterate_commands(inner, f"{path} {name}".strip())
+
+
+def _hide_types_of_switches(command: Any) -> None:  # noqa: ANN401 - as above
+    for parameter in command.params:
+        if getattr(parameter, "is_flag", False):
+            parameter.metavar = ""
+    make_help_option = command.get_help_option
+
+    def help_option(context: typer.Context) -> Any:  # noqa: ANN401 - as above
+        option = make_help_option(context)
+        if option is not None:
+            option.metavar = ""
+        return option
+
+    command.get_help_option = help_option
+
+
+def named_command(arguments: Sequence[str]) -> str | None:
+    """The command that a command line names; `None` where it names none that there is, or asks for help."""
+    waiting = iter(arguments)
+    for word in waiting:
+        if word in _WITH_VALUE:
+            next(waiting, None)
+        elif not word.startswith("-"):
+            meant = _ALSO.get(word, word)
+            return meant if meant in COMMANDS else None
+        elif word in {"--", "-h", "--help", "--version"}:
+            return None
+    return None
+
+
+@options.bare_command
+def completion(
+    run: options.Invocation,
+    shell: Annotated[str, options.argument("|".join(SHELLS), "For which shell.")],
+) -> None:
+    """The script with which a shell completes commands, options, and the names of networks and instances."""
+    if shell not in SHELLS:
+        raise RequestRefused(f"there is no script for {shell}", hint=f"one of {', '.join(SHELLS)}")
+    run.output.text(render_completion(shell))
+
+
+def render_completion(shell: str) -> str:
+    """That script, for one of `SHELLS`."""
+    import typer.completion  # noqa: PLC0415 - only a shell needs it
+
+    make = getattr(typer.completion, "get_completion_script")  # noqa: B009 - not in its list
+    return f"{make(prog_name=_PROGRAM, complete_var=_VARIABLE, shell=shell)}\n"
+
+
+def _words_so_far(environment: Mapping[str, str]) -> Sequence[str]:
+    """The words of the line that is completed, without the program's name and the word that is begun."""
+    line = environment.get("_TYPER_COMPLETE_ARGS") or environment.get("COMP_WORDS", "")
+    return line.split()[1:] if line[-1:].isspace() else line.split()[1:-1]

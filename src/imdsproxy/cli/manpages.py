@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Final
 
 from imdsproxy.app.namespace_proxy.command import describe_options
-from imdsproxy.cli.commands import build_program, iterate_commands
-from imdsproxy.cli.completion import SHELLS, render_completion
-from imdsproxy.cli.exitcodes import EXIT_STATUSES
+from imdsproxy.cli.main import SHELLS, build_program, iterate_commands, render_completion
+from imdsproxy.cli.options import EXIT_STATUSES
 from imdsproxy.cli.reference_pages import (
     TEXTS,
     one_line,

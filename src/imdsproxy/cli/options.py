@@ -1,25 +1,55 @@
-"""What commands share: their options, and one run with its settings, daemon and output."""
+"""What commands share: their options and exit statuses, and one run with its settings, daemon and output."""
 
 from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Final, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, Final, TypeAlias
 
 import typer
 
-from imdsproxy.cli import completers
+from imdsproxy.cli.admin_client import AdminClient, path_to
 from imdsproxy.cli.output import Output
+from imdsproxy.errors import ImdsproxyError
 
 if TYPE_CHECKING:
-    from typer.models import OptionInfo
+    from typer.models import ArgumentInfo, OptionInfo
 
-    from imdsproxy.cli.admin_client import AdminClient
     from imdsproxy.config.load import Loaded
     from imdsproxy.config.schema import Settings
+
+_AT_A_PROMPT_S: Final = 1.0
+"""An operator waits for names at a prompt."""
+
+OK: Final = 0
+NO: Final = 1
+USAGE: Final = 64
+NOT_IN_FORCE: Final = 75
+INTERRUPTED: Final = 130
+PIPE_CLOSED: Final = 141
+
+EXIT_STATUSES: Final[Mapping[int, str]] = {
+    OK: "Done.",
+    NO: "Done, and the answer is no: `get` or `explain --probe` was answered 400 or above, `explain` found no "
+    "instance, `doctor` found an error, `status --check` found the daemon not ready.",
+    USAGE: "The command line, or what it asked of the daemon, is not acceptable.",
+    66: "There is no network or instance of that name.",
+    69: "The daemon, or a source of records, does not answer or refuses.",
+    70: "HAProxy refuses a configuration or command, or imdsproxy has a fault.",
+    71: "The operating system refuses, or HAProxy is missing or too old.",
+    73: "What should be made is there already.",
+    NOT_IN_FORCE: "Stored, and not in force: the answer says why and what helps; `status --check` found a network that "
+    "is configured and not served.",
+    77: "Root, a capability, or access to the admin socket is needed.",
+    78: "A configuration file must be changed.",
+    INTERRUPTED: "Interrupted (Ctrl-C).",
+    PIPE_CLOSED: "Who read the output went away.",
+}
+"""What a command ends with; errors bring their own (`imdsproxy.errors`, after sysexits.h)."""
 
 
 def flag(
@@ -27,19 +57,19 @@ def flag(
     metavar: str,
     help_text: str,
     complete: Callable[..., list[str]] | None = None,
-    short: str | None = None,
+    short: str = "",
 ) -> OptionInfo:
-    """An option with a value; without it the record's key stays as it is.
+    """An option with a value.
 
     Args:
         name: With its hyphens.
         metavar: What stands for the value in the help.
         help_text: What it is.
-        complete: What a shell may complete it to (`imdsproxy.cli.completers`).
+        complete: What a shell may complete it to.
         short: Another name, of one letter.
     """
     option: OptionInfo = typer.Option(
-        *((name,) if short is None else (name, short)),
+        *((name, short) if short else (name,)),
         metavar=metavar,
         help=help_text,
         show_default=False,
@@ -48,37 +78,74 @@ def flag(
     return option
 
 
+def switch(name: str, help_text: str) -> OptionInfo:
+    """An option without a value; `--on/--off` has two names."""
+    option: OptionInfo = typer.Option(name, help=help_text, show_default=False)
+    return option
+
+
+def argument(
+    metavar: str, help_text: str, complete: Callable[..., list[str]] | None = None
+) -> ArgumentInfo:
+    """An argument; described as `flag`."""
+    described: ArgumentInfo = typer.Argument(
+        metavar=metavar, help=help_text, show_default=False, autocompletion=complete
+    )
+    return described
+
+
+def complete_networks(context: typer.Context, incomplete: str) -> list[str]:
+    """Ids and names of networks that begin so."""
+    return _complete(context, "networks", incomplete)
+
+
+def complete_instances(context: typer.Context, incomplete: str) -> list[str]:
+    """Ids and names of instances that begin so."""
+    return _complete(context, "instances", incomplete)
+
+
+def _complete(context: typer.Context, kind: str, incomplete: str) -> list[str]:
+    run = Invocation()
+    # Options before the word that is completed, also those of the commands around its own.
+    place: object = context
+    while place is not None:
+        given: Mapping[str, Any] = getattr(place, "params", {})
+        run.socket = run.socket or given.get("socket")
+        run.config = run.config or given.get("config")
+        place = getattr(place, "parent", None)
+    try:
+        shapes = replace(run.daemon(), timeout_s=_AT_A_PROMPT_S).get(path_to(kind))
+    except ImdsproxyError:
+        # There is no place for an error: the shell puts all output into the command line.
+        return []
+    records = [shape["record"] for shape in shapes]
+    words = [record["id"] for record in records] + [record.get("name", "") for record in records]
+    return [word for word in dict.fromkeys(words) if word and word.startswith(incomplete)]
+
+
 Config: TypeAlias = Annotated[
     Path | None,
-    typer.Option(
-        "--config",
-        "-c",
-        metavar="FILE",
-        help="Settings; /etc/imdsproxy/imdsproxy.yaml without it.",
-        show_default=False,
-    ),
+    flag("--config", "FILE", "Settings; /etc/imdsproxy/imdsproxy.yaml without it.", short="-c"),
 ]
 Socket: TypeAlias = Annotated[
     Path | None,
-    typer.Option(
-        "--socket",
-        "-s",
-        metavar="PATH",
-        help="The daemon's admin socket; the settings name it otherwise.",
-        show_default=False,
+    flag(
+        "--socket", "PATH", "The daemon's admin socket; the settings name it otherwise.", short="-s"
     ),
 ]
-Json: TypeAlias = Annotated[
-    bool, typer.Option("--json", help="Print JSON, for programs.", show_default=False)
+Json: TypeAlias = Annotated[bool, switch("--json", "Print JSON, for programs.")]
+Instance: TypeAlias = Annotated[
+    str, argument("INSTANCE", "The instance's id or name.", complete_instances)
 ]
 _NETWORK: Final = flag(
-    "--network", "NET", "The guest's network, by id or name.", completers.networks, "-n"
+    "--network", "NET", "The guest's network, by id or name.", complete_networks, "-n"
 )
 _ADDRESS: Final = flag("--from", "ADDRESS", "The guest's address.")
 Network: TypeAlias = Annotated[str, _NETWORK]
 Address: TypeAlias = Annotated[str, _ADDRESS]
 MaybeNetwork: TypeAlias = Annotated[str | None, _NETWORK]
 MaybeAddress: TypeAlias = Annotated[str | None, _ADDRESS]
+_SHARED: Final = {"as_json": (Json, False), "socket": (Socket, None), "config": (Config, None)}
 
 
 @dataclass(slots=True)
@@ -102,8 +169,6 @@ class Invocation:
 
     def daemon(self) -> AdminClient:
         """The daemon, by the socket that was named or that the settings name."""
-        from imdsproxy.cli.admin_client import AdminClient  # noqa: PLC0415 - as above
-
         return AdminClient(self.socket or self.settings.admin_socket)
 
 
@@ -124,19 +189,21 @@ def invocation(
 
 
 def command(
-    function: Callable[..., None],
+    function: Callable[..., int | None],
+    *,
+    shared: Iterable[str] = _SHARED,
     flags: Mapping[str, object] | None = None,
     **annotations: object,
-) -> Callable[..., None]:
+) -> Callable[..., int | None]:
     """A function of an `Invocation` as a command: in its place typer sees --json, --socket and --config.
 
     Args:
         function: Its first parameter is the invocation.
+        shared: Which of the three it takes.
         flags: Annotations of what typer sees in the place of `**values`, by name. Their default is `None`.
         annotations: Of parameters that are described in another way than the function does.
     """
     signature = inspect.signature(function, eval_str=True)
-    shared = {"as_json": (Json, False), "socket": (Socket, None), "config": (Config, None)}
     parameters = [
         inspect.Parameter(
             "context", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context
@@ -147,21 +214,25 @@ def command(
             parameters += [_keyword(name, kind, None) for name, kind in (flags or {}).items()]
         else:
             parameters.append(one.replace(annotation=annotations.get(one.name, one.annotation)))
-    parameters += [_keyword(name, *kind) for name, kind in shared.items()]
+    parameters += [_keyword(name, *_SHARED[name]) for name in shared]
 
-    def run(
-        context: typer.Context,
-        *,
-        as_json: bool,
-        socket: Path | None,
-        config: Path | None,
-        **values: object,
-    ) -> None:
-        function(invocation(context, as_json=as_json, socket=socket, config=config), **values)
+    def run(context: typer.Context, **values: Any) -> int | None:  # noqa: ANN401 - of flags
+        given = {name: values.pop(name) for name in shared}
+        return function(invocation(context, **given), **values)
 
     run.__name__, run.__doc__ = function.__name__, function.__doc__
     vars(run)["__signature__"] = signature.replace(parameters=parameters, return_annotation=None)
     return run
+
+
+json_command = partial(command, shared=("as_json",))
+"""As `command`; it asks no daemon and reads no settings."""
+
+bare_command = partial(command, shared=())
+"""As `command`; none of the three may stand after its name."""
+
+config_command = partial(command, shared=("config",))
+"""As `command`; it is one of the daemon's processes."""
 
 
 def _keyword(name: str, annotation: object, default: object) -> inspect.Parameter:

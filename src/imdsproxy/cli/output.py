@@ -12,8 +12,9 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, Final, TextIO, TypeAlias
 
@@ -36,22 +37,6 @@ Note: TypeAlias = "Callable[[str, int, int], None]"
 """Takes what is done, how much of it, and of how much (0: not known)."""
 
 
-@dataclass(frozen=True, slots=True)
-class Column:
-    """A column of a table.
-
-    Attributes:
-        keep: Its cells are never broken.
-        right: Its cells are numbers.
-        spare: It is dropped where the terminal is too narrow for all.
-    """
-
-    title: str
-    keep: bool = False
-    right: bool = False
-    spare: bool = False
-
-
 class _Lines:
     """Progress as lines, the first after a few seconds."""
 
@@ -71,6 +56,13 @@ class Output:
     """Standard output and error of one command."""
 
     as_json: bool = False
+
+    def answer(self, value: Any, show: Callable[[Output, Any], None]) -> None:  # noqa: ANN401 - JSON
+        """A value: JSON for programs, and as `show` prints it for people."""
+        if self.as_json:
+            self.json(value)
+        else:
+            show(self, value)
 
     def json(self, value: object) -> None:
         """A value for programs."""
@@ -99,15 +91,12 @@ class Output:
         for line in lines:
             console.print(line, soft_wrap=not sys.stdout.isatty())
 
-    def facts(self, facts: Mapping[str, str]) -> None:
-        """Names and values, a line each; the values may hold markup."""
-        from rich.table import Table  # noqa: PLC0415 - `--help` need not load it
-
-        grid = Table.grid(padding=(0, 2, 0, 0))
-        grid.add_column(style="bold", no_wrap=True)
-        grid.add_column(overflow="fold")
+    def facts(self, facts: Mapping[str, str | None]) -> None:
+        """Names and values, a line each, without those that are `None`; the values may hold markup."""
+        grid = _grid("bold")
         for name, value in facts.items():
-            grid.add_row(name, value)
+            if value is not None:
+                grid.add_row(name, value)
         _print_table(grid)
 
     @contextlib.contextmanager
@@ -152,55 +141,55 @@ class Output:
 
     def entries(self, entries: Iterable[tuple[str, Mapping[str, str]]]) -> None:
         """Headings with names and values under each, all markup, and an empty line after each entry."""
-        from rich.table import Table  # noqa: PLC0415 - `--help` need not load it
-
         for heading, facts in entries:
             self.styled(heading)
-            grid = Table.grid(padding=(0, 2, 0, 0))
-            grid.add_column(width=1)
-            grid.add_column(style="dim", no_wrap=True)
-            grid.add_column(overflow="fold")
+            grid = _grid("", "dim")
             for name, value in facts.items():
                 grid.add_row("", name, value)
             _print_table(grid)
             self.styled("")
 
     def table(
-        self, columns: Sequence[Column], rows: Iterable[Sequence[str]], *, empty: str
+        self,
+        rows: Iterable[Mapping[str, str]],
+        *,
+        empty: str = "",
+        keep: Collection[str] = (),
+        right: Collection[str] = (),
+        spare: Collection[str] = (),
     ) -> None:
-        """Rows under headings; the cells may hold markup. Without rows, `empty`."""
+        """Rows under headings; the cells may hold markup.
+
+        Args:
+            rows: The cells by their headings, the same in all of them.
+            empty: Printed where there are no rows.
+            keep: Columns whose cells are never broken.
+            right: Columns of numbers.
+            spare: Columns that are dropped, the last first, while the terminal is too narrow for all.
+        """
         filled = list(rows)
         if not filled:
-            self.styled(f"[dim]{empty}[/]")
+            self.styled(*([f"[dim]{empty}[/]"] if empty else []))
             return
         console = _console(sys.stdout)
-        shown = list(range(len(columns)))
-        table = _table(columns, filled, shown)
-        # Without the last spare column, then without the one before it, as long as it is too wide.
-        for index in [number for number in reversed(shown) if columns[number].spare]:
+        shown = list(filled[0])
+        table = _table(filled, shown, keep, right)
+        for title in [one for one in reversed(shown) if one in spare]:
             if console.measure(table).maximum < console.width:
                 break
-            shown.remove(index)
-            table = _table(columns, filled, shown)
+            shown.remove(title)
+            table = _table(filled, shown, keep, right)
         _print_table(table)
 
     def error(self, error: ImdsproxyError) -> None:
         """One line, the problems, and the hint; a JSON object where the command was given --json."""
         if self.as_json:
+            keys = ("field", "reason", "hint", "file", "line")
             body = {
                 "code": error.code,
                 "message": error.message,
                 "hint": error.hint,
-                "problems": [
-                    {
-                        "field": one.field,
-                        "reason": one.reason,
-                        "hint": one.hint,
-                        "file": one.file,
-                        "line": one.line,
-                    }
-                    for one in error.problems
-                ],
+                "problems": [{key: getattr(one, key) for key in keys} for one in error.problems],
             }
             sys.stderr.write(json.dumps(body, indent=2, ensure_ascii=False) + "\n")
             return
@@ -208,9 +197,7 @@ class Output:
         if len(problems) == 1 and problems[0].reason in error.message:
             hint = hint or problems.pop().hint
         lines = [f"[bold red]imdsproxy:[/] {clean(error.message)}"]
-        lines += [f"  {clean(problem)}" for problem in problems[:MOST_SHOWN]]
-        if len(problems) > MOST_SHOWN:
-            lines.append(f"  and {len(problems) - MOST_SHOWN:,} more: --json has all")
+        lines += [f"  {clean(line)}" for line in first_lines(list(map(str, problems)))]
         if hint:
             lines.append(f"[dim]hint:[/] {clean(hint)}")
         from imdsproxy.host.notify import is_journal  # noqa: PLC0415 - only where something is wrong
@@ -222,10 +209,27 @@ class Output:
             console.print(line, soft_wrap=not sys.stderr.isatty())
 
 
+def first_lines(lines: Sequence[str]) -> list[str]:
+    """As many as are shown of one kind, and how many more there are."""
+    return [*lines[:MOST_SHOWN], *count_more(len(lines))]
+
+
+def count_more(count: int, rest: str = "--json has all") -> list[str]:
+    """A line for what is not shown of `count`, and what shows it; none where all are shown."""
+    return [f"and {count - MOST_SHOWN:,} more: {rest}"] if count > MOST_SHOWN else []
+
+
 def spell_status(status: int) -> str:
     """`404 Not Found`."""
     phrase = HTTPStatus(status).phrase if status in set(HTTPStatus) else ""
     return f"{status} {phrase}".rstrip()
+
+
+def spell_time(at: float, *, zone: bool = False) -> str:
+    """A moment in local time, with its zone where it is asked for."""
+    return (
+        f"{datetime.fromtimestamp(at, UTC).astimezone():%Y-%m-%d %H:%M:%S{' %Z' if zone else ''}}"
+    )
 
 
 def read_bytes_shape(shape: Mapping[str, str]) -> bytes:
@@ -247,20 +251,35 @@ def _printable(text: str) -> str:
     )
 
 
-def _table(columns: Sequence[Column], rows: Sequence[Sequence[str]], shown: Sequence[int]) -> Table:
+def _grid(*styles: str) -> Table:
+    from rich.table import Table  # noqa: PLC0415 - `--help` need not load it
+
+    grid = Table.grid(padding=(0, 2, 0, 0))
+    for style in styles:
+        grid.add_column(style=style, no_wrap=True, min_width=1)
+    grid.add_column(overflow="fold")
+    return grid
+
+
+def _table(
+    rows: Sequence[Mapping[str, str]],
+    shown: Sequence[str],
+    keep: Collection[str],
+    right: Collection[str],
+) -> Table:
     from rich import box  # noqa: PLC0415 - `--help` need not load it
     from rich.table import Table  # noqa: PLC0415 - as above
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="bold")
-    for column in (columns[index] for index in shown):
+    for title in shown:
         table.add_column(
-            column.title,
-            justify="right" if column.right else "left",
-            no_wrap=column.keep,
+            title,
+            justify="right" if title in right else "left",
+            no_wrap=title in keep,
             overflow="fold",
         )
     for row in rows:
-        table.add_row(*(row[index] for index in shown))
+        table.add_row(*(row[title] for title in shown))
     return table
 
 

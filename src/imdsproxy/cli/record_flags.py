@@ -7,21 +7,19 @@ Most keys have a flag of their own name and kind, also those of mappings inside 
 from __future__ import annotations
 
 import base64
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Final, cast
 
-import typer
-
-from imdsproxy.cli import completers
-from imdsproxy.cli.options import flag
-from imdsproxy.cli.record_files import read_bytes
+from imdsproxy.cli.options import complete_networks, flag, switch
 from imdsproxy.core.path_rules import PathWord
 from imdsproxy.core.records import Json
 from imdsproxy.core.records.network import LISTENER_KEYS
 from imdsproxy.core.records.schema import Key, Table
 from imdsproxy.errors import Problem, RequestRefused
+
+STDIN: Final = Path("-")
 
 _OFF: Final = {"manage_addresses": "leave-addresses"}
 """Names of flags that switch a key off, where they are not `--no-…`."""
@@ -40,7 +38,7 @@ def flags_of(table: Table[Any]) -> Iterator[tuple[str, object]]:
     """Each flag's name as a parameter, and its annotation for typer."""
     for key in table.keys:
         if key.name in _SPECIAL:
-            yield from _SPECIAL[key.name].flags.items()
+            yield from _SPECIAL[key.name][1].items()
         elif key.kind.tables:
             for inner in key.kind.tables:
                 yield from flags_of(inner)
@@ -56,8 +54,7 @@ def _annotation(key: Key) -> object:
     match schema.get("type"):
         case "boolean":
             off = _OFF.get(key.name, f"no-{name}")
-            option = typer.Option(f"--{name}/--{off}", help=text, show_default=False)
-            return Annotated[bool | None, option]
+            return Annotated[bool | None, switch(f"--{name}/--{off}", text)]
         case "integer":
             between = f"{schema['minimum']}..{schema['maximum']}"
             return Annotated[int | None, flag(f"--{name}", between, text)]
@@ -81,21 +78,31 @@ def keys_of(table: Table[Any], values: Mapping[str, Any], *, changing: bool) -> 
     """
     keys: dict[str, Json] = {}
     for key in table.keys:
-        special = _SPECIAL.get(key.name)
-        if special is not None:
-            value = special.read(*(values.get(name) or special.empty for name in special.flags))
+        value: Json = None
+        if key.name in _SPECIAL:
+            read, flags = _SPECIAL[key.name]
+            given = [values.get(name) or None for name in flags]
+            value = read(*given) if any(given) else None
         elif key.kind.tables:
             inner: dict[str, Json] = {}
             for one in key.kind.tables:
                 inner |= keys_of(one, values, changing=changing)
-            value = inner or None
-            if key.name == "listener" and inner:
-                value = _check_listener(inner, changing=changing)
+            if inner:
+                is_listener = key.name == "listener"
+                value = _check_listener(inner, changing=changing) if is_listener else inner
         else:
             value = values.get(key.name)
         if value is not None:
             keys[key.name] = value
     return keys
+
+
+def read_bytes(path: Path) -> bytes:
+    """A file's bytes, or standard input's for `-`; `RequestRefused` where it cannot be read."""
+    try:
+        return sys.stdin.buffer.read() if path == STDIN else path.read_bytes()
+    except OSError as error:
+        raise RequestRefused(f"cannot read {path}: {error.strerror}") from error
 
 
 def _check_listener(kinds: Mapping[str, Json], *, changing: bool) -> Json:
@@ -119,33 +126,34 @@ def _subnets_of(texts: Sequence[str]) -> Json:
     subnets: list[Json] = []
     for text in texts:
         cidr, *rest = text.split(",")
+        found = _values(rest, "--subnet", ("gateway", "dns"))
         subnet: dict[str, Json] = {"cidr": cidr}
-        servers: list[Json] = []
-        for key, value in _pairs(rest, "--subnet", ("gateway", "dns")):
-            if key == "gateway":
-                subnet["gateway"] = value
-            else:
-                servers.append(value)
-        subnets.append({**subnet, "dns": servers} if servers else subnet)
-    return subnets or None
+        if found["gateway"]:
+            subnet["gateway"] = found["gateway"][-1]
+        if found["dns"]:
+            subnet["dns"] = [*found["dns"]]
+        subnets.append(subnet)
+    return subnets
 
 
 def _ports_of(
-    network: str | None, mac: str | None, addresses: Sequence[str], more: Sequence[str]
+    network: str | None,
+    mac: str | None,
+    addresses: Sequence[str] | None,
+    more: Sequence[str] | None,
 ) -> Json:
     ports: list[Json] = []
     if network is not None:
-        ports.append(_port(network, mac, addresses))
+        ports.append(_port(network, mac, addresses or ()))
     elif mac is not None or addresses:
         raise _usage("ports", "--mac and --address need a --network", "--network NET")
-    for text in more:
-        pairs = list(_pairs(text.split(","), "--port", ("network", "mac", "address")))
-        named = dict(pairs)
-        if "network" not in named:
+    for text in more or ():
+        found = _values(text.split(","), "--port", ("network", "mac", "address"))
+        if not found["network"]:
             raise _usage("ports", f"{text} has no network", "--port network=NET,mac=…,address=…")
-        inside = [value for key, value in pairs if key == "address"]
-        ports.append(_port(named["network"], named.get("mac"), inside))
-    return ports or None
+        last_mac = found["mac"][-1] if found["mac"] else None
+        ports.append(_port(found["network"][-1], last_mac, found["address"]))
+    return ports
 
 
 def _port(network: str, mac: str | None, addresses: Sequence[str]) -> dict[str, Json]:
@@ -153,6 +161,17 @@ def _port(network: str, mac: str | None, addresses: Sequence[str]) -> dict[str, 
     if mac is not None:
         port["mac"] = mac
     return {**port, "addresses": list(addresses)} if addresses else port
+
+
+def _values(texts: Sequence[str], flag: str, known: Sequence[str]) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {name: [] for name in known}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not equals or key not in known:
+            words = ",".join(f"{name}=…" for name in known)
+            raise _usage(flag.strip("-"), f"{text} is not understood", f"{flag} …,{words}")
+        found[key].append(value)
+    return found
 
 
 def _ssh_keys_of(given: Sequence[str]) -> Json:
@@ -170,12 +189,10 @@ def _ssh_keys_of(given: Sequence[str]) -> Json:
         if not found:
             raise _usage("ssh_keys", f"{text} holds no key", "a .pub file, or the key itself")
         keys.extend(found)
-    return keys or None
+    return keys
 
 
-def _payload_of(path: Path | None) -> Json:
-    if path is None:
-        return None
+def _payload_of(path: Path) -> Json:
     raw = read_bytes(path)
     try:
         return raw.decode()
@@ -183,7 +200,7 @@ def _payload_of(path: Path | None) -> Json:
         return {"base64": base64.b64encode(raw).decode()}
 
 
-def _text_of(path: Path | None) -> Json:
+def _text_of(path: Path) -> Json:
     payload = _payload_of(path)
     if isinstance(payload, dict):
         raise _usage("vendor_data", f"{path} is not UTF-8 text", "YAML, JSON or plain text")
@@ -193,34 +210,20 @@ def _text_of(path: Path | None) -> Json:
 def _tags_of(texts: Sequence[str]) -> Json:
     tags: dict[str, Json] = {}
     for text in texts:
-        name, equals, value = text.partition("=")
+        name, equals, tags[name] = text.partition("=")
         if not equals:
             raise _usage("tags", f"{text} has no value", "--tag NAME=VALUE")
-        tags[name] = value
-    return tags or None
+    return tags
 
 
-def _paths_of(added: Sequence[str], removed: Sequence[str]) -> Json:
-    paths: dict[str, Json] = dict.fromkeys(removed)
-    for text in added:
-        path, equals, word = text.rpartition("=")
+def _paths_of(added: Sequence[str] | None, removed: Sequence[str] | None) -> Json:
+    paths: dict[str, Json] = dict.fromkeys(removed or ())
+    hint = "--path-rule /latest/user-data=deny"
+    for text in added or ():
+        path, equals, paths[path] = text.rpartition("=")
         if not equals:
-            raise _usage(
-                "policy.paths",
-                f"{text} has no rule for the path",
-                "--path-rule /latest/user-data=deny",
-            )
-        paths[path] = word
-    return paths or None
-
-
-def _pairs(texts: Iterable[str], flag: str, known: Sequence[str]) -> Iterable[tuple[str, str]]:
-    for text in texts:
-        key, equals, value = text.partition("=")
-        if not equals or key not in known:
-            words = ",".join(f"{name}=…" for name in known)
-            raise _usage(flag.strip("-"), f"{text} is not understood", f"{flag} …,{words}")
-        yield key, value
+            raise _usage("policy.paths", f"{text} has no rule for the path", hint)
+    return paths
 
 
 def _usage(field: str, reason: str, hint: str) -> RequestRefused:
@@ -228,32 +231,17 @@ def _usage(field: str, reason: str, hint: str) -> RequestRefused:
     return RequestRefused(f"{field}: {reason}", hint=hint, problems=[problem])
 
 
-@dataclass(frozen=True, slots=True)
-class _Special:
-    """A key with flags of its own.
-
-    Attributes:
-        flags: Annotations by the parameter's name; `read` takes the values in the same order.
-        read: Gives the key's value, or `None` without any of the flags.
-        empty: What `read` gets for a flag that is not there.
-    """
-
-    flags: Mapping[str, object]
-    read: Callable[..., Json]
-    empty: object = None
-
-
 def _many(name: str, metavar: str, text: str) -> object:
     return Annotated[list[str] | None, flag(name, metavar, f"{text}; may be repeated.")]
 
 
-_SPECIAL: Final[Mapping[str, _Special]] = {
-    "subnets": _Special(
-        {"subnet": _many("--subnet", "CIDR[,gateway=A][,dns=A]...", "An address range of guests")},
+_SPECIAL: Final[Mapping[str, tuple[Callable[..., Json], Mapping[str, object]]]] = {
+    "subnets": (
         _subnets_of,
-        (),
+        {"subnet": _many("--subnet", "CIDR[,gateway=A][,dns=A]...", "An address range of guests")},
     ),
-    "ports": _Special(
+    "ports": (
+        _ports_of,
         {
             "network": Annotated[
                 str | None,
@@ -261,7 +249,7 @@ _SPECIAL: Final[Mapping[str, _Special]] = {
                     "--network",
                     "NET",
                     "The network of its port, by id or name; with --mac and --address it replaces all ports.",
-                    completers.networks,
+                    complete_networks,
                     "-n",
                 ),
             ],
@@ -269,32 +257,31 @@ _SPECIAL: Final[Mapping[str, _Special]] = {
             "address": _many("--address", "ADDRESS", "An address of the port"),
             "port": _many("--port", "network=NET[,mac=M][,address=A]...", "A further port"),
         },
-        lambda network, mac, addresses, more: _ports_of(network, mac, addresses or (), more or ()),
     ),
-    "ssh_keys": _Special(
-        {"ssh_key": _many("--ssh-key", "FILE|KEY", "Public key, or a file of them")},
+    "ssh_keys": (
         _ssh_keys_of,
-        (),
+        {"ssh_key": _many("--ssh-key", "FILE|KEY", "Public key, or a file of them")},
     ),
-    "tags": _Special({"tag": _many("--tag", "NAME=VALUE", "A tag")}, _tags_of, ()),
-    "user_data": _Special(
+    "tags": (_tags_of, {"tag": _many("--tag", "NAME=VALUE", "A tag")}),
+    "user_data": (
+        _payload_of,
         {
             "user_data": Annotated[
                 Path | None,
                 flag("--user-data", "FILE", "Its bytes as they are; - is standard input."),
             ]
         },
-        _payload_of,
     ),
-    "vendor_data": _Special(
+    "vendor_data": (
+        _text_of,
         {
             "vendor_data": Annotated[
                 Path | None, flag("--vendor-data", "FILE", "Text; - is standard input.")
             ]
         },
-        _text_of,
     ),
-    "paths": _Special(
+    "paths": (
+        _paths_of,
         {
             "path_rule": _many(
                 "--path-rule",
@@ -303,7 +290,6 @@ _SPECIAL: Final[Mapping[str, _Special]] = {
             ),
             "no_path_rule": _many("--no-path-rule", "PATH", "Remove the rule for a path"),
         },
-        _paths_of,
-        (),
     ),
 }
+"""Keys with flags of their own: what reads the flags' values, and their annotations by the parameters' names."""

@@ -1,114 +1,102 @@
-"""Networks and instances as tables and as YAML that `--file` takes back."""
+"""What commands of records print: rows of tables, YAML that `--file` takes back, and how a change went."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Final, cast
+from typing import Any, Final
 
-from imdsproxy.cli.output import MOST_SHOWN, Column, Output, clean
+import typer
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
+from imdsproxy.cli.options import NOT_IN_FORCE
+from imdsproxy.cli.output import MOST_SHOWN, Output, Shape, clean, count_more
 
-_Shape = Mapping[str, object]
 _ADDRESSES_SHOWN: Final = 3
-_REASONS_SHOWN: Final = 20
 
 
-def show_networks(output: Output, shapes: Sequence[_Shape]) -> None:
-    """A row each, and why a network is not served."""
-    columns = (
-        Column("NETWORK", keep=True),
-        Column("NAME", spare=True),
-        Column("LISTENER"),
-        Column("INSTANCES", right=True, keep=True, spare=True),
-        Column("SOURCE", keep=True, spare=True),
-        Column("STATE", keep=True),
+def show_rows(output: Output, kind: str, rows: Iterable[Mapping[str, str]]) -> None:
+    """Rows of `network_row` or `instance_row`."""
+    output.table(
+        rows,
+        empty=f"no {kind}s: `imdsproxy {kind} add` makes one",
+        keep=(kind.upper(), "INSTANCES", "USER DATA", "SOURCE", "STATE"),
+        right=("INSTANCES", "USER DATA"),
+        spare=("NAME", "INSTANCES", "USER DATA", "SOURCE"),
     )
-    rows = [
-        (
-            clean(_record(shape)["id"]),
-            clean(_record(shape).get("name", "")),
-            clean(_listener(_record(shape))),
-            str(shape["instances"]),
-            clean(shape["source"]),
-            _serving(shape),
-        )
-        for shape in shapes
-    ]
-    output.table(columns, rows, empty="no networks: `imdsproxy network add` makes one")
 
 
-def show_instances(output: Output, shapes: Sequence[_Shape]) -> None:
-    """A row each; further ports and addresses are counted."""
-    columns = (
-        Column("INSTANCE", keep=True),
-        Column("NAME", spare=True),
-        Column("PORTS"),
-        Column("USER DATA", right=True, keep=True, spare=True),
-        Column("SOURCE", keep=True, spare=True),
-        Column("STATE", keep=True),
-    )
-    rows = [
-        (
-            clean(_record(shape)["id"]),
-            clean(_record(shape)["name"]),
-            clean(_ports(_record(shape))),
-            _size(shape["user_data_bytes"]),
-            clean(shape["source"]),
-            _in_force(shape),
-        )
-        for shape in shapes
-    ]
-    output.table(columns, rows, empty="no instances: `imdsproxy instance add` makes one")
+def network_row(shape: Shape) -> dict[str, str]:
+    """A network, how it is reached, and why it is not served."""
+    record, left_out = shape["record"], shape["left_out"]
+    kind, value = next(iter(record["listener"].items()))
+    return {
+        "NETWORK": clean(record["id"]),
+        "NAME": clean(record.get("name", "")),
+        "LISTENER": clean(f"{kind} {value}"),
+        "INSTANCES": str(shape["instances"]),
+        "SOURCE": clean(shape["source"]),
+        "STATE": f"[red]{clean(left_out['code'])}[/]" if left_out else "[green]serving[/]",
+    }
 
 
-def show_network(output: Output, shape: _Shape) -> None:
-    """The record as YAML, its state as comments."""
+def instance_row(shape: Shape) -> dict[str, str]:
+    """An instance; further addresses of its ports are counted."""
+    record, state = shape["record"], "[green]ok[/]"
+    if shape["conflicts"]:
+        state = "[red]conflict[/]"
+    elif shape["pending"]:
+        state = "[red]not in force[/]"
+    return {
+        "INSTANCE": clean(record["id"]),
+        "NAME": clean(record["name"]),
+        "PORTS": clean("\n".join(map(_port, record.get("ports", ())))),
+        "USER DATA": _size(shape["user_data_bytes"]),
+        "SOURCE": clean(shape["source"]),
+        "STATE": state,
+    }
+
+
+def network_notes(shape: Shape) -> dict[str, Any]:
+    """The state of a network, for comments above its record."""
     left_out = shape["left_out"]
-    state = "serving"
-    if isinstance(left_out, dict):
-        state = f"not served: {left_out['reason']} ({left_out['code']})"
-    notes = {"source": shape["source"], "state": state, "instances": shape["instances"]}
-    output.text(_yaml("networks", _record(shape), notes))
+    state = f"not served: {left_out['reason']} ({left_out['code']})" if left_out else "serving"
+    return {"source": shape["source"], "state": state, "instances": shape["instances"]}
 
 
-def show_instance(output: Output, shape: _Shape) -> None:
-    """The record as YAML, its ids and conflicts as comments."""
-    notes: dict[str, object] = {
+def instance_notes(shape: Shape) -> dict[str, Any]:
+    """Ids and conflicts of an instance, as `network_notes`."""
+    notes = {
         "source": shape["source"],
         "uuid": shape["uuid"],
         "ec2 id": shape["ec2_id"],
         "revision": shape["revision"] or "not compiled yet",
     }
-    created_at = _record(shape).get("created_at")
-    if isinstance(created_at, int):
+    created_at = shape["record"].get("created_at")
+    if created_at is not None:
         notes["created"] = datetime.fromtimestamp(created_at, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-    conflicts = cast("Sequence[_Shape]", shape["conflicts"])
-    for index, conflict in enumerate(conflicts, 1):
-        notes[f"conflict {index}"] = f"{conflict['kind']} {conflict['subject']}"
-    for index, reason in enumerate(cast("Sequence[str]", shape["pending"]), 1):
-        notes[f"not in force {index}"] = reason
-    output.text(_yaml("instances", _record(shape), notes))
+    for number, conflict in enumerate(shape["conflicts"], 1):
+        notes[f"conflict {number}"] = f"{conflict['kind']} {conflict['subject']}"
+    for number, reason in enumerate(shape["pending"], 1):
+        notes[f"not in force {number}"] = reason
+    return notes
 
 
-def say_written(output: Output, what: str, written: _Shape) -> None:
-    """That a change is in force, or why it is not yet."""
-    if output.as_json:
-        output.json(written)
-        return
-    pending = cast("Sequence[str]", written["pending"])
+def show_written(output: Output, what: str, written: Shape) -> None:
+    """That a change is in force, or why it is not yet, which ends the command with a status of its own."""
+    output.answer(written, lambda _, answer: say_written(output, what, answer))
+    exit_unless_in_force(written)
+
+
+def say_written(output: Output, what: str, written: Shape) -> None:
+    """The same for people, and the command goes on."""
     if written["applied"]:
         output.styled(f"[green]done:[/] {clean(what)}")
     else:
         output.styled(f"[yellow]stored:[/] {clean(what)}; not in force yet:")
-        for reason in pending[:MOST_SHOWN]:
-            output.styled(f"  {clean(reason)}")
-        if len(pending) > MOST_SHOWN:
-            output.styled(f"  and {len(pending) - MOST_SHOWN:,} more: imdsproxy status")
-    for warning in cast("Sequence[str]", written.get("warnings", ())):
-        output.styled(f"[yellow]warning:[/] {clean(warning)}")
+        pending = written["pending"]
+        lines = [*pending[:MOST_SHOWN], *count_more(len(pending), "imdsproxy status")]
+        output.styled(*(f"  {clean(line)}" for line in lines))
+    output.styled(*(f"[yellow]warning:[/] {clean(one)}" for one in written.get("warnings", ())))
     shared = written.get("shared")
     if shared is not None:
         output.styled(
@@ -118,48 +106,43 @@ def say_written(output: Output, what: str, written: _Shape) -> None:
         )
 
 
-def _record(shape: _Shape) -> _Shape:
-    return cast("_Shape", shape["record"])
+def exit_unless_in_force(*answers: Shape) -> None:
+    """End with a status of its own where a change is stored and not in force."""
+    if not all(one["applied"] for one in answers):
+        raise typer.Exit(NOT_IN_FORCE)
 
 
-def _listener(record: _Shape) -> str:
-    listener = cast("Mapping[str, object]", record["listener"])
-    kind, value = next(iter(listener.items()))
-    return f"{kind} {value}"
+def render_yaml(kind: str, record: Shape, notes: Mapping[str, Any]) -> str:
+    """A record as a file of it, under comments."""
+    import yaml  # noqa: PLC0415 - `--help` need not load it
+
+    class Dumper(yaml.SafeDumper):
+        """Block style, with texts of several lines as such."""
+
+    def text(dumper: yaml.SafeDumper, value: str) -> yaml.ScalarNode:
+        style = "|" if "\n" in value else None
+        return dumper.represent_scalar("tag:yaml.org,2002:str", value, style=style)
+
+    Dumper.add_representer(str, text)
+    comments = [f"# {name}: {' '.join(str(value).split())}\n" for name, value in notes.items()]
+    return "".join(comments) + yaml.dump(
+        {f"{kind}s": [dict(record)]},
+        Dumper=Dumper,
+        sort_keys=False,
+        allow_unicode=True,
+        default_flow_style=False,
+        width=100,
+    )
 
 
-def _serving(shape: _Shape) -> str:
-    left_out = shape["left_out"]
-    if isinstance(left_out, dict):
-        return f"[red]{clean(left_out['code'])}[/]"
-    return "[green]serving[/]"
-
-
-def _in_force(shape: _Shape) -> str:
-    if shape["conflicts"]:
-        return "[red]conflict[/]"
-    return "[red]not in force[/]" if shape["pending"] else "[green]ok[/]"
-
-
-def _ports(record: _Shape) -> str:
-    ports = cast("Sequence[_Shape]", record.get("ports", ()))
-    return "\n".join(f"{port['network']} {_addresses(port)}".rstrip() for port in ports)
-
-
-def _addresses(port: _Shape) -> str:
-    addresses = list(_strings(port.get("addresses", ())))
+def _port(port: Shape) -> str:
+    addresses = port.get("addresses", ())
+    shown = " ".join(addresses[:_ADDRESSES_SHOWN]) or port.get("mac", "")
     more = len(addresses) - _ADDRESSES_SHOWN
-    shown = " ".join(addresses[:_ADDRESSES_SHOWN]) or str(port.get("mac", ""))
-    return f"{shown} +{more}" if more > 0 else shown
+    return f"{port['network']} {shown}{f' +{more}' if more > 0 else ''}".rstrip()
 
 
-def _strings(value: object) -> Iterator[str]:
-    if isinstance(value, list | tuple):
-        yield from (str(item) for item in value)
-
-
-def _size(count: object) -> str:
-    number = int(str(count))
+def _size(number: int) -> str:
     if number == 0:
         return "-"
     for unit in ("B", "KiB"):
@@ -167,30 +150,3 @@ def _size(count: object) -> str:
             return f"{number} {unit}"
         number = round(number / 1024)
     return f"{number} MiB"
-
-
-def _yaml(kind: str, record: _Shape, notes: Mapping[str, object]) -> str:
-    import yaml  # noqa: PLC0415 - `--help` need not load it
-
-    class Dumper(yaml.SafeDumper):
-        """Block style, with texts of several lines as such."""
-
-    def text(dumper: yaml.SafeDumper, value: str) -> yaml.ScalarNode:
-        style = "|" if "\n" in value.rstrip("\n") or value.endswith("\n") else None
-        return dumper.represent_scalar("tag:yaml.org,2002:str", value, style=style)
-
-    Dumper.add_representer(str, text)
-    comments = "".join(f"# {name}: {_one_line(value)}\n" for name, value in notes.items())
-    body = yaml.dump(
-        {kind: [dict(record)]},
-        Dumper=Dumper,
-        sort_keys=False,
-        allow_unicode=True,
-        default_flow_style=False,
-        width=100,
-    )
-    return comments + body
-
-
-def _one_line(value: object) -> str:
-    return " ".join(str(value).split())

@@ -1,51 +1,146 @@
-"""Commands of every kind of record: add, set, list, show and remove."""
+"""`imdsproxy network|instance add|set|list|show|remove`, `instance reopen` and `instance password`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
-from typing import Annotated, Any, Final, TypeAlias, cast
+from typing import Annotated, Any, Final, TypeAlias, TypeVar
 
 import typer
 
-from imdsproxy.cli.admin_client import path_to
-from imdsproxy.cli.exitcodes import NOT_IN_FORCE
-from imdsproxy.cli.options import Invocation, command, flag
-from imdsproxy.cli.output import Output
-from imdsproxy.cli.record_files import read_record_file, render_lines
-from imdsproxy.cli.record_flags import flags_of, keys_of
-from imdsproxy.cli.record_output import say_written
-from imdsproxy.core.records.schema import Json, Table
-from imdsproxy.errors import RequestRefused
+from imdsproxy.cli.admin_client import AdminClient, path_to
+from imdsproxy.cli.options import (
+    Invocation,
+    argument,
+    command,
+    complete_instances,
+    complete_networks,
+    flag,
+    switch,
+)
+from imdsproxy.cli.output import Note, Shape, read_bytes_shape
+from imdsproxy.cli.record_flags import STDIN, flags_of, keys_of, read_bytes
+from imdsproxy.cli.record_output import (
+    exit_unless_in_force,
+    instance_notes,
+    instance_row,
+    network_notes,
+    network_row,
+    render_yaml,
+    say_written,
+    show_rows,
+    show_written,
+)
+from imdsproxy.core.model import Network
+from imdsproxy.core.records import (
+    INSTANCE,
+    NETWORK,
+    Json,
+    Records,
+    Refused,
+    parse_network,
+    render_record,
+)
+from imdsproxy.core.records.network import LISTENER_KEYS
+from imdsproxy.core.records.schema import Table
+from imdsproxy.errors import AdminError, RequestRefused
 
-Shape: TypeAlias = Mapping[str, object]
-"""A report of a record, as the admin API has it in JSON."""
+_T = TypeVar("_T")
 
-Complete: TypeAlias = Callable[
-    [Invocation, str | None, dict[str, Any], bool], tuple[str | None, dict[str, Json]]
-]
-"""Finds out what flags do not give: the id, and keys over which flags win.
+_NAMED: Final = 5
+_LINES: Final = 100
+_NOT_IN_ID: Final = re.compile(r"[^A-Za-z0-9._-]+")
+_LONGEST_ID: Final = 64
 
-Takes the run, the id, the flags' values, which it may change, and whether the record is new."""
-
+_Values: TypeAlias = dict[str, Any]
+_Completed: TypeAlias = tuple[str | None, dict[str, Json]]
 _File: TypeAlias = Annotated[
     Path | None,
-    typer.Option(
+    flag(
         "--file",
-        "-f",
-        metavar="FILE",
-        help="Records in YAML or JSON (`networks:` and `instances:`); - is standard input.",
-        show_default=False,
+        "FILE",
+        "Records in YAML or JSON (`networks:` and `instances:`); - is standard input.",
+        short="-f",
     ),
 ]
-_CLEAR: Final = Annotated[
-    list[str] | None, flag("--clear", "KEY", "Clear a key, as user_data; may be repeated.")
-]
+_CLEAR: Final = {
+    "clear": Annotated[
+        list[str] | None, flag("--clear", "KEY", "Clear a key, as user_data; may be repeated.")
+    ]
+}
+_Id: TypeAlias = Annotated[str, argument("ID", "The instance's id or name.", complete_instances)]
+
+
+def _complete_network(
+    _run: Invocation, network: str | None, values: _Values, *, create: bool
+) -> _Completed:
+    if create and not any(values.get(key) is not None for key in LISTENER_KEYS):
+        raise RequestRefused(
+            "a network needs a listener: --bridge DEV | --interface DEV | --namespace NAME",
+            hint="`imdsproxy network add red --bridge br-red`, or --file FILE",
+        )
+    listener = values.get("bridge") or values.get("interface") or values.get("namespace")
+    return network or (listener if create else None), {}
+
+
+def _complete_instance(
+    run: Invocation, instance: str | None, values: _Values, *, create: bool
+) -> _Completed:
+    keys: dict[str, Json] = {}
+    domain, name = values.pop("from_libvirt", None), values.get("name")
+    if domain is not None:
+        keys = _from_libvirt(run, domain, values)
+        values["network"] = None
+    elif create and values["network"] is None and (values["mac"] or values["address"]):
+        values["network"] = _only_network(run.daemon())
+    identity = keys.pop("id", None)
+    if instance is None and isinstance(identity, str):
+        instance = identity
+    if create and instance is None and name is not None:
+        instance = _NOT_IN_ID.sub("-", name)[:_LONGEST_ID].strip("._-") or None
+    if create and instance is not None:
+        keys.setdefault("name", instance)
+    return instance, keys
+
+
+def _only_network(daemon: AdminClient) -> str:
+    ids: list[str] = [shape["record"]["id"] for shape in daemon.get("/v1/networks")]
+    if len(ids) == 1:
+        return ids[0]
+    if not ids:
+        raise RequestRefused(
+            "there is no network yet for --mac and --address to be in",
+            hint="`imdsproxy network add --bridge DEV` makes one of a bridge",
+        )
+    shown = ", ".join(ids[:_NAMED]) + (", …" if len(ids) > _NAMED else "")
+    raise RequestRefused(
+        f"--mac and --address need a --network: there are {len(ids)}", hint=f"one of {shown}"
+    )
+
+
+def _from_libvirt(run: Invocation, domain: str, values: _Values) -> dict[str, Json]:
+    from imdsproxy.cli.from_libvirt import import_domain  # noqa: PLC0415 - needs libvirt
+
+    if values["mac"] or values["address"]:
+        raise RequestRefused(
+            "--from-libvirt has the domain's own MACs",
+            hint="leave --mac and --address out; a static host of libvirt's network is its address",
+        )
+    return import_domain(run.daemon(), run.settings.sources.libvirt.uri, domain, values["network"])
+
+
+def _network(text: str) -> Mapping[str, object]:
+    return {
+        "network": Annotated[str | None, flag("--network", "NET", text, complete_networks, "-n")]
+    }
 
 
 @dataclass(frozen=True, slots=True)
-class RecordKind:
+class _Kind:
     """One kind of record.
 
     Attributes:
@@ -56,9 +151,10 @@ class RecordKind:
         new_id: What the argument of `add` is.
         remove_help: What `remove` does.
         list_help: What `list` does.
-        show_list: Prints all of them.
-        show: Prints one.
-        complete: For `add` and `set`.
+        row: Of `list`.
+        notes: Comments of `show`.
+        complete: Finds out for `add` and `set` what flags do not give: the id, and keys over which flags win. It may
+            change the flags' values.
         flags: More flags of `add` and `set`: annotations by the parameter's name.
         add_flags: The same of `add` alone, where a flag is described in another way.
         list_flags: Flags of `list`, which go into the query.
@@ -71,49 +167,28 @@ class RecordKind:
     new_id: str
     remove_help: str
     list_help: str
-    show_list: Callable[[Output, Sequence[Shape]], None]
-    show: Callable[[Output, Shape], None]
-    complete: Complete
+    row: Callable[[Shape], Mapping[str, str]]
+    notes: Callable[[Shape], Mapping[str, Any]]
+    complete: Callable[..., _Completed]
     flags: Mapping[str, object] = field(default_factory=dict)
     add_flags: Mapping[str, object] = field(default_factory=dict)
     list_flags: Mapping[str, object] = field(default_factory=dict)
 
-    @property
-    def other(self) -> str:
-        """The other kind, which a file may hold too."""
-        return "instances" if self.name == "network" else "networks"
 
-    def argument(self, metavar: str, text: str, *, complete: bool = True) -> Any:  # noqa: ANN401 - as typer has it
-        """An argument that names a record, or some."""
-        return typer.Argument(
-            metavar=metavar,
-            help=text,
-            show_default=False,
-            autocompletion=self.names if complete else None,
-        )
+def _make_app(kind: _Kind) -> typer.Typer:
+    name, route = kind.name, f"/v1/{kind.name}s"
+    article, other = ("an", "networks") if name == "instance" else ("a", "instances")
+    flags = {**kind.flags, **dict(flags_of(kind.table))}
 
+    def add(
+        run: Invocation,
+        record: str | None = None,
+        *,
+        file: _File = None,
+        **values: Any,  # noqa: ANN401 - of flags
+    ) -> None:
+        _change(run, kind, record, file, values, create=True)
 
-def make_app(kind: RecordKind) -> typer.Typer:
-    """The group of commands."""
-    app = typer.Typer(help=kind.help, no_args_is_help=True)
-    article = "an" if kind.name == "instance" else "a"
-    _add_change(
-        app,
-        kind,
-        f"Add {article} {kind.name}; with --file many {kind.name}s and {kind.other}, all or none.",
-        create=True,
-    )
-    _add_change(
-        app,
-        kind,
-        f"Change what is given of {article} {kind.name} (a list as a whole); with --file add and replace many.",
-        create=False,
-    )
-    _add_reading(app, kind)
-    return app
-
-
-def _add_change(app: typer.Typer, kind: RecordKind, text: str, *, create: bool) -> None:
     def change(
         run: Invocation,
         record: str | None = None,
@@ -121,135 +196,241 @@ def _add_change(app: typer.Typer, kind: RecordKind, text: str, *, create: bool) 
         file: _File = None,
         **values: Any,  # noqa: ANN401 - of flags
     ) -> None:
-        if file is not None:
-            if record is not None or any(value not in (None, []) for value in values.values()):
-                raise RequestRefused(
-                    "--file: goes with no id and no other flag of a record", hint="one or the other"
-                )
-            _change_from_file(run, file, create=create)
-            return
-        cleared = values.pop("clear", None) or ()
-        found, keys = kind.complete(run, record, values, create)
-        keys |= keys_of(kind.table, values, changing=not create)
-        _change_one(run, kind.name, found, keys, create=create, clear=cleared)
-
-    argument = (
-        kind.argument("[ID]", kind.new_id, complete=False)
-        if create
-        else kind.argument("[ID]", f"The {kind.name}'s id or name; none with --file.")
-    )
-    flags = {**kind.flags, **dict(flags_of(kind.table))}
-    flags |= kind.add_flags if create else {"clear": _CLEAR}
-    described = command(change, flags, record=Annotated[str | None, argument])
-    app.command("add" if create else "set", help=text)(described)
-
-
-def _add_reading(app: typer.Typer, kind: RecordKind) -> None:
-    one = Annotated[str, kind.argument("ID", f"The {kind.name}'s id or name.")]
-    many = Annotated[list[str], kind.argument("ID...", "Their ids or names.")]
+        _change(run, kind, record, file, values, create=False)
 
     def list_(run: Invocation, **query: object) -> None:
-        given = {name: str(value) for name, value in query.items() if value is not None}
-        shapes = cast("Sequence[Shape]", run.daemon().get(f"/v1/{kind.name}s", given))
-        if run.output.as_json:
-            run.output.json(shapes)
-        else:
-            kind.show_list(run.output, shapes)
+        given = {key: str(value) for key, value in query.items() if value is not None}
+        run.output.answer(
+            run.daemon().get(route, given),
+            lambda output, shapes: show_rows(output, name, map(kind.row, shapes)),
+        )
 
     def show(run: Invocation, record: str) -> None:
-        shape = cast("Shape", run.daemon().get(path_to(f"{kind.name}s", record)))
-        if run.output.as_json:
-            run.output.json(shape)
-        else:
-            kind.show(run.output, shape)
+        run.output.answer(
+            run.daemon().get(path_to(f"{name}s", record)),
+            lambda output, shape: output.text(
+                render_yaml(name, shape["record"], kind.notes(shape))
+            ),
+        )
 
     def remove(run: Invocation, records: list[str]) -> None:
-        daemon = run.daemon()
-        answers: list[object] = []
+        daemon, answers = run.daemon(), []
         # The first that cannot be removed ends it.
-        for name in records:
-            answers.append(daemon.request("DELETE", path_to(f"{kind.name}s", name)))
+        for one in records:
+            answers.append(daemon.request("DELETE", path_to(f"{name}s", one)))
             if not run.output.as_json:
-                say_written(run.output, f"{kind.name} {name} removed", cast("Shape", answers[-1]))
+                say_written(run.output, f"{name} {one} removed", answers[-1])
         if run.output.as_json:
             run.output.json(answers)
         exit_unless_in_force(*answers)
 
-    app.command("list", help=kind.list_help)(command(list_, kind.list_flags))
-    app.command("show", help=f"One {kind.name} as a record that --file takes back.")(
-        command(show, record=one)
-    )
-    app.command("remove", help=kind.remove_help)(command(remove, records=many))
+    app = typer.Typer(help=kind.help, no_args_is_help=True)
+    new = argument("[ID]", kind.new_id)
+    known = argument("[ID]", f"The {name}'s id or name; none with --file.", kind.names)
+    one = argument("ID", f"The {name}'s id or name.", kind.names)
+    some = argument("ID...", "Their ids or names.", kind.names)
+    for verb, function, described in (
+        (
+            "add",
+            command(add, flags={**flags, **kind.add_flags}, record=Annotated[str | None, new]),
+            f"Add {article} {name}; with --file many {name}s and {other}, all or none.",
+        ),
+        (
+            "set",
+            command(change, flags=flags | _CLEAR, record=Annotated[str | None, known]),
+            f"Change what is given of {article} {name} (a list as a whole); with --file add and replace many.",
+        ),
+        ("list", command(list_, flags=kind.list_flags), kind.list_help),
+        (
+            "show",
+            command(show, record=Annotated[str, one]),
+            f"One {name} as a record that --file takes back.",
+        ),
+        ("remove", command(remove, records=Annotated[list[str], some]), kind.remove_help),
+    ):
+        app.command(verb, help=described)(function)
+    return app
 
 
-def _change_one(
+def _change(
     run: Invocation,
-    kind: str,
+    kind: _Kind,
     name: str | None,
-    keys: Mapping[str, Json],
+    file: Path | None,
+    values: _Values,
     *,
     create: bool,
-    clear: Sequence[str] = (),
 ) -> None:
-    """Add a record, or change those of its keys that are given or cleared."""
+    """Add or change a record, or all records of a file."""
+    if file is not None:
+        if name is not None or any(value not in (None, []) for value in values.values()):
+            raise RequestRefused(
+                "--file: goes with no id and no other flag of a record", hint="one or the other"
+            )
+        answer = _send_file(run, file, create=create)
+        counts = [(answer[f"{one}s"], one) for one in ("network", "instance")]
+        counted = ", ".join(f"{n} {one}" if n == 1 else f"{n} {one}s" for n, one in counts)
+        show_written(run.output, f"{counted} {'added' if create else 'stored'}", answer)
+        return
+    cleared: Sequence[str] = values.pop("clear", None) or ()
+    name, keys = kind.complete(run, name, values, create=create)
+    keys |= keys_of(kind.table, values, changing=not create)
     if name is None:
-        raise _usage("", f"the {kind}'s id is missing", f"imdsproxy {kind} … ID, or --file FILE")
+        raise RequestRefused(
+            f"the {kind.name}'s id is missing", hint=f"imdsproxy {kind.name} … ID, or --file FILE"
+        )
     # Flags have hyphens where keys have underscores.
-    body = {**dict.fromkeys(key.replace("-", "_") for key in clear), **keys}
+    body = {**dict.fromkeys(key.replace("-", "_") for key in cleared), **keys}
     if create:
-        route = path_to(f"{kind}s")
-        answer = run.daemon().request("POST", route, body={"id": name, **body})
+        answer = run.daemon().request("POST", path_to(f"{kind.name}s"), body={"id": name, **body})
     elif body:
-        answer = run.daemon().request("PATCH", path_to(f"{kind}s", name), body=body)
+        answer = run.daemon().request("PATCH", path_to(f"{kind.name}s", name), body=body)
     else:
-        raise _usage("", "nothing to change was given", f"see `imdsproxy {kind} set --help`")
-    done = "added" if create else "changed"
-    what = f"{kind} {name} {done}"
-    say_written(run.output, what, cast("Mapping[str, object]", answer))
-    exit_unless_in_force(answer)
+        raise RequestRefused(
+            "nothing to change was given", hint=f"see `imdsproxy {kind.name} set --help`"
+        )
+    show_written(run.output, f"{kind.name} {name} {'added' if create else 'changed'}", answer)
 
 
-def _change_from_file(run: Invocation, file: Path, *, create: bool) -> None:
+def _send_file(run: Invocation, file: Path, *, create: bool) -> Shape:
     """Add the records of a file, or add and replace them: all, or none."""
-    query = {"create": "true"} if create else {}
     with run.output.progress() as note:
-        records = read_record_file(file, note)
+        records = _read_record_file(file, note)
 
-        def show(steps: Sequence[Mapping[str, object]]) -> None:
+        def show(steps: Sequence[Shape]) -> None:
             for step in steps or ({"what": "waiting until it is in force", "done": 0, "of": 0},):
-                note(str(step["what"]), int(str(step["done"])), int(str(step["of"])))
+                note(step["what"], step["done"], step["of"])
 
-        answer = run.daemon().post_records(render_lines(records, note), query, show)
-    written = cast("Mapping[str, object]", answer)
-    counts = f"{_counted(written, 'network')}, {_counted(written, 'instance')}"
-    say_written(run.output, f"{counts} {'added' if create else 'stored'}", written)
-    exit_unless_in_force(written)
+        query = {"create": "true"} if create else {}
+        answer: Shape = run.daemon().post_records(_render_lines(records, note), query, show)
+        return answer
 
 
-def order_instance(run: Invocation, name: str, order: str, done: str) -> None:
-    """Have something done about an instance that changes no record of it.
+def _read_record_file(path: Path, note: Note) -> Records:
+    """Every record of the file, or `RequestRefused` with all problems.
 
-    Args:
-        run: The command.
-        name: The instance's id.
-        order: The last part of its route.
-        done: The message once it is done.
+    `user_data_file` is read here, relative to the file: the daemon reads no file for a caller.
     """
-    answer = run.daemon().request("POST", path_to("instances", name, order))
-    say_written(run.output, done, cast("Mapping[str, object]", answer))
-    exit_unless_in_force(answer)
+    from imdsproxy.sources.file.record_file import (  # noqa: PLC0415 - `--help` need not load YAML
+        decode_records,
+        payload_reader,
+    )
+
+    name = "standard input" if path == STDIN else str(path)
+    note(f"reading {name}", 0, 0)
+    records, _ = decode_records(
+        read_bytes(path),
+        file=name,
+        read_file=payload_reader(Path.cwd() if path == STDIN else path.parent),
+        note=lambda done, of: note(f"checking {name}", done, of),
+    )
+    if records.all_problems:
+        raise RequestRefused(f"{name} is not acceptable", problems=records.all_problems)
+    if not records.networks and not records.instances:
+        raise RequestRefused(
+            f"{name} holds no records", hint="it needs a list `networks:` or `instances:`"
+        )
+    return records
 
 
-def exit_unless_in_force(*answers: object) -> None:
-    """End with a status of its own where a change is stored and not in force."""
-    if not all(cast("Mapping[str, object]", one)["applied"] for one in answers):
-        raise typer.Exit(NOT_IN_FORCE)
+def _render_lines(records: Records, note: Note) -> Iterator[bytes]:
+    """The body of a bulk request: a record a line, some thousand bytes at a time."""
+    lines: list[str] = []
+    networks = ({"network": render_record(network)} for _, network in records.networks)
+    instances = ({"instance": render_record(instance)} for _, instance in records.instances)
+    of = len(records.networks) + len(records.instances)
+    for done, record in enumerate(chain(networks, instances), 1):
+        lines.append(f"{json.dumps(record)}\n")
+        if len(lines) == _LINES or done == of:
+            note("sending records", done, of)
+            yield "".join(lines).encode()
+            lines.clear()
 
 
-def _counted(written: Mapping[str, object], kind: str) -> str:
-    number = written[f"{kind}s"]
-    return f"{number} {kind}" if number == 1 else f"{number} {kind}s"
+def read_record(parse: Callable[[object], _T | Refused], record: Shape) -> _T:
+    """A record of the daemon's as a value; `AdminError` where the daemon is of another version."""
+    read = parse(record)
+    if isinstance(read, Refused):
+        raise AdminError(
+            f"the daemon's record of {record.get('id')} is not understood",
+            hint="is the daemon of the same version as this command?",
+        )
+    return read
 
 
-def _usage(subject: str, reason: str, hint: str) -> RequestRefused:
-    return RequestRefused(f"{subject}: {reason}" if subject else reason, hint=hint)
+def read_networks(daemon: AdminClient) -> list[Network]:
+    """All networks of the daemon's; raises as `read_record`."""
+    return [read_record(parse_network, shape["record"]) for shape in daemon.get("/v1/networks")]
+
+
+network_app = _make_app(
+    _Kind(
+        name="network",
+        table=NETWORK,
+        names=complete_networks,
+        help="Networks: add, list, show, set, remove.",
+        new_id="Its id; the name of the bridge, interface or namespace without it.",
+        remove_help="Remove networks that no instance has a port in.",
+        list_help="Every network, how it is reached, and whether it is served.",
+        row=network_row,
+        notes=network_notes,
+        complete=_complete_network,
+    )
+)
+
+instance_app = _make_app(
+    _Kind(
+        name="instance",
+        table=INSTANCE,
+        names=complete_instances,
+        help="Instances: add, list, show, set, remove, reopen, password.",
+        new_id="Its id; made of --name, or the domain's UUID, without it.",
+        remove_help="Remove instances; their guests get no more answers.",
+        list_help="Every instance, or those with a port in --network.",
+        row=instance_row,
+        notes=instance_notes,
+        complete=_complete_instance,
+        flags={
+            "from_libvirt": Annotated[
+                str | None,
+                flag(
+                    "--from-libvirt",
+                    "DOMAIN",
+                    "Take network cards, keys, user data and id of a domain, once; other flags of a record win.",
+                ),
+            ]
+        },
+        add_flags=_network("The network of its port, by id or name; the only one without it."),
+        list_flags=_network("Only those in this network."),
+    )
+)
+
+
+@instance_app.command("password")
+@command
+def password(
+    run: Invocation,
+    instance: _Id,
+    *,
+    clear: Annotated[
+        bool, switch("--clear", "Forget it, so that the guest can post another.")
+    ] = False,
+) -> None:
+    """The password that its guest posted, encrypted with the instance's key; with --clear forget it."""
+    route = path_to("instances", instance, "password")
+    if clear:
+        cleared = run.daemon().request("DELETE", route)
+        show_written(run.output, f"password of instance {instance} cleared", cleared)
+        return
+    run.output.answer(
+        run.daemon().get(route),
+        lambda output, shape: output.foreign(read_bytes_shape(shape["password"])),
+    )
+
+
+@instance_app.command("reopen")
+@command
+def reopen(run: Invocation, instance: _Id) -> None:
+    """Have its boot begin anew: sealed user-data and locked trees are open until that is over."""
+    answer = run.daemon().request("POST", path_to("instances", instance, "reopen"))
+    show_written(run.output, f"instance {instance} boots anew", answer)

@@ -12,8 +12,8 @@ from typing import Any, Final
 from imdsproxy import errors
 from imdsproxy.admin.api import admin_app, status_of
 from imdsproxy.admin.metrics import METRICS, NETWORK_SUM
-from imdsproxy.cli.commands import build_program, iterate_commands
-from imdsproxy.cli.exitcodes import EXIT_STATUSES, errors_by_status
+from imdsproxy.cli.main import build_program, iterate_commands
+from imdsproxy.cli.options import EXIT_STATUSES
 from imdsproxy.config.describe import iterate_settings
 from imdsproxy.config.neutron_options import NEUTRON_OPTIONS
 from imdsproxy.config.schema import Settings
@@ -106,7 +106,11 @@ def render_errors_page() -> str:
         if kind is not ImdsproxyError
     ]
     by_status = [
-        (str(status), meaning, ", ".join(f"`{kind.code}`" for kind in errors_by_status(status)))
+        (
+            str(status),
+            meaning,
+            ", ".join(f"`{kind.code}`" for kind in kinds if kind.exit_status == status),
+        )
         for status, meaning in EXIT_STATUSES.items()
     ]
     lines = [*_head("Error codes", TEXTS["errors"]), ""]

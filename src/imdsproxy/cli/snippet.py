@@ -3,71 +3,66 @@
 from __future__ import annotations
 
 import socket as sockets
-from typing import TYPE_CHECKING, Annotated, TypeAlias
+from dataclasses import asdict
+from typing import Annotated
 
 import typer
 
-from imdsproxy.cli import completers, options
-from imdsproxy.core.model import Dialect, Upstream
-from imdsproxy.core.snippets.plan import Target
+from imdsproxy.cli import options
+from imdsproxy.cli.admin_client import AdminClient, path_to
+from imdsproxy.cli.records import read_record
+from imdsproxy.core.model import (
+    BridgeListener,
+    Dialect,
+    InterfaceListener,
+    IpAddress,
+    Network,
+    Port,
+    Upstream,
+)
+from imdsproxy.core.records import parse_instance, parse_network
+from imdsproxy.core.snippets.plan import Guest, Nic, Target, choose_dialect, plan_route
+from imdsproxy.core.snippets.targets import render_snippet, render_text
 from imdsproxy.errors import RequestRefused
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from imdsproxy.cli.admin_client import AdminClient
-    from imdsproxy.core.model import Instance, IpAddress, Network, Port
-    from imdsproxy.core.snippets.plan import Guest, Nic, Snippet
-
-InstanceName: TypeAlias = Annotated[
-    str,
-    typer.Argument(
-        metavar="INSTANCE", help="The instance's id or name.", autocompletion=completers.instances
-    ),
-]
-For: TypeAlias = Annotated[
-    Target,
-    typer.Option(
-        "--for",
-        metavar="|".join(Target),
-        help="The hypervisor to write it for.",
-        show_default=False,
-    ),
-]
-WantedDialect: TypeAlias = Annotated[
-    Dialect | None,
-    typer.Option(
-        "--dialect",
-        metavar="|".join(Dialect),
-        help="Which documents the guest is to ask for; without it openstack, nocloud for Incus, "
-        "or what the instance has.",
-        show_default=False,
-    ),
-]
 
 
 @options.command
 def snippet(
     run: options.Invocation,
-    instance: InstanceName,
-    target: For,
+    instance: options.Instance,
+    target: Annotated[
+        Target,
+        typer.Option(
+            "--for",
+            metavar="|".join(Target),
+            help="The hypervisor to write it for.",
+            show_default=False,
+        ),
+    ],
     *,
-    dialect: WantedDialect = None,
+    dialect: Annotated[
+        Dialect | None,
+        options.flag(
+            "--dialect",
+            "|".join(Dialect),
+            "Which documents the guest is to ask for; without it openstack, nocloud for Incus, "
+            "or what the instance has.",
+        ),
+    ] = None,
 ) -> None:
     """The SMBIOS, NIC and route that make a stock image ask for this instance's metadata."""
-    from imdsproxy.core.snippets.targets import render_snippet, render_text  # noqa: PLC0415 - `--help`
-
     guest = _guest(run.daemon(), instance)
     made = render_snippet(guest, target, _dialect(guest, instance, target, dialect))
-    if run.output.as_json:
-        run.output.json(_shape(instance, made))
-    else:
-        run.output.text(render_text(made))
+    shape = {
+        "instance": instance,
+        "for": made.target.value,
+        "dialect": made.dialect.value,
+        "parts": [asdict(part) for part in made.parts],
+    }
+    run.output.answer(shape, lambda output, _: output.text(render_text(made)))
 
 
 def _dialect(guest: Guest, instance: str, target: Target, wanted: Dialect | None) -> Dialect:
-    from imdsproxy.core.snippets.plan import choose_dialect  # noqa: PLC0415 - `--help` need not load it
-
     had = ", ".join(sorted(guest.dialects)) or "none"
     if wanted is not None and wanted not in guest.dialects:
         raise RequestRefused(
@@ -84,38 +79,23 @@ def _dialect(guest: Guest, instance: str, target: Target, wanted: Dialect | None
 
 
 def _guest(daemon: AdminClient, name: str) -> Guest:
-    from imdsproxy.cli.record_files import read_instance  # noqa: PLC0415 - `--help` need not load it
-    from imdsproxy.core.snippets.plan import Guest  # noqa: PLC0415 - as above
-
-    instance = read_instance(daemon, name)
-    nics = [_nic(daemon, port) for port in instance.ports]
-    return Guest(instance.name, instance.uuid, _dialects(instance), tuple(nics))
-
-
-def _dialects(instance: Instance) -> frozenset[Dialect]:
+    instance = read_record(parse_instance, daemon.get(path_to("instances", name))["record"])
+    dialects = instance.dialects
     if instance.upstream is Upstream.NOVA:
-        return frozenset({Dialect.OPENSTACK, Dialect.EC2})
-    return instance.dialects
+        dialects = frozenset({Dialect.OPENSTACK, Dialect.EC2})
+    nics = tuple(_nic(daemon, port) for port in instance.ports)
+    return Guest(instance.name, instance.uuid, dialects, nics)
 
 
 def _nic(daemon: AdminClient, port: Port) -> Nic:
-    from imdsproxy.cli.record_files import read_network  # noqa: PLC0415 - `--help` need not load it
-    from imdsproxy.core.snippets.plan import Nic, plan_route  # noqa: PLC0415 - as above
-
-    network = read_network(daemon, port.network)
-    return Nic(port.network, port.mac, _bridge(network), plan_route(network, _host_has))
-
-
-def _bridge(network: Network) -> str | None:
-    from imdsproxy.core.model import BridgeListener, InterfaceListener  # noqa: PLC0415 - `--help`
-
-    match network.listener:
-        case BridgeListener(bridge):
-            return bridge
-        case InterfaceListener(device):
-            return device
-        case _:
-            return None
+    shape = daemon.get(path_to("networks", port.network))
+    network: Network = read_record(parse_network, shape["record"])
+    listener, device = network.listener, None
+    if isinstance(listener, BridgeListener):
+        device = listener.bridge
+    elif isinstance(listener, InterfaceListener):
+        device = listener.device
+    return Nic(port.network, port.mac, device, plan_route(network, _host_has))
 
 
 def _host_has(address: IpAddress) -> bool:
@@ -127,14 +107,3 @@ def _host_has(address: IpAddress) -> bool:
         except OSError:
             return False
     return True
-
-
-def _shape(instance: str, made: Snippet) -> Mapping[str, object]:
-    return {
-        "instance": instance,
-        "for": made.target.value,
-        "dialect": made.dialect.value,
-        "parts": [
-            {"kind": part.kind, "place": part.place, "text": part.text} for part in made.parts
-        ],
-    }

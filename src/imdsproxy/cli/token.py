@@ -3,97 +3,64 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from datetime import UTC, datetime
-from typing import Annotated, Final, TypeAlias
+from typing import Final
 
 import typer
 
-from imdsproxy.cli import completers, options
+from imdsproxy.cli import options
 from imdsproxy.cli.admin_client import path_to
-from imdsproxy.cli.output import Column, Output, Shape, clean
-from imdsproxy.cli.record_output import say_written
-from imdsproxy.cli.records import exit_unless_in_force, order_instance
+from imdsproxy.cli.output import Output, Shape, clean, spell_time
+from imdsproxy.cli.record_output import show_written
 
-app = typer.Typer(help="Session tokens (IMDSv2): revoke, rotate, report.", no_args_is_help=True)
-
-Id: TypeAlias = Annotated[
-    str,
-    typer.Argument(
-        metavar="INSTANCE", help="The instance's id or name.", autocompletion=completers.instances
-    ),
-]
-
-
-@app.command("revoke")
-@options.command
-def revoke(
-    run: options.Invocation,
-    instance: Id,
-) -> None:
-    """Revoke the instance's tokens; it can get a new one at once."""
-    order_instance(run, instance, "revoke-tokens", f"all tokens of instance {instance} revoked")
-
-
-@app.command("rotate")
-@options.command
-def rotate(
-    run: options.Invocation,
-) -> None:
-    """Sign tokens with a new key; existing tokens stay valid, by the two keys before it."""
-    answer = run.daemon().request("POST", path_to("token-keys", "rotate"))
-    done = answer
-    say_written(run.output, f"key {done['kid']} signs tokens, {done['file']} has it", done)
-    exit_unless_in_force(done)
-
-
-@app.command("report")
-@options.command
-def report(
-    run: options.Invocation,
-) -> None:
-    """Name guests and clients that still read without tokens, and what required tokens leave open."""
-    answer = run.daemon().get("/v1/token-report")
-    if run.output.as_json:
-        run.output.json(answer)
-    else:
-        say_token_report(run.output, answer)
-
+token_app = typer.Typer(
+    help="Session tokens (IMDSv2): revoke, rotate, report.", no_args_is_help=True
+)
 
 _TREES_SHOWN: Final = 5
 
-_COLUMNS: Final = (
-    Column("NETWORK"),
-    Column("INSTANCE"),
-    Column("READS", keep=True, right=True),
-    Column("REFUSED", keep=True, right=True),
-    Column("LAST", keep=True, spare=True),
-    Column("PATH"),
-    Column("CLIENT"),
-)
+
+@token_app.command("revoke")
+@options.command
+def revoke(run: options.Invocation, instance: options.Instance) -> None:
+    """Revoke the instance's tokens; it can get a new one at once."""
+    answer = run.daemon().request("POST", path_to("instances", instance, "revoke-tokens"))
+    show_written(run.output, f"all tokens of instance {instance} revoked", answer)
 
 
-def say_token_report(output: Output, report: Shape) -> None:
-    """A line for each client of each guest, then the trees that stay open.
+@token_app.command("rotate")
+@options.command
+def rotate(run: options.Invocation) -> None:
+    """Sign tokens with a new key; existing tokens stay valid, by the two keys before it."""
+    done = run.daemon().request("POST", path_to("token-keys", "rotate"))
+    show_written(run.output, f"key {done['kid']} signs tokens, {done['file']} has it", done)
 
-    Args:
-        output: Where to.
-        report: The answer of `GET /v1/token-report`.
-    """
+
+@token_app.command("report")
+@options.command
+def report(run: options.Invocation) -> None:
+    """Name guests and clients that still read without tokens, and what required tokens leave open."""
+    run.output.answer(run.daemon().get("/v1/token-report"), _show_report)
+
+
+def _show_report(output: Output, report: Shape) -> None:
+    """A line for each client of each guest, then the trees that stay open."""
     guests, one_in = report["guests"], report["one_in"]
-    since = _time(report["since"])
+    since = spell_time(report["since"])
     output.table(
-        _COLUMNS,
         (row for guest in guests for row in _rows(guest, "~" if one_in > 1 else "")),
         empty=f"since {since} no read without a token was seen",
+        keep=("READS", "REFUSED", "LAST"),
+        right=("READS", "REFUSED"),
+        spare=("LAST",),
     )
     if guests:
         output.styled(
             f"[dim]since {since}; READS and REFUSED are the guest's, its clients are samples[/]"
         )
     if one_in == 0:
-        output.styled("[yellow]warning:[/] only refused reads are counted, and no others")
         output.styled(
-            "[dim]hint:[/] tokens.count_reads: sampled, then imdsproxy reload, and come back after a while"
+            "[yellow]warning:[/] only refused reads are counted, and no others",
+            "[dim]hint:[/] tokens.count_reads: sampled, then imdsproxy reload, and come back after a while",
         )
     elif one_in > 1:
         output.styled(
@@ -116,17 +83,20 @@ def say_token_report(output: Output, report: Shape) -> None:
         )
 
 
-def _rows(guest: Shape, about: str) -> Iterator[tuple[str, ...]]:
-    who = (clean(guest["network"]), clean(guest["instance"]))
+def _rows(guest: Shape, about: str) -> Iterator[dict[str, str]]:
     reads = guest["reads"]
-    counts = (f"{about if reads else ''}{reads}", str(guest["refused"]))
+    row = {
+        "NETWORK": clean(guest["network"]),
+        "INSTANCE": clean(guest["instance"]),
+        "READS": f"{about if reads else ''}{reads}",
+        "REFUSED": str(guest["refused"]),
+    }
     readers = guest["readers"]
     if not readers:
-        yield (*who, *counts, _time(guest["last_at"]), "-", "-")
+        yield row | {"LAST": spell_time(guest["last_at"]), "PATH": "-", "CLIENT": "-"}
     for reader in readers:
-        path, client = f"/{clean(reader['path'])}", clean(reader["client"]) or "-"
-        yield (*who, *counts, _time(reader["last_at"]), path, client)
-
-
-def _time(at: float) -> str:
-    return f"{datetime.fromtimestamp(at, UTC).astimezone():%Y-%m-%d %H:%M:%S}"
+        yield row | {
+            "LAST": spell_time(reader["last_at"]),
+            "PATH": f"/{clean(reader['path'])}",
+            "CLIENT": clean(reader["client"]) or "-",
+        }

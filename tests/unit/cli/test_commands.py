@@ -18,8 +18,7 @@ import typer
 from imdsproxy.admin import tokens
 from imdsproxy.admin.reports import AuditReport, SourceReport, UnixListenerReport
 from imdsproxy.cli import admin_client
-from imdsproxy.cli.commands import EXAMPLES, build_program, iterate_commands
-from imdsproxy.cli.main import main
+from imdsproxy.cli.main import EXAMPLES, build_program, iterate_commands, main
 from imdsproxy.core.endpoints import LeftOutCode
 from imdsproxy.core.model import BridgeListener, Dialect, InstanceId, NamespaceListener, NetworkId
 from imdsproxy.core.nova import EndpointSet, NovaRouting

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from imdsproxy import __version__, errors
-from imdsproxy.cli.exitcodes import EXIT_STATUSES
 from imdsproxy.cli.main import main
+from imdsproxy.cli.options import EXIT_STATUSES
 from imdsproxy.config.schema import Settings
 from imdsproxy.errors import ImdsproxyError
 from support.patience import patience

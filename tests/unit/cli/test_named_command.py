@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import typer.main
 
-from imdsproxy.cli.commands import COMMANDS, build_app, named_command
+from imdsproxy.cli.main import COMMANDS, build_app, named_command
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ def run(
             raise KeyboardInterrupt
         server.haproxy.events = lines
 
-    monkeypatch.setattr("imdsproxy.cli.watch.time.sleep", sleep)
+    monkeypatch.setattr("imdsproxy.cli.guests.time.sleep", sleep)
     return main(["--socket", str(server.socket), "watch", *arguments])
 
 

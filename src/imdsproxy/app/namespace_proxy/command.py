@@ -154,7 +154,7 @@ def main(
     surroundings: Surroundings | None = None,
     say: Callable[[str], object] | None = None,
 ) -> int:
-    """Be the program, and give its exit status (`imdsproxy.cli.exitcodes`).
+    """Be the program, and give its exit status (`imdsproxy.cli.options`).
 
     Args:
         arguments: Without the program's name; `None` takes this process's own.
