@@ -202,7 +202,7 @@ def _play(play: Callable[[World], object]) -> None:
 @settings(max_examples=150, deadline=None)
 @given(
     st.lists(_guests | _interfaces, max_size=8),
-    st.sets(st.sampled_from(("networks", "addresses", "macs"))),
+    st.sets(st.sampled_from(("networks", "addresses", "macs", "owners", "devices"))),
     _looks,
 )
 def test_a_look_up_names_exactly_the_one_port_that_has_the_address_there(
