@@ -1,10 +1,10 @@
-"""What one guest has or had is worth nothing to another: tokens, and addresses that go from one to the other."""
+"""An address that goes from one instance to another: nothing that the one has or had is worth anything to the other."""
 
 from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,68 +20,19 @@ from support.twins import Asker
 
 pytestmark = pytest.mark.root
 
-_NETWORKS: Final = ("red", "green", "blue", "grey", "black")
 _NUMBERS: Final = range(100, 110)
 _USER_DATA: Final = "/latest/user-data"
 _TOKEN: Final = "/latest/api/token"
 
 
-@dataclass(frozen=True, slots=True)
-class _Neighbours:
-    """Instances in several networks, the same addresses in each, and who asks for each.
-
-    Attributes:
-        askers: By the instance's id.
-    """
-
-    daemon: Daemon
-    lab: Lab
-    guests: Mapping[str, Guest]
-    askers: Mapping[str, Asker]
-
-
-def _name(network: str, number: int) -> str:
-    return f"{network}-{number}"
-
-
-def _record(name: str, ports: Sequence[Mapping[str, object]]) -> RecordMapping:
+def _record(name: str, *numbers: int) -> RecordMapping:
+    """An instance that has these addresses in `red`; by address alone, as all of them are one guest."""
     return {
         "id": name,
         "name": name,
-        "ports": list(ports),
+        "ports": [{"network": "red", "addresses": [f"10.0.0.{one}"]} for one in numbers],
         "user_data": user_data_of(name).decode(),
     }
-
-
-def _port(network: str, number: int) -> Mapping[str, object]:
-    # By address alone: a network's instances are one guest.
-    return {"network": network, "addresses": [f"10.0.0.{number}"]}
-
-
-@pytest.fixture(scope="module")
-def neighbours() -> Iterator[_Neighbours]:
-    with ExitStack() as stack:
-        lab = Lab()
-        stack.callback(lab.close)
-        daemon = Daemon(lab, {"policy": {"host": {"tokens": "required"}}})
-        stack.callback(daemon.close)
-        networks = [lab.namespace_network(name) for name in _NETWORKS]
-        guests = {name: lab.guest(name) for name in _NETWORKS}
-        for guest in guests.values():
-            for number in _NUMBERS:
-                ip("-n", guest.namespace, "address", "add", f"10.0.0.{number}/24", "dev", "eth0")
-        daemon.start()
-        everybody = [(network, number) for network in _NETWORKS for number in _NUMBERS]
-        daemon.put(networks, [_record(_name(*one), [_port(*one)]) for one in everybody])
-        until(lambda: daemon.status()["serving"] == len(networks), what="all networks' service")
-        askers = {_name(*one): _asker(guests[one[0]], one[1]) for one in everybody}
-        yield _Neighbours(daemon, lab, guests, askers)
-        for asker in askers.values():
-            asker.close()
-
-
-def _asker(guest: Guest, number: int) -> Asker:
-    return Asker(lambda: guest.connect(source=f"10.0.0.{number}"))
 
 
 def _token(asker: Asker) -> str:
@@ -93,48 +44,6 @@ def _token(asker: Asker) -> str:
 
 def _with(token: str) -> tuple[str, ...]:
     return (f"X-aws-ec2-metadata-token: {token}",)
-
-
-def test_nobodys_token_is_worth_anything_to_any_other_of_fifty_instances(
-    neighbours: _Neighbours,
-) -> None:
-    tokens = {name: _token(asker) for name, asker in neighbours.askers.items()}
-    assert len(set(tokens.values())) == len(_NETWORKS) * len(_NUMBERS)
-    wrong = []
-    for name, asker in neighbours.askers.items():
-        for owner, token in tokens.items():
-            got = asker.ask(_USER_DATA, headers=_with(token))
-            body = user_data_of(name) if owner == name else b""
-            if (got.status, got.body) != (200 if owner == name else 401, body):
-                wrong.append(f"{name} with the token of {owner}: {got}")
-    assert not wrong
-    assert all(asker.kept >= len(tokens) for asker in neighbours.askers.values())
-
-
-def test_an_instances_own_token_is_worth_nothing_in_another_network(
-    neighbours: _Neighbours,
-) -> None:
-    record = _record("twofold", [_port("red", 100), _port("green", 101)])
-    neighbours.daemon.put(
-        instances=[_record("red-100", []), _record("green-101", []), record],
-    )
-    try:
-        red, green = neighbours.askers["red-100"], neighbours.askers["green-101"]
-        token = _token(red)
-        assert red.ask(_USER_DATA, headers=_with(token)).body == user_data_of("twofold")
-        assert green.ask(_USER_DATA, headers=_with(token)).status == 401
-        assert green.ask(_USER_DATA, headers=_with(_token(green))).status == 200
-    finally:
-        neighbours.daemon.remove_instance("twofold")
-        neighbours.daemon.put(
-            instances=[
-                _record("red-100", [_port("red", 100)]),
-                _record("green-101", [_port("green", 101)]),
-            ]
-        )
-
-
-# An address that goes from one instance to the other and back
 
 
 @dataclass(slots=True)
@@ -173,10 +82,13 @@ class _Moving:
     def records(self, move: int) -> list[RecordMapping]:
         """The two of which one has the address from a move on."""
         owner, other = self.owner(move), self.owner(move + 1)
-        return [_record(other, []), _record(owner, [_port("red", self.number)])]
+        return [_record(other), _record(owner, self.number)]
+
+    def asker(self) -> Asker:
+        return Asker(lambda: self.guest.connect(source=f"10.0.0.{self.number}"))
 
     def _run(self) -> None:
-        asker = _asker(self.guest, self.number)
+        asker = self.asker()
         # Tokens of both, by turns: at each time one of them is worth something.
         for token in itertools.cycle(self.tokens):
             if self._stop.wait(0.01):
@@ -204,37 +116,42 @@ def _reload_twice(daemon: Daemon, spare: RecordMapping) -> None:
     daemon.remove_network(str(spare["id"]))
 
 
-def _move_back(daemon: Daemon, moving: Sequence[_Moving]) -> None:
-    for one in moving:
-        for move in (0, 1):
-            daemon.remove_instance(one.owner(move))
-    numbers = [one.number for one in moving]
-    daemon.put(instances=[_record(_name("red", one), [_port("red", one)]) for one in numbers])
-
-
 _MOVES: Final = 1_000
 
 
-def test_nothing_of_the_one_reaches_the_other_in_a_thousand_moves_of_addresses(
-    neighbours: _Neighbours,
-) -> None:
+def test_nothing_of_the_one_reaches_the_other_in_a_thousand_moves_of_addresses() -> None:
     """Over connections that are kept, in reloads too; each has a token, which is worth nothing after a move."""
-    daemon, red = neighbours.daemon, neighbours.guests["red"]
-    daemon.put(instances=[_record(_name("red", number), []) for number in _NUMBERS])
-    moving = [_Moving(number, red) for number in _NUMBERS]
-    kept = {one.number: neighbours.askers[_name("red", one.number)] for one in moving}
-    before = sum(one.kept for one in kept.values())
-    for move in (1, 0):
-        daemon.put(instances=[record for one in moving for record in one.records(move)])
-        for one in moving:
-            one.tokens[one.owner(move)] = _token(kept[one.number])
+    with ExitStack() as stack:
+        lab = Lab()
+        stack.callback(lab.close)
+        daemon = Daemon(lab, {"policy": {"host": {"tokens": "required"}}})
+        stack.callback(daemon.close)
+        network, red = lab.namespace_network("red"), lab.guest("red")
+        for number in _NUMBERS:
+            ip("-n", red.namespace, "address", "add", f"10.0.0.{number}/24", "dev", "eth0")
+        daemon.start()
+        moving = [_Moving(number, red) for number in _NUMBERS]
+        daemon.put([network], [record for one in moving for record in one.records(0)])
+        until(lambda: daemon.status()["serving"] == 1, what="the network's service")
+        kept = {one.number: one.asker() for one in moving}
+        for asker in kept.values():
+            stack.callback(asker.close)
+        for move in (1, 0):
+            daemon.put(instances=[record for one in moving for record in one.records(move)])
+            for one in moving:
+                one.tokens[one.owner(move)] = _token(kept[one.number])
+        _move_all(daemon, moving, kept, lab.namespace_network("spare"))
+    assert sum(asker.kept for asker in kept.values()) > _MOVES
+
+
+def _move_all(
+    daemon: Daemon, moving: Sequence[_Moving], kept: Mapping[int, Asker], spare: RecordMapping
+) -> None:
     rounds = -(-_MOVES // len(moving))
     wrong = []
     with ExitStack() as stack:
-        stack.callback(_move_back, daemon, moving)
         for one in moving:
             stack.enter_context(one)
-        spare = neighbours.lab.namespace_network("spare")
         reloads = stack.enter_context(
             Reloads(partial(_reload_twice, daemon, spare), pause_s=0.5, each=2)
         )
@@ -255,4 +172,3 @@ def test_nothing_of_the_one_reaches_the_other_in_a_thousand_moves_of_addresses(
                         wrong.append(f"move {move}: {token}'s token got {got} of {owner}'s")
     assert not wrong + [one for each in moving for one in each.wrong]
     assert all(one.read > rounds for one in moving)
-    assert sum(one.kept for one in kept.values()) - before > _MOVES

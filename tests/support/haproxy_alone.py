@@ -1,16 +1,63 @@
-"""A HAProxy with our configuration and nothing beside it: what a test is about stands behind it, or nobody does."""
+"""A HAProxy with the real rules and nothing of ours beside it: a test stands in for what is behind it."""
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+import shutil
+import socket
 import subprocess
-from collections.abc import Iterator
+import tempfile
+import threading
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from ipaddress import IPv4Address
 from pathlib import Path
+from typing import Final
 
 from imdsproxy.core.haproxy.config import render_config
-from imdsproxy.core.haproxy.model import DataplaneSpec, Paths
+from imdsproxy.core.haproxy.model import (
+    Bind,
+    DataplaneSpec,
+    Limits,
+    NovaBackend,
+    NovaServer,
+    NovaTimes,
+    Paths,
+    UnixBind,
+)
+from imdsproxy.core.model import InstanceId, NetworkId
+from imdsproxy.core.path_rules import PathRules, render_set
+from imdsproxy.core.tokens import TokenKey, mint_token, render_key_map
+from imdsproxy.core.wire import (
+    HEADER_ADDRESS,
+    HEADER_NETWORK,
+    HEADER_RECORD,
+    EmbeddedRecord,
+    NovaRecord,
+    render_map_value,
+)
+from support.guest import IPV4, Connection, Reply
+from support.lab import until
+from support.twins import Asker
 
-__all__ = ["paths_below", "run_haproxy"]
+__all__ = [
+    "KEY",
+    "WAYS",
+    "Alone",
+    "Document",
+    "Documents",
+    "open_alone",
+    "paths_below",
+    "run_haproxy",
+]
+
+KEY: Final = TokenKey(b"k" * 32)
+WAYS: Final = ("guests", "found", "agents")
+"""The frontends: of a network, of requests that the resolver hands in, of Neutron's proxies."""
+
+_ADDRESS: Final = "127.0.0.1"
 
 
 def paths_below(directory: Path) -> Paths:
@@ -49,3 +96,241 @@ def run_haproxy(spec: DataplaneSpec, directory: Path, more: str = "") -> Iterato
     finally:
         process.terminate()
         process.wait(timeout=10)
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """What is answered to each request; OWN in `body` becomes the instance's id."""
+
+    body: bytes = b"i-0123"
+    status: str = "200 OK"
+    content_type: str = "text/plain; charset=utf-8"
+    lifetime: bool = True
+
+
+@dataclass(slots=True)
+class Documents:
+    """Stands in for the document server and for Nova, with the same for each path.
+
+    Attributes:
+        asked: The paths that it was asked for.
+    """
+
+    document: Document = Document()
+    asked: list[str] = field(default_factory=list)
+
+    def answer(self, head: bytes) -> bytes:
+        method, target = head.split(b" ", 2)[:2]
+        if target == b"/livez":
+            return b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n"
+        self.asked.append(target.decode("latin-1"))
+        lines = dict(line.lower().partition(b": ")[::2] for line in head.split(b"\r\n"))
+        one = self.document
+        owner = lines.get(b"x-imdsproxy-instance", lines.get(b"x-instance-id", b""))
+        body = one.body.replace(b"OWN", owner)
+        lifetime = "Cache-Control: max-age=3600\r\n" if one.lifetime else ""
+        answer = f"HTTP/1.1 {one.status}\r\nContent-Type: {one.content_type}\r\n{lifetime}Content-Length: {len(body)}"
+        return f"{answer}\r\n\r\n".encode() + (b"" if method == b"HEAD" else body)
+
+    @contextmanager
+    def serve(self, *listeners: socket.socket) -> Iterator[None]:
+        """Answer on these for the time of the context."""
+        threads = [threading.Thread(target=self._take, args=(one,)) for one in listeners]
+        for one, thread in zip(listeners, threads, strict=True):
+            one.listen(64)
+            thread.start()
+        try:
+            yield
+        finally:
+            for one, thread in zip(listeners, threads, strict=True):
+                one.shutdown(socket.SHUT_RDWR)
+                thread.join()
+                one.close()
+
+    def _take(self, listener: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                talk = threading.Thread(
+                    target=self._talk, args=(listener.accept()[0],), daemon=True
+                )
+                talk.start()
+
+    def _talk(self, connection: socket.socket) -> None:
+        head = b""
+        with connection, contextlib.suppress(OSError):
+            while more := connection.recv(65_536):
+                head += more
+                while b"\r\n\r\n" in head:
+                    one, _, head = head.partition(b"\r\n\r\n")
+                    connection.sendall(self.answer(one))
+
+
+@dataclass(slots=True)
+class Alone:
+    """A HAProxy for the networks `red` and `green`, whose guests `i-red` and `i-green` have one address.
+
+    Attributes:
+        nova: Records are of Nova.
+        records: What the map holds, by network.
+    """
+
+    directory: Path
+    ports: dict[str, int]
+    nova: bool
+    documents: Documents = field(default_factory=Documents)
+    records: dict[str, str] = field(default_factory=dict)
+    _askers: dict[tuple[str, str], Asker] = field(default_factory=dict)
+    _revisions: Iterator[int] = field(default_factory=itertools.count)
+
+    def renew(self) -> None:
+        """Begin a test: both guests at the default policy, nothing kept of what others were answered."""
+        self.documents.document, self.documents.asked = Document(), []
+        self.command(f"clear map {self.directory}/short.map")
+        self.write_keys(KEY)
+        for network in self.ports:
+            self.put(network)
+
+    def put(self, network: str = "red", word: str = "", *, instance: str = "") -> None:
+        """Have a network's guest be an instance under a policy word, at a new revision."""
+        owner = InstanceId(instance or f"i-{network}")
+        record = (
+            NovaRecord("default", owner, "p", ("a" * 64,), word)
+            if self.nova
+            else EmbeddedRecord(owner, f"{next(self._revisions):08x}", word)
+        )
+        self.write(network, render_map_value(record))
+
+    def write(self, network: str, value: str) -> None:
+        """Put a value into the map as it is."""
+        self.records[network] = value
+        self.command(f"set map {self.directory}/base.map {network}/{_ADDRESS} {value}")
+
+    def write_keys(self, *keys: TokenKey) -> None:
+        """Have exactly these keys of session tokens, the first in force."""
+        path = f"{self.directory}/token-keys.map"
+        self.command(f"clear map {path}")
+        for kid, text in render_key_map(keys).items() if keys else ():
+            self.command(f"add map {path} {kid} {text}")
+
+    def token(
+        self,
+        network: str = "red",
+        *,
+        epoch: int = 0,
+        expires_at: int,
+        key: TokenKey = KEY,
+        instance: str = "",
+    ) -> str:
+        """A token of its guest, made by Python."""
+        owner = InstanceId(instance or f"i-{network}")
+        return mint_token(key, NetworkId(network), owner, epoch, expires_at)
+
+    def connect(self, network: str = "red", way: str = "guests") -> Connection:
+        if way == "guests":
+            return Connection(socket.create_connection((_ADDRESS, self.ports[network]), 10))
+        client = socket.socket(socket.AF_UNIX)
+        client.settimeout(10)
+        client.connect(str(self.directory / ("s.sock" if way == "found" else "agents.sock")))
+        return Connection(client)
+
+    def lines(self, network: str, way: str) -> tuple[str, ...]:
+        """Whose a request is, where it doesn't come over the guest's own connection."""
+        if way == "found":
+            return (
+                f"{HEADER_RECORD}: {self.records[network]}",
+                f"{HEADER_NETWORK}: {network}",
+                f"{HEADER_ADDRESS}: {_ADDRESS}",
+            )
+        if way == "agents":
+            return (f"X-Neutron-Network-ID: {network}", f"X-Forwarded-For: {_ADDRESS}")
+        return ()
+
+    def ask(
+        self,
+        target: str,
+        network: str = "red",
+        way: str = "guests",
+        *,
+        method: str = "GET",
+        host: str = IPV4,
+        headers: Sequence[str] = (),
+        kept: bool = True,
+    ) -> Reply:
+        """Ask over the connection that the guest keeps there, or over a new one."""
+        lines = (*self.lines(network, way), *headers)
+        if not kept:
+            with self.connect(network, way) as connection:
+                return connection.request(target, method=method, host=host, headers=lines)
+        asker = self._askers.get((network, way))
+        if asker is None:
+            asker = Asker(lambda: self.connect(network, way))
+            self._askers[network, way] = asker
+        return asker.ask(target, method=method, host=host, headers=lines)
+
+    def command(self, text: str) -> str:
+        """The worker's answer to a command of its Runtime API."""
+        with socket.socket(socket.AF_UNIX) as asking:
+            asking.connect(str(self.directory / "cli.sock"))
+            asking.sendall(text.encode() + b"\n")
+            answer = b""
+            while more := asking.recv(65_536):
+                answer += more
+        return answer.decode()
+
+    def is_up(self) -> bool:
+        try:
+            return self.ask("/latest/up").status == 200
+        except OSError:
+            return False
+
+    def close(self) -> None:
+        for asker in self._askers.values():
+            asker.close()
+
+
+def _free_port() -> int:
+    with socket.create_server((_ADDRESS, 0)) as listener:
+        return int(listener.getsockname()[1])
+
+
+@contextmanager
+def open_alone(
+    *, nova: bool = False, paths: Sequence[PathRules] = (), count_reads: int = 0
+) -> Iterator[Alone]:
+    """Run one for the time of the context.
+
+    Args:
+        nova: Records are of Nova, whose place is taken as well.
+        paths: The sets of path rules that records may refer to.
+        count_reads: As of `DataplaneSpec`.
+    """
+    # Not below pytest's own directory: a socket's path has 97 characters.
+    place = Path(tempfile.mkdtemp(prefix="imdst-"))
+    ports = {network: _free_port() for network in ("red", "green")}
+    files = paths_below(place)
+    sets = {key: value for rules in paths for key, value in render_set(rules).items()}
+    Path(files.path_rules).write_text("".join(f"{key} {value}\n" for key, value in sets.items()))
+    Path(files.base_map).write_text(
+        "".join(f"{network}/{_ADDRESS} i-{network}|0\n" for network in ports)
+    )
+    documents, upstream = socket.socket(socket.AF_UNIX), socket.create_server((_ADDRESS, 0))
+    documents.bind(files.documents[0])
+    server = NovaServer(IPv4Address(_ADDRESS), upstream.getsockname()[1])
+    spec = DataplaneSpec(
+        tuple(Bind(NetworkId(name), IPv4Address(_ADDRESS), port) for name, port in ports.items()),
+        files,
+        Limits(maxconn=400, cache_mb=1),
+        nova=(NovaBackend("default", (server,), "nova"),) if nova else (),
+        nova_times=NovaTimes(check="off"),
+        unix=UnixBind(str(place / "agents.sock"), "0600", 0, 0),
+        count_reads=count_reads,
+    )
+    more = f"\nglobal\n  stats socket {place}/cli.sock mode 600 level admin\n"
+    alone = Alone(place, ports, nova)
+    try:
+        with alone.documents.serve(documents, upstream), run_haproxy(spec, place, more):
+            until(alone.is_up, what="HAProxy's answer")
+            yield alone
+            alone.close()
+    finally:
+        shutil.rmtree(place)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from support.guest import Connection, Lost, Reply
+from support.guest import IPV4, Connection, Lost, Reply
 
 __all__ = ["Asker", "answers"]
 
@@ -22,7 +22,14 @@ class Asker:
     kept: int = 0
     _connection: Connection | None = field(default=None)
 
-    def ask(self, target: str, *, method: str = "GET", headers: Sequence[str] = ()) -> Reply:
+    def ask(
+        self,
+        target: str,
+        *,
+        method: str = "GET",
+        host: str = IPV4,
+        headers: Sequence[str] = (),
+    ) -> Reply:
         """The answer; over a new connection where the one before has been closed.
 
         Raises:
@@ -30,7 +37,7 @@ class Asker:
         """
         if self._connection is not None:
             try:
-                reply = self._over(self._connection, target, method, headers)
+                reply = self._over(self._connection, target, method, host, headers)
             except Lost:
                 # A server may close an idle connection at any time; a client asks again.
                 self.close()
@@ -38,12 +45,12 @@ class Asker:
                 self.kept += 1
                 return reply
         self._connection = self.connect()
-        return self._over(self._connection, target, method, headers)
+        return self._over(self._connection, target, method, host, headers)
 
     def _over(
-        self, connection: Connection, target: str, method: str, headers: Sequence[str]
+        self, connection: Connection, target: str, method: str, host: str, headers: Sequence[str]
     ) -> Reply:
-        reply = connection.request(target, method=method, headers=headers)
+        reply = connection.request(target, method=method, host=host, headers=headers)
         if reply.closes:
             self.close()
         return reply
