@@ -21,7 +21,7 @@ from typing import Final, Protocol
 import pytest
 
 from imdsproxy.core.model import Instance, InstanceId, Network, NetworkId
-from imdsproxy.core.records import render_instance, render_network
+from imdsproxy.core.records import render_record
 from imdsproxy.errors import Problem, SourceRefused
 from imdsproxy.sources.api import Source
 from imdsproxy.sources.file.source import FileSource
@@ -98,8 +98,8 @@ class FileBacking(WholeRecords):
     async def put(
         self, networks: Iterable[Network] = (), instances: Iterable[Instance] = ()
     ) -> tuple[Problem, ...]:
-        self._records["networks"].update({each.id: render_network(each) for each in networks})
-        self._records["instances"].update({each.id: render_instance(each) for each in instances})
+        self._records["networks"].update({each.id: render_record(each) for each in networks})
+        self._records["instances"].update({each.id: render_record(each) for each in instances})
         self._write()
         return ()
 
@@ -118,7 +118,7 @@ class FileBacking(WholeRecords):
 
     async def claim_twice(self, victim: Instance, thief_id: str) -> tuple[Problem, ...]:
         thief = replace(victim, id=InstanceId(thief_id))
-        self._records["instances"][thief_id] = render_instance(thief)
+        self._records["instances"][thief_id] = render_record(thief)
         self._write()
         return ()
 
@@ -170,7 +170,7 @@ class SqliteBacking(WholeRecords):
         return "instances"
 
     async def claim_twice(self, victim: Instance, thief_id: str) -> tuple[Problem, ...]:
-        record = render_instance(replace(victim, id=InstanceId(thief_id)))
+        record = render_record(replace(victim, id=InstanceId(thief_id)))
         self._execute(
             "INSERT OR REPLACE INTO instances (id, record) VALUES (?, ?)",
             (thief_id, json.dumps(record)),

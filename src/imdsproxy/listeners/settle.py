@@ -15,7 +15,7 @@ from imdsproxy.core.hostnames import Naming
 from imdsproxy.core.hoststate import ObservedHost, merge_observed
 from imdsproxy.core.inventory import Inventory
 from imdsproxy.core.model import BridgeListener, Network, NetworkId
-from imdsproxy.core.records import Refused, parse_network, render_network
+from imdsproxy.core.records import Refused, parse_network, render_record
 from imdsproxy.errors import HostRefused, Problem
 from imdsproxy.listeners.endpoints import ListenerPlan
 from imdsproxy.listeners.host import SystemHost
@@ -186,7 +186,7 @@ class KeptNetworks:
         self._networks = dict(networks)
         if networks == self._written:
             return
-        text = json.dumps([render_network(networks[one]) for one in sorted(networks)])
+        text = json.dumps([render_record(networks[one]) for one in sorted(networks)])
         try:
             self.write(self.path, text.encode())
         except HostRefused as error:

@@ -16,7 +16,7 @@ from imdsproxy.cli.checks import Subject, host, refused
 from imdsproxy.cli.main import main
 from imdsproxy.core.model import InstanceId, NetworkId, Port
 from imdsproxy.core.policy import PolicyRules, TokenMode
-from imdsproxy.core.records import render_instance
+from imdsproxy.core.records import render_record
 from imdsproxy.core.token_report import OpenTree, TokenReport
 from imdsproxy.errors import ConfigInvalid, ConfigUnreadable, Problem, SourceUnavailable
 from imdsproxy.sources.sqlite.store import Store
@@ -242,7 +242,7 @@ def test_check_warns_of_open_user_data_in_record_files_and_in_the_store(
     with closing(Store(tmp_path / "store.sqlite")) as store:
         store.put([network("red")], [web])
     (tmp_path / "records").mkdir()
-    (tmp_path / "records/mail.json").write_text(json.dumps({"instances": [render_instance(mail)]}))
+    (tmp_path / "records/mail.json").write_text(json.dumps({"instances": [render_record(mail)]}))
     config = tmp_path / "c.yaml"
     config.write_text(
         f"paths: {{runtime_dir: {tmp_path}/r, state_dir: {tmp_path}}}\n"

@@ -21,7 +21,7 @@ from imdsproxy.core.policy import (
     render_policy_word,
 )
 from imdsproxy.core.policy_word import Field, Letter, Part
-from imdsproxy.core.records.policy import POLICY
+from imdsproxy.core.records import POLICY
 from support.record_strategies import policies
 
 _PARTS: dict[str, Part] = {

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from imdsproxy.core.records import Fault, parse_records
+from imdsproxy.core.records import Fault, Refused, parse_records
 
 NETWORK = {"id": "n", "listener": {"bridge": "br0"}}
 INSTANCE = {"id": "i", "name": "web"}
@@ -12,8 +12,8 @@ def test_good_records_stand_beside_bad_ones() -> None:
     )
     assert [(path, network.id) for path, network in records.networks] == [(("networks", 0), "n")]
     assert [(path, each.id) for path, each in records.instances] == [(("instances", 0), "i")]
-    assert [refused.id for refused in records.refused_networks] == ["x"]
-    assert [refused.id for refused in records.refused_instances] == ["y", None]
+    refused = [one for _, one in records.found if isinstance(one, Refused)]
+    assert [one.id for one in refused] == ["x", "y", None]
     assert [problem.field for problem in records.all_problems] == [
         "networks[1].listener",
         "instances[1].name",
@@ -41,7 +41,6 @@ def test_a_fault_inside_a_record_refuses_that_record_only() -> None:
     other = INSTANCE | {"id": "j", "tags": {"a": "b"}}
     records = parse_records({"instances": [INSTANCE, other]}, file="f", faults=[fault])
     assert [each.id for _path, each in records.instances] == ["i"]
-    assert records.refused_instances[0].id == "j"
     assert str(records.all_problems[0]) == "f:9: instances[1].tags.a: is there twice"
 
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from imdsproxy.config.strict_yaml import Decoded, decode_yaml
 from imdsproxy.core.model import Instance
-from imdsproxy.core.records import Refused, parse_instance, parse_records, render_instance
+from imdsproxy.core.records import Refused, parse_instance, parse_records, render_record
 from imdsproxy.core.records.values import LAST_SECOND, unix_time_of
 
 _NOON = 1_795_694_400
@@ -38,7 +38,7 @@ def test_a_time_with_its_zone_is_a_second_of_unix_time(text: str) -> None:
     found = _read(text)
     assert isinstance(found, Instance)
     assert found.created_at == _NOON
-    assert render_instance(found)["created_at"] == _NOON
+    assert render_record(found)["created_at"] == _NOON
 
 
 @pytest.mark.parametrize(

@@ -122,9 +122,9 @@ def test_records_taken_one_by_one_are_those_of_the_whole_document(name: str) -> 
     data = _DOCUMENTS[name].encode()
     whole, line_of = _decode_as_one_tree(data)
     wanted: list[object] = [
-        (record, line_of(place)) for place, record in (*whole.networks, *whole.instances)
+        record if isinstance(record, Refused) else (record, line_of(place))
+        for place, record in whole.found
     ]
-    wanted += [*whole.refused_networks, *whole.refused_instances]
     found: list[object] = []
 
     def take(
@@ -137,9 +137,8 @@ def test_records_taken_one_by_one_are_those_of_the_whole_document(name: str) -> 
     assert decode_records(data, file="x.yaml")[0] == whole
     if whole.problems:
         return
-    for place, record in (*rest.networks, *rest.instances):
-        found.append((record, line_of(place)))
-    found += [*rest.refused_networks, *rest.refused_instances]
+    for place, record in rest.found:
+        take(place, record, line_of, 1)
     assert sorted(map(repr, found)) == sorted(map(repr, wanted))
 
 

@@ -16,7 +16,7 @@ import pytest
 
 from imdsproxy.core.model import Instance, InstanceId, NetworkId
 from imdsproxy.core.observation import Observation
-from imdsproxy.core.records import parse_instance, render_instance
+from imdsproxy.core.records import parse_instance, render_record
 from imdsproxy.errors import SourceCorrupt, SourceError, SourceRefused, SourceUnavailable
 from imdsproxy.sources.api import Tally, Written
 from imdsproxy.sources.sqlite.source import SqliteSource
@@ -207,7 +207,7 @@ def test_the_store_notes_when_an_instance_came_and_keeps_that(path: Path) -> Non
 def test_when_an_instance_came_goes_with_its_record_to_another_store(tmp_path: Path) -> None:
     first = Store(tmp_path / "first.sqlite", now=lambda: 100)
     first.put([], [replace(A, created_at=None)])
-    exported = [render_instance(each) for each in first.load().instances.values()]
+    exported = [render_record(each) for each in first.load().instances.values()]
     first.close()
     second = Store(tmp_path / "second.sqlite", now=lambda: 200)
     read = parse_instance(exported[0])

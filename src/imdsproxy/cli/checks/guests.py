@@ -20,7 +20,7 @@ from imdsproxy.core.model import (
     InterfaceListener,
     Network,
 )
-from imdsproxy.core.records.document import Records
+from imdsproxy.core.records import Records
 from imdsproxy.core.wire import VERIFIED_PORT
 from imdsproxy.errors import HostRefused, ImdsproxyError, SourceRefused
 from imdsproxy.sources.file.record_file import SUFFIXES, decode_records, payload_reader

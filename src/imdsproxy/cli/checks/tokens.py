@@ -23,7 +23,7 @@ from imdsproxy.core.policy import (
     PolicyScope,
     fold_policy,
 )
-from imdsproxy.core.records.document import Records
+from imdsproxy.core.records import Records
 from imdsproxy.core.token_report import open_trees
 from imdsproxy.errors import ImdsproxyError
 from imdsproxy.sources.sqlite.store import read_store

@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Final, TypeAlias
+from typing import Any, Final, TypeAlias, TypeVar
 
 from imdsproxy.errors import Problem
 
@@ -23,6 +23,7 @@ MAX_PAYLOAD: Final = 16 * 1024 * 1024
 """The most bytes of user data, and of vendor data, of one instance."""
 
 _SHOWN: Final = 60
+_T = TypeVar("_T")
 
 _PLAIN_KEY: Final = re.compile(r"[A-Za-z0-9_-]+")
 # Control characters, C1 included, the two Unicode line ends and lone surrogates: none may reach a
@@ -91,10 +92,6 @@ def quoted(value: str) -> str:
     return json.dumps(shown, ensure_ascii=not shown.isprintable())
 
 
-def _is_clean(text: str) -> bool:
-    return _UNPRINTABLE.search(text) is None
-
-
 @dataclass(slots=True)
 class Findings:
     """The problems of one record, as they are found, and what its fields are read with.
@@ -111,29 +108,45 @@ class Findings:
     problems: list[Problem] = field(default_factory=list)
 
     def add(self, fault: Fault) -> None:
-        """Note a problem."""
-        self.problems.append(self.describe(fault))
-
-    def describe(self, fault: Fault) -> Problem:
-        """The fault with file and line, which is looked up only now: most records have none."""
+        """Note a problem, with file and line, which is looked up only now: most records have none."""
         line = fault.line
         if line is None and self.line_of is not None:
             line = self.line_of(fault.path)
         field = render_path(fault.path) or "record"
-        return Problem(field, fault.reason, fault.hint, self.file, line)
+        self.problems.append(Problem(field, fault.reason, fault.hint, self.file, line))
+
+
+class FieldError(Exception):
+    """A field's value is not acceptable."""
+
+    def __init__(self, fault: Fault) -> None:
+        super().__init__(fault.reason)
+        self.fault = fault
 
 
 @dataclass(slots=True)  # not frozen: that triples the time to make one, and they never leave here
 class Field:
-    """A value and where it stands. Every reader gives `None` (or nothing) once it has refused."""
+    """A value and where it stands. Its readers raise `FieldError` where the value is not acceptable."""
 
-    value: object
+    value: Any
     path: Path
     findings: Findings
 
+    def error(self, reason: str, hint: str = "") -> FieldError:
+        """What is wrong with this field."""
+        return FieldError(Fault(self.path, reason, hint))
+
     def refuse(self, reason: str, hint: str = "") -> None:
-        """Note a problem of this field."""
+        """Note a problem of this field, and go on."""
         self.findings.add(Fault(self.path, reason, hint))
+
+    def read(self, parse: Callable[[Field], _T]) -> _T | None:
+        """What `parse` makes of it; `None` once its problem is noted."""
+        try:
+            return parse(self)
+        except FieldError as error:
+            self.findings.add(error.fault)
+            return None
 
     def child(self, step: str | int, value: object) -> Field:
         """A part of this field's value."""
@@ -141,16 +154,15 @@ class Field:
 
     def mapping(
         self, known: Collection[str] | None = None, required: Collection[str] = ()
-    ) -> dict[str, Field] | None:
-        """The entries of a mapping, without those that are null; unknown keys are refused.
+    ) -> dict[str, Field]:
+        """The entries of a mapping, without those that are null; a problem is noted for each unknown or missing key.
 
         Args:
             known: The keys that may be there; `None` for any text.
             required: Those of them that must.
         """
         if not isinstance(self.value, Mapping):
-            self.refuse(f"expected a mapping (key: value), found {_kind(self.value)}")
-            return None
+            raise self.error(f"expected a mapping (key: value), found {_kind(self.value)}")
         entries: dict[str, Field] = {}
         for key, value in self.value.items():
             if not isinstance(key, str):
@@ -167,72 +179,63 @@ class Field:
     def items(self) -> list[Field]:
         """The items of a list."""
         if not isinstance(self.value, list | tuple):
-            self.refuse(f"expected a list, found {_kind(self.value)}", "write [a, b] or - a")
-            return []
+            raise self.error(f"expected a list, found {_kind(self.value)}", "write [a, b] or - a")
         return [self.child(index, item) for index, item in enumerate(self.value)]
 
-    def text(self, *, longest: int = MAX_TEXT) -> str | None:
+    def any_text(self) -> str:
+        """Any text."""
+        if isinstance(self.value, str):
+            return self.value
+        hint = "put it in quotes" if isinstance(self.value, bool | int | float) else ""
+        hint = "only user_data may be binary" if isinstance(self.value, bytes) else hint
+        raise self.error(f"expected text, found {_kind(self.value)}", hint)
+
+    def text(self, *, longest: int = MAX_TEXT) -> str:
         """Text of one line, not empty, that a header, a log or a listing may carry."""
-        value = self.value
-        if not isinstance(value, str):
-            self._refuse_as_text(value)
-            return None
+        value = self.any_text()
         if not value:
-            self.refuse("is empty", "leave it out, or write something")
-        elif not _is_clean(value):
-            self.refuse(
+            raise self.error("is empty", "leave it out, or write something")
+        if _UNPRINTABLE.search(value):
+            raise self.error(
                 f"{quoted(value)} holds a line break or another control character",
                 "one line of printable text",
             )
-        elif len(value) > longest:
-            self.refuse(f"is {len(value)} characters long", f"at most {longest}")
-        elif value != value.strip():
-            self.refuse(f"{quoted(value)} begins or ends with a blank", "take it away")
-        else:
-            return value
-        return None
+        if len(value) > longest:
+            raise self.error(f"is {len(value)} characters long", f"at most {longest}")
+        if value != value.strip():
+            raise self.error(f"{quoted(value)} begins or ends with a blank", "take it away")
+        return value
 
-    def matched(self, pattern: re.Pattern[str], wanted: str) -> str | None:
+    def matched(self, pattern: re.Pattern[str], wanted: str) -> str:
         """Text that `pattern` matches as a whole; `wanted` says in words what that is."""
-        if not isinstance(self.value, str):
-            self._refuse_as_text(self.value)
-            return None
-        if pattern.fullmatch(self.value) is None:
-            self.refuse(f"{quoted(self.value)} is not acceptable", wanted)
-            return None
-        return self.value
+        value = self.any_text()
+        if pattern.fullmatch(value) is None:
+            raise self.error(f"{quoted(value)} is not acceptable", wanted)
+        return value
 
-    def one_of(self, words: Sequence[str]) -> str | None:
+    def one_of(self, words: Sequence[str]) -> str:
         """One of these words."""
-        return self.matched(
-            re.compile("|".join(map(re.escape, words))), f"one of {', '.join(words)}"
-        )
+        value = self.any_text()
+        if value not in words:
+            raise self.error(f"{quoted(value)} is not acceptable", f"one of {', '.join(words)}")
+        return value
 
-    def whole_number(self, lowest: int, highest: int) -> int | None:
+    def whole_number(self, lowest: int, highest: int) -> int:
         """A whole number within bounds."""
         value = self.value
         if isinstance(value, bool) or not isinstance(value, int):
-            self.refuse(f"expected a whole number, found {_kind(value)}", f"{lowest} to {highest}")
-            return None
+            found = f"expected a whole number, found {_kind(value)}"
+            raise self.error(found, f"{lowest} to {highest}")
         if not lowest <= value <= highest:
-            self.refuse(f"{_kind(value)} is out of range", f"{lowest} to {highest}")
-            return None
+            raise self.error(f"{_kind(value)} is out of range", f"{lowest} to {highest}")
         return value
 
-    def boolean(self) -> bool | None:
+    def boolean(self) -> bool:
         """True or false."""
         if isinstance(self.value, bool):
             return self.value
-        self.refuse(f"expected true or false, found {_kind(self.value)}", "write true or false")
-        return None
-
-    def _refuse_as_text(self, value: object) -> None:
-        hint = ""
-        if isinstance(value, bool | int | float):
-            hint = "put it in quotes"
-        elif isinstance(value, bytes):
-            hint = "only user_data may be binary"
-        self.refuse(f"expected text, found {_kind(value)}", hint)
+        found = f"expected true or false, found {_kind(self.value)}"
+        raise self.error(found, "write true or false")
 
 
 def _kind(value: object) -> str:
@@ -254,6 +257,4 @@ def _kind(value: object) -> str:
 
 def _nearest(key: str, known: Collection[str]) -> str:
     near = difflib.get_close_matches(key, known, n=1)
-    if near:
-        return f"did you mean {near[0]}?"
-    return f"known: {', '.join(known)}"
+    return f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"

@@ -9,8 +9,7 @@ from typing import Any, Final
 
 from imdsproxy.core.model import Dialect, Instance, Port, SshKey, Upstream
 from imdsproxy.core.records.fields import Field, Findings, quoted
-from imdsproxy.core.records.payload import USER_DATA, USER_DATA_FILE, VENDOR_DATA
-from imdsproxy.core.records.policy import POLICY
+from imdsproxy.core.records.network import POLICY
 from imdsproxy.core.records.schema import (
     SWITCH,
     TEXT,
@@ -29,6 +28,9 @@ from imdsproxy.core.records.values import (
     MOMENT,
     NETWORK_ID,
     PROJECT_ID,
+    USER_DATA,
+    USER_DATA_FILE,
+    VENDOR_DATA,
     hostname_of,
 )
 
@@ -57,26 +59,45 @@ def _parse_ports(field: Field) -> tuple[Port, ...]:
     ports: list[Port] = []
     seen: set[tuple[object, object]] = set()
     for item in field.items():
-        entries = item.mapping(PORT.names, PORT.required)
-        port = None if entries is None else PORT.build(entries)
-        if entries is None or port is None:
+        port = item.read(PORT.parse)
+        if port is None:
             continue
         ports.append(port)
         for value in filter(None, (port.mac, *port.addresses)):
             if (port.network, value) in seen:
                 reason = f"{value} is there twice in network {port.network}"
-                _last_place(entries, value).refuse(reason)
+                _last_place(item, value).refuse(reason)
             seen.add((port.network, value))
     return tuple(ports)
 
 
-def _last_place(entries: Mapping[str, Field], value: object) -> Field:
+def _last_place(port: Field, value: object) -> Field:
     if isinstance(value, str):
-        return entries["mac"]
-    addresses = reversed(entries["addresses"].items())
+        return port.child("mac", value)
+    addresses = reversed(port.child("addresses", port.value["addresses"]).items())
     return next(
-        one for one in addresses if GUEST_ADDRESS.parse(Field(one.value, (), Findings())) == value
+        one
+        for one in addresses
+        if Field(one.value, (), Findings()).read(GUEST_ADDRESS.parse) == value
     )
+
+
+def _parse_key(field: Field) -> str:
+    field.text(longest=_LONGEST_SSH_KEY)
+    return field.matched(_SSH_KEY_LINE, _SSH_KEY_WANTED)
+
+
+def _parse_key_name(field: Field) -> str:
+    return field.matched(_SSH_KEY_NAME, "1 to 255 printable characters without = and /")
+
+
+_SSH_KEY: Final = Table(
+    "SshKeyRecord",
+    SshKey,
+    "A public key under a name.",
+    Key("name", Kind(_parse_key_name, TEXT.schema), required=True),
+    Key("key", Kind(_parse_key, TEXT.schema), required=True),
+)
 
 
 def _parse_ssh_keys(field: Field) -> tuple[SshKey, ...]:
@@ -85,41 +106,21 @@ def _parse_ssh_keys(field: Field) -> tuple[SshKey, ...]:
     A key given as a bare line is named by its comment (`key-N` without one; `-2`, `-3` … is added
     to a name that is taken).
     """
-    found: list[tuple[str | None, str, int]] = []
+    found: list[tuple[int, str | SshKey]] = []
     named: set[str] = set()
     for index, item in enumerate(field.items()):
-        if isinstance(item.value, str):
-            key = _parse_key(item)
-            name = None
-        else:
-            name, key = _parse_named(item, named)
+        bare = isinstance(item.value, str)
+        key: str | SshKey | None = item.read(_parse_key) if bare else item.read(_SSH_KEY.parse)
+        if isinstance(key, SshKey):
+            if key.name in named:
+                item.child("name", key.name).refuse(f"the name {quoted(key.name)} is there twice")
+            named.add(key.name)
         if key is not None:
-            found.append((name, key, index))
+            found.append((index, key))
     return tuple(
-        SshKey(_derived(key, index, named) if name is None else name, key)
-        for name, key, index in found
+        key if isinstance(key, SshKey) else SshKey(_derived(key, index, named), key)
+        for index, key in found
     )
-
-
-def _parse_key(field: Field) -> str | None:
-    text = field.text(longest=_LONGEST_SSH_KEY)
-    if text is None:
-        return None
-    return field.matched(_SSH_KEY_LINE, _SSH_KEY_WANTED)
-
-
-def _parse_named(field: Field, named: set[str]) -> tuple[str | None, str | None]:
-    entries = field.mapping(("name", "key"), required=("name", "key"))
-    if entries is None or not {"name", "key"} <= entries.keys():
-        return None, None
-    key = _parse_key(entries["key"])
-    name = entries["name"].matched(_SSH_KEY_NAME, "1 to 255 printable characters without = and /")
-    if name is None:
-        return None, None
-    if name in named:
-        entries["name"].refuse(f"the name {quoted(name)} is there twice")
-    named.add(name)
-    return name, key
 
 
 def _derived(key: str, index: int, taken: set[str]) -> str:
@@ -134,13 +135,6 @@ def _derived(key: str, index: int, taken: set[str]) -> str:
     return name
 
 
-_SSH_KEY: Final = Table(
-    "SshKeyRecord",
-    SshKey,
-    "A public key under a name.",
-    Key("name", TEXT, required=True),
-    Key("key", TEXT, required=True),
-)
 SSH_KEYS: Final = Kind(
     _parse_ssh_keys,
     render=lambda keys: [_SSH_KEY.render(key) for key in keys],
@@ -150,12 +144,15 @@ SSH_KEYS: Final = Kind(
 
 def _parse_tags(field: Field) -> tuple[tuple[str, str], ...]:
     tags = []
-    for key, entry in (field.mapping() or {}).items():
-        name = field.child(key, key).text()
-        value = entry.matched(_TAG_VALUE, "text, at most 4096 characters, no control characters")
+    for key, entry in field.mapping().items():
+        name, value = field.child(key, key).read(Field.text), entry.read(_parse_tag_value)
         if name is not None and value is not None:
             tags.append((name, value))
     return tuple(sorted(tags))
+
+
+def _parse_tag_value(field: Field) -> str:
+    return field.matched(_TAG_VALUE, "text, at most 4096 characters, no control characters")
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,7 +194,7 @@ def _check_instance(entries: Mapping[str, Field], values: dict[str, Any]) -> Non
     if values.get("upstream") is not Upstream.NOVA:
         return
     if "project" in values:
-        values["project"] = PROJECT_ID.parse(entries["project"])
+        values["project"] = entries["project"].read(PROJECT_ID.parse)
     elif "project" not in entries:
         entries["upstream"].refuse("needs project", "Nova has to know whose instance it is")
     for key in entries.keys() - set(_OF_NOVA):

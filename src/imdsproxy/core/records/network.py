@@ -1,8 +1,9 @@
-"""A network's record."""
+"""A network's record, and the policy that records of networks and instances have."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, Final
 
 from imdsproxy.core.model import (
@@ -14,8 +15,15 @@ from imdsproxy.core.model import (
     Scope,
     Subnet,
 )
+from imdsproxy.core.path_rules import (
+    MOST_PATH_RULES,
+    PathRules,
+    PathWord,
+    find_path_fault,
+    sort_paths,
+)
+from imdsproxy.core.policy import NO_RULES, RULES, PolicyRules, Rule, TokenMode
 from imdsproxy.core.records.fields import Field
-from imdsproxy.core.records.policy import POLICY
 from imdsproxy.core.records.schema import (
     SWITCH,
     TEXT,
@@ -29,6 +37,63 @@ from imdsproxy.core.records.schema import (
 from imdsproxy.core.records.values import ADDRESS, CIDR, DEVICE, NAMESPACE, NETWORK_ID
 
 MTU_BOUNDS: Final = (68, 65535)
+_MODES: Final = tuple(mode.value for mode in TokenMode)
+_WORDS: Final = tuple(word.value for word in PathWord)
+
+
+def _parse_mode(field: Field) -> TokenMode:
+    if field.value is False:
+        # `off` without quotes is false in YAML 1.1.
+        return TokenMode.OFF
+    if not isinstance(field.value, str):
+        raise field.error("is no mode of tokens", f"one of {', '.join(_MODES)}")
+    return TokenMode(field.one_of(_MODES))
+
+
+def _parse_paths(field: Field) -> PathRules | None:
+    entries = field.mapping()
+    if len(entries) > MOST_PATH_RULES:
+        raise field.error(f"has {len(entries)} paths", f"at most {MOST_PATH_RULES}")
+    words = {path: entry.read(partial(_parse_word, path=path)) for path, entry in entries.items()}
+    return sort_paths((path, word) for path, word in words.items() if word is not None) or None
+
+
+def _parse_word(field: Field, path: str) -> PathWord:
+    fault = find_path_fault(path)
+    if fault is not None:
+        raise field.error(fault.reason, fault.hint)
+    return PathWord(field.one_of(_WORDS))
+
+
+_MODE: Final = choice_of(TokenMode)
+_RULE_KINDS: Final[dict[type[object], Kind]] = {
+    bool: SWITCH,
+    TokenMode: Kind(_parse_mode, _MODE.schema, _MODE.render),
+    tuple: Kind(
+        _parse_paths,
+        {
+            "type": "object",
+            "additionalProperties": {"type": "string", "enum": [*_WORDS]},
+            "maxProperties": MOST_PATH_RULES,
+        },
+        lambda rules: {path: word.value for path, word in rules},
+    ),
+}
+
+
+def _key(rule: Rule) -> Key:
+    kind = _RULE_KINDS[rule.kind] if rule.bounds is None else number_between(*rule.bounds)
+    return Key(rule.name, kind, rule.help)
+
+
+POLICY: Final = Table(
+    "PolicyRecord",
+    PolicyRules,
+    "What guests may read and how; what is missing is left to less specific scopes. Settings have the same fields for "
+    "the host, networks, projects and instances, and win over a record of the same scope.",
+    *map(_key, RULES.values()),
+    make=lambda **rules: PolicyRules(**rules) if rules else NO_RULES,
+)
 
 
 def _check_namespace(entries: Mapping[str, Field], values: dict[str, Any]) -> None:
@@ -77,13 +142,10 @@ LISTENER_KEYS: Final = tuple(name for table in _LISTENERS.values() for name in t
 
 def _parse_listener(field: Field) -> Listener | None:
     entries = field.mapping(LISTENER_KEYS)
-    if entries is None:
-        return None
     kinds = [kind for kind in _KINDS if kind in entries]
     if len(kinds) != 1:
         found = " and ".join(kinds) or "none of them"
-        field.refuse(f"has {found}", f"exactly one of {', '.join(_KINDS)}")
-        return None
+        raise field.error(f"has {found}", f"exactly one of {', '.join(_KINDS)}")
     table = _KINDS[kinds[0]]
     for key in entries.keys() - set(table.names):
         entries[key].refuse(f"does not go with {kinds[0]}", "only with namespace")
@@ -113,7 +175,7 @@ _SUBNET: Final = Table(
 def _parse_subnets(field: Field) -> tuple[Subnet, ...]:
     subnets: dict[object, Subnet] = {}
     for item in field.items():
-        subnet = _SUBNET.parse(item)
+        subnet = item.read(_SUBNET.parse)
         if subnet is not None:
             if subnet.cidr in subnets:
                 item.refuse(f"{subnet.cidr} is there twice")

@@ -24,7 +24,7 @@ class Kind:
     """What a value may be.
 
     Attributes:
-        parse: Gives the core's value, or `None` once the field is refused.
+        parse: Gives the core's value, or `None` once its problems are noted; or raises `FieldError`.
         schema: As JSON Schema; `None` where `tables` are all of it.
         render: From the core's value to JSON.
         tables: The mappings that it may be.
@@ -118,15 +118,14 @@ class Table(Generic[_T]):
 
     def parse(self, field: Field) -> _T | None:
         """The value of a mapping."""
-        entries = field.mapping(self.names, self.required)
-        return None if entries is None else self.build(entries)
+        return self.build(field.mapping(self.names, self.required))
 
     def build(self, entries: Mapping[str, Field]) -> _T | None:
         """The value of a mapping's entries, which are known keys."""
         values: dict[str, Any] = {}
         for key in self.keys:
             if key.name in entries:
-                value = key.kind.parse(entries[key.name])
+                value = entries[key.name].read(key.kind.parse)
                 if value is not None:
                     values[key.field] = value
         self._check(entries, values)
@@ -153,7 +152,7 @@ def list_of(kind: Kind) -> Kind:
     """A list; what is refused is not in it."""
 
     def parse(field: Field) -> tuple[Any, ...]:
-        parsed = (kind.parse(item) for item in field.items())
+        parsed = (item.read(kind.parse) for item in field.items())
         return tuple(one for one in parsed if one is not None)
 
     return Kind(parse, render=lambda items: [kind.render(one) for one in items], item=kind)
@@ -162,12 +161,8 @@ def list_of(kind: Kind) -> Kind:
 def choice_of(words: type[StrEnum]) -> Kind:
     """One of some words."""
     listed = [word.value for word in words]
-
-    def parse(field: Field) -> StrEnum | None:
-        word = field.one_of(listed)
-        return None if word is None else words(word)
-
-    return Kind(parse, {"type": "string", "enum": [*listed]}, lambda word: str(word.value))
+    schema: dict[str, Json] = {"type": "string", "enum": [*listed]}
+    return Kind(lambda field: words(field.one_of(listed)), schema, lambda word: str(word.value))
 
 
 def number_between(lowest: int, highest: int) -> Kind:

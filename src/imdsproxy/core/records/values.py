@@ -1,10 +1,17 @@
-"""The small values of records: ids, addresses, MACs, names of devices, points in time."""
+"""The values of records: ids, addresses, MACs, names of devices, points in time, user data and vendor data."""
 
 from __future__ import annotations
 
+import base64
+import binascii
+import json
+import math
 import re
 import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
 from typing import Final
 
@@ -16,8 +23,8 @@ from imdsproxy.core.model import (
     IpNetwork,
     MacAddress,
 )
-from imdsproxy.core.records.fields import Field, quoted
-from imdsproxy.core.records.schema import Json, Kind
+from imdsproxy.core.records.fields import MAX_PAYLOAD, Field, Unreadable, quoted
+from imdsproxy.core.records.schema import Json, Key, Kind, Table
 
 _ID_WANTED: Final = "1 to 64 of A-Z a-z 0-9 . _ - that begin with a letter or digit"
 NAMESPACE_PATTERN: Final = "^[A-Za-z0-9_][A-Za-z0-9._@:+-]{0,127}$"
@@ -41,9 +48,9 @@ def _matching(pattern: str, wanted: str, *, shared: bool = False) -> Kind:
     """
     compiled = re.compile(pattern)
 
-    def parse(field: Field) -> str | None:
+    def parse(field: Field) -> str:
         text = field.matched(compiled, wanted)
-        return sys.intern(text) if shared and text is not None else text
+        return sys.intern(text) if shared else text
 
     return Kind(parse, {"type": "string", "pattern": pattern})
 
@@ -62,45 +69,38 @@ DEVICE: Final = _matching(DEVICE_PATTERN, "a device's name: 1 to 15 of A-Z a-z 0
 """A network device's name, at most 15 bytes (Linux IFNAMSIZ)."""
 
 
-def parse_mac(field: Field) -> MacAddress | None:
+def parse_mac(field: Field) -> MacAddress:
     """A unicast MAC, in either spelling (`:` or `-`, any case)."""
     text = field.matched(_MAC, 'six hexadecimal octets: "52:54:00:12:34:56"')
-    if text is None:
-        return None
     mac = text.lower().replace("-", ":")
     if int(mac[:2], 16) & 1:
-        field.refuse(f"{mac} is a multicast address", "the first octet of a port's MAC is even")
-        return None
+        raise field.error(
+            f"{mac} is a multicast address", "the first octet of a port's MAC is even"
+        )
     if mac == "00:00:00:00:00:00":
-        field.refuse("the all-zero MAC is no port's")
-        return None
+        raise field.error("the all-zero MAC is no port's")
     return MacAddress(mac)
 
 
-def parse_address(field: Field) -> IpAddress | None:
+def parse_address(field: Field) -> IpAddress:
     """A unicast IPv4 or IPv6 address without scope: a gateway, a name server."""
-    if not isinstance(field.value, str):
-        field.text()
-        return None
+    text = field.any_text()
     try:
-        address = ip_address(field.value)
+        address = ip_address(text)
     except ValueError:
-        hint = "without the prefix length" if "/" in field.value else "10.0.0.5 or 2001:db8::5"
-        field.refuse(f"{quoted(field.value)} is not an IP address", hint)
-        return None
+        hint = "without the prefix length" if "/" in text else "10.0.0.5 or 2001:db8::5"
+        raise field.error(f"{quoted(text)} is not an IP address", hint) from None
     fault = _fault(address)
     if fault is not None:
-        field.refuse(f"{quoted(field.value)} is {fault[0]}", fault[1])
-        return None
+        raise field.error(f"{quoted(text)} is {fault[0]}", fault[1])
     return address
 
 
-def parse_guest_address(field: Field) -> IpAddress | None:
+def parse_guest_address(field: Field) -> IpAddress:
     """An address that a guest may have."""
     address = parse_address(field)
     if address in (METADATA_IPV4, METADATA_IPV6):
-        field.refuse(f"{address} is the metadata service's own address", "the guest's address")
-        return None
+        raise field.error(f"{address} is the metadata service's own address", "the guest's address")
     return address
 
 
@@ -129,27 +129,21 @@ def _ipv6_fault(address: IPv6Address) -> tuple[str, str] | None:
     return None
 
 
-def parse_cidr(field: Field) -> IpNetwork | None:
+def parse_cidr(field: Field) -> IpNetwork:
     """A range of addresses with its prefix length and no host bits."""
-    if not isinstance(field.value, str):
-        field.text()
-        return None
-    text = field.value
-    _, slash, prefix = text.partition("/")
+    text = field.any_text()
+    first, _, prefix = text.partition("/")
     try:
         network = ip_network(text, strict=False)
     except ValueError:
-        field.refuse(f"{quoted(text)} is not a CIDR", "10.0.0.0/24 or 2001:db8::/64")
-        return None
-    if not slash or not prefix.isdecimal():
-        field.refuse(f"{quoted(text)} has no prefix length", f"for example {network}")
-        return None
-    if ip_address(text.partition("/")[0]) != network.network_address:
-        field.refuse(f"{quoted(text)} has host bits set", f"write {network}")
-        return None
+        hint = "10.0.0.0/24 or 2001:db8::/64"
+        raise field.error(f"{quoted(text)} is not a CIDR", hint) from None
+    if not prefix.isdecimal():
+        raise field.error(f"{quoted(text)} has no prefix length", f"for example {network}")
+    if ip_address(first) != network.network_address:
+        raise field.error(f"{quoted(text)} has host bits set", f"write {network}")
     if network.is_multicast or network.is_loopback:
-        field.refuse(f"{network} is no range for hosts")
-        return None
+        raise field.error(f"{network} is no range for hosts")
     return network
 
 
@@ -190,13 +184,13 @@ def unix_time_of(text: str) -> int | None:
     return seconds if 0 <= seconds <= LAST_SECOND else None
 
 
-def parse_moment(field: Field) -> int | None:
+def parse_moment(field: Field) -> int:
     """A point in time as Unix time: a number, or text (`unix_time_of`)."""
     if not isinstance(field.value, str):
         return field.whole_number(0, LAST_SECOND)
     seconds = unix_time_of(field.value)
     if seconds is None:
-        field.refuse("is no point in time", _MOMENT_WANTED)
+        raise field.error("is no point in time", _MOMENT_WANTED)
     return seconds
 
 
@@ -212,3 +206,127 @@ HOSTNAME: Final = Kind(
 """A host name (RFC 1123, underscores let pass), at most 253 characters."""
 
 MOMENT: Final = Kind(parse_moment, {"anyOf": [{"type": "integer"}, {"type": "string"}]})
+
+_DEEPEST: Final = 64
+
+
+@dataclass(frozen=True, slots=True)
+class _Base64:
+    base64: bytes
+
+
+def _decode_base64(field: Field) -> bytes:
+    if isinstance(field.value, str):
+        try:
+            return base64.b64decode(field.value, validate=True)
+        except (binascii.Error, ValueError):
+            pass  # refused below, with everything else that is no base64
+    raise field.error("is not base64 (RFC 4648 §4)", "A-Z a-z 0-9 + / and = at the end")
+
+
+_BASE64: Final = Table(
+    "Base64",
+    _Base64,
+    "Bytes that are no UTF-8 text.",
+    Key("base64", Kind(_decode_base64, {"type": "string"}), required=True),
+)
+
+
+def _parse_user_data(field: Field) -> bytes | None:
+    if isinstance(field.value, bytes):
+        return _bounded(field, field.value)
+    if isinstance(field.value, str):
+        return _bounded(field, _encode(field, field.value))
+    if not isinstance(field.value, Mapping):
+        raise field.error("expected text, bytes or {base64: …}", "put numbers in quotes")
+    found = _BASE64.parse(field)
+    return None if found is None else _bounded(field, found.base64)
+
+
+def _parse_user_data_file(field: Field) -> bytes:
+    name = field.text(longest=4096)
+    if field.findings.read_file is None:
+        raise field.error("files are not read here", "send the bytes as user_data")
+    found = field.findings.read_file(name)
+    if isinstance(found, Unreadable):
+        raise field.error(found.reason, found.hint)
+    return _bounded(field, found)
+
+
+def _parse_vendor_data(field: Field) -> bytes | None:
+    value = field.value
+    if isinstance(value, Mapping):
+        known = len(field.findings.problems)
+        _check_json(field)
+        if len(field.findings.problems) > known:
+            return None
+        return _bounded(field, json.dumps(value, ensure_ascii=False).encode())
+    if isinstance(value, str):
+        return _bounded(field, _encode(field, value))
+    if isinstance(value, bytes) and _is_utf8(value):
+        return _bounded(field, value)
+    hint = "binary data and bare numbers do not go here"
+    raise field.error("expected text or a mapping", hint)
+
+
+def _is_utf8(payload: bytes) -> bool:
+    try:
+        payload.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _bounded(field: Field, payload: bytes) -> bytes:
+    if len(payload) > MAX_PAYLOAD:
+        raise field.error(f"has {len(payload)} bytes", f"at most {MAX_PAYLOAD} (16 MiB)")
+    return payload
+
+
+def _encode(field: Field, text: str) -> bytes:
+    try:
+        return text.encode()
+    except UnicodeEncodeError:
+        hint = "bytes go as !!binary or {base64: …}"
+        raise field.error("holds half of a surrogate pair", hint) from None
+
+
+def _check_json(field: Field, depth: int = 0) -> None:
+    """Find what JSON cannot carry: keys that are no text, bytes, NaN, and what is nested too deep."""
+    value = field.value
+    check = partial(_check_json, depth=depth + 1)
+    if depth > _DEEPEST:
+        raise field.error("is nested too deep", f"at most {_DEEPEST} levels")
+    if isinstance(value, Mapping):
+        for entry in field.mapping().values():
+            entry.read(check)
+        for key in value:
+            _encode(field, str(key))
+    elif isinstance(value, list | tuple):
+        for item in field.items():
+            item.read(check)
+    elif isinstance(value, str):
+        _encode(field, value)
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise field.error(f"JSON has no {value}", "put it in quotes")
+    elif not isinstance(value, bool | int | float | None):
+        raise field.error("JSON cannot carry bytes", "write text")
+
+
+def _render_user_data(payload: object) -> Json:
+    # May be `StoredBytes`, which are fetched now.
+    raw = bytes(payload)  # type: ignore[call-overload] # as above
+    try:
+        return str(raw.decode())
+    except UnicodeDecodeError:
+        return {"base64": base64.b64encode(raw).decode()}
+
+
+USER_DATA: Final = Kind(_parse_user_data, {"type": "string"}, _render_user_data, (_BASE64,))
+USER_DATA_FILE: Final = Kind(_parse_user_data_file, {"type": "string"})
+VENDOR_DATA: Final = Kind(
+    _parse_vendor_data,
+    {"anyOf": [{"type": "string"}, {"type": "object"}]},
+    lambda payload: payload.decode(),
+)
+"""Text as UTF-8, a mapping as JSON."""

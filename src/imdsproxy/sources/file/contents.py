@@ -116,14 +116,8 @@ def _read(path: Path, send: Callable[[FileContents, float], None] | None = None)
     contents.blank = not data.strip()
     records, line_of = decode_records(data, file=str(path), read_file=read_payload, take=take)
     contents.problems = records.problems
-    for place, network in records.networks:
-        take(place, network, line_of, 1)
-    for place, instance in records.instances:
-        take(place, instance, line_of, 1)
-    for refused in records.refused_networks:
-        take(("networks",), refused, line_of, 1)
-    for refused in records.refused_instances:
-        take(("instances",), refused, line_of, 1)
+    for place, record in records.found:
+        take(place, record, line_of, 1)
     if contents.problems:
         return FileContents(
             payloads=contents.payloads, problems=contents.problems, blank=contents.blank

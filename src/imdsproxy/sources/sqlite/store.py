@@ -40,8 +40,7 @@ from imdsproxy.core.records import (
     parse_instance,
     parse_network,
     parse_records,
-    render_instance,
-    render_network,
+    render_record,
 )
 from imdsproxy.errors import Problem, SourceRefused, SourceUnavailable
 from imdsproxy.host.files import open_locked
@@ -275,7 +274,7 @@ class Store:
         progress = progress or Progress()
         with store_failures(self._path), self._transaction():
             for network in networks:
-                done = self._put_row("networks", network.id, render_network(network))
+                done = self._put_row("networks", network.id, render_record(network))
                 tally[done] += 1
                 if done != "unchanged":
                     changed_networks[network.id] = network
@@ -368,7 +367,7 @@ class Store:
         return replace(instance, created_at=created_at)
 
     def _put_instance_row(self, instance: Instance) -> str:
-        done = self._put_row("instances", instance.id, render_instance(_without_payload(instance)))
+        done = self._put_row("instances", instance.id, render_record(_without_payload(instance)))
         cursor = self._connection.execute(
             "UPDATE instances SET user_data = ? WHERE id = ? AND user_data IS NOT ?",
             (instance.user_data, instance.id, instance.user_data),
