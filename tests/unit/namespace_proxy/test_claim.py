@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import stat
@@ -40,21 +41,16 @@ def test_a_file_in_use_is_neither_replaced_nor_removed(tmp_path: Path) -> None:
     os.close(lock)
 
 
-def test_a_file_whose_user_is_gone_is_replaced(tmp_path: Path) -> None:
-    path = tmp_path / "a.conf"
-    os.close(claim_file(path, b"one, and longer"))
-    os.close(claim_file(path, b"two"))
-    assert path.read_bytes() == b"two"
-
-
 def test_a_lock_lives_as_long_as_the_last_copy_of_the_open_file(tmp_path: Path) -> None:
     path = tmp_path / "a.conf"
-    lock = claim_file(path, b"one")
+    lock = claim_file(path, b"one, and longer")
     copy = os.dup(lock)
     os.close(lock)
     with pytest.raises(HostRefused):
         claim_file(path, b"two")
     os.close(copy)
+    os.close(claim_file(path, b"two"))
+    assert path.read_bytes() == b"two"
     assert remove_unclaimed(path)
 
 
@@ -87,7 +83,7 @@ def test_a_file_that_is_replaced_while_it_is_locked_is_looked_at_again(
 
     def late(descriptor: int, operation: int) -> None:
         if not others:
-            # Somebody else was faster between our opening and our locking.
+            # Another process was faster between our opening and our locking.
             others.append(-1)
             others.append(claim_file(path, b"theirs"))
         lock(descriptor, operation)
@@ -120,6 +116,21 @@ def test_a_file_that_cannot_be_written_is_told_and_leaves_nothing(tmp_path: Path
     with pytest.raises(HostRefused, match=r"cannot write .*a\.conf: Is a directory"):
         claim_file(tmp_path / "a.conf", b"")
     assert {path.name for path in tmp_path.iterdir()} == {"file", "a.conf"}
+
+
+def test_a_file_that_cannot_be_completed_is_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    (tmp_path / "old.conf").write_bytes(b"old")
+    monkeypatch.setattr(os, "write", full)
+    for name in ("old.conf", "new.conf"):
+        with pytest.raises(HostRefused, match="No space left"):
+            claim_file(tmp_path / name, b"text")
+    assert [path.name for path in tmp_path.iterdir()] == ["old.conf"]
+    assert (tmp_path / "old.conf").read_bytes() == b"old"
 
 
 def test_a_link_is_not_followed(tmp_path: Path) -> None:

@@ -14,18 +14,7 @@ from imdsproxy.errors import ConfigInvalid, ConfigUnreadable, RequestRefused
 _UUID = "8f6a1e0c-3b52-4c1d-9a57-0d2f4b6c8e10"
 _PAGE = Path(__file__).parents[3] / "docs" / "namespace-proxy.md"
 _DEFAULT = Run(
-    network_id=None,
-    router_id=None,
-    port="9697",
-    proxy_socket=None,
-    user=None,
-    group=None,
-    pidfile=None,
-    daemonize=True,
-    state_path="/var/lib/neutron",
-    use_syslog=None,
-    facility="local0",
-    debug=False,
+    port="9697", daemonize=True, state_path="/var/lib/neutron", facility="local0", debug=False
 )
 _NAMES = {
     "network-id": "network_id",

@@ -10,11 +10,12 @@ import argparse
 import dataclasses
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, NamedTuple, NoReturn
+from typing import Any, Final, NamedTuple, NoReturn
 
+from imdsproxy.app.namespace_proxy.host import Host
 from imdsproxy.app.namespace_proxy.proxy import ProxyDaemon, cleanup_config_file, cleanup_pid_file
 from imdsproxy.core.haproxy.namespace_proxy import (
     DEFAULT_PORT,
@@ -29,9 +30,6 @@ from imdsproxy.errors import (
     RequestRefused,
 )
 from imdsproxy.host.refusal import host_refused
-
-if TYPE_CHECKING:
-    from imdsproxy.app.namespace_proxy.host import Surroundings
 
 _INTERRUPTED: Final = 130
 _STANDARD_ERROR: Final = 2
@@ -151,8 +149,7 @@ def main(
     *,
     program: str = "neutron-ns-metadata-proxy",
     config: Path | None = None,
-    surroundings: Surroundings | None = None,
-    say: Callable[[str], object] | None = None,
+    host: Host | None = None,
 ) -> int:
     """Be the program, and give its exit status (`imdsproxy.cli.options`).
 
@@ -160,21 +157,30 @@ def main(
         arguments: Without the program's name; `None` takes this process's own.
         program: Its name, for the help.
         config: imdsproxy's settings file, where the command line named it before this program's own words.
-        surroundings: The host.
-        say: Takes an error's text; `None` for standard error.
+        host: The host.
     """
     _open_standard_files()
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        match parse_command_line(words, program=program, environment=os.environ, config=config):
-            case CleanUp() as asked:
-                _clean_up(asked)
-            case Run() as asked:
-                _start(asked, surroundings)
+        asked = parse_command_line(words, program=program, environment=os.environ, config=config)
+        if isinstance(asked, CleanUp):
+            cleanup_config_file(asked.uuid, asked.state_path)
+            if asked.pid_file is not None:
+                cleanup_pid_file(Path(asked.pid_file), f"{asked.uuid}.conf", host or Host())
+            return 0
+        options = dataclasses.asdict(asked)
+        daemonize = options.pop("daemonize")
+        daemon = ProxyDaemon(**options, host=host)
+        if daemonize:
+            daemon.start()
+        else:
+            daemon.run()
     except (ImdsproxyError, OSError) as error:
         # Unforeseen errors are a line too, not a traceback in an agent's log.
         known = error if isinstance(error, ImdsproxyError) else host_refused("be the proxy", error)
-        (say or _say)(_in_lines(known))
+        # There is no standard error where our parent has closed it.
+        if sys.stderr is not None:
+            sys.stderr.write(_in_lines(known))
         return known.exit_status
     except KeyboardInterrupt:
         return _INTERRUPTED
@@ -182,28 +188,6 @@ def main(
         # argparse has given its help.
         return 0 if ended.code is None else int(ended.code)
     return 0
-
-
-def _start(asked: Run, surroundings: Surroundings | None) -> None:
-    options = dataclasses.asdict(asked)
-    del options["daemonize"]
-    daemon = ProxyDaemon(**options, surroundings=surroundings)
-    if asked.daemonize:
-        daemon.start()
-    else:
-        daemon.run()
-
-
-def _clean_up(asked: CleanUp) -> None:
-    cleanup_config_file(asked.uuid, asked.state_path)
-    if asked.pid_file is not None:
-        cleanup_pid_file(Path(asked.pid_file), f"{asked.uuid}.conf")
-
-
-def _say(text: str) -> None:
-    # There is none where our parent has closed it.
-    if sys.stderr is not None:
-        sys.stderr.write(text)
 
 
 def _open_standard_files() -> None:
@@ -229,18 +213,30 @@ def _in_lines(error: ImdsproxyError) -> str:
 class Run:
     """The arguments of `ProxyDaemon`, and whether it goes into the background."""
 
-    network_id: str | None
-    router_id: str | None
-    port: str
-    proxy_socket: str | None
-    user: str | None
-    group: str | None
-    pidfile: str | None
-    daemonize: bool
-    state_path: str
-    use_syslog: bool | None
-    facility: str
-    debug: bool
+    network_id: str | None = None
+    router_id: str | None = None
+    port: str = str(DEFAULT_PORT)
+    proxy_socket: str | None = None
+    user: str | None = None
+    group: str | None = None
+    pidfile: str | None = None
+    daemonize: bool = True
+    state_path: str = DEFAULT_STATE_PATH
+    use_syslog: bool | None = None
+    facility: str = "local0"
+    debug: bool = False
+
+
+_TEXTS: Final = {
+    "metadata_port": "port",
+    "metadata_proxy_socket": "proxy_socket",
+    "metadata_proxy_user": "user",
+    "metadata_proxy_group": "group",
+    "pid_file": "pidfile",
+    "state_path": "state_path",
+    "syslog_log_facility": "facility",
+}
+"""Fields of `Run` by option. An empty text is as if it was not there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -292,7 +288,18 @@ def parse_command_line(
     files, directories = found.config_file or (), found.config_dir or ()
     written = read_ini_files(files, directories, found.state_path, state_path)
     given = {name: value for name, value in vars(found).items() if value is not None}
-    return _run(found.network_id, found.router_id, {**settings, **written, **given})
+    options: dict[str, Any] = {**settings, **written, **given}
+    texts = {field: str(options[name]) for name, field in _TEXTS.items() if options.get(name)}
+    if "facility" in texts:
+        texts["facility"] = parse_facility(texts["facility"])
+    return Run(
+        found.network_id,
+        found.router_id,
+        **texts,
+        daemonize=options.get("daemonize", True),
+        use_syslog=options.get("use_syslog"),
+        debug=options.get("debug", False),
+    )
 
 
 def describe_options(program: str) -> tuple[str, list[tuple[str, str]], str]:
@@ -313,9 +320,12 @@ def _clean_up_parser(program: str) -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("id", metavar="ID", help="UUID of its network or router")
-    _value(parser, "pid-file", "FILE", "its pid file, to be removed too")
-    _value(parser, "state-path", "DIR", f"as it was started with (default: {DEFAULT_STATE_PATH})")
-    _value(parser, "config", "FILE", _CONFIG_HELP)
+    for option in (
+        _Option("pid-file", "FILE", "its pid file, to be removed too"),
+        _Option("state-path", "DIR", f"as it was started with (default: {DEFAULT_STATE_PATH})"),
+        _Option("config", "FILE", _CONFIG_HELP),
+    ):
+        _add_option(parser, option)
     return parser
 
 
@@ -328,65 +338,33 @@ def _run_parser(program: str) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    for one in _OPTIONS:
-        if one.metavar:
-            action = "append" if one.name in {"config-file", "config-dir"} else "store"
-            _value(parser, one.name, one.metavar, one.help, action=action)
-        else:
-            _flag(parser, one.name, one.help, one.opposite)
+    for option in _OPTIONS:
+        _add_option(parser, option)
     for name in _IGNORED_VALUES:
-        _value(parser, name, "IGNORED", argparse.SUPPRESS)
+        _add_option(parser, _Option(name, "IGNORED", argparse.SUPPRESS))
     for name in _IGNORED_FLAGS:
-        _flag(parser, name, argparse.SUPPRESS, argparse.SUPPRESS)
+        _add_option(parser, _Option(name, "", argparse.SUPPRESS))
     return parser
 
 
-def _value(
-    parser: argparse.ArgumentParser, name: str, metavar: str, text: str, *, action: str = "store"
-) -> None:
-    destination = name.replace("-", "_")
-    parser.add_argument(f"--{name}", dest=destination, metavar=metavar, help=text, action=action)
-    if "-" in name:
-        parser.add_argument(
-            f"--{destination}", dest=destination, help=argparse.SUPPRESS, action=action
-        )
-
-
-def _flag(parser: argparse.ArgumentParser, name: str, on: str, off: str) -> None:
-    """`--NAME`, and its opposite as it is spelled today, as oslo.config spells it, and with underscores."""
-    under = name.replace("-", "_")
-    spellings = {f"--{name}": on, f"--no-{name}": off}
-    old = (f"--{under}", f"--no{name}", f"--no{under}", f"--no-{under}", f"--no_{under}")
-    for spelling in (*spellings, *sorted(set(old) - set(spellings))):
-        parser.add_argument(
-            spelling,
-            dest=under,
-            default=None,
-            action="store_false" if spelling.startswith("--no") else "store_true",
-            help=spellings.get(spelling, argparse.SUPPRESS),
-        )
-
-
-def _run(network_id: str | None, router_id: str | None, options: Mapping[str, object]) -> Run:
-    def text(name: str) -> str | None:
-        # Empty is as if it was not there.
-        return str(options.get(name) or "") or None
-
-    syslog = options.get("use_syslog")
-    return Run(
-        network_id=network_id,
-        router_id=router_id,
-        port=text("metadata_port") or str(DEFAULT_PORT),
-        proxy_socket=text("metadata_proxy_socket"),
-        user=text("metadata_proxy_user"),
-        group=text("metadata_proxy_group"),
-        pidfile=text("pid_file"),
-        daemonize=options.get("daemonize") is not False,
-        state_path=text("state_path") or DEFAULT_STATE_PATH,
-        use_syslog=None if syslog is None else bool(syslog),
-        facility=parse_facility(text("syslog_log_facility") or "local0"),
-        debug=options.get("debug") is True,
-    )
+def _add_option(parser: argparse.ArgumentParser, option: _Option) -> None:
+    """Add an option in all spellings; a switch with its opposite, as of today and as oslo.config has it."""
+    name, under = option.name, option.name.replace("-", "_")
+    shown = {f"--{name}": option.help}
+    spellings = [f"--{name}", f"--{under}"]
+    if not option.metavar:
+        shown[f"--no-{name}"] = option.opposite
+        spellings = [f"--{no}{one}" for no in ("", "no-", "no", "no_") for one in (name, under)]
+    action = "append" if name in {"config-file", "config-dir"} else "store"
+    for spelling in dict.fromkeys(spellings):
+        text = shown.get(spelling, argparse.SUPPRESS)
+        if option.metavar:
+            parser.add_argument(
+                spelling, dest=under, metavar=option.metavar, help=text, action=action
+            )
+        else:
+            truth = "store_false" if spelling.startswith("--no") else "store_true"
+            parser.add_argument(spelling, dest=under, default=None, help=text, action=truth)
 
 
 def read_settings(

@@ -13,13 +13,13 @@ import signal
 import stat
 import subprocess
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from imdsproxy.errors import HaproxyMissing, HostRefused
-from imdsproxy.host.files import group_name, is_file_at, open_locked, sweep_unfinished, user_name
+from imdsproxy.host.files import is_file_at, open_locked, sweep_unfinished
 from imdsproxy.host.refusal import host_refused
 
 _SYSTEM_PATH: Final = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
@@ -34,36 +34,140 @@ _FOREIGN_WRITE: Final = stat.S_IWGRP | stat.S_IWOTH
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """What came of a program: exit status (negative: the signal), standard output and error."""
+    """What came of a program: exit status (negative: the signal), and standard error."""
 
     status: int
-    output: str
     errors: str
 
 
-def find_haproxy(search: str | None = None) -> str | None:
-    """The path of HAProxy on `search` (`PATH` without it) or in the system's places; `None` without one."""
-    named = os.environ.get("PATH", "") if search is None else search
-    # An agent's rootwrap may leave little of PATH.
-    for directory in f"{named}:{_SYSTEM_PATH}".split(":"):
-        candidate = Path(directory, "haproxy")
-        # In this order: a directory that may not be looked into is no error then.
-        if directory and os.access(candidate, os.X_OK) and candidate.is_file():
-            return str(candidate)
-    return None
+class Host:
+    """The host, as the program sees and changes it."""
 
+    def find_haproxy(self, search: str | None = None) -> str:
+        """The path of HAProxy on `search` (`PATH` without it) or in the system's places, or `HaproxyMissing`."""
+        named = os.environ.get("PATH", "") if search is None else search
+        # An agent's rootwrap may leave little of PATH.
+        for directory in f"{named}:{_SYSTEM_PATH}".split(":"):
+            candidate = Path(directory, "haproxy")
+            # In this order: a directory that may not be looked into is no error then.
+            if directory and os.access(candidate, os.X_OK) and candidate.is_file():
+                return str(candidate)
+        raise HaproxyMissing(
+            "there is no haproxy on PATH", hint="install HAProxy 3.0 or newer (apt install haproxy)"
+        )
 
-def has_ipv6() -> bool:
-    """Whether devices of this namespace get IPv6, as Neutron's agents ask it (oslo.utils, `is_ipv6_enabled`)."""
-    try:
-        return _IPV6.read_text().strip() == "0"
-    except FileNotFoundError:
-        return False
+    def has_ipv6(self) -> bool:
+        """Whether devices of this namespace get IPv6, as Neutron's agents ask it (oslo.utils, `is_ipv6_enabled`)."""
+        return _IPV6.exists() and _IPV6.read_text().strip() == "0"
 
+    def has_syslog(self) -> bool:
+        """Whether a syslog daemon listens."""
+        return os.access(_SYSLOG, os.F_OK)
 
-def has_syslog() -> bool:
-    """Whether a syslog daemon listens."""
-    return os.access(_SYSLOG, os.F_OK)
+    def ids(self) -> tuple[int, int]:
+        """This process's own effective user and group."""
+        return os.geteuid(), os.getegid()
+
+    def drop_groups(self) -> None:
+        """Give up this process's supplementary groups."""
+        try:
+            os.setgroups([])
+        except OSError as error:
+            raise host_refused("give up the supplementary groups", error) from error
+
+    def become(self, arguments: list[str]) -> None:
+        """Become another program (execv(3)); `HaproxyMissing` where it cannot be run."""
+        try:
+            os.execv(arguments[0], arguments)  # noqa: S606 - no shell is meant
+        except OSError as error:
+            raise HaproxyMissing(f"cannot run {arguments[0]}: {error.strerror}") from error
+
+    def end(self, pid: int) -> None:
+        """End a process, if it has not ended."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGTERM)
+
+    def run(
+        self,
+        arguments: Sequence[str],
+        descriptor: int,
+        *,
+        alone: bool,
+        deadline_s: float = _START_DEADLINE_S,
+    ) -> Ended:
+        """Start a program in a session of its own, and wait until it and all that write for it have ended or let go.
+
+        Args:
+            arguments: Its path and its arguments.
+            descriptor: An open file that it inherits beside the standard ones.
+            alone: Without this process's supplementary groups, which takes root.
+            deadline_s: After that it is ended.
+
+        Raises:
+            HaproxyMissing: It cannot be run.
+            HostRefused: It did not end in time.
+        """
+        try:
+            process = subprocess.Popen(
+                list(arguments),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                cwd="/",
+                umask=_UMASK,
+                start_new_session=True,
+                extra_groups=[] if alone else None,
+                pass_fds=(descriptor,),
+            )
+        except OSError as error:
+            raise HaproxyMissing(
+                f"cannot run {arguments[0]}: {error.strerror}", hint="install HAProxy 3.0 or newer"
+            ) from error
+        with process:
+            try:
+                _, errors = process.communicate(timeout=deadline_s)
+            except subprocess.TimeoutExpired as error:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                raise HostRefused(
+                    f"{arguments[0]} has not come up within {deadline_s:g} s",
+                    hint=f"see what it waits for: {' '.join(arguments)}",
+                ) from error
+        return Ended(process.returncode, errors.decode("utf-8", "replace"))
+
+    def runs_with(self, pid: int, name: str, *, proc: Path = Path("/proc")) -> bool:
+        """Whether this process is a HAProxy with a file of this name in its command line; one that is dead is not."""
+        try:
+            words = (proc / str(pid) / "cmdline").read_bytes().split(b"\0")
+        except (FileNotFoundError, ProcessLookupError):
+            return False
+        except OSError as error:
+            raise host_refused(f"look at process {pid}", error) from error
+        program, *rest = (Path(os.fsdecode(word)).name for word in words)
+        return "haproxy" in program and name in rest
+
+    def try_to_bind(self, port: int, *, dual_stack: bool) -> None:
+        """Say now what HAProxy would say of the port, in words that its log would have to be searched for.
+
+        Raises:
+            HostRefused: Another program listens there.
+            PrivilegeMissing: The port takes root.
+        """
+        import socket  # noqa: PLC0415 - HAProxy that goes into the background says it itself
+
+        family = socket.AF_INET6 if dual_stack else socket.AF_INET
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                if dual_stack:
+                    probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+                probe.bind(("::" if dual_stack else "0.0.0.0", port))  # noqa: S104 - as the proxy itself
+            except OSError as error:
+                raise host_refused(
+                    f"listen on port {port}",
+                    error,
+                    hint=f"see who does: ss -ltnp 'sport = :{port}'",
+                ) from error
 
 
 def check_directory(path: Path, purpose: str, *, hint: str) -> None:
@@ -81,90 +185,6 @@ def check_directory(path: Path, purpose: str, *, hint: str) -> None:
         raise HostRefused(f"there is no directory {path} for the {purpose}", hint=hint)
 
 
-def run_to_end(
-    arguments: Sequence[str],
-    descriptor: int,
-    *,
-    alone: bool,
-    deadline_s: float = _START_DEADLINE_S,
-) -> Ended:
-    """Start a program in a session of its own, and wait until it and all that write for it have ended or let go.
-
-    Args:
-        arguments: Its path and its arguments.
-        descriptor: An open file that it inherits beside the standard ones.
-        alone: Without this process's supplementary groups, which takes root.
-        deadline_s: After that it is ended.
-
-    Raises:
-        HaproxyMissing: It cannot be run.
-        HostRefused: It did not end in time.
-    """
-    try:
-        process = subprocess.Popen(
-            list(arguments),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            cwd="/",
-            umask=_UMASK,
-            start_new_session=True,
-            extra_groups=[] if alone else None,
-            pass_fds=(descriptor,),
-        )
-    except OSError as error:
-        raise HaproxyMissing(
-            f"cannot run {arguments[0]}: {error.strerror}", hint="install HAProxy 3.0 or newer"
-        ) from error
-    with process:
-        try:
-            output, errors = process.communicate(timeout=deadline_s)
-        except subprocess.TimeoutExpired as error:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            raise HostRefused(
-                f"{arguments[0]} has not come up within {deadline_s:g} s",
-                hint=f"see what it waits for: {' '.join(arguments)}",
-            ) from error
-    return Ended(
-        process.returncode, output.decode("utf-8", "replace"), errors.decode("utf-8", "replace")
-    )
-
-
-def runs_with(pid: int, name: str, *, proc: Path = Path("/proc")) -> bool:
-    """Whether this process is a HAProxy with a file of this name in its command line; one that is dead is not."""
-    try:
-        words = (proc / str(pid) / "cmdline").read_bytes().split(b"\0")
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-    except OSError as error:
-        raise host_refused(f"look at process {pid}", error) from error
-    program, *rest = (Path(os.fsdecode(word)).name for word in words)
-    return "haproxy" in program and name in rest
-
-
-def try_to_bind(port: int, *, dual_stack: bool) -> None:
-    """Say now what HAProxy would say of the port, in words that its log would have to be searched for.
-
-    Raises:
-        HostRefused: Another program listens there.
-        PrivilegeMissing: The port takes root.
-    """
-    import socket  # noqa: PLC0415 - HAProxy that goes into the background says it itself
-
-    family = socket.AF_INET6 if dual_stack else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            if dual_stack:
-                probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-            probe.bind(("::" if dual_stack else "0.0.0.0", port))  # noqa: S104 - as the proxy itself
-        except OSError as error:
-            raise host_refused(
-                f"listen on port {port}", error, hint=f"see who does: ss -ltnp 'sport = :{port}'"
-            ) from error
-
-
 def claim_file(path: Path, data: bytes) -> int:
     """Have a file with exactly `data`, mode 0640 whatever the umask is, and the lock on it.
 
@@ -177,17 +197,31 @@ def claim_file(path: Path, data: bytes) -> int:
         HostRefused: It is in use, or the file system refused; then it is as it was.
         PrivilegeMissing: This process may not write there.
     """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
     try:
-        while True:
-            # Locked while it is replaced: no other process can come between.
-            before = _lock_existing(path)
-            new = _write_locked(path, data, replace=before is not None)
-            if before is not None:
-                os.close(before)
-            if new is not None:
-                return new
+        # Locked while it is replaced: no other process can come between.
+        before = _lock(path, os.O_RDWR | os.O_CREAT)
+        try:
+            new = _lock(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
+            try:
+                rest = memoryview(data)
+                while rest:
+                    rest = rest[os.write(new, rest) :]
+                os.fchmod(new, _MODE)
+                temporary.replace(path)
+            except BaseException:
+                os.close(new)
+                if not os.fstat(before).st_size:
+                    # It was made just now.
+                    path.unlink()
+                raise
+            finally:
+                temporary.unlink(missing_ok=True)
+        finally:
+            os.close(before)
     except OSError as error:
         raise host_refused(f"write {path}", error) from error
+    return new
 
 
 def remove_unclaimed(path: Path) -> bool:
@@ -198,59 +232,33 @@ def remove_unclaimed(path: Path) -> bool:
         PrivilegeMissing: This process may not remove it.
     """
     try:
-        held = _lock_existing(path)
-        if held is not None:
-            path.unlink(missing_ok=True)
-            # HAProxy's own, of a start that was killed.
-            path.with_suffix(".pid").unlink(missing_ok=True)
-            os.close(held)
+        held = _lock(path, os.O_RDONLY)
+        path.unlink(missing_ok=True)
+        # HAProxy's own, of a start that was killed.
+        path.with_suffix(".pid").unlink(missing_ok=True)
+        os.close(held)
+        removed = True
+    except FileNotFoundError:
+        removed = False
     except OSError as error:
         raise host_refused(f"remove {path}", error) from error
     sweep_unfinished(path.parent)
-    return held is not None
+    return removed
 
 
-def _lock_existing(path: Path) -> int | None:
-    """The file that is there, locked; `None` when none is."""
+def _lock(path: Path, flags: int) -> int:
+    """The file of this name, open and locked."""
     while True:
-        try:
-            descriptor = open_locked(path, os.O_RDONLY | os.O_NOFOLLOW)
-        except FileNotFoundError:
-            return None
+        descriptor = open_locked(path, flags | os.O_NOFOLLOW)
         if descriptor is None:
             raise HostRefused(
                 f"{path} is in use: its proxy runs, or is being started",
                 hint=f"end the haproxy that has it in its command line: pgrep -af {path.stem}",
             )
+        # Another process may have replaced it between opening and locking.
         if is_file_at(descriptor, path):
             return descriptor
         os.close(descriptor)
-
-
-def _write_locked(path: Path, data: bytes, *, replace: bool) -> int | None:
-    """The new file; `None` when another process has made one meanwhile."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
-    descriptor = open_locked(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW)
-    if descriptor is None:
-        return None
-    try:
-        rest = memoryview(data)
-        while rest:
-            rest = rest[os.write(descriptor, rest) :]
-        os.fchmod(descriptor, _MODE)
-        if replace:
-            temporary.replace(path)
-        else:
-            path.hardlink_to(temporary)
-    except FileExistsError:
-        os.close(descriptor)
-        return None
-    except BaseException:
-        os.close(descriptor)
-        raise
-    finally:
-        temporary.unlink(missing_ok=True)
-    return descriptor
 
 
 def make_directories(path: Path) -> None:
@@ -275,43 +283,3 @@ def make_directories(path: Path) -> None:
         raise host_refused(
             f"create the directory {path}", error, hint="choose another place with --state-path"
         ) from error
-
-
-def _ids() -> tuple[int, int]:
-    return os.geteuid(), os.getegid()
-
-
-def _drop_groups() -> None:
-    try:
-        os.setgroups([])
-    except OSError as error:
-        raise host_refused("give up the supplementary groups", error) from error
-
-
-@dataclass(frozen=True, slots=True)
-class Surroundings:
-    """The host, as the program sees it.
-
-    Attributes:
-        execute: Becomes another program: path and arguments (execv(3)). Does not return.
-        run: Runs one to its end, see `run_to_end`.
-        find_program: HAProxy's path.
-        user_name: An account's name, of its name or id.
-        group_name: A group's.
-        ids: This process's own effective user and group.
-        drop_groups: Gives up this process's supplementary groups.
-        has_ipv6: Whether to listen for IPv6.
-        has_syslog: Whether there is somewhere to log to.
-        try_to_bind: See there.
-    """
-
-    execute: Callable[[str, list[str]], object] = os.execv
-    run: Callable[..., Ended] = run_to_end
-    find_program: Callable[[], str | None] = find_haproxy
-    user_name: Callable[[str], str] = user_name
-    group_name: Callable[[str], str] = group_name
-    ids: Callable[[], tuple[int, int]] = _ids
-    drop_groups: Callable[[], None] = _drop_groups
-    has_ipv6: Callable[[], bool] = has_ipv6
-    has_syslog: Callable[[], bool] = has_syslog
-    try_to_bind: Callable[..., None] = try_to_bind

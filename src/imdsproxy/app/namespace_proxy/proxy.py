@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import signal
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,12 +10,11 @@ from typing import Final, NoReturn
 
 from imdsproxy.app.namespace_proxy.host import (
     Ended,
-    Surroundings,
+    Host,
     check_directory,
     claim_file,
     make_directories,
     remove_unclaimed,
-    runs_with,
 )
 from imdsproxy.core.haproxy.namespace_proxy import (
     DEFAULT_PORT,
@@ -34,12 +31,12 @@ from imdsproxy.core.haproxy.runtime import parse_failure
 from imdsproxy.core.haproxy.text import UnquotableWord
 from imdsproxy.errors import (
     ConfigRejected,
-    HaproxyMissing,
+    DataplaneError,
     HostRefused,
     PrivilegeMissing,
     RequestRefused,
 )
-from imdsproxy.host.files import remove_file, write_atomic
+from imdsproxy.host.files import group_name, remove_file, user_name, write_atomic
 from imdsproxy.host.refusal import host_refused
 
 _PID_MODE: Final = 0o644
@@ -85,7 +82,7 @@ class NetworkMetadataProxyHandler:
         use_syslog: Log requests to /dev/log; `None` where there is one.
         facility: Syslog's, by HAProxy's name.
         debug: Log everything.
-        surroundings: The host.
+        host: The host.
 
     Raises:
         RequestRefused: Both ids or none, no UUID, no port, or a path that HAProxy cannot take.
@@ -104,7 +101,7 @@ class NetworkMetadataProxyHandler:
         use_syslog: bool | None = None,
         facility: str = "local0",
         debug: bool = False,
-        surroundings: Surroundings | None = None,
+        host: Host | None = None,
     ) -> None:
         self.resource: Resource = parse_resource(network_id, router_id)
         self.port = parse_port(port)
@@ -114,7 +111,7 @@ class NetworkMetadataProxyHandler:
         self.group = group or None
         self._syslog = Syslog(facility=facility, level="debug" if debug else "info")
         self._use_syslog = use_syslog
-        self._host = surroundings or Surroundings()
+        self._host = host or Host()
         for path in (self.state_path, self.unix_socket_path):
             if not path.is_absolute():
                 raise RequestRefused(
@@ -143,31 +140,17 @@ class NetworkMetadataProxyHandler:
             HostRefused: There is no such user or group.
             PrivilegeMissing: This process cannot take that user or group.
         """
-        log = self._use_syslog if self._use_syslog is not None else self._host.has_syslog()
+        log = self._host.has_syslog() if self._use_syslog is None else self._use_syslog
+        uid, gid = self._host.ids()
         return NamespaceProxySpec(
             resource=self.resource,
             upstream=str(self.unix_socket_path),
             port=self.port,
             dual_stack=self._host.has_ipv6(),
-            user=None if self.user is None else self._taken("user", self._host.user_name(self.user)),
-            group=None if self.group is None else self._taken("group", self._host.group_name(self.group)),
+            user=_account("user", self.user, user_name, uid, root=uid == 0),
+            group=_account("group", self.group, group_name, gid, root=uid == 0),
             syslog=self._syslog if log else None,
-        )  # fmt: skip
-
-    def _taken(self, kind: str, name: str) -> str | None:
-        """The name, if it is another than this process has; only root can take one."""
-        user, group = self._host.ids()
-        if user == 0:
-            return name
-        own = (
-            self._host.user_name(str(user)) if kind == "user" else self._host.group_name(str(group))
         )
-        if own != name:
-            raise PrivilegeMissing(
-                f"cannot become {kind} {name}: this process is not root's",
-                hint=f"run as root, or without --metadata-proxy-{kind}",
-            )
-        return None
 
     def prepare(self) -> Launch:
         """Find HAProxy, write and lock the configuration.
@@ -178,11 +161,7 @@ class NetworkMetadataProxyHandler:
             PrivilegeMissing: This process may not.
             RequestRefused: A path has a character that HAProxy cannot take.
         """
-        program = self._host.find_program()
-        if program is None:
-            raise HaproxyMissing(
-                "there is no haproxy on PATH", hint="install HAProxy 3.0 or newer (apt install haproxy)"
-            )  # fmt: skip
+        program = self._host.find_haproxy()
         spec = self.spec()
         try:
             text = render_namespace_proxy(spec)
@@ -218,7 +197,7 @@ class NetworkMetadataProxyHandler:
             if ready.alone:
                 self._host.drop_groups()
             os.set_inheritable(ready.lock, True)
-            self._execute(ready)
+            self._host.become(ready.arguments())
         except BaseException:
             os.close(ready.lock)
             raise
@@ -227,21 +206,27 @@ class NetworkMetadataProxyHandler:
     def _check(self, launch: Launch) -> None:
         self._host.try_to_bind(self.port, dual_stack=self._host.has_ipv6())
         # Before this process is HAProxy: its own messages would not be one line.
-        check = [launch.program, "-c", "-f", str(launch.config)]
-        checked = self._host.run(check, launch.lock, alone=False)
+        checked = self._host.run(launch.arguments("-c"), launch.lock, alone=False)
         if checked.status != 0:
             raise start_failure(checked, launch, self.port)
 
-    def _execute(self, launch: Launch) -> None:
-        try:
-            self._host.execute(launch.program, launch.arguments())
-        except OSError as error:
-            raise HaproxyMissing(f"cannot run {launch.program}: {error.strerror}") from error
+
+def _account(
+    kind: str, wanted: str | None, name_of: Callable[[str], str], own: int, *, root: bool
+) -> str | None:
+    """The account's name, if it is another than this process has; only root can take one."""
+    name = None if wanted is None else name_of(wanted)
+    if name is None or root:
+        return name
+    if name_of(str(own)) != name:
+        raise PrivilegeMissing(
+            f"cannot become {kind} {name}: this process is not root's",
+            hint=f"run as root, or without --metadata-proxy-{kind}",
+        )
+    return None
 
 
-def start_failure(
-    ended: Ended, launch: Launch, port: int
-) -> ConfigRejected | HostRefused | PrivilegeMissing:
+def start_failure(ended: Ended, launch: Launch, port: int) -> DataplaneError:
     """The exception for a HAProxy that did not start, with its own words."""
     words = parse_failure(ended.errors) or f"it ended with {ended.status} and wrote nothing"
     message = f"HAProxy did not start: {words}"
@@ -275,8 +260,6 @@ class ProxyDaemon:
         pidfile: Where the pid goes, or `None`.
         watch_log: Without effect, as `--metadata-proxy-watch-log`.
         proxy_socket: As `NetworkMetadataProxyHandler.unix_socket_path`; and so the others.
-        runs_with: Whether a pid is that of a HAProxy with a file of that name in its command line.
-        end: Ends a process that must not stay (kill(2)).
 
     Raises:
         RequestRefused: See `NetworkMetadataProxyHandler`.
@@ -297,15 +280,11 @@ class ProxyDaemon:
         use_syslog: bool | None = None,
         facility: str = "local0",
         debug: bool = False,
-        surroundings: Surroundings | None = None,
-        runs_with: Callable[[int, str], bool] = runs_with,
-        end: Callable[[int, int], None] = os.kill,
+        host: Host | None = None,
     ) -> None:
         del watch_log
         self.pidfile = Path(pidfile) if pidfile else None
-        self._host = surroundings or Surroundings()
-        self._runs_with = runs_with
-        self._end = end
+        self._host = host or Host()
         self.handler = NetworkMetadataProxyHandler(
             network_id,
             router_id,
@@ -317,7 +296,7 @@ class ProxyDaemon:
             use_syslog=use_syslog,
             facility=facility,
             debug=debug,
-            surroundings=self._host,
+            host=self._host,
         )
 
     def start(self) -> int:
@@ -335,20 +314,15 @@ class ProxyDaemon:
         """
         self._check_pid_file()
         launch = self.handler.prepare()
-        try:
-            return self._start(launch)
-        finally:
-            os.close(launch.lock)
-
-    def _start(self, launch: Launch) -> int:
         own_file = launch.config.with_suffix(".pid")
         try:
             ended = self._host.run(
                 launch.arguments("-D", "-p", str(own_file)), launch.lock, alone=launch.alone
             )
             # It may have ended between its first process and its first request.
-            pid = live_pid(own_file, launch.config.name, runs_with=self._runs_with)
+            pid = live_pid(own_file, launch.config.name, self._host)
         finally:
+            os.close(launch.lock)
             own_file.unlink(missing_ok=True)
         if ended.status != 0 or pid is None:
             raise start_failure(ended, launch, self.handler.port)
@@ -356,8 +330,7 @@ class ProxyDaemon:
             self._write_pid(pid)
         except BaseException:
             # Without its pid file it could not be found again.
-            with contextlib.suppress(ProcessLookupError):
-                self._end(pid, signal.SIGTERM)
+            self._host.end(pid)
             raise
         return pid
 
@@ -383,7 +356,7 @@ class ProxyDaemon:
         check_directory(
             self.pidfile.parent, "pid file", hint="create it, or name another with --pid-file"
         )
-        pid = live_pid(self.pidfile, self.handler.config_file.name, runs_with=self._runs_with)
+        pid = live_pid(self.pidfile, self.handler.config_file.name, self._host)
         if pid is not None:
             raise HostRefused(
                 f"the proxy of {self.handler.resource.uuid} runs already (pid {pid})",
@@ -395,9 +368,7 @@ class ProxyDaemon:
             write_atomic(self.pidfile, f"{pid}\n".encode("ascii"), mode=_PID_MODE)
 
 
-def live_pid(
-    path: Path, name: str, *, runs_with: Callable[[int, str], bool] = runs_with
-) -> int | None:
+def live_pid(path: Path, name: str, host: Host) -> int | None:
     """The pid in the file, if it is that of a HAProxy that runs with the configuration of this name.
 
     Raises:
@@ -412,19 +383,17 @@ def live_pid(
     except OSError as error:
         raise host_refused(f"read {path}", error) from error
     # Empty or of another kind: its writer was interrupted. No proxy is known to run.
-    return int(text) if text.isdigit() and runs_with(int(text), name) else None
+    return int(text) if text.isdigit() and host.runs_with(int(text), name) else None
 
 
-def cleanup_pid_file(
-    path: Path, name: str, *, runs_with: Callable[[int, str], bool] = runs_with
-) -> bool:
+def cleanup_pid_file(path: Path, name: str, host: Host) -> bool:
     """Remove the pid file of a proxy that has ended; whether there was one.
 
     Raises:
         HostRefused: The proxy runs, or the file system refused.
         PrivilegeMissing: This process may not remove it.
     """
-    pid = live_pid(path, name, runs_with=runs_with)
+    pid = live_pid(path, name, host)
     if pid is not None:
         raise HostRefused(f"the proxy runs (pid {pid})", hint=f"end it first: kill {pid}")
     return remove_file(path, f"remove {path}")
