@@ -5,25 +5,25 @@ from pathlib import Path
 
 import pytest
 
+from imdsproxy.cli.docgen import MANUALS
 from imdsproxy.cli.main import SHELLS, render_completion
-from imdsproxy.cli.manpages import MAN_PAGES
 
 PACKAGING = Path(__file__).parents[2] / "packaging"
 PAGES = PACKAGING / "man"
 
 
-@pytest.mark.parametrize("name", MAN_PAGES)
+@pytest.mark.parametrize("name", MANUALS)
 def test_a_manual_page_says_what_the_code_says(name: str) -> None:
     written = (PAGES / name).read_text(encoding="utf-8")
 
-    assert written == MAN_PAGES[name](), "run `python -m imdsproxy.cli.docgen`"
+    assert written == MANUALS[name](), "run `python -m imdsproxy.cli.docgen`"
 
 
 def test_there_are_no_other_manual_pages() -> None:
-    assert {path.name for path in PAGES.iterdir()} == set(MAN_PAGES)
+    assert {path.name for path in PAGES.iterdir()} == set(MANUALS)
 
 
-@pytest.mark.parametrize("name", MAN_PAGES)
+@pytest.mark.parametrize("name", MANUALS)
 def test_a_manual_page_can_be_shown(name: str) -> None:
     command = ["man", "--warnings", "--encoding=UTF-8", "--local-file", str(PAGES / name)]
     shown = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
@@ -33,7 +33,7 @@ def test_a_manual_page_can_be_shown(name: str) -> None:
 
 
 def test_nothing_in_a_text_is_a_command_of_roff() -> None:
-    for render in MAN_PAGES.values():
+    for render in MANUALS.values():
         for line in render().splitlines():
             assert not line.startswith("'")
             if line.startswith("."):

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from imdsproxy.cli.reference_pages import PAGES
+from imdsproxy.cli.docgen import PAGES
 
 REFERENCE = Path(__file__).parents[2] / "docs" / "reference"
 

@@ -12,7 +12,7 @@ import pytest
 
 from demo.cloudinit import download
 from imdsproxy.core.model import Dialect
-from imdsproxy.core.snippets.plan import Target
+from imdsproxy.core.snippets import Target
 from imdsproxy.core.snippets.targets import render_snippet
 from support.demonstration import REPOSITORY
 from support.ds_identify import Machine, write_dmi

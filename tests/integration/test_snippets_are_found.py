@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from imdsproxy.core.model import Dialect
-from imdsproxy.core.snippets.plan import Target, plan_hints
+from imdsproxy.core.snippets import HINTS, Target
 from imdsproxy.core.snippets.targets import render_snippet
 from support.ds_identify import Machine, identify
 from support.snippet_guests import guest
@@ -50,7 +50,7 @@ def test_a_uuid_that_looks_like_amazons_leads_nowhere_else(
 def test_the_word_for_the_kernel_command_line_opens_the_gate_too(
     dialect: Dialect, tmp_path: Path
 ) -> None:
-    found = identify(Machine(kernel=f"root=/dev/vda1 {plan_hints(dialect).kernel} quiet"), tmp_path)
+    found = identify(Machine(kernel=f"root=/dev/vda1 {HINTS[dialect].kernel} quiet"), tmp_path)
 
     assert [one.lower() for one in found] == [dialect]
 

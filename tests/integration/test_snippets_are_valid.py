@@ -10,7 +10,7 @@ from xml.etree import ElementTree as ET
 import pytest
 
 from imdsproxy.core.model import Dialect, InterfaceListener, NamespaceListener
-from imdsproxy.core.snippets.plan import Snippet, Target
+from imdsproxy.core.snippets import Snippet, Target
 from imdsproxy.core.snippets.targets import render_snippet, render_text
 from support.debian_files import unpacked
 from support.snippet_guests import guest, network, nic

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from imdsproxy.core.model import Dialect, InterfaceListener, Network
-from imdsproxy.core.snippets.plan import Target
+from imdsproxy.core.snippets import Target
 from imdsproxy.core.snippets.targets import render_snippet
 from support.dhcp_offer import ask_options, classless_routes
 from support.guest import inside

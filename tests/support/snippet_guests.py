@@ -13,7 +13,7 @@ from imdsproxy.core.model import (
     NetworkId,
     Subnet,
 )
-from imdsproxy.core.snippets.plan import Guest, Nic, plan_route
+from imdsproxy.core.snippets import Guest, Nic, plan_route
 
 __all__ = ["MAC", "UUID", "guest", "network", "nic"]
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from xml.etree import ElementTree as ET
 
-from imdsproxy.core.snippets.plan import Snippet, Target
+from imdsproxy.core.snippets import Snippet, Target
 from imdsproxy.core.snippets.targets import render_text
 from support.ds_identify import DMI_OF_SMBIOS, Machine
 

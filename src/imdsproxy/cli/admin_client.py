@@ -26,16 +26,11 @@ _TIMEOUT_S: Final = 60.0
 _LOOK_EVERY_S: Final = 0.5
 _FIRST_ERROR: Final = 400
 _UNIT: Final = "imdsproxy.service"
-_UNIT_DIRECTORIES: Final = tuple(
-    map(
-        Path,
-        (
-            "/etc/systemd/system",
-            "/run/systemd/system",
-            "/usr/local/lib/systemd/system",
-            "/usr/lib/systemd/system",
-        ),
-    )
+_UNIT_DIRECTORIES: Final = (
+    "/etc/systemd/system",
+    "/run/systemd/system",
+    "/usr/local/lib/systemd/system",
+    "/usr/lib/systemd/system",
 )
 """systemd.unit(5), of the system manager."""
 
@@ -88,20 +83,15 @@ class AdminClient:
         target = f"{path}?{urlencode(query)}" if query else path
         raw = None if body is None else json.dumps(body).encode()
         headers = {} if raw is None else {"content-type": "application/json"}
-        connection = _UnixConnection(self.socket, self.timeout_s)
-        try:
+        with self._connection() as connection:
             connection.request(method, target, raw, headers)
             return _decoded(connection.getresponse())
-        except (OSError, http.client.HTTPException) as error:
-            raise self._unanswered(error) from error
-        finally:
-            connection.close()
 
     def post_records(
         self,
         lines: Iterable[bytes],
         query: Mapping[str, str],
-        on_wait: Callable[[Sequence[Mapping[str, object]]], None],
+        on_wait: Callable[[Sequence[Mapping[str, Any]]], None],
     ) -> Any:  # noqa: ANN401 - JSON
         """Store records, a line each; for as long as the daemon goes on answering what it is at.
 
@@ -114,14 +104,19 @@ class AdminClient:
             ImdsproxyError: As `request`.
         """
         target = f"{path_to('records')}?{urlencode(query)}"
-        connection = _UnixConnection(self.socket, self.timeout_s)
-        try:
+        with self._connection() as connection:
             # A body that is refused may be so before its end: then there is an answer nevertheless.
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):
                 connection.request("POST", target, lines, {"content-type": "application/x-ndjson"})
             while not select.select([connection.sock], [], [], _LOOK_EVERY_S)[0]:
                 on_wait(self.get(path_to("progress")))
             return _decoded(connection.getresponse())
+
+    @contextlib.contextmanager
+    def _connection(self) -> Iterator[_UnixConnection]:
+        connection = _UnixConnection(self.socket, self.timeout_s)
+        try:
+            yield connection
         except (OSError, http.client.HTTPException) as error:
             raise self._unanswered(error) from error
         finally:
@@ -150,7 +145,7 @@ class AdminClient:
 
 
 def _start_command() -> str:
-    installed = any((directory / _UNIT).exists() for directory in _UNIT_DIRECTORIES)
+    installed = any(Path(directory, _UNIT).exists() for directory in _UNIT_DIRECTORIES)
     return "systemctl start imdsproxy" if installed else "imdsproxy run"
 
 
@@ -167,7 +162,9 @@ def _error(status: int, body: object) -> ImdsproxyError:
     """The daemon's error as the class that it raised, so that it has the same exit status."""
     if not isinstance(body, dict) or "code" not in body:
         return AdminError(f"the daemon answered {status}", hint="is it the same version?")
-    kind = next((one for one in _classes() if one.code == body["code"]), AdminError)
+    public = (getattr(errors, name) for name in errors.__all__)
+    kinds = (one for one in public if isinstance(one, type) and issubclass(one, ImdsproxyError))
+    kind = next((one for one in kinds if one.code == body["code"]), AdminError)
     if body["code"] == "internal":
         kind = ImdsproxyError
     problems = [
@@ -175,10 +172,3 @@ def _error(status: int, body: object) -> ImdsproxyError:
         for one in body.get("problems", ())
     ]
     return kind(str(body["message"]), hint=str(body.get("hint", "")), problems=problems)
-
-
-def _classes() -> Iterator[type[ImdsproxyError]]:
-    for name in errors.__all__:
-        kind = getattr(errors, name)
-        if isinstance(kind, type) and issubclass(kind, ImdsproxyError):
-            yield kind

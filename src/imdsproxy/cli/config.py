@@ -2,47 +2,86 @@
 
 from __future__ import annotations
 
-import json
 import sys
+from collections.abc import Collection, Iterator, Mapping
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Final, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
 from imdsproxy.cli import options
-from imdsproxy.cli.options import flag
+from imdsproxy.cli.options import argument, flag, switch
 from imdsproxy.config.files import read_each
+from imdsproxy.core.neutron_ini import IniOption, decode_ini, parse_ini
 from imdsproxy.errors import AlreadyExists, ConfigUnreadable, RequestRefused
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator, Mapping
-
     from imdsproxy.config.neutron_import import Imported
-    from imdsproxy.core.neutron_ini import IniOption
 
 _SECRET_NAME: Final = "nova.secret"  # noqa: S105 - a file's name
 _SECRET_MODE: Final = 0o600
 _SETTINGS_MODE: Final = 0o640
 _DIRECTORY: Final = Path("/etc/imdsproxy")
 
+config_app = typer.Typer(help="Settings: show, schema, sample, import.", no_args_is_help=True)
 
+
+@config_app.command("show")
+@partial(options.command, shared=("as_json", "config"))
+def show(
+    run: options.Invocation,
+    *,
+    origin: Annotated[bool, switch("--origin", "Say where each value was written.")] = False,
+) -> None:
+    """The settings in force, from the file, conf.d/ and the environment."""
+    from imdsproxy.config import render  # noqa: PLC0415 - `--help` need not load it
+
+    loaded = run.load()
+    if not run.output.as_json:
+        run.output.text(render.render_settings(loaded, with_origin=origin))
+    elif origin:
+        run.output.json(render.settings_by_origin(loaded))
+    else:
+        run.output.json(loaded.settings.model_dump(mode="json"))
+
+
+@config_app.command("schema")
+@options.json_command
+def schema(run: options.Invocation) -> None:
+    """The JSON Schema of the configuration file, for editors."""
+    from imdsproxy.config.render import render_schema  # noqa: PLC0415 - `--help` need not load it
+
+    run.output.text(render_schema())
+
+
+@config_app.command("sample")
+@options.json_command
+def sample(run: options.Invocation) -> None:
+    """Every setting with its default and what it is for."""
+    from imdsproxy.config.render import render_sample  # noqa: PLC0415 - `--help` need not load it
+    from imdsproxy.config.schema import Settings  # noqa: PLC0415 - as above
+
+    run.output.answer(
+        Settings().model_dump(mode="json"), lambda output, _: output.text(render_sample())
+    )
+
+
+@config_app.command("import")
+@options.json_command
 def import_settings(
-    context: typer.Context,
+    run: options.Invocation,
     files: Annotated[
         list[Path],
-        typer.Argument(
-            metavar="FILE",
-            help="Neutron's files in the order in which its agent is given them: later ones win. Nova's nova.conf "
+        argument(
+            "FILE",
+            "Neutron's files in the order in which its agent is given them: later ones win. Nova's nova.conf "
             "may be among them.",
-            show_default=False,
         ),
     ],
     *,
     neutron: Annotated[
-        bool,
-        typer.Option(
-            "--neutron", help="The files are those of Neutron's agents.", show_default=False
-        ),
+        bool, switch("--neutron", "The files are those of Neutron's agents.")
     ] = False,
     output: Annotated[
         Path | None,
@@ -77,28 +116,21 @@ def import_settings(
             "The name in Nova's certificate, where Nova is given by address.",
         ),
     ] = None,
-    force: Annotated[
-        bool, typer.Option("--force", help="Replace files that are there.", show_default=False)
-    ] = False,
-    as_json: options.Json = False,
+    force: Annotated[bool, switch("--force", "Replace files that are there.")] = False,
 ) -> None:
     """Make settings out of the ini files of Neutron's agents, and report what becomes of each option.
 
     The settings go to standard output and the report to standard error, or, with --output, to standard output.
     """
-    from imdsproxy.config.neutron_import import (  # noqa: PLC0415 - `--help` need not load it
-        Given,
-        plan_import,
-        render_imported,
-    )
+    from imdsproxy.config import neutron_import  # noqa: PLC0415 - `--help` need not load it
 
-    run = options.invocation(context, as_json=as_json)
     if not neutron:
         raise RequestRefused("whose files are these?", hint="add --neutron")
     beside = _DIRECTORY if output is None else output.absolute().parent
     secret = (secret_file or beside / _SECRET_NAME).absolute()
-    imported = plan_import(read_each(files, _read, "file"), Given(secret, agent_user, server_name))
-    text = render_imported(imported)
+    given = neutron_import.Given(secret, agent_user, server_name)
+    imported = neutron_import.plan_import(read_each(files, _read, "file"), given)
+    text = neutron_import.render_imported(imported)
     wanted: dict[Path, tuple[bytes, int]] = {}
     if output is not None or secret_file is not None:
         wanted[secret] = (imported.secret.encode(), _SECRET_MODE)
@@ -117,11 +149,6 @@ def import_settings(
 
 
 def _read(file: Path) -> tuple[IniOption, ...]:
-    from imdsproxy.core.neutron_ini import (  # noqa: PLC0415 - `--help` need not load it
-        decode_ini,
-        parse_ini,
-    )
-
     try:
         data = file.read_bytes()
     except OSError as error:
@@ -177,20 +204,15 @@ def _report(imported: Imported, written: Collection[Path]) -> Iterator[str]:
         )
     yield from groups["by hand"]
     yield from _titled("no equivalent", groups["no equivalent"])
-    yield from _titled(
-        "without effect",
-        [
-            f"  {_place(one.written)}: {one.by.file}:{one.by.line} wins"
-            for one in imported.overridden
-        ],
-    )
-    yield from _titled(
-        "ignored by Neutron too",
-        [
-            f"  {_place(one.written)}: there is no such option; did you mean {one.near}?"
-            for one in imported.doubtful
-        ],
-    )
+    overridden = [
+        f"  {_place(one.written)}: {one.by.file}:{one.by.line} wins" for one in imported.overridden
+    ]
+    yield from _titled("without effect", overridden)
+    doubtful = [
+        f"  {_place(one.written)}: there is no such option; did you mean {one.near}?"
+        for one in imported.doubtful
+    ]
+    yield from _titled("ignored by Neutron too", doubtful)
     yield f"{imported.others} other options are of no concern to imdsproxy"
     for path in written:
         yield f"written: {path}"
@@ -204,7 +226,7 @@ def _place(written: IniOption) -> str:
     return f"[{written.section}] {written.name} ({written.file}:{written.line})"
 
 
-def _shape(imported: Imported) -> dict[str, object]:
+def _shape(imported: Imported) -> dict[str, Any]:
     return {
         "settings": imported.nested,
         "options": [
@@ -226,66 +248,5 @@ def _shape(imported: Imported) -> dict[str, object]:
     }
 
 
-def _where(written: IniOption) -> dict[str, object]:
-    return {
-        "section": written.section,
-        "option": written.name,
-        "file": written.file,
-        "line": written.line,
-    }
-
-
-config_app = typer.Typer(help="Settings: show, schema, sample, import.", no_args_is_help=True)
-
-Origin: TypeAlias = Annotated[
-    bool,
-    typer.Option("--origin", help="Say where each value was written.", show_default=False),
-]
-
-
-@config_app.command("show")
-def show(
-    context: typer.Context,
-    *,
-    origin: Origin = False,
-    as_json: options.Json = False,
-    config: options.Config = None,
-) -> None:
-    """The settings in force, from the file, conf.d/ and the environment."""
-    from imdsproxy.config.render import (  # noqa: PLC0415 - `--help` need not load it
-        render_settings,
-        settings_by_origin,
-    )
-
-    run = options.invocation(context, as_json=as_json, config=config)
-    loaded = run.load()
-    if not run.output.as_json:
-        run.output.text(render_settings(loaded, with_origin=origin))
-    elif origin:
-        run.output.json(settings_by_origin(loaded))
-    else:
-        run.output.json(loaded.settings.model_dump(mode="json"))
-
-
-@config_app.command("schema")
-def schema(context: typer.Context, *, as_json: options.Json = False) -> None:
-    """The JSON Schema of the configuration file, for editors."""
-    from imdsproxy.config.render import render_schema  # noqa: PLC0415 - `--help` need not load it
-
-    options.invocation(context, as_json=as_json).output.text(render_schema())
-
-
-@config_app.command("sample")
-def sample(context: typer.Context, *, as_json: options.Json = False) -> None:
-    """Every setting with its default and what it is for."""
-    from imdsproxy.config.render import render_sample  # noqa: PLC0415 - `--help` need not load it
-    from imdsproxy.config.schema import Settings  # noqa: PLC0415 - as above
-
-    run = options.invocation(context, as_json=as_json)
-    if run.output.as_json:
-        run.output.text(json.dumps(Settings().model_dump(mode="json"), indent=2))
-    else:
-        run.output.text(render_sample())
-
-
-config_app.command("import")(import_settings)
+def _where(at: IniOption) -> dict[str, object]:
+    return {"section": at.section, "option": at.name, "file": at.file, "line": at.line}

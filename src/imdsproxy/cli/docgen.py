@@ -5,12 +5,343 @@ Pages go to docs/reference, manual pages and completions to packaging.
 
 from __future__ import annotations
 
+import inspect
+import re
 import sys
+import tomllib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from importlib.resources import files
 from pathlib import Path
+from typing import Any, Final
 
-from imdsproxy.cli.manpages import write_packaging
-from imdsproxy.cli.reference_pages import write_pages
+from imdsproxy import errors
+from imdsproxy.admin.api import admin_app, status_of
+from imdsproxy.admin.metrics import METRICS, NETWORK_SUM
+from imdsproxy.app.namespace_proxy.command import describe_options
+from imdsproxy.cli.main import SHELLS, build_program, iterate_commands, render_completion
+from imdsproxy.cli.options import EXIT_STATUSES
+from imdsproxy.config.describe import iterate_settings
+from imdsproxy.config.neutron_options import NEUTRON_OPTIONS
+from imdsproxy.config.schema import Settings
+from imdsproxy.config.strict_yaml import render_value
+from imdsproxy.core.endpoints import LeftOutCode
+from imdsproxy.errors import ImdsproxyError
+
+_TEXTS: Final[Mapping[str, str]] = tomllib.loads(
+    files("imdsproxy.cli").joinpath("reference_texts.toml").read_text("utf-8")
+)
+"""Introductions of pages."""
+
+_MADE: Final = "Made by `python -m imdsproxy.cli.docgen`; edit the code instead."
+_STATUSES: Final = [(str(key), value) for key, value in EXIT_STATUSES.items()]
+_FILES: Final = (
+    ("/etc/imdsproxy/imdsproxy.yaml", "Settings; see imdsproxy.yaml(5)."),
+    ("/etc/imdsproxy/conf.d/*.yaml", "More of them, merged over it in the order of their names."),
+    ("/var/lib/imdsproxy", "Records, documents made of them, and passwords that guests posted."),
+    ("/run/imdsproxy/admin.sock", "The admin socket, which the commands ask."),
+)
+
+
+def render_settings_page() -> str:
+    """docs/reference/settings.md."""
+    lines = _head("Settings", _TEXTS["settings"])
+    for name, field in Settings.model_fields.items():
+        lines += ["", f"## {name}", "", field.description or "", ""]
+        lines += _settings_table(name, inner=False)
+        inner = _settings_table(name, inner=True)
+        if inner:
+            lines += ["", _TEXTS["inner_settings"], "", *inner]
+    return _page(lines)
+
+
+def _settings_table(section: str, *, inner: bool) -> list[str]:
+    rows = [
+        (
+            f"`{setting.path}`",
+            "required" if setting.required else f"`{render_value(setting.default)}`",
+            setting.takes,
+            setting.change.value,
+            setting.description,
+        )
+        for setting in iterate_settings()
+        if setting.inner is inner and setting.path.startswith(f"{section}.")
+    ]
+    titles = ("setting", "default", "takes", "a change takes", "what it is")
+    return _table(titles, rows) if rows else []
+
+
+def render_cli_page() -> str:
+    """docs/reference/cli.md."""
+    lines = [*_head("Command line", _TEXTS["command_line"]), "", "## Exit statuses", ""]
+    lines += _table(("status", "meaning"), _STATUSES)
+    for path, command in iterate_commands(build_program(), "imdsproxy"):
+        lines += ["", f"## {path}", "", _one_line(command.help)]
+        rows = _parameters(command)
+        if rows:
+            lines += ["", *_table(("option or argument", "meaning"), rows)]
+        if command.epilog:
+            lines += ["", "Example:", "", f"    {command.epilog.removeprefix('Example: ')}"]
+    return _page(lines)
+
+
+def _parameters(command: Any) -> list[tuple[str, str]]:  # noqa: ANN401 - typer keeps its command classes private
+    """Options and arguments as they are written, `--config, -c FILE`, and what they are."""
+    rows = []
+    for parameter in command.params:
+        names = [name for name in parameter.opts if name.startswith("-")]
+        names += parameter.secondary_opts if names else ()
+        metavar = parameter.metavar or ("" if names else parameter.name)
+        spelled = f"{', '.join(names)} {metavar}".strip()
+        if parameter.name != "help":
+            rows.append((f"`{spelled}`", _one_line(getattr(parameter, "help", ""))))
+    return rows
+
+
+def render_metrics_page() -> str:
+    """docs/reference/metrics.md."""
+    rows = [
+        (
+            f"`{metric.exposed}`",
+            metric.kind,
+            ", ".join(f"`{label}`" for label in metric.labels) or "-",
+            metric.help,
+        )
+        for metric in METRICS
+    ]
+    table = _table(("metric", "type", "labels", "meaning"), rows)
+    introduction = _TEXTS["metrics"].format(network_sum=NETWORK_SUM)
+    return _page([*_head("Metrics", introduction), "", *table])
+
+
+def render_errors_page() -> str:
+    """docs/reference/errors.md."""
+    public = [getattr(errors, name) for name in errors.__all__]
+    kinds = [one for one in public if isinstance(one, type) and issubclass(one, ImdsproxyError)]
+    rows = [
+        (
+            f"`{kind.code}`",
+            str(kind.exit_status),
+            str(status_of(kind)),
+            "yes" if kind.retryable else "no",
+            _one_line(kind.__doc__),
+        )
+        for kind in sorted(kinds, key=lambda kind: kind.code)
+        if kind is not ImdsproxyError
+    ]
+    by_status = [
+        (
+            status,
+            meaning,
+            ", ".join(f"`{kind.code}`" for kind in kinds if str(kind.exit_status) == status),
+        )
+        for status, meaning in _STATUSES
+    ]
+    lines = [*_head("Error codes", _TEXTS["errors"]), ""]
+    lines += _table(("code", "exit status", "HTTP status", "again", "meaning"), rows)
+    lines += ["", "## Exit statuses", ""]
+    lines += _table(("status", "meaning", "codes"), by_status)
+    lines += ["", "## Networks that are not served", "", _TEXTS["not_served"], ""]
+    return _page([*lines, *(f"- `{code.value}`" for code in LeftOutCode)])
+
+
+def render_admin_api_page() -> str:
+    """docs/reference/admin-api.md."""
+    document = admin_app(None, version="0").openapi()
+    lines = _head("Admin API", _TEXTS["admin_api"])
+    for path, operations in document["paths"].items():
+        for method, operation in operations.items():
+            lines += ["", f"## {method.upper()} {path}", "", _one_line(operation["description"])]
+            lines += ["", *_table(("part", "shape", "meaning"), _parts(operation))]
+    lines += ["", "# Shapes"]
+    for name, schema in sorted(document["components"]["schemas"].items()):
+        lines += ["", f"## {name}", "", _one_line(schema.get("description", "").split("\n\n")[0])]
+        required = schema.get("required", ())
+        rows = [
+            (
+                f"`{key}`",
+                _shape(value),
+                "yes" if key in required else "no",
+                _one_line(value.get("description", "")),
+            )
+            for key, value in schema.get("properties", {}).items()
+        ]
+        if rows:
+            lines += ["", *_table(("key", "shape", "always", "meaning"), rows)]
+    return _page(lines)
+
+
+def _parts(operation: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
+    for parameter in operation.get("parameters", ()):
+        where = f"{parameter['in']} `{parameter['name']}`"
+        yield where, _shape(parameter["schema"]), parameter.get("description", "")
+    for content in operation.get("requestBody", {}).get("content", {}).values():
+        schema = content["schema"]
+        yield "body", f"`{schema['title']}`" if "title" in schema else _shape(schema), ""
+    for status, answer in operation["responses"].items():
+        if status.isdecimal():
+            kind, content = next(iter(answer["content"].items()))
+            shape = kind if kind == "text/plain" else _shape(content["schema"])
+            yield f"answer {status}", shape, ""
+
+
+def _shape(schema: Mapping[str, Any]) -> str:
+    if "$ref" in schema:
+        return f"`{schema['$ref'].rpartition('/')[2]}`"
+    if "anyOf" in schema:
+        return " or ".join(dict.fromkeys(_shape(one) for one in schema["anyOf"]))
+    if schema.get("type") == "array":
+        return f"list of {_shape(schema['items'])}" if "items" in schema else "list"
+    if "enum" in schema:
+        return " or ".join(f"`{one}`" for one in schema["enum"])
+    if schema.get("type") == "object" and isinstance(schema.get("additionalProperties"), dict):
+        return f"mapping to {_shape(schema['additionalProperties'])}"
+    return str(schema.get("type", "any"))
+
+
+def render_neutron_page() -> str:
+    """docs/reference/neutron-options.md."""
+    rows = [
+        (
+            option.whose,
+            ", of old ".join(f"`[{section}] {name}`" for section, name in option.all_names),
+            f"`{option.default}`" if option.default else "-",
+            option.fate.value,
+            f"`{option.becomes}`" if option.becomes else "-",
+            option.why,
+        )
+        for option in NEUTRON_OPTIONS
+    ]
+    titles = ("whose", "option", "default", "what becomes of it", "setting", "how, or why not")
+    return _page(
+        [*_head("Neutron's options", _TEXTS["neutron_options"]), "", *_table(titles, rows)]
+    )
+
+
+def _head(title: str, introduction: str) -> list[str]:
+    return [f"<!-- {_MADE} -->", "", f"# {title}", "", introduction]
+
+
+def _page(lines: Iterable[str]) -> str:
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    def line(cells: Sequence[str]) -> str:
+        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+    return [line(titles), line(["---"] * len(titles)), *(line(row) for row in rows)]
+
+
+def _one_line(text: str | None) -> str:
+    return " ".join(inspect.cleandoc(text or "").split())
+
+
+def render_program_manual() -> str:
+    """imdsproxy(1)."""
+    root = build_program()
+    synopsis = ["[\\fIOPTION\\fR...]", "\\fICOMMAND\\fR [\\fIARGUMENT\\fR...]"]
+    lines = _manual_head(
+        "imdsproxy", 1, "instance metadata at 169.254.169.254 for every network of a host"
+    )
+    lines += [".SH SYNOPSIS", ".B imdsproxy", *synopsis, ".SH DESCRIPTION"]
+    lines += _paragraphs(root.help or "", _TEXTS["command_line"], _TEXTS["commands"])
+    lines += [".SH OPTIONS", *_items(_parameters(root)), ".SH COMMANDS"]
+    for path, command in list(iterate_commands(root, "imdsproxy"))[1:]:
+        lines += [f".SS {_text(path)}", _text(command.help), *_items(_parameters(command))]
+        if command.epilog:
+            lines += [".PP", _text(command.epilog)]
+    lines += [".SH EXIT STATUS", *_items(_STATUSES)]
+    lines += [".SH UNITS", _text(_TEXTS["units"]), ".SH FILES", *_items(_FILES)]
+    return _manual(lines, "imdsproxy.yaml(5)", "neutron-ns-metadata-proxy(1)", "haproxy(1)")
+
+
+def render_settings_manual() -> str:
+    """imdsproxy.yaml(5)."""
+    lines = _manual_head("imdsproxy.yaml", 5, "settings of imdsproxy")
+    lines += [".SH DESCRIPTION", *_paragraphs(*_TEXTS["settings"].split("\n\n")), ".SH SETTINGS"]
+    settings = sorted(iterate_settings(), key=lambda setting: setting.inner)
+    for name, field in Settings.model_fields.items():
+        lines += [f".SS {_text(name)}", _text(field.description)]
+        for one in (one for one in settings if one.path.startswith(f"{name}.")):
+            default = "required" if one.required else f"default `{render_value(one.default)}`"
+            about = f"Takes {one.takes}; {default}; a change takes: {one.change.value}."
+            lines += _items([(f"`{one.path}`", f"{one.description} {about}")])
+    return _manual(lines, "imdsproxy(1)")
+
+
+def render_namespace_proxy_manual() -> str:
+    """neutron-ns-metadata-proxy(1)."""
+    name = "neutron-ns-metadata-proxy"
+    description, options, more = describe_options(name)
+    lines = _manual_head(
+        name, 1, "the metadata proxy of one network, as agents of Neutron start it"
+    )
+    lines += [
+        ".SH SYNOPSIS",
+        f".B {_text(name)}",
+        "(\\-\\-network\\-id \\fIUUID\\fR | \\-\\-router\\-id \\fIUUID\\fR)",
+        "[\\fIOPTION\\fR...]",
+        ".br",
+        f".B {_text(name)} cleanup",
+        "\\fIID\\fR [\\fIOPTION\\fR...]",
+    ]
+    lines += [".SH DESCRIPTION", *_paragraphs(description, *more.split("\n\n"))]
+    lines += [".SH OPTIONS", *_items((f"`{spelled}`", text) for spelled, text in options)]
+    return _manual(lines, "imdsproxy(1)")
+
+
+def _manual_head(name: str, section: int, what: str) -> list[str]:
+    title = f'.TH "{name.upper()}" {section} "" imdsproxy'
+    return [f'.\\" {_MADE}', title, ".SH NAME", f"{_text(name)} \\- {_text(what)}"]
+
+
+def _items(pairs: Iterable[tuple[str, str]]) -> list[str]:
+    return [line for term, text in pairs for line in (".TP", _text(term), _text(text) or "\\&")]
+
+
+def _paragraphs(*texts: str) -> list[str]:
+    return [line for text in texts for line in (".PP", _text(text))][1:]
+
+
+def _text(text: str | None) -> str:
+    """Text as roff has it: `code` is bold, and nothing in it is a command."""
+    escaped = _one_line(text).replace("\\", "\\e").replace("-", "\\-").replace("'", "\\(aq")
+    marked = re.sub(r"`([^`]+)`", r"\\fB\1\\fR", escaped).replace("`", "\\(ga")
+    return f"\\&{marked}" if marked.startswith((".", "\\(aq")) else marked
+
+
+def _manual(lines: Iterable[str], *see_also: str) -> str:
+    names = [one[:-1].split("(") for one in see_also]
+    listed = " ,\n".join(f".BR {_text(name)} ({section})" for name, section in names)
+    return "\n".join([*lines, ".SH SEE ALSO", listed, ""])
+
+
+PAGES: Final[Mapping[str, Callable[[], str]]] = {
+    "settings.md": render_settings_page,
+    "cli.md": render_cli_page,
+    "neutron-options.md": render_neutron_page,
+    "metrics.md": render_metrics_page,
+    "errors.md": render_errors_page,
+    "admin-api.md": render_admin_api_page,
+}
+MANUALS: Final[Mapping[str, Callable[[], str]]] = {
+    "imdsproxy.1": render_program_manual,
+    "imdsproxy.yaml.5": render_settings_manual,
+    "neutron-ns-metadata-proxy.1": render_namespace_proxy_manual,
+}
+
+
+def write_all(reference: Path, packaging: Path) -> None:
+    """Write every page, every manual page, and every shell's script of completions."""
+    written = {reference / name: render() for name, render in PAGES.items()}
+    written |= {packaging / "man" / name: render() for name, render in MANUALS.items()}
+    for shell in SHELLS:
+        written[packaging / "completion" / f"imdsproxy.{shell}"] = render_completion(shell)
+    for path, text in written.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+
 
 if __name__ == "__main__":
-    write_pages(Path(sys.argv[1] if len(sys.argv) > 1 else "docs/reference"))
-    write_packaging(Path(sys.argv[2] if len(sys.argv) > 2 else "packaging"))  # noqa: PLR2004 - the second
+    places = [*sys.argv[1:], *("docs/reference", "packaging")[len(sys.argv) - 1 :]]
+    write_all(*map(Path, places))

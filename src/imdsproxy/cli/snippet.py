@@ -21,7 +21,7 @@ from imdsproxy.core.model import (
     Upstream,
 )
 from imdsproxy.core.records import parse_instance, parse_network
-from imdsproxy.core.snippets.plan import Guest, Nic, Target, choose_dialect, plan_route
+from imdsproxy.core.snippets import Guest, Nic, Target, choose_dialect, plan_route
 from imdsproxy.core.snippets.targets import render_snippet, render_text
 from imdsproxy.errors import RequestRefused
 

@@ -5,7 +5,7 @@ from ipaddress import IPv4Address
 import pytest
 
 from imdsproxy.core.model import BridgeListener, InterfaceListener, NamespaceListener, Network
-from imdsproxy.core.snippets.plan import ForeignNamespace, NoRoute, OnLink, Route, plan_route
+from imdsproxy.core.snippets import ForeignNamespace, NoRoute, OnLink, Route, plan_route
 from support.snippet_guests import network
 
 GATEWAY = IPv4Address("10.0.0.1")

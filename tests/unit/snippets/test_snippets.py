@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from imdsproxy.core.model import Dialect, InterfaceListener, NamespaceListener, NetworkId
-from imdsproxy.core.snippets.plan import Guest, Target, choose_dialect, looks_like_amazon
+from imdsproxy.core.snippets import Guest, Target, choose_dialect, looks_like_amazon
 from imdsproxy.core.snippets.targets import render_snippet, render_text, smbios_argument
 from support.ds_identify import DMI_OF_SMBIOS
 from support.snippet_guests import MAC, UUID, guest, network, nic

@@ -13,7 +13,7 @@ from imdsproxy.core.doctor.crawl import CLOUD_INIT_OPENSTACK, NOCLOUD_FILES, Cra
 from imdsproxy.core.doctor.exchange import Answer, json_of
 from imdsproxy.core.doctor.finding import Finding, Severity, Surroundings, found
 from imdsproxy.core.model import Dialect
-from imdsproxy.core.snippets.plan import looks_like_amazon
+from imdsproxy.core.snippets import looks_like_amazon
 
 _OPENSTACK_NAMES: Final = frozenset({"OpenStack Nova", "OpenStack Compute"})
 _OPENSTACK_TAGS: Final = _OPENSTACK_NAMES | {
