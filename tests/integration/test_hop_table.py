@@ -12,9 +12,8 @@ from typing import Final
 import pytest
 
 from imdsproxy.anti_spoofing.kernel import HopPlace, KernelHopLimits
-from imdsproxy.core.hop_limit import NEXT_TO_MARK
 from imdsproxy.core.hoststate import NamespaceRef
-from imdsproxy.core.wire import ANSWER_DSCP, VERIFIED_PORT
+from imdsproxy.core.wire import ANSWER_DSCP, NEXT_TO_MARK, VERIFIED_PORT
 from imdsproxy.host.namespaces import NamespaceDirectory, NamespaceThread
 from support.guest import inside
 from support.hostlab import HostLab, host_lab

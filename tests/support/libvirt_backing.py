@@ -11,7 +11,6 @@ from ipaddress import ip_address, ip_network
 from typing import Any, Final
 from xml.sax.saxutils import escape, quoteattr
 
-from imdsproxy.core.backoff import Backoff
 from imdsproxy.core.model import (
     BridgeListener,
     Instance,
@@ -21,6 +20,7 @@ from imdsproxy.core.model import (
     Subnet,
 )
 from imdsproxy.core.observation import Observation
+from imdsproxy.core.timing import Backoff
 from imdsproxy.errors import Problem
 from imdsproxy.sources.api import Origin, Publish
 from imdsproxy.sources.libvirt.client import SystemLibvirt

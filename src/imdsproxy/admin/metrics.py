@@ -25,7 +25,7 @@ from imdsproxy.core.haproxy.runtime import WorkerTotals
 from imdsproxy.core.haproxy.unix_listener import AGENTS
 from imdsproxy.core.hoststate import Effect
 from imdsproxy.core.identity import Denial
-from imdsproxy.core.progress import Durations
+from imdsproxy.core.timing import Durations
 from imdsproxy.dataplane.master import WorkerEnded
 from imdsproxy.errors import DataplaneError
 from imdsproxy.serving.resolver import Resolver

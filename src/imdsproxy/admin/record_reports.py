@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from typing import Final, TypeVar
 
 from imdsproxy.admin.reports import LeftOut, report_left_out
 from imdsproxy.app.record_loop import RecordLoop
 from imdsproxy.core.inventory import Inventory
 from imdsproxy.core.model import Instance, InstanceId, Network, NetworkId, Upstream
-from imdsproxy.core.naming import find_id
 from imdsproxy.core.observation import Conflict, SourceName
 from imdsproxy.core.records import Json, render_record
-from imdsproxy.errors import NotFound
+from imdsproxy.errors import NotFound, RequestRefused
 from imdsproxy.listeners.binds import networks_of
 from imdsproxy.listeners.loop import ListenerLoop
+
+_Id = TypeVar("_Id", NetworkId, InstanceId)
+_SHOWN: Final = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,13 +110,13 @@ class RecordReports:
         """
         network = NetworkId(text)
         known = self.inventory.knows(network)
-        return network if known else find_id(network, self.inventory.networks)
+        return network if known else _find_id(network, self.inventory.networks)
 
     def instance_id(self, text: str) -> InstanceId:
         """The same for instances."""
         instance = InstanceId(text)
         known = self.inventory.sources_of_instance(instance)
-        return instance if known else find_id(instance, self.inventory.instances)
+        return instance if known else _find_id(instance, self.inventory.instances)
 
     def networks(self) -> Sequence[NetworkReport]:
         """Every network, by id."""
@@ -209,3 +212,18 @@ class RecordReports:
         if instance.id in moment.refused:
             found.append(f"a newer version is refused: {moment.refused[instance.id]}")
         return found
+
+
+def _find_id(text: _Id, records: Mapping[_Id, Network] | Mapping[_Id, Instance]) -> _Id:
+    """The id of the record that has this id or, where none has, this name; the text itself where none has either.
+
+    Raises:
+        RequestRefused: Several have the name.
+    """
+    if text in records:
+        return text
+    found = sorted(one for one, record in records.items() if record.name == text)
+    if len(found) > 1:
+        shown = ", ".join(found[:_SHOWN]) + (", …" if len(found) > _SHOWN else "")
+        raise RequestRefused(f"{len(found)} have the name {text}", hint=f"use an id: {shown}")
+    return found[0] if found else text

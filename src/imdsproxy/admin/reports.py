@@ -11,7 +11,7 @@ from imdsproxy.core.haproxy.limits import Asker
 from imdsproxy.core.model import InstanceId, IpAddress, MacAddress, NetworkId
 from imdsproxy.core.observation import Claimant, Conflict, SourceName
 from imdsproxy.core.policy_report import Decided, PolicyInForce
-from imdsproxy.core.progress import Step
+from imdsproxy.core.timing import Step
 from imdsproxy.errors import Problem
 
 # The OpenAPI document is made from these annotations, so they are imported for real.

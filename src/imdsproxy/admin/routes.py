@@ -42,8 +42,8 @@ from imdsproxy.config.changes import SettingsReload
 from imdsproxy.core.addresses import normalise_address
 from imdsproxy.core.haproxy.watching import WatchReport
 from imdsproxy.core.model import InstanceId, IpAddress, NetworkId
-from imdsproxy.core.progress import Step
 from imdsproxy.core.records import INSTANCE, NETWORK, Json, render_record
+from imdsproxy.core.timing import Step
 from imdsproxy.core.token_report import TokenReport
 from imdsproxy.errors import NotFound, Problem, RequestRefused
 

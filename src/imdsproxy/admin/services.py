@@ -12,7 +12,7 @@ from imdsproxy.admin.reports import StatusReport
 from imdsproxy.admin.tokens import TokenService
 from imdsproxy.app.watching import Watching
 from imdsproxy.config.changes import SettingsReload
-from imdsproxy.core.progress import Progress
+from imdsproxy.core.timing import Progress
 from imdsproxy.core.token_report import TokenReport
 
 

@@ -16,8 +16,8 @@ import structlog
 from imdsproxy.anti_spoofing.journal import TableJournal
 from imdsproxy.anti_spoofing.kernel import HopPlace, KernelHopLimits
 from imdsproxy.core.endpoints import Endpoint
-from imdsproxy.core.hop_limit import UNLIMITED, limit_of, withhold
 from imdsproxy.core.model import NetworkId
+from imdsproxy.core.wire import UNLIMITED, hop_limit_of, withhold_token
 from imdsproxy.errors import Problem
 
 _NONE: frozenset[NetworkId] = frozenset()
@@ -79,9 +79,9 @@ class HopLimits:
 
     def effective(self, network: NetworkId, policy: str) -> str:
         """A record's policy field as it may be in force now."""
-        if limit_of(policy) == UNLIMITED or network in self._armed:
+        if hop_limit_of(policy) == UNLIMITED or network in self._armed:
             return policy
-        return withhold(policy)
+        return withhold_token(policy)
 
     def restrict(self, wanted: dict[str, str | None]) -> frozenset[NetworkId]:
         """Change map values that rely on a rule which is not there; `commit` takes what this returns.
@@ -92,13 +92,13 @@ class HopLimits:
         before = self._limited.keys()
         come: set[NetworkId] = set()
         for key, value in wanted.items():
-            if value is not None and limit_of(value) != UNLIMITED:
+            if value is not None and hop_limit_of(value) != UNLIMITED:
                 network = NetworkId(key.rpartition("/")[0])
                 if network not in before:
                     come.add(network)
                 self._limited.setdefault(network, set()).add(key)
                 if network not in self._armed:
-                    wanted[key] = withhold(value)
+                    wanted[key] = withhold_token(value)
             elif self._limited:
                 self._drop(key)
         self._promised |= self._limited.keys() & self._armed

@@ -12,7 +12,7 @@ from typing import Final, Protocol
 
 import structlog
 
-from imdsproxy.core.backoff import Backoff
+from imdsproxy.core.timing import Backoff
 from imdsproxy.dataplane.launch import UNIT_S, wait_gone
 from imdsproxy.errors import DataplaneError, HostRefused, Problem
 from imdsproxy.host.files import limit_log, open_log

@@ -20,7 +20,6 @@ from imdsproxy.anti_spoofing.mac_filters import MacFilters
 from imdsproxy.anti_spoofing.plan import plan_pairs
 from imdsproxy.app.rule_sets import RuleSets
 from imdsproxy.app.tickets import Tickets
-from imdsproxy.core.backoff import Backoff
 from imdsproxy.core.compiled import FORMAT as COMPILED_FORMAT
 from imdsproxy.core.compiled import CompiledRecord, compile_instance, network_mark
 from imdsproxy.core.documents.renamed import list_warnings, warn_of_names
@@ -47,7 +46,7 @@ from imdsproxy.core.plan import (
     record_key,
 )
 from imdsproxy.core.policy import PolicyBook
-from imdsproxy.core.progress import Durations, Progress
+from imdsproxy.core.timing import Backoff, Durations, Progress
 from imdsproxy.core.wire import MapRecord
 from imdsproxy.dataplane.records import RecordApplier
 from imdsproxy.errors import DataplaneError, ImdsproxyError, Problem

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import structlog
 
-from imdsproxy.core.backoff import Backoff
+from imdsproxy.core.timing import Backoff
 from imdsproxy.core.tokens import (
     KEY_BYTES,
     TokenKey,

@@ -9,8 +9,8 @@ from typing import Final
 
 import structlog
 
-from imdsproxy.core.backoff import Backoff
 from imdsproxy.core.haproxy.runtime import Load, Processes
+from imdsproxy.core.timing import Backoff
 from imdsproxy.dataplane.haproxy import PROBE_DEADLINE_S, Haproxy
 from imdsproxy.dataplane.master import WorkerEnded
 from imdsproxy.errors import DataplaneError, HostRefused, Problem, RuntimeUnavailable

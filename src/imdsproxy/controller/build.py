@@ -23,7 +23,7 @@ from imdsproxy.core.events import Events
 from imdsproxy.core.haproxy.model import DataplaneSpec, Limits
 from imdsproxy.core.hostnames import Naming
 from imdsproxy.core.inventory import Inventory
-from imdsproxy.core.progress import Progress
+from imdsproxy.core.timing import Progress
 from imdsproxy.core.wire import RETRY_AFTER_S
 from imdsproxy.dataplane.haproxy import Haproxy, link_jail_to_itself
 from imdsproxy.dataplane.launch import HaproxyProgram, Launcher, SpawnLauncher, SystemdLauncher

@@ -43,7 +43,7 @@ from imdsproxy.core.haproxy.model import DataplaneSpec
 from imdsproxy.core.inventory import Inventory
 from imdsproxy.core.model import NetworkId
 from imdsproxy.core.observation import AddressKey
-from imdsproxy.core.progress import Progress
+from imdsproxy.core.timing import Progress
 from imdsproxy.dataplane.launch import HaproxyProgram
 from imdsproxy.dataplane.layout import Layout
 from imdsproxy.errors import HostRefused

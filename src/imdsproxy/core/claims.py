@@ -1,14 +1,16 @@
-"""Which instances claim an address of a network, and how many MACs there are in it."""
+"""Which instances claim an address of a network, and what several sources agree on that report one record."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, KeysView
-from typing import TypeAlias
+from collections.abc import Iterable, Iterator, KeysView
+from dataclasses import replace
+from typing import TypeAlias, TypeVar
 
 from imdsproxy.core.addresses import from_number, to_number
-from imdsproxy.core.model import InstanceId, NetworkId
+from imdsproxy.core.model import Instance, InstanceId, Network, NetworkId
 from imdsproxy.core.observation import AddressKey
 
+_V = TypeVar("_V")
 _Number: TypeAlias = int
 """`to_number` of an address."""
 
@@ -98,3 +100,33 @@ class Claims:
         self._count += number in claims
         if not claims:
             del self._networks[network]
+
+
+def distinct(records: Iterable[_V | None]) -> tuple[_V, ...]:
+    """The different ones, in their order; a plain list search, for there are as many as sources."""
+    found: list[_V] = []
+    for record in records:
+        if record is not None and record not in found:
+            found.append(record)
+    return tuple(found)
+
+
+def without_vaguer(versions: tuple[Instance, ...]) -> tuple[Instance, ...]:
+    """Those of which no other says the same and, beside it, when the instance was made."""
+    if len(versions) == 1:
+        return versions
+    dated = [version for version in versions if version.created_at is not None]
+    known = [replace(version, created_at=None) for version in dated]
+    return tuple(
+        version for version in versions if version.created_at is not None or version not in known
+    )
+
+
+def agreed(versions: tuple[Network, ...]) -> Network | None:
+    """What all versions of a network agree on, if that is enough for a listener."""
+    if len(versions) == 1:
+        return versions[0]
+    if len({version.listener for version in versions}) == 1:
+        checked = any(version.mac_check for version in versions)
+        return Network(versions[0].id, versions[0].listener, mac_check=checked)
+    return None

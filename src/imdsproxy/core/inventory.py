@@ -28,8 +28,7 @@ from types import MappingProxyType
 from typing import TypeVar
 
 from imdsproxy.core.addresses import from_number, link_local_of, to_number
-from imdsproxy.core.agreement import agreed, distinct, without_vaguer
-from imdsproxy.core.claims import Claims
+from imdsproxy.core.claims import Claims, agreed, distinct, without_vaguer
 from imdsproxy.core.model import (
     Instance,
     InstanceId,

@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Final, TypeAlias
 
 from imdsproxy.core.haproxy.counting import GuestRow, ReaderRow
 from imdsproxy.core.inventory import Inventory
 from imdsproxy.core.model import Dialect, Instance, InstanceId, NetworkId, Upstream
-from imdsproxy.core.open_trees import open_user_data
+from imdsproxy.core.path_rules import PathWord, find_rule
 from imdsproxy.core.plan import policy_place
-from imdsproxy.core.policy import PolicyBook
+from imdsproxy.core.policy import Policy, PolicyBook, TokenMode
 
 _GUESTS_KEPT: Final = 50_000
 _READERS_KEPT: Final = 10_000
 _KEPT_S: Final = 7 * 86_400
 _OPEN_TREES_SHOWN: Final = 100
-_TREES: Final = {
-    Dialect.EC2: "/latest",
-    Dialect.OPENSTACK: "/openstack",
-    Dialect.NOCLOUD: "/nocloud",
-}
+_EC2: Final = "/latest"
+_TREES: Final = {Dialect.EC2: _EC2, Dialect.OPENSTACK: "/openstack", Dialect.NOCLOUD: "/nocloud"}
 _NOVA_TREES: Final = {_TREES[Dialect.EC2], _TREES[Dialect.OPENSTACK]}
 
 _Key: TypeAlias = tuple[str, ...]
@@ -199,7 +196,7 @@ class TokenLedger:
 
 
 def open_trees(inventory: Inventory, book: PolicyBook) -> list[OpenTree]:
-    """Where user-data is had without a token although another tree keeps it (`core.open_trees`)."""
+    """Where user-data is had without a token although another tree keeps it (`open_user_data`)."""
     return [
         OpenTree(network, instance.id, tree)
         for _, instance in sorted(inventory.instances.items())
@@ -221,3 +218,63 @@ def _open_trees_of(
     place = policy_place(inventory, network, project or instance.project, instance)
     served = _NOVA_TREES if nova else {_TREES[dialect] for dialect in instance.dialects}
     return open_user_data(book.fold(place).policy, served).trees
+
+
+USER_DATA: Final[Mapping[str, str]] = {
+    _EC2: "/latest/user-data",
+    "/openstack": "/openstack/latest/user_data",
+    "/nocloud": "/nocloud/user-data",
+}
+"""Where each tree has it."""
+
+_MODES: Final = {_EC2: "tokens", "/openstack": "openstack_tokens", "/nocloud": "nocloud_tokens"}
+
+
+@dataclass(frozen=True, slots=True)
+class OpenUserData:
+    """The same user-data is kept in one place and given in others.
+
+    Attributes:
+        denied: Paths under which it is denied.
+        trees: Those that give it without a token: `/latest` for EC2's, `/openstack`, `/nocloud`.
+    """
+
+    denied: tuple[str, ...]
+    trees: tuple[str, ...]
+
+
+def open_user_data(policy: Policy, served: Collection[str] = tuple(USER_DATA)) -> OpenUserData:
+    """What a policy leaves open; no `trees` where it keeps user-data nowhere, or everywhere.
+
+    Who denies a tree as a whole has it turned off, and keeps nothing by that. Sealed user-data does not count: after
+    the boot it is not served, and no tree asks for tokens before.
+
+    Args:
+        policy: What is in force.
+        served: The trees that there are.
+    """
+    if not policy.endpoint or policy.seal_user_data:
+        return OpenUserData(denied=(), trees=())
+    needs_token = _EC2 in served and _state(policy, _EC2) is PathWord.REQUIRED
+    denied = tuple(
+        path
+        for tree, path in USER_DATA.items()
+        if tree in served and (path, PathWord.DENY) in policy.paths
+    )
+    trees = tuple(_open(policy, served)) if needs_token or denied else ()
+    return OpenUserData(denied, trees)
+
+
+def _open(policy: Policy, served: Collection[str]) -> Iterator[str]:
+    for tree in USER_DATA:
+        if tree in served and _state(policy, tree) is PathWord.OPTIONAL:
+            yield tree
+
+
+def _state(policy: Policy, tree: str) -> PathWord:
+    """Whether a tree's user-data is denied, takes a token, or does not."""
+    rule = find_rule(policy.paths, USER_DATA[tree])
+    if rule is not None and rule[1] is not PathWord.ALLOW:
+        return rule[1]
+    required = getattr(policy, _MODES[tree]) is TokenMode.REQUIRED
+    return PathWord.REQUIRED if required else PathWord.OPTIONAL

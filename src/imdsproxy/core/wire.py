@@ -12,13 +12,27 @@ from typing import Final, TypeAlias
 
 from imdsproxy.core.model import InstanceId
 from imdsproxy.core.path_rules import PathRules
-from imdsproxy.core.policy_word import POLICY_WORD
+from imdsproxy.core.policy_word import HOP_LIMIT, POLICY_WORD, word_of
 
 VERIFIED_PORT: Final = 254
 """Requests that passed the kernel's MAC filter arrive here. Reserved by IANA, and below what rpc clients bind."""
 
 ANSWER_DSCP: Final = 0x2F
 """Marks answers to unverified requests that only the instance may read (RFC 2474's pool for local use)."""
+
+# The hop limit of an answer that holds a session token. HAProxy cannot set a packet's TTL. It can set a DSCP on a
+# connection without any privilege; a rule in the kernel (`anti_spoofing.hop_rules`) turns the DSCP into the TTL or hop
+# limit. Without that rule the answer would go as far as any other, so where it is missing the record has `WITHHELD` in
+# place of the limit, and no token is given.
+
+UNLIMITED: Final = 64
+"""The kernel's own default; such an answer gets no DSCP."""
+
+WITHHELD: Final = 0
+"""No token is given."""
+
+NEXT_TO_MARK: Final = ANSWER_DSCP - 1
+"""The DSCP is the limit itself. `ANSWER_DSCP` is taken, so a limit of that value becomes one less."""
 
 HEADER_NETWORK: Final = "x-imdsproxy-network"
 HEADER_ADDRESS: Final = "x-imdsproxy-address"
@@ -166,3 +180,15 @@ def parse_map_value(text: str) -> MapRecord | None:
     if not separator or not instance or not revision:
         return None
     return EmbeddedRecord(InstanceId(instance), revision, policy)
+
+
+def hop_limit_of(value: str | None) -> int:
+    """The hop limit in a map value (`render_map_value`)."""
+    word = word_of(value or "")
+    return int(HOP_LIMIT.read(word)) if word else UNLIMITED
+
+
+def withhold_token(value: str) -> str:
+    """The same map value, or policy word, where no token is given."""
+    word = word_of(value)
+    return HOP_LIMIT.replace(word, str(WITHHELD)) + value.removeprefix(word)

@@ -18,7 +18,6 @@ from imdsproxy.anti_spoofing.hop_limits import HopLimits
 from imdsproxy.anti_spoofing.mac_filters import MacFilters
 from imdsproxy.anti_spoofing.plan import MacFilterPlan
 from imdsproxy.app.tickets import Tickets
-from imdsproxy.core.backoff import Backoff
 from imdsproxy.core.endpoints import Endpoint, Foreign, LeftOut, LeftOutCode
 from imdsproxy.core.haproxy.config import render_config
 from imdsproxy.core.haproxy.model import (
@@ -28,6 +27,7 @@ from imdsproxy.core.hostnames import Naming
 from imdsproxy.core.hoststate import ObservedHost
 from imdsproxy.core.inventory import Inventory
 from imdsproxy.core.model import Network, NetworkId
+from imdsproxy.core.timing import Backoff
 from imdsproxy.dataplane.haproxy import Haproxy
 from imdsproxy.dataplane.layout import Layout
 from imdsproxy.errors import ConfigRejected, DataplaneError, Problem, ReloadFailed

@@ -14,10 +14,10 @@ from typing import Final, TypeAlias
 
 import structlog
 
-from imdsproxy.core.backoff import Backoff
 from imdsproxy.core.haproxy.model import UnixBind
 from imdsproxy.core.haproxy.unix_listener import AGENTS
 from imdsproxy.core.hoststate import SeenSocket, SocketState
+from imdsproxy.core.timing import Backoff
 from imdsproxy.dataplane.haproxy import Haproxy
 from imdsproxy.errors import DataplaneError, HostRefused, Problem, RuntimeUnavailable
 from imdsproxy.host.clock import Clock

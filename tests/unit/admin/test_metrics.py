@@ -15,7 +15,7 @@ from imdsproxy.core.haproxy.runtime import WorkerTotals
 from imdsproxy.core.hoststate import Effect
 from imdsproxy.core.identity import Denial
 from imdsproxy.core.model import NetworkId
-from imdsproxy.core.progress import Durations
+from imdsproxy.core.timing import Durations
 from imdsproxy.nova.upstream import NovaEndpointReport
 from imdsproxy.serving.resolver import ResolverCounts
 from imdsproxy.sources.neutron.source import NeutronFigures

@@ -14,9 +14,9 @@ from imdsproxy.anti_spoofing.hop_limits import HopLimits, plan_places
 from imdsproxy.anti_spoofing.journal import TableJournal
 from imdsproxy.anti_spoofing.kernel import HopPlace
 from imdsproxy.core.endpoints import Endpoint
-from imdsproxy.core.hop_limit import limit_of, withhold
 from imdsproxy.core.hoststate import NamespaceRef
 from imdsproxy.core.model import NetworkId
+from imdsproxy.core.wire import hop_limit_of, withhold_token
 from imdsproxy.errors import HostRefused
 from imdsproxy.host.files import write_atomic
 from support.fake_mac_filters import FakeHopLimits
@@ -61,11 +61,11 @@ def case(tmp_path: Path) -> _Case:
 
 
 def test_a_map_value_tells_its_limit() -> None:
-    assert limit_of(_LIMITED) == 2
-    assert [limit_of(one) for one in (None, "-", "!", "i-1|r-1", "@main|x|i|p")] == [64] * 5
-    assert withhold(_LIMITED) == _WITHHELD
-    assert withhold("+1tooo--:3:9:2") == "+1tooo--:3:9:0"
-    assert withhold("+1tooo--:3:9:2:more|i|r") == "+1tooo--:3:9:0:more|i|r"
+    assert hop_limit_of(_LIMITED) == 2
+    assert [hop_limit_of(one) for one in (None, "-", "!", "i-1|r-1", "@main|x|i|p")] == [64] * 5
+    assert withhold_token(_LIMITED) == _WITHHELD
+    assert withhold_token("+1tooo--:3:9:2") == "+1tooo--:3:9:0"
+    assert withhold_token("+1tooo--:3:9:2:more|i|r") == "+1tooo--:3:9:0:more|i|r"
 
 
 def test_a_rule_is_needed_where_limited_networks_are_listened_in_only() -> None:

@@ -31,7 +31,7 @@ from imdsproxy.core.policy import (
     Rule,
     TokenMode,
 )
-from imdsproxy.core.progress import Step
+from imdsproxy.core.timing import Step
 from imdsproxy.errors import ConfigInvalid, Problem, ReloadFailed, SourceUnavailable
 from support.admin_server import AdminServer, admin_server
 from support.record_builders import instance, port

@@ -15,7 +15,7 @@ from imdsproxy.cli import output
 from imdsproxy.cli.admin_client import AdminClient
 from imdsproxy.cli.main import main
 from imdsproxy.core.model import Instance, Network
-from imdsproxy.core.progress import Step
+from imdsproxy.core.timing import Step
 from imdsproxy.errors import Problem, RequestRefused
 from support.admin_server import AdminServer, admin_server
 

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from imdsproxy.core.backoff import Backoff
+from imdsproxy.core.timing import Backoff
 
 
 def test_pauses_double_up_to_the_longest_and_begin_again_after_a_success() -> None:

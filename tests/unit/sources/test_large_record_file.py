@@ -17,8 +17,8 @@ import pytest
 from imdsproxy.admin.health import HealthServer
 from imdsproxy.app.heartbeat import Heartbeat
 from imdsproxy.config.strict_yaml import Undecodable, decode_yaml
-from imdsproxy.core.progress import Progress
 from imdsproxy.core.records import LineOf, Records, Refused, parse_records
+from imdsproxy.core.timing import Progress
 from imdsproxy.errors import Problem
 from imdsproxy.host.notify import ServiceNotifier
 from imdsproxy.sources.file import contents as file_contents

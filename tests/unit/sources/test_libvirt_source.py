@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 import pytest
 
-from imdsproxy.core.backoff import Backoff
 from imdsproxy.core.model import NetworkId
+from imdsproxy.core.timing import Backoff
 from imdsproxy.errors import SourceUnavailable
 from imdsproxy.sources.libvirt.client import LibvirtClient, LibvirtEvents, SystemLibvirt
 from imdsproxy.sources.libvirt.records import NetworkXml

@@ -14,7 +14,6 @@ from imdsproxy.core.documents.respond import can_be_served
 from imdsproxy.core.inventory import Inventory
 from imdsproxy.core.model import Instance, InstanceId, Network, NetworkId
 from imdsproxy.core.observation import Observation, SourceName
-from imdsproxy.core.open_trees import USER_DATA, OpenUserData, open_user_data
 from imdsproxy.core.policy import (
     DEFAULT,
     NO_RULES,
@@ -24,7 +23,7 @@ from imdsproxy.core.policy import (
     fold_policy,
 )
 from imdsproxy.core.records import Records
-from imdsproxy.core.token_report import open_trees
+from imdsproxy.core.token_report import USER_DATA, OpenUserData, open_trees, open_user_data
 from imdsproxy.errors import ImdsproxyError
 from imdsproxy.sources.sqlite.store import read_store
 

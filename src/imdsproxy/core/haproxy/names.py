@@ -14,7 +14,6 @@ from imdsproxy.core.haproxy.audit import AUDIT_LONGEST
 from imdsproxy.core.haproxy.limits import names_of_limits
 from imdsproxy.core.haproxy.model import DataplaneSpec
 from imdsproxy.core.haproxy.text import Form, Option, Text, Value, Word
-from imdsproxy.core.hop_limit import NEXT_TO_MARK, UNLIMITED, WITHHELD
 from imdsproxy.core.path_rules import TOKEN_PATH, WITHIN_OTHER_TREES
 from imdsproxy.core.policy import LONGEST_BOOT_S
 from imdsproxy.core.policy_word import POLICY_WORD, Field, Letter
@@ -23,7 +22,10 @@ from imdsproxy.core.wire import (
     ANSWER_DSCP,
     MAP_CONFLICT,
     MAP_NOVA,
+    NEXT_TO_MARK,
     RETRY_AFTER_S,
+    UNLIMITED,
+    WITHHELD,
 )
 
 METHODS: Final = ("GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH")

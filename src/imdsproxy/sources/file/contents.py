@@ -21,9 +21,9 @@ import structlog
 
 from imdsproxy.core.model import Instance, Network
 from imdsproxy.core.packed import PackedInstance
-from imdsproxy.core.progress import Progress
 from imdsproxy.core.records import LineOf, Refused, Unreadable
 from imdsproxy.core.records import Path as PathInFile
+from imdsproxy.core.timing import Progress
 from imdsproxy.errors import Problem
 from imdsproxy.sources.file.record_file import decode_records, payload_reader
 from imdsproxy.sources.in_force import Entry, claim_places

@@ -14,9 +14,9 @@ from typing import Final, TypeAlias
 from imdsproxy.core.model import Instance, Network
 from imdsproxy.core.observation import AddressKey
 from imdsproxy.core.packed import PackedInstance
-from imdsproxy.core.progress import Progress
 from imdsproxy.core.records import Path as PathInFile
 from imdsproxy.core.records import parse_instance, parse_network, render_record
+from imdsproxy.core.timing import Progress
 from imdsproxy.errors import Problem
 from imdsproxy.host.inotify import Place, place_of
 from imdsproxy.sources.api import Origin

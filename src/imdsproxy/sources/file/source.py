@@ -11,7 +11,7 @@ from typing import Final
 from imdsproxy.core.model import InstanceId, Network, NetworkId
 from imdsproxy.core.observation import RecordSet
 from imdsproxy.core.packed import PackedInstance, PackedInstances
-from imdsproxy.core.progress import Progress
+from imdsproxy.core.timing import Progress
 from imdsproxy.errors import Problem
 from imdsproxy.host.inotify import Watch
 from imdsproxy.sources.api import Origin, Publish

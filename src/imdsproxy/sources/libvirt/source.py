@@ -6,9 +6,9 @@ import asyncio
 import contextlib
 from typing import Final
 
-from imdsproxy.core.backoff import Backoff
 from imdsproxy.core.model import InstanceId
 from imdsproxy.core.observation import RecordSet
+from imdsproxy.core.timing import Backoff
 from imdsproxy.errors import Problem, SourceUnavailable
 from imdsproxy.sources.api import Origin, Publish
 from imdsproxy.sources.libvirt.client import LibvirtClient, LibvirtEvents

@@ -16,8 +16,8 @@ from functools import partial
 from typing import Final, Generic, Literal, TypeAlias, TypeVar
 
 from imdsproxy.core.addresses import mac_of
-from imdsproxy.core.backoff import Backoff
 from imdsproxy.core.model import IpAddress, NetworkId
+from imdsproxy.core.timing import Backoff
 from imdsproxy.errors import SourceUnavailable
 from imdsproxy.host.clock import Clock
 from imdsproxy.sources.neutron.client import NeutronClient, QueryTimedOut

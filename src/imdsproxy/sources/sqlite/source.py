@@ -11,7 +11,7 @@ from typing import Final, TypeVar
 
 from imdsproxy.core.model import Instance, InstanceId, Network, NetworkId
 from imdsproxy.core.observation import RecordSet
-from imdsproxy.core.progress import Progress
+from imdsproxy.core.timing import Progress
 from imdsproxy.errors import Problem, SourceError, SourceUnavailable
 from imdsproxy.sources.api import Origin, Publish, Tally, Written
 from imdsproxy.sources.reports import Reports, publish_in_pieces

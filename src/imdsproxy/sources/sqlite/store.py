@@ -30,7 +30,6 @@ from imdsproxy.core.model import (
 )
 from imdsproxy.core.observation import AddressKey
 from imdsproxy.core.packed import FORMAT, PackedInstances
-from imdsproxy.core.progress import Progress
 from imdsproxy.core.records import (
     Path as RecordPath,
 )
@@ -42,6 +41,7 @@ from imdsproxy.core.records import (
     parse_records,
     render_record,
 )
+from imdsproxy.core.timing import Progress
 from imdsproxy.errors import Problem, SourceRefused, SourceUnavailable
 from imdsproxy.host.files import open_locked
 from imdsproxy.sources.api import Tally

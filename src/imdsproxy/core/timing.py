@@ -1,4 +1,4 @@
-"""How far long work has come, and how long work took."""
+"""How far long work has come, how long work took, and how long to wait between attempts that fail."""
 
 from __future__ import annotations
 
@@ -76,3 +76,27 @@ class Durations:
     def within(self) -> dict[float, int]:
         """How often it took at most so long, for each bound."""
         return dict(zip(_BOUNDS_S, accumulate(self.counts[one] for one in _BOUNDS_S), strict=True))
+
+
+@dataclass(slots=True)
+class Backoff:
+    """Pauses between attempts: each twice as long as the one before, up to the longest.
+
+    Attributes:
+        first_s: The pause after the first failure, in seconds.
+        longest_s: The longest of them.
+    """
+
+    first_s: float
+    longest_s: float
+    _next_s: float = 0.0
+
+    def fail(self) -> float:
+        """An attempt has failed: the pause before the next one."""
+        pause = min(self._next_s or self.first_s, self.longest_s)
+        self._next_s = pause * 2
+        return pause
+
+    def succeed(self) -> None:
+        """An attempt has succeeded."""
+        self._next_s = 0.0
