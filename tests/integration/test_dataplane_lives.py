@@ -352,6 +352,30 @@ def test_a_start_from_nothing_serves_what_the_store_holds() -> None:
         world.all_right()
 
 
+def test_a_start_with_the_records_of_the_last_run_serves_them_and_not_what_has_changed_since() -> (
+    None
+):
+    with open_world() as world:
+        daemon = world.daemon
+
+        def starts_with_them() -> int:
+            return sum(
+                one["message"] == "records are those of the last run"
+                for one in daemon.log_entries()
+            )
+
+        daemon.stop()
+        daemon.start()
+        world.all_right()
+        assert starts_with_them() == 1
+        daemon.stop()
+        daemon.configure({"policy": {"instances": {"red-5": {"endpoint": False}}}})
+        daemon.start()
+        assert world.red.ask("/latest/user-data").status == 403
+        assert own(world.guests["green"], world.guests["green"].ask("/latest/user-data")) is None
+        assert starts_with_them() == 1
+
+
 def test_a_document_server_finds_modules_where_its_controller_does(tmp_path: Path) -> None:
     """Else a controller that runs from a work tree starts the document server of the installed package."""
     lab = Lab()

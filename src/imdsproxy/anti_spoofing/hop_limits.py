@@ -62,6 +62,11 @@ class HopLimits:
         """What keeps guests from getting tokens."""
         return tuple(self.refused[one] for one in sorted(self.refused))
 
+    @property
+    def in_use(self) -> bool:
+        """Whether any record has a limit."""
+        return bool(self._limited)
+
     async def preload(self) -> None:
         """Rely on what an earlier process left, as far as it is there.
 

@@ -18,6 +18,7 @@ from imdsproxy import __version__
 from imdsproxy.anti_spoofing.hop_limits import HopLimits
 from imdsproxy.anti_spoofing.mac_filters import MacFilters
 from imdsproxy.anti_spoofing.plan import plan_pairs
+from imdsproxy.app.map_stamp import MapStamp
 from imdsproxy.app.rule_sets import RuleSets
 from imdsproxy.app.tickets import Tickets
 from imdsproxy.core.compiled import FORMAT as COMPILED_FORMAT
@@ -153,6 +154,7 @@ class RecordLoop:
         policies: What settings and operators say of guests, as of now; `resync` after it changed.
         sets: Who has HAProxy know path rules.
         region: The region that the settings name, as of now; `resync` after it changed.
+        stamp: What the maps on disk were made of.
 
     Attributes:
         warnings: Of instances whose documents differ from their records.
@@ -174,6 +176,7 @@ class RecordLoop:
     policies: Callable[[], PolicyBook] = PolicyBook
     sets: RuleSets | None = None
     region: Callable[[], str | None] = lambda: None
+    stamp: MapStamp | None = None
     revisions: dict[InstanceId, str] = field(default_factory=dict)
     learned: dict[AddressKey, Learned] = field(default_factory=dict)
     tickets: Tickets = field(default_factory=Tickets)
@@ -237,6 +240,48 @@ class RecordLoop:
         self._work.addresses.add(key)
         self._wake.set()
         return self.tickets.take()
+
+    async def reuse_maps(self) -> bool:
+        """Have a HAProxy that is yet to start read the maps of the last run, where they would be made just so again.
+
+        Whether that is done. All records are compared later, as after HAProxy was adopted.
+        """
+        if self.stamp is None or not self.inventory.in_sync or not self.stamp.fits(self._made_of):
+            return False
+        if not self.applier.load():
+            return False
+        async for part in self._parts(key for key, _ in self.inventory.addresses()):
+            pairs = plan_pairs(self.inventory, part, self.learned)
+            self.mac_filters.preload(pairs, complete=True)
+        self.mac_filters.preload({}, complete=True)
+        self.resync()
+        structlog.get_logger().info(
+            "records are those of the last run", records=len(self.applier.state.base)
+        )
+        return True
+
+    def settle(self) -> None:
+        """Leave to the next start what spares it work."""
+        self.files.settle()
+        # Of addresses that lookups have found, and of hop limits that are not there yet, no record is made at a start.
+        settled = self.inventory.in_sync and self._swept and not self._work
+        left = (
+            self._since or self.failures or self.learned or self.withheld or self.hop_limits.in_use
+        )
+        if self.stamp is not None and settled and not left:
+            made_of = self._made_of()
+            if made_of is not None:
+                self.stamp.save(made_of)
+
+    def _made_of(self) -> bytes | None:
+        records = self.inventory.digest()
+        if records is None:
+            return None
+        routing = self.routing()
+        # The secrets are not in the text of a routing; a signature says whether they are the same.
+        signed = [one.sign(InstanceId("stamp")) for one in routing.sets]
+        others = repr((self.region(), routing, signed, self.policies()))
+        return b" ".join((_COMPILER, records, others.encode()))
 
     async def compile_all(self) -> Mapping[str, str]:
         """Compile every instance and give the whole map, for a HAProxy that is yet to start."""

@@ -15,6 +15,7 @@ from imdsproxy.anti_spoofing.journal import TableJournal
 from imdsproxy.anti_spoofing.kernel import KernelHopLimits, KernelMacFilters
 from imdsproxy.anti_spoofing.mac_filters import MacFilters
 from imdsproxy.app.companion import Companion, CompanionLauncher, SpawnCompanion, UnitCompanion
+from imdsproxy.app.map_stamp import MapStamp
 from imdsproxy.app.policy_store import OverrideFile, PolicyStore
 from imdsproxy.app.rule_sets import RuleSets
 from imdsproxy.app.token_keys import TokenKeys
@@ -180,6 +181,12 @@ def build_rule_sets(layout: Layout, applier: RecordApplier, clock: Clock) -> Rul
     sets = RuleSets(applier, layout.path_rules_map, partial(write_atomic, mode=0o640), clock)
     sets.load()
     return sets
+
+
+def build_map_stamp(layout: Layout) -> MapStamp:
+    """What HAProxy's maps were made of; the runtime directory is root's."""
+    maps = (layout.base_map, layout.overlay_map, layout.path_rules_map)
+    return MapStamp(layout.map_stamp, maps, partial(write_atomic, mode=0o600))
 
 
 def open_policy_store(settings: Settings, layout: Layout) -> PolicyStore:

@@ -30,6 +30,7 @@ from imdsproxy.controller.build import (
     build_haproxy,
     build_hop_limits,
     build_mac_filters,
+    build_map_stamp,
     build_rule_sets,
     build_sources,
     build_spec,
@@ -128,6 +129,7 @@ class Controller:
             self.policy_store.book,
             build_rule_sets(layout, applier, clock),
             lambda: holder.settings.documents.region,
+            build_map_stamp(layout),
             progress=progress,
         )
         self.watch = HostWatch(

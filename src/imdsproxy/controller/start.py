@@ -164,7 +164,7 @@ async def _live(
             admin=str(settings.admin_socket),
         )
         await controller.ended.wait()
-        controller.records.files.settle()
+        controller.records.settle()
         for task in (*tasks, administering):
             task.cancel()
         if controller.with_data_plane:
@@ -228,6 +228,8 @@ async def _start_data_plane(controller: Controller) -> None:
 async def _write_records(controller: Controller) -> None:
     """What a HAProxy reads that is yet to start."""
     applier = controller.records.applier
+    if await controller.records.reuse_maps():
+        return
     # Records of a source that is not in sync yet are served on as they were.
     before: dict[str, str | None] = {}
     if not controller.inventory.in_sync and applier.load():

@@ -24,6 +24,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, field
+from hashlib import blake2b
 from types import MappingProxyType
 from typing import TypeVar
 
@@ -235,6 +236,15 @@ class Inventory:
     def problems_of(self, source: SourceName) -> tuple[Problem, ...]:
         """The records that a source refuses now."""
         return self._reports[source].problems
+
+    def digest(self) -> bytes | None:
+        """What tells all that is in force from anything else, whatever its order; `None` where records conflict."""
+        if self.conflict_count:
+            return None
+        implied = frozenset[NetworkId]().union(*(one.implied for one in self._reports.values()))
+        others = sorted(self._networks.items()), sorted(implied)
+        marks = sum(map(self._instances.mark, self._instances)) % (1 << 128)
+        return blake2b(repr((others, len(self._instances), marks)).encode()).digest()
 
     def conflicts(self) -> tuple[Conflict, ...]:
         """All contradictions, by kind and subject."""

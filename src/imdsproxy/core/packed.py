@@ -157,6 +157,13 @@ class PackedInstances(MutableMapping[InstanceId, Instance]):
             made_of.update(b"-")
         return made_of.digest()
 
+    def mark(self, key: InstanceId) -> int:
+        """What tells an instance with its id and policy from any other: 128 bits."""
+        packed = self._packed[key]
+        policy = NO_RULES if isinstance(packed, bytes) else packed[3]
+        salt = key if policy is NO_RULES else f"{key} {policy!r}"
+        return int.from_bytes(self.digest(key, salt.encode()))
+
     def put_plain(self, key: InstanceId, data: bytes, fetch: Fetch | None) -> None:
         """Put in what `plain` gave, in this process or an earlier one of the same `FORMAT`.
 

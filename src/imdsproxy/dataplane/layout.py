@@ -70,6 +70,9 @@ class Layout:
     overlay_map = _Below("overlay.map")
     """What has changed since the base was written."""
 
+    map_stamp = _Below("maps.stamp")
+    """What the maps were made of, as of the last stop."""
+
     empty_map = _Below("empty.map")
     """Stands in for the records when a candidate is checked: their content is not checked."""
 

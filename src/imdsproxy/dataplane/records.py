@@ -14,6 +14,7 @@ from imdsproxy.core.haproxy.maps import (
     MapChanges,
     MapState,
     PackedMap,
+    parse_base_map,
     parse_map,
     plan_changes,
     render_map,
@@ -62,7 +63,8 @@ class RecordApplier:
             HostRefused: A file is there and cannot be read.
         """
         try:
-            generation, base = parse_map(self.base_path.read_text())
+            with self.base_path.open() as file:
+                generation, base = parse_base_map(file)
             overlay_generation, overlay = parse_map(self.overlay_path.read_text())
         except FileNotFoundError:
             return False
@@ -73,11 +75,8 @@ class RecordApplier:
         if generation is None:
             return False
         # An overlay of an earlier generation was already folded into this base.
-        self.state = MapState(
-            generation,
-            PackedMap(sorted(base.items())),
-            overlay if overlay_generation == generation else {},
-        )
+        known = overlay if overlay_generation == generation else {}
+        self.state = MapState(generation, base, known)
         return True
 
     def write_all(self, records: Mapping[str, str]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from ipaddress import IPv4Address, IPv6Address
@@ -16,6 +16,7 @@ import pytest
 
 from imdsproxy.anti_spoofing.hop_limits import HopLimits
 from imdsproxy.app.compiled_files import CompiledIndex, IndexedFiles
+from imdsproxy.app.map_stamp import MapStamp
 from imdsproxy.app.record_loop import RecordLoop
 from imdsproxy.app.rule_sets import RuleSets
 from imdsproxy.core.compiled import CompiledRecord, compile_instance
@@ -24,6 +25,7 @@ from imdsproxy.core.inventory import Inventory
 from imdsproxy.core.model import (
     Instance,
     InstanceId,
+    MacAddress,
     NamespaceListener,
     Network,
     NetworkId,
@@ -570,3 +572,129 @@ async def test_a_haproxy_that_is_yet_to_start_finds_the_path_rules_of_all_record
     )
     assert rule_set_of((await rig.loop.compile_all())["red/10.0.0.5"]) == set_id(rules)
     assert sets.wanted == [{set_id(rules)}]
+
+
+_WEB = replace(_instance("web", "10.0.0.5"), policy=PolicyRules(tokens=TokenMode.REQUIRED))
+_DB = _instance("db", "10.0.0.6")
+_CLOSED = PolicyRules(endpoint=False)
+
+
+def _start(directory: Path, *instances: Instance, network: Network = _NETWORK) -> Rig:
+    """A loop with a stamp, and sources that have reported."""
+    rig = Rig(directory)
+    maps = (rig.base, rig.overlay)
+    rig.loop.stamp = MapStamp(directory / "maps.stamp", maps, Rig._write)
+    records = {one.id: one for one in instances or (_WEB, _DB)}
+    for source in ("a", "b"):
+        of_a = records if source == "a" else {}
+        rig.loop.observe(Observation(source, full=True, networks={_RED: network}, instances=of_a))
+    return rig
+
+
+async def _run_once(rig: Rig) -> Rig:
+    """A run from its start to its stop."""
+    rig.applier.write_all(await rig.loop.compile_all())
+    running = asyncio.create_task(rig.loop.run())
+    async with asyncio.timeout(30):
+        await rig.haproxy.start()
+        await rig.loop.tickets.wait(rig.loop.tickets.given)
+    running.cancel()
+    await rig.haproxy.close()
+    rig.loop.settle()
+    return rig
+
+
+async def test_a_start_takes_the_maps_of_the_last_run_where_it_would_make_them_again(
+    tmp_path: Path,
+) -> None:
+    last = await _run_once(_start(tmp_path))
+    rig = _start(tmp_path, _DB, _WEB)
+    assert await rig.loop.reuse_maps()
+    assert rig.applier.state.effective() == last.applier.state.effective()
+    assert _value(_WEB) in (rig.applier.state.lookup("red/10.0.0.5") or "")
+    assert rig.files.log == []
+
+
+async def test_a_start_with_the_maps_of_the_last_run_knows_which_macs_are_right(
+    tmp_path: Path,
+) -> None:
+    mac = MacAddress("fa:16:3e:00:00:05")
+    web = replace(_WEB, ports=(replace(_WEB.ports[0], mac=mac),))
+    await _run_once(_start(tmp_path, web))
+    rig = _start(tmp_path, web)
+    assert await rig.loop.reuse_maps()
+    right: dict[AddressKey, MacAddress | None] = {(_RED, IPv4Address("10.0.0.5")): mac}
+    assert rig.loop.mac_filters.differing(right) == {}
+
+
+_REPORTED: dict[str, tuple[Instance, ...]] = {
+    "address": (_instance("web", "10.0.0.7"), _DB),
+    "document": (replace(_WEB, hostname="other"), _DB),
+    "user-data": (replace(_WEB, user_data=b"#!"), _DB),
+    "policy": (replace(_WEB, policy=_CLOSED), _DB),
+    "id": (replace(_WEB, id=InstanceId("wab")), _DB),
+    "one less": (_WEB,),
+}
+
+
+@pytest.mark.parametrize("change", _REPORTED)
+async def test_a_start_makes_the_maps_anew_where_records_have_changed(
+    tmp_path: Path, change: str
+) -> None:
+    await _run_once(_start(tmp_path))
+    assert not await _start(tmp_path, *_REPORTED[change]).loop.reuse_maps()
+
+
+def _set_policy(rig: Rig) -> None:
+    rig.loop.policies = lambda: PolicyBook(host=_CLOSED)
+
+
+def _set_region(rig: Rig) -> None:
+    rig.loop.region = lambda: "eu"
+
+
+def _edit_map(rig: Rig) -> None:
+    rig.base.write_text(rig.base.read_text().replace("web|", "wax|"))
+
+
+def _remove_map(rig: Rig) -> None:
+    rig.base.unlink()
+
+
+def _lose_sync(rig: Rig) -> None:
+    rig.loop.observe(Observation("b", networks={_RED: _NETWORK}, in_sync=False))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [_set_policy, _set_region, _edit_map, _remove_map, _lose_sync],
+    ids=lambda one: one.__name__,
+)
+async def test_a_start_makes_the_maps_anew_where_anything_else_has_changed(
+    tmp_path: Path, change: Callable[[Rig], None]
+) -> None:
+    await _run_once(_start(tmp_path))
+    rig = _start(tmp_path)
+    change(rig)
+    assert not await rig.loop.reuse_maps()
+
+
+async def test_a_start_makes_the_maps_anew_where_a_network_has_changed(tmp_path: Path) -> None:
+    await _run_once(_start(tmp_path))
+    rig = _start(tmp_path, network=replace(_NETWORK, policy=_CLOSED))
+    assert not await rig.loop.reuse_maps()
+
+
+async def test_a_start_makes_the_maps_anew_after_a_run_with_a_record_that_was_not_written(
+    tmp_path: Path,
+) -> None:
+    last = _start(tmp_path)
+    last.files.refuse.add(_WEB.id)
+    await _run_once(last)
+    assert not await _start(tmp_path).loop.reuse_maps()
+
+
+async def test_a_start_makes_the_maps_anew_where_records_conflict(tmp_path: Path) -> None:
+    records = (_WEB, _DB, _instance("more", "10.0.0.6"))
+    await _run_once(_start(tmp_path, *records))
+    assert not await _start(tmp_path, *records).loop.reuse_maps()

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+from io import StringIO
+
 from hypothesis import given
 from hypothesis import strategies as st
 
 from imdsproxy.core.haproxy.maps import (
     MapChanges,
     MapState,
+    parse_base_map,
     parse_map,
     plan_changes,
     render_map,
@@ -96,7 +99,11 @@ def test_overlay_changes_lead_every_request_to_the_wanted_record(
 
 @given(_ENTRIES)
 def test_a_map_file_is_read_as_it_was_written(entries: dict[str, str]) -> None:
-    assert parse_map(render_map(entries, "7")) == ("7", entries)
+    text = render_map(entries, "7")
+    assert parse_map(text) == ("7", entries)
+    generation, base = parse_base_map(StringIO(text))
+    assert (generation, dict(base)) == ("7", entries)
+    assert all(base[key] == value for key, value in entries.items())
 
 
 def test_a_file_without_a_generation_is_told_apart() -> None:
