@@ -40,7 +40,7 @@ from imdsproxy.admin.services import Services
 from imdsproxy.admin.tokens import GuardChange, KeyRotation
 from imdsproxy.config.changes import SettingsReload
 from imdsproxy.core.addresses import normalise_address
-from imdsproxy.core.haproxy.watching import WatchReport
+from imdsproxy.core.haproxy.request_log import WatchReport
 from imdsproxy.core.model import InstanceId, IpAddress, NetworkId
 from imdsproxy.core.records import INSTANCE, NETWORK, Json, render_record
 from imdsproxy.core.timing import Step

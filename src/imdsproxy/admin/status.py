@@ -27,22 +27,32 @@ from imdsproxy.anti_spoofing.mac_filters import MacFilters
 from imdsproxy.app.audit import Audit
 from imdsproxy.app.companion import Companion
 from imdsproxy.app.document_probe import DocumentProbe
-from imdsproxy.app.limited import LimitWatch
 from imdsproxy.app.policy_store import PolicyStore
 from imdsproxy.app.record_loop import RecordLoop
 from imdsproxy.app.settings_reload import SettingsHolder
 from imdsproxy.app.watchdog import HaproxyWatchdog
 from imdsproxy.core.documents.renamed import list_warnings
+from imdsproxy.core.haproxy.limits import (
+    COUNTERS,
+    POLICY_COUNTERS,
+    Asker,
+    busiest,
+    most_in_window,
+    refused_lately,
+)
 from imdsproxy.core.inventory import Inventory
 from imdsproxy.core.model import NetworkId
 from imdsproxy.dataplane.haproxy import Haproxy
-from imdsproxy.errors import Problem
+from imdsproxy.dataplane.master import WorkerEnded
+from imdsproxy.errors import DataplaneError, Problem
 from imdsproxy.host.clock import Clock
 from imdsproxy.listeners.loop import ListenerLoop
 from imdsproxy.nova.upstream import NovaUpstream, NovaWatch
 from imdsproxy.sources.api import Source
 
 _MISMATCHES_SHOWN: Final = 20
+_WORTH_A_LOOK: Final = 10
+"""An instance that uses less than one part in so many of its limit is not listed: most of 10,000 guests do."""
 
 
 @dataclass(slots=True)
@@ -71,7 +81,6 @@ class StatusService:
     mismatched: Counter[NetworkId]
     nova: NovaUpstream
     nova_watch: NovaWatch
-    limit_watch: LimitWatch
     companion: Companion
     probe: DocumentProbe
     policy_store: PolicyStore
@@ -141,10 +150,38 @@ class StatusService:
                 one for found in self.records.warnings.values() for one in found
             ),
             policy_for_nobody=self.policy_store.for_nobody(self.inventory),
-            busiest=await self.limit_watch.busiest(),
+            busiest=await self._busiest(),
             audit=self._audit(),
             progress=self.records.progress.steps,
         )
+
+    async def _busiest(self) -> tuple[Asker, ...]:
+        """Instances that are limited now, as HAProxy's worker counts them; none while HAProxy cannot be asked."""
+        limits, processes = self.settings.settings.limits, self.haproxy.processes
+        if not limits.enabled or processes is None or processes.worker is None:
+            return ()
+        most = most_in_window(limits.requests_per_s, limits.burst)
+        filters = (
+            f"data.gpc0_rate ge {max(1, most // _WORTH_A_LOOK)}",
+            f"data.conn_cur ge {max(2, limits.connections // _WORTH_A_LOOK)}",
+        )
+        now = self.clock.now().timestamp()
+        try:
+            worker = processes.worker
+            own = await self.haproxy.master.send(worker, f"show table {POLICY_COUNTERS}")
+            # Limits of a policy may be as small as one likes.
+            keys = (f"key {one}" for one in refused_lately(own, now))
+            usual = [
+                await self.haproxy.master.send(worker, f"show table {COUNTERS} {one}")
+                for one in (*filters, *keys)
+            ]
+        except (DataplaneError, WorkerEnded):
+            # The watchdog handles that, and the same report has HAProxy's state.
+            return ()
+        found = busiest(
+            "\n".join(usual), own, requests=most, connections=limits.connections, now=now
+        )
+        return tuple(found)
 
     def _unnoticed(self) -> tuple[Problem, ...]:
         """What is wrong and no guest notices."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 
 import structlog
 
-from imdsproxy.core.haproxy.watching import RING, Watched, WatchReport, parse_events
+from imdsproxy.core.haproxy.request_log import WATCH_RING, Watched, WatchReport, parse_events
 from imdsproxy.dataplane.master import WorkerEnded
 from imdsproxy.errors import RuntimeUnavailable
 
@@ -98,7 +98,7 @@ class Watching:
             del self._rings[gone]
         for worker in workers:
             try:
-                events = await self.haproxy.master.send(worker, f"show events {RING}")
+                events = await self.haproxy.master.send(worker, f"show events {WATCH_RING}")
             except (WorkerEnded, RuntimeUnavailable):
                 # It ends, or HAProxy does: the next look shows which.
                 continue

@@ -23,7 +23,6 @@ from imdsproxy.admin.records import RecordService
 from imdsproxy.admin.services import Services
 from imdsproxy.admin.status import StatusService
 from imdsproxy.admin.tokens import TokenService
-from imdsproxy.app.limited import LimitWatch
 from imdsproxy.controller.controller import Controller
 from imdsproxy.nova.upstream import NovaWatch
 from imdsproxy.serving.http import AsgiApp, HttpListener
@@ -77,7 +76,6 @@ def build_apps(controller: Controller) -> HttpApps:
         one.resolver.counts.mismatched,
         one.nova,
         NovaWatch(one.haproxy, one.nova.names),
-        LimitWatch(one.haproxy, one.clock, lambda: settings.settings.limits),
         one.companion,
         one.probe,
         one.policy_store,

@@ -7,7 +7,7 @@ import stat
 import subprocess
 from pathlib import Path
 
-from imdsproxy.app.audit_sinks import FileSink
+from imdsproxy.app.audit import FileSink
 
 _RULES = Path(__file__).parents[3] / "packaging" / "logrotate" / "imdsproxy"
 _PLACE = "/var/log/imdsproxy/audit.log"

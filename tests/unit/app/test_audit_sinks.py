@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from imdsproxy.app.audit_sinks import FileSink, JournalSink, Written
+from imdsproxy.app.audit import FileSink, JournalSink, Written
 
 LINE = b'{"number":1}\n'
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import cast
@@ -16,7 +17,9 @@ from imdsproxy.errors import RuntimeUnavailable
 
 
 def line(number: int, *, network: str = "blue", instance: str = "vm-1") -> str:
-    return f"{number} 1000 {network} 10.0.0.5 {instance} - 200 1 guests <CACHE> GET /{number}"
+    found = {"time": 1.0, "number": number, "network": network, "address": "10.0.0.5"}
+    found |= {"instance": instance, "method": "GET", "path": f"/{number}", "status": 200}
+    return json.dumps({**found, "by": "guests/<CACHE>", "ms": 1})
 
 
 @dataclass

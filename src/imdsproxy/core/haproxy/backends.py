@@ -6,10 +6,10 @@ import math
 from typing import Final
 
 from imdsproxy.core.haproxy.access_rules import NOTE_FORWARDING, SEND_FORWARDING, first_rules
-from imdsproxy.core.haproxy.audit import HIDE_LOGGED
 from imdsproxy.core.haproxy.model import DataplaneSpec
 from imdsproxy.core.haproxy.names import SAMPLED
 from imdsproxy.core.haproxy.nova import ALL_METHODS, ORIGIN_FORM, longest_s
+from imdsproxy.core.haproxy.request_log import HIDE_LOGGED
 from imdsproxy.core.haproxy.short_documents import KEEP_SHORT, answer_sampled
 from imdsproxy.core.haproxy.text import Form, Text, Word
 

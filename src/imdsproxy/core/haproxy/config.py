@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Final
 
-from imdsproxy.core.haproxy.audit import audit_ring
 from imdsproxy.core.haproxy.backends import documents_backend, resolver_backend
 from imdsproxy.core.haproxy.counting import STICK_COUNTERS, counting_tables
 from imdsproxy.core.haproxy.frontends import (
@@ -23,8 +22,8 @@ from imdsproxy.core.haproxy.limits import limit_sections
 from imdsproxy.core.haproxy.model import DataplaneSpec, count_namespaces
 from imdsproxy.core.haproxy.names import CHECKED, SAMPLED, form_of
 from imdsproxy.core.haproxy.nova import nova_backends, nova_counters
+from imdsproxy.core.haproxy.request_log import log_rings
 from imdsproxy.core.haproxy.text import Form, Option, Text, Word, render
-from imdsproxy.core.haproxy.watching import watch_ring
 from imdsproxy.core.wire import PROBE_INSTANCE, PROBE_PATH
 
 _GLOBAL: Final = """
@@ -108,10 +107,7 @@ def _sections(spec: DataplaneSpec, form: Form) -> Iterator[Text]:
     yield from limit_sections(spec, form)
     if spec.limits.cache_mb:
         yield _cache(spec, form)
-    if spec.watched:
-        yield watch_ring(form)
-    if spec.audit:
-        yield audit_ring(form)
+    yield from log_rings(spec, form)
     if spec.binds:
         yield guests_frontend(spec, form)
     if spec.unverified:

@@ -13,7 +13,6 @@ from imdsproxy.core.haproxy.access_rules import (
     SHOW_TOKEN_LIFE,
     SKIP_CHECKS,
 )
-from imdsproxy.core.haproxy.audit import NOTE_GOOD_TOKEN, audit_rules
 from imdsproxy.core.haproxy.backends import ask_the_cache
 from imdsproxy.core.haproxy.counting import READ_OPERATOR, sample_reads
 from imdsproxy.core.haproxy.limits import (
@@ -25,10 +24,10 @@ from imdsproxy.core.haproxy.limits import (
 )
 from imdsproxy.core.haproxy.model import Bind, DataplaneSpec
 from imdsproxy.core.haproxy.nova import use_nova
+from imdsproxy.core.haproxy.request_log import NOTE_GOOD_TOKEN, log_rules
 from imdsproxy.core.haproxy.short_documents import answer_plain, answer_short
 from imdsproxy.core.haproxy.text import Form, Option, Text, quote
 from imdsproxy.core.haproxy.unix_listener import AGENT_RULES, UNIX_BIND, names_of_agents
-from imdsproxy.core.haproxy.watching import watch_rules
 from imdsproxy.core.model import IpAddress
 
 # The guest's address is a property of the connection; what that means is looked up for each request.
@@ -79,7 +78,7 @@ def guests_frontend(spec: DataplaneSpec, form: Form) -> Text:
         _PEER,
         "tcp-request connection set-var(sess.key) so_name,concat(/,sess.address)",
         COUNT_CONNECTIONS,
-        _logs(spec, form),
+        log_rules(spec, form),
         _LOOK_UP,
         SHARE_BY_CONNECTION,
         answer_plain(spec, form),
@@ -95,7 +94,7 @@ def unverified_frontend(spec: DataplaneSpec, form: Form) -> Text:
         _PEER,
         "tcp-request connection set-var(sess.unverified) src_port",
         COUNT_NEWCOMERS,
-        _logs(spec, form),
+        log_rules(spec, form),
         # The next request comes verified, if it may.
         "option httpclose",
         "default_backend resolver",
@@ -109,7 +108,7 @@ def agents_frontend(spec: DataplaneSpec, form: Form) -> Text:
     return form.section(
         "frontend agents",
         form.fill(UNIX_BIND, **names),
-        _logs(spec, form, headers=True),
+        log_rules(spec, form, headers=True),
         form.fill(AGENT_RULES, **names),
         _LOOK_UP,
         SHARE_BY_REQUEST,
@@ -123,7 +122,7 @@ def found_frontend(spec: DataplaneSpec, form: Form) -> Text:
     return form.section(
         "frontend found",
         "bind <found_socket> name found mode 600 proto h1",
-        _logs(spec, form, headers=True) if spec.audit else Text(),
+        log_rules(spec, form, headers=True) if spec.audit else Text(),
         _READ_FOUND,
         _answer(spec, form, found=True),
     )
@@ -136,12 +135,6 @@ def records_backend(form: Form) -> Text:
     taken in.
     """
     return form.section("backend records", _LOOK_UP)
-
-
-def _logs(spec: DataplaneSpec, form: Form, *, headers: bool = False) -> Text:
-    return form.fill(
-        watch_rules(form) if spec.watched else Text(), audit_rules(spec, form, headers=headers)
-    )
 
 
 def _answer(spec: DataplaneSpec, form: Form, *, found: bool = False) -> Text:

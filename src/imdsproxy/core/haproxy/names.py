@@ -10,7 +10,6 @@ from typing import Final
 from imdsproxy.core import policy_word as layout
 from imdsproxy.core import wire
 from imdsproxy.core.documents.tree import TEXT
-from imdsproxy.core.haproxy.audit import AUDIT_LONGEST
 from imdsproxy.core.haproxy.limits import names_of_limits
 from imdsproxy.core.haproxy.model import DataplaneSpec
 from imdsproxy.core.haproxy.text import Form, Option, Text, Value, Word
@@ -50,6 +49,10 @@ CHECKED: Final = ".checked"
 
 SAMPLED: Final = ".sampled"
 """How a backend's name ends that counts a read (`counting`) before it does what the other one does."""
+
+AUDIT_LONGEST: Final = 4096
+"""Bytes of a line. HAProxy's copy of a request line has 1,024, of which escapes can make twice as many; of
+`User-Agent` 200 are kept, which can become 1,200. So a line is never cut off."""
 
 _SHORT_PER_MB: Final = 256
 """Short documents for each MiB of the cache: with its key an entry is below 1 kB."""

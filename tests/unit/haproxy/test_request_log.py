@@ -1,0 +1,240 @@
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from imdsproxy.core.haproxy.config import render_config
+from imdsproxy.core.haproxy.model import NovaBackend, UnixBind
+from imdsproxy.core.haproxy.names import AUDIT_LONGEST
+from imdsproxy.core.haproxy.request_log import (
+    AnsweredBy,
+    AuditLines,
+    Watched,
+    parse_events,
+    read_audit,
+)
+from imdsproxy.core.model import InstanceId, NetworkId
+from imdsproxy.core.tokens import TokenKey, mint_token
+from support.haproxy_config import SPEC, read_rules
+
+AUDITED = replace(SPEC, unix=UnixBind("/run/a", "0600", 0, 0), audit=1)
+LINE = (
+    '{"time":1795684004.318,"number":17,"network":"blue","address":"10.0.0.5","instance":"vm-1",'
+    '"method":"GET","path":"\\/latest\\/user-data","status":200,"token":"no","refused":"-",'
+    '"by":"documents/documents-0","ms":3,"agent":"curl\\/8"}'
+)
+PLAIN = b'{"number":1}\n'
+NOW = 1_760_000_000.5
+
+
+def _rules(header: str = "frontend guests", **options: object) -> list[tuple[str, ...]]:
+    return read_rules(replace(AUDITED, **options), header)  # type: ignore[arg-type] # any field
+
+
+def _text(*, nova: bool = False, headers: bool = False, audit: int = 1) -> str:
+    """The frontend's rules for its log."""
+    sets = (NovaBackend("default", (), "nova"),) if nova else ()
+    header = "frontend agents" if headers else "frontend guests"
+    rules = _rules(header, nova=sets, audit=audit, watched=not audit)
+    return " ".join(" ".join(rule) for rule in rules if rule[0] in {"log", "log-format", "capture"})
+
+
+def test_there_are_no_rules_where_it_is_off() -> None:
+    text = render_config(replace(AUDITED, audit=0))
+    assert not re.search("audit|log|txn.refused|txn.auth", text)
+    assert "ring@audit" not in render_config(replace(AUDITED, audit=0, watched=True))
+
+
+def test_a_sample_is_silent_but_for_one_of_so_many() -> None:
+    silent = ("http-request", "set-log-level", "silent", "unless", "{", "rand(7)", "0", "}")
+    assert silent in _rules(audit=7)
+    assert not [rule for rule in _rules(audit=1) if "silent" in rule]
+
+
+def test_who_watches_sees_all_while_a_sample_is_audited() -> None:
+    rules = _rules(audit=7, watched=True)
+    assert not [rule for rule in rules if "silent" in rule]
+    logs = [" ".join(rule) for rule in rules if rule[0] == "log"]
+    assert [("sample 1:7" in log) for log in logs] == [False, True, True]
+    assert logs[0].startswith("log ring@watched")
+    assert len([rule for rule in rules if rule[0] == "log-format"]) == 1
+
+
+@pytest.mark.parametrize("nova", [False, True])
+@pytest.mark.parametrize("headers", [False, True])
+@pytest.mark.parametrize("audit", [1, 0], ids=["audited", "watched"])
+def test_a_line_has_nothing_that_may_be_secret(*, nova: bool, headers: bool, audit: int) -> None:
+    text = _text(nova=nova, headers=headers, audit=audit)
+    assert ("capture.req.uri,field(1,?)" if audit else "[var(txn.watched)]") in text
+    assert not re.search(
+        r"query|pathq|\burl\b|%r\b|%HQ|%HU|%hr|txn\.token|txn\.path_rule|txn\.mac|field\(2", text
+    )
+    assert text.count("txn.record") == 1
+    captured = re.findall(r"capture request header (\S+)", text)
+    assert captured == ["User-Agent"] * audit
+
+
+def test_of_a_target_that_is_watched_only_the_path_is_kept() -> None:
+    rules = _rules(audit=0, watched=True)
+    assert [rule for rule in rules if "set-var(txn.watched)" in rule] == [
+        ("http-request", "set-var(txn.watched)", "path")
+    ]
+
+
+@pytest.mark.parametrize("headers", [False, True])
+def test_whatever_a_guest_sends_is_escaped(*, headers: bool) -> None:
+    pattern = r"%(\S{7})?\[(?:capture|req|var\(txn.watched" + (r"|var\(sess)" if headers else ")")
+    for audit, fields in ((1, 2), (0, 1)):
+        found = re.findall(pattern, _text(headers=headers, audit=audit))
+        assert found == ["{+json}"] * (fields + 2 * headers)
+
+
+def test_the_longest_line_has_room() -> None:
+    # HAProxy's copy of a request line, all quotes; 200 bytes of `User-Agent`, the same.
+    most = 2 * 1024 + 2 * 200 + 2 * 2 * 64 + 4 * 64 + 300
+    assert most < AUDIT_LONGEST
+    ring = dict(words[:2] for words in _rules("ring audit") if len(words) == 2)
+    assert int(ring["maxlen"]) == AUDIT_LONGEST
+    assert f"len {AUDIT_LONGEST} " in _text()
+
+
+def test_refusals_are_marked_only_where_lines_are_written() -> None:
+    rules = _rules("backend documents.checked")
+    marks = [rule[2] for rule in rules if rule[1] == "set-var(txn.refused)"]
+    assert marks == [
+        "str(endpoint)",
+        "str(path)",
+        "str(token)",
+        "str(forwarded)",
+        "str(token-request)",
+        "str(no-key)",
+        "str(no-path-rules)",
+        "str(path-denied)",
+        "str(token-required)",
+        "str(path-required)",
+        "str(forwarded)",
+        "str(sealed)",
+    ]
+    unmarked = [rule for rule in rules if not re.search(r"txn\.(refused|auth)\b", rule[1])]
+    assert unmarked == _rules("backend documents.checked", audit=0)
+
+
+def test_each_refusal_of_a_checked_backend_comes_after_a_mark_and_others_after_none() -> None:
+    marked = False
+    checks = 0
+    for rule in _rules("backend documents.checked"):
+        marked = rule[1] == "set-var(txn.refused)" or (
+            marked and not (rule[1] == "unset-var(txn.refused)" and "if" not in rule)
+        )
+        if rule[1:3] == ("return", "status") and rule[3] not in {"200", "405"}:
+            checks += 1
+            # Lengths of bodies are refused for everybody, and that is no rule of a policy.
+            assert marked or rule[3] == "400"
+    assert checks
+    assert not marked
+
+
+def test_a_line_is_read_as_a_request() -> None:
+    others = "Proxy guests stopped (cumulated conns: FE: 1, BE: 0).\n1 event dropped\n\n"
+    for bad in (LINE[:-1], "{}", '{"by":"x"}'):
+        others += f"{bad}\n"
+    assert parse_events(f"{others}{LINE}\n") == [
+        Watched(
+            number=17,
+            at=1795684004.318,
+            network="blue",
+            address="10.0.0.5",
+            instance="vm-1",
+            method="GET",
+            path="/latest/user-data",
+            status=200,
+            answered_by=AnsweredBy.DOCUMENTS,
+            milliseconds=3,
+        )
+    ]
+
+
+def test_a_request_that_was_none_is_watched_without_a_method() -> None:
+    bad = LINE.replace('"GET"', '"<BADREQ>"').replace('"\\/latest\\/user-data"', '"-"')
+    (found,) = parse_events(bad.replace('"vm-1"', '"!"').replace('"ms":3', '"ms":-1'))
+    assert (found.method, found.path, found.instance, found.milliseconds) == ("", "", None, 0)
+
+
+@pytest.mark.parametrize(
+    ("served", "by"),
+    [
+        ("guests <CACHE>", AnsweredBy.CACHE),
+        ("documents <CACHE>", AnsweredBy.CACHE),
+        ("documents documents-1", AnsweredBy.DOCUMENTS),
+        ("documents <NOSRV>", AnsweredBy.DOCUMENTS),
+        ("nova.default 192.0.2.1:8775", AnsweredBy.NOVA),
+        ("nova.default.once 192.0.2.1:8775", AnsweredBy.NOVA),
+        ("resolver resolver", AnsweredBy.RESOLVER),
+        ("conflict <NOSRV>", AnsweredBy.CONFLICT),
+        ("guests <NOSRV>", AnsweredBy.CACHE),
+        ("agents <NOSRV>", AnsweredBy.CACHE),
+        ("documents.checked <NOSRV>", AnsweredBy.DOCUMENTS),
+    ],
+)
+def test_backend_and_server_name_who_answered(served: str, by: AnsweredBy) -> None:
+    (found,) = parse_events(LINE.replace("documents/documents-0", served.replace(" ", "/")))
+    assert found.answered_by is by
+
+
+def test_a_frontend_that_refuses_answers_by_itself() -> None:
+    refused = LINE.replace("documents/documents-0", "guests/<NOSRV>").replace("200", "400")
+    (found,) = parse_events(refused)
+    assert found.answered_by is AnsweredBy.HAPROXY
+
+
+def test_plain_lines_are_left_as_they_are() -> None:
+    assert read_audit(PLAIN * 3, NOW) == AuditLines(PLAIN * 3, 3)
+    assert read_audit(b"", NOW) == AuditLines(b"", 0)
+
+
+def test_what_haproxy_has_left_out_is_told_and_what_it_says_of_itself_is_not() -> None:
+    text = PLAIN + b"1234 events dropped\0\n1 event dropped\0\nProxy guests stopped (x).\n" + PLAIN
+    read = read_audit(text, NOW)
+    one, many, single, other = map(json.loads, read.text.splitlines())
+    assert (one["number"], many["left_out"], single["left_out"], other["number"]) == (1, 1234, 1, 1)
+    assert (many["time"], read.requests, read.left_out) == (NOW, 2, 1235)
+
+
+def test_text_beyond_ascii_stays_and_what_is_none_is_marked() -> None:
+    read = read_audit('{"agent":"é 😀 '.encode() + b'\xff\tz"}\n', NOW)
+    assert json.loads(read.text) == {"agent": "é 😀 \ufffd\tz"}
+
+
+@pytest.mark.parametrize("cut", [0, 40])
+def test_a_token_is_no_part_of_a_line_wherever_a_guest_puts_it(cut: int) -> None:
+    key = TokenKey(b"k" * 32)
+    token = mint_token(key, NetworkId("blue"), InstanceId("vm"), 0, int(NOW) + 21_600)
+    text = token[: len(token) - cut]
+    line = f'{{"path":"/latest/{text}/x","agent":"curl {text}"}}\n'
+    line_read = json.loads(read_audit(line.encode(), NOW).text)
+    assert line_read == {"path": "/latest/(token)/x", "agent": "curl (token)"}
+
+
+def _as_haproxy(agent: bytes) -> bytes:
+    # Its log format escapes these two; no header has the other three.
+    line_read = agent.replace(b"\\", b"\\\\").replace(b'"', b'\\"')
+    return b'{"agent":"' + line_read.translate(None, b"\0\r\n") + b'"}\n'
+
+
+@given(st.lists(st.binary(max_size=40), max_size=5))
+def test_every_line_is_json_whatever_a_guest_says(agents: list[bytes]) -> None:
+    read = read_audit(b"".join(map(_as_haproxy, agents)), NOW)
+    lines = read.text.split(b"\n")
+    assert lines.pop() == b""
+    assert [list(json.loads(line)) for line in lines] == [["agent"]] * len(agents)
+    assert (read.requests, read.left_out) == (len(agents), 0)
+
+
+@given(st.binary(max_size=200))
+def test_nothing_at_all_makes_it_fail(text: bytes) -> None:
+    read_audit(text, NOW)
