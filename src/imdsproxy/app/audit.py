@@ -57,7 +57,6 @@ _NO_ROOM: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
 _NO_PLACE: Final = frozenset({errno.ENOENT, errno.ENOTDIR})
 
 
-
 @dataclass(frozen=True, slots=True)
 class Written:
     """What became of lines.
@@ -368,9 +367,7 @@ class Audit:
             if self._sink is not None:
                 self._sink.close()
             self._named = destination
-            self._sink = (
-                JournalSink() if destination == _JOURNAL else FileSink(Path(destination))
-            )
+            self._sink = JournalSink() if destination == _JOURNAL else FileSink(Path(destination))
         return self._sink.write(lines)
 
     def _fail(self, destination: str, error: OSError) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Final, TypeAlias
 
-from imdsproxy.core.haproxy.counting import GuestRow, ReaderRow
+from imdsproxy.core.haproxy.counting import CountedRow
 from imdsproxy.core.inventory import Inventory
 from imdsproxy.core.model import Dialect, Instance, InstanceId, NetworkId, Upstream
 from imdsproxy.core.path_rules import PathWord, find_rule
@@ -22,7 +23,6 @@ _TREES: Final = {Dialect.EC2: _EC2, Dialect.OPENSTACK: "/openstack", Dialect.NOC
 _NOVA_TREES: Final = {_TREES[Dialect.EC2], _TREES[Dialect.OPENSTACK]}
 
 _Key: TypeAlias = tuple[str, ...]
-_Counts: TypeAlias = tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,32 +100,31 @@ class _Sums:
 
     kept: int
     totals: dict[_Key, tuple[int, int, float]] = field(default_factory=dict)
-    _before: dict[int, dict[_Key, _Counts]] = field(default_factory=dict)
+    _before: dict[int, dict[_Key, CountedRow]] = field(default_factory=dict)
 
     def add(
-        self, worker: int, rows: Iterable[tuple[_Key, _Counts, float]], now: float
-    ) -> list[tuple[_Key, _Counts]]:
-        """Take in one worker's table: keys, counts and age; what is more than at its last look."""
-        before = self._before.get(worker, {})
-        seen: dict[_Key, _Counts] = {}
-        more: list[tuple[_Key, _Counts]] = []
-        for key, counts, age_s in rows:
-            seen[key] = counts
-            was = before.get(key, (0, 0))
-            if any(new < old for new, old in zip(counts, was, strict=True)):
-                # The entry was forgotten and made anew.
-                was = (0, 0)
-            grown = (counts[0] - was[0], counts[1] - was[1])
-            if grown == (0, 0):
-                continue
-            reads, refused, last = self.totals.get(key, (0, 0, 0.0))
-            self.totals[key] = (reads + grown[0], refused + grown[1], max(last, now - age_s))
-            more.append((key, grown))
+        self, worker: int, rows: Iterable[CountedRow], now: float
+    ) -> list[tuple[_Key, int, int]]:
+        """Take in one worker's table; what is more than at its last look."""
+        before, seen = self._before.get(worker, {}), {row.key: row for row in rows}
         self._before[worker] = seen
+        grown: list[tuple[_Key, int, int]] = []
+        for key, row in seen.items():
+            was = before.get(key)
+            if was is None or row.reads < was.reads or row.refused < was.refused:
+                # The entry is new, or was forgotten and made anew.
+                more = (row.reads, row.refused)
+            else:
+                more = (row.reads - was.reads, row.refused - was.refused)
+            if more != (0, 0):
+                reads, refused, last = self.totals.get(key, (0, 0, 0.0))
+                last = max(last, now - row.age_s)
+                self.totals[key] = (reads + more[0], refused + more[1], last)
+                grown.append((key, *more))
         self._forget(now)
-        return more
+        return grown
 
-    def drop_others(self, workers: Iterable[int]) -> None:
+    def drop_others(self, workers: Collection[int]) -> None:
         for worker in self._before.keys() - set(workers):
             del self._before[worker]
 
@@ -148,32 +147,28 @@ class TokenLedger:
     """
 
     since: float
-    read: dict[str, int] = field(default_factory=dict)
-    refused: dict[str, int] = field(default_factory=dict)
+    read: Counter[str] = field(default_factory=Counter)
+    refused: Counter[str] = field(default_factory=Counter)
     _guests: _Sums = field(default_factory=lambda: _Sums(_GUESTS_KEPT))
     _readers: _Sums = field(default_factory=lambda: _Sums(_READERS_KEPT))
 
-    def keep_workers(self, workers: Iterable[int]) -> None:
+    def keep_workers(self, workers: Collection[int]) -> None:
         """Forget how far others had counted: they are gone, and a pid can come again."""
-        alive = tuple(workers)
-        self._guests.drop_others(alive)
-        self._readers.drop_others(alive)
+        self._guests.drop_others(workers)
+        self._readers.drop_others(workers)
 
     def add(
-        self, worker: int, guests: Iterable[GuestRow], readers: Iterable[ReaderRow], now: float
+        self,
+        worker: int,
+        guests: Iterable[CountedRow],
+        readers: Iterable[CountedRow],
+        now: float,
     ) -> None:
-        """Take in one worker's tables."""
-        of_guests = [
-            ((one.network, one.instance), (one.reads, one.refused), one.age_s) for one in guests
-        ]
-        for (network, _), (reads, refused) in self._guests.add(worker, of_guests, now):
-            self.read[network] = self.read.get(network, 0) + reads
-            self.refused[network] = self.refused.get(network, 0) + refused
-        of_readers: list[tuple[_Key, _Counts, float]] = []
-        for row in readers:
-            key = (row.network, row.instance, row.path, row.client)
-            of_readers.append((key, (row.looks, row.refused), row.age_s))
-        self._readers.add(worker, of_readers, now)
+        """Take in one worker's tables, of guests and of their clients."""
+        for (network, _), reads, refused in self._guests.add(worker, guests, now):
+            self.read[network] += reads
+            self.refused[network] += refused
+        self._readers.add(worker, readers, now)
 
     def report(self, trees: Iterable[OpenTree]) -> TokenReport:
         """What is known of all of it."""

@@ -348,8 +348,7 @@ class NovaWatch:
         refused: Mapping[str, int | None],
     ) -> None:
         """Take in one worker's rows of `show stat` and its counts of 403."""
-        before, well = Counter(self.refused.totals), Counter(self._good.totals)
-        self.refused.add(
+        more = self.refused.add(
             worker, {one: count for one, count in refused.items() if count is not None}
         )
         found: dict[tuple[str, str], NovaEndpointReport] = {}
@@ -364,10 +363,9 @@ class NovaWatch:
             before_it = found.get((name, report.endpoint))
             found[name, report.endpoint] = report if before_it is None else _sum(before_it, report)
         self.endpoints = tuple(found.values())
-        self._good.add(worker, good)
+        well = self._good.add(worker, good)
         for name in names:
-            more = self.refused.totals[name] - before[name]
-            self._note(name, refuses=more > 0, well=self._good.totals[name] > well[name])
+            self._note(name, refuses=more[name] > 0, well=well[name] > 0)
 
     def _note(self, name: str, *, refuses: bool, well: bool) -> None:
         log = structlog.get_logger()

@@ -287,6 +287,7 @@ def test_what_a_worker_has_counted_is_counted_once_and_the_sum_never_falls() -> 
     for worker, rows in ((1, (5, 4)), (1, (6, 4)), (2, (1, 0)), (2, (3, 0))):
         names = zip(("red", "blue"), rows, strict=True)
         totals.add(worker, count_traffic([_row(name, count) for name, count in names]))
+        totals.add(worker, {})  # an answer in which they are missing
     assert totals.totals["guests", "red", "stot"] == 9
     assert totals.totals["guests", "blue", "stot"] == 4
 

@@ -12,8 +12,7 @@ from imdsproxy.core.haproxy.counting import (
     ONE_IN,
     READERS_TABLE,
     STICK_COUNTERS,
-    GuestRow,
-    ReaderRow,
+    CountedRow,
     parse_guests,
     parse_readers,
 )
@@ -38,15 +37,15 @@ what is this?
 def test_a_guests_entry_tells_what_it_read_what_was_refused_and_when() -> None:
     rows = parse_guests(_GUESTS)
     assert [replace(row, age_s=round(row.age_s, 3)) for row in rows] == [
-        GuestRow("blue", "i-1", 7, 3, 1.164),
-        GuestRow("a b", "i=2", 1 + 2 * ONE_IN, 0, 0.0),
+        CountedRow(("blue", "i-1"), 7, 3, 1.164),
+        CountedRow(("a b", "i=2"), 1 + 2 * ONE_IN, 0, 0.0),
     ]
 
 
 def test_a_readers_entry_tells_path_and_client_and_lines_that_are_none_are_left_out() -> None:
     assert parse_readers(_READERS) == [
-        ReaderRow("blue", "i-1", "latest/meta-data/iam", "Boto3/1.34.0_md", 6, 0, 60.0),
-        ReaderRow("blue", "i-1", "", "", 2, 2, 60.0),
+        CountedRow(("blue", "i-1", "latest/meta-data/iam", "Boto3/1.34.0_md"), 6, 0, 60.0),
+        CountedRow(("blue", "i-1", "", ""), 2, 2, 60.0),
     ]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from imdsproxy.core.haproxy.counting import GuestRow, ReaderRow
+from imdsproxy.core.haproxy.counting import CountedRow
 from imdsproxy.core.inventory import Inventory
 from imdsproxy.core.model import Dialect, Instance, InstanceId, NetworkId, Port, Upstream
 from imdsproxy.core.observation import Observation, SourceName
@@ -22,12 +22,12 @@ _NOW = 1_795_000_000.0
 _WEEK_S = 7 * 86_400
 
 
-def _guest(reads: int, refused: int = 0, *, name: str = "web", age_s: float = 1.0) -> GuestRow:
-    return GuestRow("blue", name, reads, refused, age_s)
+def _guest(reads: int, refused: int = 0, *, name: str = "web", age_s: float = 1.0) -> CountedRow:
+    return CountedRow(("blue", name), reads, refused, age_s)
 
 
-def _reader(looks: int, refused: int = 0, *, age_s: float = 1.0) -> ReaderRow:
-    return ReaderRow("blue", "web", "latest/user-data", "curl/8", looks, refused, age_s)
+def _reader(looks: int, refused: int = 0, *, age_s: float = 1.0) -> CountedRow:
+    return CountedRow(("blue", "web", "latest/user-data", "curl/8"), looks, refused, age_s)
 
 
 def test_the_same_worker_again_is_counted_once_and_a_new_one_begins_at_zero() -> None:

@@ -101,38 +101,20 @@ _ODD: Final = re.compile(rb"[^\w/.+:;#()-]")
 
 
 @dataclass(frozen=True, slots=True)
-class GuestRow:
-    """What one worker has counted of one guest since the entry was made.
+class CountedRow:
+    """What one worker has counted of one guest, or of one client of a guest, since the entry was made.
 
     Attributes:
-        reads: Without a token, and not refused for it; where one in so many is counted, an estimate.
-        refused: Because a token is required.
+        key: Network and instance; of a client also the first three segments of the path, without the first slash, and
+            its User-Agent, cut.
+        reads: Of a guest those without a token that were not refused for it; where one in so many is counted, an
+            estimate. Of a client how often it was looked at closely.
+        refused: Because a token is required; of a client, so many of its reads.
         age_s: Seconds since the last of them.
     """
 
-    network: str
-    instance: str
+    key: tuple[str, ...]
     reads: int
-    refused: int
-    age_s: float
-
-
-@dataclass(frozen=True, slots=True)
-class ReaderRow:
-    """One client of a guest at one branch of a tree, as often as it was looked at closely.
-
-    Attributes:
-        path: The first three segments, without the first slash.
-        client: Its User-Agent, cut.
-        looks: All of them.
-        refused: So many of these were refused.
-    """
-
-    network: str
-    instance: str
-    path: str
-    client: str
-    looks: int
     refused: int
     age_s: float
 
@@ -197,20 +179,20 @@ def _track(form: Form, condition: str | None) -> Text:
     )
 
 
-def parse_guests(text: str) -> list[GuestRow]:
+def parse_guests(text: str) -> list[CountedRow]:
     """The answer of `show table` of `GUESTS_TABLE`; lines that are none are left out."""
     return [
-        GuestRow(network, instance, one_by_one + ONE_IN * by_chance, refused, age_s)
-        for (network, instance), (one_by_one, by_chance, refused), age_s in _entries(text, 2)
+        CountedRow(names, one_by_one + ONE_IN * by_chance, refused, age_s)
+        for names, (one_by_one, by_chance, refused), age_s in _entries(text, 2)
     ]
 
 
-def parse_readers(text: str) -> list[ReaderRow]:
+def parse_readers(text: str) -> list[CountedRow]:
     """The answer of `show table` of `READERS_TABLE`; lines that are none are left out."""
     return [
-        ReaderRow(network, instance, _harmless(path), _harmless(client), sum(counts), counts[_REFUSED], age_s)
-        for (network, instance, path, client), counts, age_s in _entries(text, 4)
-    ]  # fmt: skip
+        CountedRow((*names[:2], *map(_harmless, names[2:])), sum(counts), counts[_REFUSED], age_s)
+        for names, counts, age_s in _entries(text, 4)
+    ]
 
 
 def _harmless(encoded: str) -> str:
@@ -218,10 +200,12 @@ def _harmless(encoded: str) -> str:
     return _ODD.sub(b"_", unquote_to_bytes(encoded)).decode("ascii")
 
 
-def _entries(text: str, parts: int) -> Iterator[tuple[list[str], tuple[int, int, int], float]]:
+def _entries(
+    text: str, parts: int
+) -> Iterator[tuple[tuple[str, ...], tuple[int, int, int], float]]:
     """The parts of each key; reads counted one by one, by chance, and refused; the age in seconds."""
     for key, numbers in parse_table(text):
-        names = key.split("|")
+        names = tuple(key.split("|"))
         if len(names) == parts and "exp" in numbers:
             counts = (numbers.get("gpc0", 0), numbers.get("gpc1", 0), numbers.get("gpc2", 0))
             yield names, counts, max(0.0, _KEPT_S - numbers["exp"] / 1000)

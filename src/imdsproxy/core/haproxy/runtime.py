@@ -69,14 +69,15 @@ class WorkerTotals(Generic[_Key]):
 
     totals: Counter[_Key] = field(default_factory=Counter)
     _worker: int | None = None
-    _base: Counter[_Key] = field(default_factory=Counter)
+    _before: dict[_Key, int] = field(default_factory=dict)
 
-    def add(self, worker: int, now: Mapping[_Key, int]) -> None:
-        """Take in one worker's counters."""
-        if worker != self._worker:
-            self._base, self._worker = Counter(self.totals), worker
-        for name, count in now.items():
-            self.totals[name] = self._base[name] + count
+    def add(self, worker: int, now: Mapping[_Key, int]) -> Counter[_Key]:
+        """Take in one worker's counters; by how much each has grown."""
+        before = self._before if worker == self._worker else {}
+        grown = Counter({key: count - before.get(key, 0) for key, count in now.items()})
+        self._worker, self._before = worker, {**before, **now}
+        self.totals.update(grown)
+        return grown
 
 
 def parse_processes(text: str) -> Processes | None:
