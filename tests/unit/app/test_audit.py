@@ -1,38 +1,53 @@
+"""The audit log's writer: what workers send is written whole and once, or kept and reported."""
+
 from __future__ import annotations
 
 import asyncio
+import errno
+import json
 import os
 import socket
+import stat
+import subprocess
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Literal
 
 import pytest
 
-from imdsproxy.app.audit import Audit
+from imdsproxy.app import audit as module
+from imdsproxy.app.audit import Audit, FileSink, JournalSink, Written
 from imdsproxy.config.policy import AuditSettings
 
 LINE = b'{"number":1}\n'
+ENTRY = b"PRIORITY=6\nSYSLOG_IDENTIFIER=imdsproxy-audit\nMESSAGE="
+_RULES = Path(__file__).parents[3] / "packaging" / "logrotate" / "imdsproxy"
+_PLACE = "/var/log/imdsproxy/audit.log"
 
 
 @asynccontextmanager
 async def serving(
     audit: Audit, path: Path, kept: Sequence[socket.socket] = ()
 ) -> AsyncIterator[None]:
-    listener = socket.socket(socket.AF_UNIX)
-    listener.bind(os.fspath(path))
-    listener.listen()
-    listener.setblocking(False)
-    task = asyncio.get_running_loop().create_task(audit.serve(listener, kept))
-    try:
-        yield
-    finally:
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
-        listener.close()
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(os.fspath(path))
+        listener.listen()
+        listener.setblocking(False)
+        task = asyncio.get_running_loop().create_task(audit.serve(listener, kept))
+        try:
+            yield
+        finally:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+            await asyncio.to_thread(path.unlink)
+
+
+def connect(path: Path) -> socket.socket:
+    worker = socket.socket(socket.AF_UNIX)
+    worker.connect(os.fspath(path))
+    return worker
 
 
 async def until(holds: Callable[[], bool], within_s: float = 5.0) -> None:
@@ -40,12 +55,6 @@ async def until(holds: Callable[[], bool], within_s: float = 5.0) -> None:
     while not holds():
         assert time.monotonic() < deadline
         await asyncio.sleep(0.01)
-
-
-def connect(path: Path) -> socket.socket:
-    worker = socket.socket(socket.AF_UNIX)
-    worker.connect(os.fspath(path))
-    return worker
 
 
 def into(path: Path) -> AuditSettings:
@@ -56,18 +65,18 @@ def content(path: Path) -> bytes:
     return path.read_bytes() if path.exists() else b""
 
 
-async def test_lines_of_several_workers_are_whole(tmp_path: Path) -> None:
+async def test_lines_of_several_workers_are_whole_and_counted(tmp_path: Path) -> None:
     path = tmp_path / "audit.log"
-    async with serving(Audit(lambda: into(path)), tmp_path / "s"):
-        one, two = connect(tmp_path / "s"), connect(tmp_path / "s")
-        one.send(LINE + LINE[:5])
-        two.send(LINE[:3])
-        await until(lambda: content(path) == LINE)
-        two.send(LINE[3:])
-        one.send(LINE[5:])
-        await until(lambda: content(path) == LINE * 3)
-        one.close()
-        two.close()
+    audit = Audit(lambda: into(path))
+    async with serving(audit, tmp_path / "s"):
+        with connect(tmp_path / "s") as one, connect(tmp_path / "s") as two:
+            one.send(LINE + LINE[:5])
+            two.send(LINE[:3])
+            await until(lambda: content(path) == LINE)
+            two.send(LINE[3:])
+            one.send(LINE[5:] + b"7 events dropped\x00\n")
+            await until(lambda: (audit.written, audit.left_out) == (3, 7))
+            assert content(path).count(LINE) == 3
 
 
 async def test_what_was_sent_before_the_end_is_written(tmp_path: Path) -> None:
@@ -78,137 +87,209 @@ async def test_what_was_sent_before_the_end_is_written(tmp_path: Path) -> None:
         await until(lambda: content(path) == LINE)
         worker.send(LINE * 1000)
     assert content(path) == LINE * 1001
-    with pytest.raises(BrokenPipeError):
+    with worker, pytest.raises(BrokenPipeError):
         worker.send(LINE)
-    worker.close()
 
 
 async def test_the_destination_may_change_while_it_runs(tmp_path: Path) -> None:
     where = tmp_path / "one"
     async with serving(Audit(lambda: into(where)), tmp_path / "s"):
-        worker = connect(tmp_path / "s")
-        worker.send(LINE)
-        await until(lambda: content(tmp_path / "one") == LINE)
-        where = tmp_path / "two"
-        worker.send(LINE)
-        await until(lambda: content(tmp_path / "two") == LINE)
-        worker.close()
+        with connect(tmp_path / "s") as worker:
+            worker.send(LINE)
+            await until(lambda: content(tmp_path / "one") == LINE)
+            where = tmp_path / "two"
+            worker.send(LINE)
+            await until(lambda: content(tmp_path / "two") == LINE)
 
 
-async def test_a_place_that_cannot_be_written_is_told_and_tried_again(
+async def test_a_place_that_cannot_be_written_is_reported_before_a_line_comes_and_tried_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("imdsproxy.app.audit._AGAIN_S", 0.05)
+    monkeypatch.setattr(module, "_AGAIN_S", 0.05)
     path = tmp_path / "later" / "audit.log"
-    audit = Audit(lambda: into(path))
-    async with serving(audit, tmp_path / "s"):
-        worker = connect(tmp_path / "s")
-        worker.send(LINE)
-        await until(lambda: audit.problem is not None)
-        path.parent.mkdir()
-        await until(lambda: content(path) == LINE)
-        await until(lambda: audit.problem is None)
-        worker.close()
-
-
-async def test_lines_are_counted(tmp_path: Path) -> None:
-    audit = Audit(lambda: into(tmp_path / "audit.log"))
-    async with serving(audit, tmp_path / "s"):
-        worker = connect(tmp_path / "s")
-        worker.send(LINE * 3 + b"7 events dropped\x00\n" + LINE)
-        await until(lambda: audit.written == 4)
-        assert audit.left_out == 7
-        worker.close()
-
-
-async def test_a_place_that_cannot_be_written_is_told_before_anybody_asks(tmp_path: Path) -> None:
-    settings = into(tmp_path / "nowhere" / "audit.log")
+    settings = into(path)
     audit = Audit(lambda: settings)
     async with serving(audit, tmp_path / "s"):
-        worker = connect(tmp_path / "s")
-        await until(lambda: audit.problem is not None)
-        problem = audit.problem
-        assert problem is not None
-        assert (problem.field, "No such file" in problem.reason) == ("audit.destination", True)
-        assert problem.hint == f"make the directory {tmp_path / 'nowhere'}"
-        worker.close()
+        with connect(tmp_path / "s") as worker:
+            await until(lambda: audit.problem is not None)
+            problem = audit.problem
+            assert problem is not None
+            assert (problem.field, "No such file" in problem.reason) == ("audit.destination", True)
+            assert problem.hint == f"make the directory {path.parent}"
+            settings = settings.model_copy(update={"mode": "off"})
+            assert audit.problem is None, "it is off"
+            settings = into(path)
+            worker.send(LINE)
+            path.parent.mkdir()
+            await until(lambda: content(path) == LINE and audit.problem is None)
 
 
-async def test_who_turns_the_log_off_has_no_problem_with_it(tmp_path: Path) -> None:
-    said: list[Literal["all", "off"]] = ["all"]
-    audit = Audit(
-        lambda: AuditSettings(
-            mode=said[-1], destination=os.fspath(tmp_path / "nowhere" / "audit.log")
-        )
-    )
-    async with serving(audit, tmp_path / "s"):
-        worker = connect(tmp_path / "s")
-        await until(lambda: audit.problem is not None)
-        said.append("off")
-        await until(lambda: audit.problem is None)
-        worker.close()
-
-
-async def test_a_write_that_does_not_come_back_is_told_and_does_not_hold_up_the_end(
+async def test_a_write_that_does_not_come_back_is_reported_and_does_not_delay_the_end(
     tmp_path: Path,
 ) -> None:
     os.mkfifo(path := tmp_path / "audit.log")
     now = 100.0
     audit = Audit(lambda: into(path), clock=lambda: now)
     async with serving(audit, tmp_path / "s"):
-        worker = connect(tmp_path / "s")
-        worker.send(LINE)
-        await asyncio.sleep(0)
-        await until(lambda: audit._begun is not None)
-        now = 107.0
-        problem = audit.problem
-        assert problem is not None
-        assert "has not come back for 7 s" in problem.reason
-    # Somebody reads, and the thread comes back.
+        with connect(tmp_path / "s") as worker:
+            worker.send(LINE)
+            await until(lambda: audit._begun is not None)
+            now = 107.0
+            problem = audit.problem
+            assert problem is not None
+            assert "has not come back for 7 s" in problem.reason
+    # With a reader the thread comes back.
     reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     await until(lambda: all(one.name != "audit" for one in threading.enumerate()))
     assert audit._sink is not None
     audit._sink.close()
     os.close(reader)
-    worker.close()
 
 
-async def test_what_was_kept_for_the_next_is_read_by_it_and_by_nobody_twice(tmp_path: Path) -> None:
-    path, kept = tmp_path / "audit.log", list[socket.socket]()
-
-    def keep(worker: socket.socket) -> bool:
-        kept.append(worker.dup())
-        return True
-
-    async with serving(Audit(lambda: into(path), keep), tmp_path / "s"):
-        worker = connect(tmp_path / "s")
-        worker.send(LINE)
-        await until(lambda: content(path) == LINE)
-    worker.send(LINE * 2 + LINE[:5])
-    (one,) = kept
-    one.setblocking(False)
-    (tmp_path / "s").unlink()
-    audit = Audit(lambda: into(path), keep)
-    async with serving(audit, tmp_path / "s", [one]):
-        worker.send(LINE[5:])
-        await until(lambda: content(path) == LINE * 4)
-        worker.close()
-        await until(lambda: one.fileno() < 0)
-    assert len(kept) == 1
-
-
-async def test_what_was_not_written_stays_for_the_next(tmp_path: Path) -> None:
+async def test_what_was_not_written_is_kept_for_the_next_which_writes_it_once(
+    tmp_path: Path,
+) -> None:
     path, kept = tmp_path / "later" / "audit.log", list[socket.socket]()
 
     def keep(worker: socket.socket) -> bool:
         kept.append(worker.dup())
         return True
 
-    audit = Audit(lambda: into(path), keep)
-    async with serving(audit, tmp_path / "s"):
+    failing = Audit(lambda: into(path), keep)
+    async with serving(failing, tmp_path / "s"):
         worker = connect(tmp_path / "s")
         worker.send(LINE)
-        await until(lambda: audit.problem is not None)
-    assert kept[0].recv(4096) == LINE
-    kept[0].close()
+        await until(lambda: failing.problem is not None)
+    path.parent.mkdir()
+    for written in (2, 5):
+        # What the service manager hands on; its own stays open.
+        mine = kept[0].dup()
+        mine.setblocking(False)
+        async with serving(Audit(lambda: into(path), keep), tmp_path / "s", [mine]):
+            worker.send(LINE)
+            await until(lambda: content(path) == LINE * written)  # noqa: B023 - called at once
+        worker.send(LINE * 2)
     worker.close()
+    assert len(kept) == 1
+    with kept.pop() as left:
+        assert left.recv(4096) == LINE * 2
+
+
+def test_a_file_that_was_renamed_or_removed_is_begun_anew(tmp_path: Path) -> None:
+    sink = FileSink(path := tmp_path / "audit.log")
+    sink.write(LINE)
+    path.rename(old := tmp_path / "audit.log.1")
+    sink.write(LINE)
+    assert (content(old), content(path)) == (LINE, LINE)
+    path.unlink()
+    sink.write(LINE)
+    assert content(path) == LINE
+    sink.close()
+
+
+def test_a_file_that_logrotate_made_keeps_its_mode(tmp_path: Path) -> None:
+    sink = FileSink(path := tmp_path / "audit.log")
+    sink.write(LINE)
+    path.unlink()
+    path.write_bytes(b"")
+    path.chmod(0o600)
+    sink.write(LINE)
+    assert (content(path), stat.S_IMODE(path.stat().st_mode)) == (LINE, 0o600)
+
+
+def test_a_link_is_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "audit.log").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(OSError, match="symbolic"):
+        FileSink(tmp_path / "audit.log").write(LINE)
+    assert not (tmp_path / "elsewhere").exists()
+
+
+@pytest.fixture
+def journal(tmp_path: Path) -> Iterator[socket.socket]:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as found:
+        found.bind(os.fspath(tmp_path / "socket"))
+        found.settimeout(5)
+        yield found
+
+
+def test_the_journal_gets_a_line_each_and_no_more_than_it_takes(
+    journal: socket.socket, tmp_path: Path
+) -> None:
+    now = 100.0
+    sink = JournalSink(tmp_path / "socket", lambda: now, per_second=2)
+    assert sink.write(LINE * 5) == Written(left_out=3)
+    now = 101.2
+    sink.write(LINE)
+    first, second, left_out, last = (journal.recv(4096) for _ in range(4))
+    assert {first, second, last} == {ENTRY + LINE}
+    assert json.loads(left_out.removeprefix(ENTRY))["left_out"] == 3
+    sink.close()
+
+
+def test_lines_that_the_journal_has_come_no_second_time(
+    journal: socket.socket, tmp_path: Path
+) -> None:
+    seen = 0
+
+    def second() -> float:
+        # It goes away after the first line.
+        nonlocal seen
+        seen += 1
+        if seen > 1:
+            journal.close()
+        return 100.0
+
+    sink = JournalSink(tmp_path / "socket", second)
+    assert sink.write(LINE * 3) == Written(LINE * 2)
+    with pytest.raises(ConnectionRefusedError):
+        sink.write(LINE)
+    sink.close()
+
+
+def test_a_journal_that_is_not_there_is_found_before_there_is_a_line(tmp_path: Path) -> None:
+    sink = JournalSink(tmp_path / "socket")
+    with pytest.raises(FileNotFoundError) as found:
+        sink.write(b"")
+    assert "systemd-journald" in sink.hint(found.value)
+
+
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [
+        (errno.ENOSPC, "free space for /var/log/x"),
+        (errno.ENOENT, "make the directory /var/log/x"),
+        (errno.ELOOP, "name the file itself"),
+        (errno.EACCES, "have /var/log/x/audit.log be a file that root may write"),
+    ],
+)
+def test_each_failure_of_a_file_says_what_to_do(number: int, words: str) -> None:
+    assert FileSink(Path("/var/log/x/audit.log")).hint(OSError(number, "")).startswith(words)
+
+
+def _line(number: int) -> bytes:
+    return b'{"number":%d}\n' % number
+
+
+def test_no_line_is_lost_or_written_twice_when_the_file_is_rotated(tmp_path: Path) -> None:
+    path = tmp_path / "audit.log"
+    rules = tmp_path / "rules"
+    packaged = _RULES.read_text()
+    assert packaged.count(_PLACE) == 1
+    rules.write_text(packaged.replace(_PLACE, os.fspath(path)))
+    rules.chmod(0o644)
+    sink = FileSink(path)
+    for number in range(3):
+        sink.write(_line(number))
+        state = f"--state={tmp_path / 'state'}"
+        subprocess.run(["/usr/sbin/logrotate", "--force", state, rules], check=True)
+        assert not path.exists()
+    sink.write(_line(3))
+    sink.close()
+    names = ("audit.log", "audit.log.1", "audit.log.2.gz", "audit.log.3.gz")
+    assert {one.name for one in tmp_path.glob("audit.log*")} == set(names)
+    text = b"".join(
+        subprocess.run(["/bin/zcat", "-f", tmp_path / name], check=True, capture_output=True).stdout
+        for name in names
+    )
+    assert text == b"".join(map(_line, (3, 2, 1, 0)))
+    assert {stat.S_IMODE((tmp_path / name).stat().st_mode) for name in names} == {0o640}
