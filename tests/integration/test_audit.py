@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import re
 import stat
 import threading
 import time
@@ -12,9 +10,7 @@ from typing import Any, Final, cast
 import pytest
 
 from support.audit_log import AuditLog, order_audit
-from support.guest import Lost
 from support.lab import until
-from support.nova_world import INSTANCES, open_nova_world
 from support.world import World, own
 
 pytestmark = pytest.mark.root
@@ -109,82 +105,12 @@ def test_the_rule_that_refuses_is_named(world: World, log: AuditLog) -> None:
     log.wait(path="/latest/api/token", status=400, refused="token-request")
 
 
-def test_every_line_is_json_whatever_a_guest_sends(world: World, log: AuditLog) -> None:
-    odd = bytes(range(1, 256)).replace(b"\r", b"").replace(b"\n", b"").replace(b"\0", b"")
-    agents = (
-        b'"}\\',
-        b"a\tb",
-        b"\xff\xfe",
-        b"\xc3",
-        odd,
-        b"%[var(x)]%ST",
-        b'\\"' * 2000,
-        b"\x01" * 300,
-    )
-    targets = (
-        b'/a"b\\c', b"/" + b"a" * 8000, b"/" + b'"' * 2000, b"/" + b"\\" * 1010, b"/\xff", b"/a\tb", b"/{}|#%00%22",
-        b"http://h/p?q", b"*", b"//", b"/?", b"?",
-    )  # fmt: skip
-    raw = [b"GET /one HTTP/1.1\r\nHost: x\r\nUser-Agent: " + agent for agent in agents]
-    raw += [b"GET " + target + b" HTTP/1.1\r\nHost: x" for target in targets]
-    raw += [
-        b'A"B / HTTP/1.1\r\nHost: x',
-        b"\x16\x03\x01\x02",
-        b"G" * 1500 + b" / HTTP/1.1\r\nHost: x",
-    ]
-    world.red.ask("/first")
-    log.wait(path="/first")
-    for request in raw:
-        with contextlib.suppress(Lost):
-            world.red.raw(request + b"\r\nConnection: close\r\n\r\n")
-    world.red.ask("/last")
-    log.wait(path="/last")
-    # What a test before this one asked may be written after the file was begun anew.
-    lines = log.lines()
-    paths = [line["path"] for line in lines]
-    assert paths.index("/last") - paths.index("/first") == len(raw) + 1
-    assert log.has(path='/a"b\\c')
-    assert log.has(agent="a\tb")
-    assert max(len(line["path"]) for line in lines) > 1000
-    assert max(map(len, log.text().splitlines())) < 4096
-
-
-def test_no_query_and_no_body_is_told(world: World, log: AuditLog) -> None:
-    world.red.ask(f"/latest/a?token={_SECRET}")
-    world.red.ask("/latest/b", method="POST", body=_SECRET.encode())
-    world.red.ask(
-        f"http://{_SECRET}/latest/c?{_SECRET}", host=_SECRET, headers=(f"Cookie: {_SECRET}",)
-    )
-    for path in ("/latest/a", "/latest/b", "/latest/c"):
-        log.wait(path=path)
-    assert _SECRET not in log.text()
-
-
 def test_what_an_operator_gets_has_a_line_with_the_instance(world: World, log: AuditLog) -> None:
     who = ("--network", "red", "--from", world.red.addresses[0])
     got = world.daemon.command("get", "--include", *who, "/latest/got-by-operator")
     assert "x-imdsproxy-told" not in got.out
     line = log.wait(path="/latest/got-by-operator")
     assert (line["instance"], line["network"]) == ("red-5", "red")
-
-
-def test_a_request_that_comes_back_from_the_resolver_has_one_line() -> None:
-    with open_nova_world() as nova:
-        log = AuditLog(nova.daemon)
-        settings = {**nova.daemon.settings, "audit": {"mode": "all", "destination": str(log.path)}}
-        nova.daemon.reconfigure(settings)
-        head = "POST /openstack/2013-10-17/password HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
-        reply = nova.guests["red"].raw(head.encode() + b"1\r\na\r\n0\r\n\r\n", method="POST")
-        assert "x-imdsproxy-told" not in reply.headers
-        nova.guests["red"].ask("/last")
-        last = log.wait(path="/last")
-        # One read in so many is counted, in a backend of its own.
-        by = last["by"].partition("/")[0].removesuffix(".sampled")
-        assert (last["instance"], by) == (INSTANCES["red"], "nova.default")
-        (line,) = [one for one in log.lines() if one["method"] == "POST"]
-        assert (line["instance"], line["network"]) == (INSTANCES["red"], "red")
-        assert line["by"].startswith("nova.default.once/")
-        assert not re.search("[0-9a-f]{64}", log.text()), "a signature"
 
 
 def test_the_mode_changes_without_losing_a_request(world: World) -> None:
@@ -242,15 +168,6 @@ def test_what_a_worker_answers_while_it_is_replaced_has_a_line(world: World, log
         kept.request("/by-the-old-worker")
         line = log.wait(path="/by-the-old-worker")
     assert (line["instance"], line["network"]) == ("red-5", "red")
-
-
-def test_a_renamed_file_is_begun_anew(world: World, log: AuditLog) -> None:
-    world.red.ask("/before")
-    log.wait(path="/before")
-    log.path.rename(log.path.with_suffix(".1"))
-    world.red.ask("/after")
-    assert log.wait(path="/after")
-    assert not log.has(path="/before")
 
 
 def test_who_watches_sees_the_same(world: World, log: AuditLog) -> None:
