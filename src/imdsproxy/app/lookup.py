@@ -244,21 +244,26 @@ class Lookup:
         return await self.mac_filters.bind_answers(key, port, mac)
 
     async def _learn(self, key: AddressKey, instance: Instance, mac: MacAddress | None) -> None:
+        for excess in () if mac is None else excess_learned(self.records.learned, key, mac):
+            self.records.forget(excess)
+        learned = self._learned(key, instance, mac)
+        granted = mac is None or self.mac_filters.granted(key) == mac
+        if not (granted and self._renew(key, learned)):
+            await self.records.tickets.wait(self.records.learn(key, learned))
+
+    def _learned(self, key: AddressKey, instance: Instance, mac: MacAddress | None) -> Learned:
         until = math.inf
         if mac is None or not self.is_followed(key):
             until = self.clock.monotonic() + self.learned_ttl_s()
-        for excess in () if mac is None else excess_learned(self.records.learned, key, mac):
-            self.records.forget(excess)
-        learned = Learned(instance.id, until, mac=mac)
+        return Learned(instance.id, until, mac=mac)
+
+    def _renew(self, key: AddressKey, learned: Learned) -> bool:
+        """Renew the time of what was learned before; false where that was something else."""
         before = self.records.learned.get(key)
-        if (
-            before is not None
-            and replace(before, until=until) == learned
-            and (mac is None or self.mac_filters.granted(key) == mac)
-        ):
-            self.records.learned[key] = learned
-            return
-        await self.records.tickets.wait(self.records.learn(key, learned))
+        if before is None or replace(before, until=learned.until) != learned:
+            return False
+        self.records.learned[key] = learned
+        return True
 
     async def _resolve(
         self, key: AddressKey, identity: Identity, mac: MacAddress | None
@@ -336,13 +341,8 @@ class Lookup:
         if mac is None or not (isinstance(identity, Found) and identity.how is How.NEIGHBOUR):
             self.records.forget(key)
             return
-        until = math.inf
-        if not self.is_followed(key):
-            until = self.clock.monotonic() + self.learned_ttl_s()
-        learned, before = Learned(identity.instance.id, until, mac=mac), self.records.learned[key]
-        if replace(before, until=until) == learned:
-            self.records.learned[key] = learned
-        else:
+        learned = self._learned(key, identity.instance, mac)
+        if not self._renew(key, learned):
             self.records.learn(key, learned)
 
     def recall(self) -> None:

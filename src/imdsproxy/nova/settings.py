@@ -43,13 +43,12 @@ class NovaUrl:
         return f"{host}:{self.port}"
 
     @property
-    def is_address(self) -> bool:
-        """Whether `host` is an address and no name."""
+    def address(self) -> IPv4Address | IPv6Address | None:
+        """`host`, if it is an address and no name."""
         try:
-            ip_address(self.host)
+            return ip_address(self.host)
         except ValueError:
-            return False
-        return True
+            return None
 
     def __str__(self) -> str:
         return f"{self.scheme}://{self.authority}"
@@ -226,7 +225,7 @@ class EndpointSetSettings(Section):
         if len({one.url.scheme for one in self.endpoints}) > 1:
             raise cross("endpoints", "http and https are mixed", "one of them for the whole set")
         first = self.endpoints[0].url
-        if first.scheme == "https" and first.is_address and self.verify and not self.server_name:
+        if first.scheme == "https" and first.address and self.verify and not self.server_name:
             raise cross(
                 "server_name",
                 f"is missing: certificates are compared with names, and {first.host} is none",

@@ -23,7 +23,7 @@ from imdsproxy.dataplane.haproxy import Haproxy
 from imdsproxy.dataplane.master import WorkerEnded
 from imdsproxy.errors import ConfigUnreadable, DataplaneError, Problem, SecretUnreadable
 from imdsproxy.host.files import read_secret, write_atomic
-from imdsproxy.nova.settings import EndpointSetSettings, NovaSettings
+from imdsproxy.nova.settings import EndpointSetSettings, NovaSettings, NovaUrl
 
 Resolve: TypeAlias = Callable[[str], Awaitable[tuple[IpAddress, ...]]]
 """A host's name to its addresses; none when it has none, `OSError` when the look-up fails."""
@@ -115,7 +115,7 @@ class NovaUpstream:
         for name, one in self._settings.endpoint_sets.items():
             for number, endpoint in enumerate(one.endpoints):
                 where = f"nova.endpoint_sets.{name}.endpoints[{number}].url"
-                problem = await self._look_up(endpoint.url.host, where)
+                problem = await self._look_up(endpoint.url, where)
                 problems += [] if problem is None else [problem]
         for problem in problems:
             if problem not in self.problems:
@@ -132,8 +132,9 @@ class NovaUpstream:
             if await self.resolve():
                 on_change()
 
-    async def _look_up(self, host: str, where: str) -> Problem | None:
-        if _literal(host) is not None:
+    async def _look_up(self, url: NovaUrl, where: str) -> Problem | None:
+        host = url.host
+        if url.address is not None:
             return None
         known = self._addresses.get(host, ())
         kept = "its last addresses are used" if known else "no request can be sent there"
@@ -152,11 +153,11 @@ class NovaUpstream:
     def _backend(self, name: str, one: EndpointSetSettings) -> NovaBackend:
         servers: dict[tuple[IpAddress, int], NovaServer] = {}
         for endpoint in one.endpoints:
-            literal = _literal(endpoint.url.host)
+            literal, port = endpoint.url.address, endpoint.url.port
             addresses = (literal,) if literal else self._addresses.get(endpoint.url.host, ())
             for address in addresses:
-                server = NovaServer(address, endpoint.url.port, int(endpoint.secret == "next"))  # noqa: S105 - which one, not what
-                servers.setdefault((address, endpoint.url.port), server)
+                server = NovaServer(address, port, int(endpoint.secret == "next"))  # noqa: S105 - which one, not what
+                servers.setdefault((address, port), server)
         first = one.endpoints[0].url
         tls = None
         if first.scheme == "https":
@@ -247,13 +248,6 @@ def _read_file(path: Path, where: str) -> bytes:
         raise ConfigUnreadable(
             f"cannot read {path}: {error.strerror}", problems=[Problem(where, "cannot be read")]
         ) from error
-
-
-def _literal(host: str) -> IpAddress | None:
-    try:
-        return ip_address(host)
-    except ValueError:
-        return None
 
 
 _COLUMNS: Final = frozenset(

@@ -25,13 +25,11 @@ from imdsproxy.host.files import ensure_directory, group_id, user_id
 from imdsproxy.host.refusal import host_refused
 from imdsproxy.host.socket_file import give_socket, identify_file, remove_file
 from imdsproxy.unix_listener.plan import (
-    Takings,
+    Takeovers,
     deduce_socket_mode,
     explain_pause,
     judge_socket,
     name_owners,
-    note_taking,
-    pause_left_s,
 )
 from imdsproxy.unix_listener.settings import UnixListenerSettings
 
@@ -69,7 +67,7 @@ class UnixListener:
     taken_over: int = 0
     taken_from: str = ""
     _taking: SeenSocket | None = None
-    _takings: Takings = field(default_factory=Takings)
+    _takeovers: Takeovers = field(default_factory=Takeovers)
     _signature: _Signature | None = None
     _refused: tuple[UnixBind, Problem] | None = None
     _backoff: Backoff = field(default_factory=lambda: Backoff(5.0, 60.0))
@@ -98,7 +96,9 @@ class UnixListener:
             self._decide(wanted if bound == wanted.path else None, self.problem)
             return
         taking = settings.take_over and seen.state is SocketState.FOREIGN
-        problem = self._pause(wanted, seen) if taking else judge_socket(wanted.path, seen)
+        problem = None if taking else judge_socket(wanted.path, seen)
+        if taking and self._takeovers.pause_left_s(self.clock.monotonic()):
+            problem = explain_pause(wanted.path, seen, self._takeovers.pause_s)
         self._decide(wanted if problem is None else None, problem)
         if problem is None:
             self._taking = seen if taking else None
@@ -157,16 +157,10 @@ class UnixListener:
             self.serving, self._signature = False, None
         self.bind, self.problem = bind, problem
 
-    def _pause(self, wanted: UnixBind, seen: SeenSocket) -> Problem | None:
-        """Why the path isn't taken from a running process now; `None` where it is."""
-        if not pause_left_s(self._takings, self.clock.monotonic()):
-            return None
-        return explain_pause(wanted.path, seen, self._takings.pause_s)
-
     def _note_taking(self) -> None:
         if self._taking is None or self.bind is None:
             return
-        self._takings = note_taking(self._takings, self.clock.monotonic())
+        self._takeovers.note(self.clock.monotonic())
         self.taken_over += 1
         self.taken_from, self._taking = name_owners(self._taking), None
         structlog.get_logger().info(
@@ -222,7 +216,13 @@ def plan_unix_bind(settings: UnixListenerSettings) -> UnixBind:
     Raises:
         HostRefused: An account of the settings does not exist, or there is no directory.
     """
-    owner, group = _owner(settings)
+    directory = settings.path.parent
+    try:
+        status = directory.stat()
+    except OSError as error:
+        raise host_refused(f"look at {directory}", error) from error
+    owner = status.st_uid if settings.user is None else user_id(settings.user)
+    group = status.st_gid if settings.group is None else group_id(settings.group)
     mode = deduce_socket_mode(
         settings.mode,
         owner=owner,
@@ -266,24 +266,9 @@ def _apply_directory(settings: UnixListenerSettings) -> None:
     """Make the socket's directory where it is missing; one that is there is Neutron's and left alone."""
     directory = settings.path.parent
     if not directory.is_dir():
-        owner = (_named(settings.user, user_id, 0), _named(settings.group, group_id, 0))
-        ensure_directory(directory, mode=int(settings.directory_mode, 8), owner=owner)
-
-
-def _owner(settings: UnixListenerSettings) -> tuple[int, int]:
-    directory = settings.path.parent
-    try:
-        status = directory.stat()
-    except OSError as error:
-        raise host_refused(f"look at {directory}", error) from error
-    return (
-        _named(settings.user, user_id, status.st_uid),
-        _named(settings.group, group_id, status.st_gid),
-    )
-
-
-def _named(account: str | None, look_up: Callable[[str], int], default: int) -> int:
-    return default if account is None else look_up(account)
+        user = 0 if settings.user is None else user_id(settings.user)
+        group = 0 if settings.group is None else group_id(settings.group)
+        ensure_directory(directory, mode=int(settings.directory_mode, 8), owner=(user, group))
 
 
 def _id(account: str | None, look_up: Callable[[str], int]) -> int | None:

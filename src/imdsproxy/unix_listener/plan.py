@@ -13,7 +13,6 @@ never comes up: each taking is a reload of HAProxy, and a fight helps no guest.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import IntEnum
 from typing import Final, assert_never
 
 from imdsproxy.core.hoststate import SeenSocket, SocketState
@@ -71,8 +70,8 @@ def explain_pause(path: str, seen: SeenSocket, pause_s: float) -> Problem:
     )
 
 
-@dataclass(frozen=True, slots=True)
-class Takings:
+@dataclass(slots=True)
+class Takeovers:
     """The takeovers that still count.
 
     Attributes:
@@ -83,35 +82,23 @@ class Takings:
     times: tuple[float, ...] = ()
     pause_s: float = 0.0
 
+    def note(self, now: float) -> None:
+        """There is one more; `now` is not before the last of them."""
+        # No takeover for a window beyond the pause: the other process has stopped.
+        calm = not self.times or now - self.times[-1] >= self.pause_s + _WINDOW_S
+        self.times = (*(one for one in self.times if now - one < _WINDOW_S), now)
+        if self.pause_s and not calm:
+            self.pause_s = min(self.pause_s * 2, _LAST_PAUSE_S)
+        else:
+            self.pause_s = _FIRST_PAUSE_S if len(self.times) >= _AT_ONCE else 0.0
 
-def note_taking(takings: Takings, now: float) -> Takings:
-    """The takeovers with one more.
-
-    Args:
-        takings: Those before.
-        now: When; not before the last of them.
-    """
-    times = (*(one for one in takings.times if now - one < _WINDOW_S), now)
-    # No takeover for a window beyond the pause: the other process has stopped.
-    calm = not takings.times or now - takings.times[-1] >= takings.pause_s + _WINDOW_S
-    if takings.pause_s and not calm:
-        return Takings(times, min(takings.pause_s * 2, _LAST_PAUSE_S))
-    return Takings(times, _FIRST_PAUSE_S if len(times) >= _AT_ONCE else 0.0)
-
-
-def pause_left_s(takings: Takings, now: float) -> float:
-    """Seconds for which the path is still left to the other process; 0 when it may be taken."""
-    if not takings.times:
-        return 0.0
-    return max(0.0, takings.times[-1] + takings.pause_s - now)
+    def pause_left_s(self, now: float) -> float:
+        """Seconds for which the path is still left to the other process; 0 when it may be taken."""
+        return max(0.0, self.times[-1] + self.pause_s - now) if self.times else 0.0
 
 
-class SocketMode(IntEnum):
-    """Permission bits of the socket; to connect takes the right to write."""
-
-    USER = 0o644
-    GROUP = 0o664
-    ALL = 0o666
+_MODES: Final = {"user": 0o644, "group": 0o664, "all": 0o666}
+"""Permission bits of the socket; to connect takes the right to write."""
 
 
 def deduce_socket_mode(
@@ -121,7 +108,7 @@ def deduce_socket_mode(
     group: int,
     proxy_user: int | None,
     proxy_group: int | None,
-) -> SocketMode:
+) -> int:
     """The permission bits for `word`, as Neutron's agent deduces them (neutron/agent/metadata/proxy_base.py).
 
     `deduce` gives the narrowest with which the proxies can connect.
@@ -133,10 +120,7 @@ def deduce_socket_mode(
         proxy_user: The uid that the proxies run as; `None` where that is the owner's or root's.
         proxy_group: Their gid; `None` where that is the socket's.
     """
-    if word != "deduce":
-        return SocketMode[word.upper()]
-    if proxy_user in {None, 0, owner}:
-        return SocketMode.USER
-    if proxy_group in {None, group}:
-        return SocketMode.GROUP
-    return SocketMode.ALL
+    if word == "deduce":
+        in_group = "group" if proxy_group in {None, group} else "all"
+        word = "user" if proxy_user in {None, 0, owner} else in_group
+    return _MODES[word]

@@ -250,7 +250,7 @@ def test_an_https_endpoint_may_be_an_address_when_its_name_is_told_or_not_asked(
         _sets(f"default: {{endpoints: [{{url: 'https://[::1]'}}], secret_file: /x, {words}}}"),
     )
 
-    assert settings.nova.endpoint_sets["default"].endpoints[0].url.is_address
+    assert settings.nova.endpoint_sets["default"].endpoints[0].url.address
 
 
 def test_the_same_network_twice_in_one_set_is_no_contradiction(tmp_path: Path) -> None:

@@ -77,7 +77,8 @@ def test_what_is_no_place_of_an_api_is_refused_with_the_reason(text: str, why: s
 
 def test_a_host_is_an_address_or_a_name() -> None:
     found = {
-        host: parse_nova_url(f"http://{host}").is_address for host in ("[::1]", "1.2.3.4", "a.4")
+        host: parse_nova_url(f"http://{host}").address is not None
+        for host in ("[::1]", "1.2.3.4", "a.4")
     }
     assert found == {"[::1]": True, "1.2.3.4": True, "a.4": False}
 

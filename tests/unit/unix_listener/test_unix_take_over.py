@@ -20,18 +20,18 @@ from imdsproxy.core.hoststate import SeenSocket, SocketOwner, SocketState
 from imdsproxy.dataplane.layout import Layout
 from imdsproxy.errors import ReloadFailed, RuntimeUnavailable
 from imdsproxy.unix_listener.listener import UnixListener
-from imdsproxy.unix_listener.plan import Takings, note_taking, pause_left_s
+from imdsproxy.unix_listener.plan import Takeovers
 from imdsproxy.unix_listener.settings import UnixListenerSettings
 
 _AGENT: Final = SeenSocket(SocketState.FOREIGN, (SocketOwner(77, "neutron-ovn-met"),))
 _OURS: Final = SeenSocket(SocketState.OURS)
 
 
-def _after(*times: float) -> Takings:
-    takings = Takings()
+def _after(*times: float) -> Takeovers:
+    takeovers = Takeovers()
     for one in times:
-        takings = note_taking(takings, one)
-    return takings
+        takeovers.note(one)
+    return takeovers
 
 
 # How often
@@ -63,10 +63,10 @@ def test_what_is_taken_back_each_time_is_left_alone_ever_longer(
 
 
 def test_a_fight_comes_down_to_one_taking_in_ten_minutes_and_no_fewer() -> None:
-    takings, now, taken = Takings(), 0.0, []
+    takeovers, now, taken = Takeovers(), 0.0, []
     for _ in range(20):
-        now += pause_left_s(takings, now) or 1.0
-        takings = note_taking(takings, now)
+        now += takeovers.pause_left_s(now) or 1.0
+        takeovers.note(now)
         taken.append(now)
     pauses = [after - before for before, after in pairwise(taken)]
     assert pauses[:9] == [1, 1, 15, 30, 60, 120, 240, 480, 600]
@@ -74,9 +74,8 @@ def test_a_fight_comes_down_to_one_taking_in_ten_minutes_and_no_fewer() -> None:
 
 
 def test_a_pause_runs_from_the_last_taking() -> None:
-    assert pause_left_s(Takings(), 5) == 0
-    takings = _after(0, 1, 2)
-    assert [pause_left_s(takings, now) for now in (2, 10, 17, 20)] == [15, 7, 0, 0]
+    assert Takeovers().pause_left_s(5) == 0
+    assert [_after(0, 1, 2).pause_left_s(now) for now in (2, 10, 17, 20)] == [15, 7, 0, 0]
 
 
 # What the listener makes of it

@@ -196,19 +196,17 @@ def _interface(record: DocumentRecord, port: DocumentPort, number: int) -> Direc
     v6 = [address for address in port.addresses if address.is_ipv6]
     v4_subnets = dict.fromkeys(address.cidr for address in v4 if address.cidr)
     v6_subnets = dict.fromkeys(address.cidr for address in v6 if address.cidr)
-    found = _some(
-        {
-            "device-number": _text(str(number)),
-            "ipv6s": _lines(address.ip for address in v6),
-            "local-hostname": _text(record.hostname),
-            "local-ipv4s": _lines(address.ip for address in v4),
-            "mac": _text(port.mac),
-            "owner-id": _text(record.project),
-            "subnet-ipv4-cidr-block": _first(v4_subnets),
-            "subnet-ipv6-cidr-blocks": _lines(v6_subnets),
-        }
-    )
-    return directory({}) if found is None else found
+    leaves = {
+        "device-number": _text(str(number)),
+        "ipv6s": _lines(address.ip for address in v6),
+        "local-hostname": _text(record.hostname),
+        "local-ipv4s": _lines(address.ip for address in v4),
+        "mac": _text(port.mac),
+        "owner-id": _text(record.project),
+        "subnet-ipv4-cidr-block": _first(v4_subnets),
+        "subnet-ipv6-cidr-blocks": _lines(v6_subnets),
+    }
+    return _some(leaves) or directory({})
 
 
 def _lines(values: Iterable[str]) -> Leaf | None:

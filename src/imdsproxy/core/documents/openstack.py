@@ -46,8 +46,6 @@ OPENSTACK_VERSIONS: Final = (
 )
 """Oldest first; `latest` is the last of them."""
 
-_KNOWN: Final = frozenset(OPENSTACK_VERSIONS)
-
 
 def openstack_listing() -> bytes:
     """What `/openstack` says."""
@@ -58,7 +56,7 @@ def openstack_version(version: str) -> str | None:
     """The dated version meant; `None` for one that there is not."""
     if version == LATEST:
         return OPENSTACK_VERSIONS[-1]
-    return version if version in _KNOWN else None
+    return version if version in OPENSTACK_VERSIONS else None
 
 
 def openstack_directory(record: DocumentRecord, version: str) -> Directory:
