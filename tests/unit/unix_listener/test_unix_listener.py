@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
 from collections.abc import Collection
-from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
+from typing import Final
 
 import pytest
+from structlog.testing import capture_logs
 
 from imdsproxy.core.haproxy.config import render_config
 from imdsproxy.core.haproxy.model import DataplaneSpec, UnixBind
@@ -17,24 +20,29 @@ from imdsproxy.core.hoststate import SeenSocket, SocketOwner, SocketState
 from imdsproxy.dataplane.layout import Layout
 from imdsproxy.errors import DataplaneError, ReloadFailed, RuntimeUnavailable
 from imdsproxy.unix_listener.listener import UnixListener, bound_path, sweep_unix_socket
+from imdsproxy.unix_listener.plan import Takeovers, deduce_socket_mode
 from imdsproxy.unix_listener.settings import UnixListenerSettings
 
-_FOREIGN = SeenSocket(SocketState.FOREIGN, (SocketOwner(77, "neutron-metadat"),))
-_OURS = SeenSocket(SocketState.OURS)
+_AGENT: Final = SeenSocket(SocketState.FOREIGN, (SocketOwner(77, "neutron-ovn-met"),))
+_OURS: Final = SeenSocket(SocketState.OURS)
+_OWNER, _GROUP, _OTHER = 1, 2, 3
 
 
-@dataclass
+def _config(bind: UnixBind | None) -> str:
+    layout = Layout(Path("/run/imdsproxy"), Path("/var/lib/imdsproxy"))
+    return render_config(DataplaneSpec((), layout.haproxy_paths(), unix=bind))
+
+
 class _Haproxy:
-    """A master with one worker, and its processes."""
+    """A master with one worker, its processes, and what it has bound."""
 
-    processes: Processes | None = field(default_factory=lambda: Processes(10, 11))
-    now: Processes | None = None
-    config: str = ""
-
-    def __post_init__(self) -> None:
+    def __init__(self) -> None:
         self.lock = asyncio.Lock()
         self.records = self
         self.master = self
+        self.processes: Processes | None = Processes(10, 11)
+        self.now: Processes | None = self.processes
+        self.bound: UnixBind | None = None
 
     async def read_processes(self) -> Processes:
         assert self.lock.locked(), "it may just be starting"
@@ -43,23 +51,22 @@ class _Haproxy:
         return self.now
 
     def in_force(self) -> str:
-        return self.config
+        return _config(self.bound)
 
 
-@dataclass
 class _Clock:
-    seconds: float = 0.0
+    seconds = 0.0
 
     def monotonic(self) -> float:
         return self.seconds
 
 
 class _Rig:
+    """The listener with a HAProxy that binds what it is configured to, and a path that any process may take."""
+
     def __init__(self, directory: Path, **fields: object) -> None:
         self.path = directory / "agents" / "metadata_proxy"
-        self.settings = UnixListenerSettings.model_validate(
-            {"enabled": True, "path": str(self.path), **fields}
-        )
+        self.configure(**fields)
         self.haproxy = _Haproxy()
         self.clock = _Clock()
         self.seen = SeenSocket(SocketState.MISSING)
@@ -71,17 +78,19 @@ class _Rig:
             self.clock,  # type: ignore[arg-type]  # as above
         )
 
+    def configure(self, **fields: object) -> None:
+        self.settings = UnixListenerSettings.model_validate(
+            {"enabled": True, "path": str(self.path), **fields}
+        )
+
     def look(self, path: Path, our_pids: Collection[int]) -> SeenSocket:
         del path
         return next((self.seen_by[pid] for pid in our_pids if pid in self.seen_by), self.seen)
 
-    def configure(self, bind: UnixBind | None) -> None:
-        """What HAProxy runs with."""
-        layout = Layout(Path("/run/imdsproxy"), Path("/var/lib/imdsproxy"))
-        self.haproxy.config = render_config(DataplaneSpec((), layout.haproxy_paths(), unix=bind))
-
-    def bound(self) -> bool:
-        return self.unix.bind is not None
+    async def choose(self) -> tuple[bool, bool]:
+        """Whether it is to be bound now, and whether HAProxy must let go of its socket first."""
+        await self.unix.choose()
+        return self.unix.bind is not None, self.unix.rebind
 
     @property
     def reason(self) -> str:
@@ -90,10 +99,69 @@ class _Rig:
     def refusal(self) -> DataplaneError:
         return ReloadFailed(f"[ALERT] for frontend agents: cannot bind [{self.path}].")
 
+    async def round(self) -> bool:
+        """What the listener loop does; whether HAProxy has the path then."""
+        await self.unix.choose()
+        bind = self.unix.bind
+        if bind is not None and (self.unix.rebind or self.haproxy.bound != bind):
+            self.seen = _OURS
+            self.path.unlink(missing_ok=True)
+            with socket.socket(socket.AF_UNIX) as sock:
+                sock.bind(str(self.path))
+        self.haproxy.bound = bind
+        await self.unix.settle(None)
+        return self.seen is _OURS
+
+    async def lose(self, *, after_s: float = 1.0) -> bool:
+        """Another process takes the path; whether HAProxy has it again after the next round."""
+        self.clock.seconds += after_s
+        self.seen = SeenSocket(SocketState.FOREIGN, _AGENT.owners, orphaned=True)
+        return await self.round()
+
 
 @pytest.fixture
 def rig(tmp_path: Path) -> _Rig:
     return _Rig(tmp_path)
+
+
+@pytest.fixture
+def taking(tmp_path: Path) -> _Rig:
+    """One that takes the path over, which an agent has."""
+    rig = _Rig(tmp_path, take_over=True)
+    rig.seen = _AGENT
+    return rig
+
+
+@pytest.mark.parametrize("proxy", [None, 0, _OWNER, _OTHER])
+@pytest.mark.parametrize(("word", "mode"), [("user", 0o644), ("group", 0o664), ("all", 0o666)])
+def test_a_word_is_its_mode_whoever_asks(word: str, mode: int, proxy: int | None) -> None:
+    found = deduce_socket_mode(
+        word, owner=_OWNER, group=_GROUP, proxy_user=proxy, proxy_group=proxy
+    )
+    assert found == mode
+
+
+@pytest.mark.parametrize(
+    ("user", "group", "mode"),
+    [
+        (None, None, 0o644),
+        (0, _OTHER, 0o644),
+        (_OWNER, _OTHER, 0o644),
+        (None, _OTHER, 0o644),
+        (_OTHER, None, 0o664),
+        (_OTHER, _GROUP, 0o664),
+        (_OTHER, _OTHER, 0o666),
+        # Root's group is a group as another: only its user may do everything.
+        (_OTHER, 0, 0o666),
+    ],
+)
+def test_deduced_is_the_narrowest_with_which_the_proxies_can_connect(
+    user: int | None, group: int | None, mode: int
+) -> None:
+    found = deduce_socket_mode(
+        "deduce", owner=_OWNER, group=_GROUP, proxy_user=user, proxy_group=group
+    )
+    assert found == mode
 
 
 async def test_off_is_nothing_to_bind_and_no_problem(tmp_path: Path) -> None:
@@ -112,59 +180,50 @@ async def test_a_path_that_is_free_or_ours_is_bound(rig: _Rig, state: SocketStat
     assert (rig.unix.rebind, rig.unix.problem) == (False, None)
 
 
-async def test_a_socket_that_nobody_reaches_any_more_is_let_go_of_first(rig: _Rig) -> None:
+async def test_a_socket_without_a_path_is_let_go_of_first(rig: _Rig) -> None:
     rig.seen = SeenSocket(SocketState.MISSING, orphaned=True)
-    await rig.unix.choose()
-    assert (rig.unix.bind is not None, rig.unix.rebind) == (True, True)
+    assert await rig.choose() == (True, True)
     rig.seen = SeenSocket(SocketState.FOREIGN, orphaned=True)
-    rig.haproxy.now = rig.haproxy.processes
-    await rig.unix.choose()
-    assert (rig.unix.bind, rig.unix.rebind) == (None, False)
+    assert await rig.choose() == (False, False)
 
 
 async def test_a_stranger_is_told_of_by_name_and_pid(rig: _Rig) -> None:
-    rig.seen = _FOREIGN
-    rig.haproxy.now = rig.haproxy.processes
-    await rig.unix.choose()
-    assert rig.unix.bind is None
-    assert f"neutron-metadat (pid 77) listens on {rig.path}" in rig.reason
+    rig.seen = _AGENT
+    assert await rig.choose() == (False, False)
+    assert f"neutron-ovn-met (pid 77) listens on {rig.path}" in rig.reason
 
 
 async def test_a_haproxy_that_was_started_meanwhile_is_no_stranger(rig: _Rig) -> None:
-    rig.seen = _FOREIGN
+    rig.seen = _AGENT
     rig.haproxy.now = Processes(20, 21)
     rig.seen_by[20] = _OURS
-    await rig.unix.choose()
-    assert rig.unix.bind is not None
+    assert await rig.choose() == (True, False)
 
 
 @pytest.mark.parametrize("bound", [False, True])
 async def test_while_haproxy_is_away_all_stays_as_it_was(rig: _Rig, *, bound: bool) -> None:
-    rig.configure(UnixBind(str(rig.path), "0644", 0, 0) if bound else None)
-    rig.seen = _FOREIGN
-    await rig.unix.choose()
-    assert (rig.unix.bind is not None) == bound
+    rig.haproxy.bound = UnixBind(str(rig.path), "0644", 0, 0) if bound else None
+    rig.haproxy.now = None
+    rig.seen = _AGENT
+    assert await rig.choose() == (bound, False)
 
 
 async def test_before_haproxy_has_ever_run_a_stranger_is_one(rig: _Rig) -> None:
     rig.haproxy.processes = None
-    rig.seen = _FOREIGN
-    await rig.unix.choose()
-    assert rig.unix.bind is None
+    rig.seen = _AGENT
+    assert await rig.choose() == (False, False)
     assert "pid 77" in rig.reason
 
 
 async def test_what_haproxy_refuses_is_left_out_and_tried_again_ever_more_slowly(rig: _Rig) -> None:
     waited: list[float] = []
     for _ in range(6):
-        await rig.unix.choose()
-        assert rig.bound()
+        assert await rig.choose() == (True, False)
         assert rig.unix.blame(rig.refusal())
         began = rig.clock.seconds
-        while not rig.bound():
+        while not (await rig.choose())[0]:
             assert "cannot bind" in rig.reason
             rig.clock.seconds += 1
-            await rig.unix.choose()
         waited.append(rig.clock.seconds - began)
     assert waited == [5, 10, 20, 40, 60, 60]
 
@@ -194,8 +253,7 @@ async def test_an_account_that_is_not_there_leaves_it_out(
     tmp_path: Path, fields: dict[str, object]
 ) -> None:
     rig = _Rig(tmp_path, **fields)
-    await rig.unix.choose()
-    assert rig.unix.bind is None
+    assert await rig.choose() == (False, False)
     assert "there is no" in rig.reason
 
 
@@ -208,12 +266,9 @@ async def test_the_owner_is_the_directorys_if_no_setting_says_another(tmp_path: 
 
 
 def test_the_path_is_found_in_a_configuration_again() -> None:
-    layout = Layout(Path("/run/imdsproxy"), Path("/var/lib/imdsproxy"))
-    spec = DataplaneSpec((), layout.haproxy_paths())
-    assert bound_path(render_config(spec)) is None
+    assert bound_path(_config(None)) is None
     for path in ("/var/lib/neutron/metadata_proxy", "/a@b+c-d/e_f.g"):
-        bind = UnixBind(path, "0644", 0, 0)
-        assert bound_path(render_config(DataplaneSpec((), spec.paths, unix=bind))) == path
+        assert bound_path(_config(UnixBind(path, "0644", 0, 0))) == path
 
 
 @pytest.mark.parametrize(
@@ -228,3 +283,188 @@ def test_only_what_nobody_listens_on_is_swept(
     config.write_text(f"frontend agents\n  bind unix@{path} name agents mode 0644\n")
     sweep_unix_socket(config, lambda _path, _pids: SeenSocket(state))
     assert path.exists() == kept
+
+
+# A path that a running process has: taken over where the settings say so, and not for ever fought for
+
+
+def _after(*times: float) -> Takeovers:
+    takeovers = Takeovers()
+    for one in times:
+        takeovers.note(one)
+    return takeovers
+
+
+# How often
+
+
+@pytest.mark.parametrize(
+    ("times", "pause"),
+    [
+        ((), 0),
+        ((0,), 0),
+        ((0, 1), 0),
+        ((0, 1, 2), 15),
+        ((0, 30, 59), 15),
+        ((0, 30, 60), 0),
+        ((0, 60, 120, 180, 240), 0),
+        ((0, 1, 2, 17), 30),
+        ((0, 1, 2, 17, 47), 60),
+        ((0, 1, 2, 17, 106), 60),
+        # Beside the pause, a minute without a takeover: the other process has stopped.
+        ((0, 1, 2, 17, 107), 0),
+        ((0, 1, 2, 77), 0),
+    ],
+    ids=str,
+)
+def test_what_is_taken_back_each_time_is_left_alone_ever_longer(
+    times: tuple[float, ...], pause: float
+) -> None:
+    assert _after(*times).pause_s == pause
+
+
+def test_a_fight_comes_down_to_one_taking_in_ten_minutes_and_no_fewer() -> None:
+    takeovers, now, taken = Takeovers(), 0.0, []
+    for _ in range(20):
+        now += takeovers.pause_left_s(now) or 1.0
+        takeovers.note(now)
+        taken.append(now)
+    pauses = [after - before for before, after in pairwise(taken)]
+    assert pauses[:9] == [1, 1, 15, 30, 60, 120, 240, 480, 600]
+    assert set(pauses[8:]) == {600}
+
+
+def test_a_pause_runs_from_the_last_taking() -> None:
+    assert Takeovers().pause_left_s(5) == 0
+    assert [_after(0, 1, 2).pause_left_s(now) for now in (2, 10, 17, 20)] == [15, 7, 0, 0]
+
+
+async def test_a_living_process_keeps_its_path_unless_it_is_to_be_taken_over(
+    tmp_path: Path,
+) -> None:
+    rig = _Rig(tmp_path)
+    rig.seen = _AGENT
+    assert not await rig.round()
+    assert "set unix_listener.take_over" in str(rig.unix.problem)
+    rig.configure(take_over=True)
+    assert await rig.round()
+    assert (rig.reason, rig.unix.taken_over) == ("", 1)
+
+
+async def test_whom_it_was_taken_from_is_told_once(taking: _Rig) -> None:
+    with capture_logs() as logs:
+        assert await taking.round()
+        for _ in range(3):
+            assert await taking.round()
+    (line,) = logs
+    assert (line["event"], line["log_level"]) == ("unix listener taken over", "info")
+    assert line["taken_from"] == taking.unix.taken_from == "neutron-ovn-met (pid 77)"
+    assert (taking.unix.taken_over, taking.unix.problem) == (1, None)
+
+
+async def test_who_cannot_be_seen_is_replaced_as_well(taking: _Rig) -> None:
+    taking.seen = SeenSocket(SocketState.FOREIGN)
+    assert await taking.round()
+    assert taking.unix.taken_from == "another process"
+
+
+@pytest.mark.parametrize("orphaned", [False, True])
+async def test_a_haproxy_that_has_lost_the_path_lets_go_of_its_socket_first(
+    taking: _Rig, *, orphaned: bool
+) -> None:
+    await taking.round()
+    # Where the kernel lists no unix sockets ours can't be known to be one without a path.
+    taking.seen = SeenSocket(SocketState.FOREIGN, orphaned=orphaned)
+    assert await taking.choose() == (True, True)
+
+
+async def test_one_that_has_nothing_to_let_go_of_binds_at_once(taking: _Rig) -> None:
+    assert await taking.choose() == (True, False)
+
+
+async def test_what_is_no_socket_is_never_taken(taking: _Rig) -> None:
+    taking.seen = SeenSocket(SocketState.OCCUPIED)
+    assert not await taking.round()
+    assert "is no socket" in taking.reason
+
+
+async def test_an_agent_that_is_started_again_now_and_then_is_replaced_at_once(
+    taking: _Rig,
+) -> None:
+    await taking.round()
+    for _ in range(20):
+        assert await taking.lose(after_s=61)
+    assert taking.unix.taken_over == 21
+
+
+async def test_who_takes_it_back_each_time_has_it_for_a_while_and_status_says_so(
+    taking: _Rig,
+) -> None:
+    await taking.round()
+    assert await taking.lose()
+    assert await taking.lose()
+    assert not await taking.lose()
+    (before, count) = (taking.reason, taking.unix.taken_over)
+    assert before.startswith(f"neutron-ovn-met (pid 77) listens on {taking.path}, and took it back")
+    assert "15 s" in before
+    assert taking.unix.bind is None
+    # The same text: what is logged already is not logged again.
+    taking.clock.seconds += 10
+    assert not await taking.round()
+    assert (taking.reason, taking.unix.taken_over) == (before, count)
+    taking.clock.seconds += 5
+    assert await taking.round()
+    assert (taking.reason, taking.unix.taken_over) == ("", count + 1)
+    assert not await taking.lose()
+    assert "30 s" in taking.reason
+
+
+async def test_while_it_is_left_alone_a_path_that_comes_free_is_bound(taking: _Rig) -> None:
+    for _ in range(4):
+        await taking.lose()
+    assert taking.unix.bind is None
+    taking.seen = SeenSocket(SocketState.STALE)
+    await taking.unix.choose()
+    assert (taking.unix.bind is not None, taking.reason) == (True, "")
+
+
+async def test_what_haproxy_could_not_take_does_not_count(taking: _Rig) -> None:
+    await taking.unix.choose()
+    assert taking.unix.blame(ReloadFailed(f"[ALERT] cannot bind [{taking.path}]"))
+    await taking.unix.settle(None)
+    assert (taking.unix.taken_over, taking.unix.taken_from) == (0, "")
+
+
+async def test_what_did_not_come_to_pass_does_not_count_later(taking: _Rig) -> None:
+    await taking.unix.choose()
+    # Something else kept it back; then HAProxy is started anew with what it had.
+    taking.haproxy.bound = taking.unix.bind
+    taking.haproxy.now = None
+    await taking.unix.choose()
+    assert taking.unix.bind is not None
+    await taking.unix.settle(None)
+    assert taking.unix.taken_over == 0
+
+
+async def test_who_has_it_still_is_not_pushed_aside_once_the_setting_is_off(taking: _Rig) -> None:
+    await taking.round()
+    taking.configure(take_over=False)
+    assert await taking.round(), "ours stays ours"
+    assert not await taking.lose()
+    assert (taking.unix.bind, taking.unix.rebind, taking.unix.taken_over) == (None, False, 1)
+
+
+async def test_the_file_of_who_bound_while_we_looked_is_not_removed(taking: _Rig) -> None:
+    await taking.round()
+
+    def look(path: Path, our_pids: Collection[int]) -> SeenSocket:
+        del our_pids
+        path.with_name("new").write_text("the agent's")
+        path.with_name("new").rename(path)
+        return _OURS
+
+    taking.unix.look = look
+    taking.configure(enabled=False)
+    await taking.unix.choose()
+    await taking.unix.settle(str(taking.path))
+    assert [one.read_text() for one in taking.path.parent.iterdir()] == ["the agent's"]
