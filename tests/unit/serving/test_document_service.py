@@ -1,45 +1,109 @@
+"""The document server as HAProxy asks it: headers and bodies in, answers out of records on disk."""
+
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable, MutableMapping
 from pathlib import Path
-from typing import TypeAlias
+from typing import Final, cast
 
 import pytest
 import structlog
 
 from imdsproxy.core.compiled import compiled_path
-from imdsproxy.core.documents.respond import DocumentRequest
+from imdsproxy.core.documents.respond import DocumentRequest, Header
 from imdsproxy.core.model import Instance, InstanceId
-from imdsproxy.serving.documents import DocumentService
-from imdsproxy.serving.http import Answer, FilePart
+from imdsproxy.serving.documents import DocumentService, documents_app
+from imdsproxy.serving.http import (
+    BODY_LIMIT,
+    Answer,
+    BodyTooLarge,
+    FilePart,
+    Unfinished,
+    read_body,
+    send_answer,
+)
 from imdsproxy.serving.store import PasswordStore, RecordReader, apply_record, remove_record
 from support.guest_records import GUEST, SEED, compiled, guest, with_head
 
-META_DATA = "/openstack/latest/meta_data.json"
-PASSWORD = "/openstack/latest/password"
-Events: TypeAlias = "list[dict[str, object]]"
+META_DATA: Final = "/openstack/latest/meta_data.json"
+PASSWORD: Final = "/openstack/latest/password"
+ID: Final = "/latest/meta-data/instance-id"
+HOSTNAME: Final = "/latest/meta-data/hostname"
+INSTANCE: Final = (b"x-imdsproxy-instance", GUEST.id.encode())
+CACHED: Final = (b"cache-control", b"max-age=3600")
+
+
+class Reply:
+    """What was sent for one request."""
+
+    def __init__(self) -> None:
+        self.sent: list[MutableMapping[str, object]] = []
+        self.received = 0
+
+    @property
+    def status(self) -> int | None:
+        return cast("int", self.sent[0]["status"]) if self.sent else None
+
+    @property
+    def headers(self) -> list[Header]:
+        return cast("list[Header]", self.sent[0]["headers"])
+
+    @property
+    def pieces(self) -> list[bytes]:
+        return [cast("bytes", message["body"]) for message in self.sent[1:]]
+
+    @property
+    def body(self) -> bytes:
+        return b"".join(self.pieces)
 
 
 class Serving:
+    """A document server's application over a directory."""
+
     def __init__(self, directory: Path) -> None:
-        self.directory = directory
-        (directory / "passwords").mkdir()
+        self.records, self.passwords = directory / "documents", directory / "passwords"
+        self.passwords.mkdir()
         self.service = DocumentService(
-            RecordReader(directory / "documents", capacity=1 << 20),
-            PasswordStore(directory / "passwords"),
+            RecordReader(self.records, capacity=1 << 20),
+            PasswordStore(self.passwords),
             random_bytes=lambda length: SEED[:length],
         )
+        self.app = documents_app(self.service)
+        self.file = self.records / compiled_path(GUEST.id)
 
-    def write(self, instance: Instance) -> str:
+    def write(self, instance: Instance = GUEST) -> str:
+        """Put the instance's record there; its revision."""
         record = compiled(instance)
-        apply_record(self.directory / "documents", instance.id, record)
+        apply_record(self.records, instance.id, record)
         return record.revision
 
     async def ask(
-        self, path: str, method: str = "GET", body: bytes = b"", *, revision: str | None = None
-    ) -> Answer:
-        request = DocumentRequest(method, path.encode(), body)
-        return await self.service.answer(GUEST.id, request, revision=revision)
+        self,
+        path: str,
+        method: str = "GET",
+        *body: bytes,
+        revision: str | None = None,
+        headers: Iterable[Header] = (INSTANCE,),
+        complete: bool = True,
+    ) -> Reply:
+        reply, parts = Reply(), list(body) or [b""]
+        messages: list[MutableMapping[str, object]] = [
+            {"type": "http.request", "body": part, "more_body": True} for part in parts
+        ]
+        messages[-1]["more_body"] = not complete
+
+        async def receive() -> MutableMapping[str, object]:
+            reply.received += 1
+            return messages.pop(0) if messages else {"type": "http.disconnect"}
+
+        async def send(message: MutableMapping[str, object]) -> None:
+            reply.sent.append(message)
+
+        more = [] if revision is None else [(b"x-imdsproxy-revision", revision.encode())]
+        scope = {"type": "http", "method": method, "raw_path": path.encode()}
+        await self.app({**scope, "headers": [*headers, *more]}, receive, send)
+        return reply
 
 
 @pytest.fixture
@@ -47,136 +111,103 @@ def serving(tmp_path: Path) -> Serving:
     return Serving(tmp_path)
 
 
-def names(answer: Answer) -> dict[bytes, bytes]:
-    return dict(answer.headers)
-
-
 async def test_a_document_of_the_current_revision_may_be_cached(serving: Serving) -> None:
-    revision = serving.write(GUEST)
-    answer = await serving.ask("/latest/meta-data/instance-id", revision=revision)
-    assert (answer.status, answer.body) == (200, GUEST.ec2_id.encode())
-    assert names(answer)[b"cache-control"] == b"max-age=3600"
+    reply = await serving.ask(ID, revision=serving.write())
+    assert (reply.status, reply.body) == (200, GUEST.ec2_id.encode())
+    assert reply.headers == [
+        (b"content-type", b"text/plain; charset=utf-8"),
+        (b"content-length", b"19"),
+        CACHED,
+    ]
 
 
 @pytest.mark.parametrize("revision", ["0" * 16, None, ""])
-async def test_a_document_of_another_revision_is_served_and_not_cached(
-    serving: Serving, revision: str | None
+@pytest.mark.parametrize("other_version", [False, True])
+async def test_a_document_of_another_revision_or_version_is_served_and_not_cached(
+    serving: Serving, revision: str | None, *, other_version: bool
 ) -> None:
-    serving.write(GUEST)
-    answer = await serving.ask("/latest/meta-data/instance-id", revision=revision)
-    assert (answer.status, answer.body) == (200, GUEST.ec2_id.encode())
-    assert b"cache-control" not in names(answer)
-
-
-async def test_a_record_of_another_version_is_served_and_not_cached(serving: Serving) -> None:
-    """During an upgrade, until both processes are of one version."""
-    serving.write(GUEST)
-    content = with_head(b'format":2,', b'format":3,"more":1,')
-    (serving.directory / "documents" / compiled_path(GUEST.id)).write_bytes(content)
-    for revision in (content[13:29].decode(), ""):
-        answer = await serving.ask("/latest/meta-data/instance-id", revision=revision)
-        assert (answer.status, answer.body) == (200, GUEST.ec2_id.encode())
-        assert b"cache-control" not in names(answer)
+    serving.write()
+    if other_version:
+        # During an upgrade, until both processes are of one version.
+        content = with_head(b'format":2,', b'format":3,"more":1,')
+        serving.file.write_bytes(content)
+        revision = content[13:29].decode() if revision else revision
+    reply = await serving.ask(ID, revision=revision)
+    assert (reply.status, reply.body) == (200, GUEST.ec2_id.encode())
+    assert CACHED not in reply.headers
 
 
 @pytest.mark.parametrize("path", [META_DATA, PASSWORD, "/nothing", "/%"])
 async def test_what_changes_without_the_record_is_never_cached(serving: Serving, path: str) -> None:
-    revision = serving.write(GUEST)
-    assert b"cache-control" not in names(await serving.ask(path, revision=revision))
+    assert CACHED not in (await serving.ask(path, revision=serving.write())).headers
 
 
 async def test_an_update_is_seen_by_the_next_request(serving: Serving) -> None:
-    serving.write(GUEST)
-    await serving.ask("/latest/meta-data/hostname")
+    serving.write()
+    await serving.ask(HOSTNAME)
     revision = serving.write(guest(hostname="web.example.net"))
-    answer = await serving.ask("/latest/meta-data/hostname", revision=revision)
-    assert answer.body == b"web.example.net"
-    assert b"cache-control" in names(answer)
+    reply = await serving.ask(HOSTNAME, revision=revision)
+    assert (reply.body, reply.headers[-1]) == (b"web.example.net", CACHED)
+    # A file that looks the same is read again for another revision.
+    before, changed = serving.file.stat(), compiled(guest(hostname="wab.example.net"))
+    with serving.file.open("r+b") as file:
+        file.write(changed.content)
+    os.utime(serving.file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert serving.file.stat().st_size == before.st_size
+    assert (await serving.ask(HOSTNAME, revision=changed.revision)).body == b"wab.example.net"
 
 
-async def test_a_file_that_looks_the_same_is_read_again_for_another_revision(
+async def test_a_missing_record_is_503_and_logged_once_until_it_comes_back(
     serving: Serving,
 ) -> None:
-    serving.write(GUEST)
-    path = serving.directory / "documents" / compiled_path(GUEST.id)
-    await serving.ask("/latest/meta-data/hostname")
-    before = path.stat()
-    changed = compiled(guest(hostname="wab.example.org"))
-    with path.open("r+b") as file:
-        file.write(changed.content)
-    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
-    assert path.stat().st_size == before.st_size
-    answer = await serving.ask("/latest/meta-data/hostname", revision=changed.revision)
-    assert answer.body == b"wab.example.org"
-
-
-async def test_a_missing_record_is_503_and_told_once(serving: Serving) -> None:
     with structlog.testing.capture_logs() as events:
         for _ in range(3):
-            answer = await serving.ask("/latest/meta-data/instance-id", revision="0" * 16)
-            assert answer.status == 503
-            assert names(answer) == {b"retry-after": b"1", b"content-length": b"0"}
-    assert [event["log_level"] for event in events] == ["warning"]
-    assert events[0]["instance"] == GUEST.id
-
-
-async def test_a_damaged_record_is_503_never_404(serving: Serving) -> None:
-    serving.write(GUEST)
-    path = serving.directory / "documents" / compiled_path(GUEST.id)
-    path.write_bytes(path.read_bytes()[:-3])
-    with structlog.testing.capture_logs() as events:
-        answer = await serving.ask("/nothing")
-    assert answer.status == 503
-    assert "checksum" in str(events[0]["reason"])
-    serving.write(GUEST)
-    assert (await serving.ask("/latest/meta-data/instance-id")).status == 200
-
-
-async def test_a_fault_that_comes_back_is_told_again(serving: Serving) -> None:
-    with structlog.testing.capture_logs() as events:
-        await serving.ask("/")
-        serving.write(GUEST)
-        await serving.ask("/")
-        remove_record(serving.directory / "documents", GUEST.id)
+            reply = await serving.ask(ID, revision="0" * 16)
+            assert reply.status == 503
+            assert reply.headers == [(b"retry-after", b"1"), (b"content-length", b"0")]
+        assert [(one["log_level"], one["instance"]) for one in events] == [("warning", GUEST.id)]
+        serving.write()
+        assert (await serving.ask(ID)).status == 200
+        remove_record(serving.records, GUEST.id)
         await serving.ask("/")
     assert len(events) == 2
 
 
-async def test_short_user_data_is_bytes_and_long_is_a_file(serving: Serving) -> None:
-    serving.write(guest(user_data=b"\x1f\x8b\xff"))
-    assert (await serving.ask("/latest/user-data")).body == b"\x1f\x8b\xff"
-    data = os.urandom(1 << 20)
-    serving.write(guest(user_data=data))
-    part = (await serving.ask("/latest/user-data")).body
-    assert isinstance(part, FilePart)
-    with part.file as file:
-        file.seek(part.offset)
-        assert file.read(part.length) == data
-    assert (await serving.ask("/latest/user-data", "HEAD")).body == b""
+async def test_a_damaged_record_is_503_never_404(serving: Serving) -> None:
+    serving.write()
+    serving.file.write_bytes(serving.file.read_bytes()[:-3])
+    with structlog.testing.capture_logs() as events:
+        assert (await serving.ask("/nothing")).status == 503
+    assert "checksum" in str(events[0]["reason"])
+    serving.write()
+    assert (await serving.ask(ID)).status == 200
 
 
-async def test_a_password_is_kept_once(serving: Serving) -> None:
-    serving.write(GUEST)
+async def test_user_data_is_exact_and_goes_out_in_pieces(serving: Serving) -> None:
+    for data in (b"\x1f\x8b\xff", bytes(range(256)) * 8192):
+        serving.write(guest(user_data=data))
+        reply = await serving.ask("/latest/user-data")
+        assert reply.body == data
+        assert (b"content-length", b"%d" % len(data)) in reply.headers
+        assert max(map(len, reply.pieces)) <= 256 * 1024
+        assert (await serving.ask("/latest/user-data", "HEAD")).body == b""
+
+
+async def test_a_password_is_kept_once(serving: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
+    serving.write()
     assert (await serving.ask(PASSWORD)).body == b""
-    assert (await serving.ask(PASSWORD, "POST", b"c2VjcmV0")).status == 200
-    assert (await serving.ask(PASSWORD)).body == b"c2VjcmV0"
+    assert (await serving.ask(PASSWORD, "POST", b"c2Vj", b"", b"cmV0")).status == 200
     assert (await serving.ask(PASSWORD, "POST", b"other")).status == 409
     serving.write(guest(hostname="renamed"))
     assert (await serving.ask(PASSWORD)).body == b"c2VjcmV0"
-
-
-async def test_of_two_passwords_at_once_the_second_is_409(
-    serving: Serving, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    serving.write(GUEST)
-    PasswordStore(serving.directory / "passwords").keep(GUEST.id, b"first")
+    # Of two that come at once, too.
     monkeypatch.setattr(PasswordStore, "read", lambda _self, _id: None)
     assert (await serving.ask(PASSWORD, "POST", b"second")).status == 409
 
 
 async def test_a_password_that_cannot_be_kept_is_503(serving: Serving) -> None:
-    serving.write(GUEST)
-    (serving.directory / "passwords").rmdir()
+    serving.write()
+    serving.passwords.rmdir()
     with structlog.testing.capture_logs() as events:
         assert (await serving.ask(PASSWORD, "POST", b"c2VjcmV0")).status == 503
     assert "password" in str(events[0]["reason"])
@@ -188,3 +219,86 @@ async def test_notes_of_faults_do_not_grow_for_ever(serving: Serving) -> None:
         for number in range(1100):
             await serving.service.answer(InstanceId(f"vm-{number}"), request)
     assert len(serving.service._noted) <= 1024
+
+
+async def test_liveness_needs_no_instance_and_is_no_document(serving: Serving) -> None:
+    serving.write()
+    assert (await serving.ask("/livez", headers=())).status == 200
+    assert (await serving.ask("/livez")).status == 404
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        (),
+        (GUEST.id.encode(),) * 2,
+        *((value,) for value in (b"", b"../etc/passwd", b"a" * 65, b"-a", b"a\n", b"\xff")),
+    ],
+)
+async def test_no_instance_or_a_bad_one_is_400(serving: Serving, values: tuple[bytes, ...]) -> None:
+    serving.write()
+    headers = [(b"x-imdsproxy-instance", value) for value in values]
+    assert (await serving.ask("/latest", headers=headers)).status == 400
+
+
+async def test_a_body_is_read_as_far_as_it_is_needed(serving: Serving) -> None:
+    serving.write()
+    reply = await serving.ask("/latest", "GET", b"x", complete=False)
+    assert (reply.status, reply.received) == (200, 0)
+    reply = await serving.ask(PASSWORD, "POST", *[b"x" * 10_000] * 100)
+    assert reply.status == 413
+    assert reply.received <= BODY_LIMIT // 10_000 + 1
+    # A client that leaves gets nothing.
+    assert (await serving.ask(PASSWORD, "POST", b"a", complete=False)).status is None
+
+
+async def test_a_fault_of_ours_is_503_and_logged(
+    serving: Serving, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def fail(*_args: object, **_keywords: object) -> Answer:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(DocumentService, "answer", fail)
+    with structlog.testing.capture_logs() as events:
+        reply = await serving.ask("/latest")
+    assert (reply.status, reply.headers[0]) == (503, (b"retry-after", b"1"))
+    assert events[0]["log_level"] == "error"
+
+
+async def _nothing(_message: MutableMapping[str, object]) -> None:
+    """Takes what is sent."""
+
+
+async def test_other_protocols_are_refused(serving: Serving) -> None:
+    async def receive() -> MutableMapping[str, object]:
+        return {}
+
+    with pytest.raises(ValueError, match="websocket"):
+        await serving.app({"type": "websocket"}, receive, _nothing)
+
+
+@pytest.mark.parametrize(
+    ("message", "limit", "expected"),
+    [
+        ({"type": "http.request", "body": b"abc"}, 3, b"abc"),
+        ({"type": "http.request", "body": b"abc"}, 2, BodyTooLarge),
+        ({"type": "http.disconnect"}, 3, Unfinished),
+    ],
+)
+async def test_a_body_is_whole_and_limited_as_asked(
+    message: MutableMapping[str, object], limit: int, expected: bytes | type
+) -> None:
+    async def receive() -> MutableMapping[str, object]:
+        return message
+
+    found = await read_body(receive, limit)
+    assert expected in (found, type(found))
+
+
+async def test_a_file_that_ends_early_breaks_the_answer_off_and_is_closed(tmp_path: Path) -> None:
+    path = tmp_path / "short"
+    path.write_bytes(b"abc")
+    file = path.open("rb")
+    with pytest.raises(EOFError):
+        await send_answer(Answer(200, (), FilePart(file, 1, 10)), _nothing)
+    assert file.closed
