@@ -12,8 +12,8 @@ from typing import Final
 
 import pytest
 
-from imdsproxy.cli.doctor_input import parse_url
-from imdsproxy.core.doctor import Crawl, Surroundings, crawl, examine, run_crawl
+from imdsproxy.cli.doctor_run import parse_url
+from imdsproxy.core.doctor import Crawl, Surroundings, crawl, examine
 from imdsproxy.core.model import Dialect
 from support.daemon import instance
 from support.guest import IPV4, IPV6, Guest, inside
@@ -37,7 +37,7 @@ _EVERYTHING = {
 
 def _ask_all(guest: Guest, url: str) -> Crawl:
     def ask() -> Crawl:
-        return run_crawl(crawl(direct=True), parse_url(url))
+        return crawl(parse_url(url), direct=True)
 
     return inside(guest.namespace, ask, directory=guest.directory)
 

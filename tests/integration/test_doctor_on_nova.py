@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import hmac
 
-from imdsproxy.cli.doctor_input import parse_url
-from imdsproxy.core.doctor import Severity, Surroundings, crawl, examine, run_crawl
+from imdsproxy.cli.doctor_run import parse_url
+from imdsproxy.core.doctor import Severity, Surroundings, crawl, examine
 from imdsproxy.core.model import Dialect
 from support.openstack.lab import OpenStack
 
@@ -21,7 +21,7 @@ def test_novas_own_faults_are_found(openstack: OpenStack) -> None:
         "X-Forwarded-For: 10.0.0.5",
     ]
 
-    done = run_crawl(crawl(direct=True), parse_url(openstack.nova_url, headers))
+    done = crawl(parse_url(openstack.nova_url, headers), direct=True)
     findings = {one.code: one for one in examine(done, Surroundings())}
 
     assert done.serves(Dialect.OPENSTACK)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from imdsproxy.cli.doctor_input import (
+from imdsproxy.cli.doctor_run import (
     HttpFetch,
     is_metadata_address,
     look_around,

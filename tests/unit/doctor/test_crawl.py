@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from imdsproxy.core.doctor import Answer, Answered, Ask, Unanswered, crawl, run_crawl
+from imdsproxy.core.doctor import Answer, Answered, Ask, Unanswered, crawl
 from imdsproxy.core.doctor.crawl import GOOGLE, TOKEN
 from imdsproxy.core.model import Dialect
 from support.metadata_server import MetadataServer, Reply
@@ -10,16 +10,16 @@ from support.metadata_server import MetadataServer, Reply
 
 def test_nothing_is_asked_twice() -> None:
     server = MetadataServer()
-    done = run_crawl(crawl(direct=True), server.fetch)
+    done = crawl(server.fetch, direct=True)
 
     asked = [(method, path, tuple(headers.items())) for method, path, headers in server.asked]
-    assert len(asked) == len(set(asked)) == len(done.exchanges)
+    assert len(asked) == len(set(asked)) == len(done.asked)
     assert all(done.serves(dialect) for dialect in Dialect)
 
 
 def test_the_daemon_is_asked_only_what_it_can_say() -> None:
     server = MetadataServer()
-    run_crawl(crawl(direct=False), server.fetch)
+    crawl(server.fetch, direct=False)
 
     assert {method for method, _, _ in server.asked} == {"GET"}
     assert all(not headers for _, _, headers in server.asked)
@@ -28,7 +28,7 @@ def test_the_daemon_is_asked_only_what_it_can_say() -> None:
 
 def test_a_token_is_asked_for_as_curl_does() -> None:
     server = MetadataServer()
-    run_crawl(crawl(direct=True), server.fetch)
+    crawl(server.fetch, direct=True)
 
     assert ("PUT", TOKEN.path, dict(TOKEN.headers)) in server.asked
     assert ("GET", "/", dict(GOOGLE.headers)) in server.asked
@@ -38,14 +38,14 @@ def test_cloud_inits_newest_version_is_taken() -> None:
     server = MetadataServer()
     server.replies["/openstack"] = Reply(b"2013-04-04\n2012-08-10\n2099-01-01\nlatest")
 
-    assert run_crawl(crawl(direct=False), server.fetch).version == "2013-04-04"
+    assert crawl(server.fetch, direct=False).version == "2013-04-04"
 
 
 def test_every_listed_leaf_is_read_and_nobodys_credentials() -> None:
     server = MetadataServer()
     server.replies["/latest/meta-data"] = Reply(b"a/\nb\niam/")
     server.replies["/latest/meta-data/a"] = Reply(b"c")
-    run_crawl(crawl(direct=False), server.fetch)
+    crawl(server.fetch, direct=False)
 
     paths = [path for _, path, _ in server.asked]
     assert "/latest/meta-data/a/c" in paths
@@ -58,7 +58,7 @@ def test_a_server_without_the_latest_tree_is_crawled_by_its_old_one() -> None:
     for path in [path for path in server.replies if path.startswith("/latest")]:
         del server.replies[path]
 
-    assert run_crawl(crawl(direct=False), server.fetch).base == "/2009-04-04"
+    assert crawl(server.fetch, direct=False).base == "/2009-04-04"
 
 
 def test_a_server_that_is_not_there_is_not_asked_for_long() -> None:
@@ -68,7 +68,7 @@ def test_a_server_that_is_not_there_is_not_asked_for_long() -> None:
         asked.append(ask)
         return Unanswered("Connection refused")
 
-    done = run_crawl(crawl(direct=True), refuse)
+    done = crawl(refuse, direct=True)
     assert (len(asked), done.given_up) == (3, "Connection refused")
 
 
@@ -79,6 +79,6 @@ def test_a_tree_without_end_is_left() -> None:
         asked.append(ask)
         return Answer(200, body=b"a/\nb/\nc/\nd/")
 
-    done = run_crawl(crawl(direct=False), endless)
+    done = crawl(endless, direct=False)
     assert len(asked) <= 600
     assert done.given_up

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from imdsproxy.core.doctor import Severity, Surroundings, crawl, run_crawl
+from imdsproxy.core.doctor import Severity, Surroundings, crawl
 from imdsproxy.core.doctor.checks_documents import check_gate
 from support.metadata_server import MetadataServer
 
@@ -18,7 +18,7 @@ def codes(around: Surroundings, *, direct: bool = True, only: str = "") -> list[
     server = MetadataServer()
     if only:
         server.replies = {path: one for path, one in server.replies.items() if only in path}
-    done = run_crawl(crawl(direct=direct), server.fetch)
+    done = crawl(server.fetch, direct=direct)
     return [(one.code, one.severity.value) for one in check_gate(done, around)]
 
 
@@ -58,7 +58,7 @@ def test_a_serial_number_that_may_not_be_read_leaves_it_open() -> None:
 
 
 def test_the_host_is_told_how_to_open_it() -> None:
-    done = run_crawl(crawl(direct=False), MetadataServer().fetch)
+    done = crawl(MetadataServer().fetch, direct=False)
 
     (finding,) = check_gate(done, Surroundings(instance="web-1"))
     assert finding.severity is Severity.NOTE

@@ -1,15 +1,16 @@
 """A doctor for metadata servers: asks as the known clients do, and reports which of them would fail, and why.
 
-`crawl` is a generator of questions; `run_crawl` drives it with a function that fetches. `examine` checks the answers,
-wherever they come from. What it may find stands in findings.toml.
+`crawl` asks by a function that fetches. `examine` checks the answers, wherever they come from. What it may find stands
+in findings.toml.
 """
 
 from __future__ import annotations
 
-from imdsproxy.core.doctor.crawl import Crawl, crawl, run_crawl
-from imdsproxy.core.doctor.examine import examine
-from imdsproxy.core.doctor.exchange import Answer, Answered, Ask, Exchange, Framing, Unanswered
-from imdsproxy.core.doctor.finding import Card, Finding, Severity, Surroundings
+from typing import Final
+
+from imdsproxy.core.doctor import checks_documents, checks_http
+from imdsproxy.core.doctor.crawl import Answer, Answered, Ask, Crawl, Framing, Unanswered, crawl
+from imdsproxy.core.doctor.finding import Card, Finding, Severity, Surroundings, found
 
 __all__ = [
     "Answer",
@@ -17,7 +18,6 @@ __all__ = [
     "Ask",
     "Card",
     "Crawl",
-    "Exchange",
     "Finding",
     "Framing",
     "Severity",
@@ -25,5 +25,32 @@ __all__ = [
     "Unanswered",
     "crawl",
     "examine",
-    "run_crawl",
 ]
+
+_FORBIDDEN: Final = 403
+_OTHER_MAC: Final = "the guest has another MAC than the record that has its address"
+
+
+def examine(crawl: Crawl, around: Surroundings) -> tuple[Finding, ...]:
+    """Everything that is found, the worst first."""
+    if {answer.status for _, answer in crawl.answers()} == {_FORBIDDEN}:
+        return (_refusal(around),)
+    findings = [
+        *checks_http.check_transport(crawl),
+        *checks_documents.check_gate(crawl, around),
+        *checks_documents.check_openstack(crawl),
+        *checks_documents.check_network_data(crawl, around),
+        *checks_http.check_listings(crawl),
+        *checks_http.check_tokens(crawl),
+        *checks_documents.check_nocloud(crawl),
+        *checks_documents.check_user_data(crawl),
+    ]
+    order = list(Severity)
+    return tuple(sorted(findings, key=lambda one: order.index(one.severity)))
+
+
+def _refusal(around: Surroundings) -> Finding:
+    why = "; ".join(around.why)
+    if around.verdict == "mismatch":
+        return found("mac-mismatch", clients=["every client: 403"], what=why or _OTHER_MAC)
+    return found("refused", why=f": {why}" if why else "", mismatch=_OTHER_MAC)

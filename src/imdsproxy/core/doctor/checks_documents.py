@@ -9,9 +9,14 @@ import zlib
 from collections.abc import Iterator, Mapping
 from typing import Final
 
-from imdsproxy.core.doctor.crawl import CLOUD_INIT_OPENSTACK, NOCLOUD_FILES, Crawl
-from imdsproxy.core.doctor.exchange import Answer, json_of
-from imdsproxy.core.doctor.finding import Finding, Severity, Surroundings, found
+from imdsproxy.core.doctor.crawl import (
+    CLOUD_INIT_OPENSTACK,
+    NOCLOUD_FILES,
+    Answer,
+    Crawl,
+    json_of,
+)
+from imdsproxy.core.doctor.finding import Finding, Severity, Surroundings, found, seen
 from imdsproxy.core.model import Dialect
 from imdsproxy.core.snippets import looks_like_amazon
 
@@ -60,21 +65,16 @@ def asked_by(around: Surroundings) -> frozenset[Dialect]:
     if names is not None:
         wanted = {one.lower().removesuffix("-net") for one in names}
         return frozenset(one for one in Dialect if one.value in wanted)
-    found = set()
     dmi: Mapping[str, str] = around.dmi or {}
-    if around.environment.get("product_name") == "OpenStack Nova":
-        found.add(Dialect.OPENSTACK)
-    if f" {dmi.get('product_serial', '')}".find(" ds=nocloud") >= 0:
-        found.add(Dialect.NOCLOUD)
-    if not around.container:
-        if (
-            dmi.get("product_name") in _OPENSTACK_NAMES
-            or dmi.get("chassis_asset_tag") in _OPENSTACK_TAGS
-        ):
-            found.add(Dialect.OPENSTACK)
-        if _is_ec2(dmi):
-            found.add(Dialect.EC2)
-    return frozenset(found)
+    shown = {} if around.container else dmi
+    signs = {
+        Dialect.OPENSTACK: around.environment.get("product_name") == "OpenStack Nova"
+        or shown.get("product_name") in _OPENSTACK_NAMES
+        or shown.get("chassis_asset_tag") in _OPENSTACK_TAGS,
+        Dialect.NOCLOUD: " ds=nocloud" in f" {dmi.get('product_serial', '')}",
+        Dialect.EC2: _is_ec2(shown),
+    }
+    return frozenset(dialect for dialect, sign in signs.items() if sign)
 
 
 def _named(kernel: str) -> str | None:
@@ -101,7 +101,7 @@ def check_gate(crawl: Crawl, around: Surroundings) -> Iterator[Finding]:
     served = {one for one in Dialect if crawl.serves(one)}
     command = _HOST_COMMAND.format(around.instance or "INSTANCE")
     if not served:
-        if any(one.answer for one in crawl.exchanges) and not crawl.given_up:
+        if any(crawl.answers()) and not crawl.given_up:
             yield found("nothing-served", why=": " + "; ".join(around.why) if around.why else "")
     elif around.dmi is None:
         if not crawl.direct:
@@ -137,18 +137,17 @@ def check_openstack(crawl: Crawl) -> Iterator[Finding]:
     yield from _meta_data(crawl.answer(path), path)
     names = ("vendor_data.json", "vendor_data2.json", "network_data.json")
     others = {
-        one: crawl.answer(one) for one in (f"/openstack/{crawl.version}/{name}" for name in names)
+        name: crawl.good(name) for name in (f"/openstack/{crawl.version}/{one}" for one in names)
     }
-    odd = [path for path, one in others.items() if one and one.ok and json_of(one) is None]
-    if odd:
-        yield found("json-unreadable", *odd)
-    gone = [
+    yield from seen(
+        "json-unreadable", (one for one, it in others.items() if it and json_of(it) is None)
+    )
+    gone = (
         f"{ask.path} ({answer.status})"
         for ask, answer in crawl.answers()
         if ask.path.startswith("/openstack/content/") and not answer.ok
-    ]
-    if gone:
-        yield found("content-unreadable", *gone)
+    )
+    yield from seen("content-unreadable", gone)
     password = "/openstack/2013-04-04/password"  # noqa: S105 - a path
     answer = crawl.answer(password)
     if answer is not None and not answer.ok:
@@ -236,8 +235,8 @@ def _guest_macs(
         yield found("mac-mismatch", path, what=what)
     paths = [one for one in crawl.listed if one.endswith("/network/interfaces/macs/")]
     for other in ("/nocloud/network-config", *paths, f"{crawl.base}/meta-data/mac"):
-        answer = crawl.answer(other)
-        named = set(_MAC.findall(answer.text.lower())) if answer and answer.ok else set()
+        answer = crawl.good(other)
+        named = set(_MAC.findall(answer.text.lower())) if answer else set()
         if named - macs:
             yield found(
                 "mac-mismatch",
@@ -268,12 +267,11 @@ def check_nocloud(crawl: Crawl) -> Iterator[Finding]:
         return
     answers = {name: crawl.answer(f"/nocloud/{name}") for name in NOCLOUD_FILES}
     gone = {name: one.status for name, one in answers.items() if one is not None and not one.ok}
-    if gone:
-        yield found(
-            "nocloud-missing",
-            *(f"/nocloud/{name} ({status})" for name, status in gone.items()),
-            severity=Severity.ERROR if "user-data" in gone else None,
-        )
+    yield from seen(
+        "nocloud-missing",
+        (f"/nocloud/{name} ({status})" for name, status in gone.items()),
+        severity=Severity.ERROR if "user-data" in gone else None,
+    )
     meta_data = answers["meta-data"]
     if meta_data is not None and not _ID.search(meta_data.text):
         yield found("nocloud-instance-id", "/nocloud/meta-data")
@@ -286,14 +284,12 @@ def check_user_data(crawl: Crawl) -> Iterator[Finding]:
         f"{crawl.base}/user-data",
         "/nocloud/user-data",
     ):
-        answer = crawl.answer(path)
-        if answer is None or not answer.ok:
-            continue
-        if answer.body:
+        answer = crawl.good(path)
+        if answer and answer.body:
             yield from _content(answer.body, path)
             return
         # NoCloud's has to be there, even if it is empty.
-        if not path.startswith("/nocloud/"):
+        if answer and not path.startswith("/nocloud/"):
             yield found("user-data-empty", path)
 
 

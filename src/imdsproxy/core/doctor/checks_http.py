@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Final
 
-from imdsproxy.core.doctor.crawl import GOOGLE, ODD_LEAF, TOKEN, TTL_HEADER, Crawl
-from imdsproxy.core.doctor.exchange import Answer, Framing, Unanswered
-from imdsproxy.core.doctor.finding import Finding, Severity, found
+from imdsproxy.core.doctor.crawl import (
+    GOOGLE,
+    ODD_LEAF,
+    TOKEN,
+    TTL_HEADER,
+    Answer,
+    Crawl,
+    Framing,
+    Unanswered,
+)
+from imdsproxy.core.doctor.finding import Finding, Severity, found, seen
 from imdsproxy.core.model import Dialect
 
 _TIMEOUTS: Final = (
@@ -56,48 +64,42 @@ def check_transport(crawl: Crawl) -> Iterator[Finding]:
     yield from _unanswered(crawl)
     yield from _slow(crawl)
     answers = list(crawl.answers())
-    old = [ask.path for ask, answer in answers if answer.version == "1.0"]
-    closed = [ask.path for ask, answer in answers if answer.framing is Framing.UNTIL_CLOSE]
-    if closed or old:
-        how = "HTTP/1.0" if old else "no length: the connection's end is the body's"
-        yield found("close-delimited", *(closed or old), how=how)
-    if cut := [ask.path for ask, answer in answers if answer.cut]:
-        yield found("cut-off", *cut)
-    if moved := [ask.path for ask, answer in answers if answer.status in _REDIRECTS]:
-        yield found("redirect", *moved)
+
+    def where(fault: Callable[[Answer], bool]) -> list[str]:
+        return [ask.path for ask, answer in answers if fault(answer)]
+
+    old = where(lambda one: one.version == "1.0")
+    closed = where(lambda one: one.framing is Framing.UNTIL_CLOSE)
+    how = "HTTP/1.0" if old else "no length: the connection's end is the body's"
+    yield from seen("close-delimited", closed or old, how=how)
+    yield from seen("cut-off", where(lambda one: one.cut))
+    yield from seen("redirect", where(lambda one: one.status in _REDIRECTS))
     listed = {path for children in crawl.listed.values() for path in children}
-    broken = [ask.path for ask, answer in answers if answer.status >= _SERVER_ERROR]
-    if odd := [path for path in broken if path not in listed]:
-        yield found("server-error", *odd)
-    if large := {
-        ask.path: len(answer.body) for ask, answer in answers if len(answer.body) > _LARGE
-    }:
-        yield found("large", *large, size=max(large.values()) / _LARGE)
+    broken = where(lambda one: one.status >= _SERVER_ERROR)
+    yield from seen("server-error", (path for path in broken if path not in listed))
+    size = max((len(one.body) for _, one in answers), default=0) / _LARGE
+    yield from seen("large", where(lambda one: len(one.body) > _LARGE), size=size)
 
 
 def _unanswered(crawl: Crawl) -> Iterator[Finding]:
     silent = [
-        (one.ask.path, one.answered)
-        for one in crawl.exchanges
-        if isinstance(one.answered, Unanswered)
+        (ask.path, answered)
+        for ask, answered in crawl.asked.items()
+        if isinstance(answered, Unanswered)
     ]
-    count, every = len(silent), len(crawl.exchanges)
-    if not silent:
-        return
-    why = silent[0][1].why
-    if count == every:
-        yield found("unreachable", why=why)
-        return
-    odd = all(path == f"{crawl.base}{ODD_LEAF}" for path, _ in silent)
-    yield found(
-        "no-answer",
-        *(path for path, _ in silent),
-        severity=Severity.WARNING if odd else None,
-        clients=_WAITING if any(one.timed_out for _, one in silent) else None,
-        count=count,
-        all=every,
-        why=why,
-    )
+    if silent and len(silent) == len(crawl.asked):
+        yield found("unreachable", why=silent[0][1].why)
+    elif silent:
+        odd = all(path == f"{crawl.base}{ODD_LEAF}" for path, _ in silent)
+        yield found(
+            "no-answer",
+            *(path for path, _ in silent),
+            severity=Severity.WARNING if odd else None,
+            clients=_WAITING if any(one.timed_out for _, one in silent) else None,
+            count=len(silent),
+            all=len(crawl.asked),
+            why=silent[0][1].why,
+        )
 
 
 def _slow(crawl: Crawl) -> Iterator[Finding]:
@@ -126,19 +128,16 @@ def check_listings(crawl: Crawl) -> Iterator[Finding]:
     if crawl.base is None:
         return
     children = [child for children in crawl.listed.values() for child in children]
-    answers = ((child, crawl.answer(child)) for child in children)
-    gone = [f"{child} ({one.status})" for child, one in answers if one is not None and not one.ok]
-    if gone:
-        yield found("listed-missing", *gone)
-    if listings := [path for path in crawl.listed if _ends_in_newline(crawl, path)]:
-        yield found("listing-newline", *listings)
-    leaves = [one for one in children if not one.endswith("/") and _ends_in_newline(crawl, one)]
-    if values := [path for path in leaves if _KEYS not in path]:
-        yield found("leaf-newline", *values)
-    if empty := [path for path, children in crawl.listed.items() if not children]:
-        yield found("empty-directory", *empty)
-    if tags := list(_bad_tags(crawl)):
-        yield found("tag-characters", *tags)
+    answers = {child: crawl.answer(child) for child in children}
+    gone = (f"{child} ({one.status})" for child, one in answers.items() if one and not one.ok)
+    yield from seen("listed-missing", gone)
+    yield from seen(
+        "listing-newline", (one for one in crawl.listed if _ends_in_newline(crawl, one))
+    )
+    leaves = (one for one in children if not one.endswith("/") and _KEYS not in one)
+    yield from seen("leaf-newline", (one for one in leaves if _ends_in_newline(crawl, one)))
+    yield from seen("empty-directory", (one for one, names in crawl.listed.items() if not names))
+    yield from seen("tag-characters", _bad_tags(crawl))
     yield from _keys(crawl)
     yield from _spellings(crawl, crawl.base)
     yield from _region(crawl)
@@ -146,8 +145,8 @@ def check_listings(crawl: Crawl) -> Iterator[Finding]:
 
 
 def _ends_in_newline(crawl: Crawl, path: str) -> bool:
-    answer = crawl.answer(path)
-    return answer is not None and answer.ok and answer.body.endswith(b"\n")
+    answer = crawl.good(path)
+    return answer is not None and answer.body.endswith(b"\n")
 
 
 def _bad_tags(crawl: Crawl) -> Iterator[str]:
@@ -161,8 +160,8 @@ def _bad_tags(crawl: Crawl) -> Iterator[str]:
 def _keys(crawl: Crawl) -> Iterator[Finding]:
     paths = [path for path in crawl.listed if path.endswith(_KEYS)]
     where = paths or [f"/{_OLD}/meta-data/public-keys"]
-    listing = crawl.answer(where[0])
-    if listing is None or not listing.ok or not listing.body.strip():
+    listing = crawl.good(where[0])
+    if listing is None or not listing.body.strip():
         return
     lines = listing.text.splitlines()
     odd = [line for line in lines if line.count("=") > 1 and line.split("=")[0].isdecimal()]
@@ -174,29 +173,25 @@ def _keys(crawl: Crawl) -> Iterator[Finding]:
 
 def _spellings(crawl: Crawl, base: str) -> Iterator[Finding]:
     zone = f"{base}/meta-data/placement/availability-zone"
-    for path, spelling, clients in (
-        (f"{base}/user-data", f"{base}/user-data/", "Facter, Ohai"),
-        (f"{base}/meta-data/", f"{base}/meta-data", "AsyncAws, google-auth and others"),
-        (zone, f"{zone}/", "botocore and the AWS CLI, which then know no region"),
-    ):
-        one, other = crawl.answer(path), crawl.answer(spelling)
-        if one is not None and one.ok and other is not None and other.body != one.body:
-            yield found("trailing-slash", spelling, clients=[clients], status=other.status)
-    doubled = f"{base}//meta-data/instance-id"
-    one, other = crawl.answer(f"{base}/meta-data/instance-id"), crawl.answer(doubled)
-    if one is not None and other is not None and one.ok and one.body != other.body:
-        yield found("double-slash", doubled, status=other.status)
+    for code, path, spelling, clients in (
+        ("trailing-slash", f"{base}/user-data", f"{base}/user-data/", "Facter, Ohai"),
+        ("trailing-slash", f"{base}/meta-data/", f"{base}/meta-data", "AsyncAws, google-auth and others"),
+        ("trailing-slash", zone, f"{zone}/", "botocore and the AWS CLI, which then know no region"),
+        ("double-slash", f"{base}/meta-data/instance-id", f"{base}//meta-data/instance-id", None),
+    ):  # fmt: skip
+        one, other = crawl.good(path), crawl.answer(spelling)
+        if one and other and other.body != one.body:
+            named = None if clients is None else [clients]
+            yield found(code, spelling, clients=named, status=other.status)
 
 
 def _region(crawl: Crawl) -> Iterator[Finding]:
     path = f"{crawl.base}/meta-data/placement/region"
     zone, region = (
-        crawl.answer(f"{crawl.base}/meta-data/placement/availability-zone"),
-        crawl.answer(path),
+        crawl.good(f"{crawl.base}/meta-data/placement/availability-zone"),
+        crawl.good(path),
     )
-    if zone is None or region is None or not (zone.ok and region.ok):
-        return
-    if zone.text[:-1] != region.text:
+    if zone and region and zone.text[:-1] != region.text:
         yield found("region-of-zone", path, region=region.text, derived=zone.text[:-1])
 
 
@@ -229,9 +224,8 @@ def check_tokens(crawl: Crawl) -> Iterator[Finding]:
         ("/computeMetadata/", "Google's", "google-auth, gcp-metadata"),
         ("/metadata/instance", "Azure's", "Azure SDKs"),
     ):
-        there = [ask.path for ask, one in crawl.answers() if ask.path.startswith(prefix) and one.ok]
-        if there:
-            yield found("foreign-cloud", *there, clients=[clients], cloud=cloud)
+        there = (ask.path for ask, one in crawl.answers() if ask.path.startswith(prefix) and one.ok)
+        yield from seen("foreign-cloud", there, clients=[clients], cloud=cloud)
 
 
 def _granted(answer: Answer) -> Iterator[Finding]:

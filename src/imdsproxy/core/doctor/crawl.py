@@ -1,17 +1,14 @@
-"""What the known clients ask, in their order, as a generator of questions that takes their answers.
-
-Taken from what they did against a logging server: cloud-init's OpenStack, Ec2 and NoCloud sources, cloudbase-init,
-os-collect-config (every listed leaf), the AWS SDKs' token, Ohai, Facter, heat-cfntools, and the libraries that look
-for other clouds. Every path is asked once.
-"""
+"""What the doctor asks: as the known clients do, each path once, and not for ever; and what it is answered."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Mapping
+import json
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from enum import StrEnum
+from itertools import islice
 from typing import Final, TypeAlias
 
-from imdsproxy.core.doctor.exchange import Answer, Answered, Ask, Exchange, Unanswered, json_of
 from imdsproxy.core.model import Dialect
 
 CLOUD_INIT_OPENSTACK: Final = (
@@ -36,6 +33,78 @@ NOCLOUD_FILES: Final = ("network-config", "meta-data", "user-data", "vendor-data
 ODD_LEAF: Final = "/meta-data/instance-id/x"
 """Below a leaf: Nova answers 500 there."""
 
+_OK: Final = 200
+
+
+class Framing(StrEnum):
+    """How the end of an answer is marked."""
+
+    LENGTH = "length"
+    CHUNKED = "chunked"
+    UNTIL_CLOSE = "until-close"
+    """By closing the connection."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """One request without a body."""
+
+    path: str
+    method: str = "GET"
+    headers: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """An answer as it came.
+
+    Attributes:
+        headers: With lower-case names, in their order.
+        first_byte_s: Seconds from the request to the answer's first byte; `None` where it was not measured.
+        framing: `None` where it is not known.
+        version: Of HTTP.
+        cut: The body is shorter than its length says.
+    """
+
+    status: int
+    headers: tuple[tuple[str, str], ...] = ()
+    body: bytes = b""
+    first_byte_s: float | None = None
+    framing: Framing | None = None
+    version: str = "1.1"
+    cut: bool = False
+
+    @property
+    def ok(self) -> bool:
+        """Whether it is 200."""
+        return self.status == _OK
+
+    @property
+    def text(self) -> str:
+        """The body as text, whatever it is."""
+        return self.body.decode("utf-8", "replace")
+
+    def header(self, name: str) -> str | None:
+        """The first header of a lower-case name."""
+        return next((value for one, value in self.headers if one == name), None)
+
+
+@dataclass(frozen=True, slots=True)
+class Unanswered:
+    """No answer: refused, cut off, or not in time.
+
+    Attributes:
+        why: In one line.
+        timed_out: The server took the request and did not answer.
+    """
+
+    why: str
+    timed_out: bool = False
+
+
+Answered: TypeAlias = Answer | Unanswered
+
+
 TTL_HEADER: Final = "x-aws-ec2-metadata-token-ttl-seconds"
 TOKEN_HEADER: Final = "x-aws-ec2-metadata-token"  # noqa: S105 - a header's name
 TOKEN: Final = Ask("/latest/api/token", "PUT", ((TTL_HEADER, "21600"),))
@@ -59,8 +128,10 @@ class Crawl:
     """Every question and its answer.
 
     Attributes:
-        direct: It was asked over HTTP; else the daemon computed its answer, and there is nothing of
+        fetch: Asks one question.
+        direct: It is asked over HTTP; else the daemon computes its answers, and there is nothing of
             times, framing, tokens and headers.
+        asked: Each question once, in order.
         base: What the EC2 documents lie below, as `/latest`; `None` where there are none.
         version: Of the OpenStack documents that cloud-init takes; `None` where there are none.
         listed: Leaves and directories by the listing that names them, as full paths.
@@ -68,27 +139,32 @@ class Crawl:
         token: The header that EC2's questions carry; empty where they need none.
     """
 
+    fetch: Callable[[Ask], Answered]
     direct: bool
-    exchanges: list[Exchange] = field(default_factory=list)
+    asked: dict[Ask, Answered] = field(default_factory=dict)
     base: str | None = None
     version: str | None = None
     listed: dict[str, tuple[str, ...]] = field(default_factory=dict)
     given_up: str = ""
     token: tuple[tuple[str, str], ...] = ()
-    _asked: dict[Ask, Answered] = field(default_factory=dict)
 
     def answer(self, ask: Ask | str) -> Answer | None:
         """The answer to a question; `None` where it was not asked, or not answered."""
-        answered = self._asked.get(Ask(ask) if isinstance(ask, str) else ask)
+        answered = self.asked.get(Ask(ask) if isinstance(ask, str) else ask)
         if answered is None and self.token and isinstance(ask, str):
-            answered = self._asked.get(Ask(ask, headers=self.token))
+            answered = self.asked.get(Ask(ask, headers=self.token))
         return answered if isinstance(answered, Answer) else None
+
+    def good(self, path: str) -> Answer | None:
+        """The answer for a path, if it is 200."""
+        answer = self.answer(path)
+        return answer if answer is not None and answer.ok else None
 
     def answers(self) -> Iterator[tuple[Ask, Answer]]:
         """Every answer, in order."""
-        for exchange in self.exchanges:
-            if exchange.answer is not None:
-                yield exchange.ask, exchange.answer
+        for ask, answered in self.asked.items():
+            if isinstance(answered, Answer):
+                yield ask, answered
 
     def serves(self, dialect: Dialect) -> bool:
         """Whether a dialect's documents are there."""
@@ -98,80 +174,51 @@ class Crawl:
             case Dialect.EC2:
                 return self.base is not None
             case Dialect.NOCLOUD:
-                answer = self.answer("/nocloud/meta-data")
-                return answer is not None and answer.ok
+                return self.good("/nocloud/meta-data") is not None
 
-    def record(self, ask: Ask, answered: Answered) -> None:
-        """Keep an answer."""
-        self._asked[ask] = answered
-        self.exchanges.append(Exchange(ask, answered))
+    def ask(self, ask: Ask) -> Answer | None:
+        """Ask a question, unless it was asked or the server given up; its answer."""
+        if not self.given_up and ask not in self.asked:
+            if len(self.asked) >= _MOST:
+                self.given_up = f"more than {_MOST} questions"
+                return None
+            self.asked[ask] = answered = self.fetch(ask)
+            # A server that is not there need not be asked six hundred times.
+            last = list(islice(reversed(self.asked.values()), _PATIENCE))
+            if len(last) == _PATIENCE and not any(isinstance(one, Answer) for one in last):
+                self.given_up = answered.why if isinstance(answered, Unanswered) else ""
+        return None if self.given_up else self.answer(ask)
 
-    def knows(self, ask: Ask) -> bool:
-        """Whether it was asked already."""
-        return ask in self._asked
+    def get(self, *paths: str) -> Answer | None:
+        """Ask for paths one after the other; the last one's answer."""
+        return [self.ask(Ask(path)) for path in paths][-1] if paths else None
 
-
-Crawling: TypeAlias = Generator[Ask, Answered, Crawl]
-_Step: TypeAlias = Generator[Ask, Answered, Answer | None]
-_Steps: TypeAlias = Generator[Ask, Answered, None]
-
-
-def run_crawl(crawling: Crawling, fetch: Callable[[Ask], Answered]) -> Crawl:
-    """Drive a crawl to its end."""
-    try:
-        ask = next(crawling)
-        while True:
-            ask = crawling.send(fetch(ask))
-    except StopIteration as end:
-        done: Crawl = end.value
-        return done
+    def get_ec2(self, *paths: str) -> Answer | None:
+        """The same of EC2's paths, with a token where they need one."""
+        return [self.ask(Ask(path, headers=self.token)) for path in paths][-1]
 
 
-def crawl(*, direct: bool) -> Crawling:
+def crawl(fetch: Callable[[Ask], Answered], *, direct: bool) -> Crawl:
     """Ask everything.
 
     Args:
+        fetch: Asks one question.
         direct: Also what only a server can be asked: tokens, headers, other clouds.
     """
-    found = Crawl(direct)
-    yield from _get(found, "/")
-    yield from _openstack(found)
+    found = Crawl(fetch, direct)
+    found.get("/")
+    _openstack(found)
     if direct:
-        yield from _ask(found, TOKEN)
-    yield from _ec2(found)
-    yield from _nocloud(found)
-    if direct:
-        for ask in (GOOGLE, *_OTHERS):
-            yield from _ask(found, ask)
+        found.ask(TOKEN)
+    _ec2(found)
+    found.get(*(f"/nocloud/{name}" for name in NOCLOUD_FILES))
+    for ask in (GOOGLE, *_OTHERS) if direct else ():
+        found.ask(ask)
     return found
 
 
-def _ask(found: Crawl, ask: Ask) -> _Step:
-    if found.given_up:
-        return None
-    if not found.knows(ask):
-        if len(found.exchanges) >= _MOST:
-            found.given_up = f"more than {_MOST} questions"
-            return None
-        answered = yield ask
-        found.record(ask, answered)
-        last = found.exchanges[-_PATIENCE:]
-        # A server that is not there need not be asked six hundred times.
-        if isinstance(answered, Unanswered) and len(last) == _PATIENCE:
-            found.given_up = "" if any(one.answer for one in last) else answered.why
-    return found.answer(ask)
-
-
-def _get(found: Crawl, path: str) -> _Step:
-    return (yield from _ask(found, Ask(path)))
-
-
-def _get_ec2(found: Crawl, path: str) -> _Step:
-    return (yield from _ask(found, Ask(path, headers=found.token)))
-
-
-def _openstack(found: Crawl) -> _Steps:
-    listing = yield from _get(found, "/openstack")
+def _openstack(found: Crawl) -> None:
+    listing = found.get("/openstack")
     if listing is None or not listing.ok:
         return
     there = listing.text.split()
@@ -179,13 +226,16 @@ def _openstack(found: Crawl) -> _Steps:
     found.version = known[0] if known else _LATEST
     for version in dict.fromkeys((found.version, _LATEST)):
         for name in ("meta_data.json", "user_data", "network_data.json"):
-            yield from _get(found, f"/openstack/{version}/{name}")
-    for name in ("vendor_data.json", "vendor_data2.json"):
-        yield from _get(found, f"/openstack/{found.version}/{name}")
+            found.get(f"/openstack/{version}/{name}")
+    found.get(
+        *(
+            f"/openstack/{found.version}/{name}"
+            for name in ("vendor_data.json", "vendor_data2.json")
+        )
+    )
     for path in ("2013-04-04/meta_data.json", "2013-04-04/password", "2012-08-10/meta_data.json"):
-        yield from _get(found, f"/openstack/{path}")
-    for path in _contents(found):
-        yield from _get(found, path)
+        found.get(f"/openstack/{path}")
+    found.get(*_contents(found))
 
 
 def _contents(found: Crawl) -> Iterator[str]:
@@ -196,43 +246,39 @@ def _contents(found: Crawl) -> Iterator[str]:
             yield f"/openstack/{entry['content_path'].strip('/')}"
 
 
-def _ec2(found: Crawl) -> _Steps:
-    yield from _enter_ec2(found)
+def _ec2(found: Crawl) -> None:
+    _enter_ec2(found)
     if found.base is None:
         return
-    base = f"{found.base}/meta-data/"
-    yield from _list(found, base, 0)
-    for version in (*_CLOUD_INIT_EC2, _OLD_EC2):
-        yield from _get_ec2(found, f"/{version}/meta-data/instance-id")
-    for name in ("local-hostname", "public-keys"):
-        yield from _get_ec2(found, f"/{_OLD_EC2}/meta-data/{name}")
-    yield from _get_ec2(found, f"/{_OLD_EC2}/user-data")
+    base, old = f"{found.base}/meta-data/", f"/{_OLD_EC2}/meta-data"
+    _list(found, base, 0)
+    found.get_ec2(*(f"/{one}/meta-data/instance-id" for one in (*_CLOUD_INIT_EC2, _OLD_EC2)))
+    found.get_ec2(f"{old}/local-hostname", f"{old}/public-keys", f"/{_OLD_EC2}/user-data")
     for path in ("/user-data", "/user-data/", "/meta-data", "//meta-data/instance-id"):
-        yield from _get_ec2(found, f"{found.base}{path}")
-    yield from _get_ec2(found, f"{found.base}/dynamic/instance-identity")
-    yield from _get_ec2(found, f"{found.base}{ODD_LEAF}")
+        found.get_ec2(f"{found.base}{path}")
+    found.get_ec2(f"{found.base}/dynamic/instance-identity", f"{found.base}{ODD_LEAF}")
     zone = f"{base}placement/availability-zone"
     if found.answer(zone) is not None:
-        yield from _get_ec2(found, f"{zone}/")
+        found.get_ec2(f"{zone}/")
 
 
-def _enter_ec2(found: Crawl) -> _Steps:
+def _enter_ec2(found: Crawl) -> None:
     """Find the tree, and whether it takes a token to see it."""
     for version in (_LATEST, _OLD_EC2):
         path = f"/{version}/meta-data/"
-        listing = yield from _get(found, path)
+        listing = found.get(path)
         token = found.answer(TOKEN)
         if listing is not None and listing.status in {401, 403} and token is not None and token.ok:
             found.token = ((TOKEN_HEADER, token.text.strip()),)
-            listing = yield from _get_ec2(found, path)
+            listing = found.get_ec2(path)
         if listing is not None and listing.ok:
             found.base = f"/{version}"
             return
 
 
-def _list(found: Crawl, directory: str, depth: int) -> _Steps:
+def _list(found: Crawl, directory: str, depth: int) -> None:
     """A directory and everything below it, as os-collect-config reads it."""
-    listing = yield from _get_ec2(found, directory)
+    listing = found.get_ec2(directory)
     if listing is None or not listing.ok or depth > _DEEPEST:
         return
     children = tuple(_children(directory, listing.text))
@@ -242,9 +288,19 @@ def _list(found: Crawl, directory: str, depth: int) -> _Steps:
         if child.endswith("/iam/"):
             continue
         if child.endswith("/"):
-            yield from _list(found, child, depth + 1)
+            _list(found, child, depth + 1)
         else:
-            yield from _get_ec2(found, child)
+            found.get_ec2(child)
+
+
+def json_of(answer: Answer | None) -> object:
+    """A body read as JSON; `None` where it is none, or null."""
+    if answer is None or not answer.ok:
+        return None
+    try:
+        return json.loads(answer.body)
+    except (ValueError, RecursionError):
+        return None
 
 
 def _children(directory: str, listing: str) -> Iterator[str]:
@@ -257,8 +313,3 @@ def _children(directory: str, listing: str) -> Iterator[str]:
             yield f"{directory}{number}/"
         elif not (keys and " " in line):
             yield f"{directory}{line}"
-
-
-def _nocloud(found: Crawl) -> _Steps:
-    for name in NOCLOUD_FILES:
-        yield from _get(found, f"/nocloud/{name}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from importlib.resources import files
@@ -53,7 +53,7 @@ def found(
     *paths: str,
     severity: Severity | None = None,
     clients: Iterable[str] | None = None,
-    **values: object,
+    **values: Any,  # noqa: ANN401 - what a text shows
 ) -> Finding:
     """A finding with the texts of its code.
 
@@ -73,6 +73,12 @@ def found(
         tuple(text.get("clients", ()) if clients is None else clients),
         tuple(dict.fromkeys(paths)),
     )
+
+
+def seen(code: str, paths: Iterable[str], **values: Any) -> Iterator[Finding]:  # noqa: ANN401 - as above
+    """A finding, if there is a path where it was seen."""
+    if where := tuple(paths):
+        yield found(code, *where, **values)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""What the doctor examines: a server over HTTP, the daemon's own computation, and the machine around."""
+"""What the doctor examines: a server over HTTP, the daemon's own computation, the machine around; and what it shows."""
 
 from __future__ import annotations
 
@@ -7,26 +7,150 @@ import http.client
 import os
 import re
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from ipaddress import ip_address
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import Final
 from urllib.parse import quote, unquote, urlsplit
 
-from imdsproxy.core.doctor.exchange import Answer, Answered, Ask, Framing, Unanswered
-from imdsproxy.core.doctor.finding import Surroundings
-from imdsproxy.core.model import METADATA_IPV4, METADATA_IPV6
+from imdsproxy.cli.admin_client import AdminClient
+from imdsproxy.cli.options import Invocation
+from imdsproxy.cli.output import clean
+from imdsproxy.core.doctor import (
+    Answer,
+    Answered,
+    Ask,
+    Card,
+    Finding,
+    Framing,
+    Severity,
+    Surroundings,
+    Unanswered,
+    crawl,
+    examine,
+)
+from imdsproxy.core.model import METADATA_IPV4, METADATA_IPV6, Dialect
 from imdsproxy.errors import RequestRefused
 
-if TYPE_CHECKING:
-    from imdsproxy.cli.admin_client import AdminClient
-
+_PATHS_SHOWN: Final = 3
+_COLOURS: Final = {"error": "bold red", "warning": "yellow", "note": "cyan"}
+_NOT_LOOKED_AT: Final = ("times", "session tokens", "framing", "headers", "other clouds' paths")
 _TIMEOUT_S: Final = 10.0
 _MOST_BYTES: Final = 17 << 20
 _SAFE: Final = "/?=&:%+,@;~!$'()*"
 _HTTP_1_0: Final = 10
 _BODILESS: Final = frozenset({204, 304})
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """The server or guest that is examined: its name, how to ask it, and what is known of the guest."""
+
+    name: str
+    fetch: Callable[[Ask], Answered]
+    around: Surroundings
+    direct: bool
+
+
+def find_subject(
+    run: Invocation, url: str | None, network: str | None, address: str | None, headers: list[str]
+) -> Subject:
+    """What the command line names, or `RequestRefused`."""
+    if url is not None and network is None and address is None:
+        fetch = parse_url(url, headers)
+        around = look_around() if is_metadata_address(fetch.host) else Surroundings()
+        return Subject(url, fetch, around, direct=True)
+    if url is None and network is not None and address is not None and not headers:
+        return _find_guest(run.daemon(), network, address)
+    raise RequestRefused(
+        "doctor takes either a URL or both --network and --from",
+        hint="as `imdsproxy doctor http://169.254.169.254` inside a guest, or "
+        "`imdsproxy doctor --network NET --from ADDRESS` on the host",
+    )
+
+
+def _find_guest(daemon: AdminClient, network: str, address: str) -> Subject:
+    guest = daemon.get("/v1/explain", {"network": network, "address": address})
+    instance = None if guest["instance"] is None else str(guest["instance"])
+    cards = tuple(
+        Card(str(one["network"]), str(one["mac"]), frozenset(one["seen"]))
+        for one in guest.get("cards", ())
+    )
+    around = Surroundings(
+        macs=machine_macs(frozenset(mac for card in cards for mac in (card.mac, *card.seen))),
+        cards=cards,
+        instance=instance,
+        verdict=str(guest["verdict"]),
+        why=tuple(str(one) for one in guest["why"]),
+    )
+    name = f"{address} in network {network}" + (f" ({instance})" if instance else "")
+    return Subject(name, DaemonFetch(daemon, network, address), around, direct=False)
+
+
+def has_errors(run: Invocation, subject: Subject) -> bool:
+    """Ask, and show what is found; whether some client would fail."""
+    with run.output.waiting("asking as the known clients do"):
+        crawled = crawl(subject.fetch, direct=subject.direct)
+    findings = examine(crawled, subject.around)
+    served = [one.value for one in Dialect if crawled.serves(one)]
+    if run.output.as_json:
+        run.output.json(
+            {
+                "subject": subject.name,
+                "questions": len(crawled.asked),
+                "served": served,
+                "given_up": crawled.given_up,
+                "not_looked_at": [] if subject.direct else list(_NOT_LOOKED_AT),
+                "findings": [asdict(one) for one in findings],
+            }
+        )
+    else:
+        show = run.output.styled
+        show(
+            f"[bold]{clean(subject.name)}[/]: {len(crawled.asked)} questions, documents served: "
+            f"{', '.join(served) or 'none'}"
+        )
+        if crawled.given_up:
+            show(f"[yellow]given up early:[/] {clean(crawled.given_up)}")
+        if not subject.direct:
+            show(
+                f"[dim]not looked at: {', '.join(_NOT_LOOKED_AT)} (`imdsproxy doctor "
+                "http://169.254.169.254` in the guest does)[/]"
+            )
+        show("")
+        run.output.entries((_head(one), _facts(one)) for one in findings)
+        show(_summarise(findings))
+    return any(one.severity is Severity.ERROR for one in findings)
+
+
+def _head(finding: Finding) -> str:
+    severity = finding.severity.value
+    return f"[{_COLOURS[severity]}]{severity}[/] [bold]{finding.code}[/]"
+
+
+def _facts(finding: Finding) -> Mapping[str, str]:
+    facts = {"seen": clean(finding.what)}
+    if finding.paths:
+        shown = [clean(path) for path in finding.paths[:_PATHS_SHOWN]]
+        more = len(finding.paths) - len(shown)
+        facts["at"] = "\n".join([*shown, f"and {more} more"] if more else shown)
+    if finding.clients:
+        facts["breaks"] = "\n".join(clean(one) for one in finding.clients)
+    facts["change"] = clean(finding.change)
+    return facts
+
+
+def _summarise(findings: tuple[Finding, ...]) -> str:
+    counts = {name: sum(one.severity.value == name for one in findings) for name in _COLOURS}
+    if not any(counts.values()):
+        return "[green]nothing found[/]"
+    shown = [
+        f"[{_COLOURS[name]}]{count} {name}{'' if count == 1 else 's'}[/]"
+        for name, count in counts.items()
+        if count
+    ]
+    return ", ".join(shown)
 
 
 @dataclass(frozen=True, slots=True)
