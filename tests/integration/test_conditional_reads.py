@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
-from collections.abc import Sequence
 from itertools import product
-from pathlib import Path
 from typing import Final
 
 import pytest
 
 from support.daemon import instance
 from support.guest import Reply
-from support.lab import within
 from support.world import World
 
 pytestmark = pytest.mark.root
@@ -77,31 +73,3 @@ def _told(reply: Reply, path: str) -> tuple[int, str | None, bytes]:
     # `random_seed` is another one in each answer.
     body = b"" if path == "/openstack/latest/meta_data.json" else reply.body
     return reply.status, reply.headers.get("content-length"), body
-
-
-def test_curl_never_keeps_a_hostname_that_was_taken_back(world: World, tmp_path: Path) -> None:
-    """`curl -z` asks by the time of its copy, `--etag-compare` by what came with it."""
-    etag, copy = tmp_path / "etag", tmp_path / "copy"
-    dated = ("--time-cond", str(copy), "--output", str(copy))
-    tagged = ("--etag-compare", str(etag), "--etag-save", str(etag), "--output", str(copy))
-    for path in ("/latest/meta-data/hostname", "/2009-04-04/meta-data/hostname", "/nocloud/meta-data"):  # fmt: skip
-        for options in (dated, tagged):
-            copy.unlink(missing_ok=True)
-            etag.unlink(missing_ok=True)
-            # Both are read, so that both are cached, and all of it within one second.
-            for name in ("a", "b", "a", "b", "a"):
-                record = instance("red-5", "red", fields={"hostname": f"{name}.example"})
-                world.daemon.put([], [record])
-                _curl(world, path, *options)
-                assert f"{name}.example" in copy.read_text(), (path, options)
-            world.reload()
-            _curl(world, path, *options)
-            assert "a.example" in copy.read_text()
-
-
-def _curl(world: World, path: str, *options: str) -> None:
-    command: Sequence[str] = (
-        *within(world.red.namespace), "/usr/bin/curl", "--silent", "--show-error", "--max-time", "8", *options,
-        f"http://169.254.169.254{path}",
-    )  # fmt: skip
-    subprocess.run(command, check=True)

@@ -157,16 +157,6 @@ def _reasons(world: World) -> list[str]:
     return list(world.daemon.status()["readiness"]["reasons"])
 
 
-def test_a_master_that_hangs_leaves_the_guests_alone(world: World) -> None:
-    before = world.settled()
-    os.kill(before.master, signal.SIGSTOP)
-    with Load(world.everybody, _TARGET, own) as load:
-        load.wait_answers(100)
-        os.kill(before.master, signal.SIGCONT)
-        load.wait_answers(100)
-    assert load.report.lost == []
-
-
 def test_haproxy_comes_back_with_what_is_on_disk_when_the_host_has_changed_meanwhile(
     world: World,
 ) -> None:

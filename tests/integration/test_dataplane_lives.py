@@ -243,7 +243,10 @@ def test_a_document_worker_that_hangs_loses_no_request(world: World) -> None:
 
 def test_a_master_of_haproxy_that_hangs_is_replaced(world: World) -> None:
     master = world.settled().master
-    os.kill(master, signal.SIGSTOP)
+    with _Loads(world) as loads:
+        os.kill(master, signal.SIGSTOP)
+        loads.go_on()
+    assert loads.lost == []
     until(lambda: world.has_other_master(master), what="another master")
     world.settled()
     world.all_right()

@@ -14,10 +14,9 @@ import pytest
 
 from imdsproxy.core.haproxy.maps import COMPACT_ABOVE
 from support.daemon import alive, instance, user_data_of
-from support.guest import Connection, Guest, Load, Lost
+from support.guest import Load
 from support.lab import ip, until, within
 from support.patience import patience
-from support.reloading import Reloads
 from support.world import World, open_world, own
 
 pytestmark = pytest.mark.root
@@ -41,67 +40,6 @@ def movable(world: World) -> World:
     """Red's address belongs to nobody but what `_move` says."""
     world.daemon.remove_instance("red-5")
     return world
-
-
-class _KeptConnections:
-    """Connections that stay open as long as the server leaves them; each asks when told to."""
-
-    def __init__(self, guest: Guest, number: int) -> None:
-        self._guest = guest
-        self._open: list[Connection | None] = [None] * number
-        self.kept = 0
-
-    def ask_all(self) -> list[bytes]:
-        return [self._ask(index) for index in range(len(self._open))]
-
-    def _ask(self, index: int) -> bytes:
-        connection = self._open[index]
-        if connection is None:
-            connection = self._guest.connect()
-        else:
-            self.kept += 1
-        try:
-            reply = connection.request("/latest/user-data")
-        except Lost:
-            # A server may close an idle connection at any time; a client asks again.
-            connection.close()
-            self._open[index] = None
-            return self._ask(index)
-        self._open[index] = None if reply.closes else connection
-        if reply.closes:
-            connection.close()
-        return reply.body if reply.status == 200 else b"status %d" % reply.status
-
-    def close(self) -> None:
-        for connection in self._open:
-            if connection is not None:
-                connection.close()
-
-
-@pytest.mark.slow
-def test_no_answer_is_stale_after_an_acknowledged_move_also_while_haproxy_reloads(
-    movable: World,
-) -> None:
-    kept = _KeptConnections(movable.red, 4)
-    stale: list[str] = []
-    with Reloads(movable.reload, pause_s=0.2) as reloads:
-        number = 0
-        while number < 200 or reloads.number < 5:
-            number += 1
-            expected = user_data_of(_move(movable, number))
-            stale += [f"{number}: {one!r}" for one in kept.ask_all() if one != expected]
-    kept.close()
-    assert stale == []
-    assert kept.kept >= 200
-
-
-def test_a_kept_connection_is_somebody_elses_right_after_a_move(movable: World) -> None:
-    kept = _KeptConnections(movable.red, 2)
-    for number in range(20):
-        expected = user_data_of(_move(movable, number))
-        assert kept.ask_all() == [expected] * 2
-    kept.close()
-    assert kept.kept >= 38
 
 
 def test_a_removed_instance_is_unknown_right_after_it_was_acknowledged(world: World) -> None:

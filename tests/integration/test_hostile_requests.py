@@ -10,7 +10,6 @@ import re
 import socket
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -21,7 +20,6 @@ from support.forgeries import OTHER_ADDRESS, OTHER_INSTANCE, OTHER_PROJECT
 from support.guest import Connection, Guest, Lost
 from support.hostile import HARMFUL, Harm, harms
 from support.nova_world import NovaWorld, open_nova_world
-from support.patience import patience
 from support.recorder import Answer, Received, reply
 from support.world import World, open_world
 
@@ -122,39 +120,6 @@ def test_no_harm_reads_anothers_documents(documents: tuple[World, str], harm: Ha
 
 
 _HEAD: Final = b"GET /latest/user-data HTTP/1.1\r\nHost: x\r\nAccept: "
-
-
-def _slowly(guest: Guest, first: bytes, then: bytes) -> bytes:
-    """What a guest is told that goes on with a byte at a time and never ends."""
-    with guest.connect() as connection:
-        connection.socket.settimeout(0.4)
-        connection.send(first)
-        while True:
-            try:
-                return connection.socket.recv(1_024)
-            except TimeoutError:
-                with contextlib.suppress(Lost):
-                    connection.send(then)
-            except ConnectionResetError:
-                return b""
-
-
-def test_who_never_ends_a_request_is_told_so_and_keeps_nobody_waiting(
-    documents: tuple[World, str],
-) -> None:
-    world, _ = documents
-    began = time.monotonic()
-    with ThreadPoolExecutor(64) as pool:
-        slow = [
-            pool.submit(_slowly, world.red, *case)
-            for case in ((_HEAD[:3], b""), (_HEAD[:30], b""), (_HEAD, b"a"), (b"\r\n", b""))
-            for _ in range(16)
-        ]
-        while not all(one.done() for one in slow):
-            assert time.monotonic() - began < 12 * patience()
-            world.all_right()
-            time.sleep(0.1)
-    assert {one.result()[9:12] for one in slow} <= {b"408", b"400", b"429", b"503"}
 
 
 # In front of Nova

@@ -23,24 +23,6 @@ _TOO_SLOW_S: Final = 14.0
 """More than the ten seconds that a head may take, and than those that a body may take after it."""
 
 
-@pytest.mark.parametrize(
-    "head",
-    [
-        f"GET /{'a' * 16_000} HTTP/1.1\r\nHost: x\r\n",
-        f"GET / HTTP/1.1\r\nHost: x\r\nX-A: {'a' * 16_000}\r\n",
-        "GET / HTTP/1.1\r\nHost: x\r\n" + "".join(f"X-{n}: a\r\n" for n in range(101)),
-    ],
-    ids=["target", "header", "headers"],
-)
-def test_a_head_that_is_too_long_is_answered_and_the_connection_closed(
-    world: World, head: str
-) -> None:
-    # HAProxy finds no end of it in its buffer, so it is malformed to it: no rule sees it that could say 414 or 431.
-    reply = world.red.raw(head.encode() + b"\r\n")
-    assert reply.status == 400
-    assert reply.closes
-
-
 @pytest.mark.parametrize("length", [65_537, 1_000_000, 100_000_000_000])
 def test_a_body_that_is_too_long_is_413(world: World, length: int) -> None:
     body = b"a" * min(length, 1_000_000)

@@ -113,17 +113,22 @@ class Documents:
     """Stands in for the document server and for Nova, with the same for each path.
 
     Attributes:
-        asked: The paths that it was asked for.
+        heads: The heads of requests, as they came.
     """
 
     document: Document = Document()
-    asked: list[str] = field(default_factory=list)
+    heads: list[bytes] = field(default_factory=list)
+
+    @property
+    def asked(self) -> list[str]:
+        """The targets of requests."""
+        return [head.split(b" ", 2)[1].decode("latin-1") for head in self.heads]
 
     def answer(self, head: bytes) -> bytes:
         method, target = head.split(b" ", 2)[:2]
         if target == b"/livez":
             return b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n"
-        self.asked.append(target.decode("latin-1"))
+        self.heads.append(head)
         lines = dict(line.lower().partition(b": ")[::2] for line in head.split(b"\r\n"))
         one = self.document
         owner = lines.get(b"x-imdsproxy-instance", lines.get(b"x-instance-id", b""))
@@ -184,7 +189,7 @@ class Alone:
 
     def renew(self) -> None:
         """Begin a test: both guests at the default policy, nothing kept of what others were answered."""
-        self.documents.document, self.documents.asked = Document(), []
+        self.documents.document, self.documents.heads = Document(), []
         self.command(f"clear map {self.directory}/short.map")
         self.write_keys(KEY)
         for network in self.ports:
@@ -203,7 +208,12 @@ class Alone:
     def write(self, network: str, value: str) -> None:
         """Put a value into the map as it is."""
         self.records[network] = value
-        self.command(f"set map {self.directory}/base.map {network}/{_ADDRESS} {value}")
+        self.forget(network)
+        self.command(f"add map {self.directory}/base.map {network}/{_ADDRESS} {value}")
+
+    def forget(self, network: str = "red") -> None:
+        """Have no record of a network's guest."""
+        self.command(f"del map {self.directory}/base.map {network}/{_ADDRESS}")
 
     def write_keys(self, *keys: TokenKey) -> None:
         """Have exactly these keys of session tokens, the first in force."""

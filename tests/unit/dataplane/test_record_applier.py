@@ -72,20 +72,6 @@ def _in_rig(
     asyncio.run(run())
 
 
-def test_a_change_is_on_disk_and_in_every_worker_when_it_is_acknowledged() -> None:
-    async def work(rig: Rig) -> None:
-        await rig.start({"n/1": "a|1"})
-        await rig.applier.master.send_reload()
-        rig.applier.trust(await rig.applier.master.read_processes())
-        assert len(rig.haproxy.all()) == 2
-        assert await rig.applier.apply({"n/1": "b|1", "n/2": "a|1"}) == 2
-        for key, value in (("n/1", "b|1"), ("n/2", "a|1")):
-            assert rig.answers(key) == {value}
-            assert rig.on_disk(key) == value
-
-    _in_rig(work)
-
-
 def test_what_is_so_already_sends_no_command() -> None:
     async def work(rig: Rig) -> None:
         await rig.start({"n/1": "a|1"})
@@ -118,19 +104,6 @@ def test_when_an_address_moves_nobody_has_it_twice_at_any_moment() -> None:
     _in_rig(work)
 
 
-def test_a_worker_that_nobody_ordered_is_made_equal_before_the_change_is_acknowledged() -> None:
-    async def work(rig: Rig) -> None:
-        await rig.start({"n/1": "a|1"})
-        stale = rig.haproxy.fork()
-        await rig.applier.apply({"n/1": "b|1"})
-        rig.haproxy.workers = [stale]
-        await rig.applier.apply({"n/2": "a|1"})
-        assert rig.answers("n/1") == {"b|1"}
-        assert rig.answers("n/2") == {"a|1"}
-
-    _in_rig(work)
-
-
 def test_a_worker_with_an_older_base_gets_the_whole_base() -> None:
     async def work(rig: Rig) -> None:
         await rig.start({"n/1": "a|1"})
@@ -156,25 +129,6 @@ def test_a_full_disk_changes_nothing_anywhere() -> None:
         await rig.applier.apply({"n/1": None, "n/2": "b|1"})
         assert rig.answers("n/1") == {None}
         assert rig.answers("n/2") == {"b|1"}
-
-    _in_rig(work)
-
-
-@pytest.mark.parametrize("answered", range(4))
-def test_a_master_that_falls_silent_half_way_is_made_up_for(answered: int) -> None:
-    async def work(rig: Rig) -> None:
-        await rig.start({"n/1": "a|1", "n/3": "a|1"})
-        rig.haproxy.stop_answering_after = answered
-        wanted: dict[str, str | None] = {"n/1": None, "n/2": "b|1", "n/3": "b|2"}
-        try:
-            await rig.applier.apply(wanted)
-        except RuntimeUnavailable:
-            assert rig.applier.behind
-        rig.haproxy.stop_answering_after = None
-        await rig.applier.apply(wanted)
-        for key, value in wanted.items():
-            assert rig.answers(key) == {value}
-            assert rig.on_disk(key) == value
 
     _in_rig(work)
 

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import os
-import re
 from dataclasses import replace
 from ipaddress import IPv4Address, IPv6Address
 from pathlib import Path
@@ -23,17 +22,8 @@ from imdsproxy.core.haproxy.model import (
     Paths,
     UnixBind,
 )
-from imdsproxy.core.haproxy.names import TOKEN_HEADERS
 from imdsproxy.core.haproxy.text import BANNER
-from imdsproxy.core.model import METADATA_IPV4, METADATA_IPV6, InstanceId, NetworkId
-from imdsproxy.core.wire import (
-    HEADER_ADDRESS,
-    HEADER_INSTANCE,
-    HEADER_NETWORK,
-    HEADER_REVISION,
-    NovaRecord,
-    render_map_value,
-)
+from imdsproxy.core.model import METADATA_IPV4, METADATA_IPV6, NetworkId
 from support.haproxy_config import read_sections
 
 _GOLDEN = Path(__file__).parents[2] / "golden" / "haproxy"
@@ -190,10 +180,6 @@ _SPECS = st.builds(
 )
 
 
-def _section(spec: DataplaneSpec, header: str) -> list[tuple[str, ...]]:
-    return read_sections(render_config(spec))[header]
-
-
 @pytest.mark.parametrize("name", sorted(_CASES))
 def test_the_configuration_is_the_golden_one(name: str) -> None:
     path = _GOLDEN / f"{name}.cfg"
@@ -233,154 +219,9 @@ def _is_ours_alone(header: str) -> bool:
     return header.split()[1] in {"probe", "found", COUNTERS} or ".hop." in header
 
 
-def test_nova_gets_its_four_headers_after_everything_of_the_guest_is_deleted() -> None:
-    spec = _CASES["in-front-of-nova"]
-    for backend in ("nova.default", "nova.default.once", "nova.default.checked"):
-        lines = _section(spec, f"backend {backend}")
-        deletion = next(index for index, line in enumerate(lines) if line[1] == "del-header")
-        set_after = [line[2] for line in lines[deletion:] if line[1] == "set-header"]
-        assert sorted(set_after) == [
-            "host",
-            "x-forwarded-for",
-            "x-instance-id",
-            "x-instance-id-signature",
-            "x-tenant-id",
-        ]
-        assert not [line for line in lines[:deletion] if line[:2] == ("http-request", "set-header")]
-        assert "x-aws" not in lines[deletion][2]
-
-
-def test_what_must_not_be_repeated_is_sent_over_a_connection_of_its_own() -> None:
-    once = _section(_CASES["in-front-of-nova"], "backend nova.default.once")
-    assert ("retry-on", "conn-failure") in once
-    assert ("http-reuse", "never") in once
-
-
-def test_the_cache_is_only_where_no_request_of_nova_s_comes() -> None:
-    sections = read_sections(render_config(_CASES["in-front-of-nova"]))
-    cached = {
-        header
-        for header, lines in sections.items()
-        for line in lines
-        if {"cache-use", "cache-store"} & set(line)
-    }
-    assert cached == {"backend documents", "backend documents.checked"}
-
-
-def test_without_nova_a_document_in_the_cache_is_found_before_a_backend_is_chosen() -> None:
-    lines = _section(_CASES["three-networks"], "frontend guests")
-    assert any("cache-use" in line for line in lines)
-
-
-@pytest.mark.parametrize("field", ["x-instance-id", "x-tenant-id", "x-instance-id-signature"])
-def test_fields_are_cut_out_of_a_record_as_it_is_rendered(field: str) -> None:
-    record = NovaRecord("cell-2", InstanceId("i"), "p", ("a" * 64, "b" * 64))
-    lines = _section(_CASES["in-front-of-nova"], "backend nova.cell-2")
-    (text,) = [line[3] for line in lines if line[1:3] == ("set-header", field)]
-    expected = {
-        "x-instance-id": "i",
-        "x-tenant-id": "p",
-        "x-instance-id-signature": "a" * 64,
-    }
-    assert _converted(render_map_value(record), text) == expected[field]
-
-
-def _converted(value: str, expression: str) -> str:
-    """What HAProxy's `bytes` and `field` make of a value (HAProxy's configuration manual §7.3.1)."""
-    for name, first, second in re.findall(r",(bytes|field)\((\d+)(?:,([^)]+))?\)", expression):
-        if name == "bytes":
-            value = value[int(first) :][: int(second) if second else None]
-        else:
-            value = value.split(second)[int(first) - 1]
-    return value
-
-
-@pytest.mark.parametrize("name", sorted(_CASES))
-def test_no_secret_is_in_a_configuration(name: str) -> None:
-    assert "secret" not in render_config(_CASES[name])
-
-
-@pytest.mark.parametrize("backend", ["documents", "resolver"])
-def test_identity_headers_are_set_after_everything_of_the_guest_is_deleted(backend: str) -> None:
-    lines = _section(_CASES["three-networks"], f"backend {backend}")
-    deletion = next(index for index, line in enumerate(lines) if line[1] == "del-header")
-    ours = [HEADER_NETWORK, HEADER_ADDRESS]
-    if backend == "documents":
-        ours += [HEADER_INSTANCE, HEADER_REVISION]
-    for header in ours:
-        setting = next(
-            index
-            for index, line in enumerate(lines)
-            if line[1] == "set-header" and line[2] == header
-        )
-        assert setting > deletion
-
-
-def test_the_allow_list_lets_no_identity_header_through() -> None:
-    lines = _section(_CASES["three-networks"], "backend documents")
-    pattern = next(line[2] for line in lines if line[1] == "del-header")
-    for header in (
-        HEADER_INSTANCE,
-        HEADER_NETWORK,
-        "x-forwarded-for",
-        "x_instance_id",
-        "x-metadata-provider",
-        "connection",
-        "accepted",
-        "xaccept",
-    ):
-        assert re.search(pattern, header), header
-    for header in ("accept", "content-length", "if-none-match", "user-agent"):
-        assert not re.search(pattern, header), header
-    assert "x-aws-ec2-metadata-token" in TOKEN_HEADERS
-
-
-def test_the_record_is_in_the_cache_key_before_the_cache_is_asked() -> None:
-    lines = _section(_CASES["three-networks"], "frontend guests")
-    words = [" ".join(line) for line in lines]
-    plain = "!{ var(txn.needs_check) -m found }"
-    use = f"http-request cache-use documents if {plain} {{ var(txn.record) -m sub | }}"
-    asked = words.index(use)
-    assert words.index(f"http-request set-header host %[var(txn.record)] if {plain}") < asked
-    assert any(
-        word.startswith("http-request set-uri /%[var(txn.record)]") for word in words[:asked]
-    )
-
-
-@pytest.mark.parametrize("name", sorted(_CASES))
-def test_conditions_are_deleted_before_the_cache_is_asked_and_go_on_to_nova(name: str) -> None:
-    deleted = "http-request del-header if- -m beg"
-    for header, lines in read_sections(render_config(_CASES[name])).items():
-        words = [" ".join(line) for line in lines]
-        asked = [n for n, one in enumerate(words) if one.startswith("http-request cache-use")]
-        assert all(deleted in words[:place] for place in asked)
-        assert deleted not in words or asked, header
-
-
 def test_the_banner_names_the_content() -> None:
     first, _, rest = render_config(_CASES["empty"]).partition("\n")
     assert first.startswith(f"{BANNER} ")
     assert rest
     other = render_config(replace(_CASES["empty"], user="nobody")).partition("\n")[0]
     assert first != other
-
-
-def test_without_networks_there_is_no_frontend_for_guests() -> None:
-    assert "frontend guests" not in read_sections(render_config(_CASES["empty"]))
-
-
-def test_an_address_family_decides_the_brackets() -> None:
-    spec = DataplaneSpec(
-        (
-            Bind(NetworkId("a"), IPv6Address("fe80::a9fe:a9fe"), 80, "eth0"),
-            Bind(NetworkId("b"), IPv4Address("169.254.169.254"), 80),
-        ),
-        _PATHS,
-    )
-    lines = _section(spec, "frontend guests")
-    assert lines[0][1] == "[fe80::a9fe:a9fe]:80"
-    assert lines[1][1] == "169.254.169.254:80"
-
-
-def test_without_a_cache_nothing_names_one() -> None:
-    assert "cache" not in render_config(_CASES["without-chroot"]).replace("cache-control", "")
