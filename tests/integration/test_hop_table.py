@@ -16,7 +16,7 @@ from imdsproxy.core.hoststate import NamespaceRef
 from imdsproxy.core.wire import ANSWER_DSCP, NEXT_TO_MARK, VERIFIED_PORT
 from imdsproxy.host.namespaces import NamespaceDirectory, NamespaceThread
 from support.guest import inside
-from support.hostlab import HostLab, host_lab
+from support.hostlab import HostLab
 
 pytestmark = pytest.mark.root
 
@@ -35,18 +35,17 @@ class Rig:
 
 
 @pytest.fixture
-def rig() -> Iterator[Rig]:
-    with host_lab() as lab:
-        place = lab.namespace("place")
-        lab.ip("-n", place, "link", "set", "lo", "up")
-        for address in ("169.254.169.254/32", "10.0.0.9/32"):
-            lab.ip("-n", place, "address", "add", address, "dev", "lo")
-        lab.ip("-n", place, "address", "add", "fe80::a9fe:a9fe/64", "dev", "lo", "nodad")
-        directory = NamespaceDirectory()
-        ref = directory.identity(place)
-        assert ref is not None
-        with contextlib.closing(NamespaceThread(directory)) as thread:
-            yield Rig(lab, KernelHopLimits(thread, f"{lab.naming.prefix}-hops"), ref)
+def rig(lab: HostLab) -> Iterator[Rig]:
+    place = lab.namespace("place")
+    lab.ip("-n", place, "link", "set", "lo", "up")
+    for address in ("169.254.169.254/32", "10.0.0.9/32"):
+        lab.ip("-n", place, "address", "add", address, "dev", "lo")
+    lab.ip("-n", place, "address", "add", "fe80::a9fe:a9fe/64", "dev", "lo", "nodad")
+    directory = NamespaceDirectory()
+    ref = directory.identity(place)
+    assert ref is not None
+    with contextlib.closing(NamespaceThread(directory)) as thread:
+        yield Rig(lab, KernelHopLimits(thread, f"{lab.naming.prefix}-hops"), ref)
 
 
 def _send(address: str, port: int, dscps: tuple[int, ...]) -> list[tuple[int, int]]:
@@ -114,7 +113,9 @@ async def test_it_is_there_once_and_gone_when_it_is_taken_away(rig: Rig) -> None
         assert await rig.kernel.open(places) == {rig.place: None}
         assert await rig.kernel.present([rig.place.name]) == {rig.place}
     for _ in range(2):
-        await rig.kernel.close([rig.place.name, "imdst-nobody"])
+        await rig.kernel.close(
+            [(one, rig.kernel.table) for one in (rig.place.name, "imdst-nobody")]
+        )
         assert await rig.kernel.present([rig.place.name, "imdst-nobody"]) == frozenset()
     assert rig.sent(_METADATA[0], 80, (1,)) == [(64, 1)]
 

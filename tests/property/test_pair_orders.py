@@ -13,7 +13,7 @@ from types import SimpleNamespace
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from imdsproxy.anti_spoofing.journal import TableJournal
+from imdsproxy.anti_spoofing.kernel import TableJournal
 from imdsproxy.anti_spoofing.mac_filters import MacFilters
 from imdsproxy.anti_spoofing.plan import ANY_MAC, Pairs, plan_pair
 from imdsproxy.app.record_loop import RecordLoop

@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from imdsproxy.anti_spoofing.hop_limits import HopLimits
-from imdsproxy.anti_spoofing.journal import TableJournal
 from imdsproxy.anti_spoofing.kernel import (
     HopPlace,
     KernelHopLimits,
     KernelMacFilters,
     Opened,
     TableGone,
+    TableJournal,
 )
 from imdsproxy.anti_spoofing.mac_filters import MacFilters
 from imdsproxy.anti_spoofing.plan import MacFilter, PairMap
@@ -143,7 +143,8 @@ class FakeHopLimits(KernelHopLimits):
     async def present(self, names: Collection[str | None]) -> frozenset[HopPlace]:
         return frozenset(one for one in self.there if (one and one.name) in names)
 
-    async def close(self, names: Collection[str | None]) -> None:
+    async def close(self, places: Collection[tuple[str | None, str]]) -> None:
+        names = {name for name, _ in places}
         self.there = {one for one in self.there if (one and one.name) not in names}
 
 

@@ -13,8 +13,7 @@ from dataclasses import dataclass, field
 
 import structlog
 
-from imdsproxy.anti_spoofing.journal import TableJournal
-from imdsproxy.anti_spoofing.kernel import HopPlace, KernelHopLimits
+from imdsproxy.anti_spoofing.kernel import HopPlace, KernelHopLimits, TableJournal
 from imdsproxy.core.endpoints import Endpoint
 from imdsproxy.core.model import NetworkId
 from imdsproxy.core.wire import UNLIMITED, hop_limit_of, withhold_token
@@ -211,7 +210,7 @@ class HopLimits:
             kept = {network: some for network, some in places.items() if network in needed}
             gone = {name for some in places.values() for name in some}
             gone -= {name for some in kept.values() for name in some}
-            await self.kernel.close(gone)
+            await self.kernel.close([(name, self.kernel.table) for name in gone])
             self._open = frozenset(one for one in self._open if _name(one) not in gone)
             self._armed &= kept.keys()
             self.journal.store(kept)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+import json
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Final, TypeAlias, TypeVar
 
 from imdsproxy.anti_spoofing.filter_rules import (
@@ -69,7 +71,12 @@ class _Tables:
     def __init__(self, thread: NamespaceThread) -> None:
         self.thread = thread
 
-    async def _close(self, places: Collection[tuple[str | None, str]]) -> None:
+    async def close(self, places: Collection[tuple[str | None, str]]) -> None:
+        """Remove tables of these names (namespace or `None` for the host's own, table).
+
+        Raises:
+            HostRefused: The kernel refuses.
+        """
         # For each the kernel waits 12 ms, for many at once not much longer.
         work = iter(places)
         count = min(len(places), _CLOSERS)
@@ -243,14 +250,6 @@ class KernelMacFilters(_Tables):
 
         return await self.thread.run(change)
 
-    async def close(self, places: Collection[tuple[str | None, str]]) -> None:
-        """Remove tables of these names (namespace or `None`, table).
-
-        Raises:
-            HostRefused: The kernel refuses.
-        """
-        await self._close(places)
-
 
 class KernelHopLimits(_Tables):
     """The rule for hop limits: one table of family `inet` in each namespace.
@@ -298,14 +297,6 @@ class KernelHopLimits(_Tables):
                 return channel.comment(self.table, INET)
 
         return self._attempt(place, comment, "look at the hop limits", "") == _HOPS_COMMENT
-
-    async def close(self, names: Collection[str | None]) -> None:
-        """Remove the rule from these namespaces (`None`: the host's own).
-
-        Raises:
-            HostRefused: The kernel refuses.
-        """
-        await self._close([(name, self.table) for name in names])
 
 
 def _ensure(
@@ -405,3 +396,48 @@ def _withdraw(one: MacFilter, pairs: PairMap) -> None:
         channel.commit(batch)
     # Their answers are dropped now, and nothing may be sent again to the next guest that has the address.
     end_connections(VERIFIED_PORT, frozenset(pairs))
+
+
+@dataclass(slots=True)
+class TableJournal:
+    """A JSON file, read once: `{network: [namespace or null, …]}`.
+
+    Attributes:
+        write: Replaces the file as a whole.
+        family: Of nftables, for the hint that shows what is left.
+    """
+
+    path: Path
+    write: Callable[[Path, bytes], None]
+    family: str
+    _places: dict[NetworkId, list[str | None]] | None = None
+
+    def load(self) -> dict[NetworkId, list[str | None]]:
+        """The entry of each network; none without a file.
+
+        Raises:
+            HostRefused: The file cannot be read.
+        """
+        if self._places is None:
+            try:
+                found = json.loads(self.path.read_bytes())
+            except FileNotFoundError:
+                found = {}
+            except (OSError, ValueError) as error:
+                raise HostRefused(
+                    f"cannot read {self.path}: {error}",
+                    hint=f"remove it; nft list tables {self.family} shows what is left",
+                ) from error
+            self._places = {NetworkId(name): list(places) for name, places in found.items()}
+        return self._places
+
+    def store(self, places: Mapping[NetworkId, Sequence[str | None]]) -> None:
+        """Replace the file unless it says that already.
+
+        Raises:
+            HostRefused: The file cannot be written.
+        """
+        wanted = {name: list(places[name]) for name in sorted(places)}
+        if wanted != self._places:
+            self.write(self.path, json.dumps(wanted).encode())
+            self._places = wanted

@@ -14,8 +14,7 @@ from typing import Final, TypeVar
 
 import structlog
 
-from imdsproxy.anti_spoofing.journal import TableJournal
-from imdsproxy.anti_spoofing.kernel import KernelMacFilters, Opened, TableGone
+from imdsproxy.anti_spoofing.kernel import KernelMacFilters, Opened, TableGone, TableJournal
 from imdsproxy.anti_spoofing.plan import (
     ANY_MAC,
     MacFilter,

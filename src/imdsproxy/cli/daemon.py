@@ -189,10 +189,10 @@ def _stop_orphaned_data_plane(run: options.Invocation, asked: Path) -> None:
 
 def _wait_until_gone(path: Path, pid: int) -> None:
     """Until the controller has taken its socket away, which it does last, or has died."""
-    from imdsproxy.host.process import identify  # noqa: PLC0415 - `--help` need not load it
+    from imdsproxy.host.process import read_stat  # noqa: PLC0415 - `--help` need not load it
 
     deadline = time.monotonic() + _END_DEADLINE_S
-    while path.exists() and identify(pid) is not None:
+    while path.exists() and read_stat(pid) is not None:
         if time.monotonic() > deadline:
             raise HostRefused(
                 f"the controller (pid {pid}) has not ended within {_END_DEADLINE_S:.0f} s",

@@ -11,8 +11,7 @@ from pathlib import Path
 from random import SystemRandom
 
 from imdsproxy.anti_spoofing.hop_limits import HopLimits
-from imdsproxy.anti_spoofing.journal import TableJournal
-from imdsproxy.anti_spoofing.kernel import KernelHopLimits, KernelMacFilters
+from imdsproxy.anti_spoofing.kernel import KernelHopLimits, KernelMacFilters, TableJournal
 from imdsproxy.anti_spoofing.mac_filters import MacFilters
 from imdsproxy.app.companion import Companion, CompanionLauncher, SpawnCompanion, UnitCompanion
 from imdsproxy.app.map_stamp import MapStamp

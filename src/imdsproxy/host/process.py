@@ -122,48 +122,23 @@ def open_sockets(pid: int, proc: Path = PROC) -> Iterator[tuple[int, str]]:
                 yield int(target[8:-1]), entry.path
 
 
-@dataclass(frozen=True, slots=True)
-class ProcessIdentity:
-    """A process as `/proc` shows it.
-
-    Attributes:
-        started: As of `ProcessStat`.
-        parent: As of `ProcessStat`.
-        arguments: Its command line.
-    """
-
-    pid: int
-    started: int
-    parent: int
-    arguments: tuple[str, ...]
-
-
-def identify(pid: int) -> ProcessIdentity | None:
-    """The process that has this pid now; `None` without one, or for a zombie that only waits to be reaped."""
-    stat = read_stat(pid)
-    if stat is None:
-        return None
-    return ProcessIdentity(pid, stat.started, stat.parent, read_arguments(pid))
-
-
 class ProcessHandle:
     """A process held by pidfd: whatever becomes of its pid, this is it or its end.
 
     Attributes:
         pid: Its pid.
-        identity: Who it was when the handle was made.
     """
 
-    def __init__(self, identity: ProcessIdentity, descriptor: int) -> None:
-        self.pid = identity.pid
-        self.identity = identity
+    def __init__(self, pid: int, started: int, descriptor: int) -> None:
+        self.pid = pid
+        self._started = started
         self._descriptor = descriptor
         self._status: int | None = None
 
     def alive(self) -> bool:
         """Whether it has not ended yet; a zombie has."""
         now = read_stat(self.pid)
-        return now is not None and now.started == self.identity.started
+        return now is not None and now.started == self._started
 
     async def wait(self) -> int | None:
         """Wait until it has ended, without polling.
@@ -239,8 +214,8 @@ def _settle(future: asyncio.Future[None]) -> None:
         future.set_result(None)
 
 
-def open_process(pid: int, *, started: int | None = None) -> ProcessHandle | None:
-    """A handle on a running process; `None` if there is none, or it did not start at `started`."""
+def open_process(pid: int) -> ProcessHandle | None:
+    """A handle on a running process; `None` if there is none."""
     try:
         descriptor = os.pidfd_open(pid)
     except OverflowError:
@@ -250,11 +225,11 @@ def open_process(pid: int, *, started: int | None = None) -> ProcessHandle | Non
             return None
         raise host_refused(f"open process {pid}", error) from error
     # Looked at after the pidfd is held: what is seen is who is held.
-    identity = identify(pid)
-    if identity is None or started not in (None, identity.started):
+    stat = read_stat(pid)
+    if stat is None:
         os.close(descriptor)
         return None
-    return ProcessHandle(identity, descriptor)
+    return ProcessHandle(pid, stat.started, descriptor)
 
 
 def find_processes(program: str, arguments: AbstractSet[str]) -> list[ProcessHandle]:
@@ -305,10 +280,10 @@ def spawn_detached(
     except OSError as error:
         raise host_refused(f"start {arguments[0]}", error) from error
     descriptor = os.pidfd_open(child.pid)
-    identity = identify(child.pid) or ProcessIdentity(child.pid, 0, os.getpid(), ())
+    stat = read_stat(child.pid)
     # It is ours to reap, by `ProcessHandle.wait`: Popen would warn of it when it is collected.
     child.returncode = 0
-    return ProcessHandle(identity, descriptor)
+    return ProcessHandle(child.pid, 0 if stat is None else stat.started, descriptor)
 
 
 @dataclass(frozen=True, slots=True)

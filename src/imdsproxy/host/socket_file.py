@@ -98,9 +98,7 @@ class SocketFiles:
     def _held(
         self, path: Path, listening: Iterable[_Listening], our_pids: Collection[int]
     ) -> list[_Listening]:
-        """Sockets of our processes that were bound under this path, or beside it to be renamed."""
-        name = os.fsencode(path)
-        named = [one for one in listening if one.name == name or one.name.startswith(name + b".")]
+        named = _bound_under(path, listening)
         self._ours = {inode: pid for inode, pid in self._ours.items() if pid in our_pids}
         if any(one.inode not in self._ours for one in named):
             for pid in our_pids:
@@ -193,18 +191,10 @@ def remove_file(path: Path, identity: tuple[int, int]) -> None:
         raise host_refused(f"remove {path}", error) from error
 
 
-def find_socket_at(path: Path) -> frozenset[int]:
-    """Inodes of the listening sockets that a path leads to: usually one; none where the kernel does not list them."""
-    identity = identify_file(path)
-    if identity is None:
-        return frozenset()
-    # Not the device, as above: the name tells whether it was bound here, or beside it to be renamed.
+def _bound_under(path: Path, listening: Iterable[_Listening]) -> list[_Listening]:
+    """Those that were bound under this path, or beside it to be renamed."""
     name = os.fsencode(path)
-    return frozenset(
-        one.inode
-        for one in _listening()
-        if one.file == identity[1] and (one.name == name or one.name.startswith(name + b"."))
-    )
+    return [one for one in listening if one.name == name or one.name.startswith(name + b".")]
 
 
 def _listening() -> list[_Listening]:
@@ -254,7 +244,11 @@ def find_socket_holder(path: Path, proc: Path = Path("/proc")) -> SocketHolder |
         # A HAProxy or an agent whose socket was replaced still listens, and cannot be reached. Where the kernel does
         # not say which socket is reached, it is the one that was bound by the path's own name.
         exact = {inode for inode, same in listening if same}
-        inodes = inodes & find_socket_at(path) or exact or inodes
+        # Not by its device: btrfs shows one in its files and another one in its sockets.
+        file = identify_file(path)
+        bound = _bound_under(path, _listening()) if file is not None else []
+        reached = {one.inode for one in bound if file is not None and one.file == file[1]}
+        inodes = inodes & reached or exact or inodes
     for pid in socket_holders(inodes, proc):
         return SocketHolder(pid, read_arguments(pid, proc))
     return SocketHolder()

@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 
 from imdsproxy.anti_spoofing.hop_limits import HopLimits, plan_places
-from imdsproxy.anti_spoofing.journal import TableJournal
-from imdsproxy.anti_spoofing.kernel import HopPlace
+from imdsproxy.anti_spoofing.kernel import HopPlace, TableJournal
 from imdsproxy.core.endpoints import Endpoint
 from imdsproxy.core.hoststate import NamespaceRef
 from imdsproxy.core.model import NetworkId

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from imdsproxy.anti_spoofing.journal import TableJournal
+from imdsproxy.anti_spoofing.kernel import TableJournal
 from imdsproxy.anti_spoofing.mac_filters import MacFilters
 from imdsproxy.anti_spoofing.plan import ANY_MAC
 from imdsproxy.core.endpoints import Endpoint
