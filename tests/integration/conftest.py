@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from support.hostlab import HostLab, host_lab
 from support.world import World, open_world
 
 
@@ -20,3 +21,10 @@ def world(shared_world: World) -> Iterator[World]:
     """A lab with a daemon, as it was at first."""
     yield shared_world
     shared_world.heal()
+
+
+@pytest.fixture
+def lab() -> Iterator[HostLab]:
+    """Namespaces, links and servers that are gone at the end."""
+    with host_lab() as made:
+        yield made

@@ -17,7 +17,7 @@ import pytest
 
 from support.daemon import Daemon, alive, instance
 from support.guest import IPV4, IPV6, Guest, Load, Lost
-from support.lab import INTRUDER, NETNS, batch, until
+from support.lab import NETNS, SERVER, batch, until
 from support.patience import patience
 from support.world import World, open_world, own
 
@@ -217,7 +217,7 @@ _RACING: Final = """#!/bin/sh
 case " $* " in *" -c "*)
   if [ -e "{here}/armed" ]; then
     rm "{here}/armed"
-    nsenter --net={namespace} -- {python} -c '{program}' {address} "" 0 \\
+    nsenter --net={namespace} -- {python} -c '{program}' {address} "" 0 0 taken \\
       >"{here}/taken" 2>/dev/null </dev/null &
     echo $! >"{here}/taker"
     until grep -q ready "{here}/taken"; do sleep 0.01; done
@@ -234,7 +234,7 @@ def _race(daemon: Daemon) -> None:
             here=daemon.directory,
             namespace=NETNS / daemon.lab.name("raced"),
             python=sys.executable,
-            program=INTRUDER,
+            program=SERVER,
             address=IPV4,
         )
     )

@@ -49,27 +49,9 @@ def _reads_own(guest: Guest, to: str) -> bool:
         return False
 
 
-def _missing_namespace(lab: Lab) -> RecordMapping:
-    return {"id": "bad", "listener": {"namespace": lab.name("nowhere")}}
-
-
-def _missing_device(lab: Lab) -> RecordMapping:
-    lab.namespace_network("bad")
-    return {"id": "bad", "listener": {"namespace": lab.name("bad"), "device": "eth7"}}
-
-
-def _missing_interface(lab: Lab) -> RecordMapping:
-    del lab
-    return {"id": "bad", "listener": {"interface": "eth7"}}
-
-
 def _missing_bridge(lab: Lab) -> RecordMapping:
     del lab
     return {"id": "bad", "listener": {"bridge": "br7"}}
-
-
-def _missing_address(lab: Lab) -> RecordMapping:
-    return lab.namespace_network("bad", addresses=False)
 
 
 def _busy_port(lab: Lab) -> RecordMapping:
@@ -82,11 +64,7 @@ def _busy_port(lab: Lab) -> RecordMapping:
 @pytest.mark.parametrize(
     ("make", "code"),
     [
-        (_missing_namespace, "namespace-missing"),
-        (_missing_device, "device-missing"),
-        (_missing_interface, "device-missing"),
         (_missing_bridge, "device-missing"),
-        (_missing_address, "address-missing"),
         (_busy_port, "port-busy"),
     ],
     ids=lambda value: value if isinstance(value, str) else value.__name__.removeprefix("_"),
@@ -154,20 +132,6 @@ def test_of_two_sources_networks_on_one_listener_the_first_is_served_on(
     world.all_right()
 
 
-def test_a_busy_port_is_reported_with_its_owners_pid_and_taken_when_it_is_free(
-    world: World,
-) -> None:
-    network = world.lab.namespace_network("busy")
-    guest = world.lab.guest("busy", 5)
-    intruder = world.lab.intrude(world.lab.name("busy"), IPV4, reuse_port=False)
-    world.daemon.put([network], [instance("busy-5", "busy")])
-    assert f"pid {intruder.pid}" in _reported(world, "busy", "port-busy")
-    # The other family is not concerned.
-    assert own(guest, guest.ask("/latest/user-data", to=IPV6)) is None
-    intruder.stop()
-    _served(world, guest)
-
-
 @pytest.mark.parametrize("to", [IPV4, IPV6])
 def test_a_foreign_listener_that_shares_the_port_is_named_by_pid(world: World, to: str) -> None:
     device = "br0" if to == IPV6 else ""
@@ -180,15 +144,6 @@ def test_a_foreign_listener_that_shares_the_port_is_named_by_pid(world: World, t
     intruder.stop()
     until(lambda: "red" not in world.daemon.left_out(), within_s=_FOREIGN_WITHIN_S)
     world.all_right()
-
-
-def test_a_foreign_listener_that_was_there_first_is_named_by_pid(world: World) -> None:
-    network = world.lab.namespace_network("shared")
-    intruder = world.lab.intrude(world.lab.name("shared"), IPV4, reuse_port=True)
-    world.daemon.put([network])
-    reason = _reported(world, "shared", "foreign-listener")
-    assert f"pid {intruder.pid}" in reason
-    intruder.stop()
 
 
 def test_our_own_old_workers_are_no_foreign_listeners(world: World) -> None:

@@ -9,7 +9,7 @@ from typing import Final
 
 import pytest
 
-from support.daemon import instance, user_data_of
+from support.daemon import instance
 from support.guest import IPV4, IPV6, Guest, inside
 from support.lab import BRIDGE_MAC, NETNS, ip, until
 from support.world import RIGHT_WITHIN_S, World, own
@@ -46,16 +46,6 @@ def test_both_families_are_answered_alike_by_every_kind_of_listener(
             assert four.status == (404 if "no-such" in target else 200)
     for to in (IPV4, IPV6):
         assert own(guest, guest.ask("/latest/user-data", to=to)) is None
-
-
-def test_guests_with_equal_addresses_read_each_their_own(world: World) -> None:
-    assert len({guest.addresses for guest in world.everybody}) == 1
-    bodies = {
-        guest.ask("/openstack/latest/user_data", to=to).body
-        for guest in world.everybody
-        for to in (IPV4, IPV6)
-    }
-    assert bodies == {user_data_of(f"{network}-5") for network in _KINDS}
 
 
 def test_one_haproxy_serves_all_networks(world: World) -> None:
@@ -172,20 +162,6 @@ def test_a_bridge_gets_namespace_and_cable_and_loses_them_with_its_network(world
     links = [name for name in world.lab.host_links() if name.startswith(world.lab.prefix)]
     assert set(links) == {name for name in before[1] if name.startswith(world.lab.prefix)}
     world.freed(inode)
-
-
-def test_a_namespace_with_managed_addresses_gets_them_and_loses_them(world: World) -> None:
-    network = world.lab.namespace_network("managed", addresses=False)
-    guest = world.lab.guest("managed", 5)
-    listener = {"namespace": world.lab.name("managed"), "device": "br0", "manage_addresses": True}
-    world.daemon.put([{**network, "listener": listener}], [instance("managed-5", "managed")])
-    for to in (IPV4, IPV6):
-        assert own(guest, guest.ask("/latest/user-data", to=to)) is None
-    world.daemon.remove_instance("managed-5")
-    world.daemon.remove_network("managed")
-    name = world.lab.name("managed")
-    until(lambda: not _metadata_addresses(name), within_s=RIGHT_WITHIN_S)
-    assert "10.0.0.1/24" in ip("-n", name, "address", "show", "dev", "br0")
 
 
 def test_a_network_that_comes_is_answered_and_one_that_goes_is_refused(world: World) -> None:

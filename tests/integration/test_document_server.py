@@ -22,7 +22,7 @@ from imdsproxy.serving.pidfile import stop_documents
 from imdsproxy.serving.store import apply_record
 from support.document_server import DEADLINE_S, Server, UnixConnection, ask, pss_kib, wait_for
 from support.guest_records import GUEST, compiled, guest
-from support.lab import patience
+from support.patience import patience
 
 PASSWORD = "/openstack/latest/password"
 

@@ -163,12 +163,6 @@ def _route() -> None:
         Path("/proc/sys/net/ipv4", key).write_text(str(value))
 
 
-def test_without_a_limit_answers_are_the_kernels_own_and_there_is_no_rule(world: World) -> None:
-    assert _limits(world.red) == (64, 64)
-    assert _limits(world.red, IPV6) == (64, 64)
-    assert world.lab.prefix + "-hops" not in _tables(world.lab.name("red"))
-
-
 def test_it_is_on_the_wire_in_each_kind_of_network_and_gone_by_the_next_answer(
     world: World,
 ) -> None:

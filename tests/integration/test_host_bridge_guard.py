@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -15,17 +14,11 @@ from imdsproxy.anti_spoofing.host_rules import (
     read_rules,
     try_mac_filter,
 )
-from support.hostlab import HostLab, host_lab
+from support.hostlab import HostLab
 from support.lab import within
 from support.world import World
 
 pytestmark = pytest.mark.root
-
-
-@pytest.fixture
-def lab() -> Iterator[HostLab]:
-    with host_lab() as made:
-        yield made
 
 
 def test_this_kernel_can_check_macs() -> None:

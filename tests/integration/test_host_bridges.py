@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from imdsproxy.core.endpoints import LeftOutCode
 from imdsproxy.core.model import BridgeListener, Network, NetworkId
 from imdsproxy.host.namespaces import NamespaceDirectory, NamespaceThread
 from imdsproxy.listeners.apply import apply_ops
@@ -14,17 +13,11 @@ from imdsproxy.listeners.endpoints import ListenerPlan
 from imdsproxy.listeners.observe import HostObserver
 from imdsproxy.listeners.ops import AddAddress, CreateVeth, DeleteLink, DeleteNamespace
 from imdsproxy.listeners.plan import plan_listeners
-from support.hostlab import HostLab, eventually, host_lab
+from support.hostlab import HostLab, eventually
 
 pytestmark = pytest.mark.root
 
 BLUE = NetworkId("blue")
-
-
-@pytest.fixture
-def lab() -> Iterator[HostLab]:
-    with host_lab() as made:
-        yield made
 
 
 @dataclass(slots=True)
@@ -100,18 +93,6 @@ async def test_guests_of_a_bridge_reach_what_listens_there_over_both_families(
     assert answer.split("::")[1] in lab.ip("-n", guest, "-6", "addr", "show", "eth0")
 
 
-async def test_two_bridges_with_the_same_addresses_are_kept_apart(
-    lab: HostLab, daemon: _Daemon
-) -> None:
-    bridges = {name: lab.bridge(name[0]) for name in ("blue", "red")}
-    guests = {name: lab.guest(f"{name[0]}g", bridges[name], "10.0.0.5/24") for name in bridges}
-    await daemon.settle(_networks(**bridges))
-    for name in bridges:
-        _serve(lab, name, name)
-    answers = {name: lab.ask(guest, "169.254.169.254") for name, guest in guests.items()}
-    assert answers == {"blue": "blue 10.0.0.5", "red": "red 10.0.0.5"}
-
-
 async def test_what_we_make_is_marked_and_has_the_bridges_mtu(
     lab: HostLab, daemon: _Daemon
 ) -> None:
@@ -163,15 +144,6 @@ async def test_a_changed_mtu_a_detached_and_a_downed_link_are_mended(
     assert ",UP" in shown
 
 
-async def test_a_network_that_moves_to_another_bridge_takes_its_link_along(
-    lab: HostLab, daemon: _Daemon
-) -> None:
-    first, second = lab.bridge("b"), lab.bridge("c")
-    await daemon.settle(_networks(blue=first))
-    await daemon.settle(_networks(blue=second))
-    assert f"master {second}" in lab.ip("link", "show", lab.naming.link(BLUE))
-
-
 @pytest.mark.parametrize("lost", ["namespace", "link", "inner"])
 async def test_what_somebody_deleted_is_made_again(
     lab: HostLab, daemon: _Daemon, lost: str
@@ -190,21 +162,6 @@ async def test_what_somebody_deleted_is_made_again(
             lab.ip("-n", name, "link", "del", lab.naming.inner_device)
     plan = await daemon.settle(_networks(blue=bridge))
     assert len(plan.endpoints) == 2
-
-
-async def test_a_bridge_that_is_missing_is_left_out_until_it_comes(
-    lab: HostLab, daemon: _Daemon
-) -> None:
-    name = lab.link_name("b")
-    plan = await daemon.settle(_networks(blue=name))
-    assert [(one.family, one.code) for one in plan.left_out] == [(None, LeftOutCode.DEVICE_MISSING)]
-    lab.bridge("b")
-    assert len((await daemon.settle(_networks(blue=name))).endpoints) == 2
-
-
-async def test_a_device_that_is_no_bridge_is_left_out(lab: HostLab, daemon: _Daemon) -> None:
-    plan = await daemon.settle(_networks(blue=lab.device("d")))
-    assert [one.code for one in plan.left_out] == [LeftOutCode.NOT_A_BRIDGE]
 
 
 async def test_a_later_process_sweeps_ours_and_nothing_else(lab: HostLab, daemon: _Daemon) -> None:
@@ -243,18 +200,6 @@ async def test_a_later_process_sweeps_ours_and_nothing_else(lab: HostLab, daemon
     assert present.isdisjoint({ours, unmarked, half})
     assert {bridge, device} <= links
     assert lab.naming.link(BLUE) not in links
-
-
-async def test_a_name_that_somebody_else_has_is_never_taken_from_him(
-    lab: HostLab, daemon: _Daemon
-) -> None:
-    bridge = lab.bridge("b")
-    taken = lab.own_namespace("blue")
-    lab.ip("netns", "add", taken)
-    lab.ip("-n", taken, "link", "set", "lo", "alias", "somebody's")
-    plan = await daemon.settle(_networks(blue=bridge))
-    assert [one.code for one in plan.left_out] == [LeftOutCode.NAME_TAKEN]
-    assert taken in lab.ip("netns")
 
 
 async def test_what_builds_on_a_failure_is_skipped_and_other_networks_are_not(

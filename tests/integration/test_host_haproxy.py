@@ -21,7 +21,7 @@ from imdsproxy.listeners.endpoints import ListenerPlan
 from imdsproxy.listeners.host import apply_links, haproxy_name
 from imdsproxy.listeners.observe import HostObserver
 from imdsproxy.listeners.plan import plan_listeners
-from support.hostlab import DEADLINE_S, HostLab, eventually, host_lab
+from support.hostlab import DEADLINE_S, HostLab, eventually
 from support.patience import patience
 
 pytestmark = pytest.mark.root
@@ -41,12 +41,6 @@ frontend guests
 {binds}
     http-request return status 200 content-type text/plain string {word}
 """
-
-
-@pytest.fixture
-def lab() -> Iterator[HostLab]:
-    with host_lab() as made:
-        yield made
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import asyncio
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,16 +15,10 @@ from imdsproxy.listeners.namespace_watch import (
     NamespaceWatch,
     NamespaceWent,
 )
-from support.hostlab import HostLab, create_namespace, host_lab
+from support.hostlab import HostLab, create_namespace
 from support.patience import patience
 
 pytestmark = pytest.mark.root
-
-
-@pytest.fixture
-def lab() -> Iterator[HostLab]:
-    with host_lab() as made:
-        yield made
 
 
 async def _next(watch: NamespaceWatch, *names: str, within_s: float = 1.0) -> NamespaceChange:
@@ -35,12 +28,6 @@ async def _next(watch: NamespaceWatch, *names: str, within_s: float = 1.0) -> Na
             if change.ref.name in names:
                 return change
     raise AssertionError("the watch ended")
-
-
-async def test_what_is_there_already_is_known_at_once(lab: HostLab) -> None:
-    name = lab.namespace("blue")
-    async with NamespaceWatch(NamespaceDirectory()) as watch:
-        assert watch.current[name] == NamespaceDirectory().identity(name)
 
 
 async def test_a_namespace_that_comes_late_is_told_of_when_it_can_be_entered(
@@ -53,15 +40,6 @@ async def test_a_namespace_that_comes_late_is_told_of_when_it_can_be_entered(
         assert isinstance(change, NamespaceCame)
         assert await thread.inside(name, lambda ref: ref) == change.ref
     thread.close()
-
-
-async def test_a_namespace_that_goes_is_told_of(lab: HostLab) -> None:
-    name = lab.namespace("blue")
-    async with NamespaceWatch(NamespaceDirectory()) as watch:
-        ref = watch.current[name]
-        await asyncio.to_thread(lab.delete_namespace, name)
-        assert await _next(watch, name) == NamespaceWent(ref)
-        assert name not in watch.current
 
 
 async def test_a_namespace_made_again_under_its_name_goes_and_comes(lab: HostLab) -> None:

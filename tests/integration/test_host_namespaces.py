@@ -12,15 +12,9 @@ import pytest
 from imdsproxy.core.hoststate import NamespaceRef
 from imdsproxy.errors import HostRefused
 from imdsproxy.host.namespaces import NamespaceDirectory, NamespaceThread
-from support.hostlab import HostLab, create_namespace, host_lab
+from support.hostlab import HostLab, create_namespace
 
 pytestmark = pytest.mark.root
-
-
-@pytest.fixture
-def lab() -> Iterator[HostLab]:
-    with host_lab() as made:
-        yield made
 
 
 @pytest.fixture

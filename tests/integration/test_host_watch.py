@@ -3,7 +3,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
@@ -23,7 +23,7 @@ from imdsproxy.host.namespaces import NamespaceDirectory, NamespaceThread
 from imdsproxy.host.nlmessages import NetlinkRefused, NetlinkSocket
 from imdsproxy.listeners.observe import HostObserver
 from imdsproxy.listeners.watch import EventKind, HostEvent, HostWatch, WatchPace
-from support.hostlab import HostLab, eventually, host_lab
+from support.hostlab import HostLab, eventually
 from support.patience import patience
 
 pytestmark = pytest.mark.root
@@ -31,12 +31,6 @@ pytestmark = pytest.mark.root
 BLUE = NetworkId("blue")
 SLOW = WatchPace(audits_per_s=0, recheck_s=1000)
 """Nothing but events."""
-
-
-@pytest.fixture
-def lab() -> Iterator[HostLab]:
-    with host_lab() as made:
-        yield made
 
 
 @dataclass(slots=True)
@@ -84,18 +78,6 @@ async def _watching(
         thread.close()
 
 
-async def test_a_networks_namespace_that_comes_and_goes_is_told_of(lab: HostLab) -> None:
-    name = lab.name("blue")
-    async with _watching(lab, {"blue": NamespaceListener(name)}) as watched:
-        await asyncio.to_thread(lab.namespace, "blue")
-        came = await watched.next(EventKind.NAMESPACE_CAME)
-        assert came.networks == {BLUE}
-
-        await asyncio.to_thread(lab.delete_namespace, name)
-        went = await watched.next(EventKind.NAMESPACE_WENT)
-        assert went.networks == {BLUE}
-
-
 async def test_what_concerns_no_network_is_not_told_of(lab: HostLab) -> None:
     name = lab.namespace("blue")
     async with _watching(lab, {"blue": NamespaceListener(name)}) as watched:
@@ -127,21 +109,17 @@ async def test_an_address_in_a_namespace_made_later_is_an_event_too(lab: HostLab
         assert (await watched.next(EventKind.LINK)).networks == {BLUE}
 
 
+@pytest.mark.parametrize("kind", [InterfaceListener, BridgeListener])
 async def test_a_device_and_an_address_of_the_host_are_events_of_their_network(
-    lab: HostLab,
+    lab: HostLab, kind: type[InterfaceListener | BridgeListener]
 ) -> None:
     name = lab.link_name("d")
-    async with _watching(lab, {"blue": InterfaceListener(name)}) as watched:
-        await asyncio.to_thread(lab.device, "d")
+    async with _watching(lab, {"blue": kind(name)}) as watched:
+        make = lab.device if kind is InterfaceListener else lab.bridge
+        await asyncio.to_thread(make, "d")
         assert (await watched.next(EventKind.LINK)).networks == {BLUE}
         await watched.quiet()
         await asyncio.to_thread(lab.address, None, "169.254.169.254/32", name)
-        assert (await watched.next(EventKind.LINK)).networks == {BLUE}
-
-
-async def test_a_bridge_that_comes_is_an_event_of_its_network(lab: HostLab) -> None:
-    async with _watching(lab, {"blue": BridgeListener(lab.link_name("b"))}) as watched:
-        await asyncio.to_thread(lab.bridge, "b")
         assert (await watched.next(EventKind.LINK)).networks == {BLUE}
 
 

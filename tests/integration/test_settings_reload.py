@@ -10,7 +10,7 @@ from typing import Any, Final
 import pytest
 import yaml
 
-from support.daemon import Command
+from support.commands import Command
 from support.lab import until, within
 from support.world import World, open_world
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Iterator
 from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from imdsproxy.core.snippets import Target
 from imdsproxy.core.snippets.targets import render_snippet
 from support.dhcp_offer import ask_options, classless_routes
 from support.guest import inside
-from support.hostlab import HostLab, host_lab
+from support.hostlab import HostLab
 from support.lab import until
 from support.snippet_guests import MAC, guest, network, nic
 from support.snippet_text import text_of
@@ -23,12 +22,6 @@ pytestmark = pytest.mark.root
 
 _METADATA = IPv4Network("169.254.169.254/32")
 _ON_LINK = IPv4Address("0.0.0.0")
-
-
-@pytest.fixture
-def lab() -> Iterator[HostLab]:
-    with host_lab() as lab:
-        yield lab
 
 
 def _offered(lab: HostLab, of: Network, directory: Path) -> dict[int, bytes]:

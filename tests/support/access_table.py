@@ -16,8 +16,6 @@ from imdsproxy.core.policy import (
     render_policy_word,
 )
 
-__all__ = ["CLOCKS", "META", "READS", "TOKEN", "USER_DATA", "Clock", "Read", "path_sets"]
-
 Clock: TypeAlias = Callable[[int], tuple[int | None, OperatorOverride]]
 """When the instance was made, and what an operator did about it, by the time that it is now."""
 

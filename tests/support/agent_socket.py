@@ -17,17 +17,6 @@ from support.lab import Lab, record, until, within
 from support.nova_world import INSTANCES, PROJECTS, SECRET, nova_instance
 from support.recorder import Recorder, signature_of
 
-__all__ = [
-    "NETWORK",
-    "OVN",
-    "ROUTER",
-    "AgentSocket",
-    "AgentWorld",
-    "Squatter",
-    "open_agents",
-    "squat",
-]
-
 NETWORK: Final = "X-Neutron-Network-ID"
 ROUTER: Final = "X-Neutron-Router-ID"
 OVN: Final = "X-OVN-Network-ID"

@@ -10,8 +10,6 @@ from support.daemon import Daemon
 from support.lab import until
 from support.world import World
 
-__all__ = ["AuditLog", "order_audit"]
-
 
 class AuditLog:
     """The file, and what is in it now.

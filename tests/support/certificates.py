@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-__all__ = ["Authority", "Certificate", "make_authority", "server_context"]
-
 _CONFIGURATION: Final = "[req]\ndistinguished_name = subject\n[subject]\n"
 """No extension but those that are asked for."""
 

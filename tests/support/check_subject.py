@@ -10,8 +10,6 @@ from imdsproxy.config.load import Loaded
 from imdsproxy.config.schema import Settings
 from imdsproxy.errors import ImdsproxyError
 
-__all__ = ["subject", "summarise"]
-
 
 def subject(
     settings: Mapping[str, object] | None = None,

@@ -18,8 +18,6 @@ from typing import Final
 from imdsproxy.cli.main import main
 from support.patience import patience
 
-__all__ = ["Command", "Forked", "run_command", "start_controller"]
-
 _WITHIN_S: Final = 60.0
 _CONTEXT: Final = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(

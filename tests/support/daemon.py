@@ -30,8 +30,6 @@ from support.commands import Command, Forked, run_command, start_controller
 from support.lab import NETNS, Lab, RecordMapping, until, within
 from support.reaper import processes_of, reap_at_the_end
 
-__all__ = ["Command", "Daemon", "Pids", "alive", "instance", "user_data_of"]
-
 Shape = Mapping[str, Any]
 
 _PROGRAM: Final = (sys.executable, "-m", "imdsproxy")

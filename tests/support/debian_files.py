@@ -10,8 +10,6 @@ from typing import Final
 
 from support.demonstration import REPOSITORY
 
-__all__ = ["unpacked"]
-
 _CACHE: Final = REPOSITORY / ".cache" / "debian-files"
 _APT: Final = ("apt-get", "-q", "-o", "APT::Sandbox::User=root", "-o", "DPkg::Lock::Timeout=120")
 

@@ -14,8 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-__all__ = ["REPOSITORY", "Demonstration", "HostView", "demo_directory", "start", "wait_until"]
-
 REPOSITORY: Final = Path(__file__).resolve().parents[2]
 _OURS: Final = "imdsd"
 _FOLDERS: Final = (

@@ -8,8 +8,6 @@ from collections.abc import Iterator
 from ipaddress import IPv4Address, IPv4Network
 from typing import Final
 
-__all__ = ["ask_options", "classless_routes"]
-
 _COOKIE: Final = bytes((99, 130, 83, 99))
 _BROADCAST: Final = 0x8000
 _WANTED: Final = (1, 3, 6, 121)

@@ -13,8 +13,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Final
 
-__all__ = ["Block", "blocks_of", "missing_lines", "section"]
-
 _INDENT: Final = "    "
 
 

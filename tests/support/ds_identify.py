@@ -13,8 +13,6 @@ from typing import Final
 from support.debian_files import unpacked
 from support.patience import patience
 
-__all__ = ["DMI_OF_SMBIOS", "Machine", "identify", "write_dmi"]
-
 DMI_OF_SMBIOS: Final[Mapping[tuple[int, str], str]] = {
     (1, "manufacturer"): "sys_vendor",
     (1, "product"): "product_name",

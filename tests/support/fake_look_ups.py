@@ -16,8 +16,6 @@ from imdsproxy.sources.api import (
     Publish,
 )
 
-__all__ = ["FakeLookUps"]
-
 
 @dataclass(slots=True)
 class FakeLookUps:

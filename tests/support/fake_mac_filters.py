@@ -24,8 +24,6 @@ from imdsproxy.core.model import IpAddress, MacAddress, NetworkId
 from imdsproxy.errors import DataplaneError, HostRefused
 from imdsproxy.host.clock import SystemClock
 
-__all__ = ["FakeHopLimits", "FakeMacFilters", "no_hop_limits", "no_mac_filters"]
-
 
 @dataclass
 class FakeMacFilters(KernelMacFilters):

@@ -13,8 +13,6 @@ from imdsproxy.errors import SourceUnavailable
 from imdsproxy.sources.neutron.client import QueryTimedOut
 from imdsproxy.sources.neutron.ports import NeutronPort, PortQuery
 
-__all__ = ["DOWN", "LATE", "FakeNeutron", "FakeTime", "neutron_port", "router_port"]
-
 DOWN: Final = SourceUnavailable("connection refused", hint="start it")
 LATE: Final = QueryTimedOut("no answer within 5 s")
 _DEADLINE_S: Final = 10.0

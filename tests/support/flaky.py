@@ -6,8 +6,6 @@ from typing import Final
 
 import pytest
 
-__all__ = ["pytest_addoption", "pytest_sessionfinish", "pytest_terminal_summary"]
-
 _LIMIT: Final = "flaky_limit"
 
 

@@ -12,20 +12,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Final
 
-__all__ = [
-    "ENCODED_PATHS",
-    "FORGERIES",
-    "IDENTITY_HEADERS",
-    "OTHER_ADDRESS",
-    "OTHER_INSTANCE",
-    "OTHER_NETWORK",
-    "OTHER_PROJECT",
-    "SPELLINGS",
-    "EncodedPath",
-    "Forgery",
-    "Seen",
-]
-
 OTHER_INSTANCE: Final = "bbbbbbbb-0000-4000-8000-00000000000b"
 OTHER_PROJECT: Final = "22222222222222222222222222222222"
 OTHER_NETWORK: Final = "green"

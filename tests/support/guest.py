@@ -20,19 +20,6 @@ from typing import Final, Self, TypeVar
 from imdsproxy.host.namespaces import DEFAULT_DIRECTORY, NamespaceDirectory, NamespaceThread
 from support.patience import patience
 
-__all__ = [
-    "IPV4",
-    "IPV6",
-    "Connection",
-    "Guest",
-    "Load",
-    "LoadReport",
-    "Lost",
-    "Reply",
-    "eui64",
-    "inside",
-]
-
 T = TypeVar("T")
 
 IPV4: Final = "169.254.169.254"

@@ -42,17 +42,6 @@ from support.guest import IPV4, Connection, Reply
 from support.lab import until
 from support.twins import Asker
 
-__all__ = [
-    "KEY",
-    "WAYS",
-    "Alone",
-    "Document",
-    "Documents",
-    "open_alone",
-    "paths_below",
-    "run_haproxy",
-]
-
 KEY: Final = TokenKey(b"k" * 32)
 WAYS: Final = ("guests", "found", "agents")
 """The frontends: of a network, of requests that the resolver hands in, of Neutron's proxies."""

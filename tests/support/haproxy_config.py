@@ -10,8 +10,6 @@ from imdsproxy.core.haproxy.model import Bind, DataplaneSpec
 from imdsproxy.core.model import METADATA_IPV4, NetworkId
 from imdsproxy.dataplane.layout import Layout
 
-__all__ = ["SPEC", "read_rules", "read_sections"]
-
 SPEC = DataplaneSpec(
     (Bind(NetworkId("blue"), METADATA_IPV4, 80),),
     Layout(runtime=Path("/run/x"), state=Path("/var/x")).haproxy_paths(),

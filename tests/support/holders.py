@@ -14,8 +14,6 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Final
 
-__all__ = ["holders"]
-
 _PIDFD_GETFD: Final = 438
 _SIOCGSKNS: Final = 0x894C
 _libc = ctypes.CDLL(None, use_errno=True)

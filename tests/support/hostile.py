@@ -15,8 +15,6 @@ from hypothesis import strategies as st
 from support.forgeries import IDENTITY_HEADERS, OTHER_INSTANCE, OTHER_PROJECT
 from support.spellings import spellings
 
-__all__ = ["FOREIGN_TOKEN", "HARMFUL", "Harm", "harms"]
-
 FOREIGN_TOKEN: Final = b"@ANOTHER-GUESTS-TOKEN@"
 """Stands for a token that another guest was given; `Harm.data_with` puts one there."""
 

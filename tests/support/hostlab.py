@@ -9,10 +9,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import secrets
-import subprocess
 import sys
 import time
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -21,47 +20,14 @@ from imdsproxy.core.hostnames import Naming
 from imdsproxy.core.hoststate import NamespaceRef
 from imdsproxy.core.model import NetworkId
 from imdsproxy.host.namespaces import (
-    DEFAULT_DIRECTORY,
     NamespaceDirectory,
     NamespaceThread,
 )
+from support.lab import Server, ip, run, serve, within
 from support.patience import patience
-
-__all__ = ["DEADLINE_S", "HostLab", "Server", "create_namespace", "eventually", "host_lab"]
 
 DEADLINE_S: Final = 10.0
 """How long a test waits for what must come; what must come *soon* is measured."""
-
-_IP: Final = "/usr/sbin/ip"
-
-_SERVER: Final = """
-import os, socket, sys
-family, address, device, reuse, uid, word = sys.argv[1:7]
-v6 = family == "6"
-listener = socket.socket(socket.AF_INET6 if v6 else socket.AF_INET)
-listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-if reuse == "1":
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-if device:
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, device.encode())
-scope = socket.if_nametoindex(device) if v6 and device else 0
-target = (address, 80, 0, scope) if v6 else (address, 80)
-if int(uid):
-    # A socket belongs to the user that makes it; ports below 1024 are opened for the namespace.
-    with open("/proc/sys/net/ipv4/ip_unprivileged_port_start", "w") as file:
-        file.write("0")
-    listener.close()
-    os.setuid(int(uid))
-    listener = socket.socket(socket.AF_INET6 if v6 else socket.AF_INET)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-listener.bind(target)
-listener.listen()
-print("ready", flush=True)
-while True:
-    connection, peer = listener.accept()
-    connection.sendall(f"{word} {peer[0]}".encode())
-    connection.close()
-"""
 
 _CLIENT: Final = """
 import socket, sys
@@ -77,25 +43,6 @@ print(client.recv(1000).decode())
 
 async def create_namespace(thread: NamespaceThread, name: str) -> NamespaceRef:
     return await thread.run(lambda: thread.create_now(name))
-
-
-@dataclass(frozen=True, slots=True)
-class Server:
-    """A server that was started."""
-
-    process: subprocess.Popen[bytes]
-
-    @property
-    def pid(self) -> int:
-        """Its pid."""
-        return self.process.pid
-
-    def stop(self) -> None:
-        """End it."""
-        self.process.kill()
-        self.process.wait()
-        if self.process.stdout is not None:
-            self.process.stdout.close()
 
 
 @dataclass(slots=True)
@@ -191,42 +138,30 @@ class HostLab:
         word: str = "foreign",
     ) -> Server:
         """Start a server on port 80 that answers its word and the client's address."""
-        family = "6" if ":" in address else "4"
-        reuse = "1" if reuse_port else "0"
-        arguments = (sys.executable, "-c", _SERVER, family, address, device, reuse, str(uid), word)
-        process = subprocess.Popen((*self._inside(namespace), *arguments), stdout=subprocess.PIPE)
-        server = Server(process)
+        words = f"{word} PEER"
+        place = () if namespace is None else within(namespace)
+        server = serve(place, address, device, reuse_port=reuse_port, uid=uid, answer=words)
         self._servers.append(server)
-        assert process.stdout is not None
-        assert process.stdout.readline() == b"ready\n"
         return server
 
     def ask(self, namespace: str, address: str, device: str = "eth0") -> str:
         """What a server answers to a client in a namespace."""
         family = "6" if ":" in address else "4"
         arguments = (sys.executable, "-c", _CLIENT, family, address, device)
-        return self.run(*self._inside(namespace), *arguments).strip()
+        return self.run(*within(namespace), *arguments).strip()
 
     def fetch(self, namespace: str) -> str:
         """The body of what a web server at 169.254.169.254 answers within a namespace."""
         curl = ("/usr/bin/curl", "-sS", "--max-time", "5", "http://169.254.169.254/")
-        return self.run(*self._inside(namespace), *curl)
-
-    def _inside(self, namespace: str | None) -> Sequence[str]:
-        if namespace is None:
-            return ()
-        # Not `ip netns exec`: it would keep a copy of every mount of /run/netns alive.
-        return ("/usr/bin/nsenter", f"--net={DEFAULT_DIRECTORY / namespace}", "--")
+        return self.run(*within(namespace), *curl)
 
     def ip(self, *arguments: str) -> str:
         """Run ip(8)."""
-        return self.run(_IP, *arguments)
+        return ip(*arguments)
 
     def run(self, *arguments: str) -> str:
         """Run a command to its end and give back what it printed."""
-        done = subprocess.run(arguments, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, f"{arguments}: {done.stderr}"
-        return done.stdout
+        return run(*arguments)
 
     def close(self) -> None:
         """Take everything away, what the code under test made under our `naming` included."""

@@ -16,8 +16,6 @@ from typing import Final, Self
 from support.guest import Guest, inside
 from support.lab import batch
 
-__all__ = ["Impostor", "Tries", "syn_frame"]
-
 _ETH_P_ALL: Final = 3
 _BROADCAST: Final = b"\xff" * 6
 _ALL_NODES: Final = bytes.fromhex("333300000001")

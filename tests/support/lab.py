@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -22,23 +22,6 @@ from support.guest import Guest, inside
 from support.holders import holders
 from support.patience import patience
 from support.reaper import reap_at_the_end
-
-__all__ = [
-    "BRIDGE_MAC",
-    "GUEST_CIDR4",
-    "GUEST_CIDR6",
-    "INTRUDER",
-    "NETNS",
-    "Intruder",
-    "Lab",
-    "LabState",
-    "RecordMapping",
-    "ip",
-    "patience",
-    "processes_in",
-    "until",
-    "within",
-]
 
 RecordMapping = dict[str, object]
 
@@ -59,23 +42,64 @@ _SETTINGS: Final = {
 _PLAIN: Final = "forward_delay 0 stp_state 0 mcast_snooping 0"
 _METADATA: Final = (("169.254.169.254/32",), ("fe80::a9fe:a9fe/64", "nodad"))
 
-INTRUDER: Final = """
-import socket, sys
-address, device, reuse = sys.argv[1:4]
+SERVER: Final = """
+import os, socket, sys
+address, device, reuse, uid, answer = sys.argv[1:6]
 v6 = ":" in address
-listener = socket.socket(socket.AF_INET6 if v6 else socket.AF_INET)
-listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-if reuse == "1":
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-scope = socket.if_nametoindex(device) if v6 else 0
+def listen():
+    made = socket.socket(socket.AF_INET6 if v6 else socket.AF_INET)
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if reuse == "1":
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    return made
+listener = listen()
+scope = socket.if_nametoindex(device) if v6 and device else 0
+if device:
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, device.encode())
+if int(uid):
+    # A socket belongs to the user that makes it; ports below 1024 are opened for the namespace.
+    with open("/proc/sys/net/ipv4/ip_unprivileged_port_start", "w") as file:
+        file.write("0")
+    listener.close()
+    os.setuid(int(uid))
+    listener = listen()
 listener.bind((address, 80, 0, scope) if v6 else (address, 80))
 listener.listen()
 print("ready", flush=True)
 while True:
-    connection, _ = listener.accept()
-    connection.sendall(b"HTTP/1.1 200 OK\\r\\nContent-Length: 7\\r\\nConnection: close\\r\\n\\r\\nforeign")
+    connection, peer = listener.accept()
+    connection.sendall(answer.replace("PEER", peer[0]).encode())
     connection.close()
 """
+
+FOREIGN: Final = "HTTP/1.1 200 OK\r\nContent-Length: 7\r\nConnection: close\r\n\r\nforeign"
+
+
+def serve(
+    place: Sequence[str],
+    address: str,
+    device: str = "",
+    *,
+    reuse_port: bool,
+    uid: int = 0,
+    answer: str = FOREIGN,
+) -> Server:
+    """Start a foreign program at port 80 of an address.
+
+    Args:
+        place: The words before it (`within`).
+        uid: Whose its socket is.
+        answer: With `PEER` for the client's address.
+    """
+    words = (address, device, "1" if reuse_port else "0", str(uid), answer)
+    process = subprocess.Popen(
+        (*place, sys.executable, "-c", SERVER, *words),
+        stdout=subprocess.PIPE,
+        stdin=subprocess.DEVNULL,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"ready\n"
+    return Server(process)
 
 
 def until(
@@ -99,7 +123,7 @@ def until(
 
 
 @dataclass(slots=True)
-class Intruder:
+class Server:
     """A foreign program that listens at a metadata address."""
 
     process: subprocess.Popen[bytes]
@@ -130,7 +154,7 @@ class Lab:
 
     token: str = field(default_factory=lambda: secrets.token_hex(2))
     _namespaces: list[str] = field(default_factory=list)
-    _intruders: list[Intruder] = field(default_factory=list)
+    _intruders: list[Server] = field(default_factory=list)
     _places: dict[str, tuple[str, str]] = field(default_factory=dict)
     _guests: int = 0
 
@@ -267,16 +291,10 @@ class Lab:
 
     def intrude(
         self, namespace: str, address: str, *, device: str = "", reuse_port: bool
-    ) -> Intruder:
+    ) -> Server:
         """Start a foreign program at port 80 of an address."""
-        arguments = (sys.executable, "-c", INTRUDER, address, device, "1" if reuse_port else "0")
-        process = subprocess.Popen(
-            (*within(namespace), *arguments), stdout=subprocess.PIPE, stdin=subprocess.DEVNULL
-        )
-        intruder = Intruder(process)
+        intruder = serve(within(namespace), address, device, reuse_port=reuse_port)
         self._intruders.append(intruder)
-        assert process.stdout is not None
-        assert process.stdout.readline() == b"ready\n"
         return intruder
 
     def state(self) -> LabState:

@@ -29,8 +29,6 @@ from imdsproxy.sources.libvirt.xml import METADATA_URI
 from imdsproxy.sources.settings import LibvirtSourceSettings
 from support.libvirt_daemon import Libvirtd, machine
 
-__all__ = ["LibvirtBacking", "define_domain", "domain_xml", "libvirt_source", "metadata_xml"]
-
 _GATEWAY: Final = "10.0.0.1"
 _CIDR: Final = "10.0.0.0/24"
 _SERVED: Final = "n1"

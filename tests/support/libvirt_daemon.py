@@ -17,8 +17,6 @@ from typing import Any, Final
 from support.lab import until
 from support.openstack.servers import ends_with_us
 
-__all__ = ["Libvirtd", "machine", "open_libvirtd"]
-
 _CAPABILITIES: Final = Path(__file__).parents[2] / ".cache" / "libvirt"
 """What libvirtd finds out about QEMU takes ten seconds the first time; it notices when QEMU is another."""
 

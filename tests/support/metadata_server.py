@@ -13,8 +13,6 @@ from typing import Final
 
 from imdsproxy.core.doctor import Answer, Answered, Ask, Framing
 
-__all__ = ["GOOD", "Reply", "MetadataServer", "metadata_server"]
-
 
 @dataclass(frozen=True)
 class Reply:

@@ -21,18 +21,6 @@ from support.lab import Lab, processes_in, until
 from support.patience import patience
 from support.recorder import Recorder
 
-__all__ = [
-    "NETWORK",
-    "OTHER",
-    "PROGRAM",
-    "Place",
-    "Started",
-    "UnixRecorder",
-    "command_line",
-    "open_place",
-    "process_status",
-]
-
 PROGRAM: Final = str(Path(sys.executable).with_name("neutron-ns-metadata-proxy"))
 NETWORK: Final = "8f6a1e0c-3b52-4c1d-9a57-0d2f4b6c8e10"
 OTHER: Final = "11111111-2222-3333-4444-555555555555"

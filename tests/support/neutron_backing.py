@@ -26,8 +26,6 @@ from imdsproxy.sources.settings import NeutronSourceSettings
 from support.openstack.lab import OpenStack
 from support.openstack.neutron_rest import Refused
 
-__all__ = ["NeutronBacking"]
-
 _PROJECT: Final = "blue"
 _CIDR: Final = "10.0.0.0/24"
 

@@ -16,16 +16,6 @@ from support.lab import Lab, RecordMapping, until
 from support.own_hosts import with_hosts
 from support.recorder import Received, Recorder, signature_of
 
-__all__ = [
-    "INSTANCES",
-    "PROJECTS",
-    "RESPONSE_TIMEOUT_S",
-    "SECRET",
-    "NovaWorld",
-    "nova_instance",
-    "open_nova_world",
-]
-
 INSTANCES: Final[Mapping[str, str]] = {
     "red": "aaaaaaaa-0000-4000-8000-00000000000a",
     "green": OTHER_INSTANCE,

@@ -6,8 +6,6 @@ import sys
 from pathlib import Path
 from typing import Final
 
-__all__ = ["with_hosts"]
-
 # `slave`: mounts that the host makes meanwhile are seen, as those of namespaces, and ours stays ours.
 _UNSHARED: Final = ("/usr/bin/unshare", "--mount", "--propagation", "slave", "--")
 _SCRIPT: Final = 'mount --bind "$0" /etc/hosts && exec "$@"'

@@ -6,8 +6,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-__all__ = ["foreign_programs"]
-
 _WHERE = "import imdsproxy; print(*imdsproxy.__path__)"
 
 

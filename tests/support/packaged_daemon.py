@@ -13,8 +13,6 @@ from support.packages import RECOMMENDED, Packages, download_dependencies
 from support.systemd_daemon import UnitDaemon
 from support.systemd_machine import Machine, systemd_machine
 
-__all__ = ["PackagedDaemon", "machine_with_dependencies"]
-
 _APT: Final = ("env", "DEBIAN_FRONTEND=noninteractive", "apt-get", "--yes", "--quiet=2")
 _COMPILE: Final = "/usr/local/sbin/py3compile"
 _LIBRARIES: Final = "/usr/lib/python3/dist-packages"

@@ -16,8 +16,6 @@ from typing import Final
 from support.demonstration import REPOSITORY
 from support.patience import patience
 
-__all__ = ["EPOCH", "RECOMMENDED", "Packages", "build_packages", "download_dependencies", "run"]
-
 _CACHE: Final = REPOSITORY / ".cache" / "packages"
 _SOURCES: Final = ("src", "packaging", "docs", "pyproject.toml", "LICENSE")
 RECOMMENDED: Final = "python3-openstacksdk (>= 4.0)"

@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-__all__ = ["patience"]
-
 
 def patience() -> float:
     """By how much longer things may take because this machine has more to do than it has processors."""

@@ -16,8 +16,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
-__all__ = ["processes_of", "reap_at_the_end"]
-
 _NETNS = Path("/run/netns")
 
 

@@ -17,8 +17,6 @@ from imdsproxy.core.model import (
 )
 from imdsproxy.core.observation import AddressKey, Observation
 
-__all__ = ["full", "instance", "key", "network", "port"]
-
 
 def network(
     name: str, *, bridge: str = "br0", mtu: int | None = None, mac_check: bool = True

@@ -26,17 +26,6 @@ from imdsproxy.core.model import (
 from imdsproxy.core.path_rules import PathRules, PathWord, find_path_fault, sort_paths
 from imdsproxy.core.policy import RULES, PolicyRules, TokenMode
 
-__all__ = [
-    "instances",
-    "ipv4",
-    "ipv6",
-    "macs",
-    "networks",
-    "path_rules",
-    "policies",
-    "rule_paths",
-]
-
 ids = st.from_regex(r"\A[A-Za-z0-9][A-Za-z0-9._-]{0,63}\Z")
 devices = st.from_regex(r"\A[A-Za-z0-9_][A-Za-z0-9._@+=-]{0,14}\Z")
 namespaces = st.from_regex(r"\A[A-Za-z0-9_][A-Za-z0-9._@:+-]{0,127}\Z")

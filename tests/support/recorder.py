@@ -21,22 +21,6 @@ from typing import Final, Self
 
 from support.guest import inside
 
-__all__ = [
-    "Answer",
-    "End",
-    "Received",
-    "Recorder",
-    "Stage",
-    "close_without_a_byte",
-    "garbage",
-    "half",
-    "hang",
-    "reply",
-    "reset",
-    "signature_of",
-    "slow",
-]
-
 _LIMIT: Final = 4 * 1024 * 1024
 _BACKLOG: Final = 512
 _REASONS: Final = {

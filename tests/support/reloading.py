@@ -6,8 +6,6 @@ import threading
 from collections.abc import Callable
 from typing import Self
 
-__all__ = ["Reloads"]
-
 
 class Reloads:
     """HAProxy reloads again and again until the end of the `with` block.

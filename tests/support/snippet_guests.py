@@ -15,8 +15,6 @@ from imdsproxy.core.model import (
 )
 from imdsproxy.core.snippets import Guest, Nic, plan_route
 
-__all__ = ["MAC", "UUID", "guest", "network", "nic"]
-
 MAC = MacAddress("52:54:00:12:34:56")
 UUID = "ac7e3c7e-1111-4222-8333-444455556666"
 

@@ -13,8 +13,6 @@ from imdsproxy.core.snippets import Snippet, Target
 from imdsproxy.core.snippets.targets import render_text
 from support.ds_identify import DMI_OF_SMBIOS, Machine
 
-__all__ = ["container_of", "kernel_words", "machine_of", "qemu_arguments", "text_of"]
-
 
 def text_of(snippet: Snippet, kind: str) -> str:
     """Everything of one kind, as printed; comments are left out by who reads it."""

@@ -12,8 +12,6 @@ from imdsproxy.core.observation import Observation
 from imdsproxy.sources.api import Source
 from support.patience import patience
 
-__all__ = ["Heard", "running"]
-
 DEADLINE_S: Final = 20.0
 """Far beyond what anything takes: a test that waits so long has failed."""
 

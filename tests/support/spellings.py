@@ -13,8 +13,6 @@ from typing import Final
 
 from hypothesis import strategies as st
 
-__all__ = ["HAND_WRITTEN", "PATHS", "spellings"]
-
 PATHS: Final = (
     "/",
     "/latest",

@@ -14,8 +14,6 @@ from support.guest import Guest, Reply
 from support.lab import until
 from support.systemd_machine import Machine
 
-__all__ = ["CONTROLLER", "DOCUMENTS", "HAPROXY", "UNITS", "UnitDaemon", "own_user_data"]
-
 CONTROLLER: Final = "imdsproxy.service"
 HAPROXY: Final = "imdsproxy-haproxy.service"
 DOCUMENTS: Final = "imdsproxy-documents.service"

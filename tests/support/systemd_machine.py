@@ -22,8 +22,6 @@ from support.lab import until
 from support.openstack.servers import ends_with_us
 from support.patience import patience
 
-__all__ = ["BOOT_DEADLINE_S", "Machine", "systemd_machine"]
-
 BOOT_DEADLINE_S: Final = 40.0
 _INIT: Final = "/usr/lib/systemd/systemd"
 

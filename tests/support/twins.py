@@ -7,8 +7,6 @@ from dataclasses import dataclass, field
 
 from support.guest import IPV4, Connection, Lost, Reply
 
-__all__ = ["Asker", "answers"]
-
 
 @dataclass(slots=True)
 class Asker:

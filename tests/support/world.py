@@ -15,8 +15,6 @@ from support.daemon import Daemon, Pids, alive, instance, user_data_of
 from support.guest import Guest, Lost, Reply
 from support.lab import Lab, LabState, RecordMapping, until
 
-__all__ = ["RIGHT_WITHIN_S", "World", "open_world", "own", "own_name"]
-
 RIGHT_WITHIN_S: Final = 1.0
 """How long what changed on the host may take to be right, or to be reported."""
 

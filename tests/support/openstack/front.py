@@ -13,8 +13,6 @@ from support.openstack.install import INSIDE
 from support.openstack.processes import Place
 from support.patience import patience
 
-__all__ = ["FrontKind", "FrontRefused", "FrontWriter"]
-
 FrontKind = Literal["network", "router", "ovn"]
 
 _END_S: Final = 10.0

@@ -18,17 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-__all__ = [
-    "INSIDE",
-    "REPOSITORY",
-    "Environments",
-    "Made",
-    "environments",
-    "made_once",
-    "run",
-    "stamp_of",
-]
-
 REPOSITORY: Final = Path(__file__).resolve().parents[3]
 INSIDE: Final = Path(__file__).with_name("inside")
 _CACHE: Final = REPOSITORY / ".cache" / "openstack"

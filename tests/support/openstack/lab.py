@@ -23,8 +23,6 @@ from support.openstack.settings import render_clouds
 from support.openstack.table import INSTANCES, Instance, Lookup, Port, Seed, lookups_of
 from support.openstack.template import fill
 
-__all__ = ["Nova", "OpenStack", "open_openstack"]
-
 _NOVA_CACHE_S: Final = 15
 
 

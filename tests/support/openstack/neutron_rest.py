@@ -10,8 +10,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-__all__ = ["Answer", "NeutronRest", "Refused", "ask"]
-
 Shape = dict[str, Any]
 
 _TIMEOUT_S: Final = 30.0

@@ -12,8 +12,6 @@ from support.openstack.lab import OpenStack
 from support.openstack.neutron_rest import Answer
 from support.openstack.table import Instance
 
-__all__ = ["Oracle", "Request", "Said", "crawl", "said_by_nova", "said_to_guest"]
-
 _SEED: Final = re.compile(rb'"random_seed": "[^"]*"')
 _ROOTS: Final = ("/", "/openstack/")
 _OF_THE_CONNECTION: Final = frozenset({"connection", "date", "keep-alive"})

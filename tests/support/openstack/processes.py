@@ -15,8 +15,6 @@ from support.openstack.neutron_rest import ask
 from support.openstack.servers import Server
 from support.openstack.settings import VENDOR_DATA, render_agent, render_neutron, render_nova
 
-__all__ = ["Place", "agent_server", "neutron_server", "nova_server"]
-
 _AGENT: Final = "metadata_agent.py"
 _THREADS: Final = 4
 # Nova's programs run on threads, as its WSGI applications do; without this nova-manage's parts patch for eventlet.

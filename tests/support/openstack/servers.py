@@ -16,8 +16,6 @@ from typing import Final
 
 from support.patience import patience
 
-__all__ = ["NotUp", "Server", "ends_with_us", "free_port"]
-
 _UP_S: Final = 90.0
 _END_S: Final = 20.0
 _PAUSE_S: Final = 0.05

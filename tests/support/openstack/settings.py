@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-__all__ = ["render_agent", "render_clouds", "render_neutron", "render_nova"]
-
 VENDOR_DATA = '{"lab": {"vendor": "static vendor data"}}'
 
 

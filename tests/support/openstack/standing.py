@@ -21,8 +21,6 @@ from support.openstack.settings import render_clouds
 from support.openstack.table import Lookup, Seed, lookups_of
 from support.openstack.template import fill, read_seed
 
-__all__ = ["SERVERS", "NotBroughtUp", "Standing", "bring_down", "bring_up", "find"]
-
 # In the order in which they start.
 SERVERS: Final = ("neutron", "nova", "agent")
 _STATE: Final = "state.json"

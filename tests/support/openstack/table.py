@@ -12,26 +12,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
-__all__ = [
-    "BLUE",
-    "INSTANCES",
-    "LOOKUP_NAMES",
-    "NETWORKS",
-    "PORTS",
-    "PUBLIC_KEY",
-    "RED",
-    "ROUTERS",
-    "Instance",
-    "Lookup",
-    "NetworkPlan",
-    "Port",
-    "PortPlan",
-    "RouterPlan",
-    "Seed",
-    "link_local",
-    "lookups_of",
-]
-
 BLUE: Final = "b1000000000040008000000000000001"
 RED: Final = "b2000000000040008000000000000002"
 PUBLIC_KEY: Final = (

@@ -26,8 +26,6 @@ from support.openstack.table import (
     Seed,
 )
 
-__all__ = ["fill", "read_seed"]
-
 _SEED: Final = "seed.json"
 
 

@@ -30,8 +30,6 @@ from support.openstack.lab import OpenStack
 from support.openstack.table import BLUE, NETWORKS, ROUTERS, Lookup
 from support.patience import patience
 
-__all__ = ["WAYS", "RESPONSE_TIMEOUT_S", "Source", "Way", "Ways", "goes", "open_ways"]
-
 Way: TypeAlias = Literal["listener", "agent-proxy", "ovn-proxy", "namespace-proxy"]
 Source: TypeAlias = Literal["neutron", "records"]
 

@@ -12,8 +12,6 @@ from typing import Final
 
 from support.demonstration import REPOSITORY
 
-__all__ = ["QEMU", "Image", "vm_image"]
-
 QEMU: Final = "/usr/bin/qemu-system-x86_64"
 
 _BUILD_S: Final = 600

@@ -16,8 +16,6 @@ from typing import Final
 from support.lab import ip, until, within
 from support.vm.image import BARE, QEMU, Image
 
-__all__ = ["BOOT_S", "VirtualMachine"]
-
 BOOT_S: Final = 150.0
 """How long a machine may take to come up where it is emulated, beside two others, on two processors."""
 

@@ -10,8 +10,6 @@ from typing import Final
 
 from support.lab import Lab, batch, ip, within
 
-__all__ = ["DhcpServer", "VmHost"]
-
 _DNSMASQ: Final = "/usr/sbin/dnsmasq"
 _STOP_S: Final = 5.0
 

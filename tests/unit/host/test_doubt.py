@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -11,43 +12,38 @@ def _stat(state: str, ticks: int) -> ProcessStat:
     return ProcessStat(state, 1, ticks, 99)
 
 
-def _after(*stats: ProcessStat | None, worker: int = 7) -> Doubt:
+def _after(stats: Iterable[ProcessStat | None]) -> Doubt:
     doubt = Doubt()
     for one in stats:
-        doubt = doubt.after_silence(worker, one)
+        doubt = doubt.after_silence(7, one)
     return doubt
 
 
-def test_one_unanswered_probe_is_no_proof() -> None:
-    assert not _after(_stat("T", 5)).hung
+_SLOW = [_stat("R", ticks) for ticks in range(8)]
+_WAITING = [_stat("D", 5)] * 8
 
 
-def test_a_stopped_worker_is_hung_at_the_second_probe() -> None:
-    assert _after(_stat("T", 5), _stat("T", 6)).hung
-
-
-def test_a_worker_that_sleeps_and_does_not_answer_is_hung() -> None:
-    assert _after(_stat("S", 5), _stat("S", 5)).hung
-
-
-def test_a_worker_that_works_is_only_slow_for_a_while() -> None:
-    slow = [_stat("R", ticks) for ticks in range(10)]
-    assert not _after(*slow[:7]).hung
-    assert _after(*slow[:8]).hung
-
-
-def test_a_worker_that_waits_for_a_disk_is_given_more_time() -> None:
-    waiting = [_stat("D", 5)] * 8
-    assert not _after(*waiting[:7]).hung
-    assert _after(*waiting).hung
-
-
-def test_a_worker_that_has_ended_is_left_to_its_master() -> None:
-    assert not _after(None, None, None).hung
+@pytest.mark.parametrize(
+    ("stats", "hung"),
+    [
+        pytest.param([_stat("T", 5)], False, id="one unanswered probe is no proof"),
+        pytest.param([_stat("T", 5), _stat("T", 6)], True, id="stopped"),
+        pytest.param([_stat("S", 5), _stat("S", 5)], True, id="sleeps"),
+        pytest.param(_SLOW[:7], False, id="works, so it is only slow"),
+        pytest.param(_SLOW, True, id="works for too long"),
+        pytest.param(_WAITING[:7], False, id="waits for a disk"),
+        pytest.param(_WAITING, True, id="waits for a disk for too long"),
+        pytest.param([None] * 3, False, id="has ended: its master's business"),
+    ],
+)
+def test_a_worker_that_does_not_answer_is_hung_as_soon_as_waiting_is_no_use(
+    stats: list[ProcessStat | None], *, hung: bool
+) -> None:
+    assert _after(stats).hung is hung
 
 
 def test_another_worker_begins_without_doubt() -> None:
-    doubt = _after(_stat("S", 5), _stat("R", 6))
+    doubt = _after([_stat("S", 5), _stat("R", 6)])
     assert not doubt.after_silence(8, _stat("S", 5)).hung
     assert not Doubt().hung
 

@@ -1,4 +1,4 @@
-"""The small ones: clock, notifier, refusals, links for HAProxy."""
+"""The small ones: notifier, refusals, links for HAProxy."""
 
 from __future__ import annotations
 
@@ -7,24 +7,14 @@ import io
 import os
 import socket
 from collections.abc import Iterator
-from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 
-from imdsproxy.errors import HostRefused, PrivilegeMissing
-from imdsproxy.host.clock import SystemClock
+from imdsproxy.errors import DataplaneError, HostRefused, PrivilegeMissing
 from imdsproxy.host.notify import ServiceNotifier, is_journal, kept_sockets
 from imdsproxy.host.refusal import host_refused
 from imdsproxy.listeners.host import apply_links, haproxy_name
-
-
-def test_the_clock_goes_forward_and_knows_utc() -> None:
-    clock = SystemClock()
-    first = clock.monotonic()
-    assert clock.monotonic() >= first
-    assert clock.now().tzinfo is UTC
-    assert abs((clock.now() - datetime.now(UTC)).total_seconds()) < 5
 
 
 @pytest.fixture(params=["path", "abstract"])
@@ -110,24 +100,23 @@ def test_a_manager_that_is_gone_is_told_of(tmp_path: Path) -> None:
         ServiceNotifier(str(tmp_path / "gone")).ready()
 
 
-def test_a_refusal_carries_the_errno_and_a_hint() -> None:
-    refused = host_refused("create namespace blue", OSError(errno.ENOSPC, "x"))
-    assert isinstance(refused, HostRefused)
-    assert refused.message == "cannot create namespace blue: No space left on device (ENOSPC)"
-    assert "free some space" in refused.hint
-
-
-@pytest.mark.parametrize("number", [errno.EPERM, errno.EACCES])
-def test_a_missing_privilege_is_an_error_of_its_own(number: int) -> None:
-    refused = host_refused("create namespace blue", OSError(number, "x"))
-    assert isinstance(refused, PrivilegeMissing)
-    assert "CAP_NET_ADMIN" in refused.hint
-
-
-def test_an_error_without_errno_keeps_its_words() -> None:
-    refused = host_refused("do it", OSError("odd"), hint="look")
-    assert "odd" in refused.message
-    assert refused.hint == "look"
+@pytest.mark.parametrize(
+    ("error", "kind", "message", "hint"),
+    [
+        (OSError(errno.ENOSPC, "x"), HostRefused, "No space left on device (ENOSPC)", "free some"),
+        (OSError(errno.EPERM, "x"), PrivilegeMissing, "Operation not permitted (EPERM)", "CAP_NET"),
+        (OSError(errno.EACCES, "x"), PrivilegeMissing, "Permission denied (EACCES)", "CAP_NET_"),
+        (OSError("odd"), HostRefused, "odd (unknown error)", ""),
+    ],
+)
+def test_a_refusal_says_what_was_refused_why_and_what_helps(
+    error: OSError, kind: type[DataplaneError], message: str, hint: str
+) -> None:
+    refused = host_refused("create namespace blue", error)
+    assert type(refused) is kind
+    assert refused.message == f"cannot create namespace blue: {message}"
+    assert hint in refused.hint
+    assert host_refused("do it", error, hint="look").hint == "look"
 
 
 def _links(place: Path) -> dict[str, str]:

@@ -181,22 +181,14 @@ async def _rig(directory: Path, *, agents: str | None = None) -> AsyncIterator[R
         await fake.close()
 
 
-async def test_a_network_whose_namespace_is_there_is_bound(tmp_path: Path) -> None:
-    async with _rig(tmp_path) as rig:
-        rig.host.make("red", 7)
-        rig.say("red")
-        await rig.settle("networks changed", "red")
-        assert rig.bound() == {"red"}
-        assert rig.host.links == {"red@7": "red"}
-        assert rig.expected[-1] == {"red"}
-
-
 async def test_a_missing_namespace_leaves_out_its_network_and_no_other(tmp_path: Path) -> None:
     async with _rig(tmp_path) as rig:
         rig.host.make("red", 7)
         rig.say("red", "blue")
         await rig.settle("networks changed", "red", "blue")
         assert rig.bound() == {"red"}
+        assert rig.host.links == {"red@7": "red"}
+        assert rig.expected[-1] == {"red", "blue"}
         assert rig.left_out() == {"blue": LeftOutCode.NAMESPACE_MISSING}
         rig.host.make("blue", 8)
         await rig.settle("namespace-came", "blue")
@@ -217,19 +209,6 @@ async def test_what_is_not_served_is_logged_once_and_a_missing_ipv6_address_is_n
         assert [(one["network"], one["code"]) for one in left] == [("blue", "namespace-missing")]
 
 
-async def test_a_namespace_made_again_gets_another_link(tmp_path: Path) -> None:
-    async with _rig(tmp_path) as rig:
-        rig.host.make("red", 7)
-        rig.say("red")
-        await rig.settle("networks changed", "red")
-        before = rig.layout.config.read_text()
-        rig.host.make("red", 9)
-        await rig.settle("namespace-came", "red")
-        assert rig.host.links == {"red@9": "red"}
-        assert "red@9" in rig.layout.config.read_text()
-        assert rig.layout.config.read_text() != before
-
-
 async def test_only_what_may_have_changed_is_looked_at(tmp_path: Path) -> None:
     async with _rig(tmp_path) as rig:
         for number, name in enumerate(("red", "blue", "green")):
@@ -244,17 +223,6 @@ async def test_only_what_may_have_changed_is_looked_at(tmp_path: Path) -> None:
         async with asyncio.timeout(30):
             await rig.loop.tickets.wait(rig.loop.tickets.given)
         assert rig.host.asked[-1] == (True, frozenset({"red", "blue", "green"}))
-
-
-async def test_a_removed_network_is_unbound_with_its_link(tmp_path: Path) -> None:
-    async with _rig(tmp_path) as rig:
-        rig.host.make("red", 7)
-        rig.say("red")
-        await rig.settle("networks changed", "red")
-        rig.say()
-        await rig.settle("networks changed", "red")
-        assert "frontend guests" not in rig.layout.config.read_text()
-        assert rig.host.links == {}
 
 
 async def test_a_change_that_changes_nothing_reloads_nothing(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import errno
 from collections.abc import Mapping
 from dataclasses import replace
 from ipaddress import ip_address
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -56,6 +57,9 @@ LO = ObservedDevice("lo", 1, up=True, mtu=65536)
 TAP = ObservedDevice("tap0", 2, up=True, mtu=1500)
 V4 = ObservedAddress("tap0", METADATA_IPV4, 32)
 V6 = ObservedAddress("tap0", METADATA_IPV6, 64)
+BRIDGE = ObservedDevice("br0", 5, up=True, mtu=1400, kind="bridge")
+OUR_NS, OUR_LINK, ALIAS = NAMING.namespace(BLUE), NAMING.link(BLUE), NAMING.alias(BLUE)
+INNER = NAMING.inner_device
 FULL = ObservedNamespace(REF, {"lo": LO, "tap0": TAP}, (V4, V6))
 
 
@@ -91,96 +95,125 @@ def test_both_addresses_of_a_namespace_are_bound_ipv6_to_its_device() -> None:
     )
 
 
+_BLUE_NS = NamespaceListener("ns-blue")
+_ON_TAP = NamespaceListener("ns-blue", "tap0")
+_INTERFACE = InterfaceListener("tap0")
+_TWO = replace(
+    FULL,
+    devices={**FULL.devices, "tap1": ObservedDevice("tap1", 3, up=True, mtu=1500)},
+    addresses=(V4, V6, ObservedAddress("tap1", METADATA_IPV6, 64)),
+)
+
+
+def _ns(base: ObservedNamespace = FULL, **changes: object) -> ObservedHost:
+    return _host(replace(base, **changes))  # type: ignore[arg-type]  # one field at a time
+
+
+def _ipv6(device: str = "tap0", state: AddressState = AddressState.USABLE) -> ObservedHost:
+    return _ns(addresses=(V4, replace(V6, device=device, state=state)))
+
+
+def _enslaved(kind: str) -> ObservedHost:
+    master = ObservedDevice("m0", 9, up=True, mtu=1500, kind=kind)
+    return _root(replace(TAP, master=9), master, addresses=(V4, V6))
+
+
+_DOWN = replace(TAP, up=False)
+_BUSY = BindTrial(Family.IPV4, None, errno.EADDRINUSE)
+_REFUSED = BindTrial(Family.IPV4, None, errno.EADDRNOTAVAIL)
+_BUSY_TAP = BindTrial(Family.IPV6, "tap0", errno.EADDRINUSE)
+_TENTATIVE, _DUPLICATE = AddressState.TENTATIVE, AddressState.DUPLICATE
+_UNSEEN = "port-busy: 169.254.169.254 port 80 is in use by a program that cannot be seen from here"
+_NOT_AVAILABLE = "bind-refused: the kernel refuses to bind 169.254.169.254: EADDRNOTAVAIL"
+_BRIDGE_DOWN = replace(BRIDGE, up=False)
+_ON_BRIDGE, _ON_TAP_BRIDGE = BridgeListener("br0"), BridgeListener("tap0")
+
+
+@pytest.mark.parametrize(
+    ("listener", "host", "bound", "family", "left_out"),
+    [
+        (_ON_TAP, _ns(), ["tap0", "tap0"], None, ""),
+        (_ON_TAP, _ns(addresses=(replace(V4, device="lo"), V6)), ["tap0", "tap0"], None, ""),
+        (_BLUE_NS, _host(_TWO), [None, "tap0", "tap1"], None, ""),
+        # One device that is blocked does not leave the family out.
+        (_BLUE_NS, _ns(_TWO, trials=(_BUSY_TAP,)), [None, "tap1"], None, ""),
+        (_BLUE_NS, _host(), [], None, "namespace-missing: there is no network namespace ns-blue"),
+        (_BLUE_NS, _ns(problem="cannot enter"), [], None, "namespace-unusable: cannot enter"),
+        (_ON_TAP, _ns(devices={"lo": LO}), [], None, "device-missing: there is no device tap0 in"),
+        (_ON_TAP, _ns(devices={"tap0": _DOWN}), [], None, "device-down: device tap0 in namespace"),
+        # Addresses that we do not manage are reported, and never added.
+        (_BLUE_NS, _ns(addresses=(V4,)), [None], 6, "address-missing: fe80::a9fe:a9fe is not on"),
+        (_ON_TAP, _ns(addresses=(V6,)), ["tap0"], 4, "address-missing: 169.254.169.254 is not on"),
+        (_BLUE_NS, _ipv6("lo"), [None], 6, "address-on-loopback: "),
+        (_BLUE_NS, _ipv6(state=_TENTATIVE), [None], 6, "address-tentative: "),
+        (_BLUE_NS, _ipv6(state=_DUPLICATE), [None], 6, "address-duplicate: "),
+        (_BLUE_NS, _ns(trials=(_BUSY,)), ["tap0"], 4, _UNSEEN),
+        (_BLUE_NS, _ns(trials=(_REFUSED,)), ["tap0"], 4, _NOT_AVAILABLE),
+        (
+            _INTERFACE,
+            _enslaved("bridge"),
+            [],
+            None,
+            "device-enslaved: device tap0 belongs to bridge",
+        ),
+        (
+            _INTERFACE,
+            _enslaved("bond"),
+            [],
+            None,
+            "device-enslaved: device tap0 belongs to bond m0",
+        ),
+        (
+            _INTERFACE,
+            _enslaved("team"),
+            [],
+            None,
+            "device-enslaved: device tap0 belongs to team m0",
+        ),
+        (_INTERFACE, _enslaved("openvswitch"), [], None, "device-enslaved: device tap0 belongs"),
+        (_INTERFACE, _enslaved("vrf"), ["tap0", "tap0"], None, ""),
+        (_INTERFACE, _root(), [], None, "device-missing: there is no device tap0"),
+        (_INTERFACE, _root(_DOWN), [], None, "device-down: device tap0 is down"),
+        (_ON_BRIDGE, _root(), [], None, "device-missing: there is no bridge br0"),
+        (_ON_TAP_BRIDGE, _root(TAP), [], None, "not-a-bridge: tap0 is a plain device, not a Linux"),
+        (_ON_BRIDGE, _root(_BRIDGE_DOWN), [], None, "device-down: bridge br0 is down"),
+    ],
+)
+def test_what_can_be_bound_is_and_what_cannot_is_left_out_with_the_reason(
+    listener: Listener,
+    host: ObservedHost,
+    bound: list[str | None],
+    family: int | None,
+    left_out: str,
+) -> None:
+    plan = plan_listeners(_networks({"blue": listener}), host)
+    assert [one.device for one in plan.endpoints] == bound
+    assert [one.family for one in plan.left_out] == ([family] if left_out else [])
+    assert all(f"{one.code}: {one.reason}".startswith(left_out) for one in plan.left_out)
+    assert plan.ops == ()
+
+
+@pytest.mark.parametrize("kind", ["", "bridge", "tun", "marked", "namespace"])
+def test_what_has_our_name_and_is_not_ours_is_left_alone_and_reported(kind: str) -> None:
+    host = _root(BRIDGE, ObservedDevice(OUR_LINK, 6, up=True, mtu=1400, kind=kind))
+    if kind == "marked":
+        link = ObservedDevice(OUR_LINK, 6, up=True, mtu=1400, alias="another's", kind="veth")
+        host = _root(BRIDGE, link)
+    elif kind == "namespace":
+        inside = ObservedNamespace(NamespaceRef(OUR_NS, 9), {"lo": replace(LO, alias="another's")})
+        host = _host(inside, root=_root(BRIDGE).root)
+    assert plan_listeners({}, host).ops == ()
+    plan = plan_listeners(NETWORKS, host)
+    assert _codes(plan) == [(None, LeftOutCode.NAME_TAKEN)]
+    assert plan.ops == ()
+
+
 def test_a_device_made_again_under_its_name_is_another_endpoint() -> None:
     again = replace(FULL, devices={"lo": LO, "tap0": replace(TAP, index=9)})
     for listener in (NamespaceListener("ns-blue"), NamespaceListener("ns-blue", "tap0")):
         before, after = _plan(listener, FULL).endpoints, _plan(listener, again).endpoints
         assert before[1] != after[1]
         assert replace(before[1], device_index=9) == after[1]
-
-
-def test_a_device_that_is_named_is_bound_to_in_both_families() -> None:
-    plan = _plan(NamespaceListener("ns-blue", "tap0"), FULL)
-    assert [one.device for one in plan.endpoints] == ["tap0", "tap0"]
-
-
-def test_ipv4_may_be_on_lo_though_another_device_is_named() -> None:
-    seen = replace(FULL, addresses=(ObservedAddress("lo", METADATA_IPV4, 32), V6))
-    plan = _plan(NamespaceListener("ns-blue", "tap0"), seen)
-    assert [one.device for one in plan.endpoints] == ["tap0", "tap0"]
-
-
-def test_ipv6_on_two_devices_is_bound_on_both() -> None:
-    other = ObservedDevice("tap1", 3, up=True, mtu=1500)
-    seen = replace(
-        FULL,
-        devices={**FULL.devices, "tap1": other},
-        addresses=(V4, V6, ObservedAddress("tap1", METADATA_IPV6, 64)),
-    )
-    plan = _plan(NamespaceListener("ns-blue"), seen)
-    assert [one.device for one in plan.endpoints] == [None, "tap0", "tap1"]
-
-
-def test_one_of_two_devices_that_is_blocked_does_not_leave_the_family_out() -> None:
-    other = ObservedDevice("tap1", 3, up=True, mtu=1500)
-    seen = replace(
-        FULL,
-        devices={**FULL.devices, "tap1": other},
-        addresses=(V4, V6, ObservedAddress("tap1", METADATA_IPV6, 64)),
-        trials=(BindTrial(Family.IPV6, "tap0", errno.EADDRINUSE),),
-    )
-    plan = _plan(NamespaceListener("ns-blue"), seen)
-    assert [one.device for one in plan.endpoints] == [None, "tap1"]
-    assert plan.left_out == ()
-
-
-def test_a_namespace_that_is_missing_leaves_both_families_out() -> None:
-    assert _codes(_plan(NamespaceListener("ns-blue"))) == [(None, LeftOutCode.NAMESPACE_MISSING)]
-
-
-def test_a_namespace_that_cannot_be_looked_at_is_left_out_in_the_kernels_words() -> None:
-    plan = _plan(NamespaceListener("ns-blue"), ObservedNamespace(REF, problem="cannot enter"))
-    assert _codes(plan) == [(None, LeftOutCode.NAMESPACE_UNUSABLE)]
-    assert plan.left_out[0].reason == "cannot enter"
-
-
-@pytest.mark.parametrize(
-    ("seen", "code"),
-    [
-        (replace(FULL, devices={"lo": LO}), LeftOutCode.DEVICE_MISSING),
-        (
-            replace(FULL, devices={"lo": LO, "tap0": replace(TAP, up=False)}),
-            LeftOutCode.DEVICE_DOWN,
-        ),
-    ],
-)
-def test_a_device_that_is_missing_or_down_is_left_out(
-    seen: ObservedNamespace, code: LeftOutCode
-) -> None:
-    assert _codes(_plan(NamespaceListener("ns-blue", "tap0"), seen)) == [(None, code)]
-
-
-@pytest.mark.parametrize(
-    ("addresses", "code"),
-    [
-        ((V4,), LeftOutCode.ADDRESS_MISSING),
-        ((V4, replace(V6, device="lo")), LeftOutCode.ADDRESS_ON_LOOPBACK),
-        ((V4, replace(V6, state=AddressState.TENTATIVE)), LeftOutCode.ADDRESS_TENTATIVE),
-        ((V4, replace(V6, state=AddressState.DUPLICATE)), LeftOutCode.ADDRESS_DUPLICATE),
-    ],
-)
-def test_an_ipv6_address_that_cannot_be_bound_leaves_only_ipv6_out(
-    addresses: tuple[ObservedAddress, ...], code: LeftOutCode
-) -> None:
-    plan = _plan(NamespaceListener("ns-blue"), replace(FULL, addresses=addresses))
-    assert [one.address for one in plan.endpoints] == [METADATA_IPV4]
-    assert _codes(plan) == [(Family.IPV6, code)]
-
-
-def test_an_ipv4_address_that_is_missing_leaves_only_ipv4_out() -> None:
-    plan = _plan(NamespaceListener("ns-blue"), replace(FULL, addresses=(V6,)))
-    assert [one.address for one in plan.endpoints] == [METADATA_IPV6]
-    assert _codes(plan) == [(Family.IPV4, LeftOutCode.ADDRESS_MISSING)]
 
 
 def test_managed_addresses_are_added_and_pending_meanwhile() -> None:
@@ -195,11 +228,6 @@ def test_managed_addresses_are_added_and_pending_meanwhile() -> None:
         (Family.IPV6, LeftOutCode.PENDING),
     ]
     assert _plan(NamespaceListener("ns-blue", "tap0", manage_addresses=True), FULL).ops == ()
-
-
-def test_unmanaged_addresses_are_never_added() -> None:
-    bare = replace(FULL, addresses=())
-    assert _plan(NamespaceListener("ns-blue", "tap0"), bare).ops == ()
 
 
 MARKED = tuple(replace(one, protocol=NAMING.protocol) for one in (V4, V6))
@@ -246,32 +274,6 @@ def test_an_interface_gets_addresses_and_is_bound_to() -> None:
     assert not plan.left_out
 
 
-def test_an_address_on_another_interface_is_not_this_ones() -> None:
-    other = ObservedAddress("eth0", METADATA_IPV4, 32)
-    plan = plan_listeners(
-        _networks({"blue": InterfaceListener("tap0")}), _root(TAP, addresses=(other, V6))
-    )
-    assert [one.address for one in plan.endpoints] == [METADATA_IPV6]
-    assert _codes(plan) == [(Family.IPV4, LeftOutCode.PENDING)]
-
-
-@pytest.mark.parametrize("kind", ["bridge", "bond", "team", "openvswitch"])
-def test_an_interface_whose_packets_go_to_its_master_is_left_out(kind: str) -> None:
-    master = ObservedDevice("m0", 9, up=True, mtu=1500, kind=kind)
-    plan = plan_listeners(
-        _networks({"blue": InterfaceListener("tap0")}), _root(replace(TAP, master=9), master)
-    )
-    assert _codes(plan) == [(None, LeftOutCode.DEVICE_ENSLAVED)]
-    assert plan.ops == ()
-
-
-def test_an_interface_in_a_vrf_is_served() -> None:
-    vrf = ObservedDevice("vrf0", 9, up=True, mtu=1500, kind="vrf")
-    host = _root(replace(TAP, master=9), vrf, addresses=(V4, V6))
-    plan = plan_listeners(_networks({"blue": InterfaceListener("tap0")}), host)
-    assert len(plan.endpoints) == 2
-
-
 def _socket(address: str, device: str | None = None, *, ours: bool = False) -> ListeningSocket:
     owner = SocketOwner(41, "nginx")
     return ListeningSocket(ip_address(address), 80, device, 5, 0, owners=(owner,), ours=ours)
@@ -291,49 +293,27 @@ def test_a_port_in_use_leaves_the_family_out_and_names_the_process() -> None:
     assert [one.address for one in plan.endpoints] == [METADATA_IPV6]
 
 
-def test_a_port_in_use_by_nobody_that_is_seen_says_so() -> None:
-    seen = replace(FULL, trials=(BindTrial(Family.IPV4, None, errno.EADDRINUSE),))
-    plan = _plan(NamespaceListener("ns-blue"), seen)
-    assert "cannot be seen" in plan.left_out[0].reason
-
-
-def test_any_other_refusal_of_the_bind_is_told_by_its_name() -> None:
-    seen = replace(FULL, trials=(BindTrial(Family.IPV4, None, errno.EADDRNOTAVAIL),))
-    plan = _plan(NamespaceListener("ns-blue"), seen)
-    assert _codes(plan) == [(Family.IPV4, LeftOutCode.BIND_REFUSED)]
-    assert "EADDRNOTAVAIL" in plan.left_out[0].reason
-
-
 @pytest.mark.parametrize(
-    ("address", "device", "expected"),
+    ("address", "device", "more", "expected"),
     [
-        ("169.254.169.254", None, {Family.IPV4: Effect.SHARES}),
-        ("169.254.169.254", "tap0", {Family.IPV4: Effect.SHARES}),
-        ("0.0.0.0", None, {Family.IPV4: Effect.YIELDS}),
-        ("::", None, {Family.IPV4: Effect.YIELDS, Family.IPV6: Effect.YIELDS}),
-        ("fe80::a9fe:a9fe", "tap0", {Family.IPV6: Effect.SHARES}),
-        ("fe80::a9fe:a9fe", "tap9", {}),
-        ("10.0.0.1", None, {}),
+        ("169.254.169.254", None, {}, {Family.IPV4: Effect.SHARES}),
+        ("169.254.169.254", "tap0", {}, {Family.IPV4: Effect.SHARES}),
+        ("0.0.0.0", None, {}, {Family.IPV4: Effect.YIELDS}),
+        ("::", None, {}, {Family.IPV4: Effect.YIELDS, Family.IPV6: Effect.YIELDS}),
+        ("::", None, {"v6_only": True}, {Family.IPV6: Effect.YIELDS}),
+        ("fe80::a9fe:a9fe", "tap0", {}, {Family.IPV6: Effect.SHARES}),
+        ("fe80::a9fe:a9fe", "tap9", {}, {}),
+        ("10.0.0.1", None, {}, {}),
+        ("169.254.169.254", None, {"ours": True}, {}),
     ],
 )
 def test_a_foreign_listener_beside_ours_is_told_with_what_it_does(
-    address: str, device: str | None, expected: dict[Family, Effect]
+    address: str, device: str | None, more: dict[str, Any], expected: dict[Family, Effect]
 ) -> None:
-    plan = _plan(NamespaceListener("ns-blue"), replace(FULL, sockets=(_socket(address, device),)))
+    other = replace(_socket(address, device), **more)
+    plan = _plan(NamespaceListener("ns-blue"), replace(FULL, sockets=(other,)))
     assert {one.family: one.effect for one in plan.foreign} == expected
     assert len(plan.endpoints) == 2
-
-
-def test_a_v6_only_wildcard_is_no_matter_of_ipv4() -> None:
-    only = replace(_socket("::"), v6_only=True)
-    plan = _plan(NamespaceListener("ns-blue"), replace(FULL, sockets=(only,)))
-    assert [one.family for one in plan.foreign] == [Family.IPV6]
-
-
-def test_our_own_sockets_are_not_foreign() -> None:
-    ours = _socket("169.254.169.254", ours=True)
-    plan = _plan(NamespaceListener("ns-blue"), replace(FULL, sockets=(ours,)))
-    assert plan.foreign == ()
 
 
 @pytest.mark.parametrize(
@@ -397,12 +377,6 @@ def test_two_devices_of_one_namespace_are_two_listeners() -> None:
     ]
 
 
-BR_LISTENER = BridgeListener("br0")
-BRIDGE = ObservedDevice("br0", 5, up=True, mtu=1400, kind="bridge")
-OUR_NS, OUR_LINK, ALIAS = NAMING.namespace(BLUE), NAMING.link(BLUE), NAMING.alias(BLUE)
-INNER = NAMING.inner_device
-
-
 def _bridged(**changes: object) -> ObservedHost:
     """Everything as it should be for a bridge listener, but for `changes` of the inside."""
     link = ObservedDevice(OUR_LINK, 6, True, 1400, ALIAS, master=5, kind="veth")
@@ -462,13 +436,6 @@ def test_an_unmarked_veth_of_ours_is_marked_if_wanted_and_swept_if_not() -> None
     host = replace(host, root=root)
     assert [type(one) for one in plan_listeners(NETWORKS, host).ops] == [CreateVeth]
     assert DeleteLink(OUR_LINK) in plan_listeners({}, host).ops
-
-
-@pytest.mark.parametrize("kind", ["", "bridge", "tun"])
-def test_an_unmarked_link_of_another_kind_is_somebody_elses(kind: str) -> None:
-    link = ObservedDevice(OUR_LINK, 6, up=True, mtu=1400, kind=kind)
-    assert plan_listeners({}, _root(BRIDGE, link)).ops == ()
-    assert _codes(plan_listeners(NETWORKS, _root(BRIDGE, link))) == [(None, LeftOutCode.NAME_TAKEN)]
 
 
 def test_what_is_pending_because_of_a_failure_is_told_by_the_failure() -> None:
@@ -587,12 +554,6 @@ def test_one_daemons_names_are_not_anothers() -> None:
     assert mine.owner_of("") is None
 
 
-@pytest.mark.parametrize("prefix", ["", "Imds", "1mds", "im-ds", "imdstabc", "imds\n"])
-def test_a_prefix_that_would_not_fit_is_refused(prefix: str) -> None:
-    with pytest.raises(ValueError, match="not a prefix"):
-        Naming(prefix)
-
-
 def _part(
     *namespaces: ObservedNamespace, asked: set[str], devices: set[str] | None = None
 ) -> ObservedHost:
@@ -645,7 +606,11 @@ def test_what_is_not_removed_stays_as_it_was_known() -> None:
 
 def test_a_plan_with_a_memo_is_the_plan_without_it() -> None:
     networks = _networks(
-        {"a": NamespaceListener("ns-blue"), "b": NamespaceListener("ns-red"), "c": BR_LISTENER}
+        {
+            "a": NamespaceListener("ns-blue"),
+            "b": NamespaceListener("ns-red"),
+            "c": BridgeListener("br0"),
+        }
     )
     red = replace(FULL, ref=NamespaceRef("ns-red", 78))
     memo: PlanMemo = {}
@@ -691,3 +656,9 @@ def test_only_what_no_event_tells_of_is_looked_at_again_and_again() -> None:
     silent = {code.value for code in LeftOutCode if code.silent}
     assert "port-busy" in silent
     assert not silent & {"address-missing", "namespace-missing", "device-missing", "pending"}
+
+
+@pytest.mark.parametrize("prefix", ["", "Imds", "1mds", "im-ds", "imdstabc", "imds\n"])
+def test_a_prefix_that_would_not_fit_is_refused(prefix: str) -> None:
+    with pytest.raises(ValueError, match="not a prefix"):
+        Naming(prefix)
