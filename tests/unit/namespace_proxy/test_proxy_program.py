@@ -389,6 +389,13 @@ def command(
         (("--nonsense",), 64, "unrecognized arguments: --nonsense"),
         (("--config-file", "/nonexistent/n"), 78, "cannot read /nonexistent/n"),
         (("--network-id", UUID, "--state-path", "/nonexistent/n"), 71, "for the metadata socket"),
+        (("--network-id", UUID, "--metadata-proxy-user", "imdst-none"), 71, "no user imdst-none"),
+        (("--network-id", UUID, "--metadata-proxy-group", "4294967200"), 71, "no group 4294967200"),
+        (
+            ("--network-id", UUID, "--pid-file", "/nonexistent/d/p"),
+            71,
+            "/nonexistent/d for the pid",
+        ),
         (("cleanup", "../neutron"), 64, "'../neutron' is no UUID"),
     ],
 )
