@@ -16,14 +16,10 @@ from hypothesis import strategies as st
 
 from imdsproxy.app.policy_store import read_overrides
 from imdsproxy.config.load import load_settings
-from imdsproxy.config.strict_yaml import decode_yaml
 from imdsproxy.core.haproxy import maps, runtime
-from imdsproxy.core.model import Instance, Network
 from imdsproxy.core.policy import OperatorOverride
-from imdsproxy.core.records import Refused, parse_instance, parse_network, parse_records
 from imdsproxy.core.tokens import TokenKeysUnreadable, parse_token_keys
 from imdsproxy.errors import ConfigError, HostRefused
-from imdsproxy.sources.file.strict_json import decode_json
 
 _FIXED: Final = settings(max_examples=300, derandomize=True, deadline=None, database=None)
 
@@ -42,12 +38,6 @@ _SCALARS: Final = st.one_of(
 _SECTIONS: Final = (
     *("paths", "host", "haproxy", "documents", "resolver", "sources", "nova", "unix_listener"),
     *("log", "admin", "metrics", "policy", "tokens"),
-)
-_RECORD_KEYS: Final = (
-    *("id", "name", "hostname", "upstream", "project", "ports", "tags", "dialects", "user_data"),
-    *("user_data_base64", "vendor_data", "ssh_keys", "created_at", "network", "mac", "addresses"),
-    *("listener", "namespace", "bridge", "interface", "device", "subnets", "cidr", "gateway"),
-    *("dns", "routes", "scope", "mac_check", "policy", "ec2", "key", "networks", "instances"),
 )
 
 
@@ -97,12 +87,30 @@ def _in_file(content: bytes, read: Callable[[Path], object]) -> None:
 
 
 def _sections() -> st.SearchStrategy[Any]:
-    words = tuple(
-        word
-        for word in yaml.safe_load(
-            "[listen, endpoint, tokens, instances, host, networks, enabled, url, endpoints, "
-            "endpoint_sets, secret_file, hold_s, cache_mb, maxconn, level, format, path, mode, user]"
-        )
+    words = (
+        *(
+            "listen",
+            "endpoint",
+            "tokens",
+            "instances",
+            "host",
+            "networks",
+            "enabled",
+            "url",
+            "endpoints",
+        ),
+        *(
+            "endpoint_sets",
+            "secret_file",
+            "hold_s",
+            "cache_mb",
+            "maxconn",
+            "level",
+            "format",
+            "path",
+            "mode",
+            "user",
+        ),
     )
     return st.dictionaries(st.sampled_from(_SECTIONS), _trees(words), max_size=4)
 
@@ -129,16 +137,7 @@ def test_settings_are_read_or_refused_as_settings_are(text: str) -> None:
             load_settings(path, {})
 
     _in_file(_bytes(text), read)
-
-
-@_FIXED
-@given(content=st.binary(max_size=60))
-def test_bytes_that_are_no_settings_are_refused_as_settings_are(content: bytes) -> None:
-    def read(path: Path) -> None:
-        with contextlib.suppress(ConfigError):
-            load_settings(path, {})
-
-    _in_file(content, read)
+    _in_file(_bytes(text)[::2], read)
 
 
 @_FIXED
@@ -155,43 +154,6 @@ def test_the_environment_is_read_or_refused_as_settings_are(name: str, value: st
             load_settings(path, {f"IMDSPROXY_{name}": value})
 
     _in_file(b"", read)
-
-
-# Records
-
-
-@_FIXED
-@given(record=_trees(_RECORD_KEYS))
-@example(record={"id": "a", "name": "a", "ports": [{"network": "n", "addresses": ["\ud800"]}]})
-@example(record={"id": "a", "name": "a", "created_at": 10**40})
-@example(record={"id": "a", "name": "a", "user_data_base64": "\u0661==="})
-@example(record={"id": "n", "listener": {"namespace": "../x"}})
-@example(record={"id": "n", "subnets": [{"cidr": "10.0.0.0/\u0662"}]})
-def test_a_record_is_read_or_refused_with_its_problems(record: object) -> None:
-    for parsed in (parse_instance(record), parse_network(record)):
-        assert isinstance(parsed, Instance | Network | Refused)
-        assert not isinstance(parsed, Refused) or parsed.problems
-    parse_records(record)
-
-
-@_FIXED
-@given(
-    text=_broken(st.dictionaries(st.sampled_from(_RECORD_KEYS), _trees(_RECORD_KEYS)).map(_written))
-)
-@example(text="instances: &a [*a]")
-@example(text="[" * 5_000)
-@example(text="{" * 5_000)
-@example(text="instances: [{id: " + "9" * 5_000 + "}]")
-@example(text='{"a": 1, "a": 2}')
-@example(text='{"a": NaN, "b": 1e999}')
-@example(text='{"a": "\\ud800"}')
-def test_a_text_of_records_is_decoded_or_refused(text: str) -> None:
-    # As a file that is UTF-8 gives it.
-    text = text.encode(errors="replace").decode()
-    for decode in (decode_json, decode_yaml):
-        decoded = decode(text)
-        value = getattr(decoded, "value", None)
-        assert parse_records(value) is not None
 
 
 # What HAProxy says

@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import json
 
-from hypothesis import given
+import yaml
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from imdsproxy.config.strict_yaml import Decoded, decode_yaml
@@ -66,6 +67,10 @@ _records = st.dictionaries(_keys, _values, max_size=6) | _values
 
 
 @given(_records)
+@example({"id": "a", "name": "a", "ports": [{"network": "n", "addresses": ["\ud800"]}]})
+@example({"id": "a", "name": "a", "created_at": 10**40})
+@example({"id": "a", "name": "a", "user_data": {"base64": "\u0661==="}})
+@example({"id": "n", "subnets": [{"cidr": "10.0.0.0/\u0662"}]})
 def test_whatever_is_written_is_a_record_or_told_problems(record: object) -> None:
     for found in (
         parse_instance(record, read_file=lambda _name: b"x"),
@@ -80,7 +85,17 @@ def test_whatever_is_written_is_a_record_or_told_problems(record: object) -> Non
             assert json.dumps(render_record(found))
 
 
-@given(st.text())
+_odd = st.text(st.sampled_from("\t\n\0 :-?[]{}&*!|>'\"%@`#,0x~.<=\ufeff\x85\u2028a"), max_size=30)
+
+
+@given(st.text() | _odd | _records.map(lambda record: yaml.safe_dump({"instances": [record]})))
+@example("instances: &a [*a]")
+@example("[" * 5_000)
+@example("{" * 5_000)
+@example("instances: [{id: " + "9" * 5_000 + "}]")
+@example('{"a": 1, "a": 2}')
+@example('{"a": NaN, "b": 1e999}')
+@example('{"a": "\\ud800"}')
 def test_whatever_text_there_is_yaml_and_json_are_told_apart_from_garbage(text: str) -> None:
     for decoded in (decode_yaml(text), decode_json(text)):
         if isinstance(decoded, Decoded):
