@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
 import subprocess
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -17,9 +15,7 @@ from support.agent_socket import AgentWorld, open_agents
 from support.guest import IPV4, IPV6, Guest, Load, Reply
 from support.lab import RecordMapping, record, until, within
 from support.namespace_proxy import PROGRAM
-from support.openstack.front import FrontKind, FrontWriter
-from support.openstack.install import environments
-from support.openstack.processes import Place
+from support.openstack.front import FrontKind, open_fronts
 from support.recorder import Answer, Received, reply
 
 pytestmark = pytest.mark.root
@@ -53,26 +49,22 @@ def shared() -> Iterator[_Fronts]:
     """Guests behind proxies of all kinds, whose accounts are not that of the socket."""
     with ExitStack() as stack:
         agents = stack.enter_context(open_agents(proxy_user="nobody", proxy_group="nogroup"))
-        installed = environments()
-        stack.callback(installed.made.release)
-        writer = FrontWriter(Place(agents.daemon.directory, installed))
-        stack.callback(writer.close)
         lab = agents.lab
-        state = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="imdst-")))
+        fronts = stack.enter_context(open_fronts(lab, agents.daemon.directory, agents.path))
         networks, guests = [], {}
-        for name in _KINDS:
+        for name, kind in _KINDS.items():
             networks.append(record(name, {"namespace": lab.name("nowhere-" + name)}))
-            lab.furnish(name)
+            options: dict[str, object] = {"bind_address": "::", "port": _ROUTER_PORT}
+            if kind != "router":
+                options = {"bind_address_v6": IPV6, "bind_interface": "br0"}
+            fronts.start(kind, name, user="nobody", group="nogroup", **options)
             guests[name] = lab.guest(name)
-            file = state / f"{name}.conf"
-            file.write_text(_config(writer, name, socket=agents.path, state=state))
-            _start_haproxy(lab.name(name), file)
         guests["routed"] = replace(guests["routed"], port=_ROUTER_PORT)
         networks.append(lab.namespace_network("own"))
         lab.furnish("namespace-proxy")
         uuid = _IDS["namespace-proxy"]
         networks.append(record(uuid, {"namespace": lab.name("nowhere-proxy")}))
-        _start_namespace_proxy(lab.name("namespace-proxy"), uuid, agents.path, state)
+        _start_namespace_proxy(lab.name("namespace-proxy"), uuid, agents.path, fronts.state)
         guests |= {name: lab.guest(name) for name in _OTHER_WAYS}
         agents.daemon.put(
             networks,
@@ -89,32 +81,6 @@ def fronts(shared: _Fronts) -> _Fronts:
     shared.agents.heal()
     shared.agents.nova.default = _say_whose
     return shared
-
-
-def _config(writer: FrontWriter, name: str, *, socket: Path, state: Path) -> str:
-    routed = _KINDS[name] == "router"
-    return writer.config(
-        _KINDS[name],
-        name,
-        socket=socket,
-        bind_address="::" if routed else IPV4,
-        port=_ROUTER_PORT if routed else 80,
-        bind_address_v6=None if routed else IPV6,
-        bind_interface=None if routed else "br0",
-        user="nobody",
-        group="nogroup",
-        state_path=state,
-        pid_file=state / f"{name}.pid",
-    )
-
-
-def _start_haproxy(namespace: str, file: Path) -> None:
-    """It goes into the background, and ends with its namespace."""
-    program = shutil.which("haproxy", path="/usr/sbin:/usr/bin")
-    assert program is not None
-    words = (*within(namespace), program, "-f", str(file))
-    done = subprocess.run(words, capture_output=True, check=False)
-    assert done.returncode == 0, done.stderr.decode()
 
 
 def _start_namespace_proxy(namespace: str, uuid: str, socket: Path, state: Path) -> None:

@@ -95,30 +95,11 @@ def _others_served(world: AgentWorld) -> Iterator[None]:
     [
         ({}, (0o644, 0, 0), [(0, 0)], [(_NOBODY, 0), (_OTHER, _OTHER)]),
         ({"mode": "user", "user": "nobody"}, (0o644, _NOBODY, 0), [(_NOBODY, _OTHER)], [(_OTHER, 0)]),
-        (
-            {"mode": "group", "group": "nogroup"},
-            (0o664, 0, _NOBODY),
-            [(_OTHER, _NOBODY)],
-            [(_OTHER, _OTHER)],
-        ),
+        ({"mode": "group", "group": "nogroup"}, (0o664, 0, _NOBODY), [(_OTHER, _NOBODY)], [(_OTHER, _OTHER)]),
         ({"mode": "all"}, (0o666, 0, 0), [(_OTHER, _OTHER)], []),
-        ({"proxy_user": "nobody", "user": "nobody"}, (0o644, _NOBODY, 0), [(_NOBODY, 0)], [(_OTHER, 0)]),
         ({"proxy_user": "65534", "user": "nobody"}, (0o644, _NOBODY, 0), [(_NOBODY, 0)], [(_OTHER, 0)]),
-        ({"proxy_user": "root"}, (0o644, 0, 0), [(0, 0)], [(_OTHER, 0)]),
-        ({"proxy_user": "0"}, (0o644, 0, 0), [(0, 0)], [(_OTHER, 0)]),
         ({"proxy_user": "nobody"}, (0o664, 0, 0), [(_NOBODY, 0)], [(_NOBODY, _OTHER)]),
-        (
-            {"proxy_user": str(_OTHER), "proxy_group": "nogroup", "group": "nogroup"},
-            (0o664, 0, _NOBODY),
-            [(_OTHER, _NOBODY)],
-            [(_OTHER, _OTHER)],
-        ),
-        (
-            {"proxy_user": str(_OTHER), "proxy_group": str(_OTHER)},
-            (0o666, 0, 0),
-            [(_OTHER, _OTHER)],
-            [],
-        ),
+        ({"proxy_user": str(_OTHER), "proxy_group": str(_OTHER)}, (0o666, 0, 0), [(_OTHER, _OTHER)], []),
     ],
     ids=str,
 )  # fmt: skip
@@ -244,24 +225,17 @@ def test_a_living_agent_keeps_its_socket_until_it_ends(
 def test_a_socket_that_somebody_takes_is_told_of_and_taken_again_when_it_is_free(
     world: AgentWorld,
 ) -> None:
-    for _ in range(2):
+    for running in (True, False):
+        if not running:
+            world.daemon.kill_controller()
         with squat(world.path, namespace=world.lab.host) as thief:
+            if not running:
+                world.daemon.start(ready=False)
             _left_out(world, f"pid {thief.pid}")
             assert world.socket.ask().body == b"foreign"
         until(world.socket.serves, within_s=_WITHIN_S, what="our own service")
         world.daemon.wait_ready()
     assert _access(world.path) == (0o644, 0, 0)
-
-
-def test_an_agent_that_was_started_while_no_controller_ran_is_noticed_by_the_next(
-    world: AgentWorld,
-) -> None:
-    world.daemon.kill_controller()
-    with squat(world.path, namespace=world.lab.host) as thief:
-        world.daemon.start(ready=False)
-        _left_out(world, f"pid {thief.pid}")
-        assert world.socket.ask().body == b"foreign"
-    until(world.socket.serves, within_s=_WITHIN_S, what="our own service")
 
 
 def test_a_socket_that_somebody_removes_is_made_again(world: AgentWorld) -> None:
@@ -323,16 +297,12 @@ def test_what_is_no_socket_is_not_replaced(world: AgentWorld, kind: str) -> None
     ("fields", "reason"),
     [
         ({"user": "imdst-none"}, "there is no user imdst-none"),
-        ({"group": "imdst-none"}, "there is no group imdst-none"),
-        ({"proxy_user": "imdst-none"}, "there is no user imdst-none"),
-        ({"proxy_user": "9999999999"}, "there is no id 9999999999"),
         ({"path": "/proc/sys/imdst"}, "/proc/sys/imdst"),
         ({"path": "/proc/imdst/metadata_proxy"}, "cannot create the directory /proc/imdst"),
-        ({"path": "/dev/null/metadata_proxy"}, "cannot create the directory /dev/null"),
     ],
     ids=str,
 )
-def test_a_setting_that_this_host_cannot_follow_leaves_out_this_listener_only(
+def test_a_setting_that_this_host_cannot_follow_disables_this_listener_only(
     world: AgentWorld, fields: dict[str, object], reason: str
 ) -> None:
     world.daemon.configure(world.choose(**fields))
@@ -342,24 +312,11 @@ def test_a_setting_that_this_host_cannot_follow_leaves_out_this_listener_only(
     assert not world.path.exists()
     with _others_served(world):
         assert reason in world.problem()
-    world.take_over()
-    world.wait_serving()
-
-
-def test_a_daemon_starts_although_this_listener_cannot_be_had(world: AgentWorld) -> None:
+    # Nor does it keep a daemon from starting.
     world.daemon.stop()
-    for fields, reason in (
-        ({"user": "imdst-none"}, "there is no user imdst-none"),
-        ({"path": "/proc/sys/imdst"}, "/proc/sys/imdst"),
-    ):
-        world.daemon.configure(world.choose(**fields))
-        world.daemon.start(ready=False)
-        _left_out(world, reason)
-        with _others_served(world):
-            pass
-        world.daemon.stop()
-    world.daemon.configure(world.settings)
-    world.daemon.start()
+    world.daemon.start(ready=False)
+    _left_out(world, reason)
+    world.take_over()
     world.wait_serving()
 
 

@@ -112,32 +112,16 @@ def test_an_id_of_64_characters_is_one_that_nobody_has(world: AgentWorld) -> Non
 
 
 @pytest.mark.parametrize(
-    "spelled",
-    [
-        "10.0.0.5",
-        " \t10.0.0.5 ",
-        "::ffff:10.0.0.5",
-        "::FFFF:10.0.0.5",
-        "::FFFF:a00:5",
-        "::ffff:0a00:0005",
-        "0:0:0:0:0:ffff:a00:5",
-        "0:0::0:ffff:a00:5",
-        "0000:0000:0000:0000:0000:FFFF:0A00:0005",
-        "0::ffff:10.0.0.5",
-    ],
-)
-def test_a_dual_stack_proxy_spells_ipv4_in_many_ways(world: AgentWorld, spelled: str) -> None:
-    assert world.socket.ask(address=spelled).status == 200
-    seen = _seen(world)
-    assert (seen[b"x-instance-id"], seen[b"x-forwarded-for"]) == (
-        INSTANCES["red"].encode(),
-        b"10.0.0.5",
-    )
-
-
-@pytest.mark.parametrize(
     ("spelled", "address"),
     [
+        *(
+            (spelled, "10.0.0.5")
+            for spelled in (
+                *("10.0.0.5", " \t10.0.0.5 ", "::ffff:10.0.0.5", "::FFFF:10.0.0.5", "::FFFF:a00:5"),
+                *("::ffff:0a00:0005", "0:0:0:0:0:ffff:a00:5", "0:0::0:ffff:a00:5"),
+                *("0000:0000:0000:0000:0000:FFFF:0A00:0005", "0::ffff:10.0.0.5"),
+            )
+        ),
         ("2001:db8::5", "2001:db8::5"),
         ("2001:DB8::5", "2001:db8::5"),
         ("2001:0db8:0000:0000:0000:0000:0000:0005", "2001:db8::5"),
@@ -145,15 +129,13 @@ def test_a_dual_stack_proxy_spells_ipv4_in_many_ways(world: AgentWorld, spelled:
         ("FE80:0:0:0:F816:3EFF:FE00:5", "fe80::f816:3eff:fe00:5"),
     ],
 )
-def test_an_ipv6_address_is_one_however_it_is_spelled(
+def test_an_address_is_one_however_a_proxy_spells_it(
     world: AgentWorld, spelled: str, address: str
 ) -> None:
     assert world.socket.ask(address=spelled).status == 200
     seen = _seen(world)
-    assert (seen[b"x-instance-id"], seen[b"x-forwarded-for"]) == (
-        INSTANCES["red"].encode(),
-        address.encode(),
-    )
+    found = seen[b"x-instance-id"], seen[b"x-forwarded-for"]
+    assert found == (INSTANCES["red"].encode(), address.encode())
 
 
 @pytest.mark.parametrize(
@@ -281,36 +263,21 @@ def test_who_wants_the_connection_closed_has_it_closed(
             assert connection.everything() == b""
 
 
-def test_what_is_no_http_is_400_and_closed(world: AgentWorld) -> None:
-    for data in (b"GARBAGE\r\n\r\n", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"):
-        with world.socket.connect() as connection:
-            connection.send(data)
-            answer = connection.read()
-            assert (answer.status, answer.closes) == (400, True)
-
-
 # The same as on a network's own listener
 
 
-@pytest.mark.parametrize("method", ["GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH"])
-def test_nova_receives_what_the_guest_asked(world: AgentWorld, method: str) -> None:
-    body = b"p\0\xff" if method in ("POST", "PUT", "PATCH") else b""
-    target = "/openstack/latest/a%2Fb//c?d=e%3F&&f"
-    headers = (
-        "X-aws-ec2-metadata-token-ttl-seconds: 9",
-        "X-Metadata-Provider: x",
-        "User-Agent: curl/8",
-    )
-    answer = world.socket.ask(target, method=method, headers=headers, body=body)
-    assert answer.status == 200
+def test_nova_receives_what_the_guest_asked(world: AgentWorld) -> None:
+    target, dropped = "/openstack/latest/a%2Fb//c?d=e%3F&&f", "X-Metadata-Provider: x"
+    headers = ("X-aws-ec2-metadata-token-ttl-seconds: 9", dropped, "User-Agent: curl/8")
+    assert world.socket.ask(target, method="POST", headers=headers, body=b"p\0\xff").status == 200
     seen = world.nova.only()
-    assert (seen.method, seen.target, seen.body) == (method, target.encode(), body)
+    assert (seen.method, seen.target, seen.body) == ("POST", target.encode(), b"p\0\xff")
     assert dict(seen.headers) == {
         b"host": world.nova.authority.encode(),
         b"x-forwarded-for": b"10.0.0.5",
         b"user-agent": b"curl/8",
+        b"content-length": b"3",
         **world.seen_of("red"),
-        **({b"content-length": b"3"} if body else {}),
     }
 
 
@@ -323,20 +290,6 @@ def test_a_password_in_chunks_arrives_with_its_length(world: AgentWorld) -> None
     seen = world.nova.only()
     assert (seen.body, seen.values("content-length")) == (b"abcde", (b"5",))
     assert seen.values("x-instance-id") == (INSTANCES["red"].encode(),)
-
-
-def test_the_absolute_form_is_the_path(world: AgentWorld) -> None:
-    with world.socket.connect() as connection:
-        answer = connection.request(
-            "http://169.254.169.254/openstack?a", headers=(f"{OVN}: green", _FROM)
-        )
-        assert answer.status == 200
-    assert world.nova.only().target == b"/openstack?a"
-
-
-def test_a_method_that_nothing_knows_is_405(world: AgentWorld) -> None:
-    answer = world.socket.ask(method="BREW")
-    assert (answer.status, world.nova.requests) == (405, [])
 
 
 @pytest.mark.parametrize("target", ["/latest/user-data", "http://169.254.169.254/latest/user-data"])

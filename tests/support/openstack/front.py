@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import shutil
 import subprocess
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Literal
 
-from support.openstack.install import INSIDE
+from support.lab import Lab, within
+from support.openstack.install import INSIDE, environments
 from support.openstack.processes import Place
 from support.patience import patience
 
@@ -103,3 +107,45 @@ class FrontWriter:
         stdin.flush()
         said: object = json.loads(stdout.readline())
         return said
+
+
+@dataclass(frozen=True, slots=True)
+class Fronts:
+    """HAProxies as Neutron's agents start them in namespaces of a lab, in front of one socket."""
+
+    lab: Lab
+    writer: FrontWriter
+    socket: Path
+    state: Path
+
+    def start(self, kind: FrontKind, name: str, **options: object) -> None:
+        """Start one in a namespace of its own: it goes into the background, and ends with its namespace."""
+        self.lab.furnish(name)
+        file = self.state / f"{name}.conf"
+        pid_file = self.state / f"{name}.pid"
+        config = self.writer.config(
+            kind,
+            name,
+            socket=self.socket,
+            state_path=self.state,
+            pid_file=pid_file,
+            **options,  # type: ignore[arg-type]  # as `FrontWriter.config`
+        )
+        file.write_text(config)
+        program = shutil.which("haproxy", path="/usr/sbin:/usr/bin")
+        assert program is not None
+        words = (*within(self.lab.name(name)), program, "-f", str(file))
+        done = subprocess.run(words, capture_output=True, check=False)
+        assert done.returncode == 0, done.stderr.decode()
+
+
+@contextlib.contextmanager
+def open_fronts(lab: Lab, directory: Path, socket: Path) -> Iterator[Fronts]:
+    """They end with the lab's namespaces."""
+    with contextlib.ExitStack() as stack:
+        installed = environments()
+        stack.callback(installed.made.release)
+        writer = FrontWriter(Place(directory, installed))
+        stack.callback(writer.close)
+        state = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="imdst-")))
+        yield Fronts(lab, writer, socket, state)
