@@ -67,17 +67,11 @@ def test_a_request_is_held_until_its_record_comes(world: World, network: str) ->
         assert time.monotonic() - added < _AT_ONCE_S * patience()
 
 
-def test_an_unknown_address_is_404_after_the_hold_when_all_is_known(world: World) -> None:
-    stranger = world.lab.guest("red", 61)
-    reply, took = _timed(lambda: stranger.ask(_TARGET))
-    assert reply.status == 404
-    assert _HOLD_S <= took < _HOLD_S + 1 * patience()
-
-
 def test_an_unknown_address_waits_once_until_its_record_comes(world: World) -> None:
     stranger = world.lab.guest("red", 71)
-    _, first = _timed(lambda: stranger.ask(_TARGET))
-    assert first >= _HOLD_S
+    reply, first = _timed(lambda: stranger.ask(_TARGET))
+    assert (reply.status, reply.body) == (404, b"no instance has this address in this network")
+    assert _HOLD_S <= first < _HOLD_S + 1 * patience()
     for _ in range(3):
         reply, took = _timed(lambda: stranger.ask(_TARGET))
         assert reply.status == 404
@@ -87,30 +81,6 @@ def test_an_unknown_address_waits_once_until_its_record_comes(world: World) -> N
     world.daemon.remove_instance("red-71")
     _, again = _timed(lambda: stranger.ask(_TARGET))
     assert again >= _HOLD_S
-
-
-def test_a_client_that_gives_up_does_not_make_the_next_one_wait(world: World) -> None:
-    stranger = world.lab.guest("red", 72)
-    asked = time.monotonic()
-    with pytest.raises(Lost):
-        stranger.ask(_TARGET, timeout_s=0.5)
-    until(lambda: time.monotonic() - asked > _HOLD_S, what="the end of the wait")
-    reply, took = _timed(lambda: stranger.ask(_TARGET))
-    assert reply.status == 404
-    assert took < _AT_ONCE_S * patience()
-
-
-def test_who_is_unknown_is_told_so_in_one_line_but_not_where_a_token_is_awaited(
-    world: World,
-) -> None:
-    stranger = world.lab.guest("red", 59)
-    told = stranger.ask(_TARGET)
-    head = stranger.ask(_TARGET, method="HEAD")
-    token = stranger.ask("/latest/api/token", method="PUT")
-    assert told.body == b"no instance has this address in this network"
-    assert told.headers["content-type"] == "text/plain"
-    assert (head.status, head.body, head.headers["content-length"]) == (404, b"", "44")
-    assert (token.status, token.body, token.headers["content-length"]) == (404, b"", "0")
 
 
 @pytest.mark.alone

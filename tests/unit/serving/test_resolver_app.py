@@ -9,9 +9,10 @@ from ipaddress import ip_address
 import pytest
 
 from imdsproxy.config.schema import ResolverSettings
+from imdsproxy.core.identity import Denial
 from imdsproxy.core.model import InstanceId, Scope
 from imdsproxy.core.observation import AddressKey
-from imdsproxy.core.wire import EmbeddedRecord, MapRecord
+from imdsproxy.core.wire import MISMATCH_TEXT, UNKNOWN_TEXT, EmbeddedRecord, MapRecord
 from imdsproxy.serving.http import Send, while_there
 from imdsproxy.serving.resolver import Outcome, Resolver
 from imdsproxy.serving.resolver_app import CollectedAnswer, GuestRequest, resolver_app
@@ -87,6 +88,57 @@ async def test_what_a_guest_asked_that_is_still_there_is_sent_in_its_networks_na
     (request,) = forwarded.requests
     assert (request.key, request.body) == (("red", ip_address("10.0.0.5")), b"pass")
     assert answer.status == 200
+
+
+@pytest.mark.parametrize(
+    ("denial", "method", "status", "body"),
+    [
+        (Denial.UNKNOWN, "GET", 404, UNKNOWN_TEXT),
+        (Denial.UNKNOWN, "HEAD", 404, ""),
+        # Some clients take any body for a token.
+        (Denial.UNKNOWN, "PUT", 404, ""),
+        (Denial.MISMATCH, "GET", 403, MISMATCH_TEXT),
+        (Denial.MISMATCH, "PUT", 403, ""),
+        *(
+            (one, "GET", 503, "")
+            for one in (Denial.CONFLICT, Denial.UNAVAILABLE, Denial.OVER_LIMIT)
+        ),
+    ],
+)
+@pytest.mark.parametrize("verified", [True, False])
+async def test_a_denial_is_answered_in_one_line_or_none(
+    denial: Denial, method: str, status: int, body: str, *, verified: bool
+) -> None:
+    async def look(_key: AddressKey, _scope: Scope | None, _port: int | None, /) -> Outcome:
+        return denial
+
+    forwarded, answer = Forwarded(), CollectedAnswer()
+    settings = ResolverSettings(hold_s=0)
+    app = resolver_app(Resolver(look, lambda: settings, time.monotonic), forwarded.forward)
+    headers = list(_SCOPE_HEADERS)
+    if not verified:
+        headers.append((b"x-imdsproxy-unverified", b"4711"))
+    await app({**_SCOPE, "method": method, "headers": headers}, Client().receive, answer.take)
+    found = dict(answer.headers)
+    assert (answer.status, answer.body.decode()) == (status, body)
+    assert found[b"content-length"] == (b"44" if method == "HEAD" else b"%d" % len(body))
+    assert found.get(b"content-type") == (b"text/plain" if body or method == "HEAD" else None)
+    assert (b"retry-after" in found) == (status == 503)
+    # Only what holds nothing of an instance may be read by any MAC.
+    assert (b"x-imdsproxy-refused" in found) == (not verified)
+    assert not forwarded.requests
+
+
+@pytest.mark.parametrize(("method", "status"), [("GET", 200), ("PUT", 200), ("POST", 503)])
+async def test_an_unverified_request_that_changes_something_is_to_come_again(
+    method: str, status: int
+) -> None:
+    look, forwarded, answer = Look(), Forwarded(), CollectedAnswer()
+    look.known.set()
+    app = resolver_app(Resolver(look, ResolverSettings, time.monotonic), forwarded.forward)
+    headers = [*_SCOPE_HEADERS, (b"x-imdsproxy-unverified", b"4711")]
+    await app({**_SCOPE, "method": method, "headers": headers}, Client().receive, answer.take)
+    assert (answer.status, len(forwarded.requests)) == (status, int(status == 200))
 
 
 async def test_what_goes_wrong_is_not_kept_quiet() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import socket
 import ssl
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
@@ -12,21 +11,18 @@ from typing import Final
 import pytest
 
 from support.certificates import make_authority, server_context
-from support.guest import Connection, Lost
+from support.guest import Connection
 from support.lab import until
 from support.recorder import (
     Answer,
-    Received,
     Recorder,
     Stage,
     close_without_a_byte,
     garbage,
     half,
-    hang,
     reply,
     reset,
     signature_of,
-    slow,
 )
 
 _GET: Final = b"GET /a%2Fb?c HTTP/1.1\r\nHost: x\r\n\r\n"
@@ -71,13 +67,6 @@ def test_a_request_is_kept_as_it_came(recorder: Recorder) -> None:
     assert not seen.chunked
 
 
-def test_a_target_is_kept_as_it_came(recorder: Recorder) -> None:
-    with _connect(recorder) as connection:
-        connection.send(_GET)
-        assert connection.read().body == b"/a%2Fb?c"
-    assert recorder.only().target == b"/a%2Fb?c"
-
-
 def test_chunks_and_trailers_are_kept(recorder: Recorder) -> None:
     raw = b"3;x=y\r\nabc\r\n02\r\nde\r\n0\r\nX-Instance-ID: x\r\nY:z\r\n\r\n"
     with _connect(recorder) as connection:
@@ -97,18 +86,6 @@ def test_connections_are_told_apart_and_kept(recorder: Recorder) -> None:
                 connection.read()
     assert [one.connection for one in recorder.requests] == [1, 1, 1, 2, 2, 2]
     assert recorder.connections == 2
-
-
-def test_a_connection_ends_when_the_client_says_so(recorder: Recorder) -> None:
-    assert _sent(recorder, b"GET / HTTP/1.1\r\nConnection: close\r\n\r\n").endswith(b"\r\n\r\n/")
-    assert _sent(recorder, b"GET / HTTP/1.0\r\n\r\n").endswith(b"\r\n\r\n/")
-
-
-def test_a_connection_without_a_request_leaves_only_its_number(recorder: Recorder) -> None:
-    _connect(recorder).close()
-    until(lambda: recorder.connections == 1)
-    assert not recorder.requests
-    assert not recorder.fragments
 
 
 def test_half_a_request_is_a_fragment(recorder: Recorder) -> None:
@@ -146,24 +123,13 @@ def test_answers_are_sent_as_written(recorder: Recorder) -> None:
         assert connection.read().body == b"/a%2Fb?c"
 
 
-def test_an_answer_may_be_late_and_slow(recorder: Recorder) -> None:
-    recorder.answer(reply(b"late", delay_s=0.2), slow(reply(b"a" * 100), pieces=4, pause_s=0.1))
-    with _connect(recorder) as connection:
-        start = time.monotonic()
-        connection.send(_GET)
-        assert connection.read().body == b"late"
-        assert time.monotonic() - start >= 0.2
-        start = time.monotonic()
-        connection.send(_GET)
-        assert connection.read().body == b"a" * 100
-        assert time.monotonic() - start >= 0.3
-
-
 def test_half_an_answer_ends_where_it_is_cut(recorder: Recorder) -> None:
     whole = reply(b"a" * 1000)
-    recorder.answer(half(whole), half(whole, of=10))
+    recorder.answer(half(whole), half(whole, of=10), close_without_a_byte(), garbage(b"\0hello"))
     assert _sent(recorder, _GET) == whole.data[: len(whole.data) // 2]
     assert _sent(recorder, _GET) == b"HTTP/1.1 2"
+    assert _sent(recorder, _GET) == b""
+    assert _sent(recorder, _GET) == b"\0hello"
 
 
 @pytest.mark.parametrize("at", list(Stage))
@@ -175,25 +141,6 @@ def test_it_resets_before_or_after_it_has_read_the_body(recorder: Recorder, at: 
             connection.socket.recv(1)
     assert len(recorder.heads) == 1
     assert len(recorder.requests) == (1 if at is Stage.REQUEST else 0)
-
-
-def test_it_closes_without_a_byte(recorder: Recorder) -> None:
-    recorder.answer(close_without_a_byte())
-    assert _sent(recorder, _GET) == b""
-
-
-def test_it_sends_what_is_no_http(recorder: Recorder) -> None:
-    recorder.answer(garbage(b"\0\1\2hello"))
-    assert _sent(recorder, _GET) == b"\0\1\2hello"
-
-
-def test_it_hangs_until_the_client_gives_up(recorder: Recorder) -> None:
-    recorder.answer(hang())
-    with _connect(recorder, timeout_s=0.2) as connection:
-        connection.send(_GET)
-        with pytest.raises(Lost, match="timed out"):
-            connection.read()
-    assert len(recorder.requests) == 1
 
 
 def test_it_refuses_connections_and_takes_them_again_at_the_same_port(recorder: Recorder) -> None:
@@ -210,29 +157,6 @@ def test_it_refuses_connections_and_takes_them_again_at_the_same_port(recorder: 
     with _connect(recorder) as after:
         after.send(_GET)
         assert after.read().status == 200
-
-
-def test_killed_it_is_gone_in_the_middle_of_what_it_does(recorder: Recorder) -> None:
-    recorder.answer(hang())
-    with _connect(recorder) as connection:
-        connection.send(_GET)
-        until(lambda: len(recorder.requests) == 1)
-        recorder.kill()
-        assert connection.socket.recv(1) == b""
-    with pytest.raises(ConnectionRefusedError):
-        _connect(recorder)
-
-
-def test_one_answer_can_be_for_good(recorder: Recorder) -> None:
-    recorder.always(reply(b"", status=500))
-    with _connect(recorder) as connection:
-        for _ in range(3):
-            connection.send(_GET)
-            assert connection.read().status == 500
-        recorder.forget()
-        assert not recorder.requests
-        connection.send(_GET)
-        assert connection.read().status == 200
 
 
 def _signed(secret: str, *more: str, accept: str = "*/*") -> bytes:
@@ -253,19 +177,6 @@ def test_several_of_them_have_secrets_of_their_own() -> None:
                 assert refused.headers["content-type"] == "text/html; charset=UTF-8"
                 assert len(refused.body) == 154
                 assert b"Invalid proxy request signature." in refused.body
-
-
-@pytest.mark.parametrize(
-    ("accept", "kind", "size"),
-    [("application/json", "application/json", 112), ("a/b", "text/plain; charset=UTF-8", 52)],
-)
-def test_a_refusal_is_what_nova_would_send_to_such_a_client(
-    accept: str, kind: str, size: int
-) -> None:
-    with Recorder(secret="one") as recorder, _connect(recorder) as connection:
-        connection.send(_signed("two", accept=accept))
-        refused = connection.read()
-    assert (refused.headers["content-type"], len(refused.body)) == (kind, size)
 
 
 def test_two_instances_or_signatures_in_one_request_are_no_signature() -> None:
@@ -312,20 +223,3 @@ def _ask_by_tls(recorder: Recorder, context: ssl.SSLContext) -> bytes:
     ):
         wrapped.sendall(_GET)
         return wrapped.recv(1000)
-
-
-def test_it_listens_at_ipv6() -> None:
-    with Recorder(address="::1") as recorder, _connect(recorder) as connection:
-        connection.send(_GET)
-        assert connection.read().status == 200
-        assert recorder.url == f"http://[::1]:{recorder.port}"
-
-
-def test_what_it_answers_can_depend_on_the_request(recorder: Recorder) -> None:
-    def turned(request: Received) -> Answer:
-        return reply(request.target[::-1])
-
-    recorder.default = turned
-    with _connect(recorder) as connection:
-        connection.send(_GET)
-        assert connection.read().body == b"c?bF2%a/"
