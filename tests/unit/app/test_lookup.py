@@ -28,6 +28,7 @@ from imdsproxy.core.model import (
 from imdsproxy.core.observation import AddressKey, Observation
 from imdsproxy.core.wire import EmbeddedRecord
 from imdsproxy.errors import HostRefused
+from imdsproxy.serving.resolver import Outcome
 
 _RED = NetworkId("red")
 _REVISION = "0123456789abcdef"
@@ -156,54 +157,82 @@ def _web(mac: MacAddress | None = _MAC, name: str = "web") -> Instance:
     return Instance(InstanceId(name), name, name, ports=(port,))
 
 
-async def test_an_address_of_a_record_needs_no_neighbour_table() -> None:
-    rig = Rig(_web())
-    assert await rig.lookup.look((_RED, IPv4Address("10.0.0.5"))) == _WEB
-    assert rig.neighbours.asked == 0
-    assert rig.records.learned == {}
+_ASKED: AddressKey = (_RED, IPv4Address("10.0.0.5"))
+_OTHER = MacAddress("02:00:00:00:00:99")
 
 
-async def test_a_private_link_local_address_is_known_by_its_mac_and_kept_for_a_while() -> None:
-    rig = Rig(_web())
-    rig.neighbours.mac = _MAC
-    assert await rig.lookup.look(_PRIVATE) == _WEB
-    assert rig.records.learned == {_PRIVATE: Learned(InstanceId("web"), 130.0, mac=_MAC)}
+def _bare(mac: MacAddress = _MAC, name: str = "web") -> Instance:
+    return Instance(InstanceId(name), name, name, ports=(Port(_RED, mac),))
 
 
-@pytest.mark.parametrize("mac", [None, MacAddress("02:00:00:00:00:99")])
-async def test_an_unknown_mac_is_nobody(mac: MacAddress | None) -> None:
-    rig = Rig(_web())
-    rig.neighbours.mac = mac
-    assert await rig.lookup.look(_PRIVATE) == Denial.UNKNOWN
-    assert rig.records.learned == {}
+_ALONE, _BARE, _NO_MAC = (_web(),), (_bare(),), (_web(None),)
+_TWO = (_web(), _bare(name="db"))
 
 
-async def test_an_ipv4_address_is_never_looked_for_in_the_neighbour_table() -> None:
-    rig = Rig(_web())
-    rig.neighbours.mac = _MAC
-    assert await rig.lookup.look((_RED, IPv4Address("10.0.0.99"))) == Denial.UNKNOWN
-    assert rig.neighbours.asked == 0
+@pytest.mark.parametrize(
+    ("instances", "neighbour", "key", "expected"),
+    [
+        # By the record, without a look at the neighbour table.
+        (_ALONE, _OTHER, _ASKED, _WEB),
+        (_ALONE, _MAC, (_RED, IPv4Address("10.0.0.99")), Denial.UNKNOWN),
+        (_ALONE, _MAC, (NetworkId("blue"), IPv4Address("10.0.0.5")), Denial.UNKNOWN),
+        # A private link-local address is known by its MAC.
+        (_ALONE, _MAC, _PRIVATE, _WEB),
+        (_ALONE, _OTHER, _PRIVATE, Denial.UNKNOWN),
+        (_ALONE, None, _PRIVATE, Denial.UNKNOWN),
+        (_TWO, _MAC, _PRIVATE, Denial.CONFLICT),
+        (None, None, _PRIVATE, Denial.UNAVAILABLE),
+    ],
+)
+async def test_an_address_is_known_by_its_record_or_else_by_its_mac(
+    instances: tuple[Instance, ...] | None,
+    neighbour: MacAddress | None,
+    key: AddressKey,
+    expected: Outcome,
+) -> None:
+    rig = Rig(*(instances or ()), in_sync=instances is not None)
+    rig.neighbours.mac = neighbour
+    assert await rig.lookup.look(key) == expected
+    assert rig.neighbours.asked == (1 if key == _PRIVATE else 0)
+    learned = {_PRIVATE: Learned(InstanceId("web"), 130.0, mac=_MAC)}
+    assert rig.records.learned == (learned if (key, expected) == (_PRIVATE, _WEB) else {})
 
 
-async def test_a_table_that_cannot_be_read_makes_nobody_known() -> None:
+@pytest.mark.parametrize(
+    ("instances", "neighbour", "sender", "expected"),
+    [
+        (_ALONE, _MAC, None, _WEB),
+        (_ALONE, _OTHER, None, Denial.MISMATCH),
+        (_ALONE, None, None, Denial.MISMATCH),
+        # The MAC that the connection came from counts, and not the neighbour table's.
+        (_ALONE, _OTHER, _MAC, _WEB),
+        # By its MAC alone, at whatever address.
+        (_BARE, _MAC, None, _WEB),
+        # Without a MAC in its record it is believed with any.
+        (_NO_MAC, _OTHER, None, _WEB),
+    ],
+)
+async def test_an_unverified_address_is_known_with_its_mac_and_no_other_reads_the_answer(
+    instances: tuple[Instance, ...],
+    neighbour: MacAddress | None,
+    sender: MacAddress | None,
+    expected: Outcome,
+) -> None:
+    rig = Rig(*instances, mac_check=True)
+    rig.neighbours.mac = neighbour
+    if sender is not None:
+        rig.pairs.senders[_ASKED, 4711] = sender
+    assert await rig.lookup.look(_ASKED, None, 4711) == expected
+    bound = expected == _WEB and instances is not _NO_MAC
+    assert rig.pairs.told == ([(_ASKED, 4711, _MAC)] if bound else [])
+    learned = {_ASKED: Learned(InstanceId("web"), 130.0, mac=_MAC)}
+    assert rig.records.learned == (learned if instances is _BARE else {})
+
+
+async def test_a_table_that_cannot_be_read_makes_none_known() -> None:
     rig = Rig(_web())
     rig.neighbours.broken = True
     assert await rig.lookup.look(_PRIVATE) == Denial.UNKNOWN
-
-
-async def test_a_mac_of_two_instances_is_contested() -> None:
-    other = Instance(
-        InstanceId("db"), "db", "db", ports=(Port(_RED, _MAC, (IPv4Address("10.0.0.6"),)),)
-    )
-    rig = Rig(_web(), other)
-    rig.neighbours.mac = _MAC
-    assert await rig.lookup.look(_PRIVATE) == Denial.CONFLICT
-
-
-async def test_an_unknown_network_and_a_source_out_of_sync_are_told_apart() -> None:
-    assert await Rig(in_sync=False).lookup.look(_PRIVATE) == Denial.UNAVAILABLE
-    nowhere = (NetworkId("blue"), IPv4Address("10.0.0.5"))
-    assert await Rig(_web()).lookup.look(nowhere) == Denial.UNKNOWN
 
 
 async def test_what_was_learned_is_looked_at_again_when_its_time_is_over() -> None:
@@ -246,48 +275,6 @@ async def test_a_ticket_waits_for_its_number() -> None:
     await tickets.wait(first)
 
 
-_ASKED: AddressKey = (_RED, IPv4Address("10.0.0.5"))
-_OTHER = MacAddress("02:00:00:00:00:99")
-
-
-def _bare(mac: MacAddress = _MAC, name: str = "web") -> Instance:
-    return Instance(InstanceId(name), name, name, ports=(Port(_RED, mac),))
-
-
-async def test_an_unverified_guest_with_its_mac_is_answered_and_nobody_else_may_read_it() -> None:
-    rig = Rig(_web(), mac_check=True)
-    rig.neighbours.mac = _MAC
-    assert await rig.lookup.look(_ASKED, None, 4711) == _WEB
-    assert rig.pairs.told == [(_ASKED, 4711, _MAC)]
-
-
-@pytest.mark.parametrize("mac", [_OTHER, None])
-async def test_an_unverified_guest_with_another_mac_or_none_is_a_mismatch(
-    mac: MacAddress | None,
-) -> None:
-    rig = Rig(_web(), mac_check=True)
-    rig.neighbours.mac = mac
-    assert await rig.lookup.look(_ASKED, None, 4711) == Denial.MISMATCH
-    assert rig.pairs.told == []
-
-
-async def test_a_guest_is_known_by_its_mac_alone_at_whatever_address() -> None:
-    rig = Rig(_bare(), mac_check=True)
-    rig.neighbours.mac = _MAC
-    assert await rig.lookup.look(_ASKED, None, 4711) == _WEB
-    assert rig.records.learned == {_ASKED: Learned(InstanceId("web"), 130.0, mac=_MAC)}
-    assert rig.pairs.told == [(_ASKED, 4711, _MAC)]
-
-
-async def test_the_mac_that_a_connection_came_from_counts_and_not_the_neighbour_table_s() -> None:
-    rig = Rig(_web(), mac_check=True)
-    rig.neighbours.mac = MacAddress("02:00:00:00:00:99")
-    rig.pairs.senders[_ASKED, 4711] = _MAC
-    assert await rig.lookup.look(_ASKED, None, 4711) == _WEB
-    assert rig.pairs.told == [(_ASKED, 4711, _MAC)]
-    assert await rig.lookup.look(_ASKED, None, 4712) == Denial.MISMATCH
-
-
 async def test_an_address_that_another_takes_meanwhile_never_gives_that_one_s_record() -> None:
     rig = Rig(_bare(), mac_check=True)
     rig.neighbours.mac = _MAC
@@ -325,13 +312,6 @@ async def test_a_verified_guest_is_known_whatever_the_neighbour_table_has_by_now
     rig = Rig(_web(), mac_check=True)
     rig.neighbours.mac = _OTHER
     assert await rig.lookup.look(_ASKED) == _WEB
-
-
-async def test_a_guest_without_a_mac_in_its_record_is_believed_with_any() -> None:
-    rig = Rig(_web(None), mac_check=True)
-    rig.neighbours.mac = _OTHER
-    assert await rig.lookup.look(_ASKED, None, 4711) == _WEB
-    assert rig.pairs.told == []
 
 
 async def test_an_address_follows_its_lease() -> None:
