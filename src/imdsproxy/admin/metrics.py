@@ -21,8 +21,8 @@ from prometheus_client.registry import Collector, CollectorRegistry
 from imdsproxy import __version__
 from imdsproxy.admin.status import StatusService
 from imdsproxy.app.token_report import TokenCounting
+from imdsproxy.core.haproxy.frontends import AGENTS
 from imdsproxy.core.haproxy.runtime import WorkerTotals
-from imdsproxy.core.haproxy.unix_listener import AGENTS
 from imdsproxy.core.hoststate import Effect
 from imdsproxy.core.identity import Denial
 from imdsproxy.core.timing import Durations

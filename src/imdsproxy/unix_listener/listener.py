@@ -14,8 +14,8 @@ from typing import Final, TypeAlias
 
 import structlog
 
+from imdsproxy.core.haproxy.frontends import AGENTS
 from imdsproxy.core.haproxy.model import UnixBind
-from imdsproxy.core.haproxy.unix_listener import AGENTS
 from imdsproxy.core.hoststate import SeenSocket, SocketState
 from imdsproxy.core.timing import Backoff
 from imdsproxy.dataplane.haproxy import Haproxy

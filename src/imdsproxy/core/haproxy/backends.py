@@ -1,4 +1,4 @@
-"""The backends behind a frontend: the document server, the resolver, or a rule."""
+"""The backends behind a frontend, the document server and the resolver, and the documents that HAProxy keeps."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from imdsproxy.core.haproxy.model import DataplaneSpec
 from imdsproxy.core.haproxy.names import SAMPLED
 from imdsproxy.core.haproxy.nova import ALL_METHODS, ORIGIN_FORM, longest_s
 from imdsproxy.core.haproxy.request_log import HIDE_LOGGED
-from imdsproxy.core.haproxy.short_documents import KEEP_SHORT, answer_sampled
-from imdsproxy.core.haproxy.text import Form, Text, Word
+from imdsproxy.core.haproxy.text import Form, Text, Word, raw
 
 _BEYOND_HOLD_S: Final = 3
 """How much longer than a request may be held HAProxy waits for the resolver."""
@@ -30,6 +29,49 @@ _ASK_THE_CACHE: Final = """
     # nothing of what comes out of the cache, and what rules return has no lifetime.
     http-after-response del-header cache-control unless <has_short_document>
     http-after-response del-header age unless <has_short_document>
+"""
+
+# Short documents are answered by a rule instead of by HAProxy's cache: an answer out of the cache is made by an applet
+# of HAProxy's and costs 17,000 instructions more than `http-request return`, and more than all that is asked of a
+# request before (docs/performance.md). What programs read again and again is one short line below `/latest/`: those are kept
+# beside the cache, in a map by path and record, by HAProxy itself, when the document server has answered with them.
+#
+# What counts for the cache counts here: only what the document server marks with a lifetime is kept, the record is part
+# of the key, and a worker begins with nothing. The path comes first in the key, and a record has two fields, so that no
+# path makes one guest's key of another's.
+#
+# A map has no bounds of its own. So each document gets one of `short_slots` numbers, at random, and the document that
+# had that number before goes. Both are in one map, `NUMBER` leading to a path and record, and these to a document.
+_KEEP_SHORT: Final = r"""
+    [keeps_short] http-request set-var(txn.short_key) path,concat(|,txn.record)
+        if { method GET } { path -m reg '^/latest(?:/[A-Za-z0-9_-][A-Za-z0-9._:-]*)+\z' } <known>
+    # Lifetimes are on what depends on nothing but the record, and on nothing else.
+    [keeps_short] http-response unset-var(txn.short_key)
+        unless { status 200 } { res.fhdr(cache-control) -m found } { res.fhdr(content-type) -m str <text_plain> }
+        { res.fhdr(content-length) -m int 1:<longest_short> }
+    [keeps_short] http-response wait-for-body time 2s if { var(txn.short_key) -m found }
+    [keeps_short] http-response set-var(txn.length) res.fhdr(content-length),add(0) if { var(txn.short_key) -m found }
+    # One line of ASCII, in hexadecimal: of bytes a pattern sees what is before the first NUL. HAProxy 3.0 encodes
+    # others when it writes a value.
+    [keeps_short] http-response set-var(txn.short_slot) rand(<short_slots>)
+        if { var(txn.short_key) -m found } { res.body,length,sub(txn.length) -m int 0 }
+        { res.body,hex -m reg '^(?:[2-6][0-9A-F]|7[0-9A-E])+\z' }
+    [keeps_short] http-response set-var(txn.short_evicted) var(txn.short_slot),map_str(<short>)
+        if { var(txn.short_slot) -m found }
+    [keeps_short] http-response del-map(<short>) %[var(txn.short_evicted)] if { var(txn.short_evicted) -m found }
+    [keeps_short] http-response set-map(<short>) %[var(txn.short_slot)] %[var(txn.short_key)]
+        if { var(txn.short_slot) -m found }
+    [keeps_short] http-response set-map(<short>) %[var(txn.short_key)] %[res.body] if { var(txn.short_slot) -m found }
+"""
+"""For a backend of the document server, when what it gets for a path is in the request.
+
+The pattern is the path as programs spell it: each other spelling would be another entry.
+"""
+
+_ANSWER_SHORT: Final = """
+    [keeps_short] http-request set-var(txn.short_document) path,concat(|,txn.record),map_str(<short>) if <condition>
+    [keeps_short] http-request return status 200 content-type <text_plain> lf-string %[var(txn.short_document)]
+        if <has_short_document> <passing>
 """
 
 _DOCUMENT_METHODS: Final = """
@@ -59,7 +101,8 @@ _DOCUMENTS: Final = """
     http-request set-header <header_instance> %[<instance>]
     http-request set-header <header_revision> %[<revision>]
     http-request disable-l7-retry if !<reads>
-    <keep_short>
+"""
+_STORE_AND_RETRY: Final = """
     [cache] http-response cache-store documents
     # A worker that hangs is given up on before its check fails; the other one answers.
     timeout server 2s
@@ -69,6 +112,11 @@ _DOCUMENTS: Final = """
     # One of the backends checks the servers for all.
     [checks] option httpchk GET /livez
     http-reuse always
+"""
+
+_DOCUMENT_SERVER: Final = """
+    [checks] server documents-<index> <path> check inter 1s fall 2 rise 1
+    [!checks] server documents-<index> <path> track documents/documents-<index>
 """
 
 _LIMIT_MISSES: Final = """
@@ -87,7 +135,8 @@ _RESOLVER: Final = """
     [gated] http-response set-fc-tos <answer_tos>
         if { var(sess.unverified) -m found } !{ res.fhdr(<header_refused>) -m found }
     [gated] http-response del-header <header_refused>
-    <hide_logged>
+"""
+_RESOLVER_SERVER: Final = """
     # The target is there twice, and a head that outgrows HAProxy's buffer by that would be 500.
     http-request set-var(txn.header_bytes) req.hdrs,length
     http-request return status 431 if { url,length,mul(2),add(txn.header_bytes) -m int gt <largest_head> }
@@ -100,8 +149,36 @@ _RESOLVER: Final = """
     # time-out.
     option http-server-close
     # Checked ten times a second while it is away: until it counts as back, misses get 503.
-    server resolver <resolver_socket> check inter 1s downinter 100ms fall 2 rise 1
+    server resolver unix@<resolver> check inter 1s downinter 100ms fall 2 rise 1
 """
+
+
+def answer_plain(spec: DataplaneSpec, form: Form) -> Text:
+    """Short documents for requests of which nothing is to be checked: no token, no policy or none but tokens off.
+
+    After the look-up and the limits, before all else. Of reads without tokens those go on that are to be counted
+    (`has_short_document` is true of them later); where all are, all.
+    """
+    if spec.count_reads == 1:
+        return Text()
+    condition = """
+        !<has_policy> !{ req.fhdr(<token_header>) -m found } <reads>
+            or <only_tokens_off> <without_own_limits> !{ req.fhdr(<token_header>) -m found } <reads>
+    """
+    return _answer_short(form, condition, "!<by_chance>" if spec.count_reads else "")
+
+
+def answer_short(spec: DataplaneSpec, form: Form) -> Text:
+    """Short documents for requests that were looked at, and that need no check.
+
+    With a token that was good before; reads without one were looked up before.
+    """
+    passing = "!<needs_check>" if spec.count_reads else ""
+    return _answer_short(form, "<good_token> !<needs_check> <reads>", passing)
+
+
+def _answer_short(form: Form, condition: str, passing: str = "") -> Text:
+    return form.fill(_ANSWER_SHORT, condition=form.fill(condition), passing=form.fill(passing))
 
 
 def ask_the_cache(form: Form, *, checked_elsewhere: bool = False) -> Text:
@@ -115,33 +192,31 @@ def ask_the_cache(form: Form, *, checked_elsewhere: bool = False) -> Text:
         form: The configuration's values.
         checked_elsewhere: Another backend does all of it for requests that need a check.
     """
-    unchecked = form.fill("!<needs_check>") if checked_elsewhere else Text()
-    return form.fill(_ASK_THE_CACHE, unchecked=unchecked)
+    return form.fill(
+        _ASK_THE_CACHE, unchecked=form.fill("!<needs_check>" if checked_elsewhere else "")
+    )
 
 
 def documents_backend(spec: DataplaneSpec, form: Form, kind: str = "") -> Text:
     """The document server's workers; `kind` as of `access_rules.first_rules`."""
+    servers = [
+        form.fill(_DOCUMENT_SERVER, index=index, path=Word(f"unix@{path}"), checks=not kind)
+        for index, path in enumerate(spec.paths.documents)
+    ]
     return form.section(
         "backend documents<kind>",
         first_rules(spec, form, kind),
-        answer_sampled(form) if kind == SAMPLED else Text(),
-        ask_the_cache(form) if spec.nova or kind else Text(),
+        # A read that was just counted may have a short document.
+        _answer_short(form, "<reads>") if kind == SAMPLED else "",
+        ask_the_cache(form) if spec.nova or kind else "",
         _DOCUMENT_METHODS,
         _PLAIN_REQUEST,
         _DOCUMENTS,
-        *(
-            form.fill(
-                "[checks] server documents-<index> <socket> check inter 1s fall 2 rise 1\n"
-                "[!checks] server documents-<index> <socket> track documents/documents-<index>",
-                index=index,
-                socket=Word(f"unix@{path}"),
-                checks=not kind,
-            )
-            for index, path in enumerate(spec.paths.documents)
-        ),
-        kind=Text((kind,)),
+        _KEEP_SHORT,
+        _STORE_AND_RETRY,
+        *servers,
+        kind=raw(kind),
         checks=not kind,
-        keep_short=form.fill(KEEP_SHORT),
         other_headers=form.values["other_than_guest_headers"],
     )
 
@@ -153,16 +228,16 @@ def resolver_backend(spec: DataplaneSpec, form: Form) -> Text:
     return form.section(
         "backend resolver",
         _LIMIT_MISSES,
-        ORIGIN_FORM if spec.nova else Text(),
+        ORIGIN_FORM if spec.nova else "",
         NOTE_FORWARDING,
         ALL_METHODS if spec.nova else _DOCUMENT_METHODS,
         _PLAIN_REQUEST,
         SEND_FORWARDING,
         _RESOLVER,
+        HIDE_LOGGED,
+        _RESOLVER_SERVER,
         resolver_s=math.ceil(held_s + longest_s(spec.nova_times) if spec.nova else held_s),
-        misses_per_second=spec.limits.misses_per_second,
         other_headers=form.values["other_than_guest_and_token_headers"],
         gated=bool(spec.unverified),
-        hide_logged=form.fill(HIDE_LOGGED),
         largest_head=_LARGEST_HEAD,
     )

@@ -12,18 +12,18 @@ from typing import Final
 from imdsproxy.core.haproxy.backends import documents_backend, resolver_backend
 from imdsproxy.core.haproxy.counting import STICK_COUNTERS, counting_tables
 from imdsproxy.core.haproxy.frontends import (
+    LOOK_UP,
     agents_frontend,
     found_frontend,
     guests_frontend,
-    records_backend,
     unverified_frontend,
 )
 from imdsproxy.core.haproxy.limits import limit_sections
-from imdsproxy.core.haproxy.model import DataplaneSpec, count_namespaces
+from imdsproxy.core.haproxy.model import DataplaneSpec
 from imdsproxy.core.haproxy.names import CHECKED, SAMPLED, form_of
 from imdsproxy.core.haproxy.nova import nova_backends, nova_counters
 from imdsproxy.core.haproxy.request_log import log_rings
-from imdsproxy.core.haproxy.text import Form, Option, Text, Word, render
+from imdsproxy.core.haproxy.text import Form, Text, Word, render
 from imdsproxy.core.wire import PROBE_INSTANCE, PROBE_PATH
 
 _GLOBAL: Final = """
@@ -44,7 +44,7 @@ _GLOBAL: Final = """
     <nova_counters>
     <user>
     <group>
-    <chroot>
+    chroot <jail>
 """
 
 _DEFAULTS: Final = """
@@ -68,14 +68,14 @@ _DEFAULTS: Final = """
 """
 
 _CACHE: Final = """
-    total-max-size <megabytes>
+    total-max-size <cache_mb>
     # HAProxy refuses an object size above half of the cache.
-    max-object-size <largest>
+    max-object-size <largest_cached>
     max-age 86400
 """
 
 _PROBE: Final = """
-    bind <probe_socket> name probe mode 600 proto h1
+    bind unix@<probe> name probe mode 600 proto h1
     [!documents] http-request return status 200 content-type text/plain string ok
     [documents] http-request return status 200 content-type text/plain string ok unless { path <probe_path> }
     # A revision that no record has: nothing is cached, and the file is read each time.
@@ -86,7 +86,7 @@ _PROBE: Final = """
 _EXPORTER: Final = """
     bind <listen> name exporter proto h1 maxconn 16
     # All listeners of 5,000 networks are 8 MB and 0.3 s of the only thread.
-    http-request set-query <query>
+    http-request set-query 'scope=global&scope=frontend&scope=backend'
     http-request use-service prometheus-exporter if { path /metrics }
     http-request return status 404
 """
@@ -102,20 +102,25 @@ def render_config(spec: DataplaneSpec) -> str:
 
 
 def _sections(spec: DataplaneSpec, form: Form) -> Iterator[Text]:
-    yield _global(spec, form)
+    yield form.section(
+        "global", _GLOBAL, stick_counters=STICK_COUNTERS, nova_counters=nova_counters(spec, form)
+    )
     yield form.section("defaults", _DEFAULTS)
-    yield from limit_sections(spec, form)
+    if spec.limits.fair:
+        yield from limit_sections(form)
     if spec.limits.cache_mb:
-        yield _cache(spec, form)
+        yield form.section("cache documents", _CACHE)
     yield from log_rings(spec, form)
     if spec.binds:
         yield guests_frontend(spec, form)
     if spec.unverified:
         yield unverified_frontend(spec, form)
     if spec.unix is not None:
-        yield agents_frontend(spec, form)
+        yield agents_frontend(spec, spec.unix, form)
     if not spec.binds and spec.unix is None:
-        yield records_backend(form)
+        # HAProxy knows a map only by a rule that uses it, and records come before listeners: without this, none could
+        # be taken in.
+        yield form.section("backend records", LOOK_UP)
     yield found_frontend(spec, form)
     for kind in ("", CHECKED, *((SAMPLED,) if spec.count_reads else ())):
         yield documents_backend(spec, form, kind)
@@ -132,28 +137,4 @@ def _sections(spec: DataplaneSpec, form: Form) -> Iterator[Text]:
     yield from nova_backends(spec, form)
     yield from counting_tables(form)
     if spec.exporter is not None:
-        query = Word("scope=global&scope=frontend&scope=backend")
-        yield form.section("frontend exporter", _EXPORTER, listen=Word(spec.exporter), query=query)
-
-
-def _global(spec: DataplaneSpec, form: Form) -> Text:
-    namespaces = count_namespaces((*spec.binds, *spec.unverified))
-    return form.section(
-        "global",
-        _GLOBAL,
-        namespaces=namespaces > 0,
-        pipes=(namespaces + 1) // 2,
-        nbthread=spec.limits.nbthread,
-        maxconn=spec.limits.maxconn,
-        hard_stop_after_s=spec.limits.hard_stop_after_s,
-        stick_counters=STICK_COUNTERS,
-        nova_counters=nova_counters(spec, form),
-        group=Option("group", spec.group),
-        chroot=Option("chroot", spec.paths.jail),
-    )
-
-
-def _cache(spec: DataplaneSpec, form: Form) -> Text:
-    megabytes = spec.limits.cache_mb
-    largest = min(spec.limits.max_object_bytes, megabytes * 1024 * 1024 // 2)
-    return form.section("cache documents", _CACHE, megabytes=megabytes, largest=largest)
+        yield form.section("frontend exporter", _EXPORTER, listen=Word(spec.exporter))

@@ -18,7 +18,7 @@ from urllib.parse import unquote_to_bytes
 
 from imdsproxy.core.haproxy.model import DataplaneSpec
 from imdsproxy.core.haproxy.runtime import parse_table
-from imdsproxy.core.haproxy.text import Form, Text
+from imdsproxy.core.haproxy.text import Form, Text, raw
 
 GUESTS_TABLE: Final = "without-token"
 READERS_TABLE: Final = "without-token-readers"
@@ -142,9 +142,9 @@ def sample_reads(spec: DataplaneSpec, form: Form, *, found: bool = False) -> Tex
         return Text()
     chosen = [form.values["by_chance"]]
     if spec.count_reads > 1 and not (spec.nova or found):
-        # `short_documents.answer_plain` has thrown before, and left these.
+        # `backends.answer_plain` has thrown before, and left these.
         chosen.append(form.values["has_short_document"])
-    by_guest = Text(("!{ var(txn.by_operator) -m found }",) if found else ())
+    by_guest = raw("!{ var(txn.by_operator) -m found }" if found else "")
     return form.fill(*(form.fill(_SAMPLE, chosen=one, by_guest=by_guest) for one in chosen))
 
 
@@ -173,8 +173,8 @@ def _track(form: Form, condition: str | None) -> Text:
     return form.fill(
         _TRACK,
         condition=Text() if condition is None else form.values[condition],
-        branch=Text((f"path,field(2,/,3),bytes(0,{_LONGEST_PATH})",)),
-        client=Text((f"req.fhdr(user-agent),bytes(0,{_LONGEST_CLIENT})",)),
+        branch=raw(f"path,field(2,/,3),bytes(0,{_LONGEST_PATH})"),
+        client=raw(f"req.fhdr(user-agent),bytes(0,{_LONGEST_CLIENT})"),
         close_looks=CLOSE_LOOKS,
     )
 

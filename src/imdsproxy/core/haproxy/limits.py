@@ -17,18 +17,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from imdsproxy.core.haproxy.model import DataplaneSpec, Limits
+from imdsproxy.core.haproxy.model import Limits
 from imdsproxy.core.haproxy.runtime import parse_table
-from imdsproxy.core.haproxy.text import Form, Text, Value, Word
+from imdsproxy.core.haproxy.text import Form, Text, Value
 
 COUNTERS: Final = "fairness"
 """The table's name, and that of the peers that carry it over a reload."""
 
 POLICY_COUNTERS: Final = f"{COUNTERS}-by-policy"
 """The table of those whose policy has limits of their own: few, and counted in another way."""
-
-COUNTERS_SOCKET: Final = "fairness.sock"
-"""In the jail: a worker that ends sends its counters to the next one there."""
 
 _SURPLUS: Final = 32
 """Connections over the limit that are still answered, with 503; further ones are closed."""
@@ -135,9 +132,19 @@ POLICY_SHARE: Final = """
 """
 """The same where the policy has limits of its own: in checked backends, which get all of these."""
 
+_PEERS: Final = """
+    # The worker connects to the path that is bound here, from inside its jail: there a link leads back.
+    bind unix@<loopback>/fairness.sock <user> mode 600
+    server imdsproxy
+"""
+
+# A window reaches back by its own length.
 _TABLE: Final = """
-    # A window reaches back by its own length.
-    stick-table type string len 72 size 100k expire <kept_s>s store <counters> peers fairness
+    stick-table type string len 72 size 100k expire <kept_s>s store conn_cur,gpc0_rate(<window_s>s) peers fairness
+"""
+_TABLE_BY_POLICY: Final = """
+    stick-table type string len 72 size 100k expire <kept_s>s
+        store gpt0,gpc0_rate(<window_s>s),gpc1_rate(<burst_s>s) peers fairness
 """
 
 MOST_SHOWN: Final = 10
@@ -169,44 +176,25 @@ class Asker:
 
 
 def names_of_limits(limits: Limits) -> dict[str, Value]:
-    """What the templates of this module name."""
+    """What the templates of this module name, beside the fields of `Limits`."""
     most = limits.maxconn_per_network
+    window_s = _window_s(limits.requests_per_s, limits.burst)
     return {
-        "fair": limits.fair,
-        "connections": limits.connections,
         "newcomers": max(1, most - most // _RESERVED),
         "surplus": _SURPLUS,
-        "window_s": _window_s(limits.requests_per_s, limits.burst),
+        "window_s": window_s,
+        "burst_s": _BURST_S,
+        "kept_s": 2 * window_s + 60,
         "requests_in_window": most_in_window(limits.requests_per_s, limits.burst),
     }
 
 
-def limit_sections(spec: DataplaneSpec, form: Form) -> tuple[Text, ...]:
+def limit_sections(form: Form) -> tuple[Text, ...]:
     """The tables, and the peers that take them over a reload."""
-    if not spec.limits.fair:
-        return ()
-    window_s = _window_s(spec.limits.requests_per_s, spec.limits.burst)
-    rate = f"gpc0_rate({window_s}s)"
     return (
-        # The worker connects to the path that is bound here, from inside its jail: there a link leads back.
-        form.section(
-            "peers fairness",
-            "bind <socket> <user> mode 600\nserver imdsproxy",
-            socket=Word(f"unix@{spec.paths.loopback}/{COUNTERS_SOCKET}"),
-        ),
-        *(
-            form.section(
-                "backend <table>",
-                _TABLE,
-                table=Word(name),
-                kept_s=2 * window_s + 60,
-                counters=Word(counters),
-            )
-            for name, counters in (
-                (COUNTERS, f"conn_cur,{rate}"),
-                (POLICY_COUNTERS, f"gpt0,{rate},gpc1_rate({_BURST_S}s)"),
-            )
-        ),
+        form.section("peers fairness", _PEERS),
+        form.section("backend fairness", _TABLE),
+        form.section("backend fairness-by-policy", _TABLE_BY_POLICY),
     )
 
 

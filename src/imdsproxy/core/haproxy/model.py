@@ -43,7 +43,7 @@ class Paths:
         token_keys: The map of the keys of session tokens (`core.tokens.render_key_map`).
         path_rules: The map of sets of path rules (`core.path_rules.render_set`).
         found: The socket by which the resolver hands in requests of guests that it has found.
-        short: An empty file, by whose name HAProxy knows the map that it fills itself (`core.haproxy.short_documents`).
+        short: An empty file, by whose name HAProxy knows the map that it fills itself (`core.haproxy.backends`).
         silence: An empty file: the answer that is none.
         loopback: Directory of HAProxy's sockets to itself, as the master sees it.
         loopback_inside: The same directory as the worker sees it.

@@ -5,14 +5,15 @@ The places of fields in records and in the policy word are here and nowhere else
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Final
 
 from imdsproxy.core import policy_word as layout
 from imdsproxy.core import wire
 from imdsproxy.core.documents.tree import TEXT
 from imdsproxy.core.haproxy.limits import names_of_limits
-from imdsproxy.core.haproxy.model import DataplaneSpec
-from imdsproxy.core.haproxy.text import Form, Option, Text, Value, Word
+from imdsproxy.core.haproxy.model import DataplaneSpec, Limits, Paths, count_namespaces
+from imdsproxy.core.haproxy.text import Form, Option, Value, Word, raw
 from imdsproxy.core.path_rules import TOKEN_PATH, WITHIN_OTHER_TREES
 from imdsproxy.core.policy import LONGEST_BOOT_S
 from imdsproxy.core.policy_word import POLICY_WORD, Field, Letter
@@ -125,22 +126,18 @@ def _all_but(kept: tuple[str, ...]) -> Word:
     return Word(f"^(?!(?:{'|'.join(kept)})$)")
 
 
-def _text(line: str) -> Text:
-    return Text((line,))
-
-
 _VALUES: Final[dict[str, Value]] = {
     # Records, and the policy word before them.
-    "nova_mark": _text(MAP_NOVA),
-    "conflict_mark": _text(MAP_CONFLICT),
-    "policy_mark": _text(POLICY_WORD),
-    "instance": _text("var(txn.record),field(1,|)"),
-    "instance_of_nova": _text("var(txn.record),field(3,|)"),
-    "revision": _text("var(txn.record),field(2,|)"),
-    "endpoint_off_word": _text(f"{POLICY_WORD}{layout.ENDPOINT.off}"),
-    "only_tokens_off_word": _text(layout.ONLY_TOKENS_OFF),
+    "nova_mark": raw(MAP_NOVA),
+    "conflict_mark": raw(MAP_CONFLICT),
+    "policy_mark": raw(POLICY_WORD),
+    "instance": raw("var(txn.record),field(1,|)"),
+    "instance_of_nova": raw("var(txn.record),field(3,|)"),
+    "revision": raw("var(txn.record),field(2,|)"),
+    "endpoint_off_word": raw(f"{POLICY_WORD}{layout.ENDPOINT.off}"),
+    "only_tokens_off_word": raw(layout.ONLY_TOKENS_OFF),
     "rate_field": layout.REQUESTS_PER_S.number,
-    "connection_policy_limit": _text(layout.CONNECTIONS.of("var(sess.record),field(1,|)")),
+    "connection_policy_limit": raw(layout.CONNECTIONS.of("var(sess.record),field(1,|)")),
     # Patterns and expressions.
     "forwarding_headers": Word(_FORWARDING_HEADERS),
     "own_host_pattern": Word(_OWN_HOST),
@@ -152,19 +149,19 @@ _VALUES: Final[dict[str, Value]] = {
     ),
     "token_pattern": Word(TOKEN_PATTERN),
     # All that a good token depends on, beside itself, its end and its key.
-    "token_context": _text("var(txn.record),concat(|,txn.policy),concat(|,sess.network)"),
+    "token_context": raw("var(txn.record),concat(|,txn.policy),concat(|,sess.network)"),
     # Of `KID.EXPIRY`, for whom a token is (`core.tokens.mint_token`).
-    "mac": _text(
+    "mac": raw(
         "concat(|,sess.network),concat(|,txn.instance),concat(|,txn.epoch),hmac(sha256,txn.key),ub64enc"
     ),
     # Texts, numbers.
-    "token_header": _text(TOKEN_HEADERS[0]),
-    "ttl_header": _text(TOKEN_HEADERS[1]),
-    "methods": _text(" ".join(METHODS)),
+    "token_header": raw(TOKEN_HEADERS[0]),
+    "ttl_header": raw(TOKEN_HEADERS[1]),
+    "methods": raw(" ".join(METHODS)),
     "allow_methods": Word(", ".join(METHODS)),
-    "token_path": _text(TOKEN_PATH),
-    "other_trees": _text(" ".join(WITHIN_OTHER_TREES)),
-    "current_key": _text(CURRENT),
+    "token_path": raw(TOKEN_PATH),
+    "other_trees": raw(" ".join(WITHIN_OTHER_TREES)),
+    "current_key": raw(CURRENT),
     "text_plain": Word(TEXT.decode("ascii")),
     "longest_short": _LONGEST_SHORT,
     "audit_longest": AUDIT_LONGEST,
@@ -184,18 +181,18 @@ def _policy() -> dict[str, Value]:
     names: dict[str, Value] = {}
     for name, part in vars(layout).items():
         if isinstance(part, Letter | Field):
-            names[f"policy_{name.lower()}"] = _text(part.sample)
+            names[f"policy_{name.lower()}"] = raw(part.sample)
         if isinstance(part, Letter):
             for state, letter in (("on", part.on), ("off", part.off)):
                 condition = f"{{ {part.sample} -m str -- {letter} }}"
-                names[f"policy_{name.lower()}_{state}"] = _text(condition)
+                names[f"policy_{name.lower()}_{state}"] = raw(condition)
     return names
 
 
 def _headers() -> dict[str, Value]:
     """`header_network` for `core.wire.HEADER_NETWORK`."""
     return {
-        name.lower(): _text(header)
+        name.lower(): raw(header)
         for name, header in vars(wire).items()
         if name.startswith("HEADER_")
     }
@@ -203,7 +200,7 @@ def _headers() -> dict[str, Value]:
 
 def _conditions() -> dict[str, Value]:
     acls = (line.split(maxsplit=2) for line in Form(_VALUES).fill(_CONDITIONS).lines)
-    return {name: _text(f"{{ {condition} }}") for _, name, condition in acls}
+    return {name: raw(f"{{ {condition} }}") for _, name, condition in acls}
 
 
 CONSTANTS: Final[dict[str, Value]] = _VALUES | _headers() | _policy() | _conditions()
@@ -215,11 +212,22 @@ def milliseconds(seconds: float) -> Word:
     return Word(f"{round(seconds * 1000)}ms")
 
 
+def _fields_of(record: Limits | Paths) -> dict[str, Value]:
+    """Each field under its own name."""
+    values = {one.name: getattr(record, one.name) for one in fields(record)}
+    return {
+        name: Word(value) if isinstance(value, str) else value for name, value in values.items()
+    }
+
+
 def form_of(spec: DataplaneSpec) -> Form:
-    """What templates may name: `CONSTANTS`, and what is of this configuration."""
-    limits, paths = spec.limits, spec.paths
+    """What templates may name: `CONSTANTS`, the fields of `Limits` and `Paths`, and what is made of them."""
+    limits = spec.limits
+    namespaces = count_namespaces((*spec.binds, *spec.unverified))
     return Form(
         CONSTANTS
+        | _fields_of(limits)
+        | _fields_of(spec.paths)
         | names_of_limits(limits)
         | {
             "nova": bool(spec.nova),
@@ -228,24 +236,15 @@ def form_of(spec: DataplaneSpec) -> Form:
             "counts_reads": spec.count_reads > 0,
             # In front of Nova most requests have nothing to do with documents of ours.
             "keeps_short": limits.cache_mb > 0 and not spec.nova,
-            "base_map": Word(paths.base_map),
-            "overlay_map": Word(paths.overlay_map),
-            "token_keys": Word(paths.token_keys),
-            "path_rules": Word(paths.path_rules),
             "short_slots": limits.cache_mb * _SHORT_PER_MB,
-            "short": Word(paths.short),
-            "unavailable": Word(paths.unavailable),
-            "silence": Word(paths.silence),
-            "probe_socket": Word(f"unix@{paths.probe}"),
-            "found_socket": Word(f"unix@{paths.found}"),
-            "resolver_socket": Word(f"unix@{paths.resolver}"),
-            "audit_socket": Word(f"unix@{paths.audit}"),
-            "audit_last": Word(paths.audit_last),
+            "largest_cached": min(limits.max_object_bytes, limits.cache_mb * 1024 * 1024 // 2),
+            "namespaces": namespaces > 0,
+            "pipes": (namespaces + 1) // 2,
             "user": Option("user", spec.user),
-            "maxconn_per_network": limits.maxconn_per_network,
+            "group": Option("group", spec.group),
             # `POLICY_SHARE` has something to count of a request.
-            "without_own_limits": _text(f"!{CONSTANTS['has_own_limits']}" if limits.fair else ""),
+            "without_own_limits": raw(f"!{CONSTANTS['has_own_limits']}" if limits.fair else ""),
             # One in so many requests: chance has chosen this one.
-            "by_chance": _text(f"{{ rand({spec.count_reads}) 0 }}" if spec.count_reads > 1 else ""),
+            "by_chance": raw(f"{{ rand({spec.count_reads}) 0 }}" if spec.count_reads > 1 else ""),
         }
     )

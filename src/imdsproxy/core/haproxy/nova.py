@@ -14,13 +14,19 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Final
 
 from imdsproxy.core.haproxy.access_rules import first_rules
-from imdsproxy.core.haproxy.model import DataplaneSpec, NovaBackend, NovaServer, NovaTimes, NovaTls
+from imdsproxy.core.haproxy.model import (
+    DataplaneSpec,
+    HealthCheck,
+    NovaBackend,
+    NovaServer,
+    NovaTimes,
+    NovaTls,
+)
 from imdsproxy.core.haproxy.names import CHECKED, SAMPLED, milliseconds
-from imdsproxy.core.haproxy.text import Form, Option, Text, Value, Word
+from imdsproxy.core.haproxy.text import Form, Option, Text, Value, Word, raw
 from imdsproxy.core.wire import MAP_NOVA
 
 _LOOPBACK_SOCKET: Final = re.compile(r"\bhop-[0-9a-f]{16}\.sock\b")
@@ -66,12 +72,10 @@ _USE_FOR_OTHERS: Final = """
     use_backend nova.<set>.once if <of_set>
 """
 
+# The same text is no reload; a renewed certificate has to be one.
+_CERTIFICATES: Final = "description <certificates>"
+
 _SEND: Final = """
-    # The same text is no reload; a renewed certificate has to be one.
-    description <certificates>
-    # What may be repeated came here by its method.
-    [once] <all_methods>
-    <origin_form>
     # As for the document server.
     http-request return status 400 if { req.fhdr(content-length) -m len 19: }
     [once] http-request return status 413 if { req.fhdr(content-length) -m int gt <body_bytes> }
@@ -105,7 +109,7 @@ _SEND: Final = """
     [once] option http-pretend-keepalive
 """
 
-_CHECK: Final = """
+_HTTP_CHECK: Final = """
     option httpchk
     http-check send meth GET uri / ver HTTP/1.1 hdr host <host>
     # A proxy in front of Nova may keep `/` to itself: with any answer but 5xx, it is there.
@@ -113,13 +117,11 @@ _CHECK: Final = """
     timeout check <check_ms>
 """
 
-_SERVER: Final = """
-    server <name> <authority> <tls> <sni> <check>
-"""
+_SERVER: Final = "server <name> <address> <tls> <sni> <check>"
 
 _TLS: Final = """
-    [verify] ssl sni str(<name>) alpn http/1.1 verify required ca-file <ca> verifyhost <name> <client>
-    [!verify] ssl sni str(<name>) alpn http/1.1 verify none <client>
+    [verify] ssl sni str(<tls_name>) alpn http/1.1 verify required ca-file <ca> verifyhost <tls_name> <client>
+    [!verify] ssl sni str(<tls_name>) alpn http/1.1 verify none <client>
 """
 
 _CHECKED: Final = """
@@ -169,7 +171,7 @@ def set_of_backend(backend: str) -> str | None:
 def nova_counters(spec: DataplaneSpec, form: Form) -> Text:
     """For `global`: every counter begins at 0, so that it can be read before anything was counted."""
     template = "set-var <refused> int(0)"
-    return form.fill(*(form.fill(template, refused=_refused(one)) for one in spec.nova))
+    return form.fill(*(form.fill(template, **_names(one)) for one in spec.nova))
 
 
 def use_nova(spec: DataplaneSpec, form: Form, *, found: bool) -> Text:
@@ -182,7 +184,7 @@ def use_nova(spec: DataplaneSpec, form: Form, *, found: bool) -> Text:
     """
     names = [_names(backend) for backend in spec.nova]
     return form.fill(
-        Text() if found else _USE_FIRST,
+        "" if found else _USE_FIRST,
         *(form.fill(_USE_FOR_READS, **one) for one in names),
         *(form.fill(_USE_FOR_OTHERS, **one) for one in names),
         _USE_LAST,
@@ -196,16 +198,15 @@ def nova_backends(spec: DataplaneSpec, form: Form) -> Iterator[Text]:
     if spec.count_reads:
         kinds.append((SAMPLED, False))
     for backend in spec.nova:
+        named = Form(
+            {**form.values, **_names(backend), **_names_of_servers(backend, spec.nova_times)}
+        )
         mixed = len({server.slot for server in backend.servers}) > 1
         for kind, once in kinds:
-            yield _backend(spec, form, backend, kind, once=once, mixed=mixed)
+            yield _backend(spec, named, backend, kind, once=once, mixed=mixed)
         if mixed or backend.loopback:
             for server in backend.servers:
-                yield _loopback(spec, form, backend, server, used=mixed)
-
-
-def _refused(backend: NovaBackend) -> Word:
-    return Word(refused_counter(backend.name))
+                yield _loopback(spec, named, backend, server, used=mixed)
 
 
 def _names(backend: NovaBackend) -> dict[str, Value]:
@@ -213,12 +214,31 @@ def _names(backend: NovaBackend) -> dict[str, Value]:
     begin = len(mine)
     return {
         "set": Word(backend.name),
-        "of_set": Text((f"{{ var(txn.record) -m beg {Word(mine)} }}",)),
+        "of_set": raw(f"{{ var(txn.record) -m beg {Word(mine)} }}"),
         "begin": begin,
         "signature_length": _SIGNATURE,
-        "rest": Text((f"var(txn.record),bytes({begin + _SIGNATURE + 1})",)),
+        "rest": raw(f"var(txn.record),bytes({begin + _SIGNATURE + 1})"),
         "host": Word(backend.host),
-        "refused": _refused(backend),
+        "refused": Word(refused_counter(backend.name)),
+    }
+
+
+def _names_of_servers(backend: NovaBackend, times: NovaTimes) -> dict[str, Value]:
+    tls = backend.tls or NovaTls("")
+    return {
+        "certificates": Word(f"certificates {tls.contents}") if tls.contents else None,
+        "tls_name": Word(tls.name),
+        "verify": tls.verify,
+        "ca": Word(tls.ca),
+        "client": Option("crt", tls.client),
+        "connect_ms": milliseconds(times.connect_s),
+        "server_ms": milliseconds(times.response_s),
+        "loopback_ms": milliseconds(times.response_s + _BEYOND_LOOPBACK_S),
+        "check_ms": milliseconds(min(_CHECK_S, times.response_s)),
+        "pace": milliseconds(times.check_interval_s),
+        "soon": milliseconds(min(times.check_interval_s, 0.5)),
+        "down": milliseconds(min(times.check_interval_s, 2.0)),
+        "retries": _RETRIES,
     }
 
 
@@ -226,90 +246,63 @@ def _loopback_name(backend: NovaBackend, server: NovaServer) -> str:
     return f"nova.{backend.name}.hop.{server.name}"
 
 
-def _socket(directory: str, backend: NovaBackend, server: NovaServer) -> Word:
+def _socket(directory: str, backend: NovaBackend, server: NovaServer) -> str:
     # HAProxy takes paths of 97 characters, and set and address alone may have 65.
     name = hashlib.sha256(f"{backend.name} {server.name}".encode()).hexdigest()[:16]
-    return Word(f"unix@{directory}/hop-{name}.sock")
+    return f"unix@{directory}/hop-{name}.sock"
 
 
 def _backend(
     spec: DataplaneSpec, form: Form, backend: NovaBackend, kind: str, *, once: bool, mixed: bool
 ) -> Text:
-    times, tls = spec.nova_times, backend.tls
     first = not once and not kind
-    names = _names(backend)
-    contents = tls.contents if tls else ""
+    inside = spec.paths.loopback_inside
+    servers = [
+        _server(form, backend, server, spec.nova_times.check, address=_socket(inside, backend, server),
+                track=_loopback_name(backend, server))
+        if mixed
+        else _server(form, backend, server, spec.nova_times.check, track=None if first else f"nova.{backend.name}")
+        for server in backend.servers
+    ]  # fmt: skip
     return form.section(
         "backend nova.<set><once_name><kind>",
         first_rules(spec, form, kind, nova=True),
+        _CERTIFICATES,
+        # What may be repeated came here by its method.
+        ALL_METHODS if once else "",
+        ORIGIN_FORM,
         _SEND,
-        _check(backend, times, form) if first and not mixed else Text(),
-        *(
-            _to_loopback(spec, form, backend, server)
-            if mixed
-            else _server(form, tls, server, times, track=None if first else f"nova.{backend.name}")
-            for server in backend.servers
-        ),
-        **names,
-        once_name=Text((".once" if once else "",)),
-        kind=Text((kind,)),
-        certificates=Word(f"certificates {contents}") if contents else None,
+        _HTTP_CHECK if first and not mixed and spec.nova_times.check == "http" else "",
+        *servers,
+        once_name=raw(".once" if once else ""),
+        kind=raw(kind),
         once=once,
-        all_methods=form.fill(ALL_METHODS),
-        origin_form=form.fill(ORIGIN_FORM),
-        body_bytes=spec.limits.body_bytes,
         mixed=mixed,
         next=not mixed and bool(backend.servers and backend.servers[0].slot),
-        connect_ms=milliseconds(times.connect_s),
-        server_ms=milliseconds(times.response_s + (_BEYOND_LOOPBACK_S if mixed else 0.0)),
-        retries=_RETRIES,
+        server_ms=form.values["loopback_ms" if mixed else "server_ms"],
     )
-
-
-def _check(backend: NovaBackend, times: NovaTimes, form: Form) -> Text:
-    if times.check != "http":
-        return Text()
-    check_ms = milliseconds(min(_CHECK_S, times.response_s))
-    return form.fill(_CHECK, host=Word(backend.host), check_ms=check_ms)
 
 
 def _server(
-    form: Form, tls: NovaTls | None, server: NovaServer, times: NovaTimes, *, track: str | None
+    form: Form,
+    backend: NovaBackend,
+    server: NovaServer,
+    check: HealthCheck,
+    *,
+    track: str | None = None,
+    address: str = "",
 ) -> Text:
-    """An endpoint, checked here, or by the backend whose name is `track`."""
-    checks = track is None and times.check != "off"
-    tracked = f"{track}/{server.name}" if track and times.check != "off" else None
+    """An endpoint, or the loopback to it at `address`; checked here, or by the backend whose name is `track`."""
+    checks = track is None and check != "off"
+    tracked = f"{track}/{server.name}" if track and check != "off" else None
+    tls = None if address else backend.tls
     return form.fill(
         _SERVER,
         name=Word(server.name),
-        authority=Word(server.authority),
-        tls=_tls(form, tls) if tls else Text(),
+        address=Word(address or server.authority),
+        tls=form.fill(_TLS if tls else ""),
         sni=Option("check-sni", tls.name if tls and checks else None),
-        check=_checked(form, times.check_interval_s) if checks else Option("track", tracked),
-    )
-
-
-def _checked(form: Form, interval_s: float) -> Text:
-    return form.fill(
-        _CHECKED,
-        pace=milliseconds(interval_s),
-        soon=milliseconds(min(interval_s, 0.5)),
-        down=milliseconds(min(interval_s, 2.0)),
-    )
-
-
-def _tls(form: Form, tls: NovaTls) -> Text:
-    client = Option("crt", tls.client)
-    return form.fill(_TLS, name=Word(tls.name), verify=tls.verify, ca=Word(tls.ca), client=client)
-
-
-def _to_loopback(spec: DataplaneSpec, form: Form, backend: NovaBackend, server: NovaServer) -> Text:
-    tracked = f"{_loopback_name(backend, server)}/{server.name}"
-    return form.fill(
-        "server <name> <socket> <track>",
-        name=Word(server.name),
-        socket=_socket(spec.paths.loopback_inside, backend, server),
-        track=Option("track", None if spec.nova_times.check == "off" else tracked),
+        check=form.fill(_CHECKED) if checks else Option("track", tracked),
     )
 
 
@@ -320,15 +313,13 @@ def _loopback(
 
     One that is not `used` is there for workers that still have the configuration before: the sockets are the same.
     """
-    times = spec.nova_times if used else replace(spec.nova_times, check="off")
+    check = spec.nova_times.check if used else "off"
     return form.section(
         "listen <listener>",
         _LOOPBACK,
-        _check(backend, times, form),
-        _server(form, backend.tls, server, times, track=None),
+        _HTTP_CHECK if check == "http" else "",
+        _server(form, backend, server, check),
         listener=Word(_loopback_name(backend, server)),
-        socket=_socket(spec.paths.loopback, backend, server),
+        socket=Word(_socket(spec.paths.loopback, backend, server)),
         next=bool(server.slot),
-        connect_ms=milliseconds(times.connect_s),
-        server_ms=milliseconds(times.response_s),
     )

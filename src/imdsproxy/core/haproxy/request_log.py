@@ -31,7 +31,7 @@ from typing import Any, Final
 
 from imdsproxy.core.haproxy.model import DataplaneSpec
 from imdsproxy.core.haproxy.names import CHECKED, SAMPLED
-from imdsproxy.core.haproxy.text import Form, Text, Word
+from imdsproxy.core.haproxy.text import Form, Text, Word, raw
 from imdsproxy.core.tokens import TTL_LIMIT_S
 
 WATCH_RING: Final = "watched"
@@ -46,7 +46,7 @@ _AUDIT_RING: Final = """
     timeout connect 1s
     # The controller reads when it likes; lines on their way are lost if it hangs up.
     timeout server 1h
-    server controller <audit_socket>
+    server controller unix@<audit>
 """
 
 _RULES: Final = """
@@ -111,10 +111,10 @@ def log_rules(spec: DataplaneSpec, form: Form, *, headers: bool = False) -> Text
         _RULES,
         log_format=Word(_format(spec, headers=headers)),
         watched=spec.watched,
-        sample=Text((f"sample 1:{spec.audit}",) if sampled else ()),
+        sample=raw(f"sample 1:{spec.audit}" if sampled else ""),
         logs_all=spec.audit == 1 or sampled,
         samples=spec.audit > 1 and not spec.watched,
-        by_audit_chance=Text((f"{{ rand({spec.audit}) 0 }}",)),
+        by_audit_chance=raw(f"{{ rand({spec.audit}) 0 }}"),
     )
 
 

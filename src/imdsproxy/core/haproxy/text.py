@@ -78,6 +78,11 @@ class Text:
         return "\n".join(self.lines)
 
 
+def raw(text: str) -> Text:
+    """A part of a line, as HAProxy reads it."""
+    return Text((text,) if text else ())
+
+
 Value: TypeAlias = Word | Option | Text | int | None
 
 
