@@ -33,8 +33,9 @@ _ASK_THE_CACHE: Final = """
 
 # Short documents are answered by a rule instead of by HAProxy's cache: an answer out of the cache is made by an applet
 # of HAProxy's and costs 17,000 instructions more than `http-request return`, and more than all that is asked of a
-# request before (docs/performance.md). What programs read again and again is one short line below `/latest/`: those are kept
-# beside the cache, in a map by path and record, by HAProxy itself, when the document server has answered with them.
+# request before (docs/performance.md). What programs read again and again is one short line below `/latest/`: those are
+# kept beside the cache, in a map by path and record, by HAProxy itself, when the document server has answered with
+# them.
 #
 # What counts for the cache counts here: only what the document server marks with a lifetime is kept, the record is part
 # of the key, and a worker begins with nothing. The path comes first in the key, and a record has two fields, so that no
