@@ -97,6 +97,7 @@ class Listeners:
     left_out: dict[str, LeftOut] = field(default_factory=dict)
     tickets: Tickets = field(default_factory=Tickets)
     seen: ObservedHost = field(default_factory=ObservedHost)
+    now: ObservedHost = field(default_factory=ObservedHost)
     rounds: int = 0
     failure: Problem | None = None
     working: bool = False
@@ -119,7 +120,7 @@ class Listeners:
 
     async def look_at(self, networks: Iterable[Network]) -> ObservedHost:
         del networks
-        return self.seen
+        return self.now
 
 
 class _NoNeighbours:

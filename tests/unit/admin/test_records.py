@@ -2,234 +2,107 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
-from collections.abc import AsyncIterator, Iterable
-from contextlib import asynccontextmanager
-from dataclasses import dataclass, field, replace
-from ipaddress import IPv4Address
-from pathlib import Path
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 
-from imdsproxy.admin.records import RecordService
-from imdsproxy.app.tickets import Tickets
-from imdsproxy.core.endpoints import Endpoint, LeftOut, LeftOutCode
-from imdsproxy.core.hoststate import Family, NamespaceRef, ObservedHost, ObservedNamespace
-from imdsproxy.core.inventory import Inventory
-from imdsproxy.core.model import (
-    METADATA_IPV4,
-    Instance,
-    InstanceId,
-    NamespaceListener,
-    Network,
-    NetworkId,
-    Port,
+from imdsproxy.core.endpoints import LeftOutCode
+from imdsproxy.core.hoststate import NamespaceRef, ObservedHost, ObservedNamespace
+from imdsproxy.core.model import NamespaceListener, Network, NetworkId
+from imdsproxy.core.observation import Observation
+from imdsproxy.errors import SourceRefused
+from support.admin_server import AdminServer
+from support.record_builders import instance, port
+
+
+def _has(server: AdminServer, *networks: Network) -> None:
+    """The source `file` has these, and an instance `far` in the first of them."""
+    far = instance("far", ports=[port(networks[0].id, "10.0.0.9")])
+    known = {one.id: one for one in networks}
+    server._observe(Observation("file", full=True, networks=known, instances={far.id: far}))
+
+
+def _green(name: str = "green", namespace: str = "green") -> Network:
+    return Network(NetworkId(name), NamespaceListener(namespace))
+
+
+def _put(server: AdminServer, network: str, namespace: str, **more: object) -> dict[str, Any]:
+    body = {"listener": {"namespace": namespace, **more}}
+    written: dict[str, Any] = server.client.request("PUT", f"/v1/networks/{network}", body=body)
+    return written
+
+
+def _web(name: str, network: str) -> dict[str, object]:
+    return {"id": name, "name": name, "ports": [{"network": network}]}
+
+
+_RED = {"id": "red", "listener": {"namespace": "red"}}
+_TAKEN = {"namespace": "green", "device": "br0"}
+
+
+@pytest.mark.parametrize(
+    ("request_line", "body", "reason", "fields"),
+    [
+        ("PUT /v1/instances/a", _web("a", "gone"), "does not exist", ["ports[0].network"]),
+        (
+            "POST /v1/records",
+            {"networks": [_RED], "instances": [_web("a", "red"), _web("b", "gone")]},
+            "does not exist",
+            ["instances[1].ports[0].network"],
+        ),
+        ("PUT /v1/networks/green", {"listener": {"bridge": "b"}}, "to source file", []),
+        ("DELETE /v1/networks/green", None, "to source file", []),
+        ("DELETE /v1/instances/far", None, "to source file", []),
+        ("PUT /v1/networks/aqua", {"listener": _TAKEN}, "in use", ["listener"]),
+        ("PUT /v1/networks/blue", {"listener": _TAKEN}, "in use", ["listener"]),
+        (
+            "POST /v1/records",
+            {"networks": [_RED, {"id": "aqua", "listener": _TAKEN}]},
+            "in use",
+            ["networks[1].listener"],
+        ),
+        (
+            "POST /v1/records",
+            {"networks": [_RED, {**_RED, "id": "rose"}]},
+            "in use",
+            ["networks[1].listener"],
+        ),
+    ],
 )
-from imdsproxy.core.observation import AddressKey, Observation
-from imdsproxy.errors import AlreadyExists, NotFound, SourceRefused
-from imdsproxy.listeners.endpoints import find_degraded
-from imdsproxy.listeners.loop import ListenerReport
-from imdsproxy.sources.sqlite.source import SqliteSource
-
-_RED = Network(NetworkId("red"), NamespaceListener("red"))
-_BLUE = Network(NetworkId("blue"), NamespaceListener("blue"))
-
-
-@dataclass
-class _Loop:
-    """A loop whose work is done at once; `report` is what its last round came to."""
-
-    tickets: Tickets = field(default_factory=Tickets)
-    report: ListenerReport = field(default_factory=lambda: ListenerReport(0.0))
-    withheld: frozenset[AddressKey] = frozenset()
-    seen: ObservedHost = field(default_factory=ObservedHost)
-    now: ObservedHost = field(default_factory=ObservedHost)
-    inventory: Inventory = field(default_factory=Inventory)
-
-    @property
-    def settler(self) -> _Loop:
-        return self
-
-    async def look_at(self, networks: Iterable[Network]) -> ObservedHost:
-        assert list(networks)
-        return self.now
-
-    def degraded(self) -> tuple[LeftOut, ...]:
-        endpoints, left_out = self.report.endpoints, self.report.left_out
-        known = self.inventory.networks
-        listening = {one.network: known[one.network] for one in endpoints}
-        return find_degraded(listening, (), endpoints, left_out, ())
-
-
-@dataclass
-class Rig:
-    inventory: Inventory
-    writes: RecordService
-    listeners: _Loop
-
-
-def _web(network: str = "red", address: str = "10.0.0.5") -> Instance:
-    port = Port(NetworkId(network), None, (IPv4Address(address),))
-    return Instance(InstanceId("web"), "web", "web", ports=(port,), created_at=1)
-
-
-@asynccontextmanager
-async def _rig(directory: Path) -> AsyncIterator[Rig]:
-    store = SqliteSource(directory / "store.sqlite")
-    inventory = Inventory(["sqlite", "file"])
-    known = asyncio.Event()
-
-    def publish(observation: Observation) -> None:
-        inventory.observe(observation)
-        known.set()
-
-    task = asyncio.create_task(store.run(publish))
-    try:
-        async with asyncio.timeout(30):
-            await known.wait()
-        listeners = _Loop(inventory=inventory)
-        writes = RecordService(
-            inventory,
-            _Loop(),  # type: ignore[arg-type]  # the part that is used
-            listeners,  # type: ignore[arg-type]  # as above
-            store,
-            lambda: (),
-        )
-        yield Rig(inventory, writes, listeners)
-    finally:
-        task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await task
-
-
-async def test_what_is_written_is_known(tmp_path: Path) -> None:
-    async with _rig(tmp_path) as rig:
-        assert (await rig.writes.put_records([_RED], [_web()])).applied
-        assert rig.inventory.instances[InstanceId("web")] == _web()
-        written = await rig.writes.remove_instance(InstanceId("web"))
-        assert (written.instances, written.applied) == (1, True)
-        assert not rig.inventory.instances
-        await rig.writes.remove_network(_RED.id)
-        assert not rig.inventory.networks
-
-
-async def test_a_port_in_an_unknown_network_is_refused_with_its_field(tmp_path: Path) -> None:
-    async with _rig(tmp_path) as rig:
-        with pytest.raises(SourceRefused) as one:
-            await rig.writes.put_instance(_web("nowhere"))
-        assert [problem.field for problem in one.value.problems] == ["ports[0].network"]
-        with pytest.raises(SourceRefused) as many:
-            await rig.writes.put_records([_RED], [_web(), _web("nowhere")])
-        assert [p.field for p in many.value.problems] == ["instances[1].ports[0].network"]
-        assert not rig.inventory.networks
-
-
-async def test_another_source_s_network_is_a_network(tmp_path: Path) -> None:
-    async with _rig(tmp_path) as rig:
-        rig.inventory.observe(Observation("file", full=True, networks={_BLUE.id: _BLUE}))
-        await rig.writes.put_instance(_web("blue"))
-        assert InstanceId("web") in rig.inventory.instances
-
-
-async def test_another_source_s_record_is_changed_there(tmp_path: Path) -> None:
-    async with _rig(tmp_path) as rig:
-        rig.inventory.observe(
-            Observation(
-                "file", full=True, networks={_BLUE.id: _BLUE}, instances={_web().id: _web()}
-            )
-        )
-        with pytest.raises(SourceRefused, match="belongs to source file"):
-            await rig.writes.put_network(_BLUE)
-        with pytest.raises(SourceRefused, match="belongs to source file"):
-            await rig.writes.remove_instance(_web().id)
-
-
-async def test_add_refuses_what_is_there_and_set_changes_it(tmp_path: Path) -> None:
-    async with _rig(tmp_path) as rig:
-        await rig.writes.put_network(_RED, create=True)
-        with pytest.raises(AlreadyExists):
-            await rig.writes.put_network(_RED, create=True)
-        await rig.writes.put_instance(_web(), create=True)
-        with pytest.raises(AlreadyExists):
-            await rig.writes.put_instance(_web(), create=True)
-        await rig.writes.put_instance(_web(address="10.0.0.6"))
-        assert rig.inventory.instances[InstanceId("web")] == _web(address="10.0.0.6")
-
-
-async def test_what_is_not_there_cannot_be_removed(tmp_path: Path) -> None:
-    async with _rig(tmp_path) as rig:
-        with pytest.raises(NotFound):
-            await rig.writes.remove_network(NetworkId("red"))
-        with pytest.raises(NotFound):
-            await rig.writes.remove_instance(InstanceId("web"))
-
-
-async def test_a_change_tells_only_of_its_own_networks_why_they_are_not_served(
-    tmp_path: Path,
+def test_what_another_record_or_source_has_is_refused_with_its_fields(
+    server: AdminServer, request_line: str, body: object, reason: str, fields: list[str]
 ) -> None:
-    async with _rig(tmp_path) as rig:
-        rig.listeners.report = ListenerReport(
-            0.0,
-            left_out=tuple(
-                LeftOut(one.id, None, LeftOutCode.NAMESPACE_MISSING, f"no namespace {one.id}")
-                for one in (_RED, _BLUE)
-            ),
-        )
-        written = await rig.writes.put_network(_RED)
-        assert not written.applied
-        assert written.pending == ("network red is not served: no namespace red",)
+    _has(server, _green())
+    before = dict(server.networks), dict(server.instances)
+    with pytest.raises(SourceRefused, match=reason) as refused:
+        server.client.request(*request_line.split(), body=body)
+    assert [one.field for one in refused.value.problems] == fields
+    assert (dict(server.networks), dict(server.instances)) == before
 
 
-async def test_a_network_that_is_served_over_one_family_is_served(tmp_path: Path) -> None:
-    async with _rig(tmp_path) as rig:
-        endpoint = Endpoint(_RED.id, METADATA_IPV4, 80, None, NamespaceRef("red", 1))
-        missing = LeftOut(_RED.id, Family.IPV6, LeftOutCode.ADDRESS_MISSING, "no fe80::a9fe:a9fe")
-        rig.listeners.report = ListenerReport(0.0, endpoints=(endpoint,), left_out=(missing,))
-        assert (await rig.writes.put_network(_RED)).applied
+def test_without_a_writable_source_nothing_can_be_written(server: AdminServer) -> None:
+    server.services.records.store = None
+    with pytest.raises(SourceRefused, match="no source can be written to"):
+        _put(server, "blue", "other")
 
 
-async def test_without_a_writable_source_nothing_can_be_written(tmp_path: Path) -> None:
-    async with _rig(tmp_path) as rig:
-        rig.writes.store = None
-        with pytest.raises(SourceRefused, match="no source can be written to"):
-            await rig.writes.put_network(_RED)
+def test_another_source_s_network_is_a_network(server: AdminServer) -> None:
+    _has(server, _green())
+    server.client.request("PUT", "/v1/instances/a", body=_web("a", "green"))
+    assert set(server.instances) == {"a", "far", "web-1"}
 
 
-async def test_a_listener_in_use_is_refused_with_the_network_that_has_it(tmp_path: Path) -> None:
-    async with _rig(tmp_path) as rig:
-        rig.inventory.observe(Observation("file", full=True, networks={_BLUE.id: _BLUE}))
-        second = Network(NetworkId("aqua"), NamespaceListener("blue", "br0"))
-        with pytest.raises(SourceRefused) as one:
-            await rig.writes.put_network(second)
-        assert [problem.field for problem in one.value.problems] == ["listener"]
-        assert "network blue has" in str(one.value)
-        with pytest.raises(SourceRefused) as many:
-            await rig.writes.put_records([_RED, second], [])
-        assert [problem.field for problem in many.value.problems] == ["networks[1].listener"]
-        with pytest.raises(SourceRefused):
-            await rig.writes.put_records([_RED, replace(_RED, id=NetworkId("rose"))], [])
-        await rig.writes.put_network(_RED)
-        with pytest.raises(SourceRefused):
-            await rig.writes.put_network(replace(_RED, listener=_BLUE.listener))
-        assert set(rig.inventory.networks) == {"blue", "red"}
-
-
-async def test_an_inode_that_a_namespace_had_before_another_one_refuses_nothing(
-    tmp_path: Path,
+def test_a_network_that_shares_its_listener_already_can_be_changed_otherwise(
+    server: AdminServer,
 ) -> None:
-    async with _rig(tmp_path) as rig:
-        await rig.writes.put_network(_RED)
-        rig.listeners.seen = _named(red=1, blue=1)
-        rig.listeners.now = _named(red=1, blue=1)
-        with pytest.raises(SourceRefused):
-            await rig.writes.put_network(_BLUE)
-        rig.listeners.now = _named(red=1, blue=2)
-        await rig.writes.put_network(_BLUE)
-        assert _BLUE.id in rig.inventory.networks
+    _has(server, _green(namespace="blue"))
+    server.client.request("PATCH", "/v1/networks/blue", body={"name": "Blue"})
+    assert server.networks[NetworkId("blue")].name == "Blue"
 
 
-def _named(**inodes: int) -> ObservedHost:
+def _seen(**inodes: int) -> ObservedHost:
     """A host with these namespaces."""
     return ObservedHost(
         namespaces={
@@ -238,30 +111,40 @@ def _named(**inodes: int) -> ObservedHost:
     )
 
 
-async def test_of_two_networks_added_at_once_on_one_listener_one_is_refused(tmp_path: Path) -> None:
-    async with _rig(tmp_path) as rig:
-        puts = (rig.writes.put_network(replace(_RED, id=NetworkId(name))) for name in ("a", "b"))
-        done = await asyncio.gather(*puts, return_exceptions=True)
-        assert sorted(type(one).__name__ for one in done) == ["SourceRefused", "Written"]
-        assert len(rig.inventory.networks) == 1
-
-
-async def test_a_network_that_shares_its_listener_already_can_be_changed_otherwise(
-    tmp_path: Path,
+def test_an_inode_that_a_namespace_had_before_another_one_refuses_nothing(
+    server: AdminServer,
 ) -> None:
-    async with _rig(tmp_path) as rig:
-        await rig.writes.put_network(_RED)
-        second = replace(_RED, id=NetworkId("rose"))
-        rig.inventory.observe(Observation("file", full=True, networks={second.id: second}))
-        await rig.writes.put_network(replace(_RED, name="Red"))
-        assert rig.inventory.networks[_RED.id].name == "Red"
+    server.listeners.seen = server.listeners.now = _seen(blue=1, red=1)
+    with pytest.raises(SourceRefused):
+        _put(server, "red", "red")
+    server.listeners.now = _seen(blue=1, red=2)
+    assert _put(server, "red", "red")["applied"]
 
 
-async def test_a_listener_that_is_coming_is_waited_for(tmp_path: Path) -> None:
-    async with _rig(tmp_path) as rig:
-        coming = LeftOut(_RED.id, None, LeftOutCode.PENDING, "being made")
-        rig.listeners.report = ListenerReport(0.0, left_out=(coming,))
-        asyncio.get_running_loop().call_later(
-            0.1, lambda: setattr(rig.listeners, "report", ListenerReport(0.0))
-        )
-        assert (await rig.writes.put_network(_RED)).applied
+def test_of_two_networks_added_at_once_on_one_listener_one_is_refused(server: AdminServer) -> None:
+    def put(name: str) -> bool:
+        try:
+            return bool(_put(server, name, "red"))
+        except SourceRefused:
+            return False
+
+    with ThreadPoolExecutor(2) as both:
+        assert sorted(both.map(put, ("red", "rose"))) == [False, True]
+    assert len(server.networks) == 2
+
+
+def test_a_change_reports_only_of_its_own_networks_why_they_are_not_served(
+    server: AdminServer,
+) -> None:
+    _put(server, "red", "red")
+    for name in ("red", "blue"):
+        server.leave_out(name, f"no namespace {name}", code=LeftOutCode.NAMESPACE_MISSING)
+    written = _put(server, "red", "other")
+    assert not written["applied"]
+    assert written["pending"] == ["network red is not served: no namespace red"]
+
+
+def test_a_listener_that_is_coming_is_waited_for(server: AdminServer) -> None:
+    server.leave_out("blue", "being made", code=LeftOutCode.PENDING)
+    threading.Timer(0.2, server.listeners.left_out.clear).start()
+    assert _put(server, "blue", "other")["applied"]
