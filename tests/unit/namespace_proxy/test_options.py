@@ -5,11 +5,12 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import pytest
 
 from imdsproxy.app.namespace_proxy.command import CleanUp, Run, parse_command_line, read_settings
-from imdsproxy.errors import ConfigInvalid, ConfigUnreadable, RequestRefused
+from imdsproxy.errors import ConfigError, ConfigInvalid, ConfigUnreadable, RequestRefused
 
 _UUID = "8f6a1e0c-3b52-4c1d-9a57-0d2f4b6c8e10"
 _PAGE = Path(__file__).parents[3] / "docs" / "namespace-proxy.md"
@@ -34,68 +35,38 @@ def parse(*arguments: str, environment: Mapping[str, str] = MappingProxyType({})
     return found
 
 
-def test_without_options_everything_is_as_it_was_with_the_old_program() -> None:
-    assert parse() == _DEFAULT
-
-
-@pytest.mark.parametrize(("option", "field"), _NAMES.items())
-@pytest.mark.parametrize("underscored", [False, True])
-@pytest.mark.parametrize("joined", [False, True])
+@pytest.mark.parametrize(
+    ("words", "changes"),
+    [
+        ((), {}),
+        *(
+            (words, {field: "word"})
+            for option, field in _NAMES.items()
+            for name in (f"--{option}", f"--{option.replace('-', '_')}")
+            for words in ((name, "word"), (f"{name}=word",))
+        ),
+        *(((one,), {"daemonize": False}) for one in ("--no-daemonize", "--nodaemonize", "--no_daemonize")),
+        (("--nodaemonize", "--daemonize"), {}),
+        *(((one,), {"use_syslog": True}) for one in ("--use-syslog", "--use_syslog")),
+        *(((one,), {"use_syslog": False}) for one in ("--nouse-syslog", "--nouse_syslog", "--no-use-syslog")),
+        (("--debug", "--syslog-log-facility=LOG_LOCAL3"), {"debug": True, "facility": "local3"}),
+        (("--debug", "--nodebug"), {}),
+        # Without a meaning here.
+        *(((f"--{no}metadata{sep}proxy{sep}watch{sep}log",), {}) for no in ("", "no", "no-") for sep in "-_"),
+        (("--log-file=a.log", "--log-dir", "/var/log"), {}),
+        (("--log_file=a.log", "--log_dir=/var/log"), {}),
+        (("--verbose", "--noverbose", "--use-stderr", "--nouse-journal", "--log-config-append=x"), {}),
+        # An empty one is the present one.
+        (("--metadata_proxy_user=", "--metadata_proxy_group=", "--pid_file="), {}),
+    ],
+)  # fmt: skip
 def test_an_option_is_taken_in_each_spelling(
-    option: str, field: str, *, underscored: bool, joined: bool
+    words: tuple[str, ...], changes: Mapping[str, Any]
 ) -> None:
-    name = "--" + (option.replace("-", "_") if underscored else option)
-    arguments = [f"{name}=word"] if joined else [name, "word"]
-    assert parse(*arguments) == replace(_DEFAULT, **{field: "word"})  # type: ignore[arg-type]  # all are text
+    assert parse(*words) == replace(_DEFAULT, **changes)
 
 
-@pytest.mark.parametrize("word", ["--no-daemonize", "--nodaemonize", "--no_daemonize"])
-def test_the_foreground_is_asked_for(word: str) -> None:
-    assert parse(word) == replace(_DEFAULT, daemonize=False)
-    assert parse(word, "--daemonize") == _DEFAULT
-
-
-@pytest.mark.parametrize(
-    ("word", "expected"),
-    [
-        ("--use-syslog", True),
-        ("--use_syslog", True),
-        ("--nouse-syslog", False),
-        ("--nouse_syslog", False),
-        ("--no-use-syslog", False),
-    ],
-)
-def test_a_log_is_asked_for_or_not(word: str, *, expected: bool) -> None:
-    assert parse(word) == replace(_DEFAULT, use_syslog=expected)
-
-
-def test_the_levels_and_facilities_of_oslo_are_haproxys() -> None:
-    found = parse("--debug", "--syslog-log-facility=LOG_LOCAL3")
-    assert found == replace(_DEFAULT, debug=True, facility="local3")
-    assert parse("--debug", "--nodebug") == _DEFAULT
-
-
-@pytest.mark.parametrize(
-    "words",
-    [
-        ("--metadata_proxy_watch_log",),
-        ("--nometadata_proxy_watch_log",),
-        ("--metadata-proxy-watch-log",),
-        ("--no-metadata-proxy-watch-log",),
-        ("--log-file=a.log", "--log-dir", "/var/log"),
-        ("--log_file=a.log", "--log_dir=/var/log"),
-        ("--verbose",),
-        ("--noverbose",),
-        ("--use-stderr", "--nouse-journal", "--log-config-append=x"),
-    ],
-)
-def test_options_without_a_meaning_here_are_taken_and_change_nothing(
-    words: tuple[str, ...],
-) -> None:
-    assert parse(*words) == _DEFAULT
-
-
-def test_what_an_agent_of_old_says_is_understood() -> None:
+def test_the_command_line_of_an_old_agent_is_understood() -> None:
     found = parse(
         f"--pid_file=/run/{_UUID}.pid",
         "--metadata_proxy_socket=/var/lib/neutron/metadata_proxy",
@@ -118,10 +89,6 @@ def test_what_an_agent_of_old_says_is_understood() -> None:
         group="112",
         debug=True,
     )
-
-
-def test_an_empty_user_is_the_present_one() -> None:
-    assert parse("--metadata_proxy_user=", "--metadata_proxy_group=", "--pid_file=") == _DEFAULT
 
 
 @pytest.mark.parametrize(
@@ -186,24 +153,22 @@ def test_a_file_that_is_not_there_is_no_empty_one(option: str, tmp_path: Path) -
         parse(option, str(tmp_path / "none"))
 
 
-def test_a_file_that_is_not_text_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "n.conf").write_bytes(b"[DEFAULT]\nstate_path = \xff\n")
-    with pytest.raises(ConfigUnreadable, match="UTF-8"):
+@pytest.mark.parametrize(
+    ("line", "kind", "reason"),
+    [
+        (b"state_path = \xff", ConfigUnreadable, "n.conf:2 is not UTF-8 text"),
+        (b"debug = perhaps", ConfigInvalid, "n.conf:2: debug: 'perhaps' is neither"),
+        (b"metadata_proxy_socket = $nothing/sock", ConfigInvalid,
+         "n.conf:2: metadata_proxy_socket: refers to $nothing"),
+    ],
+)  # fmt: skip
+def test_a_file_that_makes_no_sense_is_refused_with_the_line(
+    tmp_path: Path, line: bytes, kind: type[ConfigError], reason: str
+) -> None:
+    (tmp_path / "n.conf").write_bytes(b"[DEFAULT]\n" + line + b"\n")
+    with pytest.raises(kind) as refused:
         parse("--config-dir", str(tmp_path))
-
-
-def test_a_word_that_is_neither_true_nor_false_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "n.conf").write_text("[DEFAULT]\ndebug = perhaps\n")
-    with pytest.raises(ConfigInvalid) as refused:
-        parse("--config-dir", str(tmp_path))
-    assert "n.conf:2: debug: 'perhaps' is neither" in str(refused.value.problems[0])
-
-
-def test_a_reference_to_nothing_is_refused_with_its_place(tmp_path: Path) -> None:
-    (tmp_path / "n.conf").write_text("[DEFAULT]\nmetadata_proxy_socket = $nothing/sock\n")
-    with pytest.raises(ConfigInvalid) as refused:
-        parse("--config-dir", str(tmp_path))
-    assert "n.conf:2: metadata_proxy_socket: refers to $nothing" in str(refused.value.problems[0])
+    assert reason in "; ".join([str(refused.value), *map(str, refused.value.problems)])
 
 
 _WRITTEN = """
