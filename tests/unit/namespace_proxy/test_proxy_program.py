@@ -139,7 +139,7 @@ def test_the_places_are_those_of_the_old_program(tmp_path: Path, config: Path) -
     assert NetworkMetadataProxyHandler.get_config_path("/srv") == Path("/srv/ns-metadata-proxy")
     found = NetworkMetadataProxyHandler(None, UUID, None, 9697, None, None, tmp_path)
     assert found.config_file == config
-    assert found.unix_socket_path == tmp_path / "metadata_proxy"
+    assert found.upstream == tmp_path / "metadata_proxy"
     plain = NetworkMetadataProxyHandler(UUID, None)
     assert plain.config_file == Path(f"/var/lib/neutron/ns-metadata-proxy/{UUID}.conf")
     assert plain.port == 9697
@@ -193,10 +193,9 @@ def test_root_takes_any_account_and_another_only_its_own(
 def test_requests_are_logged_where_there_is_a_log_or_one_is_asked_for(
     tmp_path: Path, host: FakeHost, *, asked: bool | None, logs: bool
 ) -> None:
-    found = handler(host, tmp_path, use_syslog=asked, debug=True, facility="user").spec().syslog
-    assert (found is not None) == logs
-    if found is not None:
-        assert (found.facility, found.level) == ("user", "debug")
+    found = handler(host, tmp_path, use_syslog=asked, debug=True, facility="user").spec()
+    assert found.syslog == ("/dev/log" if logs else None)
+    assert (found.facility, found.debug) == ("user", True)
 
 
 @pytest.mark.parametrize(

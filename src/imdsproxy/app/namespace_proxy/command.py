@@ -170,7 +170,7 @@ def main(
             return 0
         options = dataclasses.asdict(asked)
         daemonize = options.pop("daemonize")
-        daemon = ProxyDaemon(**options, host=host)
+        daemon = ProxyDaemon(**options, host=host or Host())
         if daemonize:
             daemon.start()
         else:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import Final, NoReturn
 
@@ -20,8 +20,6 @@ from imdsproxy.core.haproxy.namespace_proxy import (
     DEFAULT_PORT,
     DEFAULT_STATE_PATH,
     NamespaceProxySpec,
-    Resource,
-    Syslog,
     parse_port,
     parse_resource,
     parse_uuid,
@@ -43,6 +41,7 @@ _PID_MODE: Final = 0o644
 _MAX_PID_BYTES: Final = 64
 _DIRECTORY: Final = "ns-metadata-proxy"
 _SOCKET: Final = "metadata_proxy"
+_SYSLOG: Final = "/dev/log"
 _MAX_SOCKET_PATH: Final = 107
 """`sun_path` of unix(7), without the NUL at its end."""
 
@@ -68,10 +67,11 @@ class Launch:
         return [self.program, "-f", str(self.config), *more]
 
 
+@dataclass
 class NetworkMetadataProxyHandler:
     """One network's or router's proxy; exactly one of the ids is given.
 
-    Args:
+    Attributes:
         network_id: The network that all guests are on.
         router_id: The router that their networks are on.
         unix_socket_path: Where requests go; `metadata_proxy` in the state path for `None`.
@@ -88,38 +88,32 @@ class NetworkMetadataProxyHandler:
         RequestRefused: Both ids or none, no UUID, no port, or a path that HAProxy cannot take.
     """
 
-    def __init__(  # noqa: PLR0917 - the order that its callers know
-        self,
-        network_id: str | None,
-        router_id: str | None,
-        unix_socket_path: str | os.PathLike[str] | None = None,
-        port: int | str = DEFAULT_PORT,
-        user: str | None = None,
-        group: str | None = None,
-        state_path: str | os.PathLike[str] | None = None,
-        *,
-        use_syslog: bool | None = None,
-        facility: str = "local0",
-        debug: bool = False,
-        host: Host | None = None,
-    ) -> None:
-        self.resource: Resource = parse_resource(network_id, router_id)
-        self.port = parse_port(port)
-        self.state_path = Path(state_path or DEFAULT_STATE_PATH)
-        self.unix_socket_path = Path(unix_socket_path or self.state_path / _SOCKET)
-        self.user = user or None
-        self.group = group or None
-        self._syslog = Syslog(facility=facility, level="debug" if debug else "info")
-        self._use_syslog = use_syslog
-        self._host = host or Host()
-        for path in (self.state_path, self.unix_socket_path):
+    network_id: str | None
+    router_id: str | None
+    unix_socket_path: str | os.PathLike[str] | None = None
+    port: int | str = DEFAULT_PORT
+    user: str | None = None
+    group: str | None = None
+    state_path: str | os.PathLike[str] | None = None
+    _: KW_ONLY
+    use_syslog: bool | None = None
+    facility: str = "local0"
+    debug: bool = False
+    host: Host = field(default_factory=Host)
+
+    def __post_init__(self) -> None:
+        self.header, self.uuid = parse_resource(self.network_id, self.router_id)
+        self.port = parse_port(self.port)
+        state_path = Path(self.state_path or DEFAULT_STATE_PATH)
+        self.upstream = Path(self.unix_socket_path or state_path / _SOCKET)
+        for path in (state_path, self.upstream):
             if not path.is_absolute():
                 raise RequestRefused(
                     f"{str(path)!r} is no absolute path", hint="HAProxy is started in another directory"
                 )  # fmt: skip
-        if len(os.fsencode(self.unix_socket_path)) > _MAX_SOCKET_PATH:
+        if len(os.fsencode(self.upstream)) > _MAX_SOCKET_PATH:
             raise RequestRefused(
-                f"the socket's path {self.unix_socket_path} is too long",
+                f"the socket's path {self.upstream} is too long",
                 hint=f"the kernel takes {_MAX_SOCKET_PATH} bytes (unix(7))",
             )
 
@@ -131,7 +125,7 @@ class NetworkMetadataProxyHandler:
     @property
     def config_file(self) -> Path:
         """This proxy's configuration file."""
-        return self.get_config_path(self.state_path) / f"{self.resource.uuid}.conf"
+        return self.get_config_path(self.state_path) / f"{self.uuid}.conf"
 
     def spec(self) -> NamespaceProxySpec:
         """What the configuration is made of.
@@ -140,16 +134,19 @@ class NetworkMetadataProxyHandler:
             HostRefused: There is no such user or group.
             PrivilegeMissing: This process cannot take that user or group.
         """
-        log = self._host.has_syslog() if self._use_syslog is None else self._use_syslog
-        uid, gid = self._host.ids()
+        log = self.host.has_syslog() if self.use_syslog is None else self.use_syslog
+        uid, gid = self.host.ids()
         return NamespaceProxySpec(
-            resource=self.resource,
-            upstream=str(self.unix_socket_path),
-            port=self.port,
-            dual_stack=self._host.has_ipv6(),
+            header=self.header,
+            uuid=self.uuid,
+            upstream=str(self.upstream),
+            port=int(self.port),
+            dual_stack=self.host.has_ipv6(),
             user=_account("user", self.user, user_name, uid, root=uid == 0),
             group=_account("group", self.group, group_name, gid, root=uid == 0),
-            syslog=self._syslog if log else None,
+            syslog=_SYSLOG if log else None,
+            facility=self.facility,
+            debug=self.debug,
         )
 
     def prepare(self) -> Launch:
@@ -161,14 +158,14 @@ class NetworkMetadataProxyHandler:
             PrivilegeMissing: This process may not.
             RequestRefused: A path has a character that HAProxy cannot take.
         """
-        program = self._host.find_haproxy()
+        program = self.host.find_haproxy()
         spec = self.spec()
         try:
             text = render_namespace_proxy(spec)
         except UnquotableWord as error:
             raise RequestRefused(f"HAProxy cannot take a path: {error}") from error
         check_directory(
-            self.unix_socket_path.parent,
+            self.upstream.parent,
             "metadata socket",
             hint="start who listens there first, or name another with --metadata-proxy-socket",
         )
@@ -195,18 +192,18 @@ class NetworkMetadataProxyHandler:
         try:
             self._check(ready)
             if ready.alone:
-                self._host.drop_groups()
+                self.host.drop_groups()
             os.set_inheritable(ready.lock, True)
-            self._host.become(ready.arguments())
+            self.host.become(ready.arguments())
         except BaseException:
             os.close(ready.lock)
             raise
         raise AssertionError("a process that has become another went on")  # pragma: no cover
 
     def _check(self, launch: Launch) -> None:
-        self._host.try_to_bind(self.port, dual_stack=self._host.has_ipv6())
+        self.host.try_to_bind(int(self.port), dual_stack=self.host.has_ipv6())
         # Before this process is HAProxy: its own messages would not be one line.
-        checked = self._host.run(launch.arguments("-c"), launch.lock, alone=False)
+        checked = self.host.run(launch.arguments("-c"), launch.lock, alone=False)
         if checked.status != 0:
             raise start_failure(checked, launch, self.port)
 
@@ -215,7 +212,7 @@ def _account(
     kind: str, wanted: str | None, name_of: Callable[[str], str], own: int, *, root: bool
 ) -> str | None:
     """The account's name, if it is another than this process has; only root can take one."""
-    name = None if wanted is None else name_of(wanted)
+    name = name_of(wanted) if wanted else None
     if name is None or root:
         return name
     if name_of(str(own)) != name:
@@ -226,7 +223,7 @@ def _account(
     return None
 
 
-def start_failure(ended: Ended, launch: Launch, port: int) -> DataplaneError:
+def start_failure(ended: Ended, launch: Launch, port: int | str) -> DataplaneError:
     """The exception for a HAProxy that did not start, with its own words."""
     words = parse_failure(ended.errors) or f"it ended with {ended.status} and wrote nothing"
     message = f"HAProxy did not start: {words}"
@@ -249,6 +246,7 @@ def cleanup_config_file(uuid: str, state_path: str | os.PathLike[str] | None = N
     return remove_unclaimed(directory / f"{parse_uuid(uuid)}.conf")
 
 
+@dataclass
 class ProxyDaemon:
     """One proxy and its pid file.
 
@@ -256,7 +254,7 @@ class ProxyDaemon:
     process ends, and the second lets go of standard error, once the port is bound and the account taken. It writes
     its pid beside its configuration, as it does: not at once, and after removing what is there.
 
-    Args:
+    Attributes:
         pidfile: Where the pid goes, or `None`.
         watch_log: Without effect, as `--metadata-proxy-watch-log`.
         proxy_socket: As `NetworkMetadataProxyHandler.unix_socket_path`; and so the others.
@@ -265,38 +263,35 @@ class ProxyDaemon:
         RequestRefused: See `NetworkMetadataProxyHandler`.
     """
 
-    def __init__(  # noqa: PLR0917 - the order that its callers know
-        self,
-        pidfile: str | os.PathLike[str] | None,
-        port: int | str = DEFAULT_PORT,
-        network_id: str | None = None,
-        router_id: str | None = None,
-        user: str | None = None,
-        group: str | None = None,
-        watch_log: bool = True,  # noqa: FBT001, FBT002 - the place it always had
-        proxy_socket: str | os.PathLike[str] | None = None,
-        state_path: str | os.PathLike[str] | None = None,
-        *,
-        use_syslog: bool | None = None,
-        facility: str = "local0",
-        debug: bool = False,
-        host: Host | None = None,
-    ) -> None:
-        del watch_log
-        self.pidfile = Path(pidfile) if pidfile else None
-        self._host = host or Host()
+    pidfile: str | os.PathLike[str] | None
+    port: int | str = DEFAULT_PORT
+    network_id: str | None = None
+    router_id: str | None = None
+    user: str | None = None
+    group: str | None = None
+    watch_log: bool = True
+    proxy_socket: str | os.PathLike[str] | None = None
+    state_path: str | os.PathLike[str] | None = None
+    _: KW_ONLY
+    use_syslog: bool | None = None
+    facility: str = "local0"
+    debug: bool = False
+    host: Host = field(default_factory=Host)
+
+    def __post_init__(self) -> None:
+        self._pid_file = Path(self.pidfile) if self.pidfile else None
         self.handler = NetworkMetadataProxyHandler(
-            network_id,
-            router_id,
-            proxy_socket,
-            port,
-            user,
-            group,
-            state_path,
-            use_syslog=use_syslog,
-            facility=facility,
-            debug=debug,
-            host=self._host,
+            self.network_id,
+            self.router_id,
+            self.proxy_socket,
+            self.port,
+            self.user,
+            self.group,
+            self.state_path,
+            use_syslog=self.use_syslog,
+            facility=self.facility,
+            debug=self.debug,
+            host=self.host,
         )
 
     def start(self) -> int:
@@ -316,11 +311,11 @@ class ProxyDaemon:
         launch = self.handler.prepare()
         own_file = launch.config.with_suffix(".pid")
         try:
-            ended = self._host.run(
+            ended = self.host.run(
                 launch.arguments("-D", "-p", str(own_file)), launch.lock, alone=launch.alone
             )
             # It may have ended between its first process and its first request.
-            pid = live_pid(own_file, launch.config.name, self._host)
+            pid = live_pid(own_file, launch.config.name, self.host)
         finally:
             os.close(launch.lock)
             own_file.unlink(missing_ok=True)
@@ -330,7 +325,7 @@ class ProxyDaemon:
             self._write_pid(pid)
         except BaseException:
             # Without its pid file it could not be found again.
-            self._host.end(pid)
+            self.host.end(pid)
             raise
         return pid
 
@@ -346,26 +341,26 @@ class ProxyDaemon:
         try:
             self.handler.run_proxy(launch)
         except BaseException:
-            if self.pidfile is not None:
-                self.pidfile.unlink(missing_ok=True)
+            if self._pid_file is not None:
+                self._pid_file.unlink(missing_ok=True)
             raise
 
     def _check_pid_file(self) -> None:
-        if self.pidfile is None:
+        if self._pid_file is None:
             return
         check_directory(
-            self.pidfile.parent, "pid file", hint="create it, or name another with --pid-file"
+            self._pid_file.parent, "pid file", hint="create it, or name another with --pid-file"
         )
-        pid = live_pid(self.pidfile, self.handler.config_file.name, self._host)
+        pid = live_pid(self._pid_file, self.handler.config_file.name, self.host)
         if pid is not None:
             raise HostRefused(
-                f"the proxy of {self.handler.resource.uuid} runs already (pid {pid})",
-                hint=f"its pid file is {self.pidfile}; end it first, with SIGTERM",
+                f"the proxy of {self.handler.uuid} runs already (pid {pid})",
+                hint=f"its pid file is {self._pid_file}; end it first, with SIGTERM",
             )
 
     def _write_pid(self, pid: int) -> None:
-        if self.pidfile is not None:
-            write_atomic(self.pidfile, f"{pid}\n".encode("ascii"), mode=_PID_MODE)
+        if self._pid_file is not None:
+            write_atomic(self._pid_file, f"{pid}\n".encode("ascii"), mode=_PID_MODE)
 
 
 def live_pid(path: Path, name: str, host: Host) -> int | None:

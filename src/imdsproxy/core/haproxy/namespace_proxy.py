@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Final
 
 from imdsproxy.core.haproxy.access_rules import REFUSE_FORWARDED_TOKEN
 from imdsproxy.core.haproxy.names import CONSTANTS
@@ -20,7 +20,6 @@ DEFAULT_PORT: Final = 9697
 DEFAULT_STATE_PATH: Final = "/var/lib/neutron"
 MAX_PORT: Final = 65535
 
-_HEADERS: Final = {"network": "X-Neutron-Network-ID", "router": "X-Neutron-Router-ID"}
 _UUID: Final = re.compile(r"[0-9a-f]{8}-(?:[0-9a-f]{4}-){3}[0-9a-f]{12}", re.IGNORECASE | re.ASCII)
 _PORT: Final = re.compile(r"[0-9]{1,5}", re.ASCII)
 
@@ -35,7 +34,7 @@ _FORGEABLE: Final = (
 """Headers that a guest must not send, as a regular expression on lower-case names."""
 
 _GLOBAL: Final = """
-    log <log_socket> <facility> <level>
+    [logs] log <log_socket> <facility> <level>
     # The prefix by which Debian's rsyslog files it in /var/log/haproxy.log.
     [logs] log-tag haproxy-metadata-proxy-<uuid>
     <user>
@@ -96,47 +95,33 @@ FACILITIES: Final = frozenset(_FACILITIES.split())
 
 
 @dataclass(frozen=True, slots=True)
-class Resource:
-    """What the guests of one proxy have in common: their network, or a router that their networks are on."""
-
-    kind: Literal["network", "router"]
-    uuid: str
-
-    @property
-    def header(self) -> str:
-        """The header that names it, as the agent behind the socket knows it."""
-        return _HEADERS[self.kind]
-
-
-@dataclass(frozen=True, slots=True)
-class Syslog:
-    """Where requests are logged."""
-
-    socket: str = "/dev/log"
-    facility: str = "local0"
-    level: Literal["info", "debug"] = "info"
-
-
-@dataclass(frozen=True, slots=True)
 class NamespaceProxySpec:
     """Everything that the file is a function of.
 
     Attributes:
+        header: What names the guests' network, or the router that their networks are on, to the agent behind the
+            socket.
+        uuid: Of that network or router.
         upstream: Absolute path of the unix socket that requests go to.
         port: TCP port, at every address of the namespace.
         dual_stack: Listen for IPv6 too.
         user: Name of the account that HAProxy takes once it listens; `None` keeps the one it is started by.
         group: The same of the group.
-        syslog: `None` for no log.
+        syslog: Socket that requests are logged to; `None` for no log.
+        facility: Syslog's, by HAProxy's name.
+        debug: Log at the level debug instead of info.
     """
 
-    resource: Resource
+    header: str
+    uuid: str
     upstream: str
     port: int
     dual_stack: bool
     user: str | None = None
     group: str | None = None
-    syslog: Syslog | None = None
+    syslog: str | None = None
+    facility: str = "local0"
+    debug: bool = False
 
 
 def render_namespace_proxy(spec: NamespaceProxySpec) -> str:
@@ -145,21 +130,20 @@ def render_namespace_proxy(spec: NamespaceProxySpec) -> str:
     Raises:
         UnquotableWord: A path or name holds a control character.
     """
-    syslog = spec.syslog
     form = Form(
         {
             **CONSTANTS,
-            "logs": syslog is not None,
-            "log_socket": None if syslog is None else Word(syslog.socket),
-            "facility": None if syslog is None else Word(syslog.facility),
-            "level": None if syslog is None else Word(syslog.level),
-            "uuid": Word(spec.resource.uuid),
+            "logs": spec.syslog is not None,
+            "log_socket": Word(spec.syslog or ""),
+            "facility": Word(spec.facility),
+            "level": Word("debug" if spec.debug else "info"),
+            "uuid": Word(spec.uuid),
             "user": Option("user", spec.user),
             "group": Option("group", spec.group),
             "dual_stack": spec.dual_stack,
             "port": spec.port,
             "forgeable": Word(f"^(?:{_FORGEABLE})$"),
-            "header": Word(spec.resource.header),
+            "header": Word(spec.header),
             "upstream": Word(f"unix@{spec.upstream}"),
         }
     )
@@ -173,8 +157,8 @@ def render_namespace_proxy(spec: NamespaceProxySpec) -> str:
     )
 
 
-def parse_resource(network_id: str | None, router_id: str | None) -> Resource:
-    """Whose proxy it is.
+def parse_resource(network_id: str | None, router_id: str | None) -> tuple[str, str]:
+    """Whose proxy it is: the header that names the network or the router, and its uuid.
 
     Raises:
         RequestRefused: Both ids are there, or none, or the one is no UUID.
@@ -185,9 +169,9 @@ def parse_resource(network_id: str | None, router_id: str | None) -> Resource:
             hint="start it with --network-id or with --router-id",
         )
     if network_id is not None:
-        return Resource("network", parse_uuid(network_id))
+        return "X-Neutron-Network-ID", parse_uuid(network_id)
     if router_id is not None:
-        return Resource("router", parse_uuid(router_id))
+        return "X-Neutron-Router-ID", parse_uuid(router_id)
     raise RequestRefused(
         "the id of a network or of a router is needed",
         hint="give --network-id UUID or --router-id UUID",
