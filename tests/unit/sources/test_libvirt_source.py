@@ -6,7 +6,6 @@ from collections.abc import Mapping
 
 import pytest
 
-from imdsproxy.core.model import NetworkId
 from imdsproxy.core.timing import Backoff
 from imdsproxy.errors import SourceUnavailable
 from imdsproxy.sources.libvirt.client import LibvirtClient, LibvirtEvents, SystemLibvirt
@@ -69,55 +68,12 @@ def a_domain(mac: str = "52:54:00:00:00:05", name: str = "a") -> str:
     return domain_xml(name, [("network=n1", mac)])
 
 
-async def test_an_event_of_a_domain_has_it_read_again() -> None:
-    libvirt = FakeLibvirt(a=a_domain())
-    async with running(_source(libvirt)) as heard:
-        libvirt.xml[uuid_of("b")] = a_domain("52:54:00:00:00:06", "b")
-        libvirt.events.change(uuid_of("b"))
-        await heard.until(lambda each: len(each.inventory.instances) == 2)
-        del libvirt.xml[uuid_of("a")]
-        libvirt.events.change(uuid_of("a"))
-        await heard.until(lambda each: list(each.inventory.instances) == [uuid_of("b")])
-
-
-async def test_an_event_of_a_network_has_networks_read_again() -> None:
-    libvirt = FakeLibvirt(a=a_domain())
-    async with running(_source(libvirt)) as heard:
-        assert set(heard.inventory.networks) == {"n1"}
-        libvirt.network = NetworkXml(NETWORK, active=False)
-        libvirt.events.change()
-        await heard.until(lambda each: not each.inventory.networks)
-        assert not heard.last.problems
-        assert not list(heard.inventory.stranded())
-
-
-async def test_networks_are_read_again_without_an_event() -> None:
-    libvirt = FakeLibvirt()
-    often = LibvirtSourceSettings.model_construct(reread_s=0.01)
-    async with running(_source(libvirt, often)) as heard:
-        text = NETWORK.replace("</name>", "</name><mtu size='1400'/>")
-        libvirt.network = NetworkXml(text, active=True)
-        await heard.until(lambda each: each.inventory.networks[NetworkId("n1")].mtu == 1400)
-
-
-async def test_what_was_known_stays_while_the_connection_is_lost() -> None:
-    libvirt = FakeLibvirt(a=a_domain())
-    async with running(_source(libvirt)) as heard:
-        before = dict(heard.inventory.instances)
-        libvirt.lose("libvirt closed the connection")
-        await heard.until(lambda each: not each.last.in_sync)
-        assert [problem.reason for problem in heard.last.problems] == [
-            "libvirt closed the connection"
-        ]
-        assert dict(heard.inventory.instances) == before
-        assert set(heard.inventory.networks) == {"n1"}
-
-
 async def test_after_a_connection_is_made_anew_only_what_changed_meanwhile_is_reported() -> None:
     libvirt = FakeLibvirt(a=a_domain(), b=a_domain("52:54:00:00:00:06", "b"))
     async with running(_source(libvirt)) as heard:
         libvirt.lose("gone")
         await heard.until(lambda each: not each.last.in_sync)
+        assert set(heard.inventory.instances) == {uuid_of("a"), uuid_of("b")}
         libvirt.xml[uuid_of("c")] = a_domain("52:54:00:00:00:07", "c")
         del libvirt.xml[uuid_of("b")]
         libvirt.failure = None
@@ -126,6 +82,8 @@ async def test_after_a_connection_is_made_anew_only_what_changed_meanwhile_is_re
         assert set(heard.last.instances) == {uuid_of("c")}
         assert set(heard.last.instances_removed) == {uuid_of("b")}
         assert not heard.last.problems
+        assert libvirt.open
+    assert not libvirt.open
 
 
 async def test_a_failure_that_goes_on_is_reported_once() -> None:
@@ -140,34 +98,6 @@ async def test_a_failure_that_goes_on_is_reported_once() -> None:
         libvirt.failure = None
         await heard.until(lambda each: each.last.in_sync)
         assert heard.last.full
-
-
-async def test_the_connection_is_closed_at_the_end() -> None:
-    libvirt = FakeLibvirt()
-    async with running(_source(libvirt)):
-        assert libvirt.open
-    assert not libvirt.open
-
-
-async def test_waits_grow_up_to_the_longest(monkeypatch: pytest.MonkeyPatch) -> None:
-    libvirt = FakeLibvirt()
-    libvirt.failure = "gone"
-    waits: list[float] = []
-    enough = asyncio.Event()
-
-    async def sleep(delay: float) -> None:
-        waits.append(delay)
-        if len(waits) == 6:
-            enough.set()
-            await asyncio.Event().wait()
-
-    monkeypatch.setattr("imdsproxy.sources.libvirt.source.asyncio.sleep", sleep)
-    source = LibvirtSource(libvirt, NEVER, backoff=Backoff(1, 10))
-    task = asyncio.create_task(source.run(lambda _observation: None))
-    await asyncio.wait_for(enough.wait(), 10)
-    task.cancel()
-    await asyncio.gather(task, return_exceptions=True)
-    assert waits == [1, 2, 4, 8, 10, 10]
 
 
 async def test_without_libvirts_module_the_hint_names_the_package(

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from imdsproxy.sources.file.directory import Directory, Reading, load_last_good, open_last_good
+from imdsproxy.core.records import MAX_PAYLOAD, Unreadable
+from imdsproxy.sources.api import Origin
+from imdsproxy.sources.file.directory import Directory, Reading, open_last_good
+from imdsproxy.sources.file.record_file import payload_reader
 
 NETWORK = "networks:\n- id: n\n  listener: {bridge: br0}\n"
 
@@ -71,7 +73,7 @@ def reported(reading: Reading) -> list[str]:
 
 
 def test_yaml_and_json_files_are_read_and_others_are_not(bench: Bench) -> None:
-    bench.write("1.yaml", NETWORK)
+    bench.write("1.yaml", "\ufeff" + NETWORK)  # a byte order mark is no content
     bench.write("2.yml", "instances:\n- {id: a, name: a}\n")
     bench.write("3.json", instances(record("b", "10.0.0.2")))
     for name in ("4.yaml~", ".5.yaml", ".#6.yaml", "#7.yaml#", "8.txt", "9.yaml.swp", "4913"):
@@ -234,14 +236,6 @@ def test_a_file_that_is_gone_for_a_moment_only_keeps_its_records(bench: Bench) -
     assert bench.read().instances.keys() == {"b"}
 
 
-def test_a_file_that_stays_away_takes_its_records_along(bench: Bench) -> None:
-    path = bench.write("x.json", instances(record("a", "10.0.0.5")))
-    bench.read()
-    path.unlink()
-    bench.settled()
-    assert not bench.names
-
-
 def test_a_blank_file_keeps_its_records_and_is_a_problem_after_a_moment(bench: Bench) -> None:
     path = bench.write("x.json", instances(record("a", "10.0.0.5")))
     bench.read()
@@ -272,18 +266,6 @@ def test_a_blank_file_that_never_had_records_is_no_problem(bench: Bench) -> None
     assert not bench.settled().problems
 
 
-def test_a_directory_that_cannot_be_listed_changes_nothing(bench: Bench) -> None:
-    bench.write("x.json", instances(record("a", "10.0.0.5")))
-    assert bench.read().readable
-    away = bench.path.rename(bench.path.with_name("away"))
-    reading = bench.read()
-    assert not reading.readable
-    assert "cannot be listed" in reported(reading)[0]
-    assert bench.names == {"a"}
-    away.rename(bench.path)
-    assert bench.read().readable
-
-
 def test_what_is_no_regular_file_is_reported_and_never_waited_for(bench: Bench) -> None:
     os.mkfifo(bench.path / "pipe.yaml")
     (bench.path / "directory.yaml").mkdir()
@@ -293,44 +275,6 @@ def test_what_is_no_regular_file_is_reported_and_never_waited_for(bench: Bench) 
     assert bench.names == {"a"}
     assert len(lines) == 2
     assert all("cannot be read" in line for line in lines)
-
-
-def test_watched_are_the_directory_its_parent_and_where_payloads_and_links_lead(
-    bench: Bench, tmp_path: Path
-) -> None:
-    for name in ("data", "linked"):
-        (tmp_path / name).mkdir()
-    (tmp_path / "linked" / "real.json").write_text(
-        instances(record("a", "10.0.0.5", user_data_file=str(tmp_path / "data" / "x")))
-    )
-    (bench.path / "x.json").symlink_to(tmp_path / "linked" / "real.json")
-    reading = bench.read()
-    assert {place.path for place in reading.places} == {
-        bench.path,
-        tmp_path,
-        tmp_path / "data",
-        tmp_path / "linked",
-    }
-    assert tmp_path / "data" / "x" in reading.relevant
-
-
-def test_a_missing_directory_is_waited_for_at_the_nearest_one_above(tmp_path: Path) -> None:
-    reading = Bench(tmp_path / "a" / "b" / "c").read()
-    assert {place.path for place in reading.places} == {tmp_path}
-    assert tmp_path / "a" in reading.relevant
-
-
-@pytest.mark.parametrize("split", [lambda _n: "all", str])
-def test_ten_thousand_instances_are_read_in_seconds(
-    bench: Bench, split: Callable[[int], str]
-) -> None:
-    files: dict[str, list[object]] = {}
-    for number in range(10_000):
-        address = f"10.{number >> 8}.{number & 255}.5"
-        files.setdefault(split(number), []).append(record(f"i{number}", address))
-    for name, records in files.items():
-        (bench.path / f"{name}.json").write_text(instances(*records))
-    assert len(bench.read().instances) == 10_000
 
 
 def test_what_was_in_force_stays_over_a_restart_with_broken_files(bench: Bench) -> None:
@@ -354,59 +298,58 @@ def test_what_was_in_force_stays_over_a_restart_with_broken_files(bench: Bench) 
     assert reading.instances.keys() == {"c"}
 
 
-def test_what_was_removed_while_stopped_is_gone_after_a_restart(bench: Bench) -> None:
+def test_what_went_while_stopped_is_gone_and_who_had_an_address_has_it_after_a_restart(
+    bench: Bench,
+) -> None:
     gone = bench.write("x.json", instances(record("a", "10.0.0.5")))
     bench.write("y.json", instances(record("b", "10.0.0.6"), record("c", "10.0.0.7")))
     bench.read()
     bench.directory.keep()
     gone.unlink()
     bench.write("y.json", instances(record("c", "10.0.0.7")))
+    bench.write("a.json", instances(record("d", "10.0.0.7")))
     bench.restart()
     assert bench.read().instances == {"a": None, "b": None}
     assert bench.names == {"c"}
 
 
-def test_who_had_an_address_has_it_after_a_restart_too(bench: Bench) -> None:
-    bench.write("z.json", instances(record("a", "10.0.0.5")))
+def test_a_port_has_the_file_line_and_field_of_its_first_claim_as_origin(bench: Bench) -> None:
+    path = bench.write(
+        "x.yaml",
+        """\
+instances:
+  - id: db
+    name: db
+  - id: web
+    name: web
+    ports:
+      - network: nowhere
+        addresses:
+          - 10.0.0.5
+      - network: beyond
+""",
+    )
+    assert bench.directory.origin_of_port("web", 0) is None
     bench.read()
-    bench.directory.keep()
-    bench.write("a.json", instances(record("b", "10.0.0.5")))
-    bench.restart()
-    bench.read()
-    assert bench.names == {"a"}
+    assert [bench.directory.origin_of_port("web", number) for number in range(3)] == [
+        Origin("instances[1].ports[0].network", str(path), 9),
+        Origin("instances[1].ports[1].network", str(path), 4),
+        None,
+    ]
 
 
-def test_a_directory_that_is_gone_at_a_restart_leaves_what_was_in_force(bench: Bench) -> None:
-    bench.write("x.json", instances(record("a", "10.0.0.5")))
-    bench.read()
-    bench.directory.keep()
-    bench.path.rename(bench.path.with_name("away"))
-    bench.restart()
-    assert not bench.read().readable
-    assert bench.names == {"a"}
+def test_a_payload_is_read_beside_the_record_file_or_by_its_whole_path(tmp_path: Path) -> None:
+    (tmp_path / "data").write_bytes(b"\x00\xff")
+    read = payload_reader(tmp_path)
+    assert read("data") == read(str(tmp_path / "data")) == b"\x00\xff"
 
 
-def test_a_memory_that_is_damaged_is_reported_and_does_without(bench: Bench) -> None:
-    bench.kept.write_bytes(b"no database " * 1000)
-    bench.write("x.json", instances(record("a", "10.0.0.5")))
-    bench.read()
-    problem = bench.directory.keep()
-    assert bench.names == {"a"}
-    assert problem is not None
-    assert "not kept over a restart" in problem.reason
-    bench.kept.unlink()
-    assert bench.directory.keep() is None
-    bench.write("x.json", "[")
-    bench.restart()
-    bench.read()
-    assert bench.names == {"a"}
-
-
-def test_a_memory_that_cannot_be_written_is_reported_and_written_later(bench: Bench) -> None:
-    bench.kept.mkdir()
-    bench.write("x.json", instances(record("a", "10.0.0.5")))
-    bench.read()
-    assert bench.directory.keep() is not None
-    bench.kept.rmdir()
-    assert bench.directory.keep() is None
-    assert len(load_last_good(open_last_good(bench.kept))) == 1
+def test_a_payload_that_is_missing_large_or_no_file_is_reported(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    with (tmp_path / "large").open("wb") as stream:
+        stream.truncate(MAX_PAYLOAD + 1)
+    read = payload_reader(tmp_path)
+    for name in ("missing", "fifo", ".", "large", "large/x", "x" * 300):
+        found = read(name)
+        assert isinstance(found, Unreadable), name
+        assert found.reason

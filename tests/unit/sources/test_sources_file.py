@@ -226,27 +226,6 @@ def _rename(path: Path, target: Path) -> None:
     path.rename(target)
 
 
-async def test_a_problem_is_reported_when_it_comes_and_when_it_goes(directory: Path) -> None:
-    write(directory / "x.json", record("a", "1"))
-    async with running(FileSource(directory)) as heard:
-        write(directory / "x.json", record("a", "1", mtu=7))
-        await heard.until(lambda each: each.last.problems)
-        assert data_of(heard) == {"a": b"1"}
-        assert "stays in force" in heard.last.problems[0].hint
-        write(directory / "x.json", record("a", "1"))
-        await heard.until(lambda each: not each.last.problems)
-
-
-async def test_what_changes_nothing_in_force_is_not_reported(directory: Path) -> None:
-    write(directory / "x.json", record("a", "1"))
-    async with running(FileSource(directory)) as heard:
-        write(directory / "x.json", record("a", "1"))
-        (directory / "notes.txt").write_text("hello")
-        write(directory / "y.json", record("b", "1"))
-        await heard.until(lambda each: len(data_of(each)) == 2)
-        assert [list(each.instances) for each in heard.observations] == [["a"], ["b"]]
-
-
 async def test_without_inotify_the_directory_is_looked_at_from_time_to_time(
     directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

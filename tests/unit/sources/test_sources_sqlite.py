@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import signal
 import sqlite3
 import stat
@@ -14,13 +15,16 @@ from pathlib import Path
 
 import pytest
 
-from imdsproxy.core.model import Instance, InstanceId, NetworkId
+from imdsproxy.app.policy_store import OverrideFile, read_overrides
+from imdsproxy.core.compiled import compile_instance
+from imdsproxy.core.model import Instance, InstanceId, NetworkId, StoredBytes
 from imdsproxy.core.observation import Observation
-from imdsproxy.core.records import parse_instance, render_record
+from imdsproxy.core.policy import Policy, render_policy_word
 from imdsproxy.errors import SourceCorrupt, SourceError, SourceRefused, SourceUnavailable
 from imdsproxy.sources.api import Tally, Written
+from imdsproxy.sources.sqlite import store as sqlite_store
 from imdsproxy.sources.sqlite.source import SqliteSource
-from imdsproxy.sources.sqlite.store import MIGRATIONS, Store
+from imdsproxy.sources.sqlite.store import MIGRATIONS, Store, read_store
 from imdsproxy.sources.sqlite_file import APPLICATION_ID, open_store
 from support.record_builders import instance, network, port
 from support.source_runs import running
@@ -49,38 +53,28 @@ async def test_a_write_says_what_it_did(path: Path) -> None:
         assert await source.put_instance(replace(A, user_data=b"x")) is Written.CHANGED
         assert await source.put_instance(replace(A, user_data=b"x")) is Written.UNCHANGED
         assert await source.put_records([N1], [A, B]) == Tally(added=1, changed=2)
+        assert await source.remove_instance(A.id)
+        assert not await source.remove_instance(A.id)
 
 
-async def test_many_are_written_all_or_none(path: Path) -> None:
+async def test_a_write_is_done_as_a_whole_or_refused_with_every_field_that_stands_against_it(
+    path: Path,
+) -> None:
     source = source_of(path)
     async with running(source) as heard:
         with pytest.raises(SourceRefused) as caught:
-            await source.put_records([N1], [A, B, replace(A, id=InstanceId("c"))])
+            await source.put_records([N1, N1], [A, B, B, replace(A, id=InstanceId("c"))])
         assert [problem.field for problem in caught.value.problems] == [
-            "instances[2].ports[0].addresses[0]",
-            "instances[2].ports[0].mac",
+            "networks[1].id",
+            "instances[2].id",
+            "instances[3].ports[0].addresses[0]",
+            "instances[3].ports[0].mac",
         ]
         assert len(heard.observations) == 1
-
-
-async def test_a_single_record_is_refused_at_its_own_field(path: Path) -> None:
-    source = source_of(path)
-    async with running(source):
         await source.put_instance(B)
         with pytest.raises(SourceRefused) as caught:
             await source.put_instance(replace(B, id=InstanceId("c")))
         assert [problem.field for problem in caught.value.problems] == ["ports[0].addresses[0]"]
-
-
-async def test_the_same_id_twice_in_one_write_is_refused(path: Path) -> None:
-    source = source_of(path)
-    async with running(source):
-        with pytest.raises(SourceRefused) as caught:
-            await source.put_records([N1, N1], [B, B])
-        assert [problem.field for problem in caught.value.problems] == [
-            "networks[1].id",
-            "instances[1].id",
-        ]
 
 
 async def test_a_network_in_use_is_removed_only_by_force(path: Path) -> None:
@@ -94,22 +88,6 @@ async def test_a_network_in_use_is_removed_only_by_force(path: Path) -> None:
         assert not heard.inventory.networks
         assert heard.inventory.instances.keys() == {"idle"}
         assert not await source.remove_network(NetworkId("n1"))
-
-
-async def test_what_is_not_there_is_not_removed(path: Path) -> None:
-    source = source_of(path)
-    async with running(source) as heard:
-        assert not await source.remove_instance(InstanceId("a"))
-        assert len(heard.observations) == 1
-
-
-async def test_a_write_is_published_when_it_returns(path: Path) -> None:
-    source = source_of(path)
-    async with running(source) as heard:
-        await source.put_instance(A)
-        assert heard.inventory.instances.keys() == {"a"}
-        await source.remove_instance(A.id)
-        assert not heard.inventory.instances
 
 
 async def test_a_write_is_done_and_published_though_its_caller_is_gone(path: Path) -> None:
@@ -132,7 +110,7 @@ async def test_many_writes_at_once_all_come_through(path: Path) -> None:
         assert len(heard.inventory.instances) == 60
 
 
-async def test_many_edited_records_are_published_in_pieces_and_later_writes_after_them(
+async def test_many_records_are_published_in_pieces_later_writes_after_them_and_moves_at_once(
     path: Path,
 ) -> None:
     source = source_of(path)
@@ -148,19 +126,13 @@ async def test_many_edited_records_are_published_in_pieces_and_later_writes_afte
         known = heard.inventory.instances
         assert known[later.id].hostname == "later"
         assert {known[each.id].hostname for each in edited[1:]} == {"edited"}
-
-
-async def test_many_records_among_which_an_address_moves_are_published_at_once(path: Path) -> None:
-    source = source_of(path)
-    many = [instance(f"i{n}", f"10.1.{n // 250}.{n % 250}") for n in range(300)]
-    async with running(source) as heard:
-        await source.put_records([], many)
         seen = len(heard.observations)
-        ports = [each.ports for each in many]
-        ports[:2] = ports[1], ports[0]
-        moved = [replace(one, ports=its) for one, its in zip(many, ports, strict=True)]
-        await source.put_records([], [replace(each, hostname="edited") for each in moved])
-        assert [len(each.instances) for each in heard.observations[seen:]] == [300]
+        edited[:2] = (
+            replace(edited[0], ports=many[1].ports),
+            replace(edited[1], ports=many[0].ports),
+        )
+        await source.put_records([], [replace(each, hostname="moved") for each in edited])
+        assert [len(each.instances) for each in heard.observations[seen:]] == [700]
 
 
 async def test_before_it_runs_and_after_writes_are_unavailable(path: Path) -> None:
@@ -204,21 +176,6 @@ def test_the_store_notes_when_an_instance_came_and_keeps_that(path: Path) -> Non
     store.close()
 
 
-def test_when_an_instance_came_goes_with_its_record_to_another_store(tmp_path: Path) -> None:
-    first = Store(tmp_path / "first.sqlite", now=lambda: 100)
-    first.put([], [replace(A, created_at=None)])
-    exported = [render_record(each) for each in first.load().instances.values()]
-    first.close()
-    second = Store(tmp_path / "second.sqlite", now=lambda: 200)
-    read = parse_instance(exported[0])
-    assert isinstance(read, Instance)
-    second.put([], [read])
-    found = second.load().instances.get(A.id)
-    assert found is not None
-    assert found.created_at == 100
-    second.close()
-
-
 @pytest.mark.parametrize("row", ['{"id":"a","name":"a"}', "garbage", '{"id":"a","created_at":"x"}'])
 def test_no_time_is_made_up_for_what_was_there_before(path: Path, row: str) -> None:
     store = Store(path, now=lambda: 100)
@@ -243,14 +200,10 @@ def test_only_its_owner_can_read_the_store(path: Path) -> None:
     assert set(modes.values()) == {0o600}, modes
 
 
-async def test_a_second_writer_is_refused_with_the_pid_of_the_first(path: Path) -> None:
-    async with running(source_of(path)):
-        with pytest.raises(SourceUnavailable, match=f"process {os.getpid()}"):
-            Store(path)
-
-
-async def test_the_second_writer_takes_over_when_the_first_ends(path: Path) -> None:
+async def test_a_second_writer_is_refused_and_takes_over_when_the_first_ends(path: Path) -> None:
     first = Store(path)
+    with pytest.raises(SourceUnavailable, match=f"process {os.getpid()}"):
+        Store(path)
     async with running(source_of(path)) as heard:
         assert not heard.last.in_sync
         assert heard.last.problems
@@ -296,6 +249,8 @@ async def test_a_damaged_store_is_reported_with_what_to_do_and_left_as_it_is(
         assert "damaged" in problem.reason
         assert "move" in problem.hint
         assert "imdsproxy instance add --file" in problem.hint
+        await asyncio.sleep(0.1)  # some five tries: that nothing comes cannot be polled for
+        assert len(heard.observations) == 1
         with pytest.raises(SourceCorrupt):
             await source.put_instance(A)
         assert _taken_away(path) == before
@@ -303,28 +258,21 @@ async def test_a_damaged_store_is_reported_with_what_to_do_and_left_as_it_is(
         assert await source.put_instance(A) is Written.ADDED
 
 
-async def test_an_unusable_store_is_reported_once_not_at_every_try(path: Path) -> None:
-    _spoil_header(path)
-    async with running(source_of(path)) as heard:
-        await asyncio.sleep(0.2)  # some ten tries: that nothing comes cannot be polled for
-        assert len(heard.observations) == 1
-
-
-def test_a_newer_store_is_refused_and_left_as_it_is(path: Path) -> None:
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (f"PRAGMA user_version = {len(MIGRATIONS) + 1}", f"version {len(MIGRATIONS) + 1}"),
+        ("PRAGMA application_id = 7", "another program"),
+    ],
+)
+def test_a_newer_store_and_another_programs_database_are_refused_and_left_as_they_are(
+    path: Path, change: str, reason: str
+) -> None:
     Store(path).close()
     with closing(sqlite3.connect(path)) as connection:
-        connection.execute(f"PRAGMA user_version = {len(MIGRATIONS) + 1}")
+        connection.execute(change)
     before = path.read_bytes()
-    with pytest.raises(SourceRefused, match=f"version {len(MIGRATIONS) + 1}"):
-        Store(path)
-    assert path.read_bytes() == before
-
-
-def test_a_database_of_another_program_is_refused_and_left_as_it_is(path: Path) -> None:
-    with closing(sqlite3.connect(path)) as connection, connection:
-        connection.execute("CREATE TABLE theirs (x)")
-    before = path.read_bytes()
-    with pytest.raises(SourceRefused, match="another program"):
+    with pytest.raises(SourceRefused, match=reason):
         Store(path)
     assert path.read_bytes() == before
 
@@ -352,27 +300,10 @@ def test_a_migration_that_fails_half_way_changes_nothing(path: Path) -> None:
     store.close()
 
 
-def test_the_first_schema_is_as_it_was_released() -> None:
-    # A store in the field has it: a change belongs into a migration of its own.
-    assert len(MIGRATIONS) == 1
-
-
-@pytest.fixture
-def small_disk(path: Path) -> Callable[[int], Store]:
-    """A store that may not grow beyond a number of pages: SQLite then says SQLITE_FULL."""
-
-    def make(pages: int) -> Store:
-        store = Store(path)
-        store._connection.execute(f"PRAGMA max_page_count = {pages}")
-        return store
-
-    return make
-
-
-def test_a_full_disk_is_reported_and_what_was_stored_stays(
-    small_disk: Callable[[int], Store], path: Path
-) -> None:
-    store = small_disk(20)
+def test_a_full_disk_is_reported_and_what_was_stored_stays(path: Path) -> None:
+    store = Store(path)
+    # SQLite says SQLITE_FULL then.
+    store._connection.execute("PRAGMA max_page_count = 20")
     store.put([N1], [A])
     with pytest.raises(SourceUnavailable, match="full") as caught:
         store.put([], [B, replace(A, user_data=bytes(1_000_000))])
@@ -521,12 +452,125 @@ async def test_a_disk_that_does_not_confirm_is_no_acknowledgement(
         assert await source.put_instance(B) is Written.ADDED
 
 
-async def test_ten_thousand_instances_are_loaded_in_seconds(path: Path) -> None:
-    many = [instance(f"i{n}", f"10.{n >> 8}.{n & 255}.5", text="x" * 200) for n in range(10_000)]
-    store = Store(path)
-    store.put([N1], many)
-    store.close()
-    async with asyncio.timeout(20):
-        async with running(source_of(path)) as heard:
-            await heard.until(lambda heard: heard.last.in_sync)
-            assert len(heard.last.instances) == 10_000
+# A start: records are not parsed again, and user-data stays where it is
+
+WEB = Instance(
+    InstanceId("web"),
+    "web",
+    "web",
+    ports=(port("blue"),),
+    user_data=b"#cloud-config\n" * 1000,
+    created_at=1_700_000_000,
+)
+
+
+@pytest.fixture
+def filled(path: Path) -> Path:
+    with closing(Store(path)) as store:
+        store.put([], [WEB])
+    return path
+
+
+def test_a_start_parses_no_record_that_is_as_it_was_written(
+    filled: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(sqlite_store, "parse_instance")
+    with closing(Store(filled)) as store:
+        assert store.load().instances == {"web": WEB}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        """UPDATE instances SET record = replace(record, '"name":"web"', '"name":"mail"')""",
+        "UPDATE packed SET stamp = x'00'",
+        "DELETE FROM packed",
+        "DROP TABLE packed",
+    ],
+)
+def test_what_another_program_changed_is_read_from_the_record(filled: Path, change: str) -> None:
+    with closing(sqlite3.connect(filled)) as connection, connection:
+        connection.execute(change)
+    expected = replace(WEB, name="mail") if "mail" in change else WEB
+    for _ in ("read anew", "as it was packed then"):
+        with closing(Store(filled)) as store:
+            assert store.load().instances == {"web": expected}
+
+
+def test_user_data_stays_in_the_store_until_it_is_needed(filled: Path) -> None:
+    with closing(Store(filled)) as store:
+        web = store.load().instances[InstanceId("web")]
+        assert isinstance(web.user_data, StoredBytes)
+        assert compile_instance(web, {}) == compile_instance(WEB, {})
+        changed = replace(WEB, user_data=b"short")
+        assert store.put([], [changed]).instances == {"web": changed}
+    with pytest.raises(SourceUnavailable, match="closed"):
+        compile_instance(web, {})
+
+
+# As `imdsproxy check` reads it, and as it arrives on another host
+
+_BORN = 1_795_000_000
+
+
+def _fill(path: Path) -> Store:
+    store = Store(path, now=lambda: _BORN)
+    web = replace(instance("web", "10.0.0.5"), user_data=b"\xff\x00")
+    store.put([network("n1")], [web, instance("mail", "10.0.0.6")])
+    return store
+
+
+def _write(path: Path, data: bytes) -> None:
+    path.write_bytes(data)
+
+
+def _read(path: Path) -> dict[str, tuple[bool, int | None]]:
+    records = read_store(path)
+    assert records.all_problems == ()
+    assert [one.id for _, one in records.networks] == ["n1"]
+    return {one.id: (one.user_data is not None, one.created_at) for _, one in records.instances}
+
+
+_HELD = {"web": (True, _BORN), "mail": (False, _BORN)}
+
+
+def test_it_is_read_while_another_process_has_it(tmp_path: Path) -> None:
+    with closing(_fill(tmp_path / "store.sqlite")):
+        assert _read(tmp_path / "store.sqlite") == _HELD
+
+
+def test_one_that_is_not_open_is_read_and_nothing_is_changed(tmp_path: Path) -> None:
+    path = tmp_path / "store.sqlite"
+    _fill(path).close()
+    before = sorted(tmp_path.iterdir()), path.read_bytes()
+    assert _read(path) == _HELD
+    assert (sorted(tmp_path.iterdir()), path.read_bytes()) == before
+
+
+def test_none_is_empty_and_what_is_no_store_is_an_error(tmp_path: Path) -> None:
+    assert read_store(tmp_path / "none.sqlite").instances == ()
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "other.sqlite").write_bytes(b"hello" * 100)
+    with pytest.raises(SourceUnavailable, match=r"other\.sqlite"):
+        read_store(tmp_path / "other.sqlite")
+
+
+def test_what_was_sealed_stays_so_where_the_store_and_the_state_are_copied_to(
+    tmp_path: Path,
+) -> None:
+    here, there = tmp_path / "here", tmp_path / "there"
+    here.mkdir()
+    _fill(here / "store.sqlite").close()
+    guards = OverrideFile(here / "guards.json", _write)
+    guards.revoke(WEB.id)
+    guards.reopen(WEB.id, _BORN + 50)
+    shutil.copytree(here, there)
+    with closing(Store(there / "store.sqlite", now=lambda: _BORN + 10_000)) as store:
+        (web,) = (one for one in store.load().instances.values() if one.id == WEB.id)
+        # A record that comes again, as by `instance set --file`, does not say when it was made.
+        store.put([], [replace(instance("web", "10.0.0.5"), user_data=b"new")])
+        again = store.load().instances[WEB.id]
+    assert (web.created_at, again.created_at) == (_BORN, _BORN)
+    guard = read_overrides(there / "guards.json")[WEB.id]
+    word = render_policy_word(Policy(seal_user_data=True, boot_grace_s=60), guard, again.created_at)
+    assert word.split(":")[1:3] == ["1", str(_BORN + 50 + 60)]
