@@ -19,9 +19,10 @@ from structlog.testing import capture_logs
 from imdsproxy.admin.api import admin_app
 from imdsproxy.admin.explain import Explainer
 from imdsproxy.admin.guests import GuestService
-from imdsproxy.admin.record_reports import RecordReports
+from imdsproxy.admin.record_reports import RecordReports, report_left_out
 from imdsproxy.admin.records import RecordService
-from imdsproxy.admin.reports import (
+from imdsproxy.admin.services import Services
+from imdsproxy.admin.status import (
     DocumentsReport,
     HaproxyReport,
     PlanReport,
@@ -29,9 +30,7 @@ from imdsproxy.admin.reports import (
     ReloadReport,
     SourceReport,
     StatusReport,
-    report_left_out,
 )
-from imdsproxy.admin.services import Services
 from imdsproxy.admin.tokens import TokenService
 from imdsproxy.app.lookup import Lookup
 from imdsproxy.app.policy_store import OverrideFile, PolicyStore

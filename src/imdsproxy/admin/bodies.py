@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, Self, TypeAlias, TypeVa
 
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, create_model
 
-from imdsproxy.admin.reports import LeftOut
+from imdsproxy.admin.record_reports import LeftOut
 from imdsproxy.core.model import Network
 from imdsproxy.core.observation import Conflict
 from imdsproxy.core.packed import PackedInstances

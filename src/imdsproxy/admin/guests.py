@@ -7,8 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Final
 
-from imdsproxy.admin.explain import Explainer
-from imdsproxy.admin.reports import Explanation, Probe
+from imdsproxy.admin.explain import Explainer, Explanation, Probe
 from imdsproxy.app.lookup import Lookup
 from imdsproxy.app.record_loop import RecordLoop
 from imdsproxy.core.identity import Denial, Found, Unknown, deny

@@ -21,7 +21,7 @@ from imdsproxy.core.wire import RETRY_AFTER_S
 if TYPE_CHECKING:
     import socket
 
-    from imdsproxy.admin.reports import Readiness
+    from imdsproxy.admin.status import Readiness
 
 _ROUTES: Final = ("/livez", "/readyz", "/metrics")
 _JSON: Final = "application/json"

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Final, TypeVar
 
-from imdsproxy.admin.reports import LeftOut, report_left_out
 from imdsproxy.app.record_loop import RecordLoop
+from imdsproxy.core import endpoints
 from imdsproxy.core.inventory import Inventory
 from imdsproxy.core.model import Instance, InstanceId, Network, NetworkId, Upstream
 from imdsproxy.core.observation import Conflict, SourceName
@@ -18,6 +18,28 @@ from imdsproxy.listeners.loop import ListenerLoop
 
 _Id = TypeVar("_Id", NetworkId, InstanceId)
 _SHOWN: Final = 5
+
+
+@dataclass(frozen=True, slots=True)
+class LeftOut:
+    """A network that is configured and not served now.
+
+    Attributes:
+        code: Stable and kebab-case, as `namespace-missing`, `port-busy`, `foreign-listener`.
+        reason: What is wrong, with pid and program where another program is in the way.
+        hint: What the operator can do.
+    """
+
+    network: NetworkId
+    code: str
+    reason: str
+    hint: str = ""
+
+
+def report_left_out(one: endpoints.LeftOut) -> LeftOut:
+    """A network that is not served, as reports have it."""
+    family = "" if one.family is None else f"IPv{one.family.value}: "
+    return LeftOut(one.network, one.code.value, f"{family}{one.reason}", one.hint)
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,10 +33,11 @@ from imdsproxy.admin.bodies import (
     refuse_unclearable,
     refuse_unlike,
 )
+from imdsproxy.admin.explain import Explanation
 from imdsproxy.admin.record_reports import InstanceReport, NetworkReport
 from imdsproxy.admin.records import Written
-from imdsproxy.admin.reports import Explanation, StatusReport
 from imdsproxy.admin.services import Services
+from imdsproxy.admin.status import StatusReport
 from imdsproxy.admin.tokens import GuardChange, KeyRotation
 from imdsproxy.config.changes import SettingsReload
 from imdsproxy.core.addresses import normalise_address

@@ -4,25 +4,12 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Final
 
 from imdsproxy import __version__
-from imdsproxy.admin.reports import (
-    AuditReport,
-    DocumentsReport,
-    HaproxyReport,
-    MacsReport,
-    PlanReport,
-    Readiness,
-    ReloadReport,
-    SourceReport,
-    StatusReport,
-    UnixListenerReport,
-    list_degraded,
-    report_left_out,
-)
+from imdsproxy.admin.record_reports import LeftOut, report_left_out
 from imdsproxy.anti_spoofing.mac_filters import MacFilters
 from imdsproxy.app.audit import Audit
 from imdsproxy.app.companion import Companion
@@ -42,17 +29,222 @@ from imdsproxy.core.haproxy.limits import (
 )
 from imdsproxy.core.inventory import Inventory
 from imdsproxy.core.model import NetworkId
+from imdsproxy.core.observation import Conflict, SourceName
+from imdsproxy.core.timing import Step
 from imdsproxy.dataplane.haproxy import Haproxy
 from imdsproxy.dataplane.master import WorkerEnded
 from imdsproxy.errors import DataplaneError, Problem
 from imdsproxy.host.clock import Clock
 from imdsproxy.listeners.loop import ListenerLoop
-from imdsproxy.nova.upstream import NovaUpstream, NovaWatch
+from imdsproxy.nova.upstream import NovaEndpointReport, NovaUpstream, NovaWatch
 from imdsproxy.sources.api import Source
 
 _MISMATCHES_SHOWN: Final = 20
+_NETWORKS_SHOWN: Final = 20
 _WORTH_A_LOOK: Final = 10
 """An instance that uses less than one part in so many of its limit is not listed: most of 10,000 guests do."""
+
+
+@dataclass(frozen=True, slots=True)
+class SourceReport:
+    """One source of records.
+
+    Attributes:
+        in_sync: It has reported all its records.
+        stale_s: Seconds for which it has not answered, 0 while it does; its last records stay.
+        problems: Every record that it refuses now.
+    """
+
+    name: SourceName
+    in_sync: bool
+    networks: int = 0
+    instances: int = 0
+    stale_s: float = 0.0
+    problems: tuple[Problem, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ReloadReport:
+    """A reload of HAProxy that has ended.
+
+    Attributes:
+        at: Unix time, in seconds.
+        reason: Why it was asked for, as `network-added`.
+        result: HAProxy's own words where it failed, else empty.
+    """
+
+    number: int
+    at: float
+    reason: str
+    ok: bool
+    result: str = ""
+    took_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class HaproxyReport:
+    """The data plane; `None` where it is not known (not started, or not answering)."""
+
+    version: str | None = None
+    master: int | None = None
+    worker: int | None = None
+    old_workers: tuple[int, ...] = ()
+    reloads: int = 0
+    last_reload: ReloadReport | None = None
+    problem: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class DocumentsReport:
+    """The document server's processes: the parent first.
+
+    Attributes:
+        needed: Off where the settings say so; then it does not run.
+    """
+
+    pids: tuple[int, ...] = ()
+    problem: str = ""
+    needed: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class UnixListenerReport:
+    """The socket for Neutron's proxies, where it is enabled.
+
+    Attributes:
+        serving: HAProxy's socket is at the path.
+        mode: Of the socket, as `0644`; empty where it is left out.
+        user: Its owner's uid.
+        group: Its group's gid.
+        problem: Why it is left out.
+        taken_over: How often the path was taken from a process that lives, since the controller started.
+        taken_from: The process, the last time; empty for none.
+    """
+
+    path: str
+    serving: bool
+    mode: str = ""
+    user: int | None = None
+    group: int | None = None
+    problem: str = ""
+    taken_over: int = 0
+    taken_from: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class PlanReport:
+    """The last plan: what it did, why, and what of it failed (and is tried again)."""
+
+    at: float
+    operations: int
+    reasons: tuple[str, ...] = ()
+    failed: tuple[str, ...] = ()
+    took_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class MacsReport:
+    """What is made of guests' MACs.
+
+    Attributes:
+        gates: Networks where the kernel looks at them.
+        refused: Networks where it should, and cannot: guests with a MAC in their records get no answer there.
+        pairs: Addresses that are let through with a MAC, or with any.
+        learned: Addresses that guests have by their MAC alone.
+        mismatches: Requests with an address of one and the MAC of another since the controller started, by network;
+            the twenty with the most.
+    """
+
+    gates: int = 0
+    refused: int = 0
+    pairs: int = 0
+    learned: int = 0
+    mismatches: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class AuditReport:
+    """The audit log.
+
+    Attributes:
+        mode: `sampled` or `all`.
+        written: Lines since the controller started.
+        left_out: Requests without a line since then, because HAProxy's ring or the journal had no room.
+        problem: Why no lines are written now.
+    """
+
+    mode: str
+    destination: str
+    written: int = 0
+    left_out: int = 0
+    problem: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Readiness:
+    """Whether guests get what the sources say.
+
+    Attributes:
+        reasons: Why not, a line each.
+        degraded: Networks that are configured and not served, then what is wrong and no guest notices; a line each.
+    """
+
+    ready: bool
+    reasons: tuple[str, ...] = ()
+    degraded: tuple[str, ...] = ()
+
+
+def list_degraded(networks: Iterable[LeftOut]) -> list[str]:
+    """A line for each network that is not served, up to twenty; the others are counted."""
+    found = list(networks)
+    lines = [
+        f"network {one.network}: {one.reason} ({one.code})" + (f"; {one.hint}" if one.hint else "")
+        for one in found[:_NETWORKS_SHOWN]
+    ]
+    more = len({one.network for one in found[_NETWORKS_SHOWN:]})
+    return [*lines, f"and {more} more networks: imdsproxy status"] if more else lines
+
+
+@dataclass(frozen=True, slots=True)
+class StatusReport:
+    """Everything at one moment.
+
+    Attributes:
+        started_at: Unix time of the controller's start, in seconds.
+        serving: Networks that are served as configured.
+        problems: What is wrong and belongs to no source, network or instance.
+        unix_listener: `None` where it is off.
+        warnings: Names in records that documents change or lack; twenty at most, then how many more.
+        policy_for_nobody: Where settings speak of a network, project or instance that no source tells of.
+        busiest: Who is kept to its limits now, and then who asks for most; ten at most.
+        audit: `None` where there is none.
+        progress: Long work that is under way.
+    """
+
+    version: str
+    controller: int
+    started_at: float
+    uptime_s: float
+    readiness: Readiness
+    networks: int
+    serving: int
+    instances: int
+    addresses: int
+    left_out: tuple[LeftOut, ...] = ()
+    sources: tuple[SourceReport, ...] = ()
+    conflicts: tuple[Conflict, ...] = ()
+    problems: tuple[Problem, ...] = ()
+    haproxy: HaproxyReport = field(default_factory=HaproxyReport)
+    documents: DocumentsReport = field(default_factory=DocumentsReport)
+    last_plan: PlanReport | None = None
+    nova: tuple[NovaEndpointReport, ...] = ()
+    unix_listener: UnixListenerReport | None = None
+    macs: MacsReport = field(default_factory=MacsReport)
+    warnings: tuple[str, ...] = ()
+    policy_for_nobody: tuple[str, ...] = ()
+    busiest: tuple[Asker, ...] = ()
+    audit: AuditReport | None = None
+    progress: tuple[Step, ...] = ()
 
 
 @dataclass(slots=True)

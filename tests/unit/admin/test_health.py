@@ -14,7 +14,7 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import CollectorRegistry
 
 from imdsproxy.admin.health import HealthReports, HealthServer
-from imdsproxy.admin.reports import Readiness
+from imdsproxy.admin.status import Readiness
 
 
 @dataclass

@@ -16,7 +16,7 @@ import pytest
 import typer
 
 from imdsproxy.admin import tokens
-from imdsproxy.admin.reports import AuditReport, SourceReport, UnixListenerReport
+from imdsproxy.admin.status import AuditReport, SourceReport, UnixListenerReport
 from imdsproxy.cli import admin_client
 from imdsproxy.cli.main import EXAMPLES, build_program, iterate_commands, main
 from imdsproxy.core.endpoints import LeftOutCode

@@ -23,7 +23,7 @@ from __future__ import annotations
 import json
 import re
 import string
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 from http import HTTPStatus
@@ -292,10 +292,5 @@ def _answered_by(backend: str, server: str, status: int) -> AnsweredBy:
         return AnsweredBy.CACHE
     if backend.startswith(AnsweredBy.NOVA):
         return AnsweredBy.NOVA
-    known: Iterable[AnsweredBy] = (
-        AnsweredBy.DOCUMENTS,
-        AnsweredBy.RESOLVER,
-        AnsweredBy.CONFLICT,
-    )
     name = backend.removesuffix(SAMPLED).removesuffix(CHECKED)
-    return next((one for one in known if name == one.value), AnsweredBy.HAPROXY)
+    return next((one for one in AnsweredBy if name == one.value), AnsweredBy.HAPROXY)
