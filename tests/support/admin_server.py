@@ -122,10 +122,8 @@ class Listeners:
         return self.now
 
 
-class _NoNeighbours:
-    async def neighbour(self, network: Network, address: IpAddress) -> MacAddress | None:
-        del network, address
-        return None
+async def _no_neighbour(_network: Network, _address: IpAddress) -> MacAddress | None:
+    return None
 
 
 @dataclass
@@ -333,7 +331,7 @@ async def _served(directory: Path) -> Any:  # noqa: ANN401 - an asynchronous gen
     store = SqliteSource(layout.state / "store.sqlite", now=clock.now().timestamp)
     listeners, documents = Listeners(inventory), Documents()
     loop_of_listeners = cast("ListenerLoop", listeners)  # the part that services use
-    lookup = Lookup(inventory, records, _NoNeighbours(), clock, lambda: 60.0, mac_filters)
+    lookup = Lookup(inventory, records, _no_neighbour, clock, lambda: 60.0, mac_filters)
     explainer = Explainer(
         inventory, records, loop_of_listeners, haproxy, lookup, documents_needed=True
     )

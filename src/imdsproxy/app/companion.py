@@ -42,7 +42,7 @@ class CompanionLauncher(Protocol):
 
     async def wait(self, pid: int) -> None:
         """Return when this one has ended."""
-        ...
+        await wait_gone(pid)
 
     async def stop(self) -> None:
         """Have it ended, for good."""
@@ -142,7 +142,7 @@ class Companion:
 
 
 @dataclass(slots=True)
-class SpawnCompanion:
+class SpawnCompanion(CompanionLauncher):
     """A process of its own session, writing to its own log file."""
 
     arguments: Sequence[str]
@@ -193,7 +193,7 @@ class SpawnCompanion:
 
 
 @dataclass(slots=True)
-class UnitCompanion:
+class UnitCompanion(CompanionLauncher):
     """A systemd unit."""
 
     unit: str
@@ -204,10 +204,6 @@ class UnitCompanion:
         # never started has nothing to forget, and systemd refuses.
         await self._systemctl("reset-failed")
         await self._expect("start")
-
-    async def wait(self, pid: int) -> None:
-        """See `CompanionLauncher.wait`."""
-        await wait_gone(pid)
 
     async def stop(self) -> None:
         """See `CompanionLauncher.stop`."""

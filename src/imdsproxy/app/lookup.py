@@ -7,9 +7,9 @@ The owner that is found is put in force, and the answer goes to the MAC that it 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field, replace
-from typing import Final, Protocol, assert_never
+from typing import Final, TypeAlias, assert_never
 
 import structlog
 
@@ -65,12 +65,8 @@ _LOOKS: Final = 3
 """So often an address may change hands while it is looked up."""
 
 
-class Neighbours(Protocol):
-    """The neighbour tables of all listeners."""
-
-    async def neighbour(self, network: Network, address: IpAddress) -> MacAddress | None:
-        """The MAC that the kernel has for an address behind a network's listener, if it has one."""
-        ...
+ReadNeighbour: TypeAlias = Callable[[Network, IpAddress], Awaitable[MacAddress | None]]
+"""The MAC that the kernel has for an address behind a network's listener, if it has one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +95,7 @@ class Lookup:
 
     inventory: Inventory
     records: RecordLoop
-    neighbours: Neighbours
+    read_neighbour: ReadNeighbour
     clock: Clock
     learned_ttl_s: Callable[[], float]
     mac_filters: MacFilters
@@ -312,7 +308,7 @@ class Lookup:
         if network is None:
             return None
         try:
-            return await self.neighbours.neighbour(network, key[1])
+            return await self.read_neighbour(network, key[1])
         except DataplaneError as error:
             structlog.get_logger().warning(
                 "neighbour table not read", network=key[0], code=error.code, error=error.message

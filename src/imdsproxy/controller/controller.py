@@ -168,7 +168,7 @@ class Controller:
         self.lookup = Lookup(
             inventory,
             self.records,
-            host,
+            host.neighbour,
             clock,
             lambda: holder.settings.resolver.learned_ttl_s,
             self.mac_filters,

@@ -149,7 +149,7 @@ class SystemHost:
         await self._diverter.apply(script, empty=not diversions)
 
     async def neighbour(self, network: Network, address: IpAddress) -> MacAddress | None:
-        """See `Neighbours.neighbour`."""
+        """The MAC that the kernel has for an address behind a network's listener, if it has one."""
         place = place_of(network, self.naming)
         if place.namespace is None:
             return await self.thread.run(lambda: _ask(address, place.device))

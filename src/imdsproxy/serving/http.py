@@ -148,7 +148,7 @@ async def send_answer(answer: Answer, send: Send) -> None:
     await send({"type": "http.response.body", "body": b""})
 
 
-class _WholeAnswers(asyncio.Transport):
+class _WholeAnswers:
     """A transport that sends an answer's head and body together.
 
     uvicorn writes them apart. A worker killed in between would leave a begun answer, which HAProxy can neither
@@ -156,7 +156,6 @@ class _WholeAnswers(asyncio.Transport):
     """
 
     def __init__(self, transport: asyncio.Transport) -> None:
-        super().__init__()
         self._transport = transport
         self._parts: list[bytes] = []
         self._length = 0
@@ -181,21 +180,8 @@ class _WholeAnswers(asyncio.Transport):
         self.flush()
         self._transport.close()
 
-    def is_closing(self) -> bool:
-        """Whether it is closed or about to be."""
-        return self._transport.is_closing()
-
-    def pause_reading(self) -> None:
-        """Take no more from the client."""
-        self._transport.pause_reading()
-
-    def resume_reading(self) -> None:
-        """Take more from the client."""
-        self._transport.resume_reading()
-
-    def get_extra_info(self, name: str, default: object = None) -> object:
-        """What the socket's transport says."""
-        return self._transport.get_extra_info(name, default)
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._transport, name)
 
 
 class _Protocol(HttpToolsProtocol):
@@ -205,7 +191,7 @@ class _Protocol(HttpToolsProtocol):
             # again and again: a third of a request's time. HAProxy sends at most 16 KiB at once.
             transport.max_size = _READ_SIZE
         self._whole = _WholeAnswers(transport)
-        super().connection_made(self._whole)
+        super().connection_made(cast("asyncio.Transport", self._whole))
 
     def on_headers_complete(self) -> None:
         super().on_headers_complete()

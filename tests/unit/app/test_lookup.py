@@ -133,7 +133,7 @@ class Rig:
         self.lookup = Lookup(
             self.inventory,
             self.records,  # type: ignore[arg-type]  # the part that is used
-            self.neighbours,
+            self.neighbours.neighbour,
             self.clock,
             lambda: 30.0,
             self.pairs,

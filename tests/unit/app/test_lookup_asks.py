@@ -123,7 +123,7 @@ class Rig:
         self.lookup = Lookup(
             self.inventory,
             self.records,  # type: ignore[arg-type]  # the part that is used
-            self.neighbours,
+            self.neighbours.neighbour,
             _Clock(),
             lambda: 30.0,
             no_mac_filters(self.inventory),
