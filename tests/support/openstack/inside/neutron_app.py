@@ -7,5 +7,8 @@ nothing, though they answer 200 to lists.
 from __future__ import annotations
 
 from neutron import policy
+from neutron.wsgi.api import application
+
+__all__ = ["application"]
 
 policy.init()
