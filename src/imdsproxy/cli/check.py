@@ -1,9 +1,9 @@
-"""`imdsproxy check`: everything that is wrong before it runs, at once."""
+"""`imdsproxy check|doctor`: all that is wrong before it runs, and for which clients answers would be wrong."""
 
 from __future__ import annotations
 
 import signal
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, TypeAlias
 
 import typer
 
@@ -14,10 +14,28 @@ if TYPE_CHECKING:
     from imdsproxy.cli.checks import Finding
 
 
+Url: TypeAlias = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="[URL]",
+        help="A server, as http://169.254.169.254 inside a guest, or Nova's.",
+        show_default=False,
+    ),
+]
+Headers: TypeAlias = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--header",
+        "-H",
+        metavar="NAME: VALUE",
+        help="With URL: sent with every question, as Nova needs them; may be repeated.",
+        show_default=False,
+    ),
+]
+
+
 @options.command
-def check(
-    run: options.Invocation,
-) -> None:
+def check(run: options.Invocation) -> None:
     """Settings, HAProxy, privileges, namespaces, directories, ports, records, tokens, Nova: all problems at once.
 
     The exit status is that of the first problem; a warning is none.
@@ -53,3 +71,23 @@ def _status(finding: Finding) -> str:
     if not finding.ok:
         return "[red]wrong[/]"
     return "[yellow]warning[/]" if finding.warning else "[green]ok[/]"
+
+
+@options.command
+def doctor(
+    run: options.Invocation,
+    url: Url = None,
+    *,
+    network: options.MaybeNetwork = None,
+    address: options.MaybeAddress = None,
+    header: Headers = None,
+) -> None:
+    """Ask as the known clients do, and report which would fail, why, and what to change; exit 1 on errors.
+
+    With --network and --from the daemon computes what it would answer that guest. With URL a server is asked.
+    """
+    from imdsproxy.cli import doctor_run  # noqa: PLC0415 - `--help` need not load it
+
+    subject = doctor_run.find_subject(run, url, network, address, header or [])
+    if doctor_run.has_errors(run, subject):
+        raise typer.Exit(options.NO)

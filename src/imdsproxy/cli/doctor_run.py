@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import http.client
 import os
 import re
@@ -16,7 +15,7 @@ from urllib.parse import quote, unquote, urlsplit
 
 from imdsproxy.cli.admin_client import AdminClient
 from imdsproxy.cli.options import Invocation
-from imdsproxy.cli.output import clean
+from imdsproxy.cli.output import clean, read_bytes_shape
 from imdsproxy.core.doctor import (
     Answer,
     Answered,
@@ -249,11 +248,8 @@ class DaemonFetch:
         """One question."""
         query = {"network": self.network, "address": self.address, "path": ask.path}
         document = self.daemon.get("/v1/documents", query)
-        headers = document["headers"]
-        body = document["body"]
-        raw = base64.b64decode(body["base64"]) if "base64" in body else body["text"].encode()
-        named = tuple((name.lower(), value) for name, value in headers)
-        return Answer(document["status"], named, raw)
+        headers = tuple((name.lower(), value) for name, value in document["headers"])
+        return Answer(document["status"], headers, read_bytes_shape(document["body"]))
 
 
 def parse_url(url: str, headers: Sequence[str] = ()) -> HttpFetch:

@@ -82,6 +82,7 @@ _MODULES: Final[Mapping[str, str]] = {
     **dict.fromkeys(("network", "instance"), "records"),
     **dict.fromkeys(("get", "explain", "watch"), "guests"),
     "completion": "main",
+    "doctor": "check",
 }
 _PANELS: Final[Mapping[str, str]] = {
     **dict.fromkeys(("network", "instance"), "Records"),

@@ -164,20 +164,12 @@ def _meta_data(answer: Answer | None, path: str) -> Iterator[Finding]:
     if missing:
         yield found("meta-data-incomplete", path, missing=" and no ".join(missing))
     seed = document.get("random_seed")
-    if seed is not None and not _is_base64(seed):
+    if seed is not None and (not isinstance(seed, str) or _decoded(seed.encode()) is None):
         yield found("random-seed", path)
     for name, kind, what in (("public_keys", Mapping, "an object"), ("keys", list, "a list")):
         value = document.get(name)
         if value is not None and not isinstance(value, kind):
             yield found("meta-data-member", path, name=name, kind=what)
-
-
-def _is_base64(value: object) -> bool:
-    try:
-        base64.b64decode(str(value), validate=True)
-    except (binascii.Error, ValueError):
-        return False
-    return isinstance(value, str)
 
 
 def check_network_data(crawl: Crawl, around: Surroundings) -> Iterator[Finding]:
