@@ -173,18 +173,6 @@ def test_a_missing_directory_is_made_with_its_mode_and_owner_and_one_that_is_the
     assert _may_connect(path, user=_OTHER, group=0)
 
 
-def test_the_umask_is_irrelevant(shared: AgentWorld) -> None:
-    before = os.umask(0o077)
-    try:
-        with open_agents(mode="all", directory_mode="0751") as world:
-            world.wait_serving()
-            assert _access(world.path) == (0o666, 0, 0)
-            assert _access(world.path.parent) == (0o751, 0, 0)
-    finally:
-        os.umask(before)
-    assert shared.socket.serves()
-
-
 # Who is there
 
 

@@ -289,29 +289,7 @@ def test_who_takes_it_back_each_time_keeps_it_for_a_while(world: AgentWorld) -> 
     world.lab.delete_namespace("beside")
 
 
-def test_who_took_it_back_each_time_and_ends_is_replaced_at_once(world: AgentWorld) -> None:
-    for times in (1, 2, 3):
-        with _agent(world):
-            _taken(world, times)
-    with _agent(world):
-        until(lambda: "took it back each time" in world.problem(), within_s=_WITHIN_S)
-    _taken(world, 3)
-
-
 # Going back
-
-
-def test_once_it_is_off_the_agent_has_its_path_when_it_is_started_again(world: AgentWorld) -> None:
-    with _agent(world):
-        _taken(world, 1)
-        world.take_over(take_over=False)
-        assert world.socket.serves()
-    with _agent(world) as agent:
-        until(lambda: f"(pid {agent.pid}) listens on" in world.problem(), within_s=_WITHIN_S)
-        assert world.socket.ask().body == b"foreign"
-        _reload(world)
-        assert world.socket.ask().body == b"foreign"
-        assert world.report()["taken_over"] == 1
 
 
 @pytest.mark.parametrize("way", ["enabled: false", "stop --data-plane"])

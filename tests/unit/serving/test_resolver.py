@@ -60,12 +60,24 @@ async def test_a_known_address_is_answered_at_once() -> None:
     assert resolver.counts.held == 0
 
 
-async def test_a_contested_address_is_never_a_guess() -> None:
+@pytest.mark.parametrize("hold_s", [0, 0.01])
+@pytest.mark.parametrize("denial", [Denial.UNKNOWN, Denial.UNAVAILABLE, Denial.CONFLICT])
+async def test_only_what_may_still_come_is_held_and_looked_up_again(
+    denial: Denial, hold_s: float
+) -> None:
     world = World()
-    world.found[_key()] = Denial.CONFLICT
-    outcome = await _resolver(world).resolve(_key())
-    assert isinstance(outcome, Denial)
-    assert outcome.status == 503
+    world.otherwise = denial
+    resolver, held = _resolver(world, hold_s), bool(hold_s) and denial is not Denial.CONFLICT
+    assert await resolver.resolve(_key()) == denial
+    assert (resolver.counts.held, world.looks) == (int(held), 1 + held)
+    world.clock += 1
+    await resolver.resolve(_key())
+    # Of a source that is not in sync each request waits; else an address waits once a minute.
+    again = held and denial is Denial.UNAVAILABLE
+    assert resolver.counts.held == held + again
+    world.clock += 61
+    await resolver.resolve(_key())
+    assert resolver.counts.held == held + again + held
 
 
 async def test_a_request_waits_for_its_record_and_gets_it() -> None:
@@ -98,27 +110,6 @@ async def test_a_wake_for_nothing_keeps_the_request_waiting() -> None:
     assert isinstance(await request, Denial)
 
 
-@pytest.mark.parametrize(("in_sync", "status"), [(True, 404), (False, 503)])
-async def test_what_stays_unknown_is_404_only_when_the_sources_have_told_everything(
-    in_sync: bool,  # noqa: FBT001 - a parameter of the test
-    status: int,
-) -> None:
-    world = World()
-    world.otherwise = Denial.UNKNOWN if in_sync else Denial.UNAVAILABLE
-    outcome = await _resolver(world, hold_s=0.01).resolve(_key())
-    assert isinstance(outcome, Denial)
-    assert outcome.status == status
-
-
-async def test_without_a_hold_nobody_waits() -> None:
-    world = World()
-    resolver = _resolver(world, hold_s=0)
-    outcome = await resolver.resolve(_key())
-    assert isinstance(outcome, Denial)
-    assert resolver.counts.held == 0
-    assert world.looks == 1
-
-
 async def test_one_network_s_share_is_bounded_and_leaves_the_others_theirs() -> None:
     world = World()
     resolver = _resolver(world, per_network=3)
@@ -129,23 +120,13 @@ async def test_one_network_s_share_is_bounded_and_leaves_the_others_theirs() -> 
     assert resolver.counts.denied[Denial.OVER_LIMIT] == 1
     other = asyncio.create_task(resolver.resolve(_key("blue")))
     await _held(resolver, 4)
+    # All networks together are bounded too.
+    resolver.limits = lambda: ResolverSettings(max_held_per_network=4, max_held=4)
+    assert await resolver.resolve(_key("green")) == Denial.OVER_LIMIT
     for request in (*waiting, other):
         request.cancel()
     await asyncio.gather(*waiting, other, return_exceptions=True)
     assert resolver.held == 0
-
-
-async def test_all_networks_together_are_bounded_too() -> None:
-    world = World()
-    resolver = _resolver(world, per_network=2, in_all=2)
-    waiting = [asyncio.create_task(resolver.resolve(_key(f"n{n}"))) for n in range(2)]
-    await _held(resolver, 2)
-    outcome = await resolver.resolve(_key("n9"))
-    assert isinstance(outcome, Denial)
-    assert outcome.status == 503
-    for request in waiting:
-        request.cancel()
-    await asyncio.gather(*waiting, return_exceptions=True)
 
 
 async def test_a_guest_that_leaves_frees_its_place() -> None:
@@ -216,28 +197,6 @@ async def test_an_address_that_a_source_has_reported_waits_again_when_it_is_gone
     world.found[_key()] = _WEB
     resolver.wake([_key()])
     assert await request == _WEB
-
-
-async def test_an_address_that_was_quiet_for_a_minute_may_be_a_new_guest_s_and_waits_again() -> (
-    None
-):
-    world = World()
-    resolver = _resolver(world, hold_s=0.01)
-    await resolver.resolve(_key())
-    world.clock += 61
-    await resolver.resolve(_key())
-    assert resolver.counts.held == 2
-
-
-async def test_while_a_source_is_not_in_sync_each_request_waits() -> None:
-    world = World()
-    resolver = _resolver(world, hold_s=0.01)
-    await resolver.resolve(_key())
-    world.clock += 1
-    world.otherwise = Denial.UNAVAILABLE
-    for _ in range(2):
-        await resolver.resolve(_key())
-    assert resolver.counts.held == 3
 
 
 async def test_who_found_no_place_to_wait_has_not_waited() -> None:

@@ -10,6 +10,8 @@ import pytest
 
 from imdsproxy.errors import HostRefused
 from imdsproxy.serving.pidfile import PidFile, read_pids, stop_documents
+from imdsproxy.serving.server import accept_handover
+from imdsproxy.serving.supervisor import restart_delay
 
 
 @pytest.fixture
@@ -104,3 +106,19 @@ def test_a_process_that_cannot_be_ended_is_named(
         stop_documents(path, timeout_s=5, monotonic=lambda: next(ticks), sleep=lambda _s: None)
     file.release()
     monkeypatch.undo()
+
+
+@pytest.mark.parametrize("text", [None, "", "{", "[]", '{"pid": 1}'])
+def test_what_was_not_left_for_this_process_is_nothing(tmp_path: Path, text: str | None) -> None:
+    file = tmp_path / "documents.handover"
+    if text is not None:
+        file.write_text(text)
+    assert accept_handover(file) is None
+
+
+def test_the_first_death_costs_no_time_and_further_ones_ever_more_up_to_a_bound() -> None:
+    assert restart_delay(0) == restart_delay(1) == 0
+    delays = [restart_delay(failures) for failures in range(2, 12)]
+    assert delays[:4] == [0.1, 0.2, 0.4, 0.8]
+    assert delays == sorted(delays)
+    assert delays[-1] == restart_delay(10_000) == 5.0
