@@ -44,6 +44,9 @@ INSTANCES = st.builds(
 )
 
 
+_DIRECTORIES = {*EC2_VERSIONS, "latest", "openstack", "nocloud", "meta-data", "dynamic"}
+
+
 def listed(asked: Guest, path: str) -> Iterator[str]:
     """The paths below `path` that its listing names, as a client reads it."""
     for line in asked.lines(path):
@@ -57,14 +60,7 @@ def is_directory(asked: Guest, path: str) -> bool:
     parts = [part for part in path.split("/") if part]
     if path.endswith("/") or not parts:
         return True
-    if len(parts) <= 2 and parts[-1] in {
-        *EC2_VERSIONS,
-        "latest",
-        "openstack",
-        "nocloud",
-        "meta-data",
-        "dynamic",
-    }:
+    if len(parts) <= 2 and parts[-1] in _DIRECTORIES:
         return parts[0] != "nocloud" or len(parts) == 1
     return len(parts) > 1 and parts[-2] == "public-keys" and "openssh-key" in asked.text(path)
 
@@ -89,47 +85,36 @@ def roots(instance: Instance) -> list[str]:
     return found
 
 
+_ONE_LINE = {
+    *("instance-id", "ami-id", "mac", "local-ipv4", "reservation-id", "openssh-key", "local-ipv4s"),
+}
+
+
 @settings(max_examples=150, deadline=None)
 @given(INSTANCES)
-def test_whatever_is_listed_is_served(instance: Instance) -> None:
+def test_what_is_listed_is_served_and_what_is_off_is_not_listed(instance: Instance) -> None:
     asked = Guest(instance)
     for root in roots(instance):
-        assert len(list(walk(asked, root))) > 1 or root == "/openstack"
+        paths = list(walk(asked, root))
+        assert len(paths) > 1 or root == "/openstack"
+        for path in paths:
+            directory = is_directory(asked, path)
+            if directory or path.rsplit("/", 1)[-1] in _ONE_LINE:
+                assert not asked.text(path).endswith("\n"), path
+            if directory:
+                assert all(asked.lines(path)), path
+                assert len(set(asked.lines(path))) == len(asked.lines(path))
+    listed_at_root = set(asked.lines("/") if instance.dialects else ())
     if instance.dialects:
         list(walk(asked, "/"))
-
-
-@settings(max_examples=60, deadline=None)
-@given(INSTANCES)
-def test_listings_have_no_empty_names_and_no_newline_at_the_end(instance: Instance) -> None:
-    asked = Guest(instance)
-    for root in roots(instance):
-        for path in walk(asked, root):
-            if not is_directory(asked, path):
-                continue
-            text = asked.text(path)
-            assert not text.endswith("\n")
-            assert all(asked.lines(path)), path
-            assert len(set(asked.lines(path))) == len(asked.lines(path))
-
-
-@settings(max_examples=60, deadline=None)
-@given(INSTANCES)
-def test_no_value_of_ours_ends_in_a_newline(instance: Instance) -> None:
-    asked = Guest(instance)
-    own = {
-        "instance-id",
-        "ami-id",
-        "mac",
-        "local-ipv4",
-        "reservation-id",
-        "openssh-key",
-        "local-ipv4s",
-    }
-    for root in roots(instance):
-        for path in walk(asked, root):
-            if path.rsplit("/", 1)[-1] in own:
-                assert not asked.text(path).endswith("\n")
+    for dialect, path, names in (
+        (Dialect.EC2, "/latest", {*EC2_VERSIONS, "latest"}),
+        (Dialect.OPENSTACK, "/openstack", {"openstack/"}),
+        (Dialect.NOCLOUD, "/nocloud", {"nocloud/"}),
+    ):
+        if dialect not in instance.dialects:
+            assert asked.status(path) == 404
+            assert not names & listed_at_root
 
 
 @settings(max_examples=60, deadline=None)
@@ -139,48 +124,33 @@ def test_slashes_never_change_an_answer(instance: Instance, data: st.DataObject)
     paths = [path for root in roots(instance) for path in walk(asked, root)] or ["/", "/latest"]
     path = data.draw(st.sampled_from(paths))
     plain = asked.ask(path)
-    for other in (
-        f"{path}/",
-        path.rstrip("/"),
-        path.replace("/", "//"),
-        f"{path}//",
-        f"/.{path}/.",
-    ):
-        if other:
-            assert asked.ask(other) == plain
+    others = (f"{path}/", path.rstrip("/"), path.replace("/", "//"), f"{path}//", f"/.{path}/.")
+    for other in filter(None, others):
+        assert asked.ask(other) == plain
+
+
+_PARTS = [
+    b"..",
+    b".",
+    b"%2e%2e",
+    b"",
+    b"user-data",
+    b"meta-data",
+    b"latest",
+    b"openstack",
+    b"nocloud",
+]
+_OFF = {b"latest": Dialect.EC2, b"openstack": Dialect.OPENSTACK, b"nocloud": Dialect.NOCLOUD}
 
 
 @settings(max_examples=300, deadline=None)
-@given(
-    INSTANCES,
-    st.lists(
-        st.sampled_from(
-            [
-                b"..",
-                b".",
-                b"latest",
-                b"openstack",
-                b"nocloud",
-                b"meta-data",
-                b"%2e%2e",
-                b"",
-                b"user-data",
-            ]
-        ),
-        max_size=7,
-    ),
-)
+@given(INSTANCES, st.lists(st.sampled_from(_PARTS), max_size=7))
 def test_dots_reach_nothing_but_their_own_tree(instance: Instance, parts: list[bytes]) -> None:
     asked = Guest(instance)
     response = asked.ask(b"/" + b"/".join(parts))
     assert response.status in {200, 404}
     first = next((part for part in parts if part not in {b"", b"."}), b"")
-    off = {
-        b"latest": Dialect.EC2,
-        b"openstack": Dialect.OPENSTACK,
-        b"nocloud": Dialect.NOCLOUD,
-    }
-    if first in off and off[first] not in instance.dialects:
+    if first in _OFF and _OFF[first] not in instance.dialects:
         assert response.status == 404
 
 
@@ -199,18 +169,3 @@ def test_any_request_gets_an_answer_that_is_no_redirect(
     if response.status != 200:
         assert response.body == b""
         assert not response.cacheable
-
-
-@settings(max_examples=60, deadline=None)
-@given(INSTANCES)
-def test_an_off_dialect_is_unlisted_and_404(instance: Instance) -> None:
-    asked = Guest(instance)
-    root = asked.lines("/") if instance.dialects else []
-    for dialect, path, names in (
-        (Dialect.EC2, "/latest", {*EC2_VERSIONS, "latest"}),
-        (Dialect.OPENSTACK, "/openstack", {"openstack/"}),
-        (Dialect.NOCLOUD, "/nocloud", {"nocloud/"}),
-    ):
-        if dialect not in instance.dialects:
-            assert asked.status(path) == 404
-            assert not names & set(root)

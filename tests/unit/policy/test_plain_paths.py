@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from imdsproxy.core.path_rules import (
     PathRules,
     PathWord,
-    covers,
     find_path_fault,
     find_rule,
     fold_paths,
@@ -31,23 +30,14 @@ def _plain(target: str) -> str:
     return plain_path(undone).decode()
 
 
-@pytest.mark.parametrize(
-    "path",
-    [
-        "/",
-        "/latest",
-        "/latest/user-data",
-        "/latest/meta-data/network/interfaces/macs/02:00:00:00:00:01",
-        "/latest/meta-data/tags/instance/a+b=c,d@e",
-        "/latest/api",
-        "/openstack",
-        "/openstack/latest/vendor_data2.json",
-        "/openstack/content",
-        "/openstack/content/0000",
-        "/nocloud",
-        "/nocloud/user-data",
-    ],
-)
+_PLAIN = """
+    / /latest /latest/user-data /latest/meta-data/network/interfaces/macs/02:00:00:00:00:01
+    /latest/meta-data/tags/instance/a+b=c,d@e /latest/api /openstack /openstack/latest/vendor_data2.json
+    /openstack/content /openstack/content/0000 /nocloud /nocloud/user-data
+"""
+
+
+@pytest.mark.parametrize("path", _PLAIN.split())
 def test_a_plain_path_can_have_a_rule(path: str) -> None:
     assert find_path_fault(path) is None
 
@@ -134,49 +124,6 @@ def test_a_broken_escape_is_no_path() -> None:
 def test_a_path_that_can_have_a_rule_is_its_own_plain_spelling(path: str) -> None:
     assert find_path_fault(path) is None
     assert _plain(path) == path
-
-
-@pytest.mark.parametrize(
-    ("rule", "path", "covered"),
-    [
-        ("/", "/latest", True),
-        ("/", "", True),
-        ("/latest", "/latest", True),
-        ("/latest", "/latest/", True),
-        ("/latest", "/latest/user-data", True),
-        ("/latest/user", "/latest/user-data", False),
-        ("/latest/user-data", "/latest", False),
-    ],
-)
-def test_a_rule_is_about_its_path_and_what_is_beneath_it(
-    rule: str, path: str, *, covered: bool
-) -> None:
-    assert covers(rule, path) is covered
-
-
-def test_the_longest_path_of_a_scope_decides() -> None:
-    rules = sort_paths(
-        {
-            "/": PathWord.DENY,
-            "/latest/meta-data": PathWord.ALLOW,
-            "/latest/meta-data/tags": PathWord.DENY,
-        }.items()
-    )
-    assert find_rule(rules, "/latest/meta-data/tags/instance") == (
-        "/latest/meta-data/tags",
-        PathWord.DENY,
-    )
-    assert find_rule(rules, "/latest/meta-data/hostname") == ("/latest/meta-data", PathWord.ALLOW)
-    assert find_rule(rules, "/latest") == ("/", PathWord.DENY)
-    assert find_rule(rules[1:], "/latest") is None
-
-
-def test_what_a_scope_says_takes_away_what_wider_ones_said_of_it_and_beneath_it() -> None:
-    wide = sort_paths(
-        {"/": PathWord.DENY, "/latest": PathWord.ALLOW, "/latest/user-data": PathWord.DENY}.items()
-    )
-    folded = fold_paths([("host", wide), ("project", (("/latest", PathWord.REQUIRED),))])
-    assert folded == {"/": (PathWord.DENY, "host"), "/latest": (PathWord.REQUIRED, "project")}
 
 
 @settings(deadline=None)

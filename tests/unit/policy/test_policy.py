@@ -7,7 +7,6 @@ import pytest
 from imdsproxy.core.path_rules import PathRules, PathWord, set_id
 from imdsproxy.core.policy import (
     DEFAULT,
-    NO_RULES,
     OperatorOverride,
     Policy,
     PolicyBook,
@@ -15,7 +14,6 @@ from imdsproxy.core.policy import (
     PolicyRules,
     PolicyScope,
     TokenMode,
-    fold_policy,
     render_policy_word,
     rule_set_of,
 )
@@ -24,28 +22,6 @@ _REQUIRED = PolicyRules(tokens=TokenMode.REQUIRED)
 _OFF = PolicyRules(tokens=TokenMode.OFF)
 _PLACE = PolicyPlace("red", "acme", "web")
 _BORN = 1_795_000_000
-
-
-def test_where_nothing_is_said_the_default_is_in_force() -> None:
-    folded = fold_policy([(PolicyScope.HOST, NO_RULES)])
-    assert folded.policy == DEFAULT
-    assert folded.origins == ()
-
-
-def test_the_most_specific_word_on_each_rule_wins_and_it_is_known_whose_it_was() -> None:
-    folded = fold_policy(
-        [
-            (PolicyScope.HOST, PolicyRules(tokens=TokenMode.REQUIRED, hop_limit=1)),
-            (PolicyScope.PROJECT, PolicyRules(endpoint=False)),
-            (PolicyScope.INSTANCE, PolicyRules(tokens=TokenMode.OFF)),
-        ]
-    )
-    assert folded.policy == Policy(endpoint=False, tokens=TokenMode.OFF, hop_limit=1)
-    assert folded.origins == (
-        ("endpoint", PolicyScope.PROJECT),
-        ("hop_limit", PolicyScope.HOST),
-        ("tokens", PolicyScope.INSTANCE),
-    )
 
 
 @pytest.mark.parametrize(
@@ -72,76 +48,56 @@ def test_settings_have_the_last_word_over_a_record_of_the_same_scope() -> None:
     assert book.fold(place).policy.tokens is TokenMode.REQUIRED
 
 
-def test_the_default_needs_no_word() -> None:
-    assert render_policy_word(DEFAULT, OperatorOverride(), _BORN) == ""
-    # A boot that ends later is no difference while nothing depends on its end.
-    assert PolicyBook().word(_PLACE, None) == ("", ())
-
-
-@pytest.mark.parametrize(
-    ("policy", "word"),
-    [
-        (Policy(endpoint=False), "+0tooo---::1795000900:64"),
-        (Policy(tokens=TokenMode.REQUIRED), "+1troo---::1795000900:64"),
-        (Policy(openstack_tokens=TokenMode.REQUIRED), "+1toro--b::1795000900:64"),
-        (Policy(nocloud_tokens=TokenMode.REQUIRED), "+1toor--b::1795000900:64"),
-        (Policy(refuse_forwarded=True), "+1tooog--::1795000900:64"),
-        (Policy(seal_user_data=True, boot_grace_s=60), "+1tooo-sb::1795000060:64"),
-        (Policy(hop_limit=1), "+1tooo---::1795000900:1"),
-        (Policy(requests_per_s=20), "+1tooo---::1795000900:64:20::"),
-        (Policy(burst=300), "+1tooo---::1795000900:64::300:"),
-        (Policy(connections=8), "+1tooo---::1795000900:64:::8"),
-        (Policy(requests_per_s=20, burst=300, connections=8), "+1tooo---::1795000900:64:20:300:8"),
-    ],
-)
-def test_each_rule_has_its_place_in_the_word(policy: Policy, word: str) -> None:
-    assert render_policy_word(policy, OperatorOverride(), _BORN) == word
-
-
-def test_without_tokens_for_ec2_there_is_a_token_route_only_where_another_tree_requires_them() -> (
-    None
-):
-    off = TokenMode.OFF
-    for others in (off, TokenMode.OPTIONAL):
-        word = render_policy_word(Policy(True, off, others, others), OperatorOverride(), None)
-        assert word.startswith("+1-ooo")
-    word = render_policy_word(Policy(True, off, TokenMode.REQUIRED, off), OperatorOverride(), None)
-    assert word.startswith("+1toro")
-
-
-def test_revoked_tokens_are_of_another_epoch_whatever_the_policy() -> None:
-    assert (
-        render_policy_word(DEFAULT, OperatorOverride(epoch=3), _BORN) == "+1tooo---:3:1795000900:64"
-    )
-
-
-def test_who_is_not_known_to_be_new_has_booted() -> None:
-    assert "::0:" in render_policy_word(Policy(seal_user_data=True), OperatorOverride(), None)
-
-
-def test_an_operator_opens_a_boot_again() -> None:
-    guard = OperatorOverride(reopened_at=_BORN + 5000)
-    word = render_policy_word(Policy(seal_user_data=True), guard, _BORN)
-    assert f":{_BORN + 5900}:" in word
-    assert f":{_BORN + 5900}:" in render_policy_word(Policy(seal_user_data=True), guard, None)
-
-
 _DENIED: PathRules = (("/latest/user-data", PathWord.DENY),)
+_SET = set_id(_DENIED)
+_NO_TOKENS = Policy(
+    tokens=TokenMode.OFF, openstack_tokens=TokenMode.OFF, nocloud_tokens=TokenMode.OFF
+)
+_SEALED = Policy(seal_user_data=True)
+_REOPENED = OperatorOverride(reopened_at=_BORN + 5000)
 
 
 @pytest.mark.parametrize(
-    ("policy", "word"),
+    ("policy", "override", "created_at", "word"),
     [
-        (Policy(), "+1tooo---p::1795000900:64::::"),
-        (Policy(tokens=TokenMode.OFF), "+1-ooo---p::1795000900:64::::"),
-        (Policy(burst=300, seal_user_data=True), "+1tooo-sbp::1795000900:64::300::"),
+        # A boot that ends later is no difference while nothing depends on its end.
+        (DEFAULT, OperatorOverride(), _BORN, ""),
+        *(
+            (policy, OperatorOverride(), _BORN, word)
+            for policy, word in (
+                (Policy(endpoint=False), "+0tooo---::1795000900:64"),
+                (Policy(tokens=TokenMode.REQUIRED), "+1troo---::1795000900:64"),
+                (Policy(openstack_tokens=TokenMode.REQUIRED), "+1toro--b::1795000900:64"),
+                (Policy(nocloud_tokens=TokenMode.REQUIRED), "+1toor--b::1795000900:64"),
+                (Policy(refuse_forwarded=True), "+1tooog--::1795000900:64"),
+                (Policy(seal_user_data=True, boot_grace_s=60), "+1tooo-sb::1795000060:64"),
+                (Policy(hop_limit=1), "+1tooo---::1795000900:1"),
+                (Policy(requests_per_s=20), "+1tooo---::1795000900:64:20::"),
+                (Policy(burst=300), "+1tooo---::1795000900:64::300:"),
+                (Policy(connections=8), "+1tooo---::1795000900:64:::8"),
+                (Policy(paths=_DENIED), f"+1tooo---p::1795000900:64::::{_SET}"),
+                (replace(_NO_TOKENS, paths=_DENIED), f"+1-ooo---p::1795000900:64::::{_SET}"),
+                (Policy(burst=3, paths=_DENIED), f"+1tooo---p::1795000900:64::3::{_SET}"),
+                # There is a token route where a tree takes tokens.
+                (_NO_TOKENS, "+1-ooo---::1795000900:64"),
+                (Policy(tokens=TokenMode.OFF), "+1-ooo---::1795000900:64"),
+                (replace(_NO_TOKENS, openstack_tokens=TokenMode.REQUIRED), "+1toro--b::1795000900:64"),
+            )
+        ),
+        # Revoked tokens are of another epoch, whatever the policy.
+        (DEFAULT, OperatorOverride(epoch=3), _BORN, "+1tooo---:3:1795000900:64"),
+        # Without a creation time the boot is over; an operator opens it again.
+        (_SEALED, OperatorOverride(), None, "+1tooo-sb::0:64"),
+        (_SEALED, _REOPENED, _BORN, f"+1tooo-sb::{_BORN + 5900}:64"),
+        (_SEALED, _REOPENED, None, f"+1tooo-sb::{_BORN + 5900}:64"),
     ],
-)
-def test_what_is_said_of_paths_is_a_set_that_the_word_names(policy: Policy, word: str) -> None:
-    said = render_policy_word(replace(policy, paths=_DENIED), OperatorOverride(), _BORN)
-    assert said == f"{word}{set_id(_DENIED)}"
-    assert rule_set_of(said) == set_id(_DENIED)
-    assert rule_set_of(f"{said}|web|r1") == set_id(_DENIED)
+)  # fmt: skip
+def test_each_rule_has_its_place_in_the_word(
+    policy: Policy, override: OperatorOverride, created_at: int | None, word: str
+) -> None:
+    assert render_policy_word(policy, override, created_at) == word
+    for value in (word, f"{word}|web|r1"):
+        assert rule_set_of(value) == (_SET if policy.paths else None)
 
 
 @pytest.mark.parametrize(
