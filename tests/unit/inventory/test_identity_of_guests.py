@@ -11,6 +11,7 @@ from imdsproxy.core.identity import (
     Ambiguous,
     Found,
     How,
+    Identity,
     Learned,
     Mismatch,
     Unknown,
@@ -37,69 +38,44 @@ def inventory() -> Inventory:
     return made
 
 
+_BY = Found(A, A.ports[0], How.NEIGHBOUR)
+_UNKNOWN = Unknown(UnknownReason.ADDRESS)
+_RANDOM = "fe80::1234:5678:9abc:def0"
+
+
 @pytest.mark.parametrize(
-    ("address", "number", "how"),
+    ("address", "mac", "wanted"),
     [
-        ("10.0.0.5", 0, How.ADDRESS),
-        ("::ffff:10.0.0.5", 0, How.ADDRESS),
-        ("10.0.0.9", 1, How.ADDRESS),
-        ("fe80::5054:ff:fe12:3456", 0, How.EUI64),
-        ("fe80::5054:ff:fe12:3456%eth0", 0, How.EUI64),
+        # By each of its addresses, with its port's MAC, or where the MAC is unknown.
+        *(("10.0.0.5", mac, Found(A, A.ports[0], How.ADDRESS)) for mac in (None, MAC)),
+        ("::ffff:10.0.0.5", None, Found(A, A.ports[0], How.ADDRESS)),
+        *(("10.0.0.9", mac, Found(A, A.ports[1], How.ADDRESS)) for mac in (None, OTHER)),
+        *(("fe80::5054:ff:fe12:3456", mac, Found(A, A.ports[0], How.EUI64)) for mac in (None, MAC)),
+        ("fe80::5054:ff:fe12:3456%eth0", None, Found(A, A.ports[0], How.EUI64)),
+        *((one, OTHER, Mismatch(A, expected=MAC)) for one in ("10.0.0.5", "fe80::5054:ff:fe12:3456")),
+        # By the neighbour table, where the port lists no address of the family.
+        (_RANDOM, None, _UNKNOWN),
+        *((one, MAC, _BY) for one in (_RANDOM, "169.254.7.7", "2001:db8::77")),
+        ("10.0.0.77", MAC, Unknown(UnknownReason.OTHER_ADDRESS)),
+        ("fe80::1", OTHER, Unknown(UnknownReason.MAC)),
     ],
+)  # fmt: skip
+def test_a_guest_is_known_by_its_addresses_together_with_its_mac(
+    inventory: Inventory, address: str, mac: MacAddress | None, wanted: Identity
+) -> None:
+    assert identify(inventory, N1, ip_address(address), neighbour_mac=mac) == wanted
+
+
+@pytest.mark.parametrize(
+    ("address", "wanted"),
+    [("10.0.0.77", _UNKNOWN), ("10.0.0.5", Found(A, A.ports[0], How.ADDRESS)), (_RANDOM, _BY)],
 )
-def test_a_guest_is_known_by_each_of_its_addresses(
-    inventory: Inventory, address: str, number: int, how: How
-) -> None:
-    assert identify(inventory, N1, ip_address(address)) == Found(A, A.ports[number], how)
-
-
-def test_a_random_link_local_address_is_known_by_the_neighbour_table(inventory: Inventory) -> None:
-    address = ip_address("fe80::1234:5678:9abc:def0")
-    assert identify(inventory, N1, address) == Unknown(UnknownReason.ADDRESS)
-    found = identify(inventory, N1, address, neighbour_mac=MAC)
-    assert found == Found(A, A.ports[0], How.NEIGHBOUR)
-
-
-def test_an_ipv4_link_local_address_is_known_by_the_neighbour_table(inventory: Inventory) -> None:
-    found = identify(inventory, N1, ip_address("169.254.7.7"), neighbour_mac=MAC)
-    assert isinstance(found, Found)
-
-
-def test_an_address_that_may_be_behind_a_router_is_not_known_by_a_mac(
-    inventory: Inventory,
+def test_where_macs_are_not_checked_only_link_local_addresses_are_known_by_one(
+    inventory: Inventory, address: str, wanted: Identity
 ) -> None:
     inventory.observe(full("file", [network("n1", mac_check=False)], [A]))
-    found = identify(inventory, N1, ip_address("10.0.0.77"), neighbour_mac=MAC)
-    assert found == Unknown(UnknownReason.ADDRESS)
-
-
-def test_where_macs_are_not_checked_an_address_is_believed_whatever_mac_has_it(
-    inventory: Inventory,
-) -> None:
-    inventory.observe(full("file", [network("n1", mac_check=False)], [A]))
-    found = identify(inventory, N1, ip_address("10.0.0.5"), neighbour_mac=OTHER)
-    assert found == Found(A, A.ports[0], How.ADDRESS)
-
-
-@pytest.mark.parametrize("address", ["10.0.0.5", "fe80::5054:ff:fe12:3456"])
-def test_an_address_goes_with_its_port_s_mac_only(inventory: Inventory, address: str) -> None:
-    found = identify(inventory, N1, ip_address(address), neighbour_mac=MAC)
-    assert isinstance(found, Found)
-    found = identify(inventory, N1, ip_address(address), neighbour_mac=OTHER)
-    assert found == Mismatch(A, expected=MAC)
-
-
-def test_an_address_of_a_port_without_a_mac_goes_with_any(inventory: Inventory) -> None:
-    found = identify(inventory, N1, ip_address("10.0.0.9"), neighbour_mac=OTHER)
-    assert found == Found(A, A.ports[1], How.ADDRESS)
-
-
-def test_a_port_that_lists_addresses_of_a_family_has_no_others_of_it(inventory: Inventory) -> None:
-    found = identify(inventory, N1, ip_address("10.0.0.77"), neighbour_mac=MAC)
-    assert found == Unknown(UnknownReason.OTHER_ADDRESS)
-    # Of the other family it lists none.
-    found = identify(inventory, N1, ip_address("2001:db8::77"), neighbour_mac=MAC)
-    assert found == Found(A, A.ports[0], How.NEIGHBOUR)
+    mac = OTHER if isinstance(wanted, Found) and wanted.how is How.ADDRESS else MAC
+    assert identify(inventory, N1, ip_address(address), neighbour_mac=mac) == wanted
 
 
 def test_a_link_local_address_in_a_record_does_not_say_where_its_others_are() -> None:
@@ -125,23 +101,13 @@ def test_what_was_learned_holds_as_long_as_the_record_says_so() -> None:
         assert not holds(made, key, entry)
 
 
-def test_an_unknown_mac_is_nobody(inventory: Inventory) -> None:
-    found = identify(
-        inventory, N1, ip_address("fe80::1"), neighbour_mac=MacAddress("52:54:00:00:00:01")
-    )
-    assert found == Unknown(UnknownReason.MAC)
-
-
-def test_the_same_address_in_another_network_is_nobody(inventory: Inventory) -> None:
-    assert identify(inventory, NetworkId("n2"), ip_address("10.0.0.5")) == Unknown(
-        UnknownReason.ADDRESS
-    )
-
-
-def test_a_network_nobody_told_of_is_unknown(inventory: Inventory) -> None:
-    assert identify(inventory, NetworkId("n9"), ip_address("10.0.0.5")) == Unknown(
-        UnknownReason.NETWORK
-    )
+@pytest.mark.parametrize(
+    ("name", "reason"), [("n2", UnknownReason.ADDRESS), ("n9", UnknownReason.NETWORK)]
+)
+def test_the_same_address_in_another_network_is_unknown(
+    inventory: Inventory, name: str, reason: UnknownReason
+) -> None:
+    assert identify(inventory, NetworkId(name), ip_address("10.0.0.5")) == Unknown(reason)
 
 
 @pytest.mark.parametrize("address", ["10.0.0.5", "fe80::5054:ff:fe12:3456", "fe80::99"])
@@ -169,16 +135,9 @@ def test_the_example_of_rfc_4291_appendix_a() -> None:
     assert link_local_of(MacAddress("34:56:78:9a:bc:de")) == ip_address("fe80::3656:78ff:fe9a:bcde")
 
 
-def test_an_ipv4_address_has_no_mac() -> None:
-    assert mac_of(ip_address("10.0.0.5")) is None
-
-
 @given(ipv4)
 def test_a_mapped_address_is_the_ipv4_one(address: IPv4Address) -> None:
     assert normalise_address(IPv6Address(f"::ffff:{address}")) == address
     assert normalise_address(address) == address
-
-
-def test_an_ordinary_ipv6_address_stays() -> None:
-    address = IPv6Address("2001:db8::5")
-    assert normalise_address(address) is address
+    assert mac_of(address) is None
+    assert normalise_address(IPv6Address("2001:db8::5")) == IPv6Address("2001:db8::5")
