@@ -123,6 +123,8 @@ def test_a_port_of_an_unknown_network_claims_nothing_until_the_network_comes() -
     ("other", "kept"),
     [
         (network("n1", mtu=1500), Network(N1, BridgeListener("br0"))),
+        # One that has MACs checked is enough.
+        (network("n1", mac_check=False), Network(N1, BridgeListener("br0"), mac_check=True)),
         (network("n1", bridge="br1"), None),
     ],
 )
