@@ -107,14 +107,6 @@ def test_an_instance_that_comes_again_has_none_of_its_old_tokens(world: World) -
     assert _status(world.red, _token(world.red)) == 200
 
 
-@pytest.mark.parametrize("command", [("token", "revoke"), ("instance", "reopen")])
-def test_nobody_s_instance_is_refused_with_a_hint(world: World, command: tuple[str, str]) -> None:
-    refused = world.daemon.command(*command, "nobody")
-    assert (refused.status, refused.out) == (66, "")
-    assert "there is no instance nobody" in refused.err
-    assert "imdsproxy instance list" in refused.err
-
-
 def test_a_fresh_key_signs_and_the_two_before_it_are_believed(world: World) -> None:
     pids = world.settled()
     tokens = [_token(world.red)]

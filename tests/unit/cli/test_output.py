@@ -1,3 +1,5 @@
+"""What commands print on a terminal."""
+
 from __future__ import annotations
 
 import os
@@ -8,26 +10,32 @@ import subprocess
 import sys
 import termios
 import time
-from pathlib import Path
+from collections.abc import Mapping
 
 import pytest
 
 from imdsproxy.core.model import InstanceId
 from imdsproxy.core.token_report import GuestWithoutToken, ReaderWithoutToken, TokenReport
-from support.admin_server import admin_server
+from support.cli import Cli
+
+_AT = 1_795_000_000.0
+_LONG = "5f6a1d0e-7d0f-4a53-9d5f-0d4b5c1f7a10"
 
 
-def _on_a_terminal(argv: list[str], environment: dict[str, str], columns: int = 80) -> str:
-    """What a program writes to a terminal."""
+def _on_a_terminal(
+    cli: Cli, command: str, columns: int = 80, environment: Mapping[str, str] | None = None
+) -> list[str]:
+    """The lines that a command writes to a terminal."""
     controller, terminal = pty.openpty()
     termios.tcsetwinsize(terminal, (24, columns))
     kept = {name: os.environ[name] for name in ("PATH",) if name in os.environ}
+    socket = str(cli.server.socket)
     with subprocess.Popen(
-        argv,
+        [sys.executable, "-m", "imdsproxy", "--socket", socket, *command.split()],
         stdin=terminal,
         stdout=terminal,
         stderr=terminal,
-        env={**kept, "TERM": "xterm-256color", **environment},
+        env={**kept, "TERM": "xterm-256color", **(environment or {})},
     ) as process:
         os.close(terminal)
         written = b""
@@ -42,126 +50,84 @@ def _on_a_terminal(argv: list[str], environment: dict[str, str], columns: int = 
             written += chunk
         process.wait(10)
     os.close(controller)
-    return written.decode()
+    return written.decode().splitlines()
 
 
-def _plain(written: str) -> list[str]:
-    return [re.sub(r"\x1b\[[0-9;]*m", "", line) for line in written.splitlines()]
+def _plain(lines: list[str]) -> list[str]:
+    return [re.sub(r"\x1b\[[0-9;]*m", "", line) for line in lines]
 
 
 @pytest.mark.parametrize(
     ("environment", "coloured"), [({}, True), ({"NO_COLOR": "1"}, False), ({"TERM": "dumb"}, False)]
 )
 def test_colour_is_for_terminals_that_want_it(
-    tmp_path: Path, environment: dict[str, str], *, coloured: bool
+    cli: Cli, environment: dict[str, str], *, coloured: bool
 ) -> None:
-    with admin_server(tmp_path) as server:
-        argv = [sys.executable, "-m", "imdsproxy", "--socket", str(server.socket), "status"]
-        written = _on_a_terminal(argv, environment)
-
+    written = "\n".join(_on_a_terminal(cli, "status", environment=environment))
     assert "ready" in written
     assert ("\x1b[3" in written) is coloured
 
 
-def test_tables_fit_a_terminal_and_never_break_an_id(tmp_path: Path) -> None:
-    with admin_server(tmp_path) as server:
-        network = "5f6a1d0e-7d0f-4a53-9d5f-0d4b5c1f7a10"
-        body = {"id": network, "name": "n" * 60, "listener": {"namespace": f"qdhcp-{network}"}}
-        server.client.request("POST", "/v1/networks", body=body)
-        argv = [sys.executable, "-m", "imdsproxy", "--socket", str(server.socket)]
-        written = _on_a_terminal([*argv, "network", "list"], {"NO_COLOR": "1"})
-
-    assert max(len(line) for line in _plain(written)) <= 80
-    assert network in written
-    assert "serving" in written
-
-
-def test_a_posted_password_cannot_steer_a_terminal(tmp_path: Path) -> None:
-    with admin_server(tmp_path) as server:
-        body = {"id": "web", "name": "web"}
-        server.client.request("POST", "/v1/instances", body=body)
-        server.passwords.keep(InstanceId("web"), b"abc\x1b]0;owned\x07")
-        argv = [sys.executable, "-m", "imdsproxy", "--socket", str(server.socket)]
-        shown = _on_a_terminal([*argv, "instance", "password", "web"], {})
-    assert shown.splitlines() == ["abc\\x1b]0;owned\\x07"]
+@pytest.mark.parametrize(("name", "spare"), [("short", True), ("n" * 60, False)])
+def test_tables_fit_a_terminal_without_spare_columns_and_never_break_an_id(
+    cli: Cli, name: str, *, spare: bool
+) -> None:
+    cli("network", "add", _LONG[:13], "--name", name, "--namespace", "qdhcp-blue")
+    lines = _plain(_on_a_terminal(cli, "network list"))
+    assert max(map(len, lines)) <= 80
+    assert _LONG[:13] in lines[2]
+    assert "serving" in lines[2]
+    assert ("SOURCE" in lines[0]) is spare
 
 
-def test_on_a_narrow_terminal_spare_columns_are_left_out(tmp_path: Path) -> None:
-    with admin_server(tmp_path) as server:
-        for name in ("short", "n" * 60):
-            body = {"id": "blue", "name": name, "listener": {"namespace": "qdhcp-blue"}}
-            server.client.request("PUT", "/v1/networks/blue", body=body)
-            argv = [sys.executable, "-m", "imdsproxy", "--socket", str(server.socket)]
-            written = _on_a_terminal([*argv, "network", "list"], {})
-            assert ("SOURCE" in written) is (name == "short")
+def test_a_posted_password_cannot_steer_a_terminal(cli: Cli) -> None:
+    cli("instance", "add", "web")
+    cli.server.passwords.keep(InstanceId("web"), b"abc\x1b]0;owned\x07")
+    assert _on_a_terminal(cli, "instance password web") == ["abc\\x1b]0;owned\\x07"]
 
 
 def _clients(*paths: str) -> tuple[ReaderWithoutToken, ...]:
-    return tuple(
-        ReaderWithoutToken(path, "Boto3/1.34.0_md/Botocore#1.34.0_ua/2.0_os/linux#6.1.0", 3, 0, 1_795_000_000.0)
-        for path in paths
-    )  # fmt: skip
+    client = "Boto3/1.34.0_md/Botocore#1.34.0_ua/2.0_os/linux#6.1.0"
+    return tuple(ReaderWithoutToken(path, client, 3, 0, _AT) for path in paths)
 
 
-_LONG = "5f6a1d0e-7d0f-4a53-9d5f-0d4b5c1f7a10"
-_TOLD = TokenReport(
-    1_794_990_000.0,
-    (
-        GuestWithoutToken("blue", "web-1", 120, 0, 1_795_000_000.0, _clients("latest/user-data", "latest/meta-data")),
-        GuestWithoutToken(_LONG, "i-" + "9" * 62, 0, 123_456, 1_794_999_000.0, _clients("latest/meta-data/placement")),
-        GuestWithoutToken("red", "db", 20, 0, 1_794_998_000.0, ()),
-    ),
-    (),
-    0,
-    one_in=20,
-)  # fmt: skip
+_WEB = _clients("latest/user-data", "latest/meta-data")
+_GUESTS = (
+    GuestWithoutToken("blue", "web-1", 120, 0, _AT, _WEB),
+    GuestWithoutToken(_LONG, "i-" + "9" * 62, 0, 123_456, _AT, _clients("latest/meta-data/x")),
+    GuestWithoutToken("red", "db", 20, 0, _AT, ()),
+)
 
 
-@pytest.mark.parametrize("columns", [80, 160])
-@pytest.mark.parametrize("words", [("token", "report"), ("tokens", "report")])
-def test_the_token_report_fits_a_terminal(
-    tmp_path: Path, columns: int, words: tuple[str, ...]
-) -> None:
-    with admin_server(tmp_path) as server:
-        server.token_report = _TOLD
-        argv = [sys.executable, "-m", "imdsproxy", "--socket", str(server.socket), *words]
-        lines = _plain(_on_a_terminal(argv, {"NO_COLOR": "1"}, columns))
-    assert max(len(line) for line in lines) <= columns
-    whole = " ".join(" ".join(lines).split())
-    for told in (
+@pytest.mark.parametrize(("command", "columns"), [("token report", 80), ("tokens report", 160)])
+def test_the_token_report_fits_a_terminal(cli: Cli, command: str, columns: int) -> None:
+    cli.server.token_report = TokenReport(_AT, _GUESTS, (), 0, one_in=20)
+    lines = _plain(_on_a_terminal(cli, command, columns))
+    assert max(map(len, lines)) <= columns
+    words = " ".join(" ".join(lines).split())
+    for text in (
         "web-1 ~120 0 /latest/",
         "0 123456 /latest/",
         "red db ~20 0 - -",
         "one read in 20 is counted",
     ):
-        assert told in whole
-    assert (_LONG in whole) is (columns > 80)
+        assert text in words
+    assert (_LONG in words) is (columns > 80)
 
 
 @pytest.mark.parametrize(
-    ("one_in", "told"),
+    ("one_in", "text"),
     [
         (20, "no read without a token was seen"),
         (1, "no read without a token was seen"),
         (0, "only refused reads are counted"),
     ],
 )
-def test_a_token_report_of_nobody_says_since_when_and_what_is_counted(
-    tmp_path: Path, one_in: int, told: str
+def test_an_empty_token_report_shows_since_when_and_what_is_counted(
+    cli: Cli, one_in: int, text: str
 ) -> None:
-    with admin_server(tmp_path) as server:
-        server.token_report = TokenReport(1_795_000_000.0, (), (), 0, one_in)
-        argv = [
-            sys.executable,
-            "-m",
-            "imdsproxy",
-            "--socket",
-            str(server.socket),
-            "token",
-            "report",
-        ]
-        lines = _plain(_on_a_terminal(argv, {"NO_COLOR": "1", "TZ": "UTC"}))
-    shown = " ".join(lines)
-    assert "since 2026-11-18 11:06:40" in shown
-    assert told in shown
-    assert ("one read in 20" in shown) is (one_in == 20)
+    cli.server.token_report = TokenReport(_AT, (), (), 0, one_in)
+    words = cli("token", "report").words
+    assert re.search(r"since 2026-11-18 \d\d:\d\d:40", words)
+    assert text in words
+    assert ("one read in 20" in words) is (one_in == 20)

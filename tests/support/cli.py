@@ -1,0 +1,56 @@
+"""The command line against an admin API on a real unix socket, in this process."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+from imdsproxy.cli.main import main
+from imdsproxy.core.model import Instance, InstanceId, Network, NetworkId
+from support.admin_server import AdminServer
+from support.record_builders import instance, port
+
+__all__ = ["Cli", "Ran"]
+
+
+@dataclass
+class Ran:
+    status: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:  # noqa: ANN401 - as decoded
+        return json.loads(self.out)
+
+    @property
+    def words(self) -> str:
+        """Both outputs on one line, without the spaces of tables."""
+        return " ".join(f"{self.out} {self.err}".split())
+
+
+@dataclass
+class Cli:
+    server: AdminServer
+    capture: pytest.CaptureFixture[str]
+
+    def __call__(self, *arguments: str) -> Ran:
+        status = main(["--socket", str(self.server.socket), *arguments])
+        captured = self.capture.readouterr()
+        return Ran(status, captured.out, captured.err)
+
+    def instance(self, name: str = "web-1") -> Instance:
+        return self.server.instances[InstanceId(name)]
+
+    def network(self, name: str = "blue") -> Network:
+        return self.server.networks[NetworkId(name)]
+
+    def record(self, kind: str) -> Network | Instance:
+        return self.network() if kind == "network" else self.instance()
+
+    def claim_twice(self) -> None:
+        """Another source has an instance with the address of web-1."""
+        self.server.claim_twice(instance("web-2", ports=[port("blue", "10.0.0.5")]))

@@ -1,0 +1,316 @@
+"""`imdsproxy get`, `explain`, `watch`, `token`, `instance reopen` and `snippet`."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from ipaddress import ip_address
+from pathlib import Path
+
+import pytest
+
+from imdsproxy.admin import tokens
+from imdsproxy.cli import snippet
+from imdsproxy.core.model import InstanceId
+from imdsproxy.core.nova import EndpointSet, NovaRouting
+from imdsproxy.core.policy import OperatorOverride, PolicyBook, PolicyRules, TokenMode
+from imdsproxy.errors import Problem
+from support.admin_server import NOW
+from support.cli import Cli, Ran
+
+GUEST = ("--network", "blue", "--from", "10.0.0.5")
+EXPLAIN = ("explain", *GUEST)
+
+
+@pytest.fixture
+def documented(filled: Cli) -> Cli:
+    filled.server.answer("/latest/user-data", b"\xff\x00\n", (b"content-type", b"text/plain"))
+    return filled
+
+
+def test_get_gives_the_bytes_and_nothing_else(documented: Cli) -> None:
+    argv = [sys.executable, "-m", "imdsproxy", "--socket", str(documented.server.socket)]
+    command = [*argv, "get", "/latest/user-data", *GUEST]
+    ran = subprocess.run(command, capture_output=True, check=True)
+    assert (ran.stdout, ran.stderr) == (b"\xff\x00\n", b"")
+
+
+def test_get_shows_headers_and_json_where_asked_and_exits_1_from_status_400_up(
+    documented: Cli,
+) -> None:
+    assert documented("get", "/latest/user-data", *GUEST, "--json").json == {
+        "status": 200,
+        "headers": [["content-type", "text/plain"]],
+        "body": {"base64": "/wAK"},
+    }
+    documented.server.answer("/x", b"body", (b"a", b"b"))
+    assert documented("get", "/x", *GUEST, "-i").out == "HTTP/1.1 200 OK\na: b\n\nbody"
+    missing = documented("get", "/none", *GUEST)
+    assert (missing.status, missing.out) == (1, "")
+    assert missing.err == "imdsproxy: the guest is answered 404 Not Found\n"
+
+
+def test_explain_names_the_instance_its_source_and_the_origin_of_each_rule(filled: Cli) -> None:
+    filled.server.policy_store._book = PolicyBook(
+        host=PolicyRules(tokens=TokenMode.REQUIRED), networks={"blue": PolicyRules(endpoint=False)}
+    )
+    ran = filled(*EXPLAIN)
+    assert ran.status == 0
+    for text in (
+        "web-1 (web-1)",
+        "source sqlite",
+        "web-1|",
+        "ec2, nocloud, openstack",
+        "endpoint off (network)",
+        "tokens required (host)",
+        "hop_limit 64 (default)",
+        "boot until 2025-10-10 ",
+    ):
+        assert text in ran.words
+    assert "revoked" not in ran.words
+    assert "policy" not in ran.out
+
+    filled("token", "revoke", "web-1")
+    filled("instance", "reopen", "web-1")
+    words = filled(*EXPLAIN).words
+    assert "tokens revoked 1 times" in words
+    assert re.search(r"boot until 2025-10-1. ..:..:.. \S+, opened again at 2025-10-1. ", words)
+
+
+def test_explain_names_the_rule_that_decides_about_a_path(filled: Cli) -> None:
+    filled.server.policy_store._book = PolicyBook(
+        projects={"p1": PolicyRules(tokens=TokenMode.REQUIRED)},
+        instances={"web-1": PolicyRules(tokens=TokenMode.REQUIRED)},
+    )
+    assert (
+        "policy to GET //latest/user-data: "
+        "without a token: 401, EC2's tree takes a token (tokens, instance) with a good one: it passes"
+    ) in filled(*EXPLAIN, "--path", "//latest/user-data").words
+    words = filled(*EXPLAIN, "--path", "/a/../b").words
+    assert "without a token: 400, no document has such a path" in words
+    assert "(path)" in words
+    refused = filled(*EXPLAIN, "--path", "latest")
+    assert (refused.status, "does not begin with /" in refused.err) == (64, True)
+
+
+def test_explain_of_an_instance_explains_each_of_its_addresses(filled: Cli) -> None:
+    port = "network=blue,address=10.0.0.6"
+    filled("instance", "set", "web-1", "-n", "blue", "--address", "10.0.0.5", "--port", port)
+    ran = filled("explain", "web-1")
+    assert (ran.status, ran.out.count("verdict ")) == (0, 2)
+    explained = filled("explain", "web-1", "--json").json
+    assert [one["address"] for one in explained] == ["10.0.0.5", "10.0.0.6"]
+    filled("instance", "set", "web-1", "--clear", "ports")
+    nowhere = filled("explain", "web-1")
+    assert (nowhere.status, "has no address" in nowhere.out) == (1, True)
+    assert filled("explain", "unknown").status == 66
+
+
+def test_explain_sends_a_probe_only_where_one_is_asked_for(documented: Cli) -> None:
+    assert "probe" not in documented(*EXPLAIN, "--path", "/latest/user-data").out
+    probed = documented(*EXPLAIN, "--path", "/latest/user-data", "--probe")
+    assert (probed.status, "GET /latest/user-data: 200 OK" in probed.out) == (0, True)
+    refused = documented(*EXPLAIN, "--path", "/nothing", "--probe")
+    assert (refused.status, "GET /nothing: 404 Not Found" in refused.out) == (1, True)
+
+
+def test_explain_of_novas_guest_says_that_nova_decides(filled: Cli) -> None:
+    default = EndpointSet("default", b"secret", None, frozenset(), frozenset())
+    filled.server.records.routing = lambda: NovaRouting((default,))
+    filled("instance", "set", "web-1", "--upstream", "nova", "--project", "p1")
+    assert "found, its requests are sent to Nova" in filled("explain", "web-1").out
+    assert filled(*EXPLAIN, "--json").json["answer"] is None
+
+
+def test_explain_of_no_instance_or_of_two_exits_1(filled: Cli) -> None:
+    ran = filled("explain", "--network", "blue", "--from", "10.0.0.9")
+    assert (ran.status, "unknown" in ran.out) == (1, True)
+    filled.claim_twice()
+    ran = filled(*EXPLAIN, "--json")
+    assert (ran.status, ran.json["verdict"], ran.json["answer"]) == (1, "conflict", 503)
+    assert "claimed by web-2 (source file) web-1 (source sqlite)" in filled(*EXPLAIN).words
+
+
+def _events(first: int, at: float = 1_795_684_004.0) -> str:
+    """What HAProxy keeps of two requests, numbered from `first` on."""
+    blue = {"network": "blue", "address": "10.0.0.5", "instance": "vm-1"}
+    blue |= {"path": "/latest/user-data", "by": "documents/documents-0"}
+    red = {"network": "red", "address": "10.0.0.6", "instance": "-"}
+    red |= {"path": "/latest/meta-data/", "by": "resolver/resolver"}
+    return "".join(
+        json.dumps(
+            one | {"number": number, "method": "GET", "time": when, "status": status, "ms": ms}
+        )
+        + "\n"
+        for number, one, when, status, ms in (
+            (first, blue, at + 0.318, 200, 3),
+            (first + 1, red, at + 0.4, 404, 12),
+        )
+    )
+
+
+def _watch(cli: Cli, monkeypatch: pytest.MonkeyPatch, *arguments: str, lines: str = "") -> Ran:
+    """Watch while guests ask between the first question and the second, then Ctrl-C."""
+    slept = 0
+
+    def sleep(_seconds: float) -> None:
+        nonlocal slept
+        slept += 1
+        if slept > 1:
+            raise KeyboardInterrupt
+        cli.server.haproxy.events = lines or _events(1)
+
+    monkeypatch.setattr("imdsproxy.cli.guests.time.sleep", sleep)
+    ran = cli("watch", *arguments)
+    assert ran.status == 130
+    return ran
+
+
+def test_requests_are_shown_as_they_happen_until_it_is_interrupted(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    head, *rows = _watch(cli, monkeypatch).out.splitlines()
+    assert head.split()[:3] == ["TIME", "NETWORK", "ADDRESS"]
+    assert [" ".join(row.split()[1:]) for row in rows] == [
+        "blue 10.0.0.5 vm-1 documents 3 200 GET /latest/user-data",
+        "red 10.0.0.6 - resolver 12 404 GET /latest/meta-data/",
+    ]
+
+
+def test_only_a_network_or_an_instance_is_shown_and_programs_get_json(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, row = _watch(cli, monkeypatch, "--network", "red").out.splitlines()
+    assert "10.0.0.6" in row
+    (line,) = _watch(
+        cli, monkeypatch, "--instance", "vm-1", "--json", lines=_events(1) + _events(3)
+    ).out.splitlines()
+    assert Ran(0, line, "").json == {
+        "at": 1795684004.318,
+        "network": "blue",
+        "address": "10.0.0.5",
+        "instance": "vm-1",
+        "method": "GET",
+        "path": "/latest/user-data",
+        "status": 200,
+        "answered_by": "documents",
+        "milliseconds": 3,
+    }
+
+
+@pytest.mark.parametrize(("flags", "text"), [([], "too many to show"), (["--json"], '"missed"')])
+def test_that_some_requests_were_missed_is_shown(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch, flags: list[str], text: str
+) -> None:
+    cli.server.haproxy.events = _events(1, at=1_795_683_004.0)
+    assert text in _watch(cli, monkeypatch, *flags).out
+
+
+def test_tokens_are_revoked_and_a_boot_is_opened_again(filled: Cli) -> None:
+    revoked = filled("token", "revoke", "web-1")
+    assert revoked == Ran(0, "done: all tokens of instance web-1 revoked\n", "")
+    reopened = filled("instance", "reopen", "web-1")
+    assert reopened == Ran(0, "done: instance web-1 boots anew\n", "")
+    overrides = filled.server.policy_store.overrides.overrides
+    assert overrides == {InstanceId("web-1"): OperatorOverride(1, NOW)}
+    filled.server.policy_store.keys._path = Path("/etc/imdsproxy/token-keys")
+    shared = filled("token", "revoke", "web-1")
+    assert shared.status == 0
+    assert "good on every other host that has the keys of /etc/imdsproxy/token-keys" in shared.out
+    assert "revoke there too" in shared.out
+
+
+def test_rotation_prints_the_name_of_the_new_key(cli: Cli) -> None:
+    ran = cli("token", "rotate")
+    keys = cli.server.policy_store.keys
+    assert ran.out == f"done: key {keys.keys[0].kid} signs tokens, {keys.path} has it\n"
+    assert (ran.status, len(keys.keys)) == (0, 2)
+
+
+@pytest.mark.parametrize("command", ["token revoke web-1", "instance reopen web-1", "token rotate"])
+def test_what_is_not_in_force_yet_is_shown_with_its_reason(
+    filled: Cli, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    body = {"created_at": 1_700_000_000, "policy": {"seal_user_data": True}}
+    filled.server.client.request("PATCH", "/v1/instances/web-1", body=body)
+    filled.server.unapplied.append(Problem("x", "HAProxy does not answer"))
+    filled.server.haproxy.stop_answering_after = 0
+    monkeypatch.setattr(tokens, "_APPLY_DEADLINE_S", 0.1)
+    ran = filled(*command.split())
+    assert ran.status == 75
+    assert ran.out.startswith("stored: ")
+    reasons = "  the data plane has not confirmed it yet\n  HAProxy does not answer"
+    assert f"not in force yet:\n{reasons}" in ran.out
+    assert '"applied": false' in filled("--json", *command.split()).out
+
+
+MAC = "52:54:00:12:34:56"
+SUBNET = "10.0.0.0/24,gateway=10.0.0.1"
+
+
+@pytest.fixture
+def plugged(filled: Cli) -> Cli:
+    """web-1 has a NIC on a bridge whose network has a gateway."""
+    filled("network", "set", "blue", "--bridge", "br0", "--subnet", SUBNET)
+    assert filled("instance", "set", "web-1", "-n", "blue", "--mac", MAC).status == 0
+    return filled
+
+
+def test_a_snippet_is_made_of_the_daemons_record(plugged: Cli) -> None:
+    ran = plugged("snippet", "web-1", "--for", "qemu")
+    uuid = plugged("instance", "show", "web-1", "--json").json["uuid"]
+    assert ran.status == 0
+    for text in ("product=OpenStack Nova", f"mac={MAC}", "no route is needed", f"uuid={uuid}"):
+        assert text in ran.out
+    shape = plugged("snippet", "web-1", "--for", "incus", "--json").json
+    assert (shape["instance"], shape["for"], shape["dialect"]) == ("web-1", "incus", "nocloud")
+    kinds = {part["kind"] for part in shape["parts"]}
+    assert kinds == {"SMBIOS", "container", "network card", "route", "systemd-imdsd"}
+
+
+def test_no_route_is_wanted_where_this_host_is_the_gateway(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cli("network", "add", "nat", "--interface", "virbr0", "--subnet", SUBNET)
+    cli("instance", "add", "local", "--network", "nat", "--address", "10.0.0.9")
+    assert "dhcp-option" in cli("snippet", "local", "--for", "qemu").out
+    monkeypatch.setattr(snippet, "_host_has", lambda address: str(address) == "10.0.0.1")
+    assert "no route is needed" in cli("snippet", "local", "--for", "qemu").out
+
+
+@pytest.mark.parametrize(
+    ("address", "own"), [("127.0.0.1", True), ("::1", True), ("192.0.2.1", False)]
+)
+def test_an_address_is_the_hosts_own_if_it_can_be_bound(address: str, *, own: bool) -> None:
+    assert snippet._host_has(ip_address(address)) is own
+
+
+def test_a_dialect_that_the_instance_does_not_have_is_refused(plugged: Cli) -> None:
+    wanted = ("snippet", "web-1", "--for", "qemu")
+    plugged("instance", "set", "web-1", "--no-nocloud")
+    refused = plugged(*wanted, "--dialect", "nocloud")
+    assert refused.status == 64
+    assert "has no nocloud documents (it has: ec2, openstack)" in refused.err
+    assert plugged("snippet", "web-1", "--for", "incus", "--json").json["dialect"] == "openstack"
+    plugged("instance", "set", "web-1", "--no-ec2", "--no-openstack")
+    refused = plugged(*wanted)
+    assert (refused.status, "no documents" in refused.err) == (64, True)
+    added = plugged(
+        "instance", "set", "web-1", "--clear", "dialects", "--upstream", "nova", "--project", "p"
+    )
+    assert added.status == 0, added.err
+    assert "OpenStack Nova" in plugged(*wanted).out, (
+        "Nova has two dialects, whatever the record says"
+    )
+    assert plugged(*wanted, "--dialect", "nocloud").status == 64
+
+
+@pytest.mark.parametrize(
+    "command", ["token revoke X", "instance reopen X", "instance show X", "snippet X --for qemu"]
+)
+def test_an_instance_that_is_not_there_is_66_with_a_hint(cli: Cli, command: str) -> None:
+    ran = cli(*command.split())
+    hint = "hint: imdsproxy instance list\n"
+    assert ran == Ran(66, "", f"imdsproxy: there is no instance X\n{hint}")
