@@ -21,27 +21,13 @@ from imdsproxy.core.wire import RETRY_AFTER_S
 if TYPE_CHECKING:
     import socket
 
-    from imdsproxy.admin.status import Readiness
+    from imdsproxy.admin.metrics import Metrics
 
 _ROUTES: Final = ("/livez", "/readyz", "/metrics")
 _JSON: Final = "application/json"
 _HEAD_S: Final = 5.0
 _HEAD_BYTES: Final = 16 * 1024
 _REPORT_S: Final = 5.0
-
-
-@dataclass(frozen=True, slots=True)
-class HealthReports:
-    """What the controller's loop is asked for.
-
-    Attributes:
-        readiness: In sync, last plan applied, a probe through HAProxy answered; and why not. What is wrong and no
-            guest notices does not change the status.
-        metrics: Content type and text of the metrics, for the value of a request's `Accept`.
-    """
-
-    readiness: Callable[[], Readiness]
-    metrics: Callable[[str], tuple[str, bytes]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,11 +46,11 @@ class HealthServer:
         alive: Whether the controller's loop makes progress; called in the thread.
 
     Attributes:
-        reports: Unset while the controller starts.
+        reports: What the controller's loop is asked for; unset while it starts.
     """
 
     def __init__(self, listener: socket.socket, *, alive: Callable[[], bool]) -> None:
-        self.reports: HealthReports | None = None
+        self.reports: Metrics | None = None
         self._listener = listener
         self._alive = alive
         self._controller = asyncio.get_running_loop()
@@ -126,12 +112,12 @@ class HealthServer:
         except TimeoutError:
             return _unready("the controller's event loop does not answer")
 
-    async def _report(self, reports: HealthReports, path: str, accept: str) -> _Answer:
+    async def _report(self, reports: Metrics, path: str, accept: str) -> _Answer:
         """Runs in the controller's loop."""
         if path == "/metrics":
-            content_type, text = reports.metrics(accept)
+            content_type, text = reports.expose(accept)
             return _Answer(HTTPStatus.OK, text, content_type)
-        ready = reports.readiness()
+        ready = reports.status.readiness()
         if not ready.ready:
             return _unready(*ready.reasons, degraded=ready.degraded)
         body = {"ready": True, "reasons": list(ready.reasons), "degraded": list(ready.degraded)}

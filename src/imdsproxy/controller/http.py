@@ -16,7 +16,6 @@ from typing import Final, TypeAlias, cast
 from imdsproxy import __version__
 from imdsproxy.admin.explain import Explainer
 from imdsproxy.admin.guests import GuestService
-from imdsproxy.admin.health import HealthReports
 from imdsproxy.admin.metrics import Metrics
 from imdsproxy.admin.record_reports import RecordReports
 from imdsproxy.admin.records import RecordService
@@ -44,14 +43,13 @@ class HttpApps:
 
     Attributes:
         services: Behind the admin API.
+        metrics: Health reads them, too.
         resolver: The application behind HAProxy's backend `resolver`.
-        health: Health and metrics.
     """
 
     services: Services
     metrics: Metrics
     resolver: AnyAsgiApp
-    health: HealthReports
 
 
 def build_apps(controller: Controller) -> HttpApps:
@@ -111,12 +109,7 @@ def build_apps(controller: Controller) -> HttpApps:
         one.sources.look_up,
         lambda: settings.settings.metrics.network_series,
     )
-    return HttpApps(
-        services,
-        metrics,
-        resolver_app(one.resolver, forward),
-        HealthReports(status.readiness, metrics.expose),
-    )
+    return HttpApps(services, metrics, resolver_app(one.resolver, forward))
 
 
 def load_admin() -> Callable[[HttpApps], AnyAsgiApp]:

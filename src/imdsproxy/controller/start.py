@@ -148,7 +148,7 @@ async def _live(
         make_admin = await asyncio.to_thread(load_admin)
         administering = group.create_task(serve(make_admin(apps), admin))
         if health is not None:
-            health.reports = apps.health
+            health.reports = apps.metrics
         # Records mostly stay, so garbage was not collected until here (`cli.daemon`). To look through them again and
         # again takes 70 ms each time at 1,000 networks, and guests wait meanwhile.
         gc.collect()

@@ -7,13 +7,16 @@ import json
 import socket
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 from prometheus_client import Gauge
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import CollectorRegistry
 
-from imdsproxy.admin.health import HealthReports, HealthServer
+from imdsproxy.admin.health import HealthServer
+from imdsproxy.admin.metrics import Metrics
 from imdsproxy.admin.status import Readiness
 
 
@@ -41,7 +44,8 @@ def _server(
     listener = socket.create_server(("127.0.0.1", 0))
     with HealthServer(listener, alive=lambda: alive) as server:
         if readiness is not None:
-            server.reports = HealthReports(lambda: readiness, _metrics)
+            status = SimpleNamespace(readiness=lambda: readiness)
+            server.reports = cast("Metrics", SimpleNamespace(status=status, expose=_metrics))
         yield listener.getsockname()[1]
 
 
