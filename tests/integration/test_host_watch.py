@@ -2,14 +2,16 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import subprocess
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Collection, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 
-from imdsproxy.core.hoststate import ObservedHost
+from imdsproxy.core.hoststate import NamespaceRef, ObservedHost
 from imdsproxy.core.model import (
     BridgeListener,
     InterfaceListener,
@@ -22,8 +24,8 @@ from imdsproxy.errors import HostRefused
 from imdsproxy.host.namespaces import NamespaceDirectory, NamespaceThread
 from imdsproxy.host.nlmessages import NetlinkRefused, NetlinkSocket
 from imdsproxy.listeners.observe import HostObserver
-from imdsproxy.listeners.watch import EventKind, HostEvent, HostWatch, WatchPace
-from support.hostlab import HostLab, eventually
+from imdsproxy.listeners.watch import EventKind, HostWatch, NamespaceWatch, WatchPace
+from support.hostlab import HostLab, create_namespace
 from support.patience import patience
 
 pytestmark = pytest.mark.root
@@ -38,28 +40,33 @@ class _Watched:
     watch: HostWatch
     observer: HostObserver
     networks: Mapping[NetworkId, Network]
-    observed: ObservedHost
+    events: asyncio.Queue[tuple[str, Collection[NetworkId] | None]]
+    running: asyncio.Task[None]
+    observed: ObservedHost = field(default_factory=ObservedHost)
 
     async def expect(self, *left_out: NetworkId) -> None:
         self.observed = await self.observer.observe(self.networks.values())
         self.watch.expect(self.networks, self.observed, left_out=left_out)
 
     async def quiet(self) -> None:
-        """Take what is told until nothing has been for a while."""
+        """Take what is reported until nothing has been for a while."""
         try:
             while True:
                 async with asyncio.timeout(0.3):
-                    await anext(self.watch)
+                    await self.events.get()
                 await self.expect()
         except TimeoutError:
             return
 
-    async def next(self, *kinds: EventKind, within_s: float = 1.0) -> HostEvent:
+    async def networks_of(
+        self, *kinds: EventKind, within_s: float = 1.0
+    ) -> Collection[NetworkId] | None:
+        """The networks of the next event of these kinds."""
         async with asyncio.timeout(within_s * patience()):
-            async for event in self.watch:
-                if event.kind in kinds:
-                    return event
-        raise AssertionError("the watch ended")
+            while True:
+                kind, networks = await self.events.get()
+                if kind in kinds:
+                    return networks
 
 
 @asynccontextmanager
@@ -69,11 +76,19 @@ async def _watching(
     thread = NamespaceThread(NamespaceDirectory())
     observer = HostObserver(thread, lab.naming)
     networks = {NetworkId(k): Network(NetworkId(k), one) for k, one in listeners.items()}
+    events: asyncio.Queue[tuple[str, Collection[NetworkId] | None]] = asyncio.Queue()
+
+    def touch(kind: str, networks: Collection[NetworkId] | None) -> None:
+        events.put_nowait((kind, networks))
+
     try:
-        async with HostWatch(thread, observer, lab.naming, pace) as watch:
-            watched = _Watched(watch, observer, networks, ObservedHost())
+        async with HostWatch(thread, observer, lab.naming, touch, pace) as watch:
+            running = asyncio.create_task(watch.run())
+            watched = _Watched(watch, observer, networks, events, running)
             await watched.expect()
             yield watched
+            running.cancel()
+            await asyncio.wait([running])
     finally:
         thread.close()
 
@@ -85,9 +100,8 @@ async def test_what_concerns_no_network_is_not_told_of(lab: HostLab) -> None:
         await asyncio.to_thread(lab.namespace, "other")
         await asyncio.to_thread(lab.device, "d")
         await asyncio.to_thread(lab.delete_namespace, name)
-        event = await watched.next(*EventKind)
-        assert event.kind is EventKind.NAMESPACE_WENT
-        assert event.networks == {BLUE}
+        async with asyncio.timeout(patience()):
+            assert await watched.events.get() == (EventKind.NAMESPACE_WENT, {BLUE})
 
 
 async def test_an_address_that_comes_late_in_a_namespace_is_an_event(lab: HostLab) -> None:
@@ -95,18 +109,18 @@ async def test_an_address_that_comes_late_in_a_namespace_is_an_event(lab: HostLa
     async with _watching(lab, {"blue": NamespaceListener(name)}) as watched:
         await watched.quiet()
         await asyncio.to_thread(lab.address, name, "169.254.169.254/32", "lo")
-        assert (await watched.next(EventKind.LINK)).networks == {BLUE}
+        assert await watched.networks_of(EventKind.LINK) == {BLUE}
 
 
 async def test_an_address_in_a_namespace_made_later_is_an_event_too(lab: HostLab) -> None:
     name = lab.name("blue")
     async with _watching(lab, {"blue": NamespaceListener(name)}) as watched:
         await asyncio.to_thread(lab.namespace, "blue")
-        await watched.next(EventKind.NAMESPACE_CAME)
+        await watched.networks_of(EventKind.NAMESPACE_CAME)
         await watched.expect()
         await watched.quiet()
         await asyncio.to_thread(lab.address, name, "169.254.169.254/32", "lo")
-        assert (await watched.next(EventKind.LINK)).networks == {BLUE}
+        assert await watched.networks_of(EventKind.LINK) == {BLUE}
 
 
 @pytest.mark.parametrize("kind", [InterfaceListener, BridgeListener])
@@ -117,10 +131,10 @@ async def test_a_device_and_an_address_of_the_host_are_events_of_their_network(
     async with _watching(lab, {"blue": kind(name)}) as watched:
         make = lab.device if kind is InterfaceListener else lab.bridge
         await asyncio.to_thread(make, "d")
-        assert (await watched.next(EventKind.LINK)).networks == {BLUE}
+        assert await watched.networks_of(EventKind.LINK) == {BLUE}
         await watched.quiet()
         await asyncio.to_thread(lab.address, None, "169.254.169.254/32", name)
-        assert (await watched.next(EventKind.LINK)).networks == {BLUE}
+        assert await watched.networks_of(EventKind.LINK) == {BLUE}
 
 
 async def test_the_audit_finds_a_foreign_listener_that_no_event_told_of(lab: HostLab) -> None:
@@ -131,16 +145,14 @@ async def test_the_audit_finds_a_foreign_listener_that_no_event_told_of(lab: Hos
         await watched.quiet()
         server = await asyncio.to_thread(lab.serve, name, "169.254.169.254", reuse_port=True)
 
-        event = await watched.next(EventKind.AUDIT)
-
-        assert event.networks == {BLUE}
+        assert await watched.networks_of(EventKind.AUDIT) == {BLUE}
         await watched.expect()
         (found,) = watched.observed.namespaces[name].sockets
         assert [owner.pid for owner in found.owners] == [server.pid]
         # What is known is not reported again; that it ends is.
         await watched.quiet()
         server.stop()
-        assert (await watched.next(EventKind.AUDIT)).networks == {BLUE}
+        assert await watched.networks_of(EventKind.AUDIT) == {BLUE}
 
 
 async def test_the_audit_finds_a_foreign_listener_on_the_hosts_own_interface(
@@ -152,7 +164,7 @@ async def test_the_audit_finds_a_foreign_listener_on_the_hosts_own_interface(
     async with _watching(lab, {"blue": InterfaceListener(device)}, pace) as watched:
         await watched.quiet()
         await asyncio.to_thread(lab.serve, None, "fe80::a9fe:a9fe", device=device)
-        assert (await watched.next(EventKind.AUDIT)).networks == {BLUE}
+        assert await watched.networks_of(EventKind.AUDIT) == {BLUE}
 
 
 async def test_a_network_that_is_left_out_is_looked_at_every_second(lab: HostLab) -> None:
@@ -163,8 +175,7 @@ async def test_a_network_that_is_left_out_is_looked_at_every_second(lab: HostLab
     async with _watching(lab, {"blue": NamespaceListener(name)}, pace) as watched:
         await watched.expect(BLUE)
         server.stop()
-        event = await watched.next(EventKind.AUDIT, within_s=1.0)
-        assert event.networks == {BLUE}
+        assert await watched.networks_of(EventKind.AUDIT) == {BLUE}
 
 
 async def test_more_left_out_networks_than_fit_are_looked_at_in_turn(lab: HostLab) -> None:
@@ -177,26 +188,7 @@ async def test_more_left_out_networks_than_fit_are_looked_at_in_turn(lab: HostLa
         watched.watch.expect(watched.networks, ObservedHost(), left_out=watched.networks)
         told: set[NetworkId] = set()
         while told != set(watched.networks):
-            told |= (await watched.next(EventKind.AUDIT)).networks
-
-
-async def test_same_events_are_one_until_they_are_taken(lab: HostLab) -> None:
-    first, last = lab.device("d"), lab.device("e")
-    listeners = {"blue": InterfaceListener(first), "green": InterfaceListener(last)}
-    async with _watching(lab, listeners) as watched:
-        await watched.quiet()
-        for device, mtu in ((first, "1400"), (first, "1300"), (first, "1200"), (last, "1400")):
-            await asyncio.to_thread(lab.ip, "link", "set", device, "mtu", mtu)
-
-        def waiting() -> list[NetworkId]:
-            links = (e for e in watched.watch._events if e.kind is EventKind.LINK)
-            return [network for event in links for network in event.networks]
-
-        # The kernel tells in order: with the last device's, all of the first one's are there.
-        await eventually(lambda: "green" in waiting())
-        assert sorted(waiting()) == ["blue", "green"]
-        await watched.next(EventKind.LINK)
-        assert "blue" not in waiting()
+            told.update(await watched.networks_of(EventKind.AUDIT) or ())
 
 
 async def test_a_watch_whose_look_fails_says_so_instead_of_falling_silent(
@@ -207,7 +199,8 @@ async def test_a_watch_whose_look_fails_says_so_instead_of_falling_silent(
     async with _watching(lab, {"blue": NamespaceListener(name)}, pace) as watched:
         monkeypatch.setattr(watched.observer, "observe", None)
         with pytest.raises(TypeError):
-            await watched.next(EventKind.OVERFLOW)
+            async with asyncio.timeout(patience()):
+                await watched.running
 
 
 async def test_a_look_that_the_host_refuses_is_an_event_for_whoever_can_tell_of_it(
@@ -224,9 +217,9 @@ async def test_a_look_that_the_host_refuses_is_an_event_for_whoever_can_tell_of_
         with monkeypatch.context() as patched:
             patched.setattr(watched.observer, "observe", refuse)
             await asyncio.to_thread(lab.serve, name, "0.0.0.0")
-            assert (await watched.next(EventKind.OVERFLOW)).networks == {BLUE}
+            assert await watched.networks_of(EventKind.OVERFLOW) is None
         # The watch goes on.
-        assert (await watched.next(EventKind.AUDIT)).networks == {BLUE}
+        assert await watched.networks_of(EventKind.AUDIT) == {BLUE}
 
 
 async def test_a_namespace_that_is_not_heard_is_looked_at_properly(
@@ -240,7 +233,7 @@ async def test_a_namespace_that_is_not_heard_is_looked_at_properly(
     async with _watching(lab, {"blue": NamespaceListener(name)}, WatchPace()) as watched:
         await watched.quiet()
         await asyncio.to_thread(lab.address, name, "169.254.169.254/32", "lo")
-        assert (await watched.next(EventKind.AUDIT)).networks == {BLUE}
+        assert await watched.networks_of(EventKind.AUDIT) == {BLUE}
 
 
 @pytest.mark.alone
@@ -254,12 +247,138 @@ async def test_an_idle_watch_costs_next_to_nothing(lab: HostLab) -> None:
         for _ in range(3):
             before = time.process_time()
             with pytest.raises(TimeoutError):
-                await watched.next(*EventKind, within_s=1.0)
+                await watched.networks_of(*EventKind, within_s=1.0)
             costs.append(time.process_time() - before)
         assert min(costs) < 0.03, costs
 
 
-@pytest.mark.parametrize("pace", [{"audits_per_s": -1.0}, {"recheck_s": 0.0}, {"rechecks": 0}])
-def test_a_pace_below_zero_is_refused(pace: dict[str, float]) -> None:
-    with pytest.raises(ValueError, match="below zero"):
-        WatchPace(**pace)  # type: ignore[arg-type]  # one keyword at a time
+async def _next(watch: NamespaceWatch, *names: str) -> tuple[NamespaceRef, bool]:
+    """The next change of these names (others on this host come and go too)."""
+    async with asyncio.timeout(patience()):
+        async for ref, came in watch:
+            if ref.name in names:
+                return ref, came
+    raise AssertionError("the watch ended")
+
+
+async def test_a_namespace_that_comes_late_is_told_of_when_it_can_be_entered(
+    lab: HostLab,
+) -> None:
+    thread = NamespaceThread(NamespaceDirectory())
+    async with NamespaceWatch(thread.directory) as watch:
+        name = await asyncio.to_thread(lab.namespace, "blue")
+        change = await _next(watch, name)
+        assert change == (await thread.inside(name, lambda ref: ref), True)
+    thread.close()
+
+
+async def test_a_namespace_made_again_under_its_name_goes_and_comes(lab: HostLab) -> None:
+    name = lab.namespace("blue")
+    # Held, so that its inode is not used again at once.
+    held = NamespaceDirectory().open(name)
+    assert held is not None
+    async with NamespaceWatch(NamespaceDirectory()) as watch:
+
+        def again() -> None:
+            lab.delete_namespace(name)
+            lab.namespace("blue")
+
+        await asyncio.to_thread(again)
+        assert await _next(watch, name) == (held.ref, False)
+        ref, came = await _next(watch, name)
+        assert came
+        assert ref.inode != held.ref.inode
+        assert watch.current[name] == ref
+    held.close()
+
+
+async def test_a_name_that_was_removed_and_leads_to_the_same_inode_again_is_told_of_too(
+    lab: HostLab,
+) -> None:
+    # The kernel uses the inode of a namespace again once that has ended. Here it is the same one.
+    name = lab.namespace("blue")
+    inside = lab.serve(name, "127.0.0.1")
+    async with NamespaceWatch(NamespaceDirectory()) as watch:
+        ref = watch.current[name]
+        # The loop sees nothing meanwhile, and all of it afterwards.
+        lab.delete_namespace(name)
+        place = NamespaceDirectory().path / name
+        place.touch()
+        lab.run("/usr/bin/mount", "--bind", f"/proc/{inside.pid}/ns/net", str(place))
+        assert await _next(watch, name) == (ref, False)
+        assert await _next(watch, name) == (ref, True)
+
+
+async def test_a_hundred_at_once_are_all_told_of_within_a_second(lab: HostLab) -> None:
+    thread = NamespaceThread(NamespaceDirectory())
+    names = {lab.own_namespace(str(number)) for number in range(100)}
+    async with NamespaceWatch(thread.directory) as watch:
+        made = [await create_namespace(thread, name) for name in sorted(names)]
+        came: set[NamespaceRef] = set()
+        async with asyncio.timeout(1 * patience()):
+            while len(came) < len(made):
+                came.add((await _next(watch, *names))[0])
+    assert came == set(made)
+    thread.close()
+
+
+async def test_a_directory_that_comes_late_and_goes_and_comes_again_is_followed(
+    tmp_path: Path,
+) -> None:
+    place = tmp_path / "deep" / "netns"
+    thread = NamespaceThread(NamespaceDirectory(place))
+    async with NamespaceWatch(thread.directory) as watch:
+        assert watch.current == {}
+        for _ in range(2):
+            ref = await create_namespace(thread, "blue")
+            assert await _next(watch, "blue") == (ref, True)
+            thread.directory.delete("blue")
+            assert await _next(watch, "blue") == (ref, False)
+            subprocess.run(("/usr/bin/umount", str(place)), check=True)  # noqa: ASYNC221 - short
+            place.rmdir()
+            place.parent.rmdir()
+    thread.close()
+
+
+async def test_a_namespace_unmounted_from_a_name_that_stays_has_gone(lab: HostLab) -> None:
+    name = lab.namespace("blue")
+    async with NamespaceWatch(NamespaceDirectory()) as watch:
+        ref = watch.current[name]
+        await asyncio.to_thread(lab.run, "/usr/bin/umount", f"/run/netns/{name}")
+        assert await _next(watch, name) == (ref, False)
+        assert (NamespaceDirectory().path / name).exists()
+
+
+async def test_a_namespace_mounted_upon_a_name_that_was_empty_has_come(lab: HostLab) -> None:
+    name = lab.namespace("blue")
+    await asyncio.to_thread(lab.run, "/usr/bin/umount", f"/run/netns/{name}")
+    async with NamespaceWatch(NamespaceDirectory()) as watch:
+        assert name not in watch.current
+        mount = ("/usr/bin/mount", "--bind", "/proc/self/ns/net", f"/run/netns/{name}")
+        await asyncio.to_thread(lab.run, "/usr/bin/unshare", "--net", *mount)
+        assert (await _next(watch, name))[1]
+
+
+async def test_a_watch_that_cannot_look_says_so_instead_of_falling_silent(
+    lab: HostLab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = NamespaceDirectory()
+
+    def refuse(name: str) -> NamespaceRef | None:
+        raise HostRefused(f"cannot look at namespace {name}")
+
+    async with NamespaceWatch(directory) as watch:
+        monkeypatch.setattr(directory, "identity", refuse)
+        name = await asyncio.to_thread(lab.namespace, "blue")
+        with pytest.raises(HostRefused, match="cannot look at"):
+            await _next(watch, name)
+
+
+async def test_events_that_were_lost_are_made_up_for_by_a_look_at_the_directory(
+    lab: HostLab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with NamespaceWatch(NamespaceDirectory()) as watch:
+        # inotify says IN_Q_OVERFLOW with no watch and no name, in place of everything it dropped.
+        monkeypatch.setattr(watch._inotify, "read", lambda: iter([(-1, 0x4000, "")]))
+        name = await asyncio.to_thread(lab.namespace, "blue")
+        assert (await _next(watch, name))[1]

@@ -25,7 +25,7 @@ _CONTEXT.set_forkserver_preload(
         # A child imports the main module of its parent again.
         "pytest.__main__",
         # What `main` imports late; the first comes before all that logs.
-        "imdsproxy.host.plain_structlog",
+        "imdsproxy.host.logs",
         "imdsproxy.cli.admin_client",
         "imdsproxy.controller.main",
         "imdsproxy.admin.api",

@@ -24,7 +24,7 @@ def run(run: options.Invocation) -> None:
     """Be the controller: keep HAProxy and the documents in step with the sources, until stopped."""
     # Nothing that a start makes is garbage; to look for it takes 5 % of it. The controller enables it again.
     gc.disable()
-    import imdsproxy.host.plain_structlog  # noqa: F401, PLC0415 - before all that logs
+    import imdsproxy.host.logs  # noqa: F401, PLC0415 - before all that logs
     from imdsproxy.controller import main  # noqa: PLC0415 - the other commands need not load it
 
     main.run(run.load, config=run.config, environment=dict(os.environ))
@@ -33,7 +33,7 @@ def run(run: options.Invocation) -> None:
 @options.config_command
 def documents(run: options.Invocation) -> None:
     """Be the document server: answer guests from compiled records, until stopped."""
-    import imdsproxy.host.plain_structlog  # noqa: F401, PLC0415 - before all that logs
+    import imdsproxy.host.logs  # noqa: F401, PLC0415 - before all that logs
     from imdsproxy.dataplane.layout import Layout  # noqa: PLC0415 - the others need not load it
     from imdsproxy.host.clock import SystemClock  # noqa: PLC0415 - as above
     from imdsproxy.host.logs import open_logging  # noqa: PLC0415 - as above

@@ -30,8 +30,9 @@ from imdsproxy.dataplane.launch import HaproxyProgram, Launcher, SpawnLauncher, 
 from imdsproxy.dataplane.layout import Layout
 from imdsproxy.dataplane.master import MasterClient
 from imdsproxy.dataplane.records import RecordApplier, Writer
+from imdsproxy.host.account import group_id
 from imdsproxy.host.clock import Clock
-from imdsproxy.host.files import ensure_directory, group_id, write_atomic
+from imdsproxy.host.files import ensure_directory, write_atomic
 from imdsproxy.host.namespaces import NamespaceDirectory, NamespaceThread
 from imdsproxy.host.sockets import SocketOwners
 from imdsproxy.listeners.host import SystemHost

@@ -58,7 +58,7 @@ from imdsproxy.host.sockets import try_tcp_listen
 from imdsproxy.listeners.host import SystemHost
 from imdsproxy.listeners.loop import ExporterPort, ListenerLoop
 from imdsproxy.listeners.settle import KeptNetworks
-from imdsproxy.listeners.watch import EventKind, HostWatch, WatchPace
+from imdsproxy.listeners.watch import HostWatch, WatchPace
 from imdsproxy.nova.upstream import NovaUpstream
 from imdsproxy.serving.resolver import Resolver
 from imdsproxy.unix_listener.listener import UnixListener
@@ -132,12 +132,6 @@ class Controller:
             build_map_stamp(layout),
             progress=progress,
         )
-        self.watch = HostWatch(
-            thread,
-            host.observer,
-            naming,
-            WatchPace(audits_per_s=max(0.01, float(settings.host.audit_per_second))),
-        )
         self.watching = Watching(self.haproxy, self._apply_watching, partial(_owner_of, inventory))
         self.listeners = ListenerLoop(
             inventory,
@@ -158,6 +152,13 @@ class Controller:
             unix=UnixListener(
                 lambda: holder.settings.unix_listener, self.haproxy, SocketFiles().observe, clock
             ),
+        )
+        self.watch = HostWatch(
+            thread,
+            host.observer,
+            naming,
+            self.listeners.touch,
+            WatchPace(audits_per_s=max(0.01, float(settings.host.audit_per_second))),
         )
         self.watchdog = HaproxyWatchdog(
             self.haproxy, events.haproxy_returned, events.haproxy_failed
@@ -255,17 +256,11 @@ class Controller:
             self.follower.follow_neighbours,
             self.follower.follow_tables,
             self.follower.expire,
-            self._follow_host,
+            self.watch.run,
             self._follow_nova,
             self._keep_keys,
             self._review,
         )
-
-    async def _follow_host(self) -> None:
-        """Turn what the host reports into work for the listeners."""
-        async for event in self.watch:
-            everything = event.kind is EventKind.OVERFLOW
-            self.listeners.touch(event.kind.value, None if everything else event.networks)
 
     async def _follow_nova(self) -> None:
         """Reload when a name of Nova's leads to other addresses."""

@@ -27,8 +27,9 @@ from imdsproxy.controller.stop import end_processes, sweep_host
 from imdsproxy.core.hostnames import Naming
 from imdsproxy.dataplane.launch import read_program
 from imdsproxy.errors import DataplaneError
+from imdsproxy.host.account import owner_of
 from imdsproxy.host.clock import Clock
-from imdsproxy.host.files import hold_directory, limit_log, owner_of
+from imdsproxy.host.files import hold_directory, limit_log
 from imdsproxy.host.notify import ServiceNotifier
 from imdsproxy.host.process import release_memory
 from imdsproxy.host.servers import open_datagram_socket, open_sole_socket, open_tcp_socket

@@ -1,4 +1,4 @@
-"""The unprivileged account that worker processes take."""
+"""Accounts: names and numbers, and the unprivileged one that worker processes take."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ import grp
 import os
 import pwd
 import subprocess
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeVar
 
 from imdsproxy.errors import HostRefused
 
+T = TypeVar("T")
 _TRY: Final = 'for place; do cd "$place" || { printf %s "$place"; exit 1; }; done'
 _TRY_S: Final = 5.0
 
@@ -89,3 +91,40 @@ def find_account(user: str | None, group: str | None) -> Account | None:
     if number is None:
         number = os.getegid() if entry is None else entry.pw_gid
     return Account(os.geteuid() if entry is None else entry.pw_uid, number)
+
+
+def _look_up(kind: str, word: str, instead: str, find: Callable[[], T]) -> T:
+    try:
+        return find()
+    except (KeyError, OverflowError) as error:
+        hint = f"create it, or {instead}"
+        raise HostRefused(f"there is no {kind} {word}", hint=hint) from error
+
+
+def user_id(name: str) -> int:
+    """The uid of an account; `HostRefused` when there is none."""
+    return _look_up("user", name, "change the setting", lambda: pwd.getpwnam(name).pw_uid)
+
+
+def group_id(name: str) -> int:
+    """The gid of a group; `HostRefused` when there is none."""
+    return _look_up("group", name, "change the setting", lambda: grp.getgrnam(name).gr_gid)
+
+
+def owner_of(user: str | None, group: str | None) -> tuple[int, int]:
+    """Ids for `chown`, -1 for what is to stay."""
+    return (-1 if user is None else user_id(user), -1 if group is None else group_id(group))
+
+
+def user_name(word: str) -> str:
+    """The name of an account, given by name or by uid; `HostRefused` when there is none."""
+    by_id = word.isdecimal()
+    find = (lambda: pwd.getpwuid(int(word))) if by_id else (lambda: pwd.getpwnam(word))
+    return _look_up("user", word, "name another one", find).pw_name
+
+
+def group_name(word: str) -> str:
+    """The name of a group, given by name or by gid; `HostRefused` when there is none."""
+    by_id = word.isdecimal()
+    find = (lambda: grp.getgrgid(int(word))) if by_id else (lambda: grp.getgrnam(word))
+    return _look_up("group", word, "name another one", find).gr_name

@@ -1,18 +1,16 @@
-"""Files that are whole or not there, files that hold secrets, and the accounts that own them."""
+"""Files that are whole or not there, and files that hold secrets."""
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
-import grp
 import os
-import pwd
 import re
 import stat
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Final, TypeVar
+from typing import Final
 
 from imdsproxy.errors import HostRefused, ImdsproxyError, SecretUnreadable
 from imdsproxy.host.refusal import host_refused
@@ -23,7 +21,6 @@ MAX_SECRET_BYTES: Final = 64 * 1024
 MAX_LOG_BYTES: Final = 4 * 1024 * 1024
 """Logs without systemd are in memory."""
 
-T = TypeVar("T")
 _OTHERS: Final = 0o007
 _UNFINISHED: Final = re.compile(r"\..+\.(\d+)-\d+\.tmp")
 
@@ -305,40 +302,3 @@ def _check_secret(path: Path, status: os.stat_result) -> None:
             f"the secret {path} has {status.st_size} bytes",
             hint=f"a secret has at most {MAX_SECRET_BYTES}",
         )
-
-
-def _look_up(kind: str, word: str, instead: str, find: Callable[[], T]) -> T:
-    try:
-        return find()
-    except (KeyError, OverflowError) as error:
-        hint = f"create it, or {instead}"
-        raise HostRefused(f"there is no {kind} {word}", hint=hint) from error
-
-
-def user_id(name: str) -> int:
-    """The uid of an account; `HostRefused` when there is none."""
-    return _look_up("user", name, "change the setting", lambda: pwd.getpwnam(name).pw_uid)
-
-
-def group_id(name: str) -> int:
-    """The gid of a group; `HostRefused` when there is none."""
-    return _look_up("group", name, "change the setting", lambda: grp.getgrnam(name).gr_gid)
-
-
-def owner_of(user: str | None, group: str | None) -> tuple[int, int]:
-    """Ids for `chown`, -1 for what is to stay."""
-    return (-1 if user is None else user_id(user), -1 if group is None else group_id(group))
-
-
-def user_name(word: str) -> str:
-    """The name of an account, given by name or by uid; `HostRefused` when there is none."""
-    by_id = word.isdecimal()
-    find = (lambda: pwd.getpwuid(int(word))) if by_id else (lambda: pwd.getpwnam(word))
-    return _look_up("user", word, "name another one", find).pw_name
-
-
-def group_name(word: str) -> str:
-    """The name of a group, given by name or by gid; `HostRefused` when there is none."""
-    by_id = word.isdecimal()
-    find = (lambda: grp.getgrgid(int(word))) if by_id else (lambda: grp.getgrnam(word))
-    return _look_up("group", word, "name another one", find).gr_name

@@ -1,16 +1,28 @@
 """Log lines of the long-running processes: JSON for machines, aligned text on a terminal.
 
 A line is an event in a few words and key-value pairs; its time is UTC. Messages of libraries
-(uvicorn, asyncio) come the same way, from `warning` on. The journal gets their priorities.
+(uvicorn, asyncio) come the same way, from `warning` on. The journal gets their priorities. Import this module before
+any other that imports structlog.
 """
 
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import MutableMapping
 from typing import TYPE_CHECKING, Final, Literal, TextIO, TypeAlias, cast
 
-import structlog
+# structlog loads rich wherever it is installed, for tracebacks in colour. Ours are plain, and rich is several MiB of a
+# process that runs for ever and a fifteenth of its start. What needs rich, as the tables of the command line, finds it
+# afterwards.
+_HIDDEN: Final = "rich" not in sys.modules
+if _HIDDEN:
+    sys.modules["rich"] = None  # type: ignore[assignment]  # by the import system's own rules: there is none
+try:
+    import structlog
+finally:
+    if _HIDDEN:
+        del sys.modules["rich"]
 
 if TYPE_CHECKING:
     from structlog.typing import Processor, WrappedLogger

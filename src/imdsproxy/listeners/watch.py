@@ -1,4 +1,4 @@
-"""Everything on the host that may change what HAProxy can bind, as one stream of events.
+"""Everything on the host that may change what HAProxy can bind, reported to the listener loop.
 
 Three sources: namespaces that come and go, devices and addresses (in the host's own namespace and in those that HAProxy
 listens in), and a paced audit of what no event reports, above all other programs' listening sockets. The audit checks
@@ -9,25 +9,39 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import functools
-from collections.abc import Collection, Iterable, Iterator, Mapping
+import os
+import select
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Final, Self, TypeVar, assert_never
+from typing import Final, Self, TypeVar
 
 from imdsproxy.core.hostnames import Naming
 from imdsproxy.core.hoststate import NamespaceRef, ObservedHost, changed_places
 from imdsproxy.core.model import Network, NetworkId
 from imdsproxy.errors import DataplaneError
-from imdsproxy.host.events import LinkChange, watch_links
-from imdsproxy.host.namespaces import NamespaceThread
+from imdsproxy.host.events import LinkChange, Stream, watch_links
+from imdsproxy.host.inotify import (
+    ENTRIES,
+    IN_DELETE,
+    IN_IGNORED,
+    IN_MOVED_FROM,
+    IN_Q_OVERFLOW,
+    IN_UNMOUNT,
+    ITSELF,
+    Inotify,
+)
+from imdsproxy.host.namespaces import NamespaceDirectory, NamespaceThread
 from imdsproxy.host.netlink import assign_nsid
 from imdsproxy.host.nlmessages import NetlinkRefused, NetlinkSocket
-from imdsproxy.listeners.namespace_watch import NamespaceCame, NamespaceWatch, NamespaceWent
+from imdsproxy.host.refusal import host_refused
 from imdsproxy.listeners.observe import HostObserver, Peek, place_of
 
 T = TypeVar("T")
 
+_RESCAN_DELAY_S: Final = 0.5
 _AUDIT_INTERVAL_S: Final = 0.5
 """The audit looks at as many networks as are due, so often."""
 
@@ -51,18 +65,6 @@ class EventKind(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class HostEvent:
-    """Something that may change what can be listened on.
-
-    Attributes:
-        networks: Those whose listener it concerns; never empty.
-    """
-
-    kind: EventKind
-    networks: frozenset[NetworkId]
-
-
-@dataclass(frozen=True, slots=True)
 class WatchPace:
     """How often to check what no event reports.
 
@@ -77,10 +79,6 @@ class WatchPace:
     recheck_s: float = 0.8
     rechecks: int = 500
 
-    def __post_init__(self) -> None:
-        if self.audits_per_s < 0 or self.recheck_s <= 0 or self.rechecks <= 0:
-            raise ValueError(f"a pace cannot be below zero: {self}")
-
 
 @dataclass(slots=True)
 class _Places:
@@ -92,14 +90,15 @@ class _Places:
 
 
 class HostWatch:
-    """One asynchronous iterator of `HostEvent`. An asynchronous context manager.
+    """Watches the host as long as its context is entered. An asynchronous context manager.
 
-    It reports nothing until `expect` was called. Equal events are merged until they are taken.
+    It reports nothing until `expect` was called.
 
     Args:
         thread: Where namespaces are entered.
         observer: Looks, for the audit.
         naming: How our own objects are named.
+        touch: Called with a kind of event and the networks whose listener it concerns; `None` for all.
         pace: How often to look.
     """
 
@@ -108,11 +107,13 @@ class HostWatch:
         thread: NamespaceThread,
         observer: HostObserver,
         naming: Naming,
+        touch: Callable[[str, Collection[NetworkId] | None], object],
         pace: WatchPace | None = None,
     ) -> None:
         self._thread = thread
         self._observer = observer
         self._naming = naming
+        self._touch = touch
         self._pace = pace or WatchPace()
         self._networks: dict[NetworkId, Network] = {}
         self._places = _Places()
@@ -121,18 +122,10 @@ class HostWatch:
         self._our_pids: frozenset[int] = frozenset()
         self._nsids: dict[int, NamespaceRef] = {}
         self._wanted_ids = asyncio.Event()
-        self._events: dict[HostEvent, None] = {}
-        self._some = asyncio.Event()
-        self._tasks: list[asyncio.Task[None]] = []
         self._closing = contextlib.AsyncExitStack()
         self._peeked: dict[str | None, Peek | None] = {}
         self._turn = 0
         self._recheck_turn = 0
-
-    @property
-    def namespaces(self) -> Mapping[str, NamespaceRef]:
-        """Every usable namespace by name, as of now."""
-        return self._namespace_watch.current
 
     def namespace_of_id(self, nsid: int) -> NamespaceRef | None:
         """The namespace that has an id, as its events carry it."""
@@ -174,16 +167,8 @@ class HostWatch:
             NamespaceWatch(self._thread.directory)
         )
         self._link_watch = await self._closing.enter_async_context(watch_links())
-        for work in (
-            self._follow_namespaces(),
-            self._follow_links(),
-            self._give_ids(),
-            self._audit(),
-            self._recheck(),
-        ):
-            task = asyncio.create_task(work)
-            task.add_done_callback(lambda _: self._some.set())
-            self._tasks.append(task)
+        works = (self._follow_namespaces, self._follow_links, self._give_ids)
+        self._tasks = [asyncio.create_task(w()) for w in (*works, self._audit, self._recheck)]
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -192,48 +177,35 @@ class HostWatch:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._closing.aclose()
 
-    def __aiter__(self) -> Self:
-        return self
+    async def run(self) -> None:
+        """Wait until watching fails, and raise what failed."""
+        await asyncio.gather(*self._tasks)
 
-    async def __anext__(self) -> HostEvent:
-        while not self._events:
-            self._raise_failure()
-            self._some.clear()
-            await self._some.wait()
-        event = next(iter(self._events))
-        del self._events[event]
-        return event
+    def _publish(self, kind: EventKind, networks: Collection[NetworkId]) -> None:
+        if networks:
+            self._touch(kind, frozenset(networks))
 
-    def _raise_failure(self) -> None:
-        # One that has ended by itself has failed, and so has the watch.
-        for task in self._tasks:
-            if task.done():
-                task.result()
-
-    def _publish(self, event: HostEvent) -> None:
-        if event.networks:
-            self._events[event] = None
-            self._some.set()
+    def _publish_all(self) -> None:
+        if self._networks:
+            self._touch(EventKind.OVERFLOW, None)
 
     async def _follow_namespaces(self) -> None:
-        async for change in self._namespace_watch:
-            networks = frozenset(self._places.namespaces.get(change.ref.name, ()))
-            if isinstance(change, NamespaceCame):
-                if networks:
-                    self._wanted_ids.set()
-                self._publish(HostEvent(EventKind.NAMESPACE_CAME, networks))
-            elif isinstance(change, NamespaceWent):
-                self._nsids = {i: ref for i, ref in self._nsids.items() if ref != change.ref}
-                self._publish(HostEvent(EventKind.NAMESPACE_WENT, networks))
-            else:
-                assert_never(change)
+        async for ref, came in self._namespace_watch:
+            networks = self._places.namespaces.get(ref.name, ())
+            if not came:
+                self._nsids = {i: one for i, one in self._nsids.items() if one != ref}
+                self._publish(EventKind.NAMESPACE_WENT, networks)
+                continue
+            if networks:
+                self._wanted_ids.set()
+            self._publish(EventKind.NAMESPACE_CAME, networks)
 
     async def _follow_links(self) -> None:
         async for change in self._link_watch:
             if change.overflow:
-                self._publish(HostEvent(EventKind.OVERFLOW, frozenset(self._networks)))
+                self._publish_all()
             else:
-                self._publish(HostEvent(EventKind.LINK, self._concerned(change)))
+                self._publish(EventKind.LINK, self._concerned(change))
 
     def _concerned(self, change: LinkChange) -> frozenset[NetworkId]:
         if change.nsid is None:
@@ -264,7 +236,7 @@ class HostWatch:
             if not self._link_watch.hears_all:
                 continue
             have = set(self._nsids.values())
-            current = self.namespaces
+            current = self._namespace_watch.current
             missing = [
                 ref
                 for name in self._places.namespaces
@@ -336,7 +308,7 @@ class HostWatch:
             part = await self._observer.observe(networks, self._our_pids)
         except DataplaneError:
             # The listener loop, which acts on the event, looks too, reports the error and tries again.
-            self._publish(HostEvent(EventKind.OVERFLOW, frozenset(self._networks)))
+            self._publish_all()
             return False
         changed = changed_places(self._observed, part)
         if not changed:
@@ -348,7 +320,7 @@ class HostWatch:
             concerned |= self._places.devices.get(name, set())
         if changed.sockets:
             concerned |= self._places.interfaces
-        self._publish(HostEvent(EventKind.AUDIT, frozenset(concerned)))
+        self._publish(EventKind.AUDIT, concerned)
         return True
 
     def _listening_in(self, names: Iterable[str]) -> list[Network]:
@@ -380,3 +352,131 @@ def _places(networks: Iterable[Network], naming: Naming) -> _Places:
         for device in place.host_devices:
             places.devices.setdefault(device, set()).add(network.id)
     return places
+
+
+class NamespaceWatch(Stream[tuple[NamespaceRef, bool]]):
+    """The namespaces of a directory, kept up to date. An asynchronous context manager.
+
+    Each item is a namespace, and whether its name leads to it now or does not any more: its sockets may keep it alive.
+    The directory need not exist yet.
+
+    inotify reports names, but IN_CREATE comes before the mount that makes the name a namespace, and inotify does not
+    report mounts. `/proc/self/mountinfo` does, by POLLPRI, without saying which: names that are still pending are tried
+    again, and a scan of the whole directory, at most every half second, finds what no event reported (a mount upon an
+    existing name, an overflow of the queue).
+
+    Args:
+        directory: What to watch.
+        rescan_delay_s: At most so long after an event the whole directory is looked at.
+    """
+
+    def __init__(
+        self, directory: NamespaceDirectory, *, rescan_delay_s: float = _RESCAN_DELAY_S
+    ) -> None:
+        super().__init__()
+        self._directory = directory
+        self._rescan_delay_s = rescan_delay_s
+        self._current: dict[str, NamespaceRef] = {}
+        self._pending: set[str] = set()
+        self._rescan: asyncio.TimerHandle | None = None
+        self._watched: tuple[int, int] | None = None
+        self._watch = -1
+
+    @property
+    def current(self) -> Mapping[str, NamespaceRef]:
+        """Every usable namespace by name, as of now."""
+        return self._current
+
+    async def __aenter__(self) -> Self:
+        self._loop = asyncio.get_running_loop()
+        try:
+            self._inotify = Inotify()
+            self._mounts = os.open("/proc/self/mountinfo", os.O_RDONLY | os.O_CLOEXEC)
+            # An epoll of our own, since asyncio knows no POLLPRI.
+            self._epoll = select.epoll()
+            self._epoll.register(self._inotify.descriptor, select.EPOLLIN)
+            self._epoll.register(self._mounts, select.EPOLLPRI | select.EPOLLERR)
+        except OSError as error:
+            # EMFILE of inotify_init is about its instances, not about descriptors.
+            hint = "raise fs.inotify.max_user_instances" if error.errno == errno.EMFILE else ""
+            raise host_refused("watch the network namespaces", error, hint=hint) from error
+        self._follow()
+        self._current = self._directory.namespaces()
+        self._pending = set(self._directory.names()) - self._current.keys()
+        self._loop.add_reader(self._epoll.fileno(), self.attempt, self._take)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._loop.remove_reader(self._epoll.fileno())
+        if self._rescan is not None:
+            self._rescan.cancel()
+        self._epoll.close()
+        os.close(self._mounts)
+        self._inotify.close()
+
+    def _take(self) -> None:
+        # asyncio's own epoll has looked at ours to learn that it is ready, and with that the mount
+        # event is used up: being called at all is the event.
+        self._epoll.poll(0)
+        for watch, mask, name in self._inotify.read():
+            if mask & IN_Q_OVERFLOW or watch != self._watch or mask & ITSELF:
+                self._look()
+            elif mask & (IN_UNMOUNT | IN_IGNORED):
+                self._watched = None
+                self._look()
+            else:
+                self._entry(name, replaced=bool(mask & (IN_DELETE | IN_MOVED_FROM)))
+        for name in sorted(self._pending):
+            self._entry(name)
+        if self._rescan is None:
+            self._rescan = self._loop.call_later(self._rescan_delay_s, self._look_later)
+
+    def _entry(self, name: str, *, replaced: bool = False) -> None:
+        """Check what a name leads to now, and report a change.
+
+        Args:
+            name: In the directory.
+            replaced: It has been removed since it was last looked at. When it leads to a namespace
+                all the same, that is another one, though the kernel may have used the inode again.
+        """
+        before, now = self._current.get(name), self._directory.identity(name)
+        if now is None and os.path.lexists(self._directory.path / name):
+            self._pending.add(name)
+        else:
+            self._pending.discard(name)
+        if before == now and not (replaced and now is not None):
+            return
+        if before is not None:
+            del self._current[name]
+            self.put((before, False))
+        if now is not None:
+            self._current[name] = now
+            self.put((now, True))
+
+    def _look_later(self) -> None:
+        self._rescan = None
+        self.attempt(self._look)
+
+    def _look(self) -> None:
+        """Look at the whole directory."""
+        self._follow()
+        for name in sorted({*self._directory.names(), *self._current, *self._pending}):
+            self._entry(name)
+
+    def _follow(self) -> None:
+        """Put the inotify watch on the directory, or on its nearest parent that exists."""
+        for place in (self._directory.path, *self._directory.path.parents):
+            try:
+                status = place.stat()
+                if (status.st_dev, status.st_ino) == self._watched:
+                    return
+                watch = self._inotify.add(place, ENTRIES | ITSELF)
+            except (FileNotFoundError, NotADirectoryError):
+                continue
+            except OSError as error:
+                raise host_refused(f"watch {place}", error) from error
+            if self._watched is not None and self._watch != watch:
+                self._inotify.remove(self._watch)
+            self._watched = (status.st_dev, status.st_ino)
+            self._watch = watch
+            return

@@ -20,8 +20,9 @@ from imdsproxy.core.hoststate import SeenSocket, SocketState
 from imdsproxy.core.timing import Backoff
 from imdsproxy.dataplane.haproxy import Haproxy
 from imdsproxy.errors import DataplaneError, HostRefused, Problem, RuntimeUnavailable
+from imdsproxy.host.account import group_id, user_id
 from imdsproxy.host.clock import Clock
-from imdsproxy.host.files import ensure_directory, group_id, user_id
+from imdsproxy.host.files import ensure_directory
 from imdsproxy.host.refusal import host_refused
 from imdsproxy.host.socket_file import give_socket, identify_file, remove_file
 from imdsproxy.unix_listener.plan import (

@@ -94,11 +94,11 @@ def test_the_socket_is_the_one_of_the_settings(tmp_path: Path, run: Callable[[st
             "pydantic fastapi uvicorn yaml structlog pyroute2 sqlite3 prometheus_client asyncio",
         ),
         (
-            "import imdsproxy.cli.main, imdsproxy.host.plain_structlog, imdsproxy.controller.main",
+            "import imdsproxy.cli.main, imdsproxy.host.logs, imdsproxy.controller.main",
             "fastapi starlette uvicorn prometheus_client httpcore keystoneauth1 openstack rich",
         ),
         (
-            "import imdsproxy.cli.main, imdsproxy.host.plain_structlog, imdsproxy.controller.http",
+            "import imdsproxy.cli.main, imdsproxy.host.logs, imdsproxy.controller.http",
             "fastapi starlette keystoneauth1 openstack rich",
         ),
     ],

@@ -11,7 +11,7 @@ import pytest
 
 from imdsproxy.app.namespace_proxy.host import Ended, Host
 from imdsproxy.errors import HaproxyMissing, HostRefused
-from imdsproxy.host.files import group_name, user_name
+from imdsproxy.host.account import group_name, user_name
 
 
 @pytest.fixture

@@ -34,7 +34,8 @@ from imdsproxy.errors import (
     PrivilegeMissing,
     RequestRefused,
 )
-from imdsproxy.host.files import group_name, remove_file, user_name, write_atomic
+from imdsproxy.host.account import group_name, user_name
+from imdsproxy.host.files import remove_file, write_atomic
 from imdsproxy.host.refusal import host_refused
 
 _PID_MODE: Final = 0o644

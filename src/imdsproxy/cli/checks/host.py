@@ -14,8 +14,7 @@ from imdsproxy.cli.checks import Finding, Subject, count, refused, warn, wrong
 from imdsproxy.config.section import Endpoint
 from imdsproxy.dataplane.launch import read_program
 from imdsproxy.errors import ConfigError, HaproxyMissing, HostRefused, PrivilegeMissing
-from imdsproxy.host.account import find_account, find_closed
-from imdsproxy.host.files import group_name, user_name
+from imdsproxy.host.account import find_account, find_closed, group_name, user_name
 
 _ACCOUNTS: Final = (
     *("haproxy.user", "haproxy.group", "documents.user", "documents.group", "admin.user", "admin.group"),
