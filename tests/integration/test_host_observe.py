@@ -1,12 +1,16 @@
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import socket
+import subprocess
+import tempfile
 import time
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from ipaddress import ip_address
+from pathlib import Path
 
 import pytest
 
@@ -26,10 +30,13 @@ from imdsproxy.host.namespaces import NamespaceDirectory, NamespaceThread
 from imdsproxy.host.netlink import find_link, list_links, neighbour_mac
 from imdsproxy.host.nlmessages import NetlinkSocket
 from imdsproxy.listeners.apply import apply_ops
+from imdsproxy.listeners.binds import plan_binds, plan_links
 from imdsproxy.listeners.endpoints import ListenerPlan
+from imdsproxy.listeners.host import apply_links, haproxy_name
 from imdsproxy.listeners.observe import HostObserver
 from imdsproxy.listeners.plan import plan_listeners
 from support.hostlab import HostLab, create_namespace
+from support.lab import NETNS, until
 
 pytestmark = pytest.mark.root
 
@@ -345,6 +352,69 @@ async def test_a_neighbour_is_known_by_its_address_on_one_device_or_on_all(
         *(first, second, None, fourth),
         *(fourth, None, None),
     ]
+
+
+_CONFIGURATION = """
+global
+    nbthread 1
+    stats socket {place}/stats level admin
+defaults
+    mode http
+    timeout client 5s
+    timeout server 5s
+    timeout connect 1s
+frontend guests
+    bind {address}:80{device} namespace {namespace}
+"""
+
+
+@pytest.mark.parametrize("address", ["169.254.169.254", "0.0.0.0", "::", "fe80::a9fe:a9fe"])
+@pytest.mark.parametrize(("reuse_port", "uid"), [(False, 0), (True, 0), (True, 65534)])
+async def test_haproxy_binds_exactly_what_the_plan_says_it_can(
+    lab: HostLab, host: _Host, address: str, *, reuse_port: bool, uid: int
+) -> None:
+    name, device = _with_addresses(lab)
+    every = (await host.plan(NamespaceListener(name))).endpoints
+    assert len(every) == 2
+    bound_to = device if address.startswith("fe80") else ""
+    lab.serve(name, address, device=bound_to, reuse_port=reuse_port, uid=uid)
+    possible = set((await host.plan(NamespaceListener(name))).endpoints)
+    for one in every:
+        assert _is_bound(one) == (one in possible)
+
+
+def _is_bound(one: Endpoint) -> bool:
+    """Whether HAProxy comes up with this bind, through a link as ours."""
+    # Not pytest's own directory: a unix socket's path has 107 bytes.
+    with tempfile.TemporaryDirectory(prefix="imdst-") as directory:
+        place = Path(directory)
+        links = plan_links((one,)).items()
+        apply_links(place / "links", {name: NETNS / target for name, target in links})
+        (bind,) = plan_binds((one,), haproxy_name(place / "links"))
+        text = _CONFIGURATION.format(
+            place=place,
+            address=f"[{one.address}]" if one.address.version == 6 else one.address,
+            device=f" interface {one.device}" if one.device else "",
+            namespace=bind.namespace,
+        )
+        (place / "haproxy.cfg").write_text(text)
+        with subprocess.Popen(
+            ("/usr/sbin/haproxy", "-db", "-f", f"{place}/haproxy.cfg")
+        ) as process:
+            # Its own socket is bound with the others, and answers only when all are.
+            until(lambda: process.poll() is not None or _answers(place / "stats"))
+            came_up = process.poll() is None
+            process.kill()
+    return came_up
+
+
+def _answers(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX) as channel, contextlib.suppress(OSError):
+        channel.settimeout(10)
+        channel.connect(str(path))
+        channel.sendall(b"show info\n")
+        return b"Uptime_sec" in b"".join(iter(lambda: channel.recv(4096), b""))
+    return False
 
 
 @pytest.mark.slow

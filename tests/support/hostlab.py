@@ -150,11 +150,6 @@ class HostLab:
         arguments = (sys.executable, "-c", _CLIENT, family, address, device)
         return self.run(*within(namespace), *arguments).strip()
 
-    def fetch(self, namespace: str) -> str:
-        """The body of what a web server at 169.254.169.254 answers within a namespace."""
-        curl = ("/usr/bin/curl", "-sS", "--max-time", "5", "http://169.254.169.254/")
-        return self.run(*within(namespace), *curl)
-
     def ip(self, *arguments: str) -> str:
         """Run ip(8)."""
         return ip(*arguments)

@@ -19,7 +19,7 @@ from imdsproxy.anti_spoofing.filter_rules import fill_mac_filter
 from imdsproxy.core.hostnames import Naming
 from imdsproxy.host.namespaces import unshare_network
 from imdsproxy.host.netlink import RTM_GETLINK, bridge_ports, find_link, route_device
-from imdsproxy.host.nftables import Batch, NetfilterSocket
+from imdsproxy.host.nftables import Batch, commit
 from imdsproxy.host.nlmessages import NetlinkSocket, parse_attributes
 from imdsproxy.host.process import run_program
 
@@ -132,8 +132,7 @@ def try_mac_filter() -> str:
             batch = Batch("imdsproxy-check")
             batch.make_table()
             fill_mac_filter(batch, ("lo",))
-            with NetfilterSocket() as channel:
-                channel.commit(batch)
+            commit(batch)
         except OSError as error:
             refusals.append(error.strerror or str(error))
 

@@ -30,7 +30,7 @@ from imdsproxy.core.wire import VERIFIED_PORT
 from imdsproxy.errors import DataplaneError, HostRefused
 from imdsproxy.host.namespaces import NamespaceThread
 from imdsproxy.host.netlink import correct_neighbours
-from imdsproxy.host.nftables import INET, NETDEV, Batch, NetfilterSocket
+from imdsproxy.host.nftables import INET, NETDEV, Batch, NetfilterSocket, commit
 from imdsproxy.host.nlmessages import NetlinkRefused, NetlinkSocket
 from imdsproxy.host.refusal import host_refused
 from imdsproxy.host.sockets import SOCK_DIAG, end_connections, list_connections, try_bind
@@ -95,8 +95,7 @@ class _Tables:
         batch = Batch(table, self.family)
         batch.drop_table()
         try:
-            with NetfilterSocket() as channel:
-                channel.commit(batch)
+            commit(batch)
         except NetlinkRefused as error:
             # A kernel without such tables has none.
             if error.errno not in _NO_TABLES:
@@ -212,8 +211,7 @@ class KernelMacFilters(_Tables):
             batch = Batch(one.table)
             batch.add_value(f"told{address.version}", flow_of(address, port), packed_mac(mac))
             try:
-                with NetfilterSocket() as channel:
-                    channel.commit(batch)
+                commit(batch)
             except NetlinkRefused as error:
                 if error.errno not in (errno.EEXIST, errno.EBUSY):
                     raise
@@ -356,8 +354,7 @@ def _fill(one: MacFilter, pairs: PairMap, *, busy: bool) -> None:
                 batch.add_elements(f"open{open_one.address.version}", [flow])
     _put(batch, pairs)
     if batch.messages:
-        with NetfilterSocket() as channel:
-            channel.commit(batch)
+        commit(batch)
 
 
 def _elements(pairs: PairMap) -> dict[str, list[bytes]]:
@@ -375,8 +372,7 @@ def _put(batch: Batch, pairs: PairMap) -> None:
 def _add(one: MacFilter, pairs: PairMap) -> None:
     batch = Batch(one.table)
     _put(batch, pairs)
-    with NetfilterSocket() as channel:
-        channel.commit(batch)
+    commit(batch)
     # Where another guest had the address, the kernel would look for that one, for up to a minute.
     macs: Mapping[IpAddress, MacAddress] = {
         address: mac for address, mac in pairs.items() if mac != ANY_MAC
@@ -392,8 +388,7 @@ def _withdraw(one: MacFilter, pairs: PairMap) -> None:
         # Adding them first: the kernel refuses to remove an element that is not there.
         batch.add_elements(name, keys)
         batch.remove_elements(name, keys)
-    with NetfilterSocket() as channel:
-        channel.commit(batch)
+    commit(batch)
     # Their answers are dropped now, and nothing may be sent again to the next guest that has the address.
     end_connections(VERIFIED_PORT, frozenset(pairs))
 

@@ -154,23 +154,33 @@ def ensure_directory(
             parent.chmod(0o755)
         descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            _have_owner_and_mode(descriptor, mode, owner)
+            apply_owner_and_mode(descriptor, mode, owner)
         finally:
             os.close(descriptor)
     except OSError as error:
         raise host_refused(f"create the directory {path}", error) from error
 
 
-def _have_owner_and_mode(descriptor: int, mode: int, owner: tuple[int, int] | None) -> None:
-    """Change only what is not so: a file system that is read-only refuses even what would change nothing."""
+def apply_owner_and_mode(descriptor: int, mode: int, owner: tuple[int, int] | None) -> None:
+    """Change only what is not so: a file system that is read-only refuses even what would change nothing.
+
+    Args:
+        descriptor: May be one that only names its file (`O_PATH`).
+        mode: Permission bits.
+        owner: Ids of user and group, each -1 to leave it; `None` to leave both.
+
+    Raises:
+        OSError: The file system refuses.
+    """
+    itself = f"/proc/self/fd/{descriptor}"
     status = os.fstat(descriptor)
     is_so = (status.st_uid, status.st_gid)
     if owner is not None and any(
         wanted not in (-1, now) for wanted, now in zip(owner, is_so, strict=True)
     ):
-        os.fchown(descriptor, *owner)
+        os.chown(itself, *owner)
     if stat.S_IMODE(os.fstat(descriptor).st_mode) != mode:
-        os.fchmod(descriptor, mode)
+        os.chmod(itself, mode)  # noqa: PTH101 - of a descriptor that may only name it
 
 
 def open_log(path: Path) -> int:

@@ -401,6 +401,16 @@ class NetfilterSocket(NetlinkSocket):
         return parse_attributes(answer.payload, _NFGEN.size)
 
 
+def commit(batch: Batch) -> None:
+    """Do a batch in the namespace of the calling thread.
+
+    Raises:
+        NetlinkRefused: See `NetfilterSocket.commit`.
+    """
+    with NetfilterSocket() as channel:
+        channel.commit(batch)
+
+
 def table_of(payload: bytes) -> str:
     """The name of the table in a message about one."""
     return parse_attributes(payload, _NFGEN.size).get(1, b"").rstrip(b"\0").decode(errors="replace")

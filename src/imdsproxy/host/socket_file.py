@@ -20,6 +20,7 @@ from typing import Final
 
 from imdsproxy.core.hoststate import SeenSocket, SocketOwner, SocketState
 from imdsproxy.errors import HostRefused
+from imdsproxy.host.files import apply_owner_and_mode
 from imdsproxy.host.nlmessages import NetlinkRefused, NetlinkSocket, parse_attributes
 from imdsproxy.host.process import command_name, open_sockets, read_arguments, socket_holders
 from imdsproxy.host.refusal import host_refused
@@ -143,14 +144,9 @@ def give_socket(path: Path, *, mode: int, owner: tuple[int, int]) -> None:
     try:
         descriptor = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
-            status = os.fstat(descriptor)
-            if not stat.S_ISSOCK(status.st_mode):
+            if not stat.S_ISSOCK(os.fstat(descriptor).st_mode):
                 raise HostRefused(f"{path} is no socket any more")
-            itself = f"/proc/self/fd/{descriptor}"
-            if (status.st_uid, status.st_gid) != owner:
-                os.chown(itself, *owner)
-            if stat.S_IMODE(os.fstat(descriptor).st_mode) != mode:
-                os.chmod(itself, mode)  # noqa: PTH101 - of a descriptor that only names it
+            apply_owner_and_mode(descriptor, mode, owner)
         finally:
             os.close(descriptor)
     except OSError as error:
