@@ -13,7 +13,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, NamedTuple, NoReturn
+from typing import Any, Final, NoReturn
 
 from imdsproxy.app.namespace_proxy.host import Host
 from imdsproxy.app.namespace_proxy.proxy import ProxyDaemon, cleanup_config_file, cleanup_pid_file
@@ -34,39 +34,25 @@ from imdsproxy.host.refusal import host_refused
 _INTERRUPTED: Final = 130
 _STANDARD_ERROR: Final = 2
 _SECTION: Final = "namespace_proxy"
-_SWITCHES: Final = frozenset(("debug", "use_syslog"))
+_SWITCHES: Final = ("debug", "use_syslog")
 _IN_FILES: Final = (
-    "state_path",  # first: others may refer to it
-    "metadata_port",
-    "metadata_proxy_socket",
-    "metadata_proxy_user",
-    "metadata_proxy_group",
-    "syslog_log_facility",
-    *_SWITCHES,
+    "state_path metadata_port metadata_proxy_socket metadata_proxy_user metadata_proxy_group "
+    "syslog_log_facility debug use_syslog"
 )
-_TRUE: Final = frozenset(("1", "t", "true", "on", "y", "yes"))
-_FALSE: Final = frozenset(("0", "f", "false", "off", "n", "no"))
+"""The state path first: others may refer to it."""
+
+_TRUE: Final = ("1", "t", "true", "on", "y", "yes")
+_FALSE: Final = ("0", "f", "false", "off", "n", "no")
 
 _DESCRIPTION: Final = """\
 Be the metadata proxy of one network or router: HAProxy, in the network namespace that this is started in, which
 sends what guests ask to a unix socket, and says there whose they are."""
 
 _IGNORED_VALUES: Final = (
-    "log-file",
-    "logfile",
-    "log-dir",
-    "logdir",
-    "log-config",
-    "log-config-append",
-    "log-date-format",
+    "log-file logfile log-dir logdir log-config log-config-append log-date-format"
 )
-_IGNORED_FLAGS: Final = (
-    "metadata-proxy-watch-log",
-    "use-stderr",
-    "use-journal",
-    "use-json",
-    "watch-log-file",
-    "verbose",
+_IGNORED_SWITCHES: Final = (
+    "metadata-proxy-watch-log use-stderr use-journal use-json watch-log-file verbose"
 )
 
 _EPILOG: Final = f"""\
@@ -77,71 +63,40 @@ For each option the command line wins over --config-file and --config-dir, these
 
 Old spellings are accepted: underscores for dashes, --nodaemonize, --nodebug. So are these options without effect, since
 HAProxy has no log file and writes nothing to the terminal once it runs:
-{", ".join(f"--{name}" for name in (*_IGNORED_VALUES, *_IGNORED_FLAGS))}.
+{", ".join(f"--{name}" for name in f"{_IGNORED_VALUES} {_IGNORED_SWITCHES}".split())}.
 
 Exit statuses: 0 HAProxy runs and has bound the port (or was ended, with --no-daemonize); 64 the command line is not
 acceptable; 70 HAProxy refuses; 71 the host refuses: no HAProxy, no such user, group or directory, the port is in use,
 the proxy runs already; 77 privileges are missing; 78 a configuration file must be changed."""
 
 
-_CONFIG_HELP: Final = (
-    "imdsproxy's settings: the section namespace_proxy has the same options (default: "
-    "/etc/imdsproxy/imdsproxy.yaml and conf.d beside it, where they have this section)"
-)
+_CONFIG: Final = """\
+config FILE: imdsproxy's settings: the section namespace_proxy has the same options (default: \
+/etc/imdsproxy/imdsproxy.yaml and conf.d beside it, where they have this section)
+"""
+_OPTIONS: Final = f"""\
+network-id UUID: the network that all guests are on
+router-id UUID: the router that the guests' networks are on
+metadata-port PORT: TCP port to listen on, at every address (default: {DEFAULT_PORT})
+metadata-proxy-socket PATH: unix socket that requests go to (default: metadata_proxy in the state path)
+metadata-proxy-user USER: name or id of the account that HAProxy takes once it listens (default: the present one)
+metadata-proxy-group GROUP: name or id of its group (default: the present one)
+pid-file FILE: where HAProxy's pid goes (default: nowhere)
+daemonize: put HAProxy in the background, and end once it listens (the default)| become HAProxy, with the same pid
+state-path DIR: HAProxy's configuration goes to ns-metadata-proxy in it (default: {DEFAULT_STATE_PATH})
+debug: have HAProxy log at the level debug instead of info
+use-syslog: log requests to /dev/log (default: if it is there)| log nothing
+syslog-log-facility NAME: as LOG_USER (default: LOG_LOCAL0)
+config-file FILE: read the options above, but ids, pid file and daemonize, from [DEFAULT] of an ini file of \
+Neutron's; may be repeated
+config-dir DIR: the same, of every *.conf in it
+{_CONFIG}"""
+"""Each option with its meaning; one without a value is a switch, perhaps with the meaning of its opposite."""
 
-
-class _Option(NamedTuple):
-    """A row of the help; one without `metavar` is a switch."""
-
-    name: str
-    metavar: str
-    help: str
-    opposite: str = argparse.SUPPRESS
-
-
-_OPTIONS: Final = (
-    _Option("network-id", "UUID", "the network that all guests are on"),
-    _Option("router-id", "UUID", "the router that the guests' networks are on"),
-    _Option(
-        "metadata-port",
-        "PORT",
-        f"TCP port to listen on, at every address (default: {DEFAULT_PORT})",
-    ),
-    _Option(
-        "metadata-proxy-socket",
-        "PATH",
-        "unix socket that requests go to (default: metadata_proxy in the state path)",
-    ),
-    _Option(
-        "metadata-proxy-user",
-        "USER",
-        "name or id of the account that HAProxy takes once it listens (default: the present one)",
-    ),
-    _Option("metadata-proxy-group", "GROUP", "name or id of its group (default: the present one)"),
-    _Option("pid-file", "FILE", "where HAProxy's pid goes (default: nowhere)"),
-    _Option(
-        "daemonize",
-        "",
-        "put HAProxy in the background, and end once it listens (the default)",
-        "become HAProxy, with the same pid",
-    ),
-    _Option(
-        "state-path",
-        "DIR",
-        f"HAProxy's configuration goes to ns-metadata-proxy in it (default: {DEFAULT_STATE_PATH})",
-    ),
-    _Option("debug", "", "have HAProxy log at the level debug instead of info"),
-    _Option("use-syslog", "", "log requests to /dev/log (default: if it is there)", "log nothing"),
-    _Option("syslog-log-facility", "NAME", "as LOG_USER (default: LOG_LOCAL0)"),
-    _Option(
-        "config-file",
-        "FILE",
-        "read the options above, but ids, pid file and daemonize, from [DEFAULT] of an ini file of Neutron's; may be "
-        "repeated",
-    ),
-    _Option("config-dir", "DIR", "the same, of every *.conf in it"),
-    _Option("config", "FILE", _CONFIG_HELP),
-)
+_CLEAN_UP_OPTIONS: Final = f"""\
+pid-file FILE: its pid file, to be removed too
+state-path DIR: as it was started with (default: {DEFAULT_STATE_PATH})
+{_CONFIG}"""
 
 
 def main(
@@ -320,12 +275,7 @@ def _clean_up_parser(program: str) -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("id", metavar="ID", help="UUID of its network or router")
-    for option in (
-        _Option("pid-file", "FILE", "its pid file, to be removed too"),
-        _Option("state-path", "DIR", f"as it was started with (default: {DEFAULT_STATE_PATH})"),
-        _Option("config", "FILE", _CONFIG_HELP),
-    ):
-        _add_option(parser, option)
+    _add_options(parser, _CLEAN_UP_OPTIONS)
     return parser
 
 
@@ -338,33 +288,46 @@ def _run_parser(program: str) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    for option in _OPTIONS:
-        _add_option(parser, option)
-    for name in _IGNORED_VALUES:
-        _add_option(parser, _Option(name, "IGNORED", argparse.SUPPRESS))
-    for name in _IGNORED_FLAGS:
-        _add_option(parser, _Option(name, "", argparse.SUPPRESS))
+    _add_options(parser, _OPTIONS)
+    for name in _IGNORED_VALUES.split():
+        _add_value(parser, name, "IGNORED", argparse.SUPPRESS)
+    for name in _IGNORED_SWITCHES.split():
+        _add_switch(parser, name, argparse.SUPPRESS, argparse.SUPPRESS)
     return parser
 
 
-def _add_option(parser: argparse.ArgumentParser, option: _Option) -> None:
-    """Add an option in all spellings; a switch with its opposite, as of today and as oslo.config has it."""
-    name, under = option.name, option.name.replace("-", "_")
-    shown = {f"--{name}": option.help}
-    spellings = [f"--{name}", f"--{under}"]
-    if not option.metavar:
-        shown[f"--no-{name}"] = option.opposite
-        spellings = [f"--{no}{one}" for no in ("", "no-", "no", "no_") for one in (name, under)]
-    action = "append" if name in {"config-file", "config-dir"} else "store"
-    for spelling in dict.fromkeys(spellings):
-        text = shown.get(spelling, argparse.SUPPRESS)
-        if option.metavar:
-            parser.add_argument(
-                spelling, dest=under, metavar=option.metavar, help=text, action=action
-            )
+def _add_options(parser: argparse.ArgumentParser, table: str) -> None:
+    for row in table.splitlines():
+        option, _, text = row.partition(": ")
+        name, _, metavar = option.partition(" ")
+        if metavar:
+            _add_value(parser, name, metavar, text)
         else:
-            truth = "store_false" if spelling.startswith("--no") else "store_true"
-            parser.add_argument(spelling, dest=under, default=None, help=text, action=truth)
+            on, _, off = text.partition("| ")
+            _add_switch(parser, name, on, off or argparse.SUPPRESS)
+
+
+def _add_value(parser: argparse.ArgumentParser, name: str, metavar: str, text: str) -> None:
+    under = name.replace("-", "_")
+    action = "append" if name in {"config-file", "config-dir"} else "store"
+    for spelling in dict.fromkeys((name, under)):
+        shown = text if spelling == name else argparse.SUPPRESS
+        parser.add_argument(f"--{spelling}", dest=under, metavar=metavar, help=shown, action=action)
+
+
+def _add_switch(parser: argparse.ArgumentParser, name: str, on: str, off: str) -> None:
+    """`--NAME`, and its opposite as it is spelled today, as oslo.config spells it, and with underscores."""
+    under = name.replace("-", "_")
+    shown = {f"--{name}": on, f"--no-{name}": off}
+    spellings = (f"--{no}{one}" for no in ("", "no-", "no", "no_") for one in (name, under))
+    for spelling in dict.fromkeys(spellings):
+        parser.add_argument(
+            spelling,
+            dest=under,
+            default=None,
+            help=shown.get(spelling, argparse.SUPPRESS),
+            action="store_false" if spelling.startswith("--no") else "store_true",
+        )
 
 
 def read_settings(
@@ -445,7 +408,7 @@ def read_ini_files(
         found = find_option(parsed, [(DEFAULT_SECTION, name)])
         return None if found is None else found.value
 
-    for name in _IN_FILES:
+    for name in _IN_FILES.split():
         option = find_option(parsed, [(DEFAULT_SECTION, name)])
         if option is None:
             continue
@@ -460,6 +423,6 @@ def read_ini_files(
 
 
 def _decide(value: str) -> bool:
-    if value.lower() not in _TRUE | _FALSE:
+    if value.lower() not in (*_TRUE, *_FALSE):
         raise ValueError(f"{value!r} is neither true nor false")
     return value.lower() in _TRUE
