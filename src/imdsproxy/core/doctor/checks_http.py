@@ -16,21 +16,8 @@ from imdsproxy.core.doctor.crawl import (
     Framing,
     Unanswered,
 )
-from imdsproxy.core.doctor.finding import Finding, Severity, found, seen
+from imdsproxy.core.doctor.finding import TEXTS, Finding, Severity, clients_of, found, seen
 from imdsproxy.core.model import Dialect
-
-_TIMEOUTS: Final = (
-    (0.4, "New Relic"),
-    (0.5, "AWS SDK for Go v2"),
-    (1.0, "botocore, boto3, AWS CLI"),
-    (1.0, "AWS SDKs for Node, Ruby, C (awscrt)"),
-    (1.0, "AsyncAws"),
-    (2.0, "s3cmd, Sentry"),
-    (3.0, "google-auth"),
-    (5.0, "Facter, amazon-ec2-net-utils"),
-    (10.0, "cloud-init, Ignition, Ohai"),
-)
-"""Seconds until a client with its defaults gives up."""
 
 _FINE_S: Final = 0.3
 _BAD_S: Final = 1.0
@@ -39,20 +26,6 @@ _REDIRECTS: Final = (301, 302, 303, 307, 308)
 _NOT_FOUND: Final = 404
 _UNAUTHORIZED: Final = (401, 403)
 _SERVER_ERROR: Final = 500
-_WAITING: Final = (
-    "cloudbase-init and curl tools, which wait for ever",
-    "cloud-init, for ten seconds each",
-)
-_REFUSED: Final[dict[int, tuple[str, ...]]] = {
-    400: ("botocore, AWS CLI, awscrt, the SDKs for Go, Node and Ruby: no documents at all",),
-    403: (
-        "cloud-init on a guest that looks like Amazon's: stays without",
-        "Ansible's ec2_metadata_facts",
-        "Ruby's Aws::EC2Metadata",
-    ),
-}
-"""Clients by the status of a refused token, where they are others than usual."""
-
 _OLD: Final = "2009-04-04"
 _TAG: Final = re.compile(r"[A-Za-z0-9+\-=.,_:@]+")
 _TAGS: Final = "/tags/instance/"
@@ -95,7 +68,9 @@ def _unanswered(crawl: Crawl) -> Iterator[Finding]:
             "no-answer",
             *(path for path, _ in silent),
             severity=Severity.WARNING if odd else None,
-            clients=_WAITING if any(one.timed_out for _, one in silent) else None,
+            clients=clients_of("no-answer", "timed-out")
+            if any(one.timed_out for _, one in silent)
+            else None,
             count=len(silent),
             all=len(crawl.asked),
             why=silent[0][1].why,
@@ -108,19 +83,17 @@ def _slow(crawl: Crawl) -> Iterator[Finding]:
         for ask, answer in crawl.answers()
         if answer.first_byte_s is not None and answer.first_byte_s > _FINE_S
     }
-    if times:
-        worst = max(times.values())
-        count = "1 answer" if len(times) == 1 else f"{len(times)} answers"
-        yield found(
-            "slow",
-            *sorted(times, key=lambda path: -times[path]),
-            severity=Severity.ERROR if worst >= _BAD_S else None,
-            clients=[name for seconds, name in _TIMEOUTS if seconds < worst]
-            or ["every boot, by its sum"],
-            count=count,
-            fine=_FINE_S,
-            worst=worst,
-        )
+    worst = max(times.values(), default=0.0)
+    late = [name for seconds, name in TEXTS["slow"]["timeouts"] if seconds < worst]
+    yield from seen(
+        "slow",
+        sorted(times, key=lambda path: -times[path]),
+        severity=Severity.ERROR if worst >= _BAD_S else None,
+        clients=late or None,
+        count="1 answer" if len(times) == 1 else f"{len(times)} answers",
+        fine=_FINE_S,
+        worst=worst,
+    )
 
 
 def check_listings(crawl: Crawl) -> Iterator[Finding]:
@@ -241,7 +214,7 @@ def _granted(answer: Answer) -> Iterator[Finding]:
 
 def _refused(answer: Answer) -> Iterator[Finding]:
     if answer.status != _NOT_FOUND:
-        clients = _REFUSED.get(answer.status)
+        clients = clients_of("token-refused", str(answer.status))
         yield found("token-refused", TOKEN.path, clients=clients, status=answer.status)
     elif "\n" in answer.text.strip("\n") or answer.body.endswith(b"\n"):
         yield found("token-error-body", TOKEN.path)

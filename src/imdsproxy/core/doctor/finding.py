@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from importlib.resources import files
@@ -43,9 +43,15 @@ class Finding:
     paths: tuple[str, ...] = ()
 
 
-_TEXTS: Final[Mapping[str, Mapping[str, Any]]] = tomllib.loads(
+TEXTS: Final[Mapping[str, Mapping[str, Any]]] = tomllib.loads(
     files("imdsproxy.core.doctor").joinpath("findings.toml").read_text("utf-8")
 )
+
+
+def clients_of(code: str, case: str) -> Sequence[str] | None:
+    """The clients that a case of a finding breaks, where they are others than usual."""
+    clients: Mapping[str, Sequence[str]] = TEXTS[code]["clients_of"]
+    return clients.get(case)
 
 
 def found(
@@ -64,7 +70,7 @@ def found(
         clients: The same.
         values: What stands in braces in the texts.
     """
-    text = _TEXTS[code]
+    text = TEXTS[code]
     return Finding(
         code,
         severity or Severity(text["severity"]),
