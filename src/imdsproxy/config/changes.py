@@ -55,19 +55,19 @@ def diff_settings(before: Settings, after: Settings) -> tuple[SettingChange, ...
 def _differences(
     section: Schema, old: Mapping[str, Any], new: Mapping[str, Any], prefix: str
 ) -> Iterator[SettingChange]:
-    for field in fields_of(section, prefix):
-        setting, before, after = field.setting, old[field.name], new[field.name]
+    for setting in fields_of(section, prefix):
+        before, after = old[setting.name], new[setting.name]
         if before == after:
             continue
-        if field.holds in {"nothing", "items"}:
+        if setting.holds in {"nothing", "items"}:
             yield SettingChange(setting.path, before, after, setting.change)
-        elif field.holds == "section":
-            yield from _differences(field.section, before, after, f"{setting.path}.")
+        elif setting.holds == "section":
+            yield from _differences(setting.section, before, after, f"{setting.path}.")
         else:
             for key in {**before, **after}:
                 path = f"{setting.path}.{key}"
                 if key in before and key in after:
-                    yield from _differences(field.section, before[key], after[key], f"{path}.")
+                    yield from _differences(setting.section, before[key], after[key], f"{path}.")
                 else:
                     yield SettingChange(path, before.get(key), after.get(key), setting.change)
 

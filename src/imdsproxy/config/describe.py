@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, Final, TypeAlias, cast
 
 from imdsproxy.config.schema import Settings
 from imdsproxy.config.section import FORMS, Change
@@ -37,6 +37,8 @@ class Setting:
         default: The default as YAML and JSON write it; `None` too where `required`.
         required: There is no default: it has to be written.
         example: What the sample shows beside a default that is empty.
+        holds: `section`, or sections by `names` or as `items`, or `nothing` of that kind.
+        section: The schema of what it holds.
     """
 
     path: str
@@ -44,8 +46,15 @@ class Setting:
     default: object
     description: str
     change: Change
-    required: bool = False
-    example: object = None
+    required: bool
+    example: object
+    holds: str
+    section: Schema
+
+    @property
+    def name(self) -> str:
+        """The field's, in its section."""
+        return self.path.rpartition(".")[2]
 
     @property
     def variable(self) -> str:
@@ -80,15 +89,6 @@ class Node:
     def path(self) -> str:
         """`nova.endpoint_sets.default.endpoints[0].url`."""
         return join_place(self.place)
-
-
-class Field(NamedTuple):
-    """A field of a section, and the section that it holds, if any: itself, or one for each name or position."""
-
-    name: str
-    setting: Setting
-    holds: Literal["nothing", "section", "names", "items"]
-    section: Schema
 
 
 @cache
@@ -137,30 +137,37 @@ def type_at(place: Place) -> str:
     return str(_bare(schema_at(place)).get("type", ""))
 
 
-def fields_of(section: Schema, prefix: str = "") -> Iterator[Field]:
+def fields_of(section: Schema, prefix: str = "") -> Iterator[Setting]:
     """A section's fields in the schema's order; `prefix` goes before their paths."""
     for name, schema in section["properties"].items():
-        bare = _bare(schema)
-        setting = _setting(prefix + name, schema, required=name in section.get("required", ()))
-        items, values = _bare(bare.get("items")), _bare(_values(bare))
-        if "properties" in bare:
-            yield Field(name, setting, "section", bare)
-        elif "properties" in items:
-            yield Field(name, setting, "items", items)
-        elif "properties" in values:
-            yield Field(name, setting, "names", values)
-        else:
-            yield Field(name, setting, "nothing", {})
+        bare, path = _bare(schema), prefix + name
+        default: Any = _defaults()
+        for step in path.split("."):
+            default = default.get(step) if isinstance(default, Mapping) else None
+        inside = ("section", bare), ("items", bare.get("items")), ("names", _values(bare))
+        held = ((holds, _bare(one)) for holds, one in inside)
+        holds, inner = next((one for one in held if "properties" in one[1]), ("nothing", {}))
+        yield Setting(
+            path=path,
+            takes=describe_type(schema),
+            default=schema.get("default") if default is None else default,
+            description=schema.get("description", ""),
+            change=Change(schema.get("change", Change.RESTART)),
+            required=name in section.get("required", ()),
+            example=next(iter(schema.get("examples", ())), None),
+            holds=holds,
+            section=inner,
+        )
 
 
 def iterate_settings(section: Schema | None = None, prefix: str = "") -> Iterator[Setting]:
     """Every setting in the schema's order. For inner ones `NAME` and `N` stand for the key."""
     steps = {"section": ".", "names": ".NAME.", "items": "[N]."}
-    for field in fields_of(section or root_schema(), prefix):
-        if field.holds != "section":
-            yield field.setting
-        if field.holds != "nothing":
-            yield from iterate_settings(field.section, field.setting.path + steps[field.holds])
+    for setting in fields_of(section or root_schema(), prefix):
+        if setting.holds != "section":
+            yield setting
+        if setting.holds != "nothing":
+            yield from iterate_settings(setting.section, setting.path + steps[setting.holds])
 
 
 def walk_values(
@@ -173,18 +180,18 @@ def walk_values(
         section: Its schema; that of all settings for `None`.
         place: Where it is.
     """
-    for field in fields_of(section or root_schema()):
-        value, here, text = values[field.name], (*place, field.name), field.setting.description
-        if field.holds == "nothing" or not value:
-            yield Node(here, value, opens=False, description=text, setting=field.setting)
-        elif field.holds == "section":
+    for setting in fields_of(section or root_schema()):
+        value, here, text = values[setting.name], (*place, setting.name), setting.description
+        if setting.holds == "nothing" or not value:
+            yield Node(here, value, opens=False, description=text, setting=setting)
+        elif setting.holds == "section":
             yield Node(here, value, opens=True, description=text)
-            yield from walk_values(value, field.section, here)
+            yield from walk_values(value, setting.section, here)
         else:
-            yield Node(here, value, opens=True, description=text, setting=field.setting)
-            for step, part in value.items() if field.holds == "names" else enumerate(value):
+            yield Node(here, value, opens=True, description=text, setting=setting)
+            for step, part in value.items() if setting.holds == "names" else enumerate(value):
                 yield Node((*here, step), part, opens=True)
-                yield from walk_values(part, field.section, (*here, step))
+                yield from walk_values(part, setting.section, (*here, step))
 
 
 def describe_type(schema: Schema) -> str:
@@ -271,21 +278,6 @@ def _values(schema: Schema) -> Any:  # noqa: ANN401 - a schema, or what JSON Sch
     """The schema of a mapping's values."""
     return next(
         iter(schema.get("patternProperties", {}).values()), schema.get("additionalProperties")
-    )
-
-
-def _setting(path: str, schema: Schema, *, required: bool) -> Setting:
-    default: Any = _defaults()
-    for name in path.split("."):
-        default = default.get(name) if isinstance(default, Mapping) else None
-    return Setting(
-        path=path,
-        takes=describe_type(schema),
-        default=schema.get("default") if default is None else default,
-        description=schema.get("description", ""),
-        change=Change(schema.get("change", Change.RESTART)),
-        required=required,
-        example=next(iter(schema.get("examples", ())), None),
     )
 
 

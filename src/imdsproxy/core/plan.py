@@ -84,29 +84,14 @@ def plan_record(
     if instance is None:
         return None
     project = _project_at(instance, place)
-    return _record_of(inventory, key[0], instance, project, revisions, routing, policies)
-
-
-def _record_of(  # noqa: PLR0917 - as `plan_record`
-    inventory: Inventory,
-    network: NetworkId,
-    instance: Instance,
-    project: str | None,
-    revisions: Mapping[InstanceId, str],
-    routing: NovaRouting,
-    policies: PolicyBook,
-) -> MapRecord | None:
-    """The record of an instance in a network, by the project of its port there."""
-    owner = instance.id
-    of_instance = policy_place(inventory, network, project, instance)
-    word, paths = policies.word(of_instance, instance.created_at)
-    if instance.upstream is Upstream.NOVA:
-        if project is None:
-            return None
-        record = routing.record(network, owner, project)
-        return record if record is None or not word else replace(record, policy=word, paths=paths)
-    revision = revisions.get(owner)
-    return None if revision is None else EmbeddedRecord(owner, revision, word, paths)
+    word, paths = policies.word(
+        policy_place(inventory, key[0], project, instance), instance.created_at
+    )
+    if instance.upstream is not Upstream.NOVA:
+        revision = revisions.get(owner)
+        return None if revision is None else EmbeddedRecord(owner, revision, word, paths)
+    record = None if project is None else routing.record(key[0], owner, project)
+    return replace(record, policy=word, paths=paths) if record and word else record
 
 
 def policy_place(
