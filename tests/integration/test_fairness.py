@@ -115,34 +115,6 @@ def test_who_asks_for_more_than_the_default_is_refused_and_named(world: World) -
     assert _is_refusal(world.red.ask(_USER_DATA))
 
 
-def test_beyond_its_burst_a_guest_gets_503_on_both_families_and_its_neighbour_nothing(
-    world: World,
-) -> None:
-    _say(world, {"red-5": {"burst": 20}})
-    until(lambda: _is_refusal(world.red.ask(_USER_DATA)), what="a refusal")
-    assert world.daemon.status()["busiest"][0]["limited"]
-    began = time.monotonic()
-    reply = world.red.ask(_USER_DATA, to=IPV6)
-    assert _is_refusal(reply), reply
-    # Held for a second: whoever asks again at once costs little.
-    assert 0.8 < time.monotonic() - began < 3 * patience()
-    assert world.guests["green"].ask(_USER_DATA).status == 200
-
-
-def test_being_refused_does_not_lengthen_it(world: World) -> None:
-    # One that has asked for little before.
-    blue = world.guests["blue"]
-    _say(world, {"blue-5": {"burst": 20}})
-    until(lambda: blue.ask(_USER_DATA).status == 503, what="a refusal")
-    began = time.monotonic()
-    # Eight at a time, each asked again as soon as it is refused.
-    with ThreadPoolExecutor(8) as pool:
-        while time.monotonic() - began < 14 * patience():
-            if 200 in pool.map(lambda _: blue.ask(_USER_DATA).status, range(8)):
-                break
-    assert time.monotonic() - began < 13 * patience()
-
-
 def test_a_new_limit_is_in_force_at_once_without_a_reload(world: World) -> None:
     pids = world.settled()
     _say(world, {"red-5": {"requests_per_s": 1, "burst": 1000}})
@@ -158,20 +130,6 @@ def test_what_was_counted_survives_reloads_in_a_row(world: World) -> None:
     for _ in range(4):
         world.reload()
     assert _is_refusal(world.red.ask(_USER_DATA))
-
-
-def test_more_connections_than_allowed_are_told_503_and_far_more_are_closed(world: World) -> None:
-    _say(world, {"red-5": {"connections": 10}})
-    with contextlib.ExitStack() as stack:
-        held = [stack.enter_context(world.red.connect()) for _ in range(10)]
-        assert [one.request(_USER_DATA).status for one in held] == [200] * 10
-        assert _is_refusal(world.red.ask(_USER_DATA, to=IPV6))
-        _hold(stack, world.red, 60)
-        with pytest.raises(Lost):
-            world.red.ask(_USER_DATA)
-        assert [one.request(_USER_DATA).status for one in held] == [200] * 10
-        assert world.guests["green"].ask(_USER_DATA).status == 200
-    until(lambda: _answered(world.red), what="the connections' end")
 
 
 def test_a_thousand_idle_connections_starve_neither_neighbours_nor_the_daemon(world: World) -> None:

@@ -38,7 +38,7 @@ from imdsproxy.core.wire import (
     NovaRecord,
     render_map_value,
 )
-from support.guest import IPV4, Connection, Reply
+from support.guest import IPV4, Connection, Lost, Reply
 from support.lab import until
 from support.twins import Asker
 
@@ -47,6 +47,7 @@ WAYS: Final = ("guests", "found", "agents")
 """The frontends: of a network, of requests that the resolver hands in, of Neutron's proxies."""
 
 _ADDRESS: Final = "127.0.0.1"
+_LIMITS: Final = Limits(maxconn=400, cache_mb=1)
 
 
 def paths_below(directory: Path) -> Paths:
@@ -278,8 +279,8 @@ class Alone:
 
     def is_up(self) -> bool:
         try:
-            return self.ask("/latest/up").status == 200
-        except OSError:
+            return self.ask("/latest/up", kept=False).status == 200
+        except (OSError, Lost):
             return False
 
     def close(self) -> None:
@@ -294,7 +295,11 @@ def _free_port() -> int:
 
 @contextmanager
 def open_alone(
-    *, nova: bool = False, paths: Sequence[PathRules] = (), count_reads: int = 0
+    *,
+    nova: bool = False,
+    paths: Sequence[PathRules] = (),
+    count_reads: int = 0,
+    limits: Limits = _LIMITS,
 ) -> Iterator[Alone]:
     """Run one for the time of the context.
 
@@ -302,6 +307,7 @@ def open_alone(
         nova: Records are of Nova, whose place is taken as well.
         paths: The sets of path rules that records may refer to.
         count_reads: As of `DataplaneSpec`.
+        limits: The same.
     """
     # Not below pytest's own directory: a socket's path has 97 characters.
     place = Path(tempfile.mkdtemp(prefix="imdst-"))
@@ -318,10 +324,10 @@ def open_alone(
     spec = DataplaneSpec(
         tuple(Bind(NetworkId(name), IPv4Address(_ADDRESS), port) for name, port in ports.items()),
         files,
-        Limits(maxconn=400, cache_mb=1),
+        limits,
         nova=(NovaBackend("default", (server,), "nova"),) if nova else (),
         nova_times=NovaTimes(check="off"),
-        unix=UnixBind(str(place / "agents.sock"), "0600", 0, 0),
+        unix=UnixBind(str(place / "agents.sock"), "0600", 0, 0, maxconn=100),
         count_reads=count_reads,
     )
     more = f"\nglobal\n  stats socket {place}/cli.sock mode 600 level admin\n"

@@ -1,0 +1,158 @@
+"""How much one instance may ask for, by HAProxy's real rules and no daemon: of settings and of policies."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import select
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from imdsproxy.core.haproxy.limits import COUNTERS, POLICY_COUNTERS
+from imdsproxy.core.haproxy.model import Limits
+from imdsproxy.core.policy import OperatorOverride, Policy, render_policy_word
+from support.access_table import META, USER_DATA
+from support.guest import Connection, Lost, Reply
+from support.haproxy_alone import WAYS, Alone, open_alone
+from support.lab import until
+from support.patience import patience
+
+pytestmark = pytest.mark.root
+
+_LIMITS = Limits(
+    maxconn=400, cache_mb=1, fair=True, requests_per_s=1, burst=30, connections=10, body_bytes=2048
+)
+
+
+@pytest.fixture(scope="module", params=["documents", "nova"])
+def opened(request: pytest.FixtureRequest) -> Iterator[Alone]:
+    with open_alone(nova=request.param == "nova", limits=_LIMITS) as alone:
+        yield alone
+
+
+@pytest.fixture
+def alone(opened: Alone) -> Alone:
+    # Connections of the test before are counted until they are closed.
+    opened.close()
+    opened.renew()
+    for table in (COUNTERS, POLICY_COUNTERS):
+        opened.command(f"clear table {table}")
+    return opened
+
+
+def _have(alone: Alone, policy: Policy) -> None:
+    alone.put(word=render_policy_word(policy, OperatorOverride(), None))
+
+
+def _is_refusal(reply: Reply) -> bool:
+    return reply.status == 503 and reply.headers.get("retry-after") == "1"
+
+
+def _statuses(alone: Alone, count: int, network: str = "red") -> set[int]:
+    """Of requests by each way in turn."""
+    ways = itertools.islice(itertools.cycle(WAYS), count)
+    return {alone.ask(USER_DATA, network, way).status for way in ways}
+
+
+@pytest.mark.parametrize(
+    ("policy", "burst"),
+    [
+        (Policy(), 30),
+        # Beside a rate or a burst of its own both of the settings' are ignored.
+        (Policy(burst=20), 20),
+        (Policy(requests_per_s=2), 2 * 30),
+        (Policy(requests_per_s=5000, burst=5000), None),
+    ],
+)
+def test_beyond_its_burst_an_instance_gets_503_by_every_way_and_its_neighbour_nothing(
+    alone: Alone, policy: Policy, burst: int | None
+) -> None:
+    _have(alone, policy)
+    assert _statuses(alone, burst or 100) == {200}
+    assert _statuses(alone, 30, "green") == {200}
+    if burst is None:
+        return
+    until(lambda: _is_refusal(alone.ask(USER_DATA)), what="a refusal")
+    began = time.monotonic()
+    with ThreadPoolExecutor(len(WAYS)) as pool:
+        assert all(pool.map(lambda way: _is_refusal(alone.ask(USER_DATA, way=way)), WAYS))
+    # Held for a second: a client that asks again at once costs little.
+    assert 0.8 < time.monotonic() - began < 3 * patience()
+    # A new limit is in force at once.
+    _have(alone, Policy(requests_per_s=5000, burst=5000))
+    assert _statuses(alone, 3) == {200}
+
+
+@pytest.mark.slow
+def test_being_refused_does_not_lengthen_it() -> None:
+    def ask(connection: Connection) -> int:
+        return connection.request(USER_DATA).status
+
+    with contextlib.ExitStack() as stack:
+        alone = stack.enter_context(open_alone(limits=_LIMITS))
+        _have(alone, Policy(burst=20))
+        until(lambda: _is_refusal(alone.ask(USER_DATA)), what="a refusal")
+        began = time.monotonic()
+        # Eight at a time, each asked again as soon as it is refused.
+        pool = stack.enter_context(ThreadPoolExecutor(8))
+        held = [stack.enter_context(alone.connect()) for _ in range(8)]
+        until(lambda: 200 in pool.map(ask, held), within_s=14, what="the end of the refusal")
+        assert time.monotonic() - began < 13 * patience()
+
+
+@pytest.mark.parametrize(("policy", "most"), [(Policy(), 10), (Policy(connections=4), 4)])
+def test_more_connections_than_allowed_are_answered_503_and_far_more_are_closed(
+    alone: Alone, policy: Policy, most: int
+) -> None:
+    _have(alone, policy)
+    with contextlib.ExitStack() as stack:
+        held = [stack.enter_context(alone.connect()) for _ in range(most)]
+        assert {one.request(USER_DATA).status for one in held} == {200}
+        with alone.connect() as another:
+            assert _is_refusal(another.request(USER_DATA))
+        for _ in range(60):
+            with contextlib.suppress(OSError):
+                stack.enter_context(alone.connect())
+        with pytest.raises((Lost, OSError)), alone.connect() as last:
+            last.request(USER_DATA)
+        assert {one.request(USER_DATA).status for one in held} == {200}
+        assert _statuses(alone, 1, "green") == {200}
+    until(alone.is_up, what="the connections' end")
+
+
+def test_a_body_that_is_too_long_for_nova_is_413() -> None:
+    with open_alone(nova=True, limits=_LIMITS) as alone, alone.connect() as connection:
+        alone.renew()
+        for length, status in ((2049, 413), (2048, 200)):
+            body = b"a" * length
+            assert connection.request(META, method="POST", body=body).status == status
+        assert len(alone.documents.heads) == 1
+
+
+def test_networks_that_drag_out_their_requests_together_leave_room_for_another() -> None:
+    """Of 100 none may have more than 40, and three could have all: beyond three quarters each may have 5."""
+    limits = Limits(maxconn=400, maxconn_per_network=40, cache_mb=1)
+    with open_alone(limits=limits) as alone, contextlib.ExitStack() as stack:
+        held: list[Connection] = []
+        for network in ("one", "two", "three"):
+            for _ in range(40):
+                held.append(stack.enter_context(alone.connect(way="agents")))
+                head = "\r\n".join(
+                    (f"POST {META} HTTP/1.1", "Host: x", *alone.lines(network, "agents"))
+                )
+                held[-1].send(f"{head}\r\nContent-Length: 1000\r\n\r\n".encode())
+            held = _without_answered(held)
+        assert alone.ask(USER_DATA, way="agents").status == 200
+        assert 70 < len(held) < 90
+
+
+def _without_answered(connections: list[Connection]) -> list[Connection]:
+    """Close those that were answered, as a proxy does that has no further request."""
+    left = {one.socket: one for one in connections}
+    while readable := select.select(list(left), (), (), 0.3)[0]:
+        for one in readable:
+            left.pop(one).close()
+    return list(left.values())
