@@ -27,21 +27,6 @@ def log(world: World) -> AuditLog:
     return log
 
 
-def test_it_is_off_unless_settings_say_otherwise(world: World) -> None:
-    world.daemon.reconfigure({})
-    config = world.daemon.runtime / "haproxy.cfg"
-
-    def logs() -> bool:
-        text = config.read_text()
-        return "txn.refused" in text or any(
-            line.split()[:1] == ["log"] for line in text.splitlines()
-        )
-
-    until(lambda: not logs(), what="a configuration that logs nothing")
-    assert own(world.red, world.red.ask("/latest/user-data")) is None
-    assert not logs()
-
-
 def test_a_line_says_who_asked_what_and_what_became_of_it(world: World, log: AuditLog) -> None:
     begun = time.time()
     red = {"network": "red", "address": world.red.addresses[0], "instance": "red-5"}
@@ -61,14 +46,6 @@ def test_a_line_says_who_asked_what_and_what_became_of_it(world: World, log: Aud
     assert stranger.ask(_LEAF).status == 404
     log.wait(address=stranger.addresses[0], instance="-", by="resolver/resolver", status=404)
     assert stat.S_IMODE(log.path.stat().st_mode) == 0o640
-
-
-def test_a_connection_without_a_request_has_no_line(world: World, log: AuditLog) -> None:
-    for _ in range(5):
-        world.red.connect().close()
-    world.red.ask(_LEAF, headers=("User-Agent: after",))
-    log.wait(agent="after")
-    assert not [line for line in log.lines() if line["status"] == 400]
 
 
 def test_tokens_are_told_by_a_word(world: World, log: AuditLog) -> None:

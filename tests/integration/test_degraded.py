@@ -15,14 +15,13 @@ from typing import Any, Final, cast
 import pytest
 
 from support.guest import IPV4, Guest, Lost
-from support.lab import RecordMapping, ip, until, within
+from support.lab import ip, until, within
 from support.world import World, open_world
 
 pytestmark = pytest.mark.root
 
 _METRICS: Final = {"listen": "127.0.0.1:9465"}
 _NOT_IN_FORCE: Final = 75
-_MANY: Final = 1_000
 
 
 @pytest.fixture(scope="module")
@@ -140,21 +139,6 @@ def test_a_device_that_is_renamed_makes_its_network_degraded_until_it_has_its_na
     # With the device down its addresses of IPv6 went.
     ip("-n", name, "address", "replace", "fe80::a9fe:a9fe/64", "dev", "br0", "nodad")
     _mended(world)
-
-
-def test_a_thousand_missing_devices_are_counted_and_the_first_are_named(world: World) -> None:
-    world.lab.namespace_network("many")
-    name = world.lab.name("many")
-    networks: list[RecordMapping] = [
-        {"id": f"m{number:04}", "listener": {"namespace": name, "device": f"d{number}"}}
-        for number in range(_MANY)
-    ]
-    answer = world.daemon.put(networks)
-    assert not answer["applied"]
-    _degraded(world, "device-missing", "m0000", count=_MANY)
-    ready = _readyz(world)
-    assert ready["degraded"][-1] == "and 980 more networks: imdsproxy status"
-    assert len(ready["degraded"]) == 21
 
 
 def test_degraded_is_not_ready_where_the_settings_say_so(world: World) -> None:

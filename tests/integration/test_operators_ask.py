@@ -163,14 +163,3 @@ def test_a_link_in_the_place_of_a_password_is_not_followed(world: World, tmp_pat
     finally:
         link.unlink()
     assert (shown.status, shown.out) == (71, "")
-
-
-def test_what_no_record_has_cannot_be_cleared(world: World) -> None:
-    for words in (("instance", "set", "red-5"), ("network", "set", "red")):
-        refused = world.daemon.command(*words, "--clear", "nonsense")
-        assert refused.status == 64
-        assert "nonsense cannot be cleared" in refused.err
-        assert "can be cleared: " in refused.err
-    assert "password" in world.daemon.command("instance", "set", "red-5", "--clear", "name").err
-    assert world.daemon.command("instance", "set", "red-5", "--clear", "user-data").status == 0
-    assert world.red.ask("/latest/user-data").status == 404

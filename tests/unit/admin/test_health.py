@@ -17,7 +17,9 @@ from prometheus_client.registry import CollectorRegistry
 
 from imdsproxy.admin.health import HealthServer
 from imdsproxy.admin.metrics import Metrics
-from imdsproxy.admin.status import Readiness
+from imdsproxy.admin.record_reports import LeftOut
+from imdsproxy.admin.status import Readiness, list_degraded
+from imdsproxy.core.model import NetworkId
 
 
 @dataclass
@@ -173,3 +175,13 @@ async def test_head_has_the_length_and_no_body() -> None:
 
     assert answer.body == b""
     assert int(answer.headers["content-length"]) > 0
+
+
+def test_many_degraded_networks_are_counted_and_the_first_are_named() -> None:
+    left_out = [
+        LeftOut(NetworkId(f"m{one:04}"), "busy", "no device", "add it") for one in range(1000)
+    ]
+    lines = list_degraded(left_out)
+    assert lines[0] == "network m0000: no device (busy); add it"
+    assert (len(lines), lines[-1]) == (21, "and 980 more networks: imdsproxy status")
+    assert len(list_degraded(left_out[:20])) == 20

@@ -2,109 +2,80 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-from typing import cast
+from collections.abc import Callable
 
 import pytest
 
-from imdsproxy.admin.record_reports import RecordReports
-from imdsproxy.app.record_loop import RecordLoop
-from imdsproxy.core.endpoints import Endpoint, LeftOut, LeftOutCode
-from imdsproxy.core.inventory import Inventory
-from imdsproxy.core.model import (
-    METADATA_IPV4,
-    Instance,
-    InstanceId,
-    NamespaceListener,
-    Network,
-    NetworkId,
-    Port,
-    Upstream,
-)
+from imdsproxy.core.model import InstanceId
 from imdsproxy.core.observation import Observation
 from imdsproxy.errors import NotFound, Problem
-from imdsproxy.listeners.loop import ListenerLoop
+from support.admin_server import AdminServer
+from support.record_builders import instance, port
 
-RED, GONE = NetworkId("red"), NetworkId("gone")
-WEB = InstanceId("web")
-
-
-def _pending(
-    *,
-    ports: tuple[NetworkId, ...] = (RED,),
-    upstream: Upstream = Upstream.EMBEDDED,
-    compiled: bool = True,
-    failures: dict[str, Problem] | None = None,
-    left_out: tuple[LeftOut, ...] = (),
-    problems: tuple[Problem, ...] = (),
-    documents: bool = True,
-) -> tuple[str, ...]:
-    inventory = Inventory(["a"])
-    web = Instance(WEB, "web", "web", ports=tuple(Port(one) for one in ports), upstream=upstream)
-    inventory.observe(
-        Observation(
-            "a",
-            full=True,
-            networks={RED: Network(RED, NamespaceListener("red"))},
-            instances={WEB: web},
-            problems=problems,
-        )
-    )
-    endpoints = () if left_out else (Endpoint(RED, METADATA_IPV4, 80, None, None),)
-    records = SimpleNamespace(revisions={WEB: "1"} if compiled else {}, failures=failures or {})
-    listeners = SimpleNamespace(
-        report=SimpleNamespace(endpoints=endpoints), degraded=lambda: left_out
-    )
-    reports = RecordReports(
-        inventory, cast("RecordLoop", records), cast("ListenerLoop", listeners), documents
-    )
-    (listed,) = reports.instances()
-    assert reports.instance(WEB) == listed
-    assert [one.instance.id for one in reports.instances(RED)] == [WEB] * (RED in ports)
-    with pytest.raises(NotFound):
-        reports.instance(InstanceId("nobody"))
-    return listed.pending
+WEB = InstanceId("web-1")
+_REFUSED = (
+    Problem("instances[0].name", "is empty", file="web.yaml", record="web-1"),
+    Problem("networks[0].mtu", "is text", file="web.yaml", record="web-1"),
+)
 
 
-def test_a_record_in_force_has_no_reason() -> None:
-    assert _pending() == ()
-    assert _pending(upstream=Upstream.NOVA, compiled=False, documents=False) == ()
+def _fail(part: str, reason: str) -> Callable[[AdminServer], object]:
+    return lambda server: server.records.failures.update({part: Problem(part, reason)})
 
 
-def test_a_record_that_is_not_written_applied_or_compiled_has_the_reason() -> None:
-    full = {"instances.web": Problem("instances.web", "no space left")}
-    assert _pending(failures=full) == ("no space left",)
-    silent = {"records": Problem("records", "HAProxy does not answer")}
-    assert _pending(failures=silent) == ("HAProxy does not answer",)
-    assert _pending(compiled=False) == ("it is not compiled yet",)
-    assert "documents.enabled is off" in _pending(documents=False)[0]
+def _pending(server: AdminServer, name: str = "web-1") -> list[str]:
+    (listed,) = (one for one in server.client.get("/v1/instances") if one["record"]["id"] == name)
+    shown: list[str] = server.client.get(f"/v1/instances/{name}")["pending"]
+    assert shown == listed["pending"]
+    return shown
 
 
-def test_a_record_whose_network_is_not_there_or_not_served_has_the_reason() -> None:
-    assert _pending(ports=(GONE, GONE)) == ("there is no network gone",)
-    left = LeftOut(RED, None, LeftOutCode.DEVICE_MISSING, "there is no device br0")
-    assert _pending(left_out=(left,)) == ("network red is not served: there is no device br0",)
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (_fail("instances.web-1", "no space left"), "no space left"),
+        (_fail("records", "HAProxy does not answer"), "HAProxy does not answer"),
+        (lambda server: server.records.revisions.pop(WEB), "it is not compiled yet"),
+        (
+            lambda server: setattr(server.services.reports, "documents_needed", False),
+            "documents.enabled is off, and it has documents of ours",
+        ),
+        (
+            lambda server: server.leave_out("blue", "there is no device br0"),
+            "network blue is not served: there is no device br0",
+        ),
+        (
+            lambda server: server._observe(Observation("file", full=True, problems=_REFUSED)),
+            "a newer version is refused: web.yaml: instances[0].name: is empty",
+        ),
+    ],
+)
+def test_a_record_that_is_not_in_force_has_the_reason(
+    server: AdminServer, spoil: Callable[[AdminServer], object], reason: str
+) -> None:
+    assert _pending(server) == []
+    spoil(server)
+    assert _pending(server) == [reason]
 
 
-def test_a_record_whose_newer_version_is_refused_has_the_reason() -> None:
-    refused = Problem("instances[0].name", "is empty", file="web.yaml", record="web")
-    other = Problem("networks[0].mtu", "is text", file="web.yaml", record="web")
-    assert _pending(problems=(refused, other)) == (
-        "a newer version is refused: web.yaml: instances[0].name: is empty",
-    )
+def test_a_record_in_a_network_that_is_not_there_has_the_reason_once(server: AdminServer) -> None:
+    ports = [port("gone", address) for address in ("10.0.0.8", "10.0.0.9")]
+    server.claim_twice(instance("far", ports=ports))
+    assert _pending(server, "far") == ["there is no network gone"]
 
 
-def test_an_instance_that_sources_describe_differently_is_listed_as_a_conflict() -> None:
-    inventory = Inventory(["a", "b"])
-    for source in ("a", "b"):
-        web = Instance(WEB, source, source)
-        inventory.observe(Observation(source, full=True, instances={WEB: web}))
-    records = SimpleNamespace(revisions={}, failures={})
-    listeners = SimpleNamespace(report=SimpleNamespace(endpoints=()), degraded=tuple)
-    reports = RecordReports(
-        inventory, cast("RecordLoop", records), cast("ListenerLoop", listeners), True
-    )
-    (listed,) = reports.instances()
-    assert (listed.instance.id, len(listed.conflicts)) == (WEB, 1)
-    with pytest.raises(NotFound, match="a and b describe it differently"):
-        reports.instance(WEB)
+def test_nova_s_instance_needs_no_documents_of_ours(server: AdminServer) -> None:
+    server.client.request("PATCH", "/v1/instances/web-1", body={"upstream": "nova", "project": "p"})
+    server.services.reports.documents_needed = False
+    server.records.revisions.pop(WEB, None)
+    assert _pending(server) == []
+
+
+def test_an_instance_that_sources_describe_differently_is_listed_as_a_conflict(
+    server: AdminServer,
+) -> None:
+    server.claim_twice(instance("web-1", "10.0.0.77"))
+    (listed,) = server.client.get("/v1/instances")
+    assert (listed["record"]["id"], len(listed["conflicts"])) == ("web-1", 1)
+    with pytest.raises(NotFound, match="file and sqlite describe it differently"):
+        server.client.get("/v1/instances/web-1")
