@@ -45,35 +45,45 @@ def admin(tmp_path: Path) -> Iterator[AdminServer]:
         yield running
 
 
-def test_nothing_is_found_on_a_good_server(
-    server: MetadataServer, capsys: pytest.CaptureFixture[str]
+_KEYS = "/latest/meta-data/public-keys"
+_TOOTLES = {
+    "/2009-04-04/meta-data": b"hostname\ninstance-id\nlocal-hostname\npublic-keys\n",
+    **{f"/2009-04-04/meta-data/{name}": b"1" for name in ("hostname", "local-hostname", "instance-id")},
+    "/2009-04-04/meta-data/public-keys": b"ssh-ed25519 AAAA me",
+}  # fmt: skip
+"""Its one version, names without slashes, keys as a plain leaf."""
+
+
+@pytest.mark.parametrize(
+    ("changes", "token", "status", "shown"),
+    [
+        ({}, 404, 0, ["documents served: ec2, openstack, nocloud", "\nnothing found\n"]),
+        # Warnings alone are no failure.
+        ({"/": b"latest"}, 404, 0, ["warning root-versions\n", "\n1 warning\n"]),
+        ({"/": b"latest"}, 403, 1, ["error token-refused\n", "   breaks  cloud-init on a guest that looks like Amazon",
+                                    "\n1 error, 1 warning\n"]),
+        # Only some paths of many are shown.
+        ({"/latest/meta-data": b"a\nb\nc\nd\ne"}, 404, 1, ["meta-data/c (404)\n", "and 2 more"]),
+        # A server cannot colour the terminal.
+        ({_KEYS: b"0=a=\x1b[31m[red]b"}, 404, 1, ["a=\\x1b[31m[red]b"]),
+    ],
+)  # fmt: skip
+def test_people_see_what_is_found_and_the_exit_status_is_that_of_errors(
+    server: MetadataServer,
+    capsys: pytest.CaptureFixture[str],
+    changes: dict[str, bytes],
+    token: int,
+    *,
+    status: int,
+    shown: list[str],
 ) -> None:
-    assert main(["doctor", server.url]) == 0
-
+    server.token = Reply(status=token)
+    server.replies |= {path: Reply(body) for path, body in changes.items()}
+    assert main(["doctor", server.url]) == status
     out = capsys.readouterr().out
-    assert "documents served: ec2, openstack, nocloud" in out
-    assert out.endswith("nothing found\n")
-
-
-def test_an_error_is_told_and_is_the_exit_status(
-    server: MetadataServer, capsys: pytest.CaptureFixture[str]
-) -> None:
-    server.token = Reply(status=403)
-    server.replies["/"] = Reply(b"latest")
-
-    assert main(["doctor", server.url]) == 1
-
-    out = capsys.readouterr().out
-    assert "error token-refused\n" in out
-    assert "warning root-versions\n" in out
-    assert "   breaks  cloud-init on a guest that looks like Amazon's" in out
-    assert out.endswith("1 error, 1 warning\n")
-
-
-def test_warnings_alone_are_no_failure(server: MetadataServer) -> None:
-    server.replies["/"] = Reply(b"latest")
-
-    assert main(["doctor", server.url]) == 0
+    assert "\x1b" not in out
+    for text in shown:
+        assert text in out
 
 
 def test_programs_get_everything(
@@ -91,28 +101,6 @@ def test_programs_get_everything(
     assert finding["severity"] == "error"
     assert finding["paths"] == ["/latest/meta-data/nope (404)"]
     assert set(finding) == {"code", "severity", "what", "change", "clients", "paths"}
-
-
-def test_only_some_paths_of_many_are_shown_to_people(
-    server: MetadataServer, capsys: pytest.CaptureFixture[str]
-) -> None:
-    server.replies["/latest/meta-data"] = Reply(b"a\nb\nc\nd\ne")
-
-    main(["doctor", server.url])
-
-    assert "and 2 more" in capsys.readouterr().out
-
-
-def test_what_a_server_says_cannot_colour_the_terminal(
-    server: MetadataServer, capsys: pytest.CaptureFixture[str]
-) -> None:
-    server.replies["/latest/meta-data/public-keys"] = Reply(b"0=a=\x1b[31m[red]b")
-
-    main(["doctor", server.url])
-
-    out = capsys.readouterr().out
-    assert "\x1b" not in out
-    assert "a=\\x1b[31m[red]b" in out
 
 
 def test_a_guest_is_asked_about_through_the_daemon(
@@ -165,27 +153,16 @@ def test_nobody_there_is_a_finding(capsys: pytest.CaptureFixture[str]) -> None:
     assert "error unreachable" in capsys.readouterr().out
 
 
-def test_headers_and_a_prefix_go_with_every_question(server: MetadataServer) -> None:
+def test_a_question_goes_out_with_headers_prefix_and_escapes_and_a_put_has_no_length(
+    server: MetadataServer,
+) -> None:
     fetch = parse_url(f"{server.url}/nova/", ["X-Instance-ID: 1", "X-Tenant-ID:2"])
-    fetch(Ask("/openstack"))
-
-    method, path, headers = server.asked[-1]
-    assert (method, path) == ("GET", "/nova/openstack")
+    fetch(Ask("/latest/meta-data/tags/instance/my key"))
+    fetch(TOKEN)
+    (get, path, headers), (put, _, sent) = server.asked
+    assert (get, path, put) == ("GET", "/nova/latest/meta-data/tags/instance/my%20key", "PUT")
     assert (headers["x-instance-id"], headers["x-tenant-id"]) == ("1", "2")
-
-
-def test_a_token_is_asked_for_without_a_length(server: MetadataServer) -> None:
-    parse_url(server.url)(TOKEN)
-
-    method, _, headers = server.asked[-1]
-    assert method == "PUT"
-    assert not {"content-length", "transfer-encoding"} & set(headers)
-
-
-def test_odd_names_are_escaped(server: MetadataServer) -> None:
-    parse_url(server.url)(Ask("/latest/meta-data/tags/instance/my key"))
-
-    assert server.asked[-1][1] == "/latest/meta-data/tags/instance/my%20key"
+    assert not {"content-length", "transfer-encoding"} & set(sent)
 
 
 @pytest.mark.parametrize(
@@ -216,41 +193,28 @@ def _serve_once(answer: bytes) -> int:
     return int(listener.getsockname()[1])
 
 
+_ONE_1 = b"HTTP/1.1 200 OK\r\n"
+
+
 @pytest.mark.parametrize(
     ("raw", "framing", "version", "cut", "body"),
     [
-        (b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nab", Framing.LENGTH, "1.1", False, b"ab"),
-        (
-            b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nab\r\n0\r\n\r\n",
-            Framing.CHUNKED,
-            "1.1",
-            False,
-            b"ab",
-        ),
-        (b"HTTP/1.1 200 OK\r\n\r\nab", Framing.UNTIL_CLOSE, "1.1", False, b"ab"),
+        (_ONE_1 + b"Content-Length: 2\r\n\r\nab", Framing.LENGTH, "1.1", False, b"ab"),
+        (_ONE_1 + b"Transfer-Encoding: chunked\r\n\r\n2\r\nab\r\n0\r\n\r\n", Framing.CHUNKED, "1.1", False, b"ab"),
+        (_ONE_1 + b"\r\nab", Framing.UNTIL_CLOSE, "1.1", False, b"ab"),
         (b"HTTP/1.0 200 OK\r\n\r\nab", Framing.UNTIL_CLOSE, "1.0", False, b"ab"),
-        (b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nab", Framing.LENGTH, "1.1", True, b"ab"),
+        (_ONE_1 + b"Content-Length: 9\r\n\r\nab", Framing.LENGTH, "1.1", True, b"ab"),
         (b"HTTP/1.1 204 No\r\n\r\n", None, "1.1", False, b""),
     ],
-)
-def test_how_an_answer_ends_is_seen(
+)  # fmt: skip
+def test_how_an_answer_ends_and_when_it_began_is_seen(
     raw: bytes, framing: Framing | None, version: str, *, cut: bool, body: bytes
 ) -> None:
-    answer = HttpFetch("127.0.0.1", _serve_once(raw))(Ask("/"))
-
+    ticks = iter((10.0, 10.75))
+    answer = HttpFetch("127.0.0.1", _serve_once(raw), clock=lambda: next(ticks))(Ask("/"))
     assert isinstance(answer, Answer)
     assert (answer.framing, answer.version, answer.cut) == (framing, version, cut)
-    assert answer.body == body
-    assert answer.first_byte_s is not None
-
-
-def test_the_time_to_the_first_byte_is_measured() -> None:
-    ticks = iter((10.0, 10.75))
-    raw = b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n"
-    answer = HttpFetch("127.0.0.1", _serve_once(raw), clock=lambda: next(ticks))(Ask("/"))
-
-    assert isinstance(answer, Answer)
-    assert answer.first_byte_s == 0.75
+    assert (answer.body, answer.first_byte_s) == (body, 0.75)
 
 
 @pytest.mark.parametrize("raw", [b"", b"nonsense\r\n\r\n"])
@@ -274,7 +238,9 @@ def test_only_at_the_metadata_address_is_this_machine_the_guest() -> None:
     assert not is_metadata_address("nova")
 
 
-def test_a_guest_looks_at_its_cards_and_its_smbios(tmp_path: Path) -> None:
+def test_a_guest_looks_at_its_nics_and_its_smbios(tmp_path: Path) -> None:
+    nothing = look_around(tmp_path)
+    assert (nothing.macs, nothing.dmi, nothing.dmi_complete) == (frozenset(), {}, True)
     for name, mac in (("lo", "00:00:00:00:00:00"), ("eth0", "52:54:00:AB:00:01")):
         device = tmp_path / "sys/class/net" / name
         device.mkdir(parents=True)
@@ -304,39 +270,23 @@ def test_a_guest_looks_at_its_cards_and_its_smbios(tmp_path: Path) -> None:
     assert around.sources == ("OpenStack", "None")
 
 
-def test_a_machine_that_shows_nothing_has_nothing(tmp_path: Path) -> None:
-    around = look_around(tmp_path)
-
-    assert (around.macs, around.dmi, around.dmi_complete) == (frozenset(), {}, True)
-
-
 def test_a_url_that_is_none_says_what_one_is() -> None:
     with pytest.raises(RequestRefused) as refused:
         parse_url("gopher://x")
-
     assert "http://169.254.169.254" in refused.value.hint
 
 
 def test_a_server_like_tootles_is_seen_for_what_it_is(
     server: MetadataServer, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Its one version, names without slashes, keys as a plain leaf, no tokens but an error page."""
-    old = "/2009-04-04"
-    key = b"ssh-ed25519 AAAA me"
-    server.replies = {
-        f"{old}/meta-data": Reply(b"hostname\ninstance-id\nlocal-hostname\npublic-keys\n"),
-        f"{old}/meta-data/hostname": Reply(b"web-1"),
-        f"{old}/meta-data/local-hostname": Reply(b"web-1"),
-        f"{old}/meta-data/instance-id": Reply(b"1"),
-        f"{old}/meta-data/public-keys": Reply(key),
-    }
+    server.replies = {path: Reply(body) for path, body in _TOOTLES.items()}
     server.token = Reply(b"<html>\nno\n</html>\n", status=405)
 
     assert main(["doctor", server.url, "--json"]) == 1
 
-    told = json.loads(capsys.readouterr().out)
-    assert told["served"] == ["ec2"]
-    assert {one["code"] for one in told["findings"]} == {
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["served"] == ["ec2"]
+    assert {one["code"] for one in shown["findings"]} == {
         "key-listing-form",
         "listing-newline",
         "token-refused",
