@@ -44,17 +44,16 @@ texts = st.text(printable, min_size=1, max_size=40).filter(lambda text: text == 
 maybe_texts = st.none() | texts
 names = st.text(st.characters(exclude_categories=("Cc", "Cs", "Zl", "Zp"), exclude_characters="=/"))
 
-_subnets_v4 = st.builds(
-    Subnet,
-    st.integers(0, 0xFFFF).map(lambda number: IPv4Network((0x0A000000 | number << 8, 24))),
-    st.none() | ipv4,
-    st.lists(ipv4 | ipv6, max_size=2).map(tuple),
-)
-_subnets_v6 = st.builds(
-    Subnet,
-    st.integers(0, 0xFFFF).map(lambda number: IPv6Network((0x20010DB8 << 96 | number << 64, 64))),
-    st.none() | ipv6,
-    st.lists(ipv4 | ipv6, max_size=2).map(tuple),
+_cidrs = st.integers(0, 0xFFFF).map(
+    lambda number: IPv4Network((0x0A000000 | number << 8, 24))
+) | st.integers(0, 0xFFFF).map(lambda number: IPv6Network((0x20010DB8 << 96 | number << 64, 64)))
+_subnets = _cidrs.flatmap(
+    lambda cidr: st.builds(
+        Subnet,
+        st.just(cidr),
+        st.none() | (ipv4 if cidr.version == 4 else ipv6),
+        st.lists(ipv4 | ipv6, max_size=2).map(tuple),
+    )
 )
 _listeners = st.one_of(
     st.builds(BridgeListener, devices),
@@ -62,8 +61,6 @@ _listeners = st.one_of(
     st.builds(NamespaceListener, namespaces, st.none() | devices),
     st.builds(NamespaceListener, namespaces, devices, st.booleans()),
 )
-_switches = st.none() | st.booleans()
-_modes = st.none() | st.sampled_from(TokenMode)
 _trees = st.sampled_from(
     ("", "/latest", "/openstack", "/openstack/latest", "/openstack/content", "/nocloud")
 )
@@ -80,11 +77,10 @@ rule_paths = st.builds(
 path_rules: st.SearchStrategy[PathRules] = st.dictionaries(
     rule_paths, st.sampled_from(PathWord), max_size=6
 ).map(lambda said: sort_paths(said.items()))
-_path_sets = path_rules.map(lambda rules: rules or None)
 _KINDS: dict[type[object], st.SearchStrategy[object]] = {
-    bool: _switches,
-    TokenMode: _modes,
-    tuple: _path_sets,
+    bool: st.none() | st.booleans(),
+    TokenMode: st.none() | st.sampled_from(TokenMode),
+    tuple: path_rules.map(lambda rules: rules or None),
 }
 policies = st.builds(
     PolicyRules,
@@ -93,14 +89,13 @@ policies = st.builds(
         for rule in RULES.values()
     },
 )
-moments = st.none() | st.integers(0, 9_999_999_999)
 networks = st.builds(
     Network,
     ids.map(NetworkId),
     _listeners,
     st.just("") | texts,
     maybe_texts,
-    st.lists(_subnets_v4 | _subnets_v6, max_size=3, unique_by=lambda one: one.cidr).map(tuple),
+    st.lists(_subnets, max_size=3, unique_by=lambda one: one.cidr).map(tuple),
     st.none() | st.integers(68, 65535),
     st.sampled_from(Scope),
     policy=policies,
@@ -137,24 +132,21 @@ def _ssh_keys(draw: st.DrawFn) -> tuple[SshKey, ...]:
     )
 
 
+_common: dict[str, st.SearchStrategy[object]] = {
+    "id": ids.map(InstanceId),
+    "name": texts,
+    "ports": _ports(),
+    "policy": policies,
+    "created_at": st.none() | st.integers(0, 9_999_999_999),
+}
 _nova_instances = st.builds(
-    Instance,
-    id=ids.map(InstanceId),
-    name=texts,
-    hostname=st.just("host"),
-    project=ids,
-    ports=_ports(),
-    upstream=st.just(Upstream.NOVA),
-    policy=policies,
-    created_at=moments,
+    Instance, **_common, hostname=st.just("host"), project=ids, upstream=st.just(Upstream.NOVA)
 )
 _embedded_instances = st.builds(
     Instance,
-    id=ids.map(InstanceId),
-    name=texts,
+    **_common,
     hostname=st.from_regex(r"\A[a-z]([a-z0-9-]{0,10}[a-z0-9])?(\.[a-z]{1,10}){0,2}\Z"),
     project=maybe_texts,
-    ports=_ports(),
     ssh_keys=_ssh_keys(),
     tags=st.dictionaries(texts, st.text(printable, max_size=20), max_size=3).map(
         lambda tags: tuple(sorted(tags.items()))
@@ -164,7 +156,5 @@ _embedded_instances = st.builds(
     availability_zone=maybe_texts,
     instance_type=maybe_texts,
     dialects=st.frozensets(st.sampled_from(Dialect)),
-    policy=policies,
-    created_at=moments,
 )
 instances = _embedded_instances | _nova_instances
