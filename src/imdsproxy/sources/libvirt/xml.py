@@ -24,7 +24,7 @@ import difflib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from ipaddress import IPv4Interface, IPv6Interface, ip_interface
-from typing import Final, TypeAlias
+from typing import Any, Final, TypeAlias
 from xml.etree.ElementTree import Element, ParseError, fromstring
 
 from imdsproxy.core.records import Json, Refused
@@ -40,13 +40,6 @@ METADATA_URI: Final = "urn:imdsproxy:libvirt:1"
 
 _Record: TypeAlias = "dict[str, Json]"
 
-_TEXTS: Final = {
-    "hostname": "hostname",
-    "project": "project",
-    "availability-zone": "availability_zone",
-    "instance-type": "instance_type",
-}
-_SWITCHES: Final = {"yes": True, "no": False}
 _BLANKS: Final = " \t\r\n"
 
 
@@ -206,106 +199,106 @@ def read_metadata(element: Element, place: str) -> tuple[_Record, tuple[Problem,
         element: `{urn:imdsproxy:libvirt:1}instance`.
         place: Where it is, for the problems: `domain web-1`.
     """
-    reader = _Reader(place)
-    reader.attributes(element, "", ("id",))
-    record: _Record = {}
+    problems: list[Problem] = []
+
+    def refuse(name: str, reason: str, hint: str = "") -> None:
+        field = f"instance.{name}" if name else "instance"
+        problems.append(Problem(field, reason, hint, place))
+
+    def check_attributes(of: Element, name: str, known: tuple[str, ...]) -> None:
+        hint = f"known: {', '.join(known)}" if known else "it has none"
+        for key in of.attrib:
+            if key not in known:
+                refuse(name, f"unknown attribute {key}", hint)
+
+    check_attributes(element, "", ("id",))
+    record: dict[str, Any] = {}
     identity = element.get("id")
     if identity is not None:
         record["id"] = identity
     if element.text is not None and element.text.strip(_BLANKS):
-        reader.refuse("", "holds text outside its elements", "put it into <imds:user-data>")
-    for child in element:
-        name = _local_name(child)
-        read = _ELEMENTS.get(name or "")
-        if read is None:
-            reader.refuse(name or child.tag, "unknown element", _nearest(name or child.tag))
-        else:
-            read(reader, record, child)
-    return record, tuple(reader.problems)
-
-
-class _Reader:
-    def __init__(self, place: str) -> None:
-        self._place = place
-        self.problems: list[Problem] = []
-
-    def refuse(self, name: str, reason: str, hint: str = "") -> None:
-        field = f"instance.{name}" if name else "instance"
-        self.problems.append(Problem(field, reason, hint, self._place))
-
-    def attributes(self, element: Element, name: str, known: tuple[str, ...]) -> None:
-        for key in element.attrib:
-            if key not in known:
-                hint = f"known: {', '.join(known)}" if known else "it has none"
-                self.refuse(name, f"unknown attribute {key}", hint)
-
-    def text(self, record: _Record, element: Element) -> None:
-        name = _local_name(element) or ""
-        self.attributes(element, name, ())
-        if _TEXTS[name] in record:
-            self.refuse(name, "is there twice")
-        record[_TEXTS[name]] = (element.text or "").strip(_BLANKS)
-
-    def ssh_key(self, record: _Record, element: Element) -> None:
-        self.attributes(element, "ssh-key", ("name",))
-        keys = record.setdefault("ssh_keys", [])
-        key, name = (element.text or "").strip(_BLANKS), element.get("name")
-        if isinstance(keys, list):
-            keys.append(key if name is None else {"name": name, "key": key})
-
-    def tag(self, record: _Record, element: Element) -> None:
-        self.attributes(element, "tag", ("name",))
-        tags, name = record.setdefault("tags", {}), element.get("name")
-        if name is None:
-            self.refuse("tag", "has no name", '<imds:tag name="role">web</imds:tag>')
-        elif isinstance(tags, dict):
-            if name in tags:
-                self.refuse("tag", f"{name} is there twice")
-            tags[name] = element.text or ""
-
-    def dialect(self, record: _Record, element: Element) -> None:
-        self.attributes(element, "dialect", ("name", "serve"))
-        dialects, name = record.setdefault("dialects", {}), element.get("name")
-        serve = _SWITCHES.get(element.get("serve", ""))
-        if name is None or serve is None:
-            self.refuse("dialect", "is not understood", '<imds:dialect name="ec2" serve="no"/>')
-        elif isinstance(dialects, dict):
-            dialects[name] = serve
-
-    def payload(self, record: _Record, element: Element) -> None:
-        name = _local_name(element) or ""
-        self.attributes(element, name, ("encoding",))
-        key = name.replace("-", "_")
-        if key in record:
-            self.refuse(name, "is there twice")
-        text, encoding = element.text or "", element.get("encoding")
-        if encoding is None:
-            record[key] = _without_first_break(text)
-        elif encoding == "base64" and key == "user_data":
-            record[key] = {"base64": "".join(text.split())}
-        else:
-            self.refuse(name, f"unknown encoding {encoding}", "base64 (user-data), or none: text")
-
-
-_ELEMENTS: Final[Mapping[str, Callable[[_Reader, _Record, Element], None]]] = {
-    **dict.fromkeys(_TEXTS, _Reader.text),
-    "ssh-key": _Reader.ssh_key,
-    "tag": _Reader.tag,
-    "dialect": _Reader.dialect,
-    "user-data": _Reader.payload,
-    "vendor-data": _Reader.payload,
-}
-
-
-def _without_first_break(text: str) -> str:
-    """The text without the line end that follows the opening tag: `#cloud-config` must be first."""
-    first, end, rest = text.partition("\n")
-    return rest if end and not first.strip(_BLANKS) else text
-
-
-def _local_name(element: Element) -> str | None:
+        refuse("", "holds text outside its elements", "put it into <imds:user-data>")
     prefix = f"{{{METADATA_URI}}}"
-    return element.tag.removeprefix(prefix) if element.tag.startswith(prefix) else None
+    for child in element:
+        name = child.tag.removeprefix(prefix)
+        if name not in _ELEMENTS or not child.tag.startswith(prefix):
+            refuse(name, "unknown element", _nearest(name))
+            continue
+        key, attributes, read = _ELEMENTS[name]
+        check_attributes(child, name, attributes)
+        try:
+            _put(record, key, read(child))
+        except _Wrong as wrong:
+            refuse(name, *wrong.args)
+    return record, tuple(problems)
+
+
+def _put(record: dict[str, Any], key: str, value: Json | tuple[str, Json]) -> None:
+    if isinstance(value, tuple):
+        name, inner = value
+        if key == "tags" and name in record.get(key, ()):
+            raise _Wrong(f"{name} is there twice")
+        record.setdefault(key, {})[name] = inner
+    elif key == "ssh_keys":
+        record.setdefault(key, []).append(value)
+    elif key in record:
+        raise _Wrong("is there twice")
+    else:
+        record[key] = value
+
+
+class _Wrong(Exception):
+    """What is wrong with an element, and a hint."""
+
+
+def _text(element: Element) -> str:
+    return (element.text or "").strip(_BLANKS)
+
+
+def _ssh_key(element: Element) -> Json:
+    name = element.get("name")
+    return _text(element) if name is None else {"name": name, "key": _text(element)}
+
+
+def _tag(element: Element) -> tuple[str, str]:
+    name = element.get("name")
+    if name is None:
+        raise _Wrong("has no name", '<imds:tag name="role">web</imds:tag>')
+    return name, element.text or ""
+
+
+def _dialect(element: Element) -> tuple[str, bool]:
+    name, serve = element.get("name"), element.get("serve")
+    if name is None or serve not in {"yes", "no"}:
+        raise _Wrong("is not understood", '<imds:dialect name="ec2" serve="no"/>')
+    return name, serve == "yes"
+
+
+def _payload(element: Element) -> Json:
+    text, encoding = element.text or "", element.get("encoding")
+    if encoding is None:
+        # Without the line end that follows the opening tag: `#cloud-config` must be first.
+        first, end, rest = text.partition("\n")
+        return rest if end and not first.strip(_BLANKS) else text
+    if encoding == "base64" and element.tag.endswith("}user-data"):
+        return {"base64": "".join(text.split())}
+    raise _Wrong(f"unknown encoding {encoding}", "base64 (user-data), or none: text")
+
+
+_ELEMENTS: Final[
+    Mapping[str, tuple[str, tuple[str, ...], Callable[[Element], Json | tuple[str, Json]]]]
+] = {
+    "hostname": ("hostname", (), _text),
+    "project": ("project", (), _text),
+    "availability-zone": ("availability_zone", (), _text),
+    "instance-type": ("instance_type", (), _text),
+    "ssh-key": ("ssh_keys", ("name",), _ssh_key),
+    "tag": ("tags", ("name",), _tag),
+    "dialect": ("dialects", ("name", "serve"), _dialect),
+    "user-data": ("user_data", ("encoding",), _payload),
+    "vendor-data": ("vendor_data", ("encoding",), _payload),
+}
+"""By name: the record's key, the element's attributes, and what it says: a value, or one under a name."""
 
 
 def _nearest(name: str) -> str:
