@@ -48,11 +48,11 @@ def test_the_daemon_says_nothing_wrong_of_its_guests(world: World) -> None:
             "doctor", "--network", guest.network, "--from", guest.addresses[0], "--json"
         )
 
-        told = json.loads(ran.out)
-        assert ran.status == 0, told
-        assert [one["code"] for one in told["findings"]] == ["gate"]
-        assert set(told["served"]) == set(Dialect)
-        assert f"{guest.network}-5" in told["subject"]
+        reported = json.loads(ran.out)
+        assert ran.status == 0, reported
+        assert [one["code"] for one in reported["findings"]] == ["gate"]
+        assert set(reported["served"]) == set(Dialect)
+        assert f"{guest.network}-5" in reported["subject"]
 
 
 @pytest.mark.parametrize("fields", [{}, _EVERYTHING], ids=["plain", "everything"])
@@ -93,7 +93,7 @@ def test_a_wrong_mac_in_the_record_is_found_in_the_guest(
     assert codes - {"gate-shut"} == {found}
 
 
-def test_a_stranger_is_told_that_nobody_knows_him(world: World) -> None:
+def test_an_unknown_guest_is_served_nothing(world: World) -> None:
     stranger = world.lab.guest("red", 66)
 
     codes = {one.code for one in examine(_ask_all(stranger, _URL), Surroundings())}

@@ -56,7 +56,7 @@ def test_a_guest_gets_its_own_documents_whatever_it_says_of_itself(place: Place,
     assert (found.status, found.body) == (200, user_data_of("mine"))
 
 
-def test_an_address_that_nobody_has_is_404_of_the_daemons(place: Place) -> None:
+def test_an_unknown_address_gets_the_404_of_the_daemon(place: Place) -> None:
     stranger: Guest = place.lab.guest("blue", 77)
     assert stranger.ask("/latest/user-data").status == 404
 
@@ -69,6 +69,6 @@ def test_a_second_network_with_the_same_addresses_is_another_one(
     socket = daemon.directory / "agents" / "metadata_proxy"
     words = [*place.words(uuid=OTHER), f"--metadata_proxy_socket={socket}"]
     started = place.run(*words, namespace=place.lab.name("red"), program=[PROGRAM])
-    assert (started.status, started.said) == (0, "")
+    assert (started.status, started.errors) == (0, "")
     assert guest.ask("/latest/user-data").body == user_data_of("others")
     assert place.guest.ask("/latest/user-data").body == user_data_of("mine")

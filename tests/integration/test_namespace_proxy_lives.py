@@ -70,7 +70,7 @@ def test_a_proxy_is_what_the_settings_and_the_environment_say(
     words = (f"--network-id={NETWORK}", f"--pid-file={place.pid_file}")
     variables = {"IMDSPROXY_NAMESPACE_PROXY__METADATA_PORT": "80"}
     started = place.run(*named, *words, program=program, environment=variables)
-    assert (started.status, started.said) == (0, "")
+    assert (started.status, started.errors) == (0, "")
     assert place.guest.ask("/").status == 200
     assert process_status(place.pid())["Uid"] == [str(_NOBODY.pw_uid)] * 4
     assert place.config.exists()
@@ -85,7 +85,7 @@ def test_the_programs_own_option_for_settings_stands_before_the_command_too(plac
     named = _write_settings(place, f"namespace_proxy: {{state_path: {place.state}}}\n")
     program = (sys.executable, "-m", "imdsproxy", *named, "namespace-proxy")
     started = place.run(f"--network-id={NETWORK}", "--metadata-port=80", program=program)
-    assert (started.status, started.said) == (0, "")
+    assert (started.status, started.errors) == (0, "")
     assert place.guest.ask("/").status == 200
 
 
@@ -181,7 +181,7 @@ def test_a_signal_to_the_pid_in_the_file_ends_it_and_frees_the_port(
     until(lambda: not alive(pid), what="HAProxy ends")
     assert place.proxies() == []
     assert not place.guest.reaches()
-    # The pid file of a process that is gone keeps nobody from starting.
+    # The pid file of a process that is gone does not prevent a start.
     assert place.start() != pid
 
 
@@ -234,8 +234,8 @@ def test_a_second_start_is_refused_and_changes_nothing(
     words = place.words(mode, "--debug", "--use-syslog", port=8080)
     started = place.run(*words) if with_pid_file else place.run(*words, "--pid-file=")
     assert started.status == 71
-    told = f"runs already (pid {pid})" if with_pid_file else "is in use: its proxy runs"
-    assert told in started.lines[0]
+    reported = f"runs already (pid {pid})" if with_pid_file else "is in use: its proxy runs"
+    assert reported in started.lines[0]
     assert place.pid() == pid
     assert place.config.read_bytes() == before
     assert place.proxies() == [pid]
@@ -285,9 +285,9 @@ def test_what_a_proxy_left_is_cleaned_up(place: Place) -> None:
 
 
 def refused(place: Place, started: Started, status: int, line: str) -> None:
-    """A failure is a status, one line and a hint, and nothing runs or is said to run."""
-    assert (started.status, started.output) == (status, ""), started.said
-    assert line in started.lines[0], started.said
+    """A failure is a status, one line and a hint, and nothing runs or seems to run."""
+    assert (started.status, started.output) == (status, ""), started.errors
+    assert line in started.lines[0], started.errors
     assert started.lines[0].startswith("imdsproxy: ")
     assert [one.partition(":")[0] for one in started.lines[1:]] in ([], ["hint"])
     assert place.proxies() == []
@@ -314,7 +314,7 @@ def test_a_port_in_use_is_refused(place: Place, mode: str, who: str) -> None:
 
 
 @pytest.mark.parametrize("mode", _MODES)
-def test_a_configuration_that_haproxy_refuses_is_told_in_its_own_words(
+def test_a_configuration_that_haproxy_refuses_is_reported_in_its_own_words(
     place: Place, mode: str, tmp_path: Path
 ) -> None:
     (tmp_path / "bad.cfg").write_text("global\n  nonsense here\n")

@@ -130,7 +130,7 @@ def test_a_body_in_chunks_passes_in_chunks(place: Place) -> None:
     assert identity(received) == ours()
 
 
-def test_two_guests_behind_one_proxy_are_told_apart_on_one_connection_each(place: Place) -> None:
+def test_two_guests_behind_one_proxy_are_kept_apart_on_one_connection_each(place: Place) -> None:
     other = place.lab.guest("blue", 6)
     with place.guest.connect() as one, other.connect() as two:
         for _ in range(3):
@@ -210,7 +210,7 @@ def test_a_guest_that_asks_over_ipv6_is_known_by_that_address(place: Place) -> N
     ]
 
 
-def test_nobody_at_the_socket_is_503_with_retry_after(place: Place) -> None:
+def test_a_socket_without_a_listener_is_503_with_retry_after(place: Place) -> None:
     place.recorder.refuse()
     found = place.guest.ask("/latest/meta-data/")
     assert (found.status, found.headers["retry-after"], found.body) == (503, "1", b"")

@@ -139,26 +139,26 @@ class MetadataServer:
 @contextlib.contextmanager
 def metadata_server() -> Iterator[MetadataServer]:
     """Runs until the context ends; change its attributes as you like."""
-    told = MetadataServer()
+    answers = MetadataServer()
 
     class Handler(BaseHTTPRequestHandler):
-        """Answers as `told` says."""
+        """Answers as `answers` describes."""
 
         @property
         def protocol_version(self) -> str:  # type: ignore[override]
-            return told.version
+            return answers.version
 
         def do_GET(self) -> None:
             headers = {name.lower(): value for name, value in self.headers.items()}
-            told.asked.append((self.command, self.path, headers))
-            reply = told.reply(self.command, self.path)
+            answers.asked.append((self.command, self.path, headers))
+            reply = answers.reply(self.command, self.path)
             if reply.delay_s:
                 time.sleep(reply.delay_s)
             self.send_response_only(reply.status)
             length = len(reply.body) if reply.length is None else reply.length
             if length >= 0:
                 self.send_header("Content-Length", str(length))
-            for name, value in {**told.everywhere, **reply.headers}.items():
+            for name, value in {**answers.everywhere, **reply.headers}.items():
                 self.send_header(name, value)
             self.send_header("Connection", "close")
             self.end_headers()
@@ -172,9 +172,9 @@ def metadata_server() -> Iterator[MetadataServer]:
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
     thread.start()
-    told.url = f"http://127.0.0.1:{server.server_address[1]}"
+    answers.url = f"http://127.0.0.1:{server.server_address[1]}"
     try:
-        yield told
+        yield answers
     finally:
         server.shutdown()
         thread.join(10)

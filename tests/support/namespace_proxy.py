@@ -48,11 +48,11 @@ class Started:
 
     status: int
     output: str
-    said: str
+    errors: str
 
     @property
     def lines(self) -> list[str]:
-        return self.said.splitlines()
+        return self.errors.splitlines()
 
 
 @dataclass(slots=True)
@@ -119,7 +119,7 @@ class Place:
     def start(self, *more: str, umask: int = 0o022, port: int = 80) -> int:
         """Have a proxy in the background; its pid."""
         started = self.run(*self.words(*more, port=port), umask=umask)
-        assert (started.status, started.output, started.said) == (0, "", "")
+        assert (started.status, started.output, started.errors) == (0, "", "")
         return self.pid()
 
     def open(self, *more: str, program: Sequence[str] = (PROGRAM,)) -> subprocess.Popen[str]:
@@ -149,7 +149,7 @@ class Place:
     def clear(self) -> None:
         """End every proxy and remove what they left."""
         for process in self._foreground:
-            # Where its test has failed it may not have become HAProxy yet, and nobody would find it below.
+            # Where its test has failed it may not have become HAProxy yet, and would not be found below.
             process.kill()
         for namespace in self.lab.leftovers():
             proxies = self.proxies(namespace)

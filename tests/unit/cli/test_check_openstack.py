@@ -192,9 +192,9 @@ def test_each_endpoint_that_cannot_be_reached_is_a_warning(secret: Path) -> None
     with _server() as port:
         here = {"url": f"http://127.0.0.1:{port}"}
         elsewhere = {"url": "http://nova.invalid"}
-        nobody = {"url": "http://127.0.0.1:1"}
+        refusing = {"url": "http://127.0.0.1:1"}
         fine = openstack.check_endpoints(_on(secret, endpoints=[here]))
-        found = openstack.check_endpoints(_on(secret, endpoints=[here, nobody, elsewhere]))
+        found = openstack.check_endpoints(_on(secret, endpoints=[here, refusing, elsewhere]))
     assert summarise(fine) == [(0, False, "1 endpoint can be reached")]
     assert [(one.ok, one.warning) for one in found] == [(True, True)] * 2
     assert found[0].text == f"{_ENDPOINT}[1]: http://127.0.0.1:1: Connection refused"
@@ -208,7 +208,7 @@ def _clouds(path: Path, **source: object) -> Subject:
 
 
 @pytest.mark.parametrize(
-    ("content", "mode", "told"),
+    ("content", "mode", "reported"),
     [
         (b"clouds: {here: {}}\n", 0o600, (True, False, "cloud here of")),
         (b"clouds: {here: {auth_type: none}}\n", 0o644, (True, False, "cloud here of")),
@@ -230,7 +230,7 @@ def _clouds(path: Path, **source: object) -> Subject:
     ],
 )
 def test_the_cloud_has_to_be_in_its_file(
-    tmp_path: Path, content: bytes | None, mode: int, told: tuple[bool, bool, str]
+    tmp_path: Path, content: bytes | None, mode: int, reported: tuple[bool, bool, str]
 ) -> None:
     path = tmp_path / "clouds.yaml"
     if content is not None:
@@ -239,8 +239,8 @@ def test_the_cloud_has_to_be_in_its_file(
 
     (finding,) = openstack.check_clouds(_clouds(path))
 
-    assert (finding.ok, finding.warning) == told[:2]
-    assert told[2] in finding.text
+    assert (finding.ok, finding.warning) == reported[:2]
+    assert reported[2] in finding.text
 
 
 def test_a_neutron_without_keystone_needs_no_cloud() -> None:
@@ -314,14 +314,14 @@ def test_check_asks_all_of_it_and_a_warning_is_no_failure_of_its_own(
         status = main(["check", "--json", "--config", str(config)])
 
     findings = json.loads(capsys.readouterr().out)["findings"]
-    told = {one["text"]: (one["ok"], one["warning"]) for one in findings}
+    reported = {one["text"]: (one["ok"], one["warning"]) for one in findings}
     assert status != 0
     unreached = "nova.endpoint_sets.default.endpoints[0]: http://127.0.0.1:1: Connection refused"
-    assert told[unreached] == (True, True)
-    assert told["secrets can be read"] == (True, False)
+    assert reported[unreached] == (True, True)
+    assert reported["secrets can be read"] == (True, False)
     missing = "unix_listener.proxy_group: this host has no group imdst-nobody"
-    assert told[missing] == (False, False)
-    assert not any("4294967" in text for text in told)
-    mine = next(text for text in told if text.startswith("unix_listener.path: "))
+    assert reported[missing] == (False, False)
+    assert not any("4294967" in text for text in reported)
+    mine = next(text for text in reported if text.startswith("unix_listener.path: "))
     assert f"(pid {os.getpid()}) listens at {place}" in mine
-    assert told[mine] == (False, False)
+    assert reported[mine] == (False, False)

@@ -152,7 +152,7 @@ def test_user_data_that_is_denied_in_one_tree_and_given_in_another_is_warned_of(
         ({"paths": {"/": "deny", "/latest/meta-data": "allow"}}, False),
     ],
 )
-def test_what_is_said_of_paths_keeps_user_data_or_leaves_it_open(
+def test_path_rules_keep_user_data_or_leave_it_open(
     policy: dict[str, Any], *, warned: bool
 ) -> None:
     assert bool(check_trees(_on(host=policy))) is warned

@@ -93,10 +93,14 @@ def test_programs_get_everything(
 
     assert main(["doctor", server.url, "--json"]) == 1
 
-    told = json.loads(capsys.readouterr().out)
-    assert (told["subject"], told["given_up"], told["not_looked_at"]) == (server.url, "", [])
-    assert told["questions"] == len(server.asked)
-    (finding,) = told["findings"]
+    reported = json.loads(capsys.readouterr().out)
+    assert (reported["subject"], reported["given_up"], reported["not_looked_at"]) == (
+        server.url,
+        "",
+        [],
+    )
+    assert reported["questions"] == len(server.asked)
+    (finding,) = reported["findings"]
     assert finding["code"] == "listed-missing"
     assert finding["severity"] == "error"
     assert finding["paths"] == ["/latest/meta-data/nope (404)"]
@@ -115,11 +119,11 @@ def test_a_guest_is_asked_about_through_the_daemon(
 
     admin.answer("/latest/meta-data/hostname", b"x\n")
     assert main(["--socket", str(admin.socket), "doctor", *guest, "--json"]) == 1
-    told = json.loads(capsys.readouterr().out)
-    assert [one["code"] for one in told["findings"]] == ["leaf-newline", "gate"]
+    reported = json.loads(capsys.readouterr().out)
+    assert [one["code"] for one in reported["findings"]] == ["leaf-newline", "gate"]
 
 
-def test_an_address_that_nobody_has_is_served_nothing(
+def test_an_unknown_address_is_served_nothing(
     admin: AdminServer, capsys: pytest.CaptureFixture[str]
 ) -> None:
     guest = ("--network", "blue", "--from", "10.0.0.66")
@@ -145,7 +149,7 @@ def test_what_makes_no_sense_is_refused(arguments: tuple[str, ...]) -> None:
     assert main(["doctor", *arguments]) == 64
 
 
-def test_nobody_there_is_a_finding(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_server_that_is_not_there_is_a_finding(capsys: pytest.CaptureFixture[str]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
 
@@ -225,7 +229,7 @@ def test_what_is_no_answer_is_none(raw: bytes) -> None:
     assert answered.why
 
 
-def test_silence_is_told_as_such() -> None:
+def test_silence_is_reported_as_such() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         fetch = HttpFetch("127.0.0.1", listener.getsockname()[1], timeout_s=0.05)
         assert fetch(Ask("/")) == Unanswered("no answer within 0.05 s", timed_out=True)

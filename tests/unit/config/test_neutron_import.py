@@ -133,7 +133,7 @@ def test_a_guest_is_answered_before_its_proxy_gives_up(
     assert _settings(imported, tmp_path).nova.response_timeout_s == seconds
 
 
-def test_a_later_file_wins_and_what_it_wins_over_is_told(tmp_path: Path) -> None:
+def test_a_later_file_wins_and_what_it_wins_over_is_reported(tmp_path: Path) -> None:
     imported = _import(
         f"{_SECRET}nova_metadata_host = a\n", "nova_metadata_ip = b\nnova_metadata_ip = c\n"
     )

@@ -41,7 +41,7 @@ def test_cloud_inits_newest_version_is_taken() -> None:
     assert crawl(server.fetch, direct=False).version == "2013-04-04"
 
 
-def test_every_listed_leaf_is_read_and_nobodys_credentials() -> None:
+def test_every_listed_leaf_is_read_and_no_credentials() -> None:
     server = MetadataServer()
     server.replies["/latest/meta-data"] = Reply(b"a/\nb\niam/")
     server.replies["/latest/meta-data/a"] = Reply(b"c")

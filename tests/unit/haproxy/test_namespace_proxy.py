@@ -134,6 +134,6 @@ def test_a_facility_is_known_by_the_names_of_neutron_and_of_haproxy() -> None:
     assert {parse_facility(name) for name in FACILITIES} == FACILITIES
 
 
-def test_a_facility_that_nobody_knows_is_refused() -> None:
+def test_an_unknown_facility_is_refused() -> None:
     with pytest.raises(RequestRefused, match="is no facility"):
         parse_facility("LOG_LOCAL8")

@@ -112,7 +112,7 @@ def test_accounts_are_known_by_name_and_by_id() -> None:
 
 
 @pytest.mark.parametrize("word", ["nobody-of-that-name", "4294967290", "9" * 30, "-1", ""])
-def test_an_account_that_is_not_there_is_told(word: str) -> None:
+def test_an_account_that_is_not_there_is_reported(word: str) -> None:
     with pytest.raises(HostRefused, match=f"there is no user {word}"):
         user_name(word)
     with pytest.raises(HostRefused, match=f"there is no group {word}"):
@@ -226,7 +226,7 @@ def test_removing_takes_what_killed_writers_left_and_says_whether_the_file_was_t
     assert not remove_unclaimed(tmp_path / "none" / "a.conf")
 
 
-def test_a_file_that_cannot_be_written_is_told_and_leaves_nothing(tmp_path: Path) -> None:
+def test_a_file_that_cannot_be_written_is_reported_and_leaves_nothing(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(HostRefused, match=r"cannot write .*a\.conf: Not a directory"):
         claim_file(tmp_path / "file" / "a.conf", b"")
@@ -276,7 +276,7 @@ def test_a_directory_that_others_may_write_to_is_tightened(
     assert stat.S_IMODE(path.stat().st_mode) == after
 
 
-def test_a_directory_that_cannot_be_made_is_told(tmp_path: Path) -> None:
+def test_a_directory_that_cannot_be_made_is_reported(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for path in (tmp_path / "file", tmp_path / "file" / "b"):
         with pytest.raises(HostRefused, match="cannot create the directory") as refused:

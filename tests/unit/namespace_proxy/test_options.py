@@ -290,5 +290,5 @@ def test_the_help_has_todays_spellings_and_none_of_old(capsys: pytest.CaptureFix
 def test_the_page_has_every_option(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         parse("--help")
-    told = set(re.findall(r"--[a-z][\w-]+", capsys.readouterr().out))
-    assert told - set(re.findall(r"--[a-z][\w-]+", _PAGE.read_text())) == set()
+    reported = set(re.findall(r"--[a-z][\w-]+", capsys.readouterr().out))
+    assert reported - set(re.findall(r"--[a-z][\w-]+", _PAGE.read_text())) == set()
