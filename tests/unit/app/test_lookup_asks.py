@@ -208,50 +208,37 @@ async def test_an_address_that_nobody_told_of_is_asked_for() -> None:
     assert rig.records.learned == {}
 
 
-async def test_an_address_that_is_known_is_not_asked_for() -> None:
-    rig = _rig()
-    rig.publish(_WEB)
-    assert isinstance(await rig.look((_NET, _ADDRESS)), NovaRecord)
-    assert rig.source.asked == []
-
-
-async def test_without_an_endpoint_set_nobody_is_asked_again() -> None:
-    rig = _rig()
-    rig.publish(_WEB)
-    rig.records.routing = NovaRouting()
-    assert await rig.look((_NET, _ADDRESS)) == Denial.UNAVAILABLE
-    assert rig.source.asked == []
-
-
+@pytest.mark.parametrize("in_sync", [True, False])
 @pytest.mark.parametrize(
     ("answer", "expected"),
     [
         (PortMissing(), Denial.UNKNOWN),
         (PortAmbiguous(2), Denial.UNKNOWN),
         (LookUpUnavailable("down"), Denial.UNAVAILABLE),
+        # Found, and gone again: it is to be asked for once more.
+        (_FOUND, Denial.UNAVAILABLE),
     ],
 )
-async def test_what_is_not_found_is_404_and_what_cannot_be_asked_for_503(
-    answer: object, expected: Denial
+async def test_what_is_not_found_is_404_once_all_other_sources_have_reported(
+    answer: object, expected: Denial, *, in_sync: bool
 ) -> None:
-    rig = _rig()
-    rig.answer(answer)
-    assert await rig.look((_NET, _ADDRESS)) == expected
-
-
-async def test_nobody_is_404_only_when_all_other_sources_have_told_everything() -> None:
-    rig = _rig()
-    rig.inventory.observe(Observation("file", in_sync=False))
-    assert await rig.look((_NET, _ADDRESS)) == Denial.UNAVAILABLE
-
-
-async def test_what_is_found_and_gone_again_is_to_be_asked_for_once_more() -> None:
     rig = Rig()
-    rig.answer(_FOUND)
-    assert await rig.look((_NET, _ADDRESS)) == Denial.UNAVAILABLE
+    rig.answer(answer)
+    rig.inventory.observe(Observation("file", in_sync=in_sync))
+    assert await rig.look((_NET, _ADDRESS)) == (expected if in_sync else Denial.UNAVAILABLE)
 
 
-async def test_an_address_that_another_source_claims_for_somebody_else_is_contested() -> None:
+@pytest.mark.parametrize("routing", [_NOVA, NovaRouting()])
+async def test_an_address_that_is_known_is_not_asked_for(routing: NovaRouting) -> None:
+    rig = _rig()
+    rig.publish(_WEB)
+    rig.records.routing = routing
+    outcome = await rig.look((_NET, _ADDRESS))
+    assert isinstance(outcome, NovaRecord) if routing is _NOVA else outcome is Denial.UNAVAILABLE
+    assert rig.source.asked == []
+
+
+async def test_an_address_that_another_source_claims_too_is_contested() -> None:
     rig = _rig()
     rig.answer(_FOUND)
     other = replace(_WEB, id=InstanceId("other"), upstream=Upstream.EMBEDDED)
