@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
+import hashlib
+import hmac
 import itertools
 import shutil
 import socket
@@ -29,7 +32,7 @@ from imdsproxy.core.haproxy.model import (
 )
 from imdsproxy.core.model import InstanceId, NetworkId
 from imdsproxy.core.path_rules import PathRules, render_set
-from imdsproxy.core.tokens import TokenKey, mint_token, render_key_map
+from imdsproxy.core.tokens import TokenKey, render_key_map
 from imdsproxy.core.wire import (
     HEADER_ADDRESS,
     HEADER_NETWORK,
@@ -48,6 +51,16 @@ WAYS: Final = ("guests", "found", "agents")
 
 _ADDRESS: Final = "127.0.0.1"
 _LIMITS: Final = Limits(maxconn=400, cache_mb=1)
+
+
+def mint_token(
+    key: TokenKey, network: NetworkId, instance: InstanceId, epoch: int, expires_at: int
+) -> str:
+    """A token as HAProxy makes it (`core.haproxy.access_rules`); `expires_at` is Unix time."""
+    head = f"{key.kid}.{expires_at}"
+    bound = f"{head}|{network}|{instance}|{epoch or ''}"
+    mac = hmac.new(key.secret, bound.encode("utf-8"), hashlib.sha256).digest()
+    return f"{head}.{base64.urlsafe_b64encode(mac).rstrip(b'=').decode('ascii')}"
 
 
 def paths_below(directory: Path) -> Paths:

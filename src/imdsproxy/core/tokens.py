@@ -9,13 +9,10 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import hmac
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Final
-
-from imdsproxy.core.model import InstanceId, NetworkId
 
 TTL_LIMIT_S: Final = 21_600
 """Six hours, EC2's own limit."""
@@ -100,21 +97,3 @@ def render_key_map(keys: Iterable[TokenKey]) -> dict[str, str]:
     """What HAProxy looks up: the kid in force, and each kid's key."""
     each = tuple(keys)
     return {CURRENT: each[0].kid, **{key.kid: key.text for key in each}}
-
-
-def mint_token(
-    key: TokenKey, network: NetworkId, instance: InstanceId, epoch: int, expires_at: int
-) -> str:
-    """A token as HAProxy makes it (`core.haproxy.tokens`).
-
-    Args:
-        key: The one in force.
-        network: Where the instance asks from.
-        instance: Whose token it is.
-        epoch: How often its tokens were revoked.
-        expires_at: Unix time.
-    """
-    head = f"{key.kid}.{expires_at}"
-    bound = f"{head}|{network}|{instance}|{epoch or ''}"
-    mac = hmac.new(key.secret, bound.encode("utf-8"), hashlib.sha256).digest()
-    return f"{head}.{base64.urlsafe_b64encode(mac).rstrip(b'=').decode('ascii')}"

@@ -19,7 +19,8 @@ from imdsproxy.core.haproxy.request_log import (
     read_audit,
 )
 from imdsproxy.core.model import InstanceId, NetworkId
-from imdsproxy.core.tokens import TokenKey, mint_token
+from imdsproxy.core.tokens import TokenKey
+from support.haproxy_alone import mint_token
 from support.haproxy_config import SPEC, read_rules
 
 AUDITED = replace(SPEC, unix=UnixBind("/run/a", "0600", 0, 0), audit=1)

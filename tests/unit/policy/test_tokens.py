@@ -1,17 +1,12 @@
 from __future__ import annotations
 
-import re
-
 import pytest
 
-from imdsproxy.core.model import InstanceId, NetworkId
 from imdsproxy.core.tokens import (
     CURRENT,
     KEPT_KEYS,
-    TOKEN_PATTERN,
     TokenKey,
     TokenKeysUnreadable,
-    mint_token,
     parse_token_keys,
     render_key_map,
     render_token_keys,
@@ -19,7 +14,6 @@ from imdsproxy.core.tokens import (
 )
 
 _KEYS = tuple(TokenKey(bytes([number]) * 32) for number in range(5))
-_RED, _WEB = NetworkId("red"), InstanceId("web")
 
 
 def test_keys_are_read_as_they_were_written() -> None:
@@ -64,23 +58,3 @@ def test_a_fresh_key_is_in_force_and_the_last_ones_are_believed() -> None:
         _KEYS[0].kid: _KEYS[0].text,
         _KEYS[1].kid: _KEYS[1].text,
     }
-
-
-def test_a_token_is_of_one_network_one_instance_one_epoch_and_one_end() -> None:
-    tokens = {
-        mint_token(_KEYS[0], _RED, _WEB, 0, 1_795_000_000),
-        mint_token(_KEYS[1], _RED, _WEB, 0, 1_795_000_000),
-        mint_token(_KEYS[0], NetworkId("blue"), _WEB, 0, 1_795_000_000),
-        mint_token(_KEYS[0], _RED, InstanceId("db"), 0, 1_795_000_000),
-        mint_token(_KEYS[0], _RED, _WEB, 1, 1_795_000_000),
-        mint_token(_KEYS[0], _RED, _WEB, 0, 1_795_000_001),
-    }
-    assert len({token.rpartition(".")[2] for token in tokens}) == 6
-    assert all(re.search(TOKEN_PATTERN, token) for token in tokens)
-
-
-def test_ids_cannot_be_put_together_in_two_ways() -> None:
-    """No id holds what stands between them (`core.model`)."""
-    one = mint_token(_KEYS[0], NetworkId("a"), InstanceId("b.c"), 0, 1_795_000_000)
-    other = mint_token(_KEYS[0], NetworkId("a.b"), InstanceId("c"), 0, 1_795_000_000)
-    assert one != other

@@ -150,7 +150,7 @@ _VALUES: Final[dict[str, Value]] = {
     "token_pattern": Word(TOKEN_PATTERN),
     # All that a good token depends on, beside itself, its end and its key.
     "token_context": raw("var(txn.record),concat(|,txn.policy),concat(|,sess.network)"),
-    # Of `KID.EXPIRY`, for whom a token is (`core.tokens.mint_token`).
+    # Of `KID.EXPIRY`, for whom a token is (`core.tokens`).
     "mac": raw(
         "concat(|,sess.network),concat(|,txn.instance),concat(|,txn.epoch),hmac(sha256,txn.key),ub64enc"
     ),
