@@ -40,13 +40,6 @@ async def test_a_created_namespace_is_one_for_ip_netns_too(
     )
 
 
-async def test_creating_a_namespace_that_exists_takes_it_as_it_is(
-    lab: HostLab, thread: NamespaceThread
-) -> None:
-    name = lab.own_namespace("blue")
-    assert await create_namespace(thread, name) == await create_namespace(thread, name)
-
-
 async def test_a_namespace_whose_maker_was_killed_half_way_is_made_whole(
     lab: HostLab, thread: NamespaceThread
 ) -> None:
@@ -73,23 +66,6 @@ async def test_a_deleted_namespace_is_gone_and_deleting_it_again_is_no_error(
     assert name not in lab.ip("netns", "list")
     assert thread.directory.identity(name) is None
     assert not thread.directory.delete(name)
-
-
-async def test_a_namespace_made_again_under_its_name_has_another_identity(
-    lab: HostLab, thread: NamespaceThread
-) -> None:
-    name = lab.namespace("blue")
-    first = thread.directory.open(name)
-    assert first is not None
-    lab.delete_namespace(name)
-    lab.namespace("blue")
-    second = thread.directory.identity(name)
-
-    # While the first is held its inode cannot be used again: different for certain.
-    assert second is not None
-    assert second.name == first.ref.name
-    assert second.inode != first.ref.inode
-    first.close()
 
 
 async def test_work_inside_sees_the_namespace_and_the_process_stays_outside(
@@ -119,11 +95,6 @@ async def test_the_thread_comes_home_from_work_that_fails(
     assert await thread.run(lambda: _inode("/proc/thread-self/ns/net")) == _inode(
         "/proc/self/ns/net"
     )
-
-
-async def test_a_missing_namespace_is_no_namespace(thread: NamespaceThread) -> None:
-    assert await thread.inside("imdst-nowhere", lambda _: 1) is None
-    assert thread.directory.open("imdst-nowhere") is None
 
 
 async def test_entering_what_is_not_a_namespace_of_networks_is_refused_in_words(
@@ -176,12 +147,6 @@ def test_a_name_that_leads_out_of_the_directory_is_refused(name: str) -> None:
     for work in (directory.identity, directory.open, directory.delete):
         with pytest.raises(HostRefused, match="not the name"):
             work(name)
-
-
-async def test_work_is_done_in_the_order_it_was_asked_for(thread: NamespaceThread) -> None:
-    done: list[int] = []
-    await asyncio.gather(*(thread.run(lambda n=n: done.append(n)) for n in range(50)))  # type: ignore[misc]  # mypy infers no lambda with a default
-    assert done == list(range(50))
 
 
 def test_closing_twice_is_no_error() -> None:

@@ -148,22 +148,6 @@ async def test_only_namespaces_where_something_of_ours_can_be_are_looked_at(
     assert {elsewhere, managed, ours} <= seen.namespaces.keys()
 
 
-async def test_an_interface_of_the_host_gets_the_addresses_and_is_bound_to(
-    lab: HostLab, host: _Host
-) -> None:
-    device = lab.device("d")
-
-    plan = await host.settle(InterfaceListener(device))
-
-    assert [(one.address, one.device, one.namespace) for one in plan.endpoints] == [
-        (METADATA_IPV4, device, None),
-        (METADATA_IPV6, device, None),
-    ]
-    shown = lab.ip("addr", "show", device)
-    assert "169.254.169.254/32" in shown
-    assert "fe80::a9fe:a9fe/64" in shown
-
-
 async def test_an_interface_without_ipv6_serves_ipv4_and_says_what_to_do(
     lab: HostLab, host: _Host
 ) -> None:
@@ -257,15 +241,6 @@ async def test_a_device_makes_no_shared_listener_yield(
     # With SO_REUSEPORT the kernel takes the socket it finds first, however precisely it is bound.
     answers = {lab.ask(name, "169.254.169.254", "lo").split()[0] for _ in range(20)}
     assert answers == {"foreign"}
-
-
-async def test_a_shared_port_of_another_user_blocks(lab: HostLab, host: _Host) -> None:
-    name, _ = _with_addresses(lab)
-    server = lab.serve(name, "169.254.169.254", reuse_port=True, uid=65534)
-    plan = await host.plan(NamespaceListener(name))
-    (left,) = plan.left_out
-    assert (left.family, left.code) == (Family.IPV4, LeftOutCode.PORT_BUSY)
-    assert [(one.uid, one.owners[0].pid) for one in left.sockets] == [(65534, server.pid)]
 
 
 async def test_our_own_sockets_are_not_foreign_and_neither_are_our_childrens(

@@ -104,14 +104,6 @@ async def test_what_concerns_no_network_is_not_told_of(lab: HostLab) -> None:
             assert await watched.events.get() == (EventKind.NAMESPACE_WENT, {BLUE})
 
 
-async def test_an_address_that_comes_late_in_a_namespace_is_an_event(lab: HostLab) -> None:
-    name = lab.namespace("blue")
-    async with _watching(lab, {"blue": NamespaceListener(name)}) as watched:
-        await watched.quiet()
-        await asyncio.to_thread(lab.address, name, "169.254.169.254/32", "lo")
-        assert await watched.networks_of(EventKind.LINK) == {BLUE}
-
-
 async def test_an_address_in_a_namespace_made_later_is_an_event_too(lab: HostLab) -> None:
     name = lab.name("blue")
     async with _watching(lab, {"blue": NamespaceListener(name)}) as watched:
@@ -259,17 +251,6 @@ async def _next(watch: NamespaceWatch, *names: str) -> tuple[NamespaceRef, bool]
             if ref.name in names:
                 return ref, came
     raise AssertionError("the watch ended")
-
-
-async def test_a_namespace_that_comes_late_is_told_of_when_it_can_be_entered(
-    lab: HostLab,
-) -> None:
-    thread = NamespaceThread(NamespaceDirectory())
-    async with NamespaceWatch(thread.directory) as watch:
-        name = await asyncio.to_thread(lab.namespace, "blue")
-        change = await _next(watch, name)
-        assert change == (await thread.inside(name, lambda ref: ref), True)
-    thread.close()
 
 
 async def test_a_namespace_made_again_under_its_name_goes_and_comes(lab: HostLab) -> None:

@@ -10,13 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from imdsproxy.anti_spoofing.hop_limits import HopLimits, plan_places
+from imdsproxy.anti_spoofing.hop_limits import HopLimits
 from imdsproxy.anti_spoofing.kernel import HopPlace, TableJournal
 from imdsproxy.core.endpoints import Endpoint
 from imdsproxy.core.hoststate import NamespaceRef
 from imdsproxy.core.model import NetworkId
 from imdsproxy.core.wire import hop_limit_of, withhold_token
-from imdsproxy.errors import HostRefused
 from imdsproxy.host.files import write_atomic
 from support.fake_mac_filters import FakeHopLimits
 
@@ -65,11 +64,6 @@ def test_a_map_value_tells_its_limit() -> None:
     assert withhold_token(_LIMITED) == _WITHHELD
     assert withhold_token("+1tooo--:3:9:2") == "+1tooo--:3:9:0"
     assert withhold_token("+1tooo--:3:9:2:more|i|r") == "+1tooo--:3:9:0:more|i|r"
-
-
-def test_a_rule_is_needed_where_limited_networks_are_listened_in_only() -> None:
-    endpoints = (_endpoint(_RED, _ONE), _endpoint(_RED, _ONE), _endpoint(_GREY, None))
-    assert plan_places(endpoints, frozenset({_RED})) == {_RED: frozenset({_ONE})}
 
 
 async def test_a_record_waits_for_the_rule_and_then_has_its_limit(case: _Case) -> None:
@@ -189,9 +183,3 @@ async def test_all_of_it_is_taken_away_at_the_end(tmp_path: Path) -> None:
     await first.hops.open([_endpoint(_RED, _ONE)])
     await _case(tmp_path, kernel).hops.close_all()
     assert not kernel.there
-
-
-def test_a_journal_that_cannot_be_read_is_an_error(tmp_path: Path) -> None:
-    (tmp_path / "hops.json").write_text("[")
-    with pytest.raises(HostRefused, match="cannot read"):
-        _case(tmp_path).hops.journal.load()

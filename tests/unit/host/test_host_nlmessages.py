@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from imdsproxy.core.hoststate import AddressState, Family, ObservedAddress, ObservedDevice
+from imdsproxy.core.hoststate import AddressState, ObservedAddress
 from imdsproxy.core.model import METADATA_IPV4, METADATA_IPV6
 from imdsproxy.host.netlink import (
     address_index,
@@ -16,7 +16,6 @@ from imdsproxy.host.netlink import (
     find_link_by_index,
     list_links,
     parse_address,
-    parse_link,
 )
 from imdsproxy.host.nlmessages import (
     NetlinkRefused,
@@ -25,7 +24,6 @@ from imdsproxy.host.nlmessages import (
     integer,
     iter_messages,
     parse_attributes,
-    text,
 )
 
 _HEADER = struct.Struct("=IHHII")
@@ -63,22 +61,6 @@ def test_messages_are_told_apart() -> None:
     second = _HEADER.pack(20, 3, 0, 5, 0) + b"done"
     assert list(iter_messages(first + second)) == [(16, 2, 5, b"a"), (3, 0, 5, b"done")]
     assert list(iter_messages(first + second[:-1])) == [(16, 2, 5, b"a")]
-
-
-def test_a_link_is_parsed_from_its_attributes() -> None:
-    info = attribute(0x8012, text(1, "veth") + attribute(2, b"...."))
-    payload = (
-        struct.pack("=BxHiII", 0, 1, 42, 0x1043, 0)
-        + text(3, "imds0")
-        + integer(4, 1400)
-        + integer(10, 7)
-        + text(20, "imdsproxy:imds:blue")
-        + attribute(1, bytes.fromhex("020000000001"))
-        + info
-    )
-    assert parse_link(payload) == ObservedDevice(
-        "imds0", 42, True, 1400, "imdsproxy:imds:blue", 7, "veth", "02:00:00:00:00:01"
-    )
 
 
 def _address(family: int, packed: bytes, flags: int = 0, *more: bytes) -> bytes:
@@ -143,8 +125,3 @@ def test_the_kernels_own_words_are_kept() -> None:
         channel.change(20, struct.pack("=BBBBI", socket.AF_INET, 32, 0, 0, 1))
     assert refused.value.errno is not None
     assert str(refused.value)
-
-
-def test_families_know_their_metadata_address() -> None:
-    assert Family.IPV4.metadata_address == METADATA_IPV4
-    assert Family.IPV6.metadata_address == METADATA_IPV6

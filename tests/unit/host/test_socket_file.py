@@ -3,16 +3,27 @@ from __future__ import annotations
 import os
 import socket
 import stat
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from imdsproxy.core.hoststate import SeenSocket, SocketState
+from imdsproxy.core.hoststate import ListeningSocket, SeenSocket, SocketState
+from imdsproxy.core.model import METADATA_IPV4
 from imdsproxy.errors import HostRefused
 from imdsproxy.host import socket_file
-from imdsproxy.host.socket_file import SocketFiles, give_socket, identify_file, remove_file
+from imdsproxy.host.socket_file import (
+    SocketFiles,
+    SocketHolder,
+    find_socket_holder,
+    give_socket,
+    identify_file,
+    remove_file,
+)
+from imdsproxy.host.sockets import SocketOwners
 from imdsproxy.unix_listener.plan import judge_socket
 
 _US = os.getpid()
@@ -176,3 +187,115 @@ def test_a_file_that_cannot_be_removed_is_told(path: Path) -> None:
     path.touch()
     with pytest.raises(HostRefused, match=r"remove .*/metadata_proxy/below"):
         remove_file(path / "below", (0, 0))
+
+
+def test_who_listens_is_found_without_connecting(tmp_path: Path) -> None:
+    path = tmp_path / "with blank.sock"
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        assert find_socket_holder(path) is None, "bound and not listening yet"
+        listener.listen()
+
+        found = find_socket_holder(path)
+
+        assert found is not None
+        assert found.pid == os.getpid()
+        assert found.command[0] == sys.orig_argv[0]
+        listener.settimeout(0)
+        try:
+            listener.accept()
+        except BlockingIOError:
+            pass
+        else:
+            raise AssertionError("somebody connected")
+    assert path.exists()
+    assert find_socket_holder(path) is None, "only the file is left"
+
+
+def test_a_listener_of_a_process_that_cannot_be_seen_is_one_too(tmp_path: Path) -> None:
+    (tmp_path / "net").mkdir()
+    (tmp_path / "net/unix").write_text(
+        "Num RefCount Protocol Flags Type St Inode Path\n"
+        "0: 00000002 00000000 00010000 0001 01 77 /run/a.sock\n"
+        "0: 00000002 00000000 00000000 0001 03 78 /run/b.sock\n"
+        "0: 00000002 00000000 00010000 0001 01 79\n"
+    )
+
+    assert find_socket_holder(Path("/run/a.sock"), tmp_path) == SocketHolder()
+    assert find_socket_holder(Path("/run/b.sock"), tmp_path) is None
+    assert find_socket_holder(Path("/run/a.sock"), tmp_path / "none") is None
+
+
+def test_a_haproxy_is_found_by_the_name_that_it_bound_unless_another_has_taken_the_place(
+    tmp_path: Path,
+) -> None:
+    path, bound = tmp_path / "a.sock", tmp_path / "a.sock.7.tmp"
+    with (
+        socket.socket(socket.AF_UNIX) as haproxys,
+        socket.socket(socket.AF_UNIX) as agents,
+        socket.socket(socket.AF_UNIX) as others,
+    ):
+        haproxys.bind(str(bound))
+        haproxys.listen()
+        bound.rename(path)
+        found = find_socket_holder(path)
+        assert found is not None
+        assert found.pid == os.getpid()
+
+        path.unlink()
+        agents.bind(str(path))
+        agents.listen()
+        haproxys.close()
+        assert find_socket_holder(path) is not None
+        agents.close()
+
+        others.bind(str(tmp_path / "a.sock.7.tmpx"))
+        others.listen()
+        assert find_socket_holder(path) is None
+
+
+def test_an_agent_whose_socket_haproxy_has_replaced_is_not_who_is_reached(tmp_path: Path) -> None:
+    path, bound = tmp_path / "a.sock", tmp_path / "a.sock.7.tmp"
+    program = f"import socket; s = socket.socket(socket.AF_UNIX); s.bind({str(path)!r}); s.listen(); print(); input()"
+    with (
+        subprocess.Popen(
+            (sys.executable, "-c", program), stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        ) as agent,
+        socket.socket(socket.AF_UNIX) as haproxys,
+    ):
+        assert agent.stdout is not None
+        agent.stdout.readline()
+        found = find_socket_holder(path)
+        assert found is not None
+        assert found.pid == agent.pid
+
+        haproxys.bind(str(bound))
+        haproxys.listen()
+        bound.rename(path)
+        found = find_socket_holder(path)
+        assert found is not None
+        assert found.pid == os.getpid()
+        agent.communicate()
+
+
+_CONFIG = Path("/run/imdsproxy/haproxy.cfg")
+_SOCKET = ListeningSocket(METADATA_IPV4, 80, None, 55, 0)
+
+
+@pytest.mark.parametrize(
+    ("config", "ours"), [(_CONFIG, True), (Path("/etc/haproxy/haproxy.cfg"), False)]
+)
+def test_a_haproxy_with_our_configuration_is_ours_before_its_pids_are_known(
+    tmp_path: Path, config: Path, *, ours: bool
+) -> None:
+    process = tmp_path / "4711"
+    (process / "fd").mkdir(parents=True)
+    (process / "fd/3").symlink_to("socket:[55]")
+    (process / "cmdline").write_bytes(b"\0".join((b"haproxy", b"-W", b"-f", bytes(config), b"")))
+    (process / "comm").write_text("haproxy\n")
+    (process / "stat").write_text("4711 (haproxy) S 1 " + "0 " * 20)
+
+    found = SocketOwners(tmp_path, _CONFIG).resolve([_SOCKET], our_pids=[12])
+
+    assert found[55].ours == ours
+    assert [owner.pid for owner in found[55].owners] == [4711]
