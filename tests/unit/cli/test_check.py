@@ -183,21 +183,38 @@ def _check(
 def test_check_shows_all_problems_at_once(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = tmp_path / "c.yaml"
-    with socket.create_server(("127.0.0.1", 0)) as taken:
+    config, path, secret = (tmp_path / name for name in ("c.yaml", "metadata_proxy", "secret"))
+    secret.write_text("0123456789abcdef")
+    secret.chmod(0o600)
+    with socket.create_server(("127.0.0.1", 0)) as taken, socket.socket(socket.AF_UNIX) as other:
+        other.bind(str(path))
+        other.listen()
         port = taken.getsockname()[1]
         config.write_text(
             f"paths: {{runtime_dir: {tmp_path}/r, state_dir: {tmp_path}/s}}\n"
             f"metrics: {{listen: '127.0.0.1:{port}', haproxy_listen: null}}\n"
             "haproxy: {binary: /nonexistent/haproxy, user: nobody-here}\n"
+            "nova: {endpoint_sets: {default: {endpoints: [{url: 'http://127.0.0.1:1'}], "
+            f"secret_file: {secret}}}}}}}\n"
+            f"unix_listener: {{enabled: true, path: {path}}}\n"
         )
-        status = main(["check", "--config", str(config)])
-
-    out = capsys.readouterr().out
+        status, found = _check(capsys, "--config", str(config))
+        shown = main(["check", "--config", str(config)]), capsys.readouterr().out
     assert status == 78
-    assert "no user nobody-here" in out
-    assert "cannot run /nonexistent/haproxy" in out
-    assert f"127.0.0.1:{port}: Address already in use" in out
+    expected = {
+        "haproxy.user: this host has no user nobody-here": ("settings", False, False),
+        "cannot run /nonexistent/haproxy: No such file or directory": ("haproxy", False, False),
+        f"metrics.listen: 127.0.0.1:{port}: Address already in use": ("ports", False, False),
+        "secrets can be read": ("nova", True, False),
+        "nova.endpoint_sets.default.endpoints[0]: http://127.0.0.1:1: Connection refused": ("nova", True, True),
+    }  # fmt: skip
+    for text, finding in expected.items():
+        assert tuple(found[text][name] for name in ("area", "ok", "warning")) == finding
+    assert any(f"(pid {os.getpid()}) listens at {path}" in text for text in found)
+    wrong = sum(not one["ok"] for one in found.values())
+    assert shown[0] == 78
+    assert shown[1].endswith(f"\n{wrong} problems\n")
+    assert "no user nobody-here" in shown[1]
 
 
 def test_check_goes_on_with_defaults_when_the_settings_are_broken(

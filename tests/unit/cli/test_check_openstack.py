@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import json
-import os
 import socket
 import ssl
 import sys
@@ -13,7 +11,6 @@ from pathlib import Path
 import pytest
 
 from imdsproxy.cli.checks import Subject, openstack
-from imdsproxy.cli.main import main
 from imdsproxy.host.socket_file import SocketHolder
 from support.certificates import Authority, make_authority, server_context
 from support.check_subject import subject, summarise
@@ -292,36 +289,3 @@ def test_a_process_at_the_sockets_path_is_wrong_unless_it_is_to_be_replaced(
     assert finding.warning is (status == 0 and bool(hint))
     assert text in finding.text
     assert hint in finding.hint
-
-
-def test_check_asks_all_of_it_and_a_warning_is_no_failure_of_its_own(
-    tmp_path: Path, secret: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    config = tmp_path / "c.yaml"
-    place = tmp_path / "metadata_proxy"
-    config.write_text(
-        f"paths: {{runtime_dir: {tmp_path}/run, state_dir: {tmp_path}/state}}\n"
-        "metrics: {listen: null, haproxy_listen: null}\n"
-        "nova: {endpoint_sets: {default: {endpoints: [{url: 'http://127.0.0.1:1'}], "
-        f"secret_file: {secret}}}}}}}\n"
-        f"unix_listener: {{enabled: true, path: {place}, proxy_user: '4294967', "
-        "proxy_group: imdst-nobody}\n"
-    )
-    with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(str(place))
-        listener.listen()
-
-        status = main(["check", "--json", "--config", str(config)])
-
-    findings = json.loads(capsys.readouterr().out)["findings"]
-    reported = {one["text"]: (one["ok"], one["warning"]) for one in findings}
-    assert status != 0
-    unreached = "nova.endpoint_sets.default.endpoints[0]: http://127.0.0.1:1: Connection refused"
-    assert reported[unreached] == (True, True)
-    assert reported["secrets can be read"] == (True, False)
-    missing = "unix_listener.proxy_group: this host has no group imdst-nobody"
-    assert reported[missing] == (False, False)
-    assert not any("4294967" in text for text in reported)
-    mine = next(text for text in reported if text.startswith("unix_listener.path: "))
-    assert f"(pid {os.getpid()}) listens at {place}" in mine
-    assert reported[mine] == (False, False)
