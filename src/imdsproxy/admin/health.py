@@ -12,7 +12,6 @@ import json
 import threading
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Final, Self
 
@@ -24,18 +23,10 @@ if TYPE_CHECKING:
     from imdsproxy.admin.metrics import Metrics
 
 _ROUTES: Final = ("/livez", "/readyz", "/metrics")
-_JSON: Final = "application/json"
+_END: Final = b"\r\n\r\n"
 _HEAD_S: Final = 5.0
 _HEAD_BYTES: Final = 16 * 1024
 _REPORT_S: Final = 5.0
-
-
-@dataclass(frozen=True, slots=True)
-class _Answer:
-    status: HTTPStatus
-    body: bytes
-    content_type: str = _JSON
-    header: str = ""
 
 
 class HealthServer:
@@ -81,18 +72,19 @@ class HealthServer:
             try:
                 async with asyncio.timeout(_HEAD_S):
                     try:
-                        head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
+                        head = (await reader.readuntil(_END)).decode("latin-1")
                     except asyncio.LimitOverrunError:
                         head = ""
                 method, _, rest = head.partition(" ")
                 answer = await self._answer(method, rest.partition(" ")[0], _accept(head))
-                writer.write(_bytes(answer, with_body=method != "HEAD"))
+                end = answer.index(_END) + len(_END) if method == "HEAD" else None
+                writer.write(answer[:end])
                 async with asyncio.timeout(_HEAD_S):
                     await writer.drain()
             finally:
                 writer.close()
 
-    async def _answer(self, method: str, target: str, accept: str) -> _Answer:
+    async def _answer(self, method: str, target: str, accept: str) -> bytes:
         path = target.partition("?")[0]
         refusal = _refuse(method, path)
         if refusal is not None:
@@ -100,7 +92,7 @@ class HealthServer:
         if path == "/livez":
             ok = self._alive()
             status = HTTPStatus.OK if ok else HTTPStatus.SERVICE_UNAVAILABLE
-            return _Answer(status, _json({"alive": ok}))
+            return _reply(status, {"alive": ok})
         if self.reports is None:
             return _unready("the controller is starting")
         report = asyncio.run_coroutine_threadsafe(
@@ -112,38 +104,34 @@ class HealthServer:
         except TimeoutError:
             return _unready("the controller's event loop does not answer")
 
-    async def _report(self, reports: Metrics, path: str, accept: str) -> _Answer:
+    async def _report(self, reports: Metrics, path: str, accept: str) -> bytes:
         """Runs in the controller's loop."""
         if path == "/metrics":
             content_type, text = reports.expose(accept)
-            return _Answer(HTTPStatus.OK, text, content_type)
+            return _reply(HTTPStatus.OK, text, content_type)
         ready = reports.status.readiness()
         if not ready.ready:
             return _unready(*ready.reasons, degraded=ready.degraded)
-        body = {"ready": True, "reasons": list(ready.reasons), "degraded": list(ready.degraded)}
-        return _Answer(HTTPStatus.OK, _json(body))
+        body = {"ready": True, "reasons": ready.reasons, "degraded": ready.degraded}
+        return _reply(HTTPStatus.OK, body)
 
 
-def _refuse(method: str, path: str) -> _Answer | None:
+def _refuse(method: str, path: str) -> bytes | None:
     if not path:
-        return _Answer(HTTPStatus.BAD_REQUEST, _json({"code": "bad-request"}))
+        return _reply(HTTPStatus.BAD_REQUEST, {"code": "bad-request"})
     if method not in {"GET", "HEAD"}:
         # RFC 9110 §15.5.6 wants the header.
-        body = _json({"code": "method-not-allowed", "allowed": ["GET", "HEAD"]})
-        return _Answer(HTTPStatus.METHOD_NOT_ALLOWED, body, header="Allow: GET, HEAD\r\n")
+        body = {"code": "method-not-allowed", "allowed": ["GET", "HEAD"]}
+        return _reply(HTTPStatus.METHOD_NOT_ALLOWED, body, header="Allow: GET, HEAD\r\n")
     if path not in _ROUTES:
-        return _Answer(HTTPStatus.NOT_FOUND, _json({"code": "not-found", "routes": _ROUTES}))
+        return _reply(HTTPStatus.NOT_FOUND, {"code": "not-found", "routes": _ROUTES})
     return None
 
 
-def _unready(*reasons: str, degraded: tuple[str, ...] = ()) -> _Answer:
-    body = _json({"ready": False, "reasons": list(reasons), "degraded": list(degraded)})
+def _unready(*reasons: str, degraded: tuple[str, ...] = ()) -> bytes:
+    body = {"ready": False, "reasons": reasons, "degraded": degraded}
     header = f"Retry-After: {RETRY_AFTER_S}\r\n"
-    return _Answer(HTTPStatus.SERVICE_UNAVAILABLE, body, header=header)
-
-
-def _json(value: object) -> bytes:
-    return json.dumps(value, ensure_ascii=False).encode() + b"\n"
+    return _reply(HTTPStatus.SERVICE_UNAVAILABLE, body, header=header)
 
 
 def _accept(head: str) -> str:
@@ -154,13 +142,17 @@ def _accept(head: str) -> str:
     return ""
 
 
-def _bytes(answer: _Answer, *, with_body: bool) -> bytes:
+def _reply(
+    status: HTTPStatus, body: object, content_type: str = "application/json", header: str = ""
+) -> bytes:
+    if not isinstance(body, bytes):
+        body = json.dumps(body, ensure_ascii=False).encode() + b"\n"
     head = (
-        f"HTTP/1.1 {answer.status.value} {answer.status.phrase}\r\n"
-        f"Content-Type: {answer.content_type}\r\n"
-        f"Content-Length: {len(answer.body)}\r\n"
-        f"{answer.header}"
+        f"HTTP/1.1 {status.value} {status.phrase}\r\n"
+        f"Content-Type: {content_type}\r\n"
+        f"Content-Length: {len(body)}\r\n"
+        f"{header}"
         "Cache-Control: no-store\r\n"
         "Connection: close\r\n\r\n"
     )
-    return head.encode("latin-1") + (answer.body if with_body else b"")
+    return head.encode("latin-1") + body
