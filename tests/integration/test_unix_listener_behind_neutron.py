@@ -118,7 +118,7 @@ def _own(guest: Guest, answer: Reply) -> str | None:
     return f"{guest.name} got {answer.status} {answer.body[:80]!r}"
 
 
-@pytest.mark.parametrize("name", _KINDS)
+@pytest.mark.parametrize("name", [*_KINDS, "namespace-proxy"])
 @pytest.mark.parametrize("to", [IPV4, IPV6])
 def test_each_guest_is_known_by_its_network_or_router(fronts: _Fronts, name: str, to: str) -> None:
     guest = fronts.guests[name]

@@ -241,7 +241,7 @@ def _guest_macs(
 
 def _host_macs(around: Surroundings, path: str) -> Iterator[Finding]:
     """What the host knows of the record's NICs, where the guest's are not known."""
-    seen = any(card.mac in card.seen for card in around.cards)
+    answering = any(card.mac in card.seen for card in around.cards)
     for card in around.cards:
         if card.seen and card.mac not in card.seen:
             what = (
@@ -249,7 +249,7 @@ def _host_macs(around: Surroundings, path: str) -> Iterator[Finding]:
                 f"has {', '.join(sorted(card.seen))} at its address there"
             )
             yield found("mac-mismatch", path, what=what)
-        elif seen and not card.seen:
+        elif answering and not card.seen:
             yield found("card-unseen", path, mac=card.mac, network=card.network)
 
 
