@@ -18,6 +18,7 @@ from imdsproxy.core.model import (
 )
 from imdsproxy.core.observation import RecordSet
 from imdsproxy.errors import Problem
+from imdsproxy.sources.api import Origin
 from imdsproxy.sources.libvirt.records import LibvirtKnown, NetworkXml, Selection
 from imdsproxy.sources.libvirt.xml import METADATA_URI
 from support.libvirt_backing import domain_xml, uuid_of
@@ -106,36 +107,29 @@ def test_a_nat_network_is_reached_by_its_bridge_and_described_as_by_libvirts_dhc
     )
 
 
-def test_an_isolated_network_without_a_host_address_is_reached_from_a_namespace() -> None:
-    (network,) = known(networks=[ISOLATED]).networks.values()
-    assert network == Network(NetworkId("inside"), BridgeListener("virbr1"))
-
-
-def test_an_isolated_network_with_a_host_address_has_no_gateway() -> None:
+def test_an_isolated_network_has_no_gateway_and_its_uuid_as_id_where_its_name_is_none() -> None:
     text = ISOLATED.replace(
         "</network>", "<dns enable='no'/><ip address='10.1.0.1' prefix='24'/></network>"
-    )
-    (network,) = known(networks=[text]).networks.values()
-    assert network.listener == BridgeListener("virbr1")
-    assert network.subnets == (Subnet(ip_network("10.1.0.0/24")),)
+    ).replace("inside", "my net")
+    assert list(known(networks=[ISOLATED, text]).networks.values()) == [
+        Network(NetworkId("inside"), BridgeListener("virbr1")),
+        Network(
+            NetworkId("7549bd34-a6c5-418a-9a1b-29d7383fcbde"),
+            BridgeListener("virbr1"),
+            name="my net",
+            subnets=(Subnet(ip_network("10.1.0.0/24")),),
+        ),
+    ]
 
 
-def test_a_networks_name_that_is_no_id_is_its_name_and_its_uuid_the_id() -> None:
-    (network,) = known(networks=[NAT.replace("default", "my net")]).networks.values()
-    assert (network.id, network.name) == ("0679b8b8-5b2d-47cf-bad2-51bbaa3888bf", "my net")
-
-
-def test_an_inactive_network_is_not_listened_on_and_strands_no_port() -> None:
-    found = known([web()], active=False)
+@pytest.mark.parametrize(("networks", "implied"), [([NAT], {"default"}), ([], set())])
+def test_an_inactive_network_strands_no_port_and_one_that_libvirt_does_not_have_does(
+    networks: list[str], implied: set[str]
+) -> None:
+    found = known([web()], networks, active=False)
     assert not found.networks
-    assert found.implied == {"default"}
+    assert found.implied == implied
     assert the_instance(found).ports[0].network == "default"
-
-
-def test_a_network_that_libvirt_does_not_have_is_not_vouched_for() -> None:
-    found = known([web()], networks=[])
-    assert the_instance(found).ports[0].network == "default"
-    assert not found.implied
 
 
 def test_a_domain_without_our_element_is_known_by_its_name_and_uuid() -> None:
@@ -176,14 +170,16 @@ def test_the_element_says_what_documents_are_made_of() -> None:
     assert instance.id == "web-1"
 
 
-def test_user_data_in_base64_may_be_broken_into_lines() -> None:
-    inside = "<i:user-data encoding='base64'>\n  AAEC\n  /w==\n</i:user-data>"
-    assert the_instance(known([web(element(inside))])).user_data == b"\x00\x01\x02\xff"
-
-
-def test_user_data_that_begins_at_the_tag_is_as_it_is() -> None:
-    inside = "<i:user-data>#!/bin/sh\n\ntrue</i:user-data>"
-    assert the_instance(known([web(element(inside))])).user_data == b"#!/bin/sh\n\ntrue"
+@pytest.mark.parametrize(
+    ("inside", "user_data"),
+    [
+        (" encoding='base64'>\n  AAEC\n  /w==\n", b"\x00\x01\x02\xff"),
+        (">#!/bin/sh\n\ntrue", b"#!/bin/sh\n\ntrue"),
+    ],
+)
+def test_user_data_is_base64_or_what_follows_the_tag(inside: str, user_data: bytes) -> None:
+    text = element(f"<i:user-data{inside}</i:user-data>")
+    assert the_instance(known([web(text)])).user_data == user_data
 
 
 @pytest.mark.parametrize(
@@ -217,31 +213,20 @@ def test_what_is_wrong_with_the_element_is_reported_with_the_domain(
     assert not found.instances
 
 
-def test_an_element_that_breaks_leaves_what_was_in_force() -> None:
-    found = known([web(element("<i:hostname>good</i:hostname>"))])
+def test_a_domain_keeps_its_record_when_its_element_breaks_or_another_claims_the_same() -> None:
+    good = web(element("<i:hostname>good</i:hostname>", "id='x'"))
+    found = known([good])
     assert not update(found, [web(element("<i:nonsense/>", "id='bad id'"))]).instances
-    (instance,) = found.instances.values()
-    assert instance.hostname == "good"
     assert any("stays in force" in problem.hint for problem in found.problems)
-
-
-def test_of_two_domains_with_one_id_the_one_in_force_keeps_it() -> None:
-    first = web(element("", "id='x'"), name="second")
     clone = web(element("", "id='x'"), ("network=default", "52:54:00:00:00:09"), name="clone")
-    found = known([first])
-    update(found, [clone])
-    assert {each.name for each in found.instances.values()} == {"second"}
-    problem = the_problem(found)
-    assert (problem.field, problem.file) == ("instance.id", "domain clone")
-    assert "domain second" in problem.reason
-
-
-def test_of_two_domains_with_one_mac_the_one_in_force_keeps_it() -> None:
-    found = known([web(name="second")])
-    update(found, [web(name="clone")])
-    assert {each.name for each in found.instances.values()} == {"second"}
-    assert {problem.file for problem in found.problems} == {"domain clone"}
-    assert any("192.168.122.5" in problem.reason for problem in found.problems)
+    assert not update(found, [good, clone, web(name="thief")]).instances
+    assert [each.hostname for each in found.instances.values()] == ["good"]
+    problems = {(each.file, each.field): each for each in found.problems}
+    assert "domain web" in problems["domain clone", "instance.id"].reason
+    assert "192.168.122.5" in problems["domain thief", "instance.ports[0].addresses[0]"].reason
+    (instance,) = found.instances
+    assert found.origin_of_port(instance) == Origin("instance.ports", "domain web")
+    assert found.origin_of_port(type(instance)("nobody")) is None
 
 
 def test_guests_on_a_bridge_of_the_hosts_are_in_one_network_that_the_operator_adds() -> None:
@@ -255,29 +240,37 @@ def test_guests_on_a_bridge_of_the_hosts_are_in_one_network_that_the_operator_ad
     )
 
 
-@pytest.mark.parametrize("place", ["network=direct", "user=x"])
-def test_an_interface_whose_guest_cannot_reach_the_host_is_no_port(place: str) -> None:
-    assert not known([web("", (place, MAC))], [MACVTAP]).instances
-
-
-def test_a_domain_with_our_element_is_reported_without_a_port() -> None:
-    found = known([web(element(""), ("network=direct", MAC))], [MACVTAP])
-    assert the_instance(found).ports == ()
-
-
-def test_only_the_chosen_networks_are_reported() -> None:
-    domain = web("", ("network=default", MAC), ("network=inside", "52:54:00:00:00:06"))
-    chosen = Selection(networks=frozenset({"inside"}))
-    found = known([domain, web(name="other")], [NAT, ISOLATED], selection=chosen)
-    assert set(found.networks) == {"inside"}
-    assert the_instance(found).ports == (port("inside", mac="52:54:00:00:00:06"),)
-
-
-@pytest.mark.parametrize("chosen", ["lan", "br0"])
-def test_a_bridge_is_chosen_by_its_name_or_its_networks(chosen: str) -> None:
-    selection = Selection(networks=frozenset({chosen}))
-    found = known([web("", ("network=lan", MAC))], [BRIDGED], selection=selection)
-    assert the_instance(found).ports == (port("br0", mac=MAC),)
+@pytest.mark.parametrize(
+    ("place", "chosen", "network"),
+    [
+        ("network=inside", None, "inside"),
+        ("network=inside", "inside", "inside"),
+        ("network=inside", "default", None),
+        ("network=lan", "lan", "br0"),
+        ("network=lan", "br0", "br0"),
+        ("network=lan", "default", None),
+        ("bridge=br0", "br0", "br0"),
+        ("bridge=br0", "lan", None),
+        ("network=direct", None, None),
+        ("user=x", None, None),
+    ],
+)
+def test_an_interface_is_a_port_where_its_network_is_chosen_and_its_guest_reaches_the_host(
+    place: str, chosen: str | None, network: str | None
+) -> None:
+    selection = Selection(networks=None if chosen is None else frozenset({chosen}))
+    plain, marked = web("", (place, MAC)), web(element(""), (place, MAC), name="marked")
+    for text in (plain, marked):
+        found = known([text], [NAT, ISOLATED, BRIDGED, MACVTAP], selection=selection)
+        assert set(found.networks) == {"default", "inside"} & (
+            {chosen} if chosen else {"default", "inside"}
+        )
+        if network is not None:
+            assert the_instance(found).ports == (port(network, mac=MAC),)
+        elif text is marked:
+            assert the_instance(found).ports == ()
+        else:
+            assert not found.instances
 
 
 def test_marked_domains_only_where_that_is_chosen() -> None:
@@ -294,13 +287,7 @@ def test_a_static_host_that_changes_changes_its_domains_record() -> None:
     )
     assert changed == uuid_of("web")
     assert not changes.networks
-
-
-def test_what_is_read_again_unchanged_is_no_change() -> None:
-    found = known([web()])
-    changes = update(found, [web()])
-    assert not changes.instances
-    assert not changes.networks
+    assert not update(found, [web()], [NAT.replace("192.168.122.5", "192.168.122.50")])
 
 
 def test_what_is_gone_from_everything_is_gone() -> None:
@@ -320,12 +307,3 @@ def test_xml_that_cannot_be_parsed_is_reported_and_affects_nothing_else() -> Non
     assert {problem.file for problem in found.problems} == {"a domain", "a network"}
     assert set(found.networks) == {"default"}
     assert len(found.instances) == 1
-
-
-def test_a_problem_of_a_port_is_reported_with_its_domain() -> None:
-    found = known([web()])
-    (instance,) = found.instances
-    origin = found.origin_of_port(instance)
-    assert origin is not None
-    assert origin.field == "instance.ports"
-    assert found.origin_of_port(type(instance)("nobody")) is None
