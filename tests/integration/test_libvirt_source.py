@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import importlib
 import os
 import signal
@@ -91,7 +92,9 @@ async def test_networks_are_reported_while_they_run(libvirtd: Libvirtd) -> None:
         assert not list(heard.inventory.stranded())
 
 
-async def test_metadata_that_is_set_is_reported_at_once(libvirtd: Libvirtd) -> None:
+async def test_metadata_that_is_set_is_reported_at_once_byte_for_byte(libvirtd: Libvirtd) -> None:
+    payload = bytes(range(256)) * 100
+    encoded = base64.encodebytes(payload).decode()
     async with running(by_events_alone(libvirtd)) as heard:
         domain = await asyncio.to_thread(
             define_domain, libvirtd, "a", ("network=inside", MAC), inside=""
@@ -100,14 +103,14 @@ async def test_metadata_that_is_set_is_reported_at_once(libvirtd: Libvirtd) -> N
         await asyncio.to_thread(
             domain.setMetadata,
             library().VIR_DOMAIN_METADATA_ELEMENT,
-            "<instance><hostname>www</hostname><user-data>#!/bin/sh\n</user-data></instance>",
+            f"<instance><hostname>www</hostname><user-data encoding='base64'>{encoded}</user-data></instance>",
             "imds",
             METADATA_URI,
             library().VIR_DOMAIN_AFFECT_CONFIG,
         )
         identity = InstanceId(uuid_of("a"))
         await heard.until(lambda each: each.inventory.instances[identity].hostname == "www")
-        assert heard.inventory.instances[identity].user_data == b"#!/bin/sh\n"
+        assert heard.inventory.instances[identity].user_data == payload
 
 
 async def test_an_interface_that_is_plugged_into_a_running_guest_is_reported(

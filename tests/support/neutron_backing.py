@@ -96,6 +96,3 @@ class NeutronBacking:
 
     async def claim_twice(self, victim: Instance, thief_id: str) -> tuple[Problem, ...]:
         raise NotImplementedError(victim, thief_id)
-
-    async def close(self) -> None:
-        """It is in memory."""

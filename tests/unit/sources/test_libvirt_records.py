@@ -214,11 +214,12 @@ def test_what_is_wrong_with_the_element_is_reported_with_the_domain(
 
 
 def test_a_domain_keeps_its_record_when_its_element_breaks_or_another_claims_the_same() -> None:
-    good = web(element("<i:hostname>good</i:hostname>", "id='x'"))
+    good = web(element("<i:hostname>good</i:hostname>"))
     found = known([good])
     assert not update(found, [web(element("<i:nonsense/>", "id='bad id'"))]).instances
     assert any("stays in force" in problem.hint for problem in found.problems)
-    clone = web(element("", "id='x'"), ("network=default", "52:54:00:00:00:09"), name="clone")
+    same = f"id='{uuid_of('web')}'"
+    clone = web(element("", same), ("network=default", "52:54:00:00:00:09"), name="clone")
     assert not update(found, [good, clone, web(name="thief")]).instances
     assert [each.hostname for each in found.instances.values()] == ["good"]
     problems = {(each.file, each.field): each for each in found.problems}
