@@ -41,6 +41,7 @@ from imdsproxy.core.wire import (
     NovaRecord,
     render_map_value,
 )
+from imdsproxy.dataplane.layout import Layout
 from support.guest import IPV4, Connection, Lost, Reply
 from support.lab import until
 from support.twins import Asker
@@ -64,28 +65,19 @@ def mint_token(
 
 
 def paths_below(directory: Path) -> Paths:
-    """Everything in one directory that is there, without a jail; the maps are empty."""
-    maps = ("base.map", "overlay.map", "token-keys.map", "short.map", "path-rules.map")
-    for name in (*maps, "503.http"):
-        (directory / name).write_text("HTTP/1.1 503 No\r\n\r\n" if name.endswith("http") else "")
-    return Paths(
-        base_map=str(directory / "base.map"),
-        overlay_map=str(directory / "overlay.map"),
-        unavailable=str(directory / "503.http"),
-        probe=str(directory / "p.sock"),
-        jail=None,
-        documents=(str(directory / "d.sock"),),
-        resolver=str(directory / "r.sock"),
-        token_keys=str(directory / "token-keys.map"),
-        path_rules=str(directory / "path-rules.map"),
-        short=str(directory / "short.map"),
-        found=str(directory / "s.sock"),
-        silence=str(directory / "none.http"),
-        loopback=str(directory),
-        loopback_inside=str(directory),
-        audit=str(directory / "audit.sock"),
-        audit_last=str(directory / "audit-last.sock"),
-    )
+    """Everything in one directory, without a jail; the maps are empty."""
+    layout = Layout(directory, directory, documents_workers=1, chroot=False)
+    layout.jail.mkdir()
+    for path in (
+        layout.base_map,
+        layout.overlay_map,
+        layout.token_keys_map,
+        layout.short_map,
+        layout.path_rules_map,
+    ):
+        path.touch()
+    layout.unavailable.write_text("HTTP/1.1 503 No\r\n\r\n")
+    return layout.haproxy_paths()
 
 
 @contextmanager
@@ -243,7 +235,7 @@ class Alone:
             return Connection(socket.create_connection((_ADDRESS, self.ports[network]), 10))
         client = socket.socket(socket.AF_UNIX)
         client.settimeout(10)
-        client.connect(str(self.directory / ("s.sock" if way == "found" else "agents.sock")))
+        client.connect(str(self.directory / f"{way}.sock"))
         return Connection(client)
 
     def lines(self, network: str, way: str) -> tuple[str, ...]:

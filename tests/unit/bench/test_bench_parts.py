@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,10 +17,9 @@ from bench.records import USER_DATA_BYTES, first_guest, instance, network, user_
 from bench.rows.moves import is_stale
 from imdsproxy.config.schema import Settings
 from imdsproxy.core.haproxy.config import render_config
-from imdsproxy.core.haproxy.model import Bind, DataplaneSpec, Paths
 from imdsproxy.core.haproxy.model import Limits as OurLimits
-from imdsproxy.core.model import METADATA_IPV4, NetworkId
 from imdsproxy.core.records import Refused, parse_instance, parse_network
+from support.haproxy_config import SPEC
 
 
 def _rows(*verdicts: Verdict) -> list[Row]:
@@ -57,29 +57,8 @@ def test_an_unknown_row_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_the_baseline_takes_its_limits_from_a_configuration_of_ours() -> None:
-    spec = DataplaneSpec(
-        binds=(Bind(NetworkId("n"), METADATA_IPV4, 80),),
-        paths=Paths(
-            "/b",
-            "/o",
-            "/t",
-            "/short",
-            "/m",
-            "/u",
-            "/p",
-            None,
-            ("/d",),
-            "/r",
-            "/s",
-            "/none",
-            "/h",
-            "/h",
-            "/a",
-            "/l",
-        ),
-        limits=OurLimits(nbthread=3, maxconn=5000, maxconn_per_network=77),
-        exporter="127.0.0.1:9466",
-    )
+    limits = OurLimits(nbthread=3, maxconn=5000, maxconn_per_network=77)
+    spec = replace(SPEC, limits=limits, exporter="127.0.0.1:9466")
     assert worker_limits(render_config(spec)) == Limits(3, 5000, 77)
 
 

@@ -19,33 +19,16 @@ from imdsproxy.core.haproxy.model import (
     NovaServer,
     NovaTimes,
     NovaTls,
-    Paths,
     UnixBind,
 )
 from imdsproxy.core.haproxy.text import BANNER
 from imdsproxy.core.model import METADATA_IPV4, METADATA_IPV6, NetworkId
+from imdsproxy.dataplane.layout import Layout
 from support.haproxy_config import read_sections
 
 _GOLDEN = Path(__file__).parents[2] / "golden" / "haproxy"
 
-_PATHS = Paths(
-    base_map="/run/imdsproxy/base.map",
-    overlay_map="/run/imdsproxy/overlay.map",
-    unavailable="/run/imdsproxy/unavailable.http",
-    probe="/run/imdsproxy/probe.sock",
-    jail="/run/imdsproxy/jail",
-    documents=("/documents-0.sock", "/documents-1.sock"),
-    resolver="/resolver.sock",
-    token_keys="/run/imdsproxy/token-keys.map",
-    short="/run/imdsproxy/short.map",
-    path_rules="/run/imdsproxy/path-rules.map",
-    found="/run/imdsproxy/found.sock",
-    silence="/run/imdsproxy/silence.http",
-    loopback="/run/imdsproxy/jail",
-    loopback_inside="",
-    audit="/audit.sock",
-    audit_last="/audit-last.sock",
-)
+_PATHS = Layout(Path("/run/imdsproxy"), Path("/var/lib/imdsproxy")).haproxy_paths()
 
 _NOVA = (
     NovaServer(IPv4Address("192.0.2.1"), 8775),
