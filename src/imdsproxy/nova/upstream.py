@@ -76,10 +76,10 @@ class NovaUpstream:
             tuple(_endpoint_set(name, one) for name, one in settings.endpoint_sets.items())
         )
         files = {name: _read_files(name, one) for name, one in settings.endpoint_sets.items()}
-        for name, read in files.items():
-            if read.joined is not None:
-                write_atomic(self._joined(name), read.joined, mode=0o600)
-        self._contents = {name: read.contents for name, read in files.items()}
+        for name, (_, joined) in files.items():
+            if joined is not None:
+                write_atomic(self._joined(name), joined, mode=0o600)
+        self._contents = {name: contents for name, (contents, _) in files.items()}
         changed = routing != self.routing
         self.routing, self._settings = routing, settings
         return changed
@@ -184,21 +184,12 @@ class NovaUpstream:
         return self.directory / f"nova-{name}.pem"
 
 
-@dataclass(frozen=True, slots=True)
-class _Files:
-    """What an endpoint set's certificate files hold.
+def _read_files(name: str, one: EndpointSetSettings) -> tuple[str, bytes | None]:
+    """What an endpoint set's certificate files hold; a missing one would fail HAProxy's whole configuration.
 
-    Attributes:
-        contents: Stands for all of it; empty where there are none.
-        joined: Our certificate and its key, where they are in two files: HAProxy takes them out of one.
+    The first stands for all of it, and is empty where there are none. The second is our certificate and its key, where
+    they are in two files: HAProxy takes them out of one.
     """
-
-    contents: str
-    joined: bytes | None = field(default=None, repr=False)
-
-
-def _read_files(name: str, one: EndpointSetSettings) -> _Files:
-    """Check that HAProxy can read its files: a missing one would fail its whole configuration."""
     where = f"nova.endpoint_sets.{name}"
     certificates = [
         b"" if path is None else _read_file(path, f"{where}.{key}")
@@ -209,9 +200,9 @@ def _read_files(name: str, one: EndpointSetSettings) -> _Files:
         digests = b"".join(hashlib.sha256(each).digest() for each in certificates)
         contents = hashlib.sha256(digests).hexdigest()[:16]
     if one.client_key_file is None:
-        return _Files(contents)
+        return contents, None
     key = read_secret(one.client_key_file)
-    return _Files(contents, b"\n".join((certificates[1].rstrip(), key.strip(), b"")))
+    return contents, b"\n".join((certificates[1].rstrip(), key.strip(), b""))
 
 
 def read_signing_secret(path: Path) -> bytes:

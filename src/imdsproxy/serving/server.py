@@ -42,6 +42,9 @@ from imdsproxy.serving.supervisor import HANDLED_SIGNALS, Ending, Place, Supervi
 
 _SOCKET_MODE: Final = 0o660
 _PRIVATE: Final = 0o750
+_CACHE_BYTES: Final = 32 * 1024 * 1024
+"""Memory that each worker may spend on parsed records."""
+
 _GRACE_S: Final = 5.0
 _ORPHAN_POLL_S: Final = 0.2
 
@@ -58,7 +61,6 @@ class DocumentServerOptions:
         log: Where this process's standard error goes, if that is a file of ours: its size is limited.
         user: Whose account the workers take, if this process is root; `None` keeps the present one.
         group: The workers' group, and that of the sockets; `None` for the user's own.
-        cache_bytes: Memory that each worker may spend on parsed records.
     """
 
     sockets: tuple[Path, ...]
@@ -68,13 +70,12 @@ class DocumentServerOptions:
     log: Path | None = None
     user: str | None = None
     group: str | None = None
-    cache_bytes: int = 32 * 1024 * 1024
 
 
 def run_documents(
     options: DocumentServerOptions,
     *,
-    notifier: ServiceNotifier | None = None,
+    notifier: ServiceNotifier,
     monotonic: Callable[[], float] = time.monotonic,
 ) -> None:
     """Be the document server until a signal stops it.
@@ -109,7 +110,6 @@ def run_documents(
     supervisor.start(predecessors)
     if handover is not None:
         os.close(handover.alive)
-    notifier = notifier or ServiceNotifier()
     notifier.ready(f"{len(places)} workers answer")
     while supervisor.run() is Ending.REPLACE:
         notifier.reloading(int(monotonic() * 1_000_000))
@@ -269,7 +269,7 @@ async def _serve(
         orphaned.set()
 
     loop.add_reader(parent, note_end)
-    records = RecordReader(options.records, capacity=options.cache_bytes)
+    records = RecordReader(options.records, capacity=_CACHE_BYTES)
     http = HttpListener(documents_app(DocumentService(records, PasswordStore(options.passwords))))
     await http.open(place.listener)
     announce()
