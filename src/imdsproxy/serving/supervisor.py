@@ -8,6 +8,7 @@ import os
 import select
 import signal
 import socket
+import struct
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
@@ -39,6 +40,7 @@ _HEALTHY_AFTER_S: Final = 5.0
 _FIRST_DELAY_S: Final = 0.1
 _LONGEST_DELAY_S: Final = 5.0
 _ATTEMPTS: Final = 3
+_PID: Final = struct.Struct("=i")
 HANDLED_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD)
 
 
@@ -87,7 +89,7 @@ class _Worker:
 
     Attributes:
         pid: `None` between two processes.
-        ready: The reading end of the pipe in which the process announces itself, until it has.
+        answers: Whether its process has announced itself.
         failures: Processes in a row that died young.
         due: When the next one is to start, while there is none.
         question: A connection with a request on it; within a second there is to be an answer.
@@ -96,17 +98,12 @@ class _Worker:
 
     place: Place
     pid: int | None = None
-    ready: int | None = None
+    answers: bool = False
     started: float = 0.0
     failures: int = 0
     due: float = 0.0
     question: socket.socket | None = None
     doubt: Doubt = field(default_factory=Doubt)
-
-    @property
-    def answers(self) -> bool:
-        """Whether its process has announced itself."""
-        return self.pid is not None and self.ready is None
 
 
 class Supervisor:
@@ -148,6 +145,7 @@ class Supervisor:
         self._restarts = 0
         self._alive, self.alive = os.pipe()
         self._wakeup, self._wakeup_writer = os.pipe()
+        self._announced, self._announce = os.pipe()
         self._log = structlog.get_logger()
 
     @property
@@ -287,17 +285,16 @@ class Supervisor:
                 _signal(worker.pid, signal.SIGTERM)
 
     def _wait(self, timeout_s: float) -> None:
-        pipes = [worker.ready for worker in self._workers if worker.ready is not None]
-        readable, _, _ = select.select([self._wakeup, *pipes], [], [], timeout_s)
+        readable, _, _ = select.select([self._wakeup, self._announced], [], [], timeout_s)
         if self._wakeup in readable:
             os.read(self._wakeup, 4096)
-        for worker in self._workers:
-            # At its end without a byte, the worker has ended too.
-            ready = worker.ready
-            if ready is not None and ready in readable and os.read(ready, 1):
-                os.close(ready)
-                worker.ready = None
-                self._log.info("a worker answers", pid=worker.pid, socket=str(worker.place.path))
+        if self._announced in readable:
+            (pid,) = _PID.unpack(os.read(self._announced, _PID.size))
+            for worker in self._workers:
+                if worker.pid == pid:
+                    worker.answers = True
+                    path = str(worker.place.path)
+                    self._log.info("a worker answers", pid=worker.pid, socket=path)
 
     def _reap(self, *, stopping: bool) -> None:
         ended = [one for one in self._predecessors if not one.alive()]
@@ -327,34 +324,28 @@ class Supervisor:
         now = self._monotonic()
         worker.failures = 0 if now - worker.started >= _HEALTHY_AFTER_S else worker.failures + 1
         worker.due = now + restart_delay(worker.failures)
-        worker.pid = None
-        if worker.ready is not None:
-            os.close(worker.ready)
-            worker.ready = None
+        worker.pid, worker.answers = None, False
 
     def _fork(self, worker: _Worker) -> None:
-        ready, announce = os.pipe()
         # A signal between fork and the child's own dispositions would run the parent's handlers there.
         signal.pthread_sigmask(signal.SIG_BLOCK, HANDLED_SIGNALS)
         try:
             pid = os.fork()
             if pid == 0:
-                self._child(worker, ready, announce)
+                self._child(worker)
         except OSError as error:
-            os.close(ready)
             raise host_refused("start a worker", error) from error
         finally:
-            os.close(announce)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, HANDLED_SIGNALS)
-        worker.pid, worker.ready, worker.started = pid, ready, self._monotonic()
+        worker.pid, worker.started = pid, self._monotonic()
         self._pid_file.write((os.getpid(), *self.pids), self._restarts)
 
-    def _child(self, worker: _Worker, ready: int, announce: int) -> None:
+    def _child(self, worker: _Worker) -> None:
         """Never returns: nothing of the parent's may run twice."""
         status = 1
         try:
-            self._leave_parent(worker, ready)
-            self._serve(worker.place, self._alive, lambda: _announce(announce))
+            self._leave_parent(worker)
+            self._serve(worker.place, self._alive, self._announce_self)
             status = 0
         except BaseException:  # noqa: BLE001 - logged, and the process ends
             self._log.exception("a worker failed", socket=str(worker.place.path))
@@ -363,7 +354,7 @@ class Supervisor:
                 sys.stderr.flush()
             os._exit(status)
 
-    def _leave_parent(self, worker: _Worker, ready: int) -> None:
+    def _leave_parent(self, worker: _Worker) -> None:
         signal.set_wakeup_fd(-1)
         for number in HANDLED_SIGNALS:
             signal.signal(number, signal.SIG_DFL)
@@ -376,16 +367,18 @@ class Supervisor:
                 other.question.close()
             if other is not worker:
                 other.place.listener.close()
-                if other.ready is not None:
-                    os.close(other.ready)
         for descriptor in (
-            ready,
             self.alive,
+            self._announced,
             self._wakeup,
             self._wakeup_writer,
             self._pid_file.descriptor,
         ):
             os.close(descriptor)
+
+    def _announce_self(self) -> None:
+        os.write(self._announce, _PID.pack(os.getpid()))
+        os.close(self._announce)
 
     def _catch_signals(self) -> None:
         for descriptor in (self._wakeup, self._wakeup_writer):
@@ -403,11 +396,6 @@ class Supervisor:
     def _note_replace(self, _number: int, _frame: FrameType | None) -> None:
         if self._ending is None:
             self._ending = Ending.REPLACE
-
-
-def _announce(descriptor: int) -> None:
-    os.write(descriptor, b"1")
-    os.close(descriptor)
 
 
 def _signal(pid: int, number: signal.Signals) -> None:
