@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from ipaddress import ip_address
 from pathlib import Path
 from types import SimpleNamespace
+from typing import cast
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 from imdsproxy.anti_spoofing.kernel import TableJournal
 from imdsproxy.anti_spoofing.mac_filters import MacFilters
 from imdsproxy.anti_spoofing.plan import ANY_MAC, Pairs, plan_pair
+from imdsproxy.app.compiler import CompiledIndex, RecordCompiler
 from imdsproxy.app.record_loop import RecordLoop
 from imdsproxy.core.endpoints import Endpoint
 from imdsproxy.core.haproxy.maps import MapState
@@ -37,6 +39,7 @@ from imdsproxy.core.model import (
 from imdsproxy.core.observation import Observation
 from imdsproxy.core.plan import record_key
 from imdsproxy.host.clock import SystemClock
+from imdsproxy.serving.store import DiskFiles
 from support.fake_mac_filters import FakeMacFilters, no_hop_limits
 
 _NET = NetworkId("n")
@@ -85,17 +88,23 @@ class World:
             SystemClock(),
         )
         applier = SimpleNamespace(apply=self.apply, state=MapState(base=self.map))
-        files = SimpleNamespace(
-            unchanged=lambda _compiled_of: {},
-            apply=lambda _instance, _record, _compiled_of: None,
+        nothing = SimpleNamespace(
+            directory="/nonexistent",
+            apply=lambda _instance, _record: None,
             remove=lambda _instance: None,
             instances=tuple,
-            settle=lambda: None,
+            find=lambda _instances: {},
+            note=lambda _instance, _row: None,
+            close=lambda: None,
         )
         self.records = RecordLoop(
             self.inventory,
             applier,  # type: ignore[arg-type]  # the part that is used
-            files,
+            RecordCompiler(
+                self.inventory,
+                cast("DiskFiles", nothing),
+                cast("CompiledIndex", nothing),
+            ),
             SystemClock(),
             lambda _networks: None,
             lambda _keys: None,

@@ -32,6 +32,7 @@ from imdsproxy.admin.status import (
     StatusReport,
 )
 from imdsproxy.admin.tokens import TokenService
+from imdsproxy.app.compiler import CompiledIndex, RecordCompiler
 from imdsproxy.app.lookup import Lookup
 from imdsproxy.app.policy_store import OverrideFile, PolicyStore
 from imdsproxy.app.record_loop import RecordLoop
@@ -41,7 +42,6 @@ from imdsproxy.app.watching import Watching
 from imdsproxy.cli.admin_client import AdminClient
 from imdsproxy.config.changes import SettingChange, SettingsReload
 from imdsproxy.controller.http import serve
-from imdsproxy.core.compiled import CompiledRecord
 from imdsproxy.core.endpoints import Endpoint, LeftOut, LeftOutCode
 from imdsproxy.core.hoststate import NamespaceRef, ObservedHost
 from imdsproxy.core.inventory import Inventory
@@ -67,7 +67,7 @@ from imdsproxy.host.servers import open_unix_socket
 from imdsproxy.listeners.loop import ListenerLoop, ListenerReport
 from imdsproxy.serving.http import Answer, Send, send_answer
 from imdsproxy.serving.resolver_app import GuestRequest
-from imdsproxy.serving.store import PasswordStore
+from imdsproxy.serving.store import DiskFiles, PasswordStore
 from imdsproxy.sources.sqlite.source import SqliteSource
 from support.fake_haproxy import FakeHaproxy, FakeLauncher
 from support.fake_mac_filters import no_hop_limits, no_mac_filters
@@ -124,29 +124,6 @@ class Listeners:
 
 async def _no_neighbour(_network: Network, _address: IpAddress) -> MacAddress | None:
     return None
-
-
-@dataclass
-class _NoFiles:
-    """Compiled records, which only the document server would read."""
-
-    passwords: PasswordStore
-
-    def unchanged(self, compiled_of: Mapping[InstanceId, bytes]) -> Mapping[InstanceId, str]:
-        del compiled_of
-        return {}
-
-    def apply(self, instance: InstanceId, record: CompiledRecord, compiled_of: bytes) -> None:
-        del instance, record, compiled_of
-
-    def remove(self, instance: InstanceId) -> None:
-        self.passwords.remove(instance)
-
-    def instances(self) -> Iterable[InstanceId]:
-        return ()
-
-    def settle(self) -> None:
-        """Nothing is kept back."""
 
 
 @dataclass
@@ -317,10 +294,11 @@ async def _served(directory: Path) -> Any:  # noqa: ANN401 - an asynchronous gen
     await haproxy.adopt()
     passwords = PasswordStore(layout.passwords)
     mac_filters = no_mac_filters(inventory)
+    files = DiskFiles(layout.records, passwords, None)
     records = RecordLoop(
         inventory,
         applier,
-        _NoFiles(passwords),
+        RecordCompiler(inventory, files, CompiledIndex(layout.compiled_index)),
         clock,
         lambda _: None,
         lambda _: None,

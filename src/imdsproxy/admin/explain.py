@@ -270,7 +270,7 @@ class Explainer:
                 instance_name=instance.name,
                 source=", ".join(self.inventory.sources_of_instance(instance.id)),
                 how=identity.how.value,
-                revision=self.records.revisions.get(instance.id),
+                revision=self.records.compiler.revisions.get(instance.id),
                 policy=self._policy(instance, key),
                 rules=rules,
             )

@@ -206,7 +206,7 @@ class RecordReports:
         return InstanceReport(
             instance,
             ", ".join(self.inventory.sources_of_instance(instance.id)),
-            self.records.revisions.get(instance.id, ""),
+            self.records.compiler.revisions.get(instance.id, ""),
             tuple(
                 conflict
                 for conflict in moment.conflicts
@@ -216,15 +216,12 @@ class RecordReports:
         )
 
     def _pending(self, instance: Instance, moment: _Moment) -> list[str]:
-        found = [
-            self.records.failures[name].reason
-            for name in (f"instances.{instance.id}", "records")
-            if name in self.records.failures
-        ]
+        failures = self.records.compiler.failures.get(instance.id), self.records.failure
+        found = [one.reason for one in failures if one is not None]
         embedded = instance.upstream is Upstream.EMBEDDED
         if embedded and not self.documents_needed:
             found.append("documents.enabled is off, and it has documents of ours")
-        elif embedded and not found and instance.id not in self.records.revisions:
+        elif embedded and not found and instance.id not in self.records.compiler.revisions:
             found.append("it is not compiled yet")
         for network in dict.fromkeys(port.network for port in instance.ports):
             if not self.inventory.knows(network):

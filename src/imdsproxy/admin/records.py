@@ -146,7 +146,7 @@ class RecordService:
         before = None
         while not (await asyncio.wait([waiting], timeout=_APPLY_DEADLINE_S))[0]:
             now = (self.records.looked, self.listeners.rounds)
-            failing = self.listeners.failure is not None or "records" in self.records.failures
+            failing = self.listeners.failure is not None or self.records.failure is not None
             if failing or (now == before and not self.listeners.working):
                 waiting.cancel()
                 return False

@@ -339,7 +339,7 @@ class StatusService:
             unix_listener=self.unix_listener(),
             macs=self.macs(),
             warnings=list_warnings(
-                one for found in self.records.warnings.values() for one in found
+                one for found in self.records.compiler.warnings.values() for one in found
             ),
             policy_for_nobody=self.policy_store.for_nobody(self.inventory),
             busiest=await self._busiest(),
@@ -423,8 +423,8 @@ class StatusService:
         found += [] if self.haproxy.full is None else [self.haproxy.full]
         keys = self.policy_store.keys
         found += [] if keys.failure is None else [keys.failure]
-        if self.records.revisions and not self.companion.needed:
-            found.append(_unserved(len(self.records.revisions)))
+        if self.records.compiler.revisions and not self.companion.needed:
+            found.append(_unserved(len(self.records.compiler.revisions)))
         found += self.nova.problems
         found += self.nova_watch.problems
         return tuple(found)
@@ -435,8 +435,9 @@ class StatusService:
 
     def unapplied(self) -> tuple[Problem, ...]:
         """What keeps a change from guests."""
-        parts = (self.listeners.failure, self.watchdog.failure, self.documents_problem())
-        found = list(self.records.failures.values())
+        records, listeners = self.records.failure, self.listeners.failure
+        parts = (records, listeners, self.watchdog.failure, self.documents_problem())
+        found = list(self.records.compiler.failures.values())
         found += [problem for problem in parts if problem is not None]
         return (*found, *self.listeners.report.problems)
 

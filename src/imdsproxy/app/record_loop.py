@@ -10,34 +10,27 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import chain, islice
-from typing import Final, Protocol, TypeVar
+from typing import Final, TypeVar
 
 import structlog
 
-from imdsproxy import __version__
 from imdsproxy.anti_spoofing.hop_limits import HopLimits
 from imdsproxy.anti_spoofing.mac_filters import MacFilters
 from imdsproxy.anti_spoofing.plan import plan_pairs
+from imdsproxy.app.compiler import COMPILER, Compiling, RecordCompiler
 from imdsproxy.app.map_stamp import MapStamp
 from imdsproxy.app.rule_sets import RuleSets
 from imdsproxy.app.tickets import Tickets
-from imdsproxy.core.compiled import FORMAT as COMPILED_FORMAT
-from imdsproxy.core.compiled import CompiledRecord, compile_instance, network_mark
-from imdsproxy.core.documents.renamed import list_warnings, warn_of_names
 from imdsproxy.core.haproxy.maps import PackedMap
 from imdsproxy.core.identity import Learned
 from imdsproxy.core.inventory import Inventory
 from imdsproxy.core.model import (
-    Instance,
     InstanceId,
     MacAddress,
-    Network,
     NetworkId,
-    Upstream,
 )
 from imdsproxy.core.nova import NovaRouting
 from imdsproxy.core.observation import AddressKey, Affected, Conflict, Observation
-from imdsproxy.core.packed import FORMAT as PACKED_FORMAT
 from imdsproxy.core.path_rules import PathRules
 from imdsproxy.core.plan import (
     PlannedRecords,
@@ -50,7 +43,7 @@ from imdsproxy.core.policy import PolicyBook
 from imdsproxy.core.timing import Backoff, Durations, Progress
 from imdsproxy.core.wire import MapRecord
 from imdsproxy.dataplane.records import RecordApplier
-from imdsproxy.errors import DataplaneError, ImdsproxyError, Problem
+from imdsproxy.errors import DataplaneError, Problem
 from imdsproxy.host.clock import Clock
 from imdsproxy.host.process import release_memory
 
@@ -61,9 +54,6 @@ _AT_ONCE: Final = 100
 
 _MANY: Final = 20_000
 """Addresses of which a list is not worth its memory: all are looked at instead."""
-
-_COMPILER: Final = f"{__version__} {COMPILED_FORMAT} {PACKED_FORMAT} ".encode()
-"""Which program compiled a record: another one may make another record of the same."""
 
 _Item = TypeVar("_Item")
 
@@ -93,22 +83,6 @@ class _Work:
 
 
 @dataclass(slots=True)
-class _Compiling:
-    """Instances that are still to be looked at, and what was found of the others.
-
-    Attributes:
-        unneeded: Those whose records on disk are not needed any more.
-        lost: Those of them that no source has.
-        keys: Addresses whose records change; `None` where all addresses are looked at anyway.
-    """
-
-    left: set[InstanceId]
-    unneeded: list[InstanceId] = field(default_factory=list)
-    lost: set[InstanceId] = field(default_factory=set)
-    keys: set[AddressKey] | None = None
-
-
-@dataclass(slots=True)
 class _RoundPlan:
     """What a round is to bring into force, by address."""
 
@@ -117,30 +91,6 @@ class _RoundPlan:
     withheld: frozenset[AddressKey] = frozenset()
     sets: dict[str, PathRules] = field(default_factory=dict)
     armed: frozenset[NetworkId] = frozenset()
-
-
-class CompiledFiles(Protocol):
-    """Where the document server reads from (`app.compiled_files`)."""
-
-    def unchanged(self, compiled_of: Mapping[InstanceId, bytes]) -> Mapping[InstanceId, str]:
-        """The revisions of those whose records on disk were compiled of just this."""
-        ...
-
-    def apply(self, instance: InstanceId, record: CompiledRecord, compiled_of: bytes) -> None:
-        """Have exactly this record on disk; `HostRefused` leaves the one before."""
-        ...
-
-    def remove(self, instance: InstanceId) -> None:
-        """Have no record and no password of the instance."""
-        ...
-
-    def instances(self) -> Iterable[InstanceId]:
-        """Every instance that has a record on disk."""
-        ...
-
-    def settle(self) -> None:
-        """Everything has been looked at."""
-        ...
 
 
 @dataclass(slots=True)
@@ -153,11 +103,10 @@ class RecordLoop:
         routing: Where requests go whose documents Nova has, as of now; `resync` after it changed.
         policies: What settings and operators say of guests, as of now; `resync` after it changed.
         sets: Who has HAProxy know path rules.
-        region: The region that the settings name, as of now; `resync` after it changed.
         stamp: What the maps on disk were made of.
 
     Attributes:
-        warnings: Of instances whose documents differ from their records.
+        failure: Why the last round could not be brought into force.
         withheld: Addresses that the last round kept from HAProxy, because their MACs are not checked yet.
         rounds: Rounds that put observations in force, by the time from the first observation to the acknowledgement.
         progress: Where long rounds say how far they are.
@@ -166,7 +115,7 @@ class RecordLoop:
 
     inventory: Inventory
     applier: RecordApplier
-    files: CompiledFiles
+    compiler: RecordCompiler
     clock: Clock
     on_networks: Callable[[frozenset[NetworkId]], None]
     on_applied: Callable[[Iterable[AddressKey] | None], None]
@@ -175,13 +124,10 @@ class RecordLoop:
     routing: Callable[[], NovaRouting] = NovaRouting
     policies: Callable[[], PolicyBook] = PolicyBook
     sets: RuleSets | None = None
-    region: Callable[[], str | None] = lambda: None
     stamp: MapStamp | None = None
-    revisions: dict[InstanceId, str] = field(default_factory=dict)
     learned: dict[AddressKey, Learned] = field(default_factory=dict)
     tickets: Tickets = field(default_factory=Tickets)
-    failures: dict[str, Problem] = field(default_factory=dict)
-    warnings: dict[InstanceId, tuple[Problem, ...]] = field(default_factory=dict)
+    failure: Problem | None = None
     withheld: frozenset[AddressKey] = frozenset()
     in_sync: asyncio.Event = field(default_factory=asyncio.Event)
     rounds: Durations = field(default_factory=Durations)
@@ -191,7 +137,6 @@ class RecordLoop:
     _work: _Work = field(default_factory=_Work)
     _wake: asyncio.Event = field(default_factory=asyncio.Event)
     _swept: bool = False
-    _marks: dict[NetworkId, tuple[Network | None, bytes]] = field(default_factory=dict)
 
     def observe(self, observation: Observation) -> int:
         """Take in what a source saw; the ticket says when it is in force."""
@@ -262,13 +207,12 @@ class RecordLoop:
 
     def settle(self) -> None:
         """Leave to the next start what spares it work."""
-        self.files.settle()
+        self.compiler.index.close()
+        settled = self.inventory.in_sync and self._swept and not (self._work or self._since)
+        failures = self.failure or self.compiler.failures
         # Of addresses that lookups have found, and of hop limits that are not there yet, no record is made at a start.
-        settled = self.inventory.in_sync and self._swept and not self._work
-        left = (
-            self._since or self.failures or self.learned or self.withheld or self.hop_limits.in_use
-        )
-        if self.stamp is not None and settled and not left:
+        others = self.learned or self.withheld or self.hop_limits.in_use
+        if self.stamp is not None and settled and not (failures or others):
             made_of = self._made_of()
             if made_of is not None:
                 self.stamp.save(made_of)
@@ -280,8 +224,8 @@ class RecordLoop:
         routing = self.routing()
         # The secrets are not in the text of a routing; a signature says whether they are the same.
         signed = [one.sign(InstanceId("stamp")) for one in routing.sets]
-        others = repr((self.region(), routing, signed, self.policies()))
-        return b" ".join((_COMPILER, records, others.encode()))
+        others = repr((self.compiler.region(), routing, signed, self.policies()))
+        return b" ".join((COMPILER, records, others.encode()))
 
     async def compile_all(self) -> Mapping[str, str]:
         """Compile every instance and give the whole map, for a HAProxy that is yet to start."""
@@ -289,7 +233,7 @@ class RecordLoop:
         if whole:
             # All of it is looked at here. What comes meanwhile is looked at in the first round.
             self._work = _Work()
-        compiling = _Compiling(self._everybody())
+        compiling = Compiling(self._everybody())
         sets: dict[str, PathRules] = {}
         packed, values, last = PackedMap(), dict[str, str](), ""
         async for keys in self._every_part(compiling):
@@ -311,14 +255,14 @@ class RecordLoop:
         if whole:
             self._remove_all(compiling.unneeded)
             self._swept = True
-        self.files.settle()
+        self.compiler.index.close()
         return packed
 
     def _everybody(self) -> set[InstanceId]:
         found = set(self.inventory.instances)
         if self.inventory.in_sync:
             # Left over from an earlier controller.
-            found.update(one for one in self.files.instances() if one not in found)
+            found.update(one for one in self.compiler.files.instances() if one not in found)
         return found
 
     def _unowned(self, keys: Iterable[AddressKey]) -> Iterator[AddressKey]:
@@ -326,13 +270,13 @@ class RecordLoop:
         return (key for key in keys if not self.inventory.is_owned(key))
 
     async def _every_part(
-        self, compiling: _Compiling, keys: Iterable[AddressKey] = ()
+        self, compiling: Compiling, keys: Iterable[AddressKey] = ()
     ) -> AsyncIterator[list[AddressKey]]:
         """Every address that anybody has, then `keys`, some at a time; who has them is compiled then."""
         count = self.inventory.address_count
         async for owned in self._parts(self.inventory.addresses(), "comparing addresses", count):
             owners = {owner for _, owner in owned if isinstance(owner, str)}
-            self._compile_part(owners & compiling.left, compiling)
+            self.compiler.compile(owners & compiling.left, compiling, starting=not self._swept)
             yield [key for key, _ in owned]
         await self._compile_rest(compiling)
         async for part in self._parts(
@@ -369,7 +313,7 @@ class RecordLoop:
             except DataplaneError as error:
                 self._work.merge(work)
                 self._since = since
-                self.failures["records"] = Problem("records", error.message, error.hint)
+                self.failure = Problem("records", error.message, error.hint)
                 delay = backoff.fail()
                 log.error(  # noqa: TRY400 - expected, and logged in full
                     "records not applied", code=error.code, error=error.message, retry_in_s=delay
@@ -377,7 +321,7 @@ class RecordLoop:
                 await self._wait_for_retry(delay)
                 continue
             backoff.succeed()
-            self.failures.pop("records", None)
+            self.failure = None
             if since is not None:
                 self.rounds.add(self.clock.monotonic() - since)
             await self.tickets.close(ticket)
@@ -385,7 +329,7 @@ class RecordLoop:
                 # What lists and plans of all addresses took.
                 work = _Work()
                 release_memory()
-            if any(name.startswith("instances.") for name in self.failures):
+            if self.compiler.failures:
                 self._retry_failed_later()
 
     async def _wait_for_retry(self, delay: float) -> None:
@@ -398,9 +342,7 @@ class RecordLoop:
 
     def _retry_failed_later(self) -> None:
         def again() -> None:
-            for name in list(self.failures):
-                if name.startswith("instances."):
-                    self._work.instances.add(InstanceId(name.removeprefix("instances.")))
+            self._work.instances |= self.compiler.failures.keys()
             self._wake.set()
 
         asyncio.get_running_loop().call_later(_RETRY_LAST_S, again)
@@ -409,10 +351,10 @@ class RecordLoop:
         full = work.everything or (self.inventory.in_sync and not self._swept)
         if full:
             work.everything = True
-            compiling = _Compiling(work.instances | self._everybody())
+            compiling = Compiling(work.instances | self._everybody())
             keys = set(self._unowned(work.addresses))
         else:
-            compiling = _Compiling(set(work.instances), keys=set())
+            compiling = Compiling(set(work.instances), keys=set())
             await self._compile_rest(compiling)
             keys = work.addresses | (compiling.keys or set())
             keys |= {key for key, entry in self.learned.items() if entry.instance in work.instances}
@@ -441,7 +383,7 @@ class RecordLoop:
         if self.inventory.in_sync:
             self._swept = True
         if full:
-            self.files.settle()
+            self.compiler.index.close()
         self.hop_limits.commit(plan.armed, complete=self._swept)
         self.on_applied(None if full else keys)
 
@@ -477,53 +419,12 @@ class RecordLoop:
             gone = (one for one in entries if is_gone(parse_record_key(one)))
             plan.wanted.update(state.differing(dict.fromkeys(gone)))
 
-    async def _compile_rest(self, compiling: _Compiling) -> None:
+    async def _compile_rest(self, compiling: Compiling) -> None:
         rest = tuple(compiling.left)
         async for part in self._parts(rest, "compiling instances", len(rest)):
-            self._compile_part(part, compiling)
+            self.compiler.compile(part, compiling, starting=not self._swept)
 
-    def _compile_part(self, instances: Iterable[InstanceId], compiling: _Compiling) -> None:
-        compiled_of: dict[InstanceId, bytes] = {}
-        networks = self.inventory.networks
-        salt = _COMPILER + repr(self.region()).encode()
-        for instance in instances:
-            compiling.left.discard(instance)
-            known = self.inventory.instances.get(instance)
-            if known is None:
-                if not self.inventory.sources_of_instance(instance):
-                    compiling.unneeded.append(instance)
-                    compiling.lost.add(instance)
-                    # Were it to come back before it is compiled again, no guest may read what it was.
-                    self.revisions.pop(instance, None)
-            elif known.upstream is Upstream.NOVA:
-                if instance in self.revisions or not self._swept:
-                    compiling.unneeded.append(instance)
-            else:
-                compiled_of[instance] = self._fingerprint(known, networks, salt)
-        # Of one that has just changed this could not be.
-        unchanged = self.files.unchanged(compiled_of) if compiling.keys is None else {}
-        for instance, made_of in compiled_of.items():
-            before = self.revisions.get(instance)
-            self._compile(self.inventory.instances[instance], made_of, unchanged.get(instance))
-            if compiling.keys is not None and self.revisions.get(instance) != before:
-                compiling.keys |= self.inventory.addresses_of(instance)
-
-    def _fingerprint(
-        self, known: Instance, networks: Mapping[NetworkId, Network], salt: bytes
-    ) -> bytes:
-        """What the instance's record is compiled of."""
-        marks = (self._mark(port.network, networks) for port in known.ports)
-        return self.inventory.instances.digest(known.id, b"".join((salt, *marks)))
-
-    def _mark(self, network_id: NetworkId, networks: Mapping[NetworkId, Network]) -> bytes:
-        network = networks.get(network_id)
-        known, mark = self._marks.get(network_id, (None, b"-"))
-        if network is not known:
-            mark = b"-" if network is None else network_mark(network)
-            self._marks[network_id] = network, mark
-        return mark
-
-    def _drop_learned(self, compiling: _Compiling) -> list[AddressKey]:
+    def _drop_learned(self, compiling: Compiling) -> list[AddressKey]:
         """Know no addresses of instances that no source has any more; which those were."""
         lost = [key for key, entry in self.learned.items() if entry.instance in compiling.lost]
         for key in lost:
@@ -535,7 +436,7 @@ class RecordLoop:
         record = plan_record(
             self.inventory,
             key,
-            self.revisions,
+            self.compiler.revisions,
             self.learned,
             self.routing(),
             policies=self.policies(),
@@ -548,59 +449,14 @@ class RecordLoop:
         return plan_records(
             self.inventory,
             keys,
-            self.revisions,
+            self.compiler.revisions,
             self.learned,
             self.routing(),
             policies=self.policies(),
         )
 
-    def _compile(self, known: Instance, compiled_of: bytes, revision: str | None) -> None:
-        """Have an instance's record on disk; it is there if its `revision` is given."""
-        instance = known.id
-        name = f"instances.{instance}"
-        try:
-            if revision is None:
-                record = compile_instance(known, self.inventory.networks, self.region())
-                revision = record.revision
-                if self.revisions.get(instance) == revision and name not in self.failures:
-                    return
-                self.files.apply(instance, record, compiled_of)
-            elif self.revisions.get(instance) == revision:
-                self.failures.pop(name, None)
-                return
-        except ImdsproxyError as error:
-            # The record before stays on disk and in force; guests read on, the operator sees why.
-            self.failures[name] = Problem(name, error.message, error.hint)
-            structlog.get_logger().error(
-                "record not written", instance=instance, code=error.code, error=error.message
-            )
-            return
-        self.failures.pop(name, None)
-        self.revisions[instance] = revision
-        before = self.warnings.pop(instance, ())
-        if found := warn_of_names(known):
-            self.warnings[instance] = found
-        # At a start `status` lists them, and a line for each would be too many.
-        if found and found != before and self._swept:
-            structlog.get_logger().warning(
-                "guests see other names than the record has",
-                instance=instance,
-                warnings=list_warnings(found),
-            )
-
     def _remove_all(self, instances: Iterable[InstanceId]) -> None:
         for instance in instances:
             # One that came back meanwhile is looked at in the next round.
             if instance not in self._work.instances:
-                self._remove(instance)
-
-    def _remove(self, instance: InstanceId) -> None:
-        name = f"instances.{instance}"
-        try:
-            self.files.remove(instance)
-        except ImdsproxyError as error:
-            self.failures[name] = Problem(name, error.message, error.hint)
-            return
-        self.failures.pop(name, None)
-        self.revisions.pop(instance, None)
-        self.warnings.pop(instance, None)
+                self.compiler.remove(instance)

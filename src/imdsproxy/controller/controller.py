@@ -16,7 +16,7 @@ from typing import Final
 import structlog
 
 from imdsproxy.app.audit import KEPT_WORKERS, Audit
-from imdsproxy.app.compiled_files import CompiledIndex, IndexedFiles
+from imdsproxy.app.compiler import CompiledIndex, RecordCompiler
 from imdsproxy.app.document_probe import DocumentProbe
 from imdsproxy.app.lookup import Lookup
 from imdsproxy.app.record_loop import RecordLoop
@@ -116,10 +116,11 @@ class Controller:
         self.inventory = inventory = Inventory(source.name for source in self.sources.all)
         self.mac_filters = build_mac_filters(layout, host, inventory, clock, events)
         self.hop_limits = build_hop_limits(layout, host, events)
+        index = CompiledIndex(layout.compiled_index)
         self.records = RecordLoop(
             inventory,
             applier,
-            IndexedFiles(files, CompiledIndex(layout.compiled_index)),
+            RecordCompiler(inventory, files, index, lambda: holder.settings.documents.region),
             clock,
             events.networks_changed,
             events.records_applied,
@@ -128,7 +129,6 @@ class Controller:
             lambda: nova.routing,
             self.policy_store.book,
             build_rule_sets(layout, applier, clock),
-            lambda: holder.settings.documents.region,
             build_map_stamp(layout),
             progress=progress,
         )

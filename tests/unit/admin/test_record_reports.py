@@ -19,8 +19,12 @@ _REFUSED = (
 )
 
 
-def _fail(part: str, reason: str) -> Callable[[AdminServer], object]:
-    return lambda server: server.records.failures.update({part: Problem(part, reason)})
+def _refuse_record(server: AdminServer) -> None:
+    server.records.compiler.failures[WEB] = Problem("instances.web-1", "no space left")
+
+
+def _fail_round(server: AdminServer) -> None:
+    server.records.failure = Problem("records", "HAProxy does not answer")
 
 
 def _pending(server: AdminServer, name: str = "web-1") -> list[str]:
@@ -33,9 +37,9 @@ def _pending(server: AdminServer, name: str = "web-1") -> list[str]:
 @pytest.mark.parametrize(
     ("spoil", "reason"),
     [
-        (_fail("instances.web-1", "no space left"), "no space left"),
-        (_fail("records", "HAProxy does not answer"), "HAProxy does not answer"),
-        (lambda server: server.records.revisions.pop(WEB), "it is not compiled yet"),
+        (_refuse_record, "no space left"),
+        (_fail_round, "HAProxy does not answer"),
+        (lambda server: server.records.compiler.revisions.pop(WEB), "it is not compiled yet"),
         (
             lambda server: setattr(server.services.reports, "documents_needed", False),
             "documents.enabled is off, and it has documents of ours",
@@ -67,7 +71,7 @@ def test_a_record_in_a_network_that_is_not_there_has_the_reason_once(server: Adm
 def test_nova_s_instance_needs_no_documents_of_ours(server: AdminServer) -> None:
     server.client.request("PATCH", "/v1/instances/web-1", body={"upstream": "nova", "project": "p"})
     server.services.reports.documents_needed = False
-    server.records.revisions.pop(WEB, None)
+    server.records.compiler.revisions.pop(WEB, None)
     assert _pending(server) == []
 
 

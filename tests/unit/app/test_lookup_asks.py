@@ -90,7 +90,7 @@ class _Records:
     learned: dict[AddressKey, Learned] = field(default_factory=dict)
     touched: list[AddressKey] = field(default_factory=list)
     tickets: Tickets = field(default_factory=Tickets)
-    revisions: dict[InstanceId, str] = field(default_factory=dict)
+    compiler: SimpleNamespace = field(default_factory=lambda: SimpleNamespace(revisions={}))
     book: PolicyBook = field(default_factory=PolicyBook)
 
     def policies(self) -> PolicyBook:
@@ -109,7 +109,7 @@ class _Records:
         return 0
 
     def planned(self, key: AddressKey) -> MapRecord | Conflict | None:
-        return plan_record(self.inventory, key, self.revisions, self.learned, self.routing)
+        return plan_record(self.inventory, key, self.compiler.revisions, self.learned, self.routing)
 
 
 class Rig:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from ipaddress import IPv4Address, IPv6Address
@@ -15,7 +15,7 @@ from typing import cast
 import pytest
 
 from imdsproxy.anti_spoofing.hop_limits import HopLimits
-from imdsproxy.app.compiled_files import CompiledIndex, IndexedFiles
+from imdsproxy.app.compiler import CompiledIndex, RecordCompiler
 from imdsproxy.app.map_stamp import MapStamp
 from imdsproxy.app.record_loop import RecordLoop
 from imdsproxy.app.rule_sets import RuleSets
@@ -43,63 +43,16 @@ from imdsproxy.core.policy import (
 )
 from imdsproxy.dataplane.master import MasterClient
 from imdsproxy.dataplane.records import RecordApplier
-from imdsproxy.errors import HostRefused, RuntimeUnavailable
+from imdsproxy.errors import RuntimeUnavailable
 from imdsproxy.host.clock import SystemClock
-from imdsproxy.serving.store import DiskFiles, PasswordStore
+from imdsproxy.serving.store import PasswordStore
 from support.fake_haproxy import FakeHaproxy
 from support.fake_mac_filters import no_hop_limits, no_mac_filters
+from support.record_files import LoggedFiles
 
 _RED = NetworkId("red")
 _NETWORK = Network(_RED, NamespaceListener("red"))
-
-
-class MemoryFiles:
-    """Compiled records in memory; some instances' records cannot be written."""
-
-    def __init__(self) -> None:
-        self.records: dict[InstanceId, CompiledRecord] = {}
-        self.compiled_of: dict[InstanceId, bytes] = {}
-        self.refuse: set[InstanceId] = set()
-        self.log: list[str] = []
-
-    def unchanged(self, compiled_of: Mapping[InstanceId, bytes]) -> Mapping[InstanceId, str]:
-        return {
-            one: self.records[one].revision
-            for one, made_of in compiled_of.items()
-            if self.compiled_of.get(one) == made_of
-        }
-
-    def apply(self, instance: InstanceId, record: CompiledRecord, compiled_of: bytes) -> None:
-        if instance in self.refuse:
-            raise HostRefused("the disk is full", hint="make room")
-        self.log.append(f"write {instance}")
-        self.records[instance] = record
-        self.compiled_of[instance] = compiled_of
-
-    def remove(self, instance: InstanceId) -> None:
-        self.log.append(f"remove {instance}")
-        self.records.pop(instance, None)
-        self.compiled_of.pop(instance, None)
-
-    def instances(self) -> Iterable[InstanceId]:
-        return tuple(self.records)
-
-    def settle(self) -> None:
-        """Nothing is kept back."""
-
-
-class CountingFiles(IndexedFiles):
-    """Those on disk, and which were written."""
-
-    def __init__(self, directory: Path) -> None:
-        passwords = PasswordStore(directory / "passwords")
-        files = DiskFiles(directory / "documents", passwords, None)
-        super().__init__(files, CompiledIndex(directory / "compiled.sqlite"))
-        self.written: list[str] = []
-
-    def apply(self, instance: InstanceId, record: CompiledRecord, compiled_of: bytes) -> None:
-        self.written.append(instance)
-        super().apply(instance, record, compiled_of)
+_OLD = InstanceId("old")
 
 
 class Rig:
@@ -107,16 +60,18 @@ class Rig:
         self.base = directory / "base.map"
         self.overlay = directory / "overlay.map"
         self.haproxy = FakeHaproxy(directory / "m.sock", (self.base, self.overlay))
-        self.files = MemoryFiles()
+        passwords = PasswordStore(directory / "passwords")
+        self.files = LoggedFiles(directory / "documents", passwords, None)
         self.applied: list[set[AddressKey] | None] = []
         self.networks: list[frozenset[NetworkId]] = []
         self.inventory = Inventory(["a", "b"])
+        index = CompiledIndex(directory / "compiled.sqlite")
         master = MasterClient(directory / "m.sock", deadline_s=2)
         self.applier = RecordApplier(master, self.base, self.overlay, self._write)
         self.loop = RecordLoop(
             self.inventory,
             self.applier,
-            self.files,
+            RecordCompiler(self.inventory, self.files, index),
             SystemClock(),
             self.networks.append,
             lambda keys: self.applied.append(None if keys is None else set(keys)),
@@ -177,7 +132,7 @@ async def test_an_acknowledged_instance_is_on_disk_and_in_haproxy(tmp_path: Path
         web = _instance("web", "10.0.0.5")
         await rig.say(web)
         assert rig.told("10.0.0.5") == _value(web)
-        assert rig.files.records[web.id] == compile_instance(web, {_RED: _NETWORK})
+        assert rig.files.content(web.id) == compile_instance(web, {_RED: _NETWORK}).content
         assert {(_RED, IPv4Address("10.0.0.5"))} in rig.applied
         assert rig.networks == [frozenset({_RED})]
         assert rig.loop.rounds.within()[math.inf] == 1
@@ -198,7 +153,7 @@ async def test_nobody_is_led_to_a_removed_record(tmp_path: Path) -> None:
         await rig.say()
         assert rig.told("10.0.0.5") is None
         assert rig.files.log == ["remove web"]
-        assert rig.loop.revisions == {}
+        assert rig.loop.compiler.revisions == {}
 
 
 async def test_two_sources_that_disagree_are_a_conflict_and_the_record_stays(
@@ -215,13 +170,13 @@ async def test_two_sources_that_disagree_are_a_conflict_and_the_record_stays(
 
 async def test_nothing_is_swept_before_every_source_has_told_all(tmp_path: Path) -> None:
     async with _rig(tmp_path, {"red/10.0.0.9": "old|1"}) as rig:
-        rig.files.records[InstanceId("old")] = CompiledRecord("1", b"")
+        rig.files.apply(_OLD, CompiledRecord("1", b"old"))
         await rig.say(_instance("web", "10.0.0.5"))
         assert rig.told("10.0.0.9") == "old|1"
-        assert InstanceId("old") in rig.files.records
+        assert _OLD in set(rig.files.instances())
         await rig.say(source="b")
         assert rig.told("10.0.0.9") is None
-        assert InstanceId("old") not in rig.files.records
+        assert _OLD not in set(rig.files.instances())
         assert rig.told("10.0.0.5") is not None
 
 
@@ -233,10 +188,10 @@ async def test_a_full_disk_leaves_the_record_in_force_and_says_whose(tmp_path: P
         await rig.say(_instance("web", "10.0.0.5", hostname="new"), _instance("db", "10.0.0.6"))
         assert rig.told("10.0.0.5") == _value(before)
         assert rig.told("10.0.0.6") is not None
-        assert rig.loop.failures["instances.web"].hint == "make room"
+        assert rig.loop.compiler.failures[before.id].hint == "make room"
         rig.files.refuse = set()
         await rig.say(_instance("web", "10.0.0.5", hostname="newer"), _instance("db", "10.0.0.6"))
-        assert rig.loop.failures == {}
+        assert rig.loop.compiler.failures == {}
         assert rig.told("10.0.0.5") == _value(_instance("web", "10.0.0.5", hostname="newer"))
 
 
@@ -248,7 +203,7 @@ async def test_a_silent_master_is_tried_again_until_it_has_everything(tmp_path: 
             Observation("a", instances={InstanceId("db"): _instance("db", "10.0.0.6")})
         )
         async with asyncio.timeout(30):
-            while "records" not in rig.loop.failures:
+            while rig.loop.failure is None:
                 await asyncio.sleep(0)
         waiting = asyncio.create_task(rig.loop.tickets.wait(rig.loop.tickets.given))
         await asyncio.sleep(0)
@@ -257,7 +212,7 @@ async def test_a_silent_master_is_tried_again_until_it_has_everything(tmp_path: 
         async with asyncio.timeout(30):
             await waiting
         assert rig.told("10.0.0.6") is not None
-        assert "records" not in rig.loop.failures
+        assert rig.loop.failure is None
 
 
 async def test_a_learned_address_follows_its_instance_and_goes_with_it(tmp_path: Path) -> None:
@@ -298,8 +253,6 @@ async def test_a_start_compiles_only_what_is_not_on_disk_as_it_should_be(tmp_pat
 
     async def start(*instances: Instance) -> tuple[list[str], Mapping[str, str]]:
         rig = Rig(tmp_path)
-        files = CountingFiles(tmp_path)
-        rig.loop.files = files
         for source in ("a", "b"):
             rig.loop.observe(
                 Observation(
@@ -310,7 +263,9 @@ async def test_a_start_compiles_only_what_is_not_on_disk_as_it_should_be(tmp_pat
                 )
             )
         records = await rig.loop.compile_all()
-        return files.written, records
+        return [
+            one.removeprefix("write ") for one in rig.files.log if one.startswith("write")
+        ], records
 
     first = await start(web, db)
     assert sorted(first[0]) == ["db", "web"]
@@ -354,18 +309,15 @@ async def test_an_instance_that_comes_back_while_others_are_compiled_keeps_its_r
         many = [_instance(f"i{number}", f"10.0.0.{number}") for number in range(1, 250)]
         await rig.say(back, *many)
         changed = [replace(one, hostname="other") for one in many]
-        write, written = rig.files.apply, 0
+        written = 0
 
-        def come_back_with_the_last(
-            instance: InstanceId, record: CompiledRecord, compiled_of: bytes
-        ) -> None:
+        def come_back_with_the_last(_: InstanceId) -> None:
             nonlocal written
-            write(instance, record, compiled_of)
             written += 1
             if written == len(changed):
                 rig.loop.observe(Observation("a", full=False, instances={back.id: back}))
 
-        rig.files.apply = come_back_with_the_last  # type: ignore[method-assign]
+        rig.files.after = come_back_with_the_last
         await rig.say(*changed)
         await rig.loop.tickets.wait(rig.loop.resync())
         assert rig.told("10.0.9.9") == _value(back)
@@ -380,18 +332,15 @@ async def test_nobody_reads_what_an_instance_was_that_is_removed_and_comes_back_
         await rig.say(_instance("back", "10.0.9.9"), *many)
         another = _instance("back", "10.0.9.9", hostname="another")
         changed = [replace(one, hostname="other") for one in many]
-        write, written, told = rig.files.apply, 0, list[str | None]()
+        written, told = 0, list[str | None]()
 
-        def come_back_with_the_last(
-            instance: InstanceId, record: CompiledRecord, compiled_of: bytes
-        ) -> None:
+        def come_back_with_the_last(_: InstanceId) -> None:
             nonlocal written
-            write(instance, record, compiled_of)
             written += 1
             if written == len(changed):
                 rig.loop.observe(Observation("a", full=False, instances={another.id: another}))
 
-        rig.files.apply = come_back_with_the_last  # type: ignore[method-assign]
+        rig.files.after = come_back_with_the_last
         rig.loop.on_applied = lambda _: told.append(rig.told("10.0.9.9"))
         await rig.say(*changed)
         await rig.loop.tickets.wait(rig.loop.resync())
@@ -461,7 +410,7 @@ async def test_a_fresh_start_looks_at_each_record_once_and_leaves_none_that_nobo
     tmp_path: Path,
 ) -> None:
     rig = Rig(tmp_path)
-    rig.files.records[InstanceId("old")] = CompiledRecord("1", b"")
+    rig.files.apply(_OLD, CompiledRecord("1", b"old"))
     for source in ("a", "b"):
         rig.loop.observe(
             Observation(
@@ -472,7 +421,7 @@ async def test_a_fresh_start_looks_at_each_record_once_and_leaves_none_that_nobo
             )
         )
     rig.applier.write_all(await rig.loop.compile_all())
-    assert rig.files.log == ["write web", "remove old"]
+    assert rig.files.log == ["write old", "write web", "remove old"]
     looked = rig.loop.looked
     running = asyncio.create_task(rig.loop.run())
     async with asyncio.timeout(30):
@@ -650,7 +599,7 @@ def _set_policy(rig: Rig) -> None:
 
 
 def _set_region(rig: Rig) -> None:
-    rig.loop.region = lambda: "eu"
+    rig.loop.compiler.region = lambda: "eu"
 
 
 def _edit_map(rig: Rig) -> None:

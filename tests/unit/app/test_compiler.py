@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
 
 import pytest
 
-from imdsproxy.app.compiled_files import CompiledIndex, IndexedFiles
-from imdsproxy.core.compiled import CompiledRecord, compiled_path, network_mark
+from imdsproxy.app.compiler import CompiledIndex, Compiling, RecordCompiler
+from imdsproxy.core.compiled import compile_instance, compiled_path, network_mark
+from imdsproxy.core.inventory import Inventory
 from imdsproxy.core.model import (
     Dialect,
     Instance,
@@ -23,97 +24,12 @@ from imdsproxy.core.model import (
     SshKey,
     Subnet,
 )
+from imdsproxy.core.observation import Observation
 from imdsproxy.core.packed import PackedInstances
-from imdsproxy.serving.store import DiskFiles, PasswordStore
+from imdsproxy.serving.store import PasswordStore
+from support.record_files import LoggedFiles
 
 _A, _B = InstanceId("a"), InstanceId("b")
-_RECORD = CompiledRecord("0123456789abcdef", b"content\n")
-
-
-def _files(directory: Path) -> IndexedFiles:
-    passwords = PasswordStore(directory / "passwords")
-    files = DiskFiles(directory / "documents", passwords, None)
-    return IndexedFiles(files, CompiledIndex(directory / "compiled.sqlite"))
-
-
-def _after_a_restart(directory: Path, of: bytes = b"1") -> Mapping[InstanceId, str]:
-    files = _files(directory)
-    found = files.unchanged({_A: of})
-    files.settle()
-    return found
-
-
-@pytest.fixture
-def written(tmp_path: Path) -> Path:
-    files = _files(tmp_path)
-    files.apply(_A, _RECORD, b"1")
-    files.settle()
-    return tmp_path
-
-
-def test_a_record_that_was_compiled_of_the_same_is_known_after_a_restart(written: Path) -> None:
-    assert _after_a_restart(written) == {_A: _RECORD.revision}
-
-
-def test_a_record_that_was_compiled_of_something_else_is_not_known(written: Path) -> None:
-    assert _after_a_restart(written, b"2") == {}
-
-
-def test_a_record_that_is_gone_is_not_known(written: Path) -> None:
-    (written / "documents" / compiled_path(_A)).unlink()
-    assert _after_a_restart(written) == {}
-
-
-def test_a_record_that_was_cut_short_is_not_known(written: Path) -> None:
-    (written / "documents" / compiled_path(_A)).write_bytes(b"")
-    assert _after_a_restart(written) == {}
-
-
-def test_a_record_that_another_program_replaced_by_one_of_its_length_is_not_known(
-    written: Path,
-) -> None:
-    path = written / "documents" / compiled_path(_A)
-    other = path.with_name("other")
-    other.write_bytes(b"CONTENT\n")
-    other.rename(path)
-    assert _after_a_restart(written) == {}
-
-
-def test_what_was_written_last_counts(written: Path) -> None:
-    files = _files(written)
-    files.apply(_A, CompiledRecord("fedcba9876543210", b"another\n"), b"2")
-    assert files.unchanged({_A: b"1"}) == {}
-    assert files.unchanged({_A: b"2"}) == {_A: "fedcba9876543210"}
-    # Were it killed before that was stored: the file is not the one of the row.
-    assert _after_a_restart(written) == {}
-    files.settle()
-    assert _after_a_restart(written, b"2") == {_A: "fedcba9876543210"}
-
-
-def test_a_removed_record_is_not_known(written: Path) -> None:
-    files = _files(written)
-    files.remove(_A)
-    assert files.unchanged({_A: b"1"}) == {}
-    files.settle()
-    files.apply(_B, _RECORD, b"1")
-    assert files.unchanged({_A: b"1", _B: b"1"}) == {_B: _RECORD.revision}
-    files.settle()
-
-
-@pytest.mark.parametrize("content", [b"not a database" * 100, b""])
-def test_a_damaged_index_is_made_again(written: Path, content: bytes) -> None:
-    (written / "compiled.sqlite").write_bytes(content)
-    files = _files(written)
-    assert files.unchanged({_A: b"1"}) == {}
-    files.apply(_A, _RECORD, b"1")
-    files.settle()
-    if not _after_a_restart(written):
-        # The start before has only removed what was damaged.
-        files = _files(written)
-        files.apply(_A, _RECORD, b"1")
-        files.settle()
-    assert _after_a_restart(written) == {_A: _RECORD.revision}
-
 
 _INSTANCE = Instance(
     _A,
@@ -129,6 +45,95 @@ _INSTANCE = Instance(
     "kind",
     created_at=5,
 )
+
+_OTHER = replace(_INSTANCE, hostname="other")
+_WRITTEN = ["write a"]
+
+
+def _start(directory: Path, instance: Instance = _INSTANCE) -> RecordCompiler:
+    """A compiler of a controller that starts, once it has seen its only instance."""
+    inventory = Inventory()
+    inventory.observe(Observation("file", full=True, instances={instance.id: instance}))
+    files = LoggedFiles(directory / "documents", PasswordStore(directory / "passwords"), None)
+    compiler = RecordCompiler(inventory, files, CompiledIndex(directory / "compiled.sqlite"))
+    compiler.compile([instance.id], Compiling({instance.id}), starting=True)
+    return compiler
+
+
+def _log(compiler: RecordCompiler) -> list[str]:
+    assert isinstance(compiler.files, LoggedFiles)
+    return compiler.files.log
+
+
+def _after_a_restart(directory: Path, instance: Instance = _INSTANCE) -> list[str]:
+    compiler = _start(directory, instance)
+    compiler.index.close()
+    return _log(compiler)
+
+
+@pytest.fixture
+def written(tmp_path: Path) -> Path:
+    assert _after_a_restart(tmp_path) == _WRITTEN
+    return tmp_path
+
+
+def test_a_record_that_was_compiled_of_the_same_is_known_after_a_restart(written: Path) -> None:
+    compiler = _start(written)
+    assert _log(compiler) == []
+    assert compiler.revisions == {_A: compile_instance(_INSTANCE, {}).revision}
+    compiler.index.close()
+
+
+def test_a_record_that_was_compiled_of_something_else_is_not_known(written: Path) -> None:
+    assert _after_a_restart(written, _OTHER) == _WRITTEN
+
+
+def _remove(path: Path) -> None:
+    path.unlink()
+
+
+def _cut(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def _replace(path: Path) -> None:
+    other = path.with_name("other")
+    other.write_bytes(path.read_bytes().swapcase())
+    other.rename(path)
+
+
+@pytest.mark.parametrize("change", [_remove, _cut, _replace])
+def test_a_record_that_is_not_the_file_that_was_written_is_not_known(
+    written: Path, change: Callable[[Path], None]
+) -> None:
+    change(written / "documents" / compiled_path(_A))
+    assert _after_a_restart(written) == _WRITTEN
+
+
+def test_what_a_killed_controller_has_not_stored_is_compiled_again(written: Path) -> None:
+    killed = _start(written, _OTHER)
+    assert _log(killed) == _WRITTEN
+    # The file is not the one of the row any more.
+    assert _after_a_restart(written) == _WRITTEN
+    killed.index.close()
+
+
+def test_a_removed_record_is_not_known(written: Path) -> None:
+    compiler = _start(written)
+    compiler.remove(_A)
+    compiler.index.close()
+    assert not (written / "documents" / compiled_path(_A)).exists()
+    assert compiler.index.find([_A, _B]) == {}
+    compiler.index.close()
+
+
+@pytest.mark.parametrize("content", [b"not a database" * 100, b""])
+def test_a_damaged_index_is_made_again(written: Path, content: bytes) -> None:
+    (written / "compiled.sqlite").write_bytes(content)
+    assert _after_a_restart(written) == _WRITTEN
+    # The first start may only have removed what was damaged.
+    _after_a_restart(written)
+    assert _after_a_restart(written) == []
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,293 @@
+"""Keeps each instance's compiled record on disk equal to the inventory, and says what it was compiled of."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+import structlog
+
+from imdsproxy import __version__
+from imdsproxy.core.compiled import FORMAT as COMPILED_FORMAT
+from imdsproxy.core.compiled import compile_instance, compiled_path, network_mark
+from imdsproxy.core.documents.renamed import list_warnings, warn_of_names
+from imdsproxy.core.inventory import Inventory
+from imdsproxy.core.model import Instance, InstanceId, Network, NetworkId, Upstream
+from imdsproxy.core.observation import AddressKey
+from imdsproxy.core.packed import FORMAT as PACKED_FORMAT
+from imdsproxy.errors import ImdsproxyError, Problem, SourceError
+from imdsproxy.serving.store import DiskFiles
+from imdsproxy.sources.sqlite_file import open_store, store_failures
+
+COMPILER: Final = f"{__version__} {COMPILED_FORMAT} {PACKED_FORMAT} ".encode()
+"""Which program compiled a record: another one may make another record of the same."""
+
+_SCHEMA: Final = (
+    """
+CREATE TABLE compiled (
+    instance TEXT PRIMARY KEY NOT NULL,
+    compiled_of BLOB NOT NULL,
+    revision TEXT NOT NULL,
+    file TEXT NOT NULL
+) STRICT, WITHOUT ROWID
+""",
+)
+_TOGETHER: Final = 1000
+"""Rows that are written at once: some milliseconds. What a killed controller has not written is compiled again."""
+
+_MOST_VARIABLES: Final = 500
+"""Of one statement; SQLite takes 999 at least."""
+
+
+@dataclass(slots=True)
+class CompiledIndex:
+    """What each compiled record was made of, so that a start reads and compiles only those that differ.
+
+    A row counts only while the file is the one that was written for it. It may be deleted at any time: all records are
+    compiled at the next start then.
+
+    Args:
+        path: An SQLite file. It is not synced: after a power cut it may be damaged, and is made again.
+    """
+
+    path: Path
+    _connection: sqlite3.Connection | None = None
+    _broken: bool = False
+    _unsaved: dict[InstanceId, tuple[bytes, str, str] | None] = field(default_factory=dict)
+
+    def find(self, instances: Iterable[InstanceId]) -> Mapping[InstanceId, tuple[bytes, str, str]]:
+        """What they were compiled of, their revision, and the file's signature then."""
+        found: dict[InstanceId, tuple[bytes, str, str]] = {}
+        wanted = list(instances)
+        if self._broken:
+            return found
+        try:
+            with store_failures(self.path):
+                connection = self._open()
+                for start in range(0, len(wanted), _MOST_VARIABLES):
+                    some = wanted[start : start + _MOST_VARIABLES]
+                    marks = ",".join("?" * len(some))
+                    query = f"SELECT * FROM compiled WHERE instance IN ({marks})"  # noqa: S608 - question marks
+                    for instance, *row in connection.execute(query, some):
+                        found[InstanceId(instance)] = row[0], row[1], row[2]
+        except SourceError as error:
+            self._give_up(error)
+        # What is not written yet is newer.
+        for one in self._unsaved.keys() & set(wanted):
+            found.pop(one, None)
+            row = self._unsaved[one]
+            if row is not None:
+                found[one] = row
+        return found
+
+    def note(self, instance: InstanceId, row: tuple[bytes, str, str] | None) -> None:
+        """Have this row, or none."""
+        self._unsaved[instance] = row
+        if len(self._unsaved) >= _TOGETHER:
+            self.save()
+
+    def save(self) -> None:
+        """Write what is not written yet. What fails here costs a start its time, and nothing else."""
+        unsaved, self._unsaved = self._unsaved, {}
+        if not unsaved or self._broken:
+            return
+        try:
+            with store_failures(self.path):
+                connection = self._open()
+                connection.execute("BEGIN IMMEDIATE")
+                connection.executemany(
+                    "DELETE FROM compiled WHERE instance = ?",
+                    [(one,) for one, row in unsaved.items() if row is None],
+                )
+                connection.executemany(
+                    "INSERT OR REPLACE INTO compiled VALUES (?, ?, ?, ?)",
+                    [(one, *row) for one, row in unsaved.items() if row is not None],
+                )
+                connection.execute("COMMIT")
+        except SourceError as error:
+            self._give_up(error)
+
+    def close(self) -> None:
+        """Let go of the file until it is needed again, and of the memory that SQLite has for it."""
+        self.save()
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+
+    def _open(self) -> sqlite3.Connection:
+        if self._connection is None:
+            self._connection = open_store(self.path, _SCHEMA)
+            self._connection.execute("PRAGMA synchronous = OFF")
+        return self._connection
+
+    def _give_up(self, error: SourceError) -> None:
+        self._broken = True
+        structlog.get_logger().warning(
+            "the next start compiles all records", reason=error.message, file=str(self.path)
+        )
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+        self.path.unlink(missing_ok=True)
+
+
+@dataclass(slots=True)
+class Compiling:
+    """Instances that are still to be looked at, and what was found of the others.
+
+    Attributes:
+        unneeded: Those whose records on disk are not needed any more.
+        lost: Those of them that no source has.
+        keys: Addresses whose records change; `None` where all addresses are looked at anyway.
+    """
+
+    left: set[InstanceId]
+    unneeded: list[InstanceId] = field(default_factory=list)
+    lost: set[InstanceId] = field(default_factory=set)
+    keys: set[AddressKey] | None = None
+
+
+@dataclass(slots=True)
+class RecordCompiler:
+    """Writes and removes compiled records.
+
+    Args:
+        files: Where the document server reads them.
+        region: The region that the settings name, as of now.
+
+    Attributes:
+        revisions: Of the records on disk that may be read.
+        failures: Why a record could not be written or removed. The one before stays on disk and in force.
+        warnings: Of instances whose documents differ from their records.
+    """
+
+    inventory: Inventory
+    files: DiskFiles
+    index: CompiledIndex
+    region: Callable[[], str | None] = lambda: None
+    revisions: dict[InstanceId, str] = field(default_factory=dict)
+    failures: dict[InstanceId, Problem] = field(default_factory=dict)
+    warnings: dict[InstanceId, tuple[Problem, ...]] = field(default_factory=dict)
+    _marks: dict[NetworkId, tuple[Network | None, bytes]] = field(default_factory=dict)
+
+    def compile(
+        self, instances: Iterable[InstanceId], compiling: Compiling, *, starting: bool
+    ) -> None:
+        """Have the records of these on disk, as far as their documents are ours.
+
+        Args:
+            instances: Some of those that are left.
+            compiling: Learns what was found.
+            starting: Not everything that sources have has been compiled once.
+        """
+        compiled_of: dict[InstanceId, bytes] = {}
+        networks = self.inventory.networks
+        salt = COMPILER + repr(self.region()).encode()
+        for instance in instances:
+            compiling.left.discard(instance)
+            known = self.inventory.instances.get(instance)
+            if known is None:
+                if not self.inventory.sources_of_instance(instance):
+                    compiling.unneeded.append(instance)
+                    compiling.lost.add(instance)
+                    # Were it to come back before it is compiled again, no guest may read what it was.
+                    self.revisions.pop(instance, None)
+            elif known.upstream is Upstream.NOVA:
+                if instance in self.revisions or starting:
+                    compiling.unneeded.append(instance)
+            else:
+                compiled_of[instance] = self._fingerprint(known, networks, salt)
+        # Of one that has just changed this could not be.
+        unchanged = self._unchanged(compiled_of) if compiling.keys is None else {}
+        for instance, made_of in compiled_of.items():
+            before = self.revisions.get(instance)
+            known = self.inventory.instances[instance]
+            self._compile(known, made_of, unchanged.get(instance), starting=starting)
+            if compiling.keys is not None and self.revisions.get(instance) != before:
+                compiling.keys |= self.inventory.addresses_of(instance)
+
+    def remove(self, instance: InstanceId) -> None:
+        """Have no record and no password of the instance."""
+        try:
+            self.files.remove(instance)
+        except ImdsproxyError as error:
+            self._fail(instance, error)
+            return
+        self.index.note(instance, None)
+        self.failures.pop(instance, None)
+        self.revisions.pop(instance, None)
+        self.warnings.pop(instance, None)
+
+    def _fingerprint(
+        self, known: Instance, networks: Mapping[NetworkId, Network], salt: bytes
+    ) -> bytes:
+        """What the instance's record is compiled of."""
+        marks = (self._mark(port.network, networks) for port in known.ports)
+        return self.inventory.instances.digest(known.id, b"".join((salt, *marks)))
+
+    def _mark(self, network_id: NetworkId, networks: Mapping[NetworkId, Network]) -> bytes:
+        network = networks.get(network_id)
+        known, mark = self._marks.get(network_id, (None, b"-"))
+        if network is not known:
+            mark = b"-" if network is None else network_mark(network)
+            self._marks[network_id] = network, mark
+        return mark
+
+    def _unchanged(self, compiled_of: Mapping[InstanceId, bytes]) -> Mapping[InstanceId, str]:
+        """The revisions of those whose records on disk were compiled of just this."""
+        return {
+            instance: revision
+            for instance, (before, revision, file) in self.index.find(compiled_of).items()
+            if before == compiled_of[instance] and file == self._signature(instance)
+        }
+
+    def _signature(self, instance: InstanceId) -> str:
+        path = f"{self.files.directory}/{compiled_path(instance)}"
+        try:
+            status = os.stat(path)  # noqa: PTH116 - a start asks for all records
+        except OSError:
+            return ""
+        return f"{status.st_mtime_ns} {status.st_ino} {status.st_size}"
+
+    def _compile(
+        self, known: Instance, compiled_of: bytes, revision: str | None, *, starting: bool
+    ) -> None:
+        """Have an instance's record on disk; it is there if its `revision` is given."""
+        instance = known.id
+        try:
+            if revision is None:
+                record = compile_instance(known, self.inventory.networks, self.region())
+                revision = record.revision
+                if self.revisions.get(instance) == revision and instance not in self.failures:
+                    return
+                self.files.apply(instance, record)
+                row = compiled_of, revision, self._signature(instance)
+                self.index.note(instance, row)
+            elif self.revisions.get(instance) == revision:
+                self.failures.pop(instance, None)
+                return
+        except ImdsproxyError as error:
+            self._fail(instance, error)
+            structlog.get_logger().error(
+                "record not written", instance=instance, code=error.code, error=error.message
+            )
+            return
+        self.failures.pop(instance, None)
+        self.revisions[instance] = revision
+        before = self.warnings.pop(instance, ())
+        if found := warn_of_names(known):
+            self.warnings[instance] = found
+        # At a start `status` lists them, and a line for each would be too many.
+        if found and found != before and not starting:
+            structlog.get_logger().warning(
+                "guests see other names than the record has",
+                instance=instance,
+                warnings=list_warnings(found),
+            )
+
+    def _fail(self, instance: InstanceId, error: ImdsproxyError) -> None:
+        self.failures[instance] = Problem(f"instances.{instance}", error.message, error.hint)

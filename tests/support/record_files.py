@@ -1,0 +1,40 @@
+"""Compiled records on disk whose writes a test sees, and refuses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from imdsproxy.core.compiled import CompiledRecord, compiled_path
+from imdsproxy.core.model import InstanceId
+from imdsproxy.errors import HostRefused
+from imdsproxy.serving.store import DiskFiles
+
+
+@dataclass(slots=True)
+class LoggedFiles(DiskFiles):
+    """Compiled records on disk.
+
+    Attributes:
+        refuse: Whose records cannot be written.
+        log: What was written and removed.
+        after: Called after each write.
+    """
+
+    refuse: set[InstanceId] = field(default_factory=set)
+    log: list[str] = field(default_factory=list)
+    after: Callable[[InstanceId], None] = lambda _: None
+
+    def apply(self, instance: InstanceId, record: CompiledRecord) -> None:
+        if instance in self.refuse:
+            raise HostRefused("the disk is full", hint="make room")
+        self.log.append(f"write {instance}")
+        DiskFiles.apply(self, instance, record)
+        self.after(instance)
+
+    def remove(self, instance: InstanceId) -> None:
+        self.log.append(f"remove {instance}")
+        DiskFiles.remove(self, instance)
+
+    def content(self, instance: InstanceId) -> bytes:
+        return (self.directory / compiled_path(instance)).read_bytes()
