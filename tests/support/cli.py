@@ -13,8 +13,6 @@ from imdsproxy.core.model import Instance, InstanceId, Network, NetworkId
 from support.admin_server import AdminServer
 from support.record_builders import instance, port
 
-__all__ = ["Cli", "Ran"]
-
 
 @dataclass
 class Ran:

@@ -1,16 +1,43 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from ipaddress import IPv4Address
 
 import pytest
 
-from imdsproxy.core.model import Dialect, InterfaceListener, NamespaceListener, NetworkId
-from imdsproxy.core.snippets import Guest, Target, choose_dialect, looks_like_amazon
+from imdsproxy.core.model import (
+    BridgeListener,
+    Dialect,
+    InterfaceListener,
+    NamespaceListener,
+    Network,
+    NetworkId,
+)
+from imdsproxy.core.snippets import (
+    ForeignNamespace,
+    Guest,
+    NoRoute,
+    OnLink,
+    Route,
+    Target,
+    choose_dialect,
+    looks_like_amazon,
+    plan_route,
+)
 from imdsproxy.core.snippets.targets import render_snippet, render_text, smbios_argument
-from support.ds_identify import DMI_OF_SMBIOS
-from support.snippet_guests import MAC, UUID, guest, network, nic
-from support.snippet_text import kernel_words, machine_of, text_of
+from support.snippets import (
+    MAC,
+    UUID,
+    guest,
+    kernel_words,
+    machine_of,
+    network,
+    nic,
+    text_of,
+)
 
+GATEWAY = IPv4Address("10.0.0.1")
+VIRBR0 = InterfaceListener("virbr0")
 every_target = pytest.mark.parametrize("target", list(Target))
 _KINDS = {"SMBIOS", "container", "network card", "route", "systemd-imdsd", "note"}
 
@@ -24,13 +51,6 @@ def test_the_documents_that_most_clients_ask_are_the_default(target: Target) -> 
     assert choose_dialect(target, everything - {best}) in everything - {best}
     assert choose_dialect(target, {Dialect.EC2}) is Dialect.EC2
     assert choose_dialect(target, ()) is None
-
-
-@every_target
-def test_the_guest_has_the_records_uuid_where_the_target_lets_one_choose(target: Target) -> None:
-    machine = machine_of(render_snippet(guest(), target, Dialect.OPENSTACK))
-
-    assert machine.dmi.get("product_uuid") == (None if target is Target.INCUS else UUID)
 
 
 @every_target
@@ -139,9 +159,42 @@ def test_an_xml_comment_never_holds_two_hyphens() -> None:
     assert not [one for one in comments if "--" in one]
 
 
-def test_every_field_that_is_shown_is_one_that_linux_shows() -> None:
-    for target in Target:
-        for dialect in Dialect:
-            assert set(machine_of(render_snippet(guest(), target, dialect)).dmi) <= set(
-                DMI_OF_SMBIOS.values()
-            )
+@pytest.mark.parametrize(
+    ("of", "here", "route"),
+    [
+        pytest.param(network(VIRBR0), True, NoRoute("virbr0"), id="host-is-gateway"),
+        pytest.param(network(VIRBR0), False, OnLink("virbr0", GATEWAY), id="foreign-gateway"),
+        pytest.param(
+            network(VIRBR0, gateway=None), False, OnLink("virbr0", None), id="isolated-interface"
+        ),
+        pytest.param(
+            network(VIRBR0, cidr="2001:db8::/64", gateway="2001:db8::1"),
+            True,
+            OnLink("virbr0", None, gateway_unknown=True),
+            id="no-subnet",
+        ),
+        pytest.param(
+            network(BridgeListener("br0")), False, NoRoute("br0"), id="bridge-with-gateway"
+        ),
+        pytest.param(
+            network(BridgeListener("br0"), gateway=None),
+            True,
+            OnLink("br0", None, any_gateway=True),
+            id="isolated",
+        ),
+        pytest.param(
+            network(NamespaceListener("qdhcp-1")), True, ForeignNamespace("qdhcp-1"), id="namespace"
+        ),
+    ],
+)
+def test_the_way_to_the_address_follows_from_the_listener(
+    of: Network, *, here: bool, route: Route
+) -> None:
+    assert plan_route(of, lambda _: here) == route
+
+
+def test_option_121_keeps_the_default_route_because_clients_then_look_at_no_other() -> None:
+    assert OnLink("br0", GATEWAY).classless_routes == (
+        "169.254.169.254/32,0.0.0.0,0.0.0.0/0,10.0.0.1"
+    )
+    assert OnLink("br0", None).classless_routes == "169.254.169.254/32,0.0.0.0"

@@ -1,4 +1,4 @@
-"""Reads what `imdsproxy snippet` prints as its targets do, and gives what a guest then sees."""
+"""Guests for snippets, and what `imdsproxy snippet` prints, read as its targets do."""
 
 from __future__ import annotations
 
@@ -7,11 +7,43 @@ import shlex
 from base64 import b64decode
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from ipaddress import ip_address, ip_network
 from xml.etree import ElementTree as ET
 
-from imdsproxy.core.snippets import Snippet, Target
+from imdsproxy.core.model import (
+    BridgeListener,
+    Dialect,
+    Listener,
+    MacAddress,
+    Network,
+    NetworkId,
+    Subnet,
+)
+from imdsproxy.core.snippets import Guest, Nic, Snippet, Target, plan_route
 from imdsproxy.core.snippets.targets import render_text
 from support.ds_identify import DMI_OF_SMBIOS, Machine
+
+MAC = MacAddress("52:54:00:12:34:56")
+UUID = "ac7e3c7e-1111-4222-8333-444455556666"
+
+
+def network(
+    listener: Listener | None = None, cidr: str = "10.0.0.0/24", gateway: str | None = "10.0.0.1"
+) -> Network:
+    subnets = (Subnet(ip_network(cidr), None if gateway is None else ip_address(gateway)),)
+    return Network(
+        NetworkId("lan"), listener or BridgeListener("br0"), subnets=subnets if cidr else ()
+    )
+
+
+def nic(of: Network | None = None, *, mac: MacAddress | None = MAC, here: bool = False) -> Nic:
+    of = of or network()
+    bridge = of.listener.bridge if isinstance(of.listener, BridgeListener) else "virbr0"
+    return Nic(of.id, mac, bridge, plan_route(of, lambda _: here))
+
+
+def guest(*nics: Nic, uuid: str = UUID, name: str = "web-1") -> Guest:
+    return Guest(name, uuid, frozenset(Dialect), nics or (nic(),))
 
 
 def text_of(snippet: Snippet, kind: str) -> str:

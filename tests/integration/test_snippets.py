@@ -1,0 +1,328 @@
+"""What `imdsproxy snippet` prints, looked at by cloud-init, libvirt's schemas, QEMU and dnsmasq themselves."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import subprocess
+from ipaddress import IPv4Address, IPv4Network
+from pathlib import Path
+from typing import Final
+from xml.etree import ElementTree as ET
+
+import pytest
+
+from demo.cloudinit import download
+from imdsproxy.core.model import Dialect, InterfaceListener, NamespaceListener, Network
+from imdsproxy.core.snippets import HINTS, Snippet, Target
+from imdsproxy.core.snippets.targets import render_snippet, render_text
+from support.debian_files import unpacked
+from support.demonstration import REPOSITORY
+from support.dhcp_offer import ask_options, classless_routes
+from support.ds_identify import Machine, identify, write_dmi
+from support.guest import inside
+from support.hostlab import HostLab
+from support.lab import until
+from support.snippets import (
+    MAC,
+    UUID,
+    container_of,
+    guest,
+    machine_of,
+    network,
+    nic,
+    qemu_arguments,
+    text_of,
+)
+
+# What ds-identify finds
+
+_SOURCE = {Dialect.OPENSTACK: "OpenStack", Dialect.NOCLOUD: "NoCloud", Dialect.EC2: "Ec2"}
+
+every = pytest.mark.parametrize(
+    ("target", "dialect"), list(itertools.product(Target, Dialect)), ids=str
+)
+
+
+@every
+def test_a_machine_with_the_snippet_asks_for_that_dialect_and_no_other(
+    target: Target, dialect: Dialect, tmp_path: Path
+) -> None:
+    machine = machine_of(render_snippet(guest(), target, dialect))
+
+    assert identify(machine, tmp_path) == [_SOURCE[dialect]]
+
+
+def test_a_machine_without_it_asks_nobody(tmp_path: Path) -> None:
+    assert identify(Machine(), tmp_path) == []
+
+
+@every
+def test_a_uuid_that_looks_like_amazons_leads_nowhere_else(
+    target: Target, dialect: Dialect, tmp_path: Path
+) -> None:
+    for number, uuid in enumerate(
+        ("ec2e1916-9099-4caf-8d21-012345abcdef", "45e12aec-dcd1-4213-94ed-012345abcdef")
+    ):
+        machine = machine_of(render_snippet(guest(uuid=uuid), target, dialect))
+        assert identify(Machine({"product_uuid": uuid}), tmp_path / f"{number}-bare") == ["Ec2"]
+        assert identify(machine, tmp_path / str(number)) == [_SOURCE[dialect]]
+
+
+@pytest.mark.parametrize("dialect", list(Dialect))
+def test_the_word_for_the_kernel_command_line_opens_the_gate_too(
+    dialect: Dialect, tmp_path: Path
+) -> None:
+    found = identify(Machine(kernel=f"root=/dev/vda1 {HINTS[dialect].kernel} quiet"), tmp_path)
+
+    assert [one.lower() for one in found] == [dialect]
+
+
+@pytest.mark.parametrize("dialect", list(Dialect))
+def test_a_container_of_incus_asks_as_well(dialect: Dialect, tmp_path: Path) -> None:
+    machine = container_of(render_snippet(guest(), Target.INCUS, dialect))
+
+    assert [one.lower() for one in identify(machine, tmp_path)] == [dialect]
+
+
+def test_a_container_without_it_asks_nobody(tmp_path: Path) -> None:
+    assert identify(Machine(virtualization="container:lxc"), tmp_path) == []
+
+
+def test_an_image_that_incus_seeds_takes_nocloud_which_is_the_default_there(tmp_path: Path) -> None:
+    for number, dialect in enumerate((Dialect.NOCLOUD, Dialect.OPENSTACK)):
+        bare = machine_of(render_snippet(guest(), Target.INCUS, dialect))
+        machine = Machine(bare.dmi, seeded=True)
+        assert identify(machine, tmp_path / str(number))[0] == "NoCloud"
+
+
+# Believed: the data sources look at the SMBIOS once more
+
+_SCRIPT: Final = """
+import json, logging, sys
+from cloudinit import dmi
+from cloudinit.sources import DataSourceEc2, DataSourceNoCloud, DataSourceOpenStack
+dmi.DMI_SYS_PATH = sys.argv[1]
+dmi.is_container = lambda: False
+
+def detects(kind):
+    source = kind.__new__(kind)
+    source.sys_cfg = {"datasource_list": ["OpenStack", "NoCloud", "Ec2", "None"]}
+    return source.ds_detect()
+
+seed = {}
+DataSourceNoCloud.load_cmdline_data(seed, dmi.read_dmi_data("system-serial-number") or "")
+print(json.dumps({
+    "openstack": detects(DataSourceOpenStack.DataSourceOpenStack),
+    "nocloud": detects(DataSourceNoCloud.DataSourceNoCloudNet),
+    "ec2": DataSourceEc2.identify_platform(),
+    "seed": seed,
+    "uuid": dmi.read_dmi_data("system-uuid"),
+}))
+"""
+
+
+@pytest.fixture(scope="module")
+def libraries(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """cloud-init and what it imports, as packaged."""
+    root = tmp_path_factory.mktemp("cloud-init")
+    for deb in download(REPOSITORY / ".cache", say=print).glob("*.deb"):
+        subprocess.run(["/usr/bin/dpkg-deb", "--extract", deb, root], check=True)
+    return root / "usr/lib/python3/dist-packages"
+
+
+def _believed(machine: Machine, libraries: Path, directory: Path) -> dict[str, object]:
+    write_dmi(machine, directory / "dmi")
+    ran = subprocess.run(
+        ["/usr/bin/python3", "-c", _SCRIPT, directory / "dmi"],
+        env={"PYTHONPATH": str(libraries), "PYTHONDONTWRITEBYTECODE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr
+    told: dict[str, object] = json.loads(ran.stdout)
+    return told
+
+
+@every
+def test_the_data_source_believes_the_snippet(
+    target: Target, dialect: Dialect, libraries: Path, tmp_path: Path
+) -> None:
+    machine = machine_of(render_snippet(guest(), target, dialect))
+
+    told = _believed(machine, libraries, tmp_path)
+
+    assert told["openstack"] is (dialect is Dialect.OPENSTACK)
+    assert told["nocloud"] is (dialect is Dialect.NOCLOUD)
+    # Not "aws": that one insists on session tokens.
+    assert told["ec2"] == ("e24cloud" if dialect is Dialect.EC2 else "unknown")
+    if dialect is Dialect.NOCLOUD:
+        assert told["seed"] == {
+            "seedfrom": "http://169.254.169.254/nocloud/",
+            "dsmode": "net",
+        }
+    if target is not Target.INCUS:
+        assert told["uuid"] == UUID
+
+
+def test_without_it_none_does(libraries: Path, tmp_path: Path) -> None:
+    told = _believed(Machine(), libraries, tmp_path)
+
+    assert (told["openstack"], told["nocloud"], told["ec2"]) == (False, False, "unknown")
+
+
+# Valid
+
+_DOMAIN = """\
+<domain type='qemu'>
+  <name>web-1</name>
+  {outside}
+  <memory unit='MiB'>512</memory>
+  <os><type arch='x86_64'>hvm</type>{smbios}</os>
+  <devices>{devices}</devices>
+</domain>
+"""
+_NETWORK = "<network><name>lan</name><bridge name='br0'/>{options}</network>"
+
+
+def _pieces(snippet: Snippet) -> dict[str, str]:
+    tree = ET.fromstring(f"<all>{render_text(snippet)}</all>")  # noqa: S314 - our own
+    pieces: dict[str, str] = {}
+    for child in tree:
+        name = child.tag.rpartition("}")[2]
+        pieces[name] = pieces.get(name, "") + ET.tostring(child, encoding="unicode")
+    return pieces
+
+
+def _validate(text: str, schema: str, directory: Path) -> str:
+    document = directory / f"{schema}.xml"
+    document.write_text(text)
+    rng = unpacked("libvirt-common") / "usr/share/libvirt/schemas" / f"{schema}.rng"
+    ran = subprocess.run(
+        ["/usr/bin/xmllint", "--noout", "--relaxng", rng, document],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    return "" if ran.returncode == 0 else ran.stderr
+
+
+@pytest.mark.parametrize(
+    ("dialect", "listener"),
+    list(
+        itertools.product(
+            Dialect, (None, InterfaceListener("virbr0"), NamespaceListener("qdhcp-1"))
+        )
+    ),
+    ids=str,
+)
+def test_libvirt_would_take_the_domain_and_the_network(
+    dialect: Dialect, listener: InterfaceListener | NamespaceListener | None, tmp_path: Path
+) -> None:
+    card = nic(network(listener))
+    pieces = _pieces(render_snippet(guest(card, nic(mac=None)), Target.LIBVIRT, dialect))
+    domain = _DOMAIN.format(
+        outside=pieces["sysinfo"] + pieces["uuid"],
+        smbios=pieces["smbios"],
+        devices=pieces["interface"],
+    )
+
+    assert _validate(domain, "domain", tmp_path) == ""
+
+
+def test_the_schema_would_say_no_to_anything_else(tmp_path: Path) -> None:
+    pieces = _pieces(render_snippet(guest(), Target.LIBVIRT, Dialect.OPENSTACK))
+    misplaced = _DOMAIN.format(outside=pieces["smbios"], smbios="", devices="")
+
+    assert "fails to validate" in _validate(misplaced, "domain", tmp_path)
+
+
+def test_libvirt_would_take_the_route_into_its_network(tmp_path: Path) -> None:
+    isolated = guest(nic(network(gateway=None)))
+    pieces = _pieces(render_snippet(isolated, Target.LIBVIRT, Dialect.OPENSTACK))
+
+    assert _validate(_NETWORK.format(options=pieces["options"]), "network", tmp_path) == ""
+
+
+@pytest.mark.parametrize("target", [one for one in Target if one is not Target.LIBVIRT])
+@pytest.mark.parametrize("dialect", list(Dialect))
+def test_qemu_starts_with_the_smbios_that_is_printed(target: Target, dialect: Dialect) -> None:
+    arguments = iter(qemu_arguments(render_snippet(guest(), target, dialect)))
+    smbios = [word for one in arguments if one == "-smbios" for word in (one, next(arguments))]
+    machine = ["-machine", "q35,accel=tcg", "-nodefaults", "-display", "none", "-S"]
+
+    ran = subprocess.run(
+        ["/usr/bin/qemu-system-x86_64", *machine, "-monitor", "stdio", *smbios],
+        input="quit\n",
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+    assert len(smbios) == 4
+    assert (ran.returncode, ran.stderr) == (0, "")
+
+
+# Announced
+
+_METADATA = IPv4Network("169.254.169.254/32")
+_ON_LINK = IPv4Address("0.0.0.0")
+
+
+def _offered(lab: HostLab, of: Network, directory: Path) -> dict[int, bytes]:
+    made = render_snippet(guest(nic(of)), Target.QEMU, Dialect.OPENSTACK)
+    configuration = directory / "dnsmasq.conf"
+    configuration.write_text(f"{text_of(made, 'route')}\n")
+    namespace, plugged = lab.namespace("dhcp"), lab.namespace("guest")
+    device = "lan0"
+    ends = ("type", "veth", "peer", "name", "eth0", "netns", plugged)
+    lab.ip("-n", namespace, "link", "add", device, "up", *ends)
+    lab.ip("-n", plugged, "link", "set", "eth0", "up")
+    lab.address(namespace, "10.0.0.2/24", device)
+    server = subprocess.Popen(
+        [
+            *("/usr/bin/nsenter", f"--net=/run/netns/{namespace}", "--", "/usr/sbin/dnsmasq"),
+            *("--keep-in-foreground", f"--conf-file={configuration}", f"--interface={device}"),
+            *("--port=0", "--bind-interfaces", "--dhcp-range=10.0.0.50,10.0.0.60", "--user=root"),
+            *(f"--dhcp-leasefile={directory}/leases", f"--pid-file={directory}/pid"),
+        ],
+        stderr=subprocess.DEVNULL,
+    )
+    told: list[dict[int, bytes]] = []
+
+    def answered() -> bool:
+        options = inside(plugged, lambda: ask_options("eth0", MAC))
+        told.extend([] if options is None else [options])
+        return bool(told)
+
+    try:
+        until(answered, within_s=20, what="an offer")
+    finally:
+        server.kill()
+        server.wait()
+    return told[0]
+
+
+@pytest.mark.root
+def test_a_guest_with_a_foreign_gateway_is_told_the_neighbour_and_that_gateway(
+    lab: HostLab, tmp_path: Path
+) -> None:
+    options = _offered(lab, network(InterfaceListener("lan0")), tmp_path)
+
+    assert classless_routes(options[121]) == [
+        (_METADATA, _ON_LINK),
+        (IPv4Network("0.0.0.0/0"), IPv4Address("10.0.0.1")),
+    ]
+
+
+@pytest.mark.root
+def test_a_guest_of_an_isolated_network_is_told_the_neighbour_alone(
+    lab: HostLab, tmp_path: Path
+) -> None:
+    options = _offered(lab, network(gateway=None), tmp_path)
+
+    assert classless_routes(options[121]) == [(_METADATA, _ON_LINK)]
