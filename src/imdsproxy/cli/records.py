@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
 from pathlib import Path
-from typing import Annotated, Any, Final, TypeAlias, TypeVar
+from typing import Annotated, Any, Final, TypeAlias
 
 import typer
 
+from imdsproxy.cli import record_io
 from imdsproxy.cli.admin_client import AdminClient, path_to
 from imdsproxy.cli.options import (
     Invocation,
@@ -22,37 +21,14 @@ from imdsproxy.cli.options import (
     flag,
     switch,
 )
-from imdsproxy.cli.output import Note, Shape, read_bytes_shape
-from imdsproxy.cli.record_flags import STDIN, flags_of, keys_of, read_bytes
-from imdsproxy.cli.record_output import (
-    exit_unless_in_force,
-    instance_notes,
-    instance_row,
-    network_notes,
-    network_row,
-    render_yaml,
-    say_written,
-    show_rows,
-    show_written,
-)
-from imdsproxy.core.model import Network
-from imdsproxy.core.records import (
-    INSTANCE,
-    NETWORK,
-    Json,
-    Records,
-    Refused,
-    parse_network,
-    render_record,
-)
+from imdsproxy.cli.output import Shape, read_bytes_shape
+from imdsproxy.cli.record_flags import flags_of, keys_of
+from imdsproxy.core.records import INSTANCE, NETWORK, Json
 from imdsproxy.core.records.network import LISTENER_KEYS
 from imdsproxy.core.records.schema import Table
-from imdsproxy.errors import AdminError, RequestRefused
-
-_T = TypeVar("_T")
+from imdsproxy.errors import RequestRefused
 
 _NAMED: Final = 5
-_LINES: Final = 100
 _NOT_IN_ID: Final = re.compile(r"[^A-Za-z0-9._-]+")
 _LONGEST_ID: Final = 64
 
@@ -180,36 +156,30 @@ def _make_app(kind: _Kind) -> typer.Typer:
     article, other = ("an", "networks") if name == "instance" else ("a", "instances")
     flags = {**kind.flags, **dict(flags_of(kind.table))}
 
-    def add(
-        run: Invocation,
-        record: str | None = None,
-        *,
-        file: _File = None,
-        **values: Any,  # noqa: ANN401 - of flags
-    ) -> None:
-        _change(run, kind, record, file, values, create=True)
+    def change(*, create: bool) -> Callable[..., None]:
+        def run_change(
+            run: Invocation,
+            record: str | None = None,
+            *,
+            file: _File = None,
+            **values: Any,  # noqa: ANN401 - of flags
+        ) -> None:
+            _change(run, kind, record, file, values, create=create)
 
-    def change(
-        run: Invocation,
-        record: str | None = None,
-        *,
-        file: _File = None,
-        **values: Any,  # noqa: ANN401 - of flags
-    ) -> None:
-        _change(run, kind, record, file, values, create=False)
+        return run_change
 
     def list_(run: Invocation, **query: object) -> None:
         given = {key: str(value) for key, value in query.items() if value is not None}
         run.output.answer(
             run.daemon().get(route, given),
-            lambda output, shapes: show_rows(output, name, map(kind.row, shapes)),
+            lambda output, shapes: record_io.show_rows(output, name, map(kind.row, shapes)),
         )
 
     def show(run: Invocation, record: str) -> None:
         run.output.answer(
             run.daemon().get(path_to(f"{name}s", record)),
             lambda output, shape: output.text(
-                render_yaml(name, shape["record"], kind.notes(shape))
+                record_io.render_yaml(name, shape["record"], kind.notes(shape))
             ),
         )
 
@@ -219,10 +189,10 @@ def _make_app(kind: _Kind) -> typer.Typer:
         for one in records:
             answers.append(daemon.request("DELETE", path_to(f"{name}s", one)))
             if not run.output.as_json:
-                say_written(run.output, f"{name} {one} removed", answers[-1])
+                record_io.say_written(run.output, f"{name} {one} removed", answers[-1])
         if run.output.as_json:
             run.output.json(answers)
-        exit_unless_in_force(*answers)
+        record_io.exit_unless_in_force(*answers)
 
     app = typer.Typer(help=kind.help, no_args_is_help=True)
     new = argument("[ID]", kind.new_id)
@@ -232,12 +202,18 @@ def _make_app(kind: _Kind) -> typer.Typer:
     for verb, function, described in (
         (
             "add",
-            command(add, flags={**flags, **kind.add_flags}, record=Annotated[str | None, new]),
+            command(
+                change(create=True),
+                flags={**flags, **kind.add_flags},
+                record=Annotated[str | None, new],
+            ),
             f"Add {article} {name}; with --file many {name}s and {other}, all or none.",
         ),
         (
             "set",
-            command(change, flags=flags | _CLEAR, record=Annotated[str | None, known]),
+            command(
+                change(create=False), flags=flags | _CLEAR, record=Annotated[str | None, known]
+            ),
             f"Change what is given of {article} {name} (a list as a whole); with --file add and replace many.",
         ),
         ("list", command(list_, flags=kind.list_flags), kind.list_help),
@@ -261,16 +237,13 @@ def _change(
     *,
     create: bool,
 ) -> None:
-    """Add or change a record, or all records of a file."""
+    """Add a record, change those of its keys that are given or cleared, or send the records of a file."""
     if file is not None:
         if name is not None or any(value not in (None, []) for value in values.values()):
             raise RequestRefused(
                 "--file: goes with no id and no other flag of a record", hint="one or the other"
             )
-        answer = _send_file(run, file, create=create)
-        counts = [(answer[f"{one}s"], one) for one in ("network", "instance")]
-        counted = ", ".join(f"{n} {one}" if n == 1 else f"{n} {one}s" for n, one in counts)
-        show_written(run.output, f"{counted} {'added' if create else 'stored'}", answer)
+        _send_file(run, file, create=create)
         return
     cleared: Sequence[str] = values.pop("clear", None) or ()
     name, keys = kind.complete(run, name, values, create=create)
@@ -289,78 +262,25 @@ def _change(
         raise RequestRefused(
             "nothing to change was given", hint=f"see `imdsproxy {kind.name} set --help`"
         )
-    show_written(run.output, f"{kind.name} {name} {'added' if create else 'changed'}", answer)
+    record_io.show_written(
+        run.output, f"{kind.name} {name} {'added' if create else 'changed'}", answer
+    )
 
 
-def _send_file(run: Invocation, file: Path, *, create: bool) -> Shape:
+def _send_file(run: Invocation, file: Path, *, create: bool) -> None:
     """Add the records of a file, or add and replace them: all, or none."""
     with run.output.progress() as note:
-        records = _read_record_file(file, note)
+        records = record_io.read_record_file(file, note)
 
         def show(steps: Sequence[Shape]) -> None:
             for step in steps or ({"what": "waiting until it is in force", "done": 0, "of": 0},):
                 note(step["what"], step["done"], step["of"])
 
         query = {"create": "true"} if create else {}
-        answer: Shape = run.daemon().post_records(_render_lines(records, note), query, show)
-        return answer
-
-
-def _read_record_file(path: Path, note: Note) -> Records:
-    """Every record of the file, or `RequestRefused` with all problems.
-
-    `user_data_file` is read here, relative to the file: the daemon reads no file for a caller.
-    """
-    from imdsproxy.sources.file.record_file import (  # noqa: PLC0415 - `--help` need not load YAML
-        decode_records,
-        payload_reader,
-    )
-
-    name = "standard input" if path == STDIN else str(path)
-    note(f"reading {name}", 0, 0)
-    records, _ = decode_records(
-        read_bytes(path),
-        file=name,
-        read_file=payload_reader(Path.cwd() if path == STDIN else path.parent),
-        note=lambda done, of: note(f"checking {name}", done, of),
-    )
-    if records.all_problems:
-        raise RequestRefused(f"{name} is not acceptable", problems=records.all_problems)
-    if not records.networks and not records.instances:
-        raise RequestRefused(
-            f"{name} holds no records", hint="it needs a list `networks:` or `instances:`"
-        )
-    return records
-
-
-def _render_lines(records: Records, note: Note) -> Iterator[bytes]:
-    """The body of a bulk request: a record a line, some thousand bytes at a time."""
-    lines: list[str] = []
-    networks = ({"network": render_record(network)} for _, network in records.networks)
-    instances = ({"instance": render_record(instance)} for _, instance in records.instances)
-    of = len(records.networks) + len(records.instances)
-    for done, record in enumerate(chain(networks, instances), 1):
-        lines.append(f"{json.dumps(record)}\n")
-        if len(lines) == _LINES or done == of:
-            note("sending records", done, of)
-            yield "".join(lines).encode()
-            lines.clear()
-
-
-def read_record(parse: Callable[[object], _T | Refused], record: Shape) -> _T:
-    """A record of the daemon's as a value; `AdminError` where the daemon is of another version."""
-    read = parse(record)
-    if isinstance(read, Refused):
-        raise AdminError(
-            f"the daemon's record of {record.get('id')} is not understood",
-            hint="is the daemon of the same version as this command?",
-        )
-    return read
-
-
-def read_networks(daemon: AdminClient) -> list[Network]:
-    """All networks of the daemon's; raises as `read_record`."""
-    return [read_record(parse_network, shape["record"]) for shape in daemon.get("/v1/networks")]
+        answer = run.daemon().post_records(record_io.render_lines(records, note), query, show)
+    counts = [(answer[f"{one}s"], one) for one in ("network", "instance")]
+    counted = ", ".join(f"{n} {one}" if n == 1 else f"{n} {one}s" for n, one in counts)
+    record_io.show_written(run.output, f"{counted} {'added' if create else 'stored'}", answer)
 
 
 network_app = _make_app(
@@ -372,8 +292,8 @@ network_app = _make_app(
         new_id="Its id; the name of the bridge, interface or namespace without it.",
         remove_help="Remove networks that no instance has a port in.",
         list_help="Every network, how it is reached, and whether it is served.",
-        row=network_row,
-        notes=network_notes,
+        row=record_io.network_row,
+        notes=record_io.network_notes,
         complete=_complete_network,
     )
 )
@@ -387,8 +307,8 @@ instance_app = _make_app(
         new_id="Its id; made of --name, or the domain's UUID, without it.",
         remove_help="Remove instances; their guests get no more answers.",
         list_help="Every instance, or those with a port in --network.",
-        row=instance_row,
-        notes=instance_notes,
+        row=record_io.instance_row,
+        notes=record_io.instance_notes,
         complete=_complete_instance,
         flags={
             "from_libvirt": Annotated[
@@ -420,7 +340,7 @@ def password(
     route = path_to("instances", instance, "password")
     if clear:
         cleared = run.daemon().request("DELETE", route)
-        show_written(run.output, f"password of instance {instance} cleared", cleared)
+        record_io.show_written(run.output, f"password of instance {instance} cleared", cleared)
         return
     run.output.answer(
         run.daemon().get(route),
@@ -433,4 +353,4 @@ def password(
 def reopen(run: Invocation, instance: _Id) -> None:
     """Have its boot begin anew: sealed user-data and locked trees are open until that is over."""
     answer = run.daemon().request("POST", path_to("instances", instance, "reopen"))
-    show_written(run.output, f"instance {instance} boots anew", answer)
+    record_io.show_written(run.output, f"instance {instance} boots anew", answer)

@@ -10,7 +10,7 @@ import typer
 
 from imdsproxy.cli import options
 from imdsproxy.cli.admin_client import AdminClient, path_to
-from imdsproxy.cli.records import read_record
+from imdsproxy.cli.record_io import read_record
 from imdsproxy.core.model import (
     BridgeListener,
     Dialect,

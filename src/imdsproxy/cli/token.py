@@ -10,7 +10,7 @@ import typer
 from imdsproxy.cli import options
 from imdsproxy.cli.admin_client import path_to
 from imdsproxy.cli.output import Output, Shape, clean, spell_time
-from imdsproxy.cli.record_output import show_written
+from imdsproxy.cli.record_io import show_written
 
 token_app = typer.Typer(
     help="Session tokens (IMDSv2): revoke, rotate, report.", no_args_is_help=True

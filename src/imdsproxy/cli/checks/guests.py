@@ -11,7 +11,7 @@ from typing import Any, Final
 from imdsproxy.anti_spoofing import host_rules
 from imdsproxy.anti_spoofing.host_rules import DroppingChain, GuardedPort
 from imdsproxy.cli.checks import Finding, Subject, refused, warn, wrong
-from imdsproxy.cli.records import read_networks
+from imdsproxy.cli.record_io import read_networks
 from imdsproxy.core.hostnames import Naming
 from imdsproxy.core.model import (
     METADATA_IPV4,

@@ -1,17 +1,28 @@
-"""What commands of records print: rows of tables, YAML that `--file` takes back, and how a change went."""
+"""Records outside the daemon: rows of tables, YAML and files of them, and how a change of one went."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import UTC, datetime
-from typing import Any, Final
+from itertools import chain
+from pathlib import Path
+from typing import Any, Final, TypeVar
 
 import typer
 
+from imdsproxy.cli.admin_client import AdminClient
 from imdsproxy.cli.options import NOT_IN_FORCE
-from imdsproxy.cli.output import MOST_SHOWN, Output, Shape, clean, count_more
+from imdsproxy.cli.output import MOST_SHOWN, Note, Output, Shape, clean, count_more
+from imdsproxy.cli.record_flags import STDIN, read_bytes
+from imdsproxy.core.model import Network
+from imdsproxy.core.records import Records, Refused, parse_network, render_record
+from imdsproxy.errors import AdminError, RequestRefused
+
+_T = TypeVar("_T")
 
 _ADDRESSES_SHOWN: Final = 3
+_LINES: Final = 100
 
 
 def show_rows(output: Output, kind: str, rows: Iterable[Mapping[str, str]]) -> None:
@@ -150,3 +161,60 @@ def _size(number: int) -> str:
             return f"{number} {unit}"
         number = round(number / 1024)
     return f"{number} MiB"
+
+
+def read_record_file(path: Path, note: Note) -> Records:
+    """Every record of the file, or `RequestRefused` with all problems.
+
+    `user_data_file` is read here, relative to the file: the daemon reads no file for a caller.
+    """
+    from imdsproxy.sources.file.record_file import (  # noqa: PLC0415 - `--help` need not load YAML
+        decode_records,
+        payload_reader,
+    )
+
+    name = "standard input" if path == STDIN else str(path)
+    note(f"reading {name}", 0, 0)
+    records, _ = decode_records(
+        read_bytes(path),
+        file=name,
+        read_file=payload_reader(Path.cwd() if path == STDIN else path.parent),
+        note=lambda done, of: note(f"checking {name}", done, of),
+    )
+    if records.all_problems:
+        raise RequestRefused(f"{name} is not acceptable", problems=records.all_problems)
+    if not records.networks and not records.instances:
+        raise RequestRefused(
+            f"{name} holds no records", hint="it needs a list `networks:` or `instances:`"
+        )
+    return records
+
+
+def render_lines(records: Records, note: Note) -> Iterator[bytes]:
+    """The body of a bulk request: a record a line, some thousand bytes at a time."""
+    lines: list[str] = []
+    networks = ({"network": render_record(network)} for _, network in records.networks)
+    instances = ({"instance": render_record(instance)} for _, instance in records.instances)
+    of = len(records.networks) + len(records.instances)
+    for done, record in enumerate(chain(networks, instances), 1):
+        lines.append(f"{json.dumps(record)}\n")
+        if len(lines) == _LINES or done == of:
+            note("sending records", done, of)
+            yield "".join(lines).encode()
+            lines.clear()
+
+
+def read_record(parse: Callable[[object], _T | Refused], record: Shape) -> _T:
+    """A record of the daemon's as a value; `AdminError` where the daemon is of another version."""
+    read = parse(record)
+    if isinstance(read, Refused):
+        raise AdminError(
+            f"the daemon's record of {record.get('id')} is not understood",
+            hint="is the daemon of the same version as this command?",
+        )
+    return read
+
+
+def read_networks(daemon: AdminClient) -> list[Network]:
+    """All networks of the daemon's; raises as `read_record`."""
+    return [read_record(parse_network, shape["record"]) for shape in daemon.get("/v1/networks")]
