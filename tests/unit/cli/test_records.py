@@ -6,9 +6,9 @@ import asyncio
 import io
 import json
 import sys
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,10 +19,8 @@ from imdsproxy.core.endpoints import LeftOutCode
 from imdsproxy.core.model import (
     BridgeListener,
     Dialect,
-    Instance,
     InstanceId,
     NamespaceListener,
-    Network,
 )
 from imdsproxy.core.path_rules import PathWord
 from imdsproxy.core.policy import NO_RULES, RULES, PolicyRules, TokenMode
@@ -30,7 +28,6 @@ from imdsproxy.core.timing import Step
 from imdsproxy.errors import Problem, RequestRefused, SourceUnavailable
 from imdsproxy.sources.libvirt.records import NetworkXml
 from imdsproxy.sources.libvirt.xml import METADATA_URI
-from support.admin_server import AdminServer
 from support.cli import Cli
 from support.libvirt_backing import domain_xml, uuid_of
 from support.record_builders import port
@@ -100,10 +97,6 @@ def test_a_policy_is_changed_by_flags_rule_by_rule(filled: Cli, kind: str) -> No
     assert filled.record(kind).policy == both
     filled(*change, "--tokens", "off", "--no-seal-user-data")
     assert filled.record(kind).policy == PolicyRules(tokens=TokenMode.OFF, seal_user_data=False)
-    refused = filled(*change, "--tokens", "sometimes")
-    assert refused.status != 0
-    assert "policy.tokens" in refused.err
-    assert "one of off, optional, required" in refused.err
     wanted: dict[str, object] = {}
     for rule in (rule for rule in RULES.values() if rule.kind is not tuple):
         flag = f"--{rule.name.replace('_', '-')}"
@@ -130,15 +123,6 @@ def test_rules_for_paths_are_set_and_removed_by_flags(filled: Cli, kind: str) ->
     assert filled.record(kind).policy.paths == (("/", PathWord.REQUIRED), denied)
     filled(*change, "--no-path-rule", "/", "--no-path-rule", "/latest/user-data")
     assert filled.record(kind).policy.paths is None
-    for rule, hint in (
-        ("/2009-04-04/user-data=deny", "/latest/user-data"),
-        ("/latest=refuse", "one of deny, allow, required, optional"),
-        ("/latest", "--path-rule /latest/user-data=deny"),
-    ):
-        refused = filled(*change, "--path-rule", rule)
-        assert refused.status != 0
-        assert "policy.paths" in refused.err
-        assert hint in refused.words
 
 
 def test_set_changes_only_what_is_given(filled: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -453,27 +437,22 @@ def test_a_file_that_is_not_acceptable_is_refused_with_every_problem(
     assert cli.server.networks == {}
 
 
-@dataclass(slots=True)
-class _Slow(RecordService):
-    """Takes its time for each step before it stores anything."""
-
-    steps: tuple[Step, ...] = ()
+def _slow_down(monkeypatch: pytest.MonkeyPatch, steps: Sequence[Step]) -> None:
+    """Have the daemon take its time for each step before it stores anything."""
+    store = RecordService.put_records
 
     async def put_records(
-        self, networks: Sequence[Network], instances: Collection[Instance], *, create: bool = False
+        service: RecordService,
+        *records: Any,  # noqa: ANN401 - passed on
+        create: bool,
     ) -> Written:
-        for step in self.steps:
-            self.records.progress.note(step.what, step.done, step.of)
+        for step in steps:
+            service.records.progress.note(step.what, step.done, step.of)
             await asyncio.sleep(0.3)
-            self.records.progress.end(step.what)
-        return await super(_Slow, self).put_records(networks, instances, create=create)
+            service.records.progress.end(step.what)
+        return await store(service, *records, create=create)
 
-
-def _slow_down(server: AdminServer, steps: tuple[Step, ...]) -> None:
-    fast = server.services.records
-    server.services.records = _Slow(
-        fast.inventory, fast.records, fast.listeners, fast.store, fast.unapplied, steps=steps
-    )
+    monkeypatch.setattr(RecordService, "put_records", put_records)
 
 
 _STEPS = (Step("storing instances", 1000, 2000), Step("compiling instances", 2000, 2000))
@@ -490,7 +469,7 @@ def test_what_takes_long_is_shown_line_by_line_and_no_program_is_bothered(
 ) -> None:
     monkeypatch.setattr(output, "_LINE_EVERY_S", 0.0)
     monkeypatch.setattr("imdsproxy.cli.admin_client._LOOK_EVERY_S", 0.05)
-    _slow_down(cli.server, _STEPS)
+    _slow_down(monkeypatch, _STEPS)
     file = _write(tmp_path / "many.json", 2000)
     shown = cli("instance", "add", "--file", file)
     assert shown.out == "done: 0 networks, 2000 instances added\n"
@@ -505,8 +484,10 @@ def test_what_takes_long_is_shown_line_by_line_and_no_program_is_bothered(
     assert (quiet.json["instances"], quiet.err) == (2000, "")
 
 
-def test_work_may_take_longer_than_any_single_answer(cli: Cli) -> None:
-    _slow_down(cli.server, _STEPS * 4)
+def test_work_may_take_longer_than_any_single_answer(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _slow_down(monkeypatch, _STEPS * 4)
     client = AdminClient(cli.server.socket, timeout_s=1)
     seen: list[object] = []
     line = b'{"instance": {"id": "web", "name": "web"}}\n'
