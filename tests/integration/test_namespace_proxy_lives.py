@@ -224,7 +224,7 @@ def test_in_the_foreground_a_signal_ends_it(
 
 
 @pytest.mark.parametrize(
-    ("mode", "with_pid_file"), [("--daemonize", True), ("--daemonize", False), ("--nodaemonize", False)]
+    ("mode", "with_pid_file"), [("--daemonize", True), ("--nodaemonize", True), ("--nodaemonize", False)]
 )  # fmt: skip
 def test_a_second_start_is_refused_and_changes_nothing(
     place: Place, mode: str, *, with_pid_file: bool

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import stat
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -15,13 +14,11 @@ import pytest
 from imdsproxy.app.namespace_proxy import (
     NetworkMetadataProxyHandler,
     ProxyDaemon,
-    cleanup_config_file,
     main,
 )
-from imdsproxy.app.namespace_proxy.host import Ended, Host, claim_file
+from imdsproxy.app.namespace_proxy.host import Ended, Host
 from imdsproxy.errors import (
     ConfigRejected,
-    HaproxyMissing,
     HostRefused,
     ImdsproxyError,
     PrivilegeMissing,
@@ -34,10 +31,6 @@ PID: Final = 4711
 _ALERT: Final = "[ALERT]    (12) : Binding for proxy metadata: cannot bind socket ({}).\n"
 
 
-class Became(BaseException):
-    """This process has become another program."""
-
-
 class FakeHost(Host):
     """A host that a test describes, and what was done on it.
 
@@ -45,47 +38,26 @@ class FakeHost(Host):
         failure: What running HAProxy raises.
         ended: What comes of running HAProxy.
         living: Pids of HAProxies that run with the proxy's configuration.
-        pid_file: What is in it as this process becomes HAProxy is noted in `done`.
+        own_ids: This process's user and group.
+        done: Command lines that were run, and what else was done.
     """
 
     def __init__(self) -> None:
-        self.program: str | None = HAPROXY
         self.failure: BaseException | None = None
         self.ended = Ended(0, "")
         self.living = {PID}
         self.own_ids = (0, 0)
-        self.port_refusal: ImdsproxyError | None = None
-        self.pid_file: Path | None = None
         self.done: list[object] = []
-        self.inheritable: list[bool] = []
 
     def find_haproxy(self, search: str | None = None) -> str:
         del search
-        if self.program is None:
-            raise HaproxyMissing("there is no haproxy on PATH")
-        return self.program
-
-    def has_ipv6(self) -> bool:
-        return True
+        return HAPROXY
 
     def has_syslog(self) -> bool:
         return True
 
     def ids(self) -> tuple[int, int]:
         return self.own_ids
-
-    def drop_groups(self) -> None:
-        self.done.append("drop groups")
-
-    def become(self, arguments: list[str]) -> None:
-        # Whatever holds the lock is one of our own descriptors.
-        config = Path(arguments[2]).stat()
-        for number in (int(path.name) for path in Path("/proc/self/fd").iterdir()):
-            with contextlib.suppress(OSError):
-                if os.path.samestat(os.fstat(number), config):
-                    self.inheritable.append(os.get_inheritable(number))
-        self.done += [arguments, *([] if self.pid_file is None else [self.pid_file.read_text()])]
-        raise Became
 
     def end(self, pid: int) -> None:
         self.done.append(f"end {pid}")
@@ -106,11 +78,6 @@ class FakeHost(Host):
         del proc
         assert name == f"{UUID}.conf"
         return pid in self.living
-
-    def try_to_bind(self, port: int, *, dual_stack: bool) -> None:
-        assert (port, dual_stack) == (9697, True)
-        if self.port_refusal is not None:
-            raise self.port_refusal
 
 
 @pytest.fixture
@@ -143,19 +110,6 @@ def test_the_places_are_those_of_the_old_program(tmp_path: Path, config: Path) -
     plain = NetworkMetadataProxyHandler(UUID, None)
     assert plain.config_file == Path(f"/var/lib/neutron/ns-metadata-proxy/{UUID}.conf")
     assert plain.port == 9697
-
-
-@pytest.mark.parametrize("user", [None, "nobody"])
-def test_the_process_becomes_haproxy_with_the_uuid_in_its_command_line_and_keeps_the_lock(
-    tmp_path: Path, host: FakeHost, config: Path, user: str | None
-) -> None:
-    with pytest.raises(Became):
-        handler(host, tmp_path, user=user).run_proxy()
-    groups = [] if user is None else ["drop groups"]
-    command = [HAPROXY, "-f", str(config)]
-    assert host.done == [[*command, "-c"], *groups, command]
-    assert f"X-Neutron-Router-ID {UUID}" in config.read_text()
-    assert host.inheritable == [True]
 
 
 @pytest.mark.parametrize(
@@ -215,30 +169,9 @@ def test_a_path_that_cannot_be_used_is_refused(
         NetworkMetadataProxyHandler(UUID, None, host=host, **given).prepare()
 
 
-def test_without_haproxy_nothing_is_written(tmp_path: Path, host: FakeHost) -> None:
-    host.program = None
-    with pytest.raises(HaproxyMissing, match="no haproxy on PATH"):
-        handler(host, tmp_path).run_proxy()
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_a_socket_without_a_directory_is_refused(tmp_path: Path, host: FakeHost) -> None:
     with pytest.raises(HostRefused, match=r"there is no directory .*none for the metadata socket"):
         handler(host, tmp_path, unix_socket_path=tmp_path / "none" / "s").run_proxy()
-
-
-def test_what_haproxy_would_refuse_is_reported_before_this_process_becomes_it(
-    tmp_path: Path, host: FakeHost
-) -> None:
-    host.ended = Ended(1, "[NOTICE] (1) : x\n[ALERT]    (1) : config : unknown keyword 'x'\n")
-    with pytest.raises(ConfigRejected, match=r"did not start: config : unknown keyword 'x'\n"):
-        handler(host, tmp_path).run_proxy()
-    host.port_refusal = HostRefused("cannot listen")
-    with pytest.raises(HostRefused, match="cannot listen"):
-        handler(host, tmp_path).run_proxy()
-    assert host.inheritable == []
-    # Nothing of it stays in use.
-    assert cleanup_config_file(UUID, tmp_path)
 
 
 # The daemon
@@ -263,23 +196,6 @@ def test_a_daemon_is_haproxys_own_and_its_pid_is_written(
 def test_without_a_pid_file_none_is_written(tmp_path: Path, host: FakeHost) -> None:
     daemon(host, tmp_path).start()
     assert [path.name for path in tmp_path.iterdir()] == ["ns-metadata-proxy"]
-
-
-@pytest.mark.parametrize("start", [ProxyDaemon.start, ProxyDaemon.run])
-def test_a_second_start_is_refused_while_the_first_proxy_lives(
-    tmp_path: Path, host: FakeHost, config: Path, start: Callable[[ProxyDaemon], object]
-) -> None:
-    pid_file = tmp_path / "p"
-    pid_file.write_text(f"{PID}\n")
-    with pytest.raises(HostRefused, match=rf"runs already \(pid {PID}\)"):
-        start(daemon(host, tmp_path, pid_file))
-    config.parent.mkdir()
-    lock = claim_file(config, b"running")
-    with pytest.raises(HostRefused, match="in use"):
-        start(daemon(host, tmp_path))
-    os.close(lock)
-    assert config.read_bytes() == b"running"
-    assert host.done == []
 
 
 @pytest.mark.parametrize("text", ["", "999\n", "garbage", "-1", "9" * 60, "1\n2\n"])
@@ -351,19 +267,6 @@ def test_a_pid_file_without_a_directory_is_refused_before_anything_is_done(
     with pytest.raises(HostRefused, match="for the pid file"):
         daemon(host, tmp_path, tmp_path / "none" / "p").start()
     assert host.done == []
-
-
-def test_in_the_foreground_the_pid_file_has_this_process_until_it_fails(
-    tmp_path: Path, host: FakeHost, config: Path
-) -> None:
-    host.pid_file = tmp_path / "p"
-    with pytest.raises(Became):
-        daemon(host, tmp_path, host.pid_file).run()
-    assert host.done[-2:] == [[HAPROXY, "-f", str(config)], f"{os.getpid()}\n"]
-    host.ended = Ended(1, _ALERT.format("x"))
-    with pytest.raises(ConfigRejected):
-        daemon(host, tmp_path, host.pid_file).run()
-    assert not host.pid_file.exists()
 
 
 # The command
