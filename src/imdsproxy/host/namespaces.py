@@ -70,16 +70,6 @@ def _mount(source: str, target: Path, flags: int) -> None:
     )
 
 
-def _unmount(target: Path) -> None:
-    _checked(_libc.umount2(os.fsencode(target), ctypes.c_int(_MNT_DETACH)))
-
-
-def _nsfs_device() -> int:
-    # All nsfs files of a kernel live in one super block; comparing its number with that of our own
-    # namespace says the same as fstatfs's magic (0x6e736673) without a foreign call.
-    return Path("/proc/self/ns/net").stat().st_dev
-
-
 @dataclass(frozen=True, slots=True)
 class OpenNamespace:
     """A namespace held open: it cannot go away, nor its name change its meaning, until `close`."""
@@ -102,7 +92,9 @@ class NamespaceDirectory:
     def __init__(self, path: Path = DEFAULT_DIRECTORY) -> None:
         self.path = path
         self._base = os.fspath(path)
-        self._device = _nsfs_device()
+        # All nsfs files of a kernel live in one super block; comparing its number with that of our own
+        # namespace says the same as fstatfs's magic (0x6e736673) without a foreign call.
+        self._device = Path("/proc/self/ns/net").stat().st_dev
 
     def place(self, name: str) -> Path:
         """The file of a name.
@@ -168,7 +160,7 @@ class NamespaceDirectory:
         """
         path = self.place(name)
         try:
-            _unmount(path)
+            _checked(_libc.umount2(os.fsencode(path), ctypes.c_int(_MNT_DETACH)))
         except FileNotFoundError:
             return False
         except OSError as error:

@@ -11,7 +11,7 @@ import errno
 import socket
 import struct
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address
 from typing import Final
@@ -269,7 +269,8 @@ def neighbour_mac(
         answers = _neighbour(channel, index, address)
     else:
         answers = channel.dump(RTM_GETNEIGH, _NDMSG.pack(_family_of(address), 0, 0, 0, 0))
-    found = set(_neighbours(answers, address.packed))
+    entries = (parse_neighbour(message.payload) for message in answers)
+    found = {one.mac for one in entries if one.packed == address.packed} - {None}
     return found.pop() if len(found) == 1 else None
 
 
@@ -337,13 +338,6 @@ def parse_neighbour(payload: bytes) -> ObservedNeighbour:
         MacAddress(mac) if mac else None,
         permanent=bool(state & _NUD_PERMANENT),
     )
-
-
-def _neighbours(answers: Iterable[Message], packed: bytes) -> Iterator[MacAddress]:
-    for message in answers:
-        found = parse_neighbour(message.payload)
-        if found.packed == packed and found.mac is not None:
-            yield found.mac
 
 
 def create_veth(

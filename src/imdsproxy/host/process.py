@@ -147,12 +147,12 @@ class ProcessHandle:
             Its exit status, or the negative signal, when it is our child; else `None`.
         """
         loop = asyncio.get_running_loop()
-        ended: asyncio.Future[None] = loop.create_future()
+        ended = asyncio.Event()
         # Its own descriptor: several tasks may wait, and a loop knows a descriptor only once.
         watched = os.dup(self._descriptor)
-        loop.add_reader(watched, _settle, ended)
+        loop.add_reader(watched, ended.set)
         try:
-            await ended
+            await ended.wait()
         finally:
             loop.remove_reader(watched)
             os.close(watched)
@@ -207,11 +207,6 @@ class ProcessHandle:
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
-
-
-def _settle(future: asyncio.Future[None]) -> None:
-    if not future.done():
-        future.set_result(None)
 
 
 def open_process(pid: int) -> ProcessHandle | None:

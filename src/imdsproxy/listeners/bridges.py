@@ -107,18 +107,6 @@ def _alias_of(seen: ObservedNamespace) -> str:
     return loopback.alias if loopback is not None else ""
 
 
-def _veth(network: NetworkId, bridge: ObservedDevice, naming: Naming) -> CreateVeth:
-    return CreateVeth(
-        network=network,
-        link=naming.link(network),
-        bridge=bridge.name,
-        namespace=naming.namespace(network),
-        inner=naming.inner_device,
-        mtu=bridge.mtu,
-        alias=naming.alias(network),
-    )
-
-
 def _build(
     network: NetworkId,
     bridge: ObservedDevice,
@@ -127,15 +115,16 @@ def _build(
     naming: Naming,
 ) -> Iterator[HostOp]:
     name, inner = naming.namespace(network), naming.inner_device
-    link = observed.root.devices.get(naming.link(network))
+    alias, name_of_link = naming.alias(network), naming.link(network)
+    link = observed.root.devices.get(name_of_link)
     loopback = seen.devices.get(LOOPBACK) if seen is not None else None
     if loopback is None or not loopback.up or not loopback.alias:
-        yield CreateNamespace(network, name, naming.alias(network))
+        yield CreateNamespace(network, name, alias)
     inside = seen.devices.get(inner) if seen is not None else None
     if link is None or inside is None or not link.alias:
         if link is not None and inside is None:
             yield DeleteLink(link.name)
-        yield _veth(network, bridge, naming)
+        yield CreateVeth(network, name_of_link, bridge.name, name, inner, bridge.mtu, alias)
     else:
         yield from _mend_link(network, bridge, link, inside, name)
     yield from want_addresses(network, name, seen, inner, naming)

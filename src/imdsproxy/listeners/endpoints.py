@@ -175,14 +175,7 @@ def _bind(
         namespace=seen.ref,
         device_index=0 if bound_to is None else bound_to.index,
     )
-    return ListenerPlan(endpoints=(endpoint,), foreign=tuple(_not_blocking(foreign)))
-
-
-def _not_blocking(foreign: Iterable[Foreign]) -> Iterator[Foreign]:
-    # The trial went through, so nothing blocks, whatever the rules made us expect.
-    for one in foreign:
-        effect = Effect.SHARES if one.effect is Effect.BLOCKS else one.effect
-        yield Foreign(one.network, one.family, effect, one.socket)
+    return ListenerPlan(endpoints=(endpoint,), foreign=foreign)
 
 
 def _busy(network: NetworkId, family: Family, foreign: tuple[Foreign, ...]) -> ListenerPlan:
@@ -266,9 +259,16 @@ def find_degraded(
         if one.code not in _NO_ADDRESS or _needs(networks, one, served.get(one.network, set()))
     ]
     found += [_shared(one) for one in foreign if one.effect is Effect.SHARES]
-    found += [_contradictory(network) for network in contradictory]
+    differ = "sources give it different listeners"
+    mend = "leave it in one source only, or make its records equal"
+    code = LeftOutCode.NETWORK_CONFLICT
+    found += [LeftOut(network, None, code, differ, mend) for network in contradictory]
     known = served.keys() | {one.network for one in found}
-    found += [_coming(network) for network in networks.keys() - known]
+    coming, code = "HAProxy does not listen there yet", LeftOutCode.PENDING
+    found += [
+        LeftOut(network, None, code, coming, "imdsproxy status")
+        for network in networks.keys() - known
+    ]
     return tuple(sorted(found, key=lambda one: one.network))
 
 
@@ -292,20 +292,4 @@ def _shared(foreign: Foreign) -> LeftOut:
         f"{owners_of([socket])} also listens on {socket.address} port {socket.port}: guests may get its answers",
         "end it",
         (socket,),
-    )
-
-
-def _contradictory(network: NetworkId) -> LeftOut:
-    return LeftOut(
-        network,
-        None,
-        LeftOutCode.NETWORK_CONFLICT,
-        "sources give it different listeners",
-        "leave it in one source only, or make its records equal",
-    )
-
-
-def _coming(network: NetworkId) -> LeftOut:
-    return LeftOut(
-        network, None, LeftOutCode.PENDING, "HAProxy does not listen there yet", "imdsproxy status"
     )

@@ -85,9 +85,10 @@ def render_diversions(table: str, diversions: Iterable[Diversion]) -> str:
     """
     given = tuple(diversions)
     ports = {port.name: one.mac for one in given for port in one.ports}
+    cables = [f"{_quoted(name)} : {ports[name]}" for name in sorted(ports)]
     guests = sorted({port.name for one in given for port in one.ports if port.kind in _GUEST_KINDS})
     body = [
-        f"  map cables {{ type ifname : ether_addr; {_elements(_pairs(ports))} }}",
+        f"  map cables {{ type ifname : ether_addr; {_elements(cables)} }}",
         f"  set ports {{ type ifname; {_elements(map(_quoted, sorted(ports)))} }}",
         f"  set guests {{ type ifname; {_elements(map(_quoted, guests))} }}",
         f"  set links {{ type ifname; {_elements(_quoted(one.link) for one in given)} }}",
@@ -135,10 +136,6 @@ def _replace_table(family: str, table: str, body: list[str]) -> str:
     if body:
         script += [f"table {family} {table} {{", *body, "}"]
     return "\n".join(script) + "\n"
-
-
-def _pairs(ports: Mapping[str, MacAddress]) -> list[str]:
-    return [f"{_quoted(name)} : {ports[name]}" for name in sorted(ports)]
 
 
 def _quoted(name: str) -> str:

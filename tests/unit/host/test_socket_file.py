@@ -24,7 +24,6 @@ from imdsproxy.host.socket_file import (
     remove_file,
 )
 from imdsproxy.host.sockets import SocketOwners
-from imdsproxy.unix_listener.plan import judge_socket
 
 _US = os.getpid()
 
@@ -131,13 +130,6 @@ def test_a_file_on_another_device_is_not_taken_for_it_by_its_number(
     assert _look(path) == SeenSocket(SocketState.STALE)
 
 
-def test_a_socket_gets_its_mode_and_owner(path: Path) -> None:
-    with _listening(path):
-        give_socket(path, mode=0o666, owner=(65534, 65534))
-    status = path.stat()
-    assert (stat.S_IMODE(status.st_mode), status.st_uid, status.st_gid) == (0o666, 65534, 65534)
-
-
 def test_a_link_that_came_meanwhile_gives_nothing_away(path: Path, tmp_path: Path) -> None:
     secret = tmp_path / "secret"
     secret.touch(mode=0o600)
@@ -145,17 +137,6 @@ def test_a_link_that_came_meanwhile_gives_nothing_away(path: Path, tmp_path: Pat
     with pytest.raises(HostRefused, match="no socket any more"):
         give_socket(path, mode=0o666, owner=(65534, 65534))
     assert (stat.S_IMODE(secret.stat().st_mode), secret.stat().st_uid) == (0o600, os.getuid())
-
-
-@pytest.mark.parametrize("state", list(SocketState))
-def test_only_a_living_stranger_and_what_is_no_socket_leave_the_listener_out(
-    state: SocketState,
-) -> None:
-    problem = judge_socket("/a", SeenSocket(state))
-    assert (problem is not None) == (state in {SocketState.FOREIGN, SocketState.OCCUPIED})
-    if problem is not None:
-        assert "/a" in problem.reason
-        assert problem.hint
 
 
 def test_the_file_that_was_looked_at_is_removed(path: Path) -> None:

@@ -112,7 +112,6 @@ class Rig:
     fake: FakeHaproxy
     expected: list[frozenset[NetworkId]]
     taken: list[str | None]
-    socket: list[SeenSocket]
 
     def say(self, *names: str, in_sync: bool = True) -> None:
         networks = {
@@ -150,7 +149,6 @@ async def _rig(directory: Path, *, agents: str | None = None) -> AsyncIterator[R
     inventory = Inventory(["a"])
     expected: list[frozenset[NetworkId]] = []
     taken: list[str | None] = [None]
-    seen = [SeenSocket(SocketState.MISSING)]
     path = directory / "agents" / (agents or "metadata_proxy")
     wanted = UnixListenerSettings(enabled=agents is not None, path=path)
     spec = DataplaneSpec((), layout.haproxy_paths(), Limits(maxconn=0), exporter="127.0.0.1:9")
@@ -168,12 +166,17 @@ async def _rig(directory: Path, *, agents: str | None = None) -> AsyncIterator[R
         no_mac_filters(inventory),
         no_hop_limits(),
         kept=KeptNetworks(directory / "networks.json", write_file),
-        unix=UnixListener(lambda: wanted, haproxy, lambda _path, _pids: seen[0], SystemClock()),
+        unix=UnixListener(
+            lambda: wanted,
+            haproxy,
+            lambda _path, _pids: SeenSocket(SocketState.MISSING),
+            SystemClock(),
+        ),
     )
     await loop.first_round()
     task = asyncio.create_task(loop.run())
     try:
-        yield Rig(host, inventory, loop, layout, fake, expected, taken, seen)
+        yield Rig(host, inventory, loop, layout, fake, expected, taken)
     finally:
         task.cancel()
         with contextlib.suppress(asyncio.CancelledError):
@@ -326,39 +329,6 @@ async def test_a_host_that_cannot_be_kept_from_answering_is_told(tmp_path: Path)
         await rig.settle("networks changed", "red")
         assert [problem.reason for problem in rig.loop.report.problems] == ["no nft"]
         assert rig.bound() == {"red"}
-
-
-async def test_a_stranger_on_the_agents_socket_leaves_out_that_one_and_no_network(
-    tmp_path: Path,
-) -> None:
-    async with _rig(tmp_path, agents="metadata_proxy") as rig:
-        assert "frontend agents" in rig.layout.config.read_text()
-        rig.socket[0] = SeenSocket(SocketState.FOREIGN)
-        rig.host.make("red", 7)
-        rig.say("red")
-        await rig.settle("networks changed", "red")
-        assert rig.bound() == {"red"}
-        assert "frontend agents" not in rig.layout.config.read_text()
-        (problem,) = rig.loop.report.problems
-        assert "another process listens on" in problem.reason
-        rig.socket[0] = SeenSocket(SocketState.STALE)
-        async with asyncio.timeout(30):
-            while "frontend agents" not in rig.layout.config.read_text():
-                await asyncio.sleep(0.01)
-        assert rig.bound() == {"red"}
-
-
-async def test_a_socket_that_nobody_reaches_is_let_go_of_before_it_is_bound_again(
-    tmp_path: Path,
-) -> None:
-    async with _rig(tmp_path, agents="metadata_proxy") as rig:
-        reloads = rig.fake.reloads
-        await rig.settle("looked")
-        assert rig.fake.reloads == reloads
-        rig.socket[0] = SeenSocket(SocketState.MISSING, orphaned=True)
-        await rig.settle("unix socket changed")
-        assert rig.fake.reloads == reloads + 2
-        assert "frontend agents" in rig.layout.config.read_text()
 
 
 async def test_a_haproxy_that_does_not_start_with_the_agents_socket_starts_without_it(
