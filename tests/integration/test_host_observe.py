@@ -364,7 +364,7 @@ def _is_bound(one: Endpoint) -> bool:
     with tempfile.TemporaryDirectory(prefix="imdst-") as directory:
         place = Path(directory)
         links = plan_links((one,)).items()
-        apply_links(place / "links", {name: NETNS / target for name, target in links})
+        apply_links(place / "links", {name: f"{NETNS}/{target}" for name, target in links})
         (bind,) = plan_binds((one,), haproxy_name(place / "links"))
         text = _CONFIGURATION.format(
             place=place,

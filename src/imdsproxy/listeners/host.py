@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 from collections.abc import Collection, Iterable, Mapping
@@ -29,7 +28,6 @@ from imdsproxy.listeners.plan import ManagedPlace
 HAPROXY_NETNS: Final = Path("/var/run/netns")
 """Where HAProxy looks (compiled in: `src/namespace.c`)."""
 
-_TEMPORARY: Final = ".tmp-"
 _NFT_DEADLINE_S: Final = 30.0
 
 
@@ -222,8 +220,8 @@ def haproxy_name(directory: Path) -> str:
     return os.path.relpath(os.path.realpath(directory), os.path.realpath(HAPROXY_NETNS))
 
 
-def apply_links(directory: Path, links: Mapping[str, Path | str]) -> bool:
-    """Make `directory` hold exactly these symbolic links; true when something was changed.
+def apply_links(directory: Path, links: Mapping[str, str]) -> None:
+    """Make `directory` hold exactly these symbolic links.
 
     Each link is there whole or not at all; links that stay are not touched. The directory is made
     when it is missing. Other kinds of files in it are left alone.
@@ -232,40 +230,18 @@ def apply_links(directory: Path, links: Mapping[str, Path | str]) -> bool:
         HostRefused: The file system refused.
         PrivilegeMissing: This process may not write there.
     """
+    base, temporary = os.fspath(directory), os.path.join(directory, ".tmp")  # noqa: PTH118 - as below
     try:
         directory.mkdir(mode=0o755, parents=True, exist_ok=True)
-        present = _present(directory)
-        base = os.fspath(directory)
+        # At each reload, for every network: a Path for each costs more than the kernel's part.
+        with os.scandir(directory) as entries:
+            present = {one.name: os.readlink(one.path) for one in entries if one.is_symlink()}  # noqa: PTH115 - as above
+        # The temporary one of a process that was killed too.
         for name in present.keys() - links.keys():
-            os.unlink(f"{base}/{name}")  # noqa: PTH108 - for every network at a stop: see `_present`
-        missing = {n: text for n, t in links.items() if present.get(n) != (text := str(t))}
-        for name, target in missing.items():
-            if name in present:
-                _replace(directory, name, target)
-            else:
-                _place(f"{base}/{name}", target)
+            os.unlink(f"{base}/{name}")  # noqa: PTH108 - as above
+        for name, target in links.items():
+            if present.get(name) != target:
+                os.symlink(target, temporary)  # noqa: PTH211 - as above
+                os.replace(temporary, f"{base}/{name}")  # noqa: PTH105 - as above
     except OSError as error:
         raise host_refused(f"link namespaces in {directory}", error) from error
-    return bool(missing) or bool(present.keys() - links.keys())
-
-
-def _present(directory: Path) -> dict[str, str]:
-    with os.scandir(directory) as entries:
-        # At each reload, for every network: a Path for each costs more than the kernel's part.
-        return {one.name: os.readlink(one.path) for one in entries if one.is_symlink()}  # noqa: PTH115 - as above
-
-
-def _place(path: str, target: str) -> None:
-    try:
-        os.symlink(target, path)  # noqa: PTH211 - for every network at a start: see `_present`
-    except FileExistsError:
-        # Some other kind of file has the name.
-        _replace(Path(path).parent, Path(path).name, target)
-
-
-def _replace(directory: Path, name: str, target: str) -> None:
-    temporary = directory / f"{_TEMPORARY}{name}"
-    with contextlib.suppress(FileNotFoundError):
-        temporary.unlink()
-    temporary.symlink_to(target)
-    temporary.replace(directory / name)
