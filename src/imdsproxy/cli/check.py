@@ -86,8 +86,7 @@ def doctor(
 
     With --network and --from the daemon computes what it would answer that guest. With URL a server is asked.
     """
-    from imdsproxy.cli import doctor_run  # noqa: PLC0415 - `--help` need not load it
+    from imdsproxy.cli.doctor_run import run_doctor  # noqa: PLC0415 - `--help` need not load it
 
-    subject = doctor_run.find_subject(run, url, network, address, header or [])
-    if doctor_run.has_errors(run, subject):
+    if run_doctor(run, url, network, address, header or []):
         raise typer.Exit(options.NO)

@@ -15,12 +15,13 @@ from urllib.parse import quote, unquote, urlsplit
 
 from imdsproxy.cli.admin_client import AdminClient
 from imdsproxy.cli.options import Invocation
-from imdsproxy.cli.output import clean, read_bytes_shape
+from imdsproxy.cli.output import Output, clean, read_bytes_shape
 from imdsproxy.core.doctor import (
     Answer,
     Answered,
     Ask,
     Card,
+    Crawl,
     Finding,
     Framing,
     Severity,
@@ -43,7 +44,7 @@ _BODILESS: Final = frozenset({204, 304})
 
 
 @dataclass(frozen=True, slots=True)
-class Subject:
+class _Subject:
     """The server or guest that is examined: its name, how to ask it, and what is known of the guest."""
 
     name: str
@@ -52,14 +53,41 @@ class Subject:
     direct: bool
 
 
-def find_subject(
+def run_doctor(
     run: Invocation, url: str | None, network: str | None, address: str | None, headers: list[str]
-) -> Subject:
-    """What the command line names, or `RequestRefused`."""
+) -> bool:
+    """Ask what the command line names, and show what is found; whether some client would fail.
+
+    Raises:
+        RequestRefused: The command line makes no sense.
+    """
+    subject = _find_subject(run, url, network, address, headers)
+    with run.output.waiting("asking as the known clients do"):
+        crawled = crawl(subject.fetch, direct=subject.direct)
+    findings = examine(crawled, subject.around)
+    if run.output.as_json:
+        run.output.json(
+            {
+                "subject": subject.name,
+                "questions": len(crawled.asked),
+                "served": _served(crawled),
+                "given_up": crawled.given_up,
+                "not_looked_at": [] if subject.direct else list(_NOT_LOOKED_AT),
+                "findings": [asdict(one) for one in findings],
+            }
+        )
+    else:
+        _show(run.output, subject, crawled, findings)
+    return any(one.severity is Severity.ERROR for one in findings)
+
+
+def _find_subject(
+    run: Invocation, url: str | None, network: str | None, address: str | None, headers: list[str]
+) -> _Subject:
     if url is not None and network is None and address is None:
         fetch = parse_url(url, headers)
         around = look_around() if is_metadata_address(fetch.host) else Surroundings()
-        return Subject(url, fetch, around, direct=True)
+        return _Subject(url, fetch, around, direct=True)
     if url is None and network is not None and address is not None and not headers:
         return _find_guest(run.daemon(), network, address)
     raise RequestRefused(
@@ -69,7 +97,7 @@ def find_subject(
     )
 
 
-def _find_guest(daemon: AdminClient, network: str, address: str) -> Subject:
+def _find_guest(daemon: AdminClient, network: str, address: str) -> _Subject:
     guest = daemon.get("/v1/explain", {"network": network, "address": address})
     instance = None if guest["instance"] is None else str(guest["instance"])
     cards = tuple(
@@ -84,43 +112,28 @@ def _find_guest(daemon: AdminClient, network: str, address: str) -> Subject:
         why=tuple(str(one) for one in guest["why"]),
     )
     name = f"{address} in network {network}" + (f" ({instance})" if instance else "")
-    return Subject(name, DaemonFetch(daemon, network, address), around, direct=False)
+    return _Subject(name, DaemonFetch(daemon, network, address), around, direct=False)
 
 
-def has_errors(run: Invocation, subject: Subject) -> bool:
-    """Ask, and show what is found; whether some client would fail."""
-    with run.output.waiting("asking as the known clients do"):
-        crawled = crawl(subject.fetch, direct=subject.direct)
-    findings = examine(crawled, subject.around)
-    served = [one.value for one in Dialect if crawled.serves(one)]
-    if run.output.as_json:
-        run.output.json(
-            {
-                "subject": subject.name,
-                "questions": len(crawled.asked),
-                "served": served,
-                "given_up": crawled.given_up,
-                "not_looked_at": [] if subject.direct else list(_NOT_LOOKED_AT),
-                "findings": [asdict(one) for one in findings],
-            }
+def _served(crawled: Crawl) -> list[str]:
+    return [one.value for one in Dialect if crawled.serves(one)]
+
+
+def _show(output: Output, subject: _Subject, crawled: Crawl, findings: Sequence[Finding]) -> None:
+    served = ", ".join(_served(crawled)) or "none"
+    output.styled(
+        f"[bold]{clean(subject.name)}[/]: {len(crawled.asked)} questions, documents served: {served}"
+    )
+    if crawled.given_up:
+        output.styled(f"[yellow]given up early:[/] {clean(crawled.given_up)}")
+    if not subject.direct:
+        output.styled(
+            f"[dim]not looked at: {', '.join(_NOT_LOOKED_AT)} (`imdsproxy doctor "
+            "http://169.254.169.254` in the guest does)[/]"
         )
-    else:
-        show = run.output.styled
-        show(
-            f"[bold]{clean(subject.name)}[/]: {len(crawled.asked)} questions, documents served: "
-            f"{', '.join(served) or 'none'}"
-        )
-        if crawled.given_up:
-            show(f"[yellow]given up early:[/] {clean(crawled.given_up)}")
-        if not subject.direct:
-            show(
-                f"[dim]not looked at: {', '.join(_NOT_LOOKED_AT)} (`imdsproxy doctor "
-                "http://169.254.169.254` in the guest does)[/]"
-            )
-        show("")
-        run.output.entries((_head(one), _facts(one)) for one in findings)
-        show(_summarise(findings))
-    return any(one.severity is Severity.ERROR for one in findings)
+    output.styled("")
+    output.entries((_head(one), _facts(one)) for one in findings)
+    output.styled(_summarise(findings))
 
 
 def _head(finding: Finding) -> str:
@@ -140,7 +153,7 @@ def _facts(finding: Finding) -> Mapping[str, str]:
     return facts
 
 
-def _summarise(findings: tuple[Finding, ...]) -> str:
+def _summarise(findings: Sequence[Finding]) -> str:
     counts = {name: sum(one.severity.value == name for one in findings) for name in _COLOURS}
     if not any(counts.values()):
         return "[green]nothing found[/]"
