@@ -35,15 +35,16 @@ _SCALARS: Final = st.one_of(
     st.binary(max_size=4),
 )
 
-_SECTIONS: Final = (
-    *("paths", "host", "haproxy", "documents", "resolver", "sources", "nova", "unix_listener"),
-    *("log", "admin", "metrics", "policy", "tokens"),
+_SECTIONS: Final = "paths host haproxy documents resolver sources nova unix_listener log admin metrics policy tokens"
+_SETTINGS: Final = (
+    "listen endpoint tokens instances host networks enabled url endpoints endpoint_sets secret_file hold_s cache_mb "
+    "maxconn level format path mode user"
 )
 
 
-def _trees(keys: tuple[str, ...]) -> st.SearchStrategy[Any]:
+def _trees(keys: str) -> st.SearchStrategy[Any]:
     """Anything that YAML may hold, its keys often those that are looked for."""
-    names = st.one_of(*[st.sampled_from(keys)] * 4, st.text(max_size=5))
+    names = st.one_of(*[st.sampled_from(keys.split())] * 4, st.text(max_size=5))
     return st.recursive(
         _SCALARS,
         lambda inner: st.one_of(
@@ -68,10 +69,6 @@ def _broken(text: st.SearchStrategy[str]) -> st.SearchStrategy[str]:
     )
 
 
-def _written(tree: object) -> str:
-    return yaml.safe_dump(tree, allow_unicode=True)
-
-
 def _bytes(text: str) -> bytes:
     return text.encode("utf-8", "surrogatepass")
 
@@ -86,37 +83,22 @@ def _in_file(content: bytes, read: Callable[[Path], object]) -> None:
 # Settings
 
 
-def _sections() -> st.SearchStrategy[Any]:
-    words = (
-        *(
-            "listen",
-            "endpoint",
-            "tokens",
-            "instances",
-            "host",
-            "networks",
-            "enabled",
-            "url",
-            "endpoints",
-        ),
-        *(
-            "endpoint_sets",
-            "secret_file",
-            "hold_s",
-            "cache_mb",
-            "maxconn",
-            "level",
-            "format",
-            "path",
-            "mode",
-            "user",
-        ),
-    )
-    return st.dictionaries(st.sampled_from(_SECTIONS), _trees(words), max_size=4)
+def _load(text: str, environment: dict[str, str]) -> None:
+    def read(path: Path) -> None:
+        with contextlib.suppress(ConfigError):
+            load_settings(path, environment)
+
+    _in_file(_bytes(text), read)
+    _in_file(_bytes(text)[::2], read)
+
+
+_TREES_OF_SETTINGS: Final = st.dictionaries(
+    st.sampled_from(_SECTIONS.split()), _trees(_SETTINGS), max_size=4
+)
 
 
 @_FIXED
-@given(text=_broken(_sections().map(_written)))
+@given(text=_broken(_TREES_OF_SETTINGS.map(yaml.safe_dump)))
 @example(text="policy: {host: {tokens: !!python/object:os.system x}}")
 @example(text="a: &a [*a]")
 @example(text="policy: &a {host: *a}")
@@ -132,12 +114,7 @@ def _sections() -> st.SearchStrategy[Any]:
 @example(text="<<: [1, 2]\n")
 @example(text="policy: {instances: {1: {}, true: {}, null: {}}}")
 def test_settings_are_read_or_refused_as_settings_are(text: str) -> None:
-    def read(path: Path) -> None:
-        with contextlib.suppress(ConfigError):
-            load_settings(path, {})
-
-    _in_file(_bytes(text), read)
-    _in_file(_bytes(text)[::2], read)
+    _load(text, {})
 
 
 @_FIXED
@@ -149,15 +126,10 @@ def test_settings_are_read_or_refused_as_settings_are(text: str) -> None:
     value=_broken(_SCALARS.map(str)).map(lambda text: text.replace("\0", "")),
 )
 def test_the_environment_is_read_or_refused_as_settings_are(name: str, value: str) -> None:
-    def read(path: Path) -> None:
-        with contextlib.suppress(ConfigError):
-            load_settings(path, {f"IMDSPROXY_{name}": value})
-
-    _in_file(b"", read)
+    _load("", {f"IMDSPROXY_{name}": value})
 
 
 # What HAProxy says
-
 
 _SAID: Final = st.one_of(
     st.text(max_size=60),
@@ -212,8 +184,8 @@ def test_token_keys_are_read_or_refused_without_a_word_of_them(text: str) -> Non
 
 
 _GUARDS: Final = st.one_of(
-    _trees(("format", "instances", "a")).map(lambda tree: json.dumps(tree, default=str)),
-    st.dictionaries(st.text(max_size=4), _trees(("a",))).map(
+    _trees("format instances a").map(lambda tree: json.dumps(tree, default=str)),
+    st.dictionaries(st.text(max_size=4), _trees("a")).map(
         lambda told: json.dumps({"format": 1, "instances": told}, default=str)
     ),
 )

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -19,28 +20,21 @@ def _load(path: Path, text: str) -> Loaded:
 @pytest.mark.parametrize(
     ("text", "empty", "blank"),
     [
-        ("", True, True),
-        (" \n\n", True, True),
-        ("# a comment\n", True, False),
-        ("---\n", True, False),
-        ("null\n", True, False),
-        ("{}\n", False, False),
-        ("haproxy: {}\n", False, False),
+        *((text, True, True) for text in ("", " \n\n")),
+        *((text, True, False) for text in ("# a comment\n", "---\n", "null\n")),
+        *((text, False, False) for text in ("{}\n", "haproxy: {}\n")),
     ],
 )
-def test_a_file_without_settings_is_known_from_one_that_says_so(
+def test_only_a_blank_file_is_refused_at_a_start_and_always(
     tmp_path: Path, text: str, *, empty: bool, blank: bool
 ) -> None:
     config = tmp_path / "c.yaml"
-    loaded = _load(config, text)
+    before, loaded = _load(config, _FULL), _load(config, text)
     assert (config in loaded.empty, config in loaded.blank) == (empty, blank)
-
-
-def test_a_start_is_refused_for_a_blank_file_only(tmp_path: Path) -> None:
+    for known in (None, before):
+        with pytest.raises(SettingsDropped, match="is blank") if blank else nullcontext():
+            refuse_dropped(known, loaded, allowed=known is not None)
     refuse_dropped(None, load_settings(Path("/dev/null"), {}))
-    refuse_dropped(None, _load(tmp_path / "c.yaml", "# a comment\n"))
-    with pytest.raises(SettingsDropped, match="is blank"):
-        refuse_dropped(None, _load(tmp_path / "c.yaml", "\n"))
 
 
 @pytest.mark.parametrize(
@@ -74,9 +68,3 @@ def test_what_is_missing_is_named_and_refused_unless_it_is_allowed(
 def test_a_policy_that_is_changed_or_moved_is_not_missing(tmp_path: Path, text: str) -> None:
     before = _load(tmp_path / "c.yaml", _FULL)
     refuse_dropped(before, _load(tmp_path / "c.yaml", text))
-
-
-def test_a_blank_file_is_refused_even_where_dropping_is_allowed(tmp_path: Path) -> None:
-    before = _load(tmp_path / "c.yaml", _FULL)
-    with pytest.raises(SettingsDropped, match="is blank"):
-        refuse_dropped(before, _load(tmp_path / "c.yaml", ""), allowed=True)

@@ -35,6 +35,8 @@ def test_without_any_file_or_in_an_empty_one_all_is_default(tmp_path: Path) -> N
         loaded = load_settings(config, {"PATH": "/bin"}, default=tmp_path / "none.yaml")
         assert loaded.settings == Settings()
         assert loaded.origins == {}
+        assert loaded.settings.store_path == Path("/var/lib/imdsproxy/store.sqlite")
+        assert loaded.settings.admin_socket == Path("/run/imdsproxy/admin.sock")
     with pytest.raises(ConfigUnreadable, match="No such file"):
         load_settings(tmp_path / "none.yaml", {})
 
