@@ -50,7 +50,11 @@ def test_both_families_are_answered_alike_by_every_kind_of_listener(
 
 def test_one_haproxy_serves_all_networks(world: World) -> None:
     pids = world.settled()
-    haproxy = {pid for pid, words in world.daemon.processes().items() if "haproxy" in words[:40]}
+    haproxy = {
+        pid
+        for pid, words in world.daemon.processes().items()
+        if words.split()[0].endswith("/haproxy")
+    }
     assert haproxy == {pids.master, pids.worker}
     for namespace in (world.lab.name("red"), world.lab.name("green"), world.lab.host):
         sockets = inside(namespace, lambda: Path("/proc/thread-self/net/tcp").read_text())

@@ -151,15 +151,6 @@ def _fold(world: World) -> None:
     assert load.report.lost == []
 
 
-def test_changes_of_one_network_leave_another_networks_equal_addresses_alone(world: World) -> None:
-    world.daemon.put(instances=[{**instance("red-5", "red"), "user_data": "other"}])
-    assert world.red.ask("/latest/user-data").text == "other"
-    world.daemon.remove_instance("red-5")
-    for name in ("green", "blue", "grey"):
-        guest = world.guests[name]
-        assert own(guest, guest.ask("/latest/user-data")) is None
-
-
 def test_an_acknowledged_change_takes_milliseconds(world: World) -> None:
     took = []
     for number in range(20):

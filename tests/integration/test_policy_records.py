@@ -51,50 +51,32 @@ def _status(guest: Guest, target: str = _USER_DATA) -> int:
     return guest.ask(target).status
 
 
-def test_an_instances_record_is_in_force_at_once_and_without_a_reload(world: World) -> None:
-    pids = world.settled()
-    for _ in range(3):
-        _instance_says(world, world.red, {"tokens": "required"})
-        assert _status(world.red) == 401
-        assert _status(world.guests["green"]) == 200
-        _instance_says(world, world.red, {})
-        assert _status(world.red) == 200
-    assert world.settled() == pids
-
-
-def test_a_networks_record_is_in_force_for_all_its_guests_and_for_no_others(world: World) -> None:
+def test_records_are_in_force_by_scope_at_once_and_settings_over_those_of_the_same_scope(
+    world: World,
+) -> None:
     pids = world.settled()
     second = world.lab.guest("red", 6)
     world.daemon.put(instances=[instance("red-6", "red", 6)])
-    _network_says(world, "red", {"tokens": "required"})
-    assert (_status(world.red), _status(second)) == (401, 401)
-    assert _status(world.guests["green"]) == 200
-    _network_says(world, "red", {})
-    assert (_status(world.red), _status(second)) == (200, 200)
-    assert world.settled() == pids
 
+    def statuses() -> list[int]:
+        return [_status(one) for one in (world.red, second, world.guests["green"])]
 
-def test_an_instances_record_wins_over_its_networks(world: World) -> None:
     _network_says(world, "red", {"tokens": "required"})
+    assert statuses() == [401, 401, 200]
     _instance_says(world, world.red, {"tokens": "optional"})
-    assert _status(world.red) == 200
-    _network_says(world, "red", {"tokens": "optional", "endpoint": False})
-    _instance_says(world, world.red, {"tokens": "required"})
-    assert _status(world.red) == 403  # what it does not say itself is the network's
-    _instance_says(world, world.red, {"tokens": "required", "endpoint": True})
-    assert _status(world.red) == 401
-
-
-def test_settings_win_over_a_record_of_the_same_scope(world: World) -> None:
-    _network_says(world, "red", {"tokens": "required"})
+    assert statuses() == [200, 401, 200]
     _settings(world, {"networks": {"red": {"tokens": "optional"}}})
-    assert _status(world.red) == 200
+    assert statuses() == [200, 200, 200]
     _instance_says(world, world.red, {"tokens": "required"})
-    assert _status(world.red) == 401  # a record of a more specific scope wins over settings
-    _settings(world, {"instances": {"red-5": {"tokens": "optional"}}})
-    assert _status(world.red) == 200
     _settings(world, {"host": {"tokens": "optional"}})
-    assert _status(world.red) == 401
+    assert statuses() == [401, 401, 200]
+    _settings(world, {"instances": {"red-5": {"tokens": "optional"}}})
+    # What the instance's record does not set is the network's.
+    _network_says(world, "red", {"endpoint": False})
+    assert statuses() == [403, 403, 200]
+    _network_says(world, "red", {})
+    assert statuses() == [200, 200, 200]
+    assert world.settled() == pids
 
 
 def test_settings_for_somebody_whom_nobody_tells_of_are_named_by_status(world: World) -> None:

@@ -73,17 +73,6 @@ def test_a_revoked_token_is_bad_at_once_and_for_ever_and_a_fresh_one_is_good(wor
     assert ({_status(world.red, token) for token in old}, _status(world.red, fresh)) == ({401}, 200)
 
 
-@pytest.mark.parametrize("to", [IPV4, IPV6])
-def test_a_revoked_token_is_bad_in_connections_that_are_open_as_well(world: World, to: str) -> None:
-    token = _token(world.red)
-    headers = (f"{_HEADER}: {token}",)
-    with world.red.connect(to=to) as connection:
-        for _ in range(2):  # the second may be taken for what the first was
-            assert connection.request(_USER_DATA, headers=headers).status == 200
-        _do(world, "token", "revoke", "red-5")
-        assert connection.request(_USER_DATA, headers=headers).status == 401
-
-
 def test_it_reaches_an_address_that_is_known_by_its_mac_alone(world: World) -> None:
     guest = world.lab.guest("red", 80)
     ports = {"ports": [{"network": "red", "mac": "fa:16:3e:00:00:50"}]}
