@@ -141,7 +141,7 @@ def test_nesting_without_end_is_refused(depth: int) -> None:
 @pytest.mark.parametrize(
     ("text", "line"),
     [
-        ('{"a": 1,\n}', 2),
+        ('{"a": 1\n,}', 2),
         ("[1,\n2", 2),
         ('{"a" 1}', 1),
         ("{a: 1}", 1),
@@ -151,7 +151,7 @@ def test_nesting_without_end_is_refused(depth: int) -> None:
         ("tru", 1),
         ("01", 1),
         ("1\n2", 2),
-        ("NaN", 1),
+        ("[1,\nNaN]", 2),
         ("{", 1),
         ("[", 1),
         ('"a', 1),
