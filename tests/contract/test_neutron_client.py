@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from dataclasses import replace
 from ipaddress import ip_address
 from typing import Final
@@ -13,13 +13,9 @@ import pytest
 from imdsproxy.core.model import MacAddress, NetworkId
 from imdsproxy.core.records.values import unix_time_of
 from imdsproxy.errors import SourceUnavailable
-from imdsproxy.sources.neutron.client import (
-    NeutronClient,
-    NeutronRest,
-    connect_cloud,
-    connect_endpoint,
-)
+from imdsproxy.sources.neutron.client import NeutronClient, NeutronRest
 from imdsproxy.sources.neutron.ports import ROUTER_OWNERS, NeutronPort, PortQuery
+from imdsproxy.sources.settings import NeutronSourceSettings
 from support.fake_neutron import FakeNeutron, neutron_port
 from support.openstack.lab import OpenStack
 from support.openstack.table import Port
@@ -37,22 +33,19 @@ async def client(
 ) -> AsyncIterator[NeutronClient]:
     """A client with the lab's ports; the fake has been filled from Neutron's list."""
     made: NeutronClient
-    match request.param:
-        case "endpoint":
-            url = f"{openstack.neutron_url}/v2.0/"
-            made = _rest(lambda: connect_endpoint(url, 10))
-        case "cloud":
-            made = _rest(lambda: connect_cloud("lab", openstack.clouds_yaml, 10))
-        case _:
-            made = FakeNeutron()
-            rows = openstack.rest.list("port")
-            made.put(*(_port(row) for row in rows))
+    if request.param == "fake":
+        made = FakeNeutron()
+        made.put(*(_port(row) for row in openstack.rest.list("port")))
+    else:
+        endpoint = {"endpoint": f"{openstack.neutron_url}/v2.0/"}
+        cloud = {"cloud": "lab", "clouds_file": openstack.clouds_yaml}
+        made = NeutronRest(
+            NeutronSourceSettings.model_construct(
+                timeout_s=10 * patience(), **(cloud if request.param == "cloud" else endpoint)
+            )
+        )
     yield made
     await made.close()
-
-
-def _rest(connect: Callable[[], object]) -> NeutronRest:
-    return NeutronRest(connect, timeout_s=10 * patience(), max_queries=2)
 
 
 def _port(row: dict[str, object]) -> NeutronPort:

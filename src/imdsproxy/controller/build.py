@@ -43,7 +43,7 @@ from imdsproxy.serving.store import DiskFiles, PasswordStore
 from imdsproxy.sources.api import Source
 from imdsproxy.sources.libvirt.client import SystemLibvirt
 from imdsproxy.sources.libvirt.source import LibvirtSource
-from imdsproxy.sources.neutron.client import open_client
+from imdsproxy.sources.neutron.client import NeutronRest
 from imdsproxy.sources.neutron.source import NeutronSource
 from imdsproxy.sources.sqlite.source import SqliteSource
 
@@ -290,7 +290,7 @@ def build_sources(
     neutron: NeutronSource | None = None
     if settings.sources.neutron.enabled:
         neutron = NeutronSource(
-            open_client(settings.sources.neutron),
+            NeutronRest(settings.sources.neutron),
             settings.paths.state_dir / "neutron.sqlite",
             settings.sources.neutron,
             clock=clock,

@@ -1,10 +1,7 @@
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import Any
-
-import pytest
 
 from imdsproxy.config.schema import Settings
 from imdsproxy.controller import build
@@ -12,7 +9,6 @@ from imdsproxy.host.clock import SystemClock
 from imdsproxy.sources.libvirt.client import SystemLibvirt
 from imdsproxy.sources.libvirt.records import Selection
 from imdsproxy.sources.libvirt.source import LibvirtSource
-from imdsproxy.sources.neutron import client
 from imdsproxy.sources.neutron.source import NeutronSource
 
 
@@ -43,35 +39,6 @@ def test_neutron_is_the_one_that_is_asked_for_addresses(tmp_path: Path) -> None:
 
 def test_without_neutron_nobody_is_asked() -> None:
     assert build.build_sources(Settings(), SystemClock(), begin=_begin).look_up is None
-
-
-@pytest.mark.parametrize(
-    ("fields", "expected"),
-    [
-        ({"endpoint": "http://127.0.0.1:9696"}, ("endpoint", "http://127.0.0.1:9696", 7.0)),
-        ({"cloud": "lab"}, ("cloud", "lab", Path("/etc/openstack/clouds.yaml"), 7.0)),
-        (
-            {"cloud": "lab", "clouds_file": Path("/a/clouds.yaml")},
-            ("cloud", "lab", Path("/a/clouds.yaml"), 7.0),
-        ),
-    ],
-)
-async def test_the_client_connects_where_neutron_is_configured(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    fields: dict[str, object],
-    expected: tuple[object, ...],
-) -> None:
-    asked: list[tuple[object, ...]] = []
-    for kind in ("endpoint", "cloud"):
-        connect = partial(lambda kind, *where: asked.append((kind, *where)), kind)
-        monkeypatch.setattr(client, f"connect_{kind}", connect)
-    made = client.open_client(_settings(tmp_path, timeout_s=7.0, **fields).sources.neutron)
-    try:
-        made._connect()  # what its first query does
-    finally:
-        await made.close()
-    assert asked == [expected]
 
 
 def test_libvirt_is_asked_as_the_settings_say() -> None:

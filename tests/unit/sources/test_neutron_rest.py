@@ -19,13 +19,9 @@ from typing import Final
 import pytest
 
 from imdsproxy.errors import LibraryMissing, SourceUnavailable
-from imdsproxy.sources.neutron.client import (
-    NeutronRest,
-    QueryTimedOut,
-    connect_cloud,
-    connect_endpoint,
-)
+from imdsproxy.sources.neutron.client import NeutronRest, QueryTimedOut
 from imdsproxy.sources.neutron.ports import PortQuery
+from imdsproxy.sources.settings import NeutronSourceSettings
 from support.patience import patience
 
 # openstacksdk warns of a setting that is not set (its defaults for InfluxDB are not empty).
@@ -71,9 +67,7 @@ async def serving(serve: Serve) -> AsyncIterator[str]:
 
 @contextlib.asynccontextmanager
 async def client_of(url: str, *, timeout_s: float = 10) -> AsyncIterator[NeutronRest]:
-    client = NeutronRest(
-        lambda: connect_endpoint(url, timeout_s), timeout_s=timeout_s, max_queries=2
-    )
+    client = NeutronRest(NeutronSourceSettings(endpoint=url, timeout_s=timeout_s))
     try:
         yield client
     finally:
@@ -241,7 +235,7 @@ async def test_an_endless_answer_is_cut_off() -> None:
             "openstack keystoneauth1 requests urllib3",
         ),
         (
-            "from imdsproxy.sources.neutron.client import connect_endpoint as to; to('http://127.0.0.1:9', 1)",
+            "import imdsproxy.sources.neutron.client as c; c._connect_endpoint(c.NeutronSourceSettings())",
             "openstack cryptography",
         ),
     ],
@@ -260,9 +254,7 @@ async def test_without_its_library_a_query_says_how_to_install_it(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, missing: str
 ) -> None:
     monkeypatch.setitem(sys.modules, missing, None)
-    rest = NeutronRest(
-        lambda: connect_cloud("lab", tmp_path / "clouds.yaml", 5), timeout_s=5, max_queries=1
-    )
+    rest = NeutronRest(NeutronSourceSettings(cloud="lab", clouds_file=tmp_path / "clouds.yaml"))
     with pytest.raises(LibraryMissing) as caught:
         await rest.ports(PortQuery())
     await rest.close()
@@ -338,7 +330,7 @@ async def keystone(
         await asyncio.to_thread(clouds.write_text, json.dumps({"clouds": {"here": cloud}}))
         secure = {"clouds": {"here": {"auth": {"password": "right"}}}}
         await asyncio.to_thread(tmp_path.joinpath("secure.yaml").write_text, json.dumps(secure))
-        client = NeutronRest(lambda: connect_cloud("here", clouds, 10), timeout_s=10, max_queries=2)
+        client = NeutronRest(NeutronSourceSettings(cloud="here", clouds_file=clouds))
         try:
             yield made, client
         finally:
@@ -385,7 +377,7 @@ async def test_a_clouds_file_that_cannot_be_used_is_reported(
     clouds = tmp_path / "clouds.yaml"
     if text is not None:
         clouds.write_text(text)
-    client = NeutronRest(lambda: connect_cloud("here", clouds, 1), timeout_s=5, max_queries=1)
+    client = NeutronRest(NeutronSourceSettings(cloud="here", clouds_file=clouds))
     try:
         with pytest.raises(SourceUnavailable) as caught:
             await client.ports(PortQuery(limit=1))

@@ -11,12 +11,9 @@ import asyncio
 import json
 import re
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
-from functools import partial
 from http import HTTPStatus
-from pathlib import Path
 from threading import Lock
 from typing import Any, Final, Protocol, TypeAlias
 
@@ -95,7 +92,7 @@ def require_library() -> None:
         import keystoneauth1  # noqa: F401, PLC0415 - a part of openstacksdk that loads in no time
 
 
-def connect_endpoint(endpoint: str, timeout_s: float) -> _Adapter:
+def _connect_endpoint(settings: NeutronSourceSettings) -> _Adapter:
     """An adapter for a Neutron that takes requests without a token.
 
     Raises:
@@ -106,11 +103,11 @@ def connect_endpoint(endpoint: str, timeout_s: float) -> _Adapter:
         from keystoneauth1.noauth import NoAuth  # noqa: PLC0415 - as above
         from keystoneauth1.session import Session  # noqa: PLC0415 - as above
 
-    session = Session(auth=NoAuth(endpoint=endpoint), timeout=timeout_s, app_name="imdsproxy")
-    return Adapter(session)
+    auth = NoAuth(endpoint=settings.endpoint)
+    return Adapter(Session(auth=auth, timeout=settings.timeout_s, app_name="imdsproxy"))
 
 
-def connect_cloud(cloud: str, clouds_file: Path, timeout_s: float) -> _Adapter:
+def _connect_cloud(settings: NeutronSourceSettings) -> _Adapter:
     """An adapter for the Neutron of a cloud in a `clouds.yaml`.
 
     Only that file and a `secure.yaml` beside it are read, whatever the environment or the working directory hold.
@@ -126,56 +123,39 @@ def connect_cloud(cloud: str, clouds_file: Path, timeout_s: float) -> _Adapter:
         from openstack.exceptions import SDKException  # noqa: PLC0415 - as above
         from yaml import YAMLError  # noqa: PLC0415 - as above
 
+    clouds_file = settings.clouds_path
     try:
         # openstacksdk treats a file that it cannot read as missing.
         clouds_file.read_bytes()
-        settings = OpenStackConfig(
+        cloud = OpenStackConfig(
             config_files=[str(clouds_file)],
             secure_files=[str(clouds_file.with_name("secure.yaml"))],
             vendor_files=[],
             load_envvars=False,
             app_name="imdsproxy",
-        ).get_one(cloud=cloud, api_timeout=timeout_s)
+        ).get_one(cloud=settings.cloud, api_timeout=settings.timeout_s)
         return Adapter(
-            settings.get_session(),
+            cloud.get_session(),
             service_type="network",
-            interface=settings.get_interface("network"),
-            region_name=settings.get_region_name("network"),
-            endpoint_override=settings.get_endpoint("network"),
+            interface=cloud.get_interface("network"),
+            region_name=cloud.get_region_name("network"),
+            endpoint_override=cloud.get_endpoint("network"),
         )
     except (SDKException, ClientException, YAMLError, OSError, ValueError, TypeError) as error:
         # YAMLError: openstacksdk 4.4 does not catch it.
         raise SourceUnavailable(
-            f"the cloud {cloud} of {clouds_file} cannot be used: {_words(error)}",
+            f"the cloud {settings.cloud} of {clouds_file} cannot be used: {_words(error)}",
             hint="correct sources.neutron.cloud, or the file",
         ) from error
 
 
-def open_client(settings: NeutronSourceSettings) -> NeutronRest:
-    """A client as the settings have it; it connects with its first query."""
-    connect = (
-        partial(connect_endpoint, settings.endpoint or "", settings.timeout_s)
-        if settings.cloud is None
-        else partial(connect_cloud, settings.cloud, settings.clouds_path, settings.timeout_s)
-    )
-    return NeutronRest(connect, timeout_s=settings.timeout_s, max_queries=settings.max_queries)
-
-
 class NeutronRest:
-    """Neutron over HTTP, each query in a thread of a small pool of its own.
+    """Neutron over HTTP, each query in a thread of a small pool of its own; it connects with its first query."""
 
-    Args:
-        connect: Makes the adapter, in such a thread: `connect_cloud` or `connect_endpoint`.
-        timeout_s: What one query may take, in seconds.
-        max_queries: Threads.
-    """
-
-    def __init__(
-        self, connect: Callable[[], _Adapter], *, timeout_s: float, max_queries: int
-    ) -> None:
-        self._connect = connect
-        self._timeout_s = timeout_s
-        self._pool = ThreadPoolExecutor(max_queries, "imdsproxy-neutron")
+    def __init__(self, settings: NeutronSourceSettings) -> None:
+        self._settings = settings
+        self._timeout_s = settings.timeout_s
+        self._pool = ThreadPoolExecutor(settings.max_queries, "imdsproxy-neutron")
         self._connecting = Lock()
         self._session: _Adapter = None
 
@@ -196,7 +176,9 @@ class NeutronRest:
         ends = time.monotonic() + self._timeout_s
         with self._connecting:
             if self._session is None:
-                self._session = self._connect()
+                self._session = (
+                    _connect_endpoint if self._settings.cloud is None else _connect_cloud
+                )(self._settings)
             session = self._session
         body = self._get(session, f"{_VERSION}/ports?{render_query(query)}", ends)
         try:
