@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from ipaddress import ip_address
+from typing import TypeVar
 
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -21,6 +23,7 @@ from imdsproxy.core.model import (
 from imdsproxy.core.observation import AddressKey, Affected, Conflict, Observation
 
 SOURCES = ("file", "sqlite")
+_K = TypeVar("_K")
 _addresses = st.sampled_from(
     [ip_address(text) for text in ("10.0.0.1", "10.0.0.2", "10.0.0.3", "fe80::5054:ff:fe00:1")]
 )
@@ -64,21 +67,6 @@ def _visible(inventory: Inventory) -> dict[str, object]:
     }
 
 
-def _served(inventory: Inventory) -> dict[AddressKey, object]:
-    """What the guest at each address gets: the documents of an instance, or 503."""
-    return {
-        key: "conflict"
-        if isinstance(owner, Conflict)
-        else (
-            inventory.instances[owner],
-            tuple(
-                inventory.networks.get(port.network) for port in inventory.instances[owner].ports
-            ),
-        )
-        for key, owner in inventory.addresses()
-    }
-
-
 def _documents(inventory: Inventory) -> dict[InstanceId, object]:
     return {
         key: (instance, tuple(inventory.networks.get(port.network) for port in instance.ports))
@@ -86,7 +74,16 @@ def _documents(inventory: Inventory) -> dict[InstanceId, object]:
     }
 
 
-def _differs(before: dict[AddressKey, object], after: dict[AddressKey, object]) -> set[AddressKey]:
+def _served(inventory: Inventory) -> dict[AddressKey, object]:
+    """What the guest at each address gets: the documents of an instance, or 503."""
+    documents = _documents(inventory)
+    return {
+        key: "conflict" if isinstance(owner, Conflict) else documents[owner]
+        for key, owner in inventory.addresses()
+    }
+
+
+def _differ(before: Mapping[_K, object], after: Mapping[_K, object]) -> set[_K]:
     return {key for key in before.keys() | after.keys() if before.get(key) != after.get(key)}
 
 
@@ -105,15 +102,9 @@ class Sources(RuleBasedStateMachine):
         networks, in_sync = dict(self.inventory.networks), self.inventory.in_sync
         affected: Affected = self.inventory.observe(observation)
         self.heard.add(observation.source)
-        assert _differs(served, _served(self.inventory)) <= affected.addresses
-        now = _documents(self.inventory)
-        changed = {
-            key for key in now.keys() | documents.keys() if now.get(key) != documents.get(key)
-        }
-        assert changed <= affected.instances
-        present = dict(self.inventory.networks)
-        moved = {key for key in present.keys() | networks if present.get(key) != networks.get(key)}
-        assert moved <= affected.networks
+        assert _differ(served, _served(self.inventory)) <= affected.addresses
+        assert _differ(documents, _documents(self.inventory)) <= affected.instances
+        assert _differ(networks, self.inventory.networks) <= affected.networks
         assert affected.in_sync == (self.inventory.in_sync != in_sync)
 
     @rule(source=st.sampled_from(SOURCES), instance=_instances, again=st.booleans())

@@ -91,18 +91,6 @@ def test_settings_are_shown_as_they_load(tmp_path: Path) -> None:
     assert next(line for line in lines if "networks: [" in line).endswith(f"# {config}:9")
     told = settings_by_origin(loaded)["nova.endpoint_sets.default.endpoints[1].secret"]
     assert told == {"value": "next", "origin": f"{config}:6"}
-
-
-def test_show_says_where_a_value_was_written(tmp_path: Path) -> None:
-    config = tmp_path / "c.yaml"
-    config.write_text("log:\n  level: debug\n")
-    loaded = load_settings(config, {"IMDSPROXY_LOG__FORMAT": "json"})
-
-    lines = render_settings(loaded, with_origin=True).splitlines()
-
-    assert f"# {config}:2" in next(line for line in lines if "level: debug" in line)
-    assert "# IMDSPROXY_LOG__FORMAT" in next(line for line in lines if "format: json" in line)
-    assert settings_by_origin(loaded)["log.level"] == {"value": "debug", "origin": f"{config}:2"}
     assert settings_by_origin(loaded)["haproxy.nbthread"] == {"value": 1, "origin": "default"}
 
 

@@ -5,13 +5,11 @@ from __future__ import annotations
 import pytest
 
 from imdsproxy.core.model import (
-    BridgeListener,
     Dialect,
     Instance,
-    InterfaceListener,
     NamespaceListener,
     Network,
-    Scope,
+    NetworkId,
     Upstream,
 )
 from imdsproxy.core.records import (
@@ -207,6 +205,8 @@ def test_other_values_of_an_instance_are_read() -> None:
     off = read(dialects={"ec2": False, "nocloud": True}).dialects
     assert off == {Dialect.OPENSTACK, Dialect.NOCLOUD}
     assert read(project=None, ports=None, user_data=None, tags=None) == read()
+    network = parse_network({"id": "n", "listener": {"namespace": "ns", "device": None}})
+    assert network == Network(NetworkId("n"), NamespaceListener("ns"))
 
 
 # Nova's
@@ -248,25 +248,6 @@ def test_what_does_not_go_with_nova_is_refused(
 
 
 # Networks
-
-
-@pytest.mark.parametrize(
-    ("listener", "wanted"),
-    [
-        ({"bridge": "br0"}, BridgeListener("br0")),
-        ({"interface": "eth0.5"}, InterfaceListener("eth0.5")),
-        ({"namespace": "qdhcp-1"}, NamespaceListener("qdhcp-1")),
-        (
-            {"namespace": "ns", "device": "tap1", "manage_addresses": True},
-            NamespaceListener("ns", "tap1", manage_addresses=True),
-        ),
-        ({"namespace": "ns", "device": None}, NamespaceListener("ns")),
-    ],
-)
-def test_each_kind_of_listener_is_read(listener: object, wanted: object) -> None:
-    network = parse_network({"id": "n", "listener": listener, "scope": "router"})
-    assert isinstance(network, Network)
-    assert (network.listener, network.scope) == (wanted, Scope.ROUTER)
 
 
 _NET = "10.0.0.0/24"
