@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import base64
-import binascii
 import json
 import math
 import re
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
@@ -113,9 +113,8 @@ def _fault(address: IpAddress) -> tuple[str, str] | None:
         return "a multicast address", "no guest sends from it"
     if isinstance(address, IPv6Address):
         return _ipv6_fault(address)
-    if address == _BROADCAST or address.packed[0] == 0:
-        return "not a host's address", ""
-    return None
+    none = address == _BROADCAST or address.packed[0] == 0
+    return ("not a host's address", "") if none else None
 
 
 def _ipv6_fault(address: IPv6Address) -> tuple[str, str] | None:
@@ -124,9 +123,8 @@ def _ipv6_fault(address: IPv6Address) -> tuple[str, str] | None:
     if address.ipv4_mapped is not None:
         return "an IPv4-mapped address", f"write {address.ipv4_mapped}"
     # HAProxy spells ::/96 with dots (inet_ntop) and Python with colons: the map would never match.
-    if int(address) >> 32 == 0:
-        return "an IPv4-compatible address (RFC 4291 retired them)", ""
-    return None
+    compatible = int(address) >> 32 == 0
+    return ("an IPv4-compatible address (RFC 4291 retired them)", "") if compatible else None
 
 
 def parse_cidr(field: Field) -> IpNetwork:
@@ -217,10 +215,8 @@ class _Base64:
 
 def _decode_base64(field: Field) -> bytes:
     if isinstance(field.value, str):
-        try:
+        with suppress(ValueError):
             return base64.b64decode(field.value, validate=True)
-        except (binascii.Error, ValueError):
-            pass  # refused below, with everything else that is no base64
     raise field.error("is not base64 (RFC 4648 §4)", "A-Z a-z 0-9 + / and = at the end")
 
 
@@ -263,18 +259,11 @@ def _parse_vendor_data(field: Field) -> bytes | None:
         return _bounded(field, json.dumps(value, ensure_ascii=False).encode())
     if isinstance(value, str):
         return _bounded(field, _encode(field, value))
-    if isinstance(value, bytes) and _is_utf8(value):
-        return _bounded(field, value)
+    if isinstance(value, bytes):
+        with suppress(UnicodeDecodeError):
+            return _bounded(field, value.decode().encode())
     hint = "binary data and bare numbers do not go here"
     raise field.error("expected text or a mapping", hint)
-
-
-def _is_utf8(payload: bytes) -> bool:
-    try:
-        payload.decode()
-    except UnicodeDecodeError:
-        return False
-    return True
 
 
 def _bounded(field: Field, payload: bytes) -> bytes:
