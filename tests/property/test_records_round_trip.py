@@ -15,7 +15,7 @@ from imdsproxy.core.records import (
     parse_records,
     render_record,
 )
-from imdsproxy.sources.file.strict_json import decode_json
+from imdsproxy.sources.file.record_file import decode_json
 from support.record_strategies import instances, networks
 
 

@@ -18,7 +18,6 @@ from imdsproxy.core.model import (
 )
 from imdsproxy.core.observation import RecordSet
 from imdsproxy.errors import Problem
-from imdsproxy.sources.api import Origin
 from imdsproxy.sources.libvirt.records import LibvirtKnown, NetworkXml, Selection
 from imdsproxy.sources.libvirt.xml import METADATA_URI
 from support.libvirt_backing import domain_xml, uuid_of
@@ -226,8 +225,8 @@ def test_a_domain_keeps_its_record_when_its_element_breaks_or_another_claims_the
     assert "domain web" in problems["domain clone", "instance.id"].reason
     assert "192.168.122.5" in problems["domain thief", "instance.ports[0].addresses[0]"].reason
     (instance,) = found.instances
-    assert found.origin_of_port(instance) == Origin("instance.ports", "domain web")
-    assert found.origin_of_port(type(instance)("nobody")) is None
+    assert found.place_of(instance) == "domain web"
+    assert found.place_of(type(instance)("nobody")) is None
 
 
 def test_guests_on_a_bridge_of_the_hosts_are_in_one_network_that_the_operator_adds() -> None:

@@ -6,8 +6,8 @@ import pytest
 
 from imdsproxy.core.observation import Observation, RecordSet
 from imdsproxy.errors import Problem
+from imdsproxy.sources.api import Reports
 from imdsproxy.sources.neutron.source import load_cache, open_cache
-from imdsproxy.sources.reports import Reports
 from support.fake_neutron import neutron_port
 from support.record_builders import instance
 

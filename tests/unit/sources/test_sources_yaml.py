@@ -4,7 +4,7 @@ import pytest
 
 from imdsproxy.config.strict_yaml import Decoded, Undecodable, decode_yaml
 from imdsproxy.core.records import render_path
-from imdsproxy.sources.file.strict_json import decode_json
+from imdsproxy.sources.file.record_file import decode_json
 
 
 def decoded(text: str) -> Decoded:

@@ -14,9 +14,8 @@ from imdsproxy.core.packed import PackedInstance, PackedInstances
 from imdsproxy.core.timing import Progress
 from imdsproxy.errors import Problem
 from imdsproxy.host.inotify import Watch
-from imdsproxy.sources.api import Origin, Publish
+from imdsproxy.sources.api import Origin, Publish, Reports, publish_in_pieces
 from imdsproxy.sources.file.directory import Directory, Reading, open_last_good
-from imdsproxy.sources.reports import Reports, publish_in_pieces
 
 _UNWATCHED_S: Final = 1.0
 """How often to look where inotify cannot be used."""

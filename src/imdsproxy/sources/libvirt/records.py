@@ -13,7 +13,6 @@ from imdsproxy.core.model import ID_PATTERN, Instance, InstanceId, Network, Netw
 from imdsproxy.core.observation import RecordSet
 from imdsproxy.core.records import Json, Path, Refused, parse_instance, parse_network
 from imdsproxy.errors import Problem
-from imdsproxy.sources.api import Origin
 from imdsproxy.sources.in_force import Entry, InForce
 from imdsproxy.sources.libvirt.xml import (
     ROUTING,
@@ -204,11 +203,11 @@ class LibvirtKnown:
         unreadable = (problem for found in self._unreadable.values() for problem in found)
         return (*self._network_problems, *unreadable, *self._instances.problems())
 
-    def origin_of_port(self, instance: InstanceId) -> Origin | None:
-        """The domain whose record is in force."""
+    def place_of(self, instance: InstanceId) -> str | None:
+        """The domain whose record is in force, for problems."""
         entry = self._instances.entry_of(instance)
         domain = None if entry is None else self._domains.get(entry.file)
-        return None if domain is None else Origin("instance.ports", domain.place)
+        return None if domain is None else domain.place
 
     def update(
         self,

@@ -10,10 +10,9 @@ from imdsproxy.core.model import InstanceId
 from imdsproxy.core.observation import RecordSet
 from imdsproxy.core.timing import Backoff
 from imdsproxy.errors import Problem, SourceUnavailable
-from imdsproxy.sources.api import Origin, Publish
+from imdsproxy.sources.api import Origin, Publish, Reports
 from imdsproxy.sources.libvirt.client import LibvirtClient, LibvirtEvents
 from imdsproxy.sources.libvirt.records import LibvirtKnown, Selection
-from imdsproxy.sources.reports import Reports
 from imdsproxy.sources.settings import LibvirtSourceSettings
 
 
@@ -47,7 +46,8 @@ class LibvirtSource:
 
     def origin_of_port(self, instance: InstanceId, number: int) -> Origin | None:  # noqa: ARG002 - the interface
         """The domain that the port is of."""
-        return self._known.origin_of_port(instance)
+        place = self._known.place_of(instance)
+        return None if place is None else Origin("instance.ports", place)
 
     async def run(self, publish: Publish) -> None:
         """Report until cancelled."""

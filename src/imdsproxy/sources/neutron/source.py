@@ -26,13 +26,13 @@ from imdsproxy.sources.api import (
     Origin,
     PortFound,
     Publish,
+    Reports,
 )
 from imdsproxy.sources.neutron.client import NeutronClient
 from imdsproxy.sources.neutron.known import KnownPorts, Route
 from imdsproxy.sources.neutron.look_ups import LookUpResult, LookUps
 from imdsproxy.sources.neutron.ports import NeutronPort, PortQuery, parse_ports, render_port
 from imdsproxy.sources.neutron.queries import Queries, QueryResult
-from imdsproxy.sources.reports import Reports
 from imdsproxy.sources.settings import NeutronSourceSettings
 from imdsproxy.sources.sqlite_file import SideCache
 

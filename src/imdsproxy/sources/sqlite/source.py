@@ -13,8 +13,7 @@ from imdsproxy.core.model import Instance, InstanceId, Network, NetworkId
 from imdsproxy.core.observation import RecordSet
 from imdsproxy.core.timing import Progress
 from imdsproxy.errors import Problem, SourceError, SourceUnavailable
-from imdsproxy.sources.api import Origin, Publish, Tally, Written
-from imdsproxy.sources.reports import Reports, publish_in_pieces
+from imdsproxy.sources.api import Origin, Publish, Reports, Tally, Written, publish_in_pieces
 from imdsproxy.sources.sqlite.store import Contents, Store
 
 _T = TypeVar("_T")
