@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 from collections import Counter
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, TypeAlias
 
@@ -17,7 +17,7 @@ from imdsproxy.core.haproxy.runtime import Processes, parse_failure
 from imdsproxy.core.wire import PROBE_PATH
 from imdsproxy.dataplane.launch import Launcher
 from imdsproxy.dataplane.layout import Layout
-from imdsproxy.dataplane.master import MasterClient
+from imdsproxy.dataplane.master import MasterClient, exchange
 from imdsproxy.dataplane.records import RecordApplier, Writer
 from imdsproxy.errors import (
     ConfigRejected,
@@ -96,14 +96,13 @@ class Haproxy:
         await self.records.adopt()
         return True
 
-    async def apply(self, spec: DataplaneSpec, checking: DataplaneSpec, reason: str) -> bool:
+    async def apply(self, spec: DataplaneSpec, reason: str) -> bool:
         """Have HAProxy run with this configuration; whether anything had to be done.
 
         Where none runs, starting it is the check: there is nothing that a refused file could take the place of.
 
         Args:
             spec: What is wanted.
-            checking: The same with an empty records map, for `haproxy -c`.
             reason: Why, for the log and `status`.
 
         Raises:
@@ -118,7 +117,7 @@ class Haproxy:
         loop = asyncio.get_running_loop()
         began = loop.time()
         if self.processes is not None:
-            await self._check(render_config(checking), text, reason)
+            await self._check(spec, text, reason)
         async with self.records.lock:
             self.write(self.layout.config, text.encode())
             if self.processes is None:
@@ -148,21 +147,12 @@ class Haproxy:
         return await self._fetch(PROBE_PATH, _DOCUMENT_DEADLINE_S)
 
     async def _fetch(self, path: str, deadline_s: float) -> tuple[int | None, bytes]:
-        writer: asyncio.StreamWriter | None = None
+        request = f"GET {path} HTTP/1.1\r\nHost: probe\r\nConnection: close\r\n\r\n"
         try:
-            async with asyncio.timeout(deadline_s):
-                reader, writer = await asyncio.open_unix_connection(str(self.layout.probe_socket))
-                writer.write(
-                    f"GET {path} HTTP/1.1\r\nHost: probe\r\nConnection: close\r\n\r\n".encode()
-                )
-                head, _, body = (await reader.read()).partition(b"\r\n\r\n")
-        except (TimeoutError, OSError):
+            answer = await exchange(self.layout.probe_socket, request, deadline_s)
+        except OSError:
             return None, b""
-        finally:
-            if writer is not None:
-                writer.close()
-                with contextlib.suppress(OSError):
-                    await writer.wait_closed()
+        head, _, body = answer.partition(b"\r\n\r\n")
         words = head.split(maxsplit=2)
         return (int(words[1]) if len(words) > 1 and words[1].isdigit() else None), body
 
@@ -194,7 +184,10 @@ class Haproxy:
         except OSError as error:
             raise HostRefused(f"cannot read {self.layout.config}: {error.strerror}") from error
 
-    async def _check(self, candidate: str, text: str, reason: str) -> None:
+    async def _check(self, spec: DataplaneSpec, text: str, reason: str) -> None:
+        # The content of records is not checked.
+        paths = replace(spec.paths, base_map=str(self.layout.empty_map))
+        candidate = render_config(replace(spec, paths=paths))
         self.write(self.layout.candidate, candidate.encode())
         candidate_file = str(self.layout.candidate)
         status, words = await run_program(

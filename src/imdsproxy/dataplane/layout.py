@@ -143,11 +143,11 @@ class Layout:
     passwords = _Below("passwords", state=True)
     """What guests posted."""
 
-    def haproxy_paths(self, *, checking: bool = False) -> Paths:
-        """The paths as the configuration names them; `checking` puts an empty map in the records' place."""
+    def haproxy_paths(self) -> Paths:
+        """The paths as the configuration names them."""
         inside = (lambda path: f"/{path.name}") if self.chroot else str
         return Paths(
-            base_map=str(self.empty_map if checking else self.base_map),
+            base_map=str(self.base_map),
             overlay_map=str(self.overlay_map),
             unavailable=str(self.unavailable),
             probe=str(self.probe_socket),

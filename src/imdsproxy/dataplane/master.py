@@ -191,47 +191,50 @@ class MasterClient:
             raise CommandRefused(f"{command}: {answer[:500]}")
 
     async def _send(self, line: str, deadline_s: float) -> str:
-        writer: asyncio.StreamWriter | None = None
+        command = repr(line.partition(" <<")[0])
         try:
-            async with asyncio.timeout(deadline_s):
-                reader, writer = await asyncio.open_unix_connection(str(self._path))
-                writer.write(f"{line}\n".encode())
-                # The end of our side shows HAProxy that no other command follows.
-                writer.write_eof()
-                answer = await _read_answer(reader)
-        except TimeoutError as error:
-            self.commands["failed"] += 1
-            raise RuntimeUnavailable(
-                f"HAProxy's master at {self._path} gave no answer to {line.partition(' <<')[0]!r} in {deadline_s:g} s"
-            ) from error
+            answer = await exchange(self._path, f"{line}\n", deadline_s, end=True)
         except OSError as error:
             self.commands["failed"] += 1
-            raise RuntimeUnavailable(
-                f"HAProxy's master at {self._path} cannot be reached: {error}"
-            ) from error
-        finally:
-            if writer is not None:
-                writer.close()
-                with contextlib.suppress(OSError):
-                    await writer.wait_closed()
+            late = f"gave no answer to {command} in {deadline_s:g} s"
+            why = late if isinstance(error, TimeoutError) else f"cannot be reached: {error}"
+            raise RuntimeUnavailable(f"HAProxy's master at {self._path} {why}") from error
         self.commands["ok" if answer else "failed"] += 1
         if not answer:
             # Even "done" is a line break: an end without one is a process that went away.
-            raise RuntimeUnavailable(
-                f"HAProxy's master at {self._path} hung up on {line.partition(' <<')[0]!r}"
-            )
+            raise RuntimeUnavailable(f"HAProxy's master at {self._path} hung up on {command}")
         return answer.decode("utf-8", "replace")
 
 
-async def _read_answer(reader: asyncio.StreamReader) -> bytes:
-    """Everything until the end of the connection.
+async def exchange(path: Path, request: str, deadline_s: float, *, end: bool = False) -> bytes:
+    """Everything that is answered on a unix socket until the end of the connection.
 
-    After a refusal of the target's pid the master may miss that our side has ended, and would keep the connection
-    open until a time-out.
+    Args:
+        path: The socket.
+        request: All that is sent.
+        deadline_s: How long all of it may take.
+        end: Show that nothing else follows, by an end of our side.
+
+    Raises:
+        OSError: Nothing answers there; `TimeoutError` where it takes too long.
     """
-    answer = b""
-    while chunk := await reader.read(65_536):
-        answer += chunk
-        if answer.startswith(b"Can't ") and answer.endswith(b"\n"):
-            break
-    return answer
+    writer: asyncio.StreamWriter | None = None
+    try:
+        async with asyncio.timeout(deadline_s):
+            reader, writer = await asyncio.open_unix_connection(str(path))
+            writer.write(request.encode())
+            if end:
+                writer.write_eof()
+            answer = b""
+            while chunk := await reader.read(65_536):
+                answer += chunk
+                # After a refusal of the target's pid the master may miss that our side has ended, and would keep the
+                # connection open until a time-out.
+                if answer.startswith(b"Can't ") and answer.endswith(b"\n"):
+                    break
+            return answer
+    finally:
+        if writer is not None:
+            writer.close()
+            with contextlib.suppress(OSError):
+                await writer.wait_closed()

@@ -292,8 +292,8 @@ class ListenerLoop:
         before = bound_path(self.haproxy.in_force() or "")
         spec = self.spec()
         if self.unix.rebind:
-            await self._bring(replace(spec, unix=None), reasons)
-        changed = await self._bring(spec, reasons)
+            await self.haproxy.apply(replace(spec, unix=None), ", ".join(reasons))
+        changed = await self.haproxy.apply(spec, ", ".join(reasons))
         await self.mac_filters.settle(self._listening, sweep=self.inventory.in_sync)
         await self.hop_limits.sweep()
         self.exporter.in_force = spec.exporter
@@ -308,10 +308,6 @@ class ListenerLoop:
                 took_ms=round(done.seconds * 1000),
             )
         return endpoints
-
-    async def _bring(self, spec: DataplaneSpec, reasons: tuple[str, ...]) -> bool:
-        checking = replace(spec, paths=self.layout.haproxy_paths(checking=True))
-        return await self.haproxy.apply(spec, checking, ", ".join(reasons))
 
     def _log_new(self, before: ListenerReport, known: frozenset[LeftOut]) -> None:
         """Log what is new since the last round, not what was known."""

@@ -37,7 +37,7 @@ class Rig:
         return DataplaneSpec(binds, self.layout.haproxy_paths())
 
     async def apply(self, *networks: str) -> bool:
-        return await self.haproxy.apply(self.spec(*networks), self.spec(*networks), "a test")
+        return await self.haproxy.apply(self.spec(*networks), "a test")
 
     def judge(self, script: str) -> None:
         """The output of `haproxy -c` from now on."""
@@ -152,7 +152,7 @@ async def test_a_master_that_runs_already_is_adopted_with_its_configuration(tmp_
             SystemClock(),
         )
         assert await successor.adopt()
-        assert not await successor.apply(rig.spec("red"), rig.spec("red"), "start")
+        assert not await successor.apply(rig.spec("red"), "start")
         assert rig.launcher.started == 1
         assert rig.fake.reloads == 0
 
