@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from imdsproxy.errors import ConfigInvalid, ConfigUnreadable, Problem
@@ -69,17 +69,60 @@ def parse_ini(text: str, file: str) -> tuple[IniOption, ...]:
         ConfigInvalid: A line is neither section, option, comment, nor goes on with an option before it, or an option
             stands before the first section.
     """
-    reader = _Reader(file)
-    for number, line in enumerate(_LINE_END.split(text), 1):
-        reader.read(number, line.rstrip())
-    reader.finish()
-    if reader.problems:
-        count = len(reader.problems)
+    options: list[IniOption] = []
+    problems: list[Problem] = []
+    section: str | None = None
+    goes_on = False
+    for number, raw in enumerate(_LINE_END.split(text), 1):
+        line = raw.rstrip()
+        if goes_on and line and line[0] in " \t":
+            value = f"{options[-1].value}\n{line.lstrip()}"
+            options[-1] = replace(options[-1], value=value)
+            continue
+        goes_on = False
+        name, value, fault = _read_line(line)
+        if fault is not None:
+            problems.append(Problem(_LINE, *fault, file=file, line=number))
+        elif line[:1] == "[":
+            section = name if name == DEFAULT_SECTION else name.lower()
+        elif name:
+            options.append(IniOption(section or "", name, value, file, number))
+            goes_on = True
+    for option in options:
+        if not option.section:
+            hint = "begin with [DEFAULT]"
+            fault = "stands before the first section", hint
+        elif any(ord(letter) < ord(" ") and letter not in "\n\t" for letter in option.value):
+            fault = "has a control character", ""
+        else:
+            continue
+        problems.append(Problem(option.name, *fault, file=file, line=option.line))
+    if problems:
+        count = len(problems)
         raise ConfigInvalid(
             f"{file} is no ini file of OpenStack: {count} line{'s' if count > 1 else ''} cannot be read",
-            problems=reader.problems[:_MAX_PROBLEMS],
+            problems=sorted(problems, key=lambda problem: problem.line or 0)[:_MAX_PROBLEMS],
         )
-    return tuple(reader.options)
+    return tuple(options)
+
+
+def _read_line(line: str) -> tuple[str, str, tuple[str, str] | None]:
+    """A section's name or an option's name and value, or why it is neither; nothing of a comment or a blank line."""
+    if not line or line[0] in "#;":
+        return "", "", None
+    if line[0] in " \t":
+        return "", "", ("goes on with an option, and none is before it", "")
+    if line[0] == "[":
+        if line[-1] != "]":
+            return "", "", ("has no ] at its end", "[SECTION]")
+        return line[1:-1], "", None if line[1:-1] else ("has no name between [ and ]", "[SECTION]")
+    sign = re.search("[=:]", line)
+    if sign is None:
+        return "", "", ("is no section, option or comment", "NAME = VALUE")
+    name, value = line[: sign.start()].strip(), line[sign.end() :].strip()
+    if value and value[0] == value[-1] and value[0] in "\"'":
+        value = value[1:-1]
+    return name, value, None if name else ("has no name before the sign", "NAME = VALUE")
 
 
 def find_option(
@@ -124,75 +167,3 @@ def expand_value(value: str, look_up: Callable[[str], str | None], *, depth: int
         return expand_value(other, look_up, depth=depth + 1)
 
     return _REFERENCE.sub(put, value.replace("\\$", "$$"))
-
-
-class _Reader:
-    """One pass over the lines; an option is complete when something else than its next line comes."""
-
-    def __init__(self, file: str) -> None:
-        self.file = file
-        self.options: list[IniOption] = []
-        self.problems: list[Problem] = []
-        self._section: str | None = None
-        self._open: tuple[str, int, list[str]] | None = None
-
-    def read(self, number: int, line: str) -> None:
-        if not line:
-            self.finish()
-        elif line[0] in " \t":
-            self._go_on(number, line.lstrip())
-        else:
-            self.finish()
-            self._begin(number, line)
-
-    def finish(self) -> None:
-        if self._open is None:
-            return
-        name, number, lines = self._open
-        self._open = None
-        value = "\n".join(lines)
-        if self._section is None:
-            self._refuse(number, name, "stands before the first section", "begin with [DEFAULT]")
-        elif any(ord(letter) < ord(" ") and letter not in "\n\t" for letter in value):
-            self._refuse(number, name, "has a control character")
-        else:
-            self.options.append(IniOption(self._section, name, value, self.file, number))
-
-    def _go_on(self, number: int, line: str) -> None:
-        if self._open is None:
-            self._refuse(number, _LINE, "goes on with an option, and none is before it")
-        else:
-            self._open[2].append(line)
-
-    def _begin(self, number: int, line: str) -> None:
-        if line[0] in "#;":
-            return
-        if line[0] == "[":
-            self._begin_section(number, line)
-            return
-        at = min((at for at in (line.find("="), line.find(":")) if at >= 0), default=-1)
-        name, value = line[:at].strip(), line[at + 1 :].strip()
-        if at < 0:
-            self._refuse(number, _LINE, "is no section, option or comment", "NAME = VALUE")
-        elif not name:
-            self._refuse(number, _LINE, "has no name before the sign", "NAME = VALUE")
-        else:
-            self._open = name, number, [_unquoted(value)]
-
-    def _begin_section(self, number: int, line: str) -> None:
-        if line[-1] != "]":
-            self._refuse(number, _LINE, "has no ] at its end", "[SECTION]")
-        elif len(line) == len("[]"):
-            self._refuse(number, _LINE, "has no name between [ and ]", "[SECTION]")
-        else:
-            name = line[1:-1]
-            self._section = name if name == DEFAULT_SECTION else name.lower()
-
-    def _refuse(self, number: int, what: str, reason: str, hint: str = "") -> None:
-        self.problems.append(Problem(what, reason, hint, self.file, number))
-
-
-def _unquoted(value: str) -> str:
-    if value and value[0] == value[-1] and value[0] in "\"'":
-        return value[1:-1]
-    return value
