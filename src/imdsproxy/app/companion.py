@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import signal
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +14,6 @@ import structlog
 from imdsproxy.core.timing import Backoff
 from imdsproxy.dataplane.launch import UNIT_S, wait_gone
 from imdsproxy.errors import DataplaneError, HostRefused, Problem
-from imdsproxy.host.files import limit_log, open_log
 from imdsproxy.host.process import (
     Doubt,
     ProcessHandle,
@@ -23,7 +21,7 @@ from imdsproxy.host.process import (
     read_rests,
     read_stat,
     run_program,
-    spawn_detached,
+    spawn_logged,
 )
 from imdsproxy.serving.pidfile import DocumentProcesses, read_pids, stop_documents
 
@@ -153,15 +151,7 @@ class SpawnCompanion(CompanionLauncher):
 
     async def start(self) -> None:
         """See `CompanionLauncher.start`."""
-        limit_log(self.log)
-        offset = self.log.stat().st_size if self.log.exists() else 0
-        with os.fdopen(open_log(self.log), "ab") as sink:
-            child = spawn_detached(
-                self.arguments,
-                stdout=sink.fileno(),
-                stderr=sink.fileno(),
-                environment=self.environment,
-            )
+        child, offset = spawn_logged(self.arguments, self.log, self.environment)
         self.child = child
         loop = asyncio.get_running_loop()
         deadline = loop.time() + _START_DEADLINE_S

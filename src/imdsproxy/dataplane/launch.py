@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import shutil
 import signal
 from collections.abc import Awaitable, Callable
@@ -21,13 +20,13 @@ from imdsproxy.core.haproxy.runtime import (
 from imdsproxy.dataplane.layout import Layout
 from imdsproxy.dataplane.master import MasterClient
 from imdsproxy.errors import ConfigRejected, HaproxyMissing, HostRefused, RuntimeUnavailable
-from imdsproxy.host.files import limit_log, open_log, write_atomic
+from imdsproxy.host.files import write_atomic
 from imdsproxy.host.process import (
     ProcessHandle,
     find_processes,
     open_process,
     run_program,
-    spawn_detached,
+    spawn_logged,
 )
 
 MINIMUM: Final = Version(3, 0)
@@ -176,12 +175,7 @@ class SpawnLauncher(Launcher):
     async def start(self) -> Processes:
         """See `Launcher.start`."""
         log = self.layout.haproxy_log
-        limit_log(log)
-        offset = log.stat().st_size if log.exists() else 0
-        with os.fdopen(open_log(log), "ab") as sink:
-            child = spawn_detached(
-                self.arguments(), stdout=sink.fileno(), stderr=sink.fileno(), environment={}
-            )
+        child, offset = spawn_logged(self.arguments(), log, {})
 
         async def ended() -> str | None:
             if child.alive():

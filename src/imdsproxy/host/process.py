@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Final
 
 from imdsproxy.errors import HostRefused
+from imdsproxy.host.files import limit_log, open_log
 from imdsproxy.host.refusal import host_refused
 
 PROC: Final = Path("/proc")
@@ -238,24 +239,30 @@ def find_processes(program: str, arguments: AbstractSet[str]) -> list[ProcessHan
     return found
 
 
+def spawn_logged(
+    arguments: Sequence[str], log: Path, environment: Mapping[str, str]
+) -> tuple[ProcessHandle, int]:
+    """Start a process whose output goes to the end of a log (`spawn_detached`); also where in the log that begins.
+
+    Raises:
+        HostRefused: It could not be started.
+        OSError: The log cannot be opened.
+    """
+    limit_log(log)
+    offset = log.stat().st_size if log.exists() else 0
+    with os.fdopen(open_log(log), "ab") as sink:
+        return spawn_detached(arguments, output=sink.fileno(), environment=environment), offset
+
+
 def spawn_detached(
-    arguments: Sequence[str],
-    *,
-    stdout: int,
-    stderr: int,
-    environment: Mapping[str, str],
-    directory: Path = Path("/"),
-    pass_fds: Sequence[int] = (),
+    arguments: Sequence[str], *, output: int, environment: Mapping[str, str]
 ) -> ProcessHandle:
     """Start a process in a session of its own, that our end and our terminal's do not touch.
 
     Args:
         arguments: The program's path and its arguments; no shell is involved.
-        stdout: Open descriptor for its standard output.
-        stderr: The same for its standard error.
+        output: Open descriptor for its standard output and error.
         environment: All of its environment.
-        directory: Its working directory.
-        pass_fds: Descriptors that it inherits beside the three standard ones.
 
     Raises:
         HostRefused: It could not be started.
@@ -264,12 +271,10 @@ def spawn_detached(
         child = subprocess.Popen(
             list(arguments),
             stdin=subprocess.DEVNULL,
-            stdout=stdout,
-            stderr=stderr,
+            stdout=output,
+            stderr=output,
             env=dict(environment),
-            cwd=directory,
-            close_fds=True,
-            pass_fds=tuple(pass_fds),
+            cwd="/",
             start_new_session=True,
         )
     except OSError as error:

@@ -367,15 +367,11 @@ class NamespaceWatch(Stream[tuple[NamespaceRef, bool]]):
 
     Args:
         directory: What to watch.
-        rescan_delay_s: At most so long after an event the whole directory is looked at.
     """
 
-    def __init__(
-        self, directory: NamespaceDirectory, *, rescan_delay_s: float = _RESCAN_DELAY_S
-    ) -> None:
+    def __init__(self, directory: NamespaceDirectory) -> None:
         super().__init__()
         self._directory = directory
-        self._rescan_delay_s = rescan_delay_s
         self._current: dict[str, NamespaceRef] = {}
         self._pending: set[str] = set()
         self._rescan: asyncio.TimerHandle | None = None
@@ -429,7 +425,7 @@ class NamespaceWatch(Stream[tuple[NamespaceRef, bool]]):
         for name in sorted(self._pending):
             self._entry(name)
         if self._rescan is None:
-            self._rescan = self._loop.call_later(self._rescan_delay_s, self._look_later)
+            self._rescan = self._loop.call_later(_RESCAN_DELAY_S, self._look_later)
 
     def _entry(self, name: str, *, replaced: bool = False) -> None:
         """Check what a name leads to now, and report a change.

@@ -40,8 +40,7 @@ class _Spawner:
         try:
             handle = spawn_detached(
                 (sys.executable, "-c", code, *arguments),
-                stdout=writing,
-                stderr=writing,
+                output=writing,
                 environment={"WORD": "one"},
             )
         finally:
@@ -87,7 +86,7 @@ def test_a_detached_process_has_a_session_and_an_environment_of_its_own(spawn: _
 
 def test_a_program_that_is_missing_is_refused_by_name() -> None:
     with pytest.raises(HostRefused, match=r"cannot start /no/such: .*ENOENT"):
-        spawn_detached(("/no/such",), stdout=1, stderr=2, environment={})
+        spawn_detached(("/no/such",), output=1, environment={})
 
 
 async def test_waiting_gives_the_exit_status_to_everybody_who_waits(spawn: _Spawner) -> None:
