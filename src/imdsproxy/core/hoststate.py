@@ -152,7 +152,6 @@ class ListeningSocket:
     port: int
     device: str | None
     inode: int
-    uid: int
     v6_only: bool = False
     owners: tuple[SocketOwner, ...] = ()
     ours: bool = False

@@ -44,7 +44,6 @@ class NetlinkRefused(OSError):
     def __init__(self, number: int, words: str = "") -> None:
         meaning = os.strerror(number)
         super().__init__(number, f"{meaning}: {words}" if words else meaning)
-        self.words = words
 
 
 @dataclass(frozen=True, slots=True)

@@ -74,7 +74,7 @@ def listening_sockets(
 def _parse_socket(payload: bytes, names: dict[int, str]) -> ListeningSocket:
     fields = _ANSWER.unpack_from(payload)
     family, sport, source, index = fields[0], fields[4], fields[6], fields[8]
-    uid, inode = fields[13], fields[14]
+    inode = fields[14]
     address: IpAddress
     if family == socket.AF_INET:
         address = IPv4Address(source[:4])
@@ -87,7 +87,6 @@ def _parse_socket(payload: bytes, names: dict[int, str]) -> ListeningSocket:
         port=socket.ntohs(sport),
         device=names.get(index, str(index)) if index else None,
         inode=inode,
-        uid=uid,
         v6_only=only != b"\0",
     )
 

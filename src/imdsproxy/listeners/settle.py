@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,7 +14,7 @@ import structlog
 from imdsproxy.core.hostnames import Naming
 from imdsproxy.core.hoststate import ObservedHost, merge_observed
 from imdsproxy.core.inventory import Inventory
-from imdsproxy.core.model import BridgeListener, Network, NetworkId
+from imdsproxy.core.model import Network, NetworkId
 from imdsproxy.core.records import Refused, parse_network, render_record
 from imdsproxy.errors import HostRefused, Problem
 from imdsproxy.listeners.endpoints import ListenerPlan
@@ -95,40 +95,22 @@ class HostSettler:
             self.operations["failed"] += len(failures)
             self.operations["ok"] += len(plan.ops) - len(failures)
         problems += tuple(Problem("host", one.reason, one.hint) for one in failures)
-        if _has_bridges(networks):
-            problems += await self._divert(networks, observed)
+        diversions = plan_diversions(networks, observed, self.naming)
+        problems += await _problems_of(self.host.apply_diversions(diversions))
         return explain_pending(plan, failures), problems, operations
 
     async def _guard_and_observe(
         self, networks: Mapping[NetworkId, Network]
     ) -> tuple[tuple[Problem, ...], ObservedHost]:
         """Both at once: a look changes nothing, and nft takes its time."""
-        guarding = asyncio.get_running_loop().create_task(self._guard_arp(networks))
+        # First of all: from the moment that an address is there, the host answers for it.
+        devices = answering_devices(networks.values())
+        guarding = asyncio.create_task(_problems_of(self.host.apply_arp_guard(devices)))
         try:
             observed = await self._observe(networks)
             return await guarding, observed
         finally:
             guarding.cancel()
-
-    async def _guard_arp(self, networks: Mapping[NetworkId, Network]) -> tuple[Problem, ...]:
-        # First of all: from the moment that an address is there, the host answers for it.
-        problems: tuple[Problem, ...] = ()
-        try:
-            await self.host.apply_arp_guard(answering_devices(networks.values()))
-        except HostRefused as error:
-            problems = (Problem("host", error.message, error.hint),)
-        if not _has_bridges(networks):
-            problems += await self._divert(networks, ObservedHost())
-        return problems
-
-    async def _divert(
-        self, networks: Mapping[NetworkId, Network], observed: ObservedHost
-    ) -> tuple[Problem, ...]:
-        try:
-            await self.host.apply_diversions(plan_diversions(networks, observed, self.naming))
-        except HostRefused as error:
-            return (Problem("host", error.message, error.hint),)
-        return ()
 
     async def _observe(self, networks: Mapping[NetworkId, Network]) -> ObservedHost:
         """Look at all of the host, or at what may have changed and lay it over what was known."""
@@ -157,8 +139,12 @@ class HostSettler:
         return merge_observed(self.seen, part)
 
 
-def _has_bridges(networks: Mapping[NetworkId, Network]) -> bool:
-    return any(isinstance(one.listener, BridgeListener) for one in networks.values())
+async def _problems_of(work: Coroutine[object, object, None]) -> tuple[Problem, ...]:
+    try:
+        await work
+    except HostRefused as error:
+        return (Problem("host", error.message, error.hint),)
+    return ()
 
 
 @dataclass(slots=True)

@@ -260,7 +260,7 @@ def test_an_agent_whose_socket_haproxy_has_replaced_is_not_who_is_reached(tmp_pa
 
 
 _CONFIG = Path("/run/imdsproxy/haproxy.cfg")
-_SOCKET = ListeningSocket(METADATA_IPV4, 80, None, 55, 0)
+_SOCKET = ListeningSocket(METADATA_IPV4, 80, None, 55)
 
 
 @pytest.mark.parametrize(

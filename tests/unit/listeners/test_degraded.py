@@ -15,7 +15,7 @@ from imdsproxy.listeners.endpoints import find_degraded
 RED, BLUE = NetworkId("red"), NetworkId("blue")
 NETWORK = Network(RED, NamespaceListener("red"))
 V4, V6 = (Endpoint(RED, family.metadata_address, 80, None, None) for family in Family)
-OTHER = ListeningSocket(METADATA_IPV4, 80, None, 7, 0, owners=(SocketOwner(42, "python3"),))
+OTHER = ListeningSocket(METADATA_IPV4, 80, None, 7, owners=(SocketOwner(42, "python3"),))
 
 
 def _left(code: LeftOutCode, family: Family | None) -> LeftOut:

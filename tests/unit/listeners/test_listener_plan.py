@@ -276,7 +276,7 @@ def test_an_interface_gets_addresses_and_is_bound_to() -> None:
 
 def _socket(address: str, device: str | None = None, *, ours: bool = False) -> ListeningSocket:
     owner = SocketOwner(41, "nginx")
-    return ListeningSocket(ip_address(address), 80, device, 5, 0, owners=(owner,), ours=ours)
+    return ListeningSocket(ip_address(address), 80, device, 5, owners=(owner,), ours=ours)
 
 
 def test_a_port_in_use_leaves_the_family_out_and_names_the_process() -> None:
