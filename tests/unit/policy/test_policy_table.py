@@ -66,14 +66,3 @@ def test_each_part_is_read_from_the_word_as_it_was_written(
         elif isinstance(rule.part, Field):
             assert rule.part.read(word) == ("" if value is None else str(value))
     assert policy_word.EPOCH.read(word) == str(guard.epoch or "")
-
-
-def test_haproxy_counts_letters_from_the_plus_and_fields_by_colons() -> None:
-    assert policy_word.TOKENS.sample == "var(txn.policy),bytes(3,1)"
-    assert policy_word.HOP_LIMIT.sample == "var(txn.policy),field(4,:)"
-    record = "var(sess.record),field(1,|)"
-    assert policy_word.CONNECTIONS.of(record) == "var(sess.record),field(1,|),field(7,:)"
-
-
-def test_a_field_is_replaced_alone() -> None:
-    assert policy_word.HOP_LIMIT.replace("+1tooo---::0:64:1:2:3", "0") == "+1tooo---::0:0:1:2:3"

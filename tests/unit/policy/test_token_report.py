@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 
 from imdsproxy.core.haproxy.counting import CountedRow
@@ -30,28 +32,27 @@ def _reader(looks: int, refused: int = 0, *, age_s: float = 1.0) -> CountedRow:
     return CountedRow(("blue", "web", "latest/user-data", "curl/8"), looks, refused, age_s)
 
 
-def test_the_same_worker_again_is_counted_once_and_a_new_one_begins_at_zero() -> None:
+@pytest.mark.parametrize(
+    ("looks", "sums"),
+    [
+        # The same worker again counts what is more, a new one begins at zero.
+        (((1, (5, 0)), (1, (8, 1)), (2, (1, 0)), (1, (9, 1)), (2, (3, 2))), (12, 3)),
+        # HAProxy has forgotten an entry and made it anew.
+        (((1, (9, 4)), (1, (2, 0)), (1, None), (1, (1, 1))), (12, 5)),
+        # A pid that comes again is another worker.
+        (((1, (5, 0)), (None, None), (1, (6, 0))), (11, 0)),
+    ],
+)
+def test_what_each_worker_counts_more_is_added_up(
+    looks: Sequence[tuple[int | None, tuple[int, int] | None]], sums: tuple[int, int]
+) -> None:
     ledger = TokenLedger(_NOW)
-    sums = []
-    for worker, reads, refused in ((1, 5, 0), (1, 8, 1), (2, 1, 0), (1, 9, 1), (2, 3, 2)):
-        ledger.add(worker, [_guest(reads, refused)], [], _NOW)
-        sums.append((ledger.read["blue"], ledger.refused["blue"]))
-    assert sums == [(5, 0), (8, 1), (9, 1), (10, 1), (12, 3)]
-
-
-def test_an_entry_that_haproxy_has_forgotten_and_made_anew_is_counted_from_zero() -> None:
-    ledger = TokenLedger(_NOW)
-    for rows in ([_guest(9, 4)], [_guest(2, 0)], [], [_guest(1, 1)]):
-        ledger.add(1, rows, [], _NOW)
-    assert (ledger.read["blue"], ledger.refused["blue"]) == (12, 5)
-
-
-def test_a_pid_that_comes_again_is_another_worker() -> None:
-    ledger = TokenLedger(_NOW)
-    ledger.add(1, [_guest(5)], [], _NOW)
-    ledger.keep_workers([2])
-    ledger.add(1, [_guest(6)], [], _NOW)
-    assert ledger.read["blue"] == 11
+    for worker, counts in looks:
+        if worker is None:
+            ledger.keep_workers([2])
+        else:
+            ledger.add(worker, [] if counts is None else [_guest(*counts)], [], _NOW)
+    assert (ledger.read["blue"], ledger.refused["blue"]) == sums
 
 
 def test_guests_are_told_of_with_their_clients_the_last_seen_first() -> None:

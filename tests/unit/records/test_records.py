@@ -309,6 +309,7 @@ def test_all_problems_of_a_record_come_at_once_and_its_id_is_kept() -> None:
         ({"name": 123}, "expected text, found the number 123 (put it in quotes)"),
         ({"subnets": [{"cidr": "10.0.0.7/24"}]}, "has host bits set (write 10.0.0.0/24)"),
         ({"mtu": 10**5000}, "a huge number is out of range (68 to 65535)"),
+        ({"policy": {"token": "required"}}, "unknown key (did you mean tokens?)"),
         ({"scope": "subnet"}, '"subnet" is not acceptable (one of network, router)'),
     ],
 )

@@ -5,11 +5,10 @@ from pydantic import ValidationError
 
 from imdsproxy.config.describe import explain_finding
 from imdsproxy.config.policy import PolicyRulesSettings
-from imdsproxy.config.strict_yaml import Decoded, decode_yaml
 from imdsproxy.core.model import Instance, Network
 from imdsproxy.core.path_rules import MOST_PATH_RULES
 from imdsproxy.core.policy import NO_RULES, RULES, PolicyRules, Rule, TokenMode
-from imdsproxy.core.records import Refused, parse_instance, parse_network, parse_records
+from imdsproxy.core.records import Refused, parse_instance, parse_network
 
 _INSTANCE: dict[str, object] = {"id": "i-1", "name": "web"}
 _NETWORK: dict[str, object] = {"id": "n", "listener": {"bridge": "br0"}}
@@ -109,28 +108,3 @@ def test_a_policy_that_is_no_mapping_is_refused(policy: object) -> None:
     for found in (_of_instance(policy), _of_network(policy)):
         assert isinstance(found, Refused)
         assert [problem.field for problem in found.problems] == ["policy"]
-
-
-def test_every_problem_of_a_policy_is_told_with_file_and_line() -> None:
-    decoded = decode_yaml(
-        "networks:\n"
-        "- id: n\n"
-        "  listener: {bridge: br0}\n"
-        "  policy:\n"
-        "    tokens: of\n"
-        "    hop_limit: 65\n"
-        "instances:\n"
-        "- id: i\n"
-        "  name: i\n"
-        "  policy:\n"
-        "    tokens: off\n"
-        "    token: required\n"
-    )
-    assert isinstance(decoded, Decoded)
-    records = parse_records(decoded.value, file="a.yaml", line_of=decoded.line_of)
-    assert [(each.field, each.file, each.line) for each in records.all_problems] == [
-        ("networks[0].policy.tokens", "a.yaml", 5),
-        ("networks[0].policy.hop_limit", "a.yaml", 6),
-        ("instances[0].policy.token", "a.yaml", 12),
-    ]
-    assert records.all_problems[2].hint == "did you mean tokens?"
