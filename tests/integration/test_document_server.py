@@ -2,14 +2,15 @@ from __future__ import annotations
 
 import os
 import pwd
+import shutil
 import signal
 import socket
 import stat
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from http.client import HTTPException
 from pathlib import Path
 from typing import Self
 
@@ -19,25 +20,32 @@ from imdsproxy.core.compiled import compiled_path
 from imdsproxy.host.files import MAX_LOG_BYTES
 from imdsproxy.host.process import read_rests
 from imdsproxy.serving.store import apply_record
-from support.document_server import DEADLINE_S, Server, UnixConnection, ask, pss_kib, wait_for
+from support.document_server import DEADLINE_S, Server, ask, connect, pss_kib, wait_for
+from support.guest import Lost
 from support.guest_records import GUEST, compiled, guest
 from support.patience import patience
 
 PASSWORD = "/openstack/latest/password"
+INSTANCE = f"X-Imdsproxy-Instance: {GUEST.id}"
+USER_DATA = f"GET /latest/user-data HTTP/1.1\r\nHost: x\r\n{INSTANCE}\r\n\r\n".encode()
 
 
 @pytest.fixture
-def make(tmp_path: Path) -> Iterator[Callable[..., Server]]:
+def make() -> Iterator[Callable[..., Server]]:
+    # Not below pytest's own directory, which is closed to the workers' account.
+    directory = Path(tempfile.mkdtemp(prefix="imdst-"))
+    directory.chmod(0o755)
     servers: list[Server] = []
 
     def build(**keywords: object) -> Server:
-        servers.append(Server(tmp_path, **keywords))  # type: ignore[arg-type] # each test names real options
+        servers.append(Server(directory, **keywords))  # type: ignore[arg-type] # each test names real options
         apply_record(servers[-1].records, GUEST.id, compiled(GUEST))
         return servers[-1]
 
     yield build
     for server in servers:
         server.close()
+    shutil.rmtree(directory)
 
 
 @pytest.fixture
@@ -61,7 +69,7 @@ class Load:
         while not self._over.is_set():
             try:
                 reply = ask(self._path, "/latest/meta-data/instance-id")
-            except (OSError, HTTPException) as error:
+            except (OSError, Lost) as error:
                 self.lost.append(repr(error))
                 continue
             if reply.body == GUEST.ec2_id.encode():
@@ -97,12 +105,11 @@ def test_every_worker_answers_on_its_own_socket(server: Server) -> None:
 
 
 def test_what_comes_on_a_connection_is_answered_each_by_itself(server: Server) -> None:
-    connection = UnixConnection(server.sockets[0])
-    for _ in range(100):
-        connection.request("GET", "/latest", headers={"X-Imdsproxy-Instance": GUEST.id})
-        assert connection.getresponse().read() == b"dynamic\nmeta-data\nuser-data"
-    connection.close()
-    ours = f"Host: x\r\nx-imdsproxy-instance: {GUEST.id}".encode()
+    with connect(server.sockets[0]) as connection:
+        for _ in range(100):
+            reply = connection.request("/latest", headers=[INSTANCE])
+            assert reply.body == b"dynamic\nmeta-data\nuser-data"
+    ours = f"Host: x\r\n{INSTANCE}".encode()
     for sent, answer in (
         (b"garbage", b"HTTP/1.1 400 "),
         (b"GET / HTTP/9.9", b"HTTP/1.1 400 "),
@@ -114,19 +121,21 @@ def test_what_comes_on_a_connection_is_answered_each_by_itself(server: Server) -
             b"HTTP/1.1 404 Not Found\r\ncontent-length: 0\r\n\r\n",
         ),
     ):
-        with socket.socket(socket.AF_UNIX) as client:
-            client.connect(str(server.sockets[0]))
-            client.sendall(sent + b"\r\n\r\n")
-            assert client.recv(4096).startswith(answer)
+        with connect(server.sockets[0]) as connection:
+            connection.send(sent + b"\r\n\r\n")
+            assert connection.socket.recv(4096).startswith(answer)
 
 
 def test_a_chunked_password_is_kept_and_read_by_the_other_worker(server: Server) -> None:
     first, second = server.sockets
     assert ask(first, PASSWORD).body == b""
-    assert ask(first, PASSWORD, "POST", body=iter([b"c2Vj", b"cmV0"])).status == 200
+    head = f"POST {PASSWORD} HTTP/1.1\r\nHost: x\r\n{INSTANCE}\r\nTransfer-Encoding: chunked"
+    with connect(first) as connection:
+        connection.send(f"{head}\r\n\r\n4\r\nc2Vj\r\n4\r\ncmV0\r\n0\r\n\r\n".encode())
+        assert connection.read().status == 200
     assert ask(second, PASSWORD).body == b"c2VjcmV0"
     assert ask(second, PASSWORD, "POST", body=b"other").status == 409
-    assert ask(first, PASSWORD, "POST", body=iter([b"x" * 1021])).status == 409
+    assert ask(first, PASSWORD, "POST", body=b"x" * 1021).status == 409
     assert ask(first, PASSWORD, "POST", body=b"x" * 100_000).status == 413
 
 
@@ -145,17 +154,17 @@ def test_16_mib_of_binary_user_data_are_exact_and_not_held(server: Server) -> No
 def test_a_client_that_reads_slowly_or_leaves_holds_up_nobody(server: Server) -> None:
     data = os.urandom(16 << 20)
     apply_record(server.records, GUEST.id, compiled(guest(user_data=data)))
-    slow = [UnixConnection(server.sockets[0]) for _ in range(8)]
+    slow = [connect(server.sockets[0]) for _ in range(8)]
     worker = server.running.workers[0]
     ask(server.sockets[0], "/latest/user-data")
     before = pss_kib(worker)
     for connection in slow:
-        connection.request("GET", "/latest/user-data", headers={"X-Imdsproxy-Instance": GUEST.id})
+        connection.send(USER_DATA)
     assert ask(server.sockets[0], "/latest/meta-data/instance-id").status == 200
     assert pss_kib(worker) - before < 16 * 1024
     for connection in slow[1:]:
         connection.close()
-    assert slow[0].getresponse().read() == data
+    assert slow[0].read().body == data
     slow[0].close()
     wait_for("the files are closed", lambda: not open_records(server, worker))
 
@@ -283,7 +292,7 @@ def test_one_whose_files_are_anothers_ends_and_leaves_those_alone(
 def ask_quietly(path: Path) -> int:
     try:
         return ask(path, "/livez", instance=None).status
-    except OSError:
+    except (OSError, Lost):
         return 0
 
 
@@ -303,13 +312,12 @@ def test_a_request_that_has_begun_is_finished_after_sigterm(make: Callable[..., 
     parent = server.start()
     data = os.urandom(16 << 20)
     apply_record(server.records, GUEST.id, compiled(guest(user_data=data)))
-    connection = UnixConnection(server.sockets[0])
-    connection.request("GET", "/latest/user-data", headers={"X-Imdsproxy-Instance": GUEST.id})
-    response = connection.getresponse()
-    parent.terminate()
-    wait_for("it listens no more", lambda: ask_quietly(server.sockets[0]) == 0)
-    assert response.read() == data
-    connection.close()
+    with connect(server.sockets[0]) as connection:
+        connection.send(USER_DATA)
+        assert connection.socket.recv(1, socket.MSG_PEEK)
+        parent.terminate()
+        wait_for("it listens no more", lambda: ask_quietly(server.sockets[0]) == 0)
+        assert connection.read().body == data
     assert parent.wait(timeout=60) == 0
 
 
@@ -452,8 +460,6 @@ def test_as_root_the_workers_are_unprivileged_and_can_keep_passwords(
     make: Callable[..., Server],
 ) -> None:
     server = make(user="nobody")
-    for directory in (server.directory, *server.directory.parents):
-        directory.chmod(directory.stat().st_mode | 0o055)
     nobody = pwd.getpwnam("nobody")
     apply_record(server.records, GUEST.id, compiled(guest(hostname="x")), group=nobody.pw_gid)
     server.start()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import http.client
 import json
 import os
 import signal
@@ -10,13 +9,13 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
 from imdsproxy.core.model import InstanceId
 from imdsproxy.serving.pidfile import DocumentProcesses, read_pids
+from support.guest import Connection, Lost, Reply
 from support.guest_records import GUEST
 from support.patience import patience
 
@@ -61,24 +60,16 @@ def wait_for(what: str, condition: Callable[[], bool]) -> None:
         time.sleep(0.01)
 
 
-class UnixConnection(http.client.HTTPConnection):
-    """HTTP over a unix socket."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__("documents", timeout=DEADLINE_S)
-        self._path = path
-
-    def connect(self) -> None:
-        self.sock = socket.socket(socket.AF_UNIX)
-        self.sock.settimeout(DEADLINE_S)
-        self.sock.connect(str(self._path))
-
-
-@dataclass(frozen=True)
-class Reply:
-    status: int
-    headers: dict[str, str]
-    body: bytes
+def connect(path: Path) -> Connection:
+    """A connection to a socket; `OSError` where none is taken."""
+    sock = socket.socket(socket.AF_UNIX)
+    sock.settimeout(DEADLINE_S)
+    try:
+        sock.connect(str(path))
+    except OSError:
+        sock.close()
+        raise
+    return Connection(sock)
 
 
 def ask(
@@ -86,23 +77,13 @@ def ask(
     target: str,
     method: str = "GET",
     *,
-    body: bytes | Iterable[bytes] | None = None,
+    body: bytes = b"",
     instance: InstanceId | None = GUEST.id,
 ) -> Reply:
-    """One request on a connection of its own; an iterable body goes out chunked."""
-    connection = UnixConnection(path)
-    try:
-        headers = {} if instance is None else {"X-Imdsproxy-Instance": str(instance)}
-        chunked = body is not None and not isinstance(body, bytes)
-        if chunked:
-            headers["Transfer-Encoding"] = "chunked"
-        connection.request(method, target, body=body, headers=headers, encode_chunked=chunked)
-        response = connection.getresponse()
-        return Reply(
-            response.status, {k.lower(): v for k, v in response.getheaders()}, response.read()
-        )
-    finally:
-        connection.close()
+    """One request on a connection of its own."""
+    lines = () if instance is None else (f"X-Imdsproxy-Instance: {instance}",)
+    with connect(path) as connection:
+        return connection.request(target, method=method, headers=lines, body=body)
 
 
 class Server:
@@ -151,7 +132,7 @@ class Server:
             return False
         try:
             return all(ask(path, "/livez", instance=None).status == 200 for path in self.sockets)
-        except OSError:
+        except (OSError, Lost):
             return False
 
     @property
