@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -32,7 +32,6 @@ from imdsproxy.config.files import (
     unreadable,
 )
 from imdsproxy.config.schema import Settings
-from imdsproxy.config.section import Section
 from imdsproxy.config.strict_yaml import Decoded, parse_yaml
 from imdsproxy.errors import ConfigError, ConfigInvalid, ConfigUnreadable, Problem
 
@@ -64,7 +63,7 @@ class Loaded:
     """Settings, and where each came from.
 
     Attributes:
-        origins: By path; what is not there is the default.
+        origins: By path, those of sections and of parts too; what is not there is the default.
         empty: Those of `files` that hold nothing but comments; one that holds `{}` is not empty.
         blank: Those of `empty` without a single character but white space: a write failed, most likely. A device
             (`/dev/null`) is none.
@@ -97,7 +96,7 @@ def load_settings(
     documents = read_each(files, lambda path: (path, _read(path)), "configuration")
     for path, document in documents:
         data = document.value if isinstance(document.value, Mapping) else {}
-        _merge(values, data, written, partial(_origin_in, path, document))
+        _merge(values, data, written, partial(_origin_in, str(path), document))
     problems = _merge_environment(values, written, environment)
     try:
         settings = Settings.model_validate(values)
@@ -106,30 +105,13 @@ def load_settings(
         raise _invalid(problems) from error
     if problems:
         raise _invalid(problems)
-    leaves = set(_leaves(settings, ""))
-    origins = {path: origin for path, origin in written.items() if path in leaves}
     empty = frozenset(path for path, document in documents if document.value is None)
     blank = frozenset(path for path in empty if path.is_file() and not path.read_text().strip())
-    return Loaded(settings, origins, tuple(files), empty, blank)
+    return Loaded(settings, written, tuple(files), empty, blank)
 
 
-def _origin_in(path: Path, document: Decoded, place: Place) -> Origin:
-    return Origin(str(path), document.line_of(tuple(place)))
-
-
-def _leaves(value: object, path: str) -> Iterator[str]:
-    """The paths of all settings; not by the schema, which takes longer than reading the files."""
-    if isinstance(value, Section):
-        for name in type(value).model_fields:
-            yield from _leaves(getattr(value, name), f"{path}.{name}".lstrip("."))
-        return
-    yield path
-    parts = value.items() if isinstance(value, Mapping) else ()
-    named = [(f"{path}.{key}", part) for key, part in parts]
-    items = enumerate(value if isinstance(value, tuple) else ())
-    for inside, part in [*named, *((f"{path}[{number}]", part) for number, part in items)]:
-        if isinstance(part, Section):
-            yield from _leaves(part, inside)
+def _origin_in(file: str, document: Decoded | None, place: Place) -> Origin:
+    return Origin(file, None if document is None else document.line_of(tuple(place)))
 
 
 def _invalid(problems: Sequence[Problem]) -> ConfigInvalid:
@@ -209,10 +191,6 @@ def _merge_environment(
             hint = f"did you mean {near[0]}?" if near else "see `imdsproxy config show --origin`"
             problems.append(Problem(name, "no setting has this environment variable", hint=hint))
             continue
-
-        def origin_of(_place: Place, name: str = name) -> Origin:
-            return Origin(name)
-
         setting = settings[name]
         steps = setting.path.split(".")
         try:
@@ -222,7 +200,7 @@ def _merge_environment(
             continue
         for step in reversed(steps):
             value = {step: value}
-        _merge(values, value, origins, origin_of)
+        _merge(values, value, origins, partial(_origin_in, name, None))
     return problems
 
 
