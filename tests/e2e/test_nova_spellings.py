@@ -13,12 +13,11 @@ from typing import Final
 import pytest
 from hypothesis import example, given, settings
 
-from support.guest import Reply
+from support.guest import Asker, Reply, answers
 from support.openstack.lab import OpenStack
 from support.openstack.oracle import Oracle, Request, Said, said_to_guest
 from support.openstack.ways import open_ways
 from support.spellings import HAND_WRITTEN, spellings
-from support.twins import Asker, answers
 
 pytestmark = pytest.mark.root
 

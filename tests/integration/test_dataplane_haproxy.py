@@ -105,7 +105,7 @@ def _everybody_reads(world: World) -> bool:
         return False
 
 
-@pytest.mark.parametrize("which", ["master", "worker", "both"])
+@pytest.mark.parametrize("which", ["worker", "both"])
 def test_a_killed_haproxy_is_started_again(world: World, which: str) -> None:
     before = world.settled()
     for pid in {"master": [before.master], "worker": [before.worker]}.get(
@@ -285,20 +285,6 @@ def test_an_exporter_whose_port_is_taken_keeps_no_network_from_being_served(
         until(lambda: "127.0.0.9:80" in config.read_text(), within_s=8)
         load.wait_answers(20)
     assert load.report.lost == []
-
-
-def test_settings_that_are_broken_change_nothing_and_say_why(settings_restored: World) -> None:
-    world = settings_restored
-    before = world.settled()
-    world.daemon.configure({**_HOLD, "haproxy": {"nbthread": "many"}})
-    done = world.daemon.command("reload")
-    assert done.status != 0
-    assert "nbthread" in done.err
-    assert world.daemon.process is not None
-    world.daemon.process.send_signal(signal.SIGHUP)
-    until(lambda: any("nbthread" in str(one) for one in world.daemon.log_entries()))
-    world.all_right()
-    assert world.pids() == before
 
 
 def test_nothing_of_an_old_worker_is_left_after_its_connections_are_done(world: World) -> None:

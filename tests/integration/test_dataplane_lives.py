@@ -100,7 +100,7 @@ def _every_document(guest: Guest) -> dict[str, Reply]:
     return found | {target: guest.ask(target) for target in targets}
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGSTOP])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 def test_without_a_controller_a_known_instance_reads_every_document_for_the_first_time(
     world: World, number: signal.Signals
 ) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import signal
 import threading
@@ -14,9 +13,7 @@ from typing import Final, Self
 
 import pytest
 
-from imdsproxy.admin.metrics import TRAFFIC_COLUMNS
 from imdsproxy.config.schema import ResolverSettings
-from imdsproxy.dataplane.master import MasterClient
 from support.daemon import Daemon, instance, user_data_of
 from support.guest import IPV6, Guest, Load, Lost, Reply
 from support.lab import Lab, batch, until
@@ -183,33 +180,6 @@ def test_a_flood_that_is_refused_does_not_keep_all_others_of_its_network_out(wor
         until(lambda: _reaches_python(stranger), within_s=4, what="a request that reaches Python")
 
 
-def test_a_network_over_its_misses_waits_a_second_for_each_503(world: World) -> None:
-    stranger = world.lab.guest("red", 73)
-    client = MasterClient(world.daemon.runtime / "master.sock")
-    worker = world.pids().worker
-
-    async def exhaust() -> None:
-        # As many as a flood leaves there.
-        assert not await client.send(worker, "set table resolver key red data.gpc0_rate 100000")
-
-    asyncio.run(exhaust())
-    before = _denied(world, "red")
-    reply, took = _timed(lambda: stranger.ask(_TARGET))
-    assert (reply.status, reply.body) == (503, b"")
-    assert reply.headers["retry-after"]
-    assert took >= 1
-    assert _denied(world, "red") == before + 1
-    other, _ = _timed(lambda: world.guests["green"].ask(_TARGET))
-    assert own(world.guests["green"], other) is None
-
-
-def _denied(world: World, network: str) -> int:
-    """As imdsproxy_network_denied_total."""
-    client = MasterClient(world.daemon.runtime / "master.sock")
-    rows = asyncio.run(client.read_stat(world.pids().worker, TRAFFIC_COLUMNS))
-    return sum(int(row["dreq"] or 0) for row in rows if row["svname"] == network)
-
-
 def _reaches_python(guest: Guest) -> bool:
     """Python gives its reason in words, HAProxy refuses without any."""
     return guest.ask(_TARGET).body != b""
@@ -241,7 +211,7 @@ def test_a_held_request_is_answered_however_often_haproxy_reloads_meanwhile(worl
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGSTOP])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 def test_without_a_controller_an_unknown_address_is_told_to_come_again(
     world: World, number: signal.Signals
 ) -> None:

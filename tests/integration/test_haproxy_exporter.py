@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import socket
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -15,26 +14,21 @@ import pytest
 
 from imdsproxy.core.haproxy.model import Bind, DataplaneSpec
 from imdsproxy.core.model import NetworkId
-from support.haproxy_alone import paths_below, run_haproxy
+from support.haproxy_alone import free_port, paths_below, run_haproxy
 
 pytestmark = pytest.mark.root
-
-
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])
 
 
 @contextmanager
 def _haproxy(directory: Path, networks: int) -> Iterator[str]:
     """HAProxy with that many networks on loopback addresses; where its figures are."""
     directory.mkdir()
-    guests = _free_port()
+    guests = free_port()
     binds = tuple(
         Bind(NetworkId(f"net-{number}"), IPv4Address("127.9.0.1") + number, guests)
         for number in range(networks)
     )
-    listen = f"127.0.0.1:{_free_port()}"
+    listen = f"127.0.0.1:{free_port()}"
     spec = DataplaneSpec(binds, paths_below(directory), exporter=listen)
     with run_haproxy(spec, directory):
         yield f"http://{listen}/metrics"

@@ -15,10 +15,9 @@ import pytest
 from hypothesis import given, settings
 
 from support.daemon import Daemon, user_data_of
-from support.guest import Reply
+from support.guest import Asker, Reply, answers
 from support.lab import Lab, RecordMapping, ip, until
 from support.spellings import HAND_WRITTEN, spellings
-from support.twins import Asker, answers
 
 pytestmark = pytest.mark.root
 

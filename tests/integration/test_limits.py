@@ -132,6 +132,17 @@ def test_a_body_that_is_too_long_for_nova_is_413() -> None:
         assert len(alone.documents.heads) == 1
 
 
+def test_a_network_over_its_misses_waits_a_second_for_each_503(alone: Alone) -> None:
+    alone.forget()
+    # As many as a flood leaves there.
+    assert not alone.command("set table resolver key red data.gpc0_rate 100000").strip()
+    began = time.monotonic()
+    reply = alone.ask(USER_DATA)
+    assert (_is_refusal(reply), reply.body) == (True, b"")
+    assert time.monotonic() - began > 0.8
+    assert _statuses(alone, 1, "green") == {200}
+
+
 def test_networks_that_drag_out_their_requests_together_leave_room_for_another() -> None:
     """Of 100 none may have more than 40, and three could have all: beyond three quarters each may have 5."""
     limits = Limits(maxconn=400, maxconn_per_network=40, cache_mb=1)

@@ -42,9 +42,8 @@ from imdsproxy.core.wire import (
     render_map_value,
 )
 from imdsproxy.dataplane.layout import Layout
-from support.guest import IPV4, Connection, Lost, Reply
+from support.guest import IPV4, Asker, Connection, Lost, Reply
 from support.lab import until
-from support.twins import Asker
 
 KEY: Final = TokenKey(b"k" * 32)
 WAYS: Final = ("guests", "found", "agents")
@@ -293,7 +292,8 @@ class Alone:
             asker.close()
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """One at which nothing listens."""
     with socket.create_server((_ADDRESS, 0)) as listener:
         return int(listener.getsockname()[1])
 
@@ -316,7 +316,7 @@ def open_alone(
     """
     # Not below pytest's own directory: a socket's path has 97 characters.
     place = Path(tempfile.mkdtemp(prefix="imdst-"))
-    ports = {network: _free_port() for network in ("red", "green")}
+    ports = {network: free_port() for network in ("red", "green")}
     files = paths_below(place)
     sets = {key: value for rules in paths for key, value in render_set(rules).items()}
     Path(files.path_rules).write_text("".join(f"{key} {value}\n" for key, value in sets.items()))

@@ -35,18 +35,8 @@ def _follow(present: dict[str, str], changes: MapChanges) -> dict[str, str]:
     return after
 
 
-def test_a_new_address_is_added_and_a_known_one_replaced() -> None:
-    changes = plan_changes({"n/1": "a|1"}, {"n/1": "a|2", "n/2": "b|1"})
-    assert changes == MapChanges(replaced=(("n/1", "a|2"),), added=(("n/2", "b|1"),))
-
-
 def test_what_is_as_wanted_already_is_left_alone() -> None:
     assert not plan_changes({"n/1": "a|1"}, {"n/1": "a|1", "n/2": None})
-
-
-def test_a_removal_from_the_base_is_a_tombstone_in_the_overlay() -> None:
-    state = MapState("1", base={"n/1": "a|1"})
-    assert state.overlay_changes({"n/1": None}) == MapChanges(added=(("n/1", MAP_TOMBSTONE),))
 
 
 def test_a_removal_of_what_only_the_overlay_has_leaves_no_tombstone() -> None:
@@ -58,12 +48,6 @@ def test_tombstones_come_before_additions() -> None:
     state = MapState("1", base={"n/9": "a|1"})
     changes = state.overlay_changes({"n/1": "a|1", "n/9": None})
     assert changes.added == (("n/9", MAP_TOMBSTONE), ("n/1", "a|1"))
-
-
-def test_a_tombstone_hides_the_base() -> None:
-    state = MapState("1", base={"n/1": "a|1"}, overlay={"n/1": MAP_TOMBSTONE})
-    assert state.lookup("n/1") is None
-    assert state.effective() == {}
 
 
 @given(_ENTRIES, _WANTED)

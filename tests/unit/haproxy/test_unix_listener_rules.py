@@ -76,15 +76,3 @@ def test_what_is_taken_for_ipv4_is_an_ipv4_address_or_none_at_all(text: str) -> 
 def test_what_is_no_address_alone_is_not_read_at_all(text: str) -> None:
     assert not _IPV4.search(text)
     assert not _IPV6.search(text)
-
-
-def test_nothing_of_the_request_before_is_left_when_one_begins() -> None:
-    assert _LINES[:2] == [
-        "http-request unset-var(sess.network)",
-        "http-request unset-var(sess.address)",
-    ]
-    # What identifies is set last: a request that is refused never gets so far.
-    (last,) = (
-        n for n, one in enumerate(_LINES) if one.startswith("http-request set-var(sess.key)")
-    )
-    assert [n for n, one in enumerate(_LINES) if "deny" in one][-1] == last - 1
