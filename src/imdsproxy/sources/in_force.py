@@ -90,6 +90,9 @@ class InForce(Generic[Record]):
     Args:
         claims: The addresses that a record claims; no two records in force have one in common.
         where: Where an entry is, for problems: its path in the document, and the document.
+
+    Attributes:
+        moved: Whether an address went from one record to another in the last `settle`.
     """
 
     def __init__(
@@ -107,18 +110,13 @@ class InForce(Generic[Record]):
         # By number, which takes a third of the memory.
         self._holders: dict[NetworkId, dict[int, str]] = {}
         self._freed: dict[tuple[NetworkId, int], str] = {}
-        self._moved = False
+        self.moved = False
         self._touched: set[str] = set()
         self._clashes: dict[str, tuple[Clash[Record], ...]] = {}
         self._unclear: set[str] = set()
 
     def __len__(self) -> int:
         return len(self._held)
-
-    @property
-    def moved(self) -> bool:
-        """Whether an address went from one record to another in the last `settle`."""
-        return self._moved
 
     @property
     def records(self) -> dict[str, Record]:
@@ -166,7 +164,7 @@ class InForce(Generic[Record]):
         """What has changed since the last time: the new record, or `None` for one that is gone."""
         before = {key: self._held.get(key) for key in self._touched | self._clashes.keys()}
         self._touched.clear()
-        self._moved = False
+        self.moved = False
         self._decide(set(before))
         while self._give_second_chance():
             pass
@@ -360,7 +358,7 @@ class InForce(Generic[Record]):
         for network, address in self._claimed(entry):
             number = to_number(address)
             self._holders.setdefault(network, {})[number] = key
-            self._moved = self._moved or self._freed.get((network, number), key) != key
+            self.moved = self.moved or self._freed.get((network, number), key) != key
 
 
 _Key = TypeVar("_Key")

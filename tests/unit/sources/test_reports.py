@@ -2,8 +2,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
-
 from imdsproxy.core.observation import Observation, RecordSet
 from imdsproxy.errors import Problem
 from imdsproxy.sources.api import Reports
@@ -66,12 +64,3 @@ def test_what_a_cache_could_not_write_it_writes_the_next_time(tmp_path: Path) ->
     cache.save()
     assert cache.problem is None
     assert set(load_cache(open_cache(path)).ports) == {first, second}
-
-
-@pytest.mark.parametrize("content", [b"", b"no database" * 500])
-def test_a_cache_that_cannot_be_read_holds_nothing(tmp_path: Path, content: bytes) -> None:
-    path = tmp_path / "cache.sqlite"
-    path.write_bytes(content)
-    cache = open_cache(path)
-    assert load_cache(cache).ports == ()
-    assert (cache.problem is None) == (content == b"")

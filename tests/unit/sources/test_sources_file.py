@@ -98,11 +98,11 @@ async def _until_data_is(heard: Heard, text: str) -> None:
 
 
 async def test_a_payload_in_another_directory_is_watched(directory: Path, tmp_path: Path) -> None:
-    payload = tmp_path / "payloads" / "web.sh"
-    payload.parent.mkdir()
+    payload = tmp_path / "later" / "still" / "web.sh"
     write(directory / "x.json", {"id": "a", "name": "a", "user_data_file": str(payload)})
     async with running(FileSource(directory)) as heard:
         assert "there is no file" in heard.last.problems[0].reason
+        payload.parent.mkdir(parents=True)
         payload.write_bytes(b"one")
         await heard.until(lambda each: data_of(each) == {"a": b"one"})
         assert not heard.last.problems
@@ -116,48 +116,31 @@ def _replace(path: Path, data: bytes) -> None:
     beside.rename(path)
 
 
-async def test_a_payload_whose_directory_does_not_exist_is_waited_for(
-    directory: Path, tmp_path: Path
+async def test_a_directory_that_comes_late_or_goes_and_is_made_again_is_followed(
+    tmp_path: Path,
 ) -> None:
-    payload = tmp_path / "later" / "still" / "web.sh"
-    write(directory / "x.json", {"id": "a", "name": "a", "user_data_file": str(payload)})
-    async with running(FileSource(directory)) as heard:
-        payload.parent.mkdir(parents=True)
-        payload.write_bytes(b"here")
-        await heard.until(lambda each: data_of(each) == {"a": b"here"})
-
-
-async def test_a_directory_that_comes_late_is_read(tmp_path: Path) -> None:
     directory = tmp_path / "not" / "yet"
     async with running(FileSource(directory)) as heard:
         (first,) = heard.observations
         assert (first.full, first.in_sync) == (False, False)
         assert "cannot be listed" in first.problems[0].reason
-        directory.mkdir(parents=True)
-        write(directory / "x.json", record("a", "1"))
-        await heard.until(lambda each: data_of(each) == {"a": b"1"})
-        assert heard.last.in_sync
-        assert not heard.last.problems
+        for text in ("1", "2"):
+            before = data_of(heard)
+            await heard.until(lambda each: not each.last.in_sync)
+            # What was in force stays.
+            assert data_of(heard) == before
+            _make_with(directory, record("a", text))
+            await _until_data_is(heard, text)
+            assert heard.last.in_sync
+            assert not heard.last.problems
+            write(directory / "x.json", record("a", f"{text}.1"))
+            await _until_data_is(heard, f"{text}.1")
+            shutil.rmtree(directory)
         assert [each.full for each in heard.observations].count(True) == 1
 
 
-async def test_a_directory_that_goes_leaves_its_records_and_is_followed_when_made_again(
-    directory: Path,
-) -> None:
-    write(directory / "x.json", record("a", "1"))
-    async with running(FileSource(directory)) as heard:
-        shutil.rmtree(directory)
-        await heard.until(lambda each: not each.last.in_sync)
-        assert data_of(heard) == {"a": b"1"}
-        _make_with(directory, record("b", "2"))
-        await heard.until(lambda each: data_of(each) == {"b": b"2"})
-        assert heard.last.in_sync
-        write(directory / "x.json", record("b", "3"))
-        await heard.until(lambda each: data_of(each) == {"b": b"3"})
-
-
 def _make_with(directory: Path, *records: object) -> None:
-    directory.mkdir()
+    directory.mkdir(parents=True)
     write(directory / "x.json", *records)
 
 

@@ -212,7 +212,7 @@ class LibvirtKnown:
     def update(
         self,
         domains: Mapping[str, str | None],
-        networks: Iterable[NetworkXml] | None,
+        networks: Iterable[NetworkXml],
         *,
         everything: bool = False,
     ) -> RecordSet:
@@ -220,13 +220,12 @@ class LibvirtKnown:
 
         Args:
             domains: XML by UUID; `None` for a domain that is gone.
-            networks: All of them; `None` where nothing is to change.
+            networks: All of them.
             everything: `domains` is all that there are.
         """
         gone = (self._domains.keys() | self._unreadable) - domains.keys() if everything else set()
         places, before = self._places, self._networks
-        if networks is not None:
-            self._take_networks(networks)
+        self._take_networks(networks)
         for uuid, text in {**dict.fromkeys(gone), **domains}.items():
             self._take_domain(uuid, text)
         stale = set(self._domains) if self._places != places else set()
