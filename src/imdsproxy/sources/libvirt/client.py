@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from queue import SimpleQueue
-from typing import Any, Final, Protocol, TypeAlias, TypeVar
+from typing import Any, ClassVar, Final, Protocol, TypeAlias, TypeVar
 
 from imdsproxy.errors import NotFound, SourceUnavailable, optional_library
 from imdsproxy.sources.libvirt.records import NetworkXml
@@ -140,50 +140,33 @@ class CallThread:
                 done.set_exception(error)
 
 
-class EventThread:
-    """Libvirt's event loop, of which a process has one, while it is needed."""
+class EventLoop:
+    """Libvirt's event loop, of which a process has one, from now until `end`: before the first connection is made."""
 
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._users = 0
-        self._thread: threading.Thread | None = None
-        self._timer: int | None = None
+    _timer: ClassVar[int | None] = None
+
+    def __init__(self, library: _Library) -> None:
+        if EventLoop._timer is None:
+            # Once in the life of a process: libvirt cannot unregister it.
+            library.virEventRegisterDefaultImpl()
+            EventLoop._timer = library.virEventAddTimeout(_NEVER, lambda *_: None, None)
+        self._library = library
         self._ending = threading.Event()
+        self._thread = threading.Thread(
+            target=self._run, name="imdsproxy-libvirt-events", daemon=True
+        )
+        self._thread.start()
 
-    def start(self, library: _Library) -> None:
-        """Run it; before the first connection is made."""
-        with self._lock:
-            self._users += 1
-            if self._thread is not None:
-                return
-            if self._timer is None:
-                # Once in the life of a process: libvirt cannot unregister it.
-                library.virEventRegisterDefaultImpl()
-                self._timer = library.virEventAddTimeout(_NEVER, lambda *_: None, None)
-            self._ending.clear()
-            self._thread = threading.Thread(
-                target=self._run, args=(library,), name="imdsproxy-libvirt-events", daemon=True
-            )
-            self._thread.start()
+    def end(self) -> None:
+        """End it; waits for that."""
+        self._ending.set()
+        self._library.virEventUpdateTimeout(self._timer, _AT_ONCE)
+        self._thread.join()
+        self._library.virEventUpdateTimeout(self._timer, _NEVER)
 
-    def stop(self, library: _Library) -> None:
-        """End it when this was its last user; waits for that."""
-        with self._lock:
-            self._users -= 1
-            if self._users or self._thread is None:
-                return
-            self._ending.set()
-            library.virEventUpdateTimeout(self._timer, _AT_ONCE)
-            self._thread.join()
-            library.virEventUpdateTimeout(self._timer, _NEVER)
-            self._thread = None
-
-    def _run(self, library: _Library) -> None:
+    def _run(self) -> None:
         while not self._ending.is_set():
-            library.virEventRunDefaultImpl()
-
-
-_EVENTS: Final = EventThread()
+            self._library.virEventRunDefaultImpl()
 
 
 class SystemLibvirt:
@@ -292,18 +275,18 @@ class SystemLibvirt:
         self._library = library
         # Without one of ours it writes every error to standard error.
         library.registerErrorHandler(lambda *_: None, None)
-        _EVENTS.start(library)
+        loop = EventLoop(library)
         try:
             connection = library.openReadOnly(self._uri)
         except library.libvirtError:
-            _EVENTS.stop(library)
+            loop.end()
             raise
         self._connection = connection
         connection.registerCloseCallback(
             lambda _connection, reason, _opaque: lose(_why(library, reason)),
             None,
         )
-        self._undo = [connection.unregisterCloseCallback]
+        self._undo = [loop.end, connection.close, connection.unregisterCloseCallback]
         for event in (
             library.VIR_DOMAIN_EVENT_ID_LIFECYCLE,
             library.VIR_DOMAIN_EVENT_ID_METADATA_CHANGE,
@@ -332,12 +315,11 @@ class SystemLibvirt:
         if connection is None:
             return
         # Each callback references the connection: with one left it would never be closed.
-        for undo in (*self._undo, connection.close):
+        for undo in reversed(self._undo):
             # Where the daemon is gone, what only it could do fails; the rest is done.
             with contextlib.suppress(self._library.libvirtError):
                 undo()
         self._undo = []
-        _EVENTS.stop(self._library)
 
     def _all(self, kind: str) -> list[Any]:
         return list(getattr(self._connection, f"listAll{kind}")())
