@@ -142,8 +142,8 @@ def _believed(machine: Machine, libraries: Path, directory: Path) -> dict[str, o
         check=False,
     )
     assert ran.returncode == 0, ran.stderr
-    told: dict[str, object] = json.loads(ran.stdout)
-    return told
+    seen: dict[str, object] = json.loads(ran.stdout)
+    return seen
 
 
 @every
@@ -152,25 +152,25 @@ def test_the_data_source_believes_the_snippet(
 ) -> None:
     machine = machine_of(render_snippet(guest(), target, dialect))
 
-    told = _believed(machine, libraries, tmp_path)
+    seen = _believed(machine, libraries, tmp_path)
 
-    assert told["openstack"] is (dialect is Dialect.OPENSTACK)
-    assert told["nocloud"] is (dialect is Dialect.NOCLOUD)
+    assert seen["openstack"] is (dialect is Dialect.OPENSTACK)
+    assert seen["nocloud"] is (dialect is Dialect.NOCLOUD)
     # Not "aws": that one insists on session tokens.
-    assert told["ec2"] == ("e24cloud" if dialect is Dialect.EC2 else "unknown")
+    assert seen["ec2"] == ("e24cloud" if dialect is Dialect.EC2 else "unknown")
     if dialect is Dialect.NOCLOUD:
-        assert told["seed"] == {
+        assert seen["seed"] == {
             "seedfrom": "http://169.254.169.254/nocloud/",
             "dsmode": "net",
         }
     if target is not Target.INCUS:
-        assert told["uuid"] == UUID
+        assert seen["uuid"] == UUID
 
 
 def test_without_it_none_does(libraries: Path, tmp_path: Path) -> None:
-    told = _believed(Machine(), libraries, tmp_path)
+    seen = _believed(Machine(), libraries, tmp_path)
 
-    assert (told["openstack"], told["nocloud"], told["ec2"]) == (False, False, "unknown")
+    assert (seen["openstack"], seen["nocloud"], seen["ec2"]) == (False, False, "unknown")
 
 
 # Valid
@@ -292,19 +292,19 @@ def _offered(lab: HostLab, of: Network, directory: Path) -> dict[int, bytes]:
         ],
         stderr=subprocess.DEVNULL,
     )
-    told: list[dict[int, bytes]] = []
+    seen: list[dict[int, bytes]] = []
 
     def answered() -> bool:
         options = inside(plugged, lambda: ask_options("eth0", MAC))
-        told.extend([] if options is None else [options])
-        return bool(told)
+        seen.extend([] if options is None else [options])
+        return bool(seen)
 
     try:
         until(answered, within_s=20, what="an offer")
     finally:
         server.kill()
         server.wait()
-    return told[0]
+    return seen[0]
 
 
 @pytest.mark.root

@@ -55,8 +55,8 @@ def test_a_revoked_token_is_bad_at_once_and_for_ever_and_a_fresh_one_is_good(wor
     old = [_token(world.red), _token(world.red, IPV6)]
     pids = world.settled()
     for _ in range(2):
-        said = _do(world, "token", "revoke", "red-5")
-        assert said == "done: all tokens of instance red-5 revoked\n"
+        printed = _do(world, "token", "revoke", "red-5")
+        assert printed == "done: all tokens of instance red-5 revoked\n"
         for to in (IPV4, IPV6):
             assert {_status(world.red, token, to) for token in old} == {401}
         fresh = _token(world.red)
@@ -100,9 +100,9 @@ def test_a_fresh_key_signs_and_the_two_before_it_are_believed(world: World) -> N
     pids = world.settled()
     tokens = [_token(world.red)]
     for _ in range(2):
-        said = _do(world, "token", "rotate")
+        printed = _do(world, "token", "rotate")
         tokens.append(_token(world.red))
-        assert f"key {tokens[-1].split('.')[0]} signs tokens" in said
+        assert f"key {tokens[-1].split('.')[0]} signs tokens" in printed
         assert {_status(world.red, token) for token in tokens} == {200}
     assert len({token.split(".")[0] for token in tokens}) == 3
     _do(world, "token", "rotate")
@@ -164,7 +164,7 @@ def test_a_damaged_guard_file_stops_the_start_and_guests_are_served_on(world: Wo
         assert _status(world.red, old) == 401
         assert world.red.ask(_USER_DATA).status == 200
     finally:
-        # What the hint says: nobody knows whose tokens were revoked, so nobody's is good.
+        # As the hint has it: whose tokens were revoked is unknown, so none is good.
         path.unlink()
         (world.daemon.state / "token-keys").unlink()
         world.daemon.start()

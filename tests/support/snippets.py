@@ -52,7 +52,7 @@ def text_of(snippet: Snippet, kind: str) -> str:
 
 
 def machine_of(snippet: Snippet) -> Machine:
-    """The virtual machine that somebody gets who pastes all of it."""
+    """The virtual machine with all of it pasted."""
     smbios = _smbios(snippet)
     dmi = {DMI_OF_SMBIOS[key]: value for key, value in smbios if key in DMI_OF_SMBIOS}
     return Machine(dmi)
@@ -67,7 +67,7 @@ def kernel_words(snippet: Snippet) -> dict[str, str]:
 
 
 def container_of(snippet: Snippet) -> Machine:
-    """Incus' container that somebody gets who pastes all of it."""
+    """Incus' container with all of it pasted."""
     machine = Machine(virtualization="container:lxc", init=("/sbin/init",))
     for key, value in _incus_settings(snippet):
         if key.startswith("environment."):

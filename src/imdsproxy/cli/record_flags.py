@@ -231,8 +231,21 @@ def _usage(field: str, reason: str, hint: str) -> RequestRefused:
     return RequestRefused(f"{field}: {reason}", hint=hint, problems=[problem])
 
 
+def _one(name: str, metavar: str, text: str) -> object:
+    return Annotated[str | None, flag(name, metavar, text)]
+
+
 def _many(name: str, metavar: str, text: str) -> object:
     return Annotated[list[str] | None, flag(name, metavar, f"{text}; may be repeated.")]
+
+
+def _file(name: str, text: str) -> object:
+    return Annotated[Path | None, flag(name, "FILE", f"{text}; - is standard input.")]
+
+
+def network_flag(text: str) -> object:
+    """The annotation of --network, with what it is of the record."""
+    return Annotated[str | None, flag("--network", "NET", text, complete_networks, "-n")]
 
 
 _SPECIAL: Final[Mapping[str, tuple[Callable[..., Json], Mapping[str, object]]]] = {
@@ -243,17 +256,10 @@ _SPECIAL: Final[Mapping[str, tuple[Callable[..., Json], Mapping[str, object]]]] 
     "ports": (
         _ports_of,
         {
-            "network": Annotated[
-                str | None,
-                flag(
-                    "--network",
-                    "NET",
-                    "The network of its port, by id or name; with --mac and --address it replaces all ports.",
-                    complete_networks,
-                    "-n",
-                ),
-            ],
-            "mac": Annotated[str | None, flag("--mac", "MAC", "The port's MAC.")],
+            "network": network_flag(
+                "The network of its port, by id or name; with --mac and --address it replaces all ports."
+            ),
+            "mac": _one("--mac", "MAC", "The port's MAC."),
             "address": _many("--address", "ADDRESS", "An address of the port"),
             "port": _many("--port", "network=NET[,mac=M][,address=A]...", "A further port"),
         },
@@ -263,23 +269,8 @@ _SPECIAL: Final[Mapping[str, tuple[Callable[..., Json], Mapping[str, object]]]] 
         {"ssh_key": _many("--ssh-key", "FILE|KEY", "Public key, or a file of them")},
     ),
     "tags": (_tags_of, {"tag": _many("--tag", "NAME=VALUE", "A tag")}),
-    "user_data": (
-        _payload_of,
-        {
-            "user_data": Annotated[
-                Path | None,
-                flag("--user-data", "FILE", "Its bytes as they are; - is standard input."),
-            ]
-        },
-    ),
-    "vendor_data": (
-        _text_of,
-        {
-            "vendor_data": Annotated[
-                Path | None, flag("--vendor-data", "FILE", "Text; - is standard input.")
-            ]
-        },
-    ),
+    "user_data": (_payload_of, {"user_data": _file("--user-data", "Its bytes as they are")}),
+    "vendor_data": (_text_of, {"vendor_data": _file("--vendor-data", "Text")}),
     "paths": (
         _paths_of,
         {

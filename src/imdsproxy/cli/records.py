@@ -22,7 +22,7 @@ from imdsproxy.cli.options import (
     switch,
 )
 from imdsproxy.cli.output import Shape, read_bytes_shape
-from imdsproxy.cli.record_flags import flags_of, keys_of
+from imdsproxy.cli.record_flags import flags_of, keys_of, network_flag
 from imdsproxy.core.records import INSTANCE, NETWORK, Json
 from imdsproxy.core.records.network import LISTENER_KEYS
 from imdsproxy.core.records.schema import Table
@@ -107,12 +107,6 @@ def _from_libvirt(run: Invocation, domain: str, values: _Values) -> dict[str, Js
             hint="leave --mac and --address out; a static host of libvirt's network is its address",
         )
     return import_domain(run.daemon(), run.settings.sources.libvirt.uri, domain, values["network"])
-
-
-def _network(text: str) -> Mapping[str, object]:
-    return {
-        "network": Annotated[str | None, flag("--network", "NET", text, complete_networks, "-n")]
-    }
 
 
 @dataclass(frozen=True, slots=True)
@@ -320,8 +314,12 @@ instance_app = _make_app(
                 ),
             ]
         },
-        add_flags=_network("The network of its port, by id or name; the only one without it."),
-        list_flags=_network("Only those in this network."),
+        add_flags={
+            "network": network_flag(
+                "The network of its port, by id or name; the only one without it."
+            )
+        },
+        list_flags={"network": network_flag("Only those in this network.")},
     )
 )
 
