@@ -369,6 +369,7 @@ async def _served(directory: Path) -> Any:  # noqa: ANN401 - an asynchronous gen
         for task in work:
             task.cancel()
         await asyncio.gather(*work, return_exceptions=True)
+        records.compiler.index.close()
         await fake.close()
         listener.close()
         socket.unlink(missing_ok=True)
