@@ -1,4 +1,4 @@
-"""The journal of where we have put addresses."""
+"""The journal of where we have put addresses, and tables that nft(8) replaces."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from imdsproxy.core.hostnames import Naming
 from imdsproxy.core.model import METADATA_IPV4, NetworkId
 from imdsproxy.errors import HostRefused
 from imdsproxy.host.namespaces import NamespaceThread
-from imdsproxy.listeners.host import SystemHost
+from imdsproxy.listeners.host import NftTable, SystemHost
 from imdsproxy.listeners.observe import HostObserver
 from imdsproxy.listeners.ops import AddAddress, HostOp, OpFailure, RemoveAddress
 
@@ -78,3 +78,42 @@ def test_a_damaged_journal_says_who_must_act(kernel: _Kernel) -> None:
     kernel.journal.write_text("{")
     with pytest.raises(HostRefused, match=r"managed\.json"):
         _host(kernel).managed()
+
+
+def _table(directory: Path, *, status: int = 0) -> NftTable:
+    """A table whose nft(8) logs its input, and answers with `status`."""
+    program = directory / "nft"
+    program.write_text(
+        f"#!/bin/sh\ncat >> {directory}/log\necho no such thing >&2\nexit {status}\n"
+    )
+    program.chmod(0o755)
+    return NftTable("cannot redirect", "until then", str(program))
+
+
+async def test_nft_is_run_only_when_something_changes(tmp_path: Path) -> None:
+    table = _table(tmp_path)
+    for script, empty in (("a ", False), ("a ", False), ("b ", True)):
+        await table.apply(script, empty=empty)
+    assert (tmp_path / "log").read_text() == "a b "
+
+
+async def test_a_refusal_is_an_error_and_the_change_is_tried_again(tmp_path: Path) -> None:
+    table = _table(tmp_path, status=1)
+    for _ in range(2):
+        with pytest.raises(HostRefused, match=r"cannot redirect.*no such thing"):
+            await table.apply("a ", empty=False)
+    _table(tmp_path)
+    await table.apply("a ", empty=False)
+    await table.apply("a ", empty=False)
+    assert (tmp_path / "log").read_text() == "a a a "
+
+
+async def test_a_kernel_without_such_tables_has_none_to_remove(tmp_path: Path) -> None:
+    await _table(tmp_path, status=1).apply("a ", empty=True)
+
+
+async def test_nft_is_missed_only_where_a_table_is_wanted(tmp_path: Path) -> None:
+    table = NftTable("cannot redirect", "until then", str(tmp_path / "none"))
+    await table.apply("a ", empty=True)
+    with pytest.raises(HostRefused, match="no nft"):
+        await table.apply("a ", empty=False)

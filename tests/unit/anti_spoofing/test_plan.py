@@ -1,23 +1,38 @@
-"""Where the kernel is to look at MACs, and who answers there."""
+"""Where the kernel is to look at MACs, who answers there, and which address goes with which MAC."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-from imdsproxy.anti_spoofing.plan import MacFilter, MacFilterPlan, plan_mac_filters
+from imdsproxy.anti_spoofing.plan import (
+    ANY_MAC,
+    LEARNED_PER_MAC,
+    MacFilter,
+    MacFilterPlan,
+    excess_learned,
+    plan_mac_filters,
+    plan_pair,
+    plan_pairs,
+)
 from imdsproxy.core.endpoints import Endpoint
 from imdsproxy.core.hostnames import Naming
 from imdsproxy.core.hoststate import NamespaceRef, ObservedDevice, ObservedHost, ObservedNamespace
+from imdsproxy.core.identity import Learned
+from imdsproxy.core.inventory import Inventory
 from imdsproxy.core.model import (
     METADATA_IPV4,
     METADATA_IPV6,
+    InstanceId,
     InterfaceListener,
+    MacAddress,
     NamespaceListener,
     Network,
     NetworkId,
     Scope,
 )
+from imdsproxy.core.observation import AddressKey
 from imdsproxy.core.wire import VERIFIED_PORT
+from support.record_builders import full, instance, key, network
 
 _RED, _GREY = NetworkId("red"), NetworkId("grey")
 _PLACE = NamespaceRef("red", 42)
@@ -59,11 +74,11 @@ def test_a_network_without_macs_has_no_filter() -> None:
 
 
 def test_nor_has_one_that_does_not_check_them() -> None:
-    for network in (
+    for one in (
         Network(_RED, NamespaceListener("red"), mac_check=False),
         Network(_RED, NamespaceListener("red"), scope=Scope.ROUTER),
     ):
-        assert _plan(_IPV4, network=network) == MacFilterPlan(plain=(_IPV4,))
+        assert _plan(_IPV4, network=one) == MacFilterPlan(plain=(_IPV4,))
 
 
 def test_a_filter_is_on_every_device_whose_packets_bring_a_mac_to_the_host() -> None:
@@ -97,3 +112,62 @@ def test_without_its_filter_no_guest_is_verified() -> None:
 def test_a_network_that_is_only_kept_is_checked_as_it_was() -> None:
     plan = plan_mac_filters({}, [_IPV4], _HOST, _NAMING, lambda _: True)
     assert plan.plain == (_IPV4,)
+
+
+MAC = MacAddress("52:54:00:12:34:56")
+OTHER = MacAddress("52:54:00:00:00:01")
+LINK_LOCAL = "fe80::5054:ff:fe12:3456"
+
+
+def _inventory(*instances: object, mac_check: bool = True) -> Inventory:
+    made = Inventory()
+    made.observe(full("file", [network("n1", mac_check=mac_check)], instances))  # type: ignore[arg-type]  # for brevity
+    return made
+
+
+def test_every_address_of_a_port_goes_with_its_mac() -> None:
+    inventory = _inventory(instance("a", "10.0.0.5", "2001:db8::5", mac=MAC))
+    keys = [key("n1", each) for each in ("10.0.0.5", "2001:db8::5", LINK_LOCAL)]
+    assert plan_pairs(inventory, keys, {}) == dict.fromkeys(keys, MAC)
+
+
+def test_an_address_that_nobody_has_has_no_pair() -> None:
+    inventory = _inventory(instance("a", "10.0.0.5", mac=MAC))
+    assert plan_pair(inventory, key("n1", "10.0.0.6"), {}) is None
+
+
+def test_a_port_without_a_mac_goes_with_any_and_a_contested_address_with_none() -> None:
+    inventory = _inventory(
+        instance("a", "10.0.0.5"),
+        instance("b", "10.0.0.6", mac=MAC),
+        instance("c", "10.0.0.6", mac=OTHER),
+    )
+    assert plan_pair(inventory, key("n1", "10.0.0.5"), {}) == ANY_MAC
+    assert plan_pair(inventory, key("n1", "10.0.0.6"), {}) is None
+
+
+def test_what_was_learned_goes_with_the_mac_it_was_learned_by_while_that_holds() -> None:
+    asked = key("n1", "10.0.0.77")
+    learned = {asked: Learned(InstanceId("a"), 0.0, mac=MAC)}
+    assert plan_pair(_inventory(instance("a", mac=MAC)), asked, learned) == MAC
+    assert plan_pair(_inventory(instance("a", "10.0.0.5", mac=MAC)), asked, learned) is None
+    # What a record says comes first.
+    claimed = _inventory(instance("a", mac=MAC), instance("b", "10.0.0.77", mac=OTHER))
+    assert plan_pair(claimed, asked, learned) == OTHER
+
+
+def test_a_network_that_checks_no_macs_has_no_pairs() -> None:
+    inventory = _inventory(instance("a", "10.0.0.5", mac=MAC), mac_check=False)
+    asked = key("n1", "10.0.0.5")
+    assert plan_pairs(inventory, [asked], {}) == {asked: None}
+
+
+def test_the_oldest_learned_addresses_of_a_mac_make_room() -> None:
+    def entry(mac: MacAddress) -> Learned:
+        return Learned(InstanceId("a"), 0.0, mac=mac)
+
+    mine: list[AddressKey] = [key("n1", f"10.0.0.{number}") for number in range(LEARNED_PER_MAC)]
+    learned = {key("n1", "10.9.9.9"): entry(OTHER), **{each: entry(MAC) for each in mine}}
+    assert excess_learned(learned, mine[0], MAC) == ()
+    assert excess_learned(learned, key("n1", "10.0.1.1"), MAC) == (mine[0],)
+    assert excess_learned(learned, key("n2", "10.0.1.1"), MAC) == ()
