@@ -8,13 +8,12 @@ thread that enters, works and comes back (`NamespaceThread`).
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import ctypes
 import errno
 import fcntl
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,14 +95,6 @@ class NamespaceDirectory:
         # namespace says the same as fstatfs's magic (0x6e736673) without a foreign call.
         self._device = Path("/proc/self/ns/net").stat().st_dev
 
-    def place(self, name: str) -> Path:
-        """The file of a name.
-
-        Raises:
-            HostRefused: It is no name of a file, but a way to another directory.
-        """
-        return Path(self._file(name))
-
     def _file(self, name: str) -> str:
         if name in ("", ".", "..") or "/" in name or "\0" in name:
             raise HostRefused(f"not the name of a network namespace: {name!r}")
@@ -158,7 +149,7 @@ class NamespaceDirectory:
             HostRefused: The kernel refused.
             PrivilegeMissing: CAP_SYS_ADMIN is needed.
         """
-        path = self.place(name)
+        path = Path(self._file(name))
         try:
             _checked(_libc.umount2(os.fsencode(path), ctypes.c_int(_MNT_DETACH)))
         except FileNotFoundError:
@@ -180,8 +171,12 @@ class NamespaceDirectory:
         """
         try:
             self.path.mkdir(mode=0o755, parents=True, exist_ok=True)
-            with self._locked():
+            descriptor = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
                 self._share()
+            finally:
+                os.close(descriptor)
         except OSError as error:
             raise host_refused(f"make {self.path} a shared mount", error) from error
 
@@ -194,18 +189,9 @@ class NamespaceDirectory:
             _mount(str(self.path), self.path, _MS_BIND | _MS_REC)
             _mount("", self.path, _MS_SHARED | _MS_REC)
 
-    @contextlib.contextmanager
-    def _locked(self) -> Iterator[None]:
-        descriptor = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-            yield
-        finally:
-            os.close(descriptor)
-
     def _create_here(self, name: str) -> NamespaceRef:
         """Make and mount a namespace; the calling thread is inside of it afterwards."""
-        path = self.place(name)
+        path = Path(self._file(name))
         os.close(os.open(path, os.O_RDONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0))
         try:
             unshare_network()

@@ -75,7 +75,9 @@ def plan_listeners(
     parts: list[ListenerPlan] = []
     for network_id in sorted(networks):
         if network_id in shared:
-            parts.append(_left_out_as_shared(network_id, shared[network_id]))
+            reason = f"network {shared[network_id]} has this listener"
+            hint = "give each network a listener of its own, or remove one of the two"
+            parts.append(leave_out(network_id, LeftOutCode.LISTENER_SHARED, reason, hint))
         else:
             parts.append(_plan_again(networks[network_id], observed, naming, memo))
     for gone in memo.keys() - networks.keys():
@@ -183,23 +185,19 @@ def _plan_interface(
         return refused
     on_device = {one.address for one in root.addresses if one.device == device}
     if root.own_metadata and METADATA_IPV4 not in on_device:
-        return _left_out_for_the_host(network, device, root.own_metadata)
+        return leave_out(
+            network,
+            LeftOutCode.HOST_METADATA,
+            f"with {METADATA_IPV4} on {device} this host would not reach metadata of its own any more, "
+            f"and it seems to have some: {root.own_metadata}",
+            f"if {device} is a bridge, name it as a bridge (--bridge {device}): that leaves the host alone; "
+            f"if the host needs none: ip address add {METADATA_IPV4}/32 dev {device}",
+        )
     part = ListenerPlan(ops=tuple(want_addresses(network, None, root, device, naming)))
     seen = replace(root, addresses=tuple(a for a in root.addresses if a.device == device))
     for family in Family:
         part += listen(network, seen, family, device=device, managed=True)
     return part
-
-
-def _left_out_for_the_host(network: NetworkId, device: str, sign: str) -> ListenerPlan:
-    return leave_out(
-        network,
-        LeftOutCode.HOST_METADATA,
-        f"with {METADATA_IPV4} on {device} this host would not reach metadata of its own any more, "
-        f"and it seems to have some: {sign}",
-        f"if {device} is a bridge, name it as a bridge (--bridge {device}): that leaves the host alone; "
-        f"if the host needs none: ip address add {METADATA_IPV4}/32 dev {device}",
-    )
 
 
 def _check_device(
@@ -272,15 +270,6 @@ def _place(network: Network, observed: ObservedHost) -> tuple[_Place, str | None
     if isinstance(listener, BridgeListener):
         return ("device", listener.bridge), None
     assert_never(listener)
-
-
-def _left_out_as_shared(network: NetworkId, holder: NetworkId) -> ListenerPlan:
-    return leave_out(
-        network,
-        LeftOutCode.LISTENER_SHARED,
-        f"network {holder} has this listener",
-        "give each network a listener of its own, or remove one of the two",
-    )
 
 
 ManagedPlace: TypeAlias = tuple[str | None, str]
