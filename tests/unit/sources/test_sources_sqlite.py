@@ -20,6 +20,7 @@ from imdsproxy.core.compiled import compile_instance
 from imdsproxy.core.model import Instance, InstanceId, NetworkId, StoredBytes
 from imdsproxy.core.observation import Observation
 from imdsproxy.core.policy import Policy, render_policy_word
+from imdsproxy.core.timing import Progress
 from imdsproxy.errors import SourceCorrupt, SourceError, SourceRefused, SourceUnavailable
 from imdsproxy.sources.api import Tally, Written
 from imdsproxy.sources.sqlite import store as sqlite_store
@@ -450,6 +451,18 @@ async def test_a_disk_that_does_not_confirm_is_no_acknowledgement(
             await source.put_instance(A)
         monkeypatch.undo()
         assert await source.put_instance(B) is Written.ADDED
+
+
+def test_progress_is_shown_while_many_are_stored_and_read(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[str, int, int]] = []
+    monkeypatch.setattr(Progress, "note", lambda _self, *step: seen.append(step))
+    with closing(Store(path)) as store:
+        store.put([], [instance(f"i{n}", f"10.1.{n >> 8}.{n & 255}") for n in range(1000)])
+        assert seen == [("storing instances", 499, 1000), ("storing instances", 999, 1000)]
+        store.load(Progress())
+    assert seen[-1] == ("reading the store", 999, 1000)
 
 
 # A start: records are not parsed again, and user-data stays where it is

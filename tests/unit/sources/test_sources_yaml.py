@@ -155,9 +155,11 @@ def test_nesting_without_end_is_refused(depth: int) -> None:
         ("{", 1),
         ("[", 1),
         ('"a', 1),
+        ("9" * 5000, None),
+        ("[" * 200_000, None),
     ],
 )
-def test_what_is_no_json_is_reported_with_its_line(text: str, line: int) -> None:
+def test_what_is_no_json_is_reported_with_its_line(text: str, line: int | None) -> None:
     found = decode_json(text)
     assert isinstance(found, Undecodable)
     assert found.line == line
