@@ -11,11 +11,11 @@ import pytest
 
 from support.audit_log import AuditLog, order_audit
 from support.lab import until
+from support.nova_world import INSTANCES, open_nova_world
 from support.world import World, own
 
 pytestmark = pytest.mark.root
 
-_SECRET: Final = "s3cret"
 _LEAF: Final = "/latest/meta-data/instance-id"
 
 
@@ -48,46 +48,27 @@ def test_a_line_says_who_asked_what_and_what_became_of_it(world: World, log: Aud
     assert stat.S_IMODE(log.path.stat().st_mode) == 0o640
 
 
-def test_tokens_are_told_by_a_word(world: World, log: AuditLog) -> None:
-    ttl = ("X-aws-ec2-metadata-token-ttl-seconds: 60", "User-Agent: giver")
-    token = world.red.ask("/latest/api/token", method="PUT", headers=ttl).text
-    assert log.wait(agent="giver")["refused"] == "-"
-    header = "X-aws-ec2-metadata-token: "
-    assert world.red.ask(_LEAF, headers=(header + token, "User-Agent: good")).status == 200
-    assert world.red.ask(_LEAF, headers=(header + _SECRET, "User-Agent: bad")).status == 401
-    with world.red.connect() as kept:
-        for agent in ("first", "again"):
-            kept.request(_LEAF, headers=(header + token, f"User-Agent: {agent}"))
-            assert log.wait(agent=agent)["token"] == "yes"
-    good, bad = log.wait(agent="good"), log.wait(agent="bad")
-    assert (good["token"], good["refused"], good["status"]) == ("yes", "-", 200)
-    assert (bad["token"], bad["refused"], bad["status"]) == ("bad", "token", 401)
-    assert bad["by"] == "documents.checked/<NOSRV>"
-    assert token.rpartition(".")[2] not in log.text()
-    assert _SECRET not in log.text()
-
-
-def test_the_rule_that_refuses_is_named(world: World, log: AuditLog) -> None:
-    host = {"tokens": "required", "refuse_forwarded": True}
-    order_audit(world, "all", policy={"host": host, "networks": {"green": {"endpoint": False}}})
-    until(lambda: world.red.ask(_LEAF).status == 401)
-    until(lambda: world.guests["green"].ask(_LEAF).status == 403)
-    world.red.ask("/openstack/latest/meta_data.json", headers=("Forwarded: for=a",))
-    world.red.ask("/latest/../x")
-    world.red.ask("/latest/api/token", method="PUT")
-    log.wait(network="red", status=401, refused="token-required")
-    log.wait(network="green", status=403, refused="endpoint", instance="green-5")
-    log.wait(path="/openstack/latest/meta_data.json", status=403, refused="forwarded")
-    log.wait(path="/latest/../x", status=400, refused="path")
-    log.wait(path="/latest/api/token", status=400, refused="token-request")
-
-
 def test_what_an_operator_gets_has_a_line_with_the_instance(world: World, log: AuditLog) -> None:
     who = ("--network", "red", "--from", world.red.addresses[0])
     got = world.daemon.command("get", "--include", *who, "/latest/got-by-operator")
     assert "x-imdsproxy-told" not in got.out
     line = log.wait(path="/latest/got-by-operator")
     assert (line["instance"], line["network"]) == ("red-5", "red")
+
+
+def test_a_request_that_comes_back_from_the_resolver_has_one_line() -> None:
+    with open_nova_world() as nova:
+        log = AuditLog(nova.daemon)
+        settings = {**nova.daemon.settings, "audit": {"mode": "all", "destination": str(log.path)}}
+        nova.daemon.reconfigure(settings)
+        head = "POST /openstack/2013-10-17/password HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+        reply = nova.red.raw(head.encode() + b"1\r\na\r\n0\r\n\r\n", method="POST")
+        assert "x-imdsproxy-told" not in reply.headers
+        nova.red.ask("/last")
+        log.wait(path="/last")
+        (line,) = [one for one in log.lines() if one["method"] == "POST"]
+        assert (line["instance"], line["network"]) == (INSTANCES["red"], "red")
+        assert line["by"].startswith("nova.default.once/")
 
 
 def test_the_mode_changes_without_losing_a_request(world: World) -> None:

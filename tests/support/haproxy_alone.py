@@ -279,7 +279,7 @@ class Alone:
             answer = b""
             while more := asking.recv(65_536):
                 answer += more
-        return answer.decode()
+        return answer.decode("utf-8", "surrogateescape")
 
     def is_up(self) -> bool:
         try:
@@ -305,6 +305,8 @@ def open_alone(
     paths: Sequence[PathRules] = (),
     count_reads: int = 0,
     limits: Limits = _LIMITS,
+    audit: int = 0,
+    watched: bool = False,
 ) -> Iterator[Alone]:
     """Run one for the time of the context.
 
@@ -313,6 +315,8 @@ def open_alone(
         paths: The sets of path rules that records may refer to.
         count_reads: As of `DataplaneSpec`.
         limits: The same.
+        audit: The same.
+        watched: The same.
     """
     # Not below pytest's own directory: a socket's path has 97 characters.
     place = Path(tempfile.mkdtemp(prefix="imdst-"))
@@ -334,6 +338,8 @@ def open_alone(
         nova_times=NovaTimes(check="off"),
         unix=UnixBind(str(place / "agents.sock"), "0600", 0, 0, maxconn=100),
         count_reads=count_reads,
+        audit=audit,
+        watched=watched,
     )
     more = f"\nglobal\n  stats socket {place}/cli.sock mode 600 level admin\n"
     alone = Alone(place, ports, nova)

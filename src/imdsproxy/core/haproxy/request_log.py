@@ -119,9 +119,10 @@ def log_rules(spec: DataplaneSpec, form: Form, *, headers: bool = False) -> Text
 
 
 def _format(spec: DataplaneSpec, *, headers: bool) -> str:
-    # Escaped by the log format itself, a third as dear as the converter `json`.
+    # Escaped by the log format itself, a third as dear as the converter `json`. An address may be no text yet, which
+    # `bytes` would cut in binary.
     network, address = (
-        f"%{{+json}}[var(sess.{one}),bytes(0,64)]" if headers else f'"%[var(sess.{one})]"'
+        f"%{{+json}}[var(sess.{one}),concat(),bytes(0,64)]" if headers else f'"%[var(sess.{one})]"'
         for one in ("network", "address")
     )
     # Of a record `INSTANCE|REVISION` the first, of `@SET|SIGNATURE|INSTANCE|PROJECT` the third.
