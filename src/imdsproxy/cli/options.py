@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, TypeAlias
 
 import typer
 
-from imdsproxy.cli.admin_client import AdminClient, path_to
 from imdsproxy.cli.output import Output
 from imdsproxy.errors import ImdsproxyError
 
 if TYPE_CHECKING:
     from typer.models import ArgumentInfo, OptionInfo
 
+    from imdsproxy.cli.admin_client import AdminClient
     from imdsproxy.config.load import Loaded
     from imdsproxy.config.schema import Settings
 
@@ -114,7 +114,7 @@ def _complete(context: typer.Context, kind: str, incomplete: str) -> list[str]:
         run.config = run.config or given.get("config")
         place = getattr(place, "parent", None)
     try:
-        shapes = replace(run.daemon(), timeout_s=_AT_A_PROMPT_S).get(path_to(kind))
+        shapes = replace(run.daemon(), timeout_s=_AT_A_PROMPT_S).get(f"/v1/{kind}")
     except ImdsproxyError:
         # There is no place for an error: the shell puts all output into the command line.
         return []
@@ -169,6 +169,10 @@ class Invocation:
 
     def daemon(self) -> AdminClient:
         """The daemon, by the socket that was named or that the settings name."""
+        from imdsproxy.cli.admin_client import (  # noqa: PLC0415 - the daemon itself need not load it
+            AdminClient,
+        )
+
         return AdminClient(self.socket or self.settings.admin_socket)
 
 
