@@ -172,17 +172,17 @@ class SideCache(Generic[_Key, _Value]):
     problem: Problem | None = None
     _unsaved: dict[_Key, _Value | None] = field(default_factory=dict)
 
-    def load(self, read: Callable[[sqlite3.Connection], _T], default: _T) -> _T:
-        """What `read` makes of the file; `default` where there is none or it cannot be used. Blocks."""
+    def load(self, read: Callable[[sqlite3.Connection], _T]) -> _T | None:
+        """What `read` makes of the file; `None` where there is none or it cannot be used. Blocks."""
         try:
             with store_failures(self.path):
                 if not self.path.exists():
-                    return default
+                    return None
                 with closing(open_store(self.path, (self.schema,))) as connection:
                     return read(connection)
         except SourceError as error:
             self._note(error)
-            return default
+            return None
 
     def keep(self, changes: Mapping[_Key, _Value | None]) -> None:
         """Have `save` write these; `None` for what is gone."""

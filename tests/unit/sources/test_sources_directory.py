@@ -10,7 +10,7 @@ import pytest
 
 from imdsproxy.core.records import MAX_PAYLOAD, Unreadable
 from imdsproxy.sources.api import Origin
-from imdsproxy.sources.file.directory import Directory, Reading, open_last_good
+from imdsproxy.sources.file.directory import Directory, Reading
 from imdsproxy.sources.file.record_file import payload_reader
 
 NETWORK = "networks:\n- id: n\n  listener: {bridge: br0}\n"
@@ -36,8 +36,7 @@ class Bench:
 
     def restart(self) -> None:
         """A new process reads the directory."""
-        last_good = open_last_good(self.kept)
-        self.directory = Directory(self.path, clock=lambda: self.now, last_good=last_good)
+        self.directory = Directory(self.path, clock=lambda: self.now, last_good=self.kept)
 
     def write(self, name: str, text: str | bytes) -> Path:
         path = self.path / name

@@ -110,7 +110,7 @@ class Directory:
     Args:
         path: The directory; it need not exist.
         clock: Monotonic seconds.
-        last_good: What was in force before a restart, where that is kept.
+        last_good: Keeps what is in force over a restart; `None` to do without.
         progress: Where reading a large file says how far it is.
     """
 
@@ -119,7 +119,7 @@ class Directory:
         path: Path,
         *,
         clock: Callable[[], float],
-        last_good: LastGood | None = None,
+        last_good: Path | None = None,
         progress: Progress | None = None,
     ) -> None:
         self._path = path
@@ -133,7 +133,10 @@ class Directory:
             self._claims, partial(self._where, "instances")
         )
         self._opened = 0
-        self._last_good = last_good
+        self._last_good: LastGood | None = None
+        if last_good is not None:
+            lost = "records in force are not kept"
+            self._last_good = SideCache(last_good, _SCHEMA, _write, "last-good", lost)
         self._begun = False
 
     @property
@@ -188,8 +191,9 @@ class Directory:
         return self._last_good.problem
 
     def _begin(self) -> None:
-        kept = () if self._last_good is None else load_last_good(self._last_good)
-        for file, record in kept:
+        if self._last_good is None:
+            return
+        for file, record in self._last_good.load(lambda stored: tuple(_read(stored))) or ():
             if isinstance(record, Network):
                 self._networks.prime(Entry(record.id, file, 0, record=record))
             else:
@@ -313,16 +317,6 @@ class Directory:
 
 def _with_parents(paths: set[Path]) -> frozenset[Path]:
     return frozenset(each for path in paths for each in (path, *path.parents))
-
-
-def open_last_good(path: Path) -> LastGood:
-    """The cache in the file at `path`."""
-    return SideCache(path, _SCHEMA, _write, "last-good", "records in force are not kept")
-
-
-def load_last_good(cache: LastGood) -> tuple[tuple[str, Network | PackedInstance], ...]:
-    """Everything kept, each with its file; nothing where there is no such cache or it cannot be used. Blocks."""
-    return cache.load(lambda connection: tuple(_read(connection)), ())
 
 
 def _read(connection: sqlite3.Connection) -> Iterator[tuple[str, Network | PackedInstance]]:

@@ -15,7 +15,7 @@ from imdsproxy.core.timing import Progress
 from imdsproxy.errors import Problem
 from imdsproxy.host.inotify import Watch
 from imdsproxy.sources.api import Origin, Publish, Reports, publish_in_pieces
-from imdsproxy.sources.file.directory import Directory, Reading, open_last_good
+from imdsproxy.sources.file.directory import Directory, Reading
 
 _UNWATCHED_S: Final = 1.0
 """How often to look where inotify cannot be used."""
@@ -46,7 +46,7 @@ class FileSource:
         self._directory = Directory(
             self._path,
             clock=clock,
-            last_good=None if last_good is None else open_last_good(last_good),
+            last_good=last_good,
             progress=progress,
         )
         self._reports = Reports(self.name)

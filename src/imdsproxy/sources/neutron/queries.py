@@ -56,7 +56,7 @@ class Shared(Generic[_Key, _T]):
         return key in self._pending
 
     async def get(self, key: _Key, make: Callable[[], Coroutine[object, object, _T]]) -> _T:
-        """What `make` gives; who is cancelled does not cancel it for the others."""
+        """What `make` gives; a cancelled caller does not cancel it for the others."""
         task = self._pending.get(key)
         if task is None:
             task = self._pending[key] = asyncio.create_task(make())

@@ -335,7 +335,7 @@ def open_cache(path: Path) -> NeutronCache:
 
 def load_cache(cache: NeutronCache) -> Kept:
     """Everything kept; nothing where there is no such file or it cannot be used. Blocks."""
-    return cache.load(_read, Kept())
+    return cache.load(_read) or Kept()
 
 
 def _read(connection: sqlite3.Connection) -> Kept:
