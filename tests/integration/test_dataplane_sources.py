@@ -83,32 +83,21 @@ def test_a_conflict_outlives_the_controller(world: World) -> None:
     assert world.red.ask(_TARGET).status == 503
 
 
-def test_a_record_file_is_in_force_soon_and_gone_soon(world: World) -> None:
+def test_a_record_file_is_in_force_soon_stays_so_while_it_is_broken_and_is_gone_soon(
+    world: World,
+) -> None:
     guest = world.lab.guest("red", 90)
     _write(world.daemon, "b", [instance("red-90", "red", 90)])
     assert own(guest, guest.ask(_TARGET)) is None
-    (world.daemon.directory / "records" / "b.json").unlink()
-    until(lambda: guest.ask(_TARGET).status == 404, within_s=3)
-
-
-def test_what_changed_while_no_controller_ran_is_in_force_when_one_runs(world: World) -> None:
-    guest = world.lab.guest("red", 91)
-    _write(world.daemon, "c", [instance("red-91", "red", 91)])
+    (world.daemon.directory / "records" / "b.json").write_text("{broken")
+    until(lambda: any(one["problems"] for one in world.daemon.status()["sources"]), within_s=2)
     assert own(guest, guest.ask(_TARGET)) is None
+    (problem,) = (one for source in world.daemon.status()["sources"] for one in source["problems"])
+    assert problem["file"].endswith("b.json")
     world.daemon.kill_controller()
-    _write(world.daemon, "c", [{**instance("red-91", "red", 91), "user_data": "meanwhile"}])
-    assert guest.ask(_TARGET).body == user_data_of("red-91")
+    _write(world.daemon, "b", [{**instance("red-90", "red", 90), "user_data": "meanwhile"}])
+    assert guest.ask(_TARGET).body == user_data_of("red-90")
     world.daemon.start()
     until(lambda: guest.ask(_TARGET).text == "meanwhile", within_s=2)
-
-
-def test_a_broken_record_file_leaves_in_force_what_was_good(world: World) -> None:
-    guest = world.lab.guest("red", 92)
-    _write(world.daemon, "d", [instance("red-92", "red", 92)])
-    assert own(guest, guest.ask(_TARGET)) is None
-    (world.daemon.directory / "records" / "d.json").write_text("{broken")
-    until(lambda: any(one["problems"] for one in world.daemon.status()["sources"]), within_s=2)
-    for _ in range(3):
-        assert own(guest, guest.ask(_TARGET)) is None
-    (problem,) = (one for source in world.daemon.status()["sources"] for one in source["problems"])
-    assert problem["file"].endswith("d.json")
+    (world.daemon.directory / "records" / "b.json").unlink()
+    until(lambda: guest.ask(_TARGET).status == 404, within_s=3)
