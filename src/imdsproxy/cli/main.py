@@ -26,7 +26,6 @@ try:  # typer has an error class of its own since it brings its own click; click
 except ImportError:
     from click import ClickException as CommandLineError  # type: ignore[assignment] # of one shape
 
-_PROGRAM: Final = "imdsproxy"
 _VARIABLE: Final = "_IMDSPROXY_COMPLETE"
 SHELLS: Final = ("bash", "zsh", "fish")
 
@@ -306,7 +305,7 @@ def render_completion(shell: str) -> str:
     import typer.completion  # noqa: PLC0415 - only a shell needs it
 
     make = getattr(typer.completion, "get_completion_script")  # noqa: B009 - not in its list
-    return f"{make(prog_name=_PROGRAM, complete_var=_VARIABLE, shell=shell)}\n"
+    return f"{make(prog_name='imdsproxy', complete_var=_VARIABLE, shell=shell)}\n"
 
 
 def _words_so_far(environment: Mapping[str, str]) -> Sequence[str]:

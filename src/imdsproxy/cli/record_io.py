@@ -204,12 +204,12 @@ def render_lines(records: Records, note: Note) -> Iterator[bytes]:
             lines.clear()
 
 
-def read_record(parse: Callable[[object], _T | Refused], record: Shape) -> _T:
+def read_record(kind: str, parse: Callable[[object], _T | Refused], record: Shape) -> _T:
     """A record of the daemon's as a value; `AdminError` where the daemon is of another version."""
     read = parse(record)
     if isinstance(read, Refused):
         raise AdminError(
-            f"the daemon's record of {record.get('id')} is not understood",
+            f"the daemon's record of {kind} {record.get('id')} is not understood",
             hint="is the daemon of the same version as this command?",
         )
     return read
@@ -217,4 +217,7 @@ def read_record(parse: Callable[[object], _T | Refused], record: Shape) -> _T:
 
 def read_networks(daemon: AdminClient) -> list[Network]:
     """All networks of the daemon's; raises as `read_record`."""
-    return [read_record(parse_network, shape["record"]) for shape in daemon.get("/v1/networks")]
+    return [
+        read_record("network", parse_network, shape["record"])
+        for shape in daemon.get("/v1/networks")
+    ]

@@ -79,7 +79,9 @@ def _dialect(guest: Guest, instance: str, target: Target, wanted: Dialect | None
 
 
 def _guest(daemon: AdminClient, name: str) -> Guest:
-    instance = read_record(parse_instance, daemon.get(path_to("instances", name))["record"])
+    instance = read_record(
+        "instance", parse_instance, daemon.get(path_to("instances", name))["record"]
+    )
     dialects = instance.dialects
     if instance.upstream is Upstream.NOVA:
         dialects = frozenset({Dialect.OPENSTACK, Dialect.EC2})
@@ -89,7 +91,7 @@ def _guest(daemon: AdminClient, name: str) -> Guest:
 
 def _nic(daemon: AdminClient, port: Port) -> Nic:
     shape = daemon.get(path_to("networks", port.network))
-    network: Network = read_record(parse_network, shape["record"])
+    network: Network = read_record("network", parse_network, shape["record"])
     listener, device = network.listener, None
     if isinstance(listener, BridgeListener):
         device = listener.bridge

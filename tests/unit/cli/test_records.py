@@ -15,6 +15,7 @@ import pytest
 from imdsproxy.admin.records import RecordService, Written
 from imdsproxy.cli import output
 from imdsproxy.cli.admin_client import AdminClient
+from imdsproxy.cli.record_io import read_record
 from imdsproxy.core.endpoints import LeftOutCode
 from imdsproxy.core.model import (
     BridgeListener,
@@ -24,8 +25,9 @@ from imdsproxy.core.model import (
 )
 from imdsproxy.core.path_rules import PathWord
 from imdsproxy.core.policy import NO_RULES, RULES, PolicyRules, TokenMode
+from imdsproxy.core.records import parse_network
 from imdsproxy.core.timing import Step
-from imdsproxy.errors import Problem, RequestRefused, SourceUnavailable
+from imdsproxy.errors import AdminError, Problem, RequestRefused, SourceUnavailable
 from imdsproxy.sources.libvirt.records import NetworkXml
 from imdsproxy.sources.libvirt.xml import METADATA_URI
 from support.cli import Cli
@@ -232,6 +234,11 @@ def test_a_change_that_is_not_in_force_yet_names_the_reason(filled: Cli) -> None
     ]
     shown = filled("network", "show", "blue").out
     assert "# state: not served: namespace blue is missing (namespace-missing)\n" in shown
+
+
+def test_a_record_of_a_daemon_of_another_version_is_refused() -> None:
+    with pytest.raises(AdminError, match="record of network blue is not understood"):
+        read_record("network", parse_network, {"id": "blue", "listener": {"teleport": "x"}})
 
 
 # What `add` takes when flags leave it out
