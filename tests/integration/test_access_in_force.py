@@ -18,7 +18,7 @@ import pytest
 from imdsproxy.core.tokens import TOKEN_PATTERN
 from support.access_table import META, TOKEN, USER_DATA
 from support.daemon import instance
-from support.guest import IPV4, IPV6, Guest, Reply
+from support.guest import IPV4, IPV6, Guest, Reply, take_token, with_token
 from support.lab import until
 from support.world import World, own
 
@@ -42,18 +42,8 @@ def _ask_token(guest: Guest, *, headers: Sequence[str] = (), to: str = IPV4) -> 
     return guest.ask(TOKEN, method="PUT", headers=lines, to=to)
 
 
-def _token(guest: Guest) -> str:
-    reply = _ask_token(guest)
-    assert reply.status == 200, reply
-    return reply.text
-
-
-def _with(token: str) -> tuple[str, ...]:
-    return (f"{_HEADER}: {token}",)
-
-
 def _status(guest: Guest, target: str, token: str = "") -> int:
-    reply = guest.ask(target, headers=_with(token) if token else ())
+    reply = guest.ask(target, headers=with_token(token) if token else ())
     if reply.status == 200 and target == USER_DATA:
         assert own(guest, reply) is None
     return reply.status
@@ -102,7 +92,7 @@ def test_the_most_specific_scope_that_sets_a_path_decides(world: World) -> None:
 
 
 def test_a_change_is_seen_by_a_connection_that_is_open_and_takes_no_reload(world: World) -> None:
-    headers = _with(_token(world.red))
+    headers = with_token(take_token(world.red))
     pids = world.settled()
     with world.red.connect() as connection:
 
@@ -123,7 +113,7 @@ def test_a_change_is_seen_by_a_connection_that_is_open_and_takes_no_reload(world
 
 
 def test_rules_and_tokens_outlive_reloads_and_every_death(world: World) -> None:
-    token = _token(world.red)
+    token = take_token(world.red)
 
     def in_force() -> None:
         assert [_status(world.red, one) for one in (USER_DATA, _HOSTNAME)] == [403, 401]
@@ -177,18 +167,18 @@ def test_a_guest_that_haproxy_does_not_know_yet_is_held_to_the_same(world: World
     for line in ("X-Forwarded-For: 1.2.3.4", "Via: 1.1 x"):
         assert _ask_token(newcomer(), headers=(line,)).status == 403
     guest = newcomer()
-    token = _token(guest)
+    token = take_token(guest)
     assert _status(guest, USER_DATA, token) == 200
     assert _status(newcomer(), USER_DATA, token) == 401
 
 
 def test_keys_can_be_replaced_and_old_tokens_go_on(world: World) -> None:
-    before = _token(world.red)
+    before = take_token(world.red)
     path = world.daemon.state / "token-keys"
     old = path.read_text()
     path.write_text(f"{'A' * 43}=\n{old}")
     _settings(world, {})
-    after = _token(world.red)
+    after = take_token(world.red)
     assert before.split(".")[0] != after.split(".")[0]
     assert [_status(world.red, USER_DATA, one) for one in (before, after)] == [200, 200]
     path.write_text(f"{'A' * 43}=\n")
@@ -200,7 +190,7 @@ def test_keys_can_be_replaced_and_old_tokens_go_on(world: World) -> None:
 
 
 def test_keys_that_cannot_be_used_change_nothing(world: World) -> None:
-    token = _token(world.red)
+    token = take_token(world.red)
     path = world.daemon.state / "token-keys"
     kept = path.read_text()
     try:

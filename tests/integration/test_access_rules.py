@@ -24,7 +24,7 @@ from imdsproxy.core.policy_word import ONLY_TOKENS_OFF
 from imdsproxy.core.tokens import TOKEN_PATTERN, TTL_LIMIT_S, TokenKey
 from imdsproxy.core.wire import HEADER_FORWARDED
 from support.access_table import CLOCKS, META, READS, TOKEN, USER_DATA, Clock, Read, path_sets
-from support.guest import IPV4, Connection, Reply
+from support.guest import IPV4, Connection, Reply, with_token
 from support.haproxy_alone import KEY, WAYS, Alone, open_alone
 from support.lab import until
 from support.spellings import HAND_WRITTEN, PATHS, spellings
@@ -79,12 +79,8 @@ def _have(alone: Alone, policy: Policy, *, epoch: int = 0, created: int | None =
     alone.put(word=render_policy_word(policy, OperatorOverride(epoch), created))
 
 
-def _with(token: str) -> tuple[str, ...]:
-    return (f"X-aws-ec2-metadata-token: {token}",)
-
-
 def _good(alone: Alone, *, epoch: int = 0) -> tuple[str, ...]:
-    return _with(alone.token(epoch=epoch, expires_at=int(time.time()) + 600))
+    return with_token(alone.token(epoch=epoch, expires_at=int(time.time()) + 600))
 
 
 def _in_one_second(work: Callable[[int], None]) -> None:
@@ -325,18 +321,18 @@ def test_a_token_that_is_not_good_is_401_though_none_is_needed(
     token = alone.token(expires_at=later)
     _have(alone, policy)
     bad = (
-        *(_with(spoil(token)) for spoil in _SPOILT),
-        _with(token) * 2,
-        _with(alone.token("green", expires_at=later)),
-        _with(alone.token("green", instance="i-red", expires_at=later)),
-        _with(alone.token(instance="i-green", expires_at=later)),
-        _with(alone.token(epoch=1, expires_at=later)),
-        _with(alone.token(expires_at=int(time.time()) - 1)),
-        _with(alone.token(key=_OTHER, expires_at=later)),
+        *(with_token(spoil(token)) for spoil in _SPOILT),
+        with_token(token) * 2,
+        with_token(alone.token("green", expires_at=later)),
+        with_token(alone.token("green", instance="i-red", expires_at=later)),
+        with_token(alone.token(instance="i-green", expires_at=later)),
+        with_token(alone.token(epoch=1, expires_at=later)),
+        with_token(alone.token(expires_at=int(time.time()) - 1)),
+        with_token(alone.token(key=_OTHER, expires_at=later)),
     )
     # Twice, and good ones between: nothing is taken for what the connection had before.
     for headers in bad * 2:
-        assert alone.ask(USER_DATA, way=way, headers=_with(token)).status == 200
+        assert alone.ask(USER_DATA, way=way, headers=with_token(token)).status == 200
         reply = alone.ask(USER_DATA, way=way, headers=headers)
         assert (reply.status, reply.body) == (401, b""), headers
         assert _TTL.lower() not in reply.headers
@@ -351,7 +347,7 @@ def test_an_answer_to_a_good_token_shows_what_is_left_of_it(
     alone: Alone, method: str, way: str
 ) -> None:
     expires_at = int(time.time()) + 100
-    headers = _with(alone.token(expires_at=expires_at))
+    headers = with_token(alone.token(expires_at=expires_at))
     for _ in range(3):  # the second comes out of the cache
         asked_at = time.time()
         reply = alone.ask(USER_DATA, way=way, method=method, headers=headers)
@@ -366,7 +362,7 @@ def test_a_kept_connection_does_not_keep_what_was_good_before(alone: Alone) -> N
     short = alone.token(expires_at=int(time.time()) + 2)
 
     def status(connection: Connection, token: str = longer, target: str = USER_DATA) -> int:
-        return connection.request(target, headers=_with(token)).status
+        return connection.request(target, headers=with_token(token)).status
 
     with alone.connect() as connection, alone.connect("green") as other:
         assert [status(connection, short) for _ in range(2)] == [200, 200]

@@ -20,7 +20,7 @@ import pytest
 from imdsproxy.core.haproxy.counting import ONE_IN
 from support.access_table import META, TOKEN, USER_DATA
 from support.daemon import instance
-from support.guest import IPV6, Guest, Reply
+from support.guest import IPV6, Guest, Reply, take_token, with_token
 from support.haproxy_alone import Alone, Document, open_alone
 from support.patience import patience
 from support.world import World, own
@@ -289,7 +289,7 @@ def test_no_condition_of_a_read_changes_its_answer(
 ) -> None:
     fields = {} if policy is None else {"policy": policy}
     world.daemon.put([], [instance("red-5", "red", fields=fields)])
-    token = _token(world) if policy == {"tokens": "required"} else ()
+    token = with_token(take_token(world.red)) if policy == {"tokens": "required"} else ()
     with world.red.connect() as connection:
         for path, method in product(_PATHS, ("GET", "HEAD")):
             plain = connection.request(path, method=method, headers=token)
@@ -298,13 +298,6 @@ def test_no_condition_of_a_read_changes_its_answer(
                 reply = connection.request(path, method=method, headers=(*token, *condition))
                 assert _seen(reply, path) == _seen(plain, path), (path, method, condition)
                 assert not _VALIDATORS & reply.headers.keys(), (path, method, condition)
-
-
-def _token(world: World) -> tuple[str, ...]:
-    ttl = ("X-aws-ec2-metadata-token-ttl-seconds: 60",)
-    return (
-        f"X-aws-ec2-metadata-token: {world.red.ask('/latest/api/token', method='PUT', headers=ttl).text}",
-    )
 
 
 def _seen(reply: Reply, path: str) -> tuple[int, str | None, bytes]:

@@ -12,14 +12,13 @@ from typing import Final, Self
 import pytest
 
 from support.daemon import Daemon, user_data_of
-from support.guest import Asker, Guest, Reply
+from support.guest import Asker, Guest, Reply, take_token, with_token
 from support.lab import Lab, RecordMapping, ip, until
 
 pytestmark = pytest.mark.root
 
 _NUMBERS: Final = range(100, 110)
 _USER_DATA: Final = "/latest/user-data"
-_TOKEN: Final = "/latest/api/token"
 
 
 def _record(name: str, *numbers: int) -> RecordMapping:
@@ -30,17 +29,6 @@ def _record(name: str, *numbers: int) -> RecordMapping:
         "ports": [{"network": "red", "addresses": [f"10.0.0.{one}"]} for one in numbers],
         "user_data": user_data_of(name).decode(),
     }
-
-
-def _token(asker: Asker) -> str:
-    lines = ("X-aws-ec2-metadata-token-ttl-seconds: 600",)
-    got = asker.ask(_TOKEN, method="PUT", headers=lines)
-    assert got.status == 200, got
-    return got.text
-
-
-def _with(token: str) -> tuple[str, ...]:
-    return (f"X-aws-ec2-metadata-token: {token}",)
 
 
 @dataclass(slots=True)
@@ -91,7 +79,7 @@ class _Moving:
             if self._stop.wait(0.01):
                 break
             before = self.done
-            got = asker.ask(_USER_DATA, headers=_with(self.tokens[token]))
+            got = asker.ask(_USER_DATA, headers=with_token(self.tokens[token]))
             owners = {self.owner(move) for move in range(before, self.begun + 1)}
             if not _is_right(got, token, owners):
                 self.wrong.append(f"moves {before}..{self.begun}: {token}'s token got {got}")
@@ -151,7 +139,7 @@ def test_nothing_of_the_one_reaches_the_other_in_a_thousand_moves_of_addresses()
         for move in (1, 0):
             daemon.put(instances=[record for one in moving for record in one.records(move)])
             for one in moving:
-                one.tokens[one.owner(move)] = _token(kept[one.number])
+                one.tokens[one.owner(move)] = take_token(kept[one.number])
         _move_all(daemon, moving, kept, lab.namespace_network("spare"))
     assert sum(asker.kept for asker in kept.values()) > _MOVES
 
@@ -176,7 +164,7 @@ def _move_all(
             for one in moving:
                 owner = one.owner(move)
                 for token, value in one.tokens.items():
-                    got = kept[one.number].ask(_USER_DATA, headers=_with(value))
+                    got = kept[one.number].ask(_USER_DATA, headers=with_token(value))
                     right = (200, user_data_of(owner)) if token == owner else (401, b"")
                     if (got.status, got.body) != right:
                         wrong.append(f"move {move}: {token}'s token got {got} of {owner}'s")

@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given, settings
 
 from support.forgeries import OTHER_ADDRESS, OTHER_INSTANCE, OTHER_PROJECT
-from support.guest import Connection, Guest, Lost
+from support.guest import Connection, Guest, Lost, take_token
 from support.hostile import HARMFUL, Harm, harms
 from support.nova_world import NovaWorld, open_nova_world
 from support.recorder import Answer, Received, reply
@@ -26,7 +26,6 @@ from support.world import World, open_world
 pytestmark = pytest.mark.root
 
 _WITHIN_S: Final = 5.0
-_TOKEN: Final = "/latest/api/token"
 _PASSES: Final = re.compile(
     rb"accept|connection|content-(?:length|type)|host|if-[a-z-]+|range|user-agent"
     rb"|x-instance-id|x-instance-id-signature|x-tenant-id|x-forwarded-for"
@@ -38,13 +37,6 @@ _CHOSEN: Final = (b"accept", b"if-", b"user-agent", b"content-type", b"range")
 """What a guest may say whatever it likes in: nobody believes it."""
 
 _EXAMPLES: Final = settings(max_examples=400, derandomize=True, deadline=None, database=None)
-
-
-def _token(guest: Guest) -> str:
-    lines = ("X-aws-ec2-metadata-token-ttl-seconds: 21600",)
-    got = guest.ask(_TOKEN, method="PUT", headers=lines)
-    assert got.status == 200
-    return got.text
 
 
 def _send(guest: Guest, data: bytes) -> bytes | None:
@@ -92,7 +84,7 @@ def _unanswered(harm: Harm, got: bytes | None) -> list[str]:
 @pytest.fixture(scope="module")
 def documents() -> Iterator[tuple[World, str]]:
     with open_world({"resolver": {"hold_s": 0.0}}) as world:
-        yield world, _token(world.guests["green"])
+        yield world, take_token(world.guests["green"])
 
 
 def _harm_to_documents(world: World, token: str, harm: Harm) -> list[str]:
@@ -198,7 +190,7 @@ def _who(request: Received) -> Answer:
 @pytest.fixture(scope="module")
 def nova() -> Iterator[_Nova]:
     with open_nova_world() as world:
-        made = _Nova(world, _token(world.green), world.green.connect())
+        made = _Nova(world, take_token(world.green), world.green.connect())
         try:
             yield made
         finally:

@@ -11,7 +11,7 @@ from typing import Final
 import pytest
 
 from imdsproxy.core.tokens import parse_token_keys
-from support.guest import Guest
+from support.guest import Guest, take_token
 from support.nova_world import INSTANCES, SECRET, NovaWorld, open_nova_world
 from support.recorder import signature_of
 
@@ -42,8 +42,7 @@ def _asked(world: NovaWorld) -> list[str]:
     """Every token that was seen, after all of the ways in which a guest can use one, rightly and wrongly."""
     tokens = []
     for guest in world.guests.values():
-        lines = ("X-aws-ec2-metadata-token-ttl-seconds: 600",)
-        token = guest.ask("/latest/api/token", method="PUT", headers=lines).text
+        token = take_token(guest)
         tokens.append(token)
         for sent in (token, token + "x", f"{token}, {token}", token.upper()):
             header = f"X-aws-ec2-metadata-token: {sent}"

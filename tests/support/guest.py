@@ -419,3 +419,16 @@ def answers(
 ) -> Mapping[str, Reply]:
     """What each is told of one target."""
     return {name: asker.ask(target, method=method) for name, asker in askers.items()}
+
+
+def take_token(guest: Guest | Asker, ttl_s: int = 600) -> str:
+    """A session token that the guest asks for."""
+    lines = (f"X-aws-ec2-metadata-token-ttl-seconds: {ttl_s}",)
+    reply = guest.ask("/latest/api/token", method="PUT", headers=lines)
+    assert reply.status == 200, reply
+    return reply.text
+
+
+def with_token(token: str) -> tuple[str, ...]:
+    """The header that sends it."""
+    return (f"X-aws-ec2-metadata-token: {token}",)
