@@ -241,11 +241,16 @@ class HttpListener:
         A connection on which nothing is asked just now may have a request on its way: for a moment it gets its
         answer, which also asks the client to close, before idle ones are closed from here.
         """
+        loop = asyncio.get_running_loop()
+        for server in self._servers:
+            for listener in server.sockets:
+                loop.remove_reader(listener.fileno())
+        # asyncio loses a connection whose server is closed in the turn of the loop in which it was accepted.
+        await asyncio.sleep(0)
         for server in self._servers:
             server.close()
         self._servers.clear()
         self._state.default_headers = [(b"connection", b"close")]
-        loop = asyncio.get_running_loop()
         deadline = loop.time() + grace_s
         # A connection that has just been accepted is among those known only after a turn of the loop.
         await asyncio.sleep(_DRAIN_POLL_S)

@@ -104,6 +104,21 @@ async def test_a_request_on_its_way_at_the_end_is_answered_and_the_connection_cl
     writer.close()
 
 
+async def test_a_connection_that_is_accepted_in_the_turn_of_the_end_is_answered(
+    tmp_path: Path,
+) -> None:
+    listener = HttpListener(answering())
+    await listener.open(open_unix_socket(tmp_path / "x.sock", mode=0o600))
+    with socket.socket(socket.AF_UNIX) as client:
+        client.settimeout(10)
+        client.connect(str(tmp_path / "x.sock"))
+        client.sendall(ASK)
+        # In this turn of the loop it is accepted; its task comes after the one that ends all.
+        await asyncio.sleep(0)
+        await asyncio.create_task(listener.close(grace_s=20))
+        assert client.recv(4096).endswith(b"ok")
+
+
 async def test_idle_connections_and_endless_requests_do_not_hold_up_the_end(tmp_path: Path) -> None:
     begun = asyncio.Event()
     listener = HttpListener(answering(begun, asyncio.Event()))
