@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Final, cast
+from typing import Final
 
 import pytest
 
-from support.daemon import instance
 from support.nova_world import NovaWorld, open_nova_world
 from support.recorder import reply
 from support.world import World
@@ -83,56 +82,6 @@ def test_explain_says_403_where_the_endpoint_is_off_and_404_where_all_documents_
     nothing = world.daemon.command("explain", "red-5", "--probe").out
     assert "its documents are answered 404" in nothing
     assert "GET /: 404 Not Found" in nothing
-
-
-def _name(world: World, instance_id: str, name: str) -> None:
-    world.daemon.admin.request("PATCH", f"/v1/instances/{instance_id}", body={"name": name})
-
-
-def test_an_instance_is_addressed_by_its_name_where_it_alone_has_it(world: World) -> None:
-    daemon = world.daemon
-    daemon.put([], [instance("first", "red", 70), instance("second", "red", 71)])
-    _name(world, "first", "red-a")
-    for words in (
-        ("instance", "show", "red-a"),
-        ("instance", "set", "red-a", "--tag", "a=b"),
-        ("token", "revoke", "red-a"),
-        ("explain", "red-a"),
-        ("snippet", "red-a", "--for", "qemu"),
-    ):
-        done = daemon.command(*words)
-        assert done.status == 0, (words, done)
-    record = cast("dict[str, dict[str, object]]", daemon.admin.get("/v1/instances/first"))["record"]
-    assert record["tags"] == {"a": "b"}
-    # An id wins over a name.
-    _name(world, "second", "first")
-    shown = cast("dict[str, dict[str, object]]", daemon.admin.get("/v1/instances/first"))["record"]
-    assert shown["name"] == "red-a"
-    _name(world, "second", "red-a")
-    for words in (("remove", "red-a"), ("set", "red-a", "--tag", "a=c")):
-        refused = daemon.command("instance", *words)
-        assert refused.status == 64
-        assert refused.err == ("imdsproxy: 2 have the name red-a\nhint: use an id: first, second\n")
-    assert daemon.command("instance", "remove", "first", "red-a").status == 0
-    assert daemon.command("instance", "show", "red-a").status == 66
-
-
-def test_a_network_is_addressed_by_its_name(world: World) -> None:
-    daemon = world.daemon
-    daemon.command("network", "set", "red", "--name", "Red network")
-    asked = ("-n", "Red network", "--from", "10.0.0.5")
-    for words in (
-        ("network", "show", "Red network"),
-        ("explain", *asked),
-        ("get", *asked, "/latest/user-data"),
-        ("instance", "list", "-n", "Red network"),
-        ("instance", "add", "more", "-n", "Red network", "--address", "10.0.0.80"),
-        ("instance", "set", "more", "--port", "network=Red network,address=10.0.0.81"),
-    ):
-        done = daemon.command(*words)
-        assert done.status == 0, (words, done)
-    assert daemon.explain("red", "10.0.0.81")["instance"] == "more"
-    assert daemon.command("instance", "remove", "more").status == 0
 
 
 def test_a_posted_password_is_shown_and_cleared(world: World) -> None:

@@ -116,6 +116,31 @@ def test_an_instance_is_shown_listed_by_network_and_removed(server: AdminServer)
     assert server.instances == {}
 
 
+def test_a_name_stands_for_an_id_unless_it_is_one_or_two_have_it(server: AdminServer) -> None:
+    client = server.client
+    client.request("PATCH", "/v1/networks/blue", body={"name": "Blue network"})
+    guest = {"network": "Blue network", "address": "10.0.0.5"}
+    assert client.get("/v1/networks/Blue%20network")["record"]["id"] == "blue"
+    assert client.get("/v1/explain", guest)["instance"] == "web-1"
+    assert client.get("/v1/documents", {**guest, "path": "/"})["status"] == 404
+    assert len(client.get("/v1/instances", {"network": "Blue network"})) == 1
+    body = {"id": "web-2", "name": "web-1", "ports": [{"network": "Blue network"}]}
+    client.request("POST", "/v1/instances", body=body)
+    assert client.get("/v1/instances/web-1")["record"]["id"] == "web-1", "an id wins"
+    for name in ("web-1", "web-2"):
+        body = {"name": "front", "ports": [{"network": "Blue network"}]}
+        client.request("PATCH", f"/v1/instances/{name}", body=body)
+    for method in ("GET", "DELETE", "PATCH"):
+        decoded = _refused(server, method, "/v1/instances/front", {} if method == "PATCH" else None)
+        assert decoded["message"] == "2 have the name front"
+        assert decoded["hint"] == "use an id: web-1, web-2"
+    client.request("DELETE", "/v1/instances/web-1")
+    for path in ("revoke-tokens", "reopen"):
+        assert client.request("POST", f"/v1/instances/front/{path}")["instance"] == "web-2"
+    client.request("DELETE", "/v1/instances/front")
+    assert server.instances == {}
+
+
 def test_bulk_records_are_stored(server: AdminServer) -> None:
     def ports(number: int) -> list[dict[str, object]]:
         return [{"network": "red", "addresses": [str(ip_address("10.0.0.0") + number)]}]
