@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from ipaddress import IPv4Address
 from pathlib import Path
@@ -44,151 +43,136 @@ class Rig:
         Path(self.haproxy.program).write_text(script)
 
 
-@asynccontextmanager
-async def _rig(directory: Path) -> AsyncIterator[Rig]:
-    layout = Layout(directory, directory, chroot=False)
+@pytest.fixture
+async def rig(tmp_path: Path) -> AsyncIterator[Rig]:
+    layout = Layout(tmp_path, tmp_path, chroot=False)
     fake, launcher, haproxy = control_fake(layout, _ACCEPTS)
-    try:
-        yield Rig(layout, fake, launcher, haproxy)
-    finally:
-        await fake.close()
+    yield Rig(layout, fake, launcher, haproxy)
+    await fake.close()
 
 
-async def test_the_first_configuration_starts_haproxy(tmp_path: Path) -> None:
-    async with _rig(tmp_path) as rig:
-        assert not rig.haproxy.starting.is_set()
-        assert await rig.apply("red")
-        assert rig.haproxy.starting.is_set()
-        assert rig.launcher.started == 1
-        assert rig.haproxy.processes is not None
-        assert "name red" in rig.layout.config.read_text()
-        assert rig.layout.last_good.read_text() == rig.layout.config.read_text()
-        assert rig.haproxy.last_reload is not None
-        assert rig.haproxy.last_reload.result == "started"
+async def test_the_first_configuration_starts_haproxy(rig: Rig) -> None:
+    assert not rig.haproxy.starting.is_set()
+    assert await rig.apply("red")
+    assert rig.haproxy.starting.is_set()
+    assert rig.launcher.started == 1
+    assert rig.haproxy.processes is not None
+    assert "name red" in rig.layout.config.read_text()
+    assert rig.layout.last_good.read_text() == rig.layout.config.read_text()
+    assert rig.haproxy.last_reload is not None
+    assert rig.haproxy.last_reload.result == "started"
 
 
-async def test_where_nothing_runs_the_start_is_the_check(tmp_path: Path) -> None:
-    async with _rig(tmp_path) as rig:
-        rig.judge(_REFUSES)
-        assert await rig.apply("red")
-        assert not rig.layout.candidate.exists()
+async def test_where_nothing_runs_the_start_is_the_check(rig: Rig) -> None:
+    rig.judge(_REFUSES)
+    assert await rig.apply("red")
+    assert not rig.layout.candidate.exists()
 
 
-async def test_the_same_configuration_again_does_nothing(tmp_path: Path) -> None:
-    async with _rig(tmp_path) as rig:
-        await rig.apply("red")
-        assert not await rig.apply("red")
-        assert rig.fake.reloads == 0
+async def test_the_same_configuration_again_does_nothing(rig: Rig) -> None:
+    await rig.apply("red")
+    assert not await rig.apply("red")
+    assert rig.fake.reloads == 0
 
 
-async def test_another_configuration_is_a_reload_with_known_workers(tmp_path: Path) -> None:
-    async with _rig(tmp_path) as rig:
-        await rig.apply("red")
+async def test_another_configuration_is_a_reload_with_known_workers(rig: Rig) -> None:
+    await rig.apply("red")
+    await rig.apply("red", "blue")
+    assert rig.fake.reloads == 1
+    assert rig.haproxy.processes is not None
+    assert set(rig.haproxy.processes.workers) == rig.haproxy.records.known
+    assert rig.haproxy.reload_counts == {"ok": 2}
+
+
+async def test_what_haproxy_refuses_never_replaces_what_is_in_force(rig: Rig) -> None:
+    await rig.apply("red")
+    good = rig.layout.config.read_text()
+    rig.judge(_REFUSES)
+    with pytest.raises(ConfigRejected, match="unknown keyword") as caught:
         await rig.apply("red", "blue")
-        assert rig.fake.reloads == 1
-        assert rig.haproxy.processes is not None
-        assert set(rig.haproxy.processes.workers) == rig.haproxy.records.known
-        assert rig.haproxy.reload_counts == {"ok": 2}
+    assert "hello" not in caught.value.message
+    assert rig.layout.config.read_text() == good
+    assert "name blue" in rig.layout.rejected.read_text()
+    assert rig.fake.reloads == 0
+    assert rig.haproxy.last_reload is not None
+    assert rig.haproxy.last_reload.result == "rejected"
+    rig.judge(_ACCEPTS)
+    assert await rig.apply("red", "blue")
 
 
-async def test_what_haproxy_refuses_never_replaces_what_is_in_force(tmp_path: Path) -> None:
-    async with _rig(tmp_path) as rig:
+async def test_a_reload_that_fails_puts_the_last_good_file_back(rig: Rig) -> None:
+    await rig.apply("red")
+    good = rig.layout.config.read_text()
+    rig.fake.refuse_reload = "[NOTICE] reloading\n[ALERT] cannot bind socket"
+    with pytest.raises(ReloadFailed, match="cannot bind socket"):
+        await rig.apply("red", "blue")
+    assert rig.layout.config.read_text() == good
+    assert "name blue" in rig.layout.rejected.read_text()
+    rig.fake.refuse_reload = ""
+    assert await rig.apply("red", "blue")
+
+
+async def test_a_start_that_fails_says_why_and_is_tried_again(rig: Rig) -> None:
+    rig.launcher.refuse = "[ALERT] no such group"
+    with pytest.raises(ConfigRejected, match="no such group"):
         await rig.apply("red")
-        good = rig.layout.config.read_text()
-        rig.judge(_REFUSES)
-        with pytest.raises(ConfigRejected, match="unknown keyword") as caught:
-            await rig.apply("red", "blue")
-        assert "hello" not in caught.value.message
-        assert rig.layout.config.read_text() == good
-        assert "name blue" in rig.layout.rejected.read_text()
-        assert rig.fake.reloads == 0
-        assert rig.haproxy.last_reload is not None
-        assert rig.haproxy.last_reload.result == "rejected"
-        rig.judge(_ACCEPTS)
-        assert await rig.apply("red", "blue")
+    assert rig.haproxy.processes is None
+    assert "name red" in rig.layout.rejected.read_text()
+    assert rig.haproxy.last_reload is not None
+    assert rig.haproxy.last_reload.result == "failed"
+    rig.launcher.refuse = ""
+    assert await rig.apply("red")
 
 
-async def test_a_reload_that_fails_puts_the_last_good_file_back(tmp_path: Path) -> None:
-    async with _rig(tmp_path) as rig:
-        await rig.apply("red")
-        good = rig.layout.config.read_text()
-        rig.fake.refuse_reload = "[NOTICE] reloading\n[ALERT] cannot bind socket"
-        with pytest.raises(ReloadFailed, match="cannot bind socket"):
-            await rig.apply("red", "blue")
-        assert rig.layout.config.read_text() == good
-        assert "name blue" in rig.layout.rejected.read_text()
-        rig.fake.refuse_reload = ""
-        assert await rig.apply("red", "blue")
+async def test_a_master_that_runs_already_is_adopted_with_its_configuration(rig: Rig) -> None:
+    await rig.apply("red")
+    master = MasterClient(rig.layout.master_socket)
+    records = RecordApplier(master, rig.layout.base_map, rig.layout.overlay_map, rig.haproxy.write)
+    assert records.load()
+    successor = Haproxy(
+        rig.haproxy.program,
+        rig.layout,
+        rig.launcher,
+        master,
+        records,
+        rig.haproxy.write,
+        SystemClock(),
+    )
+    assert await successor.adopt()
+    assert not await successor.apply(rig.spec("red"), "start")
+    assert rig.launcher.started == 1
+    assert rig.fake.reloads == 0
 
 
-async def test_a_start_that_fails_says_why_and_is_tried_again(tmp_path: Path) -> None:
-    async with _rig(tmp_path) as rig:
-        rig.launcher.refuse = "[ALERT] no such group"
-        with pytest.raises(ConfigRejected, match="no such group"):
-            await rig.apply("red")
-        assert rig.haproxy.processes is None
-        assert "name red" in rig.layout.rejected.read_text()
-        assert rig.haproxy.last_reload is not None
-        assert rig.haproxy.last_reload.result == "failed"
-        rig.launcher.refuse = ""
-        assert await rig.apply("red")
+async def test_without_a_master_there_is_nothing_to_adopt(rig: Rig) -> None:
+    assert not await rig.haproxy.adopt()
 
 
-async def test_a_master_that_runs_already_is_adopted_with_its_configuration(tmp_path: Path) -> None:
-    async with _rig(tmp_path) as rig:
-        await rig.apply("red")
-        master = MasterClient(rig.layout.master_socket)
-        records = RecordApplier(
-            master, rig.layout.base_map, rig.layout.overlay_map, rig.haproxy.write
-        )
-        assert records.load()
-        successor = Haproxy(
-            rig.haproxy.program,
-            rig.layout,
-            rig.launcher,
-            master,
-            records,
-            rig.haproxy.write,
-            SystemClock(),
-        )
-        assert await successor.adopt()
-        assert not await successor.apply(rig.spec("red"), "start")
-        assert rig.launcher.started == 1
-        assert rig.fake.reloads == 0
+async def test_a_master_whose_records_are_lost_is_ended(rig: Rig) -> None:
+    await rig.haproxy.end_stray()
+    assert rig.launcher.killed == []
+    await rig.fake.start()
+    await rig.haproxy.end_stray()
+    assert len(rig.launcher.killed) == 1
 
 
-async def test_without_a_master_there_is_nothing_to_adopt(tmp_path: Path) -> None:
-    async with _rig(tmp_path) as rig:
-        assert not await rig.haproxy.adopt()
+async def test_a_disk_that_takes_nothing_leaves_the_file_in_force(rig: Rig) -> None:
+    await rig.apply("red")
 
+    def refuse(path: Path, data: bytes) -> None:
+        del data
+        raise HostRefused(f"cannot write {path}: no space left")
 
-async def test_a_master_whose_records_are_lost_is_ended(tmp_path: Path) -> None:
-    async with _rig(tmp_path) as rig:
-        await rig.haproxy.end_stray()
-        assert rig.launcher.killed == []
-        await rig.fake.start()
-        await rig.haproxy.end_stray()
-        assert len(rig.launcher.killed) == 1
-
-
-async def test_a_disk_that_takes_nothing_leaves_the_file_in_force(tmp_path: Path) -> None:
-    async with _rig(tmp_path) as rig:
-        await rig.apply("red")
-
-        def refuse(path: Path, data: bytes) -> None:
-            del data
-            raise HostRefused(f"cannot write {path}: no space left")
-
-        rig.haproxy.write = refuse
-        with pytest.raises(HostRefused):
-            await rig.apply("blue")
-        assert "name red" in rig.layout.config.read_text()
-        assert rig.fake.reloads == 0
+    rig.haproxy.write = refuse
+    with pytest.raises(HostRefused):
+        await rig.apply("blue")
+    assert "name red" in rig.layout.config.read_text()
+    assert rig.fake.reloads == 0
 
 
 @pytest.mark.parametrize(("answer", "alive"), [(b"HTTP/1.1 200 OK\r\n\r\n", True), (b"", False)])
 async def test_a_probe_says_whether_the_worker_answers(
-    tmp_path: Path,
+    rig: Rig,
     answer: bytes,
     alive: bool,  # noqa: FBT001 - a parameter of the test
 ) -> None:
@@ -198,9 +182,8 @@ async def test_a_probe_says_whether_the_worker_answers(
         writer.close()
         await writer.wait_closed()
 
-    async with _rig(tmp_path) as rig:
-        assert not await rig.haproxy.probe()
-        server = await asyncio.start_unix_server(serve, str(rig.layout.probe_socket))
-        assert await rig.haproxy.probe() is alive
-        server.close()
-        await server.wait_closed()
+    assert not await rig.haproxy.probe()
+    server = await asyncio.start_unix_server(serve, str(rig.layout.probe_socket))
+    assert await rig.haproxy.probe() is alive
+    server.close()
+    await server.wait_closed()

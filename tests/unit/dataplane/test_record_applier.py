@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import tempfile
-from collections.abc import Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from pathlib import Path
 
 import pytest
@@ -58,6 +58,13 @@ class Rig:
         return self.haproxy.fork().lookup(self.overlay, self.base, key)
 
 
+@pytest.fixture
+async def rig(tmp_path: Path) -> AsyncIterator[Rig]:
+    found = Rig(tmp_path)
+    yield found
+    await found.haproxy.close()
+
+
 def _in_rig(
     work: Callable[[Rig], Coroutine[object, object, None]], *, compact_above: int = 1024
 ) -> None:
@@ -72,98 +79,75 @@ def _in_rig(
     asyncio.run(run())
 
 
-def test_what_is_so_already_sends_no_command() -> None:
-    async def work(rig: Rig) -> None:
-        await rig.start({"n/1": "a|1"})
-        assert await rig.applier.apply({"n/1": "a|1", "n/2": None}) == 0
-        assert rig.haproxy.commands == []
-
-    _in_rig(work)
+async def test_what_is_so_already_sends_no_command(rig: Rig) -> None:
+    await rig.start({"n/1": "a|1"})
+    assert await rig.applier.apply({"n/1": "a|1", "n/2": None}) == 0
+    assert rig.haproxy.commands == []
 
 
-def test_when_an_address_moves_nobody_has_it_twice_at_any_moment() -> None:
-    async def work(rig: Rig) -> None:
-        await rig.start({"n/1": "a|1"})
-        await rig.applier.apply({"n/1": None, "n/2": "a|1"})
-        names = [command.split(" ")[0] for _, command in rig.haproxy.commands]
-        taken = next(
-            i
-            for i, (_, line) in enumerate(rig.haproxy.commands)
-            if " - " in line or line.endswith(" -")
-        )
-        given_at = next(
-            i
-            for i, (_, line) in enumerate(rig.haproxy.commands)
-            if line.startswith("add") and i > taken
-        )
-        assert names[taken] in {"set", "add"}
-        assert given_at > taken
-        assert rig.answers("n/1") == {None}
-        assert rig.answers("n/2") == {"a|1"}
-
-    _in_rig(work)
+async def test_when_an_address_moves_nobody_has_it_twice_at_any_moment(rig: Rig) -> None:
+    await rig.start({"n/1": "a|1"})
+    await rig.applier.apply({"n/1": None, "n/2": "a|1"})
+    names = [command.split(" ")[0] for _, command in rig.haproxy.commands]
+    taken = next(
+        i
+        for i, (_, line) in enumerate(rig.haproxy.commands)
+        if " - " in line or line.endswith(" -")
+    )
+    given_at = next(
+        i
+        for i, (_, line) in enumerate(rig.haproxy.commands)
+        if line.startswith("add") and i > taken
+    )
+    assert names[taken] in {"set", "add"}
+    assert given_at > taken
+    assert rig.answers("n/1") == {None}
+    assert rig.answers("n/2") == {"a|1"}
 
 
-def test_a_worker_with_an_older_base_gets_the_whole_base() -> None:
-    async def work(rig: Rig) -> None:
-        await rig.start({"n/1": "a|1"})
-        stale = rig.haproxy.fork()
-        rig.applier.write_all({"n/2": "b|1"})
-        rig.haproxy.workers = [stale]
-        await rig.applier.adopt()
-        assert rig.answers("n/1") == {None}
-        assert rig.answers("n/2") == {"b|1"}
-
-    _in_rig(work)
+async def test_a_worker_with_an_older_base_gets_the_whole_base(rig: Rig) -> None:
+    await rig.start({"n/1": "a|1"})
+    stale = rig.haproxy.fork()
+    rig.applier.write_all({"n/2": "b|1"})
+    rig.haproxy.workers = [stale]
+    await rig.applier.adopt()
+    assert rig.answers("n/1") == {None}
+    assert rig.answers("n/2") == {"b|1"}
 
 
-def test_a_full_disk_changes_nothing_anywhere() -> None:
-    async def work(rig: Rig) -> None:
-        await rig.start({"n/1": "a|1"})
-        rig.full = True
-        with pytest.raises(HostRefused):
-            await rig.applier.apply({"n/1": None, "n/2": "b|1"})
-        assert rig.answers("n/1") == {"a|1"}
-        assert rig.answers("n/2") == {None}
-        rig.full = False
+async def test_a_full_disk_changes_nothing_anywhere(rig: Rig) -> None:
+    await rig.start({"n/1": "a|1"})
+    rig.full = True
+    with pytest.raises(HostRefused):
         await rig.applier.apply({"n/1": None, "n/2": "b|1"})
-        assert rig.answers("n/1") == {None}
-        assert rig.answers("n/2") == {"b|1"}
-
-    _in_rig(work)
-
-
-def test_files_of_an_earlier_controller_are_taken_over() -> None:
-    async def work(rig: Rig) -> None:
-        await rig.start({"n/1": "a|1"})
-        await rig.applier.apply({"n/2": "b|1", "n/1": None})
-        successor = rig.applier_now()
-        assert successor.load()
-        assert successor.state.effective() == {"n/2": "b|1"}
-
-    _in_rig(work)
+    assert rig.answers("n/1") == {"a|1"}
+    assert rig.answers("n/2") == {None}
+    rig.full = False
+    await rig.applier.apply({"n/1": None, "n/2": "b|1"})
+    assert rig.answers("n/1") == {None}
+    assert rig.answers("n/2") == {"b|1"}
 
 
-def test_without_files_there_is_nothing_to_take_over() -> None:
-    async def work(rig: Rig) -> None:
-        assert not rig.applier.load()
-        rig.base.write_text("n/1 a|1\n")
-        rig.overlay.write_text("")
-        assert not rig.applier.load()
-        await asyncio.sleep(0)
-
-    _in_rig(work)
+async def test_files_of_an_earlier_controller_are_taken_over(rig: Rig) -> None:
+    await rig.start({"n/1": "a|1"})
+    await rig.applier.apply({"n/2": "b|1", "n/1": None})
+    successor = rig.applier_now()
+    assert successor.load()
+    assert successor.state.effective() == {"n/2": "b|1"}
 
 
-def test_an_overlay_of_an_earlier_base_is_in_that_base_already() -> None:
-    async def work(rig: Rig) -> None:
-        rig.base.write_text(render_map({"n/1": "b|1"}, "8"))
-        rig.overlay.write_text(render_map({"n/1": "b|1", "n/2": "-"}, "7"))
-        assert rig.applier.load()
-        assert rig.applier.state.effective() == {"n/1": "b|1"}
-        await asyncio.sleep(0)
+async def test_without_files_there_is_nothing_to_take_over(rig: Rig) -> None:
+    assert not rig.applier.load()
+    rig.base.write_text("n/1 a|1\n")
+    rig.overlay.write_text("")
+    assert not rig.applier.load()
 
-    _in_rig(work)
+
+async def test_an_overlay_of_an_earlier_base_is_in_that_base_already(rig: Rig) -> None:
+    rig.base.write_text(render_map({"n/1": "b|1"}, "8"))
+    rig.overlay.write_text(render_map({"n/1": "b|1", "n/2": "-"}, "7"))
+    assert rig.applier.load()
+    assert rig.applier.state.effective() == {"n/1": "b|1"}
 
 
 @settings(max_examples=60, deadline=None)
@@ -203,17 +187,15 @@ def test_after_any_history_all_workers_and_the_disk_say_what_was_wanted_last(
     _in_rig(work, compact_above=compact_above)
 
 
-def test_a_grown_overlay_is_folded_into_the_base() -> None:
-    async def work(rig: Rig) -> None:
-        await rig.start({f"n/{number}": "a|1" for number in range(40)})
-        for number in range(12):
-            await rig.applier.apply({f"n/{number}": None if number % 3 else "b|1"})
-        generation, base = parse_map(rig.base.read_text())
-        assert generation != "1"
-        assert len(rig.applier.state.overlay) <= 5
-        assert base["n/0"] == "b|1"
-        assert rig.answers("n/0") == {"b|1"}
-        assert rig.answers("n/1") == {None}
-        assert rig.answers("n/20") == {"a|1"}
-
-    _in_rig(work, compact_above=5)
+async def test_a_grown_overlay_is_folded_into_the_base(rig: Rig) -> None:
+    rig.applier.compact_above = 5
+    await rig.start({f"n/{number}": "a|1" for number in range(40)})
+    for number in range(12):
+        await rig.applier.apply({f"n/{number}": None if number % 3 else "b|1"})
+    generation, base = parse_map(rig.base.read_text())
+    assert generation != "1"
+    assert len(rig.applier.state.overlay) <= 5
+    assert base["n/0"] == "b|1"
+    assert rig.answers("n/0") == {"b|1"}
+    assert rig.answers("n/1") == {None}
+    assert rig.answers("n/20") == {"a|1"}
