@@ -67,24 +67,6 @@ def _claims(instance: object) -> list[object]:
     return [(port.network, address) for port in ports for address in (*port.addresses, port.mac)]
 
 
-def test_an_instance_is_reported_again_only_when_it_has_changed() -> None:
-    known = KnownPorts()
-    known.put(_A, asked=1)
-    assert set(known.changes().instances) == {"i-a"}
-    known.put(_A, asked=2)
-    assert not known.changes().instances
-    known.put(replace(_A, project="red"), asked=3)
-    (changed,) = known.changes().instances.values()
-    assert changed.project == "red"
-    known.put(replace(_A, device="i-z"), asked=4)
-    changes = known.changes()
-    assert (set(changes.instances), changes.instances_removed) == ({"i-z"}, ["i-a"])
-    assert known.networks == {"n1"}
-    known.lose("p-a", asked=5)
-    assert known.changes().instances_removed == ["i-z"]
-    assert known.networks == frozenset()
-
-
 def test_at_most_a_hundred_refused_ports_are_reported_with_what_a_tenant_wrote_escaped_and_cut() -> (
     None
 ):
@@ -163,3 +145,20 @@ def test_when_a_port_was_made_is_asked_for_and_kept_over_a_restart(tmp_path: Pat
     cache.keep({port.id: port for port in ports})
     cache.save()
     assert set(load_cache(open_cache(cache.path)).ports) == set(ports)
+
+
+def test_what_a_cache_could_not_write_it_writes_the_next_time(tmp_path: Path) -> None:
+    path = tmp_path / "there" / "cache.sqlite"
+    (tmp_path / "there").write_text("no directory")
+    first, second = (neutron_port(f"p-{n}", "n1", f"10.0.0.{n}") for n in (1, 2))
+    cache = open_cache(path)
+    cache.keep({first.id: first, second.id: first})
+    cache.save()
+    problem = cache.problem
+    assert problem is not None
+    assert problem.file == str(path)
+    (tmp_path / "there").unlink()
+    cache.keep({second.id: second})
+    cache.save()
+    assert cache.problem is None
+    assert set(load_cache(open_cache(path)).ports) == {first, second}

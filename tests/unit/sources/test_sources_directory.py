@@ -337,12 +337,6 @@ instances:
     ]
 
 
-def test_a_payload_is_read_beside_the_record_file_or_by_its_whole_path(tmp_path: Path) -> None:
-    (tmp_path / "data").write_bytes(b"\x00\xff")
-    read = payload_reader(tmp_path)
-    assert read("data") == read(str(tmp_path / "data")) == b"\x00\xff"
-
-
 def test_a_payload_that_is_missing_large_or_no_file_is_reported(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo")
     with (tmp_path / "large").open("wb") as stream:

@@ -102,15 +102,6 @@ async def test_a_write_is_done_and_published_though_its_caller_is_gone(path: Pat
         assert again.last.instances == {"a": A}
 
 
-async def test_many_writes_at_once_all_come_through(path: Path) -> None:
-    source = source_of(path)
-    many = [instance(f"i{n}", f"10.1.{n}.5") for n in range(60)]
-    async with running(source) as heard:
-        done = await asyncio.gather(*(source.put_instance(each) for each in many))
-        assert set(done) == {Written.ADDED}
-        assert len(heard.inventory.instances) == 60
-
-
 async def test_many_records_are_published_in_pieces_later_writes_after_them_and_moves_at_once(
     path: Path,
 ) -> None:
