@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -260,6 +261,14 @@ class Daemon:
             self._process.wait()
         self._process = None
         end_all(find_by_argument(self.directory))
+
+    def empty_runtime(self) -> None:
+        """Remove what a reboot removes, once everything has ended."""
+        for path in self.runtime.iterdir():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
 
     def timed(self, condition: Callable[[], bool], patience_s: float, what: str) -> float:
         """Seconds until the condition came true.

@@ -18,7 +18,7 @@ from imdsproxy.anti_spoofing.hop_limits import HopLimits
 from imdsproxy.anti_spoofing.mac_filters import MacFilters
 from imdsproxy.anti_spoofing.plan import plan_pairs
 from imdsproxy.app.compiler import COMPILER, Compiling, RecordCompiler
-from imdsproxy.app.map_stamp import MapStamp
+from imdsproxy.app.kept_maps import KeptMaps
 from imdsproxy.app.rule_sets import RuleSets
 from imdsproxy.app.tickets import Tickets
 from imdsproxy.core.haproxy.maps import PackedMap
@@ -103,7 +103,7 @@ class RecordLoop:
         routing: Where requests go whose documents Nova has, as of now; `resync` after it changed.
         policies: What settings and operators say of guests, as of now; `resync` after it changed.
         sets: Who has HAProxy know path rules.
-        stamp: What the maps on disk were made of.
+        kept: The maps of the last run.
 
     Attributes:
         failure: Why the last round could not be brought into force.
@@ -124,7 +124,7 @@ class RecordLoop:
     routing: Callable[[], NovaRouting] = NovaRouting
     policies: Callable[[], PolicyBook] = PolicyBook
     sets: RuleSets | None = None
-    stamp: MapStamp | None = None
+    kept: KeptMaps | None = None
     learned: dict[AddressKey, Learned] = field(default_factory=dict)
     tickets: Tickets = field(default_factory=Tickets)
     failure: Problem | None = None
@@ -191,9 +191,9 @@ class RecordLoop:
 
         Whether that is done. All records are compared later, as after HAProxy was adopted.
         """
-        if self.stamp is None or not self.inventory.in_sync or not self.stamp.fits(self._made_of):
+        if self.kept is None or not self.inventory.in_sync:
             return False
-        if not self.applier.load():
+        if not self.kept.restore(self._made_of) or not self.applier.load():
             return False
         async for part in self._parts(key for key, _ in self.inventory.addresses()):
             pairs = plan_pairs(self.inventory, part, self.learned)
@@ -212,10 +212,10 @@ class RecordLoop:
         failures = self.failure or self.compiler.failures
         # Of addresses that lookups have found, and of hop limits that are not there yet, no record is made at a start.
         others = self.learned or self.withheld or self.hop_limits.in_use
-        if self.stamp is not None and settled and not (failures or others):
+        if self.kept is not None and settled and not (failures or others):
             made_of = self._made_of()
             if made_of is not None:
-                self.stamp.save(made_of)
+                self.kept.save(made_of)
 
     def _made_of(self) -> bytes | None:
         records = self.inventory.digest()
@@ -223,7 +223,7 @@ class RecordLoop:
             return None
         routing = self.routing()
         # The secrets are not in the text of a routing; a signature says whether they are the same.
-        signed = [one.sign(InstanceId("stamp")) for one in routing.sets]
+        signed = [one.sign(InstanceId("kept")) for one in routing.sets]
         others = repr((self.compiler.region(), routing, signed, self.policies()))
         return b" ".join((COMPILER, records, others.encode()))
 

@@ -14,7 +14,7 @@ from imdsproxy.anti_spoofing.hop_limits import HopLimits
 from imdsproxy.anti_spoofing.kernel import KernelHopLimits, KernelMacFilters, TableJournal
 from imdsproxy.anti_spoofing.mac_filters import MacFilters
 from imdsproxy.app.companion import Companion, CompanionLauncher, SpawnCompanion, UnitCompanion
-from imdsproxy.app.map_stamp import MapStamp
+from imdsproxy.app.kept_maps import KeptMaps
 from imdsproxy.app.policy_store import OverrideFile, PolicyStore
 from imdsproxy.app.rule_sets import RuleSets
 from imdsproxy.app.token_keys import TokenKeys
@@ -183,10 +183,10 @@ def build_rule_sets(layout: Layout, applier: RecordApplier, clock: Clock) -> Rul
     return sets
 
 
-def build_map_stamp(layout: Layout) -> MapStamp:
-    """What HAProxy's maps were made of; the runtime directory is root's."""
+def build_kept_maps(layout: Layout) -> KeptMaps:
+    """HAProxy's maps as of the last stop."""
     maps = (layout.base_map, layout.overlay_map, layout.path_rules_map)
-    return MapStamp(layout.map_stamp, maps, partial(write_atomic, mode=0o600))
+    return KeptMaps(layout.kept_maps, maps, partial(write_atomic, mode=0o640))
 
 
 def open_policy_store(settings: Settings, layout: Layout) -> PolicyStore:

@@ -29,8 +29,8 @@ from imdsproxy.controller.build import (
     build_files,
     build_haproxy,
     build_hop_limits,
+    build_kept_maps,
     build_mac_filters,
-    build_map_stamp,
     build_rule_sets,
     build_sources,
     build_spec,
@@ -129,7 +129,7 @@ class Controller:
             lambda: nova.routing,
             self.policy_store.book,
             build_rule_sets(layout, applier, clock),
-            build_map_stamp(layout),
+            build_kept_maps(layout),
             progress=progress,
         )
         self.watching = Watching(self.haproxy, self._apply_watching, partial(_owner_of, inventory))

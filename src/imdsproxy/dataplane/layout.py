@@ -70,9 +70,6 @@ class Layout:
     overlay_map = _Below("overlay.map")
     """What has changed since the base was written."""
 
-    map_stamp = _Below("maps.stamp")
-    """What the maps were made of, as of the last stop."""
-
     empty_map = _Below("empty.map")
     """Stands in for the records when a candidate is checked: their content is not checked."""
 
@@ -133,6 +130,9 @@ class Layout:
 
     token_keys = _Below("token-keys", state=True)
     """The keys of session tokens, where settings name no other file."""
+
+    kept_maps = _Below("maps", state=True)
+    """The maps as of the last stop, and what they were made of."""
 
     compiled_index = _Below("compiled.sqlite", state=True)
     """What compiled records were made of."""

@@ -16,7 +16,7 @@ import pytest
 
 from imdsproxy.anti_spoofing.hop_limits import HopLimits
 from imdsproxy.app.compiler import CompiledIndex, RecordCompiler
-from imdsproxy.app.map_stamp import MapStamp
+from imdsproxy.app.kept_maps import KeptMaps
 from imdsproxy.app.record_loop import RecordLoop
 from imdsproxy.app.rule_sets import RuleSets
 from imdsproxy.core.compiled import CompiledRecord, compile_instance
@@ -529,10 +529,10 @@ _CLOSED = PolicyRules(endpoint=False)
 
 
 def _start(directory: Path, *instances: Instance, network: Network = _NETWORK) -> Rig:
-    """A loop with a stamp, and sources that have reported."""
+    """A loop that keeps its maps, and sources that have reported."""
     rig = Rig(directory)
     maps = (rig.base, rig.overlay)
-    rig.loop.stamp = MapStamp(directory / "maps.stamp", maps, Rig._write)
+    rig.loop.kept = KeptMaps(directory / "maps", maps, Rig._write)
     records = {one.id: one for one in instances or (_WEB, _DB)}
     for source in ("a", "b"):
         of_a = records if source == "a" else {}
@@ -557,6 +557,9 @@ async def test_a_start_takes_the_maps_of_the_last_run_where_it_would_make_them_a
     tmp_path: Path,
 ) -> None:
     last = await _run_once(_start(tmp_path))
+    # As after a reboot.
+    last.base.unlink()
+    last.overlay.unlink()
     rig = _start(tmp_path, _DB, _WEB)
     assert await rig.loop.reuse_maps()
     assert rig.applier.state.effective() == last.applier.state.effective()
@@ -603,11 +606,12 @@ def _set_region(rig: Rig) -> None:
 
 
 def _edit_map(rig: Rig) -> None:
-    rig.base.write_text(rig.base.read_text().replace("web|", "wax|"))
+    kept = rig.base.parent / "maps" / rig.base.name
+    kept.write_text(kept.read_text().replace("web|", "wax|"))
 
 
 def _remove_map(rig: Rig) -> None:
-    rig.base.unlink()
+    (rig.base.parent / "maps" / rig.base.name).unlink()
 
 
 def _lose_sync(rig: Rig) -> None:
