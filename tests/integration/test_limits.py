@@ -167,3 +167,63 @@ def _without_answered(connections: list[Connection]) -> list[Connection]:
         for one in readable:
             left.pop(one).close()
     return list(left.values())
+
+
+# What a guest that drags its requests out takes from others
+
+
+_HEAD = f"GET {USER_DATA} HTTP/1.1\r\nHost: x\r\n".encode()
+_POST = b"POST /openstack/latest/password HTTP/1.1\r\nHost: x\r\n"
+
+
+@pytest.fixture
+def unlimited() -> Iterator[Alone]:
+    with open_alone() as alone:
+        yield alone
+
+
+@pytest.mark.slow
+def test_what_takes_too_long_to_send_is_408_head_or_body(unlimited: Alone) -> None:
+    started = (
+        b"",
+        _HEAD,
+        _POST + b"Content-Length: 100\r\n\r\nabc",
+        _POST + b"Transfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n",
+    )
+    with contextlib.ExitStack() as stack:
+        slow = [stack.enter_context(unlimited.connect()) for _ in started]
+        for one, data in zip(slow, started, strict=True):
+            # Ten seconds for a head, and as many for a body.
+            one.socket.settimeout(14 * patience())
+            one.send(data)
+        assert [one.read().status for one in slow] == [408] * len(started)
+
+
+def test_a_guest_that_sends_a_byte_now_and_then_on_64_connections_starves_nobody(
+    unlimited: Alone,
+) -> None:
+    with contextlib.ExitStack() as stack:
+        slow = [stack.enter_context(unlimited.connect()) for _ in range(64)]
+        for byte in _HEAD[:20]:
+            for one in slow:
+                one.send(bytes([byte]))
+            # Itself neither, on one that it has left.
+            assert max(_took(unlimited, "green"), _took(unlimited, "red")) < 1 * patience()
+
+
+def test_a_guest_that_does_not_read_its_answers_starves_nobody(unlimited: Alone) -> None:
+    with contextlib.ExitStack() as stack:
+        for _ in range(64):
+            deaf = stack.enter_context(unlimited.connect()).socket
+            deaf.setblocking(False)
+            with contextlib.suppress(BlockingIOError):
+                while True:
+                    deaf.send((_HEAD + b"\r\n") * 200)
+        assert max(_took(unlimited, "green") for _ in range(20)) < 1 * patience()
+    until(unlimited.is_up, what="its own service")
+
+
+def _took(alone: Alone, network: str) -> float:
+    began = time.monotonic()
+    assert alone.ask(USER_DATA, network, kept=False).status == 200
+    return time.monotonic() - began
