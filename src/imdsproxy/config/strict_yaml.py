@@ -9,7 +9,6 @@ are not there (YAML 1.1's, kept because settings use it).
 from __future__ import annotations
 
 import base64
-import binascii
 import json
 import re
 from collections.abc import Callable, Collection, Mapping
@@ -254,7 +253,7 @@ class _Decoder:
             return None
         try:
             return construct(node.value)
-        except ValueError:
+        except (KeyError, ValueError):
             self.faults.append(Fault(path, f"is no {node.tag.removeprefix(_TAG)}"))
             return None
 
@@ -266,12 +265,6 @@ class _Decoder:
 _STR: Final = f"{_TAG}str"
 
 
-def _bool(text: str) -> bool:
-    if text.lower() not in {"true", "false"}:
-        raise ValueError(text)
-    return text.lower() == "true"
-
-
 def _int(text: str) -> int:
     return int(text, 0) if text.startswith(("0o", "0x")) else int(text)
 
@@ -281,15 +274,12 @@ def _float(text: str) -> float:
 
 
 def _binary(text: str) -> bytes:
-    try:
-        return base64.b64decode("".join(text.split()), validate=True)
-    except binascii.Error as error:
-        raise ValueError(text) from error
+    return base64.b64decode("".join(text.split()), validate=True)
 
 
 _SCALARS: Final[dict[str, Callable[[str], object]]] = {
     f"{_TAG}null": lambda _text: None,
-    f"{_TAG}bool": _bool,
+    f"{_TAG}bool": lambda text: {"true": True, "false": False}[text.lower()],
     f"{_TAG}int": _int,
     f"{_TAG}float": _float,
     f"{_TAG}binary": _binary,
