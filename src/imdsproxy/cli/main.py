@@ -79,7 +79,7 @@ _MODULES: Final[Mapping[str, str]] = {
         ("run", "documents", "render", "reload", "stop", "version", "namespace-proxy"), "daemon"
     ),
     **dict.fromkeys(("network", "instance"), "records"),
-    **dict.fromkeys(("get", "explain", "watch"), "guests"),
+    **dict.fromkeys(("get", "explain", "watch", "token"), "guests"),
     "completion": "main",
     "doctor": "check",
 }
