@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import Final, TypeAlias, cast
 
@@ -37,23 +36,8 @@ _FORWARD_S: Final = 900.0
 """HAProxy's own deadlines end a forwarded request; this is for a HAProxy that hangs."""
 
 
-@dataclass(frozen=True, slots=True)
-class HttpApps:
-    """Made of a controller's parts.
-
-    Attributes:
-        services: Behind the admin API.
-        metrics: Health reads them, too.
-        resolver: The application behind HAProxy's backend `resolver`.
-    """
-
-    services: Services
-    metrics: Metrics
-    resolver: AnyAsgiApp
-
-
-def build_apps(controller: Controller) -> HttpApps:
-    """Make them of a controller's parts."""
+def build_apps(controller: Controller) -> tuple[Services, Metrics, AnyAsgiApp]:
+    """What is behind the admin API, metrics, and the application behind HAProxy's backend `resolver`."""
     one, settings = controller, controller.holder
     inventory, records, listeners = one.inventory, one.records, one.listeners
     needed = one.companion.needed
@@ -109,14 +93,14 @@ def build_apps(controller: Controller) -> HttpApps:
         one.sources.look_up,
         lambda: settings.settings.metrics.network_series,
     )
-    return HttpApps(services, metrics, resolver_app(one.resolver, forward))
+    return services, metrics, resolver_app(one.resolver, forward)
 
 
-def load_admin() -> Callable[[HttpApps], AnyAsgiApp]:
-    """Import the admin API, which takes longest of all; what makes it."""
+def load_admin(services: Services) -> AnyAsgiApp:
+    """Import the admin API, which takes longest of all, and make it."""
     from imdsproxy.admin.api import admin_app  # noqa: PLC0415 - the resolver does not wait for it
 
-    return lambda apps: admin_app(apps.services, version=__version__)
+    return admin_app(services, version=__version__)
 
 
 async def serve(app: AnyAsgiApp, listener: socket.socket) -> None:

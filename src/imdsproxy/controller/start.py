@@ -143,13 +143,13 @@ async def _live(
         await asyncio.gather(loading, controller.probe.ask())
         from imdsproxy.controller.http import build_apps, load_admin, serve  # noqa: PLC0415 - it is there now
 
-        apps = build_apps(controller)
-        resolving = group.create_task(serve(apps.resolver, resolver_socket))
-        tasks.append(group.create_task(_count(apps.metrics, controller.layout.haproxy_log)))
-        make_admin = await asyncio.to_thread(load_admin)
-        administering = group.create_task(serve(make_admin(apps), admin))
+        services, metrics, resolver = build_apps(controller)
+        resolving = group.create_task(serve(resolver, resolver_socket))
+        tasks.append(group.create_task(_count(metrics, controller.layout.haproxy_log)))
+        api = await asyncio.to_thread(load_admin, services)
+        administering = group.create_task(serve(api, admin))
         if health is not None:
-            health.reports = apps.metrics
+            health.reports = metrics
         # Records mostly stay, so garbage was not collected until here (`cli.daemon`). To look through them again and
         # again takes 70 ms each time at 1,000 networks, and guests wait meanwhile.
         gc.collect()
