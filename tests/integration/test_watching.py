@@ -83,14 +83,6 @@ def test_each_guests_requests_are_shown_with_who_asks_and_who_answered(world: Wo
         assert not watcher.saw(missed=True)
 
 
-def test_a_guest_of_another_network_is_not_shown(world: World) -> None:
-    with watching(world, "--network", "red") as watcher:
-        world.guests["green"].ask("/latest/meta-data/hostname")
-        world.red.ask("/latest/meta-data/hostname")
-        until(lambda: watcher.saw(network="red", path="/latest/meta-data/hostname"))
-        assert {one["network"] for one in watcher.lines} == {"red"}
-
-
 def test_it_goes_on_over_a_reload(world: World) -> None:
     with watching(world) as watcher:
         world.reload()
