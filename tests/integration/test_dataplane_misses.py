@@ -203,9 +203,11 @@ def test_a_held_request_is_answered_however_often_haproxy_reloads_meanwhile(worl
     guest, stranger = world.lab.guest("red", 64), world.lab.guest("red", 70)
     with ThreadPoolExecutor(2) as pool:
         asked = [pool.submit(partial(one.ask, _TARGET)) for one in (guest, stranger)]
-        for _ in range(6):
+        for _ in range(2):
             world.reload()
         world.daemon.put(instances=[instance("red-64", "red", 64)])
+        for _ in range(4):
+            world.reload()
         assert own(guest, asked[0].result()) is None
         assert asked[1].result().status == 404
 
