@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iter
 from dataclasses import dataclass, field, replace
 
 from imdsproxy.app.record_loop import RecordLoop
-from imdsproxy.core.documents.renamed import list_warnings, warn_of_names
+from imdsproxy.core.documents.ec2 import list_warnings, warn_of_names
 from imdsproxy.core.endpoints import LeftOut, LeftOutCode
 from imdsproxy.core.inventory import Inventory
 from imdsproxy.core.model import Instance, InstanceId, Network, NetworkId

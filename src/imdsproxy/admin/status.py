@@ -12,13 +12,12 @@ from imdsproxy import __version__
 from imdsproxy.admin.record_reports import LeftOut, report_left_out
 from imdsproxy.anti_spoofing.mac_filters import MacFilters
 from imdsproxy.app.audit import Audit
-from imdsproxy.app.companion import Companion
-from imdsproxy.app.document_probe import DocumentProbe
+from imdsproxy.app.companion import Companion, DocumentProbe
 from imdsproxy.app.policy_store import PolicyStore
 from imdsproxy.app.record_loop import RecordLoop
-from imdsproxy.app.settings_reload import SettingsHolder
 from imdsproxy.app.watchdog import HaproxyWatchdog
-from imdsproxy.core.documents.renamed import list_warnings
+from imdsproxy.config.changes import SettingsHolder
+from imdsproxy.core.documents.ec2 import list_warnings
 from imdsproxy.core.haproxy.limits import (
     COUNTERS,
     POLICY_COUNTERS,

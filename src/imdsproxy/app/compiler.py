@@ -14,7 +14,7 @@ import structlog
 from imdsproxy import __version__
 from imdsproxy.core.compiled import FORMAT as COMPILED_FORMAT
 from imdsproxy.core.compiled import compile_instance, compiled_path, network_mark
-from imdsproxy.core.documents.renamed import list_warnings, warn_of_names
+from imdsproxy.core.documents.ec2 import list_warnings, warn_of_names
 from imdsproxy.core.inventory import Inventory
 from imdsproxy.core.model import Instance, InstanceId, Network, NetworkId, Upstream
 from imdsproxy.core.observation import AddressKey

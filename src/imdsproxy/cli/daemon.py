@@ -25,9 +25,9 @@ def run(run: options.Invocation) -> None:
     # Nothing that a start makes is garbage; to look for it takes 5 % of it. The controller enables it again.
     gc.disable()
     import imdsproxy.host.logs  # noqa: F401, PLC0415 - before all that logs
-    from imdsproxy.controller import main  # noqa: PLC0415 - the other commands need not load it
+    from imdsproxy.controller import start  # noqa: PLC0415 - the other commands need not load it
 
-    main.run(run.load, config=run.config, environment=dict(os.environ))
+    start.run(run.load, config=run.config, environment=dict(os.environ))
 
 
 @options.config_command

@@ -1,14 +1,15 @@
-"""The composition root: every part of the controller made from the settings, and handed to the others."""
+"""The composition root: every part of the controller made from the settings, and the events between them."""
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from random import SystemRandom
+from typing import Generic, TypeVar
 
 from imdsproxy.anti_spoofing.hop_limits import HopLimits
 from imdsproxy.anti_spoofing.kernel import KernelHopLimits, KernelMacFilters, TableJournal
@@ -19,10 +20,11 @@ from imdsproxy.app.policy_store import OverrideFile, PolicyStore
 from imdsproxy.app.rule_sets import RuleSets
 from imdsproxy.app.token_keys import TokenKeys
 from imdsproxy.config.schema import Settings, Supervisor
-from imdsproxy.core.events import Events
 from imdsproxy.core.haproxy.model import DataplaneSpec, Limits
 from imdsproxy.core.hostnames import Naming
 from imdsproxy.core.inventory import Inventory
+from imdsproxy.core.model import NetworkId
+from imdsproxy.core.observation import AddressKey
 from imdsproxy.core.timing import Progress
 from imdsproxy.core.wire import RETRY_AFTER_S
 from imdsproxy.dataplane.haproxy import Haproxy, link_jail_to_itself
@@ -46,6 +48,48 @@ from imdsproxy.sources.libvirt.source import LibvirtSource
 from imdsproxy.sources.neutron.client import NeutronRest
 from imdsproxy.sources.neutron.source import NeutronSource
 from imdsproxy.sources.sqlite.source import SqliteSource
+
+_What = TypeVar("_What")
+
+
+class Event(Generic[_What]):
+    """Calls its subscribers at once, in the order in which they subscribed."""
+
+    def __init__(self) -> None:
+        self._subscribers: list[Callable[[_What], object]] = []
+
+    def subscribe(self, subscriber: Callable[[_What], object]) -> None:
+        """Call it each time from now on."""
+        self._subscribers.append(subscriber)
+
+    def __call__(self, what: _What) -> None:
+        """Tell every subscriber."""
+        for subscriber in self._subscribers:
+            subscriber(what)
+
+
+class Events:
+    """Every event between parts.
+
+    Attributes:
+        networks_changed: Networks that came, changed or went.
+        records_applied: Addresses whose records are in force now; `None` stands for all of them.
+        haproxy_returned: HAProxy runs again, or with a worker that we did not start; the reason.
+        haproxy_failed: HAProxy does not start with the configuration on disk; the reason.
+        trust_changed: Networks whose guests are trusted by another rule than before.
+        filter_removed: A network whose MAC filter another program has removed.
+        hop_limits_needed: Networks whose listeners need the rule for hop limits, or no longer do.
+    """
+
+    def __init__(self) -> None:
+        self.networks_changed: Event[frozenset[NetworkId]] = Event()
+        self.records_applied: Event[Iterable[AddressKey] | None] = Event()
+        self.haproxy_returned: Event[str] = Event()
+        self.haproxy_failed: Event[str] = Event()
+        self.trust_changed: Event[frozenset[NetworkId]] = Event()
+        self.filter_removed: Event[NetworkId] = Event()
+        self.hop_limits_needed: Event[frozenset[NetworkId]] = Event()
+
 
 _SYSTEMD = Path("/run/systemd/system")
 _UNIT_DIRECTORIES = (

@@ -16,15 +16,16 @@ from typing import Final
 import structlog
 
 from imdsproxy.app.audit import KEPT_WORKERS, Audit
+from imdsproxy.app.companion import DocumentProbe
 from imdsproxy.app.compiler import CompiledIndex, RecordCompiler
-from imdsproxy.app.document_probe import DocumentProbe
 from imdsproxy.app.lookup import Lookup
 from imdsproxy.app.record_loop import RecordLoop
-from imdsproxy.app.settings_reload import SettingsHolder
 from imdsproxy.app.token_report import open_counting
 from imdsproxy.app.watchdog import HaproxyWatchdog
 from imdsproxy.app.watching import Watching
+from imdsproxy.config.changes import SettingsHolder
 from imdsproxy.controller.build import (
+    Events,
     build_companion,
     build_files,
     build_haproxy,
@@ -39,7 +40,6 @@ from imdsproxy.controller.build import (
 from imdsproxy.controller.follow_kernel import PairFollower
 from imdsproxy.controller.reload import SettingsReloader
 from imdsproxy.core.addresses import normalise_address
-from imdsproxy.core.events import Events
 from imdsproxy.core.haproxy.model import DataplaneSpec
 from imdsproxy.core.inventory import Inventory
 from imdsproxy.core.model import NetworkId

@@ -11,8 +11,7 @@ import structlog
 
 from imdsproxy.app.policy_store import PolicyChange, PolicyStore
 from imdsproxy.app.record_loop import RecordLoop
-from imdsproxy.app.settings_reload import SettingsHolder, with_contents
-from imdsproxy.config.changes import SettingsReload
+from imdsproxy.config.changes import SettingsHolder, SettingsReload, with_contents
 from imdsproxy.config.schema import Settings
 from imdsproxy.controller.build import prepare_jail
 from imdsproxy.core.nova import changed_secrets

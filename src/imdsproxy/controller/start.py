@@ -1,4 +1,4 @@
-"""The controller's life: what runs beside what, from start to end.
+"""`imdsproxy run`, the controller's life: what runs beside what, from start to end.
 
 HAProxy and the document server are not in it: they are started or adopted, watched, and left running.
 """
@@ -7,31 +7,34 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import faulthandler
 import gc
 import importlib
 import signal
 import socket
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import structlog
 
 from imdsproxy.admin.health import HealthServer
-from imdsproxy.app.heartbeat import Heartbeat
-from imdsproxy.app.settings_reload import SettingsHolder
+from imdsproxy.config.changes import SettingsHolder, refuse_dropped
+from imdsproxy.config.load import Loaded
 from imdsproxy.config.schema import Settings
 from imdsproxy.controller.build import build_host, build_layout, prepare_directories
 from imdsproxy.controller.controller import Controller
 from imdsproxy.controller.stop import end_processes, sweep_host
 from imdsproxy.core.hostnames import Naming
 from imdsproxy.dataplane.launch import read_program
-from imdsproxy.errors import DataplaneError
+from imdsproxy.errors import DataplaneError, ImdsproxyError
 from imdsproxy.host.account import owner_of
-from imdsproxy.host.clock import Clock
+from imdsproxy.host.clock import Clock, SystemClock
 from imdsproxy.host.files import hold_directory, limit_log
-from imdsproxy.host.notify import ServiceNotifier
-from imdsproxy.host.process import release_memory
+from imdsproxy.host.logs import open_logging
+from imdsproxy.host.notify import Heartbeat, ServiceNotifier, is_journal
+from imdsproxy.host.process import leave_no_dumps, raise_descriptor_limit, release_memory
 from imdsproxy.host.servers import open_datagram_socket, open_sole_socket, open_tcp_socket
 from imdsproxy.host.socket_file import SocketFiles
 from imdsproxy.nova.upstream import NovaUpstream
@@ -266,3 +269,67 @@ async def _wait_for_sources(controller: Controller) -> None:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_FIRST_SYNC_S):
                 await controller.records.in_sync.wait()
+
+
+def run(load: Callable[[], Loaded], *, config: Path | None, environment: Mapping[str, str]) -> None:
+    """Be the controller until stopped.
+
+    Args:
+        load: Reads the settings; called again at each reload.
+        config: The file that was named on the command line, handed on to the document server.
+        environment: The process's variables, for the settings in it and the service manager's.
+
+    Raises:
+        ImdsproxyError: It cannot start; says who must act.
+    """
+    clock = SystemClock()
+
+    def open_log(settings: Settings) -> None:
+        log = settings.log
+        journal = is_journal(sys.stderr, environment)
+        open_logging(log.level, log.format, sys.stderr, clock=clock, journal=journal)
+
+    loaded = load()
+    open_log(loaded.settings)
+    refuse_dropped(None, loaded)
+    for path in sorted(loaded.empty):
+        structlog.get_logger().warning("settings file is empty", file=str(path))
+    holder = SettingsHolder(loaded, load, open_log)
+    raise_descriptor_limit()
+    leave_no_dumps()
+    # systemd's watchdog ends a process that hangs by SIGABRT: the log then says where it hung.
+    faulthandler.enable()
+    notifier = ServiceNotifier(environment.get("NOTIFY_SOCKET", ""))
+    heartbeat = Heartbeat(notifier, environment, clock.monotonic)
+
+    async def live() -> None:
+        beating = asyncio.create_task(heartbeat.run())
+        try:
+            await run_controller(
+                holder,
+                config=config,
+                environment=environment,
+                clock=clock,
+                notifier=notifier,
+                heartbeat=heartbeat,
+            )
+        finally:
+            beating.cancel()
+
+    try:
+        asyncio.run(live())
+    except BaseExceptionGroup as group:
+        expected = group.subgroup(ImdsproxyError)
+        if expected is None or group.split(ImdsproxyError)[1] is not None:
+            raise
+        raise _first(expected) from group
+
+
+def _first(group: BaseExceptionGroup[ImdsproxyError]) -> ImdsproxyError:
+    """The first failure of tasks that failed together: it is the reason of the others."""
+    first: BaseException = group
+    while isinstance(first, BaseExceptionGroup):
+        first = first.exceptions[0]
+    if not isinstance(first, ImdsproxyError):
+        raise TypeError("a group of our errors holds another one") from first
+    return first

@@ -10,6 +10,7 @@ from imdsproxy.anti_spoofing.mac_filters import MacFilters
 from imdsproxy.app.companion import CompanionLauncher
 from imdsproxy.config.schema import Settings
 from imdsproxy.controller.build import (
+    Events,
     build_companion,
     build_hop_limits,
     build_host,
@@ -17,7 +18,6 @@ from imdsproxy.controller.build import (
     build_layout,
     build_mac_filters,
 )
-from imdsproxy.core.events import Events
 from imdsproxy.core.hostnames import Naming
 from imdsproxy.core.inventory import Inventory
 from imdsproxy.dataplane.launch import Launcher

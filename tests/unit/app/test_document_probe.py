@@ -9,8 +9,8 @@ from typing import cast
 import pytest
 from structlog.testing import capture_logs
 
-from imdsproxy.app import document_probe
-from imdsproxy.app.document_probe import DocumentProbe
+from imdsproxy.app import companion
+from imdsproxy.app.companion import DocumentProbe
 from imdsproxy.core.compiled import compiled_path
 from imdsproxy.core.model import Instance
 from imdsproxy.core.wire import PROBE_INSTANCE
@@ -75,7 +75,7 @@ async def test_one_failure_is_forgiven_after_good_answers_and_the_second_is_a_pr
 async def test_a_first_failure_is_a_problem_at_once_and_names_the_closed_directory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(document_probe, "find_closed", lambda _account, _path: Path("/root"))
+    monkeypatch.setattr(companion, "find_closed", lambda _account, _path: Path("/root"))
     probe = _probe(tmp_path, _BUSY)
     await probe.ask()
     assert "cannot enter /root" in str(probe.problem)

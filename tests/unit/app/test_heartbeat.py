@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from imdsproxy.app.heartbeat import Heartbeat
-from imdsproxy.host.notify import ServiceNotifier
+from imdsproxy.host.notify import Heartbeat, ServiceNotifier
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 
-from imdsproxy.app.settings_reload import SettingsHolder
+from imdsproxy.config.changes import SettingsHolder
 from imdsproxy.config.load import Loaded
 from imdsproxy.config.schema import HaproxySettings, LogSettings, Settings
 from imdsproxy.errors import ConfigError, ConfigUnreadable

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from imdsproxy.core.documents.renamed import list_warnings, warn_of_names
+from imdsproxy.core.documents.ec2 import list_warnings, warn_of_names
 from imdsproxy.core.model import Dialect, SshKey, Upstream
 from imdsproxy.errors import Problem
 from support.guest_records import GUEST, Guest, guest
