@@ -11,7 +11,7 @@ from typing import Final
 import structlog
 
 from imdsproxy.dataplane.records import Writer
-from imdsproxy.errors import HostRefused
+from imdsproxy.errors import DataplaneError
 from imdsproxy.host.files import ensure_directory, write_atomic
 
 _STAMP: Final = "stamp"
@@ -41,7 +41,7 @@ class KeptMaps:
             for path, text in zip(self.maps, texts, strict=True):
                 write_atomic(self.directory / path.name, text, mode=0o600)
             write_atomic(self.directory / _STAMP, _digest(made_of, texts), mode=0o600)
-        except (OSError, HostRefused) as error:
+        except (OSError, DataplaneError) as error:
             structlog.get_logger().warning("the next start makes all records", reason=str(error))
 
     def restore(self, made_of: Callable[[], bytes | None]) -> bool:

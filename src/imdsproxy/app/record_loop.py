@@ -208,7 +208,8 @@ class RecordLoop:
     def settle(self) -> None:
         """Leave to the next start what spares it work."""
         self.compiler.index.close()
-        settled = self.inventory.in_sync and self._swept and not (self._work or self._since)
+        # A round that is under way has its work no longer in `_work`, and its changes not yet in the maps.
+        settled = self.inventory.in_sync and self._swept and self.tickets.all_closed
         failures = self.failure or self.compiler.failures
         # Of addresses that lookups have found, and of hop limits that are not there yet, no record is made at a start.
         others = self.learned or self.withheld or self.hop_limits.in_use

@@ -24,6 +24,11 @@ class Tickets:
         """The last number that was handed out."""
         return self._given
 
+    @property
+    def all_closed(self) -> bool:
+        """Whether all work that has come in is in force."""
+        return self._done == self._given
+
     async def close(self, number: int) -> None:
         """All work up to this number is in force."""
         async with self._changed:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import math
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
@@ -15,6 +16,7 @@ from typing import cast
 import pytest
 
 from imdsproxy.anti_spoofing.hop_limits import HopLimits
+from imdsproxy.app import kept_maps
 from imdsproxy.app.compiler import CompiledIndex, RecordCompiler
 from imdsproxy.app.kept_maps import KeptMaps
 from imdsproxy.app.record_loop import RecordLoop
@@ -45,6 +47,7 @@ from imdsproxy.dataplane.master import MasterClient
 from imdsproxy.dataplane.records import RecordApplier
 from imdsproxy.errors import RuntimeUnavailable
 from imdsproxy.host.clock import SystemClock
+from imdsproxy.host.refusal import host_refused
 from imdsproxy.serving.store import PasswordStore
 from support.fake_haproxy import FakeHaproxy
 from support.fake_mac_filters import no_hop_limits, no_mac_filters
@@ -644,6 +647,35 @@ async def test_a_start_makes_the_maps_anew_after_a_run_with_a_record_that_was_no
     last = _start(tmp_path)
     last.files.refuse.add(_WEB.id)
     await _run_once(last)
+    assert not await _start(tmp_path).loop.reuse_maps()
+
+
+async def test_a_start_makes_the_maps_anew_after_a_stop_in_the_middle_of_a_round(
+    tmp_path: Path,
+) -> None:
+    async with _rig(tmp_path) as rig:
+        rig.loop.kept = KeptMaps(tmp_path / "maps", (rig.base, rig.overlay), Rig._write)
+        await rig.say(source="b")
+        await rig.say(_WEB, _DB)
+        moved = _instance("web", "10.0.0.7")
+        records = {one.id: one for one in (moved, _DB)}
+        rig.loop.observe(Observation("a", full=True, networks={_RED: _NETWORK}, instances=records))
+        async with asyncio.timeout(30):
+            while rig.files.content(_WEB.id) == compile_instance(_WEB, {_RED: _NETWORK}).content:
+                await asyncio.sleep(0)
+        assert rig.applier.state.lookup("red/10.0.0.7") is None
+        rig.loop.settle()
+    assert not await _start(tmp_path, moved, _DB).loop.reuse_maps()
+
+
+async def test_a_stop_goes_on_where_the_maps_cannot_be_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path, *_: object, **__: object) -> None:
+        raise host_refused(f"write {path}", PermissionError(errno.EACCES, "denied"))
+
+    monkeypatch.setattr(kept_maps, "write_atomic", refuse)
+    await _run_once(_start(tmp_path))
     assert not await _start(tmp_path).loop.reuse_maps()
 
 
