@@ -155,6 +155,8 @@ class RecordService:
 
     async def _refuse_shared(self, networks: Sequence[Network], prefix: str) -> None:
         """Refuse listeners that another network has, each with its field."""
+        if not networks:
+            return
         known = self.inventory.networks
         every = {**known, **{one.id: one for one in networks}}
         shared = find_shared(every.values(), self.listeners.settler.seen, known)

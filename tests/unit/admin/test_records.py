@@ -121,6 +121,15 @@ def test_an_inode_that_a_namespace_had_before_another_one_refuses_nothing(
     assert _put(server, "red", "red")["applied"]
 
 
+def test_an_instance_is_written_without_a_look_at_shared_listeners(
+    server: AdminServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _has(server, _green(namespace="blue"))
+    monkeypatch.setattr(server.listeners, "look_at", None)
+    written = server.client.request("PUT", "/v1/instances/a", body=_web("a", "blue"))
+    assert written["instances"] == 1
+
+
 def test_of_two_networks_added_at_once_on_one_listener_one_is_refused(server: AdminServer) -> None:
     def put(name: str) -> bool:
         try:
