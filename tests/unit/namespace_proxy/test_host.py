@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from imdsproxy.app.namespace_proxy import host
 from imdsproxy.app.namespace_proxy.host import (
     Ended,
     Host,
@@ -22,6 +23,7 @@ from imdsproxy.app.namespace_proxy.host import (
 )
 from imdsproxy.errors import HaproxyMissing, HostRefused
 from imdsproxy.host.account import group_name, user_name
+from imdsproxy.host.files import open_locked
 
 
 @pytest.fixture
@@ -234,6 +236,20 @@ def test_a_file_that_cannot_be_written_is_reported_and_leaves_nothing(tmp_path: 
     with pytest.raises(HostRefused, match=r"cannot write .*a\.conf: Is a directory"):
         claim_file(tmp_path / "a.conf", b"")
     assert {path.name for path in tmp_path.iterdir()} == {"file", "a.conf"}
+
+
+def test_a_file_for_which_there_is_no_room_leaves_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path, flags: int) -> int | None:
+        if path.suffix == ".tmp":
+            raise OSError(errno.ENOSPC, "no room")
+        return open_locked(path, flags)
+
+    monkeypatch.setattr(host, "open_locked", refuse)
+    with pytest.raises(HostRefused, match="No space left"):
+        claim_file(tmp_path / "a.conf", b"text")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_file_that_cannot_be_completed_is_as_it_was(

@@ -201,23 +201,23 @@ def claim_file(path: Path, data: bytes) -> int:
     try:
         # Locked while it is replaced: no other process can come between.
         before = _lock(path, os.O_RDWR | os.O_CREAT)
+        new = -1
         try:
             new = _lock(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
-            try:
-                rest = memoryview(data)
-                while rest:
-                    rest = rest[os.write(new, rest) :]
-                os.fchmod(new, _MODE)
-                temporary.replace(path)
-            except BaseException:
+            rest = memoryview(data)
+            while rest:
+                rest = rest[os.write(new, rest) :]
+            os.fchmod(new, _MODE)
+            temporary.replace(path)
+        except BaseException:
+            if new >= 0:
                 os.close(new)
-                if not os.fstat(before).st_size:
-                    # It was made just now.
-                    path.unlink()
-                raise
-            finally:
-                temporary.unlink(missing_ok=True)
+            if not os.fstat(before).st_size:
+                # It was made just now.
+                path.unlink()
+            raise
         finally:
+            temporary.unlink(missing_ok=True)
             os.close(before)
     except OSError as error:
         raise host_refused(f"write {path}", error) from error
