@@ -86,6 +86,21 @@ def test_beyond_its_burst_an_instance_gets_503_by_every_way_and_its_neighbour_no
     assert _statuses(alone, 3) == {200}
 
 
+@pytest.mark.parametrize("policy", [Policy(), Policy(burst=20)])
+def test_each_guest_of_a_connection_of_neutrons_proxies_counts_by_itself(
+    alone: Alone, policy: Policy
+) -> None:
+    _have(alone, policy)
+    with alone.connect(way="agents") as connection:
+
+        def ask(network: str) -> Reply:
+            return connection.request(USER_DATA, headers=alone.lines(network, "agents"))
+
+        until(lambda: _is_refusal(ask("red")), what="a refusal")
+        assert {ask("green").status for _ in range(10)} == {200}
+        assert _is_refusal(ask("red"))
+
+
 @pytest.mark.slow
 def test_being_refused_does_not_lengthen_it() -> None:
     def ask(connection: Connection) -> int:

@@ -254,6 +254,25 @@ def test_a_request_that_is_refused_is_read_and_answered_to_its_end(
         assert connection.request("/openstack", headers=(_RED, _FROM)).status == 200
 
 
+@pytest.mark.parametrize(
+    ("data", "status", "closes"),
+    [
+        (b"GARBAGE\r\n\r\n", 400, True),
+        (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 400, True),
+        (f"BREW /openstack HTTP/1.1\r\nHost: x\r\n{_RED}\r\n{_FROM}\r\n\r\n".encode(), 405, False),
+    ],
+    ids=["no HTTP", "the preface of HTTP/2", "an unknown method"],
+)
+def test_what_is_no_request_of_http_1_is_400_and_closed_and_an_unknown_method_405(
+    alone: Alone, data: bytes, status: int, *, closes: bool
+) -> None:
+    with alone.connect(way="agents") as connection:
+        connection.send(data)
+        answer = connection.read()
+    assert (answer.status, answer.closes) == (status, closes)
+    assert alone.documents.heads == []
+
+
 @pytest.mark.parametrize("lines", [(_FROM,), (_RED, _FROM)])
 @pytest.mark.parametrize("first", ["1.1\r\nConnection: close", "1.0\r\nAccept: */*"])
 def test_who_wants_the_connection_closed_has_it_closed(

@@ -169,9 +169,12 @@ def _change(
     channel: NetlinkSocket, op: DeleteLink | SetLink | AddAddress | RemoveAddress | AddDefaultRoute
 ) -> None:
     name = op.link if isinstance(op, DeleteLink) else op.device
-    if isinstance(op, DeleteLink | RemoveAddress) and find_link(channel, name) is None:
-        return
-    index = _index(channel, name)
+    found = find_link(channel, name)
+    if found is None:
+        if isinstance(op, DeleteLink | RemoveAddress):
+            return
+        raise NetlinkRefused(errno.ENODEV, name)
+    index = found.index
     match op:
         case DeleteLink():
             delete_link(channel, index)

@@ -67,6 +67,22 @@ def _claims(instance: object) -> list[object]:
     return [(port.network, address) for port in ports for address in (*port.addresses, port.mac)]
 
 
+@pytest.mark.parametrize("stolen", ["p-0", "p-z"])
+def test_each_port_keeps_its_own_project_whatever_instance_it_names(stolen: str) -> None:
+    """Any tenant can write any instance's id on a port: Nova is asked with the port's project (OSSA-2013-033)."""
+    known = KnownPorts()
+
+    def projects() -> dict[str, str | None]:
+        instance = known.changes().instances[InstanceId("i-a")]
+        return {port.network: port.project or instance.project for port in instance.ports}
+
+    known.put(_A, asked=10)
+    known.put(neutron_port(stolen, "n9", "10.9.0.1", device="i-a", project="red"), asked=10)
+    assert projects() == {"n1": "blue", "n9": "red"}
+    known.put(replace(_A, project="green"), asked=20)
+    assert projects() == {"n1": "green", "n9": "red"}
+
+
 def test_at_most_a_hundred_refused_ports_are_reported_with_what_a_tenant_wrote_escaped_and_cut() -> (
     None
 ):

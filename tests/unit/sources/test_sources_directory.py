@@ -297,6 +297,26 @@ def test_what_was_in_force_stays_over_a_restart_with_broken_files(bench: Bench) 
     assert reading.instances.keys() == {"c"}
 
 
+def test_a_directory_that_is_gone_at_a_restart_leaves_what_was_in_force(bench: Bench) -> None:
+    bench.write("x.json", instances(record("a", "10.0.0.5")))
+    bench.read()
+    assert bench.directory.keep() is None
+    bench.path.rename(bench.path.with_name("away"))
+    bench.restart()
+    assert not bench.read().readable
+    assert bench.names == {"a"}
+
+
+def test_a_memory_that_is_damaged_is_reported_and_does_without(bench: Bench) -> None:
+    bench.kept.write_bytes(b"no database " * 1000)
+    bench.write("x.json", instances(record("a", "10.0.0.5")))
+    bench.read()
+    assert "not kept over a restart" in str(bench.directory.keep())
+    assert bench.names == {"a"}
+    bench.kept.unlink()
+    assert bench.directory.keep() is None
+
+
 def test_what_went_while_stopped_is_gone_and_who_had_an_address_has_it_after_a_restart(
     bench: Bench,
 ) -> None:
