@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import json
+import tracemalloc
+
 import pytest
 
 from imdsproxy.config.strict_yaml import Decoded, Undecodable, decode_yaml
@@ -138,6 +141,26 @@ def test_nesting_without_end_is_refused(depth: int) -> None:
     assert isinstance(decode_json('{"a":' * depth + "1" + "}" * depth), Undecodable)
 
 
+def test_json_may_be_nested_a_hundred_levels_deep() -> None:
+    value: object = 1
+    for _ in range(101):
+        value = [value]
+    found = decode_json(json.dumps(value))
+    assert isinstance(found, Decoded)
+    assert found.value == value
+    assert isinstance(decode_json(json.dumps([value])), Undecodable)
+
+
+def test_a_long_text_in_json_takes_little_more_memory_than_its_own() -> None:
+    text = json.dumps({"user_data": '#cloud-config\n"' * 100_000})
+    tracemalloc.start()
+    try:
+        assert isinstance(decode_json(text), Decoded)
+        assert tracemalloc.get_traced_memory()[1] < 5 * len(text)
+    finally:
+        tracemalloc.stop()
+
+
 @pytest.mark.parametrize(
     ("text", "line"),
     [
@@ -155,6 +178,7 @@ def test_nesting_without_end_is_refused(depth: int) -> None:
         ("{", 1),
         ("[", 1),
         ('"a', 1),
+        ("[1,\n" + "9" * 1001 + "]", 2),
         ("9" * 5000, None),
         ("[" * 200_000, None),
     ],

@@ -318,8 +318,9 @@ class ProxyDaemon:
             # It may have ended between its first process and its first request.
             pid = live_pid(own_file, launch.config.name, self.host)
         finally:
-            os.close(launch.lock)
+            # First: without the lock another start may have a file of this name.
             own_file.unlink(missing_ok=True)
+            os.close(launch.lock)
         if ended.status != 0 or pid is None:
             raise start_failure(ended, launch, self.handler.port)
         try:

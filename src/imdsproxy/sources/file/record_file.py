@@ -35,10 +35,13 @@ _NOTED: Final = 500
 
 _DEEPEST: Final = 100
 _TOO_DEEP: Final = f"nested deeper than {_DEEPEST} levels"
+_MOST_DIGITS: Final = 1000
+"""Of a whole number: guests are given it as it is, and not all of them read more (Python: 4,300)."""
 _NO_VALUES: Final = {"NaN", "Infinity", "-Infinity"}
 """JavaScript's, which the standard library accepts."""
-_TOKEN: Final = re.compile(r'"(?:[^"\\]|\\.)*"|[\[\]{}]|[^][{}":, \t\r\n]+')
-"""Of what is JSON: a text, a bracket, or another value."""
+_TOKEN: Final = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"|[\[\]{}]|[^][{}":, \t\r\n]+')
+"""Of what is JSON: a text, a bracket, or another value. Possessive: user data is a text of up to 22 MB, and a place to
+come back to for each of its characters would take gigabytes."""
 
 _Tree: TypeAlias = "tuple[int, dict[str, _Tree] | list[_Tree] | None]"
 """Where a value begins (its key, in an object), and the same of its parts."""
@@ -180,10 +183,13 @@ class _Places:
 
     def tree(self, token: re.Match[str], path: Path) -> _Tree:
         """The value that begins with that token."""
-        if len(path) > _DEEPEST:
+        if token[0] in {"{", "["} and len(path) > _DEEPEST:
             raise json.JSONDecodeError(_TOO_DEEP, self.text, token.start())
         if token[0] in _NO_VALUES:
             raise json.JSONDecodeError("expected a value", self.text, token.start())
+        if len(token[0]) > _MOST_DIGITS and token[0].lstrip("-").isdecimal():
+            reason = f"a number has more than {_MOST_DIGITS} digits"
+            raise json.JSONDecodeError(reason, self.text, token.start())
         if token[0] == "{":
             parts: dict[str, _Tree] = {}
             while (name := next(self.tokens))[0] != "}":

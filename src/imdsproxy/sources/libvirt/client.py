@@ -282,11 +282,12 @@ class SystemLibvirt:
             loop.end()
             raise
         self._connection = connection
+        self._undo = [loop.end, connection.close]
         connection.registerCloseCallback(
             lambda _connection, reason, _opaque: lose(_why(library, reason)),
             None,
         )
-        self._undo = [loop.end, connection.close, connection.unregisterCloseCallback]
+        self._undo.append(connection.unregisterCloseCallback)
         for event in (
             library.VIR_DOMAIN_EVENT_ID_LIFECYCLE,
             library.VIR_DOMAIN_EVENT_ID_METADATA_CHANGE,
