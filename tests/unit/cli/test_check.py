@@ -276,3 +276,4 @@ def test_check_warns_of_open_user_data_in_record_files_and_in_the_store(
     (tmp_path / "store.sqlite").write_bytes(b"no store, and long enough to be read as one" * 99)
     _, found = _check(capsys, "--config", str(config))
     assert [one["area"] for text, one in found.items() if "store.sqlite" in text] == ["records"]
+    assert any("/openstack of mail in red, /nocloud of mail in red" in text for text in found)

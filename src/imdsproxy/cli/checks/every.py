@@ -10,13 +10,7 @@ from imdsproxy.cli.checks import Finding, Subject, guests, host, openstack, refu
 from imdsproxy.cli.options import Invocation
 from imdsproxy.config.load import Loaded
 from imdsproxy.config.schema import Settings
-from imdsproxy.errors import (
-    AdminUnavailable,
-    ConfigError,
-    HostRefused,
-    ImdsproxyError,
-    SourceUnavailable,
-)
+from imdsproxy.errors import AdminUnavailable, ConfigError, HostRefused, ImdsproxyError
 
 _ADMIN_TIMEOUT_S: Final = 5
 
@@ -38,6 +32,7 @@ CHECKS: Final[tuple[tuple[str, Callable[[Subject], list[Finding]]], ...]] = (
     ("tokens", tokens.check_trees),
     ("tokens", tokens.check_path_rules),
     ("tokens", tokens.check_hop_limits),
+    ("records", tokens.check_store),
     ("tokens", tokens.check_instances),
     ("nova", openstack.check_secrets),
     ("nova", openstack.check_certificates),
@@ -57,9 +52,8 @@ def run_checks(run: Invocation) -> list[tuple[str, Finding]]:
     for area, check in CHECKS:
         try:
             found += [(area, one) for one in check(subject)]
-        except (HostRefused, SourceUnavailable) as error:
-            by = "host" if isinstance(error, HostRefused) else "records"
-            found += [(by, one) for one in refused(error)]
+        except HostRefused as error:
+            found += [("host", one) for one in refused(error)]
     return found
 
 

@@ -24,7 +24,7 @@ from imdsproxy.core.policy import (
 )
 from imdsproxy.core.records import Records
 from imdsproxy.core.token_report import USER_DATA, OpenUserData, open_trees, open_user_data
-from imdsproxy.errors import ImdsproxyError
+from imdsproxy.errors import ImdsproxyError, SourceUnavailable
 from imdsproxy.sources.sqlite.store import read_store
 
 _TREES: Final = {"/openstack": "openstack_tokens", "/nocloud": "nocloud_tokens"}
@@ -63,11 +63,7 @@ def _of_open_trees(place: str, left: OpenUserData) -> Finding:
 
 
 def check_instances(on: Subject) -> list[Finding]:
-    """The same of the daemon's instances where it runs, else of those in record files and in the store.
-
-    Raises:
-        SourceUnavailable: The store cannot be read.
-    """
+    """The same of the daemon's instances where it runs, else of those in record files and in the store."""
     if on.daemon is not None:
         report = on.daemon.get("/v1/token-report")
         named = [(one["instance"], one["network"], one["tree"]) for one in report["open_trees"]]
@@ -76,8 +72,9 @@ def check_instances(on: Subject) -> list[Finding]:
     if sources.file.enabled and sources.file.directory.is_dir():
         files = read_record_files(sources.file.directory)
         given += [records for _, records in files if isinstance(records, Records)]
-    if sources.sqlite.enabled:
-        given.append(read_store(on.settings.store_path))
+    stored = _read_store(on)
+    if isinstance(stored, Records):
+        given.append(stored)
     source = SourceName("records")
     networks: dict[NetworkId, Network] = {}
     instances: dict[InstanceId, Instance] = {}
@@ -88,6 +85,21 @@ def check_instances(on: Subject) -> list[Finding]:
     inventory.observe(Observation(source, networks=networks, instances=instances))
     trees = open_trees(inventory, on.settings.policy.book())
     return _of_instances([(one.instance, one.network, one.tree) for one in trees], len(trees))
+
+
+def check_store(on: Subject) -> list[Finding]:
+    """That the store can be read, where no daemon is asked for what it holds."""
+    stored = _read_store(on)
+    return refused(stored) if isinstance(stored, SourceUnavailable) else []
+
+
+def _read_store(on: Subject) -> Records | SourceUnavailable | None:
+    if on.daemon is not None or not on.settings.sources.sqlite.enabled:
+        return None
+    try:
+        return read_store(on.settings.store_path)
+    except SourceUnavailable as error:
+        return error
 
 
 def _of_instances(named: Sequence[tuple[str, str, str]], number: int) -> list[Finding]:
