@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sqlite3
 from collections.abc import Callable, Iterable, Mapping
@@ -132,7 +133,9 @@ class CompiledIndex:
         if self._connection is not None:
             self._connection.close()
             self._connection = None
-        self.path.unlink(missing_ok=True)
+        # Where it cannot be removed it is damaged still, and the next start gives up as well.
+        with contextlib.suppress(OSError):
+            self.path.unlink()
 
 
 @dataclass(slots=True)

@@ -34,6 +34,7 @@ from imdsproxy.core.model import (
     Port,
     Scope,
 )
+from imdsproxy.core.nova import EndpointSet, NovaRouting
 from imdsproxy.core.observation import AddressKey, Observation
 from imdsproxy.core.path_rules import PathRules, PathWord, set_id
 from imdsproxy.core.policy import (
@@ -608,6 +609,10 @@ def _set_region(rig: Rig) -> None:
     rig.loop.compiler.region = lambda: "eu"
 
 
+def _set_nova(rig: Rig) -> None:
+    rig.loop.routing = lambda: NovaRouting((EndpointSet("default", b"secret"),))
+
+
 def _edit_map(rig: Rig) -> None:
     kept = rig.base.parent / "maps" / rig.base.name
     kept.write_text(kept.read_text().replace("web|", "wax|"))
@@ -623,7 +628,7 @@ def _lose_sync(rig: Rig) -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [_set_policy, _set_region, _edit_map, _remove_map, _lose_sync],
+    [_set_policy, _set_region, _set_nova, _edit_map, _remove_map, _lose_sync],
     ids=lambda one: one.__name__,
 )
 async def test_a_start_makes_the_maps_anew_where_anything_else_has_changed(
@@ -683,3 +688,10 @@ async def test_a_start_makes_the_maps_anew_where_records_conflict(tmp_path: Path
     records = (_WEB, _DB, _instance("more", "10.0.0.6"))
     await _run_once(_start(tmp_path, *records))
     assert not await _start(tmp_path, *records).loop.reuse_maps()
+
+
+async def test_no_signature_for_nova_is_kept(tmp_path: Path) -> None:
+    rig = _start(tmp_path)
+    _set_nova(rig)
+    await _run_once(rig)
+    assert not (tmp_path / "maps").exists()
