@@ -188,7 +188,11 @@ def test_a_host_moves_over_and_back_by_the_documents_commands(machine: Machine) 
     _run(machine, [stay])
     assert _says(machine) == "agent"
     assert machine.run("systemctl", "is-enabled", _AGENT) == "enabled"
-    assert {machine.unit(unit, "ActiveState") for unit in UNITS} == {"inactive"}
+    until(
+        lambda: {machine.unit(unit, "ActiveState") for unit in UNITS} == {"inactive"},
+        within_s=_WITHIN_S,
+        what="the end of our units",
+    )
 
 
 def test_with_ovn_a_host_moves_over_and_back_while_its_agent_runs_on(machine: Machine) -> None:
