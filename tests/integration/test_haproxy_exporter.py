@@ -14,7 +14,7 @@ import pytest
 
 from imdsproxy.core.haproxy.model import Bind, DataplaneSpec
 from imdsproxy.core.model import NetworkId
-from support.haproxy_alone import free_port, paths_below, run_haproxy
+from support.haproxy_alone import paths_below, run_haproxy
 
 pytestmark = pytest.mark.root
 
@@ -23,12 +23,12 @@ pytestmark = pytest.mark.root
 def _haproxy(directory: Path, networks: int) -> Iterator[str]:
     """HAProxy with that many networks on loopback addresses; where its figures are."""
     directory.mkdir()
-    guests = free_port()
+    # Nothing else has these addresses, so no port of theirs can be lost to another test.
     binds = tuple(
-        Bind(NetworkId(f"net-{number}"), IPv4Address("127.9.0.1") + number, guests)
+        Bind(NetworkId(f"net-{number}"), IPv4Address("127.9.0.1") + number, 80)
         for number in range(networks)
     )
-    listen = f"127.0.0.1:{free_port()}"
+    listen = "127.9.255.1:9466"
     spec = DataplaneSpec(binds, paths_below(directory), exporter=listen)
     with run_haproxy(spec, directory):
         yield f"http://{listen}/metrics"

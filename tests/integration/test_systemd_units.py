@@ -274,7 +274,10 @@ def test_reloading_the_document_server_keeps_its_process_and_every_request(
         running.wait_answers(100)
     assert running.report.lost == []
     assert daemon.pids() == before
-    assert set(daemon.status()["documents"]["pids"][1:]).isdisjoint(workers)
+    until(
+        lambda: set(daemon.status()["documents"]["pids"][1:]).isdisjoint(workers),
+        what="other workers alone",
+    )
 
 
 def test_an_upgrade_loses_no_request_and_keeps_haproxy(tmp_path: Path) -> None:
