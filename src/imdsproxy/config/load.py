@@ -148,7 +148,8 @@ def _merge(
         here = (*place, name)
         old = into.get(name)
         if not (isinstance(value, Mapping) and isinstance(old, Mapping)):
-            _forget(origins, join_place(here))
+            if name in into:
+                _forget(origins, join_place(here))
             _remember(origins, here, value, origin_of)
         if isinstance(value, Mapping):
             target = dict(old) if isinstance(old, dict) else {}

@@ -13,7 +13,6 @@ import json
 import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, Final, TypeAlias
 
 import yaml
@@ -138,7 +137,7 @@ def decode_yaml(
         value = decoder.decode(node, path)
         faults, decoder.faults = tuple(decoder.faults), []
         if take is not None:
-            take(path, Decoded(value, lambda path: _line_of(node, path[2:]), faults), share)
+            take(path, Decoded(value, lambda path: _find_lines(node)(path[2:]), faults), share)
 
     try:
         node = _Loader(text, () if take is None else lists, decode_item).get_single_node()
@@ -155,25 +154,38 @@ def decode_yaml(
         return Undecodable("is not YAML: it is no Unicode text")
     except _TooMuchError as error:
         return Undecodable(str(error), line=error.line)
-    line_of = (lambda _path: None) if node is None else partial(_line_of, node)
+    line_of = (lambda _path: None) if node is None else _find_lines(node)
     return Decoded(value, line_of, tuple(decoder.faults))
 
 
-def _line_of(node: yaml.Node, path: Path) -> int | None:
-    line = node.start_mark.line + 1
-    for step in path:
-        if isinstance(node, yaml.SequenceNode) and isinstance(step, int) and step < len(node.value):
-            node = node.value[step]
-            line = node.start_mark.line + 1
-        elif isinstance(node, yaml.MappingNode):
-            pair = next((pair for pair in node.value if pair[0].value == step), None)
-            if pair is None:
+def _find_lines(root: yaml.Node) -> Callable[[Path], int | None]:
+    pairs: dict[yaml.Node, dict[object, tuple[yaml.Node, yaml.Node]]] = {}
+
+    def pairs_of(node: yaml.MappingNode) -> Mapping[object, tuple[yaml.Node, yaml.Node]]:
+        # Settings may have thousands of keys in one mapping, and each is asked for. The first of two alike counts.
+        if node not in pairs:
+            scalars = (pair for pair in node.value if isinstance(pair[0], yaml.ScalarNode))
+            pairs[node] = {pair[0].value: pair for pair in reversed(tuple(scalars))}
+        return pairs[node]
+
+    def line_of(path: Path) -> int | None:
+        node, line = root, root.start_mark.line + 1
+        for step in path:
+            if (
+                isinstance(node, yaml.SequenceNode)
+                and isinstance(step, int)
+                and step < len(node.value)
+            ):
+                node = node.value[step]
+                line = node.start_mark.line + 1
+            elif isinstance(node, yaml.MappingNode) and step in pairs_of(node):
+                key, node = pairs_of(node)[step]
+                line = key.start_mark.line + 1
+            else:
                 break
-            line = pair[0].start_mark.line + 1
-            node = pair[1]
-        else:
-            break
-    return line
+        return line
+
+    return line_of
 
 
 class _TooMuchError(Exception):

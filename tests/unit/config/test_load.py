@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import json
+import sys
 from operator import attrgetter
 from pathlib import Path
+from types import FrameType
 
 import pytest
 
@@ -292,3 +294,28 @@ def test_several_unreadable_files_are_told_together(tmp_path: Path) -> None:
 def test_a_file_without_sections_is_unreadable(tmp_path: Path, text: str) -> None:
     with pytest.raises(ConfigUnreadable, match="no sections"):
         load_settings(_write(tmp_path / "c.yaml", text), {})
+
+
+def _calls_to_load(path: Path, instances: int) -> int:
+    """How many functions are called to load a policy for each of so many instances."""
+    lines = (f"    i{number}: {{endpoint: false, hop_limit: 3}}\n" for number in range(instances))
+    config = _write(path, "policy:\n  instances:\n" + "".join(lines))
+    calls = 0
+
+    def count(_frame: FrameType, event: str, _arg: object) -> None:
+        nonlocal calls
+        calls += event in {"call", "c_call"}
+
+    sys.setprofile(count)
+    try:
+        loaded = load_settings(config, {})
+    finally:
+        sys.setprofile(None)
+    assert len(loaded.settings.policy.instances) == instances
+    return calls
+
+
+def test_twice_as_many_settings_take_twice_the_work(tmp_path: Path) -> None:
+    _calls_to_load(tmp_path / "warm.yaml", 1)
+    few, many = (_calls_to_load(tmp_path / f"{count}.yaml", count) for count in (200, 400))
+    assert many < 2.2 * few
