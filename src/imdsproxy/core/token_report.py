@@ -106,7 +106,11 @@ class _Sums:
         self, worker: int, rows: Iterable[CountedRow], now: float
     ) -> list[tuple[_Key, int, int]]:
         """Take in one worker's table; what is more than at its last look."""
-        before, seen = self._before.get(worker, {}), {row.key: row for row in rows}
+        before, seen = self._before.get(worker, {}), dict[_Key, CountedRow]()
+        for row in rows:
+            # Clients whose names differ only where they are not shown are one.
+            same = seen.get(row.key)
+            seen[row.key] = row if same is None else row.plus(same)
         self._before[worker] = seen
         grown: list[tuple[_Key, int, int]] = []
         for key, row in seen.items():

@@ -67,6 +67,14 @@ def test_guests_are_told_of_with_their_clients_the_last_seen_first() -> None:
     )  # fmt: skip
 
 
+def test_two_clients_whose_names_are_shown_alike_are_added_up_once() -> None:
+    ledger = TokenLedger(_NOW)
+    for _ in range(3):
+        ledger.add(1, [_guest(5)], [_reader(3, 1, age_s=60), _reader(2, age_s=9)], _NOW)
+    (guest,) = ledger.report([]).guests
+    assert guest.readers == (ReaderWithoutToken("latest/user-data", "curl/8", 5, 1, _NOW - 9),)
+
+
 def test_what_is_a_week_old_is_not_told_and_the_sums_stay() -> None:
     ledger = TokenLedger(_NOW)
     ledger.add(1, [_guest(3)], [_reader(3)], _NOW)

@@ -118,6 +118,12 @@ class CountedRow:
     refused: int
     age_s: float
 
+    def plus(self, other: CountedRow) -> CountedRow:
+        """Both, for one key."""
+        age_s = min(self.age_s, other.age_s)
+        reads, refused = self.reads + other.reads, self.refused + other.refused
+        return CountedRow(self.key, reads, refused, age_s)
+
 
 def counting_tables(form: Form) -> tuple[Text, ...]:
     """Where HAProxy counts: full, it forgets who was seen longest ago; and all of it with the worker."""
