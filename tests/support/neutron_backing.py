@@ -81,9 +81,6 @@ class NeutronBacking:
             )
         return ()
 
-    async def remove_network(self, network_id: str) -> None:
-        raise NotImplementedError(network_id)
-
     async def remove_instance(self, instance_id: str) -> None:
         self._neutron.remove(f"port-{instance_id}")
 
@@ -93,6 +90,3 @@ class NeutronBacking:
         port = self._neutron.ports_by_id.get(name, replace(port, id=name, addresses=(), mac=None))
         self._neutron.put(replace(port, device=f"{instance_id}|"))
         return "ports"
-
-    async def claim_twice(self, victim: Instance, thief_id: str) -> tuple[Problem, ...]:
-        raise NotImplementedError(victim, thief_id)
