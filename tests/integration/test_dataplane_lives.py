@@ -331,8 +331,9 @@ def test_a_start_from_nothing_serves_what_the_store_holds() -> None:
 def test_a_start_with_the_records_of_the_last_run_serves_them_and_not_what_has_changed_since() -> (
     None
 ):
-    with open_world() as world:
-        daemon = world.daemon
+    denied = {"networks": {"red": {"paths": {"/latest/user-data": "deny"}}}}
+    with open_world({"policy": denied}) as world:
+        daemon, (red, green) = world.daemon, (world.red, world.guests["green"])
 
         def starts_with_them() -> int:
             return sum(
@@ -340,15 +341,25 @@ def test_a_start_with_the_records_of_the_last_run_serves_them_and_not_what_has_c
                 for one in daemon.log_entries()
             )
 
+        until(lambda: red.ask("/latest/user-data").status == 403, what="the path rule")
         daemon.stop()
+        # As a reboot does.
+        shutil.rmtree(daemon.runtime)
         daemon.start()
-        world.all_right()
+        assert red.ask("/latest/user-data").status == 403
+        assert all(
+            own(one, one.ask("/latest/user-data")) is None for one in world.everybody if one != red
+        )
         assert starts_with_them() == 1
+        denied["networks"]["green"] = {"paths": {"/latest/meta-data": "deny"}}
+        daemon.reconfigure({"policy": denied})
+        until(lambda: green.ask("/latest/meta-data/").status == 403, what="another path rule")
+        assert red.ask("/latest/user-data").status == 403
         daemon.stop()
         daemon.configure({"policy": {"instances": {"red-5": {"endpoint": False}}}})
         daemon.start()
-        assert world.red.ask("/latest/user-data").status == 403
-        assert own(world.guests["green"], world.guests["green"].ask("/latest/user-data")) is None
+        assert red.ask("/latest/user-data").status == 403
+        assert own(green, green.ask("/latest/user-data")) is None
         assert starts_with_them() == 1
 
 
