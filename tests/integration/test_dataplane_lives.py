@@ -345,8 +345,10 @@ def test_a_start_with_the_records_of_the_last_run_serves_them_and_not_what_has_c
         daemon.stop()
         # As a reboot does.
         shutil.rmtree(daemon.runtime)
-        daemon.start()
+        daemon.process = daemon._started()
+        until(red.reaches, what="HAProxy")
         assert red.ask("/latest/user-data").status == 403
+        daemon.wait_ready()
         assert all(
             own(one, one.ask("/latest/user-data")) is None for one in world.everybody if one != red
         )
