@@ -219,9 +219,9 @@ class RecordLoop:
                 self.kept.save(made_of)
 
     def _made_of(self) -> bytes | None:
-        records = self.inventory.digest()
         # Records of Nova's guests have signatures, which are not to lie on a disk.
-        if records is None or self.routing().sets:
+        records = None if self.routing().sets else self.inventory.digest()
+        if records is None:
             return None
         others = repr((self.compiler.region(), self.policies()))
         return b" ".join((COMPILER, records, others.encode()))
