@@ -12,6 +12,7 @@ from imdsproxy.cli.checks.tokens import (
     check_instances,
     check_overrides,
     check_path_rules,
+    check_store,
     check_token_keys,
     check_trees,
 )
@@ -42,6 +43,17 @@ def _with_instances(directory: Path, number: int, policy: object, host: object) 
     (directory / "a.json").write_text(json.dumps(records))
     sources = {"file": {"enabled": True, "directory": str(directory)}, "sqlite": {"enabled": False}}
     return subject({"policy": {"host": host}, "sources": sources})
+
+
+def test_the_store_is_read_once_for_all_checks(tmp_path: Path) -> None:
+    store = tmp_path / "store.sqlite"
+    store.write_bytes(b"no database" * 100)
+    on = subject({"sources": {"sqlite": {"path": str(store)}}})
+    (finding,) = check_store(on)
+    assert f"cannot read {store}" in finding.text
+    store.unlink()
+    assert check_store(on) == [finding]
+    assert check_instances(on) == []
 
 
 _LOCKED = {"openstack_tokens": "required", "nocloud_tokens": "required"}

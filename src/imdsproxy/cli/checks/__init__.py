@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from imdsproxy.cli.admin_client import AdminClient
 from imdsproxy.config.load import Loaded
 from imdsproxy.config.schema import Settings
+from imdsproxy.core.records import Records
 from imdsproxy.dataplane.layout import Layout
-from imdsproxy.errors import ConfigError, ImdsproxyError
+from imdsproxy.errors import ConfigError, ImdsproxyError, SourceUnavailable
+from imdsproxy.sources.sqlite.store import read_store
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Subject:
     """What is checked: settings, and the daemon where one answers.
 
@@ -33,6 +36,16 @@ class Subject:
     def layout(self) -> Layout:
         """The data plane's paths."""
         return Layout(self.settings.paths.runtime_dir, self.settings.paths.state_dir)
+
+    @cached_property
+    def stored(self) -> Records | SourceUnavailable | None:
+        """What the store holds, or why it cannot be read; `None` where a daemon is asked, or there is no store."""
+        if self.daemon is not None or not self.settings.sources.sqlite.enabled:
+            return None
+        try:
+            return read_store(self.settings.store_path)
+        except SourceUnavailable as error:
+            return error
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,7 +25,6 @@ from imdsproxy.core.policy import (
 from imdsproxy.core.records import Records
 from imdsproxy.core.token_report import USER_DATA, OpenUserData, open_trees, open_user_data
 from imdsproxy.errors import ImdsproxyError, SourceUnavailable
-from imdsproxy.sources.sqlite.store import read_store
 
 _TREES: Final = {"/openstack": "openstack_tokens", "/nocloud": "nocloud_tokens"}
 _NAMES: Final = {"/latest": "EC2's tree", "/openstack": "/openstack", "/nocloud": "/nocloud"}
@@ -72,9 +71,8 @@ def check_instances(on: Subject) -> list[Finding]:
     if sources.file.enabled and sources.file.directory.is_dir():
         files = read_record_files(sources.file.directory)
         given += [records for _, records in files if isinstance(records, Records)]
-    stored = _read_store(on)
-    if isinstance(stored, Records):
-        given.append(stored)
+    if isinstance(on.stored, Records):
+        given.append(on.stored)
     source = SourceName("records")
     networks: dict[NetworkId, Network] = {}
     instances: dict[InstanceId, Instance] = {}
@@ -89,17 +87,7 @@ def check_instances(on: Subject) -> list[Finding]:
 
 def check_store(on: Subject) -> list[Finding]:
     """That the store can be read, where no daemon is asked for what it holds."""
-    stored = _read_store(on)
-    return refused(stored) if isinstance(stored, SourceUnavailable) else []
-
-
-def _read_store(on: Subject) -> Records | SourceUnavailable | None:
-    if on.daemon is not None or not on.settings.sources.sqlite.enabled:
-        return None
-    try:
-        return read_store(on.settings.store_path)
-    except SourceUnavailable as error:
-        return error
+    return refused(on.stored) if isinstance(on.stored, SourceUnavailable) else []
 
 
 def _of_instances(named: Sequence[tuple[str, str, str]], number: int) -> list[Finding]:
