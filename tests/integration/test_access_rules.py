@@ -18,7 +18,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from imdsproxy.core.path_rules import PathRules, PathWord, sort_paths
-from imdsproxy.core.policy import OperatorOverride, Policy, TokenMode, render_policy_word
+from imdsproxy.core.policy import Policy, TokenMode, render_policy_word
 from imdsproxy.core.policy_report import decide_read
 from imdsproxy.core.policy_word import ONLY_TOKENS_OFF
 from imdsproxy.core.tokens import TOKEN_PATTERN, TTL_LIMIT_S, TokenKey
@@ -72,11 +72,6 @@ def opened(request: pytest.FixtureRequest) -> Iterator[Alone]:
 def alone(opened: Alone) -> Alone:
     opened.renew()
     return opened
-
-
-def _have(alone: Alone, policy: Policy, *, epoch: int = 0, created: int | None = None) -> None:
-    """Have this policy in force for red's guest."""
-    alone.put(word=render_policy_word(policy, OperatorOverride(epoch), created))
 
 
 def _good(alone: Alone, *, epoch: int = 0) -> tuple[str, ...]:
@@ -206,14 +201,14 @@ def test_around_each_path_of_a_rule_and_in_every_hand_written_spelling_explain_a
 
 @pytest.mark.parametrize("way", WAYS)
 def test_where_nothing_may_be_read_no_spelling_reads_anything(alone: Alone, way: str) -> None:
-    _have(alone, Policy(paths=_NOTHING))
+    alone.have(Policy(paths=_NOTHING))
     for target in (*HAND_WRITTEN, "*", f"http://{IPV4}"):
         assert alone.ask(target, way=way).status in (400, 403, 404, 405), target
     assert not alone.documents.asked
 
 
 def test_where_the_rules_of_paths_are_gone_nothing_is_served(alone: Alone) -> None:
-    _have(alone, Policy(paths=(("/latest/meta-data", PathWord.OPTIONAL), ("/", PathWord.ALLOW))))
+    alone.have(Policy(paths=(("/latest/meta-data", PathWord.OPTIONAL), ("/", PathWord.ALLOW))))
     for way in WAYS:
         reply = alone.ask(USER_DATA, way=way)
         assert (reply.status, reply.headers["retry-after"]) == (503, "1")
@@ -254,7 +249,7 @@ _TOKEN_REQUESTS: Final = (
 @pytest.mark.parametrize("way", WAYS)
 def test_a_request_for_a_token_is_answered_as_the_table_has_it(alone: Alone, way: str) -> None:
     for policy, method, target, headers, status in _TOKEN_REQUESTS:
-        _have(alone, policy)
+        alone.have(policy)
         reply = alone.ask(target, way=way, method=method, headers=headers)
         assert reply.status == status, (policy, method, target, headers, reply)
         if status == 200:
@@ -319,7 +314,7 @@ def test_a_token_that_is_not_good_is_401_though_none_is_needed(
 ) -> None:
     later = int(time.time()) + 600
     token = alone.token(expires_at=later)
-    _have(alone, policy)
+    alone.have(policy)
     bad = (
         *(with_token(spoil(token)) for spoil in _SPOILT),
         with_token(token) * 2,
@@ -337,7 +332,7 @@ def test_a_token_that_is_not_good_is_401_though_none_is_needed(
         assert (reply.status, reply.body) == (401, b""), headers
         assert _TTL.lower() not in reply.headers
     # While there is no token route a token is a header like any other.
-    _have(alone, Policy(tokens=TokenMode.OFF))
+    alone.have(Policy(tokens=TokenMode.OFF))
     assert {alone.ask(USER_DATA, way=way, headers=headers).status for headers in bad} == {200}
 
 
@@ -378,14 +373,14 @@ def test_a_kept_connection_does_not_keep_what_was_good_before(alone: Alone) -> N
             (Policy(), 200),
             (Policy(tokens=TokenMode.REQUIRED), 200),
         ):
-            _have(alone, policy)
+            alone.have(policy)
             assert [status(connection) for _ in range(2)] == [wanted] * 2
         # The address goes to another instance, the tokens are revoked, the key is replaced.
         alone.put(instance="i-green")
         assert status(connection) == 401
         alone.put()
         assert status(connection) == 200
-        _have(alone, Policy(), epoch=1)
+        alone.have(Policy(), epoch=1)
         assert status(connection) == 401
         alone.put()
         alone.write_keys(_OTHER)
@@ -430,7 +425,7 @@ _HOSTS: Final = {
 
 @pytest.mark.parametrize("way", WAYS)
 def test_what_a_guest_was_made_to_ask_is_refused_without_a_token(alone: Alone, way: str) -> None:
-    _have(alone, Policy(refuse_forwarded=True))
+    alone.have(Policy(refuse_forwarded=True))
     token = _good(alone)
 
     def statuses(*lines: str, host: str = IPV4) -> list[int]:
@@ -455,7 +450,7 @@ def test_what_a_guest_was_made_to_ask_is_refused_without_a_token(alone: Alone, w
 
 def test_what_the_resolver_has_noted_of_a_request_counts(alone: Alone) -> None:
     for policy, put in ((Policy(), {"by": 200, "for": 403}), (Policy(refuse_forwarded=True), {})):
-        _have(alone, policy)
+        alone.have(policy)
         for mark in ("by", "for"):
             lines = (f"{HEADER_FORWARDED}: {mark}",)
             read = alone.ask(USER_DATA, way="found", headers=lines)

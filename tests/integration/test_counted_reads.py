@@ -18,7 +18,7 @@ from imdsproxy.core.haproxy.counting import (
     parse_guests,
     parse_readers,
 )
-from imdsproxy.core.policy import OperatorOverride, Policy, TokenMode, render_policy_word
+from imdsproxy.core.policy import Policy, TokenMode
 from imdsproxy.core.wire import HEADER_OPERATOR
 from support.access_table import META, TOKEN, USER_DATA
 from support.guest import Lost
@@ -42,10 +42,6 @@ def alone(opened: Alone) -> Alone:
     for table in (GUESTS_TABLE, READERS_TABLE):
         opened.command(f"clear table {table}")
     return opened
-
-
-def _have(alone: Alone, policy: Policy) -> None:
-    alone.put(word=render_policy_word(policy, OperatorOverride(), None))
 
 
 def _counts(alone: Alone) -> tuple[int, int]:
@@ -73,7 +69,7 @@ def test_each_read_without_a_token_is_counted_and_nothing_else(alone: Alone, way
         (Policy(tokens=TokenMode.OFF), (1, 0)),
         (_REQUIRED, (0, 1)),
     ):
-        _have(alone, policy)
+        alone.have(policy)
         before = _counts(alone)
         # With a token, of other trees, of the token's own route, of no known method.
         alone.ask("/nocloud/user-data", way=way)
@@ -93,7 +89,7 @@ def test_each_read_without_a_token_is_counted_and_nothing_else(alone: Alone, way
 
 def test_an_operators_request_is_no_read_of_the_guest(alone: Alone) -> None:
     for policy in (Policy(), _REQUIRED):
-        _have(alone, policy)
+        alone.have(policy)
         alone.ask(USER_DATA, way="found", headers=(f"{HEADER_OPERATOR}: yes",))
     assert _counts(alone) == (0, 0)
 
@@ -101,7 +97,7 @@ def test_an_operators_request_is_no_read_of_the_guest(alone: Alone) -> None:
 @pytest.mark.parametrize("policy", [Policy(), Policy(refuse_forwarded=True)])
 def test_a_sample_shows_about_how_many_read(policy: Policy) -> None:
     with open_alone(count_reads=ONE_IN) as alone:
-        _have(alone, policy)
+        alone.have(policy)
         for _ in range(2_000):
             assert alone.ask(USER_DATA).status == 200
         # Of 2,000 reads 100 are counted, give or take 10: this is six times that.
@@ -114,7 +110,7 @@ def test_only_what_is_refused_is_counted_where_nothing_else_is() -> None:
     with open_alone() as alone:
         for _ in range(3):
             assert alone.ask(USER_DATA).status == 200
-        _have(alone, _REQUIRED)
+        alone.have(_REQUIRED)
         for _ in range(3):
             assert alone.ask(USER_DATA).status == 401
         assert _counts(alone) == (0, 3)

@@ -13,7 +13,7 @@ import pytest
 
 from imdsproxy.core.haproxy.limits import COUNTERS, POLICY_COUNTERS
 from imdsproxy.core.haproxy.model import Limits
-from imdsproxy.core.policy import OperatorOverride, Policy, render_policy_word
+from imdsproxy.core.policy import Policy
 from support.access_table import META, USER_DATA
 from support.guest import Connection, Lost, Reply
 from support.haproxy_alone import WAYS, Alone, open_alone
@@ -43,10 +43,6 @@ def alone(opened: Alone) -> Alone:
     return opened
 
 
-def _have(alone: Alone, policy: Policy) -> None:
-    alone.put(word=render_policy_word(policy, OperatorOverride(), None))
-
-
 def _is_refusal(reply: Reply) -> bool:
     return reply.status == 503 and reply.headers.get("retry-after") == "1"
 
@@ -70,7 +66,7 @@ def _statuses(alone: Alone, count: int, network: str = "red") -> set[int]:
 def test_beyond_its_burst_an_instance_gets_503_by_every_way_and_its_neighbour_nothing(
     alone: Alone, policy: Policy, burst: int | None
 ) -> None:
-    _have(alone, policy)
+    alone.have(policy)
     assert _statuses(alone, burst or 100) == {200}
     assert _statuses(alone, 30, "green") == {200}
     if burst is None:
@@ -82,7 +78,7 @@ def test_beyond_its_burst_an_instance_gets_503_by_every_way_and_its_neighbour_no
     # Held for a second: a client that asks again at once costs little.
     assert 0.8 < time.monotonic() - began < 3 * patience()
     # A new limit is in force at once.
-    _have(alone, Policy(requests_per_s=5000, burst=5000))
+    alone.have(Policy(requests_per_s=5000, burst=5000))
     assert _statuses(alone, 3) == {200}
 
 
@@ -90,7 +86,7 @@ def test_beyond_its_burst_an_instance_gets_503_by_every_way_and_its_neighbour_no
 def test_each_guest_of_a_connection_of_neutrons_proxies_counts_by_itself(
     alone: Alone, policy: Policy
 ) -> None:
-    _have(alone, policy)
+    alone.have(policy)
     with alone.connect(way="agents") as connection:
 
         def ask(network: str) -> Reply:
@@ -108,7 +104,7 @@ def test_being_refused_does_not_lengthen_it() -> None:
 
     with contextlib.ExitStack() as stack:
         alone = stack.enter_context(open_alone(limits=_LIMITS))
-        _have(alone, Policy(burst=20))
+        alone.have(Policy(burst=20))
         until(lambda: _is_refusal(alone.ask(USER_DATA)), what="a refusal")
         began = time.monotonic()
         # Eight at a time, each asked again as soon as it is refused.
@@ -122,7 +118,7 @@ def test_being_refused_does_not_lengthen_it() -> None:
 def test_more_connections_than_allowed_are_answered_503_and_far_more_are_closed(
     alone: Alone, policy: Policy, most: int
 ) -> None:
-    _have(alone, policy)
+    alone.have(policy)
     with contextlib.ExitStack() as stack:
         held = [stack.enter_context(alone.connect()) for _ in range(most)]
         assert {one.request(USER_DATA).status for one in held} == {200}

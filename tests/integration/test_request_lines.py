@@ -20,7 +20,7 @@ from imdsproxy.core.haproxy.request_log import (
     parse_events,
     read_audit,
 )
-from imdsproxy.core.policy import OperatorOverride, Policy, TokenMode, render_policy_word
+from imdsproxy.core.policy import Policy, TokenMode
 from support.access_table import META, TOKEN, USER_DATA
 from support.guest import Lost
 from support.haproxy_alone import KEY, WAYS, Alone, open_alone
@@ -129,7 +129,7 @@ _REQUIRED: Final = Policy(tokens=TokenMode.REQUIRED)
 def test_the_rule_that_refuses_is_named(
     audited: Alone, policy: Policy, request_line: str, status: int, refused: str
 ) -> None:
-    audited.put(word=render_policy_word(policy, OperatorOverride(), None))
+    audited.have(policy)
     method, path = request_line.split()
     headers = (f"User-Agent: {refused}", *(("Via: a",) if policy.refuse_forwarded else ()))
     assert audited.ask(path, method=method, headers=headers).status == status

@@ -32,6 +32,7 @@ from imdsproxy.core.haproxy.model import (
 )
 from imdsproxy.core.model import InstanceId, NetworkId
 from imdsproxy.core.path_rules import PathRules, render_set
+from imdsproxy.core.policy import OperatorOverride, Policy, render_policy_word
 from imdsproxy.core.tokens import TokenKey, render_key_map
 from imdsproxy.core.wire import (
     HEADER_ADDRESS,
@@ -198,6 +199,10 @@ class Alone:
             else EmbeddedRecord(owner, f"{next(self._revisions):08x}", word)
         )
         self.write(network, render_map_value(record))
+
+    def have(self, policy: Policy, *, epoch: int = 0, created: int | None = None) -> None:
+        """Have this policy in force for red's guest."""
+        self.put(word=render_policy_word(policy, OperatorOverride(epoch), created))
 
     def write(self, network: str, value: str) -> None:
         """Put a value into the map as it is."""
