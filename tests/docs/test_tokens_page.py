@@ -18,7 +18,7 @@ from imdsproxy.core.tokens import TTL_LIMIT_S, parse_token_keys
 from support.daemon import instance
 from support.demonstration import REPOSITORY
 from support.document_blocks import Block, blocks_of
-from support.guest import Guest, Reply
+from support.guest import Guest, Reply, take_token, with_token
 from support.lab import within
 from support.world import World, open_world
 
@@ -137,13 +137,7 @@ def _command(world: World, begins: str) -> str:
 
 
 def _ask(guest: Guest, target: str, token: str | None = None) -> Reply:
-    headers = () if token is None else (f"X-aws-ec2-metadata-token: {token}",)
-    return guest.ask(target, headers=headers)
-
-
-def _token(guest: Guest) -> str:
-    headers = ("X-aws-ec2-metadata-token-ttl-seconds: 60",)
-    return guest.ask("/latest/api/token", method="PUT", headers=headers).text
+    return guest.ask(target, headers=() if token is None else with_token(token))
 
 
 @pytest.mark.root
@@ -164,7 +158,7 @@ def test_the_guests_two_lines_work_where_tokens_are_required(world: World) -> No
 @pytest.mark.root
 def test_what_is_locked_after_the_boot_is_opened_again_by_the_pages_command(world: World) -> None:
     _say(world, "boot_grace_s", payments="nobodys")
-    token = _token(world.red)
+    token = take_token(world.red)
     sealed = (_USER_DATA, "/openstack/latest/user_data", _NOCLOUD)
     assert {_ask(world.red, path, token).status for path in sealed} == {403}
     assert _ask(world.red, _META).status == 200
@@ -175,12 +169,12 @@ def test_what_is_locked_after_the_boot_is_opened_again_by_the_pages_command(worl
 @pytest.mark.root
 def test_tokens_end_by_the_pages_command_and_not_by_the_one_for_keys(world: World) -> None:
     world.daemon.reconfigure({})
-    token = _token(world.red)
+    token = take_token(world.red)
     assert "signs tokens" in _command(world, "imdsproxy token rotate")
     assert _ask(world.red, _USER_DATA, token).status == 200
     _command(world, "imdsproxy token revoke")
     assert _ask(world.red, _USER_DATA, token).status == 401
-    assert _ask(world.red, _USER_DATA, _token(world.red)).status == 200
+    assert _ask(world.red, _USER_DATA, take_token(world.red)).status == 200
 
 
 @pytest.mark.root
@@ -193,10 +187,10 @@ def test_a_second_key_in_the_file_is_believed_before_it_signs(world: World) -> N
         first, *rest = (line for line in before if not line.startswith("#"))
         keys.write_text("\n".join([first, fresh, *rest]) + "\n")
         assert world.daemon.command("reload", "--allow-dropped").status == 0
-        old = _token(world.red)
+        old = take_token(world.red)
         keys.write_text("\n".join([fresh, first, *rest]) + "\n")
         assert world.daemon.command("reload", "--allow-dropped").status == 0
-        new = _token(world.red)
+        new = take_token(world.red)
         assert old.split(".")[0] != new.split(".")[0]
         assert {_ask(world.red, _USER_DATA, token).status for token in (old, new)} == {200}
         keys.write_text(f"{fresh}\n")

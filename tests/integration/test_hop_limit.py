@@ -17,7 +17,7 @@ import pytest
 from imdsproxy.host.nftables import INET, Batch, NetfilterSocket
 from imdsproxy.host.nlmessages import attribute
 from support.daemon import instance
-from support.guest import IPV4, IPV6, Connection, Guest, Lost, Reply, inside
+from support.guest import IPV4, IPV6, Connection, Guest, Lost, Reply, inside, with_token
 from support.lab import Lab, batch, ip, until, within
 from support.patience import patience
 from support.world import World, own
@@ -36,10 +36,6 @@ def _say(world: World, policy: Mapping[str, Any]) -> None:
 
 def _put(connection: Connection) -> Reply:
     return connection.request(_TOKEN, method="PUT", headers=_TTL)
-
-
-def _with(token: str) -> tuple[str, ...]:
-    return (f"X-aws-ec2-metadata-token: {token}",)
 
 
 def _given(guest: Guest, limit: int) -> None:
@@ -102,7 +98,7 @@ def _limits(guest: Guest, to: str = IPV4) -> tuple[int, int]:
         reply = _put(connection)
         assert reply.status == 200, reply
         first = wire.seen(reply.body)
-        after = connection.request(_USER_DATA, headers=_with(reply.text))
+        after = connection.request(_USER_DATA, headers=with_token(reply.text))
         assert own(guest, after) is None
         second = wire.seen(after.body)
     assert (first.dscp, second.dscp) == (0, 0)
@@ -195,7 +191,7 @@ def test_behind_a_hop_a_limit_of_1_does_not_arrive_and_2_does(world: World) -> N
         with inner.connect() as connection:
             token = _put(connection)
             assert token.status == 200
-            assert connection.request(_USER_DATA, headers=_with(token.text)).status == 200
+            assert connection.request(_USER_DATA, headers=with_token(token.text)).status == 200
 
 
 def test_what_got_lost_is_not_sent_farther_when_more_is_asked_for(world: World) -> None:

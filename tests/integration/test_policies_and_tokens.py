@@ -7,20 +7,29 @@ import re
 import socket
 import time
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any, Final, cast
 
 import pytest
 import yaml
 
-from support.access_table import META, TOKEN, USER_DATA
+from support.access_table import META, USER_DATA
 from support.daemon import Daemon, instance
-from support.guest import IPV4, IPV6, Connection, Guest, inside
+from support.guest import (
+    IPV4,
+    IPV6,
+    Asker,
+    Connection,
+    Guest,
+    inside,
+    take_token,
+    with_token,
+)
 from support.lab import until
 from support.world import World, open_world, own
 
 pytestmark = pytest.mark.root
 
-_HEADER: Final = "X-aws-ec2-metadata-token"
 _LISTEN: Final = ("127.0.0.1", 9465)
 _SETTINGS: Final[dict[str, Any]] = {
     "resolver": {"hold_s": 1.0},
@@ -177,15 +186,8 @@ def _do(world: World, *words: str) -> str:
     return done.out
 
 
-def _token(guest: Guest, to: str = IPV4) -> str:
-    asked = ("X-aws-ec2-metadata-token-ttl-seconds: 600",)
-    reply = guest.ask(TOKEN, method="PUT", headers=asked, to=to)
-    assert reply.status == 200, reply
-    return reply.text
-
-
 def _status(guest: Guest, token: str, to: str = IPV4) -> int:
-    reply = guest.ask(USER_DATA, headers=(f"{_HEADER}: {token}",), to=to)
+    reply = guest.ask(USER_DATA, headers=with_token(token), to=to)
     if reply.status == 200:
         assert own(guest, reply) is None
     return reply.status
@@ -193,16 +195,18 @@ def _status(guest: Guest, token: str, to: str = IPV4) -> int:
 
 def test_a_revoked_token_is_bad_at_once_and_for_ever_and_a_fresh_one_is_good(world: World) -> None:
     green = world.guests["green"]
-    others = _token(green)
+    others = take_token(green)
     # Each is asked for over one family and used over both.
-    old = [_token(world.red), _token(world.red, IPV6)]
+    ipv6 = Asker(partial(world.red.connect, to=IPV6))
+    old = [take_token(world.red), take_token(ipv6)]
+    ipv6.close()
     pids = world.settled()
     for _ in range(2):
         printed = _do(world, "token", "revoke", "red-5")
         assert printed == "done: all tokens of instance red-5 revoked\n"
         for to in (IPV4, IPV6):
             assert {_status(world.red, token, to) for token in old} == {401}
-        fresh = _token(world.red)
+        fresh = take_token(world.red)
         assert [_status(world.red, fresh, to) for to in (IPV4, IPV6)] == [200, 200]
         assert _status(green, others) == 200
         assert world.red.ask(USER_DATA).status == 200, "none is needed"
@@ -221,30 +225,30 @@ def test_it_reaches_an_address_that_is_known_by_its_mac_alone(world: World) -> N
     ports = {"ports": [{"network": "red", "mac": "fa:16:3e:00:00:50"}]}
     world.daemon.put(instances=[instance("red-80", "red", 80, fields=ports)])
     assert guest.ask(USER_DATA).status == 200
-    token = _token(guest)
+    token = take_token(guest)
     assert _status(guest, token) == 200
     _do(world, "token", "revoke", "red-80")
     assert _status(guest, token) == 401
-    assert _status(guest, _token(guest)) == 200
+    assert _status(guest, take_token(guest)) == 200
 
 
 def test_an_instance_that_comes_again_has_none_of_its_old_tokens(world: World) -> None:
     record = next(one for one in world.instances if one["id"] == "red-5")
-    old = _token(world.red)
+    old = take_token(world.red)
     _do(world, "token", "revoke", "red-5")
     world.daemon.remove_instance("red-5")
     _do(world, "token", "revoke", "red-5")
     world.daemon.put(instances=[record])
     assert _status(world.red, old) == 401
-    assert _status(world.red, _token(world.red)) == 200
+    assert _status(world.red, take_token(world.red)) == 200
 
 
 def test_a_fresh_key_signs_and_the_two_before_it_are_believed(world: World) -> None:
     pids = world.settled()
-    tokens = [_token(world.red)]
+    tokens = [take_token(world.red)]
     for _ in range(2):
         printed = _do(world, "token", "rotate")
-        tokens.append(_token(world.red))
+        tokens.append(take_token(world.red))
         assert f"key {tokens[-1].split('.')[0]} signs tokens" in printed
         assert {_status(world.red, token) for token in tokens} == {200}
     assert len({token.split(".")[0] for token in tokens}) == 3
@@ -257,12 +261,12 @@ def test_a_fresh_key_signs_and_the_two_before_it_are_believed(world: World) -> N
 
 
 def test_keys_that_came_while_no_controller_ran_are_in_force_once_one_does(world: World) -> None:
-    before = _token(world.red)
+    before = take_token(world.red)
     path = world.daemon.state / "token-keys"
     world.daemon.kill_controller()
     path.write_text(f"{'B' * 43}=\n{path.read_text()}")
     world.daemon.start()
-    until(lambda: _token(world.red).split(".")[0] != before.split(".")[0], within_s=5)
+    until(lambda: take_token(world.red).split(".")[0] != before.split(".")[0], within_s=5)
     assert _status(world.red, before) == 200
 
 
@@ -286,9 +290,9 @@ def test_reopen_unseals_and_opens_what_is_locked_after_the_boot(world: World) ->
 
 
 def test_a_damaged_guard_file_stops_the_start_and_guests_are_served_on(world: World) -> None:
-    old = _token(world.red)
+    old = take_token(world.red)
     _do(world, "token", "revoke", "red-5")
-    fresh = _token(world.red)
+    fresh = take_token(world.red)
     path = world.daemon.state / "guards.json"
     kept = path.read_text()
     assert path.stat().st_mode & 0o777 == 0o600
@@ -309,7 +313,7 @@ def test_a_damaged_guard_file_stops_the_start_and_guests_are_served_on(world: Wo
         world.daemon.start()
     until(lambda: _status(world.red, fresh) == 401, within_s=5)
     assert _status(world.red, old) == 401
-    assert _status(world.red, _token(world.red)) == 200
+    assert _status(world.red, take_token(world.red)) == 200
 
 
 # The report; what HAProxy counts is in test_counted_reads.py
