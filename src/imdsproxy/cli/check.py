@@ -16,20 +16,15 @@ if TYPE_CHECKING:
 
 Url: TypeAlias = Annotated[
     str | None,
-    typer.Argument(
-        metavar="[URL]",
-        help="A server, as http://169.254.169.254 inside a guest, or Nova's.",
-        show_default=False,
-    ),
+    options.argument("[URL]", "A server, as http://169.254.169.254 inside a guest, or Nova's."),
 ]
 Headers: TypeAlias = Annotated[
     list[str] | None,
-    typer.Option(
+    options.flag(
         "--header",
-        "-H",
-        metavar="NAME: VALUE",
-        help="With URL: sent with every question, as Nova needs them; may be repeated.",
-        show_default=False,
+        "NAME: VALUE",
+        "With URL: sent with every question, as Nova needs them; may be repeated.",
+        short="-H",
     ),
 ]
 

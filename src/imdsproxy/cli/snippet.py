@@ -6,8 +6,6 @@ import socket as sockets
 from dataclasses import asdict
 from typing import Annotated
 
-import typer
-
 from imdsproxy.cli import options
 from imdsproxy.cli.admin_client import AdminClient, path_to
 from imdsproxy.cli.record_io import read_record
@@ -32,12 +30,7 @@ def snippet(
     instance: options.Instance,
     target: Annotated[
         Target,
-        typer.Option(
-            "--for",
-            metavar="|".join(Target),
-            help="The hypervisor to write it for.",
-            show_default=False,
-        ),
+        options.flag("--for", "|".join(Target), "The hypervisor to write it for."),
     ],
     *,
     dialect: Annotated[
