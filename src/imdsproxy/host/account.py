@@ -8,6 +8,7 @@ import pwd
 import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Final, TypeVar
 
@@ -74,23 +75,17 @@ def find_account(user: str | None, group: str | None) -> Account | None:
     """
     if os.geteuid() != 0 or (user is None and group is None):
         return None
-    try:
-        entry = None if user is None else pwd.getpwnam(user)
-    except KeyError as error:
-        raise HostRefused(
-            f"there is no user {user!r} on this host",
-            hint="create it, or name another in documents.user (null keeps the present account)",
-        ) from error
-    try:
-        number = None if group is None else grp.getgrnam(group).gr_gid
-    except KeyError as error:
-        raise HostRefused(
-            f"there is no group {group!r} on this host",
-            hint="create it, or name another in documents.group (null is the user's own)",
-        ) from error
-    if number is None:
-        number = os.getegid() if entry is None else entry.pw_gid
-    return Account(os.geteuid() if entry is None else entry.pw_uid, number)
+    uid, gid = os.geteuid(), os.getegid()
+    if user is not None:
+        instead = "name another in documents.user (null keeps the present account)"
+        find_user = partial(pwd.getpwnam, user)
+        entry = _look_up("user", f"{user!r} on this host", instead, find_user)
+        uid, gid = entry.pw_uid, entry.pw_gid
+    if group is not None:
+        instead = "name another in documents.group (null is the user's own)"
+        find_group = partial(grp.getgrnam, group)
+        gid = _look_up("group", f"{group!r} on this host", instead, find_group).gr_gid
+    return Account(uid, gid)
 
 
 def _look_up(kind: str, word: str, instead: str, find: Callable[[], T]) -> T:
