@@ -234,13 +234,11 @@ class RecordReports:
 
 
 def _find_id(text: _Id, records: Mapping[_Id, Network] | Mapping[_Id, Instance]) -> _Id:
-    """The id of the record that has this id or, where none has, this name; the text itself where none has either.
+    """The id of the record that has this name; the text itself where none has.
 
     Raises:
         RequestRefused: Several have the name.
     """
-    if text in records:
-        return text
     found = sorted(one for one, record in records.items() if record.name == text)
     if len(found) > 1:
         shown = ", ".join(found[:_SHOWN]) + (", …" if len(found) > _SHOWN else "")
