@@ -90,7 +90,7 @@ def _taken(
     name = naming.namespace(network)
     if seen.problem:
         return leave_out(network, LeftOutCode.NAMESPACE_UNUSABLE, seen.problem)
-    marked = _alias_of(seen)
+    marked = alias_of(seen)
     if marked not in ("", alias) or (not marked and len(seen.devices) > 1):
         reason = f"a namespace {name} that is not ours is there"
         return leave_out(network, LeftOutCode.NAME_TAKEN, reason, f"ip netns del {name}")
@@ -102,7 +102,8 @@ def is_unmarked_veth(link: ObservedDevice) -> bool:
     return link.kind == "veth" and not link.alias
 
 
-def _alias_of(seen: ObservedNamespace) -> str:
+def alias_of(seen: ObservedNamespace) -> str:
+    """The mark of a namespace's maker, on its loopback device; empty without one."""
     loopback = seen.devices.get(LOOPBACK)
     return loopback.alias if loopback is not None else ""
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import TypeAlias, assert_never
 
-from imdsproxy.core.endpoints import ENSLAVING, LOOPBACK, LeftOut, LeftOutCode
+from imdsproxy.core.endpoints import ENSLAVING, LeftOut, LeftOutCode
 from imdsproxy.core.hostnames import Naming
 from imdsproxy.core.hoststate import Family, ObservedHost, ObservedNamespace
 from imdsproxy.core.model import (
@@ -26,7 +26,7 @@ from imdsproxy.core.model import (
     Network,
     NetworkId,
 )
-from imdsproxy.listeners.bridges import is_unmarked_veth, plan_bridge, want_addresses
+from imdsproxy.listeners.bridges import alias_of, is_unmarked_veth, plan_bridge, want_addresses
 from imdsproxy.listeners.endpoints import ListenerPlan, leave_out, listen
 from imdsproxy.listeners.ops import (
     AddAddress,
@@ -309,8 +309,7 @@ def plan_sweep(
 def _is_our_namespace(name: str, seen: ObservedNamespace, naming: Naming) -> bool:
     if not naming.is_namespace(name) or seen.problem:
         return False
-    loopback = seen.devices.get(LOOPBACK)
-    alias = loopback.alias if loopback is not None else ""
+    alias = alias_of(seen)
     if not alias:  # made, but its maker was killed before it could mark it
         return len(seen.devices) == 1
     return naming.owner_of(alias) is not None
