@@ -1,4 +1,4 @@
-"""The rule that turns DSCPs into hop limits (`core.hop_limit`), in nf_tables of each namespace that needs it.
+"""The rule that turns DSCPs into hop limits (`core.wire`), in nf_tables of each namespace that needs it.
 
 In nft(8)'s syntax, where M is the metadata address, for IPv4 (and the same for IPv6, with its hop limit):
 

@@ -33,7 +33,7 @@ _SHOWN: Final = 3
 
 
 def check_trees(on: Subject) -> list[Finding]:
-    """Where one tree keeps user-data, and another one gives the same (`core.open_trees`): a warning for each scope."""
+    """Where one tree keeps user-data, and another one gives the same (`core.token_report`): one warning a scope."""
     host = on.settings.policy.book().host
     found: list[Finding] = []
     for place, scope, rules in _scopes(on):

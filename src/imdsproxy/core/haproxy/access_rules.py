@@ -71,7 +71,7 @@ _TOKEN_OWNER: Final = """
     http-request set-var(txn.instance) <instance_of_nova> if <condition> <of_nova>
     http-request set-var(txn.epoch) <policy_epoch> if <condition> <has_policy>
 """
-"""Whose a token is, beside the network; a token is `KID.EXPIRY.MAC` (`core.tokens.mint_token`)."""
+"""Whose a token is, beside the network; a token is `KID.EXPIRY.MAC` (`core.tokens`)."""
 
 _CHECK_TOKEN: Final = """
     http-request unset-var(txn.seconds_left)
@@ -140,7 +140,7 @@ _GIVE_TOKEN: Final = """
     http-request set-var(txn.mac) var(txn.token_head),<mac> if <token_route>
 """
 
-# A DSCP of which the kernel makes the hop limit (`core.hop_limit`). The kernel sends what got lost once more with the
+# A DSCP of which the kernel makes the hop limit (`core.wire`). The kernel sends what got lost once more with the
 # DSCP that the connection has by then. So it stays until the guest has shown the token that it got on the connection:
 # then all of that answer has arrived. Until then, other answers on the connection go no farther than the token. Another
 # request on it proves less: a client that is too far away can send one too. Nor does `fc_unacked`, which counts what
