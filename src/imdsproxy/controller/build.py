@@ -121,9 +121,8 @@ def prepare_directories(settings: Settings, layout: Layout) -> None:
     """Make our directories, and the files that HAProxy's configuration names.
 
     Raises:
-        HostRefused: The file system refuses.
+        HostRefused: The file system refuses, or an account of the settings does not exist.
         PrivilegeMissing: We may not write there.
-        HostRefused: An account of the settings does not exist.
     """
     documents = settings.documents.group or settings.haproxy.group
     readable = (-1, group_id(documents))
