@@ -318,14 +318,13 @@ def test_stop_without_the_data_plane_ends_only_the_controller(world: World) -> N
     world.all_right()
 
 
-def test_a_start_from_nothing_serves_what_the_store_holds() -> None:
-    with open_world() as world:
-        daemon = world.daemon
-        daemon.stop()
-        assert not world.red.reaches()
-        daemon.start()
-        until(lambda: daemon.status()["serving"] == 4)
-        world.all_right()
+def test_a_start_from_nothing_serves_what_the_store_holds(world: World) -> None:
+    daemon = world.daemon
+    daemon.stop()
+    assert not world.red.reaches()
+    daemon.start()
+    until(lambda: daemon.status()["serving"] == 4)
+    world.all_right()
 
 
 def test_a_start_with_the_records_of_the_last_run_serves_them_and_not_what_has_changed_since() -> (
