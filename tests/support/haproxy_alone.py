@@ -45,6 +45,7 @@ from imdsproxy.core.wire import (
 from imdsproxy.dataplane.layout import Layout
 from support.guest import IPV4, Asker, Connection, Lost, Reply
 from support.lab import until
+from support.openstack.servers import free_port
 
 KEY: Final = TokenKey(b"k" * 32)
 WAYS: Final = ("guests", "found", "agents")
@@ -297,12 +298,6 @@ class Alone:
             asker.close()
 
 
-def free_port() -> int:
-    """One at which nothing listens."""
-    with socket.create_server((_ADDRESS, 0)) as listener:
-        return int(listener.getsockname()[1])
-
-
 @contextmanager
 def open_alone(
     *,
@@ -325,7 +320,8 @@ def open_alone(
     """
     # Not below pytest's own directory: a socket's path has 97 characters.
     place = Path(tempfile.mkdtemp(prefix="imdst-"))
-    ports = {network: free_port() for network in ("red", "green")}
+    holders = {network: free_port() for network in ("red", "green")}
+    ports = {network: holder.getsockname()[1] for network, holder in holders.items()}
     files = paths_below(place)
     sets = {key: value for rules in paths for key, value in render_set(rules).items()}
     Path(files.path_rules).write_text("".join(f"{key} {value}\n" for key, value in sets.items()))
@@ -354,4 +350,6 @@ def open_alone(
             yield alone
             alone.close()
     finally:
+        for holder in holders.values():
+            holder.close()
         shutil.rmtree(place)
