@@ -18,18 +18,12 @@ from imdsproxy.core.model import METADATA_IPV4, MacAddress, NetworkId
 from imdsproxy.core.observation import AddressKey
 from imdsproxy.errors import HostRefused
 from support.fake_mac_filters import FakeMacFilters
+from support.hand_clock import HandClock
 from support.record_builders import full, instance, key, network
 
 _N1 = NetworkId("n1")
 _MAC, _OTHER = MacAddress("52:54:00:00:00:01"), MacAddress("52:54:00:00:00:02")
 _KEY = key("n1", "10.0.0.5")
-
-
-class _Clock:
-    time = 100.0
-
-    def monotonic(self) -> float:
-        return self.time
 
 
 class Rig:
@@ -38,7 +32,7 @@ class Rig:
         self.inventory = Inventory(["file"])
         self.changed: list[frozenset[NetworkId]] = []
         self.missing: list[NetworkId] = []
-        self.clock = _Clock()
+        self.clock = HandClock()
         self.filters = MacFilters(
             self.kernel,
             self.inventory,
@@ -48,7 +42,7 @@ class Rig:
                 lambda path, data: (path.write_bytes(data), None)[1],
                 "netdev",
             ),
-            self.clock,  # type: ignore[arg-type]  # only the monotonic one is used
+            self.clock,
             self.changed.append,
             self.missing.append,
         )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterator
-from datetime import UTC, datetime
 from ipaddress import IPv4Address, IPv6Address
 
 import pytest
@@ -29,23 +28,13 @@ from imdsproxy.core.observation import AddressKey, Observation
 from imdsproxy.core.wire import EmbeddedRecord
 from imdsproxy.errors import HostRefused
 from imdsproxy.serving.resolver import Outcome
+from support.hand_clock import HandClock
 
 _RED = NetworkId("red")
 _REVISION = "0123456789abcdef"
 _WEB = EmbeddedRecord(InstanceId("web"), _REVISION)
 _MAC = MacAddress("02:00:00:00:00:05")
 _PRIVATE: AddressKey = (_RED, IPv6Address("fe80::1234"))
-
-
-class _Clock:
-    def __init__(self) -> None:
-        self.time = 100.0
-
-    def monotonic(self) -> float:
-        return self.time
-
-    def now(self) -> datetime:
-        return datetime.fromtimestamp(self.time, UTC)
 
 
 class _Neighbours:
@@ -126,7 +115,7 @@ class Rig:
         self.mac_check = mac_check
         self.pairs = _Pairs(self)
         self.inventory = Inventory(["a"])
-        self.clock = _Clock()
+        self.clock = HandClock()
         self.neighbours = _Neighbours()
         self.records = _Records()
         self.say(*instances, in_sync=in_sync)

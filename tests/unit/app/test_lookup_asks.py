@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
 from ipaddress import IPv4Address, IPv6Address
 from types import SimpleNamespace
 from typing import Final
@@ -46,6 +45,7 @@ from imdsproxy.sources.api import (
 )
 from support.fake_look_ups import FakeLookUps
 from support.fake_mac_filters import no_mac_filters
+from support.hand_clock import HandClock
 
 _NET: Final = NetworkId("net")
 _ROUTER: Final = NetworkId("router")
@@ -63,14 +63,6 @@ _WEB: Final = Instance(
     upstream=Upstream.NOVA,
 )
 _NOVA: Final = NovaRouting((EndpointSet("default", b"secret"),))
-
-
-class _Clock:
-    def monotonic(self) -> float:
-        return 100.0
-
-    def now(self) -> datetime:
-        return datetime.fromtimestamp(100, UTC)
 
 
 class _Neighbours:
@@ -124,7 +116,7 @@ class Rig:
             self.inventory,
             self.records,  # type: ignore[arg-type]  # the part that is used
             self.neighbours.neighbour,
-            _Clock(),
+            HandClock(),
             lambda: 30.0,
             no_mac_filters(self.inventory),
             self.source,

@@ -16,19 +16,11 @@ from imdsproxy.core.policy import OperatorOverride, Policy, render_policy_word
 from imdsproxy.dataplane.master import MasterClient
 from imdsproxy.dataplane.records import RecordApplier
 from imdsproxy.errors import HostRefused, RuntimeUnavailable
-from imdsproxy.host.clock import SystemClock
 from support.fake_haproxy import FakeHaproxy
+from support.hand_clock import HandClock
 
 _ONE: PathRules = (("/latest/user-data", PathWord.DENY),)
 _TWO: PathRules = (("/", PathWord.REQUIRED),)
-
-
-class Clock(SystemClock):
-    def __init__(self) -> None:
-        self.now_s = 1000.0
-
-    def monotonic(self) -> float:
-        return self.now_s
 
 
 def _sets(*rules: PathRules) -> dict[str, PathRules]:
@@ -42,7 +34,7 @@ def _record(rules: PathRules) -> str:
 @dataclass
 class Rig:
     directory: Path
-    clock: Clock = field(default_factory=Clock)
+    clock: HandClock = field(default_factory=HandClock)
     full: bool = False
 
     def __post_init__(self) -> None:
@@ -113,14 +105,14 @@ async def test_a_set_goes_when_no_record_has_referred_to_it_for_a_minute(tmp_pat
     async with _rig(tmp_path) as rig:
         await rig.sets.ensure(_sets(_ONE, _TWO), sweep=False)
         await rig.applier.apply({"red/10.0.0.5": _record(_ONE), "red/10.0.0.6": _record(_TWO)})
-        rig.clock.now_s += 3600
+        rig.clock.time += 3600
         await rig.sets.ensure({}, sweep=True)
         await rig.applier.apply({"red/10.0.0.6": None})
         # A request that has looked the record up before may be under way.
-        rig.clock.now_s += 59
+        rig.clock.time += 59
         await rig.sets.ensure({}, sweep=True)
         rig.have(_ONE, _TWO)
-        rig.clock.now_s += 1
+        rig.clock.time += 1
         await rig.sets.ensure({}, sweep=True)
         rig.have(_ONE)
 
@@ -132,7 +124,7 @@ async def test_what_an_earlier_controller_left_stays_while_records_refer_to_it(
         await rig.sets.ensure(_sets(_ONE), sweep=False)
         await rig.applier.apply({"red/10.0.0.5": _record(_ONE)})
         later = rig.begun()
-        rig.clock.now_s += 3600
+        rig.clock.time += 3600
         await later.ensure(_sets(_TWO), sweep=True)
         rig.have(_ONE, _TWO)
 

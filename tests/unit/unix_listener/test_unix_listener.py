@@ -22,6 +22,7 @@ from imdsproxy.errors import DataplaneError, ReloadFailed, RuntimeUnavailable
 from imdsproxy.unix_listener.listener import UnixListener, bound_path, sweep_unix_socket
 from imdsproxy.unix_listener.plan import Takeovers, deduce_socket_mode
 from imdsproxy.unix_listener.settings import UnixListenerSettings
+from support.hand_clock import HandClock
 
 _AGENT: Final = SeenSocket(SocketState.FOREIGN, (SocketOwner(77, "neutron-ovn-met"),))
 _OURS: Final = SeenSocket(SocketState.OURS)
@@ -54,13 +55,6 @@ class _Haproxy:
         return _config(self.bound)
 
 
-class _Clock:
-    seconds = 0.0
-
-    def monotonic(self) -> float:
-        return self.seconds
-
-
 class _Rig:
     """The listener with a HAProxy that binds what it is configured to, and a path that any process may take."""
 
@@ -68,14 +62,14 @@ class _Rig:
         self.path = directory / "agents" / "metadata_proxy"
         self.configure(**fields)
         self.haproxy = _Haproxy()
-        self.clock = _Clock()
+        self.clock = HandClock()
         self.seen = SeenSocket(SocketState.MISSING)
         self.seen_by: dict[int, SeenSocket] = {}
         self.unix = UnixListener(
             lambda: self.settings,
             self.haproxy,  # type: ignore[arg-type]  # the part that is used
             self.look,
-            self.clock,  # type: ignore[arg-type]  # as above
+            self.clock,
         )
 
     def configure(self, **fields: object) -> None:
@@ -114,7 +108,7 @@ class _Rig:
 
     async def lose(self, *, after_s: float = 1.0) -> bool:
         """Another process takes the path; whether HAProxy has it again after the next round."""
-        self.clock.seconds += after_s
+        self.clock.time += after_s
         self.seen = SeenSocket(SocketState.FOREIGN, _AGENT.owners, orphaned=True)
         return await self.round()
 
@@ -220,11 +214,11 @@ async def test_what_haproxy_refuses_is_left_out_and_tried_again_ever_more_slowly
     for _ in range(6):
         assert await rig.choose() == (True, False)
         assert rig.unix.blame(rig.refusal())
-        began = rig.clock.seconds
+        began = rig.clock.time
         while not (await rig.choose())[0]:
             assert "cannot bind" in rig.reason
-            rig.clock.seconds += 1
-        waited.append(rig.clock.seconds - began)
+            rig.clock.time += 1
+        waited.append(rig.clock.time - began)
     assert waited == [5, 10, 20, 40, 60, 60]
 
 
@@ -409,10 +403,10 @@ async def test_who_takes_it_back_each_time_has_it_for_a_while_and_status_says_so
     assert "15 s" in before
     assert taking.unix.bind is None
     # The same text: what is logged already is not logged again.
-    taking.clock.seconds += 10
+    taking.clock.time += 10
     assert not await taking.round()
     assert (taking.reason, taking.unix.taken_over) == (before, count)
-    taking.clock.seconds += 5
+    taking.clock.time += 5
     assert await taking.round()
     assert (taking.reason, taking.unix.taken_over) == ("", count + 1)
     assert not await taking.lose()
