@@ -30,15 +30,20 @@ class Ran:
         return " ".join(f"{self.out} {self.err}".split())
 
 
+def run_main(capture: pytest.CaptureFixture[str], *arguments: str) -> Ran:
+    """Run a command line in this process."""
+    status = main(list(arguments))
+    captured = capture.readouterr()
+    return Ran(status, captured.out, captured.err)
+
+
 @dataclass
 class Cli:
     server: AdminServer
     capture: pytest.CaptureFixture[str]
 
     def __call__(self, *arguments: str) -> Ran:
-        status = main(["--socket", str(self.server.socket), *arguments])
-        captured = self.capture.readouterr()
-        return Ran(status, captured.out, captured.err)
+        return run_main(self.capture, "--socket", str(self.server.socket), *arguments)
 
     def instance(self, name: str = "web-1") -> Instance:
         return self.server.instances[InstanceId(name)]

@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from imdsproxy.cli.main import main
 from imdsproxy.config.load import load_settings
-from support.cli import Ran
+from support.cli import Ran, run_main
 from support.demonstration import REPOSITORY
 
 _GOLDEN = REPOSITORY / "tests/golden/neutron"
@@ -19,12 +18,7 @@ _INI = "[DEFAULT]\nnova_metadata_host = nova\nmetadata_proxy_shared_secret = hus
 
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., Ran]:
-    def run(*arguments: str | Path) -> Ran:
-        status = main(["config", "import", *map(str, arguments)])
-        captured = capsys.readouterr()
-        return Ran(status, captured.out, captured.err)
-
-    return run
+    return lambda *arguments: run_main(capsys, "config", "import", *map(str, arguments))
 
 
 @pytest.fixture

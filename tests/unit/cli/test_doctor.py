@@ -21,7 +21,7 @@ from imdsproxy.cli.main import main
 from imdsproxy.core.doctor import Answer, Ask, Framing, Unanswered
 from imdsproxy.core.doctor.crawl import TOKEN
 from imdsproxy.errors import RequestRefused
-from support.admin_server import AdminServer, admin_server
+from support.cli import Cli
 from support.metadata_server import GOOD, MetadataServer, Reply, metadata_server
 
 
@@ -32,17 +32,14 @@ def server() -> Iterator[MetadataServer]:
 
 
 @pytest.fixture
-def admin(tmp_path: Path) -> Iterator[AdminServer]:
-    with admin_server(tmp_path) as running:
-        socket_option = ("--socket", str(running.socket))
-        main([*socket_option, "network", "add", "blue", "--bridge", "br0"])
-        added = ("--network", "blue", "--address", "10.0.0.5")
-        assert main([*socket_option, "instance", "add", "web-1", *added]) == 0
-        for path, reply in GOOD.items():
-            for spelling in (path, f"{path}/"):
-                running.answer(spelling, reply.body)
-        running.answer("/latest//meta-data/instance-id", GOOD["/latest/meta-data/instance-id"].body)
-        yield running
+def documented(filled: Cli) -> Cli:
+    """`web-1` is answered good documents."""
+    for path, reply in GOOD.items():
+        for spelling in (path, f"{path}/"):
+            filled.server.answer(spelling, reply.body)
+    identity = GOOD["/latest/meta-data/instance-id"].body
+    filled.server.answer("/latest//meta-data/instance-id", identity)
+    return filled
 
 
 _KEYS = "/latest/meta-data/public-keys"
@@ -107,28 +104,24 @@ def test_programs_get_everything(
     assert set(finding) == {"code", "severity", "what", "change", "clients", "paths"}
 
 
-def test_a_guest_is_asked_about_through_the_daemon(
-    admin: AdminServer, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_guest_is_asked_about_through_the_daemon(documented: Cli) -> None:
     guest = ("--network", "blue", "--from", "10.0.0.5")
-    assert main(["--socket", str(admin.socket), "doctor", *guest]) == 0
-    out = capsys.readouterr().out
-    assert "10.0.0.5 in network blue (web-1)" in out
-    assert "not looked at: times, session tokens" in out
-    assert "`imdsproxy snippet web-1 --for qemu|libvirt|proxmox|incus`" in out
+    ran = documented("doctor", *guest)
+    assert ran.status == 0
+    assert "10.0.0.5 in network blue (web-1)" in ran.out
+    assert "not looked at: times, session tokens" in ran.out
+    assert "`imdsproxy snippet web-1 --for qemu|libvirt|proxmox|incus`" in ran.out
 
-    admin.answer("/latest/meta-data/hostname", b"x\n")
-    assert main(["--socket", str(admin.socket), "doctor", *guest, "--json"]) == 1
-    reported = json.loads(capsys.readouterr().out)
-    assert [one["code"] for one in reported["findings"]] == ["leaf-newline", "gate"]
+    documented.server.answer("/latest/meta-data/hostname", b"x\n")
+    ran = documented("doctor", *guest, "--json")
+    assert ran.status == 1
+    assert [one["code"] for one in ran.json["findings"]] == ["leaf-newline", "gate"]
 
 
-def test_an_unknown_address_is_served_nothing(
-    admin: AdminServer, capsys: pytest.CaptureFixture[str]
-) -> None:
-    guest = ("--network", "blue", "--from", "10.0.0.66")
-    assert main(["--socket", str(admin.socket), "doctor", *guest]) == 1
-    assert "error nothing-served" in capsys.readouterr().out
+def test_an_unknown_address_is_served_nothing(documented: Cli) -> None:
+    ran = documented("doctor", "--network", "blue", "--from", "10.0.0.66")
+    assert ran.status == 1
+    assert "error nothing-served" in ran.out
 
 
 @pytest.mark.parametrize(

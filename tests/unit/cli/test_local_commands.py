@@ -12,11 +12,10 @@ from pathlib import Path
 import pytest
 
 from imdsproxy import __version__, errors
-from imdsproxy.cli.main import main
 from imdsproxy.cli.options import EXIT_STATUSES
 from imdsproxy.config.schema import Settings
 from imdsproxy.errors import ImdsproxyError
-from support.cli import Ran
+from support.cli import Ran, run_main
 from support.patience import patience
 
 PROGRAM = [sys.executable, "-m", "imdsproxy"]
@@ -29,13 +28,7 @@ def run(
     """Runs a command line without settings in the environment."""
     for name in [name for name in os.environ if name.startswith("IMDSPROXY_")]:
         monkeypatch.delenv(name)
-
-    def run(line: str) -> Ran:
-        status = main(line.split())
-        captured = capsys.readouterr()
-        return Ran(status, captured.out, captured.err)
-
-    return run
+    return lambda line: run_main(capsys, *line.split())
 
 
 def test_version(run: Callable[[str], Ran]) -> None:
