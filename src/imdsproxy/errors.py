@@ -33,10 +33,11 @@ chained with `raise … from`.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Final
 
 __all__ = [
     "AdminError",
@@ -66,7 +67,10 @@ __all__ = [
     "SourceRefused",
     "SourceUnavailable",
     "optional_library",
+    "quoted",
 ]
+
+_SHOWN: Final = 60
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +100,12 @@ class Problem:
         head = f"{place}: {self.field}" if place else self.field
         tail = f" ({self.hint})" if self.hint else ""
         return f"{head}: {self.reason}{tail}"
+
+
+def quoted(value: str) -> str:
+    """The text in quotes on one line, cut where it is long: a value that a `Problem` names."""
+    shown = value if len(value) <= _SHOWN else f"{value[:_SHOWN]}…"
+    return json.dumps(shown, ensure_ascii=not shown.isprintable())
 
 
 class ImdsproxyError(Exception):

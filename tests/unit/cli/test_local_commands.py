@@ -94,6 +94,10 @@ def test_the_socket_is_the_one_of_the_settings(tmp_path: Path, run: Callable[[st
             "import imdsproxy.cli.main, imdsproxy.host.logs, imdsproxy.controller.http",
             "fastapi starlette keystoneauth1 openstack rich",
         ),
+        (
+            "import imdsproxy.serving.server",
+            "imdsproxy.core.records pydantic fastapi yaml pyroute2 sqlite3 prometheus_client",
+        ),
     ],
 )
 def test_help_and_a_daemon_before_it_serves_load_no_more_than_they_need(

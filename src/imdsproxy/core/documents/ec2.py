@@ -28,8 +28,7 @@ from imdsproxy.core.documents.tree import (
     listing,
 )
 from imdsproxy.core.model import Dialect, Instance, Upstream
-from imdsproxy.core.records.fields import quoted
-from imdsproxy.errors import Problem
+from imdsproxy.errors import Problem, quoted
 
 LATEST: Final = "latest"
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import difflib
-import json
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, TypeAlias, TypeVar
 
-from imdsproxy.errors import Problem
+from imdsproxy.errors import Problem, quoted
 
 Path: TypeAlias = tuple[str | int, ...]
 """Where in a document: keys of mappings and indexes of lists, from the document's root."""
@@ -22,7 +21,7 @@ MAX_TEXT: Final = 255
 MAX_PAYLOAD: Final = 16 * 1024 * 1024
 """The most bytes of user data, and of vendor data, of one instance."""
 
-_SHOWN: Final = 60
+_MOST_BITS: Final = 60
 _T = TypeVar("_T")
 
 _PLAIN_KEY: Final = re.compile(r"[A-Za-z0-9_-]+")
@@ -84,12 +83,6 @@ def render_path(path: Path) -> str:
         else:
             text += f"[{quoted(step)}]"
     return text
-
-
-def quoted(value: str) -> str:
-    """The text in quotes on one line, cut where it is long."""
-    shown = value if len(value) <= _SHOWN else f"{value[:_SHOWN]}…"
-    return json.dumps(shown, ensure_ascii=not shown.isprintable())
 
 
 @dataclass(slots=True)
@@ -247,7 +240,7 @@ def _kind(value: object) -> str:
         return f"the text {quoted(value)}"
     if isinstance(value, int | float):
         # Python refuses to spell an integer of more than 4,300 digits.
-        huge = isinstance(value, int) and value.bit_length() > _SHOWN
+        huge = isinstance(value, int) and value.bit_length() > _MOST_BITS
         return "a huge number" if huge else f"the number {value}"
     names = ((bytes, "bytes"), (Mapping, "a mapping"), (list | tuple, "a list"))
     return next(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from imdsproxy.core.model import Dialect, Instance, Port, SshKey, Upstream
-from imdsproxy.core.records.fields import Field, Findings, quoted
+from imdsproxy.core.records.fields import Field, Findings
 from imdsproxy.core.records.network import POLICY
 from imdsproxy.core.records.schema import (
     SWITCH,
@@ -33,6 +33,7 @@ from imdsproxy.core.records.values import (
     VENDOR_DATA,
     hostname_of,
 )
+from imdsproxy.errors import quoted
 
 _SSH_KEY_LINE: Final = re.compile(
     r"(?:ssh|ecdsa|sk-ssh|sk-ecdsa)-[A-Za-z0-9@._-]+ [A-Za-z0-9+/]+={0,3}(?: (?P<comment>.+))?"

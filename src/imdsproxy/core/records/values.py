@@ -23,8 +23,9 @@ from imdsproxy.core.model import (
     IpNetwork,
     MacAddress,
 )
-from imdsproxy.core.records.fields import MAX_PAYLOAD, Field, Unreadable, quoted
+from imdsproxy.core.records.fields import MAX_PAYLOAD, Field, Unreadable
 from imdsproxy.core.records.schema import Json, Key, Kind, Table
+from imdsproxy.errors import quoted
 
 _ID_WANTED: Final = "1 to 64 of A-Z a-z 0-9 . _ - that begin with a letter or digit"
 NAMESPACE_PATTERN: Final = "^[A-Za-z0-9_][A-Za-z0-9._@:+-]{0,127}$"
