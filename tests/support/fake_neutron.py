@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass, field, fields, replace
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from ipaddress import ip_address
 from typing import Final
 
@@ -12,6 +12,7 @@ from imdsproxy.core.model import MacAddress, NetworkId
 from imdsproxy.errors import SourceUnavailable
 from imdsproxy.sources.neutron.client import QueryTimedOut
 from imdsproxy.sources.neutron.ports import NeutronPort, PortQuery
+from support.hand_clock import HandClock
 
 DOWN: Final = SourceUnavailable("connection refused", hint="start it")
 LATE: Final = QueryTimedOut("no answer within 5 s")
@@ -49,18 +50,12 @@ def router_port(
     return neutron_port(port_id, network, "10.255.255.1", device=router, owner=owner)
 
 
-class FakeTime:
+class FakeTime(HandClock):
     """A clock that stands, and sleepers that wake when it is moved over their time."""
 
     def __init__(self, start: float = 1000.0) -> None:
-        self.time = start
+        super().__init__(start)
         self._sleepers: list[tuple[float, asyncio.Future[None]]] = []
-
-    def monotonic(self) -> float:
-        return self.time
-
-    def now(self) -> datetime:
-        return _START + timedelta(seconds=self.time)
 
     async def sleep(self, seconds: float) -> None:
         future = asyncio.get_running_loop().create_future()
