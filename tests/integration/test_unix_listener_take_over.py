@@ -14,10 +14,10 @@ from typing import Final, Self
 
 import pytest
 
-from support.agent_socket import AgentWorld, Squatter, open_agents, squat
+from support.agent_socket import AgentWorld, open_agents, squat
 from support.daemon import alive, instance
 from support.guest import Guest, Load, Lost, Reply
-from support.lab import RecordMapping, record, until, within
+from support.lab import RecordMapping, Server, record, until, within
 from support.openstack.front import open_fronts
 from support.recorder import Answer, Received, reply
 from support.world import own
@@ -53,7 +53,7 @@ def _restart(world: AgentWorld) -> None:
     world.wait_serving()
 
 
-def _agent(world: AgentWorld) -> contextlib.AbstractContextManager[Squatter]:
+def _agent(world: AgentWorld) -> contextlib.AbstractContextManager[Server]:
     """The agent is started: it removes what is at the path and listens there."""
     return squat(world.path, namespace=world.lab.host)
 
@@ -81,7 +81,7 @@ def _reload(world: AgentWorld) -> None:
     world.lab.delete_namespace("more")
 
 
-def _told_of(world: AgentWorld, agent: Squatter) -> list[str]:
+def _told_of(world: AgentWorld, agent: Server) -> list[str]:
     """The names of log entries with the agent's pid."""
     entries = world.daemon.log_entries()
     return [str(one["message"]) for one in entries if f"(pid {agent.pid})" in str(one)]

@@ -13,7 +13,7 @@ from typing import Final
 
 from support.daemon import Daemon, instance
 from support.guest import Connection, Lost, Reply, inside
-from support.lab import Lab, record, until, within
+from support.lab import Lab, Server, record, until, within
 from support.nova_world import INSTANCES, PROJECTS, SECRET, nova_instance
 from support.recorder import Recorder, signature_of
 
@@ -91,27 +91,11 @@ class AgentSocket:
         return False
 
 
-@dataclass(slots=True)
-class Squatter:
-    """A program that listens at the path as neutron-metadata-agent does, after removing what is there."""
-
-    process: subprocess.Popen[bytes]
-
-    @property
-    def pid(self) -> int:
-        return self.process.pid
-
-    def stop(self) -> None:
-        """End it; its socket stays behind."""
-        self.process.kill()
-        self.process.wait()
-        if self.process.stdout is not None:
-            self.process.stdout.close()
-
-
 @contextlib.contextmanager
-def squat(path: Path, *, namespace: str | None = None) -> Iterator[Squatter]:
-    """Take a path.
+def squat(path: Path, *, namespace: str | None = None) -> Iterator[Server]:
+    """Have a program listen at the path as neutron-metadata-agent does, after removing what is there.
+
+    When it ends, its socket stays behind.
 
     Args:
         namespace: In which network namespace it runs; this process's own if not given.
@@ -122,7 +106,7 @@ def squat(path: Path, *, namespace: str | None = None) -> Iterator[Squatter]:
         stdout=subprocess.PIPE,
         stdin=subprocess.DEVNULL,
     )
-    squatter = Squatter(process)
+    squatter = Server(process)
     try:
         assert process.stdout is not None
         assert process.stdout.readline() == b"ready\n"
