@@ -3,57 +3,49 @@
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Callable
+import sys
 from pathlib import Path
 
 import pytest
 
-from imdsproxy.cli.docgen import MANUALS, PAGES
-from imdsproxy.cli.main import SHELLS, render_completion
-
 REPOSITORY = Path(__file__).parents[2]
-REFERENCE, MAN = REPOSITORY / "docs/reference", REPOSITORY / "packaging/man"
-
-
-@pytest.mark.parametrize(
-    ("path", "render"),
-    [
-        *((REFERENCE / name, render) for name, render in PAGES.items()),
-        *((MAN / name, render) for name, render in MANUALS.items()),
-        *(
-            (
-                REPOSITORY / f"packaging/completion/imdsproxy.{shell}",
-                lambda shell=shell: render_completion(shell),
-            )
-            for shell in SHELLS
-        ),
-    ],
-    ids=lambda one: one.name if isinstance(one, Path) else "",
+MADE = (
+    (REPOSITORY / "docs/reference", "reference"),
+    (REPOSITORY / "packaging/man", "packaging/man"),
+    (REPOSITORY / "packaging/completion", "packaging/completion"),
 )
-def test_a_generated_file_says_what_the_code_says(path: Path, render: Callable[[], str]) -> None:
-    written = path.read_text(encoding="utf-8")
-    assert written == render(), "run `python -m imdsproxy.cli.docgen`"
+MANUALS = sorted(path.name for path in (REPOSITORY / "packaging/man").iterdir())
+ROFF = {".TH", ".SH", ".SS", ".TP", ".PP", ".B", ".BR", ".br", '.\\"'}
 
 
-def test_there_are_no_other_pages() -> None:
-    assert {path.name for path in REFERENCE.iterdir()} == set(PAGES)
-    assert {path.name for path in MAN.iterdir()} == set(MANUALS)
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with everything as the code makes it."""
+    folder = tmp_path_factory.mktemp("made")
+    command = [sys.executable, str(REPOSITORY / "script/docgen.py"), "reference", "packaging"]
+    subprocess.run(command, cwd=folder, check=True, timeout=60)
+    return folder
+
+
+@pytest.mark.parametrize(("folder", "again"), MADE, ids=lambda one: str(one).rpartition("/")[2])
+def test_generated_files_say_what_the_code_says(made: Path, folder: Path, again: str) -> None:
+    written, expected = (
+        {path.name: path.read_text(encoding="utf-8") for path in place.iterdir()}
+        for place in (folder, made / again)
+    )
+    assert written.keys() == expected.keys()
+    stale = [name for name in expected if written[name] != expected[name]]
+    assert not stale, "run `script/docgen.py`"
 
 
 @pytest.mark.parametrize("name", MANUALS)
 def test_a_manual_page_can_be_shown(name: str) -> None:
-    command = ["man", "--warnings", "--encoding=UTF-8", "--local-file", str(MAN / name)]
+    page = REPOSITORY / "packaging/man" / name
+    command = ["man", "--warnings", "--encoding=UTF-8", "--local-file", str(page)]
     shown = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
     assert shown.stderr == ""
     assert "SEE ALSO" in shown.stdout
-
-
-def test_nothing_in_a_text_is_a_command_of_roff() -> None:
-    for render in MANUALS.values():
-        for line in render().splitlines():
-            assert not line.startswith("'")
-            if line.startswith("."):
-                assert line.split()[0] in {
-                    *(".TH", ".SH", ".SS", ".TP", ".PP", ".B", ".BR", ".br"),
-                    '.\\"',
-                }
+    for line in page.read_text(encoding="utf-8").splitlines():
+        # Nothing in a text is a command.
+        assert not line.startswith("'")
+        assert not line.startswith(".") or line.split()[0] in ROFF

@@ -1,6 +1,6 @@
-"""`python -m imdsproxy.cli.docgen [REFERENCE [PACKAGING]]`: write what is made of the code.
+"""Write what is made of the code: pages to docs/reference, manual pages and completions to packaging.
 
-Pages go to docs/reference, manual pages and completions to packaging.
+Usage: `.venv/bin/python script/docgen.py [REFERENCE [PACKAGING]]`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import re
 import sys
 import tomllib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, Final
 
@@ -28,11 +27,11 @@ from imdsproxy.core.endpoints import LeftOutCode
 from imdsproxy.errors import ImdsproxyError
 
 _TEXTS: Final[Mapping[str, str]] = tomllib.loads(
-    files("imdsproxy.cli").joinpath("reference_texts.toml").read_text("utf-8")
+    Path(__file__).with_name("docgen_texts.toml").read_text("utf-8")
 )
 """Introductions of pages."""
 
-_MADE: Final = "Made by `python -m imdsproxy.cli.docgen`; edit the code instead."
+_MADE: Final = "Made by `script/docgen.py`; edit the code instead."
 _STATUSES: Final = [(str(key), value) for key, value in EXIT_STATUSES.items()]
 _FILES: Final = (
     ("/etc/imdsproxy/imdsproxy.yaml", "Settings; see imdsproxy.yaml(5)."),
