@@ -7,15 +7,14 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any, Final, TypeAlias, cast
+from typing import Any, Final, TypeAlias, cast
+
+from pydantic_core import ErrorDetails
 
 from imdsproxy.config.schema import Settings
 from imdsproxy.config.section import FORMS, Change
 from imdsproxy.config.strict_yaml import render_value
 from imdsproxy.errors import Problem
-
-if TYPE_CHECKING:
-    from pydantic_core import ErrorDetails
 
 Place: TypeAlias = Sequence[str | int]
 """Names and positions from the root on, as pydantic's `loc`."""
@@ -239,26 +238,34 @@ def _describe_text(schema: Schema) -> str:
     return "a text, not empty" if "minLength" in schema else "a text"
 
 
+def place_of(error: ErrorDetails) -> Place:
+    """What a pydantic error is about."""
+    place = error["loc"][:-1] if error["loc"][-1:] == ("[key]",) else error["loc"]
+    return (*place, *error["ctx"]["field"]) if error["type"] == "cross" else place
+
+
 def explain_finding(error: ErrorDetails) -> Problem:
     """One pydantic error in the operator's words; `field` is a path of the schema."""
-    place = list(error["loc"])
-    context = error.get("ctx", {})
+    place, schema = place_of(error), schema_at(place_of(error))
+    field = join_place(place)
     if error["type"] == "cross":
-        place = place[:-1] if place[-1:] == ["[key]"] else place
-        path = [*place, *filter(None, [str(context["field"])])]
-        return Problem(join_place(path), str(context["reason"]), str(context["hint"]))
+        return Problem(field, error["ctx"]["reason"], error["ctx"]["hint"])
     if error["type"] == "extra_forbidden":
-        return _unknown(place)
-    if place and place[-1] == "[key]":
-        return _bad_name(place[:-1])
-    schema = schema_at(place)
+        siblings = _names_at(place[:-1])
+        near = difflib.get_close_matches(str(place[-1]), siblings, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(siblings)}"
+        return Problem(field, "there is no such setting", hint)
+    if error["loc"][-1:] == ("[key]",):
+        patterns = _bare(schema_at(place[:-1])).get("patternProperties", {})
+        takes = _describe_text({"pattern": next(iter(patterns))}) if patterns else "a text"
+        name = _clip(render_value(place[-1]))
+        return Problem(field, f"{name} is not acceptable as a name", f"takes {takes}")
     if schema is None or "properties" in _bare(schema):
-        names = ", ".join(_names_at(place))
-        return Problem(join_place(place), "is a section, not a value", f"a mapping of {names}")
-    takes = f"takes {describe_type(schema)}"
-    if error["type"] == "missing":
-        return Problem(join_place(place), "is missing", takes)
-    return Problem(join_place(place), _reason(error), takes)
+        return Problem(
+            field, "is a section, not a value", f"a mapping of {', '.join(_names_at(place))}"
+        )
+    reason = "is missing" if error["type"] == "missing" else _reason(error)
+    return Problem(field, reason, f"takes {describe_type(schema)}")
 
 
 def _bare(schema: object) -> Schema:
@@ -297,20 +304,6 @@ def _reason(error: ErrorDetails) -> str:
 
 def _clip(text: str, limit: int = 60) -> str:
     return text if len(text) <= limit else f"{text[: limit - 1]}…"
-
-
-def _bad_name(place: Place) -> Problem:
-    patterns = _bare(schema_at(place[:-1])).get("patternProperties", {})
-    takes = _describe_text({"pattern": next(iter(patterns))}) if patterns else "a text"
-    name = _clip(render_value(place[-1]))
-    return Problem(join_place(place), f"{name} is not acceptable as a name", f"takes {takes}")
-
-
-def _unknown(place: Place) -> Problem:
-    siblings = _names_at(place[:-1])
-    near = difflib.get_close_matches(str(place[-1]), siblings, n=1)
-    hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(siblings)}"
-    return Problem(join_place(place), "there is no such setting", hint)
 
 
 def _names_at(place: Place) -> list[str]:

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, TypeAlias
+from typing import Any, Final
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -21,7 +20,7 @@ from imdsproxy.config.describe import (
     Setting,
     explain_finding,
     iterate_settings,
-    join_place,
+    place_of,
     type_at,
 )
 from imdsproxy.config.files import (
@@ -35,10 +34,6 @@ from imdsproxy.config.schema import Settings
 from imdsproxy.config.strict_yaml import Decoded, parse_yaml
 from imdsproxy.errors import ConfigError, ConfigInvalid, ConfigUnreadable, Problem
 
-if TYPE_CHECKING:
-    from pydantic_core import ErrorDetails
-
-_OriginOf: TypeAlias = "Callable[[Place], Origin]"
 _SCALARS: Final[Mapping[str, TypeAdapter[Any]]] = {
     "boolean": TypeAdapter(bool),
     "integer": TypeAdapter(int),
@@ -48,14 +43,12 @@ _NULL: Final = "null"
 
 
 @dataclass(frozen=True, slots=True)
-class Origin:
-    """Where a value was written: a file and line, or an environment variable as `file`."""
+class _Layer:
+    """What a file or an environment variable sets."""
 
-    file: str
-    line: int | None = None
-
-    def __str__(self) -> str:
-        return self.file if self.line is None else f"{self.file}:{self.line}"
+    name: str
+    values: Mapping[Any, Any]
+    line_of: Callable[[tuple[str | int, ...]], int | None] = lambda _: None
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,17 +56,22 @@ class Loaded:
     """Settings, and where each came from.
 
     Attributes:
-        origins: By path, those of sections and of parts too; what is not there is the default.
+        layers: What was merged, in this order.
         empty: Those of `files` that hold nothing but comments; one that holds `{}` is not empty.
         blank: Those of `empty` without a single character but white space: a write failed, most likely. A device
             (`/dev/null`) is none.
     """
 
     settings: Settings
-    origins: Mapping[str, Origin]
+    layers: Sequence[_Layer] = ()
     files: tuple[Path, ...] = ()
     empty: frozenset[Path] = frozenset()
     blank: frozenset[Path] = frozenset()
+
+    def origin(self, place: Place) -> str | None:
+        """`FILE:LINE`, or the variable, that the value at a place comes from; `None` for the default."""
+        found = _find_origin(self.layers, place)
+        return None if found is None else found[0] if found[1] is None else "{}:{}".format(*found)
 
 
 def load_settings(
@@ -91,27 +89,27 @@ def load_settings(
         ConfigInvalid: `problems` has every breach of the schema and every unknown variable.
     """
     files = find_files(config, default)
-    values: dict[str, object] = {}
-    written: dict[str, Origin] = {}
     documents = read_each(files, lambda path: (path, _read(path)), "configuration")
-    for path, document in documents:
-        data = document.value if isinstance(document.value, Mapping) else {}
-        _merge(values, data, written, partial(_origin_in, str(path), document))
-    problems = _merge_environment(values, written, environment)
+    layers = [
+        _Layer(str(path), document.value, document.line_of)
+        for path, document in documents
+        if isinstance(document.value, Mapping)
+    ]
+    variables, problems = _read_environment(environment)
+    layers += variables
+    values: dict[str, object] = {}
+    for layer in layers:
+        _merge(values, layer.values)
     try:
         settings = Settings.model_validate(values)
     except ValidationError as error:
-        problems = [*_problems(error, written), *problems]
+        problems = [*_problems(error, layers), *problems]
         raise _invalid(problems) from error
     if problems:
         raise _invalid(problems)
     empty = frozenset(path for path, document in documents if document.value is None)
     blank = frozenset(path for path in empty if path.is_file() and not path.read_text().strip())
-    return Loaded(settings, written, tuple(files), empty, blank)
-
-
-def _origin_in(file: str, document: Decoded | None, place: Place) -> Origin:
-    return Origin(file, None if document is None else document.line_of(tuple(place)))
+    return Loaded(settings, layers, tuple(files), empty, blank)
 
 
 def _invalid(problems: Sequence[Problem]) -> ConfigInvalid:
@@ -136,56 +134,52 @@ def _read(path: Path) -> Decoded:
     return document
 
 
-def _merge(
-    into: dict[str, object],
-    new: Mapping[str, object],
-    origins: dict[str, Origin],
-    origin_of: _OriginOf,
-    place: tuple[str, ...] = (),
-) -> None:
+def _merge(into: dict[str, object], new: Mapping[Any, Any]) -> None:
     for key, value in new.items():
         name = str(key)  # YAML has numbers as keys too; they are refused as unknown settings
-        here = (*place, name)
-        old = into.get(name)
-        if not (isinstance(value, Mapping) and isinstance(old, Mapping)):
-            if name in into:
-                _forget(origins, join_place(here))
-            _remember(origins, here, value, origin_of)
         if isinstance(value, Mapping):
-            target = dict(old) if isinstance(old, dict) else {}
-            into[name] = target
-            _merge(target, value, origins, origin_of, here)
+            old = into.get(name)
+            into[name] = merged = dict(old) if isinstance(old, dict) else {}
+            _merge(merged, value)
         else:
             into[name] = value
 
 
-def _forget(origins: dict[str, Origin], here: str) -> None:
-    """What is replaced takes along the origins of its parts."""
-    for path in [path for path in origins if path.startswith((f"{here}.", f"{here}["))]:
-        del origins[path]
+def _find_origin(layers: Sequence[_Layer], place: Place) -> tuple[str, int | None] | None:
+    """The file, or variable, and the line that set what is at a place; of a mapping, that began it."""
+    origin = None
+    for layer in reversed(layers):
+        found: Any = layer.values
+        # Mappings are merged; anything else replaces what earlier layers have.
+        replaced = False
+        for step in place:
+            parts: dict[object, Any] = dict(enumerate(found if isinstance(found, list) else ()))
+            if isinstance(found, Mapping):
+                parts = {str(key): one for key, one in found.items()}
+            else:
+                replaced = True
+            if step not in parts:
+                break
+            found = parts[step]
+        else:
+            origin = layer.name, layer.line_of(tuple(place))
+            replaced |= not isinstance(found, Mapping)
+        if replaced:
+            break
+    return origin
 
 
-def _remember(origins: dict[str, Origin], here: Place, value: object, origin_of: _OriginOf) -> None:
-    """Where `value` is written, and each part of a list; a mapping's parts are merged one by one."""
-    origins[join_place(here)] = origin_of(here)
-    for index, item in enumerate(value if isinstance(value, list) else ()):
-        _remember(origins, (*here, index), item, origin_of)
-        for name, part in item.items() if isinstance(item, Mapping) else ():
-            _remember(origins, (*here, index, name), part, origin_of)
-
-
-def _merge_environment(
-    values: dict[str, object], origins: dict[str, Origin], environment: Mapping[str, str]
-) -> list[Problem]:
-    """Merge `IMDSPROXY_SECTION__FIELD`, the only variables that imdsproxy reads; what is wrong with them.
+def _read_environment(environment: Mapping[str, str]) -> tuple[list[_Layer], list[Problem]]:
+    """The variables `IMDSPROXY_SECTION__FIELD`, the only ones that imdsproxy reads; what is wrong with them.
 
     A mapping or a list is written as JSON, or as the YAML that a file would have.
     """
+    layers: list[_Layer] = []
+    problems: list[Problem] = []
     ours = sorted(name for name in environment if name.upper().startswith(ENVIRONMENT_PREFIX))
     if not ours:
-        return []
+        return layers, problems
     settings = {setting.variable: setting for setting in iterate_settings() if not setting.inner}
-    problems: list[Problem] = []
     for name in ours:
         if name not in settings:
             near = difflib.get_close_matches(name.upper(), settings, n=1)
@@ -201,8 +195,8 @@ def _merge_environment(
             continue
         for step in reversed(steps):
             value = {step: value}
-        _merge(values, value, origins, partial(_origin_in, name, None))
-    return problems
+        layers.append(_Layer(name, value))
+    return layers, problems
 
 
 def _read_variable(text: str, name: str, kind: str) -> Any:  # noqa: ANN401 - as it is written
@@ -227,23 +221,15 @@ def _problems_of_variable(setting: Setting, error: ConfigError) -> list[Problem]
     ]
 
 
-def _problems(error: ValidationError, origins: Mapping[str, Origin]) -> list[Problem]:
+def _problems(error: ValidationError, layers: Sequence[_Layer]) -> Iterator[Problem]:
     details = error.errors()
     # pydantic counts the items that it took: a list whose items are refused is not too short.
     refused = {loc[:depth] for loc in (one["loc"] for one in details) for depth in range(len(loc))}
-    return [
-        _problem(detail, origins)
-        for detail in details
-        if not (detail["type"] == "too_short" and detail["loc"] in refused)
-    ]
-
-
-def _problem(detail: ErrorDetails, origins: Mapping[str, Origin]) -> Problem:
-    problem = explain_finding(detail)
-    path = problem.field
-    while path:
+    for detail in details:
+        if detail["type"] == "too_short" and detail["loc"] in refused:
+            continue
+        place = place_of(detail)
         # Where it, or else the section around it, was written.
-        if path in origins:
-            return replace(problem, file=origins[path].file, line=origins[path].line)
-        path = path[: max(path.rfind("."), path.rfind("["), 0)]
-    return problem
+        around = (_find_origin(layers, place[:depth]) for depth in range(len(place), 0, -1))
+        file, line = next(filter(None, around), (None, None))
+        yield replace(explain_finding(detail), file=file, line=line)

@@ -32,8 +32,7 @@ def render_settings(loaded: Loaded, *, with_origin: bool = False) -> str:
     lines = []
     for node, line in _lines(walk_values(loaded.settings.model_dump(mode="json"))):
         if with_origin and not node.opens:
-            origin = loaded.origins.get(node.path, "default")
-            lines.append(f"{line.ljust(_ORIGIN_COLUMN)} # {origin}")
+            lines.append(f"{line.ljust(_ORIGIN_COLUMN)} # {loaded.origin(node.place) or 'default'}")
         else:
             lines.append(line)
     return "\n".join(lines) + "\n"
@@ -42,10 +41,7 @@ def render_settings(loaded: Loaded, *, with_origin: bool = False) -> str:
 def settings_by_origin(loaded: Loaded) -> dict[str, dict[str, object]]:
     """`{path: {"value": …, "origin": …}}`, for programs; of mappings and lists also each part's."""
     return {
-        node.path: {
-            "value": node.value,
-            "origin": str(loaded.origins.get(node.path, "default")),
-        }
+        node.path: {"value": node.value, "origin": loaded.origin(node.place) or "default"}
         for node in walk_values(loaded.settings.model_dump(mode="json"))
         if node.setting is not None
     }

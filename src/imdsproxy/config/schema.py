@@ -208,7 +208,7 @@ def _facility(text: str) -> str:
     try:
         parse_facility(text)
     except RequestRefused as error:
-        raise cross("", error.message, error.hint) from error
+        raise cross((), error.message, error.hint) from error
     return text
 
 
@@ -261,7 +261,7 @@ class SourcesSettings(Section):
     def _one_is_enabled(self) -> SourcesSettings:
         if not any(getattr(self, name).enabled for name in type(self).model_fields):
             raise cross(
-                "",
+                (),
                 "no source is enabled, so no instance could ever be known",
                 "sources.file.enabled: true or sources.sqlite.enabled: true",
             )
@@ -401,7 +401,7 @@ class Settings(Section):
     def _neutron_needs_nova(self) -> Settings:
         if self.sources.neutron.enabled and not self.nova.endpoint_sets:
             raise cross(
-                "sources.neutron.enabled",
+                ("sources", "neutron", "enabled"),
                 "Neutron's ports are served by Nova, and `nova.endpoint_sets` is empty",
                 "name Nova's metadata API",
             )

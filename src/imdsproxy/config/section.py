@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from ipaddress import IPv6Address, ip_address
@@ -186,8 +187,9 @@ class Section(BaseModel):
     )
 
 
-def cross(field: str, reason: str, hint: str) -> PydanticCustomError:
-    """Two settings that do not go together, reported at the one that `field` names."""
+def cross(field: str | Sequence[str], reason: str, hint: str) -> PydanticCustomError:
+    """Two settings that do not go together, reported at the one that `field` names, or its steps lead to."""
+    steps = (field,) if isinstance(field, str) else field
     return PydanticCustomError(
-        "cross", "{reason}", {"field": field, "reason": reason, "hint": hint}
+        "cross", "{reason}", {"field": steps, "reason": reason, "hint": hint}
     )

@@ -287,7 +287,7 @@ class NovaSettings(Section):
                     other = seen.setdefault((kind, each), name)
                     if other != name:
                         raise cross(
-                            f"endpoint_sets.{name}.{kind}s",
+                            ("endpoint_sets", name, f"{kind}s"),
                             f"{kind} {each} is in {other} too",
                             "keep it in one of them",
                         )

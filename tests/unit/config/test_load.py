@@ -30,7 +30,8 @@ def _write(path: Path, text: str) -> Path:
 def _origins(loaded: Loaded) -> dict[str, str]:
     """Where each setting was written, as `config show` has it."""
     shown = settings_by_origin(loaded)
-    return {path: str(loaded.origins[path]) for path in shown if path in loaded.origins}
+    origins = {path: str(one["origin"]) for path, one in shown.items()}
+    return {path: origin for path, origin in origins.items() if origin != "default"}
 
 
 def _problems(config: Path | None, environment: dict[str, str] | None = None) -> list[Problem]:
@@ -43,7 +44,7 @@ def test_without_any_file_or_in_an_empty_one_all_is_default(tmp_path: Path) -> N
     for config in (None, _write(tmp_path / "c.yaml", "# nothing\n")):
         loaded = load_settings(config, {"PATH": "/bin"}, default=tmp_path / "none.yaml")
         assert loaded.settings == Settings()
-        assert loaded.origins == {}
+        assert _origins(loaded) == {}
         assert loaded.settings.store_path == Path("/var/lib/imdsproxy/store.sqlite")
         assert loaded.settings.admin_socket == Path("/run/imdsproxy/admin.sock")
     with pytest.raises(ConfigUnreadable, match="No such file"):
@@ -216,10 +217,8 @@ def test_a_list_that_is_replaced_takes_its_lines_along(tmp_path: Path) -> None:
 
     (endpoint,) = loaded.settings.nova.endpoint_sets["default"].endpoints
     assert endpoint.secret == "current"
-    told = {path for path in _origins(loaded) if ".endpoints[" in path}
-    assert told == {"nova.endpoint_sets.default.endpoints[0].url"}
-    origin = loaded.origins["nova.endpoint_sets.default.endpoints[0].url"]
-    assert str(origin) == f"{later}:1"
+    inside = {path: one for path, one in _origins(loaded).items() if ".endpoints[" in path}
+    assert inside == {"nova.endpoint_sets.default.endpoints[0].url": f"{later}:1"}
 
 
 def test_endpoint_sets_in_the_environment_are_merged_over_the_files(tmp_path: Path) -> None:
@@ -242,9 +241,9 @@ def test_endpoint_sets_in_the_environment_are_merged_over_the_files(tmp_path: Pa
     assert read["cell1"].secret_file == Path("/etc/é")
     assert read["cell1"].verify is False
     variable = "IMDSPROXY_NOVA__ENDPOINT_SETS"
-    assert str(loaded.origins["nova.endpoint_sets.cell1.projects"]) == variable
-    assert str(loaded.origins["nova.endpoint_sets.default.endpoints[0].url"]) == variable
-    assert str(loaded.origins["nova.endpoint_sets.default.secret_file"]) == f"{config}:7"
+    assert _origins(loaded)["nova.endpoint_sets.cell1.projects"] == variable
+    assert _origins(loaded)["nova.endpoint_sets.default.endpoints[0].url"] == variable
+    assert _origins(loaded)["nova.endpoint_sets.default.secret_file"] == f"{config}:7"
 
 
 @pytest.mark.parametrize(
