@@ -1,22 +1,18 @@
-"""The program without HAProxy: what it asks of the host, and what becomes of the host's answers."""
+"""The program without HAProxy: what it runs, and what becomes of how that ends."""
 
 from __future__ import annotations
 
 import errno
 import os
 import stat
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
 import pytest
 
-from imdsproxy.app.namespace_proxy import (
-    NetworkMetadataProxyHandler,
-    ProxyDaemon,
-    main,
-)
-from imdsproxy.app.namespace_proxy.host import Ended, Host
+from imdsproxy.app.namespace_proxy import NetworkMetadataProxyHandler, ProxyDaemon, main, proxy
 from imdsproxy.errors import (
     ConfigRejected,
     HostRefused,
@@ -26,63 +22,54 @@ from imdsproxy.errors import (
 )
 
 UUID: Final = "8f6a1e0c-3b52-4c1d-9a57-0d2f4b6c8e10"
-HAPROXY: Final = "/usr/sbin/haproxy"
 PID: Final = 4711
 _ALERT: Final = "[ALERT]    (12) : Binding for proxy metadata: cannot bind socket ({}).\n"
 
 
-class FakeHost(Host):
-    """A host that a test describes, and what was done on it.
+@dataclass
+class FakeHaproxy:
+    """In the place of a HAProxy that goes into the background.
 
     Attributes:
-        failure: What running HAProxy raises.
-        ended: What comes of running HAProxy.
+        failure: What running it raises.
+        ended: Exit status and output of its first process.
         living: Pids of HAProxies that run with the proxy's configuration.
-        own_ids: This process's user and group.
-        done: Command lines that were run, and what else was done.
+        done: The options that it was run with, and what else was done.
     """
 
-    def __init__(self) -> None:
-        self.failure: BaseException | None = None
-        self.ended = Ended(0, "")
-        self.living = {PID}
-        self.own_ids = (0, 0)
-        self.done: list[object] = []
+    failure: BaseException | None = None
+    ended: tuple[int, str] = (0, "")
+    living: set[int] = field(default_factory=lambda: {PID})
+    done: list[object] = field(default_factory=list)
 
-    def find_haproxy(self, search: str | None = None) -> str:
-        del search
-        return HAPROXY
-
-    def has_syslog(self) -> bool:
-        return True
-
-    def ids(self) -> tuple[int, int]:
-        return self.own_ids
-
-    def end(self, pid: int) -> None:
-        self.done.append(f"end {pid}")
-
-    def run(
-        self, arguments: Sequence[str], descriptor: int, *, alone: bool, deadline_s: float = 0.0
-    ) -> Ended:
-        del deadline_s
-        assert stat.S_ISREG(os.fstat(descriptor).st_mode)
-        self.done += [list(arguments), *(["alone"] if alone else [])]
+    def run(self, launch: proxy.Launch, *more: str, alone: bool) -> tuple[int, str]:
+        assert stat.S_ISREG(os.fstat(launch.lock).st_mode)
+        self.done += [list(more), *(["alone"] if alone else [])]
         if self.failure is not None:
             raise self.failure
-        if "-p" in arguments and self.ended.status == 0:
-            Path(arguments[list(arguments).index("-p") + 1]).write_text(f"{PID}\n")
+        if self.ended[0] == 0:
+            Path(more[-1]).write_text(f"{PID}\n")
         return self.ended
 
-    def runs_with(self, pid: int, name: str, *, proc: Path = Path("/proc")) -> bool:
-        del proc
+    def runs_with(self, pid: int, name: str) -> bool:
         assert name == f"{UUID}.conf"
         return pid in self.living
 
+    def kill(self, pid: int, number: int) -> None:
+        self.done.append((pid, number))
 
-@pytest.fixture
-def host() -> FakeHost:
-    return FakeHost()
+
+@pytest.fixture(autouse=True)
+def haproxy(monkeypatch: pytest.MonkeyPatch) -> FakeHaproxy:
+    fake = FakeHaproxy()
+
+    def run(launch: proxy.Launch, *more: str, alone: bool) -> tuple[int, str]:
+        return fake.run(launch, *more, alone=alone)
+
+    monkeypatch.setattr(proxy.Launch, "run", run)
+    monkeypatch.setattr(proxy, "runs_with", fake.runs_with)
+    monkeypatch.setattr(os, "kill", fake.kill)
+    return fake
 
 
 @pytest.fixture
@@ -91,12 +78,12 @@ def config(tmp_path: Path) -> Path:
     return tmp_path / "ns-metadata-proxy" / f"{UUID}.conf"
 
 
-def daemon(host: Host, state: Path, pid_file: Path | None = None, **more: Any) -> ProxyDaemon:  # noqa: ANN401
-    return ProxyDaemon(pid_file, "9697", UUID, state_path=state, host=host, **more)
+def daemon(state: Path, pid_file: Path | None = None, **more: Any) -> ProxyDaemon:  # noqa: ANN401
+    return ProxyDaemon(pid_file, "9697", UUID, state_path=state, **more)
 
 
-def handler(host: Host, state: Path, **more: Any) -> NetworkMetadataProxyHandler:  # noqa: ANN401
-    return NetworkMetadataProxyHandler(None, UUID, state_path=state, host=host, **more)
+def handler(state: Path, **more: Any) -> NetworkMetadataProxyHandler:  # noqa: ANN401
+    return NetworkMetadataProxyHandler(None, UUID, state_path=state, **more)
 
 
 # The handler
@@ -126,15 +113,16 @@ def test_the_places_are_those_of_the_old_program(tmp_path: Path, config: Path) -
 )
 def test_root_takes_any_account_and_another_only_its_own(
     tmp_path: Path,
-    host: FakeHost,
+    monkeypatch: pytest.MonkeyPatch,
     own: int,
     user: str | None,
     group: str | None,
     *,
     expected: tuple[str | None, str | None] | None,
 ) -> None:
-    host.own_ids = (own, own)
-    asked = handler(host, tmp_path, user=user, group=group)
+    monkeypatch.setattr(os, "geteuid", lambda: own)
+    monkeypatch.setattr(os, "getegid", lambda: own)
+    asked = handler(tmp_path, user=user, group=group)
     if expected is None:
         with pytest.raises(PrivilegeMissing, match="cannot become"):
             asked.spec()
@@ -143,11 +131,14 @@ def test_root_takes_any_account_and_another_only_its_own(
     assert (spec.user, spec.group) == expected
 
 
-@pytest.mark.parametrize(("asked", "logs"), [(None, True), (False, False), (True, True)])
+@pytest.mark.parametrize(
+    ("asked", "there", "logs"), [(None, True, True), (None, False, False), (False, True, False), (True, False, True)]
+)  # fmt: skip
 def test_requests_are_logged_where_there_is_a_log_or_one_is_asked_for(
-    tmp_path: Path, host: FakeHost, *, asked: bool | None, logs: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, asked: bool | None, there: bool, logs: bool
 ) -> None:
-    found = handler(host, tmp_path, use_syslog=asked, debug=True, facility="user").spec()
+    monkeypatch.setattr(os, "access", lambda *_: there)
+    found = handler(tmp_path, use_syslog=asked, debug=True, facility="user").spec()
     assert found.syslog == ("/dev/log" if logs else None)
     assert (found.facility, found.debug) == ("user", True)
 
@@ -161,17 +152,15 @@ def test_requests_are_logged_where_there_is_a_log_or_one_is_asked_for(
         ({"unix_socket_path": "/a\nb"}, "cannot take"),
     ],
 )
-def test_a_path_that_cannot_be_used_is_refused(
-    host: FakeHost, members: Mapping[str, str], what: str
-) -> None:
+def test_a_path_that_cannot_be_used_is_refused(members: Mapping[str, str], what: str) -> None:
     given: dict[str, Any] = {"state_path": "/srv", **members}
     with pytest.raises(RequestRefused, match=what):
-        NetworkMetadataProxyHandler(UUID, None, host=host, **given).prepare()
+        NetworkMetadataProxyHandler(UUID, None, **given).prepare()
 
 
-def test_a_socket_without_a_directory_is_refused(tmp_path: Path, host: FakeHost) -> None:
+def test_a_socket_without_a_directory_is_refused(tmp_path: Path) -> None:
     with pytest.raises(HostRefused, match=r"there is no directory .*none for the metadata socket"):
-        handler(host, tmp_path, unix_socket_path=tmp_path / "none" / "s").run_proxy()
+        handler(tmp_path, unix_socket_path=tmp_path / "none" / "s").run_proxy()
 
 
 # The daemon
@@ -179,50 +168,48 @@ def test_a_socket_without_a_directory_is_refused(tmp_path: Path, host: FakeHost)
 
 @pytest.mark.parametrize("umask", [0, 0o077])
 def test_a_daemon_is_haproxys_own_and_its_pid_is_written(
-    tmp_path: Path, host: FakeHost, config: Path, umask: int
+    tmp_path: Path, haproxy: FakeHaproxy, config: Path, umask: int
 ) -> None:
     pid_file, own = tmp_path / "p", config.with_suffix(".pid")
     before = os.umask(umask)
     try:
-        assert daemon(host, tmp_path, pid_file, user="nobody").start() == PID
+        assert daemon(tmp_path, pid_file, user="nobody").start() == PID
     finally:
         os.umask(before)
-    assert host.done == [[HAPROXY, "-f", str(config), "-D", "-p", str(own)], "alone"]
+    assert haproxy.done == [["-D", "-p", str(own)], "alone"]
     assert pid_file.read_text() == f"{PID}\n"
     assert stat.S_IMODE(pid_file.stat().st_mode) == 0o644
     assert not own.exists()
 
 
-def test_without_a_pid_file_none_is_written(tmp_path: Path, host: FakeHost) -> None:
-    daemon(host, tmp_path).start()
+def test_without_a_pid_file_none_is_written(tmp_path: Path) -> None:
+    daemon(tmp_path).start()
     assert [path.name for path in tmp_path.iterdir()] == ["ns-metadata-proxy"]
 
 
 @pytest.mark.parametrize("text", ["", "999\n", "garbage", "-1", "9" * 60, "1\n2\n"])
-def test_a_pid_file_without_a_living_proxy_is_replaced(
-    tmp_path: Path, host: FakeHost, text: str
-) -> None:
+def test_a_pid_file_without_a_living_proxy_is_replaced(tmp_path: Path, text: str) -> None:
     (tmp_path / "p").write_text(text)
-    daemon(host, tmp_path, tmp_path / "p").start()
+    daemon(tmp_path, tmp_path / "p").start()
     assert (tmp_path / "p").read_text() == f"{PID}\n"
 
 
 @pytest.mark.parametrize(
     ("ended", "kind", "words"),
     [
-        (Ended(1, _ALERT.format("Address already in use")), HostRefused, "already in use"),
-        (Ended(1, _ALERT.format("Permission denied")), PrivilegeMissing, "Permission denied"),
-        (Ended(1, _ALERT.format("anything else")), ConfigRejected, "anything else"),
+        ((1, _ALERT.format("Address already in use")), HostRefused, "already in use"),
+        ((1, _ALERT.format("Permission denied")), PrivilegeMissing, "Permission denied"),
+        ((1, _ALERT.format("anything else")), ConfigRejected, "anything else"),
         # It ended at once.
-        (Ended(0, "[ALERT]    (1) : Cannot set uid 65534.\n"), ConfigRejected, "Cannot set uid"),
-        (Ended(0, ""), ConfigRejected, "wrote nothing"),
+        ((0, "[ALERT]    (1) : Cannot set uid 65534.\n"), ConfigRejected, "Cannot set uid"),
+        ((0, ""), ConfigRejected, "wrote nothing"),
     ],
 )
 def test_a_haproxy_that_does_not_run_is_reported_in_its_words_and_leaves_no_pid(
     tmp_path: Path,
-    host: FakeHost,
+    haproxy: FakeHaproxy,
     config: Path,
-    ended: Ended,
+    ended: tuple[int, str],
     *,
     kind: type[ImdsproxyError],
     words: str,
@@ -231,51 +218,39 @@ def test_a_haproxy_that_does_not_run_is_reported_in_its_words_and_leaves_no_pid(
     own.parent.mkdir()
     # Of a start that was killed: not to be taken for success.
     own.write_text(f"{PID}\n")
-    host.ended = ended
-    host.living = {PID} if ended.status else set()
+    haproxy.ended = ended
+    haproxy.living = {PID} if ended[0] else set()
     with pytest.raises(kind, match=words):
-        daemon(host, tmp_path, tmp_path / "p").start()
+        daemon(tmp_path, tmp_path / "p").start()
     assert not own.exists()
     assert not (tmp_path / "p").exists()
 
 
-class Vanishing(FakeHost):
-    """The directory of the pid file goes while HAProxy starts."""
+def test_a_haproxy_whose_pid_cannot_be_written_is_ended(
+    tmp_path: Path, haproxy: FakeHaproxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise HostRefused("cannot write")
 
-    def __init__(self, directory: Path) -> None:
-        super().__init__()
-        self.directory = directory
-
-    def run(
-        self, arguments: Sequence[str], descriptor: int, *, alone: bool, deadline_s: float = 0.0
-    ) -> Ended:
-        self.directory.rmdir()
-        return super().run(arguments, descriptor, alone=alone, deadline_s=deadline_s)
-
-
-def test_a_haproxy_whose_pid_cannot_be_written_is_ended(tmp_path: Path) -> None:
-    (tmp_path / "q").mkdir()
-    host = Vanishing(tmp_path / "q")
+    monkeypatch.setattr(proxy, "write_atomic", refuse)
     with pytest.raises(HostRefused, match="cannot write"):
-        daemon(host, tmp_path, tmp_path / "q" / "p").start()
-    assert host.done[-1] == f"end {PID}"
+        daemon(tmp_path, tmp_path / "p").start()
+    assert haproxy.done[-1] == (PID, 15)
 
 
 def test_a_pid_file_without_a_directory_is_refused_before_anything_is_done(
-    tmp_path: Path, host: FakeHost
+    tmp_path: Path, haproxy: FakeHaproxy
 ) -> None:
     with pytest.raises(HostRefused, match="for the pid file"):
-        daemon(host, tmp_path, tmp_path / "none" / "p").start()
-    assert host.done == []
+        daemon(tmp_path, tmp_path / "none" / "p").start()
+    assert haproxy.done == []
 
 
 # The command
 
 
-def command(
-    capsys: pytest.CaptureFixture[str], host: FakeHost, *arguments: object
-) -> tuple[int, str]:
-    status = main([str(one) for one in arguments], host=host)
+def command(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str]:
+    status = main([str(one) for one in arguments])
     return status, capsys.readouterr().err
 
 
@@ -303,12 +278,11 @@ def command(
 )
 def test_a_failure_is_a_line_a_hint_and_a_status(
     capsys: pytest.CaptureFixture[str],
-    host: FakeHost,
     words: tuple[str, ...],
     status: int,
     line: str,
 ) -> None:
-    ended, errors = command(capsys, host, *words)
+    ended, errors = command(capsys, *words)
     lines = errors.splitlines()
     assert ended == status
     assert line in lines[0]
@@ -330,14 +304,14 @@ def test_a_failure_is_a_line_a_hint_and_a_status(
 def test_an_unforeseen_error_is_a_line_too_and_an_interruption_is_none(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
-    host: FakeHost,
+    haproxy: FakeHaproxy,
     failure: BaseException,
     *,
     status: int,
     text: str,
 ) -> None:
-    host.failure = failure
-    assert command(capsys, host, "--network-id", UUID, "--state-path", tmp_path) == (status, text)
+    haproxy.failure = failure
+    assert command(capsys, "--network-id", UUID, "--state-path", tmp_path) == (status, text)
 
 
 def test_help_is_0(capsys: pytest.CaptureFixture[str]) -> None:
@@ -347,15 +321,15 @@ def test_help_is_0(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_cleaning_up_takes_what_a_dead_proxy_left_and_refuses_a_living_one(
-    tmp_path: Path, host: FakeHost, config: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, haproxy: FakeHaproxy, config: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pid_file = tmp_path / "p"
-    daemon(host, tmp_path, pid_file).start()
+    daemon(tmp_path, pid_file).start()
     words = ("cleanup", UUID, "--state-path", tmp_path, "--pid-file", pid_file)
-    status, errors = command(capsys, host, *words)
+    status, errors = command(capsys, *words)
     assert (status, f"the proxy runs (pid {PID})" in errors) == (71, True)
-    host.living = set()
+    haproxy.living = set()
     for _ in range(2):
-        assert command(capsys, host, *words) == (0, "")
+        assert command(capsys, *words) == (0, "")
         assert not pid_file.exists()
         assert list(config.parent.iterdir()) == []

@@ -7,15 +7,12 @@ where there is something to read: agents start a proxy by the hundred.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
-from imdsproxy.app.namespace_proxy.host import Host
 from imdsproxy.app.namespace_proxy.proxy import ProxyDaemon, cleanup_config_file, cleanup_pid_file
 from imdsproxy.core.haproxy.namespace_proxy import (
     DEFAULT_PORT,
@@ -104,7 +101,6 @@ def main(
     *,
     program: str = "neutron-ns-metadata-proxy",
     config: Path | None = None,
-    host: Host | None = None,
 ) -> int:
     """Be the program, and give its exit status (`imdsproxy.cli.options`).
 
@@ -112,20 +108,18 @@ def main(
         arguments: Without the program's name; `None` takes this process's own.
         program: Its name, for the help.
         config: imdsproxy's settings file, where the command line named it before this program's own words.
-        host: The host.
     """
     _open_standard_files()
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        asked = parse_command_line(words, program=program, environment=os.environ, config=config)
-        if isinstance(asked, CleanUp):
-            cleanup_config_file(asked.uuid, asked.state_path)
-            if asked.pid_file is not None:
-                cleanup_pid_file(Path(asked.pid_file), f"{asked.uuid}.conf", host or Host())
+        options = parse_command_line(words, program=program, environment=os.environ, config=config)
+        if "id" in options:
+            cleanup_config_file(options["id"], options.get("state_path"))
+            if "pidfile" in options:
+                cleanup_pid_file(Path(options["pidfile"]), f"{options['id']}.conf")
             return 0
-        options = dataclasses.asdict(asked)
-        daemonize = options.pop("daemonize")
-        daemon = ProxyDaemon(**options, host=host or Host())
+        daemonize = options.pop("daemonize", True)
+        daemon = ProxyDaemon(options.pop("pidfile", None), **options)
         if daemonize:
             daemon.start()
         else:
@@ -164,25 +158,10 @@ def _in_lines(error: ImdsproxyError) -> str:
     return "\n".join(lines) + "\n"
 
 
-@dataclass(frozen=True, slots=True)
-class Run:
-    """The arguments of `ProxyDaemon`, and whether it goes into the background."""
-
-    network_id: str | None = None
-    router_id: str | None = None
-    port: str = str(DEFAULT_PORT)
-    proxy_socket: str | None = None
-    user: str | None = None
-    group: str | None = None
-    pidfile: str | None = None
-    daemonize: bool = True
-    state_path: str = DEFAULT_STATE_PATH
-    use_syslog: bool | None = None
-    facility: str = "local0"
-    debug: bool = False
-
-
-_TEXTS: Final = {
+_ARGUMENTS: Final = {
+    "id": "id",
+    "network_id": "network_id",
+    "router_id": "router_id",
     "metadata_port": "port",
     "metadata_proxy_socket": "proxy_socket",
     "metadata_proxy_user": "user",
@@ -190,17 +169,11 @@ _TEXTS: Final = {
     "pid_file": "pidfile",
     "state_path": "state_path",
     "syslog_log_facility": "facility",
+    "daemonize": "daemonize",
+    "use_syslog": "use_syslog",
+    "debug": "debug",
 }
-"""Fields of `Run` by option. An empty text is as if it was not there."""
-
-
-@dataclass(frozen=True, slots=True)
-class CleanUp:
-    """What a proxy has left."""
-
-    uuid: str
-    pid_file: str | None
-    state_path: str
+"""Arguments of `ProxyDaemon`, and whether it goes into the background, by option."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -216,7 +189,7 @@ def parse_command_line(
     program: str,
     environment: Mapping[str, str],
     config: Path | None = None,
-) -> Run | CleanUp:
+) -> dict[str, Any]:
     """What is asked for.
 
     Args:
@@ -225,6 +198,9 @@ def parse_command_line(
         environment: The process's variables.
         config: Stands for --config where that is not among the arguments.
 
+    Returns:
+        The arguments of `ProxyDaemon`, and `daemonize`; of a cleaning up `id`, `pidfile` and `state_path`.
+
     Raises:
         RequestRefused: An option is unknown or wrong.
         ConfigUnreadable: A file of --config-file, --config-dir or --config is not there.
@@ -232,29 +208,24 @@ def parse_command_line(
         SystemExit: --help was asked for, and given.
     """
     if list(arguments[:1]) == ["cleanup"]:
-        found = _clean_up_parser(program).parse_args(list(arguments[1:]))
+        found = vars(_clean_up_parser(program).parse_args(list(arguments[1:])))
     else:
-        found = _run_parser(program).parse_args(list(arguments))
-    settings = read_settings(config if found.config is None else Path(found.config), environment)
-    if "id" in found:
-        state_path = found.state_path or settings.get("state_path") or DEFAULT_STATE_PATH
-        return CleanUp(found.id, found.pid_file or None, str(state_path))
+        found = vars(_run_parser(program).parse_args(list(arguments)))
+    given = {name: value for name, value in found.items() if value is not None}
+    settings = read_settings(Path(given["config"]) if "config" in given else config, environment)
     state_path = str(settings.get("state_path", DEFAULT_STATE_PATH))
-    files, directories = found.config_file or (), found.config_dir or ()
-    written = read_ini_files(files, directories, found.state_path, state_path)
-    given = {name: value for name, value in vars(found).items() if value is not None}
+    files, directories = given.get("config_file", ()), given.get("config_dir", ())
+    written = read_ini_files(files, directories, given.get("state_path"), state_path)
     options: dict[str, Any] = {**settings, **written, **given}
-    texts = {field: str(options[name]) for name, field in _TEXTS.items() if options.get(name)}
-    if "facility" in texts:
-        texts["facility"] = parse_facility(texts["facility"])
-    return Run(
-        found.network_id,
-        found.router_id,
-        **texts,
-        daemonize=options.get("daemonize", True),
-        use_syslog=options.get("use_syslog"),
-        debug=options.get("debug", False),
-    )
+    asked: dict[str, Any] = {
+        argument: value if isinstance(value, bool) else str(value)
+        for name, argument in _ARGUMENTS.items()
+        # An empty text is as if it was not there, and an empty id is none.
+        if (value := options.get(name)) is not None and (value != "" or name.endswith("id"))
+    }
+    if "facility" in asked:
+        asked["facility"] = parse_facility(asked["facility"])
+    return asked
 
 
 def describe_options(program: str) -> tuple[str, list[tuple[str, str]], str]:

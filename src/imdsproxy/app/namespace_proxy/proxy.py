@@ -1,21 +1,24 @@
-"""One proxy: its configuration, written and locked, and HAProxy in this process's place or in the background."""
+"""One proxy: its configuration, written and locked, and HAProxy in this process's place or in the background.
+
+A configuration file belongs to the HAProxy that runs with it. The program that starts a proxy writes its file, locks it
+(flock(2)) and hands the open file on to HAProxy, which keeps it, and so the lock, for its whole life. A locked file is
+in use: it is neither replaced nor removed. No pid can be mistaken for another process's.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import os
+import shutil
+import signal
+import stat
+import subprocess
+import threading
 from collections.abc import Callable
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Final, NoReturn
 
-from imdsproxy.app.namespace_proxy.host import (
-    Ended,
-    Host,
-    check_directory,
-    claim_file,
-    make_directories,
-    remove_unclaimed,
-)
 from imdsproxy.core.haproxy.namespace_proxy import (
     DEFAULT_PORT,
     DEFAULT_STATE_PATH,
@@ -29,20 +32,31 @@ from imdsproxy.core.haproxy.runtime import parse_failure
 from imdsproxy.core.haproxy.text import UnquotableWord
 from imdsproxy.errors import (
     ConfigRejected,
-    DataplaneError,
+    HaproxyMissing,
     HostRefused,
     PrivilegeMissing,
     RequestRefused,
 )
 from imdsproxy.host.account import group_name, user_name
-from imdsproxy.host.files import remove_file, write_atomic
+from imdsproxy.host.files import (
+    is_file_at,
+    open_locked,
+    remove_file,
+    sweep_unfinished,
+    write_atomic,
+)
 from imdsproxy.host.refusal import host_refused
 
+_SYSTEM_PATH: Final = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+_IPV6: Final = Path("/proc/sys/net/ipv6/conf/default/disable_ipv6")
+_SYSLOG: Final = "/dev/log"
+_START_DEADLINE_S: Final = 30.0
+_UMASK: Final = 0o027
+_MODE: Final = 0o640
+_DIRECTORY_MODE: Final = 0o755
+_FOREIGN_WRITE: Final = stat.S_IWGRP | stat.S_IWOTH
 _PID_MODE: Final = 0o644
 _MAX_PID_BYTES: Final = 64
-_DIRECTORY: Final = "ns-metadata-proxy"
-_SOCKET: Final = "metadata_proxy"
-_SYSLOG: Final = "/dev/log"
 _MAX_SOCKET_PATH: Final = 107
 """`sun_path` of unix(7), without the NUL at its end."""
 
@@ -67,6 +81,70 @@ class Launch:
         """The command line. The uuid in it is how agents know their proxies."""
         return [self.program, "-f", str(self.config), *more]
 
+    def run(
+        self, *more: str, alone: bool, deadline_s: float = _START_DEADLINE_S
+    ) -> tuple[int, str]:
+        """Start HAProxy in a session of its own, and wait until it and all that write for it have ended or let go.
+
+        Args:
+            more: Options.
+            alone: Without this process's supplementary groups, which takes root.
+            deadline_s: After that it is ended.
+
+        Returns:
+            Exit status (negative: the signal), and standard error.
+
+        Raises:
+            HaproxyMissing: It cannot be run.
+            HostRefused: It did not end in time.
+        """
+        arguments = self.arguments(*more)
+        try:
+            process = subprocess.Popen(
+                arguments,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                cwd="/",
+                umask=_UMASK,
+                start_new_session=True,
+                extra_groups=[] if alone else None,
+                pass_fds=(self.lock,),
+            )
+        except OSError as error:
+            raise HaproxyMissing(
+                f"cannot run {self.program}: {error.strerror}", hint="install HAProxy 3.0 or newer"
+            ) from error
+        with process:
+            try:
+                _, errors = process.communicate(timeout=deadline_s)
+            except subprocess.TimeoutExpired as error:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                raise HostRefused(
+                    f"{self.program} has not come up within {deadline_s:g} s",
+                    hint=f"see what it waits for: {' '.join(arguments)}",
+                ) from error
+        return process.returncode, errors.decode("utf-8", "replace")
+
+    def become(self) -> NoReturn:
+        """Become HAProxy (execv(3)).
+
+        Raises:
+            HostRefused: The kernel refuses.
+            HaproxyMissing: It cannot be run.
+        """
+        if self.alone:
+            try:
+                os.setgroups([])
+            except OSError as error:
+                raise host_refused("give up the supplementary groups", error) from error
+        os.set_inheritable(self.lock, True)
+        try:
+            os.execv(self.program, self.arguments())  # noqa: S606 - no shell is meant
+        except OSError as error:
+            raise HaproxyMissing(f"cannot run {self.program}: {error.strerror}") from error
+
 
 @dataclass
 class NetworkMetadataProxyHandler:
@@ -83,7 +161,6 @@ class NetworkMetadataProxyHandler:
         use_syslog: Log requests to /dev/log; `None` where there is one.
         facility: Syslog's, by HAProxy's name.
         debug: Log everything.
-        host: The host.
 
     Raises:
         RequestRefused: Both ids or none, no UUID, no port, or a path that HAProxy cannot take.
@@ -100,13 +177,12 @@ class NetworkMetadataProxyHandler:
     use_syslog: bool | None = None
     facility: str = "local0"
     debug: bool = False
-    host: Host = field(default_factory=Host)
 
     def __post_init__(self) -> None:
         self.header, self.uuid = parse_resource(self.network_id, self.router_id)
         self.port = parse_port(self.port)
         state_path = Path(self.state_path or DEFAULT_STATE_PATH)
-        self.upstream = Path(self.unix_socket_path or state_path / _SOCKET)
+        self.upstream = Path(self.unix_socket_path or state_path / "metadata_proxy")
         for path in (state_path, self.upstream):
             if not path.is_absolute():
                 raise RequestRefused(
@@ -121,7 +197,7 @@ class NetworkMetadataProxyHandler:
     @staticmethod
     def get_config_path(state_path: str | os.PathLike[str] | None = None) -> Path:
         """The directory of the configuration files below a state path."""
-        return Path(state_path or DEFAULT_STATE_PATH) / _DIRECTORY
+        return Path(state_path or DEFAULT_STATE_PATH) / "ns-metadata-proxy"
 
     @property
     def config_file(self) -> Path:
@@ -135,16 +211,15 @@ class NetworkMetadataProxyHandler:
             HostRefused: There is no such user or group.
             PrivilegeMissing: This process cannot take that user or group.
         """
-        log = self.host.has_syslog() if self.use_syslog is None else self.use_syslog
-        uid, gid = self.host.ids()
+        log = os.access(_SYSLOG, os.F_OK) if self.use_syslog is None else self.use_syslog
         return NamespaceProxySpec(
             header=self.header,
             uuid=self.uuid,
             upstream=str(self.upstream),
             port=int(self.port),
-            dual_stack=self.host.has_ipv6(),
-            user=_account("user", self.user, user_name, uid, root=uid == 0),
-            group=_account("group", self.group, group_name, gid, root=uid == 0),
+            dual_stack=has_ipv6(),
+            user=_account("user", self.user, user_name, os.geteuid()),
+            group=_account("group", self.group, group_name, os.getegid()),
             syslog=_SYSLOG if log else None,
             facility=self.facility,
             debug=self.debug,
@@ -159,7 +234,7 @@ class NetworkMetadataProxyHandler:
             PrivilegeMissing: This process may not.
             RequestRefused: A path has a character that HAProxy cannot take.
         """
-        program = self.host.find_haproxy()
+        program = find_haproxy()
         spec = self.spec()
         try:
             text = render_namespace_proxy(spec)
@@ -191,30 +266,21 @@ class NetworkMetadataProxyHandler:
         """
         ready = launch or self.prepare()
         try:
-            self._check(ready)
-            if ready.alone:
-                self.host.drop_groups()
-            os.set_inheritable(ready.lock, True)
-            self.host.become(ready.arguments())
+            try_to_bind(int(self.port), dual_stack=has_ipv6())
+            # Before this process is HAProxy: its own messages would not be one line.
+            status, errors = ready.run("-c", alone=False)
+            if status != 0:
+                fail_start(status, errors, ready, self.port)
+            ready.become()
         except BaseException:
             os.close(ready.lock)
             raise
-        raise AssertionError("a process that has become another went on")  # pragma: no cover
-
-    def _check(self, launch: Launch) -> None:
-        self.host.try_to_bind(int(self.port), dual_stack=self.host.has_ipv6())
-        # Before this process is HAProxy: its own messages would not be one line.
-        checked = self.host.run(launch.arguments("-c"), launch.lock, alone=False)
-        if checked.status != 0:
-            raise start_failure(checked, launch, self.port)
 
 
-def _account(
-    kind: str, wanted: str | None, name_of: Callable[[str], str], own: int, *, root: bool
-) -> str | None:
+def _account(kind: str, wanted: str | None, name_of: Callable[[str], str], own: int) -> str | None:
     """The account's name, if it is another than this process has; only root can take one."""
     name = name_of(wanted) if wanted else None
-    if name is None or root:
+    if name is None or os.geteuid() == 0:
         return name
     if name_of(str(own)) != name:
         raise PrivilegeMissing(
@@ -224,15 +290,21 @@ def _account(
     return None
 
 
-def start_failure(ended: Ended, launch: Launch, port: int | str) -> DataplaneError:
-    """The exception for a HAProxy that did not start, with its own words."""
-    words = parse_failure(ended.errors) or f"it ended with {ended.status} and wrote nothing"
+def fail_start(status: int, errors: str, launch: Launch, port: int | str) -> NoReturn:
+    """Report a HAProxy that did not start, in its own words.
+
+    Raises:
+        HostRefused: The port is in use.
+        PrivilegeMissing: The port, or the account, takes root.
+        ConfigRejected: It refuses the configuration.
+    """
+    words = parse_failure(errors) or f"it ended with {status} and wrote nothing"
     message = f"HAProxy did not start: {words}"
     if "Address already in use" in words:
-        return HostRefused(message, hint=f"see who listens: ss -ltnp 'sport = :{port}'")
+        raise HostRefused(message, hint=f"see who listens: ss -ltnp 'sport = :{port}'")
     if "Permission denied" in words:
-        return PrivilegeMissing(message, hint="run as root")
-    return ConfigRejected(message, hint=f"see for yourself: {' '.join(launch.arguments('-c'))}")
+        raise PrivilegeMissing(message, hint="run as root")
+    raise ConfigRejected(message, hint=f"see for yourself: {' '.join(launch.arguments('-c'))}")
 
 
 def cleanup_config_file(uuid: str, state_path: str | os.PathLike[str] | None = None) -> bool:
@@ -277,7 +349,6 @@ class ProxyDaemon:
     use_syslog: bool | None = None
     facility: str = "local0"
     debug: bool = False
-    host: Host = field(default_factory=Host)
 
     def __post_init__(self) -> None:
         self._pid_file = Path(self.pidfile) if self.pidfile else None
@@ -292,7 +363,6 @@ class ProxyDaemon:
             use_syslog=self.use_syslog,
             facility=self.facility,
             debug=self.debug,
-            host=self.host,
         )
 
     def start(self) -> int:
@@ -312,22 +382,21 @@ class ProxyDaemon:
         launch = self.handler.prepare()
         own_file = launch.config.with_suffix(".pid")
         try:
-            ended = self.host.run(
-                launch.arguments("-D", "-p", str(own_file)), launch.lock, alone=launch.alone
-            )
+            status, errors = launch.run("-D", "-p", str(own_file), alone=launch.alone)
             # It may have ended between its first process and its first request.
-            pid = live_pid(own_file, launch.config.name, self.host)
+            pid = live_pid(own_file, launch.config.name)
         finally:
             # First: without the lock another start may have a file of this name.
             own_file.unlink(missing_ok=True)
             os.close(launch.lock)
-        if ended.status != 0 or pid is None:
-            raise start_failure(ended, launch, self.handler.port)
+        if status != 0 or pid is None:
+            fail_start(status, errors, launch, self.handler.port)
         try:
             self._write_pid(pid)
         except BaseException:
             # Without its pid file it could not be found again.
-            self.host.end(pid)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGTERM)
             raise
         return pid
 
@@ -353,7 +422,7 @@ class ProxyDaemon:
         check_directory(
             self._pid_file.parent, "pid file", hint="create it, or name another with --pid-file"
         )
-        pid = live_pid(self._pid_file, self.handler.config_file.name, self.host)
+        pid = live_pid(self._pid_file, self.handler.config_file.name)
         if pid is not None:
             raise HostRefused(
                 f"the proxy of {self.handler.uuid} runs already (pid {pid})",
@@ -365,7 +434,7 @@ class ProxyDaemon:
             write_atomic(self._pid_file, f"{pid}\n".encode("ascii"), mode=_PID_MODE)
 
 
-def live_pid(path: Path, name: str, host: Host) -> int | None:
+def live_pid(path: Path, name: str) -> int | None:
     """The pid in the file, if it is that of a HAProxy that runs with the configuration of this name.
 
     Raises:
@@ -380,17 +449,185 @@ def live_pid(path: Path, name: str, host: Host) -> int | None:
     except OSError as error:
         raise host_refused(f"read {path}", error) from error
     # Empty or of another kind: its writer was interrupted. No proxy is known to run.
-    return int(text) if text.isdigit() and host.runs_with(int(text), name) else None
+    return int(text) if text.isdigit() and runs_with(int(text), name) else None
 
 
-def cleanup_pid_file(path: Path, name: str, host: Host) -> bool:
+def cleanup_pid_file(path: Path, name: str) -> bool:
     """Remove the pid file of a proxy that has ended; whether there was one.
 
     Raises:
         HostRefused: The proxy runs, or the file system refused.
         PrivilegeMissing: This process may not remove it.
     """
-    pid = live_pid(path, name, host)
+    pid = live_pid(path, name)
     if pid is not None:
         raise HostRefused(f"the proxy runs (pid {pid})", hint=f"end it first: kill {pid}")
     return remove_file(path, f"remove {path}")
+
+
+def find_haproxy() -> str:
+    """The path of HAProxy on `PATH`, or in the system's places."""
+    # An agent's rootwrap may leave little of PATH.
+    places = [one for one in os.environ.get("PATH", "").split(":") if one]
+    found = shutil.which("haproxy", path=":".join([*places, _SYSTEM_PATH]))
+    if found is None:
+        raise HaproxyMissing(
+            "there is no haproxy on PATH", hint="install HAProxy 3.0 or newer (apt install haproxy)"
+        )
+    return found
+
+
+def has_ipv6() -> bool:
+    """Whether devices of this namespace get IPv6, as Neutron's agents ask it (oslo.utils, `is_ipv6_enabled`)."""
+    return _IPV6.exists() and _IPV6.read_text().strip() == "0"
+
+
+def runs_with(pid: int, name: str, *, proc: Path = Path("/proc")) -> bool:
+    """Whether this process is a HAProxy with a file of this name in its command line; one that is dead is not."""
+    try:
+        words = (proc / str(pid) / "cmdline").read_bytes().split(b"\0")
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    except OSError as error:
+        raise host_refused(f"look at process {pid}", error) from error
+    program, *rest = (Path(os.fsdecode(word)).name for word in words)
+    return "haproxy" in program and name in rest
+
+
+def try_to_bind(port: int, *, dual_stack: bool) -> None:
+    """Say now what HAProxy would say of the port, in words that its log would have to be searched for.
+
+    Raises:
+        HostRefused: Another program listens there.
+        PrivilegeMissing: The port takes root.
+    """
+    import socket  # noqa: PLC0415 - HAProxy that goes into the background says it itself
+
+    family = socket.AF_INET6 if dual_stack else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            if dual_stack:
+                probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+            probe.bind(("::" if dual_stack else "0.0.0.0", port))  # noqa: S104 - as the proxy itself
+        except OSError as error:
+            raise host_refused(
+                f"listen on port {port}",
+                error,
+                hint=f"see who does: ss -ltnp 'sport = :{port}'",
+            ) from error
+
+
+def check_directory(path: Path, purpose: str, *, hint: str) -> None:
+    """See that a directory is there.
+
+    Raises:
+        HostRefused: It is not; says what for it is wanted.
+        PrivilegeMissing: This process may not look.
+    """
+    try:
+        there = path.is_dir()
+    except OSError as error:
+        raise host_refused(f"look at {path}", error) from error
+    if not there:
+        raise HostRefused(f"there is no directory {path} for the {purpose}", hint=hint)
+
+
+def claim_file(path: Path, data: bytes) -> int:
+    """Have a file with exactly `data`, mode 0640 whatever the umask is, and the lock on it.
+
+    A reader sees the old bytes or the new ones. Of several that want the same file one gets it.
+
+    Returns:
+        The open file. The lock goes when its last copy is closed.
+
+    Raises:
+        HostRefused: It is in use, or the file system refused; then it is as it was.
+        PrivilegeMissing: This process may not write there.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
+    try:
+        # Locked while it is replaced: no other process can come between.
+        before = _lock(path, os.O_RDWR | os.O_CREAT)
+        new = -1
+        try:
+            new = _lock(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
+            rest = memoryview(data)
+            while rest:
+                rest = rest[os.write(new, rest) :]
+            os.fchmod(new, _MODE)
+            temporary.replace(path)
+        except BaseException:
+            if new >= 0:
+                os.close(new)
+            if not os.fstat(before).st_size:
+                # It was made just now.
+                path.unlink()
+            raise
+        finally:
+            temporary.unlink(missing_ok=True)
+            os.close(before)
+    except OSError as error:
+        raise host_refused(f"write {path}", error) from error
+    return new
+
+
+def remove_unclaimed(path: Path) -> bool:
+    """Remove the file, and what writers that were killed left beside it; whether it was there.
+
+    Raises:
+        HostRefused: It is in use, or the file system refused.
+        PrivilegeMissing: This process may not remove it.
+    """
+    try:
+        held = _lock(path, os.O_RDONLY)
+        path.unlink(missing_ok=True)
+        # HAProxy's own, of a start that was killed.
+        path.with_suffix(".pid").unlink(missing_ok=True)
+        os.close(held)
+        removed = True
+    except FileNotFoundError:
+        removed = False
+    except OSError as error:
+        raise host_refused(f"remove {path}", error) from error
+    sweep_unfinished(path.parent)
+    return removed
+
+
+def _lock(path: Path, flags: int) -> int:
+    """The file of this name, open and locked."""
+    while True:
+        descriptor = open_locked(path, flags | os.O_NOFOLLOW)
+        if descriptor is None:
+            raise HostRefused(
+                f"{path} is in use: its proxy runs, or is being started",
+                hint=f"end the haproxy that has it in its command line: pgrep -af {path.stem}",
+            )
+        # Another process may have replaced it between opening and locking.
+        if is_file_at(descriptor, path):
+            return descriptor
+        os.close(descriptor)
+
+
+def make_directories(path: Path) -> None:
+    """Ensure a directory in which only its owner writes; what is made on the way is 0755 or tighter.
+
+    A directory that others may write to would let them choose the configuration of a HAProxy that root starts.
+
+    Raises:
+        HostRefused: The file system refused, or something else of that name is there.
+        PrivilegeMissing: This process may not make it, or not tighten it.
+    """
+    try:
+        for directory in (*reversed(path.parents), path):
+            if not directory.exists():
+                directory.mkdir(mode=_DIRECTORY_MODE, exist_ok=True)
+        mode = stat.S_IMODE(path.stat().st_mode)
+        if mode & _FOREIGN_WRITE:
+            path.chmod(mode & ~_FOREIGN_WRITE)
+        if not path.is_dir():
+            raise NotADirectoryError(20, "Not a directory")
+    except OSError as error:
+        raise host_refused(
+            f"create the directory {path}", error, hint="choose another place with --state-path"
+        ) from error

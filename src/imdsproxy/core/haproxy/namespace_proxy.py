@@ -163,15 +163,15 @@ def parse_resource(network_id: str | None, router_id: str | None) -> tuple[str, 
     Raises:
         RequestRefused: Both ids are there, or none, or the one is no UUID.
     """
-    if network_id is not None and router_id is not None:
+    given = {"X-Neutron-Network-ID": network_id, "X-Neutron-Router-ID": router_id}
+    named = [(header, uuid) for header, uuid in given.items() if uuid is not None]
+    if len(named) > 1:
         raise RequestRefused(
             "a network's id and a router's id are given: a proxy is for one of them",
             hint="start it with --network-id or with --router-id",
         )
-    if network_id is not None:
-        return "X-Neutron-Network-ID", parse_uuid(network_id)
-    if router_id is not None:
-        return "X-Neutron-Router-ID", parse_uuid(router_id)
+    for header, uuid in named:
+        return header, parse_uuid(uuid)
     raise RequestRefused(
         "the id of a network or of a router is needed",
         hint="give --network-id UUID or --router-id UUID",

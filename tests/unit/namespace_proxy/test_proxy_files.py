@@ -1,3 +1,5 @@
+"""What the program asks of the host: HAProxy, ports, the lock on its file, directories."""
+
 from __future__ import annotations
 
 import errno
@@ -13,65 +15,68 @@ from pathlib import Path
 
 import pytest
 
-from imdsproxy.app.namespace_proxy import host
-from imdsproxy.app.namespace_proxy.host import (
-    Ended,
-    Host,
+from imdsproxy.app.namespace_proxy import proxy
+from imdsproxy.app.namespace_proxy.proxy import (
+    Launch,
     claim_file,
+    find_haproxy,
     make_directories,
     remove_unclaimed,
+    runs_with,
+    try_to_bind,
 )
 from imdsproxy.errors import HaproxyMissing, HostRefused
 from imdsproxy.host.account import group_name, user_name
 from imdsproxy.host.files import open_locked
 
 
-@pytest.fixture
-def descriptor() -> Iterator[int]:
-    reader, writer = os.pipe()
-    yield writer
-    os.close(reader)
-    os.close(writer)
-
-
-def python(code: str) -> list[str]:
-    return [sys.executable, "-c", code]
-
-
-def test_haproxy_is_found_on_the_path_or_where_an_agent_leaves_no_path(tmp_path: Path) -> None:
+def test_haproxy_is_found_on_the_path_or_where_an_agent_leaves_no_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "a" / "haproxy").mkdir(parents=True)
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "haproxy").touch()
     (tmp_path / "c").mkdir()
     (tmp_path / "c" / "haproxy").touch(mode=0o755)
-    search = ":".join(["", *(str(tmp_path / name) for name in "abc")])
-    assert Host().find_haproxy(search) == str(tmp_path / "c" / "haproxy")
-    assert Path(Host().find_haproxy("")).name == "haproxy"
+    monkeypatch.setenv("PATH", ":".join(["", *(str(tmp_path / name) for name in "abc")]))
+    assert find_haproxy() == str(tmp_path / "c" / "haproxy")
+    monkeypatch.setenv("PATH", "")
+    assert Path(find_haproxy()).name == "haproxy"
 
 
-def test_a_program_is_run_apart_and_waited_for_until_all_that_write_for_it_let_go(
-    descriptor: int,
+@pytest.fixture
+def launch(tmp_path: Path) -> Iterator[Launch]:
+    """A shell script in HAProxy's place, `haproxy`, which a test writes."""
+    program = tmp_path / "haproxy"
+    program.touch(mode=0o755)
+    lock = os.open(tmp_path, os.O_RDONLY)
+    yield Launch(str(program), tmp_path / "u.conf", lock, alone=False)
+    os.close(lock)
+
+
+def test_haproxy_is_run_apart_and_waited_for_until_all_that_write_for_it_let_go(
+    launch: Launch,
 ) -> None:
-    code = f"""if True:
-        import os, sys, time
-        os.fstat({descriptor})
-        if os.fork(): sys.exit(3)
-        time.sleep(0.3)
-        print(os.getcwd(), os.umask(0), os.getgroups(), repr(sys.stdin.read()), file=sys.stderr)
-        print(os.getsid(0) == os.getppid() or os.getsid(0) != {os.getsid(0)}, file=sys.stderr)"""
-    assert Host().run(python(code), descriptor, alone=True) == Ended(3, "/ 23 [] ''\nTrue\n")
+    script = f"""#!/bin/sh
+    readlink /proc/self/fd/{launch.lock} >&2
+    (sleep 0.3; pwd >&2; umask >&2; grep Groups /proc/self/status >&2; cat >&2) &
+    exit 3
+    """
+    Path(launch.program).write_text(script)
+    status, errors = launch.run(alone=True)
+    assert status == 3
+    assert errors.split() == [str(launch.config.parent), "/", "0027", "Groups:"]
 
 
-def test_a_program_that_hangs_or_cannot_be_run_is_reported(descriptor: int, tmp_path: Path) -> None:
-    code = "import time; time.sleep(60)"
+def test_a_haproxy_that_hangs_or_cannot_be_run_is_reported(launch: Launch) -> None:
+    Path(launch.program).write_text("#!/bin/sh\nsleep 60 & sleep 60")
     with pytest.raises(HostRefused, match=r"has not come up within 0\.2 s"):
-        Host().run(python(code), descriptor, alone=False, deadline_s=0.2)
-    (tmp_path / "haproxy").write_text("\0")
-    for path in (tmp_path / "none", tmp_path / "haproxy"):
-        with pytest.raises(HaproxyMissing, match=f"cannot run {path}"):
-            Host().run([str(path)], descriptor, alone=False)
-        with pytest.raises(HaproxyMissing, match=f"cannot run {path}"):
-            Host().become([str(path)])
+        launch.run(alone=False, deadline_s=0.2)
+    Path(launch.program).write_text("\0")
+    with pytest.raises(HaproxyMissing, match=f"cannot run {launch.program}"):
+        launch.run(alone=False)
+    with pytest.raises(HaproxyMissing, match=f"cannot run {launch.program}"):
+        launch.become()
 
 
 @pytest.mark.parametrize(
@@ -91,8 +96,8 @@ def test_a_proxy_is_known_by_its_program_and_its_configuration(
     if words is not None:
         (tmp_path / "7").mkdir()
         (tmp_path / "7" / "cmdline").write_text("".join(f"{word}\0" for word in words))
-    assert Host().runs_with(7, "u.conf", proc=tmp_path) is known
-    assert not Host().runs_with(os.getpid(), "u.conf")
+    assert runs_with(7, "u.conf", proc=tmp_path) is known
+    assert not runs_with(os.getpid(), "u.conf")
 
 
 def test_a_port_in_use_is_reported_however_it_was_bound() -> None:
@@ -104,8 +109,8 @@ def test_a_port_in_use_is_reported_however_it_was_bound() -> None:
             port = other.getsockname()[1]
             for dual_stack in (False, True):
                 with pytest.raises(HostRefused, match=f"port {port}: Address already in use"):
-                    Host().try_to_bind(port, dual_stack=dual_stack)
-        Host().try_to_bind(port, dual_stack=True)
+                    try_to_bind(port, dual_stack=dual_stack)
+        try_to_bind(port, dual_stack=True)
 
 
 def test_accounts_are_known_by_name_and_by_id() -> None:
@@ -123,7 +128,7 @@ def test_an_account_that_is_not_there_is_reported(word: str) -> None:
 
 def test_the_program_loads_nothing_of_the_daemon() -> None:
     code = "import sys, imdsproxy.app.namespace_proxy; print(*sorted(sys.modules))"
-    done = subprocess.run(python(code), capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     loaded = done.stdout.split()
     heavy = ("asyncio", "pydantic", "typer", "rich", "yaml", "uvicorn", "fastapi", "structlog")
     assert [name for name in loaded if name.partition(".")[0] in heavy] == []
@@ -159,19 +164,6 @@ def test_a_file_in_use_is_neither_replaced_nor_removed(tmp_path: Path) -> None:
         remove_unclaimed(path)
     assert path.read_bytes() == b"one"
     os.close(lock)
-
-
-def test_a_lock_lives_as_long_as_the_last_copy_of_the_open_file(tmp_path: Path) -> None:
-    path = tmp_path / "a.conf"
-    lock = claim_file(path, b"one, and longer")
-    copy = os.dup(lock)
-    os.close(lock)
-    with pytest.raises(HostRefused):
-        claim_file(path, b"two")
-    os.close(copy)
-    os.close(claim_file(path, b"two"))
-    assert path.read_bytes() == b"two"
-    assert remove_unclaimed(path)
 
 
 def test_of_many_that_want_a_file_one_gets_it(tmp_path: Path) -> None:
@@ -246,7 +238,7 @@ def test_a_file_for_which_there_is_no_room_leaves_none(
             raise OSError(errno.ENOSPC, "no room")
         return open_locked(path, flags)
 
-    monkeypatch.setattr(host, "open_locked", refuse)
+    monkeypatch.setattr(proxy, "open_locked", refuse)
     with pytest.raises(HostRefused, match="No space left"):
         claim_file(tmp_path / "a.conf", b"text")
     assert list(tmp_path.iterdir()) == []
