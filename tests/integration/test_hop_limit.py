@@ -304,8 +304,8 @@ def _somebody_elses_table(lab: Lab, network: str) -> Iterator[None]:
         channel = NetfilterSocket()
         change = Batch(f"{lab.prefix}-hops", INET)
         change.make_table()
-        kind, flags, body = change.messages[0]
-        change.messages[0] = (kind, flags, body + attribute(2, struct.pack(">I", 2)))
+        kind, flags, body = change.changes[0]
+        change.changes[0] = (kind, flags, body + attribute(2, struct.pack(">I", 2)))
         channel.commit(change)
         return channel
 

@@ -8,12 +8,7 @@ from typing import Any
 
 import pytest
 
-from imdsproxy.anti_spoofing.host_rules import (
-    GuardedPort,
-    observe_bridge,
-    read_rules,
-    try_mac_filter,
-)
+from imdsproxy.anti_spoofing.host_rules import observe_bridge, read_rules, try_mac_filter
 from support.hostlab import HostLab
 from support.lab import within
 from support.world import World
@@ -32,15 +27,15 @@ def test_flags_of_ports_are_seen(lab: HostLab) -> None:
     names = {name: lab.link_name(f"{name}o") for name in "xyz"}
     lab.run("/usr/sbin/bridge", "link", "set", "dev", names["x"], "learning", "off")
     lab.run("/usr/sbin/bridge", "link", "set", "dev", names["y"], "locked", "on")
-    assert observe_bridge(bridge, "", lab.naming) == (
-        GuardedPort(names["x"], "learning off"),
-        GuardedPort(names["y"], "locked"),
-        GuardedPort(names["z"]),
-    )
+    assert observe_bridge(bridge, "", lab.naming) == {
+        names["x"]: "learning off",
+        names["y"]: "locked",
+        names["z"]: "",
+    }
     rules = f'table bridge x {{ iifname "{names["z"]}" ether saddr != 02:00:00:00:00:01 drop }}'
     found = observe_bridge(bridge, rules, lab.naming)
     assert found is not None
-    assert found[2] == GuardedPort(names["z"], "a rule")
+    assert found[names["z"]] == "a rule"
 
 
 def test_what_is_no_bridge_has_no_ports(lab: HostLab) -> None:

@@ -6,27 +6,22 @@ import asyncio
 import json
 import re
 import shutil
-import socket
-import struct
-import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from ipaddress import IPv4Address
 from pathlib import Path
-from typing import Final, cast
+from typing import Final
 
-from imdsproxy.anti_spoofing.filter_rules import fill_mac_filter
+from imdsproxy.anti_spoofing.rules import fill_mac_filter
 from imdsproxy.core.hostnames import Naming
 from imdsproxy.host.namespaces import unshare_network
-from imdsproxy.host.netlink import RTM_GETLINK, bridge_ports, find_link, route_device
+from imdsproxy.host.netlink import find_link, port_guards, route_device
 from imdsproxy.host.nftables import Batch, commit
-from imdsproxy.host.nlmessages import NetlinkSocket, parse_attributes
+from imdsproxy.host.nlmessages import NetlinkSocket
 from imdsproxy.host.process import run_program
 
 _GUEST_KINDS: Final = frozenset({"tun", "veth"})
-_IFINFO: Final = struct.Struct("=BxHiII")
-_LINKINFO, _SLAVE_DATA = 18, 5
-_LEARNING, _LOCKED = 8, 39
 _RULE_READERS: Final = (
     ("nft", "list", "ruleset", "bridge"),
     ("nft", "list", "ruleset", "netdev"),
@@ -34,30 +29,22 @@ _RULE_READERS: Final = (
 )
 _READ_S: Final = 5
 _FAMILIES: Final = frozenset({"inet", "ip"})
+_HOOKS: Final = frozenset({"input", "forward"})
 _BRIDGED: Final = Path("/proc/sys/net/bridge/bridge-nf-call-iptables")
 _TABLE: Final = re.compile(r"(?m)^(?=table )")
 _SOURCE: Final = re.compile(r"ether saddr|arp saddr ether|@ll,48,48|-s ")
 
 
-@dataclass(frozen=True, slots=True)
-class GuardedPort:
-    """A guest's port of a bridge.
-
-    Attributes:
-        by: What keeps the guest to its MAC, in words; empty where nothing was seen.
-    """
-
-    name: str
-    by: str = ""
-
-
-def observe_bridge(bridge: str, rules: str, naming: Naming) -> tuple[GuardedPort, ...] | None:
-    """The guests' ports of a bridge of this host; `None` where there is no such bridge.
+def observe_bridge(bridge: str, rules: str, naming: Naming) -> dict[str, str] | None:
+    """What keeps the guest on each port of a bridge to its MAC; `None` where there is no such bridge.
 
     Args:
         bridge: Its name.
         rules: Of `read_rules`.
         naming: How our own ports are named.
+
+    Returns:
+        Words by the port's name; empty where nothing was seen.
 
     Raises:
         OSError: The kernel refuses.
@@ -66,33 +53,11 @@ def observe_bridge(bridge: str, rules: str, naming: Naming) -> tuple[GuardedPort
         device = find_link(channel, bridge)
         if device is None or device.kind != "bridge":
             return None
-        ports = [
-            one
-            for one in bridge_ports(channel, device.index)
-            if one.kind in _GUEST_KINDS and not naming.is_link(one.name)
-        ]
-        return tuple(
-            GuardedPort(one.name, _flags(channel, one.name) or rules_for(one.name, rules))
-            for one in ports
-        )
-
-
-def _flags(channel: NetlinkSocket, name: str) -> str:
-    found = find_link(channel, name)
-    if found is None:
-        return ""
-    answer = channel.get(RTM_GETLINK, _IFINFO.pack(socket.AF_UNSPEC, 0, found.index, 0, 0))
-    info = parse_attributes(answer.payload, _IFINFO.size).get(_LINKINFO, b"")
-    port = parse_attributes(parse_attributes(info).get(_SLAVE_DATA, b""))
-
-    def on(flag: int) -> bool:
-        return port.get(flag, b"\0") != b"\0"
-
-    if on(_LOCKED):
-        return "locked"
-    if _LEARNING in port and not on(_LEARNING):
-        return "learning off"
-    return ""
+        return {
+            port.name: guard or rules_for(port.name, rules)
+            for port, guard in sorted(port_guards(channel, device.index).items())
+            if port.kind in _GUEST_KINDS and not naming.is_link(port.name)
+        }
 
 
 def rules_for(port: str, rules: str) -> str:
@@ -124,9 +89,8 @@ def _run(program: str, *arguments: str) -> tuple[int, str] | None:
 
 def try_mac_filter() -> str:
     """Why the kernel cannot have a MAC filter; empty where it can. Tried in a network namespace that ends at once."""
-    refusals: list[str] = []
 
-    def attempt() -> None:
+    def attempt() -> str:
         try:
             unshare_network()
             batch = Batch("imdsproxy-check")
@@ -134,12 +98,11 @@ def try_mac_filter() -> str:
             fill_mac_filter(batch, ("lo",))
             commit(batch)
         except OSError as error:
-            refusals.append(error.strerror or str(error))
+            return error.strerror or str(error)
+        return ""
 
-    thread = threading.Thread(target=attempt)
-    thread.start()
-    thread.join()
-    return refusals[0] if refusals else ""
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(attempt).result()
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,22 +136,15 @@ def read_dropping_chains() -> tuple[DroppingChain, ...]:
 
 def parse_dropping_chains(ruleset: str) -> tuple[DroppingChain, ...]:
     """Out of `nft --json list ruleset` (libnftables-json(5))."""
-    entries = cast("Sequence[Mapping[str, object]]", json.loads(ruleset)["nftables"])
+    entries: Sequence[Mapping[str, Mapping[str, object]]] = json.loads(ruleset)["nftables"]
     found = []
-    for chain in _of_kind(entries, "chain"):
-        dropping = chain.get("policy") == "drop" and chain.get("hook") in ("input", "forward")
-        if dropping and chain["family"] in _FAMILIES:
-            place = (str(chain["family"]), str(chain["table"]))
-            rules = [
-                one for one in _of_kind(entries, "rule") if (one["family"], one["table"]) == place
-            ]
-            name, hook = str(chain["name"]), str(chain["hook"])
-            found.append(DroppingChain(*place, name, hook, json.dumps(rules)))
+    for chain in (one["chain"] for one in entries if "chain" in one):
+        family, table, hook = (str(chain.get(key)) for key in ("family", "table", "hook"))
+        if chain.get("policy") == "drop" and hook in _HOOKS and family in _FAMILIES:
+            rules = [one["rule"] for one in entries if "rule" in one]
+            own = [one for one in rules if (one["family"], one["table"]) == (family, table)]
+            found.append(DroppingChain(family, table, str(chain["name"]), hook, json.dumps(own)))
     return tuple(found)
-
-
-def _of_kind(entries: Sequence[Mapping[str, object]], kind: str) -> Iterator[Mapping[str, object]]:
-    return (cast("Mapping[str, object]", one[kind]) for one in entries if kind in one)
 
 
 def passes_forward_chain(setting: Path = _BRIDGED) -> bool:

@@ -12,18 +12,18 @@ from functools import partial
 from pathlib import Path
 from typing import Final, TypeAlias, TypeVar
 
-from imdsproxy.anti_spoofing.filter_rules import (
+from imdsproxy.anti_spoofing.plan import ANY_MAC, MacFilter, PairMap
+from imdsproxy.anti_spoofing.rules import (
     FORMAT,
     SETS,
     element_of,
+    fill_hop_limit,
     fill_mac_filter,
     flow_of,
     packed_mac,
     pair_of,
     set_of,
 )
-from imdsproxy.anti_spoofing.hop_rules import fill_hop_limit
-from imdsproxy.anti_spoofing.plan import ANY_MAC, MacFilter, PairMap
 from imdsproxy.core.hoststate import Family, NamespaceRef
 from imdsproxy.core.model import METADATA_PORT, IpAddress, MacAddress, NetworkId
 from imdsproxy.core.wire import VERIFIED_PORT
@@ -320,7 +320,7 @@ def _action(one: MacFilter) -> str:
 def _open(one: MacFilter) -> Opened:
     def fill(batch: Batch) -> None:
         _try_port(one)
-        fill_mac_filter(batch, (name for name, _ in one.devices))
+        fill_mac_filter(batch, [name for name, _ in one.devices])
 
     devices = ",".join(f"{name}={index}" for name, index in one.devices)
     with NetfilterSocket() as channel:
@@ -353,7 +353,7 @@ def _fill(one: MacFilter, pairs: PairMap, *, busy: bool) -> None:
                 flow = flow_of(open_one.address, open_one.port)
                 batch.add_elements(f"open{open_one.address.version}", [flow])
     _put(batch, pairs)
-    if batch.messages:
+    if batch.changes:
         commit(batch)
 
 

@@ -21,7 +21,7 @@ ANSWER_DSCP: Final = 0x2F
 """Marks answers to unverified requests that only the instance may read (RFC 2474's pool for local use)."""
 
 # The hop limit of an answer that holds a session token. HAProxy cannot set a packet's TTL. It can set a DSCP on a
-# connection without any privilege; a rule in the kernel (`anti_spoofing.hop_rules`) turns the DSCP into the TTL or hop
+# connection without any privilege; a rule in the kernel (`anti_spoofing.rules`) turns the DSCP into the TTL or hop
 # limit. Without that rule the answer would go as far as any other, so where it is missing the record has `WITHHELD` in
 # place of the limit, and no token is given.
 

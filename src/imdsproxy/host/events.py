@@ -30,7 +30,7 @@ from imdsproxy.host.netlink import (
     parse_neighbour,
 )
 from imdsproxy.host.nftables import DELTABLE, NETFILTER, table_of
-from imdsproxy.host.nlmessages import SOL_NETLINK, Message, iter_messages
+from imdsproxy.host.nlmessages import SOL_NETLINK, iter_messages
 from imdsproxy.host.refusal import host_refused
 
 _LINKS: Final = (1, 5, 9)
@@ -84,7 +84,7 @@ class KernelEvents(Stream[T]):
         protocol: `socket.NETLINK_ROUTE` or NETLINK_NETFILTER.
         groups: Their numbers.
         about: Their subject, for an error's message.
-        parse: The items in a message, given the id of its namespace; `None` for our own.
+        parse: The items in a message, given its type, payload and the id of its namespace; `None` for our own.
         lost: The item that says that messages were lost.
 
     Attributes:
@@ -96,7 +96,7 @@ class KernelEvents(Stream[T]):
         protocol: int,
         groups: Iterable[int],
         about: str,
-        parse: Callable[[Message, int | None], Iterable[T]],
+        parse: Callable[[int, bytes, int | None], Iterable[T]],
         lost: T,
     ) -> None:
         super().__init__()
@@ -139,7 +139,7 @@ class KernelEvents(Stream[T]):
                 continue
             nsid = _nsid_of(ancillary)
             for kind, _, _, payload in iter_messages(data):
-                for item in self._parse(Message(kind, payload), nsid):
+                for item in self._parse(kind, payload, nsid):
                     self.put(item)
 
 
@@ -171,8 +171,7 @@ class LinkChange:
 def watch_links() -> KernelEvents[LinkChange]:
     """Changes of devices and metadata addresses."""
 
-    def parse(message: Message, nsid: int | None) -> Iterator[LinkChange]:
-        kind, payload = message.kind, message.payload
+    def parse(kind: int, payload: bytes, nsid: int | None) -> Iterator[LinkChange]:
         if kind in (RTM_NEWLINK, RTM_DELLINK):
             link = parse_link(payload)
             # A port that leaves its bridge is reported as deleted, by family AF_BRIDGE.
@@ -218,11 +217,11 @@ def watch_neighbours(
         wanted: Whether a change matters. A guest can make the kernel report as many others as it likes.
     """
 
-    def parse(message: Message, nsid: int | None) -> Iterator[NeighbourChange]:
-        found = parse_neighbour(message.payload)
+    def parse(kind: int, payload: bytes, nsid: int | None) -> Iterator[NeighbourChange]:
+        found = parse_neighbour(payload)
         if len(found.packed) not in _ADDRESS_BYTES:
             return
-        mac = found.mac if message.kind == RTM_NEWNEIGH else None
+        mac = found.mac if kind == RTM_NEWNEIGH else None
         change = NeighbourChange(nsid, found.index, ip_address(found.packed), mac)
         if wanted(change):
             yield change
@@ -237,8 +236,8 @@ def watch_tables(wanted: Callable[[], Collection[str]]) -> KernelEvents[str]:
         wanted: The names that matter.
     """
 
-    def parse(message: Message, _: int | None) -> Iterator[str]:
-        if message.kind == DELTABLE and (table := table_of(message.payload)) in wanted():
+    def parse(kind: int, payload: bytes, _: int | None) -> Iterator[str]:
+        if kind == DELTABLE and (table := table_of(payload)) in wanted():
             yield table
 
     return KernelEvents(NETFILTER, _TABLES, "the tables of nf_tables", parse, "")

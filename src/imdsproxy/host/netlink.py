@@ -10,8 +10,7 @@ from __future__ import annotations
 import errno
 import socket
 import struct
-import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address
 from typing import Final
@@ -27,77 +26,61 @@ from imdsproxy.core.model import METADATA_IPV4, METADATA_IPV6, IpAddress, MacAdd
 from imdsproxy.host.nlmessages import (
     CREATE,
     EXCL,
+    NESTED,
     REPLACE,
-    Message,
     NetlinkRefused,
     NetlinkSocket,
     attribute,
     integer,
+    number,
     parse_attributes,
+    string,
     text,
 )
 
-RTM_NEWLINK: Final = 16
-RTM_DELLINK: Final = 17
-RTM_GETLINK: Final = 18
-RTM_NEWADDR: Final = 20
-RTM_DELADDR: Final = 21
-RTM_GETADDR: Final = 22
-RTM_NEWROUTE: Final = 24
-RTM_GETROUTE: Final = 26
-RTM_NEWNEIGH: Final = 28
-RTM_GETNEIGH: Final = 30
-RTM_NEWNSID: Final = 88
-RTM_GETNSID: Final = 90
+# Types of messages and attributes, and flags, as in linux/{rtnetlink,if_link,if_addr,neighbour,net_namespace}.h.
+RTM_NEWLINK, RTM_DELLINK, RTM_GETLINK, RTM_NEWADDR, RTM_DELADDR, RTM_GETADDR = (
+    16,
+    17,
+    18,
+    20,
+    21,
+    22,
+)
+RTM_NEWROUTE, RTM_GETROUTE, RTM_NEWNEIGH, RTM_GETNEIGH, RTM_NEWNSID, RTM_GETNSID = (
+    24,
+    26,
+    28,
+    30,
+    88,
+    90,
+)
 
 _IFINFO: Final = struct.Struct("=BxHiII")
 _IFADDR: Final = struct.Struct("=BBBBI")
 _RTMSG: Final = struct.Struct("=BBBBBBBBI")
 _NDMSG: Final = struct.Struct("=BxxxiHBB")
 
-_IFLA_ADDRESS: Final = 1
-_IFLA_IFNAME: Final = 3
-_IFLA_MTU: Final = 4
-_IFLA_MASTER: Final = 10
-_IFLA_LINKINFO: Final = 18
-_IFLA_IFALIAS: Final = 20
-_IFLA_NET_NS_FD: Final = 28
-_IFLA_EXT_MASK: Final = 29
-_INFO_KIND: Final = 1
-_INFO_DATA: Final = 2
-_VETH_PEER: Final = 1
-_SKIP_STATISTICS: Final = 8
-_NESTED: Final = 0x8000
+_IFLA_ADDRESS, _IFLA_IFNAME, _IFLA_MTU, _IFLA_MASTER, _IFLA_LINKINFO = 1, 3, 4, 10, 18
+_IFLA_IFALIAS, _IFLA_NET_NS_FD, _IFLA_EXT_MASK = 20, 28, 29
+_INFO_KIND, _INFO_DATA, _INFO_SLAVE_DATA, _VETH_PEER = 1, 2, 5, 1
+_BRPORT_LEARNING, _BRPORT_LOCKED = 8, 39
+_SKIP_STATISTICS, _IFF_UP = 8, 1
 
-_IFA_ADDRESS: Final = 1
-_IFA_LOCAL: Final = 2
-_IFA_FLAGS: Final = 8
-_IFA_PROTO: Final = 11
-_IFA_F_NODAD: Final = 0x02
-_IFA_F_DADFAILED: Final = 0x08
-_IFA_F_TENTATIVE: Final = 0x40
+_IFA_ADDRESS, _IFA_LOCAL, _IFA_FLAGS, _IFA_PROTO = 1, 2, 8, 11
+_IFA_F_NODAD, _IFA_F_DADFAILED, _IFA_F_TENTATIVE = 0x02, 0x08, 0x40
 
-_RTA_DST: Final = 1
-_RTA_OIF: Final = 4
-_TABLE_MAIN: Final = 254
-_PROTO_STATIC: Final = 4
-_SCOPE_UNIVERSE: Final = 0
-_SCOPE_LINK: Final = 253
-_UNICAST: Final = 1
+_RTA_DST, _RTA_OIF = 1, 4
+_TABLE_MAIN, _PROTO_STATIC, _SCOPE_UNIVERSE, _SCOPE_LINK, _UNICAST = 254, 4, 0, 253, 1
 _FIB_MATCH: Final = 0x2000
 
-_NDA_DST: Final = 1
-_NDA_LLADDR: Final = 2
-_NUD_STALE: Final = 0x04
-_NUD_PERMANENT: Final = 0x80
+_NDA_DST, _NDA_LLADDR = 1, 2
+_NUD_STALE, _NUD_PERMANENT = 0x04, 0x80
+_NUD_UNKNOWN: Final = 0x01 | 0x20  # INCOMPLETE and FAILED have no address to rely on
 _MANY: Final = 32
 """More are looked for in a dump of the whole table, of at most some thousand entries (gc_thresh3)."""
-_NUD_UNKNOWN: Final = 0x01 | 0x20  # INCOMPLETE and FAILED have no address to rely on
 
-_NETNSA_NSID: Final = 1
-_NETNSA_FD: Final = 3
-
-_IFF_UP: Final = 1
+_NETNSA_NSID, _NETNSA_FD = 1, 3
 _MAC_BYTES: Final = 6
 
 _METADATA: Final[dict[bytes, IpAddress]] = {
@@ -110,14 +93,6 @@ def _family_of(address: IpAddress) -> int:
     return socket.AF_INET if isinstance(address, IPv4Address) else socket.AF_INET6
 
 
-def _number(value: bytes | None) -> int:
-    return int.from_bytes(value, sys.byteorder) if value else 0
-
-
-def _string(value: bytes | None) -> str:
-    return value.rstrip(b"\0").decode(errors="replace") if value else ""
-
-
 def _mac(value: bytes | None) -> str:
     return value.hex(":") if value and len(value) == _MAC_BYTES else ""
 
@@ -128,13 +103,13 @@ def parse_link(payload: bytes) -> ObservedDevice:
     found = parse_attributes(payload, _IFINFO.size)
     info = found.get(_IFLA_LINKINFO)
     return ObservedDevice(
-        name=_string(found.get(_IFLA_IFNAME)),
+        name=string(found.get(_IFLA_IFNAME)),
         index=index,
         up=bool(flags & _IFF_UP),
-        mtu=_number(found.get(_IFLA_MTU)),
-        alias=_string(found.get(_IFLA_IFALIAS)),
-        master=_number(found.get(_IFLA_MASTER)),
-        kind=_string(parse_attributes(info).get(_INFO_KIND)) if info else "",
+        mtu=number(found.get(_IFLA_MTU)),
+        alias=string(found.get(_IFLA_IFALIAS)),
+        master=number(found.get(_IFLA_MASTER)),
+        kind=string(parse_attributes(info).get(_INFO_KIND)) if info else "",
         mac=_mac(found.get(_IFLA_ADDRESS)),
     )
 
@@ -145,14 +120,31 @@ def _link_question(index: int = 0) -> bytes:
 
 def list_links(channel: NetlinkSocket) -> list[ObservedDevice]:
     """Every device, in the order of their indexes."""
-    return [parse_link(one.payload) for one in channel.dump(RTM_GETLINK, _link_question())]
+    return list(map(parse_link, channel.dump(RTM_GETLINK, _link_question())))
 
 
 def bridge_ports(channel: NetlinkSocket, index: int) -> tuple[BridgePort, ...]:
     """The ports of the bridge of an index, in the order of their names."""
-    question = _link_question() + integer(_IFLA_MASTER, index)
-    found = (parse_link(one.payload) for one in channel.dump(RTM_GETLINK, question))
-    return tuple(sorted(BridgePort(one.name, one.kind) for one in found if one.master == index))
+    return tuple(sorted(BridgePort(one.name, one.kind) for one, _ in _ports(channel, index)))
+
+
+def _ports(channel: NetlinkSocket, index: int) -> Iterator[tuple[ObservedDevice, bytes]]:
+    for message in channel.dump(RTM_GETLINK, _link_question() + integer(_IFLA_MASTER, index)):
+        port = parse_link(message)
+        if port.master == index:
+            yield port, message
+
+
+def port_guards(channel: NetlinkSocket, index: int) -> dict[BridgePort, str]:
+    """The flag of each port of a bridge by which the bridge learns no MAC there, in words; empty where none is set."""
+    guards: dict[BridgePort, str] = {}
+    for port, message in _ports(channel, index):
+        info = parse_attributes(message, _IFINFO.size).get(_IFLA_LINKINFO, b"")
+        flags = parse_attributes(parse_attributes(info).get(_INFO_SLAVE_DATA, b""))
+        learns = "" if number(flags.get(_BRPORT_LEARNING, b"\1")) else "learning off"
+        guard = "locked" if number(flags.get(_BRPORT_LOCKED)) else learns
+        guards[BridgePort(port.name, port.kind)] = guard
+    return guards
 
 
 def find_link(channel: NetlinkSocket, name: str) -> ObservedDevice | None:
@@ -166,12 +158,8 @@ def find_link_by_index(channel: NetlinkSocket, index: int) -> ObservedDevice | N
 
 
 def _find_link(channel: NetlinkSocket, question: bytes) -> ObservedDevice | None:
-    try:
-        return parse_link(channel.get(RTM_GETLINK, question).payload)
-    except NetlinkRefused as error:
-        if error.errno in (errno.ENODEV, errno.ENOENT, errno.ERANGE):
-            return None
-        raise
+    found = channel.find(RTM_GETLINK, question, errno.ENODEV, errno.ENOENT, errno.ERANGE)
+    return None if found is None else parse_link(found)
 
 
 def parse_address(payload: bytes, names: dict[int, str]) -> ObservedAddress | None:
@@ -181,14 +169,14 @@ def parse_address(payload: bytes, names: dict[int, str]) -> ObservedAddress | No
     address = _METADATA.get(found.get(_IFA_LOCAL) or found.get(_IFA_ADDRESS) or b"")
     if address is None:
         return None
-    flags = _number(found.get(_IFA_FLAGS)) or flags
+    flags = number(found.get(_IFA_FLAGS)) or flags
     state = AddressState.USABLE
     if flags & _IFA_F_DADFAILED:
         state = AddressState.DUPLICATE
     elif flags & _IFA_F_TENTATIVE:
         state = AddressState.TENTATIVE
     device = names.get(index, str(index))
-    return ObservedAddress(device, address, prefix, state, _number(found.get(_IFA_PROTO)))
+    return ObservedAddress(device, address, prefix, state, number(found.get(_IFA_PROTO)))
 
 
 def address_index(payload: bytes) -> int:
@@ -201,9 +189,8 @@ def metadata_addresses(
 ) -> list[ObservedAddress]:
     """The metadata addresses on one device (by index) or on all."""
     names = {one.index: one.name for one in devices}
-    question = _IFADDR.pack(0, 0, 0, 0, index)
-    answers = channel.dump(RTM_GETADDR, question)
-    parsed = (parse_address(one.payload, names) for one in answers)
+    answers = channel.dump(RTM_GETADDR, _IFADDR.pack(0, 0, 0, 0, index))
+    parsed = (parse_address(one, names) for one in answers)
     return [one for one in parsed if one is not None]
 
 
@@ -213,49 +200,38 @@ def default_routes(
     """Family and device of each default route of the main table."""
     names = {one.index: one.name for one in devices}
     found: set[tuple[Family, str]] = set()
-    for family, number in ((Family.IPV4, socket.AF_INET), (Family.IPV6, socket.AF_INET6)):
-        question = _RTMSG.pack(number, 0, 0, 0, 0, 0, 0, 0, 0)
+    for family in Family:
+        question = _RTMSG.pack(_family_of(family.metadata_address), 0, 0, 0, 0, 0, 0, 0, 0)
         for message in channel.dump(RTM_GETROUTE, question):
-            device = _default_device(message)
-            if device in names:
+            _, prefix, _, _, table, _, _, kind, _ = _RTMSG.unpack_from(message)
+            device = _out_device(message)
+            if device in names and (prefix, table, kind) == (0, _TABLE_MAIN, _UNICAST):
                 found.add((family, names[device]))
     return frozenset(found)
 
 
-def _default_device(message: Message) -> int:
-    fields = _RTMSG.unpack_from(message.payload)
-    prefix, table, kind = fields[1], fields[4], fields[7]
-    if prefix or table != _TABLE_MAIN or kind != _UNICAST:
-        return 0
-    return _number(parse_attributes(message.payload, _RTMSG.size).get(_RTA_OIF))
+def _out_device(message: bytes) -> int:
+    return number(parse_attributes(message, _RTMSG.size).get(_RTA_OIF))
 
 
 def route_device(channel: NetlinkSocket, address: IpAddress) -> int:
     """The index of the device that the host's own packets to an address leave by; 0 without a route."""
     answer = _route(channel, address, 0)
-    if answer is None:
-        return 0
-    return _number(parse_attributes(answer.payload, _RTMSG.size).get(_RTA_OIF))
+    return 0 if answer is None else _out_device(answer)
 
 
 def route_length(channel: NetlinkSocket, address: IpAddress) -> int:
     """The prefix length of the route for forwarded packets to an address; 0 for none, or to an address of our own."""
     answer = _route(channel, address, _FIB_MATCH)
-    if answer is None:
-        return 0
-    fields = _RTMSG.unpack_from(answer.payload)
+    fields = _RTMSG.unpack_from(answer or bytes(_RTMSG.size))
     return int(fields[1]) if fields[7] == _UNICAST else 0
 
 
-def _route(channel: NetlinkSocket, address: IpAddress, flags: int) -> Message | None:
+def _route(channel: NetlinkSocket, address: IpAddress, flags: int) -> bytes | None:
     bits = 8 * len(address.packed)
     question = _RTMSG.pack(_family_of(address), bits, 0, 0, 0, 0, 0, 0, flags)
-    try:
-        return channel.get(RTM_GETROUTE, question + attribute(_RTA_DST, address.packed))
-    except NetlinkRefused as error:
-        if error.errno in (errno.ENETUNREACH, errno.EHOSTUNREACH):
-            return None
-        raise
+    question += attribute(_RTA_DST, address.packed)
+    return channel.find(RTM_GETROUTE, question, errno.ENETUNREACH, errno.EHOSTUNREACH)
 
 
 def neighbour_mac(
@@ -269,19 +245,16 @@ def neighbour_mac(
         answers = _neighbour(channel, index, address)
     else:
         answers = channel.dump(RTM_GETNEIGH, _NDMSG.pack(_family_of(address), 0, 0, 0, 0))
-    entries = (parse_neighbour(message.payload) for message in answers)
+    entries = (parse_neighbour(one) for one in answers)
     found = {one.mac for one in entries if one.packed == address.packed} - {None}
     return found.pop() if len(found) == 1 else None
 
 
-def _neighbour(channel: NetlinkSocket, index: int, address: IpAddress) -> list[Message]:
+def _neighbour(channel: NetlinkSocket, index: int, address: IpAddress) -> list[bytes]:
     question = _NDMSG.pack(_family_of(address), index, 0, 0, 0)
-    try:
-        return [channel.get(RTM_GETNEIGH, question + attribute(_NDA_DST, address.packed))]
-    except NetlinkRefused as error:
-        if error.errno in (errno.ENOENT, errno.ENODEV):
-            return []
-        raise
+    question += attribute(_NDA_DST, address.packed)
+    found = channel.find(RTM_GETNEIGH, question, errno.ENOENT, errno.ENODEV)
+    return [] if found is None else [found]
 
 
 def correct_neighbours(
@@ -299,7 +272,7 @@ def correct_neighbours(
     else:
         answers = [one for address in macs for one in _neighbour(channel, index, address)]
     wanted = {address.packed: (address, mac) for address, mac in macs.items()}
-    for found in map(parse_neighbour, (message.payload for message in answers)):
+    for found in map(parse_neighbour, answers):
         address, mac = wanted.get(found.packed, (None, None))
         if address is None or mac is None or found.index != index or found.permanent:
             continue
@@ -365,13 +338,13 @@ def create_veth(
         + integer(_IFLA_MTU, mtu)
         + integer(_IFLA_NET_NS_FD, peer_namespace)
     )
-    data = attribute(_INFO_DATA | _NESTED, attribute(_VETH_PEER | _NESTED, other))
+    data = attribute(_INFO_DATA | NESTED, attribute(_VETH_PEER | NESTED, other))
     payload = (
         _IFINFO.pack(0, 0, 0, _IFF_UP, _IFF_UP)
         + text(_IFLA_IFNAME, link)
         + integer(_IFLA_MTU, mtu)
         + integer(_IFLA_MASTER, master)
-        + attribute(_IFLA_LINKINFO | _NESTED, text(_INFO_KIND, "veth") + data)
+        + attribute(_IFLA_LINKINFO | NESTED, text(_INFO_KIND, "veth") + data)
     )
     channel.change(RTM_NEWLINK, payload, CREATE | EXCL)
 
@@ -422,20 +395,16 @@ def add_address(
 
 def remove_address(channel: NetlinkSocket, index: int, address: IpAddress, prefix: int) -> None:
     """Take an address from a device."""
-    payload = _IFADDR.pack(_family_of(address), prefix, 0, 0, index) + attribute(
-        _IFA_LOCAL, address.packed
-    )
-    channel.change(RTM_DELADDR, payload)
+    payload = _IFADDR.pack(_family_of(address), prefix, 0, 0, index)
+    channel.change(RTM_DELADDR, payload + attribute(_IFA_LOCAL, address.packed))
 
 
 def add_default_route(channel: NetlinkSocket, index: int, family: Family) -> None:
     """Reach every address of a family directly on a device."""
-    number = socket.AF_INET if family is Family.IPV4 else socket.AF_INET6
     scope = _SCOPE_LINK if family is Family.IPV4 else _SCOPE_UNIVERSE
-    payload = _RTMSG.pack(
-        number, 0, 0, 0, _TABLE_MAIN, _PROTO_STATIC, scope, _UNICAST, 0
-    ) + integer(_RTA_OIF, index)
-    channel.change(RTM_NEWROUTE, payload, CREATE | REPLACE)
+    kind = _family_of(family.metadata_address)
+    route = _RTMSG.pack(kind, 0, 0, 0, _TABLE_MAIN, _PROTO_STATIC, scope, _UNICAST, 0)
+    channel.change(RTM_NEWROUTE, route + integer(_RTA_OIF, index), CREATE | REPLACE)
 
 
 def assign_nsid(channel: NetlinkSocket, descriptor: int) -> int:
@@ -447,4 +416,4 @@ def assign_nsid(channel: NetlinkSocket, descriptor: int) -> int:
         if error.errno != errno.EEXIST:
             raise
     answer = channel.get(RTM_GETNSID, named)
-    return _number(parse_attributes(answer.payload, 4).get(_NETNSA_NSID))
+    return number(parse_attributes(answer, 4).get(_NETNSA_NSID))

@@ -11,8 +11,8 @@ import errno
 import os
 import socket
 import struct
+import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Final, Self
 
 REQUEST: Final = 0x1
@@ -21,6 +21,8 @@ DUMP: Final = 0x300
 REPLACE: Final = 0x100
 EXCL: Final = 0x200
 CREATE: Final = 0x400
+NESTED: Final = 0x8000
+"""In an attribute's type: it holds attributes."""
 
 _HEADER: Final = struct.Struct("=IHHII")
 _ATTRIBUTE: Final = struct.Struct("=HH")
@@ -28,12 +30,13 @@ _NOOP: Final = 1
 _ERROR: Final = 2
 _DONE: Final = 3
 _INTERRUPTED: Final = 0x10
-_CAPPED: Final = 0x100
 _HAS_TLVS: Final = 0x200
 _TYPE_MASK: Final = 0x3FFF
 SOL_NETLINK: Final = 270
-_EXT_ACK: Final = 11
-_STRICT_CHECK: Final = 12
+_OPTIONS: Final = (10, 11, 12)
+"""NETLINK_CAP_ACK: errors without what was asked. NETLINK_EXT_ACK: errors in words. NETLINK_GET_STRICT_CHK (Linux
+4.20): a dump can be narrowed to one device or table."""
+
 _RECEIVE_BYTES: Final = 32 * 1024  # as much as the kernel packs into one datagram of a dump
 _DUMP_TRIES: Final = 5
 
@@ -44,14 +47,6 @@ class NetlinkRefused(OSError):
     def __init__(self, number: int, words: str = "") -> None:
         meaning = os.strerror(number)
         super().__init__(number, f"{meaning}: {words}" if words else meaning)
-
-
-@dataclass(frozen=True, slots=True)
-class Message:
-    """One message: its type and everything behind the header."""
-
-    kind: int
-    payload: bytes
 
 
 def _padded(length: int) -> int:
@@ -72,6 +67,16 @@ def integer(kind: int, value: int) -> bytes:
 def text(kind: int, value: str) -> bytes:
     """An attribute that holds a NUL-terminated string."""
     return attribute(kind, value.encode() + b"\0")
+
+
+def number(value: bytes | None) -> int:
+    """An attribute's number in this machine's order, of any size; 0 without one."""
+    return int.from_bytes(value or b"", sys.byteorder)
+
+
+def string(value: bytes | None) -> str:
+    """An attribute's text; empty without one."""
+    return (value or b"").rstrip(b"\0").decode(errors="replace")
 
 
 def parse_attributes(data: bytes, offset: int = 0) -> dict[int, bytes]:
@@ -128,9 +133,8 @@ class NetlinkSocket:
             socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, protocol
         )
         self._sequence = 0
-        self._socket.setsockopt(SOL_NETLINK, _EXT_ACK, 1)
-        # With strict checks a dump can be narrowed to one device or table (Linux 4.20).
-        self._socket.setsockopt(SOL_NETLINK, _STRICT_CHECK, 1)
+        for option in _OPTIONS:
+            self._socket.setsockopt(SOL_NETLINK, option, 1)
 
     def __enter__(self) -> Self:
         return self
@@ -147,7 +151,7 @@ class NetlinkSocket:
         self._send(kind, payload, flags | ACK)
         self._collect()
 
-    def get(self, kind: int, payload: bytes) -> Message:
+    def get(self, kind: int, payload: bytes) -> bytes:
         """Ask for one object.
 
         Raises:
@@ -159,13 +163,22 @@ class NetlinkSocket:
             raise NetlinkRefused(errno.ENOENT)
         return answers[0]
 
-    def dump(self, kind: int, payload: bytes) -> list[Message]:
+    def find(self, kind: int, payload: bytes, *missing: int) -> bytes | None:
+        """Ask for one object; `None` where the kernel refuses with one of these errors."""
+        try:
+            return self.get(kind, payload)
+        except NetlinkRefused as error:
+            if error.errno in missing:
+                return None
+            raise
+
+    def dump(self, kind: int, payload: bytes) -> list[bytes]:
         """Ask for all objects; asked again when the table changed under the kernel's feet.
 
         Raises:
             NetlinkRefused: The question was refused.
         """
-        answers: list[Message] = []
+        answers: list[bytes] = []
         for _ in range(_DUMP_TRIES):
             self._send(kind, payload, DUMP)
             answers, interrupted = self._collect()
@@ -177,37 +190,34 @@ class NetlinkSocket:
         self._sequence += 1
         self._socket.send(pack_message(kind, flags, self._sequence, payload))
 
-    def _collect(self, *, single: bool = False) -> tuple[list[Message], bool]:
-        answers: list[Message] = []
+    def _collect(self, first: int = 0, *, single: bool = False) -> tuple[list[bytes], bool]:
+        """Payloads that answer the last message, and whether they are of different moments.
+
+        Args:
+            first: Errors for this and later messages count; by default for the last one only.
+            single: One answer ends it.
+        """
+        answers: list[bytes] = []
         interrupted = False
         while True:
             data = self._socket.recv(_RECEIVE_BYTES)
             for kind, flags, sequence, payload in iter_messages(data):
-                if sequence != self._sequence or kind == _NOOP:
+                if not (first or self._sequence) <= sequence <= self._sequence or kind == _NOOP:
                     continue
                 interrupted = interrupted or bool(flags & _INTERRUPTED)
                 if kind == _ERROR:
-                    raise_error(payload, flags)
-                    return answers, interrupted
-                if kind == _DONE:
-                    return answers, interrupted
-                answers.append(Message(kind, payload))
-                if single:
-                    return answers, interrupted
+                    _raise_error(payload, flags)
+                elif kind != _DONE:
+                    answers.append(payload)
+                    if not single:
+                        continue
+                return answers, interrupted
 
 
-def raise_error(payload: bytes, flags: int) -> None:
-    """Raise the error in an NLMSG_ERROR, unless it is an acknowledgement.
-
-    Raises:
-        NetlinkRefused: It is an error.
-    """
-    (number,) = struct.unpack_from("=i", payload)
-    if number == 0:
-        return
-    words = b""
-    if flags & _HAS_TLVS:
-        echoed = struct.unpack_from("=I", payload, 4)[0]
-        offset = 4 + (_HEADER.size if flags & _CAPPED else _padded(echoed))
-        words = parse_attributes(payload, offset).get(1, b"").rstrip(b"\0")
-    raise NetlinkRefused(-number, words.decode(errors="replace"))
+def _raise_error(payload: bytes, flags: int) -> None:
+    """Raise the error in an NLMSG_ERROR, unless it is an acknowledgement."""
+    (error,) = struct.unpack_from("=i", payload)
+    if error:
+        # Behind the header of what was refused.
+        words = parse_attributes(payload, 4 + _HEADER.size) if flags & _HAS_TLVS else {}
+        raise NetlinkRefused(-error, string(words.get(1)))

@@ -206,8 +206,8 @@ def _listening() -> list[_Listening]:
         return []
     found: list[_Listening] = []
     for message in messages:
-        inode = _ANSWER.unpack_from(message.payload)[4]
-        attributes = parse_attributes(message.payload, _ANSWER.size)
+        inode = _ANSWER.unpack_from(message)[4]
+        attributes = parse_attributes(message, _ANSWER.size)
         if _VFS in attributes:
             file, device = _FILE.unpack(attributes[_VFS])
             name = attributes.get(_NAME, b"").rstrip(b"\0")

@@ -65,7 +65,7 @@ def listening_sockets(
     )
     found: list[ListeningSocket] = []
     for message in channel.dump(_TCPDIAG_GETSOCK, question):
-        one = _parse_socket(message.payload, names)
+        one = _parse_socket(message, names)
         if one.address in _RELEVANT and one.port == port:
             found.append(one)
     return found
@@ -274,7 +274,7 @@ def list_connections(channel: NetlinkSocket, port: int) -> Iterator[Established]
         wanted = _ID.pack(socket.htons(port), 0, bytes(16), bytes(16), 0, b"\xff" * 8)
         question = _REQUEST.pack(family, socket.IPPROTO_TCP, 0, 0, _ALIVE) + wanted
         for message in channel.dump(_BY_FAMILY, question):
-            identity = message.payload[_ID_AT : _ID_AT + _ID.size]
+            identity = message[_ID_AT : _ID_AT + _ID.size]
             _, dport, source, target, _, _ = _ID.unpack(identity)
             ours: IpAddress
             peer: IpAddress

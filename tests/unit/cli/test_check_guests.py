@@ -8,7 +8,6 @@ import pytest
 
 from imdsproxy.anti_spoofing.host_rules import (
     DroppingChain,
-    GuardedPort,
     parse_dropping_chains,
     passes_forward_chain,
     rules_for,
@@ -105,14 +104,14 @@ def test_devices_of_networks_that_check_macs_are_looked_at() -> None:
 
 
 def test_a_bridge_whose_guests_may_use_any_mac_is_a_warning() -> None:
-    guarded = GuardedPort("vnet0", "locked")
-    finding = bridge_finding("virbr0", [guarded, GuardedPort("vnet1"), GuardedPort("vnet2")])
+    guarded = {"vnet0": "locked"}
+    finding = bridge_finding("virbr0", {**guarded, "vnet1": "", "vnet2": ""})
     assert (finding.ok, finding.warning) == (True, True)
     assert "bridge virbr0: " in finding.text
     assert "vnet1, vnet2 " in finding.text
     assert "anti-spoofing" in finding.hint
     text = "bridge virbr0: guests are kept to their MACs: vnet0 (locked)"
-    assert summarise([bridge_finding("virbr0", [guarded])]) == [(0, False, text)]
+    assert summarise([bridge_finding("virbr0", guarded)]) == [(0, False, text)]
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from imdsproxy.anti_spoofing import host_rules
-from imdsproxy.anti_spoofing.host_rules import DroppingChain, GuardedPort
+from imdsproxy.anti_spoofing.host_rules import DroppingChain
 from imdsproxy.cli.checks import Finding, Subject, refused, warn, wrong
 from imdsproxy.cli.record_io import read_networks
 from imdsproxy.core.hostnames import Naming
@@ -128,16 +128,21 @@ def checked_devices(networks: Iterable[Mapping[str, Any]]) -> list[str]:
     return sorted({device for device in devices if isinstance(device, str)})
 
 
-def bridge_finding(bridge: str, ports: Sequence[GuardedPort]) -> Finding:
-    """Whether something keeps a bridge's guests to their MACs: what imdsproxy cannot see."""
-    open_ports = [port.name for port in ports if not port.by]
+def bridge_finding(bridge: str, ports: Mapping[str, str]) -> Finding:
+    """Whether something keeps a bridge's guests to their MACs: what imdsproxy cannot see.
+
+    Args:
+        bridge: Its name.
+        ports: Of `observe_bridge`.
+    """
+    open_ports = [port for port, guard in ports.items() if not guard]
     if open_ports:
         return warn(
             f"bridge {bridge}: nothing was seen that keeps the guests on {', '.join(open_ports)} from "
             "using another's MAC",
             "docs/anti-spoofing.md: nwfilter's clean-traffic, a rule for the bridge, or a locked port",
         )
-    seen = ", ".join(f"{port.name} ({port.by})" for port in ports)
+    seen = ", ".join(f"{port} ({guard})" for port, guard in ports.items())
     return Finding(f"bridge {bridge}: guests are kept to their MACs: {seen}")
 
 
