@@ -27,25 +27,25 @@ from imdsproxy.errors import ImdsproxyError
 from imdsproxy.host.notify import ServiceNotifier
 from imdsproxy.serving import server
 options = json.loads(sys.argv[1])
-notifier = ServiceNotifier(options.pop("notify"))
+options["notifier"] = ServiceNotifier(options.pop("notify"))
 fault = options.pop("fault")
-run_worker = server.run_worker
+serve = server.DocumentServer.serve
 def watch(event, arguments):
     if event == "import":
         os.write(2, f"late import of {arguments[0]}\\n".encode())
 if fault == "no program":
     sys.executable = "/nonexistent/python"
-def run_watched(*arguments):
+def serve_watched(*arguments):
     if fault and fault != "no program":
         raise RuntimeError(fault)
     sys.addaudithook(watch)
-    run_worker(*arguments)
-server.run_worker = run_watched
+    serve(*arguments)
+server.DocumentServer.serve = serve_watched
 for name in ("records", "passwords", "pid_file", "log"):
     options[name] = pathlib.Path(options[name])
 options["sockets"] = tuple(map(pathlib.Path, options["sockets"]))
 try:
-    server.run_documents(server.DocumentServerOptions(**options), notifier=notifier)
+    server.DocumentServer(**options).run()
 except ImdsproxyError as error:
     print("error:", error.message, file=sys.stderr)
     sys.exit(error.exit_status)

@@ -38,7 +38,7 @@ def documents(run: options.Invocation) -> None:
     from imdsproxy.host.clock import SystemClock  # noqa: PLC0415 - as above
     from imdsproxy.host.logs import open_logging  # noqa: PLC0415 - as above
     from imdsproxy.host.notify import ServiceNotifier, is_journal  # noqa: PLC0415 - as above
-    from imdsproxy.serving.server import DocumentServerOptions, run_documents  # noqa: PLC0415
+    from imdsproxy.serving.server import DocumentServer  # noqa: PLC0415 - as above
 
     settings = run.settings
     log, journal = settings.log, is_journal(sys.stderr, os.environ)
@@ -49,19 +49,17 @@ def documents(run: options.Invocation) -> None:
         documents_workers=settings.documents.workers,
         chroot=settings.haproxy.chroot,
     )
-    run_documents(
-        DocumentServerOptions(
-            sockets=layout.documents_sockets,
-            records=layout.records,
-            passwords=layout.passwords,
-            pid_file=layout.documents_pid,
-            log=layout.documents_log,
-            user=settings.documents.user,
-            group=settings.documents.group,
-        ),
+    DocumentServer(
+        sockets=layout.documents_sockets,
+        records=layout.records,
+        passwords=layout.passwords,
+        pid_file=layout.documents_pid,
         # The service manager's variable, not a setting: where it listens for "ready".
         notifier=ServiceNotifier(os.environ.get("NOTIFY_SOCKET", "")),
-    )
+        log=layout.documents_log,
+        user=settings.documents.user,
+        group=settings.documents.group,
+    ).run()
 
 
 @options.bare_command

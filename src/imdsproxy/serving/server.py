@@ -4,38 +4,48 @@ The parent makes the sockets and holds them open, so a connection to a worker th
 next one instead of being refused. It imports everything before it forks: what the workers share costs once.
 It depends on neither the controller nor HAProxy.
 
-SIGTERM and SIGINT stop it, SIGHUP makes it take up new code and settings without losing a connection.
+SIGTERM and SIGINT stop it. SIGHUP makes it execute its own command line again: the same process takes up new code and
+settings, makes new sockets and workers, puts the sockets in place when all workers answer, and ends the old workers.
+The same happens after a parent was killed, whose workers serve on until then. No connection is lost.
 """
 
 from __future__ import annotations
 
 import asyncio
 import concurrent.futures.thread  # noqa: F401 - see below
-import json
+import gc
+import math
 import os
 import signal
 import socket
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
 import structlog
 import uvicorn.lifespan.off  # noqa: F401 - see below
 
-from imdsproxy.errors import ImdsproxyError
+from imdsproxy.errors import HostRefused, ImdsproxyError
 from imdsproxy.host.account import Account, find_account
-from imdsproxy.host.files import ensure_directory, write_atomic
+from imdsproxy.host.files import ensure_directory, limit_log
 from imdsproxy.host.notify import ServiceNotifier
+from imdsproxy.host.process import (
+    Doubt,
+    ProcessHandle,
+    open_process,
+    raise_descriptor_limit,
+    read_stat,
+)
+from imdsproxy.host.refusal import host_refused
 from imdsproxy.host.servers import open_unix_socket
 from imdsproxy.serving.documents import DocumentService, documents_app
-from imdsproxy.serving.http import HttpListener
+from imdsproxy.serving.http import LIVENESS_PATH, HttpListener
 from imdsproxy.serving.pidfile import PidFile, read_pids
 from imdsproxy.serving.store import PasswordStore, RecordReader
-from imdsproxy.serving.supervisor import HANDLED_SIGNALS, Ending, Place, Supervisor
 
 # Libraries import the modules marked above when they first need them. Here that is too late: an unprivileged
 # worker may not be able to read them, and after an upgrade they would not fit the rest.
@@ -47,243 +57,408 @@ _CACHE_BYTES: Final = 32 * 1024 * 1024
 
 _GRACE_S: Final = 5.0
 _ORPHAN_POLL_S: Final = 0.2
+_START_WITHIN_S: Final = 15.0
+_START_POLL_S: Final = 0.02
+_LOOK_EVERY_S: Final = 1.0
+_STOP_WITHIN_S: Final = 8.0
+_HEALTHY_AFTER_S: Final = 5.0
+_FIRST_DELAY_S: Final = 0.1
+_LONGEST_DELAY_S: Final = 5.0
+_ATTEMPTS: Final = 3
+_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD)
+"""Blocked in the parent, which waits for them. What executes us anew finds those that came meanwhile."""
+
+_DESCRIPTORS: Final = 1 << 20
 
 
-@dataclass(frozen=True, slots=True)
-class DocumentServerOptions:
-    """What a document server is to do.
+def restart_delay(failures: int) -> float:
+    """Seconds until the next process starts after so many in a row that died young.
+
+    The first time at once, as after a `kill`; then ever later, so that a fault does not keep the host busy.
+    """
+    if failures <= 1:
+        return 0.0
+    return min(_FIRST_DELAY_S * 2.0 ** min(failures - 2, 16), _LONGEST_DELAY_S)
+
+
+@dataclass(slots=True)
+class Worker:
+    """One listening socket and its process.
 
     Attributes:
+        path: Where clients find the socket.
+        at: Where the socket is: beside `path` until all workers answer.
+        identity: Device and inode of the socket's file.
+        pid: `None` between two processes.
+        answers: Whether its process has answered a request.
+        failures: Processes in a row that died young.
+        due: When the next one is to start, while there is none.
+        question: A connection with a request on it; within a second there is to be an answer.
+        doubt: What requests without an answer say of the process.
+    """
+
+    path: Path
+    at: Path
+    listener: socket.socket
+    identity: tuple[int, int]
+    pid: int | None = None
+    answers: bool = False
+    started: float = 0.0
+    failures: int = 0
+    due: float = 0.0
+    question: socket.socket | None = None
+    doubt: Doubt = field(default_factory=Doubt)
+
+    def is_at(self, path: Path) -> bool:
+        """Whether clients that connect to the path come to this socket."""
+        try:
+            status = path.stat()
+        except OSError:
+            return False
+        return (status.st_dev, status.st_ino) == self.identity
+
+    def ask(self) -> None:
+        """Send a request, without waiting for anything; where that is not possible there will be no answer."""
+        self.question = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        self.question.setblocking(False)
+        with suppress(OSError):
+            self.question.connect(os.fspath(self.at))
+            self.question.send(
+                b"GET %b HTTP/1.1\r\nHost: documents\r\nConnection: close\r\n\r\n" % LIVENESS_PATH
+            )
+
+    def has_answered(self) -> bool:
+        """Whether an answer to the last request has begun."""
+        with suppress(OSError):
+            return self.question is not None and bool(self.question.recv(1))
+        return False
+
+    def hang_up(self) -> None:
+        """Close the connection of the last request."""
+        if self.question is not None:
+            self.question.close()
+            self.question = None
+
+
+@dataclass(slots=True)
+class DocumentServer:
+    """The parent's part.
+
+    Args:
         sockets: One path for each worker; their directory must exist.
         records: The directory of compiled records.
         passwords: The directory of guests' passwords; made, and given to the workers' account.
         pid_file: Locked while the server runs; lists the parent and the workers.
+        notifier: Notified once all workers answer.
         log: Where this process's standard error goes, if that is a file of ours: its size is limited.
         user: Whose account the workers take, if this process is root; `None` keeps the present one.
         group: The workers' group, and that of the sockets; `None` for the user's own.
+        monotonic: The clock of restarts and their back-off.
     """
 
     sockets: tuple[Path, ...]
     records: Path
     passwords: Path
     pid_file: Path
+    notifier: ServiceNotifier
     log: Path | None = None
     user: str | None = None
     group: str | None = None
+    monotonic: Callable[[], float] = time.monotonic
+    _account: Account | None = None
+    _lock: PidFile = field(init=False)
+    _parent: ProcessHandle | None = None
+    _workers: list[Worker] = field(default_factory=list)
+    _predecessors: list[ProcessHandle] = field(default_factory=list)
+    _predecessors_until: float = math.inf
+    _next_look: float = 0.0
+    _restarts: int = 0
+    _complaint: str = ""
+    _ending: signal.Signals | None = None
 
+    def run(self) -> None:
+        """Serve until a signal stops it.
 
-def run_documents(
-    options: DocumentServerOptions,
-    *,
-    notifier: ServiceNotifier,
-    monotonic: Callable[[], float] = time.monotonic,
-) -> None:
-    """Be the document server until a signal stops it.
+        Raises:
+            HostRefused: Another one runs, a socket cannot be bound, an account does not exist, or no worker comes up.
+            PrivilegeMissing: This process may not do that.
+        """
+        signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+        self._account = find_account(self.user, self.group)
+        before = read_pids(self.pid_file)
+        if before.parent == os.getpid():
+            # Earlier versions hand the lock and their sockets on, open and listed in a file.
+            os.closerange(3, _DESCRIPTORS)
+            self.pid_file.with_suffix(".handover").unlink(missing_ok=True)
+        self._predecessors = [one for one in map(open_process, before.workers) if one is not None]
+        self._lock = PidFile.claim(self.pid_file)
+        self._parent = open_process(os.getpid())
+        self._make_directories()
+        self._workers = [self._bind(path, path.with_suffix(".new")) for path in self.sockets]
+        raise_descriptor_limit()
+        gc.collect()
+        gc.freeze()
+        self._start()
+        self.notifier.ready(f"{len(self._workers)} workers answer")
+        while self._ending is not signal.SIGTERM:
+            if self._ending is signal.SIGHUP:
+                self._ending = None
+                self._replace()
+            self._step(_LOOK_EVERY_S)
+        self._stop()
+        self._lock.release()
 
-    Args:
-        options: What to do.
-        notifier: Notified once all workers answer.
-        monotonic: The clock of restarts and their back-off.
+    def _make_directories(self) -> None:
+        account = self._account
+        owners = (
+            (None, None)
+            if account is None
+            else ((-1, account.group), (account.user, account.group))
+        )
+        for path, owner in zip((self.records, self.passwords), owners, strict=True):
+            # Without an account to give it to, an existing one keeps its owner and mode.
+            if owner is not None or not path.is_dir():
+                ensure_directory(path, mode=_PRIVATE, owner=owner)
 
-    Raises:
-        HostRefused: Another one runs, a socket cannot be bound, an account does not exist, or no worker comes up.
-        PrivilegeMissing: This process may not do that.
-    """
-    account = find_account(options.user, options.group)
-    handover_file = options.pid_file.with_suffix(".handover")
-    handover = accept_handover(handover_file)
-    if handover is None:
-        predecessors = read_pids(options.pid_file).workers
-        pid_file = PidFile.claim(options.pid_file)
-    else:
-        predecessors = handover.workers
-        pid_file = PidFile(options.pid_file, handover.lock)
-    places = _places(options, account, handover)
-    supervisor = Supervisor(
-        places,
-        serve=partial(run_worker, options, account),
-        pid_file=pid_file,
-        log=options.log,
-        bind=lambda path: _bind(path, account),
-        monotonic=monotonic,
-    )
-    supervisor.start(predecessors)
-    if handover is not None:
-        os.close(handover.alive)
-    notifier.ready(f"{len(places)} workers answer")
-    while supervisor.run() is Ending.REPLACE:
-        notifier.reloading(int(monotonic() * 1_000_000))
-        left = Handover(pid_file.descriptor, supervisor.alive, supervisor.places, supervisor.pids)
-        _become_successor(handover_file, left)
-        notifier.ready("could not be replaced; see the log")
-    supervisor.stop()
-    pid_file.release()
+    def _bind(self, path: Path, at: Path) -> Worker:
+        if not at.parent.is_dir():
+            ensure_directory(at.parent)
+        group = None if self._account is None else self._account.group
+        listener = open_unix_socket(at, mode=_SOCKET_MODE, group=group)
+        status = at.stat()
+        return Worker(path, at, listener, (status.st_dev, status.st_ino))
 
+    def _start(self) -> None:
+        """Start all workers and wait until they answer; then put their sockets in place and end the predecessors."""
+        deadline = self.monotonic() + _START_WITHIN_S
+        while not (self._ending is signal.SIGTERM or all(one.answers for one in self._workers)):
+            failed = max(worker.failures for worker in self._workers) >= _ATTEMPTS
+            if failed or self.monotonic() > deadline:
+                self._predecessors.clear()
+                self._stop()
+                raise HostRefused(
+                    "the document server's workers do not come up", hint="see their messages above"
+                )
+            self._step(_START_POLL_S)
+        for worker in self._workers:
+            try:
+                worker.at.replace(worker.path)
+            except OSError as error:
+                raise host_refused(f"listen on {worker.path}", error) from error
+            worker.at = worker.path
+        for one in self._predecessors:
+            one.kill(signal.SIGTERM)
+        self._predecessors_until = self.monotonic() + _STOP_WITHIN_S
 
-def _places(
-    options: DocumentServerOptions, account: Account | None, handover: Handover | None
-) -> tuple[Place, ...]:
-    _have_directory(options.records, None if account is None else (-1, account.group))
-    _have_directory(options.passwords, None if account is None else (account.user, account.group))
-    inherited = {} if handover is None else {place.path: place for place in handover.places}
-    places = []
-    for path in options.sockets:
-        place = inherited.pop(path, None)
-        places.append(place if place is not None and place.is_ours() else _bind(path, account))
-    for place in inherited.values():
-        place.path.unlink(missing_ok=True)
-        place.listener.close()
-    return tuple(places)
-
-
-def _have_directory(path: Path, owner: tuple[int, int] | None) -> None:
-    # Without an account to give it to, an existing one keeps its owner and mode.
-    if owner is not None or not path.is_dir():
-        ensure_directory(path, mode=_PRIVATE, owner=owner)
-
-
-def _bind(path: Path, account: Account | None) -> Place:
-    if not path.parent.is_dir():
-        ensure_directory(path.parent)
-    group = None if account is None else account.group
-    listener = open_unix_socket(path, mode=_SOCKET_MODE, group=group)
-    status = path.stat()
-    return Place(path, listener, (status.st_dev, status.st_ino))
-
-
-def _become_successor(handover_file: Path, handover: Handover) -> None:
-    """Execute our own command line again; comes back only when that failed."""
-    log = structlog.get_logger()
-    try:
-        write_handover(handover_file, handover)
+    def _replace(self) -> None:
+        """Execute our own command line again; comes back only when that failed."""
+        log = structlog.get_logger()
+        self.notifier.reloading(int(self.monotonic() * 1_000_000))
         log.info("taking up new code and settings")
-        # Blocked, a signal waits for the next program's handlers instead of ending it before it has any.
-        signal.pthread_sigmask(signal.SIG_BLOCK, HANDLED_SIGNALS)
-        os.execv(sys.executable, sys.orig_argv)  # noqa: S606 - our own command line, no shell
-    except (OSError, ImdsproxyError) as error:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, HANDLED_SIGNALS)
-        log.error("cannot be replaced; going on as before", reason=str(error))  # noqa: TRY400 - the reason says it all
-        handover_file.unlink(missing_ok=True)
+        try:
+            os.execv(sys.executable, sys.orig_argv)  # noqa: S606 - our own command line, no shell
+        except OSError as error:
+            log.error("cannot be replaced; going on as before", reason=str(error))  # noqa: TRY400 - the reason says it all
+        self.notifier.ready("could not be replaced; see the log")
+
+    def _stop(self) -> None:
+        """End all workers: ask, wait while they finish their requests, then kill what is left.
+
+        The sockets go first, so that no client connects to what will not be served.
+        """
+        for worker in self._workers:
+            if worker.is_at(worker.at):
+                worker.at.unlink(missing_ok=True)
+            worker.listener.close()
+        deadline, number = self.monotonic() + _STOP_WITHIN_S, signal.SIGTERM
+        _signal(self._pids, number)
+        while self._pids:
+            if self.monotonic() > deadline:
+                deadline, number = math.inf, signal.SIGKILL
+                structlog.get_logger().warning(
+                    "workers do not end; killing them", pids=sorted(self._pids)
+                )
+                _signal(self._pids, number)
+            signal.sigtimedwait(_SIGNALS, 0.1)
+            self._collect()
+
+    @property
+    def _pids(self) -> tuple[int, ...]:
+        """Every worker process, predecessors that have not ended yet included."""
+        workers = (worker.pid for worker in self._workers if worker.pid is not None)
+        return (*workers, *(one.pid for one in self._predecessors))
+
+    def _step(self, longest_s: float) -> None:
+        """Start what is due, look after what runs, and wait until something happens."""
+        if not self._lock.is_ours():
+            structlog.get_logger().error(
+                "the pid file was removed, or is another document server's: ending",
+                file=str(self.pid_file),
+            )
+            self._ending = signal.SIGTERM
+            return
+        now = self.monotonic()
+        look = now >= self._next_look
+        if look:
+            self._next_look = now + _LOOK_EVERY_S
+            if self.log is not None:
+                limit_log(self.log)
+        if now > self._predecessors_until:
+            for one in self._predecessors:
+                one.kill(signal.SIGKILL)
+        for worker in self._workers:
+            self._restore(worker)
+            if worker.pid is not None:
+                self._check(worker, worker.pid, look=look)
+            elif worker.due <= now:
+                self._fork(worker)
+        self._lock.write((os.getpid(), *self._pids), self._restarts)
+        due = (max(0.0, worker.due - now) for worker in self._workers if worker.pid is None)
+        self._wait(min([longest_s, *due]))
+
+    def _wait(self, timeout_s: float) -> None:
+        """Wait for a signal, and note what it is for."""
+        caught = signal.sigtimedwait(_SIGNALS, timeout_s)
+        if caught is not None and caught.si_signo == signal.SIGHUP:
+            self._ending = self._ending or signal.SIGHUP
+        elif caught is not None and caught.si_signo != signal.SIGCHLD:
+            self._ending = signal.SIGTERM
+        for worker, pid, status in self._collect():
+            self._note_end(worker, pid, status)
+
+    def _note_end(self, worker: Worker, pid: int, status: int) -> None:
+        now, path = self.monotonic(), str(worker.path)
+        code = os.waitstatus_to_exitcode(status)
+        how = signal.Signals(-code).name if code < 0 else f"exit status {code}"
+        structlog.get_logger().error(
+            "a worker ended; starting another", pid=pid, how=how, socket=path
+        )
+        self._restarts += 1
+        healthy = now - worker.started >= _HEALTHY_AFTER_S
+        worker.failures = 0 if healthy else worker.failures + 1
+        worker.due = now + restart_delay(worker.failures)
+
+    def _restore(self, worker: Worker) -> None:
+        """Listen again where a socket's file is gone: a worker is unreachable without it."""
+        if worker.is_at(worker.at):
+            return
+        log = structlog.get_logger()
+        try:
+            new = self._bind(worker.path, worker.at)
+        except ImdsproxyError as error:
+            reason, path = str(error), str(worker.path)
+            if reason != self._complaint:
+                log.error("a socket is gone and cannot be made", socket=path, reason=reason)  # noqa: TRY400 - the reason says it all
+            self._complaint = reason
+            return
+        log.warning("a socket was taken away; listening anew", socket=str(worker.path))
+        worker.listener.close()
+        worker.listener, worker.identity = new.listener, new.identity
+        if worker.pid is not None:
+            _signal([worker.pid], signal.SIGTERM)
+
+    def _check(self, worker: Worker, pid: int, *, look: bool) -> None:
+        """Take a worker's answer and, once a second, ask it again; end it when it does not answer."""
+        if worker.has_answered():
+            worker.hang_up()
+            worker.doubt = Doubt()
+            if not worker.answers:
+                worker.answers = True
+                structlog.get_logger().info("a worker answers", pid=pid, socket=str(worker.path))
+        if not look:
+            return
+        if worker.question is not None:
+            worker.doubt = worker.doubt.after_silence(pid, read_stat(pid))
+            worker.hang_up()
+        worker.ask()
+        if worker.doubt.hung:
+            structlog.get_logger().error(
+                "a worker does not answer: ending it", pid=pid, socket=str(worker.path)
+            )
+            _signal([pid], signal.SIGKILL)
+
+    def _fork(self, worker: Worker) -> None:
+        worker.hang_up()
+        try:
+            pid = os.fork()
+        except OSError as error:
+            raise host_refused("start a worker", error) from error
+        if pid == 0:
+            self._run_worker(worker)
+        worker.pid, worker.answers, worker.started = pid, False, self.monotonic()
+        worker.ask()
+
+    def _run_worker(self, worker: Worker) -> None:
+        """Never returns: nothing of the parent's may run twice."""
+        status = 1
+        try:
+            # A terminal sends these to every process; the parent decides what happens.
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+            for other in self._workers:
+                other.hang_up()
+                if other is not worker:
+                    other.listener.close()
+            os.close(self._lock.descriptor)
+            self.serve(worker)
+            status = 0
+        except BaseException:  # noqa: BLE001 - logged, and the process ends
+            structlog.get_logger().exception("a worker failed", socket=str(worker.path))
+        finally:
+            with suppress(OSError, ValueError):
+                sys.stderr.flush()
+            os._exit(status)
+
+    def _collect(self) -> list[tuple[Worker, int, int]]:
+        """Let go of what has ended: the workers of these, with pid and wait status."""
+        statuses: dict[int, int] = {}
+        with suppress(ChildProcessError):
+            while (found := os.waitpid(-1, os.WNOHANG))[0]:
+                statuses[found[0]] = found[1]
+        for one in [one for one in self._predecessors if not one.alive()]:
+            one.close()
+            self._predecessors.remove(one)
+        ended = []
+        for worker in self._workers:
+            if worker.pid is not None and worker.pid in statuses:
+                ended.append((worker, worker.pid, statuses[worker.pid]))
+                worker.pid, worker.answers = None, False
+        return ended
+
+    def serve(self, worker: Worker) -> None:
+        """Be a worker until SIGTERM, then finish what is begun.
+
+        A worker whose parent is gone (killed) serves on, until another one listens in its place.
+        """
+        if self._account is not None:
+            self._account.assume()
+        asyncio.run(self._serve(worker))
+
+    async def _serve(self, worker: Worker) -> None:
+        loop = asyncio.get_running_loop()
+        over = asyncio.Event()
+        loop.add_signal_handler(signal.SIGTERM, over.set)
+        records = RecordReader(self.records, capacity=_CACHE_BYTES)
+        http = HttpListener(documents_app(DocumentService(records, PasswordStore(self.passwords))))
+        await http.open(worker.listener)
+        succession = loop.create_task(self._end_when_replaced(worker, over))
+        await over.wait()
+        succession.cancel()
+        await http.close(grace_s=_GRACE_S)
+
+    async def _end_when_replaced(self, worker: Worker, over: asyncio.Event) -> None:
+        if self._parent is not None:
+            await self._parent.wait()
+        log, path = structlog.get_logger(), worker.path
+        log.warning("the document server's parent is gone; serving on", socket=str(path))
+        while worker.is_at(path):  # noqa: ASYNC110 - the file system is what changes
+            await asyncio.sleep(_ORPHAN_POLL_S)
+        log.info("another document server has taken over", socket=str(path))
+        over.set()
 
 
-@dataclass(frozen=True, slots=True)
-class Handover:
-    """What the predecessor held: same process, same sockets, new program.
-
-    The parent writes it into a file and executes its own command line again. The next program finds the file with its
-    own pid in it, forks new workers on the same sockets, and ends the old ones when the new ones answer. No connection
-    is refused meanwhile, and the process that a supervisor watches stays.
-
-    Attributes:
-        lock: The pid file's descriptor.
-        alive: The writing end of the pipe by which its workers know that their parent lives.
-        places: Its sockets.
-        workers: Its workers, which still serve.
-    """
-
-    lock: int
-    alive: int
-    places: tuple[Place, ...]
-    workers: tuple[int, ...]
-
-
-def write_handover(path: Path, handover: Handover) -> None:
-    """Write the file and make the descriptors survive the execution.
-
-    Raises:
-        HostRefused: The file cannot be written.
-        PrivilegeMissing: This process may not write there.
-    """
-    sockets = [
-        {"path": str(one.path), "descriptor": one.listener.fileno(), "identity": one.identity}
-        for one in handover.places
-    ]
-    # The next program may be of another version.
-    text = {
-        "pid": os.getpid(),
-        "lock": handover.lock,
-        "alive": handover.alive,
-        "sockets": sockets,
-        "workers": handover.workers,
-    }
-    write_atomic(path, json.dumps(text).encode("ascii"), mode=0o600)
-    listeners = (one.listener.fileno() for one in handover.places)
-    for descriptor in (handover.lock, handover.alive, *listeners):
-        os.set_inheritable(descriptor, True)
-
-
-def accept_handover(path: Path) -> Handover | None:
-    """What this process's former program left, once; `None` when it was started anew."""
-    try:
-        text = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        # Whatever is there was not written for this process in this moment.
-        return None
-    if not isinstance(text, dict) or text.get("pid") != os.getpid():
-        return None
-    path.unlink(missing_ok=True)
-    places = []
-    for one in text["sockets"]:
-        listener = socket.socket(fileno=one["descriptor"])
-        listener.set_inheritable(False)
-        device, inode = one["identity"]
-        places.append(Place(Path(one["path"]), listener, (device, inode)))
-    for descriptor in (text["lock"], text["alive"]):
-        os.set_inheritable(descriptor, False)
-    return Handover(text["lock"], text["alive"], tuple(places), tuple(text["workers"]))
-
-
-def run_worker(
-    options: DocumentServerOptions,
-    account: Account | None,
-    place: Place,
-    parent: int,
-    announce: Callable[[], None],
-) -> None:
-    """Be a worker until SIGTERM, then finish what is begun.
-
-    A worker whose parent is gone (killed) serves on, until another one listens in its place.
-
-    Args:
-        options: What to serve.
-        account: What to become; `None` for what this process is.
-        place: The socket.
-        parent: The reading end of a pipe that is never written: it ends when the parent does.
-        announce: Called once, when requests are answered.
-    """
-    if account is not None:
-        account.assume()
-    asyncio.run(_serve(options, place, parent, announce))
-
-
-async def _serve(
-    options: DocumentServerOptions, place: Place, parent: int, announce: Callable[[], None]
-) -> None:
-    loop = asyncio.get_running_loop()
-    over, orphaned = asyncio.Event(), asyncio.Event()
-    loop.add_signal_handler(signal.SIGTERM, over.set)
-
-    def note_end() -> None:
-        loop.remove_reader(parent)
-        os.close(parent)
-        orphaned.set()
-
-    loop.add_reader(parent, note_end)
-    records = RecordReader(options.records, capacity=_CACHE_BYTES)
-    http = HttpListener(documents_app(DocumentService(records, PasswordStore(options.passwords))))
-    await http.open(place.listener)
-    announce()
-    succession = loop.create_task(_end_when_replaced(place, orphaned, over))
-    await over.wait()
-    succession.cancel()
-    await http.close(grace_s=_GRACE_S)
-
-
-async def _end_when_replaced(place: Place, orphaned: asyncio.Event, over: asyncio.Event) -> None:
-    await orphaned.wait()
-    log = structlog.get_logger()
-    log.warning("the document server's parent is gone; serving on", socket=str(place.path))
-    while place.is_ours():  # noqa: ASYNC110 - the file system is what changes
-        await asyncio.sleep(_ORPHAN_POLL_S)
-    log.info("another document server has taken over", socket=str(place.path))
-    over.set()
+def _signal(pids: Iterable[int], number: signal.Signals) -> None:
+    for pid in pids:
+        with suppress(ProcessLookupError):
+            os.kill(pid, number)

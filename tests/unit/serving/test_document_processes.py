@@ -10,8 +10,7 @@ import pytest
 
 from imdsproxy.errors import HostRefused
 from imdsproxy.serving.pidfile import PidFile, read_pids, stop_documents
-from imdsproxy.serving.server import accept_handover
-from imdsproxy.serving.supervisor import restart_delay
+from imdsproxy.serving.server import restart_delay
 
 
 @pytest.fixture
@@ -106,14 +105,6 @@ def test_a_process_that_cannot_be_ended_is_named(
         stop_documents(path, timeout_s=5, monotonic=lambda: next(ticks), sleep=lambda _s: None)
     file.release()
     monkeypatch.undo()
-
-
-@pytest.mark.parametrize("text", [None, "", "{", "[]", '{"pid": 1}'])
-def test_what_was_not_left_for_this_process_is_nothing(tmp_path: Path, text: str | None) -> None:
-    file = tmp_path / "documents.handover"
-    if text is not None:
-        file.write_text(text)
-    assert accept_handover(file) is None
 
 
 def test_the_first_death_costs_no_time_and_further_ones_ever_more_up_to_a_bound() -> None:
