@@ -19,7 +19,7 @@ from typing import Final
 
 import pytest
 
-from imdsproxy.sources.neutron.source import load_cache, open_cache
+from imdsproxy.sources.neutron.cache import load_cache, open_cache
 from support.guest import Guest, Load, Reply
 from support.lab import until
 from support.openstack.lab import Nova, OpenStack

@@ -29,9 +29,8 @@ from imdsproxy.core.timing import Durations
 from imdsproxy.dataplane.master import WorkerEnded
 from imdsproxy.errors import DataplaneError
 from imdsproxy.serving.resolver import Resolver
-from imdsproxy.sources.neutron.look_ups import LookUpResult
 from imdsproxy.sources.neutron.queries import QueryResult
-from imdsproxy.sources.neutron.source import NeutronFigures, NeutronSource
+from imdsproxy.sources.neutron.source import LookUpResult, NeutronFigures, NeutronSource
 
 NETWORK_SUM: Final = "*"
 """The `network` label of the one sum that stands for all, where there are too many for each."""

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, replace
-from typing import Final
+from typing import Final, TypeAlias
 
 from imdsproxy.core.addresses import link_local_of, mac_of
 from imdsproxy.core.model import Instance, InstanceId, IpAddress, NetworkId
@@ -20,6 +20,9 @@ _REFUSED_S: Final = 300.0
 _PATIENCE_S: Final = 3.0
 """For how long answers without any port must repeat to be believed. A Neutron that starts gives such answers: while one
 of its threads reads the policy's rules, the others omit every port, and answer 200."""
+
+EntryKey: TypeAlias = "str | AddressKey"
+"""A port's id, or a router's id and an address behind it."""
 
 
 @dataclass(slots=True)
@@ -43,76 +46,63 @@ class Known:
     doubted: bool = False
     unseen: float | None = None
 
+    def is_due(self, before: float) -> bool:
+        """Whether to ask for it again: it is doubted, or in use and was confirmed before then."""
+        # Listed ports are as fresh as the list: it does not say whether they are in use.
+        in_use = not self.listed or self.until > self.confirmed
+        return self.doubted or (in_use and self.confirmed <= before)
+
 
 @dataclass(slots=True)
 class Route:
-    """A port's address behind a router.
+    """An address behind a router: which port has it; `confirmed` and `unseen` as in `Known`."""
 
-    Attributes:
-        router: Its id.
-        key: The address in the port's own network.
-        port: The port's id.
-        confirmed: When Neutron was asked, by the monotonic clock.
-        unseen: When an answer first had no port at all.
-    """
-
-    router: NetworkId
-    key: AddressKey
+    network: NetworkId
     port: str
     confirmed: float
     unseen: float | None = None
 
 
-def _is_gone(entry: Known | Route, asked: float, steady: float | None) -> bool:
-    """Whether it is gone by an answer that does not have it; `steady` as in `KnownPorts.lose`."""
-    if steady is None or entry.confirmed > asked:
-        return entry.confirmed <= asked
-    if entry.unseen is None or entry.unseen < steady:
-        entry.unseen = asked
-    return asked - entry.unseen >= _PATIENCE_S
-
-
 class KnownPorts:
-    """Ports by id and by address.
+    """Ports by id and by address, and routes: the addresses behind routers.
 
-    A network has an address once: it is the port's that was confirmed last, and the other is out of date.
+    A network has an address once: it is the port's that was confirmed last, and the other is out of date. A router's
+    networks share no address among the subnets that it joins, but each may have other subnets. So an address behind it
+    is known only while exactly one port has it in all of the router's networks, and holds while that port has it.
 
     Attributes:
-        routes: The addresses behind routers that they have.
+        ports: In force or aside, by id.
+        routes: By router and address.
         published: The instances as `changes` last had them.
-        unsaved: Ids of ports that came, changed or went; emptied by who saves them.
+        unsaved: What came or changed, or `None` for what went; emptied by who saves it.
     """
 
     def __init__(self) -> None:
-        self.routes = Routes(self)
+        self.ports: dict[str, Known] = {}
+        self.routes: dict[AddressKey, Route] = {}
         self.published: dict[InstanceId, Instance] = {}
-        self.unsaved: set[str] = set()
-        self._ports: dict[str, Known] = {}
+        self.unsaved: dict[EntryKey | None, NeutronPort | Route | float | None] = {}
         self._by_address: dict[AddressKey, str] = {}
         self._by_instance: dict[InstanceId, set[str]] = {}
         self._refused: dict[str, tuple[Problem, float]] = {}
         self._touched: set[InstanceId] = set()
         self._networks: Counter[NetworkId] = Counter()
 
-    def __len__(self) -> int:
-        return len(self._ports)
-
-    def __iter__(self) -> Iterator[Known]:
-        return iter(tuple(self._ports.values()))
-
-    def get(self, port_id: str) -> Known | None:
-        """The port of that id, in force or aside."""
-        return self._ports.get(port_id)
-
     def at(self, network: NetworkId, address: IpAddress) -> Known | None:
         """The port that has the address in the network, in force or aside."""
-        port_id = self._by_address.get((network, address))
-        return None if port_id is None else self._ports[port_id]
+        return self.ports.get(self._by_address.get((network, address), ""))
 
-    def of(self, instance: InstanceId) -> tuple[Known, ...]:
+    def behind(self, router: NetworkId, address: IpAddress) -> Known | None:
+        """The port that has an address behind the router, in force or aside."""
+        route = self.routes.get((router, address))
+        if route is None or self._by_address.get((route.network, address)) != route.port:
+            return None
+        return self.ports[route.port]
+
+    def of(self, instance: InstanceId) -> tuple[NeutronPort, ...]:
         """The instance's ports that are in force, in order of their ids."""
-        ports = (self._ports[each] for each in sorted(self._by_instance.get(instance, ())))
-        return tuple(each for each in ports if not each.aside)
+        ports = (self.ports[each] for each in sorted(self._by_instance.get(instance, ())))
+        return tuple(each.port for each in ports if not each.aside)
 
     @property
     def networks(self) -> frozenset[NetworkId]:
@@ -136,43 +126,66 @@ class KnownPorts:
         Returns:
             What is known of it now: `None` where it does not serve.
         """
-        known = self._ports.get(port.id)
+        known = self.ports.get(port.id)
         if known is not None and known.confirmed > asked:
             return known
-        self._note_problem(port, asked)
-        port = self._take_addresses(port, asked)
+        problem = port.problem()
+        self._refused.pop(port.id, None)
+        if problem is not None and len(self._refused) < _MAX_REFUSED:
+            self._refused[port.id] = (problem, asked)
+        for network, address in _keys(port):
+            holder = self.at(network, address)
+            if holder is None or holder.port.id == port.id:
+                continue
+            if holder.confirmed > asked:
+                port = _without(port, address)
+            else:
+                self._replace(holder, _without(holder.port, address))
         if not port.serves:
             self._drop(port.id)
             return None
         if known is None:
-            known = self._ports[port.id] = Known(port, asked, until=asked)
-        else:
-            known.confirmed = asked
-            known.listed = known.listed and not known.doubted
-            known.doubted = False
-            known.unseen = None
-            if known.port == port:
-                return known
-            self._unindex(known)
-            known.port = port
-        self._index(known)
+            known = self.ports[port.id] = Known(port, asked, until=asked)
+            self._index(port)
+        known.confirmed, known.unseen = asked, None
+        known.listed, known.doubted = known.listed and not known.doubted, False
+        if known.port != port:
+            self._replace(known, port)
         return known
 
-    def lose(self, port_id: str, asked: float, steady: float | None = None) -> None:
-        """An answer did not have the port.
+    def put_route(
+        self, router: NetworkId, address: IpAddress, port: NeutronPort, asked: float
+    ) -> None:
+        """Take in that a port has the address behind the router; a later answer stays."""
+        key = router, address
+        before = self.routes.get(key)
+        if before is not None and before.confirmed > asked:
+            return
+        route = self.routes[key] = Route(port.network, port.id, asked)
+        if before is None or (before.network, before.port) != (port.network, port.id):
+            self.unsaved[key] = route
+
+    def lose(self, key: EntryKey, asked: float, steady: float | None = None) -> None:
+        """An answer did not have the port, or no port alone has the router's address.
 
         Args:
-            port_id: The port's.
+            key: Which.
             asked: When Neutron was asked.
             steady: Of an answer without any port: since when Neutron has had no outage. It is believed once another has
                 none for some seconds; answers before that do not count.
         """
-        known = self._ports.get(port_id)
-        if known is not None and _is_gone(known, asked, steady):
-            self._drop(port_id)
+        entry = self.ports.get(key) if isinstance(key, str) else self.routes.get(key)
+        if entry is None or entry.confirmed > asked:
+            return
+        if steady is not None:
+            if entry.unseen is None or entry.unseen < steady:
+                entry.unseen = asked
+            if asked - entry.unseen < _PATIENCE_S:
+                return
+        self._drop(key)
 
     def take_list(
-        self, seen: dict[str, tuple[NeutronPort, float]], host: str | None, began: float
+        self, seen: Mapping[str, tuple[NeutronPort, float]], host: str | None, began: float
     ) -> None:
         """Have in force what is on the list of all ports, and doubt what is not on it any more.
 
@@ -190,33 +203,14 @@ class KnownPorts:
                 self.keep(known)
                 listed.add(port.id)
         self._forget_refused(seen, began)
-        for known in self:
-            if known.listed and known.port.id not in listed and known.confirmed <= began:
+        for port_id, known in self.ports.items():
+            if known.listed and port_id not in listed and known.confirmed <= began:
                 known.doubted = True
 
     def _forget_refused(self, present: Container[str], asked: float) -> None:
         for port_id, (_, seen) in tuple(self._refused.items()):
             if port_id not in present and seen <= asked:
                 del self._refused[port_id]
-
-    def _note_problem(self, port: NeutronPort, asked: float) -> None:
-        problem = port.problem()
-        self._refused.pop(port.id, None)
-        if problem is not None and len(self._refused) < _MAX_REFUSED:
-            self._refused[port.id] = (problem, asked)
-
-    def _take_addresses(self, port: NeutronPort, asked: float) -> NeutronPort:
-        for key in _keys(port):
-            holder = self._ports.get(self._by_address.get(key, ""))
-            if holder is None or holder.port.id == port.id:
-                continue
-            if holder.confirmed > asked:
-                port = _without(port, key[1])
-            else:
-                self._unindex(holder)
-                holder.port = _without(holder.port, key[1])
-                self._index(holder)
-        return port
 
     # Lifetimes
 
@@ -226,25 +220,26 @@ class KnownPorts:
             known.listed = True
         else:
             known.until = max(known.until, until)
-        if known.aside:
-            known.aside = False
-            self._touched.add(known.port.instance)
+        self._put_aside(known, aside=False)
 
     def expire(self, now: float, aside_s: float) -> None:
-        """Put aside what no guest has asked for in time, and forget what has been aside so long."""
+        """Put aside what no guest has asked for in time; forget what has been aside so long, and its routes."""
         self._forget_refused((), now - _REFUSED_S)
-        for known in self:
+        for port_id, known in tuple(self.ports.items()):
             if known.listed or known.until > now:
                 continue
             if known.until + aside_s <= now:
-                self._drop(known.port.id)
-            elif not known.aside:
-                known.aside = True
-                self._touched.add(known.port.instance)
+                self._drop(port_id)
+            else:
+                self._put_aside(known, aside=True)
+        for key in tuple(self.routes):
+            if self.behind(*key) is None:
+                self._drop(key)
 
-    def due(self, before: float) -> list[str]:
-        """Ids of ports in use that were confirmed before then, and of doubted ones."""
-        return [known.port.id for known in self if _is_due(known, before)]
+    def _put_aside(self, known: Known, *, aside: bool) -> None:
+        if known.aside != aside:
+            known.aside = aside
+            self._touched.add(known.port.instance)
 
     # Instances
 
@@ -253,11 +248,8 @@ class KnownPorts:
         changed: dict[InstanceId, Instance | None] = {}
         for instance in self._touched:
             before = self.published.pop(instance, None)
-            after = plan_instance(
-                instance,
-                (known.port for known in self.of(instance)),
-                created_at=None if before is None else before.created_at,
-            )
+            created_at = None if before is None else before.created_at
+            after = plan_instance(instance, self.of(instance), created_at=created_at)
             if after is not None:
                 self.published[instance] = after
             if before != after:
@@ -269,113 +261,39 @@ class KnownPorts:
         self._touched.clear()
         return RecordSet.changes({}, changed)
 
-    def _drop(self, port_id: str) -> None:
-        known = self._ports.pop(port_id, None)
-        if known is not None:
-            self._unindex(known)
+    def _drop(self, key: EntryKey) -> None:
+        if not isinstance(key, str):
+            del self.routes[key]
+            self.unsaved[key] = None
+        elif (known := self.ports.pop(key, None)) is not None:
+            self._unindex(known.port)
 
-    def _index(self, known: Known) -> None:
-        port = known.port
+    def _replace(self, known: Known, port: NeutronPort) -> None:
+        self._unindex(known.port)
+        known.port = port
+        self._index(port)
+
+    def _index(self, port: NeutronPort) -> None:
         self._by_address.update(dict.fromkeys(_keys(port), port.id))
         self._by_instance.setdefault(port.instance, set()).add(port.id)
-        self._changed(port)
+        self._touched.add(port.instance)
+        self.unsaved[port.id] = port
 
-    def _unindex(self, known: Known) -> None:
-        port = known.port
+    def _unindex(self, port: NeutronPort) -> None:
         for key in _keys(port):
             del self._by_address[key]
         ports = self._by_instance[port.instance]
         ports.discard(port.id)
         if not ports:
             del self._by_instance[port.instance]
-        self._changed(port)
-
-    def _changed(self, port: NeutronPort) -> None:
         self._touched.add(port.instance)
-        self.unsaved.add(port.id)
-
-
-class Routes:
-    """Which port has an address behind a router; a route holds while its port has the address.
-
-    A router's networks share no address among the subnets that it joins, but each may have other subnets. So an address
-    behind it is known only while exactly one port has it in all of the router's networks.
-
-    Attributes:
-        unsaved: Keys of routes that came, changed or went; emptied by who saves them.
-    """
-
-    def __init__(self, known: KnownPorts) -> None:
-        self.unsaved: set[AddressKey] = set()
-        self._known = known
-        self._routes: dict[AddressKey, Route] = {}
-
-    def get(self, key: AddressKey) -> Route | None:
-        """The route to a router's address."""
-        return self._routes.get(key)
-
-    def port_behind(self, key: AddressKey) -> Known | None:
-        """The port that has a router's address, in force or aside."""
-        route = self._routes.get(key)
-        if route is None:
-            return None
-        known = self._known.at(*route.key)
-        return known if known is not None and known.port.id == route.port else None
-
-    def in_force(self) -> Iterator[tuple[AddressKey, Known]]:
-        """Each router's address that holds, with its port."""
-        for key in self._routes:
-            known = self.port_behind(key)
-            if known is not None and not known.aside:
-                yield key, known
-
-    def put(self, route: Route) -> None:
-        """Take in a route; one that was confirmed later stays."""
-        key = (route.router, route.key[1])
-        before = self._routes.get(key)
-        if before is not None and before.confirmed > route.confirmed:
-            return
-        self._routes[key] = route
-        if before is None or (before.key, before.port) != (route.key, route.port):
-            self.unsaved.add(key)
-
-    def lose(self, key: AddressKey, asked: float, steady: float | None) -> None:
-        """As `KnownPorts.lose`, for an address behind a router."""
-        route = self._routes.get(key)
-        if route is not None and _is_gone(route, asked, steady):
-            self._drop(key)
-
-    def prune(self) -> None:
-        """Forget those whose port has gone, or has the address no more."""
-        for key in tuple(self._routes):
-            if self.port_behind(key) is None:
-                self._drop(key)
-
-    def due(self, before: float) -> dict[NetworkId, list[Route]]:
-        """By router, those that were confirmed before then."""
-        due: dict[NetworkId, list[Route]] = {}
-        for route in self._routes.values():
-            if route.confirmed <= before:
-                due.setdefault(route.router, []).append(route)
-        return due
-
-    def _drop(self, key: AddressKey) -> None:
-        del self._routes[key]
-        self.unsaved.add(key)
-
-
-def _is_due(known: Known, before: float) -> bool:
-    if known.doubted:
-        return True
-    # Listed ports are as fresh as the list: it does not say whether they are in use.
-    in_use = not known.listed or known.until > known.confirmed
-    return in_use and known.confirmed <= before
+        self.unsaved[port.id] = None
 
 
 def _keys(port: NeutronPort) -> frozenset[AddressKey]:
-    addresses: Iterable[IpAddress] = port.addresses
+    addresses = set(port.addresses)
     if port.mac is not None:
-        addresses = (*addresses, link_local_of(port.mac))
+        addresses.add(link_local_of(port.mac))
     return frozenset((port.network, address) for address in addresses)
 
 

@@ -35,15 +35,8 @@ _MAX_WAITING: Final = 64
 _HALF: Final = MAX_VALUES // 2
 
 
-@dataclass(frozen=True, slots=True)
-class Answer(Generic[_T]):
-    """What Neutron has, not older than when it was asked (monotonic seconds)."""
-
-    value: _T
-    asked: float
-
-
-RouterNetworks: TypeAlias = "Answer[tuple[NetworkId, ...]]"
+Answer: TypeAlias = tuple[_T, float]
+"""What Neutron has, and when it was asked, by the monotonic clock: the answer is not older."""
 
 
 class Shared(Generic[_Key, _T]):
@@ -93,19 +86,11 @@ class Outage:
 
 
 @dataclass(slots=True)
-class _Share:
-    """The slots of one share, and how many queries hold or wait for one."""
-
-    slots: asyncio.Semaphore
-    users: int = 0
-
-
-@dataclass(slots=True)
 class Queries:
     """Queries to Neutron.
 
-    Each belongs to a share: a network, a router, or our own refreshing. No share may use more than half of the slots,
-    so that a network whose guests invent addresses leaves room for the others.
+    Each belongs to a share: a network, a router, or our own work. No share may use more than half of the slots, so that
+    a network whose guests invent addresses leaves room for the others.
 
     After a failure no query is made until a back-off with full jitter is over (at most 30 s); then one is. Others fail
     at once, meanwhile and while that one is on its way.
@@ -114,7 +99,7 @@ class Queries:
         random: Gives numbers from 0 to 1.
         max_queries: Slots.
         networks_s: How long the networks that a router joins are believed, in seconds.
-        on_change: Called when an outage begins, goes on with another failure, or ends.
+        on_change: Called when an outage begins or ends.
         answered: When Neutron last answered, by the monotonic clock; `None` before it ever did.
         steady: Since when it has answered without an outage, by that clock.
     """
@@ -131,18 +116,14 @@ class Queries:
     results: Counter[QueryResult] = field(default_factory=Counter)
     _backoff: Backoff = field(default_factory=lambda: Backoff(_FIRST_S, _LONGEST_S))
     _probing: bool = False
-    _shares: dict[Hashable, _Share] = field(default_factory=dict)
-    _routers: dict[NetworkId, RouterNetworks] = field(default_factory=dict)
-    _pending: Shared[NetworkId, RouterNetworks] = field(default_factory=Shared)
+    _waiting: Counter[NetworkId | None] = field(default_factory=Counter)
+    _shares: dict[NetworkId | None, asyncio.Semaphore] = field(default_factory=dict)
+    _routers: dict[NetworkId, Answer[list[NetworkId]]] = field(default_factory=dict)
+    _pending: Shared[NetworkId, Answer[list[NetworkId]]] = field(default_factory=Shared)
     _slots: asyncio.Semaphore = field(init=False)
 
     def __post_init__(self) -> None:
         self._slots = asyncio.Semaphore(self.max_queries)
-
-    @property
-    def per_share(self) -> int:
-        """Queries that one share may have on their way."""
-        return max(1, self.max_queries // 2)
 
     @property
     def may_ask(self) -> bool:
@@ -162,31 +143,30 @@ class Queries:
         await self.client.close()
 
     async def ask(
-        self, query: PortQuery, *, share: Hashable, patient: bool = False
+        self, query: PortQuery, share: NetworkId | None = None, *, patient: bool = False
     ) -> Answer[tuple[NeutronPort, ...]]:
         """Make a query.
 
         Args:
             query: Of what guests send it may hold an address, and nothing else.
-            share: What it counts for.
+            share: The network or router that it counts for; `None` for our own work.
             patient: Our own long query: its timeout is no outage.
 
         Raises:
             SourceUnavailable: Neutron does not answer, now or since a moment ago, or the share is full.
         """
         self._refuse_in_outage()
-        mine = self._shares.setdefault(share, _Share(asyncio.Semaphore(self.per_share)))
-        if mine.users >= self.per_share + _MAX_WAITING:
+        per_share = max(1, self.max_queries // 2)
+        slots = self._shares.setdefault(share, asyncio.Semaphore(per_share))
+        if share is not None and self._waiting[share] >= per_share + _MAX_WAITING:
             raise SourceUnavailable("too many questions about this network are waiting for Neutron")
-        mine.users += 1
+        self._waiting[share] += 1
         try:
-            async with mine.slots, self._slots:
+            async with slots, self._slots:
                 self._refuse_in_outage()
                 return await self._ask(query, patient=patient)
         finally:
-            mine.users -= 1
-            if not mine.users:
-                del self._shares[share]
+            self._waiting[share] -= 1
 
     def _refuse_in_outage(self) -> None:
         if self.outage is not None and not self.may_ask:
@@ -209,8 +189,13 @@ class Queries:
             if probe:
                 self._probing = False
         self.results["ok"] += 1
-        self._succeeded()
-        return Answer(ports, asked)
+        self.answered = self.clock.monotonic()
+        if self.outage is not None:
+            self.outage = None
+            self.steady = self.answered
+            self._backoff.succeed()
+            self.on_change()
+        return ports, asked
 
     def _failed(self, error: SourceUnavailable, *, probe: bool) -> None:
         outage = self.outage
@@ -220,21 +205,14 @@ class Queries:
         now = self.clock.monotonic()
         since = now if outage is None else outage.since
         self.outage = Outage(error, since, now + self.random() * self._backoff.fail())
-        self.on_change()
-
-    def _succeeded(self) -> None:
-        self.answered = self.clock.monotonic()
-        if self.outage is not None:
-            self.outage = None
-            self.steady = self.answered
-            self._backoff.succeed()
+        if outage is None:
             self.on_change()
 
     # Who has an address
 
     async def find(
-        self, networks: Sequence[NetworkId], addresses: Iterable[IpAddress], *, share: Hashable
-    ) -> Answer[Mapping[IpAddress, tuple[NeutronPort, ...]]]:
+        self, networks: Sequence[NetworkId], addresses: Iterable[IpAddress], share: NetworkId | None
+    ) -> Answer[Mapping[IpAddress, Sequence[NeutronPort]]]:
         """By address, all ports in any of the networks that have it, serving or not.
 
         A port of an answer counts only if it has the address: a Neutron that does not know a filter ignores it.
@@ -242,7 +220,7 @@ class Queries:
         Raises:
             SourceUnavailable: As `ask`.
         """
-        asked = self.clock.monotonic()
+        began = self.clock.monotonic()
         found: dict[IpAddress, dict[str, NeutronPort]] = {each: {} for each in addresses}
         by_ip = [each for each in found if not each.is_link_local]
         by_mac = [mac for each in found if (mac := mac_of(each)) is not None]
@@ -250,45 +228,38 @@ class Queries:
             queries = [PortQuery(networks=some, addresses=each) for each in chunks(by_ip, _HALF)]
             queries += [PortQuery(networks=some, macs=each) for each in chunks(by_mac, _HALF)]
             for query in queries:
-                answer = await self.ask(query, share=share)
-                asked = min(asked, answer.asked)
-                for port in answer.value:
-                    if port.network in some:
-                        for address, ports in found.items():
-                            if port.has(address):
-                                ports[port.id] = port
-        return Answer({each: tuple(ports.values()) for each, ports in found.items()}, asked)
+                answer, _ = await self.ask(query, share)
+                for port in answer:
+                    for address, ports in found.items():
+                        if port.network in some and port.has(address):
+                            ports[port.id] = port
+        return {each: tuple(ports.values()) for each, ports in found.items()}, began
 
-    async def networks_of(self, router: NetworkId, *, share: Hashable) -> RouterNetworks:
+    async def networks_of(
+        self, router: NetworkId, share: NetworkId | None
+    ) -> Answer[list[NetworkId]]:
         """The networks that the router has an interface in; believed for a while.
 
         Raises:
             SourceUnavailable: As `ask`.
         """
         known = self._routers.get(router)
-        if known is not None and self.clock.monotonic() - known.asked < self.networks_s:
+        if known is not None and self.clock.monotonic() - known[1] < self.networks_s:
             return known
         return await self._pending.get(router, lambda: self._ask_networks(router, share))
 
-    async def _ask_networks(self, router: NetworkId, share: Hashable) -> RouterNetworks:
-        query = PortQuery(devices=(router,), owners=ROUTER_OWNERS)
-        answer = await self.ask(query, share=share)
-        networks = {
-            port.network
-            for port in answer.value
-            if port.device == router and port.owner in ROUTER_OWNERS
+    async def _ask_networks(
+        self, router: NetworkId, share: NetworkId | None
+    ) -> Answer[list[NetworkId]]:
+        ports, asked = await self.ask(PortQuery(devices=(router,), owners=ROUTER_OWNERS), share)
+        joined = {
+            port.network for port in ports if port.device == router and port.owner in ROUTER_OWNERS
         }
-        found = Answer(tuple(sorted(networks)), answer.asked)
-        if networks:
+        answer = sorted(joined), asked
+        if joined:
             # A router without any may be a Neutron that has just started, and omits ports.
-            self._routers[router] = found
-        return found
-
-    def forget_old(self) -> None:
-        """Forget routers' networks that are not believed any more."""
-        oldest = self.clock.monotonic() - self.networks_s
-        for router in [each for each, known in self._routers.items() if known.asked <= oldest]:
-            del self._routers[router]
+            self._routers[router] = answer
+        return answer
 
 
 def chunks(values: Sequence[_T], size: int) -> list[tuple[_T, ...]]:

@@ -1,16 +1,17 @@
-"""The source `neutron`: ports of OpenStack's network service, looked up when their guests ask."""
+"""The source `neutron`: ports of OpenStack's network service, looked up when their guests ask.
+
+Ports in use are asked for again, many with one query; all ports are listed where the settings say so.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
-import sqlite3
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from ipaddress import ip_address
 from pathlib import Path
-from typing import Final, TypeAlias
+from typing import Final, Literal, TypeAlias
 
 import structlog
 
@@ -24,38 +25,39 @@ from imdsproxy.sources.api import (
     LookUp,
     LookUpUnavailable,
     Origin,
+    PortAmbiguous,
     PortFound,
+    PortMissing,
     Publish,
     Reports,
 )
+from imdsproxy.sources.neutron.cache import load_cache, open_cache
 from imdsproxy.sources.neutron.client import NeutronClient
-from imdsproxy.sources.neutron.known import KnownPorts, Route
-from imdsproxy.sources.neutron.look_ups import LookUpResult, LookUps
-from imdsproxy.sources.neutron.ports import NeutronPort, PortQuery, parse_ports, render_port
-from imdsproxy.sources.neutron.queries import Queries, QueryResult
+from imdsproxy.sources.neutron.known import KnownPorts
+from imdsproxy.sources.neutron.ports import MAX_VALUES, NeutronPort, PortQuery
+from imdsproxy.sources.neutron.queries import Queries, QueryResult, Shared, chunks
 from imdsproxy.sources.settings import NeutronSourceSettings
-from imdsproxy.sources.sqlite_file import SideCache
 
+LookUpResult: TypeAlias = Literal[
+    "known", "found", "missing", "ambiguous", "unavailable", "negative-cached", "coalesced"
+]
+_Key: TypeAlias = tuple[Scope, NetworkId, IpAddress]
+
+_RESULTS: Final[Mapping[type[LookUp], LookUpResult]] = {
+    PortFound: "found",
+    PortMissing: "missing",
+    PortAmbiguous: "ambiguous",
+    LookUpUnavailable: "unavailable",
+}
 _TICK_S: Final = 1.0
 _SAVE_S: Final = 60.0
 """How often it is stored that Neutron still answers, where nothing else is to be stored."""
 _LIST_AGAIN_S: Final = 10.0
-_PROBE: Final = ("probe",)
-
-_SCHEMA: Final = """
-CREATE TABLE ports (id TEXT PRIMARY KEY NOT NULL, port TEXT NOT NULL) STRICT;
-CREATE TABLE routes (
-    router TEXT NOT NULL,
-    network TEXT NOT NULL,
-    address TEXT NOT NULL,
-    port TEXT NOT NULL,
-    PRIMARY KEY (router, address)
-) STRICT;
-CREATE TABLE answered (one INTEGER PRIMARY KEY CHECK (one = 1), at REAL NOT NULL) STRICT
-"""
-
-NeutronCache: TypeAlias = "SideCache[str | AddressKey | None, NeutronPort | Route | float]"
-"""Ports by id, routes by router and address, and by `None` when Neutron last answered, in Unix time."""
+_MAX_LISTED: Final = 1_000_000
+_MAX_NEGATIVE: Final = 10_000
+"""Negative answers that are kept: guests that invent addresses must not fill the memory."""
+_SPREAD: Final = 0.1
+"""By how much of itself a lifetime is shortened at random, so that those begun together do not end together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,10 +116,12 @@ class NeutronSource:
         self._reports = Reports(self.name, defers=True)
         self._complete = False
         self._probed = False
-        self._down = False
         self._list_failure: SourceUnavailable | None = None
         self._saved = clock.monotonic()
         self._known = KnownPorts()
+        self._negative: dict[_Key, tuple[LookUp, float]] = {}
+        self._pending: Shared[_Key, LookUp] = Shared()
+        self._look_ups: Counter[LookUpResult] = Counter()
         self._queries = Queries(
             client,
             clock,
@@ -126,7 +130,6 @@ class NeutronSource:
             settings.refresh_s / 2,
             self._outage_changed,
         )
-        self._look_ups = LookUps(self._known, self._queries, settings, clock, random, self._report)
 
     async def run(self, publish: Publish) -> None:
         """Report what is known, and keep it up to date, until cancelled.
@@ -146,28 +149,23 @@ class NeutronSource:
                     group.create_task(self._keep_listed())
         finally:
             self._publish = None
-            await self._look_ups.close()
+            await self._pending.close()
             await self._queries.close()
             await self._save()
 
     # Questions
 
-    async def look_up(self, scope: Scope, network: NetworkId, address: IpAddress) -> LookUp:
-        """The instance that has the address; asks Neutron unless it is known."""
-        if self._publish is None:
-            return LookUpUnavailable("the source has not started yet")
-        return await self._look_ups.look_up((scope, network, normalise_address(address)))
-
     def origin_of_port(self, instance: InstanceId, number: int) -> Origin | None:
         """The port's id in Neutron."""
         ports = self._known.of(instance)
-        return Origin(f"ports.{ports[number].port.id}") if number < len(ports) else None
+        return Origin(f"ports.{ports[number].id}") if number < len(ports) else None
 
     def routes(self) -> Mapping[AddressKey, PortFound]:
         """Every address behind a router that was looked up and holds now."""
         return {
             key: PortFound(known.port.network, known.port.instance)
-            for key, known in self._known.routes.in_force()
+            for key in self._known.routes
+            if (known := self._known.behind(*key)) is not None and not known.aside
         }
 
     def confirmation(self, network: NetworkId, address: IpAddress) -> Confirmation | None:
@@ -186,13 +184,80 @@ class NeutronSource:
         if outage is not None:
             stale_s = now - (outage.since if queries.answered is None else queries.answered)
             backoff_s = max(0.0, outage.until - now)
-        return NeutronFigures(
-            dict(queries.results),
-            dict(self._look_ups.results),
-            len(self._known),
-            stale_s,
-            backoff_s,
-        )
+        counts = dict(queries.results), dict(self._look_ups)
+        return NeutronFigures(*counts, len(self._known.ports), stale_s, backoff_s)
+
+    async def look_up(self, scope: Scope, network: NetworkId, address: IpAddress) -> LookUp:
+        """The instance that has the address.
+
+        It is found by what is known, else by one query, however many wait for it; it is in force, and published, before
+        it is answered.
+        """
+        if self._publish is None:
+            return LookUpUnavailable("the source has not started yet")
+        key = scope, network, normalise_address(address)
+        found = self._recall(key)
+        if found is not None:
+            self._look_ups["known"] += 1
+            return found
+        negative = self._negative.get(key)
+        if negative is not None and negative[1] > self._clock.monotonic():
+            self._look_ups["negative-cached"] += 1
+            return negative[0]
+        if key in self._pending:
+            self._look_ups["coalesced"] += 1
+        try:
+            return await self._pending.get(key, lambda: self._ask(key))
+        except asyncio.CancelledError:
+            asker = asyncio.current_task()
+            if asker is None or not asker.cancelling():
+                return LookUpUnavailable("imdsproxy is about to end")
+            raise
+
+    def _recall(self, key: _Key) -> PortFound | None:
+        scope, network, address = key
+        find = self._known.at if scope is Scope.NETWORK else self._known.behind
+        known = find(network, address)
+        if known is None:
+            return None
+        lifetime = self._settings.lifetime_s * (1 - _SPREAD * self._random())
+        self._known.keep(known, self._clock.monotonic() + lifetime)
+        self._report()
+        return PortFound(known.port.network, known.port.instance)
+
+    async def _ask(self, key: _Key) -> LookUp:
+        scope, network, address = key
+        try:
+            networks = [network]
+            if scope is Scope.ROUTER:
+                networks, _ = await self._queries.networks_of(network, network)
+            found, asked = await self._queries.find(networks, (address,), network)
+        except SourceUnavailable as error:
+            answer: LookUp = LookUpUnavailable(error.message)
+        else:
+            answer = self._judge(key, found[address], asked)
+        self._look_ups[_RESULTS[type(answer)]] += 1
+        if isinstance(answer, PortMissing | PortAmbiguous):
+            while len(self._negative) >= _MAX_NEGATIVE:
+                del self._negative[next(iter(self._negative))]
+            self._negative[key] = answer, self._clock.monotonic() + self._settings.negative_ttl_s
+        return answer
+
+    def _judge(self, key: _Key, ports: Sequence[NeutronPort], asked: float) -> LookUp:
+        scope, router, address = key
+        if len(ports) > 1:
+            return PortAmbiguous(len(ports))
+        for port in ports:
+            self._known.put(port, asked)
+            if scope is Scope.ROUTER and port.serves:
+                self._known.put_route(router, address, port, asked)
+        found = self._recall(key)
+        if found is not None:
+            return found
+        self._report()
+        if self._queries.settling and not ports:
+            return LookUpUnavailable("Neutron has just come back, and may not show all ports yet")
+        return PortMissing()
 
     # Rounds
 
@@ -204,26 +269,96 @@ class NeutronSource:
     async def _round(self) -> None:
         # Before Neutron is asked: an answer may take long, and the controller may be killed meanwhile.
         await self._save()
+        now = self._clock.monotonic()
         if self._queries.outage is None:
             # During an outage Neutron's last answers stay in force.
-            self._known.expire(self._clock.monotonic(), self._settings.aside_s)
-            self._known.routes.prune()
-        self._look_ups.forget_old()
-        self._queries.forget_old()
+            self._known.expire(now, self._settings.aside_s)
+        self._negative = {key: each for key, each in self._negative.items() if each[1] > now}
         if self._queries.may_ask:
-            asked = await self._look_ups.refresh(max(0.0, self._settings.refresh_s - _TICK_S))
+            asked = await self._refresh(now - max(0.0, self._settings.refresh_s - _TICK_S))
             if not asked and (self._queries.outage is not None or not self._probed):
                 # Only to find out whether Neutron answers: an outage notes itself.
                 with contextlib.suppress(SourceUnavailable):
-                    await self._queries.ask(PortQuery(limit=1), share=_PROBE)
+                    await self._queries.ask(PortQuery(limit=1))
             self._probed = True
         self._report()
+
+    async def _refresh(self, before: float) -> bool:
+        """Ask again for everything in use that was confirmed before then; `False` where nothing is.
+
+        What cannot be asked for now stays as it is.
+        """
+        jobs = [self._refresh_ports(ids) for ids in self._due_ports(before)]
+        behind: dict[NetworkId, list[IpAddress]] = {}
+        for (router, address), route in self._known.routes.items():
+            if route.confirmed <= before:
+                behind.setdefault(router, []).append(address)
+        for router, addresses in behind.items():
+            jobs += [self._refresh_routes(router, some) for some in chunks(addresses, MAX_VALUES)]
+        async with asyncio.TaskGroup() as group:
+            for job in jobs:
+                group.create_task(self._try(job))
+        return bool(jobs)
+
+    async def _try(self, job: Coroutine[object, object, None]) -> None:
+        # The outage has been noted, or was already.
+        with contextlib.suppress(SourceUnavailable):
+            await job
+            self._report()
+
+    def _due_ports(self, before: float) -> list[tuple[str, ...]]:
+        """Ids in parts, each with the port that was seen last: its presence confirms that an answer is whole."""
+        ports = self._known.ports
+        due = [port_id for port_id, known in ports.items() if known.is_due(before)]
+        if not due:
+            return []
+        sure = (each for each in ports.values() if not each.doubted and each.unseen is None)
+        last = max(sure, key=lambda known: known.confirmed, default=None)
+        witness = () if last is None else (last.port.id,)
+        return [tuple(dict.fromkeys((*some, *witness))) for some in chunks(due, MAX_VALUES - 1)]
+
+    async def _refresh_ports(self, ids: Iterable[str]) -> None:
+        missing, witness, asked = await self._ask_again(tuple(ids))
+        if missing and witness is not None:
+            missing, witness, asked = await self._ask_again((*missing, witness))
+        for port_id in missing:
+            self._known.lose(port_id, asked, None if witness is not None else self._queries.steady)
+
+    async def _ask_again(self, ids: tuple[str, ...]) -> tuple[tuple[str, ...], str | None, float]:
+        """Ask for known ports; which are missing, one that is not, and when that was asked."""
+        ports, asked = await self._queries.ask(PortQuery(ids=ids))
+        self._update(ports, asked)
+        found = {port.id for port in ports}
+        missing = tuple(port_id for port_id in ids if port_id not in found)
+        return missing, next((each for each in ids if each in found), None), asked
+
+    def _update(self, ports: Iterable[NeutronPort], asked: float) -> None:
+        for port in ports:
+            # A port that was forgotten while the query was on its way stays forgotten.
+            if port.id in self._known.ports:
+                self._known.put(port, asked)
+
+    async def _refresh_routes(self, router: NetworkId, addresses: Sequence[IpAddress]) -> None:
+        networks, joined = await self._queries.networks_of(router, None)
+        found, asked = await self._queries.find(networks, addresses, None)
+        asked = min(joined, asked)
+        steady = None if any(found.values()) else self._queries.steady
+        for address, ports in found.items():
+            key = router, address
+            self._update(ports, asked)
+            route = self._known.routes.get(key)
+            if route is not None and [port.id for port in ports] == [route.port]:
+                self._known.put_route(router, address, ports[0], asked)
+            else:
+                self._known.lose(key, asked, steady)
+
+    # The list
 
     async def _keep_listed(self) -> None:
         settings = self._settings
         while True:
             try:
-                await self._look_ups.list_all()
+                await self._list()
             except SourceUnavailable as error:
                 self._list_failure = error
                 pause = min(settings.list_every_s, _LIST_AGAIN_S) * self._random()
@@ -234,6 +369,32 @@ class NeutronSource:
             self._report()
             await self._sleep(max(pause, _TICK_S))
 
+    async def _list(self) -> None:
+        """Read the list of ports, and have in force what is on it.
+
+        Raises:
+            SourceUnavailable: It could not be read to its end; what was in force before still is.
+        """
+        host, page_size = self._settings.list_host, self._settings.page_size
+        began = self._clock.monotonic()
+        seen: dict[str, tuple[NeutronPort, float]] = {}
+        after: str | None = None
+        while True:
+            query = PortQuery(host=host, limit=page_size, after=after)
+            ports, asked = await self._queries.ask(query, patient=True)
+            fresh = [port for port in ports if port.id not in seen]
+            seen.update((port.id, (port, asked)) for port in fresh)
+            # Another number than was asked for: the last page, or everything from a Neutron without pages.
+            if len(ports) != page_size or not fresh:
+                break
+            if len(seen) > _MAX_LISTED:
+                raise SourceUnavailable(
+                    f"Neutron's list of ports has more than {_MAX_LISTED}",
+                    hint="set sources.neutron.list_host",
+                )
+            after = ports[-1].id
+        self._known.take_list(seen, host, began)
+
     # Reports
 
     def _outage_changed(self) -> None:
@@ -241,10 +402,9 @@ class NeutronSource:
         outage = self._queries.outage
         if outage is None:
             log.info("neutron answers again")
-        elif not self._down:
+        else:
             failure = outage.failure
             log.warning("neutron does not answer", code=failure.code, error=failure.message)
-        self._down = outage is not None
         self._report()
 
     def _report(self) -> None:
@@ -291,100 +451,18 @@ class NeutronSource:
             self._known.keep(known, now + lifetime)
             if self._settings.list_every_s:
                 self._known.keep(known)
-        for route in kept.routes:
-            self._known.routes.put(route)
+        self._known.routes.update(kept.routes)
         self._known.unsaved.clear()
-        self._known.routes.unsaved.clear()
         self._complete = bool(kept.ports) or not self._settings.list_every_s
 
     async def _save(self) -> None:
-        known, routes, now = self._known, self._known.routes, self._clock.monotonic()
+        known, answered, now = self._known, self._queries.answered, self._clock.monotonic()
         late = now - self._saved >= _SAVE_S
-        if not (known.unsaved or routes.unsaved or (late and len(known) > 0)):
+        if not (known.unsaved or (late and known.ports)):
             return
-        for key in known.unsaved:
-            port = known.get(key)
-            self._cache.keep({key: None if port is None else port.port})
-        self._cache.keep({key: routes.get(key) for key in routes.unsaved})
-        if self._queries.answered is not None:
-            self._cache.keep({None: self._clock.now().timestamp() - (now - self._queries.answered)})
+        if answered is not None:
+            known.unsaved[None] = self._clock.now().timestamp() - (now - answered)
+        self._cache.keep(known.unsaved)
         known.unsaved.clear()
-        routes.unsaved.clear()
         self._saved = now
         await asyncio.to_thread(self._cache.save)
-
-
-@dataclass(frozen=True, slots=True)
-class Kept:
-    """What the cache holds.
-
-    Attributes:
-        routes: With `confirmed` 0.
-        answered: When Neutron answered last, in Unix time; it may be a minute later than that.
-    """
-
-    ports: tuple[NeutronPort, ...] = ()
-    routes: tuple[Route, ...] = ()
-    answered: float | None = None
-
-
-def open_cache(path: Path) -> NeutronCache:
-    """The cache in the file at `path`."""
-    return SideCache(path, _SCHEMA, _write, "kept", "what is known of Neutron's ports is not kept")
-
-
-def load_cache(cache: NeutronCache) -> Kept:
-    """Everything kept; nothing where there is no such file or it cannot be used. Blocks."""
-    return cache.load(_read) or Kept()
-
-
-def _read(connection: sqlite3.Connection) -> Kept:
-    ports = tuple(_ports(connection.execute("SELECT port FROM ports")))
-    routes = tuple(_routes(connection.execute("SELECT router, network, address, port FROM routes")))
-    row = connection.execute("SELECT at FROM answered").fetchone()
-    return Kept(ports, routes, None if row is None else float(row[0]))
-
-
-def _ports(rows: sqlite3.Cursor) -> Iterator[NeutronPort]:
-    for (text,) in rows:
-        # By the same rules as Neutron's own answer, because others may have written to the file.
-        try:
-            yield from parse_ports({"ports": [json.loads(text)]})
-        except ValueError:
-            continue
-
-
-def _routes(rows: sqlite3.Cursor) -> Iterator[Route]:
-    for router, network, address, port in rows:
-        try:
-            key = NetworkId(network), ip_address(address)
-        except ValueError:
-            continue
-        yield Route(NetworkId(router), key, port, confirmed=0.0)
-
-
-def _write(
-    connection: sqlite3.Connection,
-    key: str | AddressKey | None,
-    value: NeutronPort | Route | float | None,
-) -> None:
-    match key, value:
-        case _, NeutronPort() as port:
-            row: tuple[object, ...] = (port.id, json.dumps(render_port(port)))
-            connection.execute("INSERT OR REPLACE INTO ports (id, port) VALUES (?, ?)", row)
-        case _, Route(router=router, key=(network, address), port=port_id):
-            row = (router, network, str(address), port_id)
-            connection.execute(
-                "INSERT OR REPLACE INTO routes (router, network, address, port) VALUES (?, ?, ?, ?)",
-                row,
-            )
-        case None, answered:
-            connection.execute(
-                "INSERT OR REPLACE INTO answered (one, at) VALUES (1, ?)", (answered,)
-            )
-        case str(), _:
-            connection.execute("DELETE FROM ports WHERE id = ?", (key,))
-        case (router, address), _:
-            connection.execute(
-                "DELETE FROM routes WHERE router = ? AND address = ?", (router, str(address))
-            )
