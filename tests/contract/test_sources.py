@@ -148,16 +148,16 @@ class SqliteBacking(WholeRecords):
         self, networks: Iterable[Network] = (), instances: Iterable[Instance] = ()
     ) -> tuple[Problem, ...]:
         try:
-            await self._source.put_records(networks, tuple(instances))
+            await self._source.put(tuple(networks), tuple(instances), bulk=True)
         except SourceRefused as refusal:
             return refusal.problems
         return ()
 
     async def remove_network(self, network_id: str) -> None:
-        assert await self._source.remove_network(NetworkId(network_id), force=True)
+        await self._source.remove_network(NetworkId(network_id))
 
     async def remove_instance(self, instance_id: str) -> None:
-        assert await self._source.remove_instance(InstanceId(instance_id))
+        await self._source.remove_instance(InstanceId(instance_id))
 
     async def spoil(self, instance_id: str) -> str:
         self._spoilt.add(instance_id)
@@ -257,6 +257,7 @@ async def test_networks_are_reported_when_they_come_change_and_go(keeper: Keeper
         await keeper.put([changed])
         seen = keeper.seen_network(changed)
         await heard.until(lambda each: dict(each.inventory.networks) == {"n1": seen})
+        await keeper.remove_instance("a")
         await keeper.remove_network("n1")
         await heard.until(lambda each: not each.inventory.networks)
 

@@ -66,52 +66,34 @@ class RecordService:
     patching: asyncio.Lock = field(default_factory=asyncio.Lock)
     _claiming: asyncio.Lock = field(default_factory=asyncio.Lock)
 
-    async def put_network(self, network: Network, *, create: bool = False) -> Written:
-        """Store a network, or replace it; with `create`, `AlreadyExists` when there is one."""
-        return await self._put(
-            lambda store: store.put_network(network), [network], [], create=create
-        )
-
-    async def put_instance(self, instance: Instance, *, create: bool = False) -> Written:
-        """Store an instance, or replace it.
-
-        Raises:
-            AlreadyExists: With `create`, when there is one of this id.
-            SourceRefused: A network is unknown, or an address taken (`problems` has the fields).
-        """
-        return await self._put(
-            lambda store: store.put_instance(instance), [], [instance], create=create
-        )
-
-    async def put_records(
-        self, networks: Sequence[Network], instances: Collection[Instance], *, create: bool = False
-    ) -> Written:
-        """Store many at once: all of them, or none. Raises as `put_instance`."""
-        return await self._put(
-            lambda store: store.put_records(networks, instances),
-            networks,
-            instances,
-            create=create,
-            prefix="{}[{}].",
-        )
-
-    async def _put(
+    async def put(
         self,
-        write: Callable[[SqliteSource], Awaitable[object]],
         networks: Sequence[Network],
         instances: Collection[Instance],
         *,
-        create: bool,
-        prefix: str = "",
+        create: bool = False,
+        bulk: bool = False,
     ) -> Written:
-        """Check and write them; `prefix` is of a problem's field, for the kind and number of a record."""
+        """Store records, or replace them: all of them, or none.
+
+        Args:
+            networks: The whole records.
+            instances: The same.
+            create: There must be none of these ids.
+            bulk: The field of a problem begins with the kind and number of its record.
+
+        Raises:
+            AlreadyExists: With `create`, when there is one of an id.
+            SourceRefused: A network is unknown, or an address taken (`problems` has the fields).
+        """
         store = self._store()
+        prefix = "{}[{}]." if bulk else ""
         coming = {one.id for one in networks}
         for network in networks:
-            self._refuse_foreign("network", network.id, store, create=create)
+            self._refuse_foreign("network", network.id, create=create)
         strangers: list[Problem] = []
         async for place, instance in _enumerated(instances):
-            self._refuse_foreign("instance", instance.id, store, create=create)
+            self._refuse_foreign("instance", instance.id, create=create)
             strangers += [
                 Problem(
                     f"{prefix.format('instances', place)}ports[{number}].network",
@@ -125,7 +107,7 @@ class RecordService:
             raise SourceRefused("a port is in a network that does not exist", problems=strangers)
         async with self._claiming if networks else contextlib.nullcontext():
             await self._refuse_shared(networks, prefix)
-            await write(store)
+            await store.put(networks, instances, bulk=bulk)
         written = await self._in_force([one.id for one in networks], instances=len(instances))
         found: list[Problem] = []
         async for _, instance in _enumerated(instances):
@@ -186,12 +168,14 @@ class RecordService:
             NotFound: There is none.
             SourceRefused: Instances still have ports in it (`problems` names them).
         """
-        await self._store_of("network", network).remove_network(network)
+        self._require("network", network)
+        await self._store().remove_network(network)
         return await self._in_force([network])
 
     async def remove_instance(self, instance: InstanceId) -> Written:
         """Remove an instance; `NotFound` when there is none."""
-        await self._store_of("instance", instance).remove_instance(instance)
+        self._require("instance", instance)
+        await self._store().remove_instance(instance)
         return await self._in_force([], instances=1)
 
     def _store(self) -> SqliteSource:
@@ -201,22 +185,18 @@ class RecordService:
             )
         return self.store
 
-    def _store_of(self, kind: str, subject: str) -> SqliteSource:
-        store = self._store()
-        if not self._refuse_foreign(kind, subject, store):
+    def _require(self, kind: str, subject: str) -> None:
+        if not self._refuse_foreign(kind, subject):
             raise NotFound(f"there is no {kind} {subject}", hint=f"imdsproxy {kind} list")
-        return store
 
-    def _refuse_foreign(
-        self, kind: str, subject: str, store: SqliteSource, *, create: bool = False
-    ) -> bool:
+    def _refuse_foreign(self, kind: str, subject: str, *, create: bool = False) -> bool:
         """Whether there is such a record, which is the store's."""
         sources = (
             self.inventory.sources_of_network(NetworkId(subject))
             if kind == "network"
             else self.inventory.sources_of_instance(InstanceId(subject))
         )
-        if sources and store.name not in sources:
+        if sources and self._store().name not in sources:
             raise SourceRefused(
                 f"{kind} {subject} belongs to source {', '.join(sources)}", hint="change it there"
             )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from ipaddress import ip_address
 from typing import Annotated, Any, Final, TypeAlias, TypeVar, cast
 
@@ -42,7 +42,7 @@ from imdsproxy.admin.tokens import GuardChange, KeyRotation
 from imdsproxy.config.changes import SettingsReload
 from imdsproxy.core.addresses import normalise_address
 from imdsproxy.core.haproxy.request_log import WatchReport
-from imdsproxy.core.model import InstanceId, IpAddress, NetworkId
+from imdsproxy.core.model import Instance, InstanceId, IpAddress, NetworkId
 from imdsproxy.core.records import INSTANCE, NETWORK, Json, render_record
 from imdsproxy.core.timing import Step
 from imdsproxy.core.token_report import TokenReport
@@ -236,7 +236,7 @@ async def list_networks(services: _Uses) -> JSONResponse:
 async def add_network(request: Request, services: _Uses) -> Written:
     """Add a network; refused when there is one of this id."""
     network = read_network(await read_json(request))
-    return await services.records.put_network(network, create=True)
+    return await services.records.put([network], [], create=True)
 
 
 @router.get("/networks/{network}", responses={200: {"model": NetworkView}})
@@ -249,7 +249,7 @@ async def show_network(network: _Network, services: _Uses) -> JSONResponse:
 async def put_network(network: str, request: Request, services: _Uses) -> Written:
     """Add a network, or replace its whole record."""
     body = refuse_unlike(await read_json(request), network)
-    return await services.records.put_network(read_network(body))
+    return await services.records.put([read_network(body)], [])
 
 
 @router.patch("/networks/{network}", openapi_extra=_takes(NetworkRecord))
@@ -260,7 +260,7 @@ async def patch_network(network: _Network, request: Request, services: _Uses) ->
     async with services.records.patching:
         known = services.reports.network(network)
         body = merge_patch(render_record(known.network), patch)
-        return await services.records.put_network(read_network(body))
+        return await services.records.put([read_network(body)], [])
 
 
 @router.delete("/networks/{network}")
@@ -287,7 +287,7 @@ async def list_instances(
 async def add_instance(request: Request, services: _Uses) -> Written:
     """Add an instance; refused when there is one of this id."""
     instance = read_instance(name_networks(await read_json(request), services.reports))
-    return await services.records.put_instance(instance, create=True)
+    return await services.records.put([], [instance], create=True)
 
 
 @router.get("/instances/{instance}", responses={200: {"model": InstanceView}})
@@ -300,7 +300,7 @@ async def show_instance(instance: _Instance, services: _Uses) -> JSONResponse:
 async def put_instance(instance: str, request: Request, services: _Uses) -> Written:
     """Add an instance, or replace its whole record."""
     body = refuse_unlike(name_networks(await read_json(request), services.reports), instance)
-    return await services.records.put_instance(read_instance(body))
+    return await services.records.put([], [read_instance(body)])
 
 
 @router.patch("/instances/{instance}", openapi_extra=_takes(InstanceRecord))
@@ -320,9 +320,7 @@ async def patch_instance(instance: _Instance, request: Request, services: _Uses)
         changed = read_instance(body)
         # A password is no part of the record, which may be another source's.
         unchanged = clears_password and patch.keys() == {"id"}
-        written = (
-            Written(instances=1) if unchanged else await services.records.put_instance(changed)
-        )
+        written = Written(instances=1) if unchanged else await services.records.put([], [changed])
         if clears_password:
             await services.guests.clear_password(instance)
         return written
@@ -364,15 +362,12 @@ async def put_records(
     """
     if request.headers.get("content-type") == "application/x-ndjson":
         networks, packed = await read_lines(request)
-        written = await services.records.put_records(networks, packed.values(), create=create)
+        instances: Collection[Instance] = packed.values()
     else:
         records = await read_records(await read_json(request))
-        written = await services.records.put_records(
-            [network for _, network in records.networks],
-            [instance for _, instance in records.instances],
-            create=create,
-        )
-    return written
+        networks = [network for _, network in records.networks]
+        instances = [instance for _, instance in records.instances]
+    return await services.records.put(networks, instances, create=create, bulk=True)
 
 
 def _no_password(instance: InstanceId) -> NotFound:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from enum import StrEnum
 from itertools import islice
 from typing import Final, Protocol, TypeAlias
 
@@ -47,23 +46,6 @@ class Source(Protocol):
 
     def origin_of_port(self, instance: InstanceId, number: int) -> Origin | None:
         """Where an instance's port (from 0) was written; `None` when the source has no such port."""
-
-
-class Written(StrEnum):
-    """What a write did."""
-
-    ADDED = "added"
-    CHANGED = "changed"
-    UNCHANGED = "unchanged"
-
-
-@dataclass(frozen=True, slots=True)
-class Tally:
-    """What a write of many records did: how many were added, changed, and there already."""
-
-    added: int = 0
-    changed: int = 0
-    unchanged: int = 0
 
 
 @dataclass(frozen=True, slots=True)

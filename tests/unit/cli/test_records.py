@@ -446,20 +446,20 @@ def test_a_file_that_is_not_acceptable_is_refused_with_every_problem(
 
 def _slow_down(monkeypatch: pytest.MonkeyPatch, steps: Sequence[Step]) -> None:
     """Have the daemon take its time for each step before it stores anything."""
-    store = RecordService.put_records
+    store = RecordService.put
 
-    async def put_records(
+    async def put(
         service: RecordService,
         *records: Any,  # noqa: ANN401 - passed on
-        create: bool,
+        **how: Any,  # noqa: ANN401 - passed on
     ) -> Written:
         for step in steps:
             service.records.progress.note(step.what, step.done, step.of)
             await asyncio.sleep(0.3)
             service.records.progress.end(step.what)
-        return await store(service, *records, create=create)
+        return await store(service, *records, **how)
 
-    monkeypatch.setattr(RecordService, "put_records", put_records)
+    monkeypatch.setattr(RecordService, "put", put)
 
 
 _STEPS = (Step("storing instances", 1000, 2000), Step("compiling instances", 2000, 2000))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Collection, Coroutine, Iterable
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Final, TypeVar
@@ -13,8 +13,8 @@ from imdsproxy.core.model import Instance, InstanceId, Network, NetworkId
 from imdsproxy.core.observation import RecordSet
 from imdsproxy.core.timing import Progress
 from imdsproxy.errors import Problem, SourceError, SourceUnavailable
-from imdsproxy.sources.api import Origin, Publish, Reports, Tally, Written, publish_in_pieces
-from imdsproxy.sources.sqlite.store import Contents, Store
+from imdsproxy.sources.api import Origin, Publish, Reports, publish_in_pieces
+from imdsproxy.sources.sqlite.store import Store, Stored
 
 _T = TypeVar("_T")
 
@@ -50,16 +50,14 @@ class SqliteSource:
         self._progress = progress or Progress()
         self._reports = Reports(self.name)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="imdsproxy-store")
-        self._sync_thread = ThreadPoolExecutor(1, thread_name_prefix="imdsproxy-store-sync")
         self._publish: Publish | None = None
         self._publishing = asyncio.Lock()
         self._store: Store | None = None
         self._failure: SourceError | None = None
         self._problems: dict[tuple[str, str], tuple[Problem, ...]] = {}
-        self._writes: set[asyncio.Task[object]] = set()
-        self._committed = 0
-        self._synced = 0
-        self._syncing: asyncio.Task[None] | None = None
+        self._writes: set[asyncio.Task[None]] = set()
+        self._committed = self._synced = 0
+        self._syncing = asyncio.Lock()
 
     def origin_of_port(self, instance: InstanceId, number: int) -> Origin | None:
         """The record's own field: people do not read the store's file."""
@@ -81,7 +79,6 @@ class SqliteSource:
             # After whatever the thread still does: it works in order.
             await self._in_thread(self._close_store)
             self._thread.shutdown(wait=False)
-            self._sync_thread.shutdown(wait=False)
 
     async def _open(self, publish: Publish) -> None:
         while True:
@@ -100,9 +97,9 @@ class SqliteSource:
                 break
         self._failure = None
         self._problems = contents.problems
-        await self._report(publish, RecordSet(contents.networks, contents.instances))
+        await self._report(publish, contents.records)
 
-    def _open_store(self) -> Contents:
+    def _open_store(self) -> Stored:
         store = Store(self._path, now=self._now)
         try:
             contents = store.load(self._progress)
@@ -119,115 +116,67 @@ class SqliteSource:
 
     # Writes
 
-    async def put_network(self, network: Network) -> Written:
-        """Add a network, or change the one with its id."""
-        return _one(await self._put([network], [], bulk=False))
+    async def put(
+        self, networks: Collection[Network], instances: Collection[Instance], *, bulk: bool = False
+    ) -> None:
+        """Add or change records, many at once; all or none.
 
-    async def put_instance(self, instance: Instance) -> Written:
-        """Add an instance, or change the one with its id.
+        An instance without a creation time keeps the one that the store has, or, if it is new, gets the present.
 
-        Without a creation time, it keeps the one that the store has, or, if it is new, gets the present.
-
-        Raises:
-            SourceRefused: Another instance of the store has one of its addresses or MACs.
-        """
-        return _one(await self._put([], [instance], bulk=False))
-
-    async def put_records(
-        self, networks: Iterable[Network], instances: Collection[Instance]
-    ) -> Tally:
-        """Add or change many at once; all or none.
+        Args:
+            networks: The whole records.
+            instances: The same.
+            bulk: A problem's field begins with `networks[i]` or `instances[i]`.
 
         Raises:
-            SourceRefused: As above; a problem's field begins with `networks[i]` or `instances[i]`.
+            SourceRefused: Another instance of the store has an address or a MAC, or an id is there twice.
         """
-        return await self._put(networks, instances, bulk=True)
-
-    async def remove_network(self, network: NetworkId, *, force: bool = False) -> bool:
-        """Remove a network; `False` when there is none of that id.
-
-        Raises:
-            SourceRefused: Instances of the store have ports in it, unless `force`: then these claim
-                nothing until the network comes again.
-        """
-        return await self._remove(
-            lambda store: store.remove_network(network, force=force),
-            ("networks", network),
-            RecordSet(networks_removed=(network,)),
+        await self._write(
+            lambda store: store.put(networks, instances, bulk=bulk, progress=self._progress)
         )
 
-    async def remove_instance(self, instance: InstanceId) -> bool:
-        """Remove an instance; `False` when there is none of that id."""
-        return await self._remove(
-            lambda store: store.remove_instance(instance),
-            ("instances", instance),
-            RecordSet(instances_removed=(instance,)),
-        )
+    async def remove_network(self, network: NetworkId) -> None:
+        """Remove a network, if there is one; `SourceRefused` where instances of the store have ports in it."""
+        await self._write(lambda store: store.remove_network(network))
 
-    async def _put(
-        self, networks: Iterable[Network], instances: Collection[Instance], *, bulk: bool
-    ) -> Tally:
-        async def put(publish: Publish, store: Store) -> Tally:
-            written = await self._in_thread(
-                lambda: store.put(networks, instances, bulk=bulk, progress=self._progress)
-            )
-            for kind, records in (("networks", written.networks), ("instances", written.instances)):
-                for key in records:
-                    self._problems.pop((kind, key), None)
-            changes = RecordSet(written.networks, written.instances)
-            # Where an address moves among the records, all are published at once.
-            await self._publish_stored(publish, changes, in_pieces=not written.moved)
-            return written.tally
+    async def remove_instance(self, instance: InstanceId) -> None:
+        """Remove an instance, if there is one."""
+        await self._write(lambda store: store.remove_instance(instance))
 
-        return await self._write(put)
-
-    async def _remove(
-        self, work: Callable[[Store], bool], key: tuple[str, str], removed: RecordSet
-    ) -> bool:
-        async def remove(publish: Publish, store: Store) -> bool:
-            found = await self._in_thread(lambda: work(store))
-            self._problems.pop(key, None)
-            if found:
-                await self._publish_stored(publish, removed)
-            return found
-
-        return await self._write(remove)
-
-    async def _write(self, write: Callable[[Publish, Store], Coroutine[object, object, _T]]) -> _T:
+    async def _write(self, work: Callable[[Store], Stored]) -> None:
         """Complete a write and publish it even if its caller is cancelled meanwhile."""
         if self._failure is not None:
             raise self._failure
         if self._publish is None or self._store is None:
             raise SourceUnavailable(f"the store {self._path} is not open yet", hint="try again")
-        task = asyncio.ensure_future(write(self._publish, self._store))
+        task = asyncio.ensure_future(self._commit(self._publish, self._store, work))
         self._writes.add(task)
         task.add_done_callback(self._writes.discard)
         # A task complains about an exception that is never read; the caller may be gone.
         task.add_done_callback(lambda done: done.cancelled() or done.exception())
-        return await asyncio.shield(task)
+        await asyncio.shield(task)
 
-    async def _publish_stored(
-        self, publish: Publish, changes: RecordSet, *, in_pieces: bool = False
+    async def _commit(
+        self, publish: Publish, store: Store, work: Callable[[Store], Stored]
     ) -> None:
-        """Publish what is committed, and wait until the disk has it."""
+        """Write, publish what is committed, and wait until the disk has it."""
+        written = await self._in_thread(lambda: work(store))
+        changes = written.records
         if not changes:
             return
-        await self._report(publish, changes, in_pieces=in_pieces)
+        for network in (*changes.networks, *changes.networks_removed):
+            self._problems.pop(("networks", network), None)
+        for instance in (*changes.instances, *changes.instances_removed):
+            self._problems.pop(("instances", instance), None)
+        # Where an address moves among the records, all are published at once.
+        await self._report(publish, changes, in_pieces=not written.moved)
         self._committed += 1
         mine = self._committed
-        while self._synced < mine:
-            if self._syncing is None:
-                self._syncing = asyncio.ensure_future(self._sync(self._committed))
-            await asyncio.shield(self._syncing)
-
-    async def _sync(self, committed: int) -> None:
-        store = self._store
-        try:
-            if store is not None:
-                await asyncio.get_running_loop().run_in_executor(self._sync_thread, store.sync)
-            self._synced = committed
-        finally:
-            self._syncing = None
+        async with self._syncing:
+            if self._synced < mine:
+                committed = self._committed
+                await asyncio.to_thread(store.sync)
+                self._synced = committed
 
     async def _report(
         self, publish: Publish, changes: RecordSet, *, in_pieces: bool = True
@@ -245,9 +194,3 @@ class SqliteSource:
 
     async def _in_thread(self, work: Callable[[], _T]) -> _T:
         return await asyncio.get_running_loop().run_in_executor(self._thread, work)
-
-
-def _one(tally: Tally) -> Written:
-    if tally.added:
-        return Written.ADDED
-    return Written.CHANGED if tally.changed else Written.UNCHANGED
