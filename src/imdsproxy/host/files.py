@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Final
 
 from imdsproxy.errors import HostRefused, ImdsproxyError, SecretUnreadable
-from imdsproxy.host.refusal import host_refused
+from imdsproxy.host.refusal import refusing
 
 MAX_SECRET_BYTES: Final = 64 * 1024
 """A secret is a key or a password, never a document."""
@@ -23,6 +23,20 @@ MAX_LOG_BYTES: Final = 4 * 1024 * 1024
 
 _OTHERS: Final = 0o007
 _UNFINISHED: Final = re.compile(r"\..+\.(\d+)-\d+\.tmp")
+
+
+@contextlib.contextmanager
+def opened(path: Path, flags: int, mode: int = 0o600) -> Iterator[int]:
+    """A descriptor that is closed after the block.
+
+    Raises:
+        OSError: As of `os.open`.
+    """
+    descriptor = os.open(path, flags | os.O_CLOEXEC, mode)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
 
 def write_atomic(
@@ -50,13 +64,22 @@ def write_atomic(
         PrivilegeMissing: This process may not write there.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
-    try:
-        _write_new(temporary, data, mode=mode, owner=owner, durable=durable)
-        temporary.replace(path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise host_refused(f"write {path}", error) from error
+    with refusing(f"write {path}"):
+        try:
+            with opened(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW) as file:
+                rest = memoryview(data)
+                while rest:
+                    rest = rest[os.write(file, rest) :]
+                if owner is not None:
+                    os.fchown(file, *owner)
+                os.fchmod(file, mode)
+                if durable:
+                    os.fsync(file)
+            temporary.replace(path)
+        except OSError:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+            raise
     if durable:
         sync_directory(path.parent)
 
@@ -73,12 +96,11 @@ def remove_file(path: Path, action: str, *, denied: str = "") -> bool:
         HostRefused: The file system is read-only.
         PrivilegeMissing: This process may not write there.
     """
-    try:
-        path.unlink()
-    except FileNotFoundError:
-        return False
-    except OSError as error:
-        raise host_refused(action, error, denied=denied) from error
+    with refusing(action, denied=denied):
+        try:
+            path.unlink()
+        except FileNotFoundError:
+            return False
     return True
 
 
@@ -91,35 +113,13 @@ def sweep_unfinished(directory: Path) -> int:
         HostRefused: The file system refused.
     """
     removed = 0
-    try:
+    with refusing(f"sweep {directory}"), contextlib.suppress(FileNotFoundError):
         for path in directory.iterdir():
             match = _UNFINISHED.fullmatch(path.name)
             if match is not None and not Path(f"/proc/{match[1]}").exists():
                 path.unlink(missing_ok=True)
                 removed += 1
-    except FileNotFoundError:
-        return removed
-    except OSError as error:
-        raise host_refused(f"sweep {directory}", error) from error
     return removed
-
-
-def _write_new(
-    path: Path, data: bytes, *, mode: int, owner: tuple[int, int] | None, durable: bool
-) -> None:
-    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
-    descriptor = os.open(path, flags, 0o600)
-    try:
-        rest = memoryview(data)
-        while rest:
-            rest = rest[os.write(descriptor, rest) :]
-        if owner is not None:
-            os.fchown(descriptor, *owner)
-        os.fchmod(descriptor, mode)
-        if durable:
-            os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def sync_directory(path: Path) -> None:
@@ -128,14 +128,8 @@ def sync_directory(path: Path) -> None:
     Raises:
         HostRefused: The file system refused.
     """
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-    except OSError as error:
-        raise host_refused(f"sync {path}", error) from error
+    with refusing(f"sync {path}"), opened(path, os.O_RDONLY | os.O_DIRECTORY) as directory:
+        os.fsync(directory)
 
 
 def ensure_directory(
@@ -147,18 +141,13 @@ def ensure_directory(
         HostRefused: Something else of that name is there, or the file system refused.
         PrivilegeMissing: This process may not do that there.
     """
-    try:
+    with refusing(f"create the directory {path}"):
         missing = [one for one in path.parents if not one.exists()]
         path.mkdir(parents=True, exist_ok=True)
         for parent in missing:
             parent.chmod(0o755)
-        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            apply_owner_and_mode(descriptor, mode, owner)
-        finally:
-            os.close(descriptor)
-    except OSError as error:
-        raise host_refused(f"create the directory {path}", error) from error
+        with opened(path, os.O_RDONLY | os.O_DIRECTORY) as directory:
+            apply_owner_and_mode(directory, mode, owner)
 
 
 def apply_owner_and_mode(descriptor: int, mode: int, owner: tuple[int, int] | None) -> None:
@@ -204,19 +193,15 @@ def limit_log(path: Path, limit: int = MAX_LOG_BYTES) -> None:
 
     The process that writes it, at its end (`open_log`), notices nothing.
     """
-    try:
-        with path.open("r+b") as file:
-            size = file.seek(0, os.SEEK_END)
-            if size <= limit:
-                return
+    # There is no such file under systemd.
+    with contextlib.suppress(OSError), path.open("r+b") as file:
+        size = file.seek(0, os.SEEK_END)
+        if size > limit:
             file.seek(size - limit)
             # Where there is no room for its end, at least there is some again.
             with contextlib.suppress(ImdsproxyError):
                 write_atomic(path.with_name(f"{path.name}.1"), file.read(), mode=0o640)
             file.truncate(0)
-    except OSError:
-        # There is no such file, as under systemd.
-        return
 
 
 def open_locked(path: Path, flags: int, mode: int = 0o600) -> int | None:
@@ -251,10 +236,8 @@ def hold_directory(path: Path) -> Iterator[None]:
         HostRefused: Another process has it.
         PrivilegeMissing: We may not open it.
     """
-    try:
+    with refusing(f"lock {path}"):
         descriptor = open_locked(path, os.O_RDONLY | os.O_DIRECTORY)
-    except OSError as error:
-        raise host_refused(f"lock {path}", error) from error
     if descriptor is None:
         raise HostRefused(
             f"another controller keeps its state in {path}",
@@ -274,19 +257,14 @@ def read_secret(path: Path) -> bytes:
             to another user than root or this process's, or others may read or write it.
     """
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+        with opened(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY) as file:
+            _check_secret(path, os.fstat(file))
+            data = os.read(file, MAX_SECRET_BYTES + 1)
     except OSError as error:
         raise SecretUnreadable(
             f"cannot read the secret {path}: {error.strerror}",
             hint="create it with mode 0600, owned by the user that runs imdsproxy",
         ) from error
-    try:
-        _check_secret(path, os.fstat(descriptor))
-        data = os.read(descriptor, MAX_SECRET_BYTES + 1)
-    except OSError as error:
-        raise SecretUnreadable(f"cannot read the secret {path}: {error.strerror}") from error
-    finally:
-        os.close(descriptor)
     secret = data.removesuffix(b"\n").removesuffix(b"\r")
     if not secret.strip():
         raise SecretUnreadable(f"the secret {path} is empty", hint="put the secret in the file")

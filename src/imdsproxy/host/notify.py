@@ -6,17 +6,16 @@ Its watchdog, and `/livez`, see by a heartbeat that the event loop makes progres
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import socket
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import IO, Final
 
 import structlog
 
 from imdsproxy.errors import HostRefused
-from imdsproxy.host.refusal import host_refused
+from imdsproxy.host.refusal import refusing
 
 _PATIENCE_S: Final = 1.0
 _FIRST_KEPT: Final = 3
@@ -46,10 +45,6 @@ class ServiceNotifier:
         """The service has begun to stop."""
         self.send(STOPPING="1")
 
-    def status(self, text: str) -> None:
-        """One line for `systemctl status`."""
-        self.send(STATUS=text)
-
     def keep(self, name: str, descriptor: int) -> bool:
         """Let the manager keep an open file for the next process (`kept_sockets`); false without a manager.
 
@@ -59,15 +54,7 @@ class ServiceNotifier:
             name: Without `:`.
             descriptor: Of this process.
         """
-        if not self.address:
-            return False
-        text = os.fsencode(f"FDSTORE=1\nFDNAME={name}")
-        try:
-            with self._connected() as channel:
-                socket.send_fds(channel, [text], [descriptor])
-        except OSError as error:
-            raise host_refused(f"notify the service manager at {self.address}", error) from error
-        return True
+        return self._deliver(f"FDSTORE=1\nFDNAME={name}", descriptor)
 
     def send(self, **fields: str) -> None:
         """Send `NAME=value` lines in one datagram; fields with an empty value are left out.
@@ -76,22 +63,22 @@ class ServiceNotifier:
             HostRefused: The manager's socket does not take it.
         """
         lines = [f"{name}={value.replace(chr(10), ' ')}" for name, value in fields.items() if value]
-        if not self.address or not lines:
-            return
-        try:
-            with self._connected() as channel:
-                channel.sendall(os.fsencode("\n".join(lines)))
-        except OSError as error:
-            raise host_refused(f"notify the service manager at {self.address}", error) from error
+        if lines:
+            self._deliver("\n".join(lines))
 
-    @contextlib.contextmanager
-    def _connected(self) -> Iterator[socket.socket]:
+    def _deliver(self, text: str, *descriptors: int) -> bool:
+        if not self.address:
+            return False
         target = f"\0{self.address[1:]}" if self.address.startswith("@") else self.address
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as channel:
+        with (
+            refusing(f"notify the service manager at {self.address}"),
+            socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as channel,
+        ):
             # A manager that hangs must not make us hang.
             channel.settimeout(_PATIENCE_S)
             channel.connect(target)
-            yield channel
+            socket.send_fds(channel, [os.fsencode(text)], descriptors)
+        return True
 
 
 def is_journal(stream: IO[str], environment: Mapping[str, str]) -> bool:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
+from collections.abc import Iterator
 from typing import Final
 
 from imdsproxy.errors import HostRefused, PrivilegeMissing
@@ -39,3 +41,12 @@ def host_refused(
             message, hint=hint or denied or "run as root, or with CAP_SYS_ADMIN and CAP_NET_ADMIN"
         )
     return HostRefused(message, hint=hint or _HINTS.get(number, ""))
+
+
+@contextlib.contextmanager
+def refusing(action: str, *, hint: str = "", denied: str = "") -> Iterator[None]:
+    """Raise what the system refuses in the block as `host_refused`."""
+    try:
+        yield
+    except OSError as error:
+        raise host_refused(action, error, hint=hint, denied=denied) from error

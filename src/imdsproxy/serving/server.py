@@ -223,8 +223,8 @@ class DocumentServer:
     def _bind(self, path: Path, at: Path) -> Worker:
         if not at.parent.is_dir():
             ensure_directory(at.parent)
-        group = None if self._account is None else self._account.group
-        listener = open_unix_socket(at, mode=_SOCKET_MODE, group=group)
+        owner = None if self._account is None else (-1, self._account.group)
+        listener = open_unix_socket(at, mode=_SOCKET_MODE, owner=owner)
         status = at.stat()
         return Worker(path, at, listener, (status.st_dev, status.st_ino))
 

@@ -35,7 +35,7 @@ def test_the_manager_hears_every_state(manager: tuple[socket.socket, str]) -> No
     notifier = ServiceNotifier(address)
     notifier.ready("3 networks\nand more")
     notifier.reloading(12)
-    notifier.status("busy")
+    notifier.send(STATUS="busy")
     notifier.send(WATCHDOG="1")
     notifier.stopping()
     assert [listening.recv(1000) for _ in range(5)] == [

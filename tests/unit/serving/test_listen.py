@@ -40,7 +40,7 @@ def answering(begun: asyncio.Event | None = None, gate: asyncio.Event | None = N
 
 def test_a_socket_has_its_mode_and_group_and_leaves_no_other_name(tmp_path: Path) -> None:
     path = tmp_path / "x.sock"
-    with open_unix_socket(path, mode=0o620, group=os.getegid()):
+    with open_unix_socket(path, mode=0o620, owner=(-1, os.getegid())):
         assert stat.S_IMODE(path.stat().st_mode) == 0o620
         assert path.stat().st_gid == os.getegid()
         assert list(tmp_path.iterdir()) == [path]
