@@ -15,7 +15,6 @@ from typing import Any, Final
 
 from imdsproxy import errors
 from imdsproxy.admin.api import admin_app, status_of
-from imdsproxy.admin.metrics import METRICS, NETWORK_SUM
 from imdsproxy.app.namespace_proxy.command import describe_options
 from imdsproxy.cli.main import SHELLS, build_program, iterate_commands, render_completion
 from imdsproxy.cli.options import EXIT_STATUSES
@@ -23,6 +22,7 @@ from imdsproxy.config.describe import iterate_settings
 from imdsproxy.config.neutron_options import NEUTRON_OPTIONS
 from imdsproxy.config.schema import Settings
 from imdsproxy.config.strict_yaml import render_value
+from imdsproxy.controller.metrics import METRICS, NETWORK_SUM
 from imdsproxy.core.endpoints import LeftOutCode
 from imdsproxy.errors import ImdsproxyError
 

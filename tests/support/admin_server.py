@@ -17,12 +17,10 @@ from fastapi import FastAPI
 from structlog.testing import capture_logs
 
 from imdsproxy.admin.api import admin_app
-from imdsproxy.admin.explain import Explainer
 from imdsproxy.admin.guests import GuestService
 from imdsproxy.admin.record_reports import RecordReports, report_left_out
 from imdsproxy.admin.records import RecordService
-from imdsproxy.admin.services import Services
-from imdsproxy.admin.status import (
+from imdsproxy.admin.reports import (
     DocumentsReport,
     HaproxyReport,
     PlanReport,
@@ -31,6 +29,7 @@ from imdsproxy.admin.status import (
     SourceReport,
     StatusReport,
 )
+from imdsproxy.admin.services import Services
 from imdsproxy.admin.tokens import TokenService
 from imdsproxy.app.compiler import CompiledIndex, RecordCompiler
 from imdsproxy.app.lookup import Lookup
@@ -101,6 +100,7 @@ class Listeners:
     failure: Problem | None = None
     working: bool = False
     unix: None = None
+    haproxy: Haproxy | None = None
 
     @property
     def report(self) -> ListenerReport:
@@ -309,18 +309,18 @@ async def _served(directory: Path) -> Any:  # noqa: ANN401 - an asynchronous gen
     store = SqliteSource(layout.state / "store.sqlite", now=clock.now().timestamp)
     listeners, documents = Listeners(inventory), Documents()
     loop_of_listeners = cast("ListenerLoop", listeners)  # the part that services use
+    listeners.haproxy = haproxy
     lookup = Lookup(inventory, records, _no_neighbour, clock, lambda: 60.0, mac_filters)
-    explainer = Explainer(
-        inventory, records, loop_of_listeners, haproxy, lookup, documents_needed=True
-    )
     watching = Watching(haproxy, _nothing, lambda _network, _address: None)
     unapplied: list[Problem] = []
     socket = directory / "admin.sock"
     services = Services(
         RecordReports(inventory, records, loop_of_listeners, documents_needed=True),
         RecordService(inventory, records, loop_of_listeners, store, lambda: tuple(unapplied)),
-        GuestService(inventory, records, lookup, explainer, documents.forward, passwords),
-        TokenService(inventory, records, policy_store, clock, lambda: tuple(unapplied)),
+        GuestService(
+            lookup, loop_of_listeners, documents.forward, passwords, documents_needed=True
+        ),
+        TokenService(records, policy_store, lambda: tuple(unapplied)),
         watching,
         records.progress,
         lambda: server.report(),  # noqa: PLW0108 - made below

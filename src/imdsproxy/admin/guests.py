@@ -1,24 +1,44 @@
-"""What operators ask about guests: whose an address is, what the guest gets, and the password that it posted."""
+"""What operators ask about guests: whose an address is and why, what the guest gets, the password that it posted."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+import re
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Final
+from typing import Final, assert_never
 
-from imdsproxy.admin.explain import Explainer, Explanation, Probe
+from imdsproxy.admin.reports import CardReport, Explanation, PairReport, PathDecision, Probe
+from imdsproxy.anti_spoofing.plan import ANY_MAC, plan_pair
 from imdsproxy.app.lookup import Lookup
-from imdsproxy.app.record_loop import RecordLoop
-from imdsproxy.core.identity import Denial, Found, Unknown, deny
-from imdsproxy.core.inventory import Inventory
-from imdsproxy.core.model import Dialect, InstanceId, IpAddress, NetworkId, Scope
+from imdsproxy.core.identity import (
+    Ambiguous,
+    Denial,
+    Found,
+    How,
+    Identity,
+    Mismatch,
+    Unknown,
+    checks_macs,
+    deny,
+    identify,
+)
+from imdsproxy.core.model import Dialect, InstanceId, NetworkId, Scope, Upstream
 from imdsproxy.core.observation import AddressKey
-from imdsproxy.core.wire import HEADER_LOGGED, MISMATCH_TEXT, MapRecord
-from imdsproxy.errors import NotFound
+from imdsproxy.core.plan import policy_place, record_key
+from imdsproxy.core.policy_report import PolicyInForce, decide_read, report_policy
+from imdsproxy.core.wire import HEADER_LOGGED, MISMATCH_TEXT, NovaRecord, hide_signatures
+from imdsproxy.dataplane.master import WorkerEnded
+from imdsproxy.errors import NotFound, Problem, RuntimeUnavailable
+from imdsproxy.listeners.binds import networks_of
+from imdsproxy.listeners.loop import ListenerLoop
 from imdsproxy.serving.resolver import Outcome
 from imdsproxy.serving.resolver_app import CollectedAnswer, Forward, GuestRequest
 from imdsproxy.serving.store import PasswordStore
+from imdsproxy.sources.api import LookUpUnavailable, PortAmbiguous, PortFound, PortMissing
+
+_UUID: Final = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+"""As Neutron writes the ids that it makes."""
 
 _COMMON: Final[Mapping[Dialect, str]] = {
     Dialect.EC2: "/latest/meta-data/",
@@ -36,16 +56,37 @@ class DocumentAnswer:
     body: bytes
 
 
+@dataclass(frozen=True, slots=True)
+class _Owner:
+    """Who has an address.
+
+    Attributes:
+        at: The address by which the records know the instance: behind a router it is in another network.
+        why: How a source that can be asked explains it, in place of the records.
+        denial: The answer, where that source decides it.
+    """
+
+    identity: Identity
+    at: AddressKey
+    why: str = ""
+    denial: Denial | None = None
+
+
 @dataclass(slots=True)
 class GuestService:
-    """Answers questions about guests."""
+    """Answers questions about guests.
 
-    inventory: Inventory
-    records: RecordLoop
+    Args:
+        forward: Asks HAProxy as a guest that was found.
+        documents_problem: Why guests get no documents.
+    """
+
     lookup: Lookup
-    explainer: Explainer
+    listeners: ListenerLoop
     forward: Forward
     passwords: PasswordStore
+    documents_needed: bool
+    documents_problem: Callable[[], Problem | None] = lambda: None
 
     async def read_password(self, instance: InstanceId) -> bytes | None:
         """The password that the instance's guest posted, as it was posted; `None` where it has posted none.
@@ -62,70 +103,35 @@ class GuestService:
         return await asyncio.to_thread(self.passwords.remove, instance)
 
     def _refuse_unknown(self, instance: InstanceId) -> None:
-        if not self.inventory.sources_of_instance(instance):
+        if not self.lookup.inventory.sources_of_instance(instance):
             raise NotFound(f"there is no instance {instance}", hint="imdsproxy instance list")
 
-    async def explain(
-        self,
-        network: NetworkId,
-        address: IpAddress,
-        path: str | None = None,
-        *,
-        probe: bool = False,
-    ) -> Explanation:
-        """Who has `address` in `network`, and why; never raises for an unknown one.
-
-        Args:
-            network: The guest's network, or router.
-            address: Its address.
-            path: Also what the policy says to a GET of it.
-            probe: Also send a GET of `path`, or of a document that every instance has.
-        """
-        explained = await self.explainer.explain(network, address, path)
-        if not probe or explained.verdict == "no-network":
-            return explained
-        asked = path or self._common_path(explained.instance)
-        answer = await self.get(network, address, asked)
-        return replace(explained, probe=Probe(asked, answer.status))
-
-    def _common_path(self, instance: InstanceId | None) -> str:
-        """A document that every instance has which has any."""
-        record = None if instance is None else self.inventory.instances.get(instance)
-        dialects = frozenset(Dialect) if record is None else record.dialects
-        return next((path for dialect, path in _COMMON.items() if dialect in dialects), "/")
-
-    async def explain_instance(
-        self, instance: InstanceId, path: str | None = None, *, probe: bool = False
-    ) -> list[Explanation]:
-        """The same of each address that the instance is known by; `NotFound` where there is no such instance."""
-        self._refuse_unknown(instance)
-        learned = self.records.learned.items()
-        keys = self.inventory.addresses_of(instance)
-        keys |= {key for key, entry in learned if entry.instance == instance}
-        # Made of its MAC: what few guests ask from, where they have another one.
-        chosen = {key for key in keys if not key[1].is_link_local} or keys
-        ordered = sorted(chosen, key=lambda key: (key[0], key[1].version, int(key[1])))
-        return [await self.explain(*key, path, probe=probe) for key in ordered]
-
-    async def get(
-        self,
-        network: NetworkId,
-        address: IpAddress,
-        path: str,
-    ) -> DocumentAnswer:
-        """The answer that the guest at `address` gets to `GET path` (with its query).
+    async def get(self, key: AddressKey, path: str) -> DocumentAnswer:
+        """The answer that the guest at an address gets to `GET path` (with its query).
 
         Nothing is remembered of it; an unknown guest is answered as one is, without being held.
         """
-        if not self.inventory.knows(network) and self.lookup.source is None:
-            raise NotFound(f"there is no network {network}", hint="imdsproxy network list")
-        key = (network, address)
+        if not self._may_know(key[0]):
+            raise NotFound(f"there is no network {key[0]}", hint="imdsproxy network list")
         outcome = await self._look(key)
-        if not isinstance(outcome, Denial):
-            return await self._get_as_guest(key, outcome, path)
-        headers = (("retry-after", "5"),) if outcome is Denial.CONFLICT else ()
-        text = MISMATCH_TEXT if outcome is Denial.MISMATCH else ""
-        return DocumentAnswer(outcome.status, headers, text.encode())
+        if isinstance(outcome, Denial):
+            text = MISMATCH_TEXT if outcome is Denial.MISMATCH else ""
+            again = (("retry-after", "5"),) if outcome is Denial.CONFLICT else ()
+            return DocumentAnswer(outcome.status, again, text.encode())
+        answer = CollectedAnswer()
+        request = GuestRequest(key, "GET", path.encode("utf-8"), by_operator=True)
+        await self.forward(outcome, request, answer.take)
+        sent = ((name.decode("latin-1"), value.decode("latin-1")) for name, value in answer.headers)
+        headers = tuple(header for header in sent if header[0] != HEADER_LOGGED)
+        return DocumentAnswer(answer.status, headers, bytes(answer.body))
+
+    def _may_know(self, network: NetworkId) -> bool:
+        return self.lookup.inventory.knows(network) or self.lookup.source is not None
+
+    def _scopes(self, network: NetworkId) -> tuple[Scope, ...]:
+        declared = self.lookup.inventory.networks.get(network)
+        # Of an id that no record has, only a request says whether it is a router's.
+        return (Scope.NETWORK, Scope.ROUTER) if declared is None else (declared.scope,)
 
     async def _look(self, key: AddressKey) -> Outcome:
         """As for a request, except that a known guest need not have its MAC checked; an unknown one is not held."""
@@ -133,23 +139,229 @@ class GuestService:
         if isinstance(identity, Found):
             return self.lookup.known(identity.instance, key)
         if not isinstance(identity, Unknown):
-            return deny(identity, in_sync=self.inventory.in_sync)
-        declared = key[0] in self.inventory.networks
+            return deny(identity, in_sync=self.lookup.inventory.in_sync)
         outcome: Outcome = Denial.UNKNOWN
-        # Of an id that no record has, only a request says whether it is a router's.
-        for scope in (None,) if declared else (Scope.NETWORK, Scope.ROUTER):
+        for scope in self._scopes(key[0]):
             outcome = await self.lookup.look(key, scope)
             if outcome is not Denial.UNKNOWN:
                 break
         return outcome
 
-    async def _get_as_guest(self, key: AddressKey, record: MapRecord, path: str) -> DocumentAnswer:
-        request = GuestRequest(key, "GET", path.encode("utf-8"), by_operator=True)
-        answer = CollectedAnswer()
-        await self.forward(record, request, answer.take)
-        headers = tuple(
-            (name.decode("latin-1"), value.decode("latin-1"))
-            for name, value in answer.headers
-            if name != HEADER_LOGGED.encode()
+    async def explain_instance(
+        self, instance: InstanceId, path: str | None = None, *, probe: bool = False
+    ) -> list[Explanation]:
+        """`explain` for each address that the instance is known by; `NotFound` where there is no such instance."""
+        self._refuse_unknown(instance)
+        keys = self.lookup.records.addresses_of(instance)
+        # Made of its MAC: what few guests ask from, where they have another one.
+        chosen = {key for key in keys if not key[1].is_link_local} or keys
+        ordered = sorted(chosen, key=lambda key: (key[0], key[1].version, int(key[1])))
+        return [await self.explain(key, path, probe=probe) for key in ordered]
+
+    async def explain(
+        self, key: AddressKey, path: str | None = None, *, probe: bool = False
+    ) -> Explanation:
+        """Who has an address in a network, or behind a router, and why; never raises for an unknown one.
+
+        Args:
+            key: The address.
+            path: Also what the policy says to a GET of it.
+            probe: Also send a GET of `path`, or of a document that every instance has.
+        """
+        network = key[0]
+        if not self._may_know(network):
+            why = (f"no source tells of network {network}",)
+            return Explanation(*key, "no-network", 404, why)
+        owner = await self._owner(key)
+        found = self._explain(key, owner)
+        if path is not None and found.rules is not None:
+            found = replace(found, decision=self._decide(found.rules, path))
+        steps = [self._origin(network)]
+        steps += [
+            f"its listener is not as it should be: {one.reason}"
+            for one in self.listeners.degraded()
+            if one.network == network
+        ]
+        declared = network in self.lookup.inventory.networks
+        served = networks_of(self.listeners.report.endpoints)
+        if not (network in served if declared else self.listeners.unix.serving):
+            # No listener is there: the guest gets no answer, whatever it would be.
+            found = replace(found, verdict="left-out", answer=503)
+        if checks_macs(self.lookup.inventory, network):
+            found = replace(found, pair=await self._pair(key, steps))
+        if probe:
+            asked = path or self._common_path(found.instance)
+            found = replace(found, probe=Probe(asked, (await self.get(key, asked)).status))
+        cards = tuple([card async for card in self._cards(found.instance)])
+        installed = await self._installed(key)
+        return replace(found, why=(*steps, *found.why), cards=cards, installed=installed)
+
+    def _common_path(self, instance: InstanceId | None) -> str:
+        """A document that every instance has which has any."""
+        record = instance and self.lookup.inventory.instances.get(instance)
+        dialects = record.dialects if record else frozenset(Dialect)
+        return next((path for dialect, path in _COMMON.items() if dialect in dialects), "/")
+
+    def _origin(self, network: NetworkId) -> str:
+        if sources := self.lookup.inventory.sources_of_network(network):
+            return f"network {network} comes from {', '.join(sources)}"
+        unreported = (
+            f"no source tells how {network} is reached: its guests come through the unix listener"
         )
-        return DocumentAnswer(answer.status, headers, bytes(answer.body))
+        if self.listeners.unix.serving:
+            return unreported
+        problem = self.listeners.unix.problem
+        why = "off" if problem is None else f"left out: {problem.reason}"
+        return f"{unreported}, which is {why}"
+
+    async def _owner(self, key: AddressKey) -> _Owner:
+        """Who has the address by the records, else by the source that can be asked; found there, it is in force."""
+        lookup, source = self.lookup, self.lookup.source
+        identity = await lookup.identify(key)
+        if source is None or not isinstance(identity, Unknown):
+            return _Owner(identity, key)
+        for scope in self._scopes(key[0]):
+            match await lookup.ask(key, scope):
+                case PortFound() if scope is Scope.NETWORK:
+                    return _Owner(await lookup.identify(key), key)
+                case PortFound(network=network):
+                    # Puts it in force, as a request would.
+                    await lookup.look(key, scope)
+                    at = (network, key[1])
+                    return _Owner(identify(lookup.inventory, *at), at)
+                case PortAmbiguous(count=count):
+                    why = (
+                        f"{count} ports of {source.name} have it there; whose guest asks is not "
+                        "guessed"
+                    )
+                    return _Owner(identity, key, why)
+                case LookUpUnavailable(reason=reason):
+                    why = f"nothing is known of it, and {source.name} cannot be asked: {reason}"
+                    return _Owner(identity, key, why, Denial.UNAVAILABLE)
+                case PortMissing() | None:
+                    pass
+                case _ as never:
+                    assert_never(never)
+        why = f"{source.name} was asked and has no port that may get metadata"
+        if key[0] not in lookup.inventory.networks and not _UUID.fullmatch(key[0]):
+            why += f"; it knows networks and routers by their ids, and {key[0]} is no UUID"
+        return _Owner(identity, key, why)
+
+    def _explain(self, key: AddressKey, owner: _Owner) -> Explanation:
+        behind = () if owner.at == key else (f"router {key[0]} leads to network {owner.at[0]}",)
+        if isinstance(owner.identity, Found):
+            found = self._explain_found(key, owner.at, owner.identity)
+            return replace(found, why=(*behind, *found.why))
+        denial = owner.denial or deny(owner.identity, in_sync=self.lookup.inventory.in_sync)
+        denied = Explanation(*key, denial.value, denial.status)
+        match owner.identity:
+            case Ambiguous(claimants=claimants):
+                why = "more than one record claims the address, and none is preferred"
+                return replace(denied, why=(*behind, why), claimants=claimants)
+            case Mismatch(instance=instance, expected=expected):
+                why = f"instance {instance.id} has {key[1]} with MAC {expected} only"
+                name = instance.name
+                return replace(denied, why=(*behind, why), instance=instance.id, instance_name=name)
+            case Unknown(reason=reason):
+                then = (
+                    "requests are held for a while, then answered 404"
+                    if denial is Denial.UNKNOWN
+                    else "a source is not in sync: it may still come"
+                )
+                steps = (*behind, owner.why or reason.value, *([] if owner.denial else [then]))
+                return replace(denied, verdict="unknown", why=steps)
+        assert_never(owner.identity)
+
+    def _explain_found(self, key: AddressKey, at: AddressKey, found: Found) -> Explanation:
+        instance, lookup, records = found.instance, self.lookup, self.lookup.records
+        why = [f"instance {instance.id} has {at[1]}, known by {found.how.value}"]
+        if lookup.source is not None and (seen := lookup.source.confirmation(*at)) is not None:
+            name = lookup.source.name
+            stale = f"; stale since, because {name} does not answer" if seen.stale else ""
+            why.append(f"it is port {seen.port} of {name}, confirmed {seen.age_s:.0f} s ago{stale}")
+        now, project = int(lookup.clock.now().timestamp()), found.port.project or instance.project
+        book, place = records.policies(), policy_place(lookup.inventory, key[0], project, instance)
+        rules = report_policy(
+            book.fold(place), book.override(instance.id), instance.created_at, now
+        )
+        answer: int | None
+        if instance.upstream is Upstream.EMBEDDED:
+            policy = {"dialects": ", ".join(sorted(instance.dialects)) or "none"}
+            answer = 200 if instance.dialects else 404
+            problem = self.documents_problem()
+            if problem is not None:
+                why.append(f"no document is answered now: {problem.reason}")
+            if problem is not None or not self.documents_needed:
+                answer = 503
+        else:
+            policy = {"upstream": "nova", "endpoint set": "none: guests get 503"}
+            answer = 503
+            if isinstance(record := records.planned(key), NovaRecord):
+                policy |= {"endpoint set": record.endpoint_set, "project": record.project}
+                answer = None
+        return Explanation(
+            *key,
+            "found",
+            403 if rules.endpoint_off else answer,
+            tuple(why),
+            instance=instance.id,
+            instance_name=instance.name,
+            source=", ".join(lookup.inventory.sources_of_instance(instance.id)),
+            how=(found.how if at == key else How.ROUTER).value,
+            revision=records.compiler.revisions.get(instance.id),
+            policy=policy,
+            rules=rules,
+        )
+
+    def _decide(self, rules: PolicyInForce, path: str) -> PathDecision:
+        now = int(self.lookup.clock.now().timestamp())
+        without, given = (
+            decide_read(rules.word, now, path, token=token, paths=rules.paths)
+            for token in (False, True)
+        )
+        return PathDecision(path, without, given)
+
+    async def _pair(self, key: AddressKey, steps: list[str]) -> PairReport:
+        """What MACs have to do with it, in a network that checks them; `steps` gets the sentences."""
+        lookup, filters = self.lookup, self.lookup.mac_filters
+        neighbour, refusal = await lookup.last_seen(key)
+        seen = neighbour if refusal is None else refusal.mac
+        granted, filtered = filters.granted(key), filters.is_up(key[0])
+        steps.append(f"it was last seen with MAC {seen}" if seen else "no MAC was seen with it")
+        if refusal is not None and neighbour not in {None, refusal.mac}:
+            age_s = lookup.clock.monotonic() - refusal.at
+            steps.append(
+                f"its request was refused {age_s:.0f} s ago; the neighbour table has MAC {neighbour}"
+            )
+        if granted == ANY_MAC:
+            steps.append("the MAC filter lets it through with any MAC: no record has one")
+        elif granted is not None:
+            steps.append(f"the MAC filter lets it through with MAC {granted} only")
+        elif filtered:
+            steps.append("the MAC filter has no pair for it: each request goes to the resolver")
+        if not filtered and not filters.is_plain(key[0]):
+            steps.append("there is no MAC filter: no guest with a MAC in its record is answered")
+        wanted = plan_pair(lookup.inventory, key, lookup.records.learned)
+        return PairReport(seen, wanted, granted, filtered)
+
+    async def _cards(self, instance: InstanceId | None) -> AsyncIterator[CardReport]:
+        known = instance and self.lookup.inventory.instances.get(instance)
+        for port in known.ports if known else ():
+            if port.mac is not None:
+                met = [await self.lookup.neighbour((port.network, one)) for one in port.addresses]
+                seen = tuple(dict.fromkeys(mac for mac in met if mac is not None))
+                yield CardReport(port.network, port.mac, seen)
+
+    async def _installed(self, key: AddressKey) -> str | None:
+        """What the accepting worker's maps have for the address."""
+        haproxy, applier = self.listeners.haproxy, self.lookup.records.applier
+        if haproxy.processes is None or (worker := haproxy.processes.worker) is None:
+            return None
+        try:
+            for path in (applier.overlay_path, applier.base_path):
+                value = await haproxy.master.read_entry(worker, str(path), record_key(key))
+                if value is not None:
+                    return hide_signatures(value)
+        except (WorkerEnded, RuntimeUnavailable):
+            return None
+        return None

@@ -33,12 +33,10 @@ from imdsproxy.admin.bodies import (
     refuse_unclearable,
     refuse_unlike,
 )
-from imdsproxy.admin.explain import Explanation
 from imdsproxy.admin.record_reports import InstanceReport, NetworkReport
 from imdsproxy.admin.records import Written
+from imdsproxy.admin.reports import Explanation, GuardChange, KeyRotation, StatusReport
 from imdsproxy.admin.services import Services
-from imdsproxy.admin.status import StatusReport
-from imdsproxy.admin.tokens import GuardChange, KeyRotation
 from imdsproxy.config.changes import SettingsReload
 from imdsproxy.core.addresses import normalise_address
 from imdsproxy.core.haproxy.request_log import WatchReport
@@ -134,7 +132,7 @@ async def explain(
 ) -> Explanation:
     """Who has this address in this network, why, from which source, and what it gets."""
     _refuse_relative(path)
-    return await services.guests.explain(network, _ip(address), path, probe=probe)
+    return await services.guests.explain((network, _ip(address)), path, probe=probe)
 
 
 @router.get("/instances/{instance}/explain")
@@ -158,7 +156,7 @@ async def get_document(
 ) -> DocumentView:
     """The answer that this guest gets to `GET path`."""
     _refuse_relative(path)
-    answer = await services.guests.get(network, _ip(address), path)
+    answer = await services.guests.get((network, _ip(address)), path)
     body = DocumentBody.of(answer.body)
     return DocumentView(status=answer.status, headers=[*map(list, answer.headers)], body=body)
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from imdsproxy.admin.guests import GuestService
 from imdsproxy.admin.record_reports import RecordReports
 from imdsproxy.admin.records import RecordService
-from imdsproxy.admin.status import StatusReport
+from imdsproxy.admin.reports import StatusReport
 from imdsproxy.admin.tokens import TokenService
 from imdsproxy.app.watching import Watching
 from imdsproxy.config.changes import SettingsReload

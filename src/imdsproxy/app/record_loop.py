@@ -186,6 +186,12 @@ class RecordLoop:
         self._wake.set()
         return self.tickets.take()
 
+    def addresses_of(self, instance: InstanceId) -> frozenset[AddressKey]:
+        """Every address that an instance is known by, those that were learned too."""
+        learned = self.learned.items()
+        found = {key for key, entry in learned if entry.instance == instance}
+        return self.inventory.addresses_of(instance) | found
+
     async def reuse_maps(self) -> bool:
         """Have a HAProxy that is yet to start read the maps of the last run, where they would be made just so again.
 

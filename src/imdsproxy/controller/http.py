@@ -13,15 +13,14 @@ from functools import partial
 from typing import Final, TypeAlias, cast
 
 from imdsproxy import __version__
-from imdsproxy.admin.explain import Explainer
 from imdsproxy.admin.guests import GuestService
-from imdsproxy.admin.metrics import Metrics
 from imdsproxy.admin.record_reports import RecordReports
 from imdsproxy.admin.records import RecordService
 from imdsproxy.admin.services import Services
-from imdsproxy.admin.status import StatusService
 from imdsproxy.admin.tokens import TokenService
 from imdsproxy.controller.controller import Controller
+from imdsproxy.controller.metrics import Metrics
+from imdsproxy.controller.status import Status
 from imdsproxy.nova.upstream import NovaWatch
 from imdsproxy.serving.http import AsgiApp, HttpListener
 from imdsproxy.serving.resolver_app import FoundForwarder, resolver_app
@@ -38,46 +37,16 @@ _FORWARD_S: Final = 900.0
 
 def build_apps(controller: Controller) -> tuple[Services, Metrics, AnyAsgiApp]:
     """What is behind the admin API, metrics, and the application behind HAProxy's backend `resolver`."""
-    one, settings = controller, controller.holder
-    inventory, records, listeners = one.inventory, one.records, one.listeners
-    needed = one.companion.needed
+    one, records, listeners = controller, controller.records, controller.listeners
+    inventory = one.inventory
+    needed, passwords = one.companion.needed, PasswordStore(one.layout.passwords)
     forward = FoundForwarder(str(one.layout.found_socket), _FORWARD_S).forward
-    status = StatusService(
-        settings,
-        one.clock,
-        one.started_at,
-        one.started,
-        inventory,
-        one.sources.all,
-        records,
-        listeners,
-        one.haproxy,
-        one.haproxy_version,
-        one.watchdog,
-        one.mac_filters,
-        one.resolver.counts.mismatched,
-        one.nova,
-        NovaWatch(one.haproxy, one.nova.names),
-        one.companion,
-        one.probe,
-        one.policy_store,
-        one.audit,
-    )
-    explainer = Explainer(
-        inventory,
-        records,
-        listeners,
-        one.haproxy,
-        one.lookup,
-        documents_needed=needed,
-        documents_problem=status.documents_problem,
-    )
-    passwords = PasswordStore(one.layout.passwords)
+    status = Status(one, NovaWatch(one.haproxy, one.nova.names))
     services = Services(
         RecordReports(inventory, records, listeners, needed),
         RecordService(inventory, records, listeners, one.sources.writable, status.unapplied),
-        GuestService(inventory, records, one.lookup, explainer, forward, passwords),
-        TokenService(inventory, records, one.policy_store, one.clock, status.unapplied),
+        GuestService(one.lookup, listeners, forward, passwords, needed, status.documents_problem),
+        TokenService(records, one.policy_store, status.unapplied),
         one.watching,
         records.progress,
         status.report,
@@ -86,14 +55,7 @@ def build_apps(controller: Controller) -> tuple[Services, Metrics, AnyAsgiApp]:
         partial(one.reloader.reload, status.own_problems),
         one.end,
     )
-    metrics = Metrics(
-        status,
-        one.counting,
-        one.resolver,
-        one.sources.look_up,
-        lambda: settings.settings.metrics.network_series,
-    )
-    return services, metrics, resolver_app(one.resolver, forward)
+    return services, Metrics(one, status), resolver_app(one.resolver, forward)
 
 
 def load_admin(services: Services) -> AnyAsgiApp:

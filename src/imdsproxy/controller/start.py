@@ -19,12 +19,12 @@ from typing import TYPE_CHECKING
 
 import structlog
 
-from imdsproxy.admin.health import HealthServer
 from imdsproxy.config.changes import SettingsHolder, refuse_dropped
 from imdsproxy.config.load import Loaded
 from imdsproxy.config.schema import Settings
 from imdsproxy.controller.build import build_host, build_layout, prepare_directories
 from imdsproxy.controller.controller import Controller
+from imdsproxy.controller.health import HealthServer
 from imdsproxy.controller.stop import end_processes, sweep_host
 from imdsproxy.core.hostnames import Naming
 from imdsproxy.dataplane.launch import read_program
@@ -41,7 +41,7 @@ from imdsproxy.nova.upstream import NovaUpstream
 from imdsproxy.unix_listener.listener import sweep_unix_socket
 
 if TYPE_CHECKING:
-    from imdsproxy.admin.metrics import Metrics
+    from imdsproxy.controller.metrics import Metrics
 
 _FIRST_SYNC_S = 5.0
 """How long the first configuration waits for sources that publish nothing; a running HAProxy is not affected."""

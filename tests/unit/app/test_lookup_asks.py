@@ -6,11 +6,12 @@ import math
 from dataclasses import dataclass, field, replace
 from ipaddress import IPv4Address, IPv6Address
 from types import SimpleNamespace
-from typing import Final
+from typing import Any, Final
 
 import pytest
 
-from imdsproxy.admin.explain import Explainer
+from imdsproxy.admin.guests import GuestService
+from imdsproxy.admin.reports import Explanation
 from imdsproxy.app.lookup import Lookup
 from imdsproxy.app.tickets import Tickets
 from imdsproxy.core.identity import Denial, Learned
@@ -83,6 +84,7 @@ class _Records:
     touched: list[AddressKey] = field(default_factory=list)
     tickets: Tickets = field(default_factory=Tickets)
     compiler: SimpleNamespace = field(default_factory=lambda: SimpleNamespace(revisions={}))
+    applier: None = None
     book: PolicyBook = field(default_factory=PolicyBook)
 
     def policies(self) -> PolicyBook:
@@ -149,20 +151,17 @@ class Rig:
     async def look(self, key: AddressKey, scope: Scope | None = None) -> Outcome:
         return await self.lookup.look(key, scope)
 
-    @property
-    def explainer(self) -> Explainer:
-        listeners = SimpleNamespace(
-            report=SimpleNamespace(endpoints=()), degraded=tuple, unix=self.unix
+    async def explain(
+        self, network: NetworkId = _NET, address: IpAddress = _ADDRESS
+    ) -> Explanation:
+        parts: Any = SimpleNamespace(
+            report=SimpleNamespace(endpoints=()),
+            degraded=tuple,
+            unix=self.unix,
+            haproxy=SimpleNamespace(processes=None),
         )
-        haproxy = SimpleNamespace(processes=None)
-        return Explainer(
-            self.inventory,
-            self.records,  # type: ignore[arg-type]  # the part that is used
-            listeners,  # type: ignore[arg-type]  # as above
-            haproxy,  # type: ignore[arg-type]  # as above
-            self.lookup,
-            documents_needed=True,
-        )
+        service = GuestService(self.lookup, parts, parts, parts, documents_needed=True)
+        return await service.explain((network, address))
 
 
 class _PublishingLookUps(FakeLookUps):
@@ -304,11 +303,11 @@ async def test_a_guest_whom_no_listener_reaches_is_told_of_as_left_out() -> None
     rig = _rig()
     rig.answer(_FOUND)
     rig.unix.serving = False
-    told = await rig.explainer.explain(_NET, _ADDRESS)
+    told = await rig.explain()
     assert (told.verdict, told.answer, told.instance) == ("left-out", 503, "web")
     assert told.why[0].endswith("through the unix listener, which is off")
     rig.unix.problem = Problem("unix_listener.path", "an agent listens there")
-    told = await rig.explainer.explain(_NET, _ADDRESS)
+    told = await rig.explain()
     assert told.why[0].endswith(", which is left out: an agent listens there")
 
 
@@ -316,7 +315,7 @@ async def test_a_guest_that_is_found_is_explained_with_the_age_of_its_confirmati
     rig = _rig()
     rig.answer(_FOUND)
     rig.source.confirmed = Confirmation("p-1", 3.4, stale=False)
-    told = await rig.explainer.explain(_NET, _ADDRESS)
+    told = await rig.explain()
     assert (told.verdict, told.answer, told.instance, told.source) == (
         "found",
         None,
@@ -335,7 +334,7 @@ async def test_one_that_neutron_cannot_confirm_is_said_to_be_stale() -> None:
     rig = _rig()
     rig.publish(_WEB)
     rig.source.confirmed = Confirmation("p-1", 90, stale=True)
-    told = await rig.explainer.explain(_NET, _ADDRESS)
+    told = await rig.explain()
     assert told.verdict == "found"
     assert told.why[-1] == (
         "it is port p-1 of neutron, confirmed 90 s ago; stale since, because neutron does not answer"
@@ -367,7 +366,7 @@ async def test_each_rule_is_told_with_the_scope_that_set_it_and_what_operators_d
         "refuse_forwarded": (True, "instance"),
     }
     rig.publish(_WEB)
-    told = (await rig.explainer.explain(_NET, _ADDRESS)).rules
+    told = (await rig.explain()).rules
     assert _origins(told) == said
     assert told is not None
     assert (told.token_epoch, told.reopened_at) == (2, 41)
@@ -377,20 +376,20 @@ async def test_each_rule_is_told_with_the_scope_that_set_it_and_what_operators_d
     declared.records.book = rig.records.book
     declared.publish(_WEB)
     declared.neighbours.mac = _MAC
-    assert _origins((await declared.explainer.explain(_NET, _PRIVATE)).rules) == said
+    assert _origins((await declared.explain(_NET, _PRIVATE)).rules) == said
     # Behind a router it is the router's policy that counts.
     rig.answer(_FOUND, scope=Scope.ROUTER)
-    behind = (await rig.explainer.explain(_ROUTER, _ADDRESS)).rules
+    behind = (await rig.explain(_ROUTER, _ADDRESS)).rules
     del said["seal_user_data"]
     assert _origins(behind) == {**said, "hop_limit": (2, "network")}
-    nobody = await rig.explainer.explain(_NET, IPv4Address("10.0.0.9"))
+    nobody = await rig.explain(_NET, IPv4Address("10.0.0.9"))
     assert nobody.rules is None
 
 
 async def test_a_guest_behind_a_router_is_explained_by_the_router() -> None:
     rig = _rig()
     rig.answer(_FOUND, scope=Scope.ROUTER)
-    told = await rig.explainer.explain(_ROUTER, _ADDRESS)
+    told = await rig.explain(_ROUTER, _ADDRESS)
     assert (told.verdict, told.network, told.how) == ("found", "router", "router")
     assert "router router leads to network net" in told.why
     assert told.policy["project"] == "blue"
@@ -411,7 +410,7 @@ async def test_a_guest_behind_a_router_is_explained_by_the_router() -> None:
 async def test_who_is_not_found_is_explained(answer: object, status: int, words: str) -> None:
     rig = _rig()
     rig.answer(answer)
-    told = await rig.explainer.explain(_NET, _ADDRESS)
+    told = await rig.explain()
     assert (told.verdict, told.answer) == ("unknown", status)
     assert any(words in step for step in told.why)
 
@@ -419,8 +418,8 @@ async def test_who_is_not_found_is_explained(answer: object, status: int, words:
 async def test_who_gives_a_name_for_a_network_is_told_that_an_id_is_needed() -> None:
     rig = _rig()
     rig.answer(PortMissing())
-    named = await rig.explainer.explain(NetworkId("net-blue"), _ADDRESS)
-    by_id = await rig.explainer.explain(NetworkId("8f6a1e0c-3b52-4c1d-9a57-0d2f4b6c8e10"), _ADDRESS)
+    named = await rig.explain(NetworkId("net-blue"), _ADDRESS)
+    by_id = await rig.explain(NetworkId("8f6a1e0c-3b52-4c1d-9a57-0d2f4b6c8e10"), _ADDRESS)
     assert any("net-blue is no UUID" in step for step in named.why)
     assert not any("UUID" in step for step in by_id.why)
 
@@ -428,7 +427,7 @@ async def test_who_gives_a_name_for_a_network_is_told_that_an_id_is_needed() -> 
 async def test_without_anybody_to_ask_an_unknown_network_is_none() -> None:
     rig = Rig()
     rig.lookup.source = None
-    told = await rig.explainer.explain(_NET, _ADDRESS)
+    told = await rig.explain()
     assert (told.verdict, told.answer) == ("no-network", 404)
 
 

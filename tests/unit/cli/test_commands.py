@@ -12,7 +12,7 @@ import pytest
 import typer
 import typer.main
 
-from imdsproxy.admin.status import AuditReport, Readiness, SourceReport, UnixListenerReport
+from imdsproxy.admin.reports import AuditReport, Readiness, SourceReport, UnixListenerReport
 from imdsproxy.cli import admin_client
 from imdsproxy.cli.main import (
     COMMANDS,

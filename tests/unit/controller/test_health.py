@@ -15,10 +15,11 @@ from prometheus_client import Gauge
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import CollectorRegistry
 
-from imdsproxy.admin.health import HealthServer
-from imdsproxy.admin.metrics import Metrics
 from imdsproxy.admin.record_reports import LeftOut
-from imdsproxy.admin.status import Readiness, list_degraded
+from imdsproxy.admin.reports import Readiness
+from imdsproxy.controller.health import HealthServer
+from imdsproxy.controller.metrics import Metrics
+from imdsproxy.controller.status import list_degraded
 from imdsproxy.core.model import NetworkId
 
 

@@ -20,7 +20,7 @@ from imdsproxy.core.wire import RETRY_AFTER_S
 if TYPE_CHECKING:
     import socket
 
-    from imdsproxy.admin.metrics import Metrics
+    from imdsproxy.controller.metrics import Metrics
 
 _ROUTES: Final = ("/livez", "/readyz", "/metrics")
 _END: Final = b"\r\n\r\n"

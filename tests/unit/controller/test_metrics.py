@@ -2,116 +2,24 @@ from __future__ import annotations
 
 import math
 import re
-from collections import Counter
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from imdsproxy import __version__
-from imdsproxy.admin.metrics import METRICS, Metric, Metrics, count_traffic
+from imdsproxy.controller.metrics import METRICS, Metric, Metrics, count_traffic
 from imdsproxy.core.haproxy.runtime import WorkerTotals
-from imdsproxy.core.hoststate import Effect
-from imdsproxy.core.identity import Denial
-from imdsproxy.core.model import NetworkId
 from imdsproxy.core.timing import Durations
-from imdsproxy.nova.upstream import NovaEndpointReport
-from imdsproxy.serving.resolver import ResolverCounts
-from imdsproxy.sources.neutron.source import NeutronFigures
-
-_ONE, _TWO = "192.0.2.1:8775", "192.0.2.2:8775"
-
-
-def _row(network: str, requests: int, denied: int = 0, errors: int = 0) -> dict[str, str]:
-    return {
-        "pxname": "guests",
-        "svname": network,
-        "type": "3",
-        "stot": str(requests),
-        "dreq": str(denied),
-        "ereq": str(errors),
-    }
-
-
-def _inventory() -> SimpleNamespace:
-    return SimpleNamespace(
-        sources={"neutron": True, "sqlite": True},
-        instances=range(3),
-        address_count=4,
-        conflict_count=1,
-        record_counts={"neutron": (0, 0), "sqlite": (2, 3)}.__getitem__,
-        problems_of={"neutron": (), "sqlite": ("bad",)}.__getitem__,
-    )
-
-
-def _listeners() -> SimpleNamespace:
-    foreign = [SimpleNamespace(socket=one, effect=Effect.BLOCKS) for one in (1, 2, 2)]
-    busy = SimpleNamespace(network="red", code=SimpleNamespace(value="port-busy"))
-    return SimpleNamespace(
-        serving=2,
-        degraded=lambda: (busy, busy),
-        report=SimpleNamespace(foreign=foreign),
-        rounds=9,
-        seconds=0.25,
-        settler=SimpleNamespace(operations={"ok": 20}),
-        unix=SimpleNamespace(taken_over=2),
-    )
+from support.fake_controller import ONE, fake_controller, fake_metrics, row
 
 
 def _full(*, network_series: int = 100, neutron: bool = True, audit: int = 1) -> Metrics:
-    """Parts of a controller as far as metrics read them."""
-    endpoints = (
-        NovaEndpointReport("default", _ONE, up=True, failures=4),
-        NovaEndpointReport("default", _TWO, up=False),
-    )
-    status: Any = SimpleNamespace(
-        readiness=lambda: SimpleNamespace(ready=True),
-        started_at=1_760_000_000.0,
-        settings=SimpleNamespace(problems=()),
-        inventory=_inventory(),
-        listeners=_listeners(),
-        records=SimpleNamespace(rounds=Durations(Counter({0.005: 9, 0.1: 1}), 0.125)),
-        watchdog=SimpleNamespace(answering=True, restarts=1),
-        haproxy=SimpleNamespace(
-            processes=SimpleNamespace(draining=(7,)),
-            reload_counts=Counter(ok=7, failed=1),
-            seconds_spent=0.5,
-            master=SimpleNamespace(commands={"ok": 30}),
-        ),
-        companion=SimpleNamespace(restarts=0, read=lambda: SimpleNamespace(pids=(1, 2, 3))),
-        macs=lambda: SimpleNamespace(learned=1, pairs=2, gates=3, refused=4),
-        unix_listener=lambda: SimpleNamespace(serving=True),
-        audit=SimpleNamespace(
-            written=40,
-            left_out=4,
-            problem="disk full",
-            settings=lambda: SimpleNamespace(one_in=audit),
-        ),
-        nova_watch=SimpleNamespace(
-            endpoints=endpoints, refused=SimpleNamespace(totals={"default": 6})
-        ),
-    )
-    ledger = SimpleNamespace(read={"blue": 8, "red": 1}, refused={"blue": 2})
-    counts = ResolverCounts(
-        found=1, denied=Counter({Denial.UNKNOWN: 2}), mismatched=Counter({NetworkId("red"): 3})
-    )
-    figures = NeutronFigures(
-        queries={"ok": 9, "failed": 2, "timeout": 1},
-        look_ups={"found": 5, "negative-cached": 3},
-        ports=7,
-        stale_s=12.5,
-        backoff_s=0.75,
-    )
-    source: Any = SimpleNamespace(name="neutron", figures=figures)
-    counting: Any = SimpleNamespace(ledger=ledger)
-    resolver: Any = SimpleNamespace(counts=counts, held=2)
-    metrics = Metrics(
-        status, counting, resolver, source if neutron else None, lambda: network_series
-    )
-    agents = {**_row("agents", 3, 2, 1), "pxname": "agents"}
-    metrics.traffic.add(1, count_traffic([_row("blue", 100, 3, 1), _row("red", 10), agents]))
-    return metrics
+    one = fake_controller()
+    one.holder.settings.metrics.network_series = network_series
+    one.audit.settings = lambda: SimpleNamespace(one_in=audit)
+    one.sources.look_up = one.sources.look_up if neutron else None
+    return fake_metrics(one)
 
 
 def _exposed(metrics: Metrics) -> str:
@@ -134,7 +42,7 @@ def _value(metrics: Metrics, name: str, **labels: str) -> float:
     ("name", "labels", "value"),
     [
         ("imdsproxy_build_info", {"version": __version__}, 1),
-        ("imdsproxy_ready", {}, 1),
+        ("imdsproxy_ready", {}, 0),
         ("imdsproxy_networks_left_out", {"code": "port-busy"}, 1),
         ("imdsproxy_foreign_listeners", {"effect": "blocks"}, 2),
         ("imdsproxy_source_in_sync", {"source": "sqlite"}, 1),
@@ -146,7 +54,7 @@ def _value(metrics: Metrics, name: str, **labels: str) -> float:
         ("imdsproxy_mac_mismatches_total", {"network": "red"}, 3),
         (
             "imdsproxy_nova_endpoint_failures_total",
-            {"endpoint_set": "default", "endpoint": _ONE},
+            {"endpoint_set": "default", "endpoint": ONE},
             4,
         ),
         ("imdsproxy_haproxy_reloads_total", {"result": "failed"}, 1),
@@ -211,7 +119,7 @@ def test_with_more_networks_than_wanted_there_is_one_sum() -> None:
 
 def test_the_number_of_series_is_bounded_at_a_thousand_networks() -> None:
     metrics = _full()
-    metrics.traffic.add(2, count_traffic([_row(f"net-{number}", 1) for number in range(1000)]))
+    metrics.traffic.add(2, count_traffic([row(f"net-{number}", 1) for number in range(1000)]))
 
     assert len(_samples(metrics)) < 150
 
@@ -249,7 +157,7 @@ def test_a_metric_is_named_as_prometheus_wants_it(metric: Metric) -> None:
 
 
 def test_both_families_of_a_network_are_one_sum() -> None:
-    found = count_traffic([_row("red", 5, 1), _row("red", 2, 0, 3), _row("blue", 1)])
+    found = count_traffic([row("red", 5, 1), row("red", 2, 0, 3), row("blue", 1)])
     red = [found["guests", "red", column] for column in ("stot", "dreq", "ereq")]
     assert (red, found["guests", "blue", "stot"]) == ([7, 1, 3], 1)
 
@@ -258,22 +166,22 @@ def test_what_a_worker_has_counted_is_counted_once_and_the_sum_never_falls() -> 
     totals: WorkerTotals[tuple[str, str, str]] = WorkerTotals()
     for worker, rows in ((1, (5, 4)), (1, (6, 4)), (2, (1, 0)), (2, (3, 0))):
         names = zip(("red", "blue"), rows, strict=True)
-        totals.add(worker, count_traffic([_row(name, count) for name, count in names]))
+        totals.add(worker, count_traffic([row(name, count) for name, count in names]))
         totals.add(worker, {})  # an answer in which they are missing
     assert totals.totals["guests", "red", "stot"] == 9
     assert totals.totals["guests", "blue", "stot"] == 4
 
 
 def test_other_proxies_and_lines_are_not_counted() -> None:
-    frontend = {**_row("FRONTEND", 9), "type": "0"}
+    frontend = {**row("FRONTEND", 9), "type": "0"}
     found = count_traffic(
-        [frontend, {**_row("x", 9), "pxname": "probe"}, {**_row("red", 0), "stot": ""}]
+        [frontend, {**row("x", 9), "pxname": "probe"}, {**row("red", 0), "stot": ""}]
     )
     assert set(found) == {("guests", "red", one) for one in ("stot", "dreq", "ereq")}
     assert not found.total()
 
 
 def test_neutrons_proxies_are_counted_apart_from_a_network_of_that_name() -> None:
-    found = count_traffic([_row("agents", 5), {**_row("agents", 7, 2, 1), "pxname": "agents"}])
+    found = count_traffic([row("agents", 5), {**row("agents", 7, 2, 1), "pxname": "agents"}])
     assert found["guests", "agents", "stot"] == 5
     assert [found["agents", "agents", one] for one in ("stot", "dreq", "ereq")] == [7, 2, 1]

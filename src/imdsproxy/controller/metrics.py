@@ -1,0 +1,429 @@
+"""What the controller counts for Prometheus.
+
+Every metric is a method of `Metrics`: its name, its help (the docstring), its kind and labels (the return type), and
+where its value comes from. No label has values that guests or operators choose freely, except `network`, whose number
+of series is bounded (see `NETWORK_SUM`). HAProxy's own exporter has connections, queues and bytes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import (
+    Annotated,
+    Any,
+    Final,
+    Literal,
+    TypeAlias,
+    TypeVar,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
+
+from prometheus_client.exposition import choose_encoder
+from prometheus_client.metrics_core import Metric as Family
+from prometheus_client.process_collector import ProcessCollector
+from prometheus_client.registry import Collector, CollectorRegistry
+
+from imdsproxy import __version__
+from imdsproxy.controller.controller import Controller
+from imdsproxy.controller.status import Status
+from imdsproxy.core.haproxy.frontends import AGENTS
+from imdsproxy.core.haproxy.runtime import WorkerTotals
+from imdsproxy.core.hoststate import Effect
+from imdsproxy.core.identity import Denial
+from imdsproxy.core.timing import Durations
+from imdsproxy.dataplane.master import WorkerEnded
+from imdsproxy.errors import DataplaneError
+from imdsproxy.sources.neutron.queries import QueryResult
+from imdsproxy.sources.neutron.source import LookUpResult, NeutronFigures
+
+NETWORK_SUM: Final = "*"
+"""The `network` label of the one sum that stands for all, where there are too many for each."""
+
+_COUNTED: Final = ("stot", "dreq", "ereq")
+TRAFFIC_COLUMNS: Final = frozenset({"pxname", "svname", "type", *_COUNTED})
+"""What `count_traffic` reads of `show stat`."""
+
+_GUESTS: Final = ("guests", "unverified")
+_LISTENER: Final = "3"
+
+_Kind: TypeAlias = Literal["gauge", "counter", "summary", "histogram"]
+_TrafficKey: TypeAlias = tuple[str, str, str]
+_SUFFIXES: Final[Mapping[_Kind, tuple[str, ...]]] = {
+    "gauge": ("",),
+    "counter": ("_total",),
+    "summary": ("_count", "_sum"),
+    "histogram": ("_bucket", "_count", "_sum"),
+}
+
+# The kinds of metrics; `None` is no series, of a summary there are the count and the sum.
+Gauge: TypeAlias = Annotated[float | None, "gauge"]
+Count: TypeAlias = Annotated[float | None, "counter"]
+By: TypeAlias = Mapping[str, float] | Mapping[tuple[str, str], float] | None
+"""Values by their label, or by two."""
+
+_Figure = TypeVar("_Figure")
+_NO_QUERIES: Final = dict.fromkeys(get_args(QueryResult), 0)
+_NO_LOOK_UPS: Final = dict.fromkeys(get_args(LookUpResult), 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """One metric family.
+
+    Attributes:
+        name: As exposed, but for the suffixes that follow from `kind`.
+    """
+
+    name: str
+    kind: _Kind
+    help: str
+    labels: tuple[str, ...]
+    read: Callable[[Metrics], Any]
+
+    @property
+    def exposed(self) -> str:
+        """The name that a query uses."""
+        return ", ".join(self.name + suffix for suffix in _SUFFIXES[self.kind])
+
+    def collect(self, now: Metrics) -> Family:
+        """The family with the values of now."""
+        family = Family(self.name, self.help, self.kind)
+        match self.read(now):
+            case Durations() as durations:
+                within = durations.within()
+                for bound, count in within.items():
+                    le = "+Inf" if bound == math.inf else str(bound)
+                    family.add_sample(f"{self.name}_bucket", {"le": le}, count)
+                family.add_sample(f"{self.name}_count", {}, within[math.inf])
+                family.add_sample(f"{self.name}_sum", {}, durations.total_s)
+            case (count, total):
+                family.add_sample(f"{self.name}_count", {}, count)
+                family.add_sample(f"{self.name}_sum", {}, total)
+            case Mapping() as values:
+                series = [((key,) if isinstance(key, str) else key, values[key]) for key in values]
+                for key, value in sorted(series, key=lambda one: one[0][0]):
+                    family.add_sample(self.exposed, dict(zip(self.labels, key, strict=True)), value)
+            case int() | float() as value:
+                family.add_sample(self.exposed, {}, value)
+            case _:
+                pass  # no series
+        return family
+
+
+@dataclass(eq=False)
+class Metrics(Collector):
+    """Reads every metric when Prometheus asks for it."""
+
+    one: Controller
+    status: Status
+    traffic: WorkerTotals[_TrafficKey] = field(default_factory=WorkerTotals)
+
+    def __post_init__(self) -> None:
+        self._registry = CollectorRegistry(auto_describe=False)
+        self._registry.register(self)
+        ProcessCollector(registry=self._registry)
+
+    async def refresh(self) -> None:
+        """Read HAProxy's counters once."""
+        await self.status.nova.refresh()
+        await self.one.counting.refresh()
+        haproxy = self.one.haproxy
+        if haproxy.processes is None or (worker := haproxy.processes.worker) is None:
+            return
+        try:
+            rows = await haproxy.master.read_stat(worker, TRAFFIC_COLUMNS)
+        except (DataplaneError, WorkerEnded):
+            # The watchdog restarts it; these counters come back with it.
+            return
+        self.traffic.add(worker, count_traffic(rows))
+
+    def expose(self, accept: str) -> tuple[str, bytes]:
+        """Content type and text of all metrics, for the value of a request's `Accept`."""
+        encode, content_type = choose_encoder(accept)
+        return content_type, encode(self._registry)
+
+    def collect(self) -> Iterator[Family]:
+        """Every family with the values of now."""
+        return (metric.collect(self) for metric in METRICS)
+
+    def _by_network(self, counts: Mapping[str, int]) -> Mapping[str, int]:
+        """Each network's own count, or with more than `network_series` of them their sum."""
+        few = len(counts) <= self.one.holder.settings.metrics.network_series
+        return counts if few else {NETWORK_SUM: sum(counts.values())}
+
+    def _guests(self, column: str) -> Mapping[str, int]:
+        """One column of the traffic, by network."""
+        totals = self.traffic.totals.items()
+        return self._by_network(
+            {key[1]: count for key, count in totals if key[::2] == (_GUESTS[0], column)}
+        )
+
+    def _agents(self, column: str) -> int:
+        """The same of Neutron's proxies, all together."""
+        return self.traffic.totals[AGENTS, AGENTS, column]
+
+    def _neutron(self, read: Callable[[NeutronFigures], _Figure]) -> _Figure | None:
+        """What a figure of that source is; `None` without it."""
+        source = self.one.sources.look_up
+        return None if source is None else read(source.figures)
+
+    def build_info(self) -> Annotated[By, "gauge", "version"]:
+        """Always 1; the label says which version runs."""
+        return {__version__: 1}
+
+    def ready(self) -> Gauge:
+        """1 while guests get what the sources say; /readyz has the reasons for a 0."""
+        return self.status.readiness().ready
+
+    def start_time_seconds(self) -> Gauge:
+        """Unix time of the controller's start."""
+        return self.one.started_at
+
+    def settings_refused(self) -> Gauge:
+        """1 while the last reload of the settings files was refused: those before stay in force."""
+        return bool(self.one.holder.problems)
+
+    def networks_serving(self) -> Gauge:
+        """Networks that are served as configured."""
+        return self.one.listeners.serving
+
+    def networks_left_out(self) -> Annotated[By, "gauge", "code"]:
+        """Networks that are configured and not served now, by the code of the reason."""
+        degraded = {(one.network, one.code.value) for one in self.one.listeners.degraded()}
+        return Counter(code for _, code in degraded)
+
+    def foreign_listeners(self) -> Annotated[By, "gauge", "effect"]:
+        """Sockets of other programs at networks' addresses and port, by effect: `blocks` (ours cannot listen),
+        `shares` (guests get both answers), `yields` (guests get ours). `status` and the log name them.
+        """
+        foreign = self.one.listeners.report.foreign
+        return {
+            effect.value: len({one.socket for one in foreign if one.effect is effect})
+            for effect in Effect
+        }
+
+    def instances(self) -> Gauge:
+        """Instances known."""
+        return len(self.one.inventory.instances)
+
+    def addresses(self) -> Gauge:
+        """Addresses of guests known to HAProxy."""
+        return self.one.inventory.address_count
+
+    def conflicts(self) -> Gauge:
+        """Ids and addresses that several records claim; their guests get 503."""
+        return self.one.inventory.conflict_count
+
+    def source_in_sync(self) -> Annotated[By, "gauge", "source"]:
+        """1 while the source has reported all its records."""
+        return self.one.inventory.sources
+
+    def source_records(self) -> Annotated[By, "gauge", "source", "kind"]:
+        """Records in force from the source, by kind: network or instance."""
+        inventory, kinds = self.one.inventory, ("network", "instance")
+        counts = {name: inventory.record_counts(name) for name in inventory.sources}
+        return {(name, kinds[kind]): counts[name][kind] for name in counts for kind in (0, 1)}
+
+    def source_refused_records(self) -> Annotated[By, "gauge", "source"]:
+        """Records of the source that are refused now."""
+        inventory = self.one.inventory
+        return {name: len(inventory.problems_of(name)) for name in inventory.sources}
+
+    def source_failures(self) -> Annotated[By, "counter", "source"]:
+        """Times that the source did not answer or its store was refused."""
+        found = dict.fromkeys(self.one.inventory.sources, 0)
+        failed = self._neutron(lambda one: sum(one.queries.values()) - one.queries.get("ok", 0))
+        return found if failed is None else {**found, "neutron": failed}
+
+    def haproxy_up(self) -> Gauge:
+        """1 while HAProxy's worker answers."""
+        return self.one.watchdog.answering and self.one.haproxy.processes is not None
+
+    def haproxy_old_workers(self) -> Gauge:
+        """Workers from before a reload that still have connections."""
+        processes = self.one.haproxy.processes
+        return 0 if processes is None else len(processes.draining)
+
+    def haproxy_reloads(self) -> Annotated[By, "counter", "result"]:
+        """Reloads of HAProxy by result: ok or failed."""
+        return self.one.haproxy.reload_counts
+
+    def haproxy_reload_seconds(self) -> Annotated[tuple[float, float], "summary"]:
+        """Time from ordering a reload until the new worker serves."""
+        return self.one.haproxy.reload_counts.total(), self.one.haproxy.seconds_spent
+
+    def haproxy_commands(self) -> Annotated[By, "counter", "result"]:
+        """Runtime API commands by result: ok or failed."""
+        return self.one.haproxy.master.commands
+
+    def process_restarts(self) -> Annotated[By, "counter", "process"]:
+        """Processes started again because they died or hung, by process: haproxy, or documents with its workers."""
+        one = self.one
+        return {"documents": one.companion.restarts, "haproxy": one.watchdog.restarts}
+
+    def documents_processes(self) -> Gauge:
+        """Processes of the document server that run."""
+        return max(0, len(self.one.companion.read().pids) - 1)
+
+    def plan_seconds(self) -> Annotated[tuple[float, float], "summary"]:
+        """Time that applying a plan took."""
+        return self.one.listeners.rounds, self.one.listeners.seconds
+
+    def plan_operations(self) -> Annotated[By, "counter", "result"]:
+        """Operations of plans by result: ok or failed (failed ones are tried again)."""
+        return self.one.listeners.settler.operations
+
+    def convergence_seconds(self) -> Annotated[Durations, "histogram"]:
+        """Time from a source's observation until every worker of HAProxy has confirmed it."""
+        return self.one.records.rounds
+
+    def resolver_requests(self) -> Annotated[By, "counter", "outcome"]:
+        """Requests of unknown addresses by outcome: found, unknown, unavailable, conflict, over-limit or gone (the
+        guest left).
+        """
+        counts = self.one.resolver.counts
+        return {"found": counts.found, **{one.value: counts.denied[one] for one in Denial}}
+
+    def resolver_held(self) -> Gauge:
+        """Requests of unknown addresses that are held now."""
+        return self.one.resolver.held
+
+    def network_connections(self) -> Annotated[By, "counter", "network"]:
+        """Guests' connections by network; one series "*" for all above metrics.network_series."""
+        return self._guests("stot")
+
+    def network_denied(self) -> Annotated[By, "counter", "network"]:
+        """Guests' requests that were refused, by network as above."""
+        return self._guests("dreq")
+
+    def network_malformed(self) -> Annotated[By, "counter", "network"]:
+        """Guests' requests that were no proper HTTP, by network as above."""
+        return self._guests("ereq")
+
+    def mac_mismatches(self) -> Annotated[By, "counter", "network"]:
+        """Requests that got 403 because the address goes with another MAC, by network as above."""
+        found = self.one.resolver.counts.mismatched.items()
+        return self._by_network({str(network): count for network, count in found})
+
+    def metadata_no_token(self) -> Annotated[By, "counter", "network"]:
+        """Reads of EC2's tree, or of one that requires tokens, without a session token and not refused for it, by
+        network as above: each, or an estimate by one in 20, or none, as `tokens.count_reads` says.
+        """
+        return self._by_network(self.one.counting.ledger.read)
+
+    def metadata_no_token_rejected(self) -> Annotated[By, "counter", "network"]:
+        """Reads that were refused because a session token is required, each of them, by network as above."""
+        return self._by_network(self.one.counting.ledger.refused)
+
+    def learned_addresses(self) -> Gauge:
+        """Addresses that guests are known by because the neighbour table has their MAC there."""
+        return self.status.macs().learned
+
+    def pairs(self) -> Gauge:
+        """Addresses that the kernel lets through to HAProxy's maps with one MAC only, or with any."""
+        return self.status.macs().pairs
+
+    def gates(self) -> Annotated[By, "gauge", "state"]:
+        """Networks in which the kernel looks at guests' MACs: open, or refused where it should and cannot."""
+        macs = self.status.macs()
+        return {"open": macs.gates, "refused": macs.refused}
+
+    def unix_listener_serving(self) -> Gauge:
+        """1 while HAProxy's socket is at unix_listener.path; no series where that is off."""
+        return None if (unix := self.status.unix_listener()) is None else unix.serving
+
+    def unix_listener_taken_over(self) -> Count:
+        """Times that unix_listener.path was taken from a process that lives; it grows whenever that takes it back."""
+        return self.one.listeners.unix.taken_over
+
+    def unix_listener_connections(self) -> Count:
+        """Connections of Neutron's proxies, all networks together."""
+        return self._agents("stot")
+
+    def unix_listener_denied(self) -> Count:
+        """Requests of theirs that were refused: without exactly one network or router and one address."""
+        return self._agents("dreq")
+
+    def unix_listener_malformed(self) -> Count:
+        """Requests of theirs that were no proper HTTP."""
+        return self._agents("ereq")
+
+    def audit_lines(self) -> Count:
+        """Lines of the audit log that were written."""
+        return self.one.audit.written
+
+    def audit_left_out(self) -> Count:
+        """Requests that have no line in the audit log, because HAProxy's ring or the journal had no room."""
+        return self.one.audit.left_out
+
+    def audit_failing(self) -> Gauge:
+        """1 while the audit log cannot be written; `imdsproxy status` says why. Guests are served."""
+        audit = self.one.audit
+        return audit.problem is not None if audit.settings().one_in else None
+
+    def nova_endpoint_up(self) -> Annotated[By, "gauge", "endpoint_set", "endpoint"]:
+        """1 while HAProxy takes the endpoint of Nova for one that answers."""
+        return {(one.endpoint_set, one.endpoint): one.up for one in self.status.nova.endpoints}
+
+    def nova_endpoint_failures(self) -> Annotated[By, "counter", "endpoint_set", "endpoint"]:
+        """Connections to the endpoint of Nova that failed, and requests that it did not answer in time or in full."""
+        return {
+            (one.endpoint_set, one.endpoint): one.failures for one in self.status.nova.endpoints
+        }
+
+    def nova_refused(self) -> Annotated[By, "counter", "endpoint_set"]:
+        """Answers 403 of Nova, by endpoint set: it refuses our signature, most likely for another secret."""
+        return self.status.nova.refused.totals
+
+    def neutron_queries(self) -> Annotated[By, "counter", "result"]:
+        """Queries to Neutron by result: ok, failed or timeout."""
+        return self._neutron(lambda one: {**_NO_QUERIES, **one.queries})
+
+    def neutron_look_ups(self) -> Annotated[By, "counter", "result"]:
+        """Look-ups of guests that HAProxy did not know, by result: found, known (without a query), missing,
+        negative-cached (missing, without a query), coalesced (waited for another's query), ambiguous or
+        unavailable.
+        """
+        return self._neutron(lambda one: {**_NO_LOOK_UPS, **one.look_ups})
+
+    def neutron_ports(self) -> Gauge:
+        """Neutron's ports that are known and kept up to date."""
+        return self._neutron(lambda one: one.ports)
+
+    def neutron_stale_seconds(self) -> Gauge:
+        """Seconds since Neutron answered last, while it does not; else 0. What is known is served on."""
+        return self._neutron(lambda one: one.stale_s)
+
+    def neutron_backoff_seconds(self) -> Gauge:
+        """Seconds until Neutron is asked again, while it does not answer; else 0."""
+        return self._neutron(lambda one: one.backoff_s)
+
+
+def _metrics() -> Iterator[Metric]:
+    for name, read in vars(Metrics).items():
+        hint: Any = get_type_hints(read, include_extras=True).get("return") if callable(read) else 0
+        if get_origin(hint) is Annotated:
+            kind, *labels = hint.__metadata__
+            text = " ".join((read.__doc__ or "").split())
+            yield Metric(f"imdsproxy_{name}", kind, text, tuple(labels), read)
+
+
+METRICS: Final = tuple(_metrics())
+"""All of them, in the order in which they are exposed."""
+
+
+def count_traffic(rows: Iterable[Mapping[str, str]]) -> Counter[_TrafficKey]:
+    """Connections, refused and malformed requests by frontend, bind name and column of one worker's `show stat`."""
+    found: Counter[_TrafficKey] = Counter()
+    for row in rows:
+        frontend = _GUESTS[0] if row.get("pxname") in _GUESTS else row.get("pxname")
+        if frontend in {_GUESTS[0], AGENTS} and row.get("type") == _LISTENER:
+            for column in _COUNTED:
+                text = row.get(column, "")
+                found[frontend, row["svname"], column] += int(text) if text.isdigit() else 0
+    return found
