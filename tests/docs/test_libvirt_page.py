@@ -14,6 +14,7 @@ from imdsproxy.config.schema import Settings
 from imdsproxy.config.strict_yaml import parse_yaml
 from imdsproxy.core.model import Instance
 from imdsproxy.sources.libvirt.records import LibvirtKnown, Selection
+from imdsproxy.sources.libvirt.xml import parse_domain
 from support.demonstration import REPOSITORY
 from support.libvirt_backing import domain_xml, uuid_of
 from support.libvirt_daemon import Libvirtd
@@ -40,7 +41,7 @@ def web(libvirtd: Libvirtd) -> Iterator[Libvirtd]:
 def instance_of(libvirtd: Libvirtd) -> Instance:
     known = LibvirtKnown(Selection())
     text = libvirtd.connection.lookupByName("web-1").XMLDesc(0)
-    known.update({uuid_of("web-1"): text}, [])
+    known.update({uuid_of("web-1"): parse_domain(text)}, [])
     assert not known.problems
     (instance,) = known.instances.values()
     return instance

@@ -10,12 +10,18 @@ from typing import Any
 from xml.sax.saxutils import escape, quoteattr
 
 from imdsproxy.core.model import BridgeListener, Instance, InstanceId, MacAddress, Network
+from imdsproxy.core.records import Refused
 from imdsproxy.core.timing import Backoff
 from imdsproxy.errors import Problem, SourceUnavailable
 from imdsproxy.sources.libvirt.client import LibvirtEvents, SystemLibvirt
-from imdsproxy.sources.libvirt.records import NetworkXml
 from imdsproxy.sources.libvirt.source import LibvirtSource
-from imdsproxy.sources.libvirt.xml import METADATA_URI
+from imdsproxy.sources.libvirt.xml import (
+    METADATA_URI,
+    Domain,
+    LibvirtNetwork,
+    parse_domain,
+    parse_libvirt_network,
+)
 from imdsproxy.sources.settings import LibvirtSourceSettings
 from support.libvirt_daemon import Libvirtd, machine
 
@@ -87,17 +93,16 @@ class FakeLibvirt:
         self.open = True
         self.events = events
 
-    async def domains(self) -> Mapping[str, str]:
+    async def domains(self) -> Mapping[str, Domain | Refused]:
         self._check()
-        return dict(self.xml)
+        return {uuid: parse_domain(text) for uuid, text in self.xml.items()}
 
-    async def domain(self, uuid: str) -> str | None:
-        self._check()
-        return self.xml.get(uuid)
+    async def domain(self, uuid: str) -> Domain | Refused | None:
+        return (await self.domains()).get(uuid)
 
-    async def networks(self) -> tuple[NetworkXml, ...]:
+    async def networks(self) -> tuple[LibvirtNetwork | Refused, ...]:
         self._check()
-        return tuple(NetworkXml(text, active=True) for text in self.network_xml.values())
+        return tuple(parse_libvirt_network(text, active=True) for text in self.network_xml.values())
 
     async def close(self) -> None:
         self.open = False

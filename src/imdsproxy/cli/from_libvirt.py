@@ -5,16 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import TYPE_CHECKING
 
-from imdsproxy.core.records import Refused
 from imdsproxy.errors import RequestRefused
 from imdsproxy.sources.libvirt.client import read_domain
-from imdsproxy.sources.libvirt.xml import (
-    Domain,
-    DomainInterface,
-    LibvirtNetwork,
-    parse_domain,
-    parse_libvirt_network,
-)
+from imdsproxy.sources.libvirt.xml import Domain, DomainInterface
 
 if TYPE_CHECKING:
     from imdsproxy.cli.admin_client import AdminClient
@@ -33,17 +26,12 @@ def import_domain(daemon: AdminClient, uri: str, name: str, network: str | None)
     Raises:
         RequestRefused: Its metadata is not understood, or its network is not known here.
     """
-    text, described = read_domain(uri, name)
-    domain = parse_domain(text)
-    if isinstance(domain, Refused):
-        raise RequestRefused(f"libvirt's XML of {name} is no XML", problems=domain.problems)
+    domain, networks = read_domain(uri, name)
     if domain.problems:
         raise RequestRefused(
             f"the metadata of domain {domain.name} is not acceptable", problems=domain.problems
         )
     _check_interfaces(domain, network)
-    parsed = (parse_libvirt_network(each.text, active=each.active) for each in described)
-    networks = {each.name: each for each in parsed if isinstance(each, LibvirtNetwork)}
     records = [shape["record"] for shape in daemon.get("/v1/networks")]
     ids = {record["id"] for record in records}
     by_device = {

@@ -28,10 +28,9 @@ from imdsproxy.core.policy import NO_RULES, RULES, PolicyRules, TokenMode
 from imdsproxy.core.records import parse_network
 from imdsproxy.core.timing import Step
 from imdsproxy.errors import AdminError, Problem, RequestRefused, SourceUnavailable
-from imdsproxy.sources.libvirt.records import NetworkXml
 from imdsproxy.sources.libvirt.xml import METADATA_URI
 from support.cli import Cli
-from support.libvirt_backing import domain_xml, uuid_of
+from support.libvirt_backing import FakeLibvirt, domain_xml, uuid_of
 from support.record_builders import port
 
 KEY = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIGnJ root@host"
@@ -295,14 +294,13 @@ _ELEMENT = (
 
 @pytest.fixture
 def domains(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
-    """What libvirt has, by name; virbr0 is a network of the daemon's."""
+    """The domain `web` that libvirt has; virbr0 is a network of the daemon's."""
     cli("network", "add", "--interface", "virbr0")
-    found = {"web": domain_xml("web", [("network=default", MAC)], _ELEMENT)}
-    monkeypatch.setattr(
-        "imdsproxy.cli.from_libvirt.read_domain",
-        lambda _uri, name: (found[name], (NetworkXml(_NETWORK, active=True),)),
-    )
-    return found
+    libvirt = FakeLibvirt()
+    libvirt.network_xml["default"] = _NETWORK
+    libvirt.xml["web"] = domain_xml("web", [("network=default", MAC)], _ELEMENT)
+    monkeypatch.setattr("imdsproxy.sources.libvirt.client.SystemLibvirt", lambda _uri: libvirt)
+    return libvirt.xml
 
 
 def test_a_domain_is_taken_over_and_once_more_when_it_has_changed(

@@ -54,5 +54,5 @@ def test_libvirt_is_asked_as_the_settings_say() -> None:
     assert isinstance(source, LibvirtSource)
     assert isinstance(source._client, SystemLibvirt)
     assert source._client._uri == "test:///default"
-    assert source._known._places.selection == Selection(frozenset({"default"}), marked_only=True)
+    assert source._known._selection == Selection(frozenset({"default"}), marked_only=True)
     assert source._reread_s == 5.0

@@ -18,8 +18,8 @@ from imdsproxy.core.model import (
 )
 from imdsproxy.core.observation import RecordSet
 from imdsproxy.errors import Problem
-from imdsproxy.sources.libvirt.records import LibvirtKnown, NetworkXml, Selection
-from imdsproxy.sources.libvirt.xml import METADATA_URI
+from imdsproxy.sources.libvirt.records import LibvirtKnown, Selection
+from imdsproxy.sources.libvirt.xml import METADATA_URI, parse_domain, parse_libvirt_network
 from support.libvirt_backing import domain_xml, uuid_of
 from support.record_builders import port
 
@@ -73,8 +73,8 @@ def update(
     active: bool = True,
 ) -> RecordSet:
     """What libvirt reports; domains by the UUID in their XML."""
-    named = {text.partition("<uuid>")[2].partition("<")[0]: text for text in domains}
-    return found.update(named, [NetworkXml(text, active) for text in networks])
+    named = {text.partition("<uuid>")[2].partition("<")[0]: parse_domain(text) for text in domains}
+    return found.update(named, [parse_libvirt_network(text, active=active) for text in networks])
 
 
 def web(inside: str = "", *interfaces: tuple[str, str], name: str = "web") -> str:
@@ -301,9 +301,7 @@ def test_what_is_gone_from_everything_is_gone() -> None:
 
 def test_xml_that_cannot_be_parsed_is_reported_and_affects_nothing_else() -> None:
     found = known([web()])
-    found.update(
-        {"u": "<domain"}, [NetworkXml("<network", active=True), NetworkXml(NAT, active=True)]
-    )
+    update(found, ["<domain"], ["<network", NAT])
     assert {problem.file for problem in found.problems} == {"a domain", "a network"}
     assert set(found.networks) == {"default"}
     assert len(found.instances) == 1

@@ -9,12 +9,7 @@ import pytest
 
 from imdsproxy.core.timing import Backoff
 from imdsproxy.errors import SourceUnavailable
-from imdsproxy.sources.libvirt.client import (
-    EventLoop,
-    LibvirtClient,
-    LibvirtEvents,
-    SystemLibvirt,
-)
+from imdsproxy.sources.libvirt.client import LibvirtClient, LibvirtEvents, SystemLibvirt
 from imdsproxy.sources.libvirt.source import LibvirtSource
 from imdsproxy.sources.settings import LibvirtSourceSettings
 from support.libvirt_backing import FakeLibvirt, domain_xml, uuid_of
@@ -80,22 +75,19 @@ async def test_without_libvirts_module_the_hint_names_the_package(
         assert "apt install python3-libvirt" in problem.hint
 
 
-async def test_a_connection_whose_end_cannot_be_watched_is_closed_and_its_event_loop_ended(
+async def test_a_connection_whose_end_cannot_be_watched_is_closed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     class LibvirtError(Exception):
         pass
 
-    library, wake = MagicMock(libvirtError=LibvirtError), threading.Event()
-    library.virEventRunDefaultImpl.side_effect = lambda: wake.wait(30)
-    library.virEventUpdateTimeout.side_effect = lambda _timer, _after: wake.set()
+    library = MagicMock(libvirtError=LibvirtError)
+    library.virEventRunDefaultImpl.side_effect = threading.Event().wait
     connection = library.openReadOnly.return_value
     connection.registerCloseCallback.side_effect = LibvirtError("not supported")
     monkeypatch.setitem(sys.modules, "libvirt", library)
-    monkeypatch.setattr(EventLoop, "_timer", None)
     client = SystemLibvirt("test:///default")
     with pytest.raises(SourceUnavailable, match="not supported"):
         await client.connect(LibvirtEvents())
     await client.close()
     connection.close.assert_called_once()
-    assert not [one for one in threading.enumerate() if one.name == "imdsproxy-libvirt-events"]

@@ -13,13 +13,18 @@ import importlib
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from queue import SimpleQueue
-from typing import Any, ClassVar, Final, Protocol, TypeAlias, TypeVar
+from typing import Any, Final, Protocol, TypeAlias, TypeVar
 
+from imdsproxy.core.records import Refused
 from imdsproxy.errors import NotFound, SourceUnavailable, optional_library
-from imdsproxy.sources.libvirt.records import NetworkXml
-from imdsproxy.sources.libvirt.xml import Domain, parse_domain
+from imdsproxy.sources.libvirt.xml import (
+    Domain,
+    LibvirtNetwork,
+    parse_domain,
+    parse_libvirt_network,
+)
 
 _T = TypeVar("_T")
 _Library: TypeAlias = Any
@@ -28,8 +33,6 @@ _Connection: TypeAlias = Any
 _CLOSE_S: Final = 2.0
 _KEEPALIVE_S: Final = 5
 _KEEPALIVE_MISSED: Final = 3
-_NEVER: Final = -1
-_AT_ONCE: Final = 0
 
 
 @dataclass(slots=True)
@@ -75,13 +78,13 @@ class LibvirtClient(Protocol):
     async def connect(self, events: LibvirtEvents) -> None:
         """Connect; from then on events are noted in `events`."""
 
-    async def domains(self) -> Mapping[str, str]:
-        """The XML of every domain by its UUID: the live one where it is active."""
+    async def domains(self) -> Mapping[str, Domain | Refused]:
+        """Every domain by its UUID: as it runs where it is active."""
 
-    async def domain(self, uuid: str) -> str | None:
-        """A domain's XML; `None` when there is no such domain."""
+    async def domain(self, uuid: str) -> Domain | Refused | None:
+        """A domain; `None` when there is no such."""
 
-    async def networks(self) -> tuple[NetworkXml, ...]:
+    async def networks(self) -> tuple[LibvirtNetwork | Refused, ...]:
         """Every network."""
 
     async def close(self) -> None:
@@ -140,33 +143,16 @@ class CallThread:
                 done.set_exception(error)
 
 
-class EventLoop:
-    """Libvirt's event loop, of which a process has one, from now until `end`: before the first connection is made."""
+@cache
+def run_events(library: _Library) -> None:
+    """Run libvirt's event loop, of which a process has one: from before the first connection to the process's end."""
+    library.virEventRegisterDefaultImpl()
 
-    _timer: ClassVar[int | None] = None
+    def run() -> None:
+        while True:
+            library.virEventRunDefaultImpl()
 
-    def __init__(self, library: _Library) -> None:
-        if EventLoop._timer is None:
-            # Once in the life of a process: libvirt cannot unregister it.
-            library.virEventRegisterDefaultImpl()
-            EventLoop._timer = library.virEventAddTimeout(_NEVER, lambda *_: None, None)
-        self._library = library
-        self._ending = threading.Event()
-        self._thread = threading.Thread(
-            target=self._run, name="imdsproxy-libvirt-events", daemon=True
-        )
-        self._thread.start()
-
-    def end(self) -> None:
-        """End it; waits for that."""
-        self._ending.set()
-        self._library.virEventUpdateTimeout(self._timer, _AT_ONCE)
-        self._thread.join()
-        self._library.virEventUpdateTimeout(self._timer, _NEVER)
-
-    def _run(self) -> None:
-        while not self._ending.is_set():
-            self._library.virEventRunDefaultImpl()
+    threading.Thread(target=run, name="imdsproxy-libvirt-events", daemon=True).start()
 
 
 class SystemLibvirt:
@@ -208,30 +194,37 @@ class SystemLibvirt:
                 f"{self._uri} does not answer within {self._connect_s:g} s"
             ) from error
 
-    async def domains(self) -> Mapping[str, str]:
-        """The XML of every domain by its UUID."""
+    async def domains(self) -> Mapping[str, Domain | Refused]:
+        """Every domain by its UUID."""
 
-        def read() -> dict[str, str]:
-            found = ((each.UUIDString(), self._xml(each)) for each in self._all("Domains"))
-            return {uuid: text for uuid, text in found if text is not None}
-
-        return await self._call(read)
-
-    async def domain(self, uuid: str) -> str | None:
-        """A domain's XML; `None` when there is no such domain."""
-
-        def read() -> str | None:
-            domain = self._present(lambda: self._connection.lookupByUUIDString(uuid))
-            return None if domain is None else self._xml(domain)
+        def read() -> dict[str, Domain | Refused]:
+            found = self._connection.listAllDomains()
+            texts = ((each.UUIDString(), self._xml(each)) for each in found)
+            return {uuid: parse_domain(text) for uuid, text in texts if text is not None}
 
         return await self._call(read)
 
-    async def networks(self) -> tuple[NetworkXml, ...]:
+    async def domain(self, uuid: str) -> Domain | Refused | None:
+        """A domain; `None` when there is no such."""
+
+        def read() -> Domain | Refused | None:
+            found = self._present(lambda: self._connection.lookupByUUIDString(uuid))
+            text = None if found is None else self._xml(found)
+            return None if text is None else parse_domain(text)
+
+        return await self._call(read)
+
+    async def networks(self) -> tuple[LibvirtNetwork | Refused, ...]:
         """Every network."""
 
-        def read() -> tuple[NetworkXml, ...]:
-            found = ((self._xml(each), bool(each.isActive())) for each in self._all("Networks"))
-            return tuple(NetworkXml(text, active) for text, active in found if text is not None)
+        def read() -> tuple[LibvirtNetwork | Refused, ...]:
+            found = self._connection.listAllNetworks()
+            texts = ((self._xml(each), bool(each.isActive())) for each in found)
+            return tuple(
+                parse_libvirt_network(text, active=active)
+                for text, active in texts
+                if text is not None
+            )
 
         return await self._call(read)
 
@@ -275,17 +268,11 @@ class SystemLibvirt:
         self._library = library
         # Without one of ours it writes every error to standard error.
         library.registerErrorHandler(lambda *_: None, None)
-        loop = EventLoop(library)
-        try:
-            connection = library.openReadOnly(self._uri)
-        except library.libvirtError:
-            loop.end()
-            raise
-        self._connection = connection
-        self._undo = [loop.end, connection.close]
+        run_events(library)
+        self._connection = connection = library.openReadOnly(self._uri)
+        self._undo = [connection.close]
         connection.registerCloseCallback(
-            lambda _connection, reason, _opaque: lose(_why(library, reason)),
-            None,
+            lambda _connection, reason, _opaque: lose(_why(library, reason)), None
         )
         self._undo.append(connection.unregisterCloseCallback)
         for event in (
@@ -322,9 +309,6 @@ class SystemLibvirt:
                 undo()
         self._undo = []
 
-    def _all(self, kind: str) -> list[Any]:
-        return list(getattr(self._connection, f"listAll{kind}")())
-
     def _xml(self, described: Any) -> str | None:  # noqa: ANN401 - libvirt has no types
         return self._present(lambda: str(described.XMLDesc(0)))
 
@@ -339,27 +323,28 @@ class SystemLibvirt:
             raise
 
 
-def read_domain(uri: str, name: str) -> tuple[str, tuple[NetworkXml, ...]]:
-    """A domain's XML, by its name or UUID, and every network; blocks.
+def read_domain(uri: str, name: str) -> tuple[Domain, Mapping[str, LibvirtNetwork]]:
+    """A domain by its name or UUID, and every network by its name; blocks.
 
     Raises:
         SourceUnavailable: The daemon, or libvirt's Python module, cannot be used.
         NotFound: There is no such domain.
     """
 
-    async def read() -> tuple[Mapping[str, str], tuple[NetworkXml, ...]]:
+    async def read() -> tuple[Mapping[str, Domain | Refused], Mapping[str, LibvirtNetwork]]:
         client = SystemLibvirt(uri)
         try:
             await client.connect(LibvirtEvents())
-            return await client.domains(), await client.networks()
+            networks = await client.networks()
+            named = {each.name: each for each in networks if isinstance(each, LibvirtNetwork)}
+            return await client.domains(), named
         finally:
             await client.close()
 
     domains, networks = asyncio.run(read())
-    for text in domains.values():
-        domain = parse_domain(text)
+    for domain in domains.values():
         if isinstance(domain, Domain) and name in (domain.name, domain.uuid):
-            return text, networks
+            return domain, networks
     hint = f"`virsh -r -c {uri} list --all --name` lists all"
     raise NotFound(f"libvirt has no domain {name}", hint=hint)
 

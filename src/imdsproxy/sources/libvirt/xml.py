@@ -145,15 +145,17 @@ def parse_domain(text: str) -> Domain | Refused:
 
 
 def _interfaces(root: Element) -> Iterator[DomainInterface]:
-    for element in root.iterfind("devices/interface"):
-        mac, source = element.find("mac"), element.find("source")
-        if mac is None or source is None:
-            continue
-        address = mac.get("address", "")
-        if element.get("type") == "network":
-            yield DomainInterface(address, network=source.get("network"))
-        elif element.get("type") == "bridge":
-            yield DomainInterface(address, bridge=source.get("bridge"))
+    for element in root.iterfind("devices/interface[mac][source]"):
+        mac, kind = _attribute(element, "mac", "address") or "", element.get("type")
+        if kind == "network":
+            yield DomainInterface(mac, network=_attribute(element, "source", "network"))
+        elif kind == "bridge":
+            yield DomainInterface(mac, bridge=_attribute(element, "source", "bridge"))
+
+
+def _attribute(root: Element, child: str, name: str) -> str | None:
+    found = root.find(child)
+    return None if found is None else found.get(name)
 
 
 def parse_libvirt_network(text: str, *, active: bool) -> LibvirtNetwork | Refused:
@@ -161,35 +163,31 @@ def parse_libvirt_network(text: str, *, active: bool) -> LibvirtNetwork | Refuse
     root = _parse(text, "a network")
     if isinstance(root, Refused):
         return root
-    forward, bridge, mtu, dns = (root.find(tag) for tag in ("forward", "bridge", "mtu", "dns"))
-    size = "" if mtu is None else mtu.get("size", "")
+    size = _attribute(root, "mtu", "size") or ""
     return LibvirtNetwork(
         uuid=root.findtext("uuid", ""),
         name=root.findtext("name", ""),
         # libvirt's own default of the attribute is nat.
-        mode=_ISOLATED if forward is None else forward.get("mode", "nat"),
-        bridge=None if bridge is None else bridge.get("name"),
+        mode=_ISOLATED
+        if root.find("forward") is None
+        else _attribute(root, "forward", "mode") or "nat",
+        bridge=_attribute(root, "bridge", "name"),
         addresses=tuple(_addresses(root)),
-        hosts=tuple(_hosts(root)),
+        hosts=tuple(
+            (host.attrib["mac"].lower(), host.attrib["ip"])
+            for host in root.iterfind("ip/dhcp/host[@mac][@ip]")
+        ),
         mtu=int(size) if size.isdecimal() else None,
-        resolves=dns is None or dns.get("enable", "yes") == "yes",
+        resolves=_attribute(root, "dns", "enable") in {None, "yes"},
         active=active,
     )
 
 
 def _addresses(root: Element) -> Iterator[Interface]:
-    for element in root.iterfind("ip"):
+    for element in root.iterfind("ip[@address]"):
         prefix = element.get("prefix") or element.get("netmask")
-        address = element.get("address")
-        if address is not None and prefix is not None:
-            yield ip_interface(f"{address}/{prefix}")
-
-
-def _hosts(root: Element) -> Iterator[tuple[str, str]]:
-    for element in root.iterfind("ip/dhcp/host"):
-        mac, address = element.get("mac"), element.get("ip")
-        if mac is not None and address is not None:
-            yield mac.lower(), address
+        if prefix is not None:
+            yield ip_interface(f"{element.attrib['address']}/{prefix}")
 
 
 def read_metadata(element: Element, place: str) -> tuple[_Record, tuple[Problem, ...]]:
