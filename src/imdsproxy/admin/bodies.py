@@ -9,13 +9,15 @@ from __future__ import annotations
 import asyncio
 import json
 from base64 import b64encode
+from dataclasses import asdict
 from functools import cache
 from typing import TYPE_CHECKING, Annotated, Any, Final, Self, TypeAlias, TypeVar, Union
 
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, create_model
+from starlette.responses import JSONResponse
 
 from imdsproxy.admin.record_reports import LeftOut
-from imdsproxy.core.model import Network
+from imdsproxy.core.model import Instance, Network
 from imdsproxy.core.observation import Conflict
 from imdsproxy.core.packed import PackedInstances
 from imdsproxy.core.records import (
@@ -27,6 +29,7 @@ from imdsproxy.core.records import (
     parse_listed,
     parse_network,
     parse_records,
+    render_record,
 )
 from imdsproxy.core.records.schema import Key, Kind, Table
 from imdsproxy.errors import Problem, RequestRefused
@@ -37,7 +40,6 @@ if TYPE_CHECKING:
     from starlette.requests import Request
 
     from imdsproxy.admin.record_reports import RecordReports
-    from imdsproxy.core.model import Instance
 
 MAX_BODY: Final = 64 * 1024 * 1024
 """Bytes of a request: 16 MiB of user-data in base64, twice, or some 100,000 plain instances."""
@@ -153,6 +155,19 @@ class InstanceSummary(InstanceView):
 
     user_data_bytes: int
     vendor_data_bytes: int
+
+
+class RecordResponse(JSONResponse):
+    """JSON in which records, and what else stands in reports, are still the core's values."""
+
+    def render(self, content: object) -> bytes:
+        """As UTF-8."""
+        text = json.dumps(content, ensure_ascii=False, separators=(",", ":"), default=_render_part)
+        return text.encode()
+
+
+def _render_part(value: Any) -> object:  # noqa: ANN401 - a dataclass
+    return render_record(value) if isinstance(value, Network | Instance) else asdict(value)
 
 
 async def read_json(request: Request) -> object:

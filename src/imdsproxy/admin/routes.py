@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection
 from ipaddress import ip_address
-from typing import Annotated, Any, Final, TypeAlias, TypeVar, cast
+from typing import Annotated, Any, Final, TypeAlias, cast
 
 from fastapi import APIRouter, Depends, Query, Request
 from pydantic import BaseModel, ConfigDict, Field
@@ -22,6 +22,7 @@ from imdsproxy.admin.bodies import (
     NetworkRecord,
     NetworkView,
     PasswordBody,
+    RecordResponse,
     RecordsBody,
     merge_patch,
     name_networks,
@@ -33,7 +34,7 @@ from imdsproxy.admin.bodies import (
     refuse_unclearable,
     refuse_unlike,
 )
-from imdsproxy.admin.record_reports import InstanceReport, NetworkReport
+from imdsproxy.admin.record_reports import Report
 from imdsproxy.admin.records import Written
 from imdsproxy.admin.reports import Explanation, GuardChange, KeyRotation, StatusReport
 from imdsproxy.admin.services import Services
@@ -41,12 +42,10 @@ from imdsproxy.config.changes import SettingsReload
 from imdsproxy.core.addresses import normalise_address
 from imdsproxy.core.haproxy.request_log import WatchReport
 from imdsproxy.core.model import Instance, InstanceId, IpAddress, NetworkId
-from imdsproxy.core.records import INSTANCE, NETWORK, Json, render_record
+from imdsproxy.core.records import INSTANCE, NETWORK, render_record
 from imdsproxy.core.timing import Step
 from imdsproxy.core.token_report import TokenReport
 from imdsproxy.errors import NotFound, Problem, RequestRefused
-
-_Report = TypeVar("_Report")
 
 router = APIRouter()
 
@@ -223,7 +222,7 @@ async def rotate_token_keys(services: _Uses) -> KeyRotation:
 @router.get("/networks", responses={200: {"model": list[NetworkView]}})
 async def list_networks(services: _Uses) -> JSONResponse:
     """Every network, by id."""
-    return await _listed(services.reports.networks(), NetworkReport.render)
+    return await _listed(services.reports.networks())
 
 
 @router.post(
@@ -240,7 +239,7 @@ async def add_network(request: Request, services: _Uses) -> Written:
 @router.get("/networks/{network}", responses={200: {"model": NetworkView}})
 async def show_network(network: _Network, services: _Uses) -> JSONResponse:
     """One network."""
-    return JSONResponse(services.reports.network(network).render())
+    return RecordResponse(services.reports.network(network))
 
 
 @router.put("/networks/{network}", openapi_extra=_takes(NetworkRecord))
@@ -256,8 +255,8 @@ async def patch_network(network: _Network, request: Request, services: _Uses) ->
     patch = refuse_unlike(await read_json(request), network)
     refuse_unclearable(patch, NETWORK)
     async with services.records.patching:
-        known = services.reports.network(network)
-        body = merge_patch(render_record(known.network), patch)
+        known = services.reports.network(network)["record"]
+        body = merge_patch(render_record(known), patch)
         return await services.records.put([read_network(body)], [])
 
 
@@ -274,7 +273,7 @@ async def list_instances(
 ) -> JSONResponse:
     """Every instance, by id, without payloads."""
     chosen = None if network is None else services.reports.network_id(network)
-    return await _listed(services.reports.instances(chosen), InstanceReport.summarise)
+    return await _listed(services.reports.instances(chosen))
 
 
 @router.post(
@@ -291,7 +290,7 @@ async def add_instance(request: Request, services: _Uses) -> Written:
 @router.get("/instances/{instance}", responses={200: {"model": InstanceView}})
 async def show_instance(instance: _Instance, services: _Uses) -> JSONResponse:
     """One instance, payloads included."""
-    return JSONResponse(services.reports.instance(instance).render())
+    return RecordResponse(services.reports.instance(instance))
 
 
 @router.put("/instances/{instance}", openapi_extra=_takes(InstanceRecord))
@@ -313,8 +312,8 @@ async def patch_instance(instance: _Instance, request: Request, services: _Uses)
     if clears_password:
         del patch[PASSWORD]
     async with services.records.patching:
-        known = services.reports.instance(instance)
-        body = merge_patch(render_record(known.instance), patch)
+        known = services.reports.instance(instance)["record"]
+        body = merge_patch(render_record(known), patch)
         changed = read_instance(body)
         # A password is no part of the record, which may be another source's.
         unchanged = clears_password and patch.keys() == {"id"}
@@ -375,9 +374,9 @@ def _no_password(instance: InstanceId) -> NotFound:
     )
 
 
-async def _listed(reports: Sequence[_Report], render: Callable[[_Report], Json]) -> JSONResponse:
+async def _listed(reports: list[Report]) -> JSONResponse:
     """A list rendered in a thread: the loop has guests waiting in the resolver."""
-    return await asyncio.to_thread(lambda: JSONResponse([render(report) for report in reports]))
+    return await asyncio.to_thread(RecordResponse, reports)
 
 
 def _ip(text: str) -> IpAddress:
