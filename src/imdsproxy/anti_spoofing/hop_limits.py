@@ -48,7 +48,7 @@ class HopLimits:
     kernel: KernelHopLimits
     journal: TableJournal
     on_change: Callable[[frozenset[NetworkId]], None] = lambda _: None
-    on_need: Callable[[frozenset[NetworkId]], None] = lambda _: None
+    on_need: Callable[[frozenset[NetworkId]], object] = lambda _: None
     refused: dict[NetworkId, Problem] = field(default_factory=dict)
     _limited: dict[NetworkId, set[str]] = field(default_factory=dict)
     _armed: frozenset[NetworkId] = _NONE

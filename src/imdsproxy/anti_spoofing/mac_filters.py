@@ -56,7 +56,7 @@ class MacFilters:
     journal: TableJournal
     clock: Clock
     on_change: Callable[[frozenset[NetworkId]], None] = lambda _: None
-    on_missing: Callable[[NetworkId], None] = lambda _: None
+    on_missing: Callable[[NetworkId], object] = lambda _: None
     plan: MacFilterPlan = field(default_factory=MacFilterPlan)
     refused: dict[NetworkId, Problem] = field(default_factory=dict)
     _plain: frozenset[NetworkId] = frozenset()

@@ -107,14 +107,6 @@ def _override(name: str, epoch: object, reopened_at: object) -> OperatorOverride
     return OperatorOverride(epoch, reopened_at)
 
 
-@dataclass(frozen=True, slots=True)
-class PolicyChange:
-    """What new settings mean: whether all `records` are compiled again, and whether workers get other `keys`."""
-
-    records: bool
-    keys: bool
-
-
 @dataclass(slots=True)
 class PolicyStore:
     """Changed by `read`, and by what operators do."""
@@ -123,8 +115,11 @@ class PolicyStore:
     overrides: OverrideFile
     _book: PolicyBook = field(default_factory=PolicyBook)
 
-    def read(self, settings: Settings) -> PolicyChange:
+    def read(self, settings: Settings) -> tuple[bool, bool]:
         """Take over settings, and the keys in the file that they name.
+
+        Returns:
+            Whether records have to be compiled again, and whether workers get other keys.
 
         Raises:
             SecretUnreadable: The keys cannot be used; everything stays as it was.
@@ -133,7 +128,7 @@ class PolicyStore:
         keys = self.keys.read(settings.tokens.key_file)
         book = settings.policy.book()
         records, self._book = book != self._book, book
-        return PolicyChange(records, keys)
+        return records, keys
 
     def for_nobody(self, inventory: Inventory) -> tuple[str, ...]:
         """Sections of settings for a network, project or instance that no source has.

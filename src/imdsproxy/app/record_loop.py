@@ -7,7 +7,7 @@ is planned at once. Observations that come while it works are taken together in 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from typing import Final, TypeVar
@@ -117,7 +117,7 @@ class RecordLoop:
     applier: RecordApplier
     compiler: RecordCompiler
     clock: Clock
-    on_networks: Callable[[frozenset[NetworkId]], None]
+    on_networks: Callable[[frozenset[NetworkId]], object]
     on_applied: Callable[[Iterable[AddressKey] | None], None]
     mac_filters: MacFilters
     hop_limits: HopLimits
@@ -191,6 +191,17 @@ class RecordLoop:
         learned = self.learned.items()
         found = {key for key, entry in learned if entry.instance == instance}
         return self.inventory.addresses_of(instance) | found
+
+    def touch_networks(self, networks: Collection[NetworkId]) -> None:
+        """Look at every address in these networks again."""
+        of_instances = (
+            key
+            for network in networks
+            for instance in self.inventory.instances_in(network)
+            for key in self.inventory.addresses_of(instance)
+        )
+        for key in [key for key in chain(of_instances, self.learned) if key[0] in networks]:
+            self.touch(key)
 
     async def reuse_maps(self) -> bool:
         """Have a HAProxy that is yet to start read the maps of the last run, where they would be made just so again.

@@ -1,4 +1,4 @@
-"""The parts of a controller: each is made of those before it, and then they subscribe to each other's events."""
+"""The parts of a controller: each is made of those before it, and calls those after it when something happens."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import asyncio
 import contextlib
 import os
 import socket
-from collections.abc import Callable, Coroutine, Iterable, Mapping
+from collections.abc import Collection, Coroutine, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from ipaddress import ip_address
 from pathlib import Path
+from random import SystemRandom
 from typing import Final
 
 import structlog
@@ -18,38 +19,38 @@ import structlog
 from imdsproxy.app.audit import KEPT_WORKERS, Audit
 from imdsproxy.app.companion import DocumentProbe
 from imdsproxy.app.compiler import CompiledIndex, RecordCompiler
+from imdsproxy.app.kept_maps import KeptMaps
 from imdsproxy.app.lookup import Lookup
+from imdsproxy.app.policy_store import OverrideFile, PolicyStore
 from imdsproxy.app.record_loop import RecordLoop
+from imdsproxy.app.rule_sets import RuleSets
+from imdsproxy.app.token_keys import TokenKeys
 from imdsproxy.app.token_report import open_counting
 from imdsproxy.app.watchdog import HaproxyWatchdog
 from imdsproxy.app.watching import Watching
 from imdsproxy.config.changes import SettingsHolder
 from imdsproxy.controller.build import (
-    Events,
     build_companion,
-    build_files,
-    build_haproxy,
-    build_hop_limits,
-    build_kept_maps,
-    build_mac_filters,
-    build_rule_sets,
+    build_filters,
+    build_launcher,
     build_sources,
     build_spec,
-    open_policy_store,
 )
-from imdsproxy.controller.follow_kernel import PairFollower
-from imdsproxy.controller.reload import SettingsReloader
 from imdsproxy.core.addresses import normalise_address
 from imdsproxy.core.haproxy.model import DataplaneSpec
 from imdsproxy.core.inventory import Inventory
 from imdsproxy.core.model import NetworkId
 from imdsproxy.core.observation import AddressKey
 from imdsproxy.core.timing import Progress
+from imdsproxy.dataplane.haproxy import Haproxy
 from imdsproxy.dataplane.launch import HaproxyProgram
 from imdsproxy.dataplane.layout import Layout
+from imdsproxy.dataplane.master import MasterClient
+from imdsproxy.dataplane.records import RecordApplier
 from imdsproxy.errors import HostRefused
-from imdsproxy.host.account import find_account
+from imdsproxy.host.account import find_account, group_id
 from imdsproxy.host.clock import Clock
+from imdsproxy.host.events import NeighbourChange, watch_neighbours, watch_tables
 from imdsproxy.host.files import write_atomic
 from imdsproxy.host.notify import ServiceNotifier, kept_sockets
 from imdsproxy.host.process import descriptor_limit
@@ -61,10 +62,14 @@ from imdsproxy.listeners.settle import KeptNetworks
 from imdsproxy.listeners.watch import HostWatch, WatchPace
 from imdsproxy.nova.upstream import NovaUpstream
 from imdsproxy.serving.resolver import Resolver
+from imdsproxy.serving.store import DiskFiles, PasswordStore
 from imdsproxy.unix_listener.listener import UnixListener
 
 _REVIEW_EVERY_S: Final = 1.0
 _WATCH_S: Final = 10.0
+_EXPIRE_EVERY_S: Final = 5.0
+_PAUSE_S: Final = 0.5
+"""After changes were lost: a guest that floods us with changes must not keep us busy."""
 
 
 class Controller:
@@ -108,28 +113,42 @@ class Controller:
         self.served, self.ended = asyncio.Event(), asyncio.Event()
         self.with_data_plane = False
         self.kept = kept_sockets(environment, KEPT_WORKERS, os.getpid())
-        events, progress, files = Events(), Progress(), build_files(settings, layout)
-        self.policy_store = open_policy_store(settings, layout)
-        self.haproxy, applier = build_haproxy(settings, layout, program, clock)
+        self.background: set[asyncio.Task[None]] = set()
+        write = partial(write_atomic, mode=0o640)
+        self.policy_store = _open_policy_store(holder, layout)
+        master = MasterClient(layout.master_socket)
+        applier = RecordApplier(master, layout.base_map, layout.overlay_map, write)
+        launcher = build_launcher(settings, layout, program.path, master)
+        self.haproxy = Haproxy(program.path, layout, launcher, master, applier, write, clock)
         self.haproxy_version = str(program.version)
+        progress, group = Progress(), settings.documents.group
+        files = DiskFiles(
+            layout.records,
+            PasswordStore(layout.passwords),
+            None if group is None else group_id(group),
+        )
         self.sources = build_sources(settings, clock, begin=self.served.wait, progress=progress)
         self.inventory = inventory = Inventory(source.name for source in self.sources.all)
-        self.mac_filters = build_mac_filters(layout, host, inventory, clock, events)
-        self.hop_limits = build_hop_limits(layout, host, events)
+        self.mac_filters, self.hop_limits = build_filters(layout, host, inventory, clock)
+        self.mac_filters.on_change = self.hop_limits.on_change = self._trust_changed
+        self.mac_filters.on_missing = lambda one: self.touch("MAC filter is gone", (one,))
+        self.hop_limits.on_need = lambda networks: self.touch("hop limits", networks)
         index = CompiledIndex(layout.compiled_index)
+        sets = RuleSets(applier, layout.path_rules_map, write, clock)
+        sets.load()
         self.records = RecordLoop(
             inventory,
             applier,
             RecordCompiler(inventory, files, index, lambda: holder.settings.documents.region),
             clock,
-            events.networks_changed,
-            events.records_applied,
+            lambda networks: self.touch("networks changed", networks),
+            self._wake,
             self.mac_filters,
             self.hop_limits,
             lambda: nova.routing,
             self.policy_store.book,
-            build_rule_sets(layout, applier, clock),
-            build_kept_maps(layout),
+            sets,
+            KeptMaps(layout.kept_maps, (layout.base_map, layout.overlay_map, sets.path), write),
             progress=progress,
         )
         self.watching = Watching(self.haproxy, self._apply_watching, partial(_owner_of, inventory))
@@ -148,22 +167,16 @@ class Controller:
             ExporterPort(try_tcp_listen),
             self.mac_filters,
             self.hop_limits,
-            kept=KeptNetworks(layout.networks, partial(write_atomic, mode=0o640)),
+            kept=KeptNetworks(layout.networks, write),
             unix=UnixListener(
                 lambda: holder.settings.unix_listener, self.haproxy, SocketFiles().observe, clock
             ),
         )
-        self.watch = HostWatch(
-            thread,
-            host.observer,
-            naming,
-            self.listeners.touch,
-            WatchPace(audits_per_s=max(0.01, float(settings.host.audit_per_second))),
-        )
-        self.watchdog = HaproxyWatchdog(
-            self.haproxy, events.haproxy_returned, events.haproxy_failed
-        )
-        self.companion = build_companion(settings, layout, config=config, environment=environment)
+        self.touch = self.listeners.touch
+        pace = WatchPace(audits_per_s=max(0.01, float(settings.host.audit_per_second)))
+        self.watch = HostWatch(thread, host.observer, naming, self.touch, pace)
+        self.watchdog = HaproxyWatchdog(self.haproxy, self._compare_again, self.touch)
+        self.companion = build_companion(settings, layout, config, environment)
         account = partial(find_account, settings.documents.user, settings.documents.group)
         self.probe = DocumentProbe(self.haproxy, files, account, settings.documents.enabled)
         self.lookup = Lookup(
@@ -177,30 +190,15 @@ class Controller:
             self._is_followed,
         )
         self.resolver = Resolver(
-            self.lookup.look, lambda: self.holder.settings.resolver, clock.monotonic
+            self.lookup.look, lambda: holder.settings.resolver, clock.monotonic
         )
         self.audit = Audit(lambda: holder.settings.audit, self._keep_worker)
         self.counting = open_counting(self.haproxy, clock, lambda: holder.settings.tokens.one_in)
-        self.reloader = SettingsReloader(
-            holder, layout, clock, notifier, nova, self.policy_store, self.records, self.listeners
-        )
-        self.follower = PairFollower(
-            self.records, self.lookup, self.mac_filters, self.hop_limits, self.watch
-        )
-        self._subscribe(events)
 
-    def _subscribe(self, events: Events) -> None:
-        touch = self.listeners.touch
-        events.networks_changed.subscribe(partial(touch, "networks changed"))
-        events.records_applied.subscribe(self._wake)
-        events.haproxy_returned.subscribe(self._compare_again)
-        # All networks: a look at the host while HAProxy came back took its new sockets for another program's.
-        events.haproxy_returned.subscribe(touch)
-        events.haproxy_failed.subscribe(touch)
-        events.trust_changed.subscribe(self.follower.plan_again)
-        events.trust_changed.subscribe(self.resolver.wake_networks)
-        events.filter_removed.subscribe(lambda network: touch("MAC filter is gone", (network,)))
-        events.hop_limits_needed.subscribe(partial(touch, "hop limits"))
+    def _trust_changed(self, networks: frozenset[NetworkId]) -> None:
+        """Guests of these networks are trusted by another rule than before."""
+        self.records.touch_networks(networks)
+        self.resolver.wake_networks(networks)
 
     def _wake(self, keys: Iterable[AddressKey] | None) -> None:
         if keys is None:
@@ -214,13 +212,15 @@ class Controller:
     def _compare_again(self, reason: str) -> None:
         structlog.get_logger().info("records compared again", reason=reason)
         self.records.resync()
+        # All networks: a look at the host while HAProxy came back took its new sockets for another program's.
+        self.touch(reason)
 
     def _spec(self) -> DataplaneSpec:
         spec = build_spec(self.holder.settings, self.layout, self.nova)
         return replace(spec, watched=self.watching.wanted)
 
     async def _apply_watching(self) -> None:
-        ticket = self.listeners.touch("watching begins or ends", frozenset())
+        ticket = self.touch("watching begins or ends", frozenset())
         # Where it cannot be applied `status` says why; there is nothing to see then.
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_WATCH_S):
@@ -243,32 +243,63 @@ class Controller:
         self.with_data_plane = data_plane
         self.ended.set()
 
-    @property
-    def work(self) -> tuple[Callable[[], Coroutine[object, object, None]], ...]:
+    def work(self) -> tuple[Coroutine[object, object, None], ...]:
         """What runs as long as the controller does, once known guests are served."""
         return (
-            self.records.run,
-            self.listeners.run,
-            self.watchdog.run,
-            self.companion.run,
-            self.probe.run,
-            self.watching.run,
-            self.follower.follow_neighbours,
-            self.follower.follow_tables,
-            self.follower.expire,
-            self.watch.run,
-            self._follow_nova,
-            self._keep_keys,
-            self._review,
+            self.records.run(),
+            self.listeners.run(),
+            self.watchdog.run(),
+            self.companion.run(),
+            self.probe.run(),
+            self.watching.run(),
+            self._follow_neighbours(),
+            self._follow_tables(),
+            self._expire(),
+            self.watch.run(),
+            self.nova.follow(lambda: self.touch("nova's addresses changed")),
+            self.policy_store.keys.run(self.records.applier),
+            self._review(),
         )
 
-    async def _follow_nova(self) -> None:
-        """Reload when a name of Nova's leads to other addresses."""
-        await self.nova.follow(lambda: self.listeners.touch("nova's addresses changed"))
+    def _learned_key(self, change: NeighbourChange) -> AddressKey | None:
+        """The address, where a guest is known by it."""
+        namespace = None if change.nsid is None else self.watch.namespace_of_id(change.nsid)
+        if change.nsid is not None and namespace is None:
+            return None
+        network = self.mac_filters.network_at(namespace, change.index)
+        key = None if network is None else (network, change.address)
+        return key if key in self.records.learned else None
 
-    async def _keep_keys(self) -> None:
-        """Keep the keys of session tokens in HAProxy."""
-        await self.policy_store.keys.run(self.records.applier)
+    async def _follow_neighbours(self) -> None:
+        """Follow addresses that guests are known by through the neighbour table."""
+        async with watch_neighbours(
+            lambda change: self._learned_key(change) is not None
+        ) as changes:
+            async for change in changes:
+                if change is None:
+                    await self.lookup.review_all()
+                    await asyncio.sleep(_PAUSE_S)
+                elif (key := self._learned_key(change)) is not None:
+                    self.lookup.on_neighbour(key, change.mac)
+
+    def _tables(self) -> Collection[str]:
+        return {*self.mac_filters.tables(), self.hop_limits.kernel.table}
+
+    async def _follow_tables(self) -> None:
+        """Create tables again that another program has removed, as `nft flush ruleset` does."""
+        async with watch_tables(self._tables) as removals:
+            async for table in removals:
+                self.mac_filters.lost(table)
+                await self.hop_limits.lost(table)
+
+    async def _expire(self) -> None:
+        """Withdraw pairs of addresses that have no owner any more."""
+        while True:
+            await asyncio.sleep(_EXPIRE_EVERY_S)
+            try:
+                await self.mac_filters.expire()
+            except HostRefused as error:
+                structlog.get_logger().warning("pairs not withdrawn", error=error.message)
 
     async def _review(self) -> None:
         """Read again what was learned from neighbour tables when its time is over, and look at the unix listener.
@@ -278,8 +309,25 @@ class Controller:
         while True:
             await asyncio.sleep(_REVIEW_EVERY_S)
             if self.listeners.unix.changed():
-                self.listeners.touch("unix socket changed", ())
+                self.touch("unix socket changed", ())
             await self.lookup.review()
+
+
+def _open_policy_store(holder: SettingsHolder, layout: Layout) -> PolicyStore:
+    """What guests may read, with the keys where HAProxy finds them; the first one is made where there is none.
+
+    Raises:
+        SecretUnreadable: The keys cannot be used.
+        HostRefused: A file cannot be written, or what operators did cannot be read.
+    """
+    # A revocation that a power cut takes back would make tokens good again.
+    write = partial(write_atomic, mode=0o600, durable=True)
+    keys = TokenKeys(layout.token_keys, layout.token_keys_map, write, SystemRandom().randbytes)
+    store = PolicyStore(keys, OverrideFile(layout.guards, write))
+    store.read(holder.settings)
+    store.overrides.load()
+    keys.write_map()
+    return store
 
 
 def _owner_of(inventory: Inventory, network: str, address: str) -> str | None:

@@ -20,6 +20,7 @@ from imdsproxy.admin.services import Services
 from imdsproxy.admin.tokens import TokenService
 from imdsproxy.controller.controller import Controller
 from imdsproxy.controller.metrics import Metrics
+from imdsproxy.controller.reload import reload_settings
 from imdsproxy.controller.status import Status
 from imdsproxy.nova.upstream import NovaWatch
 from imdsproxy.serving.http import AsgiApp, HttpListener
@@ -52,7 +53,7 @@ def build_apps(controller: Controller) -> tuple[Services, Metrics, AnyAsgiApp]:
         status.report,
         partial(one.counting.report, inventory, records.policies),
         listeners.render,
-        partial(one.reloader.reload, status.own_problems),
+        partial(reload_settings, one, status.own_problems),
         one.end,
     )
     return services, Metrics(one, status), resolver_app(one.resolver, forward)

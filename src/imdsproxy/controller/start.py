@@ -22,12 +22,13 @@ import structlog
 from imdsproxy.config.changes import SettingsHolder, refuse_dropped
 from imdsproxy.config.load import Loaded
 from imdsproxy.config.schema import Settings
-from imdsproxy.controller.build import build_host, build_layout, prepare_directories
+from imdsproxy.controller.build import build_host, prepare_directories
 from imdsproxy.controller.controller import Controller
 from imdsproxy.controller.health import HealthServer
+from imdsproxy.controller.reload import hang_up
 from imdsproxy.controller.stop import end_processes, sweep_host
-from imdsproxy.core.hostnames import Naming
 from imdsproxy.dataplane.launch import read_program
+from imdsproxy.dataplane.layout import Layout
 from imdsproxy.errors import DataplaneError, ImdsproxyError
 from imdsproxy.host.account import owner_of
 from imdsproxy.host.clock import Clock, SystemClock
@@ -50,13 +51,7 @@ _METRICS_EVERY_S = 10.0
 
 
 async def run_controller(
-    holder: SettingsHolder,
-    *,
-    config: Path | None,
-    environment: Mapping[str, str],
-    clock: Clock,
-    notifier: ServiceNotifier,
-    heartbeat: Heartbeat,
+    holder: SettingsHolder, config: Path | None, environment: Mapping[str, str], clock: Clock
 ) -> None:
     """Run until stopped; the data plane goes on unless it was to be stopped too.
 
@@ -64,25 +59,26 @@ async def run_controller(
         ConfigError: A setting cannot be used here.
         DataplaneError: HAProxy or the document server does not start, or the host refuses.
     """
-    settings = holder.settings
-    layout = build_layout(settings)
-    prepare_directories(settings, layout)
-    nova = NovaUpstream(layout.runtime)
-    nova.read(settings.nova)
-    # First of all: two controllers over one data plane would undo each other's work.
-    admin = open_sole_socket(
-        settings.admin_socket,
-        mode=int(settings.admin.mode, 8),
-        owner=owner_of(settings.admin.user, settings.admin.group),
-    )
-    host = build_host(settings, layout, Naming(settings.host.name_prefix))
-    with (
-        contextlib.closing(admin),
-        contextlib.closing(host.thread),
-        hold_directory(layout.state),
-        _open_health(settings, heartbeat) as health,
-    ):
-        program = await read_program(settings.haproxy.binary)
+    settings, layout = holder.settings, Layout.of(holder.settings)
+    notifier = ServiceNotifier(environment.get("NOTIFY_SOCKET", ""))
+    heartbeat = Heartbeat(notifier, environment, clock.monotonic)
+    with contextlib.ExitStack() as stack:
+        stack.callback(asyncio.create_task(heartbeat.run()).cancel)
+        prepare_directories(settings, layout)
+        nova = NovaUpstream(layout.runtime)
+        nova.read(settings.nova)
+        # First of all: two controllers over one data plane would undo each other's work.
+        owner = owner_of(settings.admin.user, settings.admin.group)
+        mode = int(settings.admin.mode, 8)
+        admin = open_sole_socket(settings.admin_socket, mode=mode, owner=owner)
+        stack.callback(admin.close)
+        host = build_host(settings, layout)
+        stack.callback(host.thread.close)
+        stack.enter_context(hold_directory(layout.state))
+        health = None
+        if (listen := settings.metrics.listen) is not None:
+            sock = open_tcp_socket(listen.host, listen.port)
+            health = stack.enter_context(HealthServer(sock, alive=heartbeat.alive))
         controller = Controller(
             holder=holder,
             layout=layout,
@@ -90,23 +86,12 @@ async def run_controller(
             notifier=notifier,
             nova=nova,
             host=host,
-            program=program,
+            program=await read_program(settings.haproxy.binary),
             config=config,
             environment=environment,
         )
-        try:
-            await _live(controller, admin, health, heartbeat)
-        finally:
-            settings.admin_socket.unlink(missing_ok=True)
-
-
-def _open_health(
-    settings: Settings, heartbeat: Heartbeat
-) -> contextlib.AbstractContextManager[HealthServer | None]:
-    listen = settings.metrics.listen
-    if listen is None:
-        return contextlib.nullcontext()
-    return HealthServer(open_tcp_socket(listen.host, listen.port), alive=heartbeat.alive)
+        stack.callback(settings.admin_socket.unlink, missing_ok=True)
+        await _live(controller, admin, health, heartbeat)
 
 
 async def _live(
@@ -123,7 +108,7 @@ async def _live(
     )
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, controller.ended.set)
-    loop.add_signal_handler(signal.SIGHUP, controller.reloader.hang_up)
+    loop.add_signal_handler(signal.SIGHUP, hang_up, controller)
     async with contextlib.AsyncExitStack() as stack:
         stack.callback(controller.notifier.stopping)
         await stack.enter_async_context(controller.watch)
@@ -142,7 +127,10 @@ async def _live(
             await _start_data_plane(controller)
         finally:
             controller.served.set()
-        tasks += [group.create_task(work(), name=work.__qualname__) for work in controller.work]
+        tasks += [
+            group.create_task(work, name=getattr(work, "__qualname__", None))
+            for work in controller.work()
+        ]
         await asyncio.gather(loading, controller.probe.ask())
         from imdsproxy.controller.http import build_apps, load_admin, serve  # noqa: PLC0415 - it is there now
 
@@ -247,12 +235,6 @@ async def _write_records(controller: Controller) -> None:
 
 async def _wait_for_records(controller: Controller) -> None:
     await controller.nova.resolve()
-    await _wait_for_sources(controller)
-    # Before anything is swept: guests behind routers are known on, as they were before a restart.
-    controller.lookup.follow_routes()
-
-
-async def _wait_for_sources(controller: Controller) -> None:
     before: object = None
     while not controller.inventory.in_sync:
         # As long as records come in, a start without them would serve no guest sooner.
@@ -264,11 +246,13 @@ async def _wait_for_sources(controller: Controller) -> None:
                     name for name, there in controller.inventory.sources.items() if not there
                 ],
             )
-            return
+            break
         before = known
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_FIRST_SYNC_S):
                 await controller.records.in_sync.wait()
+    # Before anything is swept: guests behind routers are known on, as they were before a restart.
+    controller.lookup.follow_routes()
 
 
 def run(load: Callable[[], Loaded], *, config: Path | None, environment: Mapping[str, str]) -> None:
@@ -299,37 +283,14 @@ def run(load: Callable[[], Loaded], *, config: Path | None, environment: Mapping
     leave_no_dumps()
     # systemd's watchdog ends a process that hangs by SIGABRT: the log then says where it hung.
     faulthandler.enable()
-    notifier = ServiceNotifier(environment.get("NOTIFY_SOCKET", ""))
-    heartbeat = Heartbeat(notifier, environment, clock.monotonic)
-
-    async def live() -> None:
-        beating = asyncio.create_task(heartbeat.run())
-        try:
-            await run_controller(
-                holder,
-                config=config,
-                environment=environment,
-                clock=clock,
-                notifier=notifier,
-                heartbeat=heartbeat,
-            )
-        finally:
-            beating.cancel()
-
     try:
-        asyncio.run(live())
+        asyncio.run(run_controller(holder, config, environment, clock))
     except BaseExceptionGroup as group:
-        expected = group.subgroup(ImdsproxyError)
-        if expected is None or group.split(ImdsproxyError)[1] is not None:
+        expected, others = group.split(ImdsproxyError)
+        if expected is None or others is not None:
             raise
-        raise _first(expected) from group
-
-
-def _first(group: BaseExceptionGroup[ImdsproxyError]) -> ImdsproxyError:
-    """The first failure of tasks that failed together: it is the reason of the others."""
-    first: BaseException = group
-    while isinstance(first, BaseExceptionGroup):
-        first = first.exceptions[0]
-    if not isinstance(first, ImdsproxyError):
-        raise TypeError("a group of our errors holds another one") from first
-    return first
+        # The first failure of tasks that failed together is the reason of the others.
+        first: BaseException = expected
+        while isinstance(first, BaseExceptionGroup):
+            first = first.exceptions[0]
+        raise first from group

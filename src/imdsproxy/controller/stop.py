@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 
 from imdsproxy.anti_spoofing.hop_limits import HopLimits
 from imdsproxy.anti_spoofing.mac_filters import MacFilters
 from imdsproxy.app.companion import CompanionLauncher
 from imdsproxy.config.schema import Settings
 from imdsproxy.controller.build import (
-    Events,
     build_companion,
-    build_hop_limits,
+    build_filters,
     build_host,
     build_launcher,
-    build_layout,
-    build_mac_filters,
 )
-from imdsproxy.core.hostnames import Naming
 from imdsproxy.core.inventory import Inventory
 from imdsproxy.dataplane.launch import Launcher
+from imdsproxy.dataplane.layout import Layout
+from imdsproxy.dataplane.master import MasterClient
 from imdsproxy.errors import HostRefused, Problem
 from imdsproxy.host.clock import SystemClock
+from imdsproxy.host.files import remove_file
 from imdsproxy.host.socket_file import SocketFiles
 from imdsproxy.listeners.host import SystemHost
 from imdsproxy.listeners.plan import plan_listeners
@@ -64,32 +62,17 @@ async def stop_data_plane(settings: Settings, environment: Mapping[str, str]) ->
     Raises:
         DataplaneError: A process does not end, or the host refuses.
     """
-    layout = build_layout(settings)
-    host = build_host(settings, layout, Naming(settings.host.name_prefix))
-    companion = build_companion(
-        settings,
-        layout,
-        config=None,
-        environment=environment,
-    )
+    layout = Layout.of(settings)
+    host = build_host(settings, layout)
+    companion = build_companion(settings, layout, None, environment)
+    master = MasterClient(layout.master_socket)
     try:
-        launcher = build_launcher(settings, layout, settings.haproxy.binary)
+        launcher = build_launcher(settings, layout, settings.haproxy.binary, master)
         await end_processes(launcher, companion.launcher)
-        events = Events()
-        mac_filters = build_mac_filters(layout, host, Inventory(), SystemClock(), events)
-        await sweep_host(host, mac_filters, build_hop_limits(layout, host, events))
+        await sweep_host(host, *build_filters(layout, host, Inventory(), SystemClock()))
     finally:
         host.thread.close()
-    _remove(
-        layout.master_socket, layout.probe_socket, layout.resolver_socket, settings.admin_socket
-    )
+    sockets = (layout.master_socket, layout.probe_socket, layout.resolver_socket)
+    for path in (*sockets, settings.admin_socket):
+        remove_file(path, f"remove {path}")
     sweep_unix_socket(layout.config, SocketFiles().observe)
-
-
-def _remove(*paths: Path) -> None:
-    """Remove sockets of processes that have ended."""
-    for path in paths:
-        try:
-            path.unlink(missing_ok=True)
-        except OSError as error:
-            raise HostRefused(f"cannot remove {path}: {error.strerror}") from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from imdsproxy.config.schema import Settings
 from imdsproxy.core.haproxy.model import Paths
 
 
@@ -142,6 +143,13 @@ class Layout:
 
     passwords = _Below("passwords", state=True)
     """What guests posted."""
+
+    @classmethod
+    def of(cls, settings: Settings) -> Layout:
+        """Where everything is, by the settings."""
+        workers = settings.documents.workers if settings.documents.enabled else 0
+        paths = settings.paths
+        return cls(paths.runtime_dir, paths.state_dir, workers, settings.haproxy.chroot)
 
     def haproxy_paths(self) -> Paths:
         """The paths as the configuration names them."""

@@ -37,7 +37,7 @@ def test_neutron_is_the_one_that_is_asked_for_addresses(tmp_path: Path) -> None:
     assert sources.writable is None
 
 
-def test_without_neutron_nobody_is_asked() -> None:
+def test_without_neutron_no_source_is_asked_for_addresses() -> None:
     assert build.build_sources(Settings(), SystemClock(), begin=_begin).look_up is None
 
 
