@@ -350,8 +350,8 @@ def _fill(one: MacFilter, pairs: PairMap, *, busy: bool) -> None:
     if busy:
         with NetlinkSocket(SOCK_DIAG) as diagnosis:
             for open_one in list_connections(diagnosis, METADATA_PORT):
-                flow = flow_of(open_one.address, open_one.port)
-                batch.add_elements(f"open{open_one.address.version}", [flow])
+                flow = flow_of(open_one.peer, open_one.port)
+                batch.add_elements(f"open{open_one.peer.version}", [flow])
     _put(batch, pairs)
     if batch.changes:
         commit(batch)

@@ -54,8 +54,8 @@ from imdsproxy.host.events import NeighbourChange, watch_neighbours, watch_table
 from imdsproxy.host.files import write_atomic
 from imdsproxy.host.notify import ServiceNotifier, kept_sockets
 from imdsproxy.host.process import descriptor_limit
+from imdsproxy.host.servers import try_tcp_listen
 from imdsproxy.host.socket_file import SocketFiles
-from imdsproxy.host.sockets import try_tcp_listen
 from imdsproxy.listeners.host import SystemHost
 from imdsproxy.listeners.loop import ExporterPort, ListenerLoop
 from imdsproxy.listeners.settle import KeptNetworks

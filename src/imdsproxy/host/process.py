@@ -15,7 +15,7 @@ import os
 import resource
 import signal
 import subprocess
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,13 +102,6 @@ def read_arguments(pid: int, proc: Path = PROC) -> tuple[str, ...]:
     except OSError:
         return ()
     return tuple(os.fsdecode(one) for one in command.split(b"\0")[:-1])
-
-
-def socket_holders(inodes: Collection[int], proc: Path = PROC) -> Iterator[int]:
-    """The processes that have one of these sockets open, by pid."""
-    for pid in sorted(int(one.name) for one in proc.glob("[0-9]*")):
-        if any(inode in inodes for inode, _ in open_sockets(pid, proc)):
-            yield pid
 
 
 def open_sockets(pid: int, proc: Path = PROC) -> Iterator[tuple[int, str]]:

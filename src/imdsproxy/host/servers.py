@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
-from imdsproxy.errors import HostRefused
+from imdsproxy.errors import DataplaneError, HostRefused
 from imdsproxy.host.refusal import host_refused, refusing
 
 _BACKLOG: Final = 128
@@ -88,6 +88,18 @@ def open_tcp_socket(host: str, port: int) -> socket.socket:
         listener.bind((host, port))
         listener.listen(_BACKLOG)
     return listener
+
+
+def try_tcp_listen(host: str, port: int) -> str | None:
+    """Why an address of the host cannot be listened on now; `None` when it can.
+
+    Without SO_REUSEPORT: a port that another process would share is not free.
+    """
+    try:
+        open_tcp_socket(host, port).close()
+    except DataplaneError as error:
+        return error.message
+    return None
 
 
 def open_unix_socket(

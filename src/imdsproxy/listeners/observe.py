@@ -189,10 +189,7 @@ class HostObserver:
     def _find_owners(
         self, places: Iterable[ObservedNamespace], our_pids: frozenset[int]
     ) -> dict[int, ListeningSocket]:
-        listening = [place for place in places if place.sockets]
-        sockets = [one for place in listening for one in place.sockets]
-        inodes = {place.ref.inode for place in listening if place.ref is not None}
-        return self._owners.resolve(sockets, our_pids, inodes)
+        return self._owners.resolve((one for place in places for one in place.sockets), our_pids)
 
     def _half_made(self, names: Iterable[str], usable: Collection[str]) -> Iterator[str]:
         for name in names:

@@ -23,8 +23,8 @@ from imdsproxy.errors import DataplaneError, HostRefused, Problem, RuntimeUnavai
 from imdsproxy.host.account import group_id, user_id
 from imdsproxy.host.clock import Clock
 from imdsproxy.host.files import ensure_directory
-from imdsproxy.host.refusal import host_refused
-from imdsproxy.host.socket_file import give_socket, identify_file, remove_file
+from imdsproxy.host.refusal import refusing
+from imdsproxy.host.socket_file import FileIdentity, give_socket, identify_file, remove_file
 from imdsproxy.unix_listener.plan import (
     Takeovers,
     deduce_socket_mode,
@@ -36,9 +36,6 @@ from imdsproxy.unix_listener.settings import UnixListenerSettings
 
 _BIND: Final = re.compile(rf"^\s*bind unix@(\S+) name {AGENTS}\b", re.MULTILINE)
 _LARGEST_ID: Final = 2**32 - 2
-
-_Signature: TypeAlias = tuple[int, int, int, int, int]
-
 
 SocketLook: TypeAlias = Callable[[Path, Collection[int]], SeenSocket]
 """What is at a path; see `SocketFiles.observe`."""
@@ -69,7 +66,7 @@ class UnixListener:
     taken_from: str = ""
     _taking: SeenSocket | None = None
     _takeovers: Takeovers = field(default_factory=Takeovers)
-    _signature: _Signature | None = None
+    _signature: FileIdentity | None = None
     _refused: tuple[UnixBind, Problem] | None = None
     _backoff: Backoff = field(default_factory=lambda: Backoff(5.0, 60.0))
     _again_at: float = field(default=0.0)
@@ -151,7 +148,7 @@ class UnixListener:
         """Whether the file is not the one any more that was HAProxy's."""
         if self.bind is None:
             return False
-        return not self.serving or _signature(Path(self.bind.path)) != self._signature
+        return not self.serving or identify_file(Path(self.bind.path)) != self._signature
 
     def _decide(self, bind: UnixBind | None, problem: Problem | None) -> None:
         if bind is None or bind != self.bind:
@@ -199,7 +196,7 @@ class UnixListener:
             self._refused = None
             # HAProxy gives both to a socket that it makes, not to one that it was handed.
             give_socket(path, mode=int(bind.mode, 8), owner=(bind.user, bind.group))
-            self._signature = _signature(path)
+            self._signature = identify_file(path)
 
     async def _withdraw(self, path: Path) -> None:
         file = identify_file(path)
@@ -218,10 +215,8 @@ def plan_unix_bind(settings: UnixListenerSettings) -> UnixBind:
         HostRefused: An account of the settings does not exist, or there is no directory.
     """
     directory = settings.path.parent
-    try:
+    with refusing(f"look at {directory}"):
         status = directory.stat()
-    except OSError as error:
-        raise host_refused(f"look at {directory}", error) from error
     owner = status.st_uid if settings.user is None else user_id(settings.user)
     group = status.st_gid if settings.group is None else group_id(settings.group)
     mode = deduce_socket_mode(
@@ -280,11 +275,3 @@ def _id(account: str | None, look_up: Callable[[str], int]) -> int | None:
     if int(account) > _LARGEST_ID:
         raise HostRefused(f"there is no id {account}", hint=f"the largest is {_LARGEST_ID}")
     return int(account)
-
-
-def _signature(path: Path) -> _Signature | None:
-    try:
-        status = path.lstat()
-    except OSError:
-        return None
-    return status.st_dev, status.st_ino, status.st_mode, status.st_uid, status.st_gid

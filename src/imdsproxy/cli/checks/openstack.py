@@ -18,6 +18,7 @@ from imdsproxy.config.strict_yaml import parse_yaml
 from imdsproxy.errors import (
     ConfigError,
     ConfigUnreadable,
+    DataplaneError,
     HostRefused,
     LibraryMissing,
     SecretUnreadable,
@@ -218,7 +219,10 @@ def check_unix_listener(
     if not settings.enabled:
         return []
     path = settings.path
-    holder = find(path)
+    try:
+        holder = find(path)
+    except DataplaneError as error:
+        return refused(error, "unix_listener.path")
     if holder is None:
         return [Finding(f"no process listens at {path}")]
     # Our HAProxy's configuration stands in its command line.
