@@ -233,16 +233,18 @@ def check_unix_listener(
     who = agent or words[:80] or "a process that cannot be seen"
     number = "" if holder.pid is None else f" (pid {holder.pid})"
     text = f"unix_listener.path: {who}{number} listens at {path}"
+    if not settings.take_over and agent is None:
+        return [wrong(text, "stop it, or change unix_listener.path", HostRefused)]
+    # As it is on the day of the move: both run for a moment, and going back is starting the agent again.
+    hint = (
+        f"guests are its own until you stop {agent}; imdsproxy takes its place within a second then"
+    )
     if settings.take_over:
-        hint = (
-            f"imdsproxy takes the path over as it starts, and each time that {agent or 'it'} starts"
+        starts = (
+            f"as it starts, and each time that {agent or 'it'} starts (unix_listener.take_over)"
         )
-        return [warn(text, f"{hint} (unix_listener.take_over)")]
-    if agent is not None:
-        # As it is on the day of the move: both run for a moment, and going back is starting it again.
-        hint = f"guests are its own until you stop {agent}; imdsproxy takes its place within a second then"
-        return [warn(text, hint)]
-    return [wrong(text, "stop it, or change unix_listener.path", HostRefused)]
+        hint = f"imdsproxy takes the path over {starts}"
+    return [warn(text, hint)]
 
 
 def _no_password() -> str:
